@@ -1,0 +1,120 @@
+"""`outstation check`: one line for each thing that must be right, with the fix where it is not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from agent import clock
+from agent.cli import wiring
+from agent.cli.output import config_option, emit, json_option
+from agent.config import Config
+from agent.device import schedule
+from agent.device.store import Store
+from agent.errors import LinkDown, OutstationError, StorageBusy
+
+_MARKS = {"ok": "green", "warning": "yellow", "failed": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    name: str
+    state: str
+    detail: str
+
+
+@click.command(epilog="Example: outstation check -c /etc/outstation/outstation.toml")
+@config_option
+@json_option
+def check(config_file: str | None, as_json: bool) -> None:
+    """Config, keys, bundles on this CPU, storage, clock and broker."""
+    file, conf = wiring.load(config_file)
+    findings = [Finding("config", "ok", str(file)), *_findings(file, conf)]
+    emit([asdict(f) for f in findings], as_json, lambda: _print(findings))
+    if any(f.state == "failed" for f in findings):
+        sys.exit(1)
+
+
+def _findings(file: Path, conf: Config) -> Iterator[Finding]:
+    yield _try("key", lambda: f"thumbprint {wiring.device_key(file, conf).public.kid}")
+    yield _collector(file, conf)
+    if not conf.streams:
+        yield Finding("streams", "warning", "none: nothing comes in; add a [streams.NAME] section")
+    if not conf.tasks:
+        yield Finding("tasks", "warning", "none: no model runs; add a [tasks.NAME] section")
+    for name, task in conf.tasks.items():
+        yield _try(f"schedule {name}", lambda n=name, t=task: _schedule(file, n, t.schedule))  # type: ignore[misc]
+        yield _try(f"bundle {name}", lambda n=name: _bundle(file, conf, n))  # type: ignore[misc]
+    yield _storage(conf)
+    yield _clock()
+    yield _try("broker", lambda: _broker(conf))
+
+
+def _try(name: str, action: Callable[[], str]) -> Finding:
+    try:
+        return Finding(name, "ok", action())
+    except OutstationError as problem:
+        return Finding(name, "failed", str(problem))
+
+
+def _collector(file: Path, conf: Config) -> Finding:
+    if conf.collector.delivery == "broker":
+        return Finding("collector", "warning", 'delivery = "broker": what the broker loses is lost')
+    if not conf.collector.key:
+        return Finding("collector", "failed", f"{file}: collector.key is empty; `outstation fleet init` prints it")
+    return _try("collector", lambda: wiring.configured_keys(file, "collector.key", [conf.collector.key])[0].kid)
+
+
+def _schedule(file: Path, name: str, text: str) -> str:
+    schedule.parse(str(file), name, text)
+    return text
+
+
+def _bundle(file: Path, conf: Config, name: str) -> str:
+    task = wiring.load_task(file, conf, None, name)
+    drift = "with drift reference" if task.judge else "without drift reference: drift is not watched"
+    manifest = task.bundle.manifest
+    return f"{manifest.name} {manifest.version}, golden vectors right on this CPU, {drift}"
+
+
+def _storage(conf: Config) -> Finding:
+    try:
+        store = Store(conf.data_dir, max_size=int(conf.buffer.max_size))
+        used = store.used_bytes()
+        store.close()
+    except StorageBusy:
+        return Finding("storage", "ok", f"{conf.data_dir}, in use by the running agent")
+    except (OutstationError, OSError) as problem:
+        return Finding("storage", "failed", f"{problem}; check [device] data_dir and its owner")
+    return Finding("storage", "ok", f"{conf.data_dir}, {used >> 10} KiB of {int(conf.buffer.max_size) >> 20} MiB used")
+
+
+def _clock() -> Finding:
+    now = clock.read()
+    if now.quality == "synced":
+        return Finding("clock", "ok", f"{clock.rfc3339(now.wall_us)}, synchronized")
+    fix = "results are stamped so until a time service (systemd-timesyncd, chrony) has set it"
+    return Finding("clock", "warning", f"{clock.rfc3339(now.wall_us)}, {now.quality}: {fix}")
+
+
+def _broker(conf: Config) -> str:
+    from agent.link import Link
+
+    try:
+        link = Link(
+            conf.broker, f"{conf.device.id}-check" if not conf.broker.cert_file else conf.device.id, timeout_s=5
+        )
+    except LinkDown as down:
+        raise LinkDown(f"{down}; is the broker running and reachable?") from None
+    link.close()
+    return f"{conf.broker.url}, messages up to {min(link.max_packet, conf.broker.max_message_bytes)} bytes"
+
+
+def _print(findings: list[Finding]) -> None:
+    width = max(len(f.name) for f in findings)
+    for f in findings:
+        click.echo(f"{click.style(f.state.ljust(7), fg=_MARKS[f.state])}  {f.name.ljust(width)}  {f.detail}")

@@ -1,0 +1,284 @@
+"""`outstation fleet …`: the commands of the machine that collects."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent.cli.output import emit, json_option, table
+from agent.config import Broker, check_broker, suggestion
+from agent.errors import ConfigError, UsageError
+from agent.fleet import config as fleet_config
+from agent.fleet.config import FleetConfig
+from agent.fleet.text import printable
+from agent.names import is_name
+from agent.wire import keys
+
+if TYPE_CHECKING:
+    from agent.fleet.store import FleetStore
+
+_dir = click.option(
+    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
+)
+_db = click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path or sqlite:///PATH.")
+_device = click.option("--device", metavar="D", help="Only this device.")
+
+
+@click.group()
+def fleet() -> None:
+    """The fleet's side: enrol devices, collect, watch, audit."""
+
+
+@fleet.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--name", help="The fleet's name, a level of its topics; default the folder's name.")
+@click.option("--broker", "url", metavar="URL", help="Where devices reach the broker; default mqtts://THIS-HOST:8883.")
+@json_option
+def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None:
+    """Make a fleet in DIR: keys, certificate authority, broker config with an access list."""
+    from agent.fleet.enrol import init_fleet
+
+    name = name or folder.resolve().name
+    if not is_name(name):
+        raise UsageError(f"{name!r} cannot name a fleet: 1-64 of a-z 0-9 . _ - , first a letter or digit; use --name")
+    broker = Broker(url=url or f"mqtts://{socket.gethostname().lower()}:8883")
+    try:
+        check_broker("--broker", broker)
+    except ConfigError as error:
+        raise UsageError(f"--broker: {error.problem}") from None
+    config = init_fleet(folder, name, broker)
+    public = {role: keys.load_private(folder / f"{role}.key").public.text for role in ("collector", "operator")}
+    conf = folder / "broker" / "mosquitto.conf"
+    document = {
+        "fleet": config.fleet.name,
+        "dir": str(folder),
+        "broker": broker.url,
+        **public,
+        "broker_conf": str(conf),
+    }
+    done = f"Fleet {name} in {folder}. Start the broker with: mosquitto -c {conf}"
+    following = f"Next: outstation fleet enrol DEVICE --dir {folder} --bundle-out DEVICE.tar.gz"
+    emit(document, as_json, lambda: _say(done, following))
+
+
+@fleet.command("enrol", epilog="Example: outstation fleet enrol pi-07 --bundle-out pi-07.tar.gz")
+@click.argument("device")
+@click.option("--key", metavar="PUB", help="The device's public key, or a file with it; without it one is made here.")
+@click.option("--replace", is_flag=True, help="Revoke the device's key and enrol the new one.")
+@click.option("--bundle-out", metavar="FILE", type=click.Path(path_type=Path), help="Its files as one .tar.gz.")
+@_dir
+@json_option
+def enrol(
+    device: str, key: str | None, replace: bool, bundle_out: Path | None, folder: str | None, as_json: bool
+) -> None:
+    """Let DEVICE in: register its signing key, issue its TLS certificate, write its config."""
+    from agent.fleet import enrol as enrolment
+    from agent.fleet.store import FleetStore
+
+    home = fleet_config.find(folder)
+    config = fleet_config.load(home)
+    if bundle_out is not None and bundle_out.exists():
+        raise UsageError(f"{bundle_out}: is there already; name a new file")
+    public = keys.load_public(key) if key else None
+    store = FleetStore(Path(config.fleet.db))
+    try:
+        done = enrolment.enrol(home, config, store, device, key=public, replace=replace)
+    finally:
+        store.close()
+    if bundle_out is not None:
+        enrolment.bundle(done.folder, bundle_out)
+    document = {
+        "device": device,
+        "fleet": config.fleet.name,
+        "key": done.key.text,
+        "thumbprint": done.key.kid,
+        "new": done.new,
+        "files": str(done.folder),
+        "bundle": str(bundle_out) if bundle_out else None,
+    }
+    what = "enrolled" if done.new else "was enrolled with this key already"
+    unpack = f"On the device: outstation init DIR --from {bundle_out}"
+    where = unpack if bundle_out else f"Its files: {done.folder}; --bundle-out FILE packs them"
+    emit(document, as_json, lambda: _say(f"{device} {what}, key {done.key.text}", where))
+
+
+@fleet.command("collect", epilog="Example: outstation fleet collect --dir acme")
+@_db
+@_dir
+def collect(db: str | None, folder: str | None) -> None:
+    """Collect what devices send: verify, store, acknowledge. Runs until SIGTERM or Ctrl-C."""
+    from agent.fleet.collect import Collector
+    from agent.fleet.store import FleetStore
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    config = fleet_config.load(fleet_config.find(folder))
+    key = keys.load_private(Path(config.collector.key_file))
+    store = FleetStore(_database(config, db))
+    try:
+        collector = Collector(config.fleet.name, config.broker_as(config.collector), store, key)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: collector.stop())
+        collector.run()
+    finally:
+        store.close()
+
+
+@fleet.command("devices", epilog="Example: outstation fleet devices --dir acme")
+@_db
+@_dir
+@json_option
+def devices(db: str | None, folder: str | None, as_json: bool) -> None:
+    """The enrolled devices and what was heard of them."""
+    config, store = _reading(folder, db)
+    rows = [
+        {
+            "device": known["device"],
+            "fleet": config.fleet.name,
+            "key": known["key"],
+            "state": known["state"] or "enrolled",
+            "last_seen": known["last_seen"],
+            "through": known["through"] or 0,
+            "alerts": known["alerts"],
+        }
+        for known in store.devices()
+    ]
+    cells = [[r["device"], r["state"], r["last_seen"] or "never", r["through"], r["alerts"]] for r in rows]
+    empty = "No device is enrolled yet: outstation fleet enrol DEVICE"
+    emit(rows, as_json, lambda: _table(["device", "state", "last seen", "through", "open alerts"], cells, empty))
+
+
+@fleet.command("alerts", epilog="Example: outstation fleet alerts --device pi-07")
+@click.option("--all", "closed", is_flag=True, help="Cleared ones too.")
+@_device
+@_db
+@_dir
+@json_option
+def alerts(closed: bool, device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+    """Open alerts, oldest first."""
+    _, store = _reading(folder, db, device)
+    rows = store.alerts(device, closed=closed)
+    columns = ["time", "device", "task", "state", "severity", "alert", "summary"]
+    cells = [[row[name] or "" for name in columns] for row in rows]
+    emit(rows, as_json, lambda: _table(columns, cells, "No alert was ever raised." if closed else "No open alert."))
+
+
+@fleet.command("gaps", epilog="Example: outstation fleet gaps")
+@_device
+@_db
+@_dir
+@json_option
+def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+    """Messages that are missing, and those that a device declared as evicted."""
+    _, store = _reading(folder, db, device)
+    rows = store.gaps(device)
+    columns = ["device", "log", "from", "to", "declared"]
+    cells = [[*(row[name] for name in columns[:4]), "evicted" if row["declared"] else "missing"] for row in rows]
+    emit(rows, as_json, lambda: _table([*columns[:4], "why"], cells, "Nothing is missing."))
+
+
+@fleet.command("audit", epilog="Example: outstation fleet audit --json")
+@_device
+@_db
+@_dir
+@json_option
+def audit(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
+    """Verify every stored message again: signatures, chain, gaps, coverage. Exit 1 if anything is wrong."""
+    from agent.fleet.audit import audit as run_audit
+
+    _, store = _reading(folder, db, device)
+    with _progress("auditing", store.count_messages(device)) as advance:
+        report = run_audit(store, device, advance).document()
+    emit(report, as_json, lambda: _say(*_verdict(report)))
+    if not report["passed"]:
+        sys.exit(1)
+
+
+@fleet.command("watch", epilog="Example: outstation fleet watch --raw --seconds 10")
+@click.option("--raw", is_flag=True, help="One line per message, like mosquitto_sub -v, with the verdict.")
+@click.option("--seconds", type=click.FloatRange(min=0), metavar="S", help="Stop after this time.")
+@_db
+@_dir
+def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) -> None:
+    """Look on: verified messages as a live table; as lines with --raw, or where stdout is no terminal."""
+    from agent.fleet.keyring import Keyring
+    from agent.fleet.screen import show_lines, show_table
+    from agent.fleet.watch import Watcher, connect, deliveries
+
+    config, store = _reading(folder, db)
+    name, broker = config.fleet.name, config.broker_as(config.operator)
+    keyring = Keyring(store, {"collector": keys.load_private(Path(config.collector.key_file)).public})
+    client = f"outstation-{name}-watch-{os.getpid()}"
+    show = show_lines if raw or not sys.stdout.isatty() else show_table
+    with contextlib.suppress(KeyboardInterrupt):
+        show(
+            Watcher(name, keyring),
+            lambda tell: deliveries(lambda: connect(broker, name, client), keyring.refresh, seconds, tell),
+        )
+
+
+def _reading(folder: str | None, db: str | None, device: str | None = None) -> tuple[FleetConfig, FleetStore]:
+    """The config, and the database open for reading until the command ends. Raises UsageError for an unknown device."""
+    from agent.fleet.store import FleetStore
+
+    config = fleet_config.load(fleet_config.find(folder))
+    store = FleetStore(_database(config, db), read_only=True)
+    click.get_current_context().call_on_close(store.close)
+    if device is not None:
+        known = [row["device"] for row in store.devices()]
+        if device not in known:
+            raise UsageError(f"no device {device!r} is enrolled{suggestion(device, known)}")
+    return config, store
+
+
+def _database(config: FleetConfig, db: str | None) -> Path:
+    return fleet_config.database(db, Path.cwd()) if db else Path(config.fleet.db)
+
+
+def _verdict(report: dict[str, Any]) -> Iterable[str]:
+    """The audit's report for a person."""
+    missing = [gap for gap in report["gaps"] if not gap["declared"]]
+    yield (
+        f"{report['messages']} messages of {report['devices']} devices: {report['invalid_count']} invalid, "
+        f"{len(missing)} gaps, {len(report['gaps']) - len(missing)} declared evictions, "
+        f"{report['duplicates']} duplicates"
+    )
+    for entry in report["invalid"][:50]:
+        yield f"  {entry['device']} {entry['log']} seq {entry['seq']} {entry['reason']}"
+    for gap in missing[:50]:
+        yield f"  {gap['device']} {gap['log']} seq {gap['from']}-{gap['to']} is missing"
+    if not report["messages"]:
+        yield "Nothing was collected yet: start `outstation fleet collect` and a device."
+    yield "PASSED" if report["passed"] else "FAILED"
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr where work takes over a second and somebody looks; it is told how much was done."""
+    if total < 5000 or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        click.echo(printable(line))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
+    """What devices wrote, with everything that could steer a terminal escaped."""
+    table(columns, [[cell if isinstance(cell, int) else printable(str(cell)) for cell in row] for row in rows], empty)

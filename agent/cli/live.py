@@ -1,0 +1,47 @@
+"""The demo's live table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from agent.simulate import Plan
+
+_STATES = {"ok": "green", "drift": "bold yellow", "fault": "bold red", "insufficient": "dim"}
+_WORDS = {"insufficient": "learning its site"}
+
+
+def show(views: Iterable[list[dict[str, Any]]], plan: Plan, broker: str) -> None:
+    """Draw each view over the last one; on no terminal nothing is drawn."""
+    console = Console()
+    if not console.is_terminal:
+        for _ in views:
+            pass
+        return
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        for view in views:
+            live.update(_screen(view, plan, broker), refresh=True)
+
+
+def _screen(view: list[dict[str, Any]], plan: Plan, broker: str) -> Group:
+    table = Table(box=box.SIMPLE_HEAD, title=f"{len(plan.sites)} devices over {broker}", title_justify="left")
+    for name in ("device", "", "rows", "windows", "results", "verified"):
+        table.add_column(name, justify="right" if name not in ("device", "") else "left")
+    table.add_column("drift")
+    alerts = []
+    for row in view:
+        done = ProgressBar(total=plan.rows, completed=row["rows"], width=16)
+        numbers = [f"{row[name]:,}" for name in ("rows", "windows", "results", "messages")]
+        state = row["drift"] or "insufficient"
+        table.add_row(row["device"], done, *numbers, Text(_WORDS.get(state, state), _STATES.get(state, "")))
+        alerts += [Text(f"{row['device']}  {sentence}") for sentence in row["open"]]
+    if not view:
+        table.add_row(Text("starting …", "dim"))
+    return Group(table, *alerts[-8:])

@@ -1,0 +1,36 @@
+"""How commands answer: one JSON document, or text for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+import msgspec
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else there.")
+config_option = click.option(
+    "-c", "--config", "config_file", metavar="FILE", help="Config file; default $OUTSTATION_CONFIG, ./outstation.toml."
+)
+
+
+def emit(document: object, as_json: bool, human: Callable[[], None]) -> None:
+    """The document, or what `human` prints."""
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2))
+    else:
+        human()
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
+    """Aligned columns, numbers to the right; `empty` where there are no rows."""
+    if not rows:
+        click.echo(empty)
+        return
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+    for number, line in enumerate([list(columns), *cells]):
+        parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
+        text = "  ".join(parts).rstrip()
+        click.echo(click.style(text, bold=True) if number == 0 else text)

@@ -1,0 +1,70 @@
+"""`outstation run` and `outstation batch`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from typing import Any
+
+import click
+
+from agent.cli import wiring
+from agent.cli.output import config_option, emit, json_option, table
+from agent.config import suggestion
+from agent.device import batch as batches
+from agent.device.daemon import clock_of
+from agent.errors import ConfigError
+
+
+@click.command(epilog="Example: outstation run -c /etc/outstation/outstation.toml")
+@config_option
+@click.option("-v", "--verbose", is_flag=True, help="Log more.")
+def run(config_file: str | None, verbose: bool) -> None:
+    """The daemon, in the foreground; SIGTERM or Ctrl-C stops it gracefully."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    # Its debug lines are about timers of ours.
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    file, conf = wiring.load(config_file)
+    store = wiring.open_store(conf)
+    try:
+        daemon = wiring.daemon(file, conf, store)
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda *_: daemon.signals.halt())
+        daemon.run()
+    finally:
+        store.close()
+
+
+@click.command(epilog="Example: outstation batch exercise")
+@click.argument("task", required=False)
+@config_option
+@json_option
+def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
+    """Run what waits for TASK (for all tasks) once, and stop. Messages stay in the outbox for `run` to send."""
+    file, conf = wiring.load(config_file)
+    if task is not None and task not in conf.tasks:
+        raise ConfigError(str(file), "tasks", f"there is no task {task!r}{suggestion(task, conf.tasks)}")
+    store = wiring.open_store(conf)
+    done: list[dict[str, Any]] = []
+    try:
+        writer, now = wiring.author(file, conf, store), clock_of(store)
+        for name in [task] if task else list(conf.tasks):
+            loaded = wiring.load_task(file, conf, store, name)
+            total = {"rows": 0, "windows": 0, "alerts": 0}
+            while (step := batches.run(loaded, store, writer, now())) is not None:
+                total["rows"] += step.rows
+                total["windows"] += step.windows
+                total["alerts"] += step.alerts
+            done.append({"task": name, **total})
+    finally:
+        store.close()
+    emit(
+        done,
+        as_json,
+        lambda: table(["task", "rows", "windows", "alerts"], [list(d.values()) for d in done], "No tasks."),
+    )

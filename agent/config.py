@@ -1,0 +1,395 @@
+"""Config files: frozen structures from TOML, every mistake named with its file, key and fix."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+
+from agent.errors import ConfigError
+from agent.names import is_name
+
+_SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_DURATIONS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+class Size(int):
+    """Bytes, written `"512 MiB"`."""
+
+
+class Duration(float):
+    """Seconds, written `"10 s"`, `"72 h"`."""
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all sections: an unknown key is an error."""
+
+
+class Device(Section, frozen=True):
+    id: str
+    fleet: str
+    data_dir: str = "/var/lib/outstation"
+
+
+class Broker(Section, frozen=True):
+    url: str = "mqtt://127.0.0.1:1883"
+    ca_file: str | None = None
+    cert_file: str | None = None
+    tls_key_file: str | None = None
+    username: str | None = None
+    password: str | None = None
+    allow_plaintext: bool = False
+    max_message_bytes: Annotated[int, msgspec.Meta(ge=2_000, le=1_000_000)] = 120_000
+
+    @property
+    def tls(self) -> bool:
+        return self.url.startswith("mqtts:")
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or (8883 if self.tls else 1883)
+
+
+class Collector(Section, frozen=True):
+    key: str = ""
+    delivery: Literal["collector", "broker"] = "collector"
+
+
+class Operators(Section, frozen=True):
+    keys: list[str] = []
+
+
+class Publishers(Section, frozen=True):
+    keys: list[str] = []
+
+
+class Buffer(Section, frozen=True):
+    max_size: Size = Size(2**30)
+    commit_every: Duration = Duration(1.0)
+    keep_readings: Duration = Duration(24 * 3600.0)
+
+
+class Intake(Section, frozen=True):
+    tcp: str | None = None
+
+
+class Field(Section, frozen=True):
+    name: str
+    unit: str = ""
+    min: float | None = None
+    max: float | None = None
+    type: Literal["f32", "f64", "i64", "category"] = "f32"
+    optional: bool = False
+
+
+class SocketSource(Section, frozen=True, tag_field="kind", tag="socket"):
+    pass
+
+
+class FilesSource(Section, frozen=True, tag_field="kind", tag="files"):
+    folder: str
+    every: Duration = Duration(2.0)
+
+
+class HostSource(Section, frozen=True, tag_field="kind", tag="host"):
+    every: Duration = Duration(10.0)
+
+
+class Fault(Section, frozen=True):
+    """What a replay does to its recordings from row `from_row` on."""
+
+    kind: Literal["gain", "offset", "stuck", "missing"]
+    fields: list[str]
+    from_row: Annotated[int, msgspec.Meta(ge=1)]
+    amount: float = 0.0
+
+
+class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
+    file: str
+    subject: int | None = None
+    speed: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    seed: int = 0
+    rows: int | None = None
+    faults: list[Fault] = []
+
+
+Source = SocketSource | FilesSource | HostSource | ReplaySource
+
+
+class Stream(Section, frozen=True):
+    fields: Annotated[list[Field], msgspec.Meta(min_length=1, max_length=256)]
+    source: Source = msgspec.field(default_factory=SocketSource)
+
+
+class Below(Section, frozen=True):
+    below: float
+
+
+class Task(Section, frozen=True):
+    stream: str
+    bundle: str
+    schedule: str = "every 60 s"
+    publish: Literal["all", "changes", "summary"] | Below = "all"
+    learn: Annotated[int, msgspec.Meta(ge=20, le=10_000)] = 40
+
+
+class Config(Section, frozen=True):
+    """`outstation.toml`. Paths are absolute after `load`."""
+
+    device: Device
+    broker: Broker = msgspec.field(default_factory=Broker)
+    collector: Collector = msgspec.field(default_factory=Collector)
+    operators: Operators = msgspec.field(default_factory=Operators)
+    publishers: Publishers = msgspec.field(default_factory=Publishers)
+    buffer: Buffer = msgspec.field(default_factory=Buffer)
+    intake: Intake = msgspec.field(default_factory=Intake)
+    streams: dict[str, Stream] = {}
+    tasks: dict[str, Task] = {}
+
+    @property
+    def data_dir(self) -> Path:
+        return Path(self.device.data_dir)
+
+
+C = TypeVar("C", bound=Section)
+
+
+def find(explicit: str | None) -> Path:
+    """The config file to use: given, `$OUTSTATION_CONFIG`, `./outstation.toml`, then `/etc/outstation/`."""
+    if explicit or os.environ.get("OUTSTATION_CONFIG"):
+        return Path(explicit or os.environ["OUTSTATION_CONFIG"])
+    here = Path("outstation.toml")
+    return here if here.exists() else Path("/etc/outstation/outstation.toml")
+
+
+def load(path: Path) -> Config:
+    """The device config in `path`, checked. Raises ConfigError."""
+    config = read(path, Config)
+    file = str(path)
+    check_name(file, "device.id", config.device.id)
+    check_name(file, "device.fleet", config.device.fleet)
+    check_broker(file, config.broker)
+    for name, stream in config.streams.items():
+        _check_stream(file, name, stream)
+    for name, task in config.tasks.items():
+        check_name(file, f"tasks.{name}", name)
+        if task.stream not in config.streams:
+            hint = suggestion(task.stream, config.streams)
+            raise ConfigError(file, f"tasks.{name}.stream", f"there is no stream {task.stream!r}{hint}")
+    return _with_absolute_paths(config, path.resolve().parent)
+
+
+def read(path: Path, shape: type[C]) -> C:
+    """A TOML file as `shape`. Raises ConfigError."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            str(path), "", "no such file; `outstation init` writes one, `-c FILE` names another"
+        ) from None
+    except OSError as error:
+        raise ConfigError(str(path), "", f"cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), "", f"not valid TOML: {error}") from error
+    try:
+        return msgspec.convert(document, shape, dec_hook=_unit_hook)
+    except msgspec.ValidationError as error:
+        raise _explain(str(path), str(error), shape) from None
+
+
+def digest(config: Config) -> str:
+    """`sha256:…` of what decides results: the config as parsed, the broker's password left out."""
+    broker = msgspec.structs.replace(config.broker, password=None)
+    shown = msgspec.structs.replace(config, broker=broker)
+    data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_plain, order="deterministic"))
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def parse_size(text: str) -> Size:
+    """Bytes in `"512 MiB"`. Raises ValueError."""
+    return Size(round(_quantity(text, _SIZES)))
+
+
+def parse_duration(text: str) -> Duration:
+    """Seconds in `"10 s"`, `"5 min"`, `"72 h"`. Raises ValueError."""
+    return Duration(_quantity(text, _DURATIONS))
+
+
+def check_name(file: str, key: str, name: str) -> None:
+    """Raises ConfigError where `name` cannot stand in a topic."""
+    if not is_name(name):
+        raise ConfigError(file, key, f"{name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
+
+
+def check_broker(file: str, broker: Broker) -> None:
+    """Raises ConfigError for a URL that cannot work or would send in the clear."""
+    try:
+        parts = urlsplit(broker.url)
+        usable = parts.scheme in ("mqtt", "mqtts") and parts.hostname and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError(file, "broker.url", f"{broker.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
+    if not broker.tls and broker.host not in _LOOPBACK and not broker.allow_plaintext:
+        raise ConfigError(
+            file, "broker.url", f"{broker.url} would send in the clear; use mqtts://, or set allow_plaintext = true"
+        )
+    if (broker.cert_file is None) != (broker.tls_key_file is None):
+        raise ConfigError(file, "broker.cert_file", "cert_file and tls_key_file come together; give both or neither")
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` where something known is close, else what there is."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, 1, 0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there is {', '.join(sorted(names)[:12])}" if names else "; there is none"
+
+
+def _check_stream(file: str, name: str, stream: Stream) -> None:
+    check_name(file, f"streams.{name}", name)
+    key = f"streams.{name}.fields"
+    seen: set[str] = set()
+    for column in stream.fields:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]{0,63}", column.name) or column.name in ("t", "stream", "columns"):
+            raise ConfigError(
+                file, key, f"{column.name!r} cannot name a field: letters, digits, _ and . only; t is the time"
+            )
+        if column.name in seen:
+            raise ConfigError(file, key, f"field {column.name!r} is declared twice; remove one")
+        seen.add(column.name)
+        if column.min is not None and column.max is not None and column.min > column.max:
+            raise ConfigError(file, key, f"field {column.name!r}: min {column.min:g} is above max {column.max:g}")
+        if column.optional and column.type == "i64":
+            raise ConfigError(file, key, f"field {column.name!r}: an i64 cannot be missing; use type f64 or f32")
+    if isinstance(stream.source, ReplaySource):
+        for fault in stream.source.faults:
+            for field_name in fault.fields:
+                if field_name not in seen:
+                    hint = suggestion(field_name, seen)
+                    raise ConfigError(file, f"streams.{name}.source.faults", f"no field {field_name!r}{hint}")
+
+
+def _quantity(text: str, units: dict[str, Any]) -> float:
+    match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
+    unit = next((u for u in units if match and u.lower() == match[2].lower()), None)
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} must be a number with a unit: {', '.join(units)}")
+    return float(match[1]) * float(units[unit])
+
+
+def _unit_hook(kind: type, value: Any) -> Any:
+    if kind is Size:
+        return parse_size(value)
+    if kind is Duration:
+        return parse_duration(value)
+    raise NotImplementedError(kind)
+
+
+def _plain(value: Any) -> Any:
+    """Size and Duration as the numbers they are."""
+    return int(value) if isinstance(value, Size) else float(value)
+
+
+def _explain(file: str, message: str, shape: type[Section]) -> ConfigError:
+    """msgspec's message as file, key and fix."""
+    problem, _, path = message.partition(" - at `$")
+    key = path.rstrip("`").lstrip(".").replace("[...]", ".*")
+    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", problem)
+    if unknown:
+        known = sorted(_keys_at(shape, key))
+        where = f"{key}.{unknown[1]}" if key else unknown[1]
+        return ConfigError(file, where, f"unknown key{suggestion(unknown[1], known)}")
+    missing = re.fullmatch(r"Object missing required field `(.+)`", problem)
+    if missing:
+        where = f"{key}.{missing[1]}" if key else missing[1]
+        return ConfigError(file, where, "this key is required; add it")
+    return ConfigError(file, key, problem[:1].lower() + problem[1:])
+
+
+def _keys_at(shape: type[Section], key: str) -> set[str]:
+    """All keys any section at `key` may have."""
+    kinds: list[Any] = [shape]
+    for part in [p for p in re.split(r"[.\[\]]+", key) if p]:
+        kinds = [inner for kind in kinds for inner in _children(kind, part)]
+    names: set[str] = set()
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            names |= set(kind.__struct_fields__)
+    return names
+
+
+def _children(kind: Any, part: str) -> list[Any]:
+    hints = msgspec.inspect.type_info(kind)
+    return [inner for node in _flatten(hints) for inner in _step(node, part)]
+
+
+def _flatten(node: Any) -> list[Any]:
+    if isinstance(node, msgspec.inspect.UnionType):
+        return [inner for one in node.types for inner in _flatten(one)]
+    if isinstance(node, msgspec.inspect.Metadata):
+        return _flatten(node.type)
+    return [node]
+
+
+def _step(node: Any, part: str) -> list[Any]:
+    if isinstance(node, msgspec.inspect.StructType):
+        inner = [f.type for f in node.fields if f.encode_name == part]
+    elif isinstance(node, msgspec.inspect.DictType):
+        inner = [node.value_type]
+    elif isinstance(node, msgspec.inspect.ListType):
+        inner = [node.item_type]
+    else:
+        inner = []
+    return [_type_of(leaf) for one in inner for leaf in _flatten(one)]
+
+
+def _type_of(node: Any) -> Any:
+    if isinstance(node, msgspec.inspect.StructType):
+        return node.cls
+    if isinstance(node, msgspec.inspect.ListType):
+        return list[_type_of(_flatten(node.item_type)[0])]  # type: ignore[misc]
+    if isinstance(node, msgspec.inspect.DictType):
+        return dict[str, _type_of(_flatten(node.value_type)[0])]  # type: ignore[misc]
+    return object
+
+
+def _with_absolute_paths(config: Config, base: Path) -> Config:
+    def absolute(value: str | None) -> str | None:
+        return None if value is None else str(base / value)
+
+    broker = msgspec.structs.replace(
+        config.broker,
+        ca_file=absolute(config.broker.ca_file),
+        cert_file=absolute(config.broker.cert_file),
+        tls_key_file=absolute(config.broker.tls_key_file),
+    )
+    streams = {}
+    for name, stream in config.streams.items():
+        source = stream.source
+        if isinstance(source, FilesSource):
+            source = msgspec.structs.replace(source, folder=str(base / source.folder))
+        elif isinstance(source, ReplaySource):
+            source = msgspec.structs.replace(source, file=str(base / source.file))
+        streams[name] = msgspec.structs.replace(stream, source=source)
+    tasks = {
+        name: msgspec.structs.replace(task, bundle=str(base / task.bundle)) if "/" in task.bundle else task
+        for name, task in config.tasks.items()
+    }
+    device = msgspec.structs.replace(config.device, data_dir=str(base / config.device.data_dir))
+    return msgspec.structs.replace(config, device=device, broker=broker, streams=streams, tasks=tasks)

@@ -1,0 +1,244 @@
+"""One batch of one task: take → features → invoke → judge, and everything decided is committed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent import __version__, clock, config
+from agent.clock import Now
+from agent.config import Stream
+from agent.device.author import Author
+from agent.device.rows import Rows
+from agent.device.store import Batch, Store, Transaction
+from agent.drift.judge import Judge, State, Verdict
+from agent.model import features, runtime, scores
+from agent.model.bundle import Bundle
+from agent.model.features import Cut
+from agent.model.scores import Scores
+
+_MOST_WINDOWS = 512
+_MOST_ROWS = 65_536
+
+
+@dataclass
+class Task:
+    """A task with its model loaded. `drift` is the committed state of its judge."""
+
+    name: str
+    config: config.Task
+    stream: Stream
+    bundle: Bundle
+    model: runtime.Model
+    judge: Judge | None
+    drift: State | None
+    config_digest: str
+    columns: list[int] = field(init=False)
+    last_label: str = ""
+
+    def __post_init__(self) -> None:
+        names = [f.name for f in self.stream.fields]
+        self.columns = [names.index(name) for name in self.bundle.manifest.input.fields]
+
+    @property
+    def step(self) -> int:
+        window = self.bundle.manifest.input.window
+        return window.step if window else 1
+
+    @property
+    def window_rows(self) -> int:
+        window = self.bundle.manifest.input.window
+        return window.rows if window else 1
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        manifest = self.bundle.manifest
+        return {"name": manifest.name, "version": manifest.version, "digest": self.bundle.digest}
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What one batch did."""
+
+    rows: int
+    windows: int
+    alerts: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    state: State | None
+    verdicts: list[Verdict]
+
+
+def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
+    """One batch of what waits for `task`; None where nothing can be consumed yet.
+
+    Raises StorageError; then nothing of it happened.
+    """
+    after = store.cursor(task.name)
+    if after is None:
+        after = store.first_row(task.config.stream) - 1
+    limit = min(_MOST_ROWS, max(task.window_rows, _MOST_WINDOWS * task.step))
+    batch = store.take(task.config.stream, task.stream.fields, after, limit)
+    if batch is None:
+        return None
+    if batch.lost:
+        return _skip_lost(task, store, author, batch, now)
+    cut = features.cut(batch.rows.t, task.bundle.manifest.input.window)
+    if cut.consumed == 0:
+        return None
+    matrix = features.matrix([batch.rows.columns[i] for i in task.columns])
+    windows = features.windows(matrix, cut.starts, task.bundle.manifest.input)
+    outputs = task.model.invoke(windows)
+    found = scores.of(outputs, task.bundle.manifest, windows)
+    judged = _judge(task, batch, cut, matrix, found, outputs)
+    with store.transaction() as tx:
+        tx.advance(task.name, batch.first, batch.first + cut.consumed - 1)
+        if judged.state is not None:
+            tx.keep(task.name, "drift", judged.state.to_bytes())
+        for body in _results(task, author, batch, cut, found):
+            author.write(tx, "results", task.name, body, now)
+        for verdict in judged.verdicts:
+            _report(task, author, tx, verdict, now)
+        tx.count(f"windows.{task.name}", len(cut.starts))
+    task.drift = judged.state
+    if found.label is not None and len(found):
+        task.last_label = task.bundle.manifest.output.labels[int(found.label[-1])]
+    return Done(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))
+
+
+def _judge(
+    task: Task, batch: Batch, cut: Cut, matrix: NDArray[np.float32], found: Scores, outputs: NDArray[np.float32]
+) -> _Judged:
+    if task.judge is None or task.drift is None:
+        return _Judged(None, [])
+    labels = found.label if found.label is not None else np.zeros(len(cut.starts), np.int64)
+    certainty = None if found.score is None else found.score[:, None].astype(np.float32)
+    state, verdicts = task.judge.step(
+        task.drift,
+        matrix,
+        cut.starts,
+        task.window_rows,
+        labels,
+        certainty,
+        rows=(batch.first, batch.last),
+        t=batch.rows.t,
+    )
+    return _Judged(state, verdicts)
+
+
+def _results(task: Task, author: Author, batch: Batch, cut: Cut, found: Scores) -> Iterator[dict[str, Any]]:
+    """Bodies that together cover the consumed rows, each within the broker's limit."""
+    labels = task.bundle.manifest.output.labels
+    names = [labels[i] for i in found.label] if found.label is not None else None
+    ends = cut.starts + task.window_rows - 1
+    listed = _published(task, found, names)
+    longest = max((len(name) for name in labels), default=0)
+    # A result costs at most two numbers of 16 digits, a score, a label and their commas; 2 kB is for all the rest.
+    most = max(1, (author.max_bytes - 2_000 - 1_200) // (48 + longest))
+    first_row, count, done = 0, len(cut.starts), 0
+    while True:
+        stop = min(count, done + most)
+        through = cut.consumed if stop == count else int(cut.starts[stop - 1]) + task.step
+        picked = np.flatnonzero(listed[done:stop]) + done
+        columns: dict[str, Any] = {
+            "row": (ends[picked] + batch.first).tolist(),
+            "t": batch.rows.t[ends[picked]].tolist(),
+        }
+        if names is not None and found.score is not None:
+            columns["label"] = [names[i] for i in picked]
+            columns["score"] = np.round(found.score[picked], 4).tolist()
+        if found.value is not None:
+            columns["value"] = [float(f"{v:.6g}") for v in found.value[picked]]
+        rows = [batch.first + first_row, batch.first + through - 1]
+        yield _body(task, rows, stop - done, batch.rows.slice(first_row, through), columns)
+        first_row, done = through, stop
+        if done == count:
+            return
+
+
+def _body(task: Task, rows: list[int], n: int, consumed: Rows, columns: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": task.reference,
+        "stream": task.config.stream,
+        "rows": rows,
+        "n": n,
+        "input": consumed.digest(),
+        "columns": columns,
+        "made": {"agent": __version__, "runtime": runtime.NAME, "config": task.config_digest},
+    }
+
+
+def _published(task: Task, found: Scores, names: list[str] | None) -> NDArray[np.bool_]:
+    """Which results are listed in messages; all are counted."""
+    count, publish = len(found), task.config.publish
+    if publish == "summary":
+        return np.zeros(count, bool)
+    if isinstance(publish, config.Below) and found.score is not None:
+        return np.asarray(found.score < publish.below)
+    if publish == "changes" and names is not None:
+        return np.array([a != b for a, b in zip(names, [task.last_label, *names[:-1]], strict=True)], bool)
+    return np.ones(count, bool)
+
+
+def _report(task: Task, author: Author, tx: Transaction, verdict: Verdict, now: Now) -> None:
+    """A closed drift window: its message, then its alerts, which name that message."""
+    shipped = task.judge.shipped.digest if task.judge else None
+    window = {
+        "index": verdict.index,
+        "rows": list(verdict.rows),
+        "from": clock.rfc3339(verdict.t[0]),
+        "to": clock.rfc3339(verdict.t[1]),
+        "n": verdict.n,
+    }
+    head = {"model": task.reference, "reference": {"shipped": shipped, "site": verdict.site}, "window": window}
+    seq = author.write(tx, "drift", task.name, {**head, **verdict.summary}, now)
+    for alert in verdict.alerts:
+        body = {
+            "alert": alert.alert,
+            "subject": alert.subject,
+            "state": alert.state,
+            "severity": alert.severity,
+            "id": f"{task.name}/{alert.id}",
+            "summary": alert.summary,
+            "evidence": {"seq": seq, **alert.evidence},
+        }
+        author.write(tx, "alerts", task.name, body, now)
+    if verdict.learned is not None:
+        tx.keep(task.name, "site reference", verdict.learned.to_json())
+        summary = f"{task.name}: learned this site's reference from {verdict.learned.drift_windows} drift windows."
+        evidence = {"task": task.name, "site": verdict.learned.digest, "through": verdict.rows[1]}
+        author.write(tx, "audit", None, {"event": "learned", "summary": summary, "evidence": evidence}, now)
+    if verdict.refused is not None:
+        body = {"event": "not learned", "summary": f"{task.name}: {verdict.refused}", "evidence": {"task": task.name}}
+        author.write(tx, "audit", None, body, now)
+
+
+def _skip_lost(task: Task, store: Store, author: Author, batch: Batch, now: Now) -> Done:
+    """Rows whose chunk is damaged: covered by a run without results, declared, and set aside for a look."""
+    rows = [batch.first, batch.last]
+    summary = (
+        f"{task.config.stream}: rows {rows[0]} to {rows[1]} cannot be read back ({batch.lost}); they are set aside in "
+        "the store's table `damaged` and have no results. Check the card."
+    )
+    with store.transaction() as tx:
+        tx.advance(task.name, batch.first, batch.last)
+        tx.set_aside(task.config.stream, batch.first, batch.last)
+        empty: dict[str, Any] = {"row": [], "t": []}
+        author.write(tx, "results", task.name, {**_body(task, rows, 0, batch.rows, empty), "lost": batch.lost}, now)
+        alert = {
+            "alert": "storage",
+            "subject": task.config.stream,
+            "state": "raised",
+            "severity": "critical",
+            "id": f"{task.name}/storage/{batch.first}",
+            "summary": summary,
+            "evidence": {"rows": rows},
+        }
+        author.write(tx, "alerts", task.name, alert, now)
+    return Done(batch.last - batch.first + 1, 0, 1)

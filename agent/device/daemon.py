@@ -1,0 +1,178 @@
+"""The daemon: intake and uplink on their threads, batches on this one, until it is told to stop.
+
+A signal only sets a flag. Stopping finishes the commit in hand. A crash at any instruction is a normal way to stop:
+start-up reads the store and goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from agent import clock
+from agent.clock import Now
+from agent.config import Config
+from agent.device import batch, health
+from agent.device.author import Author
+from agent.device.intake import Intake
+from agent.device.notify import notify
+from agent.device.schedule import Schedule
+from agent.device.store import Store
+from agent.device.uplink import Uplink
+from agent.errors import BadBundle, StorageError, StorageFull
+
+log = logging.getLogger("outstation")
+
+_HEALTH_S = 60.0
+_TRIM_S = 10.0
+_LONGEST_WAIT_S = 5.0
+_TRIM_CHUNKS = 500
+
+
+@dataclass
+class Planned:
+    """A task and when it is due."""
+
+    task: batch.Task
+    schedule: Schedule
+
+
+@dataclass
+class Signals:
+    """What other threads tell the main loop."""
+
+    wake: threading.Event = field(default_factory=threading.Event)
+    stop: threading.Event = field(default_factory=threading.Event)
+    failure: Exception | None = None
+
+    def fail(self, error: Exception) -> None:
+        self.failure = self.failure or error
+        self.halt()
+
+    def halt(self) -> None:
+        self.stop.set()
+        self.wake.set()
+
+
+class Daemon:
+    """Owns the loop. Everything it works with is handed in."""
+
+    def __init__(
+        self,
+        conf: Config,
+        store: Store,
+        author: Author,
+        planned: Sequence[Planned],
+        make_intake: Callable[[Callable[[], None], Callable[[Exception], None]], Intake],
+        make_uplink: Callable[[Callable[[Exception], None]], Uplink],
+        now: Callable[[], Now],
+    ) -> None:
+        self.signals = Signals()
+        self._conf, self._store, self._author, self._planned, self._now = conf, store, author, planned, now
+        self._intake = make_intake(self.signals.wake.set, self.signals.fail)
+        self._uplink = make_uplink(self.signals.fail)
+        self._next_health = self._next_trim = 0.0
+
+    def run(self) -> None:
+        """Until stopped. Raises what made going on impossible."""
+        self._announce("started", "The agent started.")
+        self._intake.start()
+        self._uplink.start()
+        notify("READY=1")
+        log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._planned))
+        while not self.signals.stop.is_set():
+            self.signals.wake.wait(self.turn(self._now()))
+            self.signals.wake.clear()
+        notify("STOPPING=1")
+        self._shut_down()
+        if self.signals.failure is not None:
+            raise self.signals.failure
+
+    def turn(self, now: Now) -> float:
+        """Do what is due at `now`; how many seconds until something may be again."""
+        wait = _LONGEST_WAIT_S
+        for planned in self._planned:
+            if self.signals.stop.is_set():
+                return 0.0
+            if planned.schedule.due(now, self._backlog(planned)):
+                planned.schedule.ran(now)
+                self._work_off(planned.task, now)
+            wait = min(wait, planned.schedule.wait_s(now))
+        if now.boot_s >= self._next_health:
+            self._next_health = now.boot_s + _HEALTH_S
+            self._report_health(now)
+        if now.boot_s >= self._next_trim:
+            self._next_trim = now.boot_s + _TRIM_S
+            trim(self._conf, self._store, now)
+        # Fed here only: the loop has just proved that it gets round.
+        notify("WATCHDOG=1")
+        return wait
+
+    def _work_off(self, task: batch.Task, now: Now) -> None:
+        """Batches until nothing more can be consumed."""
+        while not self.signals.stop.is_set():
+            try:
+                done = batch.run(task, self._store, self._author, self._now())
+            except BadBundle as problem:
+                log.error("task %s: %s; its rows are kept and it is tried again when next due", task.name, problem)
+                return
+            except StorageFull as full:
+                log.error("task %s: %s; tried again when next due", task.name, full)
+                trim(self._conf, self._store, now)
+                return
+            if done is None:
+                return
+            self._uplink.wake()
+            notify("WATCHDOG=1")
+            if done.alerts:
+                log.warning("task %s: %d alerts; see `outstation status`", task.name, done.alerts)
+
+    def _backlog(self, planned: Planned) -> int:
+        task = planned.task
+        return self._store.last_row(task.config.stream) - (self._store.cursor(task.name) or 0)
+
+    def _report_health(self, now: Now) -> None:
+        models = {p.task.name: p.task.reference for p in self._planned}
+        try:
+            with self._store.transaction() as tx:
+                tx.set_meta("time floor", str(max(now.wall_us, int(self._store.meta("time floor", "0")))))
+                self._author.write(tx, "health", None, health.report(self._conf, self._store, models), now)
+        except StorageFull as full:
+            log.error("%s", full)
+            return
+        self._uplink.wake()
+
+    def _announce(self, event: str, summary: str) -> None:
+        models = {p.task.name: p.task.reference for p in self._planned}
+        with self._store.transaction() as tx:
+            body = {"event": event, "summary": summary, "evidence": {"tasks": models}}
+            self._author.write(tx, "audit", None, body, self._now())
+
+    def _shut_down(self) -> None:
+        self._intake.stop()
+        if isinstance(self.signals.failure, StorageError):
+            self._uplink.stop(0.0)
+            return
+        self._report_health(self._now())
+        self._announce("stopped", "The agent was stopped.")
+        self._uplink.stop()
+
+
+def trim(conf: Config, store: Store, now: Now) -> None:
+    """Delete readings that every task of their stream has used: after a while, or as soon as space is short."""
+    short = store.used_bytes() > store.max_bytes() * 0.8
+    before = now.wall_us + 1 if short else now.wall_us - round(conf.buffer.keep_readings * 1e6)
+    for name in conf.streams:
+        cursors = [store.cursor(task) or 0 for task, t in conf.tasks.items() if t.stream == name]
+        if not cursors:
+            continue
+        with store.transaction() as tx:
+            tx.trim(name, min(cursors), before, _TRIM_CHUNKS)
+
+
+def clock_of(store: Store) -> Callable[[], Now]:
+    """Both clocks, with the store's time floor: the latest time it has seen pass."""
+    floor = max(clock.BUILD_FLOOR_US, int(store.meta("time floor", "0")))
+    return lambda: clock.read(floor)

@@ -1,0 +1,184 @@
+"""JSON lines of a producer to rows: whole runs of good lines in one decode, bad lines one by one with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import msgspec
+
+from agent.config import Stream, suggestion
+from agent.device.rows import Checked, Raw, check
+from agent.errors import Rejected
+
+MAX_LINE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Rows of one stream out of one or more lines, None where a line held none.
+
+    `lines` are the numbers of the lines the rows came in, one a row or one for all; `bad` line → reason.
+    """
+
+    stream: str
+    checked: Checked | None
+    lines: list[int]
+    bad: dict[int, str]
+
+
+class _Named(msgspec.Struct):
+    stream: str
+    columns: msgspec.Raw = msgspec.Raw()
+
+
+class Reader:
+    """Parses the lines of one connection; remembers each stream's latest time in it."""
+
+    def __init__(self, streams: Mapping[str, Stream]) -> None:
+        self._shapes = {name: _Shape(name, stream) for name, stream in streams.items()}
+        self._latest: dict[str, int] = {}
+        self._guess: _Shape | None = None
+
+    def read(self, lines: list[bytes], first: int, now_us: int) -> Iterator[Taken]:
+        """What `lines`, numbered from `first`, hold; every line is in a Taken or in a `bad`."""
+        run = self._whole_run(lines)
+        if run is not None:
+            yield self._take(run[0], run[1], list(range(first, first + len(lines))), now_us)
+            return
+        if len(lines) > 32:
+            # Halving finds a few bad lines among many good ones without decoding each line by itself.
+            middle = len(lines) // 2
+            yield from self.read(lines[:middle], first, now_us)
+            yield from self.read(lines[middle:], first + middle, now_us)
+            return
+        for number, line in enumerate(lines, first):
+            try:
+                yield self._one_line(line, number, now_us)
+            except Rejected as reason:
+                yield Taken("", None, [], {number: str(reason)})
+
+    def _whole_run(self, lines: list[bytes]) -> tuple[_Shape, Raw] | None:
+        """All lines as rows of the stream the last line was of, or None."""
+        shape = self._guess
+        if shape is None or len(lines) < 2:
+            return None
+        try:
+            decoded = shape.run_decoder.decode(b"[" + b",".join(lines) + b"]")
+            return (shape, shape.transpose(decoded)) if len(decoded) == len(lines) else None
+        except (msgspec.MsgspecError, ValueError):
+            return None
+
+    def _one_line(self, line: bytes, number: int, now_us: int) -> Taken:
+        try:
+            named = msgspec.json.decode(line, type=_Named)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise Rejected(_json_problem(line, error)) from None
+        shape = self._shapes.get(named.stream)
+        if shape is None:
+            raise Rejected(f"unknown stream {named.stream[:40]!r}{suggestion(named.stream, self._shapes)}")
+        by_columns = bool(bytes(named.columns))
+        self._guess = None if by_columns else shape
+        try:
+            if not by_columns:
+                raw = shape.transpose([shape.row_decoder.decode(line)])
+                return self._take(shape, raw, [number], now_us)
+            return self._take_columns(shape, line, number, now_us)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise Rejected(_field_problem(str(error), shape)) from None
+
+    def _take_columns(self, shape: _Shape, line: bytes, number: int, now_us: int) -> Taken:
+        values = dict(shape.columns_decoder.decode(line).columns)
+        t = values.pop("t", None)
+        lengths = {len(column) for column in values.values()}
+        if len(lengths) != 1 or lengths == {0}:
+            raise Rejected(f"columns must be of one length of at least 1, these have {sorted(lengths)}")
+        raw = Raw(lengths.pop(), t, values)
+        taken = self._take(shape, raw, [number], now_us)
+        bad = taken.checked.bad if taken.checked else {}
+        if not bad:
+            return taken
+        shown = "; ".join(f"row {index + 1} of the columns: {reason}" for index, reason in sorted(bad.items())[:5])
+        more = f"; and {len(bad) - 5} more rows" if len(bad) > 5 else ""
+        return Taken(taken.stream, taken.checked, [number], {number: shown + more})
+
+    def _take(self, shape: _Shape, raw: Raw, numbers: list[int], now_us: int) -> Taken:
+        checked = check(raw, shape.stream, now_us, self._latest.get(shape.name))
+        if raw.t is not None and len(checked.rows):
+            self._latest[shape.name] = int(checked.rows.t[-1])
+        if len(numbers) < raw.n:
+            return Taken(shape.name, checked, numbers, {})
+        bad = {numbers[index]: reason for index, reason in checked.bad.items()}
+        return Taken(shape.name, checked, [n for n in numbers if n not in bad], bad)
+
+
+class _Shape:
+    """The decoders of one stream."""
+
+    def __init__(self, name: str, stream: Stream) -> None:
+        self.name, self.stream = name, stream
+
+    @cached_property
+    def _row_type(self) -> type[msgspec.Struct]:
+        kinds = {"category": str, "i64": int}
+        fields: list[Any] = [("stream", str), ("t", float | None, None)]
+        for f in self.stream.fields:
+            kind: Any = kinds.get(f.type, float)
+            fields.append((f.name, kind | None, None) if f.optional else (f.name, kind))
+        return msgspec.defstruct("Row", fields, kw_only=True, forbid_unknown_fields=True, rename=None, gc=False)
+
+    @cached_property
+    def row_decoder(self) -> msgspec.json.Decoder[Any]:
+        return msgspec.json.Decoder(self._row_type)
+
+    @cached_property
+    def run_decoder(self) -> msgspec.json.Decoder[Any]:
+        return msgspec.json.Decoder(list[self._row_type])  # type: ignore[name-defined]
+
+    @cached_property
+    def columns_decoder(self) -> msgspec.json.Decoder[Any]:
+        fields = [("stream", str), ("columns", dict[str, list[Any]])]
+        return msgspec.json.Decoder(msgspec.defstruct("Columnar", fields, forbid_unknown_fields=True))
+
+    def transpose(self, decoded: list[Any]) -> Raw:
+        columns = list(zip(*map(msgspec.structs.astuple, decoded), strict=True))
+        if any(name != self.name for name in columns[0]):
+            raise ValueError("lines of several streams")
+        t = columns[1] if all(value is not None for value in columns[1]) else None
+        if t is None and any(value is not None for value in columns[1]):
+            raise ValueError("some lines have t, others not")
+        return Raw(len(decoded), t, {f.name: c for f, c in zip(self.stream.fields, columns[2:], strict=True)})
+
+
+def _json_problem(line: bytes, error: Exception) -> str:
+    if len(line) > MAX_LINE:
+        return f"line of {len(line)} bytes, the limit is {MAX_LINE}"
+    if b"\x00" in line or (not line.isascii() and not _is_text(line)):
+        return "not text: binary data on a line protocol"
+    if b"NaN" in line or b"Infinity" in line:
+        return "NaN and Infinity are no JSON numbers; leave an optional field out instead"
+    problem = str(error)
+    if "missing required field `stream`" in problem:
+        return 'no "stream" in this line'
+    return f"not one JSON object on one line: {problem[:120]}"
+
+
+def _is_text(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _field_problem(problem: str, shape: _Shape) -> str:
+    names = [f.name for f in shape.stream.fields]
+    if "unknown field" in problem:
+        name = problem.split("`")[1]
+        return f"{name!r} is not a field of stream {shape.name}{suggestion(name, names)}"
+    if "missing required field" in problem:
+        return f"field {problem.split('`')[1]!r} is missing"
+    what, _, where = problem.partition(" - at `$.")
+    return f"{where.rstrip('`')}: {what[:1].lower()}{what[1:]}" if where else problem[:160]

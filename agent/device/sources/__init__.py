@@ -1,0 +1,5 @@
+"""Sources a device runs itself, beside the socket: each makes rows for one stream.
+
+files    a watched folder       host    this machine's temperature, load, memory, disk
+replay   recordings, at speed
+"""

@@ -1,0 +1,50 @@
+"""This machine's own condition as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from agent.config import HostSource, Stream, suggestion
+from agent.device.group import Mark
+from agent.device.intake import Offer
+from agent.device.rows import Raw
+from agent.errors import ConfigError
+
+
+def _temperature() -> float | None:
+    """°C of the hottest sensor; None where the machine has none."""
+    readings = [entry.current for chip in psutil.sensors_temperatures().values() for entry in chip if entry.current]
+    return max(readings, default=None)
+
+
+class Host:
+    """Reads what the stream's fields name, every so often. A value this machine cannot read is missing."""
+
+    def __init__(self, file: str, name: str, stream: Stream, source: HostSource, data_dir: Path) -> None:
+        self._name, self._stream, self._every = name, stream, float(source.every)
+        self._readers: dict[str, Callable[[], float | None]] = {
+            "temperature": _temperature,
+            "cpu": lambda: psutil.cpu_percent(None),
+            "load1": lambda: psutil.getloadavg()[0],
+            "memory": lambda: psutil.virtual_memory().percent,
+            "disk": lambda: psutil.disk_usage(str(data_dir)).percent,
+            "swap": lambda: psutil.swap_memory().percent,
+            "uptime": lambda: asyncio.get_running_loop().time(),
+        }
+        for field in stream.fields:
+            if field.name not in self._readers:
+                raise ConfigError(
+                    file,
+                    f"streams.{name}.fields",
+                    f"the host has no {field.name!r}{suggestion(field.name, self._readers)}",
+                )
+
+    async def run(self, offer: Offer) -> None:
+        while True:
+            values = {f.name: [self._readers[f.name]()] for f in self._stream.fields}
+            await offer(self._name, Raw(1, None, values), Mark(f"host:{self._name}", "", 0))
+            await asyncio.sleep(self._every)

@@ -1,0 +1,433 @@
+"""All SQL of the device: readings, cursors, drift state and outgoing messages in one SQLite file.
+
+One process owns the file (a lock file says so) and one connection writes; everyone else opens read-only. Each write is
+one transaction: when `transaction()` returns, it is on the disk; when it raises, nothing of it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sqlite_utils
+
+from agent import clock
+from agent.config import Field, Stream, suggestion
+from agent.device import schema
+from agent.device.rows import Packed, Rows, concatenate, pack, unpack
+from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
+
+PAGE = 4096
+# Intake stops here, so that results, acknowledgements and deletions always find room.
+INTAKE_SHARE = 0.9
+_QUALITIES = ("synced", "restored", "unsynced")
+_EMPTY = Rows(np.zeros(0, np.int64), ())
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows `first`…`last` of a stream (row numbers count from 1); `lost` where their chunk is damaged."""
+
+    first: int
+    rows: Rows
+    lost: str | None = None
+    lost_last: int = 0
+
+    @property
+    def last(self) -> int:
+        return self.lost_last if self.lost else self.first + len(self.rows) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """One message of the outbox."""
+
+    seq: int
+    topic: str
+    payload: bytes
+    jws: str
+    time: str
+
+
+class Store:
+    """The open store of a device. Thread-safe: every call takes the one lock."""
+
+    def __init__(self, folder: Path, *, max_size: int = 2**30, read_only: bool = False) -> None:
+        self.path = folder / "outstation.db"
+        self._lock = threading.RLock()
+        self._owner: int | None = None
+        self.boot = 0
+        if not read_only:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._owner = _own(folder)
+        try:
+            self._db = _connect(self.path, read_only, max_size)
+            if not read_only:
+                self._begin_boot()
+        except BaseException:
+            self._disown()
+            raise
+        self.log_id = self.meta("log", "")
+        self.boot = int(self.meta("boot", "0"))
+
+    # --- transactions ---
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """One transaction: committed when the block ends, rolled back when it raises.
+
+        Raises StorageFull, StorageBusy or StorageError.
+        """
+        with self._lock:
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                tx = Transaction(self._db, self.boot)
+                yield tx
+                tx.finish()
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                self._roll_back()
+                raise _storage_error(self.path, error) from error
+            except BaseException:
+                self._roll_back()
+                raise
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+
+    # --- reading ---
+
+    def meta(self, key: str, default: str) -> str:
+        row = self._one("SELECT value FROM meta WHERE key = ?", key)
+        return default if row is None else str(row[0])
+
+    def last_row(self, stream: str) -> int:
+        """The number of the newest row of `stream`; 0 where there is none."""
+        row = self._one("SELECT next_row - 1 FROM streams WHERE name = ?", stream)
+        return int(row[0]) if row else 0
+
+    def first_row(self, stream: str) -> int:
+        """The number of the oldest row still kept, or of the next row to come."""
+        row = self._one("SELECT min(first_row) FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ?", stream)
+        return int(row[0]) if row and row[0] is not None else self.last_row(stream) + 1
+
+    def cursor(self, task: str) -> int | None:
+        """The last row `task` consumed; None before its first batch."""
+        row = self._one("SELECT row FROM cursors WHERE task = ?", task)
+        return int(row[0]) if row else None
+
+    def first_consumed(self, task: str) -> int | None:
+        row = self._one("SELECT first FROM cursors WHERE task = ?", task)
+        return int(row[0]) if row else None
+
+    def state(self, task: str, name: str) -> bytes | None:
+        row = self._one("SELECT value FROM state WHERE task = ? AND name = ?", task, name)
+        return bytes(row[0]) if row else None
+
+    def counters(self) -> dict[str, int]:
+        return {str(name): int(n) for name, n in self._all("SELECT name, n FROM counters")}
+
+    def mark(self, source: str, item: str) -> int:
+        """How far `source` has got with `item` (a file, a client), as committed with its rows; 0 at first."""
+        row = self._one("SELECT position FROM marks WHERE source = ? AND item = ?", source, item)
+        return int(row[0]) if row else 0
+
+    def categories(self, stream: str, field: str) -> list[str]:
+        """Category texts by code; code 0 is missing."""
+        found = self._all("SELECT value FROM categories WHERE stream = ? AND field = ? ORDER BY code", stream, field)
+        return ["", *(str(row[0]) for row in found)]
+
+    def take(self, stream: str, fields: Sequence[Field], after: int, limit: int) -> Batch | None:
+        """Up to about `limit` rows after row `after`, as contiguous packed columns; None where there are none.
+
+        Cost depends on the rows taken, not on the backlog. A chunk that is damaged comes alone, with `lost` set.
+        """
+        parts: list[Rows] = []
+        first, count = after + 1, 0
+        with self._lock, _errors(self.path):
+            for first_row, *packed in self._db.execute(schema.TAKE, {"stream": stream, "after": after}):
+                try:
+                    rows = unpack(Packed(*packed), fields)
+                except ValueError as damage:
+                    if parts:
+                        break
+                    return Batch(first, _EMPTY, str(damage), int(first_row) + int(packed[0]) - 1)
+                skip = first + count - int(first_row)
+                if skip < 0:
+                    # Rows between were damaged and set aside; the caller sees them as lost.
+                    if parts:
+                        break
+                    return Batch(first, _EMPTY, "rows were set aside as damaged", int(first_row) - 1)
+                parts.append(rows.slice(skip, min(len(rows), skip + limit - count)))
+                count += len(parts[-1])
+                if count >= limit:
+                    break
+        return Batch(first, concatenate(parts)) if parts else None
+
+    def unsent(self, after: int, limit: int) -> list[Pending]:
+        """Messages of the outbox with seq > `after`, in order."""
+        found = self._all(
+            "SELECT seq, topic, payload, jws, time FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?", after, limit
+        )
+        return [Pending(*row) for row in found]
+
+    def pending(self, seqs: Sequence[int]) -> list[Pending]:
+        """Those of `seqs` that are still in the outbox."""
+        marks = ",".join("?" * len(seqs))
+        found = self._all(
+            f"SELECT seq, topic, payload, jws, time FROM outbox WHERE seq IN ({marks}) ORDER BY seq", *seqs
+        )
+        return [Pending(*row) for row in found]
+
+    def outbox_size(self) -> tuple[int, int]:
+        """Messages waiting, and the last seq ever given."""
+        row = self._one("SELECT count(*) FROM outbox")
+        return (int(row[0]) if row else 0), int(self.meta("seq", "0"))
+
+    def used_bytes(self) -> int:
+        """Bytes of pages in use, free ones not counted."""
+        pages = int((self._one("PRAGMA page_count") or (0,))[0])
+        free = int((self._one("PRAGMA freelist_count") or (0,))[0])
+        return (pages - free) * PAGE
+
+    def max_bytes(self) -> int:
+        return int((self._one("PRAGMA max_page_count") or (0,))[0]) * PAGE
+
+    def kept_span_us(self) -> int:
+        """Time from the oldest chunk kept to the newest, µs."""
+        row = self._one("SELECT max(first_t) - min(first_t) FROM chunks")
+        return int(row[0]) if row and row[0] is not None else 0
+
+    def alerts(self, limit: int) -> list[dict[str, Any]]:
+        """The newest alerts, newest first."""
+        found = self._all("SELECT body FROM alerts ORDER BY rowid DESC LIMIT ?", limit)
+        return [json.loads(row[0]) for row in found]
+
+    # --- opening and closing ---
+
+    def declare(self, streams: dict[str, Stream]) -> None:
+        """Make the streams known. Raises UsageError where stored rows have other fields than the config says."""
+        for name, stream in streams.items():
+            wanted = [[f.name, f.type] for f in stream.fields]
+            row = self._one("SELECT fields, next_row FROM streams WHERE name = ?", name)
+            if row is None or (row[1] == 1 and json.loads(row[0]) != wanted):
+                with self.transaction() as tx:
+                    tx.declare(name, json.dumps(wanted))
+            elif json.loads(row[0]) != wanted:
+                raise UsageError(
+                    f"streams.{name}.fields: the store at {self.path} holds rows with fields {row[0]}; "
+                    "give the changed stream a new name, so that no row is read as something else"
+                )
+
+    def require_stream(self, name: str, streams: dict[str, Stream]) -> Stream:
+        """The config of stream `name`. Raises UsageError with a suggestion."""
+        if name not in streams:
+            raise UsageError(f"there is no stream {name!r}{suggestion(name, streams)}")
+        return streams[name]
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+            self._disown()
+
+    def _begin_boot(self) -> None:
+        """Count this boot, once, and give a new store its log id."""
+        with self.transaction() as tx:
+            if not self.meta("log", ""):
+                tx.set_meta("log", str(uuid.uuid4()))
+            this_boot = clock.boot_id()
+            if self.meta("boot_id", "") != this_boot or not this_boot:
+                tx.set_meta("boot_id", this_boot)
+                tx.set_meta("boot", str(int(self.meta("boot", "0")) + 1))
+
+    def _disown(self) -> None:
+        if self._owner is not None:
+            os.close(self._owner)
+            self._owner = None
+
+    def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
+        with self._lock, _errors(self.path):
+            row: tuple[Any, ...] | None = self._db.execute(sql, values).fetchone()
+            return row
+
+    def _all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._lock, _errors(self.path):
+            return self._db.execute(sql, values).fetchall()
+
+
+class Transaction:
+    """What can be written; lives inside `Store.transaction`."""
+
+    def __init__(self, db: sqlite3.Connection, boot: int) -> None:
+        self._db, self._boot = db, boot
+        self._chain: tuple[int, str] | None = None
+
+    def declare(self, stream: str, fields: str) -> None:
+        self._db.execute(
+            "INSERT INTO streams (name, fields, next_row) VALUES (?, ?, 1) "
+            "ON CONFLICT (name) DO UPDATE SET fields = excluded.fields",
+            (stream, fields),
+        )
+
+    def append(self, stream: str, rows: Rows, quality: str) -> int:
+        """Add rows to a stream as one chunk; the number of the last one."""
+        stream_id, first = self._db.execute("SELECT id, next_row FROM streams WHERE name = ?", (stream,)).fetchone()
+        packed = pack(rows)
+        self._db.execute(
+            schema.ADD_CHUNK,
+            (
+                *(stream_id, first, packed.n, packed.first_t, packed.time_bytes, packed.data, packed.crc),
+                *(self._boot, _QUALITIES.index(quality)),
+            ),
+        )
+        self._db.execute("UPDATE streams SET next_row = ? WHERE id = ?", (first + packed.n, stream_id))
+        return int(first) + packed.n - 1
+
+    def category_codes(self, stream: str, field: str, texts: Sequence[str]) -> list[int]:
+        """The code of each text, new ones given. Raises OverflowError past 65,535 different texts."""
+        known = {
+            str(value): int(code)
+            for code, value in self._db.execute(
+                "SELECT code, value FROM categories WHERE stream = ? AND field = ?", (stream, field)
+            )
+        }
+        known[""] = 0
+        for text in dict.fromkeys(texts):
+            if text not in known:
+                code = len(known)
+                if code > 0xFFFF:
+                    raise OverflowError(f"field {field!r} has more than 65,535 different categories")
+                known[text] = code
+                self._db.execute("INSERT INTO categories VALUES (?, ?, ?, ?)", (stream, field, code, text))
+        return [known[text] for text in texts]
+
+    def advance(self, task: str, first: int, last: int) -> None:
+        """Move the cursor of `task` to `last`; `first` is remembered once, as where the task began."""
+        self._db.execute(
+            "INSERT INTO cursors (task, row, first) VALUES (?, ?, ?) "
+            "ON CONFLICT (task) DO UPDATE SET row = excluded.row",
+            (task, last, first),
+        )
+
+    def keep(self, task: str, name: str, value: bytes) -> None:
+        self._db.execute("INSERT OR REPLACE INTO state (task, name, value) VALUES (?, ?, ?)", (task, name, value))
+
+    def set_mark(self, source: str, item: str, position: int) -> None:
+        self._db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?, ?)", (source, item, position))
+
+    def drop_mark(self, source: str, item: str) -> None:
+        self._db.execute("DELETE FROM marks WHERE source = ? AND item = ?", (source, item))
+
+    def count(self, name: str, n: int) -> None:
+        if n:
+            self._db.execute(
+                "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n", (name, n)
+            )
+
+    def set_meta(self, key: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def chain(self) -> tuple[int, str]:
+        """The last seq given and the digest of its payload; (0, "") in a new log."""
+        if self._chain is None:
+            found = dict(self._db.execute("SELECT key, value FROM meta WHERE key IN ('seq', 'digest')").fetchall())
+            self._chain = int(found.get("seq", "0")), str(found.get("digest", ""))
+        return self._chain
+
+    def enqueue(self, message: Pending, digest: str) -> None:
+        """Add the next message of the log; `digest` is of its payload."""
+        self._db.execute(
+            "INSERT INTO outbox VALUES (?, ?, ?, ?, ?)",
+            (message.seq, message.topic, message.payload, message.jws, message.time),
+        )
+        self._chain = message.seq, digest
+
+    def note_alert(self, body: str) -> None:
+        """Keep an alert for local eyes; the newest thousand stay."""
+        self._db.execute("INSERT INTO alerts (body) VALUES (?)", (body,))
+        self._db.execute("DELETE FROM alerts WHERE rowid <= (SELECT max(rowid) FROM alerts) - 1000")
+
+    def acknowledge(self, through: int, missing: Sequence[tuple[int, int]]) -> int:
+        """Delete messages up to `through` but for `missing`; how many."""
+        kept = " ".join(f"AND seq NOT BETWEEN {int(a)} AND {int(b)}" for a, b in missing)
+        return self._db.execute(f"DELETE FROM outbox WHERE seq <= ? {kept}", (through,)).rowcount
+
+    def forget(self, seqs: Sequence[int]) -> None:
+        """Delete these messages."""
+        self._db.executemany("DELETE FROM outbox WHERE seq = ?", ((seq,) for seq in seqs))
+
+    def set_aside(self, stream: str, first: int, last: int) -> None:
+        """Move damaged chunks out of the way of every task, bytes kept for a look."""
+        values = {"stream": stream, "first": first, "last": last}
+        self._db.execute(schema.SET_ASIDE, values)
+        self._db.execute(schema.DROP_DAMAGED, values)
+
+    def trim(self, stream: str, used_through: int, before_t: int, limit: int) -> int:
+        """Delete up to `limit` chunks whose rows all tasks have used and that end before `before_t`; how many."""
+        return self._db.execute(
+            schema.TRIM, {"stream": stream, "used": used_through, "before": before_t, "limit": limit}
+        ).rowcount
+
+    def finish(self) -> None:
+        if self._chain is not None:
+            self.set_meta("seq", str(self._chain[0]))
+            self.set_meta("digest", self._chain[1])
+
+
+def _connect(path: Path, read_only: bool, max_size: int) -> sqlite3.Connection:
+    with _errors(path):
+        if read_only:
+            return sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
+        connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
+        for pragma, wanted in schema.pragmas(max_size // PAGE):
+            connection.execute(f"PRAGMA {pragma}")
+            if wanted is not None:
+                got = str(connection.execute(f"PRAGMA {pragma.split('=')[0]}").fetchone()[0])
+                if got != wanted:
+                    raise StorageError(f"{path}: PRAGMA {pragma} gives {got!r}; acknowledged rows would not be safe")
+        schema.migrations.apply(sqlite_utils.Database(connection, execute_plugins=False))
+        return connection
+
+
+def _own(folder: Path) -> int:
+    """Hold the folder's lock file for as long as this process lives."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise StorageBusy(
+            f"{folder}: another outstation (process {owner}) uses this data folder; stop it first"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor
+
+
+@contextlib.contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _storage_error(path, error) from error
+
+
+def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
+    name = getattr(error, "sqlite_errorname", type(error).__name__)
+    if name.startswith("SQLITE_FULL"):
+        return StorageFull(f"{path}: the quota ([buffer] max_size) or the disk is full")
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return StorageBusy(f"{path}: locked by another process")
+    return StorageError(f"{path}: {name}: {error}")

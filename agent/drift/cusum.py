@@ -1,0 +1,58 @@
+"""Two-sided cumulative sums over drift windows: what raises a drift alarm, and what clears it.
+
+Source: Page (1954), Continuous inspection schemes, Biometrika 41; k and h in reference standard deviations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from agent.drift.codec import Bools, Floats, Ints
+
+K = 1.0  # slack: half the shift that should be found fast
+H = 5.0  # alarm limit
+CLIP = 4.0  # the most that one window may say, so that one odd window alone never alarms
+CALM = 3  # windows in a row without evidence that clear an alarm
+
+
+@dataclass(frozen=True, eq=False)
+class Cusum:
+    """Row 0 looks for values that are too high, row 1 for too low; one column per test: shape (2, T).
+
+    `windows` and `effect` cover the windows since `value` last left zero, which is when the change began, as far as
+    the sums can tell. `on` is the alarm: raised above H, cleared (and the sum restarted) after CALM windows in a row
+    whose z does not exceed K on the alarm's side.
+    """
+
+    value: Floats
+    windows: Ints
+    effect: Floats
+    on: Bools
+    calm: Ints
+
+    @classmethod
+    def zeros(cls, tests: int) -> Cusum:
+        shape = (2, tests)
+        whole = np.zeros(shape, np.int64)
+        return cls(np.zeros(shape), whole, np.zeros(shape), np.zeros(shape, np.bool_), whole)
+
+    def update(self, z: Floats, effect: Floats) -> Cusum:
+        """After one more window with scores `z` (T,), NaN where there was nothing to test, and effects (T,)."""
+        tested = np.isfinite(z)
+        sided = np.where(tested, np.clip(z, -CLIP, CLIP), 0.0) * np.array([[1.0], [-1.0]])
+        value = np.where(tested, np.maximum(0.0, self.value + sided - K), self.value)
+        calm = np.where(tested, np.where(self.on & (sided <= K), self.calm + 1, 0), self.calm)
+        cleared = self.on & (calm >= CALM)
+        value = np.where(cleared, 0.0, value)
+        going = value > 0
+        windows = np.where(going, self.windows + tested, 0)
+        effect = np.where(going, self.effect + np.where(tested, effect, 0.0), 0.0)
+        on = (self.on & ~cleared) | (value > H)
+        return Cusum(value, windows, effect, on, np.where(on, calm, 0))
+
+
+def scores(value: Floats, mean: Floats, sd: Floats, windows: int) -> Floats:
+    """z of a new window's `value` when mean and sd were themselves estimated from that many reference windows."""
+    return np.asarray((value - mean) / (sd * np.sqrt(1 + 1 / windows)), dtype=np.float64)

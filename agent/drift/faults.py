@@ -1,0 +1,96 @@
+"""Sensor faults of one field in one drift window: told apart from drift, because the fix is another one.
+
+missing        more than 5 % of values absent
+stuck          one value repeated more than max(10, 5 x the reference's longest run) times, rest values excepted
+out_of_range   more than 1 % of values outside the reference's limits widened by half their span
+spikes         lone jumps of more than 10 robust sd of the differences, from neighbours that agree: at least 2
+               and more than one row in 1000
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from agent.drift.codec import Floats, Ints
+
+if TYPE_CHECKING:
+    from agent.drift.reference import Reference
+    from agent.drift.summary import Summary
+
+MISSING = 0.05
+RUN, RUN_FACTOR = 10, 5
+OUTSIDE, WIDER = 0.01, 0.5
+JUMP, AGREE = 10.0, 5.0  # robust sd of first differences
+SPIKES, SPIKE_SHARE = 2, 0.001
+
+
+@dataclass(frozen=True, eq=False)
+class Tail:
+    """What the next rows need of those before: the last two rows (up to 2, F), and how long each last value has run."""
+
+    rows: Floats
+    run: Ints
+
+    @classmethod
+    def empty(cls, fields: int) -> Tail:
+        return cls(np.empty((0, fields)), np.zeros(fields, np.int64))
+
+
+def scan(rows: Floats, tail: Tail, rest: tuple[tuple[float, ...], ...], jump: Floats) -> tuple[Ints, Ints, Tail]:
+    """Longest run of equal values and number of lone jumps per field in `rows` (n, F), which follow on from `tail`.
+
+    `jump` (F,) is the robust sd of first differences; 0 switches that rule off. A row's jump is judged once the row
+    after it is there, so the counts are the same however the rows were cut.
+    """
+    if not len(rows):
+        return np.zeros(rows.shape[1], np.int64), np.zeros(rows.shape[1], np.int64), tail
+    joined = np.concatenate([tail.rows, rows])
+    longest, run = _runs(joined, len(rows), tail.run, rest)
+    return longest, _lone_jumps(joined, jump), Tail(joined[-2:].copy(), run)
+
+
+def _runs(joined: Floats, n: int, before: Ints, rest: tuple[tuple[float, ...], ...]) -> tuple[Ints, Ints]:
+    same = joined[1:] == joined[:-1]
+    if len(joined) == n:
+        same = np.concatenate([np.zeros((1, joined.shape[1]), np.bool_), same])
+    same, longest, last = same[-n:], np.ones(joined.shape[1], np.int64), np.ones(joined.shape[1], np.int64)
+    place = np.arange(1, n + 1)
+    for field in np.flatnonzero(same.any(0)):
+        runs_on = same[:, field]
+        for value in rest[field]:
+            runs_on = runs_on & (joined[-n:, field] != value)
+        broken = np.maximum.accumulate(np.where(runs_on, 0, place))
+        length = np.where(broken > 0, place - broken + 1, before[field] + place)
+        longest[field], last[field] = length.max(), length[-1]
+    return longest, last
+
+
+def _lone_jumps(joined: Floats, jump: Floats) -> Ints:
+    if len(joined) < 3:
+        return np.zeros(joined.shape[1], np.int64)
+    step = joined[1:] - joined[:-1]
+    far = np.abs(step) > JUMP * jump
+    back = np.abs(joined[2:] - joined[:-2]) <= AGREE * jump
+    lone = far[1:] & far[:-1] & back & (jump > 0)
+    return np.asarray(lone.sum(0), dtype=np.int64)
+
+
+def find(summary: Summary, reference: Reference) -> tuple[str | None, ...]:
+    """The fault of each field in a drift window, if any; the first of the list above when there are several."""
+    rows = max(summary.rows, 1)
+    missing = summary.missing > MISSING * rows
+    stuck = summary.longest > run_limits(reference, rows)
+    outside = summary.outside > OUTSIDE * rows
+    spikes = summary.spikes >= max(SPIKES, SPIKE_SHARE * rows)
+    names = np.select([missing, stuck, outside, spikes], ["missing", "stuck", "out_of_range", "spikes"], "")
+    return tuple(str(name) or None for name in names)
+
+
+def run_limits(reference: Reference, rows: int) -> Ints:
+    """Longest run that is still normal, (F,): never so long that a drift window could not show a longer one,
+    except where the reference itself held one value that long."""
+    allowed = np.minimum(RUN_FACTOR * reference.longest, rows - 1)
+    return np.maximum(np.maximum(RUN, allowed), reference.longest)

@@ -1,0 +1,104 @@
+"""What is tested for drift: statistics of each model window, judged against what is normal for its class.
+
+A machine has modes, and their mixture changes all day. So each model window's statistics are compared with those of
+the class that the model just named, and only what is left (the residual) is averaged over a drift window. Measured
+on smartwatch recordings, a gain of 0.6 on one axis is then found in 2 drift windows instead of never.
+
+For a model over windows of rows, the D = 2F statistics are each field's mean and log-variance; for one that answers
+each row (`window_rows` 1), the D = F values themselves. Either way a drift window gives 2F tests: F of the mean, then
+F of the spread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from agent.drift.codec import Floats, Ints
+from agent.drift.sums import Moments
+
+RARE = 8  # model windows: a class seen less often has no reference of its own
+NARROW = 0.1  # no class is taken to be tighter than this share of the overall spread
+LEAST_SPREAD = 1e-4  # smallest variance of residuals told apart, in squared class sd
+
+
+@dataclass(frozen=True, eq=False)
+class Normal:
+    """What is normal for each class: `mean` and `sd` of each statistic, (C, D), physical units or log-variance.
+
+    `n` (C, D) counts the model windows behind them; where there are fewer than RARE, mean and sd are those of all
+    classes together.
+    """
+
+    n: Ints
+    mean: Floats
+    sd: Floats
+
+
+def of_windows(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> Floats:
+    """Statistics (w, D) of model windows; NaN where half of a window's values are missing.
+
+    `rows` (n, F) in physical units, NaN missing; `starts` (w,) offsets into them; `floor` (F,) the least variance.
+    """
+    if window_rows == 1:
+        return rows[starts]
+    if not len(starts):
+        return np.empty((0, 2 * rows.shape[1]))
+    windows = rows[starts[:, None] + np.arange(window_rows)]
+    missing = np.isnan(windows)
+    if missing.any():
+        n = np.maximum(window_rows - missing.sum(1), 1)
+        mean = np.where(missing, 0.0, windows).sum(1) / n
+        square = (np.where(missing, 0.0, windows - mean[:, None, :]) ** 2).sum(1) / n
+    else:
+        n = np.full((len(starts), rows.shape[1]), window_rows)
+        mean = windows.sum(1) / window_rows
+        square = ((windows - mean[:, None, :]) ** 2).sum(1) / window_rows
+    found = np.concatenate([mean, np.log(np.maximum(square, floor))], axis=1)
+    enough = n * 2 > window_rows
+    return np.asarray(np.where(np.concatenate([enough, enough], axis=1), found, np.nan))
+
+
+def covered(starts: Ints, window_rows: int, begin: int) -> Ints | slice:
+    """Rows from `begin` on that lie in a model window, each once, in order: what a summary counts."""
+    if not len(starts):
+        return slice(0, 0)
+    begin, end = max(begin, int(starts[0])), int(starts[-1]) + window_rows
+    if (np.diff(starts) <= window_rows).all():
+        return slice(begin, max(begin, end))
+    rows = np.unique(starts[:, None] + np.arange(window_rows))
+    return rows[rows >= begin]
+
+
+def normal(total: Moments) -> Normal:
+    """What is normal, from the moments of each class (C, D)."""
+    overall = total.pooled(0)
+    least = 1e-6 * (np.abs(overall.mean) + 1e-6)  # float32 readings tell no more
+    overall_sd = np.maximum(np.sqrt(overall.m2 / np.maximum(overall.n, 1)), least)
+    rare = total.n < RARE
+    sd = np.maximum(np.sqrt(total.m2 / np.maximum(total.n, 1)), NARROW * overall_sd)
+    return Normal(total.n, np.where(rare, overall.mean, total.mean), np.where(rare, overall_sd, sd))
+
+
+def tests(found: Moments, mean: Floats, sd: Floats, *, windowed: bool) -> tuple[Floats, Floats]:
+    """Test values and effects (..., 2F) of drift windows with moments (..., C, D), against class means and sds.
+
+    A value is a mean residual in class sd (for single rows, the spread's is the log-variance of residuals). An effect
+    is the mean shift in physical units, and half the shift in log-variance: exp() of it is the ratio of spreads.
+    """
+    count = np.maximum(found.n.sum(-2), 1)
+    shift = found.n * (found.mean - mean)
+    value, effect = (shift / sd).sum(-2) / count, shift.sum(-2) / count
+    if windowed:
+        fields = value.shape[-1] // 2
+        return value, np.concatenate([effect[..., :fields], effect[..., fields:] / 2], axis=-1)
+    square = ((found.m2 + shift * (found.mean - mean)) / sd**2).sum(-2) / count
+    spread = np.log(np.maximum(square - value**2, LEAST_SPREAD))
+    return np.concatenate([value, spread], axis=-1), np.concatenate([effect, spread / 2], axis=-1)
+
+
+def untested(found: Moments, *, windowed: bool) -> np.ndarray:
+    """Which of the 2F tests of a drift window (C, D) have nothing behind them."""
+    empty = found.n.sum(0) == 0
+    return empty if windowed else np.concatenate([empty, empty])

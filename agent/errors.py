@@ -1,0 +1,63 @@
+"""Every error of this project, split by whose fault it is.
+
+OutstationError
+├── UsageError        the person at the keyboard or the config file; exit code 2
+│   └── ConfigError   names the file, the key and the fix
+├── Rejected          one row or line of a producer
+├── Refused           a message from a peer that does not verify
+├── BadBundle         a bundle that is damaged, unsigned, foreign or does not run here
+├── LinkDown          the broker or the network
+└── StorageError      the disk or the database
+    ├── StorageFull
+    └── StorageBusy   another process owns the store
+"""
+
+from __future__ import annotations
+
+
+class OutstationError(Exception):
+    """Base of all errors that are reported to people in one line."""
+
+
+class UsageError(OutstationError):
+    """Wrong use of a command."""
+
+
+class ConfigError(UsageError):
+    """Wrong config: `file`, `key` and a sentence with the fix."""
+
+    def __init__(self, file: str, key: str, problem: str) -> None:
+        super().__init__(f"{file}: {key}: {problem}" if key else f"{file}: {problem}")
+        self.file, self.key, self.problem = file, key, problem
+
+
+class Rejected(OutstationError):
+    """A row or line that is not taken; the reason goes back to its producer."""
+
+
+class Refused(OutstationError):
+    """A message that does not verify; `reason` is one of a small set, `detail` says more."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+class BadBundle(OutstationError):
+    """A bundle that must not be activated."""
+
+
+class LinkDown(OutstationError):
+    """The connection to the broker is not there, or was lost."""
+
+
+class StorageError(OutstationError):
+    """The store cannot be read or written; what was not committed is not there."""
+
+
+class StorageFull(StorageError):
+    """The quota or the disk is full; nothing of this transaction was kept."""
+
+
+class StorageBusy(StorageError):
+    """Another daemon owns this data folder."""

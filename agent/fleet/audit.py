@@ -1,0 +1,226 @@
+"""The audit: every stored message verified again, from the evidence alone (contract section 9).
+
+For each device and log, in one pass and in constant memory:
+- each stored payload and token verify with a key of that device, a revoked one too
+- the columns device, log, seq and kind are what the signed payload says; the topic is what was signed
+- seq 1 ... through is complete, except ranges that a signed `audit` message declares as evicted
+- each `prev` is the digest of the message before it; behind a gap there is nothing to compare with
+- rows are covered once: results tile each stream of each task, up to the cursors in `health`
+- table results holds what the messages say
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from agent.errors import Refused
+from agent.fleet.coverage import Coverage
+from agent.fleet.keyring import Keyring
+from agent.fleet.ledger import evictions
+from agent.fleet.store import FleetStore
+from agent.fleet.unfold import result_rows
+from agent.wire.messages import Body, Health, Logged, Results, digest, open_message
+
+# A database that was rewritten as a whole must not fill the memory; all entries are counted.
+MAX_INVALID = 10_000
+_RANKS: dict[type, int] = {type(None): 0, int: 1, float: 1, str: 2, bytes: 3}
+
+Key = tuple[Any, Any, Any]
+
+
+@dataclass
+class Report:
+    """What the audit found."""
+
+    devices: int = 0
+    messages: int = 0
+    duplicates: int = 0
+    invalid_count: int = 0
+    gaps: list[dict[str, Any]] = field(default_factory=list)
+    invalid: list[dict[str, Any]] = field(default_factory=list)
+    coverage: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not (self.duplicates or self.invalid_count or any(not gap["declared"] for gap in self.gaps))
+
+    def document(self) -> dict[str, Any]:
+        """As `fleet audit --json` prints it."""
+        names = ("devices", "messages", "gaps", "duplicates", "invalid", "invalid_count", "coverage")
+        return {"passed": self.passed, **{name: getattr(self, name) for name in names}}
+
+    def add_invalid(self, key: Key, reason: str) -> None:
+        self.invalid_count += 1
+        if len(self.invalid) < MAX_INVALID:
+            where = {name: _shown(part) for name, part in zip(("device", "log", "seq"), key, strict=True)}
+            self.invalid.append({**where, "reason": reason})
+
+
+def audit(store: FleetStore, device: str | None = None, progress: Callable[[int], None] | None = None) -> Report:
+    """Verify everything stored, or of one device; `progress` hears of each hundred messages. Raises StorageError."""
+    report = Report()
+    with store.snapshot():
+        keyring = Keyring(store)
+        through = {(name, log): top for name, log, top in store.logs(device)}
+        unfolded = _Unfolded(store.unfolded(device), report)
+        names = {name for name, _ in through}
+        for (name, log), rows in groupby(store.evidence(device), key=lambda row: row[:2]):
+            check = _LogCheck(name, log, keyring, unfolded, report)
+            for row in rows:
+                check.message(*row[2:])
+                report.messages += 1
+                if progress is not None and report.messages % 100 == 0:
+                    progress(100)
+            check.finish(through.pop((name, log), 0))
+            names.add(name)
+        for (name, log), top in through.items():
+            _LogCheck(name, log, keyring, unfolded, report).finish(top)
+        unfolded.skip_to(None)
+        report.devices = len(names)
+    return report
+
+
+class _LogCheck:
+    """One log, message by message in order of seq."""
+
+    def __init__(self, device: Any, log: Any, keyring: Keyring, unfolded: _Unfolded, report: Report) -> None:
+        self._device, self._log = device, log
+        self._keyring, self._unfolded, self._report = keyring, unfolded, report
+        self._coverage = Coverage()
+        self._last = 0
+        self._last_digest: str | None = ""
+        self._missing: list[tuple[int, int]] = []
+        self._declared: list[tuple[int, int]] = []
+
+    def message(self, seq: Any, kind: Any, topic: Any, payload: Any, jws: Any) -> None:
+        key = (self._device, self._log, seq)
+        stored = self._unfolded.take(key)
+        if type(seq) is not int or seq < 1:
+            self._report.add_invalid(key, f"seq {seq!r} is no number of a message")
+            return
+        self._advance(key, seq)
+        data = payload.encode(errors="surrogateescape") if isinstance(payload, str) else payload
+        problem, body = self._open(topic, data, jws)
+        problem = problem or self._compare(body, seq, kind) or self._chain(body)
+        if problem or not isinstance(body, Logged):
+            self._report.add_invalid(key, problem or "is of a kind that is not stored")
+            self._coverage.broken(seq)
+            self._last_digest = None
+            return
+        self._last_digest = digest(data)
+        self._declared += evictions(body)
+        for problem in self._contents(body, stored):
+            self._report.add_invalid(key, problem)
+
+    def finish(self, through: int) -> None:
+        """The end of the log: `through` is the highest seq that was ever acknowledged."""
+        if through > self._last:
+            self._missing.append((self._last + 1, through))
+        for first, last, declared in split(self._missing, self._declared):
+            gap = {"device": self._device, "log": self._log, "from": first, "to": last, "declared": declared}
+            self._report.gaps.append(gap)
+        self._report.duplicates += self._coverage.doubled
+        for (task, stream), track in self._coverage.tracks.items():
+            rows = {"first": track.first, "last": track.last, "messages": track.messages, "results": track.results}
+            where = {"device": self._device, "log": self._log, "task": task, "stream": stream}
+            self._report.coverage.append({**where, **rows})
+
+    def _advance(self, key: Key, seq: int) -> None:
+        if seq == self._last:
+            self._report.duplicates += 1
+            self._report.add_invalid(key, "is stored twice")
+        elif seq > self._last + 1:
+            self._missing.append((self._last + 1, seq - 1))
+            self._coverage.broken(seq)
+            self._last_digest = None
+        self._last = seq
+
+    def _open(self, topic: Any, payload: Any, jws: Any) -> tuple[str | None, Body | None]:
+        if not (isinstance(topic, str) and isinstance(payload, bytes) and isinstance(jws, str)):
+            return "topic, payload or jws is not stored as text and bytes", None
+        try:
+            return None, open_message(topic, payload, (jws,), self._keyring.find_stored).body
+        except Refused as refused:
+            return f"does not verify: {refused}", None
+
+    def _compare(self, body: Body | None, seq: int, kind: Any) -> str | None:
+        stored = {"device": self._device, "log": self._log, "seq": seq}
+        for name, value in stored.items():
+            signed = getattr(body, name, None)
+            if signed != value:
+                return f"is stored with {name} {value!r}, but the signed payload says {signed!r}"
+        signed_kind = type(body).__struct_config__.tag if body is not None else None
+        return None if kind == signed_kind else f"is stored as kind {kind!r}, but the signed payload is {signed_kind!r}"
+
+    def _chain(self, body: Body | None) -> str | None:
+        if not isinstance(body, Logged) or self._last_digest is None or body.prev == self._last_digest:
+            return None
+        return "does not follow the message before it: prev is not that message's digest"
+
+    def _contents(self, body: Logged, stored: list[tuple[Any, ...]]) -> Iterator[str]:
+        expected = result_rows(body) if isinstance(body, Results) else []
+        if len(stored) != len(expected):
+            yield f"reports {len(expected)} results, table results holds {len(stored)} of them"
+        elif stored != expected:
+            row = next(want[2] for got, want in zip(stored, expected, strict=True) if got != want)
+            yield f"is not what table results holds for it: row {row} differs"
+        if isinstance(body, Results) and (problem := self._coverage.results(body)):
+            yield problem
+        if isinstance(body, Health):
+            yield from self._coverage.health(body)
+
+
+class _Unfolded:
+    """Table results beside the messages: both in the same order, read once."""
+
+    def __init__(self, rows: Iterator[tuple[Any, ...]], report: Report) -> None:
+        self._groups = ((key, list(group)) for key, group in groupby(rows, key=lambda r: (r[0], r[7], r[8])))
+        self._next = next(self._groups, None)
+        self._report = report
+
+    def take(self, key: Key) -> list[tuple[Any, ...]]:
+        """The rows of this message."""
+        self.skip_to(key)
+        if self._next is None or self._next[0] != key:
+            return []
+        rows = self._next[1]
+        self._next = next(self._groups, None)
+        return rows
+
+    def skip_to(self, key: Key | None) -> None:
+        """Rows before `key` belong to no message; None is the end."""
+        while self._next is not None and (key is None or _order(self._next[0]) < _order(key)):
+            reason = f"is not stored, but table results holds {len(self._next[1])} results of it"
+            self._report.add_invalid(self._next[0], reason)
+            self._next = next(self._groups, None)
+
+
+def split(missing: list[tuple[int, int]], declared: list[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+    """The missing ranges (ascending), cut into declared and undeclared ones."""
+    parts: list[tuple[int, int, bool]] = []
+    cover = iter(sorted(declared))
+    now = next(cover, None)
+    for first, last in missing:
+        while first <= last:
+            while now is not None and now[1] < first:
+                now = next(cover, None)
+            inside = now is not None and now[0] <= first
+            end = last if now is None or now[0] > last else (now[1] if inside else now[0] - 1)
+            parts.append((first, min(end, last), inside))
+            first = min(end, last) + 1
+    return parts
+
+
+def _order(key: Key) -> list[tuple[int, Any]]:
+    """SQLite's order of values of any type: NULL, numbers, text, bytes."""
+    return [(_RANKS[type(part)], part) for part in key]
+
+
+def _shown(part: Any) -> Any:
+    """A stored value of any type as JSON can hold it."""
+    if isinstance(part, str):
+        return part.encode(errors="backslashreplace").decode()
+    return part if isinstance(part, int) else repr(part)

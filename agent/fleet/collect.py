@@ -1,0 +1,235 @@
+"""The collector: broker → receive → verify → store → acknowledge, in batches.
+
+A message is verified before it is parsed, stored before the broker hears of it (PUBACK), and acknowledged to its device
+only after that. What cannot be stored now is neither: the broker or the device still has it, and it is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from agent import clock
+from agent.config import Broker
+from agent.errors import LinkDown, Refused, StorageError
+from agent.fleet.acknowledge import Acknowledger, Backoff, Connection
+from agent.fleet.ingest import Arrival, Outcome, Refusal
+from agent.fleet.keyring import Keyring
+from agent.fleet.store import FleetStore
+from agent.link import Delivery, Link, Receipt
+from agent.wire import topics
+from agent.wire.keys import SigningKey
+from agent.wire.messages import Logged, Message, open_message
+
+logger = logging.getLogger(__name__)
+
+# One commit for so many messages: a commit waits for the disk whatever is in it.
+BATCH = 500
+# More than this held back while the database fails, and the broker keeps the rest.
+MAX_HELD = 5000
+SESSION_EXPIRY_S = 7 * 86_400
+CLOSE_WITHIN_S = 2.0
+QUIET_S = 10.0
+
+
+class Collector:
+    """One collector of one fleet; `run` it, or `turn` it on an open link."""
+
+    def __init__(
+        self,
+        fleet: str,
+        broker: Broker,
+        store: FleetStore,
+        key: SigningKey,
+        *,
+        open_link: Callable[[], Connection] | None = None,
+    ) -> None:
+        self.fleet, self.store, self.key = fleet, store, key
+        self.keyring = Keyring(store)
+        self.acknowledger = Acknowledger(fleet, key)
+        self.stored = 0
+        self._open_link = open_link or (lambda: _open(broker, fleet))
+        self._held: list[Delivery] = []
+        self._retry = Backoff()
+        self._retry_at = 0.0
+        self._refused = 0
+        self._quiet_until = 0.0
+        self._stopping = False
+        self._link: Connection | None = None
+
+    def run(self) -> None:
+        """Collect until `stop`: reconnects for ever, never raises for a broker, a message or a full disk."""
+        retry = Backoff()
+        while not self._stopping:
+            try:
+                self._link = self._open_link()
+                logger.info("connected; collecting fleet %s", self.fleet)
+                self._collect(self._link, retry)
+            except (LinkDown, StorageError) as error:
+                delay = retry.next()
+                if retry.failures == 1 or retry.failures % 10 == 0:
+                    logger.warning("%s; trying again for as long as it takes", error)
+                self._pause(delay)
+
+    def stop(self) -> None:
+        """End `run` soon, with what is in hand stored; safe in a signal handler."""
+        self._stopping = True
+        if self._link is not None:
+            self._link.wake()
+
+    def turn(self, link: Connection, timeout_s: float) -> None:
+        """Take what came within `timeout_s`, store it, tell the broker, then the devices."""
+        self._gather(link, timeout_s)
+        if self._held and time.monotonic() >= self._retry_at:
+            self._store_held(link)
+        self.acknowledger.send(link)
+
+    def _collect(self, link: Connection, retry: Backoff) -> None:
+        try:
+            self._held.clear()
+            self._remind()
+            while not self._stopping:
+                self.turn(link, 1.0)
+                retry.reset()
+            self._finish(link)
+        finally:
+            self.acknowledger.link_lost()
+            self._link = None
+            link.close()
+
+    def _remind(self) -> None:
+        """Tell each device again: what it was not told before a crash, or the broker forgot."""
+        for device, log in self.store.newest_logs():
+            self.acknowledger.add(self.store.acknowledgement(device, log))
+
+    def _finish(self, link: Connection) -> None:
+        deadline = time.monotonic() + CLOSE_WITHIN_S
+        while self.acknowledger.busy and time.monotonic() < deadline:
+            self.turn(link, 0.1)
+        logger.info("stopped; %d messages stored since the start", self.stored)
+
+    def _gather(self, link: Connection, timeout_s: float) -> None:
+        if self._held:
+            timeout_s = min(timeout_s, max(0.0, self._retry_at - time.monotonic()))
+        events = link.receive(timeout_s)
+        while events:
+            for event in events:
+                if isinstance(event, Receipt):
+                    self.acknowledger.receipt(event)
+                else:
+                    self._held.append(event)
+            if len(self._held) >= BATCH:
+                break
+            events = link.receive(0.0)
+        if len(self._held) > MAX_HELD:
+            raise LinkDown("the database fails and too much is held back; left the rest to the broker")
+
+    def _store_held(self, link: Connection) -> None:
+        batch = self._held[:BATCH]
+        try:
+            arrivals = self._store(batch)
+            bodies = [arrival.message.body for arrival in arrivals]
+            touched = sorted({(body.device, body.log) for body in bodies if isinstance(body, Logged)})
+            acknowledgements = [self.store.acknowledgement(device, log) for device, log in touched]
+        except StorageError as error:
+            delay = self._retry.next()
+            self._retry_at = time.monotonic() + delay
+            logger.error("%s; nothing is acknowledged, trying again in %.0f s", error, delay)
+            return
+        self._retry.reset()
+        del self._held[: len(batch)]
+        for delivery in batch:
+            link.acknowledge(delivery)
+        for acknowledgement in acknowledgements:
+            self.acknowledger.add(acknowledgement)
+
+    def _store(self, batch: Sequence[Delivery]) -> list[Arrival]:
+        """Verify and commit a batch; the messages that are safe now."""
+        arrivals, refusals = self.verify(batch)
+        now = clock.rfc3339(clock.read().wall_us)
+        try:
+            outcomes = self.store.ingest(arrivals, refusals, now)
+        except Refused:
+            arrivals, outcomes = self._store_singly(arrivals, refusals, now)
+        self.stored += outcomes.count("new")
+        self._report_refusals(refusals)
+        for arrival, outcome in zip(arrivals, outcomes, strict=True):
+            if outcome == "conflict":
+                device = arrival.message.body.device
+                logger.critical("security: %s signed two messages as one seq; see `outstation fleet alerts`", device)
+        return arrivals
+
+    def _report_refusals(self, refusals: Sequence[Refusal]) -> None:
+        """One line at a time, however fast they come; the database counts and keeps samples."""
+        self._refused += len(refusals)
+        if not self._refused or time.monotonic() < self._quiet_until:
+            return
+        last = f", last {refusals[-1].reason} on {refusals[-1].topic!r}" if refusals else ""
+        logger.warning("refused %d messages%s; see table refused", self._refused, last)
+        self._refused, self._quiet_until = 0, time.monotonic() + QUIET_S
+
+    def _store_singly(
+        self, arrivals: Sequence[Arrival], refusals: list[Refusal], now: str
+    ) -> tuple[list[Arrival], list[Outcome]]:
+        """One of these holds a value that the database cannot: find it, keep the others."""
+        stored: list[Arrival] = []
+        outcomes: list[Outcome] = []
+        for arrival in arrivals:
+            try:
+                outcomes += self.store.ingest([arrival], [], now)
+                stored.append(arrival)
+            except Refused as refused:
+                refusals.append(_refusal(arrival.message.topic.device, refused, arrival.message))
+        self.store.ingest([], refusals, now)
+        return stored, outcomes
+
+    def verify(self, batch: Sequence[Delivery]) -> tuple[list[Arrival], list[Refusal]]:
+        """Each delivery as a verified message or a refusal."""
+        self.keyring.refresh()
+        arrivals, refusals = [], []
+        for delivery in batch:
+            try:
+                arrivals.append(Arrival(self._open(delivery), fresh=not delivery.retained))
+            except Refused as refused:
+                refusals.append(_refusal(_device_of(delivery.topic), refused, delivery))
+        return arrivals, refusals
+
+    def _open(self, delivery: Delivery) -> Message:
+        try:
+            message = open_message(delivery.topic, delivery.payload, delivery.tokens, self.keyring.find)
+        except Refused as refused:
+            if refused.reason != "revoked key":
+                raise
+            # A repeat of what was stored before the key was revoked is acknowledged like any repeat.
+            message = open_message(delivery.topic, delivery.payload, delivery.tokens, self.keyring.find_stored)
+            if not self.store.holds(message):
+                raise refused from None
+        if message.topic.fleet != self.fleet:
+            raise Refused("other fleet", message.topic.fleet)
+        return message
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._stopping and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def filters(fleet: str) -> list[str]:
+    """The topic filters of everything that devices send."""
+    per_task = [f"{topics.ROOT}/{fleet}/+/{kind}/+" for kind in sorted(topics.PER_TASK)]
+    return per_task + [f"{topics.ROOT}/{fleet}/+/{kind}" for kind in ("audit", "health", "keys", "state")]
+
+
+def _open(broker: Broker, fleet: str) -> Link:
+    return Link(broker, f"outstation-{fleet}-collector", subscribe=filters(fleet), session_expiry_s=SESSION_EXPIRY_S)
+
+
+def _device_of(topic: str) -> str:
+    parts = topic.split("/", 3)
+    return parts[2] if len(parts) > 2 else ""
+
+
+def _refusal(device: str, refused: Refused, what: Delivery | Message) -> Refusal:
+    token = what.jws if isinstance(what, Message) else "\n".join(what.tokens)[:4096]
+    return Refusal(device, refused.reason, refused.detail[:500], str(what.topic), what.payload, token)

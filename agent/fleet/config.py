@@ -1,0 +1,95 @@
+"""`fleet.toml`: where a fleet's keys, broker and database are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import msgspec
+
+from agent.config import Broker, Section, check_broker, check_name, read
+from agent.errors import ConfigError, UsageError
+
+FILE = "fleet.toml"
+SYSTEM_FOLDER = Path("/etc/outstation/fleet")
+
+
+class Fleet(Section, frozen=True):
+    name: str
+    db: str = "fleet.db"
+
+
+class Identity(Section, frozen=True):
+    """A role's signing key, and its TLS certificate where the broker asks for one."""
+
+    key_file: str
+    cert_file: str | None = None
+    tls_key_file: str | None = None
+
+
+class Authority(Section, frozen=True):
+    """The fleet's own certificate authority; absent where the broker is used without TLS."""
+
+    cert_file: str
+    key_file: str
+
+
+class FleetConfig(Section, frozen=True):
+    """Paths are absolute after `load`."""
+
+    fleet: Fleet
+    broker: Broker
+    collector: Identity
+    operator: Identity
+    ca: Authority | None = None
+
+    def broker_as(self, who: Identity) -> Broker:
+        """The broker's settings with the certificate of `who`."""
+        return msgspec.structs.replace(self.broker, cert_file=who.cert_file, tls_key_file=who.tls_key_file)
+
+
+def find(explicit: str | None) -> Path:
+    """The fleet's folder: given, `$OUTSTATION_FLEET`, `.` where it has a fleet.toml, then `/etc/outstation/fleet`."""
+    if explicit or os.environ.get("OUTSTATION_FLEET"):
+        return Path(explicit or os.environ["OUTSTATION_FLEET"])
+    return Path() if Path(FILE).exists() else SYSTEM_FOLDER
+
+
+def load(folder: Path) -> FleetConfig:
+    """The config in `folder`, checked. Raises ConfigError."""
+    path = folder / FILE
+    if not path.exists():
+        raise ConfigError(
+            str(path), "", "no such file; `outstation fleet init DIR` makes a fleet, `--dir DIR` names another folder"
+        )
+    config = read(path, FleetConfig)
+    check_name(str(path), "fleet.name", config.fleet.name)
+    check_broker(str(path), config.broker)
+    return _with_absolute_paths(config, path.resolve().parent)
+
+
+def database(url: str, base: Path) -> Path:
+    """The database file that a path or `sqlite:///` URL names. Raises UsageError for other databases."""
+    scheme = urlsplit(url).scheme if "://" in url else ""
+    if scheme in ("postgresql", "postgres"):
+        raise UsageError(
+            f"{url.split('@')[-1]}: PostgreSQL is not in this version; use a file: --db sqlite:///fleet.db"
+        )
+    if scheme not in ("", "sqlite"):
+        raise UsageError(f"{url}: not a database this collector knows; use a path or sqlite:///PATH")
+    path = url.removeprefix("sqlite:///") if scheme else url
+    if not path or path.startswith("sqlite://"):
+        raise UsageError(f"{url}: names no file; write sqlite:///fleet.db, or sqlite:////var/lib/fleet.db")
+    return base / path
+
+
+def _with_absolute_paths(config: FleetConfig, base: Path) -> FleetConfig:
+    def absolute(section: Section) -> Section:
+        files = {name: getattr(section, name) for name in section.__struct_fields__ if name.endswith("_file")}
+        return msgspec.structs.replace(section, **{k: str(base / v) for k, v in files.items() if v is not None})
+
+    sections = {name: getattr(config, name) for name in ("broker", "collector", "operator", "ca")}
+    changed = {name: absolute(section) for name, section in sections.items() if section is not None}
+    fleet = msgspec.structs.replace(config.fleet, db=str(database(config.fleet.db, base)))
+    return msgspec.structs.replace(config, fleet=fleet, **changed)

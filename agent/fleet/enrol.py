@@ -1,0 +1,226 @@
+"""Making a fleet, and letting devices in: keys, certificates and config files on disk, signing keys in the database."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent import clock
+from agent.config import Broker, check_broker, check_name
+from agent.errors import UsageError
+from agent.fleet import config as fleet_config
+from agent.fleet import mosquitto, pki
+from agent.fleet.config import FleetConfig
+from agent.fleet.store import FleetStore
+from agent.names import is_name
+from agent.wire import keys
+from agent.wire.keys import PublicKey, write_new
+
+# User names of the broker that are no device's; `_all` cannot be a device id anyway.
+RESERVED = frozenset({"collector", "operator"})
+SIGNING_KEY = "device.key"
+BUNDLED = ("ca.pem", "device-tls.key", "device.crt", SIGNING_KEY, "outstation.toml")
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """What `enrol` did: the device's key, where its files are, and whether the key was new to the database."""
+
+    device: str
+    key: PublicKey
+    folder: Path
+    new: bool
+
+
+def init_fleet(folder: Path, name: str, broker: Broker) -> FleetConfig:
+    """Write a new fleet into `folder`. Raises UsageError where one is there, or the name or URL cannot be used."""
+    check_name(str(folder / fleet_config.FILE), "fleet.name", name)
+    check_broker(str(folder / fleet_config.FILE), broker)
+    marks = [folder / file for file in (fleet_config.FILE, "collector.key", "operator.key", "ca.key")]
+    there = next((path for path in marks if path.exists()), None)
+    if there is not None:
+        raise UsageError(f"{there}: a fleet is there already; its keys are never overwritten, name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    keys.generate(folder / "collector.key")
+    keys.generate(folder / "operator.key")
+    _write_broker_files(folder.resolve(), name, broker)
+    if broker.tls:
+        _write_certificates(folder, name, broker)
+    # Last: a folder with this file in it is a whole fleet.
+    write_new(folder / fleet_config.FILE, _fleet_toml(name, broker).encode(), 0o644)
+    return fleet_config.load(folder)
+
+
+def enrol(
+    folder: Path, config: FleetConfig, store: FleetStore, device: str, *, key: PublicKey | None, replace: bool
+) -> Enrolment:
+    """Register `device`, and write its files to `devices/<device>/` of the fleet's folder.
+
+    Without `key` the device's signing key is made here, once. Raises UsageError for a name or key that is taken.
+    """
+    if not is_name(device) or device in RESERVED:
+        why = (
+            "is the name of a role" if device in RESERVED else "must be 1-64 of a-z 0-9 . _ - , first a letter or digit"
+        )
+        raise UsageError(f"device {device!r} {why}; choose another id")
+    home = folder / "devices" / device
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if replace:
+        for file in home.iterdir():
+            file.unlink()
+    if key is None:
+        key = _own_key(home, enrolled=None if replace else store.active_key(device))
+    new = store.enrol(device, key, replace=replace, now=clock.rfc3339(clock.read().wall_us))
+    _write_device_files(home, config, device)
+    return Enrolment(device, key, home, new)
+
+
+def bundle(home: Path, out: Path) -> None:
+    """The files of a device as one .tar.gz, mode 0600: the same files give the same bytes."""
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
+        for file in (home / name for name in BUNDLED if (home / name).exists()):
+            data = file.read_bytes()
+            entry = tarfile.TarInfo(file.name)
+            entry.size, entry.mode = len(data), 0o600
+            tar.addfile(entry, io.BytesIO(data))
+    try:
+        write_new(out, packed.getvalue(), 0o600)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror}; name a new file") from None
+
+
+def _own_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
+    path = home / SIGNING_KEY
+    if path.exists():
+        return keys.load_private(path).public
+    if enrolled is not None:
+        # The device holds its own key; only its certificate and config are made anew.
+        return enrolled
+    return keys.generate(path).public
+
+
+def _write_device_files(home: Path, config: FleetConfig, device: str) -> None:
+    collector = keys.load_private(Path(config.collector.key_file)).public
+    operator = keys.load_private(Path(config.operator.key_file)).public
+    text = _device_toml(device, config, collector, operator)
+    _write(home / "outstation.toml", text.encode())
+    if config.ca is None:
+        return
+    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
+    _write(home / "ca.pem", authority.pem)
+    if not (home / "device.crt").exists():
+        issued = authority.client(device, config.fleet.name)
+        _write(home / "device-tls.key", issued.key)
+        _write(home / "device.crt", issued.certificate)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace a file at once, mode 0600: a crash leaves the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    write_new(new, data, 0o600)
+    os.replace(new, path)
+
+
+def _write_broker_files(folder: Path, name: str, broker: Broker) -> None:
+    home = folder / "broker"
+    (home / "data").mkdir(parents=True, exist_ok=True)
+    write_new(home / "mosquitto.conf", mosquitto.broker_config(broker, name, home).encode(), 0o644)
+    if broker.tls:
+        # Mosquitto warns of an access list that others can read.
+        write_new(home / "acl", mosquitto.access_list(name).encode(), 0o600)
+
+
+def _write_certificates(folder: Path, name: str, broker: Broker) -> None:
+    authority = pki.new_authority(name)
+    write_new(folder / "ca.key", authority.key_pem, 0o600)
+    write_new(folder / "ca.pem", authority.pem, 0o644)
+    write_new(folder / "broker" / "ca.pem", authority.pem, 0o644)
+    server = authority.server(broker.host)
+    write_new(folder / "broker" / "server.crt", server.certificate, 0o644)
+    write_new(folder / "broker" / "server.key", server.key, 0o600)
+    for role in sorted(RESERVED):
+        client = authority.client(role, name)
+        write_new(folder / f"{role}.crt", client.certificate, 0o644)
+        write_new(folder / f"{role}-tls.key", client.key, 0o600)
+
+
+def _fleet_toml(name: str, broker: Broker) -> str:
+    text = f"""\
+# The fleet {name}. Keep this folder private and back it up: its keys cannot be made again.
+[fleet]
+name = {_quoted(name)}
+db = "fleet.db"                       # what was collected; a path or sqlite:///PATH
+
+[broker]
+url = {_quoted(broker.url)}
+"""
+    if broker.allow_plaintext:
+        text += "allow_plaintext = true\n"
+    if broker.tls:
+        text += 'ca_file = "ca.pem"\ncert_file = "collector.crt"\ntls_key_file = "collector-tls.key"\n'
+    for role, what in (("collector", "signs acknowledgements"), ("operator", "signs commands and desired state")):
+        text += f'\n[{role}]\nkey_file = "{role}.key"{"":14}# {what}\n'
+        if broker.tls:
+            text += f'cert_file = "{role}.crt"\ntls_key_file = "{role}-tls.key"\n'
+    if broker.tls:
+        text += "\n[ca]                                  # issues the devices' TLS certificates\n"
+        text += 'cert_file = "ca.pem"\nkey_file = "ca.key"\n'
+    return text
+
+
+def _device_toml(device: str, config: FleetConfig, collector: PublicKey, operator: PublicKey) -> str:
+    broker = config.broker
+    text = f"""\
+[device]
+id = {_quoted(device)}
+fleet = {_quoted(config.fleet.name)}
+data_dir = "data"                     # readings, results and the outbox; beside this file, or an absolute path
+
+[broker]
+url = {_quoted(broker.url)}
+"""
+    if broker.allow_plaintext:
+        text += "allow_plaintext = true\n"
+    if broker.tls:
+        text += 'ca_file = "ca.pem"\ncert_file = "device.crt"\ntls_key_file = "device-tls.key"\n'
+    return (
+        text
+        + f"""
+[collector]
+key = {_quoted(collector.text)}       # signs acknowledgements: what it has is deleted here
+
+[operators]
+keys = [{_quoted(operator.text)}]     # may sign commands and desired state
+
+# What is measured. Readings come through the socket <data_dir>/intake.sock, or `outstation ingest watch FILE`.
+# [streams.watch]
+# fields = [
+#   {{ name = "ax", unit = "g", min = -16, max = 16 }},
+#   {{ name = "ay", unit = "g", min = -16, max = 16 }},
+#   {{ name = "az", unit = "g", min = -16, max = 16 }},
+#   {{ name = "wx", unit = "rad/s" }},
+#   {{ name = "wy", unit = "rad/s" }},
+#   {{ name = "wz", unit = "rad/s" }},
+# ]
+# source = {{ kind = "socket" }}
+
+# What is run over it.
+# [tasks.exercise]
+# stream = "watch"
+# bundle = "exercise"
+# schedule = "every 60 s"
+# publish = "all"
+"""
+    )
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string; JSON's escapes are a subset of TOML's."""
+    return json.dumps(text, ensure_ascii=True)

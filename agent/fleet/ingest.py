@@ -1,0 +1,107 @@
+"""One transaction's worth of messages on its way into the tables: the writing half of `store`."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from typing import Literal
+
+from agent.fleet import schema
+from agent.fleet.ledger import Ledger, evictions
+from agent.fleet.unfold import Rows, collector_alert, unfold
+from agent.wire.messages import Logged, Message, State
+
+OTHER_BYTES = "other bytes"
+# How many refused messages of one device and reason are kept whole; all are counted.
+MAX_EVIDENCE = {OTHER_BYTES: 1000}
+DEFAULT_MAX_EVIDENCE = 20
+
+Outcome = Literal["new", "duplicate", "conflict", "live"]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A verified message; `fresh` unless the broker had it retained, which is no sign of life."""
+
+    message: Message
+    fresh: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A message that did not verify, as it came; `device` is the topic's."""
+
+    device: str
+    reason: str
+    detail: str
+    topic: str
+    payload: bytes
+    jws: str
+
+
+class Batch:
+    """One transaction's worth of messages: rows are gathered and written together at its end."""
+
+    def __init__(self, db: sqlite3.Connection, now: str) -> None:
+        self._db, self._now = db, now
+        self._rows: Rows = {}
+        self._ledgers: dict[tuple[str, str], Ledger] = {}
+        self._seen: set[str] = set()
+
+    def add(self, arrival: Arrival) -> Outcome:
+        message, body = arrival.message, arrival.message.body
+        if arrival.fresh:
+            self._seen.add(body.device)
+        if isinstance(body, State):
+            # The broker keeps the order of one topic; a device's clock may not, so the last to come counts.
+            self._db.execute("UPDATE devices SET state = ? WHERE device = ?", (body.state, body.device))
+        return self._log(message, body) if isinstance(body, Logged) else "live"
+
+    def _log(self, message: Message, body: Logged) -> Outcome:
+        key = (body.device, body.log, body.seq)
+        rest = (message.topic.kind, str(message.topic), message.payload, message.jws, self._now)
+        if not self._db.execute(schema.ADD_MESSAGE, (*key, *rest)).rowcount:
+            stored = self._db.execute("SELECT payload FROM messages WHERE device=? AND log=? AND seq=?", key).fetchone()
+            return "duplicate" if stored[0] == message.payload else self._conflict(message, body)
+        ledger = self._ledger(body)
+        ledger.arrived(body.seq)
+        ledger.evicted(evictions(body))
+        unfold(message, self._rows)
+        return "new"
+
+    def _conflict(self, message: Message, body: Logged) -> Outcome:
+        summary = (
+            f"{body.device} signed two different messages as seq {body.seq} of log {body.log}: its key or its store "
+            "was copied. The first one is kept; see table refused for the other."
+        )
+        self._db.execute(schema.ADD_ALERT, collector_alert(body, summary, self._now))
+        detail = f"log {body.log} seq {body.seq}"
+        self.refuse(Refusal(body.device, OTHER_BYTES, detail, str(message.topic), message.payload, message.jws))
+        return "conflict"
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Count it, and keep the first few of its kind."""
+        known = self._db.execute("SELECT 1 FROM devices WHERE device = ?", (refusal.device,)).fetchone()
+        names = {"device": refusal.device if known else "", "reason": refusal.reason, "now": self._now}
+        count = self._db.execute(schema.ADD_REFUSAL + " RETURNING count", names).fetchone()[0]
+        if count <= MAX_EVIDENCE.get(refusal.reason, DEFAULT_MAX_EVIDENCE):
+            evidence = (names["device"], refusal.reason, refusal.detail, refusal.topic, refusal.payload, refusal.jws)
+            self._db.execute("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?, ?)", (*evidence, self._now))
+
+    def finish(self) -> None:
+        for table, rows in self._rows.items():
+            marks = ", ".join("?" * len(rows[0]))
+            self._db.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+        for (device, log), ledger in self._ledgers.items():
+            sql = "UPDATE logs SET through = ? WHERE device = ? AND log = ?"
+            self._db.execute(sql, (ledger.through, device, log))
+        for device in self._seen:
+            self._db.execute("UPDATE devices SET last_seen = ? WHERE device = ?", (self._now, device))
+
+    def _ledger(self, body: Logged) -> Ledger:
+        key = (body.device, body.log)
+        if key not in self._ledgers:
+            self._db.execute("INSERT INTO logs VALUES (?, ?, 0, ?) ON CONFLICT DO NOTHING", (*key, self._now))
+            [through] = self._db.execute("SELECT through FROM logs WHERE device = ? AND log = ?", key).fetchone()
+            self._ledgers[key] = Ledger(self._db, *key, through)
+        return self._ledgers[key]

@@ -1,0 +1,89 @@
+"""Which seqs of one log came and which are missing: a few ranges, however many messages there were.
+
+The ranges end up the same whatever order messages, repeats and evictions come in: undeclared and declared gaps are
+the complement of what came below `through`, cut where a declaration begins or ends, never two of one kind side by side.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from typing import TypeGuard
+
+from agent.wire.messages import Audit
+
+EVICTED = "evicted"
+_PUT = "INSERT INTO gaps VALUES (?, ?, ?, ?, ?)"
+_AT_OR_BELOW = (
+    "SELECT first, last, declared FROM gaps WHERE device=? AND log=? AND first<=? ORDER BY first DESC LIMIT 1"
+)
+_OVERLAPPING = """
+    SELECT first, last FROM gaps WHERE device = :device AND log = :log AND NOT declared AND last >= :a AND first <= :b
+      AND first >= coalesce((SELECT max(first) FROM gaps WHERE device = :device AND log = :log AND first <= :a), 0)
+"""
+
+
+class Ledger:
+    """The gaps of one (device, log), inside the caller's transaction."""
+
+    def __init__(self, db: sqlite3.Connection, device: str, log: str, through: int) -> None:
+        self._db, self._key, self.through = db, (device, log), through
+
+    def arrived(self, seq: int) -> None:
+        """Take note of a message that was not there before."""
+        if seq > self.through:
+            if seq > self.through + 1:
+                self._put(self.through + 1, seq - 1, declared=False)
+            self.through = seq
+            return
+        gap = self._db.execute(_AT_OR_BELOW, (*self._key, seq)).fetchone()
+        if gap is None or gap[1] < seq:
+            return
+        first, last, declared = gap
+        self._drop(first)
+        self._put(first, seq - 1, declared=declared)
+        self._put(seq + 1, last, declared=declared)
+
+    def evicted(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Mark what is missing in `ranges` as declared by the device."""
+        for a, b in ranges:
+            names = {"device": self._key[0], "log": self._key[1], "a": a, "b": b}
+            for first, last in self._db.execute(_OVERLAPPING, names).fetchall():
+                self._drop(first)
+                self._put(first, min(last, a - 1), declared=False)
+                self._put(b + 1, last, declared=False)
+                self._declare(max(first, a), min(last, b))
+
+    def _declare(self, first: int, last: int) -> None:
+        before = self._db.execute(_AT_OR_BELOW, (*self._key, first - 1)).fetchone()
+        if before and before[2] and before[1] == first - 1:
+            first = before[0]
+            self._drop(first)
+        after = self._db.execute(_AT_OR_BELOW, (*self._key, last + 1)).fetchone()
+        if after and after[2] and after[0] == last + 1:
+            last = after[1]
+            self._drop(after[0])
+        self._put(first, last, declared=True)
+
+    def _put(self, first: int, last: int, *, declared: bool) -> None:
+        if first <= last:
+            self._db.execute(_PUT, (*self._key, first, last, int(declared)))
+
+    def _drop(self, first: int) -> None:
+        self._db.execute("DELETE FROM gaps WHERE device = ? AND log = ? AND first = ?", (*self._key, first))
+
+
+def evictions(body: object) -> list[tuple[int, int]]:
+    """The seq ranges that a message declares as evicted from the outbox: all before itself, ascending or not."""
+    if not isinstance(body, Audit) or body.event != EVICTED:
+        return []
+    listed = body.evidence.get("seq")
+    pairs = [tuple(pair) for pair in listed if isinstance(pair, list)] if isinstance(listed, list) else []
+    return [(pair[0], min(pair[1], body.seq - 1)) for pair in pairs if _is_range(pair) and pair[0] < body.seq]
+
+
+def _is_range(pair: tuple[object, ...]) -> TypeGuard[tuple[int, int]]:
+    if len(pair) != 2:
+        return False
+    first, last = pair
+    return type(first) is int and type(last) is int and 1 <= first <= last

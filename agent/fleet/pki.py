@@ -1,0 +1,145 @@
+"""The fleet's certificate authority and the TLS certificates it issues (Ed25519, X.509 v3, RFC 5280).
+
+TLS says who may connect to the broker; it is not what a message is trusted for. That is its signature, made with
+another key, which survives bridges, brokers and disks, and is revoked in the collector's database.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from agent.errors import UsageError
+
+CA_YEARS = 10
+# A device is forgotten in the field: an early end of its certificate would cut it off, and stop nobody.
+LEAF_YEARS = 10
+# Machines without a battery clock start in the past; a day covers a saved clock that lags.
+BACKDATE = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A certificate and its private key, both PEM."""
+
+    certificate: bytes
+    key: bytes
+
+
+@dataclass(frozen=True)
+class CertificateAuthority:
+    certificate: x509.Certificate
+    key: Ed25519PrivateKey
+
+    @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    @property
+    def key_pem(self) -> bytes:
+        return _private_pem(self.key)
+
+    def server(self, host: str) -> Issued:
+        """A broker's certificate for `host`, and for this machine itself."""
+        names: list[x509.GeneralName] = []
+        for name in dict.fromkeys((host, "localhost", "127.0.0.1", "::1")):
+            names.append(_general_name(name))
+        return self._issue(host, names, ExtendedKeyUsageOID.SERVER_AUTH)
+
+    def client(self, name: str, fleet: str) -> Issued:
+        """A client's certificate: the broker takes `name` from its CN as the user name."""
+        uri = x509.UniformResourceIdentifier(f"urn:outstation:{fleet}:{name}")
+        return self._issue(name, [uri], ExtendedKeyUsageOID.CLIENT_AUTH)
+
+    def _issue(self, common_name: str, names: list[x509.GeneralName], usage: x509.ObjectIdentifier) -> Issued:
+        key = Ed25519PrivateKey.generate()
+        end = min(_now() + timedelta(days=365 * LEAF_YEARS), self.certificate.not_valid_after_utc)
+        builder = (
+            _builder(common_name[:64], self.certificate.subject, key, end)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_key_usage(signs_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
+        )
+        return Issued(builder.sign(self.key, None).public_bytes(Encoding.PEM), _private_pem(key))
+
+
+def new_authority(fleet: str) -> CertificateAuthority:
+    """A new, self-signed authority that may sign leaves only."""
+    key = Ed25519PrivateKey.generate()
+    name = _name(f"outstation {fleet}"[:64])
+    builder = (
+        _builder(f"outstation {fleet}"[:64], name, key, _now() + timedelta(days=365 * CA_YEARS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(signs_certificates=True), critical=True)
+    )
+    return CertificateAuthority(builder.sign(key, None), key)
+
+
+def load_authority(cert_file: Path, key_file: Path) -> CertificateAuthority:
+    """The authority in two PEM files. Raises UsageError that says which file is wrong."""
+    try:
+        certificate = x509.load_pem_x509_certificate(cert_file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{cert_file}: not a readable certificate: {error}") from None
+    try:
+        key = load_pem_private_key(key_file.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{key_file}: not a readable private key: {error}") from None
+    if not isinstance(key, Ed25519PrivateKey) or key.public_key() != certificate.public_key():
+        raise UsageError(f"{key_file}: is not the key of {cert_file}; restore both from the same copy of the fleet")
+    return CertificateAuthority(certificate, key)
+
+
+def _builder(common_name: str, issuer: x509.Name, key: Ed25519PrivateKey, end: datetime) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(common_name))
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(_now() - BACKDATE)
+        .not_valid_after(end)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _private_pem(key: Ed25519PrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(microsecond=0)

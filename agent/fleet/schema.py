@@ -1,0 +1,124 @@
+"""Tables, pragmas and the longer statements of the collector's database.
+
+`messages` is the evidence, kept exactly as it came; `results`, `drift_windows`, `quality` and `alerts` are the same
+messages unfolded into rows to query, and could be made again from it. Times are RFC 3339 text, `t` is epoch µs.
+"""
+
+from __future__ import annotations
+
+from sqlite_utils import Database, Migrations
+
+migrations = Migrations("outstation-fleet")
+
+_FIRST_TABLES = (
+    # keys_version: grows with each change of `keys`, so that a running collector sees it for the price of one read.
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
+    "INSERT INTO meta VALUES ('keys_version', 0)",
+    # state: of the last `state` message; NULL before the first.
+    "CREATE TABLE devices (device TEXT PRIMARY KEY, enrolled TEXT NOT NULL, state TEXT, last_seen TEXT) WITHOUT ROWID",
+    # revoked: when; NULL while the key may sign. A revoked key stays: stored messages verify with it.
+    """CREATE TABLE keys (
+        kid TEXT PRIMARY KEY, device TEXT NOT NULL, key TEXT NOT NULL, added TEXT NOT NULL, revoked TEXT
+    ) WITHOUT ROWID""",
+    "CREATE INDEX keys_of_device ON keys (device)",
+    # With a rowid: rows of a kilobyte in an index b-tree would make every look-up read them.
+    """CREATE TABLE messages (
+        device TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL, kind TEXT NOT NULL, topic TEXT NOT NULL,
+        payload BLOB NOT NULL, jws TEXT NOT NULL, received TEXT NOT NULL, PRIMARY KEY (device, log, seq))""",
+    # through: the highest seq that came; what is missing below it is in `gaps`.
+    """CREATE TABLE logs (
+        device TEXT NOT NULL, log TEXT NOT NULL, through INTEGER NOT NULL, since TEXT NOT NULL,
+        PRIMARY KEY (device, log))""",
+    # declared: 1 where a signed audit message says that the device evicted these, so that they never come.
+    """CREATE TABLE gaps (
+        device TEXT NOT NULL, log TEXT NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
+        declared INTEGER NOT NULL, PRIMARY KEY (device, log, first)) WITHOUT ROWID""",
+    """CREATE TABLE results (
+        device TEXT NOT NULL, task TEXT NOT NULL, row INTEGER NOT NULL, t INTEGER NOT NULL, label TEXT, score REAL,
+        value REAL, log TEXT NOT NULL, seq INTEGER NOT NULL)""",
+    "CREATE INDEX results_by_row ON results (device, task, row)",
+    # window: its index; first and last: rows of the stream; features, output, estimate, reference: JSON.
+    """CREATE TABLE drift_windows (
+        device TEXT NOT NULL, task TEXT NOT NULL, "window" INTEGER NOT NULL, first INTEGER NOT NULL,
+        last INTEGER NOT NULL, "from" TEXT NOT NULL, "to" TEXT NOT NULL, n INTEGER NOT NULL, state TEXT NOT NULL,
+        model TEXT NOT NULL, version TEXT NOT NULL, reference TEXT NOT NULL, features TEXT NOT NULL,
+        output TEXT NOT NULL, estimate TEXT, log TEXT NOT NULL, seq INTEGER NOT NULL,
+        PRIMARY KEY (device, log, seq))""",
+    # source: `device`, or `collector` for alerts of its own; seq is then that of the message it is about.
+    """CREATE TABLE alerts (
+        device TEXT NOT NULL, task TEXT, alert TEXT NOT NULL, subject TEXT NOT NULL, state TEXT NOT NULL,
+        severity TEXT NOT NULL, summary TEXT NOT NULL, time TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL,
+        log TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (device, log, seq, source))""",
+    # body: the payload, as text.
+    """CREATE TABLE quality (
+        device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL,
+        seq INTEGER NOT NULL, PRIMARY KEY (device, log, seq))""",
+    # device: '' where the name in the topic is not enrolled, so that strangers cannot grow the table.
+    """CREATE TABLE refusals (
+        device TEXT NOT NULL, reason TEXT NOT NULL, count INTEGER NOT NULL, first TEXT NOT NULL, last TEXT NOT NULL,
+        PRIMARY KEY (device, reason)) WITHOUT ROWID""",
+    # The first few of each kind of refusal, as they came.
+    """CREATE TABLE refused (
+        device TEXT NOT NULL, reason TEXT NOT NULL, detail TEXT NOT NULL, topic TEXT NOT NULL, payload BLOB NOT NULL,
+        jws TEXT NOT NULL, received TEXT NOT NULL)""",
+)
+
+
+@migrations()
+def first_tables(db: Database) -> None:
+    # One by one: sqlite3's executescript commits first, and would leave half of them after a crash.
+    for statement in _FIRST_TABLES:
+        db.execute(statement)
+
+
+# Pragmas of every opening; the second is what must be read back, where safety hangs on it.
+PRAGMAS: tuple[tuple[str, str | None], ...] = (
+    ("journal_mode=WAL", "wal"),
+    # NORMAL lost acknowledged rows in 28 of 50 simulated power cuts, FULL in none.
+    ("synchronous=FULL", "2"),
+    ("busy_timeout=5000", None),
+    ("cache_size=-16000", None),
+    ("trusted_schema=OFF", None),
+)
+
+ADD_MESSAGE = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, log, seq) DO NOTHING"
+
+ADD_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+
+ADD_REFUSAL = """
+    INSERT INTO refusals VALUES (:device, :reason, 1, :now, :now)
+    ON CONFLICT (device, reason) DO UPDATE SET count = count + 1, last = :now
+"""
+
+# An alert is open while the last word on its id is `raised`. Only the device's newest log counts: a store that was
+# lost cannot clear what it raised. What the collector itself raised stays open: somebody has to look.
+ALERTS = """
+    WITH newest AS (SELECT device, log, max(rowid) FROM logs GROUP BY device),
+    last AS (SELECT device, id, max(seq) AS seq FROM alerts JOIN newest USING (device, log)
+             WHERE source = 'device' GROUP BY device, id)
+    SELECT a.device, a.task, a.alert, a.subject, a.state, a.severity, a.summary, a.time, a.id, a.log, a.seq,
+           a.state = 'raised' AND (a.source = 'collector' OR l.seq IS NOT NULL) AS open
+    FROM alerts a
+    LEFT JOIN newest n ON n.device = a.device AND n.log = a.log
+    LEFT JOIN last l ON l.device = n.device AND l.id = a.id AND l.seq = a.seq AND a.source = 'device'
+"""
+
+DEVICES = f"""
+    SELECT d.device, k.key, d.state, d.last_seen,
+           (SELECT through FROM logs l WHERE l.device = d.device ORDER BY rowid DESC LIMIT 1) AS through,
+           coalesce(o.n, 0) AS alerts
+    FROM devices d
+    LEFT JOIN keys k ON k.device = d.device AND k.revoked IS NULL
+    LEFT JOIN (SELECT device, count(*) AS n FROM ({ALERTS}) WHERE open GROUP BY device) o ON o.device = d.device
+    ORDER BY d.device
+"""
+
+PROGRESS = """
+    SELECT d.device,
+           coalesce((SELECT max(row) FROM results r WHERE r.device = d.device), 0) AS rows,
+           (SELECT count(*) FROM drift_windows w WHERE w.device = d.device) AS windows,
+           (SELECT count(*) FROM results r WHERE r.device = d.device) AS results,
+           (SELECT count(*) FROM messages m WHERE m.device = d.device) AS messages,
+           (SELECT state FROM drift_windows w WHERE w.device = d.device ORDER BY log, seq DESC LIMIT 1) AS drift
+    FROM devices d ORDER BY d.device
+"""

@@ -1,0 +1,63 @@
+"""`fleet watch` on the terminal: lines, or a live table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from agent.fleet.text import printable
+from agent.fleet.watch import Watcher
+from agent.link import Delivery
+
+# Given a function that shows a line about the connection ("" when it is fine), yields groups of deliveries.
+Source = Callable[[Callable[[str], None]], Iterator[list[Delivery]]]
+
+
+def show_lines(watcher: Watcher, source: Source) -> None:
+    """One line per message; troubles with the connection go to stderr."""
+    for group in source(lambda trouble: print(trouble, file=sys.stderr) if trouble else None):
+        for delivery in group:
+            print(watcher.judge(delivery).line(), flush=True)
+
+
+def show_table(watcher: Watcher, source: Source) -> None:
+    """A live table of the devices until the source ends."""
+    trouble = ""
+
+    def tell(text: str) -> None:
+        nonlocal trouble
+        trouble = text
+
+    with Live(console=Console(), auto_refresh=False, transient=False) as live:
+        for group in source(tell):
+            for delivery in group:
+                watcher.judge(delivery)
+            live.update(_table(watcher, trouble), refresh=True)
+
+
+def _table(watcher: Watcher, trouble: str) -> Table:
+    caption = trouble or f"{watcher.refused} messages refused" if trouble or watcher.refused else None
+    title = f"fleet {watcher.fleet}" if watcher.devices else f"fleet {watcher.fleet}: no message yet"
+    columns = ("device", "state", "rows", "windows", "results", "drift", "open alerts", "last message")
+    table = Table(*columns, title=title, caption=printable(caption) if caption else None, box=box.SIMPLE_HEAD)
+    for device, seen in sorted(watcher.devices.items()):
+        rows = ", ".join(f"{stream} {row}" for stream, row in sorted(seen.rows.items()))
+        numbers = (rows, str(seen.windows), str(seen.results))
+        line = (device, seen.state, *numbers, _words(seen.drift.items()), _alerts(seen.alerts.values()), seen.last)
+        table.add_row(*(Text(printable(cell)) for cell in line))
+    return table
+
+
+def _words(pairs: Iterable[tuple[str, str]]) -> str:
+    return ", ".join(f"{task} {state}" for task, state in sorted(pairs))
+
+
+def _alerts(summaries: Iterable[str]) -> str:
+    listed = list(summaries)
+    return f"{len(listed)}: {listed[-1]}" if listed else ""

@@ -1,0 +1,290 @@
+"""All SQL of the fleet: what devices sent, as evidence and as rows, in one SQLite file.
+
+A message is added once. Adding is idempotent and order-free: any order, any repeats of the same messages give the same
+tables. When `ingest` returns, its messages are on the disk; when it raises, nothing of them is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlite_utils
+
+from agent.errors import Refused, StorageBusy, StorageError, StorageFull, UsageError
+from agent.fleet import schema
+from agent.fleet.ingest import Arrival, Batch, Outcome, Refusal
+from agent.wire.keys import PublicKey, public_key
+from agent.wire.messages import Logged, Message
+
+MAX_MISSING_RANGES = 100
+LOCK_WAIT_S = 5.0
+# Values that SQLite cannot hold: one such message must not hold up the others of its transaction.
+_UNSTORABLE = (OverflowError, UnicodeEncodeError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError)
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledgement:
+    """Everything of `log` up to `through` is on the collector's disk, except the ranges in `missing`."""
+
+    device: str
+    log: str
+    through: int
+    missing: list[tuple[int, int]]
+
+
+class FleetStore:
+    """The open database; one thread. Raises StorageError (Full, Busy) wherever the disk or another process fails it."""
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path, self.read_only = path, read_only
+        self._lock: int | None = None
+        if read_only and not path.exists():
+            raise UsageError(f"{path}: no database here yet; `outstation fleet enrol DEVICE` makes it")
+        with self._translated():
+            if not read_only and path.parent.is_dir():
+                # Only its owner reads what devices measured.
+                path.touch(mode=0o600)
+            mode = "ro" if read_only else "rwc"
+            self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, isolation_level=None)
+            # Damaged text must reach the audit, not stop it.
+            self._db.text_factory = lambda data: data.decode(errors="surrogateescape")
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close; the last one to do so checkpoints, alone."""
+        with contextlib.suppress(StorageError), self._alone():
+            self._db.close()
+        self._db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One write transaction: committed when the block ends, rolled back when it raises."""
+        with self._translated(), self._alone():
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Everything read inside is of one moment."""
+        with self._translated():
+            self._db.execute("BEGIN")
+            try:
+                yield
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    # --- keys ---
+
+    def keys_version(self) -> int:
+        """Grows with every change of the keys."""
+        return int(self._all("SELECT value FROM meta WHERE name = 'keys_version'")[0][0])
+
+    def enrolled_keys(self) -> list[tuple[str, str, str, bool]]:
+        """(kid, device, base64url key, revoked) of every key that was ever enrolled."""
+        return [
+            (k, d, text, r is not None) for k, d, text, r in self._all("SELECT kid, device, key, revoked FROM keys")
+        ]
+
+    def active_key(self, device: str) -> PublicKey | None:
+        """The key that may sign for `device`; None before it is enrolled."""
+        found = self._all("SELECT key FROM keys WHERE device = ? AND revoked IS NULL", device)
+        return public_key(found[0][0]) if found else None
+
+    def enrol(self, device: str, key: PublicKey, *, replace: bool, now: str) -> bool:
+        """Let `key` sign for `device`; False where it could already. Raises UsageError where another key does."""
+        with self.transaction() as db:
+            owner = db.execute("SELECT device, revoked FROM keys WHERE kid = ?", (key.kid,)).fetchone()
+            if owner == (device, None):
+                return False
+            if owner is not None:
+                what = f"is revoked for {device!r}" if owner[0] == device else f"belongs to device {owner[0]!r}"
+                raise UsageError(f"key {key.text} {what}; make a new one for {device!r}")
+            active = db.execute("SELECT key FROM keys WHERE device = ? AND revoked IS NULL", (device,)).fetchone()
+            if active and not replace:
+                raise UsageError(
+                    f"device {device!r} is enrolled with another key ({active[0]}); --replace revokes that one"
+                )
+            db.execute("UPDATE keys SET revoked = ? WHERE device = ? AND revoked IS NULL", (now, device))
+            db.execute("INSERT INTO keys VALUES (?, ?, ?, ?, NULL)", (key.kid, device, key.text, now))
+            db.execute("INSERT INTO devices VALUES (?, ?, NULL, NULL) ON CONFLICT DO NOTHING", (device, now))
+            db.execute("UPDATE meta SET value = value + 1 WHERE name = 'keys_version'")
+        return True
+
+    # --- messages in ---
+
+    def ingest(self, arrivals: Sequence[Arrival], refusals: Sequence[Refusal], now: str) -> list[Outcome]:
+        """Add all of it in one transaction; the outcome of each arrival.
+
+        Raises StorageError, and Refused where a value of some message cannot be stored: then add them one by one.
+        """
+        try:
+            with self.transaction() as db:
+                batch = Batch(db, now)
+                outcomes = [batch.add(arrival) for arrival in arrivals]
+                for refusal in refusals:
+                    batch.refuse(refusal)
+                batch.finish()
+        except _UNSTORABLE as error:
+            raise Refused("not storable", str(error)) from error
+        return outcomes
+
+    def holds(self, message: Message) -> bool:
+        """Whether exactly this message is stored."""
+        body = message.body
+        if not isinstance(body, Logged):
+            return False
+        sql = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
+        return [(message.payload,)] == self._all(sql, body.device, body.log, body.seq)
+
+    def acknowledgement(self, device: str, log: str) -> Acknowledgement:
+        """What to tell the device; with more than 100 ranges missing, only as far as the first 100 go."""
+        [(through,)] = self._all("SELECT through FROM logs WHERE device = ? AND log = ?", device, log)
+        sql = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND NOT declared ORDER BY first LIMIT ?"
+        missing = self._all(sql, device, log, MAX_MISSING_RANGES + 1)
+        if len(missing) > MAX_MISSING_RANGES:
+            through = missing.pop()[0] - 1
+        return Acknowledgement(device, log, through, missing)
+
+    # --- reports ---
+
+    def newest_logs(self) -> list[tuple[str, str]]:
+        """(device, log) of the newest log of each device."""
+        return [row[:2] for row in self._all("SELECT device, log, max(rowid) FROM logs GROUP BY device")]
+
+    def devices(self) -> list[dict[str, Any]]:
+        """device, key, state, last_seen, through (of its newest log), alerts (how many are open)."""
+        return self._records(schema.DEVICES)
+
+    def alerts(self, device: str | None = None, *, closed: bool = False) -> list[dict[str, Any]]:
+        """Open alerts, or with `closed` everything that was ever raised or cleared; oldest first."""
+        wanted = "(open OR ?) AND (? IS NULL OR device = ?)"
+        sql = f"SELECT * FROM ({schema.ALERTS}) WHERE {wanted} ORDER BY time, device, seq"
+        return [{**row, "open": bool(row["open"])} for row in self._records(sql, closed, device, device)]
+
+    def progress(self) -> list[dict[str, Any]]:
+        """Per device: rows judged, drift windows, results, messages, `drift` state of the last one, open summaries."""
+        found = self._records(schema.PROGRESS)
+        for row in found:
+            row["open"] = [alert["summary"] for alert in self.alerts(row["device"]) if alert["state"] == "raised"]
+        return found
+
+    def labels(self, device: str) -> list[tuple[int, str]]:
+        """(row, label) of every labelled result of `device`."""
+        return self._all("SELECT row, label FROM results WHERE device = ? AND label IS NOT NULL ORDER BY row", device)
+
+    def gaps(self, device: str | None = None) -> list[dict[str, Any]]:
+        """device, log, from, to, declared of each range of seqs that is not here."""
+        sql = 'SELECT device, log, first AS "from", last AS "to", declared FROM gaps WHERE ? IS NULL OR device = ?'
+        return [{**row, "declared": bool(row["declared"])} for row in self._records(sql, device, device)]
+
+    def refusals(self) -> list[dict[str, Any]]:
+        """device ('' for strangers), reason, count, first, last."""
+        return self._records("SELECT * FROM refusals ORDER BY device, reason")
+
+    # --- evidence out ---
+
+    def logs(self, device: str | None = None) -> list[tuple[str, str, int]]:
+        """(device, log, through) of every log, in order."""
+        sql = "SELECT device, log, through FROM logs WHERE ? IS NULL OR device = ? ORDER BY device, log"
+        return self._all(sql, device, device)
+
+    def count_messages(self, device: str | None = None) -> int:
+        return int(self._all("SELECT count(*) FROM messages WHERE ? IS NULL OR device = ?", device, device)[0][0])
+
+    def evidence(self, device: str | None = None) -> Iterator[tuple[Any, ...]]:
+        """(device, log, seq, kind, topic, payload, jws) of every stored message, in order of the first three."""
+        where, values = ("WHERE device = ?", (device,)) if device else ("", ())
+        columns = "device, log, seq, kind, topic, payload, jws"
+        return self._db.execute(f"SELECT {columns} FROM messages {where} ORDER BY device, log, seq", values)
+
+    def unfolded(self, device: str | None = None) -> Iterator[tuple[Any, ...]]:
+        """(device, task, row, t, label, score, value, log, seq) of every result, in the order of `evidence`."""
+        where, values = ("WHERE device = ?", (device,)) if device else ("", ())
+        columns = "device, task, row, t, label, score, value, log, seq"
+        return self._db.execute(f"SELECT {columns} FROM results {where} ORDER BY device, log, seq, rowid", values)
+
+    # --- private ---
+
+    def _open(self) -> None:
+        if not self.read_only:
+            name = self.path.with_name(self.path.name + ".lock")
+            try:
+                self._lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except OSError as error:
+                raise StorageError(f"{name}: cannot be opened: {error.strerror}") from error
+        with self._translated(), self._alone():
+            for pragma, wanted in schema.PRAGMAS if not self.read_only else ():
+                self._db.execute(f"PRAGMA {pragma}")
+                got = wanted and str(self._db.execute(f"PRAGMA {pragma.partition('=')[0]}").fetchone()[0])
+                if got != wanted:
+                    raise StorageError(f"{self.path}: PRAGMA {pragma} gave {got}; it must be on a local disk")
+            database = sqlite_utils.Database(self._db, execute_plugins=False)
+            if not self.read_only:
+                schema.migrations.apply(database)
+            elif schema.migrations.pending(database):
+                raise UsageError(f"{self.path}: made by an older version; start `outstation fleet collect` once")
+
+    def _all(self, sql: str, *values: Any) -> list[Any]:
+        with self._translated():
+            return self._db.execute(sql, values).fetchall()
+
+    def _records(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+        with self._translated():
+            cursor = self._db.execute(sql, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process writes or checkpoints meanwhile: SQLite before 3.51.3 can lose commits when two do."""
+        if self._lock is None:
+            yield
+            return
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StorageBusy(f"{self.path}: another process keeps it locked") from None
+                time.sleep(0.005)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except _UNSTORABLE:
+            raise
+        except sqlite3.Error as error:
+            name = getattr(error, "sqlite_errorname", "")
+            kind = StorageFull if name == "SQLITE_FULL" else StorageError
+            if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+                kind = StorageBusy
+            raise kind(f"{self.path}: {error}") from error

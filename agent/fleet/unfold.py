@@ -1,0 +1,62 @@
+"""Verified messages as rows of the tables people query; pure."""
+
+from __future__ import annotations
+
+from itertools import repeat
+from typing import Any
+
+import msgspec
+
+from agent.wire.messages import Alerts, Drift, Logged, Message, Quality, Results
+
+# Table → rows of it, as `schema` orders their columns.
+Rows = dict[str, list[tuple[Any, ...]]]
+
+
+def unfold(message: Message, into: Rows) -> None:
+    """Add the rows of one message to `into`."""
+    body = message.body
+    if isinstance(body, Results):
+        into.setdefault("results", []).extend(result_rows(body))
+    elif isinstance(body, Drift):
+        into.setdefault("drift_windows", []).append(_drift_row(body))
+    elif isinstance(body, Alerts):
+        into.setdefault("alerts", []).append(_alert_row(body))
+    elif isinstance(body, Quality):
+        text = message.payload.decode()
+        into.setdefault("quality", []).append((body.device, body.task, body.time, text, body.log, body.seq))
+
+
+def result_rows(body: Results) -> list[tuple[Any, ...]]:
+    """(device, task, row, t, label, score, value, log, seq) of each result of a message."""
+    columns, none = body.columns, repeat(None)
+    return [
+        (body.device, body.task, row, t, label, score, value, body.log, body.seq)
+        for row, t, label, score, value in zip(
+            columns.row, columns.t, columns.label or none, columns.score or none, columns.value or none, strict=False
+        )
+    ]
+
+
+def collector_alert(about: Logged, summary: str, now: str) -> tuple[Any, ...]:
+    """A security alert that the collector raises itself about a message."""
+    identity = f"collector/{about.log}/{about.seq}"
+    head = (about.device, None, "security", f"{about.log}/{about.seq}", "raised", "critical", summary, now)
+    return (*head, identity, "collector", about.log, about.seq)
+
+
+def _alert_row(body: Alerts) -> tuple[Any, ...]:
+    head = (body.device, body.task, body.alert, body.subject, body.state, body.severity, body.summary, body.time)
+    return (*head, body.id, "device", body.log, body.seq)
+
+
+def _drift_row(body: Drift) -> tuple[Any, ...]:
+    window, model = body.window, body.model
+    span = (window.index, window.rows[0], window.rows[1], window.from_, window.to, window.n)
+    estimate = None if body.estimate is None else _json(body.estimate)
+    sizes = (_json(body.reference), _json(body.features), _json(body.output), estimate)
+    return (body.device, body.task, *span, body.state, model.name, model.version, *sizes, body.log, body.seq)
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,26 @@
+"""What ships with the agent: bundles, recordings and the key that signed them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.wire.keys import PublicKey, public_key
+
+_INSTALLED = Path(__file__).parent.parent / "shipped"
+_CHECKOUT = Path(__file__).parents[2] / "models"
+
+
+def bundles() -> Path:
+    """The folder of shipped bundles."""
+    return _INSTALLED / "bundles" if _INSTALLED.exists() else _CHECKOUT
+
+
+def recordings() -> Path:
+    """The folder of held-out recordings that simulated devices replay."""
+    return _INSTALLED / "recordings" if _INSTALLED.exists() else _CHECKOUT / "recordings"
+
+
+def publishers() -> list[PublicKey]:
+    """The key that signs shipped bundles."""
+    path = (_INSTALLED if _INSTALLED.exists() else _CHECKOUT) / "publisher.pub"
+    return [public_key(path.read_text(encoding="ascii"))] if path.exists() else []

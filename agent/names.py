@@ -1,0 +1,12 @@
+"""What may name a fleet, device, stream or task: such a name is also a topic level and a file name."""
+
+from __future__ import annotations
+
+import re
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` is 1–64 of a-z 0-9 . _ - and starts with a letter or digit."""
+    return _NAME.fullmatch(text) is not None

@@ -1,0 +1,225 @@
+"""Payloads: one flat UTF-8 JSON object per message (contract section 6), and the checks around them.
+
+Rules of `open_message`, after the topic and before anything is stored:
+- the signature verifies (see `jws`)
+- the payload is an object of version 1 whose `kind` is the topic's
+- its `device` is the topic's device and the key's owner; its `task`, if any, is the topic's
+- a logged kind carries `log`, `seq` ≥ 1 and `prev`; rows, counts and columns agree with each other
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from agent.errors import Refused
+from agent.wire import jws, topics
+from agent.wire.jws import Signer
+from agent.wire.keys import b64url
+
+MAX_PAYLOAD = 1 << 20
+NEW_LOG = ""
+CONTENT_TYPE = "application/json"
+
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
+Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+Text = Annotated[str, msgspec.Meta(max_length=256)]
+Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
+Rfc3339 = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z\Z")]
+Severity = Literal["info", "warning", "critical"]
+
+
+class Payload(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
+    v: Literal[1]
+    device: Text
+
+
+class Logged(Payload, frozen=True, kw_only=True):
+    log: Uuid
+    seq: Positive
+    prev: Annotated[str, msgspec.Meta(max_length=64)]
+    boot: Natural
+    time: Rfc3339
+    clock: Literal["synced", "restored", "unsynced"]
+
+
+class Model(msgspec.Struct, frozen=True):
+    name: Text
+    version: Text
+    digest: Text
+
+
+class Columns(msgspec.Struct, frozen=True):
+    row: list[Positive]
+    t: list[int]
+    label: list[Text] | None = None
+    score: list[float | None] | None = None
+    value: list[float | None] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("t", "label", "score", "value"):
+            column = getattr(self, name)
+            if column is not None and len(column) != len(self.row):
+                raise ValueError(f"column {name} has {len(column)} entries, row has {len(self.row)}")
+
+
+class Results(Logged, frozen=True, kw_only=True, tag="results"):
+    task: Text
+    model: Model
+    stream: Text
+    rows: tuple[Positive, Positive]
+    n: Natural
+    input: Text
+    columns: Columns
+
+    def __post_init__(self) -> None:
+        first, last = self.rows
+        if first > last:
+            raise ValueError(f"rows [{first},{last}] run backwards")
+        if len(self.columns.row) > self.n:
+            raise ValueError(f"{len(self.columns.row)} results listed, n says {self.n}")
+        if not all(first <= row for row in self.columns.row):
+            raise ValueError("a result's row lies before the rows of its message")
+
+
+class Window(msgspec.Struct, frozen=True, rename={"from_": "from"}):
+    index: Natural
+    rows: tuple[Positive, Positive]
+    from_: Rfc3339
+    to: Rfc3339
+    n: Natural
+
+
+class Drift(Logged, frozen=True, kw_only=True, tag="drift"):
+    task: Text
+    model: Model
+    reference: dict[str, str | None]
+    window: Window
+    features: dict[Text, dict[str, Any]]
+    output: dict[str, Any]
+    state: Literal["ok", "drift", "fault", "insufficient"]
+    estimate: dict[str, Any] | None = None
+
+
+class Alerts(Logged, frozen=True, kw_only=True, tag="alerts"):
+    alert: Literal["drift", "fault", "result", "model", "quality", "storage", "clock", "security"]
+    subject: Text
+    state: Literal["raised", "cleared"]
+    severity: Severity
+    summary: Annotated[str, msgspec.Meta(max_length=2000)]
+    id: Text
+    evidence: dict[str, Any] = {}
+    task: Text | None = None
+
+
+class Quality(Logged, frozen=True, kw_only=True, tag="quality"):
+    task: Text
+
+
+class Health(Logged, frozen=True, kw_only=True, tag="health"):
+    streams: dict[Text, dict[str, Any]] = {}
+    tasks: dict[Text, dict[str, Any]] = {}
+
+
+class Audit(Logged, frozen=True, kw_only=True, tag="audit"):
+    event: Text
+    summary: Annotated[str, msgspec.Meta(max_length=2000)] = ""
+    evidence: dict[str, Any] = {}
+
+
+class State(Payload, frozen=True, kw_only=True, tag="state"):
+    state: Literal["online", "offline", "stopped"]
+    boot: Natural
+    time: Rfc3339
+
+
+class Keys(Payload, frozen=True, kw_only=True, tag="keys"):
+    keys: list[dict[str, str]]
+    time: Rfc3339
+
+
+class Reply(Payload, frozen=True, kw_only=True, tag="reply"):
+    time: Rfc3339
+
+
+class Ack(Payload, frozen=True, kw_only=True, tag="ack"):
+    log: Uuid
+    through: Natural
+    missing: list[tuple[Positive, Positive]]
+    time: Rfc3339
+
+    def __post_init__(self) -> None:
+        ends = [end for pair in self.missing for end in pair]
+        if ends != sorted(ends) or (ends and ends[-1] > self.through):
+            raise ValueError("missing ranges must ascend and end at or before through")
+
+
+Body = Results | Drift | Alerts | Quality | Health | Audit | State | Keys | Reply | Ack
+_DECODER = msgspec.json.Decoder(Body)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message that verified: where it came, its exact bytes, and what it says."""
+
+    topic: topics.Topic
+    payload: bytes
+    jws: str
+    body: Body
+    signer: Signer
+
+
+def open_message(
+    topic_text: str, payload: bytes, tokens: Sequence[str], find: Callable[[str], Signer | None]
+) -> Message:
+    """Verify, then parse. Raises Refused with the rule that failed; never another exception."""
+    topic = topics.parse(topic_text)
+    if len(payload) > MAX_PAYLOAD:
+        raise Refused("too large", f"{len(payload)} bytes, the limit is {MAX_PAYLOAD}")
+    signer = jws.verify(tokens, topic_text, payload, find)
+    body = decode(payload)
+    if body.__struct_config__.tag != topic.kind:
+        raise Refused("other kind", f"payload is {body.__struct_config__.tag}, topic is {topic.kind}")
+    if body.device != topic.device:
+        raise Refused("other device", f"payload names {body.device!r}, topic {topic.device!r}")
+    owner = topic.device if topic.kind not in topics.DOWN else signer.owner
+    if signer.owner != owner:
+        raise Refused("other device", f"key of {signer.owner!r} on a topic of {topic.device!r}")
+    task = getattr(body, "task", None)
+    if task is not None and task != topic.task:
+        raise Refused("other task", f"payload names {task!r}, topic {topic.task!r}")
+    return Message(topic, payload, tokens[0], body, signer)
+
+
+def decode(payload: bytes) -> Body:
+    """The typed payload. Raises Refused."""
+    try:
+        body: Body = _DECODER.decode(payload)
+        return body
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise Refused("malformed payload", str(error)[:200]) from None
+
+
+def encode(members: Mapping[str, Any]) -> bytes:
+    """The payload bytes of `members`, in their order."""
+    return msgspec.json.encode(members)
+
+
+def digest(payload: bytes) -> str:
+    """What the next message of the log carries in `prev`."""
+    return b64url(hashlib.sha256(payload).digest())
+
+
+def cloud_event(topic: topics.Topic, identity: str, time: str) -> tuple[tuple[str, str], ...]:
+    """CloudEvents 1.0 attributes in binary mode, as MQTT user properties."""
+    return (
+        ("specversion", "1.0"),
+        ("id", identity),
+        ("source", f"{topics.ROOT}/{topic.fleet}/{topic.device}"),
+        ("type", f"outstation.{topic.kind}.v1"),
+        ("time", time),
+    )

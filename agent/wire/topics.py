@@ -1,0 +1,43 @@
+"""The topic tree: `outstation/<fleet>/<device>/<kind>[/<task>]`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from agent.errors import Refused
+from agent.names import is_name
+
+ROOT = "outstation"
+
+PER_TASK = frozenset({"results", "drift", "quality", "alerts"})
+LOGGED = PER_TASK | {"health", "audit"}
+LIVE = frozenset({"state", "keys", "reply"})
+DOWN = frozenset({"ack", "cmd", "desired"})
+DEVICE_ALERTS = "_device"
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """One topic; `task` is set for the kinds that belong to a task."""
+
+    fleet: str
+    device: str
+    kind: str
+    task: str | None = None
+
+    def __str__(self) -> str:
+        base = f"{ROOT}/{self.fleet}/{self.device}/{self.kind}"
+        return f"{base}/{self.task}" if self.task else base
+
+
+def parse(text: str) -> Topic:
+    """The parts of a topic. Raises Refused for one that is not in the tree."""
+    parts = text.split("/")
+    if len(parts) not in (4, 5) or parts[0] != ROOT or not all(is_name(p) for p in parts[1:3]):
+        raise Refused("topic", f"{text[:120]!r} is not {ROOT}/<fleet>/<device>/<kind>[/<task>]")
+    kind, task = parts[3], parts[4] if len(parts) == 5 else None
+    if kind not in LOGGED | LIVE | DOWN:
+        raise Refused("topic", f"unknown kind {kind[:40]!r}")
+    if (kind in PER_TASK) != (task is not None) or (task is not None and not is_name(task) and task != DEVICE_ALERTS):
+        raise Refused("topic", f"{text[:120]!r}: {kind} {'needs' if kind in PER_TASK else 'takes no'} task")
+    return Topic(parts[1], parts[2], kind, task)
