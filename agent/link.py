@@ -11,12 +11,14 @@ import contextlib
 import select
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import paho.mqtt.client as mqtt
+from paho.mqtt import MQTTException
 from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
@@ -31,6 +33,8 @@ QUOTA_EXCEEDED = 0x97
 PACKET_TOO_LARGE = 0x95
 _MAX_WINDOW = 100
 _KEEP_ALIVE_S = 60
+# What paho's parsers raise on bytes that are no MQTT.
+_MALFORMED = (ValueError, LookupError, AssertionError, struct.error, MQTTException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +232,11 @@ class Link:
         for step in (self._client.loop_read, self._client.loop_write, self._client.loop_misc):
             if step == self._client.loop_read and not ready.get(sock.fileno()) and timeout_s:
                 continue
-            code = step()
+            try:
+                code = step()
+            except _MALFORMED as error:
+                self._lost = self._lost or f"the broker sent a malformed packet: {error}"
+                return
             if code not in (mqtt.MQTT_ERR_SUCCESS, mqtt.MQTT_ERR_AGAIN):
                 self._lost = self._lost or mqtt.error_string(code)
                 return

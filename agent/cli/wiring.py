@@ -15,7 +15,7 @@ from agent.device.intake import Intake, Source
 from agent.device.store import Store
 from agent.device.uplink import Uplink
 from agent.drift.judge import Judge
-from agent.errors import ConfigError, UsageError
+from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model import activate
 from agent.wire import keys
 from agent.wire.keys import PublicKey, SigningKey
@@ -93,10 +93,16 @@ def load_task(file: Path, conf: Config, store: Store | None, name: str) -> Task:
     return Task(name, task, stream, active.bundle, active.model, judge, state, config.digest(conf))
 
 
-def planned(file: Path, conf: Config, store: Store) -> list[Planned]:
-    """All tasks, loaded. Raises ConfigError, BadBundle."""
+def planned(file: Path, conf: Config, store: Store) -> tuple[list[Planned], list[Broken]]:
+    """All tasks, loaded, and those whose bundle does not run here: these stop nothing else. Raises ConfigError."""
     schedules = {name: schedule.parse(str(file), name, task.schedule) for name, task in conf.tasks.items()}
-    return [Planned(load_task(file, conf, store, name), schedules[name]) for name in conf.tasks]
+    good, broken = [], []
+    for name, task in conf.tasks.items():
+        try:
+            good.append(Planned(load_task(file, conf, store, name), schedules[name]))
+        except BadBundle as problem:
+            broken.append(Broken(name, task.bundle, str(problem)))
+    return good, broken
 
 
 def sources(file: Path, conf: Config, store: Store) -> list[Source]:
@@ -120,7 +126,7 @@ def sources(file: Path, conf: Config, store: Store) -> list[Source]:
 
 
 def daemon(file: Path, conf: Config, store: Store) -> Daemon:
-    """The whole device. Raises UsageError, BadBundle."""
+    """The whole device. Raises UsageError."""
     writer = author(file, conf, store)
     now = clock_of(store)
     collector = configured_keys(file, "collector.key", [conf.collector.key])[0] if conf.collector.key else None
@@ -128,7 +134,7 @@ def daemon(file: Path, conf: Config, store: Store) -> Daemon:
         raise ConfigError(
             str(file), "collector.key", 'empty: without it no acknowledgement counts; set it, or delivery = "broker"'
         )
-    tasks = planned(file, conf, store)
+    tasks, broken = planned(file, conf, store)
     own = sources(file, conf, store)
 
     def make_intake(committed: Callable[[], None], failed: Callable[[Exception], None]) -> Intake:
@@ -137,7 +143,7 @@ def daemon(file: Path, conf: Config, store: Store) -> Daemon:
     def make_uplink(failed: Callable[[Exception], None]) -> Uplink:
         return Uplink(conf, store, writer, collector, now, failed)
 
-    return Daemon(conf, store, writer, tasks, make_intake, make_uplink, now)
+    return Daemon(conf, store, writer, tasks, broken, make_intake, make_uplink, now)
 
 
 def load(config_file: str | None) -> tuple[Path, Config]:

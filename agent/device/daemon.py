@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from agent import clock
 from agent.clock import Now
 from agent.config import Config
-from agent.device import batch, health
+from agent.device import batch
 from agent.device.author import Author
 from agent.device.intake import Intake
 from agent.device.notify import notify
+from agent.device.reports import Broken, Reports
 from agent.device.schedule import Schedule
 from agent.device.store import Store
 from agent.device.uplink import Uplink
@@ -65,19 +66,24 @@ class Daemon:
         store: Store,
         author: Author,
         planned: Sequence[Planned],
+        broken: Sequence[Broken],
         make_intake: Callable[[Callable[[], None], Callable[[Exception], None]], Intake],
         make_uplink: Callable[[Callable[[Exception], None]], Uplink],
         now: Callable[[], Now],
     ) -> None:
         self.signals = Signals()
-        self._conf, self._store, self._author, self._planned, self._now = conf, store, author, planned, now
+        self._conf, self._store, self._author, self._now = conf, store, author, now
+        self._planned, self._broken = planned, broken
+        models = {p.task.name: p.task.reference for p in planned}
+        self._reports = Reports(conf, store, author, models, now)
         self._intake = make_intake(self.signals.wake.set, self.signals.fail)
         self._uplink = make_uplink(self.signals.fail)
         self._next_health = self._next_trim = 0.0
 
     def run(self) -> None:
         """Until stopped. Raises what made going on impossible."""
-        self._announce("started", "The agent started.")
+        self._reports.event("started", "The agent started.")
+        self._reports.bundles(self._broken)
         self._intake.start()
         self._uplink.start()
         notify("READY=1")
@@ -102,7 +108,8 @@ class Daemon:
             wait = min(wait, planned.schedule.wait_s(now))
         if now.boot_s >= self._next_health:
             self._next_health = now.boot_s + _HEALTH_S
-            self._report_health(now)
+            self._reports.health()
+            self._uplink.wake()
         if now.boot_s >= self._next_trim:
             self._next_trim = now.boot_s + _TRIM_S
             trim(self._conf, self._store, now)
@@ -133,30 +140,13 @@ class Daemon:
         task = planned.task
         return self._store.last_row(task.config.stream) - (self._store.cursor(task.name) or 0)
 
-    def _report_health(self, now: Now) -> None:
-        models = {p.task.name: p.task.reference for p in self._planned}
-        try:
-            with self._store.transaction() as tx:
-                tx.set_meta("time floor", str(max(now.wall_us, int(self._store.meta("time floor", "0")))))
-                self._author.write(tx, "health", None, health.report(self._conf, self._store, models), now)
-        except StorageFull as full:
-            log.error("%s", full)
-            return
-        self._uplink.wake()
-
-    def _announce(self, event: str, summary: str) -> None:
-        models = {p.task.name: p.task.reference for p in self._planned}
-        with self._store.transaction() as tx:
-            body = {"event": event, "summary": summary, "evidence": {"tasks": models}}
-            self._author.write(tx, "audit", None, body, self._now())
-
     def _shut_down(self) -> None:
         self._intake.stop()
         if isinstance(self.signals.failure, StorageError):
             self._uplink.stop(0.0)
             return
-        self._report_health(self._now())
-        self._announce("stopped", "The agent was stopped.")
+        self._reports.health()
+        self._reports.event("stopped", "The agent was stopped.")
         self._uplink.stop()
 
 
@@ -168,8 +158,11 @@ def trim(conf: Config, store: Store, now: Now) -> None:
         cursors = [store.cursor(task) or 0 for task, t in conf.tasks.items() if t.stream == name]
         if not cursors:
             continue
-        with store.transaction() as tx:
-            tx.trim(name, min(cursors), before, _TRIM_CHUNKS)
+        try:
+            with store.transaction() as tx:
+                tx.trim(name, min(cursors), before, _TRIM_CHUNKS)
+        except StorageFull as full:
+            log.error("%s; even deleting needs a little room", full)
 
 
 def clock_of(store: Store) -> Callable[[], Now]:

@@ -323,6 +323,9 @@ class Transaction:
     def keep(self, task: str, name: str, value: bytes) -> None:
         self._db.execute("INSERT OR REPLACE INTO state (task, name, value) VALUES (?, ?, ?)", (task, name, value))
 
+    def drop(self, task: str, name: str) -> None:
+        self._db.execute("DELETE FROM state WHERE task = ? AND name = ?", (task, name))
+
     def set_mark(self, source: str, item: str, position: int) -> None:
         self._db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?, ?)", (source, item, position))
 
@@ -334,6 +337,14 @@ class Transaction:
             self._db.execute(
                 "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n", (name, n)
             )
+
+    def raise_floor(self, wall_us: int) -> None:
+        """Remember that this time has passed, on the word of someone whose clock is right."""
+        self._db.execute(
+            "INSERT INTO meta VALUES ('time floor', ?) ON CONFLICT (key) DO UPDATE "
+            "SET value = max(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER))",
+            (str(wall_us),),
+        )
 
     def set_meta(self, key: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))

@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from agent import config, link
+from agent import clock, config, link
 from agent.clock import Now
 from agent.device.author import Author
 from agent.device.store import Pending, Store
-from agent.errors import LinkDown, Refused
+from agent.errors import LinkDown, Refused, StorageFull
 from agent.link import Delivery, Link, Receipt
 from agent.wire import jws, messages, topics
 from agent.wire.keys import PublicKey
@@ -96,7 +96,7 @@ class Uplink:
             began = self._now().boot_s
             try:
                 self._session()
-            except LinkDown as down:
+            except (LinkDown, StorageFull) as down:
                 attempt = 0 if self._now().boot_s - began > 60 else attempt + 1
                 self.connected = False
                 if str(down) != self.state:
@@ -210,6 +210,7 @@ def apply(ack: messages.Ack, store: Store, progress: Progress, now: Now) -> None
     """What `ack` covers leaves the outbox; what it misses is sent again."""
     with store.transaction() as tx:
         tx.acknowledge(ack.through, ack.missing)
+        tx.raise_floor(clock.epoch_us(ack.time))
     progress.ack, progress.applied_s = None, now.boot_s
     on_the_way = {pending.seq for pending in progress.flying.values()} | set(progress.again)
     for first, last in ack.missing:

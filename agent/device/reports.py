@@ -1,0 +1,119 @@
+"""What the device says of itself: health, what it did, and which task cannot run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agent import __version__
+from agent.clock import Now
+from agent.config import Config
+from agent.device.author import Author
+from agent.device.store import Store, Transaction
+from agent.errors import StorageFull
+
+log = logging.getLogger("outstation")
+
+_BROKEN = "broken bundle"
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A task whose bundle cannot run here, and why."""
+
+    task: str
+    bundle: str
+    reason: str
+
+
+class Reports:
+    """Writes such messages; one that finds no room is dropped, because the next one says the same."""
+
+    def __init__(
+        self,
+        conf: Config,
+        store: Store,
+        author: Author,
+        models: Mapping[str, Mapping[str, Any]],
+        now: Callable[[], Now],
+    ) -> None:
+        self._conf, self._store, self._author, self._models, self._now = conf, store, author, models, now
+
+    def health(self) -> None:
+        now = self._now()
+
+        def write(tx: Transaction) -> None:
+            if now.quality == "synced":
+                tx.raise_floor(now.wall_us)
+            self._author.write(tx, "health", None, health(self._conf, self._store, self._models), now)
+
+        self._write(write)
+
+    def event(self, name: str, summary: str) -> None:
+        """An audit message."""
+        body = {"event": name, "summary": summary, "evidence": {"tasks": self._models}}
+        self._write(lambda tx: self._author.write(tx, "audit", None, body, self._now()))
+
+    def bundles(self, broken: Sequence[Broken]) -> None:
+        """One alert for each task that cannot run, open until it can."""
+        for one in broken:
+            log.error("task %s does not run: %s", one.task, one.reason)
+            if self._store.state(one.task, _BROKEN) is None:
+                self._bundle_alert(one.task, one.bundle, one.reason)
+        for task in self._models:
+            if self._store.state(task, _BROKEN) is not None:
+                self._bundle_alert(task, self._conf.tasks[task].bundle, "")
+
+    def _bundle_alert(self, task: str, bundle: str, reason: str) -> None:
+        body = {
+            "alert": "model",
+            "subject": bundle,
+            "state": "raised" if reason else "cleared",
+            "severity": "critical" if reason else "info",
+            "id": f"{task}/model",
+            "summary": f"{task} does not run: {reason}"[:1000]
+            if reason
+            else f"{task} runs again with bundle {bundle}.",
+            "evidence": {},
+        }
+
+        def write(tx: Transaction) -> None:
+            if reason:
+                tx.keep(task, _BROKEN, reason.encode())
+            else:
+                tx.drop(task, _BROKEN)
+            self._author.write(tx, "alerts", task, body, self._now())
+
+        self._write(write)
+
+    def _write(self, action: Callable[[Transaction], None]) -> None:
+        try:
+            with self._store.transaction() as tx:
+                action(tx)
+        except StorageFull as full:
+            log.error("%s", full)
+
+
+def health(conf: Config, store: Store, models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The body of a health message; `models` names each running task's model."""
+    counters = store.counters()
+    waiting, _ = store.outbox_size()
+    return {
+        "agent": __version__,
+        "streams": {name: {"rows": store.last_row(name), "first": store.first_row(name)} for name in conf.streams},
+        "rejected": counters.get("lines rejected", 0),
+        "tasks": {
+            name: {
+                "stream": task.stream,
+                "row": store.cursor(name) or 0,
+                "first": store.first_consumed(name),
+                "windows": counters.get(f"windows.{name}", 0),
+                "model": models.get(name),
+            }
+            for name, task in conf.tasks.items()
+        },
+        "outbox": waiting,
+        "store": {"bytes": store.used_bytes(), "max": int(conf.buffer.max_size)},
+    }
