@@ -12,6 +12,7 @@ from agent.device.author import Author
 from agent.device.batch import Task
 from agent.device.daemon import Daemon, Planned, clock_of
 from agent.device.intake import Intake, Source
+from agent.device.reports import Broken
 from agent.device.store import Store
 from agent.device.uplink import Uplink
 from agent.drift.judge import Judge

@@ -17,6 +17,7 @@ from agent.errors import StorageFull
 log = logging.getLogger("outstation")
 
 _BROKEN = "broken bundle"
+Models = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Reports:
             log.error("%s", full)
 
 
-def health(conf: Config, store: Store, models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def health(conf: Config, store: Store, models: Models) -> dict[str, Any]:
     """The body of a health message; `models` names each running task's model."""
     counters = store.counters()
     waiting, _ = store.outbox_size()
