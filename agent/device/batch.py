@@ -14,7 +14,8 @@ from agent.clock import Now
 from agent.config import Stream
 from agent.device.author import Author
 from agent.device.rows import Rows
-from agent.device.store import Batch, Store, Transaction
+from agent.device.store import Batch, Store
+from agent.device.transaction import Transaction
 from agent.drift.judge import Judge, State, Verdict
 from agent.model import features, runtime, scores
 from agent.model.bundle import Bundle

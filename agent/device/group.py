@@ -13,7 +13,8 @@ import numpy as np
 from agent.clock import Now
 from agent.config import Stream
 from agent.device.rows import Checked, Rows, concatenate
-from agent.device.store import INTAKE_SHARE, Store, Transaction
+from agent.device.store import INTAKE_SHARE, Store
+from agent.device.transaction import Transaction
 from agent.errors import StorageFull
 
 FULL_ROWS = 16_384

@@ -11,7 +11,8 @@ from agent import __version__
 from agent.clock import Now
 from agent.config import Config
 from agent.device.author import Author
-from agent.device.store import Store, Transaction
+from agent.device.store import Store
+from agent.device.transaction import Transaction
 from agent.errors import StorageFull
 
 log = logging.getLogger("outstation")
@@ -68,7 +69,7 @@ class Reports:
                 self._bundle_alert(task, self._conf.tasks[task].bundle, "")
 
     def _bundle_alert(self, task: str, bundle: str, reason: str) -> None:
-        body = {
+        body: dict[str, Any] = {
             "alert": "model",
             "subject": bundle,
             "state": "raised" if reason else "cleared",
@@ -89,7 +90,7 @@ class Reports:
 
         self._write(write)
 
-    def _write(self, action: Callable[[Transaction], None]) -> None:
+    def _write(self, action: Callable[[Transaction], object]) -> None:
         try:
             with self._store.transaction() as tx:
                 action(tx)

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from agent import clock, config, link
 from agent.clock import Now
 from agent.device.author import Author
-from agent.device.store import Pending, Store
+from agent.device.store import Store
+from agent.device.transaction import Pending
 from agent.errors import LinkDown, Refused, StorageFull
 from agent.link import Delivery, Link, Receipt
 from agent.wire import jws, messages, topics
