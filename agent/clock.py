@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,8 @@ Quality = Literal["synced", "restored", "unsynced"]
 
 BUILD_FLOOR_US = 1_764_000_000_000_000  # 2025-11-24: a wall clock before this was never set
 _TIME_ERROR = 5
+_EPOCH = datetime(1970, 1, 1)
+_TIMESYNCD = Path("/run/systemd/timesync/synchronized")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ def read(floor_us: int = BUILD_FLOOR_US) -> Now:
     if wall < floor_us:
         quality: Quality = "unsynced"
     else:
-        quality = "synced" if kernel_synced() else "restored"
+        quality = "synced" if synced() else "restored"
     return Now(wall, boot_seconds(), quality)
 
 
@@ -47,18 +49,21 @@ def boot_id() -> str:
         return ""
 
 
-def kernel_synced() -> bool:
-    """Whether a time daemon has told the kernel that the clock is right (adjtimex(2))."""
-    if _ADJTIMEX is None:
-        return False
-    return int(_ADJTIMEX(ctypes.create_string_buffer(256))) not in (-1, _TIME_ERROR)
+def synced() -> bool:
+    """Whether a time daemon says that the clock is right: to the kernel (adjtimex(2)), or by timesyncd's marker.
+
+    The marker counts where asking the kernel is not allowed, as in a service with ProtectClock=yes.
+    """
+    status = -1 if _ADJTIMEX is None else int(_ADJTIMEX(ctypes.create_string_buffer(256)))
+    return _TIMESYNCD.exists() if status == -1 else status != _TIME_ERROR
 
 
 def rfc3339(wall_us: int) -> str:
     """`2026-11-24T22:18:01.000000Z` of epoch µs; clamped to years 1–9999."""
     seconds, micro = divmod(wall_us, 1_000_000)
     seconds = min(max(seconds, -62_135_596_800), 253_402_300_799)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{micro:06d}Z"
+    # Not strftime: %Y of the year 1 is "1".
+    return f"{(_EPOCH + timedelta(seconds=seconds)).isoformat()}.{micro:06d}Z"
 
 
 def epoch_us(text: str) -> int:

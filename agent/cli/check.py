@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -49,9 +50,10 @@ def _findings(file: Path, conf: Config) -> Iterator[Finding]:
     for name, task in conf.tasks.items():
         yield _try(f"schedule {name}", lambda n=name, t=task: _schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _try(f"bundle {name}", lambda n=name: _bundle(file, conf, n))  # type: ignore[misc]
-    yield _storage(conf)
+    running = _is_running(conf)
+    yield Finding("storage", "ok", f"{conf.data_dir}, in use by the running agent") if running else _storage(conf)
     yield _clock()
-    yield _try("broker", lambda: _broker(conf))
+    yield _try("broker", lambda: _reach(conf) if running else _connect(conf))
 
 
 def _try(name: str, action: Callable[[], str]) -> Finding:
@@ -81,13 +83,21 @@ def _bundle(file: Path, conf: Config, name: str) -> str:
     return f"{manifest.name} {manifest.version}, golden vectors right on this CPU, {drift}"
 
 
+def _is_running(conf: Config) -> bool:
+    try:
+        Store(conf.data_dir, max_size=int(conf.buffer.max_size)).close()
+    except StorageBusy:
+        return True
+    except (OutstationError, OSError):
+        return False
+    return False
+
+
 def _storage(conf: Config) -> Finding:
     try:
         store = Store(conf.data_dir, max_size=int(conf.buffer.max_size))
         used = store.used_bytes()
         store.close()
-    except StorageBusy:
-        return Finding("storage", "ok", f"{conf.data_dir}, in use by the running agent")
     except (OutstationError, OSError) as problem:
         return Finding("storage", "failed", f"{problem}; check [device] data_dir and its owner")
     return Finding("storage", "ok", f"{conf.data_dir}, {used >> 10} KiB of {int(conf.buffer.max_size) >> 20} MiB used")
@@ -101,13 +111,20 @@ def _clock() -> Finding:
     return Finding("clock", "warning", f"{clock.rfc3339(now.wall_us)}, {now.quality}: {fix}")
 
 
-def _broker(conf: Config) -> str:
+def _reach(conf: Config) -> str:
+    """Without a login: the broker would throw the running agent off."""
+    try:
+        socket.create_connection((conf.broker.host, conf.broker.port), 5).close()
+    except OSError as error:
+        raise LinkDown(f"{conf.broker.url}: {error}; is the broker running and reachable?") from None
+    return f"{conf.broker.url} answers; the running agent is logged in, see its log"
+
+
+def _connect(conf: Config) -> str:
     from agent.link import Link
 
     try:
-        link = Link(
-            conf.broker, f"{conf.device.id}-check" if not conf.broker.cert_file else conf.device.id, timeout_s=5
-        )
+        link = Link(conf.broker, conf.device.id, timeout_s=5)
     except LinkDown as down:
         raise LinkDown(f"{down}; is the broker running and reachable?") from None
     link.close()

@@ -7,35 +7,34 @@ from sqlite_utils import Database, Migrations
 migrations = Migrations("outstation-device")
 
 
+_FIRST_TABLES = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE streams ( id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, fields TEXT NOT NULL, next_row
+        INTEGER NOT NULL)""",
+    """CREATE TABLE chunks ( id INTEGER PRIMARY KEY, stream INTEGER NOT NULL REFERENCES streams, first_row INTEGER
+        NOT NULL, n INTEGER NOT NULL, first_t INTEGER NOT NULL, time_bytes INTEGER NOT NULL, data BLOB NOT
+        NULL, crc INTEGER NOT NULL, boot INTEGER NOT NULL, clock INTEGER NOT NULL)""",
+    "CREATE UNIQUE INDEX chunk_rows ON chunks (stream, first_row)",
+    """CREATE TABLE damaged ( stream INTEGER NOT NULL, first_row INTEGER NOT NULL, n INTEGER NOT NULL, data BLOB
+        NOT NULL)""",
+    """CREATE TABLE categories ( stream TEXT NOT NULL, field TEXT NOT NULL, code INTEGER NOT NULL, value TEXT NOT
+        NULL, PRIMARY KEY (stream, field, code)) WITHOUT ROWID""",
+    "CREATE TABLE cursors (task TEXT PRIMARY KEY, row INTEGER NOT NULL, first INTEGER NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE state (task TEXT NOT NULL, name TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (task, name))""",
+    """CREATE TABLE outbox ( seq INTEGER PRIMARY KEY, topic TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT
+        NULL, time TEXT NOT NULL)""",
+    """CREATE TABLE marks ( source TEXT NOT NULL, item TEXT NOT NULL, position INTEGER NOT NULL, PRIMARY KEY
+        (source, item)) WITHOUT ROWID""",
+    "CREATE TABLE counters (name TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE alerts (body TEXT NOT NULL)",
+)
+
+
 @migrations()
 def first_tables(db: Database) -> None:
-    db.executescript(
-        """
-        CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-        CREATE TABLE streams (
-            id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, fields TEXT NOT NULL, next_row INTEGER NOT NULL);
-        CREATE TABLE chunks (
-            id INTEGER PRIMARY KEY, stream INTEGER NOT NULL REFERENCES streams, first_row INTEGER NOT NULL,
-            n INTEGER NOT NULL, first_t INTEGER NOT NULL, time_bytes INTEGER NOT NULL, data BLOB NOT NULL,
-            crc INTEGER NOT NULL, boot INTEGER NOT NULL, clock INTEGER NOT NULL);
-        CREATE UNIQUE INDEX chunk_rows ON chunks (stream, first_row);
-        CREATE TABLE damaged (
-            stream INTEGER NOT NULL, first_row INTEGER NOT NULL, n INTEGER NOT NULL, data BLOB NOT NULL);
-        CREATE TABLE categories (
-            stream TEXT NOT NULL, field TEXT NOT NULL, code INTEGER NOT NULL, value TEXT NOT NULL,
-            PRIMARY KEY (stream, field, code)) WITHOUT ROWID;
-        CREATE TABLE cursors (task TEXT PRIMARY KEY, row INTEGER NOT NULL, first INTEGER NOT NULL) WITHOUT ROWID;
-        CREATE TABLE state (task TEXT NOT NULL, name TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (task, name));
-        CREATE TABLE outbox (
-            seq INTEGER PRIMARY KEY, topic TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL,
-            time TEXT NOT NULL);
-        CREATE TABLE marks (
-            source TEXT NOT NULL, item TEXT NOT NULL, position INTEGER NOT NULL,
-            PRIMARY KEY (source, item)) WITHOUT ROWID;
-        CREATE TABLE counters (name TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;
-        CREATE TABLE alerts (body TEXT NOT NULL);
-        """
-    )
+    # One by one: sqlite3's executescript commits first, and would leave half of them after a crash.
+    for statement in _FIRST_TABLES:
+        db.execute(statement)
 
 
 def pragmas(max_pages: int) -> list[tuple[str, str | None]]:

@@ -2,8 +2,10 @@
 
     broker → collect: receive → verify → store → acknowledge          store → audit, watch, reports
 
-config     fleet.toml                                   collect  the collector's loop
-pki        keys and certificates, mosquitto the broker's config, enrol a device's files
-store      all SQL (schema the tables, ledger the missing seqs)  keyring  who may sign what
-audit      every stored message re-verified (coverage the rows)  watch    verified messages, live
+config     fleet.toml                       collect      the collector's loop
+enrol      a fleet's and a device's files   acknowledge  signed acknowledgements on their way out
+pki        certificates                     ingest       one transaction of messages (ledger: gaps, unfold: rows)
+mosquitto  the broker's config and ACL      store        all SQL (schema: its tables)
+keyring    who may sign                     audit        every stored message verified again (coverage: its rows)
+text       safe to print                    watch        verified messages, live (screen: on a terminal)
 """

@@ -78,6 +78,8 @@ PRAGMAS: tuple[tuple[str, str | None], ...] = (
     ("synchronous=FULL", "2"),
     ("busy_timeout=5000", None),
     ("cache_size=-16000", None),
+    # A long audit holds checkpoints back; what the log grew to meanwhile is given back.
+    ("journal_size_limit=67108864", None),
     ("trusted_schema=OFF", None),
 )
 

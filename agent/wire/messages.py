@@ -27,6 +27,7 @@ CONTENT_TYPE = "application/json"
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
+EpochMicroseconds = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Text = Annotated[str, msgspec.Meta(max_length=256)]
 Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 Rfc3339 = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z\Z")]
@@ -55,7 +56,7 @@ class Model(msgspec.Struct, frozen=True):
 
 class Columns(msgspec.Struct, frozen=True):
     row: list[Positive]
-    t: list[int]
+    t: list[EpochMicroseconds]
     label: list[Text] | None = None
     score: list[float | None] | None = None
     value: list[float | None] | None = None

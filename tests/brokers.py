@@ -1,0 +1,108 @@
+"""A real Mosquitto for tests: on a free loopback port, in its own folder, ended by its process id."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+START_WITHIN_S = 10.0
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def mosquitto_binary() -> str:
+    """Its path; without it the test is left out, except on CI, where it fails."""
+    path = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("mosquitto is not installed; see scripts/test")
+    return path
+
+
+class Mosquitto:
+    """A broker that can be killed and started again on the same port.
+
+    `extra_conf` is added to its config. `conf` runs a given config file instead, which listens on `port`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        persistence: bool = False,
+        extra_conf: str = "",
+        conf: Path | None = None,
+        port: int | None = None,
+    ) -> None:
+        self._binary = mosquitto_binary()
+        self.folder = folder / "mosquitto"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.port = port or free_port()
+        self.url = f"mqtt://127.0.0.1:{self.port}"
+        self.log = self.folder / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._conf = conf or self._write_conf(persistence, extra_conf)
+
+    def start(self) -> Mosquitto:
+        """Start it, and wait until it takes connections."""
+        with self.log.open("ab") as log:
+            command = [self._binary, "-c", str(self._conf)]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + START_WITHIN_S
+        while not self._listens():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise RuntimeError(f"mosquitto did not start: {self.log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.01)
+        return self
+
+    def stop(self) -> None:
+        """SIGTERM: it saves what it persists."""
+        self._end(kill=False)
+
+    def kill(self) -> None:
+        """SIGKILL: what it had not saved is gone."""
+        self._end(kill=True)
+
+    def __enter__(self) -> Mosquitto:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _end(self, *, kill: bool) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if kill:
+            process.kill()
+        else:
+            process.terminate()
+        process.wait(timeout=10)
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    def _write_conf(self, persistence: bool, extra_conf: str) -> Path:
+        lines = [f"listener {self.port} 127.0.0.1", "allow_anonymous true", "set_tcp_nodelay true"]
+        if os.geteuid() == 0:
+            # Else it becomes user mosquitto, who cannot write into a test's folder.
+            lines.append("user root")
+        if persistence:
+            data = self.folder / "data"
+            data.mkdir(exist_ok=True)
+            lines += ["persistence true", f"persistence_location {data}/"]
+        conf = self.folder / "mosquitto.conf"
+        conf.write_text("\n".join([*lines, extra_conf, ""]), encoding="utf-8")
+        return conf

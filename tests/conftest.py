@@ -1,0 +1,23 @@
+"""What all tests share: programs of the system that a test drives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def program() -> Callable[[str], str]:
+    """`program("mosquitto")` is its path; without it the test is left out, except on CI, where it fails."""
+
+    def find(name: str) -> str:
+        # Debian keeps daemons where only root's PATH looks.
+        path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        if path is None:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed; see scripts/test")
+        return path
+
+    return find

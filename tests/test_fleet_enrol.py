@@ -1,0 +1,276 @@
+"""Making a fleet and letting devices in: nothing is overwritten, the broker config keeps devices apart."""
+
+from __future__ import annotations
+
+import stat
+import tarfile
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from agent import config as device_config
+from agent.config import Broker
+from agent.errors import LinkDown, UsageError
+from agent.fleet import config as fleet_config
+from agent.fleet.collect import filters
+from agent.fleet.config import FleetConfig
+from agent.fleet.enrol import Enrolment, bundle, enrol, init_fleet
+from agent.fleet.store import FleetStore
+from agent.link import Link, Outgoing, Receipt
+from agent.wire import keys
+from agent.wire.keys import PublicKey
+from tests.brokers import Mosquitto, free_port
+from tests.senders import new_key
+
+
+def let_in(
+    config: FleetConfig, folder: Path, device: str, *, key: PublicKey | None = None, replace: bool = False
+) -> Enrolment:
+    store = FleetStore(Path(config.fleet.db))
+    try:
+        return enrol(folder, config, store, device, key=key, replace=replace)
+    finally:
+        store.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "acme"
+
+
+@pytest.fixture
+def config(folder: Path) -> FleetConfig:
+    return init_fleet(folder, "acme", Broker(url=f"mqtts://127.0.0.1:{free_port()}"))
+
+
+def test_a_fleet_is_made_once_and_its_private_keys_are_its_owners_alone(folder: Path, config: FleetConfig) -> None:
+    private = [path for path in folder.rglob("*.key") if path.is_file()]
+    assert {path.name for path in private} == {
+        *("ca.key", "collector.key", "operator.key", "collector-tls.key", "operator-tls.key", "server.key"),
+    }
+    assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="never overwritten"):
+        init_fleet(folder, "acme", Broker(url="mqtts://other"))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert config.broker.ca_file == str(folder / "ca.pem")
+
+
+def test_a_half_made_fleet_is_not_made_over(folder: Path) -> None:
+    folder.mkdir()
+    keys.generate(folder / "collector.key")
+    with pytest.raises(UsageError, match=r"collector\.key: a fleet is there already"):
+        init_fleet(folder, "acme", Broker(url="mqtts://broker"))
+
+
+@pytest.mark.parametrize("name", ["collector", "operator", "_all", "Pi", "a/b", "", "a" * 65])
+def test_names_of_roles_and_names_that_are_no_topic_level_are_not_enrolled(
+    folder: Path, config: FleetConfig, name: str
+) -> None:
+    with pytest.raises(UsageError, match="device"):
+        let_in(config, folder, name)
+
+
+def test_enrolling_twice_changes_nothing_and_another_key_replaces_only_when_told(
+    folder: Path, config: FleetConfig
+) -> None:
+    first = let_in(config, folder, "pi-07")
+    files = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    again = let_in(config, folder, "pi-07")
+    assert (first.new, again.new) == (True, False)
+    assert first.key.text == again.key.text
+    assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == files
+    with pytest.raises(UsageError, match="--replace"):
+        let_in(config, folder, "pi-07", key=new_key().public)
+    replaced = let_in(config, folder, "pi-07", replace=True)
+    assert replaced.key.text != first.key.text
+    assert (replaced.folder / "device.crt").read_bytes() != files["device.crt"]
+
+
+def test_the_bundle_is_private_the_same_each_time_and_a_config_that_loads(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    done = let_in(config, folder, "pi-07")
+    one, two = tmp_path / "one.tar.gz", tmp_path / "two.tar.gz"
+    bundle(done.folder, one)
+    bundle(done.folder, two)
+    assert one.read_bytes() == two.read_bytes()
+    assert stat.S_IMODE(one.stat().st_mode) == 0o600
+    with pytest.raises(UsageError, match="name a new file"):
+        bundle(done.folder, one)
+    with tarfile.open(one) as tar:
+        assert tar.getnames() == ["ca.pem", "device-tls.key", "device.crt", "device.key", "outstation.toml"]
+        tar.extractall(tmp_path / "device", filter="data")
+    loaded = device_config.load(tmp_path / "device" / "outstation.toml")
+    assert (loaded.device.id, loaded.device.fleet) == ("pi-07", "acme")
+    assert loaded.collector.key == keys.load_private(folder / "collector.key").public.text
+    assert loaded.operators.keys == [keys.load_private(folder / "operator.key").public.text]
+    assert loaded.broker.cert_file == str(tmp_path / "device" / "device.crt")
+    assert keys.load_private(tmp_path / "device" / "device.key").public.text == done.key.text
+
+
+def test_a_device_that_keeps_its_own_key_gets_no_private_signing_key(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    own = new_key()
+    done = let_in(config, folder, "pi-07", key=own.public)
+    again = let_in(config, folder, "pi-07")
+    assert again.key.text == own.public.text
+    bundle(done.folder, tmp_path / "pi-07.tar.gz")
+    with tarfile.open(tmp_path / "pi-07.tar.gz") as tar:
+        assert "device.key" not in tar.getnames()
+        text = tar.extractfile("outstation.toml")
+        assert text is not None
+        assert "pi-07" in text.read().decode()
+
+
+def test_the_certificates_name_the_host_the_device_and_what_they_are_for(folder: Path, config: FleetConfig) -> None:
+    let_in(config, folder, "pi-07")
+    device = x509.load_pem_x509_certificate((folder / "devices/pi-07/device.crt").read_bytes())
+    server = x509.load_pem_x509_certificate((folder / "broker/server.crt").read_bytes())
+    authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
+    device.verify_directly_issued_by(authority)
+    server.verify_directly_issued_by(authority)
+    names = device.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert device.subject.rfc4514_string() == "CN=pi-07"
+    assert names.get_values_for_type(x509.UniformResourceIdentifier) == ["urn:outstation:acme:pi-07"]
+    hosts = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert hosts.get_values_for_type(x509.DNSName) == ["localhost"]
+    assert [str(a) for a in hosts.get_values_for_type(x509.IPAddress)] == ["127.0.0.1", "::1"]
+    assert not device.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+def test_a_fleet_without_tls_has_no_certificates_and_its_broker_config_starts(tmp_path: Path) -> None:
+    port = free_port()
+    config = init_fleet(tmp_path / "home", "home", Broker(url=f"mqtt://127.0.0.1:{port}"))
+    let_in(config, tmp_path / "home", "pi-07")
+    assert sorted(path.name for path in (tmp_path / "home/devices/pi-07").iterdir()) == [
+        "device.key", "device.key.pub", "outstation.toml",
+    ]  # fmt: skip
+    with Mosquitto(tmp_path, conf=as_this_user(tmp_path / "home"), port=port):
+        Link(config.broker, "pi-07").close()
+
+
+def as_this_user(folder: Path) -> Path:
+    """The generated mosquitto.conf; as root a broker would become another user, who cannot read a test's folder."""
+    path = folder / "broker" / "mosquitto.conf"
+    text = path.read_text(encoding="utf-8")
+    if "\nuser " not in text:
+        path.write_text(text + "user root\n", encoding="utf-8")
+    return path
+
+
+def settings_of(folder: Path, device: str) -> Broker:
+    return device_config.load(folder / "devices" / device / "outstation.toml").broker
+
+
+def answer(link: Link, topic: str) -> str:
+    """The broker's reason code for a publish to `topic`."""
+    token = link.send(Outgoing(topic, b"{}", retain=False))
+    for _ in range(50):
+        for event in link.receive(0.2):
+            if isinstance(event, Receipt) and event.token == token:
+                return event.reason
+    raise AssertionError("no PUBACK")
+
+
+def test_the_generated_broker_config_lets_a_device_write_its_own_topics_only(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    for device in ("pi-07", "pi-08"):
+        let_in(config, folder, device)
+    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        collector = Link(config.broker_as(config.collector), "any", subscribe=filters("acme"))
+        sender = Link(settings_of(folder, "pi-07"), "pi-07", subscribe=["outstation/acme/#"])
+        base = "outstation/acme/pi-07"
+        for kind in ("results/x", "drift/x", "quality/x", "alerts/x", "health", "audit", "state", "keys", "reply"):
+            assert answer(sender, f"{base}/{kind}") in ("Success", "No matching subscribers"), kind
+        for topic in (
+            "outstation/acme/pi-08/results/x", f"{base}/ack", f"{base}/cmd", f"{base}/desired", f"{base}/results",
+            "outstation/acme/_all/desired", "outstation/other/pi-07/health", "$SYS/x",
+        ):  # fmt: skip
+            assert answer(sender, topic) == "Not authorized", topic
+        assert collector.receive(1.0) != []
+        assert answer(collector, "outstation/acme/pi-08/ack") in ("Success", "No matching subscribers")
+        assert answer(collector, f"{base}/cmd") == "Not authorized"
+        assert answer(collector, f"{base}/ack") == "Success"
+        assert [event.topic for event in sender.receive(2.0) if not isinstance(event, Receipt)] == [f"{base}/ack"]
+        operator = Link(config.broker_as(config.operator), "any")
+        assert answer(operator, f"{base}/cmd") == "Success"
+        assert answer(operator, f"{base}/ack") == "Not authorized"
+        for link in (collector, sender, operator):
+            link.close()
+
+
+def test_no_certificate_a_foreign_one_and_a_foreign_ca_do_not_connect(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    let_in(config, folder, "pi-07")
+    other = init_fleet(tmp_path / "other", "acme", Broker(url=config.broker.url))
+    let_in(other, tmp_path / "other", "pi-07")
+    good = settings_of(folder, "pi-07")
+    foreign = settings_of(tmp_path / "other", "pi-07")
+    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        Link(good, "pi-07").close()
+        for bad in (
+            Broker(url=good.url, ca_file=good.ca_file),
+            Broker(url=good.url, ca_file=good.ca_file, cert_file=foreign.cert_file, tls_key_file=foreign.tls_key_file),
+            Broker(url=good.url, ca_file=foreign.ca_file, cert_file=good.cert_file, tls_key_file=good.tls_key_file),
+        ):
+            with pytest.raises(LinkDown):
+                Link(bad, "pi-07", timeout_s=5.0)
+
+
+def test_a_device_cannot_throw_another_off_by_taking_its_client_id(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    for device in ("pi-07", "pi-08"):
+        let_in(config, folder, device)
+    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        victim = Link(settings_of(folder, "pi-07"), "pi-07")
+        thief = Link(settings_of(folder, "pi-08"), "pi-07")
+        assert answer(victim, "outstation/acme/pi-07/health") == "No matching subscribers"
+        assert answer(thief, "outstation/acme/pi-08/health") == "No matching subscribers"
+        victim.close()
+        thief.close()
+
+
+def test_the_fleet_folder_is_found_and_wrong_settings_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, config: FleetConfig
+) -> None:
+    monkeypatch.delenv("OUTSTATION_FLEET", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert fleet_config.find("x") == Path("x")
+    assert fleet_config.find(None) == fleet_config.SYSTEM_FOLDER
+    monkeypatch.setenv("OUTSTATION_FLEET", "y")
+    assert fleet_config.find(None) == Path("y")
+    monkeypatch.delenv("OUTSTATION_FLEET")
+    monkeypatch.chdir(folder)
+    assert fleet_config.find(None) == Path()
+    assert fleet_config.load(Path()).fleet.db == str(folder / "fleet.db")
+    with pytest.raises(UsageError, match="fleet init"):
+        fleet_config.load(tmp_path)
+    (folder / "fleet.toml").write_text('[fleet]\nname = "acme"\ndbb = "x"\n', encoding="utf-8")
+    with pytest.raises(UsageError, match=r"fleet\.dbb: unknown key; did you mean 'db'"):
+        fleet_config.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("fleet.db", "/base/fleet.db"),
+        ("/var/lib/fleet.db", "/var/lib/fleet.db"),
+        ("sqlite:///fleet.db", "/base/fleet.db"),
+        ("sqlite:////var/lib/fleet.db", "/var/lib/fleet.db"),
+    ],
+)
+def test_a_database_is_a_path_or_a_sqlite_url(url: str, path: str) -> None:
+    assert fleet_config.database(url, Path("/base")) == Path(path)
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:secret@host/db", "mysql://host/db", "sqlite://", "sqlite:///"])
+def test_other_databases_are_refused_without_repeating_the_password(url: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        fleet_config.database(url, Path("/base"))
+    assert "secret" not in str(refused.value)

@@ -1,0 +1,252 @@
+"""The collector's database: order-free, idempotent, exact about what is missing, safe with two processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.errors import Refused, StorageBusy, StorageError, StorageFull, UsageError
+from agent.fleet import store as store_module
+from agent.fleet.ingest import DEFAULT_MAX_EVIDENCE, Arrival, Refusal
+from agent.fleet.store import MAX_MISSING_RANGES, FleetStore
+from agent.wire.messages import Results
+from tests.senders import Sender, Sent, new_key
+
+NOW = "2026-11-24T22:20:00.000000Z"
+TABLES = ("devices", "messages", "logs", "gaps", "results", "drift_windows", "alerts", "quality")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FleetStore]:
+    opened = FleetStore(tmp_path / "fleet.db")
+    yield opened
+    opened.close()
+
+
+def enrol(store: FleetStore, sender: Sender) -> None:
+    store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
+
+
+def add(store: FleetStore, sender: Sender, *sent: Sent) -> list[str]:
+    return list(store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW))
+
+
+def tables(store: FleetStore) -> dict[str, list[Any]]:
+    """All content that must not depend on the order of arrival."""
+    with sqlite3.connect(store.path) as db:
+        found = {name: sorted(db.execute(f"SELECT * FROM {name}"), key=repr) for name in TABLES}
+    db.close()
+    return found
+
+
+def of_every_kind(sender: Sender) -> list[Sent]:
+    """A log with each kind, and two evictions: of seq 3, and of 5 and 6."""
+    log = [sender.results(), sender.drift(), sender.results(), sender.alert(), sender.quality(), sender.results()]
+    log += [sender.evicted((3, 3)), sender.cursor(), sender.evicted((5, 6)), sender.alert(state="cleared")]
+    return [one for one in log if one.seq not in (3, 5, 6)]
+
+
+SENDER = Sender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
+LOG = of_every_kind(SENDER)
+
+
+@settings(max_examples=25, deadline=None)
+@given(order=st.permutations(LOG), repeats=st.lists(st.sampled_from(LOG), max_size=6), cuts=st.sets(st.integers(1, 12)))
+def test_any_order_and_any_repeats_in_any_batches_give_the_same_tables(
+    tmp_path_factory: pytest.TempPathFactory, order: list[Sent], repeats: list[Sent], cuts: set[int]
+) -> None:
+    seen = []
+    for sequence, ends in (([*LOG], [len(LOG)]), ([*order, *repeats], [*sorted(cuts), len(order) + len(repeats)])):
+        store = FleetStore(tmp_path_factory.mktemp("db") / "fleet.db")
+        enrol(store, SENDER)
+        for start, end in zip([0, *ends], ends, strict=False):
+            add(store, SENDER, *sequence[start:end])
+        seen.append(tables(store))
+        store.close()
+    assert seen[0] == seen[1]
+    assert [row[2:] for row in seen[0]["gaps"]] == [(3, 3, 1), (5, 6, 1)]
+
+
+def ranges(numbers: set[int]) -> list[tuple[int, int]]:
+    """Maximal runs, ascending."""
+    runs: list[tuple[int, int]] = []
+    for n in sorted(numbers):
+        runs = [*runs[:-1], (runs[-1][0], n)] if runs and runs[-1][1] == n - 1 else [*runs, (n, n)]
+    return runs
+
+
+EVICTIONS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)).map(lambda p: (p[0], p[0] + p[1])), max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(came=st.sets(st.integers(1, 40), min_size=1), evicted=EVICTIONS, data=st.data())
+def test_gaps_equal_a_brute_force_model_for_any_subset_of_seqs_and_any_evictions(
+    tmp_path_factory: pytest.TempPathFactory, came: set[int], evicted: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    sender = Sender(key=SENDER.key)
+    log = [sender.quality() for _ in range(40)]
+    sent = [log[seq - 1] for seq in came] + [sender.evicted(*evicted)]
+    store = FleetStore(tmp_path_factory.mktemp("db") / "fleet.db")
+    enrol(store, sender)
+    for one in data.draw(st.permutations(sent)):
+        add(store, sender, one)
+    absent = set(range(1, 42)) - came - {41}
+    declared = absent & {seq for first, last in evicted for seq in range(first, last + 1)}
+    gaps = [(gap["from"], gap["to"], gap["declared"]) for gap in store.gaps()]
+    told = store.acknowledgement(sender.device, sender.log)
+    store.close()
+    assert [gap[:2] for gap in gaps if gap[2]] == ranges(declared)
+    assert [gap[:2] for gap in gaps if not gap[2]] == ranges(absent - declared)
+    assert (told.through, told.missing) == (41, ranges(absent - declared))
+
+
+def test_with_more_than_a_hundred_gaps_the_acknowledgement_goes_only_as_far_as_a_hundred(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    log = [sender.quality() for _ in range(2 * MAX_MISSING_RANGES + 50)]
+    add(store, sender, *log[1::2])
+    told = store.acknowledgement(sender.device, sender.log)
+    assert told.missing == [(seq, seq) for seq in range(1, 200, 2)]
+    assert told.through == 200
+    add(store, sender, *log[:100:2])
+    assert store.acknowledgement(sender.device, sender.log).through == 250
+
+
+def test_the_same_seq_with_other_bytes_raises_an_alert_keeps_both_and_replaces_nothing(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    twin = Sender(key=sender.key, log=sender.log)
+    first, other = sender.results(), twin.results(n=2)
+    assert add(store, sender, first, other, other) == ["new", "conflict", "conflict"]
+    assert [row[5] for row in tables(store)["messages"]] == [first.payload]
+    assert len(tables(store)["results"]) == 3
+    [alert] = store.alerts()
+    assert (alert["alert"], alert["severity"], alert["open"]) == ("security", "critical", True)
+    assert "two different messages as seq 1" in alert["summary"]
+    with sqlite3.connect(store.path) as db:
+        assert db.execute("SELECT reason, payload, jws FROM refused").fetchone() == (
+            "other bytes",
+            other.payload,
+            other.jws,
+        )
+    db.close()
+    assert [(row["reason"], row["count"]) for row in store.refusals()] == [("other bytes", 2)]
+
+
+def test_refused_messages_are_counted_and_only_the_first_few_kept(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    flood = [Refusal(f"ghost-{i}", "unknown key", "", "t", b"x", "") for i in range(50)]
+    store.ingest([], [*flood, Refusal(sender.device, "unsigned", "", "t", b"\xff", "")], NOW)
+    assert [(r["device"], r["reason"], r["count"]) for r in store.refusals()] == [
+        ("", "unknown key", 50),
+        (sender.device, "unsigned", 1),
+    ]
+    with sqlite3.connect(store.path) as db:
+        assert db.execute("SELECT count(*) FROM refused").fetchone() == (DEFAULT_MAX_EVIDENCE + 1,)
+    db.close()
+
+
+def test_a_value_too_large_for_the_database_is_refused_and_leaves_nothing_of_its_batch(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    good = sender.open(sender.results())
+    assert isinstance(good.body, Results)
+    columns = msgspec.structs.replace(good.body.columns, t=[2**70, 0, 0])
+    poison = dataclasses.replace(good, body=msgspec.structs.replace(good.body, seq=2, columns=columns))
+    with pytest.raises(Refused, match="not storable"):
+        store.ingest([Arrival(good), Arrival(poison)], [], NOW)
+    assert store.count_messages() == 0
+
+
+def test_alerts_are_open_until_cleared_and_those_of_a_lost_log_are_closed(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    add(store, sender, sender.alert("a"), sender.alert("b"), sender.alert("a", "cleared"))
+    assert [alert["id"] for alert in store.alerts()] == ["b"]
+    assert store.devices()[0]["alerts"] == 1
+    add(store, sender, sender.alert("a"))
+    assert [alert["id"] for alert in store.alerts()] == ["b", "a"]
+    reborn = Sender(key=sender.key)
+    add(store, reborn, reborn.quality())
+    assert store.alerts() == []
+    assert len(store.alerts(closed=True)) == 4
+
+
+def test_enrolling_again_is_quiet_and_another_key_needs_replace(store: FleetStore) -> None:
+    sender, other = Sender(), new_key()
+    assert store.enrol("pi-07", sender.key.public, replace=False, now=NOW)
+    assert not store.enrol("pi-07", sender.key.public, replace=False, now=NOW)
+    with pytest.raises(UsageError, match="--replace"):
+        store.enrol("pi-07", other.public, replace=False, now=NOW)
+    with pytest.raises(UsageError, match="belongs to device 'pi-07'"):
+        store.enrol("pi-08", sender.key.public, replace=False, now=NOW)
+    assert store.enrol("pi-07", other.public, replace=True, now=NOW)
+    assert {kid: revoked for kid, _, _, revoked in store.enrolled_keys()} == {
+        sender.key.public.kid: True,
+        other.public.kid: False,
+    }
+    with pytest.raises(UsageError, match="revoked"):
+        store.enrol("pi-07", sender.key.public, replace=True, now=NOW)
+
+
+def test_a_full_disk_and_a_locked_database_are_storage_errors_that_keep_nothing(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    store._db.execute("PRAGMA max_page_count = 40")
+    with pytest.raises(StorageFull):
+        add(store, sender, *[sender.results(padding=200) for _ in range(500)])
+    store._db.execute("PRAGMA max_page_count = 1000000")
+    store._db.execute("PRAGMA busy_timeout = 10")
+    blocker = sqlite3.connect(store.path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StorageBusy):
+        add(store, sender, sender.quality())
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    assert store.count_messages() == 0
+
+
+def test_two_open_stores_take_turns(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = FleetStore(store.path)
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with second._alone():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(10)
+    monkeypatch.setattr(store_module, "LOCK_WAIT_S", 0.05)
+    with pytest.raises(StorageBusy, match="another process"):
+        enrol(store, Sender())
+    leave.set()
+    thread.join()
+    enrol(store, Sender())
+    assert [row["device"] for row in store.devices()] == ["pi-07"]
+    second.close()
+
+
+def test_a_database_that_is_none_says_so(tmp_path: Path) -> None:
+    (tmp_path / "fleet.db").write_bytes(b"no database, but long enough to look at " * 100)
+    with pytest.raises(StorageError, match=r"fleet\.db"):
+        FleetStore(tmp_path / "fleet.db")
+    with pytest.raises(UsageError, match="no database here yet"):
+        FleetStore(tmp_path / "none.db", read_only=True)
+
+
+def test_acknowledging_reads_the_gaps_by_index_however_many_messages_there_are(store: FleetStore) -> None:
+    sql = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND NOT declared ORDER BY first LIMIT ?"
+    plan = [row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {sql}", ("d", "l", 101))]
+    assert plan == ["SEARCH gaps USING PRIMARY KEY (device=? AND log=?)"]
