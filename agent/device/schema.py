@@ -8,24 +8,33 @@ migrations = Migrations("outstation-device")
 
 
 _FIRST_TABLES = (
+    # log, boot, boot_id, seq, digest, time floor.
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE streams ( id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, fields TEXT NOT NULL, next_row
-        INTEGER NOT NULL)""",
-    """CREATE TABLE chunks ( id INTEGER PRIMARY KEY, stream INTEGER NOT NULL REFERENCES streams, first_row INTEGER
-        NOT NULL, n INTEGER NOT NULL, first_t INTEGER NOT NULL, time_bytes INTEGER NOT NULL, data BLOB NOT
-        NULL, crc INTEGER NOT NULL, boot INTEGER NOT NULL, clock INTEGER NOT NULL)""",
+    # fields: JSON of names and types, as the chunks are packed.
+    """CREATE TABLE streams (
+        id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, fields TEXT NOT NULL, next_row INTEGER NOT NULL)""",
+    # rows first_row … first_row + n - 1; clock: 0 synced, 1 restored, 2 unsynced.
+    """CREATE TABLE chunks (
+        id INTEGER PRIMARY KEY, stream INTEGER NOT NULL REFERENCES streams, first_row INTEGER NOT NULL,
+        n INTEGER NOT NULL, first_t INTEGER NOT NULL, time_bytes INTEGER NOT NULL, data BLOB NOT NULL,
+        crc INTEGER NOT NULL, boot INTEGER NOT NULL, clock INTEGER NOT NULL)""",
     "CREATE UNIQUE INDEX chunk_rows ON chunks (stream, first_row)",
-    """CREATE TABLE damaged ( stream INTEGER NOT NULL, first_row INTEGER NOT NULL, n INTEGER NOT NULL, data BLOB
-        NOT NULL)""",
-    """CREATE TABLE categories ( stream TEXT NOT NULL, field TEXT NOT NULL, code INTEGER NOT NULL, value TEXT NOT
-        NULL, PRIMARY KEY (stream, field, code)) WITHOUT ROWID""",
+    # Chunks that cannot be read back, out of every task's way, for somebody to look at.
+    """CREATE TABLE damaged (
+        stream INTEGER NOT NULL, first_row INTEGER NOT NULL, n INTEGER NOT NULL, data BLOB NOT NULL)""",
+    """CREATE TABLE categories (
+        stream TEXT NOT NULL, field TEXT NOT NULL, code INTEGER NOT NULL, value TEXT NOT NULL,
+        PRIMARY KEY (stream, field, code)) WITHOUT ROWID""",
+    # row: the last one the task consumed; first: where it began.
     "CREATE TABLE cursors (task TEXT PRIMARY KEY, row INTEGER NOT NULL, first INTEGER NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE state (task TEXT NOT NULL, name TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (task, name))""",
-    """CREATE TABLE outbox ( seq INTEGER PRIMARY KEY, topic TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT
-        NULL, time TEXT NOT NULL)""",
-    """CREATE TABLE marks ( source TEXT NOT NULL, item TEXT NOT NULL, position INTEGER NOT NULL, PRIMARY KEY
-        (source, item)) WITHOUT ROWID""",
+    "CREATE TABLE state (task TEXT NOT NULL, name TEXT NOT NULL, value BLOB NOT NULL, PRIMARY KEY (task, name))",
+    """CREATE TABLE outbox (
+        seq INTEGER PRIMARY KEY, topic TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL, time TEXT NOT NULL)""",
+    # How far a source got with an item (a file, a named client), committed with its rows.
+    """CREATE TABLE marks (
+        source TEXT NOT NULL, item TEXT NOT NULL, position INTEGER NOT NULL, PRIMARY KEY (source, item)) WITHOUT ROWID""",
     "CREATE TABLE counters (name TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID",
+    # The newest alerts, for `outstation status`.
     "CREATE TABLE alerts (body TEXT NOT NULL)",
 )
 
