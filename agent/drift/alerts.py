@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from agent.drift.codec import Floats
-from agent.drift.cusum import CALM, Cusum
+from agent.drift.cusum import CALM, Cusum, H
 from agent.drift.reference import Reference
 from agent.drift.summary import Summary, short
 
@@ -59,6 +59,7 @@ class Change:
     shift: float  # of the mean, physical units
     shift_sd: float  # the same in sd of the site's rows
     ratio: float  # of the spread to the site's
+    spread: bool  # whether the spread has changed, too: half way to an alarm of its own
 
     def evidence(self) -> dict[str, Any]:
         numbers = {"cusum": self.cusum, "shift": self.shift, "shift_sd": self.shift_sd, "ratio": self.ratio}
@@ -76,27 +77,30 @@ class Change:
 
 
 def change(cusum: Cusum, field: int, site: Reference, effects: Floats) -> Change:
-    """Of a field with an alarm; `effects` (2F,) of the last window stand in for the test that has no sum."""
+    """Of a field with an alarm; `effects` (2F,) of the last window stand in for a test without evidence."""
     fields = len(site.fields)
-    tests = (field, fields + field)
-    alarmed = [(side, test) for test in tests for side in (0, 1) if cusum.on[side, test]]
-    lead = max(alarmed, key=lambda at: float(cusum.value[at]))
-    other = tests[1] if lead[1] == tests[0] else tests[0]
-    average = {lead[1]: cusum.effect[lead] / max(1, cusum.windows[lead]), other: effects[other]}
+    mean, spread = (
+        max((0, test), (1, test), key=lambda at: float(cusum.value[at])) for test in (field, fields + field)
+    )
+    lead = mean if cusum.value[mean] > cusum.value[spread] else spread
+    shift, log_ratio = (
+        float(cusum.effect[at] / cusum.windows[at] if cusum.windows[at] else effects[at[1]]) for at in (mean, spread)
+    )
     sd = float(site.sd[field])
     return Change(
-        test="mean" if lead[1] < fields else "spread",
+        test="mean" if lead == mean else "spread",
         windows=int(cusum.windows[lead]),
         cusum=float(cusum.value[lead]),
-        shift=float(average[tests[0]]),
-        shift_sd=float(average[tests[0]]) / sd if sd > 0 else 0.0,
-        ratio=float(np.exp(average[tests[1]])),
+        shift=shift,
+        shift_sd=shift / sd if sd > 0 else 0.0,
+        ratio=float(np.exp(log_ratio)),
+        spread=bool(cusum.value[spread] > H / 2),
     )
 
 
 def cause(found: Change, field: int, site: Reference, window: Summary, origin: Floats) -> str:
     """A guess for a person. A gain scales mean and spread alike; an offset moves the mean alone."""
-    if 0.87 < found.ratio < 1.15:
+    if not found.spread:
         return "offset or a new position"
     less = found.ratio < 1
     scale = _mean_scale(field, site, window, origin)

@@ -1,6 +1,6 @@
 """Sensor faults of one field in one drift window: told apart from drift, because the fix is another one.
 
-missing        more than 5 % of values absent
+missing        more than 5 % of values absent, and more than twice the reference's share
 stuck          one value repeated more than max(10, 5 x the reference's longest run) times, rest values excepted
 out_of_range   more than 1 % of values outside the reference's limits widened by half their span
 spikes         lone jumps of more than 10 robust sd of the differences, from neighbours that agree: at least 2
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from agent.drift.reference import Reference
     from agent.drift.summary import Summary
 
-MISSING = 0.05
+MISSING, MISSING_FACTOR = 0.05, 2
 RUN, RUN_FACTOR = 10, 5
 OUTSIDE, WIDER = 0.01, 0.5
 JUMP, AGREE = 10.0, 5.0  # robust sd of first differences
@@ -81,7 +81,8 @@ def _lone_jumps(joined: Floats, jump: Floats) -> Ints:
 def find(summary: Summary, reference: Reference) -> tuple[str | None, ...]:
     """The fault of each field in a drift window, if any; the first of the list above when there are several."""
     rows = max(summary.rows, 1)
-    missing = summary.missing > MISSING * rows
+    usual = reference.missing / np.maximum(reference.n + reference.missing, 1)
+    missing = summary.missing > np.maximum(MISSING, MISSING_FACTOR * usual) * rows
     stuck = summary.longest > run_limits(reference, rows)
     outside = summary.outside > OUTSIDE * rows
     spikes = summary.spikes >= max(SPIKES, SPIKE_SHARE * rows)

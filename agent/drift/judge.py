@@ -26,7 +26,7 @@ from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.cusum import CALM, Cusum
 from agent.drift.faults import Tail
 from agent.drift.learning import Learning, finite, settle
-from agent.drift.reference import Reference
+from agent.drift.reference import FEWEST, Reference
 from agent.drift.summary import Summary
 from agent.errors import BadBundle
 
@@ -35,6 +35,7 @@ from agent.errors import BadBundle
 class State:
     """All a task's drift detection remembers. Constant size but for what is gathered while learning."""
 
+    window: int  # model windows per drift window
     index: int  # of the open drift window, from 1
     open: Summary
     tail: Tail
@@ -80,6 +81,8 @@ class Judge:
     ) -> None:
         if tuple(labels) != shipped.labels:
             raise BadBundle("the drift reference has other labels than the model: build reference.json for this model")
+        if learn < FEWEST:
+            raise ValueError(f"a site cannot learn its reference from {learn} drift windows; {FEWEST} is the least")
         self.shipped = shipped
         self.window = window
         self.learn = learn
@@ -89,6 +92,7 @@ class Judge:
     def start(self) -> State:
         fields = len(self.shipped.fields)
         return State(
+            window=self.window,
             index=1,
             open=Summary.empty(self.shipped),
             tail=Tail.empty(fields),
@@ -104,10 +108,10 @@ class Judge:
         )
 
     def restore(self, data: bytes) -> State:
-        """The state of `to_bytes`. Raises ValueError when it is damaged or belongs to another bundle: start anew."""
+        """The state of `to_bytes`. Raises ValueError when it is damaged or made for another bundle: start anew."""
         state = State.from_bytes(data)
-        if state.open.reference != self.shipped.digest:
-            raise ValueError("this drift state was made under another shipped reference")
+        if (state.open.reference, state.window) != (self.shipped.digest, self.window):
+            raise ValueError("this drift state was made for another reference or window length")
         return state
 
     def step(

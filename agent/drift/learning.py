@@ -105,6 +105,7 @@ def settle(shipped: Reference, learning: Learning, *, made: str) -> Reference:
         test_sd=sd,
         output=total.output,
         score_n=total.scores,
+        score_correct=None,  # nobody has told yet which of these answers were right
     )
 
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from agent.drift import codec, faults, statistics
 from agent.drift.codec import Floats, Ints
-from agent.drift.sums import Moments
 from agent.errors import BadBundle
 
 VERSION = 1
@@ -85,9 +84,6 @@ class Reference:
         """(F,) of the rows."""
         return np.asarray(np.sqrt(self.m2 / np.maximum(self.n, 1)))
 
-    def normal(self) -> statistics.Normal:
-        return statistics.Normal(self.class_n, self.class_mean, self.class_sd)
-
     def to_json(self) -> bytes:
         return codec.to_json(self)
 
@@ -113,13 +109,12 @@ def draft(
     scores: Floats | None,
 ) -> Reference:
     """Bins, limits and origins from reference rows (n, F) and top scores (w,); nothing counted or learned yet."""
-    empty = [name for name, column in zip(fields, rows.T, strict=True) if np.isnan(column).all()]
-    if empty:
-        raise BadBundle(f"no drift reference: {', '.join(empty)} has no value in the reference data")
+    _refuse_empty(rows, fields)
     quantiles = np.arange(1, BINS) / BINS
     mean, variance = np.nanmean(rows, axis=0), np.nanvar(rows, axis=0)
     floor = np.maximum(1e-4 * variance, 1e-12 * (np.abs(mean) + 1e-6) ** 2)
     found = statistics.of_windows(rows, starts, window_rows, floor)
+    _refuse_empty(found[:, : len(fields)], fields)
     count = len(fields)
     classes, tests = max(1, len(labels)), 2 * count
     rest = tuple(_rest_values(column) for column in rows.T)
@@ -145,7 +140,7 @@ def draft(
         longest=longest,
         jump=jump,
         rest=rest,
-        origin=np.nan_to_num(np.nanmean(found, axis=0)),
+        origin=np.nanmean(found, axis=0),
         floor=floor,
         class_n=np.zeros((classes, found.shape[1]), np.int64),
         class_mean=np.zeros((classes, found.shape[1])),
@@ -157,6 +152,12 @@ def draft(
         score_n=np.zeros(BINS, np.int64),
         score_correct=None,
     )
+
+
+def _refuse_empty(values: Floats, fields: Sequence[str]) -> None:
+    empty = [name for name, column in zip(fields, values.T, strict=True) if np.isnan(column).all()]
+    if empty:
+        raise BadBundle(f"no drift reference: {', '.join(empty)} has (almost) no values in the reference data")
 
 
 def _rest_values(column: Floats) -> tuple[float, ...]:
@@ -193,7 +194,8 @@ def _check(r: Reference) -> None:
         "window": r.window > 0 and r.window_rows > 0,
         "rest": len(r.rest) == fields,
         "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _ascending(r.score_edges),
-        "score_correct": r.score_correct is None or r.score_correct.shape == (BINS,),
+        "score_correct": r.score_correct is None
+        or (r.score_correct.shape == r.score_n.shape and bool((r.score_correct <= r.score_n).all())),
     }
     wrong += [name for name, holds in rules.items() if not holds]
     if not wrong:
@@ -206,8 +208,3 @@ def _check(r: Reference) -> None:
 
 def _ascending(values: Floats) -> bool:
     return bool((np.diff(values, axis=-1) >= 0).all())
-
-
-def moments_of(r: Reference) -> Moments:
-    """Of the rows, (F,)."""
-    return Moments(r.n, r.mean, r.m2)

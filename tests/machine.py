@@ -1,0 +1,82 @@
+"""A machine with three modes whose readings never drift by themselves, and a model that names the mode, mostly rightly.
+
+Neighbouring readings depend on each other, modes last from seconds to minutes, and each run of a mode is a little
+different: what makes fixed thresholds on a whole window's histogram false-alarm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.drift import Judge, Reference, State, Verdict, build
+
+FIELDS = ("x", "y", "z")
+LABELS = ("idle", "walk", "run")
+ROWS = 20  # per model window
+WINDOW = 10  # model windows per drift window
+LEVEL = np.array([[0.0, 1.0, -0.5], [0.6, 0.9, -0.3], [1.2, 0.2, 0.4]])
+MOVE = np.array([[0.05, 0.1, 0.08], [0.4, 0.5, 0.3], [1.0, 0.8, 0.9]])
+
+
+@dataclass(frozen=True)
+class Readings:
+    """`features` (n, 3) of `len(labels)` model windows back to back, the answers and how sure they were."""
+
+    features: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    truth: NDArray[np.int64]
+    scores: NDArray[np.float32]
+
+    def windows(self, begin: int, end: int) -> Readings:
+        """Those of drift windows `begin` … `end` - 1."""
+        some = slice(begin * WINDOW, end * WINDOW)
+        rows = slice(begin * WINDOW * ROWS, end * WINDOW * ROWS)
+        return Readings(self.features[rows], self.labels[some], self.truth[some], self.scores[some])
+
+    def changed(self, field: int, values: NDArray[np.float32]) -> Readings:
+        features = self.features.copy()
+        features[:, field] = values
+        return replace(self, features=features)
+
+
+def readings(seed: int, drift_windows: int, *, wrong: float = 0.05) -> Readings:
+    rng = np.random.default_rng(seed)
+    count = drift_windows * WINDOW
+    truth = np.repeat(rng.integers(0, 3, count), rng.integers(2, 12, count))[:count]
+    run = np.repeat(rng.normal(1, 0.05, (count, 3)), rng.integers(2, 12, count), axis=0)[:count]
+    noise = rng.normal(size=(count * ROWS, 3))
+    for row in range(1, len(noise)):
+        noise[row] = 0.7 * noise[row - 1] + 0.7 * noise[row]
+    modes = np.repeat(truth, ROWS)
+    features = (LEVEL[modes] + MOVE[modes] * noise) * np.repeat(run, ROWS, axis=0)
+    mistaken = rng.random(count) < wrong
+    labels = np.where(mistaken, rng.integers(0, 3, count), truth)
+    sure = np.where(labels == truth, rng.uniform(0.5, 1.0, count), rng.uniform(0.4, 0.7, count))
+    scores = np.repeat(((1 - sure) / 2)[:, None], 3, axis=1)
+    scores[np.arange(count), labels] = sure
+    return Readings(features.astype(np.float32), labels, truth, scores.astype(np.float32))
+
+
+def reference(seed: int = 1, drift_windows: int = 60) -> Reference:
+    r = readings(seed, drift_windows)
+    starts = np.arange(len(r.labels)) * ROWS
+    return build(r.features, starts, ROWS, r.labels, r.scores, WINDOW, fields=FIELDS, labels=LABELS, truth=r.truth)
+
+
+def feed(judge: Judge, state: State, r: Readings, *, batch: int = 50) -> tuple[State, list[Verdict]]:
+    """Through the judge in batches of so many model windows."""
+    verdicts: list[Verdict] = []
+    first = max(0, state.seen) + 1
+    for at in range(0, len(r.labels), batch):
+        some = slice(at, at + batch)
+        features = r.features[at * ROWS : (at + batch) * ROWS]
+        begin = first + at * ROWS
+        rows = (begin, begin + len(features) - 1)
+        t = np.arange(rows[0], rows[1] + 1, dtype=np.int64) * 10_000
+        starts = np.arange(0, len(features), ROWS)
+        state, more = judge.step(state, features, starts, ROWS, r.labels[some], r.scores[some], rows=rows, t=t)
+        verdicts += more
+    return state, verdicts

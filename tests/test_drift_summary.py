@@ -1,0 +1,157 @@
+"""A drift window's summary: what it counts, and that its parts add up."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from agent.drift import summary as summaries
+from agent.drift.faults import Tail
+from agent.drift.reference import Reference
+from agent.drift.summary import Summary
+from tests.machine import FIELDS, LABELS, ROWS, readings, reference
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Reference:
+    return reference()
+
+
+def of(shipped: Reference, rows: NDArray[np.float64], labels: NDArray[np.int64]) -> Summary:
+    return summaries.of(shipped, rows, np.arange(len(labels)) * ROWS, labels, np.linspace(0.4, 1.0, len(labels)))
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
+    """One to five parts of none to four model windows, some values missing."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    made = []
+    for windows in draw(st.lists(st.integers(0, 4), min_size=1, max_size=5)):
+        level, spread = draw(st.sampled_from([0.0, 3.0, -50.0])), draw(st.sampled_from([0.1, 2.0]))
+        rows = rng.normal(level, spread, (windows * ROWS, 3))
+        rows[rng.random(rows.shape) < draw(st.sampled_from([0.0, 0.1, 0.9]))] = np.nan
+        made.append((rows, rng.integers(0, 3, windows)))
+    return made
+
+
+@given(parts(), st.randoms())
+@settings(deadline=None, max_examples=60)
+def test_parts_merged_in_any_order_and_grouping_equal_the_whole(
+    shipped: Reference, made: list[tuple[NDArray[np.float64], NDArray[np.int64]]], rng: object
+) -> None:
+    merged = [of(shipped, rows, labels) for rows, labels in made]
+    while len(merged) > 1:
+        rng.shuffle(merged)  # type: ignore[attr-defined]
+        merged = [merged[0].merge(merged[1]), *merged[2:]]
+    parts_together = merged[0]
+    rows = np.concatenate([rows for rows, _ in made])
+    whole = of(shipped, rows, np.concatenate([labels for _, labels in made]))
+    for member in ("counts", "missing", "outside", "output"):
+        np.testing.assert_array_equal(getattr(parts_together, member), getattr(whole, member))
+    origin = shipped.origin[:3]
+    ours, theirs = parts_together.rows_of.moments(origin), whole.rows_of.moments(origin)
+    np.testing.assert_array_equal(ours.n, theirs.n)
+    np.testing.assert_allclose(ours.mean, theirs.mean, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(ours.m2, theirs.m2, rtol=1e-9, atol=1e-9)
+    if len(rows):
+        seen = ~np.isnan(rows)
+        np.testing.assert_array_equal(ours.n[0], seen.sum(0))
+        means = np.where(seen, rows, 0).sum(0) / np.maximum(seen.sum(0), 1)
+        np.testing.assert_allclose(ours.mean[0], means, rtol=1e-9, atol=1e-12)
+        squares = (np.where(seen, rows - means, 0) ** 2).sum(0)
+        np.testing.assert_allclose(ours.m2[0], squares, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(parts_together.classes.n, whole.classes.n)
+    np.testing.assert_allclose(parts_together.classes.total, whole.classes.total, rtol=1e-9, atol=1e-9)
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(0, 200), max_size=6))
+@settings(deadline=None, max_examples=60)
+def test_rows_added_in_any_batches_give_the_same_bytes(shipped: Reference, seed: int, cuts: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    rows = np.round(rng.normal(0, 1, (200, 3)), 1)
+    rows[rng.random(rows.shape) < 0.05] = np.nan
+    rows[40:70, 1] = 0.5
+    rows[rng.integers(0, 200, 8), 2] += 500.0
+    whole, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(3))
+    pieces, tail = Summary.empty(shipped), Tail.empty(3)
+    for begin, end in pairwise([0, *sorted(cuts), 200]):
+        pieces, tail = pieces.add_rows(shipped, rows[begin:end], tail)
+    assert pieces.to_bytes() == whole.to_bytes()
+    assert whole.longest[1] >= 30
+    assert whole.spikes[2] > 0
+
+
+def test_the_empty_summary_changes_nothing(shipped: Reference) -> None:
+    one = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
+    assert one.merge(Summary.empty(shipped)).to_bytes() == one.to_bytes()
+
+
+def test_summaries_under_different_references_are_not_merged(shipped: Reference) -> None:
+    with pytest.raises(ValueError, match="bins differ"):
+        Summary.empty(shipped).merge(Summary.empty(reference(seed=2)))
+
+
+def test_a_summary_survives_its_bytes(shipped: Reference) -> None:
+    one = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
+    again = Summary.from_bytes(one.to_bytes())
+    assert again.to_bytes() == one.to_bytes()
+    assert again.describe(shipped) == one.describe(shipped)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x00", b"\x80", b"\xc1" * 9])
+def test_damaged_bytes_are_a_value_error(damage: bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        Summary.from_bytes(damage)
+
+
+def test_values_on_edges_limits_and_beyond_are_counted_where_the_format_says(shipped: Reference) -> None:
+    low, high, edge = shipped.low[0], shipped.high[0], shipped.edges[0, 10]
+    column = np.array([low, high, edge, np.nextafter(low, -9), np.nextafter(high, 99), np.nan])
+    rows = np.column_stack([column, np.zeros(6), np.zeros(6)])
+    got, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(3))
+    assert got.counts[0, [0, 1, 12, 32, 33]].tolist() == [1, 1, 1, 1, 1]
+    assert got.counts[0].sum() == 5
+    assert got.missing.tolist() == [1, 0, 0]
+
+
+def test_rows_outside_every_model_window_are_not_counted(shipped: Reference) -> None:
+    rows = readings(5, 1).features.astype(np.float64)
+    starts = np.array([5, 5 + 2 * ROWS])
+    got = summaries.of(shipped, rows, starts, np.array([0, 1]), None)
+    assert got.rows == 2 * ROWS
+    covered = np.r_[5 : 5 + ROWS, 5 + 2 * ROWS : 5 + 3 * ROWS]
+    np.testing.assert_allclose(got.rows_of.moments(shipped.origin[:3]).mean[0], rows[covered].mean(0))
+
+
+def test_rows_of_overlapping_model_windows_are_counted_once(shipped: Reference) -> None:
+    rows = readings(5, 1).features.astype(np.float64)
+    got = summaries.of(shipped, rows, np.arange(0, 100, ROWS // 2), np.zeros(10, np.int64), None)
+    assert got.rows == 110
+
+
+def test_the_message_has_the_contracts_members_and_stays_small(shipped: Reference) -> None:
+    r = readings(5, 1)
+    got = of(shipped, r.features.astype(np.float64), r.labels).describe(shipped)
+    assert set(got) == {"features", "output", "estimate"}
+    assert tuple(got["features"]) == FIELDS
+    feature = got["features"]["x"]
+    assert set(feature) == {"counts", "missing", "below", "above", "mean", "m2", "psi", "js", "ks", "w1"}
+    assert len(feature["counts"]) == 32
+    assert sum(feature["counts"]) + feature["below"] + feature["above"] == 200
+    assert feature["mean"] == pytest.approx(r.features[:, 0].mean(), rel=1e-4)
+    assert sum(got["output"]["counts"].values()) == 10
+    assert set(got["output"]["counts"]) <= set(LABELS)
+    assert len(json.dumps(got)) < 1500
+
+
+def test_no_reading_is_in_the_message(shipped: Reference) -> None:
+    r = readings(5, 1)
+    text = json.dumps(of(shipped, r.features.astype(np.float64), r.labels).describe(shipped))
+    for value in (*r.features.min(0), *r.features.max(0), *r.features[7]):
+        assert f"{value:.4g}" not in text
