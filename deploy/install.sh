@@ -1,0 +1,211 @@
+#!/usr/bin/env bash
+# Installs Outstation as a service on Raspberry Pi OS or Debian. Run it again to upgrade: config and data stay.
+#
+#   sudo deploy/install.sh                      from the checkout it lies in
+#   sudo deploy/install.sh outstation-….whl     from a wheel
+#   sudo deploy/install.sh --enrolment FILE     with the file that `outstation fleet enrol --bundle-out` wrote
+#   sudo deploy/install.sh --rollback           back to the version before the last upgrade
+#   sudo deploy/install.sh --uninstall          the program goes; config, keys and data stay
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+program=/opt/outstation  # a link to the version in use, beneath …
+versions=/opt/outstation.versions
+config=/etc/outstation
+data=/var/lib/outstation
+unit=/etc/systemd/system/outstation.service
+command=/usr/local/bin/outstation
+
+say() { echo "outstation: $*"; }
+die() { echo "outstation: $1" >&2; exit "${2:-1}"; }
+usage() { sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
+systemd_runs() { [[ -d /run/systemd/system ]]; }
+version() { "$program/bin/python" -c 'import agent; print("version", agent.__version__)'; }
+
+main() {
+    local source="" enrolment="" action=install
+    while [[ $# != 0 ]]; do
+        case $1 in
+            --enrolment) enrolment=${2:-}; [[ -r $enrolment ]] || die "--enrolment needs a file that can be read" 2; shift ;;
+            --rollback | --uninstall) action=${1#--} ;;
+            -h | --help) usage; exit 0 ;;
+            -*) die "$1 is no option; --help lists them" 2 ;;
+            *) source=$1 ;;
+        esac
+        shift
+    done
+    [[ $EUID == 0 ]] || die "this changes the system and must run as root: sudo $0" 2
+    case $action in
+        rollback) roll_back ;;
+        uninstall) uninstall ;;
+        install)
+            source=$(find_source "$source")
+            install_program "$source"
+            make_config "$enrolment"
+            install_service
+            ;;
+    esac
+}
+
+find_source() { # ARGUMENT: the wheel, or the checkout around this script
+    local source=${1:-$here/..}
+    if [[ -d $source && -e $source/pyproject.toml ]]; then
+        (cd "$source" && pwd)
+    elif [[ -f $source && $source == *.whl ]]; then
+        realpath "$source"
+    else
+        die "$source is neither a wheel nor a checkout; give a wheel: sudo $0 outstation-….whl" 2
+    fi
+}
+
+fingerprint() { # SOURCE: changes when what would be installed changes
+    if [[ -d $1 ]]; then
+        (cd "$1" && find agent models deploy pyproject.toml -type f -not -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum)
+    else
+        sha256sum <"$1"
+    fi | cat - <(python3 -VV) | sha256sum | cut -d' ' -f1
+}
+
+# --- the program: each version in a folder of its own, so that an upgrade cut short leaves the old one whole
+
+install_program() { # SOURCE
+    local wanted folder before
+    need_packages
+    wanted=$(fingerprint "$1")
+    if [[ -e $program/.source && $(<"$program/.source") == "$wanted" ]]; then
+        say "the program is up to date: $(version)"
+        return
+    fi
+    folder=$versions/$(date -u +%Y%m%d-%H%M%S)
+    mkdir -p "$versions"
+    say "installing from $1 into $folder (a few minutes on a small machine)"
+    fill "$folder" "$1" || { rm -rf "$folder"; die "the program could not be installed, see above; what was installed before is untouched"; }
+    echo "$wanted" >"$folder/.source"
+    sync
+    before=$(readlink "$program" || true)
+    activate "$folder"
+    # The version before stays for --rollback; older ones and those that were cut short go.
+    find "$versions" -mindepth 1 -maxdepth 1 -not -path "$folder" -not -path "$before" -exec rm -rf {} +
+    say "installed $(version) in $program"
+}
+
+need_packages() {
+    local missing=() package
+    command -v apt-get >/dev/null || die "apt-get is not here: this script knows Raspberry Pi OS and Debian only" 2
+    local packages=(python3 python3-venv ca-certificates)
+    # No wheels of these for 32-bit ARM on PyPI: Debian's are used.
+    if bits32; then packages+=(python3-numpy python3-cffi python3-cryptography python3-psutil); fi
+    for package in "${packages[@]}"; do
+        [[ $(dpkg-query -W -f '${Status}' "$package" 2>/dev/null) == *" installed" ]] || missing+=("$package")
+    done
+    if [[ ${#missing[@]} != 0 ]]; then
+        say "installing ${missing[*]}"
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+    fi
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die "$(python3 -V) is too old, 3.11 is needed: Debian 12 (bookworm) or later" 2
+    if bits32; then
+        python3 -c 'import sys; sys.exit(sys.version_info >= (3, 12))' ||
+            die "the TFLite runtime for 32-bit ARM ends at Python 3.11: use Debian 12 (bookworm), or a 64-bit system" 2
+    fi
+}
+
+bits32() { # also where the kernel is a 64-bit one, as on Raspberry Pi OS (32-bit)
+    [[ $(dpkg --print-architecture) == armhf ]]
+}
+
+fill() { # FOLDER SOURCE
+    local pip=("$1/bin/python" -m pip install --disable-pip-version-check --no-cache-dir -q)
+    if ! bits32; then
+        python3 -m venv "$1" && "${pip[@]}" "$2"
+        return
+    fi
+    say "32-bit ARM: numpy, cffi, cryptography and psutil come from Debian, tflite-runtime from PyPI"
+    python3 -m venv --system-site-packages "$1" && "${pip[@]}" --no-deps "$2" &&
+        "$1/bin/python" - >"$1/requirements.txt" <<'PY' && "${pip[@]}" -r "$1/requirements.txt"
+from importlib.metadata import requires
+
+# Environment markers see the kernel's architecture, which may be 64-bit; so these are named here.
+own = ("ai-edge-litert", "tflite-runtime", "numpy", "cryptography")
+print("\n".join(r for r in requires("outstation") or () if "extra ==" not in r and not r.startswith(own)))
+print("cryptography\ntflite-runtime==2.14.0\nnumpy>=1.23.2,<2")
+PY
+}
+
+activate() { # FOLDER: in one step, the link is never missing
+    if [[ -d $program && ! -L $program ]]; then
+        die "$program is a folder, not a link that this script made; move it away and run this again"
+    fi
+    ln -sfn "$1" "$program.new"
+    mv -T "$program.new" "$program"
+    ln -sfn "$program/bin/outstation" "$command"
+}
+
+roll_back() {
+    local current before
+    current=$(readlink "$program") || die "nothing is installed, so there is nothing to go back to"
+    before=$(dirname "$(find "$versions" -maxdepth 2 -name .source -not -path "$current/*" | sort | tail -n 1)")
+    [[ $before != . ]] || die "there is no version before this one"
+    activate "$before"
+    say "back to $(version); it came from $before"
+    if systemd_runs; then systemctl try-restart outstation; fi
+}
+
+# --- config and service
+
+make_config() { # ENROLMENT
+    if ! getent passwd outstation >/dev/null; then
+        useradd --system --user-group --home-dir "$data" --shell /usr/sbin/nologin outstation
+        say "made the user outstation; members of its group may talk to the intake socket"
+    fi
+    install -d -o outstation -g outstation -m 0750 "$data" "$config"
+    if [[ -n $1 || ! -e $config/outstation.toml ]]; then
+        "$program/bin/outstation" init "$config" ${1:+--from "$1"}
+        # The service may write there only.
+        sed -i "s|^data_dir = .*|data_dir = \"$data\"|" "$config/outstation.toml"
+    else
+        say "kept $config/outstation.toml"
+    fi
+    chown -R outstation:outstation "$config" "$data"
+}
+
+install_service() {
+    install -m 0644 "$here/outstation.service" "$unit"
+    if ! ready; then
+        say "the service is installed and not started: mend the above in $config/outstation.toml, then run this again"
+        say "or get the whole config from the fleet: outstation fleet enrol DEVICE --bundle-out FILE there, --enrolment FILE here"
+    elif ! systemctl enable -q outstation 2>/dev/null; then
+        say "there is no systemd here: start it yourself, with $program/bin/outstation run"
+    elif ! systemd_runs; then
+        say "systemd is not running here: the service starts with the next boot"
+    else
+        systemctl daemon-reload
+        systemctl restart outstation || die "the service did not start; see: journalctl -u outstation"
+        say "the service is running; see: sudo outstation status"
+    fi
+}
+
+ready() { # would the daemon start with this config? The broker may be out of reach now.
+    local report
+    report=$(runuser -u outstation -- "$program/bin/outstation" check --json -c "$config/outstation.toml") || true
+    [[ -n $report ]] && "$program/bin/python" -c '
+import json, sys
+failed = [one for one in json.load(sys.stdin) if one["state"] == "failed" and one["name"] != "broker"]
+for one in failed:
+    print("outstation:", one["name"] + ":", one["detail"])
+sys.exit(bool(failed))' <<<"$report"
+}
+
+uninstall() {
+    if systemd_runs; then systemctl disable -q --now outstation 2>/dev/null || true; fi
+    rm -f "$unit" "$command" "$program"
+    rm -f /etc/systemd/system/multi-user.target.wants/outstation.service
+    rm -rf "$versions"
+    if systemd_runs; then systemctl daemon-reload; fi
+    say "the program and its service are gone"
+    say "kept: $config (config and keys), $data (readings, results, outbox), the user outstation"
+    say "to delete them too: rm -r $config $data && userdel outstation"
+}
+
+main "$@"

@@ -1,0 +1,60 @@
+"""`scripts/bench [NAME] [--json]`: exit 1 where a target is missed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import sys
+from typing import Any
+
+import click
+
+from scripts import benchmarks
+from scripts.benchmarks import BENCHMARKS, Result
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def main(name: str | None, as_json: bool) -> None:
+    """Run all benchmarks, or the one called NAME, for example: scripts/bench signing"""
+    for module in pkgutil.iter_modules(benchmarks.__path__):
+        if module.name != "__main__":
+            importlib.import_module(f"{benchmarks.__name__}.{module.name}")
+    if name is not None and name not in BENCHMARKS:
+        raise click.UsageError(f"there is no benchmark {name!r}; there is {', '.join(sorted(BENCHMARKS))}")
+    results = []
+    for one in [name] if name else sorted(BENCHMARKS):
+        result = BENCHMARKS[one]()
+        results.append(result)
+        if not as_json:
+            click.echo(line(result))
+    if as_json:
+        click.echo(json.dumps([document(result) for result in results], indent=2))
+    sys.exit(0 if all(result.met for result in results) else 1)
+
+
+def line(result: Result) -> str:
+    verdict = "met" if result.met else "MISSED"
+    return (
+        f"{result.name:12} {result.ours:14,.0f} {result.unit:12} reference {result.reference:14,.0f}   "
+        f"× {result.ratio:.2f} (target {result.target:g}: {verdict})\n{'':12} {result.note}"
+    )
+
+
+def document(result: Result) -> dict[str, Any]:
+    return {
+        "name": result.name,
+        "ours": round(result.ours, 1),
+        "reference": round(result.reference, 1),
+        "unit": result.unit,
+        "ratio": round(result.ratio, 3),
+        "target": result.target,
+        "met": result.met,
+        "note": result.note,
+    }
+
+
+if __name__ == "__main__":
+    main()
