@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def whole_log(sender: Sender) -> list[Sent]:
 
 
 def tamper(store: FleetStore, sql: str, *values: Any) -> None:
-    with sqlite3.connect(store.path) as db:
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
         assert db.execute(sql, values).rowcount >= 1
     db.close()
 

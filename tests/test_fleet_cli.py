@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -107,7 +108,7 @@ def test_the_audit_exits_1_and_names_the_message_when_a_byte_was_altered(folder:
     collected(folder, sender, sender.results(), sender.results())
     passed = run("audit", "--dir", folder)
     assert (passed.exit_code, passed.stdout.splitlines()[-1]) == (0, "PASSED")
-    with sqlite3.connect(folder / "fleet.db") as db:
+    with contextlib.closing(sqlite3.connect(folder / "fleet.db")) as db, db:
         db.execute("UPDATE messages SET payload = CAST(replace(payload, 'PEN', 'PEM') AS BLOB) WHERE seq = 2")
     db.close()
     failed = run("audit", "--dir", folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sqlite3
 import threading
@@ -42,7 +43,7 @@ def add(store: FleetStore, sender: Sender, *sent: Sent) -> list[str]:
 
 def tables(store: FleetStore) -> dict[str, list[Any]]:
     """All content that must not depend on the order of arrival."""
-    with sqlite3.connect(store.path) as db:
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
         found = {name: sorted(db.execute(f"SELECT * FROM {name}"), key=repr) for name in TABLES}
     db.close()
     return found
@@ -95,9 +96,10 @@ def test_gaps_equal_a_brute_force_model_for_any_subset_of_seqs_and_any_evictions
     sender = Sender(key=SENDER.key)
     log = [sender.quality() for _ in range(40)]
     sent = [log[seq - 1] for seq in came] + [sender.evicted(*evicted)]
+    order = data.draw(st.permutations(sent))
     store = FleetStore(tmp_path_factory.mktemp("db") / "fleet.db")
     enrol(store, sender)
-    for one in data.draw(st.permutations(sent)):
+    for one in order:
         add(store, sender, one)
     absent = set(range(1, 42)) - came - {41}
     declared = absent & {seq for first, last in evicted for seq in range(first, last + 1)}
@@ -132,7 +134,7 @@ def test_the_same_seq_with_other_bytes_raises_an_alert_keeps_both_and_replaces_n
     [alert] = store.alerts()
     assert (alert["alert"], alert["severity"], alert["open"]) == ("security", "critical", True)
     assert "two different messages as seq 1" in alert["summary"]
-    with sqlite3.connect(store.path) as db:
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
         assert db.execute("SELECT reason, payload, jws FROM refused").fetchone() == (
             "other bytes",
             other.payload,
@@ -151,7 +153,7 @@ def test_refused_messages_are_counted_and_only_the_first_few_kept(store: FleetSt
         ("", "unknown key", 50),
         (sender.device, "unsigned", 1),
     ]
-    with sqlite3.connect(store.path) as db:
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
         assert db.execute("SELECT count(*) FROM refused").fetchone() == (DEFAULT_MAX_EVIDENCE + 1,)
     db.close()
 
