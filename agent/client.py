@@ -11,6 +11,9 @@ connection comes back, asks how far it got, and sends the rest: each line is tak
 
 from __future__ import annotations
 
+import contextlib
+import re
+import select
 import socket
 import time
 from collections import deque
@@ -18,16 +21,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
-_MOST_WAITING = 4096
+# More than the agent commits at once, so that a fast producer never waits for its timer.
+_MOST_LINES = 20_000
+_MOST_BYTES = 1 << 24
+_RETRY_S = 0.1
+_TCP = re.compile(r"(localhost|127\.0\.0\.1|\[::1\]|::1):(\d{1,5})")
+
+
+class Array(Protocol):
+    """A numpy array, without the need for numpy here."""
+
+    def tolist(self) -> Any: ...
 
 
 @dataclass
 class Answer:
-    """What became of the lines since the last `flush`: rows accepted, and (line, reason) of what was not."""
+    """What became of the lines since the last `flush`: rows accepted, and (line, reason) of what was not.
+
+    Lines count from 1 for a client, for all time where it has a name. What an answer said that was lost together
+    with its connection is not in here.
+    """
 
     accepted: int = 0
     rejected: list[tuple[int, str]] = field(default_factory=list)
@@ -45,37 +62,57 @@ class _Reply(msgspec.Struct):
 
 
 class Client:
-    """One producer. Not thread-safe. Raises ConnectionError where the agent stays away for `patience_s`."""
+    """One producer. Not thread-safe.
+
+    `address` is the agent's socket file, or `127.0.0.1:PORT`. `name`, 1-64 characters, belongs to one producer at a
+    time. Raises ConnectionError where the agent is away: with a name after `patience_s`, without one at once, since
+    nobody knows then what of the last lines it took. RuntimeError where another producer uses the name. `patience_s`
+    must exceed the agent's `commit_every`.
+    """
 
     def __init__(self, address: str | Path, *, name: str | None = None, patience_s: float = 30.0) -> None:
+        if name is not None and not 1 <= len(name) <= 64:
+            raise ValueError(f"name {name[:80]!r} must have 1-64 characters")
         self._address, self._name, self._patience_s = str(address), name, patience_s
         self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0
         self._sent = 0
         self._safe = 0
+        # The agent's line numbers are lower by this where it has lost count: its store was full, or is a new one.
+        self._ahead = 0
+        self._known = False
         self._answer = Answer()
         self._received = b""
-        self._socket = self._connect()
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._connect()
+
+    @property
+    def through(self) -> int:
+        """How many lines are dealt with for good; with a name, a new process goes on after them."""
+        return self._safe
 
     def send(self, stream: str, **row: Any) -> None:
         """One row; `t` in epoch seconds may be left out."""
         self._send_line(msgspec.json.encode({"stream": stream, **row}))
 
-    def send_columns(self, stream: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Many rows as columns of one length, plain lists or numpy arrays; keep a line under 1 MiB."""
-        plain = {name: column.tolist() if hasattr(column, "tolist") else column for name, column in columns.items()}
+    def send_columns(self, stream: str, columns: Mapping[str, Sequence[Any] | Array]) -> None:
+        """Many rows as columns of one length, any sequences or numpy arrays; keep a line under 1 MiB."""
+        plain = {name: list(c) if isinstance(c, Sequence) else c.tolist() for name, c in columns.items()}
         self._send_line(msgspec.json.encode({"stream": stream, "columns": plain}))
 
     def flush(self) -> Answer:
         """Wait until all lines are safe; what became of them."""
         while self._safe < self._sent:
             try:
-                self._read(self._patience_s)
+                self._wait(select.POLLIN)
+                self._read()
             except OSError as error:
                 self._reconnect(error)
         answer, self._answer = self._answer, Answer()
         return answer
 
     def close(self) -> None:
+        """Hang up; what `flush` has not waited for may be lost."""
         self._socket.close()
 
     def __enter__(self) -> Client:
@@ -92,85 +129,112 @@ class Client:
 
     def _send_line(self, line: bytes) -> None:
         self._waiting.append(line + b"\n")
+        self._waiting_bytes += len(line) + 1
         self._sent += 1
         try:
-            self._socket.sendall(self._waiting[-1])
-            self._read(0.0)
-            while len(self._waiting) >= _MOST_WAITING:
-                self._read(self._patience_s)
+            self._push(self._waiting[-1])
+            while self._waiting and (len(self._waiting) >= _MOST_LINES or self._waiting_bytes >= _MOST_BYTES):
+                self._wait(select.POLLIN)
+                self._read()
         except OSError as error:
             self._reconnect(error)
 
-    def _read(self, timeout_s: float) -> None:
-        """Take the answers that are there, waiting for the first one up to `timeout_s`. Raises OSError."""
-        self._socket.settimeout(timeout_s)
+    def _push(self, data: bytes) -> None:
+        """Send, and take answers meanwhile: two sides that only write would wait for each other for ever."""
+        rest = memoryview(data)
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                rest = rest[self._socket.send(rest) :]
+            self._read()
+            if not rest:
+                return
+            self._wait(select.POLLIN | select.POLLOUT)
+
+    def _wait(self, events: int) -> None:
+        """Until the socket is ready. Raises TimeoutError after `patience_s`, OSError once it is closed."""
+        if self._socket.fileno() < 0:
+            raise ConnectionResetError("the connection is closed")
+        poll = select.poll()
+        poll.register(self._socket, events)
+        if not poll.poll(self._patience_s * 1000):
+            raise TimeoutError(f"no answer for {self._patience_s:g} s")
+
+    def _read(self) -> None:
+        """Take the answers that are there. Raises OSError."""
         try:
             data = self._socket.recv(1 << 16)
         except BlockingIOError:
             return
-        finally:
-            self._socket.settimeout(self._patience_s)
         if not data:
             raise ConnectionResetError("the agent closed the connection")
         *lines, self._received = (self._received + data).split(b"\n")
         for line in lines:
             reply = msgspec.json.decode(line, type=_Reply)
-            self._reach(reply.through)
+            self._reach(reply.through + self._ahead)
             self._answer.accepted += reply.accepted
-            self._answer.rejected += [(one.line, one.reason) for one in reply.rejected]
+            self._answer.rejected += [(one.line + self._ahead, one.reason) for one in reply.rejected]
 
     def _reach(self, through: int) -> None:
         for _ in range(min(len(self._waiting), through - self._safe)):
-            self._waiting.popleft()
+            self._waiting_bytes -= len(self._waiting.popleft())
         self._safe = max(self._safe, through)
 
-    def _connect(self) -> socket.socket:
-        if "/" in self._address:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            target: Any = self._address
-        else:
-            host, _, port = self._address.rpartition(":")
-            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            target = (host, int(port))
-        sock.settimeout(self._patience_s)
-        try:
-            sock.connect(target)
-            if self._name is not None:
-                self._greet(sock)
-        except OSError:
-            sock.close()
-            raise
-        return sock
+    def _connect(self) -> None:
+        """A connection, for as long as patience lasts where this client may come back."""
+        deadline = time.monotonic() + self._patience_s
+        self._socket.close()
+        while True:
+            try:
+                self._open()
+                return
+            except OSError as error:
+                self._socket.close()
+                # Too many connect at this moment: the one reason to wait without a name, too.
+                crowded = isinstance(error, BlockingIOError)
+                if time.monotonic() >= deadline or (self._name is None and not crowded):
+                    raise ConnectionError(f"{self._address}: {error.strerror or error}{self._unsafe()}") from error
+                time.sleep(_RETRY_S)
 
-    def _greet(self, sock: socket.socket) -> None:
+    def _open(self) -> None:
+        """Connect, and send what is not safe yet. Raises OSError."""
+        tcp = _TCP.fullmatch(self._address)
+        self._received = b""
+        if tcp:
+            self._socket = socket.create_connection((tcp[1].strip("[]"), int(tcp[2])), self._patience_s)
+        else:
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.settimeout(self._patience_s)
+            self._socket.connect(self._address)
+        if self._name is not None:
+            self._greet(self._name)
+        self._socket.settimeout(0.0)
+        for line in list(self._waiting):
+            self._push(line)
+
+    def _greet(self, name: str) -> None:
         """Tell who we are, and learn how many of our lines are safe."""
-        sock.sendall(msgspec.json.encode({"client": self._name}) + b"\n")
+        self._socket.sendall(msgspec.json.encode({"client": name}) + b"\n")
         received = b""
         while not received.endswith(b"\n"):
-            data = sock.recv(4096)
+            data = self._socket.recv(4096)
             if not data:
                 raise ConnectionResetError("the agent closed the connection")
             received += data
         through = msgspec.json.decode(received, type=_Reply).through
-        if not self._sent:
+        if not self._known:
+            self._known = True
             self._sent = self._safe = through
-        self._reach(through)
+        if through + self._ahead > self._sent:
+            # Retrying would not help: another process counts under this name.
+            raise RuntimeError(f"{self._address}: another producer uses the name {name!r}; give each its own")
+        self._ahead = max(self._ahead, self._safe - through)
+        self._reach(through + self._ahead)
 
     def _reconnect(self, cause: OSError) -> None:
         if self._name is None:
-            raise ConnectionError(
-                f"{self._address}: {cause}; {len(self._waiting)} lines are not acknowledged and may be sent again"
-            ) from cause
-        self._received = b""
-        deadline = time.monotonic() + self._patience_s
-        while True:
             self._socket.close()
-            try:
-                self._socket = self._connect()
-                for line in list(self._waiting):
-                    self._socket.sendall(line)
-                return
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise ConnectionError(f"{self._address}: {error}") from error
-                time.sleep(0.2)
+            raise ConnectionError(f"{self._address}: {cause}{self._unsafe()}") from cause
+        self._connect()
+
+    def _unsafe(self) -> str:
+        return f"; {len(self._waiting)} lines are not acknowledged and may be sent again" if self._waiting else ""

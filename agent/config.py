@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import os
 import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from urllib.parse import urlsplit
 
 import msgspec
@@ -21,6 +22,8 @@ _SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2*
 _DURATIONS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+_LEAST_STORE = 2**20
+_LEAST_EVERY_S = 0.01
 
 
 class Size(int):
@@ -183,6 +186,7 @@ def load(path: Path) -> Config:
     check_name(file, "device.id", config.device.id)
     check_name(file, "device.fleet", config.device.fleet)
     check_broker(file, config.broker)
+    _check_device(file, config)
     for name, stream in config.streams.items():
         _check_stream(file, name, stream)
     for name, task in config.tasks.items():
@@ -208,7 +212,7 @@ def read(path: Path, shape: type[C]) -> C:
     try:
         return msgspec.convert(document, shape, dec_hook=_unit_hook)
     except msgspec.ValidationError as error:
-        raise _explain(str(path), str(error), shape) from None
+        raise _explain(str(path), str(error), shape, document) from None
 
 
 def digest(config: Config) -> str:
@@ -252,6 +256,15 @@ def check_broker(file: str, broker: Broker) -> None:
         raise ConfigError(file, "broker.cert_file", "cert_file and tls_key_file come together; give both or neither")
 
 
+def loopback(address: str) -> tuple[str, int]:
+    """Host and port of `"127.0.0.1:7071"`. Raises ValueError for another machine's, or none."""
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if host not in _LOOPBACK or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or int(port) > 0xFFFF:
+        raise ValueError(f'{address!r} must be on loopback, as "127.0.0.1:7071"')
+    return host, int(port)
+
+
 def suggestion(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` where something known is close, else what there is."""
     names = list(known)
@@ -259,6 +272,16 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; there is {', '.join(sorted(names)[:12])}" if names else "; there is none"
+
+
+def _check_device(file: str, config: Config) -> None:
+    if config.intake.tcp is not None:
+        try:
+            loopback(config.intake.tcp)
+        except ValueError as problem:
+            raise ConfigError(file, "intake.tcp", str(problem)) from None
+    if config.buffer.max_size < _LEAST_STORE:
+        raise ConfigError(file, "buffer.max_size", f"{config.buffer.max_size} bytes hold nothing; give at least 1 MiB")
 
 
 def _check_stream(file: str, name: str, stream: Stream) -> None:
@@ -275,8 +298,16 @@ def _check_stream(file: str, name: str, stream: Stream) -> None:
         seen.add(column.name)
         if column.min is not None and column.max is not None and column.min > column.max:
             raise ConfigError(file, key, f"field {column.name!r}: min {column.min:g} is above max {column.max:g}")
+        if not all(math.isfinite(limit) for limit in (column.min, column.max) if limit is not None):
+            raise ConfigError(
+                file, key, f"field {column.name!r}: min and max must be finite; leave out what has no end"
+            )
+        if column.type == "category" and (column.min is not None or column.max is not None):
+            raise ConfigError(file, key, f"field {column.name!r}: a category has no min and max; remove them")
         if column.optional and column.type == "i64":
             raise ConfigError(file, key, f"field {column.name!r}: an i64 cannot be missing; use type f64 or f32")
+    if isinstance(stream.source, FilesSource | HostSource) and stream.source.every < _LEAST_EVERY_S:
+        raise ConfigError(file, f"streams.{name}.source.every", f"must be at least {_LEAST_EVERY_S * 1000:g} ms")
     if isinstance(stream.source, ReplaySource):
         for fault in stream.source.faults:
             for field_name in fault.fields:
@@ -306,32 +337,59 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, Size) else float(value)
 
 
-def _explain(file: str, message: str, shape: type[Section]) -> ConfigError:
+def _explain(file: str, message: str, shape: type[Section], document: dict[str, Any]) -> ConfigError:
     """msgspec's message as file, key and fix."""
     problem, _, path = message.partition(" - at `$")
-    key = path.rstrip("`").lstrip(".").replace("[...]", ".*")
+    where = path.rstrip("`").lstrip(".")
+    key = where.replace("[...]", f".{_culprit(message, shape, document, where)}") if "[...]" in where else where
     unknown = re.fullmatch(r"Object contains unknown field `(.+)`", problem)
     if unknown:
-        known = sorted(_keys_at(shape, key))
-        where = f"{key}.{unknown[1]}" if key else unknown[1]
-        return ConfigError(file, where, f"unknown key{suggestion(unknown[1], known)}")
+        known = sorted(_keys_at(shape, where))
+        return ConfigError(
+            file, f"{key}.{unknown[1]}" if key else unknown[1], f"unknown key{suggestion(unknown[1], known)}"
+        )
     missing = re.fullmatch(r"Object missing required field `(.+)`", problem)
     if missing:
-        where = f"{key}.{missing[1]}" if key else missing[1]
-        return ConfigError(file, where, "this key is required; add it")
+        return ConfigError(file, f"{key}.{missing[1]}" if key else missing[1], "this key is required; add it")
+    wrong = re.fullmatch(r"Invalid (?:enum )?value '(.*)'", problem)
+    if wrong:
+        return ConfigError(file, key, f"{wrong[1]!r} is no choice here{suggestion(wrong[1], _choices(shape, where))}")
+    # TOML's words, not JSON's.
+    problem = problem.replace("array", "list").replace("object", "table").replace("Object", "table")
     return ConfigError(file, key, problem[:1].lower() + problem[1:])
 
 
-def _keys_at(shape: type[Section], key: str) -> set[str]:
-    """All keys any section at `key` may have."""
-    kinds: list[Any] = [shape]
-    for part in [p for p in re.split(r"[.\[\]]+", key) if p]:
-        kinds = [inner for kind in kinds for inner in _children(kind, part)]
+def _culprit(message: str, shape: type[Section], document: dict[str, Any], where: str) -> str:
+    """The name of the stream or task that `message` is about: msgspec says `[...]` for any member of a table."""
+    table = where.partition("[...]")[0]
+    for name, value in document.get(table, {}).items():
+        try:
+            msgspec.convert({**document, table: {name: value}}, shape, dec_hook=_unit_hook)
+        except msgspec.ValidationError as error:
+            if str(error) == message:
+                return str(name)
+    return "*"
+
+
+def _choices(shape: type[Section], where: str) -> list[str]:
+    """The words that may stand at `where`."""
+    return [str(word) for kind in _kinds_at(shape, where) if get_origin(kind) is Literal for word in get_args(kind)]
+
+
+def _keys_at(shape: type[Section], where: str) -> set[str]:
+    """All keys any section at `where` may have."""
     names: set[str] = set()
-    for kind in kinds:
+    for kind in _kinds_at(shape, where):
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            names |= set(kind.__struct_fields__)
+            names |= {*kind.__struct_fields__, *filter(None, [kind.__struct_config__.tag_field])}
     return names
+
+
+def _kinds_at(shape: type[Section], where: str) -> list[Any]:
+    kinds: list[Any] = [shape]
+    for part in [p for p in re.split(r"[.\[\]]+", where.replace("[...]", ".*")) if p]:
+        kinds = [inner for kind in kinds for inner in _children(kind, part)]
+    return kinds
 
 
 def _children(kind: Any, part: str) -> list[Any]:
@@ -350,6 +408,8 @@ def _flatten(node: Any) -> list[Any]:
 def _step(node: Any, part: str) -> list[Any]:
     if isinstance(node, msgspec.inspect.StructType):
         inner = [f.type for f in node.fields if f.encode_name == part]
+        if node.tag_field == part:
+            inner = [msgspec.inspect.LiteralType((node.tag,))]
     elif isinstance(node, msgspec.inspect.DictType):
         inner = [node.value_type]
     elif isinstance(node, msgspec.inspect.ListType):
@@ -362,6 +422,8 @@ def _step(node: Any, part: str) -> list[Any]:
 def _type_of(node: Any) -> Any:
     if isinstance(node, msgspec.inspect.StructType):
         return node.cls
+    if isinstance(node, msgspec.inspect.LiteralType):
+        return Literal[tuple(node.values)]
     if isinstance(node, msgspec.inspect.ListType):
         return list[_type_of(_flatten(node.item_type)[0])]  # type: ignore[misc]
     if isinstance(node, msgspec.inspect.DictType):

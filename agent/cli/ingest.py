@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
 import click
 
@@ -14,21 +15,26 @@ from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.client import Client
 from agent.config import Config, Stream, suggestion
-from agent.device.group import FULL_ROWS, Group
-from agent.device.readfile import Block, blocks
+from agent.device.group import FULL_ROWS, NOT_STORED, Group
+from agent.device.readfile import Block, blocks, open_text
 from agent.device.rows import Checked, check
 from agent.errors import ConfigError, OutstationError, Rejected, StorageBusy, UsageError
 
+T = TypeVar("T")
+
 _SHOWN = 20
-_COLUMNS_A_LINE = 1024
+_MOST_ROWS_A_LINE = 1024
+_LINE_BYTES = 900_000
 
 
 class Target(Protocol):
-    """Where checked rows go; `finish` returns once they are safe."""
+    """Where checked rows go."""
 
     def put(self, checked: Checked, lines: list[int]) -> None: ...
 
-    def finish(self) -> None: ...
+    def finish(self) -> tuple[int, dict[int, str]]:
+        """Once all rows are safe: how many were accepted, and line → reason of what was not."""
+        ...
 
 
 @click.command(epilog="Example: outstation ingest watch readings.csv")
@@ -52,27 +58,29 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
         sys.exit(1)
 
 
-def _take(conf: Config, stream: str, file: str) -> tuple[int, dict[int, str]]:
+def _take(conf: Config, name: str, file: str) -> tuple[int, dict[int, str]]:
     path = None if file == "-" else Path(file)
     rejected: dict[int, str] = {}
-    accepted = 0
-    target = _target(conf, stream)
-    with _open(path) as text, _progress(path) as bar:
+    stream = conf.streams[name]
+    with contextlib.ExitStack() as open_files:
+        text = open_files.enter_context(_open(path))
+        target = _target(conf, name)
+        bar = open_files.enter_context(_progress(path))
+        problem = None
         try:
-            for checked, lines, bad, through in _checked(
-                blocks(path, text, conf.streams[stream]), conf.streams[stream]
-            ):
+            for checked, lines, bad, through in _checked(blocks(path, text, name, stream), stream):
                 rejected |= bad
                 if len(checked.rows):
                     target.put(checked, lines)
-                    accepted += len(checked.rows)
                 bar(through)
-        except Rejected as problem:
-            raise UsageError(f"{file}: {problem}") from None
-        except UnicodeDecodeError as problem:
-            raise UsageError(f"{file}: not text: {problem}") from None
-        target.finish()
-    return accepted, rejected
+        except Rejected as found:
+            problem = found
+        # What was put is kept, whatever became of the rest: else a second try would take part of it twice.
+        accepted, refused = target.finish()
+        if problem is not None:
+            kept = f"; {accepted} rows before that were accepted" if accepted else ""
+            raise UsageError(f"{file}: {problem}{kept}")
+    return accepted, rejected | refused
 
 
 def _checked(found: Iterator[Block], stream: Stream) -> Iterator[tuple[Checked, list[int], dict[int, str], int]]:
@@ -80,36 +88,53 @@ def _checked(found: Iterator[Block], stream: Stream) -> Iterator[tuple[Checked, 
     latest: int | None = None
     for block in found:
         checked = check(block.raw, stream, clock.read().wall_us, latest)
-        if block.raw.t is not None and len(checked.rows):
-            latest = int(checked.rows.t[-1])
+        latest = checked.latest
         bad = block.bad | {block.lines[i]: reason for i, reason in checked.bad.items()}
         lines = [n for i, n in enumerate(block.lines) if i not in checked.bad]
         yield checked, lines, bad, max([*block.lines[-1:], *block.bad])
 
 
 class _Socket:
-    """Through the daemon. Its answers concern whole lines of ours: a refusal there is an error, not a rejected row."""
+    """Through the daemon. Its answers concern lines of ours that hold many rows."""
 
     def __init__(self, client: Client, stream: str, definition: Stream) -> None:
         self._client, self._stream, self._definition = client, stream, definition
+        self._lines: list[list[int]] = []
+        self._rows_a_line = max(1, min(_MOST_ROWS_A_LINE, _LINE_BYTES // _row_bytes(definition)))
 
     def put(self, checked: Checked, lines: list[int]) -> None:
-        for start in range(0, len(checked.rows), _COLUMNS_A_LINE):
-            part = checked.rows.slice(start, start + _COLUMNS_A_LINE)
+        step = self._rows_a_line
+        for start in range(0, len(checked.rows), step):
+            part = checked.rows.slice(start, start + step)
             columns: dict[str, Any] = {"t": (part.t / 1e6).tolist()}
             for index, field in enumerate(self._definition.fields):
                 if index in checked.categories:
-                    texts = checked.categories[index][start : start + _COLUMNS_A_LINE]
+                    texts = checked.categories[index][start : start + step]
                     columns[field.name] = [text or None for text in texts]
                 else:
                     columns[field.name] = [None if v != v else v for v in part.columns[index].tolist()]
-            self._client.send_columns(self._stream, columns)
+            self._lines.append(lines[start : start + step])
+            self._told(lambda columns=columns: self._client.send_columns(self._stream, columns))  # type: ignore[misc]
 
-    def finish(self) -> None:
-        answer = self._client.flush()
+    def finish(self) -> tuple[int, dict[int, str]]:
+        answer = self._told(self._client.flush)
         self._client.close()
-        if answer.rejected:
-            raise OutstationError(f"the daemon rejected rows it should take: {answer.rejected[0][1]}")
+        refused: dict[int, str] = {}
+        for number, reason in answer.rejected:
+            if not reason.startswith(NOT_STORED):
+                raise OutstationError(
+                    f"the daemon rejected rows that are right by this config: {reason}; has the config changed since "
+                    f"the daemon was started? {answer.accepted} rows were accepted"
+                )
+            refused |= dict.fromkeys(self._lines[number - 1], reason)
+        return answer.accepted, refused
+
+    def _told(self, action: Callable[[], T]) -> T:
+        try:
+            return action()
+        except ConnectionError as error:
+            sent = self._lines[self._client.through][0] if self._client.through < len(self._lines) else 0
+            raise OutstationError(f"the daemon went away ({error}); all rows before line {sent} are safe") from None
 
 
 class _Direct:
@@ -118,20 +143,28 @@ class _Direct:
     def __init__(self, conf: Config, stream: str) -> None:
         self._store = wiring.open_store(conf)
         self._group, self._stream = Group(self._store, conf.streams), stream
+        self._accepted = 0
+        self._refused: dict[int, str] = {}
 
     def put(self, checked: Checked, lines: list[int]) -> None:
         self._group.add(self, self._stream, checked, lines)
         if self._group.rows >= FULL_ROWS:
             self._commit()
 
-    def finish(self) -> None:
+    def finish(self) -> tuple[int, dict[int, str]]:
         self._commit()
         self._store.close()
+        return self._accepted, self._refused
 
     def _commit(self) -> None:
         for outcome in self._group.commit(clock.read()).values():
-            if outcome.full:
-                raise OutstationError(outcome.rejected[0][1])
+            self._accepted += outcome.accepted
+            self._refused |= dict(outcome.rejected)
+
+
+def _row_bytes(stream: Stream) -> int:
+    """The most a row may take in a line of columns, names left out: 25 characters a number, 6 a character of text."""
+    return 25 + sum(400 if field.type == "category" else 25 for field in stream.fields)
 
 
 def _target(conf: Config, stream: str) -> Target:
@@ -141,19 +174,18 @@ def _target(conf: Config, stream: str) -> Target:
         address = conf.data_dir / "intake.sock"
         try:
             return _Socket(Client(address), stream, conf.streams[stream])
-        except OSError as error:
+        except ConnectionError as error:
             raise OutstationError(
-                f"{address}: another process holds the store, and it does not answer here ({error}); try again"
+                f"another process holds the store and takes nothing in: {error}; try again when `outstation batch` ends"
             ) from None
 
 
 def _open(path: Path | None) -> IO[str]:
-    if path is None:
-        return sys.stdin
     try:
-        return path.open(encoding="utf-8", newline="")
+        # Not sys.stdin, whose encoding hangs on the locale.
+        return open_text(path if path is not None else 0)
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
+        raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
 
 
 class _progress:

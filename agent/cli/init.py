@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
 import re
 import socket
 import tarfile
+import zlib
 from pathlib import Path
 
 import click
@@ -13,6 +17,7 @@ from agent import config
 from agent.cli.output import emit, json_option
 from agent.cli.wiring import KEY_FILE
 from agent.errors import UsageError
+from agent.names import is_name
 from agent.wire import keys
 
 _MEMBERS = {"outstation.toml": 0o640, "ca.pem": 0o644, "device.crt": 0o644, "device-tls.key": 0o600, KEY_FILE: 0o600}
@@ -73,44 +78,66 @@ source = {{ kind = "host", every = "10 s" }}  # socket | files | host | replay
 @json_option
 def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str | None, as_json: bool) -> None:
     """Write a commented outstation.toml and make the device key in DIR."""
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "outstation.toml"
     if file.exists():
         raise UsageError(f"{file}: is there already; edit it, or move it away first")
-    if enrolment is not None:
-        _unpack(enrolment, folder)
-    else:
-        name = device or re.sub(r"[^a-z0-9-]", "-", socket.gethostname().lower()).strip("-") or "device-1"
-        text = TEMPLATE.format(device=name, fleet="home", data_dir=data_dir or "data", collector="")
-        file.write_text(text, encoding="utf-8")
+    members = _read(enrolment) if enrolment is not None else {file.name: _template(device).encode()}
+    if data_dir is not None:
+        members[file.name] = _with_data_dir(members[file.name].decode(), data_dir).encode()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in members.items():
+            keys.write_new(folder / name, content, _MEMBERS[name])
+    except FileExistsError as error:
+        raise UsageError(f"{error.filename}: is there already; move it away first") from None
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}") from None
     conf = config.load(file)
     path = folder / KEY_FILE
     key = keys.load_private(path) if path.exists() else keys.generate(path)
     document = {"file": str(file), "device": conf.device.id, "key": key.public.text, "thumbprint": key.public.kid}
-    emit(document, as_json, lambda: _print(document))
+    emit(document, as_json, lambda: _print(document, enrolled=enrolment is not None))
 
 
-def _print(document: dict[str, str]) -> None:
+def _template(device: str | None) -> str:
+    name = device or re.sub(r"[^a-z0-9-]", "-", socket.gethostname().lower())[:64].strip("-") or "device-1"
+    if not is_name(name):
+        raise UsageError(f"--id {name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
+    return TEMPLATE.format(device=name, fleet="home", data_dir="data", collector="")
+
+
+def _with_data_dir(text: str, data_dir: str) -> str:
+    # A JSON string is a TOML string.
+    line = f"data_dir = {json.dumps(data_dir)}"
+    return re.sub(r"^data_dir *=.*$", lambda _: line, text, count=1, flags=re.MULTILINE)
+
+
+def _print(document: dict[str, str], *, enrolled: bool) -> None:
     click.echo(f"{document['file']} written")
     click.echo(f"device      {document['device']}")
     click.echo(f"key         {document['key']}")
     click.echo(f"thumbprint  {document['thumbprint']}")
-    click.echo(f"Next: outstation fleet enrol {document['device']} --key {document['key']}   (where the fleet is)")
+    if enrolled:
+        click.echo(f"Next: outstation check -c {document['file']}")
+    else:
+        click.echo(f"Next: outstation fleet enrol {document['device']} --key {document['key']}   (where the fleet is)")
 
 
-def _unpack(enrolment: Path, folder: Path) -> None:
-    """The members of an enrolment file, by their known names only. Raises UsageError."""
+def _read(enrolment: Path) -> dict[str, bytes]:
+    """The members of an enrolment file by name, known ones only. Raises UsageError."""
+    members = {}
     try:
-        with tarfile.open(enrolment, "r:gz") as archive:
+        # Read to its end first: only there does gzip say that all of it came.
+        with gzip.open(enrolment) as file:
+            content = file.read(_LARGEST * len(_MEMBERS))
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             for member in archive:
-                mode = _MEMBERS.get(member.name)
-                content = archive.extractfile(member) if member.isreg() and member.size <= _LARGEST else None
-                if mode is None or content is None:
+                inside = archive.extractfile(member) if member.isreg() and member.size <= _LARGEST else None
+                if member.name not in _MEMBERS or inside is None:
                     raise UsageError(f"{enrolment}: {member.name!r} does not belong into an enrolment file")
-                keys.write_new(folder / member.name, content.read(), mode)
-    except FileExistsError as error:
-        raise UsageError(f"{error.filename}: is there already; move it away first") from None
-    except (OSError, tarfile.TarError, EOFError) as error:
+                members[member.name] = inside.read()
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
         raise UsageError(f"{enrolment}: not readable as an enrolment file: {error}") from None
-    if not (folder / "outstation.toml").exists():
+    if "outstation.toml" not in members:
         raise UsageError(f"{enrolment}: no outstation.toml in it; make it with `outstation fleet enrol --bundle-out`")
+    return members

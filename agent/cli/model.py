@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from agent.cli.output import emit, json_option
 from agent.errors import BadBundle, UsageError
 from agent.wire import keys
+from agent.wire.keys import PublicKey
+
+if TYPE_CHECKING:
+    from agent.drift.reference import Reference
+    from agent.model.bundle import Bundle
 
 _path = click.Path(path_type=Path)
 
@@ -44,11 +50,9 @@ def pack(spec: Path, out: Path, key_file: Path | None, as_json: bool) -> None:
     from agent.model import pack as packing
 
     packed = packing.pack(spec, keys.load_private(key_file) if key_file else None)
-    old = out / "manifest.jws"
     # The same content needs no new signature: who has no key can still rebuild and compare.
-    if key_file is None and old.is_file() and (out / "manifest.json").read_bytes() == packed.files["manifest.json"]:
-        packed.files["manifest.jws"] = old.read_bytes()
-        packed.warnings.remove(next(w for w in packed.warnings if w.startswith("not signed")))
+    if key_file is None:
+        packing.keep_signature(packed, out)
     packing.write(packed, out)
     document = {"bundle": str(out), "digest": packed.digest, "warnings": packed.warnings}
     emit(
@@ -67,9 +71,9 @@ def sign(bundle: Path, key_file: Path, as_json: bool) -> None:
     from agent.model import bundle as bundles
 
     if not bundle.is_dir():
-        raise UsageError(f"{bundle}: sign the folder, then zip it")
-    found = bundles.read(bundle, None)
+        raise UsageError(f"{bundle}: {'sign the folder, then zip it' if bundle.exists() else 'no such folder'}")
     key = keys.load_private(key_file)
+    found = bundles.read(bundle, None)
     (bundle / "manifest.jws").write_bytes(bundles.sign(found.files["manifest.json"], key))
     document = {"bundle": str(bundle), "digest": found.digest, "thumbprint": key.public.kid}
     emit(document, as_json, lambda: click.echo(f"{bundle} {found.digest}\nsigned by {key.public.kid}"))
@@ -88,17 +92,11 @@ def check(bundle: Path, public: str | None, as_json: bool) -> None:
 
 
 def _check(path: Path, public: str | None) -> dict[str, Any]:
+    from agent.model import activate, probe
     from agent.model import bundle as bundles
-    from agent.model import probe, shipped
 
-    document: dict[str, Any] = {
-        "ok": False,
-        "name": None,
-        "version": None,
-        "digest": None,
-        "runtime": None,
-        "checks": [],
-    }
+    members = ("name", "version", "digest", "runtime")
+    document: dict[str, Any] = {"ok": False, **dict.fromkeys(members), "checks": []}
 
     def note(name: str, ok: bool, detail: str) -> None:
         document["checks"].append({"name": name, "ok": ok, "detail": detail})
@@ -109,21 +107,44 @@ def _check(path: Path, public: str | None) -> dict[str, Any]:
     except BadBundle as problem:
         note("signature and hashes", False, str(problem))
         return document
-    known = {key.kid for key in shipped.publishers()}
-    if trusted or found.signer in known:
-        bundles.read(path, trusted or shipped.publishers())
-        note("signature", True, f"by {found.signer}")
-    elif found.signer:
-        note("signature", True, f"claims {found.signer}, not verified: give the publisher's public key with --key")
-    else:
-        note("signature", False, "not signed; sign it with `outstation model sign`")
+    note("signature", *_signature(path, found, trusted))
     note("hashes", True, f"{len(found.manifest.files)} files as the manifest says")
     report = probe.probe(found)
-    for name, ok, detail in report.checks:
-        note(name, ok, detail)
+    for one in report.checks:
+        note(*one)
+    note("reference", *_reference(lambda: activate.reference(found)))
     document |= {"name": found.manifest.name, "version": found.manifest.version, "digest": found.digest}
-    document |= {"runtime": report.runtime, "ok": all(check["ok"] for check in document["checks"])}
+    document |= {"runtime": report.runtime or None, "ok": all(check["ok"] for check in document["checks"])}
     return document
+
+
+def _signature(path: Path, found: Bundle, trusted: list[PublicKey] | None) -> tuple[bool, str]:
+    """Verified already where a key was given; else against the key of the bundles that ship with the agent."""
+    from agent.model import bundle as bundles
+    from agent.model import shipped
+
+    own = shipped.publishers()
+    if not found.signer:
+        damaged = "manifest.jws" in found.files
+        return False, f"{'manifest.jws is none' if damaged else 'not signed'}; sign it with `outstation model sign`"
+    if trusted is not None:
+        return True, f"by {found.signer}"
+    if found.signer not in {key.kid for key in own}:
+        return True, f"claims {found.signer}, not verified: give the publisher's public key with --key"
+    try:
+        return True, f"by {bundles.read(path, own).signer}"
+    except BadBundle as problem:
+        return False, str(problem)
+
+
+def _reference(load: Callable[[], Reference | None]) -> tuple[bool, str]:
+    try:
+        reference = load()
+    except BadBundle as problem:
+        return False, str(problem)
+    if reference is None:
+        return True, "none: devices will not watch this model for drift"
+    return True, f"{reference.drift_windows} drift windows" + (f"; {reference.warning}" if reference.warning else "")
 
 
 def _print(document: dict[str, Any]) -> None:

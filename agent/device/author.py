@@ -47,7 +47,8 @@ class Author:
         topic = Topic(self.fleet, self.device, kind)
         time = clock.rfc3339(now.wall_us)
         payload = messages.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
-        return self._signed(topic, payload, jws.sign(self.key, str(topic), payload), f"{self.boot}", time, retain=True)
+        token = jws.sign(self.key, str(topic), payload)
+        return self._signed(topic, payload, token, f"{kind}/{messages.digest(payload)[:16]}", time, retain=True)
 
     def outgoing(self, message: Pending) -> Outgoing:
         """A message of the outbox as it goes on the air."""
@@ -58,7 +59,3 @@ class Author:
     def _signed(self, topic: Topic, payload: bytes, token: str, number: str, time: str, *, retain: bool) -> Outgoing:
         event = messages.cloud_event(topic, f"{self.device}/{self.log_id}/{number}", time)
         return Outgoing(str(topic), payload, (("jws", token), *event), retain)
-
-    def fits(self, body: Mapping[str, Any]) -> bool:
-        """Whether a message with this body, signature and properties included, is within the broker's limit."""
-        return len(messages.encode(body)) + 1_200 <= self.max_bytes

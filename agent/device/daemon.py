@@ -6,8 +6,9 @@ start-up reads the store and goes on.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
+import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -30,6 +31,9 @@ _HEALTH_S = 60.0
 _TRIM_S = 10.0
 _LONGEST_WAIT_S = 5.0
 _TRIM_CHUNKS = 500
+_ANY_TIME_US = 2**63 - 1
+# Below the share of the store where intake stops.
+_SHORT_OF = 0.8
 
 
 @dataclass
@@ -42,19 +46,29 @@ class Planned:
 
 @dataclass
 class Signals:
-    """What other threads tell the main loop."""
+    """What other threads and signal handlers tell the main loop."""
 
-    wake: threading.Event = field(default_factory=threading.Event)
-    stop: threading.Event = field(default_factory=threading.Event)
+    stopping: bool = False
     failure: Exception | None = None
+    # No Event: a handler that runs while its own thread is inside one can deadlock on the Event's lock.
+    _woken: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
+
+    def wake(self) -> None:
+        if self._woken.empty():
+            self._woken.put(None)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until the next `wake`, or one since the last `wait`; at most `timeout_s`."""
+        with contextlib.suppress(queue.Empty):
+            self._woken.get(timeout=max(0.0, timeout_s))
 
     def fail(self, error: Exception) -> None:
         self.failure = self.failure or error
         self.halt()
 
     def halt(self) -> None:
-        self.stop.set()
-        self.wake.set()
+        self.stopping = True
+        self.wake()
 
 
 class Daemon:
@@ -76,7 +90,7 @@ class Daemon:
         self._planned, self._broken = planned, broken
         models = {p.task.name: p.task.reference for p in planned}
         self._reports = Reports(conf, store, author, models, now)
-        self._intake = make_intake(self.signals.wake.set, self.signals.fail)
+        self._intake = make_intake(self.signals.wake, self.signals.fail)
         self._uplink = make_uplink(self.signals.fail)
         self._next_health = self._next_trim = 0.0
 
@@ -86,11 +100,11 @@ class Daemon:
         self._reports.bundles(self._broken)
         self._intake.start()
         self._uplink.start()
-        notify("READY=1")
-        log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._planned))
-        while not self.signals.stop.is_set():
-            self.signals.wake.wait(self.turn(self._now()))
-            self.signals.wake.clear()
+        if not self.signals.stopping:
+            notify("READY=1")
+            log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._planned))
+        while not self.signals.stopping:
+            self.signals.wait(self.turn(self._now()))
         notify("STOPPING=1")
         self._shut_down()
         if self.signals.failure is not None:
@@ -100,11 +114,14 @@ class Daemon:
         """Do what is due at `now`; how many seconds until something may be again."""
         wait = _LONGEST_WAIT_S
         for planned in self._planned:
-            if self.signals.stop.is_set():
+            if self.signals.stopping:
                 return 0.0
             if planned.schedule.due(now, self._backlog(planned)):
                 planned.schedule.ran(now)
                 self._work_off(planned.task, now)
+                if is_short(self._store):
+                    # Producers are turned away meanwhile.
+                    self._next_trim = now.boot_s
             wait = min(wait, planned.schedule.wait_s(now))
         if now.boot_s >= self._next_health:
             self._next_health = now.boot_s + _HEALTH_S
@@ -113,13 +130,17 @@ class Daemon:
         if now.boot_s >= self._next_trim:
             self._next_trim = now.boot_s + _TRIM_S
             trim(self._conf, self._store, now)
-        # Fed here only: the loop has just proved that it gets round.
-        notify("WATCHDOG=1")
+        self._feed_watchdog()
         return wait
+
+    def _feed_watchdog(self) -> None:
+        """Called where the batches have just proved that they get on; the uplink must have as well."""
+        if self._uplink.alive(self._now()):
+            notify("WATCHDOG=1")
 
     def _work_off(self, task: batch.Task, now: Now) -> None:
         """Batches until nothing more can be consumed."""
-        while not self.signals.stop.is_set():
+        while not self.signals.stopping:
             try:
                 done = batch.run(task, self._store, self._author, self._now())
             except BadBundle as problem:
@@ -132,7 +153,7 @@ class Daemon:
             if done is None:
                 return
             self._uplink.wake()
-            notify("WATCHDOG=1")
+            self._feed_watchdog()
             if done.alerts:
                 log.warning("task %s: %d alerts; see `outstation status`", task.name, done.alerts)
 
@@ -152,8 +173,8 @@ class Daemon:
 
 def trim(conf: Config, store: Store, now: Now) -> None:
     """Delete readings that every task of their stream has used: after a while, or as soon as space is short."""
-    short = store.used_bytes() > store.max_bytes() * 0.8
-    before = now.wall_us + 1 if short else now.wall_us - round(conf.buffer.keep_readings * 1e6)
+    # Where space is short whatever time the rows carry, for a clock that was wrong may have dated them far ahead.
+    before = _ANY_TIME_US if is_short(store) else now.wall_us - round(conf.buffer.keep_readings * 1e6)
     for name in conf.streams:
         cursors = [store.cursor(task) or 0 for task, t in conf.tasks.items() if t.stream == name]
         if not cursors:
@@ -163,6 +184,11 @@ def trim(conf: Config, store: Store, now: Now) -> None:
                 tx.trim(name, min(cursors), before, _TRIM_CHUNKS)
         except StorageFull as full:
             log.error("%s; even deleting needs a little room", full)
+
+
+def is_short(store: Store) -> bool:
+    """Whether used readings should go at once."""
+    return store.used_bytes() > store.max_bytes() * _SHORT_OF
 
 
 def clock_of(store: Store) -> Callable[[], Now]:

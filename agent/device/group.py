@@ -5,6 +5,7 @@ A commit costs about 28 KB of flash writes whatever it holds, so rows wait for i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
@@ -18,15 +19,20 @@ from agent.device.transaction import Transaction
 from agent.errors import StorageFull
 
 FULL_ROWS = 16_384
+NOT_STORED = "not stored"
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How far a source has got, kept in the same transaction as its rows."""
+    """How far a source has got, kept in the same transaction as its rows.
+
+    `counts_refused` where a full store changes nothing about it: the producer was told, and does not come again.
+    """
 
     source: str
     item: str
     position: int
+    counts_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +48,15 @@ class Outcome:
 @dataclass(slots=True)
 class _Share:
     through: int = 0
-    rejected: list[tuple[int, str]] = field(default_factory=list)
+    rejected: dict[int, str] = field(default_factory=dict)
     parts: list[tuple[str, Checked, list[int]]] = field(default_factory=list)
     mark: Mark | None = None
+
+    def reject(self, line: int, reason: str) -> None:
+        self.rejected[line] = f"{self.rejected[line]}; {reason}" if line in self.rejected else reason
+
+    def outcome(self, accepted: int, full: bool = False) -> Outcome:
+        return Outcome(self.through, accepted, sorted(self.rejected.items()), full)
 
 
 class Group:
@@ -64,7 +76,7 @@ class Group:
         self.rows += len(checked.rows)
 
     def reject(self, producer: Hashable, line: int, reason: str) -> None:
-        self._shares.setdefault(producer, _Share()).rejected.append((line, reason))
+        self._shares.setdefault(producer, _Share()).reject(line, reason)
 
     def reach(self, producer: Hashable, through: int, mark: Mark | None = None) -> None:
         """`producer` has handed over its lines up to `through`."""
@@ -84,10 +96,15 @@ class Group:
             with self._store.transaction() as tx:
                 return self._write(tx, shares, now)
         except StorageFull as full:
-            return {
-                producer: _refuse(share, f"not stored: {full}; send it again later")
-                for producer, share in shares.items()
-            }
+            self._count_refused(shares)
+            return {producer: _refuse(share, full) for producer, share in shares.items()}
+
+    def _count_refused(self, shares: dict[Hashable, _Share]) -> None:
+        marks = [share.mark for share in shares.values() if share.mark is not None and share.mark.counts_refused]
+        # Intake leaves a little room for this; on a full disk the client finds out when it comes back.
+        with contextlib.suppress(StorageFull), self._store.transaction() as tx:
+            for mark in marks:
+                tx.set_mark(mark.source, mark.item, mark.position)
 
     def _write(self, tx: Transaction, shares: dict[Hashable, _Share], now: Now) -> dict[Hashable, Outcome]:
         by_stream: dict[str, list[Rows]] = {}
@@ -95,33 +112,42 @@ class Group:
         for producer, share in shares.items():
             accepted = 0
             for stream, checked, lines in share.parts:
-                try:
-                    rows = self._coded(tx, stream, checked)
-                except OverflowError as problem:
-                    share.rejected += [(line, str(problem)) for line in lines]
-                    continue
+                rows, refused = self._coded(tx, stream, checked)
+                for index, reason in refused.items():
+                    share.reject(lines[index if len(lines) > 1 else 0], reason)
                 if len(rows):
                     by_stream.setdefault(stream, []).append(rows)
                     accepted += len(rows)
             if share.mark is not None:
                 tx.set_mark(share.mark.source, share.mark.item, share.mark.position)
             tx.count("lines rejected", len(share.rejected))
-            outcomes[producer] = Outcome(share.through, accepted, sorted(share.rejected))
+            outcomes[producer] = share.outcome(accepted)
         for stream, parts in by_stream.items():
             rows = concatenate(parts)
             tx.append(stream, rows, now.quality)
             tx.count(f"rows.{stream}", len(rows))
         return outcomes
 
-    def _coded(self, tx: Transaction, stream: str, checked: Checked) -> Rows:
-        """Category texts become codes."""
-        columns = list(checked.rows.columns)
+    def _coded(self, tx: Transaction, stream: str, checked: Checked) -> tuple[Rows, dict[int, str]]:
+        """Category texts become codes; index → reason of rows whose text can have none."""
+        columns, refused = list(checked.rows.columns), {}
         for index, texts in checked.categories.items():
             name = self._streams[stream].fields[index].name
-            columns[index] = np.array(tx.category_codes(stream, name, texts), "<u2")
-        return Rows(checked.rows.t, tuple(columns))
+            codes = np.array(tx.category_codes(stream, name, texts), np.int64)
+            columns[index] = codes.astype("<u2")
+            for row in np.flatnonzero(codes < 0):
+                refused[int(row)] = (
+                    f"{name} = {texts[row]!r} would be the 65,536th category; that many cannot be told apart"
+                )
+        rows = Rows(checked.rows.t, tuple(columns))
+        if refused:
+            kept = np.setdiff1d(np.arange(len(rows)), np.fromiter(refused, np.int64, len(refused)))
+            rows = Rows(rows.t[kept], tuple(column[kept] for column in rows.columns))
+        return rows, refused
 
 
-def _refuse(share: _Share, reason: str) -> Outcome:
-    lines = sorted({line for _, _, numbers in share.parts for line in numbers})
-    return Outcome(share.through, 0, sorted([*share.rejected, *((line, reason) for line in lines)]), full=True)
+def _refuse(share: _Share, full: StorageFull) -> Outcome:
+    """Every line with rows in it is rejected, and only once where some of its rows already were."""
+    for line in {line for _, checked, lines in share.parts if len(checked.rows) for line in lines}:
+        share.rejected[line] = f"{NOT_STORED}: {full}; send it again later"
+    return share.outcome(0, full=True)

@@ -13,5 +13,7 @@ def notify(state: str) -> None:
     if not address:
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        # A manager that does not read must not stop the daemon.
+        sock.settimeout(1.0)
         sock.connect("\0" + address[1:] if address.startswith("@") else address)
         sock.sendall(state.encode())

@@ -14,6 +14,9 @@ from agent.device.rows import Checked, Raw, check
 from agent.errors import Rejected
 
 MAX_LINE = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+# Nesting deep enough exhausts the decoder's stack before it is found to be no row.
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,10 @@ class _Named(msgspec.Struct):
 
 
 class Reader:
-    """Parses the lines of one connection; remembers each stream's latest time in it."""
+    """Parses the lines of one connection; remembers each stream's latest time in it.
+
+    What becomes of a line depends on the lines before it, never on how they are cut into calls of `read`.
+    """
 
     def __init__(self, streams: Mapping[str, Stream]) -> None:
         self._shapes = {name: _Shape(name, stream) for name, stream in streams.items()}
@@ -65,16 +71,23 @@ class Reader:
         shape = self._guess
         if shape is None or len(lines) < 2:
             return None
+        objects = [line.strip(b" \t\r") for line in lines]
+        # Rows are flat and no JSON string holds a newline, so that lines with these ends are objects of their own:
+        # two halves of a row on two lines are not one row.
+        if not all(len(o) <= MAX_LINE and o.startswith(b"{") and o.endswith(b"}") for o in objects):
+            return None
         try:
-            decoded = shape.run_decoder.decode(b"[" + b",".join(lines) + b"]")
+            decoded = shape.run_decoder.decode(b"[" + b"\n,".join(objects) + b"]")
             return (shape, shape.transpose(decoded)) if len(decoded) == len(lines) else None
-        except (msgspec.MsgspecError, ValueError):
+        except _UNREADABLE:
             return None
 
     def _one_line(self, line: bytes, number: int, now_us: int) -> Taken:
+        if len(line) > MAX_LINE:
+            raise Rejected(f"line of {len(line)} bytes, the limit is {MAX_LINE}; split it")
         try:
             named = msgspec.json.decode(line, type=_Named)
-        except (msgspec.MsgspecError, ValueError) as error:
+        except _UNREADABLE as error:
             raise Rejected(_json_problem(line, error)) from None
         shape = self._shapes.get(named.stream)
         if shape is None:
@@ -86,8 +99,8 @@ class Reader:
                 raw = shape.transpose([shape.row_decoder.decode(line)])
                 return self._take(shape, raw, [number], now_us)
             return self._take_columns(shape, line, number, now_us)
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise Rejected(_field_problem(str(error), shape)) from None
+        except _UNREADABLE as error:
+            raise Rejected(_field_problem(error, shape)) from None
 
     def _take_columns(self, shape: _Shape, line: bytes, number: int, now_us: int) -> Taken:
         values = dict(shape.columns_decoder.decode(line).columns)
@@ -106,8 +119,8 @@ class Reader:
 
     def _take(self, shape: _Shape, raw: Raw, numbers: list[int], now_us: int) -> Taken:
         checked = check(raw, shape.stream, now_us, self._latest.get(shape.name))
-        if raw.t is not None and len(checked.rows):
-            self._latest[shape.name] = int(checked.rows.t[-1])
+        if checked.latest is not None:
+            self._latest[shape.name] = checked.latest
         if len(numbers) < raw.n:
             return Taken(shape.name, checked, numbers, {})
         bad = {numbers[index]: reason for index, reason in checked.bad.items()}
@@ -122,12 +135,15 @@ class _Shape:
 
     @cached_property
     def _row_type(self) -> type[msgspec.Struct]:
-        kinds = {"category": str, "i64": int}
+        kinds: dict[str, Any] = {"category": str, "i64": int | float}
         fields: list[Any] = [("stream", str), ("t", float | None, None)]
-        for f in self.stream.fields:
+        names = {}
+        for index, f in enumerate(self.stream.fields):
             kind: Any = kinds.get(f.type, float)
-            fields.append((f.name, kind | None, None) if f.optional else (f.name, kind))
-        return msgspec.defstruct("Row", fields, kw_only=True, forbid_unknown_fields=True, rename=None, gc=False)
+            # Its own name could be one that Python gives a meaning to, as __init__.
+            names[f"f{index}"] = f.name
+            fields.append((f"f{index}", kind | None, None) if f.optional else (f"f{index}", kind))
+        return msgspec.defstruct("Row", fields, kw_only=True, forbid_unknown_fields=True, rename=names, gc=False)
 
     @cached_property
     def row_decoder(self) -> msgspec.json.Decoder[Any]:
@@ -146,15 +162,12 @@ class _Shape:
         columns = list(zip(*map(msgspec.structs.astuple, decoded), strict=True))
         if any(name != self.name for name in columns[0]):
             raise ValueError("lines of several streams")
-        t = columns[1] if all(value is not None for value in columns[1]) else None
-        if t is None and any(value is not None for value in columns[1]):
-            raise ValueError("some lines have t, others not")
-        return Raw(len(decoded), t, {f.name: c for f, c in zip(self.stream.fields, columns[2:], strict=True)})
+        return Raw(len(decoded), columns[1], {f.name: c for f, c in zip(self.stream.fields, columns[2:], strict=True)})
 
 
 def _json_problem(line: bytes, error: Exception) -> str:
-    if len(line) > MAX_LINE:
-        return f"line of {len(line)} bytes, the limit is {MAX_LINE}"
+    if line.startswith(_BOM):
+        return "a byte order mark before the line; send UTF-8 without it"
     if b"\x00" in line or (not line.isascii() and not _is_text(line)):
         return "not text: binary data on a line protocol"
     if b"NaN" in line or b"Infinity" in line:
@@ -173,7 +186,10 @@ def _is_text(line: bytes) -> bool:
     return True
 
 
-def _field_problem(problem: str, shape: _Shape) -> str:
+def _field_problem(error: Exception, shape: _Shape) -> str:
+    problem = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return f"not text: {problem[:120]}"
     names = [f.name for f in shape.stream.fields]
     if "unknown field" in problem:
         name = problem.split("`")[1]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import struct
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,9 +18,13 @@ from agent.config import Field, Stream, suggestion
 from agent.errors import Rejected
 
 T_MAX_S = 4_102_444_800.0  # 2100-01-01
-MISSING_CATEGORY = 0
 _DTYPES = {"f32": "<f4", "f64": "<f8", "i64": "<i8", "category": "<u2"}
 _SHORT_SPAN = 2**32 - 1
+_HEAD = struct.Struct("<qqq")
+_EXACT = 2**53
+_LARGEST = sys.float_info.max
+_LONG_AGO = np.int64(-(2**62))
+_TIME = Field(name="t", type="f64", optional=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +70,27 @@ class Packed:
 
 
 def pack(rows: Rows) -> Packed:
-    """`rows` as one blob with its CRC-32."""
+    """`rows`, at least one, as one blob with its CRC-32."""
     first = int(rows.t[0])
     offsets = rows.t - first
     short = int(offsets.min()) >= 0 and int(offsets.max()) <= _SHORT_SPAN
     head = offsets.astype("<u4" if short else "<i8")
     data = b"".join([head.tobytes(), *(_little(c) for c in rows.columns)])
-    return Packed(len(rows), first, head.itemsize, data, zlib.crc32(data))
+    return Packed(len(rows), first, head.itemsize, data, _crc(len(rows), first, head.itemsize, data))
+
+
+def _crc(n: int, first_t: int, time_bytes: int, data: bytes) -> int:
+    """Over what the blob means, too: a wrong first time would move every row of the chunk."""
+    return zlib.crc32(data, zlib.crc32(_HEAD.pack(n, first_t, time_bytes)))
 
 
 def unpack(packed: Packed, fields: Sequence[Field]) -> Rows:
     """Inverse of `pack`. Raises ValueError where the bytes are not what was packed."""
-    if zlib.crc32(packed.data) != packed.crc:
+    try:
+        whole = _crc(packed.n, packed.first_t, packed.time_bytes, packed.data) == packed.crc
+    except (struct.error, TypeError):
+        whole = False
+    if not whole:
         raise ValueError("CRC does not match")
     dtypes = [np.dtype(_DTYPES[f.type]) for f in fields]
     if len(packed.data) != packed.n * (packed.time_bytes + sum(d.itemsize for d in dtypes)):
@@ -90,7 +105,10 @@ def unpack(packed: Packed, fields: Sequence[Field]) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """Columns as a producer gave them: `t` epoch seconds or None; values by field name; all of one length."""
+    """Columns as a producer gave them, of `n` values each, by field name; None is a missing value.
+
+    `t` epoch seconds, where None (the whole, or one value) means now.
+    """
 
     n: int
     t: Any
@@ -99,11 +117,15 @@ class Raw:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What came of a Raw: `rows` are good; `categories` holds text of category columns; `bad` index → reason."""
+    """What came of a Raw: `rows` are good; `categories` holds text of category columns; `bad` index → reason.
+
+    `latest` is the producer's latest time so far, epoch µs, for its next `check`.
+    """
 
     rows: Rows
     categories: dict[int, list[str]]
     bad: dict[int, str]
+    latest: int | None = None
 
 
 def check(raw: Raw, stream: Stream, now_us: int, after_us: int | None) -> Checked:
@@ -131,56 +153,65 @@ def check(raw: Raw, stream: Stream, now_us: int, after_us: int | None) -> Checke
             arrays.append(np.zeros(raw.n, "<u2"))
         else:
             arrays.append(_check_numbers(values, field, bad))
-    t = _check_time(raw, now_us, after_us, bad)
+    t, latest = _check_time(raw, now_us, after_us, bad)
     if not bad:
-        return Checked(Rows(t, tuple(arrays)), categories, bad)
+        return Checked(Rows(t, tuple(arrays)), categories, bad, latest)
     good = np.setdiff1d(np.arange(raw.n), np.fromiter(bad, np.int64, len(bad)))
     kept = {index: [texts[i] for i in good] for index, texts in categories.items()}
-    return Checked(Rows(t[good], tuple(a[good] for a in arrays)), kept, bad)
+    return Checked(Rows(t[good], tuple(a[good] for a in arrays)), kept, bad, latest)
 
 
 def _check_numbers(values: Any, field: Field, bad: dict[int, str]) -> NDArray[Any]:
-    dtype = _DTYPES[field.type]
-    try:
-        numbers = np.asarray(values)
-        plain = numbers.dtype.kind in "iuf" and numbers.ndim == 1
-    except ValueError:
-        plain = False
-    if not plain:
-        numbers = np.array([_number(value, field, index, bad) for index, value in enumerate(values)], np.float64)
-    if field.type == "i64":
-        if numbers.dtype.kind == "f" and len(numbers):
-            _mark(bad, (numbers != np.rint(numbers)) | (np.abs(numbers) > 2**53), field, numbers, "is no whole number")
-            numbers = np.where(np.isfinite(numbers), numbers, 0)
-    else:
-        finite = np.isfinite(numbers)
-        missing = np.isnan(numbers) & field.optional & (not plain)
-        _mark(bad, ~finite & ~missing, field, numbers, "is no finite number")
-        if field.type == "f32":
-            with np.errstate(invalid="ignore"):
-                _mark(bad, finite & (np.abs(numbers) > 3.4e38), field, numbers, "is too large for f32")
+    numbers = _plain_numbers(values, field.type)
+    missing = np.zeros(len(values), bool)
+    if numbers is None:
+        whole = field.type == "i64"
+        found = [_number(value, field, whole, index, bad) for index, value in enumerate(values)]
+        missing = np.array([value is None for value in values], bool) & field.optional
+        numbers = np.array(found, np.int64 if whole else np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        typed = numbers.astype(dtype)
+        typed = numbers.astype(_DTYPES[field.type])
+        if typed.dtype.kind == "f":
+            _mark(bad, ~np.isfinite(numbers) & ~missing, field, numbers, "is no finite number")
+            _mark(bad, np.isinf(typed), field, numbers, f"is too large for {field.type}")
         # Limits in the column's own precision: what was taken once is taken again when it comes back as f32.
         kind = typed.dtype.type if typed.dtype.kind == "f" else float
         if field.min is not None:
-            _mark(bad, typed < kind(field.min), field, numbers, f"is below min {field.min:g}")
+            _mark(bad, typed < kind(field.min), field, numbers, f"is below min {field.min:.9g}")
         if field.max is not None:
-            _mark(bad, typed > kind(field.max), field, numbers, f"is above max {field.max:g}")
+            _mark(bad, typed > kind(field.max), field, numbers, f"is above max {field.max:.9g}")
     return typed
 
 
-def _number(value: Any, field: Field, index: int, bad: dict[int, str]) -> float:
-    """One value of a column that is not plainly numeric; NaN with a reason in `bad` where it is none."""
-    if value is None and field.optional:
-        return float("nan")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if value != value and field.optional:
-            bad.setdefault(index, f"{field.name} = nan is no finite number; leave an optional field out instead")
-        return float(value) if abs(value) < sys.float_info.max else float("inf")
-    shown = "missing" if value is None else f"= {str(value)[:40]!r}"
-    bad.setdefault(index, f"{field.name} {shown} is no number" if value is not None else f"{field.name} is missing")
-    return float("nan")
+def _plain_numbers(values: Any, kind: str) -> NDArray[Any] | None:
+    """The values as one array where all are numbers that it can hold exactly; else None, for a look at each."""
+    if isinstance(values, np.ndarray):
+        fits = values.dtype.kind == "i" if kind == "i64" else values.dtype.kind in "iuf"
+        return values if fits and values.ndim == 1 else None
+    kinds = set(map(type, values))
+    try:
+        if kind == "i64":
+            return np.array(values, np.int64) if kinds <= {int} else None
+        return np.array(values, np.float64) if kinds <= {int, float} else None
+    except OverflowError:
+        return None
+
+
+def _number(value: Any, field: Field, whole: bool, index: int, bad: dict[int, str]) -> float:
+    """One value of a column that is not plainly numeric: NaN (0 where `whole`) and a reason in `bad` if it is none."""
+    if value is None:
+        if not field.optional:
+            bad.setdefault(index, f"{field.name} is missing")
+    elif not isinstance(value, int | float) or isinstance(value, bool):
+        bad.setdefault(index, f"{field.name} = {str(value)[:40]!r} is no number")
+    elif not whole:
+        fits = isinstance(value, float) or abs(value) <= _LARGEST
+        return float(value) if fits else math.inf if value > 0 else -math.inf
+    elif -(2**63) <= value < 2**63 and (isinstance(value, int) or (value == int(value) and abs(value) <= _EXACT)):
+        return int(value)
+    else:
+        bad.setdefault(index, f"{field.name} = {str(value)[:40]} is no whole number of 64 bits")
+    return 0 if whole else float("nan")
 
 
 def _check_text(values: Any, field: Field, bad: dict[int, str]) -> list[str]:
@@ -188,29 +219,39 @@ def _check_text(values: Any, field: Field, bad: dict[int, str]) -> list[str]:
     for index, value in enumerate(values):
         if value is None and field.optional:
             texts.append("")
-        elif isinstance(value, str) and 0 < len(value) <= 64:
+        elif isinstance(value, str) and 0 < len(value) <= 64 and (value.isascii() or _is_unicode(value)):
             texts.append(value)
         else:
-            bad.setdefault(index, f"{field.name} = {str(value)[:40]!r} is no category: text of 1-64 characters")
+            shown = "is missing" if value is None else f"= {str(value)[:40]!r} is no category: text of 1-64 characters"
+            bad.setdefault(index, f"{field.name} {shown}")
             texts.append("")
     return texts
 
 
-def _check_time(raw: Raw, now_us: int, after_us: int | None, bad: dict[int, str]) -> NDArray[np.int64]:
+def _is_unicode(text: str) -> bool:
+    """Whether no byte of a file that is not UTF-8 hides in it."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _check_time(
+    raw: Raw, now_us: int, after_us: int | None, bad: dict[int, str]
+) -> tuple[NDArray[np.int64], int | None]:
     if raw.t is None:
-        return np.full(raw.n, now_us, np.int64)
+        return np.full(raw.n, now_us, np.int64), after_us
     if len(raw.t) != raw.n:
         raise Rejected(f"t has {len(raw.t)} values, {raw.n} are needed")
-    time_field = Field(name="t", unit="epoch seconds", type="f64", min=0, max=T_MAX_S)
-    seconds = _check_numbers(raw.t, time_field, bad)
-    t = np.rint(np.where(np.isfinite(seconds), np.clip(seconds, 0, T_MAX_S), 0) * 1e6).astype(np.int64)
-    usable = np.ones(raw.n, bool)
-    usable[list(bad)] = False
-    masked = np.where(usable, t, np.int64(-(2**62)))
-    latest = np.maximum.accumulate(np.concatenate([[after_us if after_us is not None else -(2**62)], masked]))[:-1]
-    for index in np.flatnonzero(usable & (t < latest)):
-        bad[int(index)] = f"t = {t[index] / 1e6:.6f} runs backwards, {latest[index] / 1e6:.6f} came before"
-    return t
+    seconds = _check_numbers(raw.t, _TIME, bad)
+    with np.errstate(invalid="ignore"):
+        _mark(bad, seconds < 0, _TIME, seconds, "is before 1970")
+        _mark(bad, seconds > T_MAX_S, _TIME, seconds, "is after 2100; give seconds since 1970, not milliseconds")
+    given = np.isfinite(seconds) & (seconds >= 0) & (seconds <= T_MAX_S)
+    t = np.where(given, np.rint(np.where(given, seconds, 0) * 1e6).astype(np.int64), np.int64(now_us))
+    given[list(bad)] = False
+    start = _LONG_AGO if after_us is None else np.int64(after_us)
+    before = np.maximum.accumulate(np.concatenate([[start], np.where(given, t, _LONG_AGO)]))
+    for index in np.flatnonzero(given & (t < before[:-1])):
+        bad[int(index)] = f"t = {t[index] / 1e6:.6f} runs backwards, {before[index] / 1e6:.6f} came before"
+    return t, (int(before[-1]) if before[-1] != _LONG_AGO else None)
 
 
 def _mark(bad: dict[int, str], wrong: NDArray[Any], field: Field, numbers: NDArray[Any], problem: str) -> None:
@@ -218,7 +259,7 @@ def _mark(bad: dict[int, str], wrong: NDArray[Any], field: Field, numbers: NDArr
         return
     unit = f" {field.unit}" if field.unit else ""
     for index in np.flatnonzero(wrong):
-        bad.setdefault(int(index), f"{field.name} = {float(numbers[index]):g}{unit} {problem}")
+        bad.setdefault(int(index), f"{field.name} = {numbers[index].item():.9g}{unit} {problem}")
 
 
 def _little(array: NDArray[Any]) -> bytes:

@@ -1,14 +1,16 @@
 """When a task is due: an interval, a cron expression or a number of rows, on clocks that may be stepped.
 
 Intervals are counted on the boot-time clock. Cron needs wall time: APScheduler computes the next time, and it is
-computed anew after each step of the wall clock. However much was missed, it is caught up with one run.
+computed anew after each step of the wall clock. However much was missed, it is caught up with one run; for what a cron
+expression missed while the agent was off, the time of the last run must be kept and given back.
 """
 
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
-from typing import Protocol
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta, tzinfo
+from typing import Any, Protocol
 
 from agent import config
 from agent.clock import Now
@@ -16,9 +18,18 @@ from agent.errors import ConfigError
 
 _STEP_S = 1.0
 _LONGEST_WAIT_S = 60.0
+_TICK = timedelta(microseconds=1)
+# crontab(5) counts from Sunday, APScheduler 3 from Monday: names mean the same to both.
+_DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+_DAY = re.compile(rf"(\*|(?P<first>[0-7]|{'|'.join(_DAYS)})(-(?P<last>[0-7]|{'|'.join(_DAYS)}))?)(/(?P<step>[1-7]))?")
 
 
 class Schedule(Protocol):
+    @property
+    def remembers(self) -> bool:
+        """Whether the wall time of each run is to be kept for `parse` after a restart."""
+        ...
+
     def due(self, now: Now, backlog: int) -> bool:
         """Whether to run now, with `backlog` rows waiting."""
         ...
@@ -32,8 +43,11 @@ class Schedule(Protocol):
         ...
 
 
-def parse(file: str, task: str, text: str) -> Schedule:
-    """`"every 60 s"`, `"when 500 rows"` or a cron expression of five fields (local time). Raises ConfigError."""
+def parse(file: str, task: str, text: str, last_us: int | None = None) -> Schedule:
+    """`"every 60 s"`, `"when 500 rows"` or a cron expression of five fields (local time). Raises ConfigError.
+
+    `last_us` is the wall time of the last run before this start, epoch µs, where one is known.
+    """
     key = f"tasks.{task}.schedule"
     try:
         if text.startswith("every "):
@@ -44,7 +58,7 @@ def parse(file: str, task: str, text: str) -> Schedule:
         rows = re.fullmatch(r"when (\d+) rows?", text)
         if rows:
             return When(max(1, int(rows[1])))
-        return Cron(text)
+        return Cron(text, last_us)
     except ValueError as error:
         raise ConfigError(
             file, key, f'{text!r}: {error}; write "every 60 s", "when 500 rows" or a cron expression'
@@ -53,6 +67,8 @@ def parse(file: str, task: str, text: str) -> Schedule:
 
 class Every:
     """Each `seconds`, first at once."""
+
+    remembers = False
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -73,6 +89,8 @@ class Every:
 class When:
     """As soon as `rows` wait."""
 
+    remembers = False
+
     def __init__(self, rows: int) -> None:
         self._rows = rows
 
@@ -87,32 +105,58 @@ class When:
 
 
 class Cron:
-    """At the times of a cron expression in local time. Raises ValueError."""
+    """At the times of a cron expression, in local time or in `zone`, as crontab(5) has them. Raises ValueError.
 
-    def __init__(self, expression: str) -> None:
+    Where the clocks go back, a time of a fixed hour comes once. Where they go forward, a time in the gap comes as if
+    they had not.
+    """
+
+    remembers = True
+
+    def __init__(self, expression: str, last_us: int | None = None, zone: tzinfo | None = None) -> None:
         # Costs 40 ms and several MB: only for those who write a cron expression.
         from apscheduler.triggers.cron import CronTrigger
 
-        self._trigger = CronTrigger.from_crontab(expression)
+        fields = expression.lower().split()
+        if len(fields) != 5:
+            raise ValueError(f"a cron expression has 5 fields, this has {len(fields)}")
+        minute, hour, day, month, weekday = fields
+        days = [(day, _weekdays(weekday))]
+        if not day.startswith("*") and not weekday.startswith("*"):
+            # crontab(5): where both are given, either is enough.
+            days = [(day, "*"), ("*", _weekdays(weekday))]
+        self._triggers = [
+            CronTrigger(minute=minute, hour=hour, day=d, month=month, day_of_week=w, timezone=zone) for d, w in days
+        ]
+        self._fixed_hour = not hour.startswith("*")
+        self._last = last_us
         self._next: datetime | None = None
         self._seen: Now | None = None
+        if self._after(datetime(2024, 1, 1, tzinfo=UTC)) is None:
+            raise ValueError("that time never comes")
 
     def due(self, now: Now, backlog: int) -> bool:
-        if self._next is None or self._stepped_back(now):
-            self._plan(now)
+        if self._next is None:
+            # A last run in the future was before a step back, and says nothing.
+            known = self._last is not None and self._last <= now.wall_us
+            self._next = self._after(_moment(self._last if known and self._last is not None else now.wall_us))
+        elif self._stepped_back(now):
+            self._next = self._after(_moment(now.wall_us))
         self._seen = now
-        return self._next is not None and _moment(now) >= self._next
+        return self._next is not None and _moment(now.wall_us) >= self._next
 
     def ran(self, now: Now) -> None:
-        self._plan(now)
+        self._next = self._after(_moment(now.wall_us) + _TICK)
 
     def wait_s(self, now: Now) -> float:
         if self._next is None:
-            return _LONGEST_WAIT_S
-        return min(_LONGEST_WAIT_S, max(0.0, (self._next - _moment(now)).total_seconds()))
+            return 0.0
+        return min(_LONGEST_WAIT_S, max(0.0, (self._next - _moment(now.wall_us)).total_seconds()))
 
-    def _plan(self, now: Now) -> None:
-        self._next = self._trigger.get_next_fire_time(None, _moment(now))
+    def _after(self, moment: datetime) -> datetime | None:
+        """The first time at or after `moment`."""
+        times = [_next_time(trigger, moment, self._fixed_hour) for trigger in self._triggers]
+        return min((time for time in times if time is not None), default=None)
 
     def _stepped_back(self, now: Now) -> bool:
         if self._seen is None:
@@ -121,5 +165,40 @@ class Cron:
         return wall < now.boot_s - self._seen.boot_s - _STEP_S
 
 
-def _moment(now: Now) -> datetime:
-    return datetime.fromtimestamp(now.wall_us / 1e6, UTC)
+def _next_time(trigger: Any, moment: datetime, fixed_hour: bool) -> datetime | None:
+    while True:
+        found: datetime | None = trigger.get_next_fire_time(None, moment)
+        if found is None or not (found.fold and fixed_hour):
+            return found
+        moment = found.astimezone(UTC) + _TICK
+
+
+def _weekdays(text: str) -> str:
+    """The weekday field of crontab(5), where 0 and 7 are Sunday, as names. Raises ValueError."""
+    if text == "*":
+        return text
+    found: list[int] = []
+    for part in text.split(","):
+        match = _DAY.fullmatch(part)
+        if match is None:
+            raise ValueError(f"{part!r} is no weekday: 0-7, where 0 and 7 are Sunday, or mon, tue, …")
+        first = _day_number(match["first"] or "0")
+        last = _day_number(match["last"] or ("6" if "*" in part or match["step"] else match["first"]))
+        if match["last"] == "7" or (last == 0 and first > 0):
+            last = 7
+        if last < first:
+            raise ValueError(f"{part!r} runs backwards")
+        found += range(first, last + 1, int(match["step"] or 1))
+    return ",".join(_names(found))
+
+
+def _day_number(text: str) -> int:
+    return _DAYS.index(text) if text in _DAYS else int(text)
+
+
+def _names(days: Iterable[int]) -> list[str]:
+    return [_DAYS[day] for day in sorted({day % 7 for day in days})]
+
+
+def _moment(wall_us: int) -> datetime:
+    return datetime.fromtimestamp(wall_us / 1e6, UTC)

@@ -32,7 +32,8 @@ _FIRST_TABLES = (
         seq INTEGER PRIMARY KEY, topic TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL, time TEXT NOT NULL)""",
     # How far a source got with an item (a file, a named client), committed with its rows.
     """CREATE TABLE marks (
-        source TEXT NOT NULL, item TEXT NOT NULL, position INTEGER NOT NULL, PRIMARY KEY (source, item)) WITHOUT ROWID""",
+        source TEXT NOT NULL, item TEXT NOT NULL, position INTEGER NOT NULL,
+        PRIMARY KEY (source, item)) WITHOUT ROWID""",
     "CREATE TABLE counters (name TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID",
     # The newest alerts, for `outstation status`.
     "CREATE TABLE alerts (body TEXT NOT NULL)",
@@ -66,8 +67,9 @@ def pragmas(max_pages: int) -> list[tuple[str, str | None]]:
 
 
 # Starts at the chunk that holds the row after `after`, by the index: the backlog's length does not matter.
+# CAST: one flipped bit on the disk makes the blob a text that cannot be read.
 TAKE = """
-    SELECT first_row, n, first_t, time_bytes, data, crc FROM chunks
+    SELECT first_row, n, first_t, time_bytes, CAST(data AS BLOB), crc FROM chunks
     WHERE stream = (SELECT id FROM streams WHERE name = :stream)
       AND first_row + n > :after + 1
       AND first_row >= coalesce(

@@ -151,7 +151,7 @@ class Store:
                 except ValueError as damage:
                     if parts:
                         break
-                    return Batch(first, _EMPTY, str(damage), int(first_row) + int(packed[0]) - 1)
+                    return Batch(first, _EMPTY, str(damage), self._before_next(stream, int(first_row)))
                 skip = first + count - int(first_row)
                 if skip < 0:
                     # Rows between were damaged and set aside; the caller sees them as lost.
@@ -163,6 +163,15 @@ class Store:
                 if count >= limit:
                     break
         return Batch(first, concatenate(parts)) if parts else None
+
+    def _before_next(self, stream: str, first_row: int) -> int:
+        """The last row of the chunk at `first_row`, by what comes after it: its own count may be damaged too."""
+        row = self._one(
+            "SELECT min(first_row) - 1 FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ? AND first_row > ?",
+            stream,
+            first_row,
+        )
+        return int(row[0]) if row and row[0] is not None else self.last_row(stream)
 
     def unsent(self, after: int, limit: int) -> list[Pending]:
         """Messages of the outbox with seq > `after`, in order."""

@@ -10,6 +10,7 @@ from agent.device import schema
 from agent.device.rows import Rows, pack
 
 _QUALITIES = ("synced", "restored", "unsynced")
+_MOST_CATEGORIES = 0xFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Transaction:
         return int(first) + packed.n - 1
 
     def category_codes(self, stream: str, field: str, texts: Sequence[str]) -> list[int]:
-        """The code of each text, new ones given. Raises OverflowError past 65,535 different texts."""
+        """The code of each text, new ones given; -1 where 65,535 texts are known and this is another one."""
         known = {
             str(value): int(code)
             for code, value in self._db.execute(
@@ -61,13 +62,10 @@ class Transaction:
         }
         known[""] = 0
         for text in dict.fromkeys(texts):
-            if text not in known:
-                code = len(known)
-                if code > 0xFFFF:
-                    raise OverflowError(f"field {field!r} has more than 65,535 different categories")
+            if text not in known and (code := len(known)) <= _MOST_CATEGORIES:
                 known[text] = code
                 self._db.execute("INSERT INTO categories VALUES (?, ?, ?, ?)", (stream, field, code, text))
-        return [known[text] for text in texts]
+        return [known.get(text, -1) for text in texts]
 
     def advance(self, task: str, first: int, last: int) -> None:
         """Move the cursor of `task` to `last`; `first` is remembered once, as where the task began."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,13 @@ def fault_sentence(subject: str, fault: str, field: int, summary: Summary) -> st
 def cleared_sentence(subject: str, alert: str) -> str:
     what = "no sensor fault" if alert == "fault" else "close to this site's reference"
     return f"{subject}: {what} for {CALM} windows in a row."
+
+
+def doubt(earlier: Sequence[str]) -> str:
+    """What to add where other fields drifted before: statistics are compared within the class the model names."""
+    if not earlier:
+        return ""
+    return f" {', '.join(earlier)} drifted before: the model may name wrong classes since, and this may follow from it."
 
 
 @dataclass(frozen=True)

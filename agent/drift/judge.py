@@ -244,13 +244,15 @@ class Judge:
     def _drifts(self, before: State, after: State, effects: Floats) -> tuple[State, list[Alert]]:
         was, now = open_drift(before.cusum), open_drift(after.cusum)
         raised = after.raised + np.stack([now & ~was, np.zeros(len(now), np.int64)], axis=1)
+        earlier = [self.shipped.fields[field] for field in np.flatnonzero(was)]
         out = []
         for field in np.flatnonzero(was != now):
             if now[field] and after.site is not None:
                 change = alerts.change(after.cusum, int(field), after.site, effects)
                 cause = alerts.cause(change, int(field), after.site, before.open, self._origin)
                 sentence = change.sentence(self.shipped.fields[field], self.units[field], cause)
-                evidence = change.evidence() | {"site": after.site.digest}
+                sentence += alerts.doubt(earlier) if self.shipped.labels else ""
+                evidence = change.evidence() | {"site": after.site.digest, "after": earlier}
                 out.append(self._alert(before, "drift", int(field), raised, "warning", sentence, evidence))
             else:
                 out.append(self._alert(before, "drift", int(field), raised, "info", "", {}))

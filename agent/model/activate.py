@@ -38,9 +38,25 @@ def locate(name: str, store: Path) -> Path:
 def activate(path: Path, publishers: Sequence[PublicKey]) -> Active:
     """Raises BadBundle with the reason; what ran before stays as it is."""
     found = bundle.read(path, [*publishers, *shipped.publishers()])
-    report = probe.probe(found)
-    for name, ok, detail in report.checks:
-        if not ok:
-            raise BadBundle(f"{path}: {name}: {detail}")
-    reference = Reference.from_json(found.files["reference.json"]) if "reference.json" in found.files else None
-    return Active(found, runtime.Model(found.model), reference)
+    try:
+        probe.probe(found).require()
+        return Active(found, runtime.Model(found.model), reference(found))
+    except BadBundle as problem:
+        raise BadBundle(f"{path}: {problem}") from None
+
+
+def reference(found: Bundle) -> Reference | None:
+    """The drift reference in a bundle. Raises BadBundle where it is damaged or made for another model."""
+    if "reference.json" not in found.files:
+        return None
+    made = Reference.from_json(found.files["reference.json"])
+    spec = found.manifest
+    fits = {
+        "fields": made.fields == tuple(spec.input.fields),
+        "labels": made.labels == tuple(spec.output.labels),
+        "window rows": made.window_rows == (spec.input.window.rows if spec.input.window else 1),
+    }
+    wrong = [name for name, same in fits.items() if not same]
+    if wrong:
+        raise BadBundle(f"reference.json was made for other {', '.join(wrong)} than the manifest's; pack it again")
+    return made

@@ -1,7 +1,7 @@
 """Read and verify a bundle, a folder or the same as a `.zip`: every byte is checked before any of it is used.
 
 Rules of `read`:
-- files lie flat, each within its size limit; a zip member's size is limited while it is read
+- files lie flat, few, and together within a size limit, which holds for a zip member while it is unpacked
 - `manifest.jws` signs `manifest.json` with a publisher's key (skipped only where no keys are given, to look)
 - every other file is listed in the manifest with its SHA-256, and nothing else is there
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,21 @@ from agent.model.manifest import Manifest
 from agent.wire import jws
 from agent.wire.keys import PublicKey, SigningKey
 
-MAX_FILE = 256 << 20
+# All files together, unpacked: they are held in memory, on machines with a gigabyte of it.
+MAX_BYTES = 256 << 20
 MAX_FILES = 32
+_TOO_LARGE = f"larger than {MAX_BYTES >> 20} MiB in all, which no bundle may be"
 # Stands where a message's topic stands: no signature of a message can pass for one of a bundle.
 DOMAIN = "bundle"
+_UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle whose bytes were verified and are held here, so that the files may change on disk meanwhile."""
+    """A bundle whose bytes were verified and are held here, so that the files may change on disk meanwhile.
+
+    `signer` is the kid of the key that signed it, or claims to where nobody's keys were given; "" without one.
+    """
 
     manifest: Manifest
     digest: str
@@ -48,18 +55,11 @@ def read(path: Path, publishers: Sequence[PublicKey] | None) -> Bundle:
             raise BadBundle(f"{path}: no {needed} in it; is this a bundle folder or .zip?")
     head = files["manifest.json"]
     signer = _check_signature(path, head, files.get("manifest.jws"), publishers)
-    content = manifest.decode(head)
-    listed = content.files
-    for name, data in sorted(files.items()):
-        if name in ("manifest.json", "manifest.jws"):
-            continue
-        if name not in listed:
-            raise BadBundle(f"{path}: {name} is not listed in the manifest; remove it, or pack the bundle again")
-        if f"sha256:{hashlib.sha256(data).hexdigest()}" != listed[name]:
-            raise BadBundle(f"{path}: {name} was altered: its SHA-256 is not the manifest's; get the bundle again")
-    for name in listed:
-        if name not in files:
-            raise BadBundle(f"{path}: {name} is listed in the manifest but missing; get the bundle again")
+    try:
+        content = manifest.decode(head)
+    except BadBundle as problem:
+        raise BadBundle(f"{path}: {problem}") from None
+    _check_files(path, files, content.files)
     return Bundle(content, f"sha256:{hashlib.sha256(head).hexdigest()}", files, signer)
 
 
@@ -69,13 +69,11 @@ def sign(head: bytes, key: SigningKey) -> bytes:
 
 
 def _check_signature(path: Path, head: bytes, token: bytes | None, publishers: Sequence[PublicKey] | None) -> str:
-    if token is None:
-        if publishers is None:
-            return ""
-        raise BadBundle(f"{path}: not signed (no manifest.jws); sign it with `outstation model sign`")
-    text = token.decode("ascii", "replace").strip()
+    text = None if token is None else token.decode("ascii", "replace").strip()
     if publishers is None:
-        return jws.claimed_kid(text)
+        return _claimed(text)
+    if text is None:
+        raise BadBundle(f"{path}: not signed (no manifest.jws); sign it with `outstation model sign`")
     known = {key.kid: jws.Signer("publisher", key) for key in publishers}
     try:
         return jws.verify([text], DOMAIN, head, known.get).key.kid
@@ -86,6 +84,26 @@ def _check_signature(path: Path, head: bytes, token: bytes | None, publishers: S
         ) from None
 
 
+def _claimed(text: str | None) -> str:
+    try:
+        return jws.claimed_kid(text or "")
+    except Refused:
+        return ""
+
+
+def _check_files(path: Path, files: dict[str, bytes], listed: dict[str, str]) -> None:
+    for name, data in sorted(files.items()):
+        if name in ("manifest.json", "manifest.jws"):
+            continue
+        if name not in listed:
+            raise BadBundle(f"{path}: {name!r} is not listed in the manifest; remove it, or pack the bundle again")
+        if f"sha256:{hashlib.sha256(data).hexdigest()}" != listed[name]:
+            raise BadBundle(f"{path}: {name} was altered: its SHA-256 is not the manifest's; get the bundle again")
+    for name in listed:
+        if name not in files:
+            raise BadBundle(f"{path}: {name!r} is listed in the manifest but missing; get the bundle again")
+
+
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         if path.is_dir():
@@ -94,31 +112,48 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
             yield from _archive(path)
         else:
             raise BadBundle(f"{path}: no such bundle")
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+    except _UNREADABLE as error:
         raise BadBundle(f"{path}: cannot be read: {error}") from error
 
 
 def _folder(path: Path) -> Iterator[tuple[str, bytes]]:
     entries = sorted(path.iterdir())
     _limit_count(path, len(entries))
+    room = MAX_BYTES
     for entry in entries:
         if entry.is_symlink() or not entry.is_file():
-            raise BadBundle(f"{path}: {entry.name} is no plain file; a bundle is flat")
+            raise BadBundle(f"{path}: {entry.name!r} is no plain file; a bundle is flat")
         with entry.open("rb") as file:
-            yield entry.name, _limited(path, entry.name, file.read(MAX_FILE + 1))
+            data = file.read(room + 1)
+        room = _room_after(path, room, data)
+        yield entry.name, data
 
 
 def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
+    if path.stat().st_size > MAX_BYTES:
+        raise BadBundle(f"{path}: {_TOO_LARGE}")
+    room = MAX_BYTES
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         _limit_count(path, len(members))
         if len({m.filename for m in members}) != len(members):
             raise BadBundle(f"{path}: a file is in the archive twice")
         for member in members:
-            if "/" in member.filename or "\\" in member.filename or member.filename.startswith("."):
-                raise BadBundle(f"{path}: {member.filename!r} is no plain file name; a bundle is flat")
+            _check_member(path, member)
             with archive.open(member) as file:
-                yield member.filename, _limited(path, member.filename, file.read(MAX_FILE + 1))
+                data = file.read(room + 1)
+            room = _room_after(path, room, data)
+            yield member.filename, data
+
+
+def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
+    name = member.filename
+    if "/" in name or "\\" in name or name.startswith("."):
+        raise BadBundle(
+            f"{path}: {name!r} is no plain file name; a bundle is flat: zip the files of the folder, not the folder"
+        )
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise BadBundle(f"{path}: {name!r} is compressed in a way that is not read here; use zip's default (deflate)")
 
 
 def _limit_count(path: Path, count: int) -> None:
@@ -126,7 +161,7 @@ def _limit_count(path: Path, count: int) -> None:
         raise BadBundle(f"{path}: {count} files, a bundle has at most {MAX_FILES}")
 
 
-def _limited(path: Path, name: str, data: bytes) -> bytes:
-    if len(data) > MAX_FILE:
-        raise BadBundle(f"{path}: {name} is larger than {MAX_FILE >> 20} MiB")
-    return data
+def _room_after(path: Path, room: int, data: bytes) -> int:
+    if len(data) > room:
+        raise BadBundle(f"{path}: {_TOO_LARGE}")
+    return room - len(data)

@@ -47,16 +47,21 @@ def cut(t: Ints, window: Windowing | None) -> Cut:
 
 
 def matrix(columns: Sequence[NDArray[Any]]) -> Floats:
-    """Field columns, in the model's order, as (n, F) float32 in physical units; missing is NaN."""
-    return np.stack(columns, axis=1).astype(np.float32, copy=False)
+    """Field columns, in the model's order, as (n, F) float32 in physical units; missing is NaN, too large is inf."""
+    with np.errstate(over="ignore"):
+        return np.stack(columns, axis=1).astype(np.float32, copy=False)
 
 
 def windows(features: Floats, starts: Ints, spec: Input) -> Floats:
-    """Scaled model input (w, rows, F), or (w, F) without a window. A missing value becomes the field's mean."""
+    """Scaled model input (w, rows, F), or (w, F) without a window.
+
+    A value that is missing, or too large for float32, becomes the field's mean.
+    """
     within = 0 if spec.window is None else np.arange(spec.window.rows)
     cut_out = features[starts] if spec.window is None else features[starts[:, None] + within]
     if spec.mean or spec.std:
         mean = np.asarray(spec.mean or 0.0, np.float32)
         std = np.asarray(spec.std or 1.0, np.float32)
-        cut_out = (cut_out - mean) / std
+        with np.errstate(over="ignore"):
+            cut_out = (cut_out - mean) / std
     return np.nan_to_num(cut_out, copy=False, nan=0.0, posinf=0.0, neginf=0.0)

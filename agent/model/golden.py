@@ -1,13 +1,19 @@
 """Golden vectors: inputs with the outputs they must give, so that a bundle proves itself on the CPU it runs on.
 
 Runtimes round int8 differently, so each tolerance is for one of them: `tolerance` where the outputs were made,
-`tolerance_elsewhere` on another runtime.
+`tolerance_elsewhere` on another runtime. Tolerances are absolute, in units of the output.
+
+What was measured, ai-edge-litert 2.3.0 beside tflite-runtime 2.14.0, int8 models, in shares of the outputs' range: on
+749 recorded windows the largest difference was 4.3 %, the root mean square 0.3 % (0.6 % in the worst 32), and 99.7 %
+named the same class; on noise, the worst model (a residual network) gave 21 %, 3.1 % and 92 %. ai-edge-litert gave the
+same int8 outputs on every CPU tried, within one step; tflite-runtime differs from CPU to CPU as much as from the other.
 """
 
 from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +22,17 @@ from numpy.typing import NDArray
 from agent.errors import BadBundle
 
 Floats = NDArray[np.float32]
+
+# Of a quantized output's steps, where the runtime computes alike everywhere; of the outputs' range, elsewhere.
+_STEPS_HERE = 2
+_SHARE_ELSEWHERE = 0.25
+# Of the largest output: sums of float32 in another order.
+_SHARE_FLOAT = 1e-4
+# A tolerance for the worst output must be wide; what tells a wrong CPU is the root mean square, as a share of it, and
+# how many vectors get another class.
+_SHARE_RMS = 0.25
+_OTHER_CLASS = 0.1
+_ALIKE_EVERYWHERE = ("ai-edge-litert",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +45,45 @@ class Golden:
     tolerance: float
     tolerance_elsewhere: float
 
-    def compare(self, outputs: Floats, runtime: str) -> str:
-        """A sentence about the largest difference. Raises BadBundle where it is above the tolerance."""
+    def compare(self, outputs: Floats, runtime: str, *, classes: bool) -> str:
+        """A sentence about the largest difference; `classes` where the largest output names the class.
+
+        Raises BadBundle where outputs are further off than is allowed, or too many name another class.
+        """
         here = runtime.split()[0] == self.runtime.split()[0]
         allowed = self.tolerance if here else self.tolerance_elsewhere
         if outputs.shape != self.expected.shape:
-            raise BadBundle(f"golden outputs have shape {outputs.shape}, {self.expected.shape} is expected")
-        worst = float(np.abs(outputs - self.expected).max(initial=0.0))
-        if not worst <= allowed:
             raise BadBundle(
-                f"golden vectors: an output is off by {worst:.4g}, {allowed:.4g} is allowed on {runtime}: "
-                "this CPU and runtime do not compute what the publisher's did"
+                f"golden outputs have shape {list(outputs.shape)}, the vectors expect {list(self.expected.shape)}"
             )
-        return f"{len(outputs)} vectors, largest difference {worst:.2g} of {allowed:.2g} allowed"
+        off = outputs.astype(np.float64) - self.expected
+        worst, usual = float(np.abs(off).max()), float(np.sqrt(np.square(off).mean()))
+        cause = "this CPU and runtime do not compute what the publisher's did"
+        if not worst <= allowed:
+            raise BadBundle(f"an output is off by {worst:.4g}, {allowed:.4g} is allowed on {runtime}: {cause}")
+        if usual > _SHARE_RMS * allowed:
+            most = f"{_SHARE_RMS * allowed:.4g} is allowed on {runtime}"
+            raise BadBundle(f"outputs are off by {usual:.4g} (root mean square), {most}: {cause}")
+        said = f"{len(outputs)} vectors, largest difference {worst:.2g} of {allowed:.2g} allowed"
+        if not classes or outputs.shape[1] < 2:
+            return said
+        other = int((outputs.argmax(axis=1) != self.expected.argmax(axis=1)).sum())
+        if other > _OTHER_CLASS * len(outputs):
+            raise BadBundle(f"{other} of {len(outputs)} vectors get another class on {runtime}: {cause}")
+        return f"{said}, {other} name another class" if other else said
+
+
+def make(inputs: Floats, outputs: Floats, step: float, runtime: str) -> Golden:
+    """Vectors that expect these outputs, quantized in steps of `step` (0: floats). Raises BadBundle."""
+    if not np.isfinite(outputs).all():
+        raise BadBundle("the model answers golden data with values that are not finite; look at its inputs")
+    far = max(_SHARE_ELSEWHERE * float(np.ptp(outputs)), 2 * _STEPS_HERE * step, _near(outputs))
+    near = _STEPS_HERE * step if step else _near(outputs)
+    return Golden(inputs, outputs, runtime, near if runtime.startswith(_ALIKE_EVERYWHERE) else far, far)
+
+
+def _near(outputs: Floats) -> float:
+    return max(_SHARE_FLOAT * float(np.abs(outputs).max()), 1e-6)
 
 
 def encode(golden: Golden) -> bytes:
@@ -52,7 +95,7 @@ def encode(golden: Golden) -> bytes:
         "tolerance": np.array([golden.tolerance, golden.tolerance_elsewhere]),
     }
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(out, "w") as archive:  # floats hardly shrink, and zlib is not the same everywhere
         for name, array in arrays.items():
             member = io.BytesIO()
             np.lib.format.write_array(member, array, allow_pickle=False)
@@ -65,6 +108,29 @@ def decode(data: bytes) -> Golden:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             tolerance, elsewhere = (float(x) for x in arrays["tolerance"])
-            return Golden(arrays["inputs"], arrays["expected"], str(arrays["runtime"]), tolerance, elsewhere)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise BadBundle(f"golden.npz: {error}") from None
+            found = Golden(arrays["inputs"], arrays["expected"], str(arrays["runtime"]), tolerance, elsewhere)
+    except _UNREADABLE as error:
+        raise BadBundle(f"golden.npz is damaged ({str(error)[:200] or type(error).__name__}); pack it again") from None
+    _check(found)
+    return found
+
+
+# numpy answers damaged files with all of these.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, SyntaxError, MemoryError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+)
+
+
+def _check(golden: Golden) -> None:
+    """The rules that a sound file may still break. Raises BadBundle."""
+    rules = {
+        "inputs": golden.inputs.dtype == np.float32 and golden.inputs.ndim >= 2,
+        "expected": golden.expected.dtype == np.float32 and golden.expected.ndim == 2,
+        "as many inputs as outputs, and at least one": (0,) < golden.expected.shape[:1] == golden.inputs.shape[:1],
+        "runtime": bool(golden.runtime.split()),
+        "tolerance": 0 <= golden.tolerance < np.inf and 0 <= golden.tolerance_elsewhere < np.inf,
+    }
+    wrong = [name for name, holds in rules.items() if not holds]
+    if wrong:
+        raise BadBundle(f"golden.npz does not hold together ({', '.join(wrong)}); pack it again")

@@ -11,6 +11,7 @@ from agent.names import is_name
 
 FORMAT = 1
 Numbers = list[float]
+Label = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
 class Windowing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -18,7 +19,7 @@ class Windowing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     rows: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
     step: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
-    max_gap_s: float | None = None
+    max_gap_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
     def __post_init__(self) -> None:
         if self.step > self.rows:
@@ -28,7 +29,7 @@ class Windowing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Fields in the model's order; each value becomes (x - mean) / std. `window` None: one row an inference."""
 
-    fields: Annotated[list[str], msgspec.Meta(min_length=1, max_length=4096)]
+    fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=4096)]
     units: list[str] = []
     window: Windowing | None = None
     mean: Numbers = []
@@ -48,10 +49,14 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a tensor becomes labels and scores; `temperature` calibrates: p ∝ p^(1/T) (Guo et al. 2017)."""
 
-    labels: list[str] = []
+    labels: list[Label] = []
     activation: Literal["none", "softmax", "sigmoid"] = "none"
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("a label is named twice")
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,7 +76,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     format: Literal[1]
     name: str
     version: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-    created: str
+    created: Annotated[str, msgspec.Meta(max_length=64)]
     kind: Literal["classify", "regress", "anomaly"]
     input: Input
     output: Output
@@ -82,8 +87,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if not is_name(self.name):
             raise ValueError(f"name {self.name!r} must be 1-64 of a-z 0-9 . _ -")
-        if self.kind == "classify" and not self.output.labels:
-            raise ValueError("a classifier needs output.labels")
+        if self.kind == "classify" and len(self.output.labels) < 2:
+            raise ValueError("a classifier needs at least two output.labels")
 
 
 def decode(data: bytes) -> Manifest:

@@ -1,18 +1,44 @@
-"""Load a bundle and run its golden vectors in a child process: a bad model may crash, and then only the child dies."""
+"""Load a bundle and run its golden vectors in a child process: a bad model may crash, and then only the child dies.
+
+Checks, each only where those before it passed:
+- load: the runtime takes the model, it has one input and one output and keeps no state
+- shapes: it takes what the manifest's input gives, and gives what the manifest's kind needs
+- batch: rows in a batch get the answers they get alone, in any order
+- golden: the golden vectors come out as published
+"""
 
 from __future__ import annotations
 
+import math
 import resource
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from agent.errors import BadBundle
 from agent.model import manifest
 from agent.model.bundle import Bundle
+from agent.model.manifest import Limits, Manifest
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from agent.model.golden import Golden
+    from agent.model.runtime import Model
+
+    Floats = NDArray[np.float32]
+
+# On top of the bundle's own seconds of CPU: starting Python takes some on a small board, and waiting takes no CPU.
+GRACE_S = 10.0
+_FEW = 5  # rows that are compared alone and together; more than a batch of single rows
+Check = tuple[str, bool, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +46,17 @@ class Report:
     """What the child saw; `checks` are (name, ok, detail)."""
 
     runtime: str
-    checks: list[tuple[str, bool, str]]
+    checks: list[Check]
 
     @property
     def ok(self) -> bool:
         return all(ok for _, ok, _ in self.checks)
+
+    def require(self) -> None:
+        """Raises BadBundle with the check that failed."""
+        for name, ok, detail in self.checks:
+            if not ok:
+                raise BadBundle(f"{name}: {detail}")
 
 
 def probe(bundle: Bundle) -> Report:
@@ -35,59 +67,60 @@ def probe(bundle: Bundle) -> Report:
     }
     try:
         child = subprocess.run(
-            [sys.executable, "-m", "agent.model.probe"],
+            # -P: an `agent` in the folder it happens to run in is not ours.
+            [sys.executable, "-P", "-m", "agent.model.probe"],
             input=msgspec.msgpack.encode(files),
             capture_output=True,
-            timeout=limits.seconds + 10,
+            timeout=limits.seconds + GRACE_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Report("", [("load", False, f"did not finish within {limits.seconds + 10} s and was ended")])
+        return Report("", [("load", False, f"did not finish within {limits.seconds + GRACE_S:g} s and was ended")])
+    if child.returncode != 0:
+        return Report("", [("load", False, _death(child.returncode, child.stderr, limits))])
     try:
-        runtime, checks = msgspec.json.decode(child.stdout, type=tuple[str, list[tuple[str, bool, str]]])
+        runtime, checks = msgspec.json.decode(child.stdout, type=tuple[str, list[Check]])
         return Report(runtime, checks)
-    except msgspec.MsgspecError:
-        return Report("", [("load", False, _death(child.returncode, child.stderr))])
+    except msgspec.MsgspecError as error:
+        return Report("", [("load", False, f"the child process answered something else ({error})")])
 
 
-def check(files: dict[str, bytes]) -> tuple[str, list[tuple[str, bool, str]]]:
-    """What the child does: load, compare the shapes with the manifest, run the golden vectors."""
+def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
+    """What the child does."""
     from agent.model import golden, runtime
 
-    checks: list[tuple[str, bool, str]] = []
+    content = manifest.decode(files["manifest.json"])
+    checks: list[Check] = []
 
-    def step(name: str, action: Any) -> bool:
+    def step(name: str, action: Callable[[], str]) -> bool:
         try:
-            checks.append((name, True, str(action())))
+            checks.append((name, True, action()))
         except BadBundle as problem:
             checks.append((name, False, str(problem)))
         return checks[-1][1]
 
-    content = manifest.decode(files["manifest.json"])
-    loaded: list[runtime.Model] = []
-    if not step("load", lambda: _load(files["model.tflite"], loaded)):
+    try:
+        model = runtime.Model(files["model.tflite"])
+        checks.append(("load", True, f"{len(files['model.tflite'])} bytes, {_batches(model)}"))
+        vectors = golden.decode(files["golden.npz"]) if "golden.npz" in files else None
+    except BadBundle as problem:
+        checks.append(("golden" if checks else "load", False, str(problem)))
         return runtime.NAME, checks
-    if step("shapes", lambda: _shapes(loaded[0], content)):
-        if "golden.npz" in files:
-            step("golden", lambda: _golden(loaded[0], golden.decode(files["golden.npz"]), runtime.NAME))
-        else:
-            step("invoke", lambda: _zeros(loaded[0]))
+    sound = step("shapes", lambda: _shapes(model, content)) and step("batch", lambda: _batch(model, vectors))
+    if sound and vectors is not None:
+        classes = content.kind == "classify"
+        step("golden", lambda: vectors.compare(model.invoke(vectors.inputs), runtime.NAME, classes=classes))
     return runtime.NAME, checks
 
 
-def _load(content: bytes, into: list[Any]) -> str:
-    from agent.model.runtime import Model
-
-    into.append(Model(content))
-    return f"{len(content)} bytes, batch {into[0].batch}"
+def _batches(model: Model) -> str:
+    return f"batches of {model.batch}" if model.batch > 1 else "one row at a time"
 
 
-def _shapes(model: Any, content: manifest.Manifest) -> str:
+def _shapes(model: Model, content: Manifest) -> str:
     spec = content.input
     rows = spec.window.rows if spec.window else 1
-    wanted, have = rows * len(spec.fields), 1
-    for dimension in model.input_shape:
-        have *= dimension
+    wanted, have = rows * len(spec.fields), math.prod(model.input_shape)
     if wanted != have:
         raise BadBundle(
             f"the model takes {have} values {list(model.input_shape)}, the manifest's input gives "
@@ -95,37 +128,73 @@ def _shapes(model: Any, content: manifest.Manifest) -> str:
         )
     labels = len(content.output.labels)
     if content.kind == "classify" and model.outputs != labels and not (model.outputs == 1 and labels == 2):
-        raise BadBundle(f"the model gives {model.outputs} outputs, the manifest names {labels} labels")
+        raise BadBundle(f"the model gives {model.outputs} outputs, the manifest names {labels} labels; name each class")
+    if content.kind == "regress" and model.outputs != 1:
+        raise BadBundle(f"the model gives {model.outputs} outputs, kind regress reports one value")
+    if content.kind == "anomaly" and model.outputs not in (1, wanted):
+        raise BadBundle(
+            f"the model gives {model.outputs} outputs; kind anomaly needs one score, or its {wanted} inputs again"
+        )
     return f"{wanted} values in, {model.outputs} out"
 
 
-def _golden(model: Any, vectors: Any, runtime: str) -> str:
-    return str(vectors.compare(model.invoke(vectors.inputs), runtime))
-
-
-def _zeros(model: Any) -> str:
+def _rows(model: Model, vectors: Golden | None) -> Floats:
+    """A few golden inputs, or noise over the range of the input where there are none that fit."""
     import numpy as np
 
-    model.invoke(np.zeros((model.batch, *model.input_shape), np.float32))
-    return "no golden vectors; zeros ran"
+    shape = (_FEW, *model.input_shape)
+    if vectors is not None and vectors.inputs[:_FEW].size == math.prod(shape):
+        return vectors.inputs[:_FEW]
+    low, high = model.input_range
+    return np.random.default_rng(0).uniform(low, high, shape).astype(np.float32)
 
 
-def _death(code: int, stderr: bytes) -> str:
-    import signal
+def _batch(model: Model, vectors: Golden | None) -> str:
+    """The last row first, alone: what a model carries from row to row, or mixes between rows, comes out."""
+    import numpy as np
 
+    rows = _rows(model, vectors)
+    together = model.invoke(rows)
+    alone = np.concatenate([model.invoke(rows[i : i + 1]) for i in reversed(range(len(rows)))])[::-1]
+    off = float(np.abs(together - alone).max())
+    allowed = model.output_step or 1e-4 * max(1.0, float(np.abs(alone).max()))
+    if not off <= allowed:
+        raise BadBundle(
+            f"a row's answer depends on the rows before or beside it (off by {off:.4g}): the model keeps state or "
+            "mixes the rows of a batch, so its results would depend on how readings are batched"
+        )
+    return f"{len(rows)} rows, alone and together: off by {off:.2g}"
+
+
+def _death(code: int, stderr: bytes, limits: Limits) -> str:
+    said = stderr.decode(errors="replace").strip()
+    if code == -signal.SIGXCPU:
+        return f"used more than its {limits.seconds} s of CPU and was ended ([limits] seconds)"
+    if "MemoryError" in said or "bad_alloc" in said or code == -signal.SIGKILL:
+        return f"ran out of memory, it may have {limits.memory_mib} MiB ([limits] memory_mib)"
     if code < 0:
-        return f"the runtime crashed on it ({signal.Signals(-code).name}); the model is damaged or not for this runtime"
-    return f"the child process failed ({code}): {stderr.decode(errors='replace').strip()[-300:]}"
+        name = signal.Signals(-code).name
+        return f"the runtime crashed on it ({name}); the model is damaged or not for this runtime"
+    return f"the child process failed ({code}): {said[-300:]}"
 
 
 def main() -> None:
     files = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=dict[str, bytes])
-    limits = manifest.decode(files["manifest.json"]).limits
-    memory = limits.memory_mib << 20
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds, limits.seconds + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(manifest.decode(files["manifest.json"]).limits)
     sys.stdout.buffer.write(msgspec.json.encode(check(files)))
+
+
+def _limit(limits: Limits) -> None:
+    """Memory and CPU for the model, on top of what Python, numpy and the runtime took to start."""
+    import agent.model.golden
+    import agent.model.runtime  # noqa: F401
+
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    memory = pages * resource.getpagesize() + (limits.memory_mib << 20)
+    cpu = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + limits.seconds
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ Quantization by the tensor's own scale and zero point: q = round(x / scale) + ze
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -32,34 +34,48 @@ except ImportError:
 NAME = f"{PACKAGE} {metadata.version(PACKAGE)}"
 # Past 32 rows convolutions gain nothing, and memory of a large batch is never given back.
 BATCH = 32
+# What a model uses to remember: its answers would depend on what it was asked before, and on restarts.
+_STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
 
 Floats = NDArray[np.float32]
 
 
 class Model:
-    """A loaded model with one input and one output. Not thread-safe."""
+    """A loaded model with one input and one output, B rows at a time. Not thread-safe."""
 
     def __init__(self, content: bytes, threads: int = 1) -> None:
-        """Raises BadBundle where the runtime cannot load it; a damaged model may crash the process: probe first."""
-        with _runtime_errors():
-            # From bytes: a file that is cut short after it was mapped ends the process with SIGBUS.
-            self._interpreter: Any = Interpreter(model_content=content, num_threads=min(threads, os.cpu_count() or 1))
-            self._interpreter.allocate_tensors()
-            inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
-        if len(inputs) != 1 or len(outputs) != 1:
-            raise BadBundle(f"model has {len(inputs)} inputs and {len(outputs)} outputs; one of each is supported")
-        self._in, self._out = inputs[0], outputs[0]
-        signature = [int(d) for d in self._in.get("shape_signature", self._in["shape"])]
-        self.input_shape = tuple(int(d) for d in self._in["shape"][1:])
-        self.outputs = int(np.prod(self._out["shape"][1:]))
+        """Raises BadBundle where it cannot be run here; a damaged model may crash the process: probe first."""
+        if not content:
+            raise BadBundle("the model is empty: 0 bytes")
+        self._content, self._threads = content, min(threads, os.cpu_count() or 1)
+        self._load()
         # Resizing a fixed batch can silently merge rows: only a batch the model declares dynamic is resized.
-        self.batch = BATCH if signature and signature[0] == -1 else int(self._in["shape"][0])
-        self._dynamic = bool(signature) and signature[0] == -1
-        self._size = int(self._in["shape"][0])
+        self._dynamic = int(self._in.get("shape_signature", self._in["shape"])[0]) == -1
+        self._dynamic = self._dynamic and self._resizes()
+        self.batch = BATCH if self._dynamic else self._size
+
+    @property
+    def input_range(self) -> tuple[float, float]:
+        """The least and the largest value the input tensor tells apart; of a float input, where most values lie."""
+        if self._type.kind == "f":
+            return -3.0, 3.0
+        scale, zero = self._in["quantization"]
+        limits = np.iinfo(self._type)
+        return (limits.min - zero) * (scale or 1.0), (limits.max - zero) * (scale or 1.0)
+
+    @property
+    def output_step(self) -> float:
+        """The difference between two neighbouring outputs of a quantized model; 0 where outputs are floats."""
+        return 0.0 if np.dtype(self._out["dtype"]).kind == "f" else float(self._out["quantization"][0] or 1.0)
 
     def invoke(self, windows: Floats) -> Floats:
-        """Outputs (w, K) of `windows` (w, …), whose other dimensions hold as many values as the model's input."""
+        """Outputs (w, K) of `windows` (w, …), whose other dimensions hold as many values as the model's input.
+
+        NaN counts as 0 where the input is quantized. Raises BadBundle.
+        """
         count = len(windows)
+        if windows.size != count * math.prod(self.input_shape):
+            raise BadBundle(f"the model takes {list(self.input_shape)} values, it was given {list(windows.shape[1:])}")
         out = np.empty((count, self.outputs), np.float32)
         quantized = self._quantize(windows.reshape(count, *self.input_shape))
         done = 0
@@ -69,19 +85,52 @@ class Model:
                 part = quantized[done : done + size]
                 if len(part) < size:
                     part = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-                self._interpreter.set_tensor(self._in["index"], part)
-                self._interpreter.invoke()
-                raw = self._interpreter.get_tensor(self._out["index"]).reshape(size, -1)
                 kept = min(size, count - done)
-                out[done : done + kept] = self._dequantize(raw[:kept])
+                out[done : done + kept] = self._dequantize(self._run(part)[:kept])
                 done += kept
         return out
+
+    def _load(self) -> None:
+        with _runtime_errors():
+            # From bytes: a file that is cut short after it was mapped ends the process with SIGBUS.
+            self._interpreter: Any = Interpreter(model_content=self._content, num_threads=self._threads)
+            self._interpreter.allocate_tensors()
+            inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
+        _check_tensors(inputs, outputs)
+        _check_stateless(self._interpreter)
+        self._in, self._out = inputs[0], outputs[0]
+        self._type: np.dtype[Any] = np.dtype(self._in["dtype"])
+        self.input_shape = tuple(int(d) for d in self._in["shape"][1:])
+        self._size = int(self._in["shape"][0])
+        with _runtime_errors():
+            # Only a run tells the output's shape for certain.
+            self.outputs = self._run(np.zeros(self._in["shape"], self._type)).shape[1]
+
+    def _run(self, part: NDArray[Any]) -> NDArray[Any]:
+        """Raw outputs (B, K) of one batch in the tensor's type."""
+        self._interpreter.set_tensor(self._in["index"], part)
+        self._interpreter.invoke()
+        raw: NDArray[Any] = self._interpreter.get_tensor(self._out["index"])
+        if raw.ndim == 0 or len(raw) != len(part):
+            raise BadBundle(f"the model gives {list(raw.shape)} for a batch of {len(part)}; the first must count rows")
+        return raw.reshape(len(part), -1)
+
+    def _resizes(self) -> bool:
+        """Whether the batch the model declares works; where it does not, rows are run as the model comes."""
+        try:
+            with _runtime_errors():
+                size = self._resize(BATCH)
+                self._run(np.zeros((size, *self.input_shape), self._type))
+        except BadBundle:
+            self._load()
+            return False
+        return True
 
     def _resize(self, remaining: int) -> int:
         """The batch size the interpreter now has: full batches, and single rows where few are left."""
         if not self._dynamic:
             return self._size
-        size = self.batch if remaining > 4 else 1
+        size = BATCH if remaining > 4 else 1
         if size != self._size:
             self._interpreter.resize_tensor_input(self._in["index"], [size, *self.input_shape], strict=True)
             self._interpreter.allocate_tensors()
@@ -89,30 +138,67 @@ class Model:
         return size
 
     def _quantize(self, values: Floats) -> NDArray[Any]:
-        dtype = np.dtype(self._in["dtype"])
-        if dtype.kind == "f":
-            return values.astype(dtype, copy=False)
+        kind = self._type
+        if kind.kind == "f":
+            floats: NDArray[Any] = values.astype(kind, copy=False)
+            return floats
         scale, zero = self._in["quantization"]
-        limits = np.iinfo(dtype)
-        scaled = values / np.float32(scale or 1.0)
-        np.rint(scaled, out=scaled)
-        scaled += zero
-        np.clip(scaled, limits.min, limits.max, out=scaled)
-        return scaled.astype(dtype)
+        limits = np.iinfo(kind)
+        # A 32-bit limit is no float32: it would round up, past what the type holds.
+        exact = np.float32 if kind.itemsize <= 2 else np.float64
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaled = values / exact(scale or 1.0)
+            np.rint(scaled, out=scaled)
+            scaled += zero
+            np.clip(scaled, limits.min, limits.max, out=scaled)
+            # A sum is the cheapest way to see a NaN.
+            if math.isnan(scaled.sum()):
+                scaled[np.isnan(scaled)] = min(max(zero, limits.min), limits.max)
+            quantized: NDArray[Any] = scaled.astype(kind)
+        return quantized
 
     def _dequantize(self, raw: NDArray[Any]) -> NDArray[Any]:
         if raw.dtype.kind == "f":
             return raw
         scale, zero = self._out["quantization"]
-        return (raw.astype(np.float32) - zero) * np.float32(scale or 1.0)
+        values: NDArray[Any] = (raw.astype(np.float32) - zero) * np.float32(scale or 1.0)
+        return values
+
+
+def _check_tensors(inputs: list[Any], outputs: list[Any]) -> None:
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise BadBundle(f"model has {len(inputs)} inputs and {len(outputs)} outputs; one of each is supported")
+    for tensor in (*inputs, *outputs):
+        kind = np.dtype(tensor["dtype"])
+        if kind.kind not in "fiu":
+            raise BadBundle(f"tensor {tensor['name']!r} holds {kind.name}; only numbers are supported")
+        if len(tensor["shape"]) == 0:
+            raise BadBundle(f"tensor {tensor['name']!r} has no dimensions; the first must count rows")
+    if inputs[0]["shape"][0] < 1:
+        raise BadBundle("the model takes batches of no rows; give its input a batch of 1, or a free one")
+
+
+def _check_stateless(interpreter: Any) -> None:
+    """A model that remembers is refused. Raises BadBundle."""
+    # Both runtimes have this, unofficially; without it the probe's runs have to tell.
+    ops: list[dict[str, Any]] = getattr(interpreter, "_get_ops_details", list)()
+    used = sorted({op["op_name"] for op in ops} & _STATE_OPS)
+    if used:
+        raise BadBundle(
+            f"the model remembers what it saw before ({', '.join(used)}), so its answers depend on more than their "
+            "rows; export it without state, with the history it needs as its input window"
+        )
 
 
 @contextlib.contextmanager
-def _runtime_errors() -> Any:
-    """Both runtimes raise RuntimeError, ValueError and half a dozen others for one and the same: a bad model."""
+def _runtime_errors() -> Iterator[None]:
+    """Both runtimes raise one of these or another for one and the same: a bad model."""
     try:
         yield
-    except BadBundle:
-        raise
-    except Exception as error:
-        raise BadBundle(f"{NAME}: {str(error).strip()[:300] or type(error).__name__}") from error
+    except MemoryError as error:
+        raise BadBundle(f"{NAME}: not enough memory for the model ([limits] memory_mib)") from error
+    except (RuntimeError, ValueError, TypeError, SystemError, OverflowError) as error:
+        reason = str(error).strip()[:300] or "no reason given, as where memory is short ([limits] memory_mib)"
+        if "Select TensorFlow op" in reason:
+            reason = "the model uses TensorFlow operations that it does not have; convert it with TFLITE_BUILTINS only"
+        raise BadBundle(f"{NAME}: {reason}") from error

@@ -24,14 +24,15 @@ class Scores:
 
 
 def of(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArray[np.float32] | None = None) -> Scores:
-    """`outputs` (w, K). An anomaly model's value is the mean squared error against `inputs` (w, …), its input."""
+    """`outputs` (w, K). The value of an anomaly model that gives its input again is the mean squared error against
+    `inputs` (w, …); that of any other is its first output."""
     if manifest.kind == "classify":
         p = probabilities(outputs, manifest.output)
         label = p.argmax(axis=1)
         return Scores(label, p[np.arange(len(p)), label], None)
-    if manifest.kind == "anomaly" and inputs is not None and outputs.shape[1] == inputs[0].size:
-        error = np.square(outputs - inputs.reshape(len(inputs), -1)).mean(axis=1)
-        return Scores(None, None, error.astype(np.float64))
+    if manifest.kind == "anomaly" and inputs is not None and outputs.size == inputs.size:
+        off = outputs.astype(np.float64) - inputs.reshape(outputs.shape)
+        return Scores(None, None, np.square(off).mean(axis=1))
     return Scores(None, None, outputs[:, 0].astype(np.float64))
 
 
@@ -40,10 +41,17 @@ def probabilities(outputs: NDArray[np.float32], output: Output) -> NDArray[np.fl
     x = outputs.astype(np.float64)
     if x.shape[1] == 1:
         logit = x if output.activation != "none" else np.log(np.clip(x, 1e-6, 1)) - np.log(np.clip(1 - x, 1e-6, 1))
-        p = 1.0 / (1.0 + np.exp(-logit / output.temperature))
+        p = _sigmoid(logit / output.temperature)
         return np.concatenate([1.0 - p, p], axis=1)
     if output.activation == "sigmoid":
-        return 1.0 / (1.0 + np.exp(-x / output.temperature))
+        return _sigmoid(x / output.temperature)
     logits = (x if output.activation == "softmax" else np.log(np.clip(x, 1e-6, None))) / output.temperature
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    # A float model may answer with infinities: those become NaN, and null in messages.
+    with np.errstate(invalid="ignore"):
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
     return np.asarray(p / p.sum(axis=1, keepdims=True))
+
+
+def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 / (1 + e^-x), without overflow."""
+    return np.asarray(np.exp(-np.logaddexp(0.0, -x)))

@@ -98,6 +98,8 @@ def generate(path: Path) -> SigningKey:
         write_new(path, pem, 0o600)
     except FileExistsError:
         raise UsageError(f"{path}: a key is there already; move it away first if it is to be replaced") from None
+    except OSError as error:
+        raise UsageError(f"{path}: a key cannot be written there: {error.strerror}") from None
     path.with_name(path.name + ".pub").write_text(key.public.text + "\n", encoding="ascii")
     return key
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
+from agent import clock
 from agent.config import HostSource, Stream, suggestion
 from agent.device.group import Mark
 from agent.device.intake import Offer
 from agent.device.rows import Raw
 from agent.errors import ConfigError
+
+log = logging.getLogger("outstation.host")
 
 
 def _temperature() -> float | None:
@@ -26,6 +30,7 @@ class Host:
 
     def __init__(self, file: str, name: str, stream: Stream, source: HostSource, data_dir: Path) -> None:
         self._name, self._stream, self._every = name, stream, float(source.every)
+        self._complaint = ""
         self._readers: dict[str, Callable[[], float | None]] = {
             "temperature": _temperature,
             "cpu": lambda: psutil.cpu_percent(None),
@@ -33,7 +38,7 @@ class Host:
             "memory": lambda: psutil.virtual_memory().percent,
             "disk": lambda: psutil.disk_usage(str(data_dir)).percent,
             "swap": lambda: psutil.swap_memory().percent,
-            "uptime": lambda: asyncio.get_running_loop().time(),
+            "uptime": clock.boot_seconds,
         }
         for field in stream.fields:
             if field.name not in self._readers:
@@ -42,9 +47,21 @@ class Host:
                     f"streams.{name}.fields",
                     f"the host has no {field.name!r}{suggestion(field.name, self._readers)}",
                 )
+        # It counts from one call to the next: the first one would say 0.
+        psutil.cpu_percent(None)
 
     async def run(self, offer: Offer) -> None:
         while True:
-            values = {f.name: [self._readers[f.name]()] for f in self._stream.fields}
-            await offer(self._name, Raw(1, None, values), Mark(f"host:{self._name}", "", 0))
+            values = {f.name: [self._value(f.name)] for f in self._stream.fields}
+            outcome = await offer(self._name, Raw(1, None, values), Mark(f"host:{self._name}", "", 0))
+            complaint = "; ".join(reason for _, reason in outcome.rejected)
+            if complaint and complaint != self._complaint:
+                log.warning("%s: not stored: %s (optional = true allows a missing value)", self._name, complaint)
+            self._complaint = complaint
             await asyncio.sleep(self._every)
+
+    def _value(self, name: str) -> float | None:
+        try:
+            return self._readers[name]()
+        except OSError:
+            return None

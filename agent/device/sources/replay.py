@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 
 from agent.clock import Now
 from agent.config import Fault, ReplaySource, Stream
-from agent.device.group import Mark
+from agent.device.group import FULL_ROWS, Mark
 from agent.device.intake import Offer
 from agent.device.rows import Raw
 from agent.device.store import Store
 from agent.errors import UsageError
 
 _TICK_S = 0.2
-_MOST_ROWS = 8192
+_MOST_ROWS = FULL_ROWS
+_FULL_S = 1.0
 _PAUSE_S = 5.0
 _LONGEST_SKIP = 100
 
@@ -119,6 +120,8 @@ class Replay:
                 f"{source.file}: has no {', '.join(sorted(missing))}; it has {', '.join(recordings.fields)}"
             )
         self._playlist = Playlist(recordings, source.subject, source.seed)
+        self._parts: Iterator[Part] = iter(())
+        self._part = Part(1, 0, 0, 0, 0.0)
         self._begin_us = self._first_time(start)
 
     def _first_time(self, start: Now) -> int:
@@ -137,30 +140,34 @@ class Replay:
 
     async def run(self, offer: Offer) -> None:
         loop = asyncio.get_running_loop()
-        done = self._store.mark(f"replay:{self._name}", "row")
+        source, item = f"replay:{self._name}", "row"
+        first = self._store.mark(source, item) + 1
         pace = self._playlist.recordings.rate * self._source.speed
         begin, offered = loop.time(), 0
-        waiting: set[asyncio.Future[object]] = set()
-        for part in self._playlist.parts(done):
-            first = max(part.first, done + 1)
-            while first <= part.last:
-                if self._source.rows is not None and first > self._source.rows:
-                    break
-                allowed = int((loop.time() - begin) * pace) - offered
-                if allowed <= 0 or len(waiting) > 64:
-                    await asyncio.sleep(_TICK_S)
-                    waiting = {one for one in waiting if not one.done()}
-                    continue
-                n = min(allowed, part.last - first + 1, _MOST_ROWS)
-                raw = self._raw(part, first, n)
-                mark = Mark(f"replay:{self._name}", "row", first + n - 1)
-                waiting.add(asyncio.ensure_future(offer(self._name, raw, mark, range(first, first + n))))
-                await asyncio.sleep(0)
-                first, offered = first + n, offered + n
-            else:
+        self._parts = self._playlist.parts(first - 1)
+        while self._source.rows is None or first <= self._source.rows:
+            allowed = int((loop.time() - begin) * pace) - offered
+            if allowed <= 0:
+                await asyncio.sleep(_TICK_S)
                 continue
-            break
-        await asyncio.gather(*waiting)
+            last = first + min(allowed, _MOST_ROWS) - 1
+            if self._source.rows is not None:
+                last = min(last, self._source.rows)
+            raw = _joined(list(self._pieces(first, last)))
+            # One offer at a time, and the same again while the store is full: rows come in order, none is skipped.
+            while (await offer(self._name, raw, Mark(source, item, last), range(first, last + 1))).full:
+                await asyncio.sleep(_FULL_S)
+            offered += last - first + 1
+            first = last + 1
+
+    def _pieces(self, first: int, last: int) -> Iterator[Raw]:
+        """Rows `first` to `last`, recording by recording; `first` goes on where the last call ended."""
+        while first <= last:
+            if first > self._part.last:
+                self._part = next(self._parts)
+            n = min(last, self._part.last) - first + 1
+            yield self._raw(self._part, first, n)
+            first += n
 
     def _raw(self, part: Part, first: int, n: int) -> Raw:
         at = first - part.first
@@ -172,6 +179,16 @@ class Replay:
             for name in fault.fields:
                 columns[name] = _faulty(columns[name], fault, first)
         return Raw(n, t, columns)
+
+
+def _joined(pieces: list[Raw]) -> Raw:
+    """All rows of `pieces`; a value that is NaN by now is missing."""
+    values = {}
+    for name in pieces[0].values:
+        column = np.concatenate([piece.values[name] for piece in pieces])
+        gone = np.isnan(column)
+        values[name] = [None if v != v else v for v in column.tolist()] if gone.any() else column
+    return Raw(sum(piece.n for piece in pieces), np.concatenate([piece.t for piece in pieces]), values)
 
 
 def _faulty(values: NDArray[np.float64], fault: Fault, first: int) -> NDArray[np.float64]:
