@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import tempfile
 import time
@@ -35,6 +36,9 @@ def demo(devices: int, duration: float, folder: Path | None, no_dashboard: bool,
     sticks. Exit 1 where the audit at the end fails.
     """
     began = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # Else the processes it started would run on.
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with _folder(folder) as home:
         document = _run(home, devices, duration, seed, began, live=not (no_dashboard or as_json))
     emit(document, as_json, lambda: _print(document))
@@ -86,7 +90,11 @@ def _print(document: dict[str, Any]) -> None:
     listed = [
         [d[name] for name in names] + [_subjects(d, "drift"), _subjects(d, "faults")] for d in document["devices"]
     ]
-    table([*names, "drift", "sensor fault"], listed, "No devices.")
+    table(
+        ["device", "rows", "drift windows", "results", "verified", "accuracy", "drift", "sensor fault"],
+        listed,
+        "No devices.",
+    )
     click.echo("")
     for device in document["devices"]:
         for sentence in device["alerts"]:

@@ -36,6 +36,8 @@ class Target(Protocol):
         """Once all rows are safe: how many were accepted, and line → reason of what was not."""
         ...
 
+    def close(self) -> None: ...
+
 
 @click.command(epilog="Example: outstation ingest watch readings.csv")
 @click.argument("stream")
@@ -64,7 +66,7 @@ def _take(conf: Config, name: str, file: str) -> tuple[int, dict[int, str]]:
     stream = conf.streams[name]
     with contextlib.ExitStack() as open_files:
         text = open_files.enter_context(_open(path))
-        target = _target(conf, name)
+        target = open_files.enter_context(contextlib.closing(_target(conf, name)))
         bar = open_files.enter_context(_progress(path))
         problem = None
         try:
@@ -118,7 +120,6 @@ class _Socket:
 
     def finish(self) -> tuple[int, dict[int, str]]:
         answer = self._told(self._client.flush)
-        self._client.close()
         refused: dict[int, str] = {}
         for number, reason in answer.rejected:
             if not reason.startswith(NOT_STORED):
@@ -128,6 +129,9 @@ class _Socket:
                 )
             refused |= dict.fromkeys(self._lines[number - 1], reason)
         return answer.accepted, refused
+
+    def close(self) -> None:
+        self._client.close()
 
     def _told(self, action: Callable[[], T]) -> T:
         try:
@@ -153,8 +157,10 @@ class _Direct:
 
     def finish(self) -> tuple[int, dict[int, str]]:
         self._commit()
-        self._store.close()
         return self._accepted, self._refused
+
+    def close(self) -> None:
+        self._store.close()
 
     def _commit(self) -> None:
         for outcome in self._group.commit(clock.read()).values():

@@ -32,7 +32,7 @@ def show(views: Iterable[list[dict[str, Any]]], plan: Plan, broker: str) -> None
 
 def _screen(view: list[dict[str, Any]], plan: Plan, broker: str) -> Group:
     table = Table(box=box.SIMPLE_HEAD, title=f"{len(plan.sites)} devices over {broker}", title_justify="left")
-    for name in ("device", "", "rows", "windows", "results", "verified"):
+    for name in ("device", "", "rows", "drift windows", "results", "verified"):
         table.add_column(name, justify="right" if name not in ("device", "") else "left")
     table.add_column("drift")
     alerts = []

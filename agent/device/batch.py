@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,8 @@ from agent.model.features import Cut
 from agent.model.scores import Scores
 
 _MOST_WINDOWS = 512
-_MOST_ROWS = 65_536
+# Values of all windows of a batch together, 16 MB of float32: long windows that overlap repeat their rows.
+_MOST_VALUES = 4_000_000
 
 
 @dataclass
@@ -56,6 +58,12 @@ class Task:
         return window.rows if window else 1
 
     @property
+    def batch_rows(self) -> int:
+        """The most rows of one batch: at least one window, and as many as memory and time allow."""
+        windows = min(_MOST_WINDOWS, _MOST_VALUES // (self.window_rows * len(self.columns)))
+        return self.window_rows + max(0, windows - 1) * self.step
+
+    @property
     def reference(self) -> dict[str, Any]:
         manifest = self.bundle.manifest
         return {"name": manifest.name, "version": manifest.version, "digest": self.bundle.digest}
@@ -84,15 +92,16 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
     after = store.cursor(task.name)
     if after is None:
         after = store.first_row(task.config.stream) - 1
-    limit = min(_MOST_ROWS, max(task.window_rows, _MOST_WINDOWS * task.step))
-    batch = store.take(task.config.stream, task.stream.fields, after, limit)
+    batch = store.take(task.config.stream, task.stream.fields, after, task.batch_rows)
     if batch is None:
         return None
     if batch.lost:
         return _skip_lost(task, store, author, batch, now)
     cut = features.cut(batch.rows.t, task.bundle.manifest.input.window)
     if cut.consumed == 0:
-        return None
+        if not _lost_follows(task, store, batch):
+            return None
+        cut = Cut(cut.starts, len(batch.rows))
     matrix = features.matrix([batch.rows.columns[i] for i in task.columns])
     windows = features.windows(matrix, cut.starts, task.bundle.manifest.input)
     outputs = task.model.invoke(windows)
@@ -111,6 +120,12 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
     if found.label is not None and len(found):
         task.last_label = task.bundle.manifest.output.labels[int(found.label[-1])]
     return Done(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))
+
+
+def _lost_follows(task: Task, store: Store, batch: Batch) -> bool:
+    """Whether the rows after `batch` cannot be read, so that these few will never fill a window."""
+    following = store.take(task.config.stream, task.stream.fields, batch.last, 1)
+    return following is not None and following.lost is not None
 
 
 def _judge(
@@ -139,7 +154,7 @@ def _results(task: Task, author: Author, batch: Batch, cut: Cut, found: Scores) 
     names = [labels[i] for i in found.label] if found.label is not None else None
     ends = cut.starts + task.window_rows - 1
     listed = _published(task, found, names)
-    longest = max((len(name) for name in labels), default=0)
+    longest = max((len(json.dumps(name, ensure_ascii=False).encode()) for name in labels), default=0)
     # A result costs at most two numbers of 16 digits, a score, a label and their commas; 2 kB is for all the rest.
     most = max(1, (author.max_bytes - 2_000 - 1_200) // (48 + longest))
     first_row, count, done = 0, len(cut.starts), 0

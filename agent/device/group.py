@@ -55,6 +55,11 @@ class _Share:
     def reject(self, line: int, reason: str) -> None:
         self.rejected[line] = f"{self.rejected[line]}; {reason}" if line in self.rejected else reason
 
+    def bytes(self) -> int:
+        """What its rows will take in the store."""
+        parts = [checked.rows for _, checked, _ in self.parts]
+        return sum(rows.t.nbytes + sum(column.nbytes for column in rows.columns) for rows in parts)
+
     def outcome(self, accepted: int, full: bool = False) -> Outcome:
         return Outcome(self.through, accepted, sorted(self.rejected.items()), full)
 
@@ -91,7 +96,8 @@ class Group:
         """
         shares, self._shares, self.rows = self._shares, {}, 0
         try:
-            if self._store.used_bytes() > self._store.max_bytes() * INTAKE_SHARE:
+            needed = self._store.used_bytes() + sum(share.bytes() for share in shares.values())
+            if needed > self._store.max_bytes() * INTAKE_SHARE:
                 raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
             with self._store.transaction() as tx:
                 return self._write(tx, shares, now)

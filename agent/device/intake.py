@@ -61,6 +61,8 @@ class Intake:
         self._group = Group(store, conf.streams)
         self._answers: dict[object, Callable[[Outcome], None]] = {}
         self._named: dict[str, Producer] = {}
+        self._open: set[asyncio.StreamWriter] = set()
+        self._serving: set[asyncio.Task[None]] = set()
         self._broken = False
         self._timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -99,21 +101,23 @@ class Intake:
             self._ready.set()
             await self._ending.wait()
         finally:
-            for server in servers:
-                server.close()
+            await _close(servers)
         for task in tasks:
             task.cancel()
         self._commit()
+        # Also those whose task has not begun: cancelled now, it would never close them.
+        for writer in self._open:
+            writer.close()
         await asyncio.sleep(0)
 
     async def _listen_here(self) -> asyncio.Server:
         listener = _unix_socket(self._conf.data_dir)
-        return await asyncio.start_unix_server(self._serve, sock=listener, limit=_READ, backlog=_BACKLOG)
+        return await asyncio.start_unix_server(self._accept, sock=listener, limit=_READ, backlog=_BACKLOG)
 
     async def _listen(self, address: str) -> asyncio.Server:
         host, port = config.loopback(address)
         try:
-            return await asyncio.start_server(self._serve, host, port, limit=_READ)
+            return await asyncio.start_server(self._accept, host, port, limit=_READ)
         except OSError as error:
             raise UsageError(f"intake.tcp {address}: {error.strerror}; choose another port") from error
 
@@ -144,6 +148,14 @@ class Intake:
         self._commit_soon()
         return await future
 
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
+        if self._ending is None or self._ending.is_set():
+            return
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         producer = Producer(self._group, Reader(self._conf.streams), self._greet, writer)
         self._answers[producer] = producer.answer
@@ -163,6 +175,7 @@ class Intake:
             self._answers.pop(producer, None)
             if producer.name is not None and self._named.get(producer.name) is producer:
                 del self._named[producer.name]
+            self._open.discard(writer)
             writer.close()
 
     def _greet(self, producer: Producer, name: str) -> int:
@@ -200,6 +213,17 @@ class Intake:
             if not isinstance(producer, Producer):
                 self._answers.pop(producer, None)
         self._committed()
+
+
+async def _close(servers: Sequence[asyncio.Server]) -> None:
+    """Accept nothing more; what was just accepted becomes a connection first, which a closed server forgets."""
+    loop = asyncio.get_running_loop()
+    for listener in [listener for server in servers for listener in server.sockets]:
+        loop.remove_reader(listener.fileno())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    for server in servers:
+        server.close()
 
 
 def _unix_socket(folder: Path) -> socket.socket:

@@ -13,7 +13,9 @@ PER_TASK = frozenset({"results", "drift", "quality", "alerts"})
 LOGGED = PER_TASK | {"health", "audit"}
 LIVE = frozenset({"state", "keys", "reply"})
 DOWN = frozenset({"ack", "cmd", "desired"})
+# Stands where a task stands for alerts that belong to none, and where a device stands for all of a fleet.
 DEVICE_ALERTS = "_device"
+ALL = "_all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,15 @@ class Topic:
 def parse(text: str) -> Topic:
     """The parts of a topic. Raises Refused for one that is not in the tree."""
     parts = text.split("/")
-    if len(parts) not in (4, 5) or parts[0] != ROOT or not all(is_name(p) for p in parts[1:3]):
+    if len(parts) not in (4, 5) or parts[0] != ROOT or not is_name(parts[1]):
         raise Refused("topic", f"{text[:120]!r} is not {ROOT}/<fleet>/<device>/<kind>[/<task>]")
-    kind, task = parts[3], parts[4] if len(parts) == 5 else None
+    device, kind, task = parts[2], parts[3], parts[4] if len(parts) == 5 else None
     if kind not in LOGGED | LIVE | DOWN:
         raise Refused("topic", f"unknown kind {kind[:40]!r}")
-    if (kind in PER_TASK) != (task is not None) or (task is not None and not is_name(task) and task != DEVICE_ALERTS):
+    if not is_name(device) and (device, kind) != (ALL, "desired"):
+        raise Refused("topic", f"{device[:80]!r} cannot name a device")
+    if (kind in PER_TASK) != (task is not None):
         raise Refused("topic", f"{text[:120]!r}: {kind} {'needs' if kind in PER_TASK else 'takes no'} task")
-    return Topic(parts[1], parts[2], kind, task)
+    if task is not None and not is_name(task) and (kind, task) != ("alerts", DEVICE_ALERTS):
+        raise Refused("topic", f"{task[:80]!r} cannot name a task of {kind}")
+    return Topic(parts[1], device, kind, task)

@@ -7,6 +7,8 @@ from one seed: row N of a replay is always the same, so a restart goes on where 
 from __future__ import annotations
 
 import asyncio
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +47,7 @@ class Recordings:
 def load(path: Path) -> Recordings:
     """Recordings of an `.npz`. Raises UsageError."""
     try:
-        with np.load(path, allow_pickle=False) as z:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as z:
             scale = np.asarray(z["scale"], np.float32) if "scale" in z else np.float32(1)
             return Recordings(
                 rows=z["rows"].astype(np.float32) * scale,
@@ -56,7 +58,7 @@ def load(path: Path) -> Recordings:
                 fields=[str(name) for name in z["fields"]],
                 rate=float(z["rate"]),
             )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path}: not readable as recordings: {error}") from None
 
 

@@ -1,0 +1,95 @@
+"""From a name in the config to a model that may run: found, verified, probed, loaded, or refused with the reason."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from agent.errors import BadBundle
+from agent.model import activate, bundle, shipped
+from tests.bundles import ANOMALY, KEY, Recipe, archive, change_manifest, packed
+from tests.senders import new_key
+
+FOREIGN = new_key(12)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A bundle folder to spoil."""
+    return Path(shutil.copytree(original, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def anomaly(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("anomaly"), ANOMALY)
+
+
+def test_a_name_is_looked_up_in_the_device_then_among_the_shipped(folder: Path) -> None:
+    store = folder.parent
+    assert activate.locate("bundle", store) == folder
+    assert activate.locate("./here", store) == Path("here")
+    assert activate.locate("exercise", store) == shipped.bundles() / "exercise"
+    zipped = archive(folder)
+    shutil.rmtree(folder)
+    assert activate.locate("bundle", store) == zipped
+    with pytest.raises(BadBundle, match=r"no bundle 'nowhere' in .*; put it there, or give its path"):
+        activate.locate("nowhere", store)
+
+
+def test_a_bundle_that_proves_itself_is_loaded_with_its_reference(folder: Path) -> None:
+    active = activate.activate(folder, [KEY.public])
+    assert active.model.outputs == 3
+    assert active.reference is not None
+    assert active.reference.fields == ("a", "b", "c", "d")
+
+
+def test_a_shipped_bundle_is_trusted_without_being_configured() -> None:
+    assert activate.activate(shipped.bundles() / "exercise", []).bundle.manifest.name == "exercise"
+
+
+def test_a_foreign_bundle_is_not_activated(folder: Path) -> None:
+    with pytest.raises(BadBundle, match="unknown key"):
+        activate.activate(folder, [FOREIGN.public])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("model.tflite", b"no model", "load: "),
+        ("golden.npz", b"no vectors", "golden: golden.npz is damaged"),
+        ("reference.json", b"{}", "reference.json is malformed"),
+    ],
+)
+def test_a_signed_bundle_that_does_not_work_is_not_activated(folder: Path, name: str, content: bytes, why: str) -> None:
+    replace_file(folder, name, content)
+    with pytest.raises(BadBundle) as problem:
+        activate.activate(folder, [KEY.public])
+    assert str(problem.value).startswith(f"{folder}: {why}")
+
+
+def test_a_reference_made_for_another_model_is_not_activated(folder: Path, anomaly: Path) -> None:
+    replace_file(folder, "reference.json", (anomaly / "reference.json").read_bytes())
+    with pytest.raises(BadBundle, match="made for other fields, labels, window rows than the manifest"):
+        activate.activate(folder, [KEY.public])
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    change_manifest(folder, lambda head: head["files"].update({name: digest}))
+
+
+def test_a_recipe_without_a_reference_is_activated_without_one(tmp_path: Path) -> None:
+    path = packed(tmp_path, Recipe("regress", "regress_int8"))
+    assert activate.reference(bundle.read(path, None)) is not None
+    (path / "reference.json").unlink()
+    change_manifest(path, lambda head: head["files"].pop("reference.json"))
+    assert activate.activate(path, [KEY.public]).reference is None

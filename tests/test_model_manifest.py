@@ -1,0 +1,130 @@
+"""`manifest.json`: what makes no sense is refused even when it is signed, and nothing but BadBundle is raised."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.errors import BadBundle
+from agent.model import bundle, manifest
+from agent.model.bundle import Bundle
+from tests.bundles import KEY, change_manifest, packed
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A bundle folder to spoil."""
+    return Path(shutil.copytree(original, tmp_path / "bundle"))
+
+
+def read(path: Path) -> Bundle:
+    return bundle.read(path, [KEY.public])
+
+
+def refused(path: Path) -> str:
+    """Why; and what the reason says begins with the path."""
+    with pytest.raises(BadBundle) as problem:
+        read(path)
+    assert str(problem.value).startswith(f"{path}: ")
+    return str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("format", 2, "format"),
+        ("name", "../../etc", "must be 1-64 of a-z"),
+        ("name", "Übung", "must be 1-64 of a-z"),
+        ("version", "", "version"),
+        ("kind", "guess", "kind"),
+        ("input", {"fields": []}, "input.fields"),
+        ("input", {"fields": ["a", "a"]}, "a field is named twice"),
+        ("input", {"fields": ["a"], "mean": [1, 2]}, "mean has 2 entries for 1 fields"),
+        ("input", {"fields": ["a"], "std": [0]}, "every std must be above 0"),
+        ("input", {"fields": ["a"], "window": {"rows": 10, "step": 11}}, "step 11 above rows 10"),
+        ("input", {"fields": ["a"], "window": {"rows": 0, "step": 1}}, "rows"),
+        ("input", {"fields": ["a"], "window": {"rows": 1, "step": 1, "max_gap_s": 0}}, "max_gap_s"),
+        ("output", {"labels": ["one"]}, "needs at least two output.labels"),
+        ("output", {"labels": ["one", "one"]}, "a label is named twice"),
+        ("output", {"labels": ["one", ""]}, "output.labels"),
+        ("output", {"labels": ["one", "x" * 257]}, "output.labels"),
+        ("output", {"labels": ["one", "two"], "temperature": 0}, "temperature"),
+        ("output", {"labels": ["one", "two"], "activation": "relu"}, "activation"),
+        ("limits", {"memory_mib": 10**9}, "memory_mib"),
+        ("limits", {"seconds": 0}, "seconds"),
+        ("drift", {"window": 1}, "drift.window"),
+        ("files", {"model.tflite": "md5:00"}, "files"),
+        ("surprise", 1, "surprise"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused_even_when_signed(
+    folder: Path, key: str, value: Any, why: str
+) -> None:
+    change_manifest(folder, lambda head: head.update({key: value}))
+    assert why in refused(folder)
+
+
+@pytest.mark.parametrize("member", ["format", "name", "version", "created", "kind", "input", "output", "files"])
+def test_a_manifest_without_a_needed_member_is_refused(folder: Path, member: str) -> None:
+    change_manifest(folder, lambda head: head.pop(member))
+    assert member in refused(folder)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["fields", "rows", "step", "labels", "std", "window"]), inner, max_size=4)
+    ),
+    max_leaves=10,
+)
+GOOD: dict[str, Any] = {
+    "format": 1,
+    "name": "tiny",
+    "version": "1",
+    "created": "",
+    "kind": "regress",
+    "input": {"fields": ["a"]},
+    "output": {},
+    "files": {},
+}
+
+
+@given(st.dictionaries(st.sampled_from([*GOOD, "drift", "limits", "more"]), JSON, max_size=4))
+def test_any_manifest_is_read_or_refused(change: dict[str, Any]) -> None:
+    data = json.dumps(GOOD | change).encode()
+    try:
+        outcome = f"format {manifest.decode(data).format}"
+    except BadBundle as problem:
+        outcome = str(problem)[:13]
+    assert outcome in ("format 1", "manifest.json")
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_for_a_manifest_are_refused(data: bytes) -> None:
+    with pytest.raises(BadBundle, match=r"manifest\.json"):
+        manifest.decode(data)
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"name":' * 50_000, b"\xff\xfe{}", b"nul", b"1e999"])
+def test_manifests_that_are_meant_to_hurt_are_refused(data: bytes) -> None:
+    with pytest.raises(BadBundle, match=r"manifest\.json"):
+        manifest.decode(data)
+
+
+def test_a_manifest_has_one_spelling() -> None:
+    once = manifest.encode(manifest.decode(json.dumps(GOOD).encode()))
+    assert manifest.encode(manifest.decode(once)) == once
+    assert once.endswith(b"}\n")
+    assert list(json.loads(once)) == sorted(json.loads(once))

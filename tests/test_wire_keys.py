@@ -1,0 +1,159 @@
+"""Keys: RFC vectors, one spelling for each key, files that stay private and are never overwritten."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.errors import UsageError
+from agent.wire import keys
+from agent.wire.keys import SigningKey, b64url, unb64url
+
+# RFC 8037 appendix A.1 to A.4.
+RFC_D = "nWGxne_9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A"
+RFC_X = "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"
+RFC_THUMBPRINT = "kPrK_qmxVWaYVA9wwBF6Iuo3vVzz7TxHCTwXBygrS4k"
+RFC_INPUT = b"eyJhbGciOiJFZERTQSJ9.RXhhbXBsZSBvZiBFZDI1NTE5IHNpZ25pbmc"
+RFC_SIGNATURE = "hgyY0il_MGCjP0JzlnLWG1PPOt7-09PGcvMg3AIbQR6dWbhijcNR4ki4iylGjg5BhVsPt9g7sVvpAr_MuM0KAg"
+
+
+@pytest.fixture
+def rfc_key() -> SigningKey:
+    return SigningKey(Ed25519PrivateKey.from_private_bytes(unb64url(RFC_D)))
+
+
+def test_the_key_and_thumbprint_of_rfc_8037_come_out(rfc_key: SigningKey) -> None:
+    assert rfc_key.public.text == RFC_X
+    assert rfc_key.public.kid == RFC_THUMBPRINT
+    jwk = {"kty": "OKP", "crv": "Ed25519", "x": RFC_X, "kid": RFC_THUMBPRINT, "alg": "EdDSA"}
+    assert rfc_key.public.jwk == jwk
+
+
+def test_the_signature_of_rfc_8037_comes_out_and_verifies(rfc_key: SigningKey) -> None:
+    assert b64url(rfc_key.sign(RFC_INPUT)) == RFC_SIGNATURE
+    keys.public_key(RFC_X).verify(unb64url(RFC_SIGNATURE), RFC_INPUT)
+    with pytest.raises(InvalidSignature):
+        keys.public_key(RFC_X).verify(unb64url(RFC_SIGNATURE), RFC_INPUT + b"x")
+
+
+@given(st.binary(max_size=100))
+def test_base64url_comes_back(data: bytes) -> None:
+    assert unb64url(b64url(data)) == data
+
+
+@given(st.text(alphabet="ABCQRSwxyz0189-_+/= \n\u00e9", max_size=12))
+def test_bytes_have_one_spelling_only(text: str) -> None:
+    try:
+        data = unb64url(text)
+    except ValueError:
+        return
+    assert b64url(data) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("", id="nothing"),
+        pytest.param(RFC_X[:-2], id="too short"),
+        pytest.param(RFC_X + "AA", id="too long"),
+        pytest.param(RFC_X + "=", id="padded"),
+        pytest.param(RFC_X[:-1] + "p", id="last bits not zero"),
+        pytest.param(RFC_X.replace("_", "/"), id="base64 of another alphabet"),
+        pytest.param("\u00e9" * 43, id="not ASCII"),
+    ],
+)
+def test_text_that_is_no_key_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        keys.public_key(text)
+
+
+def test_a_generated_key_comes_back_from_its_files(tmp_path: Path) -> None:
+    made = keys.generate(tmp_path / "device.key")
+    assert keys.load_private(tmp_path / "device.key").public.raw == made.public.raw
+    assert keys.load_public(str(tmp_path / "device.key.pub")).raw == made.public.raw
+    assert keys.load_public(made.public.text).kid == made.public.kid
+    assert keys.generate(tmp_path / "other.key").public.raw != made.public.raw
+
+
+def test_a_key_file_is_readable_by_its_owner_only_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        keys.generate(tmp_path / "device.key")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "device.key").stat().st_mode) == 0o600
+
+
+def test_a_key_file_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "device.key"
+    keys.generate(path)
+    before = path.read_bytes(), (tmp_path / "device.key.pub").read_bytes()
+    with pytest.raises(UsageError, match="a key is there already; move it away"):
+        keys.generate(path)
+    assert (path.read_bytes(), (tmp_path / "device.key.pub").read_bytes()) == before
+
+
+def test_a_key_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "device.key").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="a key is there already"):
+        keys.generate(tmp_path / "device.key")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_key_for_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written there: No such file"):
+        keys.generate(tmp_path / "nowhere" / "device.key")
+
+
+def test_what_is_written_new_must_be_new(tmp_path: Path) -> None:
+    keys.write_new(tmp_path / "file", b"first", 0o600)
+    with pytest.raises(FileExistsError):
+        keys.write_new(tmp_path / "file", b"second", 0o600)
+    assert (tmp_path / "file").read_bytes() == b"first"
+
+
+def test_a_missing_key_file_says_which_command_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no key here; make one with `outstation init`"):
+        keys.load_private(tmp_path / "device.key")
+
+
+def test_a_private_key_of_another_kind_is_named(tmp_path: Path) -> None:
+    key = rsa.generate_private_key(public_exponent=65537, key_size=1024)
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "rsa.key").write_bytes(pem)
+    with pytest.raises(UsageError, match=r"holds a RSAPrivateKey, an Ed25519 key is needed"):
+        keys.load_private(tmp_path / "rsa.key")
+
+
+def test_a_private_key_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    locked = Ed25519PrivateKey.generate().private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"password")
+    )
+    for content in (b"", b"not a key", locked, b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"):
+        (tmp_path / "key").write_bytes(content)
+        with pytest.raises(UsageError, match="not a readable private key"):
+            keys.load_private(tmp_path / "key")
+    with pytest.raises(UsageError, match="not a readable private key"):
+        keys.load_private(tmp_path)
+
+
+def test_a_public_key_that_is_neither_text_nor_file_says_both(tmp_path: Path) -> None:
+    (tmp_path / "empty.pub").write_text("")
+    (tmp_path / "binary.pub").write_bytes(b"\xff\xfe")
+    for given_key in ("nonsense", str(tmp_path / "empty.pub"), str(tmp_path / "binary.pub"), str(tmp_path), "a\0b"):
+        with pytest.raises(UsageError, match=r"neither a base64url Ed25519 key .* nor a file with one"):
+            keys.load_public(given_key)

@@ -1,0 +1,93 @@
+"""The topic tree: what is in it comes back, what is not is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.errors import Refused
+from agent.wire import topics
+from agent.wire.topics import Topic
+
+NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
+PLAIN = st.sampled_from(sorted((topics.LOGGED | topics.LIVE | topics.DOWN) - topics.PER_TASK))
+PER_TASK = st.sampled_from(sorted(topics.PER_TASK))
+
+
+@given(NAMES, NAMES, PLAIN)
+def test_a_topic_without_a_task_comes_back(fleet: str, device: str, kind: str) -> None:
+    topic = Topic(fleet, device, kind)
+    assert topics.parse(str(topic)) == topic
+
+
+@given(NAMES, NAMES, PER_TASK, NAMES)
+def test_a_topic_with_a_task_comes_back(fleet: str, device: str, kind: str, task: str) -> None:
+    topic = Topic(fleet, device, kind, task)
+    assert topics.parse(str(topic)) == topic
+
+
+def test_alerts_of_the_device_itself_and_a_wish_for_all_devices_have_their_places() -> None:
+    assert topics.parse("outstation/acme/pi-07/alerts/_device").task == topics.DEVICE_ALERTS
+    assert topics.parse("outstation/acme/_all/desired").device == topics.ALL
+
+
+PARTS = st.sampled_from(
+    [
+        "outstation",
+        "acme",
+        "pi-07",
+        "results",
+        "health",
+        "ack",
+        "exercise",
+        "_device",
+        "",
+        "#",
+        "+",
+        "..",
+        "A",
+        "é",
+        "\n",
+    ]
+)
+
+
+@given(st.text() | st.lists(PARTS | st.text(max_size=3), max_size=7).map("/".join))
+def test_any_text_is_a_topic_that_reads_the_same_or_is_refused(text: str) -> None:
+    try:
+        outcome = str(topics.parse(text))
+    except Refused as refused:
+        outcome = refused.reason
+    assert outcome in (text, "topic")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "outstation/acme/pi-07",
+        "outstation/acme/pi-07/results",
+        "outstation/acme/pi-07/results/",
+        "outstation/acme/pi-07/results/exercise/more",
+        "outstation/acme/pi-07/health/exercise",
+        "outstation/acme/pi-07/health/",
+        "outstation/acme/pi-07/unknown",
+        "outstation/acme/pi-07/results/#",
+        "outstation/acme/+/health",
+        "outstation/acme/pi-07/results/Exercise",
+        "outstation/acme/../health",
+        "outstation/acme/pi-07\n/health",
+        "outstation/acme/pi-07/health\n",
+        "/outstation/acme/pi-07/health",
+        "outstation//pi-07/health",
+        "Outstation/acme/pi-07/health",
+        "other/acme/pi-07/health",
+        "outstation/acme/_all/health",
+        "outstation/acme/pi-07/results/_device",
+        f"outstation/acme/{'a' * 65}/health",
+        "$SYS/broker/uptime",
+    ],
+)
+def test_a_topic_that_is_not_in_the_tree_is_refused(text: str) -> None:
+    with pytest.raises(Refused, match="topic"):
+        topics.parse(text)
