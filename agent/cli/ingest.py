@@ -142,7 +142,7 @@ class _Socket:
 
 
 class _Direct:
-    """Straight into the store."""
+    """Straight into the store: no daemon runs."""
 
     def __init__(self, conf: Config, stream: str) -> None:
         self._store = wiring.open_store(conf)
@@ -174,16 +174,15 @@ def _row_bytes(stream: Stream) -> int:
 
 
 def _target(conf: Config, stream: str) -> Target:
+    """The daemon first: whoever may use its socket need not be allowed to write its files."""
+    address = conf.data_dir / "intake.sock"
     try:
-        return _Direct(conf, stream)
-    except StorageBusy:
-        address = conf.data_dir / "intake.sock"
+        return _Socket(Client(address), stream, conf.streams[stream])
+    except ConnectionError as error:
         try:
-            return _Socket(Client(address), stream, conf.streams[stream])
-        except ConnectionError as error:
-            raise OutstationError(
-                f"another process holds the store and takes nothing in: {error}; try again when `outstation batch` ends"
-            ) from None
+            return _Direct(conf, stream)
+        except StorageBusy as busy:
+            raise OutstationError(f"{busy}; it takes nothing in now: {error}") from None
 
 
 def _open(path: Path | None) -> IO[str]:

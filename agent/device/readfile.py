@@ -141,7 +141,7 @@ def _typed(columns: dict[str, Any], n: int, stream: Stream) -> Raw:
 
 def _numbers(cells: Any, kind: type) -> list[Any]:
     # Python reads 1_000 as a number; nobody who writes it into a CSV means one.
-    if not any("_" in cell for cell in cells):
+    if "_" not in "".join(cells):
         try:
             return list(map(kind, cells))
         except (ValueError, OverflowError):

@@ -129,7 +129,7 @@ class Session:
             wanted = [self._again.popleft() for _ in range(min(room, len(self._again)))]
             if found := self._store.pending(wanted):
                 return found
-        page = self._store.unsent(self._sent, min(room, CREDIT - self._out)) if self._out < CREDIT else []
+        page = self._store.unsent(self._sent, min(room, CREDIT - self._out))
         if page:
             self._sent = page[-1].seq
             self._out += len(page)

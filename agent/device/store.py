@@ -57,17 +57,16 @@ class Store:
         self._owner: int | None = None
         self.boot = 0
         if not read_only:
-            folder.mkdir(parents=True, exist_ok=True)
             self._owner = _own(folder)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._disown)
             self._db = _connect(self.path, read_only, max_size)
+            undo.callback(self._db.close)
             if not read_only:
                 self._begin_boot()
-        except BaseException:
-            self._disown()
-            raise
-        self.log_id = self.meta("log", "")
-        self.boot = int(self.meta("boot", "0"))
+            self.log_id = self.meta("log", "")
+            self.boot = int(self.meta("boot", "0"))
+            undo.pop_all()
 
     # --- transactions ---
 
@@ -269,19 +268,29 @@ def _connect(path: Path, read_only: bool, max_size: int) -> sqlite3.Connection:
         if read_only:
             return sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
         connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
-        for pragma, wanted in schema.pragmas(max_size // PAGE):
-            connection.execute(f"PRAGMA {pragma}")
-            if wanted is not None:
-                got = str(connection.execute(f"PRAGMA {pragma.split('=')[0]}").fetchone()[0])
-                if got != wanted:
-                    raise StorageError(f"{path}: PRAGMA {pragma} gives {got!r}; acknowledged rows would not be safe")
-        schema.migrations.apply(sqlite_utils.Database(connection, execute_plugins=False))
+        try:
+            for pragma, wanted in schema.pragmas(max_size // PAGE):
+                connection.execute(f"PRAGMA {pragma}")
+                if wanted is not None:
+                    got = str(connection.execute(f"PRAGMA {pragma.split('=')[0]}").fetchone()[0])
+                    if got != wanted:
+                        raise StorageError(
+                            f"{path}: PRAGMA {pragma} gives {got!r}; acknowledged rows would not be safe"
+                        )
+            schema.migrations.apply(sqlite_utils.Database(connection, execute_plugins=False))
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
 
 def _own(folder: Path) -> int:
     """Hold the folder's lock file for as long as this process lives."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"{folder}: {error.strerror}; check [device] data_dir, and who may write there") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

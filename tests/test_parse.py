@@ -1,0 +1,253 @@
+"""Lines of a producer: each one becomes rows or is named with its reason, whatever stands before and after it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from agent.config import Field, Stream
+from agent.device.parse import MAX_LINE, Reader
+from agent.device.rows import Rows, concatenate
+from tests.stations import MACHINE, STREAMS, T0, WATCH
+
+NOW_US = 1_764_022_680_000_000
+GOOD = b'{"stream":"watch","ax":1,"ay":2}'
+
+
+@dataclass
+class Got:
+    """What came of lines: rows and texts by stream, in order; line → reason; lines that rows came from."""
+
+    rows: dict[str, list[Rows]] = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+    lines: list[int] = field(default_factory=list)
+
+    def digests(self) -> dict[str, str]:
+        return {stream: concatenate(parts).digest() for stream, parts in self.rows.items()}
+
+
+def read(*calls: list[bytes], reader: Reader | None = None) -> Got:
+    """All lines through one reader, in as many calls."""
+    reader, got, first = reader or Reader(STREAMS), Got(), 1
+    for lines in calls:
+        for taken in reader.read(lines, first, NOW_US):
+            assert not got.bad.keys() & taken.bad.keys()
+            got.bad |= taken.bad
+            if taken.checked is not None and len(taken.checked.rows):
+                got.rows.setdefault(taken.stream, []).append(taken.checked.rows)
+                for texts in taken.checked.categories.values():
+                    got.texts.setdefault(taken.stream, []).extend(texts)
+                got.lines += taken.lines
+        first += len(lines)
+    return got
+
+
+def reason(line: bytes) -> str:
+    got = read([line])
+    assert got.lines == [], f"{line[:80]!r} was taken"
+    return got.bad[1]
+
+
+def row(stream: str, **values: Any) -> bytes:
+    return json.dumps({"stream": stream, **values}).encode()
+
+
+WATCH_ROWS = st.builds(
+    lambda t, ax: row("watch", ax=ax, ay=-1, **t),
+    st.one_of(st.just({}), st.builds(lambda t: {"t": T0 + t}, st.integers(0, 9))),
+    st.one_of(st.floats(-20, 20), st.integers(-20, 20), st.none(), st.booleans(), st.just("x"), st.just(2**70)),
+)
+MACHINE_ROWS = st.builds(
+    lambda count, mode, more: row("machine", power=1.5, count=count, mode=mode, **more),
+    st.one_of(st.integers(-(2**66), 2**66), st.floats(-3, 3), st.just(2.0)),
+    st.one_of(st.text(max_size=3), st.none(), st.just("}"), st.just("{")),
+    st.sampled_from([{}, {"heat": None}, {"heat": 1}, {"hot": 1}]),
+)
+COLUMNS = st.builds(
+    lambda t, ax, ay: row("watch", columns={"t": [T0 + s for s in t], "ax": ax, "ay": ay}),
+    *[st.lists(st.integers(0, 20), min_size=1, max_size=3)] * 3,
+)
+HALVES = st.sampled_from(
+    [GOOD[:20], GOOD[20:], b'{"stream":"watch","ax":1', b'"ay":2}', GOOD + b"," + GOOD, b"{", b"}"]
+)
+NOISE = st.one_of(st.binary(max_size=20).map(lambda b: b.replace(b"\n", b"")), HALVES, st.just(b"[]"), st.just(b"{}"))
+LINES = st.lists(
+    st.one_of(st.just(GOOD), st.just(GOOD + b"\r"), WATCH_ROWS, MACHINE_ROWS, COLUMNS, NOISE), min_size=1, max_size=90
+)
+
+
+@given(LINES)
+@example([GOOD, GOOD + b"," + GOOD, b'{"stream":"watch","ax":1', b'"ay":2}'])
+@example([GOOD, GOOD, b'{"stream":"watch","ax":1,"ay":2},{"stream":"watch","ax":1', b'"ay":2}'])
+@example(
+    [row("machine", power=1, count=1, mode="a"), b'{"stream":"machine","power":1,"count":1,"mode":"}', b'{","x":1}']
+)
+@example([GOOD, GOOD, b"\x0b" + GOOD])
+def test_every_line_is_taken_once_or_named_just_as_if_it_had_come_alone(lines: list[bytes]) -> None:
+    together = read(lines)
+    alone = read(*[[line] for line in lines])
+    assert together.bad == alone.bad
+    assert together.lines == alone.lines
+    assert together.digests() == alone.digests()
+    assert together.texts == alone.texts
+    assert set(together.lines) | set(together.bad) == set(range(1, len(lines) + 1))
+
+
+@given(st.lists(st.binary(max_size=60), min_size=1, max_size=40))
+def test_random_bytes_are_named_and_never_taken(lines: list[bytes]) -> None:
+    got = read([GOOD, *lines])
+    assert got.lines == [1]
+    assert list(got.bad) == list(range(2, len(lines) + 2))
+
+
+@settings(max_examples=30)
+@given(st.integers(0, len(GOOD) - 1))
+def test_half_a_line_is_named(cut: int) -> None:
+    assert "JSON" in reason(GOOD[:cut] or b"x")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"stream":"wacth","ax":1,"ay":2}', "unknown stream 'wacth'; did you mean 'watch'?"),
+        (b'{"ax":1,"ay":2}', 'no "stream" in this line'),
+        (b'{"stream":"watch","ax":1}', "field 'ay' is missing"),
+        (b'{"stream":"watch","ax":1,"ay":2,"az":3}', "'az' is not a field of stream watch; did you mean 'ay'?"),
+        (b'{"stream":"watch","ax":null,"ay":2}', "ax: expected `float`, got `null`"),
+        (b'{"stream":"watch","ax":"1","ay":2}', "ax: expected `float`, got `str`"),
+        (b'{"stream":"watch","ax":true,"ay":2}', "ax: expected `float`, got `bool`"),
+        (b'{"stream":"watch","ax":[1],"ay":2}', "ax: expected `float`, got `array`"),
+        (b'{"stream":"watch","ax":{"x":1},"ay":2}', "ax: expected `float`, got `object`"),
+        (b'{"stream":"watch","ax":1e400,"ay":2}', "ax: number out of range"),
+        (b'{"stream":"watch","ax":NaN,"ay":2}', "NaN and Infinity are no JSON numbers; leave an optional field out"),
+        (b'{"stream":"watch","ax":17,"ay":2}', "ax = 17 g is above max 16"),
+        (b'{"stream":"watch","ax":1180591620717411303424,"ay":2}', "ax = 1.18059162e+21 g is above max 16"),
+        (b'{"stream":"watch","t":"now","ax":1,"ay":2}', "t: expected `float | null`, got `str`"),
+        (b'{"stream":"watch","t":1764022680123,"ax":1,"ay":2}', "give seconds since 1970, not milliseconds"),
+        (b"\xef\xbb\xbf" + GOOD, "a byte order mark before the line"),
+        (b"\x00\x01\x02", "not text: binary data on a line protocol"),
+        (b"\xff\xfe\x7b", "not text: binary data on a line protocol"),
+        (b'{"stream":"machine","power":1,"count":1,"mode":"\xff"}', "not text"),
+        (b"12", "not one JSON object on one line"),
+        (b'[{"stream":"watch","ax":1,"ay":2}]', "not one JSON object on one line"),
+        (GOOD + GOOD, "not one JSON object on one line"),
+        (b'{"stream":"watch","x":' + b"[" * 100_000, "not one JSON object on one line"),
+        (b'{"stream":"watch","columns":{"ax":' + b"[" * 100_000, "not one JSON object on one line"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named_with_its_reason(line: bytes, said: str) -> None:
+    assert said in reason(line)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"ax": [1], "ay": [1, 2]}, "columns must be of one length of at least 1, these have [1, 2]"),
+        ({"ax": [], "ay": []}, "columns must be of one length of at least 1, these have [0]"),
+        ({}, "columns must be of one length of at least 1, these have []"),
+        ({"t": [1, 2], "ax": [1], "ay": [1]}, "t has 2 values, 1 are needed"),
+        ({"ax": [1]}, "field 'ay' is missing"),
+        ({"ax": [1], "ay": [1], "az": [1]}, "'az' is not a field of this stream; did you mean 'ay'?"),
+        ({"ax": 1, "ay": [1]}, "columns[...]: expected `array`, got `int`"),
+        ({"ax": [[1]], "ay": [1]}, "row 1 of the columns: ax = '[1]' is no number"),
+        ({"ax": [True], "ay": [1]}, "row 1 of the columns: ax = 'True' is no number"),
+        ([1], "columns: expected `object`, got `array`"),
+    ],
+)
+def test_columns_that_are_none_are_named_with_their_reason(columns: Any, said: str) -> None:
+    assert reason(row("watch", columns=columns)) == said
+
+
+def test_of_columns_the_good_rows_are_taken_and_the_others_are_named_by_their_place() -> None:
+    got = read([row("watch", columns={"t": [T0, T0 - 1, T0, T0], "ax": [1, 2, 99, None], "ay": [1, 2, 3, 4]})])
+    assert got.lines == [1]
+    assert [column.tolist() for column in got.rows["watch"][0].columns] == [[1], [1]]
+    assert got.bad == {
+        1: f"row 2 of the columns: t = {T0 - 1:.6f} runs backwards, {T0:.6f} came before; "
+        "row 3 of the columns: ax = 99 g is above max 16; row 4 of the columns: ax is missing"
+    }
+
+
+def test_many_bad_rows_of_columns_are_counted_and_not_all_named() -> None:
+    said = reason(row("watch", columns={"ax": [99] * 100, "ay": [1] * 100}))
+    assert said.count("above max") == 5
+    assert said.endswith("; and 95 more rows")
+
+
+def test_a_line_of_ten_megabytes_is_refused_by_its_length() -> None:
+    long = b'{"stream":"watch","ax":1,"ay":' + b"1" * (10 << 20) + b"}"
+    assert reason(long) == f"line of {len(long)} bytes, the limit is {MAX_LINE}; split it"
+    padded = b'{"stream":"watch","ax":1,"ay":2' + b" " * MAX_LINE + b"}"
+    assert read([GOOD, GOOD, padded]).lines == [1, 2]
+
+
+def test_lines_may_end_as_on_windows() -> None:
+    assert read([GOOD + b"\r"] * 3).lines == [1, 2, 3]
+
+
+def test_of_a_key_that_comes_twice_the_last_one_counts() -> None:
+    got = read([b'{"stream":"machine","stream":"watch","ax":1,"ax":2,"ay":2}'])
+    assert got.rows["watch"][0].columns[0].tolist() == [2]
+
+
+def test_rows_with_and_without_a_time_may_take_turns() -> None:
+    lines = [row("watch", ax=1, ay=1, t=T0 - 50), GOOD, row("watch", ax=1, ay=1, t=T0 - 40), GOOD]
+    got = read([GOOD], lines)
+    times = concatenate(got.rows["watch"]).t.tolist()
+    assert times == [NOW_US, round((T0 - 50) * 1e6), NOW_US, round((T0 - 40) * 1e6), NOW_US]
+
+
+def test_time_runs_on_its_own_in_each_stream_of_a_connection() -> None:
+    late = row("watch", ax=1, ay=1, t=T0 + 100)
+    early = row("machine", power=1, count=1, mode="on", t=T0)
+    got = read([late, early, row("watch", ax=1, ay=1, t=T0)])
+    assert got.lines == [1, 2]
+    assert "runs backwards" in got.bad[3]
+
+
+def test_a_row_refused_for_its_value_does_not_move_the_time_on() -> None:
+    got = read([GOOD], [row("watch", ax=99, ay=1, t=T0 + 100), row("watch", ax=1, ay=1, t=T0)])
+    assert got.lines == [1, 3]
+
+
+def test_streams_may_be_mixed_line_by_line() -> None:
+    machine = row("machine", power=1, count=7, mode="on", heat=None)
+    got = read([GOOD, machine] * 500)
+    assert {stream: len(concatenate(parts)) for stream, parts in got.rows.items()} == {"watch": 500, "machine": 500}
+    assert got.texts == {"machine": ["on"] * 500}
+    assert got.bad == {}
+
+
+def test_five_bad_lines_among_ten_thousand_are_found() -> None:
+    lines = [GOOD] * 10_000
+    for number in (1, 2, 5_000, 9_999, 10_000):
+        lines[number - 1] = b'{"stream":"watch","ax":"?","ay":2}'
+    got = read(lines)
+    assert sorted(got.bad) == [1, 2, 5_000, 9_999, 10_000]
+    assert sorted([*got.lines, *got.bad]) == list(range(1, 10_001))
+
+
+def test_a_field_may_have_any_name_that_the_config_allows() -> None:
+    names = ["a.b", "class", "_", "__init__", "__slots__", "__dict__", "self", "Row", "A" * 64, "msgspec", "kw_only"]
+    stream = Stream(fields=[Field(name=name) for name in names])
+    reader = Reader({"odd": stream})
+    lines = [row("odd", **dict.fromkeys(names, 1))] * 3 + [row("odd", columns={name: [1] for name in names})]
+    assert read(lines, reader=reader).lines == [1, 2, 3, 4]
+
+
+def test_whole_numbers_keep_all_their_digits() -> None:
+    lines = [row("machine", power=1, count=n, mode="on") for n in (2**63 - 1, 2**53 + 1, 3.0, 2**63, 0.5)]
+    got = read(lines[:1], lines)
+    assert concatenate(got.rows["machine"]).columns[1].tolist() == [2**63 - 1, 2**63 - 1, 2**53 + 1, 3]
+    assert sorted(got.bad) == [5, 6]
+
+
+def test_the_streams_of_these_tests_are_what_they_say() -> None:
+    assert [f.name for f in WATCH.fields] == ["ax", "ay"]
+    assert [f.type for f in MACHINE.fields] == ["f64", "i64", "category", "f32"]
