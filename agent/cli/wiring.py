@@ -10,7 +10,7 @@ from agent.config import Config, FilesSource, HostSource, ReplaySource, suggesti
 from agent.device import schedule
 from agent.device.author import Author
 from agent.device.batch import Task
-from agent.device.daemon import Daemon, Planned, clock_of
+from agent.device.daemon import LAST_RUN, Daemon, Planned, clock_of
 from agent.device.intake import Intake, Source
 from agent.device.reports import Broken
 from agent.device.store import Store
@@ -96,7 +96,10 @@ def load_task(file: Path, conf: Config, store: Store | None, name: str) -> Task:
 
 def planned(file: Path, conf: Config, store: Store) -> tuple[list[Planned], list[Broken]]:
     """All tasks, loaded, and those whose bundle does not run here: these stop nothing else. Raises ConfigError."""
-    schedules = {name: schedule.parse(str(file), name, task.schedule) for name, task in conf.tasks.items()}
+    schedules = {}
+    for name, task in conf.tasks.items():
+        last_run = int(store.state(name, LAST_RUN) or 0) or None
+        schedules[name] = schedule.parse(str(file), name, task.schedule, last_run)
     good, broken = [], []
     for name, task in conf.tasks.items():
         try:

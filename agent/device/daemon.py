@@ -23,10 +23,11 @@ from agent.device.reports import Broken, Reports
 from agent.device.schedule import Schedule
 from agent.device.store import Store
 from agent.device.uplink import Uplink
-from agent.errors import BadBundle, StorageError, StorageFull
+from agent.errors import BadBundle, StorageBusy, StorageError, StorageFull
 
 log = logging.getLogger("outstation")
 
+LAST_RUN = "last run"
 _HEALTH_S = 60.0
 _TRIM_S = 10.0
 _LONGEST_WAIT_S = 5.0
@@ -118,6 +119,7 @@ class Daemon:
                 return 0.0
             if planned.schedule.due(now, self._backlog(planned)):
                 planned.schedule.ran(now)
+                self._remember_run(planned, now)
                 self._work_off(planned.task, now)
                 if is_short(self._store):
                     # Producers are turned away meanwhile.
@@ -146,6 +148,9 @@ class Daemon:
             except BadBundle as problem:
                 log.error("task %s: %s; its rows are kept and it is tried again when next due", task.name, problem)
                 return
+            except StorageBusy as busy:
+                log.error("task %s: %s; tried again when next due", task.name, busy)
+                return
             except StorageFull as full:
                 log.error("task %s: %s; tried again when next due", task.name, full)
                 trim(self._conf, self._store, now)
@@ -158,8 +163,17 @@ class Daemon:
                 log.warning("task %s: %d alerts; see `outstation status`", task.name, done.alerts)
 
     def _backlog(self, planned: Planned) -> int:
-        task = planned.task
-        return self._store.last_row(task.config.stream) - (self._store.cursor(task.name) or 0)
+        stream = planned.task.config.stream
+        cursor = self._store.cursor(planned.task.name)
+        used = self._store.first_row(stream) - 1 if cursor is None else cursor
+        return self._store.last_row(stream) - used
+
+    def _remember_run(self, planned: Planned, now: Now) -> None:
+        """So that a cron time missed while the agent was off is caught up with, once."""
+        if not planned.schedule.remembers:
+            return
+        with contextlib.suppress(StorageFull), self._store.transaction() as tx:
+            tx.keep(planned.task.name, LAST_RUN, str(now.wall_us).encode())
 
     def _shut_down(self) -> None:
         self._intake.stop()
@@ -172,16 +186,16 @@ class Daemon:
 
 
 def trim(conf: Config, store: Store, now: Now) -> None:
-    """Delete readings that every task of their stream has used: after a while, or as soon as space is short."""
+    """Delete readings that all tasks of their stream, if any, have used: after a while, sooner if space is short."""
     # Where space is short whatever time the rows carry, for a clock that was wrong may have dated them far ahead.
     before = _ANY_TIME_US if is_short(store) else now.wall_us - round(conf.buffer.keep_readings * 1e6)
     for name in conf.streams:
         cursors = [store.cursor(task) or 0 for task, t in conf.tasks.items() if t.stream == name]
-        if not cursors:
-            continue
+        # Nobody waits for the rows of a stream without a task.
+        used = min(cursors, default=store.last_row(name))
         try:
             with store.transaction() as tx:
-                tx.trim(name, min(cursors), before, _TRIM_CHUNKS)
+                tx.trim(name, used, before, _TRIM_CHUNKS)
         except StorageFull as full:
             log.error("%s; even deleting needs a little room", full)
 

@@ -1,0 +1,60 @@
+"""Float weights to the int8 model, byte for byte the same each time with the pinned TensorFlow.
+
+Full int8: weights, activations, input and output; ranges from the training subjects only. Training is not reproducible
+across CPUs, conversion is, which is why the float weights are committed.
+
+    python convert.py [-o model.tflite]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import network
+import numpy as np
+import recordings
+import tensorflow as tf
+from numpy.typing import NDArray
+
+WEIGHTS = recordings.HERE / "weights.npz"
+MODEL = recordings.HERE / "model.tflite"
+
+
+def convert(weights: Path) -> bytes:
+    model = network.build(softmax=True)
+    mean, std = network.load_weights(weights, model)
+    windows, _ = recordings.load(recordings.REFERENCE).windows()
+    seen = network.scale(windows, mean, std)
+
+    def representative() -> Iterator[list[NDArray[np.float32]]]:
+        for window in seen:
+            yield [window[None]]
+
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    converter.representative_dataset = representative
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter.inference_input_type = tf.int8
+    converter.inference_output_type = tf.int8
+    with contextlib.redirect_stdout(io.StringIO()):  # Keras lists every variable it exports
+        return bytes(converter.convert())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=MODEL)
+    output = parser.parse_args().output
+    model = convert(WEIGHTS)
+    output.write_bytes(model)
+    print(f"{output.name}: {len(model):,} bytes")
+
+
+if __name__ == "__main__":
+    main()
