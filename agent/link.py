@@ -100,7 +100,12 @@ class Link:
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
-        self._client = self._make_client(broker, client_id, will)
+        try:
+            self._client = self._make_client(broker, client_id, will)
+        except BaseException:
+            self._waker.close()
+            self._woken.close()
+            raise
         try:
             self._connect(broker, session_expiry_s, timeout_s)
             if subscribe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from agent import clock, config
 from agent.cli import wiring
@@ -12,6 +13,7 @@ from agent.config import Config
 from agent.device.daemon import trim
 from agent.device.rows import Rows
 from agent.device.store import Store
+from agent.errors import UsageError
 from tests.stations import T0, conf
 
 NOW = clock.Now(round(T0 * 1e6) + 48 * 3_600_000_000, 1000.0, "synced")
@@ -87,3 +89,14 @@ def test_a_nightly_run_that_was_missed_while_the_agent_was_off_is_due_at_the_nex
     late.schedule.ran(NOW)
     assert not late.schedule.due(NOW, 0)
     store.close()
+
+
+def test_a_store_that_holds_another_devices_messages_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "outstation.toml"
+    file.write_text(CRON, encoding="utf-8")
+    wiring.open_store(wiring.load(str(file))[1]).close()
+    file.write_text(CRON.replace('"pi-07"', '"pi-08"'), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"of acme/pi-07.*data_dir of its own"):
+        wiring.open_store(wiring.load(str(file))[1])
+    file.write_text(CRON, encoding="utf-8")
+    wiring.open_store(wiring.load(str(file))[1]).close()

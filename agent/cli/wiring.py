@@ -27,7 +27,12 @@ KEY_FILE = "device.key"
 def open_store(conf: Config) -> Store:
     """The device's store, to write. Raises StorageError, UsageError."""
     store = Store(conf.data_dir, max_size=int(conf.buffer.max_size))
-    store.declare(conf.streams)
+    try:
+        store.claim(conf.device.fleet, conf.device.id)
+        store.declare(conf.streams)
+    except BaseException:
+        store.close()
+        raise
     return store
 
 

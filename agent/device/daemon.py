@@ -136,8 +136,9 @@ class Daemon:
         return wait
 
     def _feed_watchdog(self) -> None:
-        """Called where the batches have just proved that they get on; the uplink must have as well."""
-        if self._uplink.alive(self._now()):
+        """Called where the batches have just proved that they get on; intake and uplink must have as well."""
+        now = self._now()
+        if self._intake.alive(now) and self._uplink.alive(now):
             notify("WATCHDOG=1")
 
     def _work_off(self, task: batch.Task, now: Now) -> None:

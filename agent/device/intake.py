@@ -29,6 +29,8 @@ log = logging.getLogger("outstation.intake")
 
 # So little that a producer of noise, two bytes a line, holds up the others for a tenth of a second at most.
 _READ = 1 << 16
+_PULSE_S = 10.0
+_SIGN_OF_LIFE_S = 120.0
 # Where it is used up, a producer that connects with a time limit is turned away at once.
 _BACKLOG = 1024
 
@@ -65,6 +67,7 @@ class Intake:
         self._open: set[asyncio.StreamWriter] = set()
         self._serving: set[asyncio.Task[None]] = set()
         self._broken = False
+        self._alive_until_s = now().boot_s + _SIGN_OF_LIFE_S
         self._timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Event | None = None
@@ -75,6 +78,10 @@ class Intake:
         """Listen and run the sources; returns once the sockets are open."""
         self._thread.start()
         self._ready.wait(10)
+
+    def alive(self, now: Now) -> bool:
+        """Whether the thread got round lately; one commit to a slow card is well within."""
+        return now.boot_s < self._alive_until_s
 
     def stop(self) -> None:
         """Commit what waits, answer, and end."""
@@ -99,6 +106,7 @@ class Intake:
             if self._conf.intake.tcp:
                 servers.append(await self._listen(self._conf.intake.tcp))
             tasks = [asyncio.create_task(self._run_source(source)) for source in self._sources]
+            tasks.append(asyncio.create_task(self._pulse()))
             self._ready.set()
             await self._ending.wait()
         finally:
@@ -121,6 +129,11 @@ class Intake:
             return await asyncio.start_server(self._accept, host, port, limit=_READ)
         except OSError as error:
             raise UsageError(f"intake.tcp {address}: {error.strerror}; choose another port") from error
+
+    async def _pulse(self) -> None:
+        while True:
+            self._alive_until_s = self._now().boot_s + _SIGN_OF_LIFE_S
+            await asyncio.sleep(_PULSE_S)
 
     async def _run_source(self, source: Source) -> None:
         try:

@@ -93,9 +93,12 @@ DROP_DAMAGED = """
     WHERE stream = (SELECT id FROM streams WHERE name = :stream) AND first_row + n > :first AND first_row <= :last
 """
 
+# Oldest used chunks by the index, then by time: however many are kept, only `limit` of them are looked at.
 TRIM = """
     DELETE FROM chunks WHERE id IN (
-        SELECT id FROM chunks WHERE stream = (SELECT id FROM streams WHERE name = :stream)
-          AND first_row + n - 1 <= :used AND first_t < :before
-        ORDER BY first_row LIMIT :limit)
+        SELECT id FROM (
+            SELECT id, first_t FROM chunks
+            WHERE stream = (SELECT id FROM streams WHERE name = :stream) AND first_row + n - 1 <= :used
+            ORDER BY first_row LIMIT :limit)
+        WHERE first_t < :before)
 """

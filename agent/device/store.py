@@ -22,7 +22,7 @@ import numpy as np
 import sqlite_utils
 
 from agent import clock
-from agent.config import Field, Stream, suggestion
+from agent.config import Field, Stream
 from agent.device import schema
 from agent.device.rows import Packed, Rows, concatenate, unpack
 from agent.device.transaction import Pending, Transaction
@@ -203,7 +203,10 @@ class Store:
 
     def kept_span_us(self) -> int:
         """Time from the oldest chunk kept to the newest, µs."""
-        row = self._one("SELECT max(first_t) - min(first_t) FROM chunks")
+        row = self._one(
+            "SELECT (SELECT first_t FROM chunks ORDER BY id DESC LIMIT 1) - "
+            "(SELECT first_t FROM chunks ORDER BY id LIMIT 1)"
+        )
         return int(row[0]) if row and row[0] is not None else 0
 
     def alerts(self, limit: int) -> list[dict[str, Any]]:
@@ -227,11 +230,17 @@ class Store:
                     "give the changed stream a new name, so that no row is read as something else"
                 )
 
-    def require_stream(self, name: str, streams: dict[str, Stream]) -> Stream:
-        """The config of stream `name`. Raises UsageError with a suggestion."""
-        if name not in streams:
-            raise UsageError(f"there is no stream {name!r}{suggestion(name, streams)}")
-        return streams[name]
+    def claim(self, fleet: str, device: str) -> None:
+        """Bind the store to a device. Raises UsageError where it is another's: its messages are signed for that one."""
+        name = f"{fleet}/{device}"
+        owner = self.meta("device", name)
+        if owner != name:
+            raise UsageError(
+                f"device.id: the store at {self.path} is of {owner}, whose signed messages wait in it; "
+                "give the new device a data_dir of its own"
+            )
+        with self.transaction() as tx:
+            tx.set_meta("device", name)
 
     def close(self) -> None:
         with self._lock:

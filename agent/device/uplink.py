@@ -83,13 +83,16 @@ class Uplink:
         self._thread.join(drain_s + _SAY_S + 1.0)
 
     def run(self) -> None:
-        """Connect, again and again, until stopped. Raises StorageError."""
+        """Connect, again and again, until stopped; then once more, to say so. Raises StorageError."""
         attempt = 0
-        while not self._stopping.is_set():
+        while not self._over():
             began = self._live_for(0.0)
             try:
                 self._session()
+                return
             except LinkDown as down:
+                if self._stopping.is_set():
+                    return
                 ended = self._now().boot_s
                 attempt = 0 if ended - began > _STEADY_S else attempt + 1
                 if str(down) != self.state:
@@ -98,6 +101,9 @@ class Uplink:
                 wait = backoff(attempt, random.random())
                 self._live_for(wait)
                 self._pause(wait)
+
+    def _over(self) -> bool:
+        return self._stopping.is_set() and self._now().boot_s >= self._drain_until_s
 
     def _main(self) -> None:
         try:
@@ -136,7 +142,7 @@ class Uplink:
         return Session(current, self._store, self._author, self._acks, now, by_broker=by_broker, live=live)
 
     def _drained(self, session: Session) -> bool:
-        return self._now().boot_s >= self._drain_until_s or session.empty()
+        return self._over() or session.empty()
 
     def _take_leave(self, session: Session) -> None:
         now = self._now()
