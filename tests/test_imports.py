@@ -22,6 +22,7 @@ FLOORS = {
     "errors": 0,
     "names": 1,
     "clock": 1,
+    "toml": 1,
     "config": 2,
     "wire": 3,
     "drift": 3,

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.output import emit, json_option, table
-from agent.config import Broker, check_broker, suggestion
+from agent.config import Broker, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
 from agent.fleet.text import printable
 from agent.names import is_name
+from agent.toml import suggestion
 from agent.wire import keys
 
 if TYPE_CHECKING:

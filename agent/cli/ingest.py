@@ -14,11 +14,12 @@ from agent import clock
 from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.client import Client
-from agent.config import Config, Stream, suggestion
+from agent.config import Config, Stream
 from agent.device.group import FULL_ROWS, NOT_STORED, Group
 from agent.device.readfile import Block, blocks, open_text
 from agent.device.rows import Checked, check
 from agent.errors import ConfigError, OutstationError, Rejected, StorageBusy, UsageError
+from agent.toml import suggestion
 
 T = TypeVar("T")
 

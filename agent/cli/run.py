@@ -11,10 +11,10 @@ import click
 
 from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option, table
-from agent.config import suggestion
 from agent.device import batch as batches
 from agent.device.daemon import clock_of
 from agent.errors import ConfigError
+from agent.toml import suggestion
 
 
 @click.command(epilog="Example: outstation run -c /etc/outstation/outstation.toml")

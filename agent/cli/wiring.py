@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agent import clock, config
-from agent.config import Config, FilesSource, HostSource, ReplaySource, suggestion
+from agent.config import Config, FilesSource, HostSource, ReplaySource
 from agent.device import schedule
 from agent.device.author import Author
 from agent.device.batch import Task
@@ -18,6 +18,7 @@ from agent.device.uplink import Uplink
 from agent.drift.judge import Judge
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model import activate
+from agent.toml import suggestion
 from agent.wire import keys
 from agent.wire.keys import PublicKey, SigningKey
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import msgspec
 
-from agent.config import Stream, suggestion
+from agent.config import Stream
 from agent.device.rows import Checked, Raw, check
 from agent.errors import Rejected
+from agent.toml import suggestion
 
 MAX_LINE = 1 << 20
 _BOM = b"\xef\xbb\xbf"

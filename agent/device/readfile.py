@@ -13,9 +13,10 @@ from typing import IO, Any
 import msgspec
 
 from agent.clock import epoch_us
-from agent.config import Stream, suggestion
+from agent.config import Stream
 from agent.device.rows import Raw
 from agent.errors import Rejected, UsageError
+from agent.toml import suggestion
 
 BLOCK = 4096
 _LONGEST_HEAD = 1 << 17

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.config import Field, Stream, suggestion
+from agent.config import Field, Stream
 from agent.errors import Rejected
+from agent.toml import suggestion
 
 T_MAX_S = 4_102_444_800.0  # 2100-01-01
 _DTYPES = {"f32": "<f4", "f64": "<f8", "i64": "<i8", "category": "<u2"}

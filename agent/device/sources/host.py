@@ -10,11 +10,12 @@ from pathlib import Path
 import psutil
 
 from agent import clock
-from agent.config import HostSource, Stream, suggestion
+from agent.config import HostSource, Stream
 from agent.device.group import Mark
 from agent.device.intake import Offer
 from agent.device.rows import Raw
 from agent.errors import ConfigError
+from agent.toml import suggestion
 
 log = logging.getLogger("outstation.host")
 
