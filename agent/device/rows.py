@@ -74,7 +74,7 @@ def pack(rows: Rows) -> Packed:
     """`rows`, at least one, as one blob with its CRC-32."""
     first = int(rows.t[0])
     offsets = rows.t - first
-    short = int(offsets.min()) >= 0 and int(offsets.max()) <= _SHORT_SPAN
+    short = int(np.min(offsets)) >= 0 and int(np.max(offsets)) <= _SHORT_SPAN
     head = offsets.astype("<u4" if short else "<i8")
     data = b"".join([head.tobytes(), *(_little(c) for c in rows.columns)])
     return Packed(len(rows), first, head.itemsize, data, _crc(len(rows), first, head.itemsize, data))
