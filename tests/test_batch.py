@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -125,7 +126,7 @@ Make = Callable[..., Device]
 
 
 @pytest.fixture
-def make(tmp_path: Path, active: Callable[[Recipe], Active]) -> Make:
+def make(tmp_path: Path, active: Callable[[Recipe], Active]) -> Iterator[Make]:
     """`make(recipe, …)` is a new device."""
     made: list[Device] = []
 
@@ -134,7 +135,9 @@ def make(tmp_path: Path, active: Callable[[Recipe], Active]) -> Make:
         made.append(device)
         return device
 
-    return new
+    yield new
+    for device in made:
+        device.store.close()
 
 
 def tiles(results: Sequence[Results]) -> tuple[int, int]:
@@ -436,7 +439,7 @@ def test_what_was_learned_is_kept_and_announced(make: Make) -> None:
 
 def snapshot(device: Device) -> dict[str, list[Any]]:
     """All tables of the store."""
-    with sqlite3.connect(f"file:{device.store.path}?mode=ro", uri=True) as db:
+    with contextlib.closing(sqlite3.connect(f"file:{device.store.path}?mode=ro", uri=True)) as db, db:
         names = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         return {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in names}
 
@@ -495,7 +498,7 @@ def damage(device: Device, first_row: int) -> None:
     """A byte of the chunk that begins at this row goes bad."""
     path = device.store.path
     device.store.close()
-    with sqlite3.connect(path) as db:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
         (data,) = db.execute("SELECT data FROM chunks WHERE first_row = ?", (first_row,)).fetchone()
         changed = bytes([data[0] ^ 1]) + data[1:]
         assert db.execute("UPDATE chunks SET data = ? WHERE first_row = ?", (changed, first_row)).rowcount == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -140,7 +141,11 @@ def test_without_a_broker_the_daemon_works_and_delivers_once_there_is_one(fleet:
 def test_one_altered_byte_in_one_stored_message_is_found_and_named(running: Running, tmp_path: Path) -> None:
     copy = tmp_path / "copy.db"
     fleet = running.fleet
-    with sqlite3.connect(fleet.config.fleet.db) as source, sqlite3.connect(copy) as target:
+    with (
+        contextlib.closing(sqlite3.connect(fleet.config.fleet.db)) as source,
+        contextlib.closing(sqlite3.connect(copy)) as target,
+        target,
+    ):
         source.backup(target)
         sql = "SELECT rowid, log, seq, payload FROM messages WHERE kind = 'results' ORDER BY seq LIMIT 1"
         rowid, log, seq, payload = target.execute(sql).fetchone()
