@@ -8,6 +8,11 @@ import signal
 from collections.abc import Callable
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes is the machine's affair: what is found must not depend on what else runs there.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # A shell without job control starts background commands deaf to Ctrl-C, and their children with them: tests press it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
