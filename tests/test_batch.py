@@ -284,7 +284,9 @@ def size(device: Device, message: Message) -> int:
     return len(sent.topic.encode()) + len(sent.payload) + properties + 40
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(
     max_bytes=st.integers(2_500, 20_000),
     recipe=st.sampled_from([CLASSIFY, ANOMALY, REGRESS]),

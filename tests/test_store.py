@@ -328,7 +328,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     store.close()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     chunks=st.lists(st.integers(1, 12), min_size=1, max_size=12),
     after=st.integers(0, 40),
