@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,13 +46,20 @@ class Program:
 
     def __init__(self, log: Path, *arguments: str) -> None:
         self.log = log
-        self._command = [sys.executable, "-m", "agent", *arguments]
+        self._arguments = arguments
+        self.launcher: Sequence[str] = ("-m", "agent")
+        self.before: Sequence[str] = ()
         self._process: subprocess.Popen[bytes] | None = None
 
+    def launch(self, launcher: Sequence[str], before: Sequence[str] = ()) -> None:
+        """From the next start on: what Python is given instead of `-m agent`, and what stands before Python."""
+        self.launcher, self.before = launcher, before
+
     def start(self, **environment: str) -> Self:
+        command = [*self.before, sys.executable, *self.launcher, *self._arguments]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **environment}
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **environment}
             )
         return self
 

@@ -1,0 +1,159 @@
+"""`scripts/torture`: exit 1 where a fault lost or doubled anything, or a negative control lost nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scripts import faults
+from scripts.faults import Fault
+from scripts.faults.oracle import Verdict, settle
+from scripts.faults.world import World
+
+
+@dataclass
+class Outcome:
+    """All rounds of one fault; `skipped` says why there was none."""
+
+    fault: Fault
+    seed: int
+    verdicts: list[Verdict] = field(default_factory=list)
+    skipped: str | None = None
+    folder: Path | None = None
+
+    @property
+    def passed(self) -> bool:
+        if self.skipped is not None:
+            return True
+        lost = any(v.lost for v in self.verdicts)
+        if self.fault.control:
+            return lost
+        undamaged = self.fault.damages or not any(v.declared for v in self.verdicts)
+        return undamaged and not lost and not any(v.doubled or v.problems for v in self.verdicts)
+
+    def document(self) -> dict[str, Any]:
+        """As contract section 11 has it, and a little more."""
+        last = self.verdicts[-1] if self.verdicts else Verdict()
+        return {
+            "fault": self.fault.name,
+            "rounds": len(self.verdicts),
+            "acknowledged": last.acknowledged,
+            "lost": max((v.lost for v in self.verdicts), default=0),
+            "doubled": max((v.doubled for v in self.verdicts), default=0),
+            "recovery_s": round(max((v.recovery_s for v in self.verdicts), default=0.0), 1),
+            "passed": self.passed,
+            "declared": max((v.declared for v in self.verdicts), default=0),
+            "seed": self.seed,
+            "skipped": self.skipped,
+            "problems": list(dict.fromkeys(p for v in self.verdicts for p in v.problems))[:5],
+        }
+
+
+def torture(fault: Fault, rounds: int, seed: int, folder: Path) -> Outcome:
+    """`rounds` rounds of one fault in one world, each healed and judged before the next."""
+    outcome = Outcome(fault, seed, skipped=fault.missing(), folder=folder)
+    if outcome.skipped is not None:
+        return outcome
+    rng = random.Random(f"{fault.name}/{seed}")
+    with World(folder, fault.setting, random.Random(f"rows/{seed}")) as world:
+        for _ in range(rounds):
+            world.producer.resume()
+            fault.inject(world, rng)
+            outcome.verdicts.append(settle(world, fault.patience_s))
+            if outcome.verdicts[-1].problems or (fault.control and outcome.passed):
+                break
+    return outcome
+
+
+@click.command()
+@click.option("--fault", "names", multiple=True, help="A fault by name; may be given more than once.")
+@click.option("--all", "everything", is_flag=True, help="Every fault, negative controls too.")
+@click.option("--rounds", default=3, show_default=True, help="How often each fault is injected.")
+@click.option("--seed", default=1, show_default=True, help="The same seed injects at the same moments.")
+@click.option("--list", "listing", is_flag=True, help="Name the faults, and what each means.")
+@click.option("--markdown", is_flag=True, help="With --list: the table of docs/faults.md.")
+@click.option("--keep", is_flag=True, help="Keep the folders of faults that failed.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def main(
+    names: tuple[str, ...],
+    everything: bool,
+    rounds: int,
+    seed: int,
+    listing: bool,
+    markdown: bool,
+    keep: bool,
+    as_json: bool,
+) -> None:
+    """Inject faults, heal them, and count what was lost: scripts/torture --fault kill-daemon --rounds 20"""
+    known = faults.load()
+    if listing:
+        click.echo(documentation(known.values()) if markdown else listed(known.values()))
+        return
+    unknown = [name for name in names if name not in known]
+    if unknown or not (names or everything):
+        raise click.UsageError(f"name a fault (--list lists them), or --all{': no ' + unknown[0] if unknown else ''}")
+    outcomes = []
+    for name in known if everything else names:
+        outcomes.append(_one(known[name], rounds, seed, keep))
+        if not as_json:
+            click.echo(row(outcomes[-1]))
+    if as_json:
+        click.echo(json.dumps([outcome.document() for outcome in outcomes], indent=2))
+    else:
+        click.echo(summary(outcomes))
+    sys.exit(0 if all(outcome.passed for outcome in outcomes) else 1)
+
+
+def _one(fault: Fault, rounds: int, seed: int, keep: bool) -> Outcome:
+    folder = Path(tempfile.mkdtemp(prefix=f"torture-{fault.name}-"))
+    outcome = Outcome(fault, seed)
+    try:
+        outcome = torture(fault, rounds, seed, folder)
+    except Exception:
+        outcome.verdicts.append(Verdict(problems=[traceback.format_exc(limit=-4)]))
+    if keep and not outcome.passed:
+        click.echo(f"kept: {folder}", err=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    return outcome
+
+
+def row(outcome: Outcome) -> str:
+    if outcome.skipped is not None:
+        return f"{outcome.fault.name:32} skipped: {outcome.skipped}"
+    found = outcome.document()
+    numbers = (found["rounds"], found["acknowledged"], found["lost"], found["declared"], found["doubled"])
+    text = "{:6} rounds {:8} acknowledged {:5} lost {:5} declared {:3} doubled".format(*numbers)
+    verdict = "ok" if outcome.passed else "FAILED"
+    told = "".join(f"\n    {line}" for problem in found["problems"] for line in problem.splitlines())
+    return f"{outcome.fault.name:32}{text} {found['recovery_s']:7.1f} s  {verdict}{'' if outcome.passed else told}"
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    ran = [outcome for outcome in outcomes if outcome.skipped is None]
+    failed = [outcome.fault.name for outcome in ran if not outcome.passed]
+    text = f"{len(ran)} faults, {sum(len(outcome.verdicts) for outcome in ran)} rounds"
+    return f"{text}: {'FAILED: ' + ', '.join(failed) if failed else 'nothing lost, nothing doubled'}"
+
+
+def listed(known: Iterable[Fault]) -> str:
+    return "\n".join(f"{fault.name:32} {fault.means}" for fault in known)
+
+
+def documentation(known: Iterable[Fault]) -> str:
+    lines = ["| fault | what happens | what the operator sees |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| `{fault.name}` | {fault.means} | {fault.sees} |" for fault in known)])
+
+
+if __name__ == "__main__":
+    main()
