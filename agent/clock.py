@@ -12,28 +12,75 @@ from typing import Literal
 Quality = Literal["synced", "restored", "unsynced"]
 
 BUILD_FLOOR_US = 1_764_000_000_000_000  # 2025-11-24: a wall clock before this was never set
+# The kernel's own limits (NTP_PHASE_LIMIT, MAXFREQ): since the last word of a time service the error grows by 500 ppm,
+# and at 16 s the clock counts as unsynchronized.
+LARGEST_ERROR_US = 16_000_000
+_GROWTH = 500e-6
 _TIME_ERROR = 5
 _EPOCH = datetime(1970, 1, 1)
 _TIMESYNCD = Path("/run/systemd/timesync/synchronized")
+_ATOMIC_S = 0.001
+
+
+class _Timex(ctypes.Structure):
+    """The head of `struct timex`, adjtimex(2); room for the rest."""
+
+    _fields_ = (
+        ("modes", ctypes.c_uint),
+        ("offset", ctypes.c_long),
+        ("freq", ctypes.c_long),
+        ("maxerror", ctypes.c_long),
+        ("rest", ctypes.c_char * 256),
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """One reading of both clocks: `wall_us` epoch µs, `boot_s` seconds since boot (counts sleep), `quality` of wall."""
+    """One reading of both clocks: `wall_us` epoch µs, `boot_s` seconds since boot (counts sleep), `quality` of wall.
+
+    `error_us`: by how much a time service says that wall may be off; None where none does.
+    """
 
     wall_us: int
     boot_s: float
     quality: Quality
+    error_us: int | None = None
+
+    @property
+    def boot_us(self) -> int:
+        return round(self.boot_s * 1e6)
+
+    @property
+    def offset_us(self) -> int:
+        """Wall less boot time. Constant between two steps: what slews the one clock slews the other."""
+        return self.wall_us - self.boot_us
 
 
-def read(floor_us: int = BUILD_FLOOR_US) -> Now:
-    """Both clocks; wall time under `floor_us`, the latest time known to have passed, is `unsynced`."""
-    wall = time.time_ns() // 1000
-    if wall < floor_us:
-        quality: Quality = "unsynced"
-    else:
-        quality = "synced" if synced() else "restored"
-    return Now(wall, boot_seconds(), quality)
+def read(floor_us: int = BUILD_FLOOR_US, seen_us: int = 0) -> Now:
+    """Both clocks at one moment.
+
+    Wall time under `floor_us`, the latest time known to have passed, is `unsynced`; so is wall time under `seen_us`,
+    the latest that a time service gave, unless a time service says otherwise now.
+    """
+    error = sync_error_us()
+    wall, boot_s = _both()
+    if error is not None:
+        # Asked on both sides of the look at the clock: what was set in between is not vouched for.
+        error = sync_error_us()
+    if wall < floor_us or (error is None and wall < seen_us):
+        return Now(wall, boot_s, "unsynced")
+    return Now(wall, boot_s, "restored" if error is None else "synced", error)
+
+
+def _both() -> tuple[int, float]:
+    """Wall time, µs, and boot time, s, taken together: a thread put aside in between would look like a step."""
+    for _ in range(10):
+        before = boot_seconds()
+        wall = time.time_ns() // 1000
+        after = boot_seconds()
+        if after - before < _ATOMIC_S:
+            break
+    return wall, after
 
 
 def boot_seconds() -> float:
@@ -49,13 +96,26 @@ def boot_id() -> str:
         return ""
 
 
-def synced() -> bool:
-    """Whether a time daemon says that the clock is right: to the kernel (adjtimex(2)), or by timesyncd's marker.
+def sync_error_us() -> int | None:
+    """By how much a time service says that the clock may be off, µs; None where none says that it is right.
 
-    The marker counts where asking the kernel is not allowed, as in a service with ProtectClock=yes.
+    The kernel knows (adjtimex(2)). Where asking it is not allowed, as in a service with ProtectClock=yes, the marker
+    that timesyncd touches at each synchronization counts, by the kernel's rule.
     """
-    status = -1 if _ADJTIMEX is None else int(_ADJTIMEX(ctypes.create_string_buffer(256)))
-    return _TIMESYNCD.exists() if status == -1 else status != _TIME_ERROR
+    timex = _Timex()
+    status = -1 if _ADJTIMEX is None else int(_ADJTIMEX(ctypes.byref(timex)))
+    if status == -1:
+        return _marker_error_us()
+    return None if status == _TIME_ERROR else min(int(timex.maxerror), LARGEST_ERROR_US)
+
+
+def _marker_error_us() -> int | None:
+    try:
+        age_s = abs(time.time() - _TIMESYNCD.stat().st_mtime)
+    except OSError:
+        return None
+    error = round(age_s * _GROWTH * 1e6)
+    return error if error < LARGEST_ERROR_US else None
 
 
 def rfc3339(wall_us: int) -> str:

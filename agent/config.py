@@ -19,10 +19,12 @@ from agent.toml import suggestion
 
 _SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _DURATIONS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
+# So many digits that every unit leaves a finite number.
+_QUANTITY = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)\s*")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _LEAST_STORE = 2**20
 _LEAST_EVERY_S = 0.01
+_LONGEST_KEEP_S = 3650 * 86_400.0
 
 
 class Size(int):
@@ -83,6 +85,8 @@ class Buffer(Section, frozen=True):
     max_size: Size = Size(2**30)
     commit_every: Duration = Duration(1.0)
     keep_readings: Duration = Duration(24 * 3600.0)
+    keep_messages: Duration = Duration(48 * 3600.0)
+    when_full: Literal["evict", "refuse"] = "evict"
 
 
 class Intake(Section, frozen=True):
@@ -259,6 +263,9 @@ def _check_device(file: str, config: Config) -> None:
             raise ConfigError(file, "intake.tcp", str(problem)) from None
     if config.buffer.max_size < _LEAST_STORE:
         raise ConfigError(file, "buffer.max_size", f"{config.buffer.max_size} bytes hold nothing; give at least 1 MiB")
+    for key in ("keep_readings", "keep_messages"):
+        if not 0.0 <= getattr(config.buffer, key) <= _LONGEST_KEEP_S:
+            raise ConfigError(file, f"buffer.{key}", "must be between 0 s and 3650 d")
 
 
 def _check_stream(file: str, name: str, stream: Stream) -> None:

@@ -9,7 +9,9 @@ OutstationError
 ├── LinkDown          the broker or the network
 └── StorageError      the disk or the database
     ├── StorageFull
-    └── StorageBusy   another process owns the store
+    ├── StorageBusy   another process owns the store
+    ├── StorageDamaged  the database is not what was written; the next opening salvages it
+    └── StorageForked   the store went back in time; the next opening begins a new log
 """
 
 from __future__ import annotations
@@ -61,3 +63,11 @@ class StorageFull(StorageError):
 
 class StorageBusy(StorageError):
     """Another daemon owns this data folder."""
+
+
+class StorageDamaged(StorageError):
+    """The database file is damaged; opening it again salvages what can be read."""
+
+
+class StorageForked(StorageError):
+    """The collector has messages of this log that this store never wrote; opening it again begins a new log."""

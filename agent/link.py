@@ -8,6 +8,7 @@ caller's part, because only the caller knows what may wait.
 from __future__ import annotations
 
 import contextlib
+import logging
 import select
 import socket
 import ssl
@@ -24,6 +25,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from agent import tls
 from agent.config import Broker
 from agent.errors import LinkDown
 from agent.wire.messages import CONTENT_TYPE
@@ -46,6 +48,8 @@ class Outgoing:
     properties: tuple[tuple[str, str], ...] = ()
     retain: bool = False
     expiry_s: int | None = None
+    correlation: bytes | None = None
+    response_topic: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ class Delivery:
     retained: bool
     mid: int
     qos: int
+    correlation: bytes | None = None
+    response_topic: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +85,17 @@ class _Handshake:
     subscribed: list[str] = field(default_factory=list)
 
 
+class _Complaints:
+    """What paho only logs, such as the TLS alert that ended a connection. Most is never formatted."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def log(self, level: int, text: str, *values: object) -> None:
+        if level >= logging.ERROR:
+            self.last = text % values
+
+
 class Link:
     """An open connection. Every method raises LinkDown once the connection is lost."""
 
@@ -97,6 +114,7 @@ class Link:
         self._events: list[Delivery | Receipt] = []
         self._lost: str | None = None
         self._hand = _Handshake()
+        self._complaints = _Complaints()
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
@@ -122,6 +140,10 @@ class Link:
             properties.UserProperty = list(message.properties)
         if message.expiry_s is not None:
             properties.MessageExpiryInterval = message.expiry_s
+        if message.correlation is not None:
+            properties.CorrelationData = message.correlation
+        if message.response_topic is not None:
+            properties.ResponseTopic = message.response_topic
         info = self._client.publish(message.topic, message.payload, 1, message.retain, properties)
         if info.rc != mqtt.MQTT_ERR_SUCCESS:
             raise LinkDown(self._lost or f"publish failed: {mqtt.error_string(info.rc)}")
@@ -171,12 +193,13 @@ class Link:
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect
+        client.enable_logger(self._complaints)  # type: ignore[arg-type]
         client.on_publish = self._on_publish
         client.on_message = self._on_message
         if broker.username is not None:
             client.username_pw_set(broker.username, broker.password)
         if broker.tls:
-            client.tls_set_context(_tls_context(broker))
+            client.tls_set_context(tls.context(broker))
         if will is not None:
             properties = Properties(PacketTypes.WILLMESSAGE)
             properties.ContentType = CONTENT_TYPE
@@ -197,7 +220,10 @@ class Link:
             )
         except (OSError, ValueError) as error:
             raise LinkDown(f"{broker.url}: {error}") from error
-        self._until(lambda: self._hand.connected is not None, timeout_s, f"{broker.url}: no CONNACK")
+        try:
+            self._until(lambda: self._hand.connected is not None, timeout_s, f"{broker.url}: no CONNACK")
+        except LinkDown as down:
+            raise LinkDown(f"{down}{tls.ended(broker)}") from None
         if self._hand.connected:
             raise LinkDown(f"{broker.url}: refused: {self._hand.connected}")
 
@@ -266,7 +292,7 @@ class Link:
         self._hand.subscribed = [str(reason) if reason.is_failure else "" for reason in reasons]
 
     def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
-        self._lost = self._lost or f"connection lost: {reason}"
+        self._lost = self._lost or f"connection lost: {self._complaints.last or reason}"
 
     def _on_publish(self, _client: Any, _data: Any, mid: int, reason: Any, _properties: Any) -> None:
         self._events.append(Receipt(mid, reason.value, str(reason)))
@@ -274,32 +300,7 @@ class Link:
     def _on_message(self, _client: Any, _data: Any, message: mqtt.MQTTMessage) -> None:
         pairs = getattr(message.properties, "UserProperty", ())
         tokens = tuple(value for name, value in pairs if name == "jws")
-        self._events.append(
-            Delivery(message.topic, bytes(message.payload), tokens, message.retain, message.mid, message.qos)
-        )
-
-
-class _TlsSocket(ssl.SSLSocket):
-    """Closes itself when the handshake fails: paho drops the socket and leaves that to the garbage collector."""
-
-    def do_handshake(self, block: bool = False) -> None:
-        try:
-            super().do_handshake(block)
-        except BaseException:
-            self.close()
-            raise
-
-
-def _tls_context(broker: Broker) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=broker.ca_file)
-        context.sslsocket_class = _TlsSocket
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if broker.cert_file:
-            context.load_cert_chain(broker.cert_file, broker.tls_key_file)
-    except OSError as error:
-        raise LinkDown(
-            f"TLS files {broker.ca_file}, {broker.cert_file}, {broker.tls_key_file}: {error}; "
-            "check that they exist, belong together and can be read"
-        ) from error
-    return context
+        correlation = getattr(message.properties, "CorrelationData", None)
+        response_topic = getattr(message.properties, "ResponseTopic", None)
+        head = (message.topic, bytes(message.payload), tokens, message.retain, message.mid, message.qos)
+        self._events.append(Delivery(*head, correlation, response_topic))

@@ -34,6 +34,8 @@ class Weather:
     """`receive` brings only some of what is there."""
     cut: float = 0.0
     """The connection breaks; what was being sent may or may not have arrived."""
+    drop: float = 0.0
+    """The broker neither takes a message nor says so, as one that throttles."""
     mute: bool = False
     """The broker confirms nothing."""
 
@@ -146,7 +148,8 @@ class Air:
     def _delivery(self, message: Outgoing, *, retained: bool) -> Delivery:
         self._mid += 1
         tokens = tuple(value for name, value in message.properties if name == "jws")
-        return Delivery(message.topic, message.payload, tokens, retained, self._mid, 1)
+        head = (message.topic, message.payload, tokens, retained, self._mid, 1)
+        return Delivery(*head, message.correlation, message.response_topic)
 
 
 class AirLink:
@@ -171,6 +174,8 @@ class AirLink:
         self._under_way += 1
         most = self._air.most_under_way
         most[self._client] = max(most.get(self._client, 0), self._under_way)
+        if self._air.chance(self._air.weather.drop):
+            return self._token
         code = self._air.publish(message)
         if not self._air.weather.mute:
             self._receipts.append((self._air.due(), Receipt(self._token, code, f"reason 0x{code:02x}")))

@@ -30,6 +30,8 @@ def read(path: Path, shape: type[S], hook: Hook) -> S:
         raise ConfigError(str(path), "", f"cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), "", f"not valid TOML: {error}") from error
+    except RecursionError:
+        raise ConfigError(str(path), "", "nested too deep to be read; no config file needs that") from None
     try:
         return msgspec.convert(document, shape, dec_hook=hook)
     except msgspec.ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -39,9 +40,34 @@ def test_where_the_kernel_may_not_be_asked_timesyncds_marker_counts(
 ) -> None:
     monkeypatch.setattr(clock, "_ADJTIMEX", lambda _: -1)
     monkeypatch.setattr(clock, "_TIMESYNCD", tmp_path / "synchronized")
-    assert not clock.synced()
+    assert clock.sync_error_us() is None
     (tmp_path / "synchronized").touch()
-    assert clock.synced()
+    assert clock.sync_error_us() is not None
+
+
+def test_a_marker_that_is_half_a_day_old_vouches_for_nothing_and_a_younger_one_for_less_each_hour(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    marker = tmp_path / "synchronized"
+    marker.touch()
+    monkeypatch.setattr(clock, "_ADJTIMEX", None)
+    monkeypatch.setattr(clock, "_TIMESYNCD", marker)
+    now = time.time()
+    for age_s, error_s in ((3600, 1.8), (-3600, 1.8), (12 * 3600, None)):
+        os.utime(marker, (now - age_s, now - age_s))
+        error = clock.sync_error_us()
+        assert (error is None) == (error_s is None)
+        assert error is None or error_s is None or abs(error / 1e6 - error_s) < 0.1
+
+
+def test_a_clock_that_was_set_while_it_was_looked_at_is_not_vouched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [None, 10]
+    monkeypatch.setattr(clock, "sync_error_us", lambda: answers.pop(0))
+    assert clock.read().quality == "restored"
+    answers = [10, None]
+    assert clock.read().quality == "restored"
+    answers = [10, 20]
+    assert (clock.read().quality, answers) == ("synced", [])
 
 
 def test_the_boot_time_clock_goes_on_and_a_boot_has_an_id() -> None:

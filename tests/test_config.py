@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from agent import config
 from agent.cli import main
+from agent.cli.wiring import publishers
 from agent.config import Config, FilesSource, HostSource, ReplaySource, SocketSource
 from agent.errors import ConfigError
+from agent.wire.keys import b64url
 
-KEY = "4Lq3XCMXUDSzdMrkkHBvDURFyLbd9pbRPuKCsTiKVJc"
+KEY = "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"
 EXAMPLE = f"""
 [device]
 id = "pi-07"                 # a-z 0-9 - _ . , 1-64 characters
@@ -181,6 +186,7 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
         ('[buffer]\nmax_size = "-1 GiB"', "buffer.max_size", "must be a number with a unit"),
         ('[buffer]\nmax_size = "100 KiB"', "buffer.max_size", "give at least 1 MiB"),
         ('[buffer]\ncommit_every = "1 sec"', "buffer.commit_every", "'1 sec' must be a number with a unit: ms, s, min"),
+        ('[buffer]\nkeep_messages = "4000 d"', "buffer.keep_messages", "between 0 s and 3650 d"),
         ('[buffer]\nkeep_readings = "1 GiB"', "buffer.keep_readings", "must be a number with a unit"),
         ('[broker]\nurl = "broker"', "broker.url", "'broker' is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]"),
         ('[broker]\nurl = "http://broker"', "broker.url", "is not mqtt://"),
@@ -337,3 +343,44 @@ def test_the_digest_names_what_decides_results_and_not_the_brokers_password(tmp_
     assert config.digest(load(tmp_path, base + "# a comment\n")) == digest
     assert config.digest(load(tmp_path, base + '[broker]\npassword = "secret"\n')) == digest
     assert config.digest(load(tmp_path, base + "learn = 50\n")) != digest
+
+
+TOML = st.lists(
+    st.sampled_from(
+        [*EXAMPLE.splitlines(), "[device]", "id = 1", "[[streams]]", "a.b.c = {}", "= 1", '"' * 3, "x = nan"]
+    )
+    | st.text(max_size=30),
+    max_size=40,
+).map("\n".join)
+
+
+@given(TOML)
+@example("a = " + "[" * 100_000)
+@example("a." * 5_000 + "b = 1")
+@example(DEVICE + "[buffer]\nmax_size = '" + "9" * 400 + " GiB'\n")
+@example(DEVICE + "[buffer]\ncommit_every = '" + "9" * 400 + " d'\n")
+@example(DEVICE + STREAM.replace('"ax"', '"ax", min = -inf'))
+def test_any_text_is_a_config_or_a_mistake_that_names_the_file(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "outstation.toml"
+        file.write_bytes(text.encode(errors="surrogatepass"))
+        try:
+            assert config.digest(config.load(file)).startswith("sha256:")
+        except ConfigError as mistake:
+            said = str(mistake)
+        else:
+            return
+    assert said.startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "x = " + "{a = " * 5_000])
+def test_a_config_that_is_nested_without_end_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    assert "nested too deep" in str(mistake(tmp_path, text))
+
+
+@pytest.mark.parametrize("key", [b64url(bytes(32)), b64url((1).to_bytes(32, "little"))])
+def test_a_config_whose_keys_anybody_can_sign_for_is_refused(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "outstation.toml"
+    file.write_text(DEVICE + f'[publishers]\nkeys = ["{KEY}", "{key}"]\n')
+    with pytest.raises(ConfigError, match=r"outstation\.toml: publishers\.keys: .* of small order"):
+        publishers(file, config.load(file))

@@ -10,10 +10,12 @@ import pytest
 from agent import clock, config
 from agent.cli import wiring
 from agent.config import Config
-from agent.device.daemon import trim
+from agent.device.author import Author
 from agent.device.rows import Rows
+from agent.device.space import Space
 from agent.device.store import Store
 from agent.errors import UsageError
+from tests.senders import new_key
 from tests.stations import T0, conf
 
 NOW = clock.Now(round(T0 * 1e6) + 48 * 3_600_000_000, 1000.0, "synced")
@@ -30,6 +32,12 @@ def fill(store: Store, conf: Config, rows: int = 1000) -> None:
 def with_task(base: Config) -> Config:
     task = config.Task(stream="watch", bundle="exercise")
     return Config(device=base.device, buffer=base.buffer, streams=base.streams, tasks={"exercise": task})
+
+
+def trim(conf: Config, store: Store, now: clock.Now) -> None:
+    """What the daemon does every ten seconds, with no task that needs help."""
+    author = Author("acme", "pi-07", new_key(1), store.log_id, store.boot, 120_000)
+    Space(conf, store, author, lambda _: None, set).turn(now)
 
 
 def test_old_readings_of_a_stream_without_a_task_go(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agent.drift import Judge, State, Verdict, build
 from agent.drift.alerts import Alert
+from agent.drift.summary import Summary
 from agent.errors import BadBundle
 from tests.machine import FIELDS, LABELS, ROWS, WINDOW, Readings, feed, readings, reference
 
@@ -415,3 +416,27 @@ def test_without_scores_there_is_no_estimate(judge: Judge, quiet: Readings) -> N
     unscored = Judge(replace(judge.shipped, score_correct=None), labels=LABELS, window=WINDOW)
     _, verdicts = feed(unscored, unscored.start(), quiet.windows(0, 1))
     assert verdicts[0].summary["estimate"] is None
+
+
+@given(data=st.data())
+def test_a_stored_state_with_bytes_changed_is_read_or_refused_with_a_value_error(
+    judge: Judge, data: st.DataObject
+) -> None:
+    content = bytearray(judge.start().to_bytes())
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
+        content[at] = data.draw(st.integers(0, 255))
+    try:
+        found = State.from_bytes(bytes(content))
+    except ValueError:
+        return
+    assert State.from_bytes(found.to_bytes()).to_bytes() == found.to_bytes()
+
+
+@given(st.binary(max_size=100))
+@example(b"\xdf\xff\xff\xff\xff")
+@example(b"\xdd\xff\xff\xff\xff")
+@example(b"\x91" * 100_000)
+def test_any_bytes_for_a_state_or_a_summary_are_refused_with_a_value_error(data: bytes) -> None:
+    for kind in (State, Summary):
+        with pytest.raises(ValueError, match=r"."):
+            kind.from_bytes(data)

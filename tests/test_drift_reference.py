@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from agent.drift import Reference, build
 from agent.errors import BadBundle
@@ -142,3 +144,33 @@ def test_a_reference_that_does_not_hold_together_is_refused(shipped: Reference, 
 def test_a_truncated_reference_is_refused(shipped: Reference, cut: int) -> None:
     with pytest.raises(BadBundle, match="malformed"):
         Reference.from_json(shipped.to_json()[:cut])
+
+
+@pytest.mark.parametrize("member", ["made", "counts", "test_sd", "rest"])
+def test_a_reference_with_a_member_twice_is_refused(shipped: Reference, member: str) -> None:
+    text = shipped.to_json()
+    value = json.dumps({member: json.loads(text)[member]})[1:-1].encode()
+    with pytest.raises(BadBundle, match=f"key '{member}' is there twice"):
+        Reference.from_json(b"{" + value + b"," + text[1:])
+
+
+@given(data=st.data())
+def test_a_reference_with_bytes_changed_is_read_as_something_sound_or_refused(
+    shipped: Reference, data: st.DataObject
+) -> None:
+    content = bytearray(shipped.to_json())
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
+        content[at] = data.draw(st.sampled_from(b'0123456789.,-eE[]{}":n\\ \xff\x00'))
+    try:
+        found = Reference.from_json(bytes(content))
+    except BadBundle:
+        return
+    assert Reference.from_json(found.to_json()).digest == found.digest
+
+
+@given(st.binary(max_size=200) | st.text(alphabet='[]{}":,0e-', max_size=80).map(str.encode))
+@example(b"[" * 100_000)
+@example(b'{"version":' * 50_000)
+def test_any_bytes_for_a_reference_are_refused(data: bytes) -> None:
+    with pytest.raises(BadBundle, match=r"reference\.json"):
+        Reference.from_json(data)

@@ -66,7 +66,7 @@ def test_a_whole_log_of_each_of_two_devices_passes(store: FleetStore) -> None:
 def test_an_empty_database_passes_with_nothing_in_it(store: FleetStore) -> None:
     assert audit(store).document() == {
         **dict.fromkeys(("devices", "messages", "duplicates", "invalid_count"), 0),
-        **{name: [] for name in ("gaps", "invalid", "coverage")},
+        **{name: [] for name in ("gaps", "invalid", "coverage", "evicted")},
         "passed": True,
     }
 
@@ -192,6 +192,45 @@ def test_results_that_begin_behind_the_first_consumed_row_are_found(store: Fleet
     [(seq, reason)] = reasons(audit(store))
     assert seq == 2
     assert "from row 1, but the first results start at 101" in reason
+
+
+def given_up(sender: Sender, rows: list[list[int]], tasks: Any, *, used: bool = False) -> Sent:
+    evidence = {"stream": "watch", "rows": rows, "used": used, "tasks": tasks, "reason": "no room", "bytes": 1}
+    return sender.logged("audit", event="evicted", summary="no room", evidence=evidence)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tasks", "passes"),
+    [
+        ([[301, 400]], ["exercise"], True),
+        ([[301, 350], [351, 500]], ["exercise"], True),
+        ([[301, 399]], ["exercise"], False),
+        ([[302, 400]], ["exercise"], False),
+        ([[301, 400]], ["another"], False),
+        ([[301, 400]], [], False),
+        ("all", ["exercise"], False),
+        ([[301, 400]], "exercise", False),
+    ],
+)
+def test_rows_that_were_given_up_need_no_results_if_their_task_is_named(
+    store: FleetStore, rows: Any, tasks: Any, passes: bool
+) -> None:
+    sender = Sender()
+    log = [sender.results(), given_up(sender, rows, tasks), sender.results(rows_at=(401, 500)), sender.cursor()]
+    collected(store, sender, *log)
+    report = audit(store)
+    assert report.passed == passes
+    if passes:
+        (listed,) = report.document()["evicted"]
+        assert (listed["stream"], listed["used"], listed["tasks"]) == ("watch", False, ["exercise"])
+        assert [list(pair) for pair in listed["rows"]] == rows
+
+
+def test_a_cursor_that_moved_over_what_was_given_up_is_covered_before_any_result(store: FleetStore) -> None:
+    sender = Sender()
+    cursor = {"stream": "watch", "row": 300, "first": 101}
+    collected(store, sender, given_up(sender, [[1, 300]], ["exercise"]), sender.health(exercise=cursor))
+    assert audit(store).passed
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def test_from_init_to_an_empty_audit_every_report_is_one_json_document(folder: P
             "last_seen": None,
             "through": 0,
             "alerts": 0,
+            "clock": None,
         }
     ]
     assert document("alerts", "--dir", folder) == []

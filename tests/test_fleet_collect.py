@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from agent import clock
 from agent.config import Broker
-from agent.errors import LinkDown
-from agent.fleet import collect
+from agent.errors import LinkDown, StorageFull
+from agent.fleet import alarm, collect
 from agent.fleet.audit import audit
 from agent.fleet.collect import Collector
 from agent.fleet.config import FleetConfig
@@ -28,7 +29,7 @@ from agent.fleet.enrol import init_fleet
 from agent.fleet.store import FleetStore
 from agent.link import Delivery, Link, Outgoing, Receipt
 from agent.wire import jws
-from agent.wire.keys import SigningKey, unb64url
+from agent.wire.keys import SigningKey, b64url, unb64url
 from agent.wire.messages import Ack, open_message
 from tests.brokers import Mosquitto
 from tests.senders import FLEET, Sender, Sent, new_key
@@ -160,6 +161,12 @@ def hostile(sender: Sender, stranger: Sender) -> dict[str, tuple[Delivery, str]]
         "no json": (sender.topic_of(top, b"\xff\xfe{").delivery(), "malformed payload"),
         "deep json": (sender.topic_of(top, b"[" * 100_000).delivery(), "malformed payload"),
         "no token": (replace(delivery, tokens=("\x00" * 5000,)), "malformed signature"),
+        "a key twice": (sender.topic_of(top, good.payload[:-1] + b',"seq":1}').delivery(), "duplicate key"),
+        "ten megabytes": (replace(delivery, payload=bytes(10 << 20)), "too large"),
+        "text that is none": (
+            sender.topic_of(top, good.payload[:-1] + b',"x":"\xff"}').delivery(),
+            "malformed payload",
+        ),
     }
 
 
@@ -173,6 +180,85 @@ def test_every_attack_is_refused_for_its_reason_counted_and_taken_off_the_broker
     assert desk.store.count_messages() == 0
     assert desk.wire.sent == []
     assert len(desk.wire.done) == len(hostile(sender, stranger))
+
+
+def test_a_well_signed_metric_that_is_no_text_does_not_stop_the_collector(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    broken = sender.quality().payload[:-1] + b',"note":"\xff"}'
+    desk.hand(sender.topic_of("outstation/acme/pi-07/quality/exercise", broken), sender.results())
+    assert desk.reasons() == {"malformed payload": 1}
+    assert desk.store.count_messages() == 1
+
+
+def test_a_flood_of_hostile_messages_among_good_ones_loses_none_of_them_and_raises_one_alert(desk: Desk) -> None:
+    sender, stranger = enrolled(desk.store), Sender("pi-09")
+    enrolled(desk.store, "pi-08")
+    attacks = [d for name, (d, _) in hostile(sender, stranger).items() if name not in ("ten megabytes", "too large")]
+    flood = [attacks[i % len(attacks)] for i in range(10_000)]
+    good = [sender.results().delivery() for _ in range(1_000)]
+    first_seq = sender.seq - len(good) + 1
+    for i in range(0, 1_000, 40):
+        desk.hand(*flood[i * 10 : i * 10 + 200], *good[i : i + 40], *flood[i * 10 + 200 : i * 10 + 400])
+    assert desk.store.count_messages() == 1_000
+    assert desk.store.acknowledgement("pi-07", sender.log).missing == [(1, first_seq - 1)]
+    assert sum(desk.reasons().values()) == 10_000
+    assert len(desk.wire.done) - len(desk.wire.sent) == 11_000
+    raised = {alert["device"]: alert for alert in desk.store.alerts()}
+    assert sorted(raised) == ["", "pi-07", "pi-08"]
+    assert len(desk.store.alerts()) == 3
+    assert (raised["pi-07"]["alert"], raised["pi-07"]["severity"]) == ("security", "critical")
+    assert "messages in the name of pi-07 were refused within" in raised["pi-07"]["summary"]
+    assert "in names that are not enrolled" in raised[""]["summary"]
+    assert "table refused" in raised[""]["summary"]
+
+
+def test_a_few_refused_messages_raise_no_alert(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    desk.hand(*[replace(sender.results().delivery(), tokens=()) for _ in range(alarm.MANY)])
+    assert desk.store.alerts() == []
+    desk.hand(replace(sender.results().delivery(), tokens=()))
+    assert [alert["device"] for alert in desk.store.alerts()] == ["pi-07"]
+
+
+def test_a_collector_that_is_started_again_does_not_repeat_the_alert_of_this_hour(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = enrolled(desk.store)
+    moment = replace(clock.read(), wall_us=1_764_022_680_000_000)
+    monkeypatch.setattr(clock, "read", lambda: moment)
+    attack = [replace(sender.results().delivery(), tokens=())] * 30
+    desk.hand(*attack)
+    desk.collector = Collector(FLEET, Broker(), desk.store, desk.key)
+    desk.hand(*attack)
+    assert len(desk.store.alerts()) == 1
+    moment = replace(moment, wall_us=moment.wall_us + 3_600_000_000)
+    desk.collector = Collector(FLEET, Broker(), desk.store, desk.key)
+    desk.hand(*attack)
+    assert [alert["open"] for alert in desk.store.alerts()] == [True, True]
+
+
+def test_an_alert_that_cannot_be_stored_now_is_stored_later(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = enrolled(desk.store)
+    attack = [replace(sender.results().delivery(), tokens=())] * 30
+
+    def full(row: object) -> None:
+        raise StorageFull("the disk is full")
+
+    with monkeypatch.context() as while_full:
+        while_full.setattr(desk.store, "raise_alert", full)
+        desk.hand(*attack)
+    assert desk.store.alerts() == []
+    desk.hand(sender.results())
+    assert len(desk.store.alerts()) == 1
+
+
+def test_an_enrolled_key_that_cannot_be_used_keeps_no_other_device_out(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    with desk.store.transaction() as db:
+        db.execute("INSERT INTO keys (kid, device, key, added) VALUES ('kid', 'pi-08', ?, 'now')", (b64url(bytes(32)),))
+        db.execute("UPDATE meta SET value = value + 1")
+    desk.hand(sender.results())
+    assert desk.store.count_messages() == 1
 
 
 def test_a_message_that_cannot_be_stored_does_not_hold_up_its_neighbours(desk: Desk) -> None:

@@ -13,6 +13,7 @@ from agent import config as device_config
 from agent.config import Broker
 from agent.errors import LinkDown, UsageError
 from agent.fleet import config as fleet_config
+from agent.fleet import pki
 from agent.fleet.collect import filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrol import Enrolment, bundle, enrol, init_fleet
@@ -21,6 +22,7 @@ from agent.link import Link, Outgoing, Receipt
 from agent.wire import keys
 from agent.wire.keys import PublicKey
 from tests.brokers import Mosquitto, free_port
+from tests.certificates import expired
 from tests.senders import new_key
 
 
@@ -47,7 +49,8 @@ def config(folder: Path) -> FleetConfig:
 def test_a_fleet_is_made_once_and_its_private_keys_are_its_owners_alone(folder: Path, config: FleetConfig) -> None:
     private = [path for path in folder.rglob("*.key") if path.is_file()]
     assert {path.name for path in private} == {
-        *("ca.key", "collector.key", "operator.key", "collector-tls.key", "operator-tls.key", "server.key"),
+        *("ca.key", "collector.key", "operator.key", "collector-tls.key", "operator-tls.key", "commander-tls.key"),
+        "server.key",
     }
     assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -64,7 +67,7 @@ def test_a_half_made_fleet_is_not_made_over(folder: Path) -> None:
         init_fleet(folder, "acme", Broker(url="mqtts://broker"))
 
 
-@pytest.mark.parametrize("name", ["collector", "operator", "_all", "Pi", "a/b", "", "a" * 65])
+@pytest.mark.parametrize("name", ["collector", "operator", "commander", "_all", "Pi", "a/b", "", "a" * 65])
 def test_names_of_roles_and_names_that_are_no_topic_level_are_not_enrolled(
     folder: Path, config: FleetConfig, name: str
 ) -> None:
@@ -220,6 +223,17 @@ def test_no_certificate_a_foreign_one_and_a_foreign_ca_do_not_connect(
         ):
             with pytest.raises(LinkDown):
                 Link(bad, "pi-07", timeout_s=5.0)
+
+
+def test_a_certificate_that_has_ended_is_named(tmp_path: Path, folder: Path, config: FleetConfig) -> None:
+    let_in(config, folder, "pi-07")
+    certificate = folder / "devices" / "pi-07" / "device.crt"
+    certificate.write_bytes(expired(certificate.read_bytes(), pki.load_authority(folder / "ca.pem", folder / "ca.key")))
+    with (
+        Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port),
+        pytest.raises(LinkDown, match=r"device\.crt ended on 20.*put a new one in its place"),
+    ):
+        Link(settings_of(folder, "pi-07"), "pi-07", timeout_s=5.0)
 
 
 def test_a_device_cannot_throw_another_off_by_taking_its_client_id(

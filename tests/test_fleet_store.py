@@ -111,6 +111,13 @@ def test_gaps_equal_a_brute_force_model_for_any_subset_of_seqs_and_any_evictions
     assert (told.through, told.missing) == (41, ranges(absent - declared))
 
 
+def test_a_run_that_lists_no_result_may_come_alone(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    assert add(store, sender, sender.results(0, rows=25, lost="its checksum does not match")) == ["new"]
+    assert tables(store)["results"] == []
+
+
 def test_with_more_than_a_hundred_gaps_the_acknowledgement_goes_only_as_far_as_a_hundred(store: FleetStore) -> None:
     sender = Sender()
     enrol(store, sender)
@@ -193,7 +200,7 @@ def test_enrolling_again_is_quiet_and_another_key_needs_replace(store: FleetStor
     with pytest.raises(UsageError, match="belongs to device 'pi-07'"):
         store.enrol("pi-08", sender.key.public, replace=False, now=NOW)
     assert store.enrol("pi-07", other.public, replace=True, now=NOW)
-    assert {kid: revoked for kid, _, _, revoked in store.enrolled_keys()} == {
+    assert {kid: revoked for kid, _, _, revoked, *_ in store.enrolled_keys()} == {
         sender.key.public.kid: True,
         other.public.kid: False,
     }

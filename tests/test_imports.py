@@ -21,11 +21,13 @@ AGENT = ROOT / "agent"
 FLOORS = {
     "errors": 0,
     "names": 1,
+    "jsonkeys": 1,
     "clock": 1,
     "toml": 1,
     "config": 2,
     "wire": 3,
     "drift": 3,
+    "tls": 3,
     "link": 4,
     "model": 4,
     "client": 5,

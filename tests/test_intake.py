@@ -20,8 +20,9 @@ from agent.config import Field, Stream
 from agent.device.group import Group, Mark, Outcome
 from agent.device.intake import Offer
 from agent.device.parse import MAX_LINE
+from agent.device.quota import PAGE
 from agent.device.rows import Raw
-from agent.device.store import PAGE, Store
+from agent.device.store import Store
 from agent.errors import StorageError, UsageError
 from tests.brokers import free_port
 from tests.stations import T0, Killable, Line, Station, conf, rows_of, wait_for
@@ -153,6 +154,7 @@ def test_lines_of_several_streams_may_be_mixed_and_cut_anywhere(station: Station
         (b'{"stream":"nobody","ax":1}', "unknown stream 'nobody'"),
         (b'{"client":5}', 'no "stream"'),
         (b'{"client":""}', 'no "stream"'),
+        (b'{"client":"a","client":"b"}', 'no "stream"'),
         (b'{"client":"' + b"x" * 65 + b'"}', 'no "stream"'),
         (b"[" * 200_000, "not one JSON object"),
         (b"[" * (2 * MAX_LINE), f"line of {2 * MAX_LINE} bytes, the limit is {MAX_LINE}; split it"),
@@ -329,7 +331,7 @@ def test_a_named_client_loses_and_doubles_no_line_when_the_agent_is_killed_twent
 
 
 def test_a_full_store_refuses_rows_with_the_reason_and_takes_them_again_once_there_is_room(tmp_path: Path) -> None:
-    with Station(conf(tmp_path), max_size=60 * PAGE) as station, station.line() as line:
+    with Station(conf(tmp_path), max_size=200 * PAGE) as station, station.line() as line:
         sent = taken = 0
         refused: list[Any] = []
         while not refused:
@@ -351,7 +353,7 @@ def test_a_full_store_refuses_rows_with_the_reason_and_takes_them_again_once_the
 
 
 def test_lines_refused_by_a_full_store_count_for_a_named_client(tmp_path: Path) -> None:
-    with Station(conf(tmp_path), max_size=60 * PAGE) as station:
+    with Station(conf(tmp_path), max_size=200 * PAGE) as station:
         columns: dict[str, list[Any]] = {"power": [0] * 500, "count": [0] * 500, "mode": ["on"] * 500}
         with Client(station.socket, name="g") as client:
             while not client.flush().rejected:

@@ -321,3 +321,20 @@ def test_any_bytes_for_a_zip_are_refused(tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.getbasetemp() / "any.zip"
     path.write_bytes(data)
     assert refused(path)
+
+
+@given(data=st.data())
+def test_a_folder_with_bytes_of_any_file_changed_is_refused_or_the_same_bundle(
+    original: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    whole = read(original)
+    path = Path(shutil.copytree(original, tmp_path_factory.getbasetemp() / "damaged", dirs_exist_ok=True))
+    file = path / data.draw(st.sampled_from(sorted(p.name for p in original.iterdir())))
+    content = bytearray(file.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(data.draw(st.sampled_from([bytes(content), b"", bytes(content) * 2])))
+    try:
+        outcome = read(path).files["manifest.json"] == whole.files["manifest.json"]
+    except BadBundle as problem:
+        outcome = str(problem).startswith(f"{path}: ")
+    assert outcome

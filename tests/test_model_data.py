@@ -46,6 +46,7 @@ def test_csv_of_one_column_or_one_row_keeps_its_shape(tmp_path: Path) -> None:
         ("a,b\n1,2,3\n", "line 2 has 3 cells, the first line names 2"),
         ("a,b\n1\n", "line 2 has 1 cells, the first line names 2"),
         ("t,a,b\n1,1,1\n,1,1\n", "row 2 has no time in column t"),
+        ("t,a,b\n1,1,1\n1e13,1,1\n", "row 2 has no time in column t, in seconds since 1970"),
         ("t,a,b\n2026-11-24T00:00:00Z,1,1\n", "line 2, t: '2026-11-24T00:00:00Z' is no number"),
     ],
 )
@@ -53,6 +54,13 @@ def test_csv_that_is_no_data_is_refused_with_its_line(tmp_path: Path, text: str,
     with pytest.raises(UsageError) as problem:
         csv(tmp_path, text)
     assert str(problem.value).startswith(f"{tmp_path / 'data.csv'}: not data for fields a, b: {why}")
+
+
+def damaged_zip(at: int, value: int) -> bytes:
+    """Recordings whose archive's directory has `value` at `at` of its first entry: 6 version, 10 compression."""
+    content = bytearray(npz(rows=np.zeros((3, 2)), fields=["a", "b"]))
+    content[content.index(b"PK\x01\x02") + at] = value
+    return bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +74,14 @@ def test_csv_that_is_no_data_is_refused_with_its_line(tmp_path: Path, text: str,
         (npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[0, 2, 1, 3]), "starts must ascend from 0"),
         (npz(rows=np.zeros(3), fields=["a", "b"]), "not data for fields"),
         (npz(rows=np.array([{}]), fields=["a", "b"]), "allow_pickle=False"),
+        (npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[]), "not data for fields"),
+        (npz(rows=np.zeros((3, 2)), fields=["a", "b"], rate=0.0), "rate is 0; give rows per second"),
+        (
+            npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[0, 1, 3], label=[1]),
+            "label has shape (1,), there are 2",
+        ),
+        (damaged_zip(10, 99), "compression"),
+        (damaged_zip(6, 99), "not data for fields"),
     ],
 )
 def test_recordings_that_are_no_data_are_refused(tmp_path: Path, content: bytes, why: str) -> None:

@@ -135,6 +135,9 @@ def file_of(**arrays: object) -> bytes:
         pytest.param({"tolerance": np.array([0.1])}, id="one tolerance"),
         pytest.param({"tolerance": np.array(0.1)}, id="a tolerance without dimensions"),
         pytest.param({"runtime": np.array("")}, id="no runtime"),
+        pytest.param({"runtime": np.array([LITERT, LITERT])}, id="two runtimes"),
+        pytest.param({"runtime": np.array(LITERT.encode())}, id="a runtime in bytes"),
+        pytest.param({"runtime": np.frombuffer(b"\xff" * 8, "<U2")[0:1].reshape(())}, id="numbers beyond characters"),
         pytest.param({"inputs": np.array([{}], object)}, id="a pickle"),
     ],
 )
@@ -142,6 +145,36 @@ def test_a_golden_file_that_proves_nothing_is_refused(arrays: dict[str, object])
     assert golden.decode(file_of()).runtime == LITERT
     with pytest.raises(BadBundle, match=r"golden\.npz"):
         golden.decode(file_of(**arrays))
+
+
+NPY = b"\x93NUMPY\x01\x00\x76\x00"
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"no array", id="no array"),
+        pytest.param(NPY + (b"{'descr': '<f4', " + b"'" * 3 + b"shape': (1,)").ljust(118), id="an open quote"),
+        pytest.param(NPY + b"{'descr': '<f4', 'fortran_order': False, 'shape': (9L, 4L), }".ljust(118), id="Python 2"),
+        pytest.param(
+            NPY + b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999999999999999999999, 4), }".ljust(118),
+            id="a shape beyond 64 bits",
+        ),
+        pytest.param(
+            NPY + b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999, 4), }".ljust(118), id="400 GB"
+        ),
+        pytest.param(NPY + b"(" * 118, id="nested"),
+    ],
+)
+@pytest.mark.parametrize("name", ["inputs", "expected", "runtime", "tolerance"])
+def test_a_golden_file_with_a_member_that_is_no_array_is_refused(name: str, member: bytes) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(file_of())) as source, zipfile.ZipFile(out, "w") as archive:
+        for entry in source.namelist():
+            archive.writestr(entry, member if entry == f"{name}.npy" else source.read(entry))
+    with pytest.raises(BadBundle, match=r"golden\.npz"):
+        golden.decode(out.getvalue())
 
 
 def test_a_golden_file_without_one_of_its_arrays_is_refused() -> None:

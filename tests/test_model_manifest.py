@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agent.errors import BadBundle
 from agent.model import bundle, manifest
 from agent.model.bundle import Bundle
-from tests.bundles import KEY, change_manifest, packed
+from tests.bundles import KEY, change_manifest, packed, resign
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +128,15 @@ def test_a_manifest_has_one_spelling() -> None:
     assert manifest.encode(manifest.decode(once)) == once
     assert once.endswith(b"}\n")
     assert list(json.loads(once)) == sorted(json.loads(once))
+
+
+def test_a_manifest_that_two_readers_read_differently_is_refused_even_when_signed(folder: Path) -> None:
+    path = folder / "manifest.json"
+    text = path.read_text()
+    for twice in ('"version": "9.9.9",\n', '"files": {},\n'):
+        path.write_text(text.replace("{\n", "{\n  " + twice, 1))
+        resign(folder)
+        assert "is there twice in one object" in refused(folder)
+    path.write_text(text.replace('"fields": [', '"fields": ["x"], "fields": [', 1))
+    resign(folder)
+    assert "key 'fields' is there twice" in refused(folder)

@@ -191,9 +191,39 @@ def test_lines_may_end_as_on_windows() -> None:
     assert read([GOOD + b"\r"] * 3).lines == [1, 2, 3]
 
 
-def test_of_a_key_that_comes_twice_the_last_one_counts() -> None:
-    got = read([b'{"stream":"machine","stream":"watch","ax":1,"ax":2,"ay":2}'])
-    assert got.rows["watch"][0].columns[0].tolist() == [2]
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        (b'{"stream":"machine","stream":"watch","ax":1,"ay":2}', "stream"),
+        (b'{"stream":"watch","ax":1,"ax":2,"ay":2}', "ax"),
+        (b'{"stream":"watch","ax":1,"a\\u0078":2,"ay":2}', "ax"),
+        (b'{"stream":"watch","t":null,"t":1764022680,"ax":1,"ay":2}', "t"),
+        (b'{"stream":"machine","power":1,"count":1,"mode":"a:b","mode":"a"}', "mode"),
+        (b'{"stream":"machine","power":1,"power":2,"count":1,"mode":"\\u003a"}', "power"),
+        (b'{"stream":"machine","power":1,"count":1,"mode":"a","heat":1,"heat":null}', "heat"),
+        (b'{"stream":"watch","columns":{"ax":[1],"ay":[2],"ax":[3]}}', "ax"),
+        (b'{"stream":"watch","columns":{"ax":[1],"ay":[2]},"columns":{"ax":[1],"ay":[3]}}', "columns"),
+        (b'{"stream":"watch","columns":{"ax":[{"x":1,"x":2}],"ay":[2]}}', "x"),
+    ],
+)
+def test_a_line_with_a_key_twice_is_named_alone_and_in_a_run(line: bytes, key: str) -> None:
+    said = f"key {key!r} is there twice in one object; two readers would see two values"
+    good = row("machine", power=1, count=1, mode="a") if b"machine" in line else GOOD
+    assert read([good, good, line, good, good]).bad == {3: said}
+    assert read([good], [good] * 50 + [line] + [good] * 50).bad == {52: said}
+    assert reason(line) == said
+
+
+def test_colons_in_text_and_fields_that_are_absent_or_null_hide_nothing_and_cost_no_line() -> None:
+    more: list[dict[str, Any]] = [{}, {"heat": None}, {"heat": 1}]
+    lines = [
+        row("machine", power=1, count=i, mode=mode, **more[i % 3]) for i in range(60) for mode in ("a:b", ":", "\\:")
+    ]
+    got = read([row("machine", power=1, count=0, mode="a")], lines)
+    assert got.bad == {}
+    assert got.lines == list(range(1, 182))
+    heat = concatenate(got.rows["machine"]).columns[3]
+    assert [value == 1 for value in heat.tolist()] == [False] + [i % 3 == 2 for i in range(60) for _ in range(3)]
 
 
 def test_rows_with_and_without_a_time_may_take_turns() -> None:
@@ -251,3 +281,22 @@ def test_whole_numbers_keep_all_their_digits() -> None:
 def test_the_streams_of_these_tests_are_what_they_say() -> None:
     assert [f.name for f in WATCH.fields] == ["ax", "ay"]
     assert [f.type for f in MACHINE.fields] == ["f64", "i64", "category", "f32"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["t", "ax", "ay", "x:"]), inner),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["t", "ax", "ay", "az", "stream"]), st.lists(JSON, max_size=3) | JSON))
+def test_columns_of_anything_are_taken_in_part_or_named(columns: dict[str, Any]) -> None:
+    got = read([GOOD, row("watch", columns=columns)])
+    assert 2 in got.lines or 2 in got.bad
+
+
+@given(st.dictionaries(st.sampled_from(["t", "power", "count", "mode", "heat", "stream", "columns"]), JSON))
+def test_a_row_of_anything_is_taken_or_named(values: dict[str, Any]) -> None:
+    got = read([json.dumps({"stream": "machine", **values}).encode()])
+    assert sorted([*got.lines, *(n for n in got.bad if n not in got.lines)]) == [1]

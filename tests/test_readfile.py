@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -248,6 +249,23 @@ def test_json_lines_stand_each_for_itself() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"ax":1,"ax":1,"ay":2}', "ax"),
+        ('{"stream":"watch","stream":"watch","ax":1,"ay":2}', "stream"),
+        (f'{{"t":"2025-11-24T22:18:00Z","t":{T0},"ax":1,"ay":2}}', "t"),
+        ('{"ax":{"b":1,"b":2},"ay":2}', "b"),
+        ('{"ax":1,"\\u0061x":1,"ay":2}', "ax"),
+    ],
+)
+def test_a_json_line_with_a_key_twice_is_named_and_its_neighbours_are_read(line: str, key: str) -> None:
+    good = '{"t":"2025-11-24T22:18:00Z","ax":1,"ay":2}'
+    found = read_text(f"{good}\n{line}\n{good}\n", name="in.jsonl")
+    assert numbers(found) == [1, 3]
+    assert bad(found) == {2: f"key {key!r} is there twice in one object; two readers would see two values"}
+
+
 def test_without_a_name_the_first_character_tells_json_lines_from_csv() -> None:
     assert values(read_text("ax,ay\n1,2\n", name=""), "ax") == [1]
     assert values(read_text('{"ax":1,"ay":2}\n', name=""), "ax") == [1]
@@ -315,3 +333,45 @@ def test_parquet_with_other_columns_or_none_at_all_is_refused(tmp_path: Path) ->
         broken.write_bytes(content)
         with pytest.raises(Rejected, match="not readable as Parquet"):
             read_parquet(broken)
+
+
+@given(st.sampled_from(["in.csv", "in.jsonl", ""]), st.lists(st.binary(max_size=40), max_size=6), st.booleans())
+def test_whatever_bytes_a_file_holds_it_is_read_line_by_line_or_rejected(
+    name: str, lines: list[bytes], headed: bool
+) -> None:
+    text = (b"ax,ay\n" if headed else b"") + b"\n".join(lines)
+    try:
+        found = read_text(text, name=name)
+    except Rejected:
+        return
+    for block in found:
+        checked = check(block.raw, WATCH, 0, None)
+        assert len(checked.rows) + len(checked.bad) == block.raw.n == len(block.lines)
+    assert not set(numbers(found)) & set(bad(found))
+
+
+@pytest.fixture(scope="module")
+def sound_parquet(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("parquet") / "x.parquet"
+    return parquet(path, t=[T0, T0 + 1], ax=[1.0, 2.0], ay=[3.0, 4.0]).read_bytes()
+
+
+def test_parquet_whose_columns_have_names_that_are_no_text_is_rejected(sound_parquet: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(sound_parquet.replace(b"ay", b"\xff\xfe"))
+    with pytest.raises(Rejected):
+        read_parquet(tmp_path / "x.parquet")
+
+
+@given(data=st.data())
+def test_parquet_with_bytes_changed_is_read_or_rejected(sound_parquet: bytes, data: st.DataObject) -> None:
+    content = bytearray(sound_parquet)
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[at] ^= data.draw(st.integers(1, 255))
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
+        file.write(content)
+        file.flush()
+        try:
+            found = read_parquet(Path(file.name))
+        except Rejected:
+            return
+    assert all(len(block.lines) == block.raw.n for block in found)

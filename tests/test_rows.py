@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
 
 from agent.config import Field, Stream
-from agent.device.rows import Checked, Raw, Rows, check, concatenate, pack, unpack
+from agent.device.rows import Checked, Packed, Raw, Rows, check, concatenate, pack, unpack
 from agent.errors import Rejected
 
 FIELDS = [
@@ -273,3 +275,24 @@ def test_numpy_columns_are_taken_as_they_are() -> None:
     checked = check(raw, stream, NOW_US, None)
     assert checked.bad == {}
     assert [column.tolist() for column in checked.rows.columns] == [[1.5, 2.5], [7, 8]]
+
+
+@given(
+    n=st.integers(-2, 40) | INT64,
+    first_t=INT64 | st.just(2**70),
+    time_bytes=st.sampled_from([4, 8, 0, -1, 2**40]),
+    data=st.binary(max_size=200),
+    crc=st.none() | st.integers(0, 2**32 - 1),
+)
+def test_whatever_stands_in_a_chunk_is_unpacked_or_refused_with_a_value_error(
+    n: int, first_t: int, time_bytes: int, data: bytes, crc: int | None
+) -> None:
+    # Without a CRC of its own the chunk gets the right one: damage before it was computed.
+    fits = all(-(2**63) <= value < 2**63 for value in (n, first_t, time_bytes))
+    right = zlib.crc32(data, zlib.crc32(struct.pack("<qqq", n, first_t, time_bytes))) if fits else 0
+    try:
+        rows = unpack(Packed(n, first_t, time_bytes, data, right if crc is None else crc), FIELDS)
+    except ValueError:
+        return
+    assert len(rows) == n
+    assert all(len(column) == n for column in rows.columns)

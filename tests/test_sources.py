@@ -22,12 +22,13 @@ import pytest
 from agent import clock, config
 from agent.clock import Now
 from agent.config import Fault, Field, FilesSource, HostSource, ReplaySource, Stream
+from agent.device.quota import PAGE
 from agent.device.rows import Rows
 from agent.device.sources import files as files_module
 from agent.device.sources.files import Files
 from agent.device.sources.host import Host
 from agent.device.sources.replay import Playlist, Replay, load
-from agent.device.store import PAGE, Store
+from agent.device.store import Store
 from agent.errors import ConfigError, UsageError
 from tests.stations import ROOT, T0, Station, conf, rows_of, wait_for
 
@@ -171,7 +172,7 @@ def test_what_a_slow_writer_adds_after_its_file_was_claimed_is_taken_too(tmp_pat
 @pytest.mark.usefixtures("quick")
 def test_a_full_store_holds_a_file_up_and_loses_none_of_it(tmp_path: Path) -> None:
     put(tmp_path, "a.csv", range(60_000))
-    with watching(tmp_path, max_size=100 * PAGE) as station:
+    with watching(tmp_path, max_size=200 * PAGE) as station:
         wait_for(lambda: station.store.last_row("numbers") > 20_000, "a store that fills")
         time.sleep(0.3)
         kept = station.store.last_row("numbers")
@@ -433,7 +434,7 @@ def test_a_full_store_holds_a_replay_up_and_skips_nothing(
     monkeypatch.setattr("agent.device.sources.replay._FULL_S", 0.05)
     source = replay_of(recordings, rows=40_000, speed=1e5)
     whole = played(tmp_path / "a", source)
-    with replaying(tmp_path / "b", source, max_size=90 * PAGE) as station:
+    with replaying(tmp_path / "b", source, max_size=200 * PAGE) as station:
         wait_for(lambda: station.store.last_row("watch") > 10_000, "a store that fills")
         found: list[float] = []
         for _ in range(200):

@@ -25,9 +25,11 @@ from agent import clock
 from agent.config import Field, Stream
 from agent.device import schema
 from agent.device.group import Group
+from agent.device.quota import PAGE
+from agent.device.retention import Acknowledged
 from agent.device.rows import Raw, Rows, check, concatenate
-from agent.device.store import PAGE, Batch, Store
-from agent.device.transaction import Pending
+from agent.device.store import Batch, Store
+from agent.device.transaction import Pending, Trimmed
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
 from tests.stations import ROOT, rows_of
 
@@ -168,14 +170,14 @@ def test_a_reader_without_a_store_to_read_is_told(tmp_path: Path) -> None:
 def test_the_pragmas_that_safety_hangs_on_are_in_force(tmp_path: Path) -> None:
     store = Store(tmp_path, max_size=1000 * PAGE)
     read = {name: store._one(f"PRAGMA {name}") for name in ("journal_mode", "synchronous", "max_page_count")}
-    assert read == {"journal_mode": ("wal",), "synchronous": (2,), "max_page_count": (1000,)}
+    assert read == {"journal_mode": ("wal",), "synchronous": (2,), "max_page_count": (store.quota.pages // PAGE,)}
     others = {name: store._one(f"PRAGMA {name}") for name in ("foreign_keys", "trusted_schema", "page_size")}
     assert others == {"foreign_keys": (1,), "trusted_schema": (0,), "page_size": (PAGE,)}
     store.close()
 
 
 def test_a_pragma_that_does_not_take_hold_is_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "pragmas", lambda pages: [("synchronous=OFF", "2")])
+    monkeypatch.setattr(schema, "pragmas", lambda *_: [("synchronous=OFF", "2")])
     with pytest.raises(StorageError, match="acknowledged rows would not be safe"):
         Store(tmp_path)
     monkeypatch.undo()
@@ -212,13 +214,15 @@ def test_opening_again_and_again_changes_nothing(tmp_path: Path) -> None:
     assert "chunks" in [name for _, name, _ in before]
 
 
-def test_a_file_that_is_no_database_is_named_and_left_as_it_is(tmp_path: Path) -> None:
+def test_a_file_that_is_no_database_is_set_aside_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "outstation.db").write_bytes(b"not a database, but of some length" * 100)
-    with pytest.raises(StorageError, match="NOTADB"):
-        Store(tmp_path)
-    assert (tmp_path / "outstation.db").read_bytes().startswith(b"not a database")
-    with pytest.raises(StorageError, match="NOTADB"):
-        Store(tmp_path)
+    store = opened(tmp_path)
+    append(store, numbers(1, 3))
+    store.close()
+    assert (tmp_path / "quarantine/1/outstation.db").read_bytes() == b"not a database, but of some length" * 100
+    store = opened(tmp_path)
+    assert values(store) == [1, 2, 3]
+    store.close()
 
 
 # --- quota
@@ -230,7 +234,7 @@ def fill(store: Store) -> int:
     while True:
         first = store.last_row("numbers") + 1
         raw = Raw(500, None, {"n": list(range(first, first + 500))})
-        group.add("producer", "numbers", check(raw, NUMBERS, 0, None), list(range(500)))
+        group.add("producer", "numbers", check(raw, NUMBERS, 0, None), list(range(500)), clock.read())
         outcome = group.commit(clock.read())["producer"]
         if outcome.full:
             assert outcome.accepted == 0
@@ -241,13 +245,19 @@ def fill(store: Store) -> int:
 
 
 def test_a_full_store_refuses_rows_loses_none_and_takes_more_once_some_were_trimmed(tmp_path: Path) -> None:
-    store = opened(tmp_path, max_size=100 * PAGE)
+    store = opened(tmp_path, max_size=200 * PAGE)
     taken = fill(store)
     assert taken > 10_000
     assert fill(store) == taken
     assert values(store) == list(range(1, taken + 1))
-    with store.transaction() as tx:
-        assert tx.trim("numbers", taken // 2, 2**62, 1000) > 5
+    gone: list[Trimmed] = []
+    while not gone or gone[-1].last < taken // 2 - 500:
+        with store.transaction() as tx:
+            one = tx.trim("numbers", taken // 2, 2**62, 1000)
+        assert one is not None
+        gone.append(one)
+    assert sum(one.chunks for one in gone) > 5
+    assert (gone[0].first, gone[-1].last + 1) == (1, store.first_row("numbers"))
     assert store.first_row("numbers") > taken // 3
     again = fill(store)
     assert again > taken
@@ -258,7 +268,7 @@ def test_a_full_store_refuses_rows_loses_none_and_takes_more_once_some_were_trim
 
 
 def test_results_and_deletions_still_find_room_when_intake_is_full(tmp_path: Path) -> None:
-    store = opened(tmp_path, max_size=100 * PAGE)
+    store = opened(tmp_path, max_size=200 * PAGE)
     fill(store)
     with store.transaction() as tx:
         tx.enqueue(Pending(1, "topic", b"x" * 5000, "jws", "now"), "digest")
@@ -268,8 +278,21 @@ def test_results_and_deletions_still_find_room_when_intake_is_full(tmp_path: Pat
     store.close()
 
 
+def test_rows_wait_for_a_commit_only_until_they_are_enough_for_one_transaction(tmp_path: Path) -> None:
+    store = opened(tmp_path, max_size=256 * PAGE)
+    group, first = Group(store, STREAMS), 1
+    while not group.is_full:
+        raw = Raw(500, None, {"n": list(range(first, first + 500))})
+        group.add("producer", "numbers", check(raw, NUMBERS, 0, None), list(range(500)), clock.read())
+        first += 500
+    assert 1000 < first < 16_384
+    assert group.commit(clock.read())["producer"].accepted == first - 1
+    assert not group.is_full
+    store.close()
+
+
 def test_a_transaction_over_the_quota_is_refused_as_a_whole(tmp_path: Path) -> None:
-    store = opened(tmp_path, max_size=60 * PAGE)
+    store = opened(tmp_path, max_size=256 * PAGE)
     append(store, numbers(1, 10))
     with pytest.raises(StorageFull, match=r"\[buffer\] max_size"), store.transaction() as tx:  # noqa: PT012
         tx.set_mark("client", "a", 7)
@@ -535,7 +558,7 @@ def test_the_outbox_is_numbered_without_a_gap_and_deleted_as_acknowledged(tmp_pa
         raise RuntimeError
     with store.transaction() as tx:
         assert tx.chain() == (6, "digest 6")
-        assert tx.acknowledge(5, [(2, 3)]) == 3
+        assert tx.outbox.set_acknowledged(Acknowledged(5, ((2, 3),))) == []
     assert [message.seq for message in store.unsent(0, 10)] == [2, 3, 6]
     assert [message.seq for message in store.unsent(2, 1)] == [3]
     assert [message.seq for message in store.pending([1, 3, 6])] == [3, 6]

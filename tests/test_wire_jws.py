@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 from typing import Any
 
@@ -32,6 +33,14 @@ def token(header: Any, payload: bytes = PAYLOAD, key: SigningKey = KEY) -> str:
     """Rightly signed under any header."""
     protected = b64url(header if isinstance(header, bytes) else json.dumps(header).encode())
     return f"{protected}..{b64url(key.sign(protected.encode() + b'.' + payload))}"
+
+
+def with_s_plus_order(text: str) -> str:
+    """The signature with the group's order added to its second half: the same number to a careless verifier."""
+    protected, signature = text.split("..")
+    raw = unb64url(signature)
+    s = int.from_bytes(raw[32:], "little") + 2**252 + 27742317777372353535851937790883648493
+    return f"{protected}..{b64url(raw[:32] + s.to_bytes(32, 'little'))}"
 
 
 def reason(tokens: list[str], topic: str = TOPIC, payload: bytes = PAYLOAD) -> str:
@@ -96,6 +105,7 @@ def test_any_single_bit_changed_in_the_token_is_refused() -> None:
         pytest.param(["A" * 2049], "malformed signature", id="too long"),
         pytest.param([token({**HEADER, "top": "x" * 2000})], "malformed signature", id="too long, but well signed"),
         pytest.param([token(HEADER, key=OTHER)], "bad signature", id="another key under this kid"),
+        pytest.param([with_s_plus_order(TOKEN)], "bad signature", id="the same signature in its other spelling"),
     ],
 )
 def test_a_token_that_is_not_one_signature_of_ours_is_refused(tokens: list[str], why: str) -> None:
@@ -132,6 +142,23 @@ def test_a_well_signed_header_that_says_something_else_is_refused(change: dict[s
 @pytest.mark.parametrize("member", HEADER)
 def test_a_header_without_one_of_its_members_is_refused(member: str) -> None:
     assert reason([token({k: v for k, v in HEADER.items() if k != member})]) == "malformed signature"
+
+
+@pytest.mark.parametrize("member", HEADER)
+def test_a_header_with_a_member_twice_is_refused_whichever_comes_last(member: str) -> None:
+    good = json.dumps(HEADER)
+    wrong = json.dumps({member: "none" if member == "alg" else HEADER[member]})
+    for text in (wrong[:-1] + "," + good[1:], good[:-1] + "," + wrong[1:]):
+        assert reason([token(text.encode())]) == "malformed signature"
+
+
+def test_a_public_key_taken_for_a_shared_secret_signs_nothing() -> None:
+    protected = b64url(json.dumps(HEADER | {"alg": "HS256"}).encode())
+    mac = hmac.digest(KEY.public.raw, protected.encode() + b"." + PAYLOAD, "sha256")
+    assert reason([f"{protected}..{b64url(mac)}"]) == "malformed signature"
+    protected = TOKEN.split("..")[0]
+    mac = hmac.digest(KEY.public.raw, protected.encode() + b"." + PAYLOAD, "sha512")
+    assert reason([f"{protected}..{b64url(mac)}"]) == "bad signature"
 
 
 def test_a_key_that_comes_with_the_message_is_not_used() -> None:

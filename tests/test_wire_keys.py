@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from agent.errors import UsageError
 from agent.wire import keys
-from agent.wire.keys import SigningKey, b64url, unb64url
+from agent.wire.keys import PublicKey, SigningKey, b64url, unb64url
 
 # RFC 8037 appendix A.1 to A.4.
 RFC_D = "nWGxne_9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A"
@@ -157,3 +158,49 @@ def test_a_public_key_that_is_neither_text_nor_file_says_both(tmp_path: Path) ->
     for given_key in ("nonsense", str(tmp_path / "empty.pub"), str(tmp_path / "binary.pub"), str(tmp_path), "a\0b"):
         with pytest.raises(UsageError, match=r"neither a base64url Ed25519 key .* nor a file with one"):
             keys.load_public(given_key)
+
+
+P = 2**255 - 19
+# The eight points of small order (RFC 8032 section 5.1 has the curve), and each number that names one of them again.
+ORDER_8 = 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+SMALL = [y + sign for y in (0, 1, P - 1, P, P + 1, ORDER_8, P - ORDER_8) for sign in (0, 2**255)]
+
+
+@pytest.mark.parametrize("number", SMALL, ids=hex)
+def test_a_key_for_which_anybody_can_sign_is_refused(number: int) -> None:
+    text = b64url(number.to_bytes(32, "little"))
+    with pytest.raises(ValueError, match=r"small order|canonical"):
+        keys.public_key(text)
+    with pytest.raises(UsageError, match=r"small order|canonical"):
+        keys.load_public(text)
+
+
+def test_a_library_that_is_not_asked_takes_a_forged_signature_for_such_a_key() -> None:
+    identity = PublicKey((1).to_bytes(32, "little"))
+    forged = (1).to_bytes(32, "little") + bytes(32)
+    identity.verify(forged, b"any message at all")
+    with pytest.raises(ValueError, match="small order"):
+        keys.public_key(identity.text)
+
+
+@pytest.mark.parametrize("number", [*range(P, 2**255), *range(P + 2**255, 2**256)])
+def test_a_key_with_a_second_spelling_is_refused_in_that_one(number: int) -> None:
+    with pytest.raises(ValueError, match="canonical"):
+        keys.public_key(b64url(number.to_bytes(32, "little")))
+
+
+@given(st.integers(0, 2**256 - 1))
+def test_half_of_all_numbers_are_points_and_the_others_are_no_key(number: int) -> None:
+    raw = number.to_bytes(32, "little")
+    refusal = ""
+    try:
+        assert keys.public_key(b64url(raw)).raw == raw
+    except ValueError as refused:
+        refusal = str(refused)
+    assert not refusal or re.search(r"no point of the curve|small order|canonical", refusal)
+
+
+@given(st.binary(min_size=32, max_size=32))
+def test_every_key_that_is_made_is_taken(seed: bytes) -> None:
+    made = SigningKey(Ed25519PrivateKey.from_private_bytes(seed)).public
+    assert keys.public_key(made.text).kid == made.kid

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +179,75 @@ def refusal(topic: str, payload: bytes | dict[str, Any], key: SigningKey = DEVIC
         pytest.param(HEALTH_TOPIC, b"\xff", "malformed payload", id="not UTF-8"),
         pytest.param(HEALTH_TOPIC, b'{"kind":"health",' * 2, "malformed payload", id="cut short"),
         pytest.param(HEALTH_TOPIC, b'{"a":' * 50_000, "malformed payload", id="nested without end"),
+        pytest.param(HEALTH_TOPIC, b" " * (10 << 20), "too large", id="ten megabytes"),
+        pytest.param(
+            HEALTH_TOPIC, b"\xef\xbb\xbf" + messages.encode(HEALTH), "malformed payload", id="byte order mark"
+        ),
+        pytest.param(HEALTH_TOPIC, json.dumps(HEALTH).encode("utf-16"), "malformed payload", id="UTF-16"),
+        pytest.param(HEALTH_TOPIC, messages.encode(HEALTH) + b"\0", "malformed payload", id="NUL after the end"),
+        pytest.param(HEALTH_TOPIC, messages.encode(HEALTH) + b"{}", "malformed payload", id="two objects"),
     ],
 )
 def test_a_well_signed_message_that_does_not_fit_where_it_came_is_refused(
     topic: str, payload: bytes | dict[str, Any], why: str
 ) -> None:
     assert refusal(topic, payload) == why
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b'"x":NaN',
+        b'"x":-Infinity',
+        b'"x":01',
+        b'"x":"\\ud800"',
+        b'"x":"\xff"',
+        b'"\xff":1',
+        b'"x":"\xed\xa0\x80"',
+        b'"x":"\xc0\xaf"',
+        b'"x":"\0"',
+        b'"x":"a\nb"',
+        b'"outbox":' + b"[" * 5_000 + b"]" * 5_000,
+        b'"streams":{"watch":{"rows":1e999}}',
+        b'"streams":{"watch":{"rows":' + b"9" * 5_000 + b"}}",
+    ],
+    ids=lambda more: more[:24].decode("latin-1"),
+)
+def test_what_no_two_readers_read_alike_is_refused_even_where_nobody_looks(more: bytes) -> None:
+    whole = messages.encode({k: v for k, v in HEALTH.items() if k not in ("streams", "outbox")})
+    assert refusal(HEALTH_TOPIC, whole[:-1] + b"," + more + b"}") == "malformed payload"
+
+
+def twice(payload: str) -> Iterator[str]:
+    """The payload with each member of each of its objects there twice, one at a time."""
+    for match in re.finditer(r'(?<=[{,])"[^"]*":', payload):
+        _, end = json.JSONDecoder().raw_decode(payload, match.end())
+        yield payload[: match.start()] + payload[match.start() : end] + "," + payload[match.start() :]
+
+
+@pytest.mark.parametrize("kind", ["results", "drift", "alert", "quality", "health", "cursor", "evicted", "state"])
+def test_of_every_kind_a_device_sends_no_key_may_be_there_twice_at_any_depth(kind: str) -> None:
+    one = sender()
+    sent = one.evicted((1, 2)) if kind == "evicted" else getattr(one, kind)()
+    attempts = list(twice(sent.payload.decode()))
+    assert len(attempts) > 5
+    assert {json.dumps(json.loads(text)) for text in attempts} == {json.dumps(json.loads(sent.payload))}
+    assert {refusal(sent.topic, text.encode()) for text in attempts} == {"duplicate key"}
+
+
+def test_what_the_collector_sends_has_no_key_twice_either() -> None:
+    payload = messages.encode(ACK)
+    assert refusal(ACK_TOPIC, payload.replace(b'"through":9', b'"through":3,"through":9'), COLLECTOR) == "duplicate key"
+
+
+def test_a_second_key_among_thousands_of_results_is_found() -> None:
+    n = 3000
+    many = {"row": list(range(1, n + 1)), "t": [10**15] * n, "label": ["PEN"] * n}
+    payload = messages.encode(RESULTS | {"rows": [1, n], "n": n, "columns": many})
+    assert isinstance(signed(RESULTS_TOPIC, payload).body, Results)
+    assert refusal(RESULTS_TOPIC, payload.replace(b'"label":', b'"row":[1],"label":')) == "malformed payload"
+    assert refusal(RESULTS_TOPIC, payload.replace(b'"label":', b'"t":[1],"label":')) == "malformed payload"
+    assert refusal(RESULTS_TOPIC, payload.replace(b'"t":', b'"t":[1],"t":')) == "duplicate key"
 
 
 def test_the_collector_cannot_speak_for_a_device() -> None:

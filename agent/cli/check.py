@@ -15,7 +15,9 @@ from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config
 from agent.device import schedule
+from agent.device.condition import condition
 from agent.device.store import Store
+from agent.device.timekeeping import clock_of, report
 from agent.errors import LinkDown, OutstationError, StorageBusy
 
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -41,7 +43,7 @@ def check(config_file: str | None, as_json: bool) -> None:
 
 
 def _findings(file: Path, conf: Config) -> Iterator[Finding]:
-    yield _try("key", lambda: f"thumbprint {wiring.device_key(file, conf).public.kid}")
+    yield _try("key", lambda: f"thumbprint {wiring.key_files(file, conf).in_force().public.kid}")
     yield _collector(file, conf)
     if not conf.streams:
         yield Finding("streams", "warning", "none: nothing comes in; add a [streams.NAME] section")
@@ -50,9 +52,11 @@ def _findings(file: Path, conf: Config) -> Iterator[Finding]:
     for name, task in conf.tasks.items():
         yield _try(f"schedule {name}", lambda n=name, t=task: _schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _try(f"bundle {name}", lambda n=name: _bundle(file, conf, n))  # type: ignore[misc]
+    # Before the store is opened to write, which ends what it tells.
+    yield from _condition(conf)
     running = _is_running(conf)
     yield Finding("storage", "ok", f"{conf.data_dir}, in use by the running agent") if running else _storage(conf)
-    yield _clock()
+    yield _clock(conf)
     yield _try("broker", lambda: _reach(conf) if running else _connect(conf))
 
 
@@ -103,12 +107,39 @@ def _storage(conf: Config) -> Finding:
     return Finding("storage", "ok", f"{conf.data_dir}, {used >> 10} KiB of {int(conf.buffer.max_size) >> 20} MiB used")
 
 
-def _clock() -> Finding:
-    now = clock.read()
-    if now.quality == "synced":
-        return Finding("clock", "ok", f"{clock.rfc3339(now.wall_us)}, synchronized")
-    fix = "results are stamped so until a time service (systemd-timesyncd, chrony) has set it"
-    return Finding("clock", "warning", f"{clock.rfc3339(now.wall_us)}, {now.quality}: {fix}")
+def _condition(conf: Config) -> Iterator[Finding]:
+    try:
+        store = Store(conf.data_dir, read_only=True)
+    except OutstationError:
+        return
+    try:
+        found = condition(store)
+    except OutstationError as problem:
+        yield Finding("store", "warning", f"{problem}")
+        return
+    finally:
+        store.close()
+    doubtful = found.stop == "unclean" or found.last or found.quarantine
+    yield Finding("store", "warning" if doubtful else "ok", str(found))
+
+
+def _clock(conf: Config) -> Finding:
+    try:
+        store = Store(conf.data_dir, read_only=True)
+    except OutstationError:
+        now, past = clock.read(), clock.rfc3339(clock.BUILD_FLOOR_US)
+    else:
+        try:
+            now = clock_of(store)()
+            past = report(store, now)["floor"]
+        finally:
+            store.close()
+    time = clock.rfc3339(now.wall_us)
+    if now.error_us is not None and now.quality == "synced":
+        return Finding("clock", "ok", f"{time}, synchronized to {now.error_us / 1e6:.3f} s")
+    earlier = f" and earlier than {past}, which has passed" if now.quality == "unsynced" else ""
+    fix = "rows are dated afterwards, once a time service (systemd-timesyncd, chrony) has set it"
+    return Finding("clock", "warning", f"{time}, {now.quality}{earlier}: {fix}")
 
 
 def _reach(conf: Config) -> str:

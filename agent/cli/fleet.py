@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from agent.cli.fleet_command import command, revoke
 from agent.cli.output import emit, json_option, table
 from agent.config import Broker, check_broker
 from agent.errors import ConfigError, UsageError
@@ -36,7 +37,11 @@ _device = click.option("--device", metavar="D", help="Only this device.")
 
 @click.group()
 def fleet() -> None:
-    """The fleet's side: enrol devices, collect, watch, audit."""
+    """The fleet's side: enrol devices, collect, watch, command, audit."""
+
+
+fleet.add_command(command)
+fleet.add_command(revoke)
 
 
 @fleet.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")
@@ -75,11 +80,23 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
 @click.argument("device")
 @click.option("--key", metavar="PUB", help="The device's public key, or a file with it; without it one is made here.")
 @click.option("--replace", is_flag=True, help="Revoke the device's key and enrol the new one.")
+@click.option(
+    "--keep-backlog",
+    metavar="SEQ",
+    type=click.IntRange(min=0),
+    help="With --replace: what the old key signed up to SEQ of its log still counts; `outstation status` tells which.",
+)
 @click.option("--bundle-out", metavar="FILE", type=click.Path(path_type=Path), help="Its files as one .tar.gz.")
 @_dir
 @json_option
 def enrol(
-    device: str, key: str | None, replace: bool, bundle_out: Path | None, folder: str | None, as_json: bool
+    device: str,
+    key: str | None,
+    replace: bool,
+    keep_backlog: int | None,
+    bundle_out: Path | None,
+    folder: str | None,
+    as_json: bool,
 ) -> None:
     """Let DEVICE in: register its signing key, issue its TLS certificate, write its config."""
     from agent.fleet import enrol as enrolment
@@ -87,12 +104,14 @@ def enrol(
 
     home = fleet_config.find(folder)
     config = fleet_config.load(home)
+    if keep_backlog is not None and not replace:
+        raise UsageError("--keep-backlog says what becomes of a key that --replace replaces; add that")
     if bundle_out is not None and bundle_out.exists():
         raise UsageError(f"{bundle_out}: is there already; name a new file")
     public = keys.load_public(key) if key else None
     store = FleetStore(Path(config.fleet.db))
     try:
-        done = enrolment.enrol(home, config, store, device, key=public, replace=replace)
+        done = enrolment.enrol(home, config, store, device, key=public, replace=replace, keep_through=keep_backlog)
     finally:
         store.close()
     if bundle_out is not None:
@@ -149,12 +168,17 @@ def devices(db: str | None, folder: str | None, as_json: bool) -> None:
             "last_seen": known["last_seen"],
             "through": known["through"] or 0,
             "alerts": known["alerts"],
+            "clock": known["clock"],
         }
         for known in store.devices()
     ]
-    cells = [[r["device"], r["state"], r["last_seen"] or "never", r["through"], r["alerts"]] for r in rows]
+    cells = [
+        [r["device"], r["state"], r["clock"] or "unknown", r["last_seen"] or "never", r["through"], r["alerts"]]
+        for r in rows
+    ]
     empty = "No device is enrolled yet: outstation fleet enrol DEVICE"
-    emit(rows, as_json, lambda: _table(["device", "state", "last seen", "through", "open alerts"], cells, empty))
+    columns = ["device", "state", "clock", "last seen", "through", "open alerts"]
+    emit(rows, as_json, lambda: _table(columns, cells, empty))
 
 
 @fleet.command("alerts", epilog="Example: outstation fleet alerts --device pi-07")

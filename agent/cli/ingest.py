@@ -15,9 +15,10 @@ from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.client import Client
 from agent.config import Config, Stream
-from agent.device.group import FULL_ROWS, NOT_STORED, Group
+from agent.device.group import NOT_STORED, Group
 from agent.device.readfile import Block, blocks, open_text
 from agent.device.rows import Checked, check
+from agent.device.timekeeping import clock_of
 from agent.errors import ConfigError, OutstationError, Rejected, StorageBusy, UsageError
 from agent.toml import suggestion
 
@@ -148,12 +149,13 @@ class _Direct:
     def __init__(self, conf: Config, stream: str) -> None:
         self._store = wiring.open_store(conf)
         self._group, self._stream = Group(self._store, conf.streams), stream
+        self._now = clock_of(self._store)
         self._accepted = 0
         self._refused: dict[int, str] = {}
 
     def put(self, checked: Checked, lines: list[int]) -> None:
-        self._group.add(self, self._stream, checked, lines)
-        if self._group.rows >= FULL_ROWS:
+        self._group.add(self, self._stream, checked, lines, self._now())
+        if self._group.is_full:
             self._commit()
 
     def finish(self) -> tuple[int, dict[int, str]]:
@@ -164,7 +166,7 @@ class _Direct:
         self._store.close()
 
     def _commit(self) -> None:
-        for outcome in self._group.commit(clock.read()).values():
+        for outcome in self._group.commit(self._now()).values():
             self._accepted += outcome.accepted
             self._refused |= dict(outcome.rejected)
 

@@ -49,6 +49,8 @@ keys = []                      # who may sign commands, and bundles
 max_size = "1 GiB"
 commit_every = "1 s"           # the longest a producer waits; each commit costs about 28 KB of flash writes
 keep_readings = "24 h"         # after use; sooner when space is short
+keep_messages = "48 h"         # after the collector has them, in case it is restored from a backup; sooner likewise
+when_full = "evict"            # then the least important goes, declared; or "refuse": producers are turned away
 
 # A stream is what one sensor or file gives. type: f32 (default), f64, i64, category. optional = true: may be missing.
 [streams.host]

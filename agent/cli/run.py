@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
-from agent.cli import wiring
+from agent.cli import operating, wiring
 from agent.cli.output import config_option, emit, json_option, table
+from agent.config import Config
 from agent.device import batch as batches
-from agent.device.daemon import clock_of
-from agent.errors import ConfigError
+from agent.device import wipe
+from agent.device.timekeeping import Timekeeper, clock_of
+from agent.errors import ConfigError, StorageForked
 from agent.toml import suggestion
 
 
@@ -30,7 +33,23 @@ def run(config_file: str | None, verbose: bool) -> None:
     # Its debug lines are about timers of ours.
     logging.getLogger("asyncio").setLevel(logging.WARNING)
     file, conf = wiring.load(config_file)
+    if (wiped := wipe.state(conf.data_dir)) is not None:
+        # Exit 0: a service manager need not try again.
+        logging.getLogger("outstation").warning("%s", wipe.told(conf.data_dir, _wiped_whole(file, conf, wiped)))
+        return
+    try:
+        _run(file, conf)
+    except StorageForked as forked:
+        logging.getLogger("outstation").critical("%s", forked)
+        _run(file, conf)
+
+
+def _run(file: Path, conf: Config) -> None:
     store = wiring.open_store(conf)
+    if wipe.is_due(store):
+        store.close()
+        operating.erase(file, conf, wiring.given_key(file, conf))
+        return
     try:
         daemon = wiring.daemon(file, conf, store)
         for signum in (signal.SIGTERM, signal.SIGINT):
@@ -38,6 +57,13 @@ def run(config_file: str | None, verbose: bool) -> None:
         daemon.run()
     finally:
         store.close()
+
+
+def _wiped_whole(file: Path, conf: Config, found: dict[str, Any]) -> dict[str, Any]:
+    """What the marker says, once a wipe that a crash cut off is finished."""
+    if found.get("state") == "wiped":
+        return found
+    return operating.erase(file, conf, file.resolve().parent / wiring.KEY_FILE)
 
 
 @click.command(epilog="Example: outstation batch exercise")
@@ -53,6 +79,7 @@ def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
     done: list[dict[str, Any]] = []
     try:
         writer, now = wiring.author(file, conf, store), clock_of(store)
+        Timekeeper(store, writer).turn(now())
         for name in [task] if task else list(conf.tasks):
             loaded = wiring.load_task(file, conf, store, name)
             total = {"rows": 0, "windows": 0, "alerts": 0}

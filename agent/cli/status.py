@@ -8,12 +8,15 @@ from typing import Any
 import click
 
 from agent import clock
-from agent.cli import wiring
+from agent.cli import operating, wiring
 from agent.cli.output import config_option, emit, json_option, table
 from agent.config import Config
+from agent.device import overrides, space, wipe
+from agent.device.condition import condition
 from agent.device.store import Store
+from agent.device.timekeeping import clock_of, report
 from agent.errors import StorageError, UsageError
-from agent.model import activate, bundle
+from agent.model import bundle
 
 _ALERTS = 5
 
@@ -24,31 +27,34 @@ _ALERTS = 5
 def status(config_file: str | None, as_json: bool) -> None:
     """Backlog, tasks, bundles, outbox, hours of buffer left, clock, last alerts."""
     _, conf = wiring.load(config_file)
+    wipe.require_unwiped(conf.data_dir)
     try:
-        store = Store(conf.data_dir, read_only=True)
+        store = Store(conf.data_dir, read_only=True, max_size=int(conf.buffer.max_size))
     except StorageError:
         raise UsageError(f"{conf.data_dir}: no store here yet; start `outstation run`, or ingest something") from None
     try:
-        document = _read(conf, store)
+        found = document(conf, store)
     finally:
         store.close()
-    emit(document, as_json, lambda: _print(document))
+    emit(found, as_json, lambda: _print(found))
 
 
-def _read(conf: Config, store: Store) -> dict[str, Any]:
+def document(conf: Config, store: Store) -> dict[str, Any]:
+    """What `status --json` prints."""
     waiting, last = store.outbox_size()
-    now = clock.read(max(clock.BUILD_FLOOR_US, int(store.meta("time floor", "0"))))
+    now = clock_of(store)()
     return {
         "device": conf.device.id,
         "fleet": conf.device.fleet,
         "log": store.log_id,
-        "clock": {"time": clock.rfc3339(now.wall_us), "quality": now.quality},
+        "clock": {"time": clock.rfc3339(now.wall_us), "quality": now.quality, **report(store, now)},
         "streams": [
             {"stream": name, "rows": store.last_row(name), "kept_from": store.first_row(name)} for name in conf.streams
         ],
         "tasks": [_task(conf, store, name) for name in conf.tasks],
         "outbox": {"waiting": waiting, "last": last},
         "store": _room(conf, store),
+        "condition": condition(store).document,
         "rejected": store.counters().get("lines rejected", 0),
         "alerts": store.alerts(_ALERTS),
     }
@@ -57,40 +63,54 @@ def _read(conf: Config, store: Store) -> dict[str, Any]:
 def _task(conf: Config, store: Store, name: str) -> dict[str, Any]:
     task = conf.tasks[name]
     cursor = store.cursor(name) or 0
-    manifest = bundle.read(activate.locate(task.bundle, conf.data_dir / "bundles"), None).manifest
+    manifest = bundle.read(operating.bundle_of(conf, store, name), None).manifest
     return {
         "task": name,
         "stream": task.stream,
-        "schedule": task.schedule,
+        "schedule": overrides.scheduled(store, name) or task.schedule,
         "row": cursor,
         "backlog": store.last_row(task.stream) - cursor,
         "windows": store.counters().get(f"windows.{name}", 0),
         "bundle": f"{manifest.name} {manifest.version}",
         "site_reference": store.state(name, "site reference") is not None,
+        **overrides.shown(store, name),
     }
 
 
 def _room(conf: Config, store: Store) -> dict[str, Any]:
-    """Bytes, and hours until the quota at the pace of the rows kept; None before there are enough to tell."""
-    used, most = store.used_bytes(), int(conf.buffer.max_size)
-    span_us = store.kept_span_us()
-    hours = round((most - used) / (used / (span_us / 3.6e9)), 1) if span_us > 60_000_000 else None
-    return {"bytes": used, "max": most, "hours_left": hours}
+    """Bytes, and hours until something undelivered would have to go; None where that is not in sight or not known."""
+    hours = space.hours(store, store.limit_bytes())
+    return {"bytes": store.used_bytes(), "max": int(conf.buffer.max_size), "hours": hours}
+
+
+def _clock(clock: dict[str, Any]) -> str:
+    right = f", to {clock['error_us'] / 1e6:.3f} s" if clock["error_us"] is not None else ""
+    vouched = f"last vouched for {clock['synced']}" if clock["synced"] else "never vouched for by a time service"
+    behind = f"; the time floor is {clock['floor']}" if clock["quality"] == "unsynced" else ""
+    return f"clock {clock['time']}, {clock['quality']}{right}; {vouched}; set {clock['steps']} times this boot{behind}"
+
+
+def _bundle_cell(task: dict[str, Any]) -> str:
+    return f"{task['bundle']} (rolled back)" if "rolled_back_to" in task else str(task["bundle"])
 
 
 def _print(document: dict[str, Any]) -> None:
-    click.echo(f"{document['device']} in fleet {document['fleet']}, clock {document['clock']['quality']}")
+    click.echo(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
+    click.echo(_clock(document["clock"]))
     room, outbox = document["store"], document["outbox"]
-    left = f", about {room['hours_left']:g} h of buffer left" if room["hours_left"] is not None else ""
+    left = f", full in about {room['hours']:g} h at this pace" if room["hours"] is not None else ""
     click.echo(f"store {room['bytes'] / 2**20:.1f} of {room['max'] / 2**20:.0f} MiB{left}")
     click.echo(
         f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {document['rejected']} lines rejected\n"
     )
+    if shown := _condition(document["condition"]):
+        click.echo(f"{shown}\n")
     table(
         ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference"],
         [
             [
-                *(t[name] for name in ("task", "bundle", "schedule", "row", "backlog", "windows")),
+                *(t["task"], _bundle_cell(t), "paused" if t.get("paused") else t["schedule"]),
+                *(t[name] for name in ("row", "backlog", "windows")),
                 "site's own" if t["site_reference"] else "shipped",
             ]
             for t in document["tasks"]
@@ -104,3 +124,12 @@ def _print(document: dict[str, Any]) -> None:
         click.echo(f"{moment:%Y-%m-%d %H:%M}  {click.style(alert['state'], fg=color)}  {alert['summary']}")
     if not document["alerts"]:
         click.echo("No alerts.")
+
+
+def _condition(found: dict[str, Any]) -> str:
+    """One line where there is something to look at."""
+    last, quarantine = found["last"], found["quarantine"]
+    parts = ["last stop unclean"] if found["stop"] == "unclean" else []
+    parts += [f"{last['time']}: {last['what']}"] if last else []
+    parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
+    return "; ".join(parts)

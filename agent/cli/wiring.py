@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from agent import clock, config
+from agent.cli import operating
+from agent.clock import Now
 from agent.config import Config, FilesSource, HostSource, ReplaySource
-from agent.device import schedule
+from agent.device import kept, overrides, wipe
 from agent.device.author import Author
 from agent.device.batch import Task
-from agent.device.daemon import LAST_RUN, Daemon, Planned, clock_of
+from agent.device.commands import Commands
+from agent.device.daemon import LAST_RUN, Daemon
 from agent.device.intake import Intake, Source
+from agent.device.keyfiles import KeyFiles
+from agent.device.machine import Machine, Planned
+from agent.device.operations import Operations
 from agent.device.reports import Broken
+from agent.device.rotation import open_keys
+from agent.device.settle import settle
 from agent.device.store import Store
+from agent.device.timekeeping import clock_of
 from agent.device.uplink import Uplink
 from agent.drift.judge import Judge
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model import activate
 from agent.toml import suggestion
 from agent.wire import keys
-from agent.wire.keys import PublicKey, SigningKey
+from agent.wire.keys import PublicKey
 
 KEY_FILE = "device.key"
 
 
 def open_store(conf: Config) -> Store:
     """The device's store, to write. Raises StorageError, UsageError."""
+    wipe.require_unwiped(conf.data_dir)
     store = Store(conf.data_dir, max_size=int(conf.buffer.max_size))
     try:
         store.claim(conf.device.fleet, conf.device.id)
@@ -37,12 +49,17 @@ def open_store(conf: Config) -> Store:
     return store
 
 
-def device_key(file: Path, conf: Config) -> SigningKey:
-    """The device's key, beside the config file or in the data folder. Raises UsageError."""
+def given_key(file: Path, conf: Config) -> Path:
+    """The file of the key the device was given, beside the config file or in the data folder. Raises UsageError."""
     for folder in (file.resolve().parent, conf.data_dir):
         if (folder / KEY_FILE).exists():
-            return keys.load_private(folder / KEY_FILE)
+            return folder / KEY_FILE
     raise UsageError(f"{file.resolve().parent / KEY_FILE}: no device key; `outstation init` makes one")
+
+
+def key_files(file: Path, conf: Config) -> KeyFiles:
+    """The device's signing keys. Raises UsageError."""
+    return KeyFiles(conf.data_dir, keys.load_private(given_key(file, conf)))
 
 
 def configured_keys(file: Path, key: str, texts: list[str]) -> list[PublicKey]:
@@ -60,16 +77,22 @@ def publishers(file: Path, conf: Config) -> list[PublicKey]:
 
 
 def author(file: Path, conf: Config, store: Store) -> Author:
-    key = device_key(file, conf)
-    return Author(conf.device.fleet, conf.device.id, key, store.log_id, store.boot, conf.broker.max_message_bytes)
+    key, live = open_keys(store, key_files(file, conf))
+    most = conf.broker.max_message_bytes
+    writer = Author(conf.device.fleet, conf.device.id, key, store.log_id, store.boot, most, live)
+    tasks: dict[str, list[str]] = {}
+    for name, task in conf.tasks.items():
+        tasks.setdefault(task.stream, []).append(name)
+    # Before anything else is written or sent in this log.
+    settle(store, writer, tasks, clock_of(store)())
+    return writer
 
 
-def load_task(file: Path, conf: Config, store: Store | None, name: str) -> Task:
-    """A task with its bundle verified, probed and loaded. Raises ConfigError, BadBundle."""
+def load_task(file: Path, conf: Config, store: Store | None, name: str, path: Path | None = None) -> Task:
+    """A task with its bundle, or that at `path`, verified, probed and loaded. Raises ConfigError, BadBundle."""
     task = conf.tasks[name]
     stream = conf.streams[task.stream]
-    path = activate.locate(task.bundle, conf.data_dir / "bundles")
-    active = activate.activate(path, publishers(file, conf))
+    active = activate.activate(path or operating.bundle_of(conf, store, name), publishers(file, conf))
     manifest = active.bundle.manifest
     known = {f.name for f in stream.fields if f.type != "category"}
     for field in manifest.input.fields:
@@ -90,10 +113,10 @@ def load_task(file: Path, conf: Config, store: Store | None, name: str) -> Task:
             units=manifest.input.units,
         )
     state = judge.start() if judge else None
-    kept = store.state(name, "drift") if store else None
-    if judge is not None and kept is not None:
+    past = store.state(name, "drift") if store else None
+    if judge is not None and past is not None:
         try:
-            state = judge.restore(kept)
+            state = judge.restore(past)
         except ValueError:
             # Made by another bundle: its site reference says nothing about this one.
             state = judge.start()
@@ -103,13 +126,14 @@ def load_task(file: Path, conf: Config, store: Store | None, name: str) -> Task:
 def planned(file: Path, conf: Config, store: Store) -> tuple[list[Planned], list[Broken]]:
     """All tasks, loaded, and those whose bundle does not run here: these stop nothing else. Raises ConfigError."""
     schedules = {}
-    for name, task in conf.tasks.items():
+    for name in conf.tasks:
         last_run = int(store.state(name, LAST_RUN) or 0) or None
-        schedules[name] = schedule.parse(str(file), name, task.schedule, last_run)
+        schedules[name] = overrides.schedule_in_force(str(file), conf, store, name, last_run)
     good, broken = [], []
     for name, task in conf.tasks.items():
         try:
-            good.append(Planned(load_task(file, conf, store, name), schedules[name]))
+            loaded = load_task(file, conf, store, name)
+            good.append(Planned(loaded, schedules[name], overrides.is_paused(store, name)))
         except BadBundle as problem:
             broken.append(Broken(name, task.bundle, str(problem)))
     return good, broken
@@ -135,25 +159,35 @@ def sources(file: Path, conf: Config, store: Store) -> list[Source]:
     return found
 
 
-def daemon(file: Path, conf: Config, store: Store) -> Daemon:
-    """The whole device. Raises UsageError."""
+def daemon(file: Path, conf: Config, store: Store, *, now: Callable[[], Now] | None = None, **uplink: Any) -> Daemon:
+    """The whole device; another clock and another link, as `Uplink` takes them, for simulations. Raises UsageError."""
     writer = author(file, conf, store)
-    now = clock_of(store)
+    now = now or clock_of(store)
     collector = configured_keys(file, "collector.key", [conf.collector.key])[0] if conf.collector.key else None
     if collector is None and conf.collector.delivery == "collector":
         raise ConfigError(
             str(file), "collector.key", 'empty: without it no acknowledgement counts; set it, or delivery = "broker"'
         )
+    operators = configured_keys(file, "operators.keys", conf.operators.keys)
+    commands = Commands(store, writer, operators)
     tasks, broken = planned(file, conf, store)
+    for one in tasks:
+        kept.activated(store, writer, one.task, conf.data_dir, now())
+    kept.prune(store, conf.tasks, conf.data_dir)
     own = sources(file, conf, store)
 
     def make_intake(committed: Callable[[], None], failed: Callable[[Exception], None]) -> Intake:
         return Intake(conf, store, own, now, committed, failed)
 
     def make_uplink(failed: Callable[[Exception], None]) -> Uplink:
-        return Uplink(conf, store, writer, collector, now, failed)
+        return Uplink(conf, store, writer, collector, now, failed, commands=commands, **uplink)
 
-    return Daemon(conf, store, writer, tasks, broken, make_intake, make_uplink, now)
+    def make_operations(machine: Machine) -> Operations:
+        files, given = key_files(file, conf), given_key(file, conf)
+        load = partial(load_task, file, conf, store)
+        return operating.operations(file, conf, store, writer, commands, files, given, load, machine)
+
+    return Daemon(conf, store, writer, tasks, broken, make_intake, make_uplink, make_operations, now)
 
 
 def load(config_file: str | None) -> tuple[Path, Config]:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agent import clock
 from agent.clock import Now
 from agent.device.transaction import Pending, Transaction
 from agent.link import Outgoing
-from agent.wire import jws, messages
+from agent.wire import jws, messages, rotation
 from agent.wire.keys import SigningKey
 from agent.wire.topics import DEVICE_ALERTS, PER_TASK, Topic
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Author:
-    """Who writes: this device, in this log, during this boot."""
+    """Who writes: this device, in this log, during this boot.
+
+    `key` signs the log; only `rotation` changes it. `live_key`, where there is one, signs what is not of the log: the
+    key before, until the collector knows the new one.
+    """
 
     fleet: str
     device: str
@@ -26,6 +30,7 @@ class Author:
     log_id: str
     boot: int
     max_bytes: int
+    live_key: SigningKey | None = None
 
     def write(self, tx: Transaction, kind: str, task: str | None, body: Mapping[str, Any], now: Now) -> int:
         """Enqueue one logged message; its seq."""
@@ -42,13 +47,34 @@ class Author:
             tx.note_alert(json.dumps({"task": task, "time": time, **body}))
         return seq + 1
 
-    def live(self, kind: str, body: Mapping[str, Any], now: Now) -> Outgoing:
-        """A retained message outside the log: state and keys."""
+    def reissue(self, tx: Transaction, message: Pending, old_log: str) -> int:
+        """Enqueue a message of another log in this one, as it was but for its place; its seq."""
+        seq, prev = tx.chain()
+        body = json.loads(message.payload)
+        evidence = body.get("evidence")
+        if isinstance(evidence, dict) and "seq" in evidence:
+            body["evidence"] = {**evidence, "log": old_log}
+        key = self.key
+        if self.live_key is not None and body.get("event") == rotation.EVENT:
+            # The old key says it again: the new one's proof names its place in the log.
+            place = (self.fleet, self.device, self.log_id, seq + 1)
+            body["evidence"], key = rotation.evidence(*place, self.live_key.public, self.key), self.live_key
+        body |= {"log": self.log_id, "seq": seq + 1, "prev": prev, "reissued": {"log": old_log, "seq": message.seq}}
+        payload = messages.encode(body)
+        token = jws.sign(key, message.topic, payload)
+        tx.enqueue(Pending(seq + 1, message.topic, payload, token, message.time), messages.digest(payload))
+        return seq + 1
+
+    def live(
+        self, kind: str, body: Mapping[str, Any], now: Now, *, retain: bool = True, correlation: bytes | None = None
+    ) -> Outgoing:
+        """A message outside the log: state, keys, reply."""
         topic = Topic(self.fleet, self.device, kind)
         time = clock.rfc3339(now.wall_us)
         payload = messages.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
-        token = jws.sign(self.key, str(topic), payload)
-        return self._signed(topic, payload, token, f"{kind}/{messages.digest(payload)[:16]}", time, retain=True)
+        token = jws.sign(self.live_key or self.key, str(topic), payload)
+        made = self._signed(topic, payload, token, f"{kind}/{messages.digest(payload)[:16]}", time, retain=retain)
+        return replace(made, correlation=correlation)
 
     def outgoing(self, message: Pending) -> Outgoing:
         """A message of the outbox as it goes on the air."""

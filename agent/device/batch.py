@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from agent.clock import Now
 from agent.config import Stream
 from agent.device.author import Author
 from agent.device.rows import Rows
+from agent.device.segments import Stamp, within
 from agent.device.store import Batch, Store
 from agent.device.transaction import Transaction
 from agent.drift.judge import Judge, State, Verdict
@@ -24,6 +25,8 @@ from agent.model.features import Cut
 from agent.model.scores import Scores
 
 _MOST_WINDOWS = 512
+# What a window may come to in messages, its part of a drift summary too.
+_WINDOW_BYTES = 2_000
 # Values of all windows of a batch together, 16 MB of float32: long windows that overlap repeat their rows.
 _MOST_VALUES = 4_000_000
 
@@ -57,10 +60,10 @@ class Task:
         window = self.bundle.manifest.input.window
         return window.rows if window else 1
 
-    @property
-    def batch_rows(self) -> int:
-        """The most rows of one batch: at least one window, and as many as memory and time allow."""
-        windows = min(_MOST_WINDOWS, _MOST_VALUES // (self.window_rows * len(self.columns)))
+    def batch_rows(self, transaction: int) -> int:
+        """The most rows of one batch: one window, and as many more as memory, time and `transaction` bytes allow."""
+        in_memory = _MOST_VALUES // (self.window_rows * len(self.columns))
+        windows = min(_MOST_WINDOWS, transaction // _WINDOW_BYTES, in_memory)
         return self.window_rows + max(0, windows - 1) * self.step
 
     @property
@@ -92,7 +95,7 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
     after = store.cursor(task.name)
     if after is None:
         after = store.first_row(task.config.stream) - 1
-    batch = store.take(task.config.stream, task.stream.fields, after, task.batch_rows)
+    batch = store.take(task.config.stream, task.stream.fields, after, task.batch_rows(store.quota.transaction))
     if batch is None:
         return None
     if batch.lost:
@@ -111,7 +114,7 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
         tx.advance(task.name, batch.first, batch.first + cut.consumed - 1)
         if judged.state is not None:
             tx.keep(task.name, "drift", judged.state.to_bytes())
-        for body in _results(task, author, batch, cut, found):
+        for body in _results(task, author, batch, cut, found, tx.segments.announced()):
             author.write(tx, "results", task.name, body, now)
         for verdict in judged.verdicts:
             _report(task, author, tx, verdict, now)
@@ -148,7 +151,9 @@ def _judge(
     return _Judged(state, verdicts)
 
 
-def _results(task: Task, author: Author, batch: Batch, cut: Cut, found: Scores) -> Iterator[dict[str, Any]]:
+def _results(
+    task: Task, author: Author, batch: Batch, cut: Cut, found: Scores, announced: tuple[int, int]
+) -> Iterator[dict[str, Any]]:
     """Bodies that together cover the consumed rows, each within the broker's limit."""
     labels = task.bundle.manifest.output.labels
     names = [labels[i] for i in found.label] if found.label is not None else None
@@ -172,10 +177,24 @@ def _results(task: Task, author: Author, batch: Batch, cut: Cut, found: Scores) 
         if found.value is not None:
             columns["value"] = [float(f"{v:.6g}") for v in found.value[picked]]
         rows = [batch.first + first_row, batch.first + through - 1]
-        yield _body(task, rows, stop - done, batch.rows.slice(first_row, through), columns)
+        body = _body(task, rows, stop - done, batch.rows.slice(first_row, through), columns)
+        # Where model windows overlap, the last result's row comes after the last row that is used up.
+        last = max([rows[1], *columns["row"][-1:]])
+        yield body | _clocks(within(batch.stamps, rows[0], last), author, announced)
         first_row, done = through, stop
         if done == count:
             return
+
+
+def _clocks(stamps: Sequence[Stamp], author: Author, announced: tuple[int, int]) -> dict[str, Any]:
+    """Whose clock the rows have their times from: [first row, boot, segment, quality] of each run of rows.
+
+    Left out where that goes without saying: all synced, in the boot of the message and the segment of the last anchor.
+    """
+    plain = announced == (author.boot, announced[1]) and len(stamps) == 1
+    if plain and (stamps[0].boot, stamps[0].segment, stamps[0].quality) == (*announced, 0):
+        return {}
+    return {"clocks": [[stamp.first, stamp.boot, stamp.segment, stamp.quality] for stamp in stamps]}
 
 
 def _body(task: Task, rows: list[int], n: int, consumed: Rows, columns: dict[str, Any]) -> dict[str, Any]:

@@ -9,19 +9,23 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from agent import clock
 from agent.clock import Now
 from agent.config import Config
 from agent.device import batch
 from agent.device.author import Author
 from agent.device.intake import Intake
+from agent.device.machine import Machine, Planned
 from agent.device.notify import notify
+from agent.device.operations import Operations
 from agent.device.reports import Broken, Reports
-from agent.device.schedule import Schedule
+from agent.device.space import Space
 from agent.device.store import Store
+from agent.device.timekeeping import Timekeeper
 from agent.device.uplink import Uplink
 from agent.errors import BadBundle, StorageBusy, StorageError, StorageFull
 
@@ -29,20 +33,8 @@ log = logging.getLogger("outstation")
 
 LAST_RUN = "last run"
 _HEALTH_S = 60.0
-_TRIM_S = 10.0
+_ROOM_S = 10.0
 _LONGEST_WAIT_S = 5.0
-_TRIM_CHUNKS = 500
-_ANY_TIME_US = 2**63 - 1
-# Below the share of the store where intake stops.
-_SHORT_OF = 0.8
-
-
-@dataclass
-class Planned:
-    """A task and when it is due."""
-
-    task: batch.Task
-    schedule: Schedule
 
 
 @dataclass
@@ -84,21 +76,27 @@ class Daemon:
         broken: Sequence[Broken],
         make_intake: Callable[[Callable[[], None], Callable[[Exception], None]], Intake],
         make_uplink: Callable[[Callable[[Exception], None]], Uplink],
+        make_operations: Callable[[Machine], Operations],
         now: Callable[[], Now],
     ) -> None:
         self.signals = Signals()
         self._conf, self._store, self._author, self._now = conf, store, author, now
-        self._planned, self._broken = planned, broken
+        self._planned, self._broken = list(planned), broken
         models = {p.task.name: p.task.reference for p in planned}
         self._reports = Reports(conf, store, author, models, now)
+        self._timekeeper = Timekeeper(store, author)
         self._intake = make_intake(self.signals.wake, self.signals.fail)
         self._uplink = make_uplink(self.signals.fail)
-        self._next_health = self._next_trim = 0.0
+        self._stuck = {one.task for one in broken}
+        self._space = Space(conf, store, author, self._run_early, self._not_getting_on)
+        self._operations = make_operations(self._machine(models))
+        self._next_health = self._next_room = 0.0
 
     def run(self) -> None:
         """Until stopped. Raises what made going on impossible."""
         self._reports.event("started", "The agent started.")
         self._reports.bundles(self._broken)
+        self._operations.start(self._now(), self.signals.wake)
         self._intake.start()
         self._uplink.start()
         if not self.signals.stopping:
@@ -113,25 +111,29 @@ class Daemon:
 
     def turn(self, now: Now) -> float:
         """Do what is due at `now`; how many seconds until something may be again."""
+        self._timekeeper.turn(now)
+        if self._operations.turn(now):
+            self._uplink.wake()
         wait = _LONGEST_WAIT_S
         for planned in self._planned:
             if self.signals.stopping:
                 return 0.0
+            if planned.paused:
+                continue
             if planned.schedule.due(now, self._backlog(planned)):
                 planned.schedule.ran(now)
                 self._remember_run(planned, now)
                 self._work_off(planned.task, now)
-                if is_short(self._store):
-                    # Producers are turned away meanwhile.
-                    self._next_trim = now.boot_s
             wait = min(wait, planned.schedule.wait_s(now))
         if now.boot_s >= self._next_health:
             self._next_health = now.boot_s + _HEALTH_S
             self._reports.health()
             self._uplink.wake()
-        if now.boot_s >= self._next_trim:
-            self._next_trim = now.boot_s + _TRIM_S
-            trim(self._conf, self._store, now)
+        # Where it is short, producers are turned away meanwhile.
+        if now.boot_s >= self._next_room or (not self._space.clearing and self._space.is_short()):
+            more = self._space.turn(now)
+            self._next_room = now.boot_s + (0.0 if more else _ROOM_S)
+            wait = 0.0 if more else wait
         self._feed_watchdog()
         return wait
 
@@ -148,20 +150,30 @@ class Daemon:
                 done = batch.run(task, self._store, self._author, self._now())
             except BadBundle as problem:
                 log.error("task %s: %s; its rows are kept and it is tried again when next due", task.name, problem)
+                self._stuck.add(task.name)
                 return
             except StorageBusy as busy:
                 log.error("task %s: %s; tried again when next due", task.name, busy)
                 return
             except StorageFull as full:
                 log.error("task %s: %s; tried again when next due", task.name, full)
-                trim(self._conf, self._store, now)
+                self._next_room = now.boot_s
                 return
+            self._stuck.discard(task.name)
             if done is None:
                 return
             self._uplink.wake()
             self._feed_watchdog()
             if done.alerts:
                 log.warning("task %s: %d alerts; see `outstation status`", task.name, done.alerts)
+
+    def _run_early(self, now: Now) -> None:
+        for planned in self._planned:
+            if not planned.paused:
+                self._work_off(planned.task, now)
+
+    def _not_getting_on(self) -> set[str]:
+        return self._stuck | {planned.task.name for planned in self._planned if planned.paused}
 
     def _backlog(self, planned: Planned) -> int:
         stream = planned.task.config.stream
@@ -176,6 +188,17 @@ class Daemon:
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
             tx.keep(planned.task.name, LAST_RUN, str(now.wall_us).encode())
 
+    def _machine(self, models: dict[str, dict[str, Any]]) -> Machine:
+        return Machine(
+            self._planned,
+            models,
+            run=lambda planned, now: self._work_off(planned.task, now),
+            report=self._reports.health,
+            runs_again=lambda: self._reports.bundles([]),
+            halt=self.signals.halt,
+            renew=self._uplink.renew,
+        )
+
     def _shut_down(self) -> None:
         self._intake.stop()
         if isinstance(self.signals.failure, StorageError):
@@ -183,30 +206,10 @@ class Daemon:
             return
         self._reports.health()
         self._reports.event("stopped", "The agent was stopped.")
+        if self._operations.wiping:
+            self._uplink.wake()
+            self._operations.wait_for_wipe(self._now, time.sleep)
         self._uplink.stop()
-
-
-def trim(conf: Config, store: Store, now: Now) -> None:
-    """Delete readings that all tasks of their stream, if any, have used: after a while, sooner if space is short."""
-    # Where space is short whatever time the rows carry, for a clock that was wrong may have dated them far ahead.
-    before = _ANY_TIME_US if is_short(store) else now.wall_us - round(conf.buffer.keep_readings * 1e6)
-    for name in conf.streams:
-        cursors = [store.cursor(task) or 0 for task, t in conf.tasks.items() if t.stream == name]
-        # Nobody waits for the rows of a stream without a task.
-        used = min(cursors, default=store.last_row(name))
-        try:
-            with store.transaction() as tx:
-                tx.trim(name, used, before, _TRIM_CHUNKS)
-        except StorageFull as full:
-            log.error("%s; even deleting needs a little room", full)
-
-
-def is_short(store: Store) -> bool:
-    """Whether used readings should go at once."""
-    return store.used_bytes() > store.max_bytes() * _SHORT_OF
-
-
-def clock_of(store: Store) -> Callable[[], Now]:
-    """Both clocks, with the store's time floor: the latest time it has seen pass."""
-    floor = max(clock.BUILD_FLOOR_US, int(store.meta("time floor", "0")))
-    return lambda: clock.read(floor)
+        if self._operations.wiping:
+            self._store.close()
+            self._operations.erase()

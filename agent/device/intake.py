@@ -18,7 +18,7 @@ from typing import Protocol
 
 from agent import config
 from agent.clock import Now
-from agent.device.group import FULL_ROWS, Group, Mark, Outcome
+from agent.device.group import Group, Mark, Outcome
 from agent.device.parse import Reader
 from agent.device.producer import CLIENTS, Producer
 from agent.device.rows import Raw, check
@@ -150,12 +150,13 @@ class Intake:
 
     async def _offer(self, stream: str, raw: Raw, mark: Mark, lines: Sequence[int] = ()) -> Outcome:
         # Recorded times may lie before the last ones of an earlier file or session: the source has its own order.
-        checked = check(raw, self._conf.streams[stream], self._now().wall_us, None)
+        now = self._now()
+        checked = check(raw, self._conf.streams[stream], now.wall_us, None)
         producer = object()
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._answers[producer] = lambda outcome: None if future.done() else future.set_result(outcome)
         numbers = list(lines) or list(range(1, raw.n + 1))
-        self._group.add(producer, stream, checked, [n for i, n in enumerate(numbers) if i not in checked.bad])
+        self._group.add(producer, stream, checked, [n for i, n in enumerate(numbers) if i not in checked.bad], now)
         for index, reason in checked.bad.items():
             self._group.reject(producer, numbers[index], reason)
         self._group.reach(producer, numbers[-1], mark)
@@ -204,7 +205,7 @@ class Intake:
         return self._store.mark(CLIENTS, name)
 
     def _commit_soon(self) -> None:
-        if self._group.rows >= FULL_ROWS:
+        if self._group.is_full:
             self._commit()
         elif self._group and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._conf.buffer.commit_every, self._commit)

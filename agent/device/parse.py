@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ import msgspec
 from agent.config import Stream
 from agent.device.rows import Checked, Raw, check
 from agent.errors import Rejected
+from agent.jsonkeys import RepeatedKey, check_count
 from agent.toml import suggestion
 
 MAX_LINE = 1 << 20
@@ -78,8 +80,9 @@ class Reader:
         if not all(len(o) <= MAX_LINE and o.startswith(b"{") and o.endswith(b"}") for o in objects):
             return None
         try:
-            decoded = shape.run_decoder.decode(b"[" + b"\n,".join(objects) + b"]")
-            return (shape, shape.transpose(decoded)) if len(decoded) == len(lines) else None
+            text = b"[" + b"\n,".join(objects) + b"]"
+            decoded = shape.run_decoder.decode(text)
+            return (shape, shape.transpose(decoded, text)) if len(decoded) == len(lines) else None
         except _UNREADABLE:
             return None
 
@@ -97,7 +100,7 @@ class Reader:
         self._guess = None if by_columns else shape
         try:
             if not by_columns:
-                raw = shape.transpose([shape.row_decoder.decode(line)])
+                raw = shape.transpose([shape.row_decoder.decode(line)], line)
                 return self._take(shape, raw, [number], now_us)
             return self._take_columns(shape, line, number, now_us)
         except _UNREADABLE as error:
@@ -105,6 +108,8 @@ class Reader:
 
     def _take_columns(self, shape: _Shape, line: bytes, number: int, now_us: int) -> Taken:
         values = dict(shape.columns_decoder.decode(line).columns)
+        texts = chain.from_iterable(values.get(name, ()) for name in shape.texts)
+        check_count(line, len(("stream", "columns")) + len(values), texts)
         t = values.pop("t", None)
         lengths = {len(column) for column in values.values()}
         if len(lengths) != 1 or lengths == {0}:
@@ -133,17 +138,20 @@ class _Shape:
 
     def __init__(self, name: str, stream: Stream) -> None:
         self.name, self.stream = name, stream
+        self.texts = [f.name for f in stream.fields if f.type == "category"]
 
     @cached_property
     def _row_type(self) -> type[msgspec.Struct]:
         kinds: dict[str, Any] = {"category": str, "i64": int | float}
-        fields: list[Any] = [("stream", str), ("t", float | None, None)]
+        absent = msgspec.UnsetType
+        fields: list[Any] = [("stream", str), ("t", float | None | absent, msgspec.UNSET)]
         names = {}
         for index, f in enumerate(self.stream.fields):
             kind: Any = kinds.get(f.type, float)
             # Its own name could be one that Python gives a meaning to, as __init__.
             names[f"f{index}"] = f.name
-            fields.append((f"f{index}", kind | None, None) if f.optional else (f"f{index}", kind))
+            optional = (f"f{index}", kind | None | absent, msgspec.UNSET)
+            fields.append(optional if f.optional else (f"f{index}", kind))
         return msgspec.defstruct("Row", fields, kw_only=True, forbid_unknown_fields=True, rename=names, gc=False)
 
     @cached_property
@@ -159,11 +167,29 @@ class _Shape:
         fields = [("stream", str), ("columns", dict[str, list[Any]])]
         return msgspec.json.Decoder(msgspec.defstruct("Columnar", fields, forbid_unknown_fields=True))
 
-    def transpose(self, decoded: list[Any]) -> Raw:
-        columns = list(zip(*map(msgspec.structs.astuple, decoded), strict=True))
-        if any(name != self.name for name in columns[0]):
+    def transpose(self, decoded: list[Any], text: bytes) -> Raw:
+        """Rows that `text` was decoded to, as columns. Raises ValueError for rows of several streams, RepeatedKey."""
+        names, times, *columns = zip(*map(msgspec.structs.astuple, decoded), strict=True)
+        if any(name != self.name for name in names):
             raise ValueError("lines of several streams")
-        return Raw(len(decoded), columns[1], {f.name: c for f, c in zip(self.stream.fields, columns[2:], strict=True)})
+        t, absent = _filled(times)
+        kept = (2 + len(columns)) * len(decoded) - absent
+        values: dict[str, Any] = {}
+        for f, column in zip(self.stream.fields, columns, strict=True):
+            values[f.name], absent = _filled(column) if f.optional else (column, 0)
+            kept -= absent
+        check_count(text, kept, chain.from_iterable(values[name] for name in self.texts))
+        return Raw(len(decoded), t, values)
+
+
+def _filled(column: tuple[Any, ...]) -> tuple[Sequence[Any], int]:
+    """The column with None where a row did not have the field, and how many did not."""
+    absent = column.count(msgspec.UNSET)
+    if not absent:
+        return column, 0
+    if absent == len(column):
+        return [None] * absent, absent
+    return [None if value is msgspec.UNSET else value for value in column], absent
 
 
 def _json_problem(line: bytes, error: Exception) -> str:
@@ -191,6 +217,8 @@ def _field_problem(error: Exception, shape: _Shape) -> str:
     problem = str(error)
     if isinstance(error, UnicodeDecodeError):
         return f"not text: {problem[:120]}"
+    if isinstance(error, RepeatedKey):
+        return problem
     names = [f.name for f in shape.stream.fields]
     if "unknown field" in problem:
         name = problem.split("`")[1]

@@ -11,6 +11,7 @@ import msgspec
 from agent.clock import Now
 from agent.device.group import Group, Mark, Outcome
 from agent.device.parse import MAX_LINE, Reader
+from agent.jsonkeys import check_count
 
 CLIENTS = "client"
 
@@ -87,7 +88,7 @@ class Producer:
             for number, reason in taken.bad.items():
                 self._group.reject(self, number, reason)
             if taken.checked is not None:
-                self._group.add(self, taken.stream, taken.checked, taken.lines)
+                self._group.add(self, taken.stream, taken.checked, taken.lines, now)
         self._reach(self._lines + len(lines))
 
     def _reach(self, line: int) -> None:
@@ -97,6 +98,7 @@ class Producer:
     def _hello(self, line: bytes) -> bool:
         try:
             name = msgspec.json.decode(line, type=_Hello).client
+            check_count(line, 1, [name])
         except (msgspec.MsgspecError, ValueError, RecursionError):
             return False
         self.name = name

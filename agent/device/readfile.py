@@ -14,11 +14,14 @@ import msgspec
 
 from agent.clock import epoch_us
 from agent.config import Stream
-from agent.device.rows import Raw
+from agent.device.rows import Raw, row_bytes
 from agent.errors import Rejected, UsageError
+from agent.jsonkeys import RepeatedKey, check_count
 from agent.toml import suggestion
 
 BLOCK = 4096
+# A block goes into one transaction.
+_BLOCK_BYTES = 512 << 10
 _LONGEST_HEAD = 1 << 17
 SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 
@@ -58,6 +61,10 @@ def blocks(path: Path | None, text: IO[str], name: str, stream: Stream, skip: in
         raise UsageError(f"{path}: {suffix} is not read; use one of {', '.join(SUFFIXES)}")
 
 
+def _rows(stream: Stream) -> int:
+    return max(1, min(BLOCK, _BLOCK_BYTES // row_bytes(stream)))
+
+
 def _csv(first: str, text: IO[str], stream: Stream, skip: int) -> Iterator[Block]:
     if not first:
         raise Rejected("the file is empty; its first line must name the columns")
@@ -65,7 +72,7 @@ def _csv(first: str, text: IO[str], stream: Stream, skip: int) -> Iterator[Block
     _check_header(header, stream)
     texts = {f.name for f in stream.fields if f.type == "category"}
     records = _records(text, [name in texts for name in header])
-    while chunk := list(islice(records, BLOCK)):
+    while chunk := list(islice(records, _rows(stream))):
         good = [(number, row) for number, row in chunk if number > skip and not isinstance(row, str)]
         bad = {number: row for number, row in chunk if number > skip and isinstance(row, str)}
         if good or bad:
@@ -184,7 +191,7 @@ def _json_lines(first: str, text: IO[str], name: str, stream: Stream, skip: int)
         yield from enumerate(text, 2)
 
     lines = everything()
-    while chunk := list(islice(lines, BLOCK)):
+    while chunk := list(islice(lines, _rows(stream))):
         rows: list[tuple[int, dict[str, Any]]] = []
         bad: dict[int, str] = {}
         for number, line in chunk:
@@ -192,6 +199,11 @@ def _json_lines(first: str, text: IO[str], name: str, stream: Stream, skip: int)
                 continue
             try:
                 row = decoder.decode(line)
+                if line.count(":") != len(row):
+                    check_count(line.encode(), len(row), row.values())
+            except RepeatedKey as error:
+                bad[number] = str(error)
+                continue
             except (msgspec.MsgspecError, ValueError, RecursionError) as error:
                 bad[number] = f"not one JSON object on one line: {str(error)[:120]}"
                 continue
@@ -227,7 +239,7 @@ def _parquet(path: Path, stream: Stream, skip: int) -> Iterator[Block]:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_header(file.schema_arrow.names, stream)
             number = 0
-            for batch in file.iter_batches(BLOCK):
+            for batch in file.iter_batches(_rows(stream)):
                 start = min(max(0, skip - number), batch.num_rows)
                 lines = list(range(number + start + 1, number + batch.num_rows + 1))
                 number += batch.num_rows
@@ -236,7 +248,7 @@ def _parquet(path: Path, stream: Stream, skip: int) -> Iterator[Block]:
                     t = _parquet_time(columns.pop("t")) if "t" in columns else None
                     values = {name: column.to_pylist() for name, column in columns.items()}
                     yield Block(Raw(len(lines), t, values), lines, {})
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
         raise Rejected(f"not readable as Parquet: {error}") from None
 
 

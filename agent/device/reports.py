@@ -10,8 +10,10 @@ from typing import Any
 from agent import __version__
 from agent.clock import Now
 from agent.config import Config
+from agent.device import overrides, space, timekeeping
 from agent.device.author import Author
 from agent.device.store import Store
+from agent.device.timekeeping import SYNCED
 from agent.device.transaction import Transaction
 from agent.errors import StorageFull
 
@@ -48,8 +50,9 @@ class Reports:
 
         def write(tx: Transaction) -> None:
             if now.quality == "synced":
-                tx.raise_floor(now.wall_us)
-            self._author.write(tx, "health", None, health(self._conf, self._store, self._models), now)
+                tx.set_meta(SYNCED, str(now.wall_us))
+            body = health(self._conf, self._store, self._models)
+            self._author.write(tx, "health", None, {**body, "wall_clock": timekeeping.report(self._store, now)}, now)
 
         self._write(write)
 
@@ -113,9 +116,14 @@ def health(conf: Config, store: Store, models: Models) -> dict[str, Any]:
                 "first": store.first_consumed(name),
                 "windows": counters.get(f"windows.{name}", 0),
                 "model": models.get(name),
+                **overrides.shown(store, name),
             }
             for name, task in conf.tasks.items()
         },
         "outbox": waiting,
-        "store": {"bytes": store.used_bytes(), "max": int(conf.buffer.max_size)},
+        "store": {
+            "bytes": store.used_bytes(),
+            "max": int(conf.buffer.max_size),
+            "hours": space.hours(store, store.limit_bytes()),
+        },
     }

@@ -28,6 +28,11 @@ _LONG_AGO = np.int64(-(2**62))
 _TIME = Field(name="t", type="f64", optional=True)
 
 
+def row_bytes(stream: Stream) -> int:
+    """What a row of `stream` takes: its time, and each field as stored."""
+    return 8 + sum(np.dtype(_DTYPES[field.type]).itemsize for field in stream.fields)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """`t` epoch µs (n,) int64; `columns` one array (n,) a field, in the stream's order and dtype."""
@@ -85,13 +90,17 @@ def _crc(n: int, first_t: int, time_bytes: int, data: bytes) -> int:
     return zlib.crc32(data, zlib.crc32(_HEAD.pack(n, first_t, time_bytes)))
 
 
+def is_whole(packed: Packed) -> bool:
+    """Whether the bytes are those that were packed."""
+    try:
+        return _crc(packed.n, packed.first_t, packed.time_bytes, packed.data) == packed.crc
+    except (struct.error, TypeError):
+        return False
+
+
 def unpack(packed: Packed, fields: Sequence[Field]) -> Rows:
     """Inverse of `pack`. Raises ValueError where the bytes are not what was packed."""
-    try:
-        whole = _crc(packed.n, packed.first_t, packed.time_bytes, packed.data) == packed.crc
-    except (struct.error, TypeError):
-        whole = False
-    if not whole:
+    if not is_whole(packed):
         raise ValueError("CRC does not match")
     dtypes = [np.dtype(_DTYPES[f.type]) for f in fields]
     if len(packed.data) != packed.n * (packed.time_bytes + sum(d.itemsize for d in dtypes)):

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from agent.clock import Now
 from agent.device.acknowledge import Acknowledgements
 from agent.device.author import Author
+from agent.device.setaside import declare_damaged
 from agent.device.store import Store
 from agent.device.transaction import Pending
 from agent.errors import LinkDown
@@ -36,6 +37,7 @@ SILENCE_S = (10.0, 120.0)
 # Where the broker itself says that nobody is subscribed, there is nothing to wait for.
 NOBODY_S = 2.0
 _OLDEST = 20
+_PAGE = 100
 # A PUBLISH beside topic, payload and user properties: fixed header, packet id, content type, lengths.
 _OVERHEAD = 48
 
@@ -57,7 +59,10 @@ class Connection(Protocol):
 
 
 class Session:
-    """From CONNECT until the link is lost or closed. `live` messages go before those of the outbox."""
+    """From CONNECT until the link is lost or closed. `live` messages go before those of the outbox.
+
+    What comes is an acknowledgement unless `take` takes it.
+    """
 
     def __init__(
         self,
@@ -69,17 +74,22 @@ class Session:
         *,
         by_broker: bool,
         live: Sequence[Outgoing] = (),
+        take: Callable[[Delivery, Now], bool] = lambda delivery, now: False,
     ) -> None:
         self._link, self._store, self._author, self._acks, self._by_broker = link, store, author, acks, by_broker
-        self._live = deque(live)
+        self._live, self._take = deque(live), take
         self._flying: dict[int, Pending | Outgoing] = {}
         self._again: deque[int] = deque()
         self._held: set[int] = set()
+        self._damaged: list[int] = []
         self._sent = 0
         self._out = 0
         self._missing: Sequence[tuple[int, int]] = ()
         self._asked = self._greeted = self._nobody = False
-        self._heard_s = now.boot_s
+        self._oldest: int | None = None
+        self._oldest_s = now.boot_s
+        # Whether the collector answered on this connection; a retained answer is an old one.
+        self.answered = False
         self._round_at = 0.0
         self._silence_s = SILENCE_S[0]
         self._again_at = now.boot_s + self._silence_s
@@ -94,7 +104,12 @@ class Session:
 
     def empty(self) -> bool:
         """Whether nothing waits that this broker would take."""
-        return all(message.seq in self._held for message in self._store.unsent(0, len(self._held) + 1))
+        after = 0
+        while page := self._store.unsent(after, _PAGE):
+            if not all(message.seq in self._held for message in page):
+                return False
+            after = page[-1].seq
+        return True
 
     def turn(self, now: Now, *, hurry: bool = False) -> None:
         """Fill the window, take what comes, delete what is acknowledged. Raises LinkDown, StorageError."""
@@ -102,26 +117,47 @@ class Session:
         self._fill()
         for event in self._link.receive(IDLE_S):
             if isinstance(event, Receipt):
-                self._heard_s = now.boot_s
                 self._settle(event, now)
             else:
                 self._link.acknowledge(event)
-                self._obey(self._acks.take(event, now), now)
-        self._greeted = True
+                if self._take(event, now):
+                    continue
+                ack = self._acks.take(event, now)
+                self._obey(ack, now)
+                self.answered |= ack is not None and not event.retained
+        # A broker answers in order: what it has retained comes before it confirms what we said first.
+        self._greeted = self._greeted or self.said()
+        self._put_aside(now)
         self._acks.apply(now, at_once=hurry)
-        if not self._flying:
-            self._heard_s = now.boot_s
-        elif now.boot_s - self._heard_s > STALLED_S:
-            raise LinkDown(f"the broker confirmed none of {len(self._flying)} messages for {STALLED_S:.0f} s")
+        self._check_stalled(now)
+
+    def _check_stalled(self, now: Now) -> None:
+        """Confirmations come in order (MQTT 5, 4.6), so one that was left out never comes, whatever else does."""
+        oldest = next(iter(self._flying), None)
+        if oldest is None or oldest != self._oldest:
+            self._oldest, self._oldest_s = oldest, now.boot_s
+        elif now.boot_s - self._oldest_s > STALLED_S:
+            raise LinkDown(f"the broker did not confirm a message for {STALLED_S:.0f} s, {len(self._flying)} wait")
 
     def _fill(self) -> None:
         while (room := self._link.window - len(self._flying)) > 0:
             if self._live:
-                message = self._live.popleft()
-                self._flying[self._link.send(message)] = message
+                self._send_live(self._live.popleft())
             # The retained acknowledgement comes first; most of what waits may be safe already.
             elif not self._greeted or not self._send(self._next(room)):
                 return
+
+    def _send_live(self, message: Outgoing) -> None:
+        size = _size(message)
+        if size <= self._link.max_packet:
+            self._flying[self._link.send(message)] = message
+            return
+        log.error(
+            "%s is not sent: its %d bytes are above the broker's limit of %d; raise the broker's limit",
+            message.topic,
+            size,
+            self._link.max_packet,
+        )
 
     def _next(self, room: int) -> list[Pending]:
         """What to send now: repeats first, then the log in order."""
@@ -137,6 +173,9 @@ class Session:
 
     def _send(self, page: Sequence[Pending]) -> bool:
         for message in page:
+            if not message.intact:
+                self._damaged.append(message.seq)
+                continue
             outgoing = self._author.outgoing(message)
             size = _size(outgoing)
             if size > self._link.max_packet:
@@ -144,6 +183,11 @@ class Session:
                 continue
             self._flying[self._link.send(outgoing)] = message
         return bool(page)
+
+    def _put_aside(self, now: Now) -> None:
+        if self._damaged:
+            declare_damaged(self._store, self._author, self._damaged, now)
+            self._damaged = []
 
     def _settle(self, receipt: Receipt, now: Now) -> None:
         sent = self._flying.pop(receipt.token, None)
@@ -156,7 +200,7 @@ class Session:
             self._hold(sent, f"the broker says {receipt.reason}")
         elif not receipt.taken:
             raise LinkDown(
-                f"the broker refuses messages on {sent.topic}: {receipt.reason}; check its access list for this device"
+                f"the broker refuses messages on {sent.topic}: {receipt.reason}; check its access list and quotas"
             )
         elif receipt.code == NO_SUBSCRIBERS:
             if not self._nobody:
@@ -167,13 +211,18 @@ class Session:
             self._out = max(0, self._out - 1)
 
     def _hold(self, message: Pending, why: str) -> None:
-        if message.seq not in self._held:
-            self._held.add(message.seq)
+        if message.seq in self._held:
+            return
+        self._held.add(message.seq)
+        held = len(self._held)
+        # The first, the second, the fourth …: a broker that takes none must not fill the journal.
+        if held & (held - 1) == 0:
             log.error(
-                "message %d on %s is held back, others go on: %s; raise the broker's limit for it, "
+                "message %d on %s is held back, %d by now, others go on: %s; raise the broker's limit, "
                 "or lower [broker] max_message_bytes so that later ones are split",
                 message.seq,
                 message.topic,
+                held,
                 why,
             )
 

@@ -7,10 +7,8 @@ one transaction: when `transaction()` returns, it is on the disk; when it raises
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import sqlite3
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,16 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sqlite_utils
 
 from agent import clock
 from agent.config import Field, Stream
-from agent.device import schema
+from agent.device import catchup, opening, retention, salvage, schema, watermark
+from agent.device.checked import COLUMNS
+from agent.device.opening import connect_read_only, own, translated
+from agent.device.outbox import Waiting, waiting_ranges
+from agent.device.quota import PAGE, Keeper, Quota
+from agent.device.retention import Acknowledged
 from agent.device.rows import Packed, Rows, concatenate, unpack
+from agent.device.segments import Stamp, merged
 from agent.device.transaction import Pending, Transaction
-from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
+from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
+from agent.wire.messages import digest
 
-PAGE = 4096
 # Intake stops here, so that results, acknowledgements and deletions always find room.
 INTAKE_SHARE = 0.9
 _EMPTY = Rows(np.zeros(0, np.int64), ())
@@ -42,6 +45,7 @@ class Batch:
     rows: Rows
     lost: str | None = None
     lost_last: int = 0
+    stamps: tuple[Stamp, ...] = ()
 
     @property
     def last(self) -> int:
@@ -51,19 +55,31 @@ class Batch:
 class Store:
     """The open store of a device. Thread-safe: every call takes the one lock."""
 
-    def __init__(self, folder: Path, *, max_size: int = 2**30, read_only: bool = False) -> None:
-        self.path = folder / "outstation.db"
+    def __init__(
+        self, folder: Path, *, max_size: int = 2**30, read_only: bool = False, synchronous: str = "FULL"
+    ) -> None:
+        self.path = folder / salvage.DATABASE
+        self.quota = Quota.of(max_size)
+        self._keeper = Keeper(self.path, self.quota)
         self._lock = threading.RLock()
         self._owner: int | None = None
+        self._sound = True
         self.boot = 0
         if not read_only:
-            self._owner = _own(folder)
+            self._owner = own(folder)
         with contextlib.ExitStack() as undo:
             undo.callback(self._disown)
-            self._db = _connect(self.path, read_only, max_size)
+            undo.callback(self._keeper.close)
+            if read_only:
+                self._db = connect_read_only(self.path)
+            else:
+                pragmas = schema.pragmas(self.quota.pages // PAGE, self.quota.wal, synchronous)
+                self._db, self._watermark = opening.open_database(folder, pragmas)
+                undo.callback(self._watermark.close)
             undo.callback(self._db.close)
             if not read_only:
                 self._begin_boot()
+                opening.keep_first_page(folder, self._db, self._watermark)
             self.log_id = self.meta("log", "")
             self.boot = int(self.meta("boot", "0"))
             undo.pop_all()
@@ -71,24 +87,42 @@ class Store:
     # --- transactions ---
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Transaction]:
+    def transaction(self, *, vital: bool = False) -> Iterator[Transaction]:
         """One transaction: committed when the block ends, rolled back when it raises.
 
-        Raises StorageFull, StorageBusy or StorageError.
+        A `vital` one, which makes room or records a delivery, may use up the reserve on a full disk. Raises
+        StorageFull, StorageBusy or StorageError.
         """
-        with self._lock:
+        with self._lock, self._guarded():
             try:
+                budget = self._keeper.prepare(self._db, vital=vital)
                 self._db.execute("BEGIN IMMEDIATE")
-                tx = Transaction(self._db, self.boot)
+                tx = Transaction(self._db, self.boot, budget)
                 yield tx
                 tx.finish()
                 self._db.execute("COMMIT")
-            except sqlite3.Error as error:
-                self._roll_back()
-                raise _storage_error(self.path, error) from error
             except BaseException:
                 self._roll_back()
                 raise
+            self._watermark.follow(self._db, tx.progress)
+
+    def alone(self) -> contextlib.AbstractContextManager[object]:
+        """No other thread reads or writes meanwhile; transactions of this one may."""
+        return self._lock
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """SQLite's errors as ours; what they say of the file is remembered for the next opening."""
+        try:
+            with translated(self.path):
+                yield
+        except (StorageFull, StorageBusy):
+            raise
+        except StorageError as error:
+            self._sound = False
+            if isinstance(error, StorageDamaged) and self._owner is not None:
+                salvage.note_damage(self.path.parent, str(error))
+            raise
 
     def _roll_back(self) -> None:
         if self._db.in_transaction:
@@ -142,9 +176,11 @@ class Store:
         Cost depends on the rows taken, not on the backlog. A chunk that is damaged comes alone, with `lost` set.
         """
         parts: list[Rows] = []
+        stamps: list[Stamp] = []
         first, count = after + 1, 0
-        with self._lock, _errors(self.path):
-            for first_row, *packed in self._db.execute(schema.TAKE, {"stream": stream, "after": after}):
+        with self._lock, self._guarded():
+            chunks = self._db.execute(schema.TAKE, {"stream": stream, "after": after})
+            for first_row, *packed, boot, segment, quality in chunks:
                 try:
                     rows = unpack(Packed(*packed), fields)
                 except ValueError as damage:
@@ -158,10 +194,11 @@ class Store:
                         break
                     return Batch(first, _EMPTY, "rows were set aside as damaged", int(first_row) - 1)
                 parts.append(rows.slice(skip, min(len(rows), skip + limit - count)))
+                stamps.append(Stamp(first + count, boot, segment, quality))
                 count += len(parts[-1])
                 if count >= limit:
                     break
-        return Batch(first, concatenate(parts)) if parts else None
+        return Batch(first, concatenate(parts), stamps=merged(stamps)) if parts else None
 
     def _before_next(self, stream: str, first_row: int) -> int:
         """The last row of the chunk at `first_row`, by what comes after it: its own count may be damaged too."""
@@ -173,24 +210,43 @@ class Store:
         return int(row[0]) if row and row[0] is not None else self.last_row(stream)
 
     def unsent(self, after: int, limit: int) -> list[Pending]:
-        """Messages of the outbox with seq > `after`, in order."""
-        found = self._all(
-            "SELECT seq, topic, payload, jws, time FROM outbox WHERE seq > ? ORDER BY seq LIMIT ?", after, limit
-        )
-        return [Pending(*row) for row in found]
+        """Messages of the outbox with seq > `after` that are not acknowledged, in order."""
+        found: list[tuple[Any, ...]] = []
+        for first, last in waiting_ranges(self.acknowledged()):
+            if last > after and len(found) < limit:
+                sql = f"SELECT {COLUMNS} FROM outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
+                found += self._all(sql, max(first, after + 1), last, limit - len(found))
+        return [Pending.stored(row) for row in found]
 
     def pending(self, seqs: Sequence[int]) -> list[Pending]:
-        """Those of `seqs` that are still in the outbox."""
+        """Those of `seqs` that are in the outbox and not acknowledged."""
+        acknowledged = self.acknowledged()
+        seqs = [seq for seq in seqs if seq not in acknowledged]
         marks = ",".join("?" * len(seqs))
-        found = self._all(
-            f"SELECT seq, topic, payload, jws, time FROM outbox WHERE seq IN ({marks}) ORDER BY seq", *seqs
-        )
-        return [Pending(*row) for row in found]
+        found = self._all(f"SELECT {COLUMNS} FROM outbox WHERE seq IN ({marks}) ORDER BY seq", *seqs)
+        return [Pending.stored(row) for row in found]
+
+    def digest_of(self, seq: int) -> str | None:
+        """The digest of message `seq` as far as it is known here; None where it is not."""
+        if seq == int(self.meta("seq", "0")):
+            return self.meta("digest", "")
+        sql = f"SELECT {COLUMNS} FROM outbox WHERE seq IN (?, ?) ORDER BY seq"
+        for message in (Pending.stored(row) for row in self._all(sql, seq, seq + 1)):
+            if message.intact:
+                return digest(message.payload) if message.seq == seq else str(json.loads(message.payload)["prev"])
+        return None
 
     def outbox_size(self) -> tuple[int, int]:
         """Messages waiting, and the last seq ever given."""
-        row = self._one("SELECT count(*) FROM outbox")
-        return (int(row[0]) if row else 0), int(self.meta("seq", "0"))
+        return self.waiting().messages, int(self.meta("seq", "0"))
+
+    def waiting(self) -> Waiting:
+        """What is in the outbox and not acknowledged."""
+        return Waiting.from_text(self.meta(retention.WAITING, ""))
+
+    def acknowledged(self) -> Acknowledged:
+        """The seqs that the collector, or with delivery = "broker" the broker, is known to have."""
+        return Acknowledged.from_json(self.meta(retention.ACKNOWLEDGED, ""))
 
     def used_bytes(self) -> int:
         """Bytes of pages in use, free ones not counted."""
@@ -198,16 +254,9 @@ class Store:
         free = int((self._one("PRAGMA freelist_count") or (0,))[0])
         return (pages - free) * PAGE
 
-    def max_bytes(self) -> int:
-        return int((self._one("PRAGMA max_page_count") or (0,))[0]) * PAGE
-
-    def kept_span_us(self) -> int:
-        """Time from the oldest chunk kept to the newest, µs."""
-        row = self._one(
-            "SELECT (SELECT first_t FROM chunks ORDER BY id DESC LIMIT 1) - "
-            "(SELECT first_t FROM chunks ORDER BY id LIMIT 1)"
-        )
-        return int(row[0]) if row and row[0] is not None else 0
+    def limit_bytes(self) -> int:
+        """Bytes that pages in use can come to: what the quota leaves for them, or what the disk has room for."""
+        return self._keeper.limit(int((self._one("PRAGMA page_count") or (0,))[0]))
 
     def alerts(self, limit: int) -> list[dict[str, Any]]:
         """The newest alerts, newest first."""
@@ -221,14 +270,20 @@ class Store:
         for name, stream in streams.items():
             wanted = [[f.name, f.type] for f in stream.fields]
             row = self._one("SELECT fields, next_row FROM streams WHERE name = ?", name)
-            if row is None or (row[1] == 1 and json.loads(row[0]) != wanted):
-                with self.transaction() as tx:
-                    tx.declare(name, json.dumps(wanted))
-            elif json.loads(row[0]) != wanted:
+            if row is not None and watermark.are_fields(row[0], wanted):
+                if watermark.is_unknown(row[0]):
+                    self._declare(name, wanted)
+            elif row is None or row[1] == 1 or (watermark.is_unknown(row[0]) and self.first_row(name) == row[1]):
+                self._declare(name, wanted)
+            else:
                 raise UsageError(
                     f"streams.{name}.fields: the store at {self.path} holds rows with fields {row[0]}; "
                     "give the changed stream a new name, so that no row is read as something else"
                 )
+
+    def _declare(self, name: str, fields: object) -> None:
+        with self.transaction(vital=True) as tx:
+            tx.declare(name, json.dumps(fields))
 
     def claim(self, fleet: str, device: str) -> None:
         """Bind the store to a device. Raises UsageError where it is another's: its messages are signed for that one."""
@@ -239,17 +294,23 @@ class Store:
                 f"device.id: the store at {self.path} is of {owner}, whose signed messages wait in it; "
                 "give the new device a data_dir of its own"
             )
-        with self.transaction() as tx:
+        with self.transaction(vital=True) as tx:
             tx.set_meta("device", name)
 
     def close(self) -> None:
         with self._lock:
-            self._db.close()
+            if self._owner is None:
+                self._db.close()
+            else:
+                opening.close(self.path.parent, self._db, self._watermark, sound=self._sound)
+            self._keeper.close()
             self._disown()
 
     def _begin_boot(self) -> None:
         """Count this boot, once, and give a new store its log id."""
-        with self.transaction() as tx:
+        with self.transaction(vital=True) as tx:
+            tx.progress.anew = True
+            catchup.catch_up(self._db, self._watermark.mark)
             if not self.meta("log", ""):
                 tx.set_meta("log", str(uuid.uuid4()))
             this_boot = clock.boot_id()
@@ -263,68 +324,10 @@ class Store:
             self._owner = None
 
     def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
-        with self._lock, _errors(self.path):
+        with self._lock, self._guarded():
             row: tuple[Any, ...] | None = self._db.execute(sql, values).fetchone()
             return row
 
     def _all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock, _errors(self.path):
+        with self._lock, self._guarded():
             return self._db.execute(sql, values).fetchall()
-
-
-def _connect(path: Path, read_only: bool, max_size: int) -> sqlite3.Connection:
-    with _errors(path):
-        if read_only:
-            return sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
-        connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
-        try:
-            for pragma, wanted in schema.pragmas(max_size // PAGE):
-                connection.execute(f"PRAGMA {pragma}")
-                if wanted is not None:
-                    got = str(connection.execute(f"PRAGMA {pragma.split('=')[0]}").fetchone()[0])
-                    if got != wanted:
-                        raise StorageError(
-                            f"{path}: PRAGMA {pragma} gives {got!r}; acknowledged rows would not be safe"
-                        )
-            schema.migrations.apply(sqlite_utils.Database(connection, execute_plugins=False))
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-
-def _own(folder: Path) -> int:
-    """Hold the folder's lock file for as long as this process lives."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StorageError(f"{folder}: {error.strerror}; check [device] data_dir, and who may write there") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        os.close(descriptor)
-        raise StorageBusy(
-            f"{folder}: another outstation (process {owner}) uses this data folder; stop it first"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    return descriptor
-
-
-@contextlib.contextmanager
-def _errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise _storage_error(path, error) from error
-
-
-def _storage_error(path: Path, error: sqlite3.Error) -> StorageError:
-    name = getattr(error, "sqlite_errorname", type(error).__name__)
-    if name.startswith("SQLITE_FULL"):
-        return StorageFull(f"{path}: the quota ([buffer] max_size) or the disk is full")
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return StorageBusy(f"{path}: locked by another process")
-    return StorageError(f"{path}: {name}: {error}")

@@ -15,17 +15,20 @@ from agent import config
 from agent.clock import Now
 from agent.device.acknowledge import Acknowledgements
 from agent.device.author import Author
+from agent.device.commands import Commands
+from agent.device.refusals import COMMANDS, Refusals
+from agent.device.rotation import keys_message
 from agent.device.session import Connection, Session
 from agent.device.store import Store
-from agent.errors import LinkDown
-from agent.link import Link
+from agent.errors import LinkDown, Refused
+from agent.link import Delivery, Link
 from agent.wire.keys import PublicKey
 
 log = logging.getLogger("outstation.uplink")
 
 # The shortest wait, the longest first wait, the longest wait.
 _BACKOFF_S = (0.5, 4.0, 60.0)
-# After a connection of this length the broker counts as well again.
+# After a connection of this length, or one on which the collector answered, the broker counts as well again.
 _STEADY_S = 60.0
 _SAY_S = 1.0
 # A connect may take as long as a resolver that nobody answers, and its own timeouts.
@@ -44,15 +47,20 @@ class Uplink:
         now: Callable[[], Now],
         failed: Callable[[Exception], None],
         *,
+        commands: Commands | None = None,
         open_link: Callable[..., Connection] = Link,
         pause: Callable[[float], object] | None = None,
     ) -> None:
         self._conf, self._store, self._author, self._now, self._failed = conf, store, author, now, failed
         self._open_link = open_link
-        self._acks = Acknowledgements(store, author, collector)
+        self._refusals = Refusals(store, author)
+        self._acks = Acknowledgements(store, author, collector, conf.buffer.keep_messages, self._refusals)
+        self._commands = commands
         self._stopping = threading.Event()
+        self._renewing = threading.Event()
         self._pause = pause or self._stopping.wait
         self._link: Connection | None = None
+        self._answered = False
         self._drain_until_s = 0.0
         self._alive_until_s = now().boot_s + _SIGN_OF_LIFE_S
         self.state = "not connected yet"
@@ -66,6 +74,11 @@ class Uplink:
         current = self._link
         if current is not None:
             current.wake()
+
+    def renew(self) -> None:
+        """Leave, and connect anew: with another signing key the Will is another one too."""
+        self._renewing.set()
+        self.wake()
 
     def alive(self, now: Now) -> bool:
         """Whether the thread got round lately; trying to connect and waiting for the next try are signs of life."""
@@ -88,16 +101,17 @@ class Uplink:
         while not self._over():
             began = self._live_for(0.0)
             try:
-                self._session()
-                return
+                if self._session():
+                    return
             except LinkDown as down:
                 if self._stopping.is_set():
                     return
                 ended = self._now().boot_s
-                attempt = 0 if ended - began > _STEADY_S else attempt + 1
+                attempt = 0 if self._answered or ended - began > _STEADY_S else attempt + 1
                 if str(down) != self.state:
                     log.warning("broker: %s; trying again, readings and results are kept", down)
                 self.state = str(down)
+                self._refusals.flush(self._now())
                 wait = backoff(attempt, random.random())
                 self._live_for(wait)
                 self._pause(wait)
@@ -111,11 +125,14 @@ class Uplink:
         except Exception as error:
             self._failed(error)
 
-    def _session(self) -> None:
-        """One connection, from CONNECT until it is lost or the device stops."""
+    def _session(self) -> bool:
+        """One connection, from CONNECT until it is lost or the device stops; False where only a new one is wanted."""
         now = self._now()
+        self._renewing.clear()
+        self._answered = False
         will = self._author.live("state", {"state": "offline", "boot": self._author.boot}, now)
-        current = self._open_link(self._conf.broker, self._author.device, subscribe=[self._acks.topic], will=will)
+        topics = [self._acks.topic, *(self._commands.subscriptions if self._commands else [])]
+        current = self._open_link(self._conf.broker, self._author.device, subscribe=topics, will=will)
         self._link = current
         try:
             log.info("broker: connected to %s", self._conf.broker.url)
@@ -123,23 +140,48 @@ class Uplink:
             session = self._begin(current)
             while not (self._stopping.is_set() and self._drained(session)):
                 self._live_for(0.0)
-                session.turn(self._now(), hurry=self._stopping.is_set())
+                self._turn(session)
+                self._answered = session.answered
+                if self._renewing.is_set() and not self._stopping.is_set():
+                    current.close()
+                    return False
             self._take_leave(session)
             current.close()
+            return True
         except BaseException:
             current.drop()
             raise
         finally:
             self._link = None
 
+    def _turn(self, session: Session) -> None:
+        hurry = self._stopping.is_set()
+        if self._commands is not None:
+            self._commands.turn(session, self._now())
+        session.turn(self._now(), hurry=hurry)
+        self._refusals.flush(self._now(), at_once=hurry)
+
+    def _is_command(self, delivery: Delivery, now: Now) -> bool:
+        """Take a command; whether it was one."""
+        if self._commands is None or delivery.topic != self._commands.topic:
+            return False
+        try:
+            self._commands.take(delivery)
+        except Refused as refusal:
+            self._refusals.add(COMMANDS, refusal, now)
+        return True
+
     def _begin(self, current: Connection) -> Session:
         now = self._now()
         live = [
-            self._author.live("keys", {"keys": [self._author.key.public.jwk]}, now),
+            keys_message(self._author, now),
             self._author.live("state", {"state": "online", "boot": self._author.boot}, now),
         ]
+        if self._commands is not None:
+            self._commands.begin()
         by_broker = self._conf.collector.delivery == "broker"
-        return Session(current, self._store, self._author, self._acks, now, by_broker=by_broker, live=live)
+        what = (current, self._store, self._author, self._acks, now)
+        return Session(*what, by_broker=by_broker, live=live, take=self._is_command)
 
     def _drained(self, session: Session) -> bool:
         return self._over() or session.empty()

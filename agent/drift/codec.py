@@ -12,6 +12,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.jsonkeys import check_keys
+
 T = TypeVar("T")
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -24,7 +26,9 @@ def to_json(value: object) -> bytes:
 
 def from_json(data: bytes, kind: type[T]) -> T:
     """Raises ValueError that names the member that is wrong."""
-    return _checked(msgspec.json.Decoder(kind, dec_hook=_from_list).decode, data)
+    found = _checked(msgspec.json.Decoder(kind, dec_hook=_from_list).decode, data)
+    _checked(check_keys, data)
+    return found
 
 
 def to_bytes(value: object) -> bytes:
@@ -39,7 +43,7 @@ def from_bytes(data: bytes, kind: type[T]) -> T:
 def _checked(decode: Callable[[bytes], T], data: bytes) -> T:
     try:
         return decode(data)
-    except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
+    except (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 

@@ -71,7 +71,8 @@ class Acknowledger:
         now = clock.rfc3339(clock.read().wall_us)
         topic = topics.Topic(self._fleet, known.device, "ack")
         members = {"v": 1, "kind": "ack", "device": known.device, "log": known.log, "through": known.through}
-        payload = encode({**members, "missing": known.missing, "time": now})
+        proof = {"digest": known.digest} if known.digest else {}
+        payload = encode({**members, "missing": known.missing, "time": now, **proof})
         token = jws.sign(self._key, str(topic), payload)
         event = cloud_event(topic, f"{known.device}/{known.log}/ack/{now}", now)
         return Outgoing(str(topic), payload, (("jws", token), *event), retain=True)

@@ -1,16 +1,20 @@
 """The audit: every stored message verified again, from the evidence alone (contract section 9).
 
 For each device and log, in one pass and in constant memory:
-- each stored payload and token verify with a key of that device, a revoked one too
+- each stored payload and token verify with a key of that device, a revoked one too; one that another key followed
+  counts up to that seq
 - the columns device, log, seq and kind are what the signed payload says; the topic is what was signed
-- seq 1 ... through is complete, except ranges that a signed `audit` message declares as evicted
+- seq 1 ... through is complete, except ranges that a signed `audit` message declares as evicted, or whose log another
+  signed one says has ended
 - each `prev` is the digest of the message before it; behind a gap there is nothing to compare with
-- rows are covered once: results tile each stream of each task, up to the cursors in `health`
+- rows are covered once: results tile each stream of each task, up to the cursors in `health`, except rows that a signed
+  `audit` message declares as evicted
 - table results holds what the messages say
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -19,10 +23,10 @@ from typing import Any
 from agent.errors import Refused
 from agent.fleet.coverage import Coverage
 from agent.fleet.keyring import Keyring
-from agent.fleet.ledger import evictions
+from agent.fleet.ledger import NEW_LOG, ended, evictions
 from agent.fleet.store import FleetStore
 from agent.fleet.unfold import result_rows
-from agent.wire.messages import Body, Health, Logged, Results, digest, open_message
+from agent.wire.messages import Audit, Body, Health, Logged, Results, digest, open_message
 
 # A database that was rewritten as a whole must not fill the memory; all entries are counted.
 MAX_INVALID = 10_000
@@ -42,6 +46,7 @@ class Report:
     gaps: list[dict[str, Any]] = field(default_factory=list)
     invalid: list[dict[str, Any]] = field(default_factory=list)
     coverage: list[dict[str, Any]] = field(default_factory=list)
+    evicted: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -49,7 +54,7 @@ class Report:
 
     def document(self) -> dict[str, Any]:
         """As `fleet audit --json` prints it."""
-        names = ("devices", "messages", "gaps", "duplicates", "invalid", "invalid_count", "coverage")
+        names = ("devices", "messages", "gaps", "duplicates", "invalid", "invalid_count", "coverage", "evicted")
         return {"passed": self.passed, **{name: getattr(self, name) for name in names}}
 
     def add_invalid(self, key: Key, reason: str) -> None:
@@ -64,6 +69,7 @@ def audit(store: FleetStore, device: str | None = None, progress: Callable[[int]
     report = Report()
     with store.snapshot():
         keyring = Keyring(store)
+        ends = dict(_ends(store, keyring, device))
         through = {(name, log): top for name, log, top in store.logs(device)}
         unfolded = _Unfolded(store.unfolded(device), report)
         names = {name for name, _ in through}
@@ -74,13 +80,22 @@ def audit(store: FleetStore, device: str | None = None, progress: Callable[[int]
                 report.messages += 1
                 if progress is not None and report.messages % 100 == 0:
                     progress(100)
-            check.finish(through.pop((name, log), 0))
+            check.finish(through.pop((name, log), 0), ends.get((name, log), 0))
             names.add(name)
         for (name, log), top in through.items():
-            _LogCheck(name, log, keyring, unfolded, report).finish(top)
+            _LogCheck(name, log, keyring, unfolded, report).finish(top, ends.get((name, log), 0))
         unfolded.skip_to(None)
         report.devices = len(names)
     return report
+
+
+def _ends(store: FleetStore, keyring: Keyring, device: str | None) -> Iterator[tuple[tuple[Any, str], int]]:
+    """((device, log), last seq) of each log that a signed message of a later one says has ended."""
+    for name, topic, payload, jws in store.audits(device, f'"{NEW_LOG}"'.encode()):
+        with contextlib.suppress(Refused, TypeError, AttributeError):
+            body = open_message(topic, payload, (jws,), keyring.find_stored).body
+            if body.device == name and (end := ended(body)):
+                yield (name, end[0]), end[1]
 
 
 class _LogCheck:
@@ -112,17 +127,26 @@ class _LogCheck:
             return
         self._last_digest = digest(data)
         self._declared += evictions(body)
+        if ended(body):
+            # Rows before it may be in the old log.
+            self._coverage.broken(seq)
         for problem in self._contents(body, stored):
             self._report.add_invalid(key, problem)
 
-    def finish(self, through: int) -> None:
-        """The end of the log: `through` is the highest seq that was ever acknowledged."""
+    def finish(self, through: int, end: int) -> None:
+        """The end of the log: `through` is the highest seq that was ever acknowledged.
+
+        Up to `end` a later log says that what is missing is missing for good.
+        """
+        if end:
+            self._declared.append((1, end))
         if through > self._last:
             self._missing.append((self._last + 1, through))
         for first, last, declared in split(self._missing, self._declared):
             gap = {"device": self._device, "log": self._log, "from": first, "to": last, "declared": declared}
             self._report.gaps.append(gap)
         self._report.duplicates += self._coverage.doubled
+        self._report.evicted += [{"device": self._device, "log": self._log, **rows} for rows in self._coverage.evicted]
         for (task, stream), track in self._coverage.tracks.items():
             rows = {"first": track.first, "last": track.last, "messages": track.messages, "results": track.results}
             where = {"device": self._device, "log": self._log, "task": task, "stream": stream}
@@ -142,7 +166,9 @@ class _LogCheck:
         if not (isinstance(topic, str) and isinstance(payload, bytes) and isinstance(jws, str)):
             return "topic, payload or jws is not stored as text and bytes", None
         try:
-            return None, open_message(topic, payload, (jws,), self._keyring.find_stored).body
+            message = open_message(topic, payload, (jws,), self._keyring.find_stored)
+            self._keyring.require_in_bounds(message, stored=True)
+            return None, message.body
         except Refused as refused:
             return f"does not verify: {refused}", None
 
@@ -169,6 +195,8 @@ class _LogCheck:
             yield f"is not what table results holds for it: row {row} differs"
         if isinstance(body, Results) and (problem := self._coverage.results(body)):
             yield problem
+        if isinstance(body, Audit):
+            self._coverage.audit(body)
         if isinstance(body, Health):
             yield from self._coverage.health(body)
 

@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from agent import clock
 from agent.config import Broker
 from agent.errors import LinkDown, Refused, StorageError
+from agent.fleet import alarm
 from agent.fleet.acknowledge import Acknowledger, Backoff, Connection
 from agent.fleet.ingest import Arrival, Outcome, Refusal
 from agent.fleet.keyring import Keyring
 from agent.fleet.store import FleetStore
+from agent.fleet.unfold import refusals_alert
 from agent.link import Delivery, Link, Receipt
 from agent.wire import topics
 from agent.wire.keys import SigningKey
@@ -54,6 +56,7 @@ class Collector:
         self._retry = Backoff()
         self._retry_at = 0.0
         self._refused = 0
+        self._alarm = alarm.Alarm()
         self._quiet_until = 0.0
         self._stopping = False
         self._link: Connection | None = None
@@ -154,10 +157,12 @@ class Collector:
             arrivals, outcomes = self._store_singly(arrivals, refusals, now)
         self.stored += outcomes.count("new")
         self._report_refusals(refusals)
-        for arrival, outcome in zip(arrivals, outcomes, strict=True):
-            if outcome == "conflict":
-                device = arrival.message.body.device
-                logger.critical("security: %s signed two messages as one seq; see `outstation fleet alerts`", device)
+        self._alert_refusals(refusals)
+        conflicts = {
+            a.message.body.device for a, outcome in zip(arrivals, outcomes, strict=True) if outcome == "conflict"
+        }
+        for device in sorted(conflicts):
+            logger.critical("security: %s signed two messages as one seq; see `outstation fleet alerts`", device)
         return arrivals
 
     def _report_refusals(self, refusals: Sequence[Refusal]) -> None:
@@ -168,6 +173,26 @@ class Collector:
         last = f", last {refusals[-1].reason} on {refusals[-1].topic!r}" if refusals else ""
         logger.warning("refused %d messages%s; see table refused", self._refused, last)
         self._refused, self._quiet_until = 0, time.monotonic() + QUIET_S
+
+    def _alert_refusals(self, refusals: Sequence[Refusal]) -> None:
+        """What was refused is no message of its device: the alert is the collector's own. A full disk delays it."""
+        now = clock.read()
+        self._alarm.add(refusals, self.keyring.devices, now.boot_s)
+        for name, count in self._alarm.due(now.boot_s):
+            who = f"in the name of {name}" if name else "in names that are not enrolled"
+            summary = (
+                f"{count.n} messages {who} were refused within {now.boot_s - count.since_s:.0f} s, the last for "
+                f"{count.last!r}: somebody sends what does not verify, or a key was changed without enrolling it. "
+                "Nothing of them was stored; samples are in table refused."
+            )
+            row = refusals_alert(name, summary, clock.rfc3339(now.wall_us), now.wall_us // 3_600_000_000)
+            try:
+                self.store.raise_alert(row)
+            except StorageError as error:
+                logger.error("%s; the alert about refused messages waits", error)
+                return
+            self._alarm.raised(name, now.boot_s)
+            logger.critical("security: %s", summary)
 
     def _store_singly(
         self, arrivals: Sequence[Arrival], refusals: list[Refusal], now: str
@@ -188,12 +213,32 @@ class Collector:
         """Each delivery as a verified message or a refusal."""
         self.keyring.refresh()
         arrivals, refusals = [], []
-        for delivery in batch:
+        for delivery, opened in zip(batch, self._opened(batch), strict=True):
             try:
-                arrivals.append(Arrival(self._open(delivery), fresh=not delivery.retained))
+                if isinstance(opened, Refused):
+                    raise opened
+                # Last, for a rotation in the same batch may bound the key of what came before it.
+                self.keyring.require_in_bounds(opened)
+                arrivals.append(Arrival(opened, fresh=not delivery.retained))
             except Refused as refused:
                 refusals.append(_refusal(_device_of(delivery.topic), refused, delivery))
         return arrivals, refusals
+
+    def _opened(self, batch: Sequence[Delivery]) -> list[Message | Refused]:
+        """Each delivery verified, or why not; those of a key that another one announces, too."""
+        found: list[Message | Refused] = [Refused("unknown key")] * len(batch)
+        left, learned = list(range(len(batch))), True
+        while learned:
+            learned = False
+            for i in left:
+                try:
+                    message = found[i] = self._open(batch[i])
+                    learned |= self.keyring.learn(message)
+                except Refused as refused:
+                    found[i] = refused
+            left = [i for i in left if isinstance(why := found[i], Refused) and why.reason == "unknown key"]
+            learned &= bool(left)
+        return found
 
     def _open(self, delivery: Delivery) -> Message:
         try:

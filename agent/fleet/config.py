@@ -42,6 +42,8 @@ class FleetConfig(Section, frozen=True):
     broker: Broker
     collector: Identity
     operator: Identity
+    commander: Identity | None = None
+    """The operator's second certificate, for commands: a broker with TLS has one connection for each."""
     ca: Authority | None = None
 
     def broker_as(self, who: Identity) -> Broker:
@@ -89,7 +91,7 @@ def _with_absolute_paths(config: FleetConfig, base: Path) -> FleetConfig:
         files = {name: getattr(section, name) for name in section.__struct_fields__ if name.endswith("_file")}
         return msgspec.structs.replace(section, **{k: str(base / v) for k, v in files.items() if v is not None})
 
-    sections = {name: getattr(config, name) for name in ("broker", "collector", "operator", "ca")}
+    sections = {name: getattr(config, name) for name in ("broker", "collector", "operator", "commander", "ca")}
     changed = {name: absolute(section) for name, section in sections.items() if section is not None}
     fleet = msgspec.structs.replace(config.fleet, db=str(database(config.fleet.db, base)))
     return msgspec.structs.replace(config, fleet=fleet, **changed)

@@ -22,7 +22,7 @@ from agent.wire import keys
 from agent.wire.keys import PublicKey, write_new
 
 # User names of the broker that are no device's; `_all` cannot be a device id anyway.
-RESERVED = frozenset({"collector", "operator"})
+RESERVED = frozenset({"collector", "operator", "commander"})
 SIGNING_KEY = "device.key"
 BUNDLED = ("ca.pem", "device-tls.key", "device.crt", SIGNING_KEY, "outstation.toml")
 
@@ -57,11 +57,19 @@ def init_fleet(folder: Path, name: str, broker: Broker) -> FleetConfig:
 
 
 def enrol(
-    folder: Path, config: FleetConfig, store: FleetStore, device: str, *, key: PublicKey | None, replace: bool
+    folder: Path,
+    config: FleetConfig,
+    store: FleetStore,
+    device: str,
+    *,
+    key: PublicKey | None,
+    replace: bool,
+    keep_through: int | None = None,
 ) -> Enrolment:
     """Register `device`, and write its files to `devices/<device>/` of the fleet's folder.
 
-    Without `key` the device's signing key is made here, once. Raises UsageError for a name or key that is taken.
+    Without `key` the device's signing key is made here, once. A key that is replaced counts no more, or up to seq
+    `keep_through` of the device's log. Raises UsageError for a name or key that is taken.
     """
     if not is_name(device) or device in RESERVED:
         why = (
@@ -75,7 +83,8 @@ def enrol(
             file.unlink()
     if key is None:
         key = _own_key(home, enrolled=None if replace else store.active_key(device))
-    new = store.enrol(device, key, replace=replace, now=clock.rfc3339(clock.read().wall_us))
+    now = clock.rfc3339(clock.read().wall_us)
+    new = store.enrol(device, key, replace=replace, now=now, keep_through=keep_through)
     _write_device_files(home, config, device)
     return Enrolment(device, key, home, new)
 
@@ -97,10 +106,10 @@ def bundle(home: Path, out: Path) -> None:
 
 def _own_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
     path = home / SIGNING_KEY
-    if path.exists():
+    if path.exists() and (enrolled is None or keys.load_private(path).public.kid == enrolled.kid):
         return keys.load_private(path).public
     if enrolled is not None:
-        # The device holds its own key; only its certificate and config are made anew.
+        # The device holds its own key, or has made a new one since; only its certificate and config are made anew.
         return enrolled
     return keys.generate(path).public
 
@@ -170,6 +179,8 @@ url = {_quoted(broker.url)}
         if broker.tls:
             text += f'cert_file = "{role}.crt"\ntls_key_file = "{role}-tls.key"\n'
     if broker.tls:
+        text += "\n[commander]                           # the operator again: one connection for each certificate\n"
+        text += 'key_file = "operator.key"\ncert_file = "commander.crt"\ntls_key_file = "commander-tls.key"\n'
         text += "\n[ca]                                  # issues the devices' TLS certificates\n"
         text += 'cert_file = "ca.pem"\nkey_file = "ca.key"\n'
     return text

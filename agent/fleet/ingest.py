@@ -6,10 +6,12 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Literal
 
-from agent.fleet import schema
-from agent.fleet.ledger import Ledger, evictions
+from agent.fleet import keytable, schema
+from agent.fleet.dating import Dating
+from agent.fleet.ledger import Ledger, ended, evictions
 from agent.fleet.unfold import Rows, collector_alert, unfold
-from agent.wire.messages import Logged, Message, State
+from agent.wire import rotation
+from agent.wire.messages import Audit, Logged, Message, State
 
 OTHER_BYTES = "other bytes"
 # How many refused messages of one device and reason are kept whole; all are counted.
@@ -45,8 +47,10 @@ class Batch:
     def __init__(self, db: sqlite3.Connection, now: str) -> None:
         self._db, self._now = db, now
         self._rows: Rows = {}
+        self._dating = Dating(db, now)
         self._ledgers: dict[tuple[str, str], Ledger] = {}
         self._seen: set[str] = set()
+        self._rotations: list[Message] = []
 
     def add(self, arrival: Arrival) -> Outcome:
         message, body = arrival.message, arrival.message.body
@@ -66,7 +70,12 @@ class Batch:
         ledger = self._ledger(body)
         ledger.arrived(body.seq)
         ledger.evicted(evictions(body))
+        if (old := ended(body)) and (before := self._known_ledger(body.device, old[0])):
+            before.evicted([(1, old[1])])
         unfold(message, self._rows)
+        self._dating.add(body)
+        if isinstance(body, Audit) and body.event == rotation.EVENT:
+            self._rotations.append(message)
         return "new"
 
     def _conflict(self, message: Message, body: Logged) -> Outcome:
@@ -90,13 +99,28 @@ class Batch:
 
     def finish(self) -> None:
         for table, rows in self._rows.items():
-            marks = ", ".join("?" * len(rows[0]))
-            self._db.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+            # Empty where a run lists no result: its rows were lost, or `publish` keeps them at home.
+            if rows:
+                marks = ", ".join("?" * len(rows[0]))
+                self._db.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+        self._dating.finish()
+        for message, problem in keytable.rotate(self._db, self._rotations, self._now):
+            if isinstance(message.body, Logged):
+                self._db.execute(schema.ADD_ALERT, collector_alert(message.body, problem, self._now))
         for (device, log), ledger in self._ledgers.items():
             sql = "UPDATE logs SET through = ? WHERE device = ? AND log = ?"
             self._db.execute(sql, (ledger.through, device, log))
         for device in self._seen:
             self._db.execute("UPDATE devices SET last_seen = ? WHERE device = ?", (self._now, device))
+
+    def _known_ledger(self, device: str, log: str) -> Ledger | None:
+        """That of a log which is known already."""
+        if (device, log) not in self._ledgers:
+            row = self._db.execute("SELECT through FROM logs WHERE device = ? AND log = ?", (device, log)).fetchone()
+            if row is None:
+                return None
+            self._ledgers[device, log] = Ledger(self._db, device, log, row[0])
+        return self._ledgers[device, log]
 
     def _ledger(self, body: Logged) -> Ledger:
         key = (body.device, body.log)

@@ -1,10 +1,26 @@
-"""Who may sign: the enrolled keys in memory, as fresh as the database."""
+"""Who may sign, and up to where: the enrolled keys in memory, as fresh as the database."""
 
 from __future__ import annotations
 
+import logging
+
+import msgspec
+
+from agent.errors import Refused
 from agent.fleet.store import FleetStore
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey, public_key
+from agent.wire.messages import Logged, Message
+from agent.wire.rotation import rotation_of
+
+logger = logging.getLogger(__name__)
+
+
+class Key(Signer, frozen=True):
+    """A device's key. With `through` another one has followed it: it signs `log` (any, where None) up to that seq."""
+
+    log: str | None = None
+    through: int | None = None
 
 
 class Keyring:
@@ -13,27 +29,71 @@ class Keyring:
     def __init__(self, store: FleetStore, roles: dict[str, PublicKey] | None = None) -> None:
         self._store, self._version = store, -1
         self._roles = {key.kid: Signer(role, key) for role, key in (roles or {}).items()}
-        self._signers: dict[str, Signer] = {}
+        self._signers: dict[str, Key] = {}
+        # What rotations on their way into the database change.
+        self._learned: dict[str, Key] = {}
+        # Every device that ever had a key.
+        self.devices: frozenset[str] = frozenset()
         self.refresh()
 
     def refresh(self) -> None:
-        """See enrolments and revocations made meanwhile; one small read where there were none."""
+        """See enrolments and revocations made meanwhile; one small read where there were none. Forgets `learn`."""
+        self._learned = {}
         version = self._store.keys_version()
         if version == self._version:
             return
         # Building a key costs more than reading it: those already known are kept.
         known = {kid: signer.key for kid, signer in self._signers.items()}
-        self._signers = {
-            kid: Signer(device, known.get(kid) or public_key(text), revoked)
-            for kid, device, text, revoked in self._store.enrolled_keys()
-        }
-        self._version = version
+        signers = {}
+        for kid, device, text, revoked, log, through in self._store.enrolled_keys():
+            key = known.get(kid) or _usable(device, text)
+            if key is not None:
+                signers[kid] = Key(device, key, revoked, log, through)
+        self._signers, self._version = signers, version
+        self.devices = frozenset(signer.owner for signer in signers.values())
 
     def find(self, kid: str) -> Signer | None:
         """The signer with this key, revoked or not."""
-        return self._signers.get(kid) or self._roles.get(kid)
+        return self._learned.get(kid) or self._signers.get(kid) or self._roles.get(kid)
 
     def find_stored(self, kid: str) -> Signer | None:
         """The same for messages that are stored already: what a key signed before it was revoked stays valid."""
         signer = self._signers.get(kid)
-        return Signer(signer.owner, signer.key) if signer else None
+        return msgspec.structs.replace(signer, revoked=False) if signer else None
+
+    def learn(self, message: Message) -> bool:
+        """Know the new key of a verified rotation until the next `refresh`; whether the message is one that counts."""
+        try:
+            change = rotation_of(message)
+        except Refused:
+            return False
+        old = self.find(change.old) if change else None
+        if change is None or not isinstance(old, Key) or old.through is not None or self.find(change.new.kid):
+            return False
+        self._learned[change.old] = Key(old.owner, old.key, False, change.log, change.seq)
+        self._learned[change.new.kid] = Key(old.owner, change.new)
+        return True
+
+    def require_in_bounds(self, message: Message, *, stored: bool = False) -> None:
+        """Raises Refused where the key was followed by another one before this message.
+
+        Logs other than the bounded one are over, or never were: of these only what is `stored` counts.
+        """
+        signer = self.find(message.signer.key.kid)
+        if not isinstance(signer, Key) or signer.through is None:
+            return
+        body = message.body
+        if isinstance(body, Logged):
+            within = body.seq <= signer.through if signer.log in (None, body.log) else stored
+            if within:
+                return
+        raise Refused("retired key", f"kid {signer.key.kid} of {signer.owner} signs up to seq {signer.through} only")
+
+
+def _usable(device: str, text: str) -> PublicKey | None:
+    """One key that is none must not keep the collector from all the others."""
+    try:
+        return public_key(text)
+    except ValueError as error:
+        logger.error("device %s: its enrolled key cannot be used (%s); enrol it again with --replace", device, error)
+        return None

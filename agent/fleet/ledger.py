@@ -12,7 +12,7 @@ from typing import TypeGuard
 
 from agent.wire.messages import Audit
 
-EVICTED = "evicted"
+EVICTED, NEW_LOG = "evicted", "new log"
 _PUT = "INSERT INTO gaps VALUES (?, ?, ?, ?, ?)"
 _AT_OR_BELOW = (
     "SELECT first, last, declared FROM gaps WHERE device=? AND log=? AND first<=? ORDER BY first DESC LIMIT 1"
@@ -75,11 +75,24 @@ class Ledger:
 
 def evictions(body: object) -> list[tuple[int, int]]:
     """The seq ranges that a message declares as evicted from the outbox: all before itself, ascending or not."""
-    if not isinstance(body, Audit) or body.event != EVICTED:
+    # One that was written first in another log speaks of that one's numbers.
+    if not isinstance(body, Audit) or body.event != EVICTED or body.reissued:
         return []
-    listed = body.evidence.get("seq")
+    return [(first, min(last, body.seq - 1)) for first, last in ranges(body.evidence.get("seq")) if first < body.seq]
+
+
+def ended(body: object) -> tuple[str, int] | None:
+    """(log, last seq) of the log that a message says its own goes on from: what is missing there never comes."""
+    if not isinstance(body, Audit) or body.event != NEW_LOG or body.reissued:
+        return None
+    old, through = body.evidence.get("old"), body.evidence.get("through")
+    return (old, through) if isinstance(old, str) and old != body.log and type(through) is int else None
+
+
+def ranges(listed: object) -> list[tuple[int, int]]:
+    """What of a list of [first, last] makes sense as such."""
     pairs = [tuple(pair) for pair in listed if isinstance(pair, list)] if isinstance(listed, list) else []
-    return [(pair[0], min(pair[1], body.seq - 1)) for pair in pairs if _is_range(pair) and pair[0] < body.seq]
+    return [pair for pair in pairs if _is_range(pair)]
 
 
 def _is_range(pair: tuple[object, ...]) -> TypeGuard[tuple[int, int]]:

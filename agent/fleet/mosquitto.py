@@ -50,7 +50,8 @@ allow_anonymous false
 # ... under the name in its CN, which the access list uses as %u ...
 use_identity_as_username true
 # ... and as their client id: else one device could throw another off by taking its id.
-# Price: one connection per certificate. A second `fleet watch` with the operator's ends the first.
+# Price: one connection per certificate. A second `fleet watch` with the operator's ends the first; commands
+# have a certificate of their own, `commander`, and wait for each other.
 use_username_as_clientid true
 acl_file {folder}/acl
 """
@@ -81,6 +82,7 @@ def access_list(fleet: str) -> str:
     lines += ["# For all devices. Mosquitto warns that this pattern has no %u; it needs none.",
               f"pattern read {base}/_all/desired"]  # fmt: skip
     lines += ["", "user collector", f"topic read {base}/#", f"topic write {base}/+/ack"]
-    lines += ["", "user operator", f"topic read {base}/#"]
-    lines += [f"topic write {base}/+/cmd", f"topic write {base}/+/desired"]
+    for role in ("operator", "commander"):
+        lines += ["", f"user {role}", f"topic read {base}/#"]
+        lines += [f"topic write {base}/+/cmd", f"topic write {base}/+/desired"]
     return _ACL_HEAD + "\n".join(lines) + "\n"

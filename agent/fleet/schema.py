@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from sqlite_utils import Database, Migrations
 
+from agent.fleet import dating
+
 migrations = Migrations("outstation-fleet")
 
 _FIRST_TABLES = (
@@ -44,7 +46,8 @@ _FIRST_TABLES = (
         model TEXT NOT NULL, version TEXT NOT NULL, reference TEXT NOT NULL, features TEXT NOT NULL,
         output TEXT NOT NULL, estimate TEXT, log TEXT NOT NULL, seq INTEGER NOT NULL,
         PRIMARY KEY (device, log, seq))""",
-    # source: `device`, or `collector` for alerts of its own; seq is then that of the message it is about.
+    # source: `device`, or `collector` for alerts of its own; seq is then that of the message it is about, or, for
+    # refused messages, which have no log, the hour since 1970.
     """CREATE TABLE alerts (
         device TEXT NOT NULL, task TEXT, alert TEXT NOT NULL, subject TEXT NOT NULL, state TEXT NOT NULL,
         severity TEXT NOT NULL, summary TEXT NOT NULL, time TEXT NOT NULL, id TEXT NOT NULL, source TEXT NOT NULL,
@@ -68,6 +71,25 @@ _FIRST_TABLES = (
 def first_tables(db: Database) -> None:
     # One by one: sqlite3's executescript commits first, and would leave half of them after a crash.
     for statement in _FIRST_TABLES:
+        db.execute(statement)
+
+
+@migrations()
+def dating_tables(db: Database) -> None:
+    for statement in (*dating.TABLES, dating.VIEW):
+        db.execute(statement)
+
+
+_BOUNDED_KEYS = (
+    # through: another key has followed this one, which counts up to this seq of `log` (of any, where that is NULL).
+    "ALTER TABLE keys ADD COLUMN log TEXT",
+    "ALTER TABLE keys ADD COLUMN through INTEGER",
+)
+
+
+@migrations()
+def bounded_keys(db: Database) -> None:
+    for statement in _BOUNDED_KEYS:
         db.execute(statement)
 
 
@@ -108,9 +130,12 @@ ALERTS = """
 DEVICES = f"""
     SELECT d.device, k.key, d.state, d.last_seen,
            (SELECT through FROM logs l WHERE l.device = d.device ORDER BY rowid DESC LIMIT 1) AS through,
-           coalesce(o.n, 0) AS alerts
+           coalesce(o.n, 0) AS alerts,
+           (SELECT quality FROM anchors a WHERE a.device = d.device AND a.log = (
+               SELECT log FROM logs l WHERE l.device = d.device ORDER BY rowid DESC LIMIT 1)
+            ORDER BY a.seq DESC LIMIT 1) AS clock
     FROM devices d
-    LEFT JOIN keys k ON k.device = d.device AND k.revoked IS NULL
+    LEFT JOIN keys k ON k.device = d.device AND k.revoked IS NULL AND k.through IS NULL
     LEFT JOIN (SELECT device, count(*) AS n FROM ({ALERTS}) WHERE open GROUP BY device) o ON o.device = d.device
     ORDER BY d.device
 """

@@ -49,7 +49,8 @@ def _table(watcher: Watcher, trouble: str) -> Table:
     for device, seen in sorted(watcher.devices.items()):
         rows = ", ".join(f"{stream} {row}" for stream, row in sorted(seen.rows.items()))
         numbers = (rows, str(seen.windows), str(seen.results))
-        line = (device, seen.state, *numbers, _words(seen.drift.items()), _alerts(seen.alerts.values()), seen.last)
+        state = f"{seen.state}, clock {seen.clock}" if seen.clock not in ("", "synced") else seen.state
+        line = (device, state, *numbers, _words(seen.drift.items()), _alerts(seen.alerts.values()), seen.last)
         table.add_row(*(Text(printable(cell)) for cell in line))
     return table
 

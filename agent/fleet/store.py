@@ -19,10 +19,11 @@ from typing import Any
 import sqlite_utils
 
 from agent.errors import Refused, StorageBusy, StorageError, StorageFull, UsageError
-from agent.fleet import schema
+from agent.fleet import keytable, schema
 from agent.fleet.ingest import Arrival, Batch, Outcome, Refusal
+from agent.fleet.unfold import revoked_alert
 from agent.wire.keys import PublicKey, public_key
-from agent.wire.messages import Logged, Message
+from agent.wire.messages import Logged, Message, digest
 
 MAX_MISSING_RANGES = 100
 LOCK_WAIT_S = 5.0
@@ -32,12 +33,16 @@ _UNSTORABLE = (OverflowError, UnicodeEncodeError, sqlite3.DataError, sqlite3.Int
 
 @dataclass(frozen=True, slots=True)
 class Acknowledgement:
-    """Everything of `log` up to `through` is on the collector's disk, except the ranges in `missing`."""
+    """Everything of `log` up to `through` is on the collector's disk, except the ranges in `missing`.
+
+    `digest`: of the payload of message `through`, so that a device knows its own; None where that is missing.
+    """
 
     device: str
     log: str
     through: int
     missing: list[tuple[int, int]]
+    digest: str | None = None
 
 
 class FleetStore:
@@ -101,36 +106,28 @@ class FleetStore:
         """Grows with every change of the keys."""
         return int(self._all("SELECT value FROM meta WHERE name = 'keys_version'")[0][0])
 
-    def enrolled_keys(self) -> list[tuple[str, str, str, bool]]:
-        """(kid, device, base64url key, revoked) of every key that was ever enrolled."""
-        return [
-            (k, d, text, r is not None) for k, d, text, r in self._all("SELECT kid, device, key, revoked FROM keys")
-        ]
+    def enrolled_keys(self) -> list[tuple[str, str, str, bool, str | None, int | None]]:
+        """(kid, device, base64url key, revoked, log and seq up to which it counts) of every key ever enrolled."""
+        found = self._all("SELECT kid, device, key, revoked, log, through FROM keys")
+        return [(kid, device, text, revoked is not None, *bound) for kid, device, text, revoked, *bound in found]
 
     def active_key(self, device: str) -> PublicKey | None:
         """The key that may sign for `device`; None before it is enrolled."""
-        found = self._all("SELECT key FROM keys WHERE device = ? AND revoked IS NULL", device)
+        found = self._all("SELECT key FROM keys WHERE device = ? AND revoked IS NULL AND through IS NULL", device)
         return public_key(found[0][0]) if found else None
 
-    def enrol(self, device: str, key: PublicKey, *, replace: bool, now: str) -> bool:
-        """Let `key` sign for `device`; False where it could already. Raises UsageError where another key does."""
+    def enrol(self, device: str, key: PublicKey, *, replace: bool, now: str, keep_through: int | None = None) -> bool:
+        """Let `key` sign for `device`, as `keytable.enrol` has it. Raises UsageError where another key does."""
         with self.transaction() as db:
-            owner = db.execute("SELECT device, revoked FROM keys WHERE kid = ?", (key.kid,)).fetchone()
-            if owner == (device, None):
-                return False
-            if owner is not None:
-                what = f"is revoked for {device!r}" if owner[0] == device else f"belongs to device {owner[0]!r}"
-                raise UsageError(f"key {key.text} {what}; make a new one for {device!r}")
-            active = db.execute("SELECT key FROM keys WHERE device = ? AND revoked IS NULL", (device,)).fetchone()
-            if active and not replace:
-                raise UsageError(
-                    f"device {device!r} is enrolled with another key ({active[0]}); --replace revokes that one"
-                )
-            db.execute("UPDATE keys SET revoked = ? WHERE device = ? AND revoked IS NULL", (now, device))
-            db.execute("INSERT INTO keys VALUES (?, ?, ?, ?, NULL)", (key.kid, device, key.text, now))
-            db.execute("INSERT INTO devices VALUES (?, ?, NULL, NULL) ON CONFLICT DO NOTHING", (device, now))
-            db.execute("UPDATE meta SET value = value + 1 WHERE name = 'keys_version'")
-        return True
+            return keytable.enrol(db, device, key, replace=replace, keep_through=keep_through, now=now)
+
+    def revoke(self, device: str, kid: str | None, now: str) -> list[str]:
+        """Refuse from now on what keys of `device` (the one `kid`, or all) sign, and raise an alert; their kids."""
+        with self.transaction() as db:
+            kids = keytable.revoke(db, device, kid, now)
+            for one in kids:
+                db.execute(schema.ADD_ALERT, revoked_alert(device, one, now))
+        return kids
 
     # --- messages in ---
 
@@ -150,6 +147,11 @@ class FleetStore:
             raise Refused("not storable", str(error)) from error
         return outcomes
 
+    def raise_alert(self, row: tuple[Any, ...]) -> None:
+        """Add an alert of the collector's own, unless it is there."""
+        with self.transaction() as db:
+            db.execute(schema.ADD_ALERT, row)
+
     def holds(self, message: Message) -> bool:
         """Whether exactly this message is stored."""
         body = message.body
@@ -165,7 +167,9 @@ class FleetStore:
         missing = self._all(sql, device, log, MAX_MISSING_RANGES + 1)
         if len(missing) > MAX_MISSING_RANGES:
             through = missing.pop()[0] - 1
-        return Acknowledgement(device, log, through, missing)
+        sql = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
+        newest = self._all(sql, device, log, through)
+        return Acknowledgement(device, log, through, missing, digest(newest[0][0]) if newest else None)
 
     # --- reports ---
 
@@ -174,7 +178,7 @@ class FleetStore:
         return [row[:2] for row in self._all("SELECT device, log, max(rowid) FROM logs GROUP BY device")]
 
     def devices(self) -> list[dict[str, Any]]:
-        """device, key, state, last_seen, through (of its newest log), alerts (how many are open)."""
+        """device, key, state, last_seen, through (of its newest log), alerts (open ones), clock (its quality)."""
         return self._records(schema.DEVICES)
 
     def alerts(self, device: str | None = None, *, closed: bool = False) -> list[dict[str, Any]]:
@@ -218,6 +222,12 @@ class FleetStore:
         where, values = ("WHERE device = ?", (device,)) if device else ("", ())
         columns = "device, log, seq, kind, topic, payload, jws"
         return self._db.execute(f"SELECT {columns} FROM messages {where} ORDER BY device, log, seq", values)
+
+    def audits(self, device: str | None, holding: bytes) -> Iterator[tuple[Any, ...]]:
+        """(device, topic, payload, jws) of stored `audit` messages whose payload has `holding` in it."""
+        where = "kind = 'audit' AND instr(payload, ?) AND (? IS NULL OR device = ?)"
+        sql = f"SELECT device, topic, payload, jws FROM messages WHERE {where}"
+        return self._db.execute(sql, (holding, device, device))
 
     def unfolded(self, device: str | None = None) -> Iterator[tuple[Any, ...]]:
         """(device, task, row, t, label, score, value, log, seq) of every result, in the order of `evidence`."""

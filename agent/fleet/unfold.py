@@ -45,6 +45,19 @@ def collector_alert(about: Logged, summary: str, now: str) -> tuple[Any, ...]:
     return (*head, identity, "collector", about.log, about.seq)
 
 
+def refusals_alert(device: str, summary: str, now: str, hour: int) -> tuple[Any, ...]:
+    """A security alert about messages refused in a device's name; it has one place for each `hour` since 1970."""
+    head = (device, None, "security", "refused", "raised", "critical", summary, now)
+    return (*head, f"collector/refused/{hour}", "collector", "", hour)
+
+
+def revoked_alert(device: str, kid: str, now: str) -> tuple[Any, ...]:
+    """The alert that an operator revoked a key."""
+    summary = f"Key {kid} of {device} was revoked: what it signs is refused. What is stored stays valid."
+    head = (device, None, "security", kid, "raised", "warning", summary, now)
+    return (*head, f"collector/revoked/{kid}", "collector", f"revoked/{kid}", 0)
+
+
 def _alert_row(body: Alerts) -> tuple[Any, ...]:
     head = (body.device, body.task, body.alert, body.subject, body.state, body.severity, body.summary, body.time)
     return (*head, body.id, "device", body.log, body.seq)

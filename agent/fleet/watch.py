@@ -24,6 +24,7 @@ class Seen:
     """One device, from what came since the watch began."""
 
     state: str = "?"
+    clock: str = ""
     rows: dict[str, int] = field(default_factory=dict)
     windows: int = 0
     results: int = 0
@@ -58,6 +59,7 @@ class Watcher:
     def judge(self, delivery: Delivery) -> Verdict:
         try:
             message = open_message(delivery.topic, delivery.payload, delivery.tokens, self._keyring.find)
+            self._keyring.require_in_bounds(message)
             # An acknowledgement is the collector's alone: another device's key must not pass for it.
             if message.topic.kind in topics.DOWN and message.signer.owner != "collector":
                 raise Refused("other signer", message.signer.owner)
@@ -73,7 +75,7 @@ class Watcher:
         if isinstance(body, State):
             seen.state = body.state
         if isinstance(body, Logged):
-            seen.last = body.time
+            seen.last, seen.clock = body.time, body.clock
         if isinstance(body, Results):
             seen.rows[body.stream] = max(seen.rows.get(body.stream, 0), body.rows[1])
             seen.windows += body.n

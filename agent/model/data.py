@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,14 +29,24 @@ class Data:
     label: NDArray[np.int64] | None
 
 
+# Beyond this, microseconds do not fit into 64 bits.
+_T_LIMIT_S = 2**63 / 1e6
+
 # numpy answers damaged archives with all of these.
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     ValueError,
-    KeyError,
+    LookupError,
     EOFError,
     TypeError,
     AttributeError,
+    SyntaxError,
+    OverflowError,
+    Warning,
+    tokenize.TokenError,
+    MemoryError,
+    RuntimeError,
+    NotImplementedError,
     zipfile.BadZipFile,
     zlib.error,
     csv.Error,
@@ -48,7 +59,7 @@ def read(path: Path, spec: Input) -> Data:
         return _recordings(path, spec) if path.suffix == ".npz" else _csv(path, spec)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UsageError(f"{path}: not data for fields {', '.join(spec.fields)}: {error}") from None
 
 
@@ -66,7 +77,7 @@ def given_windows(path: Path, spec: Input) -> Floats | None:
             given: Floats = z["windows"].astype(np.float32)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UsageError(f"{path}: not a file of windows: {error}") from None
     wanted = (spec.window.rows, len(spec.fields)) if spec.window else (len(spec.fields),)
     if given.shape[1:] != wanted:
@@ -95,6 +106,10 @@ def _recordings(path: Path, spec: Input) -> Data:
         starts = z["starts"].astype(np.int64) if "starts" in z else np.array([0, len(rows)])
         rate = float(z["rate"]) if "rate" in z else 1.0
         label = z["label"].astype(np.int64) if "label" in z else None
+    if not 1e-6 <= rate <= 1e6:
+        raise ValueError(f"rate is {rate:g}; give rows per second")
+    if label is not None and label.shape != (len(starts) - 1,):
+        raise ValueError(f"label has shape {label.shape}, there are {len(starts) - 1} recordings")
     if starts[0] != 0 or starts[-1] != len(rows) or (np.diff(starts) < 0).any():
         raise ValueError(f"starts must ascend from 0 to the number of rows, {len(rows)}")
     which = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
@@ -113,11 +128,13 @@ def _csv(path: Path, spec: Input) -> Data:
         columns = [*wanted, header.index("t")] if timed else wanted
         cells = np.fromiter(_cells(lines, columns, header), np.float64)
     table = cells.reshape(-1, len(columns))
-    features = table[:, : len(wanted)].astype(np.float32)
+    with np.errstate(over="ignore"):
+        features = table[:, : len(wanted)].astype(np.float32)
     if not timed:
         return Data(features, np.arange(len(table), dtype=np.int64), None)
-    if not np.isfinite(table[:, -1]).all():
-        raise ValueError(f"row {int(np.flatnonzero(~np.isfinite(table[:, -1]))[0]) + 1} has no time in column t")
+    untimed = ~(np.abs(table[:, -1]) < _T_LIMIT_S)
+    if untimed.any():
+        raise ValueError(f"row {int(np.flatnonzero(untimed)[0]) + 1} has no time in column t, in seconds since 1970")
     return Data(features, np.rint(table[:, -1] * 1e6).astype(np.int64), None)
 
 

@@ -12,9 +12,12 @@ same int8 outputs on every CPU tried, within one step; tflite-runtime differs fr
 from __future__ import annotations
 
 import io
+import tokenize
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,17 +109,35 @@ def encode(golden: Golden) -> bytes:
 def decode(data: bytes) -> Golden:
     """Raises BadBundle."""
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        with warnings.catch_warnings(action="error"), np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             tolerance, elsewhere = (float(x) for x in arrays["tolerance"])
-            found = Golden(arrays["inputs"], arrays["expected"], str(arrays["runtime"]), tolerance, elsewhere)
+            inputs, expected = (_array(arrays[name]) for name in ("inputs", "expected"))
+            found = Golden(inputs, expected, _text(arrays["runtime"]), tolerance, elsewhere)
     except _UNREADABLE as error:
         raise BadBundle(f"golden.npz is damaged ({str(error)[:200] or type(error).__name__}); pack it again") from None
     _check(found)
     return found
 
 
+def _array(member: Any) -> NDArray[Any]:
+    # numpy gives back the bytes of a member that is no array.
+    if not isinstance(member, np.ndarray):
+        raise ValueError("a member is no array")
+    return member
+
+
+def _text(member: Any) -> str:
+    text = _array(member)
+    codes = np.frombuffer(text.tobytes(), np.dtype("u4").newbyteorder(text.dtype.byteorder))
+    # numpy makes text of numbers that are no characters.
+    if text.dtype.kind != "U" or text.ndim or (codes > 127).any():
+        raise ValueError("runtime is no text")
+    return str(text)
+
+
 # numpy answers damaged files with all of these.
 _UNREADABLE = (
+    *(Warning, OverflowError, tokenize.TokenError),
     *(OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, SyntaxError, MemoryError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, NotImplementedError),
 )

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from agent.errors import BadBundle
+from agent.jsonkeys import check_keys
 from agent.names import is_name
 
 FORMAT = 1
@@ -94,8 +95,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def decode(data: bytes) -> Manifest:
     """Raises BadBundle."""
     try:
-        return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.MsgspecError, ValueError) as error:
+        found = msgspec.json.decode(data, type=Manifest)
+        check_keys(data)
+        return found
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise BadBundle(f"manifest.json: {error}") from None
 
 

@@ -2,7 +2,7 @@
 
 Rules of `verify`, in order, all before the payload is parsed:
 - exactly one token, three parts, the middle one empty
-- the header is JSON with exactly `alg`, `b64`, `crit`, `kid`, `top`
+- the header is JSON with exactly `alg`, `b64`, `crit`, `kid`, `top`, each once
 - `alg` is EdDSA, the only algorithm of our keys; `b64` is false; `crit` is exactly ["b64"]
 - `kid` names a known key that is not revoked
 - `top` is the topic the message came on
@@ -19,6 +19,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 
 from agent.errors import Refused
+from agent.jsonkeys import check_keys
 from agent.wire.keys import PublicKey, SigningKey, b64url, unb64url
 
 MAX_TOKEN = 2048
@@ -78,13 +79,22 @@ def _split(tokens: Sequence[str]) -> tuple[Header, str, bytes]:
     if len(parts) != 3 or parts[1]:
         raise Refused("malformed signature", "not a detached compact JWS")
     try:
-        header = msgspec.json.decode(unb64url(parts[0]), type=Header)
+        header = _header(parts[0])
         signature = unb64url(parts[2])
-    except (ValueError, msgspec.MsgspecError) as error:
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise Refused("malformed signature", str(error)[:120]) from None
-    if header.b64 or header.crit != ["b64"]:
-        raise Refused("malformed signature", 'b64 must be false and crit ["b64"]')
     return header, parts[0], signature
+
+
+@lru_cache(maxsize=1024)
+def _header(text: str) -> Header:
+    """A signer's header is the same for all messages of a topic."""
+    data = unb64url(text)
+    header = msgspec.json.decode(data, type=Header)
+    check_keys(data)
+    if header.b64 or header.crit != ["b64"]:
+        raise ValueError('b64 must be false and crit ["b64"]')
+    return header
 
 
 @lru_cache(maxsize=256)

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from agent.errors import UsageError
+from agent.wire import curve
 
 
 def b64url(data: bytes) -> str:
@@ -80,14 +81,15 @@ class SigningKey:
 
 
 def public_key(text: str) -> PublicKey:
-    """The key in a base64url text. Raises ValueError."""
+    """The key in a base64url text. Raises ValueError, also for keys that anybody can sign for."""
     raw = unb64url(text.strip())
     if len(raw) != 32:
         raise ValueError(f"an Ed25519 public key has 32 bytes, this one {len(raw)}")
+    curve.check(raw)
     return PublicKey(raw)
 
 
-def generate(path: Path) -> SigningKey:
+def generate(path: Path, *, public_beside: bool = True) -> SigningKey:
     """A new key, written to `path` as PKCS 8 PEM, mode 0600, with its public text beside it in `<path>.pub`.
 
     Raises UsageError where a file is there already: a key is never overwritten.
@@ -100,7 +102,8 @@ def generate(path: Path) -> SigningKey:
         raise UsageError(f"{path}: a key is there already; move it away first if it is to be replaced") from None
     except OSError as error:
         raise UsageError(f"{path}: a key cannot be written there: {error.strerror}") from None
-    path.with_name(path.name + ".pub").write_text(key.public.text + "\n", encoding="ascii")
+    if public_beside:
+        path.with_name(path.name + ".pub").write_text(key.public.text + "\n", encoding="ascii")
     return key
 
 

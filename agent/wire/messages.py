@@ -2,7 +2,7 @@
 
 Rules of `open_message`, after the topic and before anything is stored:
 - the signature verifies (see `jws`)
-- the payload is an object of version 1 whose `kind` is the topic's
+- the payload is an object of version 1 whose `kind` is the topic's, and no object in it has a key twice
 - its `device` is the topic's device and the key's owner; its `task`, if any, is the topic's
 - a logged kind carries `log`, `seq` ≥ 1 and `prev`; rows, counts and columns agree with each other
 """
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from agent.errors import Refused
+from agent.jsonkeys import RepeatedKey, check_keys
 from agent.wire import jws, topics
 from agent.wire.jws import Signer
 from agent.wire.keys import b64url
@@ -46,6 +47,8 @@ class Logged(Payload, frozen=True, kw_only=True):
     boot: Natural
     time: Rfc3339
     clock: Literal["synced", "restored", "unsynced"]
+    # Where a message of a new log was written first: {"log", "seq"}.
+    reissued: dict[str, Any] | None = None
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -76,6 +79,8 @@ class Results(Logged, frozen=True, kw_only=True, tag="results"):
     n: Natural
     input: Text
     columns: Columns
+    # First row, boot, segment of the wall clock (0: its producer's), quality (0 synced, 1 restored, 2 unsynced).
+    clocks: list[tuple[Positive, Natural, Natural, Annotated[int, msgspec.Meta(ge=0, le=2)]]] | None = None
 
     def __post_init__(self) -> None:
         first, last = self.rows
@@ -85,6 +90,10 @@ class Results(Logged, frozen=True, kw_only=True, tag="results"):
             raise ValueError(f"{len(self.columns.row)} results listed, n says {self.n}")
         if not all(first <= row for row in self.columns.row):
             raise ValueError("a result's row lies before the rows of its message")
+        if self.clocks is not None:
+            begins = [clock[0] for clock in self.clocks]
+            if begins[:1] != [first] or begins != sorted(set(begins)):
+                raise ValueError("clocks must begin with the first row of the message and ascend")
 
 
 class Window(msgspec.Struct, frozen=True, rename={"from_": "from"}):
@@ -124,6 +133,7 @@ class Quality(Logged, frozen=True, kw_only=True, tag="quality"):
 class Health(Logged, frozen=True, kw_only=True, tag="health"):
     streams: dict[Text, dict[str, Any]] = {}
     tasks: dict[Text, dict[str, Any]] = {}
+    wall_clock: dict[Text, Any] = {}
 
 
 class Audit(Logged, frozen=True, kw_only=True, tag="audit"):
@@ -144,6 +154,11 @@ class Keys(Payload, frozen=True, kw_only=True, tag="keys"):
 
 
 class Reply(Payload, frozen=True, kw_only=True, tag="reply"):
+    id: Text
+    name: Text
+    ok: bool
+    summary: Annotated[str, msgspec.Meta(max_length=2000)]
+    data: dict[str, Any] = {}
     time: Rfc3339
 
 
@@ -152,6 +167,8 @@ class Ack(Payload, frozen=True, kw_only=True, tag="ack"):
     through: Natural
     missing: list[tuple[Positive, Positive]]
     time: Rfc3339
+    # Of the payload of message `through`, as the next one's `prev`; None where that message is not stored.
+    digest: Annotated[str, msgspec.Meta(max_length=64)] | None = None
 
     def __post_init__(self) -> None:
         ends = [end for pair in self.missing for end in pair]
@@ -159,7 +176,18 @@ class Ack(Payload, frozen=True, kw_only=True, tag="ack"):
             raise ValueError("missing ranges must ascend and end at or before through")
 
 
-Body = Results | Drift | Alerts | Quality | Health | Audit | State | Keys | Reply | Ack
+class Cmd(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unknown_fields=True):
+    """A member that this version does not know could be a condition: such a command is refused as a whole."""
+
+    id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
+    name: Annotated[str, msgspec.Meta(max_length=64)]
+    args: Annotated[dict[Text, Text], msgspec.Meta(max_length=16)] = {}
+    counter: Positive
+    issued: Rfc3339
+    expires: Rfc3339
+
+
+Body = Results | Drift | Alerts | Quality | Health | Audit | State | Keys | Reply | Ack | Cmd
 _DECODER = msgspec.json.Decoder(Body)
 
 
@@ -200,7 +228,10 @@ def decode(payload: bytes) -> Body:
     """The typed payload. Raises Refused."""
     try:
         body: Body = _DECODER.decode(payload)
+        check_keys(payload)
         return body
+    except RepeatedKey as error:
+        raise Refused("duplicate key", str(error)) from None
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise Refused("malformed payload", str(error)[:200]) from None
 

@@ -14,8 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from agent import clock
+from agent.device import space
+from agent.device.batch import Task
+from agent.device.daemon import Daemon
 from agent.device.session import Session
 from agent.device.store import Store
 from agent.device.transaction import Transaction
@@ -28,10 +33,10 @@ def _die() -> None:
 
 
 class _Countdown:
-    """Dies at its n-th call, n at random up to `most`; a restarted daemon draws anew."""
+    """Dies at its `occasion`-th call."""
 
-    def __init__(self, most: int) -> None:
-        self._left = random.SystemRandom().randint(1, most)
+    def __init__(self, occasion: str) -> None:
+        self._left = int(occasion)
         self._lock = threading.Lock()
 
     def __call__(self) -> None:
@@ -41,8 +46,8 @@ class _Countdown:
                 _die()
 
 
-def before_commit(most: str) -> None:
-    count, finish = _Countdown(int(most)), Transaction.finish
+def before_commit(occasion: str) -> None:
+    count, finish = _Countdown(occasion), Transaction.finish
 
     def dying(self: Transaction) -> None:
         finish(self)
@@ -51,20 +56,20 @@ def before_commit(most: str) -> None:
     Transaction.finish = dying  # type: ignore[method-assign]
 
 
-def after_commit(most: str) -> None:
-    count, transaction = _Countdown(int(most)), Store.transaction
+def after_commit(occasion: str) -> None:
+    count, transaction = _Countdown(occasion), Store.transaction
 
     @contextlib.contextmanager
-    def dying(self: Store) -> Iterator[Transaction]:
-        with transaction(self) as tx:
+    def dying(self: Store, **keywords: Any) -> Iterator[Transaction]:
+        with transaction(self, **keywords) as tx:
             yield tx
         count()
 
     Store.transaction = dying  # type: ignore[method-assign]
 
 
-def in_invoke(most: str) -> None:
-    count, invoke = _Countdown(int(most)), Model.invoke
+def in_invoke(occasion: str) -> None:
+    count, invoke = _Countdown(occasion), Model.invoke
 
     def dying(self: Model, *arguments: Any) -> Any:
         # Some are over before the timer fires; then it dies a little after.
@@ -74,8 +79,8 @@ def in_invoke(most: str) -> None:
     Model.invoke = dying  # type: ignore[method-assign, assignment]
 
 
-def after_puback(most: str) -> None:
-    count, settle = _Countdown(int(most)), Session._settle
+def after_puback(occasion: str) -> None:
+    count, settle = _Countdown(occasion), Session._settle
 
     def dying(self: Session, *arguments: Any) -> None:
         settle(self, *arguments)
@@ -84,16 +89,68 @@ def after_puback(most: str) -> None:
     Session._settle = dying  # type: ignore[method-assign, assignment]
 
 
+def synchronous(level: str) -> None:
+    opened = Store.__init__
+
+    def careless(self: Store, folder: Path, **keywords: Any) -> None:
+        opened(self, folder, **{**keywords, "synchronous": level})
+
+    Store.__init__ = careless  # type: ignore[method-assign]
+
+
+def vouched_by(folder: str) -> None:
+    """A time service vouches for the clock, to so many µs, where the file `vouched` in `folder` says so.
+
+    `folder` is a link that is changed together with the wall clock: both are looked at as one.
+    """
+    link, both, seen = Path(folder), clock._both, threading.local()
+
+    def together() -> tuple[int, float]:
+        while True:
+            face = os.readlink(link)
+            found = both()
+            if os.readlink(link) == face:
+                seen.face = link.parent / face
+                return found
+
+    def error_us() -> int | None:
+        vouched = getattr(seen, "face", link) / "vouched"
+        return int(vouched.read_text(encoding="ascii")) if vouched.exists() else None
+
+    clock._both, clock.sync_error_us = together, error_us
+
+
+def noted_runs(file: str) -> None:
+    """Each run of a task, one that finds nothing to do too, is a line with its name in `file`."""
+    work_off = Daemon._work_off
+
+    def noting(self: Daemon, task: Task, *arguments: Any) -> None:
+        with Path(file).open("a", encoding="ascii") as lines:
+            lines.write(f"{task.name}\n")
+        work_off(self, task, *arguments)
+
+    Daemon._work_off = noting  # type: ignore[method-assign, assignment]
+
+
+def evict_after(seconds: str) -> None:
+    space.STALLED_S = float(seconds)
+
+
 FLAWS: dict[str, Callable[[str], None]] = {
     "die-before-commit": before_commit,
     "die-after-commit": after_commit,
     "die-in-invoke": in_invoke,
     "die-after-puback": after_puback,
+    "synchronous": synchronous,
+    "evict-after": evict_after,
+    "vouched-by": vouched_by,
+    "noted-runs": noted_runs,
 }
 
 
 def main() -> None:
     at = sys.argv.index("--")
+    random.seed(" ".join(sys.argv[1:at]))
     for flaw in sys.argv[1:at]:
         name, _, value = flaw.partition("=")
         FLAWS[name](value)

@@ -8,25 +8,26 @@ import time
 from random import Random
 
 from scripts.faults import fault
-from scripts.faults.world import Setting, World
+from scripts.faults.world import World
 from tests.system import eventually, outstation
 
 _NOTHING = "nothing but a new `started` event in the audit log"
 
 
-def _flawed(*flaws: str) -> Setting:
-    return Setting(launcher=("-m", "scripts.faults.launch", *flaws, "--"))
-
-
-def _dies_twice(world: World, rng: Random) -> None:
-    """With the flaw it dies by itself and systemd starts it again; then the flaw is gone."""
-    flawed = world.setting.launcher
-    world.device.launch(flawed)
-    world.restart(world.device)
+def _dies_twice(world: World, rng: Random, flaw: str, most: int) -> None:
+    """With the flaw it dies by itself, at one of the first `most` occasions, and systemd starts it again, twice."""
     before = world.restarts
+    _flawed(world, flaw, rng.randint(1, most))
+    world.restart(world.device)
+    _flawed(world, flaw, rng.randint(1, most))
     eventually("the second death", lambda: world.restarts >= before + 2)
     world.device.launch(("-m", "agent"))
     world.restart(world.device)
+
+
+def _flawed(world: World, flaw: str, occasion: int) -> None:
+    """From the next start on."""
+    world.device.launch(("-m", "scripts.faults.launch", f"{flaw}={occasion}", "--"))
 
 
 @fault("kill-daemon", means="The daemon is killed (SIGKILL) at a random moment.", sees=_NOTHING)
@@ -52,40 +53,36 @@ def kill_while_starting(world: World, rng: Random) -> None:
     "die-before-commit",
     means="The daemon dies with a whole transaction written and not committed.",
     sees=_NOTHING,
-    setting=_flawed("die-before-commit=25"),
 )
 def die_before_commit(world: World, rng: Random) -> None:
-    _dies_twice(world, rng)
+    _dies_twice(world, rng, "die-before-commit", 25)
 
 
 @fault(
     "die-after-commit",
     means="The daemon dies after a commit, before anybody is told of it.",
     sees=_NOTHING,
-    setting=_flawed("die-after-commit=25"),
 )
 def die_after_commit(world: World, rng: Random) -> None:
-    _dies_twice(world, rng)
+    _dies_twice(world, rng, "die-after-commit", 25)
 
 
 @fault(
     "die-in-invoke",
     means="The daemon dies while the model runs.",
     sees=_NOTHING,
-    setting=_flawed("die-in-invoke=10"),
 )
 def die_in_invoke(world: World, rng: Random) -> None:
-    _dies_twice(world, rng)
+    _dies_twice(world, rng, "die-in-invoke", 10)
 
 
 @fault(
     "die-after-puback",
     means="The daemon dies between the broker's PUBACK and the collector's acknowledgement.",
     sees=_NOTHING,
-    setting=_flawed("die-after-puback=12"),
 )
 def die_after_puback(world: World, rng: Random) -> None:
-    _dies_twice(world, rng)
+    _dies_twice(world, rng, "die-after-puback", 12)
 
 
 @fault(

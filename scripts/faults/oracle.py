@@ -1,7 +1,8 @@
 """What must hold after every fault: contract section 9, and the sensor's own ledger.
 
 - every row that was acknowledged has one result per task at the collector, or a signed message says that it is gone
-- no row has two results of a task; none comes that was not sent; the signed digest of each run is that of the sent rows
+- no row has two results of a task; none comes that was not sent or was refused
+- the signed digest of each run is that of the sent rows
 - `fleet audit` passes, the outbox is empty, and nobody had to do anything
 """
 
@@ -20,6 +21,7 @@ from agent.device.store import Store
 from agent.errors import OutstationError
 from agent.fleet.audit import Report, audit
 from agent.fleet.store import FleetStore
+from scripts.faults.declarations import Declarations
 from scripts.faults.world import DEVICE, TASKS, World
 
 _POLL_S = 0.1
@@ -33,6 +35,7 @@ class Verdict:
     lost: int = 0
     declared: int = 0
     doubled: int = 0
+    misdated: int = 0
     recovery_s: float = 0.0
     problems: list[str] = field(default_factory=list)
 
@@ -42,8 +45,9 @@ def settle(world: World, patience_s: float) -> Verdict:
     began = time.monotonic()
     deadline = began + patience_s
     verdict = Verdict()
-    if not world.producer.pause(patience_s):
-        verdict.problems.append(f"the sensor's last line was not answered within {patience_s:.0f} s")
+    answered = [sensor.pause(patience_s) for sensor in world.sensors()]
+    if not all(answered):
+        verdict.problems.append(f"a sensor's last line was not answered within {patience_s:.0f} s")
     if world.producer.failure is not None:
         verdict.problems.append(f"the sensor failed: {world.producer.failure}")
     while (waiting := _waiting(world)) and time.monotonic() < deadline:
@@ -51,7 +55,7 @@ def settle(world: World, patience_s: float) -> Verdict:
     verdict.recovery_s = time.monotonic() - began
     if waiting:
         verdict.problems.append(f"within {patience_s:.0f} s not done: {waiting}")
-    _judge(world, verdict)
+    judge(world, verdict)
     return verdict
 
 
@@ -62,28 +66,32 @@ def _waiting(world: World) -> str:
     try:
         outbox = _outbox(world)
         seen = _seen(world)
+        others = [text for one in world.companions if (text := one.waiting())]
     except OutstationError as error:
         return str(error)
     if outbox:
         return f"{outbox} messages in the outbox"
-    short = {task: len(_absent(world, seen[task])) for task in TASKS}
-    return f"rows without result: {short}" if any(short.values()) else ""
+    short = _undeclared(world, seen)
+    return f"rows without result: {short}" if any(short.values()) else ", ".join(others)
 
 
-def _judge(world: World, verdict: Verdict) -> None:
+def judge(world: World, verdict: Verdict) -> None:
+    """Add what does not hold to `verdict`."""
     seen = _seen(world)
     ledger = world.producer.ledger
     verdict.acknowledged = len(ledger.acknowledged)
+    undeclared = _undeclared(world, seen)
     for task in TASKS:
         counts = seen[task]
         absent = len(ledger.acknowledged - counts.keys())
-        undeclared = len(_absent(world, counts))
-        verdict.lost = max(verdict.lost, undeclared)
-        verdict.declared = max(verdict.declared, absent - undeclared)
-        verdict.doubled = max(verdict.doubled, sum(n - 1 for n in counts.values()))
+        verdict.lost = max(verdict.lost, undeclared[task])
+        verdict.declared = max(verdict.declared, absent - undeclared[task])
+        verdict.doubled = max(verdict.doubled, _doubled(world, task, counts))
         strangers = len(counts.keys() - ledger.values.keys())
         if strangers:
             verdict.problems.append(f"{task}: {strangers} results of rows that nobody sent")
+        if refused := len(counts.keys() & ledger.refused):
+            verdict.problems.append(f"{task}: {refused} results of rows that were refused, and may be sent again")
     report, altered = _evidence(world)
     if altered:
         verdict.problems.append(f"{altered} runs are not over the rows that were sent")
@@ -91,6 +99,8 @@ def _judge(world: World, verdict: Verdict) -> None:
         undeclared_gaps = [gap for gap in report.gaps if not gap["declared"]]
         verdict.problems.append(f"the audit fails: gaps {undeclared_gaps[:3]}, invalid {report.invalid[:3]}")
         verdict.doubled = max(verdict.doubled, report.duplicates)
+    for companion in world.companions:
+        companion.judge(verdict)
 
 
 def _outbox(world: World) -> int:
@@ -105,46 +115,32 @@ def _seen(world: World) -> dict[str, Counter[int]]:
     """For each task, how many results each row has, by its time."""
     found: dict[str, Counter[int]] = {task: Counter() for task in TASKS}
     for task, t, n in world.fleet.ask("SELECT task, t, count(*) FROM results WHERE device = ? GROUP BY 1, 2", DEVICE):
-        found[task][t] = n
+        if task in found:
+            found[task][t] = n
     return found
 
 
-def _absent(world: World, counts: Counter[int]) -> set[int]:
-    """Acknowledged rows without a result that no signed message declares as gone."""
-    absent = world.producer.ledger.acknowledged - counts.keys()
-    return absent if not absent else absent - _declared(world, absent)
+def _undeclared(world: World, seen: dict[str, Counter[int]]) -> dict[str, int]:
+    """For each task, how many acknowledged rows have neither a result nor a signed message that says they are gone."""
+    acknowledged = world.producer.ledger.acknowledged
+    absent = {task: acknowledged - counts.keys() for task, counts in seen.items()}
+    if not any(absent.values()):
+        return dict.fromkeys(absent, 0)
+    declarations, sent = _declarations(world), list(world.producer.ledger.values)
+    return {task: declarations.undeclared(task, missing, sent) for task, missing in absent.items()}
 
 
-def _declared(world: World, absent: set[int]) -> set[int]:
-    """Those of `absent` whose row numbers a signed message declares; numbers follow the order of sending.
-
-    Messages that were evicted are declared by seq, without their rows: any rows between the runs around them are meant.
-    """
-    rows = _numbers(world)
-    ranges: list[tuple[int, int]] = []
-    store = world.fleet.open()
-    try:
-        for (payload,) in store._all(
-            "SELECT payload FROM messages WHERE device = ? AND kind IN ('audit', 'results')", DEVICE
-        ):
-            ranges += _ranges(json.loads(payload))
-    finally:
-        store.close()
-    return {t for t in absent if any(a <= rows[t] <= b for a, b in ranges)}
+def _doubled(world: World, task: str, counts: Counter[int]) -> int:
+    """How many results too many there are."""
+    if max(counts.values(), default=0) <= 1:
+        return 0
+    sql = "SELECT t, log, row, label, score, value FROM results WHERE device = ? AND task = ?"
+    return _declarations(world).doubled(world.fleet.ask(sql, DEVICE, task))
 
 
-def _ranges(body: dict[str, Any]) -> list[tuple[int, int]]:
-    if body["kind"] == "results":
-        return [tuple(body["rows"])] if body.get("lost") else []
-    evidence = body.get("evidence", {})
-    return [(a, b) for a, b in evidence.get("rows", [])] if body.get("event") == "evicted" else []
-
-
-def _numbers(world: World) -> dict[int, int]:
-    """Time → row number on the device: what was refused got none."""
-    ledger = world.producer.ledger
-    taken = [t for t in ledger.values if t not in ledger.refused]
-    return {t: i for i, t in enumerate(taken, 1)}
+def _declarations(world: World) -> Declarations:
+    found = world.fleet.ask("SELECT payload FROM messages WHERE device = ? AND kind IN ('audit', 'results')", DEVICE)
+    return Declarations((payload for (payload,) in found), TASKS)
 
 
 def _evidence(world: World) -> tuple[Report, int]:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING, Protocol
 
 from scripts.faults.producer import FIELDS, Producer
+from scripts.faults.proxy import Proxy
 from tests import bundles
-from tests.brokers import Mosquitto
+from tests.brokers import Mosquitto, free_port
 from tests.system import Device, Fleet, Program, eventually
+
+if TYPE_CHECKING:
+    from scripts.faults.oracle import Verdict
 
 DEVICE = "pi-01"
 TASKS = ("often", "in-tens")
 _RESTART_S = 0.3
+# Where `fleet init` writes it.
+_GENERATED = Path("fleet/broker/mosquitto.conf")
 
 
 @dataclass(frozen=True)
@@ -25,8 +34,10 @@ class Setting:
 
     `launcher` are the words between `python` and the arguments of `outstation`, `before` those before `python`.
     `device_toml`, `buffer_toml` go into the device's config (`buffer_toml` into [buffer]), `collector_toml` into
-    [collector]. `prepare` is called when all is configured and nothing started, and may mount, proxy or replace things;
-    what it returns is called in the end.
+    [collector]. `tls` uses the config, certificates and access list that `fleet init` writes. `proxied`: device and
+    collector reach the broker through a `Proxy` each, `World.device_line` and `World.collector_line`. `prepare` is
+    called when all is configured and nothing started, and may mount or replace things; what it returns is called in
+    the end.
     """
 
     launcher: Sequence[str] = ("-m", "agent")
@@ -36,8 +47,26 @@ class Setting:
     collector_toml: str = ""
     broker_conf: str = ""
     broker_persistence: bool = False
+    tls: bool = False
+    proxied: bool = False
     rate: float = 250.0
     prepare: Callable[[World], Callable[[], None]] | None = None
+
+
+class Companion(Protocol):
+    """What goes on in a world beside its sensor, and has promises of its own to be judged by."""
+
+    def resume(self) -> None: ...
+
+    def pause(self, patience_s: float) -> bool: ...
+
+    def waiting(self) -> str:
+        """What is still to come; empty when nothing is."""
+        ...
+
+    def judge(self, verdict: Verdict) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class World:
@@ -45,49 +74,76 @@ class World:
 
     def __init__(self, folder: Path, setting: Setting, rng: Random) -> None:
         self.folder, self.setting, self.rng = folder, setting, rng
-        broker = Mosquitto(folder, persistence=setting.broker_persistence, extra_conf=setting.broker_conf)
-        self.fleet = Fleet(folder, mosquitto=broker)
+        self.fleet = Fleet(folder, mosquitto=_broker(folder, setting))
+        if setting.tls and os.geteuid() == 0:
+            # Else it becomes user mosquitto, who cannot read a folder of root's.
+            with (folder / _GENERATED).open("a", encoding="utf-8") as conf:
+                conf.write("user root\n")
         self.broker = self.fleet.broker
         self.collector: Program = self.fleet.collector
         self.device: Device = self.fleet.device(DEVICE)
         self.device.launch(self.setting.launcher, self.setting.before)
         self._configure()
-        self._undo: Callable[[], None] = lambda: None
+        self.device_line: Proxy
+        self.collector_line: Proxy
+        self._leaving = contextlib.ExitStack()
         self._kept: set[Program] = set()
         self._guard = threading.RLock()
         self._closing = False
         self._supervisor = threading.Thread(target=self._supervise, daemon=True)
-        self.restarts = 0
+        self.restarts = self.starts = 0
         self.producer: Producer
+        self.companions: list[Companion] = []
 
     def __enter__(self) -> World:
-        if self.setting.prepare is not None:
-            self._undo = self.setting.prepare(self)
-        self.broker.start()
-        self.keep(self.collector)
-        self.keep(self.device)
-        self._supervisor.start()
-        self.producer = Producer(self.device.data / "intake.sock", self.rng, rate=self.setting.rate)
-        self.producer.resume()
-        eventually("the first rows acknowledged", lambda: self.producer.ledger.acknowledged)
+        with contextlib.ExitStack() as leaving:
+            if self.setting.prepare is not None:
+                leaving.callback(self.setting.prepare(self))
+            if self.setting.proxied:
+                self.device_line = self._proxied(self.device.config)
+                leaving.callback(self.device_line.close)
+                self.collector_line = self._proxied(self.fleet.home / "fleet.toml")
+                leaving.callback(self.collector_line.close)
+            leaving.callback(self._end)
+            self.broker.start()
+            self.keep(self.collector)
+            self.keep(self.device)
+            self._supervisor.start()
+            self.producer = Producer(self.device.data / "intake.sock", self.rng, rate=self.setting.rate)
+            leaving.callback(self.producer.close)
+            self.producer.resume()
+            eventually("the first rows acknowledged", lambda: self.producer.ledger.acknowledged)
+            self._leaving = leaving.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._leaving.close()
+
+    def _end(self) -> None:
         self._closing = True
         with self._guard:
             self._kept.clear()
             for program in (self.device, self.collector):
                 program.kill()
         self.broker.kill()
-        self.producer.close()
-        self._undo()
+        for one in self.companions:
+            one.close()
+
+    def resume(self) -> None:
+        """Have the sensors send."""
+        for sensor in self.sensors():
+            sensor.resume()
+
+    def sensors(self) -> list[Producer | Companion]:
+        """The first one, and what goes on beside it."""
+        return [self.producer, *self.companions]
 
     def keep(self, program: Program) -> None:
         """Run it, and start it again whenever it ends."""
         with self._guard:
             self._kept.add(program)
             if not program.running:
-                program.start()
+                self._start(program)
 
     def leave(self, program: Program) -> None:
         """Do not start it again, until `keep`."""
@@ -118,7 +174,17 @@ class World:
                 for program in list(self._kept):
                     if not program.running and not self._closing:
                         self.restarts += 1
-                        program.start()
+                        self._start(program)
+
+    def _start(self, program: Program) -> None:
+        self.starts += program is self.device
+        program.start()
+
+    def _proxied(self, config: Path) -> Proxy:
+        proxy = Proxy(self.broker.port)
+        text = config.read_text(encoding="utf-8")
+        config.write_text(text.replace(self.broker.url, f"mqtt://127.0.0.1:{proxy.port}"), encoding="utf-8")
+        return proxy
 
     def _configure(self) -> None:
         bundle = bundles.packed(self.folder / "bundle", bundles.FLOAT)
@@ -137,3 +203,11 @@ class World:
             self.device.configure(
                 f'[tasks.{task}]\nstream = "rig"\nbundle = "{bundle}"\nschedule = "{schedule}"\nlearn = 20\n'
             )
+
+
+def _broker(folder: Path, setting: Setting) -> Mosquitto:
+    if not setting.tls:
+        return Mosquitto(folder, persistence=setting.broker_persistence, extra_conf=setting.broker_conf)
+    broker = Mosquitto(folder, conf=folder / _GENERATED, port=free_port())
+    broker.url = f"mqtts://127.0.0.1:{broker.port}"
+    return broker

@@ -7,8 +7,6 @@ from one seed: row N of a replay is always the same, so a restart goes on where 
 from __future__ import annotations
 
 import asyncio
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +18,12 @@ from agent.clock import Now
 from agent.config import Fault, ReplaySource, Stream
 from agent.device.group import FULL_ROWS, Mark
 from agent.device.intake import Offer
-from agent.device.rows import Raw
+from agent.device.rows import Raw, row_bytes
 from agent.device.store import Store
 from agent.errors import UsageError
+from agent.model.data import UNREADABLE
 
 _TICK_S = 0.2
-_MOST_ROWS = FULL_ROWS
 _FULL_S = 1.0
 _PAUSE_S = 5.0
 _LONGEST_SKIP = 100
@@ -58,7 +56,7 @@ def load(path: Path) -> Recordings:
                 fields=[str(name) for name in z["fields"]],
                 rate=float(z["rate"]),
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise UsageError(f"{path}: not readable as recordings: {error}") from None
 
 
@@ -122,6 +120,8 @@ class Replay:
                 f"{source.file}: has no {', '.join(sorted(missing))}; it has {', '.join(recordings.fields)}"
             )
         self._playlist = Playlist(recordings, source.subject, source.seed)
+        # What is offered at once goes into one transaction.
+        self._most_rows = max(1, min(FULL_ROWS, store.quota.transaction // 4 // row_bytes(stream)))
         self._parts: Iterator[Part] = iter(())
         self._part = Part(1, 0, 0, 0, 0.0)
         self._begin_us = self._first_time(start)
@@ -152,7 +152,7 @@ class Replay:
             if allowed <= 0:
                 await asyncio.sleep(_TICK_S)
                 continue
-            last = first + min(allowed, _MOST_ROWS) - 1
+            last = first + min(allowed, self._most_rows) - 1
             if self._source.rows is not None:
                 last = min(last, self._source.rows)
             raw = _joined(list(self._pieces(first, last)))

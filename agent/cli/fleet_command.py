@@ -1,0 +1,157 @@
+"""`outstation fleet command` and `outstation fleet revoke`: what operators do to devices."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from agent import clock
+from agent.cli.output import emit, json_option
+from agent.config import Broker
+from agent.errors import LinkDown, UsageError
+from agent.fleet import config as fleet_config
+from agent.fleet.config import FleetConfig
+from agent.fleet.text import printable
+from agent.toml import suggestion
+from agent.wire import keys, topics
+
+_SURE = "This erases {device} for good. Type its name to go on"
+
+if TYPE_CHECKING:
+    from agent.fleet.command import Sent
+    from agent.fleet.store import FleetStore
+
+_dir = click.option(
+    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
+)
+
+
+@click.command("command", epilog='Example: outstation fleet command pi-07 set-schedule exercise "every 5 s"')
+@click.argument("device")
+@click.argument("name")
+@click.argument("args", nargs=-1)
+@click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0), help="For the answer; 30.")
+@click.option("--yes", is_flag=True, help="Wipe without asking.")
+@_dir
+@json_option
+def command(
+    device: str, name: str, args: tuple[str, ...], wait_s: float, yes: bool, folder: str | None, as_json: bool
+) -> None:
+    """Sign a command, send it to DEVICE and wait for its answer. Exit 1 where it is refused or does not come.
+
+    \b
+    run TASK                     run it now
+    pause TASK, resume TASK      until further notice
+    set-schedule TASK SCHEDULE   "every 5 s", "when 500 rows", a cron expression, or default
+    rollback TASK                to the bundle that ran before
+    report                       its status, and a health message now
+    rotate-key                   a new signing key, made by the device
+    wipe                         erase it: readings, outbox, state, keys
+    """
+    from agent.fleet.command import arguments
+
+    home = fleet_config.find(folder)
+    config = fleet_config.load(home)
+    wanted = arguments(name, args)
+    _require_enrolled(config, device)
+    if name == "wipe" and not wanted:
+        if not yes and not _confirmed(device):
+            raise UsageError("not wiped; --yes does so without asking")
+        first = _send(home, config, device, name, {}, wait_s)
+        if not first.ok or "confirm" not in (first.answer.data if first.answer else {}):
+            _tell(first, as_json)
+        assert first.answer is not None
+        wanted = {"confirm": str(first.answer.data["confirm"])}
+    _tell(_send(home, config, device, name, wanted, wait_s), as_json)
+
+
+@click.command("revoke", epilog="Example: outstation fleet revoke pi-07")
+@click.argument("device")
+@click.option("--key", "kid", metavar="KID", help="Only the key with this thumbprint.")
+@_dir
+@json_option
+def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> None:
+    """Refuse from now on what DEVICE signs; what is stored stays valid. A stolen device stays out with this."""
+    from agent.fleet.store import FleetStore
+
+    config = fleet_config.load(fleet_config.find(folder))
+    _require_enrolled(config, device)
+    store = FleetStore(Path(config.fleet.db))
+    try:
+        kids = store.revoke(device, kid, clock.rfc3339(clock.read().wall_us))
+    finally:
+        store.close()
+    done = f"{device}: revoked {', '.join(kids)}. To let it in again: outstation fleet enrol {device} --replace"
+    emit({"device": device, "revoked": kids}, as_json, lambda: click.echo(done))
+
+
+def _send(home: Path, config: FleetConfig, device: str, name: str, args: dict[str, str], wait_s: float) -> Sent:
+    from agent.fleet.command import next_counter, send
+    from agent.fleet.keyring import Keyring
+    from agent.link import Link
+
+    fleet, key = config.fleet.name, keys.load_private(Path(config.operator.key_file))
+    store = _open(config)
+    try:
+        keyring = Keyring(store)
+        with next_counter(home, lambda: time.time_ns() // 1_000_000) as counter:
+            client = f"outstation-{fleet}-command-{os.getpid()}"
+            reply = str(topics.Topic(fleet, device, "reply"))
+            link = Link(_broker(config), client, subscribe=[reply])
+            try:
+                return send(link, fleet, device, name, args, key, counter, keyring, wait_s)
+            finally:
+                link.close()
+    except LinkDown as down:
+        click.echo(f"outstation: {down}", err=True)
+        sys.exit(1)
+    finally:
+        store.close()
+
+
+def _broker(config: FleetConfig) -> Broker:
+    """The certificate for commands, so that they do not end the connection of a `fleet watch`."""
+    return config.broker_as(config.commander or config.operator)
+
+
+def _open(config: FleetConfig) -> FleetStore:
+    from agent.fleet.store import FleetStore
+
+    return FleetStore(Path(config.fleet.db), read_only=True)
+
+
+def _require_enrolled(config: FleetConfig, device: str) -> None:
+    store = _open(config)
+    try:
+        known = [row["device"] for row in store.devices()]
+    finally:
+        store.close()
+    if device not in known:
+        raise UsageError(f"no device {device!r} is enrolled{suggestion(device, known)}")
+
+
+def _confirmed(device: str) -> bool:
+    if not sys.stdin.isatty():
+        return False
+    typed: str = click.prompt(_SURE.format(device=device), default="", show_default=False, err=True)
+    return typed == device
+
+
+def _tell(sent: Sent, as_json: bool) -> None:
+    """Print what came of it, and end with its exit code."""
+    document = sent.document()
+
+    def human() -> None:
+        click.echo(printable(document["summary"]))
+        if document["data"]:
+            import msgspec
+
+            click.echo(printable(msgspec.json.format(msgspec.json.encode(document["data"]), indent=2).decode()))
+
+    emit(document, as_json, human)
+    sys.exit(0 if sent.ok else 1)

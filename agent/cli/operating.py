@@ -1,0 +1,57 @@
+"""Where what operators can do to a device is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agent.config import Config
+from agent.device import kept, wipe
+from agent.device.actions import TaskActions
+from agent.device.author import Author
+from agent.device.batch import Task
+from agent.device.commands import Commands
+from agent.device.control import Control
+from agent.device.keyfiles import KeyFiles
+from agent.device.machine import Machine
+from agent.device.operations import Operations
+from agent.device.rotation import Rotation
+from agent.device.store import Store
+from agent.device.wipe import Wipe
+from agent.model import activate
+
+
+def operations(
+    file: Path,
+    conf: Config,
+    store: Store,
+    author: Author,
+    commands: Commands,
+    files: KeyFiles,
+    given: Path,
+    load: Callable[[str, Path], Task],
+    machine: Machine,
+) -> Operations:
+    """`given` is the file of the key that the device was given, `load` loads a task's bundle from a path."""
+    from agent.cli import status
+
+    rotation = Rotation(store, author, files, commands.post, machine.renew)
+    wiping = Wipe(store, author, machine.halt)
+    tasks = TaskActions(str(file), conf, store, author, machine, load, lambda: status.document(conf, store))
+    actions = {**tasks.by_name(), "rotate-key": rotation.rotate, "wipe": wiping.command}
+    control = Control(store, author, commands, actions)
+    return Operations(control, commands, rotation, wiping, partial(erase, file, conf, given))
+
+
+def erase(file: Path, conf: Config, given: Path) -> dict[str, Any]:
+    """Everything of the device's, with the store closed; what the marker file then says."""
+    own_keys = [given, given.with_name(given.name + ".pub")]
+    return wipe.erase(conf.data_dir, wipe.spared(file, conf), own_keys)
+
+
+def bundle_of(conf: Config, store: Store | None, task: str) -> Path:
+    """Where the bundle that `task` runs is. Raises BadBundle."""
+    configured = activate.locate(conf.tasks[task].bundle, conf.data_dir / "bundles")
+    return configured if store is None else kept.in_force(store, task, configured, conf.data_dir)

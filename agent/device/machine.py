@@ -1,0 +1,40 @@
+"""The running device as its operators' commands see it: what the daemon hands over to be changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from agent.clock import Now
+from agent.device.batch import Task
+from agent.device.schedule import Schedule
+
+
+@dataclass
+class Planned:
+    """A task and when it is due. Paused, it is not, until an operator resumes it."""
+
+    task: Task
+    schedule: Schedule
+    paused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """`planned` and `models` (task → its model) are the daemon's own, and may be changed on the main loop."""
+
+    planned: list[Planned]
+    models: dict[str, dict[str, Any]]
+    run: Callable[[Planned, Now], object]
+    """Work a task off."""
+    report: Callable[[], object]
+    """Write a health message."""
+    runs_again: Callable[[], object]
+    """Clear the alerts of tasks that did not run."""
+    halt: Callable[[], object]
+    renew: Callable[[], object]
+    """Connect to the broker anew."""
+
+    def find(self, task: str) -> Planned | None:
+        return next((one for one in self.planned if one.task.name == task), None)

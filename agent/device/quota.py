@@ -1,0 +1,183 @@
+"""How `[buffer] max_size` is shared out, and kept to the byte: pages, write-ahead log, its index, and a reserve.
+
+- outstation.db grows to `pages` bytes and no further (max_page_count)
+- outstation.db-wal: before a transaction it is emptied into the database where less than the most of it is free; a
+  transaction counts what it writes and is refused before it would go beyond `wal`
+- outstation.db-shm is one piece of 32 KiB for a log of up to 16 MiB
+- `reserve` is a file that takes up room on the disk, so that a disk filled by others still lets us record what is
+  acknowledged and delete what is not needed: it is given up for that, and taken back when there is room
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.errors import StorageFull
+
+PAGE = 4096
+_FRAME = PAGE + 24
+_WAL_HEADER = 32
+_SHM = 32_768
+_MOST_WAL, _MOST_RESERVE = 4 << 20, 2 << 20
+# Small tables, index pages and the inner pages of trees that any transaction may touch.
+_BASE = 10 * _FRAME
+# Offset and form of mxFrame in the wal-index (https://www.sqlite.org/walformat.html).
+_FRAMES_AT, _FRAMES = 16, struct.Struct("=I")
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """Bytes of each part; together `max_size`."""
+
+    pages: int
+    wal: int
+    reserve: int
+
+    @classmethod
+    def of(cls, max_size: int) -> Quota:
+        wal = min(_MOST_WAL, max_size // 4)
+        reserve = min(_MOST_RESERVE, max_size // 8)
+        return cls((max_size - wal - reserve - _SHM) // PAGE * PAGE, wal, reserve)
+
+    @property
+    def transaction(self) -> int:
+        """Bytes that a transaction may always write, as `Budget` counts them."""
+        return self.wal * 3 // 4 - _WAL_HEADER - _BASE
+
+
+class Budget:
+    """What one transaction may still write."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def spend(self, size: int) -> None:
+        """Count a row of `size` bytes that is to be written or deleted. Raises StorageFull where it is too much."""
+        # Small rows may leave half of their page empty; large ones fill pages of their own.
+        cost = 2 * size if size < PAGE else size + size // 64 + 3 * _FRAME
+        if cost > self.left:
+            raise StorageFull(f"{size} bytes more are too much for one transaction; raise [buffer] max_size")
+        self.left -= cost
+
+    def affords(self, costs: Iterable[int]) -> int:
+        """How many of the first `costs` half of what is left pays for; they are counted."""
+        room, count = self.left // 2, 0
+        for cost in costs:
+            if cost > room:
+                break
+            room, count = room - cost, count + 1
+            self.left -= cost
+        return count
+
+
+class Keeper:
+    """Keeps one store's files within its quota, and the disk's."""
+
+    def __init__(self, path: Path, quota: Quota) -> None:
+        self._path, self._quota = path, quota
+        self._wal = path.with_name(path.name + "-wal")
+        self._shm: int | None = None
+        self._reserve = Reserve(path.with_name("reserve"))
+
+    def prepare(self, db: sqlite3.Connection, *, vital: bool) -> Budget:
+        """Make room for a transaction. Raises StorageFull where there is none, sqlite3.Error."""
+        self._look_at_disk(vital=vital)
+        used = self._frames() * _FRAME
+        if used > self._quota.wal // 4 and self._is_emptied(db):
+            # Its index says so only once the next one has begun to write.
+            used = 0
+        left = self._quota.wal - _WAL_HEADER - used - _BASE
+        if left <= 0:
+            raise StorageFull(
+                f"{self._wal}: somebody reads {self._path.name} for so long that what is new finds no room "
+                "([buffer] max_size); end that program"
+            )
+        return Budget(left)
+
+    def limit(self, page_count: int) -> int:
+        """Bytes that pages in use can come to, on this disk; `page_count` pages are in the file now."""
+        whole, free = self._disk()
+        promised = max(0, self._reserve_size(whole) - self._reserve.size)
+        promised += max(0, min(self._quota.wal // 4, whole // 8) - self._wal_size())
+        return max(PAGE, min(self._quota.pages, page_count * PAGE + free - promised))
+
+    def close(self) -> None:
+        """Only after the connection: closing any descriptor of a file drops the locks that SQLite has on it."""
+        if self._shm is not None:
+            os.close(self._shm)
+            self._shm = None
+
+    def _look_at_disk(self, *, vital: bool) -> None:
+        whole, free = self._disk()
+        size = self._reserve_size(whole)
+        if vital:
+            if free < size:
+                self._reserve.release()
+        elif self._reserve.size < size and not (free >= 2 * size and self._reserve.take(size)):
+            raise StorageFull(f"{self._path.parent}: the disk is full; make room on it")
+
+    def _is_emptied(self, db: sqlite3.Connection) -> bool:
+        """Whether all of the log is in the database and nobody reads it: it is written from its start again."""
+        timeout = db.execute("PRAGMA busy_timeout").fetchone()[0]
+        # A reader in the way is not waited for: it may stay for hours.
+        db.execute("PRAGMA busy_timeout=0")
+        try:
+            busy, frames, moved = db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+            return not busy and frames == moved
+        finally:
+            db.execute(f"PRAGMA busy_timeout={timeout}")
+
+    def _frames(self) -> int:
+        if self._shm is None:
+            with contextlib.suppress(FileNotFoundError):
+                self._shm = os.open(self._path.with_name(self._path.name + "-shm"), os.O_RDONLY | os.O_CLOEXEC)
+        header = os.pread(self._shm, _FRAMES.size, _FRAMES_AT) if self._shm is not None else b""
+        return int(_FRAMES.unpack(header)[0]) if len(header) == _FRAMES.size else 0
+
+    def _wal_size(self) -> int:
+        return self._wal.stat().st_size if self._wal.exists() else 0
+
+    def _reserve_size(self, whole: int) -> int:
+        return min(self._quota.reserve, whole // 8) // PAGE * PAGE
+
+    def _disk(self) -> tuple[int, int]:
+        """Bytes of the file system, and those of them that are free for us."""
+        disk = os.statvfs(self._path.parent)
+        return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+
+
+class Reserve:
+    """A file that holds room on the disk. Crash-safe: whatever is there is looked at, not remembered."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def size(self) -> int:
+        """Bytes it really takes up."""
+        try:
+            return self._path.stat().st_blocks * 512
+        except FileNotFoundError:
+            return 0
+
+    def take(self, size: int) -> bool:
+        """Allocate it; False where the disk has no room."""
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, size)
+            finally:
+                os.close(descriptor)
+        except OSError:
+            self.release()
+            return False
+        return self.size >= size
+
+    def release(self) -> None:
+        self._path.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+"""JSON that names a key twice in one object: two readers of it may see two different things (RFC 8259 section 4).
+
+Decoders take one of the values without a word, and signatures and digests hold for either reading.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+# Up to this length it is faster to write the text again than to look at each colon, if that is enough; beyond it, long
+# arrays have few colons.
+_SHORT = 16_384
+_FEW = 64
+_SPACE = b" \t\r\n"
+
+
+class RepeatedKey(ValueError):
+    """An object has `key` twice."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"key {key[:80]!r} is there twice in one object; two readers would see two values")
+        self.key = key
+
+
+def check_keys(text: bytes) -> None:
+    """Raises RepeatedKey, and ValueError or RecursionError where `text` is no JSON in UTF-8.
+
+    `text` is what a decoder took for JSON. The first two looks, at a few percent of a decoder's price, are enough for
+    nearly all that is honest.
+    """
+    if not text.isascii():
+        text.decode("utf-8")
+    first, second = (_comes_back, _all_differ) if len(text) <= _SHORT else (_all_differ, _comes_back)
+    if not (first(text) or second(text)):
+        _look(text)
+
+
+def check_count(text: bytes, kept: int, strings: Iterable[Any] = ()) -> None:
+    """The same for the price of counting colons, where a decoder found `kept` keys in `text`, in objects of any depth.
+
+    `strings`: the values that may be text; what else is among them does not matter.
+    """
+    # Each key that was written has its colon: as many colons as keys that were kept leave none for one that was not.
+    colons = text.count(b":")
+    if colons == kept:
+        return
+    # Without escapes a string has as many colons as its text.
+    if b"\\" in text or colons - sum(s.count(":") for s in strings if isinstance(s, str)) != kept:
+        check_keys(text)
+
+
+def _all_differ(text: bytes) -> bool:
+    """Whether no key is there twice anywhere: what stands between quotes before a colon is a key, or in a string."""
+    # An escape could hide a quote, or spell one key in two ways.
+    if b"\\" in text:
+        return False
+    before = text.split(b":", _FEW)
+    if len(before) > _FEW:
+        return False
+    seen = set()
+    for part in before[:-1]:
+        part = part.rstrip(_SPACE)
+        if part.endswith(b'"'):
+            key = part[part.rfind(b'"', 0, -1) + 1 :]
+            if key in seen:
+                return False
+            seen.add(key)
+    return True
+
+
+def _comes_back(text: bytes) -> bool:
+    """Whether the text is what its values are written as: a value that was dropped is not written."""
+    try:
+        return msgspec.json.encode(msgspec.json.decode(text)) == text
+    except msgspec.MsgspecError:
+        # A number too large for this decoder, which another may skip.
+        return False
+
+
+def _look(text: bytes) -> None:
+    json.loads(text.decode("utf-8"), object_pairs_hook=_unrepeated, parse_int=str, parse_float=str)
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> None:
+    seen = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise RepeatedKey(key)
+        seen.add(key)

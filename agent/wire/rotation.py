@@ -1,0 +1,61 @@
+"""A device's change of its signing key: the `audit` message "key rotated", signed by the old key and proved by the new.
+
+The old key says who the next one is, and the new key signs a statement that nothing else we sign can pass for, so
+that no device can name a key as its own which it does not hold. The message's place in the log is in the statement:
+above that seq the old key counts no more, up to it the old key counts for ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+
+from agent.errors import Refused
+from agent.wire.keys import PublicKey, SigningKey, b64url, public_key, unb64url
+from agent.wire.messages import Audit, Message
+
+EVENT = "key rotated"
+_DOMAIN = "outstation key rotation v1"
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """In `log` of `device`, `old` (a kid) signs up to `seq`, and `new` from there on."""
+
+    device: str
+    log: str
+    seq: int
+    old: str
+    new: PublicKey
+
+
+def evidence(fleet: str, device: str, log: str, seq: int, old: PublicKey, new: SigningKey) -> dict[str, Any]:
+    """The `evidence` of the message that will be `seq` of `log`."""
+    proof = new.sign(_statement(fleet, device, log, seq, old.kid, new.public))
+    return {"old": old.kid, "key": new.public.text, "proof": b64url(proof)}
+
+
+def rotation_of(message: Message) -> Rotation | None:
+    """What a verified message says about keys; None for every other message. Raises Refused where its proof fails."""
+    body = message.body
+    if not isinstance(body, Audit) or body.event != EVENT:
+        return None
+    old, text, proof = (body.evidence.get(name) for name in ("old", "key", "proof"))
+    if old != message.signer.key.kid:
+        raise Refused("rotation", "it names another old key than the one that signed it")
+    try:
+        new = public_key(str(text))
+        new.verify(unb64url(str(proof)), _statement(message.topic.fleet, body.device, body.log, body.seq, old, new))
+    except (ValueError, InvalidSignature) as error:
+        why = str(error) or "its signature does not fit"
+        raise Refused("rotation", f"the new key does not prove itself: {why}") from None
+    if new.kid == old:
+        raise Refused("rotation", "the new key is the old one")
+    return Rotation(body.device, body.log, body.seq, old, new)
+
+
+def _statement(fleet: str, device: str, log: str, seq: int, old_kid: str, new: PublicKey) -> bytes:
+    # None of these can hold a line break: names, a UUID, a number, a kid and a key that have canonical spellings.
+    return "\n".join((_DOMAIN, fleet, device, log, str(seq), old_kid, new.text)).encode()

@@ -1,0 +1,116 @@
+"""The device's clocks in a fault's hands: what the wall clock shows, who vouches for it, and which boot this is.
+
+libfaketime shows the daemon another wall time and leaves the boot-time clock alone. A boot has its own boot id, mounted
+over the kernel's, and a boot-time clock that begins anew, in namespaces of its own. Whether a time service vouches for
+the clock comes from a file (`vouched-by` in `launch`); the wall clock and that file change together.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.faults.world import World
+
+_LIBRARIES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
+_PATIENCE_S = 5.0
+_NOW = "now"
+# What a time service usually says that a clock may be off.
+ERROR_US = 20_000
+_BIND = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Those of a world's device: `show` at any time, `boot` while it is down. `of` finds them again."""
+
+    world: World
+
+    @staticmethod
+    def of(world: World) -> Clock:
+        return Clock(world)
+
+    @property
+    def _folder(self) -> Path:
+        return self.world.folder / "clock"
+
+    @property
+    def _runs(self) -> Path:
+        return self._folder / "runs"
+
+    def make(self, zone: str) -> None:
+        """Right, and vouched for, in the local time of `zone`."""
+        self._folder.mkdir()
+        self.show(0.0)
+        environment = (
+            f"LD_PRELOAD={library()}",
+            f"FAKETIME_TIMESTAMP_FILE={self._folder / _NOW / 'wall'}",
+            *("FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1", "FAKETIME_DISABLE_SHM=1", "NO_FAKE_STAT=1"),
+            f"TZ={zone}",
+        )
+        flaws = (f"vouched-by={self._folder / _NOW}", f"noted-runs={self._runs}")
+        launcher = ("-m", "scripts.faults.launch", *flaws, "--")
+        self.world.device.launch(launcher, ("env", *environment))
+
+    def show(self, ahead_s: float, *, error_us: int | None = ERROR_US) -> None:
+        """From now on wall time is true time + `ahead_s`. `error_us` of a time service that vouches for it, or None."""
+        face = self._folder / str(len(list(self._folder.iterdir())))
+        face.mkdir()
+        (face / "wall").write_text(f"{ahead_s:+.6f}\n", encoding="ascii")
+        if error_us is not None:
+            (face / "vouched").write_text(f"{error_us}\n", encoding="ascii")
+        link = self._folder / "next"
+        link.symlink_to(face.name)
+        # Both at once: a daemon that sees the one without the other sees what never was.
+        link.replace(self._folder / _NOW)
+
+    def runs(self, task: str) -> int:
+        """How often the daemon ran `task`, from the beginning of the world."""
+        lines = self._runs.read_text(encoding="ascii").split() if self._runs.exists() else []
+        return lines.count(task)
+
+    def boot(self, up_s: float = 10.0) -> None:
+        """The next start of the daemon is on a machine that was switched on `up_s` ago."""
+        boot_id = self._folder / "boot_id"
+        boot_id.write_text(f"{uuid.uuid4()}\n", encoding="ascii")
+        back = round(time.clock_gettime(time.CLOCK_BOOTTIME) - up_s)
+        shifted = (f"--boottime=-{back}", f"--monotonic=-{back}")
+        device = self.world.device
+        environment = device.before[device.before.index("env") :]
+        spaces = ("unshare", "--mount", "--time", *shifted, "sh", "-c", _BIND, str(boot_id))
+        device.launch(device.launcher, (*spaces, *environment))
+
+
+def library() -> Path | None:
+    """Where libfaketime is."""
+    found = [path for pattern in _LIBRARIES for path in sorted(Path("/").glob(pattern[1:]))]
+    return found[0] if found else None
+
+
+def no_clock() -> str | None:
+    """Why the clock cannot be set for one process on this machine."""
+    return None if library() is not None else "libfaketime is not installed (Debian package faketime)"
+
+
+def no_boot() -> str | None:
+    """Why no boot can be played on this machine."""
+    if (reason := no_clock()) is not None:
+        return reason
+    if os.geteuid() != 0:
+        return "a boot id and a boot-time clock of its own need root"
+    if shutil.which("unshare") is None:
+        return "unshare is not installed (Debian package util-linux)"
+    command = ["unshare", "--mount", "--time", "--boottime=-1", "cat", "/proc/uptime"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+    return None if done.returncode == 0 else "this kernel has no time namespaces"
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that process `pid` has used, all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,127 @@
+"""Which rows the device's signed messages declare as gone, for each task.
+
+- a results message with `lost`: its rows
+- an `evicted` event with `rows` that were not used: these rows, for the tasks it names
+- an `evicted` event with `seq`: messages, and so the rows between the runs before and after them in that log
+- a `new log` event: whatever lies between the last run of an older log and the first of this one; and that rows which
+  an old copy of the store still held may be judged once more in this log, to the same result
+
+Row numbers are the device's, so an absent row is looked for between the numbers of its neighbours that have results:
+numbers follow the order of sending. No more rows count as declared between two neighbours than the messages say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from agent.device import ranges
+from agent.device.ranges import Ranges
+
+NEW_LOG = "new log"
+_END = 2**62
+
+# Log and row number of a result.
+_Place = tuple[str, int]
+
+
+@dataclass
+class _Log:
+    runs: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
+    rows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    seqs: list[tuple[int, int]] = field(default_factory=list)
+    follows: bool = False
+
+    def gone(self, task: str) -> list[tuple[int, int]]:
+        """Row ranges that are declared for `task`."""
+        runs = sorted(self.runs.get(task, []))
+        edges = [(0, 0, 0), *runs, (_END, _END, _END)]
+        evicted = [
+            (before[2] + 1, after[1] - 1)
+            for before, after in pairwise(edges)
+            if after[1] > before[2] + 1 and ranges.intersect(ranges.unite(self.seqs), [(before[0] + 1, after[0] - 1)])
+        ]
+        return ranges.unite(self.rows.get(task, []), evicted)
+
+
+class Declarations:
+    """Read from a device's messages; `payloads` in any order."""
+
+    def __init__(self, payloads: Iterable[bytes], tasks: Sequence[str]) -> None:
+        self._tasks = tasks
+        self._logs: dict[str, _Log] = {}
+        self._places: dict[str, dict[int, _Place]] = {task: {} for task in tasks}
+        for payload in payloads:
+            body = json.loads(payload)
+            log = self._logs.setdefault(body["log"], _Log())
+            if body["kind"] == "results" and body["task"] in tasks:
+                self._run(log, body)
+            elif body["kind"] == "audit":
+                self._event(log, body)
+
+    def undeclared(self, task: str, absent: Collection[int], sent: Iterable[int]) -> int:
+        """How many of the rows with times `absent` nobody declares; `sent` are all times, in the order of sending."""
+        places, count, group = self._places[task], 0, 0
+        left: _Place | None = None
+        for t in sent:
+            group += t in absent
+            if t in places:
+                count += max(0, group - self._between(task, left, places[t])) if group else 0
+                left, group = places[t], 0
+        return count + (max(0, group - self._after(task, left)) if group else 0)
+
+    def doubled(self, results: Iterable[tuple[Any, ...]]) -> int:
+        """How many of (t, log, row, label, score, value) repeat another one without leave of a `new log` event."""
+        by_time: dict[int, list[tuple[Any, ...]]] = {}
+        for t, *rest in results:
+            by_time.setdefault(t, []).append(tuple(rest))
+        return sum(len(same) - 1 for same in by_time.values() if len(same) > 1 and not self._again(same))
+
+    def _again(self, same: Sequence[tuple[Any, ...]]) -> bool:
+        logs = [log for log, *_ in same]
+        first_lives = [log for log in logs if not self._logs[log].follows]
+        equal = len({result[1:] for result in same}) == 1
+        return equal and len(set(logs)) == len(logs) and len(first_lives) <= 1
+
+    def _between(self, task: str, left: _Place | None, right: _Place) -> int:
+        """How many rows are declared between two that have results; None: before the first one."""
+        if left is not None and left[0] == right[0]:
+            return self._declared(task, left[0], (left[1] + 1, right[1] - 1))
+        if left is not None and self._logs[right[0]].follows:
+            return _END
+        before = self._declared(task, left[0], (left[1] + 1, _END)) if left else 0
+        return before + self._declared(task, right[0], (1, right[1] - 1))
+
+    def _after(self, task: str, left: _Place | None) -> int:
+        """How many are declared behind the last one that has a result."""
+        later = [
+            name for name, log in self._logs.items() if not log.runs.get(task) and (left is None or name != left[0])
+        ]
+        if left is not None and any(self._logs[name].follows for name in later):
+            return _END
+        more = sum(self._declared(task, name, (1, _END)) for name in later)
+        return more + (self._declared(task, left[0], (left[1] + 1, _END)) if left else 0)
+
+    def _declared(self, task: str, log: str, span: tuple[int, int]) -> int:
+        within: Ranges = ranges.intersect(self._logs[log].gone(task), [span]) if span[0] <= span[1] else []
+        return ranges.size(within)
+
+    def _run(self, log: _Log, body: dict[str, Any]) -> None:
+        first, last = body["rows"]
+        log.runs.setdefault(body["task"], []).append((body["seq"], first, last))
+        if body.get("lost"):
+            log.rows.setdefault(body["task"], []).append((first, last))
+        for row, t in zip(body["columns"]["row"], body["columns"]["t"], strict=True):
+            self._places[body["task"]].setdefault(t, (body["log"], row))
+
+    def _event(self, log: _Log, body: dict[str, Any]) -> None:
+        evidence = body.get("evidence", {})
+        log.follows |= body["event"] == NEW_LOG
+        if body["event"] == "evicted":
+            log.seqs += [(a, b) for a, b in evidence.get("seq", [])]
+            # Readings that were used have results, or these are declared as messages.
+            for task in [] if evidence.get("used") else evidence.get("tasks") or self._tasks:
+                log.rows.setdefault(task, []).extend((a, b) for a, b in evidence.get("rows", []))

@@ -1,0 +1,72 @@
+"""The broker was away for so long that more messages wait than MQTT has packet identifiers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+from agent import clock
+from agent.cli import wiring
+from agent.clock import Now
+from agent.device.author import Author
+from agent.device.store import Store
+from scripts.faults import fault
+from scripts.faults.world import World
+from tests.system import eventually
+
+_BACKLOG = 70_000
+_AT_ONCE = 1000
+_WITHIN_S = 400.0
+# The daemon's window is a hundred messages; the backlog itself is some 60 MB.
+_MOST_MORE_KB = 48 * 1024
+
+
+@fault(
+    "backlog-70000",
+    means=f"{_BACKLOG:,} messages wait, more than the 65,535 packet identifiers of MQTT; then the broker comes back.",
+    sees="`outbox` in `outstation status` shrinks, and the daemon's memory stays what it was",
+    patience_s=120.0,
+)
+def backlog_70000(world: World, rng: Random) -> None:
+    before = _memory_kb(world, "VmHWM")
+    world.kill(world.device)
+    world.broker.kill()
+    _write_backlog(world)
+    world.broker.start()
+    world.keep(world.device)
+    eventually("the backlog delivered", lambda: _waiting(world) < _AT_ONCE, _WITHIN_S)
+    more = _memory_kb(world, "VmHWM") - before
+    assert more < _MOST_MORE_KB, f"the daemon took {more} KB more than before the backlog"
+
+
+def _write_backlog(world: World) -> None:
+    """Signed and chained by the device's own code, as if it had run for weeks."""
+    file, conf = wiring.load(str(world.device.config))
+    store = wiring.open_store(conf)
+    try:
+        author = wiring.author(file, conf, store)
+        for first in range(0, _BACKLOG, _AT_ONCE):
+            _write(store, author, first, clock.read())
+    finally:
+        store.close()
+
+
+def _write(store: Store, author: Author, first: int, now: Now) -> None:
+    with store.transaction() as tx:
+        for i in range(first, first + _AT_ONCE):
+            body = {"event": "waited", "summary": f"Message {i} of a long time without a broker.", "evidence": {}}
+            author.write(tx, "audit", None, body, now)
+
+
+def _waiting(world: World) -> int:
+    store = Store(world.device.data, read_only=True)
+    try:
+        return store.outbox_size()[0]
+    finally:
+        store.close()
+
+
+def _memory_kb(world: World, name: str) -> int:
+    """Of the daemon, from its `/proc/PID/status`."""
+    lines = Path(f"/proc/{world.device.pid}/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])

@@ -1,0 +1,215 @@
+"""The broker dies, forgets, or takes less than before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from random import Random
+
+from scripts.faults import fault, proxy
+from scripts.faults.proxy import Cut, Packet, Rule
+from scripts.faults.world import Setting, World
+from tests.system import eventually
+
+_PROXIED = Setting(proxied=True)
+_TRIES = "`broker: …; trying again, readings and results are kept` in the device's log, `offline`, later `online`"
+
+
+@fault("kill-broker", means="The broker is killed; what it held, it held in memory only (no persistence).", sees=_TRIES)
+def kill_broker(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.1, 1.0))
+    world.broker.kill()
+    time.sleep(rng.uniform(0.0, 1.0))
+    world.broker.start()
+
+
+@fault(
+    "broker-forgets",
+    means="While the collector is away the broker is killed and its database deleted, with all it queued and retained.",
+    sees=_TRIES,
+    setting=Setting(broker_persistence=True, broker_conf="autosave_interval 1"),
+)
+def broker_forgets(world: World, rng: Random) -> None:
+    world.kill(world.collector)
+    time.sleep(rng.uniform(0.5, 2.0))
+    world.broker.kill()
+    (world.broker.folder / "data" / "mosquitto.db").unlink(missing_ok=True)
+    world.broker.start()
+    world.keep(world.collector)
+
+
+@fault(
+    "kill-everything",
+    means="Broker, collector and daemon are killed at random moments, one after the other or almost at once.",
+    sees=_TRIES,
+)
+def kill_everything(world: World, rng: Random) -> None:
+    def broker() -> None:
+        world.broker.kill()
+        world.broker.start()
+
+    kills: list[Callable[[], None]] = [
+        broker,
+        lambda: world.restart(world.collector),
+        lambda: world.restart(world.device),
+    ]
+    rng.shuffle(kills)
+    for kill in (*kills, rng.choice(kills)):
+        time.sleep(rng.uniform(0.0, 0.5))
+        kill()
+
+
+@fault(
+    "control-delete-on-puback",
+    means='With `delivery = "broker"` the device deletes what the broker confirmed; the broker is killed and forgets.',
+    sees="gaps in `outstation fleet gaps` and a failing `fleet audit`: the reason why this is not the default",
+    setting=Setting(collector_toml='delivery = "broker"'),
+    control=True,
+    patience_s=6.0,
+)
+def control_delete_on_puback(world: World, rng: Random) -> None:
+    world.kill(world.collector)
+    time.sleep(rng.uniform(1.0, 2.0))
+    world.broker.kill()
+    world.broker.start()
+    world.keep(world.collector)
+
+
+def _answering(code: int) -> Rule:
+    """A broker that answers what the device publishes with `code` and passes nothing on."""
+
+    def rule(packet: Packet) -> tuple[bytes, bytes]:
+        if packet.up and packet.kind == proxy.PUBLISH:
+            return b"", proxy.puback(packet.mid, code)
+        return packet.raw, b""
+
+    return rule
+
+
+def _for_a_while(world: World, rng: Random, rule: Rule) -> None:
+    time.sleep(rng.uniform(0.0, 0.5))
+    with world.device_line.ruled(rule):
+        time.sleep(rng.uniform(0.5, 2.5))
+
+
+@fault(
+    "not-authorized",
+    means="The broker's access list denies the device its own topics for a while (reason code 0x87).",
+    sees="`the broker refuses messages on …: Not authorized; check its access list` in the device's log",
+    setting=_PROXIED,
+)
+def not_authorized(world: World, rng: Random) -> None:
+    _for_a_while(world, rng, _answering(0x87))
+
+
+@fault(
+    "quota-exceeded",
+    means="The broker refuses messages for a while because a quota is used up (0x97).",
+    sees="`the broker refuses messages on …: Quota exceeded` in the device's log",
+    setting=_PROXIED,
+)
+def quota_exceeded(world: World, rng: Random) -> None:
+    _for_a_while(world, rng, _answering(0x97))
+
+
+@fault(
+    "no-subscribers",
+    means="The broker takes messages for a while and gives them to nobody (0x10, which MQTT calls a success).",
+    sees="nothing at the device, whose outbox grows; the collector hears nothing",
+    setting=_PROXIED,
+)
+def no_subscribers(world: World, rng: Random) -> None:
+    _for_a_while(world, rng, _answering(0x10))
+
+
+@fault(
+    "too-large-for-broker",
+    means="The broker refuses single messages as too large (0x95), until it is restarted with another limit.",
+    sees="`message … is held back, … by now, others go on: …` in the device's log",
+    setting=_PROXIED,
+)
+def too_large_for_broker(world: World, rng: Random) -> None:
+    def rule(packet: Packet) -> tuple[bytes, bytes]:
+        if packet.up and packet.kind == proxy.PUBLISH and "/results/in-tens" in packet.topic:
+            return b"", proxy.puback(packet.mid, proxy.PACKET_TOO_LARGE)
+        return packet.raw, b""
+
+    _for_a_while(world, rng, rule)
+    world.device_line.cut()
+
+
+@fault(
+    "thrown-out-as-too-large",
+    means="For a while the broker ends the connection (0x95) of who sends more than it takes, and never said how much.",
+    sees="`broker: connection lost: Packet too large; trying again` in the device's log, `offline`, later `online`",
+    setting=_PROXIED,
+    patience_s=90.0,
+)
+def thrown_out(world: World, rng: Random) -> None:
+    def rule(packet: Packet) -> tuple[bytes, bytes]:
+        if packet.up and packet.kind == proxy.PUBLISH and "/results/" in packet.topic:
+            raise Cut(proxy.disconnect(proxy.PACKET_TOO_LARGE))
+        return packet.raw, b""
+
+    _for_a_while(world, rng, rule)
+
+
+class _Limited:
+    """A broker that announces a limit at CONNECT and throws out who does not keep to it."""
+
+    def __init__(self, name: int, limit: int) -> None:
+        self.breaches: list[str] = []
+        self.connections = 0
+        self._name, self._limit = name, limit
+        self._flying: set[int] = set()
+
+    def __call__(self, packet: Packet) -> tuple[bytes, bytes]:
+        if packet.up and packet.kind == proxy.CONNECT:
+            self._flying.clear()
+        if not packet.up and packet.kind == proxy.CONNACK:
+            self.connections += 1
+            return proxy.with_limit(packet.raw, self._name, self._limit), b""
+        if not packet.up and packet.kind == proxy.PUBACK:
+            self._flying.discard(packet.mid)
+        if packet.up and packet.kind == proxy.PUBLISH:
+            self._check(packet)
+        return packet.raw, b""
+
+    def _check(self, packet: Packet) -> None:
+        self._flying.add(packet.mid)
+        large = self._name == proxy.MAXIMUM_PACKET_SIZE
+        if (len(packet.raw) if large else len(self._flying)) > self._limit:
+            self.breaches.append(f"{packet.topic}: {len(packet.raw)} bytes, {len(self._flying)} under way")
+            raise Cut(proxy.disconnect(proxy.PACKET_TOO_LARGE if large else proxy.RECEIVE_MAXIMUM_EXCEEDED))
+
+
+def _limited(world: World, rng: Random, name: int, limit: int) -> None:
+    limited = _Limited(name, limit)
+    with world.device_line.ruled(limited):
+        world.device_line.cut()
+        eventually("a connection with the limit", lambda: limited.connections, 70)
+        time.sleep(rng.uniform(0.5, 2.0))
+    world.device_line.cut()
+    assert not limited.breaches, f"the device ignored the broker's limit: {limited.breaches[:3]}"
+
+
+@fault(
+    "receive-maximum-2",
+    means="The broker is restarted and allows two messages under way at a time, then is restarted as before.",
+    sees="nothing; results come more slowly",
+    setting=_PROXIED,
+    patience_s=90.0,
+)
+def receive_maximum(world: World, rng: Random) -> None:
+    _limited(world, rng, proxy.RECEIVE_MAXIMUM, 2)
+
+
+@fault(
+    "packet-size-256",
+    means="The broker is restarted and allows packets of 256 bytes, less than any message has; then as before.",
+    sees="`message … is held back, … by now: its … bytes are above the broker's limit of 256` in the device's log",
+    setting=_PROXIED,
+    patience_s=90.0,
+)
+def packet_size(world: World, rng: Random) -> None:
+    _limited(world, rng, proxy.MAXIMUM_PACKET_SIZE, 256)

@@ -1,0 +1,283 @@
+"""The wall clock is wrong, is set, or comes back from the past; the device stamps rows all the while."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from random import Random
+
+from scripts.faults import fault
+from scripts.faults.clock import Clock, cpu_s, no_boot, no_clock
+from scripts.faults.stamped import Stamped
+from scripts.faults.world import Setting, World
+from tests.system import eventually
+
+_HOUR_S, _DAY_S, _YEAR_S = 3600.0, 86_400.0, 365.25 * 86_400.0
+_CALM_S = 1.5
+_EVENT = "a `clock` event in the audit log for each step"
+_VOUCHED = f"{_EVENT}; an alert that it was set although a time service had vouched for it, unless that lasted a moment"
+_ZONE = "Europe/Helsinki"
+_NIGHTLY = "nightly"
+_PASSING_S = 2.5
+# A daemon starts and commits as slowly as a busy machine lets it; nothing hangs on that.
+_SLOW_S = 90.0
+# Midnight UTC, and at how many minutes after it the task runs how often. In the autumn half past three is at 0:30 and
+# again at 1:30 UTC; in the spring it would be at 1:30 UTC.
+_NIGHTS = (
+    (datetime(2026, 10, 25, tzinfo=UTC), ((30, 1), (90, 0))),
+    (datetime(2027, 3, 28, tzinfo=UTC), ((30, 0), (90, 1))),
+)
+
+
+def on_clock(zone: str = "UTC") -> Callable[[World], Callable[[], None]]:
+    """For `Setting.prepare`: a clock to set, and a sensor whose rows the device stamps."""
+
+    def prepare(world: World) -> Callable[[], None]:
+        world.companions.append(Stamped(world, world.rng))
+        Clock.of(world).make(zone)
+        return lambda: None
+
+    return prepare
+
+
+def on_nights(world: World) -> Callable[[], None]:
+    """The same, in a zone with summer time, and a task that is due at half past three each night."""
+    undo = on_clock(_ZONE)(world)
+    bundle = world.folder / "bundle" / "bundle"
+    world.device.configure(f'[tasks.{_NIGHTLY}]\nstream = "stamped"\nbundle = "{bundle}"\nschedule = "30 3 * * *"\n')
+    return undo
+
+
+_CLOCK = Setting(prepare=on_clock())
+
+
+@contextmanager
+def _calm(world: World) -> Iterator[None]:
+    """What is done to the clock in here makes the daemon work no more than usual: no second of processor time."""
+    pid = world.device.pid
+    before = cpu_s(pid)
+    time.sleep(_CALM_S)
+    usual = cpu_s(pid) - before
+    yield
+    before = cpu_s(pid)
+    time.sleep(_CALM_S)
+    if world.device.running and world.device.pid == pid:
+        used = cpu_s(pid) - before
+        assert used < usual + 1.0, f"{used:.2f} s of processor time within {_CALM_S} s of a step, {usual:.2f} s before"
+
+
+def _step(world: World, rng: Random, ahead_s: float) -> None:
+    clock = Clock.of(world)
+    with _calm(world):
+        clock.show(ahead_s, error_us=None)
+    time.sleep(rng.uniform(0.0, 0.5))
+    clock.show(0.0)
+
+
+@fault(
+    "clock-plus-60-days",
+    means="The clock jumps ahead by 60 days while the daemon runs, and back a little later.",
+    sees=_VOUCHED,
+    setting=_CLOCK,
+    missing=no_clock,
+)
+def plus_60_days(world: World, rng: Random) -> None:
+    _step(world, rng, 60 * _DAY_S)
+
+
+@fault(
+    "clock-minus-1-hour",
+    means="The clock jumps back by an hour while the daemon runs, and is put right a little later.",
+    sees=_VOUCHED,
+    setting=_CLOCK,
+    missing=no_clock,
+)
+def minus_1_hour(world: World, rng: Random) -> None:
+    _step(world, rng, -_HOUR_S)
+
+
+@fault(
+    "clock-plus-2-years",
+    means="The clock jumps ahead by two years while the daemon runs, and back a little later.",
+    sees=_VOUCHED,
+    setting=_CLOCK,
+    missing=no_clock,
+)
+def plus_2_years(world: World, rng: Random) -> None:
+    _step(world, rng, 2 * _YEAR_S)
+
+
+@fault(
+    "clock-steps-all-the-time",
+    means="The clock is set 30 times within three seconds, by minutes or years, in the middle of commits and batches.",
+    sees=_VOUCHED,
+    setting=_CLOCK,
+    missing=no_clock,
+)
+def steps_all_the_time(world: World, rng: Random) -> None:
+    clock = Clock.of(world)
+    for _ in range(30):
+        ahead_s = rng.choice((-_HOUR_S, -90.0, -2.0, 0.0, 2.0, 300.0, 60 * _DAY_S, rng.uniform(-1e4, 1e4)))
+        clock.show(ahead_s, error_us=None)
+        time.sleep(rng.uniform(0.0, 0.2))
+    clock.show(0.0)
+
+
+@fault(
+    "clock-starts-in-1970",
+    means="A machine without a battery starts in 1970, works, and a time service sets its clock a little later.",
+    sees=f"`unsynced` in every message until then, {_EVENT}",
+    setting=_CLOCK,
+    missing=no_boot,
+)
+def starts_in_1970(world: World, rng: Random) -> None:
+    clock = Clock.of(world)
+    time.sleep(rng.uniform(0.1, 0.5))
+    switch_off(world)
+    clock.show(rng.uniform(0.0, 60.0) - time.time(), error_us=None)
+    switch_on(world)
+    stamp_some(world)
+    clock.show(0.0)
+
+
+@fault(
+    "clock-restored-after-power-cut",
+    means="After a power cut the clock goes on at the hour it was last saved: wall time repeats, until it is set.",
+    sees=f"`unsynced` or `restored` in every message until then, {_EVENT}",
+    setting=_CLOCK,
+    missing=no_boot,
+)
+def restored_after_power_cut(world: World, rng: Random) -> None:
+    clock = Clock.of(world)
+    time.sleep(rng.uniform(0.1, 0.5))
+    switch_off(world)
+    clock.show(-rng.uniform(1.0, _HOUR_S), error_us=None)
+    switch_on(world)
+    stamp_some(world)
+    clock.show(0.0)
+
+
+@fault(
+    "two-boots-without-sync",
+    means="Two boots in a row know no time at all; only in the third a time service sets the clock.",
+    sees=f"`unsynced` in every message until then, {_EVENT}",
+    setting=_CLOCK,
+    missing=no_boot,
+)
+def two_boots_without_sync(world: World, rng: Random) -> None:
+    clock = Clock.of(world)
+    for _ in range(2):
+        switch_off(world)
+        clock.show(-rng.uniform(1.0, _HOUR_S), error_us=None)
+        switch_on(world)
+        stamp_some(world)
+    switch_off(world)
+    clock.show(0.0)
+    switch_on(world)
+
+
+@fault(
+    "time-service-lies",
+    means="A time service that the kernel believes sets the clock wrong, and right again a little later.",
+    sees=_VOUCHED,
+    setting=_CLOCK,
+    missing=no_clock,
+)
+def time_service_lies(world: World, rng: Random) -> None:
+    clock = Clock.of(world)
+    time.sleep(rng.uniform(0.1, 0.5))
+    clock.show(rng.choice((200.0, -200.0, _HOUR_S, -_HOUR_S, 2 * _YEAR_S)))
+    time.sleep(rng.uniform(0.5, 1.5))
+    clock.show(0.0)
+
+
+@fault(
+    "control-clock-wrong-for-a-boot",
+    means="Negative control: during a whole boot a time service vouches for a clock that is three minutes ahead.",
+    sees="nothing: rows are misdated, as nobody can know",
+    setting=_CLOCK,
+    missing=no_boot,
+    control=True,
+)
+def wrong_for_a_boot(world: World, rng: Random) -> None:
+    switch_off(world)
+    Clock.of(world).show(180.0 + rng.uniform(0.0, 20.0))
+    switch_on(world)
+    stamp_some(world)
+
+
+@fault(
+    "night-of-summer-time",
+    means=(
+        "A night in which summer time begins or ends, for a task due at half past three, which comes twice in the one "
+        "and not at all in the other: the task runs once."
+    ),
+    sees=_EVENT,
+    setting=Setting(prepare=on_nights),
+    missing=no_clock,
+)
+def night_of_summer_time(world: World, rng: Random) -> None:
+    midnight, runs = rng.choice(_NIGHTS)
+    _pass(world, midnight.timestamp(), None)
+    for minutes, expected in runs:
+        _pass(world, midnight.timestamp() + minutes * 60.0, expected)
+    Clock.of(world).show(0.0)
+
+
+def _pass(world: World, moment_s: float, expected: int | None) -> None:
+    """Let the clock pass a moment, and see how often the nightly task runs."""
+    clock = Clock.of(world)
+    before = _come_before(world, moment_s)
+    time.sleep(_PASSING_S)
+    if expected:
+        eventually("the nightly task runs", lambda: clock.runs(_NIGHTLY) > before, _SLOW_S)
+    runs = clock.runs(_NIGHTLY) - before
+    at = datetime.fromtimestamp(moment_s, UTC)
+    assert expected is None or runs == expected, f"{runs} runs instead of {expected} at {at:%Y-%m-%d %H:%M} UTC"
+
+
+def _come_before(world: World, moment_s: float) -> int:
+    """Set the clock to just before a moment, so that the daemon sees that before it has passed; the runs until then."""
+    clock, lead_s = Clock.of(world), 1.0
+    while True:
+        noticed, shown_s = _steps_noticed(world), time.time()
+        clock.show(moment_s - lead_s - shown_s, error_us=None)
+        _await_step(world, noticed)
+        if time.time() - shown_s < lead_s - 0.2:
+            time.sleep(max(0.0, lead_s - 1.0 - (time.time() - shown_s)))
+            return clock.runs(_NIGHTLY)
+        # A busy machine: once more, with more time.
+        lead_s *= 2
+
+
+def _await_step(world: World, noticed: int) -> None:
+    eventually("the daemon notices the step", lambda: _steps_noticed(world) > noticed, _SLOW_S)
+
+
+def _steps_noticed(world: World) -> int:
+    return world.device.log.read_text(encoding="utf-8", errors="replace").count("the clock was set by")
+
+
+def switch_off(world: World) -> None:
+    """The machine is off until `switch_on`."""
+    world.kill(world.device)
+
+
+def switch_on(world: World) -> None:
+    """Another boot."""
+    Clock.of(world).boot()
+    world.keep(world.device)
+
+
+def stamp_some(world: World) -> None:
+    """Until the device has stamped some more rows."""
+    rows = _stamped(world).truth.rows
+    before = len(rows)
+    eventually("the device stamps rows", lambda: len(rows) >= before + 5, _SLOW_S)
+
+
+def _stamped(world: World) -> Stamped:
+    [found] = [one for one in world.companions if isinstance(one, Stamped)]
+    return found

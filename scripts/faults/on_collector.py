@@ -1,0 +1,186 @@
+"""The collector dies, is locked out of its database, fills its disk, is doubled, restored, or rebuilt."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+from agent import clock
+from agent.fleet import config as fleet_config
+from agent.fleet.store import FleetStore
+from scripts.faults import fault
+from scripts.faults.world import DEVICE, Setting, World
+from tests.system import Program, eventually
+
+_DISK = "48m"
+
+
+@fault(
+    "kill-collector",
+    means="The collector is killed at a random moment: in the middle of a batch, before or after its commit.",
+    sees="nothing but `connected` in the collector's log",
+)
+def kill_collector(world: World, rng: Random) -> None:
+    for _ in range(3):
+        time.sleep(rng.uniform(0.1, 0.8))
+        world.restart(world.collector)
+
+
+@fault(
+    "collector-database-locked",
+    means="Another process holds the collector's database locked for a while, up to longer than the collector waits.",
+    sees="after five seconds `database is locked; nothing is acknowledged, trying again` in the collector's log",
+)
+def collector_database_locked(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.0, 0.5))
+    with contextlib.closing(sqlite3.connect(_database(world), isolation_level=None, timeout=10)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        time.sleep(rng.choice([0.5, 2.0, 6.5]))
+        db.execute("ROLLBACK")
+
+
+def _on_small_disk(world: World) -> Callable[[], None]:
+    """The collector's database on a disk of its own."""
+    disk = world.folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(disk)], check=True)
+    for file in _files(_database(world)):
+        shutil.move(file, disk / file.name)
+    toml = world.fleet.home / "fleet.toml"
+    text = toml.read_text(encoding="utf-8").replace('db = "fleet.db"', f'db = "{disk / "fleet.db"}"')
+    toml.write_text(text, encoding="utf-8")
+    world.fleet.config = fleet_config.load(world.fleet.home)
+
+    def unmount() -> None:
+        subprocess.run(["umount", str(disk)], check=True)
+
+    return unmount
+
+
+def _no_mount() -> str | None:
+    return None if os.geteuid() == 0 else "mounting a small disk needs root"
+
+
+@fault(
+    "collector-disk-full",
+    means="The disk of the collector's database is full for some seconds.",
+    sees="`database or disk is full; nothing is acknowledged, trying again in … s` in the collector's log",
+    setting=Setting(prepare=_on_small_disk),
+    missing=_no_mount,
+)
+def collector_disk_full(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.0, 0.5))
+    ballast = _database(world).with_name("ballast")
+    try:
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        time.sleep(rng.uniform(0.5, 3.0))
+    finally:
+        ballast.unlink()
+
+
+@fault(
+    "collector-restored-from-backup",
+    means="The collector's machine fails and is restored from a backup that lacks the last seconds.",
+    sees="`the collector has lost messages it had acknowledged, …; it gets what is kept` in the device's log",
+    patience_s=100.0,
+)
+def collector_restored(world: World, rng: Random) -> None:
+    backup = world.folder / "backup.db"
+    _copy(_database(world), backup)
+    before = _messages(world)
+    eventually("more messages than in the backup", lambda: _messages(world) > before + 5)
+    time.sleep(rng.uniform(0.0, 1.5))
+    with _collector_down(world):
+        backup.replace(_database(world))
+    _go_on(world, rng)
+
+
+@fault(
+    "collector-rebuilt",
+    means="The collector's database is lost for good: a new one is made, and the device enrolled again with its key.",
+    sees="`the collector has lost messages it had acknowledged, …` in the device's log; `fleet gaps` has the rest",
+    patience_s=100.0,
+)
+def collector_rebuilt(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.2, 1.5))
+    store = world.fleet.open()
+    key = store.active_key(DEVICE)
+    store.close()
+    assert key is not None
+    with _collector_down(world):
+        store = world.fleet.open(write=True)
+        store.enrol(DEVICE, key, replace=False, now=clock.rfc3339(clock.read().wall_us))
+        store.close()
+    _go_on(world, rng)
+
+
+@fault(
+    "two-collectors",
+    means="A second collector is started on the same database: both have the same name at the broker, and take turns.",
+    sees="`Session taken over` and `connected` alternate in the log of both, until one is stopped",
+)
+def two_collectors(world: World, rng: Random) -> None:
+    second = Program(world.folder / "second.log", "fleet", "collect", "--dir", str(world.fleet.home))
+    try:
+        second.start()
+        eventually("the second one connected, or gave up", lambda: second.said("connected") or not second.running)
+        time.sleep(rng.uniform(1.0, 3.0))
+    finally:
+        second.kill()
+        second.log.unlink()
+
+
+def _go_on(world: World, rng: Random) -> None:
+    """An acknowledgement that takes something back is believed once it covers newer ones; mostly it soon does."""
+    if rng.random() < 0.9:
+        connected = world.collector.log.read_text(encoding="utf-8").count(" connected;")
+        eventually(
+            "the collector is back",
+            lambda: world.collector.log.read_text(encoding="utf-8").count(" connected;") > connected,
+        )
+        time.sleep(rng.uniform(0.5, 1.5))
+
+
+@contextlib.contextmanager
+def _collector_down(world: World) -> Iterator[None]:
+    """Inside the block it is down, and its database gone."""
+    world.kill(world.collector)
+    for file in _files(_database(world)):
+        file.unlink()
+    yield
+    world.keep(world.collector)
+
+
+def _database(world: World) -> Path:
+    return Path(world.fleet.config.fleet.db)
+
+
+def _files(database: Path) -> list[Path]:
+    """The database and what SQLite has beside it."""
+    return [file for file in (Path(f"{database}{end}") for end in ("", "-wal", "-shm")) if file.exists()]
+
+
+def _copy(database: Path, copy: Path) -> None:
+    """A backup of a database in use."""
+    with (
+        contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as source,
+        contextlib.closing(sqlite3.connect(copy)) as target,
+    ):
+        source.backup(target)
+
+
+def _messages(world: World) -> int:
+    store: FleetStore = world.fleet.open()
+    try:
+        return store.count_messages(DEVICE)
+    finally:
+        store.close()

@@ -1,0 +1,260 @@
+"""The disk loses power, fails, hangs or is full. Most need a card of their own, or strace to make system calls fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from random import Random
+
+from scripts.faults import fault
+from scripts.faults.disk import Card, database_files, no_card, no_strace, on_card, results, stored_files, tampered
+from scripts.faults.world import Setting, World
+from tests.system import eventually
+
+_NOTHING = "nothing but a new `started` event in the audit log"
+_AGAIN = "a line with SQLite's error, and a new `started` event in the audit log"
+_SYNC = "fdatasync,fsync"
+_WRITE = "pwrite64,write,ftruncate,fallocate"
+_CARD = Setting(prepare=on_card())
+
+
+def _no_lying_card() -> str | None:
+    return no_card() or no_strace()
+
+
+# --- the process dies inside a system call ---
+
+
+@fault(
+    "kill-in-commit",
+    means="The daemon dies (SIGKILL) as it asks for a commit to be flushed: the n-th flush of the write-ahead log.",
+    sees=_NOTHING,
+    missing=no_strace,
+)
+def kill_in_commit(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.0, 0.5))
+    before = world.restarts
+    with tampered(world, _SYNC, f"signal=KILL:when={rng.randint(1, 8)}", files=database_files(world)[1:]):
+        eventually("death in a commit", lambda: world.restarts > before)
+
+
+@fault(
+    "kill-in-checkpoint",
+    means="The daemon dies (SIGKILL) while it copies the write-ahead log into the database: at the n-th write.",
+    sees=_NOTHING,
+    missing=no_strace,
+)
+def kill_in_checkpoint(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.5, 1.5))
+    with tampered(world, "pwrite64", f"signal=KILL:when={rng.randint(1, 6)}", files=database_files(world)[:1]):
+        # A stop ends with a checkpoint.
+        world.leave(world.device)
+        os.kill(world.device.pid, signal.SIGTERM)
+        code = world.device.wait(15.0)
+    assert code == -signal.SIGKILL, f"exit code {code}: it died nowhere"
+    world.keep(world.device)
+
+
+# --- the power goes ---
+
+
+def _power_cut(world: World, *, journal: bool) -> None:
+    """Everything stops at once; then power comes back and the machine boots."""
+    world.kill(world.device)
+    Card.of(world).cut(journal=journal)
+    world.keep(world.device)
+
+
+@fault(
+    "power-cut",
+    means="The power goes at a random moment, with and without ext4's own journal: unsynced bytes are gone.",
+    sees=_NOTHING,
+    setting=_CARD,
+    missing=no_card,
+)
+def power_cut(world: World, rng: Random) -> None:
+    for journal in (False, True):
+        time.sleep(rng.uniform(0.3, 1.2))
+        _power_cut(world, journal=journal)
+
+
+@fault(
+    "power-cut-in-recovery",
+    means="The power goes, and again within 100 ms of the moment at which the restarted daemon has the data folder.",
+    sees=_NOTHING,
+    setting=_CARD,
+    missing=no_card,
+)
+def power_cut_in_recovery(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.3, 1.0))
+    _power_cut(world, journal=rng.random() < 0.5)
+    eventually("the daemon has the folder", lambda: _owner(world) == world.device.pid)
+    time.sleep(rng.uniform(0.0, 0.1))
+    _power_cut(world, journal=rng.random() < 0.5)
+
+
+def _owner(world: World) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int((world.device.data / "lock").read_text())
+    return None
+
+
+@fault(
+    "control-normal-power-cut",
+    means="Negative control: the store commits with synchronous=NORMAL, and the power goes.",
+    sees="rows that were acknowledged are gone",
+    setting=Setting(
+        prepare=on_card(), launcher=("-m", "scripts.faults.launch", "synchronous=NORMAL", "--"), rate=1_000.0
+    ),
+    missing=no_card,
+    control=True,
+    patience_s=10.0,
+)
+def control_normal_power_cut(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.5, 1.5))
+    _power_cut(world, journal=False)
+
+
+@fault(
+    "lying-flush",
+    means=(
+        "A card that confirms flushes without doing them, and a power cut. What the card dropped cannot be had back: "
+        "what the collector had is kept, and messages that it has and the store has not show that something is gone."
+    ),
+    sees="a critical storage alert, and a `new log` event that says what the old log lacks",
+    setting=_CARD,
+    missing=_no_lying_card,
+    damages=True,
+)
+def lying_flush(world: World, rng: Random) -> None:
+    with tampered(world, _SYNC, "retval=0"):
+        before = results(world)
+        eventually("something that the card drops was delivered", lambda: results(world) > before + 200)
+        time.sleep(rng.uniform(0.0, 1.0))
+        world.kill(world.device)
+    Card.of(world).cut(journal=False)
+    world.keep(world.device)
+
+
+# --- system calls fail ---
+
+
+def _failing(world: World, rng: Random, calls: str, how: str, files: list[Path]) -> None:
+    time.sleep(rng.uniform(0.0, 0.5))
+    with tampered(world, calls, how, files=files):
+        time.sleep(rng.uniform(0.3, 1.5))
+
+
+@fault(
+    "write-ENOSPC",
+    means="For about a second every write to the data folder fails for lack of room.",
+    sees="producers are told `not stored`; a line in the journal",
+    missing=no_strace,
+)
+def write_enospc(world: World, rng: Random) -> None:
+    _failing(world, rng, _WRITE, "error=ENOSPC", stored_files(world))
+
+
+@fault("write-EIO", means="For about a second every write to the store fails.", sees=_AGAIN, missing=no_strace)
+def write_eio(world: World, rng: Random) -> None:
+    _failing(world, rng, _WRITE, "error=EIO", stored_files(world))
+
+
+@fault("fsync-EIO", means="For about a second every flush of the store fails.", sees=_AGAIN, missing=no_strace)
+def fsync_eio(world: World, rng: Random) -> None:
+    _failing(world, rng, _SYNC, "error=EIO", database_files(world))
+
+
+@fault(
+    "one-fsync-EIO",
+    means="One flush of the store fails, and the next ones succeed, as Linux does it.",
+    sees=_AGAIN,
+    missing=no_strace,
+)
+def one_fsync_eio(world: World, rng: Random) -> None:
+    _failing(world, rng, _SYNC, f"error=EIO:when={rng.randint(1, 6)}", database_files(world))
+
+
+@fault(
+    "slow-card",
+    means="For a few seconds every flush takes 200 to 1500 ms.",
+    sees="nothing; producers wait longer for their acknowledgements",
+    missing=no_strace,
+)
+def slow_card(world: World, rng: Random) -> None:
+    with tampered(world, _SYNC, f"delay_enter={rng.randint(200, 1500)}ms", files=database_files(world)):
+        time.sleep(rng.uniform(1.0, 3.0))
+
+
+# --- the file system refuses ---
+
+
+@fault(
+    "read-only-card",
+    means="ext4 finds an error and makes the card read-only; seconds later the machine is restarted.",
+    sees="the daemon restarts in a loop and says that the data folder cannot be written",
+    setting=_CARD,
+    missing=no_card,
+)
+def read_only_card(world: World, rng: Random) -> None:
+    card = Card.of(world)
+    time.sleep(rng.uniform(0.2, 0.8))
+    card.fail()
+    time.sleep(rng.uniform(0.5, 3.0))
+    _power_cut(world, journal=True)
+
+
+@fault(
+    "disk-full",
+    means="Something else fills the disk, in half of the cases as fast as room comes free, then goes away.",
+    sees="producers are told `not stored`; a line in the journal",
+    setting=Setting(prepare=on_card(24)),
+    missing=no_card,
+)
+def disk_full(world: World, rng: Random) -> None:
+    card, greedy = Card.of(world), rng.random() < 0.5
+    time.sleep(rng.uniform(0.2, 0.8))
+    card.fill()
+    until = time.monotonic() + rng.uniform(2.0, 4.0)
+    while time.monotonic() < until:
+        time.sleep(0.05)
+        if greedy:
+            card.fill()
+    card.free()
+
+
+@fault(
+    "disk-full-restart",
+    means="Something else fills the disk, and the daemon is killed and started again while it is full.",
+    sees="producers are told `not stored`; a line in the journal",
+    setting=Setting(prepare=on_card(24)),
+    missing=no_card,
+)
+def disk_full_restart(world: World, rng: Random) -> None:
+    card = Card.of(world)
+    time.sleep(rng.uniform(0.2, 0.8))
+    card.fill()
+    time.sleep(rng.uniform(0.2, 0.8))
+    world.restart(world.device)
+    time.sleep(rng.uniform(1.5, 3.0))
+    card.free()
+
+
+@fault(
+    "quota-too-small",
+    means="A quota of 1 MiB, and a broker that is away until it has been full for a while.",
+    sees="a storage alert, and `evicted` events in the audit log that say what was given up",
+    setting=Setting(
+        buffer_toml='max_size = "1 MiB"',
+        rate=2_500.0,
+        launcher=("-m", "scripts.faults.launch", "evict-after=1", "--"),
+    ),
+    damages=True,
+)
+def quota_too_small(world: World, rng: Random) -> None:
+    world.broker.kill()
+    time.sleep(rng.uniform(3.0, 6.0))
+    world.broker.start()

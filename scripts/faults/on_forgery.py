@@ -1,0 +1,211 @@
+"""Somebody on the broker sends acknowledgements and messages that are not genuine, old, or too many."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from random import Random
+
+from agent import clock
+from agent.device.store import Store
+from agent.link import Link, Outgoing, Receipt
+from agent.wire import jws, keys
+from agent.wire.keys import SigningKey
+from agent.wire.messages import encode
+from scripts.faults import fault
+from scripts.faults.world import DEVICE, World
+from tests.senders import new_key
+from tests.system import FLEET, eventually
+
+_BASE = f"outstation/{FLEET}/{DEVICE}"
+_ACK = f"{_BASE}/ack"
+_ALERT = "a `security` alert of the device, once; `fleet alerts` shows it, and `status` counts what was refused"
+_FLOOD = 5000
+
+
+def _ack(key: SigningKey, log: str, through: int) -> Outgoing:
+    now = clock.rfc3339(clock.read().wall_us)
+    members = {"v": 1, "kind": "ack", "device": DEVICE, "log": log, "through": through, "missing": [], "time": now}
+    payload = encode(members)
+    return Outgoing(_ACK, payload, (("jws", jws.sign(key, _ACK, payload)),))
+
+
+def _collector_key(world: World) -> SigningKey:
+    return keys.load_private(world.fleet.home / "collector.key")
+
+
+@contextmanager
+def _store(world: World) -> Iterator[Store]:
+    store = Store(world.device.data, read_only=True)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _log(world: World) -> tuple[str, int]:
+    """The device's log, and the last seq in it."""
+    with _store(world) as store:
+        return store.log_id, store.outbox_size()[1]
+
+
+def _refused(world: World) -> int:
+    with _store(world) as store:
+        return sum(n for name, n in store.counters().items() if "refused" in name)
+
+
+def _publish(world: World, hostile: Sequence[Outgoing]) -> None:
+    """As a client that the broker lets in, keeping to its window."""
+    link = Link(world.fleet.config.broker, f"stranger-{uuid.uuid4()}")
+    under_way, left = 0, list(reversed(hostile))
+    try:
+        while left or under_way:
+            while left and under_way < link.window:
+                link.send(left.pop())
+                under_way += 1
+            under_way -= sum(isinstance(event, Receipt) for event in link.receive(5.0))
+    finally:
+        link.close()
+
+
+def _forge(world: World, rng: Random, make: Callable[[str, int], Outgoing]) -> None:
+    """While the collector is away, so that the outbox grows: what is forged must take nothing out of it."""
+    world.kill(world.collector)
+    time.sleep(rng.uniform(0.2, 0.8))
+    eventually("something in the outbox", lambda: _waiting(world))
+    before, log = _waiting(world), _log(world)
+    _publish(world, [make(*log) for _ in range(rng.randint(1, 5))])
+    time.sleep(rng.uniform(0.3, 0.8))
+    after = _waiting(world)
+    assert after >= before, f"{before} messages waited, {after} after the forged acknowledgement"
+    world.keep(world.collector)
+
+
+def _waiting(world: World) -> int:
+    with _store(world) as store:
+        return store.outbox_size()[0]
+
+
+def _counted(world: World, before: int) -> None:
+    """Refusals are written at most once a minute, and when the device stops."""
+    world.leave(world.device)
+    code = world.device.stop()
+    assert code == 0, f"exit code {code}"
+    world.keep(world.device)
+    assert _refused(world) > before, "what was refused is not counted"
+
+
+def _told_once(world: World) -> None:
+    """One alert, however often and in how many rounds: it is cleared after a quiet hour only."""
+    sql = "SELECT count(*) FROM alerts WHERE device = ? AND alert = 'security' AND subject = 'refused'"
+    eventually("a security alert at the collector", lambda: world.fleet.ask(sql, DEVICE)[0][0])
+    assert world.fleet.ask(sql, DEVICE) == [(1,)]
+
+
+@fault("ack-forged", means="Acknowledgements of everything, signed by a key that is not the collector's.", sees=_ALERT)
+def ack_forged(world: World, rng: Random) -> None:
+    before = _refused(world)
+    _forge(world, rng, lambda log, last: _ack(new_key(), log, last))
+    _counted(world, before)
+    _told_once(world)
+
+
+@fault(
+    "ack-for-another-log",
+    means="Genuine acknowledgements, but of another device store.",
+    sees="`acknowledgements refused, nothing changes: other log …` in the device's log, once a minute at most",
+)
+def ack_for_another_log(world: World, rng: Random) -> None:
+    before = _refused(world)
+    _forge(world, rng, lambda log, last: _ack(_collector_key(world), str(uuid.uuid4()), last))
+    _counted(world, before)
+
+
+@fault(
+    "ack-beyond-the-log",
+    means="The collector's own key signed for more than was ever written; what had not arrived may be declared gone.",
+    sees="a critical `storage` alert and a new log: the device must take its store for an old copy that was put back",
+    damages=True,
+)
+def ack_beyond_the_log(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.2, 0.8))
+    log, last = _log(world)
+    _publish(world, [_ack(_collector_key(world), log, last + rng.randint(1000, 10**6))])
+    eventually("a new log", lambda: _log(world)[0] != log)
+
+
+@fault(
+    "ack-unsigned",
+    means="Acknowledgements without a signature, and with one that belongs to another payload.",
+    sees=_ALERT,
+)
+def ack_unsigned(world: World, rng: Random) -> None:
+    before = _refused(world)
+
+    def make(log: str, last: int) -> Outgoing:
+        other = _ack(_collector_key(world), log, 0)
+        genuine = _ack(new_key(), log, last)
+        return Outgoing(_ACK, genuine.payload, rng.choice([(), other.properties]))
+
+    _forge(world, rng, make)
+    _counted(world, before)
+    _told_once(world)
+
+
+@fault(
+    "ack-replayed",
+    means="The collector's own acknowledgement of long ago is sent again and again.",
+    sees="nothing: it covers what is safe already",
+)
+def ack_replayed(world: World, rng: Random) -> None:
+    link = Link(world.fleet.config.broker, f"listener-{uuid.uuid4()}", subscribe=[_ACK])
+    old = None
+    try:
+        deadline = time.monotonic() + 20
+        while old is None and time.monotonic() < deadline:
+            old = next((event for event in link.receive(1.0) if not isinstance(event, Receipt)), None)
+    finally:
+        link.close()
+    assert old is not None, "no acknowledgement within 20 s"
+    again = Outgoing(_ACK, old.payload, tuple(("jws", token) for token in old.tokens), retain=rng.random() < 0.5)
+    time.sleep(rng.uniform(0.5, 1.5))
+    _forge(world, rng, lambda log, last: again)
+
+
+@fault(
+    "ack-garbage-retained",
+    means="A megabyte of garbage is retained on the device's acknowledgement topic, so that it comes at each connect.",
+    sees=_ALERT,
+)
+def ack_garbage(world: World, rng: Random) -> None:
+    before = _refused(world)
+    _forge(world, rng, lambda log, last: Outgoing(_ACK, rng.randbytes(1_000_000), (("jws", "a..b"),), retain=True))
+    _counted(world, before)
+    _told_once(world)
+
+
+@fault(
+    "flood",
+    means=f"{_FLOOD:,} hostile messages on the device's `ack` and `cmd` topics and, in its name, on those it sends on.",
+    sees="one `security` alert each from the device and from the collector; `refusals` in the database has the numbers",
+    patience_s=90.0,
+)
+def flood(world: World, rng: Random) -> None:
+    before = _refused(world)
+    topics = [_ACK, f"{_BASE}/cmd", f"{_BASE}/results/often", f"{_BASE}/health", f"{_BASE}/state"]
+    stranger = new_key()
+    log, last = _log(world)
+    forged = _ack(stranger, log, last)
+    hostile = [
+        Outgoing(
+            rng.choice(topics),
+            forged.payload if rng.random() < 0.5 else rng.randbytes(rng.randint(0, 2000)),
+            rng.choice([(), forged.properties, (("jws", "x"),)]),
+        )
+        for _ in range(_FLOOD)
+    ]
+    _publish(world, hostile)
+    _counted(world, before)
+    _told_once(world)

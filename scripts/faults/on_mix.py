@@ -1,0 +1,82 @@
+"""Several faults at once: what each survives alone may still meet the other's recovery."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+
+from scripts.faults import FAULTS, fault
+from scripts.faults.clock import Clock, no_boot, no_clock
+from scripts.faults.disk import Card, no_card, on_card
+from scripts.faults.on_clock import on_clock, stamp_some, switch_off, switch_on
+from scripts.faults.world import Setting, World
+
+# One of a kind at a time, for two would undo each other's work. Faults that look at the daemon's process while they
+# last are left out: another one may kill it.
+_KINDS = {
+    "daemon": ("kill-daemon", "kill-while-starting"),
+    "broker": ("kill-broker",),
+    "collector": ("kill-collector", "collector-database-locked"),
+    "network": (
+        "pubacks-dropped",
+        "acknowledgements-dropped",
+        "network-flapping",
+        "network-down",
+        "network-stalled",
+        "slow-bytes",
+    ),
+    "clock": ("clock-steps-all-the-time", "time-service-lies"),
+}
+
+
+@fault(
+    "mix-everything",
+    means="Two or three faults of daemon, broker, collector, network and clock at once, chosen at random.",
+    sees="what each of them shows alone",
+    setting=Setting(proxied=True, prepare=on_clock()),
+    missing=no_clock,
+    patience_s=120.0,
+)
+def mix_everything(world: World, rng: Random) -> None:
+    kinds = rng.sample(sorted(_KINDS), rng.choice((2, 3)))
+    chosen = [FAULTS[rng.choice(_KINDS[kind])] for kind in kinds]
+    chances = [Random(rng.random()) for _ in chosen]
+    with ThreadPoolExecutor(len(chosen)) as threads:
+        running = [threads.submit(one.inject, world, chance) for one, chance in zip(chosen, chances, strict=True)]
+    for one in running:
+        one.result()
+
+
+def _no_card_or_boot() -> str | None:
+    return no_card() or no_boot()
+
+
+def _on_card_and_clock(world: World) -> Callable[[], None]:
+    undo = on_card()(world)
+    on_clock()(world)
+    return undo
+
+
+@fault(
+    "mix-clock-and-power",
+    means=(
+        "The power goes twice, with all that was not synced; the clock comes back up to an hour slow, nobody sets it "
+        "in the first boot, and a time service does in the second."
+    ),
+    sees="`unsynced` or `restored` in every message until then, and `clock` and `started` events in the audit log",
+    setting=Setting(prepare=_on_card_and_clock),
+    missing=_no_card_or_boot,
+)
+def mix_clock_and_power(world: World, rng: Random) -> None:
+    clock = Clock.of(world)
+    for _ in range(2):
+        time.sleep(rng.uniform(0.2, 0.8))
+        switch_off(world)
+        Card.of(world).cut(journal=rng.random() < 0.5)
+        clock.show(-rng.uniform(1.0, 3600.0), error_us=None)
+        switch_on(world)
+        if rng.random() < 0.7:
+            stamp_some(world)
+    clock.show(0.0)

@@ -1,0 +1,203 @@
+"""The store's files are damaged, lost or old. What the medium lost is gone; every other row must come, and be said."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from scripts.faults import fault
+from scripts.faults.disk import flip_bit, overwrite, results
+from scripts.faults.world import World
+from tests.system import eventually
+
+_DATABASE, _WAL = "outstation.db", "outstation.db-wal"
+_PAGE = 4096
+_HEADER_BYTES = 100
+_NEW_RESULTS = 200
+# SQLite's least share of a row on its own page is 489 bytes, the row's other columns included.
+_ON_ONE_PAGE = 320
+_SALVAGED = "a critical storage alert that says what was lost, and the damaged files in the data folder's `quarantine`"
+_PERHAPS = f"nothing, where those bytes were not in use; else {_SALVAGED}"
+_WENT_BACK = "a critical storage alert (`The store went back in time …`), and `evicted` events that name what is gone"
+_NEW_LOG = "a critical storage alert, and a `new log` event in the audit log"
+
+
+@contextlib.contextmanager
+def _off(world: World, rng: Random, *, broker: bool | None = None) -> Iterator[Path]:
+    """The data folder with the daemon killed; half of the time the broker was away, so that the outbox is not empty."""
+    time.sleep(rng.uniform(0.2, 0.8))
+    away = rng.random() < 0.5 if broker is None else not broker
+    if away:
+        world.broker.kill()
+        time.sleep(rng.uniform(0.3, 1.2))
+    world.kill(world.device)
+    yield world.device.data
+    if away:
+        world.broker.start()
+    world.keep(world.device)
+
+
+def _settle(database: Path) -> sqlite3.Connection:
+    """Everything in the database file itself; close what is returned."""
+    connection = sqlite3.connect(database, isolation_level=None)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return connection
+
+
+def _flip_in_blob(database: Path, rng: Random, sql: str) -> bool:
+    """Turn one bit of a blob that `sql` lists, where it lies in the file; False where there is none."""
+    with contextlib.closing(_settle(database)) as connection:
+        found = [bytes(row[0]) for row in connection.execute(sql)]
+    if not found:
+        return False
+    # So much of a blob is always on one page; pages that SQLite has left may hold it too.
+    part = rng.choice(found)[:_ON_ONE_PAGE]
+    content, bit, at = database.read_bytes(), rng.randrange(8 * len(part)), -1
+    while (at := content.find(part, at + 1)) >= 0:
+        flip_bit(database, 8 * at + bit)
+    assert content.count(part), "the blob is not in the file"
+    return True
+
+
+@fault(
+    "wal-truncated",
+    means="The daemon is killed and its write-ahead log cut off at a random place: commits are gone.",
+    sees=_WENT_BACK,
+    damages=True,
+)
+def wal_truncated(world: World, rng: Random) -> None:
+    with _off(world, rng) as data, (data / _WAL).open("r+b") as wal:
+        wal.truncate(rng.randrange((data / _WAL).stat().st_size + 1))
+
+
+@fault(
+    "bit-flip-in-wal",
+    means="The daemon is killed and one bit of its write-ahead log turned: SQLite drops every commit from there on.",
+    sees=_WENT_BACK,
+    damages=True,
+)
+def bit_flip_in_wal(world: World, rng: Random) -> None:
+    with _off(world, rng) as data:
+        flip_bit(data / _WAL, rng.randrange(8 * (data / _WAL).stat().st_size))
+
+
+@fault(
+    "wal-deleted",
+    means="The daemon is killed and its write-ahead log deleted, as by somebody who copies only the `.db`.",
+    sees=_WENT_BACK,
+    damages=True,
+)
+def wal_deleted(world: World, rng: Random) -> None:
+    with _off(world, rng) as data:
+        (data / _WAL).unlink()
+
+
+@fault(
+    "bit-flip-in-chunk",
+    means="One bit of the newest readings is turned.",
+    sees="a critical storage alert with the rows, which have no results",
+    damages=True,
+)
+def bit_flip_in_chunk(world: World, rng: Random) -> None:
+    with _off(world, rng, broker=True) as data:
+        assert _flip_in_blob(data / _DATABASE, rng, "SELECT data FROM chunks ORDER BY id DESC LIMIT 1")
+
+
+@fault(
+    "bit-flip-in-outbox-row",
+    means="One bit of a message that waits to be sent is turned.",
+    sees="a critical storage alert, and an `evicted` event with the message's number",
+    damages=True,
+)
+def bit_flip_in_outbox_row(world: World, rng: Random) -> None:
+    with _off(world, rng, broker=False) as data:
+        assert _flip_in_blob(data / _DATABASE, rng, "SELECT payload FROM outbox ORDER BY seq DESC LIMIT 5")
+
+
+@fault(
+    "bit-flip-in-header",
+    means="One bit of the database's first 100 bytes is turned.",
+    sees=_PERHAPS,
+    damages=True,
+)
+def bit_flip_in_header(world: World, rng: Random) -> None:
+    with _off(world, rng) as data:
+        _settle(data / _DATABASE).close()
+        flip_bit(data / _DATABASE, rng.randrange(8 * _HEADER_BYTES))
+
+
+@fault("page-zeroed", means="One page of the database is overwritten with zeros.", sees=_PERHAPS, damages=True)
+def page_zeroed(world: World, rng: Random) -> None:
+    with _off(world, rng) as data:
+        _settle(data / _DATABASE).close()
+        _zero_page(data / _DATABASE, rng)
+
+
+@fault(
+    "page-zeroed-at-work",
+    means="One page of the database is overwritten with zeros while the daemon works, and it is restarted later.",
+    sees=_PERHAPS,
+    damages=True,
+)
+def page_zeroed_at_work(world: World, rng: Random) -> None:
+    time.sleep(rng.uniform(0.2, 0.8))
+    _zero_page(world.device.data / _DATABASE, rng)
+    time.sleep(rng.uniform(0.2, 1.0))
+    world.restart(world.device)
+
+
+def _zero_page(database: Path, rng: Random) -> None:
+    pages = max(1, database.stat().st_size // _PAGE)
+    overwrite(database, rng.randrange(pages) * _PAGE, bytes(_PAGE))
+
+
+@fault("deleted-database", means="The database and its write-ahead log are deleted.", sees=_NEW_LOG, damages=True)
+def deleted_database(world: World, rng: Random) -> None:
+    with _off(world, rng) as data:
+        for path in data.glob(f"{_DATABASE}*"):
+            path.unlink()
+
+
+@fault(
+    "old-database-restored",
+    means="The database of some seconds ago is put back; the other files of the data folder stay.",
+    sees=_WENT_BACK,
+    damages=True,
+)
+def old_database_restored(world: World, rng: Random) -> None:
+    _put_back(world, rng, f"{_DATABASE}*")
+
+
+@fault(
+    "old-copy-restored",
+    means=(
+        "The whole data folder of some seconds ago is put back, as when a card's image is restored. Rows that the copy "
+        "holds unjudged are judged once more, to the same result, in a new log. Messages of the lost time had been "
+        "delivered: by them it is noticed."
+    ),
+    sees=_NEW_LOG,
+    damages=True,
+)
+def old_copy_restored(world: World, rng: Random) -> None:
+    _put_back(world, rng, "*")
+
+
+def _put_back(world: World, rng: Random, pattern: str) -> None:
+    copy = world.folder / "copy"
+    with _off(world, rng) as data:
+        shutil.copytree(data, copy, ignore=lambda _, names: [name for name in names if name.endswith(".sock")])
+    # What nobody has ever seen cannot be missed: something of the time that will be lost must have been delivered.
+    before = results(world)
+    eventually("new rows are judged and delivered", lambda: results(world) > before + _NEW_RESULTS)
+    time.sleep(rng.uniform(0.5, 2.5))
+    with _off(world, rng) as data:
+        for path in data.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in copy.glob(pattern):
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, data / path.name)
+    shutil.rmtree(copy)

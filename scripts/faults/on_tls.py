@@ -1,0 +1,110 @@
+"""Certificates end, and others take the device's name at the broker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+
+from agent import config as device_config
+from agent.config import Broker
+from agent.errors import LinkDown
+from agent.fleet import pki
+from agent.link import Link
+from scripts.faults import fault
+from scripts.faults.world import DEVICE, Setting, World
+from tests.certificates import expired
+from tests.system import eventually
+
+_OTHER = "pi-02"
+
+
+def _with_expired(world: World, rng: Random, certificate: Path, told: Callable[[], bool]) -> None:
+    """Put the expired one in its place, restart the broker, wait until somebody says so, and put a valid one back."""
+    home = world.fleet.home
+    valid = certificate.read_bytes()
+    certificate.write_bytes(expired(valid, pki.load_authority(home / "ca.pem", home / "ca.key")))
+    try:
+        world.broker.kill()
+        world.broker.start()
+        eventually("the expiry in the log", told)
+        time.sleep(rng.uniform(0.0, 1.0))
+    finally:
+        certificate.write_bytes(valid)
+
+
+def _counting(log: Path, words: str) -> Callable[[], bool]:
+    """Whether `words` come once more than now."""
+
+    def count() -> int:
+        return log.read_text(encoding="utf-8", errors="replace").count(words)
+
+    before = count()
+    return lambda: count() > before
+
+
+@fault(
+    "device-certificate-expired",
+    means="The device's TLS certificate ends; somebody puts a new one in its place. The daemon is not restarted.",
+    sees="`the certificate … ended on …, put a new one in its place` in the device's log, `offline`, later `online`",
+    setting=Setting(tls=True),
+    patience_s=90.0,
+)
+def device_certificate_expired(world: World, rng: Random) -> None:
+    _with_expired(world, rng, world.device.home / "device.crt", _counting(world.device.log, "device.crt ended on"))
+
+
+@fault(
+    "broker-certificate-expired",
+    means="The broker's TLS certificate ends; somebody puts a new one in its place and restarts the broker.",
+    sees="`certificate has expired` in the logs of devices and collector, which say that they try again",
+    setting=Setting(tls=True),
+    patience_s=90.0,
+)
+def broker_certificate_expired(world: World, rng: Random) -> None:
+    told = _counting(world.device.log, "certificate has expired")
+    _with_expired(world, rng, world.fleet.home / "broker" / "server.crt", told)
+    world.broker.kill()
+    world.broker.start()
+
+
+def _with_another_device(world: World) -> Callable[[], None]:
+    world.fleet.device(_OTHER)
+    return lambda: None
+
+
+@fault(
+    "client-id-stolen",
+    means="Another enrolled device connects again and again with this one's client id.",
+    sees="nothing: the broker's config takes the name in the certificate as the client id",
+    setting=Setting(tls=True, prepare=_with_another_device),
+)
+def client_id_stolen(world: World, rng: Random) -> None:
+    thrown_off = _counting(world.device.log, "trying again")
+    _steal(world.fleet.devices[-1].config, rng)
+    assert not thrown_off(), "the device was thrown off by another one's connection"
+
+
+@fault(
+    "session-taken-over",
+    means="On a broker without TLS a stranger connects again and again with the device's client id.",
+    sees="`broker: connection lost: Session taken over; trying again` in the device's log, `offline` and `online`",
+    patience_s=90.0,
+)
+def session_taken_over(world: World, rng: Random) -> None:
+    _steal(world.device.config, rng)
+
+
+def _steal(config: Path, rng: Random) -> None:
+    broker: Broker = device_config.load(config).broker
+    for _ in range(4):
+        with suppress(LinkDown):
+            link = Link(broker, DEVICE)
+            end = time.monotonic() + rng.uniform(0.1, 1.0)
+            try:
+                while time.monotonic() < end:
+                    link.receive(0.1)
+            finally:
+                link.drop()

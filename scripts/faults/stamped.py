@@ -1,0 +1,156 @@
+"""A second sensor, whose rows the device stamps: their times can be judged against what the harness knows.
+
+The harness's own clock is the truth: it knows when a row was sent and when it was answered, and the device stamped it
+in between. Row numbers follow the order of sending, since one client sends one row after the other.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING
+
+from agent.client import Client
+from scripts.faults.clock import Clock
+from scripts.faults.producer import FIELDS
+from scripts.faults.world import DEVICE, World
+
+if TYPE_CHECKING:
+    from scripts.faults.oracle import Verdict
+
+STREAM = TASK = "stamped"
+EVERY_S = 0.2
+_STEP_S = 0.04
+_PATIENCE_S = 600.0
+_DATED = """
+    SELECT row, t_best, t_error_us, dated FROM results_dated WHERE device = ? AND task = ? AND row > ? ORDER BY row
+"""
+
+
+@dataclass
+class Dated:
+    """What the collector makes of the time of one row; as `agent.fleet.dating` has it."""
+
+    row: int
+    t_best: int
+    t_error_us: int | None
+    dated: str
+
+
+@dataclass
+class Truth:
+    """When the device got each row: (sent, answered), epoch µs; row numbers count from 1."""
+
+    rows: list[tuple[int, int]] = field(default_factory=list)
+    offset_us: int = field(default_factory=lambda: (time.time_ns() - time.monotonic_ns()) // 1000)
+
+    def now_us(self) -> int:
+        return self.offset_us + time.monotonic_ns() // 1000
+
+    def misdated(self, found: list[Dated]) -> list[str]:
+        """Those whose true time is not within the bound, in words."""
+        wrong = []
+        for one in found:
+            if one.t_error_us is None:
+                continue
+            sent, answered = self.rows[one.row - 1]
+            early, late = sent - one.t_best - one.t_error_us, one.t_best - one.t_error_us - answered
+            if early > 0 or late > 0:
+                off = f"{-early / 1e6:+.1f}" if early > 0 else f"{late / 1e6:+.1f}"
+                bound = f"a bound of {one.t_error_us / 1e6:.1f} s"
+                wrong.append(f"row {one.row}, {one.dated}, is {off} s beyond {bound}")
+        return wrong
+
+
+class Stamped:
+    """The sensor and what must hold of it: a companion of the world."""
+
+    def __init__(self, world: World, rng: Random) -> None:
+        self.truth = Truth()
+        self.failure: Exception | None = None
+        self._world, self._rng = world, rng
+        self._go, self._idle, self._ended = threading.Event(), threading.Event(), False
+        self._judged = 0
+        self._counted = (time.monotonic(), 0, 0)
+        self._thread = threading.Thread(target=self._main, name="stamped", daemon=True)
+        bundle = world.folder / "bundle" / "bundle"
+        names = ", ".join(f'{{ name = "{name}" }}' for name in FIELDS)
+        world.device.configure(
+            f"[streams.{STREAM}]\nfields = [{names}]\n"
+            f'[tasks.{TASK}]\nstream = "{STREAM}"\nbundle = "{bundle}"\nschedule = "every {EVERY_S * 1000:.0f} ms"\n'
+        )
+
+    def resume(self) -> None:
+        self._idle.clear()
+        self._go.set()
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def pause(self, patience_s: float) -> bool:
+        self._go.clear()
+        return self._idle.wait(patience_s)
+
+    def close(self) -> None:
+        self._ended = True
+        self._go.set()
+        if self._thread.ident is not None:
+            self._thread.join(2.0)
+
+    def waiting(self) -> str:
+        """What is still to come; empty when nothing is."""
+        found = self._found()
+        if found and found[-1].row > len(self.truth.rows):
+            return ""
+        short = len(self.truth.rows) - self._judged - len(found)
+        undated = sum(one.dated in ("unknown", "given") for one in found)
+        return f"{short} stamped rows without result, {undated} not dated" if short or undated else ""
+
+    def judge(self, verdict: Verdict) -> None:
+        """Each row once, dated, its true time within the bound; no run more often than due."""
+        found = self._found()
+        rows = [one.row for one in found]
+        if rows != list(range(self._judged + 1, len(self.truth.rows) + 1)):
+            verdict.problems.append(f"stamped rows {self._judged + 1} to {len(self.truth.rows)} have results {rows}")
+            return
+        wrong = self.truth.misdated(found)
+        verdict.misdated = len(wrong)
+        if wrong:
+            verdict.problems.append(f"{len(wrong)} rows are misdated: {'; '.join(wrong[:3])}")
+        undated = [one.row for one in found if one.t_error_us is None]
+        if undated:
+            verdict.problems.append(f"{len(undated)} rows are not dated: {undated[:3]} …")
+        if self.failure is not None:
+            verdict.problems.append(f"the second sensor failed: {self.failure}")
+        self._count_runs(verdict)
+        self._judged = len(self.truth.rows)
+
+    def _count_runs(self, verdict: Verdict) -> None:
+        (began, runs, starts), now = self._counted, time.monotonic()
+        self._counted = now, Clock.of(self._world).runs(TASK), self._world.starts
+        # One more at each start, and one at each end of the time between.
+        due = (now - began) / EVERY_S + 2 + self._counted[2] - starts
+        if self._counted[1] - runs > due:
+            verdict.problems.append(f"{self._counted[1] - runs} runs of a task that was due {due:.0f} times")
+
+    def _found(self) -> list[Dated]:
+        return [Dated(*row) for row in self._world.fleet.ask(_DATED, DEVICE, TASK, self._judged)]
+
+    def _main(self) -> None:
+        try:
+            client = Client(self._world.device.data / "intake.sock", name=STREAM, patience_s=_PATIENCE_S)
+            while not self._ended:
+                if not self._go.is_set():
+                    self._idle.set()
+                    self._go.wait(0.1)
+                    continue
+                sent = self.truth.now_us()
+                client.send(STREAM, **{name: round(self._rng.gauss(0, 1), 3) for name in FIELDS})
+                answer = client.flush()
+                if not answer.rejected:
+                    self.truth.rows.append((sent, self.truth.now_us()))
+                time.sleep(_STEP_S)
+            client.close()
+        except Exception as error:
+            self.failure = error

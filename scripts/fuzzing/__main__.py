@@ -1,0 +1,93 @@
+"""`scripts/fuzz [TARGET]`: exit 1 where a decoder broke; each input that did it is in a file of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from scripts import fuzzing
+from scripts.fuzzing import Target
+from scripts.fuzzing.explore import ROOT, Crash, attempt, explore
+
+FOLDER = ROOT / "build" / "fuzz"
+HANGS_S = 60
+
+
+@click.command()
+@click.argument("name", metavar="[TARGET]", required=False)
+@click.option("--list", "listing", is_flag=True, help="The targets.")
+@click.option("--seconds", default=60, show_default=True, type=click.IntRange(1), help="For each target.")
+@click.option("--seed", default=1, show_default=True, help="The same seed tries the same inputs.")
+@click.option("--input", "file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Only this input.")
+@click.option("--plain", is_flag=True, help="Without atheris, even where it is installed.")
+def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | None, plain: bool) -> None:
+    """Fuzz all targets, or the one called TARGET, for example: scripts/fuzz message --seconds 600"""
+    logging.disable()
+    targets = fuzzing.load()
+    if name is not None and name not in targets:
+        raise click.UsageError(f"there is no target {name!r}; there is {', '.join(targets)}")
+    chosen = [targets[name]] if name else list(targets.values())
+    if listing:
+        for one in chosen:
+            click.echo(f"{one.name:14} {one.says}")
+        return
+    if file is not None:
+        sys.exit(again(chosen, file))
+    guided = not plain and importlib.util.find_spec("atheris") is not None
+    crashes = [crash for one in chosen for crash in (with_atheris if guided else without)(one, seconds, seed)]
+    for crash in crashes:
+        click.echo(f"{crash.target}: {crash.place}\n  {crash.write(FOLDER / 'crashes')}")
+    sys.exit(1 if crashes else 0)
+
+
+def again(chosen: list[Target], file: Path) -> int:
+    """Run one input; the exit code."""
+    if len(chosen) != 1:
+        raise click.UsageError("--input needs the TARGET that the input is for")
+    crash = attempt(chosen[0], file.read_bytes())
+    click.echo(crash.trace if crash else f"{chosen[0].name}: nothing happens with {file}")
+    return 1 if crash else 0
+
+
+def without(target: Target, seconds: int, seed: int) -> list[Crash]:
+    found = explore(target, seed, seconds)
+    click.echo(f"{target.name:14} {found.runs:8} inputs, {len(found.lines):4} lines, {len(found.crashes)} crashes")
+    return list(found.crashes.values())
+
+
+def with_atheris(target: Target, seconds: int, seed: int) -> list[Crash]:
+    artifacts = FOLDER / "found"
+    artifacts.mkdir(parents=True, exist_ok=True)
+    before = set(artifacts.iterdir())
+    options = [f"-max_total_time={seconds}", f"-seed={seed}", f"-timeout={HANGS_S}", "-rss_limit_mb=4096"]
+    command = [sys.executable, "-m", "scripts.fuzzing.guided", target.name, str(FOLDER / "corpus" / target.name)]
+    done = subprocess.run(
+        [*command, *options, f"-artifact_prefix={artifacts}/{target.name}-"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    last = re.findall(r"^#\d.*", done.stderr, re.MULTILINE)[-1:] or ["nothing was run"]
+    click.echo(f"{target.name:14} atheris: {' '.join(last[0].split())}")
+    new = [path for path in artifacts.iterdir() if path not in before]
+    crashes = [attempt(target, path.read_bytes()) or _only_there(target, path, done.stderr) for path in new]
+    if done.returncode != 0 and not new:
+        raise click.ClickException(f"{target.name}: atheris ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return crashes
+
+
+def _only_there(target: Target, path: Path, said: str) -> Crash:
+    """What does not happen again in this process: memory, time, or a fault in C."""
+    return Crash(target.name, path.read_bytes(), f"{path.name}: under atheris only", said[-10_000:])
+
+
+if __name__ == "__main__":
+    main()

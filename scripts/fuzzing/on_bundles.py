@@ -1,0 +1,246 @@
+"""What publishers send and people write: bundles, what is in them, and config files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent import config
+from agent.device.sources import replay
+from agent.drift.judge import Judge, State
+from agent.drift.reference import Reference, draft
+from agent.errors import BadBundle, ConfigError, UsageError
+from agent.fleet import config as fleet_config
+from agent.model import bundle, data, golden, manifest
+from agent.wire.keys import SigningKey
+from scripts.fuzzing import target
+from tests.senders import new_key
+
+PUBLISHER: SigningKey = new_key(11)
+MODEL = b"no model, but nobody runs it"
+FIELDS, LABELS = ("x", "y"), ("left", "right")
+
+
+def head(**more: object) -> bytes:
+    files = {"model.tflite": f"sha256:{hashlib.sha256(MODEL).hexdigest()}"}
+    document = {"format": 1, "name": "tiny", "version": "1.0.0", "created": "2026-11-24T00:00:00Z", "kind": "classify"}
+    window = {"rows": 8, "step": 4, "max_gap_s": 0.5}
+    given = {"fields": FIELDS, "units": ["g", "g"], "window": window, "mean": [0.0, 1.5], "std": [1.0, 2.0]}
+    shape = {"input": given, "output": {"labels": LABELS, "activation": "softmax"}, "files": files, **more}
+    return manifest.encode(manifest.decode(msgspec.json.encode({**document, **shape})))
+
+
+@target("manifest", "a manifest that is taken is written and read again as the same", lambda: [head()])
+def manifest_json(data: bytes) -> None:
+    try:
+        found = manifest.decode(data)
+    except BadBundle:
+        return
+    assert manifest.decode(manifest.encode(found)) == found
+
+
+def contents() -> dict[str, bytes]:
+    text = head()
+    return {"manifest.json": text, "manifest.jws": bundle.sign(text, PUBLISHER), "model.tflite": MODEL}
+
+
+def archives() -> list[bytes]:
+    found = []
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", method) as archive:
+            for name, content in contents().items():
+                archive.writestr(zipfile.ZipInfo(name), content, method)
+        found.append(out.getvalue())
+    return found
+
+
+@target("bundle", "a bundle that is taken has the files its publisher signed", archives, 8192)
+def archive(data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".zip") as file:
+        file.write(data)
+        file.flush()
+        with contextlib.suppress(BadBundle):
+            bundle.read(Path(file.name), None)
+        try:
+            found = bundle.read(Path(file.name), [PUBLISHER.public])
+        except BadBundle:
+            return
+    assert {**found.files, "manifest.jws": b""} == {**contents(), "manifest.jws": b""}
+
+
+def reference() -> Reference:
+    random = np.random.default_rng(1)
+    rows = random.normal(size=(400, 2))
+    starts = np.arange(0, 400, 8)
+    return draft(rows, starts, 8, window=5, fields=FIELDS, labels=LABELS, scores=random.random(50))
+
+
+@target("reference", "a drift reference that is taken holds together", lambda: [reference().to_json()], 16_384)
+def reference_json(data: bytes) -> None:
+    try:
+        found = Reference.from_json(data)
+    except BadBundle:
+        return
+    assert Reference.from_json(found.to_json()).digest == found.digest
+    Judge(found, labels=found.labels, window=5).start()
+
+
+def states() -> list[bytes]:
+    return [Judge(reference(), labels=LABELS, window=5).start().to_bytes()]
+
+
+@target("drift-state", "a drift state that is taken is written and read again as the same", states, 8192)
+def drift_state(data: bytes) -> None:
+    try:
+        found = State.from_bytes(data)
+    except ValueError:
+        return
+    again = State.from_bytes(found.to_bytes())
+    assert again.to_bytes() == found.to_bytes()
+
+
+def vectors() -> list[bytes]:
+    inputs = np.arange(12, dtype=np.float32).reshape(3, 4)
+    return [golden.encode(golden.make(inputs, inputs[:, :2] / np.float32(9), 0.1, "litert 2.1 x86_64"))]
+
+
+@target("golden", "golden vectors that are taken compare with something", vectors, 8192)
+def golden_npz(data: bytes) -> None:
+    try:
+        found = golden.decode(data)
+    except BadBundle:
+        return
+    assert golden.decode(golden.encode(found)).expected.shape == found.expected.shape
+
+
+ARRAYS = ("inputs", "expected", "runtime", "tolerance")
+
+
+def arrays() -> list[bytes]:
+    """Each array of the golden vectors behind one byte for its name."""
+    with zipfile.ZipFile(io.BytesIO(vectors()[0])) as archive:
+        return [bytes([i]) + archive.read(f"{name}.npy") for i, name in enumerate(ARRAYS)]
+
+
+@target("golden-array", "the same where the archive around a damaged array is sound", arrays)
+def golden_array(data: bytes) -> None:
+    damaged = ARRAYS[data[0] % len(ARRAYS)] if data else ARRAYS[0]
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(vectors()[0])) as sound, zipfile.ZipFile(out, "w") as archive:
+        for name in ARRAYS:
+            archive.writestr(f"{name}.npy", data[1:] if name == damaged else sound.read(f"{name}.npy"))
+    golden_npz(out.getvalue())
+
+
+def recordings() -> list[bytes]:
+    out = io.BytesIO()
+    rows = np.arange(24, dtype=np.int16).reshape(12, 2)
+    np.savez(out, rows=rows, fields=np.array(FIELDS), starts=[0, 5, 12], rate=50.0, label=[0, 1], scale=np.float32(0.1))
+    return [out.getvalue()]
+
+
+@target("recordings", "recordings are read with their labels and times, or named", recordings, 8192)
+def recordings_npz(content: bytes) -> None:
+    _data(content, ".npz")
+
+
+def replays() -> list[bytes]:
+    out = io.BytesIO()
+    rows = np.arange(24, dtype=np.int16).reshape(12, 2)
+    more: dict[str, Any] = {"label": [0, 1], "labels": np.array(LABELS), "subject": [1, 2], "fields": np.array(FIELDS)}
+    np.savez(out, rows=rows, starts=[0, 5, 12], rate=50.0, **more)
+    return [out.getvalue()]
+
+
+@target("replay", "recordings to replay are read or named", replays, 8192)
+def replay_npz(content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        file.write(content)
+        file.flush()
+        with contextlib.suppress(UsageError):
+            replay.load(Path(file.name))
+
+
+@target("data-csv", "data for a bundle are read or named", lambda: [b"t,x,y\n1,2,3\n2,,4\n", b"y,x\r\n1,2\r\n"])
+def data_csv(content: bytes) -> None:
+    _data(content, ".csv")
+
+
+def _data(content: bytes, suffix: str) -> None:
+    spec = manifest.decode(head()).input
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(content)
+        file.flush()
+        try:
+            found = data.read(Path(file.name), spec)
+            data.given_windows(Path(file.name), spec)
+        except UsageError:
+            return
+    assert found.features.shape == (len(found.t), len(FIELDS))
+    assert found.label is None or len(found.label) == len(found.t)
+
+
+DEVICE = b"""
+[device]
+id = "pi-07"
+fleet = "acme"
+[broker]
+url = "mqtts://broker:8883"
+max_message_bytes = 120_000
+[buffer]
+max_size = "1 GiB"
+[streams.watch]
+fields = [{ name = "ax", unit = "g", min = -16, max = 16 }, { name = "mode", type = "category", optional = true }]
+source = { kind = "files", folder = "in", every = "2 s" }
+[tasks.exercise]
+stream = "watch"
+bundle = "exercise"
+schedule = "every 60 s"
+publish = { below = 0.6 }
+"""
+FLEET = b"""
+[fleet]
+name = "acme"
+db = "sqlite:///fleet.db"
+[broker]
+url = "mqtt://localhost"
+[collector]
+key_file = "collector.key"
+[operator]
+key_file = "operator.key"
+"""
+
+
+@target("config", "a config file is understood or its mistake is named", lambda: [DEVICE])
+def device_config(content: bytes) -> None:
+    _config(content, "outstation.toml", lambda path: config.digest(config.load(path)))
+
+
+@target("fleet-config", "the same of a fleet's", lambda: [FLEET])
+def fleet_toml(content: bytes) -> None:
+    _config(content, fleet_config.FILE, lambda path: fleet_config.load(path.parent))
+
+
+def _config(content: bytes, name: str, load: Callable[[Path], object]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        try:
+            load(path)
+        except ConfigError as problem:
+            mistake = str(problem)
+        except UsageError:
+            return
+        else:
+            return
+    assert mistake.startswith(str(path)), mistake

@@ -1,0 +1,165 @@
+"""What producers send and put into folders: lines, files, and the chunks they become."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from agent.config import Field, Stream
+from agent.device.parse import Reader
+from agent.device.readfile import blocks, open_text
+from agent.device.rows import Packed, Rows, check, pack, unpack
+from agent.errors import Rejected
+from scripts.fuzzing import target
+
+NOW_US = 1_764_022_680_000_000
+WATCH = Stream(fields=[Field(name="ax", unit="g", min=-16, max=16), Field(name="ay", min=-16, max=16)])
+MACHINE = Stream(
+    fields=[
+        Field(name="power", type="f64", min=0),
+        Field(name="count", type="i64"),
+        Field(name="mode", type="category"),
+        Field(name="heat", optional=True),
+    ]
+)
+STREAMS = {"watch": WATCH, "machine": MACHINE}
+T0 = 1_764_022_680
+
+
+def lines() -> list[bytes]:
+    watch = [{"stream": "watch", "t": T0 + i, "ax": i / 7, "ay": -i} for i in range(4)]
+    machine = [{"stream": "machine", "power": 1.5, "count": i, "mode": "a:b", "heat": None} for i in range(3)]
+    columns = {"stream": "watch", "columns": {"t": [T0 + 9, T0 + 10], "ax": [1, 2.5], "ay": [0, -0.0]}}
+    plain = [{"stream": "watch", "ax": 1, "ay": 2}] * 3
+    found = ["\n".join(map(json.dumps, rows)).encode() for rows in (watch, machine, [columns], plain)]
+    return [*found, found[0] + b"\n" + found[1] + b"\n" + found[2]]
+
+
+@target("lines", "each line of a producer is taken or named, and as if it had come alone", lines)
+def taken_or_named(data: bytes) -> None:
+    given = data.split(b"\n")
+    together, alone = outcome([given]), outcome([[line] for line in given])
+    assert together == alone
+    numbers, bad, _ = together
+    assert set(numbers) | set(bad) == set(range(1, len(given) + 1))
+    for number in numbers:
+        json.loads(given[number - 1], object_pairs_hook=once)
+
+
+def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[str, bytes]]:
+    """Lines that rows came of, line → reason, and the rows by stream as bytes."""
+    reader, first = Reader(STREAMS), 1
+    numbers: list[int] = []
+    bad: dict[int, str] = {}
+    rows: dict[str, bytes] = {}
+    for call in calls:
+        for taken in reader.read(call, first, NOW_US):
+            bad |= taken.bad
+            if taken.checked is not None and len(taken.checked.rows):
+                numbers += sorted(set(taken.lines))
+                kept = taken.checked.rows
+                for i in range(len(kept)):
+                    row = b"".join(column[i].tobytes() for column in (kept.t, *kept.columns))
+                    rows[taken.stream] = rows.get(taken.stream, b"") + row
+        first += len(call)
+    return sorted(set(numbers)), bad, rows
+
+
+def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    assert len(dict(pairs)) == len(pairs), f"a key is there twice: {pairs}"
+    return dict(pairs)
+
+
+def read_text(name: str, data: bytes, stream: Stream) -> None:
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="surrogateescape", newline="")
+    numbers: list[int] = []
+    try:
+        for block in blocks(Path(name), text, "watch", stream):
+            checked = check(block.raw, stream, NOW_US, None)
+            assert len(checked.rows) + len(checked.bad) == block.raw.n == len(block.lines)
+            numbers += [*block.lines, *block.bad]
+    except Rejected:
+        return
+    assert len(numbers) == len(set(numbers)), "a line was read twice"
+
+
+@target(
+    "csv", "each line of a CSV file is taken once or named", lambda: [b"t,ax,ay\n1,2,3\n,4,5\n", b'ax,ay\r\n"1",2\r\n']
+)
+def csv(data: bytes) -> None:
+    read_text("x.csv", data, WATCH)
+
+
+@target("csv-text", "the same with columns of text", lambda: [b'power,count,mode,heat\n1,2,"a\nb",\n0.5,7,off,1e3\n'])
+def csv_text(data: bytes) -> None:
+    read_text("x.csv", data, MACHINE)
+
+
+@target("jsonl", "each line of a JSON Lines file is taken once or named", lines)
+def jsonl(data: bytes) -> None:
+    read_text("x.jsonl", data, WATCH)
+
+
+def parquet_files() -> list[bytes]:
+    import pyarrow
+    import pyarrow.parquet
+
+    found = []
+    for compression in ("none", "snappy"):
+        out = io.BytesIO()
+        table = pyarrow.table({"t": [1.0 * T0, T0 + 1.0], "ax": [1.0, None], "ay": [3, 4]})
+        pyarrow.parquet.write_table(table, out, compression=compression)
+        found.append(out.getvalue())
+    return found
+
+
+@target("parquet", "a Parquet file is read or rejected as a whole", parquet_files, 8192)
+def parquet(data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
+        file.write(data)
+        file.flush()
+        try:
+            with open_text(Path(file.name)) as text:
+                for block in blocks(Path(file.name), text, "watch", WATCH):
+                    check(block.raw, WATCH, NOW_US, None)
+        except Rejected:
+            return
+
+
+FIELDS = [Field(name="a"), Field(name="b", type="i64"), Field(name="c", type="category")]
+
+
+def chunks() -> list[bytes]:
+    columns = (np.array([1.5, np.nan], "<f4"), np.array([-1, 2**62], "<i8"), np.array([0, 7], "<u2"))
+    packed = [pack(Rows(np.array(t, np.int64), columns)) for t in ([NOW_US, NOW_US + 1], [NOW_US, 0])]
+    return [json.dumps([p.n, p.first_t, p.time_bytes, p.crc]).encode() + b"\n" + p.data for p in packed]
+
+
+@target("chunk", "a chunk that is taken holds what was packed", chunks)
+def chunk(data: bytes) -> None:
+    head, _, body = data.partition(b"\n")
+    try:
+        n, first_t, time_bytes, crc = json.loads(head)
+    except (ValueError, TypeError, RecursionError):
+        return
+    # The sum as given, and the right one: of a chunk that was damaged before it was summed.
+    for sum_ in (crc, right_sum(n, first_t, time_bytes, body)):
+        try:
+            rows = unpack(Packed(n, first_t, time_bytes, body, sum_), FIELDS)
+        except ValueError:
+            continue
+        assert len(rows) == n
+        assert not len(rows) or unpack(pack(rows), FIELDS).digest() == rows.digest()
+
+
+def right_sum(n: object, first_t: object, time_bytes: object, body: bytes) -> int:
+    try:
+        return zlib.crc32(body, zlib.crc32(struct.pack("<qqq", n, first_t, time_bytes)))
+    except struct.error:
+        return 0

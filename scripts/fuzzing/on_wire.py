@@ -1,0 +1,191 @@
+"""What comes over the air: topics, tokens, payloads, and what the collector makes of them."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from agent.clock import epoch_us
+from agent.config import Broker
+from agent.errors import Refused
+from agent.fleet.audit import audit
+from agent.fleet.collect import Collector
+from agent.fleet.store import FleetStore
+from agent.link import Delivery, Outgoing, Receipt
+from agent.wire import jws, keys, topics
+from agent.wire.keys import b64url, unb64url
+from agent.wire.messages import Ack, Message, open_message
+from scripts.fuzzing import target
+from tests.senders import FLEET, TIME, Sender, Sent, new_key
+
+DEVICE, COLLECTOR = new_key(1), new_key(2)
+NOW = "2026-11-24T22:20:00.000000Z"
+
+
+def kinds() -> list[Sent]:
+    """One message of each kind a device sends."""
+    one = Sender(key=DEVICE, log="00000000-0000-4000-8000-000000000000")
+    logged = [
+        one.results(),
+        one.drift(),
+        one.alert(),
+        one.quality(),
+        one.cursor(),
+        one.evicted((1, 2)),
+        one.results(40),
+    ]
+    return [*logged, one.state()]
+
+
+TOPICS = sorted({sent.topic for sent in kinds()})
+
+
+def addressed() -> list[bytes]:
+    """Payloads, each behind one byte for its topic."""
+    return [bytes([TOPICS.index(sent.topic)]) + sent.payload for sent in kinds()]
+
+
+def opened(topic: str, payload: bytes, key: keys.SigningKey, owner: str) -> Message | None:
+    """The payload, rightly signed, as the receiver takes it; None where it is refused."""
+    try:
+        return open_message(topic, payload, [jws.sign(key, topic, payload)], lambda kid: jws.Signer(owner, key.public))
+    except Refused:
+        return None
+
+
+@target("topic", "a topic that is taken is spelled in one way only", lambda: [t.encode() for t in TOPICS])
+def topic(data: bytes) -> None:
+    text = data.decode("utf-8", "surrogateescape")
+    try:
+        found = topics.parse(text)
+    except Refused:
+        return
+    assert str(found) == text
+
+
+@target("token", "a signature under any header", lambda: [b"{}", unb64url(kinds()[0].jws.split("..")[0])])
+def token(data: bytes) -> None:
+    sent = kinds()[0]
+    head = b64url(data)
+    signed = f"{head}..{b64url(DEVICE.sign(head.encode() + b'.' + sent.payload))}"
+    for text in (signed, data.decode("latin-1"), data.decode("utf-8", "surrogateescape")):
+        try:
+            jws.verify([text], sent.topic, sent.payload, {DEVICE.public.kid: jws.Signer("pi-07", DEVICE.public)}.get)
+        except Refused:
+            continue
+        header = json.loads(unb64url(text.split(".")[0]), object_pairs_hook=once)
+        assert (header["alg"], header["b64"], header["crit"], header["top"]) == ("EdDSA", False, ["b64"], sent.topic)
+
+
+@target("message", "a signed payload that is taken says one thing to every reader", addressed)
+def message(data: bytes) -> None:
+    name = TOPICS[data[0] % len(TOPICS)] if data else TOPICS[0]
+    found = opened(name, data[1:], DEVICE, "pi-07")
+    if found is not None:
+        read = json.loads(data[1:].decode("utf-8"), object_pairs_hook=once, parse_int=str)
+        assert (read["kind"], read["device"]) == (found.topic.kind, found.body.device)
+
+
+def acknowledgements() -> list[bytes]:
+    body = {"v": 1, "kind": "ack", "device": "pi-07", "log": "0" * 8 + "-0000-4000-8000-" + "0" * 12, "through": 9}
+    return [json.dumps({**body, "missing": missing, "time": TIME}).encode() for missing in ([], [[1, 2], [4, 7]])]
+
+
+@target("ack", "an acknowledgement signed by the collector deletes nothing beyond its end", acknowledgements)
+def ack(data: bytes) -> None:
+    found = opened("outstation/acme/pi-07/ack", data, COLLECTOR, "collector")
+    if found is None:
+        return
+    assert isinstance(found.body, Ack)
+    assert all(1 <= first <= last <= found.body.through for first, last in found.body.missing)
+    try:
+        epoch_us(found.body.time)
+    except ValueError:
+        return
+
+
+@target("key", "a public key that is taken is spelled in one way only", lambda: [DEVICE.public.raw, bytes(32)], 64)
+def key(data: bytes) -> None:
+    for text in (b64url(data), data.decode("latin-1")):
+        try:
+            found = keys.public_key(text)
+        except ValueError:
+            continue
+        assert found.text == text.strip()
+
+
+class Wire:
+    """What a collector needs of a connection."""
+
+    window = 20
+
+    def __init__(self) -> None:
+        self.incoming: list[Delivery | Receipt] = []
+
+    def send(self, message: Outgoing) -> int:
+        return 1
+
+    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+        events, self.incoming = self.incoming, []
+        return events
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        pass
+
+    def wake(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Desk:
+    """A collector with a database of its own; one for all inputs of this process."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = FleetStore(Path(self.folder.name) / "fleet.db")
+        self.store.enrol("pi-07", DEVICE.public, replace=False, now=NOW)
+        self.collector, self.wire = Collector(FLEET, Broker(), self.store, COLLECTOR), Wire()
+        self.turns = 0
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        self.store.close()
+        self.folder.cleanup()
+
+    def known(self) -> int:
+        """How many messages were stored or refused so far."""
+        return self.store.count_messages() + sum(int(row["count"]) for row in self.store.refusals())
+
+    def hand(self, delivery: Delivery) -> None:
+        before = self.known()
+        self.wire.incoming = [delivery]
+        self.collector.turn(self.wire, 0.0)
+        assert not self.collector._held, "the message was neither stored nor refused"
+        assert self.known() - before in (0, 1)
+        self.turns += 1
+        if self.turns % 500 == 0:
+            wrong = [found for found in audit(self.store).invalid if "does not verify" in found["reason"]]
+            assert not wrong, wrong
+
+
+@cache
+def desk() -> Desk:
+    return Desk()
+
+
+@target("collector", "a signed payload is stored or refused, and the audit can read what was stored", addressed)
+def collector(data: bytes) -> None:
+    name = TOPICS[data[0] % len(TOPICS)] if data else TOPICS[0]
+    payload = data[1:]
+    desk().hand(Delivery(name, payload, (jws.sign(DEVICE, name, payload),), False, 1, 1))
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    assert len(dict(pairs)) == len(pairs), f"a key is there twice: {pairs}"
+    return dict(pairs)

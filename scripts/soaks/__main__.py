@@ -1,0 +1,58 @@
+"""`scripts/soak [NAME]`: exit 1 where something did not hold."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import pkgutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+from scripts import soaks
+from scripts.soaks import SOAKS, Result
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--hours", type=float, help="Simulated hours, in place of the run's own.")
+@click.option("--seed", default=1, show_default=True, help="The same seed gives the same run.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def main(name: str | None, hours: float | None, seed: int, as_json: bool) -> None:
+    """Run all soaks, or the one called NAME, for example: scripts/soak day --hours 3"""
+    for module in pkgutil.iter_modules(soaks.__path__):
+        if module.name != "__main__":
+            importlib.import_module(f"{soaks.__name__}.{module.name}")
+    if name is not None and name not in SOAKS:
+        raise click.UsageError(f"there is no soak {name!r}; there is {', '.join(sorted(SOAKS))}")
+    # Connections that break are what these runs are made of.
+    logging.getLogger("outstation").setLevel(logging.ERROR)
+    results: dict[str, Result] = {}
+    for one in [name] if name else sorted(SOAKS):
+        results[one] = _run(one, hours, seed, as_json)
+    if as_json:
+        documents = [
+            {"name": one, "passed": r.passed, "problems": r.problems, **r.figures} for one, r in results.items()
+        ]
+        click.echo(json.dumps(documents, indent=2))
+    sys.exit(0 if all(result.passed for result in results.values()) else 1)
+
+
+def _run(name: str, hours: float | None, seed: int, quiet: bool) -> Result:
+    soak = SOAKS[name]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f"soak-{name}-") as folder:
+        result = soak.run(Path(folder), seed, hours or soak.hours, lambda line: None if quiet else click.echo(line))
+    if not quiet:
+        click.echo(f"{name}: {'passed' if result.passed else 'FAILED'} in {time.monotonic() - began:.0f} s")
+        for problem in result.problems:
+            click.echo(f"    {problem}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""24 hours online: memory, file handles and threads stay what they are."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.simulate_link import Weather
+from scripts.soaks import Result, soak
+from scripts.soaks.rig import DEVICE, TASK, Rig
+
+# Connections break every few minutes; now and then a message is lost or comes twice.
+_WEATHER = Weather(lose=0.002, repeat=0.002, delay_s=0.5, cut=0.002)
+_RESTART_S = 6 * 3600.0
+_MOST_GROWTH_KIB = 5 * 1024
+# What is allocated once, and stays, was by then.
+_WARM = 1 / 12
+# Those since the last run of the task, and of a window that is not full.
+_UNUSED = 2_000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """After a collection of garbage: KiB of memory (its share of what is shared; all of it), handles, threads."""
+
+    hour: float
+    pss: int
+    rss: int
+    handles: int
+    threads: int
+
+    @staticmethod
+    def take(hour: float) -> Sample:
+        gc.collect()
+        lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
+        sizes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines[1:])}
+        handles, threads = (len(os.listdir(f"/proc/self/{folder}")) for folder in ("fd", "task"))
+        return Sample(hour, sizes["Pss"], sizes["Rss"], handles, threads)
+
+
+@soak("day", hours=24)
+def day(folder: Path, seed: int, hours: float, say: Callable[[str], None]) -> Result:
+    """Ten rows a second with the exercise model, and a broker that loses, repeats, breaks, and is restarted."""
+    rig = Rig(folder, seed, _WEATHER)
+    samples: list[Sample] = []
+
+    def look() -> None:
+        samples.append(Sample.take((len(samples) + 1) * every / 3600))
+        say(line(rig, samples[-1]))
+
+    every = max(hours * 3600 / 24, 300.0)
+    rig.each(every, look)
+    rig.each(_RESTART_S, rig.air.restart)
+    try:
+        rig.run(hours * 3600)
+        result = judge(rig, samples, hours)
+    finally:
+        rig.close()
+    return result
+
+
+def line(rig: Rig, sample: Sample) -> str:
+    memory = f"PSS {sample.pss / 1024:6.1f} MiB, RSS {sample.rss / 1024:6.1f} MiB"
+    own = f"{sample.handles} handles, {sample.threads} threads"
+    done = f"{rig.sensor.accepted:8} rows, {rig.air.connects[DEVICE]:4} connections"
+    return f"hour {sample.hour:5.2f}: {memory}, {own}; {done}"
+
+
+def judge(rig: Rig, samples: list[Sample], hours: float) -> Result:
+    """Flat, and all of it delivered."""
+    report = rig.audit()
+    waiting, seq = rig.store.outbox_size()
+    result = Result()
+    flat(samples, hours, result)
+    if not report.passed or report.gaps:
+        result.problems.append(f"the audit fails: gaps {report.gaps[:3]}, invalid {report.invalid[:3]}")
+    if waiting:
+        result.problems.append(f"{waiting} messages were not delivered")
+    if (used := rig.store.cursor(TASK) or 0) < rig.sensor.accepted - _UNUSED:
+        result.problems.append(f"{used} of {rig.sensor.accepted} rows were used")
+    connections = rig.air.connects[DEVICE]
+    result.figures |= {"hours": hours, "rows": rig.sensor.accepted, "messages": seq, "connections": connections}
+    return result
+
+
+def flat(samples: list[Sample], hours: float, result: Result) -> None:
+    """Whether memory, handles and threads stay what they are once the process is warm."""
+    warm = [sample for sample in samples if sample.hour >= hours * _WARM]
+    growth = max(sample.pss for sample in warm) - warm[0].pss
+    if growth > _MOST_GROWTH_KIB:
+        result.problems.append(f"memory grew by {growth / 1024:.1f} MiB after hour {warm[0].hour:.1f}")
+    for name in ("handles", "threads"):
+        seen = sorted({getattr(sample, name) for sample in warm})
+        result.figures[name] = seen[-1]
+        if len(seen) > 1:
+            result.problems.append(f"{name} between {seen[0]} and {seen[-1]}")
+    result.figures |= {"growth_kib": growth, "pss_kib": warm[-1].pss}

@@ -1,0 +1,164 @@
+"""A device, a broker in memory and a collector, put together as the commands do it, with one clock that runs fast.
+
+The uplink runs on this thread: while it waits, `Air` lets time pass and gives sensor, daemon and collector their turns.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.cli import wiring
+from agent.config import Broker
+from agent.device.group import Group
+from agent.device.parse import Reader
+from agent.errors import LinkDown
+from agent.fleet.audit import Report, audit
+from agent.fleet.collect import Collector, filters
+from agent.fleet.enrol import enrol, init_fleet
+from agent.fleet.store import FleetStore
+from agent.simulate_link import Air, AirLink, Weather
+from agent.wire.keys import load_private
+
+FLEET, DEVICE, STREAM, TASK = "acme", "pi-01", "watch", "exercise"
+RECORDING = Path(__file__).parents[2] / "models/recordings/exercise.npz"
+_SESSION_S = 86_400
+_DRAIN_S = 120.0
+
+
+class Rig:
+    """Close it. `rate` rows a second, committed each `commit_s`; `toml` is added to the device's config."""
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        weather: Weather,
+        *,
+        rate: float = 10.0,
+        commit_s: float = 10.0,
+        buffer_toml: str = "",
+        schedule: str = "every 60 s",
+    ) -> None:
+        random.seed(seed)
+        self.air = Air(seed, weather)
+        home = folder / "fleet"
+        config = init_fleet(home, FLEET, Broker(url="mqtt://127.0.0.1:1"))
+        self.fleet = FleetStore(Path(config.fleet.db))
+        # The collector is here to answer; its page cache would fill with its database and hide what the device needs.
+        self.fleet._db.execute("PRAGMA cache_size=-500")
+        self._folder = enrol(home, config, self.fleet, DEVICE, key=None, replace=False).folder
+        self._configure(buffer_toml, schedule)
+        file, conf = wiring.load(str(self._folder / "outstation.toml"))
+        self.store = wiring.open_store(conf)
+        self.daemon = wiring.daemon(
+            file, conf, self.store, now=self.air.now, open_link=self.air.connect, pause=self.air.wait
+        )
+        self._uplink = self.daemon._uplink
+        self.sensor = Sensor(Group(self.store, conf.streams), Reader(conf.streams), self.air, rate, commit_s)
+        self._collector = Collector(FLEET, Broker(), self.fleet, load_private(home / "collector.key"))
+        self._collector_link: AirLink | None = None
+        self._due_s = 0.0
+        self.air.others += [self.sensor.turn, self._turn_daemon, self._turn_collector]
+
+    def run(self, seconds: float) -> None:
+        """Let so many simulated seconds pass, then send what waits. Raises what the daemon could not survive."""
+        end = self.air.clock_s + seconds
+        self.daemon._operations.start(self.air.now(), self.daemon.signals.wake)
+
+        def watch() -> None:
+            if self.air.clock_s >= end and not self.sensor.ended:
+                self.sensor.ended = True
+                self._uplink.halt(_DRAIN_S)
+
+        self.air.others.append(watch)
+        self._uplink.run()
+        # What the broker still has under way.
+        self.air.wait(_DRAIN_S)
+
+    def each(self, seconds: float, do: Callable[[], None]) -> None:
+        """Have `do` called as often."""
+        due_s = self.air.clock_s + seconds
+
+        def watch() -> None:
+            nonlocal due_s
+            if self.air.clock_s >= due_s:
+                due_s += seconds
+                do()
+
+        self.air.others.append(watch)
+
+    def audit(self) -> Report:
+        return audit(self.fleet)
+
+    def close(self) -> None:
+        self.store.close()
+        self.fleet.close()
+
+    def _turn_daemon(self) -> None:
+        if self.daemon.signals.failure is not None:
+            raise self.daemon.signals.failure
+        if not self.sensor.ended and self.air.clock_s >= self._due_s:
+            self._due_s = self.air.clock_s + self.daemon.turn(self.air.now())
+
+    def _turn_collector(self) -> None:
+        try:
+            if self._collector_link is None:
+                self._collector_link = self.air.connect(
+                    None, "collector", subscribe=filters(FLEET), session_expiry_s=_SESSION_S
+                )
+            self._collector.turn(self._collector_link, 0.0)
+        except LinkDown:
+            self._collector.acknowledger.link_lost()
+            self._collector_link = None
+        # The air remembers what was published, for tests.
+        self.air.published.clear()
+
+    def _configure(self, buffer_toml: str, schedule: str) -> None:
+        path = self._folder / "outstation.toml"
+        names = ", ".join(f'{{ name = "{name}" }}' for name in ("ax", "ay", "az", "wx", "wy", "wz"))
+        path.write_text(
+            f"{path.read_text(encoding='utf-8')}\n[buffer]\n{buffer_toml}\n[streams.{STREAM}]\nfields = [{names}]\n"
+            f'[tasks.{TASK}]\nstream = "{STREAM}"\nbundle = "exercise"\nschedule = "{schedule}"\n',
+            encoding="utf-8",
+        )
+
+
+class Sensor:
+    """Sends a recording over and over, in lines of columns, taken as the intake takes them: parsed, then committed."""
+
+    def __init__(self, group: Group, reader: Reader, air: Air, rate: float, commit_s: float) -> None:
+        self.accepted = 0
+        self.ended = False
+        self._group, self._reader, self._air = group, reader, air
+        self._step_s, self._n = 1.0 / rate, round(rate * commit_s)
+        self._lines = self._at = 0
+        self._due_s = air.clock_s + commit_s
+        self._commit_s = commit_s
+        with np.load(RECORDING) as recorded:
+            self._rows: NDArray[np.float32] = recorded["rows"]
+            self._fields = [str(name) for name in recorded["fields"]]
+
+    def turn(self) -> None:
+        if self.ended or self._air.clock_s < self._due_s:
+            return
+        now = self._air.now()
+        first_s = now.wall_us / 1e6 - self._n * self._step_s
+        picked = np.arange(self._at, self._at + self._n) % len(self._rows)
+        columns = {name: self._rows[picked, i].tolist() for i, name in enumerate(self._fields)}
+        times = [first_s + i * self._step_s for i in range(self._n)]
+        line = msgspec.json.encode({"stream": STREAM, "columns": {"t": times, **columns}})
+        self._lines, self._at = self._lines + 1, self._at + self._n
+        self._due_s += self._commit_s
+        for taken in self._reader.read([line], self._lines, now.wall_us):
+            for number, reason in taken.bad.items():
+                self._group.reject(self, number, reason)
+            if taken.checked is not None:
+                self._group.add(self, taken.stream, taken.checked, taken.lines, now)
+        self._group.reach(self, self._lines)
+        self.accepted += self._group.commit(now)[self].accepted
