@@ -1,7 +1,7 @@
 """A damaged store is set aside whole, and what can be read of it is copied into a new one.
 
 Killed anywhere, it is taken up again at the next opening: the marker file `damaged` stands until the new database,
-built under another name, has taken the old one's place. The damaged files stay in `quarantine/`, the newest two of them.
+built under another name, has taken the old one's place. The damaged files stay in `quarantine/`, the newest two.
 """
 
 from __future__ import annotations
