@@ -61,8 +61,8 @@ def test_a_damaged_store_is_salvaged_and_the_audit_passes(fleet: Fleet) -> None:
     eventually("more results", lambda: fleet.covered("pi-01") > first + 100)
     device.kill()
     data = bytearray((device.data / "outstation.db").read_bytes())
-    for page in range(4096, len(data), 3 * 4096):
-        data[page + 100 : page + 500] = bytes(400)
+    for page in range(4096, len(data), 2 * 4096):
+        data[page + 20 : page + 4000] = bytes(3980)
     (device.data / "outstation.db").write_bytes(data)
     before = fleet.covered("pi-01")
     device.up()

@@ -28,7 +28,6 @@ HANGS_S = 60
 @click.option("--plain", is_flag=True, help="Without atheris, even where it is installed.")
 def main(name: str | None, listing: bool, seconds: int, seed: int, file: Path | None, plain: bool) -> None:
     """Fuzz all targets, or the one called TARGET, for example: scripts/fuzz message --seconds 600"""
-    logging.disable()
     targets = fuzzing.load()
     if name is not None and name not in targets:
         raise click.UsageError(f"there is no target {name!r}; there is {', '.join(targets)}")
@@ -90,4 +89,5 @@ def _only_there(target: Target, path: Path, said: str) -> Crash:
 
 
 if __name__ == "__main__":
+    logging.disable()
     main()
