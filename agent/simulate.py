@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from agent.config import Broker, Fault
-from agent.device.sources import replay
+from agent.device.incoming.sources import replay
 from agent.errors import OutstationError, UsageError
 from agent.fleet.audit import Report, audit
 from agent.fleet.enrol import enrol, init_fleet

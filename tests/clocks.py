@@ -13,10 +13,10 @@ from agent.clock import Now, Quality
 from agent.config import Config
 from agent.device.author import Author
 from agent.device.batch import _clocks
-from agent.device.group import Group
-from agent.device.rows import Raw, check
-from agent.device.segments import within
-from agent.device.store import Store
+from agent.device.incoming.group import Group
+from agent.device.storage.rows import Raw, check
+from agent.device.storage.segments import within
+from agent.device.storage.store import Store
 from agent.device.timekeeping import Timekeeper
 from agent.fleet.ingest import Arrival
 from agent.fleet.store import FleetStore

@@ -13,10 +13,10 @@ import msgspec
 from agent import clock
 from agent.clock import Now
 from agent.device.author import Author
-from agent.device.commandbook import Answer
-from agent.device.commands import Commands
-from agent.device.control import Action, Control, Deed
-from agent.device.store import Store
+from agent.device.operating.commandbook import Answer
+from agent.device.operating.commands import Commands
+from agent.device.operating.control import Action, Control, Deed
+from agent.device.storage.store import Store
 from agent.errors import Refused
 from agent.link import Delivery
 from agent.wire import jws

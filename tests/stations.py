@@ -14,9 +14,9 @@ import msgspec
 
 from agent import clock, config
 from agent.config import Config, Field, Stream
-from agent.device.intake import Intake, Source
-from agent.device.rows import Rows
-from agent.device.store import Store
+from agent.device.incoming.intake import Intake, Source
+from agent.device.storage.rows import Rows
+from agent.device.storage.store import Store
 
 ROOT = Path(__file__).parents[1]
 WATCH = Stream(fields=[Field(name="ax", unit="g", min=-16, max=16), Field(name="ay", unit="g", min=-16, max=16)])

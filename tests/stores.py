@@ -12,13 +12,13 @@ import numpy as np
 from agent import clock
 from agent.config import Field, Stream
 from agent.device.author import Author
-from agent.device.checked import COLUMNS
-from agent.device.retention import Acknowledged
-from agent.device.rows import Rows
-from agent.device.setaside import declare_damaged
-from agent.device.settle import settle
-from agent.device.store import Store
-from agent.device.transaction import Pending
+from agent.device.recovery.settle import settle
+from agent.device.storage.checked import COLUMNS
+from agent.device.storage.retention import Acknowledged
+from agent.device.storage.rows import Rows
+from agent.device.storage.setaside import declare_damaged
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Pending
 from tests.senders import new_key
 
 KEY = new_key(7)

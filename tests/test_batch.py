@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from agent import config
 from agent.clock import Now
-from agent.device import batch, transaction
+from agent.device import batch
 from agent.device.author import Author
 from agent.device.batch import Done, Task
-from agent.device.rows import Rows
-from agent.device.store import Store
+from agent.device.storage import transaction
+from agent.device.storage.rows import Rows
+from agent.device.storage.store import Store
 from agent.drift.judge import Judge
 from agent.errors import StorageError
 from agent.model import activate, features, scores

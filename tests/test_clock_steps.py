@@ -19,7 +19,7 @@ from agent.client import Client
 from agent.clock import Now
 from agent.device import batch
 from agent.device.daemon import Daemon
-from agent.device.store import Store
+from agent.device.storage.store import Store
 from tests.system import FIELDS, Device, Fleet, eventually, fields
 
 LIBRARIES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from agent import clock
 from agent.clock import Now
 from agent.device.author import Author
-from agent.device.commands import Commands
-from agent.device.control import Deed
-from agent.device.refusals import COMMANDS, QUIET_S, Refusals
-from agent.device.store import Store
+from agent.device.operating.commands import Commands
+from agent.device.operating.control import Deed
+from agent.device.outgoing.refusals import COMMANDS, QUIET_S, Refusals
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
 from agent.device.timekeeping import FLOOR
-from agent.device.transaction import Transaction
 from agent.errors import Refused, StorageFull
 from agent.link import Delivery, Outgoing
 from agent.wire import jws

@@ -11,9 +11,9 @@ from agent import clock, config
 from agent.cli import wiring
 from agent.config import Config
 from agent.device.author import Author
-from agent.device.rows import Rows
-from agent.device.space import Space
-from agent.device.store import Store
+from agent.device.storage.rows import Rows
+from agent.device.storage.space import Space
+from agent.device.storage.store import Store
 from agent.errors import UsageError
 from tests.senders import new_key
 from tests.stations import T0, conf

@@ -22,9 +22,9 @@ from agent.cli import wiring
 from agent.client import Answer, Client
 from agent.clock import Now
 from agent.config import Broker
-from agent.device.rows import Rows
-from agent.device.store import Store
-from agent.device.uplink import Uplink
+from agent.device.outgoing.uplink import Uplink
+from agent.device.storage.rows import Rows
+from agent.device.storage.store import Store
 from agent.link import Link, Outgoing, Receipt
 from agent.wire import jws, keys
 from tests.brokers import Mosquitto, free_port

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.forecast import Growth
+from agent.device.storage.forecast import Growth
 
 MIB = 1 << 20
 

@@ -19,8 +19,8 @@ import pytest
 from agent import config
 from agent.cli import main
 from agent.client import Client
-from agent.device.quota import PAGE
-from agent.device.store import Store
+from agent.device.storage.quota import PAGE
+from agent.device.storage.store import Store
 from tests.stations import ROOT, T0, Killable, Station, rows_of
 
 CONFIG = """\

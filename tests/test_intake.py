@@ -17,12 +17,12 @@ import pytest
 
 from agent.client import Client
 from agent.config import Field, Stream
-from agent.device.group import Group, Mark, Outcome
-from agent.device.intake import Offer
-from agent.device.parse import MAX_LINE
-from agent.device.quota import PAGE
-from agent.device.rows import Raw
-from agent.device.store import Store
+from agent.device.incoming.group import Group, Mark, Outcome
+from agent.device.incoming.intake import Offer
+from agent.device.incoming.parse import MAX_LINE
+from agent.device.storage.quota import PAGE
+from agent.device.storage.rows import Raw
+from agent.device.storage.store import Store
 from agent.errors import StorageError, UsageError
 from tests.brokers import free_port
 from tests.stations import T0, Killable, Line, Station, conf, rows_of, wait_for

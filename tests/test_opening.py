@@ -16,10 +16,11 @@ from click.testing import CliRunner
 
 from agent import __version__
 from agent.cli import cli
-from agent.device import migrate, mounts, opening, schema
-from agent.device.condition import condition
-from agent.device.mounts import file_system, require_local
-from agent.device.store import Store
+from agent.device.recovery import migrate, mounts, opening
+from agent.device.recovery.condition import condition
+from agent.device.recovery.mounts import file_system, require_local
+from agent.device.storage import schema
+from agent.device.storage.store import Store
 from agent.errors import StorageError, UsageError
 from tests.stations import ROOT
 from tests.stores import append, filled, opened, pulled, put_aside, said, say, served
@@ -187,14 +188,14 @@ def test_a_migration_that_loses_rows_is_not_kept(first: Path, monkeypatch: pytes
 _MIGRATES = """\
 import os, sys
 from pathlib import Path
-from agent.device import schema
+from agent.device.storage import schema
 real = schema.migrations.apply
 steps = []
 def apply(database):
     real(database, stop_before=sys.argv[2])
     os._exit(9)
 schema.migrations.apply = apply
-from agent.device.store import Store
+from agent.device.storage.store import Store
 Store(Path(sys.argv[1]))
 """
 

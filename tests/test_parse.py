@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agent.config import Field, Stream
-from agent.device.parse import MAX_LINE, Reader
-from agent.device.rows import Rows, concatenate
+from agent.device.incoming.parse import MAX_LINE, Reader
+from agent.device.storage.rows import Rows, concatenate
 from tests.stations import MACHINE, STREAMS, T0, WATCH
 
 NOW_US = 1_764_022_680_000_000

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.device.quota import Budget, Quota, Reserve
-from agent.device.retention import Acknowledged
-from agent.device.rows import Rows
+from agent.device.storage.quota import Budget, Quota, Reserve
+from agent.device.storage.retention import Acknowledged
+from agent.device.storage.rows import Rows
 from agent.errors import StorageFull
 from tests.test_space import Device
 
@@ -198,7 +198,7 @@ def test_the_reserve_really_takes_up_room_and_gives_it_back(tmp_path: Path) -> N
 _ON_A_FULL_DISK = """\
 import sys
 from pathlib import Path
-from agent.device.retention import Acknowledged
+from agent.device.storage.retention import Acknowledged
 from agent.errors import StorageFull
 from tests.test_space import Device
 

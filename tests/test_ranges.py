@@ -7,8 +7,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device import ranges
-from agent.device.retention import Acknowledged
+from agent.device.storage import ranges
+from agent.device.storage.retention import Acknowledged
 
 SETS = st.sets(st.integers(1, 40))
 

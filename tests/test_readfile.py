@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.config import Field, Stream
-from agent.device.readfile import BLOCK, Block, blocks, open_text
-from agent.device.rows import check
+from agent.device.incoming.readfile import BLOCK, Block, blocks, open_text
+from agent.device.storage.rows import check
 from agent.errors import Rejected, UsageError
 from tests.stations import MACHINE, T0, WATCH
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from agent import clock
-from agent.device.acknowledge import Acknowledgements
 from agent.device.author import Author
-from agent.device.refusals import Refusals
-from agent.device.settle import settle
-from agent.device.store import Store
+from agent.device.outgoing.acknowledge import Acknowledgements
+from agent.device.outgoing.refusals import Refusals
+from agent.device.recovery.settle import settle
+from agent.device.storage.store import Store
 from agent.errors import StorageForked
 from agent.fleet.acknowledge import Acknowledger
 from agent.fleet.audit import audit

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from agent.clock import Now
-from agent.device import retention
-from agent.device.retention import expired, uptime_json, uptime_s, with_step
+from agent.device.storage import retention
+from agent.device.storage.retention import expired, uptime_json, uptime_s, with_step
 from agent.link import Outgoing
 from agent.wire import jws
 from agent.wire.messages import Audit, open_message

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from agent.cli import wiring
-from agent.device import kept
 from agent.device.daemon import Daemon
-from agent.device.rows import Rows
+from agent.device.operating import kept
+from agent.device.storage.rows import Rows
 from agent.errors import StorageFull
 from agent.wire import keys
 from tests.bundles import KEY, change_manifest, packed

@@ -13,15 +13,16 @@ import pytest
 
 from agent.config import Broker, Config
 from agent.config import Device as DeviceSection
-from agent.device import findings, keyfiles, relog, rotation
 from agent.device.author import Author
-from agent.device.commands import Commands
-from agent.device.control import Control
-from agent.device.keyfiles import KeyFiles
-from agent.device.retention import Acknowledged
-from agent.device.rotation import Rotation, open_keys
-from agent.device.space import Space
-from agent.device.store import Store
+from agent.device.operating import keyfiles, rotation
+from agent.device.operating.commands import Commands
+from agent.device.operating.control import Control
+from agent.device.operating.keyfiles import KeyFiles
+from agent.device.operating.rotation import Rotation, open_keys
+from agent.device.recovery import findings, relog
+from agent.device.storage.retention import Acknowledged
+from agent.device.storage.space import Space
+from agent.device.storage.store import Store
 from agent.errors import UsageError
 from agent.fleet.audit import audit
 from agent.fleet.collect import Collector

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
 
 from agent.config import Field, Stream
-from agent.device.rows import Checked, Packed, Raw, Rows, check, concatenate, pack, unpack
+from agent.device.storage.rows import Checked, Packed, Raw, Rows, check, concatenate, pack, unpack
 from agent.errors import Rejected
 
 FIELDS = [

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.device import leaves, salvage, watermark
+from agent.device.recovery import leaves, salvage, watermark
 from agent.errors import StorageDamaged, StorageError
 from tests.stations import ROOT
 from tests.stores import alarms, append, declared, filled, opened, pulled, put_aside, said, say, served

@@ -22,13 +22,13 @@ import pytest
 from agent import clock, config
 from agent.clock import Now
 from agent.config import Fault, Field, FilesSource, HostSource, ReplaySource, Stream
-from agent.device.quota import PAGE
-from agent.device.rows import Rows
-from agent.device.sources import files as files_module
-from agent.device.sources.files import Files
-from agent.device.sources.host import Host
-from agent.device.sources.replay import Playlist, Replay, load
-from agent.device.store import Store
+from agent.device.incoming.sources import files as files_module
+from agent.device.incoming.sources.files import Files
+from agent.device.incoming.sources.host import Host
+from agent.device.incoming.sources.replay import Playlist, Replay, load
+from agent.device.storage.quota import PAGE
+from agent.device.storage.rows import Rows
+from agent.device.storage.store import Store
 from agent.errors import ConfigError, UsageError
 from tests.stations import ROOT, T0, Station, conf, rows_of, wait_for
 
@@ -210,7 +210,7 @@ _WATCHER = """\
 import sys, time
 from pathlib import Path
 from agent.config import Duration, Field, FilesSource, Stream
-from agent.device.sources import files
+from agent.device.incoming.sources import files
 from tests.stations import Station, conf
 
 files._SETTLED_S = 0.0
@@ -431,7 +431,7 @@ def test_a_replay_keeps_its_pace(tmp_path: Path, recordings: Path) -> None:
 def test_a_full_store_holds_a_replay_up_and_skips_nothing(
     tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.device.sources.replay._FULL_S", 0.05)
+    monkeypatch.setattr("agent.device.incoming.sources.replay._FULL_S", 0.05)
     source = replay_of(recordings, rows=40_000, speed=1e5)
     whole = played(tmp_path / "a", source)
     with replaying(tmp_path / "b", source, max_size=200 * PAGE) as station:
@@ -453,7 +453,7 @@ import sys, time
 from pathlib import Path
 from agent.clock import Now
 from agent.config import Field, ReplaySource, Stream
-from agent.device.sources.replay import Replay
+from agent.device.incoming.sources.replay import Replay
 from tests.stations import Station, conf
 
 stream = Stream(fields=[Field(name="ax"), Field(name="ay", optional=True)])

@@ -13,13 +13,13 @@ import pytest
 from agent import config
 from agent.clock import Now
 from agent.config import Config
-from agent.device import ranges, space
 from agent.device.author import Author
-from agent.device.eviction import NO_ROOM, declare_messages
-from agent.device.retention import Acknowledged
-from agent.device.rows import Rows
-from agent.device.space import Space
-from agent.device.store import Store
+from agent.device.storage import ranges, space
+from agent.device.storage.eviction import NO_ROOM, declare_messages
+from agent.device.storage.retention import Acknowledged
+from agent.device.storage.rows import Rows
+from agent.device.storage.space import Space
+from agent.device.storage.store import Store
 from agent.wire import jws
 from agent.wire.messages import Alerts, Audit, Logged, Message, open_message
 from tests.senders import new_key

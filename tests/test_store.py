@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 
 from agent import clock
 from agent.config import Field, Stream
-from agent.device import schema
-from agent.device.group import Group
-from agent.device.quota import PAGE
-from agent.device.retention import Acknowledged
-from agent.device.rows import Raw, Rows, check, concatenate
-from agent.device.store import Batch, Store
-from agent.device.transaction import Pending, Trimmed
+from agent.device.incoming.group import Group
+from agent.device.storage import schema
+from agent.device.storage.quota import PAGE
+from agent.device.storage.retention import Acknowledged
+from agent.device.storage.rows import Raw, Rows, check, concatenate
+from agent.device.storage.store import Batch, Store
+from agent.device.storage.transaction import Pending, Trimmed
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
 from tests.stations import ROOT, rows_of
 
@@ -69,8 +69,8 @@ from pathlib import Path
 import numpy as np
 from agent import clock
 from agent.config import Field, Stream
-from agent.device.rows import Rows
-from agent.device.store import Store
+from agent.device.storage.rows import Rows
+from agent.device.storage.store import Store
 
 store = Store(Path(sys.argv[1]))
 store.declare({"numbers": Stream(fields=[Field(name="n", type="i64")])})
@@ -121,7 +121,9 @@ def test_a_transaction_that_raises_leaves_nothing_behind(tmp_path: Path) -> None
 
 def test_a_second_process_on_the_same_folder_is_refused_and_told_which_one_has_it(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    code = "import sys; from pathlib import Path; from agent.device.store import Store; Store(Path(sys.argv[1]))"
+    code = (
+        "import sys; from pathlib import Path; from agent.device.storage.store import Store; Store(Path(sys.argv[1]))"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert f"another outstation (process {os.getpid()}) uses this data folder; stop it first" in done.stderr

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from agent import clock
 from agent.clock import Now
-from agent.device import segments, timekeeping
-from agent.device.segments import Segments, Stamp
-from agent.device.store import Store
+from agent.device import timekeeping
+from agent.device.storage import segments
+from agent.device.storage.segments import Segments, Stamp
+from agent.device.storage.store import Store
 from agent.device.timekeeping import FLOOR, SYNCED, believable, clock_of
 from agent.errors import StorageFull
 from agent.wire.messages import Alerts, Audit

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from agent.device.rows import Rows
+from agent.device.storage.rows import Rows
 from agent.fleet.ingest import Arrival
 from agent.wire.keys import load_private
 from scripts import faults

@@ -17,11 +17,11 @@ import pytest
 
 from agent import config
 from agent.config import Broker, Config
-from agent.device import session, uplink
 from agent.device.author import Author
-from agent.device.store import Store
-from agent.device.transaction import Transaction
-from agent.device.uplink import Uplink, backoff
+from agent.device.outgoing import session, uplink
+from agent.device.outgoing.uplink import Uplink, backoff
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
 from agent.errors import LinkDown, StorageForked, StorageFull
 from agent.fleet.audit import audit
 from agent.fleet.collect import Collector

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device import watermark
-from agent.device.store import Store
-from agent.device.watermark import Mark, Watermark
+from agent.device.recovery import watermark
+from agent.device.recovery.watermark import Mark, Watermark
+from agent.device.storage.store import Store
 from agent.wire.messages import digest
 from tests.stores import alarms, append, declared, filled, opened, pulled, said, say, served
 

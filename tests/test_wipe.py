@@ -11,8 +11,8 @@ import pytest
 from agent.clock import Now
 from agent.config import Broker, Config
 from agent.config import Device as DeviceSection
-from agent.device import wipe
-from agent.device.wipe import Wipe
+from agent.device.operating import wipe
+from agent.device.operating.wipe import Wipe
 from agent.errors import UsageError
 from agent.wire import keys
 from tests.operators import NOW, Desk

@@ -15,8 +15,8 @@ from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config
 from agent.device import schedule
-from agent.device.condition import condition
-from agent.device.store import Store
+from agent.device.recovery.condition import condition
+from agent.device.storage.store import Store
 from agent.device.timekeeping import clock_of, report
 from agent.errors import LinkDown, OutstationError, StorageBusy
 

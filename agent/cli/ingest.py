@@ -15,9 +15,9 @@ from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.client import Client
 from agent.config import Config, Stream
-from agent.device.group import NOT_STORED, Group
-from agent.device.readfile import Block, blocks, open_text
-from agent.device.rows import Checked, check
+from agent.device.incoming.group import NOT_STORED, Group
+from agent.device.incoming.readfile import Block, blocks, open_text
+from agent.device.storage.rows import Checked, check
 from agent.device.timekeeping import clock_of
 from agent.errors import ConfigError, OutstationError, Rejected, StorageBusy, UsageError
 from agent.toml import suggestion

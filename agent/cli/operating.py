@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from agent.config import Config
-from agent.device import kept, wipe
-from agent.device.actions import TaskActions
 from agent.device.author import Author
 from agent.device.batch import Task
-from agent.device.commands import Commands
-from agent.device.control import Control
-from agent.device.keyfiles import KeyFiles
-from agent.device.machine import Machine
-from agent.device.operations import Operations
-from agent.device.rotation import Rotation
-from agent.device.store import Store
-from agent.device.wipe import Wipe
+from agent.device.operating import kept, wipe
+from agent.device.operating.actions import TaskActions
+from agent.device.operating.commands import Commands
+from agent.device.operating.control import Control
+from agent.device.operating.keyfiles import KeyFiles
+from agent.device.operating.machine import Machine
+from agent.device.operating.operations import Operations
+from agent.device.operating.rotation import Rotation
+from agent.device.operating.wipe import Wipe
+from agent.device.storage.store import Store
 from agent.model import activate
 
 

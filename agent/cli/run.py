@@ -14,7 +14,7 @@ from agent.cli import operating, wiring
 from agent.cli.output import config_option, emit, json_option, table
 from agent.config import Config
 from agent.device import batch as batches
-from agent.device import wipe
+from agent.device.operating import wipe
 from agent.device.timekeeping import Timekeeper, clock_of
 from agent.errors import ConfigError, StorageForked
 from agent.toml import suggestion

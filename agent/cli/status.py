@@ -11,9 +11,10 @@ from agent import clock
 from agent.cli import operating, wiring
 from agent.cli.output import config_option, emit, json_option, table
 from agent.config import Config
-from agent.device import overrides, space, wipe
-from agent.device.condition import condition
-from agent.device.store import Store
+from agent.device.operating import overrides, wipe
+from agent.device.recovery.condition import condition
+from agent.device.storage import space
+from agent.device.storage.store import Store
 from agent.device.timekeeping import clock_of, report
 from agent.errors import StorageError, UsageError
 from agent.model import bundle

@@ -11,21 +11,21 @@ from agent import clock, config
 from agent.cli import operating
 from agent.clock import Now
 from agent.config import Config, FilesSource, HostSource, ReplaySource
-from agent.device import kept, overrides, wipe
 from agent.device.author import Author
 from agent.device.batch import Task
-from agent.device.commands import Commands
 from agent.device.daemon import LAST_RUN, Daemon
-from agent.device.intake import Intake, Source
-from agent.device.keyfiles import KeyFiles
-from agent.device.machine import Machine, Planned
-from agent.device.operations import Operations
+from agent.device.incoming.intake import Intake, Source
+from agent.device.operating import kept, overrides, wipe
+from agent.device.operating.commands import Commands
+from agent.device.operating.keyfiles import KeyFiles
+from agent.device.operating.machine import Machine, Planned
+from agent.device.operating.operations import Operations
+from agent.device.operating.rotation import open_keys
+from agent.device.outgoing.uplink import Uplink
+from agent.device.recovery.settle import settle
 from agent.device.reports import Broken
-from agent.device.rotation import open_keys
-from agent.device.settle import settle
-from agent.device.store import Store
+from agent.device.storage.store import Store
 from agent.device.timekeeping import clock_of
-from agent.device.uplink import Uplink
 from agent.drift.judge import Judge
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model import activate
@@ -145,15 +145,15 @@ def sources(file: Path, conf: Config, store: Store) -> list[Source]:
     for name, stream in conf.streams.items():
         source = stream.source
         if isinstance(source, FilesSource):
-            from agent.device.sources.files import Files
+            from agent.device.incoming.sources.files import Files
 
             found.append(Files(name, stream, source, store))
         elif isinstance(source, HostSource):
-            from agent.device.sources.host import Host
+            from agent.device.incoming.sources.host import Host
 
             found.append(Host(str(file), name, stream, source, conf.data_dir))
         elif isinstance(source, ReplaySource):
-            from agent.device.sources.replay import Replay
+            from agent.device.incoming.sources.replay import Replay
 
             found.append(Replay(name, stream, source, store, clock.read()))
     return found

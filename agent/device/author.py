@@ -9,7 +9,7 @@ from typing import Any
 
 from agent import clock
 from agent.clock import Now
-from agent.device.transaction import Pending, Transaction
+from agent.device.storage.transaction import Pending, Transaction
 from agent.link import Outgoing
 from agent.wire import jws, messages, rotation
 from agent.wire.keys import SigningKey

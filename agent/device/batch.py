@@ -14,10 +14,10 @@ from agent import __version__, clock, config
 from agent.clock import Now
 from agent.config import Stream
 from agent.device.author import Author
-from agent.device.rows import Rows
-from agent.device.segments import Stamp, within
-from agent.device.store import Batch, Store
-from agent.device.transaction import Transaction
+from agent.device.storage.rows import Rows
+from agent.device.storage.segments import Stamp, within
+from agent.device.storage.store import Batch, Store
+from agent.device.storage.transaction import Transaction
 from agent.drift.judge import Judge, State, Verdict
 from agent.model import features, runtime, scores
 from agent.model.bundle import Bundle

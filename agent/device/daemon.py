@@ -18,15 +18,15 @@ from agent.clock import Now
 from agent.config import Config
 from agent.device import batch
 from agent.device.author import Author
-from agent.device.intake import Intake
-from agent.device.machine import Machine, Planned
+from agent.device.incoming.intake import Intake
 from agent.device.notify import notify
-from agent.device.operations import Operations
+from agent.device.operating.machine import Machine, Planned
+from agent.device.operating.operations import Operations
+from agent.device.outgoing.uplink import Uplink
 from agent.device.reports import Broken, Reports
-from agent.device.space import Space
-from agent.device.store import Store
+from agent.device.storage.space import Space
+from agent.device.storage.store import Store
 from agent.device.timekeeping import Timekeeper
-from agent.device.uplink import Uplink
 from agent.errors import BadBundle, StorageBusy, StorageError, StorageFull
 
 log = logging.getLogger("outstation")

@@ -10,11 +10,13 @@ from typing import Any
 from agent import __version__
 from agent.clock import Now
 from agent.config import Config
-from agent.device import overrides, space, timekeeping
+from agent.device import timekeeping
 from agent.device.author import Author
-from agent.device.store import Store
+from agent.device.operating import overrides
+from agent.device.storage import space
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
 from agent.device.timekeeping import SYNCED
-from agent.device.transaction import Transaction
 from agent.errors import StorageFull
 
 log = logging.getLogger("outstation")

@@ -19,9 +19,9 @@ from typing import Any
 from agent import clock
 from agent.clock import Now
 from agent.device.author import Author
-from agent.device.segments import LOG, QUALITIES, UNANNOUNCED, Segment
-from agent.device.store import Store
-from agent.device.transaction import Transaction
+from agent.device.storage.segments import LOG, QUALITIES, UNANNOUNCED, Segment
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
 from agent.errors import StorageError, StorageFull
 
 log = logging.getLogger("outstation.clock")

@@ -10,8 +10,8 @@ import numpy as np
 from agent import clock
 from agent.cli import wiring
 from agent.device import batch
-from agent.device.rows import Rows
-from agent.device.sources import replay
+from agent.device.incoming.sources import replay
+from agent.device.storage.rows import Rows
 from agent.model import features
 from agent.simulate import recordings_file
 from agent.wire import keys

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from agent.device import ranges
-from agent.device.ranges import Ranges
+from agent.device.storage import ranges
+from agent.device.storage.ranges import Ranges
 
 NEW_LOG = "new log"
 _END = 2**62

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from agent import clock
-from agent.device import space
 from agent.device.batch import Task
 from agent.device.daemon import Daemon
-from agent.device.session import Session
-from agent.device.store import Store
-from agent.device.transaction import Transaction
+from agent.device.outgoing.session import Session
+from agent.device.storage import space
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
 from agent.model.runtime import Model
 
 

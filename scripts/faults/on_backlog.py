@@ -9,7 +9,7 @@ from agent import clock
 from agent.cli import wiring
 from agent.clock import Now
 from agent.device.author import Author
-from agent.device.store import Store
+from agent.device.storage.store import Store
 from scripts.faults import fault
 from scripts.faults.world import World
 from tests.system import eventually

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from random import Random
 
 from agent import clock
-from agent.device.store import Store
+from agent.device.storage.store import Store
 from agent.link import Link, Outgoing, Receipt
 from agent.wire import jws, keys
 from agent.wire.keys import SigningKey

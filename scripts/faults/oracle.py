@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from agent.device.rows import Rows
-from agent.device.store import Store
+from agent.device.storage.rows import Rows
+from agent.device.storage.store import Store
 from agent.errors import OutstationError
 from agent.fleet.audit import Report, audit
 from agent.fleet.store import FleetStore

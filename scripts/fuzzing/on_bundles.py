@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from agent import config
-from agent.device.sources import replay
+from agent.device.incoming.sources import replay
 from agent.drift.judge import Judge, State
 from agent.drift.reference import Reference, draft
 from agent.errors import BadBundle, ConfigError, UsageError

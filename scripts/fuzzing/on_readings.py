@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from agent.config import Field, Stream
-from agent.device.parse import Reader
-from agent.device.readfile import blocks, open_text
-from agent.device.rows import Packed, Rows, check, pack, unpack
+from agent.device.incoming.parse import Reader
+from agent.device.incoming.readfile import blocks, open_text
+from agent.device.storage.rows import Packed, Rows, check, pack, unpack
 from agent.errors import Rejected
 from scripts.fuzzing import target
 

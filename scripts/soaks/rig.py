@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from agent.cli import wiring
 from agent.config import Broker
-from agent.device.group import Group
-from agent.device.parse import Reader
+from agent.device.incoming.group import Group
+from agent.device.incoming.parse import Reader
 from agent.errors import LinkDown
 from agent.fleet.audit import Report, audit
 from agent.fleet.collect import Collector, filters

@@ -1,0 +1,203 @@
+"""Group commit: rows of all producers wait together for one transaction, and each producer learns what became of its.
+
+A commit costs about 28 KB of flash writes whatever it holds, so rows wait for it up to `[buffer] commit_every`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agent.clock import Now, Quality
+from agent.config import Stream
+from agent.device.storage.rows import Checked, Rows, concatenate
+from agent.device.storage.segments import GIVEN, QUALITIES
+from agent.device.storage.store import INTAKE_SHARE, Store
+from agent.device.storage.transaction import Transaction
+from agent.errors import StorageFull
+
+FULL_ROWS = 16_384
+NOT_STORED = "not stored"
+# The most chunks that the rows of a stream in one commit are cut into, for the segments their times were read in.
+_MOST_RUNS = 64
+# (segment, quality) of the clock that rows have their times from.
+Stamped = tuple[int, Quality]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How far a source has got, kept in the same transaction as its rows.
+
+    `counts_refused` where a full store changes nothing about it: the producer was told, and does not come again.
+    """
+
+    source: str
+    item: str
+    position: int
+    counts_refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of one producer's part of a commit: lines dealt with so far, rows taken, lines rejected with a reason."""
+
+    through: int
+    accepted: int
+    rejected: list[tuple[int, str]]
+    full: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    stream: str
+    checked: Checked
+    lines: list[int]
+    now: Now
+
+
+@dataclass(slots=True)
+class _Share:
+    through: int = 0
+    rejected: dict[int, str] = field(default_factory=dict)
+    parts: list[_Part] = field(default_factory=list)
+    mark: Mark | None = None
+
+    def reject(self, line: int, reason: str) -> None:
+        self.rejected[line] = f"{self.rejected[line]}; {reason}" if line in self.rejected else reason
+
+    def bytes(self) -> int:
+        """What its rows will take in the store."""
+        return sum(_size(part.checked.rows) for part in self.parts)
+
+    def outcome(self, accepted: int, full: bool = False) -> Outcome:
+        return Outcome(self.through, accepted, sorted(self.rejected.items()), full)
+
+
+class Group:
+    """Rows that wait for the next commit. Used by one thread."""
+
+    def __init__(self, store: Store, streams: Mapping[str, Stream]) -> None:
+        self._store, self._streams = store, streams
+        self._shares: dict[Hashable, _Share] = {}
+        self._most_bytes = store.quota.transaction // 4
+        self._rows = self._bytes = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._shares)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether to commit now: more would make long waits, or too much for one transaction."""
+        return self._rows >= FULL_ROWS or self._bytes >= self._most_bytes
+
+    def add(self, producer: Hashable, stream: str, checked: Checked, lines: list[int], now: Now) -> None:
+        """Rows of `producer` that came at `now`; `lines` are the lines they came in, one a row or one for all."""
+        self._shares.setdefault(producer, _Share()).parts.append(_Part(stream, checked, lines, now))
+        self._rows += len(checked.rows)
+        self._bytes += _size(checked.rows)
+        self._bytes += sum(2 * len(text) + 64 for texts in checked.categories.values() for text in texts)
+
+    def reject(self, producer: Hashable, line: int, reason: str) -> None:
+        self._shares.setdefault(producer, _Share()).reject(line, reason)
+
+    def reach(self, producer: Hashable, through: int, mark: Mark | None = None) -> None:
+        """`producer` has handed over its lines up to `through`."""
+        share = self._shares.setdefault(producer, _Share())
+        share.through, share.mark = through, mark
+
+    def commit(self, now: Now) -> dict[Hashable, Outcome]:
+        """Write all that waits, in one transaction; what became of it for each producer.
+
+        Where the store is full every row is rejected and nothing is written. Raises StorageError for a sick disk:
+        then nothing is known to be written and no producer may be told anything.
+        """
+        shares, self._shares = self._shares, {}
+        self._rows = self._bytes = 0
+        try:
+            needed = self._store.used_bytes() + sum(share.bytes() for share in shares.values())
+            if needed > self._store.limit_bytes() * INTAKE_SHARE:
+                raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
+            with self._store.transaction() as tx:
+                return self._write(tx, shares, now)
+        except StorageFull as full:
+            self._count_refused(shares)
+            return {producer: _refuse(share, full) for producer, share in shares.items()}
+
+    def _count_refused(self, shares: dict[Hashable, _Share]) -> None:
+        marks = [share.mark for share in shares.values() if share.mark is not None and share.mark.counts_refused]
+        # Intake leaves a little room for this; on a full disk the client finds out when it comes back.
+        with contextlib.suppress(StorageFull), self._store.transaction() as tx:
+            for mark in marks:
+                tx.set_mark(mark.source, mark.item, mark.position)
+
+    def _write(self, tx: Transaction, shares: dict[Hashable, _Share], now: Now) -> dict[Hashable, Outcome]:
+        by_stream: dict[str, list[tuple[Rows, Stamped]]] = {}
+        outcomes = {}
+        for producer, share in shares.items():
+            accepted = 0
+            for part in share.parts:
+                rows, refused = self._coded(tx, part.stream, part.checked)
+                for index, reason in refused.items():
+                    share.reject(part.lines[index if len(part.lines) > 1 else 0], reason)
+                if len(rows):
+                    by_stream.setdefault(part.stream, []).append((rows, _stamped(tx, rows, part.now)))
+                    accepted += len(rows)
+            if share.mark is not None:
+                tx.set_mark(share.mark.source, share.mark.item, share.mark.position)
+            tx.count("lines rejected", len(share.rejected))
+            outcomes[producer] = share.outcome(accepted)
+        for stream, parts in by_stream.items():
+            for (segment, quality), run in _runs(parts):
+                tx.append(stream, concatenate(run), quality, segment=segment, boot_us=now.boot_us)
+            tx.count(f"rows.{stream}", sum(len(rows) for rows, _ in parts))
+        tx.segments.observe(now)
+        return outcomes
+
+    def _coded(self, tx: Transaction, stream: str, checked: Checked) -> tuple[Rows, dict[int, str]]:
+        """Category texts become codes; index → reason of rows whose text can have none."""
+        columns, refused = list(checked.rows.columns), {}
+        for index, texts in checked.categories.items():
+            name = self._streams[stream].fields[index].name
+            codes = np.array(tx.category_codes(stream, name, texts), np.int64)
+            columns[index] = codes.astype("<u2")
+            for row in np.flatnonzero(codes < 0):
+                refused[int(row)] = (
+                    f"{name} = {texts[row]!r} would be the 65,536th category; that many cannot be told apart"
+                )
+        rows = Rows(checked.rows.t, tuple(columns))
+        if refused:
+            kept = np.setdiff1d(np.arange(len(rows)), np.fromiter(refused, np.int64, len(refused)))
+            rows = Rows(rows.t[kept], tuple(column[kept] for column in rows.columns))
+        return rows, refused
+
+
+def _size(rows: Rows) -> int:
+    return rows.t.nbytes + sum(column.nbytes for column in rows.columns)
+
+
+def _stamped(tx: Transaction, rows: Rows, now: Now) -> Stamped:
+    held = tx.segments.holding(now, int(rows.t.min()), int(rows.t.max()))
+    return (GIVEN, now.quality) if held is None else (held.number, QUALITIES[held.quality])
+
+
+def _runs(parts: Sequence[tuple[Rows, Stamped]]) -> list[tuple[Stamped, list[Rows]]]:
+    """Neighbours with the same stamp together. A producer that mixes times at will gets no chunk for each."""
+    runs: list[tuple[Stamped, list[Rows]]] = []
+    for rows, stamped in parts:
+        if runs and (runs[-1][0] == stamped or len(runs) == _MOST_RUNS):
+            if runs[-1][0] != stamped:
+                runs[-1] = ((GIVEN, stamped[1]), runs[-1][1])
+            runs[-1][1].append(rows)
+        else:
+            runs.append((stamped, [rows]))
+    return runs
+
+
+def _refuse(share: _Share, full: StorageFull) -> Outcome:
+    """Every line with rows in it is rejected, and only once where some of its rows already were."""
+    for line in {line for part in share.parts if len(part.checked.rows) for line in part.lines}:
+        share.rejected[line] = f"{NOT_STORED}: {full}; send it again later"
+    return share.outcome(0, full=True)

@@ -1,0 +1,68 @@
+"""This machine's own condition as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from agent import clock
+from agent.config import HostSource, Stream
+from agent.device.incoming.group import Mark
+from agent.device.incoming.intake import Offer
+from agent.device.storage.rows import Raw
+from agent.errors import ConfigError
+from agent.toml import suggestion
+
+log = logging.getLogger("outstation.host")
+
+
+def _temperature() -> float | None:
+    """°C of the hottest sensor; None where the machine has none."""
+    readings = [entry.current for chip in psutil.sensors_temperatures().values() for entry in chip if entry.current]
+    return max(readings, default=None)
+
+
+class Host:
+    """Reads what the stream's fields name, every so often. A value this machine cannot read is missing."""
+
+    def __init__(self, file: str, name: str, stream: Stream, source: HostSource, data_dir: Path) -> None:
+        self._name, self._stream, self._every = name, stream, float(source.every)
+        self._complaint = ""
+        self._readers: dict[str, Callable[[], float | None]] = {
+            "temperature": _temperature,
+            "cpu": lambda: psutil.cpu_percent(None),
+            "load1": lambda: psutil.getloadavg()[0],
+            "memory": lambda: psutil.virtual_memory().percent,
+            "disk": lambda: psutil.disk_usage(str(data_dir)).percent,
+            "swap": lambda: psutil.swap_memory().percent,
+            "uptime": clock.boot_seconds,
+        }
+        for field in stream.fields:
+            if field.name not in self._readers:
+                raise ConfigError(
+                    file,
+                    f"streams.{name}.fields",
+                    f"the host has no {field.name!r}{suggestion(field.name, self._readers)}",
+                )
+        # It counts from one call to the next: the first one would say 0.
+        psutil.cpu_percent(None)
+
+    async def run(self, offer: Offer) -> None:
+        while True:
+            values = {f.name: [self._value(f.name)] for f in self._stream.fields}
+            outcome = await offer(self._name, Raw(1, None, values), Mark(f"host:{self._name}", "", 0))
+            complaint = "; ".join(reason for _, reason in outcome.rejected)
+            if complaint and complaint != self._complaint:
+                log.warning("%s: not stored: %s (optional = true allows a missing value)", self._name, complaint)
+            self._complaint = complaint
+            await asyncio.sleep(self._every)
+
+    def _value(self, name: str) -> float | None:
+        try:
+            return self._readers[name]()
+        except OSError:
+            return None

@@ -1,0 +1,150 @@
+"""What each command about tasks does: run, pause, resume, report, set-schedule, rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from agent.clock import Now
+from agent.config import Config
+from agent.device import schedule
+from agent.device.author import Author
+from agent.device.batch import Task
+from agent.device.operating import kept, overrides
+from agent.device.operating.control import Action, Deed
+from agent.device.operating.machine import Machine, Planned
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
+from agent.errors import BadBundle, ConfigError, Rejected
+from agent.toml import suggestion
+from agent.wire.commands import DEFAULT_SCHEDULE
+
+
+class TaskActions:
+    """`load` verifies, probes and loads the bundle at a path for a task; `status` is what `outstation status` says."""
+
+    def __init__(
+        self,
+        file: str,
+        conf: Config,
+        store: Store,
+        author: Author,
+        machine: Machine,
+        load: Callable[[str, Path], Task],
+        status: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._file, self._conf, self._store, self._author = file, conf, store, author
+        self._machine, self._load, self._status = machine, load, status
+
+    def by_name(self) -> dict[str, Action]:
+        return {
+            "run": self.run,
+            "pause": self.pause,
+            "resume": self.resume,
+            "report": self.report,
+            "set-schedule": self.set_schedule,
+            "rollback": self.rollback,
+        }
+
+    def run(self, args: Mapping[str, str], now: Now) -> Deed:
+        planned = self._planned(args["task"])
+        name, stream = planned.task.name, planned.task.config.stream
+        if planned.paused:
+            raise Rejected(f"{name} is paused; resume it first")
+        before = self._store.cursor(name) or self._store.first_row(stream) - 1
+        self._machine.run(planned, now)
+        after = self._store.cursor(name) or before
+        waiting = self._store.last_row(stream) - after
+        data = {"used": after - before, "waiting": waiting}
+        return Deed(f"{name} ran: {after - before} rows used, {waiting} wait.", data)
+
+    def pause(self, args: Mapping[str, str], now: Now) -> Deed:
+        name = self._known(args["task"])
+
+        def write(tx: Transaction) -> None:
+            tx.keep(name, overrides.PAUSED, b"1")
+
+        return Deed(f"{name} is paused; its readings are kept.", {}, write, lambda: self._set_paused(name, True))
+
+    def resume(self, args: Mapping[str, str], now: Now) -> Deed:
+        name = self._known(args["task"])
+
+        def write(tx: Transaction) -> None:
+            tx.drop(name, overrides.PAUSED)
+
+        return Deed(f"{name} runs again when it is due.", {}, write, lambda: self._set_paused(name, False))
+
+    def report(self, args: Mapping[str, str], now: Now) -> Deed:
+        self._machine.report()
+        return Deed("Health was reported.", self._status())
+
+    def set_schedule(self, args: Mapping[str, str], now: Now) -> Deed:
+        name, text = self._known(args["task"]), args["schedule"]
+        configured = self._conf.tasks[name].schedule
+        wanted = configured if text == DEFAULT_SCHEDULE else text
+        try:
+            new = schedule.parse(self._file, name, wanted)
+        except ConfigError as error:
+            raise Rejected(error.problem) from None
+
+        def write(tx: Transaction) -> None:
+            if text == DEFAULT_SCHEDULE:
+                tx.drop(name, overrides.SCHEDULE)
+            else:
+                tx.keep(name, overrides.SCHEDULE, wanted.encode())
+
+        def then() -> None:
+            planned = self._machine.find(name)
+            if planned is not None:
+                planned.schedule = new
+
+        return Deed(f"{name} runs {wanted!r} from now on.", {"schedule": wanted, "configured": configured}, write, then)
+
+    def rollback(self, args: Mapping[str, str], now: Now) -> Deed:
+        name = self._known(args["task"])
+        past = kept.history(self._store, name)
+        running = self._machine.find(name)
+        target = None if past is None else (past.before if running is not None else past.now)
+        if past is None or target is None:
+            raise Rejected(f"{name} has run no other bundle here before; there is nothing to go back to")
+        try:
+            task = self._load(name, kept.folder(self._conf.data_dir, target.digest))
+        except (BadBundle, ConfigError) as problem:
+            raise Rejected(f"{target} does not run here, the one that ran goes on: {problem}") from None
+        configured = kept.configured_digest(self._conf.tasks[name].bundle, self._conf.data_dir)
+
+        def write(tx: Transaction) -> None:
+            overrides.keep_rollback(tx, name, kept.rolled_back(target, configured))
+            kept.record(tx, self._author, name, target, past, "rollback", now)
+
+        summary = f"{name} went from {past.now} to {target}." if running else f"{name} runs again, with {target}."
+        data = {"from": past.now.digest, "to": target.digest}
+        return Deed(summary, data, write, lambda: self._exchange(task))
+
+    def _exchange(self, task: Task) -> None:
+        planned = self._machine.find(task.name)
+        if planned is not None:
+            planned.task = task
+        else:
+            paused = overrides.is_paused(self._store, task.name)
+            due = overrides.schedule_in_force(self._file, self._conf, self._store, task.name, None)
+            self._machine.planned.append(Planned(task, due, paused))
+        self._machine.models[task.name] = task.reference
+        self._machine.runs_again()
+
+    def _set_paused(self, name: str, paused: bool) -> None:
+        planned = self._machine.find(name)
+        if planned is not None:
+            planned.paused = paused
+
+    def _known(self, name: str) -> str:
+        if name not in self._conf.tasks:
+            raise Rejected(f"there is no task {name!r}{suggestion(name, self._conf.tasks)}")
+        return name
+
+    def _planned(self, name: str) -> Planned:
+        planned = self._machine.find(self._known(name))
+        if planned is None:
+            raise Rejected(f"{name} does not run: its bundle was refused at the start, see the alerts; or roll it back")
+        return planned

@@ -1,0 +1,169 @@
+"""Copies of the bundles that ran: the last two of each task, so that a rollback needs nothing but this device.
+
+A copy is on the disk before its bundle counts as activated. They are beside the store's quota: two for each task.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.clock import Now
+from agent.device.author import Author
+from agent.device.batch import Task
+from agent.device.operating import overrides
+from agent.device.operating.overrides import Rollback
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
+from agent.errors import BadBundle, StorageFull
+from agent.model import activate, bundle
+from agent.model.bundle import Bundle
+from agent.wire.keys import write_new
+
+log = logging.getLogger("outstation")
+
+ACTIVE = "active bundle"
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A bundle that was activated."""
+
+    name: str
+    version: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The bundle of a task, and the one before it."""
+
+    now: Ran
+    before: Ran | None = None
+
+
+def history(store: Store, task: str) -> History | None:
+    kept = store.state(task, ACTIVE)
+    if kept is None:
+        return None
+    found = json.loads(kept)
+    return History(Ran(**found["now"]), Ran(**found["before"]) if found["before"] else None)
+
+
+def folder(data_dir: Path, digest: str) -> Path:
+    return data_dir / "bundles" / ".kept" / digest.removeprefix("sha256:")
+
+
+def in_force(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
+    """Where the bundle of `task` is: the configured one, or the one it was rolled back to."""
+    wanted = overrides.rollback(store, task)
+    if wanted is None:
+        return configured
+    try:
+        changed = bundle.read(configured, None).digest != wanted.configured
+    except BadBundle:
+        # The configured one cannot be read: what ran goes on.
+        changed = False
+    return configured if changed else folder(data_dir, wanted.digest)
+
+
+def keep(found: Bundle, data_dir: Path) -> bool:
+    """Copy a bundle, durably; False where the disk does not take it. A crash leaves a whole copy or none."""
+    target = folder(data_dir, found.digest)
+    if target.is_dir():
+        return True
+    half = target.with_name(target.name + ".half")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir()
+        for name, data in found.files.items():
+            write_new(half / name, data, 0o644)
+        sync(half)
+        half.rename(target)
+        sync(target.parent)
+    except OSError as error:
+        log.error("%s: bundle %s cannot be kept for a rollback: %s", target.parent, found.manifest.name, error.strerror)
+        shutil.rmtree(half, ignore_errors=True)
+        return False
+    return True
+
+
+def activated(store: Store, author: Author, task: Task, data_dir: Path, now: Now) -> None:
+    """A task was loaded at the start: copy its bundle and record the change, if it is one."""
+    keep(task.bundle, data_dir)
+    old, this = history(store, task.name), ran(task)
+    wanted = overrides.rollback(store, task.name)
+    left = wanted is not None and wanted.digest != this.digest
+    if old is not None and old.now.digest == this.digest and not left:
+        return
+    try:
+        with store.transaction() as tx:
+            if left:
+                overrides.keep_rollback(tx, task.name, None)
+            record(tx, author, task.name, this, old, "configured", now)
+    except StorageFull as full:
+        log.error("task %s: %s; that %s was activated is recorded at the next start", task.name, full, this)
+
+
+def record(tx: Transaction, author: Author, task: str, this: Ran, old: History | None, why: str, now: Now) -> None:
+    """What runs now and what ran before, and the audit message."""
+    before = old.now if old else None
+    if before is not None and before.digest == this.digest:
+        before = old.before if old else None
+    kept = {"now": asdict(this), "before": asdict(before) if before else None}
+    tx.keep(task, ACTIVE, json.dumps(kept).encode())
+    evidence: dict[str, Any] = {"task": task, "from": kept["before"], "to": kept["now"], "why": why}
+    summary = f"{task}: {this} was activated" + (f" after {before}." if before else ".")
+    author.write(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
+
+
+def ran(task: Task) -> Ran:
+    manifest = task.bundle.manifest
+    return Ran(manifest.name, manifest.version, task.bundle.digest)
+
+
+def prune(store: Store, tasks: Iterable[str], data_dir: Path) -> None:
+    """Delete copies that no task can go back to."""
+    needed = set()
+    for task in tasks:
+        known, wanted = history(store, task), overrides.rollback(store, task)
+        digests = [known.now.digest] if known else []
+        digests += [known.before.digest] if known and known.before else []
+        digests += [wanted.digest] if wanted else []
+        needed |= {folder(data_dir, digest).name for digest in digests}
+    home = data_dir / "bundles" / ".kept"
+    for entry in home.iterdir() if home.is_dir() else ():
+        if entry.name not in needed:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def configured_digest(name: str, data_dir: Path) -> str:
+    """The digest of the configured bundle; "" where it cannot be read."""
+    try:
+        return bundle.read(activate.locate(name, data_dir / "bundles"), None).digest
+    except BadBundle:
+        return ""
+
+
+def rolled_back(this: Ran, configured: str) -> Rollback | None:
+    """What to keep so that `this` runs from now on; nothing where it is the configured one."""
+    return None if this.digest == configured else Rollback(this.digest, configured)
+
+
+def sync(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,68 @@
+"""What operators have changed about a task, kept in the store until they change it back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from agent.config import Config
+from agent.device import schedule
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
+from agent.errors import ConfigError
+
+PAUSED, SCHEDULE, ROLLBACK = "paused", "schedule", "rollback"
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """Run bundle `digest` instead of the configured one, for as long as that is `configured`: both digests."""
+
+    digest: str
+    configured: str
+
+
+def is_paused(store: Store, task: str) -> bool:
+    return store.state(task, PAUSED) is not None
+
+
+def scheduled(store: Store, task: str) -> str | None:
+    """The schedule that an operator set instead of the configured one."""
+    text = store.state(task, SCHEDULE)
+    return None if text is None else text.decode()
+
+
+def schedule_in_force(file: str, conf: Config, store: Store, task: str, last_us: int | None) -> schedule.Schedule:
+    """By the operator's word, or by the config. Raises ConfigError where the config's cannot be read."""
+    text = scheduled(store, task)
+    if text is not None:
+        try:
+            return schedule.parse(file, task, text, last_us)
+        except ConfigError:
+            # One that an earlier version took must not keep the device from starting.
+            pass
+    return schedule.parse(file, task, conf.tasks[task].schedule, last_us)
+
+
+def rollback(store: Store, task: str) -> Rollback | None:
+    kept = store.state(task, ROLLBACK)
+    return Rollback(**json.loads(kept)) if kept else None
+
+
+def keep_rollback(tx: Transaction, task: str, wanted: Rollback | None) -> None:
+    if wanted is None:
+        tx.drop(task, ROLLBACK)
+    else:
+        tx.keep(task, ROLLBACK, json.dumps(asdict(wanted)).encode())
+
+
+def shown(store: Store, task: str) -> dict[str, object]:
+    """Members for status and health; none where nothing was changed."""
+    members: dict[str, object] = {}
+    if is_paused(store, task):
+        members["paused"] = True
+    if (text := scheduled(store, task)) is not None:
+        members["schedule_set"] = text
+    if (rolled := rollback(store, task)) is not None:
+        members["rolled_back_to"] = rolled.digest
+    return members

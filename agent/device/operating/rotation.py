@@ -1,0 +1,101 @@
+"""Changing the device's signing key: the old key signs that the new one follows, and the new one proves itself.
+
+The log goes on with the new key behind that message. What is not of the log (state, keys, replies) keeps the old one
+until the collector has acknowledged the change: before, it could not verify the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+
+from agent.clock import Now
+from agent.device.author import Author
+from agent.device.operating.control import Deed
+from agent.device.operating.keyfiles import KeyFiles
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
+from agent.errors import Rejected, StorageFull, UsageError
+from agent.link import Outgoing
+from agent.wire import rotation as wire
+from agent.wire.keys import PublicKey, SigningKey
+
+log = logging.getLogger("outstation")
+
+# In table meta: the kid that signs the log, and the rotation that no collector has acknowledged yet.
+SIGNER, PENDING = "signing key", "rotation"
+
+
+def open_keys(store: Store, files: KeyFiles) -> tuple[SigningKey, SigningKey | None]:
+    """The key of the log, and that of live messages where it is another one. Raises UsageError."""
+    key = files.opened(store.meta(SIGNER, ""))
+    live = files.before() if store.meta(PENDING, "") else None
+    return key, live if live is not None and live.public.kid != key.public.kid else None
+
+
+def keys_message(author: Author, now: Now) -> Outgoing:
+    """The retained statement of the key in force."""
+    return author.live("keys", {"keys": [author.key.public.jwk]}, now)
+
+
+class Rotation:
+    """`renew`: connect anew, so that the Will is signed by the new key. `say`: publish a live message."""
+
+    def __init__(
+        self,
+        store: Store,
+        author: Author,
+        files: KeyFiles,
+        say: Callable[[Outgoing], object],
+        renew: Callable[[], object],
+    ) -> None:
+        self._store, self._author, self._files, self._say, self._renew = store, author, files, say, renew
+
+    def rotate(self, _args: Mapping[str, str], now: Now) -> Deed:
+        """The command. Raises Rejected."""
+        if self._store.meta(PENDING, ""):
+            raise Rejected("the collector has not acknowledged the last change of the key yet; wait for that")
+        try:
+            new = self._files.prepare()
+        except (OSError, UsageError) as error:
+            raise Rejected(f"no new key could be written: {error}; the old one stays") from None
+        old = self._author.key.public
+
+        def write(tx: Transaction) -> None:
+            self._write(tx, old, new, now)
+
+        summary = f"Signs with key {new.public.text} from now on; the one before was {old.text}."
+        return Deed(summary, {"key": new.public.text, "kid": new.public.kid}, write, lambda: self._begin(new, now))
+
+    def turn(self, now: Now) -> None:
+        """Whether the collector knows the new key by now; then the old one is done with. Raises StorageError."""
+        pending = self._store.meta(PENDING, "")
+        if not pending or self._store.pending([int(json.loads(pending)["seq"])]):
+            return
+        try:
+            with self._store.transaction() as tx:
+                tx.set_meta(PENDING, "")
+        except StorageFull:
+            return
+        log.info("the collector knows the new signing key")
+        self._files.forget_old()
+        self._author.live_key = None
+        self._renew()
+
+    def _write(self, tx: Transaction, old: PublicKey, new: SigningKey, now: Now) -> None:
+        author, seq = self._author, tx.chain()[0] + 1
+        evidence = wire.evidence(author.fleet, author.device, author.log_id, seq, old, new)
+        summary = f"The signing key {old.text} is followed by {new.public.text}."
+        author.write(tx, "audit", None, {"event": wire.EVENT, "summary": summary, "evidence": evidence}, now)
+        tx.set_meta(SIGNER, new.public.kid)
+        tx.set_meta(PENDING, json.dumps({"seq": seq, "old": old.kid}))
+
+    def _begin(self, new: SigningKey, now: Now) -> None:
+        self._author.live_key, self._author.key = self._author.key, new
+        try:
+            self._files.promote()
+        except OSError as error:
+            # The store names the new key: the next start goes on from there.
+            log.error("the new key could not be put in place: %s; the next start does it", error)
+        self._say(keys_message(self._author, now))

@@ -1,0 +1,73 @@
+"""What an opening found wrong, kept in the store until it is said in the log: nothing lost goes unmentioned."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+
+import msgspec
+
+from agent.device.storage import ranges
+
+# Names in table meta.
+FINDINGS, LAST, CLEAN, STOP = "findings", "last finding", "clean", "last stop"
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`what` happened, in words for people, and what is missing since.
+
+    `seqs`: messages of log `log` that are gone; `rows`: readings by stream; `tasks`: rows whose results went with them.
+    """
+
+    what: str
+    time: str
+    log: str
+    quarantine: str = ""
+    seqs: list[tuple[int, int]] = []
+    rows: dict[str, list[tuple[int, int]]] = {}
+    tasks: dict[str, list[tuple[int, int]]] = {}
+
+
+class NewLog(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the log `old` cannot go on in this store, and which of its messages the collector has.
+
+    - `acknowledged`: those that it was known to have, as in table meta
+    - up to `common`, those up to `through` but for `missing`
+    Behind `common` the collector's messages are not the ones in this store. `last`: no message
+    of the old log is above it. `done`: the last old seq that was seen to.
+    """
+
+    why: str
+    old: str
+    common: int = 0
+    through: int = 0
+    missing: list[tuple[int, int]] = []
+    acknowledged: str = ""
+    new: str = ""
+    last: int = 0
+    done: int = 0
+
+
+NEW_LOG = "new log"
+_LIST = msgspec.json.Decoder(list[Finding])
+
+
+def read(text: str) -> list[Finding]:
+    return _LIST.decode(text) if text else []
+
+
+def add(db: sqlite3.Connection, finding: Finding) -> None:
+    """Keep it, inside the caller's transaction."""
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (FINDINGS,)).fetchone()
+    put(db, FINDINGS, msgspec.json.encode([*read(row[0] if row else ""), finding]).decode())
+    said = {"time": finding.time, "what": finding.what, "quarantine": finding.quarantine}
+    put(db, LAST, msgspec.json.encode(said).decode())
+
+
+def put(db: sqlite3.Connection, key: str, value: str) -> None:
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+
+def absent(kept: Sequence[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
+    """What of `first` … `last` is not in `kept`, in whatever order and overlap."""
+    return ranges.subtract([(first, last)] if first <= last else [], ranges.unite(kept))

@@ -1,0 +1,40 @@
+"""A store that went back in time without knowing it (its whole folder was restored from a copy) learns it here.
+
+The collector's signed acknowledgement speaks of a message that this store never wrote, or of other bytes than ours:
+then nothing more is sent in this log, and the next opening begins a new one (`relog`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from agent.device.recovery.catchup import UNPROVEN
+from agent.device.recovery.findings import NEW_LOG, NewLog
+from agent.device.storage import retention
+from agent.device.storage.store import Store
+from agent.errors import StorageForked
+from agent.wire.messages import Ack
+
+
+def require_same_history(store: Store, ack: Ack) -> None:
+    """Raises StorageForked where `ack`, which the collector signed for this log, tells of another history than ours."""
+    last = int(store.meta("seq", "0"))
+    if ack.through > last:
+        why = f"The collector has {ack.through} messages of log {ack.log}, this store has written {last}"
+    elif ack.digest and store.digest_of(ack.through) not in (None, ack.digest):
+        why = f"The collector has another message {ack.through} of log {ack.log} than this store"
+    else:
+        return
+    why += ": the store was restored from an old copy, or is used twice."
+    common = min(int(store.meta(UNPROVEN, "") or last), ack.through)
+    plan = NewLog(
+        why=why,
+        old=ack.log,
+        common=common,
+        through=ack.through,
+        missing=list(ack.missing),
+        acknowledged=store.meta(retention.ACKNOWLEDGED, ""),
+    )
+    with store.transaction(vital=True) as tx:
+        tx.set_meta(NEW_LOG, msgspec.json.encode(plan).decode())
+    raise StorageForked(f"{store.path}: {why} It is opened again, with a new log")

@@ -1,0 +1,98 @@
+"""Older stores get today's tables, with a copy of the old one kept until the new one was closed cleanly once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from pathlib import Path
+
+import sqlite_utils
+
+from agent import __version__
+from agent.device.storage import schema
+from agent.errors import StorageError, UsageError
+
+
+def migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Bring the tables of `db`, the file `path`, up to date.
+
+    Raises UsageError for the store of a newer version, StorageError where a migration fails: then the file is as it
+    was, and `db` is closed.
+    """
+    database = sqlite_utils.Database(db, execute_plugins=False)
+    pending = [migration.name for migration in schema.migrations.pending(database)]
+    known = {migration.name for migration in schema.migrations._migrations}
+    unknown = [migration.name for migration in schema.migrations.applied(database) if migration.name not in known]
+    if unknown:
+        raise UsageError(
+            f"{path}: made by a newer version of outstation (it has {', '.join(unknown)}, this is {__version__}); "
+            "install that version again, or give this one a data_dir of its own"
+        )
+    if not pending:
+        return
+    before = _counts(db)
+    if not before:
+        schema.migrations.apply(database)
+        return
+    backup = path.with_name(f"{path.name}.before-{__version__}")
+    _copy(db, backup)
+    try:
+        schema.migrations.apply(database)
+        after = _counts(db)
+        lost = [
+            f"{table} has {after.get(table, 0)} rows instead of {n}"
+            for table, n in before.items()
+            if after.get(table, 0) < n
+        ]
+        if lost:
+            raise sqlite3.IntegrityError("; ".join(lost))
+    except Exception as error:
+        _put_back(db, path, backup)
+        raise StorageError(
+            f"{path}: it could not be changed for version {__version__} ({', '.join(pending)}): {error}. The store is "
+            "as it was before, nothing is lost; go back to the version that made it, and report this"
+        ) from error
+
+
+def drop_backups(folder: Path) -> None:
+    """The copies of before a migration are needed no more."""
+    for path in folder.glob("*.db.before-*"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _counts(db: sqlite3.Connection) -> dict[str, int]:
+    """Rows of every table of ours."""
+    names = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'").fetchall()
+    return {str(name): int(db.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]) for (name,) in names}
+
+
+def _copy(db: sqlite3.Connection, backup: Path) -> None:
+    if backup.exists():
+        # Of a migration that was killed; each step is one transaction, so this is the older of the two.
+        return
+    making = backup.with_name(backup.name + ".new")
+    making.unlink(missing_ok=True)
+    db.execute("VACUUM INTO ?", (str(making),))
+    descriptor = os.open(making, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    making.rename(backup)
+
+
+def _put_back(db: sqlite3.Connection, path: Path, backup: Path) -> None:
+    # With its log emptied into it, nothing of the changed database can come to lie over the copy.
+    with contextlib.suppress(sqlite3.Error):
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    for name in (f"{path.name}-wal", f"{path.name}-shm"):
+        path.with_name(name).unlink(missing_ok=True)
+    backup.rename(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

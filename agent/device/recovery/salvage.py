@@ -1,0 +1,172 @@
+"""A damaged store is set aside whole, and what can be read of it is copied into a new one.
+
+Killed anywhere, it is taken up again at the next opening: the marker file `damaged` stands until the new database,
+built under another name, has taken the old one's place. The damaged files stay in `quarantine/`, the newest two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import sqlite_utils
+
+from agent.device.recovery.copying import Copy
+from agent.device.recovery.readable import Readable
+from agent.device.recovery.watermark import Mark
+from agent.device.storage import schema
+from agent.errors import StorageError
+
+DATABASE, MARKER, QUARANTINE = "outstation.db", "damaged", "quarantine"
+_BUILDING = f"{DATABASE}.salvaged"
+_KEPT = 2
+# Where the tables of page 1 begin; before them are counters that change all the time.
+_HEADER = 100
+
+
+def note_damage(folder: Path, cause: str) -> None:
+    """Say that the database in `folder` is damaged, for the next opening. What cannot be written is found again."""
+    with contextlib.suppress(OSError):
+        _write_marker(folder, {"cause": cause})
+
+
+def cause(folder: Path) -> str | None:
+    """Why the database in `folder` has to be salvaged; None where it need not be, as far as was seen."""
+    text = _marker(folder)
+    return str(text.get("cause", "unknown")) if text is not None else None
+
+
+def salvage(folder: Path, cause: str, mark: Mark | None, first_page: bytes | None) -> None:
+    """Put a sound database in the place of the damaged one. Raises StorageError where not even that is possible."""
+    marker = _marker(folder) or {"cause": cause}
+    if "quarantine" not in marker:
+        numbers = [int(path.name) for path in (folder / QUARANTINE).glob("*") if path.name.isdecimal()]
+        marker["quarantine"] = str(max(numbers, default=0) + 1)
+        _write_marker(folder, marker)
+    place = folder / QUARANTINE / marker["quarantine"]
+    try:
+        if not ((place / DATABASE).exists() and (folder / DATABASE).exists()):
+            _set_aside(folder, place)
+            _build(folder, place, str(marker["cause"]), mark, first_page)
+        (folder / MARKER).unlink()
+        _sync(folder)
+    except (OSError, sqlite3.Error) as error:
+        raise StorageError(
+            f"{folder / DATABASE} is damaged ({marker['cause']}) and nothing can be put in its place: {error}; make "
+            f"room on the disk, or replace it. The damaged files are in {place} or still in {folder}"
+        ) from error
+
+
+def _set_aside(folder: Path, place: Path) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    # An index of the -wal, made again from it; the database goes last, so that a kill here is seen.
+    (folder / f"{DATABASE}-shm").unlink(missing_ok=True)
+    for name in (f"{DATABASE}-wal", DATABASE):
+        if (folder / name).exists():
+            (folder / name).rename(place / name)
+    _sync(place)
+    _sync(folder)
+    older = sorted((p for p in place.parent.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
+    for path in older[:-_KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _build(folder: Path, place: Path, why: str, mark: Mark | None, first_page: bytes | None) -> None:
+    building = folder / _BUILDING
+    for path in (building, folder / f"{_BUILDING}-journal"):
+        path.unlink(missing_ok=True)
+    with contextlib.closing(sqlite3.connect(building, isolation_level=None)) as new:
+        # Nothing here is promised to anybody before it is renamed.
+        new.execute("PRAGMA synchronous=OFF")
+        schema.migrations.apply(sqlite_utils.Database(new, execute_plugins=False))
+        with _source(place, first_page) as old:
+            copy = Copy(Readable(old), new, mark)
+            copy.all()
+        copy.settle(why, f"{QUARANTINE}/{place.name}")
+    descriptor = os.open(building, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    building.rename(folder / DATABASE)
+    _sync(folder)
+
+
+@contextlib.contextmanager
+def _source(place: Path, first_page: bytes | None) -> Iterator[sqlite3.Connection]:
+    """The damaged database to read, with its first page put right where that is known."""
+    path, patched = place / DATABASE, place / "mended.db"
+    try:
+        if first_page is not None and _other_tables(path, first_page):
+            if path.exists():
+                shutil.copyfile(path, patched)
+            _put_first_page(patched, first_page)
+            if (place / f"{DATABASE}-wal").exists():
+                shutil.copyfile(place / f"{DATABASE}-wal", place / "mended.db-wal")
+            path = patched
+        if not path.exists():
+            path.touch()
+        # Read-only, so that what was set aside stays as it is.
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)) as old:
+            old.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+            yield old
+    finally:
+        for rest in (*place.glob("mended.db*"), place / f"{DATABASE}-shm"):
+            rest.unlink(missing_ok=True)
+
+
+def _other_tables(path: Path, first_page: bytes) -> bool:
+    if not path.exists():
+        return True
+    with path.open("rb") as file:
+        page = file.read(len(first_page))
+    fixed = [slice(0, 24), slice(44, 92), slice(_HEADER, None)]
+    return any(page[part] != first_page[part] for part in fixed)
+
+
+def _put_first_page(path: Path, first_page: bytes) -> None:
+    page = bytearray(first_page)
+    path.touch()
+    pages = max(1, -(-path.stat().st_size // len(page)))
+    # Size in pages, with the counter that says it is right; no list of free pages.
+    page[28:32] = pages.to_bytes(4, "big")
+    page[92:96] = page[24:28]
+    page[32:40] = bytes(8)
+    with path.open("r+b") as file:
+        file.write(page)
+
+
+def _marker(folder: Path) -> dict[str, str] | None:
+    try:
+        text = (folder / MARKER).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+    # Torn by the crash it was to survive.
+    return {"cause": "unknown"}
+
+
+def _write_marker(folder: Path, marker: dict[str, str]) -> None:
+    temporary = folder / f"{MARKER}.new"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(marker))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(folder / MARKER)
+    _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

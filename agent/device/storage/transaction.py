@@ -1,0 +1,225 @@
+"""What can be written to the device store, inside one transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agent.device.operating.commandbook import CommandBook
+from agent.device.recovery.watermark import Progress
+from agent.device.storage import schema
+from agent.device.storage.checked import message_crc, whole
+from agent.device.storage.outbox import Outbox
+from agent.device.storage.quota import PAGE, Budget
+from agent.device.storage.rows import Rows, pack
+from agent.device.storage.segments import GIVEN, QUALITIES, Segments
+
+_MOST_CATEGORIES = 0xFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """One message of the outbox."""
+
+    seq: int
+    topic: str
+    payload: bytes
+    jws: str
+    time: str
+    intact: bool = True
+
+    @classmethod
+    def stored(cls, row: tuple[Any, ...]) -> Pending:
+        """From a row of `checked.COLUMNS`; one that is not what was written is empty and not `intact`."""
+        parts = whole(row)
+        return cls(*parts) if parts else cls(int(row[0]), "", b"", "", "", intact=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed:
+    """Chunks that were deleted: rows `first` to `last`."""
+
+    chunks: int
+    first: int
+    last: int
+    bytes: int
+
+
+class Transaction:
+    """What can be written; lives inside `Store.transaction`."""
+
+    def __init__(self, db: sqlite3.Connection, boot: int, budget: Budget) -> None:
+        self._db, self._boot, self._budget = db, boot, budget
+        self.outbox = Outbox(db, budget)
+        self.commands = CommandBook(db)
+        self.progress = Progress()
+        self._chain: tuple[int, str] | None = None
+        self._segments: Segments | None = None
+
+    @property
+    def room(self) -> int:
+        """Bytes that may still be written."""
+        return self._budget.left
+
+    def declare(self, stream: str, fields: str) -> None:
+        self._db.execute(
+            "INSERT INTO streams (name, fields, next_row) VALUES (?, ?, 1) "
+            "ON CONFLICT (name) DO UPDATE SET fields = excluded.fields",
+            (stream, fields),
+        )
+        self.progress.anew = True
+
+    @property
+    def segments(self) -> Segments:
+        """The wall clock's segments of this boot."""
+        if self._segments is None:
+            self._segments = Segments(self._db, self._boot)
+        return self._segments
+
+    def append(self, stream: str, rows: Rows, quality: str, *, segment: int = GIVEN, boot_us: int = 0) -> int:
+        """Add rows to a stream as one chunk; the number of the last one. `segment` whose clock gave the times."""
+        stream_id, first = self._db.execute("SELECT id, next_row FROM streams WHERE name = ?", (stream,)).fetchone()
+        packed = pack(rows)
+        self._budget.spend(len(packed.data) + 100)
+        self._db.execute(
+            schema.ADD_CHUNK,
+            (
+                *(stream_id, first, packed.n, packed.first_t, packed.time_bytes, packed.data, packed.crc),
+                *(self._boot, QUALITIES.index(quality), segment, boot_us),
+            ),
+        )
+        self._db.execute("UPDATE streams SET next_row = ? WHERE id = ?", (first + packed.n, stream_id))
+        self.progress.rows[stream] = int(first) + packed.n
+        return int(first) + packed.n - 1
+
+    def category_codes(self, stream: str, field: str, texts: Sequence[str]) -> list[int]:
+        """The code of each text, new ones given; -1 where 65,535 texts are known and this is another one."""
+        known = {
+            str(value): int(code)
+            for code, value in self._db.execute(
+                "SELECT code, value FROM categories WHERE stream = ? AND field = ?", (stream, field)
+            )
+        }
+        known[""] = 0
+        for text in dict.fromkeys(texts):
+            if text not in known and (code := len(known)) <= _MOST_CATEGORIES:
+                known[text] = code
+                self._budget.spend(len(stream) + len(field) + len(text.encode()) + 8)
+                self._db.execute("INSERT INTO categories VALUES (?, ?, ?, ?)", (stream, field, code, text))
+        return [known.get(text, -1) for text in texts]
+
+    def advance(self, task: str, first: int, last: int) -> None:
+        """Move the cursor of `task` to `last`; `first` is remembered once, as where the task began."""
+        self._db.execute(
+            "INSERT INTO cursors (task, row, first) VALUES (?, ?, ?) "
+            "ON CONFLICT (task) DO UPDATE SET row = excluded.row",
+            (task, last, first),
+        )
+        self.progress.cursors[task] = last
+
+    def keep(self, task: str, name: str, value: bytes) -> None:
+        self._budget.spend(2 * (len(task) + len(name)) + len(value) + 32)
+        self._db.execute("INSERT OR REPLACE INTO state (task, name, value) VALUES (?, ?, ?)", (task, name, value))
+
+    def drop(self, task: str, name: str) -> None:
+        self._db.execute("DELETE FROM state WHERE task = ? AND name = ?", (task, name))
+
+    def set_mark(self, source: str, item: str, position: int) -> None:
+        self._budget.spend(2 * (len(source) + len(item)) + 20)
+        self._db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?, ?)", (source, item, position))
+
+    def drop_mark(self, source: str, item: str) -> None:
+        self._db.execute("DELETE FROM marks WHERE source = ? AND item = ?", (source, item))
+
+    def count(self, name: str, n: int) -> None:
+        if n:
+            self._db.execute(
+                "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n", (name, n)
+            )
+
+    def raise_floor(self, wall_us: int) -> None:
+        """Remember that this time has passed, on the word of someone whose clock is right."""
+        self._db.execute(
+            "INSERT INTO meta VALUES ('time floor', ?) ON CONFLICT (key) DO UPDATE "
+            "SET value = max(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER))",
+            (str(wall_us),),
+        )
+
+    def meta(self, key: str, default: str) -> str:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return default if row is None else str(row[0])
+
+    def drop_meta(self, key: str) -> None:
+        self._db.execute("DELETE FROM meta WHERE key = ?", (key,))
+
+    def cursor(self, task: str) -> int:
+        """The last row that `task` used; 0 before its first batch."""
+        row = self._db.execute("SELECT row FROM cursors WHERE task = ?", (task,)).fetchone()
+        return int(row[0]) if row else 0
+
+    def set_meta(self, key: str, value: str) -> None:
+        self._budget.spend(len(key) + len(value) + 32)
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def chain(self) -> tuple[int, str]:
+        """The last seq given and the digest of its payload; (0, "") in a new log."""
+        if self._chain is None:
+            found = dict(self._db.execute("SELECT key, value FROM meta WHERE key IN ('seq', 'digest')").fetchall())
+            self._chain = int(found.get("seq", "0")), str(found.get("digest", ""))
+        return self._chain
+
+    def enqueue(self, message: Pending, digest: str) -> None:
+        """Add the next message of the log; `digest` is of its payload."""
+        parts = (message.topic.encode(), message.payload, message.jws.encode(), message.time.encode())
+        self._db.execute(
+            "INSERT INTO outbox (seq, topic, payload, jws, time, crc) VALUES (?, ?, ?, ?, ?, ?)",
+            (message.seq, message.topic, message.payload, message.jws, message.time, message_crc(message.seq, *parts)),
+        )
+        self._chain = message.seq, digest
+        self.outbox.added(len(message.payload) + len(message.jws) + len(message.topic))
+
+    def note_alert(self, body: str) -> None:
+        """Keep an alert for local eyes; the newest thousand stay."""
+        self._budget.spend(len(body.encode()))
+        self._db.execute("INSERT INTO alerts (body) VALUES (?)", (body,))
+        self._db.execute("DELETE FROM alerts WHERE rowid <= (SELECT max(rowid) FROM alerts) - 1000")
+
+    def drop_alerts(self) -> bool:
+        """Delete some of the oldest alerts kept for local eyes, but for the newest fifty; whether there were any."""
+        found = self._db.execute(schema.OLD_ALERTS).fetchall()
+        count = self._budget.affords(min(size, PAGE) + 64 for _, size in found)
+        self._db.executemany("DELETE FROM alerts WHERE rowid = ?", ((row,) for row, _ in found[:count]))
+        return count > 0
+
+    def set_aside(self, stream: str, first: int, last: int) -> None:
+        """Move damaged chunks out of the way of every task, bytes kept for a look."""
+        values = {"stream": stream, "first": first, "last": last}
+        for (size,) in self._db.execute(schema.DAMAGED_SIZES, values).fetchall():
+            self._budget.spend(size)
+        self._db.execute(schema.SET_ASIDE, values)
+        self._db.execute(schema.DROP_DAMAGED, values)
+
+    def trim(self, stream: str, used_through: int, before_t: int, limit: int) -> Trimmed | None:
+        """Delete up to `limit` of the oldest chunks with rows up to `used_through` that begin before `before_t`.
+
+        Fewer where that would be too much for one transaction.
+        """
+        values = {"stream": stream, "used": used_through, "before": before_t, "limit": limit}
+        found = self._db.execute(schema.OLDEST, values).fetchall()
+        # A chunk's own page and its index entry; the pages it runs over to are not written.
+        count = self._budget.affords(min(size + 64, PAGE) + 64 for _, _, _, size in found)
+        found = found[:count]
+        if not found:
+            return None
+        self._db.executemany("DELETE FROM chunks WHERE id = ?", ((chunk,) for chunk, *_ in found))
+        return Trimmed(len(found), int(found[0][1]), int(found[-1][2]), sum(int(size) for *_, size in found))
+
+    def finish(self) -> None:
+        self.outbox.finish()
+        if self._chain is not None:
+            self.set_meta("seq", str(self._chain[0]))
+            self.set_meta("digest", self._chain[1])
+            self.progress.chain = self._chain
+        self.progress.anew |= self.commands.counted
