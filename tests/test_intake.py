@@ -352,16 +352,21 @@ def test_a_full_store_refuses_rows_with_the_reason_and_takes_them_again_once_the
         assert station.failures == []
 
 
-def test_lines_refused_by_a_full_store_count_for_a_named_client(tmp_path: Path) -> None:
+def test_a_line_that_a_full_store_refused_is_not_called_safe_when_its_client_comes_back(tmp_path: Path) -> None:
+    """The answer that refused it may have been lost with the connection."""
     with Station(conf(tmp_path), max_size=200 * PAGE) as station:
         columns: dict[str, list[Any]] = {"power": [0] * 500, "count": [0] * 500, "mode": ["on"] * 500}
         with Client(station.socket, name="g") as client:
             while not client.flush().rejected:
                 client.send_columns("machine", columns)
-            through = client.through
-        assert station.store.mark("client", "g") == through
-        with Client(station.socket, name="g") as again:
-            assert again.through == through
+            refused = client.through
+        with station.line() as again:
+            again.send({"client": "g"})
+            assert again.answer()["through"] == refused - 1
+            with station.store.transaction() as tx:
+                tx.trim("machine", station.store.last_row("machine"), 2**62, 100)
+            again.send({"stream": "machine", "columns": columns})
+            assert again.answer() == {"through": refused, "accepted": 500, "rejected": []}
 
 
 def test_on_a_sick_disk_nobody_is_answered_and_nothing_more_is_committed(

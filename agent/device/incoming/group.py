@@ -5,7 +5,6 @@ A commit costs about 28 KB of flash writes whatever it holds, so rows wait for i
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -29,15 +28,11 @@ Stamped = tuple[int, Quality]
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How far a source has got, kept in the same transaction as its rows.
-
-    `counts_refused` where a full store changes nothing about it: the producer was told, and does not come again.
-    """
+    """How far a source has got, kept in the same transaction as its rows: what a full store refused is not counted."""
 
     source: str
     item: str
     position: int
-    counts_refused: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +118,7 @@ class Group:
             with self._store.transaction() as tx:
                 return self._write(tx, shares, now)
         except StorageFull as full:
-            self._count_refused(shares)
             return {producer: _refuse(share, full) for producer, share in shares.items()}
-
-    def _count_refused(self, shares: dict[Hashable, _Share]) -> None:
-        marks = [share.mark for share in shares.values() if share.mark is not None and share.mark.counts_refused]
-        # Intake leaves a little room for this; on a full disk the client finds out when it comes back.
-        with contextlib.suppress(StorageFull), self._store.transaction() as tx:
-            for mark in marks:
-                tx.set_mark(mark.source, mark.item, mark.position)
 
     def _write(self, tx: Transaction, shares: dict[Hashable, _Share], now: Now) -> dict[Hashable, Outcome]:
         by_stream: dict[str, list[tuple[Rows, Stamped]]] = {}

@@ -93,7 +93,7 @@ class Producer:
 
     def _reach(self, line: int) -> None:
         self._lines = line
-        self._group.reach(self, line, Mark(CLIENTS, self.name, line, True) if self.name else None)
+        self._group.reach(self, line, Mark(CLIENTS, self.name, line) if self.name else None)
 
     def _hello(self, line: bytes) -> bool:
         try:
