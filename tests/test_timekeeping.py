@@ -81,6 +81,16 @@ def test_a_clock_that_gains_and_loses_its_time_service_by_the_second_does_not_fi
     assert len(anchors(station)) <= 1 + 1800 / 60
 
 
+def test_a_clock_that_is_set_a_moment_before_it_is_vouched_for_is_believed_at_once(station: Station) -> None:
+    station.machine.quality = "unsynced"
+    turns(station, 10)
+    station.machine.set(3_600_000_000, "unsynced")
+    turns(station, 1, each_s=0.5)
+    station.machine.quality = "synced"
+    turns(station, 1, each_s=0.5)
+    assert [one["quality"] for one in anchors(station)] == ["unsynced", "unsynced", "synced"]
+
+
 def test_a_clock_pulled_to_and_fro_makes_two_segments(station: Station) -> None:
     for second in range(100):
         station.machine.true_us += S

@@ -78,6 +78,7 @@ class Timekeeper:
         self._retry_at = self._alert_at = self._stepped_at = float("-inf")
         self._unsure_since: tuple[str, float] | None = None
         self._step = ""
+        self._vouched = False
 
     def turn(self, now: Now) -> None:
         """Write what is due at `now`. A full store delays it."""
@@ -98,7 +99,7 @@ class Timekeeper:
             return "start"
         if not last.segment.fits(now):
             return "step"
-        if last.quality != now.quality and now.boot_s >= last.at_s + _QUALITY_S:
+        if last.quality != now.quality and (now.boot_s >= last.at_s + _QUALITY_S or self._is_first_word(now)):
             return now.quality
         if now.boot_s >= last.at_s + _DAILY_S:
             return "daily"
@@ -106,6 +107,10 @@ class Timekeeper:
             return "log"
         # The intake met a segment that was over before this loop came round.
         return "segment" if self._store.meta(UNANNOUNCED, "") else None
+
+    def _is_first_word(self, now: Now) -> bool:
+        """The one that dates all rows before it; a clock is often set a moment before it is vouched for."""
+        return now.quality == "synced" and not self._vouched
 
     def _anchor(self, now: Now, why: str) -> None:
         with self._store.transaction() as tx:
@@ -128,6 +133,7 @@ class Timekeeper:
         if step:
             self._note_step(step, now)
         self._last = _Last(segment, now.quality, now.boot_s)
+        self._vouched = self._vouched or now.quality == "synced"
 
     def _note_step(self, step: int, now: Now) -> None:
         log.warning("the clock was set by %+.1f s, to %s", step / 1e6, clock.rfc3339(now.wall_us))
