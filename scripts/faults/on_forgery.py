@@ -97,11 +97,12 @@ def _counted(world: World, before: int) -> None:
     assert _refused(world) > before, "what was refused is not counted"
 
 
-def _told_once(world: World) -> None:
+def _told_once(world: World, source: str = "device") -> None:
     """One alert, however often and in how many rounds: it is cleared after a quiet hour only."""
-    sql = "SELECT count(*) FROM alerts WHERE device = ? AND alert = 'security' AND subject = 'refused'"
-    eventually("a security alert at the collector", lambda: world.fleet.ask(sql, DEVICE)[0][0])
-    assert world.fleet.ask(sql, DEVICE) == [(1,)]
+    where = "device = ? AND alert = 'security' AND subject = 'refused' AND source = ?"
+    sql = f"SELECT count(*) FROM alerts WHERE {where}"
+    eventually(f"a security alert of the {source}", lambda: world.fleet.ask(sql, DEVICE, source)[0][0])
+    assert world.fleet.ask(sql, DEVICE, source) == [(1,)]
 
 
 @fault("ack-forged", means="Acknowledgements of everything, signed by a key that is not the collector's.", sees=_ALERT)
@@ -209,3 +210,4 @@ def flood(world: World, rng: Random) -> None:
     _publish(world, hostile)
     _counted(world, before)
     _told_once(world)
+    _told_once(world, "collector")
