@@ -70,6 +70,29 @@ def test_a_step_of_the_wall_clock_neither_stops_an_interval_nor_makes_it_run_mor
     assert machine.asked <= 12
 
 
+@pytest.mark.parametrize(("back_s", "again"), [(2.0, 0), (HOUR, 0), (4 * HOUR, 1)])
+def test_a_clock_set_back_after_a_nightly_run_repeats_it_only_where_hours_are_missing(
+    back_s: float, again: int
+) -> None:
+    machine = Machine(datetime(2026, 11, 25, 3, 29, tzinfo=VIENNA))
+    task = Cron("30 3 * * *", zone=VIENNA)
+    assert machine.run(task, 120) == ["Wed 11-25 03:30+0100"]
+    machine.step(-back_s)
+    assert len(machine.run(task, 8 * HOUR)) == again
+    machine.run(task, 24 * HOUR)
+    restarted = Cron("30 3 * * *", round(machine.wall.timestamp() * 1e6), VIENNA)
+    machine.step(-back_s)
+    assert len(machine.run(restarted, 60)) == 0
+
+
+def test_a_clock_set_back_lets_a_task_of_every_hour_run_at_the_hours_that_come_again() -> None:
+    machine = Machine(datetime(2026, 11, 25, 3, 29, tzinfo=VIENNA))
+    task = Cron("30 * * * *", zone=VIENNA)
+    assert len(machine.run(task, 120)) == 1
+    machine.step(-HOUR)
+    assert machine.run(task, 2 * HOUR) == ["Wed 11-25 03:30+0100", "Wed 11-25 04:30+0100"]
+
+
 def test_an_interval_that_was_missed_a_thousand_times_is_caught_up_once_and_keeps_its_beat() -> None:
     task, machine = Every(60), Machine()
     machine.run(task, 0)

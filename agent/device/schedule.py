@@ -18,6 +18,7 @@ from agent.errors import ConfigError
 
 _STEP_S = 1.0
 _LONGEST_WAIT_S = 60.0
+_REPEATED_US = 3 * 3600 * 1_000_000
 _TICK = timedelta(microseconds=1)
 # crontab(5) counts from Sunday, APScheduler 3 from Monday: names mean the same to both.
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
@@ -107,8 +108,8 @@ class When:
 class Cron:
     """At the times of a cron expression, in local time or in `zone`, as crontab(5) has them. Raises ValueError.
 
-    Where the clocks go back, a time of a fixed hour comes once. Where they go forward, a time in the gap comes as if
-    they had not.
+    Where the clocks go back, a time of a fixed hour comes once; so it does where a wall clock is set back by less than
+    three hours, as Debian's cron(8) has it. Where they go forward, a time in the gap comes as if they had not.
     """
 
     remembers = True
@@ -137,16 +138,24 @@ class Cron:
 
     def due(self, now: Now, backlog: int) -> bool:
         if self._next is None:
-            # A last run in the future was before a step back, and says nothing.
-            known = self._last is not None and self._last <= now.wall_us
-            self._next = self._after(_moment(self._last if known and self._last is not None else now.wall_us))
+            self._next = self._after(self._begin(now, caught_up=True))
         elif self._stepped_back(now):
-            self._next = self._after(_moment(now.wall_us))
+            self._next = self._after(self._begin(now, caught_up=False))
         self._seen = now
         return self._next is not None and _moment(now.wall_us) >= self._next
 
     def ran(self, now: Now) -> None:
+        self._last = now.wall_us
         self._next = self._after(_moment(now.wall_us) + _TICK)
+
+    def _begin(self, now: Now, *, caught_up: bool) -> datetime:
+        """From where on to look for the next time: what was missed since the last run is `caught_up` with."""
+        if self._last is not None:
+            ahead = self._last - now.wall_us
+            # One far in the future was before a long step back, and says nothing.
+            if (ahead <= 0 and caught_up) or (self._fixed_hour and 0 < ahead < _REPEATED_US):
+                return _moment(self._last) + _TICK
+        return _moment(now.wall_us)
 
     def wait_s(self, now: Now) -> float:
         if self._next is None:
