@@ -100,6 +100,16 @@ class Client:
         plain = {name: list(c) if isinstance(c, Sequence) else c.tolist() for name, c in columns.items()}
         self._send_line(msgspec.json.encode({"stream": stream, "columns": plain}))
 
+    def label(
+        self, task: str, label: str | float, *, row: int | None = None, t: float | None = None, source: str = "human"
+    ) -> None:
+        """What was true of the result of `task` at `row`, or nearest to `t` in epoch seconds.
+
+        `source`, human, model or system, says who tells: the model's own answers are kept out of its metrics.
+        """
+        place = {"row": row} if row is not None else {"t": t}
+        self._send_line(msgspec.json.encode({"labels": task, **place, "label": label, "source": source}))
+
     def flush(self) -> Answer:
         """Wait until all lines are safe; what became of them."""
         while self._safe < self._sent:

@@ -59,15 +59,15 @@ class Now:
 def read(floor_us: int = BUILD_FLOOR_US, seen_us: int = 0) -> Now:
     """Both clocks at one moment.
 
-    Wall time under `floor_us`, the latest time known to have passed, is `unsynced`; so is wall time under `seen_us`,
-    the latest that a time service gave, unless a time service says otherwise now.
+    Wall time under `floor_us`, the latest that the collector gave, or under `seen_us`, the latest that a time service
+    gave, is `unsynced`, unless a time service vouches for it now; under BUILD_FLOOR_US it is whoever vouches for it.
     """
     error = sync_error_us()
     wall, boot_s = _both()
     if error is not None:
         # Asked on both sides of the look at the clock: what was set in between is not vouched for.
         error = sync_error_us()
-    if wall < floor_us or (error is None and wall < seen_us):
+    if wall < BUILD_FLOOR_US or (error is None and wall < max(floor_us, seen_us)):
         return Now(wall, boot_s, "unsynced")
     return Now(wall, boot_s, "restored" if error is None else "synced", error)
 

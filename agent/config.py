@@ -86,6 +86,7 @@ class Buffer(Section, frozen=True):
     commit_every: Duration = Duration(1.0)
     keep_readings: Duration = Duration(24 * 3600.0)
     keep_messages: Duration = Duration(48 * 3600.0)
+    keep_results: Duration = Duration(7 * 86_400.0)
     when_full: Literal["evict", "refuse"] = "evict"
 
 
@@ -116,10 +117,14 @@ class HostSource(Section, frozen=True, tag_field="kind", tag="host"):
 
 
 class Fault(Section, frozen=True):
-    """What a replay does to its recordings from row `from_row` on."""
+    """What a replay does to its recordings from row `from_row` on.
 
-    kind: Literal["gain", "offset", "stuck", "missing"]
-    fields: list[str]
+    `amount` is a factor (gain, scale), what is added (offset), the value (stuck), the limit of sizes (saturate), the sd
+    (noise), the size of steps (quantize), or how high spikes are, one in a hundred rows. swap exchanges two fields.
+    """
+
+    kind: Literal["gain", "offset", "stuck", "missing", "spikes", "saturate", "scale", "swap", "noise", "quantize"]
+    fields: Annotated[list[str], msgspec.Meta(min_length=1)]
     from_row: Annotated[int, msgspec.Meta(ge=1)]
     amount: float = 0.0
 
@@ -145,12 +150,22 @@ class Below(Section, frozen=True):
     below: float
 
 
+class Binned(Section, frozen=True):
+    """A numeric field in bins: below the first of `edges`, between them, from the last one on."""
+
+    field: str
+    edges: Annotated[list[float], msgspec.Meta(min_length=1, max_length=15)]
+
+
 class Task(Section, frozen=True):
     stream: str
     bundle: str
     schedule: str = "every 60 s"
     publish: Literal["all", "changes", "summary"] | Below = "all"
     learn: Annotated[int, msgspec.Meta(ge=20, le=10_000)] = 40
+    learn_for: Duration = Duration(0.0)
+    strata: Literal["auto", "hour", "none"] | None = None
+    slices: Annotated[list[str | Binned], msgspec.Meta(max_length=8)] = []
 
 
 class Config(Section, frozen=True):
@@ -197,6 +212,7 @@ def load(path: Path) -> Config:
         if task.stream not in config.streams:
             hint = suggestion(task.stream, config.streams)
             raise ConfigError(file, f"tasks.{name}.stream", f"there is no stream {task.stream!r}{hint}")
+        _check_slices(file, name, task, config.streams[task.stream])
     return _with_absolute_paths(config, path.resolve().parent)
 
 
@@ -263,7 +279,7 @@ def _check_device(file: str, config: Config) -> None:
             raise ConfigError(file, "intake.tcp", str(problem)) from None
     if config.buffer.max_size < _LEAST_STORE:
         raise ConfigError(file, "buffer.max_size", f"{config.buffer.max_size} bytes hold nothing; give at least 1 MiB")
-    for key in ("keep_readings", "keep_messages"):
+    for key in ("keep_readings", "keep_messages", "keep_results"):
         if not 0.0 <= getattr(config.buffer, key) <= _LONGEST_KEEP_S:
             raise ConfigError(file, f"buffer.{key}", "must be between 0 s and 3650 d")
 
@@ -294,10 +310,35 @@ def _check_stream(file: str, name: str, stream: Stream) -> None:
         raise ConfigError(file, f"streams.{name}.source.every", f"must be at least {_LEAST_EVERY_S * 1000:g} ms")
     if isinstance(stream.source, ReplaySource):
         for fault in stream.source.faults:
+            key = f"streams.{name}.source.faults"
+            if fault.kind == "swap" and len(set(fault.fields)) != 2:
+                raise ConfigError(file, key, f"swap exchanges two fields, not {len(set(fault.fields))}; name two")
+            if fault.kind in ("quantize", "saturate") and not fault.amount > 0:
+                raise ConfigError(file, key, f"{fault.kind} needs an amount above 0")
             for field_name in fault.fields:
                 if field_name not in seen:
                     hint = suggestion(field_name, seen)
-                    raise ConfigError(file, f"streams.{name}.source.faults", f"no field {field_name!r}{hint}")
+                    raise ConfigError(file, key, f"no field {field_name!r}{hint}")
+
+
+def _check_slices(file: str, name: str, task: Task, stream: Stream) -> None:
+    key, kinds, seen = f"tasks.{name}.slices", {f.name: f.type for f in stream.fields}, set()
+    for one in task.slices:
+        field = one if isinstance(one, str) else one.field
+        if field not in kinds:
+            raise ConfigError(file, key, f"stream {task.stream!r} has no field {field!r}{suggestion(field, kinds)}")
+        if field in seen:
+            raise ConfigError(file, key, f"field {field!r} is named twice; remove one")
+        seen.add(field)
+        if isinstance(one, str) and kinds[field] != "category":
+            raise ConfigError(
+                file, key, f"{field!r} is a number; give its bins: {{ field = {field!r}, edges = [0.0] }}"
+            )
+        if not isinstance(one, str):
+            if kinds[field] == "category":
+                raise ConfigError(file, key, f"{field!r} is a category and has no edges; write just {field!r}")
+            if not all(math.isfinite(edge) for edge in one.edges) or one.edges != sorted(set(one.edges)):
+                raise ConfigError(file, key, f"edges of {field!r} must be finite and ascend")
 
 
 def _quantity(text: str, units: dict[str, Any]) -> float:

@@ -1,11 +1,13 @@
-"""JSON that names a key twice in one object: two readers of it may see two different things (RFC 8259 section 4).
+"""JSON that two readers may see differently (RFC 8259 sections 4 and 9), while signatures and digests hold for either.
 
-Decoders take one of the values without a word, and signatures and digests hold for either reading.
+Of a key that is twice in one object decoders take one of the values without a word. How deep they follow differs: some
+end at 64 levels, others at the interpreter's stack.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +18,11 @@ import msgspec
 _SHORT = 16_384
 _FEW = 64
 _SPACE = b" \t\r\n"
+# The least that widespread readers stop at (System.Text.Json).
+_DEEPEST = 64
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
 
 class RepeatedKey(ValueError):
@@ -27,13 +34,15 @@ class RepeatedKey(ValueError):
 
 
 def check_keys(text: bytes) -> None:
-    """Raises RepeatedKey, and ValueError or RecursionError where `text` is no JSON in UTF-8.
+    """Raises RepeatedKey, and ValueError or RecursionError where `text` is nested too deep or no JSON in UTF-8.
 
     `text` is what a decoder took for JSON. The first two looks, at a few percent of a decoder's price, are enough for
     nearly all that is honest.
     """
     if not text.isascii():
         text.decode("utf-8")
+    if _is_deep(text):
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
     first, second = (_comes_back, _all_differ) if len(text) <= _SHORT else (_all_differ, _comes_back)
     if not (first(text) or second(text)):
         _look(text)
@@ -51,6 +60,18 @@ def check_count(text: bytes, kept: int, strings: Iterable[Any] = ()) -> None:
     # Without escapes a string has as many colons as its text.
     if b"\\" in text or colons - sum(s.count(":") for s in strings if isinstance(s, str)) != kept:
         check_keys(text)
+
+
+def _is_deep(text: bytes) -> bool:
+    if text.count(b"[") + text.count(b"{") <= _DEEPEST:
+        return False
+    brackets = _STRING.sub(b"", text).translate(_ONE_KIND, _NO_BRACKETS)
+    for _ in range(_DEEPEST):
+        if not brackets:
+            return False
+        # What holds nothing goes, so that each round takes one level.
+        brackets = brackets.replace(b"[]", b"")
+    return bool(brackets)
 
 
 def _all_differ(text: bytes) -> bool:

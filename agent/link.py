@@ -28,13 +28,15 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from agent import tls
 from agent.config import Broker
 from agent.errors import LinkDown
-from agent.wire.messages import CONTENT_TYPE
+from agent.wire.messages import CONTENT_TYPE, MAX_PAYLOAD
 
 NO_SUBSCRIBERS = 0x10
 QUOTA_EXCEEDED = 0x97
 PACKET_TOO_LARGE = 0x95
 _MAX_WINDOW = 100
 _KEEP_ALIVE_S = 60
+# Of what is sent to us: the longest payload with its signature. A longer packet would be in memory whole.
+_MOST_BYTES = MAX_PAYLOAD + (64 << 10)
 # What paho's parsers raise on bytes that are no MQTT.
 _MALFORMED = (ValueError, LookupError, AssertionError, struct.error, MQTTException)
 
@@ -210,6 +212,7 @@ class Link:
     def _connect(self, broker: Broker, session_expiry_s: int, timeout_s: float) -> None:
         properties = Properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = session_expiry_s
+        properties.MaximumPacketSize = _MOST_BYTES
         try:
             self._client.connect(
                 broker.host,

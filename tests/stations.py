@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import msgspec
 from agent import clock, config
 from agent.config import Config, Field, Stream
 from agent.device.incoming.intake import Intake, Source
+from agent.device.incoming.labels import Asked
 from agent.device.storage.rows import Rows
 from agent.device.storage.store import Store
 
@@ -46,7 +47,12 @@ class Station:
     """Store and running intake of `conf`. Leaving it stops both; `failures` holds what the intake could not survive."""
 
     def __init__(
-        self, conf: Config, *, sources: Callable[[Store], Sequence[Source]] | None = None, **store: Any
+        self,
+        conf: Config,
+        *,
+        sources: Callable[[Store], Sequence[Source]] | None = None,
+        asked: Callable[[], Mapping[str, Asked]] = dict,
+        **store: Any,
     ) -> None:
         self.conf = conf
         self.failures: list[Exception] = []
@@ -54,7 +60,7 @@ class Station:
         self.store = Store(conf.data_dir, **store)
         self.store.declare(conf.streams)
         made = sources(self.store) if sources else []
-        self.intake = Intake(conf, self.store, made, clock.read, self._committed, self.failures.append)
+        self.intake = Intake(conf, self.store, made, clock.read, self._committed, self.failures.append, asked)
         self.socket = conf.data_dir / "intake.sock"
 
     def _committed(self) -> None:

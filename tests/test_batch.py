@@ -553,6 +553,44 @@ def test_rows_that_wait_for_a_window_wait_for_rows_to_come(make: Make) -> None:
     assert device.run() == Done(4, 1, 0)
 
 
+def test_rows_that_were_used_and_deleted_while_a_task_was_away_are_passed_over_and_not_called_damaged(
+    make: Make,
+) -> None:
+    device = make()
+    for _ in range(5):
+        device.feed(CLASSIFY.rows(30))
+    damage(device, 61)
+    assert device.store.take("watch", device.stream.fields, 60, 1) is not None
+    with device.store.transaction() as tx:
+        tx.advance("tiny", 1, 10)
+        # Another task met the damaged chunk, and used the rest.
+        tx.set_aside("watch", 61, 90)
+        assert tx.trim("watch", 120, 2**62, 1000) is not None
+    assert device.store.first_row("watch") == 121
+    done = device.run_all()
+    assert done == [Done(50, 0, 0), Done(30, 0, 1), Done(30, 0, 0), Done(30, 30, 0)]
+    results = device.results()
+    assert [one.rows for one in results] == [(11, 60), (61, 90), (91, 120), (121, 150)]
+    told = [json.loads(m.payload).get("lost", "") for m in device.messages() if isinstance(m.body, Results)]
+    assert ["deleted" in lost for lost in told] == [True, False, True, False]
+    (alert,) = [m.body for m in device.messages() if isinstance(m.body, Alerts)]
+    assert alert.evidence["rows"] == [61, 90]
+    assert len(snapshot(device)["damaged"]) == 1
+
+
+def test_rows_that_went_from_the_front_without_being_deleted_are_called_damaged(make: Make) -> None:
+    device = make()
+    for _ in range(3):
+        device.feed(CLASSIFY.rows(30))
+    with device.store.transaction() as tx:
+        tx.advance("tiny", 1, 10)
+        assert tx.trim("watch", 30, 2**62, 1000) is not None
+    device.store._db.execute("DELETE FROM chunks WHERE first_row = 31")
+    assert device.run_all() == [Done(20, 0, 0), Done(30, 0, 1), Done(30, 30, 0)]
+    (alert,) = [m.body for m in device.messages() if isinstance(m.body, Alerts)]
+    assert (alert.severity, alert.evidence["rows"]) == ("critical", [31, 60])
+
+
 # --- how much at once ---
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from agent.client import Answer, Client
 from agent.device.incoming.group import FULL_ROWS
+from agent.device.storage.store import Store
 from tests.stations import T0, Killable, Station, conf, wait_for
 
 
@@ -231,6 +232,33 @@ def test_an_agent_that_lost_count_is_followed(tmp_path: Path) -> None:
         assert client.through == 3
         assert [msgspec.json.decode(line)["count"] for line in again] == [2]
         client.close()
+
+
+def test_what_was_refused_is_sent_again_where_nobody_read_that_and_told_once_where_somebody_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, limit = [True], Store.limit_bytes
+    monkeypatch.setattr(Store, "limit_bytes", lambda store: 4096 if full[0] else limit(store))
+    with Station(conf(tmp_path)) as station, Client(station.socket, name="g") as client:
+        with monkeypatch.context() as deaf:
+            deaf.setattr(client, "_read", lambda: None)
+            number(client, 1)
+            wait_for(lambda: station.commits > 0, "the first line is refused")
+            full[0] = False
+            number(client, 2)
+        client._socket.close()
+        assert client.flush().rejected == []
+        assert (client.through, counts(station)) == (2, [1, 2])
+        full[0] = True
+        number(client, 3)
+        ((line, reason),) = client.flush().rejected
+        assert (line, "not stored" in reason) == (3, True)
+        full[0] = False
+        for n in range(4, 8):
+            number(client, n)
+        assert client.flush() == Answer(4, [])
+        assert (client.through, counts(station)) == (7, [1, 2, 4, 5, 6, 7])
+        assert station.failures == []
 
 
 def test_two_producers_with_one_name_are_told_apart(tmp_path: Path) -> None:

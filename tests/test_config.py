@@ -244,6 +244,18 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
             "streams.watch.source.faults",
             "no field 'az'; did you mean 'ax'?",
         ),
+        (
+            STREAM
+            + "source = { kind = 'replay', file = 'x', faults = [{ kind = 'swap', fields = ['ax'], from_row = 1 }] }",
+            "streams.watch.source.faults",
+            "swap exchanges two fields, not 1; name two",
+        ),
+        (
+            STREAM + "source = { kind = 'replay', file = 'x', faults = "
+            "[{ kind = 'quantize', fields = ['ax'], from_row = 1 }] }",
+            "streams.watch.source.faults",
+            "quantize needs an amount above 0",
+        ),
         (STREAM + "source = { kind = 'replay', file = 'x', speed = 0 }", "streams.watch.source.speed", "> 0"),
         (STREAM + TASK.replace("watch", "wacth"), "tasks.exercise.stream", "no stream 'wacth'; did you mean 'watch'?"),
         (TASK, "tasks.exercise.stream", "there is no stream 'watch'; there is none"),

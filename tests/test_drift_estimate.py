@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from agent.drift import estimate
 
@@ -48,3 +49,17 @@ def test_the_interval_holds_the_true_accuracy_when_answers_become_less_sure() ->
         assert got is not None
         inside += got["low"] <= (rng.random(50) < right[bins]).mean() <= got["high"]
     assert inside >= 180
+
+
+@pytest.mark.parametrize(("a", "b"), [(6.0, 1.5), (5.0, 1.5), (5.0, 2.0), (8.0, 1.2)])
+def test_it_agrees_with_nannymls_on_calibrated_scores_within_two_thousandths(a: float, b: float) -> None:
+    """NannyML estimates accuracy as the mean of the calibrated scores of what was named, (TP + TN) / n."""
+    rng = np.random.default_rng(1)
+    known, current = rng.beta(6, 1.5, 40_000), rng.beta(a, b, 20_000)
+    edges = np.quantile(known, np.arange(1, 32) / 32)
+    places = np.searchsorted(edges, known, side="right")
+    n = np.bincount(places, minlength=32)
+    correct = np.rint(np.bincount(places, known, 32)).astype(np.int64)
+    found = estimate.cbpe(n, correct, np.bincount(np.searchsorted(edges, current, side="right"), minlength=32))
+    assert found is not None
+    assert found["accuracy"] == pytest.approx(current.mean(), abs=0.002)

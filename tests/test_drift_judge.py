@@ -191,7 +191,8 @@ def test_gain_loss_of_one_field_alarms_that_field_and_says_so(judge: Judge, lear
     raised = [a for a in alerts(verdicts) if a.state == "raised"]
     assert [(a.alert, a.subject, a.severity) for a in raised] == [("drift", "y", "warning")]
     assert raised[0].id == "y/drift/1"
-    assert raised[0].summary.endswith("likely gain loss.")
+    assert "; likely gain loss; the model's expected accuracy " in raised[0].summary
+    assert " windows (since 00:0" in raised[0].summary
     assert raised[0].evidence["ratio"] == pytest.approx(0.6, abs=0.15)
     assert raised[0].evidence["window"] - learned.index < 5
     assert verdicts[-1].summary["features"]["y"]["state"] == "drift"
@@ -206,7 +207,7 @@ def test_an_offset_is_told_in_units_and_reference_sd(judge: Judge, learned: Stat
     assert raised.subject == "z"
     assert raised.summary.startswith("z: mean moved by +0.")
     assert " g (" in raised.summary
-    assert raised.summary.endswith("likely offset or a new position.")
+    assert "; likely offset or a new position" in raised.summary
     assert raised.evidence["shift"] == pytest.approx(0.5, abs=0.12)
 
 
@@ -251,7 +252,7 @@ def test_the_second_alert_of_a_field_has_its_own_id(judge: Judge, learned: State
 def test_a_stuck_sensor_is_a_fault_in_its_first_window_and_never_drift(judge: Judge, learned: State) -> None:
     r = readings(31, 10)
     r.features[:, 2] = r.features[0, 2]
-    before = [learned.cusum.value.tolist()]
+    before = learned.detectors.cusum.value.tolist()
     state, verdicts = feed(judge, learned, r)
     assert [(a.alert, a.subject, a.severity) for a in alerts(verdicts)] == [("fault", "z", "critical")]
     assert alerts(verdicts)[0].evidence["window"] == learned.index
@@ -262,7 +263,7 @@ def test_a_stuck_sensor_is_a_fault_in_its_first_window_and_never_drift(judge: Ju
     )
     assert verdicts[0].summary["features"]["x"]["state"] == "insufficient"
     assert verdicts[0].summary["state"] == "fault"
-    assert [state.cusum.value.tolist()] == before
+    assert state.detectors.cusum.value.tolist() == before
 
 
 def test_a_fault_clears_after_three_windows_without_one(judge: Judge, learned: State) -> None:
@@ -295,6 +296,16 @@ def test_a_site_that_changes_while_learning_is_refused_with_the_reason_and_learn
     assert "y mean" in str(refused[0].refused)
     assert [v.index for v in verdicts if v.learned] == [2 * LEARN]
     assert state.site is not None
+
+
+def test_a_site_that_changes_late_while_learning_is_learned_with_a_warning_that_says_when(judge: Judge) -> None:
+    r = readings(3, LEARN + 1)
+    r.features[30 * WINDOW * ROWS :, 1] += 0.6
+    _, verdicts = feed(judge, judge.start(), r)
+    learned = next(v.learned for v in verdicts if v.learned)
+    assert learned.warning == (
+        "y mean changed from window 31 of 40 on while it was learned; learn it again once it is steady"
+    )
 
 
 def test_one_odd_window_while_learning_does_not_spoil_the_reference(judge: Judge, quiet: Readings) -> None:
@@ -369,8 +380,9 @@ def test_the_state_stays_small(judge: Judge, quiet: Readings) -> None:
     for at in range(60):
         state, _ = feed(judge, state, quiet.windows(at, at + 1))
         sizes.append(len(state.to_bytes()))
-    assert max(sizes) < 24_000
-    assert sizes[-1] == sizes[-10]
+    assert max(sizes) < 16_000
+    assert sizes[-1] < 8_000
+    assert abs(sizes[-1] - sizes[-10]) < 100
 
 
 @pytest.mark.parametrize("data", [b"", b"no state", b"\x81\xa1a\x01"])
@@ -404,9 +416,9 @@ def test_a_verdict_gives_rows_times_and_a_message_in_plain_json(judge: Judge, qu
     assert {v.n for v in verdicts} == {200}
     summary = verdicts[0].summary
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert set(summary) == {"features", "output", "estimate", "state"}
+    assert set(summary) == {"features", "output", "joint", "estimate", "state"}
     assert tuple(summary["features"]) == FIELDS
-    assert summary["features"]["x"]["cusum"] == {"mean": [0.0, 0.0], "spread": [0.0, 0.0]}
+    assert summary["features"]["x"]["cusum"] == {"mean": [0.0, 0.0], "spread": [0.0, 0.0], "limit": None}
     assert summary["features"]["x"]["fault"] is None
     assert summary["output"]["state"] == "insufficient"
     assert summary["estimate"]["low"] <= summary["estimate"]["accuracy"] <= summary["estimate"]["high"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from agent.drift import describe
 from agent.drift import summary as summaries
 from agent.drift.faults import Tail
 from agent.drift.reference import Reference
-from agent.drift.summary import Summary
+from agent.drift.summary import Summary, stacked
+from agent.drift.sums import Sums
 from tests.machine import FIELDS, LABELS, ROWS, readings, reference
 
 
@@ -25,6 +28,10 @@ def shipped() -> Reference:
 
 def of(shipped: Reference, rows: NDArray[np.float64], labels: NDArray[np.int64]) -> Summary:
     return summaries.of(shipped, rows, np.arange(len(labels)) * ROWS, labels, np.linspace(0.4, 1.0, len(labels)))
+
+
+def described(one: Summary, shipped: Reference) -> dict[str, Any]:
+    return describe.features(stacked([one]), shipped)[0]
 
 
 @st.composite
@@ -52,7 +59,7 @@ def test_parts_merged_in_any_order_and_grouping_equal_the_whole(
     parts_together = merged[0]
     rows = np.concatenate([rows for rows, _ in made])
     whole = of(shipped, rows, np.concatenate([labels for _, labels in made]))
-    for member in ("counts", "missing", "outside", "output"):
+    for member in ("counts", "missing", "outside", "output", "pairs"):
         np.testing.assert_array_equal(getattr(parts_together, member), getattr(whole, member))
     origin = shipped.origin[:3]
     ours, theirs = parts_together.rows_of.moments(origin), whole.rows_of.moments(origin)
@@ -101,7 +108,7 @@ def test_a_summary_survives_its_bytes(shipped: Reference) -> None:
     one = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
     again = Summary.from_bytes(one.to_bytes())
     assert again.to_bytes() == one.to_bytes()
-    assert again.describe(shipped) == one.describe(shipped)
+    assert described(again, shipped) == described(one, shipped)
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x00", b"\x80", b"\xc1" * 9])
@@ -137,21 +144,61 @@ def test_rows_of_overlapping_model_windows_are_counted_once(shipped: Reference) 
 
 def test_the_message_has_the_contracts_members_and_stays_small(shipped: Reference) -> None:
     r = readings(5, 1)
-    got = of(shipped, r.features.astype(np.float64), r.labels).describe(shipped)
-    assert set(got) == {"features", "output", "estimate"}
-    assert tuple(got["features"]) == FIELDS
-    feature = got["features"]["x"]
+    one = of(shipped, r.features.astype(np.float64), r.labels)
+    got, output = described(one, shipped), describe.output(one, shipped)
+    assert tuple(got) == FIELDS
+    feature = got["x"]
     assert set(feature) == {"counts", "missing", "below", "above", "mean", "m2", "psi", "js", "ks", "w1"}
     assert len(feature["counts"]) == 32
     assert sum(feature["counts"]) + feature["below"] + feature["above"] == 200
     assert feature["mean"] == pytest.approx(r.features[:, 0].mean(), rel=1e-4)
-    assert sum(got["output"]["counts"].values()) == 10
-    assert set(got["output"]["counts"]) <= set(LABELS)
-    assert len(json.dumps(got)) < 1500
+    assert sum(output["counts"].values()) == 10
+    assert set(output["counts"]) <= set(LABELS)
+    assert len(json.dumps([got, output])) < 1500
+
+
+def test_no_bin_tells_of_fewer_rows_than_privacy_asks_for(shipped: Reference) -> None:
+    one = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
+    for least in (2, 5, 60, 10_000):
+        for field in describe.features(stacked([one]), shipped, least)[0].values():
+            counts = [field["below"], *field["counts"], field["above"]]
+            assert sum(counts) == 200
+            assert all(n == 0 or n >= min(least, 200) for n in counts)
+
+
+def test_answers_named_too_seldom_are_counted_together(shipped: Reference) -> None:
+    one = of(shipped, readings(5, 1).features.astype(np.float64), np.array([0] * 7 + [1] * 2 + [2]))
+    assert describe.output(one, shipped, 3)["counts"] == {"idle": 7, "other": 3}
+    assert describe.output(one, shipped, 5)["counts"] == {"other": 10}
+    assert describe.output(one, shipped)["counts"] == {"idle": 7, "walk": 2, "run": 1}
+
+
+def test_a_stack_is_described_as_its_summaries_are_one_by_one(shipped: Reference) -> None:
+    some = [of(shipped, readings(n, 1).features.astype(np.float64), readings(n, 1).labels) for n in (5, 6, 7)]
+    assert describe.features(stacked(some), shipped) == [described(one, shipped) for one in some]
+
+
+@given(st.sampled_from(["C", "F"]), st.integers(1, 3), st.lists(st.integers(0, 300), max_size=5))
+def test_sums_have_the_same_bits_however_rows_lie_in_memory_and_are_cut(
+    order: Literal["C", "F"], columns: int, cuts: list[int]
+) -> None:
+    rng = np.random.default_rng(columns)
+    values, groups = (
+        rng.normal(size=(300, columns)) * 10.0 ** rng.integers(-6, 6, 300)[:, None],
+        rng.integers(0, 2, 300),
+    )
+    values[::7, 0] = np.nan
+    whole = Sums.zeros(2, columns).add(groups, values)
+    parts = Sums.zeros(2, columns)
+    for begin, end in pairwise([0, *sorted(cuts), 300]):
+        parts = parts.add(groups[begin:end], np.asarray(values[begin:end], order=order))
+    assert parts.total.tobytes() == whole.total.tobytes()
+    assert parts.squares.tobytes() == whole.squares.tobytes()
+    assert parts.n.tolist() == whole.n.tolist()
 
 
 def test_no_reading_is_in_the_message(shipped: Reference) -> None:
     r = readings(5, 1)
-    text = json.dumps(of(shipped, r.features.astype(np.float64), r.labels).describe(shipped))
+    text = json.dumps(described(of(shipped, r.features.astype(np.float64), r.labels), shipped))
     for value in (*r.features.min(0), *r.features.max(0), *r.features[7]):
         assert f"{value:.4g}" not in text

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 
 from agent.errors import Refused, StorageBusy, StorageError, StorageFull, UsageError
 from agent.fleet import store as store_module
+from agent.fleet.audit import audit
 from agent.fleet.ingest import DEFAULT_MAX_EVIDENCE, Arrival, Refusal
 from agent.fleet.store import MAX_MISSING_RANGES, FleetStore
 from agent.wire.messages import Results
 from tests.senders import Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
-TABLES = ("devices", "messages", "logs", "gaps", "results", "drift_windows", "alerts", "quality")
+TABLES = ("devices", "messages", "logs", "gaps", "ends", "results", "drift_windows", "alerts", "quality")
 
 
 @pytest.fixture
@@ -75,6 +76,58 @@ def test_any_order_and_any_repeats_in_any_batches_give_the_same_tables(
         store.close()
     assert seen[0] == seen[1]
     assert [row[2:] for row in seen[0]["gaps"]] == [(3, 3, 1), (5, 6, 1)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(came=st.sets(st.integers(1, 14)), ends=st.lists(st.integers(0, 20), min_size=1, max_size=2), data=st.data())
+def test_what_is_missing_of_a_log_that_ended_is_declared_whenever_the_end_comes(
+    tmp_path_factory: pytest.TempPathFactory, came: set[int], ends: list[int], data: st.DataObject
+) -> None:
+    old = Sender(key=SENDER.key)
+    log = [old.quality() for _ in range(13)] + [old.evicted((3, 3), (12, 13))]
+    arrivals = [Arrival(old.open(log[seq - 1])) for seq in came]
+    for end in ends:
+        new = Sender(key=old.key)
+        evidence = {"old": old.log, "through": end, "reissued": 0}
+        arrivals.append(Arrival(new.open(new.logged("audit", event="new log", summary="", evidence=evidence))))
+    order = data.draw(st.permutations(arrivals))
+    store = FleetStore(tmp_path_factory.mktemp("db") / "fleet.db")
+    enrol(store, old)
+    cut = data.draw(st.integers(0, len(order)))
+    for part in (order[:cut], order[cut:]):
+        store.ingest(part, [], NOW)
+    absent = set(range(1, max(came, default=0))) - came
+    declared = absent & ({3, 12, 13} if 14 in came else set()) | {seq for seq in absent if seq <= max(ends)}
+    gaps = [(gap["from"], gap["to"], gap["declared"]) for gap in store.gaps() if gap["log"] == old.log]
+    audited = [(gap["from"], gap["to"]) for gap in audit(store).gaps if gap["log"] == old.log and not gap["declared"]]
+    told = store.acknowledgement(old.device, old.log).missing if came else []
+    store.close()
+    assert [gap[:2] for gap in gaps if gap[2]] == ranges(declared)
+    assert [gap[:2] for gap in gaps if not gap[2]] == told == audited == ranges(absent - declared)
+
+
+def test_the_end_of_a_log_that_an_older_database_was_told_is_known_after_it_is_opened(store: FleetStore) -> None:
+    old, new = Sender(key=SENDER.key), Sender(key=SENDER.key)
+    enrol(store, old)
+    log = [old.quality() for _ in range(12)]
+    evidence = {"old": old.log, "through": 10, "reissued": 0}
+    add(store, old, log[0])
+    add(store, new, new.logged("audit", event="new log", summary="", evidence=evidence))
+    store.close()
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
+        db.execute("DROP TABLE ends")
+        db.execute("DELETE FROM _sqlite_migrations WHERE name = 'ends_of_logs'")
+        db.execute("INSERT INTO gaps VALUES (?, ?, 2, 7, 0)", (old.device, old.log))
+        db.execute("UPDATE logs SET through = 8 WHERE log = ?", (old.log,))
+    db.close()
+    opened = FleetStore(store.path)
+    add(opened, old, log[11])
+    assert [(gap["from"], gap["to"], gap["declared"]) for gap in opened.gaps()] == [
+        (2, 7, True),
+        (9, 10, True),
+        (11, 11, False),
+    ]
+    opened.close()
 
 
 def ranges(numbers: set[int]) -> list[tuple[int, int]]:

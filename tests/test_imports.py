@@ -27,6 +27,7 @@ FLOORS = {
     "config": 2,
     "wire": 3,
     "drift": 3,
+    "picture": 3,
     "tls": 3,
     "link": 4,
     "model": 4,
@@ -43,6 +44,7 @@ ONLY = {
     "paho": {"agent.link"},
     "ai_edge_litert": {"agent.model.runtime"},
     "tflite_runtime": {"agent.model.runtime"},
+    "resvg_py": {"agent.picture.png"},
 }
 # wire/ and drift/ are pure: these libraries and no other, nothing of the system but for the key files.
 PURE = {"drift": {"msgspec", "numpy"}, "wire": {"cryptography", "msgspec"}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
 import stat
@@ -15,11 +16,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent import clock
 from agent.client import Client
 from agent.config import Field, Stream
 from agent.device.incoming.group import Group, Mark, Outcome
 from agent.device.incoming.intake import Offer
 from agent.device.incoming.parse import MAX_LINE
+from agent.device.incoming.producer import CLIENTS, MOST_CLIENTS
 from agent.device.storage.quota import PAGE
 from agent.device.storage.rows import Raw
 from agent.device.storage.store import Store
@@ -261,6 +264,31 @@ def test_a_named_client_is_told_how_far_it_got_and_its_count_goes_on(station: St
     assert counts(station) == list(range(9))
 
 
+def test_of_many_names_those_that_sent_last_are_known_and_marks_of_files_stay(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.declare({"machine": conf(tmp_path).streams["machine"]})
+    group = Group(store, conf(tmp_path).streams)
+
+    def sent(source: str, item: str, through: int) -> None:
+        group.reach(item, through, Mark(source, item, through, MOST_CLIENTS if source == CLIENTS else None))
+
+    for number in range(5):
+        sent("files:machine", f"{number}.csv", 9)
+    sent(CLIENTS, "gateway", 1)
+    for number in range(MOST_CLIENTS - 1):
+        sent(CLIENTS, f"sensor-{number}", 1)
+    group.commit(clock.read())
+    sent(CLIENTS, "gateway", 2)
+    for number in range(3):
+        sent(CLIENTS, f"another-{number}", 1)
+    group.commit(clock.read())
+    assert store._one("SELECT count(*) FROM marks WHERE source = ?", CLIENTS) == (MOST_CLIENTS,)
+    assert [store.mark(CLIENTS, f"sensor-{number}") for number in range(5)] == [0, 0, 0, 1, 1]
+    assert store.mark(CLIENTS, "gateway") == 2
+    assert [store.mark("files:machine", f"{number}.csv") for number in range(5)] == [9] * 5
+    store.close()
+
+
 def test_what_a_named_client_had_under_way_is_counted_before_it_is_told(tmp_path: Path) -> None:
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as first, station.line() as second:
         first.send({"client": "g"}, *numbers(range(5)))
@@ -367,6 +395,33 @@ def test_a_line_that_a_full_store_refused_is_not_called_safe_when_its_client_com
                 tx.trim("machine", station.store.last_row("machine"), 2**62, 100)
             again.send({"stream": "machine", "columns": columns})
             assert again.answer() == {"through": refused, "accepted": 500, "rejected": []}
+
+
+def test_a_refused_line_and_one_after_it_that_would_fit_are_both_sent_again_where_the_answers_were_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, limit = [True], Store.limit_bytes
+    monkeypatch.setattr(Store, "limit_bytes", lambda store: PAGE if full[0] else limit(store))
+    row = {"stream": "machine", "power": 0, "count": 1, "mode": "on"}
+    with Station(conf(tmp_path)) as station:
+        with station.line() as line:
+            line.send({"client": "g"}, row)
+            wait_for(lambda: station.commits > 0, "the first line is refused")
+            full[0] = False
+            with contextlib.suppress(BrokenPipeError):
+                line.send({**row, "count": 2})
+            answers = line.rest()
+            assert [(one["through"], one["accepted"], len(one["rejected"])) for one in answers] == [
+                (0, 0, 0),
+                (1, 0, 1),
+            ]
+        with station.line() as again:
+            again.send({"client": "g"})
+            assert again.answer()["through"] == 0
+            again.send(row, {**row, "count": 2})
+            assert again.through(2) == {"through": 2, "accepted": 2, "rejected": []}
+        assert counts(station) == [1, 2]
+        assert station.failures == []
 
 
 def test_on_a_sick_disk_nobody_is_answered_and_nothing_more_is_committed(

@@ -92,7 +92,7 @@ def test_counting_finds_the_same(value: Any, escapes: bool, colon: str) -> None:
         b'{"a":1,"\\u0061":2}',
         b'{"a" :1,"a": 2}',
         b'{"x":{"y":[{"a":1},{"a":1,"a":1}]}}',
-        b'{"a":' + b"[" * 900 + b"]" * 900 + b',"a":1}',
+        b'{"a":' + b"[" * 60 + b"]" * 60 + b',"a":1}',
         b'{"a":' + b"9" * 9000 + b',"a":1e999}',
         b'{"' + b"a" * 70_000 + b'":1,"' + b"a" * 70_000 + b'":1}',
         b"{" + b",".join(b'"k%d":0' % i for i in range(9000)) + b',"k77":1}',
@@ -115,3 +115,23 @@ def test_of_any_bytes_nothing_else_is_raised(text: bytes) -> None:
     with contextlib.suppress(ValueError):
         check_keys(text)
         assert finds(text) is False
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]"), ('[{"]":', "}]")])
+def test_what_is_nested_deeper_than_other_readers_follow_is_refused_and_what_is_not_is_taken(
+    opening: str, closing: str
+) -> None:
+    levels = opening.count("[") + opening.count("{")
+
+    def nested(depth: int) -> bytes:
+        return ("[" + (opening * (depth // levels) + "1" + closing * (depth // levels)) + "]").encode()
+
+    check_keys(nested(62))
+    for depth in (64, 66, 1_000, 100_000):
+        with pytest.raises(ValueError, match="nested deeper than 64 levels"):
+            check_keys(nested(depth))
+
+
+def test_many_brackets_side_by_side_or_in_strings_are_not_deep() -> None:
+    check_keys(b"[" + b"[[]]," * 1_000 + b"[]]")
+    check_keys(json.dumps(["[" * 200, '\\"' + "{" * 200]).encode())

@@ -73,6 +73,24 @@ def test_the_window_and_packet_size_the_broker_asks_for_are_known(broker: Mosqui
     link.close()
 
 
+def test_a_retained_message_of_many_megabytes_is_not_sent_to_us_and_what_comes_after_it_is(tmp_path: Path) -> None:
+    with Mosquitto(tmp_path) as broker:
+        writer = Link(settings(broker), "writer")
+        for topic, size in (("a/long", 8 << 20), ("a/longest that verifies", 1 << 20)):
+            writer.send(Outgoing(topic, bytes(size), retain=True))
+        assert all(receipt.taken for receipt in receipts(writer, 2))
+        reader = Link(settings(broker), "reader", subscribe=["a/+"])
+        assert [(one.topic, len(one.payload)) for one in deliveries(reader, 1)] == [
+            ("a/longest that verifies", 1 << 20)
+        ]
+        writer.send(Outgoing("a/long", bytes(8 << 20)))
+        writer.send(Outgoing("a/b", b"x"))
+        assert all(receipt.taken for receipt in receipts(writer, 2))
+        assert [one.topic for one in deliveries(reader, 1)] == ["a/b"]
+        reader.close()
+        writer.close()
+
+
 def test_what_was_not_acknowledged_comes_again_to_the_same_session_and_the_rest_does_not(broker: Mosquitto) -> None:
     first = Link(settings(broker), "reader", subscribe=["a"], session_expiry_s=60)
     writer = Link(settings(broker), "writer")

@@ -212,3 +212,18 @@ def test_a_key_is_needed_to_sign_and_must_be_one(made: Path) -> None:
     assert run("sign", made).exit_code == 2
     assert isinstance(run("sign", made, "--key", made / "MODEL_CARD.md").exception, UsageError)
     assert isinstance(run("keygen", made / "manifest.json").exception, UsageError)
+
+
+def test_a_reference_is_made_for_the_model_of_a_spec_or_of_a_bundle(made: Path, tmp_path: Path) -> None:
+    packed_one = (made / "reference.json").read_bytes()
+    spec = made.parent / "bundle.toml"
+    for source in (("--spec", spec), ("--bundle", made)):
+        out = tmp_path / f"{source[0][2:]}.json"
+        done = run("reference", made.parent / "reference.csv", *source, "-o", out, "--json")
+        assert done.exit_code == 0, done.output
+        document = json.loads(done.output)
+        assert document["windows"] >= 20
+        assert out.read_bytes() == packed_one
+    refused = run("reference", spec, "-o", tmp_path / "none.json").exception
+    assert isinstance(refused, UsageError)
+    assert "give one of --bundle and --spec" in str(refused)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -140,3 +141,13 @@ def test_a_manifest_that_two_readers_read_differently_is_refused_even_when_signe
     path.write_text(text.replace('"fields": [', '"fields": ["x"], "fields": [', 1))
     resign(folder)
     assert "key 'fields' is there twice" in refused(folder)
+
+
+def test_drift_options_are_left_out_of_a_manifest_that_does_not_use_them() -> None:
+    plain = manifest.DriftWindow(window=20)
+    assert msgspec.to_builtins(plain) == {"window": 20}
+    asked = msgspec.convert({"window": 20, "min_count": 10, "strata": "hour"}, manifest.DriftWindow)
+    assert (asked.min_count, asked.strata) == (10, "hour")
+    for wrong in ({"min_count": 1}, {"strata": "week"}):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(wrong, manifest.DriftWindow)

@@ -16,10 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.device.storage.quota import Budget, Quota, Reserve
+from agent.device.storage import retention
+from agent.device.storage.quota import PAGE, Budget, Quota, Reserve
 from agent.device.storage.retention import Acknowledged
 from agent.device.storage.rows import Rows
 from agent.errors import StorageFull
+from agent.wire.messages import encode
 from tests.test_space import Device
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +128,7 @@ def test_a_store_filled_to_the_brim_uses_its_quota_and_still_records_deliveries(
             except StorageFull:
                 full += 1
             mix.weigh()
-        assert store.used_bytes() > 0.9 * store.limit_bytes()
+        assert store.used_bytes() > 0.9 * (store.limit_bytes() - store.quota.kept_back * PAGE)
         mix.ack(60)
         mix.weigh()
         assert store.outbox_size()[0] == 0
@@ -136,6 +138,32 @@ def test_a_store_filled_to_the_brim_uses_its_quota_and_still_records_deliveries(
         mix.device.write("health", 10, size=3000)
     finally:
         mix.close()
+
+
+@pytest.mark.parametrize("padding", [3300, 3600])
+def test_a_store_with_no_page_left_still_records_an_acknowledgement_and_makes_room(
+    tmp_path: Path, padding: int
+) -> None:
+    device = Device(tmp_path, size=4 << 20, when_full="refuse")
+    # So much that the row with the acknowledgement begins a page.
+    for number in range(padding // 900 + 1):
+        with device.store.transaction() as tx:
+            tx.set_meta(f"pad{number}", "p" * min(900, padding - 900 * number))
+    for size, count in ((3000, 20), (300, 1), (10, 1)):
+        with contextlib.suppress(StorageFull):
+            while True:
+                with device.store.transaction() as tx:
+                    for _ in range(count):
+                        device.author.write(tx, "health", None, {"x": "y" * size}, device.now())
+    last = int(device.store.meta("seq", "0"))
+    acknowledgement = encode({"pad": "x" * 300})
+    with device.store.transaction(vital=True) as tx:
+        tx.outbox.set_acknowledged(Acknowledged(last))
+        tx.set_meta(retention.ACKNOWLEDGEMENT, acknowledgement.decode())
+        tx.set_meta(retention.STEPS, "[[1000, 1]]")
+    device.turns(60)
+    device.write("health", 10, size=3000)
+    device.store.close()
 
 
 def test_a_reader_that_never_ends_has_writers_refused_and_the_quota_kept(tmp_path: Path) -> None:
@@ -200,6 +228,7 @@ import sys
 from pathlib import Path
 from agent.device.storage.retention import Acknowledged
 from agent.errors import StorageFull
+from agent.wire.messages import encode
 from tests.test_space import Device
 
 folder = Path(sys.argv[1])
@@ -233,13 +262,90 @@ print(held * 512)
 device.store.close()
 """
 
+_STARTED_ON_A_FULL_DISK = """\
+import sys
+from pathlib import Path
+import numpy as np
+from agent import clock
+from agent.cli import wiring
+from agent.device.storage.retention import Acknowledged
+from agent.device.storage.rows import Rows
+from agent.errors import StorageFull
+from agent.wire import keys
 
-def test_on_a_disk_that_others_filled_deliveries_are_recorded_and_room_is_made(tmp_path: Path) -> None:
+folder = Path(sys.argv[1])
+keys.generate(folder / "device.key")
+(folder / "outstation.toml").write_text('''
+[device]
+id = "pi-07"
+fleet = "acme"
+data_dir = "data"
+[broker]
+url = "mqtt://127.0.0.1:1"
+[collector]
+key = "%s"
+[streams.numbers]
+fields = [ { name = "n", type = "i64" } ]
+''' % keys.generate(folder / "collector.key").public.text)
+file, conf = wiring.load(str(folder / "outstation.toml"))
+
+
+def start():
+    store = wiring.open_store(conf)
+    return store, wiring.daemon(file, conf, store)
+
+
+def feed(store):
+    with store.transaction() as tx:
+        tx.append("numbers", Rows(np.arange(10), (np.arange(10),)), "synced")
+
+
+store, daemon = start()
+daemon.turn(clock.read())
+for _ in range(30):
+    feed(store)
+    daemon._reports.health()
+store.close()
+with open(folder / "ballast", "wb", buffering=0) as ballast:
+    try:
+        while True:
+            ballast.write(b"x" * 4096)
+    except OSError:
+        pass
+for through in (10, 20):
+    store, daemon = start()
+    daemon.turn(clock.read())
+    try:
+        feed(store)
+        raise SystemExit("nothing was refused")
+    except StorageFull:
+        pass
+    with store.transaction(vital=True) as tx:
+        tx.outbox.set_acknowledged(Acknowledged(through))
+    store.close()
+(folder / "ballast").unlink()
+store, daemon = start()
+feed(store)
+print(store.acknowledged().through, store.last_row("numbers"))
+store.close()
+"""
+
+
+def on_a_small_disk(folder: Path, code: str) -> str:
+    """What a program prints whose first argument is a disk of 16 MiB."""
     unshare = shutil.which("unshare")
     script = 'mount -t tmpfs -o size=16m none "$1" && exec "$2" -c "$3" "$1"'
-    command: list[Any] = ["sh", "-c", script, "sh", str(tmp_path), sys.executable, _ON_A_FULL_DISK]
-    if unshare is None or subprocess.run([unshare, "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)]).returncode:
+    command: list[Any] = ["sh", "-c", script, "sh", str(folder), sys.executable, code]
+    if unshare is None or subprocess.run([unshare, "-rm", "mount", "-t", "tmpfs", "none", str(folder)]).returncode:
         pytest.skip("no small disk can be made here")
     done = subprocess.run([unshare, "-rm", *command], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == 2 << 20
+    return done.stdout.strip()
+
+
+def test_on_a_disk_that_others_filled_deliveries_are_recorded_and_room_is_made(tmp_path: Path) -> None:
+    assert int(on_a_small_disk(tmp_path, _ON_A_FULL_DISK)) == 2 << 20
+
+
+def test_a_device_starts_on_a_full_disk_and_records_what_is_acknowledged(tmp_path: Path) -> None:
+    assert on_a_small_disk(tmp_path, _STARTED_ON_A_FULL_DISK) == "20 310"

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agent import clock
 from agent.device.author import Author
 from agent.device.outgoing.acknowledge import Acknowledgements
 from agent.device.outgoing.refusals import Refusals
+from agent.device.recovery.catchup import UNPROVEN
+from agent.device.recovery.findings import NEW_LOG, NewLog
 from agent.device.recovery.settle import settle
 from agent.device.storage.store import Store
-from agent.errors import StorageForked
+from agent.errors import StorageForked, StorageFull
 from agent.fleet.acknowledge import Acknowledger
 from agent.fleet.audit import audit
 from agent.fleet.ingest import Arrival
@@ -247,4 +251,83 @@ def test_a_new_log_that_is_cut_off_in_the_middle_is_finished_and_nothing_is_writ
     assert texts == [f"offline {number}" for number in range(70)]
     assert sorted(said(store)) == list(range(1, len(said(store)) + 1))
     assert audit(collector.store).passed
+    store.close()
+
+
+def test_in_a_store_without_a_free_page_a_new_log_begins_all_the_same(tmp_path: Path) -> None:
+    store, author = opened(tmp_path / "d", max_size=2 << 20)
+    for size in (3000, 300, 10):
+        with contextlib.suppress(StorageFull):
+            while True:
+                with store.transaction() as tx:
+                    author.write(tx, "health", None, {"x": "y" * size}, clock.read())
+    old, waiting = store.log_id, store.waiting().messages
+    plan = NewLog(why="The store was restored from a copy.", old=old, through=10**6)
+    with store.transaction(vital=True) as tx:
+        tx.set_meta(NEW_LOG, msgspec.json.encode(plan).decode())
+    store.close()
+    store, author = opened(tmp_path / "d", max_size=2 << 20)
+    assert store.log_id != old
+    assert store.waiting().messages == waiting + 2
+    store.close()
+
+
+def test_an_acknowledgement_of_the_time_before_the_copy_was_made_proves_nothing_about_what_was_written_since(
+    tmp_path: Path,
+) -> None:
+    for upto, late in ((30, "older than the copy"), (40, "as old as the copy")):
+        live, image = tmp_path / f"live {upto}", tmp_path / f"image {upto}"
+        (tmp_path / f"fleet {upto}").mkdir()
+        own = Collector(tmp_path / f"fleet {upto}")
+        store, author = opened(live)
+        append(store, "numbers", 100)
+        consume(store, author, 20)
+        own.take(store)
+        obey(store, author, own.ack(author.log_id))
+        consume(store, author, upto)
+        own.take(store)
+        stale = own.ack(author.log_id)
+        consume(store, author, 40)
+        log = author.log_id
+        store.close()
+        copied(live, image)
+        store, author = opened(live)
+        consume(store, author, 50)
+        own.take(store)
+        store.close()
+        copied(image, live)
+        store, author = opened(live)
+        for text in ("second life 1", "second life 2"):
+            say(store, author, text)
+        obey(store, author, stale)
+        with pytest.raises(StorageForked):
+            obey(store, author, own.ack(log))
+        store.close()
+        store, author = opened(live)
+        texts = [body.get("summary", "") for body in said(store).values()]
+        assert [text for text in texts if "second" in text] == ["second life 1", "second life 2"], late
+        assert set(own.take(store)) == {"new"}
+        assert audit(own.store).passed
+        store.close()
+        own.store.close()
+
+
+def test_once_a_message_of_this_run_is_acknowledged_a_crash_makes_nothing_of_it_doubtful(
+    tmp_path: Path, collector: Collector
+) -> None:
+    store, author = opened(tmp_path / "live")
+    say(store, author, "one")
+    store.close()
+    store, author = opened(tmp_path / "live")
+    collector.take(store)
+    obey(store, author, collector.ack(author.log_id))
+    assert store.meta(UNPROVEN, "") == "1"
+    say(store, author, "two")
+    collector.take(store)
+    obey(store, author, collector.ack(author.log_id))
+    assert store.meta(UNPROVEN, "") == ""
+    say(store, author, "three")
+    store.close()
+    store, author = opened(tmp_path / "live")
+    assert store.meta(UNPROVEN, "") == "3"
     store.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from agent.device.operating.keyfiles import KeyFiles
 from agent.device.operating.rotation import Rotation, open_keys
 from agent.device.recovery import findings, relog
 from agent.device.storage.retention import Acknowledged
+from agent.device.storage.setaside import declare_damaged
 from agent.device.storage.space import Space
 from agent.device.storage.store import Store
 from agent.errors import UsageError
@@ -449,6 +450,145 @@ def test_a_rotation_that_waits_is_said_again_where_a_new_log_begins(device: Devi
     assert collector.store.active_key(DEVICE).kid == device.author.key.public.kid  # type: ignore[union-attr]
     device.acknowledged()
     assert device.author.live_key is None
+
+
+def spoil(device: Device, seq: int) -> None:
+    """The card changes a byte of a message."""
+    with device.store.transaction():
+        spoiled = "CAST(substr(payload, 1, 100) || '~' || substr(payload, 102) AS BLOB)"
+        device.store._db.execute(f"UPDATE outbox SET payload = {spoiled} WHERE seq = ?", (seq,))
+    assert [message.seq for message in device.store.unsent(0, 1000) if not message.intact] == [seq]
+
+
+def pending_seq(device: Device) -> int:
+    return int(json.loads(device.store.meta(rotation.PENDING, ""))["seq"])
+
+
+@pytest.mark.parametrize("arrived", [False, True], ids=["not sent before", "sent before"])
+@pytest.mark.parametrize("second", [False, True], ids=["first rotation", "second rotation"])
+def test_a_rotation_that_the_card_damages_before_it_is_acknowledged_is_said_again_by_the_old_key(
+    device: Device, collector: Collector, second: bool, arrived: bool
+) -> None:
+    if second:
+        device.rotate()
+        collector._store(device.messages())
+        device.acknowledged()
+    device.write(2)
+    device.rotate()
+    if arrived:
+        collector._store(device.messages())
+    spoil(device, lost := pending_seq(device))
+    declare_damaged(device.store, device.author, [lost], NOW)
+    device.crash()
+    for _ in range(2):
+        device.rotation.turn(NOW)
+    assert pending_seq(device) > lost
+    device.write(2)
+    collector._store(device.messages())
+    collector._store(device.messages())
+    assert refusals(collector) == {}
+    assert security_alerts(collector) == []
+    told = collector.store.acknowledgement(DEVICE, device.store.log_id)
+    assert (told.through, told.missing) == (int(device.store.meta("seq", "")), [])
+    assert audit(collector.store).passed
+    device.acknowledged()
+    assert device.store.meta(rotation.PENDING, "") == ""
+    assert device.rotate(), "and it can be rotated again"
+    collector._store(device.messages())
+    assert (refusals(collector), audit(collector.store).passed) == ({}, True)
+
+
+def test_a_rotation_that_is_damaged_when_a_new_log_begins_is_said_again_there(
+    device: Device, collector: Collector
+) -> None:
+    device.write(2)
+    device.rotate()
+    device.write(2)
+    spoil(device, pending_seq(device))
+    begin_new_log(device, through=0)
+    collector._store(device.messages())
+    assert refusals(collector) == {}
+    assert audit(collector.store).passed
+    assert collector.store.active_key(DEVICE).kid == device.author.key.public.kid  # type: ignore[union-attr]
+
+
+def begin_new_log(device: Device, through: int) -> None:
+    old = device.store.log_id
+    nothing = Acknowledged().to_json()
+    plan = findings.NewLog(why="It went back.", old=old, common=0, through=through, acknowledged=nothing)
+    with device.store.transaction() as tx:
+        tx.set_meta(findings.NEW_LOG, msgspec.json.encode(plan).decode())
+    relog.relog(device.store, device.author, NOW)
+    device.crash()
+
+
+def test_a_rotation_that_the_collector_has_is_taken_again_from_a_new_log(device: Device, collector: Collector) -> None:
+    device.write(2)
+    device.rotate()
+    device.write(2)
+    collector._store(device.messages())
+    keys_before = collector.store.enrolled_keys()
+    begin_new_log(device, through=7)
+    collector._store(device.messages())
+    assert refusals(collector) == {}
+    assert security_alerts(collector) == []
+    told = collector.store.acknowledgement(DEVICE, device.author.log_id)
+    assert (told.through, told.missing) == (len(device.messages()), [])
+    assert collector.store.enrolled_keys() == keys_before
+    report = audit(collector.store)
+    assert report.passed, report.document()
+    collector.store.revoke(DEVICE, device.author.key.public.kid, TIME)
+    assert audit(collector.store).passed
+
+
+def test_the_old_key_alone_cannot_say_again_which_key_followed_it(device: Device, collector: Collector) -> None:
+    device.rotate()
+    collector._store(device.messages())
+    followed = device.author.key.public
+    thief = Sender(key=new_key(1))
+    evidence = wire.evidence(FLEET, DEVICE, thief.log, 1, new_key(1).public, new_key(66))
+    forged = thief.logged("audit", event=wire.EVENT, summary="", evidence={**evidence, "key": followed.text})
+    collector._store([forged.delivery()])
+    other = rotate(Sender(key=new_key(1)), new_key(66))
+    collector._store([other.delivery()])
+    assert refusals(collector) == {"retired key": 2}
+
+
+def test_a_rotation_in_the_place_of_a_message_that_is_stored_lets_no_key_sign(collector: Collector) -> None:
+    sender = Sender(key=new_key(1))
+    collector._store([sender.health().delivery() for _ in range(3)])
+    twin = Sender(key=new_key(1), log=sender.log, seq=1)
+    conflict = rotate(twin, new_key(66))
+    collector._store([conflict.delivery(), twin.health().delivery(), sender.health().delivery()])
+    assert stored(collector) == 4
+    assert refusals(collector) == {"other bytes": 1, "unknown key": 1}
+    assert [kid for kid, *_ in collector.store.enrolled_keys()] == [new_key(1).public.kid]
+    assert audit(collector.store).passed
+
+
+def test_nor_does_one_whose_place_another_message_of_its_batch_takes(collector: Collector) -> None:
+    sender = Sender(key=new_key(1))
+    twin = Sender(key=new_key(1), log=sender.log)
+    conflict = rotate(twin, new_key(66))
+    collector._store([sender.health().delivery(), conflict.delivery(), twin.health().delivery()])
+    assert stored(collector) == 1
+    assert refusals(collector) == {"other bytes": 1, "unknown key": 1}
+    assert audit(collector.store).passed
+
+
+def test_a_key_revoked_between_the_look_at_a_message_and_its_storing_lets_nothing_in(collector: Collector) -> None:
+    sender = Sender(key=new_key(1))
+    collector._store([sender.health().delivery()])
+    verify = collector.verify
+
+    def slowly(batch: Sequence[Delivery]) -> Any:
+        found = verify(batch)
+        collector.store.revoke(DEVICE, None, TIME)
+        return found
+
+    collector.verify = slowly  # type: ignore[method-assign]
+    collector._store([sender.health().delivery(), live_state(new_key(1))])
+    assert (stored(collector), refusals(collector)) == (1, {"revoked key": 2})
 
 
 def test_when_space_runs_short_every_audit_message_goes_before_the_one_that_names_the_new_key(device: Device) -> None:

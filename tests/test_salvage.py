@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agent import clock
 from agent.device.recovery import leaves, salvage, watermark
 from agent.errors import StorageDamaged, StorageError
 from tests.stations import ROOT
@@ -318,6 +319,27 @@ def test_damage_found_while_running_is_salvaged_at_the_next_opening(tmp_path: Pa
     store, _ = opened(tmp_path)
     assert not (tmp_path / "damaged").exists()
     assert alarms(said(store))[-1]["severity"] == "critical"
+    store.close()
+
+
+def test_with_the_cursors_gone_and_an_old_watermark_no_row_whose_results_are_kept_is_run_again(tmp_path: Path) -> None:
+    store, author = filled(tmp_path / "live", messages=0)
+    early = (tmp_path / "live/watermark").read_bytes()
+    for first in range(1, 200, 20):
+        with store.transaction() as tx:
+            tx.advance("judge", first, first + 19)
+            author.write(tx, "results", "judge", {"rows": [first, first + 19]}, clock.read())
+    case = pulled(tmp_path / "live", tmp_path / "case", store, emptied=True)
+    store.close()
+    (case / "watermark").write_bytes(early)
+    with contextlib.closing(sqlite3.connect(case / "outstation.db")) as db:
+        page = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'cursors'").fetchone()[0]
+    data = bytearray((case / "outstation.db").read_bytes())
+    data[(page - 1) * PAGE : page * PAGE] = bytes(PAGE)
+    (case / "outstation.db").write_bytes(data)
+    store, _ = opened(case)
+    assert (store.first_consumed("judge"), store.cursor("judge")) == (1, 200)
+    assert all(not alarm["evidence"]["tasks"] for alarm in alarms(said(store)))
     store.close()
 
 

@@ -14,10 +14,12 @@ from agent import config
 from agent.clock import Now
 from agent.config import Config
 from agent.device.author import Author
-from agent.device.storage import ranges, space
-from agent.device.storage.eviction import NO_ROOM, declare_messages
+from agent.device.storage import labelled, ranges, space
+from agent.device.storage.eviction import DAMAGED, NO_ROOM, declare_messages
+from agent.device.storage.given import Given
 from agent.device.storage.retention import Acknowledged
 from agent.device.storage.rows import Rows
+from agent.device.storage.setaside import declare_damaged
 from agent.device.storage.space import Space
 from agent.device.storage.store import Store
 from agent.wire import jws
@@ -339,6 +341,60 @@ def test_a_declaration_that_was_acknowledged_is_left_alone(make: Make) -> None:
     assert [body.evidence["seq"] for body in device.evictions()] == [[[1, 2]], [[4, 4]]]
 
 
+def flip(device: Device, seq: int, before: str, after: str) -> None:
+    """Bytes of a waiting message's payload go bad on the disk."""
+    changed = "CAST(replace(CAST(payload AS TEXT), ?, ?) AS BLOB)"
+    device.store._db.execute(f"UPDATE outbox SET payload = {changed} WHERE seq = ?", (before, after, seq))
+    assert not device.store.pending([seq])[0].intact
+
+
+def evict(device: Device, seqs: list[tuple[int, int]]) -> None:
+    with device.store.transaction() as tx:
+        tx.outbox.delete([n for first, last in seqs for n in range(first, last + 1)])
+        declare_messages(tx, device.author, device.now(), seqs, NO_ROOM, 10)
+
+
+@pytest.mark.parametrize(("before", "after"), [('"seq":[[2,3]]', '"seq":[[2,7]]'), ('"evidence":{', '"evidence":[')])
+def test_a_declaration_that_the_disk_has_changed_is_not_folded_into_the_next_and_what_it_said_is_said_again(
+    make: Make, before: str, after: str
+) -> None:
+    device = make()
+    device.write("health", 8)
+    evict(device, [(2, 3)])
+    flip(device, 9, before, after)
+    evict(device, [(6, 6)])
+    assert device.store.pending([9]) != []
+    declare_damaged(device.store, device.author, [9], device.now())
+    assert device.store._all("SELECT seq FROM damaged_messages") == [(9,)]
+    assert device.declared() == device.gone() == {2, 3, 6, 9}
+    reasons = [(body.evidence["reason"], body.evidence["seq"]) for body in device.evictions()]
+    assert reasons == [(NO_ROOM, [[6, 6]]), (DAMAGED, [[2, 3], [9, 9]])]
+
+
+def test_a_declaration_that_the_disk_has_changed_waits_to_be_set_aside_however_short_space_is(make: Make) -> None:
+    device = make()
+    device.write("health", 8)
+    evict(device, [(2, 3)])
+    flip(device, 9, '"evidence":{', '"evidence":[')
+    device.write("health", 8)
+    device.fill("audit")
+    device.turns(200)
+    assert 9 in device.kept()
+    assert len(device.gone()) > 10
+    declare_damaged(device.store, device.author, [9], device.now())
+    assert device.declared() == device.gone()
+
+
+def test_what_a_damaged_declaration_said_of_messages_that_were_acknowledged_is_not_said_again(make: Make) -> None:
+    device = make()
+    device.write("health", 8)
+    device.acknowledge(4)
+    evict(device, [(3, 5)])
+    flip(device, 9, '"evidence":{', '"evidence":[')
+    declare_damaged(device.store, device.author, [9], device.now())
+    assert device.declared() == {5, 9}
+
+
 def test_what_is_kept_for_a_while_goes_after_it_and_a_clock_set_far_ahead_deletes_no_message(make: Make) -> None:
     device = make()
     device.write("health", 10, size=10)
@@ -402,3 +458,33 @@ def test_looking_at_the_outbox_costs_the_same_however_much_waits_or_is_kept(make
 
         costs.append(steps(device, look))
     assert costs[1] <= costs[0] + 50
+
+
+def test_results_kept_for_labels_go_before_anything_that_was_not_delivered(make: Make) -> None:
+    device = make()
+    row = np.arange(1, 401, dtype=np.int64)
+    while device.store.used_bytes() < 0.5 * device.store.limit_bytes():
+        given = Given("sha256:a", row, row * 1000, row % 7, np.random.default_rng(0).random(400), None, {})
+        with device.store.transaction() as tx:
+            tx.labels.keep("exercise", given, 1000.0)
+        row = row + 400
+    device.fill()
+    device.turns()
+    assert device.store.used_bytes() < 0.86 * device.store.limit_bytes()
+    assert device.evictions() == []
+    kept = device.store.ask(labelled.span, "exercise")
+    assert kept is None or kept.first > 1
+
+
+def test_results_kept_for_labels_go_after_the_time_the_config_says(make: Make) -> None:
+    device = make()
+    row = np.arange(1, 11, dtype=np.int64)
+    given = Given("sha256:a", row, row * 1000, row % 7, None, None, {})
+    with device.store.transaction() as tx:
+        tx.labels.keep("exercise", given, tx.uptime_s(device.now()))
+    device.boot_s += 6.9 * 86_400
+    device.turns(20)
+    assert device.store.ask(labelled.span, "exercise") is not None
+    device.boot_s += 0.2 * 86_400
+    device.turns(20)
+    assert device.store.ask(labelled.span, "exercise") is None

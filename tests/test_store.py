@@ -103,6 +103,57 @@ def test_what_was_committed_is_there_after_kill_9(tmp_path: Path) -> None:
     assert acknowledged > 20
 
 
+_VISITED = """\
+import sys
+from pathlib import Path
+from tests.test_store import append, numbers, opened
+
+store = opened(Path(sys.argv[1]))
+for first in (1, 101):
+    print(append(store, numbers(first, 100)), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_visitor_who_may_write_takes_nothing_along_when_leaving(tmp_path: Path) -> None:
+    visit = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM chunks').fetchone(); c.close()"
+    )
+    command = [sys.executable, "-c", _VISITED, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "100\n"
+        subprocess.run([sys.executable, "-c", visit, str(tmp_path / "outstation.db")], check=True)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "200\n"
+        process.kill()
+    store = opened(tmp_path)
+    assert values(store) == list(range(1, 201))
+    store.close()
+
+
+def locked(path: Path) -> bool:
+    """Whether any process holds a lock on a file."""
+    return f":{path.stat().st_ino} " in Path("/proc/locks").read_text(encoding="ascii")
+
+
+def test_the_locks_that_keep_other_programs_from_deleting_the_log_stay(tmp_path: Path) -> None:
+    for _ in range(2):
+        store = opened(tmp_path)
+        for first in range(1, 2000, 100):
+            assert locked(store.path)
+            assert locked(store.path.with_name("outstation.db-shm"))
+            append(store, numbers(store.last_row("numbers") + 1, 100))
+            assert store.take("numbers", NUMBERS.fields, first - 1, 10)
+        store.used_bytes()
+        store.limit_bytes()
+        assert locked(store.path)
+        assert locked(store.path.with_name("outstation.db-shm"))
+        store.close()
+
+
 def test_a_transaction_that_raises_leaves_nothing_behind(tmp_path: Path) -> None:
     store = opened(tmp_path)
     with pytest.raises(RuntimeError), store.transaction() as tx:  # noqa: PT012

@@ -239,16 +239,57 @@ def test_a_lie_of_two_years_leaves_the_right_time_synced_once_a_time_service_say
     assert clock_of(station.store)().quality == "restored"
 
 
-def test_a_time_before_the_collectors_is_unsynced_whoever_vouches_for_it(
+def test_a_time_before_the_collectors_is_unsynced_unless_a_time_service_vouches_for_it(
     station: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with station.store.transaction() as tx:
         tx.raise_floor(TRUE_START_US)
-    reading(monkeypatch, TRUE_START_US - 1, 10)
+    reading(monkeypatch, TRUE_START_US - 1, None)
     assert clock_of(station.store)().quality == "unsynced"
-    reading(monkeypatch, TRUE_START_US, 10)
+    reading(monkeypatch, TRUE_START_US - 1, 10)
     assert clock_of(station.store)().quality == "synced"
     assert int(station.store.meta(FLOOR, "0")) == TRUE_START_US
+
+
+def test_a_time_before_the_program_was_built_is_unsynced_whoever_vouches_for_it(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wall_us in (0, clock.BUILD_FLOOR_US - 1):
+        reading(monkeypatch, wall_us, 10)
+        assert clock_of(station.store)().quality == "unsynced"
+
+
+def test_a_collector_ten_years_ahead_does_no_harm_once_a_time_service_vouches_for_the_clock(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    station.machine.quality = "restored"
+    turns(station, 60)
+    with station.store.transaction() as tx:
+        tx.raise_floor(TRUE_START_US + 3650 * DAY)
+    reading(monkeypatch, round(station.machine.true_us), None)
+    assert clock_of(station.store)().quality == "unsynced"
+    station.machine.quality = "unsynced"
+    turns(station, 70)
+    reading(monkeypatch, round(station.machine.true_us), 10)
+    assert clock_of(station.store)().quality == "synced"
+    station.machine.sync(0)
+    turns(station, 10)
+    [(state, summary)] = alerts(station)
+    assert (state, "The collector said" in summary) == ("raised", True)
+    turns(station, 900)
+    assert [state for state, _ in alerts(station)] == ["raised", "cleared"]
+    # The time service falls silent again, and the floor is no longer in the way.
+    reading(monkeypatch, round(station.machine.true_us), None)
+    assert clock_of(station.store)().quality == "restored"
+
+
+def test_a_floor_less_than_a_day_ahead_of_a_clock_that_is_vouched_for_stays(station: Station) -> None:
+    with station.store.transaction() as tx:
+        tx.raise_floor(TRUE_START_US + HOUR)
+    station.machine.sync(0)
+    turns(station, 60)
+    assert int(station.store.meta(FLOOR, "0")) == TRUE_START_US + HOUR
+    assert alerts(station) == []
 
 
 def test_a_collector_a_day_ahead_of_a_clock_that_is_vouched_for_raises_no_floor() -> None:

@@ -19,8 +19,11 @@ _COMMANDS = {
     "run": "agent.cli.run:run",
     "batch": "agent.cli.run:batch",
     "ingest": "agent.cli.ingest:ingest",
+    "label": "agent.cli.label:label",
     "status": "agent.cli.status:status",
+    "drift": "agent.cli.drift:drift",
     "model": "agent.cli.model:model",
+    "reference": "agent.cli.reference:reference",
     "fleet": "agent.cli.fleet:fleet",
 }
 

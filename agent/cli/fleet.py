@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.fleet_command import command, revoke
+from agent.cli.fleet_drift import drift
+from agent.cli.fleet_label import label
 from agent.cli.output import emit, json_option, table
 from agent.config import Broker, check_broker
 from agent.errors import ConfigError, UsageError
@@ -41,7 +43,9 @@ def fleet() -> None:
 
 
 fleet.add_command(command)
+fleet.add_command(drift)
 fleet.add_command(revoke)
+fleet.add_command(label)
 
 
 @fleet.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")
@@ -158,7 +162,7 @@ def collect(db: str | None, folder: str | None) -> None:
 @json_option
 def devices(db: str | None, folder: str | None, as_json: bool) -> None:
     """The enrolled devices and what was heard of them."""
-    config, store = _reading(folder, db)
+    config, store = reading(folder, db)
     rows = [
         {
             "device": known["device"],
@@ -189,7 +193,7 @@ def devices(db: str | None, folder: str | None, as_json: bool) -> None:
 @json_option
 def alerts(closed: bool, device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Open alerts, oldest first."""
-    _, store = _reading(folder, db, device)
+    _, store = reading(folder, db, device)
     rows = store.alerts(device, closed=closed)
     columns = ["time", "device", "task", "state", "severity", "alert", "summary"]
     cells = [[row[name] or "" for name in columns] for row in rows]
@@ -203,7 +207,7 @@ def alerts(closed: bool, device: str | None, db: str | None, folder: str | None,
 @json_option
 def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Messages that are missing, and those that a device declared as evicted."""
-    _, store = _reading(folder, db, device)
+    _, store = reading(folder, db, device)
     rows = store.gaps(device)
     columns = ["device", "log", "from", "to", "declared"]
     cells = [[*(row[name] for name in columns[:4]), "evicted" if row["declared"] else "missing"] for row in rows]
@@ -219,8 +223,8 @@ def audit(device: str | None, db: str | None, folder: str | None, as_json: bool)
     """Verify every stored message again: signatures, chain, gaps, coverage. Exit 1 if anything is wrong."""
     from agent.fleet.audit import audit as run_audit
 
-    _, store = _reading(folder, db, device)
-    with _progress("auditing", store.count_messages(device)) as advance:
+    _, store = reading(folder, db, device)
+    with progress("auditing", store.count_messages(device)) as advance:
         report = run_audit(store, device, advance).document()
     emit(report, as_json, lambda: _say(*_verdict(report)))
     if not report["passed"]:
@@ -238,7 +242,7 @@ def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) 
     from agent.fleet.screen import show_lines, show_table
     from agent.fleet.watch import Watcher, connect, deliveries
 
-    config, store = _reading(folder, db)
+    config, store = reading(folder, db)
     name, broker = config.fleet.name, config.broker_as(config.operator)
     keyring = Keyring(store, {"collector": keys.load_private(Path(config.collector.key_file)).public})
     client = f"outstation-{name}-watch-{os.getpid()}"
@@ -250,7 +254,7 @@ def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) 
         )
 
 
-def _reading(folder: str | None, db: str | None, device: str | None = None) -> tuple[FleetConfig, FleetStore]:
+def reading(folder: str | None, db: str | None, device: str | None = None) -> tuple[FleetConfig, FleetStore]:
     """The config, and the database open for reading until the command ends. Raises UsageError for an unknown device."""
     from agent.fleet.store import FleetStore
 
@@ -286,7 +290,7 @@ def _verdict(report: dict[str, Any]) -> Iterable[str]:
 
 
 @contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr where work takes over a second and somebody looks; it is told how much was done."""
     if total < 5000 or not sys.stderr.isatty():
         yield lambda _: None

@@ -17,6 +17,8 @@ from agent.wire.keys import PublicKey
 if TYPE_CHECKING:
     from agent.drift.reference import Reference
     from agent.model.bundle import Bundle
+    from agent.model.manifest import Manifest
+    from agent.model.runtime import Model
 
 _path = click.Path(path_type=Path)
 
@@ -60,6 +62,51 @@ def pack(spec: Path, out: Path, key_file: Path | None, as_json: bool) -> None:
         as_json,
         lambda: click.echo("\n".join([f"{out} {packed.digest}", *(f"warning: {w}" for w in packed.warnings)])),
     )
+
+
+@model.command("reference", epilog="Example: outstation model reference quiet.npz --spec bundle.toml -o reference.json")
+@click.argument("data", type=_path)
+@click.option("--bundle", type=_path, help="For the model of this bundle.")
+@click.option("--spec", type=_path, help="For the model that this SPEC names.")
+@click.option("-o", "--out", required=True, type=_path, help="The file to write.")
+@click.option(
+    "--held-out", is_flag=True, help="The model was not trained on DATA: its labels tell how good scores are."
+)
+@json_option
+def make_reference(
+    data: Path, bundle: Path | None, spec: Path | None, out: Path, held_out: bool, as_json: bool
+) -> None:
+    """Make a drift reference from DATA in which nothing drifts, in the order it was recorded."""
+    from agent.model import pack as packing
+
+    if (bundle is None) == (spec is None):
+        raise UsageError("give one of --bundle and --spec: a reference is made for a model")
+    made = packing.reference_of(data, *_model_of(bundle, spec), held_out=held_out)
+    try:
+        out.write_bytes(made.to_json())
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
+    document = {"file": str(out), "digest": made.digest, "windows": made.drift_windows, "warning": made.warning}
+    warning = f"\nwarning: {made.warning}" if made.warning else ""
+    emit(document, as_json, lambda: click.echo(f"{out} {made.digest}, {made.drift_windows} drift windows{warning}"))
+
+
+def _model_of(bundle: Path | None, spec: Path | None) -> tuple[Model, Manifest]:
+    from agent.model import bundle as bundles
+    from agent.model import probe, runtime
+    from agent.model import spec as specs
+
+    if bundle is not None:
+        found = bundles.read(bundle, None)
+        probe.probe(found).require()
+        return runtime.Model(found.model), found.manifest
+    assert spec is not None
+    wanted = specs.read(spec)
+    file = spec.parent / wanted.model
+    try:
+        return runtime.Model(file.read_bytes()), specs.to_manifest(spec, wanted, {})
+    except OSError as error:
+        raise UsageError(f"{file}: {error.strerror}") from None
 
 
 @model.command(epilog="Example: outstation model sign exercise --key publisher.key")

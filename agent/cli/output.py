@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
+from agent.errors import UsageError
+
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else there.")
 config_option = click.option(
     "-c", "--config", "config_file", metavar="FILE", help="Config file; default $OUTSTATION_CONFIG, ./outstation.toml."
 )
+
+plot_option = click.option(
+    "--plot", metavar="FILE", type=click.Path(path_type=Path), help="Draw it into FILE, .svg or .png."
+)
+dark_option = click.option("--dark", is_flag=True, help="With --plot: for a dark screen.")
 
 
 def emit(document: object, as_json: bool, human: Callable[[], None]) -> None:
@@ -34,3 +42,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> 
         parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
         text = "  ".join(parts).rstrip()
         click.echo(click.style(text, bold=True) if number == 0 else text)
+
+
+def require_drawable(file: Path | None) -> None:
+    """Raises UsageError for a file that is neither, before work is done."""
+    if file is not None and file.suffix not in (".svg", ".png"):
+        raise UsageError(f"--plot {file}: name a file that ends in .svg or .png")

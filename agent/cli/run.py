@@ -14,7 +14,8 @@ from agent.cli import operating, wiring
 from agent.cli.output import config_option, emit, json_option, table
 from agent.config import Config
 from agent.device import batch as batches
-from agent.device.operating import wipe
+from agent.device import behind, quality
+from agent.device.operating import references, wipe
 from agent.device.timekeeping import Timekeeper, clock_of
 from agent.errors import ConfigError, StorageForked
 from agent.toml import suggestion
@@ -83,10 +84,13 @@ def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
         for name in [task] if task else list(conf.tasks):
             loaded = wiring.load_task(file, conf, store, name)
             total = {"rows": 0, "windows": 0, "alerts": 0}
+            references.take_up(loaded, store, writer, now())
+            total["alerts"] += behind.go_on(loaded, store, writer, now())
             while (step := batches.run(loaded, store, writer, now())) is not None:
                 total["rows"] += step.rows
                 total["windows"] += step.windows
                 total["alerts"] += step.alerts
+            total["alerts"] += quality.turn(loaded, store, writer, now(), float(conf.buffer.keep_results))
             done.append({"task": name, **total})
     finally:
         store.close()

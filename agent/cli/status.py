@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ from agent import clock
 from agent.cli import operating, wiring
 from agent.cli.output import config_option, emit, json_option, table
 from agent.config import Config
+from agent.device import quality
 from agent.device.operating import overrides, wipe
 from agent.device.recovery.condition import condition
 from agent.device.storage import space
@@ -74,8 +76,26 @@ def _task(conf: Config, store: Store, name: str) -> dict[str, Any]:
         "windows": store.counters().get(f"windows.{name}", 0),
         "bundle": f"{manifest.name} {manifest.version}",
         "site_reference": store.state(name, "site reference") is not None,
+        "quality": _quality(store, name),
         **overrides.shown(store, name),
     }
+
+
+def _quality(store: Store, task: str) -> dict[str, Any] | None:
+    """What the newest labels say, as the last `quality` message did; None before the first."""
+    kept = store.state(task, quality.SHOWN)
+    found: dict[str, Any] | None = json.loads(kept) if kept else None
+    return found
+
+
+def _by_labels(task: dict[str, Any]) -> str:
+    """The metric that matters most, with its interval; "" where no labels came."""
+    found = (task["quality"] or {}).get("metrics", [])
+    for one in found[:1]:
+        name = {"mae": "error", "auc": "AUC"}.get(one["metric"], one["metric"])
+        span = "" if one["low"] is None else f" ({one['low']:.3g} to {one['high']:.3g})"
+        return f"{name} {one['value']:.3g}{span} of {one['n']}" if one["value"] is not None else ""
+    return ""
 
 
 def _room(conf: Config, store: Store) -> dict[str, Any]:
@@ -107,12 +127,13 @@ def _print(document: dict[str, Any]) -> None:
     if shown := _condition(document["condition"]):
         click.echo(f"{shown}\n")
     table(
-        ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference"],
+        ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference", "by labels"],
         [
             [
                 *(t["task"], _bundle_cell(t), "paused" if t.get("paused") else t["schedule"]),
                 *(t[name] for name in ("row", "backlog", "windows")),
                 "site's own" if t["site_reference"] else "shipped",
+                _by_labels(t) or "none yet",
             ]
             for t in document["tasks"]
         ],

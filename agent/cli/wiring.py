@@ -11,6 +11,7 @@ from agent import clock, config
 from agent.cli import operating
 from agent.clock import Now
 from agent.config import Config, FilesSource, HostSource, ReplaySource
+from agent.device import quality
 from agent.device.author import Author
 from agent.device.batch import Task
 from agent.device.daemon import LAST_RUN, Daemon
@@ -110,6 +111,9 @@ def load_task(file: Path, conf: Config, store: Store | None, name: str, path: Pa
             labels=manifest.output.labels,
             window=manifest.drift.window,
             learn=task.learn,
+            learn_s=float(task.learn_for),
+            strata=task.strata or manifest.drift.strata or "auto",
+            least=manifest.drift.min_count or 0,
             units=manifest.input.units,
         )
     state = judge.start() if judge else None
@@ -120,7 +124,8 @@ def load_task(file: Path, conf: Config, store: Store | None, name: str, path: Pa
         except ValueError:
             # Made by another bundle: its site reference says nothing about this one.
             state = judge.start()
-    return Task(name, task, stream, active.bundle, active.model, judge, state, config.digest(conf))
+    digest, keeps = config.digest(conf), conf.buffer.keep_results > 0
+    return Task(name, task, stream, active.bundle, active.model, judge, state, digest, keeps)
 
 
 def planned(file: Path, conf: Config, store: Store) -> tuple[list[Planned], list[Broken]]:
@@ -177,7 +182,7 @@ def daemon(file: Path, conf: Config, store: Store, *, now: Callable[[], Now] | N
     own = sources(file, conf, store)
 
     def make_intake(committed: Callable[[], None], failed: Callable[[Exception], None]) -> Intake:
-        return Intake(conf, store, own, now, committed, failed)
+        return Intake(conf, store, own, now, committed, failed, lambda: quality.asked([one.task for one in tasks]))
 
     def make_uplink(failed: Callable[[Exception], None]) -> Uplink:
         return Uplink(conf, store, writer, collector, now, failed, commands=commands, **uplink)

@@ -4,6 +4,7 @@ incoming/   sockets and sources to rows, one commit for all        batch        
 storage/    the store: tables, transactions, quota, what goes      schedule     when a task is due
 recovery/   a store that is damaged, behind, older or restored     author       seq, prev and signature of each message
 outgoing/   the outbox over one connection, acknowledgements       reports      health, events, broken bundles
-operating/  what operators may do: commands, keys, wipe            timekeeping  segments and anchors of the wall clock
-notify      systemd                                                daemon       the loop around all of it
+operating/  what operators may do: commands, keys, wipe            quality      labels joined, and what they say
+notify      systemd                                                timekeeping  segments and anchors of the wall clock
+                                                                   daemon       the loop around all of it
 """

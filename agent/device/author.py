@@ -32,15 +32,23 @@ class Author:
     max_bytes: int
     live_key: SigningKey | None = None
 
-    def write(self, tx: Transaction, kind: str, task: str | None, body: Mapping[str, Any], now: Now) -> int:
-        """Enqueue one logged message; its seq."""
+    def write(
+        self,
+        tx: Transaction,
+        kind: str,
+        task: str | None,
+        body: Mapping[str, Any],
+        now: Now,
+        key: SigningKey | None = None,
+    ) -> int:
+        """Enqueue one logged message, signed by `key` where it is not the log's; its seq."""
         seq, prev = tx.chain()
         topic = str(Topic(self.fleet, self.device, kind, (task or DEVICE_ALERTS) if kind in PER_TASK else None))
         time = clock.rfc3339(now.wall_us)
         head = {"v": 1, "kind": kind, "device": self.device, "log": self.log_id, "seq": seq + 1, "prev": prev}
         stamp = {"boot": self.boot, "time": time, "clock": now.quality}
         payload = messages.encode({**head, **stamp, **({"task": task} if task else {}), **body})
-        token = jws.sign(self.key, topic, payload)
+        token = jws.sign(key or self.key, topic, payload)
         tx.enqueue(Pending(seq + 1, topic, payload, token, time), messages.digest(payload))
         tx.count(f"messages.{kind}", 1)
         if kind == "alerts":

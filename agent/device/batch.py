@@ -14,11 +14,14 @@ from agent import __version__, clock, config
 from agent.clock import Now
 from agent.config import Stream
 from agent.device.author import Author
+from agent.device.storage.given import Given
 from agent.device.storage.rows import Rows
 from agent.device.storage.segments import Stamp, within
 from agent.device.storage.store import Batch, Store
 from agent.device.storage.transaction import Transaction
-from agent.drift.judge import Judge, State, Verdict
+from agent.drift import slices
+from agent.drift.judge import Judge
+from agent.drift.state import State, Verdict
 from agent.model import features, runtime, scores
 from agent.model.bundle import Bundle
 from agent.model.features import Cut
@@ -43,6 +46,7 @@ class Task:
     judge: Judge | None
     drift: State | None
     config_digest: str
+    keep_results: bool = True
     columns: list[int] = field(init=False)
     last_label: str = ""
 
@@ -110,6 +114,7 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
     outputs = task.model.invoke(windows)
     found = scores.of(outputs, task.bundle.manifest, windows)
     judged = _judge(task, batch, cut, matrix, found, outputs)
+    given = _given(task, store, batch, cut, found)
     with store.transaction() as tx:
         tx.advance(task.name, batch.first, batch.first + cut.consumed - 1)
         if judged.state is not None:
@@ -118,6 +123,8 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
             author.write(tx, "results", task.name, body, now)
         for verdict in judged.verdicts:
             _report(task, author, tx, verdict, now)
+        if given is not None:
+            tx.labels.keep(task.name, given, tx.uptime_s(now))
         tx.count(f"windows.{task.name}", len(cut.starts))
     task.drift = judged.state
     if found.label is not None and len(found):
@@ -137,7 +144,8 @@ def _judge(
     if task.judge is None or task.drift is None:
         return _Judged(None, [])
     labels = found.label if found.label is not None else np.zeros(len(cut.starts), np.int64)
-    certainty = None if found.score is None else found.score[:, None].astype(np.float32)
+    told = found.value if found.score is None else found.score
+    certainty = None if told is None else told[:, None].astype(np.float32)
     state, verdicts = task.judge.step(
         task.drift,
         matrix,
@@ -184,6 +192,27 @@ def _results(
         first_row, done = through, stop
         if done == count:
             return
+
+
+def _given(task: Task, store: Store, batch: Batch, cut: Cut, found: Scores) -> Given | None:
+    """The results as they are kept for labels; None where there are none, or none are kept."""
+    if not len(found) or not task.keep_results:
+        return None
+    ends = cut.starts + task.window_rows - 1
+    names, said = [f.name for f in task.stream.fields], found.label
+    threshold = task.bundle.manifest.output.threshold
+    if said is None and found.value is not None and threshold is not None:
+        said = (found.value > threshold).astype(np.int64)
+    told: dict[str, list[str]] = {}
+    for one in task.config.slices:
+        name = one if isinstance(one, str) else one.field
+        column = batch.rows.columns[names.index(name)][ends]
+        if isinstance(one, str):
+            texts = store.categories(task.config.stream, name)
+            told[name] = [texts[code] or slices.MISSING for code in column.tolist()]
+        else:
+            told[name] = slices.binned(column.astype(np.float64), one.edges)
+    return Given(task.bundle.digest, ends + batch.first, batch.rows.t[ends], said, found.score, found.value, told)
 
 
 def _clocks(stamps: Sequence[Stamp], author: Author, announced: tuple[int, int]) -> dict[str, Any]:
@@ -234,20 +263,13 @@ def _report(task: Task, author: Author, tx: Transaction, verdict: Verdict, now: 
     head = {"model": task.reference, "reference": {"shipped": shipped, "site": verdict.site}, "window": window}
     seq = author.write(tx, "drift", task.name, {**head, **verdict.summary}, now)
     for alert in verdict.alerts:
-        body = {
-            "alert": alert.alert,
-            "subject": alert.subject,
-            "state": alert.state,
-            "severity": alert.severity,
-            "id": f"{task.name}/{alert.id}",
-            "summary": alert.summary,
-            "evidence": {"seq": seq, **alert.evidence},
-        }
-        author.write(tx, "alerts", task.name, body, now)
+        author.write(tx, "alerts", task.name, alert.body(task.name, seq=seq), now)
     if verdict.learned is not None:
         tx.keep(task.name, "site reference", verdict.learned.to_json())
         summary = f"{task.name}: learned this site's reference from {verdict.learned.drift_windows} drift windows."
         evidence = {"task": task.name, "site": verdict.learned.digest, "through": verdict.rows[1]}
+        if verdict.learned.site is not None:
+            evidence |= verdict.learned.site.told()
         author.write(tx, "audit", None, {"event": "learned", "summary": summary, "evidence": evidence}, now)
     if verdict.refused is not None:
         body = {"event": "not learned", "summary": f"{task.name}: {verdict.refused}", "evidence": {"task": task.name}}
@@ -255,8 +277,15 @@ def _report(task: Task, author: Author, tx: Transaction, verdict: Verdict, now: 
 
 
 def _skip_lost(task: Task, store: Store, author: Author, batch: Batch, now: Now) -> Done:
-    """Rows whose chunk is damaged: covered by a run without results, declared, and set aside for a look."""
+    """Rows that cannot be read: covered by a run without results; what is damaged is declared and set aside."""
     rows = [batch.first, batch.last]
+    empty: dict[str, Any] = {"row": [], "t": []}
+    run_without = {**_body(task, rows, 0, batch.rows, empty), "lost": batch.lost}
+    if batch.deleted:
+        with store.transaction() as tx:
+            tx.advance(task.name, batch.first, batch.last)
+            author.write(tx, "results", task.name, run_without, now)
+        return Done(batch.last - batch.first + 1, 0, 0)
     summary = (
         f"{task.config.stream}: rows {rows[0]} to {rows[1]} cannot be read back ({batch.lost}); they are set aside in "
         "the store's table `damaged` and have no results. Check the card."
@@ -264,8 +293,7 @@ def _skip_lost(task: Task, store: Store, author: Author, batch: Batch, now: Now)
     with store.transaction() as tx:
         tx.advance(task.name, batch.first, batch.last)
         tx.set_aside(task.config.stream, batch.first, batch.last)
-        empty: dict[str, Any] = {"row": [], "t": []}
-        author.write(tx, "results", task.name, {**_body(task, rows, 0, batch.rows, empty), "lost": batch.lost}, now)
+        author.write(tx, "results", task.name, run_without, now)
         alert = {
             "alert": "storage",
             "subject": task.config.stream,

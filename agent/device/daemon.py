@@ -16,10 +16,11 @@ from typing import Any
 
 from agent.clock import Now
 from agent.config import Config
-from agent.device import batch
+from agent.device import batch, behind, quality
 from agent.device.author import Author
 from agent.device.incoming.intake import Intake
 from agent.device.notify import notify
+from agent.device.operating import references
 from agent.device.operating.machine import Machine, Planned
 from agent.device.operating.operations import Operations
 from agent.device.outgoing.uplink import Uplink
@@ -34,7 +35,12 @@ log = logging.getLogger("outstation")
 LAST_RUN = "last run"
 _HEALTH_S = 60.0
 _ROOM_S = 10.0
+_LABELS_S = 5.0
 _LONGEST_WAIT_S = 5.0
+# So long a task works off its backlog before commands, health, the clock and the other tasks have their turn.
+_SLICE_S = 1.0
+_OF_LABELS = " (of its labels)"
+_FIRST_REST_S, _LONGEST_REST_S = 60.0, 3600.0
 
 
 @dataclass
@@ -64,6 +70,14 @@ class Signals:
         self.wake()
 
 
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """Of a task that met an error nobody foresaw: how long, and until when on the boot-time clock."""
+
+    wait_s: float
+    until_s: float
+
+
 class Daemon:
     """Owns the loop. Everything it works with is handed in."""
 
@@ -88,9 +102,11 @@ class Daemon:
         self._intake = make_intake(self.signals.wake, self.signals.fail)
         self._uplink = make_uplink(self.signals.fail)
         self._stuck = {one.task for one in broken}
+        self._unfinished: set[str] = set()
+        self._resting: dict[str, _Rest] = {}
         self._space = Space(conf, store, author, self._run_early, self._not_getting_on)
         self._operations = make_operations(self._machine(models))
-        self._next_health = self._next_room = 0.0
+        self._next_health = self._next_room = self._next_labels = 0.0
 
     def run(self) -> None:
         """Until stopped. Raises what made going on impossible."""
@@ -118,13 +134,22 @@ class Daemon:
         for planned in self._planned:
             if self.signals.stopping:
                 return 0.0
+            name = planned.task.name
             if planned.paused:
+                self._unfinished.discard(name)
+                continue
+            if self._rests(name, now):
                 continue
             if planned.schedule.due(now, self._backlog(planned)):
                 planned.schedule.ran(now)
                 self._remember_run(planned, now)
+                self._unfinished.add(name)
+            if name in self._unfinished:
                 self._work_off(planned.task, now)
-            wait = min(wait, planned.schedule.wait_s(now))
+            wait = 0.0 if name in self._unfinished else min(wait, planned.schedule.wait_s(now))
+        if now.boot_s >= self._next_labels:
+            self._next_labels = now.boot_s + _LABELS_S
+            self._look_at_labels()
         if now.boot_s >= self._next_health:
             self._next_health = now.boot_s + _HEALTH_S
             self._reports.health()
@@ -144,9 +169,13 @@ class Daemon:
             notify("WATCHDOG=1")
 
     def _work_off(self, task: batch.Task, now: Now) -> None:
-        """Batches until nothing more can be consumed."""
+        """Batches until nothing more can be consumed, or for a while: then the next turns go on."""
+        self._unfinished.discard(task.name)
+        end_s = self._now().boot_s + _SLICE_S
         while not self.signals.stopping:
             try:
+                behind.go_on(task, self._store, self._author, self._now())
+                references.take_up(task, self._store, self._author, self._now())
                 done = batch.run(task, self._store, self._author, self._now())
             except BadBundle as problem:
                 log.error("task %s: %s; its rows are kept and it is tried again when next due", task.name, problem)
@@ -159,18 +188,62 @@ class Daemon:
                 log.error("task %s: %s; tried again when next due", task.name, full)
                 self._next_room = now.boot_s
                 return
+            except StorageError:
+                raise
+            except Exception as error:
+                self._unfinished.add(task.name)
+                self._stuck.add(task.name)
+                self._rest(task, "", error)
+                return
             self._stuck.discard(task.name)
+            self._recovered(task.name, "")
             if done is None:
                 return
             self._uplink.wake()
             self._feed_watchdog()
             if done.alerts:
                 log.warning("task %s: %d alerts; see `outstation status`", task.name, done.alerts)
+            if self._now().boot_s >= end_s:
+                self._unfinished.add(task.name)
+                return
 
-    def _run_early(self, now: Now) -> None:
+    def _rests(self, name: str, now: Now) -> bool:
+        return name in self._resting and now.boot_s < self._resting[name].until_s
+
+    def _rest(self, task: batch.Task, what: str, error: Exception) -> None:
+        """Leave the task alone for a while, longer each time: it must not take the daemon and the others down."""
+        earlier = self._resting.get(task.name + what)
+        wait_s = min(2 * earlier.wait_s, _LONGEST_REST_S) if earlier else _FIRST_REST_S
+        self._resting[task.name + what] = _Rest(wait_s, self._now().boot_s + wait_s)
+        reason = f"{type(error).__name__}: {error}{what}; its readings are kept and it is tried again"
+        log.error("task %s: %s in %g s", task.name, reason, wait_s, exc_info=error)
+        self._reports.fails(Broken(task.name, task.config.bundle, reason))
+
+    def _recovered(self, name: str, what: str) -> None:
+        if self._resting.pop(name + what, None) is not None:
+            self._reports.works(name)
+
+    def _look_at_labels(self) -> None:
+        keep_s = float(self._conf.buffer.keep_results)
         for planned in self._planned:
-            if not planned.paused:
-                self._work_off(planned.task, now)
+            name = planned.task.name
+            if self._rests(name + _OF_LABELS, self._now()):
+                continue
+            try:
+                quality.turn(planned.task, self._store, self._author, self._now(), keep_s)
+                self._recovered(name, _OF_LABELS)
+            except (StorageBusy, StorageFull) as problem:
+                log.error("task %s: %s; its labels are looked at again soon", name, problem)
+            except StorageError:
+                raise
+            except Exception as error:
+                self._rest(planned.task, _OF_LABELS, error)
+
+    def _run_early(self, now: Now) -> bool:
+        ready = [one.task for one in self._planned if not one.paused and not self._rests(one.task.name, now)]
+        for task in ready:
+            self._work_off(task, now)
+        return any(task.name in self._unfinished and not self._rests(task.name, self._now()) for task in ready)
 
     def _not_getting_on(self) -> set[str]:
         return self._stuck | {planned.task.name for planned in self._planned if planned.paused}

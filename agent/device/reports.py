@@ -67,11 +67,19 @@ class Reports:
         """One alert for each task that cannot run, open until it can."""
         for one in broken:
             log.error("task %s does not run: %s", one.task, one.reason)
-            if self._store.state(one.task, _BROKEN) is None:
-                self._bundle_alert(one.task, one.bundle, one.reason)
+            self.fails(one)
         for task in self._models:
-            if self._store.state(task, _BROKEN) is not None:
-                self._bundle_alert(task, self._conf.tasks[task].bundle, "")
+            self.works(task)
+
+    def fails(self, one: Broken) -> None:
+        """Raise the alert, unless it is open."""
+        if self._store.state(one.task, _BROKEN) is None:
+            self._bundle_alert(one.task, one.bundle, one.reason)
+
+    def works(self, task: str) -> None:
+        """Clear the alert, if it is open."""
+        if self._store.state(task, _BROKEN) is not None:
+            self._bundle_alert(task, self._conf.tasks[task].bundle, "")
 
     def _bundle_alert(self, task: str, bundle: str, reason: str) -> None:
         body: dict[str, Any] = {

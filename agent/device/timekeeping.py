@@ -1,10 +1,11 @@
 """Which time it is, how far that can be trusted, and the anchors that let the collector date rows afterwards.
 
-Rules for the latest time known to have passed, under which the wall clock counts as `unsynced`:
-- the collector's signed time raises the time floor for good; not where it lies more than a day ahead of a clock that a
-  time service vouches for: one of the two is wrong, and a floor that is wrong could not be taken back
-- the time a time service gave is kept beside it, and is replaced by what a time service says later, earlier or not: a
-  lie of two years does no harm for longer than it lasts
+Rules for the latest time known to have passed, under which a clock that nobody vouches for counts as `unsynced`:
+- the collector's signed time raises the time floor; not where it lies more than a day ahead of a clock that a time
+  service vouches for: one of the two is wrong
+- the time a time service gave is kept beside it, and is replaced by what a time service says later, earlier or not
+- a time service that vouches for a clock more than a day under the floor takes the floor back to there, and says so
+So whoever is wrong, collector or time service, by two years or by ten, does no harm for longer than it lasts.
 An anchor is an audit message, event `clock`: what both clocks showed at one moment, in which segment of which boot.
 """
 
@@ -35,7 +36,7 @@ _FULL_RETRY_S = 10.0
 _QUALITY_S = 60.0
 # After a start a time service needs a while; a clock that nobody vouches for may be right all the same.
 _PATIENCE_S = {"unsynced": 120.0, "restored": 3600.0}
-_STEP_IS_NEWS_S = 600.0
+_NEWS_S = 600.0
 _ALERT_EVERY_S = 3600.0
 
 
@@ -75,9 +76,9 @@ class Timekeeper:
     def __init__(self, store: Store, author: Author) -> None:
         self._store, self._author = store, author
         self._last: _Last | None = None
-        self._retry_at = self._alert_at = self._stepped_at = float("-inf")
+        self._retry_at = self._alert_at = self._news_at = float("-inf")
         self._unsure_since: tuple[str, float] | None = None
-        self._step = ""
+        self._news = ""
         self._vouched = False
 
     def turn(self, now: Now) -> None:
@@ -127,19 +128,35 @@ class Timekeeper:
             tx.segments.announce(segment, current=True)
             if step:
                 tx.set_meta(STEPS, f"{segment.boot} {steps(self._store) + 1}")
+            told_us = int(tx.meta(FLOOR, "0"))
+            disagrees = not believable(told_us, now)
             if now.quality == "synced":
                 tx.set_meta(SYNCED, str(now.wall_us))
+            if disagrees:
+                tx.set_meta(FLOOR, str(now.wall_us))
             tx.segments.forget()
         if step:
             self._note_step(step, now)
+        if disagrees:
+            self._tell_soon(
+                f"The collector said that it was {clock.rfc3339(told_us)}, a time service vouches for "
+                f"{clock.rfc3339(now.wall_us)}, which counts: one of the two is wrong.",
+                now,
+            )
         self._last = _Last(segment, now.quality, now.boot_s)
         self._vouched = self._vouched or now.quality == "synced"
 
     def _note_step(self, step: int, now: Now) -> None:
         log.warning("the clock was set by %+.1f s, to %s", step / 1e6, clock.rfc3339(now.wall_us))
         if self._last is not None and self._last.quality == "synced":
-            self._stepped_at = now.boot_s
-            self._step = f"The clock was set by {step / 1e6:+.1f} s although a time service had vouched for it."
+            self._tell_soon(
+                f"The clock was set by {step / 1e6:+.1f} s although a time service had vouched for it.", now
+            )
+
+    def _tell_soon(self, news: str, now: Now) -> None:
+        """With the next alert; for a while this is the trouble with a clock that is vouched for."""
+        log.warning("%s", news)
+        self._news_at, self._news = now.boot_s, news
 
     def _write(
         self,
@@ -189,7 +206,7 @@ class Timekeeper:
                 f"The clock ({clock.rfc3339(now.wall_us)}) {wrong}, and no time service has set it. Rows are dated "
                 "afterwards, once one does; check systemd-timesyncd or chrony and the way to its server."
             )
-        return self._step if now.boot_s < self._stepped_at + _STEP_IS_NEWS_S else ""
+        return self._news if now.boot_s < self._news_at + _NEWS_S else ""
 
     def _tell(self, state: str, severity: str, summary: str, now: Now) -> None:
         body = {"alert": "clock", "subject": "clock", "state": state, "severity": severity, "id": "clock"}

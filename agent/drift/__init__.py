@@ -2,22 +2,44 @@
 
     reference.py    what is normal: bins, limits, class statistics, calibration; the format of reference.json
     learning.py     from drift windows to a reference: `build` for a bundle, `settle` for a site
+    calibration.py  how a test varies over the windows of a reference, odd ones among them
+    daily.py        what the hour of the day does to a site's statistics
     statistics.py   statistics of a model window, and the tests of a drift window within each class
+    joint.py        how pairs of fields move together
     summary.py      one drift window as numbers that add: `Summary`
     sums.py         counts, sums and squares of many groups at once
+    describe.py     what a drift message says of a summary
     sizes.py        PSI, JS, KS, W1: reported, never an alarm
-    cusum.py        what raises and clears a drift alarm
-    faults.py       stuck, spikes, missing, out of range: told apart from drift
+    limits.py       how many false alarms each kind of test may raise, and the limits that follow
+    cusum.py        what raises and clears a drift alarm of a mean, a spread, a pair, the certainty
+    shape.py        the same of a distribution's shape
+    detectors.py    all tests of a drift window against the site's reference
+    ramp.py         whether a change came at once or grows
+    faults.py       sensor faults, told apart from drift
+    extremes.py     a drift window's outermost values, and when a sensor saturates
+    steps.py        how finely a sensor tells values apart
+    channels.py     fields that changed places, or whose sign is reversed
+    units.py        which other unit readings seem to be in
     estimate.py     accuracy without labels
-    alerts.py       alerts and the sentences in them
+    drifts.py       the sentence of a drift alert
+    alerts.py       alerts, and the sentences of faults
+    state.py        what is remembered, and how a drift window fills
     judge.py        the state machine of a task: `Judge.step`
+    reported.py     a drift message's members, read back by who looks at many
+    timeline.py     how drift went over such windows, in bounded memory
+    truth.py        labels, and what they may be
+    quality.py      how good labelled results were, by metric
+    slices.py       where they were worse than elsewhere
+    intervals.py    how sure that is, where neighbours are alike
+    decay.py        labels against what was promised, as they come
     codec.py        to JSON and bytes, and back
 
 A *drift window* holds several *model windows*; a model that answers each row has model windows of one row.
 """
 
-from agent.drift.judge import Judge, State, Verdict
+from agent.drift.judge import Judge
 from agent.drift.learning import build
 from agent.drift.reference import Reference
+from agent.drift.state import State, Verdict
 
 __all__ = ["Judge", "Reference", "State", "Verdict", "build"]

@@ -21,36 +21,49 @@ CALM = 3  # windows in a row without evidence that clear an alarm
 class Cusum:
     """Row 0 looks for values that are too high, row 1 for too low; one column per test: shape (2, T).
 
-    `windows` and `effect` cover the windows since `value` last left zero, which is when the change began, as far as
-    the sums can tell. `on` is the alarm: raised above H, cleared (and the sum restarted) after CALM windows in a row
-    whose z does not exceed K on the alarm's side.
+    `windows`, `effect` and `since` (epoch µs) cover the windows since `value` last left zero, which is when the change
+    began, as far as the sums can tell. `on` is the alarm: raised above the limit, cleared (and the sum restarted) after
+    CALM windows in a row whose z does not exceed the slack on its side.
     """
 
     value: Floats
     windows: Ints
     effect: Floats
+    since: Ints
     on: Bools
     calm: Ints
 
     @classmethod
     def zeros(cls, tests: int) -> Cusum:
         shape = (2, tests)
-        whole = np.zeros(shape, np.int64)
-        return cls(np.zeros(shape), whole, np.zeros(shape), np.zeros(shape, np.bool_), whole)
+        whole, none = np.zeros(shape, np.int64), np.zeros(shape)
+        return cls(none, whole, none, whole, np.zeros(shape, np.bool_), whole)
 
-    def update(self, z: Floats, effect: Floats) -> Cusum:
-        """After one more window with scores `z` (T,), NaN where there was nothing to test, and effects (T,)."""
+    def update(
+        self, z: Floats, effect: Floats, *, slack: Floats | float = K, limit: Floats | float = H, t: int = 0
+    ) -> Cusum:
+        """After one more window, begun at `t`, with scores `z` (T,), NaN where there was nothing to test, and effects.
+
+        `slack` and `limit` are for all tests or for each (T,).
+        """
         tested = np.isfinite(z)
         sided = np.where(tested, np.clip(z, -CLIP, CLIP), 0.0) * np.array([[1.0], [-1.0]])
-        value = np.where(tested, np.maximum(0.0, self.value + sided - K), self.value)
-        calm = np.where(tested, np.where(self.on & (sided <= K), self.calm + 1, 0), self.calm)
+        value = np.where(tested, np.maximum(0.0, self.value + sided - slack), self.value)
+        calm = np.where(tested, np.where(self.on & (sided <= slack), self.calm + 1, 0), self.calm)
         cleared = self.on & (calm >= CALM)
         value = np.where(cleared, 0.0, value)
         going = value > 0
         windows = np.where(going, self.windows + tested, 0)
         effect = np.where(going, self.effect + np.where(tested, effect, 0.0), 0.0)
-        on = (self.on & ~cleared) | (value > H)
-        return Cusum(value, windows, effect, on, np.where(on, calm, 0))
+        since = np.where(going, np.where(self.value > 0, self.since, t), 0)
+        on = (self.on & ~cleared) | (value > limit)
+        return Cusum(value, windows, effect, since, on, np.where(on, calm, 0))
+
+    def only(self, which: Bools) -> Cusum:
+        """With the sums and alarms of all but the tests `which` (T,) begun anew."""
+        windows, since, calm = (np.where(which, part, 0) for part in (self.windows, self.since, self.calm))
+        value, effect = (np.where(which, part, 0.0) for part in (self.value, self.effect))
+        return Cusum(value, windows, effect, since, self.on & which, calm)
 
 
 def scores(value: Floats, mean: Floats, sd: Floats, windows: int) -> Floats:

@@ -1,7 +1,12 @@
 """Sensor faults of one field in one drift window: told apart from drift, because the fix is another one.
 
 missing        more than 5 % of values absent, and more than twice the reference's share
+saturated      more than 5 % of values at the window's highest or lowest, far more than on the next value to it
+quantized      hardly any of the finest steps from row to row that a site had, up to four times their size
 stuck          one value repeated more than max(10, 5 x the reference's longest run) times, rest values excepted
+swapped        statistics fit a site's reference of another field of the same unit, and that one's this one's
+reversed       they fit it with the sign reversed
+unit           outside those limits, or far calmer than the reference ever was, but like it in another unit
 out_of_range   more than 1 % of values outside the reference's limits widened by half their span
 spikes         lone jumps of more than 10 robust sd of the differences, from neighbours that agree: at least 2
                and more than one row in 1000
@@ -9,12 +14,16 @@ spikes         lone jumps of more than 10 robust sd of the differences, from nei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from agent.drift import channels, steps
+from agent.drift import units as other_units
 from agent.drift.codec import Floats, Ints
+from agent.drift.extremes import piled
 
 if TYPE_CHECKING:
     from agent.drift.reference import Reference
@@ -25,6 +34,14 @@ RUN, RUN_FACTOR = 10, 5
 OUTSIDE, WIDER = 0.01, 0.5
 JUMP, AGREE = 10.0, 5.0  # robust sd of first differences
 SPIKES, SPIKE_SHARE = 2, 0.001
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Of one field in one drift window. `detail` says what it was recognised as, where there is more to say."""
+
+    name: str
+    detail: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,16 +95,47 @@ def _lone_jumps(joined: Floats, jump: Floats) -> Ints:
     return np.asarray(lone.sum(0), dtype=np.int64)
 
 
-def find(summary: Summary, reference: Reference) -> tuple[str | None, ...]:
-    """The fault of each field in a drift window, if any; the first of the list above when there are several."""
+def find(
+    summary: Summary, reference: Reference, units: Sequence[str] = (), site: Reference | None = None
+) -> tuple[Fault | None, ...]:
+    """The fault of each field (of these `units`) in a drift window, if any; of several the first listed above.
+
+    `reference` is the shipped one. Without a site's own it is not known how a field is mounted there.
+    """
     rows = max(summary.rows, 1)
     usual = reference.missing / np.maximum(reference.n + reference.missing, 1)
     missing = summary.missing > np.maximum(MISSING, MISSING_FACTOR * usual) * rows
     stuck = summary.longest > run_limits(reference, rows)
+    saturated = piled(summary.extremes, reference, rows).any(1)
     outside = summary.outside > OUTSIDE * rows
-    spikes = summary.spikes >= max(SPIKES, SPIKE_SHARE * rows)
-    names = np.select([missing, stuck, outside, spikes], ["missing", "stuck", "out_of_range", "spikes"], "")
-    return tuple(str(name) or None for name in names)
+    spikes = (summary.spikes >= SPIKES) & (summary.spikes > SPIKE_SHARE * rows)
+    unit = other_units.recognised(summary, reference, outside, tuple(units))
+    coarser = np.zeros(len(unit), np.int64)
+    other, mirrored = ("",) * len(unit), np.zeros(len(unit), np.bool_)
+    if site is not None:
+        other, mirrored = channels.exchanged(summary, site, units)
+        coarser = steps.coarser(summary, site)
+    another = np.array([one is not None for one in unit])
+    exchanged = np.array([bool(name) for name in other])
+    # Coarse values repeat for long; and in another unit, or another field's, steps have another size.
+    rounded = (coarser > 0) & ~(another | exchanged | mirrored | outside)
+    kinds = {
+        "missing": missing,
+        "saturated": saturated,
+        "quantized": rounded,
+        "stuck": stuck,
+        "swapped": exchanged,
+        "reversed": mirrored,
+        "unit": another,
+        "out_of_range": outside,
+        "spikes": spikes,
+    }
+    names = np.select(list(kinds.values()), list(kinds), "").tolist()
+    details = [
+        {"unit": one.told if one else "", "swapped": with_field, "quantized": f"{times} times"}.get(name, "")
+        for one, with_field, times, name in zip(unit, other, coarser, names, strict=True)
+    ]
+    return tuple(Fault(name, detail) if name else None for name, detail in zip(names, details, strict=True))
 
 
 def run_limits(reference: Reference, rows: int) -> Ints:

@@ -20,64 +20,48 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import alerts, codec, cusum, faults, statistics
+from agent.drift import alerts, describe, drifts, faults, statistics
 from agent.drift.alerts import Alert
-from agent.drift.codec import Bools, Floats, Ints
-from agent.drift.cusum import CALM, Cusum
-from agent.drift.faults import Tail
+from agent.drift.codec import Floats, Ints
+from agent.drift.cusum import CALM
+from agent.drift.detectors import JOINT, OUTPUT, SCORE, Detectors, Evidence, Tester, open_fields, open_subjects
+from agent.drift.faults import Fault
 from agent.drift.learning import Learning, finite, settle
 from agent.drift.reference import FEWEST, Reference
-from agent.drift.summary import Summary
+from agent.drift.state import Batch, State, Verdict, emptied, filled, taken
+from agent.drift.summary import Summary, stacked
 from agent.errors import BadBundle
 
-
-@dataclass(frozen=True, eq=False)
-class State:
-    """All a task's drift detection remembers. Constant size but for what is gathered while learning."""
-
-    window: int  # model windows per drift window
-    index: int  # of the open drift window, from 1
-    open: Summary
-    tail: Tail
-    rows: tuple[int, int]  # first and last row of the open drift window, as the stream numbers them; (0, -1) if none
-    t: tuple[int, int]  # their times, epoch µs
-    seen: int  # last row counted
-    learning: Learning
-    site: Reference | None
-    cusum: Cusum
-    faulty: Bools  # (F,) a fault alert is open
-    calm: Ints  # (F,) windows without a fault since
-    raised: Ints  # (F, 2) alerts raised so far: drift, fault
-
-    def to_bytes(self) -> bytes:
-        return codec.to_bytes(self)
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> State:
-        """Raises ValueError."""
-        return codec.from_bytes(data, cls)
+AT_ONCE = 64  # drift windows that are computed together
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """One closed drift window. `summary` holds the drift message's `features`, `output`, `estimate` and `state`."""
+class _Seen:
+    """What was computed of a drift window together with others: window number `at` of the evidence."""
 
-    index: int
-    rows: tuple[int, int]
-    t: tuple[int, int]
-    n: int
-    site: str | None  # digest of the site's reference that this window was judged by
-    learned: Reference | None  # the site's reference, when this window completed it
-    refused: str | None  # why the windows gathered up to this one were thrown away
-    summary: dict[str, Any]
-    alerts: tuple[Alert, ...]
+    features: dict[str, Any]
+    evidence: Evidence | None
+    at: int
 
 
 class Judge:
-    """Judges a task's batches against its shipped reference and, once learned, its site's."""
+    """Judges a task's batches against its shipped reference and, once learned, its site's.
+
+    That is learned from `learn` drift windows and at least `learn_s` seconds of readings; `strata` says whether it
+    follows the hour of day (auto, hour, none). No bin in a message tells of fewer than `least` rows.
+    """
 
     def __init__(
-        self, shipped: Reference, *, labels: Sequence[str], window: int, learn: int = 40, units: Sequence[str] = ()
+        self,
+        shipped: Reference,
+        *,
+        labels: Sequence[str],
+        window: int,
+        learn: int = 40,
+        units: Sequence[str] = (),
+        least: int = 0,
+        learn_s: float = 0.0,
+        strata: str = "auto",
     ) -> None:
         if tuple(labels) != shipped.labels:
             raise BadBundle("the drift reference has other labels than the model: build reference.json for this model")
@@ -87,25 +71,15 @@ class Judge:
         self.window = window
         self.learn = learn
         self.units = tuple(units) or ("",) * len(shipped.fields)
-        self._origin = shipped.origin
+        self.subjects = (*shipped.fields, OUTPUT, SCORE, JOINT)
+        self.learn_s = learn_s
+        self.strata = strata
+        self.least = least
+        self._nothing = Summary.empty(shipped)
+        self._tester: Tester | None = None
 
     def start(self) -> State:
-        fields = len(self.shipped.fields)
-        return State(
-            window=self.window,
-            index=1,
-            open=Summary.empty(self.shipped),
-            tail=Tail.empty(fields),
-            rows=(0, -1),
-            t=(0, 0),
-            seen=-1,
-            learning=Learning.empty(self.shipped),
-            site=None,
-            cusum=Cusum.zeros(2 * fields),
-            faulty=np.zeros(fields, np.bool_),
-            calm=np.zeros(fields, np.int64),
-            raised=np.zeros((fields, 2), np.int64),
-        )
+        return State.start(self.shipped, self.window)
 
     def restore(self, data: bytes) -> State:
         """The state of `to_bytes`. Raises ValueError when it is damaged or made for another bundle: start anew."""
@@ -113,6 +87,27 @@ class Judge:
         if (state.open.reference, state.window) != (self.shipped.digest, self.window):
             raise ValueError("this drift state was made for another reference or window length")
         return state
+
+    def renumbered(self, state: State) -> State:
+        """For rows that are numbered from anew: without what was gathered of the open drift window."""
+        return replace(emptied(state, self._nothing), seen=-1)
+
+    def relearn(self, state: State, for_s: float = 0.0) -> tuple[State, list[Alert]]:
+        """Without its site's reference, to learn another from at least `for_s` seconds of readings.
+
+        And the open drift alerts, cleared: what they were against is gone.
+        """
+        fields = len(self.shipped.fields)
+        gone = "this site's reference is learned anew"
+        cleared = [
+            replace(self._alert(state, "drift", int(subject), state.raised, "info", "", {}), summary=f"{name}: {gone}.")
+            for subject in np.flatnonzero(open_subjects(state.detectors, fields))
+            for name in (self.subjects[subject],)
+        ]
+        fresh = replace(
+            state, site=None, learning=Learning.empty(self.shipped), detectors=Detectors.start(fields), learn_s=for_s
+        )
+        return fresh, cleared
 
     def step(
         self,
@@ -141,49 +136,72 @@ class Judge:
         values = finite(features)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
         found = statistics.of_windows(values, starts, window_rows, self.shipped.floor)
-        verdicts = []
+        batch = Batch(values, starts, found, labels_idx, top, rows[0], t)
+        verdicts: list[Verdict] = []
         at = 0
         while at < len(starts):
-            some = slice(at, at + self.window - state.open.windows)
-            at = some.stop
-            state = self._fill(state, values, starts[some], rows[0], t)
-            some_top = None if top is None else top[some]
-            state = replace(state, open=state.open.add_windows(self.shipped, found[some], labels_idx[some], some_top))
-            if state.open.windows == self.window:
-                state, verdict = self._close(state)
-                verdicts.append(verdict)
+            state, more, at = self._go_on(state, batch, at)
+            verdicts += more
         return state, verdicts
 
-    def _fill(self, state: State, values: Floats, starts: Ints, first: int, t: Ints) -> State:
-        """With the rows of these model windows that were not counted before."""
-        rows = statistics.covered(starts, self.shipped.window_rows, state.seen + 1 - first)
-        part = values[rows]
-        if not len(part):
-            return state
-        summary, tail = state.open.add_rows(self.shipped, part, state.tail)
-        begin, end = (rows.start, rows.stop - 1) if isinstance(rows, slice) else (int(rows[0]), int(rows[-1]))
-        fresh = state.rows[1] < state.rows[0]
-        return replace(
-            state,
-            open=summary,
-            tail=tail,
-            rows=(first + begin if fresh else state.rows[0], first + end),
-            t=(int(t[begin]) if fresh else state.t[0], int(t[end])),
-            seen=first + end,
-        )
+    def _go_on(self, state: State, batch: Batch, at: int) -> tuple[State, list[Verdict], int]:
+        """Fill drift windows with the model windows from `at` on, then judge the full ones; and where it got to."""
+        full: list[tuple[State, int]] = []
+        filling = state
+        while at < len(batch.starts) and len(full) < AT_ONCE:
+            some = slice(at, at + self.window - filling.open.windows)
+            at = min(some.stop, len(batch.starts))
+            filling = filled(filling, self.shipped, batch, some, self._classes(state, batch, some))
+            if filling.open.windows == self.window:
+                full.append((filling, at))
+                filling = emptied(filling, self._nothing)
+        if not full:
+            return filling, [], at
+        summaries = [window.open for window, _ in full]
+        stack = stacked(summaries)
+        described = describe.features(stack, self.shipped, self.least)
+        middle = np.array([sum(window.t) // 2 for window, _ in full], np.int64)
+        evidence = self._testing(state.site).evidence(stack, middle) if state.site else None
+        verdicts = []
+        for i, (window, stop) in enumerate(full):
+            after, verdict = self._close(taken(state, window), _Seen(described[i], evidence, i))
+            verdicts.append(verdict)
+            changed = after.site is not state.site or self._by_others(after) != self._by_others(state)
+            state = after
+            if changed:
+                # What follows was summarized for other classes, or has no evidence yet.
+                return state, verdicts, stop
+        return taken(state, filling), verdicts, at
 
-    def _close(self, state: State) -> tuple[State, Verdict]:
+    def _by_others(self, state: State) -> bytes:
+        """By which fields model windows are given classes, as something to compare."""
+        if state.site is None or not self.shipped.labels:
+            return b""
+        return open_fields(state.detectors, len(self.shipped.fields)).tobytes()
+
+    def _classes(self, state: State, batch: Batch, some: slice) -> Ints:
+        named = batch.named[some]
+        if state.site is None:
+            return named
+        return self._testing(state.site).classes(state.detectors, batch.found.values[some], named)
+
+    def _close(self, state: State, seen: _Seen) -> tuple[State, Verdict]:
         window = state.open
-        found = faults.find(window, self.shipped)
+        found = faults.find(window, self.shipped, self.units, state.site)
         clean = not any(found)
         after, learned, refused = state, None, None
-        effects = np.zeros(2 * len(found))
-        if clean and state.site is not None:
-            after, effects = self._test(state, state.site)
+        tested = clean and state.site is not None
+        if state.site is not None and seen.evidence is not None:
+            if clean:
+                tester = self._testing(state.site)
+                detectors = tester.update(state.detectors, seen.evidence, seen.at, state.t[0])
+                after = replace(state, detectors=detectors)
         elif clean:
             after, learned, refused = self._learn(state)
         after, fault_alerts = self._faults(after, found)
-        after, drift_alerts = self._drifts(state, after, effects)
+        drift_alerts: list[Alert] = []
+        if tested and seen.evidence is not None:
+            after, drift_alerts = self._drifts(state, after, seen.evidence.effects[seen.at])
         verdict = Verdict(
             index=state.index,
             rows=state.rows,
@@ -192,76 +210,73 @@ class Judge:
             site=state.site.digest if state.site else None,
             learned=learned,
             refused=refused,
-            summary=self._report(after, found, tested=clean and state.site is not None),
+            summary=self._report(after, seen.features, found, tested),
             alerts=(*fault_alerts, *drift_alerts),
         )
-        fresh = replace(
-            after,
-            index=state.index + 1,
-            open=Summary.empty(self.shipped),
-            tail=Tail.empty(len(found)),
-            rows=(0, -1),
-            t=(0, 0),
-        )
-        return fresh, verdict
+        return emptied(replace(after, index=state.index + 1), self._nothing), verdict
 
     def _learn(self, state: State) -> tuple[State, Reference | None, str | None]:
-        learning = state.learning.add(state.open)
-        if learning.windows < self.learn:
+        learning = state.learning.add(state.open, windowed=self.shipped.windowed, t=state.t)
+        watched_s = (int(learning.t[-1, 1]) - int(learning.t[0, 0])) / 1e6
+        if learning.windows < self.learn or watched_s < max(self.learn_s, state.learn_s):
             return replace(state, learning=learning), None, None
         empty = Learning.empty(self.shipped)
+        shipped = replace(self.shipped, window=self.window)
         try:
-            site = settle(replace(self.shipped, window=self.window), learning, made="site")
+            site = settle(shipped, learning, made="site", strata=self.strata, number=state.learned + 1)
         except BadBundle as refused:
             return replace(state, learning=empty), None, f"{refused}; gathering {self.learn} new windows"
-        return replace(state, learning=empty, site=site), site, None
+        return replace(state, learning=empty, site=site, learned=state.learned + 1, learn_s=0.0), site, None
 
-    def _test(self, state: State, site: Reference) -> tuple[State, Floats]:
-        found = state.open.classes.moments(self._origin)
-        values, effects = statistics.tests(found, site.class_mean, site.class_sd, windowed=site.windowed)
-        if not site.windowed:
-            fields = len(site.fields)
-            effects[fields:] -= site.test_mean[fields:] / 2
-        z = cusum.scores(values, site.test_mean, site.test_sd, site.drift_windows)
-        z = np.where(statistics.untested(found, windowed=site.windowed), np.nan, z)
-        return replace(state, cusum=state.cusum.update(z, effects)), effects
+    def _testing(self, site: Reference) -> Tester:
+        if self._tester is None or self._tester.site is not site:
+            assert site.site is not None
+            self._tester = Tester(site, site.site)
+        return self._tester
 
-    def _faults(self, state: State, found: tuple[str | None, ...]) -> tuple[State, list[Alert]]:
+    def _faults(self, state: State, found: tuple[Fault | None, ...]) -> tuple[State, list[Alert]]:
         now = np.array([name is not None for name in found])
         calm = np.where(state.faulty & ~now, state.calm + 1, 0)
         faulty = (state.faulty | now) & (calm < CALM)
-        raised = state.raised + np.stack([np.zeros(len(found), np.int64), now & ~state.faulty], axis=1)
+        raised = state.raised.copy()
+        raised[: len(found), 1] += now & ~state.faulty
         out = []
         for field in np.flatnonzero(faulty != state.faulty):
             name, fault = self.shipped.fields[field], found[field]
             if fault is not None:
                 sentence = alerts.fault_sentence(name, fault, int(field), state.open)
-                out.append(self._alert(state, "fault", int(field), raised, "critical", sentence, {"fault": fault}))
+                told = {"fault": fault.name} | ({"detail": fault.detail} if fault.detail else {})
+                out.append(self._alert(state, "fault", int(field), raised, "critical", sentence, told))
             else:
                 out.append(self._alert(state, "fault", int(field), raised, "info", "", {}))
         return replace(state, faulty=faulty, calm=calm, raised=raised), out
 
     def _drifts(self, before: State, after: State, effects: Floats) -> tuple[State, list[Alert]]:
-        was, now = open_drift(before.cusum), open_drift(after.cusum)
-        raised = after.raised + np.stack([now & ~was, np.zeros(len(now), np.int64)], axis=1)
-        earlier = [self.shipped.fields[field] for field in np.flatnonzero(was)]
+        fields = len(self.shipped.fields)
+        was, is_now = open_subjects(before.detectors, fields), open_subjects(after.detectors, fields)
+        if (was == is_now).all() or after.site is None:
+            return after, []
+        raised = after.raised.copy()
+        raised[:, 0] += is_now & ~was
+        earlier = [self.subjects[subject] for subject in np.flatnonzero(was[:fields])]
+        now = drifts.Now(after.detectors, self._testing(after.site), before.open, effects, before.t)
         out = []
-        for field in np.flatnonzero(was != now):
-            if now[field] and after.site is not None:
-                change = alerts.change(after.cusum, int(field), after.site, effects)
-                cause = alerts.cause(change, int(field), after.site, before.open, self._origin)
-                sentence = change.sentence(self.shipped.fields[field], self.units[field], cause)
-                sentence += alerts.doubt(earlier) if self.shipped.labels else ""
-                evidence = change.evidence() | {"site": after.site.digest, "after": earlier}
-                out.append(self._alert(before, "drift", int(field), raised, "warning", sentence, evidence))
+        for subject in np.flatnonzero(was != is_now):
+            if is_now[subject]:
+                words = drifts.of(int(subject), now, self.units, self.shipped)
+                # While most fields are sound they tell the class; then what else drifts does so by itself.
+                follows = bool(self.shipped.labels) and 2 * len(earlier) >= fields
+                sentence = words.sentence + (alerts.doubt(earlier) if follows else "")
+                evidence = words.evidence | {"site": after.site.digest, "after": earlier}
+                out.append(self._alert(before, "drift", int(subject), raised, "warning", sentence, evidence))
             else:
-                out.append(self._alert(before, "drift", int(field), raised, "info", "", {}))
+                out.append(self._alert(before, "drift", int(subject), raised, "info", "", {}))
         return replace(after, raised=raised), out
 
     def _alert(
         self, state: State, kind: str, field: int, raised: Ints, severity: str, sentence: str, evidence: dict[str, Any]
     ) -> Alert:
-        subject = self.shipped.fields[field]
+        subject = self.subjects[field]
         return Alert(
             alert=kind,
             subject=subject,
@@ -272,24 +287,14 @@ class Judge:
             evidence={"window": state.index, "rows": list(state.rows)} | evidence,
         )
 
-    def _report(self, after: State, found: tuple[str | None, ...], *, tested: bool) -> dict[str, Any]:
-        """The message members: the summary's numbers, and the state of each field, of the output and of all."""
-        report = after.open.describe(self.shipped)
-        sums, drifting = np.round(after.cusum.value.T, 2).tolist(), open_drift(after.cusum)
-        for i, name in enumerate(self.shipped.fields):
-            report["features"][name] |= {
-                "cusum": {"mean": sums[i], "spread": sums[len(found) + i]},
-                "state": "fault" if found[i] else "drift" if drifting[i] else "ok" if tested else "insufficient",
-                "fault": found[i],
-            }
-        states = {feature["state"] for feature in report["features"].values()}
-        report["output"]["state"] = "ok" if tested else "insufficient"
-        report["state"] = next(state for state in ("fault", "drift", "insufficient", "ok") if state in states)
-        return report
-
-
-def open_drift(sums: Cusum) -> Bools:
-    """(F,) which fields have a drift alert open."""
-    on: Bools = sums.on[0] | sums.on[1]
-    fields = len(on) // 2
-    return on[:fields] | on[fields:]
+    def _report(
+        self, after: State, features: dict[str, Any], found: tuple[Fault | None, ...], tested: bool
+    ) -> dict[str, Any]:
+        tester = self._testing(after.site) if after.site else None
+        numbers = {
+            "features": features,
+            "output": describe.output(after.open, self.shipped, self.least),
+            "estimate": describe.accuracy(after.open, self.shipped),
+        }
+        names = tuple(fault.name if fault else None for fault in found)
+        return describe.with_states(numbers, after.detectors, tester, names, tested=tested)

@@ -6,22 +6,25 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from agent.drift import statistics
+from agent.drift import calibration, daily, joint, limits, shape, statistics
 from agent.drift.codec import Floats, Ints
-from agent.drift.reference import BINS, ENOUGH, FEWEST, Reference, draft
-from agent.drift.summary import Summary, of
+from agent.drift.joint import Pairs
+from agent.drift.reference import BINS, ENOUGH, FEWEST, Reference, Site, draft
+from agent.drift.summary import SURE, Summary, of
 from agent.drift.sums import Moments
 from agent.errors import BadBundle
 
-ODD = 6.0  # robust sd from the middle: left out of the calibration
-ODD_SHARE = 1 / 3  # more odd windows than this, and nothing is learned
-STEP = 4.0  # sd between the means of the first and the second half: something changed meanwhile
-LEAST_SD = 0.05  # class sd: smaller shifts never matter, however steady a site is
+NEVER = 1e9  # sd of a test that nothing was learned of
+MOST = 400  # drift windows kept while learning: more tell hardly more
+
+Int32s = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+Float16s = np.ndarray[tuple[int, ...], np.dtype[np.float16]]
 
 
 @dataclass(frozen=True, eq=False)
 class Learning:
-    """Drift windows gathered so far. Of each, only the classes that occurred are kept, one entry per class.
+    """Drift windows gathered so far: K of them, and m entries, one for each class that occurred in one of them.
 
     Means (from the shipped reference's origin) and squares are float32: calibration needs no more, and it halves
     the state.
@@ -29,49 +32,108 @@ class Learning:
 
     windows: int
     total: Summary
+    bins: Int32s  # (K, F, 16)
+    output: Int32s  # (K, C)
+    scores: Int32s  # (K, 32)
+    t: Ints  # (K, 2) when each began and ended, epoch µs
     window: Ints  # (m,) 0, 1, …
     label: Ints  # (m,)
-    n: np.ndarray[tuple[int, ...], np.dtype[np.int32]]  # (m, D)
-    mean: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-    m2: np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+    n: Int32s  # (m, D)
+    mean: Float32s
+    m2: Float32s
+    weight: Float32s  # (m, 1) of the class's pairs
+    z: Float16s  # (m, P), NaN where a pair tells nothing
+    sure: Ints  # (m, 2)
 
     @classmethod
     def empty(cls, shipped: Reference) -> Learning:
-        none, entries = np.empty(0, np.int64), np.empty((0, len(shipped.origin)))
+        fields, none = len(shipped.fields), np.empty(0, np.int64)
+        entries = np.empty((0, len(shipped.origin)), np.float32)
+        pair_entries = np.empty((0, len(joint.pairs(fields))), np.float16)
         return cls(
-            0,
-            Summary.empty(shipped),
-            none,
-            none,
-            entries.astype(np.int32),
-            entries.astype(np.float32),
-            entries.astype(np.float32),
+            windows=0,
+            total=Summary.empty(shipped),
+            bins=np.empty((0, fields, BINS // 2), np.int32),
+            output=np.empty((0, shipped.classes), np.int32),
+            scores=np.empty((0, BINS), np.int32),
+            t=np.empty((0, 2), np.int64),
+            window=none,
+            label=none,
+            n=entries.astype(np.int32),
+            mean=entries,
+            m2=entries,
+            weight=np.empty((0, 1), np.float32),
+            z=pair_entries,
+            sure=np.empty((0, 2), np.int64),
         )
 
-    def add(self, drift_window: Summary) -> Learning:
+    def add(self, drift_window: Summary, *, windowed: bool, t: tuple[int, int] = (0, 0)) -> Learning:
+        """With one that began and ended at `t`. Of many, every other one is let go."""
+        if self.windows >= MOST:
+            return self.thinned().add(drift_window, windowed=windowed, t=t)
         found = drift_window.classes.moments(np.zeros(1))
+        pairs = joint.measured(drift_window.pairs, len(drift_window.missing), windowed=windowed)
         seen = np.flatnonzero(found.n.any(1))
         return Learning(
             windows=self.windows + 1,
             total=self.total.merge(drift_window),
+            bins=np.concatenate([self.bins, shape.coarse(drift_window.counts)[None].astype(np.int32)]),
+            output=np.concatenate([self.output, drift_window.output[None].astype(np.int32)]),
+            scores=np.concatenate([self.scores, drift_window.scores[None].astype(np.int32)]),
+            t=np.concatenate([self.t, [t]]),
             window=np.concatenate([self.window, np.full(len(seen), self.windows)]),
             label=np.concatenate([self.label, seen]),
             n=np.concatenate([self.n, found.n[seen].astype(np.int32)]),
             mean=np.concatenate([self.mean, found.mean[seen].astype(np.float32)]),
             m2=np.concatenate([self.m2, found.m2[seen].astype(np.float32)]),
+            weight=np.concatenate(
+                [self.weight, pairs.weight[seen].max(1, initial=0, keepdims=True).astype(np.float32)]
+            ),
+            z=np.concatenate([self.z, np.where(pairs.weight > 0, pairs.z, np.nan)[seen].astype(np.float16)]),
+            sure=np.concatenate([self.sure, drift_window.sure[seen]]),
         )
+
+    def thinned(self) -> Learning:
+        """Half as many, over the same time."""
+        kept = np.arange(0, self.windows, 2)
+        some = self.window % 2 == 0
+        entries = {name: getattr(self, name)[some] for name in ("label", "n", "mean", "m2", "weight", "z", "sure")}
+        each = {name: getattr(self, name)[kept] for name in ("bins", "output", "scores", "t")}
+        return replace(self, windows=len(kept), window=self.window[some] // 2, **entries, **each)
+
+    @property
+    def middle(self) -> Ints:
+        """(K,) of each, epoch µs."""
+        return self.t[:, 0] + (self.t[:, 1] - self.t[:, 0]) // 2
 
     def moments(self, shipped: Reference) -> Moments:
         """Per drift window and class, (K, C, D)."""
-        shape = (self.windows, shipped.classes, len(shipped.origin))
-        n, mean, m2 = np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape)
-        n[self.window, self.label] = self.n
-        mean[self.window, self.label] = np.where(self.n > 0, self.mean + shipped.origin, 0.0)
-        m2[self.window, self.label] = self.m2
-        return Moments(n, mean, m2)
+        n = self._each(shipped, self.n)
+        mean = self._each(shipped, np.where(self.n > 0, self.mean + shipped.origin, 0.0))
+        return Moments(n.astype(np.int64), mean, self._each(shipped, self.m2))
+
+    def pairs(self, shipped: Reference) -> Pairs:
+        """Per drift window and class, (K, C, P)."""
+        told = ~np.isnan(self.z)
+        return Pairs(self._each(shipped, self.weight * told), self._each(shipped, np.where(told, self.z, 0.0)))
+
+    def certainty(self, shipped: Reference) -> Pairs:
+        """Number of answers and their mean score, (K, C, 1)."""
+        return sure(self._each(shipped, self.sure))
+
+    def _each(self, shipped: Reference, entries: np.ndarray) -> Floats:
+        out = np.zeros((self.windows, shipped.classes, entries.shape[1]))
+        out[self.window, self.label] = entries
+        return out
 
 
-def settle(shipped: Reference, learning: Learning, *, made: str) -> Reference:
+def sure(counted: Ints | Floats) -> Pairs:
+    """Number and mean score (..., C, 1) of a summary's `sure` (..., C, 2)."""
+    n, total = counted[..., :1].astype(np.float64), counted[..., 1:] / SURE
+    return Pairs(n, total / np.maximum(n, 1))
+
+
+def settle(shipped: Reference, learning: Learning, *, made: str, strata: str = "auto", number: int = 1) -> Reference:
     """A reference in which what was counted and calibrated comes from the gathered windows.
 
     Raises BadBundle with the reason when there are too few, or they do not agree among themselves.
@@ -81,17 +143,22 @@ def settle(shipped: Reference, learning: Learning, *, made: str) -> Reference:
         raise BadBundle(f"no drift reference: {windows} drift windows, and fewer than {FEWEST} tell nothing; add data")
     found = learning.moments(shipped)
     pooled = found.pooled(0)
-    usual = statistics.normal(pooled)
-    values, _ = statistics.tests(found, _others_mean(found, pooled), usual.sd, windowed=shipped.windowed)
-    mean, sd = _calibrated(values, shipped.fields)
+    usual = statistics.normal(pooled, statistics.NARROW if made == "shipped" else statistics.NARROW_SITE)
+    values, _ = statistics.tests(found, calibration.others_mean(found, pooled), usual.sd, windowed=shipped.windowed)
+    cycle = daily.told(learning.middle, strata)
+    mean, sd = calibration.calibrated(daily.fit(values, learning.middle).left if cycle else values, shipped.fields)
     total = learning.total
     rows = total.rows_of.moments(shipped.origin[: len(shipped.fields)])
-    few = f"only {windows} drift windows: alarms are less reliable than with {ENOUGH}"
-    return replace(
+    warnings = (
+        [f"only {windows} drift windows: alarms are less reliable than with {ENOUGH}"] if windows < ENOUGH else []
+    )
+    if made == "site" and not cycle:
+        warnings += calibration.step(values, shipped.fields)
+    settled = replace(
         shipped,
         made=made,
         drift_windows=windows,
-        warning=few if windows < ENOUGH else None,
+        warning="; ".join(warnings) or None,
         counts=total.counts,
         missing=total.missing,
         n=rows.n[0],
@@ -107,40 +174,41 @@ def settle(shipped: Reference, learning: Learning, *, made: str) -> Reference:
         score_n=total.scores,
         score_correct=None,  # nobody has told yet which of these answers were right
     )
+    return settled if made == "shipped" else _with_site(settled, learning, values, cycle, number)
 
 
-def _others_mean(found: Moments, pooled: Moments) -> Floats:
-    """Class means (K, C, D) without the drift window they are compared with.
-
-    A window judged against means that contain it looks steadier than the next, unseen one will.
-    """
-    n = pooled.n - found.n
-    total = pooled.n * pooled.mean - found.n * found.mean
-    mean = total / np.maximum(n, 1)
-    overall = total.sum(-2, keepdims=True) / np.maximum(n.sum(-2, keepdims=True), 1)
-    return np.asarray(np.where(n < statistics.RARE, overall, mean))
-
-
-def _calibrated(values: Floats, fields: tuple[str, ...]) -> tuple[Floats, Floats]:
-    """Mean and sd of each test over drift windows (K, 2F), odd windows left out. Raises BadBundle."""
-    middle = np.median(values, axis=0)
-    scale = np.maximum(1.4826 * np.median(np.abs(values - middle), axis=0), LEAST_SD)
-    plain = np.abs(values - middle) <= ODD * scale
-    _agree(plain.mean(0) >= 1 - ODD_SHARE, fields, "more than a third of the drift windows lie far from the rest")
-    kept = np.where(plain, values, np.nan)
-    half = len(values) // 2
-    first, second = kept[:half], kept[half:]
-    within = np.sqrt((np.nanvar(first, axis=0) + np.nanvar(second, axis=0)) / 2)
-    step = np.abs(np.nanmean(first, axis=0) - np.nanmean(second, axis=0))
-    _agree(step <= STEP * np.maximum(within, LEAST_SD), fields, "it changed between the first and the second half")
-    return np.nanmean(kept, axis=0), np.maximum(np.nanstd(kept, axis=0, ddof=1), LEAST_SD)
-
-
-def _agree(holds: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], fields: tuple[str, ...], reason: str) -> None:
-    names = [f"{name} {kind}" for kind in ("mean", "spread") for name in fields]
-    wrong = [name for name, fine in zip(names, holds, strict=True) if not fine]
-    if wrong:
-        raise BadBundle(f"no drift reference: {reason} ({', '.join(wrong)})")
+def _with_site(settled: Reference, learning: Learning, values: Floats, cycle: bool, number: int) -> Reference:
+    """With what a site's windows say beyond the means and spreads of its fields."""
+    pairs, certainty = learning.pairs(settled), learning.certainty(settled)
+    few = float(statistics.RARE if settled.windowed else joint.FEW)
+    parts = [values, *(joint.tests(part, joint.usual_without(part, few)) for part in (pairs, certainty))]
+    tests = np.concatenate(parts, axis=1)
+    least = np.concatenate([np.full(part.shape[1], sd) for part, sd in zip(parts, calibration.LEAST_SDS, strict=True)])
+    told = (~np.isnan(tests)).sum(0) >= FEWEST
+    middle = np.nanmedian(np.where(told, tests, 0.0), axis=0)
+    known = np.where(told & ~np.isnan(tests), tests, middle)
+    mean, left, waves = *calibration.drawn(known, middle, least), np.zeros((2 * daily.WAVES, tests.shape[1]))
+    if cycle:
+        fit = daily.fit(known, learning.middle)
+        (_, left), mean, waves = calibration.drawn(fit.left, np.median(fit.left, axis=0), least), fit.mean, fit.waves
+    level, allotted = limits.level(len(settled.fields) + 2), limits.SHAPES / (len(settled.fields) + 2)
+    each = [
+        shape.limits(shape.psi_without(part.astype(np.int64)).reshape(learning.windows, -1), level, allotted)
+        for part in (learning.bins, learning.output, learning.scores)
+    ]
+    site = Site(
+        pair_mean=joint.usual(pairs, few),
+        score_mean=joint.usual(certainty, few)[:, 0],
+        psi_limits=np.concatenate(each),
+        stretch=limits.stretch(left[:, : values.shape[1]]),
+        waves=waves,
+        hours=daily.hours(learning.middle),
+        learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
+        number=number,
+        steps=learning.total.steps,
+    )
+    sd = np.maximum(left.std(0, ddof=1), least)
+    return replace(settled, test_mean=mean, test_sd=np.where(told, sd, NEVER), site=site)
 
 
 def build(
@@ -169,7 +237,8 @@ def build(
         some = slice(i, i + window)
         part = rows[int(starts[i]) : int(starts[i + window - 1]) + window_rows]
         local = starts[some] - starts[i]
-        learning = learning.add(of(base, part, local, labels_idx[some], None if top is None else top[some]))
+        made = of(base, part, local, labels_idx[some], None if top is None else top[some])
+        learning = learning.add(made, windowed=base.windowed)
     settled = settle(base, learning, made="shipped")
     if truth is None or top is None:
         return settled

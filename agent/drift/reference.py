@@ -10,17 +10,41 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from agent.drift import codec, faults, statistics
+from agent.drift import codec, daily, faults, joint, sizes, statistics, steps
 from agent.drift.codec import Floats, Ints
 from agent.errors import BadBundle
 
 VERSION = 1
 BINS = 32  # quantile bins; `counts` has two more: below the first, above the last
 FEWEST, ENOUGH = 20, 40  # drift windows: refused below the first, warned below the second
+FARTHEST = 1000.0  # spreads: an answer further away says no more
 REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What only a site's own reference has: how its windows differ among themselves. P pairs of fields.
+
+    A site's `test_mean` and `test_sd` have 2F + P + 1 tests: mean and spread of fields, pairs, and certainty.
+    """
+
+    pair_mean: Floats  # (C, P) Fisher's z; of all classes together where one was too rare
+    score_mean: Floats  # (C,) of the top score, likewise
+    psi_limits: Floats  # (F + 2,) of the fields, the answers, the certainty
+    stretch: float  # of the limits, because neighbouring windows are alike
+    waves: Floats  # (6, T) of a day, added to test_mean by the hour; zeros where there is no cycle
+    hours: Ints  # (24,) windows learned in each hour of the day, UTC
+    learned: tuple[int, int]  # when the first began and the last ended, epoch µs
+    number: int  # 1 for the first reference that this device learned for the task
+    steps: Ints | None = None  # (F, 64) from row to row, by size; None in one learned before these were counted
+
+    def told(self) -> dict[str, Any]:
+        """Which it is, for people."""
+        return {"number": self.number, "learned": list(self.learned), "daily": bool(self.waves.any())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +85,7 @@ class Reference:
     score_edges: Floats  # (31,), or empty without scores
     score_n: Ints  # (32,) answers
     score_correct: Ints | None  # (32,) how many of them were right, when that was known
+    site: Site | None = None
 
     @property
     def windowed(self) -> bool:
@@ -69,6 +94,11 @@ class Reference:
     @property
     def classes(self) -> int:
         return max(1, len(self.labels))
+
+    @property
+    def tests(self) -> int:
+        """How many are calibrated."""
+        return 2 * len(self.fields) + (len(joint.pairs(len(self.fields))) + 1 if self.site else 0)
 
     @cached_property
     def digest(self) -> str:
@@ -80,12 +110,38 @@ class Reference:
         return np.concatenate([self.low[:, None], self.edges, self.high[:, None]], axis=1)
 
     @cached_property
+    def cuts(self) -> Floats:
+        """(F, 33): a value belongs above as many of these as are not greater than it. The upper limit is within."""
+        return np.concatenate([self.bounds[:, :-1], np.nextafter(self.high, np.inf)[:, None]], axis=1)
+
+    @cached_property
+    def cuts_single(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        """The same for values that are float32: each cut is the least such number that is not smaller."""
+        cuts = self.cuts.astype(np.float32)
+        return np.where(cuts < self.cuts, np.nextafter(cuts, np.float32(np.inf)), cuts)
+
+    @cached_property
+    def shares(self) -> Floats:
+        """(F, 32) of the reference's rows in each bin, those outside counted to the outermost."""
+        return sizes.shares(sizes.folded(self.counts))
+
+    @cached_property
     def sd(self) -> Floats:
         """(F,) of the rows."""
         return np.asarray(np.sqrt(self.m2 / np.maximum(self.n, 1)))
 
+    def scaled(self, top: Floats) -> Floats:
+        """Scores (w,) as they are; other answers, in the spread of the reference's and from their middle."""
+        if self.labels:
+            return top
+        if not len(self.score_edges):
+            return np.zeros_like(top)
+        middle, low, high = self.score_edges[[BINS // 2 - 1, BINS // 4 - 1, 3 * BINS // 4 - 1]]
+        width = max(float(high - low), 1e-9 * (1 + abs(float(middle))))
+        return np.asarray(np.clip((top - middle) / width, -FARTHEST, FARTHEST))
+
     def to_json(self) -> bytes:
-        return codec.to_json(self)
+        return codec.to_json(self, leave_out=() if self.site else ("site",))
 
     @classmethod
     def from_json(cls, data: bytes) -> Reference:
@@ -113,7 +169,7 @@ def draft(
     quantiles = np.arange(1, BINS) / BINS
     mean, variance = np.nanmean(rows, axis=0), np.nanvar(rows, axis=0)
     floor = np.maximum(1e-4 * variance, 1e-12 * (np.abs(mean) + 1e-6) ** 2)
-    found = statistics.of_windows(rows, starts, window_rows, floor)
+    found = statistics.of_windows(rows, starts, window_rows, floor).values
     _refuse_empty(found[:, : len(fields)], fields)
     count = len(fields)
     classes, tests = max(1, len(labels)), 2 * count
@@ -182,7 +238,7 @@ def _check(r: Reference) -> None:
         **dict.fromkeys(("low", "high", "missing", "n", "mean", "m2", "longest", "jump", "floor"), (fields,)),
         "origin": (statistic,),
         **dict.fromkeys(("class_n", "class_mean", "class_sd"), (classes, statistic)),
-        **dict.fromkeys(("test_mean", "test_sd"), (2 * fields,)),
+        **dict.fromkeys(("test_mean", "test_sd"), (r.tests,)),
         "output": (classes,),
         "score_n": (BINS,),
     }
@@ -198,12 +254,27 @@ def _check(r: Reference) -> None:
         or (r.score_correct.shape == r.score_n.shape and bool((r.score_correct <= r.score_n).all())),
     }
     wrong += [name for name, holds in rules.items() if not holds]
+    wrong += [] if r.site is None else _wrong_site(r, r.site)
     if not wrong:
         wrong = [] if _ascending(r.bounds) else ["edges"]
         wrong += [name for name in ("class_sd", "test_sd", "floor") if not (getattr(r, name) > 0).all()]
         wrong += [name for name in ("counts", "missing", "n", "m2", "longest", "jump") if (getattr(r, name) < 0).any()]
     if wrong:
         raise BadBundle(f"reference.json does not hold together ({', '.join(wrong)}): build it again")
+
+
+def _wrong_site(r: Reference, site: Site) -> list[str]:
+    shapes = {
+        "pair_mean": (r.classes, len(joint.pairs(len(r.fields)))),
+        "score_mean": (r.classes,),
+        "psi_limits": (len(r.fields) + 2,),
+        "hours": (24,),
+        "waves": (2 * daily.WAVES, r.tests),
+    }
+    wrong = [f"site.{name}" for name, shape in shapes.items() if getattr(site, name).shape != shape]
+    wrong += [] if 1 <= site.stretch <= 3 else ["site.stretch"]
+    wrong += [] if site.steps is None or site.steps.shape == (len(r.fields), steps.SIZES) else ["site.steps"]
+    return wrong + ([] if np.isfinite(site.waves).all() else ["site.waves"])
 
 
 def _ascending(values: Floats) -> bool:

@@ -11,24 +11,22 @@ import numpy as np
 from agent.drift.codec import Floats, Ints
 
 FLOOR = 1e-4  # share given to an empty bin, so that PSI stays finite
+TINY = 1e-300
 
 
 def psi(reference: Ints, current: Ints) -> Floats:
     """Population stability index: sum of (p - q) ln(p / q). Symmetric Kullback-Leibler; Kullback & Leibler (1951)."""
-    p, q = np.maximum(_shares(reference), FLOOR), np.maximum(_shares(current), FLOOR)
-    return _sum((p - q) * np.log(p / q))
+    return _psi(shares(reference), shares(current))
 
 
 def js(reference: Ints, current: Ints) -> Floats:
     """Jensen-Shannon distance, base 2: 0 for equal, 1 for disjoint. Endres & Schindelin (2003)."""
-    p, q = _shares(reference), _shares(current)
-    middle = (p + q) / 2
-    return np.asarray(np.sqrt(np.maximum(0.0, _sum(_surprise(p, middle) + _surprise(q, middle)) / 2)))
+    return _js(shares(reference), shares(current))
 
 
 def ks(reference: Ints, current: Ints) -> Floats:
     """Largest gap between the cumulative shares: Kolmogorov-Smirnov D, never above the exact one on the raw rows."""
-    return np.asarray(np.abs(np.cumsum(_shares(reference) - _shares(current), axis=-1)).max(-1))
+    return np.asarray(np.abs(np.cumsum(shares(reference) - shares(current), axis=-1)).max(-1))
 
 
 def w1(reference: Ints, current: Ints, bounds: Floats, sd: Floats) -> Floats:
@@ -36,7 +34,27 @@ def w1(reference: Ints, current: Ints, bounds: Floats, sd: Floats) -> Floats:
 
     Source: Vallender (1974); the area between the two piecewise linear cumulative curves.
     """
-    right = np.cumsum(_shares(current) - _shares(reference), axis=-1)
+    return _w1(np.cumsum(shares(current) - shares(reference), axis=-1), bounds, sd)
+
+
+def four(p: Floats, q: Floats, bounds: Floats, sd: Floats) -> Floats:
+    """(4, ...): PSI, JS, KS and W1 of shares."""
+    apart = np.cumsum(q - p, axis=-1)
+    return np.stack([_psi(p, q), _js(p, q), np.abs(apart).max(-1), _w1(apart, bounds, sd)])
+
+
+def _psi(p: Floats, q: Floats) -> Floats:
+    p, q = np.maximum(p, FLOOR), np.maximum(q, FLOOR)
+    return _sum((p - q) * np.log(p / q))
+
+
+def _js(p: Floats, q: Floats) -> Floats:
+    middle = np.maximum((p + q) / 2, TINY)
+    surprise = p * np.log2(np.maximum(p, TINY) / middle) + q * np.log2(np.maximum(q, TINY) / middle)
+    return np.asarray(np.sqrt(np.maximum(0.0, _sum(surprise) / 2)))
+
+
+def _w1(right: Floats, bounds: Floats, sd: Floats) -> Floats:
     left = np.concatenate([np.zeros_like(right[..., :1]), right[..., :-1]], axis=-1)
     crossing = left * right < 0
     steep = np.where(crossing, np.abs(right - left), 1.0)
@@ -44,13 +62,17 @@ def w1(reference: Ints, current: Ints, bounds: Floats, sd: Floats) -> Floats:
     return np.asarray(_sum(height * np.diff(bounds, axis=-1)) / np.where(sd > 0, sd, np.inf))
 
 
-def _shares(counts: Ints) -> Floats:
+def folded(counts: Ints) -> Ints:
+    """(..., 32) of counts (..., 34), what lies outside counted to the outermost."""
+    inner = counts[..., 1:-1].copy()
+    inner[..., 0] += counts[..., 0]
+    inner[..., -1] += counts[..., -1]
+    return inner
+
+
+def shares(counts: Ints) -> Floats:
+    """Of counts along the last axis; none where there are no rows."""
     return np.asarray(counts / np.maximum(1, counts.sum(-1, keepdims=True)), dtype=np.float64)
-
-
-def _surprise(p: Floats, middle: Floats) -> Floats:
-    some = p > 0
-    return np.where(some, p * np.log2(np.where(some, p, 1.0) / np.where(some, middle, 1.0)), 0.0)
 
 
 def _sum(values: Floats) -> Floats:

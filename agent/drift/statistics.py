@@ -15,11 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agent.drift import joint
 from agent.drift.codec import Floats, Ints
 from agent.drift.sums import Moments
 
 RARE = 8  # model windows: a class seen less often has no reference of its own
-NARROW = 0.1  # no class is taken to be tighter than this share of the overall spread
+# No class is taken to be tighter than this share of the overall spread. At a site, where one misnamed window in a tight
+# class would outweigh all others, it is more.
+NARROW, NARROW_SITE = 0.1, 0.15
 LEAST_SPREAD = 1e-4  # smallest variance of residuals told apart, in squared class sd
 
 
@@ -36,28 +39,46 @@ class Normal:
     sd: Floats
 
 
-def of_windows(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> Floats:
-    """Statistics (w, D) of model windows; NaN where half of a window's values are missing.
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Of model windows: the statistics `values` (w, D), and Fisher's `z` (w, P) of pairs of fields; NaN: not known.
+
+    For single rows there is no `z` (P = 0): their residuals are multiplied where they are counted.
+    """
+
+    values: Floats
+    z: Floats
+
+    def __getitem__(self, some: slice) -> Found:
+        return Found(self.values[some], self.z[some])
+
+
+def of_windows(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> Found:
+    """Of model windows; NaN where half of a window's values are missing.
 
     `rows` (n, F) in physical units, NaN missing; `starts` (w,) offsets into them; `floor` (F,) the least variance.
     """
     if window_rows == 1:
-        return rows[starts]
+        return Found(rows[starts], np.empty((len(starts), 0)))
+    fields = rows.shape[1]
     if not len(starts):
-        return np.empty((0, 2 * rows.shape[1]))
+        return Found(np.empty((0, 2 * fields)), np.empty((0, len(joint.pairs(fields)))))
     windows = rows[starts[:, None] + np.arange(window_rows)]
     missing = np.isnan(windows)
     if missing.any():
         n = np.maximum(window_rows - missing.sum(1), 1)
         mean = np.where(missing, 0.0, windows).sum(1) / n
-        square = (np.where(missing, 0.0, windows - mean[:, None, :]) ** 2).sum(1) / n
+        centred = np.where(missing, 0.0, windows - mean[:, None, :])
     else:
-        n = np.full((len(starts), rows.shape[1]), window_rows)
+        n = np.full((len(starts), fields), window_rows)
         mean = windows.sum(1) / window_rows
-        square = ((windows - mean[:, None, :]) ** 2).sum(1) / window_rows
-    found = np.concatenate([mean, np.log(np.maximum(square, floor))], axis=1)
+        centred = windows - mean[:, None, :]
+    total = (centred**2).sum(1)
+    values = np.concatenate([mean, np.log(np.maximum(total / n, floor))], axis=1)
     enough = n * 2 > window_rows
-    return np.asarray(np.where(np.concatenate([enough, enough], axis=1), found, np.nan))
+    values = np.where(np.concatenate([enough, enough], axis=1), values, np.nan)
+    square = np.where(enough, total / window_rows, np.nan)
+    return Found(np.asarray(values), joint.of_windows(centred, square, floor))
 
 
 def covered(starts: Ints, window_rows: int, begin: int) -> Ints | slice:
@@ -71,13 +92,13 @@ def covered(starts: Ints, window_rows: int, begin: int) -> Ints | slice:
     return rows[rows >= begin]
 
 
-def normal(total: Moments) -> Normal:
+def normal(total: Moments, narrow: float = NARROW) -> Normal:
     """What is normal, from the moments of each class (C, D)."""
     overall = total.pooled(0)
     least = 1e-6 * (np.abs(overall.mean) + 1e-6)  # float32 readings tell no more
     overall_sd = np.maximum(np.sqrt(overall.m2 / np.maximum(overall.n, 1)), least)
     rare = total.n < RARE
-    sd = np.maximum(np.sqrt(total.m2 / np.maximum(total.n, 1)), NARROW * overall_sd)
+    sd = np.maximum(np.sqrt(total.m2 / np.maximum(total.n, 1)), narrow * overall_sd)
     return Normal(total.n, np.where(rare, overall.mean, total.mean), np.where(rare, overall_sd, sd))
 
 
@@ -99,6 +120,6 @@ def tests(found: Moments, mean: Floats, sd: Floats, *, windowed: bool) -> tuple[
 
 
 def untested(found: Moments, *, windowed: bool) -> np.ndarray:
-    """Which of the 2F tests of a drift window (C, D) have nothing behind them."""
-    empty = found.n.sum(0) == 0
-    return empty if windowed else np.concatenate([empty, empty])
+    """Which of the 2F tests (..., 2F) of drift windows (..., C, D) have nothing behind them."""
+    empty = found.n.sum(-2) == 0
+    return empty if windowed else np.concatenate([empty, empty], axis=-1)

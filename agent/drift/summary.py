@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from agent.drift import codec, estimate, faults, sizes, statistics
+from agent.drift import codec, faults, joint, statistics
+from agent.drift import steps as sizes_of_steps
 from agent.drift.codec import Floats, Ints
+from agent.drift.extremes import Extremes
 from agent.drift.faults import Tail
 from agent.drift.reference import BINS, Reference
+from agent.drift.statistics import Found
 from agent.drift.sums import Sums
+
+SURE = 2.0**20
 
 
 @dataclass(frozen=True, eq=False)
 class Summary:
     """Counts and sums under one shipped reference, named by its digest; of constant size.
 
-    Runs and lone jumps that straddle two merged parts are only seen when the second part was added with the
+    Runs, steps and lone jumps that straddle two merged parts are only seen when the second part was added with the
     first one's `Tail`.
     """
 
@@ -28,10 +33,14 @@ class Summary:
     outside: Ints  # rows far outside the reference's limits
     spikes: Ints
     longest: Ints  # longest run of one value, rest values excepted
+    extremes: Extremes
+    steps: Ints  # (F, 64) from row to row, by size
     rows_of: Sums  # (1, F) values of rows
     classes: Sums  # (C, D) statistics of model windows
-    output: Ints  # (C,) answers
+    output: Ints  # (C,) answers, as the model named them
     scores: Ints  # (32,) answers by top score
+    pairs: Ints  # (C, …) whole numbers about pairs of fields, see `joint`
+    sure: Ints  # (C, 2) answers with a score, and the sum of their top scores in 1/SURE
 
     @classmethod
     def empty(cls, reference: Reference) -> Summary:
@@ -44,10 +53,14 @@ class Summary:
             outside=none,
             spikes=none,
             longest=none,
+            extremes=Extremes.empty(count),
+            steps=np.zeros((count, sizes_of_steps.SIZES), np.int64),
             rows_of=Sums.zeros(1, count),
             classes=Sums.zeros(reference.classes, len(reference.origin)),
             output=np.zeros(reference.classes, np.int64),
             scores=np.zeros(BINS, np.int64),
+            pairs=np.zeros((reference.classes, joint.width(count, windowed=reference.windowed)), np.int64),
+            sure=np.zeros((reference.classes, 2), np.int64),
         )
 
     @property
@@ -61,32 +74,49 @@ class Summary:
 
     def add_rows(self, reference: Reference, rows: Floats, tail: Tail) -> tuple[Summary, Tail]:
         """With `rows` (n, F), physical units, NaN missing, that follow on from `tail`."""
+        joined = np.concatenate([tail.rows[-1:], rows])
         longest, spikes, tail = faults.scan(rows, tail, reference.rest, reference.jump)
         span = faults.WIDER * (reference.high - reference.low)
         outside = ((rows < reference.low - span) | (rows > reference.high + span)).sum(0)
         missing = np.isnan(rows).sum(0)
         origin = reference.origin[: rows.shape[1]]
+        ordered, exact = _ordered(rows)
         added = replace(
             self,
-            counts=self.counts + _histogram(rows, reference.bounds, missing),
+            counts=self.counts + _histogram(ordered, reference.cuts_single if exact else reference.cuts, missing),
             missing=self.missing + missing,
             outside=self.outside + outside,
             spikes=self.spikes + spikes,
             longest=np.maximum(self.longest, longest),
+            extremes=self.extremes.merge(Extremes.of(ordered, len(rows) - missing)),
+            steps=self.steps + sizes_of_steps.count(joined, rows.shape[1]),
             rows_of=self.rows_of.add(np.zeros(len(rows), np.int64), rows - origin),
         )
         return added, tail
 
-    def add_windows(self, reference: Reference, found: Floats, labels: Ints, top: Floats | None) -> Summary:
-        """With model windows: statistics (w, D), the class named for each (w,) and its score (w,)."""
-        scores = self.scores
-        if top is not None and len(reference.score_edges):
-            scores = scores + np.bincount(np.searchsorted(reference.score_edges, top, side="right"), minlength=BINS)
+    def add_windows(
+        self, reference: Reference, found: Found, named: Ints, top: Floats | None, classes: Ints | None = None
+    ) -> Summary:
+        """With model windows: what was found in them, the class `named` for each (w,) and its score (w,).
+
+        `classes` (w,) are the classes they are compared with, where these are others than named.
+        """
+        classes = named if classes is None else classes
+        scores, sure = self.scores, self.sure
+        if top is not None:
+            if len(reference.score_edges):
+                scores = scores + np.bincount(np.searchsorted(reference.score_edges, top, side="right"), minlength=BINS)
+            whole = np.rint(reference.scaled(np.where(np.isfinite(top), top, 0.0)) * SURE)
+            count = len(self.output)
+            more = np.bincount(classes, minlength=count), np.bincount(classes, whole, count).astype(np.int64)
+            sure = sure + np.stack(more, axis=1)
         return replace(
             self,
-            classes=self.classes.add(labels, found - reference.origin),
-            output=self.output + np.bincount(labels, minlength=len(self.output)),
+            classes=self.classes.add(classes, found.values - reference.origin),
+            output=self.output + np.bincount(named, minlength=len(self.output)),
             scores=scores,
+            pairs=self.pairs + _pairs(reference, found, classes),
+            sure=sure,
         )
 
     def merge(self, other: Summary) -> Summary:
@@ -100,10 +130,14 @@ class Summary:
             outside=self.outside + other.outside,
             spikes=self.spikes + other.spikes,
             longest=np.maximum(self.longest, other.longest),
+            extremes=self.extremes.merge(other.extremes),
+            steps=self.steps + other.steps,
             rows_of=self.rows_of + other.rows_of,
             classes=self.classes + other.classes,
             output=self.output + other.output,
             scores=self.scores + other.scores,
+            pairs=self.pairs + other.pairs,
+            sure=self.sure + other.sure,
         )
 
     def to_bytes(self) -> bytes:
@@ -114,43 +148,24 @@ class Summary:
         """Raises ValueError."""
         return codec.from_bytes(data, cls)
 
-    def describe(self, shipped: Reference) -> dict[str, Any]:
-        """`features`, `output` and `estimate` of a drift message, effect sizes against the shipped reference.
 
-        No value of a row and no extreme of the data. Moments to 6 significant digits, sizes to 4 decimals. The judge
-        adds the states.
-        """
-        moments = self.rows_of.moments(shipped.origin[: len(shipped.fields)])
-        ours, theirs = _folded(self.counts), _folded(shipped.counts)
-        measured = {
-            "psi": sizes.psi(theirs, ours),
-            "js": sizes.js(theirs, ours),
-            "ks": sizes.ks(theirs, ours),
-            "w1": sizes.w1(theirs, ours, shipped.bounds, shipped.sd),
-        }
-        rounded = {name: np.round(values, 4).tolist() for name, values in measured.items()}
-        features: dict[str, Any] = {}
-        for i, name in enumerate(shipped.fields):
-            features[name] = {
-                "counts": self.counts[i, 1:-1].tolist(),
-                "missing": int(self.missing[i]),
-                "below": int(self.counts[i, 0]),
-                "above": int(self.counts[i, -1]),
-                "mean": short(moments.mean[0, i]),
-                "m2": short(moments.m2[0, i]),
-            } | {size: values[i] for size, values in rounded.items()}
-        return {"features": features, "output": self._output(shipped), "estimate": self._estimate(shipped)}
+def stacked(summaries: Sequence[Summary]) -> Summary:
+    """W summaries under one reference as one whose arrays have W in front: to compute on all of them at once."""
 
-    def _output(self, shipped: Reference) -> dict[str, Any]:
-        if shipped.labels:
-            counts = {label: int(n) for label, n in zip(shipped.labels, self.output, strict=True) if n}
-            return {"counts": counts, "psi": round(float(sizes.psi(shipped.output, self.output)), 4)}
-        return {"counts": self.scores.tolist(), "psi": round(float(sizes.psi(shipped.score_n, self.scores)), 4)}
+    def sums(name: str) -> Sums:
+        parts = [getattr(summary, name) for summary in summaries]
+        return Sums(*(np.stack([getattr(part, field.name) for part in parts]) for field in fields(Sums)))
 
-    def _estimate(self, shipped: Reference) -> dict[str, Any] | None:
-        if shipped.score_correct is None:
-            return None
-        return estimate.cbpe(shipped.score_n, shipped.score_correct, self.scores)
+    return Summary(
+        reference=summaries[0].reference,
+        rows_of=sums("rows_of"),
+        classes=sums("classes"),
+        extremes=Extremes(*(np.stack([getattr(s.extremes, n) for s in summaries]) for n in ("values", "rows"))),
+        **{name: np.stack([getattr(summary, name) for summary in summaries]) for name in _PLAIN},
+    )
+
+
+_PLAIN = ("counts", "missing", "outside", "spikes", "longest", "steps", "output", "scores", "pairs", "sure")
 
 
 def of(reference: Reference, rows: Floats, starts: Ints, labels: Ints, top: Floats | None) -> Summary:
@@ -161,27 +176,32 @@ def of(reference: Reference, rows: Floats, starts: Ints, labels: Ints, top: Floa
     return summary.add_windows(reference, found, labels, top)
 
 
-def short(value: float, digits: int = 6) -> float:
-    return float(f"{float(value):.{digits}g}")
+def _ordered(rows: Floats) -> tuple[np.ndarray, bool]:
+    """Each field's values (F, n) in ascending order, NaN last; and whether they are float32, which readings are.
 
-
-def _histogram(rows: Floats, bounds: Floats, missing: Ints) -> Ints:
-    """(F, 34). A value on an inner edge belongs to the bin above it, one on a limit to the bin inside.
-
-    Sorting the rows and looking up 33 bounds costs half of looking up every row.
+    Sorting the rows and looking up 33 cuts costs half of looking up every row; as float32, less.
     """
-    ordered = np.sort(rows.T, axis=1)  # NaN last
-    under = np.zeros((rows.shape[1], BINS + 3), np.int64)
+    single = rows.astype(np.float32)
+    exact = bool(((single == rows) | np.isnan(rows)).all())
+    return np.sort(single.T if exact else rows.T, axis=1), exact
+
+
+def _histogram(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
+    """(F, 34). A value on an inner edge belongs to the bin above it, one on a limit to the bin inside."""
+    under = np.zeros((len(ordered), BINS + 3), np.int64)
     for field, column in enumerate(ordered):
-        under[field, 1:-2] = np.searchsorted(column, bounds[field, :-1], side="left")
-        under[field, -2] = np.searchsorted(column, bounds[field, -1], side="right")
-    under[:, -1] = len(rows) - missing
-    return np.diff(under, axis=1)
+        under[field, 1:-1] = column.searchsorted(cuts[field])
+    under[:, -1] = ordered.shape[1] - missing
+    return under[:, 1:] - under[:, :-1]
 
 
-def _folded(counts: Ints) -> Ints:
-    """(F, 32), what lies outside counted to the outermost."""
-    inner = counts[:, 1:-1].copy()
-    inner[:, 0] += counts[:, 0]
-    inner[:, -1] += counts[:, -1]
-    return inner
+def _pairs(reference: Reference, found: Found, classes: Ints) -> Ints:
+    out = np.zeros((reference.classes, joint.width(len(reference.fields), windowed=reference.windowed)), np.int64)
+    for group in np.unique(classes) if reference.classes > 1 else range(1):
+        of = classes == group if reference.classes > 1 else slice(None)
+        if reference.windowed:
+            out[group] = joint.sums(found.z[of])
+        else:
+            residuals = (found.values[of] - reference.class_mean[group]) / reference.class_sd[group]
+            out[group] = joint.of_rows(residuals)
+    return out

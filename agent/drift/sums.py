@@ -47,23 +47,18 @@ class Sums:
     def add(self, groups: Ints, values: Floats) -> Sums:
         """With `values` (m, D) added to their `groups` (m,).
 
-        Each cell is summed strictly in row order (what bincount does, with the sum so far put first), so the
-        result has the same bits however the rows were cut into batches. A pairwise sum would not.
+        Each cell is summed strictly in row order, beginning with the sum so far, so the result has the same bits
+        however the rows were cut into batches. A pairwise sum would not.
         """
-        width = self.n.shape[1]
-        cells = (groups[:, None] * width + np.arange(width)).ravel()
-        flat = values.ravel()
-        present = ~np.isnan(flat)
-        if not present.all():
-            cells, flat = cells[present], flat[present]
-        ordered = np.concatenate([np.arange(self.n.size), cells])
-
-        def summed(before: Floats, more: Floats) -> Floats:
-            weights = np.concatenate([before.ravel(), more])
-            return np.bincount(ordered, weights, self.n.size).astype(np.float64).reshape(self.n.shape)
-
-        n = self.n + np.bincount(cells, minlength=self.n.size).reshape(self.n.shape)
-        return Sums(n, summed(self.total, flat), summed(self.squares, flat * flat))
+        n, total, squares = self.n.copy(), self.total.copy(), self.squares.copy()
+        for group in np.unique(groups) if len(self.n) > 1 else range(len(self.n)):
+            part = values[groups == group] if len(self.n) > 1 else values
+            present = ~np.isnan(part)
+            n[group] += present.sum(0)
+            part = part if present.all() else np.where(present, part, 0.0)
+            total[group] = _in_order(total[group], part)
+            squares[group] = _in_order(squares[group], part * part)
+        return Sums(n, total, squares)
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares)
@@ -72,3 +67,16 @@ class Sums:
         shift = self.total / np.maximum(self.n, 1)
         mean = np.where(self.n > 0, shift + origin, 0.0)
         return Moments(self.n, mean, np.maximum(self.squares - shift * self.total, 0.0))
+
+
+def _in_order(before: Floats, values: Floats) -> Floats:
+    """(D,) `before` + the first of `values` (m, D) + the second …, for each column.
+
+    numpy adds whole rows one after another where they lie so in memory and there are at least two columns; a column
+    that lies in one piece it would add in pairs.
+    """
+    if values.shape[1] == 1:
+        return np.cumsum(np.concatenate([before, values[:, 0]]))[-1:]
+    rows = np.empty((len(values) + 1, values.shape[1]))
+    rows[0], rows[1:] = before, values
+    return np.asarray(rows.sum(0))

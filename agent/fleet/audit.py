@@ -69,7 +69,9 @@ def audit(store: FleetStore, device: str | None = None, progress: Callable[[int]
     report = Report()
     with store.snapshot():
         keyring = Keyring(store)
-        ends = dict(_ends(store, keyring, device))
+        ends: dict[tuple[Any, str], int] = {}
+        for ended_log, last in _ends(store, keyring, device):
+            ends[ended_log] = max(last, ends.get(ended_log, 0))
         through = {(name, log): top for name, log, top in store.logs(device)}
         unfolded = _Unfolded(store.unfolded(device), report)
         names = {name for name, _ in through}

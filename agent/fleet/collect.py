@@ -20,7 +20,7 @@ from agent.fleet.keyring import Keyring
 from agent.fleet.store import FleetStore
 from agent.fleet.unfold import refusals_alert
 from agent.link import Delivery, Link, Receipt
-from agent.wire import topics
+from agent.wire import rotation, topics
 from agent.wire.keys import SigningKey
 from agent.wire.messages import Logged, Message, open_message
 
@@ -233,7 +233,8 @@ class Collector:
             for i in left:
                 try:
                     message = found[i] = self._open(batch[i])
-                    learned |= self.keyring.learn(message)
+                    if rotation.is_rotation(message) and not self.store.holds_another(message):
+                        learned |= self.keyring.learn(message)
                 except Refused as refused:
                     found[i] = refused
             left = [i for i in left if isinstance(why := found[i], Refused) and why.reason == "unknown key"]

@@ -49,8 +49,10 @@ class Batch:
         self._rows: Rows = {}
         self._dating = Dating(db, now)
         self._ledgers: dict[tuple[str, str], Ledger] = {}
+        self._logs: set[tuple[str, str]] = set()
         self._seen: set[str] = set()
         self._rotations: list[Message] = []
+        self._signers: set[str] = set()
 
     def add(self, arrival: Arrival) -> Outcome:
         message, body = arrival.message, arrival.message.body
@@ -59,7 +61,10 @@ class Batch:
         if isinstance(body, State):
             # The broker keeps the order of one topic; a device's clock may not, so the last to come counts.
             self._db.execute("UPDATE devices SET state = ? WHERE device = ?", (body.state, body.device))
-        return self._log(message, body) if isinstance(body, Logged) else "live"
+        outcome: Outcome = self._log(message, body) if isinstance(body, Logged) else "live"
+        if outcome in ("new", "live"):
+            self._signers.add(message.signer.key.kid)
+        return outcome
 
     def _log(self, message: Message, body: Logged) -> Outcome:
         key = (body.device, body.log, body.seq)
@@ -67,11 +72,14 @@ class Batch:
         if not self._db.execute(schema.ADD_MESSAGE, (*key, *rest)).rowcount:
             stored = self._db.execute("SELECT payload FROM messages WHERE device=? AND log=? AND seq=?", key).fetchone()
             return "duplicate" if stored[0] == message.payload else self._conflict(message, body)
-        ledger = self._ledger(body)
+        if key[:2] not in self._logs:
+            self._logs.add(key[:2])
+            self._db.execute("INSERT INTO logs VALUES (?, ?, 0, ?) ON CONFLICT DO NOTHING", (*key[:2], self._now))
+        ledger = self._ledger(body.device, body.log)
         ledger.arrived(body.seq)
         ledger.evicted(evictions(body))
-        if (old := ended(body)) and (before := self._known_ledger(body.device, old[0])):
-            before.evicted([(1, old[1])])
+        if old := ended(body):
+            self._ledger(body.device, old[0]).ended(old[1])
         unfold(message, self._rows)
         self._dating.add(body)
         if isinstance(body, Audit) and body.event == rotation.EVENT:
@@ -98,6 +106,7 @@ class Batch:
             self._db.execute("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?, ?)", (*evidence, self._now))
 
     def finish(self) -> None:
+        """Write what was gathered. Raises Refused where a key that signed something new does not count any more."""
         for table, rows in self._rows.items():
             # Empty where a run lists no result: its rows were lost, or `publish` keeps them at home.
             if rows:
@@ -107,25 +116,16 @@ class Batch:
         for message, problem in keytable.rotate(self._db, self._rotations, self._now):
             if isinstance(message.body, Logged):
                 self._db.execute(schema.ADD_ALERT, collector_alert(message.body, problem, self._now))
+        keytable.require_active(self._db, self._signers)
         for (device, log), ledger in self._ledgers.items():
             sql = "UPDATE logs SET through = ? WHERE device = ? AND log = ?"
             self._db.execute(sql, (ledger.through, device, log))
         for device in self._seen:
             self._db.execute("UPDATE devices SET last_seen = ? WHERE device = ?", (self._now, device))
 
-    def _known_ledger(self, device: str, log: str) -> Ledger | None:
-        """That of a log which is known already."""
+    def _ledger(self, device: str, log: str) -> Ledger:
+        """That of a log of which messages may have come."""
         if (device, log) not in self._ledgers:
             row = self._db.execute("SELECT through FROM logs WHERE device = ? AND log = ?", (device, log)).fetchone()
-            if row is None:
-                return None
-            self._ledgers[device, log] = Ledger(self._db, device, log, row[0])
+            self._ledgers[device, log] = Ledger(self._db, device, log, row[0] if row else 0)
         return self._ledgers[device, log]
-
-    def _ledger(self, body: Logged) -> Ledger:
-        key = (body.device, body.log)
-        if key not in self._ledgers:
-            self._db.execute("INSERT INTO logs VALUES (?, ?, 0, ?) ON CONFLICT DO NOTHING", (*key, self._now))
-            [through] = self._db.execute("SELECT through FROM logs WHERE device = ? AND log = ?", key).fetchone()
-            self._ledgers[key] = Ledger(self._db, *key, through)
-        return self._ledgers[key]

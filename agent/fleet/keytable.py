@@ -80,8 +80,24 @@ def rotate(db: sqlite3.Connection, messages: Iterable[Message], now: str) -> Ite
             yield message, problem
 
 
+def require_active(db: sqlite3.Connection, kids: Iterable[str]) -> None:
+    """Raises Refused where one of these is not enrolled, or is revoked.
+
+    They were verified, but before this transaction: meanwhile a key may have been revoked, or the rotation that
+    announced it turned out to be none that is stored.
+    """
+    for kid in kids:
+        row = db.execute("SELECT revoked FROM keys WHERE kid = ?", (kid,)).fetchone()
+        if row is None or row[0] is not None:
+            raise Refused("revoked key" if row else "unknown key", f"kid {kid}")
+
+
 def _rotate(db: sqlite3.Connection, change: Rotation, now: str) -> str | None:
     state = db.execute("SELECT log, through FROM keys WHERE kid = ? AND revoked IS NULL", (change.old,)).fetchone()
+    known = db.execute("SELECT device FROM keys WHERE kid = ? AND revoked IS NULL", (change.new.kid,)).fetchone()
+    if state and state[1] is not None and known == (change.device,):
+        # Said again: see `Keyring.require_in_bounds`.
+        return None
     if state != (None, None):
         return f"{change.device} announced a new signing key with one that was followed by another; nothing changed."
     if db.execute("SELECT 1 FROM keys WHERE kid = ?", (change.new.kid,)).fetchone():

@@ -1,7 +1,8 @@
 """Which seqs of one log came and which are missing: a few ranges, however many messages there were.
 
-The ranges end up the same whatever order messages, repeats and evictions come in: undeclared and declared gaps are
-the complement of what came below `through`, cut where a declaration begins or ends, never two of one kind side by side.
+The ranges end up the same whatever order messages, repeats, evictions and the end of the log come in: undeclared and
+declared gaps are the complement of what came below `through`, cut where a declaration begins or ends, never two of one
+kind side by side.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from typing import TypeGuard
 from agent.wire.messages import Audit
 
 EVICTED, NEW_LOG = "evicted", "new log"
+# The largest that JSON carries safely.
+_LAST = 2**53 - 1
 _PUT = "INSERT INTO gaps VALUES (?, ?, ?, ?, ?)"
+_END = "INSERT INTO ends VALUES (?, ?, ?) ON CONFLICT (device, log) DO UPDATE SET last = excluded.last"
 _AT_OR_BELOW = (
     "SELECT first, last, declared FROM gaps WHERE device=? AND log=? AND first<=? ORDER BY first DESC LIMIT 1"
 )
@@ -28,12 +32,14 @@ class Ledger:
 
     def __init__(self, db: sqlite3.Connection, device: str, log: str, through: int) -> None:
         self._db, self._key, self.through = db, (device, log), through
+        end = db.execute("SELECT last FROM ends WHERE device = ? AND log = ?", self._key).fetchone()
+        self._end = int(end[0]) if end else 0
 
     def arrived(self, seq: int) -> None:
         """Take note of a message that was not there before."""
         if seq > self.through:
-            if seq > self.through + 1:
-                self._put(self.through + 1, seq - 1, declared=False)
+            self._put(self.through + 1, min(seq - 1, self._end), declared=True)
+            self._put(max(self.through, self._end) + 1, seq - 1, declared=False)
             self.through = seq
             return
         gap = self._db.execute(_AT_OR_BELOW, (*self._key, seq)).fetchone()
@@ -53,6 +59,12 @@ class Ledger:
                 self._put(first, min(last, a - 1), declared=False)
                 self._put(b + 1, last, declared=False)
                 self._declare(max(first, a), min(last, b))
+
+    def ended(self, last: int) -> None:
+        """A later log says so: what up to seq `last` is missing never comes, whether that is known here yet or not."""
+        self._end = max(self._end, last)
+        self._db.execute(_END, (*self._key, self._end))
+        self.evicted([(1, self._end)])
 
     def _declare(self, first: int, last: int) -> None:
         before = self._db.execute(_AT_OR_BELOW, (*self._key, first - 1)).fetchone()
@@ -86,7 +98,7 @@ def ended(body: object) -> tuple[str, int] | None:
     if not isinstance(body, Audit) or body.event != NEW_LOG or body.reissued:
         return None
     old, through = body.evidence.get("old"), body.evidence.get("through")
-    return (old, through) if isinstance(old, str) and old != body.log and type(through) is int else None
+    return (old, min(through, _LAST)) if isinstance(old, str) and old != body.log and type(through) is int else None
 
 
 def ranges(listed: object) -> list[tuple[int, int]]:

@@ -6,9 +6,14 @@ messages unfolded into rows to query, and could be made again from it. Times are
 
 from __future__ import annotations
 
+import contextlib
+
 from sqlite_utils import Database, Migrations
 
+from agent.errors import Refused
 from agent.fleet import dating
+from agent.fleet.ledger import NEW_LOG, Ledger, ended
+from agent.wire.messages import decode
 
 migrations = Migrations("outstation-fleet")
 
@@ -93,6 +98,46 @@ def bounded_keys(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def joint_drift(db: Database) -> None:
+    # JSON, or NULL from devices that do not look at how fields move together.
+    db.execute("ALTER TABLE drift_windows ADD COLUMN joint TEXT")
+
+
+_LABELS = (
+    # One metric of a `quality` message, or (source `collector`, seq 0) of labels that came here; slice: '' for all.
+    """CREATE TABLE metrics (
+        device TEXT NOT NULL, task TEXT NOT NULL, time TEXT NOT NULL, metric TEXT NOT NULL, slice TEXT NOT NULL,
+        value REAL, low REAL, high REAL, n INTEGER NOT NULL, state TEXT, source TEXT NOT NULL, log TEXT NOT NULL,
+        seq INTEGER NOT NULL)""",
+    "CREATE INDEX metrics_of_task ON metrics (device, task)",
+    # Labels that came here; those that came to a device are in its messages, as metrics only.
+    """CREATE TABLE labels (
+        device TEXT NOT NULL, task TEXT NOT NULL, log TEXT NOT NULL, row INTEGER NOT NULL, label TEXT NOT NULL,
+        source TEXT NOT NULL, received TEXT NOT NULL, PRIMARY KEY (device, task, log, row)) WITHOUT ROWID""",
+)
+
+
+@migrations()
+def labels(db: Database) -> None:
+    for statement in _LABELS:
+        db.execute(statement)
+
+
+@migrations()
+def ends_of_logs(db: Database) -> None:
+    # last: a later log says that it had messages up to this seq, and that what is missing of them never comes.
+    columns = "device TEXT NOT NULL, log TEXT NOT NULL, last INTEGER NOT NULL, PRIMARY KEY (device, log)"
+    db.execute(f"CREATE TABLE ends ({columns}) WITHOUT ROWID")
+    told = "SELECT device, payload FROM messages WHERE kind = 'audit' AND instr(payload, ?)"
+    for device, payload in db.execute(told, [f'"{NEW_LOG}"'.encode()]).fetchall():
+        with contextlib.suppress(Refused, TypeError, AttributeError):
+            if end := ended(decode(payload)):
+                of = "SELECT through FROM logs WHERE device = ? AND log = ?"
+                row = db.execute(of, [device, end[0]]).fetchone()
+                Ledger(db.conn, device, end[0], row[0] if row else 0).ended(end[1])
+
+
 # Pragmas of every opening; the second is what must be read back, where safety hangs on it.
 PRAGMAS: tuple[tuple[str, str | None], ...] = (
     ("journal_mode=WAL", "wal"),
@@ -125,6 +170,15 @@ ALERTS = """
     FROM alerts a
     LEFT JOIN newest n ON n.device = a.device AND n.log = a.log
     LEFT JOIN last l ON l.device = n.device AND l.id = a.id AND l.seq = a.seq AND a.source = 'device'
+"""
+
+# In the order of their time; what says the same window lies beside each other, whichever log it came in.
+DRIFT_WINDOWS = """
+    SELECT device, task, first, last, "from", "to", state, reference, features, output, joint, estimate
+    FROM drift_windows
+    WHERE (:task IS NULL OR task = :task) AND (:device IS NULL OR device = :device)
+      AND (:since IS NULL OR "to" >= :since)
+    ORDER BY task, device, "from", first, last, "to", reference, log, seq
 """
 
 DEVICES = f"""

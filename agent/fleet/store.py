@@ -154,11 +154,11 @@ class FleetStore:
 
     def holds(self, message: Message) -> bool:
         """Whether exactly this message is stored."""
-        body = message.body
-        if not isinstance(body, Logged):
-            return False
-        sql = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
-        return [(message.payload,)] == self._all(sql, body.device, body.log, body.seq)
+        return self._at_its_place(message) == [(message.payload,)]
+
+    def holds_another(self, message: Message) -> bool:
+        """Whether a message with other bytes is stored in its place."""
+        return self._at_its_place(message) not in ([], [(message.payload,)])
 
     def acknowledgement(self, device: str, log: str) -> Acknowledgement:
         """What to tell the device; with more than 100 ranges missing, only as far as the first 100 go."""
@@ -198,6 +198,20 @@ class FleetStore:
         """(row, label) of every labelled result of `device`."""
         return self._all("SELECT row, label FROM results WHERE device = ? AND label IS NOT NULL ORDER BY row", device)
 
+    def drift_windows(
+        self, *, task: str | None = None, device: str | None = None, since: str | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Each with its members as JSON text, by task, device and time; of those that ended at `since` or later."""
+        cursor = self._db.execute(schema.DRIFT_WINDOWS, {"task": task, "device": device, "since": since})
+        names = [column[0] for column in cursor.description]
+        return (dict(zip(names, row, strict=True)) for row in cursor)
+
+    def count_drift_windows(self) -> int:
+        return int(self._all("SELECT count(*) FROM drift_windows")[0][0])
+
+    def drift_tasks(self) -> list[str]:
+        return [row[0] for row in self._all("SELECT DISTINCT task FROM drift_windows ORDER BY task")]
+
     def gaps(self, device: str | None = None) -> list[dict[str, Any]]:
         """device, log, from, to, declared of each range of seqs that is not here."""
         sql = 'SELECT device, log, first AS "from", last AS "to", declared FROM gaps WHERE ? IS NULL OR device = ?'
@@ -236,6 +250,13 @@ class FleetStore:
         return self._db.execute(f"SELECT {columns} FROM results {where} ORDER BY device, log, seq, rowid", values)
 
     # --- private ---
+
+    def _at_its_place(self, message: Message) -> list[tuple[Any, ...]]:
+        body = message.body
+        if not isinstance(body, Logged):
+            return []
+        sql = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
+        return self._all(sql, body.device, body.log, body.seq)
 
     def _open(self) -> None:
         if not self.read_only:

@@ -25,6 +25,7 @@ def unfold(message: Message, into: Rows) -> None:
     elif isinstance(body, Quality):
         text = message.payload.decode()
         into.setdefault("quality", []).append((body.device, body.task, body.time, text, body.log, body.seq))
+        into.setdefault("metrics", []).extend(_metric_rows(body))
 
 
 def result_rows(body: Results) -> list[tuple[Any, ...]]:
@@ -63,12 +64,18 @@ def _alert_row(body: Alerts) -> tuple[Any, ...]:
     return (*head, body.id, "device", body.log, body.seq)
 
 
+def _metric_rows(body: Quality) -> list[tuple[Any, ...]]:
+    head, tail = (body.device, body.task, body.time), ("device", body.log, body.seq)
+    return [(*head, m.metric, m.slice, m.value, m.low, m.high, m.n, m.state, *tail) for m in body.metrics]
+
+
 def _drift_row(body: Drift) -> tuple[Any, ...]:
     window, model = body.window, body.model
     span = (window.index, window.rows[0], window.rows[1], window.from_, window.to, window.n)
     estimate = None if body.estimate is None else _json(body.estimate)
     sizes = (_json(body.reference), _json(body.features), _json(body.output), estimate)
-    return (body.device, body.task, *span, body.state, model.name, model.version, *sizes, body.log, body.seq)
+    joint = None if body.joint is None else _json(body.joint)
+    return (body.device, body.task, *span, body.state, model.name, model.version, *sizes, body.log, body.seq, joint)
 
 
 def _json(value: Any) -> str:

@@ -68,9 +68,14 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DriftWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`window`: how many model windows (rows, for a tabular model) make one drift window."""
+    """`window`: how many model windows (rows, for a tabular model) make one drift window.
+
+    `min_count`: no bin in a message tells of fewer rows; `strata`: whether a site's reference follows the hour of day.
+    """
 
     window: Annotated[int, msgspec.Meta(ge=2, le=1_000_000)] = 20
+    min_count: Annotated[int, msgspec.Meta(ge=2, le=10_000)] | msgspec.UnsetType = msgspec.UNSET
+    strata: Literal["auto", "hour", "none"] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

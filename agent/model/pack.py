@@ -171,11 +171,23 @@ def _starts(path: Path, found: data.Data, spec: manifest.Input) -> features.Ints
     return starts
 
 
+def reference_of(path: Path, model: Model, draft: Manifest, *, held_out: bool = False) -> Reference:
+    """The drift reference that data at `path` make for this model.
+
+    `held_out` data, which it was not trained on, also tell how often a score is right, by their labels. Raises
+    UsageError, BadBundle.
+    """
+    found = data.read(path, draft.input)
+    if held_out and found.label is None:
+        raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; leave --held-out away")
+    return _from_data(path, found, model, draft, held_out=held_out)
+
+
 def _reference_file(work: _Work, files: dict[str, bytes]) -> list[str]:
     if work.spec.reference is None:
         return ["no reference data: devices will not watch this model for drift"]
     try:
-        reference = _reference(work.path(work.spec.reference), work.model, work.draft)
+        reference = reference_of(work.path(work.spec.reference), work.model, work.draft)
     except (UsageError, BadBundle) as problem:
         raise ConfigError(str(work.file), "reference", str(problem)) from None
     if work.spec.output.score_table is not None:
@@ -184,13 +196,13 @@ def _reference_file(work: _Work, files: dict[str, bytes]) -> list[str]:
     return [reference.warning] if reference.warning else []
 
 
-def _reference(path: Path, model: Model, draft: Manifest) -> Reference:
-    found = data.read(path, draft.input)
+def _from_data(path: Path, found: data.Data, model: Model, draft: Manifest, *, held_out: bool) -> Reference:
     starts = _starts(path, found, draft.input)
     windows = features.windows(found.features, starts, draft.input)
     answers = scores.of(model.invoke(windows), draft, windows)
     named = answers.label if answers.label is not None else np.zeros(len(starts), np.int64)
-    certainty = None if answers.score is None else answers.score[:, None].astype(np.float32)
+    told = answers.value if answers.score is None else answers.score
+    certainty = None if told is None else told[:, None].astype(np.float32)
     return learning.build(
         found.features,
         starts,
@@ -200,7 +212,15 @@ def _reference(path: Path, model: Model, draft: Manifest) -> Reference:
         draft.drift.window,
         fields=tuple(draft.input.fields),
         labels=tuple(draft.output.labels),
+        truth=_truth(found, starts, draft) if held_out else None,
     )
+
+
+def _truth(found: data.Data, starts: features.Ints, draft: Manifest) -> features.Ints:
+    """The class of each window: that of its last row."""
+    assert found.label is not None
+    last = starts + (draft.input.window.rows if draft.input.window else 1) - 1
+    return np.asarray(found.label[last], dtype=np.int64)
 
 
 def _with_score_table(work: _Work, reference: Reference, path: Path) -> Reference:

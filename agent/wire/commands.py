@@ -26,6 +26,8 @@ COMMANDS: dict[str, Arguments] = {
     "report": Arguments(),
     "set-schedule": Arguments(("task", "schedule")),
     "rollback": Arguments(("task",)),
+    "learn": Arguments(("task",), ("for",)),
+    "reset-reference": Arguments(("task",)),
     "rotate-key": Arguments(),
     "wipe": Arguments((), ("confirm",)),
 }

@@ -113,6 +113,7 @@ class Drift(Logged, frozen=True, kw_only=True, tag="drift"):
     output: dict[str, Any]
     state: Literal["ok", "drift", "fault", "insufficient"]
     estimate: dict[str, Any] | None = None
+    joint: dict[str, Any] | None = None
 
 
 class Alerts(Logged, frozen=True, kw_only=True, tag="alerts"):
@@ -126,8 +127,25 @@ class Alerts(Logged, frozen=True, kw_only=True, tag="alerts"):
     task: Text | None = None
 
 
+class Metric(msgspec.Struct, frozen=True):
+    """`slice` is empty for all of it; `state` of a slice: ok, worse or small."""
+
+    metric: Text
+    value: float | None
+    low: float | None
+    high: float | None
+    n: Natural
+    slice: Annotated[str, msgspec.Meta(max_length=600)] = ""
+    state: Text | None = None
+
+
 class Quality(Logged, frozen=True, kw_only=True, tag="quality"):
     task: Text
+    model: Model | None = None
+    window: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
+    estimate: dict[str, Any] | None = None
+    metrics: list[Metric] = []
 
 
 class Health(Logged, frozen=True, kw_only=True, tag="health"):

@@ -37,10 +37,15 @@ def evidence(fleet: str, device: str, log: str, seq: int, old: PublicKey, new: S
     return {"old": old.kid, "key": new.public.text, "proof": b64url(proof)}
 
 
+def is_rotation(message: Message) -> bool:
+    """Whether it means to be one; its proof may fail."""
+    return isinstance(message.body, Audit) and message.body.event == EVENT
+
+
 def rotation_of(message: Message) -> Rotation | None:
     """What a verified message says about keys; None for every other message. Raises Refused where its proof fails."""
     body = message.body
-    if not isinstance(body, Audit) or body.event != EVENT:
+    if not isinstance(body, Audit) or not is_rotation(message):
         return None
     old, text, proof = (body.evidence.get(name) for name in ("old", "key", "proof"))
     if old != message.signer.key.kid:

@@ -16,8 +16,9 @@ import numpy as np
 
 from agent import config
 from agent.device.incoming.sources import replay
-from agent.drift.judge import Judge, State
+from agent.drift.judge import Judge
 from agent.drift.reference import Reference, draft
+from agent.drift.state import State
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.model import bundle, data, golden, manifest

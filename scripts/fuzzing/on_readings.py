@@ -38,7 +38,10 @@ def lines() -> list[bytes]:
     columns = {"stream": "watch", "columns": {"t": [T0 + 9, T0 + 10], "ax": [1, 2.5], "ay": [0, -0.0]}}
     plain = [{"stream": "watch", "ax": 1, "ay": 2}] * 3
     found = ["\n".join(map(json.dumps, rows)).encode() for rows in (watch, machine, [columns], plain)]
-    return [*found, found[0] + b"\n" + found[1] + b"\n" + found[2]]
+    labels = [{"labels": "judge", "row": 7, "label": "up"}, {"labels": "judge", "t": T0, "label": 2, "source": "model"}]
+    labels.append({"labels": "judge", "columns": {"row": [1, 2], "label": ["up", "down"]}})
+    found.append("\n".join(map(json.dumps, labels)).encode())
+    return [*found, found[0] + b"\n" + found[1] + b"\n" + found[2] + b"\n" + found[-1]]
 
 
 @target("lines", "each line of a producer is taken or named, and as if it had come alone", lines)
@@ -61,6 +64,8 @@ def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[s
     for call in calls:
         for taken in reader.read(call, first, NOW_US):
             bad |= taken.bad
+            if taken.lot is not None:
+                numbers += taken.lines
             if taken.checked is not None and len(taken.checked.rows):
                 numbers += sorted(set(taken.lines))
                 kept = taken.checked.rows

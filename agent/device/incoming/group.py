@@ -5,13 +5,15 @@ A commit costs about 28 KB of flash writes whatever it holds, so rows wait for i
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from agent.clock import Now, Quality
 from agent.config import Stream
+from agent.device.incoming import labels
+from agent.device.incoming.labels import Asked, Lot
 from agent.device.storage.rows import Checked, Rows, concatenate
 from agent.device.storage.segments import GIVEN, QUALITIES
 from agent.device.storage.store import INTAKE_SHARE, Store
@@ -22,17 +24,23 @@ FULL_ROWS = 16_384
 NOT_STORED = "not stored"
 # The most chunks that the rows of a stream in one commit are cut into, for the segments their times were read in.
 _MOST_RUNS = 64
+# What a label takes in the store, its index entries too.
+_LABEL_BYTES = 1_000
 # (segment, quality) of the clock that rows have their times from.
 Stamped = tuple[int, Quality]
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How far a source has got, kept in the same transaction as its rows: what a full store refused is not counted."""
+    """How far a source has got, kept in the same transaction as its rows: what a full store refused is not counted.
+
+    Of more than `most` items of a source, those that sent last are known.
+    """
 
     source: str
     item: str
     position: int
+    most: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,7 @@ class _Share:
     through: int = 0
     rejected: dict[int, str] = field(default_factory=dict)
     parts: list[_Part] = field(default_factory=list)
+    lots: list[tuple[Lot, int, Now]] = field(default_factory=list)
     mark: Mark | None = None
 
     def reject(self, line: int, reason: str) -> None:
@@ -65,17 +74,20 @@ class _Share:
 
     def bytes(self) -> int:
         """What its rows will take in the store."""
-        return sum(_size(part.checked.rows) for part in self.parts)
+        labels = sum(len(lot.labels) for lot, _, _ in self.lots)
+        return sum(_size(part.checked.rows) for part in self.parts) + labels * _LABEL_BYTES
 
     def outcome(self, accepted: int, full: bool = False) -> Outcome:
         return Outcome(self.through, accepted, sorted(self.rejected.items()), full)
 
 
 class Group:
-    """Rows that wait for the next commit. Used by one thread."""
+    """Rows and labels that wait for the next commit. Used by one thread. `asked` tells which tasks take labels."""
 
-    def __init__(self, store: Store, streams: Mapping[str, Stream]) -> None:
-        self._store, self._streams = store, streams
+    def __init__(
+        self, store: Store, streams: Mapping[str, Stream], asked: Callable[[], Mapping[str, Asked]] = dict
+    ) -> None:
+        self._store, self._streams, self._asked = store, streams, asked
         self._shares: dict[Hashable, _Share] = {}
         self._most_bytes = store.quota.transaction // 4
         self._rows = self._bytes = 0
@@ -94,6 +106,11 @@ class Group:
         self._rows += len(checked.rows)
         self._bytes += _size(checked.rows)
         self._bytes += sum(2 * len(text) + 64 for texts in checked.categories.values() for text in texts)
+
+    def label(self, producer: Hashable, lot: Lot, line: int, now: Now) -> None:
+        """Labels of `producer` that came in one line."""
+        self._shares.setdefault(producer, _Share()).lots.append((lot, line, now))
+        self._bytes += len(lot.labels) * _LABEL_BYTES
 
     def reject(self, producer: Hashable, line: int, reason: str) -> None:
         self._shares.setdefault(producer, _Share()).reject(line, reason)
@@ -132,8 +149,9 @@ class Group:
                 if len(rows):
                     by_stream.setdefault(part.stream, []).append((rows, _stamped(tx, rows, part.now)))
                     accepted += len(rows)
+            accepted += self._label(tx, share)
             if share.mark is not None:
-                tx.set_mark(share.mark.source, share.mark.item, share.mark.position)
+                tx.set_mark(share.mark.source, share.mark.item, share.mark.position, share.mark.most)
             tx.count("lines rejected", len(share.rejected))
             outcomes[producer] = share.outcome(accepted)
         for stream, parts in by_stream.items():
@@ -142,6 +160,22 @@ class Group:
             tx.count(f"rows.{stream}", sum(len(rows) for rows, _ in parts))
         tx.segments.observe(now)
         return outcomes
+
+    def _label(self, tx: Transaction, share: _Share) -> int:
+        """Write its labels; how many were accepted."""
+        accepted, asked = 0, self._asked() if share.lots else {}
+        for lot, line, now in share.lots:
+            refused = dict(lot.bad)
+            places = [index for index in range(len(lot.labels) + len(lot.bad)) if index not in lot.bad]
+            for index, label in zip(places, lot.labels, strict=True):
+                reason = labels.take(tx, lot.task, asked.get(lot.task), label, now)
+                if reason is None:
+                    accepted += 1
+                else:
+                    refused[index] = reason
+            if refused:
+                share.reject(line, labels.shown(refused, len(lot.labels) + len(lot.bad)))
+        return accepted
 
     def _coded(self, tx: Transaction, stream: str, checked: Checked) -> tuple[Rows, dict[int, str]]:
         """Category texts become codes; index → reason of rows whose text can have none."""
@@ -184,7 +218,8 @@ def _runs(parts: Sequence[tuple[Rows, Stamped]]) -> list[tuple[Stamped, list[Row
 
 
 def _refuse(share: _Share, full: StorageFull) -> Outcome:
-    """Every line with rows in it is rejected, and only once where some of its rows already were."""
-    for line in {line for part in share.parts if len(part.checked.rows) for line in part.lines}:
+    """Every line with rows or labels in it is rejected, and only once where some of its rows already were."""
+    lines = {line for part in share.parts if len(part.checked.rows) for line in part.lines}
+    for line in lines | {line for _, line, _ in share.lots}:
         share.rejected[line] = f"{NOT_STORED}: {full}; send it again later"
     return share.outcome(0, full=True)

@@ -12,13 +12,14 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from agent import config
 from agent.clock import Now
 from agent.device.incoming.group import Group, Mark, Outcome
+from agent.device.incoming.labels import Asked
 from agent.device.incoming.parse import Reader
 from agent.device.incoming.producer import CLIENTS, Producer
 from agent.device.storage.rows import Raw, check
@@ -58,10 +59,11 @@ class Intake:
         now: Callable[[], Now],
         committed: Callable[[], None],
         failed: Callable[[Exception], None],
+        asked: Callable[[], Mapping[str, Asked]] = dict,
     ) -> None:
         self._conf, self._store, self._sources, self._now = conf, store, sources, now
         self._committed, self._failed = committed, failed
-        self._group = Group(store, conf.streams)
+        self._group = Group(store, conf.streams, asked)
         self._answers: dict[object, Callable[[Outcome], None]] = {}
         self._named: dict[str, Producer] = {}
         self._open: set[asyncio.StreamWriter] = set()

@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 
 from agent.config import Stream
+from agent.device.incoming import labels
+from agent.device.incoming.labels import Lot
 from agent.device.storage.rows import Checked, Raw, check
 from agent.errors import Rejected
 from agent.jsonkeys import RepeatedKey, check_count
@@ -33,10 +35,12 @@ class Taken:
     checked: Checked | None
     lines: list[int]
     bad: dict[int, str]
+    lot: Lot | None = None
 
 
 class _Named(msgspec.Struct):
-    stream: str
+    stream: str | msgspec.UnsetType = msgspec.UNSET
+    labels: msgspec.Raw = msgspec.Raw()
     columns: msgspec.Raw = msgspec.Raw()
 
 
@@ -93,6 +97,8 @@ class Reader:
             named = msgspec.json.decode(line, type=_Named)
         except _UNREADABLE as error:
             raise Rejected(_json_problem(line, error)) from None
+        if isinstance(named.stream, msgspec.UnsetType):
+            return _labels(line, number, named)
         shape = self._shapes.get(named.stream)
         if shape is None:
             raise Rejected(f"unknown stream {named.stream[:40]!r}{suggestion(named.stream, self._shapes)}")
@@ -182,6 +188,16 @@ class _Shape:
         return Raw(len(decoded), t, values)
 
 
+def _labels(line: bytes, number: int, named: _Named) -> Taken:
+    if not bytes(named.labels):
+        raise Rejected('no "stream" in this line')
+    try:
+        return Taken("", None, [number], {}, labels.read(line))
+    except _UNREADABLE as error:
+        what, _, where = str(error)[:160].partition(" - at `$.")
+        raise Rejected(f"{where.rstrip('`')}: {what[:1].lower()}{what[1:]}" if where else what) from None
+
+
 def _filled(column: tuple[Any, ...]) -> tuple[Sequence[Any], int]:
     """The column with None where a row did not have the field, and how many did not."""
     absent = column.count(msgspec.UNSET)
@@ -200,8 +216,6 @@ def _json_problem(line: bytes, error: Exception) -> str:
     if b"NaN" in line or b"Infinity" in line:
         return "NaN and Infinity are no JSON numbers; leave an optional field out instead"
     problem = str(error)
-    if "missing required field `stream`" in problem:
-        return 'no "stream" in this line'
     return f"not one JSON object on one line: {problem[:120]}"
 
 

@@ -14,6 +14,8 @@ from agent.device.incoming.parse import MAX_LINE, Reader
 from agent.jsonkeys import check_count
 
 CLIENTS = "client"
+# Names that are known; of more, those that sent last.
+MOST_CLIENTS = 1000
 
 
 class _Hello(msgspec.Struct, forbid_unknown_fields=True):
@@ -60,7 +62,7 @@ class Producer:
             self._take([self._rest], now)
 
     def retire(self) -> None:
-        """Take nothing more: the same client goes on in another connection."""
+        """Take nothing more, once what was answered is sent: the same client goes on in another connection."""
         self._retired = True
         self._writer.close()
 
@@ -68,6 +70,9 @@ class Producer:
         line = {"through": outcome.through, "accepted": outcome.accepted}
         rejected = [{"line": number, "reason": reason} for number, reason in outcome.rejected]
         self._writer.write(msgspec.json.encode({**line, "rejected": rejected}) + b"\n")
+        if outcome.full and self.name is not None:
+            # A later line that is taken would count these as safe, where this answer is lost with the connection.
+            self.retire()
 
     def _take(self, lines: list[bytes], now: Now) -> None:
         if lines and not self._started:
@@ -89,11 +94,13 @@ class Producer:
                 self._group.reject(self, number, reason)
             if taken.checked is not None:
                 self._group.add(self, taken.stream, taken.checked, taken.lines, now)
+            if taken.lot is not None:
+                self._group.label(self, taken.lot, taken.lines[0], now)
         self._reach(self._lines + len(lines))
 
     def _reach(self, line: int) -> None:
         self._lines = line
-        self._group.reach(self, line, Mark(CLIENTS, self.name, line) if self.name else None)
+        self._group.reach(self, line, Mark(CLIENTS, self.name, line, MOST_CLIENTS) if self.name else None)
 
     def _hello(self, line: bytes) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""What each command about tasks does: run, pause, resume, report, set-schedule, rollback."""
+"""What each command about tasks does: run, pause, resume, report, set-schedule, rollback, learn, reset-reference."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from agent.clock import Now
-from agent.config import Config
+from agent.config import Config, parse_duration
 from agent.device import schedule
 from agent.device.author import Author
 from agent.device.batch import Task
-from agent.device.operating import kept, overrides
+from agent.device.operating import kept, overrides, references
 from agent.device.operating.control import Action, Deed
 from agent.device.operating.machine import Machine, Planned
 from agent.device.storage.store import Store
@@ -45,6 +45,8 @@ class TaskActions:
             "report": self.report,
             "set-schedule": self.set_schedule,
             "rollback": self.rollback,
+            "learn": self.learn,
+            "reset-reference": self.reset_reference,
         }
 
     def run(self, args: Mapping[str, str], now: Now) -> Deed:
@@ -121,6 +123,28 @@ class TaskActions:
         summary = f"{name} went from {past.now} to {target}." if running else f"{name} runs again, with {target}."
         data = {"from": past.now.digest, "to": target.digest}
         return Deed(summary, data, write, lambda: self._exchange(task))
+
+    def learn(self, args: Mapping[str, str], now: Now) -> Deed:
+        text = args.get("for", "0 s")
+        try:
+            for_s = float(parse_duration(text))
+        except ValueError as error:
+            raise Rejected(f"for: {error}") from None
+        return self._reference(args["task"], references.made("learn", for_s, "from the fleet"))
+
+    def reset_reference(self, args: Mapping[str, str], now: Now) -> Deed:
+        return self._reference(args["task"], references.made("reset", 0.0, "from the fleet"))
+
+    def _reference(self, task: str, request: references.Request) -> Deed:
+        judge = self._planned(task).task.judge
+        if judge is None:
+            raise Rejected(f"the bundle of {task} has no drift reference, so drift is not watched")
+
+        def write(tx: Transaction) -> None:
+            tx.keep(task, references.REQUEST, request.to_json())
+
+        least = f"{judge.learn} drift windows" + (f" and {request.for_s:.0f} s" if request.for_s else "")
+        return Deed(f"{task} learns its site's reference anew from at least {least} when it next runs.", {}, write)
 
     def _exchange(self, task: Task) -> None:
         planned = self._machine.find(task.name)

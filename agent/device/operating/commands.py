@@ -19,7 +19,7 @@ from typing import Protocol
 
 from agent.clock import Now
 from agent.device.author import Author
-from agent.device.operating.commandbook import Answer
+from agent.device.operating.commandbook import Answer, CommandBook
 from agent.device.storage.store import Store
 from agent.errors import Refused, StorageFull
 from agent.link import Delivery, Outgoing
@@ -61,8 +61,8 @@ class Commands:
         self.arrived: Callable[[], object] = lambda: None
         self._store, self._author = store, author
         self._operators = {key.kid: jws.Signer("operator", key) for key in operators}
-        with store.transaction() as tx:
-            self._last = tx.commands.counters()
+        # Read only: on a full disk a transaction that is not vital would not begin.
+        self._last = store.ask(lambda db: CommandBook(db).counters())
         self._posted: deque[Outgoing] = deque(maxlen=_MOST_POSTED)
         self._fresh = threading.Event()
         self._handed = self._marked = 0
@@ -127,8 +127,7 @@ class Commands:
         return not self._fresh.is_set() and self._handed == self._marked and not self._posted
 
     def _hand_over(self, session: Speaker, now: Now) -> None:
-        with self._store.transaction() as tx:
-            answers = tx.commands.unsent(self._handed)
+        answers = self._store.ask(lambda db: CommandBook(db).unsent(self._handed))
         for answer in answers:
             session.say(self._author.live("reply", answer.body(), now, retain=False, correlation=answer.correlation))
             self._handed = answer.number

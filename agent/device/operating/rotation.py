@@ -1,7 +1,8 @@
 """Changing the device's signing key: the old key signs that the new one follows, and the new one proves itself.
 
 The log goes on with the new key behind that message. What is not of the log (state, keys, replies) keeps the old one
-until the collector has acknowledged the change: before, it could not verify the new one.
+until the collector has acknowledged the change: before, it could not verify the new one. Where that message is lost
+before (a damaged card, no room), the old key says it again, for without it nothing more of this device is taken.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from agent.device.storage.transaction import Transaction
 from agent.errors import Rejected, StorageFull, UsageError
 from agent.link import Outgoing
 from agent.wire import rotation as wire
-from agent.wire.keys import PublicKey, SigningKey
+from agent.wire.keys import SigningKey
 
 log = logging.getLogger("outstation")
 
@@ -60,36 +61,41 @@ class Rotation:
             new = self._files.prepare()
         except (OSError, UsageError) as error:
             raise Rejected(f"no new key could be written: {error}; the old one stays") from None
-        old = self._author.key.public
+        old = self._author.key
 
         def write(tx: Transaction) -> None:
             self._write(tx, old, new, now)
 
-        summary = f"Signs with key {new.public.text} from now on; the one before was {old.text}."
+        summary = f"Signs with key {new.public.text} from now on; the one before was {old.public.text}."
         return Deed(summary, {"key": new.public.text, "kid": new.public.kid}, write, lambda: self._begin(new, now))
 
     def turn(self, now: Now) -> None:
         """Whether the collector knows the new key by now; then the old one is done with. Raises StorageError."""
         pending = self._store.meta(PENDING, "")
-        if not pending or self._store.pending([int(json.loads(pending)["seq"])]):
+        if not pending:
+            return
+        seq = int(json.loads(pending)["seq"])
+        known = seq in self._store.acknowledged()
+        if not known and self._store.pending([seq]):
             return
         try:
-            with self._store.transaction() as tx:
-                tx.set_meta(PENDING, "")
+            with self._store.transaction(vital=True) as tx:
+                if known:
+                    tx.set_meta(PENDING, "")
+                else:
+                    say_again(tx, self._author, now)
         except StorageFull:
+            return
+        if not known:
             return
         log.info("the collector knows the new signing key")
         self._files.forget_old()
         self._author.live_key = None
         self._renew()
 
-    def _write(self, tx: Transaction, old: PublicKey, new: SigningKey, now: Now) -> None:
-        author, seq = self._author, tx.chain()[0] + 1
-        evidence = wire.evidence(author.fleet, author.device, author.log_id, seq, old, new)
-        summary = f"The signing key {old.text} is followed by {new.public.text}."
-        author.write(tx, "audit", None, {"event": wire.EVENT, "summary": summary, "evidence": evidence}, now)
+    def _write(self, tx: Transaction, old: SigningKey, new: SigningKey, now: Now) -> None:
+        _announce(tx, self._author, old, new, now)
         tx.set_meta(SIGNER, new.public.kid)
-        tx.set_meta(PENDING, json.dumps({"seq": seq, "old": old.kid}))
 
     def _begin(self, new: SigningKey, now: Now) -> None:
         self._author.live_key, self._author.key = self._author.key, new
@@ -99,3 +105,22 @@ class Rotation:
             # The store names the new key: the next start goes on from there.
             log.error("the new key could not be put in place: %s; the next start does it", error)
         self._say(keys_message(self._author, now))
+
+
+def say_again(tx: Transaction, author: Author, now: Now) -> None:
+    """Write the rotation that waits once more, at the end of the log, signed by the old key."""
+    new, old = author.key, author.live_key
+    if old is None:
+        # Only one key is left, as where the device was given another one: there is nothing to follow.
+        tx.set_meta(PENDING, "")
+        return
+    log.warning("the message that names the new signing key is lost here; it is written again")
+    _announce(tx, author, old, new, now)
+
+
+def _announce(tx: Transaction, author: Author, old: SigningKey, new: SigningKey, now: Now) -> None:
+    seq = tx.chain()[0] + 1
+    evidence = wire.evidence(author.fleet, author.device, author.log_id, seq, old.public, new)
+    summary = f"The signing key {old.public.text} is followed by {new.public.text}."
+    author.write(tx, "audit", None, {"event": wire.EVENT, "summary": summary, "evidence": evidence}, now, old)
+    tx.set_meta(PENDING, json.dumps({"seq": seq, "old": old.public.kid}))

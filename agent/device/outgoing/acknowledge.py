@@ -21,8 +21,8 @@ from collections.abc import Callable
 from agent.clock import Now, epoch_us
 from agent.device.author import Author
 from agent.device.outgoing.refusals import ACKNOWLEDGEMENTS, Refusals
-from agent.device.recovery.catchup import PREVIOUS_LOG, UNPROVEN
-from agent.device.recovery.fork import require_same_history
+from agent.device.recovery.catchup import PREVIOUS_LOG
+from agent.device.recovery.fork import note_proof, require_same_history
 from agent.device.storage import ranges, retention
 from agent.device.storage.eviction import ACKNOWLEDGED_EARLIER, declare_messages
 from agent.device.storage.retention import Acknowledged
@@ -54,7 +54,7 @@ class Acknowledgements:
         self._proof = store.meta(retention.ACKNOWLEDGEMENT, "")
         self._doubt: int | None = None
         self._confirmed: list[int] = []
-        self._floor_us = 0
+        self._floor_us = self._proven = 0
         self._apply_at = float("-inf")
 
     def take(self, delivery: Delivery, now: Now) -> Ack | None:
@@ -113,7 +113,7 @@ class Acknowledgements:
                 proof = json.loads(earlier) if earlier else None
                 declare_messages(tx, self._author, now, gone, ACKNOWLEDGED_EARLIER, proof=proof)
             deleted = set(tx.outbox.delete(self._confirmed))
-            tx.set_meta(UNPROVEN, "")
+            note_proof(tx, self._proven)
             if known != self._written:
                 self._note(tx.meta(retention.STEPS, ""), known, now, tx.set_meta)
             if self._floor_us:
@@ -150,5 +150,5 @@ class Acknowledgements:
             epoch_us(body.time)
         except ValueError as error:
             raise Refused("malformed payload", f"time {body.time}: {error}") from None
-        require_same_history(self._store, body)
+        self._proven = max(self._proven, require_same_history(self._store, body))
         return body

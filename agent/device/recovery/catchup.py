@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sqlite3
@@ -14,12 +15,22 @@ from agent import clock
 from agent.device.recovery import findings, watermark
 from agent.device.recovery.findings import NEW_LOG, Finding, NewLog
 from agent.device.recovery.watermark import Mark
-from agent.device.storage import ranges
+from agent.device.storage import meta, ranges
 
 log = logging.getLogger("outstation")
 
-# In table meta: the log before this one; the seq behind which nobody has confirmed that messages are ours.
-PREVIOUS_LOG, UNPROVEN = "previous log", "unproven from"
+
+class _Used(msgspec.Struct):
+    """What a `results` message says of the rows it is about."""
+
+    kind: str
+    task: str
+    rows: tuple[int, int]
+
+
+# In table meta: the log before this one; the seq behind which nobody has confirmed that messages are ours; the last seq
+# when the store was opened: what is above was written since, in no copy of the store.
+PREVIOUS_LOG, UNPROVEN, OPENED = "previous log", "unproven from", "opened at"
 
 
 def catch_up(db: sqlite3.Connection, mark: Mark | None) -> bool:
@@ -27,26 +38,26 @@ def catch_up(db: sqlite3.Connection, mark: Mark | None) -> bool:
 
     Inside the transaction that begins the opening. What is missing becomes a finding, to be said in the log.
     """
-    was_clean = db.execute("DELETE FROM meta WHERE key = ?", (findings.CLEAN,)).rowcount
-    findings.put(db, findings.STOP, "clean" if was_clean else "unclean")
+    findings.put(db, findings.STOP, "clean" if meta.get(db, findings.CLEAN, "") else "unclean")
+    meta.drop(db, findings.CLEAN)
     here = watermark.of(db)
     changed = False
     if mark is not None and mark.log and mark != here:
         changed = _compare(db, here, mark)
     seq = str(watermark.of(db).seq)
-    sql = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value WHERE value = ''"
-    db.execute(sql, (UNPROVEN, seq))
+    if not meta.get(db, UNPROVEN, ""):
+        findings.put(db, UNPROVEN, seq)
+    findings.put(db, OPENED, seq)
     return changed
 
 
 def _compare(db: sqlite3.Connection, here: Mark, mark: Mark) -> bool:
     if not here.log:
         adopt(db, mark)
-        _begin_log(db, mark.log, f"The store was deleted or lost; its log {mark.log} had {mark.seq} messages.")
+        begin_log(db, mark.log, f"The store was deleted or lost; its log {mark.log} had {mark.seq} messages.")
         return True
-    previous = db.execute("SELECT value FROM meta WHERE key = ?", (PREVIOUS_LOG,)).fetchone()
     if here.log != mark.log:
-        if previous and previous[0] == mark.log:
+        if meta.get(db, PREVIOUS_LOG, "") == mark.log:
             return False
         why = f"The store was replaced: log {mark.log} was written in this folder last, the database is of {here.log}."
     elif here.seq == mark.seq and here.digest != mark.digest:
@@ -55,7 +66,7 @@ def _compare(db: sqlite3.Connection, here: Mark, mark: Mark) -> bool:
         return _went_back(db, here, mark)
     _rows_and_cursors(db, here, mark)
     # In the log that was written last nothing more will come either.
-    _begin_log(db, here.log, why)
+    begin_log(db, here.log, why)
     return True
 
 
@@ -133,16 +144,27 @@ def _rows_and_cursors(db: sqlite3.Connection, here: Mark, mark: Mark) -> tuple[_
     return rows, cursors
 
 
-def _begin_log(db: sqlite3.Connection, old: str, why: str) -> None:
-    log.critical("%s A new log begins.", why)
-    unproven = db.execute("SELECT value FROM meta WHERE key = ?", (UNPROVEN,)).fetchone()
-    acknowledged = db.execute("SELECT value FROM meta WHERE key = 'acknowledged'").fetchone()
-    plan = NewLog(
-        why=why,
-        old=old,
-        common=int(unproven[0]) if unproven else 0,
-        acknowledged=acknowledged[0] if acknowledged else "",
+def raise_cursors(db: sqlite3.Connection) -> None:
+    """Where a cursor is behind the results that are kept: what they tell of was judged."""
+    used: dict[str, tuple[int, int]] = {}
+    for (payload,) in db.execute("SELECT payload FROM outbox WHERE topic LIKE '%/results/%'"):
+        with contextlib.suppress(msgspec.MsgspecError, ValueError, TypeError):
+            told = msgspec.json.decode(payload, type=_Used)
+            if told.kind == "results":
+                first, last = used.get(told.task, told.rows)
+                used[told.task] = min(first, told.rows[0]), max(last, told.rows[1])
+    sql = (
+        "INSERT INTO cursors VALUES (?, ?, ?) "
+        "ON CONFLICT (task) DO UPDATE SET row = excluded.row WHERE excluded.row > row"
     )
+    db.executemany(sql, ((task, last, first) for task, (first, last) in used.items()))
+
+
+def begin_log(db: sqlite3.Connection, old: str, why: str) -> None:
+    """Plan a new log after `old`, inside the caller's transaction."""
+    log.critical("%s A new log begins.", why)
+    common = int(meta.get(db, UNPROVEN, "") or 0)
+    plan = NewLog(why=why, old=old, common=common, acknowledged=meta.get(db, "acknowledged", ""))
     findings.put(db, NEW_LOG, msgspec.json.encode(plan).decode())
 
 
@@ -156,4 +178,4 @@ def leave_unknown_log(db: sqlite3.Connection) -> None:
     except (ValueError, KeyError, TypeError):
         old = ""
     findings.put(db, "log", old or str(uuid.uuid4()))
-    _begin_log(db, old, "The store was damaged where it says which log it writes and how far that had got.")
+    begin_log(db, old, "The store was damaged where it says which log it writes and how far that had got.")

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from agent import clock
-from agent.device.recovery import catchup, findings, watermark
+from agent.device.recovery import catchup, findings, rebuild, watermark
 from agent.device.recovery.findings import Finding, absent
 from agent.device.recovery.readable import Readable
 from agent.device.recovery.watermark import Mark
-from agent.device.storage import categories, retention
+from agent.device.storage import categories, meta, retention
 from agent.device.storage.checked import message_crc
 from agent.device.storage.rows import Packed, is_whole
 
@@ -36,12 +36,13 @@ class Copy:
         self._next_rows: dict[int, int] = {}
         self._seqs: list[tuple[int, int]] = []
         self._seq_gaps: list[tuple[int, int]] = []
+        self._not_whole: set[str] = set()
 
     def all(self) -> None:
         """Every table, as far as it can be read."""
         names = self._new.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'")
         others = sorted({str(row[0]) for row in names.fetchall()} - {*_FIRST, *_LAST})
-        self._table("meta")
+        self._known()
         self._streams()
         for table in others:
             self._table(table)
@@ -56,11 +57,16 @@ class Copy:
         new.execute("BEGIN")
         if "categories" in lost:
             categories.mend(new)
+        if "meta" in lost:
+            rebuild.rebuild(new, self._mark, self._not_whole)
         acknowledged = self._acknowledged()
         found: dict[str, Any] = {
             "seqs": self._lost_seqs(acknowledged),
             "rows": {name: missing for name, missing in self._lost_rows() if missing},
         }
+        if "cursors" in lost:
+            # The watermark may be older than the last batch.
+            catchup.raise_cursors(new)
         if self._mark and self._meta("log") in ("", self._mark.log):
             found["tasks"] = catchup.adopt(new, self._mark).cursors
         elif not self._meta("log"):
@@ -70,6 +76,8 @@ class Copy:
             f"The store was damaged ({why}): what could be read of it was copied into a new one, the damaged files are "
             f"in {quarantine} of the data folder."
         )
+        if "meta" in lost:
+            what += " Some of what it knew of itself is lost, or worked out again from the rest."
         if "marks" in lost:
             what += " How far each source had got is partly lost: some may be read again."
         if lost & {"state", "cursors"}:
@@ -113,6 +121,23 @@ class Copy:
                 self._new.execute("COMMIT")
                 self._new.execute("BEGIN")
         self._new.execute("COMMIT")
+
+    def _known(self) -> None:
+        """Values of table meta that are what was written."""
+        columns = self._old.columns("meta")
+        if not {"key", "value"} <= set(columns):
+            self._old.lost.add("meta")
+            return
+        rest: list[str] = [name for name in ("value", "crc") if name in columns]
+        self._insert("meta", ["key", "value", "crc"], self._whole(self._old.by_key("meta", ["key"], rest)))
+
+    def _whole(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+        for row in rows:
+            if meta.is_whole(row):
+                yield *row[:2], meta.crc(*row[:2])
+            else:
+                self._old.lost.add("meta")
+                self._not_whole.add(str(row[0]))
 
     def _streams(self) -> None:
         """Names, fields and numbers; where they are gone, as far as the watermark knows them."""
@@ -238,8 +263,7 @@ class Copy:
         return max(int(text) if text.isdecimal() else 0, self._mark.seq if self._mark else 0)
 
     def _meta(self, key: str) -> str:
-        row = self._new.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return str(row[0]) if row else ""
+        return meta.get(self._new, key, "")
 
 
 def recount(db: sqlite3.Connection, acknowledged: retention.Acknowledged) -> None:

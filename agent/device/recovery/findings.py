@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from agent.device.storage import ranges
+from agent.device.storage import meta, ranges
 
 # Names in table meta.
 FINDINGS, LAST, CLEAN, STOP = "findings", "last finding", "clean", "last stop"
@@ -58,14 +58,13 @@ def read(text: str) -> list[Finding]:
 
 def add(db: sqlite3.Connection, finding: Finding) -> None:
     """Keep it, inside the caller's transaction."""
-    row = db.execute("SELECT value FROM meta WHERE key = ?", (FINDINGS,)).fetchone()
-    put(db, FINDINGS, msgspec.json.encode([*read(row[0] if row else ""), finding]).decode())
+    put(db, FINDINGS, msgspec.json.encode([*read(meta.get(db, FINDINGS, "")), finding]).decode())
     said = {"time": finding.time, "what": finding.what, "quarantine": finding.quarantine}
     put(db, LAST, msgspec.json.encode(said).decode())
 
 
 def put(db: sqlite3.Connection, key: str, value: str) -> None:
-    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+    meta.put(db, key, value)
 
 
 def absent(kept: Sequence[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:

@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import msgspec
 
-from agent.device.recovery.catchup import UNPROVEN
+from agent.device.recovery.catchup import OPENED, UNPROVEN
 from agent.device.recovery.findings import NEW_LOG, NewLog
 from agent.device.storage import retention
 from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
 from agent.errors import StorageForked
 from agent.wire.messages import Ack
 
 
-def require_same_history(store: Store, ack: Ack) -> None:
-    """Raises StorageForked where `ack`, which the collector signed for this log, tells of another history than ours."""
+def require_same_history(store: Store, ack: Ack) -> int:
+    """Up to which seq `ack`, which the collector signed for this log, proves that its messages are ours; 0 for none.
+
+    Raises StorageForked where it tells of another history.
+    """
     last = int(store.meta("seq", "0"))
+    ours = store.digest_of(ack.through) if ack.digest else None
     if ack.through > last:
         why = f"The collector has {ack.through} messages of log {ack.log}, this store has written {last}"
-    elif ack.digest and store.digest_of(ack.through) not in (None, ack.digest):
+    elif ours not in (None, ack.digest):
         why = f"The collector has another message {ack.through} of log {ack.log} than this store"
     else:
-        return
+        return ack.through if ours is not None else 0
     why += ": the store was restored from an old copy, or is used twice."
     common = min(int(store.meta(UNPROVEN, "") or last), ack.through)
     plan = NewLog(
@@ -38,3 +43,15 @@ def require_same_history(store: Store, ack: Ack) -> None:
     with store.transaction(vital=True) as tx:
         tx.set_meta(NEW_LOG, msgspec.json.encode(plan).decode())
     raise StorageForked(f"{store.path}: {why} It is opened again, with a new log")
+
+
+def note_proof(tx: Transaction, proven: int) -> None:
+    """Our messages up to seq `proven` are the collector's.
+
+    Only one that was written since the opening is in no copy of the store: until then an acknowledgement may be of the
+    time before this store went back.
+    """
+    if proven > int(tx.meta(OPENED, tx.meta("seq", "0"))):
+        tx.set_meta(UNPROVEN, "")
+    elif (unproven := tx.meta(UNPROVEN, "")) and proven > int(unproven):
+        tx.set_meta(UNPROVEN, str(proven))

@@ -21,6 +21,7 @@ from agent.device.recovery import findings, migrate, salvage
 from agent.device.recovery.mounts import require_local
 from agent.device.recovery.salvage import DATABASE
 from agent.device.recovery.watermark import Watermark
+from agent.device.storage import meta
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
 
 log = logging.getLogger("outstation")
@@ -95,9 +96,9 @@ def unsound(folder: Path, *, known: bool) -> str | None:
                     raise UsageError(f"{path}: a database of another program; give this device a data_dir of its own")
                 if not tables >= _TABLES:
                     return f"its tables {', '.join(sorted(_TABLES - tables))} are gone"
-                if db.execute("SELECT 1 FROM meta WHERE key = ?", (findings.CLEAN,)).fetchone():
-                    return None
-                return _check(db)
+                if problem := meta.problem(db):
+                    return problem
+                return None if meta.get(db, findings.CLEAN, "") else _check(db)
         except sqlite3.Error as error:
             if not is_damage(error):
                 raise
@@ -138,8 +139,8 @@ def keep_first_page(folder: Path, db: sqlite3.Connection, watermark: Watermark) 
     """Remember where the tables are: with that page gone, everything else in the file could not be found."""
     with contextlib.suppress(OSError, sqlite3.Error):
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    with contextlib.suppress(OSError), (folder / DATABASE).open("rb") as file:
-        watermark.keep_first_page(file.read(4096))
+    with contextlib.suppress(OSError):
+        watermark.keep_first_page(folder / DATABASE)
 
 
 def close(folder: Path, db: sqlite3.Connection, watermark: Watermark, *, sound: bool) -> None:
@@ -185,8 +186,8 @@ def translated(path: Path) -> Iterator[None]:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    name = getattr(error, "sqlite_errorname", "")
-    return bool(name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")))
+    name = str(getattr(error, "sqlite_errorname", ""))
+    return name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or "Could not decode to UTF-8" in str(error)
 
 
 def storage_error(path: Path, error: sqlite3.Error) -> StorageError:

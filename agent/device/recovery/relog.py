@@ -17,14 +17,14 @@ import msgspec
 from agent.clock import Now
 from agent.device.author import Author
 from agent.device.operating import rotation
-from agent.device.recovery.catchup import PREVIOUS_LOG, UNPROVEN
+from agent.device.recovery.catchup import OPENED, PREVIOUS_LOG, UNPROVEN
 from agent.device.recovery.findings import NEW_LOG, NewLog
 from agent.device.storage import eviction, retention
 from agent.device.storage.retention import Acknowledged
-from agent.device.storage.setaside import set_aside
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 from agent.errors import StorageFull
+from agent.wire import rotation as wire_rotation
 
 log = logging.getLogger("outstation")
 
@@ -47,7 +47,7 @@ def relog(store: Store, author: Author, now: Now) -> None:
             with store.transaction(vital=True) as tx:
                 for message in page:
                     if not message.intact:
-                        set_aside(tx, [message.seq])
+                        tx.outbox.put_aside(message.seq)
                         continue
                     tx.outbox.delete([message.seq])
                     if not has(plan, message.seq):
@@ -59,7 +59,10 @@ def relog(store: Store, author: Author, now: Now) -> None:
             if size == 1:
                 raise
             size //= 2
+    lost = _is_rotation_lost(store, plan)
     with store.transaction(vital=True) as tx:
+        if lost:
+            rotation.say_again(tx, author, now)
         _finish(tx, author, plan, now)
     log.critical("%s Log %s begins.", plan.why, plan.new)
 
@@ -71,13 +74,27 @@ def has(plan: NewLog, seq: int) -> bool:
     return seq <= min(plan.common, plan.through) and not any(a <= seq <= b for a, b in plan.missing)
 
 
+def _is_rotation_lost(store: Store, plan: NewLog) -> bool:
+    """Whether a change of the signing key waits that is neither at the collector nor in what was written again."""
+    pending = store.meta(rotation.PENDING, "")
+    if not pending or has(plan, int(json.loads(pending)["seq"])):
+        return False
+    after, wanted = 0, f'"event":"{wire_rotation.EVENT}"'.encode()
+    while page := store.unsent(after, _PIECE):
+        if any(message.intact and wanted in message.payload for message in page):
+            return False
+        after = page[-1].seq
+    return True
+
+
 def _begin(store: Store, plan: NewLog) -> NewLog:
     last = int(store.meta("seq", "0"))
     plan = msgspec.structs.replace(plan, new=str(uuid.uuid4()), last=max(plan.last, plan.through, last))
     with store.transaction(vital=True) as tx:
         # Each kept message waits until it is seen to.
         tx.outbox.set_acknowledged(Acknowledged())
-        for key, value in (("log", plan.new), ("seq", "0"), ("digest", ""), (PREVIOUS_LOG, plan.old), (UNPROVEN, "")):
+        anew = {"log": plan.new, "seq": "0", "digest": "", PREVIOUS_LOG: plan.old, UNPROVEN: "", OPENED: "0"}
+        for key, value in anew.items():
             tx.set_meta(key, value)
         for key in (retention.STEPS, retention.ACKNOWLEDGEMENT, eviction.OPEN):
             tx.drop_meta(key)

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import msgspec
 
+from agent.device.storage import meta
+
 log = logging.getLogger("outstation")
 
 FILE = "watermark"
@@ -29,6 +31,7 @@ _MAGIC = b"outmark1"
 _HEAD = struct.Struct("<8sQII")
 _SLOT = 64 << 10
 _PAGE_AT = 2 * _SLOT
+_FIRST_PAGE = 4096
 
 
 class Mark(msgspec.Struct):
@@ -66,6 +69,7 @@ class Watermark:
 
     def __init__(self, folder: Path) -> None:
         self._file = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._database: int | None = None
         self._written, self._told = 0, False
         self.mark: Mark | None = None
         for at in (0, _SLOT):
@@ -99,7 +103,11 @@ class Watermark:
         number, body = _unframe(os.pread(self._file, _SLOT, _PAGE_AT))
         return body if number else None
 
-    def keep_first_page(self, page: bytes) -> None:
+    def keep_first_page(self, database: Path) -> None:
+        """Of a database that SQLite has open: closing any descriptor of it drops the locks, so `close` does that."""
+        if self._database is None:
+            self._database = os.open(database, os.O_RDONLY | os.O_CLOEXEC)
+        page = os.pread(self._database, _FIRST_PAGE, 0)
         if page != self.first_page:
             self._write(_PAGE_AT, 1, page)
             self.sync()
@@ -109,7 +117,10 @@ class Watermark:
             os.fsync(self._file)
 
     def close(self) -> None:
+        """Only after the connection."""
         os.close(self._file)
+        if self._database is not None:
+            os.close(self._database)
 
     def _write(self, at: int, number: int, body: bytes) -> None:
         try:
@@ -124,7 +135,7 @@ class Watermark:
 
 def of(db: sqlite3.Connection) -> Mark:
     """How far the database itself says that it got."""
-    meta = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('log', 'seq', 'digest', 'boot', 'device')"))
+    known = {key: meta.get(db, key, "") for key in ("log", "seq", "digest", "boot", "device")}
     streams = {
         str(name): (int(number), fields_crc(str(fields)), int(next_row))
         for number, name, fields, next_row in db.execute("SELECT id, name, fields, next_row FROM streams")
@@ -132,10 +143,8 @@ def of(db: sqlite3.Connection) -> Mark:
     cursors = {str(task): int(row) for task, row in db.execute("SELECT task, row FROM cursors")}
     # What is no number was damaged, and says nothing.
     commands = {str(kid): int(n) for kid, n in db.execute("SELECT kid, counter FROM commands")}
-    seq, boot = (int(text) if (text := meta.get(key, "")).isdecimal() else 0 for key in ("seq", "boot"))
-    return Mark(
-        meta.get("log", ""), seq, meta.get("digest", ""), boot, meta.get("device", ""), streams, cursors, commands
-    )
+    seq, boot = (int(known[key]) if known[key].isdecimal() else 0 for key in ("seq", "boot"))
+    return Mark(known["log"], seq, known["digest"], boot, known["device"], streams, cursors, commands)
 
 
 def read(folder: Path) -> Mark | None:

@@ -64,6 +64,13 @@ def declare_readings(
     _declare(tx, author, now, kind, "rows", rows, members)
 
 
+def declared(tx: Transaction) -> list[tuple[int, int]]:
+    """The messages that the newest declaration of each kind lists, as far as it is still what was written."""
+    payloads = (tx.outbox.payload(seq) for seq in json.loads(tx.meta(OPEN, "{}")).values())
+    listed = (json.loads(payload)["evidence"].get("seq", []) for payload in payloads if payload is not None)
+    return ranges.unite((first, last) for pairs in listed for first, last in pairs)
+
+
 def _declare(
     tx: Transaction, author: Author, now: Now, kind: str, name: str, given_up: Ranges, members: dict[str, Any]
 ) -> None:

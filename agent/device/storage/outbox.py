@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from agent.device.storage import checked, ranges, retention
+from agent.device.storage import checked, meta, ranges, retention
 from agent.device.storage.quota import PAGE, Budget
 from agent.device.storage.ranges import Ranges
 from agent.device.storage.retention import Acknowledged
@@ -17,6 +17,12 @@ from agent.device.storage.retention import Acknowledged
 _SIZE = "length(payload) + length(jws) + length(topic)"
 _MEASURE = f"SELECT count(*), coalesce(sum({_SIZE}), 0) FROM outbox WHERE seq BETWEEN ? AND ?"
 _LIST = f"SELECT seq, topic, {_SIZE} FROM outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
+# Neighbours have the same distance to their place in the order.
+_KEPT = """
+    SELECT min(seq), max(seq) FROM (
+        SELECT seq, seq - row_number() OVER (ORDER BY seq) AS run FROM outbox WHERE seq BETWEEN ? AND ?)
+    GROUP BY run ORDER BY run
+"""
 _LAST = 2**63 - 1
 
 
@@ -69,7 +75,7 @@ class Outbox:
         again = ranges.subtract(old.ranges, new.ranges)
         for messages, size in self._measured(again):
             self._count(messages, size)
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (retention.ACKNOWLEDGED, new.to_json()))
+        meta.put(self._db, retention.ACKNOWLEDGED, new.to_json())
         return ranges.subtract(again, ranges.of(entry.seq for entry in self._entries(again, 0, _LAST)))
 
     def unacknowledged(self, after: int, limit: int) -> Iterator[Entry]:
@@ -77,8 +83,10 @@ class Outbox:
         return self._entries(waiting_ranges(self.acknowledged), after, limit)
 
     def payload(self, seq: int) -> bytes | None:
-        row = self._db.execute("SELECT CAST(payload AS BLOB) FROM outbox WHERE seq = ?", (seq,)).fetchone()
-        return bytes(row[0]) if row else None
+        """None where there is no such message, or it is not what was written."""
+        row = self._db.execute(f"SELECT {checked.COLUMNS} FROM outbox WHERE seq = ?", (seq,)).fetchone()
+        parts = checked.whole(row) if row else None
+        return parts[2] if parts else None
 
     def delete(self, seqs: Sequence[int]) -> list[int]:
         """Delete of these messages, acknowledged or not, the first ones that one transaction may; which."""
@@ -93,9 +101,10 @@ class Outbox:
             self._db.execute("DELETE FROM outbox WHERE seq BETWEEN ? AND ?", (first, last))
         return [seq for seq in seqs if count == len(entries) or seq < entries[count].seq]
 
-    def kept(self, first: int, last: int) -> list[int]:
-        """Which of these are in the outbox, acknowledged or not."""
-        return [row[0] for row in self._db.execute("SELECT seq FROM outbox WHERE seq BETWEEN ? AND ?", (first, last))]
+    def absent(self, through: int) -> list[tuple[int, int]]:
+        """What of seq 1 to `through` is neither in the outbox nor acknowledged."""
+        wanted = ranges.subtract([(1, through)] if through else [], self.acknowledged.ranges)
+        return ranges.subtract(wanted, [pair for first, last in wanted for pair in self._kept(first, last)])
 
     def put_aside(self, seq: int) -> None:
         """Move a damaged message out of everyone's way, bytes kept for a look."""
@@ -112,8 +121,11 @@ class Outbox:
         if any(self._change):
             now = Waiting.from_text(self._meta(retention.WAITING))
             text = f"{max(0, now.messages + self._change[0])} {max(0, now.bytes + self._change[1])}"
-            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (retention.WAITING, text))
+            meta.put(self._db, retention.WAITING, text)
             self._change = [0, 0]
+
+    def _kept(self, first: int, last: int) -> list[tuple[int, int]]:
+        return self._db.execute(_KEPT, (first, last)).fetchall()
 
     def _entries(self, wanted: Ranges, after: int, limit: int) -> Iterator[Entry]:
         for first, last in wanted:
@@ -134,8 +146,7 @@ class Outbox:
         self._change[1] += size
 
     def _meta(self, key: str) -> str:
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return str(row[0]) if row else ""
+        return meta.get(self._db, key, "")
 
 
 def waiting_ranges(acknowledged: Acknowledged) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """How `[buffer] max_size` is shared out, and kept to the byte: pages, write-ahead log, its index, and a reserve.
 
-- outstation.db grows to `pages` bytes and no further (max_page_count)
+- outstation.db grows to `pages` bytes and no further (max_page_count); the last of them, `kept_back`, are for vital
+  transactions: what makes room needs some
 - outstation.db-wal: before a transaction it is emptied into the database where less than the most of it is free; a
   transaction counts what it writes and is refused before it would go beyond `wal`
 - outstation.db-shm is one piece of 32 KiB for a log of up to 16 MiB
@@ -25,6 +26,7 @@ _FRAME = PAGE + 24
 _WAL_HEADER = 32
 _SHM = 32_768
 _MOST_WAL, _MOST_RESERVE = 4 << 20, 2 << 20
+_KEPT_BACK = 32
 # Small tables, index pages and the inner pages of trees that any transaction may touch.
 _BASE = 10 * _FRAME
 # Offset and form of mxFrame in the wal-index (https://www.sqlite.org/walformat.html).
@@ -44,6 +46,11 @@ class Quota:
         wal = min(_MOST_WAL, max_size // 4)
         reserve = min(_MOST_RESERVE, max_size // 8)
         return cls((max_size - wal - reserve - _SHM) // PAGE * PAGE, wal, reserve)
+
+    @property
+    def kept_back(self) -> int:
+        """Pages that only a vital transaction uses up."""
+        return min(_KEPT_BACK, self.pages // PAGE // 20)
 
     @property
     def transaction(self) -> int:
@@ -85,6 +92,10 @@ class Keeper:
         self._shm: int | None = None
         self._reserve = Reserve(path.with_name("reserve"))
 
+    def make_way(self) -> None:
+        """Before the database is opened: SQLite needs room for that too. What follows is vital."""
+        self._look_at_disk(vital=True)
+
     def prepare(self, db: sqlite3.Connection, *, vital: bool) -> Budget:
         """Make room for a transaction. Raises StorageFull where there is none, sqlite3.Error."""
         self._look_at_disk(vital=vital)
@@ -99,6 +110,20 @@ class Keeper:
                 "([buffer] max_size); end that program"
             )
         return Budget(left)
+
+    def require_rest(self, db: sqlite3.Connection, before: int) -> None:
+        """Refuse what a transaction has written of the pages that are kept back; `before`: `free_pages` at its start.
+
+        Raises StorageFull, sqlite3.Error.
+        """
+        left = self.free_pages(db)
+        if left < min(before, self._quota.kept_back):
+            raise StorageFull(f"{self._path}: the quota ([buffer] max_size) is full")
+
+    def free_pages(self, db: sqlite3.Connection) -> int:
+        """Pages that may still be filled, as a transaction of `db` sees it."""
+        used, free = (int(db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("page_count", "freelist_count"))
+        return self._quota.pages // PAGE - used + free
 
     def limit(self, page_count: int) -> int:
         """Bytes that pages in use can come to, on this disk; `page_count` pages are in the file now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlite_utils import Database, Migrations
 
-from agent.device.storage import checked
+from agent.device.storage import checked, meta
 
 migrations = Migrations("outstation-device")
 
@@ -99,6 +99,37 @@ def message_crcs(db: Database) -> None:
     db.execute(f"CREATE TABLE damaged_messages ({columns})")
 
 
+# Few words: what describes all tables must fit into the first page, of which the watermark keeps a copy.
+_LABELS = (
+    # Of one batch of `task`: rows of its first and last result, time of the last, uptime, and all packed by `labelled`.
+    """CREATE TABLE results (task TEXT, first INT, last INT, n INT, t INT, at INT, data BLOB,
+        PRIMARY KEY (task, first)) WITHOUT ROWID""",
+    # number: in the order they came; below 0, and without a row, those whose result is not there yet.
+    """CREATE TABLE labels (task TEXT, number INT, row INT, data BLOB,
+        PRIMARY KEY (task, number)) WITHOUT ROWID""",
+    "CREATE UNIQUE INDEX label_rows ON labels (task, row)",
+)
+
+
+@migrations()
+def labels(db: Database) -> None:
+    for statement in _LABELS:
+        db.execute(statement)
+
+
+@migrations()
+def marks_in_order(db: Database) -> None:
+    # used: the larger, the later it was set; NULL before there was such a column.
+    db.execute("ALTER TABLE marks ADD COLUMN used INT")
+
+
+@migrations()
+def meta_crcs(db: Database) -> None:
+    db.execute("ALTER TABLE meta ADD COLUMN crc INT")
+    for key, value in db.execute("SELECT key, value FROM meta").fetchall():
+        db.execute("UPDATE meta SET crc = ? WHERE key = ?", (meta.crc(key, value), key))
+
+
 def pragmas(max_pages: int, wal_bytes: int, synchronous: str = "FULL") -> list[tuple[str, str | None]]:
     """Pragmas of every opening, in order; the second is what must be read back, where safety hangs on it."""
     levels = {"OFF": "0", "NORMAL": "1", "FULL": "2"}
@@ -137,6 +168,23 @@ ADD_CHUNK = """
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
+# In table meta, with the name of the stream: the last row that was deleted because it was used, or declared.
+TRIMMED = "trimmed "
+
+FIRST_SET_ASIDE = """
+    SELECT first_row, first_row + n - 1 FROM damaged
+    WHERE stream = (SELECT id FROM streams WHERE name = :stream) AND first_row + n > :first AND first_row <= :last
+    ORDER BY first_row LIMIT 1
+"""
+
+_NEXT_USE = "(SELECT coalesce(max(used), 0) + 1 FROM marks WHERE source = :source)"
+MOVE_MARK = f"UPDATE marks SET position = :position, used = {_NEXT_USE} WHERE source = :source AND item = :item"
+ADD_MARK = f"INSERT INTO marks (source, item, position, used) VALUES (:source, :item, :position, {_NEXT_USE})"
+DROP_MARKS = """
+    DELETE FROM marks WHERE source = :source AND item IN (
+        SELECT item FROM marks WHERE source = :source ORDER BY used DESC LIMIT -1 OFFSET :most)
+"""
+
 OLD_ALERTS = """
     SELECT rowid, length(body) FROM alerts WHERE rowid <= (SELECT max(rowid) FROM alerts) - 50 ORDER BY rowid LIMIT 200
 """
@@ -159,8 +207,9 @@ DROP_DAMAGED = """
 # Oldest used chunks by the index, then by time: however many are kept, only `limit` of them are looked at.
 OLDEST = """
     SELECT id, first_row, last_row, size FROM (
-        SELECT id, first_row, first_row + n - 1 AS last_row, length(data) AS size, first_t FROM chunks
+        SELECT id, first_row, first_row + n - 1 AS last_row, length(data) AS size, first_t, boot, boot_us
+        FROM chunks
         WHERE stream = (SELECT id FROM streams WHERE name = :stream) AND first_row + n - 1 <= :used
         ORDER BY first_row LIMIT :limit)
-    WHERE first_t < :before
+    WHERE first_t < :before AND (boot <> :boot OR boot_us = 0 OR boot_us <= :came)
 """

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from agent.clock import Now, Quality
+from agent.device.storage import meta
 
 # Time services step for 0.4 s (timesyncd) or 1 s (chrony) and slew what is less; both clocks slew together.
 STEP_US = 500_000
@@ -106,7 +107,7 @@ class Segments:
     def announce_all_again(self) -> None:
         """In a new log there is no anchor of any of them."""
         self._db.execute("UPDATE segments SET announced = 0")
-        self._db.execute("DELETE FROM meta WHERE key = 'clock announced'")
+        meta.drop(self._db, "clock announced")
 
     def announced(self) -> tuple[int, int]:
         """(boot, segment) of the last anchor in the log: what a message without `clocks` speaks of."""
@@ -171,11 +172,10 @@ class Segments:
         return int(number) if int(boot) == self._boot else GIVEN
 
     def _get(self, key: str, default: str) -> str:
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return default if row is None else str(row[0])
+        return meta.get(self._db, key, default)
 
     def _put(self, key: str, value: str) -> None:
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+        meta.put(self._db, key, value)
 
 
 def merged(stamps: Iterable[Stamp]) -> tuple[Stamp, ...]:

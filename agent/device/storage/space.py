@@ -1,7 +1,8 @@
 """What goes when space runs short, least important first, and what is only kept for a while.
 
 From `START` of the room that quota and disk leave, until no more than `STOP` of it is in use:
-1. messages that are acknowledged, old alerts kept for local eyes, and readings that all their tasks have used
+1. messages that are acknowledged, old alerts kept for local eyes, readings that all their tasks have used, and results
+   kept for labels
 2. what waits is run before its time: results take less room than readings
 3. readings that wait for a task that does not get on
 4. messages of the outbox, by `RANKS`; only while nothing is being acknowledged: what is on its way is not given up
@@ -13,6 +14,7 @@ Whatever is given up before it was delivered, used, or kept as long as it should
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -22,6 +24,7 @@ from agent.device.author import Author
 from agent.device.storage import forecast, ranges, retention
 from agent.device.storage.eviction import EVENT, NO_ROOM, declare_messages, declare_readings
 from agent.device.storage.forecast import Growth
+from agent.device.storage.labelled import kept_labels
 from agent.device.storage.retention import uptime_s
 from agent.device.storage.rows import row_bytes
 from agent.device.storage.store import Store
@@ -48,14 +51,18 @@ _ON_PAGES = 1.25
 
 
 class Space:
-    """Used by the main loop. `run_early` runs all tasks out of schedule, `stuck` names those that do not get on."""
+    """Used by the main loop.
+
+    `run_early` runs all tasks out of schedule, for a while, and says whether they are not through; `stuck` names those
+    that do not get on.
+    """
 
     def __init__(
         self,
         conf: Config,
         store: Store,
         author: Author,
-        run_early: Callable[[Now], None],
+        run_early: Callable[[Now], bool | None],
         stuck: Callable[[], Collection[str]],
     ) -> None:
         self._conf, self._store, self._author, self._run_early, self._stuck = conf, store, author, run_early, stuck
@@ -90,16 +97,22 @@ class Space:
     # --- what is kept for a while ---
 
     def _expire(self, now: Now) -> None:
-        before = now.wall_us - round(self._conf.buffer.keep_readings * 1e6)
+        keep_us = round(self._conf.buffer.keep_readings * 1e6)
+        # By the boot-time clock as well: a step of the wall clock makes no reading old.
+        before, came_by = now.wall_us - keep_us, now.boot_us - keep_us
         at_s = uptime_s(self._store.meta(retention.UPTIME, ""), self._store.boot, now)
         steps = self._store.meta(retention.STEPS, "")
         through = retention.expired(steps, at_s, self._conf.buffer.keep_messages)
         for name in self._conf.streams:
             with self._store.transaction(vital=True) as tx:
-                tx.trim(name, self._used_through(name), before, self._chunks())
+                tx.trim(name, self._used_through(name), before, self._chunks(), came_by)
         if through:
             with self._store.transaction(vital=True) as tx:
                 tx.outbox.drop_acknowledged(through, _MESSAGES)
+        for task in self._conf.tasks:
+            with self._store.transaction(vital=True) as tx:
+                tx.labels.trim_results(task, at_s - self._conf.buffer.keep_results, self._chunks())
+                tx.labels.trim_labels(task, kept_labels(self._store.quota.pages), self._chunks())
 
     def _used_through(self, stream: str) -> int:
         # Nobody waits for the rows of a stream without a task.
@@ -126,9 +139,11 @@ class Space:
         """Give up a little of the least important there is; False where nothing may go."""
         if self._drop_delivered() or any(self._drop_used(name, now) for name in self._conf.streams):
             return True
+        if any(self._drop_results(task) for task in self._conf.tasks):
+            return True
         if now.boot_s >= self._early_at:
-            self._early_at = now.boot_s + _EARLY_S
-            self._run_early(now)
+            if not self._run_early(now):
+                self._early_at = now.boot_s + _EARLY_S
             return True
         if self._conf.buffer.when_full == "refuse":
             return False
@@ -149,6 +164,10 @@ class Space:
             if gone is not None:
                 self._declare_used(tx, stream, gone, gone.last, now)
         return gone is not None
+
+    def _drop_results(self, task: str) -> bool:
+        with self._store.transaction(vital=True) as tx:
+            return tx.labels.trim_results(task, math.inf, self._chunks()) > 0
 
     def _evict_unused(self, stream: str, now: Now) -> bool:
         with self._store.transaction(vital=True) as tx:
@@ -255,7 +274,8 @@ def hours(store: Store, limit: int) -> float | None:
 def _stays(tx: Transaction, seq: int) -> bool:
     """Whether an audit message is never given up.
 
-    Those that declare an eviction are folded; without the one that names a new signing key nothing after it verifies.
+    Those that declare an eviction are folded; without the one that names a new signing key nothing after it verifies. A
+    damaged one may be either: it is set aside when its turn to be sent comes.
     """
-    payload = tx.outbox.payload(seq) or b""
-    return any(f'"event":"{event}"'.encode() in payload for event in (EVENT, rotation.EVENT))
+    payload = tx.outbox.payload(seq)
+    return payload is None or any(f'"event":"{event}"'.encode() in payload for event in (EVENT, rotation.EVENT))

@@ -11,10 +11,10 @@ import json
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from agent import clock
 from agent.config import Field, Stream
 from agent.device.recovery import catchup, opening, salvage, watermark
 from agent.device.recovery.opening import connect_read_only, own, translated
-from agent.device.storage import retention, schema
+from agent.device.storage import meta, retention, schema
 from agent.device.storage.checked import COLUMNS
 from agent.device.storage.outbox import Waiting, waiting_ranges
 from agent.device.storage.quota import PAGE, Keeper, Quota
@@ -33,6 +33,8 @@ from agent.device.storage.transaction import Pending, Transaction
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
 from agent.wire.messages import digest
 
+T = TypeVar("T")
+
 # Intake stops here, so that results, acknowledgements and deletions always find room.
 INTAKE_SHARE = 0.9
 _EMPTY = Rows(np.zeros(0, np.int64), ())
@@ -40,13 +42,17 @@ _EMPTY = Rows(np.zeros(0, np.int64), ())
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows `first`…`last` of a stream (row numbers count from 1); `lost` where their chunk is damaged."""
+    """Rows `first`…`last` of a stream (row numbers count from 1); `lost` where they cannot be read, and why.
+
+    `deleted`: because they were used by other tasks, or given up and declared, not because they are damaged.
+    """
 
     first: int
     rows: Rows
     lost: str | None = None
     lost_last: int = 0
     stamps: tuple[Stamp, ...] = ()
+    deleted: bool = False
 
     @property
     def last(self) -> int:
@@ -74,6 +80,7 @@ class Store:
             if read_only:
                 self._db = connect_read_only(self.path)
             else:
+                self._keeper.make_way()
                 pragmas = schema.pragmas(self.quota.pages // PAGE, self.quota.wal, synchronous)
                 self._db, self._watermark = opening.open_database(folder, pragmas)
                 undo.callback(self._watermark.close)
@@ -98,9 +105,12 @@ class Store:
             try:
                 budget = self._keeper.prepare(self._db, vital=vital)
                 self._db.execute("BEGIN IMMEDIATE")
+                free = self._keeper.free_pages(self._db)
                 tx = Transaction(self._db, self.boot, budget)
                 yield tx
                 tx.finish()
+                if not vital:
+                    self._keeper.require_rest(self._db, free)
                 self._db.execute("COMMIT")
             except BaseException:
                 self._roll_back()
@@ -132,8 +142,7 @@ class Store:
     # --- reading ---
 
     def meta(self, key: str, default: str) -> str:
-        row = self._one("SELECT value FROM meta WHERE key = ?", key)
-        return default if row is None else str(row[0])
+        return self.ask(meta.get, key, default)
 
     def last_row(self, stream: str) -> int:
         """The number of the newest row of `stream`; 0 where there is none."""
@@ -190,16 +199,29 @@ class Store:
                     return Batch(first, _EMPTY, str(damage), self._before_next(stream, int(first_row)))
                 skip = first + count - int(first_row)
                 if skip < 0:
-                    # Rows between were damaged and set aside; the caller sees them as lost.
                     if parts:
                         break
-                    return Batch(first, _EMPTY, "rows were set aside as damaged", int(first_row) - 1)
+                    return self._hole(stream, first, int(first_row) - 1)
                 parts.append(rows.slice(skip, min(len(rows), skip + limit - count)))
                 stamps.append(Stamp(first + count, boot, segment, quality))
                 count += len(parts[-1])
                 if count >= limit:
                     break
         return Batch(first, concatenate(parts), stamps=merged(stamps)) if parts else None
+
+    def _hole(self, stream: str, first: int, last: int) -> Batch:
+        """Rows `first` to `last`, which are not there, or the first of them whose fate is the same.
+
+        Of rows that were damaged, or lost in another way, nobody knows more than that they cannot be read.
+        """
+        deleted = int(self.meta(schema.TRIMMED + stream, "0"))
+        names = {"stream": stream, "first": first, "last": last}
+        aside = self._db.execute(schema.FIRST_SET_ASIDE, names).fetchone()
+        if first <= deleted and (aside is None or aside[0] > first):
+            end = min(last, deleted, aside[0] - 1 if aside else last)
+            return Batch(first, _EMPTY, "rows were deleted before this task came to them", end, deleted=True)
+        end = min(last, aside[1]) if aside and aside[1] < deleted else last
+        return Batch(first, _EMPTY, "rows were set aside as damaged", end)
 
     def _before_next(self, stream: str, first_row: int) -> int:
         """The last row of the chunk at `first_row`, by what comes after it: its own count may be damaged too."""
@@ -218,6 +240,12 @@ class Store:
                 sql = f"SELECT {COLUMNS} FROM outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
                 found += self._all(sql, max(first, after + 1), last, limit - len(found))
         return [Pending.stored(row) for row in found]
+
+    def messages(self, kind: str, task: str, limit: int) -> list[Pending]:
+        """The newest messages of a task that are kept, delivered or not, in order; damaged ones too."""
+        sql = f"SELECT {COLUMNS} FROM outbox WHERE substr(topic, -length(?1)) = ?1 ORDER BY seq DESC LIMIT ?2"
+        found = self._all(sql, f"/{kind}/{task}", limit)
+        return [Pending.stored(row) for row in reversed(found)]
 
     def pending(self, seqs: Sequence[int]) -> list[Pending]:
         """Those of `seqs` that are in the outbox and not acknowledged."""
@@ -263,6 +291,11 @@ class Store:
         """The newest alerts, newest first."""
         found = self._all("SELECT body FROM alerts ORDER BY rowid DESC LIMIT ?", limit)
         return [json.loads(row[0]) for row in found]
+
+    def ask(self, query: Callable[..., T], *values: Any) -> T:
+        """What a query of `labelled`, which takes the connection first, finds."""
+        with self._lock, self._guarded():
+            return query(self._db, *values)
 
     # --- opening and closing ---
 

@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agent.clock import Now
 from agent.device.operating.commandbook import CommandBook
 from agent.device.recovery.watermark import Progress
-from agent.device.storage import schema
+from agent.device.storage import meta, retention, schema
 from agent.device.storage.checked import message_crc, whole
+from agent.device.storage.labelled import Labels
 from agent.device.storage.outbox import Outbox
 from agent.device.storage.quota import PAGE, Budget
 from agent.device.storage.rows import Rows, pack
 from agent.device.storage.segments import GIVEN, QUALITIES, Segments
 
 _MOST_CATEGORIES = 0xFFFF
+_LATEST = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Transaction:
         self._db, self._boot, self._budget = db, boot, budget
         self.outbox = Outbox(db, budget)
         self.commands = CommandBook(db)
+        self.labels = Labels(db, budget)
         self.progress = Progress()
         self._chain: tuple[int, str] | None = None
         self._segments: Segments | None = None
@@ -126,9 +130,14 @@ class Transaction:
     def drop(self, task: str, name: str) -> None:
         self._db.execute("DELETE FROM state WHERE task = ? AND name = ?", (task, name))
 
-    def set_mark(self, source: str, item: str, position: int) -> None:
-        self._budget.spend(2 * (len(source) + len(item)) + 20)
-        self._db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?, ?)", (source, item, position))
+    def set_mark(self, source: str, item: str, position: int, most: int | None = None) -> None:
+        """Remember how far `source` got with `item`; of more than `most` items, those that were set last stay."""
+        self._budget.spend(2 * (len(source) + len(item)) + 30)
+        names = {"source": source, "item": item, "position": position, "most": most}
+        if not self._db.execute(schema.MOVE_MARK, names).rowcount:
+            self._db.execute(schema.ADD_MARK, names)
+            if most is not None:
+                self._db.execute(schema.DROP_MARKS, names)
 
     def drop_mark(self, source: str, item: str) -> None:
         self._db.execute("DELETE FROM marks WHERE source = ? AND item = ?", (source, item))
@@ -139,35 +148,47 @@ class Transaction:
                 "INSERT INTO counters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n", (name, n)
             )
 
+    def counter(self, name: str) -> int:
+        row = self._db.execute("SELECT n FROM counters WHERE name = ?", (name,)).fetchone()
+        return int(row[0]) if row else 0
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """For the queries of `labelled`; nothing is written by it."""
+        return self._db
+
     def raise_floor(self, wall_us: int) -> None:
         """Remember that this time has passed, on the word of someone whose clock is right."""
-        self._db.execute(
-            "INSERT INTO meta VALUES ('time floor', ?) ON CONFLICT (key) DO UPDATE "
-            "SET value = max(CAST(value AS INTEGER), CAST(excluded.value AS INTEGER))",
-            (str(wall_us),),
-        )
+        meta.put(self._db, "time floor", str(max(int(meta.get(self._db, "time floor", "0")), wall_us)))
 
     def meta(self, key: str, default: str) -> str:
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return default if row is None else str(row[0])
+        return meta.get(self._db, key, default)
 
     def drop_meta(self, key: str) -> None:
-        self._db.execute("DELETE FROM meta WHERE key = ?", (key,))
+        meta.drop(self._db, key)
 
     def cursor(self, task: str) -> int:
         """The last row that `task` used; 0 before its first batch."""
         row = self._db.execute("SELECT row FROM cursors WHERE task = ?", (task,)).fetchone()
         return int(row[0]) if row else 0
 
+    def next_row(self, stream: str) -> int:
+        """The number that the next row of `stream` will get."""
+        row = self._db.execute("SELECT next_row FROM streams WHERE name = ?", (stream,)).fetchone()
+        return int(row[0]) if row else 1
+
+    def uptime_s(self, now: Now) -> float:
+        """Seconds that the device was on, all its boots together."""
+        return retention.uptime_s(self.meta(retention.UPTIME, ""), self._boot, now)
+
     def set_meta(self, key: str, value: str) -> None:
         self._budget.spend(len(key) + len(value) + 32)
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+        meta.put(self._db, key, value)
 
     def chain(self) -> tuple[int, str]:
         """The last seq given and the digest of its payload; (0, "") in a new log."""
         if self._chain is None:
-            found = dict(self._db.execute("SELECT key, value FROM meta WHERE key IN ('seq', 'digest')").fetchall())
-            self._chain = int(found.get("seq", "0")), str(found.get("digest", ""))
+            self._chain = int(self.meta("seq", "0")), self.meta("digest", "")
         return self._chain
 
     def enqueue(self, message: Pending, digest: str) -> None:
@@ -201,12 +222,16 @@ class Transaction:
         self._db.execute(schema.SET_ASIDE, values)
         self._db.execute(schema.DROP_DAMAGED, values)
 
-    def trim(self, stream: str, used_through: int, before_t: int, limit: int) -> Trimmed | None:
+    def trim(
+        self, stream: str, used_through: int, before_t: int, limit: int, came_by_us: int = _LATEST
+    ) -> Trimmed | None:
         """Delete up to `limit` of the oldest chunks with rows up to `used_through` that begin before `before_t`.
 
-        Fewer where that would be too much for one transaction.
+        And that, where they came in this boot, came by `came_by_us` of its clock. Fewer where that would be too much
+        for one transaction.
         """
         values = {"stream": stream, "used": used_through, "before": before_t, "limit": limit}
+        values |= {"boot": self._boot, "came": came_by_us}
         found = self._db.execute(schema.OLDEST, values).fetchall()
         # A chunk's own page and its index entry; the pages it runs over to are not written.
         count = self._budget.affords(min(size + 64, PAGE) + 64 for _, _, _, size in found)
@@ -214,6 +239,7 @@ class Transaction:
         if not found:
             return None
         self._db.executemany("DELETE FROM chunks WHERE id = ?", ((chunk,) for chunk, *_ in found))
+        self.set_meta(schema.TRIMMED + stream, str(found[-1][2]))
         return Trimmed(len(found), int(found[0][1]), int(found[-1][2]), sum(int(size) for *_, size in found))
 
     def finish(self) -> None:

@@ -7,7 +7,7 @@ from one seed: row N of a replay is always the same, so a restart goes on where 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,8 @@ _TICK_S = 0.2
 _FULL_S = 1.0
 _PAUSE_S = 5.0
 _LONGEST_SKIP = 100
+_SPIKE_EVERY = 100
+_NOISE_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class Replay:
             last = next(part for part in self._playlist.parts(self._source.rows - 1))
             length_s = last.offset_s + last.n / self._playlist.recordings.rate
         begin = start.wall_us - round(length_s * 1e6)
-        with self._store.transaction() as tx:
+        # Vital: the agent starts on a full disk too.
+        with self._store.transaction(vital=True) as tx:
             tx.set_mark(f"replay:{self._name}", "begin", begin)
         return begin
 
@@ -177,10 +180,7 @@ class Replay:
         rate = self._playlist.recordings.rate
         t = self._begin_us / 1e6 + part.offset_s + np.arange(at, at + n) / rate
         columns = {name: rows[:, i].astype(np.float64) for name, i in zip(self._names, self._fields, strict=True)}
-        for fault in self._source.faults:
-            for name in fault.fields:
-                columns[name] = _faulty(columns[name], fault, first)
-        return Raw(n, t, columns)
+        return Raw(n, t, injected(columns, self._source.faults, first))
 
 
 def _joined(pieces: list[Raw]) -> Raw:
@@ -193,12 +193,47 @@ def _joined(pieces: list[Raw]) -> Raw:
     return Raw(sum(piece.n for piece in pieces), np.concatenate([piece.t for piece in pieces]), values)
 
 
-def _faulty(values: NDArray[np.float64], fault: Fault, first: int) -> NDArray[np.float64]:
-    broken = np.arange(first, first + len(values)) >= fault.from_row
-    changed = {
-        "gain": values * fault.amount,
-        "offset": values + fault.amount,
-        "stuck": np.full_like(values, fault.amount),
-        "missing": np.full_like(values, np.nan),
-    }[fault.kind]
-    return np.where(broken, changed, values)
+def injected(
+    columns: dict[str, NDArray[np.float64]], faults: Sequence[Fault], first: int
+) -> dict[str, NDArray[np.float64]]:
+    """Readings from row `first` of the replay on with its faults, one after another; row N is always alike."""
+    for fault in faults:
+        broken = np.arange(first, first + len(columns[fault.fields[0]])) >= fault.from_row
+        sources = reversed(fault.fields) if fault.kind == "swap" else fault.fields
+        changed = {
+            name: np.where(broken, _faulty(columns[source], fault, first, name), columns[name])
+            for name, source in zip(fault.fields, sources, strict=True)
+        }
+        columns = columns | changed
+    return columns
+
+
+def _faulty(values: NDArray[np.float64], fault: Fault, first: int, name: str) -> NDArray[np.float64]:
+    amount = fault.amount
+    match fault.kind:
+        case "gain" | "scale":
+            return values * amount
+        case "offset":
+            return values + amount
+        case "stuck":
+            return np.full_like(values, amount)
+        case "missing":
+            return np.full_like(values, np.nan)
+        case "spikes":
+            return np.where(np.arange(first, first + len(values)) % _SPIKE_EVERY == 0, values + amount, values)
+        case "saturate":
+            return np.clip(values, -amount, amount)
+        case "noise":
+            return values + amount * _normal(first, len(values), name)
+        case "quantize":
+            return np.round(values / amount) * amount
+        case "swap":
+            return values
+
+
+def _normal(first: int, n: int, name: str) -> NDArray[np.float64]:
+    """Normal values of rows `first`…, the same for a row however they are asked for."""
+    block, stop = first // _NOISE_ROWS, (first + n - 1) // _NOISE_ROWS + 1
+    drawn = [np.random.default_rng([i, *name.encode()]).normal(size=_NOISE_ROWS) for i in range(block, stop)]
+    at = first - block * _NOISE_ROWS
+    return np.concatenate(drawn)[at : at + n]

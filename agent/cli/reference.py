@@ -1,0 +1,185 @@
+"""`outstation reference …`: what this device takes for normal, per task."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agent import clock
+from agent.cli import wiring
+from agent.cli.output import config_option, emit, json_option
+from agent.config import Config, parse_duration
+from agent.device.operating import references, wipe
+from agent.device.storage.store import Store
+from agent.device.timekeeping import Timekeeper, clock_of
+from agent.drift.reference import ENOUGH, FEWEST, Reference
+from agent.drift.state import State
+from agent.errors import BadBundle, StorageBusy, StorageError, UsageError
+from agent.toml import suggestion
+
+_TAKEN_S = 15.0
+
+
+@click.group()
+def reference() -> None:
+    """A site's own drift reference: what is normal here. Drift is told against it."""
+
+
+@reference.command(epilog="Example: outstation reference learn exercise --for 24h")
+@click.argument("task")
+@click.option("--for", "duration", default="0 s", metavar="TIME", help='Of readings, at least: "24 h", "3 d".')
+@click.option("--wait", "wait_s", default=_TAKEN_S, type=click.FloatRange(min=0), metavar="S", help="To be taken up.")
+@config_option
+@json_option
+def learn(task: str, duration: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
+    """Learn TASK's reference anew, from the next readings without a fault. Drift is not told until that is done."""
+    try:
+        for_s = float(parse_duration(duration))
+    except ValueError as error:
+        raise UsageError(f"--for: {error}") from None
+    _ask(config_file, task, references.made("learn", for_s), wait_s, as_json)
+
+
+@reference.command(epilog="Example: outstation reference reset exercise")
+@click.argument("task")
+@click.option("--wait", "wait_s", default=_TAKEN_S, type=click.FloatRange(min=0), metavar="S", help="To be taken up.")
+@config_option
+@json_option
+def reset(task: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
+    """Forget TASK's reference; another is learned as the config says."""
+    _ask(config_file, task, references.made("reset"), wait_s, as_json)
+
+
+@reference.command(epilog="Example: outstation reference show exercise --json")
+@click.argument("task")
+@config_option
+@json_option
+def show(task: str, config_file: str | None, as_json: bool) -> None:
+    """TASK's reference: its number, when and from how many windows it was learned, or how far learning has got."""
+    _, conf = wiring.load(config_file)
+    _require_task(conf, task)
+    store = _open(conf)
+    try:
+        document = _document(conf, store, task)
+    finally:
+        store.close()
+    emit(document, as_json, lambda: click.echo(_told(document)))
+
+
+def _ask(config_file: str | None, task: str, request: references.Request, wait_s: float, as_json: bool) -> None:
+    file, conf = wiring.load(config_file)
+    wipe.require_unwiped(conf.data_dir)
+    _require_task(conf, task)
+    try:
+        conf.data_dir.mkdir(parents=True, exist_ok=True)
+        references.ask(conf.data_dir, task, request)
+    except OSError as error:
+        raise UsageError(
+            f"{conf.data_dir}: cannot be written: {error.strerror}; run this as the agent's user"
+        ) from None
+    taken = _taken_up(file, conf, task, request, wait_s)
+    document = {"task": task, "asked": request.what, "for_s": request.for_s, "taken_up": taken}
+    when = "is learned anew" if taken else "will be learned anew when the task next runs"
+    emit(document, as_json, lambda: click.echo(f"{task}: the site's reference {when}"))
+
+
+def _taken_up(file: Path, conf: Config, task: str, request: references.Request, wait_s: float) -> bool:
+    """By the daemon, which owns the store; or here, where none runs."""
+    try:
+        store = wiring.open_store(conf)
+    except StorageBusy:
+        return _daemon_took(conf, task, request, wait_s)
+    try:
+        writer, now = wiring.author(file, conf, store), clock_of(store)
+        Timekeeper(store, writer).turn(now())
+        return references.take_up(wiring.load_task(file, conf, store, task), store, writer, now())
+    finally:
+        store.close()
+
+
+def _daemon_took(conf: Config, task: str, request: references.Request, wait_s: float) -> bool:
+    store = _open(conf)
+    try:
+        deadline = time.monotonic() + wait_s
+        while store.state(task, references.DONE) != request.id.encode():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+        return True
+    finally:
+        store.close()
+
+
+def _open(conf: Config) -> Store:
+    try:
+        return Store(conf.data_dir, read_only=True, max_size=int(conf.buffer.max_size))
+    except StorageError:
+        raise UsageError(f"{conf.data_dir}: no store here yet; start `outstation run`, or ingest something") from None
+
+
+def _require_task(conf: Config, task: str) -> None:
+    if task not in conf.tasks:
+        raise UsageError(f"there is no task {task!r}{suggestion(task, conf.tasks)}")
+
+
+def _document(conf: Config, store: Store, task: str) -> dict[str, Any]:
+    asked = references.waiting(store, task)
+    document: dict[str, Any] = {"task": task, "site": None, "learning": None, "asked": asked.what if asked else None}
+    kept = store.state(task, references.SITE)
+    if kept is not None:
+        document["site"] = _site(kept)
+    past = store.state(task, "drift")
+    if document["site"] is None and past is not None:
+        try:
+            state = State.from_bytes(past)
+        except ValueError:
+            return document
+        document["learning"] = {
+            "windows": state.learning.windows,
+            "of": conf.tasks[task].learn,
+            "for_s": max(state.learn_s, float(conf.tasks[task].learn_for)),
+        }
+    return document
+
+
+def _site(kept: bytes) -> dict[str, Any] | None:
+    """None for one that an earlier version learned: it is not in force any more."""
+    try:
+        found = Reference.from_json(kept)
+    except BadBundle as problem:
+        raise UsageError(
+            f"the site's reference in the store is damaged ({problem}); `outstation reference reset`"
+        ) from None
+    extra = found.site
+    if extra is None:
+        return None
+    begin, end = (clock.rfc3339(t) for t in extra.learned)
+    return {
+        "number": extra.number,
+        "digest": found.digest,
+        "windows": found.drift_windows,
+        "from": begin,
+        "to": end,
+        "hours": [int(hour) for hour in extra.hours.nonzero()[0]],
+        "daily": bool(extra.waves.any()),
+        "warning": found.warning,
+    }
+
+
+def _told(document: dict[str, Any]) -> str:
+    task, site, learning = document["task"], document["site"], document["learning"]
+    waits = f"; asked to {document['asked']}, when the task next runs" if document["asked"] else ""
+    if site is not None:
+        daily = ", follows the hour of day" if site["daily"] else ""
+        warning = f"\nwarning: {site['warning']}" if site["warning"] else ""
+        return (
+            f"{task}: reference {site['number']} of this site, {site['digest']}\n"
+            f"learned from {site['windows']} drift windows, {site['from']} to {site['to']}{daily}{waits}{warning}"
+        )
+    if learning is None:
+        return f"{task}: nothing learned yet; drift is told once {ENOUGH} drift windows are (at least {FEWEST}){waits}"
+    span = f" and {learning['for_s']:.0f} s of readings" if learning["for_s"] else ""
+    return f"{task}: learning, {learning['windows']} of {learning['of']} drift windows{span}{waits}"

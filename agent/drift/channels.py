@@ -1,0 +1,67 @@
+"""Fields that changed places, or whose sign is reversed: their statistics fit a site's reference of each other, or
+mirrored, where they do not fit their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from agent.drift.codec import Floats
+
+if TYPE_CHECKING:
+    from agent.drift.reference import Reference
+    from agent.drift.summary import Summary
+    from agent.drift.sums import Moments
+
+# Minus logarithms of likelihood per model window and statistic: by how much another fit must be better, and by how much
+# worse than is usual it may be.
+BETTER, WORSE = 4.0, 3.0
+MOST = 0.5  # share of all that does not fit
+
+
+def exchanged(summary: Summary, site: Reference, units: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Of each field with which one of its unit it changed places, by name or ""; and (F,) whether its sign is reversed.
+
+    Of all that would explain the window only what does best, and only if it explains most of what does not fit: the
+    model names wrong classes then, and compared with these others seem to have changed, too.
+    """
+    found, names = summary.classes.moments(site.origin), site.fields
+    fields = np.arange(len(names))
+    misfit = np.stack([_misfit(found, site, np.roll(fields, -by)) for by in fields])
+    mirrored = _misfit(found, site, fields, mirrored=True)
+    better = np.where(mirrored < WORSE, misfit[0] - mirrored, 0.0)
+    best, which = max((float(better[i]), (i, i)) for i in fields.tolist())
+    best = best if best > BETTER else 0.0
+    for i, j in combinations(fields.tolist(), 2):
+        other = misfit[(j - i) % len(names), i], misfit[(i - j) % len(names), j]
+        gain = float(misfit[0, i] + misfit[0, j] - sum(other))
+        same = (units[i] if units else "") == (units[j] if units else "")
+        if same and max(other) < WORSE and gain > max(2 * BETTER, best):
+            best, which = gain, (i, j)
+    if best < MOST * np.maximum(misfit[0], 0.0).sum():
+        best = 0.0
+    places, signs = [""] * len(names), np.zeros(len(names), np.bool_)
+    i, j = which
+    if best and i == j:
+        signs[i] = True
+    elif best:
+        places[i], places[j] = names[j], names[i]
+    return tuple(places), signs
+
+
+def _misfit(found: Moments, site: Reference, fields: np.ndarray, *, mirrored: bool = False) -> Floats:
+    """(F,) minus the logarithm of how likely each field's statistics are as those of field `fields` (F,), per model
+    window and statistic; about 0 where they are."""
+    count = len(fields)
+    total = np.zeros(count)
+    for first in range(0, found.n.shape[1], count):
+        mine, its = slice(first, first + count), first + fields
+        n, mean = found.n[:, mine], found.mean[:, mine] * (-1 if mirrored and first == 0 else 1)
+        sd = site.class_sd[:, its]
+        square = (found.m2[:, mine] + n * (mean - site.class_mean[:, its]) ** 2) / sd**2
+        total += (square - n + 2 * n * np.log(sd / site.class_sd[:, mine])).sum(0) / np.maximum(n.sum(0), 1)
+    return np.asarray(total / 2 / (found.n.shape[1] // count))

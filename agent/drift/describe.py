@@ -1,0 +1,120 @@
+"""What a drift message says of a summary: counts, moments and effect sizes against the shipped reference.
+
+No value of a row and no extreme of the data. Moments to 12 significant digits, sizes to 4 decimals. Where privacy asks
+for it, no bin says that it holds fewer than `least` rows: what it holds is counted to the bin beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from agent.drift import estimate, sizes
+from agent.drift.codec import Ints
+from agent.drift.detectors import Detectors, Tester, open_subjects
+from agent.drift.reference import Reference
+from agent.drift.summary import Summary
+
+OTHER = "other"  # answers too few to be named
+
+
+def features(window: Summary, shipped: Reference, least: int = 0) -> list[dict[str, Any]]:
+    """Per drift window of stacked summaries, each field's numbers."""
+    moments = window.rows_of.moments(shipped.origin[: len(shipped.fields)])
+    q = sizes.shares(sizes.folded(window.counts))
+    sized = np.round(np.moveaxis(sizes.four(shipped.shares, q, shipped.bounds, shipped.sd), 0, -1), 4).tolist()
+    counts = (_hidden(window.counts, least) if least > 1 else window.counts).tolist()
+    missing, mean, m2 = window.missing.tolist(), moments.mean[:, 0].tolist(), moments.m2[:, 0].tolist()
+    return [
+        {
+            name: {
+                "counts": counts[w][i][1:-1],
+                "missing": missing[w][i],
+                "below": counts[w][i][0],
+                "above": counts[w][i][-1],
+                "mean": short(mean[w][i], 12),
+                "m2": short(m2[w][i], 12),
+                **dict(zip(("psi", "js", "ks", "w1"), sized[w][i], strict=True)),
+            }
+            for i, name in enumerate(shipped.fields)
+        }
+        for w in range(len(counts))
+    ]
+
+
+def output(window: Summary, shipped: Reference, least: int = 0) -> dict[str, Any]:
+    """Of one summary: answers of each class, or by their certainty."""
+    if not shipped.labels:
+        counts: Any = (_hidden(window.scores[None, :], least)[0] if least > 1 else window.scores).tolist()
+        return {"counts": counts, "psi": round(float(sizes.psi(shipped.score_n, window.scores)), 4)}
+    counts = {label: n for label, n in zip(shipped.labels, window.output.tolist(), strict=True) if n}
+    psi = round(float(sizes.psi(shipped.output, window.output)), 4)
+    return {"counts": _without_few(counts, least), "psi": psi}
+
+
+def accuracy(window: Summary, shipped: Reference) -> dict[str, Any] | None:
+    """Expected, without labels; None where the reference does not know how often a score is right."""
+    if shipped.score_correct is None:
+        return None
+    return estimate.cbpe(shipped.score_n, shipped.score_correct, window.scores)
+
+
+def with_states(
+    numbers: dict[str, Any], now: Detectors, tester: Tester | None, found: tuple[str | None, ...], *, tested: bool
+) -> dict[str, Any]:
+    """The message's members with sums, limits and states, of each field (whose faults are `found`) and of all."""
+    fields = len(found)
+    sums = np.round(now.cusum.value.T, 2).tolist()
+    # Fields have one limit, whatever the field; pairs have one, too.
+    limit = np.round(tester.limits.limit, 2).tolist() if tester else [None] * len(sums)
+    drifting = open_subjects(now, fields)
+    quiet = "ok" if tested else "insufficient"
+    features = {
+        name: feature
+        | {
+            "cusum": {"mean": sums[i], "spread": sums[fields + i], "limit": limit[i]},
+            "state": "fault" if found[i] else "drift" if drifting[i] else quiet,
+            "fault": found[i],
+        }
+        for i, (name, feature) in enumerate(numbers["features"].items())
+    }
+    output, score, together = (("drift" if on else quiet) for on in drifting[fields:])
+    states = {feature["state"] for feature in features.values()} | {output, score, together}
+    told = {"state": output, "score": {"cusum": sums[-1], "limit": limit[-1], "state": score}}
+    highest = float(np.max(sums[2 * fields : -1], initial=0.0))
+    return numbers | {
+        "features": features,
+        "output": numbers["output"] | told,
+        "joint": {"cusum": highest, "limit": limit[-2], "state": together},
+        "state": next(state for state in ("fault", "drift", "insufficient", "ok") if state in states),
+    }
+
+
+def short(value: float, digits: int = 6) -> float:
+    return float(f"{float(value):.{digits}g}")
+
+
+def _hidden(counts: Ints, least: int) -> Ints:
+    """Counts (..., bins) of which none is above zero and below `least`, unless all rows together are."""
+    out = np.zeros_like(counts)
+    held = np.zeros(counts.shape[:-1], np.int64)
+    last = np.zeros(counts.shape[:-1], np.int64)
+    for at in range(counts.shape[-1]):
+        held = held + counts[..., at]
+        full = held >= least
+        out[..., at] = np.where(full, held, 0)
+        last, held = np.where(full, at, last), np.where(full, 0, held)
+    left = np.take_along_axis(out, last[..., None], -1) + held[..., None]
+    np.put_along_axis(out, last[..., None], left, -1)
+    return out
+
+
+def _without_few(counts: dict[str, int], least: int) -> dict[str, int]:
+    """Labels named fewer than `least` times counted together, and another with them where these are few, too."""
+    few = {label: n for label, n in counts.items() if n < least}
+    rest = {label: n for label, n in counts.items() if label not in few}
+    while few and sum(few.values()) < least and rest:
+        label = min(rest, key=lambda name: rest[name])
+        few[label] = rest.pop(label)
+    return rest | ({OTHER: sum(few.values())} if few else {})

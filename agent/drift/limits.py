@@ -1,0 +1,79 @@
+"""How many false alarms each kind of test may raise, and the limits that follow.
+
+A site's reference knows its mean and spread from K windows only, and so some tests stand closer to their limit than
+they seem to; with 40 windows most false alarms come from these few. The limit h of a CUSUM is therefore the one that
+gives the allotted number of false alarms on average over what K windows may have told, however many tests there are.
+
+Source: Siegmund (1985), Sequential Analysis, for the windows between false alarms of a CUSUM with slack k and limit h.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from agent.drift.codec import Floats
+
+# False alarms per window, of all tests of a kind together.
+FIELDS, PAIRS, SCORE = 4.5e-3, 3e-4, 3e-4
+SHAPES = 3e-4
+# Slack: half the shift that should be found fast, in sd of the window's statistic. Fields seldom stop moving together
+# by halves, and there are many pairs.
+K_FIELDS, K_PAIRS = 1.0, 2.0
+# Limits never go below these: real windows are a little more alike than a reference can tell.
+LEAST_H, LEAST_H_PAIRS = 5.0, 3.5
+MOST_ALIKE = 0.5
+
+
+@lru_cache(maxsize=256)
+def h(tests: int, windows: int, slack: float, allotted: float, least: float = LEAST_H) -> float:
+    """Limit of each of so many two-sided CUSUMs, calibrated on `windows` drift windows."""
+    if not tests:
+        return least
+    low, high = least, 50.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if 2 * tests * _rate(middle, slack, windows) > allotted:
+            low = middle
+        else:
+            high = middle
+    return round(high, 2)
+
+
+def stretch(values: Floats) -> float:
+    """What to multiply limits by where a window's statistics hang together with those of the window before.
+
+    From tests of K learned windows (K, T): their common correlation r with the window before, as far as chance does not
+    explain it. A CUSUM wanders (1 + r) / (1 - r) times as far then.
+    """
+    apart = values - np.nanmean(values, axis=0)
+    told = np.nan_to_num(apart)
+    each = (told[1:] * told[:-1]).sum(0) / np.maximum((told**2).sum(0), 1e-12)
+    r = float(each.mean()) + 1 / len(values) - 1 / math.sqrt(values.size)
+    r = min(max(r, 0.0), MOST_ALIKE)
+    return (1 + r) / (1 - r)
+
+
+def level(subjects: int, allotted: float = SHAPES) -> float:
+    """Share of windows that one subject's shape may be beyond its limit: two of three windows are to be by chance."""
+    return math.sqrt(allotted / (3 * max(1, subjects)))
+
+
+def _rate(limit: float, slack: float, windows: int) -> float:
+    """False alarms per window of a one-sided CUSUM, over the errors of a mean and sd that `windows` windows told."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(15)
+    share = weights / weights.sum()
+    shift = nodes / math.sqrt(windows)
+    scale = np.exp(nodes / math.sqrt(2 * max(1, windows - 1)))
+    found = [[_siegmund((slack * f - d), limit * f) for f in scale] for d in shift]
+    return float(share @ np.array(found) @ share)
+
+
+def _siegmund(drift: float, limit: float) -> float:
+    """One over the windows to a false alarm, where each adds -`drift` on average and 1 sd of chance."""
+    reach = limit + 1.166
+    if abs(drift) < 1e-6:
+        return 1 / reach**2
+    return 2 * drift**2 / (math.exp(min(2 * drift * reach, 600.0)) - 2 * drift * reach - 1)

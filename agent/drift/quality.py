@@ -1,0 +1,203 @@
+"""How good results were, from labels: each metric with a 95 % interval. Pure; the device and the collector use it.
+
+- classify: accuracy (Wilson), F1 macro, micro and of each class, Brier, ECE on bins of equal mass (Nguyen & O'Connor
+  2015; ties stay together)
+- regress: MAE, RMSE, R²
+- anomaly: AUC (ties count half), and accuracy and F1 where the bundle has a threshold
+Brier is of the named class, mean (p - right)², unless all probabilities are known: then the sum over classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from agent.drift import intervals
+from agent.drift.codec import Floats, Ints
+
+ECE_BINS = 10
+_FEWEST_A_BIN = 10
+# Classes told one by one, those with most labels first.
+_MOST_CLASSES = 40
+# Values from weights (n,).
+Weighted = Callable[[Floats], list[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """`slice` "" is of all; `state` of a slice: ok, worse (than the rest, significantly) or small (to tell)."""
+
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    slice: str = ""
+    state: str | None = None
+
+    def told(self) -> dict[str, Any]:
+        """For a message."""
+        head = {"metric": self.metric, **({"slice": self.slice} if self.slice else {})}
+        tail = {"state": self.state} if self.state else {}
+        return {**head, "value": self.value, "low": self.low, "high": self.high, "n": self.n, **tail}
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """n labelled results, in the order of their rows.
+
+    `truth`: class index, number, or 1 for an anomaly. `said`: the class named, or 1 above the threshold. `score`: the
+    probability of it, NaN where not known; `full` (n, C) of every class. `value` of a model that gives numbers.
+    """
+
+    truth: Floats
+    said: Ints | None = None
+    score: Floats | None = None
+    value: Floats | None = None
+    full: Floats | None = None
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def __getitem__(self, some: Any) -> Pairs:
+        picked = (getattr(self, name) for name in ("said", "score", "value", "full"))
+        return Pairs(self.truth[some], *(None if column is None else column[some] for column in picked))
+
+    @property
+    def losses(self) -> Floats | None:
+        """(n,) 1 where the answer was wrong, or how far off the number was; None for scores without a threshold."""
+        if self.said is not None:
+            return np.asarray(self.said != self.truth, np.float64)
+        return None
+
+    def off(self, kind: str) -> Floats | None:
+        """What `decay` and slices look at."""
+        if kind == "regress" and self.value is not None:
+            return np.abs(self.value - self.truth)
+        return self.losses
+
+
+def measure(kind: str, labels: Sequence[str], pairs: Pairs) -> list[Metric]:
+    """All metrics of `pairs`; none without any."""
+    if not len(pairs):
+        return []
+    off = pairs.off(kind)
+    alike = intervals.design(off) if off is not None else 1.0
+    drawn = intervals.weights(len(pairs), alike)
+    found: list[Metric] = []
+    if pairs.said is not None and off is not None:
+        accuracy = 1 - float(off.mean())
+        found.append(_metric("accuracy", accuracy, intervals.wilson(accuracy, len(pairs) / alike), len(pairs)))
+    told, statistics = _statistics(kind, labels, pairs)
+    if told:
+        values = statistics(np.ones(len(pairs)))
+        for (name, label, n), value, bounds in zip(told, values, intervals.bootstrap(statistics, drawn), strict=True):
+            found.append(_metric(name, value, bounds if math.isfinite(value) else (math.nan, math.nan), n, label))
+    return found
+
+
+def _statistics(kind: str, labels: Sequence[str], pairs: Pairs) -> tuple[list[tuple[str, str, int]], Weighted]:
+    """(metric, slice, n) of all but accuracy, and a function of weights that gives all of them."""
+    parts = list(_parts(kind, labels, pairs))
+    named = [(name, label, n) for names, _ in parts for name, label, n in names]
+    return named, lambda w: [value for _, part in parts for value in part(w)]
+
+
+def _parts(kind: str, labels: Sequence[str], pairs: Pairs) -> Iterator[tuple[list[tuple[str, str, int]], Weighted]]:
+    n, value, truth = len(pairs), pairs.value, pairs.truth
+    if kind == "regress" and value is not None:
+        off = value - truth
+        yield [("mae", "", n)], lambda w: [_mean(np.abs(off), w)]
+        yield [("rmse", "", n), ("r2", "", n)], lambda w: [math.sqrt(_mean(off**2, w)), r2(truth, off, w)]
+    if kind == "anomaly" and value is not None:
+        yield [("auc", "", n)], lambda w: [auc(value, truth > 0, w)]
+    if pairs.said is not None and kind == "anomaly":
+        meant, said = truth.astype(np.int64), pairs.said
+        yield [("f1", "", n)], lambda w: [float(f1(meant, said, 2, w)[1])]
+    elif pairs.said is not None:
+        yield from _of_classes(labels, pairs, truth.astype(np.int64), pairs.said)
+
+
+def _of_classes(
+    labels: Sequence[str], pairs: Pairs, truth: Ints, said: Ints
+) -> Iterator[tuple[list[tuple[str, str, int]], Weighted]]:
+    n = len(pairs)
+    if pairs.full is not None:
+        each = np.square(pairs.full - np.eye(pairs.full.shape[1])[truth]).sum(axis=1)
+        yield [("brier", "", n)], lambda w: [_mean(each, w)]
+    if pairs.score is not None and np.isfinite(pairs.score).all():
+        score, right = pairs.score, np.asarray(said == truth, np.float64)
+        if pairs.full is None:
+            yield [("brier_top", "", n)], lambda w: [_mean((score - right) ** 2, w)]
+        where = equal_mass(score)
+        yield [("ece", "", n)], lambda w: [ece(score, right, where, w)]
+    count = max(len(labels), int(max(truth.max(), said.max())) + 1)
+    support = np.bincount(truth, minlength=count)
+    shown = [int(i) for i in np.argsort(-support, kind="stable")[:_MOST_CLASSES] if support[i] and i < len(labels)]
+
+    def scores(w: Floats) -> list[float]:
+        found = f1(truth, said, count, w)
+        return [macro(found), _mean(said == truth, w), *found[shown].tolist()]
+
+    named = [("f1", f"class={labels[i]}", int(support[i])) for i in shown]
+    yield [("f1_macro", "", n), ("f1_micro", "", n), *named], scores
+
+
+def f1(truth: Ints, said: Ints, count: int, w: Floats) -> Floats:
+    """(count,) F1 of each class; NaN of those neither meant nor named."""
+    hit = np.bincount(truth, w * (truth == said), count)
+    both = np.bincount(truth, w, count) + np.bincount(said, w, count)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(2 * hit / both)
+
+
+def macro(each: Floats) -> float:
+    """Mean over the classes that were meant or named."""
+    return float(np.nanmean(each))
+
+
+def equal_mass(score: Floats, bins: int = ECE_BINS) -> Ints:
+    """(n,) bin of each result: as many in each as ties allow, and fewer bins where there are few results."""
+    bins = max(1, min(bins, len(score) // _FEWEST_A_BIN))
+    ordered = np.sort(score)
+    cuts = ordered[[len(score) * i // bins for i in range(1, bins)]]
+    return np.searchsorted(cuts, score, side="right")
+
+
+def ece(score: Floats, right: Floats, where: Ints, w: Floats) -> float:
+    """Σ share of a bin × |mean score - share right|, from bins as `equal_mass` has them."""
+    apart = np.abs(np.bincount(where, w * (score - right)))
+    return float(apart.sum() / w.sum())
+
+
+def auc(value: Floats, yes: np.ndarray[Any, np.dtype[np.bool_]], w: Floats) -> float:
+    """P(value of an anomaly > value of none), ties counting half; NaN where there is only one of the two."""
+    _, at = np.unique(value, return_inverse=True)
+    good, bad = np.bincount(at, w * yes), np.bincount(at, w * ~yes)
+    if not good.sum() or not bad.sum():
+        return math.nan
+    below = np.cumsum(bad) - bad
+    return float((good * (below + bad / 2)).sum() / (good.sum() * bad.sum()))
+
+
+def r2(truth: Floats, off: Floats, w: Floats) -> float:
+    """1 - squared error / variance of the truth; NaN where that is 0."""
+    spread = _mean((truth - _mean(truth, w)) ** 2, w)
+    return 1 - _mean(off**2, w) / spread if spread > 0 else math.nan
+
+
+def _mean(values: Any, w: Floats) -> float:
+    return float((values * w).sum() / w.sum())
+
+
+def _metric(name: str, value: float, bounds: tuple[float, float], n: int, label: str = "") -> Metric:
+    return Metric(name, rounded(value), rounded(bounds[0]), rounded(bounds[1]), n, label)
+
+
+def rounded(value: float) -> float | None:
+    """Six significant digits; None where it is no number."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,0 +1,125 @@
+"""What a task's drift detection remembers, how model windows fill a drift window, and what a closed one comes to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from agent.drift import codec, statistics
+from agent.drift.alerts import Alert
+from agent.drift.codec import Bools, Floats, Ints
+from agent.drift.detectors import Detectors
+from agent.drift.faults import Tail
+from agent.drift.learning import Learning
+from agent.drift.reference import Reference
+from agent.drift.statistics import Found
+from agent.drift.summary import Summary
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """All a task's drift detection remembers. Constant size but for what is gathered while learning."""
+
+    window: int  # model windows per drift window
+    index: int  # of the open drift window, from 1
+    open: Summary
+    tail: Tail
+    rows: tuple[int, int]  # first and last row of the open drift window, as the stream numbers them; (0, -1) if none
+    t: tuple[int, int]  # their times, epoch µs
+    seen: int  # last row counted
+    learning: Learning
+    site: Reference | None
+    learned: int  # site references so far
+    learn_s: float  # of readings to learn from, where somebody asked for so many
+    detectors: Detectors
+    faulty: Bools  # (F,) a fault alert is open
+    calm: Ints  # (F,) windows without a fault since
+    raised: Ints  # (F + 3, 2) alerts raised so far: drift, fault
+
+    @classmethod
+    def start(cls, shipped: Reference, window: int) -> State:
+        fields = len(shipped.fields)
+        return cls(
+            window=window,
+            index=1,
+            open=Summary.empty(shipped),
+            tail=Tail.empty(fields),
+            rows=(0, -1),
+            t=(0, 0),
+            seen=-1,
+            learning=Learning.empty(shipped),
+            site=None,
+            learned=0,
+            learn_s=0.0,
+            detectors=Detectors.start(fields),
+            faulty=np.zeros(fields, np.bool_),
+            calm=np.zeros(fields, np.int64),
+            raised=np.zeros((fields + 3, 2), np.int64),
+        )
+
+    def to_bytes(self) -> bytes:
+        return codec.packed(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> State:
+        """Raises ValueError."""
+        return codec.unpacked(data, cls)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One closed drift window. `summary` holds the drift message's `features`, `output`, `estimate` and `state`."""
+
+    index: int
+    rows: tuple[int, int]
+    t: tuple[int, int]
+    n: int
+    site: str | None  # digest of the site's reference that this window was judged by
+    learned: Reference | None  # the site's reference, when this window completed it
+    refused: str | None  # why the windows gathered up to this one were thrown away
+    summary: dict[str, Any]
+    alerts: tuple[Alert, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step was given, and the statistics of its model windows."""
+
+    values: Floats  # (n, F)
+    starts: Ints  # (w,)
+    found: Found
+    named: Ints  # (w,)
+    top: Floats | None  # (w,)
+    first: int  # row
+    t: Ints  # (n,) epoch µs
+
+
+def filled(state: State, shipped: Reference, batch: Batch, some: slice, classes: Ints) -> State:
+    """With these model windows, compared with `classes`, and with those of their rows that were not counted before."""
+    rows = statistics.covered(batch.starts[some], shipped.window_rows, state.seen + 1 - batch.first)
+    top = None if batch.top is None else batch.top[some]
+    values, summary = batch.values[rows], state.open
+    new: dict[str, Any] = {}
+    if len(values):
+        summary, tail = summary.add_rows(shipped, values, state.tail)
+        begin, end = (rows.start, rows.stop - 1) if isinstance(rows, slice) else (int(rows[0]), int(rows[-1]))
+        fresh = state.rows[1] < state.rows[0]
+        new = {
+            "tail": tail,
+            "rows": (batch.first + begin if fresh else state.rows[0], batch.first + end),
+            "t": (int(batch.t[begin]) if fresh else state.t[0], int(batch.t[end])),
+            "seen": batch.first + end,
+        }
+    return replace(state, open=summary.add_windows(shipped, batch.found[some], batch.named[some], top, classes), **new)
+
+
+def taken(state: State, window: State) -> State:
+    """With the open drift window of another state."""
+    return replace(state, open=window.open, tail=window.tail, rows=window.rows, t=window.t, seen=window.seen)
+
+
+def emptied(state: State, nothing: Summary) -> State:
+    """For the next drift window."""
+    return replace(state, open=nothing, tail=Tail.empty(len(state.faulty)), rows=(0, -1), t=(0, 0))

@@ -1,0 +1,54 @@
+"""How finely a sensor tells values apart: sizes of the steps from row to row, counted by powers of two."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from agent.drift.codec import Floats, Ints
+
+if TYPE_CHECKING:
+    from agent.drift.reference import Reference
+    from agent.drift.summary import Summary
+
+SIZES, SMALLEST = 64, -40  # sizes below 2**-40 and from 2**23 on are counted to the outermost
+FINE, COARSER = 0.05, 2  # share of steps that the finest usual size is found by; powers of two that are too coarse
+KEPT, ENOUGH, SOME = 0.05, 25, 20  # share that is left of fine steps; how many of these, and of any, tell something
+REPEATS = 0.25  # steps of 0 for each of the finest others: half as many are expected where values are rounded
+
+
+def count(joined: Floats, fields: int) -> Ints:
+    """(F, SIZES) steps between neighbouring rows of `joined` (n, F), first those of 0. Missing values have none."""
+    out = np.zeros(fields * SIZES, np.int64)
+    if len(joined) > 1:
+        step = np.abs(joined[1:] - joined[:-1])
+        told = step >= 0
+        size = np.clip(np.frexp(np.where(told, step, 1.0))[1] - SMALLEST, 1, SIZES - 1)
+        size = np.where(step > 0, size, 0) + np.arange(fields) * SIZES
+        out = np.bincount(size[told], minlength=len(out))
+    return out.reshape(fields, SIZES)
+
+
+def coarser(summary: Summary, site: Reference) -> Ints:
+    """(F,) how many times as coarse as at the site before values are told apart; 0 where not at least four times."""
+    if site.site is None or site.site.steps is None:
+        return np.zeros(len(site.fields), np.int64)
+    usual, now = site.site.steps, summary.steps
+    finest = _finest(usual)
+    size = np.arange(SIZES)
+    fine = (size > 0) & (size < (finest + COARSER)[:, None])
+    share = np.where(fine, usual, 0).sum(1) / np.maximum(usual.sum(1), 1)
+    expected = share * now.sum(1)
+    moved = now[:, 1:].sum(1)
+    # A sensor that rests for long has few steps, but fine ones.
+    lost = (expected >= ENOUGH) & (moved >= SOME) & (np.where(fine, now, 0).sum(1) < KEPT * np.minimum(expected, moved))
+    left = _finest(now)
+    # One that moves faster has no fine steps either, but hardly repeats a value.
+    repeats = now[:, 0] >= REPEATS * now[np.arange(len(now)), left]
+    return np.where(lost & repeats, 2 ** np.maximum(left - finest, 0), 0)
+
+
+def _finest(steps: Ints) -> Ints:
+    moved = steps[:, 1:]
+    return np.asarray((np.cumsum(moved, axis=1) >= FINE * np.maximum(moved.sum(1, keepdims=True), 1)).argmax(1) + 1)

@@ -1,0 +1,81 @@
+"""Labels: what was true of a result, and who says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+HUMAN, MODEL, SYSTEM = SOURCES = ("human", "model", "system")
+_LONGEST = 256
+_YES = {"1": 1.0, "true": 1.0, "yes": 1.0, "anomaly": 1.0, "0": 0.0, "false": 0.0, "no": 0.0, "normal": 0.0}
+_LATEST_S = 4_102_444_800.0  # 2100-01-01
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Of the result at `row`, or of the one nearest to `t` (epoch µs): one of the two is None."""
+
+    row: int | None
+    t: int | None
+    text: str
+    source: str = HUMAN
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What labels of a task may be. `kind` is the bundle's: classify, regress or anomaly."""
+
+    kind: str
+    labels: tuple[str, ...] = ()
+
+    def read(self, text: str) -> float:
+        """Index of the class, the number, or 1 for an anomaly and 0 for none. Raises ValueError."""
+        if self.kind == "classify":
+            if text not in self.labels:
+                known = ", ".join(self.labels[:12]) + (", …" if len(self.labels) > 12 else "")
+                raise ValueError(f"{text[:40]!r} is no label of this model; it knows {known}")
+            return float(self.labels.index(text))
+        if self.kind == "anomaly":
+            if text in self.labels and len(self.labels) == 2:
+                return float(self.labels.index(text))
+            if text.lower() not in _YES:
+                raise ValueError(f"{text[:40]!r} must be anomaly or normal, 1 or 0")
+            return _YES[text.lower()]
+        try:
+            value = math.nan if "_" in text else float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:40]!r} is no finite number")
+        return value
+
+
+def label(row: Any, t: Any, text: Any, source: Any = None) -> Label:
+    """From a row number or epoch seconds, and a text or number, as they come. Raises ValueError."""
+    if (row is None) == (t is None):
+        raise ValueError("give one of row and t")
+    if row is not None and (isinstance(row, bool) or not isinstance(row, int) or not 1 <= row < 2**53):
+        raise ValueError(f"row {str(row)[:40]!r} is no row number; they count from 1")
+    if t is not None and (isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t <= _LATEST_S):
+        raise ValueError(f"t = {str(t)[:40]!r} must be seconds since 1970")
+    source = HUMAN if source in (None, "") else source
+    if source not in SOURCES:
+        raise ValueError(f"source {str(source)[:40]!r} must be one of {', '.join(SOURCES)}")
+    return Label(row, None if t is None else round(t * 1e6), _text(text), source)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST or not value.isprintable():
+        raise ValueError(f"label {str(value)[:40]!r} must be a number or text of 1-{_LONGEST} characters")
+    return value
+
+
+def told(sources: Sequence[str]) -> dict[str, int]:
+    """How many labels came from whom."""
+    return {source: n for source in SOURCES if (n := sum(one == source for one in sources))}

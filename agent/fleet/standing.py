@@ -1,0 +1,73 @@
+"""Devices that stand out from the fleet: whose mean or spread of a field is unlike the others'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from agent.drift.reported import apart
+from agent.fleet.merge import Merged
+
+FEWEST_DEVICES = 4  # fewer have no middle to stand out from
+FEWEST_ROWS = 100
+LIMIT = 3.5
+# Devices that are all but alike must not stand out by a hair: half a reference's usual resolution.
+LEAST_SHIFT, LEAST_LOG = 0.1, math.log(1.1)
+_MAD = 1.4826
+
+
+@dataclass(frozen=True, slots=True)
+class StandsOut:
+    """`z`: robust sd from the fleet's median of this statistic over devices."""
+
+    device: str
+    field: str
+    statistic: str  # mean | spread
+    z: float
+    value: float
+    usual: float
+    sizes: dict[str, float]  # psi, js, ks between this device and all others
+
+
+def standing_out(devices: Mapping[str, Mapping[str, Merged]]) -> list[StandsOut]:
+    """Of each device's fields, the furthest out first; none where fewer than four devices can be compared.
+
+    Source: Iglewicz & Hoaglin (1993), How to Detect and Handle Outliers: |z| > 3.5 from median and MAD.
+    """
+    found: list[StandsOut] = []
+    for name in dict.fromkeys(field for fields in devices.values() for field in fields):
+        known = {d: f[name] for d, f in devices.items() if name in f and f[name].moments.n >= FEWEST_ROWS}
+        if len(known) >= FEWEST_DEVICES:
+            found += _of_field(name, known)
+    return sorted(found, key=lambda one: (-abs(one.z), one.device, one.field))
+
+
+def _of_field(name: str, known: dict[str, Merged]) -> list[StandsOut]:
+    everything = Merged.none(next(iter(known.values())))
+    for part in known.values():
+        everything = everything + part
+    typical = median(part.moments.sd for part in known.values())
+    found = []
+    for statistic, values, least in (
+        ("mean", {d: p.moments.mean for d, p in known.items()}, LEAST_SHIFT * typical),
+        ("spread", {d: math.log(p.moments.sd) for d, p in known.items() if p.moments.sd > 0}, LEAST_LOG),
+    ):
+        for device, value, usual, z in _far(values, least):
+            told = (value, usual) if statistic == "mean" else (math.exp(value), math.exp(usual))
+            sizes = apart(everything.without(known[device]), known[device].counts)
+            found.append(StandsOut(device, name, statistic, round(z, 2), *told, sizes))
+    return found
+
+
+def _far(values: dict[str, float], least: float) -> list[tuple[str, float, float, float]]:
+    """(device, value, median, z) of those beyond the limit; `least` is the least sd that is believed."""
+    if len(values) < FEWEST_DEVICES:
+        return []
+    middle = median(values.values())
+    sd = max(_MAD * median(abs(value - middle) for value in values.values()), least / 2)
+    if sd <= 0:
+        return []
+    far = [(device, value, middle, (value - middle) / sd) for device, value in values.items()]
+    return [one for one in far if abs(one[3]) > LIMIT]

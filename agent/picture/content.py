@@ -1,0 +1,73 @@
+"""What a picture of drift shows, whoever gathered it. Times are epoch µs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One series over time, broken where `values` has None."""
+
+    series: int
+    times: Sequence[int]
+    values: Sequence[float | None]
+    dashed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Spell:
+    """A stretch of time: `state` is drift or fault, shaded, or insufficient; `goes_on` at the picture's end."""
+
+    state: str
+    begin: int
+    end: int
+    goes_on: bool
+    series: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A field, or another subject without a histogram.
+
+    `usual` and `shown` (series, counts) are rows below, in the bins and above; `bounds` are what separates these, in
+    the field's unit, None where they are not known.
+    """
+
+    name: str
+    unit: str
+    state: str
+    notes: Sequence[str]
+    bounds: Sequence[float] | None
+    usual: Sequence[int] | None
+    shown: Sequence[tuple[int, Sequence[int]]]
+    curves: Sequence[Curve]
+    limit: float | None
+    spells: Sequence[Spell]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Expected accuracy of one series: times, values, and the ends of the intervals."""
+
+    series: int
+    times: Sequence[int]
+    values: Sequence[float | None]
+    low: Sequence[float | None]
+    high: Sequence[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """`series` are the names of what is told apart by colour, `dashes` that of the dashed curves; '' for none."""
+
+    title: str
+    subtitle: str
+    alerts: Sequence[tuple[str, str]]  # state, sentence
+    series: Sequence[str]
+    dashes: str
+    usual: str
+    rows: Sequence[Row]
+    estimates: Sequence[Estimate]
+    empty: str = ""  # what to say where there is nothing to show

@@ -1,0 +1,28 @@
+"""SVG to PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.errors import UsageError
+
+SCALE = 2
+_FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
+
+
+def from_svg(svg: str) -> bytes:
+    """Raises UsageError where the library for it, or any font, is not installed."""
+    try:
+        import resvg_py
+    except ImportError:
+        raise UsageError(
+            "PNG needs a library: pip install 'outstation[plot]'; or name a file that ends in .svg, which needs none"
+        ) from None
+    if not _has_font():
+        # It would leave all text out without a word.
+        raise UsageError("PNG needs a font: apt-get install fonts-dejavu-core; or name a file that ends in .svg")
+    return bytes(resvg_py.svg_to_bytes(svg_string=svg, zoom=SCALE))
+
+
+def _has_font() -> bool:
+    return any(True for folder in _FONTS for _ in Path(folder).expanduser().rglob("*.[ot]t[fc]"))

@@ -1,0 +1,111 @@
+"""An SVG document, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+FONT = "'Inter', 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+_WIDE = 0.505  # of the font size, an average glyph
+
+
+def text_width(text: str, size: float) -> float:
+    """About, in pixels."""
+    return len(text) * size * _WIDE
+
+
+def shortened(text: str, size: float, width: float) -> str:
+    most = max(1, int(width / (size * _WIDE)))
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def wrapped(text: str, size: float, width: float, *, lines: int) -> list[str]:
+    """At most so many lines; what is left is cut off with an ellipsis."""
+    most, found, words = max(1, int(width / (size * _WIDE))), [""], text.split(" ")
+    for at, word in enumerate(words):
+        longer = f"{found[-1]} {word}".lstrip()
+        if len(longer) <= most:
+            found[-1] = longer
+        elif len(found) == lines:
+            rest = " ".join([found[-1], *words[at:]])
+            return [*found[:-1], shortened(rest.lstrip(), size, width)]
+        else:
+            found.append(shortened(word, size, width))
+    return found
+
+
+class Drawing:
+    """Collects elements; what comes later lies on top. Coordinates are pixels."""
+
+    def __init__(self, width: float, title: str) -> None:
+        self._width, self._title = width, title
+        self._parts: list[str] = []
+
+    def rect(
+        self, x: float, y: float, w: float, h: float, fill: str, *, r: float = 0, name: str = "", **more: str
+    ) -> None:
+        corner = f' rx="{r:g}"' if r else ""
+        self._add(
+            "rect",
+            f'x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{max(h, 0):.1f}"{corner}',
+            name,
+            fill=fill,
+            **more,
+        )
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, stroke: str, *, name: str = "", **more: str) -> None:
+        self._add("line", f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"', name, stroke=stroke, **more)
+
+    def path(
+        self,
+        points: Sequence[tuple[float, float]],
+        stroke: str,
+        *,
+        fill: str = "none",
+        closed: bool = False,
+        name: str = "",
+        **more: str,
+    ) -> None:
+        if points:
+            d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + ("Z" if closed else "")
+            self._add("path", f'd="{d}"', name, fill=fill, stroke=stroke, stroke_linejoin="round", **more)
+
+    def circle(self, x: float, y: float, r: float, fill: str, *, name: str = "", **more: str) -> None:
+        self._add("circle", f'cx="{x:.1f}" cy="{y:.1f}" r="{r:g}"', name, fill=fill, **more)
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        fill: str,
+        *,
+        size: float = 12,
+        anchor: str = "start",
+        weight: int = 400,
+        name: str = "",
+    ) -> None:
+        bold = f' font-weight="{weight}"' if weight != 400 else ""
+        end = f' text-anchor="{anchor}"' if anchor != "start" else ""
+        kind = f' class="{name}"' if name else ""
+        place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}"'
+        self._parts.append(f"<text{kind} {place}{end}{bold}>{escape(_printable(text))}</text>")
+
+    def document(self, height: float, background: str) -> str:
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{self._width:g}" height="{height:g}" '
+            f'viewBox="0 0 {self._width:g} {height:g}" role="img" font-family="{FONT}">'
+        )
+        title = f"<title>{escape(_printable(self._title))}</title>"
+        paper = f'<rect width="100%" height="100%" fill="{background}"/>'
+        return "\n".join([head, title, paper, *self._parts, "</svg>"]) + "\n"
+
+    def _add(self, tag: str, geometry: str, name: str, **attributes: str) -> None:
+        kind = f' class="{name}"' if name else ""
+        rest = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
+        self._parts.append(f"<{tag}{kind} {geometry}{rest}/>")
+
+
+def _printable(text: str) -> str:
+    """What XML 1.0 may hold, on one line."""
+    return "".join(char if char.isprintable() else "�" for char in text)

@@ -1,0 +1,65 @@
+"""Colours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """`series` tell devices or statistics apart, also for the colour-blind (Okabe & Ito 2008, toned to the paper)."""
+
+    paper: str
+    panel: str
+    ink: str
+    muted: str
+    grid: str
+    usual: str
+    usual_edge: str
+    ok: str
+    drift: str
+    drift_band: str
+    fault: str
+    fault_band: str
+    unknown: str
+    limit: str
+    series: tuple[str, ...]
+
+    def of_state(self, state: str) -> str:
+        return {"ok": self.ok, "drift": self.drift, "fault": self.fault}.get(state, self.unknown)
+
+
+LIGHT = Theme(
+    paper="#ffffff",
+    panel="#f8fafc",
+    ink="#0f172a",
+    muted="#5b6779",
+    grid="#e2e8f0",
+    usual="#d5dce6",
+    usual_edge="#94a3b8",
+    ok="#0f9d6b",
+    drift="#d97706",
+    drift_band="#fde9c8",
+    fault="#c0263a",
+    fault_band="#f7cdd3",
+    unknown="#8492a6",
+    limit="#c0263a",
+    series=("#1d6fd8", "#8b4fc4", "#0b8a7a", "#c2560c", "#b5377f", "#6b7a10"),
+)
+DARK = Theme(
+    paper="#0d1420",
+    panel="#141d2c",
+    ink="#e8edf5",
+    muted="#95a3b8",
+    grid="#243044",
+    usual="#334158",
+    usual_edge="#64748b",
+    ok="#34c795",
+    drift="#f0a63a",
+    drift_band="#43331a",
+    fault="#f2707f",
+    fault_band="#4a212b",
+    unknown="#7688a1",
+    limit="#f2707f",
+    series=("#62a8ff", "#c394f5", "#3fcab6", "#f39a5d", "#f080bb", "#c3d24f"),
+)

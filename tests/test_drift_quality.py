@@ -1,0 +1,163 @@
+"""Metrics from labels, against their definitions written out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.drift import quality
+from agent.drift.quality import Metric, Pairs
+
+LABELS = ("a", "b", "c")
+
+
+def by_name(found: list[Metric]) -> dict[tuple[str, str], Metric]:
+    return {(one.metric, one.slice): one for one in found}
+
+
+def classified(n: int = 400, seed: int = 0, right: float = 0.8) -> Pairs:
+    random = np.random.default_rng(seed)
+    truth = random.integers(0, 3, n)
+    said = np.where(random.random(n) < right, truth, random.integers(0, 3, n))
+    return Pairs(truth.astype(float), said, random.uniform(0.4, 1, n))
+
+
+def losses(pairs: Pairs) -> Any:
+    assert pairs.said is not None
+    return np.array([float(said != truth) for said, truth in zip(pairs.said, pairs.truth, strict=True)])
+
+
+def test_accuracy_is_the_share_right_within_its_interval() -> None:
+    pairs = classified()
+    found = by_name(quality.measure("classify", LABELS, pairs))["accuracy", ""]
+    assert found.value == pytest.approx(1 - losses(pairs).mean(), abs=1e-6)
+    assert found.low is not None
+    assert found.high is not None
+    assert found.value is not None
+    assert found.low < found.value < found.high
+    assert found.n == 400
+
+
+def test_f1_of_each_class_is_twice_hits_by_meant_and_named() -> None:
+    pairs = classified()
+    found = by_name(quality.measure("classify", LABELS, pairs))
+    each = []
+    for index, label in enumerate(LABELS):
+        hit = int(((pairs.truth == index) & (pairs.said == index)).sum())
+        wrong = int(((pairs.truth != index) & (pairs.said == index)).sum())
+        missed = int(((pairs.truth == index) & (pairs.said != index)).sum())
+        each.append(2 * hit / (2 * hit + wrong + missed))
+        assert found["f1", f"class={label}"].value == pytest.approx(each[-1], abs=1e-5)
+    assert found["f1_macro", ""].value == pytest.approx(np.mean(each), abs=1e-5)
+    assert found["f1_micro", ""].value == found["accuracy", ""].value
+
+
+def test_a_class_nobody_meant_or_named_is_no_part_of_macro_f1() -> None:
+    found = by_name(quality.measure("classify", LABELS, Pairs(np.array([0.0, 1, 0, 1]), np.array([0, 1, 0, 0]))))
+    assert found["f1_macro", ""].value == pytest.approx((0.8 + 2 / 3) / 2, abs=1e-5)
+
+
+def test_brier_is_of_the_named_class_unless_all_are_known() -> None:
+    pairs = classified()
+    assert pairs.score is not None
+    right = 1 - losses(pairs)
+    found = by_name(quality.measure("classify", LABELS, pairs))
+    assert found["brier_top", ""].value == pytest.approx(((pairs.score - right) ** 2).mean(), abs=1e-5)
+    full = np.random.default_rng(1).dirichlet(np.ones(3), 400)
+    whole = by_name(quality.measure("classify", LABELS, Pairs(pairs.truth, pairs.said, pairs.score, full=full)))
+    wanted = np.mean([((row - np.eye(3)[int(t)]) ** 2).sum() for row, t in zip(full, pairs.truth, strict=True)])
+    assert whole["brier", ""].value == pytest.approx(wanted, abs=1e-5)
+    assert ("brier_top", "") not in whole
+
+
+def test_ece_is_the_mean_gap_of_bins_of_equal_mass() -> None:
+    pairs = classified(500)
+    assert pairs.score is not None
+    order = np.argsort(pairs.score)
+    right = 1 - losses(pairs)
+    wanted = np.mean([abs(pairs.score[some].mean() - right[some].mean()) for some in np.array_split(order, 10)])
+    found = by_name(quality.measure("classify", LABELS, pairs))["ece", ""]
+    assert found.value == pytest.approx(wanted, abs=1e-5)
+
+
+def test_equal_scores_are_in_one_bin_whatever_their_order() -> None:
+    where = quality.equal_mass(np.array([0.5] * 60 + [0.9] * 40))
+    assert len(set(where[:60].tolist())) == 1
+    assert len(set(where[60:].tolist())) == 1
+
+
+def test_without_scores_nothing_is_said_of_calibration() -> None:
+    found = by_name(quality.measure("classify", LABELS, Pairs(np.zeros(30), np.zeros(30, np.int64))))
+    assert {name for name, _ in found} == {"accuracy", "f1", "f1_macro", "f1_micro"}
+
+
+def test_regression_metrics_are_their_definitions() -> None:
+    random = np.random.default_rng(2)
+    truth = random.normal(10, 3, 300)
+    value = truth + random.normal(0, 1, 300)
+    found = by_name(quality.measure("regress", (), Pairs(truth, value=value)))
+    assert found["mae", ""].value == pytest.approx(np.abs(value - truth).mean(), rel=1e-5)
+    assert found["rmse", ""].value == pytest.approx(math.sqrt(np.square(value - truth).mean()), rel=1e-5)
+    wanted = 1 - np.square(value - truth).sum() / np.square(truth - truth.mean()).sum()
+    assert found["r2", ""].value == pytest.approx(wanted, rel=1e-5)
+
+
+def test_r2_of_a_constant_truth_is_not_a_number_and_says_so() -> None:
+    found = by_name(quality.measure("regress", (), Pairs(np.ones(50), value=np.arange(50.0))))
+    assert found["r2", ""].value is None
+
+
+def by_pairs(value: Any, yes: Any) -> float:
+    wins = [(g > b) + (g == b) / 2 for g in value[yes] for b in value[~yes]]
+    return float(np.mean(wins))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=40).filter(
+        lambda rows: len({yes for _, yes in rows}) == 2
+    )
+)
+def test_auc_is_the_share_of_pairs_in_order_with_ties_half(rows: list[tuple[int, bool]]) -> None:
+    value, yes = np.array([v for v, _ in rows], float), np.array([y for _, y in rows])
+    assert quality.auc(value, yes, np.ones(len(rows))) == pytest.approx(by_pairs(value, yes))
+
+
+def test_auc_needs_both_kinds() -> None:
+    assert math.isnan(quality.auc(np.arange(5.0), np.ones(5, bool), np.ones(5)))
+
+
+def test_an_anomaly_model_with_a_threshold_has_accuracy_too() -> None:
+    random = np.random.default_rng(5)
+    truth = (random.random(200) < 0.2).astype(float)
+    value = truth * 2 + random.normal(0, 0.5, 200)
+    found = by_name(quality.measure("anomaly", (), Pairs(truth, (value > 1).astype(np.int64), value=value)))
+    assert {"accuracy", "auc", "f1"} == {name for name, _ in found}
+    without = by_name(quality.measure("anomaly", (), Pairs(truth, value=value)))
+    assert {"auc"} == {name for name, _ in without}
+
+
+def test_the_same_labels_give_the_same_message_to_the_last_bit() -> None:
+    first, second = (quality.measure("classify", LABELS, classified(seed=4)) for _ in range(2))
+    assert first == second
+
+
+def test_neighbours_that_are_alike_make_wider_intervals() -> None:
+    blocks = np.repeat(np.random.default_rng(6).random(50) < 0.8, 8).astype(np.int64)
+    mixed = np.random.default_rng(7).permutation(blocks)
+
+    def width(right: Any) -> float:
+        found = by_name(quality.measure("classify", ("a", "b"), Pairs(np.ones(400), right)))["accuracy", ""]
+        assert found.high is not None
+        assert found.low is not None
+        return found.high - found.low
+
+    assert width(blocks) > 2 * width(mixed)
+
+
+def test_no_labels_no_metrics() -> None:
+    assert quality.measure("classify", LABELS, Pairs(np.zeros(0), np.zeros(0, np.int64))) == []

@@ -1,0 +1,81 @@
+"""Slices: quiet where all are alike, loud where one is worse, honest where there is too little."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.drift import slices
+from agent.drift.quality import Metric, Pairs
+
+
+def states(found: list[Metric]) -> dict[str, str | None]:
+    return {one.slice: one.state for one in found}
+
+
+def classified(right: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Pairs:
+    return Pairs(np.ones(len(right)), right.astype(np.int64))
+
+
+def test_a_slice_that_is_worse_is_named() -> None:
+    random = np.random.default_rng(0)
+    site = random.integers(0, 4, 600)
+    right = random.random(600) < np.where(site == 2, 0.6, 0.92)
+    found = slices.measure("classify", classified(right), {"site": [f"s{i}" for i in site]})
+    assert states(found) == {"site=s0": "ok", "site=s1": "ok", "site=s2": "worse", "site=s3": "ok"}
+
+
+def test_slices_that_differ_by_chance_are_seldom_called_worse() -> None:
+    random = np.random.default_rng(1)
+    loud = 0
+    for _ in range(200):
+        right = random.random(400) < 0.85
+        fields = {name: [str(i) for i in random.integers(0, 5, 400)] for name in ("site", "user", "mode")}
+        loud += any(one.state == "worse" for one in slices.measure("classify", classified(right), fields))
+    assert loud <= 16
+
+
+def test_a_slice_with_few_results_is_too_small_to_tell() -> None:
+    right = np.random.default_rng(2).random(300) < 0.9
+    found = slices.measure("classify", classified(right), {"site": ["rare"] * 8 + ["usual"] * 292})
+    assert states(found) == {"site=rare": "small", "site=usual": "ok"}
+
+
+def test_larger_errors_in_a_slice_are_found_for_numbers() -> None:
+    random = np.random.default_rng(3)
+    mode = random.integers(0, 3, 500)
+    value = random.normal(0, np.where(mode == 1, 3.0, 1.0))
+    found = slices.measure("regress", Pairs(np.zeros(500), value=value), {"mode": [str(m) for m in mode]})
+    assert states(found) == {"mode=0": "ok", "mode=1": "worse", "mode=2": "ok"}
+    assert {one.metric for one in found} == {"mae"}
+
+
+def test_many_values_are_told_as_the_most_frequent_and_the_rest() -> None:
+    values = [str(i % 100) for i in range(1000)] + ["often"] * 50
+    found = slices.measure("classify", classified(np.ones(1050, bool)), {"user": values})
+    assert len(found) == 21
+    assert {"user=often", "user=other"} <= {one.slice for one in found}
+
+
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_holm_calls_no_more_than_uncorrected_and_no_less_than_bonferroni(ps: list[float]) -> None:
+    found = slices.holm(ps)
+    for p, worse in zip(ps, found, strict=True):
+        assert worse or p > slices.LEVEL / len(ps)
+        assert not worse or p <= slices.LEVEL
+
+
+def test_fishers_test_is_the_textbook_one() -> None:
+    # The lady tasting tea: 3 of 4 right, one-sided 17/70.
+    assert slices._fisher(3, 4, 1, 4) == pytest.approx(17 / 70)
+
+
+def test_bins_are_named_by_their_edges_and_missing_is_its_own() -> None:
+    found = slices.binned(np.array([-1, 0, 4.9, 5, np.nan]), [0, 5])
+    assert found == ["below 0", "0 to 5", "0 to 5", "from 5", "missing"]
+
+
+def test_one_edge_makes_two_bins() -> None:
+    assert slices.binned(np.array([1.0, 3.0]), [2.5]) == ["below 2.5", "from 2.5"]

@@ -1,0 +1,170 @@
+"""A site's reference is learned anew when somebody asks, once, whoever runs, and it is written to the log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent.cli import wiring
+from agent.clock import Now
+from agent.device import batch
+from agent.device.operating import references
+from agent.device.storage.rows import Rows
+from agent.device.storage.store import Store
+from tests.system import Device, Fleet, eventually, outstation
+
+NOW = Now(1_795_000_000_000_000, 1000.0, "synced")
+CONFIG = """
+[streams.watch]
+fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { name = "wy" }, { name = "wz" }]
+[tasks.exercise]
+stream = "watch"
+bundle = "exercise"
+learn = 20
+"""
+
+
+class Site:
+    """A device's folder with `outstation init`'s config, used by this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "device"
+        assert outstation("init", str(self.home)).returncode == 0
+        self.config = self.home / "outstation.toml"
+        kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
+        self.config.write_text(kept + CONFIG, encoding="utf-8")
+        self.file, self.conf = wiring.load(str(self.config))
+
+    def ask(self, *arguments: str) -> tuple[int, Any]:
+        done = outstation("reference", *arguments, "-c", str(self.config), "--json")
+        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+
+    def open(self) -> Store:
+        return wiring.open_store(self.conf)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """One whose reference was learned, from noise."""
+    made = Site(tmp_path_factory.mktemp("site"))
+    store = made.open()
+    try:
+        work(made, store, 22)
+    finally:
+        store.close()
+    return made
+
+
+def work(site: Site, store: Store, drift_windows: int) -> batch.Task:
+    """Readings for so many drift windows, and the task over them."""
+    n = drift_windows * 2000
+    rng = np.random.default_rng(store.last_row("watch"))
+    t = NOW.wall_us + 20_000 * np.arange(store.last_row("watch"), store.last_row("watch") + n, dtype=np.int64)
+    with store.transaction() as tx:
+        tx.append("watch", Rows(t, tuple(rng.normal(0, 0.2, n).astype("<f4") for _ in range(6))), "synced")
+    author, task = wiring.author(site.file, site.conf, store), wiring.load_task(site.file, site.conf, store, "exercise")
+    references.take_up(task, store, author, NOW)
+    while batch.run(task, store, author, NOW) is not None:
+        pass
+    return task
+
+
+def audits(store: Store, event: str) -> list[dict[str, Any]]:
+    bodies = [json.loads(message.payload) for message in store.unsent(0, 10_000)]
+    return [body for body in bodies if body.get("event") == event]
+
+
+def test_show_says_which_reference_is_in_force(site: Site) -> None:
+    code, found = site.ask("show", "exercise")
+    assert code == 0, found
+    assert found["site"]["number"] >= 1
+    assert found["site"]["windows"] == 20
+    assert found["site"]["warning"].startswith("only 20 drift windows")
+    assert found["asked"] is None
+    told = outstation("reference", "show", "exercise", "-c", str(site.config))
+    assert "of this site, sha256:" in told.stdout
+
+
+def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
+    code, answer = site.ask("learn", "exercise", "--for", "14 min")
+    assert (code, answer["taken_up"]) == (0, True)
+    assert site.ask("show", "exercise")[1]["learning"] == {"windows": 0, "of": 20, "for_s": 840.0}
+    store = site.open()
+    try:
+        [reset] = audits(store, "reference reset")
+        before = audits(store, "learned")
+        work(site, store, 24)
+        after = audits(store, "learned")
+    finally:
+        store.close()
+    assert reset["evidence"]["asked"] == "learn"
+    assert reset["evidence"]["site"] == before[-1]["evidence"]["site"]
+    assert after[-1]["evidence"]["number"] == before[-1]["evidence"]["number"] + 1
+    assert site.ask("show", "exercise")[1]["site"]["windows"] == 22
+
+
+def test_a_request_that_was_taken_up_does_nothing_when_its_file_is_still_there(site: Site) -> None:
+    """As after a crash between the commit and the end of the file."""
+    request = references.made("reset")
+    references.ask(site.conf.data_dir, "exercise", request)
+    store = site.open()
+    try:
+        work(site, store, 1)
+        count = len(audits(store, "reference reset"))
+        references.ask(site.conf.data_dir, "exercise", request)
+        work(site, store, 1)
+        assert len(audits(store, "reference reset")) == count
+        assert references.waiting(store, "exercise") is None
+        work(site, store, 21)
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"id":7}', b"\xff" * 9000, b'{"id":"a","what":"reset","more":1}'])
+def test_a_file_that_is_no_request_is_cleared_away_and_changes_nothing(site: Site, content: bytes) -> None:
+    references.ask(site.conf.data_dir, "exercise", references.made("reset"))
+    file = site.conf.data_dir / "requests" / "exercise.reference.json"
+    file.write_bytes(content)
+    store = site.open()
+    try:
+        before = len(audits(store, "reference reset"))
+        work(site, store, 1)
+        assert len(audits(store, "reference reset")) == before
+    finally:
+        store.close()
+    assert not file.exists()
+
+
+def test_wrong_use_is_told(site: Site) -> None:
+    assert site.ask("learn", "exercize")[0] == 2
+    code, told = site.ask("learn", "exercise", "--for", "a while")
+    assert code == 2
+    assert "--for" in told
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    with Fleet(tmp_path) as made:
+        made.broker.start()
+        made.collector.start()
+        yield made
+
+
+def test_the_running_daemon_takes_up_what_is_asked_here_and_from_the_fleet(fleet: Fleet) -> None:
+    device: Device = fleet.device("pi-01").replay(10**9, 40).task("exercise").up()
+    done = outstation("reference", "learn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
+    assert json.loads(done.stdout)["taken_up"]
+    sent = outstation("fleet", "command", "pi-01", "learn", "exercise", "2 h", "--dir", str(fleet.home), "--json")
+    assert json.loads(sent.stdout)["ok"], sent.stdout
+
+    def asked() -> list[Any]:
+        sql = "SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'audit' ORDER BY seq"
+        bodies = [json.loads(row[0]) for row in fleet.ask(sql)]
+        return [(b["evidence"]["by"], b["evidence"]["for_s"]) for b in bodies if b["event"] == "reference reset"]
+
+    eventually("both are in the log", lambda: asked() == [("on the device", 3600.0), ("from the fleet", 7200.0)])

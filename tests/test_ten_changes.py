@@ -1,0 +1,117 @@
+"""Five sensor faults and five drifts in the shipped recordings, under the shipped model: each is told as what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from agent.config import Fault
+from agent.device.incoming.sources import replay
+from agent.drift import Judge, Reference, State
+from agent.drift.alerts import Alert
+from agent.model import bundle, features, runtime, scores, shipped
+from agent.simulate import recordings_file
+
+LEARN, AFTER = 40, 12  # drift windows
+ROWS, WINDOW = 100, 20
+UNITS = ("g", "g", "g", "rad/s", "rad/s", "rad/s")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A site that has learned its reference, and the readings that follow."""
+
+    found: bundle.Bundle
+    model: runtime.Model
+    judge: Judge
+    learned: State
+    rows: NDArray[np.float32]
+
+    def step(self, state: State, rows: NDArray[np.float32]) -> tuple[State, list[Alert]]:
+        spec, starts = self.found.manifest, np.arange(0, len(rows), ROWS)
+        windows = features.windows(rows, starts, spec.input)
+        said = scores.of(self.model.invoke(windows), spec, windows)
+        assert said.label is not None
+        assert said.score is not None
+        first = max(0, state.seen) + 1
+        t = np.arange(first, first + len(rows), dtype=np.int64) * 20_000
+        state, verdicts = self.judge.step(
+            state, rows, starts, ROWS, said.label, said.score[:, None].astype(np.float32),
+            rows=(first, first + len(rows) - 1), t=t,
+        )  # fmt: skip
+        return state, [alert for verdict in verdicts for alert in verdict.alerts if alert.state == "raised"]
+
+    def after(self, *faults: Fault) -> list[Alert]:
+        columns = {name: self.rows[:, i].astype(np.float64) for i, name in enumerate(self.judge.shipped.fields)}
+        changed = replay.injected(columns, faults, 1)
+        return self.step(self.learned, np.stack(list(changed.values()), axis=1).astype(np.float32))[1]
+
+
+@pytest.fixture(scope="module")
+def watch() -> Watch:
+    recordings = replay.load(recordings_file())
+    parts, count = [], 0
+    for part in replay.Playlist(recordings, 8, 0).parts():
+        n = part.n // ROWS * ROWS
+        parts.append(recordings.rows[part.start : part.start + n])
+        count += n
+        if count >= (LEARN + AFTER + 1) * WINDOW * ROWS:
+            break
+    rows = np.concatenate(parts)
+    found = bundle.read(shipped.bundles() / "exercise", shipped.publishers())
+    judge = Judge(
+        Reference.from_json(found.files["reference.json"]),
+        labels=found.manifest.output.labels, window=WINDOW, learn=LEARN, units=UNITS,
+    )  # fmt: skip
+    begin = (LEARN + 1) * WINDOW * ROWS
+    start = Watch(found, runtime.Model(found.model), judge, judge.start(), rows[begin : begin + AFTER * WINDOW * ROWS])
+    learned, _ = start.step(judge.start(), rows[:begin])
+    assert learned.site is not None
+    return Watch(start.found, start.model, judge, learned, start.rows)
+
+
+def change(kind: str, amount: float, *fields: str) -> Fault:
+    return Fault(kind=kind, fields=list(fields), from_row=1, amount=amount)  # type: ignore[arg-type]
+
+
+def test_unchanged_readings_raise_nothing(watch: Watch) -> None:
+    assert watch.after() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "said"),
+    [
+        (change("spikes", 12.0, "ay"), "spikes", "lone jumps"),
+        (change("saturate", 0.7, "ax"), "saturated", "are held at"),
+        (change("scale", 9.80665, "az"), "unit", "reads like m/s² where g was"),
+        (change("swap", 0.0, "wx", "wy"), "swapped", "reads like w"),
+        (change("quantize", 0.125, "az"), "quantized", "as coarse as they were here"),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Fault) else "",
+)
+def test_a_fault_is_named(watch: Watch, fault: Fault, name: str, said: str) -> None:
+    alerts = watch.after(fault)
+    told = {(a.subject, a.evidence["fault"]) for a in alerts if a.alert == "fault"}
+    assert told == {(field, name) for field in fault.fields}, [a.summary for a in alerts]
+    assert all(said in a.summary for a in alerts if a.alert == "fault")
+
+
+@pytest.mark.parametrize(
+    "drift",
+    [
+        change("gain", 0.6, "ax"),
+        change("offset", 0.4, "ay"),
+        change("gain", 1.5, "wy"),
+        change("noise", 0.3, "az"),
+        change("offset", 1.0, "wz"),
+    ],
+    ids=lambda value: f"{value.kind} {value.fields[0]}",
+)
+def test_a_drift_is_told_as_a_drift_of_its_field(watch: Watch, drift: Fault) -> None:
+    alerts = watch.after(drift)
+    assert [a.summary for a in alerts if a.alert == "fault"] == []
+    assert alerts
+    assert (alerts[0].alert, alerts[0].subject) == ("drift", drift.fields[0]), [a.summary for a in alerts]
