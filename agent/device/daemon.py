@@ -40,7 +40,7 @@ _LONGEST_WAIT_S = 5.0
 # So long a task works off its backlog before commands, health, the clock and the other tasks have their turn.
 _SLICE_S = 1.0
 _OF_LABELS = " (of its labels)"
-_FIRST_REST_S, _LONGEST_REST_S = 60.0, 3600.0
+_FIRST_REST_S, _LONGEST_REST_S = 1.0, 3600.0
 
 
 @dataclass
@@ -139,6 +139,7 @@ class Daemon:
                 self._unfinished.discard(name)
                 continue
             if self._rests(name, now):
+                wait = min(wait, self._resting[name].until_s - now.boot_s)
                 continue
             if planned.schedule.due(now, self._backlog(planned)):
                 planned.schedule.ran(now)

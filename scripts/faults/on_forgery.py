@@ -75,12 +75,23 @@ def _forge(world: World, rng: Random, make: Callable[[str, int], Outgoing]) -> N
     world.kill(world.collector)
     time.sleep(rng.uniform(0.2, 0.8))
     eventually("something in the outbox", lambda: _waiting(world))
-    before, log = _waiting(world), _log(world)
+    before, log = _settled(world), _log(world)
     _publish(world, [make(*log) for _ in range(rng.randint(1, 5))])
     time.sleep(rng.uniform(0.3, 0.8))
     after = _waiting(world)
     assert after >= before, f"{before} messages waited, {after} after the forged acknowledgement"
     world.keep(world.collector)
+
+
+def _settled(world: World) -> int:
+    """How many messages wait once the last genuine acknowledgement that was under way has arrived."""
+    before = _waiting(world)
+    while True:
+        time.sleep(0.5)
+        now = _waiting(world)
+        if now >= before:
+            return now
+        before = now
 
 
 def _waiting(world: World) -> int:
