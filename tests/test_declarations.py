@@ -28,6 +28,9 @@ class Log:
     def event(self, event: str, **evidence: Any) -> Log:
         return self._add("audit", event=event, evidence=evidence)
 
+    def opened(self, newest: int) -> Log:
+        return self._add("alerts", alert="storage", evidence={"newest": {"rig": newest}})
+
     def never_came(self, n: int = 1) -> Log:
         self.seq += n
         return self
@@ -38,19 +41,28 @@ class Log:
         return self
 
 
-def undeclared(last: int, *logs: Log, task: str = TASK) -> int:
+def undeclared(last: int, *logs: Log, task: str = TASK, forgetful: bool = False) -> int:
     """Of the rows 1 to `last`, all acknowledged, how many have neither a result nor a declaration."""
     payloads = [payload for log in logs for payload in log.sent]
     sent = [T0 + row for row in range(1, last + 1)]
     bodies = [json.loads(payload) for payload in payloads]
     came = {t for body in bodies if body["kind"] == "results" and body["task"] == task for t in body["columns"]["t"]}
-    return Declarations(payloads, (TASK, OTHER)).undeclared(task, set(sent) - came, sent)
+    return Declarations(payloads, (TASK, OTHER), forgetful=forgetful).undeclared(task, set(sent) - came, sent)
 
 
 def test_rows_without_a_result_are_undeclared() -> None:
     assert undeclared(30, Log().run(1, 10).run(21, 30)) == 10
     assert undeclared(30, Log().run(11, 20)) == 20
     assert undeclared(30, Log()) == 30
+
+
+def test_what_a_medium_forgot_is_declared_by_the_newest_row_that_it_kept_and_only_there() -> None:
+    log = Log().run(1, 10).opened(10).run(11, 20, shift=10)
+    assert undeclared(30, log, forgetful=True) == 0
+    assert undeclared(30, log) == 10
+    assert undeclared(30, Log().run(1, 10).opened(20).run(11, 20, shift=10), forgetful=True) == 10
+    assert undeclared(30, Log().run(1, 20).opened(20), forgetful=True) == 0
+    assert undeclared(30, Log().run(1, 20).opened(19), forgetful=True) == 10
 
 
 def test_a_lost_run_declares_its_rows_for_its_task_only() -> None:

@@ -3,6 +3,8 @@
 - a results message with `lost`: its rows
 - an `evicted` event with `rows` that were not used: these rows, for the tasks it names
 - an `evicted` event with `seq`: messages, and so the rows between the runs before and after them in that log
+- where the medium may forget what it confirmed: a `storage` alert of an opening, which says what the newest readings
+  are, and so that those acknowledged later are gone, however many
 - a `new log` event: whatever lies between the last run of an older log and the first of this one; and that rows which
   an old copy of the store still held may be judged once more in this log, to the same result
 
@@ -33,6 +35,7 @@ class _Log:
     runs: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
     rows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     seqs: list[tuple[int, int]] = field(default_factory=list)
+    newest: list[int] = field(default_factory=list)
     follows: bool = False
 
     def gone(self, task: str) -> list[tuple[int, int]]:
@@ -48,9 +51,9 @@ class _Log:
 
 
 class Declarations:
-    """Read from a device's messages; `payloads` in any order."""
+    """Read from a device's messages of one stream; `payloads` in any order."""
 
-    def __init__(self, payloads: Iterable[bytes], tasks: Sequence[str]) -> None:
+    def __init__(self, payloads: Iterable[bytes], tasks: Sequence[str], *, forgetful: bool = False) -> None:
         self._tasks = tasks
         self._logs: dict[str, _Log] = {}
         self._places: dict[str, dict[int, _Place]] = {task: {} for task in tasks}
@@ -61,6 +64,8 @@ class Declarations:
                 self._run(log, body)
             elif body["kind"] == "audit":
                 self._event(log, body)
+            elif forgetful and body["kind"] == "alerts" and body["alert"] == "storage":
+                log.newest += body["evidence"].get("newest", {}).values()
 
     def undeclared(self, task: str, absent: Collection[int], sent: Iterable[int]) -> int:
         """How many of the rows with times `absent` nobody declares; `sent` are all times, in the order of sending."""
@@ -89,6 +94,8 @@ class Declarations:
     def _between(self, task: str, left: _Place | None, right: _Place) -> int:
         """How many rows are declared between two that have results; None: before the first one."""
         if left is not None and left[0] == right[0]:
+            if self._forgot(left, right[1]):
+                return _END
             return self._declared(task, left[0], (left[1] + 1, right[1] - 1))
         if left is not None and self._logs[right[0]].follows:
             return _END
@@ -102,12 +109,17 @@ class Declarations:
         ]
         if left is not None and any(self._logs[name].follows for name in later):
             return _END
+        if left is not None and self._forgot(left, _END):
+            return _END
         more = sum(self._declared(task, name, (1, _END)) for name in later)
         return more + (self._declared(task, left[0], (left[1] + 1, _END)) if left else 0)
 
     def _declared(self, task: str, log: str, span: tuple[int, int]) -> int:
         within: Ranges = ranges.intersect(self._logs[log].gone(task), [span]) if span[0] <= span[1] else []
         return ranges.size(within)
+
+    def _forgot(self, left: _Place, before: int) -> bool:
+        return any(left[1] <= newest < before for newest in self._logs[left[0]].newest)
 
     def _run(self, log: _Log, body: dict[str, Any]) -> None:
         first, last = body["rows"]

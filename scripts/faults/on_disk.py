@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -125,7 +126,7 @@ def control_normal_power_cut(world: World, rng: Random) -> None:
         "what the collector had is kept, and messages that it has and the store has not show that something is gone."
     ),
     sees="a critical storage alert, and a `new log` event that says what the old log lacks",
-    setting=_CARD,
+    setting=replace(_CARD, forgetful=True),
     missing=_no_lying_card,
     damages=True,
 )

@@ -139,8 +139,10 @@ def _doubled(world: World, task: str, counts: Counter[int]) -> int:
 
 
 def _declarations(world: World) -> Declarations:
-    found = world.fleet.ask("SELECT payload FROM messages WHERE device = ? AND kind IN ('audit', 'results')", DEVICE)
-    return Declarations((payload for (payload,) in found), TASKS)
+    found = world.fleet.ask(
+        "SELECT payload FROM messages WHERE device = ? AND kind IN ('audit', 'alerts', 'results')", DEVICE
+    )
+    return Declarations((payload for (payload,) in found), TASKS, forgetful=world.setting.forgetful)
 
 
 def _evidence(world: World) -> tuple[Report, int]:

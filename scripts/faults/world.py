@@ -35,9 +35,9 @@ class Setting:
     `launcher` are the words between `python` and the arguments of `outstation`, `before` those before `python`.
     `device_toml`, `buffer_toml` go into the device's config (`buffer_toml` into [buffer]), `collector_toml` into
     [collector]. `tls` uses the config, certificates and access list that `fleet init` writes. `proxied`: device and
-    collector reach the broker through a `Proxy` each, `World.device_line` and `World.collector_line`. `prepare` is
-    called when all is configured and nothing started, and may mount or replace things; what it returns is called in
-    the end.
+    collector reach the broker through a `Proxy` each, `World.device_line` and `World.collector_line`. `forgetful`: the
+    medium may drop what it confirmed, and with it all trace of the newest readings. `prepare` is called when all is
+    configured and nothing started, and may mount or replace things; what it returns is called in the end.
     """
 
     launcher: Sequence[str] = ("-m", "agent")
@@ -49,6 +49,7 @@ class Setting:
     broker_persistence: bool = False
     tls: bool = False
     proxied: bool = False
+    forgetful: bool = False
     rate: float = 250.0
     prepare: Callable[[World], Callable[[], None]] | None = None
 

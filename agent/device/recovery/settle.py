@@ -48,14 +48,15 @@ def _declare(tx: Transaction, author: Author, finding: Finding, tasks: Mapping[s
         # What a task has still to use it meets as a hole, and reports as a run without results.
         used = min((tx.cursor(task) for task in tasks.get(stream, ())), default=rows[-1][1])
         declare_readings(tx, author, now, stream, ranges.intersect(rows, [(1, used)]), DAMAGED, used=True)
+    newest = {stream: tx.next_row(stream) - 1 for stream in tasks}
     body = {
         "alert": "storage",
         "subject": "store",
         "state": "raised",
         "severity": "critical",
         "id": f"storage/opened/{author.boot}/{tx.chain()[0] + 1}",
-        "summary": f"{finding.what} {_lost(finding)}"[:_TEXT],
-        "evidence": _evidence(finding),
+        "summary": f"{finding.what} {_lost(finding)} {_kept(newest)}"[:_TEXT],
+        "evidence": _evidence(finding) | {"newest": newest},
     }
     log.critical("%s", body["summary"])
     author.write(tx, "alerts", None, body, now)
@@ -65,7 +66,16 @@ def _lost(finding: Finding) -> str:
     parts = [f"{ranges.size(finding.seqs)} messages"] if finding.seqs else []
     parts += [f"{ranges.size(rows)} readings of {stream}" for stream, rows in finding.rows.items()]
     parts += [f"results of {task} for {ranges.size(rows)} readings" for task, rows in finding.tasks.items()]
-    return f"Lost, unless they were delivered before: {', '.join(parts)}." if parts else "Nothing else is missing."
+    if not parts:
+        return "Nothing else is known to be missing."
+    return f"Lost, unless they were delivered before: {', '.join(parts)}."
+
+
+def _kept(newest: Mapping[str, int]) -> str:
+    if not newest:
+        return ""
+    numbers = ", ".join(f"{row} of {stream}" for stream, row in newest.items())
+    return f"The newest readings are {numbers}: what was acknowledged later the card had not kept."
 
 
 def _evidence(finding: Finding) -> dict[str, Any]:
