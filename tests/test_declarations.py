@@ -129,3 +129,9 @@ def test_no_more_rows_are_declared_than_the_messages_name(kept: set[int], named:
         log.run(row, row)
     absent = set(range(1, 41)) - kept
     assert undeclared(40, log) == len(absent - named)
+
+
+def test_results_that_arrive_while_the_oracle_looks_are_not_missing() -> None:
+    log = Log().run(1, 10).run(11, 20)
+    sent = [T0 + row for row in range(1, 21)]
+    assert Declarations(log.sent, (TASK,)).undeclared(TASK, set(sent[10:]), sent) == 0

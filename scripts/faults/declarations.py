@@ -72,7 +72,8 @@ class Declarations:
         places, count, group = self._places[task], 0, 0
         left: _Place | None = None
         for t in sent:
-            group += t in absent
+            # A result that came after `absent` was taken is there all the same.
+            group += t in absent and t not in places
             if t in places:
                 count += max(0, group - self._between(task, left, places[t])) if group else 0
                 left, group = places[t], 0
