@@ -148,5 +148,13 @@ def test_labels_go_through_the_daemon_to_the_collector_and_there_too(tmp_path: P
         accuracy = next(one for one in document["metrics"] if one["metric"] == "accuracy")
         assert accuracy["value"] == pytest.approx(sum(label == "PEN" for _, label in rows[:60]) / 60, abs=1e-5)
         assert fleet.ask(f"{metric} AND source = 'collector'")[0][1:] == (60, "collector")
+        sent = [f"{row},{label}" for row, label in rows[60:65]] + ["3,PEN", "1000000,PEN", "100,XYZ"]
+        (tmp_path / "sent.csv").write_text("row,label\n" + "\n".join(sent) + "\n")
+        for _ in range(2):
+            file = str(tmp_path / "sent.csv")
+            found = outstation("fleet", "label", "pi-01", "exercise", file, "--send", "--dir", home, "--json")
+            assert found.returncode == 1, found.stderr
+            document = json.loads(found.stdout)
+            assert (document["accepted"], [one["line"] for one in document["rejected"]]) == (5, [7, 8, 9])
         assert device.stop() == 0
         eventually("all is collected", lambda: fleet.audit()[0] == 0)

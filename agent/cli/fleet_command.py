@@ -51,6 +51,7 @@ def command(
     rollback TASK                to the bundle that ran before
     learn TASK [TIME]            the site's drift reference anew, "24 h" of readings at least
     reset-reference TASK         the same, as the config says
+    label TASK COLUMNS           what was true, as JSON columns; `fleet label --send` makes them of a file
     report                       its status, and a health message now
     rotate-key                   a new signing key, made by the device
     wipe                         erase it: readings, outbox, state, keys
@@ -60,16 +61,16 @@ def command(
     home = fleet_config.find(folder)
     config = fleet_config.load(home)
     wanted = arguments(name, args)
-    _require_enrolled(config, device)
+    require_enrolled(config, device)
     if name == "wipe" and not wanted:
         if not yes and not _confirmed(device):
             raise UsageError("not wiped; --yes does so without asking")
-        first = _send(home, config, device, name, {}, wait_s)
+        first = send_one(home, config, device, name, {}, wait_s)
         if not first.ok or "confirm" not in (first.answer.data if first.answer else {}):
             _tell(first, as_json)
         assert first.answer is not None
         wanted = {"confirm": str(first.answer.data["confirm"])}
-    _tell(_send(home, config, device, name, wanted, wait_s), as_json)
+    _tell(send_one(home, config, device, name, wanted, wait_s), as_json)
 
 
 @click.command("revoke", epilog="Example: outstation fleet revoke pi-07")
@@ -82,7 +83,7 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
     from agent.fleet.store import FleetStore
 
     config = fleet_config.load(fleet_config.find(folder))
-    _require_enrolled(config, device)
+    require_enrolled(config, device)
     store = FleetStore(Path(config.fleet.db))
     try:
         kids = store.revoke(device, kid, clock.rfc3339(clock.read().wall_us))
@@ -92,7 +93,8 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
     emit({"device": device, "revoked": kids}, as_json, lambda: click.echo(done))
 
 
-def _send(home: Path, config: FleetConfig, device: str, name: str, args: dict[str, str], wait_s: float) -> Sent:
+def send_one(home: Path, config: FleetConfig, device: str, name: str, args: dict[str, str], wait_s: float) -> Sent:
+    """On a connection of its own. Ends the program where the broker cannot be reached."""
     from agent.fleet.command import next_counter, send
     from agent.fleet.keyring import Keyring
     from agent.link import Link
@@ -127,7 +129,7 @@ def _open(config: FleetConfig) -> FleetStore:
     return FleetStore(Path(config.fleet.db), read_only=True)
 
 
-def _require_enrolled(config: FleetConfig, device: str) -> None:
+def require_enrolled(config: FleetConfig, device: str) -> None:
     store = _open(config)
     try:
         known = [row["device"] for row in store.devices()]

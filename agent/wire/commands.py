@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 # `expires` less `issued`: what a copied command can still do after a store was restored ends with it.
 MAX_LIFETIME_S = 24 * 3600
-# A command is a few hundred bytes. This much is looked at, no more.
+# A command is a few hundred bytes, one with labels more. This much is looked at, no more.
 MAX_COMMAND_BYTES = 16_384
+MAX_ARGUMENT = 12_000
 DEFAULT_SCHEDULE = "default"
 
 
@@ -28,6 +29,8 @@ COMMANDS: dict[str, Arguments] = {
     "rollback": Arguments(("task",)),
     "learn": Arguments(("task",), ("for",)),
     "reset-reference": Arguments(("task",)),
+    # `labels`: JSON, as the columns of a line at the intake.
+    "label": Arguments(("task", "labels")),
     "rotate-key": Arguments(),
     "wipe": Arguments((), ("confirm",)),
 }

@@ -19,6 +19,7 @@ import msgspec
 from agent.errors import Refused
 from agent.jsonkeys import RepeatedKey, check_keys
 from agent.wire import jws, topics
+from agent.wire.commands import MAX_ARGUMENT
 from agent.wire.jws import Signer
 from agent.wire.keys import b64url
 
@@ -199,7 +200,7 @@ class Cmd(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unknown_fields=T
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
     name: Annotated[str, msgspec.Meta(max_length=64)]
-    args: Annotated[dict[Text, Text], msgspec.Meta(max_length=16)] = {}
+    args: Annotated[dict[Text, Annotated[str, msgspec.Meta(max_length=MAX_ARGUMENT)]], msgspec.Meta(max_length=16)] = {}
     counter: Positive
     issued: Rfc3339
     expires: Rfc3339

@@ -165,16 +165,10 @@ class Group:
         """Write its labels; how many were accepted."""
         accepted, asked = 0, self._asked() if share.lots else {}
         for lot, line, now in share.lots:
-            refused = dict(lot.bad)
-            places = [index for index in range(len(lot.labels) + len(lot.bad)) if index not in lot.bad]
-            for index, label in zip(places, lot.labels, strict=True):
-                reason = labels.take(tx, lot.task, asked.get(lot.task), label, now)
-                if reason is None:
-                    accepted += 1
-                else:
-                    refused[index] = reason
+            refused, n = labels.take_lot(tx, asked.get(lot.task), lot, now), len(lot.labels) + len(lot.bad)
+            accepted += n - len(refused)
             if refused:
-                share.reject(line, labels.shown(refused, len(lot.labels) + len(lot.bad)))
+                share.reject(line, labels.shown(refused, n))
         return accepted
 
     def _coded(self, tx: Transaction, stream: str, checked: Checked) -> tuple[Rows, dict[int, str]]:

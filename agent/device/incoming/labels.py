@@ -60,10 +60,11 @@ def read(line: bytes) -> Lot:
         columns = found.columns
         texts = [value for column in columns.values() for value in column if isinstance(value, str)]
         check_count(line, 2 + len(columns), [found.labels, *texts])
-    return _lot(found.labels, columns)
+    return lot(found.labels, columns)
 
 
-def _lot(task: str, columns: Mapping[str, list[Any]]) -> Lot:
+def lot(task: str, columns: Mapping[str, list[Any]]) -> Lot:
+    """The labels of columns `row`, `t`, `label`, `source`. Raises Rejected."""
     for extra in columns.keys() - set(_COLUMNS):
         raise Rejected(f"{extra[:40]!r} says nothing about a label{suggestion(extra, _COLUMNS)}")
     if "label" not in columns:
@@ -87,6 +88,17 @@ def shown(refused: Mapping[int, str], n: int) -> str:
         return refused[0]
     first = "; ".join(f"label {index + 1} of the columns: {reason}" for index, reason in sorted(refused.items())[:5])
     return first + (f"; and {len(refused) - 5} more labels" if len(refused) > 5 else "")
+
+
+def take_lot(tx: Transaction, asked: Asked | None, given: Lot, now: Now) -> dict[int, str]:
+    """Keep all that can be kept; position → reason of the others."""
+    refused = dict(given.bad)
+    places = (index for index in range(len(given.labels) + len(given.bad)) if index not in given.bad)
+    for index, label in zip(places, given.labels, strict=True):
+        reason = take(tx, given.task, asked, label, now)
+        if reason is not None:
+            refused[index] = reason
+    return refused
 
 
 def take(tx: Transaction, task: str, asked: Asked | None, label: Label, now: Now) -> str | None:

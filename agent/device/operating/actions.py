@@ -1,4 +1,4 @@
-"""What each command about tasks does: run, pause, resume, report, set-schedule, rollback, learn, reset-reference."""
+"""What each command about tasks does: run, pause, resume, report, set-schedule, rollback, learn, label and so on."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from agent.clock import Now
 from agent.config import Config, parse_duration
-from agent.device import schedule
+from agent.device import quality, schedule
 from agent.device.author import Author
 from agent.device.batch import Task
+from agent.device.incoming import labels
 from agent.device.operating import kept, overrides, references
 from agent.device.operating.control import Action, Deed
 from agent.device.operating.machine import Machine, Planned
@@ -47,6 +50,7 @@ class TaskActions:
             "rollback": self.rollback,
             "learn": self.learn,
             "reset-reference": self.reset_reference,
+            "label": self.label,
         }
 
     def run(self, args: Mapping[str, str], now: Now) -> Deed:
@@ -145,6 +149,19 @@ class TaskActions:
 
         least = f"{judge.learn} drift windows" + (f" and {request.for_s:.0f} s" if request.for_s else "")
         return Deed(f"{task} learns its site's reference anew from at least {least} when it next runs.", {}, write)
+
+    def label(self, args: Mapping[str, str], now: Now) -> Deed:
+        task = self._planned(args["task"]).task
+        try:
+            columns = msgspec.json.decode(args["labels"].encode(), type=dict[str, list[Any]])
+        except msgspec.MsgspecError as error:
+            raise Rejected(f'labels: {error}; they are columns, as {{"row":[100],"label":["PEN"]}}') from None
+        lot = labels.lot(task.name, columns)
+        with self._store.transaction() as tx:
+            refused = labels.take_lot(tx, quality.asked([task])[task.name], lot, now)
+        accepted = len(lot.labels) + len(lot.bad) - len(refused)
+        summary = f"{accepted} labels of {task.name} accepted, {len(refused)} rejected."
+        return Deed(summary, {"accepted": accepted, "rejected": {str(k): refused[k] for k in sorted(refused)}})
 
     def _exchange(self, task: Task) -> None:
         planned = self._machine.find(task.name)

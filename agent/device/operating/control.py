@@ -32,6 +32,7 @@ from agent.wire.messages import Cmd, encode
 log = logging.getLogger("outstation.commands")
 
 _REPLY_HEAD = 1500
+_SHOWN = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,7 @@ class Control:
 
 def _audit(claimed: Claimed, outcome: str, deed: Deed) -> dict[str, Any]:
     # A word that was given to confirm with is spent, and of no use to whoever reads the log.
-    evidence = {"id": claimed.id, "name": claimed.name[:64], "args": claimed.args, "counter": claimed.counter}
+    args = {name: text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…" for name, text in claimed.args.items()}
+    evidence = {"id": claimed.id, "name": claimed.name[:64], "args": args, "counter": claimed.counter}
     summary = f"Command {claimed.name}: {deed.summary}"[:2000]
     return {"event": "command", "summary": summary, "evidence": {**evidence, "kid": claimed.kid, "outcome": outcome}}

@@ -1,0 +1,32 @@
+"""Labels for a device, as the arguments of commands `label`: each small enough to be one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from agent.drift.truth import Label
+from agent.wire.commands import MAX_ARGUMENT
+
+_MOST = 200
+
+
+def parcels(labels: Sequence[Label]) -> Iterator[tuple[int, int, str]]:
+    """(first, end, text) of consecutive labels; text is JSON columns, at most MAX_ARGUMENT characters in ASCII."""
+    first = 0
+    while first < len(labels):
+        end = min(first + _MOST, len(labels))
+        while len(text := _columns(labels[first:end])) > MAX_ARGUMENT:
+            end = first + (end - first) // 2
+        yield first, end, text
+        first = end
+
+
+def _columns(labels: Sequence[Label]) -> str:
+    columns = {
+        "row": [one.row for one in labels],
+        "t": [None if one.t is None else one.t / 1e6 for one in labels],
+        "label": [one.text for one in labels],
+        "source": [one.source for one in labels],
+    }
+    return json.dumps(columns, separators=(",", ":"))
