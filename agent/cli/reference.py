@@ -12,11 +12,11 @@ from agent import clock
 from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config, parse_duration
+from agent.device import drifting
 from agent.device.operating import references, wipe
 from agent.device.storage.store import Store
 from agent.device.timekeeping import Timekeeper, clock_of
 from agent.drift.reference import ENOUGH, FEWEST, Reference
-from agent.drift.state import State
 from agent.errors import BadBundle, StorageBusy, StorageError, UsageError
 from agent.toml import suggestion
 
@@ -128,17 +128,13 @@ def _require_task(conf: Config, task: str) -> None:
 def _document(conf: Config, store: Store, task: str) -> dict[str, Any]:
     asked = references.waiting(store, task)
     document: dict[str, Any] = {"task": task, "site": None, "learning": None, "asked": asked.what if asked else None}
-    kept = store.state(task, references.SITE)
+    kept = store.state(task, drifting.SITE)
     if kept is not None:
         document["site"] = _site(kept)
-    past = store.state(task, "drift")
-    if document["site"] is None and past is not None:
-        try:
-            state = State.from_bytes(past)
-        except ValueError:
-            return document
+    state = drifting.seen(store, task)
+    if document["site"] is None and state is not None:
         document["learning"] = {
-            "windows": state.learning.windows,
+            "windows": state.learning.seen,
             "of": conf.tasks[task].learn,
             "for_s": max(state.learn_s, float(conf.tasks[task].learn_for)),
         }

@@ -12,7 +12,7 @@ from agent import clock
 from agent.cli import operating, wiring
 from agent.cli.output import config_option, emit, json_option, table
 from agent.config import Config
-from agent.device import quality
+from agent.device import drifting, quality
 from agent.device.operating import overrides, wipe
 from agent.device.recovery.condition import condition
 from agent.device.storage import space
@@ -75,7 +75,7 @@ def _task(conf: Config, store: Store, name: str) -> dict[str, Any]:
         "backlog": store.last_row(task.stream) - cursor,
         "windows": store.counters().get(f"windows.{name}", 0),
         "bundle": f"{manifest.name} {manifest.version}",
-        "site_reference": store.state(name, "site reference") is not None,
+        "site_reference": store.state(name, drifting.SITE) is not None,
         "quality": _quality(store, name),
         **overrides.shown(store, name),
     }
