@@ -244,7 +244,7 @@ class Judge:
         for field in np.flatnonzero(faulty != state.faulty):
             name, fault = self.shipped.fields[field], found[field]
             if fault is not None:
-                sentence = alerts.fault_sentence(name, fault, int(field), state.open)
+                sentence = alerts.fault_sentence(name, fault, int(field), state.open, self.shipped)
                 told = {"fault": fault.name} | ({"detail": fault.detail} if fault.detail else {})
                 out.append(self._alert(state, "fault", int(field), raised, "critical", sentence, told))
             else:
