@@ -172,13 +172,14 @@ ALERTS = """
     LEFT JOIN last l ON l.device = n.device AND l.id = a.id AND l.seq = a.seq AND a.source = 'device'
 """
 
-# In the order of their time; what says the same window lies beside each other, whichever log it came in.
+# In the order of their time; what says the same window lies beside each other, whichever log it came in and whatever
+# reference of its site it was judged by.
 DRIFT_WINDOWS = """
     SELECT device, task, first, last, "from", "to", state, reference, features, output, joint, estimate
     FROM drift_windows
     WHERE (:task IS NULL OR task = :task) AND (:device IS NULL OR device = :device)
       AND (:since IS NULL OR "to" >= :since)
-    ORDER BY task, device, "from", first, last, "to", reference, log, seq
+    ORDER BY task, device, "from", first, last, "to", log, seq
 """
 
 DEVICES = f"""
