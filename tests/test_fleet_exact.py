@@ -18,8 +18,8 @@ from agent.drift import Judge, Reference, build, reported
 from agent.fleet.drift import survey
 from agent.fleet.merge import Merged
 from agent.fleet.store import FleetStore
-from tests.senders import Sender, Sent
-from tests.test_fleet_drift import MODEL, NOW_US, add, devices
+from tests.senders import MODEL, Sender, Sent
+from tests.test_fleet_drift import NOW_US, add, devices
 
 FIELDS = ("pressure", "noise", "rare")
 ROWS, DEVICES, WINDOWS = 50, 50, 3
@@ -30,9 +30,9 @@ def rows_of(seed: int, count: int) -> Rows:
     """Air pressure in pascal, 30,000 sd from zero; noise; and a value that most rows do not have."""
     rng = np.random.default_rng(seed)
     rare = np.where(rng.random(count) < 1 / ROWS, rng.normal(5, 2, count), np.nan)
-    return np.stack([rng.normal(101_325 + seed % DEVICES / 25, 3, count), rng.normal(0, 1, count), rare], axis=1).astype(
-        np.float32
-    )
+    return np.stack(
+        [rng.normal(101_325 + seed % DEVICES / 25, 3, count), rng.normal(0, 1, count), rare], axis=1
+    ).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
