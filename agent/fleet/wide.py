@@ -91,7 +91,7 @@ def find(watched: Mapping[str, Watched], onsets: Sequence[Onset]) -> list[Wide]:
 def still_moved(subject: str, watched: Mapping[str, Watched], onsets: Sequence[Onset]) -> bool:
     """Whether half of what it takes still moves: until then, what was fleet-wide has not ended."""
     moving = {one.device for one in onsets if one.subject == subject and one.open and one.device in watched}
-    return 2 * len(moving) >= LEAST_SHARE * len(_present(watched, _end(watched), span_us(watched)))
+    return 2 * len(moving) > LEAST_SHARE * len(_present(watched, _end(watched), span_us(watched)))
 
 
 def _of_field(
@@ -129,8 +129,10 @@ def _present(watched: Mapping[str, Watched], at: int, span: int) -> set[str]:
 
 def at_least(k: int, n: int, p: float) -> float:
     """Probability of k or more of n, each with probability p: the binomial's tail."""
+    if k <= 0 or k > n:
+        return float(k <= 0)
     if p <= 0 or p >= 1:
-        return 1.0 if k <= 0 or p >= 1 else 0.0
+        return float(p >= 1)
     whole = math.lgamma(n + 1)
     terms = (
         whole - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * math.log(p) + (n - i) * math.log1p(-p)
