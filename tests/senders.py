@@ -82,15 +82,17 @@ class Sender:
         members = {"model": MODEL, "stream": "watch", "rows": [first, last], "n": n, "input": "x" * padding}
         return self.logged("results", task=self.task, **{**members, "columns": columns, **changes})
 
-    def drift(self, state: str = "ok") -> Sent:
+    def drift(self, state: str = "ok", **changes: Any) -> Sent:
         window = {"index": self.seq, "rows": [1, 2000], "from": TIME, "to": TIME, "n": 2000}
         reference = {"shipped": "sha256:01", "site": None}
         body = {"model": MODEL, "reference": reference, "window": window, "features": {"ax": {"state": state}}}
-        return self.logged("drift", task=self.task, **body, output={"state": state}, state=state)
+        return self.logged("drift", task=self.task, **{**body, "output": {"state": state}, "state": state, **changes})
 
-    def alert(self, identity: str = "exercise/ax/1", state: str = "raised", summary: str = "ax: gain loss.") -> Sent:
+    def alert(
+        self, identity: str = "exercise/ax/1", state: str = "raised", summary: str = "ax: gain loss.", **changes: Any
+    ) -> Sent:
         body = {"alert": "drift", "subject": "ax", "state": state, "severity": "warning", "id": identity}
-        return self.logged("alerts", task=self.task, **body, summary=summary, evidence={"seq": 2})
+        return self.logged("alerts", task=self.task, **{**body, "summary": summary, "evidence": {"seq": 2}, **changes})
 
     def quality(self) -> Sent:
         return self.logged("quality", task=self.task, accuracy=0.9)

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from agent import clock
 from agent.config import Broker
 from agent.errors import LinkDown, StorageFull
-from agent.fleet import alarm, collect
+from agent.fleet import alarm, collect, lookout
 from agent.fleet.audit import audit
 from agent.fleet.collect import Collector
 from agent.fleet.config import FleetConfig
@@ -210,6 +210,25 @@ def test_a_flood_of_hostile_messages_among_good_ones_loses_none_of_them_and_rais
     assert "messages in the name of pi-07 were refused within" in raised["pi-07"]["summary"]
     assert "in names that are not enrolled" in raised[""]["summary"]
     assert "table refused" in raised[""]["summary"]
+
+
+def test_drift_of_most_of_the_fleet_raises_an_alert_of_the_collectors_own(
+    desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = clock.read().wall_us
+    monkeypatch.setattr(lookout, "EVERY_S", 0.0)
+    senders = [enrolled(desk.store, f"pi-{i}") for i in range(6)]
+    for sender in senders:
+        for hour in range(100, 0, -1):
+            begin, end = (clock.rfc3339(now - hours * 3_600_000_000) for hours in (hour, hour - 1))
+            desk.hand(sender.drift(window={"index": 1, "rows": [1, 2], "from": begin, "to": end, "n": 2}))
+    for number, sender in enumerate(senders[:5]):
+        assert len([alert for alert in desk.store.alerts() if alert["device"] == ""]) == (number >= 3)
+        desk.hand(sender.alert(time=clock.rfc3339(now - 1_000_000)))
+    [alert] = [alert for alert in desk.store.alerts() if alert["device"] == ""]
+    assert (alert["alert"], alert["severity"]) == ("drift", "warning")
+    assert alert["summary"].startswith("exercise: ax moved on 3 of 6 devices since ")
+    assert alert["summary"] in caplog.text
 
 
 def test_a_few_refused_messages_raise_no_alert(desk: Desk) -> None:

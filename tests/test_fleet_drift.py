@@ -19,7 +19,8 @@ from agent import clock
 from agent.cli.fleet import fleet
 from agent.fleet.drift import Survey, course, survey
 from agent.fleet.ingest import Arrival
-from agent.fleet.merge import Moments
+from agent.fleet.merge import Merged, Moments
+from agent.fleet.standing import standing_out
 from agent.fleet.store import FleetStore
 from tests.senders import MODEL, Sender, Sent, new_key
 
@@ -43,14 +44,21 @@ def field(rows: Any, state: str = "ok", **more: Any) -> dict[str, Any]:
     return {**told, **more}
 
 
-def window(sender: Sender, at: int, fields: dict[str, Any], *, reference: str = "sha256:01", **changes: Any) -> Sent:
+def window(
+    sender: Sender,
+    at: int,
+    fields: dict[str, Any],
+    *,
+    reference: str | dict[str, str | None] = "sha256:01",
+    **changes: Any,
+) -> Sent:
     """The drift window of minute `at`, the next message of the sender."""
     begin = NOW_US - 1000 * MINUTE_US + at * MINUTE_US
     span = {"from": clock.rfc3339(begin), "to": clock.rfc3339(begin + MINUTE_US - 1)}
     states = {told.get("state") for told in fields.values()}
-    body = {
+    body: dict[str, Any] = {
         "model": MODEL,
-        "reference": {"shipped": reference, "site": None},
+        "reference": reference if isinstance(reference, dict) else {"shipped": reference, "site": None},
         "window": {"index": at + 1, "rows": [2000 * at + 1, 2000 * at + 2000], "n": 2000, **span},
         "features": fields,
         "output": {"counts": {"PEN": 20}, "psi": 0.1, "state": "ok"},
@@ -150,9 +158,39 @@ def test_a_device_whose_reference_differs_is_shown_apart(store: FleetStore) -> N
         reference = "sha256:02" if number == 2 else "sha256:01"
         add(store, sender, window(sender, 0, {"ax": field(rows)}, reference=reference))
     common, other = seen(store).groups
-    assert (sorted(common.devices), common.apart) == (["pi-00", "pi-01", "pi-03"], False)
-    assert (list(other.devices), other.apart) == (["pi-02"], True)
+    assert (sorted(common.devices), common.apart) == (["pi-00", "pi-01", "pi-03"], None)
+    assert (list(other.devices), other.apart) == (["pi-02"], "reference")
     assert common.merged()["ax"].moments.n == 1500
+
+
+def test_a_window_judged_again_against_another_reference_of_its_site_counts_once(store: FleetStore) -> None:
+    [first] = devices(1)
+    again = Sender(first.device, first.key, "5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
+    rows = np.random.default_rng(1).normal(0, 1, 500)
+    for sender, site in ((first, None), (again, "sha256:ff")):
+        add(store, sender, window(sender, 0, {"ax": field(rows)}, reference={"shipped": "sha256:01", "site": site}))
+    found = seen(store)
+    assert (found.groups[0].windows, found.repeated, found.groups[0].merged()["ax"].moments.n) == (1, 1, 500)
+
+
+def test_one_device_with_other_bins_is_shown_apart_by_name_and_hides_no_other(store: FleetStore) -> None:
+    rows = np.random.default_rng(1).normal(0, 1, 500)
+    for number, sender in enumerate(devices(6)):
+        told = field(rows) if number else field(rows, counts=[500])
+        add(store, sender, window(sender, 0, {"ax": told}))
+    found = seen(store)
+    common, other = found.groups
+    assert (sorted(common.devices), common.apart) == ([f"pi-0{i}" for i in range(1, 6)], None)
+    assert (list(other.devices), other.apart) == (["pi-00"], "layout")
+    assert (found.unreadable, common.merged()["ax"].moments.n) == (0, 2500)
+
+
+def test_a_device_that_makes_up_references_and_fields_takes_only_a_few_groups(store: FleetStore) -> None:
+    [sender] = devices(1)
+    told = [window(sender, i, {f"f{i}": field(np.zeros(10))}, reference=f"sha256:{i % 3}") for i in range(30)]
+    add(store, sender, *told)
+    found = seen(store)
+    assert (len(found.groups), found.unreadable) == (4, 26)
 
 
 def test_a_window_with_a_sensor_fault_is_counted_and_kept_out_of_what_is_merged(store: FleetStore) -> None:
@@ -169,14 +207,12 @@ def test_a_window_with_a_sensor_fault_is_counted_and_kept_out_of_what_is_merged(
 def test_what_does_not_read_as_a_drift_window_is_counted_and_left_out(store: FleetStore) -> None:
     [sender] = devices(1)
     rows = np.zeros(100)
-    bins = field(rows, counts=[100])
     damaged: list[dict[str, Any]] = [
         {"ax": field(rows, counts=[-1] * 32)},
         {"ax": field(rows, m2=-1.0)},
         {"ax": field(rows, counts=[2**60] * 32)},
         {"ax": field(rows, mean="0")},
-        {"ax": bins},
-        {"ax": field(rows), "ay": field(rows)},
+        {"ax": field(rows, counts=[])},
         {},
     ]
     good = window(sender, 0, {"ax": field(rows)})
@@ -202,6 +238,39 @@ def test_the_device_whose_spread_or_mean_is_unlike_the_others_stands_out(store: 
     assert spread.value == pytest.approx(0.6, abs=0.03)
     assert spread.usual == pytest.approx(1.0, abs=0.03)
     assert spread.sizes["ks"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd", "statistic"),
+    [
+        ((5.0, 0.0), (0.0, 0.0), "mean"),
+        ((5.0, 0.0), (5.0, 1.0), "spread"),
+        ((5.0, 1.0), (5.0, 0.0), "spread"),
+        ((101_325.0, 0.0), (101_328.0, 0.0), "mean"),
+        ((0.0, 0.0), (1e-6, 0.0), "mean"),
+    ],
+    ids=["constant elsewhere", "moves among still ones", "still among moving ones", "far from zero", "near zero"],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_device_stands_out_where_a_field_is_constant_on_most_or_on_it_alone(
+    usual: tuple[float, float], odd: tuple[float, float], statistic: str, known: bool
+) -> None:
+    whole = {}
+    for number in range(9):
+        mean, sd = odd if number == 3 else usual
+        whole[f"pi-0{number}"] = {"ax": Merged(np.ones(34, np.int64), 0, Moments(1000, mean, sd * sd * 1000))}
+    [one] = standing_out(whole, {"ax": max(usual[1], odd[1])} if known else {})
+    assert (one.device, one.statistic) == ("pi-03", statistic)
+    assert (one.value, one.usual) == pytest.approx((odd[statistic == "spread"], usual[statistic == "spread"]))
+    assert 3.5 < abs(one.z) <= 99
+
+
+def test_a_hair_against_the_references_spread_is_no_reason_to_stand_out() -> None:
+    alike = {
+        f"pi-0{i}": {"ax": Merged(np.ones(34, np.int64), 0, Moments(1000, 0.01 * (i == 3), 0.0))} for i in range(9)
+    }
+    assert standing_out(alike, {"ax": 1.0}) == []
+    assert standing_out(alike) != []
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])

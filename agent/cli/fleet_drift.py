@@ -25,7 +25,7 @@ from agent.toml import suggestion
 @plot_option
 @dark_option
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=click.Path(path_type=Path),
-              help="With --plot: where the bins' values are; known for bundles that ship with the agent.")  # fmt: skip
+              help="Whose reference to compare with and draw; known for bundles that ship with the agent.")  # fmt: skip
 @click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path or sqlite:///PATH.")
 @click.option(
     "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
@@ -42,8 +42,9 @@ def drift(
     folder: str | None,
     as_json: bool,
 ) -> None:
-    """Drift per task and field over all devices; which stand out, which field moved first, and how it went."""
+    """Drift per task and field over all devices: what moved on many, what moved first, who is unlike the others."""
     from agent.cli import fleet as commands
+    from agent.cli import fleet_references
     from agent.fleet.drift import survey
 
     require_drawable(plot)
@@ -52,16 +53,16 @@ def drift(
     _, store = commands.reading(folder, db, device)
     with commands.progress("reading", store.count_drift_windows()) as advance:
         found = survey(store, task=task, since=begin, now_us=now_us, advance=advance)
-    if task is not None and not found.groups and (known := store.drift_tasks()) and task not in known:
-        raise UsageError(f"no device reported drift of a task {task!r}{suggestion(task, known)}")
+    if task is not None and not found.groups and (tasks := store.drift_tasks()) and task not in tasks:
+        raise UsageError(f"no device reported drift of a task {task!r}{suggestion(task, tasks)}")
     if device is not None:
         found.groups = [group for group in found.groups if device in group.devices]
-    document = report.document(found, device)
+    known = fleet_references.known(bundles)
+    document = report.document(found, device, {digest: reference for digest, (_, reference) in known.items()})
     if plot is not None:
         from agent.cli import drift_picture, fleet_drift_picture
 
-        scales = fleet_drift_picture.scales(bundles)
-        drift_picture.save(fleet_drift_picture.picture(store, found, device, begin, scales), plot, dark=dark)
+        drift_picture.save(fleet_drift_picture.picture(store, found, device, begin, known), plot, dark=dark)
         document["plot"] = str(plot)
     emit(document, as_json, lambda: _say(report.lines(document)))
 

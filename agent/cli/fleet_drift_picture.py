@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from agent.cli import drift_picture
 from agent.cli.drift_picture import Scale
 from agent.cli.fleet_drift_report import count, features, few
 from agent.drift.codec import Ints
 from agent.drift.reference import Reference
-from agent.errors import BadBundle
 from agent.fleet.drift import Group, Survey, course
 from agent.fleet.store import FleetStore
-from agent.model import bundle, shipped
+from agent.model.bundle import Bundle
 from agent.picture import axes
 from agent.picture.content import Picture
 
 MOST_DRAWN = 6
 
 
-def scales(given: Iterable[Path]) -> dict[str, Scale]:
-    """By digest of the reference, of these bundles and of those that ship with the agent. Raises BadBundle."""
-    found = {}
-    ours = [path for path in sorted(shipped.bundles().iterdir()) if (path / "manifest.json").exists()]
-    for path in [*ours, *given]:
-        one = bundle.read(path, None)
-        if "reference.json" not in one.files:
-            raise BadBundle(f"{path}: carries no drift reference")
-        reference = Reference.from_json(one.files["reference.json"])
-        found[reference.digest] = Scale.of(one, reference)
-    return found
-
-
 def picture(
-    store: FleetStore, found: Survey, device: str | None, since: str | None, scales: dict[str, Scale]
+    store: FleetStore,
+    found: Survey,
+    device: str | None,
+    since: str | None,
+    references: Mapping[str, tuple[Bundle, Reference]],
 ) -> Picture:
     """Of the first task, under the reference that most devices have."""
     if not found.groups:
@@ -44,7 +33,7 @@ def picture(
         return Picture("Drift of the fleet", "", [], [], "", "", [], [], empty)
 
     group = found.groups[0]
-    scale = scales.get(group.shipped, Scale())
+    scale = Scale.of(*references[group.shipped]) if group.shipped in references else Scale()
     drawn = _of_device(store, group, device, since, scale) if device else _of_fleet(store, group, since, scale)
     others = sum(len(other.devices) for other in found.groups[1:])
     if others == 0:
@@ -93,7 +82,9 @@ def _of_fleet(store: FleetStore, group: Group, since: str | None, scale: Scale) 
         return state, [f"{kind}: {few(one[kind])}" for kind in ("drift", "fault", "stands out") if one[kind]]
 
     rows, estimates = drift_picture.of_many(lines, scale, fleet, shown, told)
-    alerts = [(a["alert"], f"{a['device']}  {a['summary']}") for a in store.alerts() if a["task"] == group.task]
+    alerts = [
+        (a["alert"], f"{a['device'] or 'the fleet'}  {a['summary']}") for a in store.alerts() if a["task"] == group.task
+    ]
     spans = [(line.points[0].t[0], line.points[-1].t[1]) for line in lines.values()]
     part = f" · {len(drawn)} of {len(group.devices)} devices drawn" if len(drawn) < len(group.devices) else ""
     return Picture(

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from agent import clock
+from agent.drift import reported
 
 if TYPE_CHECKING:
+    from agent.drift.reference import Reference
     from agent.fleet.drift import Group, Survey
     from agent.fleet.moved import Episode
+    from agent.fleet.wide import Wide
 
 
-def document(found: Survey, device: str | None) -> dict[str, Any]:
-    """`unreadable`, `repeated`: windows that were left out. Of one device, where it is named, beside its fleet."""
+def document(found: Survey, device: str | None, references: Mapping[str, Reference]) -> dict[str, Any]:
+    """`unreadable`, `repeated`: windows that were left out. Of one device, where it is named, beside its fleet.
+
+    `references`: by digest, those that are known here.
+    """
     return {
         "repeated": found.repeated,
         "unreadable": found.unreadable,
-        "tasks": [_group(group, device) for group in found.groups],
+        "tasks": [_group(group, device, references.get(group.shipped)) for group in found.groups],
     }
 
 
-def _group(group: Group, device: str | None) -> dict[str, Any]:
-    stand_out = [one for one in group.standing_out() if device in (None, one.device)]
+def _group(group: Group, device: str | None, reference: Reference | None) -> dict[str, Any]:
+    usual_sd = dict(zip(reference.fields, reference.sd.tolist(), strict=True)) if reference else {}
+    stand_out = [one for one in group.standing_out(usual_sd) if device in (None, one.device)]
     moved = [one for one in group.moved() if device in (None, one.device)]
     first = next((e for e in moved if e.ended is None), None)
     episode = [_episode(e) for e in moved]
@@ -32,7 +39,8 @@ def _group(group: Group, device: str | None) -> dict[str, Any]:
     return {
         "task": group.task,
         "reference": group.shipped,
-        "apart": group.apart,
+        "apart": group.apart is not None,
+        "differs": group.apart,
         "windows": group.windows,
         "faulty": group.faulty,
         "undated": group.undated,
@@ -50,7 +58,9 @@ def _group(group: Group, device: str | None) -> dict[str, Any]:
             if device in (None, name)
         ],
         "features": features(group, device),
+        "now": _now(group, device, reference),
         "accuracy": None if estimate is None else round(estimate, 4),
+        "wide": [_wide(one) for one in group.wide()],
         "first": _episode(first) if first else None,
         "moved": episode,
         "stand_out": [
@@ -91,6 +101,41 @@ def features(group: Group, device: str | None) -> dict[str, Any]:
     return found
 
 
+def _now(group: Group, device: str | None, reference: Reference | None) -> dict[str, Any]:
+    """The last few windows against the shipped reference, or where that is not known against all windows before."""
+    recent = group.now() if device is None else group.devices[device].now()
+    whole = group.merged() if device is None else group.devices[device].fields
+    found = {}
+    for name, part in recent.items():
+        sizes = reported.from_reference(reference, name, part.counts) if reference else None
+        against = "reference" if sizes else "windows before"
+        if sizes is None:
+            before = whole[name].without(part)
+            sizes = reported.apart(before, part.counts) if before.any() else {}
+        found[name] = {
+            "n": part.moments.n,
+            "mean": part.moments.mean,
+            "sd": part.moments.sd,
+            "against": against,
+            **sizes,
+        }
+    return found
+
+
+def _wide(one: Wide) -> dict[str, Any]:
+    return {
+        "field": one.subject,
+        "devices": list(one.devices),
+        "of": one.of,
+        "usually": None if one.usually is None else round(one.usually, 2),
+        "since": clock.rfc3339(one.since),
+        "until": clock.rfc3339(one.until),
+        "within_s": one.span_us / 1e6,
+        "chance": float(f"{one.chance:.2g}"),
+        "summary": one.sentence,
+    }
+
+
 def _episode(episode: Episode) -> dict[str, Any]:
     return {
         "device": episode.device,
@@ -109,20 +154,28 @@ def lines(document: dict[str, Any]) -> Iterable[str]:
     for group in document["tasks"]:
         yield from _group_lines(group)
     if document["unreadable"]:
-        yield f"{document['unreadable']} windows could not be read, or have other bins than their reference; left out."
+        why = "could not be read, or are of too many different kinds from one device; left out."
+        yield f"{document['unreadable']} windows {why}"
     if "plot" in document:
         yield f"drawn: {document['plot']}"
 
 
 def _group_lines(group: dict[str, Any]) -> Iterable[str]:
-    apart = ", apart: its reference is not the one that most devices have" if group["apart"] else ""
+    whose = few([one["device"] for one in group["devices"]])
+    apart = {
+        "reference": f", apart: {whose}, whose reference is not the one that most devices have",
+        "layout": f", apart: {whose} with other fields or bins than most devices under this reference",
+    }.get(group["differs"], "")
     faulty = f", {group['faulty']} of them with a sensor fault and kept out" if group["faulty"] else ""
     yield click.style(f"{group['task']} under {group['reference'][:19]}{apart}", bold=True)
     accuracy = f"; expected accuracy {group['accuracy']:.2f}" if group["accuracy"] is not None else ""
     yield f"  {count(len(group['devices']), 'device')}, {count(group['windows'], 'window')}{faulty}{accuracy}"
     for name, one in group["features"].items():
         states = [f"{state} on {few(one[state])}" for state in ("drift", "fault") if one[state]]
-        yield f"  {name:12} mean {one['mean']:10.4g}   sd {one['sd']:10.4g}   {'; '.join(states) or 'as usual'}"
+        now = _now_words(group["now"].get(name, {}))
+        yield f"  {name:12} mean {one['mean']:10.4g}   sd {one['sd']:10.4g}{now}   {'; '.join(states) or 'as usual'}"
+    for wide in group["wide"]:
+        yield click.style(f"  {wide['summary']}", bold=True)
     if group["first"] is not None:
         e = group["first"]
         what = "" if e["test"] == "other" else f" ({e['test']})"
@@ -134,6 +187,14 @@ def _group_lines(group: dict[str, Any]) -> Iterable[str]:
             f"{s['usual']:.3g} (z {s['z']:+.1f}, JS {s['js']:.2f})"
         )
     yield ""
+
+
+def _now_words(now: dict[str, Any]) -> str:
+    """Beside the pooled numbers: how far the last windows are from what is usual."""
+    if "js" not in now:
+        return ""
+    w1 = f", W1 {now['w1']:.2f} sd" if "w1" in now else ""
+    return f"   now JS {now['js']:.2f}{w1} from the {now['against']}"
 
 
 def count(n: int, what: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from agent.drift.cusum import CALM
 from agent.drift.faults import Fault
+from agent.drift.reference import Reference
 from agent.drift.summary import Summary
 
 CAUSES = {
@@ -48,16 +49,13 @@ class Alert:
         }
 
 
-def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary) -> str:
+def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary, shipped: Reference) -> str:
+    """`field` is its number. Says no value of the data: an extreme is one row's."""
     share = {"out_of_range": summary.outside}.get(fault.name, summary.missing)[field]
-    piles = summary.extremes.rows[field, :, 0]
-    side = int(piles.argmax())
-    limit = (summary.extremes.low, summary.extremes.high)[side][field]
     what = {
         "missing": f"{share / max(1, summary.rows):.0%} of values are missing",
         "stuck": f"repeats one value for {summary.longest[field]} rows",
-        "saturated": f"{piles[side] / max(1, summary.rows):.0%} of values are held at {limit:.6g}, the "
-        f"{('lowest', 'highest')[side]}",
+        "saturated": _held(field, summary, shipped),
         "out_of_range": f"{share / max(1, summary.rows):.0%} of values lie far outside the reference's range",
         "quantized": f"values come in steps about {fault.detail} as coarse as they were here",
         "spikes": f"{summary.spikes[field]} lone jumps in {summary.rows} rows",
@@ -66,6 +64,19 @@ def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary) -> 
         "unit": f"reads like {fault.detail}",
     }[fault.name]
     return f"{subject}: {what}: {CAUSES[fault.name]}."
+
+
+def _held(field: int, summary: Summary, shipped: Reference) -> str:
+    piles = summary.extremes.rows[field, :, 0]
+    side = int(piles.argmax())
+    value, limit = (
+        (summary.extremes.low[field], shipped.low[field]),
+        (summary.extremes.high[field], shipped.high[field]),
+    )[side]
+    name = ("lowest", "highest")[side]
+    # What bins begin or end with is public in the bundle; that they are held there tells nobody's reading.
+    at = f"{limit:.6g}, the {name} of the shipped reference" if value == limit else f"the {name} of this window"
+    return f"{piles[side] / max(1, summary.rows):.0%} of values are held at {at}"
 
 
 def cleared_sentence(subject: str, alert: str) -> str:

@@ -1,7 +1,8 @@
 """What a drift message says of a summary: counts, moments and effect sizes against the shipped reference.
 
-No value of a row and no extreme of the data. Moments to 12 significant digits, sizes to 4 decimals. Where privacy asks
-for it, no bin says that it holds fewer than `least` rows: what it holds is counted to the bin beside it.
+No value of a row and no extreme of the data. Moments are exact, for what is rounded here is lost to every merge; sizes
+are for people and have 3 digits. Where privacy asks for it, no bin says that it holds fewer than `least` rows: what it
+holds is counted to the bin beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from agent.drift import estimate, sizes
-from agent.drift.codec import Ints
+from agent.drift.codec import Floats, Ints
 from agent.drift.detectors import Detectors, Tester, open_subjects
 from agent.drift.reference import Reference
 from agent.drift.summary import Summary
@@ -23,7 +24,7 @@ def features(window: Summary, shipped: Reference, least: int = 0) -> list[dict[s
     """Per drift window of stacked summaries, each field's numbers."""
     moments = window.rows_of.moments(shipped.origin[: len(shipped.fields)])
     q = sizes.shares(sizes.folded(window.counts))
-    sized = np.round(np.moveaxis(sizes.four(shipped.shares, q, shipped.bounds, shipped.sd), 0, -1), 4).tolist()
+    sized = rough(np.moveaxis(sizes.four(shipped.shares, q, shipped.bounds, shipped.sd), 0, -1)).tolist()
     counts = (_hidden(window.counts, least) if least > 1 else window.counts).tolist()
     missing, mean, m2 = window.missing.tolist(), moments.mean[:, 0].tolist(), moments.m2[:, 0].tolist()
     return [
@@ -33,8 +34,8 @@ def features(window: Summary, shipped: Reference, least: int = 0) -> list[dict[s
                 "missing": missing[w][i],
                 "below": counts[w][i][0],
                 "above": counts[w][i][-1],
-                "mean": short(mean[w][i], 12),
-                "m2": short(m2[w][i], 12),
+                "mean": whole(mean[w][i]),
+                "m2": whole(m2[w][i]),
                 **dict(zip(("psi", "js", "ks", "w1"), sized[w][i], strict=True)),
             }
             for i, name in enumerate(shipped.fields)
@@ -47,9 +48,9 @@ def output(window: Summary, shipped: Reference, least: int = 0) -> dict[str, Any
     """Of one summary: answers of each class, or by their certainty."""
     if not shipped.labels:
         counts: Any = (_hidden(window.scores[None, :], least)[0] if least > 1 else window.scores).tolist()
-        return {"counts": counts, "psi": round(float(sizes.psi(shipped.score_n, window.scores)), 4)}
+        return {"counts": counts, "psi": float(rough(sizes.psi(shipped.score_n, window.scores)))}
     counts = {label: n for label, n in zip(shipped.labels, window.output.tolist(), strict=True) if n}
-    psi = round(float(sizes.psi(shipped.output, window.output)), 4)
+    psi = float(rough(sizes.psi(shipped.output, window.output)))
     return {"counts": _without_few(counts, least), "psi": psi}
 
 
@@ -73,7 +74,7 @@ def with_states(
     features = {
         name: feature
         | {
-            "cusum": {"mean": sums[i], "spread": sums[fields + i], "limit": limit[i]},
+            "cusum": {"mean": _both(sums[i]), "spread": _both(sums[fields + i]), "limit": limit[i]},
             "state": "fault" if found[i] else "drift" if drifting[i] else quiet,
             "fault": found[i],
         }
@@ -81,8 +82,8 @@ def with_states(
     }
     output, score, together = (("drift" if on else quiet) for on in drifting[fields:])
     states = {feature["state"] for feature in features.values()} | {output, score, together}
-    told = {"state": output, "score": {"cusum": sums[-1], "limit": limit[-1], "state": score}}
-    highest = float(np.max(sums[2 * fields : -1], initial=0.0))
+    told = {"state": output, "score": {"cusum": _both(sums[-1]), "limit": limit[-1], "state": score}}
+    highest = whole(np.max(sums[2 * fields : -1], initial=0.0))
     return numbers | {
         "features": features,
         "output": numbers["output"] | told,
@@ -93,6 +94,23 @@ def with_states(
 
 def short(value: float, digits: int = 6) -> float:
     return float(f"{float(value):.{digits}g}")
+
+
+def rough(size: Floats) -> Floats:
+    """Sizes to 3 digits and no more than 4 decimals."""
+    out = np.asarray(np.round(size, 4))
+    for least, decimals in ((0.1, 3), (1.0, 2), (10.0, 1)):
+        out = np.asarray(np.where(out >= least, np.round(size, decimals), out))
+    return out
+
+
+def whole(value: float) -> float:
+    """The same number in the fewest characters: JSON says 0, where a float without a fraction would be 0.0."""
+    return int(value) if -1e6 < value < 1e6 and value == int(value) else float(value)
+
+
+def _both(sums: list[float]) -> list[float]:
+    return [whole(value) for value in sums]
 
 
 def _hidden(counts: Ints, least: int) -> Ints:

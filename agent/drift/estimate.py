@@ -2,7 +2,8 @@
 
 Source: confidence-based performance estimation (CBPE), Garg et al. (2022), Leveraging unlabeled data to predict
 out-of-distribution performance, and NannyML. Here on score bins: the reference says how often an answer in each bin was
-right, a drift window says how many answers fell in it. It sees doubt, not error made with confidence.
+right, never less often where the model was surer, and a drift window says how many answers fell in it. It sees doubt,
+not error made with confidence.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import numpy as np
 from agent.drift.codec import Floats, Ints
 
 ASSUMES = "scores mean what they meant on the reference data; no concept drift"
-PRIOR = 2.0  # pseudo-counts of the overall accuracy in each bin
-
-
+PRIOR = 2.0  # pseudo-counts of the overall accuracy in each bin, for how sure the table itself is
+TRACE = 1e-6  # for a bin without reference answers, which then takes after its neighbours
 OVER = 3  # drift windows that are told of together
 
 
@@ -36,7 +36,8 @@ def usual(n: Ints, correct: Ints | None, scores: Ints) -> tuple[float, float] | 
 
 def _right(n: Ints, correct: Ints) -> Floats:
     """(32,) how often an answer in each bin is right."""
-    return np.asarray((correct + PRIOR * correct.sum() / n.sum()) / (n + PRIOR))
+    weight = np.asarray(n + TRACE, np.float64)
+    return rising((correct + TRACE * correct.sum() / n.sum()) / weight, weight)
 
 
 def cbpe(n: Ints, correct: Ints, current: Ints) -> dict[str, Any] | None:
@@ -47,10 +48,12 @@ def cbpe(n: Ints, correct: Ints, current: Ints) -> dict[str, Any] | None:
     answers, known = int(current.sum()), int(n.sum())
     if not answers or not known:
         return None
-    right = _right(n, correct)
+    right, overall = _right(n, correct), correct.sum() / known
     share = current / answers
     accuracy = float((share * right).sum())
-    doubt = right * (1 - right)
+    # A bin whose few answers were all right is not beyond doubt.
+    cautious = (correct + PRIOR * overall) / (n + PRIOR)
+    doubt = cautious * (1 - cautious)
     spread = 1.96 * float(np.sqrt((share * doubt / answers + share**2 * doubt / (n + PRIOR + 1)).sum()))
     return {
         "accuracy": round(accuracy, 4),
@@ -59,3 +62,20 @@ def cbpe(n: Ints, correct: Ints, current: Ints) -> dict[str, Any] | None:
         "method": "cbpe",
         "assumes": ASSUMES,
     }
+
+
+def rising(values: Floats, weights: Floats) -> Floats:
+    """The never falling sequence that is nearest to `values` by weighted squares.
+
+    Source: Ayer et al. (1955), An empirical distribution function for sampling with incomplete information: pools
+    adjacent violators, as isotonic calibration does on single scores.
+    """
+    blocks: list[tuple[float, float, int]] = []  # value, weight, how many
+    for value, weight in zip(values.tolist(), weights.tolist(), strict=True):
+        count = 1
+        while blocks and blocks[-1][0] >= value:
+            before, its_weight, its_count = blocks.pop()
+            value = (before * its_weight + value * weight) / (its_weight + weight)
+            weight, count = weight + its_weight, count + its_count
+        blocks.append((value, weight, count))
+    return np.repeat([value for value, _, _ in blocks], [count for *_, count in blocks])

@@ -43,7 +43,7 @@ class Raising:
         for field in np.flatnonzero(faulty != state.faulty).tolist():
             fault = found[field]
             if fault is not None:
-                sentence = alerts.fault_sentence(self.shipped.fields[field], fault, field, state.open)
+                sentence = alerts.fault_sentence(self.shipped.fields[field], fault, field, state.open, self.shipped)
                 told = {"fault": fault.name} | ({"detail": fault.detail} if fault.detail else {})
                 out.append(self._alert(state, "fault", field, raised, "raised", "critical", sentence, told))
             else:

@@ -14,6 +14,7 @@ import numpy as np
 
 from agent.drift import sizes
 from agent.drift.codec import Ints
+from agent.drift.reference import Reference
 
 MOST_FIELDS = 256
 UNTESTED = "untested"
@@ -158,6 +159,22 @@ def _kept_out(subject: Subject) -> Subject:
 
 def _largest(cusum: FieldCusum) -> tuple[float, float]:
     return max(cusum.mean, default=0.0), max(cusum.spread, default=0.0)
+
+
+def from_reference(reference: Reference, name: str, counts: Ints) -> dict[str, float] | None:
+    """Effect sizes between a reference's rows of a field and those of a histogram (34,) on its bins, to 4 decimals.
+
+    None where it is no such histogram.
+    """
+    if name not in reference.fields:
+        return None
+    field = reference.fields.index(name)
+    if counts.shape != reference.counts[field].shape:
+        return None
+    sized = sizes.four(
+        reference.shares[field], sizes.shares(sizes.folded(counts)), reference.bounds[field], reference.sd[field]
+    )
+    return dict(zip(("psi", "js", "ks", "w1"), np.round(sized, 4).tolist(), strict=True))
 
 
 def apart(usual: Ints, other: Ints) -> dict[str, float]:

@@ -17,6 +17,7 @@ from agent.fleet import alarm
 from agent.fleet.acknowledge import Acknowledger, Backoff, Connection
 from agent.fleet.ingest import Arrival, Outcome, Refusal
 from agent.fleet.keyring import Keyring
+from agent.fleet.lookout import Lookout
 from agent.fleet.store import FleetStore
 from agent.fleet.unfold import refusals_alert
 from agent.link import Delivery, Link, Receipt
@@ -57,6 +58,7 @@ class Collector:
         self._retry_at = 0.0
         self._refused = 0
         self._alarm = alarm.Alarm()
+        self._lookout = Lookout(store)
         self._quiet_until = 0.0
         self._stopping = False
         self._link: Connection | None = None
@@ -87,6 +89,7 @@ class Collector:
         if self._held and time.monotonic() >= self._retry_at:
             self._store_held(link)
         self.acknowledger.send(link)
+        self._look_out()
 
     def _collect(self, link: Connection, retry: Backoff) -> None:
         try:
@@ -156,6 +159,7 @@ class Collector:
         except Refused:
             arrivals, outcomes = self._store_singly(arrivals, refusals, now)
         self.stored += outcomes.count("new")
+        self._lookout.stored(arrivals)
         self._report_refusals(refusals)
         self._alert_refusals(refusals)
         conflicts = {
@@ -193,6 +197,13 @@ class Collector:
                 return
             self._alarm.raised(name, now.boot_s)
             logger.critical("security: %s", summary)
+
+    def _look_out(self) -> None:
+        try:
+            for summary in self._lookout.look(clock.read()):
+                logger.warning("drift: %s", summary)
+        except StorageError as error:
+            logger.error("%s; fleet-wide drift is looked for again later", error)
 
     def _store_singly(
         self, arrivals: Sequence[Arrival], refusals: list[Refusal], now: str

@@ -26,7 +26,11 @@ class Episodes:
         self._device = device
         self._left_zero: dict[str, int] = {}
         self.last: dict[str, Episode] = {}
-        self.count = 0
+        self.alarms: dict[str, int] = {}  # of each subject, in all
+
+    @property
+    def count(self) -> int:
+        return sum(self.alarms.values())
 
     def add(self, window: Reported) -> None:
         for name, told in window.subjects.items():
@@ -41,7 +45,7 @@ class Episodes:
                 test = "other" if not rising else "mean" if told.mean >= told.spread else "spread"
                 began = self._left_zero.get(name, window.t[0])
                 self.last[name] = Episode(self._device, name, test, began, window.t[1])
-                self.count += 1
+                self.alarms[name] = self.alarms.get(name, 0) + 1
             elif told.state == "ok" and open_now:
                 self.last[name] = replace(self.last[name], ended=window.t[1])
             if not rising:

@@ -138,6 +138,12 @@ def ends_of_logs(db: Database) -> None:
                 Ledger(db.conn, device, end[0], row[0] if row else 0).ended(end[1])
 
 
+@migrations()
+def drift_by_time(db: Database) -> None:
+    # Rows of some kilobytes: who asks for times only should not read them.
+    db.execute('CREATE INDEX drift_windows_by_time ON drift_windows (task, device, "to", "from", state)')
+
+
 # Pragmas of every opening; the second is what must be read back, where safety hangs on it.
 PRAGMAS: tuple[tuple[str, str | None], ...] = (
     ("journal_mode=WAL", "wal"),
@@ -160,25 +166,49 @@ ADD_REFUSAL = """
 """
 
 # An alert is open while the last word on its id is `raised`. Only the device's newest log counts: a store that was
-# lost cannot clear what it raised. What the collector itself raised stays open: somebody has to look.
+# lost cannot clear what it raised. Of what the collector itself raised it clears fleet-wide drift; all else stays open:
+# somebody has to look.
 ALERTS = """
     WITH newest AS (SELECT device, log, max(rowid) FROM logs GROUP BY device),
     last AS (SELECT device, id, max(seq) AS seq FROM alerts JOIN newest USING (device, log)
              WHERE source = 'device' GROUP BY device, id)
     SELECT a.device, a.task, a.alert, a.subject, a.state, a.severity, a.summary, a.time, a.id, a.log, a.seq,
-           a.state = 'raised' AND (a.source = 'collector' OR l.seq IS NOT NULL) AS open
+           a.state = 'raised' AND CASE a.source
+               WHEN 'collector' THEN NOT EXISTS (
+                   SELECT 1 FROM alerts c WHERE c.device = a.device AND c.log = a.log AND c.seq > a.seq
+                   AND c.source = 'collector' AND c.id = a.id AND c.state = 'cleared')
+               ELSE l.seq IS NOT NULL END AS open
     FROM alerts a
     LEFT JOIN newest n ON n.device = a.device AND n.log = a.log
     LEFT JOIN last l ON l.device = n.device AND l.id = a.id AND l.seq = a.seq AND a.source = 'device'
 """
 
-# In the order of their time; what says the same window lies beside each other, whichever log it came in.
+# Since when, until when and in how many windows each device was tested.
+WATCHED = """
+    SELECT task, device, min("from"), max("to"), count(*) FROM drift_windows
+    WHERE state IN ('ok', 'drift') AND "to" BETWEEN ? AND ? GROUP BY task, device
+"""
+
+# The last alert of each device and field, whether it is open, and how many there were since a moment. `open` is that of
+# the row with the greatest time.
+DRIFT_ALERTS = f"""
+    SELECT task, device, subject, max(time), open, sum(time >= ?) FROM ({ALERTS})
+    WHERE alert = 'drift' AND state = 'raised' AND device <> '' AND task IS NOT NULL AND time <= ?
+    GROUP BY task, device, subject
+"""
+
+OPEN_WIDE = f"""
+    SELECT task, subject, seq FROM ({ALERTS}) WHERE alert = 'drift' AND device = '' AND open
+"""
+
+# In the order of their time; what says the same window lies beside each other, whichever log it came in and whatever
+# reference of its site it was judged by.
 DRIFT_WINDOWS = """
     SELECT device, task, first, last, "from", "to", state, reference, features, output, joint, estimate
     FROM drift_windows
     WHERE (:task IS NULL OR task = :task) AND (:device IS NULL OR device = :device)
       AND (:since IS NULL OR "to" >= :since)
-    ORDER BY task, device, "from", first, last, "to", reference, log, seq
+    ORDER BY task, device, "from", first, last, "to", log, seq
 """
 
 DEVICES = f"""

@@ -212,6 +212,18 @@ class FleetStore:
     def drift_tasks(self) -> list[str]:
         return [row[0] for row in self._all("SELECT DISTINCT task FROM drift_windows ORDER BY task")]
 
+    def watched(self, since: str, until: str) -> list[tuple[str, str, str, str, int]]:
+        """(task, device, from, to, drift windows) of what was tested between two moments."""
+        return self._all(schema.WATCHED, since, until)
+
+    def drift_alerts(self, since: str, until: str) -> list[tuple[str, str, str, str, int, int]]:
+        """(task, device, subject, time, open, how many since) of the last drift alert of each before `until`."""
+        return self._all(schema.DRIFT_ALERTS, since, until)
+
+    def open_wide(self) -> list[tuple[str, str, int]]:
+        """(task, subject, seq) of each open alert of fleet-wide drift."""
+        return self._all(schema.OPEN_WIDE)
+
     def gaps(self, device: str | None = None) -> list[dict[str, Any]]:
         """device, log, from, to, declared of each range of seqs that is not here."""
         sql = 'SELECT device, log, first AS "from", last AS "to", declared FROM gaps WHERE ? IS NULL OR device = ?'

@@ -52,6 +52,17 @@ def refusals_alert(device: str, summary: str, now: str, hour: int) -> tuple[Any,
     return (*head, f"collector/refused/{hour}", "collector", "", hour)
 
 
+def wide_alert(
+    task: str, subject: str, since: int, summary: str, now: str, cleared: int | None = None
+) -> tuple[Any, ...]:
+    """Drift on many devices, of no single one, that began `since`, or was `cleared`, seconds since 1970."""
+    head = ("", task, "drift", subject, "raised" if cleared is None else "cleared")
+    severity = "warning" if cleared is None else "info"
+    log = f"wide/{task}/{subject}"
+    identity = f"collector/{log}/{since}"
+    return (*head, severity, summary, now, identity, "collector", log, since if cleared is None else cleared)
+
+
 def revoked_alert(device: str, kid: str, now: str) -> tuple[Any, ...]:
     """The alert that an operator revoked a key."""
     summary = f"Key {kid} of {device} was revoked: what it signs is refused. What is stored stays valid."
