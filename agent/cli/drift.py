@@ -13,7 +13,8 @@ from agent.cli import drift_picture, operating, wiring
 from agent.cli.drift_picture import Scale
 from agent.cli.output import config_option, dark_option, emit, json_option, plot_option, require_drawable, table
 from agent.config import Config
-from agent.device.operating import references, wipe
+from agent.device.learned import SITE
+from agent.device.operating import wipe
 from agent.device.storage.store import Store
 from agent.drift import reported
 from agent.drift.codec import Ints
@@ -28,7 +29,6 @@ from agent.picture.content import Picture
 from agent.toml import suggestion
 
 MOST_WINDOWS = 5000
-_ALERTS = 50
 
 
 @click.command(epilog="Example: outstation drift exercise --plot drift.svg")
@@ -68,11 +68,7 @@ class _Found:
         self.shipped = _shipped(self.bundle)
         self.site = _site(store, task, self.shipped)
         self.line, self.unreadable = _timeline(store, task, self.shipped)
-        last: dict[str, dict[str, Any]] = {}
-        for alert in reversed(store.alerts(_ALERTS)):
-            if alert.get("task") == task and alert.get("alert") in ("drift", "fault"):
-                last[alert["id"]] = alert
-        self.open = [alert for alert in last.values() if alert["state"] == "raised"]
+        self.open = [alert for alert in store.open_alerts(task) if alert["alert"] in ("drift", "fault")]
 
     def usual(self) -> dict[str, Ints]:
         reference = self.site or self.shipped
@@ -152,7 +148,7 @@ def _shipped(found: Bundle) -> Reference | None:
 
 def _site(store: Store, task: str, shipped: Reference | None) -> Reference | None:
     """The site's reference, where it belongs to this bundle's bins."""
-    kept = store.state(task, references.SITE)
+    kept = store.state(task, SITE)
     if kept is None or shipped is None:
         return None
     try:
