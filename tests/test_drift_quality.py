@@ -174,7 +174,7 @@ FEW = [
     ("classify", Pairs(np.zeros(50), np.zeros(50, np.int64), np.full(50, 0.9))),
     ("classify", Pairs(np.arange(50.0) % 3, np.arange(50) % 3, np.full(50, 0.9))),
     ("classify", Pairs(np.arange(50.0) % 3, (np.arange(50) + 1) % 3, np.full(50, 0.9))),
-    ("anomaly", Pairs((np.arange(50) > 30) * 1.0, (np.arange(50) > 30) * 1, value=np.arange(50.0))),
+    ("anomaly", Pairs((np.arange(50) > 30).astype(float), (np.arange(50) > 30) * 1, value=np.arange(50.0))),
 ]
 
 
@@ -187,7 +187,7 @@ def test_no_interval_has_the_width_zero(kind: str, pairs: Pairs) -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 9])
 def test_fewer_than_ten_labels_have_an_interval_of_accuracy_only(n: int) -> None:
-    for kind, pairs in (("classify", classified(n)), ("regress", Pairs(np.zeros(n), value=np.arange(n) * 1.0))):
+    for kind, pairs in (("classify", classified(n)), ("regress", Pairs(np.zeros(n), value=np.arange(n, dtype=float)))):
         told = {one.metric for one in quality.measure(kind, LABELS, pairs) if one.low is not None}
         assert told <= {"accuracy", "f1_micro", "ece_chance"}
 
