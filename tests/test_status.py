@@ -19,8 +19,13 @@ from tests.test_references import NOW, Site, work
 def alert(store: Store, site: Site, kind: str, subject: str, state: str, summary: str) -> None:
     author = wiring.author(site.file, site.conf, store)
     body: dict[str, Any] = {
-        "alert": kind, "subject": subject, "state": state, "severity": "warning", "summary": summary,
-        "id": f"exercise/{subject}/{kind}/1", "evidence": {},
+        "alert": kind,
+        "subject": subject,
+        "state": state,
+        "severity": "warning",
+        "summary": summary,
+        "id": f"exercise/{subject}/{kind}/1",
+        "evidence": {},
     }
     with store.transaction() as tx:
         author.write(tx, "alerts", "exercise", body, NOW)

@@ -84,7 +84,7 @@ def show(tasks: Sequence[dict[str, Any]]) -> None:
             [
                 *(t["task"], _bundle_cell(t), "paused" if t.get("paused") else t["schedule"]),
                 *(t[name] for name in ("row", "backlog", "windows")),
-                "site's own" if t["site_reference"] else "shipped",
+                _reference_cell(t["reference"]),
                 len(t["open"]) or "nothing",
             ]
             for t in tasks
@@ -111,6 +111,10 @@ def _bundle_cell(task: dict[str, Any]) -> str:
     return f"{task['bundle']} (rolled back)" if "rolled_back_to" in task else str(task["bundle"])
 
 
+def _reference_cell(found: dict[str, Any]) -> str:
+    return "site's own" if found["site"] else "learning" if found["learning"] else "shipped"
+
+
 def _reference_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     if (learning := found["learning"]) is not None:
@@ -127,7 +131,10 @@ def _quality_lines(found: dict[str, Any] | None) -> list[str]:
         return ["by labels: none yet"]
     whole = [one for one in found["metrics"] if not one.get("slice") and one["metric"] in _NAMES]
     n = found.get("window", {}).get("n")
-    told = ", ".join(f"{_NAMES[one['metric']]} {_span(one)}" for one in whole if one["value"] is not None)
+    chance = [one["value"] for one in found["metrics"] if one["metric"] == "ece_chance"]
+    beside = {"ece": f" where chance alone makes {chance[0]:.2g}"} if chance else {}
+    known = [one for one in whole if one["value"] is not None]
+    told = ", ".join(f"{_NAMES[one['metric']]} {_span(one)}{beside.get(one['metric'], '')}" for one in known)
     worse = [one for one in found["metrics"] if one.get("state") == "worse"]
     more = f" and {len(worse) - _MOST_WORSE} more" if len(worse) > _MOST_WORSE else ""
     where = ", ".join(f"{one['slice']} {_span(one)}" for one in worse[:_MOST_WORSE])

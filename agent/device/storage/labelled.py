@@ -169,7 +169,7 @@ class Labels:
             return "same"
         first = (old.first if old else 0) or before[0] if before else 0
         data = msgspec.msgpack.encode(_Kept(label.text, label.source, received, result, first=first))
-        self._budget.spend(len(data) + 2 * _LABEL_BYTES)
+        self._budget.spend(len(data) + (2 if before else 1) * _LABEL_BYTES)
         number = self.newest(task) + 1
         if before:
             self._db.execute("DELETE FROM labels WHERE task = ? AND number = ?", (task, before[0]))
