@@ -5,7 +5,6 @@ A copy is on the disk before its bundle counts as activated. They are beside the
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -134,21 +133,6 @@ def record(tx: Transaction, author: Author, task: Task, old: History | None, why
     evidence |= {"kind": truth.kind, "labels": list(told), "threshold": output.threshold}
     summary = f"{task.name}: {this} was activated" + (f" after {before}." if before else ".")
     author.write(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
-    _clear_old(tx, author, task, now)
-
-
-def _clear_old(tx: Transaction, author: Author, task: Task, now: Now) -> None:
-    """Alerts about what the bundle before took for normal, where this one begins anew."""
-    past = tx.kept(task.name, "drift")
-    with contextlib.suppress(ValueError):
-        if past is None or (task.judge is not None and task.judge.restore(past)):
-            return
-    for alert in tx.open_alerts(task.name):
-        if alert["alert"] in ("drift", "fault"):
-            text = f"{alert['subject']}: another bundle runs now; what is normal for it is learned anew."
-            told = {name: alert[name] for name in ("alert", "subject", "id")}
-            body = {**told, "state": "cleared", "severity": "info", "summary": text, "evidence": {}}
-            author.write(tx, "alerts", task.name, body, now)
 
 
 def ran(task: Task) -> Ran:

@@ -220,10 +220,6 @@ class Transaction:
         self._db.execute("INSERT INTO alerts (body) VALUES (?)", (body,))
         self._db.execute("DELETE FROM alerts WHERE rowid <= (SELECT max(rowid) FROM alerts) - 1000")
 
-    def open_alerts(self, task: str) -> list[dict[str, Any]]:
-        """As `Store.open_alerts`, in any order."""
-        return [json.loads(row[0]) for row in self._db.execute(schema.OPEN_ALERTS, (task, schema.OPEN_ALERT))]
-
     def drop_alerts(self) -> bool:
         """Delete some of the oldest alerts kept for local eyes, but for the newest fifty; whether there were any."""
         found = self._db.execute(schema.OLD_ALERTS).fetchall()
