@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from agent import config
 from agent.clock import Now
-from agent.device import batch
+from agent.device import batch, drifting
 from agent.device.author import Author
 from agent.device.batch import Done, Task
 from agent.device.storage import transaction
@@ -79,13 +79,14 @@ class Device:
         self.store = Store(self.folder)
         self.store.declare({"watch": self.stream})
         manifest = self.active.bundle.manifest
-        judge, state = None, None
+        judge, state, ended = None, None, None
         if self.active.reference is not None:
             judge = Judge(self.active.reference, labels=manifest.output.labels, window=manifest.drift.window, learn=20)
-            kept = self.store.state("tiny", "drift")
-            state = judge.start() if kept is None else judge.restore(kept)
+            state, ended = drifting.restore(self.store, "tiny", judge)
         chosen = config.Task(stream="watch", bundle="tiny", publish=self.publish)
-        self.task = Task("tiny", chosen, self.stream, self.active.bundle, self.active.model, judge, state, "sha256:c")
+        self.task = Task(
+            "tiny", chosen, self.stream, self.active.bundle, self.active.model, judge, state, "sha256:c", ended=ended
+        )
         self.author = Author("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
 
     def restart(self) -> None:

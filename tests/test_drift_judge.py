@@ -191,7 +191,7 @@ def test_gain_loss_of_one_field_alarms_that_field_and_says_so(judge: Judge, lear
     raised = [a for a in alerts(verdicts) if a.state == "raised"]
     assert [(a.alert, a.subject, a.severity) for a in raised] == [("drift", "y", "warning")]
     assert raised[0].id == "y/drift/1"
-    assert "; likely gain loss; the model's expected accuracy " in raised[0].summary
+    assert "; likely gain loss; the model's expected accuracy" in raised[0].summary
     assert " windows (since 00:0" in raised[0].summary
     assert raised[0].evidence["ratio"] == pytest.approx(0.6, abs=0.15)
     assert raised[0].evidence["window"] - learned.index < 5

@@ -13,7 +13,7 @@ from agent.cli import drift_picture, operating, wiring
 from agent.cli.drift_picture import Scale
 from agent.cli.output import config_option, dark_option, emit, json_option, plot_option, require_drawable, table
 from agent.config import Config
-from agent.device.learned import SITE
+from agent.device import drifting
 from agent.device.operating import wipe
 from agent.device.storage.store import Store
 from agent.drift import reported
@@ -148,7 +148,7 @@ def _shipped(found: Bundle) -> Reference | None:
 
 def _site(store: Store, task: str, shipped: Reference | None) -> Reference | None:
     """The site's reference, where it belongs to this bundle's bins."""
-    kept = store.state(task, SITE)
+    kept = store.state(task, drifting.SITE)
     if kept is None or shipped is None:
         return None
     try:

@@ -6,11 +6,10 @@ from typing import Any
 
 from agent import clock
 from agent.config import Config
-from agent.device.learned import SITE
+from agent.device import drifting
 from agent.device.operating import references
 from agent.device.storage.store import Store
 from agent.drift.reference import Reference
-from agent.drift.state import State
 from agent.errors import BadBundle, UsageError
 
 
@@ -18,17 +17,13 @@ def document(conf: Config, store: Store, task: str) -> dict[str, Any]:
     """Which reference is in force and what it warns of, how far learning has got, and what is asked for."""
     asked = references.waiting(store, task)
     document: dict[str, Any] = {"task": task, "site": None, "learning": None, "asked": asked.what if asked else None}
-    kept = store.state(task, SITE)
+    kept = store.state(task, drifting.SITE)
     if kept is not None:
         document["site"] = _site(kept)
-    past = store.state(task, "drift")
-    if document["site"] is None and past is not None:
-        try:
-            state = State.from_bytes(past)
-        except ValueError:
-            return document
+    state = drifting.seen(store, task)
+    if document["site"] is None and state is not None:
         document["learning"] = {
-            "windows": state.learning.windows,
+            "windows": state.learning.seen,
             "of": conf.tasks[task].learn,
             "for_s": max(state.learn_s, float(conf.tasks[task].learn_for)),
         }

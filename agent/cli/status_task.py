@@ -12,8 +12,7 @@ import click
 from agent.cli import learned, operating
 from agent.cli.output import table
 from agent.config import Config
-from agent.device import quality
-from agent.device.learned import SITE
+from agent.device import drifting, quality
 from agent.device.operating import overrides
 from agent.device.storage.store import Store
 from agent.errors import UsageError
@@ -47,7 +46,7 @@ def document(conf: Config, store: Store, name: str) -> dict[str, Any]:
         "backlog": store.last_row(task.stream) - cursor,
         "windows": store.counters().get(f"windows.{name}", 0),
         "bundle": f"{manifest.name} {manifest.version}",
-        "site_reference": store.state(name, SITE) is not None,
+        "site_reference": store.state(name, drifting.SITE) is not None,
         "reference": _reference(conf, store, name),
         "open": store.open_alerts(name),
         "quality": _quality(store, name),

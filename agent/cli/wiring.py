@@ -11,7 +11,7 @@ from agent import clock, config
 from agent.cli import operating
 from agent.clock import Now
 from agent.config import Config, FilesSource, HostSource, ReplaySource
-from agent.device import quality
+from agent.device import drifting, quality
 from agent.device.author import Author
 from agent.device.batch import Task
 from agent.device.daemon import LAST_RUN, Daemon
@@ -116,16 +116,11 @@ def load_task(file: Path, conf: Config, store: Store | None, name: str, path: Pa
             least=manifest.drift.min_count or 0,
             units=manifest.input.units,
         )
-    state = judge.start() if judge else None
-    past = store.state(name, "drift") if store else None
-    if judge is not None and past is not None:
-        try:
-            state = judge.restore(past)
-        except ValueError:
-            # Made by another bundle: its site reference says nothing about this one.
-            state = judge.start()
+    state, ended = (judge.start() if judge else None), None
+    if judge is not None and store is not None:
+        state, ended = drifting.restore(store, name, judge)
     digest, keeps = config.digest(conf), conf.buffer.keep_results > 0
-    return Task(name, task, stream, active.bundle, active.model, judge, state, digest, keeps)
+    return Task(name, task, stream, active.bundle, active.model, judge, state, digest, keeps, ended)
 
 
 def planned(file: Path, conf: Config, store: Store) -> tuple[list[Planned], list[Broken]]:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from agent import __version__, clock, config
 from agent.clock import Now
 from agent.config import Stream
-from agent.device import learned
+from agent.device import drifting, learned
 from agent.device.author import Author
+from agent.device.drifting import Ended
 from agent.device.storage.given import Given
 from agent.device.storage.rows import Rows
 from agent.device.storage.segments import Stamp, within
@@ -37,7 +38,7 @@ _MOST_VALUES = 4_000_000
 
 @dataclass
 class Task:
-    """A task with its model loaded. `drift` is the committed state of its judge."""
+    """A task with its model loaded. `drift` is the committed state of its judge, `ended` what is to be said first."""
 
     name: str
     config: config.Task
@@ -48,6 +49,7 @@ class Task:
     drift: State | None
     config_digest: str
     keep_results: bool = True
+    ended: Ended | None = None
     columns: list[int] = field(init=False)
     last_label: str = ""
 
@@ -118,8 +120,10 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
     given = _given(task, store, batch, cut, found)
     with store.transaction() as tx:
         tx.advance(task.name, batch.first, batch.first + cut.consumed - 1)
-        if judged.state is not None:
-            tx.keep(task.name, "drift", judged.state.to_bytes())
+        if task.ended is not None:
+            drifting.end(tx, author, task.name, task.ended, now)
+        if task.judge is not None and judged.state is not None:
+            drifting.keep(tx, task.name, task.judge, judged.state, task.drift)
         for body in _results(task, author, batch, cut, found, tx.segments.announced()):
             author.write(tx, "results", task.name, body, now)
         for verdict in judged.verdicts:
@@ -127,7 +131,7 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
         if given is not None:
             tx.labels.keep(task.name, given, tx.uptime_s(now))
         tx.count(f"windows.{task.name}", len(cut.starts))
-    task.drift = judged.state
+    task.drift, task.ended = judged.state, None
     if found.label is not None and len(found):
         task.last_label = task.bundle.manifest.output.labels[int(found.label[-1])]
     return Done(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))

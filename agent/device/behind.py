@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from agent.clock import Now
+from agent.device import drifting
 from agent.device.author import Author
 from agent.device.batch import Task
 from agent.device.storage.store import Store
@@ -48,7 +49,7 @@ def go_on(task: Task, store: Store, author: Author, now: Now) -> bool:
         if drift is task.drift:
             tx.advance(task.name, through, through)
         else:
-            tx.keep(task.name, "drift", drift.to_bytes())
+            drifting.keep(tx, task.name, task.judge, drift, task.drift)
         author.write(tx, "alerts", task.name, alert, now)
     task.drift = drift
     log.critical("%s", summary)

@@ -21,6 +21,7 @@
     channels.py     fields that changed places, or whose sign is reversed
     units.py        which other unit readings seem to be in
     estimate.py     accuracy without labels
+    raising.py      which alerts a window raises, clears and withdraws
     drifts.py       the sentence of a drift alert
     alerts.py       alerts, and the sentences of faults
     state.py        what is remembered, and how a drift window fills

@@ -73,6 +73,10 @@ def cleared_sentence(subject: str, alert: str) -> str:
     return f"{subject}: {what} for {CALM} windows in a row."
 
 
+def withdrawn_sentence(subject: str, misread: Sequence[str]) -> str:
+    return f"{subject}: no drift of its own: {', '.join(misread)} {'are' if len(misread) > 1 else 'is'} read wrongly."
+
+
 def doubt(earlier: Sequence[str]) -> str:
     """What to add where other fields drifted before: statistics are compared within the class the model names."""
     if not earlier:

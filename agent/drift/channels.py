@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent.drift.codec import Floats
+from agent.drift.codec import Bools, Floats
 
 if TYPE_CHECKING:
     from agent.drift.reference import Reference
@@ -23,26 +23,31 @@ BETTER, WORSE = 4.0, 3.0
 MOST = 0.5  # share of all that does not fit
 
 
-def exchanged(summary: Summary, site: Reference, units: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray]:
+def exchanged(
+    summary: Summary, site: Reference, units: Sequence[str], known: Bools
+) -> tuple[tuple[str, ...], np.ndarray]:
     """Of each field with which one of its unit it changed places, by name or ""; and (F,) whether its sign is reversed.
 
     Of all that would explain the window only what does best, and only if it explains most of what does not fit: the
-    model names wrong classes then, and compared with these others seem to have changed, too.
+    model names wrong classes then, and compared with these others seem to have changed, too. Where it is `known` (F,)
+    to be so it stays so as long as it fits any better.
     """
     found, names = summary.classes.moments(site.origin), site.fields
     fields = np.arange(len(names))
     misfit = np.stack([_misfit(found, site, np.roll(fields, -by)) for by in fields])
     mirrored = _misfit(found, site, fields, mirrored=True)
-    better = np.where(mirrored < WORSE, misfit[0] - mirrored, 0.0)
+    better = np.where((mirrored < WORSE) | known, misfit[0] - mirrored, 0.0)
     best, which = max((float(better[i]), (i, i)) for i in fields.tolist())
-    best = best if best > BETTER else 0.0
+    best = best if best > (0.0 if known[which[0]] else BETTER) else 0.0
     for i, j in combinations(fields.tolist(), 2):
         other = misfit[(j - i) % len(names), i], misfit[(i - j) % len(names), j]
         gain = float(misfit[0, i] + misfit[0, j] - sum(other))
         same = (units[i] if units else "") == (units[j] if units else "")
-        if same and max(other) < WORSE and gain > max(2 * BETTER, best):
+        both_known = bool(known[i] and known[j])
+        enough = max(0.0 if both_known else 2 * BETTER, best)
+        if same and (max(other) < WORSE or both_known) and gain > enough:
             best, which = gain, (i, j)
-    if best < MOST * np.maximum(misfit[0], 0.0).sum():
+    if not known[list(which)].all() and best < MOST * np.maximum(misfit[0], 0.0).sum():
         best = 0.0
     places, signs = [""] * len(names), np.zeros(len(names), np.bool_)
     i, j = which

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from agent.drift import cusum, daily, joint, limits, ramp, shape, statistics
+from agent.drift import cusum, daily, estimate, joint, limits, ramp, shape, statistics
 from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.cusum import Cusum
 from agent.drift.learning import sure
@@ -34,14 +34,24 @@ class Detectors:
 
     cusum: Cusum
     shape: Confirm
-    scores: Ints  # (3, 32) answers by certainty of the last windows
+    scores: Ints  # (OVER, 32) answers by certainty of the last windows
     recent: np.ndarray[tuple[int, ...], np.dtype[np.float32]]  # (16, 2F) z of the last windows, NaN for none
 
     @classmethod
     def start(cls, fields: int) -> Detectors:
         tests = 2 * fields + len(joint.pairs(fields)) + 1
         recent = np.full((ramp.WINDOWS, 2 * fields), np.nan, np.float32)
-        return cls(Cusum.zeros(tests), Confirm.none(fields + 2), np.zeros((3, BINS), np.int64), recent)
+        return cls(Cusum.zeros(tests), Confirm.none(fields + 2), np.zeros((estimate.OVER, BINS), np.int64), recent)
+
+    def without(self, subjects: Bools) -> Detectors:
+        """With all that was gathered on these subjects (F + 3,) forgotten."""
+        fields = len(subjects) - 3
+        gone = np.zeros(self.cusum.value.shape[1], np.bool_)
+        gone[: 2 * fields] = np.tile(subjects[:fields], 2)
+        gone[2 * fields : -1] = subjects[-1]
+        gone[-1] = subjects[-2]
+        recent = np.where(gone[: 2 * fields], np.float32(np.nan), self.recent)
+        return replace(self, cusum=self.cusum.only(~gone), shape=self.shape.only(~subjects[:-1]), recent=recent)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from agent.drift.reference import Reference
 from agent.drift.summary import Summary
 
 TOLD = 0.01  # smaller changes of the expected accuracy are none
+SURELY = 2.0  # sd of it over as many windows
 MOST_PAIRS = 3
 
 
@@ -63,21 +64,20 @@ def of(subject: int, now: Now, units: Sequence[str], known: Reference) -> Words:
 
 
 def _cost(now: Now, known: Reference) -> tuple[str, dict[str, Any]]:
-    """What the model's certainty says of its accuracy, here before and in the last windows."""
-    if known.score_correct is None:
+    """What the model's certainty says of its accuracy in the last windows, and here before."""
+    before = now.tester.extra.accuracy
+    if known.score_correct is None or before is None:
         return "", {}
-    before, after = (
-        estimate.cbpe(known.score_n, known.score_correct, scores)
-        for scores in (now.tester.site.score_n, now.detectors.scores.sum(0))
-    )
-    if before is None or after is None:
+    after = estimate.cbpe(known.score_n, known.score_correct, now.detectors.scores.sum(0))
+    if after is None:
         return "", {}
-    was, now_is = before["accuracy"], after["accuracy"]
-    numbers = {"accuracy": {"before": was, "now": now_is}}
-    if abs(was - now_is) < TOLD:
-        return f"; the model's expected accuracy stays at {now_is:.2f}", numbers
-    moved = "fell" if now_is < was else "rose"
-    return f"; the model's expected accuracy {moved} from {was:.2f} to {now_is:.2f}", numbers
+    usual, expected = before[0], after["accuracy"]
+    beyond = max(TOLD, SURELY * before[1] * np.sqrt(1 + 1 / now.tester.site.drift_windows))
+    numbers = {"accuracy": {"before": short(usual, 4), "now": expected, "within": short(beyond, 2)}}
+    if abs(expected - usual) <= beyond:
+        return f"; the model's expected accuracy, {expected:.2f}, is within what is usual here ({usual:.2f})", numbers
+    moved = "fell" if expected < usual else "rose"
+    return f"; the model's expected accuracy {moved} from {usual:.2f} to {expected:.2f}", numbers
 
 
 def _unseen_hour(now: Now) -> str:

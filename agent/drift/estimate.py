@@ -11,10 +11,32 @@ from typing import Any
 
 import numpy as np
 
-from agent.drift.codec import Ints
+from agent.drift.codec import Floats, Ints
 
 ASSUMES = "scores mean what they meant on the reference data; no concept drift"
 PRIOR = 2.0  # pseudo-counts of the overall accuracy in each bin
+
+
+OVER = 3  # drift windows that are told of together
+
+
+def usual(n: Ints, correct: Ints | None, scores: Ints) -> tuple[float, float] | None:
+    """Mean of the accuracy that windows with `scores` (K, 32) lead to expect, and its sd over OVER of them in a row.
+
+    Neighbouring windows are alike, and so are classes that are hard: chance in single answers would tell too little.
+    None where nobody has told which answers were right.
+    """
+    if correct is None or not correct.any() or len(scores) <= OVER:
+        return None
+    together = np.lib.stride_tricks.sliding_window_view(scores, OVER, axis=0).sum(-1)
+    right = _right(n, correct)
+    expected = (together * right).sum(1) / np.maximum(together.sum(1), 1)
+    return float(expected.mean()), float(expected.std(ddof=1))
+
+
+def _right(n: Ints, correct: Ints) -> Floats:
+    """(32,) how often an answer in each bin is right."""
+    return np.asarray((correct + PRIOR * correct.sum() / n.sum()) / (n + PRIOR))
 
 
 def cbpe(n: Ints, correct: Ints, current: Ints) -> dict[str, Any] | None:
@@ -25,7 +47,7 @@ def cbpe(n: Ints, correct: Ints, current: Ints) -> dict[str, Any] | None:
     answers, known = int(current.sum()), int(n.sum())
     if not answers or not known:
         return None
-    right = (correct + PRIOR * correct.sum() / known) / (n + PRIOR)
+    right = _right(n, correct)
     share = current / answers
     accuracy = float((share * right).sum())
     doubt = right * (1 - right)

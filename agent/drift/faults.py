@@ -22,7 +22,7 @@ import numpy as np
 
 from agent.drift import channels, steps
 from agent.drift import units as other_units
-from agent.drift.codec import Floats, Ints
+from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.extremes import piled
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ RUN, RUN_FACTOR = 10, 5
 OUTSIDE, WIDER = 0.01, 0.5
 JUMP, AGREE = 10.0, 5.0  # robust sd of first differences
 SPIKES, SPIKE_SHARE = 2, 0.001
+# What is read is another quantity than it was: nothing that follows from it is drift.
+MISREAD = frozenset({"swapped", "reversed", "unit"})
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,16 @@ def _lone_jumps(joined: Floats, jump: Floats) -> Ints:
 
 
 def find(
-    summary: Summary, reference: Reference, units: Sequence[str] = (), site: Reference | None = None
+    summary: Summary,
+    reference: Reference,
+    units: Sequence[str] = (),
+    site: Reference | None = None,
+    misread: Bools | None = None,
 ) -> tuple[Fault | None, ...]:
     """The fault of each field (of these `units`) in a drift window, if any; of several the first listed above.
 
-    `reference` is the shipped one. Without a site's own it is not known how a field is mounted there.
+    `reference` is the shipped one. Without a site's own it is not known how a field is mounted there. `misread` (F,):
+    those that were read wrongly up to now.
     """
     rows = max(summary.rows, 1)
     usual = reference.missing / np.maximum(reference.n + reference.missing, 1)
@@ -111,9 +118,10 @@ def find(
     spikes = (summary.spikes >= SPIKES) & (summary.spikes > SPIKE_SHARE * rows)
     unit = other_units.recognised(summary, reference, outside, tuple(units))
     coarser = np.zeros(len(unit), np.int64)
-    other, mirrored = ("",) * len(unit), np.zeros(len(unit), np.bool_)
+    none = np.zeros(len(unit), np.bool_)
+    other, mirrored = ("",) * len(unit), none
     if site is not None:
-        other, mirrored = channels.exchanged(summary, site, units)
+        other, mirrored = channels.exchanged(summary, site, units, none if misread is None else misread)
         coarser = steps.coarser(summary, site)
     another = np.array([one is not None for one in unit])
     exchanged = np.array([bool(name) for name in other])

@@ -8,11 +8,13 @@ Pure: state and batch in, new state and verdicts out, and the same whatever the 
   (limits are the shipped reference's), drift is "insufficient".
 - A drift window in which any field has a fault is kept out of drift tests and learning for all fields, because the
   class the model named cannot be trusted then.
-- One open alert per field and kind. Faults clear after three windows without one.
+- While a field is read wrongly (another unit, swapped, reversed) nothing is tested or learned, until three windows
+  without a fault.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,13 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import alerts, describe, drifts, faults, statistics
+from agent.drift import describe, faults, statistics
 from agent.drift.alerts import Alert
-from agent.drift.codec import Floats, Ints
-from agent.drift.cusum import CALM
-from agent.drift.detectors import JOINT, OUTPUT, SCORE, Detectors, Evidence, Tester, open_fields, open_subjects
+from agent.drift.codec import Ints
+from agent.drift.detectors import Detectors, Evidence, Tester, open_fields, open_subjects
 from agent.drift.faults import Fault
 from agent.drift.learning import Learning, finite, settle
+from agent.drift.raising import Raising
 from agent.drift.reference import FEWEST, Reference
 from agent.drift.state import Batch, State, Verdict, emptied, filled, taken
 from agent.drift.summary import Summary, stacked
@@ -71,22 +73,35 @@ class Judge:
         self.window = window
         self.learn = learn
         self.units = tuple(units) or ("",) * len(shipped.fields)
-        self.subjects = (*shipped.fields, OUTPUT, SCORE, JOINT)
+        self._raising = Raising(shipped, self.units)
         self.learn_s = learn_s
         self.strata = strata
         self.least = least
         self._nothing = Summary.empty(shipped)
+        self._nothing_learned = Learning.empty(shipped)
         self._tester: Tester | None = None
 
     def start(self) -> State:
         return State.start(self.shipped, self.window)
 
-    def restore(self, data: bytes) -> State:
-        """The state of `to_bytes`. Raises ValueError when it is damaged or made for another bundle: start anew."""
+    def restore(self, data: bytes, learning: bytes | None = None) -> State:
+        """The state of `to_bytes`. Raises ValueError when it is damaged or made for another bundle: start anew.
+
+        Where what was gathered while learning is damaged, that begins anew.
+        """
         state = State.from_bytes(data)
         if (state.open.reference, state.window) != (self.shipped.digest, self.window):
             raise ValueError("this drift state was made for another reference or window length")
+        if learning is not None:
+            with contextlib.suppress(ValueError):
+                gathered = Learning.from_bytes(learning)
+                if gathered.total.reference == self.shipped.digest:
+                    return replace(state, learning=gathered)
         return state
+
+    def to_bytes(self, state: State) -> tuple[bytes, bytes]:
+        """What is remembered, and apart from it what is gathered while learning: much, and seldom another."""
+        return replace(state, learning=self._nothing_learned).to_bytes(), state.learning.to_bytes()
 
     def renumbered(self, state: State) -> State:
         """For rows that are numbered from anew: without what was gathered of the open drift window."""
@@ -98,14 +113,14 @@ class Judge:
         And the open drift alerts, cleared: what they were against is gone.
         """
         fields = len(self.shipped.fields)
-        gone = "this site's reference is learned anew"
+        subjects = np.flatnonzero(open_subjects(state.detectors, fields)).tolist()
         cleared = [
-            replace(self._alert(state, "drift", int(subject), state.raised, "info", "", {}), summary=f"{name}: {gone}.")
-            for subject in np.flatnonzero(open_subjects(state.detectors, fields))
-            for name in (self.subjects[subject],)
+            self._raising.cleared(state, "drift", subject, f"{name}: this site's reference is learned anew.")
+            for subject in subjects
+            for name in (self._raising.subjects[subject],)
         ]
         fresh = replace(
-            state, site=None, learning=Learning.empty(self.shipped), detectors=Detectors.start(fields), learn_s=for_s
+            state, site=None, learning=self._nothing_learned, detectors=Detectors.start(fields), learn_s=for_s
         )
         return fresh, cleared
 
@@ -187,21 +202,21 @@ class Judge:
 
     def _close(self, state: State, seen: _Seen) -> tuple[State, Verdict]:
         window = state.open
-        found = faults.find(window, self.shipped, self.units, state.site)
-        clean = not any(found)
+        found = faults.find(window, self.shipped, self.units, state.site, state.misread)
+        # One window in which a field that is read wrongly is not recognised so is not sound yet.
+        clean = not any(found) and not state.misread.any()
         after, learned, refused = state, None, None
         tested = clean and state.site is not None
+        drift_alerts: list[Alert] = []
         if state.site is not None and seen.evidence is not None:
             if clean:
                 tester = self._testing(state.site)
                 detectors = tester.update(state.detectors, seen.evidence, seen.at, state.t[0])
-                after = replace(state, detectors=detectors)
+                effects = seen.evidence.effects[seen.at]
+                after, drift_alerts = self._raising.drifts(state, replace(state, detectors=detectors), effects, tester)
         elif clean:
             after, learned, refused = self._learn(state)
-        after, fault_alerts = self._faults(after, found)
-        drift_alerts: list[Alert] = []
-        if tested and seen.evidence is not None:
-            after, drift_alerts = self._drifts(state, after, seen.evidence.effects[seen.at])
+        after, fault_alerts = self._raising.faults(after, found)
         verdict = Verdict(
             index=state.index,
             rows=state.rows,
@@ -217,10 +232,9 @@ class Judge:
 
     def _learn(self, state: State) -> tuple[State, Reference | None, str | None]:
         learning = state.learning.add(state.open, windowed=self.shipped.windowed, t=state.t)
-        watched_s = (int(learning.t[-1, 1]) - int(learning.t[0, 0])) / 1e6
-        if learning.windows < self.learn or watched_s < max(self.learn_s, state.learn_s):
+        if learning.seen < self.learn or learning.watched_s < max(self.learn_s, state.learn_s):
             return replace(state, learning=learning), None, None
-        empty = Learning.empty(self.shipped)
+        empty = self._nothing_learned
         shipped = replace(self.shipped, window=self.window)
         try:
             site = settle(shipped, learning, made="site", strata=self.strata, number=state.learned + 1)
@@ -233,59 +247,6 @@ class Judge:
             assert site.site is not None
             self._tester = Tester(site, site.site)
         return self._tester
-
-    def _faults(self, state: State, found: tuple[Fault | None, ...]) -> tuple[State, list[Alert]]:
-        now = np.array([name is not None for name in found])
-        calm = np.where(state.faulty & ~now, state.calm + 1, 0)
-        faulty = (state.faulty | now) & (calm < CALM)
-        raised = state.raised.copy()
-        raised[: len(found), 1] += now & ~state.faulty
-        out = []
-        for field in np.flatnonzero(faulty != state.faulty):
-            name, fault = self.shipped.fields[field], found[field]
-            if fault is not None:
-                sentence = alerts.fault_sentence(name, fault, int(field), state.open)
-                told = {"fault": fault.name} | ({"detail": fault.detail} if fault.detail else {})
-                out.append(self._alert(state, "fault", int(field), raised, "critical", sentence, told))
-            else:
-                out.append(self._alert(state, "fault", int(field), raised, "info", "", {}))
-        return replace(state, faulty=faulty, calm=calm, raised=raised), out
-
-    def _drifts(self, before: State, after: State, effects: Floats) -> tuple[State, list[Alert]]:
-        fields = len(self.shipped.fields)
-        was, is_now = open_subjects(before.detectors, fields), open_subjects(after.detectors, fields)
-        if (was == is_now).all() or after.site is None:
-            return after, []
-        raised = after.raised.copy()
-        raised[:, 0] += is_now & ~was
-        earlier = [self.subjects[subject] for subject in np.flatnonzero(was[:fields])]
-        now = drifts.Now(after.detectors, self._testing(after.site), before.open, effects, before.t)
-        out = []
-        for subject in np.flatnonzero(was != is_now):
-            if is_now[subject]:
-                words = drifts.of(int(subject), now, self.units, self.shipped)
-                # While most fields are sound they tell the class; then what else drifts does so by itself.
-                follows = bool(self.shipped.labels) and 2 * len(earlier) >= fields
-                sentence = words.sentence + (alerts.doubt(earlier) if follows else "")
-                evidence = words.evidence | {"site": after.site.digest, "after": earlier}
-                out.append(self._alert(before, "drift", int(subject), raised, "warning", sentence, evidence))
-            else:
-                out.append(self._alert(before, "drift", int(subject), raised, "info", "", {}))
-        return replace(after, raised=raised), out
-
-    def _alert(
-        self, state: State, kind: str, field: int, raised: Ints, severity: str, sentence: str, evidence: dict[str, Any]
-    ) -> Alert:
-        subject = self.subjects[field]
-        return Alert(
-            alert=kind,
-            subject=subject,
-            state="raised" if sentence else "cleared",
-            severity=severity,
-            id=f"{subject}/{kind}/{raised[field, 0 if kind == 'drift' else 1]}",
-            summary=sentence or alerts.cleared_sentence(subject, kind),
-            evidence={"window": state.index, "rows": list(state.rows)} | evidence,
-        )
 
     def _report(
         self, after: State, features: dict[str, Any], found: tuple[Fault | None, ...], tested: bool

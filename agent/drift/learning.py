@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from agent.drift import calibration, daily, joint, limits, shape, statistics
+from agent.drift import calibration, codec, daily, estimate, joint, limits, shape, statistics
 from agent.drift.codec import Floats, Ints
 from agent.drift.joint import Pairs
 from agent.drift.reference import BINS, ENOUGH, FEWEST, Reference, Site, draft
@@ -16,6 +16,8 @@ from agent.errors import BadBundle
 
 NEVER = 1e9  # sd of a test that nothing was learned of
 MOST = 400  # drift windows kept while learning: more tell hardly more
+MOST_BYTES = 512 << 10  # of what is kept of them, as long as these are enough to learn from
+LEAST_KEPT = ENOUGH + FEWEST
 
 Int32s = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
@@ -31,6 +33,7 @@ class Learning:
     """
 
     windows: int
+    seen: int  # how many there were, those included that were let go
     total: Summary
     bins: Int32s  # (K, F, 16)
     output: Int32s  # (K, C)
@@ -52,6 +55,7 @@ class Learning:
         pair_entries = np.empty((0, len(joint.pairs(fields))), np.float16)
         return cls(
             windows=0,
+            seen=0,
             total=Summary.empty(shipped),
             bins=np.empty((0, fields, BINS // 2), np.int32),
             output=np.empty((0, shipped.classes), np.int32),
@@ -69,13 +73,14 @@ class Learning:
 
     def add(self, drift_window: Summary, *, windowed: bool, t: tuple[int, int] = (0, 0)) -> Learning:
         """With one that began and ended at `t`. Of many, every other one is let go."""
-        if self.windows >= MOST:
+        if self.windows >= self.room:
             return self.thinned().add(drift_window, windowed=windowed, t=t)
         found = drift_window.classes.moments(np.zeros(1))
         pairs = joint.measured(drift_window.pairs, len(drift_window.missing), windowed=windowed)
         seen = np.flatnonzero(found.n.any(1))
         return Learning(
             windows=self.windows + 1,
+            seen=self.seen + 1,
             total=self.total.merge(drift_window),
             bins=np.concatenate([self.bins, shape.coarse(drift_window.counts)[None].astype(np.int32)]),
             output=np.concatenate([self.output, drift_window.output[None].astype(np.int32)]),
@@ -102,6 +107,29 @@ class Learning:
         return replace(self, windows=len(kept), window=self.window[some] // 2, **entries, **each)
 
     @property
+    def room(self) -> int:
+        """How many windows may be kept: fewer, where fields and classes make each of them large."""
+        size = sum(getattr(self, name).nbytes for name in ("bins", "output", "scores", "n", "mean", "m2", "z", "sure"))
+        return int(np.clip(MOST_BYTES * self.windows // max(size, 1), LEAST_KEPT, MOST))
+
+    @property
+    def watched_s(self) -> float:
+        """Seconds of readings: a gap, or a step of the clock, counts for no more than a few windows do."""
+        length = np.maximum(self.t[:, 1] - self.t[:, 0], 0)
+        typical = np.median(length) if len(length) else 0.0
+        between = np.clip(self.t[1:, 0] - self.t[:-1, 1], 0, typical)
+        each = np.minimum(length, 4 * typical)
+        # What lies between windows is known only where none was let go.
+        known = each.sum() + between.sum() if self.seen == self.windows else each.mean() * self.seen
+        return float(known) / 1e6
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the clock went on without steps, as far as windows tell: else nobody knows their hour of day."""
+        ends = self.t.ravel()
+        return bool((np.diff(ends) >= 0).all()) and (self.t[-1, 1] - self.t[0, 0]) / 1e6 <= 10 * self.watched_s
+
+    @property
     def middle(self) -> Ints:
         """(K,) of each, epoch µs."""
         return self.t[:, 0] + (self.t[:, 1] - self.t[:, 0]) // 2
@@ -120,6 +148,14 @@ class Learning:
     def certainty(self, shipped: Reference) -> Pairs:
         """Number of answers and their mean score, (K, C, 1)."""
         return sure(self._each(shipped, self.sure))
+
+    def to_bytes(self) -> bytes:
+        return codec.packed(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Learning:
+        """Raises ValueError."""
+        return codec.unpacked(data, cls)
 
     def _each(self, shipped: Reference, entries: np.ndarray) -> Floats:
         out = np.zeros((self.windows, shipped.classes, entries.shape[1]))
@@ -145,7 +181,7 @@ def settle(shipped: Reference, learning: Learning, *, made: str, strata: str = "
     pooled = found.pooled(0)
     usual = statistics.normal(pooled, statistics.NARROW if made == "shipped" else statistics.NARROW_SITE)
     values, _ = statistics.tests(found, calibration.others_mean(found, pooled), usual.sd, windowed=shipped.windowed)
-    cycle = daily.told(learning.middle, strata)
+    cycle = learning.is_steady and daily.told(learning.middle, strata)
     mean, sd = calibration.calibrated(daily.fit(values, learning.middle).left if cycle else values, shipped.fields)
     total = learning.total
     rows = total.rows_of.moments(shipped.origin[: len(shipped.fields)])
@@ -174,10 +210,20 @@ def settle(shipped: Reference, learning: Learning, *, made: str, strata: str = "
         score_n=total.scores,
         score_correct=None,  # nobody has told yet which of these answers were right
     )
-    return settled if made == "shipped" else _with_site(settled, learning, values, cycle, number)
+    if made == "shipped":
+        return settled
+    usual_accuracy = estimate.usual(shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64))
+    return _with_site(settled, learning, values, cycle, number, usual_accuracy)
 
 
-def _with_site(settled: Reference, learning: Learning, values: Floats, cycle: bool, number: int) -> Reference:
+def _with_site(
+    settled: Reference,
+    learning: Learning,
+    values: Floats,
+    cycle: bool,
+    number: int,
+    accuracy: tuple[float, float] | None,
+) -> Reference:
     """With what a site's windows say beyond the means and spreads of its fields."""
     pairs, certainty = learning.pairs(settled), learning.certainty(settled)
     few = float(statistics.RARE if settled.windowed else joint.FEW)
@@ -206,6 +252,7 @@ def _with_site(settled: Reference, learning: Learning, values: Floats, cycle: bo
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
         number=number,
         steps=learning.total.steps,
+        accuracy=accuracy,
     )
     sd = np.maximum(left.std(0, ddof=1), least)
     return replace(settled, test_mean=mean, test_sd=np.where(told, sd, NEVER), site=site)

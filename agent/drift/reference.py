@@ -40,6 +40,7 @@ class Site:
     hours: Ints  # (24,) windows learned in each hour of the day, UTC
     learned: tuple[int, int]  # when the first began and the last ended, epoch µs
     number: int  # 1 for the first reference that this device learned for the task
+    accuracy: tuple[float, float] | None = None  # that certainty leads to expect: mean, and sd over three windows
     steps: Ints | None = None  # (F, 64) from row to row, by size; None in one learned before these were counted
 
     def told(self) -> dict[str, Any]:

@@ -57,6 +57,13 @@ class Confirm:
             np.where(tested, np.where(on, np.where(self.on, self.since, first), 0), self.since),
         )
 
+    def only(self, which: Bools) -> Confirm:
+        """With all but the subjects `which` (S,) begun anew."""
+        before, calm, windows, since = (
+            np.where(which, part, 0) for part in (self.before, self.calm, self.windows, self.since)
+        )
+        return Confirm(before, self.on & which, calm, windows, since)
+
 
 def coarse(counts: Ints) -> Ints:
     """(..., 16) of counts (..., 34): what lies outside counted to the outermost of 32 bins, and these two by two."""

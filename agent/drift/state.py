@@ -22,6 +22,7 @@ from agent.drift.summary import Summary
 class State:
     """All a task's drift detection remembers. Constant size but for what is gathered while learning."""
 
+    fields: tuple[str, ...]
     window: int  # model windows per drift window
     index: int  # of the open drift window, from 1
     open: Summary
@@ -35,13 +36,16 @@ class State:
     learn_s: float  # of readings to learn from, where somebody asked for so many
     detectors: Detectors
     faulty: Bools  # (F,) a fault alert is open
+    misread: Bools  # (F,) and says that the field is read wrongly
     calm: Ints  # (F,) windows without a fault since
     raised: Ints  # (F + 3, 2) alerts raised so far: drift, fault
+    raised_in: Ints  # (F + 3,) the drift window of the last drift alert
 
     @classmethod
     def start(cls, shipped: Reference, window: int) -> State:
         fields = len(shipped.fields)
         return cls(
+            fields=shipped.fields,
             window=window,
             index=1,
             open=Summary.empty(shipped),
@@ -55,8 +59,10 @@ class State:
             learn_s=0.0,
             detectors=Detectors.start(fields),
             faulty=np.zeros(fields, np.bool_),
+            misread=np.zeros(fields, np.bool_),
             calm=np.zeros(fields, np.int64),
             raised=np.zeros((fields + 3, 2), np.int64),
+            raised_in=np.zeros(fields + 3, np.int64),
         )
 
     def to_bytes(self) -> bytes:

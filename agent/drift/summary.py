@@ -105,7 +105,11 @@ class Summary:
         scores, sure = self.scores, self.sure
         if top is not None:
             if len(reference.score_edges):
-                scores = scores + np.bincount(np.searchsorted(reference.score_edges, top, side="right"), minlength=BINS)
+                # One that is not known is neither sure nor in doubt.
+                told = top[~np.isnan(top)]
+                scores = scores + np.bincount(
+                    np.searchsorted(reference.score_edges, told, side="right"), minlength=BINS
+                )
             whole = np.rint(reference.scaled(np.where(np.isfinite(top), top, 0.0)) * SURE)
             count = len(self.output)
             more = np.bincount(classes, minlength=count), np.bincount(classes, whole, count).astype(np.int64)

@@ -16,9 +16,9 @@ from pathlib import Path
 import msgspec
 
 from agent.clock import Now
+from agent.device import drifting
 from agent.device.author import Author
 from agent.device.batch import Task
-from agent.device.learned import SITE
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 
@@ -110,8 +110,8 @@ def take_up(task: Task, store: Store, author: Author, now: Now) -> bool:
         "by": request.by,
     }
     with store.transaction() as tx:
-        tx.keep(task.name, "drift", fresh.to_bytes())
-        tx.drop(task.name, SITE)
+        drifting.keep(tx, task.name, task.judge, fresh, task.drift)
+        tx.drop(task.name, drifting.SITE)
         _note(tx, task.name, request)
         for alert in cleared:
             author.write(tx, "alerts", task.name, alert.body(task.name), now)

@@ -1,0 +1,99 @@
+"""A task's drift state in the store: how it is kept, found again, and what of an earlier bundle's is put right.
+
+What is gathered while learning is kept apart: it is large, and changes only when a drift window closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from agent.clock import Now
+from agent.device.author import Author
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
+from agent.drift.detectors import JOINT, OUTPUT, SCORE, open_subjects
+from agent.drift.judge import Judge
+from agent.drift.learning import Learning
+from agent.drift.state import State
+
+STATE, LEARNING, SITE = "drift", "learning", "site reference"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """`messages` (kind, body) that say what is no more."""
+
+    messages: list[tuple[str, dict[str, Any]]]
+
+
+def keep(tx: Transaction, task: str, judge: Judge, state: State, before: State | None) -> None:
+    """`before` is what was kept last, if anything was."""
+    data, learning = judge.to_bytes(state)
+    tx.keep(task, STATE, data)
+    if before is None or before.learning is not state.learning:
+        tx.keep(task, LEARNING, learning)
+
+
+def restore(store: Store, task: str, judge: Judge) -> tuple[State, Ended | None]:
+    """What is remembered of the task; and what another bundle had begun, to end with the next state that is kept."""
+    past = store.state(task, STATE)
+    if past is None:
+        return judge.start(), None
+    try:
+        return judge.restore(past, store.state(task, LEARNING)), None
+    except ValueError:
+        return _anew(task, judge.start(), past)
+
+
+def seen(store: Store, task: str) -> State | None:
+    """The same for people, whatever bundle it is of; None where there is nothing to read."""
+    past, learning = store.state(task, STATE), store.state(task, LEARNING)
+    try:
+        state = None if past is None else State.from_bytes(past)
+        return state and (state if learning is None else replace(state, learning=Learning.from_bytes(learning)))
+    except ValueError:
+        return None
+
+
+def end(tx: Transaction, author: Author, task: str, ended: Ended, now: Now) -> None:
+    tx.drop(task, LEARNING)
+    tx.drop(task, SITE)
+    for kind, body in ended.messages:
+        author.write(tx, kind, task if kind == "alerts" else None, body, now)
+
+
+def _anew(task: str, start: State, past: bytes) -> tuple[State, Ended]:
+    """Nothing that was learned for another bundle holds for this one."""
+    try:
+        old = State.from_bytes(past)
+    except ValueError:
+        return start, Ended([])
+    messages = [("alerts", body) for body in _open_alerts(task, old)]
+    if old.site is not None:
+        summary = f"{task}: the bundle was changed, so this site's reference is learned anew."
+        evidence = {"task": task, "asked": "bundle changed", "site": old.site.digest, "by": "the agent"}
+        messages.append(("audit", {"event": "reference reset", "summary": summary, "evidence": evidence}))
+    # Names of alerts are never used twice.
+    raised = np.full_like(start.raised, old.raised.max(initial=0))
+    return replace(start, raised=raised, learned=old.learned), Ended(messages)
+
+
+def _open_alerts(task: str, old: State) -> Iterator[dict[str, Any]]:
+    """Cleared: what they were against is gone."""
+    subjects = (*old.fields, OUTPUT, SCORE, JOINT)
+    kinds = ("drift", open_subjects(old.detectors, len(old.fields))), ("fault", old.faulty)
+    for column, (kind, is_open) in enumerate(kinds):
+        for i in np.flatnonzero(is_open).tolist():
+            yield {
+                "alert": kind,
+                "subject": subjects[i],
+                "state": "cleared",
+                "severity": "info",
+                "id": f"{task}/{subjects[i]}/{kind}/{old.raised[i, column]}",
+                "summary": f"{subjects[i]}: no longer watched as before, the bundle was changed.",
+                "evidence": {},
+            }

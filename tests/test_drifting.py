@@ -1,0 +1,97 @@
+"""A task whose bundle is another one than before: what was open is closed, and what was learned of it goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent import clock
+from agent.device import drifting
+from agent.device.author import Author
+from agent.device.storage.store import Store
+from agent.drift import Judge
+from agent.drift.state import State
+from tests.machine import LABELS, WINDOW, feed, readings, reference
+from tests.stores import opened, said
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge(reference(), labels=LABELS, window=WINDOW, learn=40)
+
+
+@pytest.fixture(scope="module")
+def drifted(judge: Judge) -> State:
+    """A site that was learned, a drift of y and a stuck z."""
+    state, _ = feed(judge, judge.start(), readings(3, 42))
+    r = readings(31, 10)
+    r.features[:, 1] *= 0.6
+    r.features[-600:, 2] = 1.0
+    state, verdicts = feed(judge, state, r)
+    assert {a.id for v in verdicts for a in v.alerts if a.state == "raised"} == {"y/drift/1", "z/fault/1"}
+    return state
+
+
+def keep(store: Store, judge: Judge, state: State) -> None:
+    with store.transaction() as tx:
+        drifting.keep(tx, "exercise", judge, state, None)
+        tx.keep("exercise", drifting.SITE, b"{}")
+
+
+def ended(store: Store, author: Author, judge: Judge) -> State:
+    state, end = drifting.restore(store, "exercise", judge)
+    assert end is not None
+    with store.transaction() as tx:
+        drifting.end(tx, author, "exercise", end, clock.read())
+        drifting.keep(tx, "exercise", judge, state, None)
+    return state
+
+
+def test_of_the_same_bundle_all_is_found_again(tmp_path: Path, judge: Judge, drifted: State) -> None:
+    store, _ = opened(tmp_path)
+    keep(store, judge, drifted)
+    state, end = drifting.restore(store, "exercise", judge)
+    assert end is None
+    assert state.to_bytes() == drifted.to_bytes()
+    store.close()
+
+
+def test_another_bundle_clears_what_was_open_says_that_the_reference_goes_and_uses_no_name_twice(
+    tmp_path: Path, judge: Judge, drifted: State
+) -> None:
+    store, author = opened(tmp_path)
+    keep(store, judge, drifted)
+    other = Judge(reference(2), labels=LABELS, window=WINDOW, learn=40)
+    state = ended(store, author, other)
+    told = list(said(store).values())
+    cleared = {body["id"] for body in told if body["kind"] == "alerts" and body["state"] == "cleared"}
+    assert cleared == {"exercise/y/drift/1", "exercise/z/fault/1"}
+    resets = [body for body in told if body.get("event") == "reference reset"]
+    assert drifted.site is not None
+    assert [body["evidence"]["site"] for body in resets] == [drifted.site.digest]
+    assert (state.site, state.learning.seen, int(state.raised.min())) == (None, 0, 1)
+    assert store.state("exercise", drifting.SITE) is None
+    again, end = drifting.restore(store, "exercise", other)
+    assert end is None
+    assert again.to_bytes() == state.to_bytes()
+    store.close()
+
+
+def test_back_with_the_first_bundle_nothing_half_gathered_comes_back(tmp_path: Path, judge: Judge) -> None:
+    store, author = opened(tmp_path)
+    half, _ = feed(judge, judge.start(), readings(3, 20))
+    keep(store, judge, half)
+    other = Judge(reference(2), labels=LABELS, window=WINDOW, learn=40)
+    ended(store, author, other)
+    assert ended(store, author, judge).learning.seen == 0
+    store.close()
+
+
+def test_a_state_that_is_damaged_is_begun_anew(tmp_path: Path, judge: Judge) -> None:
+    store, author = opened(tmp_path)
+    with store.transaction() as tx:
+        tx.keep("exercise", drifting.STATE, b"garbage")
+    assert ended(store, author, judge).to_bytes() == judge.start().to_bytes()
+    assert drifting.seen(store, "exercise") is not None
+    store.close()
