@@ -210,7 +210,8 @@ def f1(truth: Ints, said: Ints, count: int, w: Floats) -> Floats:
 
 def macro(each: Floats) -> float:
     """Mean over the classes that were meant or named."""
-    return float(np.nanmean(each))
+    known = each[~np.isnan(each)]
+    return float(known.sum() / len(known)) if len(known) else math.nan
 
 
 def equal_mass(score: Floats, bins: int = ECE_BINS) -> Ints:
