@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.drift import decay
 from agent.drift.decay import CERTAINTY, DECAY, EVALUATION, Finding, Promise, State
@@ -118,15 +120,54 @@ def test_damaged_state_is_refused() -> None:
         State.from_bytes(b"\x00{")
 
 
-def test_labels_that_are_the_models_own_answers_are_warned_of_once() -> None:
+def redone(state: State, losses: Any, whole: bool = True, promise: Promise | None = None) -> list[Finding]:
+    given = list(map(float, losses))
+    return decay.redo(state, given, [None] * len(given), promise or Promise(), shares=True, whole=whole)
+
+
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=700),
+    st.lists(st.booleans(), min_size=700, max_size=700),
+    st.integers(0, 700),
+)
+def test_labels_put_right_leave_what_they_would_have_left_had_they_been_right_at_first(
+    right: list[bool], mask: list[bool], wrong_from: int
+) -> None:
+    first = [one or (flip and i >= wrong_from) for i, (one, flip) in enumerate(zip(right, mask, strict=False))]
+    state, wanted = State("sha256:a"), State("sha256:a")
+    run(first, state, Promise(0.9, 500))
+    run(right, wanted, Promise(0.9, 500))
+    redone(state, right, promise=Promise(0.9, 500))
+    for one in (state, wanted):
+        for track in one.tracks.values():
+            track.raised = 0
+    assert state == wanted
+
+
+def test_an_alert_that_only_wrong_labels_raised_is_cleared_by_its_id_and_the_next_is_another() -> None:
     state = State("sha256:a")
-    assert decay.feedback(state, 5, 100) is None
-    raised = decay.feedback(state, 30, 100)
-    assert raised is not None
-    assert (raised.subject, raised.state) == ("labels", "raised")
-    assert raised.summary.startswith("30% of the last 100 labels are the model's own answers")
-    assert decay.feedback(state, 40, 100) is None
-    assert decay.feedback(state, 15, 100) is None
-    cleared = decay.feedback(state, 5, 100)
-    assert cleared is not None
-    assert (cleared.state, cleared.id) == ("cleared", raised.id)
+    [raised] = run(wrong(150, 0.6), state, Promise(0.9, 500))
+    [cleared] = redone(state, wrong(150, 0.05), promise=Promise(0.9, 500))
+    told = [decay.alert(one, shares=True) for one in (raised, cleared)]
+    assert [one.state for one in told] == ["raised", "cleared"]
+    assert told[0].id == told[1].id
+    assert told[1].summary.startswith("labels were put right; the 150 there are now agree with ")
+    [again] = redone(state, wrong(150, 0.6), promise=Promise(0.9, 500))
+    assert (again.state, again.count) == ("raised", 2)
+
+
+def test_an_alert_that_right_labels_raise_too_stays_as_it_is() -> None:
+    state, losses = State("sha256:a"), wrong(150, 0.6)
+    run(losses, state, Promise(0.9, 500))
+    losses[0] = not losses[0]
+    assert redone(state, losses, promise=Promise(0.9, 500)) == []
+    assert state.tracks[EVALUATION].open
+
+
+def test_where_the_first_labels_are_gone_the_baseline_stays() -> None:
+    state = State("sha256:a")
+    run(wrong(500, 0.1), state)
+    before = (state.n, state.off, state.square)
+    redone(state, wrong(300, 0.3, 2), whole=False)
+    assert (state.n, state.off, state.square) == before
+    assert state.tracks[DECAY].open

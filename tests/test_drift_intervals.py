@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -44,8 +45,8 @@ def test_too_few_or_constant_results_say_nothing_of_being_alike() -> None:
 
 
 def test_weights_are_the_same_every_time_and_have_mean_one() -> None:
-    drawn = intervals.weights(333, 1.0)
-    assert drawn.tobytes() == intervals.weights(333, 1.0).tobytes()
+    drawn = np.array(list(intervals.weights(333, 1.0)))
+    assert drawn.tobytes() == np.array(list(intervals.weights(333, 1.0))).tobytes()
     assert drawn.mean(axis=1) == pytest.approx(np.ones(intervals.REPLICATES))
     # Exponential: standard deviation 1, and replicates differ.
     assert drawn.std() == pytest.approx(1.0, abs=0.05)
@@ -53,7 +54,7 @@ def test_weights_are_the_same_every_time_and_have_mean_one() -> None:
 
 
 def test_neighbours_that_are_alike_share_their_weight() -> None:
-    drawn = intervals.weights(400, 5.0)
+    drawn = np.array(list(intervals.weights(400, 5.0)))
     assert (drawn[:, 0] == drawn[:, 9]).all()
     assert (drawn[:, 9] != drawn[:, 10]).all()
 
@@ -71,6 +72,32 @@ def test_the_bootstrap_of_a_mean_covers_it() -> None:
 
 
 def test_a_statistic_without_a_value_has_no_interval() -> None:
-    nothing, one = intervals.bootstrap(lambda w: [math.nan, 1.0], intervals.weights(50, 1.0))
+    [nothing] = intervals.bootstrap(lambda w: [math.nan], intervals.weights(50, 1.0))
     assert all(map(math.isnan, nothing))
-    assert one == (1.0, 1.0)
+
+
+def test_what_never_varied_has_no_interval_of_width_zero() -> None:
+    [same] = intervals.bootstrap(lambda w: [1.0], intervals.weights(50, 1.0))
+    assert all(map(math.isnan, same))
+
+
+@pytest.mark.parametrize("value", [1e160, -1e308, math.inf, math.nan])
+def test_an_absurd_value_leaves_neighbours_as_alike_as_they_can_be_told(value: float) -> None:
+    values = np.full(60, 0.5)
+    values[5] = value
+    assert 1.0 <= intervals.design(values) < 20
+
+
+@given(st.floats(1e-100, 1e100))
+def test_how_alike_neighbours_are_does_not_depend_on_the_unit(scale: float) -> None:
+    values = np.repeat(np.random.default_rng(1).random(50), 4)
+    assert intervals.design(values * scale) == pytest.approx(intervals.design(values))
+
+
+def test_weights_of_many_results_are_made_one_replicate_at_a_time() -> None:
+    tracemalloc.start()
+    try:
+        intervals.bootstrap(lambda w: [float(w[0])], intervals.weights(100_000, 1.0))
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()

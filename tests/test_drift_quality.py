@@ -161,3 +161,91 @@ def test_neighbours_that_are_alike_make_wider_intervals() -> None:
 
 def test_no_labels_no_metrics() -> None:
     assert quality.measure("classify", LABELS, Pairs(np.zeros(0), np.zeros(0, np.int64))) == []
+
+
+def spans(found: list[Metric]) -> list[tuple[float, float, float]]:
+    return [(one.value, one.low, one.high) for one in found if None not in (one.value, one.low, one.high)]  # type: ignore[misc]
+
+
+FEW = [
+    ("classify", Pairs(np.zeros(1), np.ones(1, np.int64), np.full(1, 0.9))),
+    ("regress", Pairs(np.zeros(1), value=np.ones(1))),
+    ("regress", Pairs(np.zeros(60), value=np.ones(60))),
+    ("classify", Pairs(np.zeros(50), np.zeros(50, np.int64), np.full(50, 0.9))),
+    ("classify", Pairs(np.arange(50.0) % 3, np.arange(50) % 3, np.full(50, 0.9))),
+    ("classify", Pairs(np.arange(50.0) % 3, (np.arange(50) + 1) % 3, np.full(50, 0.9))),
+    ("anomaly", Pairs((np.arange(50) > 30).astype(float), (np.arange(50) > 30) * 1, value=np.arange(50.0))),
+]
+
+
+@pytest.mark.parametrize(("kind", "pairs"), FEW)
+def test_no_interval_has_the_width_zero(kind: str, pairs: Pairs) -> None:
+    for value, low, high in spans(quality.measure(kind, LABELS, pairs)):
+        assert low < high
+        assert low <= value <= high
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_fewer_than_ten_labels_have_an_interval_of_accuracy_only(n: int) -> None:
+    for kind, pairs in (("classify", classified(n)), ("regress", Pairs(np.zeros(n), value=np.arange(n, dtype=float)))):
+        told = {one.metric for one in quality.measure(kind, LABELS, pairs) if one.low is not None}
+        assert told <= {"accuracy", "f1_micro", "ece_chance"}
+
+
+def test_a_class_with_few_labels_has_an_f1_without_an_interval() -> None:
+    truth = np.r_[np.zeros(99), 1.0]
+    found = by_name(quality.measure("classify", LABELS, Pairs(truth, np.zeros(100, np.int64))))
+    assert (found["f1", "class=b"].value, found["f1", "class=b"].low) == (0.0, None)
+    assert found["f1_macro", ""].low is None
+    assert found["f1", "class=a"].low is not None
+
+
+def test_f1_micro_is_accuracy_and_so_is_its_interval() -> None:
+    found = by_name(quality.measure("classify", LABELS, Pairs(np.arange(50.0) % 3, np.arange(50) % 3)))
+    accuracy, micro = found["accuracy", ""], found["f1_micro", ""]
+    assert (micro.value, micro.low, micro.high) == (accuracy.value, accuracy.low, accuracy.high)
+    assert accuracy.low == pytest.approx(0.9287, abs=1e-4)
+
+
+def test_ece_of_a_calibrated_model_is_what_chance_makes_of_it() -> None:
+    random, seen, expected, within, at_zero = np.random.default_rng(0), [], [], 0, 0
+    for _ in range(100):
+        score = random.uniform(0.5, 1, 200)
+        said = (random.random(200) < score).astype(np.int64)
+        found = by_name(quality.measure("classify", ("a", "b"), Pairs(np.ones(200), said, score)))
+        ece, chance = found["ece", ""], found["ece_chance", ""]
+        assert ece.value is not None
+        assert chance.value is not None
+        assert chance.high is not None
+        seen.append(ece.value)
+        expected.append(chance.value)
+        within += ece.value <= chance.high
+        at_zero += ece.low == 0.0
+    assert np.mean(seen) == pytest.approx(np.mean(expected), abs=0.004)
+    assert within >= 90
+    assert at_zero == within
+
+
+def test_ece_of_a_model_that_is_too_sure_lies_above_what_chance_makes_of_it() -> None:
+    said = (np.random.default_rng(1).random(300) < 0.6).astype(np.int64)
+    score = np.random.default_rng(2).uniform(0.85, 0.99, 300)
+    found = by_name(quality.measure("classify", ("a", "b"), Pairs(np.ones(300), said, score)))
+    assert found["ece", ""].low is not None
+    assert found["ece_chance", ""].high is not None
+    assert found["ece", ""].low > found["ece_chance", ""].high
+
+
+def test_results_without_a_score_are_left_out_of_calibration_only() -> None:
+    pairs = classified(100)
+    assert pairs.score is not None
+    pairs.score[3] = np.nan
+    found = by_name(quality.measure("classify", LABELS, pairs))
+    assert (found["accuracy", ""].n, found["brier_top", ""].n, found["ece", ""].n) == (100, 99, 99)
+    rest = by_name(quality.measure("classify", LABELS, pairs[np.arange(100) != 3]))
+    assert found["brier_top", ""].value == rest["brier_top", ""].value
+    assert found["ece", ""].value == rest["ece", ""].value
+
+
+def test_numbers_whose_square_is_none_have_no_squared_error() -> None:
+    found = by_name(quality.measure("regress", (), Pairs(np.full(30, 1e200), value=np.zeros(30))))
+    assert (found["mae", ""].value, found["rmse", ""].value) == (1e200, None)

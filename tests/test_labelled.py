@@ -119,7 +119,7 @@ def test_results_go_by_the_time_the_device_was_on(store: Store) -> None:
         assert tx.labels.span("judge") == Span(55, 100, T0 + 100 * 20_000)
 
 
-def test_a_label_of_a_row_that_has_one_takes_its_place(store: Store) -> None:
+def test_a_label_of_a_row_that_has_one_takes_its_place_and_counts_anew(store: Store) -> None:
     keep(store, given_rows(5))
     with store.transaction() as tx:
         result = tx.labels.at("judge", 15)
@@ -127,7 +127,21 @@ def test_a_label_of_a_row_that_has_one_takes_its_place(store: Store) -> None:
         put = [tx.labels.put("judge", Label(15, None, text), result, 1) for text in ("a", "a", "b")]
     assert put == ["new", "same", "replaced"]
     found = store.ask(labelled.labelled, "judge", "sha256:a", 10, 10)
-    assert [(one.number, one.label) for one in found] == [(1, "b")]
+    assert [(one.number, one.first, one.label) for one in found] == [(2, 1, "b")]
+
+
+def test_labels_that_took_the_place_of_others_push_no_more_out_than_there_are_too_many(store: Store) -> None:
+    keep(store, given_rows(5, n=100))
+    with store.transaction() as tx:
+        for text in ("a", "b"):
+            for row in range(5, 505, 5):
+                result = tx.labels.at("judge", row)
+                assert result is not None
+                tx.labels.put("judge", Label(row, None, text), result, 1)
+        tx.labels.trim_labels("judge", 120, 1000)
+        tx.labels.trim_labels("judge", 100, 1000)
+    found = store.ask(labelled.labelled, "judge", "sha256:a", 1000, 1000)
+    assert [(one.number, one.first) for one in found] == [(100 + i, i) for i in range(1, 101)]
 
 
 def test_a_label_outlives_the_result_it_is_of(store: Store) -> None:

@@ -186,7 +186,16 @@ def test_labels_mean_what_the_bundles_kind_says(kind: str, text: str, value: flo
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"), [("classify", "UP"), ("regress", "nan"), ("regress", "1_0"), ("regress", "up"), ("anomaly", "2")]
+    ("kind", "text"),
+    [
+        ("classify", "UP"),
+        ("regress", "nan"),
+        ("regress", "1_0"),
+        ("regress", "up"),
+        ("anomaly", "2"),
+        ("regress", "1e160"),
+        ("regress", "-1e101"),
+    ],
 )
 def test_labels_that_mean_nothing_are_refused(kind: str, text: str) -> None:
     with pytest.raises(ValueError, match=text):

@@ -9,19 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from agent import config
 from agent.clock import Now
-from agent.device import batch, quality
+from agent.device import batch, measured, quality
 from agent.device.author import Author
 from agent.device.batch import Task
 from agent.device.incoming import labels
 from agent.device.storage import labelled
+from agent.device.storage.given import Given
+from agent.device.storage.labelled import Labels
 from agent.device.storage.rows import Rows
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 from agent.drift import decay, truth
 from agent.drift.judge import Judge
+from agent.drift.truth import Truth
 from agent.errors import StorageFull
 from agent.model import activate
 from agent.model.activate import Active
@@ -366,3 +370,161 @@ def test_many_labels_at_once_make_several_messages_that_cover_each_once(make: Ma
 
 def store_numbers(device: Device) -> list[int]:
     return device.store.ask(labelled.after, "tiny", 0, 10_000)
+
+
+def test_an_absurd_label_is_refused_and_one_that_an_earlier_version_kept_stops_nothing(make: Make) -> None:
+    device = make(REGRESS)
+    device.feed(300)
+    [reason] = device.label([1], lambda row: 1e160)
+    assert reason == "'1e+160' cannot be meant: numbers go to 1e+100 on either side of 0"
+    with device.store.transaction() as tx:
+        result = tx.labels.at("tiny", 5)
+        assert result is not None
+        tx.labels.put("tiny", truth.label(5, None, 1e160), result, T0)
+    device.label(range(6, 255), lambda row: 1e100 if row == 7 else 0.5)
+    device.turn()
+    body = device.sent(Quality)[-1]
+    assert body.window["n"] == 249
+    assert metrics(body)["mae", ""].value == pytest.approx(1e100 / 249, rel=1e-4)
+    kept = device.store.state("tiny", quality.STATE)
+    assert kept is not None
+    assert np.isfinite(decay.State.from_bytes(kept).square)
+
+
+@pytest.mark.parametrize("recipe", [REGRESS, CLASSIFY])
+def test_a_result_that_is_no_number_costs_itself_only(
+    make: Make, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
+) -> None:
+    kept = Labels.keep
+
+    def damaged(self: Labels, task: str, given: Given, at_s: float) -> None:
+        for column in (given.score, given.value):
+            if column is not None:
+                column[3] = np.nan
+        kept(self, task, given, at_s)
+
+    monkeypatch.setattr(Labels, "keep", damaged)
+    device = make(recipe)
+    device.feed(200)
+    device.label(range(1, 61), right if recipe is CLASSIFY else lambda row: 0.5)
+    device.turn()
+    body = device.sent(Quality)[-1]
+    assert (body.window["n"], body.window["no_result"], body.labels["n"]) == (59, 1, 60)
+    wanted = {"mae", "rmse"} if recipe is REGRESS else {"accuracy", "brier_top", "ece"}
+    assert {metrics(body)[name, ""].n for name in wanted} == {59}
+    assert (body.estimate is None) == (recipe is REGRESS)
+    state = device.store.state("tiny", quality.STATE)
+    assert state is not None
+    assert len(decay.State.from_bytes(state).rest) == 59 % decay.GROUP
+
+
+def test_classes_without_a_label_are_counted_too(make: Make) -> None:
+    device = make()
+    device.feed(200)
+    device.label([row for row in range(1, 201) if right(row) == "left"][:50], right)
+    device.turn()
+    [body] = device.sent(Quality)
+    assert (body.labels["classes"], body.labels["imbalance"]) == ({"left": 50, "right": 0, "rest": 0}, 50.0)
+
+
+def test_classes_are_counted_by_what_labels_mean() -> None:
+    found = measured._classes(Truth("anomaly"), ["1", "yes", "anomaly", "True", "0", "normal"])
+    assert found == {"classes": {"anomaly": 4, "normal": 2}, "imbalance": 2.0}
+
+
+def state_of(device: Device) -> decay.State:
+    kept = device.store.state("tiny", quality.STATE)
+    assert kept is not None
+    return decay.State.from_bytes(kept)
+
+
+def test_labels_put_right_after_they_were_told_of_are_told_again_and_clear_what_they_had_raised(make: Make) -> None:
+    device = make()
+    device.feed(400)
+    device.label(range(1, 101), other)
+    device.turn()
+    assert {(one.subject, one.state) for one in device.alerts()} == {("evaluation", "raised"), ("certainty", "raised")}
+    device.label(range(1, 101), right)
+    device.turn()
+    body = device.sent(Quality)[-1]
+    assert (body.window["new"], body.window["corrected"]) == (100, 100)
+    assert metrics(body)["accuracy", ""].value > 0.9
+    last = {one.id: one.state for one in device.alerts()}
+    assert set(last.values()) == {"cleared"}
+    assert len(last) == 2
+    assert not any(track.open for track in state_of(device).tracks.values())
+
+
+def put_right(device: Device, at_once: int) -> None:
+    """As if people mended a third of the labels in several goes, between others."""
+    device.feed(900)
+    device.label(range(1, 301), lambda row: other(row) if row % 3 == 0 else right(row))
+    device.turn()
+    for first in range(3, 301, 3 * at_once):
+        device.label(range(first, min(301, first + 3 * at_once), 3), right)
+        device.turn()
+    device.label(range(301, 401), right)
+    device.boot_s += 90_000
+    device.turn()
+
+
+@pytest.mark.parametrize("at_once", [7, 60, 100])
+def test_decay_is_what_it_would_be_had_all_labels_been_right_at_first(make: Make, at_once: int) -> None:
+    mended, never_wrong = make(), make()
+    put_right(mended, at_once)
+    never_wrong.feed(900)
+    never_wrong.label(range(1, 401), right)
+    never_wrong.boot_s += 90_000
+    never_wrong.turn()
+    one, two = state_of(mended), state_of(never_wrong)
+    assert (one.n, one.off, one.square, one.recent, one.rest) == (two.n, two.off, two.square, two.recent, two.rest)
+    assert {kind: replace_raised(track) for kind, track in one.tracks.items()} == two.tracks
+
+
+def replace_raised(track: decay.Track) -> decay.Track:
+    return structs.replace(track, raised=0)
+
+
+def test_a_stop_between_a_label_that_is_put_right_and_its_message_loses_and_doubles_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut, whole = make(), make()
+    for device in (cut, whole):
+        device.feed(400)
+        device.label(range(1, 101), other)
+        device.turn()
+        device.label(range(1, 101), right)
+    keep, sent = Transaction.keep, len(cut.sent(Quality))
+
+    def stopped(tx: Transaction, task: str, name: str, value: bytes) -> None:
+        if name == quality.STATE:
+            raise StorageFull("the power went")
+        keep(tx, task, name, value)
+
+    monkeypatch.setattr(Transaction, "keep", stopped)
+    with pytest.raises(StorageFull):
+        cut.turn()
+    monkeypatch.undo()
+    cut.store.close()
+    cut.store = Store(cut.folder)
+    assert len(cut.sent(Quality)) == sent
+    for device in (cut, whole):
+        device.turn()
+        device.turn()
+    assert state_of(cut) == state_of(whole)
+    assert [one.window for one in cut.sent(Quality)] == [one.window for one in whole.sent(Quality)]
+    assert [one.id for one in cut.alerts()] == [one.id for one in whole.alerts()]
+
+
+def test_a_label_put_right_twice_counts_once(make: Make) -> None:
+    device = make()
+    device.feed(400)
+    device.label(range(1, 101), right)
+    device.turn()
+    before = state_of(device)
+    for text in (other, right):
+        device.label(range(1, 51), text)
+        device.turn()
+    after = state_of(device)
+    assert (after.rest, after.recent, after.n, after.off) == (before.rest, before.recent, before.n, before.off)
+    assert [body.window["corrected"] for body in device.sent(Quality)] == [0, 50, 50]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,9 @@ def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
     assert reset["evidence"]["site"] == before[-1]["evidence"]["site"]
     assert after[-1]["evidence"]["number"] == before[-1]["evidence"]["number"] + 1
     assert site.ask("show", "exercise")[1]["site"]["windows"] == 22
+    # An operator who reads the log only must see it too.
+    assert before[-1]["evidence"]["warning"].startswith("only 20 drift windows")
+    assert "Warning: only 20 drift windows" in before[-1]["summary"]
 
 
 def test_a_request_that_was_taken_up_does_nothing_when_its_file_is_still_there(site: Site) -> None:
@@ -138,6 +142,51 @@ def test_a_file_that_is_no_request_is_cleared_away_and_changes_nothing(site: Sit
     finally:
         store.close()
     assert not file.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can ask for another user")
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_root_asks_for_is_the_daemons_to_read_and_its_own_user_can_ask_after_it(
+    tmp_path: Path, earlier: bool
+) -> None:
+    os.chown(tmp_path, 65534, 65534)
+    folder = tmp_path / "requests"
+    if earlier:
+        # As an earlier version left it.
+        folder.mkdir(mode=0o700)
+    references.ask(tmp_path, "exercise", references.made("learn", 3600.0))
+    for path in (folder, folder / "exercise.reference.json"):
+        assert (path.stat().st_uid, path.stat().st_gid) == (65534, 65534)
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_link_in_the_folder_of_requests_leads_nobody_elsewhere(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("as it was", encoding="utf-8")
+    (tmp_path / "requests").mkdir()
+    (tmp_path / "requests" / "exercise.reference.part").symlink_to(victim)
+    references.ask(tmp_path, "exercise", references.made("reset"))
+    assert victim.read_text(encoding="utf-8") == "as it was"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "requests").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="requests"):
+        references.ask(other, "exercise", references.made("reset"))
+
+
+def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path)
+    # Root may read any file, but no folder as one.
+    (tmp_path / "requests" / "exercise.reference.json").mkdir(parents=True)
+    try:
+        for _ in range(3):
+            assert references.waiting(store, "exercise") is None
+    finally:
+        store.close()
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "exercise.reference.json: what is asked for there cannot be read: Is a directory" in said
 
 
 def test_wrong_use_is_told(site: Site) -> None:

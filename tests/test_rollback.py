@@ -283,3 +283,11 @@ def test_pause_schedule_and_rollback_are_shown_by_health(device: Device) -> None
     shown = status["tasks"][0]
     assert (shown["paused"], shown["schedule"], shown["rolled_back_to"]) == expected
     assert shown["bundle"] == "tiny 1"
+
+
+def test_an_activation_says_what_labels_of_its_results_may_be(device: Device) -> None:
+    bodies = [json.loads(message.payload) for message in device.store.unsent(0, 1000)]
+    said = [one["evidence"] for one in bodies if one.get("event") == "activated"][-1]
+    manifest = device.daemon._planned[0].task.bundle.manifest
+    wanted = (manifest.kind, list(manifest.output.labels), manifest.output.threshold)
+    assert (said["kind"], said["labels"], said["threshold"]) == wanted

@@ -623,7 +623,7 @@ def test_of_alerts_the_newest_thousand_are_kept(tmp_path: Path) -> None:
     store = opened(tmp_path)
     with store.transaction() as tx:
         for i in range(1003):
-            tx.note_alert(f'{{"i":{i}}}')
+            tx.note_alert({"i": i})
     assert [alert["i"] for alert in store.alerts(2)] == [1002, 1001]
     assert len(store.alerts(5000)) == 1000
     store.close()

@@ -29,7 +29,6 @@ from agent.picture.content import Picture
 from agent.toml import suggestion
 
 MOST_WINDOWS = 5000
-_ALERTS = 50
 
 
 @click.command(epilog="Example: outstation drift exercise --plot drift.svg")
@@ -69,11 +68,7 @@ class _Found:
         self.shipped = _shipped(self.bundle)
         self.site = _site(store, task, self.shipped)
         self.line, self.unreadable = _timeline(store, task, self.shipped)
-        last: dict[str, dict[str, Any]] = {}
-        for alert in reversed(store.alerts(_ALERTS)):
-            if alert.get("task") == task and alert.get("alert") in ("drift", "fault"):
-                last[alert["id"]] = alert
-        self.open = [alert for alert in last.values() if alert["state"] == "raised"]
+        self.open = [alert for alert in store.open_alerts(task) if alert["alert"] in ("drift", "fault")]
 
     def usual(self) -> dict[str, Ints]:
         reference = self.site or self.shipped

@@ -95,6 +95,9 @@ def _join(
         "replaced": outcome.replaced,
         "rejected": [{"line": line, "reason": reason} for line, reason in sorted(rejected.items())],
         "sources": outcome.sources,
+        "model": outcome.model.told() if outcome.model else None,
+        "results": {"listed": outcome.model.listed, "of": outcome.model.results} if outcome.model else None,
+        "other_models": outcome.others,
         "metrics": [one.told() for one in outcome.metrics],
     }
 
@@ -102,6 +105,12 @@ def _join(
         click.echo(f"{outcome.accepted} labels accepted, {outcome.replaced} of them replaced, {len(rejected)} rejected")
         for line, reason in sorted(rejected.items())[:_SHOWN]:
             click.echo(printable(f"  line {line}: {reason}"))
+        if outcome.model is not None:
+            model = f"{outcome.model.name} {outcome.model.version}"
+            also = f"; {outcome.others} labels are of results of other bundles" if outcome.others else ""
+            click.echo(printable(f"of results of {model}, {outcome.model.digest}{also}"))
+        if outcome.sparse is not None:
+            click.echo(f"warning: {outcome.sparse}")
         rows = [
             [
                 one.metric,

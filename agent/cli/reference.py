@@ -8,16 +8,14 @@ from typing import Any
 
 import click
 
-from agent import clock
-from agent.cli import wiring
+from agent.cli import learned, wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config, parse_duration
-from agent.device import drifting
 from agent.device.operating import references, wipe
 from agent.device.storage.store import Store
 from agent.device.timekeeping import Timekeeper, clock_of
-from agent.drift.reference import ENOUGH, FEWEST, Reference
-from agent.errors import BadBundle, StorageBusy, StorageError, UsageError
+from agent.drift.reference import ENOUGH, FEWEST
+from agent.errors import StorageBusy, StorageError, UsageError
 from agent.toml import suggestion
 
 _TAKEN_S = 15.0
@@ -63,7 +61,7 @@ def show(task: str, config_file: str | None, as_json: bool) -> None:
     _require_task(conf, task)
     store = _open(conf)
     try:
-        document = _document(conf, store, task)
+        document = learned.document(conf, store, task)
     finally:
         store.close()
     emit(document, as_json, lambda: click.echo(_told(document)))
@@ -77,8 +75,10 @@ def _ask(config_file: str | None, task: str, request: references.Request, wait_s
         conf.data_dir.mkdir(parents=True, exist_ok=True)
         references.ask(conf.data_dir, task, request)
     except OSError as error:
+        place = Path(str(error.filename)) if error.filename else conf.data_dir
+        place = place if place.is_absolute() else conf.data_dir / "requests" / place
         raise UsageError(
-            f"{conf.data_dir}: cannot be written: {error.strerror}; run this as the agent's user"
+            f"{place}: cannot be written: {error.strerror}; run this as root or the agent's user"
         ) from None
     taken = _taken_up(file, conf, task, request, wait_s)
     document = {"task": task, "asked": request.what, "for_s": request.for_s, "taken_up": taken}
@@ -123,46 +123,6 @@ def _open(conf: Config) -> Store:
 def _require_task(conf: Config, task: str) -> None:
     if task not in conf.tasks:
         raise UsageError(f"there is no task {task!r}{suggestion(task, conf.tasks)}")
-
-
-def _document(conf: Config, store: Store, task: str) -> dict[str, Any]:
-    asked = references.waiting(store, task)
-    document: dict[str, Any] = {"task": task, "site": None, "learning": None, "asked": asked.what if asked else None}
-    kept = store.state(task, drifting.SITE)
-    if kept is not None:
-        document["site"] = _site(kept)
-    state = drifting.seen(store, task)
-    if document["site"] is None and state is not None:
-        document["learning"] = {
-            "windows": state.learning.seen,
-            "of": conf.tasks[task].learn,
-            "for_s": max(state.learn_s, float(conf.tasks[task].learn_for)),
-        }
-    return document
-
-
-def _site(kept: bytes) -> dict[str, Any] | None:
-    """None for one that an earlier version learned: it is not in force any more."""
-    try:
-        found = Reference.from_json(kept)
-    except BadBundle as problem:
-        raise UsageError(
-            f"the site's reference in the store is damaged ({problem}); `outstation reference reset`"
-        ) from None
-    extra = found.site
-    if extra is None:
-        return None
-    begin, end = (clock.rfc3339(t) for t in extra.learned)
-    return {
-        "number": extra.number,
-        "digest": found.digest,
-        "windows": found.drift_windows,
-        "from": begin,
-        "to": end,
-        "hours": [int(hour) for hour in extra.hours.nonzero()[0]],
-        "daily": bool(extra.waves.any()),
-        "warning": found.warning,
-    }
 
 
 def _told(document: dict[str, Any]) -> str:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 from typing import Any
 
 import click
 
 from agent import clock
-from agent.cli import operating, wiring
-from agent.cli.output import config_option, emit, json_option, table
+from agent.cli import status_task, wiring
+from agent.cli.output import config_option, emit, json_option
 from agent.config import Config
-from agent.device import drifting, quality
-from agent.device.operating import overrides, wipe
+from agent.device.operating import wipe
 from agent.device.recovery.condition import condition
 from agent.device.storage import space
 from agent.device.storage.store import Store
 from agent.device.timekeeping import clock_of, report
 from agent.errors import StorageError, UsageError
-from agent.model import bundle
 
 _ALERTS = 5
 
@@ -28,7 +24,7 @@ _ALERTS = 5
 @config_option
 @json_option
 def status(config_file: str | None, as_json: bool) -> None:
-    """Backlog, tasks, bundles, outbox, hours of buffer left, clock, last alerts."""
+    """Backlog, tasks and what is open of each, bundles, outbox, hours of buffer left, clock, last alerts."""
     _, conf = wiring.load(config_file)
     wipe.require_unwiped(conf.data_dir)
     try:
@@ -54,48 +50,13 @@ def document(conf: Config, store: Store) -> dict[str, Any]:
         "streams": [
             {"stream": name, "rows": store.last_row(name), "kept_from": store.first_row(name)} for name in conf.streams
         ],
-        "tasks": [_task(conf, store, name) for name in conf.tasks],
+        "tasks": [status_task.document(conf, store, name) for name in conf.tasks],
         "outbox": {"waiting": waiting, "last": last},
         "store": _room(conf, store),
         "condition": condition(store).document,
         "rejected": store.counters().get("lines rejected", 0),
         "alerts": store.alerts(_ALERTS),
     }
-
-
-def _task(conf: Config, store: Store, name: str) -> dict[str, Any]:
-    task = conf.tasks[name]
-    cursor = store.cursor(name) or 0
-    manifest = bundle.read(operating.bundle_of(conf, store, name), None).manifest
-    return {
-        "task": name,
-        "stream": task.stream,
-        "schedule": overrides.scheduled(store, name) or task.schedule,
-        "row": cursor,
-        "backlog": store.last_row(task.stream) - cursor,
-        "windows": store.counters().get(f"windows.{name}", 0),
-        "bundle": f"{manifest.name} {manifest.version}",
-        "site_reference": store.state(name, drifting.SITE) is not None,
-        "quality": _quality(store, name),
-        **overrides.shown(store, name),
-    }
-
-
-def _quality(store: Store, task: str) -> dict[str, Any] | None:
-    """What the newest labels say, as the last `quality` message did; None before the first."""
-    kept = store.state(task, quality.SHOWN)
-    found: dict[str, Any] | None = json.loads(kept) if kept else None
-    return found
-
-
-def _by_labels(task: dict[str, Any]) -> str:
-    """The metric that matters most, with its interval; "" where no labels came."""
-    found = (task["quality"] or {}).get("metrics", [])
-    for one in found[:1]:
-        name = {"mae": "error", "auc": "AUC"}.get(one["metric"], one["metric"])
-        span = "" if one["low"] is None else f" ({one['low']:.3g} to {one['high']:.3g})"
-        return f"{name} {one['value']:.3g}{span} of {one['n']}" if one["value"] is not None else ""
-    return ""
 
 
 def _room(conf: Config, store: Store) -> dict[str, Any]:
@@ -111,10 +72,6 @@ def _clock(clock: dict[str, Any]) -> str:
     return f"clock {clock['time']}, {clock['quality']}{right}; {vouched}; set {clock['steps']} times this boot{behind}"
 
 
-def _bundle_cell(task: dict[str, Any]) -> str:
-    return f"{task['bundle']} (rolled back)" if "rolled_back_to" in task else str(task["bundle"])
-
-
 def _print(document: dict[str, Any]) -> None:
     click.echo(f"{document['device']} in fleet {document['fleet']}, boot {document['clock']['boot']}")
     click.echo(_clock(document["clock"]))
@@ -126,24 +83,10 @@ def _print(document: dict[str, Any]) -> None:
     )
     if shown := _condition(document["condition"]):
         click.echo(f"{shown}\n")
-    table(
-        ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference", "by labels"],
-        [
-            [
-                *(t["task"], _bundle_cell(t), "paused" if t.get("paused") else t["schedule"]),
-                *(t[name] for name in ("row", "backlog", "windows")),
-                "site's own" if t["site_reference"] else "shipped",
-                _by_labels(t) or "none yet",
-            ]
-            for t in document["tasks"]
-        ],
-        "No tasks: add a [tasks.NAME] section to run a model.",
-    )
+    status_task.show(document["tasks"])
     click.echo("")
     for alert in document["alerts"]:
-        moment = datetime.datetime.fromisoformat(alert["time"])
-        color = {"critical": "red", "warning": "yellow"}.get(alert["severity"])
-        click.echo(f"{moment:%Y-%m-%d %H:%M}  {click.style(alert['state'], fg=color)}  {alert['summary']}")
+        click.echo(status_task.alert_line(alert, alert["state"]))
     if not document["alerts"]:
         click.echo("No alerts.")
 

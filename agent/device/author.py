@@ -52,7 +52,7 @@ class Author:
         tx.enqueue(Pending(seq + 1, topic, payload, token, time), messages.digest(payload))
         tx.count(f"messages.{kind}", 1)
         if kind == "alerts":
-            tx.note_alert(json.dumps({"task": task, "time": time, **body}))
+            tx.note_alert({"task": task, "time": time, **body})
         return seq + 1
 
     def reissue(self, tx: Transaction, message: Pending, old_log: str) -> int:

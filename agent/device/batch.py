@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from agent import __version__, clock, config
 from agent.clock import Now
 from agent.config import Stream
-from agent.device import drifting
+from agent.device import drifting, learned
 from agent.device.author import Author
 from agent.device.drifting import Ended
 from agent.device.storage.given import Given
@@ -269,16 +269,7 @@ def _report(task: Task, author: Author, tx: Transaction, verdict: Verdict, now: 
     seq = author.write(tx, "drift", task.name, {**head, **verdict.summary}, now)
     for alert in verdict.alerts:
         author.write(tx, "alerts", task.name, alert.body(task.name, seq=seq), now)
-    if verdict.learned is not None:
-        tx.keep(task.name, drifting.SITE, verdict.learned.to_json())
-        summary = f"{task.name}: learned this site's reference from {verdict.learned.drift_windows} drift windows."
-        evidence = {"task": task.name, "site": verdict.learned.digest, "through": verdict.rows[1]}
-        if verdict.learned.site is not None:
-            evidence |= verdict.learned.site.told()
-        author.write(tx, "audit", None, {"event": "learned", "summary": summary, "evidence": evidence}, now)
-    if verdict.refused is not None:
-        body = {"event": "not learned", "summary": f"{task.name}: {verdict.refused}", "evidence": {"task": task.name}}
-        author.write(tx, "audit", None, body, now)
+    learned.tell(task.name, author, tx, verdict, now)
 
 
 def _skip_lost(task: Task, store: Store, author: Author, batch: Batch, now: Now) -> Done:

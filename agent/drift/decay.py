@@ -7,6 +7,8 @@ the answer was wrong, or how far off a number was) is compared with three things
 - evaluation: how often the bundle's own evaluation was right
 - certainty: how often answers this sure were right there; labels that say less than that mean concept drift
 
+A label that is put right after it was taken is as if it had been right from the start: `redo` takes all again.
+
 A difference that matters to nobody (MARGINS) is allowed. An alert also needs the interval of the loss since the CUSUM
 left zero to lie wholly above what it is compared with. Neighbours that are alike count for less (`intervals.design`).
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -54,6 +56,7 @@ class State(msgspec.Struct):
 
     bundle: str
     number: int = 0
+    first: int = 0  # number that the first label taken had when it came; 0 before any
     at_s: float = 0.0  # uptime of the last message
     rest: list[tuple[float, float | None]] = []  # losses of an open group, and what was expected of them
     recent: list[float] = []  # newest losses, for how alike neighbours are
@@ -89,7 +92,7 @@ class Finding:
     """A comparison that changed its mind, in numbers. `before` is the loss it is compared with."""
 
     kind: str
-    state: str  # raised | cleared
+    state: str  # raised | cleared | corrected, which clears because labels were put right
     count: int
     loss: float
     low: float
@@ -111,6 +114,41 @@ def take(
         if len(state.rest) == GROUP:
             found += _group(state, promise, shares=shares)
             state.rest = []
+    return found
+
+
+def redo(
+    state: State,
+    losses: Sequence[float],
+    expected: Sequence[float | None],
+    promise: Promise,
+    *,
+    shares: bool,
+    whole: bool,
+) -> list[Finding]:
+    """Take all labels that are kept anew, in the order they first came, since some were put right; what that changed.
+
+    Where they are no longer the `whole` of what was taken, the baseline stays as it is.
+    """
+    fresh = State(state.bundle)
+    if not whole and state.n >= BASELINE:
+        fresh.n, fresh.off, fresh.square = state.n, state.off, state.square
+    told = {(one.kind, one.state): one for one in take(fresh, losses, expected, promise, shares=shares)}
+    found = []
+    for kind, old in state.tracks.items():
+        track = fresh.tracks.setdefault(kind, Track())
+        # Ids go on counting: what was raised before stays known by its own.
+        track.raised = old.raised
+        if old.open and not track.open:
+            loss = sum(losses) / max(1, len(losses))
+            found.append(Finding(kind, "corrected", old.raised, loss, loss, loss, loss, len(losses)))
+    for kind, track in fresh.tracks.items():
+        old = state.tracks.get(kind, Track())
+        if track.open and not old.open:
+            track.raised = old.raised + 1
+            found.append(replace(told[kind, "raised"], count=track.raised))
+    state.rest, state.recent, state.tracks = fresh.rest, fresh.recent, fresh.tracks
+    state.n, state.off, state.square = fresh.n, fresh.off, fresh.square
     return found
 
 
@@ -195,12 +233,14 @@ def _interval(loss: float, n: int, one: float, alike: float, *, shares: bool) ->
 
 def alert(finding: Finding, *, shares: bool) -> Alert:
     """Its message; `subject` is what was compared."""
-    summary = _cleared(finding) if finding.state == "cleared" else _raised(finding, shares=shares)
+    raised = finding.state == "raised"
+    summary = _raised(finding, shares=shares) if raised else _cleared(finding)
     evidence: dict[str, Any] = {"n": finding.n}
-    evidence |= {name: round(getattr(finding, name), 4) for name in ("loss", "low", "high", "before")}
-    severity = "info" if finding.state == "cleared" else "warning"
+    told = ("loss",) if finding.state == "corrected" else ("loss", "low", "high", "before")
+    evidence |= {name: round(getattr(finding, name), 4) for name in told}
+    state, severity = ("raised", "warning") if raised else ("cleared", "info")
     identity = f"quality/{finding.kind}/{finding.count}"
-    return Alert("quality", finding.kind, finding.state, severity, identity, summary, evidence)
+    return Alert("quality", finding.kind, state, severity, identity, summary, evidence)
 
 
 def _raised(found: Finding, *, shares: bool) -> str:
@@ -221,27 +261,6 @@ def _raised(found: Finding, *, shares: bool) -> str:
 
 def _cleared(found: Finding) -> str:
     what = {DECAY: "the first labels", EVALUATION: "the bundle's evaluation", CERTAINTY: "the model's certainty"}
+    if found.state == "corrected":
+        return f"labels were put right; the {found.n} there are now agree with {what[found.kind]}."
     return f"{CALM * GROUP} labels in a row agree with {what[found.kind]} again."
-
-
-FEEDBACK_SHARE = 0.2
-
-
-def feedback(state: State, own: int, n: int) -> Alert | None:
-    """Whether labels that are the model's own answers have become many, or are no more; `own` of the newest `n`."""
-    share = own / n if n else 0.0
-    grown = share > FEEDBACK_SHARE
-    if grown == state.feedback or (state.feedback and share > FEEDBACK_SHARE / 2):
-        return None
-    state.feedback = grown
-    state.feedbacks += grown
-    summary = (
-        f"{share:.0%} of the last {n} labels are the model's own answers: trained on them, it would learn its own "
-        "mistakes, and they say nothing about it. They are left out of every metric; let people label some."
-        if grown
-        else f"labels are mostly others' than the model's again ({share:.0%} of the last {n} its own)."
-    )
-    identity = f"quality/labels/{state.feedbacks}"
-    evidence = {"own": own, "n": n}
-    state_word, severity = ("raised", "warning") if grown else ("cleared", "info")
-    return Alert("quality", "labels", state_word, severity, identity, summary, evidence)

@@ -2,16 +2,21 @@
 
 - classify: accuracy (Wilson), F1 macro, micro and of each class, Brier, ECE on bins of equal mass (Nguyen & O'Connor
   2015; ties stay together)
+- ece_chance: the ECE that a calibrated model would have of as many results with these scores, by chance, and the range
+  of that; an ECE within it says nothing against calibration, so its interval begins at 0 then
 - regress: MAE, RMSE, R²
 - anomaly: AUC (ties count half), and accuracy and F1 where the bundle has a threshold
 Brier is of the named class, mean (p - right)², unless all probabilities are known: then the sum over classes.
+No interval (null) of fewer than 10 labels, or 10 of a class, but for shares that Wilson's is right for. Where a
+bootstrap does not vary, as where all answers were right, an F1 or AUC has Wilson's interval of as many results as it
+rests on, and anything else none.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,70 +86,118 @@ class Pairs:
         return self.losses
 
 
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """What a statistic is called. `fewest` labels of a class it needs; `rests` on so many results, 0 for no share."""
+
+    metric: str
+    n: int
+    slice: str = ""
+    fewest: int = intervals.FEWEST
+    rests: float = 0.0
+
+    def of(self, value: float, bounds: tuple[float, float], alike: float) -> Metric:
+        flat = math.isnan(bounds[0]) and math.isfinite(value)
+        if flat and self.rests:
+            bounds = intervals.wilson(value, self.rests / alike)
+        told = math.isfinite(value) and min(self.n, self.fewest) >= intervals.FEWEST
+        return _metric(self.metric, value, bounds if told else intervals.NONE, self.n, self.slice)
+
+
+_Part = tuple[list[_Named], Weighted]
+
+
 def measure(kind: str, labels: Sequence[str], pairs: Pairs) -> list[Metric]:
     """All metrics of `pairs`; none without any."""
     if not len(pairs):
         return []
     off = pairs.off(kind)
     alike = intervals.design(off) if off is not None else 1.0
-    drawn = intervals.weights(len(pairs), alike)
     found: list[Metric] = []
     if pairs.said is not None and off is not None:
         accuracy = 1 - float(off.mean())
-        found.append(_metric("accuracy", accuracy, intervals.wilson(accuracy, len(pairs) / alike), len(pairs)))
-    told, statistics = _statistics(kind, labels, pairs)
-    if told:
-        values = statistics(np.ones(len(pairs)))
-        for (name, label, n), value, bounds in zip(told, values, intervals.bootstrap(statistics, drawn), strict=True):
-            found.append(_metric(name, value, bounds if math.isfinite(value) else (math.nan, math.nan), n, label))
-    return found
-
-
-def _statistics(kind: str, labels: Sequence[str], pairs: Pairs) -> tuple[list[tuple[str, str, int]], Weighted]:
-    """(metric, slice, n) of all but accuracy, and a function of weights that gives all of them."""
+        bounds = intervals.wilson(accuracy, len(pairs) / alike)
+        # Of single labels they are the same number.
+        also = ["f1_micro"] if kind == "classify" else []
+        found += [_metric(name, accuracy, bounds, len(pairs)) for name in ("accuracy", *also)]
     parts = list(_parts(kind, labels, pairs))
-    named = [(name, label, n) for names, _ in parts for name, label, n in names]
-    return named, lambda w: [value for _, part in parts for value in part(w)]
+    named = [one for names, _ in parts for one in names]
+
+    def statistics(w: Floats) -> list[float]:
+        return [value for _, part in parts for value in part(w)]
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = statistics(np.ones(len(pairs)))
+        enough = len(pairs) >= intervals.FEWEST
+        spans = intervals.bootstrap(statistics, intervals.weights(len(pairs), alike)) if enough and named else []
+    spans = spans or [intervals.NONE] * len(named)
+    found += [one.of(value, span, alike) for one, value, span in zip(named, values, spans, strict=True)]
+    return [told for metric in found for told in _with_chance(metric, pairs, alike)]
 
 
-def _parts(kind: str, labels: Sequence[str], pairs: Pairs) -> Iterator[tuple[list[tuple[str, str, int]], Weighted]]:
+def _with_chance(metric: Metric, pairs: Pairs, alike: float) -> list[Metric]:
+    """An ECE with what chance makes of it; any other metric as it is."""
+    if metric.metric != "ece" or metric.value is None or pairs.score is None:
+        return [metric]
+    score = pairs.score[np.isfinite(pairs.score)]
+    mean, sd = ece_by_chance(score, equal_mass(score), alike)
+    low, high = max(0.0, mean - intervals.Z * sd), mean + intervals.Z * sd
+    if metric.low is not None and metric.value <= high:
+        metric = replace(metric, low=0.0)
+    return [metric, _metric("ece_chance", mean, (low, high), metric.n)]
+
+
+def _parts(kind: str, labels: Sequence[str], pairs: Pairs) -> Iterator[_Part]:
+    """Names of statistics, and a function of weights that gives them: all but accuracy."""
     n, value, truth = len(pairs), pairs.value, pairs.truth
     if kind == "regress" and value is not None:
         off = value - truth
-        yield [("mae", "", n)], lambda w: [_mean(np.abs(off), w)]
-        yield [("rmse", "", n), ("r2", "", n)], lambda w: [math.sqrt(_mean(off**2, w)), r2(truth, off, w)]
+        yield [_Named("mae", n)], lambda w: [_mean(np.abs(off), w)]
+        yield [_Named("rmse", n), _Named("r2", n)], lambda w: [math.sqrt(_mean(off**2, w)), r2(truth, off, w)]
     if kind == "anomaly" and value is not None:
-        yield [("auc", "", n)], lambda w: [auc(value, truth > 0, w)]
+        fewest = int(min((truth > 0).sum(), (truth <= 0).sum()))
+        yield [_Named("auc", n, fewest=fewest, rests=fewest)], lambda w: [auc(value, truth > 0, w)]
     if pairs.said is not None and kind == "anomaly":
         meant, said = truth.astype(np.int64), pairs.said
-        yield [("f1", "", n)], lambda w: [float(f1(meant, said, 2, w)[1])]
+        yes = int(meant.sum())
+        named = _Named("f1", n, fewest=yes, rests=(yes + int(said.sum())) / 2)
+        yield [named], lambda w: [float(f1(meant, said, 2, w)[1])]
     elif pairs.said is not None:
-        yield from _of_classes(labels, pairs, truth.astype(np.int64), pairs.said)
+        yield from _calibration(pairs, truth.astype(np.int64), pairs.said)
+        yield _of_classes(labels, truth.astype(np.int64), pairs.said)
 
 
-def _of_classes(
-    labels: Sequence[str], pairs: Pairs, truth: Ints, said: Ints
-) -> Iterator[tuple[list[tuple[str, str, int]], Weighted]]:
-    n = len(pairs)
+def _calibration(pairs: Pairs, truth: Ints, said: Ints) -> Iterator[_Part]:
+    """Of the results whose score is known."""
     if pairs.full is not None:
         each = np.square(pairs.full - np.eye(pairs.full.shape[1])[truth]).sum(axis=1)
-        yield [("brier", "", n)], lambda w: [_mean(each, w)]
-    if pairs.score is not None and np.isfinite(pairs.score).all():
-        score, right = pairs.score, np.asarray(said == truth, np.float64)
-        if pairs.full is None:
-            yield [("brier_top", "", n)], lambda w: [_mean((score - right) ** 2, w)]
-        where = equal_mass(score)
-        yield [("ece", "", n)], lambda w: [ece(score, right, where, w)]
+        yield [_Named("brier", len(pairs))], lambda w: [_mean(each, w)]
+    known = np.isfinite(pairs.score) if pairs.score is not None else np.zeros(len(pairs), np.bool_)
+    if pairs.score is None or not known.any():
+        return
+    score, right, n = pairs.score[known], np.asarray(said == truth, np.float64)[known], int(known.sum())
+    if pairs.full is None:
+        yield [_Named("brier_top", n)], lambda w: [_mean((score - right) ** 2, w[known])]
+    where = equal_mass(score)
+    yield [_Named("ece", n)], lambda w: [ece(score, right, where, w[known])]
+
+
+def _of_classes(labels: Sequence[str], truth: Ints, said: Ints) -> _Part:
     count = max(len(labels), int(max(truth.max(), said.max())) + 1)
-    support = np.bincount(truth, minlength=count)
+    support, named = np.bincount(truth, minlength=count), np.bincount(said, minlength=count)
     shown = [int(i) for i in np.argsort(-support, kind="stable")[:_MOST_CLASSES] if support[i] and i < len(labels)]
+    fewest = int(support[support > 0].min())
 
     def scores(w: Floats) -> list[float]:
         found = f1(truth, said, count, w)
-        return [macro(found), _mean(said == truth, w), *found[shown].tolist()]
+        return [macro(found), *found[shown].tolist()]
 
-    named = [("f1", f"class={labels[i]}", int(support[i])) for i in shown]
-    yield [("f1_macro", "", n), ("f1_micro", "", n), *named], scores
+    # One mistake in the smallest class moves the mean as much as one in so many results.
+    whole = _Named("f1_macro", len(truth), fewest=fewest, rests=fewest * int((support > 0).sum()))
+    each = [
+        _Named("f1", int(support[i]), f"class={labels[i]}", rests=(int(support[i]) + int(named[i])) / 2) for i in shown
+    ]
+    return [whole, *each], scores
 
 
 def f1(truth: Ints, said: Ints, count: int, w: Floats) -> Floats:
@@ -157,7 +210,8 @@ def f1(truth: Ints, said: Ints, count: int, w: Floats) -> Floats:
 
 def macro(each: Floats) -> float:
     """Mean over the classes that were meant or named."""
-    return float(np.nanmean(each))
+    known = each[~np.isnan(each)]
+    return float(known.sum() / len(known)) if len(known) else math.nan
 
 
 def equal_mass(score: Floats, bins: int = ECE_BINS) -> Ints:
@@ -172,6 +226,16 @@ def ece(score: Floats, right: Floats, where: Ints, w: Floats) -> float:
     """Σ share of a bin × |mean score - share right|, from bins as `equal_mass` has them."""
     apart = np.abs(np.bincount(where, w * (score - right)))
     return float(apart.sum() / w.sum())
+
+
+def ece_by_chance(score: Floats, where: Ints, alike: float) -> tuple[float, float]:
+    """Mean and standard deviation of the ECE where each answer is right with the probability that its score says.
+
+    The gap of a bin is near normal with mean 0 then, and its size half-normal; `alike` from `intervals.design`.
+    """
+    variance = np.bincount(where, score * (1 - score)) * alike
+    mean = float(np.sqrt(2 / math.pi * variance).sum()) / len(score)
+    return mean, math.sqrt((1 - 2 / math.pi) * float(variance.sum())) / len(score)
 
 
 def auc(value: Floats, yes: np.ndarray[Any, np.dtype[np.bool_]], w: Floats) -> float:

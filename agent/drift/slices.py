@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
-from agent.drift import intervals
+from agent.drift import intervals, quality
 from agent.drift.codec import Floats
 from agent.drift.quality import Metric, Pairs, rounded
 
@@ -21,6 +22,8 @@ LEVEL = 0.05
 # A slice whose interval reaches further than this to either side says too little.
 _WIDE = 0.15
 _FEWEST = 5
+FEWEST_MORE = 50
+_MORE = ("f1_macro", "f1", "brier", "brier_top")
 _FEWEST_NUMBERS = 20
 _MOST_VALUES = 20
 _EXACT = 2_000
@@ -28,19 +31,23 @@ OTHER, MISSING = "other", "missing"
 
 
 def measure(kind: str, pairs: Pairs, slices: Mapping[str, Sequence[str]]) -> list[Metric]:
-    """Accuracy, or MAE of numbers, in each slice. `slices`: field → (n,) texts, in the order of `pairs`."""
+    """Accuracy, or MAE of numbers, in each slice; then F1 and Brier. `slices`: field → (n,) texts, as `pairs`."""
     off = pairs.off(kind)
     if off is None or not len(pairs):
         return []
     alike = intervals.design(off)
     found: list[tuple[Metric, float]] = []
+    more: list[Metric] = []
     for field in sorted(slices):
         values = np.array(_few(slices[field]))
         for value in sorted(set(values.tolist())):
             inside = values == value
             found.append(_one(kind, f"{field}={value}", off, inside, alike))
+            if kind != "regress" and found[-1][0].state != SMALL and inside.sum() >= FEWEST_MORE:
+                more += _more(kind, f"{field}={value}", pairs[inside])
     worse = holm([p for _, p in found])
-    return [_judged(metric, bad) for (metric, _), bad in zip(found, worse, strict=True)]
+    # Where there is no room for all, what was tested is told first.
+    return [*(_judged(metric, bad) for (metric, _), bad in zip(found, worse, strict=True)), *more]
 
 
 def holm(ps: Sequence[float]) -> list[bool]:
@@ -61,7 +68,9 @@ def _one(
     if kind == "regress":
         half = intervals.Z * math.sqrt(float(off[inside].var()) * alike / max(1, n - 1))
         state = SMALL if n / alike < _FEWEST_NUMBERS else OK
-        metric = Metric("mae", rounded(mean), rounded(max(0.0, mean - half)), rounded(mean + half), n, name, state)
+        # Errors that are all the same do not tell how much they vary.
+        low, high = (max(0.0, mean - half), mean + half) if n >= intervals.FEWEST and half > 0 else intervals.NONE
+        metric = Metric("mae", rounded(mean), rounded(low), rounded(high), n, name, state)
     else:
         low, high = intervals.wilson(1 - mean, n / alike)
         state = SMALL if n / alike < _FEWEST or high - low > 2 * _WIDE else OK
@@ -69,10 +78,13 @@ def _one(
     return metric, _p(kind, off[inside], off[~inside], alike)
 
 
+def _more(kind: str, name: str, inside: Pairs) -> list[Metric]:
+    found = quality.measure(kind, (), inside)
+    return [replace(one, slice=name) for one in found if one.metric in _MORE and not one.slice]
+
+
 def _judged(metric: Metric, worse: bool) -> Metric:
-    if not worse:
-        return metric
-    return Metric(metric.metric, metric.value, metric.low, metric.high, metric.n, metric.slice, WORSE)
+    return replace(metric, state=WORSE) if worse else metric
 
 
 def _p(kind: str, inside: Floats, outside: Floats, alike: float) -> float:

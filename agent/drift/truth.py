@@ -11,6 +11,9 @@ HUMAN, MODEL, SYSTEM = SOURCES = ("human", "model", "system")
 _LONGEST = 256
 _YES = {"1": 1.0, "true": 1.0, "yes": 1.0, "anomaly": 1.0, "0": 0.0, "false": 0.0, "no": 0.0, "normal": 0.0}
 _LATEST_S = 4_102_444_800.0  # 2100-01-01
+# Its square, and the sum of many, must still be a number.
+_LARGEST = 1e100
+ANOMALY = ("normal", "anomaly")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +43,31 @@ class Truth:
         if self.kind == "anomaly":
             if text in self.labels and len(self.labels) == 2:
                 return float(self.labels.index(text))
-            if text.lower() not in _YES:
+            yes = anomalous(text)
+            if yes is None:
                 raise ValueError(f"{text[:40]!r} must be anomaly or normal, 1 or 0")
-            return _YES[text.lower()]
+            return yes
         try:
             value = math.nan if "_" in text else float(text)
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
             raise ValueError(f"{text[:40]!r} is no finite number")
+        if abs(value) > _LARGEST:
+            raise ValueError(f"{text[:40]!r} cannot be meant: numbers go to {_LARGEST:g} on either side of 0")
         return value
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the classes that `read` numbers; none for numbers."""
+        if self.kind == "anomaly" and len(self.labels) != 2:
+            return ANOMALY
+        return () if self.kind == "regress" else self.labels
+
+
+def anomalous(text: str) -> float | None:
+    """1 where the text means an anomaly, 0 where it means none; None for another text."""
+    return _YES.get(text.lower())
 
 
 def label(row: Any, t: Any, text: Any, source: Any = None) -> Label:

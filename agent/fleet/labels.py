@@ -1,12 +1,14 @@
 """Labels that come to the collector instead of the device: joined with its results here, by the same pure code.
 
 Rows count anew in each log, so that a label is of a result of the device's newest log that has results of the task. One
-label a row: the last wins. Metrics are of all labelled results of that log, and replace those computed here before.
+label a row: the last wins. Metrics are of all labelled results of the newest bundle that has any in that log, and
+replace those computed here before. Slices are the device's alone: what they are of does not come here.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +17,11 @@ from typing import Any
 import numpy as np
 
 from agent.drift import quality
+from agent.drift.codec import Floats
 from agent.drift.quality import Metric, Pairs
-from agent.drift.truth import MODEL, Label, Truth, told
+from agent.drift.truth import MODEL, Label, told
+from agent.fleet import ran
+from agent.fleet.ran import Meaning, Model
 
 SOURCE = "collector"
 _NEAR_US = 500
@@ -25,20 +30,36 @@ _NEWEST = """
         SELECT 1 FROM results r WHERE r.device = l.device AND r.task = :task AND r.log = l.log)
     ORDER BY l.rowid DESC LIMIT 1"""
 _LABELLED = """
-    SELECT l.label, l.source, r.label, r.score, r.value FROM labels l
+    SELECT l.label, l.source, r.label, r.score, r.value, r.seq FROM labels l
     JOIN results r ON r.device = l.device AND r.task = l.task AND r.row = l.row AND r.log = l.log
     WHERE l.device = ? AND l.task = ? AND l.log = ? ORDER BY l.row"""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`rejected` position → reason; `replaced` labels of rows that had one; `metrics` of all labels there are now."""
+    """`rejected` position → reason; `replaced` labels of rows that had one; `sources` of all labels there are now.
+
+    `metrics` are of the results of `model`, None without any; `others` are labels of results of other bundles.
+    """
 
     accepted: int
     replaced: int
     rejected: dict[int, str]
     sources: dict[str, int]
     metrics: list[Metric]
+    model: Model | None
+    others: int
+
+    @property
+    def sparse(self) -> str | None:
+        """What to know where the device lists a part of its results only."""
+        if self.model is None or self.model.listed >= self.model.results:
+            return None
+        return (
+            f"the device lists {self.model.listed} of {self.model.results} results of this bundle (its publish), and "
+            "which ones depends on what the model said: these metrics are of those, not of all its results. Send the "
+            "labels to the device (--send), or let it publish all."
+        )
 
 
 def take(db: sqlite3.Connection, device: str, task: str, labels: Sequence[Label], now: str) -> Outcome:
@@ -47,14 +68,14 @@ def take(db: sqlite3.Connection, device: str, task: str, labels: Sequence[Label]
     if found is None:
         raise ValueError(f"no results of task {task!r} of {device} are here")
     log = str(found[0])
-    sql = "SELECT t, row FROM results WHERE device = ? AND task = ? AND log = ? ORDER BY t, row"
+    sql = "SELECT t, row, seq FROM results WHERE device = ? AND task = ? AND log = ? ORDER BY t, row"
     places = _Places(db.execute(sql, (device, task, log)).fetchall())
-    truth = _truth(db, device, task, log)
+    bundles = _Bundles(db, device, task, log, [label.text for label in labels])
     rejected: dict[int, str] = {}
     accepted = replaced = 0
     for index, label in enumerate(labels):
         row = places.find(label)
-        problem = _problem(truth, label, row)
+        problem = _missing(label) if row is None else bundles.problem(label, places.message[row])
         if problem is not None:
             rejected[index] = problem
             continue
@@ -67,24 +88,28 @@ def take(db: sqlite3.Connection, device: str, task: str, labels: Sequence[Label]
             "INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?, ?, ?)", (*before, label.text, label.source, now)
         )
     rows = db.execute(_LABELLED, (device, task, log)).fetchall()
-    metrics = _measure(truth.kind, [row for row in rows if row[1] != MODEL])
+    judged = [row for row in rows if row[1] != MODEL]
+    model = bundles.models.get(max((row[5] for row in judged), default=0))
+    of_model = [row for row in judged if bundles.models.get(row[5]) is model]
+    metrics = _measure(bundles.of(model), of_model) if model else []
     _write(db, device, task, log, metrics, now)
-    return Outcome(accepted, replaced, rejected, told([row[1] for row in rows]), metrics)
+    others = len(judged) - len(of_model)
+    return Outcome(accepted, replaced, rejected, told([row[1] for row in rows]), metrics, model, others)
 
 
 class _Places:
-    """Results by row and by time."""
+    """Results by row and by time; `message` has the seq of each."""
 
-    def __init__(self, found: list[tuple[int, int]]) -> None:
-        self._times, self._rows = [t for t, _ in found], [row for _, row in found]
-        self._known = set(self._rows)
+    def __init__(self, found: list[tuple[int, int, int]]) -> None:
+        self._times, self._rows = [t for t, _, _ in found], [row for _, row, _ in found]
+        self.message = {row: seq for _, row, seq in found}
         between = np.diff(self._times)
         self._most = max(_NEAR_US, int(np.median(between)) // 2 if len(between) else 0)
 
     def find(self, label: Label) -> int | None:
         """The row of the result it is of: exactly, or nearest in time within half of what lies between results."""
         if label.row is not None:
-            return label.row if label.row in self._known else None
+            return label.row if label.row in self.message else None
         t = label.t or 0
         at = bisect.bisect_left(self._times, t)
         near = [i for i in (at - 1, at) if 0 <= i < len(self._times)]
@@ -92,37 +117,57 @@ class _Places:
         return None if best is None or abs(self._times[best] - t) > self._most else self._rows[best]
 
 
-def _truth(db: sqlite3.Connection, device: str, task: str, log: str) -> Truth:
-    """As far as results tell: classes that were never named are not known here, and are taken as they come."""
-    sql = "SELECT max(label IS NOT NULL) FROM results WHERE device = ? AND task = ? AND log = ?"
-    return Truth("classify" if db.execute(sql, (device, task, log)).fetchone()[0] else "regress")
+def _missing(label: Label) -> str:
+    return f"row {label.row} has no result here" if label.row is not None else "no result is that near to this time"
 
 
-def _problem(truth: Truth, label: Label, row: int | None) -> str | None:
-    if row is None:
-        return f"row {label.row} has no result here" if label.row is not None else "no result is that near to this time"
-    if truth.kind == "regress":
+class _Bundles:
+    """What each message's results are of, and what labels of them may be."""
+
+    def __init__(self, db: sqlite3.Connection, device: str, task: str, log: str, texts: Sequence[str]) -> None:
+        self._db, self._place = db, (device, task, log)
+        self.models = ran.models(db, device, task, log)
+        sql = "SELECT DISTINCT label FROM labels WHERE device = ? AND task = ? AND log = ? AND source <> ?"
+        self._texts = [*texts, *(row[0] for row in db.execute(sql, (*self._place, MODEL)))]
+        self._meanings: dict[str, Meaning] = {}
+
+    def of(self, model: Model) -> Meaning:
+        if model.digest not in self._meanings:
+            self._meanings[model.digest] = ran.meaning(self._db, *self._place, model.digest, self._texts)
+        return self._meanings[model.digest]
+
+    def problem(self, label: Label, seq: int) -> str | None:
+        """Why a label of a result in this message is refused."""
+        meaning = self.of(self.models[seq])
         try:
-            truth.read(label.text)
+            meaning.truth.read(label.text)
         except ValueError as problem:
-            return str(problem)
-    return None
+            hint = "" if meaning.said else ", as far as its results here tell; the device knows all (--send)"
+            return f"{problem}{hint}"
+        return None
 
 
-def _measure(kind: str, rows: Sequence[tuple[Any, ...]]) -> list[Metric]:
-    if not rows:
-        return []
-    if kind == "regress":
-        known = [(float(row[0]), row[4]) for row in rows if row[4] is not None]
-        values = np.array([value for _, value in known], np.float64)
-        return quality.measure(kind, (), Pairs(np.array([label for label, _ in known], np.float64), value=values))
-    known_labels = tuple(sorted({row[0] for row in rows} | {row[2] for row in rows if row[2] is not None}))
-    code = {label: index for index, label in enumerate(known_labels)}
-    named = [row for row in rows if row[2] is not None]
-    score = np.array([np.nan if row[3] is None else row[3] for row in named], np.float64)
-    truth = np.array([code[row[0]] for row in named], np.float64)
-    said = np.array([code[row[2]] for row in named], np.int64)
-    return quality.measure(kind, known_labels, Pairs(truth, said, score))
+def _measure(meaning: Meaning, rows: Sequence[tuple[Any, ...]]) -> list[Metric]:
+    """Of (label, source, named, score, value, …) each; one that is not understood any more is left out."""
+    truth, known = meaning.truth, []
+    for row in rows:
+        with contextlib.suppress(ValueError):
+            known.append((truth.read(row[0]), row[2], row[3], row[4]))
+    if truth.kind == "classify":
+        named = [one for one in known if one[1] in truth.labels]
+        said = np.array([truth.labels.index(one[1]) for one in named], np.int64)
+        score = np.array([np.nan if one[2] is None else one[2] for one in named], np.float64)
+        return quality.measure("classify", truth.labels, Pairs(_first(named), said, score))
+    numbers = [one for one in known if one[3] is not None]
+    value = np.array([one[3] for one in numbers], np.float64)
+    above = None
+    if truth.kind == "anomaly" and meaning.threshold is not None:
+        above = (value > meaning.threshold).astype(np.int64)
+    return quality.measure(truth.kind, truth.labels, Pairs(_first(numbers), above, value=value))
+
+
+def _first(known: Sequence[tuple[Any, ...]]) -> Floats:
+    return np.array([one[0] for one in known], np.float64)
 
 
 def _write(db: sqlite3.Connection, device: str, task: str, log: str, metrics: Sequence[Metric], now: str) -> None:

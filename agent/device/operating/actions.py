@@ -122,7 +122,7 @@ class TaskActions:
 
         def write(tx: Transaction) -> None:
             overrides.keep_rollback(tx, name, kept.rolled_back(target, configured))
-            kept.record(tx, self._author, name, target, past, "rollback", now)
+            kept.record(tx, self._author, task, past, "rollback", now)
 
         summary = f"{name} went from {past.now} to {target}." if running else f"{name} runs again, with {target}."
         data = {"from": past.now.digest, "to": target.digest}

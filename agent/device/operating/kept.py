@@ -17,6 +17,7 @@ from typing import Any
 from agent.clock import Now
 from agent.device.author import Author
 from agent.device.batch import Task
+from agent.device.measured import truth_of
 from agent.device.operating import overrides
 from agent.device.operating.overrides import Rollback
 from agent.device.storage.store import Store
@@ -29,6 +30,7 @@ from agent.wire.keys import write_new
 log = logging.getLogger("outstation")
 
 ACTIVE = "active bundle"
+_MOST_LABEL_BYTES = 8_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +112,26 @@ def activated(store: Store, author: Author, task: Task, data_dir: Path, now: Now
         with store.transaction() as tx:
             if left:
                 overrides.keep_rollback(tx, task.name, None)
-            record(tx, author, task.name, this, old, "configured", now)
+            record(tx, author, task, old, "configured", now)
     except StorageFull as full:
         log.error("task %s: %s; that %s was activated is recorded at the next start", task.name, full, this)
 
 
-def record(tx: Transaction, author: Author, task: str, this: Ran, old: History | None, why: str, now: Now) -> None:
-    """What runs now and what ran before, and the audit message."""
-    before = old.now if old else None
+def record(tx: Transaction, author: Author, task: Task, old: History | None, why: str, now: Now) -> None:
+    """That `task` runs its bundle now, what ran before, and the audit message.
+
+    The message says what labels of its results may be: who collects them has no bundle.
+    """
+    this, before = ran(task), old.now if old else None
     if before is not None and before.digest == this.digest:
         before = old.before if old else None
     kept = {"now": asdict(this), "before": asdict(before) if before else None}
-    tx.keep(task, ACTIVE, json.dumps(kept).encode())
-    evidence: dict[str, Any] = {"task": task, "from": kept["before"], "to": kept["now"], "why": why}
-    summary = f"{task}: {this} was activated" + (f" after {before}." if before else ".")
+    tx.keep(task.name, ACTIVE, json.dumps(kept).encode())
+    truth, output = truth_of(task), task.bundle.manifest.output
+    told = truth.labels if len(json.dumps(truth.labels)) <= _MOST_LABEL_BYTES else ()
+    evidence: dict[str, Any] = {"task": task.name, "from": kept["before"], "to": kept["now"], "why": why}
+    evidence |= {"kind": truth.kind, "labels": list(told), "threshold": output.threshold}
+    summary = f"{task.name}: {this} was activated" + (f" after {before}." if before else ".")
     author.write(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
 
 

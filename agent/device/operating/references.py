@@ -8,6 +8,7 @@ so that a crash between commit and the file's end does nothing twice.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import uuid
 from pathlib import Path
@@ -21,8 +22,11 @@ from agent.device.batch import Task
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 
+log = logging.getLogger("outstation")
+
 REQUEST, DONE = "reference request", "reference request done"
 _MOST_BYTES = 4096
+_unreadable: set[Path] = set()
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -42,12 +46,29 @@ def made(what: str, for_s: float = 0.0, by: str = "on the device") -> Request:
 
 
 def ask(data_dir: Path, task: str, request: Request) -> None:
-    """Leave `request` for the daemon, or for the next `outstation batch`. Raises OSError."""
-    file = _file(data_dir, task)
+    """Leave `request` for the daemon, or for the next `outstation batch`. Raises OSError.
+
+    Asked by root, folder and file are the data folder's owner's, as the daemon is that user.
+    """
+    file, root = _file(data_dir, task), os.geteuid() == 0
+    owner = data_dir.stat()
     file.parent.mkdir(mode=0o700, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_bytes(request.to_json())
-    os.replace(part, file)
+    # By descriptor and never through a link: the owner of the folder must not make root write elsewhere.
+    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if root:
+            os.fchown(folder, owner.st_uid, owner.st_gid)
+        part = file.with_suffix(".part").name
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(part, dir_fd=folder)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder)
+        with os.fdopen(descriptor, "wb") as content:
+            if root:
+                os.fchown(content.fileno(), owner.st_uid, owner.st_gid)
+            content.write(request.to_json())
+        os.replace(part, file.name, src_dir_fd=folder, dst_dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def waiting(store: Store, task: str) -> Request | None:
@@ -113,9 +134,18 @@ def _file(data_dir: Path, task: str) -> Path:
 def _content(file: Path) -> bytes | None:
     try:
         with file.open("rb") as content:
-            return content.read(_MOST_BYTES)
-    except OSError:
+            found = content.read(_MOST_BYTES)
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        # It is looked at before every batch; said once is enough.
+        if file not in _unreadable:
+            _unreadable.add(file)
+            text = "%s: what is asked for there cannot be read: %s; ask again as root, or give the folder to this user"
+            log.warning(text, file, error.strerror)
+        return None
+    _unreadable.discard(file)
+    return found
 
 
 def _clear(store: Store, task: str) -> None:

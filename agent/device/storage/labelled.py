@@ -22,7 +22,7 @@ _LABEL_BYTES = 300
 # Seconds as floating-point numbers come back a little off.
 _LEAST_NEAR_US = 500
 # Of the quota, for labels; a task keeps so many at least, and no more than so many.
-_LABEL_SHARE, _FEWEST_LABELS, _MOST_LABELS = 20, 100, 5_000
+_LABEL_SHARE, _FEWEST_LABELS, MOST_LABELS = 20, 100, 5_000
 _MOST_OPEN = 8
 
 
@@ -37,13 +37,18 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A label with its result. `number` counts labels of the task in the order they came; `received` epoch µs."""
+    """A label with its result; `received` epoch µs.
+
+    `number` counts labels of the task in the order they came. One that another label took the place of counts anew, so
+    that whoever had taken the other one sees it; `first` is the number of the first label of its result.
+    """
 
     number: int
     label: str
     source: str
     received: int
     result: Result
+    first: int
 
 
 class _Kept(msgspec.Struct, array_like=True):
@@ -56,6 +61,7 @@ class _Kept(msgspec.Struct, array_like=True):
     row: int | None = None
     t: int | None = None
     at_s: float = 0.0
+    first: int = 0  # 0 where it is the first of its result
 
 
 class Labels:
@@ -161,10 +167,13 @@ class Labels:
         old = _decoded(before[1]) if before else None
         if old is not None and (old.label, old.source) == (label.text, label.source):
             return "same"
-        data = msgspec.msgpack.encode(_Kept(label.text, label.source, received, result))
-        self._budget.spend(len(data) + _LABEL_BYTES)
-        number = before[0] if before else self.newest(task) + 1
-        self._db.execute("INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?)", (task, number, result.row, data))
+        first = (old.first if old else 0) or before[0] if before else 0
+        data = msgspec.msgpack.encode(_Kept(label.text, label.source, received, result, first=first))
+        self._budget.spend(len(data) + (2 if before else 1) * _LABEL_BYTES)
+        number = self.newest(task) + 1
+        if before:
+            self._db.execute("DELETE FROM labels WHERE task = ? AND number = ?", (task, before[0]))
+        self._db.execute("INSERT INTO labels VALUES (?, ?, ?, ?)", (task, number, result.row, data))
         return "replaced" if before else "new"
 
     def newest(self, task: str) -> int:
@@ -191,8 +200,15 @@ class Labels:
 
     def trim_labels(self, task: str, keep: int, limit: int) -> None:
         """Delete up to `limit` of the oldest beyond the newest `keep`."""
+        sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number LIMIT 1"
+        oldest = self._db.execute(sql, (task,)).fetchone()
+        if oldest is None or self.newest(task) - oldest[0] < keep:
+            return
+        # Numbers have gaps, where another label took the place of one.
+        sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number DESC LIMIT 1 OFFSET ?"
+        last = self._db.execute(sql, (task, keep)).fetchone()
         sql = "SELECT number FROM labels WHERE task = ? AND number BETWEEN 1 AND ? ORDER BY number LIMIT ?"
-        old = self._db.execute(sql, (task, self.newest(task) - keep, limit)).fetchall()
+        old = self._db.execute(sql, (task, last[0] if last else 0, limit)).fetchall()
         count = self._budget.affords(_LABEL_BYTES for _ in old)
         sql = "DELETE FROM labels WHERE task = ? AND number = ?"
         self._db.executemany(sql, ((task, *one) for one in old[:count]))
@@ -200,7 +216,7 @@ class Labels:
 
 def kept_labels(pages: int) -> int:
     """How many labels of a task a store of so many bytes keeps."""
-    return max(_FEWEST_LABELS, min(_MOST_LABELS, pages // _LABEL_SHARE // _LABEL_BYTES))
+    return max(_FEWEST_LABELS, min(MOST_LABELS, pages // _LABEL_SHARE // _LABEL_BYTES))
 
 
 def span(db: sqlite3.Connection, task: str) -> Span | None:
@@ -234,7 +250,7 @@ def labelled(db: sqlite3.Connection, task: str, bundle: str, through: int, limit
     for number, data in db.execute(sql, (task, through, limit)).fetchall():
         one = _decoded(data)
         if one is not None and one.result is not None and one.result.bundle == bundle:
-            found.append(Labelled(number, one.label, one.source, one.received, one.result))
+            found.append(Labelled(number, one.label, one.source, one.received, one.result, one.first or number))
     return found[::-1]
 
 

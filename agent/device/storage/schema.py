@@ -185,6 +185,12 @@ DROP_MARKS = """
         SELECT item FROM marks WHERE source = :source ORDER BY used DESC LIMIT -1 OFFSET :most)
 """
 
+# Kinds of alerts that are kept while they are open, in `state` under this and their id. The others, such as a row that
+# cannot be read, are never cleared.
+STAY_OPEN = ("drift", "fault", "model", "quality")
+OPEN_ALERT = "open alert "
+OPEN_ALERTS = f"SELECT CAST(value AS BLOB) FROM state WHERE task = ? AND substr(name, 1, {len(OPEN_ALERT)}) = ?"
+
 OLD_ALERTS = """
     SELECT rowid, length(body) FROM alerts WHERE rowid <= (SELECT max(rowid) FROM alerts) - 50 ORDER BY rowid LIMIT 200
 """

@@ -292,6 +292,11 @@ class Store:
         found = self._all("SELECT body FROM alerts ORDER BY rowid DESC LIMIT ?", limit)
         return [json.loads(row[0]) for row in found]
 
+    def open_alerts(self, task: str) -> list[dict[str, Any]]:
+        """Those about the task's data, model and quality that were raised and not cleared, as they came."""
+        found = self._all(schema.OPEN_ALERTS, task, schema.OPEN_ALERT)
+        return sorted((json.loads(row[0]) for row in found), key=lambda alert: str(alert["time"]))
+
     def ask(self, query: Callable[..., T], *values: Any) -> T:
         """What a query of `labelled`, which takes the connection first, finds."""
         with self._lock, self._guarded():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +128,12 @@ class Transaction:
         self._budget.spend(2 * (len(task) + len(name)) + len(value) + 32)
         self._db.execute("INSERT OR REPLACE INTO state (task, name, value) VALUES (?, ?, ?)", (task, name, value))
 
+    def kept(self, task: str, name: str) -> bytes | None:
+        """What was kept under this name."""
+        sql = "SELECT CAST(value AS BLOB) FROM state WHERE task = ? AND name = ?"
+        found = self._db.execute(sql, (task, name)).fetchone()
+        return found[0] if found else None
+
     def drop(self, task: str, name: str) -> None:
         self._db.execute("DELETE FROM state WHERE task = ? AND name = ?", (task, name))
 
@@ -201,8 +208,14 @@ class Transaction:
         self._chain = message.seq, digest
         self.outbox.added(len(message.payload) + len(message.jws) + len(message.topic))
 
-    def note_alert(self, body: str) -> None:
-        """Keep an alert for local eyes; the newest thousand stay."""
+    def note_alert(self, alert: Mapping[str, Any]) -> None:
+        """Keep an alert for local eyes: the newest thousand, and what is open of a task, however long ago it began."""
+        body = json.dumps(alert)
+        if alert.get("task") is not None and alert.get("alert") in schema.STAY_OPEN:
+            if alert["state"] == "raised":
+                self.keep(alert["task"], schema.OPEN_ALERT + alert["id"], body.encode())
+            else:
+                self.drop(alert["task"], schema.OPEN_ALERT + alert["id"])
         self._budget.spend(len(body.encode()))
         self._db.execute("INSERT INTO alerts (body) VALUES (?)", (body,))
         self._db.execute("DELETE FROM alerts WHERE rowid <= (SELECT max(rowid) FROM alerts) - 1000")

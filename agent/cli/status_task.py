@@ -1,0 +1,147 @@
+"""The part of `outstation status` that is about tasks: what is open of each, its reference, and what labels say."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from agent.cli import learned, operating
+from agent.cli.output import table
+from agent.config import Config
+from agent.device import drifting, quality
+from agent.device.operating import overrides
+from agent.device.storage.store import Store
+from agent.errors import UsageError
+from agent.model import bundle
+
+_NAMES = {
+    "accuracy": "accuracy",
+    "f1_macro": "F1",
+    "f1": "F1",
+    "brier": "Brier",
+    "brier_top": "Brier",
+    "ece": "ECE",
+    "mae": "error",
+    "rmse": "RMSE",
+    "r2": "R²",
+    "auc": "AUC",
+}
+_MOST_WORSE = 3
+
+
+def document(conf: Config, store: Store, name: str) -> dict[str, Any]:
+    """One task of `status --json`."""
+    task = conf.tasks[name]
+    cursor = store.cursor(name) or 0
+    manifest = bundle.read(operating.bundle_of(conf, store, name), None).manifest
+    return {
+        "task": name,
+        "stream": task.stream,
+        "schedule": overrides.scheduled(store, name) or task.schedule,
+        "row": cursor,
+        "backlog": store.last_row(task.stream) - cursor,
+        "windows": store.counters().get(f"windows.{name}", 0),
+        "bundle": f"{manifest.name} {manifest.version}",
+        "site_reference": store.state(name, drifting.SITE) is not None,
+        "reference": _reference(conf, store, name),
+        "open": store.open_alerts(name),
+        "quality": _quality(store, name),
+        **overrides.shown(store, name),
+    }
+
+
+def _reference(conf: Config, store: Store, task: str) -> dict[str, Any]:
+    """`number`, `windows` and `warning` of the site's, or `learning`; what cannot be read is a warning."""
+    try:
+        found = learned.document(conf, store, task)
+    except UsageError as problem:
+        return {"site": None, "learning": None, "warning": str(problem)}
+    site = found["site"]
+    return {
+        "site": {name: site[name] for name in ("number", "windows")} if site else None,
+        "learning": found["learning"],
+        "warning": site["warning"] if site else None,
+    }
+
+
+def _quality(store: Store, task: str) -> dict[str, Any] | None:
+    """What the newest labels say, as the last `quality` message did; None before the first."""
+    kept = store.state(task, quality.SHOWN)
+    found: dict[str, Any] | None = json.loads(kept) if kept else None
+    return found
+
+
+def show(tasks: Sequence[dict[str, Any]]) -> None:
+    """A table of all tasks, and below it what there is to know of each."""
+    table(
+        ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference", "open"],
+        [
+            [
+                *(t["task"], _bundle_cell(t), "paused" if t.get("paused") else t["schedule"]),
+                *(t[name] for name in ("row", "backlog", "windows")),
+                _reference_cell(t["reference"]),
+                len(t["open"]) or "nothing",
+            ]
+            for t in tasks
+        ],
+        "No tasks: add a [tasks.NAME] section to run a model.",
+    )
+    for task in tasks:
+        lines = [*_reference_lines(task["reference"]), *_quality_lines(task["quality"])]
+        lines += [alert_line(alert, f"open {alert['alert']}") for alert in task["open"]]
+        if lines:
+            click.echo(f"\n{task['task']}")
+        for line in lines:
+            click.echo(f"  {line}")
+
+
+def alert_line(alert: dict[str, Any], what: str) -> str:
+    """When, in colour what, and its sentence."""
+    moment = datetime.datetime.fromisoformat(alert["time"])
+    color = {"critical": "red", "warning": "yellow"}.get(alert["severity"])
+    return f"{moment:%Y-%m-%d %H:%M}  {click.style(what, fg=color)}  {alert['summary']}"
+
+
+def _bundle_cell(task: dict[str, Any]) -> str:
+    return f"{task['bundle']} (rolled back)" if "rolled_back_to" in task else str(task["bundle"])
+
+
+def _reference_cell(found: dict[str, Any]) -> str:
+    return "site's own" if found["site"] else "learning" if found["learning"] else "shipped"
+
+
+def _reference_lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    if (learning := found["learning"]) is not None:
+        span = f" over at least {learning['for_s']:.0f} s" if learning["for_s"] else ""
+        lines.append(f"learning its reference: {learning['windows']} of {learning['of']} drift windows{span}")
+    if found["warning"] is not None:
+        lines.append(f"reference: {click.style('warning', fg='yellow')}: {found['warning']}")
+    return lines
+
+
+def _quality_lines(found: dict[str, Any] | None) -> list[str]:
+    """The newest metrics with their intervals, and where it is worse than elsewhere."""
+    if found is None:
+        return ["by labels: none yet"]
+    whole = [one for one in found["metrics"] if not one.get("slice") and one["metric"] in _NAMES]
+    n = found.get("window", {}).get("n")
+    chance = [one["value"] for one in found["metrics"] if one["metric"] == "ece_chance"]
+    beside = {"ece": f" where chance alone makes {chance[0]:.2g}"} if chance else {}
+    known = [one for one in whole if one["value"] is not None]
+    told = ", ".join(f"{_NAMES[one['metric']]} {_span(one)}{beside.get(one['metric'], '')}" for one in known)
+    worse = [one for one in found["metrics"] if one.get("state") == "worse"]
+    more = f" and {len(worse) - _MOST_WORSE} more" if len(worse) > _MOST_WORSE else ""
+    where = ", ".join(f"{one['slice']} {_span(one)}" for one in worse[:_MOST_WORSE])
+    day = datetime.datetime.fromisoformat(found["time"])
+    lines = [f"by labels of {n} results ({day:%Y-%m-%d %H:%M}): {told}"] if told else []
+    return lines + ([f"worse than elsewhere: {where}{more}"] if where else [])
+
+
+def _span(one: dict[str, Any]) -> str:
+    span = "" if one["low"] is None else f" ({one['low']:.3g} to {one['high']:.3g})"
+    return f"{one['value']:.3g}{span}"

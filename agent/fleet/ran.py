@@ -1,0 +1,102 @@
+"""Which bundles a task of a device ran, as far as what it sent says: of which results, and what their labels may be."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from agent.drift.truth import Truth, anomalous
+from agent.errors import Refused
+from agent.wire.messages import Audit, decode
+
+_RUNS = """
+    SELECT m.seq, json_extract(m.text, '$.model.digest'), json_extract(m.text, '$.model.name'),
+           json_extract(m.text, '$.model.version'), json_extract(m.text, '$.n'),
+           json_array_length(m.text, '$.columns.row')
+    FROM (SELECT seq, CAST(payload AS TEXT) AS text FROM messages
+          WHERE device = ? AND log = ? AND kind = 'results') m
+    WHERE json_extract(m.text, '$.task') = ?"""
+_ACTIVATED = """
+    SELECT payload FROM messages WHERE device = ? AND kind = 'audit' AND instr(payload, ?) ORDER BY rowid DESC"""
+
+
+@dataclass
+class Model:
+    """A bundle and its results in one log: so many, of which so many are `listed` in messages."""
+
+    name: str
+    version: str
+    digest: str
+    results: int = 0
+    listed: int = 0
+
+    def told(self) -> dict[str, str]:
+        return {"name": self.name, "version": self.version, "digest": self.digest}
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What labels of a bundle's results may be; `said` by the device, or inferred from what is here.
+
+    `threshold`: above it a value is an anomaly; None where that is not known.
+    """
+
+    truth: Truth
+    said: bool
+    threshold: float | None = None
+
+
+class _To(msgspec.Struct):
+    digest: str
+
+
+class _Activated(msgspec.Struct):
+    """Evidence of an `activated` audit message, as far as it matters here."""
+
+    task: str
+    to: _To
+    kind: str
+    labels: tuple[str, ...] = ()
+    threshold: float | None = None
+
+
+def models(db: sqlite3.Connection, device: str, task: str, log: str) -> dict[int, Model]:
+    """Message → the bundle that its results are of."""
+    found: dict[int, Model] = {}
+    known: dict[str, Model] = {}
+    for seq, digest, name, version, n, listed in db.execute(_RUNS, (device, log, task)):
+        model = known.setdefault(str(digest), Model(str(name), str(version), str(digest)))
+        model.results += int(n or 0)
+        model.listed += int(listed or 0)
+        found[int(seq)] = model
+    return found
+
+
+def meaning(db: sqlite3.Connection, device: str, task: str, log: str, digest: str, texts: Sequence[str]) -> Meaning:
+    """As the device said when it activated the bundle; else as its results and the `texts` of labels tell."""
+    for (payload,) in db.execute(_ACTIVATED, (device, digest.encode())):
+        said = _said(payload)
+        if said is not None and (said.task, said.to.digest) == (task, digest):
+            return Meaning(Truth(said.kind, said.labels), True, said.threshold)
+    sql = "SELECT DISTINCT label FROM results WHERE device = ? AND task = ? AND log = ? AND label IS NOT NULL"
+    named = tuple(sorted(row[0] for row in db.execute(sql, (device, task, log))))
+    if named:
+        return Meaning(Truth("classify", named), False)
+    # 1 and 0 may be numbers; words are none.
+    return Meaning(Truth("anomaly" if any(map(_is_word, texts)) else "regress"), False)
+
+
+def _is_word(text: str) -> bool:
+    return anomalous(text) is not None and not text.isdigit()
+
+
+def _said(payload: bytes) -> _Activated | None:
+    try:
+        body = decode(payload)
+        return msgspec.convert(body.evidence, _Activated) if isinstance(body, Audit) else None
+    except (Refused, msgspec.ValidationError):
+        # Of another event, or of a version that did not say.
+        return None

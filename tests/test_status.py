@@ -1,0 +1,96 @@
+"""`outstation status` says of each task what is open, what its reference is worth, and what labels say."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from agent.cli import wiring
+from agent.device import quality
+from agent.device.incoming import labels
+from agent.device.storage.store import Store
+from agent.drift.truth import Label
+from tests.system import outstation
+from tests.test_references import NOW, Site, work
+
+
+def alert(store: Store, site: Site, kind: str, subject: str, state: str, summary: str) -> None:
+    author = wiring.author(site.file, site.conf, store)
+    body: dict[str, Any] = {
+        "alert": kind,
+        "subject": subject,
+        "state": state,
+        "severity": "warning",
+        "summary": summary,
+        "id": f"exercise/{subject}/{kind}/1",
+        "evidence": {},
+    }
+    with store.transaction() as tx:
+        author.write(tx, "alerts", "exercise", body, NOW)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """One that is learning, with labels, an open drift and fault, and many other alerts since."""
+    made = Site(tmp_path_factory.mktemp("status"))
+    store = made.open()
+    try:
+        task = work(made, store, 3)
+        alert(store, made, "drift", "ax", "raised", "ax: spread fell to 0.6 of the reference.")
+        alert(store, made, "fault", "wz", "raised", "wz: repeats one value.")
+        alert(store, made, "drift", "ay", "raised", "ay: rose.")
+        alert(store, made, "drift", "ay", "cleared", "ay: close to this site's reference.")
+        for i in range(1100):
+            alert(store, made, "storage", f"watch{i}", "raised", "rows cannot be read back.")
+        with store.transaction() as tx:
+            for row in range(100, 6100, 100):
+                asked = quality.asked([task])["exercise"]
+                assert labels.take(tx, "exercise", asked, Label(row, None, "PEN"), NOW) is None
+        quality.turn(task, store, wiring.author(made.file, made.conf, store), NOW, 86_400.0)
+    finally:
+        store.close()
+    return made
+
+
+def test_what_is_open_stays_in_sight_whatever_came_after_it(site: Site) -> None:
+    done = outstation("status", "-c", str(site.config), "--json")
+    document = json.loads(done.stdout)
+    [task] = document["tasks"]
+    told = [(one["alert"], one["subject"], one["summary"]) for one in task["open"] if one["alert"] != "quality"]
+    assert told == [
+        ("drift", "ax", "ax: spread fell to 0.6 of the reference."),
+        ("fault", "wz", "wz: repeats one value."),
+    ]
+    assert {one["alert"] for one in document["alerts"]} <= {"storage", "quality"}
+    assert task["reference"] == {
+        "site": None,
+        "learning": {"windows": 3, "of": 20, "for_s": 0.0},
+        "warning": None,
+    }
+    assert {"accuracy", "ece"} <= {one["metric"] for one in task["quality"]["metrics"]}
+
+
+def test_people_read_the_same(site: Site) -> None:
+    said = outstation("status", "-c", str(site.config)).stdout
+    for line in (
+        "open drift  ax: spread fell to 0.6 of the reference.",
+        "open fault  wz: repeats one value.",
+        "learning its reference: 3 of 20 drift windows",
+        "by labels of 60 results (",
+    ):
+        assert line in said, said
+    assert "open drift  ay" not in said
+    assert " to " in said.split("accuracy ")[1].split(",")[0]
+
+
+def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
+    store = site.open()
+    try:
+        work(site, store, 19)
+    finally:
+        store.close()
+    said = outstation("status", "-c", str(site.config)).stdout
+    assert "reference: warning: only 20 drift windows" in said
+    assert "learning its reference" not in said
