@@ -50,6 +50,7 @@ class Tail:
 
     rows: Floats
     run: Ints
+    t: int = 0  # epoch µs of the last one
 
     @classmethod
     def empty(cls, fields: int) -> Tail:

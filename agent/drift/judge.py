@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import alerts, describe, drifts, faults, statistics
+from agent.drift import alerts, describe, drifts, faults, statistics, watch
 from agent.drift.alerts import Alert
 from agent.drift.codec import Floats, Ints
 from agent.drift.cusum import CALM
@@ -30,6 +30,7 @@ from agent.drift.learning import Learning, finite, settle
 from agent.drift.reference import FEWEST, Reference
 from agent.drift.state import Batch, State, Verdict, emptied, filled, taken
 from agent.drift.summary import Summary, stacked
+from agent.drift.watch import Watch
 from agent.errors import BadBundle
 
 AT_ONCE = 64  # drift windows that are computed together
@@ -105,9 +106,15 @@ class Judge:
             for name in (self.subjects[subject],)
         ]
         fresh = replace(
-            state, site=None, learning=Learning.empty(self.shipped), detectors=Detectors.start(fields), learn_s=for_s
+            state,
+            site=None,
+            learning=Learning.empty(self.shipped),
+            detectors=Detectors.start(fields),
+            watch=watch.relearning(state.watch),
+            learn_s=for_s,
         )
-        return fresh, cleared
+        evidence = {"window": state.index, "rows": list(state.rows)}
+        return fresh, cleared + watch.forgotten(state.watch, gone, evidence)
 
     def step(
         self,
@@ -188,16 +195,20 @@ class Judge:
     def _close(self, state: State, seen: _Seen) -> tuple[State, Verdict]:
         window = state.open
         found = faults.find(window, self.shipped, self.units, state.site)
-        clean = not any(found)
-        after, learned, refused = state, None, None
+        watching = self._watch(state, found)
+        clean = not any(found) and not watch.holds(watching)
+        after, learned, refused = replace(state, watch=watching), None, None
         tested = clean and state.site is not None
         if state.site is not None and seen.evidence is not None:
             if clean:
                 tester = self._testing(state.site)
                 detectors = tester.update(state.detectors, seen.evidence, seen.at, state.t[0])
-                after = replace(state, detectors=detectors)
+                after = replace(after, detectors=detectors)
+            elif watching.drifting and not state.watch.drifting:
+                # What fields have gathered may be the wrong classes that the model names since then.
+                after = replace(after, detectors=Detectors.start(len(self.shipped.fields)))
         elif clean:
-            after, learned, refused = self._learn(state)
+            after, learned, refused = self._learn(after)
         after, fault_alerts = self._faults(after, found)
         drift_alerts: list[Alert] = []
         if tested and seen.evidence is not None:
@@ -211,14 +222,30 @@ class Judge:
             learned=learned,
             refused=refused,
             summary=self._report(after, seen.features, found, tested),
-            alerts=(*fault_alerts, *drift_alerts),
+            alerts=(*fault_alerts, *self._rate_alerts(state, after), *drift_alerts),
         )
         return emptied(replace(after, index=state.index + 1), self._nothing), verdict
+
+    def _watch(self, state: State, found: tuple[Fault | None, ...]) -> Watch:
+        """After the open drift window; where a field has a fault, as before."""
+        if state.site is None or state.site.site is None or any(found):
+            return state.watch
+        tick = watch.tick(state.open, state.site.site.rate, state.t, state.site.drift_windows)
+        drifting = bool(open_fields(state.detectors, len(self.shipped.fields)).any())
+        limit = self._testing(state.site).pace_limit
+        return watch.after(state.watch, tick, state.t[0], fields_drift=drifting, limit=limit)
+
+    def _rate_alerts(self, before: State, after: State) -> list[Alert]:
+        usual = before.site.site.rate if before.site and before.site.site else None
+        evidence = {"window": before.index, "rows": list(before.rows)}
+        if before.site is not None:
+            evidence["site"] = before.site.digest
+        return watch.alerts(before.watch, after.watch, before.open, usual, before.t, evidence)
 
     def _learn(self, state: State) -> tuple[State, Reference | None, str | None]:
         learning = state.learning.add(state.open, windowed=self.shipped.windowed, t=state.t)
         watched_s = (int(learning.t[-1, 1]) - int(learning.t[0, 0])) / 1e6
-        if learning.windows < self.learn or watched_s < max(self.learn_s, state.learn_s):
+        if learning.gathered < self.learn or watched_s < max(self.learn_s, state.learn_s):
             return replace(state, learning=learning), None, None
         empty = Learning.empty(self.shipped)
         shipped = replace(self.shipped, window=self.window)
@@ -297,4 +324,5 @@ class Judge:
             "estimate": describe.accuracy(after.open, self.shipped),
         }
         names = tuple(fault.name if fault else None for fault in found)
-        return describe.with_states(numbers, after.detectors, tester, names, tested=tested)
+        told = describe.with_states(numbers, after.detectors, tester, names, tested=tested)
+        return watch.with_rate(told, after.watch, after.open, tester)

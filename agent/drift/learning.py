@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from agent.drift import calibration, daily, joint, limits, shape, statistics
+from agent.drift import calibration, daily, joint, limits, rate, shape, statistics
 from agent.drift.codec import Floats, Ints
 from agent.drift.joint import Pairs
+from agent.drift.rate import Gathered
 from agent.drift.reference import BINS, ENOUGH, FEWEST, Reference, Site, draft
 from agent.drift.summary import SURE, Summary, of
 from agent.drift.sums import Moments
@@ -44,6 +45,9 @@ class Learning:
     weight: Float32s  # (m, 1) of the class's pairs
     z: Float16s  # (m, P), NaN where a pair tells nothing
     sure: Ints  # (m, 2)
+    rate: Gathered = field(default_factory=Gathered.none)
+    passed: int = 0  # drift windows, those let go among them
+    each: int = 1  # of so many one is kept
 
     @classmethod
     def empty(cls, shipped: Reference) -> Learning:
@@ -68,9 +72,12 @@ class Learning:
         )
 
     def add(self, drift_window: Summary, *, windowed: bool, t: tuple[int, int] = (0, 0)) -> Learning:
-        """With one that began and ended at `t`. Of many, every other one is let go."""
+        """With one that began and ended at `t`. Of many only some are kept, evenly over the time."""
         if self.windows >= MOST:
             return self.thinned().add(drift_window, windowed=windowed, t=t)
+        passed = self.gathered + 1
+        if (passed - 1) % self.each:
+            return replace(self, total=self.total.merge(drift_window), passed=passed)
         found = drift_window.classes.moments(np.zeros(1))
         pairs = joint.measured(drift_window.pairs, len(drift_window.missing), windowed=windowed)
         seen = np.flatnonzero(found.n.any(1))
@@ -91,15 +98,24 @@ class Learning:
             ),
             z=np.concatenate([self.z, np.where(pairs.weight > 0, pairs.z, np.nan)[seen].astype(np.float16)]),
             sure=np.concatenate([self.sure, drift_window.sure[seen]]),
+            rate=self.rate.add(drift_window, t),
+            passed=passed,
+            each=self.each,
         )
 
     def thinned(self) -> Learning:
-        """Half as many, over the same time."""
+        """Half as many, over the same time, and of what follows half as many, too."""
         kept = np.arange(0, self.windows, 2)
         some = self.window % 2 == 0
         entries = {name: getattr(self, name)[some] for name in ("label", "n", "mean", "m2", "weight", "z", "sure")}
         each = {name: getattr(self, name)[kept] for name in ("bins", "output", "scores", "t")}
-        return replace(self, windows=len(kept), window=self.window[some] // 2, **entries, **each)
+        fewer = {"windows": len(kept), "window": self.window[some] // 2, "rate": self.rate.thinned()}
+        return replace(self, passed=self.gathered, each=2 * self.each, **fewer, **entries, **each)
+
+    @property
+    def gathered(self) -> int:
+        """Drift windows so far, those let go among them."""
+        return max(self.passed, self.windows)
 
     @property
     def middle(self) -> Ints:
@@ -146,7 +162,8 @@ def settle(shipped: Reference, learning: Learning, *, made: str, strata: str = "
     usual = statistics.normal(pooled, statistics.NARROW if made == "shipped" else statistics.NARROW_SITE)
     values, _ = statistics.tests(found, calibration.others_mean(found, pooled), usual.sd, windowed=shipped.windowed)
     cycle = daily.told(learning.middle, strata)
-    mean, sd = calibration.calibrated(daily.fit(values, learning.middle).left if cycle else values, shipped.fields)
+    left = daily.fit(values, learning.middle, strata).left if cycle else values
+    mean, sd = calibration.calibrated(left, shipped.fields)
     total = learning.total
     rows = total.rows_of.moments(shipped.origin[: len(shipped.fields)])
     warnings = (
@@ -174,10 +191,10 @@ def settle(shipped: Reference, learning: Learning, *, made: str, strata: str = "
         score_n=total.scores,
         score_correct=None,  # nobody has told yet which of these answers were right
     )
-    return settled if made == "shipped" else _with_site(settled, learning, values, cycle, number)
+    return settled if made == "shipped" else _with_site(settled, learning, values, strata, number)
 
 
-def _with_site(settled: Reference, learning: Learning, values: Floats, cycle: bool, number: int) -> Reference:
+def _with_site(settled: Reference, learning: Learning, values: Floats, strata: str, number: int) -> Reference:
     """With what a site's windows say beyond the means and spreads of its fields."""
     pairs, certainty = learning.pairs(settled), learning.certainty(settled)
     few = float(statistics.RARE if settled.windowed else joint.FEW)
@@ -187,10 +204,10 @@ def _with_site(settled: Reference, learning: Learning, values: Floats, cycle: bo
     told = (~np.isnan(tests)).sum(0) >= FEWEST
     middle = np.nanmedian(np.where(told, tests, 0.0), axis=0)
     known = np.where(told & ~np.isnan(tests), tests, middle)
-    mean, left, waves = *calibration.drawn(known, middle, least), np.zeros((2 * daily.WAVES, tests.shape[1]))
-    if cycle:
-        fit = daily.fit(known, learning.middle)
-        (_, left), mean, waves = calibration.drawn(fit.left, np.median(fit.left, axis=0), least), fit.mean, fit.waves
+    (mean, left), cycle = calibration.drawn(known, middle, least), daily.Cycle.none(tests.shape[1])
+    if daily.told(learning.middle, strata):
+        fit = daily.fit(known, learning.middle, strata)
+        (_, left), mean, cycle = calibration.drawn(fit.left, np.median(fit.left, axis=0), least), fit.mean, fit.cycle
     level, allotted = limits.level(len(settled.fields) + 2), limits.SHAPES / (len(settled.fields) + 2)
     each = [
         shape.limits(shape.psi_without(part.astype(np.int64)).reshape(learning.windows, -1), level, allotted)
@@ -201,11 +218,15 @@ def _with_site(settled: Reference, learning: Learning, values: Floats, cycle: bo
         score_mean=joint.usual(certainty, few)[:, 0],
         psi_limits=np.concatenate(each),
         stretch=limits.stretch(left[:, : values.shape[1]]),
-        waves=waves,
+        waves=cycle.waves,
         hours=daily.hours(learning.middle),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
         number=number,
         steps=learning.total.steps,
+        rest=cycle.rest if cycle.weekly else None,
+        rest_begins=cycle.rest_begins,
+        rest_lasts=cycle.rest_lasts,
+        rate=rate.learn(learning.rate, settled.classes, windowed=settled.windowed, strata=strata),
     )
     sd = np.maximum(left.std(0, ddof=1), least)
     return replace(settled, test_mean=mean, test_sd=np.where(told, sd, NEVER), site=site)

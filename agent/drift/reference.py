@@ -16,6 +16,8 @@ import numpy as np
 
 from agent.drift import codec, daily, faults, joint, sizes, statistics, steps
 from agent.drift.codec import Floats, Ints
+from agent.drift.daily import Cycle
+from agent.drift.rate import Usual
 from agent.errors import BadBundle
 
 VERSION = 1
@@ -40,11 +42,28 @@ class Site:
     hours: Ints  # (24,) windows learned in each hour of the day, UTC
     learned: tuple[int, int]  # when the first began and the last ended, epoch µs
     number: int  # 1 for the first reference that this device learned for the task
-    steps: Ints | None = None  # (F, 64) from row to row, by size; None in one learned before these were counted
+    # None in one learned before these were told.
+    steps: Ints | None = None  # (F, 64) from row to row, by size
+    rate: Usual | None = None
+    # Days of rest, see `daily`: what is added to test_mean then, (7, T); None where they are as the others.
+    rest: Floats | None = None
+    rest_begins: int = 0  # µs into the epoch week
+    rest_lasts: int = 0
+
+    @cached_property
+    def cycle(self) -> Cycle:
+        none = Cycle.none(self.waves.shape[1])
+        if self.rest is None:
+            return Cycle(self.waves, none.rest, 0, 0)
+        return Cycle(self.waves, self.rest, self.rest_begins, self.rest_lasts)
 
     def told(self) -> dict[str, Any]:
         """Which it is, for people."""
-        return {"number": self.number, "learned": list(self.learned), "daily": bool(self.waves.any())}
+        return {"number": self.number, "learned": list(self.learned)} | self._followed
+
+    @property
+    def _followed(self) -> dict[str, bool]:
+        return {"daily": bool(self.waves.any()), "weekly": self.cycle.weekly}
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +293,14 @@ def _wrong_site(r: Reference, site: Site) -> list[str]:
     wrong = [f"site.{name}" for name, shape in shapes.items() if getattr(site, name).shape != shape]
     wrong += [] if 1 <= site.stretch <= 3 else ["site.stretch"]
     wrong += [] if site.steps is None or site.steps.shape == (len(r.fields), steps.SIZES) else ["site.steps"]
+    wrong += [] if site.rest is None or _week(site.rest, site, r.tests) else ["site.rest"]
+    wrong += [] if site.rate is None or site.rate.fits(r.classes, len(r.fields)) else ["site.rate"]
     return wrong + ([] if np.isfinite(site.waves).all() else ["site.waves"])
+
+
+def _week(rest: Floats, site: Site, tests: int) -> bool:
+    within = 0 <= site.rest_begins < daily.WEEK_US and 0 < site.rest_lasts < daily.WEEK_US
+    return within and rest.shape == (1 + 2 * daily.WAVES, tests) and bool(np.isfinite(rest).all())
 
 
 def _ascending(values: Floats) -> bool:

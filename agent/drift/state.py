@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from agent.drift.learning import Learning
 from agent.drift.reference import Reference
 from agent.drift.statistics import Found
 from agent.drift.summary import Summary
+from agent.drift.watch import Watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class State:
     faulty: Bools  # (F,) a fault alert is open
     calm: Ints  # (F,) windows without a fault since
     raised: Ints  # (F + 3, 2) alerts raised so far: drift, fault
+    watch: Watch = field(default_factory=Watch)  # the rate's
 
     @classmethod
     def start(cls, shipped: Reference, window: int) -> State:
@@ -100,14 +102,14 @@ def filled(state: State, shipped: Reference, batch: Batch, some: slice, classes:
     """With these model windows, compared with `classes`, and with those of their rows that were not counted before."""
     rows = statistics.covered(batch.starts[some], shipped.window_rows, state.seen + 1 - batch.first)
     top = None if batch.top is None else batch.top[some]
-    values, summary = batch.values[rows], state.open
+    values, summary = batch.values[rows], state.open.add_times(batch.t, batch.starts[some], shipped, state.tail.t)
     new: dict[str, Any] = {}
     if len(values):
         summary, tail = summary.add_rows(shipped, values, state.tail)
         begin, end = (rows.start, rows.stop - 1) if isinstance(rows, slice) else (int(rows[0]), int(rows[-1]))
         fresh = state.rows[1] < state.rows[0]
         new = {
-            "tail": tail,
+            "tail": replace(tail, t=int(batch.t[end])),
             "rows": (batch.first + begin if fresh else state.rows[0], batch.first + end),
             "t": (int(batch.t[begin]) if fresh else state.t[0], int(batch.t[end])),
             "seen": batch.first + end,

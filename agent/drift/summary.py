@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from agent.drift import codec, faults, joint, statistics
+from agent.drift import codec, faults, joint, statistics, ticks
 from agent.drift import steps as sizes_of_steps
 from agent.drift.codec import Floats, Ints
 from agent.drift.extremes import Extremes
@@ -15,6 +15,7 @@ from agent.drift.faults import Tail
 from agent.drift.reference import BINS, Reference
 from agent.drift.statistics import Found
 from agent.drift.sums import Sums
+from agent.drift.ticks import Ticks
 
 SURE = 2.0**20
 
@@ -41,6 +42,9 @@ class Summary:
     scores: Ints  # (32,) answers by top score
     pairs: Ints  # (C, …) whole numbers about pairs of fields, see `joint`
     sure: Ints  # (C, 2) answers with a score, and the sum of their top scores in 1/SURE
+    # In a state saved before these were counted: none, which adds to whatever follows.
+    ticks: Ticks = field(default_factory=Ticks)
+    pace: Ints = field(default_factory=lambda: np.zeros((1, 1), np.int64))  # (C, 2F) whole numbers, see `pace`
 
     @classmethod
     def empty(cls, reference: Reference) -> Summary:
@@ -61,6 +65,7 @@ class Summary:
             scores=np.zeros(BINS, np.int64),
             pairs=np.zeros((reference.classes, joint.width(count, windowed=reference.windowed)), np.int64),
             sure=np.zeros((reference.classes, 2), np.int64),
+            pace=np.zeros((reference.classes, 2 * count), np.int64),
         )
 
     @property
@@ -91,8 +96,17 @@ class Summary:
             extremes=self.extremes.merge(Extremes.of(ordered, len(rows) - missing)),
             steps=self.steps + sizes_of_steps.count(joined, rows.shape[1]),
             rows_of=self.rows_of.add(np.zeros(len(rows), np.int64), rows - origin),
+            ticks=self.ticks.with_repeated(ticks.repeated(joined, reference.rest)),
         )
         return added, tail
+
+    def add_times(self, t: Ints, starts: Ints, reference: Reference, before: int) -> Summary:
+        """With the steps in time of model windows that begin at offsets `starts` into `t` (n,) epoch µs.
+
+        `before` is the time of the row before the first one, 0 for none; single rows need it.
+        """
+        spans = ticks.spans(t, starts, reference.window_rows, before)
+        return replace(self, ticks=self.ticks.with_spans(spans, max(1, reference.window_rows - 1)))
 
     def add_windows(
         self, reference: Reference, found: Found, named: Ints, top: Floats | None, classes: Ints | None = None
@@ -117,6 +131,7 @@ class Summary:
             scores=scores,
             pairs=self.pairs + _pairs(reference, found, classes),
             sure=sure,
+            pace=self.pace + _pace(reference, found, classes),
         )
 
     def merge(self, other: Summary) -> Summary:
@@ -138,6 +153,8 @@ class Summary:
             scores=self.scores + other.scores,
             pairs=self.pairs + other.pairs,
             sure=self.sure + other.sure,
+            ticks=self.ticks + other.ticks,
+            pace=self.pace + other.pace,
         )
 
     def to_bytes(self) -> bytes:
@@ -165,7 +182,7 @@ def stacked(summaries: Sequence[Summary]) -> Summary:
     )
 
 
-_PLAIN = ("counts", "missing", "outside", "spikes", "longest", "steps", "output", "scores", "pairs", "sure")
+_PLAIN = ("counts", "missing", "outside", "spikes", "longest", "steps", "output", "scores", "pairs", "sure", "pace")
 
 
 def of(reference: Reference, rows: Floats, starts: Ints, labels: Ints, top: Floats | None) -> Summary:
@@ -193,6 +210,14 @@ def _histogram(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
         under[field, 1:-1] = column.searchsorted(cuts[field])
     under[:, -1] = ordered.shape[1] - missing
     return under[:, 1:] - under[:, :-1]
+
+
+def _pace(reference: Reference, found: Found, classes: Ints) -> Ints:
+    out = np.zeros((reference.classes, 2 * len(reference.fields)), np.int64)
+    if reference.windowed:
+        for group in np.unique(classes) if reference.classes > 1 else range(1):
+            out[group] = joint.sums(found.pace[classes == group] if reference.classes > 1 else found.pace)
+    return out
 
 
 def _pairs(reference: Reference, found: Found, classes: Ints) -> Ints:
