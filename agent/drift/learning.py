@@ -226,7 +226,7 @@ def _with_site(settled: Reference, learning: Learning, values: Floats, strata: s
         rest=cycle.rest if cycle.weekly else None,
         rest_begins=cycle.rest_begins,
         rest_lasts=cycle.rest_lasts,
-        rate=rate.learn(learning.rate, settled.classes, windowed=settled.windowed, strata=strata),
+        rate=rate.learn(learning.rate, settled.classes, settled.window_rows, strata),
     )
     sd = np.maximum(left.std(0, ddof=1), least)
     return replace(settled, test_mean=mean, test_sd=np.where(told, sd, NEVER), site=site)

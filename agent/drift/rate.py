@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent.drift import calibration, cusum, daily, limits, pace
+from agent.drift import calibration, cusum, daily, joint, limits, pace
 from agent.drift.codec import Floats, Ints
-from agent.drift.joint import Pairs, usual, usual_without
+from agent.drift.joint import usual, usual_without
+from agent.drift.pace import Paces
 from agent.drift.statistics import RARE
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 OFF, SDS, BEYOND = 0.05, 6.0, 1.5  # share; sd of learned windows; times the farthest of them
 STEADY = 0.1  # sd of the logarithm of a window's mean step, from which on there is no rate
 REPEATED, RISE = 0.1, 1.5  # share of rows; times the most of a learned window
-LEAST_STEP_SD, LEAST_PACE_SD = 0.002, 0.02
+LEAST_STEP_SD, LEAST_SPEED_SD = 0.002, 0.01
 FEW = 20  # learned windows
 
 Int32s = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
@@ -42,7 +43,8 @@ class Gathered:
     window: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # (m,) 0, 1, …
     label: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     n: Int32s = field(default_factory=lambda: np.empty((0, 0), np.int32))  # (m, F) model windows with a pace
-    pace: Float32s = field(default_factory=lambda: np.empty((0, 0), np.float32))  # their mean
+    level: Float32s = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    slope: Float32s = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     @classmethod
     def none(cls) -> Gathered:
@@ -50,28 +52,34 @@ class Gathered:
 
     def add(self, window: Summary, t: tuple[int, int]) -> Gathered:
         found = pace.measured(window.pace)
-        seen = np.flatnonzero(found.weight.any(1))
+        seen = np.flatnonzero(found.n.any(1))
         one = np.concatenate([[window.ticks.step_us(), repeated_share(window)], missing_share(window)])
         return Gathered(
             windows=np.concatenate([self.windows.reshape(-1, len(one)), one[None]]),
             t=np.append(self.t, t[0] + (t[1] - t[0]) // 2),
             window=np.append(self.window, np.full(len(seen), len(self.t))),
             label=np.append(self.label, seen),
-            n=np.concatenate([self.n.reshape(-1, len(one) - 2), found.weight[seen].astype(np.int32)]),
-            pace=np.concatenate([self.pace.reshape(-1, len(one) - 2), found.z[seen].astype(np.float32)]),
+            n=_joined(self.n, found.n[seen], np.int32),
+            level=_joined(self.level, found.level[seen], np.float32),
+            slope=_joined(self.slope, found.slope[seen], np.float32),
         )
 
     def thinned(self) -> Gathered:
         """Every other one."""
         some = self.window % 2 == 0
-        entries = {name: getattr(self, name)[some] for name in ("label", "n", "pace")}
+        entries = {name: getattr(self, name)[some] for name in ("label", "n", "level", "slope")}
         return replace(self, windows=self.windows[::2], t=self.t[::2], window=self.window[some] // 2, **entries)
 
-    def pairs(self, classes: int) -> Pairs:
+    def paces(self, classes: int) -> Paces:
         """Per drift window, class and field, (K, C, F)."""
-        weight, z = np.zeros((2, len(self.t), classes, self.n.shape[1]))
-        weight[self.window, self.label], z[self.window, self.label] = self.n, self.pace
-        return Pairs(weight, z)
+        out = np.zeros((3, len(self.t), classes, self.n.shape[1]))
+        for one, entries in zip(out, (self.n, self.level, self.slope), strict=True):
+            one[self.window, self.label] = entries
+        return Paces(*out)
+
+
+def _joined(before: np.ndarray, more: Floats, dtype: type) -> np.ndarray:
+    return np.concatenate([before.reshape(-1, more.shape[1]), more]).astype(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,67 +90,72 @@ class Usual:
     step_off: float  # logarithm of how far a window's mean step may be off
     repeated: float  # share of rows in the learned window that had most
     missing: Floats  # (F,) likewise
-    pace: Floats  # (C, F) of classes
-    pace_mean: float  # of a window's shift
-    pace_sd: float  # 0: nothing is known of it
-    cycle: daily.Cycle  # of the shift
+    level: Floats  # (C, F) of classes, see `pace`; F is 0 where model windows are too short for it
+    slope: Floats  # (F,)
+    weight: Floats  # (F,)
+    speed_mean: float  # logarithm, of windows
+    speed_sd: float  # 0: nothing is known of it
+    cycle: daily.Cycle  # of the speed
 
     def fits(self, classes: int, fields: int) -> bool:
         """Whether it is of so many classes and fields, and holds together."""
         cycle = self.cycle
-        shapes = self.missing.shape, self.pace.shape, cycle.waves.shape, cycle.rest.shape
-        right = (fields,), (classes, fields), (2 * daily.WAVES, 1), (1 + 2 * daily.WAVES, 1)
-        numbers = [self.step_us, self.step_off, self.repeated, self.pace_mean, self.pace_sd]
-        known = [np.array(numbers), self.missing, self.pace, cycle.waves, cycle.rest]
-        positive = min(self.step_us, self.step_off, self.repeated, self.pace_sd) >= 0
-        return shapes == right and positive and all(bool(np.isfinite(one).all()) for one in known)
+        shapes = [one.shape for one in (self.missing, self.level, self.slope, self.weight, cycle.waves, cycle.rest)]
+        paced = len(self.slope)
+        right = [(fields,), (classes, paced), (paced,), (paced,), (2 * daily.WAVES, 1), (1 + 2 * daily.WAVES, 1)]
+        numbers = [self.step_us, self.step_off, self.repeated, self.speed_mean, self.speed_sd]
+        known = [np.array(numbers), self.missing, self.level, self.slope, self.weight, cycle.waves, cycle.rest]
+        positive = min(self.step_us, self.step_off, self.repeated, self.speed_sd) >= 0
+        return shapes == right and paced in (0, fields) and positive and all(bool(np.isfinite(one).all()) for one in known)
 
     def z(self, window: Summary, t: int, windows: int) -> tuple[float, float]:
-        """The score of a window's shift, in the middle of epoch µs `t`, and the shift; NaN where nothing tells."""
-        if self.pace_sd <= 0:
+        """The score of a window's speed, in the middle of epoch µs `t`, and the logarithm of that; NaN: nothing tells."""
+        if self.speed_sd <= 0:
             return math.nan, math.nan
-        expected = self.pace_mean + float(self.cycle.at(np.array([t]))[0, 0])
-        found = float(pace.shift(pace.measured(window.pace), self.pace))
-        return float(cusum.scores(np.array(found), np.array(expected), np.array(self.pace_sd), windows)), found - expected
+        expected = self.speed_mean + self.cycle.at(np.array([t]))[:, 0]
+        apart = joint.tests(pace.measured(window.pace).pairs(), self.level)
+        found = pace.speed(apart, self.slope, self.weight) - expected
+        z = cusum.scores(found, np.zeros(1), np.full(1, self.speed_sd), windows)
+        return float(z[0]), float(found[0])
 
 
-def learn(gathered: Gathered, classes: int, *, windowed: bool, strata: str) -> Usual | None:
+def learn(gathered: Gathered, classes: int, window_rows: int, strata: str) -> Usual | None:
     """None where too few windows were gathered, as in a state that an older version saved."""
     if len(gathered.t) < FEW:
         return None
-    fields = gathered.windows.shape[1] - 2
+    found = gathered.paces(classes)
     step_us, off = _step(gathered.windows[:, 0])
     nothing = Usual(
         step_us=step_us,
         step_off=off,
         repeated=float(gathered.windows[:, 1].max()),
         missing=gathered.windows[:, 2:].max(0),
-        pace=np.zeros((classes, fields)),
-        pace_mean=0.0,
-        pace_sd=0.0,
+        level=usual(found.pairs(), float(RARE)),
+        slope=pace.slopes(found, window_rows),
+        weight=np.zeros(found.n.shape[-1]),
+        speed_mean=0.0,
+        speed_sd=0.0,
         cycle=daily.Cycle.none(1),
     )
-    if not windowed:
-        return nothing
-    found = gathered.pairs(classes)
-    shifts = pace.shift(found, usual_without(found, float(RARE)))
-    told = ~np.isnan(shifts)
+    apart = joint.tests(found.pairs(), usual_without(found.pairs(), float(RARE)))
+    weight = pace.weights(apart, nothing.slope)
+    speeds = pace.speed(apart, nothing.slope, weight) if weight.any() else np.full(len(apart), np.nan)
+    told = ~np.isnan(speeds)
     if told.sum() < FEW:
         return nothing
-    values = np.where(told, shifts, np.median(shifts[told]))[:, None]
-    fit = daily.fit(values, gathered.t, strata)
-    mean, left = calibration.drawn(fit.left, np.median(fit.left, axis=0), LEAST_PACE_SD)
+    fit = daily.fit(np.where(told, speeds, np.median(speeds[told]))[:, None], gathered.t, strata)
+    mean, left = calibration.drawn(fit.left, np.median(fit.left, axis=0), LEAST_SPEED_SD)
     return replace(
         nothing,
-        pace=usual(found, float(RARE)),
-        pace_mean=float((fit.mean + mean)[0]),
-        pace_sd=float(max(left.std(ddof=1), LEAST_PACE_SD)),
+        weight=weight,
+        speed_mean=float((fit.mean + mean)[0]),
+        speed_sd=float(max(left.std(ddof=1), LEAST_SPEED_SD)),
         cycle=fit.cycle,
     )
 
 
 def limit(windows: int, stretch: float) -> float:
-    """Of the sums of the shift's scores."""
+    """Of the sums of the speed's scores."""
     return limits.h(1, windows, limits.K_FIELDS, limits.PACE) * stretch
 
 

@@ -41,8 +41,8 @@ class Normal:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """Of model windows: the statistics `values` (w, D), Fisher's `z` (w, P) of pairs of fields, and the `pace` (w, F) of
-    fields; NaN: not known.
+    """Of model windows: the statistics `values` (w, D), Fisher's `z` (w, P) of pairs of fields, and the `pace` of fields
+    (w, 2F); NaN: not known.
 
     For single rows there is neither `z` (P = 0), as their residuals are multiplied where they are counted, nor `pace`.
     """
@@ -65,7 +65,8 @@ def of_windows(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> F
         return Found(rows[starts], none, none)
     fields = rows.shape[1]
     if not len(starts):
-        return Found(np.empty((0, 2 * fields)), np.empty((0, len(joint.pairs(fields)))), np.empty((0, fields)))
+        none = np.empty((0, 2 * fields))
+        return Found(none, np.empty((0, len(joint.pairs(fields)))), none[:, : pace.width(fields, window_rows)])
     windows = rows[starts[:, None] + np.arange(window_rows)]
     missing = np.isnan(windows)
     if missing.any():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from agent.drift import codec, faults, joint, statistics, ticks
+from agent.drift import codec, faults, joint, pace, statistics, ticks
 from agent.drift import steps as sizes_of_steps
 from agent.drift.codec import Floats, Ints
 from agent.drift.extremes import Extremes
@@ -44,7 +44,7 @@ class Summary:
     sure: Ints  # (C, 2) answers with a score, and the sum of their top scores in 1/SURE
     # In a state saved before these were counted: none, which adds to whatever follows.
     ticks: Ticks = field(default_factory=Ticks)
-    pace: Ints = field(default_factory=lambda: np.zeros((1, 1), np.int64))  # (C, 2F) whole numbers, see `pace`
+    pace: Ints = field(default_factory=lambda: np.zeros((1, 1), np.int64))  # (C, …) whole numbers, see `pace`
 
     @classmethod
     def empty(cls, reference: Reference) -> Summary:
@@ -65,7 +65,7 @@ class Summary:
             scores=np.zeros(BINS, np.int64),
             pairs=np.zeros((reference.classes, joint.width(count, windowed=reference.windowed)), np.int64),
             sure=np.zeros((reference.classes, 2), np.int64),
-            pace=np.zeros((reference.classes, 2 * count), np.int64),
+            pace=np.zeros((reference.classes, 2 * pace.width(count, reference.window_rows)), np.int64),
         )
 
     @property
@@ -213,10 +213,9 @@ def _histogram(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
 
 
 def _pace(reference: Reference, found: Found, classes: Ints) -> Ints:
-    out = np.zeros((reference.classes, 2 * len(reference.fields)), np.int64)
-    if reference.windowed:
-        for group in np.unique(classes) if reference.classes > 1 else range(1):
-            out[group] = joint.sums(found.pace[classes == group] if reference.classes > 1 else found.pace)
+    out = np.zeros((reference.classes, 2 * found.pace.shape[1]), np.int64)
+    for group in np.unique(classes) if reference.classes > 1 else range(1):
+        out[group] = pace.sums(found.pace[classes == group] if reference.classes > 1 else found.pace)
     return out
 
 

@@ -48,11 +48,11 @@ class Watch:
 
 @dataclass(frozen=True)
 class Tick:
-    """What a drift window says: its `fault` or "", the score `z` of its pace and the `shift` behind it."""
+    """What a drift window says: its `fault` or "", the score `z` of its speed and the logarithm `speed`."""
 
     fault: str
     z: float
-    shift: float
+    speed: float
 
 
 NOTHING = Tick("", math.nan, math.nan)
@@ -74,7 +74,7 @@ def after(before: Watch, tick: Tick, t: int, *, fields_drift: bool, limit: float
     held = bool(tick.fault or on) or (fields_drift and not before.drifting)
     cusum = before.cusum
     if not held:
-        cusum = cusum.update(np.array([tick.z]), np.array([tick.shift]), limit=limit, t=t)
+        cusum = cusum.update(np.array([tick.z]), np.array([tick.speed]), limit=limit, t=t)
     raised = before.raised + [cusum.on.any() and not before.drifting, bool(on) and on != before.on]
     began = before.since if twice or on == before.on != "" else t
     return Watch(cusum, tick.fault, on, began, calm if on else 0, raised.astype(np.int64))
@@ -152,7 +152,7 @@ def _fault(now: Watch, window: Summary, usual: Usual, t: tuple[int, int]) -> tup
 def _pace(now: Watch, t: tuple[int, int]) -> tuple[str, dict[str, Any]]:
     side = int(now.cusum.value[:, 0].argmax())
     windows, begin = int(now.cusum.windows[side, 0]), int(now.cusum.since[side, 0])
-    factor = math.exp(float(now.cusum.effect[side, 0]) / max(1, windows) / 2)
+    factor = math.exp(float(now.cusum.effect[side, 0]) / max(1, windows))
     what = f"signals move {'slower' if factor < 1 else 'faster'} than in this site's reference (about x{factor:.2g})"
     why = "another sampling rate or sensor clock, though the rows' times do not show it"
     numbers = {"test": "pace", "windows": windows, "since": begin, "ratio": short(factor, 4)}
