@@ -54,7 +54,7 @@ def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary) -> 
     side = int(piles.argmax())
     limit = (summary.extremes.low, summary.extremes.high)[side][field]
     what = {
-        "missing": f"{share / max(1, summary.rows):.0%} of values are missing",
+        "missing": f"{share / max(1, summary.rows):.{0 if share * 20 > summary.rows else 1}%} of values are missing",
         "stuck": f"repeats one value for {summary.longest[field]} rows",
         "saturated": f"{piles[side] / max(1, summary.rows):.0%} of values are held at {limit:.6g}, the "
         f"{('lowest', 'highest')[side]}",

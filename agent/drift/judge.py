@@ -196,7 +196,7 @@ class Judge:
         window = state.open
         found = faults.find(window, self.shipped, self.units, state.site)
         watching = self._watch(state, found)
-        clean = not any(found) and not watch.holds(watching)
+        clean = not faults.spoiled(found) and not watch.holds(watching)
         after, learned, refused = replace(state, watch=watching), None, None
         tested = clean and state.site is not None
         if state.site is not None and seen.evidence is not None:
@@ -228,7 +228,7 @@ class Judge:
 
     def _watch(self, state: State, found: tuple[Fault | None, ...]) -> Watch:
         """After the open drift window; where a field has a fault, as before."""
-        if state.site is None or state.site.site is None or any(found):
+        if state.site is None or state.site.site is None or faults.spoiled(found):
             return state.watch
         tick = watch.tick(state.open, state.site.site.rate, state.t, state.site.drift_windows)
         drifting = bool(open_fields(state.detectors, len(self.shipped.fields)).any())

@@ -79,7 +79,7 @@ class Gathered:
 
 
 def _joined(before: np.ndarray, more: Floats, dtype: type) -> np.ndarray:
-    return np.concatenate([before.reshape(-1, more.shape[1]), more]).astype(dtype)
+    return (np.concatenate([before, more]) if len(before) else more).astype(dtype)
 
 
 @dataclass(frozen=True, eq=False)
