@@ -27,6 +27,7 @@ from agent.drift.cusum import CALM
 from agent.drift.detectors import JOINT, OUTPUT, SCORE, Detectors, Evidence, Tester, open_fields, open_subjects
 from agent.drift.faults import Fault
 from agent.drift.learning import Learning, finite, settle
+from agent.drift.modes import CLASSES, Modes, classes
 from agent.drift.reference import FEWEST, Reference
 from agent.drift.state import Batch, State, Verdict, emptied, filled, taken
 from agent.drift.summary import Summary, stacked
@@ -49,7 +50,8 @@ class Judge:
     """Judges a task's batches against its shipped reference and, once learned, its site's.
 
     That is learned from `learn` drift windows and at least `learn_s` seconds of readings; `strata` says whether it
-    follows the hour of day (auto, hour, none). No bin in a message tells of fewer than `least` rows.
+    follows the hour of day and the days of rest (auto, hour, week, none). No bin in a message tells of fewer than
+    `least` rows. `mode` names the field whose values are the classes of a model that names none.
     """
 
     def __init__(
@@ -63,12 +65,16 @@ class Judge:
         least: int = 0,
         learn_s: float = 0.0,
         strata: str = "auto",
+        mode: str = "",
     ) -> None:
         if tuple(labels) != shipped.labels:
             raise BadBundle("the drift reference has other labels than the model: build reference.json for this model")
         if learn < FEWEST:
             raise ValueError(f"a site cannot learn its reference from {learn} drift windows; {FEWEST} is the least")
-        self.shipped = shipped
+        if mode and shipped.labels:
+            raise BadBundle(f"the model names classes itself: {mode!r} cannot name them, too")
+        self.shipped = shipped.with_modes(CLASSES) if mode else shipped
+        self.mode = mode
         self.window = window
         self.learn = learn
         self.units = tuple(units) or ("",) * len(shipped.fields)
@@ -76,17 +82,17 @@ class Judge:
         self.learn_s = learn_s
         self.strata = strata
         self.least = least
-        self._nothing = Summary.empty(shipped)
+        self._nothing = Summary.empty(self.shipped)
         self._tester: Tester | None = None
 
     def start(self) -> State:
-        return State.start(self.shipped, self.window)
+        return State.start(self.shipped, self.window, self.mode)
 
     def restore(self, data: bytes) -> State:
         """The state of `to_bytes`. Raises ValueError when it is damaged or made for another bundle: start anew."""
         state = State.from_bytes(data)
-        if (state.open.reference, state.window) != (self.shipped.digest, self.window):
-            raise ValueError("this drift state was made for another reference or window length")
+        if (state.open.reference, state.window, state.mode) != (self.shipped.digest, self.window, self.mode):
+            raise ValueError("this drift state was made for another reference, window length or field of modes")
         return state
 
     def renumbered(self, state: State) -> State:
@@ -127,12 +133,14 @@ class Judge:
         *,
         rows: tuple[int, int],
         t: Ints,
+        modes: Modes | None = None,
     ) -> tuple[State, list[Verdict]]:
         """Take one batch.
 
         `features` (n, F) physical units, NaN missing, of stream rows `rows` (first, last) at `t` (n,) epoch µs;
         `starts` (w,) ascending offsets of model windows of `window_rows` rows, `labels_idx` (w,) and `scores` (w, K)
-        the model's answers. Raises ValueError when the batch does not go on where the last one ended.
+        the model's answers; `modes` those of model windows, where a field names them. Raises ValueError when the batch
+        does not go on where the last one ended.
         """
         if len(features) != rows[1] - rows[0] + 1 or len(t) != len(features):
             raise ValueError(f"rows {rows[0]}-{rows[1]} do not match {len(features)} rows of features, {len(t)} times")
@@ -140,6 +148,9 @@ class Judge:
             raise ValueError(f"rows up to {state.seen} were judged before; this batch begins at row {rows[0]}")
         if window_rows != self.shipped.window_rows:
             raise BadBundle(f"the drift reference is for windows of {self.shipped.window_rows} rows, not {window_rows}")
+        if self.mode and modes is not None:
+            known, labels_idx = classes(state.modes, modes)
+            state = replace(state, modes=known)
         values = finite(features)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
         found = statistics.of_windows(values, starts, window_rows, self.shipped.floor)

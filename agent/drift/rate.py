@@ -106,7 +106,9 @@ class Usual:
         numbers = [self.step_us, self.step_off, self.repeated, self.speed_mean, self.speed_sd]
         known = [np.array(numbers), self.missing, self.level, self.slope, self.weight, cycle.waves, cycle.rest]
         positive = min(self.step_us, self.step_off, self.repeated, self.speed_sd) >= 0
-        return shapes == right and paced in (0, fields) and positive and all(bool(np.isfinite(one).all()) for one in known)
+        return (
+            shapes == right and paced in (0, fields) and positive and all(bool(np.isfinite(one).all()) for one in known)
+        )
 
     def z(self, window: Summary, t: int, windows: int) -> tuple[float, float]:
         """The score of a window's speed, in the middle of epoch µs `t`, and the logarithm of that; NaN: nothing tells."""

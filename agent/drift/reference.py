@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from agent.drift import codec, daily, faults, joint, sizes, statistics, steps
 from agent.drift.codec import Floats, Ints
 from agent.drift.daily import Cycle
+from agent.drift.modes import CLASSES
 from agent.drift.rate import Usual
 from agent.errors import BadBundle
 
@@ -105,6 +106,7 @@ class Reference:
     score_n: Ints  # (32,) answers
     score_correct: Ints | None  # (32,) how many of them were right, when that was known
     site: Site | None = None
+    modes: int = 0  # classes of a model without labels, where a field of the stream names them
 
     @property
     def windowed(self) -> bool:
@@ -112,7 +114,13 @@ class Reference:
 
     @property
     def classes(self) -> int:
-        return max(1, len(self.labels))
+        return max(1, len(self.labels), self.modes)
+
+    def with_modes(self, count: int) -> Reference:
+        """A shipped one that knows as much of each of so many modes as it does of all together."""
+        n, mean, sd = (np.repeat(one, count, axis=0) for one in (self.class_n, self.class_mean, self.class_sd))
+        output = np.zeros(count, np.int64)
+        return replace(self, modes=count, output=output, class_n=n, class_mean=mean, class_sd=sd)
 
     @property
     def tests(self) -> int:
@@ -160,7 +168,7 @@ class Reference:
         return np.asarray(np.clip((top - middle) / width, -FARTHEST, FARTHEST))
 
     def to_json(self) -> bytes:
-        return codec.to_json(self, leave_out=() if self.site else ("site",))
+        return codec.to_json(self, leave_out=() if self.site else ("site", "modes"))
 
     @classmethod
     def from_json(cls, data: bytes) -> Reference:
@@ -267,6 +275,7 @@ def _check(r: Reference) -> None:
         "made": r.made in ("shipped", "site"),
         "fields": fields > 0 and len(set(r.fields)) == fields,
         "window": r.window > 0 and r.window_rows > 0,
+        "modes": r.modes == 0 or (r.modes == CLASSES and not r.labels),
         "rest": len(r.rest) == fields,
         "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _ascending(r.score_edges),
         "score_correct": r.score_correct is None

@@ -39,9 +39,11 @@ class State:
     calm: Ints  # (F,) windows without a fault since
     raised: Ints  # (F + 3, 2) alerts raised so far: drift, fault
     watch: Watch = field(default_factory=Watch)  # the rate's
+    mode: str = ""  # the field that names modes, if one does
+    modes: tuple[str, ...] = ()  # those that have a class
 
     @classmethod
-    def start(cls, shipped: Reference, window: int) -> State:
+    def start(cls, shipped: Reference, window: int, mode: str = "") -> State:
         fields = len(shipped.fields)
         return cls(
             window=window,
@@ -59,6 +61,7 @@ class State:
             faulty=np.zeros(fields, np.bool_),
             calm=np.zeros(fields, np.int64),
             raised=np.zeros((fields + 3, 2), np.int64),
+            mode=mode,
         )
 
     def to_bytes(self) -> bytes:

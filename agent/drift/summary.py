@@ -173,8 +173,8 @@ def stacked(summaries: Sequence[Summary]) -> Summary:
         parts = [getattr(summary, name) for summary in summaries]
         return Sums(*(np.stack([getattr(part, field.name) for part in parts]) for field in fields(Sums)))
 
-    return Summary(
-        reference=summaries[0].reference,
+    return replace(
+        summaries[0],
         rows_of=sums("rows_of"),
         classes=sums("classes"),
         extremes=Extremes(*(np.stack([getattr(s.extremes, n) for s in summaries]) for n in ("values", "rows"))),

@@ -162,7 +162,9 @@ def _pace(now: Watch, t: tuple[int, int]) -> tuple[str, dict[str, Any]]:
 def _cleared(kind: str, before: Watch, how: str, evidence: dict[str, Any]) -> Alert:
     what = "readings" if kind == "fault" else "signals"
     sentence = f"{SUBJECT}: {what} {how} for {CALM} windows in a row."
-    return replace(_alert(kind, "info", before.raised[0 if kind == "drift" else 1], sentence, evidence), state="cleared")
+    return replace(
+        _alert(kind, "info", before.raised[0 if kind == "drift" else 1], sentence, evidence), state="cleared"
+    )
 
 
 def _alert(kind: str, severity: str, number: int, sentence: str, evidence: dict[str, Any]) -> Alert:
