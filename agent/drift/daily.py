@@ -1,7 +1,7 @@
 """What a site's statistics do in the course of a day and of a week, so that no night and no weekend alarms.
 
-Each test's values over the learned windows are fitted with a few waves of a day, by least squares, and with other ones on
-the days of rest: those one or two days in a row, wherever they are in the week and whatever the time zone, that are
+Each test's values over the learned windows are fitted with a few waves of a day, by least squares, and with other ones
+on the days of rest: those one or two days in a row, wherever they are in the week and whatever the time zone, that are
 most unlike the others. Either is kept only where it explains a good part of the values; days of rest only where each
 week that was learned says the same.
 """

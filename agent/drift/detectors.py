@@ -19,8 +19,9 @@ from agent.drift import cusum, joint, limits, ramp, rate, shape, statistics
 from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.cusum import Cusum
 from agent.drift.learning import sure
-from agent.drift.reference import BINS, Reference, Site
+from agent.drift.reference import BINS, Reference
 from agent.drift.shape import Confirm
+from agent.drift.site import Site
 from agent.drift.summary import Summary
 
 OUTPUT, SCORE, JOINT = "output", "score", "joint"

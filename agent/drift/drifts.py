@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from agent.drift import daily, estimate, joint, words
+from agent.drift import daily, estimate, joint, season, words
 from agent.drift.codec import Floats
 from agent.drift.describe import short
 from agent.drift.detectors import HALF_WAY, Detectors, Tester
 from agent.drift.ramp import LONGER, is_ramp
 from agent.drift.reference import Reference
+from agent.drift.season import Season
 from agent.drift.summary import Summary
 
 TOLD = 0.01  # smaller changes of the expected accuracy are none
@@ -37,6 +38,7 @@ class Now:
     window: Summary
     effects: Floats  # (T,)
     t: tuple[int, int]  # when it began and ended, epoch µs
+    season: Season = field(default_factory=Season)
 
     def over(self, windows: int, since: int) -> str:
         return words.over(windows, since, self.t[1])
@@ -118,7 +120,8 @@ def _field(field: int, now: Now, unit: str) -> Words:
         evidence = {"test": "shape", "windows": windows, "since": since}
         return Words(f"{name}: {what}; likely another range, resolution or position", evidence)
     found = change(now, field)
-    why = cause(found, field, site, now.window)
+    slow = season.cause(field, now.season, site.fields) if found.test == "mean" else ""
+    why = slow or cause(found, field, site, now.window)
     growing = ", and goes on: a slow ramp" if found.ramp else ""
     over = now.over(found.windows, found.since)
     return Words(f"{name}: {found.what(unit)} {over}{growing}; likely {why}", found.evidence())

@@ -1,7 +1,7 @@
 """Sensor faults of one field in one drift window: told apart from drift, because the fix is another one.
 
-missing        more than 5 % of values absent, and more than twice the reference's share; at a site that has learned, more
-               than 1 % and more than twice the share of any learned window. Up to 5 % the window counts nevertheless
+missing        more than 5 % of values absent, and more than twice the reference's share; at a site that has learned,
+               more than 1 % and more than twice the share of any learned window. Up to 5 % the window counts, too
 saturated      more than 5 % of values at the window's highest or lowest, far more than on the next value to it
 quantized      hardly any of the finest steps from row to row that a site had, up to four times their size
 stuck          one value repeated more than max(10, 5 x the reference's longest run) times, rest values excepted

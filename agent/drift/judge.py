@@ -29,9 +29,9 @@ from agent.drift.faults import Fault
 from agent.drift.learning import Learning, finite, settle
 from agent.drift.modes import CLASSES, Modes, classes
 from agent.drift.reference import FEWEST, Reference
+from agent.drift.season import Season
 from agent.drift.state import Batch, State, Verdict, emptied, filled, taken
 from agent.drift.summary import Summary, stacked
-from agent.drift.watch import Watch
 from agent.errors import BadBundle
 
 AT_ONCE = 64  # drift windows that are computed together
@@ -117,6 +117,7 @@ class Judge:
             learning=Learning.empty(self.shipped),
             detectors=Detectors.start(fields),
             watch=watch.relearning(state.watch),
+            season=Season(),
             learn_s=for_s,
         )
         evidence = {"window": state.index, "rows": list(state.rows)}
@@ -206,16 +207,18 @@ class Judge:
     def _close(self, state: State, seen: _Seen) -> tuple[State, Verdict]:
         window = state.open
         found = faults.find(window, self.shipped, self.units, state.site)
-        watching = self._watch(state, found)
-        clean = not faults.spoiled(found) and not watch.holds(watching)
+        tester = self._testing(state.site) if state.site else None
+        spoiled = faults.spoiled(found)
+        watching = state.watch if spoiled else watch.after(state.watch, window, tester, state.detectors, state.t)
+        clean = not spoiled and not watch.holds(watching)
         after, learned, refused = replace(state, watch=watching), None, None
         tested = clean and state.site is not None
-        if state.site is not None and seen.evidence is not None:
+        if tester is not None and seen.evidence is not None:
             if clean:
-                tester = self._testing(state.site)
                 detectors = tester.update(state.detectors, seen.evidence, seen.at, state.t[0])
-                after = replace(after, detectors=detectors)
-            elif watching.drifting and not state.watch.drifting:
+                z = seen.evidence.z[seen.at, : len(self.shipped.fields)]
+                after = replace(after, detectors=detectors, season=state.season.add(z, state.t[0]))
+            elif watching.drifting:
                 # What fields have gathered may be the wrong classes that the model names since then.
                 after = replace(after, detectors=Detectors.start(len(self.shipped.fields)))
         elif clean:
@@ -224,6 +227,7 @@ class Judge:
         drift_alerts: list[Alert] = []
         if tested and seen.evidence is not None:
             after, drift_alerts = self._drifts(state, after, seen.evidence.effects[seen.at])
+        where = {"window": state.index, "rows": list(state.rows)}
         verdict = Verdict(
             index=state.index,
             rows=state.rows,
@@ -233,25 +237,9 @@ class Judge:
             learned=learned,
             refused=refused,
             summary=self._report(after, seen.features, found, tested),
-            alerts=(*fault_alerts, *self._rate_alerts(state, after), *drift_alerts),
+            alerts=(*fault_alerts, *watch.alerts(state.watch, watching, window, tester, state.t, where), *drift_alerts),
         )
         return emptied(replace(after, index=state.index + 1), self._nothing), verdict
-
-    def _watch(self, state: State, found: tuple[Fault | None, ...]) -> Watch:
-        """After the open drift window; where a field has a fault, as before."""
-        if state.site is None or state.site.site is None or faults.spoiled(found):
-            return state.watch
-        tick = watch.tick(state.open, state.site.site.rate, state.t, state.site.drift_windows)
-        drifting = bool(open_fields(state.detectors, len(self.shipped.fields)).any())
-        limit = self._testing(state.site).pace_limit
-        return watch.after(state.watch, tick, state.t[0], fields_drift=drifting, limit=limit)
-
-    def _rate_alerts(self, before: State, after: State) -> list[Alert]:
-        usual = before.site.site.rate if before.site and before.site.site else None
-        evidence = {"window": before.index, "rows": list(before.rows)}
-        if before.site is not None:
-            evidence["site"] = before.site.digest
-        return watch.alerts(before.watch, after.watch, before.open, usual, before.t, evidence)
 
     def _learn(self, state: State) -> tuple[State, Reference | None, str | None]:
         learning = state.learning.add(state.open, windowed=self.shipped.windowed, t=state.t)
@@ -297,7 +285,7 @@ class Judge:
         raised = after.raised.copy()
         raised[:, 0] += is_now & ~was
         earlier = [self.subjects[subject] for subject in np.flatnonzero(was[:fields])]
-        now = drifts.Now(after.detectors, self._testing(after.site), before.open, effects, before.t)
+        now = drifts.Now(after.detectors, self._testing(after.site), before.open, effects, before.t, after.season)
         out = []
         for subject in np.flatnonzero(was != is_now):
             if is_now[subject]:

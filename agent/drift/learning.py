@@ -10,7 +10,8 @@ from agent.drift import calibration, daily, joint, limits, rate, shape, statisti
 from agent.drift.codec import Floats, Ints
 from agent.drift.joint import Pairs
 from agent.drift.rate import Gathered
-from agent.drift.reference import BINS, ENOUGH, FEWEST, Reference, Site, draft
+from agent.drift.reference import BINS, ENOUGH, FEWEST, Reference, draft
+from agent.drift.site import Site
 from agent.drift.summary import SURE, Summary, of
 from agent.drift.sums import Moments
 from agent.errors import BadBundle

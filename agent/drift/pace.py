@@ -2,9 +2,9 @@
 the rows' times are only nominal.
 
 Of each field and model window: how far apart values are that lie a few rows apart, against the window's variance. A
-gain or an offset leaves that as it is. Signals that move twice as fast are as far apart at one lag as they were at two, so
-what is usual at two lags tells what a change of speed does, and a field's change tells the speed. A clock changes it in
-all fields alike, a fault or noise in one: fields count by how surely they tell it, none for much more than the middle one.
+gain or an offset leaves that as it is. Signals that move twice as fast are as far apart at one lag as they were at two,
+so what is usual at two lags tells what a change of speed does, and a field's change tells the speed. A clock changes
+all fields alike, a fault or noise one: fields count by how surely they tell it, none for much more than the middle one.
 
 Source: the variogram, Matheron (1963), Principles of geostatistics, Economic Geology 58.
 """
@@ -37,8 +37,8 @@ def width(fields: int, window_rows: int) -> int:
 
 
 def of_windows(windows: Floats, square: Floats, floor: Floats) -> Floats:
-    """(w, `width`) logarithms in model windows (w, rows, F), at the short lag, then at the long one; NaN where a field is
-    not known or does not move.
+    """(w, `width`) logarithms in model windows (w, rows, F), at the short lag, then at the long one; NaN where a field
+    is not known or does not move.
 
     `square` (w, F) mean squares about the mean; `floor` (F,) the least of them that is a movement.
     """
@@ -66,7 +66,7 @@ def sums(found: Floats) -> Ints:
 
 @dataclass(frozen=True, eq=False)
 class Paces:
-    """Of classes (..., C) and fields: model windows behind them, the mean `level` of both lags and the `slope` between."""
+    """Of classes (..., C) and fields: model windows `n`, the mean `level` of both lags and the `slope` between them."""
 
     n: Floats  # (..., C, F)
     level: Floats

@@ -111,7 +111,7 @@ class Usual:
         )
 
     def z(self, window: Summary, t: int, windows: int) -> tuple[float, float]:
-        """The score of a window's speed, in the middle of epoch µs `t`, and the logarithm of that; NaN: nothing tells."""
+        """The score of a window's speed, in the middle of `t` (epoch µs), and its logarithm; NaN: nothing tells."""
         if self.speed_sd <= 0:
             return math.nan, math.nan
         expected = self.speed_mean + self.cycle.at(np.array([t]))[:, 0]

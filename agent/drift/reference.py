@@ -10,15 +10,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from agent.drift import codec, daily, faults, joint, sizes, statistics, steps
+from agent.drift import codec, faults, joint, sizes, statistics
 from agent.drift.codec import Floats, Ints
-from agent.drift.daily import Cycle
 from agent.drift.modes import CLASSES
-from agent.drift.rate import Usual
+from agent.drift.site import Site
 from agent.errors import BadBundle
 
 VERSION = 1
@@ -26,45 +24,6 @@ BINS = 32  # quantile bins; `counts` has two more: below the first, above the la
 FEWEST, ENOUGH = 20, 40  # drift windows: refused below the first, warned below the second
 FARTHEST = 1000.0  # spreads: an answer further away says no more
 REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """What only a site's own reference has: how its windows differ among themselves. P pairs of fields.
-
-    A site's `test_mean` and `test_sd` have 2F + P + 1 tests: mean and spread of fields, pairs, and certainty.
-    """
-
-    pair_mean: Floats  # (C, P) Fisher's z; of all classes together where one was too rare
-    score_mean: Floats  # (C,) of the top score, likewise
-    psi_limits: Floats  # (F + 2,) of the fields, the answers, the certainty
-    stretch: float  # of the limits, because neighbouring windows are alike
-    waves: Floats  # (6, T) of a day, added to test_mean by the hour; zeros where there is no cycle
-    hours: Ints  # (24,) windows learned in each hour of the day, UTC
-    learned: tuple[int, int]  # when the first began and the last ended, epoch µs
-    number: int  # 1 for the first reference that this device learned for the task
-    # None in one learned before these were told.
-    steps: Ints | None = None  # (F, 64) from row to row, by size
-    rate: Usual | None = None
-    # Days of rest, see `daily`: what is added to test_mean then, (7, T); None where they are as the others.
-    rest: Floats | None = None
-    rest_begins: int = 0  # µs into the epoch week
-    rest_lasts: int = 0
-
-    @cached_property
-    def cycle(self) -> Cycle:
-        none = Cycle.none(self.waves.shape[1])
-        if self.rest is None:
-            return Cycle(self.waves, none.rest, 0, 0)
-        return Cycle(self.waves, self.rest, self.rest_begins, self.rest_lasts)
-
-    def told(self) -> dict[str, Any]:
-        """Which it is, for people."""
-        return {"number": self.number, "learned": list(self.learned)} | self._followed
-
-    @property
-    def _followed(self) -> dict[str, bool]:
-        return {"daily": bool(self.waves.any()), "weekly": self.cycle.weekly}
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,9 +77,14 @@ class Reference:
 
     def with_modes(self, count: int) -> Reference:
         """A shipped one that knows as much of each of so many modes as it does of all together."""
-        n, mean, sd = (np.repeat(one, count, axis=0) for one in (self.class_n, self.class_mean, self.class_sd))
-        output = np.zeros(count, np.int64)
-        return replace(self, modes=count, output=output, class_n=n, class_mean=mean, class_sd=sd)
+        return replace(
+            self,
+            modes=count,
+            output=np.zeros(count, np.int64),
+            class_n=np.repeat(self.class_n, count, axis=0),
+            class_mean=np.repeat(self.class_mean, count, axis=0),
+            class_sd=np.repeat(self.class_sd, count, axis=0),
+        )
 
     @property
     def tests(self) -> int:
@@ -282,34 +246,13 @@ def _check(r: Reference) -> None:
         or (r.score_correct.shape == r.score_n.shape and bool((r.score_correct <= r.score_n).all())),
     }
     wrong += [name for name, holds in rules.items() if not holds]
-    wrong += [] if r.site is None else _wrong_site(r, r.site)
+    wrong += [] if r.site is None else r.site.wrong(r.classes, len(r.fields), r.tests)
     if not wrong:
         wrong = [] if _ascending(r.bounds) else ["edges"]
         wrong += [name for name in ("class_sd", "test_sd", "floor") if not (getattr(r, name) > 0).all()]
         wrong += [name for name in ("counts", "missing", "n", "m2", "longest", "jump") if (getattr(r, name) < 0).any()]
     if wrong:
         raise BadBundle(f"reference.json does not hold together ({', '.join(wrong)}): build it again")
-
-
-def _wrong_site(r: Reference, site: Site) -> list[str]:
-    shapes = {
-        "pair_mean": (r.classes, len(joint.pairs(len(r.fields)))),
-        "score_mean": (r.classes,),
-        "psi_limits": (len(r.fields) + 2,),
-        "hours": (24,),
-        "waves": (2 * daily.WAVES, r.tests),
-    }
-    wrong = [f"site.{name}" for name, shape in shapes.items() if getattr(site, name).shape != shape]
-    wrong += [] if 1 <= site.stretch <= 3 else ["site.stretch"]
-    wrong += [] if site.steps is None or site.steps.shape == (len(r.fields), steps.SIZES) else ["site.steps"]
-    wrong += [] if site.rest is None or _week(site.rest, site, r.tests) else ["site.rest"]
-    wrong += [] if site.rate is None or site.rate.fits(r.classes, len(r.fields)) else ["site.rate"]
-    return wrong + ([] if np.isfinite(site.waves).all() else ["site.waves"])
-
-
-def _week(rest: Floats, site: Site, tests: int) -> bool:
-    within = 0 <= site.rest_begins < daily.WEEK_US and 0 < site.rest_lasts < daily.WEEK_US
-    return within and rest.shape == (1 + 2 * daily.WAVES, tests) and bool(np.isfinite(rest).all())
 
 
 def _ascending(values: Floats) -> bool:

@@ -14,6 +14,7 @@ from agent.drift.detectors import Detectors
 from agent.drift.faults import Tail
 from agent.drift.learning import Learning
 from agent.drift.reference import Reference
+from agent.drift.season import Season
 from agent.drift.statistics import Found
 from agent.drift.summary import Summary
 from agent.drift.watch import Watch
@@ -39,6 +40,7 @@ class State:
     calm: Ints  # (F,) windows without a fault since
     raised: Ints  # (F + 3, 2) alerts raised so far: drift, fault
     watch: Watch = field(default_factory=Watch)  # the rate's
+    season: Season = field(default_factory=Season)
     mode: str = ""  # the field that names modes, if one does
     modes: tuple[str, ...] = ()  # those that have a class
 

@@ -41,8 +41,8 @@ class Normal:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """Of model windows: the statistics `values` (w, D), Fisher's `z` (w, P) of pairs of fields, and the `pace` of fields
-    (w, 2F); NaN: not known.
+    """Of model windows: the statistics `values` (w, D), Fisher's `z` (w, P) of pairs of fields, and the `pace` of
+    fields (w, 2F); NaN: not known.
 
     For single rows there is neither `z` (P = 0), as their residuals are multiplied where they are counted, nor `pace`.
     """

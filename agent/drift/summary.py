@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -171,14 +172,15 @@ def stacked(summaries: Sequence[Summary]) -> Summary:
 
     def sums(name: str) -> Sums:
         parts = [getattr(summary, name) for summary in summaries]
-        return Sums(*(np.stack([getattr(part, field.name) for part in parts]) for field in fields(Sums)))
+        return Sums(*(np.stack([getattr(part, one.name) for part in parts]) for one in fields(Sums)))
 
-    return replace(
-        summaries[0],
+    members: dict[str, Any] = {name: np.stack([getattr(one, name) for one in summaries]) for name in _PLAIN}
+    return Summary(
+        reference=summaries[0].reference,
         rows_of=sums("rows_of"),
         classes=sums("classes"),
         extremes=Extremes(*(np.stack([getattr(s.extremes, n) for s in summaries]) for n in ("values", "rows"))),
-        **{name: np.stack([getattr(summary, name) for summary in summaries]) for name in _PLAIN},
+        **members,
     )
 
 
@@ -206,8 +208,8 @@ def _ordered(rows: Floats) -> tuple[np.ndarray, bool]:
 def _histogram(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
     """(F, 34). A value on an inner edge belongs to the bin above it, one on a limit to the bin inside."""
     under = np.zeros((len(ordered), BINS + 3), np.int64)
-    for field, column in enumerate(ordered):
-        under[field, 1:-1] = column.searchsorted(cuts[field])
+    for at, column in enumerate(ordered):
+        under[at, 1:-1] = column.searchsorted(cuts[at])
     under[:, -1] = ordered.shape[1] - missing
     return under[:, 1:] - under[:, :-1]
 

@@ -1,8 +1,8 @@
 """What watches the rate at which a site's readings come and its signals move: the subject "rate" of a task.
 
-A fault of it is one of the rows themselves, so while it is open no field is tested and nothing is learned. Where signals
-move faster or slower than the rows' times explain, that is told as a drift; fields wait then, too, as the model names
-wrong classes. And it waits while a field's drift is open, for the same reason.
+A fault of it is one of the rows themselves, so while it is open no field is tested and nothing is learned. Where
+signals move faster or slower than the rows' times explain, that is told as a drift; fields wait then, too, as the model
+names wrong classes. And it waits while a field's drift is open, for the same reason.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from agent.drift.alerts import Alert
 from agent.drift.codec import Ints
 from agent.drift.cusum import CALM, Cusum
 from agent.drift.describe import GRAVEST, short
-from agent.drift.detectors import Tester
+from agent.drift.detectors import Detectors, Tester, open_fields
 from agent.drift.rate import Usual
 from agent.drift.summary import Summary
 from agent.drift.words import amount_of_time, over, since
@@ -55,18 +55,21 @@ class Tick:
     speed: float
 
 
-NOTHING = Tick("", math.nan, math.nan)
+def after(before: Watch, window: Summary, tester: Tester | None, fields: Detectors, t: tuple[int, int]) -> Watch:
+    """After one more window at `t`; `fields` is what theirs had gathered before it.
+
+    Its pace counts where no fault is open and no field drifts.
+    """
+    usual = tester.extra.rate if tester else None
+    if tester is None or usual is None:
+        return before
+    tick = Tick(rate.fault(window, usual), *usual.z(window, sum(t) // 2, tester.site.drift_windows))
+    drifting = bool(open_fields(fields, len(tester.site.fields)).any())
+    return ticked(before, tick, t[0], fields_drift=drifting, limit=tester.pace_limit)
 
 
-def tick(window: Summary, usual: Usual | None, t: tuple[int, int], windows: int) -> Tick:
-    """Of a window at `t`, at a site whose reference is of so many drift windows."""
-    if usual is None:
-        return NOTHING
-    return Tick(rate.fault(window, usual), *usual.z(window, sum(t) // 2, windows))
-
-
-def after(before: Watch, tick: Tick, t: int, *, fields_drift: bool, limit: float) -> Watch:
-    """After one more window, begun at `t`. Its pace counts where no fault is open and no field drifts."""
+def ticked(before: Watch, tick: Tick, t: int, *, fields_drift: bool, limit: float) -> Watch:
+    """After one more window, begun at `t`."""
     calm = 0 if tick.fault else before.calm + 1
     twice = bool(tick.fault) and before.seen == tick.fault
     on = before.on if before.on and calm < CALM else ""
@@ -75,9 +78,10 @@ def after(before: Watch, tick: Tick, t: int, *, fields_drift: bool, limit: float
     cusum = before.cusum
     if not held:
         cusum = cusum.update(np.array([tick.z]), np.array([tick.speed]), limit=limit, t=t)
-    raised = before.raised + [cusum.on.any() and not before.drifting, bool(on) and on != before.on]
+    more = [bool(cusum.on.any()) and not before.drifting, bool(on) and on != before.on]
+    raised = before.raised + np.array(more, np.int64)
     began = before.since if twice or on == before.on != "" else t
-    return Watch(cusum, tick.fault, on, began, calm if on else 0, raised.astype(np.int64))
+    return Watch(cusum, tick.fault, on, began, calm if on else 0, raised)
 
 
 def holds(now: Watch) -> bool:
@@ -91,13 +95,16 @@ def relearning(watch: Watch) -> Watch:
 
 
 def alerts(
-    before: Watch, now: Watch, window: Summary, usual: Usual | None, t: tuple[int, int], evidence: dict[str, Any]
+    before: Watch, now: Watch, window: Summary, tester: Tester | None, t: tuple[int, int], where: dict[str, Any]
 ) -> list[Alert]:
-    """Raised and cleared by a window at `t`, with what is common to all its alerts as `evidence`."""
-    out = []
+    """Raised and cleared by a window at `t`, which is `where`."""
+    usual = tester.extra.rate if tester else None
+    if tester is None or usual is None:
+        return []
+    out, evidence = [], where | {"site": tester.site.digest}
     if now.on != before.on and before.on:
         out.append(_cleared("fault", before, "come as they did in this site's reference", evidence))
-    if now.on != before.on and now.on and usual is not None:
+    if now.on != before.on and now.on:
         sentence, numbers = _fault(now, window, usual, t)
         told = _alert("fault", "critical", now.raised[1], sentence, evidence | {"fault": now.on} | numbers)
         out.append(told)
