@@ -331,8 +331,7 @@ def check_mode(file: str, key: str, mode: str, stream: Stream) -> None:
         return
     number = any(f.name == mode for f in stream.fields)
     what = f"{mode!r} is a number and no category" if number else f"the stream has no field {mode!r}"
-    hint = suggestion(mode, known) or (f"; its category fields are {', '.join(sorted(known))}" if known else "")
-    raise ConfigError(file, key, f"{what}: modes are the values of a category field{hint}")
+    raise ConfigError(file, key, f"{what}: modes are the values of a category field{suggestion(mode, known)}")
 
 
 def _check_slices(file: str, name: str, task: Task, stream: Stream) -> None:

@@ -51,11 +51,11 @@ def of_windows(windows: Floats, square: Floats, floor: Floats) -> Floats:
 def _apart(windows: Floats, lag: int) -> Floats:
     """(w, F) mean squares of differences; NaN for none."""
     step = windows[:, lag:] - windows[:, :-lag]
-    missing = np.isnan(step)
-    told = step.shape[1]
-    if missing.any():
-        told, step = np.maximum((~missing).sum(1), 1), np.where(missing, 0.0, step)
-    squares = np.einsum("wrf,wrf->wf", step, step) / told
+    squares = np.einsum("wrf,wrf->wf", step, step) / step.shape[1]
+    if np.isnan(squares).any():
+        told = ~np.isnan(step)
+        known = np.where(told, step, 0.0)
+        squares = np.einsum("wrf,wrf->wf", known, known) / np.maximum(told.sum(1), 1)
     return np.where(squares > 0, squares, np.nan)
 
 

@@ -216,7 +216,8 @@ def _histogram(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
 
 def _pace(reference: Reference, found: Found, classes: Ints) -> Ints:
     out = np.zeros((reference.classes, 2 * found.pace.shape[1]), np.int64)
-    for group in np.unique(classes) if reference.classes > 1 else range(1):
+    groups = np.unique(classes) if reference.classes > 1 else range(1)
+    for group in groups if out.shape[1] else ():
         out[group] = pace.sums(found.pace[classes == group] if reference.classes > 1 else found.pace)
     return out
 

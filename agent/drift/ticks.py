@@ -61,7 +61,9 @@ def spans(t: Ints, starts: Ints, window_rows: int, before: int) -> Ints:
 def repeated(joined: Floats, rest: tuple[tuple[float, ...], ...]) -> int:
     """Rows of `joined` (n, F) equal to the one before in all fields, unless all of them rest. A missing value equals
     none."""
-    same = np.flatnonzero((joined[1:] == joined[:-1]).all(1)) + 1
+    # Most rows differ in the first field already.
+    same = np.flatnonzero(joined[1:, 0] == joined[:-1, 0]) + 1
+    same = same[(joined[same] == joined[same - 1]).all(1)]
     if not len(same):
         return 0
     resting = np.stack([np.isin(joined[same, i], values) for i, values in enumerate(rest)], axis=1)
