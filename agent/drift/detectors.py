@@ -44,6 +44,10 @@ class Detectors:
         recent = np.full((ramp.WINDOWS, 2 * fields), np.nan, np.float32)
         return cls(Cusum.zeros(tests), Confirm.none(fields + 2), np.zeros((3, BINS), np.int64), recent)
 
+    def only_open(self) -> Detectors:
+        """With the open alarms, and nothing gathered towards others."""
+        return replace(self, cusum=self.cusum.only(self.cusum.on.any(0)))
+
 
 @dataclass(frozen=True, eq=False)
 class Limits:

@@ -220,7 +220,7 @@ class Judge:
                 after = replace(after, detectors=detectors, season=state.season.add(z, state.t[0]))
             elif watching.drifting:
                 # What fields have gathered may be the wrong classes that the model names since then.
-                after = replace(after, detectors=Detectors.start(len(self.shipped.fields)))
+                after = replace(after, detectors=state.detectors.only_open())
         elif clean:
             after, learned, refused = self._learn(after)
         after, fault_alerts = self._faults(after, found)
