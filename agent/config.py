@@ -164,7 +164,8 @@ class Task(Section, frozen=True):
     publish: Literal["all", "changes", "summary"] | Below = "all"
     learn: Annotated[int, msgspec.Meta(ge=20, le=10_000)] = 40
     learn_for: Duration = Duration(0.0)
-    strata: Literal["auto", "hour", "none"] | None = None
+    strata: Literal["auto", "hour", "week", "none"] | None = None
+    mode: str | None = None  # the category field that names modes, where the model names no classes; "": none
     slices: Annotated[list[str | Binned], msgspec.Meta(max_length=8)] = []
 
 
@@ -213,6 +214,8 @@ def load(path: Path) -> Config:
             hint = suggestion(task.stream, config.streams)
             raise ConfigError(file, f"tasks.{name}.stream", f"there is no stream {task.stream!r}{hint}")
         _check_slices(file, name, task, config.streams[task.stream])
+        if task.mode:
+            check_mode(file, f"tasks.{name}.mode", task.mode, config.streams[task.stream])
     return _with_absolute_paths(config, path.resolve().parent)
 
 
@@ -319,6 +322,16 @@ def _check_stream(file: str, name: str, stream: Stream) -> None:
                 if field_name not in seen:
                     hint = suggestion(field_name, seen)
                     raise ConfigError(file, key, f"no field {field_name!r}{hint}")
+
+
+def check_mode(file: str, key: str, mode: str, stream: Stream) -> None:
+    """Raises ConfigError unless a category field of `stream` is called `mode`."""
+    known = {f.name for f in stream.fields if f.type == "category"}
+    if mode in known:
+        return
+    number = any(f.name == mode for f in stream.fields)
+    what = f"{mode!r} is a number and no category" if number else f"the stream has no field {mode!r}"
+    raise ConfigError(file, key, f"{what}: modes are the values of a category field{suggestion(mode, known)}")
 
 
 def _check_slices(file: str, name: str, task: Task, stream: Stream) -> None:

@@ -65,6 +65,7 @@ class Recipe:
     window: str = ""
     drift_window: int = 20
     extra: str = ""
+    mode: str = ""  # the field of modes
 
     def rows(self, n: int, seed: int = 0) -> Floats:
         return waves(n, seed) if self.fields == WINDOWED else readings(n, seed)
@@ -112,6 +113,7 @@ fields = {json.dumps(recipe.fields)}
 
 [drift]
 window = {recipe.drift_window}
+{f'mode = "{recipe.mode}"' if recipe.mode else ""}
 
 [limits]
 memory_mib = 512

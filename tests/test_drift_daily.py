@@ -97,3 +97,68 @@ def test_a_cycle_is_looked_for_after_three_days_or_when_asked_after_one(
     hours: int, strata: str, expected: bool
 ) -> None:
     assert daily.told(np.arange(hours, dtype=np.int64) * daily.HOUR_US, strata) is expected
+
+
+def office(seed: int, count: int, *, learn_days: float, strata: str = "auto") -> tuple[list[Verdict], Judge]:
+    """Days with a cycle in two of three fields that rests on Saturday and Sunday of another time zone."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(count * 24 * WINDOW, dtype=np.int64) * (daily.HOUR_US // WINDOW)
+    local = t - 7 * daily.HOUR_US
+    works = (local // daily.DAY_US + 3) % 7 < 5
+    wave = np.maximum(0, np.sin(2 * np.pi * (local / daily.DAY_US - 0.25))) * works
+    rows = rng.normal(size=(len(t), 3)) + np.stack([1.5 * wave, -0.8 * wave, 0 * wave], axis=1)
+    judge = Judge(shipped(), labels=(), window=WINDOW, learn=40, learn_s=learn_days * 86_400, strata=strata)
+    none = np.zeros(len(t), np.int64)
+    state, verdicts = judge.start(), []
+    for begin in range(0, len(t), 14 * 24 * WINDOW):
+        some = slice(begin, begin + 14 * 24 * WINDOW)
+        state, more = judge.step(
+            state, rows[some].astype(np.float32), np.arange(len(t[some])), 1, none[some], None,
+            rows=(begin + 1, begin + len(t[some])), t=t[some],
+        )  # fmt: skip
+        verdicts += more
+    return verdicts, judge
+
+
+def test_no_weekend_alarms_once_two_weeks_were_learned() -> None:
+    for seed in range(3):
+        verdicts, _ = office(seed, 42, learn_days=14)
+        site = next(v.learned for v in verdicts if v.learned)
+        assert site.site is not None
+        assert site.site.told()["weekly"]
+        assert site.site.rest_lasts == 2 * daily.DAY_US
+        begins = (site.site.rest_begins - 7 * daily.HOUR_US) / daily.DAY_US
+        assert begins == pytest.approx(2, abs=0.4)
+        assert raised(verdicts) == []
+        assert Reference.from_json(site.to_json()).to_json() == site.to_json()
+
+
+def test_weekends_alarm_where_only_the_hour_is_followed() -> None:
+    verdicts, _ = office(0, 42, learn_days=14, strata="hour")
+    site = next(v.learned for v in verdicts if v.learned)
+    assert site.site is not None
+    assert not site.site.told()["weekly"]
+    assert len(raised(verdicts)) >= 4
+
+
+def test_two_weeks_of_chance_have_no_days_of_rest() -> None:
+    t = np.arange(14 * 24, dtype=np.int64) * daily.HOUR_US
+    kept = [daily.fit(np.random.default_rng(seed).normal(size=(len(t), 8)), t).cycle.any() for seed in range(20)]
+    assert not any(kept)
+
+
+def test_two_weeks_that_disagree_have_no_days_of_rest() -> None:
+    t = np.arange(14 * 24, dtype=np.int64) * daily.HOUR_US
+    odd = ((t // daily.DAY_US) % 7 >= 5) * np.where(t < daily.WEEK_US, 3.0, -3.0)
+    values = np.random.default_rng(0).normal(size=(len(t), 2)) + odd[:, None]
+    assert not daily.fit(values, t).cycle.weekly
+
+
+@pytest.mark.parametrize(
+    ("days", "strata", "expected"),
+    [(14, "auto", True), (13, "auto", False), (7, "week", True), (6, "week", False), (20, "hour", False)],
+)
+def test_days_of_rest_are_looked_for_after_two_weeks_or_when_asked_after_one(
+    days: int, strata: str, expected: bool
+) -> None:
+    assert daily.week_told(np.arange(days * 24, dtype=np.int64) * daily.HOUR_US, strata) is expected

@@ -416,7 +416,7 @@ def test_a_verdict_gives_rows_times_and_a_message_in_plain_json(judge: Judge, qu
     assert {v.n for v in verdicts} == {200}
     summary = verdicts[0].summary
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-    assert set(summary) == {"features", "output", "joint", "estimate", "state"}
+    assert set(summary) == {"features", "output", "joint", "rate", "estimate", "state"}
     assert tuple(summary["features"]) == FIELDS
     assert summary["features"]["x"]["cusum"] == {"mean": [0.0, 0.0], "spread": [0.0, 0.0], "limit": None}
     assert summary["features"]["x"]["fault"] is None

@@ -46,7 +46,7 @@ def test_what_is_gathered_stays_small_enough_to_be_committed_however_many_fields
         learning = learning.add(window, windowed=True, t=(number * 1000, number * 1000 + 999))
         kept.append(learning.windows)
         most = max(most, len(learning.to_bytes()))
-    assert learning.seen == 200
+    assert learning.gathered == 200
     assert max(kept) <= LEAST_KEPT
     assert min(kept[LEAST_KEPT:]) >= LEAST_KEPT // 2
     assert most < 3 * MOST_BYTES
@@ -78,7 +78,7 @@ def test_time_that_was_watched_is_that_of_the_readings_whatever_the_clock_does()
     within = timed((10, YEAR_US, MINUTE_US), (1, YEAR_US + 10 * MINUTE_US, YEAR_US), (20, 2 * YEAR_US, MINUTE_US))
     assert within.watched_s < 40 * 60
     many = timed((MOST + 100, YEAR_US, MINUTE_US))
-    assert many.windows < many.seen
+    assert many.windows < many.gathered
     assert many.watched_s == pytest.approx((MOST + 100) * 60, rel=0.05)
 
 
@@ -108,7 +108,7 @@ def test_where_what_was_gathered_is_damaged_it_is_gathered_anew_and_nothing_else
     state, _ = feed(judge, judge.start(), readings(6, 10))
     data, _learning = judge.to_bytes(state)
     again = judge.restore(data, damaged)
-    assert (again.index, again.seen, again.learning.seen) == (state.index, state.seen, 0)
+    assert (again.index, again.seen, again.learning.gathered) == (state.index, state.seen, 0)
 
 
 def test_answers_whose_certainty_is_not_known_are_neither_sure_nor_in_doubt(judge: Judge) -> None:

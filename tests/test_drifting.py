@@ -70,7 +70,7 @@ def test_another_bundle_clears_what_was_open_says_that_the_reference_goes_and_us
     resets = [body for body in told if body.get("event") == "reference reset"]
     assert drifted.site is not None
     assert [body["evidence"]["site"] for body in resets] == [drifted.site.digest]
-    assert (state.site, state.learning.seen, int(state.raised.min())) == (None, 0, 1)
+    assert (state.site, state.learning.gathered, int(state.raised.min())) == (None, 0, 1)
     assert store.state("exercise", drifting.SITE) is None
     again, end = drifting.restore(store, "exercise", other)
     assert end is None
@@ -84,7 +84,7 @@ def test_back_with_the_first_bundle_nothing_half_gathered_comes_back(tmp_path: P
     keep(store, judge, half)
     other = Judge(reference(2), labels=LABELS, window=WINDOW, learn=40)
     ended(store, author, other)
-    assert ended(store, author, judge).learning.seen == 0
+    assert ended(store, author, judge).learning.gathered == 0
     store.close()
 
 

@@ -148,6 +148,6 @@ def test_drift_options_are_left_out_of_a_manifest_that_does_not_use_them() -> No
     assert msgspec.to_builtins(plain) == {"window": 20}
     asked = msgspec.convert({"window": 20, "min_count": 10, "strata": "hour"}, manifest.DriftWindow)
     assert (asked.min_count, asked.strata) == (10, "hour")
-    for wrong in ({"min_count": 1}, {"strata": "week"}):
+    for wrong in ({"min_count": 1}, {"strata": "month"}, {"mode": ""}):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(wrong, manifest.DriftWindow)

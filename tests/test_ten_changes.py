@@ -77,6 +77,22 @@ def watch() -> Watch:
     return Watch(start.found, start.model, judge, learned, start.rows)
 
 
+def sampled(rows: NDArray[np.float32], faster: float) -> NDArray[np.float32]:
+    """What another clock would have read: per row, signals move so many times faster. Whole drift windows of it."""
+    at = np.arange(0, len(rows) - 1, faster)
+    read = np.stack([np.interp(at, np.arange(len(rows)), column) for column in rows.T], axis=1)
+    return read[: len(read) // (ROWS * WINDOW) * ROWS * WINDOW].astype(np.float32)
+
+
+@pytest.mark.parametrize(("faster", "words"), [(1.25, "signals move faster"), (0.8, "signals move slower")])
+def test_another_sampling_clock_is_told_though_times_do_not_show_it(watch: Watch, faster: float, words: str) -> None:
+    alerts = watch.step(watch.learned, sampled(watch.rows, faster))[1]
+    assert [(a.alert, a.subject) for a in alerts] == [("drift", "rate")]
+    assert words in alerts[0].summary
+    assert alerts[0].evidence["ratio"] == pytest.approx(faster, rel=0.1)
+    assert alerts[0].evidence["window"] - watch.learned.index < 3
+
+
 def change(kind: str, amount: float, *fields: str) -> Fault:
     return Fault(kind=kind, fields=list(fields), from_row=1, amount=amount)  # type: ignore[arg-type]
 

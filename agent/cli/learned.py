@@ -23,7 +23,7 @@ def document(conf: Config, store: Store, task: str) -> dict[str, Any]:
     state = drifting.seen(store, task)
     if document["site"] is None and state is not None:
         document["learning"] = {
-            "windows": state.learning.seen,
+            "windows": state.learning.gathered,
             "of": conf.tasks[task].learn,
             "for_s": max(state.learn_s, float(conf.tasks[task].learn_for)),
         }

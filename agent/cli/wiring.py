@@ -30,6 +30,7 @@ from agent.device.timekeeping import clock_of
 from agent.drift.judge import Judge
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model import activate
+from agent.model.manifest import Manifest
 from agent.toml import suggestion
 from agent.wire import keys
 from agent.wire.keys import PublicKey
@@ -115,12 +116,26 @@ def load_task(file: Path, conf: Config, store: Store | None, name: str, path: Pa
             strata=task.strata or manifest.drift.strata or "auto",
             least=manifest.drift.min_count or 0,
             units=manifest.input.units,
+            mode=_mode(str(file), name, task, stream, manifest),
         )
     state, ended = (judge.start() if judge else None), None
     if judge is not None and store is not None:
         state, ended = drifting.restore(store, name, judge)
     digest, keeps = config.digest(conf), conf.buffer.keep_results > 0
     return Task(name, task, stream, active.bundle, active.model, judge, state, digest, keeps, ended)
+
+
+def _mode(file: str, name: str, task: config.Task, stream: config.Stream, manifest: Manifest) -> str:
+    """The field whose values are modes, or "". Raises ConfigError."""
+    key, asked = f"tasks.{name}.mode", manifest.drift.mode or ""
+    if task.mode and manifest.output.labels:
+        raise ConfigError(
+            file, key, f"bundle {manifest.name} names classes itself, and these are its modes: remove mode"
+        )
+    if task.mode is None and asked:
+        # The config's own was checked when it was read.
+        config.check_mode(file, f'{key} (as bundle {manifest.name} says; mode = "" for none)', asked, stream)
+    return asked if task.mode is None else task.mode
 
 
 def planned(file: Path, conf: Config, store: Store) -> tuple[list[Planned], list[Broken]]:

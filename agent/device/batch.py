@@ -21,8 +21,9 @@ from agent.device.storage.rows import Rows
 from agent.device.storage.segments import Stamp, within
 from agent.device.storage.store import Batch, Store
 from agent.device.storage.transaction import Transaction
-from agent.drift import slices
+from agent.drift import modes, slices
 from agent.drift.judge import Judge
+from agent.drift.modes import Modes
 from agent.drift.state import State, Verdict
 from agent.model import features, runtime, scores
 from agent.model.bundle import Bundle
@@ -116,7 +117,7 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
     windows = features.windows(matrix, cut.starts, task.bundle.manifest.input)
     outputs = task.model.invoke(windows)
     found = scores.of(outputs, task.bundle.manifest, windows)
-    judged = _judge(task, batch, cut, matrix, found, outputs)
+    judged = _judge(task, store, batch, cut, matrix, found, outputs)
     given = _given(task, store, batch, cut, found)
     with store.transaction() as tx:
         tx.advance(task.name, batch.first, batch.first + cut.consumed - 1)
@@ -144,7 +145,13 @@ def _lost_follows(task: Task, store: Store, batch: Batch) -> bool:
 
 
 def _judge(
-    task: Task, batch: Batch, cut: Cut, matrix: NDArray[np.float32], found: Scores, outputs: NDArray[np.float32]
+    task: Task,
+    store: Store,
+    batch: Batch,
+    cut: Cut,
+    matrix: NDArray[np.float32],
+    found: Scores,
+    outputs: NDArray[np.float32],
 ) -> _Judged:
     if task.judge is None or task.drift is None:
         return _Judged(None, [])
@@ -160,8 +167,16 @@ def _judge(
         certainty,
         rows=(batch.first, batch.last),
         t=batch.rows.t,
+        modes=_modes(task, store, batch, cut),
     )
     return _Judged(state, verdicts)
+
+
+def _modes(task: Task, store: Store, batch: Batch, cut: Cut) -> Modes | None:
+    if task.judge is None or not task.judge.mode:
+        return None
+    codes = batch.rows.columns[[f.name for f in task.stream.fields].index(task.judge.mode)]
+    return modes.of_windows(codes, cut.starts, task.window_rows, store.categories(task.config.stream, task.judge.mode))
 
 
 def _results(

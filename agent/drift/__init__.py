@@ -3,9 +3,16 @@
     reference.py    what is normal: bins, limits, class statistics, calibration; the format of reference.json
     learning.py     from drift windows to a reference: `build` for a bundle, `settle` for a site
     calibration.py  how a test varies over the windows of a reference, odd ones among them
-    daily.py        what the hour of the day does to a site's statistics
+    daily.py        what the hour of the day and days of rest do to a site's statistics
+    modes.py        classes for a model that names none, from a field of the stream
+    season.py       slow changes of several fields together
     statistics.py   statistics of a model window, and the tests of a drift window within each class
     joint.py        how pairs of fields move together
+    ticks.py        the time from row to row, and rows that repeat the one before
+    pace.py         how fast signals move from row to row
+    rate.py         what is usual of both at a site, and what is a fault
+    watch.py        the subject "rate": its faults, its drift, its alerts
+    site.py         what only a site's own reference has
     summary.py      one drift window as numbers that add: `Summary`
     sums.py         counts, sums and squares of many groups at once
     describe.py     what a drift message says of a summary
@@ -24,6 +31,7 @@
     raising.py      which alerts a window raises, clears and withdraws
     drifts.py       the sentence of a drift alert
     alerts.py       alerts, and the sentences of faults
+    words.py        times in sentences
     state.py        what is remembered, and how a drift window fills
     judge.py        the state machine of a task: `Judge.step`
     reported.py     a drift message's members, read back by who looks at many

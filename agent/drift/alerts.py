@@ -53,7 +53,7 @@ def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary, shi
     """`field` is its number. Says no value of the data: an extreme is one row's."""
     share = {"out_of_range": summary.outside}.get(fault.name, summary.missing)[field]
     what = {
-        "missing": f"{share / max(1, summary.rows):.0%} of values are missing",
+        "missing": f"{share / max(1, summary.rows):.{0 if share * 20 > summary.rows else 1}%} of values are missing",
         "stuck": f"repeats one value for {summary.longest[field]} rows",
         "saturated": _held(field, summary, shipped),
         "out_of_range": f"{share / max(1, summary.rows):.0%} of values lie far outside the reference's range",

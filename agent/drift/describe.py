@@ -18,6 +18,7 @@ from agent.drift.reference import Reference
 from agent.drift.summary import Summary
 
 OTHER = "other"  # answers too few to be named
+GRAVEST = ("fault", "drift", "insufficient", "ok")
 
 
 def features(window: Summary, shipped: Reference, least: int = 0) -> list[dict[str, Any]]:
@@ -88,7 +89,7 @@ def with_states(
         "features": features,
         "output": numbers["output"] | told,
         "joint": {"cusum": highest, "limit": limit[-2], "state": together},
-        "state": next(state for state in ("fault", "drift", "insufficient", "ok") if state in states),
+        "state": next(state for state in GRAVEST if state in states),
     }
 
 

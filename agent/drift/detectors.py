@@ -15,12 +15,13 @@ from functools import cached_property
 
 import numpy as np
 
-from agent.drift import cusum, daily, estimate, joint, limits, ramp, shape, statistics
+from agent.drift import cusum, estimate, joint, limits, ramp, rate, shape, statistics
 from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.cusum import Cusum
 from agent.drift.learning import sure
-from agent.drift.reference import BINS, Reference, Site
+from agent.drift.reference import BINS, Reference
 from agent.drift.shape import Confirm
+from agent.drift.site import Site
 from agent.drift.summary import Summary
 
 OUTPUT, SCORE, JOINT = "output", "score", "joint"
@@ -52,6 +53,10 @@ class Detectors:
         gone[-1] = subjects[-2]
         recent = np.where(gone[: 2 * fields], np.float32(np.nan), self.recent)
         return replace(self, cusum=self.cusum.only(~gone), shape=self.shape.only(~subjects[:-1]), recent=recent)
+
+    def only_open(self) -> Detectors:
+        """With the open alarms, and nothing gathered towards others."""
+        return replace(self, cusum=self.cusum.only(self.cusum.on.any(0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +103,12 @@ class Tester:
         return Limits.of(self.site)
 
     @cached_property
+    def pace_limit(self) -> float:
+        return rate.limit(self.site.drift_windows, self.extra.stretch)
+
+    @cached_property
     def daily(self) -> bool:
-        return bool(self.extra.waves.any())
+        return self.extra.cycle.any()
 
     @cached_property
     def usual_bins(self) -> Ints:
@@ -119,7 +128,7 @@ class Tester:
         values = np.concatenate([values, pairs, certainty], axis=1)
         usual = site.test_mean
         if self.daily:
-            usual = usual + daily.waves(t) @ extra.waves
+            usual = usual + extra.cycle.at(t)
             effects = effects - self._usual_effects(usual - site.test_mean)
         moved = (values - usual)[:, 2 * fields :]
         return Evidence(
@@ -146,7 +155,7 @@ class Tester:
             [shape.psi(self.usual_bins, shape.coarse(windows.counts)), np.stack(answers, axis=1)], axis=1
         )
         told = np.ones(values.shape, np.bool_)
-        told[:, -2] = len(site.output) > 1
+        told[:, -2] = len(site.labels) > 1
         told[:, -1] = windows.scores.any(-1)
         return values > self.extra.psi_limits, told
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from agent.drift import daily, estimate, joint
+from agent.drift import daily, estimate, joint, season, words
 from agent.drift.codec import Floats
 from agent.drift.describe import short
 from agent.drift.detectors import HALF_WAY, Detectors, Tester
 from agent.drift.ramp import LONGER, is_ramp
 from agent.drift.reference import Reference
+from agent.drift.season import Season
 from agent.drift.summary import Summary
 
 TOLD = 0.01  # smaller changes of the expected accuracy are none
@@ -39,28 +39,23 @@ class Now:
     window: Summary
     effects: Floats  # (T,)
     t: tuple[int, int]  # when it began and ended, epoch µs
+    season: Season = field(default_factory=Season)
 
     def over(self, windows: int, since: int) -> str:
-        over = "in one window" if windows == 1 else f"over {windows} windows"
-        return f"{over} (since {self.when(since)})"
-
-    def when(self, t: int) -> str:
-        """In UTC: the hour of today, or the day."""
-        at, last = (datetime.fromtimestamp(x / 1e6, UTC) for x in (t, self.t[1]))
-        return f"{at:%H:%M}" if at.date() == last.date() else f"{at:%Y-%m-%d %H:%M}"
+        return words.over(windows, since, self.t[1])
 
 
 def of(subject: int, now: Now, units: Sequence[str], known: Reference) -> Words:
     """Of subject number `subject`; `known` is the shipped reference, which may tell how often a score is right."""
     fields = len(now.tester.site.fields)
     if subject < fields:
-        words = _field(subject, now, units[subject])
+        told = _field(subject, now, units[subject])
     else:
-        words = (_output, _score, _joint)[subject - fields](now)
+        told = (_output, _score, _joint)[subject - fields](now)
     cost, numbers = _cost(now, known)
     # The hour moves means; a gain that is lost is none of its doing.
-    hour = _unseen_hour(now) if words.evidence["test"] == "mean" else ""
-    return Words(f"{words.sentence}{hour}{cost}.", words.evidence | numbers)
+    hour = _unseen_hour(now) if told.evidence["test"] == "mean" else ""
+    return Words(f"{told.sentence}{hour}{cost}.", told.evidence | numbers)
 
 
 def _cost(now: Now, known: Reference) -> tuple[str, dict[str, Any]]:
@@ -125,7 +120,8 @@ def _field(field: int, now: Now, unit: str) -> Words:
         evidence = {"test": "shape", "windows": windows, "since": since}
         return Words(f"{name}: {what}; likely another range, resolution or position", evidence)
     found = change(now, field)
-    why = cause(found, field, site, now.window)
+    slow = season.cause(field, now.season, site.fields) if found.test == "mean" else ""
+    why = slow or cause(found, field, site, now.window)
     growing = ", and goes on: a slow ramp" if found.ramp else ""
     over = now.over(found.windows, found.since)
     return Words(f"{name}: {found.what(unit)} {over}{growing}; likely {why}", found.evidence())

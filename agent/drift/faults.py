@@ -1,6 +1,7 @@
 """Sensor faults of one field in one drift window: told apart from drift, because the fix is another one.
 
-missing        more than 5 % of values absent, and more than twice the reference's share
+missing        more than 5 % of values absent, and more than twice the reference's share; at a site that has learned,
+               more than 1 % and more than twice the share of any learned window. Up to 5 % the window counts, too
 saturated      more than 5 % of values at the window's highest or lowest, far more than on the next value to it
 quantized      hardly any of the finest steps from row to row that a site had, up to four times their size
 stuck          one value repeated more than max(10, 5 x the reference's longest run) times, rest values excepted
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from agent.drift.summary import Summary
 
 MISSING, MISSING_FACTOR = 0.05, 2
+MISSING_HERE, FEWEST_MISSING = 0.01, 10  # share, and rows, at a site that has learned how many are missing
 RUN, RUN_FACTOR = 10, 5
 OUTSIDE, WIDER = 0.01, 0.5
 JUMP, AGREE = 10.0, 5.0  # robust sd of first differences
@@ -40,10 +42,14 @@ MISREAD = frozenset({"swapped", "reversed", "unit"})
 
 @dataclass(frozen=True)
 class Fault:
-    """Of one field in one drift window. `detail` says what it was recognised as, where there is more to say."""
+    """Of one field in one drift window. `detail` says what it was recognised as, where there is more to say.
+
+    A `slight` one spoils no statistics: the window is tested like others.
+    """
 
     name: str
     detail: str = ""
+    slight: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +58,7 @@ class Tail:
 
     rows: Floats
     run: Ints
+    t: int = 0  # epoch µs of the last one
 
     @classmethod
     def empty(cls, fields: int) -> Tail:
@@ -110,8 +117,7 @@ def find(
     those that were read wrongly up to now.
     """
     rows = max(summary.rows, 1)
-    usual = reference.missing / np.maximum(reference.n + reference.missing, 1)
-    missing = summary.missing > np.maximum(MISSING, MISSING_FACTOR * usual) * rows
+    missing = _missing(summary, reference, site)
     stuck = summary.longest > run_limits(reference, rows)
     saturated = piled(summary.extremes, reference, rows).any(1)
     outside = summary.outside > OUTSIDE * rows
@@ -143,7 +149,26 @@ def find(
         {"unit": one.told if one else "", "swapped": with_field, "quantized": f"{times} times"}.get(name, "")
         for one, with_field, times, name in zip(unit, other, coarser, names, strict=True)
     ]
-    return tuple(Fault(name, detail) if name else None for name, detail in zip(names, details, strict=True))
+    slight = (summary.missing <= MISSING * rows).tolist()
+    return tuple(
+        Fault(name, detail, name == "missing" and few) if name else None
+        for name, detail, few in zip(names, details, slight, strict=True)
+    )
+
+
+def _missing(summary: Summary, reference: Reference, site: Reference | None) -> np.ndarray:
+    rows = max(summary.rows, 1)
+    here = site.site.rate if site is not None and site.site is not None else None
+    if here is None:
+        usual = reference.missing / np.maximum(reference.n + reference.missing, 1)
+        return np.asarray(summary.missing > np.maximum(MISSING, MISSING_FACTOR * usual) * rows)
+    more = summary.missing > np.maximum(MISSING_HERE, MISSING_FACTOR * here.missing) * rows
+    return np.asarray(more & (summary.missing >= FEWEST_MISSING))
+
+
+def spoiled(found: Sequence[Fault | None]) -> bool:
+    """Whether one of them keeps the window out of all tests."""
+    return any(fault is not None and not fault.slight for fault in found)
 
 
 def run_limits(reference: Reference, rows: int) -> Ints:

@@ -22,14 +22,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import describe, faults, statistics
+from agent.drift import describe, faults, statistics, watch
 from agent.drift.alerts import Alert
 from agent.drift.codec import Ints
 from agent.drift.detectors import Detectors, Evidence, Tester, open_fields, open_subjects
 from agent.drift.faults import Fault
 from agent.drift.learning import Learning, finite, settle
+from agent.drift.modes import CLASSES, Modes, classes
 from agent.drift.raising import Raising
 from agent.drift.reference import FEWEST, Reference
+from agent.drift.season import Season
 from agent.drift.state import Batch, State, Verdict, emptied, filled, taken
 from agent.drift.summary import Summary, stacked
 from agent.errors import BadBundle
@@ -50,7 +52,8 @@ class Judge:
     """Judges a task's batches against its shipped reference and, once learned, its site's.
 
     That is learned from `learn` drift windows and at least `learn_s` seconds of readings; `strata` says whether it
-    follows the hour of day (auto, hour, none). No bin in a message tells of fewer than `least` rows.
+    follows the hour of day and the days of rest (auto, hour, week, none). No bin in a message tells of fewer than
+    `least` rows. `mode` names the field whose values are the classes of a model that names none.
     """
 
     def __init__(
@@ -64,12 +67,16 @@ class Judge:
         least: int = 0,
         learn_s: float = 0.0,
         strata: str = "auto",
+        mode: str = "",
     ) -> None:
         if tuple(labels) != shipped.labels:
             raise BadBundle("the drift reference has other labels than the model: build reference.json for this model")
         if learn < FEWEST:
             raise ValueError(f"a site cannot learn its reference from {learn} drift windows; {FEWEST} is the least")
-        self.shipped = shipped
+        if mode and shipped.labels:
+            raise BadBundle(f"the model names classes itself: {mode!r} cannot name them, too")
+        self.shipped = shipped.with_modes(CLASSES) if mode else shipped
+        self.mode = mode
         self.window = window
         self.learn = learn
         self.units = tuple(units) or ("",) * len(shipped.fields)
@@ -77,12 +84,12 @@ class Judge:
         self.learn_s = learn_s
         self.strata = strata
         self.least = least
-        self._nothing = Summary.empty(shipped)
-        self._nothing_learned = Learning.empty(shipped)
+        self._nothing = Summary.empty(self.shipped)
+        self._nothing_learned = Learning.empty(self.shipped)
         self._tester: Tester | None = None
 
     def start(self) -> State:
-        return State.start(self.shipped, self.window)
+        return State.start(self.shipped, self.window, self.mode)
 
     def restore(self, data: bytes, learning: bytes | None = None) -> State:
         """The state of `to_bytes`. Raises ValueError when it is damaged or made for another bundle: start anew.
@@ -90,8 +97,8 @@ class Judge:
         Where what was gathered while learning is damaged, that begins anew.
         """
         state = State.from_bytes(data)
-        if (state.open.reference, state.window) != (self.shipped.digest, self.window):
-            raise ValueError("this drift state was made for another reference or window length")
+        if (state.open.reference, state.window, state.mode) != (self.shipped.digest, self.window, self.mode):
+            raise ValueError("this drift state was made for another reference, window length or field of modes")
         if learning is not None:
             with contextlib.suppress(ValueError):
                 gathered = Learning.from_bytes(learning)
@@ -113,16 +120,24 @@ class Judge:
         And the open drift alerts, cleared: what they were against is gone.
         """
         fields = len(self.shipped.fields)
+        gone = "this site's reference is learned anew"
         subjects = np.flatnonzero(open_subjects(state.detectors, fields)).tolist()
         cleared = [
-            self._raising.cleared(state, "drift", subject, f"{name}: this site's reference is learned anew.")
+            self._raising.cleared(state, "drift", subject, f"{name}: {gone}.")
             for subject in subjects
             for name in (self._raising.subjects[subject],)
         ]
         fresh = replace(
-            state, site=None, learning=self._nothing_learned, detectors=Detectors.start(fields), learn_s=for_s
+            state,
+            site=None,
+            learning=self._nothing_learned,
+            detectors=Detectors.start(fields),
+            watch=watch.relearning(state.watch),
+            season=Season(),
+            learn_s=for_s,
         )
-        return fresh, cleared
+        evidence = {"window": state.index, "rows": list(state.rows)}
+        return fresh, cleared + watch.forgotten(state.watch, gone, evidence)
 
     def step(
         self,
@@ -135,12 +150,14 @@ class Judge:
         *,
         rows: tuple[int, int],
         t: Ints,
+        modes: Modes | None = None,
     ) -> tuple[State, list[Verdict]]:
         """Take one batch.
 
         `features` (n, F) physical units, NaN missing, of stream rows `rows` (first, last) at `t` (n,) epoch µs;
         `starts` (w,) ascending offsets of model windows of `window_rows` rows, `labels_idx` (w,) and `scores` (w, K)
-        the model's answers. Raises ValueError when the batch does not go on where the last one ended.
+        the model's answers; `modes` those of model windows, where a field names them. Raises ValueError when the batch
+        does not go on where the last one ended.
         """
         if len(features) != rows[1] - rows[0] + 1 or len(t) != len(features):
             raise ValueError(f"rows {rows[0]}-{rows[1]} do not match {len(features)} rows of features, {len(t)} times")
@@ -148,6 +165,9 @@ class Judge:
             raise ValueError(f"rows up to {state.seen} were judged before; this batch begins at row {rows[0]}")
         if window_rows != self.shipped.window_rows:
             raise BadBundle(f"the drift reference is for windows of {self.shipped.window_rows} rows, not {window_rows}")
+        if self.mode and modes is not None:
+            known, labels_idx = classes(state.modes, modes)
+            state = replace(state, modes=known)
         values = finite(features)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
         found = statistics.of_windows(values, starts, window_rows, self.shipped.floor)
@@ -203,20 +223,27 @@ class Judge:
     def _close(self, state: State, seen: _Seen) -> tuple[State, Verdict]:
         window = state.open
         found = faults.find(window, self.shipped, self.units, state.site, state.misread)
+        tester = self._testing(state.site) if state.site else None
         # One window in which a field that is read wrongly is not recognised so is not sound yet.
-        clean = not any(found) and not state.misread.any()
-        after, learned, refused = state, None, None
+        spoiled = faults.spoiled(found) or bool(state.misread.any())
+        watching = state.watch if spoiled else watch.after(state.watch, window, tester, state.detectors, state.t)
+        clean = not spoiled and not watch.holds(watching)
+        after, learned, refused = replace(state, watch=watching), None, None
         tested = clean and state.site is not None
         drift_alerts: list[Alert] = []
-        if state.site is not None and seen.evidence is not None:
+        if tester is not None and seen.evidence is not None:
             if clean:
-                tester = self._testing(state.site)
                 detectors = tester.update(state.detectors, seen.evidence, seen.at, state.t[0])
-                effects = seen.evidence.effects[seen.at]
-                after, drift_alerts = self._raising.drifts(state, replace(state, detectors=detectors), effects, tester)
+                z = seen.evidence.z[seen.at, : len(self.shipped.fields)]
+                after = replace(after, detectors=detectors, season=state.season.add(z, state.t[0]))
+                after, drift_alerts = self._raising.drifts(state, after, seen.evidence.effects[seen.at], tester)
+            elif watching.drifting:
+                # What fields have gathered may be the wrong classes that the model names since then.
+                after = replace(after, detectors=state.detectors.only_open())
         elif clean:
-            after, learned, refused = self._learn(state)
+            after, learned, refused = self._learn(after)
         after, fault_alerts = self._raising.faults(after, found)
+        where = {"window": state.index, "rows": list(state.rows)}
         verdict = Verdict(
             index=state.index,
             rows=state.rows,
@@ -226,13 +253,13 @@ class Judge:
             learned=learned,
             refused=refused,
             summary=self._report(after, seen.features, found, tested),
-            alerts=(*fault_alerts, *drift_alerts),
+            alerts=(*fault_alerts, *watch.alerts(state.watch, watching, window, tester, state.t, where), *drift_alerts),
         )
         return emptied(replace(after, index=state.index + 1), self._nothing), verdict
 
     def _learn(self, state: State) -> tuple[State, Reference | None, str | None]:
         learning = state.learning.add(state.open, windowed=self.shipped.windowed, t=state.t)
-        if learning.seen < self.learn or learning.watched_s < max(self.learn_s, state.learn_s):
+        if learning.gathered < self.learn or learning.watched_s < max(self.learn_s, state.learn_s):
             return replace(state, learning=learning), None, None
         empty = self._nothing_learned
         shipped = replace(self.shipped, window=self.window)
@@ -258,4 +285,5 @@ class Judge:
             "estimate": describe.accuracy(after.open, self.shipped),
         }
         names = tuple(fault.name if fault else None for fault in found)
-        return describe.with_states(numbers, after.detectors, tester, names, tested=tested)
+        told = describe.with_states(numbers, after.detectors, tester, names, tested=tested)
+        return watch.with_rate(told, after.watch, after.open, tester)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from agent.drift import calibration, codec, daily, estimate, joint, limits, shape, statistics
+from agent.drift import calibration, codec, daily, estimate, joint, limits, rate, shape, statistics
 from agent.drift.codec import Floats, Ints
 from agent.drift.joint import Pairs
-from agent.drift.reference import BINS, ENOUGH, FEWEST, Reference, Site, draft
+from agent.drift.rate import Gathered
+from agent.drift.reference import BINS, ENOUGH, FEWEST, Reference, draft
+from agent.drift.site import Site
 from agent.drift.summary import SURE, Summary, of
 from agent.drift.sums import Moments
 from agent.errors import BadBundle
@@ -33,7 +35,6 @@ class Learning:
     """
 
     windows: int
-    seen: int  # how many there were, those included that were let go
     total: Summary
     bins: Int32s  # (K, F, 16)
     output: Int32s  # (K, C)
@@ -47,6 +48,9 @@ class Learning:
     weight: Float32s  # (m, 1) of the class's pairs
     z: Float16s  # (m, P), NaN where a pair tells nothing
     sure: Ints  # (m, 2)
+    rate: Gathered = field(default_factory=Gathered.none)
+    passed: int = 0  # drift windows, those let go among them
+    each: int = 1  # of so many one is kept
 
     @classmethod
     def empty(cls, shipped: Reference) -> Learning:
@@ -55,7 +59,6 @@ class Learning:
         pair_entries = np.empty((0, len(joint.pairs(fields))), np.float16)
         return cls(
             windows=0,
-            seen=0,
             total=Summary.empty(shipped),
             bins=np.empty((0, fields, BINS // 2), np.int32),
             output=np.empty((0, shipped.classes), np.int32),
@@ -72,15 +75,17 @@ class Learning:
         )
 
     def add(self, drift_window: Summary, *, windowed: bool, t: tuple[int, int] = (0, 0)) -> Learning:
-        """With one that began and ended at `t`. Of many, every other one is let go."""
+        """With one that began and ended at `t`. Of many only some are kept, evenly over the time."""
         if self.windows >= self.room:
             return self.thinned().add(drift_window, windowed=windowed, t=t)
+        passed = self.gathered + 1
+        if (passed - 1) % self.each:
+            return replace(self, total=self.total.merge(drift_window), passed=passed)
         found = drift_window.classes.moments(np.zeros(1))
         pairs = joint.measured(drift_window.pairs, len(drift_window.missing), windowed=windowed)
         seen = np.flatnonzero(found.n.any(1))
         return Learning(
             windows=self.windows + 1,
-            seen=self.seen + 1,
             total=self.total.merge(drift_window),
             bins=np.concatenate([self.bins, shape.coarse(drift_window.counts)[None].astype(np.int32)]),
             output=np.concatenate([self.output, drift_window.output[None].astype(np.int32)]),
@@ -96,15 +101,24 @@ class Learning:
             ),
             z=np.concatenate([self.z, np.where(pairs.weight > 0, pairs.z, np.nan)[seen].astype(np.float16)]),
             sure=np.concatenate([self.sure, drift_window.sure[seen]]),
+            rate=self.rate.add(drift_window, t),
+            passed=passed,
+            each=self.each,
         )
 
     def thinned(self) -> Learning:
-        """Half as many, over the same time."""
+        """Half as many, over the same time, and of what follows half as many, too."""
         kept = np.arange(0, self.windows, 2)
         some = self.window % 2 == 0
         entries = {name: getattr(self, name)[some] for name in ("label", "n", "mean", "m2", "weight", "z", "sure")}
         each = {name: getattr(self, name)[kept] for name in ("bins", "output", "scores", "t")}
-        return replace(self, windows=len(kept), window=self.window[some] // 2, **entries, **each)
+        fewer = {"windows": len(kept), "window": self.window[some] // 2, "rate": self.rate.thinned()}
+        return replace(self, passed=self.gathered, each=2 * self.each, **fewer, **entries, **each)
+
+    @property
+    def gathered(self) -> int:
+        """Drift windows so far, those let go among them."""
+        return max(self.passed, self.windows)
 
     @property
     def room(self) -> int:
@@ -120,7 +134,7 @@ class Learning:
         between = np.clip(self.t[1:, 0] - self.t[:-1, 1], 0, typical)
         each = np.minimum(length, 4 * typical)
         # What lies between windows is known only where none was let go.
-        known = each.sum() + between.sum() if self.seen == self.windows else each.mean() * self.seen
+        known = each.sum() + between.sum() if self.gathered == self.windows else each.mean() * self.gathered
         return float(known) / 1e6
 
     @property
@@ -181,8 +195,11 @@ def settle(shipped: Reference, learning: Learning, *, made: str, strata: str = "
     pooled = found.pooled(0)
     usual = statistics.normal(pooled, statistics.NARROW if made == "shipped" else statistics.NARROW_SITE)
     values, _ = statistics.tests(found, calibration.others_mean(found, pooled), usual.sd, windowed=shipped.windowed)
-    cycle = learning.is_steady and daily.told(learning.middle, strata)
-    mean, sd = calibration.calibrated(daily.fit(values, learning.middle).left if cycle else values, shipped.fields)
+    if not learning.is_steady:
+        strata = "none"
+    cycle = daily.told(learning.middle, strata)
+    left = daily.fit(values, learning.middle, strata).left if cycle else values
+    mean, sd = calibration.calibrated(left, shipped.fields)
     total = learning.total
     rows = total.rows_of.moments(shipped.origin[: len(shipped.fields)])
     warnings = (
@@ -212,15 +229,15 @@ def settle(shipped: Reference, learning: Learning, *, made: str, strata: str = "
     )
     if made == "shipped":
         return settled
-    usual_accuracy = estimate.usual(shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64))
-    return _with_site(settled, learning, values, cycle, number, usual_accuracy)
+    accuracy = estimate.usual(shipped.score_n, shipped.score_correct, learning.scores.astype(np.int64))
+    return _with_site(settled, learning, values, strata, number, accuracy)
 
 
 def _with_site(
     settled: Reference,
     learning: Learning,
     values: Floats,
-    cycle: bool,
+    strata: str,
     number: int,
     accuracy: tuple[float, float] | None,
 ) -> Reference:
@@ -233,10 +250,10 @@ def _with_site(
     told = (~np.isnan(tests)).sum(0) >= FEWEST
     middle = np.nanmedian(np.where(told, tests, 0.0), axis=0)
     known = np.where(told & ~np.isnan(tests), tests, middle)
-    mean, left, waves = *calibration.drawn(known, middle, least), np.zeros((2 * daily.WAVES, tests.shape[1]))
-    if cycle:
-        fit = daily.fit(known, learning.middle)
-        (_, left), mean, waves = calibration.drawn(fit.left, np.median(fit.left, axis=0), least), fit.mean, fit.waves
+    (mean, left), cycle = calibration.drawn(known, middle, least), daily.Cycle.none(tests.shape[1])
+    if daily.told(learning.middle, strata):
+        fit = daily.fit(known, learning.middle, strata)
+        (_, left), mean, cycle = calibration.drawn(fit.left, np.median(fit.left, axis=0), least), fit.mean, fit.cycle
     level, allotted = limits.level(len(settled.fields) + 2), limits.SHAPES / (len(settled.fields) + 2)
     each = [
         shape.limits(shape.psi_without(part.astype(np.int64)).reshape(learning.windows, -1), level, allotted)
@@ -247,12 +264,16 @@ def _with_site(
         score_mean=joint.usual(certainty, few)[:, 0],
         psi_limits=np.concatenate(each),
         stretch=limits.stretch(left[:, : values.shape[1]]),
-        waves=waves,
+        waves=cycle.waves,
         hours=daily.hours(learning.middle),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
         number=number,
         steps=learning.total.steps,
         accuracy=accuracy,
+        rest=cycle.rest if cycle.weekly else None,
+        rest_begins=cycle.rest_begins,
+        rest_lasts=cycle.rest_lasts,
+        rate=rate.learn(learning.rate, settled.classes, settled.window_rows, strata),
     )
     sd = np.maximum(left.std(0, ddof=1), least)
     return replace(settled, test_mean=mean, test_sd=np.where(told, sd, NEVER), site=site)

@@ -18,7 +18,7 @@ from agent.drift.codec import Floats
 
 # False alarms per window, of all tests of a kind together.
 FIELDS, PAIRS, SCORE = 4.5e-3, 3e-4, 3e-4
-SHAPES = 3e-4
+SHAPES, PACE = 3e-4, 3e-4
 # Slack: half the shift that should be found fast, in sd of the window's statistic. Fields seldom stop moving together
 # by halves, and there are many pairs.
 K_FIELDS, K_PAIRS = 1.0, 2.0

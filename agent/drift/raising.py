@@ -60,7 +60,7 @@ class Raising:
         raised, raised_in = after.raised.copy(), np.where(is_now & ~was, before.index, after.raised_in)
         raised[:, _DRIFT] += is_now & ~was
         earlier = [self.subjects[subject] for subject in np.flatnonzero(was[:fields])]
-        now = drifts.Now(after.detectors, tester, before.open, effects, before.t)
+        now = drifts.Now(after.detectors, tester, before.open, effects, before.t, after.season)
         out = []
         for subject in np.flatnonzero(was != is_now).tolist():
             if is_now[subject]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from agent.drift import codec, daily, faults, joint, sizes, statistics, steps
+from agent.drift import codec, faults, joint, sizes, statistics
 from agent.drift.codec import Floats, Ints
+from agent.drift.modes import CLASSES
+from agent.drift.site import Site
 from agent.errors import BadBundle
 
 VERSION = 1
@@ -23,29 +24,6 @@ BINS = 32  # quantile bins; `counts` has two more: below the first, above the la
 FEWEST, ENOUGH = 20, 40  # drift windows: refused below the first, warned below the second
 FARTHEST = 1000.0  # spreads: an answer further away says no more
 REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """What only a site's own reference has: how its windows differ among themselves. P pairs of fields.
-
-    A site's `test_mean` and `test_sd` have 2F + P + 1 tests: mean and spread of fields, pairs, and certainty.
-    """
-
-    pair_mean: Floats  # (C, P) Fisher's z; of all classes together where one was too rare
-    score_mean: Floats  # (C,) of the top score, likewise
-    psi_limits: Floats  # (F + 2,) of the fields, the answers, the certainty
-    stretch: float  # of the limits, because neighbouring windows are alike
-    waves: Floats  # (6, T) of a day, added to test_mean by the hour; zeros where there is no cycle
-    hours: Ints  # (24,) windows learned in each hour of the day, UTC
-    learned: tuple[int, int]  # when the first began and the last ended, epoch µs
-    number: int  # 1 for the first reference that this device learned for the task
-    accuracy: tuple[float, float] | None = None  # that certainty leads to expect: mean, and sd over three windows
-    steps: Ints | None = None  # (F, 64) from row to row, by size; None in one learned before these were counted
-
-    def told(self) -> dict[str, Any]:
-        """Which it is, for people."""
-        return {"number": self.number, "learned": list(self.learned), "daily": bool(self.waves.any())}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +65,8 @@ class Reference:
     score_n: Ints  # (32,) answers
     score_correct: Ints | None  # (32,) how many of them were right, when that was known
     site: Site | None = None
+    modes: int = 0  # classes of a model without labels, where a field of the stream names them
+    known_as: str = ""  # digest of the shipped one that this is with modes: bins and limits are the same
 
     @property
     def windowed(self) -> bool:
@@ -94,7 +74,19 @@ class Reference:
 
     @property
     def classes(self) -> int:
-        return max(1, len(self.labels))
+        return max(1, len(self.labels), self.modes)
+
+    def with_modes(self, count: int) -> Reference:
+        """A shipped one that knows as much of each of so many modes as it does of all together."""
+        return replace(
+            self,
+            modes=count,
+            known_as=self.digest,
+            output=np.zeros(count, np.int64),
+            class_n=np.repeat(self.class_n, count, axis=0),
+            class_mean=np.repeat(self.class_mean, count, axis=0),
+            class_sd=np.repeat(self.class_sd, count, axis=0),
+        )
 
     @property
     def tests(self) -> int:
@@ -103,6 +95,8 @@ class Reference:
 
     @cached_property
     def digest(self) -> str:
+        if self.known_as and self.site is None:
+            return self.known_as
         return "sha256:" + hashlib.sha256(self.to_json()).hexdigest()
 
     @cached_property
@@ -142,7 +136,7 @@ class Reference:
         return np.asarray(np.clip((top - middle) / width, -FARTHEST, FARTHEST))
 
     def to_json(self) -> bytes:
-        return codec.to_json(self, leave_out=() if self.site else ("site",))
+        return codec.to_json(self, leave_out=() if self.site else ("site", "modes", "known_as"))
 
     @classmethod
     def from_json(cls, data: bytes) -> Reference:
@@ -249,33 +243,20 @@ def _check(r: Reference) -> None:
         "made": r.made in ("shipped", "site"),
         "fields": fields > 0 and len(set(r.fields)) == fields,
         "window": r.window > 0 and r.window_rows > 0,
+        "modes": r.modes == 0 or (r.modes == CLASSES and not r.labels),
         "rest": len(r.rest) == fields,
         "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _ascending(r.score_edges),
         "score_correct": r.score_correct is None
         or (r.score_correct.shape == r.score_n.shape and bool((r.score_correct <= r.score_n).all())),
     }
     wrong += [name for name, holds in rules.items() if not holds]
-    wrong += [] if r.site is None else _wrong_site(r, r.site)
+    wrong += [] if r.site is None else r.site.wrong(r.classes, len(r.fields), r.tests)
     if not wrong:
         wrong = [] if _ascending(r.bounds) else ["edges"]
         wrong += [name for name in ("class_sd", "test_sd", "floor") if not (getattr(r, name) > 0).all()]
         wrong += [name for name in ("counts", "missing", "n", "m2", "longest", "jump") if (getattr(r, name) < 0).any()]
     if wrong:
         raise BadBundle(f"reference.json does not hold together ({', '.join(wrong)}): build it again")
-
-
-def _wrong_site(r: Reference, site: Site) -> list[str]:
-    shapes = {
-        "pair_mean": (r.classes, len(joint.pairs(len(r.fields)))),
-        "score_mean": (r.classes,),
-        "psi_limits": (len(r.fields) + 2,),
-        "hours": (24,),
-        "waves": (2 * daily.WAVES, r.tests),
-    }
-    wrong = [f"site.{name}" for name, shape in shapes.items() if getattr(site, name).shape != shape]
-    wrong += [] if 1 <= site.stretch <= 3 else ["site.stretch"]
-    wrong += [] if site.steps is None or site.steps.shape == (len(r.fields), steps.SIZES) else ["site.steps"]
-    return wrong + ([] if np.isfinite(site.waves).all() else ["site.waves"])
 
 
 def _ascending(values: Floats) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,10 @@ from agent.drift.detectors import Detectors
 from agent.drift.faults import Tail
 from agent.drift.learning import Learning
 from agent.drift.reference import Reference
+from agent.drift.season import Season
 from agent.drift.statistics import Found
 from agent.drift.summary import Summary
+from agent.drift.watch import Watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +42,13 @@ class State:
     calm: Ints  # (F,) windows without a fault since
     raised: Ints  # (F + 3, 2) alerts raised so far: drift, fault
     raised_in: Ints  # (F + 3,) the drift window of the last drift alert
+    watch: Watch = field(default_factory=Watch)  # the rate's
+    season: Season = field(default_factory=Season)
+    mode: str = ""  # the field that names modes, if one does
+    modes: tuple[str, ...] = ()  # those that have a class
 
     @classmethod
-    def start(cls, shipped: Reference, window: int) -> State:
+    def start(cls, shipped: Reference, window: int, mode: str = "") -> State:
         fields = len(shipped.fields)
         return cls(
             fields=shipped.fields,
@@ -63,6 +69,7 @@ class State:
             calm=np.zeros(fields, np.int64),
             raised=np.zeros((fields + 3, 2), np.int64),
             raised_in=np.zeros(fields + 3, np.int64),
+            mode=mode,
         )
 
     def to_bytes(self) -> bytes:
@@ -106,14 +113,14 @@ def filled(state: State, shipped: Reference, batch: Batch, some: slice, classes:
     """With these model windows, compared with `classes`, and with those of their rows that were not counted before."""
     rows = statistics.covered(batch.starts[some], shipped.window_rows, state.seen + 1 - batch.first)
     top = None if batch.top is None else batch.top[some]
-    values, summary = batch.values[rows], state.open
+    values, summary = batch.values[rows], state.open.add_times(batch.t, batch.starts[some], shipped, state.tail.t)
     new: dict[str, Any] = {}
     if len(values):
         summary, tail = summary.add_rows(shipped, values, state.tail)
         begin, end = (rows.start, rows.stop - 1) if isinstance(rows, slice) else (int(rows[0]), int(rows[-1]))
         fresh = state.rows[1] < state.rows[0]
         new = {
-            "tail": tail,
+            "tail": replace(tail, t=int(batch.t[end])),
             "rows": (batch.first + begin if fresh else state.rows[0], batch.first + end),
             "t": (int(batch.t[begin]) if fresh else state.t[0], int(batch.t[end])),
             "seen": batch.first + end,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agent.drift import joint
+from agent.drift import joint, pace
 from agent.drift.codec import Floats, Ints
 from agent.drift.sums import Moments
 
@@ -41,16 +41,18 @@ class Normal:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """Of model windows: the statistics `values` (w, D), and Fisher's `z` (w, P) of pairs of fields; NaN: not known.
+    """Of model windows: the statistics `values` (w, D), Fisher's `z` (w, P) of pairs of fields, and the `pace` of
+    fields (w, 2F); NaN: not known.
 
-    For single rows there is no `z` (P = 0): their residuals are multiplied where they are counted.
+    For single rows there is neither `z` (P = 0), as their residuals are multiplied where they are counted, nor `pace`.
     """
 
     values: Floats
     z: Floats
+    pace: Floats
 
     def __getitem__(self, some: slice) -> Found:
-        return Found(self.values[some], self.z[some])
+        return Found(self.values[some], self.z[some], self.pace[some])
 
 
 def of_windows(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> Found:
@@ -59,10 +61,12 @@ def of_windows(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> F
     `rows` (n, F) in physical units, NaN missing; `starts` (w,) offsets into them; `floor` (F,) the least variance.
     """
     if window_rows == 1:
-        return Found(rows[starts], np.empty((len(starts), 0)))
+        none = np.empty((len(starts), 0))
+        return Found(rows[starts], none, none)
     fields = rows.shape[1]
     if not len(starts):
-        return Found(np.empty((0, 2 * fields)), np.empty((0, len(joint.pairs(fields)))))
+        none = np.empty((0, 2 * fields))
+        return Found(none, np.empty((0, len(joint.pairs(fields)))), none[:, : pace.width(fields, window_rows)])
     windows = rows[starts[:, None] + np.arange(window_rows)]
     missing = np.isnan(windows)
     if missing.any():
@@ -78,7 +82,7 @@ def of_windows(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> F
     enough = n * 2 > window_rows
     values = np.where(np.concatenate([enough, enough], axis=1), values, np.nan)
     square = np.where(enough, total / window_rows, np.nan)
-    return Found(np.asarray(values), joint.of_windows(centred, square, floor))
+    return Found(np.asarray(values), joint.of_windows(centred, square, floor), pace.of_windows(windows, square, floor))
 
 
 def covered(starts: Ints, window_rows: int, begin: int) -> Ints | slice:

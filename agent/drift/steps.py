@@ -44,8 +44,8 @@ def coarser(summary: Summary, site: Reference) -> Ints:
     # A sensor that rests for long has few steps, but fine ones.
     lost = (expected >= ENOUGH) & (moved >= SOME) & (np.where(fine, now, 0).sum(1) < KEPT * np.minimum(expected, moved))
     left = _finest(now)
-    # One that moves faster has no fine steps either, but hardly repeats a value.
-    repeats = now[:, 0] >= REPEATS * now[np.arange(len(now)), left]
+    # One that moves faster has no fine steps either, but hardly repeats a value; a row that repeats as a whole is none.
+    repeats = now[:, 0] - summary.ticks.repeated >= REPEATS * now[np.arange(len(now)), left]
     return np.where(lost & repeats, 2 ** np.maximum(left - finest, 0), 0)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 
-from agent.drift import codec, faults, joint, statistics
+from agent.drift import codec, faults, joint, pace, statistics, ticks
 from agent.drift import steps as sizes_of_steps
 from agent.drift.codec import Floats, Ints
 from agent.drift.extremes import Extremes
@@ -15,6 +16,7 @@ from agent.drift.faults import Tail
 from agent.drift.reference import BINS, Reference
 from agent.drift.statistics import Found
 from agent.drift.sums import Sums
+from agent.drift.ticks import Ticks
 
 SURE = 2.0**20
 
@@ -41,6 +43,9 @@ class Summary:
     scores: Ints  # (32,) answers by top score
     pairs: Ints  # (C, …) whole numbers about pairs of fields, see `joint`
     sure: Ints  # (C, 2) answers with a score, and the sum of their top scores in 1/SURE
+    # In a state saved before these were counted: none, which adds to whatever follows.
+    ticks: Ticks = field(default_factory=Ticks)
+    pace: Ints = field(default_factory=lambda: np.zeros((1, 1), np.int64))  # (C, …) whole numbers, see `pace`
 
     @classmethod
     def empty(cls, reference: Reference) -> Summary:
@@ -61,6 +66,7 @@ class Summary:
             scores=np.zeros(BINS, np.int64),
             pairs=np.zeros((reference.classes, joint.width(count, windowed=reference.windowed)), np.int64),
             sure=np.zeros((reference.classes, 2), np.int64),
+            pace=np.zeros((reference.classes, 2 * pace.width(count, reference.window_rows)), np.int64),
         )
 
     @property
@@ -91,8 +97,17 @@ class Summary:
             extremes=self.extremes.merge(Extremes.of(ordered, len(rows) - missing)),
             steps=self.steps + sizes_of_steps.count(joined, rows.shape[1]),
             rows_of=self.rows_of.add(np.zeros(len(rows), np.int64), rows - origin),
+            ticks=self.ticks.with_repeated(ticks.repeated(joined, reference.rest)),
         )
         return added, tail
+
+    def add_times(self, t: Ints, starts: Ints, reference: Reference, before: int) -> Summary:
+        """With the steps in time of model windows that begin at offsets `starts` into `t` (n,) epoch µs.
+
+        `before` is the time of the row before the first one, 0 for none; single rows need it.
+        """
+        spans = ticks.spans(t, starts, reference.window_rows, before)
+        return replace(self, ticks=self.ticks.with_spans(spans, max(1, reference.window_rows - 1)))
 
     def add_windows(
         self, reference: Reference, found: Found, named: Ints, top: Floats | None, classes: Ints | None = None
@@ -121,6 +136,7 @@ class Summary:
             scores=scores,
             pairs=self.pairs + _pairs(reference, found, classes),
             sure=sure,
+            pace=self.pace + _pace(reference, found, classes),
         )
 
     def merge(self, other: Summary) -> Summary:
@@ -142,6 +158,8 @@ class Summary:
             scores=self.scores + other.scores,
             pairs=self.pairs + other.pairs,
             sure=self.sure + other.sure,
+            ticks=self.ticks + other.ticks,
+            pace=self.pace + other.pace,
         )
 
     def to_bytes(self) -> bytes:
@@ -158,18 +176,19 @@ def stacked(summaries: Sequence[Summary]) -> Summary:
 
     def sums(name: str) -> Sums:
         parts = [getattr(summary, name) for summary in summaries]
-        return Sums(*(np.stack([getattr(part, field.name) for part in parts]) for field in fields(Sums)))
+        return Sums(*(np.stack([getattr(part, one.name) for part in parts]) for one in fields(Sums)))
 
+    members: dict[str, Any] = {name: np.stack([getattr(one, name) for one in summaries]) for name in _PLAIN}
     return Summary(
         reference=summaries[0].reference,
         rows_of=sums("rows_of"),
         classes=sums("classes"),
         extremes=Extremes(*(np.stack([getattr(s.extremes, n) for s in summaries]) for n in ("values", "rows"))),
-        **{name: np.stack([getattr(summary, name) for summary in summaries]) for name in _PLAIN},
+        **members,
     )
 
 
-_PLAIN = ("counts", "missing", "outside", "spikes", "longest", "steps", "output", "scores", "pairs", "sure")
+_PLAIN = ("counts", "missing", "outside", "spikes", "longest", "steps", "output", "scores", "pairs", "sure", "pace")
 
 
 def of(reference: Reference, rows: Floats, starts: Ints, labels: Ints, top: Floats | None) -> Summary:
@@ -193,10 +212,18 @@ def _ordered(rows: Floats) -> tuple[np.ndarray, bool]:
 def _histogram(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
     """(F, 34). A value on an inner edge belongs to the bin above it, one on a limit to the bin inside."""
     under = np.zeros((len(ordered), BINS + 3), np.int64)
-    for field, column in enumerate(ordered):
-        under[field, 1:-1] = column.searchsorted(cuts[field])
+    for at, column in enumerate(ordered):
+        under[at, 1:-1] = column.searchsorted(cuts[at])
     under[:, -1] = ordered.shape[1] - missing
     return under[:, 1:] - under[:, :-1]
+
+
+def _pace(reference: Reference, found: Found, classes: Ints) -> Ints:
+    out = np.zeros((reference.classes, 2 * found.pace.shape[1]), np.int64)
+    groups = np.unique(classes) if reference.classes > 1 else range(1)
+    for group in groups if out.shape[1] else ():
+        out[group] = pace.sums(found.pace[classes == group] if reference.classes > 1 else found.pace)
+    return out
 
 
 def _pairs(reference: Reference, found: Found, classes: Ints) -> Ints:

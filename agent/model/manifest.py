@@ -70,12 +70,14 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DriftWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`window`: how many model windows (rows, for a tabular model) make one drift window.
 
-    `min_count`: no bin in a message tells of fewer rows; `strata`: whether a site's reference follows the hour of day.
+    `min_count`: no bin in a message tells of fewer rows; `strata`: whether a site's reference follows the hour of
+    day and the days of rest; `mode`: the category field of a stream that names modes, where the model names no classes.
     """
 
     window: Annotated[int, msgspec.Meta(ge=2, le=1_000_000)] = 20
     min_count: Annotated[int, msgspec.Meta(ge=2, le=10_000)] | msgspec.UnsetType = msgspec.UNSET
-    strata: Literal["auto", "hour", "none"] | msgspec.UnsetType = msgspec.UNSET
+    strata: Literal["auto", "hour", "week", "none"] | msgspec.UnsetType = msgspec.UNSET
+    mode: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,6 +93,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: dict[str, Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]]
 
     def __post_init__(self) -> None:
+        if self.drift.mode and self.output.labels:
+            raise ValueError("drift.mode is for a model without labels; this one names classes itself")
         if not is_name(self.name):
             raise ValueError(f"name {self.name!r} must be 1-64 of a-z 0-9 . _ -")
         if self.kind == "classify" and len(self.output.labels) < 2:

@@ -115,6 +115,7 @@ class Drift(Logged, frozen=True, kw_only=True, tag="drift"):
     state: Literal["ok", "drift", "fault", "insufficient"]
     estimate: dict[str, Any] | None = None
     joint: dict[str, Any] | None = None
+    rate: dict[str, Any] | None = None
 
 
 class Alerts(Logged, frozen=True, kw_only=True, tag="alerts"):

@@ -1,0 +1,193 @@
+"""At which rate a site's readings come and its signals move: what was gathered of it, what is usual, what is not.
+
+rate      readings come more than 5 % faster or slower, and beyond what the learned windows did among themselves. A
+          stream whose readings come irregularly has no rate to lose.
+repeated  more rows than in any learned window say again what the row before said, in all fields
+
+A fault counts from the second window in a row on: a backlog that arrives at once is none.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from agent.drift import calibration, cusum, daily, joint, limits, pace
+from agent.drift.codec import Floats, Ints
+from agent.drift.joint import usual, usual_without
+from agent.drift.pace import Paces
+from agent.drift.statistics import RARE
+
+if TYPE_CHECKING:
+    from agent.drift.summary import Summary
+
+OFF, SDS, BEYOND = 0.05, 6.0, 1.5  # share; sd of learned windows; times the farthest of them
+STEADY = 0.1  # sd of the logarithm of a window's mean step, from which on there is no rate
+REPEATED, RISE = 0.1, 1.5  # share of rows; times the most of a learned window
+LEAST_STEP_SD, LEAST_SPEED_SD = 0.002, 0.01
+FEW = 20  # learned windows
+
+Int32s = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """Of K drift windows, and of m classes that occurred in one of them."""
+
+    windows: Floats  # (K, 2 + F) mean step in µs (NaN: not known); shares of rows repeated, of each field's missing
+    t: Ints  # (K,) middle of each, epoch µs
+    window: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # (m,) 0, 1, …
+    label: Ints = field(default_factory=lambda: np.empty(0, np.int64))
+    n: Int32s = field(default_factory=lambda: np.empty((0, 0), np.int32))  # (m, F) model windows with a pace
+    level: Float32s = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    slope: Float32s = field(default_factory=lambda: np.empty((0, 0), np.float32))
+
+    @classmethod
+    def none(cls) -> Gathered:
+        return cls(np.empty((0, 0)), np.empty(0, np.int64))
+
+    def add(self, window: Summary, t: tuple[int, int]) -> Gathered:
+        found = pace.measured(window.pace)
+        seen = np.flatnonzero(found.n.any(1))
+        one = np.concatenate([[window.ticks.step_us(), repeated_share(window)], missing_share(window)])
+        return Gathered(
+            windows=np.concatenate([self.windows.reshape(-1, len(one)), one[None]]),
+            t=np.append(self.t, t[0] + (t[1] - t[0]) // 2),
+            window=np.append(self.window, np.full(len(seen), len(self.t))),
+            label=np.append(self.label, seen),
+            n=_joined(self.n, found.n[seen], np.int32),
+            level=_joined(self.level, found.level[seen], np.float32),
+            slope=_joined(self.slope, found.slope[seen], np.float32),
+        )
+
+    def thinned(self) -> Gathered:
+        """Every other one."""
+        some = self.window % 2 == 0
+        entries = {name: getattr(self, name)[some] for name in ("label", "n", "level", "slope")}
+        return replace(self, windows=self.windows[::2], t=self.t[::2], window=self.window[some] // 2, **entries)
+
+    def paces(self, classes: int) -> Paces:
+        """Per drift window, class and field, (K, C, F)."""
+        out = np.zeros((3, len(self.t), classes, self.n.shape[1]))
+        for one, entries in zip(out, (self.n, self.level, self.slope), strict=True):
+            one[self.window, self.label] = entries
+        return Paces(*out)
+
+
+def _joined(before: np.ndarray, more: Floats, dtype: type) -> np.ndarray:
+    return (np.concatenate([before, more]) if len(before) else more).astype(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Usual:
+    """What is usual at a site."""
+
+    step_us: float  # 0: readings come irregularly
+    step_off: float  # logarithm of how far a window's mean step may be off
+    repeated: float  # share of rows in the learned window that had most
+    missing: Floats  # (F,) likewise
+    level: Floats  # (C, F) of classes, see `pace`; F is 0 where model windows are too short for it
+    slope: Floats  # (F,)
+    weight: Floats  # (F,)
+    speed_mean: float  # logarithm, of windows
+    speed_sd: float  # 0: nothing is known of it
+    cycle: daily.Cycle  # of the speed
+
+    def fits(self, classes: int, fields: int) -> bool:
+        """Whether it is of so many classes and fields, and holds together."""
+        cycle = self.cycle
+        shapes = [one.shape for one in (self.missing, self.level, self.slope, self.weight, cycle.waves, cycle.rest)]
+        paced = len(self.slope)
+        right = [(fields,), (classes, paced), (paced,), (paced,), (2 * daily.WAVES, 1), (1 + 2 * daily.WAVES, 1)]
+        numbers = [self.step_us, self.step_off, self.repeated, self.speed_mean, self.speed_sd]
+        known = [np.array(numbers), self.missing, self.level, self.slope, self.weight, cycle.waves, cycle.rest]
+        positive = min(self.step_us, self.step_off, self.repeated, self.speed_sd) >= 0
+        return (
+            shapes == right and paced in (0, fields) and positive and all(bool(np.isfinite(one).all()) for one in known)
+        )
+
+    def z(self, window: Summary, t: int, windows: int) -> tuple[float, float]:
+        """The score of a window's speed, in the middle of `t` (epoch µs), and its logarithm; NaN: nothing tells."""
+        if self.speed_sd <= 0:
+            return math.nan, math.nan
+        expected = self.speed_mean + self.cycle.at(np.array([t]))[:, 0]
+        apart = joint.tests(pace.measured(window.pace).pairs(), self.level)
+        found = pace.speed(apart, self.slope, self.weight) - expected
+        z = cusum.scores(found, np.zeros(1), np.full(1, self.speed_sd), windows)
+        return float(z[0]), float(found[0])
+
+
+def learn(gathered: Gathered, classes: int, window_rows: int, strata: str) -> Usual | None:
+    """None where too few windows were gathered, as in a state that an older version saved."""
+    if len(gathered.t) < FEW:
+        return None
+    found = gathered.paces(classes)
+    step_us, off = _step(gathered.windows[:, 0])
+    nothing = Usual(
+        step_us=step_us,
+        step_off=off,
+        repeated=float(gathered.windows[:, 1].max()),
+        missing=gathered.windows[:, 2:].max(0),
+        level=usual(found.pairs(), float(RARE)),
+        slope=pace.slopes(found, window_rows),
+        weight=np.zeros(found.n.shape[-1]),
+        speed_mean=0.0,
+        speed_sd=0.0,
+        cycle=daily.Cycle.none(1),
+    )
+    apart = joint.tests(found.pairs(), usual_without(found.pairs(), float(RARE)))
+    weight = pace.weights(apart, nothing.slope)
+    speeds = pace.speed(apart, nothing.slope, weight) if weight.any() else np.full(len(apart), np.nan)
+    told = ~np.isnan(speeds)
+    if told.sum() < FEW:
+        return nothing
+    fit = daily.fit(np.where(told, speeds, np.median(speeds[told]))[:, None], gathered.t, strata)
+    mean, left = calibration.drawn(fit.left, np.median(fit.left, axis=0), LEAST_SPEED_SD)
+    return replace(
+        nothing,
+        weight=weight,
+        speed_mean=float((fit.mean + mean)[0]),
+        speed_sd=float(max(left.std(ddof=1), LEAST_SPEED_SD)),
+        cycle=fit.cycle,
+    )
+
+
+def limit(windows: int, stretch: float) -> float:
+    """Of the sums of the speed's scores."""
+    return limits.h(1, windows, limits.K_FIELDS, limits.PACE) * stretch
+
+
+def _step(steps: Floats) -> tuple[float, float]:
+    """The usual one, and the logarithm of how far one may be off; 0 where there is none."""
+    told = np.log(steps[~np.isnan(steps)])
+    if len(told) < FEW:
+        return 0.0, 0.0
+    middle = float(np.median(told))
+    mean, left = calibration.drawn(told[:, None], np.array([middle]), LEAST_STEP_SD)
+    sd = float(left.std(ddof=1))
+    if sd > STEADY:
+        return 0.0, 0.0
+    return math.exp(float(mean[0])), max(math.log1p(OFF), SDS * sd, BEYOND * float(np.abs(left).max()))
+
+
+def fault(window: Summary, at_site: Usual) -> str:
+    """rate, repeated or nothing."""
+    step = window.ticks.step_us()
+    if at_site.step_us and step > 0 and abs(math.log(step / at_site.step_us)) > at_site.step_off:
+        return "rate"
+    if repeated_share(window) > max(at_site.repeated + REPEATED, RISE * at_site.repeated):
+        return "repeated"
+    return ""
+
+
+def repeated_share(window: Summary) -> float:
+    return float(window.ticks.repeated[0]) / max(1, window.rows)
+
+
+def missing_share(window: Summary) -> Floats:
+    """(F,)"""
+    return np.asarray(window.missing / max(1, window.rows))

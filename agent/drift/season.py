@@ -1,0 +1,70 @@
+"""Whether several fields move slowly, for days, together: then it is rather the surroundings than a sensor.
+
+Scores of means are averaged over half days, so that no daily cycle is taken for a slope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agent.drift.codec import Floats, Ints
+from agent.drift.ramp import LONGER, is_ramp
+
+HALF_DAY_US = 43_200_000_000
+KEPT = 14  # half days
+FEWEST = LONGER + 2  # half days that tell a slope
+SLOW, SURE = 0.75, 5.0  # sd of a window: a smaller rise is none; its standard errors
+FEWEST_FIELDS = 2
+
+Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+@dataclass(frozen=True, eq=False)
+class Season:
+    """The last half days in which anything was tested."""
+
+    half_day: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # (H,) since 1970
+    n: Ints = field(default_factory=lambda: np.empty((0, 0), np.int64))  # (H, F) windows
+    mean: Float32s = field(default_factory=lambda: np.empty((0, 0), np.float32))  # of their scores
+
+    def add(self, z: Floats, t: int) -> Season:
+        """With scores `z` (F,) of a window at `t` (epoch µs), NaN for none. A clock that was set back begins anew."""
+        now, told = t // HALF_DAY_US, ~np.isnan(z)
+        if len(self.half_day) and now == self.half_day[-1]:
+            n, mean = self.n.copy(), self.mean.copy()
+            n[-1] += told
+            mean[-1] += np.where(told, (np.nan_to_num(z) - mean[-1]) / np.maximum(n[-1], 1), 0.0)
+            return Season(self.half_day, n, mean)
+        one = np.array([now]), told[None].astype(np.int64), np.nan_to_num(z)[None].astype(np.float32)
+        if not len(self.half_day) or now < self.half_day[-1]:
+            return Season(*one)
+        kept = slice(1 - KEPT, None)
+        before = self.half_day[kept], self.n[kept], self.mean[kept]
+        return Season(*(np.concatenate([old, new]) for old, new in zip(before, one, strict=True)))
+
+    def slow(self) -> Ints:
+        """Fields whose mean has moved slowly all that time."""
+        return np.array([i for i in range(self.n.shape[1]) if self._is_slow(i)], np.int64)
+
+    def _is_slow(self, one: int) -> bool:
+        some = self.n[:, one] > 0
+        mean, each = self.mean[some, one].astype(np.float64), float(np.sqrt(np.median(self.n[some, one])))
+        if len(mean) < FEWEST:
+            return False
+        place = self.half_day[some] - self.half_day[some].mean()
+        slope = float(place @ mean) / float(place @ place)
+        left = float((mean - mean.mean() - slope * place).std()) / float(np.sqrt(place @ place))
+        rise = abs(slope) * float(place[-1] - place[0])
+        return rise > SLOW and abs(slope) > SURE * left and is_ramp(mean * each)
+
+
+def cause(of: int, season: Season, fields: Sequence[str]) -> str:
+    """What field number `of` probably follows, in words; nothing where it does not move slowly along with others."""
+    slow = season.slow()
+    if of not in slow or len(slow) < max(FEWEST_FIELDS, (len(fields) + 1) // 2):
+        return ""
+    others = ", ".join(fields[i] for i in slow if i != of)
+    return f"the season or a slow change of the surroundings: {others} moved as slowly, for more than a day"
