@@ -32,6 +32,7 @@ FLOORS = {
     "link": 4,
     "model": 4,
     "client": 5,
+    "evaluation": 5,
     "device": 6,
     "fleet": 6,
     "simulate_link": 7,

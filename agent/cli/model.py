@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from agent.cli import trust
+from agent.cli.model_run import run
 from agent.cli.output import emit, json_option
 from agent.errors import BadBundle, UsageError
 from agent.wire import keys
-from agent.wire.keys import PublicKey
 
 if TYPE_CHECKING:
     from agent.drift.reference import Reference
@@ -26,6 +27,9 @@ _path = click.Path(path_type=Path)
 @click.group()
 def model() -> None:
     """Bundles: a model with its labels, drift reference, golden vectors and cards, signed."""
+
+
+model.add_command(run)
 
 
 @model.command(epilog="Example: outstation model keygen publisher.key")
@@ -154,7 +158,7 @@ def _check(path: Path, public: str | None) -> dict[str, Any]:
     except BadBundle as problem:
         note("signature and hashes", False, str(problem))
         return document
-    note("signature", *_signature(path, found, trusted))
+    note("signature", *trust.signature(path, found, trusted))
     note("hashes", True, f"{len(found.manifest.files)} files as the manifest says")
     report = probe.probe(found)
     for one in report.checks:
@@ -163,25 +167,6 @@ def _check(path: Path, public: str | None) -> dict[str, Any]:
     document |= {"name": found.manifest.name, "version": found.manifest.version, "digest": found.digest}
     document |= {"runtime": report.runtime or None, "ok": all(check["ok"] for check in document["checks"])}
     return document
-
-
-def _signature(path: Path, found: Bundle, trusted: list[PublicKey] | None) -> tuple[bool, str]:
-    """Verified already where a key was given; else against the key of the bundles that ship with the agent."""
-    from agent.model import bundle as bundles
-    from agent.model import shipped
-
-    own = shipped.publishers()
-    if not found.signer:
-        damaged = "manifest.jws" in found.files
-        return False, f"{'manifest.jws is none' if damaged else 'not signed'}; sign it with `outstation model sign`"
-    if trusted is not None:
-        return True, f"by {found.signer}"
-    if found.signer not in {key.kid for key in own}:
-        return True, f"claims {found.signer}, not verified: give the publisher's public key with --key"
-    try:
-        return True, f"by {bundles.read(path, own).signer}"
-    except BadBundle as problem:
-        return False, str(problem)
 
 
 def _reference(load: Callable[[], Reference | None]) -> tuple[bool, str]:

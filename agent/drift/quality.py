@@ -127,7 +127,7 @@ def _of_classes(
 ) -> Iterator[tuple[list[tuple[str, str, int]], Weighted]]:
     n = len(pairs)
     if pairs.full is not None:
-        each = np.square(pairs.full - np.eye(pairs.full.shape[1])[truth]).sum(axis=1)
+        each = brier(pairs.full, truth)
         yield [("brier", "", n)], lambda w: [_mean(each, w)]
     if pairs.score is not None and np.isfinite(pairs.score).all():
         score, right = pairs.score, np.asarray(said == truth, np.float64)
@@ -151,6 +151,11 @@ def f1(truth: Ints, said: Ints, count: int, w: Floats) -> Floats:
     """(count,) F1 of each class; NaN of those neither meant nor named."""
     hit = np.bincount(truth, w * (truth == said), count)
     both = np.bincount(truth, w, count) + np.bincount(said, w, count)
+    return f1_of(hit, both)
+
+
+def f1_of(hit: Floats, both: Floats) -> Floats:
+    """F1 (…) of how many were right, and how many were meant plus how many were named; NaN without any."""
     with np.errstate(invalid="ignore"):
         return np.asarray(2 * hit / both)
 
@@ -158,6 +163,12 @@ def f1(truth: Ints, said: Ints, count: int, w: Floats) -> Floats:
 def macro(each: Floats) -> float:
     """Mean over the classes that were meant or named."""
     return float(np.nanmean(each))
+
+
+def brier(full: Floats, truth: Ints) -> Floats:
+    """(n,) squared distance of probabilities (n, C) from certainty of the true class."""
+    squares = np.square(full).sum(axis=1) - 2 * full[np.arange(len(truth)), truth] + 1
+    return np.asarray(squares)
 
 
 def equal_mass(score: Floats, bins: int = ECE_BINS) -> Ints:
@@ -170,8 +181,12 @@ def equal_mass(score: Floats, bins: int = ECE_BINS) -> Ints:
 
 def ece(score: Floats, right: Floats, where: Ints, w: Floats) -> float:
     """Σ share of a bin × |mean score - share right|, from bins as `equal_mass` has them."""
-    apart = np.abs(np.bincount(where, w * (score - right)))
-    return float(apart.sum() / w.sum())
+    return float(ece_of(np.bincount(where, w * (score - right)), w.sum()))
+
+
+def ece_of(apart: Floats, total: Any) -> Floats:
+    """ECE (…) from sums of score - right in each bin (…, bins), of so many results in all."""
+    return np.asarray(np.abs(apart).sum(axis=-1) / total)
 
 
 def auc(value: Floats, yes: np.ndarray[Any, np.dtype[np.bool_]], w: Floats) -> float:
@@ -182,6 +197,18 @@ def auc(value: Floats, yes: np.ndarray[Any, np.dtype[np.bool_]], w: Floats) -> f
         return math.nan
     below = np.cumsum(bad) - bad
     return float((good * (below + bad / 2)).sum() / (good.sum() * bad.sum()))
+
+
+def average_precision(value: Floats, yes: np.ndarray[Any, np.dtype[np.bool_]], w: Floats) -> float:
+    """Σ precision × growth of recall, from the largest value down, ties together; NaN without an anomaly."""
+    _, at = np.unique(-value, return_inverse=True)
+    good = np.cumsum(np.bincount(at, w * yes))
+    every = np.cumsum(np.bincount(at, w))
+    if not good[-1] > 0:
+        return math.nan
+    grown = np.diff(good, prepend=0.0) / good[-1]
+    with np.errstate(invalid="ignore"):
+        return float(np.nansum(grown * good / every))
 
 
 def r2(truth: Floats, off: Floats, w: Floats) -> float:

@@ -27,12 +27,17 @@ _EXACT = 2_000
 OTHER, MISSING = "other", "missing"
 
 
-def measure(kind: str, pairs: Pairs, slices: Mapping[str, Sequence[str]]) -> list[Metric]:
-    """Accuracy, or MAE of numbers, in each slice. `slices`: field → (n,) texts, in the order of `pairs`."""
+def measure(
+    kind: str, pairs: Pairs, slices: Mapping[str, Sequence[str]], alike: float | None = None
+) -> list[Metric]:
+    """Accuracy, or MAE of numbers, in each slice. `slices`: field → (n,) texts, in the order of `pairs`.
+
+    `alike` results count as one; without it, as many as neighbours tell.
+    """
     off = pairs.off(kind)
     if off is None or not len(pairs):
         return []
-    alike = intervals.design(off)
+    alike = intervals.design(off) if alike is None else alike
     found: list[tuple[Metric, float]] = []
     for field in sorted(slices):
         values = np.array(_few(slices[field]))
