@@ -17,7 +17,6 @@ from agent.wire import keys
 
 if TYPE_CHECKING:
     from agent.drift.reference import Reference
-    from agent.model.bundle import Bundle
     from agent.model.manifest import Manifest
     from agent.model.runtime import Model
 

@@ -26,13 +26,9 @@ _SAID = 10
 @click.command("run", epilog="Example: outstation model run exercise readings.csv -o results.csv")
 @click.argument("bundle", type=_path)
 @click.argument("data", type=_path)
-@click.option(
-    "-o", "--out", required=True, type=_path, help="File to write, .csv or .parquet; a folder for a folder."
-)
+@click.option("-o", "--out", required=True, type=_path, help="File to write, .csv or .parquet; a folder for a folder.")
 @click.option("--raw", is_flag=True, help="The model's outputs, too: raw_0, raw_1, …")
-@click.option(
-    "--key", "public", help="The publisher's public key, text or file: the bundle must be signed by it."
-)
+@click.option("--key", "public", help="The publisher's public key, text or file: the bundle must be signed by it.")
 @json_option
 def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_json: bool) -> None:
     """Answers of BUNDLE for each row or window of DATA: CSV, Parquet, or a folder of them.

@@ -27,9 +27,7 @@ _EXACT = 2_000
 OTHER, MISSING = "other", "missing"
 
 
-def measure(
-    kind: str, pairs: Pairs, slices: Mapping[str, Sequence[str]], alike: float | None = None
-) -> list[Metric]:
+def measure(kind: str, pairs: Pairs, slices: Mapping[str, Sequence[str]], alike: float | None = None) -> list[Metric]:
     """Accuracy, or MAE of numbers, in each slice. `slices`: field → (n,) texts, in the order of `pairs`.
 
     `alike` results count as one; without it, as many as neighbours tell.
