@@ -25,6 +25,9 @@ _FEWEST_A_BIN = 10
 _MOST_CLASSES = 40
 # Values from weights (n,).
 Weighted = Callable[[Floats], list[float]]
+Booleans = np.ndarray[Any, np.dtype[np.bool_]]
+# A metric of values, which of them are anomalies, and weights.
+Ranked = Callable[[Floats, Booleans, Floats], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +192,7 @@ def ece_of(apart: Floats, total: Any) -> Floats:
     return np.asarray(np.abs(apart).sum(axis=-1) / total)
 
 
-def auc(value: Floats, yes: np.ndarray[Any, np.dtype[np.bool_]], w: Floats) -> float:
+def auc(value: Floats, yes: Booleans, w: Floats) -> float:
     """P(value of an anomaly > value of none), ties counting half; NaN where there is only one of the two."""
     _, at = np.unique(value, return_inverse=True)
     good, bad = np.bincount(at, w * yes), np.bincount(at, w * ~yes)
@@ -199,7 +202,7 @@ def auc(value: Floats, yes: np.ndarray[Any, np.dtype[np.bool_]], w: Floats) -> f
     return float((good * (below + bad / 2)).sum() / (good.sum() * bad.sum()))
 
 
-def average_precision(value: Floats, yes: np.ndarray[Any, np.dtype[np.bool_]], w: Floats) -> float:
+def average_precision(value: Floats, yes: Booleans, w: Floats) -> float:
     """Σ precision × growth of recall, from the largest value down, ties together; NaN without an anomaly."""
     _, at = np.unique(-value, return_inverse=True)
     good = np.cumsum(np.bincount(at, w * yes))
