@@ -53,7 +53,7 @@ def asked(tasks: Sequence[Task]) -> dict[str, Asked]:
 
 def truth_of(task: Task) -> Truth:
     manifest = task.bundle.manifest
-    return Truth(manifest.kind, tuple(manifest.output.labels))
+    return Truth(manifest.truth, tuple(manifest.output.labels))
 
 
 def turn(task: Task, store: Store, author: Author, now: Now, keep_s: float) -> int:
@@ -166,7 +166,7 @@ def _judge(task: Task, state: decay.State, taken: _Taken) -> Iterator[Alert]:
     if (grown := decay.feedback(state, own, len(taken.window))) is not None:
         yield grown
     fresh = [one for one in taken.fresh if one.source != MODEL]
-    kind = task.bundle.manifest.kind
+    kind = task.bundle.manifest.truth
     losses = _pairs(task, fresh).off(kind) if fresh else None
     if losses is None:
         return
@@ -177,7 +177,7 @@ def _judge(task: Task, state: decay.State, taken: _Taken) -> Iterator[Alert]:
 
 def _promise(task: Task) -> Promise:
     shipped = task.judge.shipped if task.judge else None
-    if task.bundle.manifest.kind != "classify" or shipped is None or shipped.score_correct is None:
+    if task.bundle.manifest.truth != "classify" or shipped is None or shipped.score_correct is None:
         return Promise()
     n = int(shipped.score_n.sum())
     return Promise(float(shipped.score_correct.sum()) / n, n) if n else Promise()
@@ -238,8 +238,8 @@ def _metrics(task: Task, judged: Sequence[Labelled]) -> list[Metric]:
     manifest, pairs = task.bundle.manifest, _pairs(task, judged)
     names = sorted(set.intersection(*(set(one.result.slices) for one in judged)))
     sliced = {name: [one.result.slices[name] for one in judged] for name in names}
-    whole = quality.measure(manifest.kind, manifest.output.labels, pairs)
-    return [*whole, *slices.measure(manifest.kind, pairs, sliced)]
+    whole = quality.measure(manifest.truth, manifest.output.labels, pairs)
+    return [*whole, *slices.measure(manifest.truth, pairs, sliced)]
 
 
 def _labels(task: Task, tx: Transaction, ordered: Sequence[Labelled]) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _labels(task: Task, tx: Transaction, ordered: Sequence[Labelled]) -> dict[st
         "sources": told([one.source for one in ordered]),
         **counters,
     }
-    if task.bundle.manifest.kind != "regress":
+    if task.bundle.manifest.truth != "regress":
         counts: dict[str, int] = {}
         for one in ordered:
             counts[one.label] = counts.get(one.label, 0) + 1

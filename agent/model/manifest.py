@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import itertools
+import math
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -10,9 +12,17 @@ from agent.errors import BadBundle
 from agent.jsonkeys import check_keys
 from agent.names import is_name
 
-FORMAT = 1
+FORMAT = 2
 Numbers = list[float]
 Label = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+# Between the labels of one multi-label result.
+SEPARATOR = "|"
+# Members that an agent of format 1 would not know: where one is set the bundle is of format 2, elsewhere they are left
+# out, so that what was written as format 1 is written the same way today.
+SINCE_2 = {
+    "input": ("definition", "derived", "order", "max_gap_s", "scaling", "max_missing"),
+    "output": ("tensor", "multi_label", "thresholds", "names", "units", "quantile", "distance", "centroid", "isotonic"),
+}
 
 
 class Windowing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,37 +37,182 @@ class Windowing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"step {self.step} above rows {self.rows} would leave rows out; use step <= rows")
 
 
+class Derived(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A feature computed from field `of`, or from the time, over `rows` rows: see `derived`, which computes it.
+
+    `band` [low, high) in Hz of a stream of `rate` rows a second; `offset_h` hours are added to UTC.
+    """
+
+    name: Label
+    function: Literal["mean", "sd", "lag", "difference", "last", "band", "hour", "weekday"]
+    of: str = ""
+    rows: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
+    band: tuple[float, float] | None = None
+    rate: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    offset_h: Annotated[float, msgspec.Meta(ge=-24, le=24)] = 0.0
+
+    def __post_init__(self) -> None:
+        least = {"hour": 0, "weekday": 0, "lag": 1, "difference": 1, "last": 1, "mean": 1, "sd": 2, "band": 4}
+        if self.rows < least[self.function] or (self.by_time and self.rows):
+            wanted = "no rows" if self.by_time else f"rows of at least {least[self.function]}"
+            raise ValueError(f"derived feature {self.name!r}: {self.function} takes {wanted}, not {self.rows}")
+        if self.by_time == bool(self.of):
+            raise ValueError(f"derived feature {self.name!r}: {'takes no `of`' if self.of else 'of which field?'}")
+        if (self.function == "band") != (self.band is not None):
+            raise ValueError(f"derived feature {self.name!r}: band = [low, high] in Hz goes with function band")
+        if self.band is not None and not 0 <= self.band[0] < self.band[1] <= self.rate / 2 + 1e-9:
+            raise ValueError(
+                f"derived feature {self.name!r}: band {list(self.band)} must ascend within 0 and half the rate, "
+                f"{self.rate / 2:g} Hz"
+            )
+
+    @property
+    def by_time(self) -> bool:
+        return self.function in ("hour", "weekday")
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the values it gives."""
+        return [f"{self.name}_sin", f"{self.name}_cos"] if self.by_time else [self.name]
+
+    @property
+    def history(self) -> int:
+        """How many rows before a row it looks at."""
+        return self.rows if self.function in ("lag", "difference") else max(0, self.rows - 1)
+
+
 class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Fields in the model's order; each value becomes (x - mean) / std. `window` None: one row an inference."""
+    """What the model is given: `fields` and `derived` features, or those of them in `order`, each (x - mean) / std.
+
+    `window` None: one row an inference. `scaling` "window": each column less its own mean in the window, divided by its
+    own spread there. `max_gap_s` ends the history of derived features where there is no window. `definition` is the
+    version of how features are computed. Above a share of `max_missing` values a result says how many were missing.
+    """
 
     fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=4096)]
     units: list[str] = []
     window: Windowing | None = None
     mean: Numbers = []
     std: Numbers = []
+    definition: int = 0
+    derived: Annotated[list[Derived], msgspec.Meta(max_length=256)] = []
+    order: list[Label] = []
+    max_gap_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    scaling: Literal["fixed", "window"] = "fixed"
+    max_missing: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
 
     def __post_init__(self) -> None:
+        if self.definition > 1:
+            raise ValueError(
+                f"definition {self.definition} of features is newer than this agent, which knows 1; update the agent"
+            )
+        known = [*self.fields, *(name for one in self.derived for name in one.columns)]
         if len(set(self.fields)) != len(self.fields):
             raise ValueError("a field is named twice")
-        for name in ("units", "mean", "std"):
+        if len(set(known)) != len(known):
+            raise ValueError("derived: a name is given twice, or is a field's")
+        for one in self.derived:
+            if one.of and one.of not in self.fields:
+                raise ValueError(f"derived feature {one.name!r} is of {one.of!r}, which is no field")
+        if unknown := [name for name in self.order if name not in known]:
+            raise ValueError(f"order names {unknown[0]!r}, which is neither a field nor a derived feature")
+        if len(set(self.order)) != len(self.order):
+            raise ValueError("order names a feature twice")
+        if len(self.units) not in (0, len(self.fields)):
+            raise ValueError(f"units has {len(self.units)} entries for {len(self.fields)} fields")
+        self._check_scaling()
+
+    def _check_scaling(self) -> None:
+        what = "features" if self.derived or self.order else "fields"
+        for name in ("mean", "std"):
             values = getattr(self, name)
-            if values and len(values) != len(self.fields):
-                raise ValueError(f"{name} has {len(values)} entries for {len(self.fields)} fields")
+            if len(values) not in (0, len(self.columns)):
+                raise ValueError(f"{name} has {len(values)} entries for {len(self.columns)} {what}")
+            if not all(math.isfinite(value) for value in values):
+                raise ValueError(f"{name} holds a value that is no finite number; give one for each of the {what}")
         if any(not s > 0 for s in self.std):
             raise ValueError("every std must be above 0")
+        if self.scaling == "window" and (self.window is None or self.mean or self.std):
+            raise ValueError("scaling by the window needs a window, and neither mean nor std")
+        if self.window is not None and self.max_gap_s is not None:
+            raise ValueError("max_gap_s is the window's where there is one; write window.max_gap_s")
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the model's features, in its order."""
+        return self.order or [*self.fields, *(name for one in self.derived for name in one.columns)]
+
+    @property
+    def history(self) -> int:
+        """How many rows before a window its derived features look at."""
+        return max((one.history for one in self.derived), default=0)
+
+    @property
+    def gap_s(self) -> float | None:
+        """The pause that no window and no history reaches over."""
+        return self.window.max_gap_s if self.window else self.max_gap_s
+
+    @property
+    def rows(self) -> int:
+        """Rows of an inference."""
+        return self.window.rows if self.window else 1
+
+
+class Isotonic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How often a score is right: straight lines between (`score`, `right`), both ascending (Zadrozny, Elkan 2002)."""
+
+    score: Annotated[Numbers, msgspec.Meta(min_length=2, max_length=256)]
+    right: Annotated[Numbers, msgspec.Meta(min_length=2, max_length=256)]
+
+    def __post_init__(self) -> None:
+        if len(self.score) != len(self.right):
+            raise ValueError("isotonic: score and right must have as many entries")
+        for name, low in (("score", 1e-12), ("right", 0.0)):
+            values = getattr(self, name)
+            if not all(0 <= v <= 1 for v in values) or not all(b - a >= low for a, b in itertools.pairwise(values)):
+                raise ValueError(f"isotonic: {name} must ascend within 0 and 1")
 
 
 class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How a tensor becomes labels and scores; `temperature` calibrates: p ∝ p^(1/T) (Guo et al. 2017)."""
+    """How a tensor becomes labels, scores and values; `temperature` calibrates: p ∝ p^(1/T) (Guo et al. 2017).
+
+    `tensor` is the name or index of the output that is used where a model has several. `multi_label`: each label by
+    itself, said where its probability is above its threshold (`thresholds`, one a label; else `threshold`, else 0.5).
+    `names` and `units` of the values of kind regress. `threshold` of kinds anomaly and embedding: above it is an
+    anomaly; `quantile` of what it was learned from. An embedding is told as its `distance` to `centroid`.
+    """
 
     labels: list[Label] = []
     activation: Literal["none", "softmax", "sigmoid"] = "none"
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     threshold: float | None = None
+    tensor: str | int | None = None
+    multi_label: bool = False
+    thresholds: Numbers = []
+    names: list[Label] = []
+    units: list[str] = []
+    quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
+    distance: Literal["euclidean", "cosine"] = "euclidean"
+    centroid: Numbers = []
+    isotonic: Isotonic | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a label is named twice")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("names: a value is named twice")
+        if len(self.units) not in (0, max(1, len(self.names))):
+            raise ValueError(f"units has {len(self.units)} entries for {max(1, len(self.names))} values")
+        if self.thresholds and len(self.thresholds) != len(self.labels):
+            raise ValueError(f"thresholds has {len(self.thresholds)} entries for {len(self.labels)} labels")
+        if self.thresholds and not self.multi_label:
+            raise ValueError("thresholds are for multi_label = true")
+        if self.multi_label and any(SEPARATOR in label for label in self.labels):
+            raise ValueError(f"a label holds {SEPARATOR!r}, which stands between labels of a multi-label result")
+        if self.multi_label and self.activation == "softmax":
+            raise ValueError('activation "softmax" gives one label; multi_label goes with "sigmoid" or "none"')
+        if self.multi_label and self.isotonic is not None:
+            raise ValueError("isotonic is for one label a result; a multi-label model is calibrated by temperature")
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,11 +234,11 @@ class DriftWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    format: Literal[1]
+    format: Literal[1, 2]
     name: str
     version: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
     created: Annotated[str, msgspec.Meta(max_length=64)]
-    kind: Literal["classify", "regress", "anomaly"]
+    kind: Literal["classify", "regress", "anomaly", "embedding"]
     input: Input
     output: Output
     drift: DriftWindow = DriftWindow()
@@ -93,12 +248,53 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if not is_name(self.name):
             raise ValueError(f"name {self.name!r} must be 1-64 of a-z 0-9 . _ -")
-        if self.kind == "classify" and len(self.output.labels) < 2:
+        if self.kind == "classify" and len(self.output.labels) < (1 if self.output.multi_label else 2):
             raise ValueError("a classifier needs at least two output.labels")
+        if self.kind != "classify" and self.output.multi_label:
+            raise ValueError("multi_label is for kind classify")
+        if self.kind == "embedding" and self.output.threshold is not None and not self.output.centroid:
+            raise ValueError("output: an embedding with a threshold needs the centroid that distances are from")
+        if self.format == 1 and (newer := newer_members(self)):
+            raise ValueError(f"{newer[0]} needs format 2")
+
+    @property
+    def truth(self) -> Literal["classify", "regress", "anomaly"]:
+        """What is true of a result: a class, a number, or whether it was an anomaly."""
+        return "anomaly" if self.kind == "embedding" else self.kind
+
+
+def newer_members(manifest: Manifest) -> list[str]:
+    """What of it an agent of format 1 could not honour."""
+    found = ["kind embedding"] if manifest.kind == "embedding" else []
+    if manifest.format > 1 and manifest.kind == "classify" and manifest.output.threshold is not None:
+        # Of format 1 it means nothing: classifiers named the most probable class.
+        found.append("output.threshold of a classifier")
+    for room, names in SINCE_2.items():
+        part, plain = getattr(manifest, room), _PLAIN[room]
+        found += [f"{room}.{name}" for name in names if getattr(part, name) != getattr(plain, name)]
+    return found
+
+
+def oldest(manifest: Manifest) -> Manifest:
+    """The same, of format 1 where any agent can honour it."""
+    if newer_members(msgspec.structs.replace(manifest, input=msgspec.structs.replace(manifest.input, definition=0))):
+        return msgspec.structs.replace(manifest, input=msgspec.structs.replace(manifest.input, definition=1))
+    return msgspec.structs.replace(manifest, format=1)
+
+
+_PLAIN: dict[str, Any] = {"input": Input(fields=["x"]), "output": Output()}
 
 
 def decode(data: bytes) -> Manifest:
     """Raises BadBundle."""
+    try:
+        newest = msgspec.json.decode(data, type=_Format).format
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        newest = FORMAT  # what is wrong is said below
+    if newest > FORMAT:
+        raise BadBundle(
+            f"manifest.json: the bundle is of format {newest}, this agent reads formats 1 to {FORMAT}; update the agent"
+        )
     try:
         found = msgspec.json.decode(data, type=Manifest)
         check_keys(data)
@@ -107,6 +303,15 @@ def decode(data: bytes) -> Manifest:
         raise BadBundle(f"manifest.json: {error}") from None
 
 
+class _Format(msgspec.Struct):
+    format: int
+
+
 def encode(manifest: Manifest) -> bytes:
     """One spelling for one content: sorted keys, two spaces, a newline at the end."""
-    return msgspec.json.format(msgspec.json.encode(manifest, order="sorted"), indent=2) + b"\n"
+    members = msgspec.to_builtins(manifest)
+    for room, names in SINCE_2.items():
+        for name in names:
+            if getattr(getattr(manifest, room), name) == getattr(_PLAIN[room], name):
+                del members[room][name]
+    return msgspec.json.format(msgspec.json.encode(members, order="sorted"), indent=2) + b"\n"

@@ -1,7 +1,7 @@
 """Load a bundle and run its golden vectors in a child process: a bad model may crash, and then only the child dies.
 
 Checks, each only where those before it passed:
-- load: the runtime takes the model, it has one input and one output and keeps no state
+- load: the runtime takes the model, it has one input, the output that is named, and keeps no state
 - shapes: it takes what the manifest's input gives, and gives what the manifest's kind needs
 - batch: rows in a batch get the answers they get alone, in any order
 - golden: the golden vectors come out as published
@@ -87,7 +87,7 @@ def probe(bundle: Bundle) -> Report:
 
 def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
     """What the child does."""
-    from agent.model import golden, runtime
+    from agent.model import golden, inference, runtime
 
     content = manifest.decode(files["manifest.json"])
     checks: list[Check] = []
@@ -100,7 +100,7 @@ def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
         return checks[-1][1]
 
     try:
-        model = runtime.Model(files["model.tflite"])
+        model = inference.load(content, files["model.tflite"])
         checks.append(("load", True, f"{len(files['model.tflite'])} bytes, {_batches(model)}"))
         vectors = golden.decode(files["golden.npz"]) if "golden.npz" in files else None
     except BadBundle as problem:

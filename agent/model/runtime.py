@@ -43,8 +43,12 @@ Floats = NDArray[np.float32]
 class Model:
     """A loaded model with one input and one output, B rows at a time. Not thread-safe."""
 
-    def __init__(self, content: bytes, threads: int = 1) -> None:
-        """Raises BadBundle where it cannot be run here; a damaged model may crash the process: probe first."""
+    def __init__(self, content: bytes, threads: int = 1, output: str | int | None = None) -> None:
+        """`output`: the name or index of the one that is used, where there are several.
+
+        Raises BadBundle where it cannot be run here; a damaged model may crash the process: probe first.
+        """
+        self._wanted = output
         if not content:
             raise BadBundle("the model is empty: 0 bytes")
         self._content, self._threads = content, min(threads, os.cpu_count() or 1)
@@ -96,9 +100,10 @@ class Model:
             self._interpreter: Any = Interpreter(model_content=self._content, num_threads=self._threads)
             self._interpreter.allocate_tensors()
             inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
-        _check_tensors(inputs, outputs)
+        self._out = _chosen(outputs, self._wanted)
+        _check_tensors(inputs, self._out)
         _check_stateless(self._interpreter)
-        self._in, self._out = inputs[0], outputs[0]
+        self._in = inputs[0]
         self._type: np.dtype[Any] = np.dtype(self._in["dtype"])
         self.input_shape = tuple(int(d) for d in self._in["shape"][1:])
         self._size = int(self._in["shape"][0])
@@ -165,10 +170,24 @@ class Model:
         return values
 
 
-def _check_tensors(inputs: list[Any], outputs: list[Any]) -> None:
-    if len(inputs) != 1 or len(outputs) != 1:
-        raise BadBundle(f"model has {len(inputs)} inputs and {len(outputs)} outputs; one of each is supported")
-    for tensor in (*inputs, *outputs):
+def _chosen(outputs: list[Any], wanted: str | int | None) -> Any:
+    """The output that the manifest names, or the only one. Raises BadBundle that lists what there is."""
+    if wanted is None and len(outputs) == 1:
+        return outputs[0]
+    if isinstance(wanted, int) and 0 <= wanted < len(outputs):
+        return outputs[wanted]
+    named = [tensor for tensor in outputs if tensor["name"] == wanted]
+    if len(named) == 1:
+        return named[0]
+    there = ", ".join(f"{i}: {o['name']!r} {[int(d) for d in o['shape']]}" for i, o in enumerate(outputs))
+    asked = f"no output {wanted!r}" if wanted is not None else f"{len(outputs)} outputs"
+    raise BadBundle(f"the model has {asked}; name the one to use with [output] tensor, of {there}")
+
+
+def _check_tensors(inputs: list[Any], output: Any) -> None:
+    if len(inputs) != 1:
+        raise BadBundle(f"the model has {len(inputs)} inputs, one is supported; join them into one in the model")
+    for tensor in (*inputs, output):
         kind = np.dtype(tensor["dtype"])
         if kind.kind not in "fiu":
             raise BadBundle(f"tensor {tensor['name']!r} holds {kind.name}; only numbers are supported")
