@@ -16,8 +16,8 @@ from agent.errors import BadBundle, UsageError
 from agent.wire import keys
 
 if TYPE_CHECKING:
-    from agent.evaluation.answers import Engine
     from agent.model.bundle import Bundle
+    from agent.model.inference import Inference
 
 _path = click.Path(path_type=Path)
 _SAID = 10
@@ -42,8 +42,8 @@ def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_j
     if not data.is_dir() and out.suffix not in output.SUFFIXES:
         raise UsageError(f"-o {out}: name a file that ends in {' or '.join(output.SUFFIXES)}")
     blocks.files(data)
-    found, engine, said = load(bundle, public)
-    work = running.Work(found, engine, raw=raw)
+    found, loaded, said = load(bundle, public)
+    work = running.Work(found, loaded, raw=raw)
     begun = time.monotonic()
     with Bar("rows") as bar:
         total = running.folder(work, data, out, bar) if data.is_dir() else work.file(data, out, bar)
@@ -62,18 +62,17 @@ def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_j
         sys.exit(1)
 
 
-def load(path: Path, public: str | None) -> tuple[Bundle, Engine, str]:
+def load(path: Path, public: str | None) -> tuple[Bundle, Inference, str]:
     """The bundle, proved in a child process and loaded, and who signed it. Raises BadBundle."""
-    from agent.evaluation.answers import Engine
     from agent.model import bundle as bundles
-    from agent.model import probe, runtime
+    from agent.model import inference, probe
 
     trusted = [keys.load_public(public)] if public else None
     found = bundles.read(path, trusted)
     _, said = trust.signature(path, found, trusted)
     try:
         probe.probe(found).require()
-        return found, Engine(found, runtime.Model(found.model)), said
+        return found, inference.Inference(found.manifest, inference.load(found.manifest, found.model)), said
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
 

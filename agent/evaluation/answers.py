@@ -1,70 +1,71 @@
-"""Rows to answers, piece by piece: what a device would compute of the same rows."""
+"""Rows to answers, block by block: what a device computes of the same rows."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.model import features, scores
-from agent.model.bundle import Bundle
-from agent.model.features import Floats, Ints
-from agent.model.runtime import Model
-from agent.model.scores import Scores
+from agent.drift.quality import Pairs
+from agent.model import scores
+from agent.model.features import Cut, Floats, Ints
+from agent.model.inference import Answers, Inference
+from agent.model.manifest import Manifest
 
-# Values of all windows that are cut out at once, 16 MB of float32: long windows that overlap repeat their rows.
-_MOST_VALUES = 4_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """Of w windows: `row` (w,) places of their last rows, raw `outputs` (w, K), `full` (w, C) probabilities."""
-
-    row: Ints
-    found: Scores
-    outputs: Floats
-    full: NDArray[np.float64] | None = None
-
-
-class Engine:
-    """A bundle's model with what its manifest says of inputs and outputs."""
-
-    def __init__(self, bundle: Bundle, model: Model) -> None:
-        self.manifest, self.model = bundle.manifest, model
-        window = self.manifest.input.window
-        self.window_rows, self.step = (window.rows, window.step) if window else (1, 1)
-        self._most = max(1, _MOST_VALUES // (self.window_rows * len(self.manifest.input.fields)))
-
-    def cut(self, t: Ints) -> features.Cut:
-        return features.cut(t, self.manifest.input.window)
-
-    def answer(self, rows: Floats, starts: Ints, *, full: bool = False) -> Iterator[Answers]:
-        """The answers for the windows that begin at `starts`, so many at a time."""
-        for first in range(0, len(starts), self._most):
-            some = starts[first : first + self._most]
-            windows = features.windows(rows, some, self.manifest.input)
-            outputs = self.model.invoke(windows)
-            found = scores.of(outputs, self.manifest, windows)
-            every = scores.probabilities(outputs, self.manifest.output) if full and found.label is not None else None
-            yield Answers(some + self.window_rows - 1, found, outputs, every)
+Doubles = NDArray[np.float64]
 
 
 class Stream:
-    """Rows that come in blocks; those that wait for more of their window are kept."""
+    """Rows that come in blocks; kept are those that wait for more of their window, and the history before them."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.rows: Floats = np.empty((0, len(engine.manifest.input.fields)), np.float32)
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+        self.rows: Floats = np.empty((0, len(inference.fields)), np.float32)
         self.t: Ints = np.empty(0, np.int64)
         self.number: Ints = np.empty(0, np.int64)
+        self.before = 0
 
-    def feed(self, rows: Floats, t: Ints, number: Ints) -> Iterator[tuple[Ints, Answers]]:
-        """(number of each answer's row, answers) of all windows that are whole now."""
+    def feed(self, rows: Floats, t: Ints, number: Ints, *, raw: bool) -> tuple[Ints, Answers]:
+        """(number of each window's last row, answers) of all windows that are whole now."""
         rows, t = np.concatenate([self.rows, rows]), np.concatenate([self.t, t])
         number = np.concatenate([self.number, number])
-        cut = self._engine.cut(t)
-        for answers in self._engine.answer(rows, cut.starts):
-            yield number[answers.row], answers
-        self.rows, self.t, self.number = rows[cut.consumed :], t[cut.consumed :], number[cut.consumed :]
+        answers = self._inference.run(rows, t, before=self.before, raw=raw)
+        last = number[self.before + answers.cut.starts + self._inference.rows - 1]
+        done = self.before + answers.cut.consumed
+        kept = max(0, done - self._inference.history)
+        self.before = done - kept
+        self.rows, self.t, self.number = rows[kept:].copy(), t[kept:], number[kept:]
+        return last, answers
+
+
+class Judge:
+    """Answers for windows anywhere in rows that are held in memory, as pairs with what was true."""
+
+    def __init__(self, inference: Inference) -> None:
+        self.inference, self.manifest = inference, inference.manifest
+
+    def answers(self, rows: Floats, t: Ints, starts: Ints, *, raw: bool = False) -> Answers:
+        return self.inference.answer(rows, t, Cut(starts, len(rows)), raw=raw)
+
+    def pairs(self, rows: Floats, t: Ints, starts: Ints, truth: Doubles, sets: NDArray[np.bool_] | None) -> Pairs:
+        return pairs(self.manifest, self.answers(rows, t, starts), truth, sets)
+
+
+def pairs(manifest: Manifest, answers: Answers, truth: Doubles, sets: NDArray[np.bool_] | None) -> Pairs:
+    """What was answered beside what was true.
+
+    Of a multi-label model, whose `truth` counts the rows of `sets` (U, K), an answer is right as a whole: it becomes
+    class 0 where all its labels are right, and 1 elsewhere, and 0 is what was true. `full` comes with raw outputs.
+    """
+    found = answers.scores
+    if found.said is not None and sets is not None:
+        right = (found.said == sets[truth.astype(np.int64)]).all(axis=1)
+        return Pairs(np.zeros(len(truth)), said=np.where(right, 0, 1), score=found.score)
+    said = found.label if found.anomaly is None else found.anomaly.astype(np.int64)
+    return Pairs(truth, said=said, score=found.score, value=found.value, full=probabilities(manifest, answers))
+
+
+def probabilities(manifest: Manifest, answers: Answers) -> Doubles | None:
+    """(w, C) of every class, where the answers came with raw outputs."""
+    if manifest.kind != "classify" or answers.outputs is None:
+        return None
+    return scores.probabilities(answers.outputs, manifest.output)

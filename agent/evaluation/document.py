@@ -10,11 +10,7 @@ import msgspec
 from agent.drift.quality import Metric
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
-    """Base of all parts."""
-
-
-class Span(Part):
+class Span(msgspec.Struct, frozen=True, kw_only=True):
     """A figure with its interval."""
 
     value: float | None
@@ -22,7 +18,7 @@ class Span(Part):
     high: float | None = None
 
 
-class Model(Part):
+class Model(msgspec.Struct, frozen=True, kw_only=True):
     """The bundle; `window` is (rows, step), `bytes` of the model."""
 
     name: str
@@ -40,12 +36,12 @@ class Model(Part):
     bytes: int
 
 
-class Source(Part):
+class Source(msgspec.Struct, frozen=True, kw_only=True):
     file: str
     rows: int
 
 
-class Data(Part):
+class Data(msgspec.Struct, frozen=True, kw_only=True):
     """`windows` with a label; `counts` of them by class; `group`, `split`: the columns named, with their values."""
 
     files: list[Source]
@@ -64,7 +60,7 @@ class Data(Part):
     end: str | None = None
 
 
-class Class(Part):
+class Class(msgspec.Struct, frozen=True, kw_only=True):
     """`n` windows of it, `named` so many times."""
 
     label: str
@@ -75,7 +71,7 @@ class Class(Part):
     f1: Span
 
 
-class Bin(Part):
+class Bin(msgspec.Struct, frozen=True, kw_only=True):
     """Of n answers with scores about `score`, the share that was right."""
 
     n: int
@@ -83,19 +79,19 @@ class Bin(Part):
     right: Span
 
 
-class Drop(Part):
+class Drop(msgspec.Struct, frozen=True, kw_only=True):
     """How much worse the answers are where `fields` are those of other windows; `share` of the metric."""
 
     fields: list[str]
     drop: Span
 
 
-class Point(Part):
+class Point(msgspec.Struct, frozen=True, kw_only=True):
     strength: str
     value: Span
 
 
-class Fault(Part):
+class Fault(msgspec.Struct, frozen=True, kw_only=True):
     """The metric under a fault of growing strength."""
 
     fault: str
@@ -103,7 +99,7 @@ class Fault(Part):
     points: list[Point]
 
 
-class Finding(Part):
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """`state`: ok, warning, or not checked."""
 
     check: str
@@ -111,7 +107,7 @@ class Finding(Part):
     summary: str
 
 
-class Suspect(Part):
+class Suspect(msgspec.Struct, frozen=True, kw_only=True):
     """A label that the model contradicts with certainty."""
 
     row: int
@@ -121,7 +117,7 @@ class Suspect(Part):
     score: float
 
 
-class Against(Part):
+class Against(msgspec.Struct, frozen=True, kw_only=True):
     """This model beside the float one: `agreement` of labels, differences of outputs, `change` of the metric."""
 
     file: str
@@ -133,7 +129,7 @@ class Against(Part):
     change: Span
 
 
-class Pace(Part):
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
     """`batch` rows or windows at once: milliseconds a batch, results a second, peak memory of the process."""
 
     batch: int
@@ -143,7 +139,7 @@ class Pace(Part):
     memory_mib: float
 
 
-class Evaluation(Part):
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     """`metric` is what ablation, robustness and comparisons look at; `better` is up or down."""
 
     v: int = 1

@@ -13,13 +13,15 @@ from agent.drift.codec import Floats as Numbers
 from agent.drift.truth import Truth
 from agent.errors import UsageError
 from agent.evaluation import blocks, tablefile
-from agent.evaluation.answers import Engine
 from agent.evaluation.blocks import Texts
+from agent.model import features
 from agent.model.features import Floats, Ints
+from agent.model.inference import Inference
+from agent.model.manifest import SEPARATOR, Manifest
 
 TRAINING = frozenset({"train", "training", "fit"})
 _PAUSE_US = 10_000_000_000
-_SAID = 3
+FILE = "file"  # a column that every source has
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,15 +40,17 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """w labelled windows: they begin at rows `starts` (w,), `truth` (w,) as in `Pairs`, `columns` (w,) of their last rows.
+    """w labelled windows of rows `starts` to `last` (w,); `truth` (w,) as in `Pairs`, `columns` (w,) of the last rows.
 
-    `mixed` windows span two labels, `unlabelled` ones were left out, as were those of the training split.
+    Of a multi-label model `truth` counts the rows of `sets` (U, K). `mixed` windows span two labels.
+    `unlabelled` ones were left out, as were those of the training split.
     """
 
     source: Rows
     starts: Ints
     last: Ints
     truth: Numbers
+    sets: NDArray[np.bool_] | None = None
     columns: dict[str, Texts] = field(default_factory=dict)
     unlabelled: int = 0
     mixed: int = 0
@@ -65,22 +69,26 @@ class Examples:
         return replace(self, starts=self.starts[which], last=self.last[which], truth=self.truth[which], columns=columns)
 
 
-def read(path: Path, engine: Engine, texts: Sequence[str]) -> Rows:
+def read(path: Path, inference: Inference, texts: Sequence[str]) -> Rows:
     """All rows at `path`, a file or a folder, with further columns as text. Raises UsageError."""
     files = blocks.files(path)
-    spec = engine.manifest.input
+    spec = inference.manifest.input
     found, parts, rejected = [], [], 0
     timed = True
     columns: dict[str, list[Texts]] = {name: [] for name in texts}
+    own = {name: i for i, name in enumerate(spec.fields) if name in columns}
+    asked = [name for name in texts if name != FILE and name not in own]
     for i, file in enumerate(files):
-        reader = tablefile.open_file(file, spec, [name for name in texts if name != "file"])
+        reader = tablefile.open_file(file, spec, asked)
         timed = timed and "t" in reader.columns
         for block in reader.blocks(blocks.Place()):
             found.append(block)
             parts.append(np.full(len(block.rows), i, np.int64))
             rejected += len(block.rejected)
-            for name in texts:
-                columns[name].append(np.full(len(block.rows), file.name) if name == "file" else block.texts[name])
+            told = {FILE: np.full(len(block.rows), file.name)} | block.texts
+            told |= {name: block.rows[:, at].astype(np.str_) for name, at in own.items()}
+            for name in columns:
+                columns[name].append(told[name])
     if not sum(len(block.rows) for block in found):
         raise UsageError(f"{path}: no rows in it, so nothing to evaluate with; give data with labels")
     return Rows(
@@ -95,7 +103,7 @@ def read(path: Path, engine: Engine, texts: Sequence[str]) -> Rows:
     )
 
 
-def windows(rows: Rows, engine: Engine, split: str | None = None) -> tuple[Ints, Ints]:
+def windows(rows: Rows, inference: Inference, split: str | None = None) -> tuple[Ints, Ints]:
     """(first rows, last rows) of whole windows, none of which spans two files, or two splits. Raises UsageError."""
     last_of_file = np.flatnonzero(np.diff(rows.part))
     t = rows.t.copy()
@@ -105,23 +113,23 @@ def windows(rows: Rows, engine: Engine, split: str | None = None) -> tuple[Ints,
         for before, begin in zip(last_of_file, begins[1:], strict=True):
             if t[begin] >= t[before]:
                 t[begin:] -= t[begin] - t[before] + _PAUSE_US
-    starts = engine.cut(t).starts
-    last = starts + engine.window_rows - 1
+    starts = features.cut(t, inference.manifest.input.window).starts
+    last = starts + inference.rows - 1
     if split is not None:
         whole = rows.columns[split][starts] == rows.columns[split][last]
         starts, last = starts[whole], last[whole]
     if not len(starts):
         raise UsageError(
-            f"{rows.files[0]}: no {engine.window_rows} rows without a gap in {len(rows.rows)}, so not one window"
+            f"{rows.files[0]}: no {inference.rows} rows without a gap in {len(rows.rows)}, so not one window"
         )
     return starts, last
 
 
-def labelled(rows: Rows, engine: Engine, label: str, columns: Sequence[str], split: str | None) -> Examples:
+def labelled(rows: Rows, inference: Inference, label: str, columns: Sequence[str], split: str | None) -> Examples:
     """Windows with their last row's label; those of the training split are left out. Raises UsageError."""
-    starts, last = windows(rows, engine, split)
+    starts, last = windows(rows, inference, split)
     if split is not None:
-        keep = ~np.isin(np.char.lower(rows.columns[split][last]), sorted(TRAINING))
+        keep = ~training(rows.columns[split][last])
         if not keep.any():
             raise UsageError(f"{rows.files[0]}: column {split} says train everywhere, so nothing is left to test")
         starts, last = starts[keep], last[keep]
@@ -129,46 +137,41 @@ def labelled(rows: Rows, engine: Engine, label: str, columns: Sequence[str], spl
     known = texts[last] != ""
     if not known.any():
         raise UsageError(f"{rows.files[0]}: column {label} is empty, so nobody can tell which answers are right")
-    mixed = texts[starts[known]] != texts[last[known]]
-    found = Examples(
-        rows,
-        starts[known],
-        last[known],
-        _truth(rows, engine, label, texts, last[known]),
-        {name: rows.columns[name][last[known]] for name in columns},
-        int((~known).sum()),
-        int(mixed.sum()) if engine.manifest.kind != "regress" else 0,
-    )
-    _require_two(found, engine, label)
-    return found
+    starts, last, unlabelled = starts[known], last[known], int((~known).sum())
+    truth, sets = _truth(rows, inference.manifest, label, texts, last)
+    mixed = int((texts[starts] != texts[last]).sum()) if inference.manifest.kind != "regress" else 0
+    told = {name: rows.columns[name][last] for name in columns}
+    _require_two(truth, f"{rows.files[0]}: all {len(truth)} labels in column {label}", str(texts[last[0]]))
+    return Examples(rows, starts, last, truth, sets, told, unlabelled, mixed)
 
 
-def _truth(rows: Rows, engine: Engine, label: str, texts: Texts, last: Ints) -> Numbers:
-    """Class index, number, or 1 for an anomaly, of each window. Raises UsageError."""
-    meaning = Truth(engine.manifest.kind, tuple(engine.manifest.output.labels))
+def training(split: Texts) -> NDArray[np.bool_]:
+    """(n,) which values of a split column are those a model learns from."""
+    return np.isin(np.char.lower(split), sorted(TRAINING))
+
+
+def _truth(
+    rows: Rows, manifest: Manifest, label: str, texts: Texts, last: Ints
+) -> tuple[Numbers, NDArray[np.bool_] | None]:
+    """(truth, sets) of each window. Raises UsageError."""
+    meaning = Truth(manifest.truth, tuple(manifest.output.labels))
     known, at = np.unique(texts[last], return_inverse=True)
-    values = np.empty(len(known))
+    values, sets = np.empty(len(known)), np.zeros((len(known), len(manifest.output.labels)), bool)
     for i, text in enumerate(known):
         try:
-            values[i] = meaning.read(str(text))
+            if manifest.output.multi_label:
+                sets[i, [int(meaning.read(one)) for one in str(text).split(SEPARATOR)]] = True
+                values[i] = i
+            else:
+                values[i] = meaning.read(str(text))
         except ValueError as problem:
             row = int(last[np.flatnonzero(at == i)[0]])
             where = f"{rows.files[rows.part[row]]}: row {rows.number[row]}, column {label}"
-            raise UsageError(f"{where}: {problem}; an unknown label is an empty cell") from None
-    return values[at]
+            raise UsageError(f"{where}: {problem}; leave the cell empty where none is known") from None
+    return values[at], sets if manifest.output.multi_label else None
 
 
-def _require_two(found: Examples, engine: Engine, label: str) -> None:
+def _require_two(truth: Numbers, all_labels: str, text: str) -> None:
     """Raises UsageError where all labels are the same."""
-    if len(found) > 1 and np.ptp(found.truth) > 0:
-        return
-    kind = engine.manifest.kind
-    value = found.truth[0]
-    same = {
-        "classify": lambda: engine.manifest.output.labels[int(value)],
-        "anomaly": lambda: "anomalies" if value else "normal",
-    }.get(kind, lambda: f"{value:g}")()
-    raise UsageError(
-        f"{found.source.files[0]}: all {len(found)} labels in column {label} are {same}: of one class nothing can be "
-        "told apart; give data of at least two"
-    )
+    if np.ptp(truth) == 0:
+        raise UsageError(f"{all_labels} are {text}: nothing can be told apart; give data of at least two")

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import UsageError
-from agent.evaluation.answers import Answers
 from agent.evaluation.tablefile import NO_PYARROW
+from agent.model import scores
 from agent.model.features import Ints
+from agent.model.inference import Answers
 from agent.model.manifest import Manifest
 
 SUFFIXES = (".csv", ".parquet")
@@ -26,22 +27,35 @@ Column = NDArray[Any]
 
 
 class Columns:
-    """`row`, then `label` and `score`, or `value`; with `raw` the model's outputs, dequantized."""
+    """`row`, `label`, `score` or `value`, and what more the kind gives; with `raw` the model's outputs, dequantized."""
 
     def __init__(self, manifest: Manifest, outputs: int, *, raw: bool) -> None:
-        self._labels = np.array(manifest.output.labels or [""])
+        self._manifest = manifest
         self._raw = outputs if raw else 0
-        self.names = ["row", *(["label", "score"] if manifest.kind == "classify" else ["value"])]
-        self.names += [f"raw_{i}" for i in range(self._raw)]
+        output, kind = manifest.output, manifest.kind
+        labelled = kind == "classify" or (kind != "regress" and output.threshold is not None)
+        self._more = [f"score_{label}" for label in output.labels if output.multi_label]
+        self._more += [f"value_{name}" for name in output.names[1:] if kind == "regress"]
+        self.names = ["row", *(["label"] if labelled else []), "score" if kind == "classify" else "value"]
+        self.names += [*self._more, *(f"raw_{i}" for i in range(self._raw))]
 
     def of(self, number: Ints, answers: Answers) -> list[Column]:
-        found = answers.found
-        told: list[Column] = [number]
-        if found.label is not None and found.score is not None:
-            told += [self._labels[found.label], found.score]
+        found = answers.scores
+        told: dict[str, Column] = {"row": number, **{name: found.more[name] for name in self._more}}
+        if found.score is not None:
+            told["score"] = found.score
         if found.value is not None:
-            told.append(_short(found.value))
-        return told + [answers.outputs[:, i] for i in range(self._raw)]
+            told["value"] = found.value
+        if "label" in self.names:
+            told["label"] = self._labels(found)
+        if self._raw and answers.outputs is not None:
+            told |= {f"raw_{i}": answers.outputs[:, i] for i in range(self._raw)}
+        return [_short(told[name]) for name in self.names]
+
+    def _labels(self, found: scores.Scores) -> Column:
+        if found.label is not None and found.said is None:
+            return np.array(self._manifest.output.labels)[found.label]
+        return np.array(scores.texts(found, self._manifest) or [], np.str_)
 
 
 class Part:
@@ -94,8 +108,9 @@ class Part:
 
     def _schema(self) -> Any:
         pa = self._arrow
-        kinds = {"row": pa.int64(), "label": pa.string(), "score": pa.float64(), "value": pa.float64()}
-        return pa.schema([(name, kinds.get(name, pa.float32())) for name in self._columns.names])
+        kinds = {"row": pa.int64(), "label": pa.string()}
+        other = {True: pa.float32(), False: pa.float64()}
+        return pa.schema([(n, kinds.get(n, other[n.startswith("raw_")])) for n in self._columns.names])
 
     def _message(self, columns: Sequence[Column]) -> bytes:
         schema = self._schema()
@@ -189,8 +204,10 @@ def _cell(text: str) -> str:
     return out.getvalue()
 
 
-def _short(value: NDArray[np.float64]) -> Column:
+def _short(value: Column) -> Column:
     """As float32 where that is all it was: 0.1 reads better than 0.10000000149011612."""
+    if value.dtype != np.float64:
+        return value
     with np.errstate(over="ignore"):
         small = value.astype(np.float32)
     return small if np.array_equal(small, value, equal_nan=True) else value

@@ -1,4 +1,4 @@
-"""Intervals of many figures at once: units that count as one are drawn together, and figures are made from sums of them."""
+"""Intervals of many figures at once: units are drawn together, and figures are made from sums over them."""
 
 from __future__ import annotations
 

@@ -13,11 +13,12 @@ import numpy as np
 
 from agent.errors import UsageError
 from agent.evaluation import blocks, output, tablefile
-from agent.evaluation.answers import Engine, Stream
+from agent.evaluation.answers import Stream
 from agent.evaluation.blocks import Block, Place, Reader, Rejected
 from agent.evaluation.output import Columns, Part
 from agent.model import runtime
 from agent.model.bundle import Bundle
+from agent.model.inference import Inference
 
 KEEP_EVERY_S = 2.0
 MOST_NAMED = 100  # rejected rows that are named; all are counted
@@ -62,14 +63,15 @@ class _State(msgspec.Struct):
     written: int = 0
     totals: Totals = msgspec.field(default_factory=Totals)
     waiting: tuple[bytes, bytes, bytes] = (b"", b"", b"")
+    before: int = 0
 
 
 class Work:
     """A bundle to run over files, with the columns that are wanted."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, *, raw: bool = False, block: int | None = None) -> None:
-        self.engine, self._digest, self._raw, self._block = engine, bundle.digest, raw, block
-        self._columns = Columns(engine.manifest, engine.model.outputs, raw=raw)
+    def __init__(self, bundle: Bundle, inference: Inference, *, raw: bool = False, block: int | None = None) -> None:
+        self.inference, self._digest, self._raw, self._block = inference, bundle.digest, raw, block
+        self._columns = Columns(inference.manifest, inference.model.outputs, raw=raw)
 
     def identity(self, source: Path, out: Path) -> str:
         """Changes with anything the result depends on."""
@@ -81,10 +83,10 @@ class Work:
         """All of `source`, answered in `out`. Raises UsageError."""
         if out.exists() and out.samefile(source):
             raise UsageError(f"{out}: is the data itself, which would be overwritten; name another file with -o")
-        reader = tablefile.open_file(source, self.engine.manifest.input, block=self._block)
+        reader = tablefile.open_file(source, self.inference.manifest.input, block=self._block)
         sidecar = Path(f"{output.part_of(out)}.state")
         state = _load(sidecar, self.identity(source, out), output.part_of(out))
-        stream = _stream(self.engine, state)
+        stream = _stream(self.inference, state)
         part = Part(out, self._columns, state.written)
         try:
             self._turns(reader, stream, state, part, sidecar, progress)
@@ -103,14 +105,15 @@ class Work:
             progress(reader.done(state.place), reader.size, state.totals.rows)
             if time.monotonic() - kept >= KEEP_EVERY_S:
                 state.written = part.keep()
+                state.before = stream.before
                 state.waiting = (stream.rows.tobytes(), stream.t.tobytes(), stream.number.tobytes())
                 _keep(sidecar, state)
                 kept = time.monotonic()
 
     def _turn(self, reader: Reader, block: Block, stream: Stream, state: _State, part: Part) -> None:
-        for number, answers in stream.feed(block.rows, block.t, block.number):
-            part.write(number, answers)
-            state.totals.results += len(number)
+        number, answers = stream.feed(block.rows, block.t, block.number, raw=self._raw)
+        part.write(number, answers)
+        state.totals.results += len(number)
         state.totals.count(reader.path.name, len(block.rows), block.rejected)
         state.place = block.after
 
@@ -157,9 +160,10 @@ def _load(sidecar: Path, identity: str, part: Path) -> _State:
     return _State(identity)
 
 
-def _stream(engine: Engine, state: _State) -> Stream:
-    stream = Stream(engine)
+def _stream(inference: Inference, state: _State) -> Stream:
+    stream = Stream(inference)
     rows, t, number = state.waiting
+    stream.before = state.before
     if t:
         stream.t, stream.number = np.frombuffer(t, np.int64), np.frombuffer(number, np.int64)
         stream.rows = np.frombuffer(rows, np.float32).reshape(len(stream.t), -1)
