@@ -84,16 +84,15 @@ def _ablation(found: Evaluation) -> None:
 
 def _robustness(found: Evaluation) -> None:
     if found.robustness:
-        _head("Faults", f"{metric_name(found.metric)} at each strength")
-        rows = [
-            [f.fault, "  ".join(f"{p.strength}: {figure(p.value.value)}" for p in f.points)] for f in found.robustness
-        ]
-        table(["", ""], rows, "")
+        _head("Faults")
+        told = ["  ".join(f"{p.strength}: {figure(p.value.value)}" for p in fault.points) for fault in found.robustness]
+        rows = [[fault.fault, points] for fault, points in zip(found.robustness, told, strict=True)]
+        table(["", f"{metric_name(found.metric)} at each strength"], rows, "")
 
 
 def _against(found: Evaluation) -> None:
     if (other := found.against) is not None:
-        _head("Beside the float model", other.file)
+        _head("Beside the float model")
         agreement = [["says the same", _span(other.agreement)]] if other.agreement else []
         name = metric_name(found.metric)
         rows = [
@@ -103,7 +102,7 @@ def _against(found: Evaluation) -> None:
             [f"{name} less that", _span(other.change)],
             ["bytes", f"{found.model.bytes:,} of {other.bytes:,}"],
         ]
-        table(["", ""], rows, "")
+        table(["", other.file], rows, "")
 
 
 def _leakage(found: Evaluation) -> None:

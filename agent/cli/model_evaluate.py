@@ -36,8 +36,6 @@ _path = click.Path(path_type=Path)
 @click.option("--seed", type=click.IntRange(0, 2**20), default=0, show_default=True, help="Of everything drawn.")
 @click.option("--key", "public", help="The publisher's public key, text or file: the bundle must be signed by it.")
 @click.option("--html", type=_path, metavar="FILE", help="Write the report for people, one file.")
-@click.option("--card", "cards", type=_path, metavar="DIR", help="Write MODEL_CARD and DATA_CARD, as .md and .html.")
-@click.option("--about", type=_path, metavar="TOML", help="What only the author knows, for the cards.")
 @json_option
 def evaluate(
     bundle: Path,
@@ -54,8 +52,6 @@ def evaluate(
     seed: int,
     public: str | None,
     html: Path | None,
-    cards: Path | None,
-    about: Path | None,
     as_json: bool,
 ) -> None:
     """How good BUNDLE is on DATA, which it has not seen: CSV, Parquet, recordings (.npz), or a folder of them.
@@ -78,12 +74,11 @@ def evaluate(
         latency=not no_latency,
         seed=seed,
     )
-    author = _author(about, cards)
     _require_data(data, train)
     found, inference, said = load(bundle, public)
     result = judge.evaluate(found, inference, said, request, _step)
     _step("")
-    written = _write(result, html, cards, author)
+    written = _write(result, html)
     emit(result, as_json, lambda: evaluation_tables.show(result))
     if not as_json:
         for path in written:
@@ -104,12 +99,10 @@ def _step(text: str) -> None:
         click.echo(f"\r\x1b[K{text}{' …' if text else ''}", nl=False, err=True)
 
 
-def _author(about: Path | None, cards: Path | None) -> object:
-    return None
+def _write(result: Evaluation, html: Path | None) -> list[Path]:
+    from agent.evaluation import report
 
-
-def _write(result: Evaluation, html: Path | None, cards: Path | None, author: object) -> list[Path]:
-    return []
+    return [save(html, report.html(result))] if html else []
 
 
 def save(path: Path, text: str) -> Path:

@@ -26,7 +26,7 @@ def measure(bench: Bench) -> Finding:
     """A warning that names fields which alone predict what is true."""
     if len(bench.examples) < _FEWEST:
         few = f"{len(bench.examples)} windows are too few"
-        return Finding(check=CHECK, state="not checked", summary=f"Not checked: {few}.")
+        return Finding(check=CHECK, state="not checked", summary=f"{few}.")
     names = bench.judge.inference.fields
     measured = {"classify": "accuracy", "regress": "R²", "anomaly": "AUC"}[bench.kind]
     each = {name: max(_scores(bench, i)) for i, name in enumerate(names)}

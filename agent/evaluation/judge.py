@@ -257,9 +257,7 @@ def _data(work: _Work, counts: dict[str, int]) -> document.Data:
     source, found, request = work.source, work.examples, work.request
     sizes = np.bincount(source.part, minlength=len(source.files))
     files = [document.Source(file=f.name, rows=int(n)) for f, n in zip(source.files, sizes, strict=True)]
-    splits = (
-        dict(zip(*np.unique(found.columns[request.split], return_counts=True), strict=True)) if request.split else {}
-    )
+    names, counted = np.unique(found.columns[request.split] if request.split else [], return_counts=True)
     t = source.t[found.last]
     dated = source.timed and int(t.min()) >= _EARLIEST_US
     return document.Data(
@@ -274,7 +272,7 @@ def _data(work: _Work, counts: dict[str, int]) -> document.Data:
         group=request.group,
         groups=work.units.groups,
         split=request.split,
-        splits={str(name): int(n) for name, n in splits.items()},
+        splits={str(name): int(n) for name, n in zip(names, counted, strict=True)},
         begin=clock.rfc3339(int(t.min())) if dated else None,
         end=clock.rfc3339(int(t.max())) if dated else None,
     )

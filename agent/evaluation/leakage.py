@@ -118,4 +118,4 @@ def _warned(check: str, summary: str) -> Finding:
 
 
 def _unchecked(check: str, needs: str) -> Finding:
-    return Finding(check=check, state="not checked", summary=f"Not checked: {needs}")
+    return Finding(check=check, state="not checked", summary=needs[:1].upper() + needs[1:])

@@ -113,14 +113,21 @@ def _class(label: str, i: int, sums: _Sums, units: Units) -> Class:
     hit, meant, named = sums.hit[:, i], sums.meant[:, i], sums.named[:, i]
     with np.errstate(invalid="ignore", divide="ignore"):
         precision, recall = hit / named, hit / meant
-    return Class(
-        label=label,
-        n=int(meant[0]),
-        named=int(named[0]),
-        precision=share(precision, float(named[0]), units),
-        recall=share(recall, float(meant[0]), units),
-        f1=span(quality.f1_of(hit, meant + named)),
+    of_named, of_meant = share(precision, float(named[0]), units), share(recall, float(meant[0]), units)
+    with np.errstate(invalid="ignore"):
+        f1 = harmonic(span(quality.f1_of(hit, meant + named)), of_named, of_meant)
+    return Class(label=label, n=int(meant[0]), named=int(named[0]), precision=of_named, recall=of_meant, f1=f1)
+
+
+def harmonic(f1: Span, precision: Span, recall: Span) -> Span:
+    """F1 with its interval; where replicates cannot differ, from the ends of the intervals of its parts."""
+    ends = (precision.low, recall.low, precision.high, recall.high)
+    if f1.low is None or f1.low != f1.high or None in ends:
+        return f1
+    low, high = (
+        quality.rounded(2 * a * b / (a + b)) if a and b and a + b > 0 else 0.0 for a, b in (ends[:2], ends[2:])
     )
+    return Span(value=f1.value, low=low, high=high)
 
 
 def _classes(labels: list[str], pairs: Pairs, units: Units) -> Measured:

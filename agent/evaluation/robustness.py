@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,27 +14,36 @@ from agent.evaluation.document import Fault, Point, Span
 from agent.evaluation.resampling import share, span
 from agent.model.features import Floats
 
+NONE = "none"  # the strength at which nothing is changed
+
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """`change` of windows (m, L, F) at one of `strengths`, where fields spread by (F,) around (F,)."""
+    """`change` of windows (m, L, F) at one of `strengths`, where fields spread by (F,) around (F,).
+
+    At `untouched` it changes nothing.
+    """
 
     name: str
     meaning: str
     strengths: Sequence[float]
     told: str
     change: Callable[[Floats, float, Generator, Floats, Floats], Floats]
+    untouched: float = 0.0
 
 
 def measure(bench: Bench, seed: int) -> list[Fault]:
     flat = bench.windows.reshape(-1, bench.windows.shape[2])
     centre = np.nan_to_num(np.nanmean(flat, axis=0)) if np.isfinite(flat).any() else np.zeros(flat.shape[1], np.float32)
     spread = np.nan_to_num(np.nanstd(flat, axis=0)) if np.isfinite(flat).any() else centre
-    none = Point(strength="none", value=_value(bench, bench.figures))
+    none = Point(strength=NONE, value=_value(bench, bench.figures))
     found = []
     for kind in kinds(flat.shape[1]):
-        points = [none]
+        points = []
         for strength in kind.strengths:
+            if strength == kind.untouched:
+                points.append(none)
+                continue
             rng = np.random.default_rng([seed, round(strength * 1000)])
             changed = kind.change(bench.windows.copy(), strength, rng, spread, centre)
             points.append(Point(strength=kind.told.format(strength), value=_value(bench, bench.again(changed))))
@@ -42,14 +52,21 @@ def measure(bench: Bench, seed: int) -> list[Fault]:
 
 
 def kinds(fields: int) -> list[_Kind]:
-    some = sorted({1, 2, max(1, fields // 2), fields} & set(range(1, fields + 1)))
-    pairs = sorted({1, fields // 2} - {0})
+    some = sorted({0, 1, 2, max(1, fields // 2), fields} & set(range(fields + 1)))
+    pairs = sorted({0, 1, fields // 2})
     found = [
-        _Kind("noise", "noise on every field, in its standard deviations", (0.1, 0.25, 0.5, 1.0), "{:g}", _noise),
-        _Kind("gain", "every value times", (0.5, 0.75, 0.9, 1.1, 1.5), "{:g}", _gain),
-        _Kind("missing", "values missing at random", (0.05, 0.1, 0.25, 0.5), "{:.0%}", _missing),
+        _Kind("noise", "noise on every field, in its standard deviations", (0, 0.1, 0.25, 0.5, 1), "{:g}", _noise),
+        _Kind("gain", "every value times", (0.5, 0.75, 0.9, 1, 1.1, 1.5), "{:g}", _gain, 1),
+        _Kind("missing", "values missing at random", (0, 0.05, 0.1, 0.25, 0.5), "{:.0%}", _missing),
         _Kind("stuck", "fields that repeat one value, drawn for each window", some, "{:g}", _stuck),
-        _Kind("saturated", "values beyond so many standard deviations cut off", (2.0, 1.0, 0.5), "{:g}", _saturated),
+        _Kind(
+            "saturated",
+            "values beyond so many standard deviations cut off",
+            (math.inf, 2, 1, 0.5),
+            "{:g}",
+            _saturated,
+            math.inf,
+        ),
     ]
     if fields > 1:
         found.append(_Kind("swapped", "pairs of fields swapped, drawn for each window", pairs, "{:g}", _swapped))

@@ -8,7 +8,7 @@ from agent.drift import quality
 from agent.drift.quality import Metric, Pairs
 from agent.evaluation.document import Class
 from agent.evaluation.examples import Examples
-from agent.evaluation.metrics import Measured, main_span
+from agent.evaluation.metrics import Measured, harmonic, main_span
 from agent.evaluation.resampling import Units, share, span
 from agent.model.inference import Answers
 
@@ -30,15 +30,11 @@ def measure(labels: list[str], answers: Answers, examples: Examples, pairs: Pair
     for name, values in figures.items():
         found = span(values)
         metrics.append(Metric(name, found.value, found.low, found.high, n))
-    classes = [
-        Class(
-            label=label,
-            n=int(every[0, i]),
-            named=int(named[0, i]),
-            precision=share(precision[:, i], float(named[0, i]), units),
-            recall=share(recall[:, i], float(every[0, i]), units),
-            f1=span(each[:, i]),
-        )
-        for i, label in enumerate(labels)
-    ]
+    classes = []
+    for i, label in enumerate(labels):
+        of_named = share(precision[:, i], float(named[0, i]), units)
+        of_meant = share(recall[:, i], float(every[0, i]), units)
+        f1 = harmonic(span(each[:, i]), of_named, of_meant)
+        counts = {"n": int(every[0, i]), "named": int(named[0, i])}
+        classes.append(Class(label=label, precision=of_named, recall=of_meant, f1=f1, **counts))
     return Measured(metrics, classes, [], [])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from agent.drift import slices
@@ -14,7 +16,19 @@ _MOST_NUMBERS = 12  # different numbers that are still names
 
 
 def measure(kind: str, pairs: Pairs, columns: dict[str, Texts], units: Units) -> list[Metric]:
-    return slices.measure(kind, pairs, {name: binned(column) for name, column in columns.items()}, units.alike)
+    found = slices.measure(kind, pairs, {name: binned(column) for name, column in columns.items()}, units.alike)
+    return sorted(found, key=_order)
+
+
+def _order(one: Metric) -> tuple[str, float, str]:
+    """By column; bins from the lowest to the highest, then names."""
+    column, _, value = one.slice.partition("=")
+    words = value.split(" ")
+    try:
+        first = -math.inf if words[0] == "below" else float(words[1] if words[0] == "from" else words[0])
+    except (ValueError, IndexError):
+        first = math.inf
+    return column, first, value
 
 
 def binned(column: Texts) -> list[str]:
@@ -22,8 +36,8 @@ def binned(column: Texts) -> list[str]:
     texts = np.char.strip(column)
     known = np.unique(texts[texts != ""])
     if len(known) > _MOST_NUMBERS and (values := _numbers(texts)) is not None:
-        edges = np.unique(np.nanquantile(values, np.arange(1, _BINS) / _BINS))
-        return slices.binned(values, [float(f"{edge:.6g}") for edge in edges])
+        edges = {float(f"{edge:.3g}") for edge in np.nanquantile(values, np.arange(1, _BINS) / _BINS)}
+        return slices.binned(values, sorted(edges))
     return [text or slices.MISSING for text in texts.tolist()]
 
 

@@ -131,7 +131,7 @@ def _columns(path: Path, n: int) -> dict[str, Texts]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             starts = arrays["starts"].astype(np.int64) if "starts" in arrays else np.array([0, n])
             which = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-            found: dict[str, Texts] = {"recording": which.astype(np.str_)}
+            found: dict[str, Texts] = {"recording": np.char.add(f"{path.stem}/", which.astype(np.str_))}
             names = arrays["labels"].astype(np.str_) if "labels" in arrays else None
             for key in arrays:
                 array = arrays[key]
