@@ -14,6 +14,7 @@ from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 
 if TYPE_CHECKING:
+    from agent.evaluation.author import Author
     from agent.evaluation.document import Evaluation
 
 _path = click.Path(path_type=Path)
@@ -36,6 +37,8 @@ _path = click.Path(path_type=Path)
 @click.option("--seed", type=click.IntRange(0, 2**20), default=0, show_default=True, help="Of everything drawn.")
 @click.option("--key", "public", help="The publisher's public key, text or file: the bundle must be signed by it.")
 @click.option("--html", type=_path, metavar="FILE", help="Write the report for people, one file.")
+@click.option("--card", "cards", type=_path, metavar="DIR", help="Write MODEL_CARD and DATA_CARD, as .md and .html.")
+@click.option("--about", type=_path, metavar="TOML", help="For the cards: what only the author knows, in [card].")
 @json_option
 def evaluate(
     bundle: Path,
@@ -52,6 +55,8 @@ def evaluate(
     seed: int,
     public: str | None,
     html: Path | None,
+    cards: Path | None,
+    about: Path | None,
     as_json: bool,
 ) -> None:
     """How good BUNDLE is on DATA, which it has not seen: CSV, Parquet, recordings (.npz), or a folder of them.
@@ -75,10 +80,11 @@ def evaluate(
         seed=seed,
     )
     _require_data(data, train)
+    author = _author(about, cards)
     found, inference, said = load(bundle, public)
     result = judge.evaluate(found, inference, said, request, _step)
     _step("")
-    written = _write(result, html)
+    written = _write(result, html, cards, author)
     emit(result, as_json, lambda: evaluation_tables.show(result))
     if not as_json:
         for path in written:
@@ -99,10 +105,22 @@ def _step(text: str) -> None:
         click.echo(f"\r\x1b[K{text}{' …' if text else ''}", nl=False, err=True)
 
 
-def _write(result: Evaluation, html: Path | None) -> list[Path]:
-    from agent.evaluation import report
+def _author(about: Path | None, cards: Path | None) -> Author:
+    from agent.evaluation import author
 
-    return [save(html, report.html(result))] if html else []
+    if about is not None and cards is None:
+        raise UsageError("--about is for the cards; name their folder with --card")
+    return author.read(about) if about else author.Author()
+
+
+def _write(found: Evaluation, html: Path | None, folder: Path | None, author: Author) -> list[Path]:
+    from agent.evaluation import cards, report
+
+    written = [save(html, report.html(found))] if html else []
+    if folder is not None:
+        for name, card in cards.both(found, author).items():
+            written += [save(folder / f"{name}.md", card.markdown()), save(folder / f"{name}.html", card.html())]
+    return written
 
 
 def save(path: Path, text: str) -> Path:

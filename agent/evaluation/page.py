@@ -17,11 +17,11 @@ html{color-scheme:light dark;-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.55 FONT}
 main{max-width:1000px;margin:0 auto;padding:36px 20px 56px}
 h1{font-size:28px;line-height:1.2;margin:0 0 4px;letter-spacing:-.01em;overflow-wrap:anywhere}
-h2{font-size:19px;margin:40px 0 4px;letter-spacing:-.005em}
+h2{font-size:19px;margin:40px 0 8px;letter-spacing:-.005em}
 h3{font-size:15px;margin:0 0 2px}
 p{margin:0 0 12px;max-width:72ch}
 .muted,.lead{color:var(--muted)}
-.lead{margin-bottom:12px}
+.lead{margin:-4px 0 12px}
 .grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
 .grid.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,270px),1fr))}
 .card{border:1px solid var(--grid);border-radius:10px;padding:16px 18px;background:var(--paper);min-width:0}

@@ -49,7 +49,7 @@ def _head(found: Evaluation) -> list[Markup]:
     lead = f"It {_KINDS[model.kind]}; here of {data.windows:,} windows{groups} in {files}{when}."
     return [
         element("h1", f"{model.name} {model.version}"),
-        element("p", lead, kind="lead"),
+        element("p", lead, kind="muted"),
         element("div", *(_tile(one) for one in shown), kind="tiles"),
         _notice(found),
     ]
@@ -121,7 +121,7 @@ def _classes(found: Evaluation) -> list[Markup]:
         lead = "Recall: of windows of a class, the share that was named so."
         cards.append(page.card("Recall by class", lead, charts.recall_of(found)))
     if picture := charts.confusion_of(found):
-        lead = "A row for what was true, a column for what was said; darker is a larger share of the row."
+        lead = "A row for what was true, a column for what was said; stronger is a larger share of the row."
         cards.append(page.card("Confusion", lead, picture))
     rows = [[c.label, _span(c.recall), _span(c.precision), _span(c.f1), f"{c.n:,}"] for c in found.classes]
     more = [table(["Class", "Recall", "Precision", "F1", "Windows"], rows, (1, 2, 3, 4))] if rows else []

@@ -53,6 +53,7 @@ def measure(bench: Bench, seed: int) -> list[Fault]:
 
 def kinds(fields: int) -> list[_Kind]:
     some = sorted({0, 1, 2, max(1, fields // 2), fields} & set(range(fields + 1)))
+    cuts = (math.inf, 2, 1, 0.5)
     pairs = sorted({0, 1, fields // 2})
     found = [
         _Kind("noise", "noise on every field, in its standard deviations", (0, 0.1, 0.25, 0.5, 1), "{:g}", _noise),

@@ -9,8 +9,8 @@ from agent.picture import axes
 from agent.picture.svg import Drawing, shortened
 from agent.picture.theme import PAGE, Theme
 
-WIDTH = 440.0
-_NAME_W, _TEXT_W, _ROW, _TOP, _PAD = 132.0, 112.0, 25.0, 8.0, 8.0
+WIDTH = 360.0
+_NAME_W, _TEXT_W, _ROW, _TOP, _PAD = 106.0, 96.0, 24.0, 8.0, 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def forest(title: str, lines: Sequence[Line], *, reference: float | None = None,
         return left + _PAD + (right - left - 2 * _PAD) * min(max(share, 0.0), 1.0)
 
     bottom = _TOP + _ROW * len(lines)
-    for tick in axes.numbers(low, high, 4):
+    for tick in axes.numbers(low, high, 3):
         draw.line(at(tick), _TOP, at(tick), bottom, theme.grid)
         draw.text(at(tick), bottom + 15, axes.number(tick), theme.muted, size=11, anchor="middle", name="tick")
     if reference is not None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from agent.picture.svg import Drawing, shortened, text_width
 from agent.picture.theme import PAGE, Theme
 
-WIDTH = 440.0
-_MOST_NAME = 110.0
+WIDTH = 380.0
+_MOST_NAME = 96.0
 
 
 def heatmap(labels: Sequence[str], counts: Sequence[Sequence[int]], *, theme: Theme = PAGE) -> str:
