@@ -77,9 +77,9 @@ def _state(state: str | None) -> str:
 
 def _ablation(found: Evaluation) -> None:
     if found.ablation:
-        _head("What each field is worth", f"{metric_name(found.metric)} lost where it is another window's")
+        _head("What each field is worth", f"how much worse {metric_name(found.metric)} is where it is another window's")
         rows = [[", ".join(d.fields), figure(d.drop.value), interval(d.drop.low, d.drop.high)] for d in found.ablation]
-        table(["", "lost", "95 %"], rows, "")
+        table(["", "worse by", "95 %"], rows, "")
 
 
 def _robustness(found: Evaluation) -> None:

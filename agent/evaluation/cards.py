@@ -17,7 +17,7 @@ from agent.evaluation.page import Markup, element
 from agent.evaluation.words import figure, interval, metric_name
 
 _MOST_ROWS = 60
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>|#])")
+_MARKDOWN = re.compile(r"([\\`*<>|#]|(?<=\])\()")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,9 @@ def _against(found: Evaluation) -> str:
 
 def _ablation(found: Evaluation) -> Table:
     rows = [[", ".join(d.fields), figure(d.drop.value), interval(d.drop.low, d.drop.high)] for d in found.ablation]
-    return Table(("Field of another window", f"{metric_name(found.metric)} lost", "95 % interval"), rows[:_MOST_ROWS])
+    return Table(
+        ("Field of another window", f"{metric_name(found.metric)}, worse by", "95 % interval"), rows[:_MOST_ROWS]
+    )
 
 
 def _robustness(found: Evaluation) -> Table:

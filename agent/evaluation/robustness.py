@@ -60,14 +60,7 @@ def kinds(fields: int) -> list[_Kind]:
         _Kind("gain", "every value times", (0.5, 0.75, 0.9, 1, 1.1, 1.5), "{:g}", _gain, 1),
         _Kind("missing", "values missing at random", (0, 0.05, 0.1, 0.25, 0.5), "{:.0%}", _missing),
         _Kind("stuck", "fields that repeat one value, drawn for each window", some, "{:g}", _stuck),
-        _Kind(
-            "saturated",
-            "values beyond so many standard deviations cut off",
-            (math.inf, 2, 1, 0.5),
-            "{:g}",
-            _saturated,
-            math.inf,
-        ),
+        _Kind("saturated", "values cut off beyond so many standard deviations", cuts, "{:g}", _saturated, math.inf),
     ]
     if fields > 1:
         found.append(_Kind("swapped", "pairs of fields swapped, drawn for each window", pairs, "{:g}", _swapped))
