@@ -17,8 +17,11 @@ from agent.evaluation.blocks import MISSING, Block, Place, Rejected, Texts, requ
 from agent.model.features import Floats
 
 BLOCK = 4 << 20
-_LONGEST = 64 << 20  # a row, or a quoted cell that never ends
+_LONGEST = 64 << 20  # a row
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|inf(inity)?|nan)", re.IGNORECASE | re.ASCII)
+_LONGEST_CELL = 64 << 10
+_OPEN = re.compile(rb'(?:^|(?<=[,\n]))"')
+_CLOSE = re.compile(rb'[^"]*(?:""[^"]*)*"(?!")')
 _Parsed = tuple[list[NDArray[np.float64]], dict[str, Texts]]
 
 
@@ -52,36 +55,35 @@ class CsvFile:
         try:
             with self.path.open("rb") as file:
                 file.seek(place.offset)
-                for content in self._pieces(file):
-                    block = self._read(content, place)
+                for content, tidy in self._pieces(file):
+                    block = self._read(content, place, tidy)
                     place = block.after
                     yield block
         except OSError as error:
             raise UsageError(f"{self.path}: cannot be read: {error.strerror or error}") from None
 
-    def _pieces(self, file: BinaryIO) -> Iterator[bytes]:
-        """Whole lines, at most `block` bytes of them; from the start of a piece on, always the same pieces."""
-        size, left = self._block, b""
-        while True:
-            piece = file.read(size - len(left))
-            left += piece
-            end = _last_line(left)
+    def _pieces(self, file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+        """Whole lines, at most `block` bytes of them, and whether all quotation marks are round cells.
+
+        From the start of a piece on, always the same pieces.
+        """
+        size, left, ended = self._block, b"", False
+        while left or not ended:
+            if len(left) < size and not ended:
+                piece = file.read(size - len(left))
+                left, ended = left + piece, not piece
+            end, tidy = _whole_lines(left[:size], ended=ended and len(left) <= size)
             if end:
-                yield left[:end]
+                yield left[:end], tidy
                 size, left = self._block, left[end:]
-            elif not piece:
-                break
             elif len(left) >= size:
                 size *= 2
                 if size > _LONGEST:
-                    longest = f"a row longer than {_LONGEST >> 20} MiB"
-                    raise UsageError(f"{self.path}: {longest}; is a quotation mark never closed?")
-        if left.strip():
-            yield left
+                    raise UsageError(f"{self.path}: a row longer than {_LONGEST >> 20} MiB; are these lines of text?")
 
-    def _read(self, content: bytes, place: Place) -> Block:
+    def _read(self, content: bytes, place: Place, tidy: bool) -> Block:
         rejected: list[Rejected] = []
-        parsed = self._fast(content)
+        parsed = self._fast(content) if tidy else None
         if parsed is None:
             parsed, kept, count, rejected = self._slow(content, place)
             number = place.row + 1 + np.asarray(kept, np.int64)
@@ -161,8 +163,8 @@ class CsvFile:
             except (ValueError, csv.Error) as error:
                 rejected.append(Rejected(first, str(error)))
             count += 1
-        table = np.array(cells, np.float64).reshape(-1, len(places))
-        columns = np.array(texts, np.str_).reshape(-1, len(named))
+        table = np.array(cells, np.float64).reshape(len(kept), len(places))
+        columns = np.array(texts, np.str_).reshape(len(kept), len(named))
         parsed = [table[:, i] for i in range(len(places))], {n: columns[:, i] for i, n in enumerate(self._texts)}
         return parsed, kept, count, rejected
 
@@ -196,11 +198,28 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return [name if names.index(name) == i else f"{name} ({i})" for i, name in enumerate(names)]
 
 
-def _last_line(content: bytes) -> int:
-    """The end of the last whole line that does not end within quotation marks; 0 without one."""
-    end = content.rfind(b"\n") + 1
-    if b'"' not in content:
-        return end
-    while end and content.count(b'"', 0, end) % 2:
-        end = content.rfind(b"\n", 0, end - 1) + 1
-    return end
+def _whole_lines(content: bytes, *, ended: bool) -> tuple[int, bool]:
+    """(end of the last line that is whole, whether all quotation marks are round cells); the file `ended` there or not.
+
+    A quotation mark at the start of a cell that none closes is only a mistake of its line: the lines end with it, so
+    that it swallows no more.
+    """
+    safe, at, round_cells = 0, 0, 0
+    while (opened := _OPEN.search(content, at)) is not None:
+        first = opened.end()
+        safe = content.rfind(b"\n", at, opened.start() + 1) + 1 or safe
+        closed = _CLOSE.match(content, first, first + _LONGEST_CELL)
+        if closed is None:
+            if not ended and len(content) - first < _LONGEST_CELL:
+                return safe, _tidy(content, safe, round_cells)
+            stray = content.find(b"\n", first) + 1
+            return (stray or len(content)) if stray or ended else safe, False
+        at = closed.end()
+        round_cells += content.count(b'"', first - 1, at)
+    safe = content.rfind(b"\n", at) + 1 or safe
+    end = len(content) if ended else safe
+    return end, _tidy(content, end, round_cells)
+
+
+def _tidy(content: bytes, end: int, round_cells: int) -> bool:
+    return content.count(b'"', 0, end) == round_cells

@@ -63,20 +63,12 @@ class Part:
 
     def __init__(self, out: Path, columns: Columns, written: int) -> None:
         """Raises UsageError."""
-        self._out, self._columns = out, columns
-        self.path = part_of(out)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = self.path.open("r+b" if written else "w+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{self.path}: another `model run` writes it; wait for that, or name another -o") from None
-        except OSError as error:
-            raise UsageError(f"{self.path}: cannot be written: {error.strerror}; name another place with -o") from None
-        self._file.truncate(written)
-        self._file.seek(written)
+        self._out, self._columns, self.path = out, columns, part_of(out)
         self._text = out.suffix == ".csv"
         self._arrow = _arrow(out, needed=not self._text)
+        self._file = _locked(self.path)
+        self._file.truncate(written)
+        self._file.seek(written)
         if not written:
             self._file.write(self._head())
 
@@ -125,6 +117,21 @@ class Part:
             for table in _groups(self._arrow.ipc.open_stream(file), self._arrow):
                 writer.write_table(table, row_group_size=_GROUP)
         made.replace(self.path)
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The file, made where it is not there, and touched only once it is ours. Raises UsageError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror}; name another place with -o") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UsageError(f"{path}: another `model run` writes it; wait for that, or name another -o") from None
+    return file
 
 
 def part_of(out: Path) -> Path:
