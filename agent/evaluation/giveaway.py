@@ -1,7 +1,7 @@
 """A field that alone predicts the label: often the label itself, written down somewhere among the readings.
 
-Each field's mean, spread and last value in a window predicts by itself, from quantile bins learned on half of the
-windows, for the other half: accuracy, or R². Of anomalies, AUC of the value.
+Each field's mean, spread and last value in a window predicts by itself, from the nearest values in the other half of the
+windows: accuracy, or R². Of anomalies, AUC of the value.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import numpy as np
 
 from agent.drift import quality
 from agent.drift.codec import Floats as Numbers
-from agent.drift.codec import Ints
 from agent.evaluation.bench import Bench
 from agent.evaluation.document import Finding
 
 ALONE = 0.98
 _EASY = 0.9
-_BINS, _FEWEST = 32, 40
+_NEAREST, _FEWEST = 5, 40
 CHECK = "a field that gives it away"
 
 
@@ -56,7 +55,7 @@ def _scores(bench: Bench, field: int) -> Iterator[float]:
         summaries += [mean, np.sqrt((off**2).sum(axis=1) / np.maximum(count, 1))]
     truth = bench.examples.truth
     for summary in summaries:
-        yield _auc(summary, truth) if bench.kind == "anomaly" else _binned(bench.kind, summary, truth)
+        yield _auc(summary, truth) if bench.kind == "anomaly" else _neighbours(bench.kind, summary, truth)
 
 
 def _auc(values: Numbers, truth: Numbers) -> float:
@@ -64,26 +63,22 @@ def _auc(values: Numbers, truth: Numbers) -> float:
     return max(found, 1 - found)
 
 
-def _binned(kind: str, values: Numbers, truth: Numbers) -> float:
-    """Predicted from bins of the other half: two halves, every second window."""
+def _neighbours(kind: str, values: Numbers, truth: Numbers) -> float:
+    """Predicted from the nearest values of the other half: two halves, every second window."""
     half = np.arange(len(values)) % 2
     predicted = np.empty(len(values))
     for learn, test in ((half == 0, half == 1), (half == 1, half == 0)):
-        cuts = np.unique(np.quantile(values[learn], np.arange(1, _BINS) / _BINS))
-        at = np.searchsorted(cuts, values, side="right")
-        predicted[test] = _of_bins(kind, at[learn], truth[learn], len(cuts) + 1)[at[test]]
+        order = np.argsort(values[learn], kind="stable")
+        known, told = values[learn][order], truth[learn][order]
+        first = np.searchsorted(known, values[test]) - _NEAREST // 2
+        near = told[np.clip(first[:, None] + np.arange(_NEAREST), 0, len(known) - 1)]
+        predicted[test] = near.mean(axis=1) if kind == "regress" else _most(near)
     if kind == "classify":
         return float((predicted == truth).mean())
     return quality.r2(truth, predicted - truth, np.ones(len(truth)))
 
 
-def _of_bins(kind: str, at: Ints, truth: Numbers, bins: int) -> Numbers:
-    """(bins,) the usual class, or the mean, of each; of an empty one, that of all."""
-    if kind == "classify":
-        classes = truth.astype(np.int64)
-        count = int(classes.max()) + 1
-        table = np.bincount(at * count + classes, minlength=bins * count).reshape(bins, count)
-        table = np.where(table.sum(axis=1, keepdims=True) > 0, table, table.sum(axis=0))
-        return table.argmax(axis=1).astype(np.float64)
-    n, sums = np.bincount(at, minlength=bins), np.bincount(at, truth, bins)
-    return np.where(n > 0, sums / np.maximum(n, 1), truth.mean())
+def _most(near: Numbers) -> Numbers:
+    """(n,) the value that is most frequent in each row of (n, k)."""
+    often = (near[:, :, None] == near[:, None, :]).sum(axis=2)
+    return near[np.arange(len(near)), often.argmax(axis=1)]
