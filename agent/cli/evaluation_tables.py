@@ -68,7 +68,7 @@ def _slices(found: Evaluation) -> None:
     if found.slices:
         _head("Slices")
         rows = [[s.slice, figure(s.value), interval(s.low, s.high), s.n, _state(s.state)] for s in found.slices]
-        table(["", found.slices[0].metric, "95 %", "n", ""], rows, "")
+        table(["", metric_name(found.slices[0].metric), "95 %", "n", ""], rows, "")
 
 
 def _state(state: str | None) -> str:

@@ -1,7 +1,7 @@
 """A field that alone predicts the label: often the label itself, written down somewhere among the readings.
 
-Each field's mean, spread and last value in a window predicts by itself, from the nearest values in the other half of the
-windows: accuracy, or R². Of anomalies, AUC of the value.
+Each field's mean, spread and last value in a window predicts by itself, from the nearest one in the other half of
+the windows: accuracy, or R². Of anomalies, AUC of the value.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from agent.evaluation.document import Finding
 
 ALONE = 0.98
 _EASY = 0.9
-_NEAREST, _FEWEST = 5, 40
+_FEWEST = 40
 CHECK = "a field that gives it away"
 
 
 def measure(bench: Bench) -> Finding:
     """A warning that names fields which alone predict what is true."""
-    if len(bench.examples) < _FEWEST:
-        few = f"{len(bench.examples)} windows are too few"
-        return Finding(check=CHECK, state="not checked", summary=f"{few}.")
     names = bench.judge.inference.fields
+    if len(bench.examples) < _FEWEST or len(names) < 2:
+        why = "There is one field only." if len(names) < 2 else f"{len(bench.examples)} windows are too few."
+        return Finding(check=CHECK, state="not checked", summary=why)
     measured = {"classify": "accuracy", "regress": "R²", "anomaly": "AUC"}[bench.kind]
     each = {name: max(_scores(bench, i)) for i, name in enumerate(names)}
     ranked = sorted(names, key=lambda name: -each[name])
@@ -35,7 +35,7 @@ def measure(bench: Bench) -> Finding:
     best = f"{ranked[0]} alone reaches {measured} {each[ranked[0]]:.3f}"
     if not guilty:
         return Finding(check=CHECK, state="ok", summary=f"No field alone predicts the label; {best}.")
-    if rest and each[rest[0]] >= _EASY and len(guilty) > 1:
+    if len(guilty) > 1 and (not rest or each[rest[0]] >= _EASY):
         return Finding(check=CHECK, state="ok", summary=f"Many fields predict the label, an easy task; {best}.")
     told = ", ".join(f"{name} ({each[name]:.3f})" for name in guilty[:5])
     other = f"; the best of the others, {rest[0]}, {each[rest[0]]:.3f}" if rest else ""
@@ -64,21 +64,15 @@ def _auc(values: Numbers, truth: Numbers) -> float:
 
 
 def _neighbours(kind: str, values: Numbers, truth: Numbers) -> float:
-    """Predicted from the nearest values of the other half: two halves, every second window."""
+    """Predicted from the nearest value of the other half: two halves, every second window."""
     half = np.arange(len(values)) % 2
     predicted = np.empty(len(values))
     for learn, test in ((half == 0, half == 1), (half == 1, half == 0)):
         order = np.argsort(values[learn], kind="stable")
         known, told = values[learn][order], truth[learn][order]
-        first = np.searchsorted(known, values[test]) - _NEAREST // 2
-        near = told[np.clip(first[:, None] + np.arange(_NEAREST), 0, len(known) - 1)]
-        predicted[test] = near.mean(axis=1) if kind == "regress" else _most(near)
+        above = np.clip(np.searchsorted(known, values[test]), 1, len(known) - 1)
+        near = np.abs(known[above] - values[test]) < np.abs(known[above - 1] - values[test])
+        predicted[test] = told[np.where(near, above, above - 1)]
     if kind == "classify":
         return float((predicted == truth).mean())
     return quality.r2(truth, predicted - truth, np.ones(len(truth)))
-
-
-def _most(near: Numbers) -> Numbers:
-    """(n,) the value that is most frequent in each row of (n, k)."""
-    often = (near[:, :, None] == near[:, None, :]).sum(axis=2)
-    return near[np.arange(len(near)), often.argmax(axis=1)]

@@ -35,6 +35,7 @@ from agent.evaluation.answers import Judge
 from agent.evaluation.document import Evaluation
 from agent.evaluation.examples import Examples, Rows
 from agent.evaluation.resampling import Units
+from agent.evaluation.words import figure, metric_name
 from agent.model import runtime
 from agent.model.bundle import Bundle
 from agent.model.inference import Answers, Inference
@@ -192,8 +193,8 @@ def _finished(result: Evaluation, notes: list[str], begun: float) -> Evaluation:
     """With what a reader must not miss."""
     warnings = [one.summary for one in (*result.leakage, *result.hints) if one.state == "warning"]
     warnings += [
-        f"{one.slice}: {one.metric} {one.value:.3f} of {one.n} windows is worse than the rest, beyond chance over all "
-        "slices (Holm)."
+        f"{one.slice}: {metric_name(one.metric)} {figure(one.value)} of {one.n} windows is worse than the rest, beyond "
+        "chance over all slices (Holm)."
         for one in result.slices
         if one.state == slices.WORSE
     ]
@@ -216,6 +217,8 @@ def _notes(work: _Work, table: bench.Bench, result: Evaluation) -> list[str]:
     small = [one.slice for one in result.slices if one.state == slices.SMALL]
     if small:
         notes.append(f"Too small to tell: {', '.join(small[:8])}{' and more' if len(small) > 8 else ''}.")
+    if work.request.slices and not result.slices:
+        notes.append("Slices need answers that are right or wrong: the bundle has no threshold ([output] threshold).")
     if (work.request.ablate or work.request.robustness) and len(table.examples) < len(found):
         notes.append(f"Ablation and robustness look at {len(table.examples)} windows, evenly from all.")
     return notes
