@@ -91,7 +91,7 @@ def test_an_interval_by_group_covers_what_one_of_single_windows_does_not() -> No
 
 
 def test_all_right_is_not_certainly_all_right() -> None:
-    pairs = Pairs(np.arange(40) % 2.0, said=np.arange(40) % 2)
+    pairs = Pairs(np.asarray(np.arange(40) % 2, np.float64), said=np.arange(40) % 2)
     found = metrics.main_span("classify", pairs, alone(40))
     low, high = intervals.wilson(1.0, 40)
     assert (found.value, found.high) == (1.0, high)

@@ -22,7 +22,7 @@ h3{font-size:15px;margin:0 0 2px}
 p{margin:0 0 12px;max-width:72ch}
 .muted,.lead{color:var(--muted)}
 .lead{margin:-4px 0 12px}
-.grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
+.grid{display:grid;gap:16px;align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
 .grid.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,270px),1fr))}
 .card{border:1px solid var(--grid);border-radius:10px;padding:16px 18px;background:var(--paper);min-width:0}
 .card>svg{margin-top:8px}
@@ -34,6 +34,7 @@ p{margin:0 0 12px;max-width:72ch}
 .notice{padding:10px 16px;margin:16px 0}
 .notice.ok{border-color:var(--ok);background:var(--panel)}
 .notice ul{margin:4px 0 2px;padding-left:20px}
+.notes{color:var(--muted);font-size:14px;margin:12px 0 0;padding-left:18px}
 .notice li{margin:2px 0;overflow-wrap:anywhere}
 svg{display:block;width:100%;height:auto;max-width:560px;font-family:inherit}
 .scroll{overflow-x:auto;margin:8px 0}
@@ -105,9 +106,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Content]], numbers: Seque
         found = [element(tag, cell, kind="n fixed" if i in numbers else "") for i, cell in enumerate(row)]
         return element("tr", *found)
 
-    body = [cells("td", row) for row in rows]
-    return element("div", element("table", cells("th", head), *body), kind="scroll")
+    top = [cells("th", head)] if any(head) else []
+    return element("div", element("table", *top, *(cells("td", row) for row in rows)), kind="scroll")
 
 
-def bullets(items: Sequence[Content]) -> Markup:
-    return element("ul", *(element("li", item) for item in items))
+def bullets(items: Sequence[Content], kind: str = "") -> Markup:
+    return element("ul", *(element("li", item) for item in items), kind=kind)

@@ -86,7 +86,7 @@ def _believe(found: Evaluation) -> Markup:
     rows: list[list[Content]] = [
         [_state(one), one.check.capitalize(), one.summary] for one in (*found.leakage, *found.hints)
     ]
-    notes = [page.bullets(found.notes)] if found.notes else []
+    notes = [page.bullets(found.notes, "notes")] if found.notes else []
     return section(
         "Can the figures be believed?",
         "Whether the test data tell of new data at all, and what the labels look like.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 
@@ -20,15 +21,15 @@ def measure(kind: str, pairs: Pairs, columns: dict[str, Texts], units: Units) ->
     return sorted(found, key=_order)
 
 
-def _order(one: Metric) -> tuple[str, float, str]:
-    """By column; bins from the lowest to the highest, then names."""
+def _order(one: Metric) -> tuple[str, float, list[tuple[int, str]]]:
+    """By column; bins from the lowest to the highest, then names, numbers in them by size."""
     column, _, value = one.slice.partition("=")
     words = value.split(" ")
     try:
         first = -math.inf if words[0] == "below" else float(words[1] if words[0] == "from" else words[0])
     except (ValueError, IndexError):
         first = math.inf
-    return column, first, value
+    return column, first, [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", value)]
 
 
 def binned(column: Texts) -> list[str]:

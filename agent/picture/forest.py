@@ -36,7 +36,7 @@ def forest(title: str, lines: Sequence[Line], *, reference: float | None = None,
         return left + _PAD + (right - left - 2 * _PAD) * min(max(share, 0.0), 1.0)
 
     bottom = _TOP + _ROW * len(lines)
-    for tick in axes.numbers(low, high, 3):
+    for tick in axes.numbers(low, high, 4):
         draw.line(at(tick), _TOP, at(tick), bottom, theme.grid)
         draw.text(at(tick), bottom + 15, axes.number(tick), theme.muted, size=11, anchor="middle", name="tick")
     if reference is not None:

@@ -15,7 +15,7 @@ def heatmap(labels: Sequence[str], counts: Sequence[Sequence[int]], *, theme: Th
     """An inline SVG, each cell as dark as its share of the row; mistakes in another colour."""
     draw = Drawing(WIDTH, "Confusion: a row for what was true, a column for what was said")
     n = len(labels)
-    left = min(_MOST_NAME, max(text_width(label, 12) for label in labels) + 12)
+    left = min(_MOST_NAME, 1.25 * max(text_width(label, 12) for label in labels) + 12)
     cell = min(90.0, (WIDTH - left) / n)
     high = min(34.0, cell) if n <= 12 else cell
     steep = n > 8 or max(text_width(label, 11) for label in labels) > cell - 4
