@@ -56,12 +56,9 @@ def pack(spec: Path, out: Path, key_file: Path | None, as_json: bool) -> None:
     if key_file is None:
         packing.keep_signature(packed, out)
     packing.write(packed, out)
-    document = {"bundle": str(out), "digest": packed.digest, "warnings": packed.warnings}
-    emit(
-        document,
-        as_json,
-        lambda: click.echo("\n".join([f"{out} {packed.digest}", *(f"warning: {w}" for w in packed.warnings)])),
-    )
+    document = {"bundle": str(out), "digest": packed.digest, "warnings": packed.warnings, "notes": packed.notes}
+    said = [f"{out} {packed.digest}", *packed.notes, *(f"warning: {w}" for w in packed.warnings)]
+    emit(document, as_json, lambda: click.echo("\n".join(said)))
 
 
 @model.command("reference", epilog="Example: outstation model reference quiet.npz --spec bundle.toml -o reference.json")
@@ -93,18 +90,19 @@ def make_reference(
 
 def _model_of(bundle: Path | None, spec: Path | None) -> tuple[Model, Manifest]:
     from agent.model import bundle as bundles
-    from agent.model import probe, runtime
+    from agent.model import inference, probe
     from agent.model import spec as specs
 
     if bundle is not None:
         found = bundles.read(bundle, None)
         probe.probe(found).require()
-        return runtime.Model(found.model), found.manifest
+        return inference.load(found.manifest, found.model), found.manifest
     assert spec is not None
     wanted = specs.read(spec)
     file = spec.parent / wanted.model
+    draft = specs.to_manifest(spec, wanted)
     try:
-        return runtime.Model(file.read_bytes()), specs.to_manifest(spec, wanted, {})
+        return inference.load(draft, file.read_bytes()), draft
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from None
 

@@ -21,7 +21,7 @@ SEPARATOR = "|"
 # out, so that what was written as format 1 is written the same way today.
 SINCE_2 = {
     "input": ("definition", "derived", "order", "max_gap_s", "scaling", "max_missing"),
-    "output": ("tensor", "multi_label", "thresholds", "names", "units", "quantile", "distance", "centroid", "isotonic"),
+    "output": ("tensor", "multi_label", "thresholds", "names", "units", "distance", "centroid", "isotonic"),
 }
 
 
@@ -178,8 +178,8 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `tensor` is the name or index of the output that is used where a model has several. `multi_label`: each label by
     itself, said where its probability is above its threshold (`thresholds`, one a label; else `threshold`, else 0.5).
-    `names` and `units` of the values of kind regress. `threshold` of kinds anomaly and embedding: above it is an
-    anomaly; `quantile` of what it was learned from. An embedding is told as its `distance` to `centroid`.
+    `names` and `units` of the values of kind regress. `threshold` of kinds anomaly and embedding: a value
+    above it is an anomaly. An embedding is told as its `distance` to `centroid`.
     """
 
     labels: list[Label] = []
@@ -191,7 +191,6 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     thresholds: Numbers = []
     names: list[Label] = []
     units: list[str] = []
-    quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
     distance: Literal["euclidean", "cosine"] = "euclidean"
     centroid: Numbers = []
     isotonic: Isotonic | None = None

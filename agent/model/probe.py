@@ -108,7 +108,7 @@ def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
         return runtime.NAME, checks
     sound = step("shapes", lambda: _shapes(model, content)) and step("batch", lambda: _batch(model, vectors))
     if sound and vectors is not None:
-        classes = content.kind == "classify"
+        classes = content.kind == "classify" and not content.output.multi_label
         step("golden", lambda: vectors.compare(model.invoke(vectors.inputs), runtime.NAME, classes=classes))
     return runtime.NAME, checks
 
@@ -118,23 +118,25 @@ def _batches(model: Model) -> str:
 
 
 def _shapes(model: Model, content: Manifest) -> str:
-    spec = content.input
-    rows = spec.window.rows if spec.window else 1
-    wanted, have = rows * len(spec.fields), math.prod(model.input_shape)
+    spec, output = content.input, content.output
+    wanted, have = spec.rows * len(spec.columns), math.prod(model.input_shape)
     if wanted != have:
+        what = "features" if spec.derived or spec.order else "fields"
         raise BadBundle(
             f"the model takes {have} values {list(model.input_shape)}, the manifest's input gives "
-            f"{rows} rows x {len(spec.fields)} fields = {wanted}; correct [input] and pack it again"
+            f"{spec.rows} rows x {len(spec.columns)} {what} = {wanted}; correct [input] and pack it again"
         )
-    labels = len(content.output.labels)
-    if content.kind == "classify" and model.outputs != labels and not (model.outputs == 1 and labels == 2):
-        raise BadBundle(f"the model gives {model.outputs} outputs, the manifest names {labels} labels; name each class")
-    if content.kind == "regress" and model.outputs != 1:
-        raise BadBundle(f"the model gives {model.outputs} outputs, kind regress reports one value")
+    labels, gives = len(output.labels), f"the model gives {model.outputs} outputs"
+    binary = model.outputs == 1 and labels == 2 and not output.multi_label
+    if content.kind == "classify" and model.outputs != labels and not binary:
+        raise BadBundle(f"{gives}, the manifest names {labels} labels; name each class")
+    if content.kind == "regress" and model.outputs != max(1, len(output.names)):
+        told = "one value" if not output.names else f"the {len(output.names)} values of [output] names"
+        raise BadBundle(f"{gives}, kind regress reports {told}; name each output in [output] names")
     if content.kind == "anomaly" and model.outputs not in (1, wanted):
-        raise BadBundle(
-            f"the model gives {model.outputs} outputs; kind anomaly needs one score, or its {wanted} inputs again"
-        )
+        raise BadBundle(f"{gives}; kind anomaly needs one score, or its {wanted} inputs again")
+    if content.kind == "embedding" and output.centroid and model.outputs != len(output.centroid):
+        raise BadBundle(f"{gives}, the manifest's centroid has {len(output.centroid)}; pack it again")
     return f"{wanted} values in, {model.outputs} out"
 
 
