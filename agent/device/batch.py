@@ -187,7 +187,8 @@ def _results(
     ends = cut.starts + task.window_rows - 1
     listed = _published(task, found, names)
     limit = task.bundle.manifest.input.max_missing
-    most = max(1, (author.max_bytes - 2_000 - 1_200) // _result_bytes(found, names))
+    heads = sum(len(json.dumps(name, ensure_ascii=False).encode()) + 4 for name in found.more)
+    most = max(1, (author.max_bytes - 2_000 - 1_200 - heads) // _result_bytes(found, names))
     first_row, count, done = 0, len(cut.starts), 0
     while True:
         stop = min(count, done + most)

@@ -57,11 +57,14 @@ class Labels:
 
 
 LABEL = "label"
+_PARQUET = (".parquet", ".pq")
+_MOST_LABELS = 4096
 
 
 def labels_of(manifest: Manifest) -> Labels:
     """What labels of this model's results may be."""
-    return Labels(Truth(manifest.truth, tuple(manifest.output.labels)), manifest.output.multi_label)
+    several = manifest.output.multi_label
+    return Labels(Truth("classify" if several else manifest.truth, tuple(manifest.output.labels)), several)
 
 
 # Beyond this, microseconds do not fit into 64 bits.
@@ -93,7 +96,7 @@ def read(path: Path, spec: Input, labels: Labels | None = None) -> Data:
     try:
         if path.suffix == ".npz":
             return _recordings(path, spec)
-        return _parquet(path, spec, labels) if path.suffix in (".parquet", ".pq") else _csv(path, spec, labels)
+        return _parquet(path, spec, labels) if path.suffix in _PARQUET else _csv(path, spec, labels)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UNREADABLE as error:
@@ -203,11 +206,7 @@ def _cells(
 
 
 def _parquet(path: Path, spec: Input, labels: Labels | None) -> Data:
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UsageError(f"{path}: Parquet needs pyarrow: pip install 'outstation[parquet]', or give CSV") from None
+    arrow, parquet = _arrow(path)
     try:
         names = parquet.read_schema(path).names
         _places(names, spec.fields)
@@ -227,6 +226,15 @@ def _parquet(path: Path, spec: Input, labels: Labels | None) -> Data:
     return Data(matrix(columns), t, found)
 
 
+def _arrow(path: Path) -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError(f"{path}: Parquet needs pyarrow: pip install 'outstation[parquet]', or give CSV") from None
+    return pyarrow, pyarrow.parquet
+
+
 def _parquet_times(arrow: Any, table: Any) -> Ints:
     column = table.column("t")
     if column.null_count:
@@ -242,3 +250,48 @@ def _places(names: Sequence[str], fields: Iterable[str]) -> list[int]:
     if missing:
         raise ValueError(f"no column {', '.join(missing)}; there is {', '.join(names)}")
     return [names.index(name) for name in fields]
+
+
+def columns(path: Path) -> tuple[list[str], list[str]]:
+    """The columns of numbers of a table, without `t`, and the different texts in column `label`.
+
+    Raises UsageError.
+    """
+    try:
+        return _parquet_columns(path) if path.suffix in _PARQUET else _csv_columns(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UNREADABLE as error:
+        raise UsageError(f"{path}: not a table: {error}") from None
+
+
+def _csv_columns(path: Path) -> tuple[list[str], list[str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file)
+        header = [name.strip() for name in next(lines, [])]
+        first = next(lines, None)
+        if first is None or len(first) != len(header):
+            raise ValueError("there is no row in it" if first is None else "its first row has not a cell a column")
+        names = [name for name, cell in zip(header, first, strict=True) if _is_number(cell)]
+        at = header.index(LABEL) if LABEL in header else None
+        found = {line[at].strip() for line in (first, *lines) if at is not None and at < len(line)} - {""}
+    return [name for name in names if name not in ("t", LABEL)], sorted(found)[:_MOST_LABELS]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.strip() or "nan")
+    except ValueError:
+        return False
+    return True
+
+
+def _parquet_columns(path: Path) -> tuple[list[str], list[str]]:
+    arrow, parquet = _arrow(path)
+    schema = parquet.read_schema(path)
+    numbers = [f.name for f in schema if arrow.types.is_integer(f.type) or arrow.types.is_floating(f.type)]
+    found = (
+        parquet.read_table(path, columns=[LABEL]).column(LABEL).unique().to_pylist() if LABEL in schema.names else []
+    )
+    names = [name for name in numbers if name not in ("t", LABEL)]
+    return names, sorted(str(one) for one in found if one is not None)[:_MOST_LABELS]

@@ -17,6 +17,7 @@ Numbers = list[float]
 Label = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 # Between the labels of one multi-label result.
 SEPARATOR = "|"
+MOST_TEXT = 4096
 # Members that an agent of format 1 would not know: where one is set the bundle is of format 2, elsewhere they are left
 # out, so that what was written as format 1 is written the same way today.
 SINCE_2 = {
@@ -65,6 +66,10 @@ class Derived(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
                 f"derived feature {self.name!r}: band {list(self.band)} must ascend within 0 and half the rate, "
                 f"{self.rate / 2:g} Hz"
             )
+        if self.band is not None and not any(
+            self.band[0] <= k * self.rate / self.rows <= self.band[1] for k in range(self.rows // 2 + 1)
+        ):
+            raise ValueError(f"derived feature {self.name!r}: no frequency of {self.rows} rows lies in its band")
 
     @property
     def by_time(self) -> bool:
@@ -208,6 +213,8 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("thresholds are for multi_label = true")
         if self.multi_label and any(SEPARATOR in label for label in self.labels):
             raise ValueError(f"a label holds {SEPARATOR!r}, which stands between labels of a multi-label result")
+        if self.multi_label and len(SEPARATOR.join(self.labels)) > MOST_TEXT:
+            raise ValueError(f"labels: all of a multi-label model are at most {MOST_TEXT} characters; shorten them")
         if self.multi_label and self.activation == "softmax":
             raise ValueError('activation "softmax" gives one label; multi_label goes with "sigmoid" or "none"')
         if self.multi_label and self.isotonic is not None:
@@ -257,9 +264,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError(f"{newer[0]} needs format 2")
 
     @property
-    def truth(self) -> Literal["classify", "regress", "anomaly"]:
-        """What is true of a result: a class, a number, or whether it was an anomaly."""
-        return "anomaly" if self.kind == "embedding" else self.kind
+    def truth(self) -> Literal["classify", "several", "regress", "anomaly"]:
+        """What is true of a result: a class, any number of them, a number, or whether it was an anomaly."""
+        if self.kind == "embedding":
+            return "anomaly"
+        return "several" if self.output.multi_label else self.kind
 
 
 def newer_members(manifest: Manifest) -> list[str]:

@@ -25,6 +25,7 @@ from agent.errors import BadBundle
 from agent.model import manifest
 from agent.model.bundle import Bundle
 from agent.model.manifest import Limits, Manifest
+from agent.model.outline import Outline
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,10 +62,28 @@ class Report:
 
 def probe(bundle: Bundle) -> Report:
     """Run the checks on the verified bytes of `bundle`, within its limits of memory and time."""
-    limits = bundle.manifest.limits
-    files = {
-        name: bundle.files[name] for name in ("manifest.json", "model.tflite", "golden.npz") if name in bundle.files
-    }
+    wanted: tuple[str, ...] = ("manifest.json", "model.tflite", "golden.npz")
+    files = {name: bundle.files[name] for name in wanted if name in bundle.files}
+    try:
+        runtime, checks = msgspec.json.decode(_ask(files, bundle.manifest.limits), type=tuple[str, list[Check]])
+        return Report(runtime, checks)
+    except BadBundle as problem:
+        return Report("", [("load", False, str(problem))])
+    except msgspec.MsgspecError as error:
+        return Report("", [("load", False, f"the child process answered something else ({error})")])
+
+
+def look(content: bytes) -> Outline:
+    """What a model says of itself, and what it answers to noise. Raises BadBundle where it cannot be run here."""
+    said = _ask({"model.tflite": content}, Limits())
+    found = msgspec.json.decode(said, type=Outline | str)
+    if isinstance(found, str):
+        raise BadBundle(found)
+    return found
+
+
+def _ask(files: dict[str, bytes], limits: Limits) -> bytes:
+    """What the child says of these files. Raises BadBundle where it dies."""
     try:
         child = subprocess.run(
             # -P: an `agent` in the folder it happens to run in is not ours.
@@ -75,14 +94,10 @@ def probe(bundle: Bundle) -> Report:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Report("", [("load", False, f"did not finish within {limits.seconds + GRACE_S:g} s and was ended")])
+        raise BadBundle(f"did not finish within {limits.seconds + GRACE_S:g} s and was ended") from None
     if child.returncode != 0:
-        return Report("", [("load", False, _death(child.returncode, child.stderr, limits))])
-    try:
-        runtime, checks = msgspec.json.decode(child.stdout, type=tuple[str, list[Check]])
-        return Report(runtime, checks)
-    except msgspec.MsgspecError as error:
-        return Report("", [("load", False, f"the child process answered something else ({error})")])
+        raise BadBundle(_death(child.returncode, child.stderr, limits))
+    return child.stdout
 
 
 def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
@@ -182,8 +197,18 @@ def _death(code: int, stderr: bytes, limits: Limits) -> str:
 
 def main() -> None:
     files = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=dict[str, bytes])
-    _limit(manifest.decode(files["manifest.json"]).limits)
-    sys.stdout.buffer.write(msgspec.json.encode(check(files)))
+    if "manifest.json" in files:
+        _limit(manifest.decode(files["manifest.json"]).limits)
+        answer: object = check(files)
+    else:
+        from agent.model import outline
+
+        _limit(Limits())
+        try:
+            answer = outline.of(files["model.tflite"])
+        except BadBundle as problem:
+            answer = str(problem)
+    sys.stdout.buffer.write(msgspec.json.encode(answer))
 
 
 def _limit(limits: Limits) -> None:

@@ -93,10 +93,10 @@ class Graph:
 def dense(graph: Graph, x: int, kind: str, weights: NDArray[np.float32], bias: NDArray[np.float32]) -> int:
     """The sums of a dense layer of activations `kind`: float32, with weights of float16 or int8, or an integer type."""
     many, width = weights.shape
+    scale = float(np.abs(weights).max() / 127)
     if kind in ("float32", "float16", "hybrid"):
         sums = graph.tensor("sums", [-1, many], "float32")
         held = {"float32": "float32", "float16": "float16", "hybrid": "int8"}[kind]
-        scale = float(np.abs(weights).max() / 127)
         stored = np.rint(weights / scale) if held == "int8" else weights
         w = graph.tensor("weights", [many, width], held, (scale, 0) if held == "int8" else None, stored)
         if held == "float16":
@@ -107,12 +107,11 @@ def dense(graph: Graph, x: int, kind: str, weights: NDArray[np.float32], bias: N
         graph.operator("FULLY_CONNECTED", 3 if held == "int8" else 1, [x, w, b], [sums], "FullyConnectedOptions")
         return sums
     into, out = ACTIVATIONS[kind]
-    scale = float(np.abs(weights).max() / 127)
     # Of uint8 activations the weights are uint8 too, as in models of before int8.
-    small, zero = ("uint8", 128) if kind == "uint8" else ("int8", 0)
-    w = graph.tensor("weights", [many, width], small, (scale, zero), np.rint(weights / scale) + zero)
-    wide = "int64" if kind == "int16" else "int32"
-    b = graph.tensor("bias", [many], wide, (into[0] * scale, 0), np.rint(bias / (into[0] * scale)))
+    small, middle = ("uint8", 128) if kind == "uint8" else ("int8", 0)
+    w = graph.tensor("weights", [many, width], small, (scale, middle), np.rint(weights / scale) + middle)
+    sum_kind = "int64" if kind == "int16" else "int32"
+    b = graph.tensor("bias", [many], sum_kind, (into[0] * scale, 0), np.rint(bias / (into[0] * scale)))
     sums = graph.tensor("sums", [-1, many], kind, out)
     version = {"int8": 4, "uint8": 1, "int16": 7}[kind]
     graph.operator("FULLY_CONNECTED", version, [x, w, b], [sums], "FullyConnectedOptions")
@@ -123,7 +122,9 @@ def model(kind: str, weights: NDArray[np.float32], bias: NDArray[np.float32] | N
     """(any, 4) → (any, len(weights)) sums."""
     graph = Graph()
     integer = kind in ACTIVATIONS
-    x = graph.tensor("x", [-1, weights.shape[1]], kind if integer else "float32", ACTIVATIONS[kind][0] if integer else None)
+    x = graph.tensor(
+        "x", [-1, weights.shape[1]], kind if integer else "float32", ACTIVATIONS[kind][0] if integer else None
+    )
     out = dense(graph, x, kind, weights, np.zeros(len(weights), np.float32) if bias is None else bias)
     return graph.written([x], [out])
 
