@@ -72,7 +72,7 @@ class Recipe:
     output: str = ""
 
     def rows(self, n: int, seed: int = 0) -> Floats:
-        return waves(n, seed) if self.fields == WINDOWED else readings(n, seed)
+        return waves(n, seed) if self.fields == WINDOWED else readings(n, seed)[:, : len(self.fields)]
 
 
 CLASSIFY = Recipe("classify", "classify_int8", labels=LABELS)

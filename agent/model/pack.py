@@ -108,7 +108,7 @@ def _calibrated(work: _Work) -> Learned:
     answers = Inference(work.draft, work.model).run(found.features, found.t, raw=True)
     assert answers.outputs is not None
     truth = calibrate.of_windows(found.label, answers.cut.starts, work.draft.input.rows)
-    known = (truth >= 0).reshape(len(truth), -1).all(axis=1)
+    known = (truth if truth.ndim == 1 else truth[:, 0]) >= 0
     learned = calibrate.calibrated(answers.outputs[known], truth[known], work.draft, work.spec.output.calibration)
     left_out = int((~known).sum())
     if left_out:

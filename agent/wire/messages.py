@@ -65,7 +65,7 @@ class Columns(msgspec.Struct, frozen=True):
     label: list[Annotated[str, msgspec.Meta(max_length=4096)]] | None = None
     score: list[float | None] | None = None
     value: list[float | None] | None = None
-    # The share of a result's input that was missing.
+    # The share of a result's input that was missing, where that is too much; elsewhere 0.
     missing: list[float] | None = None
 
     def __post_init__(self) -> None:
