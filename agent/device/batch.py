@@ -186,8 +186,9 @@ def _results(
     cut, found = answers.cut, answers.scores
     ends = cut.starts + task.window_rows - 1
     listed = _published(task, found, names)
-    limit = task.bundle.manifest.input.max_missing
-    most = max(1, (author.max_bytes - 2_000 - 1_200) // _result_bytes(found, names))
+    missing = np.where(answers.missing > task.bundle.manifest.input.max_missing, answers.missing, 0)
+    heads = sum(len(json.dumps(name, ensure_ascii=False).encode()) + 4 for name in found.more)
+    most = max(1, (author.max_bytes - 2_000 - 1_200 - heads) // _result_bytes(found, names))
     first_row, count, done = 0, len(cut.starts), 0
     while True:
         stop = min(count, done + most)
@@ -198,11 +199,11 @@ def _results(
             "t": batch.rows.t[ends[picked]].tolist(),
         }
         columns |= _columns(found, names, picked)
-        if (answers.missing[picked] > limit).any():
-            columns["missing"] = _rounded(answers.missing[picked], 3)
+        if missing[picked].any():
+            columns["missing"] = _rounded(missing[picked], 3)
         rows = [batch.first + first_row, batch.first + through - 1]
         body = _body(task, rows, stop - done, batch.rows.slice(first_row, through), columns)
-        if incomplete := int((answers.missing[done:stop] > limit).sum()):
+        if incomplete := int(np.count_nonzero(missing[done:stop])):
             body["incomplete"] = incomplete
         # Where model windows overlap, the last result's row comes after the last row that is used up.
         last = max([rows[1], *columns["row"][-1:]])

@@ -1,4 +1,7 @@
-"""Data files a bundle is packed from: recordings (`.npz`) or CSV, as features in the model's order."""
+"""Data files a bundle is packed from: recordings (`.npz`), CSV or Parquet, as features in the model's order.
+
+In CSV and Parquet column `t` is epoch seconds (or a Parquet timestamp), and column `label` what was true.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,53 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.drift.truth import Truth
 from agent.errors import UsageError
-from agent.model.features import Floats, Ints
-from agent.model.manifest import Input
+from agent.model.features import Floats, Ints, matrix
+from agent.model.manifest import SEPARATOR, Input, Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """`features` (n, F) physical units, NaN missing; `t` (n,) epoch µs; `label` (n,) the true class, if known."""
+    """`features` (n, F) physical units, NaN missing; `t` (n,) epoch µs; `label` what was true, if known.
+
+    That is a class index (n,), for several labels a row 0 or 1 of each (n, K), a number (n,), or 1 for an anomaly and 0
+    for none; -1 where it is not known, of a number NaN.
+    """
 
     features: Floats
     t: Ints
-    label: NDArray[np.int64] | None
+    label: NDArray[Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """How a file's labels are read; `several`: a row has any number of them, between `|`."""
+
+    truth: Truth
+    several: bool = False
+
+    def column(self, texts: Sequence[str], codes: Ints) -> NDArray[Any]:
+        """From texts by code; "" is not known. Raises ValueError."""
+        known = [self._one(text) for text in texts]
+        return np.array(known, np.float64 if self.truth.kind == "regress" else np.int64)[codes]
+
+    def _one(self, text: str) -> Any:
+        if not self.several:
+            return self.truth.read(text) if text else (np.nan if self.truth.kind == "regress" else -1)
+        said = {self.truth.read(part.strip()) for part in text.split(SEPARATOR)} if text else set()
+        return [float(i in said) for i in range(len(self.truth.labels))]
+
+
+LABEL = "label"
+_PARQUET = (".parquet", ".pq")
+_MOST_LABELS = 4096
+
+
+def labels_of(manifest: Manifest) -> Labels:
+    """What labels of this model's results may be."""
+    several = manifest.output.multi_label
+    return Labels(Truth("classify" if several else manifest.truth, tuple(manifest.output.labels)), several)
 
 
 # Beyond this, microseconds do not fit into 64 bits.
@@ -53,10 +91,12 @@ UNREADABLE = (
 )
 
 
-def read(path: Path, spec: Input) -> Data:
-    """Raises UsageError that names the file, and the line or column."""
+def read(path: Path, spec: Input, labels: Labels | None = None) -> Data:
+    """`labels`: where column `label` of a table is wanted. Raises UsageError that names the file, and where in it."""
     try:
-        return _recordings(path, spec) if path.suffix == ".npz" else _csv(path, spec)
+        if path.suffix == ".npz":
+            return _recordings(path, spec)
+        return _parquet(path, spec, labels) if path.suffix in _PARQUET else _csv(path, spec, labels)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UNREADABLE as error:
@@ -118,27 +158,38 @@ def _recordings(path: Path, spec: Input) -> Data:
     return Data(rows, t, None if label is None else label[which])
 
 
-def _csv(path: Path, spec: Input) -> Data:
+def _csv(path: Path, spec: Input, labels: Labels | None) -> Data:
     """The first line names the columns; `t`, if there, is epoch seconds; an empty cell is a missing value."""
+    texts: dict[str, int] = {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file)
         header = [name.strip() for name in next(lines, [])]
+        if not header:
+            raise ValueError("the file is empty")
         wanted = _places(header, spec.fields)
-        timed = "t" in header
+        timed, labelled = "t" in header, labels is not None and LABEL in header
         columns = [*wanted, header.index("t")] if timed else wanted
-        cells = np.fromiter(_cells(lines, columns, header), np.float64)
-    table = cells.reshape(-1, len(columns))
+        label = header.index(LABEL) if labelled else -1
+        cells = np.fromiter(_cells(lines, columns, header, label, texts), np.float64)
+    table = cells.reshape(-1, len(columns) + labelled)
     with np.errstate(over="ignore"):
         features = table[:, : len(wanted)].astype(np.float32)
+    found = labels.column(list(texts), table[:, -1].astype(np.int64)) if labels is not None and labelled else None
     if not timed:
-        return Data(features, np.arange(len(table), dtype=np.int64), None)
-    untimed = ~(np.abs(table[:, -1]) < _T_LIMIT_S)
+        return Data(features, np.arange(len(table), dtype=np.int64), found)
+    return Data(features, _times(table[:, len(wanted)]), found)
+
+
+def _times(seconds: NDArray[np.float64]) -> Ints:
+    untimed = ~(np.abs(seconds) < _T_LIMIT_S)
     if untimed.any():
         raise ValueError(f"row {int(np.flatnonzero(untimed)[0]) + 1} has no time in column t, in seconds since 1970")
-    return Data(features, np.rint(table[:, -1] * 1e6).astype(np.int64), None)
+    return np.rint(seconds * 1e6).astype(np.int64)
 
 
-def _cells(lines: Any, columns: Sequence[int], header: Sequence[str]) -> Iterator[float]:
+def _cells(
+    lines: Any, columns: Sequence[int], header: Sequence[str], label: int, texts: dict[str, int]
+) -> Iterator[float]:
     for line in lines:
         if not line:
             continue
@@ -150,6 +201,48 @@ def _cells(lines: Any, columns: Sequence[int], header: Sequence[str]) -> Iterato
                 yield float(text) if text else np.nan
             except ValueError:
                 raise ValueError(f"line {lines.line_num}, {header[column]}: {text[:40]!r} is no number") from None
+        if label >= 0:
+            yield texts.setdefault(line[label].strip(), len(texts))
+
+
+def _parquet(path: Path, spec: Input, labels: Labels | None) -> Data:
+    arrow, parquet = _arrow(path)
+    try:
+        names = parquet.read_schema(path).names
+        _places(names, spec.fields)
+        more = ["t"] * ("t" in names) + [LABEL] * (labels is not None and LABEL in names)
+        table = parquet.read_table(path, columns=[*spec.fields, *more])
+        for name in spec.fields:
+            if not (arrow.types.is_integer(kind := table.schema.field(name).type) or arrow.types.is_floating(kind)):
+                raise ValueError(f"column {name} holds {kind}, not numbers")
+        columns = [table.column(name).cast(arrow.float64()).to_numpy() for name in spec.fields]
+        t = _parquet_times(arrow, table) if "t" in more else np.arange(table.num_rows, dtype=np.int64)
+        found = None
+        if labels is not None and LABEL in more:
+            coded = table.column(LABEL).cast(arrow.string()).fill_null("").combine_chunks().dictionary_encode()
+            found = labels.column(coded.dictionary.to_pylist(), coded.indices.to_numpy().astype(np.int64))
+    except arrow.ArrowException as error:
+        raise ValueError(f"no Parquet that can be read: {error}") from None
+    return Data(matrix(columns), t, found)
+
+
+def _arrow(path: Path) -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError(f"{path}: Parquet needs pyarrow: pip install 'outstation[parquet]', or give CSV") from None
+    return pyarrow, pyarrow.parquet
+
+
+def _parquet_times(arrow: Any, table: Any) -> Ints:
+    column = table.column("t")
+    if column.null_count:
+        raise ValueError("a row has no time in column t")
+    if arrow.types.is_timestamp(column.type):
+        times: Ints = column.cast(arrow.timestamp("us"), safe=False).cast(arrow.int64()).to_numpy()
+        return times
+    return _times(column.cast(arrow.float64()).to_numpy())
 
 
 def _places(names: Sequence[str], fields: Iterable[str]) -> list[int]:
@@ -157,3 +250,48 @@ def _places(names: Sequence[str], fields: Iterable[str]) -> list[int]:
     if missing:
         raise ValueError(f"no column {', '.join(missing)}; there is {', '.join(names)}")
     return [names.index(name) for name in fields]
+
+
+def columns(path: Path) -> tuple[list[str], list[str]]:
+    """The columns of numbers of a table, without `t`, and the different texts in column `label`.
+
+    Raises UsageError.
+    """
+    try:
+        return _parquet_columns(path) if path.suffix in _PARQUET else _csv_columns(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UNREADABLE as error:
+        raise UsageError(f"{path}: not a table: {error}") from None
+
+
+def _csv_columns(path: Path) -> tuple[list[str], list[str]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file)
+        header = [name.strip() for name in next(lines, [])]
+        first = next(lines, None)
+        if first is None or len(first) != len(header):
+            raise ValueError("there is no row in it" if first is None else "its first row has not a cell a column")
+        names = [name for name, cell in zip(header, first, strict=True) if _is_number(cell)]
+        at = header.index(LABEL) if LABEL in header else None
+        found = {line[at].strip() for line in (first, *lines) if at is not None and at < len(line)} - {""}
+    return [name for name in names if name not in ("t", LABEL)], sorted(found)[:_MOST_LABELS]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.strip() or "nan")
+    except ValueError:
+        return False
+    return True
+
+
+def _parquet_columns(path: Path) -> tuple[list[str], list[str]]:
+    arrow, parquet = _arrow(path)
+    schema = parquet.read_schema(path)
+    numbers = [f.name for f in schema if arrow.types.is_integer(f.type) or arrow.types.is_floating(f.type)]
+    found = (
+        parquet.read_table(path, columns=[LABEL]).column(LABEL).unique().to_pylist() if LABEL in schema.names else []
+    )
+    names = [name for name in numbers if name not in ("t", LABEL)]
+    return names, sorted(str(one) for one in found if one is not None)[:_MOST_LABELS]

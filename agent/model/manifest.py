@@ -17,11 +17,12 @@ Numbers = list[float]
 Label = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 # Between the labels of one multi-label result.
 SEPARATOR = "|"
+MOST_TEXT = 4096
 # Members that an agent of format 1 would not know: where one is set the bundle is of format 2, elsewhere they are left
 # out, so that what was written as format 1 is written the same way today.
 SINCE_2 = {
     "input": ("definition", "derived", "order", "max_gap_s", "scaling", "max_missing"),
-    "output": ("tensor", "multi_label", "thresholds", "names", "units", "quantile", "distance", "centroid", "isotonic"),
+    "output": ("tensor", "multi_label", "thresholds", "names", "units", "distance", "centroid", "isotonic"),
 }
 
 
@@ -65,6 +66,10 @@ class Derived(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
                 f"derived feature {self.name!r}: band {list(self.band)} must ascend within 0 and half the rate, "
                 f"{self.rate / 2:g} Hz"
             )
+        if self.band is not None and not any(
+            self.band[0] <= k * self.rate / self.rows <= self.band[1] for k in range(self.rows // 2 + 1)
+        ):
+            raise ValueError(f"derived feature {self.name!r}: no frequency of {self.rows} rows lies in its band")
 
     @property
     def by_time(self) -> bool:
@@ -178,8 +183,8 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `tensor` is the name or index of the output that is used where a model has several. `multi_label`: each label by
     itself, said where its probability is above its threshold (`thresholds`, one a label; else `threshold`, else 0.5).
-    `names` and `units` of the values of kind regress. `threshold` of kinds anomaly and embedding: above it is an
-    anomaly; `quantile` of what it was learned from. An embedding is told as its `distance` to `centroid`.
+    `names` and `units` of the values of kind regress. `threshold` of kinds anomaly and embedding: a value
+    above it is an anomaly. An embedding is told as its `distance` to `centroid`.
     """
 
     labels: list[Label] = []
@@ -191,7 +196,6 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     thresholds: Numbers = []
     names: list[Label] = []
     units: list[str] = []
-    quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
     distance: Literal["euclidean", "cosine"] = "euclidean"
     centroid: Numbers = []
     isotonic: Isotonic | None = None
@@ -209,6 +213,8 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("thresholds are for multi_label = true")
         if self.multi_label and any(SEPARATOR in label for label in self.labels):
             raise ValueError(f"a label holds {SEPARATOR!r}, which stands between labels of a multi-label result")
+        if self.multi_label and len(SEPARATOR.join(self.labels)) > MOST_TEXT:
+            raise ValueError(f"labels: all of a multi-label model are at most {MOST_TEXT} characters; shorten them")
         if self.multi_label and self.activation == "softmax":
             raise ValueError('activation "softmax" gives one label; multi_label goes with "sigmoid" or "none"')
         if self.multi_label and self.isotonic is not None:
@@ -258,9 +264,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError(f"{newer[0]} needs format 2")
 
     @property
-    def truth(self) -> Literal["classify", "regress", "anomaly"]:
-        """What is true of a result: a class, a number, or whether it was an anomaly."""
-        return "anomaly" if self.kind == "embedding" else self.kind
+    def truth(self) -> Literal["classify", "several", "regress", "anomaly"]:
+        """What is true of a result: a class, any number of them, a number, or whether it was an anomaly."""
+        if self.kind == "embedding":
+            return "anomaly"
+        return "several" if self.output.multi_label else self.kind
 
 
 def newer_members(manifest: Manifest) -> list[str]:

@@ -10,14 +10,17 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from agent.drift import learning
 from agent.drift.reference import Reference
 from agent.errors import BadBundle, ConfigError, UsageError
-from agent.model import bundle, data, features, golden, manifest, probe, scores
+from agent.model import bundle, calibrate, data, derived, features, golden, inference, manifest, probe, scores
 from agent.model import spec as specs
 from agent.model.bundle import Bundle
+from agent.model.calibrate import Learned
+from agent.model.inference import Inference
 from agent.model.manifest import Manifest
 from agent.model.runtime import NAME, Model
 from agent.model.spec import Spec, SpecCard
@@ -32,11 +35,12 @@ _MADE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The bundle's files, and what it lacks, in words."""
+    """The bundle's files, what it lacks and what it learned, in words."""
 
     files: dict[str, bytes]
     warnings: list[str]
     digest: str
+    notes: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +60,96 @@ def pack(spec_file: Path, key: SigningKey | None) -> Packed:
     """All files of the bundle. Raises ConfigError, BadBundle."""
     spec = specs.read(spec_file)
     files = {"model.tflite": _read(spec_file, "model", spec.model)}
-    draft = specs.to_manifest(spec_file, spec, {})
+    draft = specs.to_manifest(spec_file, spec)
     _prove(spec_file.parent / spec.model, draft, files)
-    work = _Work(spec_file, spec, draft, Model(files["model.tflite"]))
+    work = _Work(spec_file, spec, draft, inference.load(draft, files["model.tflite"]))
+    learned = _learned(work)
+    work = replace(work, draft=msgspec.structs.replace(draft, output=learned.output))
     warnings = [
+        *learned.warnings,
         *_golden_file(work, files),
         *_reference_file(work, files),
         *_cards(spec_file, spec, files),
     ]
-    head = manifest.encode(specs.to_manifest(spec_file, spec, files))
+    head = manifest.encode(specs.finished(work.draft, files))
     files["manifest.json"] = head
     if key is not None:
         files["manifest.jws"] = bundle.sign(head, key)
     else:
         warnings.append(_UNSIGNED)
-    return Packed(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}")
+    return Packed(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", learned.notes)
+
+
+def _learned(work: _Work) -> Learned:
+    """The output with what the SPEC leaves to be learned: calibration, or a centroid and a threshold."""
+    plain = Learned(work.draft.output, [], [])
+    if work.draft.kind in ("anomaly", "embedding"):
+        key = "output.calibrate" if work.spec.output.calibrate else "reference"
+        learn = _unusual
+    elif work.spec.output.calibrate is None:
+        return plain
+    else:
+        key, learn = "output.calibrate", _calibrated
+    try:
+        return learn(work)
+    except (UsageError, BadBundle) as problem:
+        raise ConfigError(str(work.file), key, str(problem)) from None
+
+
+def _calibrated(work: _Work) -> Learned:
+    assert work.spec.output.calibrate is not None
+    if work.draft.kind == "regress":
+        raise UsageError("kind regress gives values, which have no probability to calibrate; leave calibrate away")
+    path = work.path(work.spec.output.calibrate)
+    _require_held_out(work, path)
+    found = data.read(path, work.draft.input, data.labels_of(work.draft))
+    if found.label is None:
+        raise UsageError(f"{path}: no column {data.LABEL} in it, which says what was true")
+    answers = Inference(work.draft, work.model).run(found.features, found.t, raw=True)
+    assert answers.outputs is not None
+    truth = calibrate.of_windows(found.label, answers.cut.starts, work.draft.input.rows)
+    known = (truth if truth.ndim == 1 else truth[:, 0]) >= 0
+    learned = calibrate.calibrated(answers.outputs[known], truth[known], work.draft, work.spec.output.calibration)
+    left_out = int((~known).sum())
+    if left_out:
+        learned.notes.append(f"left out {left_out} of {len(known)} windows of {path.name}: their label is not known")
+    return learned
+
+
+def _require_held_out(work: _Work, path: Path) -> None:
+    """Scores look too good on data that the model knows. Raises UsageError."""
+    if work.spec.reference and path.resolve() == work.path(work.spec.reference).resolve():
+        raise UsageError(f"{path} is the reference's data too; calibrate on data that was held out from training")
+
+
+def _unusual(work: _Work) -> Learned:
+    """The centroid of an embedding, and above what value a window is an anomaly, from windows that are normal."""
+    output, draft = work.draft.output, work.draft
+    known = output.threshold is not None and (draft.kind == "anomaly" or output.centroid)
+    if known:
+        return Learned(output, [], [])
+    name = work.spec.output.calibrate or work.spec.reference
+    if name is None:
+        if draft.kind == "embedding":
+            raise UsageError("an embedding needs data of what is normal, which distances are from")
+        return Learned(output, [], ["no threshold and no data to learn it from: results give a value without a label"])
+    path = work.path(name)
+    found = data.read(path, draft.input, data.labels_of(draft) if work.spec.output.calibrate else None)
+    starts = _starts(path, found, draft.input)
+    if found.label is not None:
+        truth = calibrate.of_windows(found.label, starts, draft.input.rows)
+        starts = starts[truth == 0]
+        if not len(starts):
+            raise UsageError(f"{path}: no window in it is labelled normal")
+    columns = derived.columns(found.features, found.t, draft.input)
+    windows = features.windows(columns, starts, draft.input)
+    outputs = work.model.invoke(windows)
+    if draft.kind == "embedding" and not output.centroid:
+        output = calibrate.centroid(outputs, draft)
+        draft = msgspec.structs.replace(draft, output=output)
+    if output.threshold is not None:
+        return Learned(output, [], [])
+    return calibrate.threshold(scores.values(outputs, draft, windows), work.spec.output.quantile, draft)
 
 
 def keep_signature(packed: Packed, out: Path) -> None:
@@ -154,12 +233,11 @@ def _golden_windows(path: Path, spec: manifest.Input) -> features.Floats:
     """Scaled input windows: given as `windows` (g, rows, F) in physical units, or cut from rows."""
     given = data.given_windows(path, spec)
     if given is not None:
-        starts = np.arange(0, len(given), spec.window.rows if spec.window else 1)
-        return features.windows(given, starts, spec)
+        return features.windows(given, np.arange(0, len(given), spec.rows), spec)
     found = data.read(path, spec)
     starts = _starts(path, found, spec)
     picked = starts[np.linspace(0, len(starts) - 1, min(_GOLDEN, len(starts)), dtype=np.int64)]
-    return features.windows(found.features, picked, spec)
+    return features.windows(derived.columns(found.features, found.t, spec), picked, spec)
 
 
 def _starts(path: Path, found: data.Data, spec: manifest.Input) -> features.Ints:
@@ -177,7 +255,7 @@ def reference_of(path: Path, model: Model, draft: Manifest, *, held_out: bool = 
     `held_out` data, which it was not trained on, also tell how often a score is right, by their labels. Raises
     UsageError, BadBundle.
     """
-    found = data.read(path, draft.input)
+    found = data.read(path, draft.input, data.labels_of(draft) if held_out else None)
     if held_out and found.label is None:
         raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; leave --held-out away")
     return _from_data(path, found, model, draft, held_out=held_out)
@@ -198,15 +276,14 @@ def _reference_file(work: _Work, files: dict[str, bytes]) -> list[str]:
 
 def _from_data(path: Path, found: data.Data, model: Model, draft: Manifest, *, held_out: bool) -> Reference:
     starts = _starts(path, found, draft.input)
-    windows = features.windows(found.features, starts, draft.input)
-    answers = scores.of(model.invoke(windows), draft, windows)
+    answers = Inference(draft, model).run(found.features, found.t).scores
     named = answers.label if answers.label is not None else np.zeros(len(starts), np.int64)
     told = answers.value if answers.score is None else answers.score
     certainty = None if told is None else told[:, None].astype(np.float32)
     return learning.build(
         found.features,
         starts,
-        draft.input.window.rows if draft.input.window else 1,
+        draft.input.rows,
         named,
         certainty,
         draft.drift.window,
@@ -219,8 +296,7 @@ def _from_data(path: Path, found: data.Data, model: Model, draft: Manifest, *, h
 def _truth(found: data.Data, starts: features.Ints, draft: Manifest) -> features.Ints:
     """The class of each window: that of its last row."""
     assert found.label is not None
-    last = starts + (draft.input.window.rows if draft.input.window else 1) - 1
-    return np.asarray(found.label[last], dtype=np.int64)
+    return np.asarray(calibrate.of_windows(found.label, starts, draft.input.rows), dtype=np.int64)
 
 
 def _with_score_table(work: _Work, reference: Reference, path: Path) -> Reference:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import BadBundle, OutstationError
+from agent.model.outline import Tensor
 
 try:
     from ai_edge_litert.interpreter import Interpreter
@@ -170,6 +172,27 @@ class Model:
         return values
 
 
+def tensors(content: bytes) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and outputs of a model, as it declares them. Raises BadBundle."""
+    with _runtime_errors():
+        interpreter = Interpreter(model_content=content)
+        interpreter.allocate_tensors()
+        inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+    return [_tensor(one) for one in inputs], [_tensor(one) for one in outputs]
+
+
+def _tensor(detail: Any) -> Tensor:
+    shape = [int(size) for size in detail["shape"]]
+    signature = [int(size) for size in detail.get("shape_signature", shape)] or shape
+    scale, zero = detail["quantization"]
+    kind, limits = np.dtype(detail["dtype"]), None
+    if scale and kind.kind in "iu":
+        held = np.iinfo(kind)
+        limits = (float((held.min - zero) * scale), float((held.max - zero) * scale))
+    batch = 0 if signature[:1] == [-1] else (shape or [1])[0]
+    return Tensor(str(detail["name"]), tuple(shape[1:]), batch, kind.name, limits)
+
+
 def _chosen(outputs: list[Any], wanted: str | int | None) -> Any:
     """The output that the manifest names, or the only one. Raises BadBundle that lists what there is."""
     if wanted is None and len(outputs) == 1:
@@ -217,7 +240,21 @@ def _runtime_errors() -> Iterator[None]:
     except MemoryError as error:
         raise BadBundle(f"{NAME}: not enough memory for the model ([limits] memory_mib)") from error
     except (RuntimeError, ValueError, TypeError, SystemError, OverflowError) as error:
-        reason = str(error).strip()[:300] or "no reason given, as where memory is short ([limits] memory_mib)"
-        if "Select TensorFlow op" in reason:
-            reason = "the model uses TensorFlow operations that it does not have; convert it with TFLITE_BUILTINS only"
-        raise BadBundle(f"{NAME}: {reason}") from error
+        raise BadBundle(f"{NAME}: {_reason(str(error).strip())}") from error
+
+
+def _reason(said: str) -> str:
+    """What the runtime said, and what to do where that is known."""
+    if "Select TensorFlow op" in said:
+        return "the model uses TensorFlow operations that it does not have; convert it with TFLITE_BUILTINS only"
+    if custom := re.search(r"unresolved custom op: ([\w-]+)", said):
+        return (
+            f"the model uses the custom operation {custom[1]!r}, which no runtime here has; convert it without, or, of "
+            "a model compiled for an accelerator, take the file from before that"
+        )
+    if "quantized_dimension" in said:
+        return (
+            f"{said[:100]}…: its quantization is not as the format asks; convert the model again with a current "
+            "TensorFlow"
+        )
+    return said[:300] or "no reason given, as where memory is short ([limits] memory_mib)"

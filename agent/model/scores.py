@@ -98,8 +98,14 @@ def joined(parts: Sequence[Scores]) -> Scores:
         found = [getattr(part, name) for part in parts]
         return None if found[0] is None else np.concatenate(found)
 
-    more = {name: np.concatenate([part.more[name] for part in parts]) for name in parts[0].more}
-    return Scores(*(column(name) for name in ("label", "score", "value", "said", "anomaly")), more=more)
+    return Scores(
+        column("label"),
+        column("score"),
+        column("value"),
+        said=column("said"),
+        anomaly=column("anomaly"),
+        more={name: np.concatenate([part.more[name] for part in parts]) for name in parts[0].more},
+    )
 
 
 def _one(p: Doubles, manifest: Manifest) -> Scores:

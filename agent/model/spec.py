@@ -39,7 +39,9 @@ class SpecInput(config.Section, frozen=True, kw_only=True):
 
 
 class SpecOutput(config.Section, frozen=True, kw_only=True):
-    """`calibrate`: data the model was not trained on, from which `calibration`, or a threshold, is learned."""
+    """`calibrate`: data the model was not trained on, from which `calibration` is learned; for an
+    anomaly the threshold, above a share `quantile` of what is normal. Without it that comes from the reference's data.
+    """
 
     activation: Literal["none", "softmax", "sigmoid"] = "none"
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
@@ -50,7 +52,7 @@ class SpecOutput(config.Section, frozen=True, kw_only=True):
     thresholds: list[float] = msgspec.field(default_factory=list)
     names: list[str] = msgspec.field(default_factory=list)
     units: list[str] = msgspec.field(default_factory=list)
-    quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] | None = None
+    quantile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.99
     distance: Literal["euclidean", "cosine"] = "euclidean"
     centroid: list[float] = msgspec.field(default_factory=list)
     calibrate: str | None = None
@@ -87,8 +89,8 @@ def read(file: Path) -> Spec:
     return config.read(file, Spec)
 
 
-def to_manifest(file: Path, spec: Spec, files: dict[str, bytes]) -> Manifest:
-    """What `spec`, read from `file`, says of a bundle of these files. Raises ConfigError at the SPEC's key."""
+def to_manifest(file: Path, spec: Spec) -> Manifest:
+    """What `spec`, read from `file`, says, without files. Raises ConfigError at the SPEC's key."""
     given, output = spec.input, spec.output
     fields = given.fields
     if isinstance(fields, Numbered):
@@ -109,12 +111,18 @@ def to_manifest(file: Path, spec: Spec, files: dict[str, bytes]) -> Manifest:
         "output": _members(output, manifest.Output) | {"labels": spec.labels},
         "drift": msgspec.to_builtins(spec.drift),
         "limits": msgspec.to_builtins(spec.limits),
-        "files": {name: f"sha256:{hashlib.sha256(content).hexdigest()}" for name, content in files.items()},
+        "files": {},
     }
     try:
-        return manifest.oldest(manifest.decode(msgspec.json.encode(members)))
+        return manifest.decode(msgspec.json.encode(members))
     except BadBundle as problem:
         raise _explain(file, str(problem)) from None
+
+
+def finished(draft: Manifest, files: dict[str, bytes]) -> Manifest:
+    """Of these files, and of the oldest format that says all of it."""
+    listed = {name: f"sha256:{hashlib.sha256(content).hexdigest()}" for name, content in files.items()}
+    return manifest.oldest(msgspec.structs.replace(draft, files=listed))
 
 
 def _members(section: config.Section, of: type[msgspec.Struct]) -> dict[str, Any]:
