@@ -33,7 +33,7 @@ def measure(file: Path, bundle: Bundle, examples: Examples, own: Answers, pairs:
     source = examples.source
     theirs = judge.answers(source.rows, source.t, examples.starts, raw=True)
     other = answers.pairs(bundle.manifest, theirs, examples.truth, examples.sets)
-    kind = bundle.manifest.truth
+    kind = answers.kind_of(bundle.manifest)
     assert own.outputs is not None
     assert theirs.outputs is not None
     off = np.abs(own.outputs.astype(np.float64) - theirs.outputs)

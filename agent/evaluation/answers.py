@@ -37,6 +37,11 @@ class Stream:
         return last, answers
 
 
+def kind_of(manifest: Manifest) -> str:
+    """classify, regress or anomaly: how answers are judged. Several labels are right or wrong as a whole."""
+    return "classify" if manifest.truth == "several" else manifest.truth
+
+
 class Judge:
     """Answers for windows anywhere in rows that are held in memory, as pairs with what was true."""
 

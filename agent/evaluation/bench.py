@@ -9,7 +9,7 @@ import numpy as np
 from agent.drift.codec import Floats as Numbers
 from agent.drift.quality import Pairs
 from agent.evaluation import metrics
-from agent.evaluation.answers import Judge
+from agent.evaluation.answers import Judge, kind_of
 from agent.evaluation.examples import Examples
 from agent.evaluation.resampling import Units
 from agent.model.features import Floats, Ints
@@ -32,7 +32,7 @@ class Bench:
 
     @property
     def kind(self) -> str:
-        return self.judge.manifest.truth
+        return kind_of(self.judge.manifest)
 
     def again(self, windows: Floats) -> Numbers:
         """(1 + replicates,) the main metric where the windows are these."""
@@ -60,4 +60,4 @@ def make(judge: Judge, examples: Examples, units: Units) -> Bench:
     windows, t = some.source.rows[extents], some.source.t[extents].reshape(-1)
     starts = np.arange(len(some)) * (history + rows) + history
     pairs = judge.pairs(windows.reshape(-1, windows.shape[2]), t, starts, some.truth, some.sets)
-    return Bench(judge, some, of, windows, t, starts, metrics.main(judge.manifest.truth, pairs, of))
+    return Bench(judge, some, of, windows, t, starts, metrics.main(kind_of(judge.manifest), pairs, of))

@@ -13,6 +13,7 @@ from agent.drift.codec import Floats as Numbers
 from agent.drift.truth import Truth
 from agent.errors import UsageError
 from agent.evaluation import blocks, tablefile
+from agent.evaluation.answers import kind_of
 from agent.evaluation.blocks import Texts
 from agent.model import features
 from agent.model.features import Floats, Ints
@@ -134,7 +135,8 @@ def labelled(rows: Rows, inference: Inference, label: str, columns: Sequence[str
             raise UsageError(f"{rows.files[0]}: column {split} says train everywhere, so nothing is left to test")
         starts, last = starts[keep], last[keep]
     texts = np.char.strip(rows.columns[label])
-    known = texts[last] != ""
+    # Of several labels none may be true: then the cell is empty.
+    known = (texts[last] != "") | inference.manifest.output.multi_label
     if not known.any():
         raise UsageError(f"{rows.files[0]}: column {label} is empty, so nobody can tell which answers are right")
     starts, last, unlabelled = starts[known], last[known], int((~known).sum())
@@ -154,13 +156,13 @@ def _truth(
     rows: Rows, manifest: Manifest, label: str, texts: Texts, last: Ints
 ) -> tuple[Numbers, NDArray[np.bool_] | None]:
     """(truth, sets) of each window. Raises UsageError."""
-    meaning = Truth(manifest.truth, tuple(manifest.output.labels))
+    meaning = Truth(kind_of(manifest), tuple(manifest.output.labels))
     known, at = np.unique(texts[last], return_inverse=True)
     values, sets = np.empty(len(known)), np.zeros((len(known), len(manifest.output.labels)), bool)
     for i, text in enumerate(known):
         try:
             if manifest.output.multi_label:
-                sets[i, [int(meaning.read(one)) for one in str(text).split(SEPARATOR)]] = True
+                sets[i, [int(meaning.read(one.strip())) for one in str(text).split(SEPARATOR) if text]] = True
                 values[i] = i
             else:
                 values[i] = meaning.read(str(text))

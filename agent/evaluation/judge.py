@@ -104,7 +104,7 @@ def _require_finite(pairs: Pairs, request: Request) -> None:
 
 
 def _units(bundle: Bundle, pairs: Pairs, found: Examples, request: Request) -> Units:
-    off = pairs.off(bundle.manifest.truth)
+    off = pairs.off(answers.kind_of(bundle.manifest))
     if off is None:
         assert pairs.value is not None
         off = pairs.value
@@ -114,7 +114,7 @@ def _units(bundle: Bundle, pairs: Pairs, found: Examples, request: Request) -> U
 
 def _document(work: _Work, judge: Judge, signature: str, step: Callable[[str], None], begun: float) -> Evaluation:
     manifest, request, found = work.bundle.manifest, work.request, work.examples
-    kind, labels = manifest.truth, manifest.output.labels
+    kind, labels = answers.kind_of(manifest), manifest.output.labels
     measured = (
         several.measure(labels, work.answers, found, work.pairs, work.units)
         if found.sets is not None
