@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli import evaluation_tables
 from agent.cli.model_run import load
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
@@ -64,6 +63,7 @@ def evaluate(
     Every figure comes with a 95 % interval. DATA has the bundle's fields as columns, and the label of each row, or of
     each window's last one.
     """
+    from agent.cli import evaluation_tables
     from agent.evaluation import judge
 
     request = judge.Request(

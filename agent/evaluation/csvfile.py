@@ -20,7 +20,6 @@ BLOCK = 4 << 20
 _LONGEST = 64 << 20  # a row
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|inf(inity)?|nan)", re.IGNORECASE | re.ASCII)
 _LONGEST_CELL = 64 << 10
-_OPEN = re.compile(rb'(?:^|(?<=[,\n]))"')
 _CLOSE = re.compile(rb'[^"]*(?:""[^"]*)*"(?!")')
 _Parsed = tuple[list[NDArray[np.float64]], dict[str, Texts]]
 
@@ -205,9 +204,9 @@ def _whole_lines(content: bytes, *, ended: bool) -> tuple[int, bool]:
     that it swallows no more.
     """
     safe, at, round_cells = 0, 0, 0
-    while (opened := _OPEN.search(content, at)) is not None:
-        first = opened.end()
-        safe = content.rfind(b"\n", at, opened.start() + 1) + 1 or safe
+    while (opened := _opening(content, at)) >= 0:
+        first = opened + 1
+        safe = content.rfind(b"\n", at, first) + 1 or safe
         closed = _CLOSE.match(content, first, first + _LONGEST_CELL)
         if closed is None:
             if not ended and len(content) - first < _LONGEST_CELL:
@@ -215,10 +214,19 @@ def _whole_lines(content: bytes, *, ended: bool) -> tuple[int, bool]:
             stray = content.find(b"\n", first) + 1
             return (stray or len(content)) if stray or ended else safe, False
         at = closed.end()
-        round_cells += content.count(b'"', first - 1, at)
+        round_cells += content.count(b'"', opened, at)
     safe = content.rfind(b"\n", at) + 1 or safe
     end = len(content) if ended else safe
     return end, _tidy(content, end, round_cells)
+
+
+def _opening(content: bytes, at: int) -> int:
+    """Where the next cell begins with a quotation mark; -1 without one."""
+    while (found := content.find(b'"', at)) >= 0:
+        if found == 0 or content[found - 1] in b",\n":
+            return found
+        at = found + 1
+    return -1
 
 
 def _tidy(content: bytes, end: int, round_cells: int) -> bool:
