@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agent.evaluation import bench, report
+from agent.evaluation import answers, bench, examples, metrics, report, resampling
 from agent.evaluation.answers import Judge
 from agent.evaluation.run import Work
 from agent.model import scores
@@ -93,15 +93,12 @@ def test_windows_cut_out_for_themselves_get_the_answers_they_get_in_the_stream(t
     bundle = packed(tmp_path / "b", HISTORY)
     found, inference = loaded(bundle)
     data = write(tmp_path / "rows.csv", HISTORY, inference, wrong=200)
-    from agent.evaluation import examples, metrics, resampling
-
     source = examples.read(data, inference, ["label"])
     some = examples.labelled(source, inference, "label", ["label"], None)
     units = resampling.units(np.zeros(len(some)), None, None, 0)
-    judge = Judge(inference)
-    table = bench.make(judge, some, units)
+    table = bench.make(Judge(inference), some, units)
     late = np.flatnonzero(some.starts >= inference.history)
-    whole = judge.pairs(source.rows, source.t, some.starts, some.truth, None)[late]
+    whole = answers.pairs(found.manifest, examples.answered(inference, source, some.starts), some.truth, None)[late]
     assert len(table.examples) == len(late) == N - inference.history > 0
     assert table.figures[0] == metrics.main("classify", whole, units.pick(late))[0] < 1.0
     assert found.manifest.input.history == 19

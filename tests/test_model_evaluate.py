@@ -142,6 +142,22 @@ def test_a_split_that_is_all_training_leaves_nothing_to_test(tabular: Path, tmp_
         evaluated(tabular, labelled(tmp_path / "rows.csv", split=["Train"] * 600), split="split")
 
 
+def test_a_group_that_is_the_same_everywhere_is_refused(tabular: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="column who says ann everywhere"):
+        evaluated(tabular, labelled(tmp_path / "rows.csv", who=["ann"] * 600), group="who")
+
+
+def test_each_file_of_a_folder_is_a_stream_of_its_own_and_a_slice(tmp_path: Path) -> None:
+    bundle = packed(tmp_path / "b", ANOMALY)
+    (tmp_path / "data").mkdir()
+    for name in "xyz":
+        labelled(tmp_path / "data" / f"{name}.csv", ANOMALY, 30, label=["normal"] * 15 + ["anomaly"] * 15)
+    found = evaluated(bundle, tmp_path / "data", group="file")
+    assert [(one.file, one.rows) for one in found.data.files] == [("x.csv", 30), ("y.csv", 30), ("z.csv", 30)]
+    assert found.data.windows == 3 * 6  # of 8 rows, a step of 4: none spans two files
+    assert found.data.groups == 3
+
+
 def test_rows_without_a_label_are_left_out_and_counted(tabular: Path, tmp_path: Path) -> None:
     labels = ["" if i % 3 == 0 else LABELS[CENTRE[i]] for i in range(600)]
     found = evaluated(tabular, labelled(tmp_path / "rows.csv", label=labels))

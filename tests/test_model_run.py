@@ -141,10 +141,18 @@ def test_rows_that_cannot_be_read_are_named_and_left_out(tabular: Path, tmp_path
     assert table(tmp_path / "out.csv")["row"] == ["1", "4", "5"]
 
 
+def test_results_of_partly_missing_input_are_counted(tabular: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a,b,c,d\n1,2,3,4\n1,,3,4\n,,,\n")
+    document = json.loads(run(tabular, tmp_path / "rows.csv", "-o", tmp_path / "out.csv", "--json").stdout)
+    assert (document["results"], document["partly_missing"], document["rejected"]) == (3, 2, 0)
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     windowed: Path, tmp_path: Path, suffix: str
 ) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
     source = write_csv(tmp_path / "rows.csv", ("u", "v"), waves(3000))
     over(windowed, source, tmp_path / f"whole{suffix}", 4096)
     out = tmp_path / f"killed{suffix}"

@@ -53,6 +53,7 @@ def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_j
         "signature": said,
         "rows": total.rows,
         "results": total.results,
+        "partly_missing": total.partly,
         "rejected": total.refused,
         "rejects": [{"file": r.file, "line": r.line, "reason": r.reason} for r in total.rejected],
         "seconds": round(time.monotonic() - begun, 3),
@@ -82,6 +83,8 @@ def _print(document: dict[str, Any]) -> None:
     click.echo(f"{name['name']} {name['version']}, signature: {document['signature']}")
     pace = document["rows"] / max(document["seconds"], 1e-3)
     click.echo(f"{document['out']}: {document['results']:,} results of {document['rows']:,} rows, {pace:,.0f} rows/s")
+    if document["partly_missing"]:
+        click.echo(f"{document['partly_missing']:,} results are of input that was partly missing")
     if not document["results"]:
         click.echo("no result: no row, or no whole window without a gap, is in the data")
     if document["rejected"]:

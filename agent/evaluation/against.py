@@ -9,9 +9,8 @@ import numpy as np
 from agent.drift.quality import Pairs, rounded
 from agent.errors import BadBundle, UsageError
 from agent.evaluation import answers, metrics
-from agent.evaluation.answers import Judge
 from agent.evaluation.document import Against, Span
-from agent.evaluation.examples import Examples
+from agent.evaluation.examples import Examples, answered
 from agent.evaluation.resampling import Units, share, span
 from agent.model import inference, probe
 from agent.model.bundle import Bundle
@@ -27,11 +26,10 @@ def measure(file: Path, bundle: Bundle, examples: Examples, own: Answers, pairs:
     head = bundle.files["manifest.json"]
     try:
         probe.probe(Bundle(bundle.manifest, "", {"manifest.json": head, "model.tflite": content}, "")).require()
-        judge = Judge(Inference(bundle.manifest, inference.load(bundle.manifest, content)))
+        float_model = Inference(bundle.manifest, inference.load(bundle.manifest, content))
     except BadBundle as problem:
         raise BadBundle(f"--float {file}: {problem}") from None
-    source = examples.source
-    theirs = judge.answers(source.rows, source.t, examples.starts, raw=True)
+    theirs = answered(float_model, examples.source, examples.starts)
     other = answers.pairs(bundle.manifest, theirs, examples.truth, examples.sets)
     kind = answers.kind_of(bundle.manifest)
     assert own.outputs is not None

@@ -48,11 +48,9 @@ class Judge:
     def __init__(self, inference: Inference) -> None:
         self.inference, self.manifest = inference, inference.manifest
 
-    def answers(self, rows: Floats, t: Ints, starts: Ints, *, raw: bool = False) -> Answers:
-        return self.inference.answer(rows, t, Cut(starts, len(rows)), raw=raw)
-
     def pairs(self, rows: Floats, t: Ints, starts: Ints, truth: Doubles, sets: NDArray[np.bool_] | None) -> Pairs:
-        return pairs(self.manifest, self.answers(rows, t, starts), truth, sets)
+        answers = self.inference.answer(rows, t, Cut(starts, len(rows)))
+        return pairs(self.manifest, answers, truth, sets)
 
 
 def pairs(manifest: Manifest, answers: Answers, truth: Doubles, sets: NDArray[np.bool_] | None) -> Pairs:

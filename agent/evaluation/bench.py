@@ -52,11 +52,14 @@ def make(judge: Judge, examples: Examples, units: Units) -> Bench:
     """Of at most MOST_WINDOWS windows, evenly from all."""
     inference = judge.inference
     history, rows = inference.history, inference.rows
-    whole = np.flatnonzero(examples.starts >= history)
+    begins = np.array([of.start for of in examples.source.files_rows()])[examples.source.part[examples.starts]]
+    whole = np.flatnonzero(examples.starts - begins >= history)
+    if not len(whole):
+        whole = np.arange(len(examples))
     most = max(1, min(MOST_WINDOWS, _MOST_VALUES // ((history + rows) * len(inference.fields)), len(whole)))
     picked = whole[np.linspace(0, len(whole) - 1, most).astype(np.int64)]
     some, of = examples.pick(picked), units.pick(picked)
-    extents = some.starts[:, None] + np.arange(-history, rows)
+    extents = np.maximum(some.starts[:, None] + np.arange(-history, rows), 0)
     windows, t = some.source.rows[extents], some.source.t[extents].reshape(-1)
     starts = np.arange(len(some)) * (history + rows) + history
     pairs = judge.pairs(windows.reshape(-1, windows.shape[2]), t, starts, some.truth, some.sets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +16,18 @@ from agent.errors import UsageError
 from agent.evaluation import blocks, tablefile
 from agent.evaluation.answers import kind_of
 from agent.evaluation.blocks import Texts
-from agent.model import features
-from agent.model.features import Floats, Ints
-from agent.model.inference import Inference
+from agent.model import features, scores
+from agent.model.features import Cut, Floats, Ints
+from agent.model.inference import Answers, Inference
 from agent.model.manifest import SEPARATOR, Manifest
 
 TRAINING = frozenset({"train", "training", "fit"})
-_PAUSE_US = 10_000_000_000
 FILE = "file"  # a column that every source has
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """All rows of some files: `rows` (n, F), `t` (n,) as written, `part` (n,) which file, `columns` of text (n,)."""
+    """All rows of some files: `rows` (n, F), `t` (n,) epoch µs, `part` (n,) which file, `columns` of text (n,)."""
 
     files: list[Path]
     rows: Floats
@@ -37,6 +37,11 @@ class Rows:
     columns: dict[str, Texts]
     timed: bool
     rejected: int
+
+    def files_rows(self) -> list[slice]:
+        """Which rows are of each file."""
+        ends = np.searchsorted(self.part, np.arange(len(self.files) + 1))
+        return [slice(int(a), int(b)) for a, b in pairwise(ends)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +63,6 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.starts)
-
-    def some(self, most: int) -> Examples:
-        """At most so many, evenly from all of them."""
-        if len(self) <= most:
-            return self
-        return self.pick(np.linspace(0, len(self) - 1, most).astype(np.int64))
 
     def pick(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> Examples:
         columns = {name: column[which] for name, column in self.columns.items()}
@@ -106,15 +105,8 @@ def read(path: Path, inference: Inference, texts: Sequence[str]) -> Rows:
 
 def windows(rows: Rows, inference: Inference, split: str | None = None) -> tuple[Ints, Ints]:
     """(first rows, last rows) of whole windows, none of which spans two files, or two splits. Raises UsageError."""
-    last_of_file = np.flatnonzero(np.diff(rows.part))
-    t = rows.t.copy()
-    if len(last_of_file):
-        # A step back in time ends a window, a long pause too: files follow each other with one.
-        begins = np.concatenate([[0], last_of_file + 1])
-        for before, begin in zip(last_of_file, begins[1:], strict=True):
-            if t[begin] >= t[before]:
-                t[begin:] -= t[begin] - t[before] + _PAUSE_US
-    starts = features.cut(t, inference.manifest.input.window).starts
+    window = inference.manifest.input.window
+    starts = np.concatenate([features.cut(rows.t[of], window).starts + of.start for of in rows.files_rows()])
     last = starts + inference.rows - 1
     if split is not None:
         whole = rows.columns[split][starts] == rows.columns[split][last]
@@ -124,6 +116,17 @@ def windows(rows: Rows, inference: Inference, split: str | None = None) -> tuple
             f"{rows.files[0]}: no {inference.rows} rows without a gap in {len(rows.rows)}, so not one window"
         )
     return starts, last
+
+
+def answered(inference: Inference, rows: Rows, starts: Ints) -> Answers:
+    """The answers for windows at `starts`, ascending, with raw outputs; each file is a stream of its own."""
+    found = []
+    for of in rows.files_rows():
+        some = starts[(starts >= of.start) & (starts < of.stop)] - of.start
+        found.append(inference.answer(rows.rows[of], rows.t[of], Cut(some, len(some)), raw=True))
+    outputs = np.concatenate([one.outputs for one in found if one.outputs is not None])
+    missing = np.concatenate([one.missing for one in found])
+    return Answers(Cut(starts, len(rows.rows)), scores.joined([one.scores for one in found]), missing, outputs)
 
 
 def labelled(rows: Rows, inference: Inference, label: str, columns: Sequence[str], split: str | None) -> Examples:

@@ -88,13 +88,12 @@ def evaluate(
     source = examples.read(request.data, inference, request.columns)
     found = examples.labelled(source, inference, request.label, request.columns, request.split)
     step(f"answering {len(found):,} windows")
-    judge = Judge(inference)
-    told = judge.answers(source.rows, source.t, found.starts, raw=True)
+    told = examples.answered(inference, source, found.starts)
     pairs = answers.pairs(bundle.manifest, told, found.truth, found.sets)
     _require_finite(pairs, request)
     units = _units(bundle, pairs, found, request)
     work = _Work(bundle, inference, request, source, found, told, pairs, units)
-    return _document(work, judge, signature, step, begun)
+    return _document(work, signature, step, begun)
 
 
 def _require_finite(pairs: Pairs, request: Request) -> None:
@@ -112,7 +111,7 @@ def _units(bundle: Bundle, pairs: Pairs, found: Examples, request: Request) -> U
     return resampling.units(off, group, request.group, request.seed)
 
 
-def _document(work: _Work, judge: Judge, signature: str, step: Callable[[str], None], begun: float) -> Evaluation:
+def _document(work: _Work, signature: str, step: Callable[[str], None], begun: float) -> Evaluation:
     manifest, request, found = work.bundle.manifest, work.request, work.examples
     kind, labels = answers.kind_of(manifest), manifest.output.labels
     measured = (
@@ -121,7 +120,7 @@ def _document(work: _Work, judge: Judge, signature: str, step: Callable[[str], N
         else metrics.measure(kind, labels, work.pairs, work.units)
     )
     sliced = {name: found.columns[name] for name in request.slices}
-    table = bench.make(judge, found, work.units)
+    table = bench.make(Judge(work.inference), found, work.units)
     step("looking for leaks")
     leaks = _leaks(work, table)
     suspicions, suspects = hints.noise(labels, work.pairs, found)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from agent.drift import intervals
 from agent.drift.codec import Floats, Ints
 from agent.drift.quality import rounded
+from agent.errors import UsageError
 from agent.evaluation.blocks import Texts
 from agent.evaluation.document import Span
 
@@ -43,20 +44,21 @@ class Units:
         each = np.bincount(code * size + place, minlength=units * size).reshape(units, size).astype(np.float64)
         return np.concatenate([each.sum(axis=0)[None], self.weights @ each])
 
-    def each(self) -> Floats:
-        """(REPLICATES, n) weights of the results."""
-        return self.weights[:, self.code]
-
     def pick(self, some: Ints) -> Units:
         """For a part of the results."""
         return Units(self.code[some], self.weights, self.alike, self.groups, self.told)
 
 
 def units(off: Floats, group: Texts | None, column: str | None, seed: int) -> Units:
-    """Groups of results where a column names them; else neighbours, as many as are alike in `off` (n,)."""
+    """Groups of results where a column names them; else neighbours, as many as are alike in `off` (n,).
+
+    Raises UsageError.
+    """
     n = len(off)
     if group is not None:
         names, code = np.unique(group, return_inverse=True)
+        if len(names) < 2:
+            raise UsageError(f"column {column} says {names[0]} everywhere: as a group it tells nothing apart")
         alike = intervals.design_of_groups(off, code)
         few = f"; {len(names)} groups cannot show how much groups differ" if len(names) < FEW_GROUPS else ""
         told = f"95 %, Bayesian bootstrap over the {len(names)} values of {column}{few}"

@@ -36,16 +36,21 @@ class Named(msgspec.Struct, frozen=True):
 
 
 class Totals(msgspec.Struct):
-    """What was read, answered and rejected; `rejected` names the first of `refused`."""
+    """What was read, answered and rejected; `rejected` names the first of `refused`.
+
+    `partly`: results of windows of which more is missing than the bundle allows without a word.
+    """
 
     rows: int = 0
     results: int = 0
+    partly: int = 0
     refused: int = 0
     rejected: list[Named] = msgspec.field(default_factory=list)
 
     def add(self, other: Totals) -> None:
         self.rows += other.rows
         self.results += other.results
+        self.partly += other.partly
         self.refused += other.refused
         self.rejected += other.rejected[: MOST_NAMED - len(self.rejected)]
 
@@ -114,6 +119,7 @@ class Work:
         number, answers = stream.feed(block.rows, block.t, block.number, raw=self._raw)
         part.write(number, answers)
         state.totals.results += len(number)
+        state.totals.partly += int((answers.missing > self.inference.manifest.input.max_missing).sum())
         state.totals.count(reader.path.name, len(block.rows), block.rejected)
         state.place = block.after
 
