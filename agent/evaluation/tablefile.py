@@ -17,6 +17,7 @@ from agent.model.features import Floats
 from agent.model.manifest import Input
 
 ROWS = 1 << 16
+_MOST_VALUES = 4_000_000  # of a block, so that many columns need no more memory than few
 NO_PYARROW = "Parquet needs pyarrow: pip install 'outstation[parquet]', or give CSV"
 
 
@@ -60,14 +61,14 @@ class ParquetFile:
 
     def blocks(self, place: Place) -> Iterator[Block]:
         wanted = list(dict.fromkeys([*self._fields, *self._texts, *(["t"] if self._timed else [])]))
-        through = 0
+        through, rows = 0, max(1, min(ROWS, _MOST_VALUES // len(wanted)))
         try:
             for group in range(self._file.metadata.num_row_groups):
                 size = self._file.metadata.row_group(group).num_rows
                 if through + size <= place.row:
                     through += size
                     continue
-                for batch in self._file.iter_batches(ROWS, row_groups=[group], columns=wanted):
+                for batch in self._file.iter_batches(rows, row_groups=[group], columns=wanted):
                     through += batch.num_rows
                     if through > place.row:
                         block = self._block(batch, place)
@@ -87,14 +88,16 @@ class ParquetFile:
         texts = {name: self._text(batch.column(name)) for name in self._texts}
         return Block(rows, t, number, Place(0, 0, place.row + n, int(t[-1])), texts)
 
-    def _numbers(self, column: Any) -> NDArray[np.float64]:
-        return np.asarray(column.cast(self._pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+    def _numbers(self, column: Any) -> NDArray[Any]:
+        if not self._pa.types.is_floating(column.type):
+            column = column.cast(self._pa.float64())
+        return np.asarray(column.to_numpy(zero_copy_only=False))
 
     def _seconds(self, column: Any) -> NDArray[np.float64]:
         if self._pa.types.is_timestamp(column.type):
             us = column.cast(self._pa.timestamp("us", column.type.tz), safe=False).cast(self._pa.int64())
-            return self._numbers(us) / 1e6
-        return self._numbers(column)
+            return np.asarray(self._numbers(us) / 1e6, np.float64)
+        return self._numbers(column).astype(np.float64)
 
     def _text(self, column: Any) -> Texts:
         return np.array(["" if v is None else str(v) for v in column.to_pylist()], np.str_)
