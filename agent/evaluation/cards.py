@@ -68,7 +68,7 @@ def both(found: Evaluation, author: Author) -> dict[str, Card]:
 def model_card(found: Evaluation, author: Author) -> Card:
     words, model = author.card, found.model
     card = Card(f"Model card: {model.name} {model.version}")
-    card.add("Model details", words.about, Table(("What", ""), list(_details(found, author))), words.training)
+    card.add("Model details", words.about, Table(("", ""), list(_details(found, author))), words.training)
     card.add("Intended use", words.intended_use, _for("Intended users", words.intended_users))
     card.add("Not meant for", words.out_of_scope)
     card.add("Factors", words.factors, _slices(found))
