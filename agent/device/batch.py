@@ -244,9 +244,7 @@ def _given(task: Task, store: Store, batch: Batch, answers: Answers) -> Given | 
     if not len(found) or not task.keep_results:
         return None
     ends = answers.cut.starts + task.window_rows - 1
-    names, said = [f.name for f in task.stream.fields], found.label
-    if found.anomaly is not None:
-        said = found.anomaly.astype(np.int64)
+    names, said = [f.name for f in task.stream.fields], scores.codes(found)
     told: dict[str, list[str]] = {}
     for one in task.config.slices:
         name = one if isinstance(one, str) else one.field

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift.truth import Truth
+from agent.drift.truth import NONE, SEPARATOR, Truth
 from agent.errors import UsageError
 from agent.model.features import Floats, Ints, matrix
-from agent.model.manifest import SEPARATOR, Input, Manifest
+from agent.model.manifest import Input, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,10 @@ class Labels:
     def _one(self, text: str) -> Any:
         if not self.several:
             return self.truth.read(text) if text else (np.nan if self.truth.kind == "regress" else -1)
-        said = {self.truth.read(part.strip()) for part in text.split(SEPARATOR)} if text else set()
-        return [float(i in said) for i in range(len(self.truth.labels))]
+        if not text:
+            return [-1] * len(self.truth.labels)
+        said = {self.truth.read(part.strip()) for part in text.split(SEPARATOR)} if text != NONE else set()
+        return [int(i in said) for i in range(len(self.truth.labels))]
 
 
 LABEL = "label"

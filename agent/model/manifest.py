@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from agent.drift.truth import NONE, SEPARATOR
 from agent.errors import BadBundle
 from agent.jsonkeys import check_keys
 from agent.names import is_name
@@ -15,8 +16,6 @@ from agent.names import is_name
 FORMAT = 2
 Numbers = list[float]
 Label = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-# Between the labels of one multi-label result.
-SEPARATOR = "|"
 MOST_TEXT = 4096
 # Members that an agent of format 1 would not know: where one is set the bundle is of format 2, elsewhere they are left
 # out, so that what was written as format 1 is written the same way today.
@@ -211,8 +210,10 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"thresholds has {len(self.thresholds)} entries for {len(self.labels)} labels")
         if self.thresholds and not self.multi_label:
             raise ValueError("thresholds are for multi_label = true")
-        if self.multi_label and any(SEPARATOR in label for label in self.labels):
-            raise ValueError(f"a label holds {SEPARATOR!r}, which stands between labels of a multi-label result")
+        if self.multi_label and any(SEPARATOR in label or label == NONE for label in self.labels):
+            raise ValueError(
+                f"a label holds {SEPARATOR!r}, which stands between labels, or is {NONE!r}, which means none"
+            )
         if self.multi_label and len(SEPARATOR.join(self.labels)) > MOST_TEXT:
             raise ValueError(f"labels: all of a multi-label model are at most {MOST_TEXT} characters; shorten them")
         if self.multi_label and self.activation == "softmax":
