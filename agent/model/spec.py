@@ -12,6 +12,7 @@ import msgspec
 from agent import config
 from agent.errors import BadBundle, ConfigError
 from agent.model import manifest
+from agent.model.definition import Derived
 from agent.model.manifest import Manifest
 
 
@@ -32,7 +33,7 @@ class SpecInput(config.Section, frozen=True, kw_only=True):
     std: list[float] = msgspec.field(default_factory=list)
     scale: Annotated[float, msgspec.Meta(gt=0)] | None = None
     scaling: Literal["fixed", "window"] = "fixed"
-    derived: list[manifest.Derived] = msgspec.field(default_factory=list)
+    derived: list[Derived] = msgspec.field(default_factory=list)
     order: list[str] = msgspec.field(default_factory=list)
     max_gap_s: float | None = None
     max_missing: float = 0.0
