@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from agent.drift.truth import NONE, SEPARATOR, Truth
 from agent.errors import UsageError
+from agent.model import parquet, recordings
 from agent.model.features import Floats, Ints, matrix
 from agent.model.manifest import Input, Manifest
 
@@ -59,7 +60,6 @@ class Labels:
 
 
 LABEL = "label"
-_PARQUET = (".parquet", ".pq")
 _MOST_LABELS = 4096
 
 
@@ -98,7 +98,9 @@ def read(path: Path, spec: Input, labels: Labels | None = None) -> Data:
     try:
         if path.suffix == ".npz":
             return _recordings(path, spec)
-        return _parquet(path, spec, labels) if path.suffix in _PARQUET else _csv(path, spec, labels)
+        if spec.image is not None or spec.sound is not None:
+            return _files(path, spec, labels)
+        return _parquet(path, spec, labels) if path.suffix in parquet.SUFFIXES else _csv(path, spec, labels)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UNREADABLE as error:
@@ -160,6 +162,18 @@ def _recordings(path: Path, spec: Input) -> Data:
     return Data(rows, t, None if label is None else label[which])
 
 
+def _files(path: Path, spec: Input, labels: Labels | None) -> Data:
+    """Images or sounds; those in subfolders are labelled with their folder's name."""
+    found = recordings.files(path, spec)
+    parts, t = recordings.read(found, spec)
+    rows = np.concatenate(parts)
+    if labels is None or all(one.parent == path for one in found) or path.is_file():
+        return Data(rows, t, None)
+    texts = sorted({one.parent.name for one in found})
+    codes = np.repeat([texts.index(one.parent.name) for one in found], [len(part) for part in parts])
+    return Data(rows, t, labels.column(texts, codes.astype(np.int64)))
+
+
 def _csv(path: Path, spec: Input, labels: Labels | None) -> Data:
     """The first line names the columns; `t`, if there, is epoch seconds; an empty cell is a missing value."""
     texts: dict[str, int] = {}
@@ -208,43 +222,13 @@ def _cells(
 
 
 def _parquet(path: Path, spec: Input, labels: Labels | None) -> Data:
-    arrow, parquet = _arrow(path)
-    try:
-        names = parquet.read_schema(path).names
-        _places(names, spec.fields)
-        more = ["t"] * ("t" in names) + [LABEL] * (labels is not None and LABEL in names)
-        table = parquet.read_table(path, columns=[*spec.fields, *more])
-        for name in spec.fields:
-            if not (arrow.types.is_integer(kind := table.schema.field(name).type) or arrow.types.is_floating(kind)):
-                raise ValueError(f"column {name} holds {kind}, not numbers")
-        columns = [table.column(name).cast(arrow.float64()).to_numpy() for name in spec.fields]
-        t = _parquet_times(arrow, table) if "t" in more else np.arange(table.num_rows, dtype=np.int64)
-        found = None
-        if labels is not None and LABEL in more:
-            coded = table.column(LABEL).cast(arrow.string()).fill_null("").combine_chunks().dictionary_encode()
-            found = labels.column(coded.dictionary.to_pylist(), coded.indices.to_numpy().astype(np.int64))
-    except arrow.ArrowException as error:
-        raise ValueError(f"no Parquet that can be read: {error}") from None
-    return Data(matrix(columns), t, found)
-
-
-def _arrow(path: Path) -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UsageError(f"{path}: Parquet needs pyarrow: pip install 'outstation[parquet]', or give CSV") from None
-    return pyarrow, pyarrow.parquet
-
-
-def _parquet_times(arrow: Any, table: Any) -> Ints:
-    column = table.column("t")
-    if column.null_count:
-        raise ValueError("a row has no time in column t")
-    if arrow.types.is_timestamp(column.type):
-        times: Ints = column.cast(arrow.timestamp("us"), safe=False).cast(arrow.int64()).to_numpy()
-        return times
-    return _times(column.cast(arrow.float64()).to_numpy())
+    there = parquet.names(path)
+    _places(there, spec.fields)
+    labelled = labels is not None and LABEL in there
+    found = parquet.read(path, spec.fields, "t" if "t" in there else None, LABEL if labelled else None)
+    t = np.arange(len(found.columns[0]), dtype=np.int64) if found.seconds is None else _times(found.seconds)
+    label = labels.column(found.texts, found.codes) if labels is not None and found.codes is not None else None
+    return Data(matrix(found.columns), t, label)
 
 
 def _places(names: Sequence[str], fields: Iterable[str]) -> list[int]:
@@ -260,7 +244,7 @@ def columns(path: Path) -> tuple[list[str], list[str]]:
     Raises UsageError.
     """
     try:
-        return _parquet_columns(path) if path.suffix in _PARQUET else _csv_columns(path)
+        return _parquet_columns(path) if path.suffix in parquet.SUFFIXES else _csv_columns(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UNREADABLE as error:
@@ -289,11 +273,7 @@ def _is_number(text: str) -> bool:
 
 
 def _parquet_columns(path: Path) -> tuple[list[str], list[str]]:
-    arrow, parquet = _arrow(path)
-    schema = parquet.read_schema(path)
-    numbers = [f.name for f in schema if arrow.types.is_integer(f.type) or arrow.types.is_floating(f.type)]
-    found = (
-        parquet.read_table(path, columns=[LABEL]).column(LABEL).unique().to_pylist() if LABEL in schema.names else []
-    )
-    names = [name for name in numbers if name not in ("t", LABEL)]
-    return names, sorted(str(one) for one in found if one is not None)[:_MOST_LABELS]
+    numbers = [name for name in parquet.names(path, numbers=True) if name not in ("t", LABEL)]
+    if LABEL not in parquet.names(path):
+        return numbers, []
+    return numbers, sorted({*parquet.read(path, [], None, LABEL).texts} - {""})[:_MOST_LABELS]

@@ -10,7 +10,7 @@ import msgspec
 from agent.drift.truth import NONE, SEPARATOR
 from agent.errors import BadBundle
 from agent.jsonkeys import check_keys
-from agent.model.definition import Derived, Isotonic, Label, Numbers
+from agent.model.definition import Derived, Image, Isotonic, Label, Numbers, Sound
 from agent.names import is_name
 
 FORMAT = 2
@@ -18,7 +18,7 @@ MOST_TEXT = 4096
 # Members that an agent of format 1 would not know: where one is set the bundle is of format 2, elsewhere they are left
 # out, so that what was written as format 1 is written the same way today.
 SINCE_2 = {
-    "input": ("definition", "derived", "order", "max_gap_s", "scaling", "max_missing"),
+    "input": ("definition", "derived", "order", "max_gap_s", "scaling", "max_missing", "image", "sound"),
     "output": ("tensor", "multi_label", "thresholds", "names", "units", "distance", "centroid", "isotonic"),
 }
 
@@ -39,11 +39,12 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the model is given: `fields` and `derived` features, or those of them in `order`, each (x - mean) / std.
 
     `window` None: one row an inference. `scaling` "window": each column less its own mean in the window, divided by its
-    own spread there. `max_gap_s` ends the history of derived features where there is no window. `definition` is the
-    version of how features are computed. Above a share of `max_missing` values a result says how many were missing.
+    own spread there. `image` or `sound`: what rows are made of. `max_gap_s` ends the history of derived features where
+    there is no window. `definition` is the version of how features are computed. Above a share of `max_missing` values
+    a result says how many were missing.
     """
 
-    fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=4096)]
+    fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=6144)]
     units: list[str] = []
     window: Windowing | None = None
     mean: Numbers = []
@@ -54,6 +55,8 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_gap_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     scaling: Literal["fixed", "window"] = "fixed"
     max_missing: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    image: Image | None = None
+    sound: Sound | None = None
 
     def __post_init__(self) -> None:
         if self.definition > 1:
@@ -75,6 +78,20 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if len(self.units) not in (0, len(self.fields)):
             raise ValueError(f"units has {len(self.units)} entries for {len(self.fields)} fields")
         self._check_scaling()
+        self._check_made()
+
+    def _check_made(self) -> None:
+        """Of an image or sound the rows follow from it."""
+        if self.image is not None and self.sound is not None:
+            raise ValueError("image and sound: rows are made of one of them")
+        if (made := self.image or self.sound) is not None and self.fields != made.columns:
+            raise ValueError(f"fields of an image or sound are {made.columns[0]} to {made.columns[-1]}")
+        if self.image is not None:
+            one = (self.image.height, self.image.height)
+            if self.window is None or (self.window.rows, self.window.step) != one:
+                raise ValueError(f"the window of an image is its rows: rows = step = {self.image.height}")
+        if self.sound is not None and self.window is not None and self.window.max_gap_s is None:
+            raise ValueError("the window of a sound needs max_gap_s, so that none reaches from one file into the next")
 
     def _check_scaling(self) -> None:
         what = "features" if self.derived or self.order else "fields"

@@ -18,6 +18,7 @@ _ROWS = 64
 _CLOSE = 0.02
 # More fields than a person would list.
 _LISTED = 64
+_SMALLEST_IMAGE = 16
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -155,6 +156,8 @@ def spec(outline: Outline, model: str, name: str, table: Table | None = None) ->
 
 
 def _input(given: Tensor, table: Table | None) -> list[str]:
+    if (picture := _image(given)) is not None:
+        return ["[input]", picture, "# Where the data are rows instead: fields, and window = { rows, step }."]
     rows, width, why = shape(given.shape)
     columns = list(table.columns) if table and len(table.columns) == width else []
     lines = ["[input]"]
@@ -171,6 +174,17 @@ def _input(given: Tensor, table: Table | None) -> list[str]:
         lines.append(f"# The input holds {given.limits[0]:.4g} to {given.limits[1]:.4g}; what is beyond is cut off.")
     lines.append("# mean = […] and std = […], one for each field, where the model was trained on (x - mean) / std.")
     return lines
+
+
+def _image(given: Tensor) -> str | None:
+    """Where the tensor has the shape of one: all 256 values of a pixel over what a quantized one can hold."""
+    if len(given.shape) != 3 or given.shape[2] not in (1, 3) or min(given.shape[:2]) < _SMALLEST_IMAGE:
+        return None
+    height, width, channels = given.shape
+    low, high = given.limits or (0.0, 1.0)
+    scaled = f"scale = {(high - low) / 255:.10g}, offset = {low:.10g}"
+    told = "pixel · scale + offset, as in training"
+    return f"image = {{ width = {width}, height = {height}, channels = {channels}, {scaled} }}  # {told}"
 
 
 def shape(dims: Sequence[int]) -> tuple[int, int, str]:
