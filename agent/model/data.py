@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import tokenize
 import zipfile
 import zlib
@@ -238,20 +239,26 @@ def _places(names: Sequence[str], fields: Iterable[str]) -> list[int]:
     return [names.index(name) for name in fields]
 
 
-def columns(path: Path) -> tuple[list[str], list[str]]:
-    """The columns of numbers of a table, without `t`, and the different texts in column `label`.
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a table holds: its columns of numbers, without `t`, its rows, and the different texts in column `label`."""
 
-    Raises UsageError.
-    """
+    columns: list[str]
+    rows: int
+    labels: list[str]
+
+
+def head(path: Path) -> Head:
+    """Raises UsageError."""
     try:
-        return _parquet_columns(path) if path.suffix in parquet.SUFFIXES else _csv_columns(path)
+        return _parquet_head(path) if path.suffix in parquet.SUFFIXES else _csv_head(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UNREADABLE as error:
         raise UsageError(f"{path}: not a table: {error}") from None
 
 
-def _csv_columns(path: Path) -> tuple[list[str], list[str]]:
+def _csv_head(path: Path) -> Head:
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file)
         header = [name.strip() for name in next(lines, [])]
@@ -259,9 +266,12 @@ def _csv_columns(path: Path) -> tuple[list[str], list[str]]:
         if first is None or len(first) != len(header):
             raise ValueError("there is no row in it" if first is None else "its first row has not a cell a column")
         names = [name for name, cell in zip(header, first, strict=True) if _is_number(cell)]
-        at = header.index(LABEL) if LABEL in header else None
-        found = {line[at].strip() for line in (first, *lines) if at is not None and at < len(line)} - {""}
-    return [name for name in names if name not in ("t", LABEL)], sorted(found)[:_MOST_LABELS]
+        at = header.index(LABEL) if LABEL in header else len(header)
+        rows, found = 0, set[str]()
+        for line in itertools.chain([first], lines):
+            rows += bool(line)
+            found.update(cell.strip() for cell in line[at : at + 1])
+    return Head([name for name in names if name not in ("t", LABEL)], rows, sorted(found - {""})[:_MOST_LABELS])
 
 
 def _is_number(text: str) -> bool:
@@ -272,8 +282,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _parquet_columns(path: Path) -> tuple[list[str], list[str]]:
+def _parquet_head(path: Path) -> Head:
     numbers = [name for name in parquet.names(path, numbers=True) if name not in ("t", LABEL)]
-    if LABEL not in parquet.names(path):
-        return numbers, []
-    return numbers, sorted({*parquet.read(path, [], None, LABEL).texts} - {""})[:_MOST_LABELS]
+    labels = {*parquet.read(path, [], None, LABEL).texts} - {""} if LABEL in parquet.names(path) else set[str]()
+    return Head(numbers, parquet.count(path), sorted(labels)[:_MOST_LABELS])

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
+from agent.drift.reference import FEWEST
+from agent.model.manifest import DriftWindow
+
 if TYPE_CHECKING:
     from agent.model.runtime import Model
 
@@ -19,6 +22,8 @@ _CLOSE = 0.02
 # More fields than a person would list.
 _LISTED = 64
 _SMALLEST_IMAGE = 16
+# Model windows of a drift reference: the fewest drift windows, of the usual length.
+_REFERENCE = FEWEST * DriftWindow().window
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -87,10 +92,11 @@ def _answers(model: Model) -> Answers:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Of data beside the model: its columns of numbers, and the labels in it."""
+    """Of data beside the model: its columns of numbers, its rows, and the labels in it."""
 
     path: str
     columns: Sequence[str]
+    rows: int
     labels: Sequence[str]
 
 
@@ -144,7 +150,7 @@ def spec(outline: Outline, model: str, name: str, table: Table | None = None) ->
     data = _toml(table.path) if table else '"readings.csv"'
     off = "" if table else "# "
     lines += [
-        f"{off}reference = {data}  # readings in which nothing is wrong: what drift, and a threshold, are told from",
+        _reference(outline.inputs[0], data, table),
         f"{off}golden = {data}  # a few inputs, so that a device can prove that its CPU computes what this one does",
         '# card = { model = "MODEL_CARD.md", data = "DATA_CARD.md" }',
         "",
@@ -153,6 +159,15 @@ def spec(outline: Outline, model: str, name: str, table: Table | None = None) ->
         *_output(outline, made),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _reference(given: Tensor, data: str, table: Table | None) -> str:
+    told = "readings in which nothing is wrong: what drift, and a threshold, are told from"
+    windows = table.rows // shape(given.shape)[0] if table else 0
+    if table and windows < _REFERENCE:
+        told = f"{windows} windows of readings; from {_REFERENCE} on devices can watch for drift"
+        return f"# reference = {data}  # {told}"
+    return f"{'' if table else '# '}reference = {data}  # {told}"
 
 
 def _input(given: Tensor, table: Table | None) -> list[str]:

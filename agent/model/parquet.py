@@ -35,6 +35,15 @@ def names(path: Path, *, numbers: bool = False) -> list[str]:
         raise ValueError(f"no Parquet that can be read: {error}") from None
 
 
+def count(path: Path) -> int:
+    """Its rows. Raises ValueError."""
+    arrow, parquet = _arrow(path)
+    try:
+        return int(parquet.read_metadata(path).num_rows)
+    except arrow.ArrowException as error:
+        raise ValueError(f"no Parquet that can be read: {error}") from None
+
+
 def read(path: Path, wanted: Sequence[str], time: str | None, text: str | None) -> Table:
     """`time` is a column of seconds or timestamps, `text` one of texts. Raises ValueError."""
     arrow, parquet = _arrow(path)
