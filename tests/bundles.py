@@ -86,6 +86,9 @@ ANOMALY = Recipe(
     window=f"window = {{ rows = {WINDOW}, step = 4, max_gap_s = 0.5 }}",
     drift_window=10,
 )
+EACH = ("warm", "damp", "loud")
+SEVERAL = Recipe("classify", "each_label", labels=EACH, output="multi_label = true\nthresholds = [0.5, 0.2, 0.9]")
+VECTORS = Recipe("embedding", "vectors", output="quantile = 0.9")
 RECIPES = {"int8": CLASSIFY, "float32": FLOAT, "uint8": UINT8, "regress": REGRESS, "anomaly": ANOMALY}
 
 

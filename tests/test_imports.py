@@ -46,6 +46,7 @@ ONLY = {
     "ai_edge_litert": {"agent.model.runtime"},
     "tflite_runtime": {"agent.model.runtime"},
     "resvg_py": {"agent.picture.png"},
+    "PIL": {"agent.model.images"},
 }
 # wire/ and drift/ are pure: these libraries and no other, nothing of the system but for the key files.
 PURE = {"drift": {"msgspec", "numpy"}, "wire": {"cryptography", "msgspec"}}

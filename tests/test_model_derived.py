@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agent.model import derived, features
+from agent.model.definition import Derived
 from agent.model.inference import Inference
-from agent.model.manifest import Derived, Input, Manifest, Output, Windowing
+from agent.model.manifest import Input, Manifest, Output, Windowing
 from agent.model.runtime import Model
 
 Floats = NDArray[np.float32]

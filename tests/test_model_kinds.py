@@ -20,12 +20,24 @@ from agent.model.bundle import Bundle
 from agent.model.inference import Answers, Inference
 from agent.wire.keys import SigningKey
 from agent.wire.messages import Results
-from tests.bundles import CENTRES, KEY, LABELS, Recipe, change_manifest, packed, readings, write_csv, write_spec
+from tests.bundles import (
+    CENTRES,
+    EACH,
+    KEY,
+    LABELS,
+    SEVERAL,
+    VECTORS,
+    Recipe,
+    change_manifest,
+    packed,
+    readings,
+    write_csv,
+    write_spec,
+)
 from tests.devices import STEP_US, T0, Device, columns, tiles
 
 Floats = NDArray[np.float32]
 BIAS = -np.square(CENTRES).sum(axis=1) / 2
-EACH = ("warm", "damp", "loud")
 SOFTMAX = 'activation = "softmax"'
 # Type of the tensors → how far from exact sums its rounding may lead.
 ALLOWED = {"float32": 1e-5, "float16": 1e-5, "hybrid": 0.1, "int8": 0.5, "uint8": 0.5, "int16": 0.1}
@@ -33,10 +45,8 @@ TYPES = tuple(ALLOWED)
 SUMS = {kind: Recipe("classify", f"sums_{kind}", labels=LABELS, output=SOFTMAX) for kind in TYPES}
 HELD = replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "held.csv"')
 BINARY = Recipe("classify", "one_sigmoid", labels=("off", "on"), output='activation = "sigmoid"\nthreshold = 0.9')
-SEVERAL = Recipe("classify", "each_label", labels=EACH, output="multi_label = true\nthresholds = [0.5, 0.2, 0.9]")
 CHOSEN = Recipe("classify", "each_label_and_sums", labels=LABELS, output=f'tensor = "sums"\n{SOFTMAX}')
 NAMED = Recipe("regress", "two_values", output='names = ["power", "total"]\nunits = ["W", "W"]')
-VECTORS = Recipe("embedding", "vectors", output="quantile = 0.9")
 ANGLES = Recipe("embedding", "vectors_int8", output='distance = "cosine"')
 HISTORY = Recipe(
     "classify",
@@ -132,14 +142,14 @@ def test_each_label_is_said_by_itself_and_its_probability_told(active: Load) -> 
     answers = answered(found, rows)
     p = sigmoid(rows @ CENTRES.T + BIAS)
     said = p > np.array([0.5, 0.2, 0.9])
-    texts = ["|".join(name for name, is_said in zip(EACH, row, strict=True) if is_said) for row in said]
+    texts = ["|".join(name for name, is_said in zip(EACH, row, strict=True) if is_said) or "-" for row in said]
     assert {text.count("|") for text in texts} == {0, 1}
-    assert "" in texts
+    assert "-" in texts
     assert scores.texts(answers.scores, found.bundle.manifest) == texts
     assert list(answers.scores.more) == ["score_warm", "score_damp", "score_loud"]
     for i, probability in enumerate(answers.scores.more.values()):
         np.testing.assert_allclose(probability, np.maximum(p[:, i], 1e-6), atol=1e-5)
-    np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(said, p, 1 - p).min(axis=1), atol=1e-5)
+    np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(said, p, 1 - p).prod(axis=1), atol=1e-5)
 
 
 def test_the_output_that_is_named_is_the_one_that_counts(active: Load) -> None:
@@ -380,7 +390,7 @@ def test_scores_that_are_right_already_stay_as_they_are(tmp_path: Path) -> None:
 def test_labels_of_a_model_that_says_several_calibrate_it_too(tmp_path: Path) -> None:
     def drawn(rows: Floats) -> list[str]:
         said = np.random.default_rng(2).random((len(rows), 3)) < sigmoid((rows @ CENTRES.T + BIAS) / 3)
-        return ["|".join(name for name, yes in zip(EACH, row, strict=True) if yes) or EACH[0] for row in said]
+        return ["|".join(name for name, yes in zip(EACH, row, strict=True) if yes) or "-" for row in said]
 
     spec = write_spec(tmp_path, replace(SEVERAL, output='multi_label = true\ncalibrate = "held.csv"'))
     labelled_rows(tmp_path / "held.csv", 2000, drawn)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from agent import __version__, clock, config
 from agent.clock import Now
 from agent.config import Stream
+from agent.device import columns
 from agent.device.author import Author
 from agent.device.storage.given import Given
 from agent.device.storage.rows import EMPTY, Rows, concatenate
@@ -187,55 +187,27 @@ def _results(
     ends = cut.starts + task.window_rows - 1
     listed = _published(task, found, names)
     missing = np.where(answers.missing > task.bundle.manifest.input.max_missing, answers.missing, 0)
-    heads = sum(len(json.dumps(name, ensure_ascii=False).encode()) + 4 for name in found.more)
-    most = max(1, (author.max_bytes - 2_000 - 1_200 - heads) // _result_bytes(found, names))
+    most = columns.most(author.max_bytes - 2_000 - 1_200, found, names)
     first_row, count, done = 0, len(cut.starts), 0
     while True:
         stop = min(count, done + most)
         through = cut.consumed if stop == count else int(cut.starts[stop - 1]) + task.step
         picked = np.flatnonzero(listed[done:stop]) + done
-        columns: dict[str, Any] = {
+        listing: dict[str, Any] = {
             "row": (ends[picked] + batch.first).tolist(),
             "t": batch.rows.t[ends[picked]].tolist(),
         }
-        columns |= _columns(found, names, picked)
-        if missing[picked].any():
-            columns["missing"] = _rounded(missing[picked], 3)
+        listing |= columns.of(found, names, missing, picked)
         rows = [batch.first + first_row, batch.first + through - 1]
-        body = _body(task, rows, stop - done, batch.rows.slice(first_row, through), columns)
+        body = _body(task, rows, stop - done, batch.rows.slice(first_row, through), listing)
         if incomplete := int(np.count_nonzero(missing[done:stop])):
             body["incomplete"] = incomplete
         # Where model windows overlap, the last result's row comes after the last row that is used up.
-        last = max([rows[1], *columns["row"][-1:]])
+        last = max([rows[1], *listing["row"][-1:]])
         yield body | _clocks(within(batch.stamps, rows[0], last), author, announced)
         first_row, done = through, stop
         if done == count:
             return
-
-
-def _result_bytes(found: Scores, names: list[str] | None) -> int:
-    """What a result costs at most: two numbers of 16 digits, each of score and value, its label, their commas."""
-    longest = max((len(json.dumps(name, ensure_ascii=False).encode()) for name in set(names or ())), default=0)
-    return 56 + longest + 16 * len(found.more)
-
-
-def _columns(found: Scores, names: list[str] | None, picked: NDArray[np.int64]) -> dict[str, Any]:
-    """Label, score, value and what more there is of the results that are listed."""
-    columns: dict[str, Any] = {}
-    if names is not None:
-        columns["label"] = [names[i] for i in picked]
-    if found.score is not None:
-        columns["score"] = _rounded(found.score[picked], 4)
-    if found.value is not None:
-        columns["value"] = [float(f"{v:.6g}") for v in found.value[picked]]
-    for name, values in found.more.items():
-        columns[name] = [float(f"{v:.6g}") for v in values[picked]]
-    return columns
-
-
-def _rounded(values: NDArray[Any], digits: int) -> list[float]:
-    rounded: list[float] = np.round(values.astype(np.float64), digits).tolist()
-    return rounded
 
 
 def _given(task: Task, store: Store, batch: Batch, answers: Answers) -> Given | None:
@@ -244,9 +216,7 @@ def _given(task: Task, store: Store, batch: Batch, answers: Answers) -> Given | 
     if not len(found) or not task.keep_results:
         return None
     ends = answers.cut.starts + task.window_rows - 1
-    names, said = [f.name for f in task.stream.fields], found.label
-    if found.anomaly is not None:
-        said = found.anomaly.astype(np.int64)
+    names, said = [f.name for f in task.stream.fields], scores.codes(found)
     told: dict[str, list[str]] = {}
     for one in task.config.slices:
         name = one if isinstance(one, str) else one.field

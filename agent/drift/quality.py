@@ -2,6 +2,7 @@
 
 - classify: accuracy (Wilson), F1 macro, micro and of each class, Brier, ECE on bins of equal mass (Nguyen & O'Connor
   2015; ties stay together)
+- several (labels a result): accuracy is of results whose labels are all right; F1 macro and of each label
 - regress: MAE, RMSE, R²
 - anomaly: AUC (ties count half), and accuracy and F1 where the bundle has a threshold
 Brier is of the named class, mean (p - right)², unless all probabilities are known: then the sum over classes.
@@ -121,6 +122,8 @@ def _parts(kind: str, labels: Sequence[str], pairs: Pairs) -> Iterator[tuple[lis
     if pairs.said is not None and kind == "anomaly":
         meant, said = truth.astype(np.int64), pairs.said
         yield [("f1", "", n)], lambda w: [float(f1(meant, said, 2, w)[1])]
+    elif pairs.said is not None and kind == "several":
+        yield from _of_labels(labels, truth.astype(np.int64), pairs.said)
     elif pairs.said is not None:
         yield from _of_classes(labels, pairs, truth.astype(np.int64), pairs.said)
 
@@ -148,6 +151,17 @@ def _of_classes(
 
     named = [("f1", f"class={labels[i]}", int(support[i])) for i in shown]
     yield [("f1_macro", "", n), ("f1_micro", "", n), *named], scores
+
+
+def _of_labels(labels: Sequence[str], truth: Ints, said: Ints) -> Iterator[tuple[list[tuple[str, str, int]], Weighted]]:
+    meant, told = [[codes >> i & 1 for i in range(len(labels))] for codes in (truth, said)]
+
+    def scores(w: Floats) -> list[float]:
+        each = np.array([f1(one, other, 2, w)[1] for one, other in zip(meant, told, strict=True)])
+        return [macro(each) if np.isfinite(each).any() else math.nan, *each.tolist()]
+
+    named = [("f1", f"class={label}", int(one.sum())) for label, one in zip(labels, meant, strict=True)]
+    yield [("f1_macro", "", len(truth)), *named], scores
 
 
 def f1(truth: Ints, said: Ints, count: int, w: Floats) -> Floats:

@@ -30,8 +30,10 @@ def begin(tflite: Path, out: Path | None, table: Path | None) -> Begun:
     except BadBundle as problem:
         raise BadBundle(f"{tflite}: {problem}") from None
     beside = out.resolve().parent if out else Path.cwd()
-    columns, labels = data.columns(table) if table else ((), ())
-    seen = outline.Table(_relative(table, beside), columns, labels) if table else None
+    seen = None
+    if table is not None:
+        head = data.head(table)
+        seen = outline.Table(_relative(table, beside), head.columns, head.rows, head.labels)
     made = outline.guess(found)
     return Begun(outline.spec(found, _relative(tflite, beside), tflite.stem, seen), made.kind, made.why)
 

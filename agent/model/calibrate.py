@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from agent.drift import quality
 from agent.errors import UsageError
 from agent.model import scores
+from agent.model.definition import Isotonic
 from agent.model.features import Floats, Ints
-from agent.model.manifest import Isotonic, Manifest, Output
+from agent.model.manifest import Manifest, Output
 from agent.model.scores import Scores
 
 # Fewer labelled results say nothing about how often a score is right.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import tokenize
 import zipfile
 import zlib
@@ -18,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift.truth import Truth
+from agent.drift.truth import NONE, SEPARATOR, Truth
 from agent.errors import UsageError
+from agent.model import parquet, recordings
 from agent.model.features import Floats, Ints, matrix
-from agent.model.manifest import SEPARATOR, Input, Manifest
+from agent.model.manifest import Input, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,13 @@ class Labels:
     def _one(self, text: str) -> Any:
         if not self.several:
             return self.truth.read(text) if text else (np.nan if self.truth.kind == "regress" else -1)
-        said = {self.truth.read(part.strip()) for part in text.split(SEPARATOR)} if text else set()
-        return [float(i in said) for i in range(len(self.truth.labels))]
+        if not text:
+            return [-1] * len(self.truth.labels)
+        said = {self.truth.read(part.strip()) for part in text.split(SEPARATOR)} if text != NONE else set()
+        return [int(i in said) for i in range(len(self.truth.labels))]
 
 
 LABEL = "label"
-_PARQUET = (".parquet", ".pq")
 _MOST_LABELS = 4096
 
 
@@ -96,7 +99,9 @@ def read(path: Path, spec: Input, labels: Labels | None = None) -> Data:
     try:
         if path.suffix == ".npz":
             return _recordings(path, spec)
-        return _parquet(path, spec, labels) if path.suffix in _PARQUET else _csv(path, spec, labels)
+        if spec.image is not None or spec.sound is not None:
+            return _files(path, spec, labels)
+        return _parquet(path, spec, labels) if path.suffix in parquet.SUFFIXES else _csv(path, spec, labels)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UNREADABLE as error:
@@ -158,6 +163,18 @@ def _recordings(path: Path, spec: Input) -> Data:
     return Data(rows, t, None if label is None else label[which])
 
 
+def _files(path: Path, spec: Input, labels: Labels | None) -> Data:
+    """Images or sounds; those in subfolders are labelled with their folder's name."""
+    found = recordings.files(path, spec)
+    parts, t = recordings.read(found, spec)
+    rows = np.concatenate(parts)
+    if labels is None or all(one.parent == path for one in found) or path.is_file():
+        return Data(rows, t, None)
+    texts = sorted({one.parent.name for one in found})
+    codes = np.repeat([texts.index(one.parent.name) for one in found], [len(part) for part in parts])
+    return Data(rows, t, labels.column(texts, codes.astype(np.int64)))
+
+
 def _csv(path: Path, spec: Input, labels: Labels | None) -> Data:
     """The first line names the columns; `t`, if there, is epoch seconds; an empty cell is a missing value."""
     texts: dict[str, int] = {}
@@ -206,43 +223,13 @@ def _cells(
 
 
 def _parquet(path: Path, spec: Input, labels: Labels | None) -> Data:
-    arrow, parquet = _arrow(path)
-    try:
-        names = parquet.read_schema(path).names
-        _places(names, spec.fields)
-        more = ["t"] * ("t" in names) + [LABEL] * (labels is not None and LABEL in names)
-        table = parquet.read_table(path, columns=[*spec.fields, *more])
-        for name in spec.fields:
-            if not (arrow.types.is_integer(kind := table.schema.field(name).type) or arrow.types.is_floating(kind)):
-                raise ValueError(f"column {name} holds {kind}, not numbers")
-        columns = [table.column(name).cast(arrow.float64()).to_numpy() for name in spec.fields]
-        t = _parquet_times(arrow, table) if "t" in more else np.arange(table.num_rows, dtype=np.int64)
-        found = None
-        if labels is not None and LABEL in more:
-            coded = table.column(LABEL).cast(arrow.string()).fill_null("").combine_chunks().dictionary_encode()
-            found = labels.column(coded.dictionary.to_pylist(), coded.indices.to_numpy().astype(np.int64))
-    except arrow.ArrowException as error:
-        raise ValueError(f"no Parquet that can be read: {error}") from None
-    return Data(matrix(columns), t, found)
-
-
-def _arrow(path: Path) -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UsageError(f"{path}: Parquet needs pyarrow: pip install 'outstation[parquet]', or give CSV") from None
-    return pyarrow, pyarrow.parquet
-
-
-def _parquet_times(arrow: Any, table: Any) -> Ints:
-    column = table.column("t")
-    if column.null_count:
-        raise ValueError("a row has no time in column t")
-    if arrow.types.is_timestamp(column.type):
-        times: Ints = column.cast(arrow.timestamp("us"), safe=False).cast(arrow.int64()).to_numpy()
-        return times
-    return _times(column.cast(arrow.float64()).to_numpy())
+    there = parquet.names(path)
+    _places(there, spec.fields)
+    labelled = labels is not None and LABEL in there
+    found = parquet.read(path, spec.fields, "t" if "t" in there else None, LABEL if labelled else None)
+    t = np.arange(len(found.columns[0]), dtype=np.int64) if found.seconds is None else _times(found.seconds)
+    label = labels.column(found.texts, found.codes) if labels is not None and found.codes is not None else None
+    return Data(matrix(found.columns), t, label)
 
 
 def _places(names: Sequence[str], fields: Iterable[str]) -> list[int]:
@@ -252,20 +239,26 @@ def _places(names: Sequence[str], fields: Iterable[str]) -> list[int]:
     return [names.index(name) for name in fields]
 
 
-def columns(path: Path) -> tuple[list[str], list[str]]:
-    """The columns of numbers of a table, without `t`, and the different texts in column `label`.
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a table holds: its columns of numbers, without `t`, its rows, and the different texts in column `label`."""
 
-    Raises UsageError.
-    """
+    columns: list[str]
+    rows: int
+    labels: list[str]
+
+
+def head(path: Path) -> Head:
+    """Raises UsageError."""
     try:
-        return _parquet_columns(path) if path.suffix in _PARQUET else _csv_columns(path)
+        return _parquet_head(path) if path.suffix in parquet.SUFFIXES else _csv_head(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except UNREADABLE as error:
         raise UsageError(f"{path}: not a table: {error}") from None
 
 
-def _csv_columns(path: Path) -> tuple[list[str], list[str]]:
+def _csv_head(path: Path) -> Head:
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file)
         header = [name.strip() for name in next(lines, [])]
@@ -273,9 +266,12 @@ def _csv_columns(path: Path) -> tuple[list[str], list[str]]:
         if first is None or len(first) != len(header):
             raise ValueError("there is no row in it" if first is None else "its first row has not a cell a column")
         names = [name for name, cell in zip(header, first, strict=True) if _is_number(cell)]
-        at = header.index(LABEL) if LABEL in header else None
-        found = {line[at].strip() for line in (first, *lines) if at is not None and at < len(line)} - {""}
-    return [name for name in names if name not in ("t", LABEL)], sorted(found)[:_MOST_LABELS]
+        at = header.index(LABEL) if LABEL in header else len(header)
+        rows, found = 0, set[str]()
+        for line in itertools.chain([first], lines):
+            rows += bool(line)
+            found.update(cell.strip() for cell in line[at : at + 1])
+    return Head([name for name in names if name not in ("t", LABEL)], rows, sorted(found - {""})[:_MOST_LABELS])
 
 
 def _is_number(text: str) -> bool:
@@ -286,12 +282,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _parquet_columns(path: Path) -> tuple[list[str], list[str]]:
-    arrow, parquet = _arrow(path)
-    schema = parquet.read_schema(path)
-    numbers = [f.name for f in schema if arrow.types.is_integer(f.type) or arrow.types.is_floating(f.type)]
-    found = (
-        parquet.read_table(path, columns=[LABEL]).column(LABEL).unique().to_pylist() if LABEL in schema.names else []
-    )
-    names = [name for name in numbers if name not in ("t", LABEL)]
-    return names, sorted(str(one) for one in found if one is not None)[:_MOST_LABELS]
+def _parquet_head(path: Path) -> Head:
+    numbers = [name for name in parquet.names(path, numbers=True) if name not in ("t", LABEL)]
+    labels = {*parquet.read(path, [], None, LABEL).texts} - {""} if LABEL in parquet.names(path) else set[str]()
+    return Head(numbers, parquet.count(path), sorted(labels)[:_MOST_LABELS])

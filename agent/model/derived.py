@@ -16,7 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.model.manifest import Derived, Input
+from agent.model.definition import Derived
+from agent.model.manifest import Input
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from agent.drift.truth import NONE, SEPARATOR
 from agent.errors import BadBundle
 from agent.jsonkeys import check_keys
+from agent.model.definition import Derived, Image, Isotonic, Label, Numbers, Sound
 from agent.names import is_name
 
 FORMAT = 2
-Numbers = list[float]
-Label = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-# Between the labels of one multi-label result.
-SEPARATOR = "|"
 MOST_TEXT = 4096
 # Members that an agent of format 1 would not know: where one is set the bundle is of format 2, elsewhere they are left
 # out, so that what was written as format 1 is written the same way today.
 SINCE_2 = {
-    "input": ("definition", "derived", "order", "max_gap_s", "scaling", "max_missing"),
+    "input": ("definition", "derived", "order", "max_gap_s", "scaling", "max_missing", "image", "sound"),
     "output": ("tensor", "multi_label", "thresholds", "names", "units", "distance", "centroid", "isotonic"),
 }
 
@@ -38,63 +35,16 @@ class Windowing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"step {self.step} above rows {self.rows} would leave rows out; use step <= rows")
 
 
-class Derived(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A feature computed from field `of`, or from the time, over `rows` rows: see `derived`, which computes it.
-
-    `band` [low, high) in Hz of a stream of `rate` rows a second; `offset_h` hours are added to UTC.
-    """
-
-    name: Label
-    function: Literal["mean", "sd", "lag", "difference", "last", "band", "hour", "weekday"]
-    of: str = ""
-    rows: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 0
-    band: tuple[float, float] | None = None
-    rate: Annotated[float, msgspec.Meta(gt=0)] = 1.0
-    offset_h: Annotated[float, msgspec.Meta(ge=-24, le=24)] = 0.0
-
-    def __post_init__(self) -> None:
-        least = {"hour": 0, "weekday": 0, "lag": 1, "difference": 1, "last": 1, "mean": 1, "sd": 2, "band": 4}
-        if self.rows < least[self.function] or (self.by_time and self.rows):
-            wanted = "no rows" if self.by_time else f"rows of at least {least[self.function]}"
-            raise ValueError(f"derived feature {self.name!r}: {self.function} takes {wanted}, not {self.rows}")
-        if self.by_time == bool(self.of):
-            raise ValueError(f"derived feature {self.name!r}: {'takes no `of`' if self.of else 'of which field?'}")
-        if (self.function == "band") != (self.band is not None):
-            raise ValueError(f"derived feature {self.name!r}: band = [low, high] in Hz goes with function band")
-        if self.band is not None and not 0 <= self.band[0] < self.band[1] <= self.rate / 2 + 1e-9:
-            raise ValueError(
-                f"derived feature {self.name!r}: band {list(self.band)} must ascend within 0 and half the rate, "
-                f"{self.rate / 2:g} Hz"
-            )
-        if self.band is not None and not any(
-            self.band[0] <= k * self.rate / self.rows <= self.band[1] for k in range(self.rows // 2 + 1)
-        ):
-            raise ValueError(f"derived feature {self.name!r}: no frequency of {self.rows} rows lies in its band")
-
-    @property
-    def by_time(self) -> bool:
-        return self.function in ("hour", "weekday")
-
-    @property
-    def columns(self) -> list[str]:
-        """The names of the values it gives."""
-        return [f"{self.name}_sin", f"{self.name}_cos"] if self.by_time else [self.name]
-
-    @property
-    def history(self) -> int:
-        """How many rows before a row it looks at."""
-        return self.rows if self.function in ("lag", "difference") else max(0, self.rows - 1)
-
-
 class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the model is given: `fields` and `derived` features, or those of them in `order`, each (x - mean) / std.
 
     `window` None: one row an inference. `scaling` "window": each column less its own mean in the window, divided by its
-    own spread there. `max_gap_s` ends the history of derived features where there is no window. `definition` is the
-    version of how features are computed. Above a share of `max_missing` values a result says how many were missing.
+    own spread there. `image` or `sound`: what rows are made of. `max_gap_s` ends the history of derived features where
+    there is no window. `definition` is the version of how features are computed. Above a share of `max_missing` values
+    a result says how many were missing.
     """
 
-    fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=4096)]
+    fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=6144)]
     units: list[str] = []
     window: Windowing | None = None
     mean: Numbers = []
@@ -105,6 +55,8 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_gap_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     scaling: Literal["fixed", "window"] = "fixed"
     max_missing: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    image: Image | None = None
+    sound: Sound | None = None
 
     def __post_init__(self) -> None:
         if self.definition > 1:
@@ -126,6 +78,20 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if len(self.units) not in (0, len(self.fields)):
             raise ValueError(f"units has {len(self.units)} entries for {len(self.fields)} fields")
         self._check_scaling()
+        self._check_made()
+
+    def _check_made(self) -> None:
+        """Of an image or sound the rows follow from it."""
+        if self.image is not None and self.sound is not None:
+            raise ValueError("image and sound: rows are made of one of them")
+        if (made := self.image or self.sound) is not None and self.fields != made.columns:
+            raise ValueError(f"fields of an image or sound are {made.columns[0]} to {made.columns[-1]}")
+        if self.image is not None:
+            one = (self.image.height, self.image.height)
+            if self.window is None or (self.window.rows, self.window.step) != one:
+                raise ValueError(f"the window of an image is its rows: rows = step = {self.image.height}")
+        if self.sound is not None and self.window is not None and self.window.max_gap_s is None:
+            raise ValueError("the window of a sound needs max_gap_s, so that none reaches from one file into the next")
 
     def _check_scaling(self) -> None:
         what = "features" if self.derived or self.order else "fields"
@@ -163,21 +129,6 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.window.rows if self.window else 1
 
 
-class Isotonic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How often a score is right: straight lines between (`score`, `right`), both ascending (Zadrozny, Elkan 2002)."""
-
-    score: Annotated[Numbers, msgspec.Meta(min_length=2, max_length=256)]
-    right: Annotated[Numbers, msgspec.Meta(min_length=2, max_length=256)]
-
-    def __post_init__(self) -> None:
-        if len(self.score) != len(self.right):
-            raise ValueError("isotonic: score and right must have as many entries")
-        for name, low in (("score", 1e-12), ("right", 0.0)):
-            values = getattr(self, name)
-            if not all(0 <= v <= 1 for v in values) or not all(b - a >= low for a, b in itertools.pairwise(values)):
-                raise ValueError(f"isotonic: {name} must ascend within 0 and 1")
-
-
 class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a tensor becomes labels, scores and values; `temperature` calibrates: p ∝ p^(1/T) (Guo et al. 2017).
 
@@ -211,8 +162,10 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"thresholds has {len(self.thresholds)} entries for {len(self.labels)} labels")
         if self.thresholds and not self.multi_label:
             raise ValueError("thresholds are for multi_label = true")
-        if self.multi_label and any(SEPARATOR in label for label in self.labels):
-            raise ValueError(f"a label holds {SEPARATOR!r}, which stands between labels of a multi-label result")
+        if self.multi_label and any(SEPARATOR in label or label == NONE for label in self.labels):
+            raise ValueError(
+                f"a label holds {SEPARATOR!r}, which stands between labels, or is {NONE!r}, which means none"
+            )
         if self.multi_label and len(SEPARATOR.join(self.labels)) > MOST_TEXT:
             raise ValueError(f"labels: all of a multi-label model are at most {MOST_TEXT} characters; shorten them")
         if self.multi_label and self.activation == "softmax":

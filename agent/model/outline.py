@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
+from agent.drift.reference import FEWEST
+from agent.model.manifest import DriftWindow
+
 if TYPE_CHECKING:
     from agent.model.runtime import Model
 
@@ -18,6 +21,9 @@ _ROWS = 64
 _CLOSE = 0.02
 # More fields than a person would list.
 _LISTED = 64
+_SMALLEST_IMAGE = 16
+# Model windows of a drift reference: the fewest drift windows, of the usual length.
+_REFERENCE = FEWEST * DriftWindow().window
 
 
 class Tensor(msgspec.Struct, frozen=True):
@@ -86,10 +92,11 @@ def _answers(model: Model) -> Answers:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Of data beside the model: its columns of numbers, and the labels in it."""
+    """Of data beside the model: its columns of numbers, its rows, and the labels in it."""
 
     path: str
     columns: Sequence[str]
+    rows: int
     labels: Sequence[str]
 
 
@@ -143,7 +150,7 @@ def spec(outline: Outline, model: str, name: str, table: Table | None = None) ->
     data = _toml(table.path) if table else '"readings.csv"'
     off = "" if table else "# "
     lines += [
-        f"{off}reference = {data}  # readings in which nothing is wrong: what drift, and a threshold, are told from",
+        _reference(outline.inputs[0], data, table),
         f"{off}golden = {data}  # a few inputs, so that a device can prove that its CPU computes what this one does",
         '# card = { model = "MODEL_CARD.md", data = "DATA_CARD.md" }',
         "",
@@ -154,7 +161,18 @@ def spec(outline: Outline, model: str, name: str, table: Table | None = None) ->
     return "\n".join(lines) + "\n"
 
 
+def _reference(given: Tensor, data: str, table: Table | None) -> str:
+    told = "readings in which nothing is wrong: what drift, and a threshold, are told from"
+    windows = table.rows // shape(given.shape)[0] if table else 0
+    if table and windows < _REFERENCE:
+        told = f"{windows} windows of readings; from {_REFERENCE} on devices can watch for drift"
+        return f"# reference = {data}  # {told}"
+    return f"{'' if table else '# '}reference = {data}  # {told}"
+
+
 def _input(given: Tensor, table: Table | None) -> list[str]:
+    if (picture := _image(given)) is not None:
+        return ["[input]", picture, "# Where the data are rows instead: fields, and window = { rows, step }."]
     rows, width, why = shape(given.shape)
     columns = list(table.columns) if table and len(table.columns) == width else []
     lines = ["[input]"]
@@ -171,6 +189,17 @@ def _input(given: Tensor, table: Table | None) -> list[str]:
         lines.append(f"# The input holds {given.limits[0]:.4g} to {given.limits[1]:.4g}; what is beyond is cut off.")
     lines.append("# mean = […] and std = […], one for each field, where the model was trained on (x - mean) / std.")
     return lines
+
+
+def _image(given: Tensor) -> str | None:
+    """Where the tensor has the shape of one: all 256 values of a pixel over what a quantized one can hold."""
+    if len(given.shape) != 3 or given.shape[2] not in (1, 3) or min(given.shape[:2]) < _SMALLEST_IMAGE:
+        return None
+    height, width, channels = given.shape
+    low, high = given.limits or (0.0, 1.0)
+    scaled = f"scale = {(high - low) / 255:.10g}, offset = {low:.10g}"
+    told = "pixel · scale + offset, as in training"
+    return f"image = {{ width = {width}, height = {height}, channels = {channels}, {scaled} }}  # {told}"
 
 
 def shape(dims: Sequence[int]) -> tuple[int, int, str]:

@@ -16,11 +16,11 @@ import numpy as np
 from agent.drift import learning
 from agent.drift.reference import Reference
 from agent.errors import BadBundle, ConfigError, UsageError
-from agent.model import bundle, calibrate, data, derived, features, golden, inference, manifest, probe, scores
+from agent.model import bundle, calibrate, data, derived, features, golden, inference, learn, manifest, probe
 from agent.model import spec as specs
 from agent.model.bundle import Bundle
-from agent.model.calibrate import Learned
 from agent.model.inference import Inference
+from agent.model.learn import Work
 from agent.model.manifest import Manifest
 from agent.model.runtime import NAME, Model
 from agent.model.spec import Spec, SpecCard
@@ -43,30 +43,17 @@ class Packed:
     notes: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What a part of the bundle is made from: the SPEC, a manifest without files, the model loaded."""
-
-    file: Path
-    spec: Spec
-    draft: Manifest
-    model: Model
-
-    def path(self, name: str) -> Path:
-        return self.file.parent / name
-
-
 def pack(spec_file: Path, key: SigningKey | None) -> Packed:
     """All files of the bundle. Raises ConfigError, BadBundle."""
     spec = specs.read(spec_file)
     files = {"model.tflite": _read(spec_file, "model", spec.model)}
     draft = specs.to_manifest(spec_file, spec)
     _prove(spec_file.parent / spec.model, draft, files)
-    work = _Work(spec_file, spec, draft, inference.load(draft, files["model.tflite"]))
-    learned = _learned(work)
-    work = replace(work, draft=msgspec.structs.replace(draft, output=learned.output))
+    work = Work(spec_file, spec, draft, inference.load(draft, files["model.tflite"]))
+    found = learn.learned(work)
+    work = replace(work, draft=msgspec.structs.replace(draft, output=found.output))
     warnings = [
-        *learned.warnings,
+        *found.warnings,
         *_golden_file(work, files),
         *_reference_file(work, files),
         *_cards(spec_file, spec, files),
@@ -77,79 +64,7 @@ def pack(spec_file: Path, key: SigningKey | None) -> Packed:
         files["manifest.jws"] = bundle.sign(head, key)
     else:
         warnings.append(_UNSIGNED)
-    return Packed(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", learned.notes)
-
-
-def _learned(work: _Work) -> Learned:
-    """The output with what the SPEC leaves to be learned: calibration, or a centroid and a threshold."""
-    plain = Learned(work.draft.output, [], [])
-    if work.draft.kind in ("anomaly", "embedding"):
-        key = "output.calibrate" if work.spec.output.calibrate else "reference"
-        learn = _unusual
-    elif work.spec.output.calibrate is None:
-        return plain
-    else:
-        key, learn = "output.calibrate", _calibrated
-    try:
-        return learn(work)
-    except (UsageError, BadBundle) as problem:
-        raise ConfigError(str(work.file), key, str(problem)) from None
-
-
-def _calibrated(work: _Work) -> Learned:
-    assert work.spec.output.calibrate is not None
-    if work.draft.kind == "regress":
-        raise UsageError("kind regress gives values, which have no probability to calibrate; leave calibrate away")
-    path = work.path(work.spec.output.calibrate)
-    _require_held_out(work, path)
-    found = data.read(path, work.draft.input, data.labels_of(work.draft))
-    if found.label is None:
-        raise UsageError(f"{path}: no column {data.LABEL} in it, which says what was true")
-    answers = Inference(work.draft, work.model).run(found.features, found.t, raw=True)
-    assert answers.outputs is not None
-    truth = calibrate.of_windows(found.label, answers.cut.starts, work.draft.input.rows)
-    known = (truth if truth.ndim == 1 else truth[:, 0]) >= 0
-    learned = calibrate.calibrated(answers.outputs[known], truth[known], work.draft, work.spec.output.calibration)
-    left_out = int((~known).sum())
-    if left_out:
-        learned.notes.append(f"left out {left_out} of {len(known)} windows of {path.name}: their label is not known")
-    return learned
-
-
-def _require_held_out(work: _Work, path: Path) -> None:
-    """Scores look too good on data that the model knows. Raises UsageError."""
-    if work.spec.reference and path.resolve() == work.path(work.spec.reference).resolve():
-        raise UsageError(f"{path} is the reference's data too; calibrate on data that was held out from training")
-
-
-def _unusual(work: _Work) -> Learned:
-    """The centroid of an embedding, and above what value a window is an anomaly, from windows that are normal."""
-    output, draft = work.draft.output, work.draft
-    known = output.threshold is not None and (draft.kind == "anomaly" or output.centroid)
-    if known:
-        return Learned(output, [], [])
-    name = work.spec.output.calibrate or work.spec.reference
-    if name is None:
-        if draft.kind == "embedding":
-            raise UsageError("an embedding needs data of what is normal, which distances are from")
-        return Learned(output, [], ["no threshold and no data to learn it from: results give a value without a label"])
-    path = work.path(name)
-    found = data.read(path, draft.input, data.labels_of(draft) if work.spec.output.calibrate else None)
-    starts = _starts(path, found, draft.input)
-    if found.label is not None:
-        truth = calibrate.of_windows(found.label, starts, draft.input.rows)
-        starts = starts[truth == 0]
-        if not len(starts):
-            raise UsageError(f"{path}: no window in it is labelled normal")
-    columns = derived.columns(found.features, found.t, draft.input)
-    windows = features.windows(columns, starts, draft.input)
-    outputs = work.model.invoke(windows)
-    if draft.kind == "embedding" and not output.centroid:
-        output = calibrate.centroid(outputs, draft)
-        draft = msgspec.structs.replace(draft, output=output)
-    if output.threshold is not None:
-        return Learned(output, [], [])
-    return calibrate.threshold(scores.values(outputs, draft, windows), work.spec.output.quantile, draft)
+    return Packed(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", found.notes)
 
 
 def keep_signature(packed: Packed, out: Path) -> None:
@@ -217,7 +132,7 @@ def _prove(model: Path, draft: Manifest, files: dict[str, bytes]) -> None:
         raise BadBundle(f"{model}: {problem}") from None
 
 
-def _golden_file(work: _Work, files: dict[str, bytes]) -> list[str]:
+def _golden_file(work: Work, files: dict[str, bytes]) -> list[str]:
     if work.spec.golden is None:
         return ["no golden data: a device cannot tell whether its CPU computes what yours does"]
     try:
@@ -235,18 +150,9 @@ def _golden_windows(path: Path, spec: manifest.Input) -> features.Floats:
     if given is not None:
         return features.windows(given, np.arange(0, len(given), spec.rows), spec)
     found = data.read(path, spec)
-    starts = _starts(path, found, spec)
+    starts = learn.starts(path, found, spec)
     picked = starts[np.linspace(0, len(starts) - 1, min(_GOLDEN, len(starts)), dtype=np.int64)]
     return features.windows(derived.columns(found.features, found.t, spec), picked, spec)
-
-
-def _starts(path: Path, found: data.Data, spec: manifest.Input) -> features.Ints:
-    """Where windows begin, at least one. Raises UsageError."""
-    starts = features.cut(found.t, spec.window).starts
-    if not len(starts):
-        whole = f"no {spec.window.rows} rows without a gap" if spec.window else "no rows"
-        raise UsageError(f"{path}: {whole} in it, so nothing to run the model on; give more data")
-    return starts
 
 
 def reference_of(path: Path, model: Model, draft: Manifest, *, held_out: bool = False) -> Reference:
@@ -261,7 +167,7 @@ def reference_of(path: Path, model: Model, draft: Manifest, *, held_out: bool = 
     return _from_data(path, found, model, draft, held_out=held_out)
 
 
-def _reference_file(work: _Work, files: dict[str, bytes]) -> list[str]:
+def _reference_file(work: Work, files: dict[str, bytes]) -> list[str]:
     if work.spec.reference is None:
         return ["no reference data: devices will not watch this model for drift"]
     try:
@@ -275,7 +181,7 @@ def _reference_file(work: _Work, files: dict[str, bytes]) -> list[str]:
 
 
 def _from_data(path: Path, found: data.Data, model: Model, draft: Manifest, *, held_out: bool) -> Reference:
-    starts = _starts(path, found, draft.input)
+    starts = learn.starts(path, found, draft.input)
     answers = Inference(draft, model).run(found.features, found.t).scores
     named = answers.label if answers.label is not None else np.zeros(len(starts), np.int64)
     told = answers.value if answers.score is None else answers.score
@@ -299,7 +205,7 @@ def _truth(found: data.Data, starts: features.Ints, draft: Manifest) -> features
     return np.asarray(calibrate.of_windows(found.label, starts, draft.input.rows), dtype=np.int64)
 
 
-def _with_score_table(work: _Work, reference: Reference, path: Path) -> Reference:
+def _with_score_table(work: Work, reference: Reference, path: Path) -> Reference:
     """How often a score was right, from data the model was not trained on: `edges` (33), `count`, `correct` (32)."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))

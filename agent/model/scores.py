@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.model.manifest import SEPARATOR, Manifest, Output
+from agent.drift.truth import MOST_SEVERAL, NONE, SEPARATOR
+from agent.model.manifest import Manifest, Output
 
 NORMAL, ANOMALY = "normal", "anomaly"
 Doubles = NDArray[np.float64]
@@ -20,7 +21,7 @@ class Scores:
     """Of w inferences: `label` (w,) class indexes and `score` (w,) calibrated probability, or `value` (w,).
 
     Of a multi-label model `label` is the most probable one, `said` (w, K) which are said, and `score` the probability
-    that the least certain of those decisions is right. `anomaly` (w,): the value is above the threshold. `more`:
+    that all of that is right, were labels independent. `anomaly` (w,): the value is above the threshold. `more`:
     further columns by name, a probability for each label (`score_LABEL`) or further values (`value_NAME`).
     """
 
@@ -74,19 +75,28 @@ def distance(outputs: NDArray[np.float32], output: Output) -> Doubles:
 def texts(found: Scores, manifest: Manifest) -> list[str] | None:
     """The label of each inference as people read it; None where there is none.
 
-    Of a multi-label model all that are said, between `|`, "" where none is.
+    Of a multi-label model all that are said, between `|`; "-" where none is.
     """
     labels = manifest.output.labels
     if found.said is not None:
-        return [
-            SEPARATOR.join(label for label, is_said in zip(labels, row, strict=True) if is_said)
-            for row in found.said.tolist()
-        ]
+        said = ([label for label, yes in zip(labels, row, strict=True) if yes] for row in found.said.tolist())
+        return [SEPARATOR.join(names) or NONE for names in said]
     if found.label is not None:
         return [labels[i] for i in found.label.tolist()]
     if found.anomaly is not None:
         return [ANOMALY if above else NORMAL for above in found.anomaly.tolist()]
     return None
+
+
+def codes(found: Scores) -> NDArray[np.int64] | None:
+    """(w,) what was said as one number, as `Truth.read` has it; None for values without a threshold."""
+    if found.anomaly is not None:
+        return found.anomaly.astype(np.int64)
+    if found.said is None:
+        return found.label
+    if found.said.shape[1] > MOST_SEVERAL:
+        return None
+    return np.asarray(found.said @ (1 << np.arange(found.said.shape[1])), np.int64)
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
@@ -123,7 +133,7 @@ def _one(p: Doubles, manifest: Manifest) -> Scores:
 def _several(p: Doubles, output: Output) -> Scores:
     limits = np.asarray(output.thresholds or (0.5 if output.threshold is None else output.threshold))
     said = p > limits
-    certain = np.where(said, p, 1 - p).min(axis=1)
+    certain = np.where(said, p, 1 - p).prod(axis=1)
     more = {f"score_{label}": p[:, i] for i, label in enumerate(output.labels)}
     return Scores(p.argmax(axis=1), certain, None, said=said, more=more)
 

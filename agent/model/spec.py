@@ -12,6 +12,7 @@ import msgspec
 from agent import config
 from agent.errors import BadBundle, ConfigError
 from agent.model import manifest
+from agent.model.definition import Derived, Image, Sound
 from agent.model.manifest import Manifest
 
 
@@ -23,19 +24,24 @@ class Numbered(config.Section, frozen=True, kw_only=True):
 
 
 class SpecInput(config.Section, frozen=True, kw_only=True):
-    """`scale` is for all features what `std` is for each: x · scale = x / std."""
+    """`scale` is for all features what `std` is for each: x · scale = x / std.
 
-    fields: list[str] | Numbered
+    Of an image fields and window follow from it, of a sound the fields, and that no window reaches over a second.
+    """
+
+    fields: list[str] | Numbered = msgspec.field(default_factory=list)
     units: list[str] = msgspec.field(default_factory=list)
     window: manifest.Windowing | None = None
     mean: list[float] = msgspec.field(default_factory=list)
     std: list[float] = msgspec.field(default_factory=list)
     scale: Annotated[float, msgspec.Meta(gt=0)] | None = None
     scaling: Literal["fixed", "window"] = "fixed"
-    derived: list[manifest.Derived] = msgspec.field(default_factory=list)
+    derived: list[Derived] = msgspec.field(default_factory=list)
     order: list[str] = msgspec.field(default_factory=list)
     max_gap_s: float | None = None
     max_missing: float = 0.0
+    image: Image | None = None
+    sound: Sound | None = None
 
 
 class SpecOutput(config.Section, frozen=True, kw_only=True):
@@ -95,6 +101,8 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
     fields = given.fields
     if isinstance(fields, Numbered):
         fields = [f"{fields.prefix}{i}" for i in range(fields.count)]
+    if not fields and (made := given.image or given.sound) is not None:
+        fields = made.columns
     std = given.std
     if given.scale is not None:
         if std:
@@ -107,7 +115,8 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
         "version": spec.version,
         "created": spec.created or f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "kind": spec.kind,
-        "input": _members(given, manifest.Input) | {"fields": fields, "std": std},
+        "input": _members(given, manifest.Input)
+        | {"fields": fields, "std": std, "window": msgspec.to_builtins(_window(given))},
         "output": _members(output, manifest.Output) | {"labels": spec.labels},
         "drift": msgspec.to_builtins(spec.drift),
         "limits": msgspec.to_builtins(spec.limits),
@@ -117,6 +126,15 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
         return manifest.decode(msgspec.json.encode(members))
     except BadBundle as problem:
         raise _explain(file, str(problem)) from None
+
+
+def _window(given: SpecInput) -> manifest.Windowing | None:
+    window = given.window
+    if window is None and given.image is not None:
+        return manifest.Windowing(rows=given.image.height, step=given.image.height)
+    if window is not None and window.max_gap_s is None and given.sound is not None:
+        return msgspec.structs.replace(window, max_gap_s=1.0)
+    return window
 
 
 def finished(draft: Manifest, files: dict[str, bytes]) -> Manifest:
