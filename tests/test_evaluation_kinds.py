@@ -13,9 +13,9 @@ from agent.evaluation.answers import Judge
 from agent.evaluation.run import Work
 from agent.model import scores
 from agent.model.inference import Inference
-from tests.bundles import Recipe, packed
+from tests.bundles import SEVERAL, VECTORS, Recipe, packed
 from tests.evaluations import evaluated, loaded
-from tests.test_model_kinds import HISTORY, KINDS, SEVERAL, VECTORS
+from tests.test_model_kinds import HISTORY, KINDS
 
 ALL = {**KINDS, "history": HISTORY}
 N = 700

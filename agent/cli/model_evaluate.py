@@ -93,11 +93,9 @@ def evaluate(
 
 def _require_data(*paths: Path | None) -> None:
     """Raises UsageError, before the model is tried."""
-    from agent.evaluation import blocks
-
     for path in paths:
-        if path is not None:
-            blocks.files(path)
+        if path is not None and not path.exists():
+            raise UsageError(f"{path}: no such file")
 
 
 def _step(text: str) -> None:

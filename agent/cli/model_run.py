@@ -31,7 +31,7 @@ _SAID = 10
 @click.option("--key", "public", help="The publisher's public key, text or file: the bundle must be signed by it.")
 @json_option
 def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_json: bool) -> None:
-    """Answers of BUNDLE for each row or window of DATA: CSV, Parquet, or a folder of them.
+    """Answers of BUNDLE for each row or window of DATA: CSV, Parquet, a folder of them, or of images or WAV.
 
     A run that was killed goes on where it was when it is started again with the same arguments. Rows that cannot be
     read are named; then the exit code is 1.
@@ -39,14 +39,17 @@ def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_j
     from agent.evaluation import blocks, output
     from agent.evaluation import run as running
 
-    if not data.is_dir() and out.suffix not in output.SUFFIXES:
-        raise UsageError(f"-o {out}: name a file that ends in {' or '.join(output.SUFFIXES)}")
-    blocks.files(data)
+    if not data.exists():
+        raise UsageError(f"{data}: no such file")
     found, loaded, said = load(bundle, public)
+    # A folder of images or sounds is one stream: its answers are one file.
+    many = data.is_dir() and not blocks.is_media(loaded.manifest.input)
+    if not many and out.suffix not in output.SUFFIXES:
+        raise UsageError(f"-o {out}: name a file that ends in {' or '.join(output.SUFFIXES)}")
     work = running.Work(found, loaded, raw=raw)
     begun = time.monotonic()
     with Bar("rows") as bar:
-        total = running.folder(work, data, out, bar) if data.is_dir() else work.file(data, out, bar)
+        total = running.folder(work, data, out, bar) if many else work.file(data, out, bar)
     document = {
         "out": str(out),
         "bundle": {"name": found.manifest.name, "version": found.manifest.version, "digest": found.digest},

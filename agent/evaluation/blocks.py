@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from agent.errors import UsageError
 from agent.model.features import Floats, Ints
+from agent.model.manifest import Input
 
 Texts = NDArray[np.str_]
 SUFFIXES = (".csv", ".parquet", ".npz")
+FILE, LABEL = "file", "label"
 MISSING = ("", "NaN", "nan", "NA", "N/A", "null", "NULL", "None")
 # Beyond this, microseconds do not fit into 64 bits.
 _LATEST_S = 2**63 / 1e6
@@ -39,7 +41,8 @@ class Rejected(msgspec.Struct, frozen=True):
 class Block:
     """`rows` (n, F) physical units, NaN missing; `t` (n,) epoch µs; `number` (n,) rows of the file, from 1.
 
-    `texts` are further columns (n,), as they are written; `after` is where the next block begins.
+    `texts` are further columns (n,), as they are written; `after` is where the next block begins. `file` is the one
+    of many that all rows are from, where a source has many.
     """
 
     rows: Floats
@@ -48,6 +51,7 @@ class Block:
     after: Place
     texts: dict[str, Texts] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
+    file: str = ""
 
 
 class Reader(Protocol):
@@ -61,6 +65,15 @@ class Reader(Protocol):
         """From `place` on. Raises UsageError that names the file."""
 
     def done(self, place: Place) -> int: ...
+
+
+def sources(path: Path, spec: Input) -> list[Path]:
+    """What is read one after another: `files`, or a folder of images or sounds as a whole. Raises UsageError."""
+    return [path] if is_media(spec) else files(path)
+
+
+def is_media(spec: Input) -> bool:
+    return spec.image is not None or spec.sound is not None
 
 
 def files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:

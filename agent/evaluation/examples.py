@@ -11,18 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.drift.codec import Floats as Numbers
-from agent.drift.truth import Truth
+from agent.drift.truth import NONE, SEPARATOR, Truth
 from agent.errors import UsageError
 from agent.evaluation import blocks, tablefile
 from agent.evaluation.answers import kind_of
-from agent.evaluation.blocks import Texts
+from agent.evaluation.blocks import FILE, Texts
 from agent.model import features, scores
 from agent.model.features import Cut, Floats, Ints
 from agent.model.inference import Answers, Inference
-from agent.model.manifest import SEPARATOR, Manifest
+from agent.model.manifest import Manifest
 
 TRAINING = frozenset({"train", "training", "fit"})
-FILE = "file"  # a column that every source has
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +70,8 @@ class Examples:
 
 def read(path: Path, inference: Inference, texts: Sequence[str]) -> Rows:
     """All rows at `path`, a file or a folder, with further columns as text. Raises UsageError."""
-    files = blocks.files(path)
     spec = inference.manifest.input
+    files = blocks.sources(path, spec)
     found, parts, rejected = [], [], 0
     timed = True
     columns: dict[str, list[Texts]] = {name: [] for name in texts}
@@ -138,8 +137,7 @@ def labelled(rows: Rows, inference: Inference, label: str, columns: Sequence[str
             raise UsageError(f"{rows.files[0]}: column {split} says train everywhere, so nothing is left to test")
         starts, last = starts[keep], last[keep]
     texts = np.char.strip(rows.columns[label])
-    # Of several labels none may be true: then the cell is empty.
-    known = (texts[last] != "") | inference.manifest.output.multi_label
+    known = texts[last] != ""
     if not known.any():
         raise UsageError(f"{rows.files[0]}: column {label} is empty, so nobody can tell which answers are right")
     starts, last, unlabelled = starts[known], last[known], int((~known).sum())
@@ -165,7 +163,7 @@ def _truth(
     for i, text in enumerate(known):
         try:
             if manifest.output.multi_label:
-                sets[i, [int(meaning.read(one.strip())) for one in str(text).split(SEPARATOR) if text]] = True
+                sets[i, [int(meaning.read(one.strip())) for one in _parts(str(text))]] = True
                 values[i] = i
             else:
                 values[i] = meaning.read(str(text))
@@ -174,6 +172,10 @@ def _truth(
             where = f"{rows.files[rows.part[row]]}: row {rows.number[row]}, column {label}"
             raise UsageError(f"{where}: {problem}; leave the cell empty where none is known") from None
     return values[at], sets if manifest.output.multi_label else None
+
+
+def _parts(text: str) -> list[str]:
+    return [] if text == NONE else text.split(SEPARATOR)
 
 
 def _require_two(truth: Numbers, all_labels: str, text: str) -> None:

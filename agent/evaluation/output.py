@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import UsageError
+from agent.evaluation.blocks import FILE, is_media
 from agent.evaluation.tablefile import NO_PYARROW
 from agent.model import scores
 from agent.model.features import Ints
@@ -36,12 +37,21 @@ class Columns:
         labelled = kind == "classify" or (kind != "regress" and output.threshold is not None)
         self._more = [f"score_{label}" for label in output.labels if output.multi_label]
         self._more += [f"value_{name}" for name in output.names[1:] if kind == "regress"]
-        self.names = ["row", *(["label"] if labelled else []), "score" if kind == "classify" else "value"]
+        self.names = [
+            "row",
+            *([FILE] if is_media(manifest.input) else []),
+            *(["label"] if labelled else []),
+            "score" if kind == "classify" else "value",
+        ]
         self.names += [*self._more, *(f"raw_{i}" for i in range(self._raw))]
 
-    def of(self, number: Ints, answers: Answers) -> list[Column]:
+    def of(self, number: Ints, answers: Answers, file: str) -> list[Column]:
         found = answers.scores
-        told: dict[str, Column] = {"row": number, **{name: found.more[name] for name in self._more}}
+        told: dict[str, Column] = {
+            "row": number,
+            FILE: np.full(len(number), file),
+            **{name: found.more[name] for name in self._more},
+        }
         if found.score is not None:
             told["score"] = found.score
         if found.value is not None:
@@ -72,8 +82,9 @@ class Part:
         if not written:
             self._file.write(self._head())
 
-    def write(self, number: Ints, answers: Answers) -> None:
-        columns = self._columns.of(number, answers)
+    def write(self, number: Ints, answers: Answers, file: str) -> None:
+        """`file`: the one of many that the answers are of, or ""."""
+        columns = self._columns.of(number, answers, file)
         self._file.write(_lines(columns, self._arrow) if self._text else self._message(columns))
 
     def keep(self) -> int:
@@ -100,7 +111,7 @@ class Part:
 
     def _schema(self) -> Any:
         pa = self._arrow
-        kinds = {"row": pa.int64(), "label": pa.string()}
+        kinds = {"row": pa.int64(), "label": pa.string(), FILE: pa.string()}
         other = {True: pa.float32(), False: pa.float64()}
         return pa.schema([(n, kinds.get(n, other[n.startswith("raw_")])) for n in self._columns.names])
 

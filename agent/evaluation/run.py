@@ -16,7 +16,7 @@ from agent.evaluation import blocks, output, tablefile
 from agent.evaluation.answers import Stream
 from agent.evaluation.blocks import Block, Place, Reader, Rejected
 from agent.evaluation.output import Columns, Part
-from agent.model import runtime
+from agent.model import recordings, runtime
 from agent.model.bundle import Bundle
 from agent.model.inference import Inference
 
@@ -80,8 +80,10 @@ class Work:
 
     def identity(self, source: Path, out: Path) -> str:
         """Changes with anything the result depends on."""
-        found = source.stat()
-        told = [str(source.resolve()), found.st_size, found.st_mtime_ns, self._digest, runtime.NAME, self._raw]
+        spec = self.inference.manifest.input
+        read = recordings.files(source, spec) if blocks.is_media(spec) and source.is_dir() else [source]
+        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+        told = [stats, self._digest, runtime.NAME, self._raw]
         return hashlib.sha256(json.dumps([*told, out.suffix, self._block]).encode()).hexdigest()
 
     def file(self, source: Path, out: Path, progress: Progress) -> Totals:
@@ -117,10 +119,10 @@ class Work:
 
     def _turn(self, reader: Reader, block: Block, stream: Stream, state: _State, part: Part) -> None:
         number, answers = stream.feed(block.rows, block.t, block.number, raw=self._raw)
-        part.write(number, answers)
+        part.write(number, answers, block.file)
         state.totals.results += len(number)
         state.totals.partly += int((answers.missing > self.inference.manifest.input.max_missing).sum())
-        state.totals.count(reader.path.name, len(block.rows), block.rejected)
+        state.totals.count(block.file or reader.path.name, len(block.rows), block.rejected)
         state.place = block.after
 
 

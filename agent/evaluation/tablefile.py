@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import UsageError
-from agent.evaluation.blocks import Block, Place, Reader, Texts, require, times
+from agent.evaluation.blocks import Block, Place, Reader, Texts, is_media, require, times
 from agent.evaluation.csvfile import BLOCK, CsvFile
+from agent.evaluation.mediafile import MediaFiles
 from agent.model import data
 from agent.model.features import Floats
 from agent.model.manifest import Input
@@ -23,6 +24,8 @@ NO_PYARROW = "Parquet needs pyarrow: pip install 'outstation[parquet]', or give 
 
 def open_file(path: Path, spec: Input, texts: Sequence[str] = (), block: int | None = None) -> Reader:
     """The reader for `path`, by its suffix; CSV is read `block` bytes at a time. Raises UsageError."""
+    if is_media(spec) and path.suffix != ".npz":
+        return MediaFiles(path, spec, texts)
     if path.suffix == ".parquet":
         return ParquetFile(path, spec.fields, texts)
     if path.suffix == ".npz":
