@@ -1,4 +1,4 @@
-"""Folders of images and sounds through `model run` and `model evaluate`: a file at a time, and what is none is named."""
+"""Folders of images and sounds through `model run` and `model evaluate`, a file at a time; what is none is named."""
 
 from __future__ import annotations
 
