@@ -102,14 +102,14 @@ def test_as_many_results_count_as_one_as_groups_are_alike() -> None:
     group = np.repeat(np.arange(50), 20)
     rng = np.random.default_rng(0)
     free, same = rng.random(1000), np.repeat(rng.random(50), 20)
-    assert intervals.design_of_groups(same, group) == pytest.approx(20)
-    assert intervals.design_of_groups(free, group) < 2
-    assert intervals.design_of_groups(free, np.arange(1000)) == 1
+    assert resampling.design_of_groups(same, group) == pytest.approx(20)
+    assert resampling.design_of_groups(free, group) < 2
+    assert resampling.design_of_groups(free, np.arange(1000)) == 1
 
 
 def test_the_same_seed_draws_the_same_and_another_one_others() -> None:
-    a, b, c = (intervals.exponentials(3, 5, seed) for seed in (1, 1, 2))
-    assert a.tobytes() == b.tobytes() != c.tobytes()
+    a, b, c = (resampling.units(np.zeros(50), None, None, seed).weights.tobytes() for seed in (1, 1, 2))
+    assert a == b != c
 
 
 def test_a_part_of_the_results_keeps_its_units() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from agent.drift.codec import Floats, Ints
+from agent.drift.codec import Floats
 
 Words = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 Z = 1.959964
@@ -45,38 +45,14 @@ def design(values: Floats) -> float:
     return (1 + r) / (1 - r)
 
 
-def design_of_groups(values: Floats, group: Ints) -> float:
-    """How many results count as one, where (n,) results of one `group` are alike: 1 + (m - 1) ρ (Kish 1965).
-
-    ρ is the intraclass correlation, from the variances within and between groups (Donner 1986).
-    """
-    sizes = np.bincount(group)
-    sizes = sizes[sizes > 0]
-    n, count = len(values), len(sizes)
-    if count < 2 or n <= count:
-        return float(max(1, n / max(1, count)))
-    sums = np.bincount(group, values)[np.bincount(group) > 0]
-    between = float((sizes * (sums / sizes - values.mean()) ** 2).sum()) / (count - 1)
-    within = float((values**2).sum() - (sums**2 / sizes).sum()) / (n - count)
-    usual = (n - (sizes**2).sum() / n) / (count - 1)
-    total = between + (usual - 1) * within
-    alike = min(max((between - within) / total, 0.0), 1.0) if total > 0 else 0.0
-    return float(1 + ((sizes**2).sum() / n - 1) * alike)
-
-
 def weights(n: int, alike: float) -> Floats:
     """(REPLICATES, n) with mean 1 in each replicate, the same for neighbours in a block; `alike` from `design`."""
     block = max(1, min(round(2 * alike), n // _FEWEST_BLOCKS))
-    drawn = np.repeat(exponentials(REPLICATES, -(-n // block)), block, axis=1)[:, :n]
-    return np.asarray(drawn / drawn.mean(axis=1, keepdims=True))
-
-
-def exponentials(replicates: int, units: int, seed: int = 0) -> Floats:
-    """(replicates, units) with mean 1: how often each of some independent units counts in each replicate."""
-    counter = np.arange(1, replicates * units + 1, dtype=np.uint64).reshape(replicates, units)
-    counter += np.uint64(seed) << np.uint64(40)
+    blocks = -(-n // block)
+    counter = np.arange(1, REPLICATES * blocks + 1, dtype=np.uint64).reshape(REPLICATES, blocks)
     uniform = ((_splitmix64(counter) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
-    return np.asarray(-np.log(uniform))
+    drawn = np.repeat(-np.log(uniform), block, axis=1)[:, :n]
+    return np.asarray(drawn / drawn.mean(axis=1, keepdims=True))
 
 
 def bootstrap(statistics: Callable[[Floats], Sequence[float]], drawn: Floats) -> list[tuple[float, float]]:

@@ -59,7 +59,7 @@ def units(off: Floats, group: Texts | None, column: str | None, seed: int) -> Un
         names, code = np.unique(group, return_inverse=True)
         if len(names) < 2:
             raise UsageError(f"column {column} says {names[0]} everywhere: as a group it tells nothing apart")
-        alike = intervals.design_of_groups(off, code)
+        alike = design_of_groups(off, code)
         few = f"; {len(names)} groups cannot show how much groups differ" if len(names) < FEW_GROUPS else ""
         told = f"95 %, Bayesian bootstrap over the {len(names)} values of {column}{few}"
         code = code % _MOST_UNITS
@@ -69,6 +69,25 @@ def units(off: Floats, group: Texts | None, column: str | None, seed: int) -> Un
     told = f"95 %, Bayesian bootstrap over blocks of {size} neighbours" if size > 1 else "95 %, Bayesian bootstrap"
     code = np.arange(n) // size
     return Units(code, _drawn(int(code[-1]) + 1, seed), alike, None, told)
+
+
+def design_of_groups(values: Floats, group: Ints) -> float:
+    """How many results count as one, where (n,) results of one `group` are alike: 1 + (m - 1) ρ (Kish 1965).
+
+    ρ is the intraclass correlation, from the variances within and between groups (Donner 1986).
+    """
+    sizes = np.bincount(group)
+    sizes = sizes[sizes > 0]
+    n, count = len(values), len(sizes)
+    if count < 2 or n <= count:
+        return float(max(1, n / max(1, count)))
+    sums = np.bincount(group, values)[np.bincount(group) > 0]
+    between = float((sizes * (sums / sizes - values.mean()) ** 2).sum()) / (count - 1)
+    within = float((values**2).sum() - (sums**2 / sizes).sum()) / (n - count)
+    usual = (n - (sizes**2).sum() / n) / (count - 1)
+    total = between + (usual - 1) * within
+    alike = min(max((between - within) / total, 0.0), 1.0) if total > 0 else 0.0
+    return float(1 + ((sizes**2).sum() / n - 1) * alike)
 
 
 def span(figures: Floats) -> Span:
@@ -91,5 +110,6 @@ def share(figures: Floats, n: float, units: Units) -> Span:
 
 
 def _drawn(count: int, seed: int) -> Floats:
-    weights = intervals.exponentials(REPLICATES, count, seed)
+    """(REPLICATES, count) with mean 1: how often each unit counts (Rubin 1981)."""
+    weights = np.random.default_rng(seed).standard_exponential((REPLICATES, count))
     return np.asarray(weights / weights.mean(axis=1, keepdims=True))
