@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from agent.wire.keys import SigningKey
 from tests.senders import new_key
 
 MODELS = Path(__file__).parent / "models"
-THIRD_PARTY = Path(__file__).parents[2] / "shared" / "models-thirdparty"
+THIRD_PARTY = Path(
+    os.environ.get("OUTSTATION_THIRDPARTY_MODELS", Path(__file__).parents[2] / "shared" / "models-thirdparty")
+)
 KEY = new_key(11)
 LABELS = ("left", "right", "rest")
 CENTRES = np.array([[2, 0, 0, -1], [0, 2, -1, 0], [-1, -1, 2, 2]], np.float32)
@@ -66,9 +69,11 @@ class Recipe:
     drift_window: int = 20
     extra: str = ""
     mode: str = ""  # the field of modes
+    input: str = ""
+    output: str = ""
 
     def rows(self, n: int, seed: int = 0) -> Floats:
-        return waves(n, seed) if self.fields == WINDOWED else readings(n, seed)
+        return waves(n, seed) if self.fields == WINDOWED else readings(n, seed)[:, : len(self.fields)]
 
 
 CLASSIFY = Recipe("classify", "classify_int8", labels=LABELS)
@@ -82,6 +87,9 @@ ANOMALY = Recipe(
     window=f"window = {{ rows = {WINDOW}, step = 4, max_gap_s = 0.5 }}",
     drift_window=10,
 )
+EACH = ("warm", "damp", "loud")
+SEVERAL = Recipe("classify", "each_label", labels=EACH, output="multi_label = true\nthresholds = [0.5, 0.2, 0.9]")
+VECTORS = Recipe("embedding", "vectors", output="quantile = 0.9")
 RECIPES = {"int8": CLASSIFY, "float32": FLOAT, "uint8": UINT8, "regress": REGRESS, "anomaly": ANOMALY}
 
 
@@ -108,8 +116,10 @@ card = {{ model = "CARD.md", data = "DATA.md" }}
 [input]
 fields = {json.dumps(recipe.fields)}
 {recipe.window}
+{recipe.input}
 
 [output]
+{recipe.output}
 
 [drift]
 window = {recipe.drift_window}

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,28 +18,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agent import config
-from agent.clock import Now
-from agent.device import batch, drifting
-from agent.device.author import Author
-from agent.device.batch import Done, Task
+from agent.device.batch import Done
 from agent.device.storage import transaction
-from agent.device.storage.rows import Rows
-from agent.device.storage.store import Store
-from agent.drift.judge import Judge
 from agent.errors import StorageError
 from agent.model import activate, features, scores
 from agent.model.activate import Active
 from agent.model.manifest import Windowing
-from agent.wire import jws
-from agent.wire.messages import Alerts, Audit, Drift, Message, Results, digest, open_message
+from agent.wire.messages import Alerts, Audit, Drift, Message, Results
 from tests.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, WINDOW, Recipe, packed
-from tests.senders import new_key
+from tests.devices import STEP_US, T0, Device, columns, tiles
 
-DEVICE = new_key(1)
-NOW = Now(1_764_022_680_000_000, 100.0, "synced")
-T0, STEP_US = 1_764_000_000_000_000, 10_000
 Floats = NDArray[np.float32]
-Publish = Literal["all", "changes", "summary"] | config.Below
 
 
 @pytest.fixture(scope="module")
@@ -55,73 +43,6 @@ def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Activ
         return made[recipe.model]
 
     return load
-
-
-@dataclass
-class Device:
-    """One stream, one task, one store. `store` is opened anew by `restart`."""
-
-    folder: Path
-    recipe: Recipe
-    active: Active
-    publish: Publish = "all"
-    max_bytes: int = 120_000
-    store: Store = field(init=False)
-    task: Task = field(init=False)
-    author: Author = field(init=False)
-    fed: int = 0
-
-    def __post_init__(self) -> None:
-        self.stream = config.Stream(fields=[config.Field(name=name) for name in ("extra", *self.recipe.fields)])
-        self.open()
-
-    def open(self) -> None:
-        self.store = Store(self.folder)
-        self.store.declare({"watch": self.stream})
-        manifest = self.active.bundle.manifest
-        judge, state, ended = None, None, None
-        if self.active.reference is not None:
-            judge = Judge(self.active.reference, labels=manifest.output.labels, window=manifest.drift.window, learn=20)
-            state, ended = drifting.restore(self.store, "tiny", judge)
-        chosen = config.Task(stream="watch", bundle="tiny", publish=self.publish)
-        self.task = Task(
-            "tiny", chosen, self.stream, self.active.bundle, self.active.model, judge, state, "sha256:c", ended=ended
-        )
-        self.author = Author("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
-
-    def restart(self) -> None:
-        self.store.close()
-        self.open()
-
-    def feed(self, values: Floats, *, pause_s: float = 0.0) -> None:
-        """One chunk of rows, `pause_s` after the last."""
-        self.fed += int(pause_s * 1e6)
-        t = T0 + self.fed + np.arange(len(values), dtype=np.int64) * STEP_US
-        self.fed += len(values) * STEP_US
-        columns = [np.arange(len(values), dtype="<f4"), *(np.ascontiguousarray(c) for c in values.T)]
-        with self.store.transaction() as tx:
-            tx.append("watch", Rows(t, tuple(columns)), "synced")
-
-    def run(self) -> Done | None:
-        return batch.run(self.task, self.store, self.author, NOW)
-
-    def run_all(self) -> list[Done]:
-        done = []
-        while (one := self.run()) is not None:
-            done.append(one)
-        return done
-
-    def messages(self) -> list[Message]:
-        """The outbox, each message verified, parsed and in its place in the chain."""
-        signer, opened = jws.Signer("pi-07", DEVICE.public), []
-        for pending in self.store.unsent(0, 100_000):
-            opened.append(open_message(pending.topic, pending.payload, [pending.jws], lambda kid: signer))
-        assert [m.body.prev for m in opened] == ["", *(digest(m.payload) for m in opened[:-1])][: len(opened)]  # type: ignore[union-attr]
-        assert [m.body.seq for m in opened] == list(range(1, len(opened) + 1))  # type: ignore[union-attr]
-        return opened
-
-    def results(self) -> list[Results]:
-        return [m.body for m in self.messages() if isinstance(m.body, Results)]
 
 
 Make = Callable[..., Device]
@@ -140,22 +61,6 @@ def make(tmp_path: Path, active: Callable[[Recipe], Active]) -> Iterator[Make]:
     yield new
     for device in made:
         device.store.close()
-
-
-def tiles(results: Sequence[Results]) -> tuple[int, int]:
-    """The rows that messages cover, without gap or overlap."""
-    for before, after in pairwise(results):
-        assert after.rows[0] == before.rows[1] + 1
-    return results[0].rows[0], results[-1].rows[1]
-
-
-def columns(results: Sequence[Results]) -> dict[str, list[Any]]:
-    """All results one after the other, whatever messages they came in."""
-    joined: dict[str, list[Any]] = {}
-    for one in results:
-        for name, values in msgspec.to_builtins(one.columns).items():
-            joined.setdefault(name, []).extend(values or [])
-    return joined
 
 
 def by_hand(device: Device, values: Floats) -> scores.Scores:
@@ -195,7 +100,8 @@ def test_a_windowed_batch_names_the_last_row_of_each_window(make: Make) -> None:
     assert result.columns.row == list(range(8, 49, 4))
     assert result.columns.t == [T0 + (row - 1) * STEP_US for row in result.columns.row]
     assert result.columns.value == pytest.approx(by_hand(device, values).value, rel=1e-5)
-    assert (result.columns.label, result.columns.score) == (None, None)
+    # A smooth wave is what the threshold was learned from.
+    assert (result.columns.label, result.columns.score) == (["normal"] * 11, None)
     assert result.rows == (1, 44)
     assert device.run() is None
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from agent.drift import quality
 from agent.drift.quality import Metric, Pairs
+from agent.drift.truth import Truth
 
 LABELS = ("a", "b", "c")
 
@@ -249,3 +250,21 @@ def test_results_without_a_score_are_left_out_of_calibration_only() -> None:
 def test_numbers_whose_square_is_none_have_no_squared_error() -> None:
     found = by_name(quality.measure("regress", (), Pairs(np.full(30, 1e200), value=np.zeros(30))))
     assert (found["mae", ""].value, found["rmse", ""].value) == (1e200, None)
+
+
+def test_of_several_labels_a_result_is_right_when_all_are_and_each_label_has_its_f1() -> None:
+    truth = Truth("several", ("wet", "hot"))
+    codes = [truth.read(text) for text in ("wet|hot", "wet", "-", "hot | wet")]
+    assert codes == [3, 1, 0, 3]
+    found = by_name(quality.measure("several", truth.labels, Pairs(np.array(codes), np.array([3, 1, 2, 1]))))
+    assert found["accuracy", ""].value == 0.5
+    assert found["f1", "class=wet"].value == 1
+    assert found["f1", "class=hot"].value == 0.5
+    assert found["f1_macro", ""].value == 0.75
+
+
+def test_a_label_that_is_none_of_several_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"'dry' is no label of this model; it knows any of wet\|hot"):
+        Truth("several", ("wet", "hot")).read("wet|dry")
+    with pytest.raises(ValueError, match="more than 16 at once are not taken"):
+        Truth("several", tuple("abcdefghijklmnopq")).read("a")

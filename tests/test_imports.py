@@ -1,6 +1,6 @@
 """The floors of the house: imports go down only, few rooms know certain libraries, and start-up loads little.
 
-cli → simulate → device | fleet → client → link | model → drift | wire → config → clock | names → errors
+cli → simulate → device | fleet → client | evaluation → link | model → drift | wire → config → clock | names → errors
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ FLOORS = {
     "link": 4,
     "model": 4,
     "client": 5,
+    "evaluation": 5,
     "device": 6,
     "fleet": 6,
     "simulate_link": 7,
@@ -45,6 +46,7 @@ ONLY = {
     "ai_edge_litert": {"agent.model.runtime"},
     "tflite_runtime": {"agent.model.runtime"},
     "resvg_py": {"agent.picture.png"},
+    "PIL": {"agent.model.images"},
 }
 # wire/ and drift/ are pure: these libraries and no other, nothing of the system but for the key files.
 PURE = {"drift": {"msgspec", "numpy"}, "wire": {"cryptography", "msgspec"}}

@@ -40,7 +40,7 @@ def test_csv_of_one_column_or_one_row_keeps_its_shape(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "no column a, b"),
+        ("", "the file is empty"),
         ("a,c\n1,2\n", "no column b; there is a, c"),
         ("a,b\n1,2\n1,two\n", "line 3, b: 'two' is no number"),
         ("a,b\n1,2,3\n", "line 2 has 3 cells, the first line names 2"),

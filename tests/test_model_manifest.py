@@ -44,7 +44,7 @@ def refused(path: Path) -> str:
 @pytest.mark.parametrize(
     ("key", "value", "why"),
     [
-        ("format", 2, "format"),
+        ("format", 3, "format 3, this agent reads formats 1 to 2; update the agent"),
         ("name", "../../etc", "must be 1-64 of a-z"),
         ("name", "Übung", "must be 1-64 of a-z"),
         ("version", "", "version"),

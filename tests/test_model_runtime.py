@@ -159,8 +159,8 @@ def test_an_integer_input_and_a_float_input_agree() -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("two_inputs", "2 inputs and 1 outputs; one of each is supported"),
-        ("two_outputs", "1 inputs and 2 outputs; one of each is supported"),
+        ("two_inputs", "2 inputs, one is supported"),
+        ("two_outputs", "2 outputs; name the one to use with [output] tensor, of 0: "),
         ("stateful", "remembers what it saw before (ASSIGN_VARIABLE, READ_VARIABLE, VAR_HANDLE)"),
         ("flex", "uses TensorFlow operations that it does not have; convert it with TFLITE_BUILTINS only"),
         ("no_rows", "the model gives [0, 4] for a batch of 1; the first must count rows"),

@@ -30,8 +30,8 @@ from agent.errors import StorageFull
 from agent.model import activate
 from agent.model.activate import Active
 from agent.wire import jws
-from agent.wire.messages import Alerts, Quality, open_message
-from tests.bundles import CLASSIFY, KEY, LABELS, REGRESS, Recipe, packed
+from agent.wire.messages import Alerts, Quality, Results, open_message
+from tests.bundles import CLASSIFY, EACH, KEY, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, packed
 from tests.senders import new_key
 
 DEVICE = new_key(1)
@@ -293,6 +293,35 @@ def test_regression_is_judged_by_its_errors(make: Make) -> None:
     assert {"mae", "rmse", "r2"} <= {name for name, _ in metrics(body)}
     assert body.estimate is None
     assert "classes" not in body.labels
+
+
+def test_labels_of_a_model_that_says_several_are_each_judged(make: Make) -> None:
+    device = make(SEVERAL)
+    device.feed(200)
+    assert device.label(range(1, 101), lambda row: (*EACH, "-", "damp|warm")[row % 5]) == [None] * 100
+    (refused,) = device.label([101], lambda row: "warm|cold")
+    assert refused is not None
+    assert "'cold' is no label of this model; it knows any of warm|damp|loud" in refused
+    device.turn()
+    bodies = device.sent(Quality)
+    found = metrics(bodies[0])
+    assert {("accuracy", ""), ("f1_macro", ""), *(("f1", f"class={name}") for name in EACH)} <= set(found)
+    said = device.sent(Results)[0].columns.label
+    assert said is not None
+    meant = [
+        {*("warm", "damp", "loud", "-", "damp|warm")[row % 5].split("|")}
+        for row in range(1, found["accuracy", ""].n + 1)
+    ]
+    right = [set(text.split("|")) == true for text, true in zip(said, meant, strict=False)]
+    assert found["accuracy", ""].value == pytest.approx(np.mean(right))
+
+
+def test_an_embedding_is_judged_as_the_anomalies_it_tells(make: Make) -> None:
+    device = make(VECTORS)
+    device.feed(200)
+    assert device.label(range(1, 101), lambda row: "anomaly" if row % 5 == 0 else "normal") == [None] * 100
+    device.turn()
+    assert {"auc", "accuracy", "f1"} <= {name for name, _ in metrics(device.sent(Quality)[0])}
 
 
 def test_a_message_fits_the_broker_whatever_the_slices(make: Make) -> None:

@@ -163,7 +163,7 @@ def _direct(conf: Config, task: str, found: list[tuple[int, Label]]) -> tuple[in
     store = wiring.open_store(conf)
     try:
         manifest = bundle.read(operating.bundle_of(conf, store, task), None).manifest
-        asked = {task: Asked(conf.tasks[task].stream, Truth(manifest.kind, tuple(manifest.output.labels)))}
+        asked = {task: Asked(conf.tasks[task].stream, Truth(manifest.truth, tuple(manifest.output.labels)))}
         group, now = Group(store, conf.streams, lambda: asked), clock_of(store)
         accepted, rejected = 0, dict[int, str]()
         for number, (line, one) in enumerate(found, 1):

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from agent.cli import trust
+from agent.cli.model_evaluate import evaluate
+from agent.cli.model_run import run
 from agent.cli.output import emit, json_option
 from agent.errors import BadBundle, UsageError
 from agent.wire import keys
-from agent.wire.keys import PublicKey
 
 if TYPE_CHECKING:
     from agent.drift.reference import Reference
-    from agent.model.bundle import Bundle
     from agent.model.manifest import Manifest
     from agent.model.runtime import Model
 
@@ -26,6 +27,10 @@ _path = click.Path(path_type=Path)
 @click.group()
 def model() -> None:
     """Bundles: a model with its labels, drift reference, golden vectors and cards, signed."""
+
+
+model.add_command(run)
+model.add_command(evaluate)
 
 
 @model.command(epilog="Example: outstation model keygen publisher.key")
@@ -43,25 +48,46 @@ def keygen(file: Path, as_json: bool) -> None:
 
 
 @model.command(epilog="Example: outstation model pack bundle.toml -o exercise --key publisher.key")
-@click.argument("spec", type=_path)
-@click.option("-o", "--out", required=True, type=_path, help="The bundle's folder, or a .zip.")
+@click.argument("spec", type=_path, required=False)
+@click.option("-o", "--out", type=_path, help="The bundle's folder, or a .zip; with --from the SPEC to write.")
 @click.option("--key", "key_file", type=_path, help="The publisher's key; without it the bundle stays unsigned.")
+@click.option("--from", "tflite", type=_path, help="Write a SPEC to fill in for this .tflite instead.")
+@click.option("--data", type=_path, help="With --from: CSV or Parquet beside the model, whose columns are its fields.")
 @json_option
-def pack(spec: Path, out: Path, key_file: Path | None, as_json: bool) -> None:
-    """Make a bundle from SPEC, and say what it lacks."""
+def pack(
+    spec: Path | None, out: Path | None, key_file: Path | None, tflite: Path | None, data: Path | None, as_json: bool
+) -> None:
+    """Make a bundle from SPEC, and say what it lacks; or, with --from, a SPEC from a model."""
     from agent.model import pack as packing
 
+    if tflite is not None:
+        if spec is not None or key_file is not None:
+            raise UsageError("--from writes a SPEC and packs nothing; fill the SPEC in, then pack that")
+        _write_spec(tflite, out, data, as_json)
+        return
+    if spec is None or out is None or data is not None:
+        raise UsageError(
+            "give SPEC and -o, the bundle to make; or --from MODEL.tflite, with --data where there is some, for a SPEC"
+        )
     packed = packing.pack(spec, keys.load_private(key_file) if key_file else None)
     # The same content needs no new signature: who has no key can still rebuild and compare.
     if key_file is None:
         packing.keep_signature(packed, out)
     packing.write(packed, out)
-    document = {"bundle": str(out), "digest": packed.digest, "warnings": packed.warnings}
-    emit(
-        document,
-        as_json,
-        lambda: click.echo("\n".join([f"{out} {packed.digest}", *(f"warning: {w}" for w in packed.warnings)])),
-    )
+    document = {"bundle": str(out), "digest": packed.digest, "warnings": packed.warnings, "notes": packed.notes}
+    said = [f"{out} {packed.digest}", *packed.notes, *(f"warning: {w}" for w in packed.warnings)]
+    emit(document, as_json, lambda: click.echo("\n".join(said)))
+
+
+def _write_spec(tflite: Path, out: Path | None, data: Path | None, as_json: bool) -> None:
+    from agent.model import begin
+
+    begun = begin.begin(tflite, out, data)
+    if out is not None:
+        begin.write(begun, out)
+    document = {"spec": str(out) if out else None, "kind": begun.kind, "text": begun.text}
+    said = begun.text if out is None else f"{out} written, kind {begun.kind}: {begun.why}. Look at every line of it."
+    emit(document, as_json, lambda: click.echo(said, nl=out is not None))
 
 
 @model.command("reference", epilog="Example: outstation model reference quiet.npz --spec bundle.toml -o reference.json")
@@ -93,18 +119,19 @@ def make_reference(
 
 def _model_of(bundle: Path | None, spec: Path | None) -> tuple[Model, Manifest]:
     from agent.model import bundle as bundles
-    from agent.model import probe, runtime
+    from agent.model import inference, probe
     from agent.model import spec as specs
 
     if bundle is not None:
         found = bundles.read(bundle, None)
         probe.probe(found).require()
-        return runtime.Model(found.model), found.manifest
+        return inference.load(found.manifest, found.model), found.manifest
     assert spec is not None
     wanted = specs.read(spec)
     file = spec.parent / wanted.model
+    draft = specs.to_manifest(spec, wanted)
     try:
-        return runtime.Model(file.read_bytes()), specs.to_manifest(spec, wanted, {})
+        return inference.load(draft, file.read_bytes()), draft
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from None
 
@@ -154,7 +181,7 @@ def _check(path: Path, public: str | None) -> dict[str, Any]:
     except BadBundle as problem:
         note("signature and hashes", False, str(problem))
         return document
-    note("signature", *_signature(path, found, trusted))
+    note("signature", *trust.signature(path, found, trusted))
     note("hashes", True, f"{len(found.manifest.files)} files as the manifest says")
     report = probe.probe(found)
     for one in report.checks:
@@ -163,25 +190,6 @@ def _check(path: Path, public: str | None) -> dict[str, Any]:
     document |= {"name": found.manifest.name, "version": found.manifest.version, "digest": found.digest}
     document |= {"runtime": report.runtime or None, "ok": all(check["ok"] for check in document["checks"])}
     return document
-
-
-def _signature(path: Path, found: Bundle, trusted: list[PublicKey] | None) -> tuple[bool, str]:
-    """Verified already where a key was given; else against the key of the bundles that ship with the agent."""
-    from agent.model import bundle as bundles
-    from agent.model import shipped
-
-    own = shipped.publishers()
-    if not found.signer:
-        damaged = "manifest.jws" in found.files
-        return False, f"{'manifest.jws is none' if damaged else 'not signed'}; sign it with `outstation model sign`"
-    if trusted is not None:
-        return True, f"by {found.signer}"
-    if found.signer not in {key.kid for key in own}:
-        return True, f"claims {found.signer}, not verified: give the publisher's public key with --key"
-    try:
-        return True, f"by {bundles.read(path, own).signer}"
-    except BadBundle as problem:
-        return False, str(problem)
 
 
 def _reference(load: Callable[[], Reference | None]) -> tuple[bool, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 from agent import __version__, clock, config
 from agent.clock import Now
 from agent.config import Stream
-from agent.device import drifting, learned
+from agent.device import columns, drifting, learned
 from agent.device.author import Author
 from agent.device.drifting import Ended
 from agent.device.storage.given import Given
-from agent.device.storage.rows import Rows
+from agent.device.storage.rows import EMPTY, Rows, concatenate
 from agent.device.storage.segments import Stamp, within
 from agent.device.storage.store import Batch, Store
 from agent.device.storage.transaction import Transaction
@@ -28,13 +27,12 @@ from agent.drift.state import State, Verdict
 from agent.model import features, runtime, scores
 from agent.model.bundle import Bundle
 from agent.model.features import Cut
+from agent.model.inference import MOST_VALUES, Answers, Inference
 from agent.model.scores import Scores
 
 _MOST_WINDOWS = 512
 # What a window may come to in messages, its part of a drift summary too.
 _WINDOW_BYTES = 2_000
-# Values of all windows of a batch together, 16 MB of float32: long windows that overlap repeat their rows.
-_MOST_VALUES = 4_000_000
 
 
 @dataclass
@@ -52,25 +50,25 @@ class Task:
     keep_results: bool = True
     ended: Ended | None = None
     columns: list[int] = field(init=False)
+    inference: Inference = field(init=False)
     last_label: str = ""
 
     def __post_init__(self) -> None:
         names = [f.name for f in self.stream.fields]
         self.columns = [names.index(name) for name in self.bundle.manifest.input.fields]
+        self.inference = Inference(self.bundle.manifest, self.model)
 
     @property
     def step(self) -> int:
-        window = self.bundle.manifest.input.window
-        return window.step if window else 1
+        return self.inference.step
 
     @property
     def window_rows(self) -> int:
-        window = self.bundle.manifest.input.window
-        return window.rows if window else 1
+        return self.inference.rows
 
     def batch_rows(self, transaction: int) -> int:
         """The most rows of one batch: one window, and as many more as memory, time and `transaction` bytes allow."""
-        in_memory = _MOST_VALUES // (self.window_rows * len(self.columns))
+        in_memory = MOST_VALUES // (self.window_rows * len(self.bundle.manifest.input.columns))
         windows = min(_MOST_WINDOWS, transaction // _WINDOW_BYTES, in_memory)
         return self.window_rows + max(0, windows - 1) * self.step
 
@@ -113,19 +111,17 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
         if not _lost_follows(task, store, batch):
             return None
         cut = Cut(cut.starts, len(batch.rows))
-    matrix = features.matrix([batch.rows.columns[i] for i in task.columns])
-    windows = features.windows(matrix, cut.starts, task.bundle.manifest.input)
-    outputs = task.model.invoke(windows)
-    found = scores.of(outputs, task.bundle.manifest, windows)
-    judged = _judge(task, store, batch, cut, matrix, found, outputs)
-    given = _given(task, store, batch, cut, found)
+    matrix, answers = _answer(task, store, batch, cut)
+    judged = _judge(task, store, batch, matrix, answers)
+    given = _given(task, store, batch, answers)
+    names = scores.texts(answers.scores, task.bundle.manifest)
     with store.transaction() as tx:
         tx.advance(task.name, batch.first, batch.first + cut.consumed - 1)
         if task.ended is not None:
             drifting.end(tx, author, task.name, task.ended, now)
         if task.judge is not None and judged.state is not None:
             drifting.keep(tx, task.name, task.judge, judged.state, task.drift)
-        for body in _results(task, author, batch, cut, found, tx.segments.announced()):
+        for body in _results(task, author, batch, answers, names, tx.segments.announced()):
             author.write(tx, "results", task.name, body, now)
         for verdict in judged.verdicts:
             _report(task, author, tx, verdict, now)
@@ -133,8 +129,8 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
             tx.labels.keep(task.name, given, tx.uptime_s(now))
         tx.count(f"windows.{task.name}", len(cut.starts))
     task.drift, task.ended = judged.state, None
-    if found.label is not None and len(found):
-        task.last_label = task.bundle.manifest.output.labels[int(found.label[-1])]
+    if names:
+        task.last_label = names[-1]
     return Done(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))
 
 
@@ -144,30 +140,47 @@ def _lost_follows(task: Task, store: Store, batch: Batch) -> bool:
     return following is not None and following.lost is not None
 
 
-def _judge(
-    task: Task,
-    store: Store,
-    batch: Batch,
-    cut: Cut,
-    matrix: NDArray[np.float32],
-    found: Scores,
-    outputs: NDArray[np.float32],
-) -> _Judged:
+def _answer(task: Task, store: Store, batch: Batch, cut: Cut) -> tuple[features.Floats, Answers]:
+    """The batch's features in physical units (n, F), and what the model says of its windows."""
+    past = _history(task, store, batch.first - 1)
+    matrix = features.matrix([batch.rows.columns[i] for i in task.columns])
+    if not len(past):
+        return matrix, task.inference.answer(matrix, batch.rows.t, cut)
+    earlier = features.matrix([past.columns[i] for i in task.columns])
+    rows, t = np.concatenate([earlier, matrix]), np.concatenate([past.t, batch.rows.t])
+    return matrix, task.inference.answer(rows, t, cut, before=len(past))
+
+
+def _history(task: Task, store: Store, through: int) -> Rows:
+    """The rows up to `through` that derived features look back at: fewer where they were deleted or cannot be read."""
+    at = max(0, through - task.inference.history)
+    kept: list[Rows] = []
+    while at < through:
+        found = store.take(task.config.stream, task.stream.fields, at, through - at)
+        if found is None:
+            break
+        kept = [] if found.lost else [*kept, found.rows]
+        at = found.last
+    return concatenate(kept) if kept else EMPTY
+
+
+def _judge(task: Task, store: Store, batch: Batch, matrix: features.Floats, answers: Answers) -> _Judged:
     if task.judge is None or task.drift is None:
         return _Judged(None, [])
-    labels = found.label if found.label is not None else np.zeros(len(cut.starts), np.int64)
+    found, starts = answers.scores, answers.cut.starts
+    labels = found.label if found.label is not None else np.zeros(len(starts), np.int64)
     told = found.value if found.score is None else found.score
     certainty = None if told is None else told[:, None].astype(np.float32)
     state, verdicts = task.judge.step(
         task.drift,
         matrix,
-        cut.starts,
+        starts,
         task.window_rows,
         labels,
         certainty,
         rows=(batch.first, batch.last),
         t=batch.rows.t,
-        modes=_modes(task, store, batch, cut),
+        modes=_modes(task, store, batch, answers.cut),
     )
     return _Judged(state, verdicts)
 
@@ -180,49 +193,43 @@ def _modes(task: Task, store: Store, batch: Batch, cut: Cut) -> Modes | None:
 
 
 def _results(
-    task: Task, author: Author, batch: Batch, cut: Cut, found: Scores, announced: tuple[int, int]
+    task: Task, author: Author, batch: Batch, answers: Answers, names: list[str] | None, announced: tuple[int, int]
 ) -> Iterator[dict[str, Any]]:
     """Bodies that together cover the consumed rows, each within the broker's limit."""
-    labels = task.bundle.manifest.output.labels
-    names = [labels[i] for i in found.label] if found.label is not None else None
+    cut, found = answers.cut, answers.scores
     ends = cut.starts + task.window_rows - 1
     listed = _published(task, found, names)
-    longest = max((len(json.dumps(name, ensure_ascii=False).encode()) for name in labels), default=0)
-    # A result costs at most two numbers of 16 digits, a score, a label and their commas; 2 kB is for all the rest.
-    most = max(1, (author.max_bytes - 2_000 - 1_200) // (48 + longest))
+    missing = np.where(answers.missing > task.bundle.manifest.input.max_missing, answers.missing, 0)
+    most = columns.most(author.max_bytes - 2_000 - 1_200, found, names)
     first_row, count, done = 0, len(cut.starts), 0
     while True:
         stop = min(count, done + most)
         through = cut.consumed if stop == count else int(cut.starts[stop - 1]) + task.step
         picked = np.flatnonzero(listed[done:stop]) + done
-        columns: dict[str, Any] = {
+        listing: dict[str, Any] = {
             "row": (ends[picked] + batch.first).tolist(),
             "t": batch.rows.t[ends[picked]].tolist(),
         }
-        if names is not None and found.score is not None:
-            columns["label"] = [names[i] for i in picked]
-            columns["score"] = np.round(found.score[picked], 4).tolist()
-        if found.value is not None:
-            columns["value"] = [float(f"{v:.6g}") for v in found.value[picked]]
+        listing |= columns.of(found, names, missing, picked)
         rows = [batch.first + first_row, batch.first + through - 1]
-        body = _body(task, rows, stop - done, batch.rows.slice(first_row, through), columns)
+        body = _body(task, rows, stop - done, batch.rows.slice(first_row, through), listing)
+        if incomplete := int(np.count_nonzero(missing[done:stop])):
+            body["incomplete"] = incomplete
         # Where model windows overlap, the last result's row comes after the last row that is used up.
-        last = max([rows[1], *columns["row"][-1:]])
+        last = max([rows[1], *listing["row"][-1:]])
         yield body | _clocks(within(batch.stamps, rows[0], last), author, announced)
         first_row, done = through, stop
         if done == count:
             return
 
 
-def _given(task: Task, store: Store, batch: Batch, cut: Cut, found: Scores) -> Given | None:
+def _given(task: Task, store: Store, batch: Batch, answers: Answers) -> Given | None:
     """The results as they are kept for labels; None where there are none, or none are kept."""
+    found = answers.scores
     if not len(found) or not task.keep_results:
         return None
-    ends = cut.starts + task.window_rows - 1
-    names, said = [f.name for f in task.stream.fields], found.label
-    threshold = task.bundle.manifest.output.threshold
-    if said is None and found.value is not None and threshold is not None:
-        said = (found.value > threshold).astype(np.int64)
+    ends = answers.cut.starts + task.window_rows - 1
+    names, said = [f.name for f in task.stream.fields], scores.codes(found)
     told: dict[str, list[str]] = {}
     for one in task.config.slices:
         name = one if isinstance(one, str) else one.field

@@ -48,7 +48,7 @@ class Taken:
 
 def truth_of(task: Task) -> Truth:
     manifest = task.bundle.manifest
-    return Truth(manifest.kind, tuple(manifest.output.labels))
+    return Truth(manifest.truth, tuple(manifest.output.labels))
 
 
 def known(task: Task, some: Sequence[Labelled]) -> list[Labelled]:

@@ -4,6 +4,7 @@
   2015; ties stay together)
 - ece_chance: the ECE that a calibrated model would have of as many results with these scores, by chance, and the range
   of that; an ECE within it says nothing against calibration, so its interval begins at 0 then
+- several (labels a result): accuracy is of results whose labels are all right; F1 macro and of each label
 - regress: MAE, RMSE, R²
 - anomaly: AUC (ties count half), and accuracy and F1 where the bundle has a threshold
 Brier is of the named class, mean (p - right)², unless all probabilities are known: then the sum over classes.
@@ -30,6 +31,9 @@ _FEWEST_A_BIN = 10
 _MOST_CLASSES = 40
 # Values from weights (n,).
 Weighted = Callable[[Floats], list[float]]
+Booleans = np.ndarray[Any, np.dtype[np.bool_]]
+# A metric of values, which of them are anomalies, and weights.
+Ranked = Callable[[Floats, Booleans, Floats], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,8 @@ def _parts(kind: str, labels: Sequence[str], pairs: Pairs) -> Iterator[_Part]:
         yes = int(meant.sum())
         named = _Named("f1", n, fewest=yes, rests=(yes + int(said.sum())) / 2)
         yield [named], lambda w: [float(f1(meant, said, 2, w)[1])]
+    elif pairs.said is not None and kind == "several":
+        yield _of_labels(labels, truth.astype(np.int64), pairs.said)
     elif pairs.said is not None:
         yield from _calibration(pairs, truth.astype(np.int64), pairs.said)
         yield _of_classes(labels, truth.astype(np.int64), pairs.said)
@@ -170,7 +176,7 @@ def _parts(kind: str, labels: Sequence[str], pairs: Pairs) -> Iterator[_Part]:
 def _calibration(pairs: Pairs, truth: Ints, said: Ints) -> Iterator[_Part]:
     """Of the results whose score is known."""
     if pairs.full is not None:
-        each = np.square(pairs.full - np.eye(pairs.full.shape[1])[truth]).sum(axis=1)
+        each = brier(pairs.full, truth)
         yield [_Named("brier", len(pairs))], lambda w: [_mean(each, w)]
     known = np.isfinite(pairs.score) if pairs.score is not None else np.zeros(len(pairs), np.bool_)
     if pairs.score is None or not known.any():
@@ -200,10 +206,32 @@ def _of_classes(labels: Sequence[str], truth: Ints, said: Ints) -> _Part:
     return [whole, *each], scores
 
 
+def _of_labels(labels: Sequence[str], truth: Ints, said: Ints) -> _Part:
+    meant, told = [[codes >> i & 1 for i in range(len(labels))] for codes in (truth, said)]
+    true = [int(one.sum()) for one in meant]
+
+    def scores(w: Floats) -> list[float]:
+        each = np.array([f1(one, other, 2, w)[1] for one, other in zip(meant, told, strict=True)])
+        return [macro(each), *each.tolist()]
+
+    # As of classes.
+    whole = _Named("f1_macro", len(truth), fewest=min(true), rests=min(true) * len(labels))
+    named = [
+        _Named("f1", n, f"class={label}", rests=(n + int(other.sum())) / 2)
+        for label, n, other in zip(labels, true, told, strict=True)
+    ]
+    return [whole, *named], scores
+
+
 def f1(truth: Ints, said: Ints, count: int, w: Floats) -> Floats:
     """(count,) F1 of each class; NaN of those neither meant nor named."""
     hit = np.bincount(truth, w * (truth == said), count)
     both = np.bincount(truth, w, count) + np.bincount(said, w, count)
+    return f1_of(hit, both)
+
+
+def f1_of(hit: Floats, both: Floats) -> Floats:
+    """F1 (…) of how many were right, and how many were meant plus how many were named; NaN without any."""
     with np.errstate(invalid="ignore"):
         return np.asarray(2 * hit / both)
 
@@ -212,6 +240,12 @@ def macro(each: Floats) -> float:
     """Mean over the classes that were meant or named."""
     known = each[~np.isnan(each)]
     return float(known.sum() / len(known)) if len(known) else math.nan
+
+
+def brier(full: Floats, truth: Ints) -> Floats:
+    """(n,) squared distance of probabilities (n, C) from certainty of the true class."""
+    squares = np.square(full).sum(axis=1) - 2 * full[np.arange(len(truth)), truth] + 1
+    return np.asarray(squares)
 
 
 def equal_mass(score: Floats, bins: int = ECE_BINS) -> Ints:
@@ -224,8 +258,7 @@ def equal_mass(score: Floats, bins: int = ECE_BINS) -> Ints:
 
 def ece(score: Floats, right: Floats, where: Ints, w: Floats) -> float:
     """Σ share of a bin × |mean score - share right|, from bins as `equal_mass` has them."""
-    apart = np.abs(np.bincount(where, w * (score - right)))
-    return float(apart.sum() / w.sum())
+    return float(ece_of(np.bincount(where, w * (score - right)), w.sum()))
 
 
 def ece_by_chance(score: Floats, where: Ints, alike: float) -> tuple[float, float]:
@@ -238,7 +271,12 @@ def ece_by_chance(score: Floats, where: Ints, alike: float) -> tuple[float, floa
     return mean, math.sqrt((1 - 2 / math.pi) * float(variance.sum())) / len(score)
 
 
-def auc(value: Floats, yes: np.ndarray[Any, np.dtype[np.bool_]], w: Floats) -> float:
+def ece_of(apart: Floats, total: Any) -> Floats:
+    """ECE (…) from sums of score - right in each bin (…, bins), of so many results in all."""
+    return np.asarray(np.abs(apart).sum(axis=-1) / total)
+
+
+def auc(value: Floats, yes: Booleans, w: Floats) -> float:
     """P(value of an anomaly > value of none), ties counting half; NaN where there is only one of the two."""
     _, at = np.unique(value, return_inverse=True)
     good, bad = np.bincount(at, w * yes), np.bincount(at, w * ~yes)
@@ -246,6 +284,18 @@ def auc(value: Floats, yes: np.ndarray[Any, np.dtype[np.bool_]], w: Floats) -> f
         return math.nan
     below = np.cumsum(bad) - bad
     return float((good * (below + bad / 2)).sum() / (good.sum() * bad.sum()))
+
+
+def average_precision(value: Floats, yes: Booleans, w: Floats) -> float:
+    """Σ precision × growth of recall, from the largest value down, ties together; NaN without an anomaly."""
+    _, at = np.unique(-value, return_inverse=True)
+    good = np.cumsum(np.bincount(at, w * yes))
+    every = np.cumsum(np.bincount(at, w))
+    if not good[-1] > 0:
+        return math.nan
+    grown = np.diff(good, prepend=0.0) / good[-1]
+    with np.errstate(invalid="ignore"):
+        return float(np.nansum(grown * good / every))
 
 
 def r2(truth: Floats, off: Floats, w: Floats) -> float:

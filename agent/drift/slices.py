@@ -30,12 +30,15 @@ _EXACT = 2_000
 OTHER, MISSING = "other", "missing"
 
 
-def measure(kind: str, pairs: Pairs, slices: Mapping[str, Sequence[str]]) -> list[Metric]:
-    """Accuracy, or MAE of numbers, in each slice; then F1 and Brier. `slices`: field → (n,) texts, as `pairs`."""
+def measure(kind: str, pairs: Pairs, slices: Mapping[str, Sequence[str]], alike: float | None = None) -> list[Metric]:
+    """Accuracy, or MAE of numbers, in each slice; then F1 and Brier. `slices`: field → (n,) texts, as `pairs`.
+
+    `alike` results count as one; without it, as many as neighbours tell.
+    """
     off = pairs.off(kind)
     if off is None or not len(pairs):
         return []
-    alike = intervals.design(off)
+    alike = intervals.design(off) if alike is None else alike
     found: list[tuple[Metric, float]] = []
     more: list[Metric] = []
     for field in sorted(slices):

@@ -9,6 +9,8 @@ from typing import Any
 
 HUMAN, MODEL, SYSTEM = SOURCES = ("human", "model", "system")
 _LONGEST = 256
+# Between labels of one result; what stands where no label is true; how many may be kept of a result.
+SEPARATOR, NONE, MOST_SEVERAL = "|", "-", 16
 _YES = {"1": 1.0, "true": 1.0, "yes": 1.0, "anomaly": 1.0, "0": 0.0, "false": 0.0, "no": 0.0, "normal": 0.0}
 _LATEST_S = 4_102_444_800.0  # 2100-01-01
 # Its square, and the sum of many, must still be a number.
@@ -28,13 +30,18 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What labels of a task may be. `kind` is the bundle's: classify, regress or anomaly."""
+    """What labels of a task may be. `kind` is the bundle's: classify, several (labels a result), regress or anomaly."""
 
     kind: str
     labels: tuple[str, ...] = ()
 
     def read(self, text: str) -> float:
-        """Index of the class, the number, or 1 for an anomaly and 0 for none. Raises ValueError."""
+        """Index of the class, of several the sum of 2^index, the number, or 1 for an anomaly and 0 for none.
+
+        Raises ValueError.
+        """
+        if self.kind == "several":
+            return self._several(text)
         if self.kind == "classify":
             if text not in self.labels:
                 known = ", ".join(self.labels[:12]) + (", …" if len(self.labels) > 12 else "")
@@ -63,6 +70,15 @@ class Truth:
         if self.kind == "anomaly" and len(self.labels) != 2:
             return ANOMALY
         return () if self.kind == "regress" else self.labels
+
+    def _several(self, text: str) -> float:
+        if len(self.labels) > MOST_SEVERAL:
+            raise ValueError(f"labels of a model that knows more than {MOST_SEVERAL} at once are not taken")
+        names = {name.strip() for name in text.split(SEPARATOR)} if text != NONE else set()
+        if unknown := sorted(names - set(self.labels)):
+            known = SEPARATOR.join(self.labels)
+            raise ValueError(f"{unknown[0][:40]!r} is no label of this model; it knows any of {known}")
+        return float(sum(1 << self.labels.index(name) for name in names))
 
 
 def anomalous(text: str) -> float | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agent.drift.reference import Reference
 from agent.errors import BadBundle
-from agent.model import bundle, probe, runtime, shipped
+from agent.model import bundle, inference, probe, runtime, shipped
 from agent.model.bundle import Bundle
 from agent.wire.keys import PublicKey
 
@@ -40,7 +40,7 @@ def activate(path: Path, publishers: Sequence[PublicKey]) -> Active:
     found = bundle.read(path, [*publishers, *shipped.publishers()])
     try:
         probe.probe(found).require()
-        return Active(found, runtime.Model(found.model), reference(found))
+        return Active(found, inference.load(found.manifest, found.model), reference(found))
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
 

@@ -52,16 +52,46 @@ def matrix(columns: Sequence[NDArray[Any]]) -> Floats:
         return np.stack(columns, axis=1).astype(np.float32, copy=False)
 
 
-def windows(features: Floats, starts: Ints, spec: Input) -> Floats:
-    """Scaled model input (w, rows, F), or (w, F) without a window.
+def windows(columns: Floats, starts: Ints, spec: Input) -> Floats:
+    """Scaled model input (w, rows, C), or (w, C) without a window, of all features (n, C) of the model.
 
-    A value that is missing, or too large for float32, becomes the field's mean.
+    A value that is missing, or too large for float32, becomes the feature's mean.
     """
-    within = 0 if spec.window is None else np.arange(spec.window.rows)
-    cut_out = features[starts] if spec.window is None else features[starts[:, None] + within]
-    if spec.mean or spec.std:
+    cut_out = raw(columns, starts, spec)
+    if spec.scaling == "window":
+        cut_out = _by_own_spread(cut_out)
+    elif spec.mean or spec.std:
         mean = np.asarray(spec.mean or 0.0, np.float32)
         std = np.asarray(spec.std or 1.0, np.float32)
         with np.errstate(over="ignore"):
             cut_out = (cut_out - mean) / std
     return np.nan_to_num(cut_out, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def raw(columns: Floats, starts: Ints, spec: Input) -> Floats:
+    """What `windows` scales, in physical units."""
+    taken: Floats = columns[starts if spec.window is None else starts[:, None] + np.arange(spec.window.rows)]
+    return taken
+
+
+def missing(columns: Floats, starts: Ints, spec: Input) -> Floats:
+    """The share (w,) of values of each window that are missing."""
+    gone = ~np.isfinite(columns)
+    if not gone.any():
+        return np.zeros(len(starts), np.float32)
+    rows = np.concatenate([[0], np.cumsum(gone.sum(axis=1))])
+    share = (rows[starts + spec.rows] - rows[starts]) / (spec.rows * columns.shape[1])
+    return np.asarray(share, np.float32)
+
+
+def _by_own_spread(windows: Floats) -> Floats:
+    """Each column of each window (w, rows, C) less its mean, divided by its spread where that is not 0."""
+    there = np.isfinite(windows)
+    count = np.maximum(there.sum(axis=1, keepdims=True), 1)
+    values = windows.astype(np.float64)
+    mean = np.where(there, values, 0.0).sum(axis=1, keepdims=True) / count
+    off = np.where(there, values - mean, 0.0)
+    spread = np.sqrt(np.square(off).sum(axis=1, keepdims=True) / count)
+    # What is left of a constant by rounding is no signal.
+    flat = spread <= 1e-7 * np.abs(mean)
+    return (off / np.where(flat, 1.0, spread)).astype(np.float32)

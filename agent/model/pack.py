@@ -10,14 +10,17 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from agent.drift import learning
 from agent.drift.reference import Reference
 from agent.errors import BadBundle, ConfigError, UsageError
-from agent.model import bundle, data, features, golden, manifest, probe, scores
+from agent.model import bundle, calibrate, data, derived, features, golden, inference, learn, manifest, probe
 from agent.model import spec as specs
 from agent.model.bundle import Bundle
+from agent.model.inference import Inference
+from agent.model.learn import Work
 from agent.model.manifest import Manifest
 from agent.model.runtime import NAME, Model
 from agent.model.spec import Spec, SpecCard
@@ -32,45 +35,36 @@ _MADE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The bundle's files, and what it lacks, in words."""
+    """The bundle's files, what it lacks and what it learned, in words."""
 
     files: dict[str, bytes]
     warnings: list[str]
     digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What a part of the bundle is made from: the SPEC, a manifest without files, the model loaded."""
-
-    file: Path
-    spec: Spec
-    draft: Manifest
-    model: Model
-
-    def path(self, name: str) -> Path:
-        return self.file.parent / name
+    notes: list[str]
 
 
 def pack(spec_file: Path, key: SigningKey | None) -> Packed:
     """All files of the bundle. Raises ConfigError, BadBundle."""
     spec = specs.read(spec_file)
     files = {"model.tflite": _read(spec_file, "model", spec.model)}
-    draft = specs.to_manifest(spec_file, spec, {})
+    draft = specs.to_manifest(spec_file, spec)
     _prove(spec_file.parent / spec.model, draft, files)
-    work = _Work(spec_file, spec, draft, Model(files["model.tflite"]))
+    work = Work(spec_file, spec, draft, inference.load(draft, files["model.tflite"]))
+    found = learn.learned(work)
+    work = replace(work, draft=msgspec.structs.replace(draft, output=found.output))
     warnings = [
+        *found.warnings,
         *_golden_file(work, files),
         *_reference_file(work, files),
         *_cards(spec_file, spec, files),
     ]
-    head = manifest.encode(specs.to_manifest(spec_file, spec, files))
+    head = manifest.encode(specs.finished(work.draft, files))
     files["manifest.json"] = head
     if key is not None:
         files["manifest.jws"] = bundle.sign(head, key)
     else:
         warnings.append(_UNSIGNED)
-    return Packed(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}")
+    return Packed(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", found.notes)
 
 
 def keep_signature(packed: Packed, out: Path) -> None:
@@ -138,7 +132,7 @@ def _prove(model: Path, draft: Manifest, files: dict[str, bytes]) -> None:
         raise BadBundle(f"{model}: {problem}") from None
 
 
-def _golden_file(work: _Work, files: dict[str, bytes]) -> list[str]:
+def _golden_file(work: Work, files: dict[str, bytes]) -> list[str]:
     if work.spec.golden is None:
         return ["no golden data: a device cannot tell whether its CPU computes what yours does"]
     try:
@@ -154,21 +148,11 @@ def _golden_windows(path: Path, spec: manifest.Input) -> features.Floats:
     """Scaled input windows: given as `windows` (g, rows, F) in physical units, or cut from rows."""
     given = data.given_windows(path, spec)
     if given is not None:
-        starts = np.arange(0, len(given), spec.window.rows if spec.window else 1)
-        return features.windows(given, starts, spec)
+        return features.windows(given, np.arange(0, len(given), spec.rows), spec)
     found = data.read(path, spec)
-    starts = _starts(path, found, spec)
+    starts = learn.starts(path, found, spec)
     picked = starts[np.linspace(0, len(starts) - 1, min(_GOLDEN, len(starts)), dtype=np.int64)]
-    return features.windows(found.features, picked, spec)
-
-
-def _starts(path: Path, found: data.Data, spec: manifest.Input) -> features.Ints:
-    """Where windows begin, at least one. Raises UsageError."""
-    starts = features.cut(found.t, spec.window).starts
-    if not len(starts):
-        whole = f"no {spec.window.rows} rows without a gap" if spec.window else "no rows"
-        raise UsageError(f"{path}: {whole} in it, so nothing to run the model on; give more data")
-    return starts
+    return features.windows(derived.columns(found.features, found.t, spec), picked, spec)
 
 
 def reference_of(path: Path, model: Model, draft: Manifest, *, held_out: bool = False) -> Reference:
@@ -177,13 +161,13 @@ def reference_of(path: Path, model: Model, draft: Manifest, *, held_out: bool = 
     `held_out` data, which it was not trained on, also tell how often a score is right, by their labels. Raises
     UsageError, BadBundle.
     """
-    found = data.read(path, draft.input)
+    found = data.read(path, draft.input, data.labels_of(draft) if held_out else None)
     if held_out and found.label is None:
         raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; leave --held-out away")
     return _from_data(path, found, model, draft, held_out=held_out)
 
 
-def _reference_file(work: _Work, files: dict[str, bytes]) -> list[str]:
+def _reference_file(work: Work, files: dict[str, bytes]) -> list[str]:
     if work.spec.reference is None:
         return ["no reference data: devices will not watch this model for drift"]
     try:
@@ -197,16 +181,15 @@ def _reference_file(work: _Work, files: dict[str, bytes]) -> list[str]:
 
 
 def _from_data(path: Path, found: data.Data, model: Model, draft: Manifest, *, held_out: bool) -> Reference:
-    starts = _starts(path, found, draft.input)
-    windows = features.windows(found.features, starts, draft.input)
-    answers = scores.of(model.invoke(windows), draft, windows)
+    starts = learn.starts(path, found, draft.input)
+    answers = Inference(draft, model).run(found.features, found.t).scores
     named = answers.label if answers.label is not None else np.zeros(len(starts), np.int64)
     told = answers.value if answers.score is None else answers.score
     certainty = None if told is None else told[:, None].astype(np.float32)
     return learning.build(
         found.features,
         starts,
-        draft.input.window.rows if draft.input.window else 1,
+        draft.input.rows,
         named,
         certainty,
         draft.drift.window,
@@ -219,11 +202,10 @@ def _from_data(path: Path, found: data.Data, model: Model, draft: Manifest, *, h
 def _truth(found: data.Data, starts: features.Ints, draft: Manifest) -> features.Ints:
     """The class of each window: that of its last row."""
     assert found.label is not None
-    last = starts + (draft.input.window.rows if draft.input.window else 1) - 1
-    return np.asarray(found.label[last], dtype=np.int64)
+    return np.asarray(calibrate.of_windows(found.label, starts, draft.input.rows), dtype=np.int64)
 
 
-def _with_score_table(work: _Work, reference: Reference, path: Path) -> Reference:
+def _with_score_table(work: Work, reference: Reference, path: Path) -> Reference:
     """How often a score was right, from data the model was not trained on: `edges` (33), `count`, `correct` (32)."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))

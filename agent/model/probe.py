@@ -1,7 +1,7 @@
 """Load a bundle and run its golden vectors in a child process: a bad model may crash, and then only the child dies.
 
 Checks, each only where those before it passed:
-- load: the runtime takes the model, it has one input and one output and keeps no state
+- load: the runtime takes the model, it has one input, the output that is named, and keeps no state
 - shapes: it takes what the manifest's input gives, and gives what the manifest's kind needs
 - batch: rows in a batch get the answers they get alone, in any order
 - golden: the golden vectors come out as published
@@ -25,6 +25,7 @@ from agent.errors import BadBundle
 from agent.model import manifest
 from agent.model.bundle import Bundle
 from agent.model.manifest import Limits, Manifest
+from agent.model.outline import Outline
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,10 +62,28 @@ class Report:
 
 def probe(bundle: Bundle) -> Report:
     """Run the checks on the verified bytes of `bundle`, within its limits of memory and time."""
-    limits = bundle.manifest.limits
-    files = {
-        name: bundle.files[name] for name in ("manifest.json", "model.tflite", "golden.npz") if name in bundle.files
-    }
+    wanted: tuple[str, ...] = ("manifest.json", "model.tflite", "golden.npz")
+    files = {name: bundle.files[name] for name in wanted if name in bundle.files}
+    try:
+        runtime, checks = msgspec.json.decode(_ask(files, bundle.manifest.limits), type=tuple[str, list[Check]])
+        return Report(runtime, checks)
+    except BadBundle as problem:
+        return Report("", [("load", False, str(problem))])
+    except msgspec.MsgspecError as error:
+        return Report("", [("load", False, f"the child process answered something else ({error})")])
+
+
+def look(content: bytes) -> Outline:
+    """What a model says of itself, and what it answers to noise. Raises BadBundle where it cannot be run here."""
+    said = _ask({"model.tflite": content}, Limits())
+    found = msgspec.json.decode(said, type=Outline | str)
+    if isinstance(found, str):
+        raise BadBundle(found)
+    return found
+
+
+def _ask(files: dict[str, bytes], limits: Limits) -> bytes:
+    """What the child says of these files. Raises BadBundle where it dies."""
     try:
         child = subprocess.run(
             # -P: an `agent` in the folder it happens to run in is not ours.
@@ -75,19 +94,15 @@ def probe(bundle: Bundle) -> Report:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return Report("", [("load", False, f"did not finish within {limits.seconds + GRACE_S:g} s and was ended")])
+        raise BadBundle(f"did not finish within {limits.seconds + GRACE_S:g} s and was ended") from None
     if child.returncode != 0:
-        return Report("", [("load", False, _death(child.returncode, child.stderr, limits))])
-    try:
-        runtime, checks = msgspec.json.decode(child.stdout, type=tuple[str, list[Check]])
-        return Report(runtime, checks)
-    except msgspec.MsgspecError as error:
-        return Report("", [("load", False, f"the child process answered something else ({error})")])
+        raise BadBundle(_death(child.returncode, child.stderr, limits))
+    return child.stdout
 
 
 def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
     """What the child does."""
-    from agent.model import golden, runtime
+    from agent.model import golden, inference, runtime
 
     content = manifest.decode(files["manifest.json"])
     checks: list[Check] = []
@@ -100,7 +115,7 @@ def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
         return checks[-1][1]
 
     try:
-        model = runtime.Model(files["model.tflite"])
+        model = inference.load(content, files["model.tflite"])
         checks.append(("load", True, f"{len(files['model.tflite'])} bytes, {_batches(model)}"))
         vectors = golden.decode(files["golden.npz"]) if "golden.npz" in files else None
     except BadBundle as problem:
@@ -108,7 +123,7 @@ def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
         return runtime.NAME, checks
     sound = step("shapes", lambda: _shapes(model, content)) and step("batch", lambda: _batch(model, vectors))
     if sound and vectors is not None:
-        classes = content.kind == "classify"
+        classes = content.kind == "classify" and not content.output.multi_label
         step("golden", lambda: vectors.compare(model.invoke(vectors.inputs), runtime.NAME, classes=classes))
     return runtime.NAME, checks
 
@@ -118,23 +133,25 @@ def _batches(model: Model) -> str:
 
 
 def _shapes(model: Model, content: Manifest) -> str:
-    spec = content.input
-    rows = spec.window.rows if spec.window else 1
-    wanted, have = rows * len(spec.fields), math.prod(model.input_shape)
+    spec, output = content.input, content.output
+    wanted, have = spec.rows * len(spec.columns), math.prod(model.input_shape)
     if wanted != have:
+        what = "features" if spec.derived or spec.order else "fields"
         raise BadBundle(
             f"the model takes {have} values {list(model.input_shape)}, the manifest's input gives "
-            f"{rows} rows x {len(spec.fields)} fields = {wanted}; correct [input] and pack it again"
+            f"{spec.rows} rows x {len(spec.columns)} {what} = {wanted}; correct [input] and pack it again"
         )
-    labels = len(content.output.labels)
-    if content.kind == "classify" and model.outputs != labels and not (model.outputs == 1 and labels == 2):
-        raise BadBundle(f"the model gives {model.outputs} outputs, the manifest names {labels} labels; name each class")
-    if content.kind == "regress" and model.outputs != 1:
-        raise BadBundle(f"the model gives {model.outputs} outputs, kind regress reports one value")
+    labels, gives = len(output.labels), f"the model gives {model.outputs} outputs"
+    binary = model.outputs == 1 and labels == 2 and not output.multi_label
+    if content.kind == "classify" and model.outputs != labels and not binary:
+        raise BadBundle(f"{gives}, the manifest names {labels} labels; name each class")
+    if content.kind == "regress" and model.outputs != max(1, len(output.names)):
+        told = "one value" if not output.names else f"the {len(output.names)} values of [output] names"
+        raise BadBundle(f"{gives}, kind regress reports {told}; name each output in [output] names")
     if content.kind == "anomaly" and model.outputs not in (1, wanted):
-        raise BadBundle(
-            f"the model gives {model.outputs} outputs; kind anomaly needs one score, or its {wanted} inputs again"
-        )
+        raise BadBundle(f"{gives}; kind anomaly needs one score, or its {wanted} inputs again")
+    if content.kind == "embedding" and output.centroid and model.outputs != len(output.centroid):
+        raise BadBundle(f"{gives}, the manifest's centroid has {len(output.centroid)}; pack it again")
     return f"{wanted} values in, {model.outputs} out"
 
 
@@ -180,8 +197,18 @@ def _death(code: int, stderr: bytes, limits: Limits) -> str:
 
 def main() -> None:
     files = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=dict[str, bytes])
-    _limit(manifest.decode(files["manifest.json"]).limits)
-    sys.stdout.buffer.write(msgspec.json.encode(check(files)))
+    if "manifest.json" in files:
+        _limit(manifest.decode(files["manifest.json"]).limits)
+        answer: object = check(files)
+    else:
+        from agent.model import outline
+
+        _limit(Limits())
+        try:
+            answer = outline.of(files["model.tflite"])
+        except BadBundle as problem:
+            answer = str(problem)
+    sys.stdout.buffer.write(msgspec.json.encode(answer))
 
 
 def _limit(limits: Limits) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import BadBundle, OutstationError
+from agent.model.outline import Tensor
 
 try:
     from ai_edge_litert.interpreter import Interpreter
@@ -43,8 +45,12 @@ Floats = NDArray[np.float32]
 class Model:
     """A loaded model with one input and one output, B rows at a time. Not thread-safe."""
 
-    def __init__(self, content: bytes, threads: int = 1) -> None:
-        """Raises BadBundle where it cannot be run here; a damaged model may crash the process: probe first."""
+    def __init__(self, content: bytes, threads: int = 1, output: str | int | None = None) -> None:
+        """`output`: the name or index of the one that is used, where there are several.
+
+        Raises BadBundle where it cannot be run here; a damaged model may crash the process: probe first.
+        """
+        self._wanted = output
         if not content:
             raise BadBundle("the model is empty: 0 bytes")
         self._content, self._threads = content, min(threads, os.cpu_count() or 1)
@@ -96,9 +102,10 @@ class Model:
             self._interpreter: Any = Interpreter(model_content=self._content, num_threads=self._threads)
             self._interpreter.allocate_tensors()
             inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
-        _check_tensors(inputs, outputs)
+        self._out = _chosen(outputs, self._wanted)
+        _check_tensors(inputs, self._out)
         _check_stateless(self._interpreter)
-        self._in, self._out = inputs[0], outputs[0]
+        self._in = inputs[0]
         self._type: np.dtype[Any] = np.dtype(self._in["dtype"])
         self.input_shape = tuple(int(d) for d in self._in["shape"][1:])
         self._size = int(self._in["shape"][0])
@@ -165,10 +172,45 @@ class Model:
         return values
 
 
-def _check_tensors(inputs: list[Any], outputs: list[Any]) -> None:
-    if len(inputs) != 1 or len(outputs) != 1:
-        raise BadBundle(f"model has {len(inputs)} inputs and {len(outputs)} outputs; one of each is supported")
-    for tensor in (*inputs, *outputs):
+def tensors(content: bytes) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs and outputs of a model, as it declares them. Raises BadBundle."""
+    with _runtime_errors():
+        interpreter = Interpreter(model_content=content)
+        interpreter.allocate_tensors()
+        inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
+    return [_tensor(one) for one in inputs], [_tensor(one) for one in outputs]
+
+
+def _tensor(detail: Any) -> Tensor:
+    shape = [int(size) for size in detail["shape"]]
+    signature = [int(size) for size in detail.get("shape_signature", shape)] or shape
+    scale, zero = detail["quantization"]
+    kind, limits = np.dtype(detail["dtype"]), None
+    if scale and kind.kind in "iu":
+        held = np.iinfo(kind)
+        limits = (float((held.min - zero) * scale), float((held.max - zero) * scale))
+    batch = 0 if signature[:1] == [-1] else (shape or [1])[0]
+    return Tensor(str(detail["name"]), tuple(shape[1:]), batch, kind.name, limits)
+
+
+def _chosen(outputs: list[Any], wanted: str | int | None) -> Any:
+    """The output that the manifest names, or the only one. Raises BadBundle that lists what there is."""
+    if wanted is None and len(outputs) == 1:
+        return outputs[0]
+    if isinstance(wanted, int) and 0 <= wanted < len(outputs):
+        return outputs[wanted]
+    named = [tensor for tensor in outputs if tensor["name"] == wanted]
+    if len(named) == 1:
+        return named[0]
+    there = ", ".join(f"{i}: {o['name']!r} {[int(d) for d in o['shape']]}" for i, o in enumerate(outputs))
+    asked = f"no output {wanted!r}" if wanted is not None else f"{len(outputs)} outputs"
+    raise BadBundle(f"the model has {asked}; name the one to use with [output] tensor, of {there}")
+
+
+def _check_tensors(inputs: list[Any], output: Any) -> None:
+    if len(inputs) != 1:
+        raise BadBundle(f"the model has {len(inputs)} inputs, one is supported; join them into one in the model")
+    for tensor in (*inputs, output):
         kind = np.dtype(tensor["dtype"])
         if kind.kind not in "fiu":
             raise BadBundle(f"tensor {tensor['name']!r} holds {kind.name}; only numbers are supported")
@@ -198,7 +240,21 @@ def _runtime_errors() -> Iterator[None]:
     except MemoryError as error:
         raise BadBundle(f"{NAME}: not enough memory for the model ([limits] memory_mib)") from error
     except (RuntimeError, ValueError, TypeError, SystemError, OverflowError) as error:
-        reason = str(error).strip()[:300] or "no reason given, as where memory is short ([limits] memory_mib)"
-        if "Select TensorFlow op" in reason:
-            reason = "the model uses TensorFlow operations that it does not have; convert it with TFLITE_BUILTINS only"
-        raise BadBundle(f"{NAME}: {reason}") from error
+        raise BadBundle(f"{NAME}: {_reason(str(error).strip())}") from error
+
+
+def _reason(said: str) -> str:
+    """What the runtime said, and what to do where that is known."""
+    if "Select TensorFlow op" in said:
+        return "the model uses TensorFlow operations that it does not have; convert it with TFLITE_BUILTINS only"
+    if custom := re.search(r"unresolved custom op: ([\w-]+)", said):
+        return (
+            f"the model uses the custom operation {custom[1]!r}, which no runtime here has; convert it without, or, of "
+            "a model compiled for an accelerator, take the file from before that"
+        )
+    if "quantized_dimension" in said:
+        return (
+            f"{said[:100]}…: its quantization is not as the format asks; convert the model again with a current "
+            "TensorFlow"
+        )
+    return said[:300] or "no reason given, as where memory is short ([limits] memory_mib)"

@@ -91,6 +91,16 @@ class Drawing:
         place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}"'
         self._parts.append(f"<text{kind} {place}{end}{bold}>{escape(_printable(text))}</text>")
 
+    def steep(self, x: float, y: float, text: str, fill: str, *, size: float) -> None:
+        """Text that climbs to the right from (x, y), for heads of narrow columns."""
+        place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}" transform="rotate(-45 {x:.1f} {y:.1f})"'
+        self._parts.append(f"<text {place}>{escape(_printable(text))}</text>")
+
+    def inline(self, height: float) -> str:
+        """For an HTML page: as wide as there is room, text selectable, colours the page's."""
+        head = f'<svg viewBox="0 0 {self._width:g} {height:g}" role="img">'
+        return "".join([head, f"<title>{escape(_printable(self._title))}</title>", *self._parts, "</svg>"])
+
     def document(self, height: float, background: str) -> str:
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{self._width:g}" height="{height:g}" '

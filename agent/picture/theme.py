@@ -63,3 +63,14 @@ DARK = Theme(
     limit="#f2707f",
     series=("#62a8ff", "#c394f5", "#3fcab6", "#f39a5d", "#f080bb", "#c3d24f"),
 )
+# For pictures within a page, which gives the colours: see `variables`.
+PAGE = Theme(
+    **{name: f"var(--{name.replace('_', '-')})" for name in LIGHT.__slots__ if name != "series"},
+    series=tuple(f"var(--series-{i})" for i in range(len(LIGHT.series))),
+)
+
+
+def variables(theme: Theme) -> str:
+    """CSS that gives PAGE the colours of `theme`."""
+    plain = [f"--{name.replace('_', '-')}:{getattr(theme, name)}" for name in theme.__slots__ if name != "series"]
+    return ";".join([*plain, *(f"--series-{i}:{color}" for i, color in enumerate(theme.series))])

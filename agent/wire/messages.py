@@ -61,12 +61,15 @@ class Model(msgspec.Struct, frozen=True):
 class Columns(msgspec.Struct, frozen=True):
     row: list[Positive]
     t: list[EpochMicroseconds]
-    label: list[Text] | None = None
+    # Of a model that says any number of labels: all of them, with | between.
+    label: list[Annotated[str, msgspec.Meta(max_length=4096)]] | None = None
     score: list[float | None] | None = None
     value: list[float | None] | None = None
+    # The share of a result's input that was missing, where that is too much; elsewhere 0.
+    missing: list[float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("t", "label", "score", "value"):
+        for name in ("t", "label", "score", "value", "missing"):
             column = getattr(self, name)
             if column is not None and len(column) != len(self.row):
                 raise ValueError(f"column {name} has {len(column)} entries, row has {len(self.row)}")
@@ -80,6 +83,8 @@ class Results(Logged, frozen=True, kw_only=True, tag="results"):
     n: Natural
     input: Text
     columns: Columns
+    # How many results were made from input of which too much was missing.
+    incomplete: Natural = 0
     # First row, boot, segment of the wall clock (0: its producer's), quality (0 synced, 1 restored, 2 unsynced).
     clocks: list[tuple[Positive, Natural, Natural, Annotated[int, msgspec.Meta(ge=0, le=2)]]] | None = None
 

@@ -54,6 +54,9 @@ class Rows:
         return f"sha256:{sha.hexdigest()}"
 
 
+EMPTY = Rows(np.zeros(0, np.int64), ())
+
+
 def concatenate(parts: Sequence[Rows]) -> Rows:
     """All rows of `parts`, in order."""
     if len(parts) == 1:

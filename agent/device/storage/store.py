@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from agent import clock
 from agent.config import Field, Stream
 from agent.device.recovery import catchup, opening, salvage, watermark
@@ -27,7 +25,7 @@ from agent.device.storage.checked import COLUMNS
 from agent.device.storage.outbox import Waiting, waiting_ranges
 from agent.device.storage.quota import PAGE, Keeper, Quota
 from agent.device.storage.retention import Acknowledged
-from agent.device.storage.rows import Packed, Rows, concatenate, unpack
+from agent.device.storage.rows import EMPTY, Packed, Rows, concatenate, unpack
 from agent.device.storage.segments import Stamp, merged
 from agent.device.storage.transaction import Pending, Transaction
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
@@ -37,7 +35,6 @@ T = TypeVar("T")
 
 # Intake stops here, so that results, acknowledgements and deletions always find room.
 INTAKE_SHARE = 0.9
-_EMPTY = Rows(np.zeros(0, np.int64), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +193,7 @@ class Store:
                 except ValueError as damage:
                     if parts:
                         break
-                    return Batch(first, _EMPTY, str(damage), self._before_next(stream, int(first_row)))
+                    return Batch(first, EMPTY, str(damage), self._before_next(stream, int(first_row)))
                 skip = first + count - int(first_row)
                 if skip < 0:
                     if parts:
@@ -219,9 +216,9 @@ class Store:
         aside = self._db.execute(schema.FIRST_SET_ASIDE, names).fetchone()
         if first <= deleted and (aside is None or aside[0] > first):
             end = min(last, deleted, aside[0] - 1 if aside else last)
-            return Batch(first, _EMPTY, "rows were deleted before this task came to them", end, deleted=True)
+            return Batch(first, EMPTY, "rows were deleted before this task came to them", end, deleted=True)
         end = min(last, aside[1]) if aside and aside[1] < deleted else last
-        return Batch(first, _EMPTY, "rows were set aside as damaged", end)
+        return Batch(first, EMPTY, "rows were set aside as damaged", end)
 
     def _before_next(self, stream: str, first_row: int) -> int:
         """The last row of the chunk at `first_row`, by what comes after it: its own count may be damaged too."""

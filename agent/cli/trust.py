@@ -1,0 +1,31 @@
+"""Who signed a bundle, in words, for commands that look at any bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.errors import BadBundle
+from agent.wire.keys import PublicKey
+
+if TYPE_CHECKING:
+    from agent.model.bundle import Bundle
+
+
+def signature(path: Path, found: Bundle, trusted: list[PublicKey] | None) -> tuple[bool, str]:
+    """Verified already where a key was given; else against the key of the bundles that ship with the agent."""
+    from agent.model import bundle as bundles
+    from agent.model import shipped
+
+    own = shipped.publishers()
+    if not found.signer:
+        damaged = "manifest.jws" in found.files
+        return False, f"{'manifest.jws is none' if damaged else 'not signed'}; sign it with `outstation model sign`"
+    if trusted is not None:
+        return True, f"by {found.signer}"
+    if found.signer not in {key.kid for key in own}:
+        return True, f"claims {found.signer}, not verified: give the publisher's public key with --key"
+    try:
+        return True, f"by {bundles.read(path, own).signer}"
+    except BadBundle as problem:
+        return False, str(problem)

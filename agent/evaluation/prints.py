@@ -1,0 +1,39 @@
+"""Fingerprints of runs of rows, to find the same readings in two places."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.model.features import Floats, Ints
+
+Prints = NDArray[np.uint64]
+_RUN = 8  # rows of a window that make one print: more would miss windows that were cut elsewhere
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def of_rows(rows: Floats, window_rows: int) -> tuple[Prints, NDArray[np.bool_]]:
+    """(prints (n - k + 1,) of k rows each, which of them tell something: a sensor at rest repeats itself)."""
+    k = min(_RUN, window_rows)
+    bits = (rows + np.float32(0)).view(np.uint32).astype(np.uint64)
+    each = np.zeros(len(rows), np.uint64)
+    for column in bits.T:
+        each = _mixed(each * _ODD + column)
+    count = max(0, len(rows) - k + 1)
+    found, still = np.zeros(count, np.uint64), np.ones(count, bool)
+    for i in range(k):
+        found = found * np.uint64(1_000_003) + each[i : i + count]
+        still &= each[i : i + count] == each[:count]
+    return found, ~still if k > 1 else np.isfinite(rows).any(axis=1)
+
+
+def in_windows(where: NDArray[np.bool_], starts: Ints, window_rows: int) -> NDArray[np.bool_]:
+    """(w,) whether one of the prints within each window is so."""
+    within = window_rows - min(_RUN, window_rows) + 1
+    sums = np.concatenate([[0], np.cumsum(where)])
+    return np.asarray(sums[starts + within] > sums[starts])
+
+
+def _mixed(words: Prints) -> Prints:
+    words = (words ^ (words >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+    return np.asarray(words ^ (words >> np.uint64(29)))

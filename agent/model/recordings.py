@@ -1,0 +1,55 @@
+"""Folders of images and sounds as data: a file is a recording, and the folder it lies in may name its label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.errors import UsageError
+from agent.model import images, sound
+from agent.model.manifest import Input
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+# Longer than any window's max_gap_s is taken to be.
+_PAUSE_S = 10
+
+
+def files(path: Path, spec: Input) -> list[Path]:
+    """The file at `path`, or all of its kind in that folder and its subfolders, in order. Raises UsageError."""
+    suffixes = images.SUFFIXES if spec.image else (".wav",)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UsageError(f"{path}: cannot be read: No such file or directory")
+    found = sorted(one for one in path.rglob("*") if one.is_file() and one.suffix.lower() in suffixes)
+    if not found:
+        raise UsageError(f"{path}: no file in it ends with {' or '.join(suffixes)}")
+    return found
+
+
+def read(given: Sequence[Path], spec: Input) -> tuple[list[Floats], Ints]:
+    """The rows of each file, and the times of all (n,) epoch µs: one second an image, or as the sound goes on.
+
+    Between files there is a pause that no window reaches over. Raises UsageError.
+    """
+    load = _loader(spec)
+    parts = [load(path) for path in given]
+    pause_s = _PAUSE_S * (1 + (spec.gap_s or 0.0))
+    row_s = 0.0 if spec.image or spec.sound is None else spec.sound.hop / spec.sound.rate
+    times, at = [], 0.0
+    for part in parts:
+        times.append(at + np.arange(len(part)) * row_s)
+        at += 1.0 if spec.image else len(part) * row_s + pause_s
+    return parts, np.rint(np.concatenate([*times, np.zeros(0)]) * 1e6).astype(np.int64)
+
+
+def _loader(spec: Input) -> Callable[[Path], Floats]:
+    if (image := spec.image) is not None:
+        return lambda path: images.rows(path, image)
+    assert spec.sound is not None
+    heard = spec.sound
+    return lambda path: sound.rows(sound.samples(path, heard.rate), heard)

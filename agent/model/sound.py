@@ -1,0 +1,112 @@
+"""Sound as rows: each hop of a WAV file is a row of log-mel bands, or of cepstral coefficients made from them.
+
+Frames begin at the first sample and none is padded, so a row depends on its own samples only. Hann window, Fourier
+transform of the next power of two; mel bands of Slaney's scale, each of area 1 (as librosa has them and MLPerf Tiny's
+anomaly detection uses them), or of the HTK scale, each of height 1 (as TensorFlow has them and its keyword spotting
+uses them); coefficients by an orthogonal cosine transform.
+"""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.errors import UsageError
+from agent.model.definition import Sound
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+_AT_ONCE = 4096
+_LINEAR_HZ, _LINEAR_MEL, _LOG_STEP = 1000.0, 15.0, np.log(6.4) / 27.0
+
+
+def samples(path: Path, rate: int) -> Doubles:
+    """(n,) from -1 to 1, the mean of all channels. Raises UsageError where it is no WAV of this rate."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            width, channels, found = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            if found != rate:
+                raise UsageError(f"{path}: is of {found} Hz, the model's sound of {rate} Hz; resample it first")
+            data = file.readframes(file.getnframes())
+    except (wave.Error, EOFError) as error:
+        raise UsageError(f"{path}: no WAV file that can be read ({error or 'cut short'}); give PCM WAV") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    whole = data[: len(data) // (width * channels) * width * channels]
+    return _numbers(whole, width).reshape(-1, channels).mean(axis=1)
+
+
+def _numbers(data: bytes, width: int) -> Doubles:
+    if width == 1:  # the only width without a sign
+        return (np.frombuffer(data, np.uint8).astype(np.float64) - 128) / 128
+    if width == 3:
+        padded = np.zeros((len(data) // 3, 4), np.uint8)
+        padded[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
+        return padded.view("<i4").reshape(-1) / 2.0**31
+    return np.frombuffer(data, f"<i{width}") / 2.0 ** (8 * width - 1)
+
+
+def rows(sound: Doubles, spec: Sound) -> Floats:
+    """(frames, bands) of samples (n,); no frame where there are fewer samples than its window."""
+    if len(sound) < spec.window:
+        return np.zeros((0, len(spec.columns)), np.float32)
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.window) / spec.window)
+    frames = np.lib.stride_tricks.sliding_window_view(sound, spec.window)[:: spec.hop]
+    bands = filters(spec)
+    out = np.empty((len(frames), spec.mels))
+    for start in range(0, len(frames), _AT_ONCE):
+        spectrum = np.abs(np.fft.rfft(frames[start : start + _AT_ONCE] * hann, spec.transform, axis=1))
+        out[start : start + _AT_ONCE] = (spectrum**2 if spec.power == 2 else spectrum) @ bands
+    logs = np.log(out + spec.floor)
+    if spec.decibels:
+        logs *= 20.0 / spec.power / np.log(10.0)
+    return (logs @ _cosines(spec.mels, spec.cepstra) if spec.cepstra else logs).astype(np.float32)
+
+
+def filters(spec: Sound) -> Doubles:
+    """(frequencies, mels) triangles, between low and high Hz."""
+    scale, back, area = (slaney, hertz_of_slaney, True) if spec.scale == "slaney" else (htk, hertz_of_htk, False)
+    frequency = np.arange(spec.transform // 2 + 1) * spec.rate / spec.transform
+    ends = np.array([spec.low, spec.rate / 2 if spec.high is None else spec.high])
+    first, last = (float(end) for end in scale(ends))
+    corners = np.linspace(first, last, spec.mels + 2)
+    if not area:  # TensorFlow's triangles are straight in mel and leave the constant out
+        at, edges = scale(frequency), corners
+    else:
+        at, edges = frequency, back(corners)
+    low, middle, high = edges[:-2], edges[1:-1], edges[2:]
+    rising = (at[:, None] - low) / (middle - low)
+    falling = (high - at[:, None]) / (high - middle)
+    found = np.maximum(0.0, np.minimum(rising, falling))
+    if area:
+        return np.asarray(found * (2.0 / (high - low)))
+    found[0] = 0.0
+    return np.asarray(found)
+
+
+def slaney(hertz: Doubles) -> Doubles:
+    linear = hertz * 3 / 200
+    above = _LINEAR_MEL + np.log(np.maximum(hertz, _LINEAR_HZ) / _LINEAR_HZ) / _LOG_STEP
+    return np.where(hertz < _LINEAR_HZ, linear, above)
+
+
+def hertz_of_slaney(mel: Doubles) -> Doubles:
+    above = _LINEAR_HZ * np.exp(_LOG_STEP * (np.maximum(mel, _LINEAR_MEL) - _LINEAR_MEL))
+    return np.where(mel < _LINEAR_MEL, mel * 200 / 3, above)
+
+
+def htk(hertz: Doubles) -> Doubles:
+    return np.asarray(1127.0 * np.log1p(hertz / 700.0))
+
+
+def hertz_of_htk(mel: Doubles) -> Doubles:
+    return np.asarray(700.0 * np.expm1(mel / 1127.0))
+
+
+def _cosines(mels: int, count: int) -> Doubles:
+    """(mels, count) of TensorFlow's mfccs_from_log_mel_spectrograms: DCT-II times sqrt(2 / mels)."""
+    angle = np.pi * np.outer(np.arange(mels) + 0.5, np.arange(count)) / mels
+    return np.asarray(np.cos(angle) * np.sqrt(2.0 / mels))
