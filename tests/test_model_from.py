@@ -73,8 +73,9 @@ def test_a_model_that_others_made_is_packed_from_its_own_outline_and_answers_as_
     assert run("pack", "--from", model, "-o", tmp_path / "spec.toml").exit_code == 0
     said = tomllib.loads((tmp_path / "spec.toml").read_text())
     assert said["kind"] == kind
-    assert said["input"].get("window", {"rows": 1})["rows"] == rows
-    names = [f"x{i}" for i in range(fields)]
+    image = said["input"].get("image")
+    assert (image["height"] if image else said["input"].get("window", {"rows": 1})["rows"]) == rows
+    names = [f"{'pixel' if image else 'x'}{i}" for i in range(fields)]
     low, high = input_range(model)
     given = np.random.default_rng(0).uniform(low, high, (40 * rows, fields)).astype(np.float32)
     np.savez(tmp_path / "data.npz", rows=given, fields=names)
@@ -93,6 +94,13 @@ def test_a_model_that_others_made_is_packed_from_its_own_outline_and_answers_as_
         errors = np.square(expected.astype(np.float64) - given.reshape(40, -1)).mean(axis=1)
         np.testing.assert_allclose(np.asarray(answers.scores.value), errors)
         assert answers.scores.anomaly is not None
+
+
+def test_an_input_that_looks_like_an_image_is_taken_for_one_with_the_scale_its_quantization_tells() -> None:
+    text = run("pack", "--from", others("coral_mobilenet_v1_0.25_128_quant")).output
+    image = tomllib.loads(text)["input"]["image"]
+    assert (image["width"], image["height"], image["channels"]) == (128, 128, 3)
+    assert (image["scale"], image["offset"]) == (pytest.approx(1 / 128), -1)
 
 
 def input_range(model: Path) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import BadBundle
-from agent.model import bundle, manifest
+from agent.model import bundle, manifest, shipped
 from agent.model.bundle import Bundle
 from tests.bundles import KEY, change_manifest, packed, resign
 
@@ -151,3 +151,19 @@ def test_drift_options_are_left_out_of_a_manifest_that_does_not_use_them() -> No
     for wrong in ({"min_count": 1}, {"strata": "month"}, {"mode": ""}):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(wrong, manifest.DriftWindow)
+
+
+def test_a_manifest_of_format_1_is_written_again_to_the_byte() -> None:
+    head = (shipped.bundles() / "exercise" / "manifest.json").read_bytes()
+    assert manifest.encode(manifest.decode(head)) == head
+    assert b'"format": 1' in head
+
+
+def test_a_member_of_format_2_that_is_not_set_is_left_out() -> None:
+    head = (shipped.bundles() / "exercise" / "manifest.json").read_bytes()
+    found = manifest.decode(head)
+    newer = msgspec.structs.replace(found, format=2, output=msgspec.structs.replace(found.output, multi_label=True))
+    written = json.loads(manifest.encode(newer))
+    assert written["output"].keys() - json.loads(head)["output"].keys() == {"multi_label"}
+    assert written["input"] == json.loads(head)["input"]
+    assert manifest.decode(manifest.encode(newer)) == newer

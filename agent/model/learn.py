@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from agent.errors import BadBundle, ConfigError, UsageError
-from agent.model import calibrate, data, derived, features, scores
+from agent.model import calibrate, data, features, scores
 from agent.model.calibrate import Learned
 from agent.model.inference import Inference
 from agent.model.manifest import Input, Manifest
@@ -85,20 +85,26 @@ def _unusual(work: Work) -> Learned:
     path = work.path(name)
     found = data.read(path, draft.input, data.labels_of(draft) if work.spec.output.calibrate else None)
     begins = starts(path, found, draft.input)
+    vectors = draft.kind == "embedding"
+    if vectors and not output.centroid:
+        # Distances are from nowhere yet; the vectors tell where from.
+        nowhere = msgspec.structs.replace(output, centroid=[0.0] * work.model.outputs)
+        draft = msgspec.structs.replace(draft, output=nowhere)
+    answers = Inference(draft, work.model).run(found.features, found.t, raw=vectors)
+    values, vector = answers.scores.value, answers.outputs
+    assert values is not None
     if found.label is not None:
-        truth = calibrate.of_windows(found.label, begins, draft.input.rows)
-        begins = begins[truth == 0]
-        if not len(begins):
+        normal = calibrate.of_windows(found.label, begins, draft.input.rows) == 0
+        if not normal.any():
             raise UsageError(f"{path}: no window in it is labelled normal")
-    columns = derived.columns(found.features, found.t, draft.input)
-    windows = features.windows(columns, begins, draft.input)
-    outputs = work.model.invoke(windows)
-    if draft.kind == "embedding" and not output.centroid:
-        output = calibrate.centroid(outputs, draft)
-        draft = msgspec.structs.replace(draft, output=output)
+        values, vector = values[normal], None if vector is None else vector[normal]
+    if vector is not None and not output.centroid:
+        output = calibrate.centroid(vector, draft)
+        values = scores.distance(vector, output)
+    draft = msgspec.structs.replace(draft, output=output)
     if output.threshold is not None:
         return Learned(output, [], [])
-    return calibrate.threshold(scores.values(outputs, draft, windows), work.spec.output.quantile, draft)
+    return calibrate.threshold(values, work.spec.output.quantile, draft)
 
 
 def starts(path: Path, found: data.Data, spec: Input) -> features.Ints:
