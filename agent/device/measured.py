@@ -59,11 +59,11 @@ def known(task: Task, some: Sequence[Labelled]) -> list[Labelled]:
 
 def judged(task: Task, some: Sequence[Labelled]) -> list[Labelled]:
     """Those that somebody else labelled, and whose result is a number."""
-    classified = truth_of(task).kind == "classify"
+    named = truth_of(task).kind in ("classify", "several")
     scored = any(one.result.score is not None for one in some)
 
     def whole(one: Labelled) -> bool:
-        if not classified:
+        if not named:
             return one.result.value is not None
         # A model without any scores is judged by its answers alone.
         return one.result.said is not None and (one.result.score is not None or not scored)
@@ -158,7 +158,8 @@ def _classes(truth: Truth, texts: Sequence[str]) -> dict[str, Any]:
         return {}
     counts = dict.fromkeys(truth.names, 0)
     for text in texts:
-        counts[truth.names[int(truth.read(text))]] += 1
+        for name in truth.meant(text):
+            counts[name] += 1
     most = sorted(counts, key=lambda name: -counts[name])[:_MOST_CLASSES]
     imbalance = max(counts.values()) / max(1, min(counts.values()))
     return {"classes": {name: counts[name] for name in most}, "imbalance": round(imbalance, 2)}

@@ -71,6 +71,13 @@ class Truth:
             return ANOMALY
         return () if self.kind == "regress" else self.labels
 
+    def meant(self, text: str) -> tuple[str, ...]:
+        """Of `names`, those that are true by this label. Raises ValueError."""
+        code = int(self.read(text))
+        if self.kind == "several":
+            return tuple(name for i, name in enumerate(self.labels) if code >> i & 1)
+        return (self.names[code],)
+
     def _several(self, text: str) -> float:
         if len(self.labels) > MOST_SEVERAL:
             raise ValueError(f"labels of a model that knows more than {MOST_SEVERAL} at once are not taken")

@@ -1,7 +1,7 @@
 """Measurements of the code against what it stands beside, on this machine, now.
 
-A benchmark is a function decorated with `@benchmark(name)` in a module of this package that returns a `Result`. Both
-sides do the same work with the same promises, in turns, so that a busy machine slows both.
+A benchmark is a function decorated with `@benchmark(name)` in a module of this package that returns a `Result`, or a
+`Report` of several. Both sides do the same work with the same promises, in turns, so that a busy machine slows both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`ours` and `reference` in `unit`, more is better; `target` is the least `ours / reference` that is good."""
+    """`ours` and `reference` in `unit`; their ratio is `ours / reference`, always.
+
+    More is better, and `target` is the least ratio that is good; with `less`, less is better, and it is the most.
+    Where there is nothing that does the same, `reference` is the limit itself and `target` 1.
+    """
 
     name: str
     ours: float
@@ -22,6 +26,7 @@ class Result:
     unit: str
     target: float
     note: str
+    less: bool = False
 
     @property
     def ratio(self) -> float:
@@ -29,16 +34,25 @@ class Result:
 
     @property
     def met(self) -> bool:
-        return self.ratio >= self.target
+        return self.ratio <= self.target if self.less else self.ratio >= self.target
 
 
-BENCHMARKS: dict[str, Callable[[], Result]] = {}
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Several results of one benchmark, and the `text` that people are shown in their place."""
+
+    results: tuple[Result, ...]
+    text: str
 
 
-def benchmark(name: str) -> Callable[[Callable[[], Result]], Callable[[], Result]]:
+Measured = Callable[[], Result | Report]
+BENCHMARKS: dict[str, Measured] = {}
+
+
+def benchmark(name: str) -> Callable[[Measured], Measured]:
     """Register a benchmark under `name`."""
 
-    def register(function: Callable[[], Result]) -> Callable[[], Result]:
+    def register(function: Measured) -> Measured:
         BENCHMARKS[name] = function
         return function
 
