@@ -167,7 +167,9 @@ def _parts(kind: str, labels: Sequence[str], pairs: Pairs) -> Iterator[_Part]:
         named = _Named("f1", n, fewest=yes, rests=(yes + int(said.sum())) / 2)
         yield [named], lambda w: [float(f1(meant, said, 2, w)[1])]
     elif pairs.said is not None and kind == "several":
-        yield _of_labels(labels, truth.astype(np.int64), pairs.said)
+        # Slices are told by how many are right alone.
+        if labels:
+            yield _of_labels(labels, truth.astype(np.int64), pairs.said)
     elif pairs.said is not None:
         yield from _calibration(pairs, truth.astype(np.int64), pairs.said)
         yield _of_classes(labels, truth.astype(np.int64), pairs.said)
