@@ -18,7 +18,8 @@ _MOST_NUMBERS = 12  # different numbers that are still names
 
 def measure(kind: str, pairs: Pairs, columns: dict[str, Texts], units: Units) -> list[Metric]:
     found = slices.measure(kind, pairs, {name: binned(column) for name, column in columns.items()}, units.alike)
-    return sorted(found, key=_order)
+    # What has a state is what was tested.
+    return sorted((one for one in found if one.state is not None), key=_order)
 
 
 def _order(one: Metric) -> tuple[str, float, list[tuple[int, str]]]:
