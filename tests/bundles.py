@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from agent.wire.keys import SigningKey
 from tests.senders import new_key
 
 MODELS = Path(__file__).parent / "models"
-THIRD_PARTY = Path(__file__).parents[2] / "shared" / "models-thirdparty"
+THIRD_PARTY = Path(
+    os.environ.get("OUTSTATION_THIRDPARTY_MODELS") or Path(__file__).parents[2] / "shared" / "models-thirdparty"
+)
 KEY = new_key(11)
 LABELS = ("left", "right", "rest")
 CENTRES = np.array([[2, 0, 0, -1], [0, 2, -1, 0], [-1, -1, 2, 2]], np.float32)
