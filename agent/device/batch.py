@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from agent import __version__, clock, config
 from agent.clock import Now
 from agent.config import Stream
 from agent.device.author import Author
+from agent.device.operating import overrides
 from agent.device.storage.given import Given
 from agent.device.storage.rows import Rows
 from agent.device.storage.segments import Stamp, within
@@ -24,6 +26,7 @@ from agent.drift.judge import Judge
 from agent.drift.state import State, Verdict
 from agent.model import features, runtime, scores
 from agent.model.bundle import Bundle
+from agent.model.choice import Choice
 from agent.model.features import Cut
 from agent.model.scores import Scores
 
@@ -32,11 +35,16 @@ _MOST_WINDOWS = 512
 _WINDOW_BYTES = 2_000
 # Values of all windows of a batch together, 16 MB of float32: long windows that overlap repeat their rows.
 _MOST_VALUES = 4_000_000
+# Of a batch's time in the model: far less than the watchdog's minute, on a day when all else is slow, too.
+_MOST_SECONDS = 5.0
 
 
 @dataclass
 class Task:
-    """A task with its model loaded. `drift` is the committed state of its judge."""
+    """A task with its model loaded. `drift` is the committed state of its judge.
+
+    `running` surrounds each run of the model; `suspected`, the agent ended during the last one.
+    """
 
     name: str
     config: config.Task
@@ -47,6 +55,9 @@ class Task:
     drift: State | None
     config_digest: str
     keep_results: bool = True
+    choice: Choice | None = None
+    running: Callable[[], AbstractContextManager[object]] = nullcontext
+    suspected: bool = False
     columns: list[int] = field(init=False)
     last_label: str = ""
 
@@ -67,7 +78,8 @@ class Task:
     def batch_rows(self, transaction: int) -> int:
         """The most rows of one batch: one window, and as many more as memory, time and `transaction` bytes allow."""
         in_memory = _MOST_VALUES // (self.window_rows * len(self.columns))
-        windows = min(_MOST_WINDOWS, transaction // _WINDOW_BYTES, in_memory)
+        in_time = _MOST_WINDOWS if self.choice is None else int(_MOST_SECONDS * self.choice.rows_per_s)
+        windows = min(_MOST_WINDOWS, transaction // _WINDOW_BYTES, in_memory, in_time)
         return self.window_rows + max(0, windows - 1) * self.step
 
     @property
@@ -111,7 +123,8 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
         cut = Cut(cut.starts, len(batch.rows))
     matrix = features.matrix([batch.rows.columns[i] for i in task.columns])
     windows = features.windows(matrix, cut.starts, task.bundle.manifest.input)
-    outputs = task.model.invoke(windows)
+    with task.running():
+        outputs = task.model.invoke(windows)
     found = scores.of(outputs, task.bundle.manifest, windows)
     judged = _judge(task, batch, cut, matrix, found, outputs)
     given = _given(task, store, batch, cut, found)
@@ -126,7 +139,9 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
         if given is not None:
             tx.labels.keep(task.name, given, tx.uptime_s(now))
         tx.count(f"windows.{task.name}", len(cut.starts))
-    task.drift = judged.state
+        if task.suspected:
+            tx.drop(task.name, overrides.CRASHES)
+    task.drift, task.suspected = judged.state, False
     if found.label is not None and len(found):
         task.last_label = task.bundle.manifest.output.labels[int(found.label[-1])]
     return Done(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))

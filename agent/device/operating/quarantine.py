@@ -1,0 +1,147 @@
+"""A bundle that ended the agent twice in a row while it ran is set aside, and the one before it resumes.
+
+Rules:
+- a start that finds the `marker` set counts one crash of that bundle for that task; a hang that the watchdog ended
+  leaves the same mark
+- a batch that is committed in between begins the count anew: a healthy model that happens to be killed while it
+  runs, as by `kill -9`, has proved itself long before it could happen again
+- the second crash sets the bundle aside for the task: one that ran before and is kept here runs instead, else none,
+  and the readings wait
+- an operator's `rollback` to it, or another configured bundle, ends that
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from agent import clock
+from agent.clock import Now
+from agent.config import Config
+from agent.device.author import Author
+from agent.device.marker import Mark, Marker
+from agent.device.operating import kept, overrides
+from agent.device.operating.kept import History, Ran
+from agent.device.storage.store import Store
+from agent.device.storage.transaction import Transaction
+from agent.errors import BadBundle, StorageFull
+from agent.model import bundle
+
+log = logging.getLogger("outstation")
+
+MOST_CRASHES = 2
+
+
+class _Crashes(msgspec.Struct, frozen=True):
+    """Of bundle `digest`, in a row; `last` is the id of the newest mark."""
+
+    digest: str
+    count: int
+    last: str
+
+
+def settle(conf: Config, store: Store, author: Author, marker: Marker, now: Now) -> None:
+    """Count what the process before died of, and set a bundle aside where that was once too often."""
+    left = marker.left
+    if left is not None and left.task in conf.tasks:
+        try:
+            _count(conf, store, author, left, now)
+        except StorageFull as full:
+            log.error("task %s: %s; that its model ended the agent is not counted", left.task, full)
+    marker.clear()
+
+
+def refuse(store: Store, task: str, path: Path) -> None:
+    """Raises BadBundle where the bundle at `path` is set aside for `task`."""
+    aside = overrides.set_aside(store, task)
+    if aside and (digest := bundle.read(path, None).digest) in aside:
+        raise BadBundle(
+            f"{path}: {aside[digest]}; its readings are kept. Configure another bundle, or send the command "
+            "`rollback` to run it all the same"
+        )
+
+
+def lift(conf: Config, store: Store, author: Author, now: Now) -> None:
+    """At a start: tasks that another bundle was configured for than the one that is set aside."""
+    for name, task in conf.tasks.items():
+        aside = overrides.set_aside(store, name)
+        if not aside or kept.configured_digest(task.bundle, conf.data_dir) in {"", *aside}:
+            continue
+        try:
+            with store.transaction() as tx:
+                end(tx, author, name, now)
+        except StorageFull as full:
+            log.error("task %s: %s; that its bundle is no longer set aside is recorded at the next start", name, full)
+
+
+def end(tx: Transaction, author: Author, task: str, now: Now) -> None:
+    """Nothing is set aside for `task` any more, and its crashes are forgotten."""
+    overrides.keep_set_aside(tx, task, {})
+    tx.drop(task, overrides.CRASHES)
+    body = _alert(task, "cleared", "info", f"{task}: no bundle is set aside any more.", {})
+    author.write(tx, "alerts", task, body, now)
+
+
+def _count(conf: Config, store: Store, author: Author, left: Mark, now: Now) -> None:
+    kept_crashes = store.state(left.task, overrides.CRASHES)
+    past = msgspec.json.decode(kept_crashes, type=_Crashes) if kept_crashes else None
+    if past is not None and past.last == left.id:
+        # Counted by a start that died before it could clear the mark.
+        return
+    count = past.count + 1 if past is not None and past.digest == left.digest else 1
+    log.error("task %s: the agent ended while bundle %s ran, %d times in a row", left.task, left.digest, count)
+    history = kept.history(store, left.task)
+    target = _resumes(store, conf.data_dir, left, history)
+    configured = kept.configured_digest(conf.tasks[left.task].bundle, conf.data_dir)
+    aside = overrides.set_aside(store, left.task)
+    with store.transaction(vital=True) as tx:
+        tx.keep(left.task, overrides.CRASHES, msgspec.json.encode(_Crashes(left.digest, count, left.id)))
+        if count < MOST_CRASHES:
+            return
+        name = next((str(one) for one in _ran(history) if one.digest == left.digest), "its bundle")
+        why = (
+            f"{name} ({left.digest[:19]}…) ended the agent {count} times in a row while it ran, "
+            f"the last time before {clock.rfc3339(now.wall_us)}, and is set aside"
+        )
+        overrides.keep_set_aside(tx, left.task, {**aside, left.digest: why})
+        _tell(tx, author, left, why, count, target, now)
+        if target is not None:
+            overrides.keep_rollback(tx, left.task, kept.rolled_back(target, configured))
+            if history is not None and history.now != target:
+                kept.record(tx, author, left.task, target, history, "quarantine", now)
+
+
+def _tell(tx: Transaction, author: Author, left: Mark, why: str, count: int, target: Ran | None, now: Now) -> None:
+    """The audit message, and the alert where another bundle runs; where none does, the task's own alert says so."""
+    then = f"{target} runs instead" if target else "no other is kept here, so the task stops and its readings wait"
+    summary = f"{left.task}: {why}; {then}."
+    evidence = {"task": left.task, "digest": left.digest, "crashes": count, "to": target.digest if target else None}
+    author.write(tx, "audit", None, {"event": "quarantined", "summary": summary, "evidence": evidence}, now)
+    if target is not None:
+        author.write(tx, "alerts", left.task, _alert(left.task, "raised", "critical", summary, evidence), now)
+
+
+def _resumes(store: Store, data_dir: Path, left: Mark, history: History | None) -> Ran | None:
+    """The newest bundle that ran for the task, is kept here and is not set aside."""
+    barred = {left.digest, *overrides.set_aside(store, left.task)}
+    here = [one for one in _ran(history) if kept.folder(data_dir, one.digest).is_dir()]
+    return next((one for one in here if one.digest not in barred), None)
+
+
+def _ran(history: History | None) -> list[Ran]:
+    return [] if history is None else [one for one in (history.now, history.before) if one is not None]
+
+
+def _alert(task: str, state: str, severity: str, summary: str, evidence: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "alert": "model",
+        "subject": task,
+        "state": state,
+        "severity": severity,
+        "id": f"{task}/quarantine",
+        "summary": summary,
+        "evidence": evidence,
+    }
