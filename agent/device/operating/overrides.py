@@ -23,6 +23,14 @@ class Rollback:
     configured: str
 
 
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Why a bundle is not run, for as long as the digest of the configured one is `configured`."""
+
+    why: str
+    configured: str
+
+
 def is_paused(store: Store, task: str) -> bool:
     return store.state(task, PAUSED) is not None
 
@@ -57,15 +65,16 @@ def keep_rollback(tx: Transaction, task: str, wanted: Rollback | None) -> None:
         tx.keep(task, ROLLBACK, json.dumps(asdict(wanted)).encode())
 
 
-def set_aside(store: Store, task: str) -> dict[str, str]:
-    """Bundles that are not run for `task`: digest → why."""
-    found: dict[str, str] = json.loads(store.state(task, SET_ASIDE) or b"{}")
-    return found
+def set_aside(store: Store, task: str) -> dict[str, Aside]:
+    """Bundles that are not run for `task`, by digest."""
+    found = json.loads(store.state(task, SET_ASIDE) or b"{}")
+    return {digest: Aside(**one) for digest, one in found.items()}
 
 
-def keep_set_aside(tx: Transaction, task: str, aside: dict[str, str]) -> None:
+def keep_set_aside(tx: Transaction, task: str, aside: dict[str, Aside]) -> None:
     if aside:
-        tx.keep(task, SET_ASIDE, json.dumps(aside).encode())
+        kept = {digest: asdict(one) for digest, one in aside.items()}
+        tx.keep(task, SET_ASIDE, json.dumps(kept).encode())
     else:
         tx.drop(task, SET_ASIDE)
 

@@ -25,6 +25,7 @@ from agent.device.author import Author
 from agent.device.marker import Mark, Marker
 from agent.device.operating import kept, overrides
 from agent.device.operating.kept import History, Ran
+from agent.device.operating.overrides import Aside
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 from agent.errors import BadBundle, StorageFull
@@ -59,16 +60,17 @@ def refuse(store: Store, task: str, path: Path) -> None:
     aside = overrides.set_aside(store, task)
     if aside and (digest := bundle.read(path, None).digest) in aside:
         raise BadBundle(
-            f"{path}: {aside[digest]}; its readings are kept. Configure another bundle, or send the command "
+            f"{path}: {aside[digest].why}; its readings are kept. Configure another bundle, or send the command "
             "`rollback` to run it all the same"
         )
 
 
 def lift(conf: Config, store: Store, author: Author, now: Now) -> None:
-    """At a start: tasks that another bundle was configured for than the one that is set aside."""
+    """At a start: another bundle than when one was set aside is configured for a task."""
     for name, task in conf.tasks.items():
         aside = overrides.set_aside(store, name)
-        if not aside or kept.configured_digest(task.bundle, conf.data_dir) in {"", *aside}:
+        unchanged = {"", *(one.configured for one in aside.values())}
+        if not aside or kept.configured_digest(task.bundle, conf.data_dir) in unchanged:
             continue
         try:
             with store.transaction() as tx:
@@ -106,7 +108,7 @@ def _count(conf: Config, store: Store, author: Author, left: Mark, now: Now) -> 
             f"{name} ({left.digest[:19]}…) ended the agent {count} times in a row while it ran, "
             f"the last time before {clock.rfc3339(now.wall_us)}, and is set aside"
         )
-        overrides.keep_set_aside(tx, left.task, {**aside, left.digest: why})
+        overrides.keep_set_aside(tx, left.task, {**aside, left.digest: Aside(why, configured)})
         _tell(tx, author, left, why, count, target, now)
         if target is not None:
             overrides.keep_rollback(tx, left.task, kept.rolled_back(target, configured))
