@@ -83,12 +83,45 @@ def test_a_kept_copy_that_was_altered_is_refused_and_what_ran_goes_on(device: De
     assert device.runs() == "2"
 
 
+def broken(device: Device, text: str) -> str:
+    """The version that runs after a start with this bundle of that version configured, whose model is none."""
+    device.store.close()
+    device.configure(text)
+    (device.home / "data" / "bundles" / "tiny" / "model.tflite").write_bytes(b"not a model")
+    device.start()
+    return str(device.runs())
+
+
+def test_a_configured_bundle_that_is_broken_leaves_the_one_that_ran_and_an_alert_until_it_is_right(
+    device: Device,
+) -> None:
+    assert broken(device, "2") == device.results_by() == "1"
+    device.daemon._reports.bundles(device.daemon._broken)
+    [alert] = [body for body in device.messages() if body.get("alert") == "model"]
+    assert (alert["state"], alert["severity"]) == ("raised", "critical")
+    assert alert["summary"].startswith("sort goes on with tiny 1: ")
+    assert "model.tflite was altered" in alert["summary"]
+    device.crash("2")
+    device.daemon._reports.bundles(device.daemon._broken)
+    assert device.runs() == "2"
+    assert [body["state"] for body in device.messages() if body.get("alert") == "model"] == ["raised", "cleared"]
+    assert device.activations()[-1] == ("1", "2", "configured")
+
+
+def test_a_broken_copy_on_the_disk_of_what_runs_is_made_up_for_by_the_kept_one(device: Device) -> None:
+    assert broken(device, "1") == "1"
+    assert device.activations() == [(None, "1", "configured")]
+
+
 def test_a_task_whose_configured_bundle_is_broken_is_rescued_by_a_rollback(device: Device) -> None:
+    copy = kept.folder(device.conf.data_dir, device.digest("1"))
+    copy.rename(device.home / "away")
     device.store.close()
     model = device.home / "data" / "bundles" / "tiny" / "model.tflite"
     model.write_bytes(b"not a model")
     device.start()
     assert device.runs() is None
+    (device.home / "away").rename(copy)
     ok, summary, _ = device.obey("rollback", task="sort")
     assert ok, summary
     assert device.runs() == device.results_by() == "1"

@@ -7,19 +7,21 @@ import json
 from typing import Any
 
 import click
+import msgspec
 
 from agent import clock
 from agent.cli import operating, wiring
 from agent.cli.output import config_option, emit, json_option, table
 from agent.config import Config
-from agent.device import quality
-from agent.device.operating import overrides, wipe
+from agent.device import choices, quality
+from agent.device.operating import kept, overrides, wipe
 from agent.device.recovery.condition import condition
 from agent.device.storage import space
 from agent.device.storage.store import Store
 from agent.device.timekeeping import clock_of, report
 from agent.errors import StorageError, UsageError
 from agent.model import bundle
+from agent.model.choice import Choice
 
 _ALERTS = 5
 
@@ -66,7 +68,8 @@ def document(conf: Config, store: Store) -> dict[str, Any]:
 def _task(conf: Config, store: Store, name: str) -> dict[str, Any]:
     task = conf.tasks[name]
     cursor = store.cursor(name) or 0
-    manifest = bundle.read(operating.bundle_of(conf, store, name), None).manifest
+    past = kept.history(store, name)
+    chosen = choices.known(store, name)
     return {
         "task": name,
         "stream": task.stream,
@@ -74,11 +77,18 @@ def _task(conf: Config, store: Store, name: str) -> dict[str, Any]:
         "row": cursor,
         "backlog": store.last_row(task.stream) - cursor,
         "windows": store.counters().get(f"windows.{name}", 0),
-        "bundle": f"{manifest.name} {manifest.version}",
+        "bundle": _configured(conf, store, name) if past is None else str(past.now),
+        "pace": msgspec.to_builtins(chosen[0]) if chosen else None,
         "site_reference": store.state(name, "site reference") is not None,
         "quality": _quality(store, name),
         **overrides.shown(store, name),
     }
+
+
+def _configured(conf: Config, store: Store, name: str) -> str:
+    """Of a task that never ran."""
+    manifest = bundle.read(operating.bundle_of(conf, store, name), None).manifest
+    return f"{manifest.name} {manifest.version}"
 
 
 def _quality(store: Store, task: str) -> dict[str, Any] | None:
@@ -112,7 +122,13 @@ def _clock(clock: dict[str, Any]) -> str:
 
 
 def _bundle_cell(task: dict[str, Any]) -> str:
-    return f"{task['bundle']} (rolled back)" if "rolled_back_to" in task else str(task["bundle"])
+    why = "another set aside" if "set_aside" in task else "rolled back" if "rolled_back_to" in task else ""
+    return f"{task['bundle']} ({why})" if why else str(task["bundle"])
+
+
+def _pace(task: dict[str, Any]) -> str:
+    """How its model is run here, and how fast it would go."""
+    return str(msgspec.convert(task["pace"], Choice)) if task["pace"] else "not tried yet"
 
 
 def _print(document: dict[str, Any]) -> None:
@@ -127,12 +143,13 @@ def _print(document: dict[str, Any]) -> None:
     if shown := _condition(document["condition"]):
         click.echo(f"{shown}\n")
     table(
-        ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference", "by labels"],
+        ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference", "model runs", "by labels"],
         [
             [
                 *(t["task"], _bundle_cell(t), "paused" if t.get("paused") else t["schedule"]),
                 *(t[name] for name in ("row", "backlog", "windows")),
                 "site's own" if t["site_reference"] else "shipped",
+                _pace(t),
                 _by_labels(t) or "none yet",
             ]
             for t in document["tasks"]

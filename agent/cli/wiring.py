@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,19 +176,35 @@ def _judge(task: config.Task, active: activate.Active) -> Judge | None:
 
 
 def planned(file: Path, conf: Config, store: Store, marker: Marker | None = None) -> tuple[list[Planned], list[Broken]]:
-    """All tasks, loaded, and those whose bundle does not run here: these stop nothing else. Raises ConfigError."""
+    """All tasks, loaded, and those whose bundle does not run here: these stop nothing else. Raises ConfigError.
+
+    In place of such a bundle goes on what ran for the task before.
+    """
     schedules = {}
     for name in conf.tasks:
         last_run = int(store.state(name, LAST_RUN) or 0) or None
         schedules[name] = overrides.schedule_in_force(str(file), conf, store, name, last_run)
     good, broken = [], []
     for name, task in conf.tasks.items():
+        loaded: Task | None
         try:
             loaded = load_task(file, conf, store, name, marker=marker)
-            good.append(Planned(loaded, schedules[name], overrides.is_paused(store, name)))
         except BadBundle as problem:
-            broken.append(Broken(name, task.bundle, str(problem)))
+            loaded = _before(file, conf, store, name, marker)
+            instead = "" if loaded is None else str(kept.ran(loaded))
+            broken.append(Broken(name, task.bundle, str(problem), instead))
+        if loaded is not None:
+            good.append(Planned(loaded, schedules[name], overrides.is_paused(store, name)))
     return good, broken
+
+
+def _before(file: Path, conf: Config, store: Store, name: str, marker: Marker | None) -> Task | None:
+    """The task with the newest bundle that ran for it and still does. Raises ConfigError."""
+    refused = kept.configured_digest(conf.tasks[name].bundle, conf.data_dir)
+    for one in kept.ran_before(store, name, conf.data_dir, {refused, *overrides.set_aside(store, name)}):
+        with suppress(BadBundle):
+            return load_task(file, conf, store, name, kept.folder(conf.data_dir, one.digest), marker=marker)
+    return None
 
 
 def sources(file: Path, conf: Config, store: Store) -> list[Source]:

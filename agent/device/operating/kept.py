@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,13 @@ def in_force(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
         # The configured one cannot be read: what ran goes on.
         changed = False
     return configured if changed else folder(data_dir, wanted.digest)
+
+
+def ran_before(store: Store, task: str, data_dir: Path, barred: Collection[str]) -> list[Ran]:
+    """Bundles that ran for `task` and whose copies are here, the newest first, without those of `barred` digests."""
+    past = history(store, task)
+    known = [] if past is None else [one for one in (past.now, past.before) if one is not None]
+    return [one for one in known if one.digest not in barred and folder(data_dir, one.digest).is_dir()]
 
 
 def keep(found: Bundle, data_dir: Path) -> bool:

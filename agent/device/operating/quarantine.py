@@ -24,7 +24,7 @@ from agent.config import Config
 from agent.device.author import Author
 from agent.device.marker import Mark, Marker
 from agent.device.operating import kept, overrides
-from agent.device.operating.kept import History, Ran
+from agent.device.operating.kept import Ran
 from agent.device.operating.overrides import Aside
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
@@ -96,14 +96,15 @@ def _count(conf: Config, store: Store, author: Author, left: Mark, now: Now) -> 
     count = past.count + 1 if past is not None and past.digest == left.digest else 1
     log.error("task %s: the agent ended while bundle %s ran, %d times in a row", left.task, left.digest, count)
     history = kept.history(store, left.task)
-    target = _resumes(store, conf.data_dir, left, history)
-    configured = kept.configured_digest(conf.tasks[left.task].bundle, conf.data_dir)
     aside = overrides.set_aside(store, left.task)
+    target = next(iter(kept.ran_before(store, left.task, conf.data_dir, {left.digest, *aside})), None)
+    configured = kept.configured_digest(conf.tasks[left.task].bundle, conf.data_dir)
     with store.transaction(vital=True) as tx:
         tx.keep(left.task, overrides.CRASHES, msgspec.json.encode(_Crashes(left.digest, count, left.id)))
         if count < MOST_CRASHES:
             return
-        name = next((str(one) for one in _ran(history) if one.digest == left.digest), "its bundle")
+        known = [history.now, history.before] if history is not None else []
+        name = next((str(one) for one in known if one is not None and one.digest == left.digest), "its bundle")
         why = (
             f"{name} ({left.digest[:19]}…) ended the agent {count} times in a row while it ran, "
             f"the last time before {clock.rfc3339(now.wall_us)}, and is set aside"
@@ -124,17 +125,6 @@ def _tell(tx: Transaction, author: Author, left: Mark, why: str, count: int, tar
     author.write(tx, "audit", None, {"event": "quarantined", "summary": summary, "evidence": evidence}, now)
     if target is not None:
         author.write(tx, "alerts", left.task, _alert(left.task, "raised", "critical", summary, evidence), now)
-
-
-def _resumes(store: Store, data_dir: Path, left: Mark, history: History | None) -> Ran | None:
-    """The newest bundle that ran for the task, is kept here and is not set aside."""
-    barred = {left.digest, *overrides.set_aside(store, left.task)}
-    here = [one for one in _ran(history) if kept.folder(data_dir, one.digest).is_dir()]
-    return next((one for one in here if one.digest not in barred), None)
-
-
-def _ran(history: History | None) -> list[Ran]:
-    return [] if history is None else [one for one in (history.now, history.before) if one is not None]
 
 
 def _alert(task: str, state: str, severity: str, summary: str, evidence: dict[str, Any]) -> dict[str, Any]:
