@@ -14,7 +14,7 @@ from scripts.fuzzing import TARGETS, Target, __main__, explore
 from scripts.fuzzing.explore import attempt
 
 ALL = fuzzing.load()
-RUNS, COSTLY_RUNS = 250, 12
+RUNS, COSTLY_RUNS = 250, 8
 
 
 @pytest.mark.parametrize("name", ALL)

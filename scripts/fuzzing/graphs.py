@@ -97,7 +97,9 @@ def _options(model: Any, graph: Any, random: Random) -> None:
     options = _operator(graph, random).builtinOptions
     numbers = [name for name, value in vars(options).items() if isinstance(value, int)] if options else []
     if numbers:
-        setattr(options, random.choice(numbers), random.choice((-1, 0, 1, 2, 100)))
+        name = random.choice(numbers)
+        is_flag = isinstance(getattr(options, name), bool)
+        setattr(options, name, random.choice((False, True) if is_flag else (-1, 0, 1, 2, 100)))
 
 
 def _shape(model: Any, graph: Any, random: Random) -> None:
