@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import stat
-import time
 from pathlib import Path
 from typing import Any
 
@@ -251,10 +250,8 @@ def test_bytes_that_are_no_model_are_refused(data: bytes) -> None:
 
 
 def test_a_model_that_never_ends_is_ended_by_its_seconds() -> None:
-    begun = time.monotonic()
     report = probe.probe(around(model("endless"), seconds=1))
     assert report.checks == [("load", False, "used more than its 1 s of CPU and was ended ([limits] seconds)")]
-    assert time.monotonic() - begun < 8
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def probe(bundle: Bundle, known: Sequence[Choice] | None = None) -> Report:
     try:
         runtime, checks = msgspec.json.decode(checked, type=tuple[str, list[Check]])
         if child.returncode != 0:
-            return Report(runtime, [*checks, ("trial", False, _death(child.returncode, child.stderr, limits))])
+            return Report(runtime, [*checks, *_failed_trial(child.returncode, child.stderr, limits)])
         return Report(runtime, checks, msgspec.json.decode(chosen, type=Choice) if chosen else None)
     except msgspec.MsgspecError as error:
         return Report("", [("load", False, f"the child process answered something else ({error})")])
@@ -184,12 +184,22 @@ def _batch(model: Model, vectors: Golden | None) -> str:
     return f"{len(rows)} rows, alone and together: off by {off:.2g}"
 
 
+def _failed_trial(code: int, stderr: bytes, limits: Limits) -> list[Check]:
+    """That a large batch takes too much memory says nothing against the model, which ran; a crash does."""
+    died = _death(code, stderr, limits)
+    return [] if died == _no_memory(limits) else [("trial", False, died)]
+
+
+def _no_memory(limits: Limits) -> str:
+    return f"ran out of memory, it may have {limits.memory_mib} MiB ([limits] memory_mib)"
+
+
 def _death(code: int, stderr: bytes, limits: Limits) -> str:
     said = stderr.decode(errors="replace").strip()
     if code == -signal.SIGXCPU:
         return f"used more than its {limits.seconds} s of CPU and was ended ([limits] seconds)"
     if "MemoryError" in said or "bad_alloc" in said or code == -signal.SIGKILL:
-        return f"ran out of memory, it may have {limits.memory_mib} MiB ([limits] memory_mib)"
+        return _no_memory(limits)
     if code < 0:
         name = signal.Signals(-code).name
         return f"the runtime crashed on it ({name}); the model is damaged or not for this runtime"

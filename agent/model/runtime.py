@@ -135,8 +135,9 @@ class Model:
         """Whether the batch the model declares works; where it does not, rows are run as the model comes."""
         try:
             with _runtime_errors():
-                self._resize(BATCH)
-                self._run(np.zeros((BATCH, *self.input_shape), self._type))
+                # Of two rows: thirty-two of a large model would hold up each start for seconds.
+                self._resize(2)
+                self._run(np.zeros((2, *self.input_shape), self._type))
         except BadBundle:
             self._load()
             return False

@@ -26,7 +26,7 @@ BATCHES = (1, 4, 8, 16, 32, 64, MOST_BATCH)
 MOST_THREADS = 4
 # A batch of each size, and a last one that is shorter.
 ROWS = MOST_BATCH + 27
-_MORE_THREADS = 1.15
+MORE_THREADS = 1.15
 _AS_FAST = 0.98
 # A size so far behind the best after a first look is not looked at again.
 _BEHIND = 0.8
@@ -63,13 +63,8 @@ class _Candidate:
 
     @property
     def pace(self) -> float:
-        """Rows per second, were the processor free; of several threads, as it was: they need it all at once."""
-        return 1 / min(self.cpu_s) if self.threads == 1 else self.usual
-
-    @property
-    def usual(self) -> float:
-        """Rows per second as they came, with whoever else wanted the processor."""
-        return 1 / statistics.median(self.wall_s)
+        """Rows per second: of one thread as on a free processor, of several as they came, with all else that ran."""
+        return 1 / (min(self.cpu_s) if self.threads == 1 else statistics.median(self.wall_s))
 
 
 class _Trial:
@@ -81,8 +76,8 @@ class _Trial:
         self.unequal: list[int] = []
         self.dynamic = self._models[1].dynamic
         self._row_s = self._timed(self._models[1], rows[:1])[1]
-        # As many rows are compared as a quarter of the time is enough for.
-        self._compared = rows[: max(1, min(ROWS, int(seconds / 4 / len(BATCHES) / self._row_s)))]
+        # As many rows are compared as half of the time is enough for.
+        self._compared = rows[: max(1, min(ROWS, int(seconds / 2 / (1 + len(BATCHES)) / self._row_s)))]
         self._truth = self._models[1].invoke(self._compared)
 
     @property
@@ -92,6 +87,9 @@ class _Trial:
     def look_at(self, batch: int, threads: int) -> bool:
         """Whether it gives the same bits, and a first measurement; False where twice as much is out of reach."""
         if self._found and not self._lasts(2 * batch * self._row_s):
+            return False
+        # A whole batch must be among what is compared, and a shorter one.
+        if batch > 1 and self.dynamic and batch >= len(self._compared):
             return False
         before = _resident_bytes()
         try:
@@ -133,7 +131,7 @@ class _Trial:
         best = self.fastest(1)
         for threads in sorted({one.threads for one in self._found} - {1}):
             more = self.fastest(threads)
-            if more.usual > _MORE_THREADS * best.usual:
+            if more.pace > MORE_THREADS * best.pace:
                 best = more
         return best
 
