@@ -82,6 +82,17 @@ def test_any_number_of_rows_gives_the_bits_of_a_plain_loop(name: str, count: int
         np.testing.assert_array_equal(found, plain(content(name), rows))
 
 
+@pytest.mark.parametrize("batch", [1, 4, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize(
+    "name", ["exercise", "mlperf_ad01_int8", "mlperf_kws_int8", "mlperf_resnet8_cifar_int8", "mlperf_vww96_int8"]
+)
+def test_any_size_of_batch_gives_the_bits_of_a_plain_loop(name: str, batch: int) -> None:
+    loaded = Model(content(name), batch)
+    rows = noise(loaded, 150)
+    assert loaded.batch == batch
+    np.testing.assert_array_equal(loaded.invoke(rows), plain(content(name), rows))
+
+
 def test_calls_of_different_sizes_do_not_disturb_each_other() -> None:
     loaded = Model(content("classify_int8"))
     rows = readings(100)
