@@ -199,10 +199,10 @@ def planned(file: Path, conf: Config, store: Store, marker: Marker | None = None
 
 
 def _before(file: Path, conf: Config, store: Store, name: str, marker: Marker | None) -> Task | None:
-    """The task with the newest bundle that ran for it and still does. Raises ConfigError."""
+    """The task with the newest bundle that ran for it and still does."""
     refused = kept.configured_digest(conf.tasks[name].bundle, conf.data_dir)
     for one in kept.ran_before(store, name, conf.data_dir, {refused, *overrides.set_aside(store, name)}):
-        with suppress(BadBundle):
+        with suppress(BadBundle, ConfigError):
             return load_task(file, conf, store, name, kept.folder(conf.data_dir, one.digest), marker=marker)
     return None
 
