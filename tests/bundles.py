@@ -21,7 +21,7 @@ from tests.senders import new_key
 
 MODELS = Path(__file__).parent / "models"
 THIRD_PARTY = Path(
-    os.environ.get("OUTSTATION_THIRDPARTY_MODELS", Path(__file__).parents[2] / "shared" / "models-thirdparty")
+    os.environ.get("OUTSTATION_THIRDPARTY_MODELS") or Path(__file__).parents[2] / "shared" / "models-thirdparty"
 )
 KEY = new_key(11)
 LABELS = ("left", "right", "rest")

@@ -14,15 +14,16 @@ from scripts.fuzzing import TARGETS, Target, __main__, explore
 from scripts.fuzzing.explore import attempt
 
 ALL = fuzzing.load()
-RUNS = 250
+RUNS, COSTLY_RUNS = 250, 8
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_damaged_bytes_break_no_decoder(name: str) -> None:
     if name == "parquet":
         pytest.importorskip("pyarrow")
-    found = explore.explore(ALL[name], seed=1, runs=RUNS)
-    assert found.runs >= RUNS
+    runs = COSTLY_RUNS if ALL[name].costly else RUNS
+    found = explore.explore(ALL[name], seed=1, runs=runs)
+    assert found.runs >= runs
     assert [crash.trace for crash in found.crashes.values()] == []
 
 

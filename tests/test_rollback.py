@@ -3,121 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
-from agent.cli import wiring
-from agent.device.daemon import Daemon
 from agent.device.operating import kept
-from agent.device.storage.rows import Rows
 from agent.errors import StorageFull
-from agent.wire import keys
-from tests.bundles import KEY, change_manifest, packed
-from tests.operators import DEVICE, FLEET, NOW, Operator
-
-T0 = 1_764_022_680_000_000
-
-
-def version(bundle: Path, text: str) -> Path:
-    def change(head: dict[str, Any]) -> None:
-        head["version"] = text
-
-    change_manifest(bundle, change)
-    return bundle
+from tests.exchanges import Device, versions
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    first = version(packed(tmp_path_factory.mktemp("bundles")), "1")
-    found = {"1": first}
-    for text in ("2", "3"):
-        found[text] = version(Path(shutil.copytree(first, first.with_name(text))), text)
-    return found
-
-
-class Device:
-    """A device with task `sort`, whose bundle lies in its bundle store and can be exchanged."""
-
-    def __init__(self, folder: Path, bundles: dict[str, Path]) -> None:
-        self.home, self.bundles, self.operator = folder, bundles, Operator()
-        keys.generate(folder / "device.key")
-        (folder / "outstation.toml").write_text(
-            f"""
-[device]
-id = "{DEVICE}"
-fleet = "{FLEET}"
-data_dir = "data"
-[collector]
-key = "{KEY.public.text}"
-[operators]
-keys = ["{self.operator.key.public.text}"]
-[publishers]
-keys = ["{KEY.public.text}"]
-[streams.cells]
-fields = [{{ name = "a" }}, {{ name = "b" }}, {{ name = "c" }}, {{ name = "d" }}]
-[tasks.sort]
-stream = "cells"
-bundle = "tiny"
-schedule = "every 60 s"
-""",
-            encoding="utf-8",
-        )
-        self.configure("1")
-        self.start()
-
-    def configure(self, text: str) -> None:
-        """Put another bundle where the config looks."""
-        target = self.home / "data" / "bundles" / "tiny"
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(self.bundles[text], target)
-
-    def start(self) -> None:
-        self.file, self.conf = wiring.load(str(self.home / "outstation.toml"))
-        self.store = wiring.open_store(self.conf)
-        self.daemon: Daemon = wiring.daemon(self.file, self.conf, self.store)
-        self.daemon._operations.start(NOW, lambda: None)
-
-    def crash(self, configured: str | None = None) -> None:
-        self.store.close()
-        if configured is not None:
-            self.configure(configured)
-        self.start()
-
-    def obey(self, name: str, **args: str) -> tuple[bool, str, dict[str, Any]]:
-        self.daemon._operations._commands.take(self.operator.command(name, args=args))
-        self.daemon._operations.turn(NOW)
-        with self.store.transaction() as tx:
-            answer = tx.commands.unsent(0)[-1]
-        return answer.ok, answer.summary, answer.data
-
-    def runs(self) -> str | None:
-        """The version of the bundle in force."""
-        return next((one.task.bundle.manifest.version for one in self.daemon._planned), None)
-
-    def results_by(self) -> str:
-        """The version that the newest result names."""
-        rows = 40
-        t = T0 + np.arange(rows, dtype=np.int64) * 10_000
-        with self.store.transaction() as tx:
-            tx.append("cells", Rows(t, tuple(np.zeros(rows, "<f4") for _ in range(4))), "synced")
-        self.daemon._work_off(self.daemon._planned[0].task, NOW)
-        bodies = [json.loads(message.payload) for message in self.store.unsent(0, 1000)]
-        return str([body for body in bodies if body["kind"] == "results"][-1]["model"]["version"])
-
-    def activations(self) -> list[tuple[str | None, str, str]]:
-        """(from, to, why) of each audit message."""
-        bodies = [json.loads(message.payload) for message in self.store.unsent(0, 1000)]
-        found = [body["evidence"] for body in bodies if body.get("event") == "activated"]
-        return [(one["from"] and one["from"]["version"], one["to"]["version"], one["why"]) for one in found]
-
-    def kept(self) -> set[str]:
-        home = self.home / "data" / "bundles" / ".kept"
-        return {json.loads((entry / "manifest.json").read_bytes())["version"] for entry in home.iterdir()}
+    return versions(tmp_path_factory.mktemp("bundles"), "1", "2", "3")
 
 
 @pytest.fixture
@@ -139,17 +37,11 @@ def test_a_rollback_runs_the_bundle_before_says_from_and_to_and_holds_over_a_res
     assert device.results_by() == "2"
     ok, summary, data = device.obey("rollback", task="sort")
     assert ok, summary
-    assert (data["from"], data["to"]) == tuple(digest(device, text) for text in ("2", "1"))
+    assert (data["from"], data["to"]) == tuple(device.digest(text) for text in ("2", "1"))
     assert device.runs() == device.results_by() == "1"
     device.crash()
     assert device.runs() == device.results_by() == "1"
     assert device.activations() == [(None, "1", "configured"), ("1", "2", "configured"), ("2", "1", "rollback")]
-
-
-def digest(device: Device, text: str) -> str:
-    from agent.model import bundle
-
-    return bundle.read(device.bundles[text], None).digest
 
 
 def test_a_second_rollback_goes_back_to_the_one_that_was_left(device: Device) -> None:
@@ -170,7 +62,7 @@ def test_a_rollback_ends_when_another_bundle_is_configured(device: Device) -> No
     device.crash()
     assert device.runs() == "3"
     ok, _, data = device.obey("rollback", task="sort")
-    assert (ok, data["to"]) == (True, digest(device, "1"))
+    assert (ok, data["to"]) == (True, device.digest("1"))
 
 
 def test_only_the_last_two_bundles_are_kept(device: Device) -> None:
@@ -182,7 +74,7 @@ def test_only_the_last_two_bundles_are_kept(device: Device) -> None:
 
 def test_a_kept_copy_that_was_altered_is_refused_and_what_ran_goes_on(device: Device) -> None:
     device.crash("2")
-    copy = kept.folder(device.conf.data_dir, digest(device, "1"))
+    copy = kept.folder(device.conf.data_dir, device.digest("1"))
     (copy / "model.tflite").write_bytes(b"evil")
     ok, summary, _ = device.obey("rollback", task="sort")
     assert not ok
@@ -192,12 +84,45 @@ def test_a_kept_copy_that_was_altered_is_refused_and_what_ran_goes_on(device: De
     assert device.runs() == "2"
 
 
+def broken(device: Device, text: str) -> str:
+    """The version that runs after a start with this bundle of that version configured, whose model is none."""
+    device.store.close()
+    device.configure(text)
+    (device.home / "data" / "bundles" / "tiny" / "model.tflite").write_bytes(b"not a model")
+    device.start()
+    return str(device.runs())
+
+
+def test_a_configured_bundle_that_is_broken_leaves_the_one_that_ran_and_an_alert_until_it_is_right(
+    device: Device,
+) -> None:
+    assert broken(device, "2") == device.results_by() == "1"
+    device.daemon._reports.bundles(device.daemon._broken)
+    [alert] = [body for body in device.messages() if body.get("alert") == "model"]
+    assert (alert["state"], alert["severity"]) == ("raised", "critical")
+    assert alert["summary"].startswith("sort goes on with tiny 1: ")
+    assert "model.tflite was altered" in alert["summary"]
+    device.crash("2")
+    device.daemon._reports.bundles(device.daemon._broken)
+    assert device.runs() == "2"
+    assert [body["state"] for body in device.messages() if body.get("alert") == "model"] == ["raised", "cleared"]
+    assert device.activations()[-1] == ("1", "2", "configured")
+
+
+def test_a_broken_copy_on_the_disk_of_what_runs_is_made_up_for_by_the_kept_one(device: Device) -> None:
+    assert broken(device, "1") == "1"
+    assert device.activations() == [(None, "1", "configured")]
+
+
 def test_a_task_whose_configured_bundle_is_broken_is_rescued_by_a_rollback(device: Device) -> None:
+    copy = kept.folder(device.conf.data_dir, device.digest("1"))
+    copy.rename(device.home / "away")
     device.store.close()
     model = device.home / "data" / "bundles" / "tiny" / "model.tflite"
     model.write_bytes(b"not a model")
     device.start()
     assert device.runs() is None
+    (device.home / "away").rename(copy)
     ok, summary, _ = device.obey("rollback", task="sort")
     assert ok, summary
     assert device.runs() == device.results_by() == "1"
@@ -276,9 +201,8 @@ def test_pause_schedule_and_rollback_are_shown_by_health(device: Device) -> None
     device.obey("set-schedule", task="sort", schedule="when 7 rows")
     ok, _, status = device.obey("report")
     assert ok
-    bodies = [json.loads(message.payload) for message in device.store.unsent(0, 1000)]
-    health = [body for body in bodies if body["kind"] == "health"][-1]["tasks"]["sort"]
-    expected = (True, "when 7 rows", digest(device, "1"))
+    health = [body for body in device.messages() if body["kind"] == "health"][-1]["tasks"]["sort"]
+    expected = (True, "when 7 rows", device.digest("1"))
     assert (health["paused"], health["schedule_set"], health["rolled_back_to"]) == expected
     shown = status["tasks"][0]
     assert (shown["paused"], shown["schedule"], shown["rolled_back_to"]) == expected

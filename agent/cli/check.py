@@ -14,11 +14,12 @@ from agent import clock
 from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config
-from agent.device import schedule
+from agent.device import choices, schedule
 from agent.device.recovery.condition import condition
 from agent.device.storage.store import Store
 from agent.device.timekeeping import clock_of, report
 from agent.errors import LinkDown, OutstationError, StorageBusy
+from agent.model.choice import Choice
 
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
@@ -81,10 +82,23 @@ def _schedule(file: Path, name: str, text: str) -> str:
 
 
 def _bundle(file: Path, conf: Config, name: str) -> str:
-    task = wiring.load_task(file, conf, None, name)
+    task = wiring.load_task(file, conf, None, name, known=_choices(conf, name))
     drift = "with drift reference" if task.judge else "without drift reference: drift is not watched"
     manifest = task.bundle.manifest
-    return f"{manifest.name} {manifest.version}, golden vectors right on this CPU, {drift}"
+    pace = f", {task.choice}" if task.choice else ""
+    return f"{manifest.name} {manifest.version}, golden vectors right on this CPU{pace}, {drift}"
+
+
+def _choices(conf: Config, task: str) -> list[Choice]:
+    """What the agent that runs here goes by; without a store the check tries for itself."""
+    try:
+        store = Store(conf.data_dir, read_only=True)
+    except OutstationError:
+        return []
+    try:
+        return choices.known(store, task)
+    finally:
+        store.close()
 
 
 def _is_running(conf: Config) -> bool:

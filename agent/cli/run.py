@@ -81,8 +81,9 @@ def batch(task: str | None, config_file: str | None, as_json: bool) -> None:
     try:
         writer, now = wiring.author(file, conf, store), clock_of(store)
         Timekeeper(store, writer).turn(now())
+        marker = wiring.guard(conf, store, writer)
         for name in [task] if task else list(conf.tasks):
-            loaded = wiring.load_task(file, conf, store, name)
+            loaded = wiring.load_task(file, conf, store, name, marker=marker)
             total = {"rows": 0, "windows": 0, "alerts": 0}
             references.take_up(loaded, store, writer, now())
             total["alerts"] += behind.go_on(loaded, store, writer, now())

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
+import msgspec
 
 from agent.cli import learned, operating
 from agent.cli.output import table
 from agent.config import Config
-from agent.device import drifting, quality
-from agent.device.operating import overrides
+from agent.device import choices, drifting, quality
+from agent.device.operating import kept, overrides
 from agent.device.storage.store import Store
 from agent.errors import UsageError
 from agent.model import bundle
+from agent.model.choice import Choice
 
 _NAMES = {
     "accuracy": "accuracy",
@@ -37,7 +39,8 @@ def document(conf: Config, store: Store, name: str) -> dict[str, Any]:
     """One task of `status --json`."""
     task = conf.tasks[name]
     cursor = store.cursor(name) or 0
-    manifest = bundle.read(operating.bundle_of(conf, store, name), None).manifest
+    past = kept.history(store, name)
+    chosen = choices.known(store, name)
     return {
         "task": name,
         "stream": task.stream,
@@ -45,13 +48,20 @@ def document(conf: Config, store: Store, name: str) -> dict[str, Any]:
         "row": cursor,
         "backlog": store.last_row(task.stream) - cursor,
         "windows": store.counters().get(f"windows.{name}", 0),
-        "bundle": f"{manifest.name} {manifest.version}",
+        "bundle": _configured(conf, store, name) if past is None else str(past.now),
+        "pace": msgspec.to_builtins(chosen[0]) if chosen else None,
         "site_reference": store.state(name, drifting.SITE) is not None,
         "reference": _reference(conf, store, name),
         "open": store.open_alerts(name),
         "quality": _quality(store, name),
         **overrides.shown(store, name),
     }
+
+
+def _configured(conf: Config, store: Store, name: str) -> str:
+    """Of a task that never ran."""
+    manifest = bundle.read(operating.bundle_of(conf, store, name), None).manifest
+    return f"{manifest.name} {manifest.version}"
 
 
 def _reference(conf: Config, store: Store, task: str) -> dict[str, Any]:
@@ -91,10 +101,9 @@ def show(tasks: Sequence[dict[str, Any]]) -> None:
         "No tasks: add a [tasks.NAME] section to run a model.",
     )
     for task in tasks:
-        lines = [*_reference_lines(task["reference"]), *_quality_lines(task["quality"])]
+        lines = [_pace_line(task), *_reference_lines(task["reference"]), *_quality_lines(task["quality"])]
         lines += [alert_line(alert, f"open {alert['alert']}") for alert in task["open"]]
-        if lines:
-            click.echo(f"\n{task['task']}")
+        click.echo(f"\n{task['task']}")
         for line in lines:
             click.echo(f"  {line}")
 
@@ -107,7 +116,13 @@ def alert_line(alert: dict[str, Any], what: str) -> str:
 
 
 def _bundle_cell(task: dict[str, Any]) -> str:
-    return f"{task['bundle']} (rolled back)" if "rolled_back_to" in task else str(task["bundle"])
+    why = "another set aside" if "set_aside" in task else "rolled back" if "rolled_back_to" in task else ""
+    return f"{task['bundle']} ({why})" if why else str(task["bundle"])
+
+
+def _pace_line(task: dict[str, Any]) -> str:
+    """How its model is run here, and how fast it would go."""
+    return f"model runs: {msgspec.convert(task['pace'], Choice) if task['pace'] else 'not tried yet'}"
 
 
 def _reference_cell(found: dict[str, Any]) -> str:

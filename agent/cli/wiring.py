@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from agent import clock, config
 from agent.cli import operating
 from agent.clock import Now
 from agent.config import Config, FilesSource, HostSource, ReplaySource
-from agent.device import drifting, quality
+from agent.device import choices, drifting, quality
 from agent.device.author import Author
 from agent.device.batch import Task
 from agent.device.daemon import LAST_RUN, Daemon
 from agent.device.incoming.intake import Intake, Source
-from agent.device.operating import kept, overrides, wipe
+from agent.device.marker import Marker
+from agent.device.operating import kept, overrides, quarantine, wipe
 from agent.device.operating.commands import Commands
 from agent.device.operating.keyfiles import KeyFiles
 from agent.device.operating.machine import Machine, Planned
@@ -30,6 +32,8 @@ from agent.device.timekeeping import clock_of
 from agent.drift.judge import Judge
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model import activate
+from agent.model.bundle import Bundle
+from agent.model.choice import Choice
 from agent.model.manifest import Manifest
 from agent.toml import suggestion
 from agent.wire import keys
@@ -90,39 +94,83 @@ def author(file: Path, conf: Config, store: Store) -> Author:
     return writer
 
 
-def load_task(file: Path, conf: Config, store: Store | None, name: str, path: Path | None = None) -> Task:
-    """A task with its bundle, or that at `path`, verified, probed and loaded. Raises ConfigError, BadBundle."""
+def guard(conf: Config, store: Store, writer: Author) -> Marker:
+    """What notices a model that ends the agent; once a start, before tasks are loaded."""
+    marker = Marker(conf.data_dir)
+    quarantine.settle(conf, store, writer, marker, clock_of(store)())
+    return marker
+
+
+def load_task(
+    file: Path,
+    conf: Config,
+    store: Store | None,
+    name: str,
+    path: Path | None = None,
+    *,
+    marker: Marker | None = None,
+    known: Sequence[Choice] = (),
+) -> Task:
+    """A task with its bundle, or that at `path`, verified, probed and loaded. Raises ConfigError, BadBundle.
+
+    With a `store`, how its model is run is taken from there and kept there, else from the `known`.
+    """
     task = conf.tasks[name]
-    stream = conf.streams[task.stream]
-    active = activate.activate(path or operating.bundle_of(conf, store, name), publishers(file, conf))
-    manifest = active.bundle.manifest
-    known = {f.name for f in stream.fields if f.type != "category"}
-    for field in manifest.input.fields:
-        if field not in known:
-            raise ConfigError(
-                str(file),
-                f"tasks.{name}.stream",
-                f"bundle {manifest.name} needs numeric field {field!r}, stream {task.stream!r} has none"
-                f"{suggestion(field, known)}",
-            )
-    judge = None
-    if active.reference is not None:
-        judge = Judge(
-            active.reference,
-            labels=manifest.output.labels,
-            window=manifest.drift.window,
-            learn=task.learn,
-            learn_s=float(task.learn_for),
-            strata=task.strata or manifest.drift.strata or "auto",
-            least=manifest.drift.min_count or 0,
-            units=manifest.input.units,
-            mode=_mode(str(file), name, task, stream, manifest),
-        )
+    if path is None:
+        path = operating.bundle_of(conf, store, name)
+        if store is not None:
+            quarantine.refuse(store, name, path)
+
+    def running(found: Bundle) -> AbstractContextManager[object]:
+        return nullcontext() if marker is None else marker.running(name, found.digest)
+
+    known = choices.known(store, name) if store else known
+    active = activate.activate(path, publishers(file, conf), known, running)
+    if store and active.choice:
+        choices.remember(store, name, active.choice)
+    _check_fields(file, conf, name, active.bundle)
+    judge = _judge(str(file), conf, name, active)
     state, ended = (judge.start() if judge else None), None
     if judge is not None and store is not None:
         state, ended = drifting.restore(store, name, judge)
     digest, keeps = config.digest(conf), conf.buffer.keep_results > 0
-    return Task(name, task, stream, active.bundle, active.model, judge, state, digest, keeps, ended)
+    return Task(
+        *(name, task, conf.streams[task.stream], active.bundle, active.model, judge, state, digest, keeps),
+        ended=ended,
+        choice=active.choice,
+        running=partial(running, active.bundle),
+        suspected=store is not None and store.state(name, overrides.CRASHES) is not None,
+    )
+
+
+def _check_fields(file: Path, conf: Config, name: str, found: Bundle) -> None:
+    stream = conf.tasks[name].stream
+    numeric = {f.name for f in conf.streams[stream].fields if f.type != "category"}
+    for field in found.manifest.input.fields:
+        if field not in numeric:
+            raise ConfigError(
+                str(file),
+                f"tasks.{name}.stream",
+                f"bundle {found.manifest.name} needs numeric field {field!r}, stream {stream!r} has none"
+                f"{suggestion(field, numeric)}",
+            )
+
+
+def _judge(file: str, conf: Config, name: str, active: activate.Active) -> Judge | None:
+    if active.reference is None:
+        return None
+    task, manifest = conf.tasks[name], active.bundle.manifest
+    return Judge(
+        active.reference,
+        labels=manifest.output.labels,
+        window=manifest.drift.window,
+        learn=task.learn,
+        learn_s=float(task.learn_for),
+        strata=task.strata or manifest.drift.strata or "auto",
+        least=manifest.drift.min_count or 0,
+        units=manifest.input.units,
+        mode=_mode(file, name, task, conf.streams[task.stream], manifest),
+    )
 
 
 def _mode(file: str, name: str, task: config.Task, stream: config.Stream, manifest: Manifest) -> str:
@@ -138,20 +186,36 @@ def _mode(file: str, name: str, task: config.Task, stream: config.Stream, manife
     return asked if task.mode is None else task.mode
 
 
-def planned(file: Path, conf: Config, store: Store) -> tuple[list[Planned], list[Broken]]:
-    """All tasks, loaded, and those whose bundle does not run here: these stop nothing else. Raises ConfigError."""
+def planned(file: Path, conf: Config, store: Store, marker: Marker | None = None) -> tuple[list[Planned], list[Broken]]:
+    """All tasks, loaded, and those whose bundle does not run here: these stop nothing else. Raises ConfigError.
+
+    In place of such a bundle goes on what ran for the task before.
+    """
     schedules = {}
     for name in conf.tasks:
         last_run = int(store.state(name, LAST_RUN) or 0) or None
         schedules[name] = overrides.schedule_in_force(str(file), conf, store, name, last_run)
     good, broken = [], []
     for name, task in conf.tasks.items():
+        loaded: Task | None
         try:
-            loaded = load_task(file, conf, store, name)
-            good.append(Planned(loaded, schedules[name], overrides.is_paused(store, name)))
+            loaded = load_task(file, conf, store, name, marker=marker)
         except BadBundle as problem:
-            broken.append(Broken(name, task.bundle, str(problem)))
+            loaded = _before(file, conf, store, name, marker)
+            instead = "" if loaded is None else str(kept.ran(loaded.bundle))
+            broken.append(Broken(name, task.bundle, str(problem), instead))
+        if loaded is not None:
+            good.append(Planned(loaded, schedules[name], overrides.is_paused(store, name)))
     return good, broken
+
+
+def _before(file: Path, conf: Config, store: Store, name: str, marker: Marker | None) -> Task | None:
+    """The task with the newest bundle that ran for it and still does."""
+    refused = kept.configured_digest(conf.tasks[name].bundle, conf.data_dir)
+    for one in kept.ran_before(store, name, conf.data_dir, {refused, *overrides.set_aside(store, name)}):
+        with suppress(BadBundle, ConfigError):
+            return load_task(file, conf, store, name, kept.folder(conf.data_dir, one.digest), marker=marker)
+    return None
 
 
 def sources(file: Path, conf: Config, store: Store) -> list[Source]:
@@ -185,9 +249,11 @@ def daemon(file: Path, conf: Config, store: Store, *, now: Callable[[], Now] | N
         )
     operators = configured_keys(file, "operators.keys", conf.operators.keys)
     commands = Commands(store, writer, operators)
-    tasks, broken = planned(file, conf, store)
+    marker = guard(conf, store, writer)
+    tasks, broken = planned(file, conf, store, marker)
     for one in tasks:
         kept.activated(store, writer, one.task, conf.data_dir, now())
+    quarantine.lift(conf, store, writer, now())
     kept.prune(store, conf.tasks, conf.data_dir)
     own = sources(file, conf, store)
 
@@ -199,7 +265,7 @@ def daemon(file: Path, conf: Config, store: Store, *, now: Callable[[], Now] | N
 
     def make_operations(machine: Machine) -> Operations:
         files, given = key_files(file, conf), given_key(file, conf)
-        load = partial(load_task, file, conf, store)
+        load = partial(load_task, file, conf, store, marker=marker)
         return operating.operations(file, conf, store, writer, commands, files, given, load, machine)
 
     return Daemon(conf, store, writer, tasks, broken, make_intake, make_uplink, make_operations, now)

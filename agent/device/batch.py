@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from agent.config import Stream
 from agent.device import columns, drifting, learned
 from agent.device.author import Author
 from agent.device.drifting import Ended
+from agent.device.operating import overrides
 from agent.device.storage.given import Given
 from agent.device.storage.rows import EMPTY, Rows, concatenate
 from agent.device.storage.segments import Stamp, within
@@ -26,6 +28,7 @@ from agent.drift.modes import Modes
 from agent.drift.state import State, Verdict
 from agent.model import features, runtime, scores
 from agent.model.bundle import Bundle
+from agent.model.choice import Choice
 from agent.model.features import Cut
 from agent.model.inference import MOST_VALUES, Answers, Inference
 from agent.model.scores import Scores
@@ -33,11 +36,16 @@ from agent.model.scores import Scores
 _MOST_WINDOWS = 512
 # What a window may come to in messages, its part of a drift summary too.
 _WINDOW_BYTES = 2_000
+# Of a batch's time in the model: far less than the watchdog's minute, on a day when all else is slow, too.
+_MOST_SECONDS = 5.0
 
 
 @dataclass
 class Task:
-    """A task with its model loaded. `drift` is the committed state of its judge, `ended` what is to be said first."""
+    """A task with its model loaded. `drift` is the committed state of its judge, `ended` what is to be said first.
+
+    `running` surrounds each run of the model; `suspected`, the agent ended during the last one.
+    """
 
     name: str
     config: config.Task
@@ -49,6 +57,9 @@ class Task:
     config_digest: str
     keep_results: bool = True
     ended: Ended | None = None
+    choice: Choice | None = None
+    running: Callable[[], AbstractContextManager[object]] = nullcontext
+    suspected: bool = False
     columns: list[int] = field(init=False)
     inference: Inference = field(init=False)
     last_label: str = ""
@@ -69,7 +80,8 @@ class Task:
     def batch_rows(self, transaction: int) -> int:
         """The most rows of one batch: one window, and as many more as memory, time and `transaction` bytes allow."""
         in_memory = MOST_VALUES // (self.window_rows * len(self.bundle.manifest.input.columns))
-        windows = min(_MOST_WINDOWS, transaction // _WINDOW_BYTES, in_memory)
+        in_time = _MOST_WINDOWS if self.choice is None else int(_MOST_SECONDS * self.choice.rows_per_s)
+        windows = min(_MOST_WINDOWS, transaction // _WINDOW_BYTES, in_memory, in_time)
         return self.window_rows + max(0, windows - 1) * self.step
 
     @property
@@ -128,7 +140,9 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
         if given is not None:
             tx.labels.keep(task.name, given, tx.uptime_s(now))
         tx.count(f"windows.{task.name}", len(cut.starts))
-    task.drift, task.ended = judged.state, None
+        if task.suspected:
+            tx.drop(task.name, overrides.CRASHES)
+    task.drift, task.ended, task.suspected = judged.state, None, False
     if names:
         task.last_label = names[-1]
     return Done(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))
@@ -144,11 +158,12 @@ def _answer(task: Task, store: Store, batch: Batch, cut: Cut) -> tuple[features.
     """The batch's features in physical units (n, F), and what the model says of its windows."""
     past = _history(task, store, batch.first - 1)
     matrix = features.matrix([batch.rows.columns[i] for i in task.columns])
-    if not len(past):
-        return matrix, task.inference.answer(matrix, batch.rows.t, cut)
-    earlier = features.matrix([past.columns[i] for i in task.columns])
-    rows, t = np.concatenate([earlier, matrix]), np.concatenate([past.t, batch.rows.t])
-    return matrix, task.inference.answer(rows, t, cut, before=len(past))
+    rows, t = matrix, batch.rows.t
+    if len(past):
+        earlier = features.matrix([past.columns[i] for i in task.columns])
+        rows, t = np.concatenate([earlier, matrix]), np.concatenate([past.t, t])
+    with task.running():
+        return matrix, task.inference.answer(rows, t, cut, before=len(past))
 
 
 def _history(task: Task, store: Store, through: int) -> Rows:

@@ -101,7 +101,7 @@ class Daemon:
         self._timekeeper = Timekeeper(store, author)
         self._intake = make_intake(self.signals.wake, self.signals.fail)
         self._uplink = make_uplink(self.signals.fail)
-        self._stuck = {one.task for one in broken}
+        self._stuck = {one.task for one in broken if not one.instead}
         self._unfinished: set[str] = set()
         self._resting: dict[str, _Rest] = {}
         self._space = Space(conf, store, author, self._run_early, self._not_getting_on)

@@ -27,11 +27,12 @@ Models = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A task whose bundle cannot run here, and why."""
+    """A task whose bundle cannot run here, and why; `instead` the one that goes on, "" where none does."""
 
     task: str
     bundle: str
     reason: str
+    instead: str = ""
 
 
 class Reports:
@@ -64,17 +65,17 @@ class Reports:
         self._write(lambda tx: self._author.write(tx, "audit", None, body, self._now()))
 
     def bundles(self, broken: Sequence[Broken]) -> None:
-        """One alert for each task that cannot run, open until it can."""
+        """One alert for each task whose bundle cannot run, open until it can."""
         for one in broken:
-            log.error("task %s does not run: %s", one.task, one.reason)
+            log.error("task %s: %s", one.task, _told(one))
             self.fails(one)
-        for task in self._models:
+        for task in self._models.keys() - {one.task for one in broken}:
             self.works(task)
 
     def fails(self, one: Broken) -> None:
         """Raise the alert, unless it is open."""
         if self._store.state(one.task, _BROKEN) is None:
-            self._bundle_alert(one.task, one.bundle, one.reason)
+            self._bundle_alert(one.task, one.bundle, _told(one))
 
     def works(self, task: str) -> None:
         """Clear the alert, if it is open."""
@@ -88,9 +89,7 @@ class Reports:
             "state": "raised" if reason else "cleared",
             "severity": "critical" if reason else "info",
             "id": f"{task}/model",
-            "summary": f"{task} does not run: {reason}"[:1000]
-            if reason
-            else f"{task} runs again with bundle {bundle}.",
+            "summary": f"{task} {reason}"[:1000] if reason else f"{task} runs again with bundle {bundle}.",
             "evidence": {},
         }
 
@@ -109,6 +108,12 @@ class Reports:
                 action(tx)
         except StorageFull as full:
             log.error("%s", full)
+
+
+def _told(one: Broken) -> str:
+    if one.instead:
+        return f"goes on with {one.instead}: {one.reason}"
+    return f"does not run: {one.reason}"
 
 
 def health(conf: Config, store: Store, models: Models) -> dict[str, Any]:

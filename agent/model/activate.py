@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from agent.drift.reference import Reference
 from agent.errors import BadBundle
 from agent.model import bundle, inference, probe, runtime, shipped
 from agent.model.bundle import Bundle
+from agent.model.choice import Choice
 from agent.wire.keys import PublicKey
 
 
@@ -20,6 +22,7 @@ class Active:
     bundle: Bundle
     model: runtime.Model
     reference: Reference | None
+    choice: Choice | None
 
 
 def locate(name: str, store: Path) -> Path:
@@ -35,12 +38,23 @@ def locate(name: str, store: Path) -> Path:
     raise BadBundle(f"no bundle {name!r} in {store} nor among those shipped; put it there, or give its path")
 
 
-def activate(path: Path, publishers: Sequence[PublicKey]) -> Active:
-    """Raises BadBundle with the reason; what ran before stays as it is."""
+def activate(
+    path: Path,
+    publishers: Sequence[PublicKey],
+    known: Sequence[Choice] = (),
+    loading: Callable[[Bundle], AbstractContextManager[object]] = nullcontext,
+) -> Active:
+    """Raises BadBundle with the reason; what ran before stays as it is.
+
+    How it is run is taken from `known` choices or tried; the model is loaded here within `loading`.
+    """
     found = bundle.read(path, [*publishers, *shipped.publishers()])
     try:
-        probe.probe(found).require()
-        return Active(found, inference.load(found.manifest, found.model), reference(found))
+        report = probe.probe(found, known)
+        report.require()
+        with loading(found):
+            model = inference.load(found.manifest, found.model, report.choice)
+        return Active(found, model, reference(found), report.choice)
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from agent.model import derived, features, runtime, scores
+from agent.model.choice import Choice
 from agent.model.features import Cut, Floats, Ints
 from agent.model.manifest import Manifest
 from agent.model.runtime import Model
@@ -29,9 +30,10 @@ class Answers:
     outputs: Floats | None
 
 
-def load(manifest: Manifest, content: bytes) -> Model:
-    """The model as the manifest uses it. Raises BadBundle."""
-    return runtime.Model(content, output=manifest.output.tensor)
+def load(manifest: Manifest, content: bytes, choice: Choice | None = None) -> Model:
+    """The model as the manifest uses it, run as it was chosen to be. Raises BadBundle."""
+    batch, threads = (choice.batch, choice.threads) if choice else (runtime.BATCH, 1)
+    return runtime.Model(content, batch, threads, manifest.output.tensor)
 
 
 class Inference:

@@ -5,16 +5,18 @@ Checks, each only where those before it passed:
 - shapes: it takes what the manifest's input gives, and gives what the manifest's kind needs
 - batch: rows in a batch get the answers they get alone, in any order
 - golden: the golden vectors come out as published
+Where it is asked for, the batch size and the threads are chosen then (`trial`), in the same child.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ import msgspec
 from agent.errors import BadBundle
 from agent.model import manifest
 from agent.model.bundle import Bundle
+from agent.model.choice import SECONDS, Choice
 from agent.model.manifest import Limits, Manifest
 from agent.model.outline import Outline
 
@@ -44,10 +47,11 @@ Check = tuple[str, bool, str]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the child saw; `checks` are (name, ok, detail)."""
+    """What the child saw; `checks` are (name, ok, detail). `choice` where one was asked for and could be made."""
 
     runtime: str
     checks: list[Check]
+    choice: Choice | None = None
 
     @property
     def ok(self) -> bool:
@@ -60,13 +64,31 @@ class Report:
                 raise BadBundle(f"{name}: {detail}")
 
 
-def probe(bundle: Bundle) -> Report:
-    """Run the checks on the verified bytes of `bundle`, within its limits of memory and time."""
-    wanted: tuple[str, ...] = ("manifest.json", "model.tflite", "golden.npz")
-    files = {name: bundle.files[name] for name in wanted if name in bundle.files}
+class _Task(msgspec.Struct):
+    """What the child is given. Without a manifest it looks at the model; no choice is made where `known` is None."""
+
+    files: dict[str, bytes]
+    known: list[Choice] | None = None
+
+
+def probe(bundle: Bundle, known: Sequence[Choice] | None = None) -> Report:
+    """Run the checks on the verified bytes of `bundle`, within its limits of memory and time.
+
+    With `known` choices, one for this model is taken from them or made anew, within two more seconds.
+    """
+    needed = ("manifest.json", "model.tflite", "golden.npz")
+    task = _Task({name: bundle.files[name] for name in needed if name in bundle.files})
+    task.known = None if known is None else list(known)
+    limits = bundle.manifest.limits
     try:
-        runtime, checks = msgspec.json.decode(_ask(files, bundle.manifest.limits), type=tuple[str, list[Check]])
-        return Report(runtime, checks)
+        said, death = _ask(task, limits)
+        checked, _, chosen = said.partition(b"\n")
+        if death and (known is None or not checked):
+            raise BadBundle(death)
+        runtime, checks = msgspec.json.decode(checked, type=tuple[str, list[Check]])
+        if death:
+            return Report(runtime, [*checks, *_failed_trial(death, limits)])
+        return Report(runtime, checks, msgspec.json.decode(chosen, type=Choice) if chosen else None)
     except BadBundle as problem:
         return Report("", [("load", False, str(problem))])
     except msgspec.MsgspecError as error:
@@ -75,29 +97,30 @@ def probe(bundle: Bundle) -> Report:
 
 def look(content: bytes) -> Outline:
     """What a model says of itself, and what it answers to noise. Raises BadBundle where it cannot be run here."""
-    said = _ask({"model.tflite": content}, Limits())
+    said, death = _ask(_Task({"model.tflite": content}), Limits())
+    if death:
+        raise BadBundle(death)
     found = msgspec.json.decode(said, type=Outline | str)
     if isinstance(found, str):
         raise BadBundle(found)
     return found
 
 
-def _ask(files: dict[str, bytes], limits: Limits) -> bytes:
-    """What the child says of these files. Raises BadBundle where it dies."""
+def _ask(task: _Task, limits: Limits) -> tuple[bytes, str]:
+    """What the child says, and what it died of, "" where it did not. Raises BadBundle where it does not finish."""
+    patience_s = limits.seconds + GRACE_S + (0.0 if task.known is None else SECONDS)
     try:
         child = subprocess.run(
             # -P: an `agent` in the folder it happens to run in is not ours.
             [sys.executable, "-P", "-m", "agent.model.probe"],
-            input=msgspec.msgpack.encode(files),
+            input=msgspec.msgpack.encode(task),
             capture_output=True,
-            timeout=limits.seconds + GRACE_S,
+            timeout=patience_s,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise BadBundle(f"did not finish within {limits.seconds + GRACE_S:g} s and was ended") from None
-    if child.returncode != 0:
-        raise BadBundle(_death(child.returncode, child.stderr, limits))
-    return child.stdout
+        raise BadBundle(f"did not finish within {patience_s:g} s and was ended") from None
+    return child.stdout, _death(child.returncode, child.stderr, limits) if child.returncode else ""
 
 
 def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
@@ -155,22 +178,23 @@ def _shapes(model: Model, content: Manifest) -> str:
     return f"{wanted} values in, {model.outputs} out"
 
 
-def _rows(model: Model, vectors: Golden | None) -> Floats:
-    """A few golden inputs, or noise over the range of the input where there are none that fit."""
+def _rows(model: Model, vectors: Golden | None, count: int) -> Floats:
+    """Up to `count` golden inputs, or noise over the range of the input where there are none that fit."""
     import numpy as np
 
-    shape = (_FEW, *model.input_shape)
-    if vectors is not None and vectors.inputs[:_FEW].size == math.prod(shape):
-        return vectors.inputs[:_FEW]
+    if vectors is not None:
+        found = vectors.inputs[:count]
+        if len(found) >= _FEW and found.size == len(found) * math.prod(model.input_shape):
+            return found
     low, high = model.input_range
-    return np.random.default_rng(0).uniform(low, high, shape).astype(np.float32)
+    return np.random.default_rng(0).uniform(low, high, (count, *model.input_shape)).astype(np.float32)
 
 
 def _batch(model: Model, vectors: Golden | None) -> str:
     """The last row first, alone: what a model carries from row to row, or mixes between rows, comes out."""
     import numpy as np
 
-    rows = _rows(model, vectors)
+    rows = _rows(model, vectors, _FEW)
     together = model.invoke(rows)
     alone = np.concatenate([model.invoke(rows[i : i + 1]) for i in reversed(range(len(rows)))])[::-1]
     off = float(np.abs(together - alone).max())
@@ -183,12 +207,21 @@ def _batch(model: Model, vectors: Golden | None) -> str:
     return f"{len(rows)} rows, alone and together: off by {off:.2g}"
 
 
+def _failed_trial(died: str, limits: Limits) -> list[Check]:
+    """That a large batch takes too much memory says nothing against the model, which ran; a crash does."""
+    return [] if died == _no_memory(limits) else [("trial", False, died)]
+
+
+def _no_memory(limits: Limits) -> str:
+    return f"ran out of memory, it may have {limits.memory_mib} MiB ([limits] memory_mib)"
+
+
 def _death(code: int, stderr: bytes, limits: Limits) -> str:
     said = stderr.decode(errors="replace").strip()
     if code == -signal.SIGXCPU:
         return f"used more than its {limits.seconds} s of CPU and was ended ([limits] seconds)"
     if "MemoryError" in said or "bad_alloc" in said or code == -signal.SIGKILL:
-        return f"ran out of memory, it may have {limits.memory_mib} MiB ([limits] memory_mib)"
+        return _no_memory(limits)
     if code < 0:
         name = signal.Signals(-code).name
         return f"the runtime crashed on it ({name}); the model is damaged or not for this runtime"
@@ -196,32 +229,73 @@ def _death(code: int, stderr: bytes, limits: Limits) -> str:
 
 
 def main() -> None:
-    files = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=dict[str, bytes])
-    if "manifest.json" in files:
-        _limit(manifest.decode(files["manifest.json"]).limits)
-        answer: object = check(files)
+    task = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_Task)
+    if "manifest.json" in task.files:
+        _probe_here(task)
     else:
-        from agent.model import outline
+        _look_here(task.files["model.tflite"])
 
-        _limit(Limits())
-        try:
-            answer = outline.of(files["model.tflite"])
-        except BadBundle as problem:
-            answer = str(problem)
+
+def _probe_here(task: _Task) -> None:
+    limits = manifest.decode(task.files["manifest.json"]).limits
+    memory = _limit(limits)
+    found = check(task.files)
+    # At once: what the trial then makes the runtime do must not take this along.
+    sys.stdout.buffer.write(msgspec.json.encode(found) + b"\n")
+    sys.stdout.buffer.flush()
+    if task.known is not None and all(ok for _, ok, _ in found[1]):
+        _more_seconds(limits.seconds)
+        sys.stdout.buffer.write(msgspec.json.encode(_choose(task.files, task.known, memory)))
+
+
+def _look_here(content: bytes) -> None:
+    from agent.model import outline
+
+    _limit(Limits())
+    answer: Outline | str
+    try:
+        answer = outline.of(content)
+    except BadBundle as problem:
+        answer = str(problem)
     sys.stdout.buffer.write(msgspec.json.encode(answer))
 
 
-def _limit(limits: Limits) -> None:
-    """Memory and CPU for the model, on top of what Python, numpy and the runtime took to start."""
+def _choose(files: dict[str, bytes], known: list[Choice], memory: int) -> Choice:
+    from agent.model import choice, golden, inference, runtime, trial
+
+    spec, content = manifest.decode(files["manifest.json"]), files["model.tflite"]
+    found = choice.remembered(known, content, runtime.NAME)
+    if found is None:
+        vectors = golden.decode(files["golden.npz"]) if "golden.npz" in files else None
+        rows = _rows(inference.load(spec, content), vectors, trial.ROWS)
+        found = trial.choose(content, rows, memory, output=spec.output.tensor)
+    return found
+
+
+def _limit(limits: Limits) -> int:
+    """Memory and CPU for the model, on top of what Python, numpy and the runtime took to start.
+
+    Bytes that a larger batch may take: half of that memory, and no more than an eighth of what the machine has left.
+    """
+    import psutil
+
     import agent.model.golden
-    import agent.model.runtime  # noqa: F401
+    import agent.model.trial  # noqa: F401
 
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     memory = pages * resource.getpagesize() + (limits.memory_mib << 20)
     cpu = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + limits.seconds
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    return min(limits.memory_mib << 19, int(psutil.virtual_memory().available) // 8)
+
+
+def _more_seconds(seconds: int) -> None:
+    """Of CPU, for the trial: it may use every core."""
+    used = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+    allowed = used + seconds + math.ceil(SECONDS) * (os.cpu_count() or 1)
+    resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,12 @@ except ImportError:
         ) from None
 
 NAME = f"{PACKAGE} {metadata.version(PACKAGE)}"
-# Past 32 rows convolutions gain nothing, and memory of a large batch is never given back.
+# Where nobody tried: dense models have most of their gain by then, convolutions none beyond.
 BATCH = 32
+# Memory of a large batch is never given back.
+MOST_BATCH = 128
+# Values that are quantized at once: what the cache of a small processor holds, and few calls of numpy.
+_BLOCK = 1 << 15
 # What a model uses to remember: its answers would depend on what it was asked before, and on restarts.
 _STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
 
@@ -43,9 +47,9 @@ Floats = NDArray[np.float32]
 
 
 class Model:
-    """A loaded model with one input and one output, B rows at a time. Not thread-safe."""
+    """A loaded model with one input and one output, `batch` rows at a time on `threads` threads. Not thread-safe."""
 
-    def __init__(self, content: bytes, threads: int = 1, output: str | int | None = None) -> None:
+    def __init__(self, content: bytes, batch: int = BATCH, threads: int = 1, output: str | int | None = None) -> None:
         """`output`: the name or index of the one that is used, where there are several.
 
         Raises BadBundle where it cannot be run here; a damaged model may crash the process: probe first.
@@ -53,12 +57,18 @@ class Model:
         self._wanted = output
         if not content:
             raise BadBundle("the model is empty: 0 bytes")
-        self._content, self._threads = content, min(threads, os.cpu_count() or 1)
+        self._content, self.threads = content, min(threads, os.cpu_count() or 1)
         self._load()
         # Resizing a fixed batch can silently merge rows: only a batch the model declares dynamic is resized.
-        self._dynamic = int(self._in.get("shape_signature", self._in["shape"])[0]) == -1
-        self._dynamic = self._dynamic and self._resizes()
-        self.batch = BATCH if self._dynamic else self._size
+        self.dynamic = int(self._in.get("shape_signature", self._in["shape"])[0]) == -1
+        self.dynamic = self.dynamic and self._resizes()
+        self.batch = self._size
+        self.use(batch)
+
+    def use(self, batch: int) -> None:
+        """Run at most `batch` rows at once from now on; a model made for a fixed batch keeps to that."""
+        if self.dynamic:
+            self.batch = min(batch, MOST_BATCH)
 
     @property
     def input_range(self) -> tuple[float, float]:
@@ -82,24 +92,18 @@ class Model:
         count = len(windows)
         if windows.size != count * math.prod(self.input_shape):
             raise BadBundle(f"the model takes {list(self.input_shape)} values, it was given {list(windows.shape[1:])}")
-        out = np.empty((count, self.outputs), np.float32)
-        quantized = self._quantize(windows.reshape(count, *self.input_shape))
-        done = 0
+        rows = windows.reshape(count, *self.input_shape)
+        out = np.empty((count, self.outputs), self._out["dtype"])
+        block = max(1, _BLOCK // (self.batch * math.prod(self.input_shape))) * self.batch
         with _runtime_errors():
-            while done < count:
-                size = self._resize(count - done)
-                part = quantized[done : done + size]
-                if len(part) < size:
-                    part = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-                kept = min(size, count - done)
-                out[done : done + kept] = self._dequantize(self._run(part)[:kept])
-                done += kept
-        return out
+            for start in range(0, count, block):
+                self._run_all(self._quantize(rows[start : start + block]), out[start : start + block])
+        return self._dequantize(out)
 
     def _load(self) -> None:
         with _runtime_errors():
             # From bytes: a file that is cut short after it was mapped ends the process with SIGBUS.
-            self._interpreter: Any = Interpreter(model_content=self._content, num_threads=self._threads)
+            self._interpreter: Any = Interpreter(model_content=self._content, num_threads=self.threads)
             self._interpreter.allocate_tensors()
             inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
         self._out = _chosen(outputs, self._wanted)
@@ -112,6 +116,18 @@ class Model:
         with _runtime_errors():
             # Only a run tells the output's shape for certain.
             self.outputs = self._run(np.zeros(self._in["shape"], self._type)).shape[1]
+
+    def _run_all(self, rows: NDArray[Any], out: NDArray[Any]) -> None:
+        """Raw outputs of quantized `rows` into `out`, batch by batch."""
+        for start in range(0, len(rows), self.batch):
+            part = rows[start : start + self.batch]
+            kept = len(part)
+            if self.dynamic:
+                # A shorter last batch runs at its own size: 5 to 20 µs, where padding costs what its rows cost.
+                self._resize(kept)
+            elif kept < self._size:
+                part = np.concatenate([part, np.repeat(part[-1:], self._size - kept, axis=0)])
+            out[start : start + kept] = self._run(part)[:kept]
 
     def _run(self, part: NDArray[Any]) -> NDArray[Any]:
         """Raw outputs (B, K) of one batch in the tensor's type."""
@@ -126,23 +142,19 @@ class Model:
         """Whether the batch the model declares works; where it does not, rows are run as the model comes."""
         try:
             with _runtime_errors():
-                size = self._resize(BATCH)
-                self._run(np.zeros((size, *self.input_shape), self._type))
+                # Of two rows: thirty-two of a large model would hold up each start for seconds.
+                self._resize(2)
+                self._run(np.zeros((2, *self.input_shape), self._type))
         except BadBundle:
             self._load()
             return False
         return True
 
-    def _resize(self, remaining: int) -> int:
-        """The batch size the interpreter now has: full batches, and single rows where few are left."""
-        if not self._dynamic:
-            return self._size
-        size = BATCH if remaining > 4 else 1
+    def _resize(self, size: int) -> None:
         if size != self._size:
             self._interpreter.resize_tensor_input(self._in["index"], [size, *self.input_shape], strict=True)
             self._interpreter.allocate_tensors()
             self._size = size
-        return size
 
     def _quantize(self, values: Floats) -> NDArray[Any]:
         kind = self._type
@@ -164,11 +176,13 @@ class Model:
             quantized: NDArray[Any] = scaled.astype(kind)
         return quantized
 
-    def _dequantize(self, raw: NDArray[Any]) -> NDArray[Any]:
+    def _dequantize(self, raw: NDArray[Any]) -> Floats:
         if raw.dtype.kind == "f":
-            return raw
+            return raw.astype(np.float32, copy=False)
         scale, zero = self._out["quantization"]
-        values: NDArray[Any] = (raw.astype(np.float32) - zero) * np.float32(scale or 1.0)
+        values: Floats = raw.astype(np.float32)
+        values -= zero
+        values *= np.float32(scale or 1.0)
         return values
 
 

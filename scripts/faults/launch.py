@@ -24,6 +24,7 @@ from agent.device.outgoing.session import Session
 from agent.device.storage import space
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
+from agent.model.choice import digest
 from agent.model.runtime import Model
 
 
@@ -77,6 +78,31 @@ def in_invoke(occasion: str) -> None:
         return invoke(self, *arguments)
 
     Model.invoke = dying  # type: ignore[method-assign, assignment]
+
+
+def in_model(model: str) -> None:
+    """The process is ended by SIGSEGV in each run of a model with this SHA-256, as by a runtime that it upsets."""
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    _instead_of_running(model, die)
+
+
+def hang_in_model(model: str) -> None:
+    """Runs of this model never end."""
+    _instead_of_running(model, lambda: time.sleep(86_400))
+
+
+def _instead_of_running(model: str, action: Callable[[], None]) -> None:
+    invoke = Model.invoke
+
+    def flawed(self: Model, *arguments: Any) -> Any:
+        if digest(self._content) == model:
+            action()
+        return invoke(self, *arguments)
+
+    Model.invoke = flawed  # type: ignore[method-assign, assignment]
 
 
 def after_puback(occasion: str) -> None:
@@ -140,6 +166,8 @@ FLAWS: dict[str, Callable[[str], None]] = {
     "die-before-commit": before_commit,
     "die-after-commit": after_commit,
     "die-in-invoke": in_invoke,
+    "die-in-model": in_model,
+    "hang-in-model": hang_in_model,
     "die-after-puback": after_puback,
     "synchronous": synchronous,
     "evict-after": evict_after,

@@ -14,12 +14,12 @@ from tests.system import eventually, outstation
 _NOTHING = "nothing but a new `started` event in the audit log"
 
 
-def _dies_twice(world: World, rng: Random, flaw: str, most: int) -> None:
-    """With the flaw it dies by itself, at one of the first `most` occasions, and systemd starts it again, twice."""
+def _dies_twice(world: World, rng: Random, flaw: str, most: int, least: int = 1) -> None:
+    """With the flaw it dies by itself, at an occasion from `least` to `most`, and systemd starts it again, twice."""
     before = world.restarts
-    _flawed(world, flaw, rng.randint(1, most))
+    _flawed(world, flaw, rng.randint(least, most))
     world.restart(world.device)
-    _flawed(world, flaw, rng.randint(1, most))
+    _flawed(world, flaw, rng.randint(least, most))
     eventually("the second death", lambda: world.restarts >= before + 2)
     world.device.launch(("-m", "agent"))
     world.restart(world.device)
@@ -73,7 +73,8 @@ def die_after_commit(world: World, rng: Random) -> None:
     sees=_NOTHING,
 )
 def die_in_invoke(world: World, rng: Random) -> None:
-    _dies_twice(world, rng, "die-in-invoke", 10)
+    # A model whose first run after each start is the end of the agent is set aside, and rightly.
+    _dies_twice(world, rng, "die-in-invoke", 10, least=2)
 
 
 @fault(

@@ -18,23 +18,27 @@ Seeds = Callable[[], list[bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`says` is one line for people; `longest` is how long an input may grow, in bytes."""
+    """`says` is one line for people; `longest` is how long an input may grow, in bytes.
+
+    `costly`, each input starts processes of its own.
+    """
 
     name: str
     says: str
     seeds: Seeds
     run: Run
     longest: int
+    costly: bool = False
 
 
 TARGETS: dict[str, Target] = {}
 
 
-def target(name: str, says: str, seeds: Seeds, longest: int = 4096) -> Callable[[Run], Run]:
+def target(name: str, says: str, seeds: Seeds, longest: int = 4096, *, costly: bool = False) -> Callable[[Run], Run]:
     """Register a target under `name`."""
 
     def register(function: Run) -> Run:
-        TARGETS[name] = Target(name, says, seeds, function, longest)
+        TARGETS[name] = Target(name, says, seeds, function, longest, costly)
         return function
 
     return register

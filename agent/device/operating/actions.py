@@ -14,7 +14,7 @@ from agent.device import quality, schedule
 from agent.device.author import Author
 from agent.device.batch import Task
 from agent.device.incoming import labels
-from agent.device.operating import kept, overrides, references
+from agent.device.operating import kept, overrides, quarantine, references
 from agent.device.operating.control import Action, Deed
 from agent.device.operating.machine import Machine, Planned
 from agent.device.storage.store import Store
@@ -119,10 +119,13 @@ class TaskActions:
         except (BadBundle, ConfigError) as problem:
             raise Rejected(f"{target} does not run here, the one that ran goes on: {problem}") from None
         configured = kept.configured_digest(self._conf.tasks[name].bundle, self._conf.data_dir)
+        was_aside = target.digest in overrides.set_aside(self._store, name)
 
         def write(tx: Transaction) -> None:
+            if was_aside:
+                quarantine.end(tx, self._author, name, now)
             overrides.keep_rollback(tx, name, kept.rolled_back(target, configured))
-            kept.record(tx, self._author, task, past, "rollback", now)
+            kept.record(tx, self._author, name, task.bundle, past, "rollback", now)
 
         summary = f"{name} went from {past.now} to {target}." if running else f"{name} runs again, with {target}."
         data = {"from": past.now.digest, "to": target.digest}

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 from agent.clock import Now
 from agent.device.author import Author
 from agent.device.batch import Task
-from agent.device.measured import truth_of
 from agent.device.operating import overrides
 from agent.device.operating.overrides import Rollback
 from agent.device.storage.store import Store
@@ -78,6 +77,13 @@ def in_force(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
     return configured if changed else folder(data_dir, wanted.digest)
 
 
+def ran_before(store: Store, task: str, data_dir: Path, barred: Collection[str]) -> list[Ran]:
+    """Bundles that ran for `task` and whose copies are here, the newest first, without those of `barred` digests."""
+    past = history(store, task)
+    known = [] if past is None else [one for one in (past.now, past.before) if one is not None]
+    return [one for one in known if one.digest not in barred and folder(data_dir, one.digest).is_dir()]
+
+
 def keep(found: Bundle, data_dir: Path) -> bool:
     """Copy a bundle, durably; False where the disk does not take it. A crash leaves a whole copy or none."""
     target = folder(data_dir, found.digest)
@@ -103,7 +109,7 @@ def keep(found: Bundle, data_dir: Path) -> bool:
 def activated(store: Store, author: Author, task: Task, data_dir: Path, now: Now) -> None:
     """A task was loaded at the start: copy its bundle and record the change, if it is one."""
     keep(task.bundle, data_dir)
-    old, this = history(store, task.name), ran(task)
+    old, this = history(store, task.name), ran(task.bundle)
     wanted = overrides.rollback(store, task.name)
     left = wanted is not None and wanted.digest != this.digest
     if old is not None and old.now.digest == this.digest and not left:
@@ -112,32 +118,31 @@ def activated(store: Store, author: Author, task: Task, data_dir: Path, now: Now
         with store.transaction() as tx:
             if left:
                 overrides.keep_rollback(tx, task.name, None)
-            record(tx, author, task, old, "configured", now)
+            record(tx, author, task.name, task.bundle, old, "configured", now)
     except StorageFull as full:
         log.error("task %s: %s; that %s was activated is recorded at the next start", task.name, full, this)
 
 
-def record(tx: Transaction, author: Author, task: Task, old: History | None, why: str, now: Now) -> None:
-    """That `task` runs its bundle now, what ran before, and the audit message.
+def record(tx: Transaction, author: Author, task: str, found: Bundle, old: History | None, why: str, now: Now) -> None:
+    """That `task` runs this bundle now, what ran before, and the audit message.
 
     The message says what labels of its results may be: who collects them has no bundle.
     """
-    this, before = ran(task), old.now if old else None
+    this, before = ran(found), old.now if old else None
     if before is not None and before.digest == this.digest:
         before = old.before if old else None
     kept = {"now": asdict(this), "before": asdict(before) if before else None}
-    tx.keep(task.name, ACTIVE, json.dumps(kept).encode())
-    truth, output = truth_of(task), task.bundle.manifest.output
-    told = truth.labels if len(json.dumps(truth.labels)) <= _MOST_LABEL_BYTES else ()
-    evidence: dict[str, Any] = {"task": task.name, "from": kept["before"], "to": kept["now"], "why": why}
-    evidence |= {"kind": truth.kind, "labels": list(told), "threshold": output.threshold}
-    summary = f"{task.name}: {this} was activated" + (f" after {before}." if before else ".")
+    tx.keep(task, ACTIVE, json.dumps(kept).encode())
+    output = found.manifest.output
+    told = output.labels if len(json.dumps(output.labels)) <= _MOST_LABEL_BYTES else ()
+    evidence: dict[str, Any] = {"task": task, "from": kept["before"], "to": kept["now"], "why": why}
+    evidence |= {"kind": found.manifest.truth, "labels": list(told), "threshold": output.threshold}
+    summary = f"{task}: {this} was activated" + (f" after {before}." if before else ".")
     author.write(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
 
 
-def ran(task: Task) -> Ran:
-    manifest = task.bundle.manifest
-    return Ran(manifest.name, manifest.version, task.bundle.digest)
+def ran(found: Bundle) -> Ran:
+    return Ran(found.manifest.name, found.manifest.version, found.digest)
 
 
 def prune(store: Store, tasks: Iterable[str], data_dir: Path) -> None:

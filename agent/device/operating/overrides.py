@@ -1,4 +1,4 @@
-"""What operators have changed about a task, kept in the store until they change it back."""
+"""What operators, or crashes, have changed about a task, kept in the store until somebody changes it back."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from agent.device.storage.transaction import Transaction
 from agent.errors import ConfigError
 
 PAUSED, SCHEDULE, ROLLBACK = "paused", "schedule", "rollback"
+SET_ASIDE, CRASHES = "set aside", "crashes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,14 @@ class Rollback:
     """Run bundle `digest` instead of the configured one, for as long as that is `configured`: both digests."""
 
     digest: str
+    configured: str
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Why a bundle is not run, for as long as the digest of the configured one is `configured`."""
+
+    why: str
     configured: str
 
 
@@ -56,6 +65,20 @@ def keep_rollback(tx: Transaction, task: str, wanted: Rollback | None) -> None:
         tx.keep(task, ROLLBACK, json.dumps(asdict(wanted)).encode())
 
 
+def set_aside(store: Store, task: str) -> dict[str, Aside]:
+    """Bundles that are not run for `task`, by digest."""
+    found = json.loads(store.state(task, SET_ASIDE) or b"{}")
+    return {digest: Aside(**one) for digest, one in found.items()}
+
+
+def keep_set_aside(tx: Transaction, task: str, aside: dict[str, Aside]) -> None:
+    if aside:
+        kept = {digest: asdict(one) for digest, one in aside.items()}
+        tx.keep(task, SET_ASIDE, json.dumps(kept).encode())
+    else:
+        tx.drop(task, SET_ASIDE)
+
+
 def shown(store: Store, task: str) -> dict[str, object]:
     """Members for status and health; none where nothing was changed."""
     members: dict[str, object] = {}
@@ -65,4 +88,6 @@ def shown(store: Store, task: str) -> dict[str, object]:
         members["schedule_set"] = text
     if (rolled := rollback(store, task)) is not None:
         members["rolled_back_to"] = rolled.digest
+    if aside := set_aside(store, task):
+        members["set_aside"] = sorted(aside)
     return members

@@ -1,0 +1,60 @@
+"""How a model is run on this machine: rows at once and threads, as `trial` chose them, to be remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+# So long a trial takes at most.
+SECONDS = 2.0
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """What was chosen for one model (its SHA-256) on one runtime and machine.
+
+    `rows_per_s` is what the trial measured; `unequal` are the batches whose answers have other bits than single rows'.
+    """
+
+    model: str
+    runtime: str
+    machine: str
+    batch: int
+    threads: int
+    rows_per_s: float
+    unequal: list[int] = []
+
+    def __str__(self) -> str:
+        rows = "one row at a time" if self.batch == 1 else f"batches of {self.batch}"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{rows} on {threads}, {self.rows_per_s:,.0f} rows/s"
+
+
+def remembered(known: Sequence[Choice], content: bytes, runtime: str) -> Choice | None:
+    """The choice that was made for this model on this runtime and machine, where one is `known`."""
+    wanted = (digest(content), runtime, machine())
+    return next((one for one in known if (one.model, one.runtime, one.machine) == wanted), None)
+
+
+def digest(content: bytes) -> str:
+    """What `Choice.model` calls a model."""
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def machine() -> str:
+    """The processor, and how many of its cores are ours."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    # A Raspberry Pi has no "model name", and says at the end what it is.
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model", "Hardware"))]
+    return f"{platform.machine()}, {named[-1] if named else 'unnamed'}, {cores()} cores"
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,116 @@
+"""Models that are damaged, or made to do harm: the probe's child may die of them, and nothing else.
+
+What passes the probe is then run as the daemon would, in one more process: that it dies there is a finding.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import subprocess
+import sys
+from dataclasses import replace
+from random import Random
+
+import msgspec
+
+from agent.model import bundle, manifest, probe, shipped
+from agent.model.bundle import Bundle
+from agent.model.probe import Report
+from scripts.fuzzing import target
+from tests.bundles import CLASSIFY, FLOAT, THIRD_PARTY, Recipe, around, model
+
+_LONGEST = 1 << 20
+_AS_THE_DAEMON = """\
+import sys
+import numpy as np
+from agent.errors import BadBundle
+from agent.model.runtime import Model
+batch, threads = int(sys.argv[1]), int(sys.argv[2])
+try:
+    loaded = Model(sys.stdin.buffer.read(), batch, threads)
+    low, high = loaded.input_range
+    for count in (1, 3, batch, 500):
+        loaded.invoke(np.random.default_rng(count).uniform(low, high, (count, *loaded.input_shape)).astype(np.float32))
+except BadBundle:
+    pass
+"""
+
+
+class Died(Exception):
+    """A model that passed the probe ended the process that ran it."""
+
+
+@functools.cache
+def sound() -> list[Bundle]:
+    """The bundle that ships, with its golden vectors, and models that have none: of those less is found out."""
+    found = [bundle.read(shipped.bundles() / "exercise", None)]
+    for recipe in (CLASSIFY, FLOAT):
+        found.append(around(model(recipe.model), recipe))
+    for name, recipe in (("ad01", Recipe("anomaly", "", _inputs(640))), ("kws", _words())):
+        path = THIRD_PARTY / f"mlperf_{name}_int8.tflite"
+        if path.exists():
+            found.append(around(path.read_bytes(), recipe))
+    return [_soon_over(one) for one in found]
+
+
+def _inputs(count: int) -> tuple[str, ...]:
+    return tuple(f"x{i}" for i in range(count))
+
+
+def _words() -> Recipe:
+    return Recipe("classify", "", _inputs(490), tuple(f"word {i}" for i in range(12)))
+
+
+def _soon_over(one: Bundle) -> Bundle:
+    """With little time and memory: what hangs or wants more and more is ended soon."""
+    content = msgspec.structs.replace(one.manifest, limits=manifest.Limits(memory_mib=512, seconds=2))
+    return replace(one, manifest=content, files={**one.files, "manifest.json": manifest.encode(content)})
+
+
+def judge(one: Bundle, content: bytes) -> Report:
+    """What the probe says of `content` in place of the bundle's model. Raises Died."""
+    report = probe.probe(replace(one, files={**one.files, "model.tflite": content}), [])
+    assert report.checks
+    assert all(detail for _, _, detail in report.checks)
+    if report.ok:
+        assert report.choice is not None
+        size = (str(report.choice.batch), str(report.choice.threads))
+        command = [sys.executable, "-c", _AS_THE_DAEMON, *size]
+        done = subprocess.run(command, input=content, capture_output=True, check=False, timeout=60)
+        if done.returncode != 0:
+            raise Died(f"ended with {done.returncode}: {done.stderr.decode(errors='replace')[-300:]}")
+    return report
+
+
+def _numbered() -> list[bytes]:
+    """Each model, and before it which of the bundles it is for."""
+    return [bytes([number]) + one.model for number, one in enumerate(sound())]
+
+
+@target("model", "a model with damaged bytes ends nothing but the probe's child", _numbered, _LONGEST, costly=True)
+def damaged(data: bytes) -> None:
+    bundles = sound()
+    judge(bundles[data[0] % len(bundles) if data else 0], data[1:])
+
+
+def changed(data: bytes) -> tuple[Bundle, bytes]:
+    """The bundle that `data` stands for, and its model with a graph changed as `data` says."""
+    from scripts.fuzzing import graphs
+
+    random = Random(data)
+    one = random.choice(sound())
+    return one, graphs.mutated(one.model, random)
+
+
+if all(importlib.util.find_spec(name) for name in ("ai_edge_litert", "flatbuffers")):
+
+    @target(
+        "graph",
+        "a well-formed model with a wrong graph ends nothing but the probe's child",
+        lambda: [bytes([number]) for number in range(3)],
+        16,
+        costly=True,
+    )
+    def graph(data: bytes) -> None:
+        judge(*changed(data))
