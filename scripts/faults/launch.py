@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from agent import clock
-from agent.device.batch import Task
+from agent.clock import Now
 from agent.device.daemon import Daemon
+from agent.device.operating.machine import Planned
 from agent.device.outgoing.session import Session
 from agent.device.storage import space
 from agent.device.storage.store import Store
@@ -147,15 +148,15 @@ def vouched_by(folder: str) -> None:
 
 
 def noted_runs(file: str) -> None:
-    """Each run of a task, one that finds nothing to do too, is a line with its name in `file`."""
-    work_off = Daemon._work_off
+    """Each run of a task that was due, one that finds nothing to do too, is a line with its name in `file`."""
+    remember_run = Daemon._remember_run
 
-    def noting(self: Daemon, task: Task, *arguments: Any) -> None:
+    def noting(self: Daemon, planned: Planned, now: Now) -> None:
         with Path(file).open("a", encoding="ascii") as lines:
-            lines.write(f"{task.name}\n")
-        work_off(self, task, *arguments)
+            lines.write(f"{planned.task.name}\n")
+        remember_run(self, planned, now)
 
-    Daemon._work_off = noting  # type: ignore[method-assign, assignment]
+    Daemon._remember_run = noting  # type: ignore[method-assign]
 
 
 def evict_after(seconds: str) -> None:

@@ -204,7 +204,11 @@ class Store:
                 count += len(parts[-1])
                 if count >= limit:
                     break
-        return Batch(first, concatenate(parts), stamps=merged(stamps)) if parts else None
+            if not parts:
+                # What another task found damaged may have been the last there is.
+                last = self.last_row(stream)
+                return self._hole(stream, first, last) if last > after else None
+        return Batch(first, concatenate(parts), stamps=merged(stamps))
 
     def _hole(self, stream: str, first: int, last: int) -> Batch:
         """Rows `first` to `last`, which are not there, or the first of them whose fate is the same.
