@@ -1,0 +1,71 @@
+"""How often drift detection cries wolf, how soon it sees a change, and what it costs: ours beside others."""
+
+from __future__ import annotations
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from scripts.benchmarks import Report, Result, benchmark
+from scripts.benchmarks.drifting import cost, made, ours, peers, recordings, shuttle, tables, targets
+from scripts.benchmarks.drifting.cost import Cost
+from scripts.benchmarks.drifting.counting import Row
+from scripts.benchmarks.drifting.made import KINDS, Kind
+from scripts.benchmarks.drifting.peers import KITS, Peer
+
+MANY, ONE = made.changes(4), made.changes(1)
+SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site and change
+
+
+@benchmark("drift")
+def drift() -> Report:
+    """False alarms, delays and misses over made rows and over recordings; processor time and memory.
+
+    The others judge in one process at a time while we do, and in turns with us where it is timed.
+    """
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running, ThreadPoolExecutor(1) as aside:
+        others: list[Peer] = []
+        theirs = aside.submit(of_others, Path(folder), running, others) if peers.installed() else None
+        rows = {kind.name: of_kind(kind) for kind in KINDS}
+        watches = [recordings.row("ours, played again"), recordings.row("ours, other halves", halves=True)]
+        readings = shuttle.load(peers.PYTHON.parents[1])
+        sensors = shuttle.rows(readings) if readings else []
+        for name, more in (theirs.result() if theirs else {}).items():
+            rows[name] += more
+        costs = cost.costs(others)
+    return report(rows, watches, sensors, costs)
+
+
+def of_kind(kind: Kind) -> list[Row]:
+    """Ours. Five answers of a window tell nothing of how often each is given, so there that is left out."""
+    return [
+        ours.row("ours, an answer per row", kind, MANY, SITES, QUIET, TRIALS),
+        ours.row(targets.ALONE, kind, ONE[:-1], SITES, 0, TRIALS),
+        ours.row("ours, an answer per 100 rows", kind, MANY[:-1], SITES, QUIET, TRIALS, model_rows=100),
+    ]
+
+
+def of_others(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str, list[Row]]:
+    """Starts `others`, which are left `running`, and takes their rows by kind."""
+    files = {kind.name: folder / f"{number}.npz" for number, kind in enumerate(KINDS)}
+    for kind in KINDS:
+        peers.write(files[kind.name], kind, MANY)
+    for kit in KITS:
+        try:
+            others.append(running.enter_context(peers.started(kit, files[KINDS[0].name])))
+        except click.ClickException as problem:
+            click.echo(f"left out: {problem.message}", err=True)
+    return {name: [peer.row(file, MANY) for peer in others] for name, file in files.items()}
+
+
+def report(rows: dict[str, list[Row]], watches: list[Row], sensors: list[Row], costs: dict[str, Cost]) -> Report:
+    results: list[Result] = []
+    for kind, found in rows.items():
+        results += targets.of_made(kind, found)
+    results += targets.of_recordings(watches[0])
+    results += targets.of_cost(costs)
+    text = tables.everything(rows, watches, sensors, costs, results)
+    return Report(tuple(results), text)

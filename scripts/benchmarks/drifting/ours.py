@@ -1,0 +1,82 @@
+"""The whole judge, faults and all detectors together, over made rows; a site learns its reference as a device does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from agent.drift import Judge, State, Verdict, build
+from agent.drift.detectors import JOINT, OUTPUT, SCORE
+from scripts.benchmarks.drifting import made
+from scripts.benchmarks.drifting.counting import Flags, Row, raised
+from scripts.benchmarks.drifting.made import ANSWER, CERTAINTY, FIELDS, ROWS, Change, Kind, Table
+
+NAMES = tuple(f"f{i}" for i in range(FIELDS))
+LABELS = tuple("abcd")
+SUBJECTS = {name: i for i, name in enumerate((*NAMES, OUTPUT, SCORE, JOINT))}
+EVERY_US = 10_000
+AT_ONCE = 5  # windows of a trial before it is asked whether the change was found
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A judge of a model that answers every `model_rows` rows."""
+
+    judge: Judge
+    model_rows: int
+
+    @classmethod
+    def of(cls, kind: Kind, model_rows: int, window: int = ROWS) -> Watch:
+        """Of windows of `window` rows, with the reference of a bundle made from other rows of that kind."""
+        rows = made.training(kind)
+        answered = slice(model_rows - 1, None, model_rows)
+        shipped = build(
+            rows[:, :FIELDS], np.arange(0, len(rows), model_rows), model_rows,
+            rows[answered, ANSWER].astype(np.int64), rows[answered, CERTAINTY, None], ROWS // model_rows,
+            fields=NAMES, labels=LABELS,
+        )  # fmt: skip
+        return cls(Judge(shipped, labels=LABELS, window=window // model_rows, learn=made.LEARN), model_rows)
+
+    def step(self, state: State, rows: Table) -> tuple[State, list[Verdict]]:
+        """After more `rows` (n, COLUMNS), whole windows of them."""
+        first = max(0, state.seen) + 1
+        answered = slice(self.model_rows - 1, None, self.model_rows)
+        return self.judge.step(
+            state, rows[:, :FIELDS], np.arange(0, len(rows), self.model_rows), self.model_rows,
+            rows[answered, ANSWER].astype(np.int64), rows[answered, CERTAINTY, None],
+            rows=(first, first + len(rows) - 1), t=np.arange(first, first + len(rows)) * EVERY_US,
+        )  # fmt: skip
+
+
+def row(
+    name: str, kind: Kind, changes: Sequence[Change], sites: int, quiet: int, trials: int, model_rows: int = 1
+) -> Row:
+    """`sites` that learn, are watched for `quiet` windows, and go through each change `trials` times."""
+    watch, found = Watch.of(kind, model_rows), Row(name)
+    for site in range(sites):
+        learned, _ = watch.step(watch.judge.start(), made.learning(kind, site))
+        assert learned.site is not None
+        found.add_quiet(raised(watch.step(learned, made.quiet(kind, site, quiet))[1], SUBJECTS))
+        for change in changes:
+            for trial in range(trials):
+                rows = made.trial(kind, site, trial, change)
+                found.add(change.name, until_found(watch, learned, rows, change), change.subjects)
+    return found
+
+
+def until_found(watch: Watch, state: State, rows: Table, change: Change) -> Flags:
+    """Raised by window, up to where the change was found or to the end."""
+    parts: list[Flags] = []
+    for part in pieces(rows):
+        state, verdicts = watch.step(state, part)
+        parts.append(raised(verdicts, SUBJECTS))
+        if parts[-1][:, list(change.subjects)].any():
+            break
+    return np.concatenate(parts)
+
+
+def pieces(rows: Table) -> Iterator[Table]:
+    for at in range(0, len(rows), AT_ONCE * ROWS):
+        yield rows[at : at + AT_ONCE * ROWS]

@@ -1,0 +1,171 @@
+"""The smartwatch recordings of the three people whom the shipped model was not trained on, under the shipped model.
+
+A person was recorded for eight minutes and a site learns for 27, so that recordings are played again and again, each
+time in another order and from another row: what a site is watched on it has seen. `halves` asks for more: a site learns
+from the first half of each recording and is watched on the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.device.incoming.sources import replay
+from agent.device.incoming.sources.replay import Playlist, Recordings
+from agent.drift import Judge, Reference, State, Verdict
+from agent.drift.detectors import JOINT, OUTPUT, SCORE
+from agent.model import bundle, features, runtime, scores, shipped
+from agent.simulate import recordings_file
+from scripts.benchmarks.drifting.counting import Flags, Row, raised
+
+PEOPLE = (8, 9, 10)
+SEEDS = 12
+LEARN, QUIET, WATCHED = 40, 60, 20  # drift windows
+ROWS, WINDOW = 100, 20  # of a model window, and such windows of a drift window
+PART = WINDOW * ROWS
+FIELDS = 6
+SLOWER = 0.8  # of the sensor's rate
+UNITS = ("g", "g", "g", "rad/s", "rad/s", "rad/s")
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """`of` makes changed rows of a recording's; an alarm has to name one of `subjects`."""
+
+    name: str
+    subjects: tuple[int, ...]
+    of: Callable[[Floats], Floats]
+    rate: float = 1.0  # times the rate of the recordings
+
+
+def changes(axis: int, sd: Floats) -> tuple[Change, ...]:
+    """Of field `axis`, by `sd` (F,) of what the site learned from."""
+    other = axis // 3 * 3 + (axis + 1) % 3
+    noise = np.random.default_rng(axis)
+
+    def gain(rows: Floats) -> Floats:
+        return np.where(np.arange(FIELDS) == axis, 0.6 * rows, rows)
+
+    def bias(rows: Floats) -> Floats:
+        return np.where(np.arange(FIELDS) == axis, rows + 0.5 * sd, rows)
+
+    def swap(rows: Floats) -> Floats:
+        order = np.arange(FIELDS)
+        order[[axis, other]] = other, axis
+        return rows[:, order]
+
+    def noisy(rows: Floats) -> Floats:
+        return np.where(np.arange(FIELDS) == axis, rows + 0.5 * sd * noise.normal(size=rows.shape), rows)
+
+    everything = tuple(range(FIELDS + 4))  # whatever is told of it, the rate among others
+    return (
+        Change("gain × 0.6", (axis,), gain),
+        Change("bias 0.5 sd", (axis,), bias),
+        Change("swapped axes", (axis, other), swap),
+        Change("noise 0.5 sd", (axis,), noisy),
+        Change("clock × 0.8", everything, slower, SLOWER),
+    )
+
+
+def slower(rows: Floats) -> Floats:
+    """What a sensor reads at SLOWER times the rate."""
+    at = np.arange(0, len(rows) - 1, 1 / SLOWER)
+    below = at.astype(np.int64)
+    share = (at - below)[:, None].astype(np.float32)
+    return (1 - share) * rows[below] + share * rows[below + 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Rows (n, F), whole model windows of one recording after another, at `t` (n,) epoch µs."""
+
+    rows: Floats
+    t: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls, recordings: Recordings, parts: Iterator[replay.Part], windows: int, change: Change | None = None
+    ) -> Stream:
+        """The next so many drift windows; what is left of the last recording is dropped."""
+        rows, t, count = [], [], 0
+        every = 1 / recordings.rate / (1.0 if change is None else change.rate)
+        while count < windows * PART:
+            part = next(parts)
+            read = recordings.rows[part.start : part.start + part.n]
+            read = read if change is None else change.of(read)
+            whole = len(read) // ROWS * ROWS
+            rows.append(read[:whole])
+            t.append((1e6 * (part.offset_s + every * np.arange(whole))).astype(np.int64))
+            count += whole
+        return cls(np.concatenate(rows)[: windows * PART].astype(np.float32), np.concatenate(t)[: windows * PART])
+
+
+class Watch:
+    """The shipped bundle and its judge."""
+
+    def __init__(self) -> None:
+        self._found = bundle.read(shipped.bundles() / "exercise", shipped.publishers())
+        self._model = runtime.Model(self._found.model)
+        self.judge = Judge(
+            Reference.from_json(self._found.files["reference.json"]),
+            labels=self._found.manifest.output.labels, window=WINDOW, learn=LEARN, units=UNITS,
+        )  # fmt: skip
+        self.subjects = {name: i for i, name in enumerate((*self.judge.shipped.fields, OUTPUT, SCORE, JOINT))}
+
+    def step(self, state: State, stream: Stream) -> tuple[State, list[Verdict]]:
+        spec, starts = self._found.manifest, np.arange(0, len(stream.rows), ROWS)
+        windows = features.windows(stream.rows, starts, spec.input)
+        said = scores.of(self._model.invoke(windows), spec, windows)
+        assert said.label is not None
+        assert said.score is not None
+        first = max(0, state.seen) + 1
+        return self.judge.step(
+            state, stream.rows, starts, ROWS, said.label, said.score[:, None].astype(np.float32),
+            rows=(first, first + len(stream.rows) - 1), t=stream.t,
+        )  # fmt: skip
+
+    def flags(self, state: State, stream: Stream) -> Flags:
+        return raised(self.step(state, stream)[1], self.subjects)
+
+
+def row(name: str, seeds: int = SEEDS, *, halves: bool = False, quiet: int = QUIET) -> Row:
+    """Each of the PEOPLE is a site of their own, so many times; which field changes goes round."""
+    watch, found = Watch(), Row(name)
+    everyone = replay.load(recordings_file())
+    seen, unseen = (half(everyone, 0), half(everyone, 1)) if halves else (everyone, everyone)
+    for seed in range(seeds):
+        for person in PEOPLE:
+            site(watch, found, (seen, unseen), person, seed, quiet)
+    return found
+
+
+def site(watch: Watch, found: Row, played: tuple[Recordings, Recordings], person: int, seed: int, quiet: int) -> None:
+    seen, unseen = played
+    learning = Stream.of(seen, Playlist(seen, person, seed).parts(), LEARN)
+    learned, _ = watch.step(watch.judge.start(), learning)
+    assert learned.site is not None, "it did not learn"
+
+    def after() -> Iterator[replay.Part]:
+        later = Playlist(unseen, person, seed if unseen is seen else seed + SEEDS).parts(len(learning.rows) + PART)
+        next(later)  # begun
+        return later
+
+    found.add_quiet(watch.flags(learned, Stream.of(unseen, after(), quiet)))
+    for change in changes((seed + person) % FIELDS, learning.rows.std(0)):
+        found.add(change.name, watch.flags(learned, Stream.of(unseen, after(), WATCHED, change)), change.subjects)
+
+
+def half(recordings: Recordings, which: int) -> Recordings:
+    """The first or the second half of each recording."""
+    begin, end = recordings.starts[:-1], recordings.starts[1:]
+    middle = (begin + end) // 2
+    spans = zip(*((begin, middle) if which == 0 else (middle, end)), strict=True)
+    parts = [recordings.rows[a:b] for a, b in spans]
+    return replace(
+        recordings, rows=np.concatenate(parts), starts=np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    )

@@ -1,0 +1,119 @@
+"""What `scripts/bench` says of its measurements, and that those of drift see what they are made to see. No timing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from scripts.benchmarks import Report, Result
+from scripts.benchmarks.__main__ import document, main
+from scripts.benchmarks.drifting import made, ours, peers, recordings, tables, targets
+from scripts.benchmarks.drifting.counting import Found, Row
+from scripts.benchmarks.drifting.made import KINDS
+from scripts.benchmarks.drifting.peers import Kit
+
+MORE = Result("rate", 30.0, 20.0, "rows/s", 1.0, "more is better")
+LESS = Result("cost", 3.0, 2.0, "µs", 1.0, "less is better", less=True)
+
+
+def test_more_is_better_unless_it_is_said_that_less_is() -> None:
+    assert (MORE.ratio, MORE.met) == (1.5, True)
+    assert (LESS.ratio, LESS.met) == (1.5, False)
+
+
+def test_a_benchmark_of_several_results_is_one_text_and_an_item_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scripts.benchmarks.__main__.BENCHMARKS", {"some": lambda: Report((MORE, LESS), "a table")})
+    shown = CliRunner().invoke(main, ["some"])
+    assert (shown.output, shown.exit_code) == ("a table\n", 1)
+    told = json.loads(CliRunner().invoke(main, ["some", "--json"]).output)
+    assert told == [document(MORE), document(LESS)]
+    assert list(told[0]) == ["name", "ours", "reference", "unit", "ratio", "target", "met", "note"]
+
+
+def test_what_was_never_found_counts_as_missed_and_late() -> None:
+    found, flags = Found(), np.zeros((4, 3), np.bool_)
+    flags[2, 1] = True
+    for subjects in ([0, 1], [1], [0]):
+        found.add(flags, subjects)
+    assert found.delays == [3, 3, None]
+    assert (found.median, round(found.missed)) == (3, 33)
+    assert Found([None, None, 2]).median == float("inf")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.name))
+def test_made_rows_are_as_steady_as_they_should_be_and_of_unit_variance(kind: made.Kind) -> None:
+    rows = made.table(kind, (1,), 100)[:, : made.FIELDS]
+    assert rows.var(0) == pytest.approx(1, abs=0.15)
+    assert np.mean(rows[1:] * rows[:-1]) == pytest.approx(kind.steady, abs=0.02)
+
+
+def test_fewer_made_rows_are_the_first_of_more() -> None:
+    assert (made.quiet(KINDS[1], 3, 4)[: 2 * made.ROWS] == made.quiet(KINDS[1], 3, 2)).all()
+
+
+def test_changes_are_what_they_are_called() -> None:
+    by_name = {change.name: made.table(KINDS[0], (1,), 200, change) for change in made.changes(4)}
+    assert by_name[made.QUARTER].mean(0)[:5] == pytest.approx([0.25] * 4 + [0], abs=0.02)
+    assert by_name[made.HALF].mean(0)[:5] == pytest.approx([0.5] * 4 + [0], abs=0.02)
+    assert by_name[made.WIDER].var(0)[:5] == pytest.approx([1.5] * 4 + [1], abs=0.03)
+    assert by_name[made.RAMPED][: made.ROWS].mean(0)[0] == pytest.approx(0.025, abs=0.1)
+    assert by_name[made.RAMPED][-made.ROWS :].mean(0)[0] == pytest.approx(0.5, abs=0.1)
+    first, *others = by_name[made.TOGETHER][:, :5].T
+    together = [np.mean(first * other) for other in others]
+    assert together == pytest.approx([0.5, 0.5, 0.5, 0], abs=0.02)
+    shares = np.bincount(by_name[made.ANSWERS][:, made.ANSWER].astype(int)) / len(by_name[made.ANSWERS])
+    assert shares == pytest.approx(made.OTHER_SHARES, abs=0.01)
+
+
+@pytest.mark.parametrize("model_rows", [1, 100])
+def test_a_site_that_learned_sees_a_shift_of_half_a_sd(model_rows: int) -> None:
+    row = ours.row("ours", KINDS[0], [made.changes(4)[1]], sites=1, quiet=5, trials=1, model_rows=model_rows)
+    (delay,) = row.found[made.HALF].delays
+    assert row.quiet == 5
+    assert delay is not None
+    assert delay <= 3
+
+
+def test_a_peer_in_a_process_of_its_own_sees_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PSI needs nothing but numpy, so it runs in any environment."""
+    monkeypatch.setattr(peers, "PYTHON", Path(sys.executable))
+    data, changes = tmp_path / "data.npz", [made.changes(4)[1]]
+    peers.write(data, KINDS[0], changes, sites=1)
+    with peers.started(Kit("psi", "PSI", quiet=3, trials=1, timed=2), data) as peer:
+        row = peer.row(data, changes)
+        assert peer.seconds_per_row() > 0
+        assert peer.memory["work_mb"] >= 0
+    assert (row.quiet, row.alarmed) == (3, 0)
+    assert row.found[made.HALF].delays == [1]
+
+
+def test_a_peer_that_fails_is_told_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "PYTHON", Path(sys.executable))
+    kit = Kit("none", "no such kit")
+    with pytest.raises(click.ClickException, match="no such kit failed") as failed, peers.started(kit, tmp_path):
+        pass
+    assert "KeyError" in failed.value.message
+
+
+def test_a_slower_clock_reads_the_same_movement_in_fewer_rows() -> None:
+    rows = np.sin(np.arange(100, dtype=np.float32) / 10)[:, None]
+    read = recordings.slower(rows)
+    assert len(read) == pytest.approx(80, abs=1)
+    assert read[8, 0] == pytest.approx(rows[10, 0], abs=1e-6)
+
+
+def test_results_are_finite_where_something_was_never_found() -> None:
+    changes = {name: Found([None, None]) for name in (made.QUARTER, made.HALF, made.WIDER, made.ANSWERS)}
+    rows = [Row("ours, an answer per row", 10, 1, changes), Row("PSI", 10, 10, changes)]
+    results = list(targets.of_made("independent", rows))
+    assert "Infinity" not in json.dumps([document(one) for one in results])
+    assert [one.met for one in results] == [False] * 6
+    assert "PSI: 1000" in results[0].note
+    assert "; PSI: > 20 / 100 %" in results[1].note
+    assert "> 20 / 100 %" in tables.found("title", rows, made.WATCHED)
