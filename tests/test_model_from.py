@@ -134,7 +134,7 @@ def test_a_model_that_cannot_run_here_is_refused_with_the_reason_and_what_to_do(
     assert name in said
 
 
-@pytest.mark.parametrize("name", ["flex", "stateful", "two_inputs", "endless", "greedy", "not a model", "empty"])
+@pytest.mark.parametrize("name", ["flex", "stateful", "two_inputs", "endless", "not a model", "empty"])
 def test_a_model_that_would_crash_hang_or_lie_writes_no_spec(tmp_path: Path, name: str) -> None:
     path = MODELS / f"{name}.tflite"
     if name in ("not a model", "empty"):
