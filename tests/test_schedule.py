@@ -85,6 +85,15 @@ def test_a_clock_set_back_after_a_nightly_run_repeats_it_only_where_hours_are_mi
     assert len(machine.run(restarted, 60)) == 0
 
 
+def test_a_clock_set_back_just_before_a_time_and_looked_at_just_after_it_misses_nothing() -> None:
+    machine = Machine(datetime(2026, 11, 25, 3, 29, 59, tzinfo=VIENNA))
+    task = Cron("30 3 * * *", zone=VIENNA)
+    assert not task.due(machine.now, 0)
+    machine.step(-4.0)
+    machine.sleep(6.0)
+    assert len(machine.run(task, 60)) == 1
+
+
 def test_a_clock_set_back_lets_a_task_of_every_hour_run_at_the_hours_that_come_again() -> None:
     machine = Machine(datetime(2026, 11, 25, 3, 29, tzinfo=VIENNA))
     task = Cron("30 * * * *", zone=VIENNA)

@@ -16,7 +16,7 @@ from agent import config
 from agent.clock import Now
 from agent.errors import ConfigError
 
-_STEP_S = 1.0
+_STEP_US = 1_000_000
 _LONGEST_WAIT_S = 60.0
 _REPEATED_US = 3 * 3600 * 1_000_000
 _TICK = timedelta(microseconds=1)
@@ -168,10 +168,8 @@ class Cron:
         return min((time for time in times if time is not None), default=None)
 
     def _stepped_back(self, now: Now) -> bool:
-        if self._seen is None:
-            return False
-        wall = (now.wall_us - self._seen.wall_us) / 1e6
-        return wall < now.boot_s - self._seen.boot_s - _STEP_S
+        # Set back by less than has passed since, the clock shows no time again, and the next one still holds.
+        return self._seen is not None and now.wall_us < self._seen.wall_us - _STEP_US
 
 
 def _next_time(trigger: Any, moment: datetime, fixed_hour: bool) -> datetime | None:
