@@ -96,15 +96,23 @@ def test_evicted_messages_at_the_end_and_at_the_beginning_count_too() -> None:
 
 def test_a_new_log_that_says_so_declares_what_lies_between_the_old_one_and_itself() -> None:
     old = Log("a").run(1, 10)
-    assert undeclared(30, old, Log("b").event("new log").run(16, 25, shift=5)) == 0
+    assert undeclared(30, old, Log("b").event("new log", old="a").run(16, 25, shift=5)) == 0
     assert undeclared(30, old, Log("b").event("started").run(16, 25, shift=5)) == 10
-    assert undeclared(30, old, Log("b").event("new log")) == 0
+    assert undeclared(30, old, Log("b").event("new log", old="a")) == 0
     # Not what is missing inside one log.
-    assert undeclared(30, old, Log("b").event("new log").run(11, 20).run(26, 30)) == 5
+    assert undeclared(30, old, Log("b").event("new log", old="a").run(11, 20).run(26, 30)) == 5
+
+
+def test_a_new_log_declares_what_lies_behind_the_old_one_also_where_it_judges_rows_once_more_or_has_lost_its_own() -> None:
+    old = Log("a").run(1, 10).run(11, 20)
+    again = Log("b").event("new log", old="a").run(11, 20)
+    assert undeclared(30, old, again) == undeclared(30, again, old) == 0
+    assert undeclared(30, old, Log("b").event("new log", old="a").run(21, 30, lost="damaged")) == 0
+    assert undeclared(30, old, Log("b").event("started").run(11, 20)) == 10
 
 
 def doubled(*results: tuple[str, int, float], follows: str = "b") -> int:
-    logs = [Log(name).event("new log" if name in follows else "started") for name in "abc"]
+    logs = [Log(name).event("new log" if name in follows else "started", old="a") for name in "abc"]
     found = [(T0 + row, log, row, "ok", score, None) for log, row, score in results]
     return Declarations([payload for log in logs for payload in log.sent], (TASK,)).doubled(found)
 

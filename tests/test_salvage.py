@@ -113,6 +113,13 @@ def test_any_page_of_the_database_may_be_damaged(whole: Path, tmp_path: Path) ->
     assert sum(survived) / len(survived) > 300
 
 
+@pytest.mark.parametrize("byte", range(100))
+def test_one_bit_of_the_header_may_be_turned(whole: Path, tmp_path: Path, byte: int) -> None:
+    data = bytearray((whole / "outstation.db").read_bytes())
+    data[byte] ^= 1 << byte * 5 % 8
+    check_whole(damaged_copy(whole, tmp_path, "outstation.db", data), 400, 30)
+
+
 def damaged_copy(whole: Path, folder: Path, name: str, data: bytes | bytearray) -> Path:
     case = folder / "case"
     shutil.rmtree(case, ignore_errors=True)

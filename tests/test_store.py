@@ -32,6 +32,7 @@ from agent.device.storage.store import Batch, Store
 from agent.device.storage.transaction import Pending, Trimmed
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
 from tests.stations import ROOT, rows_of
+from tests.stores import filled, say
 
 NUMBERS = Stream(fields=[Field(name="n", type="i64")])
 STREAMS = {"numbers": NUMBERS}
@@ -649,4 +650,25 @@ def test_threads_that_write_at_once_wait_for_each_other(tmp_path: Path) -> None:
         thread.join()
     assert failures == []
     assert store.last_row("numbers") == 6 * 20 * 3
+    store.close()
+
+
+def test_the_newest_message_is_not_taken_for_the_one_that_is_written_meanwhile(tmp_path: Path) -> None:
+    store, author = filled(tmp_path)
+    seq = say(store, author, "the newest")
+    known = store.digest_of(seq)
+    real, late = store.meta, threading.Thread(target=say, args=(store, author, "a later one"))
+
+    def meta(key: str, default: str) -> str:
+        found = real(key, default)
+        if key == "seq":
+            late.start()
+            late.join(0.2)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "meta", meta)
+        assert store.digest_of(seq) == known
+    late.join()
+    assert store.digest_of(seq) == known
     store.close()

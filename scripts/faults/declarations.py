@@ -5,8 +5,8 @@
 - an `evicted` event with `seq`: messages, and so the rows between the runs before and after them in that log
 - where the medium may forget what it confirmed: a `storage` alert of an opening, which says what the newest readings
   are, and so that those acknowledged later are gone, however many
-- a `new log` event: whatever lies between the last run of an older log and the first of this one; and that rows which
-  an old copy of the store still held may be judged once more in this log, to the same result
+- a `new log` event: whatever lies behind the last run of the log it follows and before its own first new one; and that
+  rows which an old copy of the store still held may be judged once more in this log, to the same result
 
 Row numbers are the device's, so an absent row is looked for between the numbers of its neighbours that have results:
 numbers follow the order of sending. No more rows count as declared between two neighbours than the messages say.
@@ -36,7 +36,7 @@ class _Log:
     rows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     seqs: list[tuple[int, int]] = field(default_factory=list)
     newest: list[int] = field(default_factory=list)
-    follows: bool = False
+    follows: str = ""  # the log before it, which ended without saying so
 
     def gone(self, task: str) -> list[tuple[int, int]]:
         """Row ranges that are declared for `task`."""
@@ -57,15 +57,19 @@ class Declarations:
         self._tasks = tasks
         self._logs: dict[str, _Log] = {}
         self._places: dict[str, dict[int, _Place]] = {task: {} for task in tasks}
+        runs: list[dict[str, Any]] = []
         for payload in payloads:
             body = json.loads(payload)
             log = self._logs.setdefault(body["log"], _Log())
             if body["kind"] == "results" and body["task"] in tasks:
-                self._run(log, body)
+                runs.append(body)
             elif body["kind"] == "audit":
                 self._event(log, body)
             elif forgetful and body["kind"] == "alerts" and body["alert"] == "storage":
                 log.newest += body["evidence"].get("newest", {}).values()
+        # A row that was judged once more has its place where it was judged first.
+        for body in sorted(runs, key=lambda run: self._before(run["log"])):
+            self._run(self._logs[body["log"]], body)
 
     def undeclared(self, task: str, absent: Collection[int], sent: Iterable[int]) -> int:
         """How many of the rows with times `absent` nobody declares; `sent` are all times, in the order of sending."""
@@ -105,9 +109,11 @@ class Declarations:
 
     def _after(self, task: str, left: _Place | None) -> int:
         """How many are declared behind the last one that has a result."""
-        later = [
-            name for name, log in self._logs.items() if not log.runs.get(task) and (left is None or name != left[0])
-        ]
+        if left is not None and any(log.follows == left[0] for log in self._logs.values()):
+            return _END
+        # A run of a log may be over rows that are gone, and have no results.
+        told = {log for log, _ in self._places[task].values()}
+        later = [name for name in self._logs if name not in told]
         if left is not None and any(self._logs[name].follows for name in later):
             return _END
         if left is not None and self._forgot(left, _END):
@@ -118,6 +124,13 @@ class Declarations:
     def _declared(self, task: str, log: str, span: tuple[int, int]) -> int:
         within: Ranges = ranges.intersect(self._logs[log].gone(task), [span]) if span[0] <= span[1] else []
         return ranges.size(within)
+
+    def _before(self, name: str) -> int:
+        """How many logs one after another came before this one."""
+        seen = {name}
+        while (name := self._logs[name].follows) in self._logs and name not in seen:
+            seen.add(name)
+        return len(seen)
 
     def _forgot(self, left: _Place, before: int) -> bool:
         return any(left[1] <= newest < before for newest in self._logs[left[0]].newest)
@@ -132,7 +145,8 @@ class Declarations:
 
     def _event(self, log: _Log, body: dict[str, Any]) -> None:
         evidence = body.get("evidence", {})
-        log.follows |= body["event"] == NEW_LOG
+        if body["event"] == NEW_LOG:
+            log.follows = evidence["old"]
         if body["event"] == "evicted":
             log.seqs += [(a, b) for a, b in evidence.get("seq", [])]
             # Readings that were used have results, or these are declared as messages.

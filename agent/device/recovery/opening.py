@@ -31,6 +31,7 @@ _PATIENCE_S = 10.0
 _TABLES = {"meta", "streams", "chunks", "outbox"}
 _SMALL = ("meta", "streams", "cursors", "marks", "counters", "categories", "state")
 _PROGRESS_STEPS = 20_000
+_WRITE_VERSION, _KNOWN_VERSION = 18, 2  # byte of the header; 2: with a write-ahead log
 
 
 def open_database(folder: Path, pragmas: Sequence[tuple[str, str | None]]) -> tuple[sqlite3.Connection, Watermark]:
@@ -87,6 +88,8 @@ def unsound(folder: Path, *, known: bool) -> str | None:
         left = path.with_name(f"{DATABASE}-wal").exists()
         return "the database file is gone or empty" if left or (known and path.exists()) else None
     with translated(path):
+        if not _is_written_by_us(path):
+            return "its header names a format that is for reading only"
         try:
             with contextlib.closing(connect_read_only(path)) as db:
                 tables = {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -103,6 +106,16 @@ def unsound(folder: Path, *, known: bool) -> str | None:
             if not is_damage(error):
                 raise
             return str(error)
+
+
+def _is_written_by_us(path: Path) -> bool:
+    """A damaged write version makes SQLite open a store for reading, and say so only when something is written.
+
+    Source: SQLite, Database File Format, 1.3.3.
+    """
+    with path.open("rb") as file:
+        header = file.read(_WRITE_VERSION + 1)
+    return len(header) <= _WRITE_VERSION or header[_WRITE_VERSION] <= _KNOWN_VERSION
 
 
 def _check(db: sqlite3.Connection) -> str | None:
@@ -187,7 +200,9 @@ def translated(path: Path) -> Iterator[None]:
 
 def is_damage(error: sqlite3.Error) -> bool:
     name = str(getattr(error, "sqlite_errorname", ""))
-    return name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or "Could not decode to UTF-8" in str(error)
+    # Of a header whose schema format or text encoding no version knows, SQLite says so in words only.
+    unreadable = any(words in str(error) for words in ("Could not decode to UTF-8", "unsupported file format"))
+    return name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or unreadable
 
 
 def storage_error(path: Path, error: sqlite3.Error) -> StorageError:

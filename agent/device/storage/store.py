@@ -258,8 +258,10 @@ class Store:
 
     def digest_of(self, seq: int) -> str | None:
         """The digest of message `seq` as far as it is known here; None where it is not."""
-        if seq == int(self.meta("seq", "0")):
-            return self.meta("digest", "")
+        # Together: a message committed in between would have its digest taken for this one's.
+        with self._lock:
+            if seq == int(self.meta("seq", "0")):
+                return self.meta("digest", "")
         sql = f"SELECT {COLUMNS} FROM outbox WHERE seq IN (?, ?) ORDER BY seq"
         for message in (Pending.stored(row) for row in self._all(sql, seq, seq + 1)):
             if message.intact:
