@@ -75,7 +75,10 @@ def torture(fault: Fault, rounds: int, seed: int, folder: Path) -> Outcome:
         for _ in range(rounds):
             world.resume()
             fault.inject(world, rng)
-            outcome.verdicts.append(settle(world, fault.patience_s))
+            verdict = settle(world, fault.patience_s)
+            if verdict.logs > 1 and not fault.damages:
+                verdict.problems.append(f"{verdict.logs} logs, though nobody damaged the store")
+            outcome.verdicts.append(verdict)
             if outcome.verdicts[-1].problems or (fault.control and outcome.passed):
                 break
     return outcome

@@ -29,13 +29,17 @@ _POLL_S = 0.1
 
 @dataclass
 class Verdict:
-    """Of one round. `lost`: acknowledged, not at the collector, not declared. `declared`: lost, and said so, signed."""
+    """Of one round. `lost`: acknowledged, not at the collector, not declared. `declared`: lost, and said so, signed.
+
+    `logs`: so many the device has begun.
+    """
 
     acknowledged: int = 0
     lost: int = 0
     declared: int = 0
     doubled: int = 0
     misdated: int = 0
+    logs: int = 1
     recovery_s: float = 0.0
     problems: list[str] = field(default_factory=list)
 
@@ -92,6 +96,7 @@ def judge(world: World, verdict: Verdict) -> None:
             verdict.problems.append(f"{task}: {strangers} results of rows that nobody sent")
         if refused := len(counts.keys() & ledger.refused):
             verdict.problems.append(f"{task}: {refused} results of rows that were refused, and may be sent again")
+    [(verdict.logs,)] = world.fleet.ask("SELECT count(*) FROM logs WHERE device = ?", DEVICE)
     report, altered = _evidence(world)
     if altered:
         verdict.problems.append(f"{altered} runs are not over the rows that were sent")
