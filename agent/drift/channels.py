@@ -34,7 +34,11 @@ def exchanged(
     """
     found, names = summary.classes.moments(site.origin), site.fields
     fields = np.arange(len(names))
-    misfit = np.stack([_misfit(found, site, np.roll(fields, -by)) for by in fields])
+    own = _misfit(found, site, fields)
+    # Nothing fits better by more than its own misfit and a half (of two fields: than both and one).
+    if not known.any() and own.max(initial=0.0) <= BETTER - 0.5:
+        return ("",) * len(names), np.zeros(len(names), np.bool_)
+    misfit = np.stack([own, *(_misfit(found, site, np.roll(fields, -by)) for by in fields[1:])])
     mirrored = _misfit(found, site, fields, mirrored=True)
     better = np.where((mirrored < WORSE) | known, misfit[0] - mirrored, 0.0)
     best, which = max((float(better[i]), (i, i)) for i in fields.tolist())
