@@ -103,7 +103,7 @@ def test_a_new_log_that_says_so_declares_what_lies_between_the_old_one_and_itsel
     assert undeclared(30, old, Log("b").event("new log", old="a").run(11, 20).run(26, 30)) == 5
 
 
-def test_a_new_log_declares_what_lies_behind_the_old_one_also_where_it_judges_rows_once_more_or_has_lost_its_own() -> None:
+def test_a_new_log_declares_what_lies_behind_the_old_one_whatever_its_own_runs_are() -> None:
     old = Log("a").run(1, 10).run(11, 20)
     again = Log("b").event("new log", old="a").run(11, 20)
     assert undeclared(30, old, again) == undeclared(30, again, old) == 0

@@ -74,7 +74,7 @@ def _anew(task: str, start: State, past: bytes) -> tuple[State, Ended]:
         return start, Ended([])
     messages = [("alerts", body) for body in _open_alerts(task, old)]
     if old.site is not None:
-        summary = f"{task}: the bundle was changed, so this site's reference is learned anew."
+        summary = f"{task}: the bundle, or the agent, was changed, so this site's reference is learned anew."
         evidence = {"task": task, "asked": "bundle changed", "site": old.site.digest, "by": "the agent"}
         messages.append(("audit", {"event": "reference reset", "summary": summary, "evidence": evidence}))
     # Names of alerts are never used twice.
@@ -94,6 +94,6 @@ def _open_alerts(task: str, old: State) -> Iterator[dict[str, Any]]:
                 "state": "cleared",
                 "severity": "info",
                 "id": f"{task}/{subjects[i]}/{kind}/{old.raised[i, column]}",
-                "summary": f"{subjects[i]}: no longer watched as before, the bundle was changed.",
+                "summary": f"{subjects[i]}: no longer watched as before: the bundle, or the agent, was changed.",
                 "evidence": {},
             }

@@ -13,9 +13,9 @@ ODD = 6.0  # robust sd from the middle: left out of the calibration
 ODD_SHARE = 1 / 3  # more odd windows than this, and nothing is learned
 STEP = 4.0  # sd between the means of the first and the second half: something changed meanwhile
 # Least sd of tests: smaller shifts never matter, however steady a site is. Of fields in class sd; then of pairs in
-# Fisher's z, and of the certainty in scores.
+# Fisher's z, of the certainty in scores, and of answers in shares.
 LEAST_SD = 0.05
-LEAST_SDS = (LEAST_SD, 0.05, 0.005)
+LEAST_SDS = (LEAST_SD, 0.05, 0.005, 0.02)
 LEAP, MOSTLY = 10.0, 0.7  # standard errors of a step while learning, and its share of the variance, that are told
 
 

@@ -59,6 +59,12 @@ class Cusum:
         on = (self.on & ~cleared) | (value > limit)
         return Cusum(value, windows, effect, since, on, np.where(on, calm, 0))
 
+    def opened(self, side: int, test: int, windows: int, effect: float, since: int) -> Cusum:
+        """With an alarm that other evidence than its sum gave, over so many `windows`."""
+        whole, on, total = np.stack([self.windows, self.since]), self.on.copy(), self.effect.copy()
+        whole[:, side, test], on[side, test], total[side, test] = (windows, since), True, effect
+        return Cusum(self.value, whole[0], total, whole[1], on, self.calm)
+
     def only(self, which: Bools) -> Cusum:
         """With the sums and alarms of all but the tests `which` (T,) begun anew."""
         windows, since, calm = (np.where(which, part, 0) for part in (self.windows, self.since, self.calm))

@@ -83,12 +83,14 @@ def with_states(
     }
     output, score, together = (("drift" if on else quiet) for on in drifting[fields:])
     states = {feature["state"] for feature in features.values()} | {output, score, together}
-    told = {"state": output, "score": {"cusum": _both(sums[-1]), "limit": limit[-1], "state": score}}
-    highest = whole(np.max(sums[2 * fields : -1], initial=0.0))
+    at = now.places
+    certain = {"cusum": _both(sums[at.certainty]), "limit": limit[at.certainty], "state": score}
+    told = {"state": output, "score": certain}
+    highest = whole(np.max(sums[at.pairs], initial=0.0))
     return numbers | {
         "features": features,
         "output": numbers["output"] | told,
-        "joint": {"cusum": highest, "limit": limit[-2], "state": together},
+        "joint": {"cusum": highest, "limit": limit[at.certainty - 1], "state": together},
         "state": next(state for state in GRAVEST if state in states),
     }
 

@@ -1,7 +1,7 @@
 """What tests a closed drift window against the site's reference: all families of tests together.
 
-Tests are in this order, F fields and P pairs of fields: mean (F), spread (F), pairs (P), certainty (1), each by CUSUM;
-beside them the shapes of F fields, of the answers and of the certainty, by PSI. Subjects are the F fields, then
+Each test has a CUSUM, in the order of `places`; beside them what means of fields, and shares of answers, come to
+together; and the shapes of F fields, of the answers and of the certainty, by PSI. Subjects are the F fields, then
 "output", "score" and "joint".
 
 What follows from a field's drift is not told as a drift of its own: where a field drifts, the model answers otherwise
@@ -10,7 +10,7 @@ and the pairs of that field move; while its alert is open these wait.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,11 +18,13 @@ import numpy as np
 from agent.drift import cusum, estimate, joint, limits, ramp, rate, shape, statistics
 from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.cusum import Cusum
-from agent.drift.learning import sure
+from agent.drift.learning import answered, sure
+from agent.drift.places import Places, places
 from agent.drift.reference import BINS, Reference
 from agent.drift.shape import Confirm
 from agent.drift.site import Site
 from agent.drift.summary import Summary
+from agent.drift.together import Together
 
 OUTPUT, SCORE, JOINT = "output", "score", "joint"
 HALF_WAY, NEAR = 0.5, 0.8  # shares of its limit from which on a field's sum is taken for a drift that begins
@@ -37,26 +39,49 @@ class Detectors:
     shape: Confirm
     scores: Ints  # (OVER, 32) answers by certainty of the last windows
     recent: np.ndarray[tuple[int, ...], np.dtype[np.float32]]  # (16, 2F) z of the last windows, NaN for none
+    # None in a state saved before these were told.
+    means: Together = field(default_factory=lambda: Together.zeros(0))  # (F,)
+    answers: Together = field(default_factory=lambda: Together.zeros(0))  # (C,)
 
     @classmethod
-    def start(cls, fields: int) -> Detectors:
-        tests = 2 * fields + len(joint.pairs(fields)) + 1
-        recent = np.full((ramp.WINDOWS, 2 * fields), np.nan, np.float32)
-        return cls(Cusum.zeros(tests), Confirm.none(fields + 2), np.zeros((estimate.OVER, BINS), np.int64), recent)
+    def start(cls, at: Places) -> Detectors:
+        return cls(
+            Cusum.zeros(at.tests),
+            Confirm.none(at.fields + 2),
+            np.zeros((estimate.OVER, BINS), np.int64),
+            np.full((ramp.WINDOWS, 2 * at.fields), np.nan, np.float32),
+            Together.zeros(at.fields),
+            Together.zeros(at.answers_told),
+        )
+
+    @property
+    def places(self) -> Places:
+        return places(self.recent.shape[1] // 2, len(self.answers.mean))
 
     def without(self, subjects: Bools) -> Detectors:
         """With all that was gathered on these subjects (F + 3,) forgotten."""
-        fields = len(subjects) - 3
-        gone = np.zeros(self.cusum.value.shape[1], np.bool_)
-        gone[: 2 * fields] = np.tile(subjects[:fields], 2)
-        gone[2 * fields : -1] = subjects[-1]
-        gone[-1] = subjects[-2]
-        recent = np.where(gone[: 2 * fields], np.float32(np.nan), self.recent)
-        return replace(self, cusum=self.cusum.only(~gone), shape=self.shape.only(~subjects[:-1]), recent=recent)
+        at = self.places
+        gone = np.zeros(at.tests, np.bool_)
+        gone[at.means] = gone[at.spreads] = subjects[: at.fields]
+        gone[at.answers], gone[at.certainty], gone[at.pairs] = subjects[at.fields :]
+        recent = np.where(gone[: 2 * at.fields], np.float32(np.nan), self.recent)
+        return replace(
+            self,
+            cusum=self.cusum.only(~gone),
+            shape=self.shape.only(~subjects[:-1]),
+            recent=recent,
+            means=self.means.only(~gone[at.means]),
+            answers=self.answers.only(~gone[at.answers]),
+        )
 
     def only_open(self) -> Detectors:
         """With the open alarms, and nothing gathered towards others."""
-        return replace(self, cusum=self.cusum.only(self.cusum.on.any(0)))
+        return self.only(self.cusum.on.any(0))
+
+    def only(self, tests: Bools) -> Detectors:
+        """With all sums but those of these `tests` (T,) begun anew."""
+        none = Together.zeros(len(self.means.mean)), Together.zeros(len(self.answers.mean))
+        return replace(self, cusum=self.cusum.only(tests), means=none[0], answers=none[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,16 +93,19 @@ class Limits:
 
     @classmethod
     def of(cls, site: Reference) -> Limits:
-        fields, count, windows = len(site.fields), len(joint.pairs(len(site.fields))), site.drift_windows
-        families = (
-            (2 * fields, limits.K_FIELDS, limits.FIELDS, limits.LEAST_H),
-            (count, limits.K_PAIRS, limits.PAIRS, limits.LEAST_H_PAIRS),
-            (1, limits.K_FIELDS, limits.SCORE, limits.LEAST_H),
-        )
-        stretch = site.site.stretch if site.site else 1.0
-        slack = np.concatenate([np.full(n, k) for n, k, *_ in families])
-        limit = np.concatenate([np.full(n, limits.h(n, windows, k, *rest)) for n, k, *rest in families])
-        return cls(slack, limit * stretch)
+        assert site.site is not None
+        at, windows, alike = site.places, site.drift_windows, site.site.alike
+        slack = np.full(at.tests, limits.K_FIELDS)
+        slack[at.pairs] = limits.K_PAIRS
+        limit = np.empty(at.tests)
+        limit[: 2 * at.fields] = limits.h(2 * at.fields, windows, limits.K_FIELDS, limits.FIELDS)
+        count = at.certainty - 2 * at.fields
+        limit[at.pairs] = limits.h(count, windows, limits.K_PAIRS, limits.PAIRS, limits.LEAST_H_PAIRS)
+        limit[at.certainty] = limits.h(1, windows, limits.K_FIELDS, limits.SCORE)
+        limit *= site.site.stretch
+        told = limits.apart(windows, alike)
+        limit[at.answers] = limits.h(at.answers_told, told, limits.K_FIELDS, limits.ANSWERS) * limits.stretch(alike)
+        return cls(slack, limit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +153,7 @@ class Tester:
         values[statistics.untested(found, windowed=site.windowed)] = np.nan
         pairs = joint.tests(joint.measured(windows.pairs, fields, windowed=site.windowed), extra.pair_mean)
         certainty = joint.tests(sure(windows.sure), extra.score_mean[:, None])
-        values = np.concatenate([values, pairs, certainty], axis=1)
+        values = np.concatenate([values, pairs, certainty, answered(windows.output, site.places.answers_told)], axis=1)
         usual = site.test_mean
         if self.daily:
             usual = usual + extra.cycle.at(t)
@@ -170,9 +198,29 @@ class Tester:
         tested[-2:] &= not open_now.any()
         scores = np.concatenate([before.scores[1:], evidence.scores[at : at + 1]])
         recent = np.concatenate([before.recent[1:], evidence.z[at : at + 1, : 2 * fields].astype(np.float32)])
-        after = Detectors(moved, before.shape.update(evidence.beyond[at], tested, t), scores, recent)
+        now, effects = before.places, evidence.effects[at]
+        after = Detectors(
+            moved,
+            before.shape.update(evidence.beyond[at], tested, t),
+            scores,
+            recent,
+            before.means.only(~open_now).update(np.where(open_now, np.nan, z[now.means]), effects[now.means], t),
+            before.answers.update(z[now.answers], effects[now.answers], t),
+        )
+        after = self._together(after, evidence.z[at])
         if self.site.labels and not open_now.any():
             return self._first_alone(after, evidence.z[at])
+        return after
+
+    def _together(self, after: Detectors, z: Floats) -> Detectors:
+        """With an alarm of what moved most, where fields or answers come to too much together; they begin anew then."""
+        at, (most_means, most_answers) = after.places, self.extra.together
+        if after.means.square > most_means:
+            moved = _with_lead(after.cusum, after.means, at.means, z)
+            after = replace(after, cusum=moved, means=Together.zeros(at.fields))
+        if after.answers.square > most_answers:
+            moved = _with_lead(after.cusum, after.answers, at.answers, z)
+            after = replace(after, cusum=moved, answers=Together.zeros(at.answers_told))
         return after
 
     def _first_alone(self, after: Detectors, z: Floats) -> Detectors:
@@ -189,7 +237,7 @@ class Tester:
         lead = int(far.argmax()) % fields
         kept = np.zeros(len(z), np.bool_)
         kept[[lead, fields + lead]] = True
-        return replace(after, cusum=after.cusum.only(kept))
+        return after.only(kept)
 
     def classes(self, now: Detectors, found: Floats, named: Ints) -> Ints:
         """The class (w,) that each model window with statistics (w, D) is compared with.
@@ -220,11 +268,25 @@ class Tester:
             return z
         held = np.zeros(len(z), np.bool_)
         left, right = joint.pairs(fields).T
-        held[2 * fields : -1] = moving[left] | moving[right]
+        at = before.places
+        held[at.pairs] = moving[left] | moving[right]
         if open_now.any() or begins.max() > NEAR:
-            held[-1] = True
-            held[2 * fields :] |= bool(self.site.labels)
+            held[at.certainty] = held[at.answers] = True
+            held[at.pairs] |= bool(self.site.labels)
         return np.where(held, np.nan, z)
+
+
+def _with_lead(sums: Cusum, moved: Together, place: slice, z: Floats) -> Cusum:
+    """With an alarm of the test that `moved` most, at `place` among all.
+
+    Of those that moved much, that is the one that is furthest off now: how far is cut off in the means.
+    """
+    far = np.abs(moved.mean)
+    lead = int(np.where(far >= NEAR * far.max(), np.nan_to_num(np.abs(z[place])), -1.0).argmax())
+    side = 0 if moved.mean[lead] > 0 else 1
+    return sums.opened(
+        side, place.start + lead, int(moved.windows[lead]), float(moved.effect[lead]), int(moved.since[lead])
+    )
 
 
 def open_fields(detectors: Detectors, fields: int) -> Bools:
@@ -235,6 +297,7 @@ def open_fields(detectors: Detectors, fields: int) -> Bools:
 
 def open_subjects(detectors: Detectors, fields: int) -> Bools:
     """(F + 3,) which subjects have a drift alert open."""
-    sums = detectors.cusum.on[0, 2 * fields :] | detectors.cusum.on[1, 2 * fields :]
-    answers = detectors.shape.on[fields:]
-    return np.concatenate([open_fields(detectors, fields), [answers[0], answers[1] | sums[-1], sums[:-1].any()]])
+    at, on = detectors.places, detectors.cusum.on[0] | detectors.cusum.on[1]
+    output, score = detectors.shape.on[fields:]
+    others = [output | on[at.answers].any(), score | on[at.certainty], on[at.pairs].any()]
+    return np.concatenate([open_fields(detectors, fields), others])

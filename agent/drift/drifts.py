@@ -132,9 +132,15 @@ def _output(now: Now) -> Words:
     subject = len(site.fields)
     usual, share = (counts / max(1, int(counts.sum())) for counts in (site.output, now.window.output))
     most = int(np.argmax(np.abs(share - usual)))
-    windows, since = int(shape.windows[subject]), int(shape.since[subject])
+    test, windows, since = "shape", int(shape.windows[subject]), int(shape.since[subject])
+    sums, answers = now.detectors.cusum, now.detectors.places.answers
+    if (on := sums.on[:, answers]).any():
+        test, side, most = "share", *(int(one) for one in np.argwhere(on)[0])
+        found = (side, answers.start + most)
+        windows, since, usual = int(sums.windows[found]), int(sums.since[found]), site.test_mean[answers]
+        share = usual + (sums.effect[found] / windows if windows else now.effects[found[1]])
     what = f"{site.labels[most]} is {share[most]:.0%} of the answers, {usual[most]:.0%} in this site's reference"
-    evidence = {"test": "shape", "windows": windows, "since": since}
+    evidence = {"test": test, "windows": windows, "since": since}
     evidence |= {"label": site.labels[most], "share": short(share[most], 4), "usual": short(usual[most], 4)}
     why = "another use of the machine, or a model that no longer fits"
     return Words(f"output: {what}, {now.over(windows, since)}; likely {why}", evidence)
@@ -144,9 +150,10 @@ def _score(now: Now) -> Words:
     sums, shape, subject = now.detectors.cusum, now.detectors.shape, len(now.tester.site.fields) + 1
     labels = bool(now.tester.site.labels)
     noun = "certainty" if labels else "answers"
-    at = (int(np.argmax(sums.value[:, -1])), -1)
-    moved = float(sums.effect[at] / sums.windows[at] if sums.windows[at] else now.effects[-1])
-    if sums.on[:, -1].any():
+    certainty = now.detectors.places.certainty
+    at = (int(np.argmax(sums.value[:, certainty])), certainty)
+    moved = float(sums.effect[at] / sums.windows[at] if sums.windows[at] else now.effects[certainty])
+    if sums.on[:, certainty].any():
         test, windows, since = "mean", int(sums.windows[at]), int(sums.since[at])
         unit = "" if labels else " of its reference spread"
         what = f"the model's {noun} {'fell' if moved < 0 else 'rose'} by {abs(moved):.2g}{unit}"
@@ -160,13 +167,14 @@ def _score(now: Now) -> Words:
 
 def _joint(now: Now) -> Words:
     sums, fields = now.detectors.cusum, now.tester.site.fields
-    value = sums.value[:, 2 * len(fields) : -1]
-    on = np.flatnonzero(sums.on[:, 2 * len(fields) : -1].any(0))
+    pairs = now.detectors.places.pairs
+    value = sums.value[:, pairs]
+    on = np.flatnonzero(sums.on[:, pairs].any(0))
     first = on[np.argsort(-value[:, on].max(0), kind="stable")][:MOST_PAIRS]
     told: list[str] = []
     evidence: list[dict[str, Any]] = []
     for pair in first:
-        at = (int(np.argmax(value[:, pair])), 2 * len(fields) + int(pair))
+        at = (int(np.argmax(value[:, pair])), pairs.start + int(pair))
         moved = float(sums.effect[at] / max(1, sums.windows[at]))
         names = [fields[i] for i in joint.pairs(len(fields))[pair]]
         told.append(f"{' and '.join(names)} go {'less' if moved < 0 else 'more'} together")

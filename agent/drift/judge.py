@@ -99,6 +99,8 @@ class Judge:
         state = State.from_bytes(data)
         if (state.open.reference, state.window, state.mode) != (self.shipped.digest, self.window, self.mode):
             raise ValueError("this drift state was made for another reference, window length or field of modes")
+        if not state.fits(self.shipped.places):
+            raise ValueError("this drift state was made by a version with other tests")
         if learning is not None:
             with contextlib.suppress(ValueError):
                 gathered = Learning.from_bytes(learning)
@@ -131,7 +133,7 @@ class Judge:
             state,
             site=None,
             learning=self._nothing_learned,
-            detectors=Detectors.start(fields),
+            detectors=Detectors.start(self.shipped.places),
             watch=watch.relearning(state.watch),
             season=Season(),
             learn_s=for_s,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from agent.drift import calibration, codec, daily, estimate, joint, limits, rate, shape, statistics
-from agent.drift.codec import Floats, Ints
+from agent.drift import calibration, codec, daily, estimate, joint, limits, rate, shape, statistics, together
+from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.joint import Pairs
 from agent.drift.rate import Gathered
 from agent.drift.reference import BINS, ENOUGH, FEWEST, Reference, draft
@@ -183,6 +183,12 @@ def sure(counted: Ints | Floats) -> Pairs:
     return Pairs(n, total / np.maximum(n, 1))
 
 
+def answered(counts: Ints | Int32s, told: int) -> Floats:
+    """(..., `told`) shares of all answers, of a summary's `output` (..., C); NaN where there is none."""
+    total = counts.sum(-1, keepdims=True)
+    return np.where(total > 0, counts / np.maximum(total, 1), np.nan)[..., :told]
+
+
 def settle(shipped: Reference, learning: Learning, *, made: str, strata: str = "auto", number: int = 1) -> Reference:
     """A reference in which what was counted and calibrated comes from the gathered windows.
 
@@ -242,18 +248,13 @@ def _with_site(
     accuracy: tuple[float, float] | None,
 ) -> Reference:
     """With what a site's windows say beyond the means and spreads of its fields."""
-    pairs, certainty = learning.pairs(settled), learning.certainty(settled)
-    few = float(statistics.RARE if settled.windowed else joint.FEW)
-    parts = [values, *(joint.tests(part, joint.usual_without(part, few)) for part in (pairs, certainty))]
-    tests = np.concatenate(parts, axis=1)
-    least = np.concatenate([np.full(part.shape[1], sd) for part, sd in zip(parts, calibration.LEAST_SDS, strict=True)])
-    told = (~np.isnan(tests)).sum(0) >= FEWEST
-    middle = np.nanmedian(np.where(told, tests, 0.0), axis=0)
-    known = np.where(told & ~np.isnan(tests), tests, middle)
-    (mean, left), cycle = calibration.drawn(known, middle, least), daily.Cycle.none(tests.shape[1])
-    if daily.told(learning.middle, strata):
-        fit = daily.fit(known, learning.middle, strata)
-        (_, left), mean, cycle = calibration.drawn(fit.left, np.median(fit.left, axis=0), least), fit.mean, fit.cycle
+    pairs, certainty, few = learning.pairs(settled), learning.certainty(settled), _few(settled)
+    found, places = _all_tests(settled, learning, values, strata), settled.places
+    scores, cycle = found.left / found.sd, found.cycle
+    fields_alike, answers_alike = (
+        limits.alike(found.left[:, : values.shape[1]]),
+        limits.alike(scores[:, places.answers]),
+    )
     level, allotted = limits.level(len(settled.fields) + 2), limits.SHAPES / (len(settled.fields) + 2)
     each = [
         shape.limits(shape.psi_without(part.astype(np.int64)).reshape(learning.windows, -1), level, allotted)
@@ -263,7 +264,12 @@ def _with_site(
         pair_mean=joint.usual(pairs, few),
         score_mean=joint.usual(certainty, few)[:, 0],
         psi_limits=np.concatenate(each),
-        stretch=limits.stretch(left[:, : values.shape[1]]),
+        stretch=limits.stretch(fields_alike),
+        together=(
+            together.limit(scores[:, places.means], fields_alike, limits.together(places.fields)),
+            together.limit(scores[:, places.answers], answers_alike, limits.ANSWERS_TOGETHER),
+        ),
+        alike=answers_alike,
         waves=cycle.waves,
         hours=daily.hours(learning.middle),
         learned=(int(learning.t[0, 0]), int(learning.t[-1, 1])),
@@ -275,8 +281,51 @@ def _with_site(
         rest_lasts=cycle.rest_lasts,
         rate=rate.learn(learning.rate, settled.classes, settled.window_rows, strata),
     )
-    sd = np.maximum(left.std(0, ddof=1), least)
-    return replace(settled, test_mean=mean, test_sd=np.where(told, sd, NEVER), site=site)
+    return replace(settled, test_mean=found.mean, test_sd=np.where(found.told, found.sd, NEVER), site=site)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tests:
+    """Of all T tests over K drift windows."""
+
+    mean: Floats  # (T,)
+    sd: Floats
+    told: Bools  # in enough windows
+    left: Floats  # (K, T) without mean and cycle
+    cycle: daily.Cycle
+
+
+def _all_tests(settled: Reference, learning: Learning, values: Floats, strata: str) -> _Tests:
+    """`values` (K, 2F) are those of the fields."""
+    few, answers = _few(settled), settled.places.answers
+    shares = answered(learning.output, settled.places.answers_told)
+    others = [
+        joint.tests(part, joint.usual_without(part, few))
+        for part in (learning.pairs(settled), learning.certainty(settled))
+    ]
+    parts = [values, *others, shares]
+    tests = np.concatenate(parts, axis=1)
+    least = np.concatenate([np.full(part.shape[1], sd) for part, sd in zip(parts, calibration.LEAST_SDS, strict=True)])
+    # One answer more or less is nothing.
+    least[answers] = np.maximum(least[answers], 1 / settled.window)
+    told = (~np.isnan(tests)).sum(0) >= FEWEST
+    middle = np.nanmedian(np.where(told, tests, 0.0), axis=0)
+    known = np.where(told & ~np.isnan(tests), tests, middle)
+    (mean, left), cycle = calibration.drawn(known, middle, least), daily.Cycle.none(tests.shape[1])
+    if daily.told(learning.middle, strata):
+        fit = daily.fit(known, learning.middle, strata)
+        (_, left), mean, cycle = calibration.drawn(fit.left, np.median(fit.left, axis=0), least), fit.mean, fit.cycle
+        left[:, answers] = fit.left[:, answers]
+    else:
+        # A mode that is seldom on is no odd window.
+        mean[answers] = known[:, answers].mean(0)
+        left[:, answers] = known[:, answers] - mean[answers]
+    return _Tests(mean, np.maximum(left.std(0, ddof=1), least), told, left, cycle)
+
+
+def _few(settled: Reference) -> float:
+    """Model windows, or rows, of a class that tell no mean of their own."""
+    return float(statistics.RARE if settled.windowed else joint.FEW)
 
 
 def build(

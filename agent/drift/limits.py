@@ -17,14 +17,17 @@ import numpy as np
 from agent.drift.codec import Floats
 
 # False alarms per window, of all tests of a kind together.
-FIELDS, PAIRS, SCORE = 4.5e-3, 3e-4, 3e-4
+FIELDS, PAIRS, SCORE, ANSWERS = 1.5e-3, 3e-4, 3e-4, 3e-4
+ANSWERS_TOGETHER = 3e-4
+# For each field up to so many: the more of them, the more their sums gain on each by itself.
+FIELD_TOGETHER, MOST_TOGETHER = 4e-4, 15
 SHAPES, PACE = 3e-4, 3e-4
 # Slack: half the shift that should be found fast, in sd of the window's statistic. Fields seldom stop moving together
 # by halves, and there are many pairs.
 K_FIELDS, K_PAIRS = 1.0, 2.0
 # Limits never go below these: real windows are a little more alike than a reference can tell.
 LEAST_H, LEAST_H_PAIRS = 5.0, 3.5
-MOST_ALIKE = 0.5
+MOST_ALIKE, ALIKE = 0.5, 0.95  # of what limits are stretched by; of what is believed at all
 
 
 @lru_cache(maxsize=256)
@@ -42,18 +45,32 @@ def h(tests: int, windows: int, slack: float, allotted: float, least: float = LE
     return round(high, 2)
 
 
-def stretch(values: Floats) -> float:
-    """What to multiply limits by where a window's statistics hang together with those of the window before.
+def together(fields: int) -> float:
+    """False alarms per window of what means of so many fields come to together."""
+    return FIELD_TOGETHER * min(fields, MOST_TOGETHER)
 
-    From tests of K learned windows (K, T): their common correlation r with the window before, as far as chance does not
-    explain it. A CUSUM wanders (1 + r) / (1 - r) times as far then.
-    """
+
+def alike(values: Floats) -> float:
+    """What tests of K learned windows (K, T) have in common with the window before: their correlation, as far as chance
+    does not explain it."""
+    if not values.size:
+        return 0.0
     apart = values - np.nanmean(values, axis=0)
     told = np.nan_to_num(apart)
     each = (told[1:] * told[:-1]).sum(0) / np.maximum((told**2).sum(0), 1e-12)
     r = float(each.mean()) + 1 / len(values) - 1 / math.sqrt(values.size)
-    r = min(max(r, 0.0), MOST_ALIKE)
+    return min(max(r, 0.0), ALIKE)
+
+
+def stretch(r: float) -> float:
+    """What to multiply limits by where neighbouring windows are alike by `r`: so many times as far a CUSUM wanders."""
+    r = min(r, MOST_ALIKE)
     return (1 + r) / (1 - r)
+
+
+def apart(windows: int, r: float) -> int:
+    """As how many windows that have nothing in common so many tell a mean."""
+    return max(2, int(windows * (1 - r) / (1 + r)))
 
 
 def level(subjects: int, allotted: float = SHAPES) -> float:

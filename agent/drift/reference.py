@@ -13,9 +13,10 @@ from functools import cached_property
 
 import numpy as np
 
-from agent.drift import codec, faults, joint, sizes, statistics
+from agent.drift import codec, faults, sizes, statistics
 from agent.drift.codec import Floats, Ints
 from agent.drift.modes import CLASSES
+from agent.drift.places import Places, places
 from agent.drift.site import Site
 from agent.errors import BadBundle
 
@@ -91,7 +92,11 @@ class Reference:
     @property
     def tests(self) -> int:
         """How many are calibrated."""
-        return 2 * len(self.fields) + (len(joint.pairs(len(self.fields))) + 1 if self.site else 0)
+        return self.places.tests if self.site else 2 * len(self.fields)
+
+    @property
+    def places(self) -> Places:
+        return places(len(self.fields), len(self.labels))
 
     @cached_property
     def digest(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.drift import daily, joint, steps
+from agent.drift import daily, joint, steps, together
 from agent.drift.codec import Floats, Ints
 from agent.drift.daily import Cycle
 from agent.drift.rate import Usual
@@ -18,7 +18,7 @@ from agent.drift.rate import Usual
 class Site:
     """What only a site's own reference has: how its windows differ among themselves. P pairs of fields.
 
-    A site's `test_mean` and `test_sd` have 2F + P + 1 tests: mean and spread of fields, pairs, and certainty.
+    A site's `test_mean` and `test_sd` are of all tests, in the order of `places`.
     """
 
     pair_mean: Floats  # (C, P) Fisher's z; of all classes together where one was too rare
@@ -37,6 +37,10 @@ class Site:
     rest: Floats | None = None
     rest_begins: int = 0  # µs into the epoch week
     rest_lasts: int = 0
+    # Limits of what fields' means, and answers' shares, come to together; and what answers of windows in a row have in
+    # common.
+    together: tuple[float, float] = (together.NEVER, together.NEVER)
+    alike: float = 0.0
 
     @cached_property
     def cycle(self) -> Cycle:
@@ -61,6 +65,8 @@ class Site:
         }
         rules = {name: getattr(self, name).shape == shape for name, shape in shapes.items()} | {
             "stretch": 1 <= self.stretch <= 3,
+            "together": min(self.together) > 0,
+            "alike": 0 <= self.alike < 1,
             "steps": self.steps is None or self.steps.shape == (fields, steps.SIZES),
             "rest": self.rest is None or self._rests(self.rest, tests),
             "rate": self.rate is None or self.rate.fits(classes, fields),

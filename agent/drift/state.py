@@ -13,6 +13,7 @@ from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.detectors import Detectors
 from agent.drift.faults import Tail
 from agent.drift.learning import Learning
+from agent.drift.places import Places
 from agent.drift.reference import Reference
 from agent.drift.season import Season
 from agent.drift.statistics import Found
@@ -63,7 +64,7 @@ class State:
             site=None,
             learned=0,
             learn_s=0.0,
-            detectors=Detectors.start(fields),
+            detectors=Detectors.start(shipped.places),
             faulty=np.zeros(fields, np.bool_),
             misread=np.zeros(fields, np.bool_),
             calm=np.zeros(fields, np.int64),
@@ -71,6 +72,11 @@ class State:
             raised_in=np.zeros(fields + 3, np.int64),
             mode=mode,
         )
+
+    def fits(self, at: Places) -> bool:
+        """Whether what it knows is of these tests."""
+        site_fits = self.site is None or len(self.site.test_mean) == at.tests
+        return site_fits and self.detectors.places == at and len(self.detectors.means.mean) == at.fields
 
     def to_bytes(self) -> bytes:
         return codec.packed(self)
