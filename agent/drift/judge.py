@@ -15,7 +15,7 @@ Pure: state and batch in, new state and verdicts out, and the same whatever the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ from agent.drift.summary import Summary, stacked
 from agent.errors import BadBundle
 
 AT_ONCE = 64  # drift windows that are computed together
+ROWS_AT_ONCE = 2048  # about: more need more memory, and run no faster
 
 
 @dataclass(frozen=True)
@@ -170,15 +171,18 @@ class Judge:
         if self.mode and modes is not None:
             known, labels_idx = classes(state.modes, modes)
             state = replace(state, modes=known)
-        values = finite(features)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
-        found = statistics.of_windows(values, starts, window_rows, self.shipped.floor)
-        batch = Batch(values, starts, found, labels_idx, top, rows[0], t)
         verdicts: list[Verdict] = []
-        at = 0
-        while at < len(starts):
-            state, more, at = self._go_on(state, batch, at)
-            verdicts += more
+        for some in _pieces(starts, window_rows):
+            begin, end = int(starts[some][0]), int(starts[some][-1]) + window_rows
+            values, local = finite(features[begin:end]), starts[some] - begin
+            found = statistics.of_windows(values, local, window_rows, self.shipped.floor)
+            tops = None if top is None else top[some]
+            batch = Batch(values, local, found, labels_idx[some], tops, rows[0] + begin, t[begin:end])
+            at = 0
+            while at < len(local):
+                state, more, at = self._go_on(state, batch, at)
+                verdicts += more
         return state, verdicts
 
     def _go_on(self, state: State, batch: Batch, at: int) -> tuple[State, list[Verdict], int]:
@@ -289,3 +293,12 @@ class Judge:
         names = tuple(fault.name if fault else None for fault in found)
         told = describe.with_states(numbers, after.detectors, tester, names, tested=tested)
         return watch.with_rate(told, after.watch, after.open, tester)
+
+
+def _pieces(starts: Ints, window_rows: int) -> Iterator[slice]:
+    """Model windows that begin at `starts`, by so many that begin within ROWS_AT_ONCE."""
+    at = 0
+    while at < len(starts):
+        stop = max(at + 1, int(np.searchsorted(starts, starts[at] + ROWS_AT_ONCE)))
+        yield slice(at, stop)
+        at = stop
