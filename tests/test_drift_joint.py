@@ -29,8 +29,9 @@ def test_neighbours_are_paired_first_and_of_many_fields_only_so_many() -> None:
 def test_residuals_of_rows_add_up_to_the_bit_in_any_parts_and_order(
     cuts: list[int], seed: int, order: list[int]
 ) -> None:
-    rows = np.random.default_rng(seed).normal(size=(400, 3)) * 3
-    rows[::11, 1] = np.nan
+    raw = np.random.default_rng(seed).normal(size=(400, 3)) * 3
+    raw[::11, 1] = np.nan
+    rows = joint.in_steps(raw)
     bounds = [0, *sorted(cuts), 400]
     parts = [joint.of_rows(rows[a:b]) for a, b in pairwise(bounds)]
     shuffled = [parts[i] for i in order if i < len(parts)]
@@ -39,7 +40,7 @@ def test_residuals_of_rows_add_up_to_the_bit_in_any_parts_and_order(
 
 def test_z_is_that_of_the_correlation_coefficient() -> None:
     rows = correlated(np.random.default_rng(1), 2000, 0.6)
-    found = joint.measured(joint.of_rows(rows)[None, :], 3, windowed=False)
+    found = joint.measured(joint.of_rows(joint.in_steps(rows))[None, :], 3, windowed=False)
     expected = np.arctanh(np.asarray(np.corrcoef(rows.T))[[0, 1, 0], [1, 2, 2]])
     np.testing.assert_allclose(found.z[0], expected, atol=2e-3)
     assert found.weight[0].tolist() == [1997.0] * 3

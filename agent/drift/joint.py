@@ -58,13 +58,18 @@ def of_windows(centred: Floats, square: Floats, floor: Floats) -> Floats:
     return np.asarray(np.arctanh(np.clip(correlation, -NEAR_ONE, NEAR_ONE)))
 
 
-def of_rows(residuals: Floats) -> Ints:
-    """(1 + 2F + P,) of residuals (n, F) of one class, missing ones NaN."""
-    left, right = pairs(residuals.shape[1]).T
+def in_steps(residuals: Floats) -> Floats:
+    """Residuals (n, F) in class sd, missing ones NaN, as whole numbers of steps; missing ones 0."""
     whole = np.rint(np.minimum(np.maximum(residuals, -FAR), FAR) * STEP)
     missing = np.isnan(whole)
     if missing.any():
         whole[missing] = 0.0
+    return whole
+
+
+def of_rows(whole: Floats) -> Ints:
+    """(1 + 2F + P,) of residuals (n, F) of one class, in steps."""
+    left, right = pairs(whole.shape[1]).T
     # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
     products = whole.T @ whole
     found = [[len(whole)], whole.sum(0), products.diagonal(), products[left, right]]

@@ -15,7 +15,7 @@ from agent.drift.extremes import Extremes
 from agent.drift.faults import Tail
 from agent.drift.reference import BINS, Reference
 from agent.drift.statistics import Found
-from agent.drift.sums import Sums
+from agent.drift.sums import Sums, by_group
 from agent.drift.ticks import Ticks
 
 SURE = 2.0**20
@@ -220,19 +220,18 @@ def _histogram(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
 
 def _pace(reference: Reference, found: Found, classes: Ints) -> Ints:
     out = np.zeros((reference.classes, 2 * found.pace.shape[1]), np.int64)
-    groups = np.unique(classes) if reference.classes > 1 else range(1)
-    for group in groups if out.shape[1] else ():
-        out[group] = pace.sums(found.pace[classes == group] if reference.classes > 1 else found.pace)
+    for group, some in by_group(classes, reference.classes) if out.shape[1] else ():
+        out[group] = pace.sums(found.pace[some])
     return out
 
 
 def _pairs(reference: Reference, found: Found, classes: Ints) -> Ints:
     out = np.zeros((reference.classes, joint.width(len(reference.fields), windowed=reference.windowed)), np.int64)
-    for group in np.unique(classes) if reference.classes > 1 else range(1):
-        of = classes == group if reference.classes > 1 else slice(None)
-        if reference.windowed:
-            out[group] = joint.sums(found.z[of])
-        else:
-            residuals = (found.values[of] - reference.class_mean[group]) / reference.class_sd[group]
-            out[group] = joint.of_rows(residuals)
+    if reference.windowed:
+        for group, some in by_group(classes, reference.classes):
+            out[group] = joint.sums(found.z[some])
+        return out
+    whole = joint.in_steps((found.values - reference.class_mean[classes]) / reference.class_sd[classes])
+    for group, some in by_group(classes, reference.classes):
+        out[group] = joint.of_rows(whole[some])
     return out

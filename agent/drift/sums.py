@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,15 +51,16 @@ class Sums:
         Each cell is summed strictly in row order, beginning with the sum so far, so the result has the same bits
         however the rows were cut into batches. A pairwise sum would not.
         """
-        n, total, squares = self.n.copy(), self.total.copy(), self.squares.copy()
-        for group in np.unique(groups) if len(self.n) > 1 else range(len(self.n)):
-            part = values[groups == group] if len(self.n) > 1 else values
-            present = ~np.isnan(part)
-            n[group] += present.sum(0)
-            part = part if present.all() else np.where(present, part, 0.0)
-            total[group] = _in_order(total[group], part)
-            squares[group] = _in_order(squares[group], part * part)
-        return Sums(n, total, squares)
+        n, both, width = self.n.copy(), np.concatenate([self.total, self.squares], axis=1), values.shape[1]
+        present = ~np.isnan(values)
+        whole = bool(present.all())
+        known = values if whole else np.where(present, values, 0.0)
+        rows = np.concatenate([known, known * known], axis=1)
+        for group, some in by_group(groups, len(n)):
+            part = rows[some]
+            n[group] += len(part) if whole else present[some].sum(0)
+            both[group] = _in_order(both[group], part)
+        return Sums(n, both[:, :width], both[:, width:])
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares)
@@ -69,14 +71,26 @@ class Sums:
         return Moments(self.n, mean, np.maximum(self.squares - shift * self.total, 0.0))
 
 
+def by_group(groups: Ints, count: int) -> Iterator[tuple[int, Ints | slice]]:
+    """Each of `count` groups that occurs in `groups` (m,), and where its rows are, in their order."""
+    if count == 1:
+        yield 0, slice(None)
+        return
+    order = np.argsort(groups, kind="stable")
+    ends = np.cumsum(np.bincount(groups, minlength=count))
+    begin = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > begin:
+            yield group, order[begin:end]
+        begin = end
+
+
 def _in_order(before: Floats, values: Floats) -> Floats:
     """(D,) `before` + the first of `values` (m, D) + the second …, for each column.
 
-    numpy adds whole rows one after another where they lie so in memory and there are at least two columns; a column
-    that lies in one piece it would add in pairs.
+    numpy adds whole rows one after another where they lie so in memory and there are at least two columns, which there
+    are; a column that lies in one piece it would add in pairs.
     """
-    if values.shape[1] == 1:
-        return np.cumsum(np.concatenate([before, values[:, 0]]))[-1:]
     rows = np.empty((len(values) + 1, values.shape[1]))
     rows[0], rows[1:] = before, values
     return np.asarray(rows.sum(0))
