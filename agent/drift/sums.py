@@ -65,12 +65,15 @@ class Sums:
     @classmethod
     def of(cls, values: Floats) -> Sums:
         """Of W times one group, (W, 1, D), with `values` (W, n, D): the same bits as `add` gives."""
-        present, rows = _powers(values)
-        # numpy adds whole rows one after another where they lie so in memory.
-        both = rows.sum(1, keepdims=True)
         width = values.shape[2]
-        n = np.full((len(values), 1, width), values.shape[1]) if present is None else present.sum(1, keepdims=True)
-        return cls(n, both[..., :width], both[..., width:])
+        if width == 1:
+            # numpy adds whole rows one after another where they lie so in memory, but a single column in pairs.
+            two = cls.of(np.repeat(values, 2, axis=2))
+            return cls(two.n[..., :1], two.total[..., :1], two.squares[..., :1])
+        missing = np.isnan(values)
+        known = np.where(missing, 0.0, values) if missing.any() else np.ascontiguousarray(values)
+        n = values.shape[1] - missing.sum(1, keepdims=True)
+        return cls(n, known.sum(1, keepdims=True), (known * known).sum(1, keepdims=True))
 
     def __getitem__(self, at: int) -> Sums:
         return Sums(self.n[at], self.total[at], self.squares[at])

@@ -33,12 +33,13 @@ class Case:
     window: int = ROWS  # rows
 
 
-# A device judges at most 512 answers at once, be they of a row or of 100.
+# As a device judges a backlog, at most 4096 answers of single rows or 512 of more at once; and as readings come.
 CASES = (
-    Case("an answer per row", 1, ROWS),
-    Case("an answer per 100 rows", 100, ROWS),
-    Case("an answer per 100 rows, windows of 2,000", 100, 2000, window=2000),
-    Case("an answer per 100 rows, 51,000 at once", 100, 51_000),
+    Case("an answer per row", 1, 4000),
+    Case("an answer per 100 rows", 100, 51_000),
+    Case("an answer per row, 500 rows at a time", 1, ROWS),
+    Case("an answer per 100 rows, 500 rows at a time", 100, ROWS),
+    Case("an answer per 100 rows, windows of 2,000 and one at a time", 100, 2000, window=2000),
 )
 
 
