@@ -242,6 +242,12 @@ def test_sums_have_the_same_bits_however_rows_lie_in_memory_and_are_cut(
     assert parts.total.tobytes() == whole.total.tobytes()
     assert parts.squares.tobytes() == whole.squares.tobytes()
     assert parts.n.tolist() == whole.n.tolist()
+    one, at_once = Sums.zeros(1, columns), Sums.of(np.asarray(values.reshape(3, 100, columns), order=order))
+    for number in range(3):
+        alone = one.add(np.zeros(100, np.int64), values[100 * number : 100 * (number + 1)])
+        assert at_once[number].total.tobytes() == alone.total.tobytes()
+        assert at_once[number].squares.tobytes() == alone.squares.tobytes()
+        assert at_once[number].n.tolist() == alone.n.tolist()
 
 
 def test_no_reading_is_in_the_message(shipped: Reference) -> None:

@@ -71,7 +71,7 @@ class Sums:
             two = cls.of(np.repeat(values, 2, axis=2))
             return cls(two.n[..., :1], two.total[..., :1], two.squares[..., :1])
         missing = np.isnan(values)
-        known = np.where(missing, 0.0, values) if missing.any() else np.ascontiguousarray(values)
+        known = np.ascontiguousarray(np.where(missing, 0.0, values) if missing.any() else values)
         n = values.shape[1] - missing.sum(1, keepdims=True)
         return cls(n, known.sum(1, keepdims=True), (known * known).sum(1, keepdims=True))
 

@@ -48,7 +48,7 @@ class Whole:
         if (np.diff(self.begin) == self.n).all():
             # One after another, as they are where readings come without a pause: no copy.
             return batch.values[begin : begin + self.windows * self.n].reshape(self.windows, self.n, fields)
-        return batch.values[self.begin[:, None] + np.arange(self.n)]
+        return np.asarray(batch.values[self.begin[:, None] + np.arange(self.n)])
 
     def filled(self, state: State, batch: Batch, stack: Summary, number: int) -> State:
         """`state` with window `number` of the `stack` as the open one."""
