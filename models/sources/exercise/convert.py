@@ -30,6 +30,7 @@ MODEL = recordings.HERE / "model.tflite"
 def convert(weights: Path) -> bytes:
     model = network.build(softmax=True)
     mean, std = network.load_weights(weights, model)
+    network.settle(weights, model)
     windows, _ = recordings.load(recordings.REFERENCE).windows()
     seen = network.scale(windows, mean, std)
 
