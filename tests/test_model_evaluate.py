@@ -115,7 +115,7 @@ def test_labels_that_tell_nothing_are_said_in_a_sentence(
         (("--group", "who"), "no column who"),
         (("--slice", "who"), "no column who"),
         (("--train", "none.csv"), "none.csv: no such file"),
-        (("--float", "none.tflite"), "none.tflite: cannot be read"),
+        (("--float", "none.tflite"), "none.tflite: no such file"),
         (("--about", "about.toml"), "name their folder with --card"),
     ],
 )

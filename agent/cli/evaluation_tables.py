@@ -99,7 +99,7 @@ def _against(found: Evaluation) -> None:
             *agreement,
             ["outputs differ by", f"{figure(other.mean)} on average, {figure(other.largest)} at most"],
             [f"{name} of the float model", _span(other.value)],
-            [f"{name} less that", _span(other.change)],
+            [f"{name} of this model less that", _span(other.change)],
             ["bytes", f"{found.model.bytes:,} of {other.bytes:,}"],
         ]
         table(["", other.file], rows, "")
