@@ -48,8 +48,8 @@ def settle(path: Path, model: keras.Model) -> None:
     """Give what batch normalisation multiplies by, once it is folded, the same bits on every CPU.
 
     TensorFlow takes the reciprocal root from the CPU's own approximation, which differs between makers in the last bit.
-    `path` may hold the products as `norm…/factor`; else they are rounded from exact ones. Variance and gamma are moved by
-    a few last bits until this CPU's product is that.
+    `path` may hold the products as `norm…/factor`; else they are rounded from exact ones. Gamma, and where that is not
+    enough the variance, is moved until this CPU's product is that.
     """
     with np.load(path, allow_pickle=False) as z:
         kept = {name: z[name] for name in z.files if name.endswith("/factor")}
@@ -66,10 +66,10 @@ def settle(path: Path, model: keras.Model) -> None:
 def _reaching(
     factor: NDArray[np.float32], variance: NDArray[np.float32], epsilon: np.float32
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Gamma and variance (n,) whose product on this CPU is `factor` (n,), near to those given."""
+    """Gamma and variance (n,) whose product on this CPU is `factor` (n,)."""
     gamma, settled, left = np.ones_like(factor), variance.copy(), np.ones(len(factor), bool)
     for step in range(64):
-        moved = _next(variance, step)
+        moved = variance * np.float32(1 + step / 8)
         root = np.asarray(keras.ops.rsqrt(moved + epsilon))
         for last in (0, 1, -1, 2, -2):
             tried = _next((factor / root).astype(np.float32), last)

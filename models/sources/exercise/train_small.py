@@ -1,0 +1,74 @@
+"""Train what `--compare` shows beside the shipped network: a wide teacher, and a small network with and without it.
+
+The small network's filters are half as many, so that it has a quarter of the parameters. It is trained with SEEDS
+seeds, each time alone and from the teacher with the same first weights and the same windows: one run says nothing, as
+runs differ by as much as what is looked for. The weights of the first seed are kept, whichever is best.
+
+Writes teacher.npz, small_alone.npz, small_distilled.npz and small_seeds.json.
+
+    python train_small.py    # a quarter of an hour on one core
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import keras
+import network
+import numpy as np
+import recordings
+from numpy.typing import NDArray
+from recordings import HERE, Recordings
+from train import Net, Recipe, fit, one_thread
+
+TEACHER_WIDTH, SMALL_WIDTH = 1.5, 0.5
+PASSES = 50
+SEEDS = 5
+TEACHER, ALONE, DISTILLED = HERE / "teacher.npz", HERE / "small_alone.npz", HERE / "small_distilled.npz"
+SEEDS_FILE = HERE / "small_seeds.json"
+
+
+def main() -> None:
+    one_thread()
+    recipe, train = Recipe(), recordings.load(recordings.REFERENCE)
+    begun = time.monotonic()
+    teacher = fit(train, recipe, SEEDS, passes=PASSES, width=TEACHER_WIDTH)
+    halve(teacher.model)
+    save(TEACHER, teacher)
+    right = {"teacher": [accuracy(teacher)], "alone": [], "distilled": []}
+    seconds = {"teacher": round(time.monotonic() - begun)}
+    print(f"teacher: {right['teacher'][0]:.4f} in {seconds['teacher']} s", flush=True)
+    for seed in range(SEEDS):
+        for name, teachers, path in (("alone", (), ALONE), ("distilled", (teacher,), DISTILLED)):
+            begun = time.monotonic()
+            net = fit(train, recipe, seed, passes=PASSES, teachers=teachers, width=SMALL_WIDTH)
+            right[name].append(accuracy(net))
+            seconds.setdefault(name, round(time.monotonic() - begun))
+            print(f"seed {seed} {name}: {right[name][-1]:.4f} in {time.monotonic() - begun:.0f} s", flush=True)
+            if seed == 0:
+                save(path, net)
+    SEEDS_FILE.write_text(json.dumps({"accuracy": right, "seconds": seconds, "passes": PASSES}, indent=1) + "\n")
+
+
+def halve(model: keras.Model) -> None:
+    """Round weights to half precision: the file shrinks, and what teaches is what is kept."""
+    for variable in model.weights:
+        variable.assign(variable.numpy().astype(np.float16).astype(np.float32))
+
+
+def save(path: Path, net: Net) -> None:
+    network.save_weights(path, net.model, net.mean, net.std)
+
+
+def accuracy(net: Net) -> float:
+    """Share of right answers among the windows of the held-out subjects, as float."""
+    test: Recordings = recordings.load(recordings.HELD_OUT)
+    windows, source = test.windows()
+    label: NDArray[np.int64] = test.label[source]
+    return float(np.mean(net.probabilities(windows).argmax(1) == label))
+
+
+if __name__ == "__main__":
+    main()
