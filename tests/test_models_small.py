@@ -35,8 +35,8 @@ def test_the_table_names_a_model_with_its_size_and_accuracy(one: dict[str, Any])
     rows = [line for line in README.splitlines() if line.strip("|* ").startswith(one["name"])]
     assert len(rows) == 1
     cells = [cell.strip() for cell in rows[0].strip("|").split("|")]
-    assert cells[1] == f"{one['bytes']:,}"
-    assert cells[2].startswith(f"{one['accuracy'][0]:.3f} (")
+    assert cells[2] == f"{one['bytes']:,}"
+    assert cells[3].startswith(f"{one['accuracy'][0]:.3f}<br>(")
 
 
 def test_the_picture_names_the_models_of_the_table_in_its_order_with_their_sizes() -> None:
