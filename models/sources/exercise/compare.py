@@ -38,8 +38,8 @@ def main() -> None:
     rows = [row(*each) for each in zip(variants, files, judged, paces.each, strict=True)]
     seeds = json.loads(SEEDS.read_text())
     for one, variant in zip(rows, variants, strict=True):
-        if runs := seeds["accuracy"].get(variant["file"].removeprefix("small-")):
-            one["seeds"] = runs
+        if variant["seeds"]:
+            one["seeds"] = seeds["accuracy"][variant["seeds"]]
     found = {
         "machine": choice.machine(),
         "runtime": runtime.NAME,

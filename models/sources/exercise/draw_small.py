@@ -42,7 +42,7 @@ def picture(found: dict[str, Any]) -> str:
     for network, some in groups:
         draw.text(MARGIN, y + 23, network[:1].upper() + network[1:], PAGE.ink, size=12.5, weight=600, name="network")
         draw.text(PANELS[0], y + 23, f"{some[0]['parameters']:,} parameters", PAGE.muted, size=11.5)
-        if "seeds" in some[0]:
+        if any("seeds" in one for one in some):
             draw.text(PANELS[1], y + 23, "small dots: each seed, as float", PAGE.muted, size=11.5)
         y += GROUP
         _grid(draw, (size, accuracy, pace), y, y + ROW * len(some))

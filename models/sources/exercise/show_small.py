@@ -100,11 +100,12 @@ def told(found: dict[str, Any]) -> str:
 
 
 def seeds(found: dict[str, Any]) -> str:
-    alone, distilled = found["accuracy"]["alone"], found["accuracy"]["distilled"]
+    teacher, alone, distilled = (found["accuracy"][name] for name in ("teacher", "alone", "distilled"))
     gains = [d - a for a, d in zip(alone, distilled, strict=True)]
     mean, half = statistics.mean(gains), T_4 * statistics.stdev(gains) / len(gains) ** 0.5
     return paragraph(
-        f"The small network as float, a figure for each seed. Alone: {listed(alone)}. Distilled: {listed(distilled)}.",
+        f"As float, a figure for each seed. Teacher: {listed(teacher)}. Small network alone: {listed(alone)};",
+        f"distilled: {listed(distilled)}.",
         f"Distilled it is better with {sum(gain > 0 for gain in gains)} of {len(gains)} seeds, by {signed(mean)} on",
         f"average (95 % {signed(mean - half)} to {signed(mean + half)}, paired t over seeds, on these three people).",
     )

@@ -1,12 +1,13 @@
 """Train what `--compare` shows beside the shipped network: a wide teacher, and a small network with and without it.
 
-The small network's filters are half as many, so that it has a quarter of the parameters. It is trained with SEEDS
-seeds, each time alone and from the teacher with the same first weights and the same windows: one run says nothing, as
-runs differ by as much as what is looked for. The weights of the first seed are kept, whichever is best.
+The small network's filters are half as many, so that it has a quarter of the parameters. Everything is trained with
+SEEDS seeds, the small one each time alone and from the first teacher, with the same first weights and the same windows:
+one run says nothing, as runs differ by as much as what is looked for. The weights of the first seed are kept, whichever
+is best.
 
 Writes teacher.npz, small_alone.npz, small_distilled.npz and small_seeds.json.
 
-    python train_small.py    # a quarter of an hour on one core
+    python train_small.py    # half an hour on one core
 """
 
 from __future__ import annotations
@@ -32,34 +33,31 @@ SEEDS_FILE = HERE / "small_seeds.json"
 
 def main() -> None:
     one_thread()
-    recipe, train = Recipe(), recordings.load(recordings.REFERENCE)
-    begun = time.monotonic()
-    teacher = fit(train, recipe, SEEDS, passes=PASSES, width=TEACHER_WIDTH)
-    halve(teacher.model)
-    save(TEACHER, teacher)
-    right = {"teacher": [accuracy(teacher)], "alone": [], "distilled": []}
-    seconds = {"teacher": round(time.monotonic() - begun)}
-    print(f"teacher: {right['teacher'][0]:.4f} in {seconds['teacher']} s", flush=True)
+    train = recordings.load(recordings.REFERENCE)
+    scored: dict[str, list[float]] = {"teacher": [], "alone": [], "distilled": []}
+
+    def run(name: str, seed: int, width: float, keep: Path, teachers: tuple[Net, ...] = ()) -> Net:
+        begun = time.monotonic()
+        net = fit(train, Recipe(), seed, passes=PASSES, teachers=teachers, width=width)
+        if name == "teacher":
+            halve(net.model)
+        if not scored[name]:
+            network.save_weights(keep, net.model, net.mean, net.std)
+        scored[name].append(accuracy(net))
+        print(f"{name}, seed {seed}: {scored[name][-1]:.4f} in {time.monotonic() - begun:.0f} s", flush=True)
+        return net
+
+    teachers = [run("teacher", seed, TEACHER_WIDTH, TEACHER) for seed in range(SEEDS, 2 * SEEDS)]
     for seed in range(SEEDS):
-        for name, teachers, path in (("alone", (), ALONE), ("distilled", (teacher,), DISTILLED)):
-            begun = time.monotonic()
-            net = fit(train, recipe, seed, passes=PASSES, teachers=teachers, width=SMALL_WIDTH)
-            right[name].append(accuracy(net))
-            seconds.setdefault(name, round(time.monotonic() - begun))
-            print(f"seed {seed} {name}: {right[name][-1]:.4f} in {time.monotonic() - begun:.0f} s", flush=True)
-            if seed == 0:
-                save(path, net)
-    SEEDS_FILE.write_text(json.dumps({"accuracy": right, "seconds": seconds, "passes": PASSES}, indent=1) + "\n")
+        run("alone", seed, SMALL_WIDTH, ALONE)
+        run("distilled", seed, SMALL_WIDTH, DISTILLED, (teachers[0],))
+    SEEDS_FILE.write_text(json.dumps({"accuracy": scored, "passes": PASSES}, indent=1) + "\n")
 
 
 def halve(model: keras.Model) -> None:
     """Round weights to half precision: the file shrinks, and what teaches is what is kept."""
     for variable in model.weights:
         variable.assign(variable.numpy().astype(np.float16).astype(np.float32))
-
-
-def save(path: Path, net: Net) -> None:
-    network.save_weights(path, net.model, net.mean, net.std)
 
 
 def accuracy(net: Net) -> float:

@@ -20,7 +20,7 @@ from train_small import ALONE, DISTILLED, SMALL_WIDTH, TEACHER, TEACHER_WIDTH
 
 @dataclass(frozen=True)
 class Variant:
-    """`kind` as `converted` has it; `network` is what stands above a group of them."""
+    """`kind` as `converted` has it; `network` is what stands above a group; `seeds` names its other training runs."""
 
     name: str
     file: str
@@ -28,6 +28,7 @@ class Variant:
     kind: str
     weights: str
     width: float = 1.0
+    seeds: str = ""
 
 
 SHIPPED, WIDE, SMALL = "the shipped network", "a wider teacher", "a small network"
@@ -37,10 +38,10 @@ VARIANTS = (
     Variant("dynamic range", "dynamic", SHIPPED, "dynamic", WEIGHTS.name),
     Variant("int8, shipped", "int8", SHIPPED, "int8", WEIGHTS.name),
     Variant("int16 × int8", "int16x8", SHIPPED, "int16x8", WEIGHTS.name),
-    Variant("teacher, float32", "teacher-float32", WIDE, "float32", TEACHER.name, TEACHER_WIDTH),
+    Variant("teacher, float32", "teacher-float32", WIDE, "float32", TEACHER.name, TEACHER_WIDTH, "teacher"),
     Variant("teacher, int8", "teacher-int8", WIDE, "int8", TEACHER.name, TEACHER_WIDTH),
-    Variant("small alone, int8", "small-alone", SMALL, "int8", ALONE.name, SMALL_WIDTH),
-    Variant("small distilled, int8", "small-distilled", SMALL, "int8", DISTILLED.name, SMALL_WIDTH),
+    Variant("small alone, int8", "small-alone", SMALL, "int8", ALONE.name, SMALL_WIDTH, "alone"),
+    Variant("small distilled, int8", "small-distilled", SMALL, "int8", DISTILLED.name, SMALL_WIDTH, "distilled"),
 )
 
 
