@@ -148,6 +148,16 @@ def test_a_bundle_that_claims_to_be_the_shipped_one_is_verified_against_it(made:
     assert detail == f"by {shipped.publishers()[0].kid}"
 
 
+def test_a_bundle_that_ships_is_found_by_its_name_where_nothing_else_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert checks(run("check", "exercise", "--json"))["signature"] == (True, f"by {shipped.publishers()[0].kid}")
+    assert "no such bundle" in checks(run("check", "recordings", "--json"))["signature and hashes"][1]
+    folder(tmp_path, "exercise")
+    assert "no manifest.json" in checks(run("check", "exercise", "--json"))["signature and hashes"][1]
+
+
 @pytest.mark.parametrize(
     ("spoil", "name", "why"),
     [

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from agent.cli import evaluation_tables
 from agent.cli.model import model as command
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.evaluation import author, cards, report
 from agent.evaluation.document import Evaluation
-from agent.model import pack
+from agent.model import choice, pack
 from tests.bundles import ANOMALY, CLASSIFY, KEY, LABELS, MODELS, REGRESS, Recipe, change, packed, write_spec
 from tests.evaluations import evaluated
 
@@ -115,7 +116,7 @@ def test_labels_that_tell_nothing_are_said_in_a_sentence(
         (("--group", "who"), "no column who"),
         (("--slice", "who"), "no column who"),
         (("--train", "none.csv"), "none.csv: no such file"),
-        (("--float", "none.tflite"), "none.tflite: cannot be read"),
+        (("--float", "none.tflite"), "none.tflite: no such file"),
         (("--about", "about.toml"), "name their folder with --card"),
     ],
 )
@@ -205,6 +206,18 @@ def test_the_float_model_is_compared_on_the_same_windows(whole: Evaluation) -> N
     assert other.change.high is not None
     assert other.change.low <= 0.02
     assert other.change.high >= -0.02
+
+
+def test_how_fast_it_is_is_told_with_the_machine_and_the_float_model_beside_it(
+    whole: Evaluation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert whole.against is not None
+    theirs = whole.against.latency
+    assert [p.batch for p in theirs] == [p.batch for p in whole.latency]
+    evaluation_tables.show(whole)
+    for told in (" ".join(Page(report.html(whole)).texts), capsys.readouterr().out):
+        assert choice.machine() in told
+        assert all(f"{p.p50_ms:g}" in told for p in (*whole.latency, *theirs))
 
 
 def test_a_float_model_of_another_shape_is_refused(tabular: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def _against(found: Evaluation) -> None:
             *agreement,
             ["outputs differ by", f"{figure(other.mean)} on average, {figure(other.largest)} at most"],
             [f"{name} of the float model", _span(other.value)],
-            [f"{name} less that", _span(other.change)],
+            [f"{name} of this model less that", _span(other.change)],
             ["bytes", f"{found.model.bytes:,} of {other.bytes:,}"],
         ]
         table(["", other.file], rows, "")
@@ -116,7 +116,12 @@ def _leakage(found: Evaluation) -> None:
 
 def _latency(found: Evaluation) -> None:
     if found.latency:
-        _head("On this machine", found.model.runtime)
-        rows = [[p.batch, p.p50_ms, p.p95_ms, round(p.per_second), p.memory_mib] for p in found.latency]
-        table(["batch", "ms (p50)", "ms (p95)", "a second", "MiB"], rows, "")
+        _head("How fast", f"{found.model.runtime}, {found.machine}")
+        other = {p.batch: p.p50_ms for p in found.against.latency} if found.against else {}
+        rows = [
+            [p.batch, p.p50_ms, p.p95_ms, round(p.per_second), p.memory_mib, *([other[p.batch]] if other else [])]
+            for p in found.latency
+        ]
+        more = ["float, ms (p50)"] if other else []
+        table(["batch", "ms (p50)", "ms (p95)", "a second", "MiB", *more], rows, "")
         click.echo("")

@@ -119,11 +119,11 @@ def make_reference(
 
 def _model_of(bundle: Path | None, spec: Path | None) -> tuple[Model, Manifest]:
     from agent.model import bundle as bundles
-    from agent.model import inference, probe
+    from agent.model import inference, probe, shipped
     from agent.model import spec as specs
 
     if bundle is not None:
-        found = bundles.read(bundle, None)
+        found = bundles.read(shipped.or_shipped(bundle), None)
         probe.probe(found).require()
         return inference.load(found.manifest, found.model), found.manifest
     assert spec is not None
@@ -158,7 +158,7 @@ def sign(bundle: Path, key_file: Path, as_json: bool) -> None:
 @click.option("--key", "public", help="The publisher's public key, as text or in a file.")
 @json_option
 def check(bundle: Path, public: str | None, as_json: bool) -> None:
-    """Signature, hashes, load in a child process, golden vectors."""
+    """Signature, hashes, load in a child process, golden vectors of BUNDLE, or of the one that ships by that name."""
     document = _check(bundle, public)
     emit(document, as_json, lambda: _print(document))
     if not document["ok"]:
@@ -166,9 +166,10 @@ def check(bundle: Path, public: str | None, as_json: bool) -> None:
 
 
 def _check(path: Path, public: str | None) -> dict[str, Any]:
-    from agent.model import activate, probe
+    from agent.model import activate, probe, shipped
     from agent.model import bundle as bundles
 
+    path = shipped.or_shipped(path)
     members = ("name", "version", "digest", "runtime")
     document: dict[str, Any] = {"ok": False, **dict.fromkeys(members), "checks": []}
 

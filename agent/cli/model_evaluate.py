@@ -60,8 +60,8 @@ def evaluate(
 ) -> None:
     """How good BUNDLE is on DATA, which it has not seen: CSV, Parquet, recordings (.npz), or a folder of them.
 
-    Every figure comes with a 95 % interval. DATA has the bundle's fields as columns, and the label of each row, or of
-    each window's last one.
+    BUNDLE is a folder, a .zip, or the name of one that ships. Every figure comes with a 95 % interval. DATA has the
+    bundle's fields as columns, and the label of each row, or of each window's last one.
     """
     from agent.cli import evaluation_tables
     from agent.evaluation import judge
@@ -79,7 +79,7 @@ def evaluate(
         latency=not no_latency,
         seed=seed,
     )
-    _require_data(data, train)
+    _require_there(data, train, float_model)
     author = _author(about, cards)
     found, inference, said = load(bundle, public)
     result = judge.evaluate(found, inference, said, request, _step)
@@ -91,7 +91,7 @@ def evaluate(
             click.echo(f"written: {path}")
 
 
-def _require_data(*paths: Path | None) -> None:
+def _require_there(*paths: Path | None) -> None:
     """Raises UsageError, before the model is tried."""
     for path in paths:
         if path is not None and not path.exists():

@@ -33,8 +33,8 @@ _SAID = 10
 def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_json: bool) -> None:
     """Answers of BUNDLE for each row or window of DATA: CSV, Parquet, a folder of them, or of images or WAV.
 
-    A run that was killed goes on where it was when it is started again with the same arguments. Rows that cannot be
-    read are named; then the exit code is 1.
+    BUNDLE is a folder, a .zip, or the name of one that ships. A run that was killed goes on where it was when it is
+    started again with the same arguments. Rows that cannot be read are named; then the exit code is 1.
     """
     from agent.evaluation import blocks, output
     from agent.evaluation import run as running
@@ -67,10 +67,11 @@ def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_j
 
 
 def load(path: Path, public: str | None) -> tuple[Bundle, Inference, str]:
-    """The bundle, proved in a child process and loaded, and who signed it. Raises BadBundle."""
+    """The bundle, or what ships by that name, proved in a child process and loaded; who signed it. Raises BadBundle."""
     from agent.model import bundle as bundles
-    from agent.model import inference, probe
+    from agent.model import inference, probe, shipped
 
+    path = shipped.or_shipped(path)
     trusted = [keys.load_public(public)] if public else None
     found = bundles.read(path, trusted)
     _, said = trust.signature(path, found, trusted)

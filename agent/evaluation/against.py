@@ -17,28 +17,38 @@ from agent.model.bundle import Bundle
 from agent.model.inference import Answers, Inference
 
 
-def measure(file: Path, bundle: Bundle, examples: Examples, own: Answers, pairs: Pairs, units: Units) -> Against:
-    """Raises UsageError, BadBundle."""
+def float_bundle(file: Path, bundle: Bundle) -> Bundle:
+    """`bundle` with the model in `file`, which was proved to run. Raises UsageError, BadBundle."""
     try:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(f"--float {file}: cannot be read: {error.strerror}") from None
-    head = bundle.files["manifest.json"]
+    files = {"manifest.json": bundle.files["manifest.json"], "model.tflite": content}
+    found = Bundle(bundle.manifest, "", files, "")
     try:
-        probe.probe(Bundle(bundle.manifest, "", {"manifest.json": head, "model.tflite": content}, "")).require()
-        float_model = Inference(bundle.manifest, inference.load(bundle.manifest, content))
+        probe.probe(found).require()
+    except BadBundle as problem:
+        raise BadBundle(f"--float {file}: {problem}") from None
+    return found
+
+
+def measure(file: Path, beside: Bundle, examples: Examples, own: Answers, pairs: Pairs, units: Units) -> Against:
+    """Of `beside`, the `float_bundle` of `file`. Raises BadBundle."""
+    manifest = beside.manifest
+    try:
+        float_model = Inference(manifest, inference.load(manifest, beside.model))
     except BadBundle as problem:
         raise BadBundle(f"--float {file}: {problem}") from None
     theirs = answered(float_model, examples.source, examples.starts)
-    other = answers.pairs(bundle.manifest, theirs, examples.truth, examples.sets)
-    kind = answers.kind_of(bundle.manifest)
+    other = answers.pairs(manifest, theirs, examples.truth, examples.sets)
+    kind = answers.kind_of(manifest)
     assert own.outputs is not None
     assert theirs.outputs is not None
     off = np.abs(own.outputs.astype(np.float64) - theirs.outputs)
     figures = metrics.main(kind, other, units)
     return Against(
         file=file.name,
-        bytes=len(content),
+        bytes=len(beside.model),
         agreement=_agreement(own, theirs, units),
         largest=rounded(float(off.max())) or 0.0,
         mean=rounded(float(off.mean())) or 0.0,

@@ -118,7 +118,10 @@ class Suspect(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Against(msgspec.Struct, frozen=True, kw_only=True):
-    """This model beside the float one: `agreement` of labels, differences of outputs, `change` of the metric."""
+    """This model beside the float one: `agreement` of labels, differences of outputs, `change` of the metric.
+
+    `latency` is the float model's.
+    """
 
     file: str
     bytes: int
@@ -127,6 +130,7 @@ class Against(msgspec.Struct, frozen=True, kw_only=True):
     mean: float
     value: Span
     change: Span
+    latency: list[Pace] = []
 
 
 class Pace(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,7 +144,10 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """`metric` is what ablation, robustness and comparisons look at; `better` is up or down."""
+    """`metric` is what ablation, robustness and comparisons look at; `better` is up or down.
+
+    `machine` is what `latency` was measured on.
+    """
 
     v: int = 1
     made: str
@@ -162,6 +169,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     hints: list[Finding] = []
     suspects: list[Suspect] = []
     against: Against | None = None
+    machine: str = ""
     latency: list[Pace] = []
     warnings: list[str] = []
     notes: list[str] = []

@@ -36,7 +36,7 @@ from agent.evaluation.document import Evaluation
 from agent.evaluation.examples import Examples, Rows
 from agent.evaluation.resampling import Units
 from agent.evaluation.words import figure, metric_name
-from agent.model import runtime
+from agent.model import choice, runtime
 from agent.model.bundle import Bundle
 from agent.model.inference import Answers, Inference
 
@@ -132,15 +132,11 @@ def _document(work: _Work, signature: str, step: Callable[[str], None], begun: f
     if request.robustness:
         step("making faults")
         faults = robustness.measure(table, request.seed)
-    other = None
-    if request.float_model is not None:
-        step("answering with the float model")
-        other = against.measure(request.float_model, work.bundle, found, work.answers, work.pairs, work.units)
     paces: list[document.Pace] = []
     if request.latency:
         step("measuring how long answers take")
-        some = min(len(work.source.rows), _LATENCY_ROWS)
-        paces = latency.measure(work.bundle, work.source.rows[:some], work.source.t[:some])
+        paces = _paces(work, work.bundle)
+    other = _beside(work, request.float_model, step) if request.float_model is not None else None
     counts = _counts(labels, found, kind)
     accuracy = next((m.value for m in measured.metrics if m.metric == "accuracy"), None)
     result = Evaluation(
@@ -163,9 +159,25 @@ def _document(work: _Work, signature: str, step: Callable[[str], None], begun: f
         hints=[*hints.imbalance(counts, accuracy), *suspicions],
         suspects=suspects,
         against=other,
+        machine=choice.machine() if paces else "",
         latency=paces,
     )
     return _finished(result, _notes(work, table, result), begun)
+
+
+def _beside(work: _Work, file: Path, step: Callable[[str], None]) -> document.Against:
+    step("answering with the float model")
+    bundle = against.float_bundle(file, work.bundle)
+    found = against.measure(file, bundle, work.examples, work.answers, work.pairs, work.units)
+    if not work.request.latency:
+        return found
+    step("measuring how long the float model takes")
+    return msgspec.structs.replace(found, latency=_paces(work, bundle))
+
+
+def _paces(work: _Work, bundle: Bundle) -> list[document.Pace]:
+    some = min(len(work.source.rows), _LATENCY_ROWS)
+    return latency.measure(bundle, work.source.rows[:some], work.source.t[:some])
 
 
 def _leaks(work: _Work, table: bench.Bench) -> list[document.Finding]:

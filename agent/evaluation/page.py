@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from agent.picture.svg import FONT
-from agent.picture.theme import DARK, LIGHT, variables
+from agent.picture.theme import adaptive
 
 # Of a page that loads nothing, a browser need not allow anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -69,13 +69,11 @@ def text(content: Content) -> str:
 
 def page(title: str, body: Sequence[Markup]) -> str:
     css = _CSS.replace("FONT", FONT)
-    light, dark = variables(LIGHT), variables(DARK)
-    colors = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{colors}{css}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title><style>{adaptive()}{css}</style></head>\n<body><main>\n"
         + "\n".join(part.html for part in body)
         + "\n</main></body></html>\n"
     )

@@ -196,13 +196,15 @@ def _against(found: Evaluation) -> list[Markup]:
 def _latency(found: Evaluation) -> list[Markup]:
     if not found.latency:
         return []
-    rows = [
-        [f"{p.batch}", f"{p.p50_ms:g}", f"{p.p95_ms:g}", f"{p.per_second:,.0f}", f"{p.memory_mib:g}"]
-        for p in found.latency
-    ]
-    lead = f"From readings to scores, in a process of its own, one thread, {found.model.runtime}. A device is slower."
+    other = {p.batch: p for p in found.against.latency} if found.against else {}
+    rows = []
+    for p in found.latency:
+        cells = [f"{p.batch}", f"{p.p50_ms:g}", f"{p.p95_ms:g}", f"{p.per_second:,.0f}", f"{p.memory_mib:g}"]
+        rows.append([*cells, f"{other[p.batch].p50_ms:g}"] if other else cells)
+    lead = f"From readings to scores, in a process of its own, one thread, {found.model.runtime}, {found.machine}."
     head = ["Windows at once", "ms, median", "ms, 95th percentile", "Windows a second", "Peak memory, MiB"]
-    return [section("On this machine", lead, table(head, rows, range(5)))]
+    head += ["Float model: ms, median"] if other else []
+    return [section("How fast", f"{lead} A device is slower.", table(head, rows, range(len(head))))]
 
 
 def _suspects(found: Evaluation) -> list[Markup]:

@@ -57,7 +57,7 @@ def kinds(fields: int) -> list[_Kind]:
     pairs = sorted({0, 1, fields // 2})
     found = [
         _Kind("noise", "noise on every field, in its standard deviations", (0, 0.1, 0.25, 0.5, 1), "{:g}", _noise),
-        _Kind("gain", "every value times", (0.5, 0.75, 0.9, 1, 1.1, 1.5), "{:g}", _gain, 1),
+        _Kind("gain", "every value times so much", (0.5, 0.75, 0.9, 1, 1.1, 1.5), "{:g}", _gain, 1),
         _Kind("missing", "values missing at random", (0, 0.05, 0.1, 0.25, 0.5), "{:.0%}", _missing),
         _Kind("stuck", "fields that repeat one value, drawn for each window", some, "{:g}", _stuck),
         _Kind("saturated", "values cut off beyond so many standard deviations", cuts, "{:g}", _saturated, math.inf),

@@ -15,6 +15,12 @@ def bundles() -> Path:
     return _INSTALLED / "bundles" if _INSTALLED.exists() else _CHECKOUT
 
 
+def or_shipped(path: Path) -> Path:
+    """`path`, or where nothing is there the shipped bundle of that name."""
+    ours = bundles() / path.name
+    return ours if len(path.parts) == 1 and not path.exists() and (ours / "manifest.json").exists() else path
+
+
 def recordings() -> Path:
     """The folder of held-out recordings that simulated devices replay."""
     return _INSTALLED / "recordings" if _INSTALLED.exists() else _CHECKOUT / "recordings"

@@ -101,14 +101,16 @@ class Drawing:
         head = f'<svg viewBox="0 0 {self._width:g} {height:g}" role="img">'
         return "".join([head, f"<title>{escape(_printable(self._title))}</title>", *self._parts, "</svg>"])
 
-    def document(self, height: float, background: str) -> str:
+    def document(self, height: float, background: str, style: str = "") -> str:
+        """A file of its own; `style` is CSS, which gives the colours of a picture that has none."""
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{self._width:g}" height="{height:g}" '
             f'viewBox="0 0 {self._width:g} {height:g}" role="img" font-family="{FONT}">'
         )
         title = f"<title>{escape(_printable(self._title))}</title>"
         paper = f'<rect width="100%" height="100%" fill="{background}"/>'
-        return "\n".join([head, title, paper, *self._parts, "</svg>"]) + "\n"
+        colors = [f"<style>{style}</style>"] if style else []
+        return "\n".join([head, title, *colors, paper, *self._parts, "</svg>"]) + "\n"
 
     def _add(self, tag: str, geometry: str, name: str, **attributes: str) -> None:
         kind = f' class="{name}"' if name else ""

@@ -74,3 +74,8 @@ def variables(theme: Theme) -> str:
     """CSS that gives PAGE the colours of `theme`."""
     plain = [f"--{name.replace('_', '-')}:{getattr(theme, name)}" for name in theme.__slots__ if name != "series"]
     return ";".join([*plain, *(f"--series-{i}:{color}" for i, color in enumerate(theme.series))])
+
+
+def adaptive() -> str:
+    """CSS that gives PAGE the colours of the reader's screen, light or dark."""
+    return f":root{{{variables(LIGHT)}}}@media (prefers-color-scheme:dark){{:root{{{variables(DARK)}}}}}"

@@ -62,11 +62,19 @@ class Net:
         return np.asarray(tf.nn.softmax(logits))
 
 
-def fit(train: Recordings, recipe: Recipe, seed: int, *, passes: int, teachers: tuple[Net, ...] = ()) -> Net:
+def fit(
+    train: Recordings,
+    recipe: Recipe,
+    seed: int,
+    *,
+    passes: int,
+    teachers: tuple[Net, ...] = (),
+    width: float = 1.0,
+) -> Net:
     keras.utils.set_random_seed(seed)
     rng = np.random.default_rng(seed)
     mean, std = train.rows.mean(0, dtype=np.float64), train.rows.std(0, dtype=np.float64)
-    net = Net(network.build(), mean.astype(np.float32), std.astype(np.float32))
+    net = Net(network.build(width=width), mean.astype(np.float32), std.astype(np.float32))
     variables = net.model.trainable_variables
     steps = passes * int(sum(np.diff(train.starts) // Augmentation.every) // recipe.batch)
     warm = steps // 20
