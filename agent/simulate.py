@@ -29,6 +29,7 @@ from agent.simulate_plan import Plan, Site
 
 FLEET = "demo"
 _START_S = 10.0
+_LOOK_S, _SETTLED_S = 0.5, 2.0
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Simulation:
     def watch(self, until_s: float) -> Iterator[list[dict[str, Any]]]:
         """The collector's view, twice a second, until all rows were judged or `until_s` (monotonic) has passed."""
         store = FleetStore(self.database, read_only=True)
+        before, still_s = list[int](), 0.0
         try:
             while True:
                 self._check_alive()
@@ -80,9 +82,14 @@ class Simulation:
                 yield view
                 # The tail of the last recording may fill no window.
                 done = [row for row in view if row["rows"] >= self.plan.rows - self.plan.scenario.tail]
-                if len(done) == len(self.plan.sites) or time.monotonic() > until_s:
+                told = [row["messages"] for row in view]
+                still_s = 0.0 if told != before else still_s + _LOOK_S
+                before = told
+                # What labels say of the last rows comes after these.
+                settled = not self._meters or still_s >= _SETTLED_S
+                if (len(done) == len(self.plan.sites) and settled) or time.monotonic() > until_s:
                     return
-                time.sleep(0.5)
+                time.sleep(_LOOK_S)
         finally:
             store.close()
 

@@ -11,6 +11,7 @@ import numpy as np
 from agent.device.incoming.sources.playlist import Recordings, load
 from agent.fleet.audit import Report, audit
 from agent.fleet.store import FleetStore
+from agent.model.scores import ANOMALY
 from agent.simulate_plan import Plan, Site
 
 
@@ -47,7 +48,7 @@ def report(database: Path, plan: Plan) -> Outcome:
         right, off, devices = Score(), Score(), []
         for site in plan.sites:
             named, valued = _right(store, plan, recordings, site), _off(store, plan, recordings, site)
-            scores = {"accuracy": named.mean(4), "mae": valued.mean(1)}
+            scores = {"accuracy": named.mean(4), "mae": valued.mean(1), "anomalies": _anomalies(store, plan, site)}
             devices.append(_device(store, site, view.get(site.device, {})) | scores)
             right, off = right + named, off + valued
         return Outcome(devices, right.mean(4), off.mean(1), audit(store))
@@ -74,12 +75,20 @@ def _device(store: FleetStore, site: Site, seen: dict[str, Any]) -> dict[str, An
 
 
 def _right(store: FleetStore, plan: Plan, recordings: Recordings, site: Site) -> Score:
-    """Of classes; a model that names none has no score."""
-    if not recordings.labels:
+    if plan.scenario.kind != "classify":
         return Score()
     truth = plan.named(recordings, site)
     answers = [(row, label) for row, label in store.labels(site.device) if row < plan.clean(site)]
     return Score(float(sum(truth[row - 1] == label for row, label in answers)), len(answers))
+
+
+def _anomalies(store: FleetStore, plan: Plan, site: Site) -> list[float | None] | None:
+    """Share of results that are called an anomaly, before and after the row where something goes wrong somewhere."""
+    if plan.scenario.kind != "anomaly":
+        return None
+    said = store.labels(site.device)
+    parts = [[label for row, label in said if (row < plan.scenario.learned) == early] for early in (True, False)]
+    return [round(part.count(ANOMALY) / len(part), 4) if part else None for part in parts]
 
 
 def _off(store: FleetStore, plan: Plan, recordings: Recordings, site: Site) -> Score:

@@ -17,7 +17,7 @@ from agent.cli.output import emit, json_option, table
 from agent.errors import UsageError
 
 _DRAIN_S = 10.0
-_SHOWN = 4
+_SHOWN, _ALERTS = 4, 8
 
 
 @click.command(epilog="Example: outstation demo --scenario solar --duration 30")
@@ -116,6 +116,9 @@ def _print(document: dict[str, Any]) -> None:
     if score == "mae":
         columns.append("labelled_mae")
         heads.append("of the newest labels")
+    if any(device["anomalies"] for device in document["devices"]):
+        columns.append("anomalies")
+        heads.append("anomalies")
     listed = [
         [_cell(d[name]) for name in columns] + [_subjects(d, "drift"), _subjects(d, "faults")]
         for d in document["devices"]
@@ -123,8 +126,7 @@ def _print(document: dict[str, Any]) -> None:
     table([*heads, "drift", "sensor fault"], listed, "No devices.")
     click.echo("")
     for device in document["devices"]:
-        for sentence in device["alerts"]:
-            click.echo(f"{device['device']}  {sentence}")
+        _print_alerts(device["device"], device["alerts"])
     click.echo("")
     if document["accuracy"] is not None:
         click.echo(f"accuracy before anything went wrong, against the recordings' labels: {document['accuracy']:.3f}")
@@ -140,7 +142,17 @@ def _print_audit(audit: dict[str, Any], seconds: float) -> None:
         click.echo(f"  {problem['device']} seq {problem['seq']}: {problem['reason']}")
 
 
+def _print_alerts(device: str, sentences: list[str]) -> None:
+    """The first few: a microphone that fails moves every band."""
+    for sentence in sentences[:_ALERTS]:
+        click.echo(f"{device}  {sentence}")
+    if len(sentences) > _ALERTS:
+        click.echo(f"{device}  … and {len(sentences) - _ALERTS} more; all with --json")
+
+
 def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return " → ".join("-" if share is None else f"{share:.1%}" for share in value)
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else value
 
 

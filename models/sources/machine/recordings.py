@@ -6,6 +6,7 @@ Run with a Python that has outstation it rebuilds `reference.npz` (machines 1 to
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def windows(path: Path) -> NDArray[np.float32]:
     """(w, 160) of five frames each, from each recording's first one; one after another, as the bundle has them."""
     with np.load(path, allow_pickle=False) as z:
         rows, starts = z["rows"].astype(np.float32) * z["scale"], z["starts"]
-    parts = [rows[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    parts = [rows[a:b] for a, b in itertools.pairwise(starts)]
     return np.concatenate([part[: len(part) // FRAMES * FRAMES].reshape(-1, FRAMES * BANDS) for part in parts])
 
 

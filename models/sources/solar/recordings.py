@@ -87,7 +87,7 @@ def save(path: Path, recording: Recording) -> None:
         t=recording.t,
         power=recording.power,
         day=(recording.local // 86_400).astype(np.int32),
-        month=np.array([f"{m:%b}" for m in local.astype("datetime64[D]").tolist()]),
+        month=np.array([f"{m:%m %b}" for m in local.astype("datetime64[D]").tolist()]),
         sky=sky,
         rate=np.float64(1 / STEP_S),
         fields=np.array(FIELDS),

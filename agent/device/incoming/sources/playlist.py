@@ -1,8 +1,8 @@
 """Recordings in a file, and the order in which a replay plays them.
 
 Recordings without times go over again and again, each pass in another order and each recording from another start, all
-from one seed. Where the file has times, `t`, these are kept: recordings come in their order and whole, and a second pass
-is whole weeks later, so that the time of day and the day of the week stay what they were.
+from one seed. Where the file has times, `t`, these are kept: recordings come in their order and whole, and the next
+pass is whole weeks later, so that the time of day and the day of the week stay what they were.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Playlist:
         said = self.recordings.more.get(scene.column)
         if said is None or len(said) != len(self.recordings.label):
             raise UsageError(f"the recordings have no column {scene.column!r}, which the scenes choose by")
-        found = mine[said[mine].astype(np.str_) == scene.value]
+        found: NDArray[np.int64] = mine[said[mine].astype(np.str_) == scene.value]
         if not len(found):
             raise UsageError(f"no recording has {scene.column} = {scene.value!r}")
         return found
@@ -137,11 +137,11 @@ class Playlist:
 
     def places(self, rows: int) -> NDArray[np.int64]:
         """(rows,) which row of the recordings each of the first rows of the replay is."""
-        found, have = [], 0
+        found, have = list[NDArray[np.int64]](), 0
         for part in self.parts():
             if have >= rows:
                 break
-            found.append(np.arange(part.start, part.start + part.n))
+            found.append(np.arange(part.start, part.start + part.n, dtype=np.int64))
             have += part.n
         return np.concatenate(found)[:rows]
 
