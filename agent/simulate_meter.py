@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,16 @@ from agent.scenario import Measured
 class Meter:
     """Of one device. `values` (n,) of rows 1 to n of its stream; NaN is never sent."""
 
-    def __init__(self, socket: Path, task: str, measured: Measured, values: NDArray[np.float64]) -> None:
-        self._socket, self._task, self._measured, self._values = socket, task, measured, values
+    def __init__(
+        self,
+        socket: Path,
+        task: str,
+        measured: Measured,
+        values: NDArray[np.float64],
+        client: Callable[[], Client] | None = None,
+    ) -> None:
+        self._task, self._measured, self._values = task, measured, values
+        self._connect = client or (lambda: Client(socket, name="meter"))
         self._client: Client | None = None
         self._sent = 0
 
@@ -29,7 +38,7 @@ class Meter:
         if not len(rows):
             return
         if self._client is None:
-            self._client = Client(self._socket, name="meter")
+            self._client = self._connect()
         for row in rows.tolist():
             self._client.label(self._task, float(self._values[row - 1]), row=row, source="system")
 
