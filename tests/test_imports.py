@@ -1,6 +1,7 @@
 """The floors of the house: imports go down only, few rooms know certain libraries, and start-up loads little.
 
-cli → simulate → device | fleet → client | evaluation → link | model → drift | wire → config → clock | names → errors
+cli → simulate → scenario → device | fleet → client | evaluation → link | model → drift | wire → config → clock | names
+→ errors
 """
 
 from __future__ import annotations
