@@ -40,9 +40,8 @@ def module(name: str, file: str) -> ModuleType:
 
 def evaluated(name: str, **asked: Any) -> Evaluation:
     found = bundle.read(shipped.bundles() / name, shipped.publishers())
-    request = judge.Request(
-        data=RECORDINGS / f"{name}.npz", train=SOURCES / name / "reference.npz", latency=False, **asked
-    )
+    asked = {"data": RECORDINGS / f"{name}.npz"} | asked
+    request = judge.Request(train=SOURCES / name / "reference.npz", latency=False, **asked)
     model = inference.load(found.manifest, found.model)
     return judge.evaluate(found, inference.Inference(found.manifest, model), "", request, lambda _: None)
 
@@ -110,24 +109,39 @@ def test_what_is_anomalous_to_machine_is_what_its_card_says_and_the_fault_it_mis
     assert [one.slice for one in machine.slices if one.state == "worse"] == ["fault=loose, slight"]
 
 
+def planted(path: Path, **changed: Any) -> Evaluation:
+    """The held-out time of solar with other arrays."""
+    with np.load(RECORDINGS / "solar.npz") as z:
+        kept = {key: z[key] for key in ("rows", "scale", "fields", "t", "power", "day")}
+    kept |= changed
+    np.savez(path, **kept)
+    return evaluated("solar", data=path, label="power", group="day")
+
+
 def test_rows_of_the_training_time_that_stand_in_the_test_are_found(tmp_path: Path) -> None:
     with np.load(RECORDINGS / "solar.npz") as late, np.load(SOURCES / "solar" / "reference.npz") as early:
-        both: dict[str, Any] = {
-            key: np.concatenate([late[key][:20_000], early[key][:4_000]]) for key in ("rows", "power", "day")
-        }
-        both["t"] = np.concatenate([late["t"][:20_000], late["t"][20_000] + np.arange(4_000) * 900])
-        np.savez(tmp_path / "both.npz", scale=late["scale"], fields=late["fields"], **both)
-    found = bundle.read(shipped.bundles() / "solar", shipped.publishers())
-    request = judge.Request(
-        data=tmp_path / "both.npz",
-        train=SOURCES / "solar" / "reference.npz",
-        label="power",
-        group="day",
-        latency=False,
-    )
-    model = inference.Inference(found.manifest, inference.load(found.manifest, found.model))
-    said = finding(judge.evaluate(found, model, "", request, lambda _: None), "rows seen in training")
+        both = {key: np.concatenate([early[key][:4_000], late[key][4_000:]]) for key in ("rows", "power")}
+    found = planted(tmp_path / "both.npz", **both)
+    assert finding(found, "rows seen in training").state == "warning"
+
+
+def test_a_day_that_stands_in_the_test_under_two_names_is_found(tmp_path: Path) -> None:
+    with np.load(RECORDINGS / "solar.npz") as z:
+        rows, power, day = z["rows"].copy(), z["power"].copy(), z["day"]
+    one, other = np.flatnonzero(day == day[9_600]), np.flatnonzero(day == day[19_200])
+    rows[other], power[other] = rows[one], power[one]
+    said = finding(planted(tmp_path / "twin.npz", rows=rows, power=power), "rows in two groups")
     assert said.state == "warning"
+    assert said.summary.startswith(f"day {day[9_600]}, {day[19_200]} share rows with another day")
+
+
+def test_a_field_that_is_the_power_in_disguise_is_named(tmp_path: Path) -> None:
+    with np.load(RECORDINGS / "solar.npz") as z:
+        rows = z["rows"].copy()
+        rows[:, 2] = np.nan_to_num(z["power"]) / 4 + np.random.default_rng(0).normal(0, 5, len(rows))
+    said = finding(planted(tmp_path / "leak.npz", rows=rows), "a field that gives it away")
+    assert said.state == "warning"
+    assert "temp_air" in said.summary
 
 
 def test_two_weeks_lie_between_the_times_of_training_and_test() -> None:

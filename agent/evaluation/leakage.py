@@ -14,7 +14,7 @@ from agent.evaluation.examples import Examples, Rows, training
 
 _SAME = 0.01  # of the windows may hold rows seen elsewhere before it is a warning
 _GROUP_SAME = 0.05
-_GROUP_SAME_ROWS = 0.5  # where a window is one row: some are alike by chance
+_GROUP_SAME_ROWS = 0.8  # where a window is one row: some are alike by chance
 _SHOWN = 5
 
 
@@ -96,7 +96,10 @@ def _twice(examples: Examples, window_rows: int, group: str) -> Finding:
     hit = prints.in_windows(shared, examples.starts, window_rows)
     names = examples.columns[group]
     least = _GROUP_SAME if window_rows > 1 else _GROUP_SAME_ROWS
-    guilty = [str(name) for name in np.unique(names) if hit[names == name].mean() >= least]
+    told = prints.in_windows(telling, examples.starts, window_rows)
+    guilty = [
+        str(name) for name in np.unique(names) if hit[names == name].sum() >= least * max(1, told[names == name].sum())
+    ]
     if not guilty:
         return _ok(check, f"No {group} shares rows with another ({hit.mean():.1%} of windows).")
     text = f"{group} {_listed(guilty)} share rows with another {group} ({hit.mean():.1%} of all windows)"
