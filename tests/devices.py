@@ -42,6 +42,7 @@ class Device:
     active: Active
     publish: Publish = "all"
     max_bytes: int = 120_000
+    max_size: int = 2**30
     store: Store = field(init=False)
     task: Task = field(init=False)
     author: Author = field(init=False)
@@ -52,7 +53,7 @@ class Device:
         self.open()
 
     def open(self) -> None:
-        self.store = Store(self.folder)
+        self.store = Store(self.folder, max_size=self.max_size)
         self.store.declare({"watch": self.stream})
         manifest = self.active.bundle.manifest
         judge, state, ended = None, None, None

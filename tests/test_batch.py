@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from agent import config
 from agent.device.batch import Done
 from agent.device.storage import transaction
-from agent.errors import StorageError
+from agent.errors import StorageError, StorageFull
 from agent.model import activate, features, scores
 from agent.model.activate import Active
+from agent.model.choice import Choice
 from agent.model.manifest import Windowing
 from agent.wire.messages import Alerts, Audit, Drift, Message, Results
 from tests.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, WINDOW, Recipe, packed
@@ -34,13 +35,13 @@ Floats = NDArray[np.float32]
 @pytest.fixture(scope="module")
 def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Active]:
     """`active(recipe)` is its bundle, packed, verified, probed and loaded once."""
-    made: dict[str, Active] = {}
+    made: dict[Recipe, Active] = {}
 
     def load(recipe: Recipe) -> Active:
-        if recipe.model not in made:
+        if recipe not in made:
             path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
-            made[recipe.model] = activate.activate(path, [KEY.public])
-        return made[recipe.model]
+            made[recipe] = activate.activate(path, [KEY.public])
+        return made[recipe]
 
     return load
 
@@ -530,6 +531,39 @@ def test_a_backlog_of_many_batches_is_worked_off(make: Make) -> None:
     done = device.run_all()
     assert [one.rows for one in done] == [512, 512, 512, 464]
     assert tiles(device.results()) == (1, 2000)
+
+
+@pytest.mark.parametrize("drift_window", [2, 20, 50])
+def test_single_rows_of_a_timed_model_are_taken_by_thousands_and_what_they_say_fits_a_transaction(
+    make: Make, drift_window: int
+) -> None:
+    device = make(replace(CLASSIFY, drift_window=drift_window))
+    device.task.choice = Choice("sha256:m", "runtime", "machine", 128, 1, 1e6)
+    rows = np.random.default_rng(1).normal(0, 1000, (6000, 4)).astype(np.float32)
+    for part in np.split(rows, 6):
+        device.feed(part)
+    at_once = device.task.batch_rows(device.store.quota.transaction)
+    assert at_once == 4096 if drift_window == 50 else 400 < at_once < 4096
+    done = device.run_all()
+    assert done[0].rows == at_once
+    assert tiles(device.results()) == (1, 6000)
+    assert sum(isinstance(one.body, Drift) for one in device.messages()) == 6000 // drift_window
+
+
+def test_a_store_that_readings_have_filled_is_worked_off_in_smaller_batches(make: Make) -> None:
+    device = make(max_size=2 << 20)
+    device.task.choice = Choice("sha256:m", "runtime", "machine", 128, 1, 1e6)
+    rows = 0
+    with contextlib.suppress(StorageFull):
+        while True:
+            device.feed(CLASSIFY.rows(500))
+            rows += 500
+    at_once = device.task.batch_rows(device.store.quota.transaction)
+    first = device.run()
+    assert first is not None
+    assert 0 < first.rows < at_once
+    assert device.task.shrunk > 1
+    assert tiles(device.results()) == (1, first.rows)
 
 
 def test_only_the_fields_of_the_bundle_reach_the_model(make: Make) -> None:

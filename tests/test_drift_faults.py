@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from agent.drift import Judge, State, build, faults, steps
 from agent.drift import summary as summaries
 from agent.drift.extremes import Extremes
-from agent.drift.faults import Fault, Tail
+from agent.drift.faults import Fault
 from agent.drift.reference import Reference
-from agent.drift.summary import Summary
+from agent.drift.runs import Tail
+from agent.drift.summary import Summary, stacked
 from tests.machine import FIELDS, LABELS, ROWS, WINDOW, Readings, feed, readings, reference
 
 
@@ -35,7 +36,11 @@ def rows() -> NDArray[np.float64]:
 
 def found(shipped: Reference, rows: NDArray[np.float64], units: tuple[str, ...] = ()) -> tuple[str | None, ...]:
     summary, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(rows.shape[1]))
-    return tuple(fault.name if fault else None for fault in faults.find(summary, shipped, units))
+    return tuple(fault.name if fault else None for fault in find(summary, shipped, units))
+
+
+def find(summary: Summary, shipped: Reference, units: tuple[str, ...] = ()) -> tuple[Fault | None, ...]:
+    return faults.find(faults.signs(stacked(summary), shipped), 0, summary, shipped, units)
 
 
 def test_no_fault_in_clean_windows(shipped: Reference) -> None:
@@ -102,7 +107,7 @@ def test_an_offset_that_is_no_units_is_out_of_range(shipped: Reference, rows: ND
 def judged(shipped: Reference, rows: NDArray[np.float64], units: tuple[str, ...] = ()) -> tuple[Fault | None, ...]:
     """With the statistics of model windows, too."""
     labels = np.zeros(len(rows) // ROWS, np.int64)
-    return faults.find(summaries.of(shipped, rows, np.arange(len(labels)) * ROWS, labels, None), shipped, units)
+    return find(summaries.of(shipped, rows, np.arange(len(labels)) * ROWS, labels, None), shipped, units)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +151,9 @@ def test_a_smaller_unit_is_recognised_where_the_sensor_never_was_so_calm(unit: s
     )  # fmt: skip
     for _ in range(50):
         now = rng.normal(size=(300, 1))
-        assert faults.find(row_by_row(shipped, now), shipped, (unit,)) == (None,)
-        assert faults.find(row_by_row(shipped, 0.5 * now), shipped, (unit,)) == (None,)
-        assert faults.find(row_by_row(shipped, factor * now), shipped, (unit,)) == (Fault("unit", detail),)
+        assert find(row_by_row(shipped, now), shipped, (unit,)) == (None,)
+        assert find(row_by_row(shipped, 0.5 * now), shipped, (unit,)) == (None,)
+        assert find(row_by_row(shipped, factor * now), shipped, (unit,)) == (Fault("unit", detail),)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +164,9 @@ def test_a_temperature_on_another_scale_is_recognised(factor: float, offset: flo
     celsius = (20 + rng.normal(0, 2, 12_000)).astype(np.float32)[:, None]
     shipped = build(celsius, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("air",))
     now = 20 + rng.normal(0, 2, (300, 1))
-    assert faults.find(row_by_row(shipped, now), shipped, ("°C",)) == (None,)
-    assert faults.find(row_by_row(shipped, factor * now + offset), shipped, ("°C",)) == (Fault("unit", detail),)
-    assert faults.find(row_by_row(shipped, now + 3), shipped, ("°C",)) == (None,)
+    assert find(row_by_row(shipped, now), shipped, ("°C",)) == (None,)
+    assert find(row_by_row(shipped, factor * now + offset), shipped, ("°C",)) == (Fault("unit", detail),)
+    assert find(row_by_row(shipped, now + 3), shipped, ("°C",)) == (None,)
 
 
 def row_by_row(shipped: Reference, rows: NDArray[np.float64]) -> Summary:

@@ -17,8 +17,9 @@ from agent.drift import Judge, Reference, State, Verdict, build, rate
 from agent.drift import summary as summaries
 from agent.drift.alerts import Alert
 from agent.drift.learning import MOST, Learning
+from agent.drift.runs import Trace, repeated
 from agent.drift.summary import Summary
-from agent.drift.ticks import Ticks, repeated
+from agent.drift.ticks import Ticks
 from agent.drift.words import amount_of_time
 from tests.machine import LABELS, ROWS, WINDOW, Readings, feed, readings, reference
 
@@ -79,8 +80,10 @@ def test_too_few_steps_tell_no_rate() -> None:
 
 def test_rows_that_repeat_are_counted_unless_all_of_their_fields_rest() -> None:
     rows = np.array([[0.0, 1], [0, 1], [0, 2], [0, 2], [0, 2], [np.nan, 2], [np.nan, 2]])
-    assert repeated(rows, ((), ())) == 3
-    assert repeated(rows, ((0.0,), (2.0,))) == 1
+    trace = Trace.of(np.stack([rows, rows[::-1]]))
+    assert repeated(trace, ((), ())).tolist() == [3, 3]
+    assert repeated(trace, ((0.0,), (2.0,))).tolist() == [1, 1]
+    assert repeated(Trace.of(rows[None, 1:], rows[:1]), ((), ())).tolist() == [3]
 
 
 @given(st.lists(st.integers(0, 400), max_size=5))

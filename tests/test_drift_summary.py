@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.drift import describe
+from agent.drift import build, describe, statistics
 from agent.drift import summary as summaries
-from agent.drift.faults import Tail
 from agent.drift.reference import Reference
+from agent.drift.runs import Tail
 from agent.drift.summary import Summary, stacked
 from agent.drift.sums import Sums
 from tests.machine import FIELDS, LABELS, ROWS, readings, reference
@@ -26,12 +26,21 @@ def shipped() -> Reference:
     return reference()
 
 
+@pytest.fixture(scope="module")
+def by_row() -> Reference:
+    """Of a model that answers each row."""
+    made = readings(1, 40)
+    labels = np.repeat(made.labels, ROWS)
+    scores = np.repeat(made.scores, ROWS, axis=0)
+    return build(made.features, np.arange(len(labels)), 1, labels, scores, 200, fields=FIELDS, labels=LABELS)
+
+
 def of(shipped: Reference, rows: NDArray[np.float64], labels: NDArray[np.int64]) -> Summary:
     return summaries.of(shipped, rows, np.arange(len(labels)) * ROWS, labels, np.linspace(0.4, 1.0, len(labels)))
 
 
 def described(one: Summary, shipped: Reference) -> dict[str, Any]:
-    return describe.features(stacked([one]), shipped)[0]
+    return describe.features(stacked(one), shipped)[0]
 
 
 @st.composite
@@ -145,7 +154,7 @@ def test_rows_of_overlapping_model_windows_are_counted_once(shipped: Reference) 
 def test_the_message_has_the_contracts_members_and_stays_small(shipped: Reference) -> None:
     r = readings(5, 1)
     one = of(shipped, r.features.astype(np.float64), r.labels)
-    got, output = described(one, shipped), describe.output(one, shipped)
+    got, output = described(one, shipped), describe.output(stacked(one), shipped)[0]
     assert tuple(got) == FIELDS
     feature = got["x"]
     assert set(feature) == {"counts", "missing", "below", "above", "mean", "m2", "psi", "js", "ks", "w1"}
@@ -160,7 +169,7 @@ def test_the_message_has_the_contracts_members_and_stays_small(shipped: Referenc
 def test_no_bin_tells_of_fewer_rows_than_privacy_asks_for(shipped: Reference) -> None:
     one = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
     for least in (2, 5, 60, 10_000):
-        for field in describe.features(stacked([one]), shipped, least)[0].values():
+        for field in describe.features(stacked(one), shipped, least)[0].values():
             counts = [field["below"], *field["counts"], field["above"]]
             assert sum(counts) == 200
             assert all(n == 0 or n >= min(least, 200) for n in counts)
@@ -168,14 +177,52 @@ def test_no_bin_tells_of_fewer_rows_than_privacy_asks_for(shipped: Reference) ->
 
 def test_answers_named_too_seldom_are_counted_together(shipped: Reference) -> None:
     one = of(shipped, readings(5, 1).features.astype(np.float64), np.array([0] * 7 + [1] * 2 + [2]))
-    assert describe.output(one, shipped, 3)["counts"] == {"idle": 7, "other": 3}
-    assert describe.output(one, shipped, 5)["counts"] == {"other": 10}
-    assert describe.output(one, shipped)["counts"] == {"idle": 7, "walk": 2, "run": 1}
+    assert describe.output(stacked(one), shipped, 3)[0]["counts"] == {"idle": 7, "other": 3}
+    assert describe.output(stacked(one), shipped, 5)[0]["counts"] == {"other": 10}
+    assert describe.output(stacked(one), shipped)[0]["counts"] == {"idle": 7, "walk": 2, "run": 1}
 
 
-def test_a_stack_is_described_as_its_summaries_are_one_by_one(shipped: Reference) -> None:
-    some = [of(shipped, readings(n, 1).features.astype(np.float64), readings(n, 1).labels) for n in (5, 6, 7)]
-    assert describe.features(stacked(some), shipped) == [described(one, shipped) for one in some]
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 4),
+    st.sampled_from(["plain", "coarse", "missing", "stuck", "wild"]),
+    st.sampled_from([1, ROWS]),
+)
+@settings(deadline=None, max_examples=60)
+def test_windows_summarized_at_once_have_the_bytes_of_one_after_another(
+    shipped: Reference, by_row: Reference, seed: int, windows: int, how: str, window_rows: int
+) -> None:
+    used = shipped if window_rows > 1 else by_row
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(windows, 200, 3)).astype(np.float32).astype(np.float64)
+    if how == "coarse":
+        rows = np.round(rows)
+    elif how == "missing":
+        rows[rng.random(rows.shape) < rng.random()] = np.nan
+    elif how == "stuck":
+        rows[:, 30 : rng.integers(40, 200), 1] = 0.5
+    elif how == "wild":
+        rows[rng.random(rows.shape) < 0.02] *= 1000
+    t = np.cumsum(rng.integers(0, 40_000, (windows, 200)), axis=1)
+    starts = np.arange(0, 200, window_rows)
+    labels = rng.integers(0, 3, (windows, len(starts)))
+    top = rng.random((windows, len(starts)))
+    top[rng.random(top.shape) < 0.1] = np.nan
+    found = statistics.of_windows(
+        rows.reshape(-1, 3),
+        (np.arange(windows)[:, None] * 200 + starts).ravel(),
+        window_rows,
+        used.floor,
+    )
+    times = np.diff(t, axis=1) if window_rows == 1 else t[:, starts + window_rows - 1] - t[:, starts]
+    stack = summaries.whole(used, rows, times, found, labels.ravel(), top.ravel(), labels.ravel())
+    for number in range(windows):
+        one, _ = Summary.empty(used).add_rows(used, rows[number], Tail.empty(3))
+        some = slice(number * len(starts), (number + 1) * len(starts))
+        one = one.add_times(t[number], starts, used, 0)
+        one = one.add_windows(used, found[some], labels[number], top[number])
+        assert summaries.at(stack, number).to_bytes() == one.to_bytes()
+        assert describe.features(stack, used)[number] == described(one, used)
 
 
 @given(st.sampled_from(["C", "F"]), st.integers(1, 3), st.lists(st.integers(0, 300), max_size=5))

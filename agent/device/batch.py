@@ -26,6 +26,7 @@ from agent.drift import modes, slices
 from agent.drift.judge import Judge
 from agent.drift.modes import Modes
 from agent.drift.state import State, Verdict
+from agent.errors import StorageFull
 from agent.model import features, runtime, scores
 from agent.model.bundle import Bundle
 from agent.model.choice import Choice
@@ -33,9 +34,11 @@ from agent.model.features import Cut
 from agent.model.inference import MOST_VALUES, Answers, Inference
 from agent.model.scores import Scores
 
-_MOST_WINDOWS = 512
-# What a window may come to in messages, its part of a drift summary too.
-_WINDOW_BYTES = 2_000
+# Model windows of a batch: many of them only where they are short, or none was timed yet.
+_MOST_WINDOWS, _MANY_WINDOWS, _MANY_ROWS = 4096, 512, 25_600
+# What a transaction counts of a result, in its message and for labels, and of each further column there; of a drift
+# window by itself, and of each field.
+_RESULT_BYTES, _COLUMN_BYTES, _DRIFT_BYTES, _FIELD_BYTES = 200, 40, 2_000, 1_000
 # Of a batch's time in the model: far less than the watchdog's minute, on a day when all else is slow, too.
 _MOST_SECONDS = 5.0
 
@@ -44,7 +47,8 @@ _MOST_SECONDS = 5.0
 class Task:
     """A task with its model loaded. `drift` is the committed state of its judge, `ended` what is to be said first.
 
-    `running` surrounds each run of the model; `suspected`, the agent ended during the last one.
+    `running` surrounds each run of the model; `suspected`, the agent ended during the last one. Batches have one
+    `shrunk`th of the model windows that they could have, after one that there was no room for.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Task:
     columns: list[int] = field(init=False)
     inference: Inference = field(init=False)
     last_label: str = ""
+    shrunk: int = 1
 
     def __post_init__(self) -> None:
         names = [f.name for f in self.stream.fields]
@@ -80,9 +85,20 @@ class Task:
     def batch_rows(self, transaction: int) -> int:
         """The most rows of one batch: one window, and as many more as memory, time and `transaction` bytes allow."""
         in_memory = MOST_VALUES // (self.window_rows * len(self.bundle.manifest.input.columns))
-        in_time = _MOST_WINDOWS if self.choice is None else int(_MOST_SECONDS * self.choice.rows_per_s)
-        windows = min(_MOST_WINDOWS, transaction // _WINDOW_BYTES, in_memory, in_time)
+        in_time = _MANY_WINDOWS if self.choice is None else int(_MOST_SECONDS * self.choice.rows_per_s)
+        many = min(_MOST_WINDOWS, max(_MANY_WINDOWS, _MANY_ROWS // self.step))
+        # The other half is for alerts, and for the states of drift and labels.
+        written = transaction // 2 // self._window_bytes
+        windows = min(many, written, in_memory, in_time) // self.shrunk
         return self.window_rows + max(0, windows - 1) * self.step
+
+    @property
+    def _window_bytes(self) -> int:
+        """What a model window may come to in one transaction."""
+        manifest = self.bundle.manifest
+        further = len(manifest.output.labels) if manifest.output.multi_label else len(manifest.output.names)
+        drift = (_DRIFT_BYTES + _FIELD_BYTES * len(manifest.input.fields)) // manifest.drift.window
+        return _RESULT_BYTES + _COLUMN_BYTES * further + (drift if self.judge else 0)
 
     @property
     def reference(self) -> dict[str, Any]:
@@ -110,10 +126,25 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
 
     Raises StorageError; then nothing of it happened.
     """
+    while True:
+        most = task.batch_rows(store.quota.transaction)
+        try:
+            done = _run(task, store, author, now, most)
+        except StorageFull:
+            # A full store keeps only so much room back, and readings make way once they were used.
+            if most <= task.window_rows:
+                raise
+            task.shrunk *= 4
+        else:
+            task.shrunk = max(1, task.shrunk // 2)
+            return done
+
+
+def _run(task: Task, store: Store, author: Author, now: Now, most: int) -> Done | None:
     after = store.cursor(task.name)
     if after is None:
         after = store.first_row(task.config.stream) - 1
-    batch = store.take(task.config.stream, task.stream.fields, after, task.batch_rows(store.quota.transaction))
+    batch = store.take(task.config.stream, task.stream.fields, after, most)
     if batch is None:
         return None
     if batch.lost:

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 # worse than is usual it may be.
 BETTER, WORSE = 4.0, 3.0
 MOST = 0.5  # share of all that does not fit
+OFF = BETTER - 0.5  # nothing fits better by more than its own misfit and a half (of two fields: than both and one)
+
+
+def misfit(windows: Summary, site: Reference) -> Floats:
+    """(W, F) of stacked summaries: how badly fields fit their own places. Where none is more than OFF, none moved."""
+    return _misfit(windows.classes.moments(site.origin), site, np.arange(len(site.fields)))
 
 
 def exchanged(
@@ -34,11 +40,7 @@ def exchanged(
     """
     found, names = summary.classes.moments(site.origin), site.fields
     fields = np.arange(len(names))
-    own = _misfit(found, site, fields)
-    # Nothing fits better by more than its own misfit and a half (of two fields: than both and one).
-    if not known.any() and own.max(initial=0.0) <= BETTER - 0.5:
-        return ("",) * len(names), np.zeros(len(names), np.bool_)
-    misfit = np.stack([own, *(_misfit(found, site, np.roll(fields, -by)) for by in fields[1:])])
+    misfit = np.stack([_misfit(found, site, np.roll(fields, -by)) for by in fields])
     mirrored = _misfit(found, site, fields, mirrored=True)
     better = np.where((mirrored < WORSE) | known, misfit[0] - mirrored, 0.0)
     best, which = max((float(better[i]), (i, i)) for i in fields.tolist())
@@ -63,14 +65,14 @@ def exchanged(
 
 
 def _misfit(found: Moments, site: Reference, fields: np.ndarray, *, mirrored: bool = False) -> Floats:
-    """(F,) minus the logarithm of how likely each field's statistics are as those of field `fields` (F,), per model
+    """(..., F) minus the logarithm of how likely each field's statistics are as those of field `fields` (F,), per model
     window and statistic; about 0 where they are."""
     count = len(fields)
-    total = np.zeros(count)
-    for first in range(0, found.n.shape[1], count):
+    total = np.zeros((*found.n.shape[:-2], count))
+    for first in range(0, found.n.shape[-1], count):
         mine, its = slice(first, first + count), first + fields
-        n, mean = found.n[:, mine], found.mean[:, mine] * (-1 if mirrored and first == 0 else 1)
+        n, mean = found.n[..., mine], found.mean[..., mine] * (-1 if mirrored and first == 0 else 1)
         sd = site.class_sd[:, its]
-        square = (found.m2[:, mine] + n * (mean - site.class_mean[:, its]) ** 2) / sd**2
-        total += (square - n + 2 * n * np.log(sd / site.class_sd[:, mine])).sum(0) / np.maximum(n.sum(0), 1)
-    return np.asarray(total / 2 / (found.n.shape[1] // count))
+        square = (found.m2[..., mine] + n * (mean - site.class_mean[:, its]) ** 2) / sd**2
+        total += (square - n + 2 * n * np.log(sd / site.class_sd[:, mine])).sum(-2) / np.maximum(n.sum(-2), 1)
+    return np.asarray(total / 2 / (found.n.shape[-1] // count))

@@ -15,6 +15,7 @@ K = 1.0  # slack: half the shift that should be found fast
 H = 5.0  # alarm limit
 CLIP = 4.0  # the most that one window may say, so that one odd window alone never alarms
 CALM = 3  # windows in a row without evidence that clear an alarm
+_SIDES = np.array([[1.0], [-1.0]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +48,18 @@ class Cusum:
         `slack` and `limit` are for all tests or for each (T,).
         """
         tested = np.isfinite(z)
-        sided = np.where(tested, np.clip(z, -CLIP, CLIP), 0.0) * np.array([[1.0], [-1.0]])
+        sided = np.where(tested, np.minimum(np.maximum(z, -CLIP), CLIP), 0.0) * _SIDES
         value = np.where(tested, np.maximum(0.0, self.value + sided - slack), self.value)
-        calm = np.where(tested, np.where(self.on & (sided <= slack), self.calm + 1, 0), self.calm)
-        cleared = self.on & (calm >= CALM)
-        value = np.where(cleared, 0.0, value)
+        on, calm = self.on, self.calm
+        if on.any():
+            calm = np.where(tested, np.where(on & (sided <= slack), calm + 1, 0), calm)
+            cleared = on & (calm >= CALM)
+            value, on = np.where(cleared, 0.0, value), on & ~cleared
         going = value > 0
         windows = np.where(going, self.windows + tested, 0)
         effect = np.where(going, self.effect + np.where(tested, effect, 0.0), 0.0)
         since = np.where(going, np.where(self.value > 0, self.since, t), 0)
-        on = (self.on & ~cleared) | (value > limit)
+        on = on | (value > limit)
         return Cusum(value, windows, effect, since, on, np.where(on, calm, 0))
 
     def opened(self, side: int, test: int, windows: int, effect: float, since: int) -> Cusum:

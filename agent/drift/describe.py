@@ -45,21 +45,27 @@ def features(window: Summary, shipped: Reference, least: int = 0) -> list[dict[s
     ]
 
 
-def output(window: Summary, shipped: Reference, least: int = 0) -> dict[str, Any]:
-    """Of one summary: answers of each class, or by their certainty."""
+def output(windows: Summary, shipped: Reference, least: int = 0) -> list[dict[str, Any]]:
+    """Per drift window of stacked summaries: answers of each class, or by their certainty."""
     if not shipped.labels:
-        counts: Any = (_hidden(window.scores[None, :], least)[0] if least > 1 else window.scores).tolist()
-        return {"counts": counts, "psi": float(rough(sizes.psi(shipped.score_n, window.scores)))}
-    counts = {label: n for label, n in zip(shipped.labels, window.output.tolist(), strict=True) if n}
-    psi = float(rough(sizes.psi(shipped.output, window.output)))
-    return {"counts": _without_few(counts, least), "psi": psi}
+        scores = _hidden(windows.scores, least) if least > 1 else windows.scores
+        psi = rough(sizes.psi(shipped.score_n, windows.scores))
+        return [{"counts": n, "psi": far} for n, far in zip(scores.tolist(), psi.tolist(), strict=True)]
+    psi = rough(sizes.psi(shipped.output, windows.output))
+    named = [
+        {label: n for label, n in zip(shipped.labels, counts, strict=True) if n} for counts in windows.output.tolist()
+    ]
+    return [{"counts": _without_few(n, least), "psi": far} for n, far in zip(named, psi.tolist(), strict=True)]
 
 
-def accuracy(window: Summary, shipped: Reference) -> dict[str, Any] | None:
-    """Expected, without labels; None where the reference does not know how often a score is right."""
+def accuracy(windows: Summary, shipped: Reference) -> list[dict[str, Any] | None]:
+    """Expected in each of stacked windows, without labels; None where the reference does not know how often a score is
+    right."""
     if shipped.score_correct is None:
-        return None
-    return estimate.cbpe(shipped.score_n, shipped.score_correct, window.scores)
+        return [None] * len(windows.scores)
+    known = bool(shipped.score_n.any())
+    right = estimate.often_right(shipped.score_n, shipped.score_correct) if known else None
+    return [estimate.cbpe(shipped.score_n, shipped.score_correct, scores, right) for scores in windows.scores]
 
 
 def with_states(
@@ -113,7 +119,7 @@ def whole(value: float) -> float:
 
 
 def _both(sums: list[float]) -> list[float]:
-    return [whole(value) for value in sums]
+    return [value if value % 1 else int(value) for value in sums]
 
 
 def _hidden(counts: Ints, least: int) -> Ints:

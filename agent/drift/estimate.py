@@ -29,26 +29,27 @@ def usual(n: Ints, correct: Ints | None, scores: Ints) -> tuple[float, float] | 
     if correct is None or not correct.any() or len(scores) <= OVER:
         return None
     together = np.lib.stride_tricks.sliding_window_view(scores, OVER, axis=0).sum(-1)
-    right = _right(n, correct)
-    expected = (together * right).sum(1) / np.maximum(together.sum(1), 1)
+    expected = (together * often_right(n, correct)).sum(1) / np.maximum(together.sum(1), 1)
     return float(expected.mean()), float(expected.std(ddof=1))
 
 
-def _right(n: Ints, correct: Ints) -> Floats:
-    """(32,) how often an answer in each bin is right."""
+def often_right(n: Ints, correct: Ints) -> Floats:
+    """(32,) how often an answer in each bin is right, of reference answers `n`, more than none, how many were
+    `correct`."""
     weight = np.asarray(n + TRACE, np.float64)
     return rising((correct + TRACE * correct.sum() / n.sum()) / weight, weight)
 
 
-def cbpe(n: Ints, correct: Ints, current: Ints) -> dict[str, Any] | None:
+def cbpe(n: Ints, correct: Ints, current: Ints, right: Floats | None = None) -> dict[str, Any] | None:
     """Accuracy with a 95 % interval from reference answers `n`, how many were `correct`, and `current` ones per bin.
 
-    The interval covers chance in the window's answers and in the reference's table. None without answers.
+    The interval covers chance in the window's answers and in the reference's table. None without answers. `right` is
+    what `often_right` says, where that is known already.
     """
     answers, known = int(current.sum()), int(n.sum())
     if not answers or not known:
         return None
-    right, overall = _right(n, correct), correct.sum() / known
+    right, overall = often_right(n, correct) if right is None else right, correct.sum() / known
     share = current / answers
     accuracy = float((share * right).sum())
     # A bin whose few answers were all right is not beyond doubt.

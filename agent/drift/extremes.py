@@ -33,11 +33,17 @@ class Extremes:
 
     @classmethod
     def of(cls, ordered: np.ndarray, count: Ints) -> Extremes:
-        """Of columns (F, n) in ascending order of which the first `count` (F,) are values."""
-        if not ordered.shape[1]:
-            return cls.empty(len(ordered))
-        low, high = _outermost(ordered, count, LOW), _outermost(ordered, count, HIGH)
-        return cls(np.stack([low[0], high[0]], axis=1), np.stack([low[1], high[1]], axis=1))
+        """Of columns (..., F, n) in ascending order of which the first `count` (..., F) are values."""
+        columns, held = ordered.reshape(count.size, ordered.shape[-1]), count.ravel()
+        if not columns.shape[1]:
+            values, rows = np.full((len(columns), 2, 2), -np.inf), np.zeros((len(columns), 2, 2), np.int64)
+        else:
+            low, high = _outermost(columns, held, LOW), _outermost(columns, held, HIGH)
+            values, rows = np.stack([low[0], high[0]], axis=1), np.stack([low[1], high[1]], axis=1)
+        return cls(values.reshape(*count.shape, 2, 2), rows.reshape(*count.shape, 2, 2))
+
+    def __getitem__(self, at: int) -> Extremes:
+        return Extremes(self.values[at], self.rows[at])
 
     def merge(self, other: Extremes) -> Extremes:
         """Of both; associative, commutative and exact."""
@@ -50,44 +56,64 @@ class Extremes:
 
     @property
     def low(self) -> Floats:
-        """(F,) the lowest value."""
-        return np.asarray(-self.values[:, LOW, 0])
+        """(..., F) the lowest value."""
+        return np.asarray(-self.values[..., LOW, 0])
 
     @property
     def high(self) -> Floats:
-        return np.asarray(self.values[:, HIGH, 0])
+        return np.asarray(self.values[..., HIGH, 0])
 
 
 def _outermost(ordered: np.ndarray, count: Ints, side: int) -> tuple[Floats, Ints]:
-    fields, last = np.arange(len(ordered)), np.maximum(count - 1, 0)
-    value = ordered[fields, last if side == HIGH else 0].astype(np.float64)
+    columns, last = np.arange(len(ordered)), np.maximum(count - 1, 0)
+    at = last if side == HIGH else np.zeros_like(last)
+    towards = -1 if side == HIGH else 1
+    value, following, third = (
+        ordered[columns, np.clip(at + by * towards, 0, last)].astype(np.float64) for by in range(3)
+    )
+    held, also = np.ones(len(ordered), np.int64), np.ones(len(ordered), np.int64)
+    # In most columns each of them is there once.
+    close = np.flatnonzero((value == following) | (following == third) | (count < 3))
+    if len(close):
+        some = ordered[close]
+        value[close], following[close], held[close], also[close] = _counted(some, count[close], value[close], side)
+    values = np.stack([value, following], axis=1) * -towards
+    return np.where(np.isnan(values), -np.inf, values), np.stack([held, also], axis=1)
+
+
+def _counted(ordered: np.ndarray, count: Ints, value: Floats, side: int) -> tuple[Floats, Floats, Ints, Ints]:
+    """The outermost `value` and the next one to it, NaN for none, and how many rows hold them."""
+    columns, last = np.arange(len(ordered)), np.maximum(count - 1, 0)
     value = np.where(count > 0, value, np.nan)
     held = (ordered == value[:, None]).sum(1)
     another = count > held
     at = np.where(another, last - held if side == HIGH else held, 0)
-    following = np.where(another, ordered[fields, at].astype(np.float64), np.nan)
-    also = (ordered == following[:, None]).sum(1)
-    values = np.stack([value, following], axis=1) * (1 if side == HIGH else -1)
-    return np.where(np.isnan(values), -np.inf, values), np.stack([held, also], axis=1)
+    following = np.where(another, ordered[columns, at].astype(np.float64), np.nan)
+    return value, following, held, (ordered == following[:, None]).sum(1)
 
 
-def piled(extremes: Extremes, reference: Reference, rows: int) -> Bools:
-    """(F, 2) whether the lowest and the highest value are ones that a sensor cannot get past.
+def piled(extremes: Extremes, reference: Reference, rows: Ints) -> Bools:
+    """(..., F, 2) whether the lowest and the highest value are ones that a sensor cannot get past, of so many `rows`
+    (...,).
 
     Not where the reference's readings pile up there, too, nor where a sensor tells so few values apart that the
     outermost is often one of the commonest.
     """
     values, held = extremes.values, extremes.rows
+    steep = (held[..., 0] > PILE * rows[..., None, None]) & (held[..., 0] > STEEP * (held[..., 1] + 1))
+    if not steep.any():
+        return np.asarray(steep)
     fine = np.isfinite(values[..., 1])
     gap = np.where(fine, values[..., 0] - np.where(fine, values[..., 1], 0.0), np.inf)
     span = np.where(np.isfinite(extremes.high), extremes.high - extremes.low, 0.0)
-    steep = (held[..., 0] > PILE * rows) & (held[..., 0] > STEEP * (held[..., 1] + 1))
-    return np.asarray(steep & (span[:, None] >= LEVELS * gap) & ~_usual(extremes, reference))
+    return np.asarray(steep & (span[..., None] >= LEVELS * gap) & ~_usual(extremes, reference))
 
 
 def _usual(extremes: Extremes, reference: Reference) -> Bools:
-    at = np.stack([extremes.low, extremes.high], axis=1)
+    at = np.stack([extremes.low, extremes.high], axis=-1)
     # A value that is a limit of two bins of the reference holds the rows of a whole one.
-    doubled = (reference.bounds[:, None, :] == at[..., None]).sum(-1) > 1
-    rest = [[any(value == known for known in reference.rest[i]) for value in pair] for i, pair in enumerate(at)]
-    return np.asarray(doubled | np.array(rest, np.bool_))
+    usual = (reference.bounds[:, None, :] == at[..., None]).sum(-1) > 1
+    for field, known in enumerate(reference.rest):
+        if known:
+            usual[..., field, :] |= np.isin(at[..., field, :], known)
+    return np.asarray(usual)

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 MISSING, MISSING_FACTOR = 0.05, 2
 MISSING_HERE, FEWEST_MISSING = 0.01, 10  # share, and rows, at a site that has learned how many are missing
 RUN, RUN_FACTOR = 10, 5
-OUTSIDE, WIDER = 0.01, 0.5
-JUMP, AGREE = 10.0, 5.0  # robust sd of first differences
+OUTSIDE = 0.01
 SPIKES, SPIKE_SHARE = 2, 0.001
 # What is read is another quantity than it was: nothing that follows from it is drift.
 MISREAD = frozenset({"swapped", "reversed", "unit"})
@@ -53,117 +52,102 @@ class Fault:
 
 
 @dataclass(frozen=True, eq=False)
-class Tail:
-    """What the next rows need of those before: the last two rows (up to 2, F), and how long each last value has run."""
+class Signs:
+    """What W drift windows show of faults, (W, F)."""
 
-    rows: Floats
-    run: Ints
-    t: int = 0  # epoch µs of the last one
+    missing: Bools
+    slight: Bools
+    saturated: Bools
+    coarser: Ints  # how many times as coarse values are told apart, 0 for no more than usual
+    stuck: Bools
+    calm: Bools  # far calmer than the reference ever was
+    outside: Bools
+    loud: Bools  # far louder than the reference
+    spikes: Bools
+    misfit: Floats  # to the site's own statistics
 
-    @classmethod
-    def empty(cls, fields: int) -> Tail:
-        return cls(np.empty((0, fields)), np.zeros(fields, np.int64))
-
-
-def scan(rows: Floats, tail: Tail, rest: tuple[tuple[float, ...], ...], jump: Floats) -> tuple[Ints, Ints, Tail]:
-    """Longest run of equal values and number of lone jumps per field in `rows` (n, F), which follow on from `tail`.
-
-    `jump` (F,) is the robust sd of first differences; 0 switches that rule off. A row's jump is judged once the row
-    after it is there, so the counts are the same however the rows were cut.
-    """
-    if not len(rows):
-        return np.zeros(rows.shape[1], np.int64), np.zeros(rows.shape[1], np.int64), tail
-    joined = np.concatenate([tail.rows, rows])
-    longest, run = _runs(joined, len(rows), tail.run, rest)
-    return longest, _lone_jumps(joined, jump), Tail(joined[-2:].copy(), run)
+    @property
+    def any(self) -> Bools:
+        """(W,) whether there is something to look at."""
+        flags = self.missing | self.saturated | self.stuck | self.calm | self.outside | self.loud | self.spikes
+        return np.asarray((flags | (self.coarser > 0) | (self.misfit > channels.OFF)).any(-1))
 
 
-def _runs(joined: Floats, n: int, before: Ints, rest: tuple[tuple[float, ...], ...]) -> tuple[Ints, Ints]:
-    same = joined[1:] == joined[:-1]
-    if len(joined) == n:
-        same = np.concatenate([np.zeros((1, joined.shape[1]), np.bool_), same])
-    same, longest, last = same[-n:], np.ones(joined.shape[1], np.int64), np.ones(joined.shape[1], np.int64)
-    place = np.arange(1, n + 1)
-    for field in np.flatnonzero(same.any(0)):
-        runs_on = same[:, field]
-        for value in rest[field]:
-            runs_on = runs_on & (joined[-n:, field] != value)
-        broken = np.maximum.accumulate(np.where(runs_on, 0, place))
-        length = np.where(broken > 0, place - broken + 1, before[field] + place)
-        longest[field], last[field] = length.max(), length[-1]
-    return longest, last
-
-
-def _lone_jumps(joined: Floats, jump: Floats) -> Ints:
-    if len(joined) < 3:
-        return np.zeros(joined.shape[1], np.int64)
-    step = joined[1:] - joined[:-1]
-    far = np.abs(step) > JUMP * jump
-    back = np.abs(joined[2:] - joined[:-2]) <= AGREE * jump
-    lone = far[1:] & far[:-1] & back & (jump > 0)
-    return np.asarray(lone.sum(0), dtype=np.int64)
+def signs(windows: Summary, reference: Reference, site: Reference | None = None) -> Signs:
+    """Of stacked summaries. `reference` is the shipped one; without a site's own it is not known how a field is mounted
+    there."""
+    rows = np.maximum(windows.counts[:, 0].sum(-1) + windows.missing[:, 0], 1)
+    outside = windows.outside > OUTSIDE * rows[:, None]
+    loud, calm = other_units.odd_spread(windows, reference, outside)
+    none = np.zeros(outside.shape, np.int64)
+    return Signs(
+        missing=_missing(windows, reference, site, rows[:, None]),
+        slight=windows.missing <= MISSING * rows[:, None],
+        saturated=piled(windows.extremes, reference, rows).any(-1),
+        coarser=none if site is None else steps.coarser(windows, site),
+        stuck=windows.longest > run_limits(reference, rows),
+        calm=calm,
+        outside=outside,
+        loud=loud,
+        spikes=(windows.spikes >= SPIKES) & (windows.spikes > SPIKE_SHARE * rows[:, None]),
+        misfit=none.astype(np.float64) if site is None else channels.misfit(windows, site),
+    )
 
 
 def find(
+    shown: Signs,
+    at: int,
     summary: Summary,
     reference: Reference,
     units: Sequence[str] = (),
     site: Reference | None = None,
     misread: Bools | None = None,
 ) -> tuple[Fault | None, ...]:
-    """The fault of each field (of these `units`) in a drift window, if any; of several the first listed above.
+    """The fault of each field (of these `units`) in window `at`, if any; of several the first listed above.
 
-    `reference` is the shipped one. Without a site's own it is not known how a field is mounted there. `misread` (F,):
-    those that were read wrongly up to now.
+    `summary` is that window's. `misread` (F,): those that were read wrongly up to now.
     """
-    rows = max(summary.rows, 1)
-    missing = _missing(summary, reference, site)
-    stuck = summary.longest > run_limits(reference, rows)
-    saturated = piled(summary.extremes, reference, rows).any(1)
-    outside = summary.outside > OUTSIDE * rows
-    spikes = (summary.spikes >= SPIKES) & (summary.spikes > SPIKE_SHARE * rows)
-    unit = other_units.recognised(summary, reference, outside, tuple(units))
-    coarser = np.zeros(len(unit), np.int64)
-    none = np.zeros(len(unit), np.bool_)
-    other, mirrored = ("",) * len(unit), none
-    if site is not None:
-        other, mirrored = channels.exchanged(summary, site, units, none if misread is None else misread)
-        coarser = steps.coarser(summary, site)
+    fields = len(reference.fields)
+    known = np.zeros(fields, np.bool_) if misread is None else misread
+    if not (shown.any[at] or known.any()):
+        return (None,) * fields
+    unit = other_units.recognised(summary, reference, shown.outside[at] | shown.loud[at], shown.calm[at], tuple(units))
+    other, mirrored = ("",) * fields, np.zeros(fields, np.bool_)
+    if site is not None and (known.any() or (shown.misfit[at] > channels.OFF).any()):
+        other, mirrored = channels.exchanged(summary, site, units, known)
     another = np.array([one is not None for one in unit])
     exchanged = np.array([bool(name) for name in other])
-    # Coarse values repeat for long; and in another unit, or another field's, steps have another size.
-    rounded = (coarser > 0) & ~(another | exchanged | mirrored | outside)
+    coarser, outside = shown.coarser[at], shown.outside[at]
     kinds = {
-        "missing": missing,
-        "saturated": saturated,
-        "quantized": rounded,
-        "stuck": stuck,
+        "missing": shown.missing[at],
+        "saturated": shown.saturated[at],
+        # Coarse values repeat for long; and in another unit, or another field's, steps have another size.
+        "quantized": (coarser > 0) & ~(another | exchanged | mirrored | outside),
+        "stuck": shown.stuck[at],
         "swapped": exchanged,
         "reversed": mirrored,
         "unit": another,
         "out_of_range": outside,
-        "spikes": spikes,
+        "spikes": shown.spikes[at],
     }
     names = np.select(list(kinds.values()), list(kinds), "").tolist()
     details = [
         {"unit": one.told if one else "", "swapped": with_field, "quantized": f"{times} times"}.get(name, "")
         for one, with_field, times, name in zip(unit, other, coarser, names, strict=True)
     ]
-    slight = (summary.missing <= MISSING * rows).tolist()
     return tuple(
         Fault(name, detail, name == "missing" and few) if name else None
-        for name, detail, few in zip(names, details, slight, strict=True)
+        for name, detail, few in zip(names, details, shown.slight[at].tolist(), strict=True)
     )
 
 
-def _missing(summary: Summary, reference: Reference, site: Reference | None) -> np.ndarray:
-    rows = max(summary.rows, 1)
+def _missing(windows: Summary, reference: Reference, site: Reference | None, rows: Ints) -> Bools:
     here = site.site.rate if site is not None and site.site is not None else None
     if here is None:
         usual = reference.missing / np.maximum(reference.n + reference.missing, 1)
-        return np.asarray(summary.missing > np.maximum(MISSING, MISSING_FACTOR * usual) * rows)
-    more = summary.missing > np.maximum(MISSING_HERE, MISSING_FACTOR * here.missing) * rows
-    return np.asarray(more & (summary.missing >= FEWEST_MISSING))
+        return np.asarray(windows.missing > np.maximum(MISSING, MISSING_FACTOR * usual) * rows)
+    more = windows.missing > np.maximum(MISSING_HERE, MISSING_FACTOR * here.missing) * rows
+    return np.asarray(more & (windows.missing >= FEWEST_MISSING))
 
 
 def spoiled(found: Sequence[Fault | None]) -> bool:
@@ -171,8 +155,8 @@ def spoiled(found: Sequence[Fault | None]) -> bool:
     return any(fault is not None and not fault.slight for fault in found)
 
 
-def run_limits(reference: Reference, rows: int) -> Ints:
-    """Longest run that is still normal, (F,): never so long that a drift window could not show a longer one,
-    except where the reference itself held one value that long."""
-    allowed = np.minimum(RUN_FACTOR * reference.longest, rows - 1)
+def run_limits(reference: Reference, rows: Ints) -> Ints:
+    """Longest run that is still normal, (W, F), in windows of so many `rows` (W,): never so long that a drift window
+    could not show a longer one, except where the reference itself held one value that long."""
+    allowed = np.minimum(RUN_FACTOR * reference.longest, rows[:, None] - 1)
     return np.maximum(np.maximum(RUN, allowed), reference.longest)

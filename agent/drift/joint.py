@@ -67,20 +67,32 @@ def in_steps(residuals: Floats) -> Floats:
     return whole
 
 
-def of_rows(whole: Floats) -> Ints:
-    """(1 + 2F + P,) of residuals (n, F) of one class, in steps."""
-    left, right = pairs(whole.shape[1]).T
-    # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
-    products = whole.T @ whole
-    found = [[len(whole)], whole.sum(0), products.diagonal(), products[left, right]]
-    return np.concatenate(found).astype(np.int64)
+def of_rows(whole: Floats, groups: Ints, count: int) -> Ints:
+    """(count, 1 + 2F + P) of residuals (n, F), in steps, in `groups` (n,)."""
+    fields = whole.shape[1]
+    left, right = pairs(fields).T
+    n = np.bincount(groups, minlength=count)
+    total, products = np.zeros((count, fields)), np.zeros((count, fields, fields))
+    ordered, ends = whole[np.argsort(groups, kind="stable")], np.cumsum(n).tolist()
+    for group in np.flatnonzero(n).tolist():
+        some = ordered[ends[group - 1] if group else 0 : ends[group]]
+        # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
+        total[group], products[group] = some.sum(0), some.T @ some
+    square, both = products[:, range(fields), range(fields)], products[:, left, right]
+    return np.concatenate([n[:, None], total, square, both], axis=1).astype(np.int64)
 
 
-def sums(found: Floats) -> Ints:
-    """(2P,) of z (w, P) of model windows of one class."""
+def sums(found: Floats, groups: Ints, count: int) -> Ints:
+    """(count, 2P) of z (w, P) of model windows in `groups` (w,)."""
+    out = np.zeros((count, 2 * found.shape[1]), np.int64)
+    if not found.size:
+        return out
     known = ~np.isnan(found)
-    whole = np.rint(np.where(known, found, 0.0) * ONE)
-    return np.concatenate([known.sum(0), whole.sum(0)]).astype(np.int64)
+    whole = np.concatenate([known, np.rint(np.where(known, found, 0.0) * ONE)], axis=1)
+    order = np.argsort(groups, kind="stable")
+    there, first = np.unique(groups[order], return_index=True)
+    out[there] = np.add.reduceat(whole[order], first, axis=0)
+    return out
 
 
 def measured(whole: Ints, fields: int, *, windowed: bool) -> Pairs:

@@ -22,31 +22,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import describe, faults, statistics, watch
+from agent.drift import describe, faults, statistics, watch, whole
 from agent.drift.alerts import Alert
 from agent.drift.codec import Ints
 from agent.drift.detectors import Detectors, Evidence, Tester, open_fields, open_subjects
-from agent.drift.faults import Fault
+from agent.drift.faults import Fault, Signs
 from agent.drift.learning import Learning, finite, settle
 from agent.drift.modes import CLASSES, Modes, classes
 from agent.drift.raising import Raising
 from agent.drift.reference import FEWEST, Reference
 from agent.drift.season import Season
-from agent.drift.state import Batch, State, Verdict, emptied, filled, taken
+from agent.drift.state import Batch, State, Verdict, emptied, filled
 from agent.drift.summary import Summary, stacked
+from agent.drift.watch import Tick
 from agent.errors import BadBundle
 
 AT_ONCE = 64  # drift windows that are computed together
-ROWS_AT_ONCE = 2048  # about: more need more memory, and run no faster
+ROWS_AT_ONCE = 8192  # about: more need more memory, and run no faster
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What was computed of a drift window together with others: window number `at` of the evidence."""
+    """What W drift windows say by themselves, whatever was before."""
 
-    features: dict[str, Any]
-    evidence: Evidence | None
-    at: int
+    stack: Summary
+    features: list[dict[str, Any]]
+    output: list[dict[str, Any]]
+    accuracy: list[dict[str, Any] | None]
+    signs: Signs
+    ticks: list[Tick]
+    evidence: Evidence | None  # against the site's reference
 
 
 class Judge:
@@ -115,7 +120,7 @@ class Judge:
 
     def renumbered(self, state: State) -> State:
         """For rows that are numbered from anew: without what was gathered of the open drift window."""
-        return replace(emptied(state, self._nothing), seen=-1)
+        return replace(emptied(state, self._nothing, state.index), seen=-1)
 
     def relearn(self, state: State, for_s: float = 0.0) -> tuple[State, list[Alert]]:
         """Without its site's reference, to learn another from at least `for_s` seconds of readings.
@@ -173,7 +178,7 @@ class Judge:
             state = replace(state, modes=known)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
         verdicts: list[Verdict] = []
-        for some in _pieces(starts, window_rows):
+        for some in _pieces(starts, self.window, state.open.windows):
             begin, end = int(starts[some][0]), int(starts[some][-1]) + window_rows
             values, local = finite(features[begin:end]), starts[some] - begin
             found = statistics.of_windows(values, local, window_rows, self.shipped.floor)
@@ -186,33 +191,43 @@ class Judge:
         return state, verdicts
 
     def _go_on(self, state: State, batch: Batch, at: int) -> tuple[State, list[Verdict], int]:
-        """Fill drift windows with the model windows from `at` on, then judge the full ones; and where it got to."""
-        full: list[tuple[State, int]] = []
-        filling = state
-        while at < len(batch.starts) and len(full) < AT_ONCE:
-            some = slice(at, at + self.window - filling.open.windows)
-            at = min(some.stop, len(batch.starts))
-            filling = filled(filling, self.shipped, batch, some, self._classes(state, batch, some))
-            if filling.open.windows == self.window:
-                full.append((filling, at))
-                filling = emptied(filling, self._nothing)
-        if not full:
-            return filling, [], at
-        summaries = [window.open for window, _ in full]
-        stack = stacked(summaries)
-        described = describe.features(stack, self.shipped, self.least)
-        middle = np.array([sum(window.t) // 2 for window, _ in full], np.int64)
-        evidence = self._testing(state.site).evidence(stack, middle) if state.site else None
-        verdicts = []
-        for i, (window, stop) in enumerate(full):
-            after, verdict = self._close(taken(state, window), _Seen(described[i], evidence, i))
+        """Fill drift windows with the model windows from `at` on and judge the full ones; and where it got to."""
+        ahead = whole.ahead(state, self.shipped, batch, at, AT_ONCE)
+        if ahead is None:
+            some = slice(at, min(at + self.window - state.open.windows, len(batch.starts)))
+            state = filled(state, self.shipped, batch, some, self._classes(state, batch, some))
+            if state.open.windows < self.window:
+                return state, [], some.stop
+            seen = self._look(state.site, stacked(state.open), np.array([sum(state.t) // 2]))
+            state, verdict = self._close(state, seen, 0)
+            return state, [verdict], some.stop
+        some = slice(at, at + ahead.starts.size)
+        stack = ahead.summarized(self.shipped, batch, at, self._classes(state, batch, some))
+        middle = (batch.t[ahead.begin] + batch.t[ahead.begin + ahead.n - 1]) // 2
+        seen, verdicts = self._look(state.site, stack, middle), []
+        for number in range(ahead.windows):
+            after, verdict = self._close(ahead.filled(state, batch, stack, number), seen, number)
             verdicts.append(verdict)
+            at += self.window
             changed = after.site is not state.site or self._by_others(after) != self._by_others(state)
             state = after
             if changed:
                 # What follows was summarized for other classes, or has no evidence yet.
-                return state, verdicts, stop
-        return taken(state, filling), verdicts, at
+                break
+        return state, verdicts, at
+
+    def _look(self, site: Reference | None, stack: Summary, middle: Ints) -> _Seen:
+        """At stacked drift windows in the `middle` of times (W,), epoch µs."""
+        tester = self._testing(site) if site else None
+        return _Seen(
+            stack,
+            describe.features(stack, self.shipped, self.least),
+            describe.output(stack, self.shipped, self.least),
+            describe.accuracy(stack, self.shipped),
+            faults.signs(stack, self.shipped, site),
+            watch.ticks(stack, middle, tester),
+            tester.evidence(stack, middle) if tester else None,
+        )
 
     def _by_others(self, state: State) -> bytes:
         """By which fields model windows are given classes, as something to compare."""
@@ -226,23 +241,24 @@ class Judge:
             return named
         return self._testing(state.site).classes(state.detectors, batch.found.values[some], named)
 
-    def _close(self, state: State, seen: _Seen) -> tuple[State, Verdict]:
-        window = state.open
-        found = faults.find(window, self.shipped, self.units, state.site, state.misread)
+    def _close(self, state: State, seen: _Seen, at: int) -> tuple[State, Verdict]:
+        """With the open drift window, which is number `at` of those that were looked at."""
+        window, tick = state.open, seen.ticks[at]
+        found = faults.find(seen.signs, at, window, self.shipped, self.units, state.site, state.misread)
         tester = self._testing(state.site) if state.site else None
         # One window in which a field that is read wrongly is not recognised so is not sound yet.
         spoiled = faults.spoiled(found) or bool(state.misread.any())
-        watching = state.watch if spoiled else watch.after(state.watch, window, tester, state.detectors, state.t)
+        watching = state.watch if spoiled else watch.after(state.watch, tick, tester, state.detectors, state.t)
         clean = not spoiled and not watch.holds(watching)
         after, learned, refused = replace(state, watch=watching), None, None
         tested = clean and state.site is not None
         drift_alerts: list[Alert] = []
         if tester is not None and seen.evidence is not None:
             if clean:
-                detectors = tester.update(state.detectors, seen.evidence, seen.at, state.t[0])
-                z = seen.evidence.z[seen.at, : len(self.shipped.fields)]
+                detectors = tester.update(state.detectors, seen.evidence, at, state.t[0])
+                z = seen.evidence.z[at, : len(self.shipped.fields)]
                 after = replace(after, detectors=detectors, season=state.season.add(z, state.t[0]))
-                after, drift_alerts = self._raising.drifts(state, after, seen.evidence.effects[seen.at], tester)
+                after, drift_alerts = self._raising.drifts(state, after, seen.evidence.effects[at], tester)
             elif watching.drifting:
                 # What fields have gathered may be the wrong classes that the model names since then.
                 after = replace(after, detectors=state.detectors.only_open())
@@ -258,10 +274,10 @@ class Judge:
             site=state.site.digest if state.site else None,
             learned=learned,
             refused=refused,
-            summary=self._report(after, seen.features, found, tested),
-            alerts=(*fault_alerts, *watch.alerts(state.watch, watching, window, tester, state.t, where), *drift_alerts),
+            summary=self._report(after, seen, at, found, tested),
+            alerts=(*fault_alerts, *watch.alerts(state.watch, watching, tick, tester, state.t, where), *drift_alerts),
         )
-        return emptied(replace(after, index=state.index + 1), self._nothing), verdict
+        return emptied(after, self._nothing, state.index + 1), verdict
 
     def _learn(self, state: State) -> tuple[State, Reference | None, str | None]:
         learning = state.learning.add(state.open, windowed=self.shipped.windowed, t=state.t)
@@ -282,23 +298,23 @@ class Judge:
         return self._tester
 
     def _report(
-        self, after: State, features: dict[str, Any], found: tuple[Fault | None, ...], tested: bool
+        self, after: State, seen: _Seen, at: int, found: tuple[Fault | None, ...], tested: bool
     ) -> dict[str, Any]:
         tester = self._testing(after.site) if after.site else None
-        numbers = {
-            "features": features,
-            "output": describe.output(after.open, self.shipped, self.least),
-            "estimate": describe.accuracy(after.open, self.shipped),
-        }
+        numbers = {"features": seen.features[at], "output": seen.output[at], "estimate": seen.accuracy[at]}
         names = tuple(fault.name if fault else None for fault in found)
         told = describe.with_states(numbers, after.detectors, tester, names, tested=tested)
-        return watch.with_rate(told, after.watch, after.open, tester)
+        return watch.with_rate(told, after.watch, seen.ticks[at], tester)
 
 
-def _pieces(starts: Ints, window_rows: int) -> Iterator[slice]:
-    """Model windows that begin at `starts`, by so many that begin within ROWS_AT_ONCE."""
+def _pieces(starts: Ints, window: int, begun: int) -> Iterator[slice]:
+    """Model windows that begin at `starts`, by so many that begin within ROWS_AT_ONCE, where that is enough by whole
+    drift windows of `window`, of the first of which there are `begun` already."""
     at = 0
     while at < len(starts):
         stop = max(at + 1, int(np.searchsorted(starts, starts[at] + ROWS_AT_ONCE)))
+        whole = (stop - at + begun) // window * window - begun
+        if stop < len(starts) and whole > 0:
+            stop = at + whole
         yield slice(at, stop)
-        at = stop
+        begun, at = (begun + stop - at) % window, stop

@@ -8,11 +8,12 @@ import numpy as np
 
 from agent.drift import calibration, codec, daily, estimate, joint, limits, rate, shape, statistics, together
 from agent.drift.codec import Bools, Floats, Ints
+from agent.drift.counting import SURE
 from agent.drift.joint import Pairs
 from agent.drift.rate import Gathered
 from agent.drift.reference import BINS, ENOUGH, FEWEST, Reference, draft
 from agent.drift.site import Site
-from agent.drift.summary import SURE, Summary, of
+from agent.drift.summary import Summary, of
 from agent.drift.sums import Moments
 from agent.errors import BadBundle
 

@@ -59,11 +59,6 @@ def _apart(windows: Floats, lag: int) -> Floats:
     return np.where(squares > 0, squares, np.nan)
 
 
-def sums(found: Floats) -> Ints:
-    """(2 `width`,) whole numbers that add, of model windows of one class (w, `width`)."""
-    return joint.sums(found)
-
-
 @dataclass(frozen=True, eq=False)
 class Paces:
     """Of classes (..., C) and fields: model windows `n`, the mean `level` of both lags and the `slope` between them."""

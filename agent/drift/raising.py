@@ -34,6 +34,8 @@ class Raising:
 
     def faults(self, state: State, found: tuple[Fault | None, ...]) -> tuple[State, list[Alert]]:
         now = np.array([fault is not None for fault in found])
+        if not (now.any() or state.faulty.any()):
+            return state, []
         calm = np.where(state.faulty & ~now, state.calm + 1, 0)
         faulty = (state.faulty | now) & (calm < CALM)
         raised = state.raised.copy()

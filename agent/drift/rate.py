@@ -110,15 +110,16 @@ class Usual:
             shapes == right and paced in (0, fields) and positive and all(bool(np.isfinite(one).all()) for one in known)
         )
 
-    def z(self, window: Summary, t: int, windows: int) -> tuple[float, float]:
-        """The score of a window's speed, in the middle of `t` (epoch µs), and its logarithm; NaN: nothing tells."""
+    def z(self, windows: Summary, t: Ints, learned: int) -> tuple[Floats, Floats]:
+        """Scores (W,) of the speeds of stacked windows in the middle of `t` (W,) epoch µs, and their logarithms; NaN:
+        nothing tells. `learned` windows told what is usual."""
         if self.speed_sd <= 0:
-            return math.nan, math.nan
-        expected = self.speed_mean + self.cycle.at(np.array([t]))[:, 0]
-        apart = joint.tests(pace.measured(window.pace).pairs(), self.level)
+            unknown = np.full(len(t), math.nan)
+            return unknown, unknown
+        expected = self.speed_mean + self.cycle.at(t)[:, 0]
+        apart = joint.tests(pace.measured(windows.pace).pairs(), self.level)
         found = pace.speed(apart, self.slope, self.weight) - expected
-        z = cusum.scores(found, np.zeros(1), np.full(1, self.speed_sd), windows)
-        return float(z[0]), float(found[0])
+        return cusum.scores(found, np.zeros(1), np.full(1, self.speed_sd), learned), found
 
 
 def learn(gathered: Gathered, classes: int, window_rows: int, strata: str) -> Usual | None:
@@ -174,18 +175,19 @@ def _step(steps: Floats) -> tuple[float, float]:
     return math.exp(float(mean[0])), max(math.log1p(OFF), SDS * sd, BEYOND * float(np.abs(left).max()))
 
 
-def fault(window: Summary, at_site: Usual) -> str:
-    """rate, repeated or nothing."""
-    step = window.ticks.step_us()
-    if at_site.step_us and step > 0 and abs(math.log(step / at_site.step_us)) > at_site.step_off:
+def fault(step_us: float, repeated: float, at_site: Usual) -> str:
+    """rate, repeated or nothing, of a window's mean step and its share of repeated rows."""
+    if at_site.step_us and step_us > 0 and abs(math.log(step_us / at_site.step_us)) > at_site.step_off:
         return "rate"
-    if repeated_share(window) > max(at_site.repeated + REPEATED, RISE * at_site.repeated):
+    if repeated > max(at_site.repeated + REPEATED, RISE * at_site.repeated):
         return "repeated"
     return ""
 
 
-def repeated_share(window: Summary) -> float:
-    return float(window.ticks.repeated[0]) / max(1, window.rows)
+def repeated_share(windows: Summary) -> Floats:
+    """(...,) of one summary, or of stacked ones."""
+    rows = windows.counts[..., 0, :].sum(-1) + windows.missing[..., 0]
+    return np.asarray(windows.ticks.repeated[..., 0] / np.maximum(1, rows))
 
 
 def missing_share(window: Summary) -> Floats:

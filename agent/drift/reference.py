@@ -13,10 +13,11 @@ from functools import cached_property
 
 import numpy as np
 
-from agent.drift import codec, faults, sizes, statistics
+from agent.drift import codec, runs, sizes, statistics
 from agent.drift.codec import Floats, Ints
 from agent.drift.modes import CLASSES
 from agent.drift.places import Places, places
+from agent.drift.runs import Tail, Trace
 from agent.drift.site import Site
 from agent.errors import BadBundle
 
@@ -175,7 +176,7 @@ def draft(
     classes, tests = max(1, len(labels)), 2 * count
     rest = tuple(_rest_values(column) for column in rows.T)
     jump = np.array([_robust_step(column) for column in rows.T])
-    longest, _, _ = faults.scan(rows, faults.Tail.empty(count), rest, jump)
+    longest, _ = runs.longest(Trace.of(rows[None]), Tail.empty(count).run, rest)
     return Reference(
         version=VERSION,
         made="shipped",
@@ -193,7 +194,7 @@ def draft(
         n=np.zeros(count, np.int64),
         mean=mean,
         m2=np.zeros(count),
-        longest=longest,
+        longest=longest[0],
         jump=jump,
         rest=rest,
         origin=np.nanmean(found, axis=0),

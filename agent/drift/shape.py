@@ -10,7 +10,7 @@ Subjects: the F fields, the answers ("output"), the certainty ("score").
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -43,6 +43,8 @@ class Confirm:
     def update(self, beyond: Bools, tested: Bools, t: int) -> Confirm:
         """After one more window, begun at `t`; where it was not `tested` all stays as it was."""
         last, one_more = self.before
+        if not (beyond.any() or self.on.any()):
+            return replace(self, before=np.where(tested, np.stack([np.zeros_like(last), last]), self.before))
         twice = beyond & ((last > 0) | (one_more > 0))
         calm = np.where(self.on & ~beyond, self.calm + 1, 0)
         on = (self.on | twice) & (calm < CALM)

@@ -11,10 +11,10 @@ from agent.drift import codec, statistics
 from agent.drift.alerts import Alert
 from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.detectors import Detectors
-from agent.drift.faults import Tail
 from agent.drift.learning import Learning
 from agent.drift.places import Places
 from agent.drift.reference import Reference
+from agent.drift.runs import Tail
 from agent.drift.season import Season
 from agent.drift.statistics import Found
 from agent.drift.summary import Summary
@@ -134,11 +134,6 @@ def filled(state: State, shipped: Reference, batch: Batch, some: slice, classes:
     return replace(state, open=summary.add_windows(shipped, batch.found[some], batch.named[some], top, classes), **new)
 
 
-def taken(state: State, window: State) -> State:
-    """With the open drift window of another state."""
-    return replace(state, open=window.open, tail=window.tail, rows=window.rows, t=window.t, seen=window.seen)
-
-
-def emptied(state: State, nothing: Summary) -> State:
-    """For the next drift window."""
-    return replace(state, open=nothing, tail=Tail.empty(len(state.faulty)), rows=(0, -1), t=(0, 0))
+def emptied(state: State, nothing: Summary, index: int) -> State:
+    """For drift window number `index`."""
+    return replace(state, index=index, open=nothing, tail=Tail.empty(len(state.faulty)), rows=(0, -1), t=(0, 0))

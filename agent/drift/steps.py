@@ -18,37 +18,41 @@ KEPT, ENOUGH, SOME = 0.05, 25, 20  # share that is left of fine steps; how many 
 REPEATS = 0.25  # steps of 0 for each of the finest others: half as many are expected where values are rounded
 
 
-def count(joined: Floats, fields: int) -> Ints:
-    """(F, SIZES) steps between neighbouring rows of `joined` (n, F), first those of 0. Missing values have none."""
-    out = np.zeros(fields * SIZES, np.int64)
-    if len(joined) > 1:
-        step = np.abs(joined[1:] - joined[:-1])
-        told = step >= 0
-        size = np.clip(np.frexp(np.where(told, step, 1.0))[1] - SMALLEST, 1, SIZES - 1)
-        size = np.where(step > 0, size, 0) + np.arange(fields) * SIZES
-        out = np.bincount(size[told], minlength=len(out))
-    return out.reshape(fields, SIZES)
+def count(step: Floats) -> Ints:
+    """(W, F, SIZES) by size, first those of 0, of steps (W, n, F) from row to row; NaN has none."""
+    windows, _, fields = step.shape
+    told = ~np.isnan(step)
+    size = np.clip(np.frexp(step)[1] - SMALLEST, 1, SIZES - 1)
+    size *= step != 0
+    place = size + SIZES * np.arange(windows * fields).reshape(windows, 1, fields)
+    found = place.ravel() if told.all() else place[told]
+    return np.bincount(found, minlength=windows * fields * SIZES).reshape(windows, fields, SIZES)
 
 
 def coarser(summary: Summary, site: Reference) -> Ints:
-    """(F,) how many times as coarse as at the site before values are told apart; 0 where not at least four times."""
+    """(W, F) how many times as coarse as at the site before values are told apart; 0 where not at least four times."""
     if site.site is None or site.site.steps is None:
-        return np.zeros(len(site.fields), np.int64)
+        return np.zeros(summary.missing.shape, np.int64)
     usual, now = site.site.steps, summary.steps
     finest = _finest(usual)
     size = np.arange(SIZES)
     fine = (size > 0) & (size < (finest + COARSER)[:, None])
     share = np.where(fine, usual, 0).sum(1) / np.maximum(usual.sum(1), 1)
-    expected = share * now.sum(1)
-    moved = now[:, 1:].sum(1)
+    expected = share * now.sum(-1)
+    moved = now[..., 1:].sum(-1)
     # A sensor that rests for long has few steps, but fine ones.
-    lost = (expected >= ENOUGH) & (moved >= SOME) & (np.where(fine, now, 0).sum(1) < KEPT * np.minimum(expected, moved))
-    left = _finest(now)
+    left = np.where(fine, now, 0).sum(-1)
+    lost = (expected >= ENOUGH) & (moved >= SOME) & (left < KEPT * np.minimum(expected, moved))
+    if not lost.any():
+        return np.zeros(lost.shape, np.int64)
+    finest_now = _finest(now)
+    of_these = np.take_along_axis(now, finest_now[..., None], -1)[..., 0]
     # One that moves faster has no fine steps either, but hardly repeats a value; a row that repeats as a whole is none.
-    repeats = now[:, 0] - summary.ticks.repeated >= REPEATS * now[np.arange(len(now)), left]
-    return np.where(lost & repeats, 2 ** np.maximum(left - finest, 0), 0)
+    repeats = now[..., 0] - summary.ticks.repeated >= REPEATS * of_these
+    return np.where(lost & repeats, 2 ** np.maximum(finest_now - finest, 0), 0)
 
 
 def _finest(steps: Ints) -> Ints:
-    moved = steps[:, 1:]
-    return np.asarray((np.cumsum(moved, axis=1) >= FINE * np.maximum(moved.sum(1, keepdims=True), 1)).argmax(1) + 1)
+    moved = steps[..., 1:]
+    enough = FINE * np.maximum(moved.sum(-1, keepdims=True), 1)
+    return np.asarray((np.cumsum(moved, axis=-1) >= enough).argmax(-1) + 1)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
-from agent.drift import codec, faults, joint, pace, statistics, ticks
-from agent.drift import steps as sizes_of_steps
+from agent.drift import codec, counting, joint, pace, statistics, ticks
 from agent.drift.codec import Floats, Ints
 from agent.drift.extremes import Extremes
-from agent.drift.faults import Tail
 from agent.drift.reference import BINS, Reference
+from agent.drift.runs import Tail
 from agent.drift.statistics import Found
-from agent.drift.sums import Sums, by_group
+from agent.drift.steps import SIZES
+from agent.drift.sums import Sums
 from agent.drift.ticks import Ticks
-
-SURE = 2.0**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +57,7 @@ class Summary:
             spikes=none,
             longest=none,
             extremes=Extremes.empty(count),
-            steps=np.zeros((count, sizes_of_steps.SIZES), np.int64),
+            steps=np.zeros((count, SIZES), np.int64),
             rows_of=Sums.zeros(1, count),
             classes=Sums.zeros(reference.classes, len(reference.origin)),
             output=np.zeros(reference.classes, np.int64),
@@ -80,24 +78,20 @@ class Summary:
 
     def add_rows(self, reference: Reference, rows: Floats, tail: Tail) -> tuple[Summary, Tail]:
         """With `rows` (n, F), physical units, NaN missing, that follow on from `tail`."""
-        joined = np.concatenate([tail.rows[-1:], rows])
-        longest, spikes, tail = faults.scan(rows, tail, reference.rest, reference.jump)
-        span = faults.WIDER * (reference.high - reference.low)
-        outside = ((rows < reference.low - span) | (rows > reference.high + span)).sum(0)
-        missing = np.isnan(rows).sum(0)
-        origin = reference.origin[: rows.shape[1]]
-        ordered, exact = _ordered(rows)
+        if not len(rows):
+            return self, tail
+        more, tail = counting.of_rows(reference, rows[None], tail)
         added = replace(
             self,
-            counts=self.counts + _histogram(ordered, reference.cuts_single if exact else reference.cuts, missing),
-            missing=self.missing + missing,
-            outside=self.outside + outside,
-            spikes=self.spikes + spikes,
-            longest=np.maximum(self.longest, longest),
-            extremes=self.extremes.merge(Extremes.of(ordered, len(rows) - missing)),
-            steps=self.steps + sizes_of_steps.count(joined, rows.shape[1]),
-            rows_of=self.rows_of.add(np.zeros(len(rows), np.int64), rows - origin),
-            ticks=self.ticks.with_repeated(ticks.repeated(joined, reference.rest)),
+            counts=self.counts + more.counts[0],
+            missing=self.missing + more.missing[0],
+            outside=self.outside + more.outside[0],
+            spikes=self.spikes + more.spikes[0],
+            longest=np.maximum(self.longest, more.longest[0]),
+            extremes=self.extremes.merge(more.extremes[0]),
+            steps=self.steps + more.steps[0],
+            rows_of=self.rows_of.add(np.zeros(len(rows), np.int64), rows - reference.origin[: rows.shape[1]]),
+            ticks=self.ticks.with_repeated(more.repeated),
         )
         return added, tail
 
@@ -117,26 +111,15 @@ class Summary:
         `classes` (w,) are the classes they are compared with, where these are others than named.
         """
         classes = named if classes is None else classes
-        scores, sure = self.scores, self.sure
-        if top is not None:
-            if len(reference.score_edges):
-                # One that is not known is neither sure nor in doubt.
-                told = top[~np.isnan(top)]
-                scores = scores + np.bincount(
-                    np.searchsorted(reference.score_edges, told, side="right"), minlength=BINS
-                )
-            whole = np.rint(reference.scaled(np.where(np.isfinite(top), top, 0.0)) * SURE)
-            count = len(self.output)
-            more = np.bincount(classes, minlength=count), np.bincount(classes, whole, count).astype(np.int64)
-            sure = sure + np.stack(more, axis=1)
+        more = counting.of_answers(reference, 1, found, named, top, classes)
         return replace(
             self,
             classes=self.classes.add(classes, found.values - reference.origin),
-            output=self.output + np.bincount(named, minlength=len(self.output)),
-            scores=scores,
-            pairs=self.pairs + _pairs(reference, found, classes),
-            sure=sure,
-            pace=self.pace + _pace(reference, found, classes),
+            output=self.output + more.output[0],
+            scores=self.scores + more.scores[0],
+            pairs=self.pairs + more.pairs[0],
+            sure=self.sure + more.sure[0],
+            pace=self.pace + more.pace[0],
         )
 
     def merge(self, other: Summary) -> Summary:
@@ -171,20 +154,62 @@ class Summary:
         return codec.from_bytes(data, cls)
 
 
-def stacked(summaries: Sequence[Summary]) -> Summary:
-    """W summaries under one reference as one whose arrays have W in front: to compute on all of them at once."""
+def stacked(summary: Summary) -> Summary:
+    """One as a stack of one: with W = 1 in front of the shapes of all its arrays."""
+    return _each(summary, lambda part: part[None])
 
-    def sums(name: str) -> Sums:
-        parts = [getattr(summary, name) for summary in summaries]
-        return Sums(*(np.stack([getattr(part, one.name) for part in parts]) for one in fields(Sums)))
 
-    members: dict[str, Any] = {name: np.stack([getattr(one, name) for one in summaries]) for name in _PLAIN}
+def at(stack: Summary, number: int) -> Summary:
+    """One of a stack."""
+    return _each(stack, lambda part: part[number])
+
+
+def whole(
+    reference: Reference, rows: Floats, spans: Ints, found: Found, named: Ints, top: Floats | None, classes: Ints
+) -> Summary:
+    """A stack of W drift windows: of `rows` (W, n, F), times between them `spans` (W, …) and model windows (W · w).
+
+    The same as that many summaries, begun empty, to which these were added.
+    """
+    windows, count = len(rows), reference.classes
+    of_rows, _ = counting.of_rows(reference, rows, Tail.empty(rows.shape[2]))
+    answers = counting.of_answers(reference, windows, found, named, top, classes)
+    values = found.values - reference.origin
+    place = np.repeat(np.arange(windows) * count, len(named) // windows) + classes
+    summed = Sums.zeros(windows * count, values.shape[1]).add(place, values)
+    shape = windows, count, values.shape[1]
     return Summary(
-        reference=summaries[0].reference,
-        rows_of=sums("rows_of"),
-        classes=sums("classes"),
-        extremes=Extremes(*(np.stack([getattr(s.extremes, n) for s in summaries]) for n in ("values", "rows"))),
-        **members,
+        reference=reference.digest,
+        counts=of_rows.counts,
+        missing=of_rows.missing,
+        outside=of_rows.outside,
+        spikes=of_rows.spikes,
+        longest=of_rows.longest,
+        extremes=of_rows.extremes,
+        steps=of_rows.steps,
+        rows_of=Sums.of(rows - reference.origin[: rows.shape[2]]),
+        classes=Sums(summed.n.reshape(shape), summed.total.reshape(shape), summed.squares.reshape(shape)),
+        output=answers.output,
+        scores=answers.scores,
+        pairs=answers.pairs,
+        sure=answers.sure,
+        ticks=Ticks().with_spans(spans, max(1, reference.window_rows - 1)).with_repeated(of_rows.repeated[:, None]),
+        pace=answers.pace,
+    )
+
+
+def _each(summary: Summary, change: Callable[[np.ndarray], np.ndarray]) -> Summary:
+    def parts(of: Any) -> list[np.ndarray]:
+        return [change(getattr(of, one.name)) for one in fields(of)]
+
+    plain = {name: change(getattr(summary, name)) for name in _PLAIN}
+    return Summary(
+        reference=summary.reference,
+        rows_of=Sums(*parts(summary.rows_of)),
+        classes=Sums(*parts(summary.classes)),
+        extremes=Extremes(*parts(summary.extremes)),
+        ticks=Ticks(*parts(summary.ticks)),
+        **plain,
     )
 
 
@@ -197,41 +222,3 @@ def of(reference: Reference, rows: Floats, starts: Ints, labels: Ints, top: Floa
     covered = rows[statistics.covered(starts, reference.window_rows, 0)]
     summary, _ = Summary.empty(reference).add_rows(reference, covered, Tail.empty(rows.shape[1]))
     return summary.add_windows(reference, found, labels, top)
-
-
-def _ordered(rows: Floats) -> tuple[np.ndarray, bool]:
-    """Each field's values (F, n) in ascending order, NaN last; and whether they are float32, which readings are.
-
-    Sorting the rows and looking up 33 cuts costs half of looking up every row; as float32, less.
-    """
-    single = rows.astype(np.float32)
-    exact = bool(((single == rows) | np.isnan(rows)).all())
-    return np.sort(single.T if exact else rows.T, axis=1), exact
-
-
-def _histogram(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
-    """(F, 34). A value on an inner edge belongs to the bin above it, one on a limit to the bin inside."""
-    under = np.zeros((len(ordered), BINS + 3), np.int64)
-    for at, column in enumerate(ordered):
-        under[at, 1:-1] = column.searchsorted(cuts[at])
-    under[:, -1] = ordered.shape[1] - missing
-    return under[:, 1:] - under[:, :-1]
-
-
-def _pace(reference: Reference, found: Found, classes: Ints) -> Ints:
-    out = np.zeros((reference.classes, 2 * found.pace.shape[1]), np.int64)
-    for group, some in by_group(classes, reference.classes) if out.shape[1] else ():
-        out[group] = pace.sums(found.pace[some])
-    return out
-
-
-def _pairs(reference: Reference, found: Found, classes: Ints) -> Ints:
-    out = np.zeros((reference.classes, joint.width(len(reference.fields), windowed=reference.windowed)), np.int64)
-    if reference.windowed:
-        for group, some in by_group(classes, reference.classes):
-            out[group] = joint.sums(found.z[some])
-        return out
-    whole = joint.in_steps((found.values - reference.class_mean[classes]) / reference.class_sd[classes])
-    for group, some in by_group(classes, reference.classes):
-        out[group] = joint.of_rows(whole[some])
-    return out

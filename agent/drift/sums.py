@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,16 +50,30 @@ class Sums:
         Each cell is summed strictly in row order, beginning with the sum so far, so the result has the same bits
         however the rows were cut into batches. A pairwise sum would not.
         """
-        n, both, width = self.n.copy(), np.concatenate([self.total, self.squares], axis=1), values.shape[1]
-        present = ~np.isnan(values)
-        whole = bool(present.all())
-        known = values if whole else np.where(present, values, 0.0)
-        rows = np.concatenate([known, known * known], axis=1)
-        for group, some in by_group(groups, len(n)):
-            part = rows[some]
-            n[group] += len(part) if whole else present[some].sum(0)
-            both[group] = _in_order(both[group], part)
-        return Sums(n, both[:, :width], both[:, width:])
+        count, width = self.total.shape
+        present, rows = _powers(values)
+        place = groups
+        if self.n.any():
+            rows = np.concatenate([np.concatenate([self.total, self.squares], axis=1), rows])
+            place = np.concatenate([np.arange(count), groups])
+        both = _in_order(place, rows, count)
+        n = np.bincount(groups, minlength=count)[:, None]
+        if present is not None:
+            n = _in_order(groups, present.astype(np.float64), count).astype(np.int64)
+        return Sums(self.n + n, both[:, :width], both[:, width:])
+
+    @classmethod
+    def of(cls, values: Floats) -> Sums:
+        """Of W times one group, (W, 1, D), with `values` (W, n, D): the same bits as `add` gives."""
+        present, rows = _powers(values)
+        # numpy adds whole rows one after another where they lie so in memory.
+        both = rows.sum(1, keepdims=True)
+        width = values.shape[2]
+        n = np.full((len(values), 1, width), values.shape[1]) if present is None else present.sum(1, keepdims=True)
+        return cls(n, both[..., :width], both[..., width:])
+
+    def __getitem__(self, at: int) -> Sums:
+        return Sums(self.n[at], self.total[at], self.squares[at])
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares)
@@ -71,26 +84,16 @@ class Sums:
         return Moments(self.n, mean, np.maximum(self.squares - shift * self.total, 0.0))
 
 
-def by_group(groups: Ints, count: int) -> Iterator[tuple[int, Ints | slice]]:
-    """Each of `count` groups that occurs in `groups` (m,), and where its rows are, in their order."""
-    if count == 1:
-        yield 0, slice(None)
-        return
-    order = np.argsort(groups, kind="stable")
-    ends = np.cumsum(np.bincount(groups, minlength=count))
-    begin = 0
-    for group, end in enumerate(ends.tolist()):
-        if end > begin:
-            yield group, order[begin:end]
-        begin = end
+def _powers(values: Floats) -> tuple[np.ndarray | None, Floats]:
+    """Where `values` (..., D) are known, None for everywhere; and (..., 2D) they and their squares, unknown ones 0."""
+    missing = np.isnan(values)
+    some = bool(missing.any())
+    known = np.where(missing, 0.0, values) if some else values
+    return ~missing if some else None, np.concatenate([known, known * known], axis=-1)
 
 
-def _in_order(before: Floats, values: Floats) -> Floats:
-    """(D,) `before` + the first of `values` (m, D) + the second …, for each column.
-
-    numpy adds whole rows one after another where they lie so in memory and there are at least two columns, which there
-    are; a column that lies in one piece it would add in pairs.
-    """
-    rows = np.empty((len(values) + 1, values.shape[1]))
-    rows[0], rows[1:] = before, values
-    return np.asarray(rows.sum(0))
+def _in_order(groups: Ints, rows: Floats, count: int) -> Floats:
+    """(count, D) sums of `rows` (m, D) in each of `groups` (m,), added one after another in the order they come."""
+    width = rows.shape[1]
+    place = (groups * width)[:, None] + np.arange(width)
+    return np.bincount(place.ravel(), rows.ravel(), count * width).reshape(count, width)

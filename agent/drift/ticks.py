@@ -28,43 +28,36 @@ class Ticks:
         return Ticks(self.steps + other.steps, self.total_us + other.total_us, self.repeated + other.repeated)
 
     def with_spans(self, spans_us: Ints, each: int) -> Ticks:
-        """With `spans_us` (m,) of `each` steps, whose mean counts."""
+        """With `spans_us` (..., m) of `each` steps, whose mean counts."""
         octave = np.frexp(spans_us / each)[1] - 1
         some = (octave >= 0) & (octave < OCTAVES) & (spans_us > 0)
-        told, octave = spans_us[some], octave[some]
-        steps = np.bincount(octave, minlength=OCTAVES) * each
-        total = np.zeros(OCTAVES, np.int64)
-        np.add.at(total, octave, told)
-        return Ticks(self.steps + steps, self.total_us + total, self.repeated)
+        windows = int(np.prod(spans_us.shape[:-1]))
+        place = (octave + OCTAVES * np.arange(windows).reshape(*spans_us.shape[:-1], 1))[some]
+        steps = np.bincount(place, minlength=windows * OCTAVES) * each
+        # Not by bincount, too: its sums are floats, which a year in µs is too much for.
+        total = np.zeros(windows * OCTAVES, np.int64)
+        np.add.at(total, place, spans_us[some])
+        shape = (*spans_us.shape[:-1], OCTAVES)
+        return Ticks(self.steps + steps.reshape(shape), self.total_us + total.reshape(shape), self.repeated)
 
-    def with_repeated(self, rows: int) -> Ticks:
+    def with_repeated(self, rows: Ints) -> Ticks:
+        """With as many `rows` (..., 1) that repeat the one before."""
         return Ticks(self.steps, self.total_us, self.repeated + rows)
 
-    def step_us(self) -> float:
-        """Mean of the usual steps; NaN where too few tell it."""
-        if self.steps.sum() < ENOUGH:
-            return float("nan")
-        middle = int(np.searchsorted(np.cumsum(self.steps), self.steps.sum() / 2))
-        near = slice(max(0, middle - 1), middle + 2)
-        return float(self.total_us[near].sum() / self.steps[near].sum())
+    def step_us(self) -> Floats:
+        """(...,) mean of the usual steps; NaN where too few tell it."""
+        count = self.steps.sum(-1, keepdims=True)
+        middle = (np.cumsum(self.steps, axis=-1) >= count / 2).argmax(-1)
+        near = np.abs(np.arange(OCTAVES) - middle[..., None]) <= 1
+        steps = np.where(near, self.steps, 0).sum(-1)
+        told = np.where(near, self.total_us, 0).sum(-1) / np.maximum(steps, 1)
+        return np.asarray(np.where(count[..., 0] >= ENOUGH, told, np.nan))
 
 
 def spans(t: Ints, starts: Ints, window_rows: int, before: int) -> Ints:
-    """From the first to the last row of each model window; for single rows from the row before, the first one from
+    """(m,) from the first to the last row of each model window; for single rows from the row before, the first one from
     `before` (0: there is none). `t` (n,) epoch µs."""
     if window_rows > 1:
         return np.asarray(t[starts + window_rows - 1] - t[starts])
     times = t[starts]
     return np.diff(times, prepend=before) if before else np.diff(times)
-
-
-def repeated(joined: Floats, rest: tuple[tuple[float, ...], ...]) -> int:
-    """Rows of `joined` (n, F) equal to the one before in all fields, unless all of them rest. A missing value equals
-    none."""
-    # Most rows differ in the first field already.
-    same = np.flatnonzero(joined[1:, 0] == joined[:-1, 0]) + 1
-    same = same[(joined[same] == joined[same - 1]).all(1)]
-    if not len(same):
-        return 0
-    resting = np.stack([np.isin(joined[same, i], values) for i, values in enumerate(rest)], axis=1)
-    return int((~resting.all(1)).sum())

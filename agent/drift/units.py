@@ -61,20 +61,30 @@ def candidates(unit: str) -> tuple[Unit, ...]:
     return named + tuple(one for one in DECIMAL if not any(0.9 < one.factor / factor < 1.1 for factor in known))
 
 
+def odd_spread(windows: Summary, reference: Reference, outside: Bools) -> tuple[Bools, Bools]:
+    """Which fields (W, F) of stacked summaries move far more than the reference, and which far less than it ever did.
+
+    Those `outside` its limits (W, F) are none of the latter.
+    """
+    _, sd = _told(windows, reference)
+    loud = sd > LARGER * reference.sd
+    calm = ~(outside | loud) & (sd < SMALLER * reference.sd)
+    if calm.any():
+        calm &= _spread_z(windows, reference) < CALM
+    return loud, calm & (sd > 0)
+
+
 def recognised(
-    summary: Summary, reference: Reference, outside: Bools, units: tuple[str, ...]
+    summary: Summary, reference: Reference, outside: Bools, calm: Bools, units: tuple[str, ...]
 ) -> tuple[Unit | None, ...]:
     """Of each field, where its readings do not fit the reference as they are but do in another unit.
 
-    `outside` (F,) says which lie outside its limits; the others must move far more or far less than the reference.
+    `outside` (F,) says which lie outside its limits, or move far more; `calm` (F,) which move far less.
     """
-    rows = summary.rows_of.moments(reference.origin[: len(reference.fields)])
-    mean, sd = rows.mean[0], np.sqrt(rows.m2[0] / np.maximum(rows.n[0], 1))
-    outside = outside | (sd > LARGER * reference.sd)
-    calm = ~outside & (sd < SMALLER * reference.sd)
-    if calm.any():
-        calm &= _spread_z(summary, reference) < CALM
     out: list[Unit | None] = [None] * len(outside)
+    if not (outside | calm).any():
+        return tuple(out)
+    mean, sd = _told(summary, reference)
     for field in np.flatnonzero((outside | calm) & (sd > 0)):
         span = np.array([summary.extremes.low[field], summary.extremes.high[field]])
         allowed = SPREADS if outside[field] else SPREADS_CALM
@@ -84,6 +94,12 @@ def recognised(
             if misfit < best and (one.factor < 1) <= (not outside[field] or bool(one.offset)):
                 out[field], best = one, misfit
     return tuple(out)
+
+
+def _told(summary: Summary, reference: Reference) -> tuple[Floats, Floats]:
+    """(..., F) mean and sd of rows."""
+    rows = summary.rows_of.moments(reference.origin[: len(reference.fields)])
+    return rows.mean[..., 0, :], np.sqrt(rows.m2 / np.maximum(rows.n, 1))[..., 0, :]
 
 
 def _misfit(one: Unit, mean: float, sd: float, span: Floats, reference: Reference, field: int) -> float:
@@ -100,4 +116,4 @@ def _spread_z(summary: Summary, reference: Reference) -> Floats:
     fields = len(reference.fields)
     found = summary.classes.moments(reference.origin)
     values, _ = statistics.tests(found, reference.class_mean, reference.class_sd, windowed=reference.windowed)
-    return np.asarray(((values - reference.test_mean[: 2 * fields]) / reference.test_sd[: 2 * fields])[fields:])
+    return np.asarray(((values - reference.test_mean[: 2 * fields]) / reference.test_sd[: 2 * fields])[..., fields:])

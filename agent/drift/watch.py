@@ -48,22 +48,36 @@ class Watch:
 
 @dataclass(frozen=True)
 class Tick:
-    """What a drift window says: its `fault` or "", the score `z` of its speed and the logarithm `speed`."""
+    """What a drift window says: its `fault` or "", the score `z` of its speed and the logarithm `speed`; and its mean
+    step, NaN for not known, and share of repeated rows."""
 
     fault: str
     z: float
     speed: float
+    step_us: float = math.nan
+    repeated: float = 0.0
 
 
-def after(before: Watch, window: Summary, tester: Tester | None, fields: Detectors, t: tuple[int, int]) -> Watch:
+def ticks(windows: Summary, middle: Ints, tester: Tester | None) -> list[Tick]:
+    """Of stacked windows in the `middle` of times (W,), epoch µs."""
+    steps, repeated = windows.ticks.step_us().tolist(), rate.repeated_share(windows).tolist()
+    usual = tester.extra.rate if tester else None
+    if tester is None or usual is None:
+        return [Tick("", math.nan, math.nan, *both) for both in zip(steps, repeated, strict=True)]
+    scores = (found.tolist() for found in usual.z(windows, middle, tester.site.drift_windows))
+    return [
+        Tick(rate.fault(step, share, usual), z, speed, step, share)
+        for step, share, z, speed in zip(steps, repeated, *scores, strict=True)
+    ]
+
+
+def after(before: Watch, tick: Tick, tester: Tester | None, fields: Detectors, t: tuple[int, int]) -> Watch:
     """After one more window at `t`; `fields` is what theirs had gathered before it.
 
     Its pace counts where no fault is open and no field drifts.
     """
-    usual = tester.extra.rate if tester else None
-    if tester is None or usual is None:
+    if tester is None or tester.extra.rate is None:
         return before
-    tick = Tick(rate.fault(window, usual), *usual.z(window, sum(t) // 2, tester.site.drift_windows))
     drifting = bool(open_fields(fields, len(tester.site.fields)).any())
     return ticked(before, tick, t[0], fields_drift=drifting, limit=tester.pace_limit)
 
@@ -95,7 +109,7 @@ def relearning(watch: Watch) -> Watch:
 
 
 def alerts(
-    before: Watch, now: Watch, window: Summary, tester: Tester | None, t: tuple[int, int], where: dict[str, Any]
+    before: Watch, now: Watch, tick: Tick, tester: Tester | None, t: tuple[int, int], where: dict[str, Any]
 ) -> list[Alert]:
     """Raised and cleared by a window at `t`, which is `where`."""
     usual = tester.extra.rate if tester else None
@@ -105,7 +119,7 @@ def alerts(
     if now.on != before.on and before.on:
         out.append(_cleared("fault", before, "come as they did in this site's reference", evidence))
     if now.on != before.on and now.on:
-        sentence, numbers = _fault(now, window, usual, t)
+        sentence, numbers = _fault(now, tick, usual, t)
         told = _alert("fault", "critical", now.raised[1], sentence, evidence | {"fault": now.on} | numbers)
         out.append(told)
     if now.drifting and not before.drifting:
@@ -122,21 +136,20 @@ def forgotten(watch: Watch, why: str, evidence: dict[str, Any]) -> list[Alert]:
     return [replace(_cleared(kind, watch, "", evidence), summary=f"{SUBJECT}: {why}.") for kind in kinds]
 
 
-def with_rate(numbers: dict[str, Any], now: Watch, window: Summary, tester: Tester | None) -> dict[str, Any]:
+def with_rate(numbers: dict[str, Any], now: Watch, tick: Tick, tester: Tester | None) -> dict[str, Any]:
     """The drift message's members with `rate`, and the state of all that follows."""
     usual = tester.extra.rate if tester else None
-    told = _told(now, window, usual, tester.pace_limit if tester and usual else None)
+    told = _told(now, tick, usual, tester.pace_limit if tester and usual else None)
     states = {numbers["state"], told["state"] if usual else numbers["state"]}
     return numbers | {"rate": told, "state": next(state for state in GRAVEST if state in states)}
 
 
-def _told(now: Watch, window: Summary, usual: Usual | None, limit: float | None) -> dict[str, Any]:
-    step = window.ticks.step_us()
+def _told(now: Watch, tick: Tick, usual: Usual | None, limit: float | None) -> dict[str, Any]:
     state = "fault" if now.seen or now.on else "drift" if now.drifting else "insufficient" if usual is None else "ok"
     return {
-        "step_us": None if math.isnan(step) else short(step),
+        "step_us": None if math.isnan(tick.step_us) else short(tick.step_us),
         "usual_us": short(usual.step_us) if usual and usual.step_us else None,
-        "repeated": round(rate.repeated_share(window), 4),
+        "repeated": round(tick.repeated, 4),
         "cusum": np.round(now.cusum.value[:, 0], 2).tolist(),
         "limit": None if limit is None else round(limit, 2),
         "state": state,
@@ -144,13 +157,12 @@ def _told(now: Watch, window: Summary, usual: Usual | None, limit: float | None)
     }
 
 
-def _fault(now: Watch, window: Summary, usual: Usual, t: tuple[int, int]) -> tuple[str, dict[str, Any]]:
-    share = rate.repeated_share(window)
+def _fault(now: Watch, tick: Tick, usual: Usual, t: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    step, share = tick.step_us, tick.repeated
     when = f"since {since(now.since, t[1])} UTC"
     if now.on == "repeated":
         what = f"{share:.0%} of rows repeat the row before in all fields, at most {usual.repeated:.0%} did, {when}"
         return f"{SUBJECT}: {what}: {CAUSES['repeated']}.", {"since": now.since, "share": short(share, 4)}
-    step = window.ticks.step_us()
     what = f"readings come every {amount_of_time(step)} instead of {amount_of_time(usual.step_us)} {when}"
     numbers = {"since": now.since, "step_us": short(step), "usual_us": short(usual.step_us)}
     return f"{SUBJECT}: {what}: {CAUSES['rate']}.", numbers

@@ -1,0 +1,131 @@
+"""What is counted of the rows and answers of W drift windows at once, each of as many rows and of as many answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from agent.drift import joint, runs, steps
+from agent.drift.codec import Floats, Ints
+from agent.drift.extremes import Extremes
+from agent.drift.reference import BINS, Reference
+from agent.drift.runs import Tail, Trace
+from agent.drift.statistics import Found
+
+SURE = 2.0**20
+WIDER = 0.5  # of the span of the reference, beyond which rows are far outside its limits
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """See `Summary`, whose members these are, with W in front."""
+
+    counts: Ints  # (W, F, 34)
+    missing: Ints  # (W, F)
+    outside: Ints
+    spikes: Ints
+    longest: Ints
+    extremes: Extremes
+    steps: Ints  # (W, F, 64)
+    repeated: Ints  # (W,)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """See `Summary`, whose members these are, with W in front."""
+
+    output: Ints  # (W, C)
+    scores: Ints  # (W, 32)
+    pairs: Ints  # (W, C, …)
+    sure: Ints  # (W, C, 2)
+    pace: Ints  # (W, C, …)
+
+
+def of_rows(reference: Reference, rows: Floats, tail: Tail) -> tuple[Rows, Tail]:
+    """Of `rows` (W, n, F), n > 0, in physical units, NaN missing; the first follow on from `tail`, where W is 1."""
+    trace = Trace.of(rows, tail.rows)
+    longest, run = runs.longest(trace, tail.run, reference.rest)
+    ordered, exact = _ordered(rows)
+    missing = np.isnan(ordered).sum(-1) if np.isnan(ordered[..., -1]).any() else np.zeros(ordered.shape[:2], np.int64)
+    extremes = Extremes.of(ordered, rows.shape[1] - missing)
+    counted = Rows(
+        counts=_histogram(ordered, reference.cuts_single if exact else reference.cuts, missing),
+        missing=missing,
+        outside=_outside(ordered, extremes, reference),
+        spikes=runs.lone_jumps(trace, reference.jump),
+        longest=longest,
+        extremes=extremes,
+        steps=steps.count(trace.into),
+        repeated=runs.repeated(trace, reference.rest),
+    )
+    return counted, Tail(trace.rows[-1, -2:].copy(), run[-1])
+
+
+def of_answers(
+    reference: Reference, windows: int, found: Found, named: Ints, top: Floats | None, classes: Ints
+) -> Answers:
+    """Of model windows, one drift window's after another's: see `Summary.add_windows`."""
+    count = reference.classes
+    of = np.repeat(np.arange(windows), len(named) // windows)
+    place = of * count + classes
+    scores, sure = np.zeros((windows, BINS), np.int64), np.zeros((windows, count, 2), np.int64)
+    if top is not None:
+        if len(reference.score_edges):
+            # One that is not known is neither sure nor in doubt.
+            told = ~np.isnan(top)
+            bins = np.searchsorted(reference.score_edges, top[told], side="right") + BINS * of[told]
+            scores = np.bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
+        whole = np.rint(reference.scaled(np.where(np.isfinite(top), top, 0.0)) * SURE)
+        size = windows * count
+        more = np.bincount(place, minlength=size), np.bincount(place, whole, size).astype(np.int64)
+        sure = np.stack(more, axis=1).reshape(windows, count, 2)
+    return Answers(
+        output=np.bincount(of * count + named, minlength=windows * count).reshape(windows, count),
+        scores=scores,
+        pairs=_pairs(reference, found, classes, place, windows),
+        sure=sure,
+        pace=joint.sums(found.pace, place, windows * count).reshape(windows, count, -1),
+    )
+
+
+def _ordered(rows: Floats) -> tuple[np.ndarray, bool]:
+    """Each field's values (W, F, n) in ascending order, NaN last; and whether they are float32, which readings are.
+
+    Sorting the rows and looking up 33 cuts costs half of looking up every row; as float32, less.
+    """
+    single = rows.astype(np.float32)
+    same = single == rows
+    exact = bool(same.all() or (same | np.isnan(rows)).all())
+    ordered = np.ascontiguousarray((single if exact else rows).transpose(0, 2, 1))
+    ordered.sort(axis=-1)
+    return ordered, exact
+
+
+def _histogram(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
+    """(W, F, 34). A value on an inner edge belongs to the bin above it, one on a limit to the bin inside."""
+    under = np.zeros((*ordered.shape[:2], BINS + 3), np.int64)
+    for window, columns in zip(under, ordered, strict=True):
+        for place, column, limits in zip(window, columns, cuts, strict=True):
+            place[1:-1] = column.searchsorted(limits)
+    under[..., -1] = ordered.shape[2] - missing
+    return under[..., 1:] - under[..., :-1]
+
+
+def _outside(ordered: np.ndarray, extremes: Extremes, reference: Reference) -> Ints:
+    span = WIDER * (reference.high - reference.low)
+    low, high = reference.low - span, reference.high + span
+    out = np.zeros(ordered.shape[:2], np.int64)
+    window, field = np.nonzero((extremes.low < low) | (extremes.high > high))
+    if len(window):
+        columns = ordered[window, field]
+        out[window, field] = ((columns < low[field][:, None]) | (columns > high[field][:, None])).sum(1)
+    return out
+
+
+def _pairs(reference: Reference, found: Found, classes: Ints, place: Ints, windows: int) -> Ints:
+    count = reference.classes
+    if reference.windowed:
+        return joint.sums(found.z, place, windows * count).reshape(windows, count, -1)
+    whole = joint.in_steps((found.values - reference.class_mean[classes]) / reference.class_sd[classes])
+    return joint.of_rows(whole, place, windows * count).reshape(windows, count, -1)
