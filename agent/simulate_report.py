@@ -40,7 +40,7 @@ class Outcome:
 
 
 def report(database: Path, plan: Plan) -> Outcome:
-    """Against the recordings' labels, of results from before the site's first fault."""
+    """Against what is labelled of the recordings, of results from before the site's first fault."""
     store = FleetStore(database, read_only=True)
     try:
         view = {row["device"]: row for row in store.progress()}
@@ -94,7 +94,7 @@ def _anomalies(store: FleetStore, plan: Plan, site: Site) -> list[float | None] 
 def _off(store: FleetStore, plan: Plan, recordings: Recordings, site: Site) -> Score:
     if plan.scenario.measured is None:
         return Score()
-    truth = plan.measured(recordings, site)
+    truth = plan.metered(recordings, site)
     known = np.array([(row, value) for row, value in store.values(site.device) if row < plan.clean(site)]).reshape(
         -1, 2
     )
