@@ -132,7 +132,7 @@ def _print(document: dict[str, Any]) -> None:
         click.echo(f"accuracy before anything went wrong, against the recordings' labels: {document['accuracy']:.3f}")
     if document["mae"] is not None:
         click.echo(
-            f"mean absolute error of what is labelled, before anything went wrong: {document['mae']:.1f} {document['unit']}"
+            f"mean absolute error before anything went wrong, against labels: {document['mae']:.1f} {document['unit']}"
         )
     _print_audit(document["audit"], document["seconds"])
 
