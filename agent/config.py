@@ -129,13 +129,25 @@ class Fault(Section, frozen=True):
     amount: float = 0.0
 
 
+class Scene(Section, frozen=True):
+    """From row `from_row` on, a replay plays recordings of which `column` says `value`."""
+
+    column: str
+    value: str
+    from_row: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+
 class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
+    """`skip` rows of recordings that have times; `scenes`, in the order of their rows, of such as have none."""
+
     file: str
     subject: int | None = None
     speed: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     seed: int = 0
     rows: int | None = None
     faults: list[Fault] = []
+    scenes: list[Scene] = []
+    skip: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 Source = SocketSource | FilesSource | HostSource | ReplaySource
@@ -312,6 +324,9 @@ def _check_stream(file: str, name: str, stream: Stream) -> None:
     if isinstance(stream.source, FilesSource | HostSource) and stream.source.every < _LEAST_EVERY_S:
         raise ConfigError(file, f"streams.{name}.source.every", f"must be at least {_LEAST_EVERY_S * 1000:g} ms")
     if isinstance(stream.source, ReplaySource):
+        begins = [scene.from_row for scene in stream.source.scenes]
+        if begins and (begins[0] != 1 or sorted(set(begins)) != begins):
+            raise ConfigError(file, f"streams.{name}.source.scenes", "from_row must be 1 of the first, and ascend")
         for fault in stream.source.faults:
             key = f"streams.{name}.source.faults"
             if fault.kind == "swap" and len(set(fault.fields)) != 2:

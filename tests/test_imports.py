@@ -1,6 +1,7 @@
 """The floors of the house: imports go down only, few rooms know certain libraries, and start-up loads little.
 
-cli → simulate → device | fleet → client | evaluation → link | model → drift | wire → config → clock | names → errors
+cli → simulate → scenario → device | fleet → client | evaluation → link | model → drift | wire → config → clock | names
+→ errors
 """
 
 from __future__ import annotations
@@ -35,10 +36,15 @@ FLOORS = {
     "evaluation": 5,
     "device": 6,
     "fleet": 6,
+    "scenario": 7,
     "simulate_link": 7,
-    "simulate": 8,
-    "cli": 9,
-    "__main__": 10,
+    "simulate_broker": 7,
+    "simulate_meter": 8,
+    "simulate_plan": 8,
+    "simulate_report": 9,
+    "simulate": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 # Library → the only modules that import it.
 ONLY = {

@@ -25,7 +25,8 @@ from agent.config import Fault, Field, FilesSource, HostSource, ReplaySource, St
 from agent.device.incoming.sources import files as files_module
 from agent.device.incoming.sources.files import Files
 from agent.device.incoming.sources.host import Host
-from agent.device.incoming.sources.replay import Playlist, Replay, load
+from agent.device.incoming.sources.playlist import Playlist, load
+from agent.device.incoming.sources.replay import Replay
 from agent.device.storage.quota import PAGE
 from agent.device.storage.rows import Rows
 from agent.device.storage.store import Store

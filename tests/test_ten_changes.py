@@ -9,11 +9,11 @@ import pytest
 from numpy.typing import NDArray
 
 from agent.config import Fault
-from agent.device.incoming.sources import replay
+from agent.device.incoming.sources import playlist, replay
 from agent.drift import Judge, Reference, State
 from agent.drift.alerts import Alert
 from agent.model import bundle, features, runtime, scores, shipped
-from agent.simulate import recordings_file
+from agent.scenario import SCENARIOS
 
 LEARN, AFTER = 40, 12  # drift windows
 ROWS, WINDOW = 100, 20
@@ -56,9 +56,9 @@ class Watch:
 
 @pytest.fixture(scope="module")
 def watch() -> Watch:
-    recordings = replay.load(recordings_file())
+    recordings = playlist.load(SCENARIOS["exercise"].file)
     parts, count = [], 0
-    for part in replay.Playlist(recordings, 8, 0).parts():
+    for part in playlist.Playlist(recordings, 8, 0).parts():
         n = part.n // ROWS * ROWS
         parts.append(recordings.rows[part.start : part.start + n])
         count += n

@@ -17,9 +17,18 @@ from agent.cli.output import emit, json_option, table
 from agent.errors import UsageError
 
 _DRAIN_S = 10.0
+_SHOWN, _ALERTS = 4, 8
 
 
-@click.command(epilog="Example: outstation demo --duration 30")
+@click.command(epilog="Example: outstation demo --scenario solar --duration 30")
+@click.option(
+    "--scenario",
+    "named",
+    default="exercise",
+    show_default=True,
+    type=click.Choice(["exercise", "solar", "machine"]),
+    help="What is replayed.",
+)
 @click.option("--devices", default=4, show_default=True, type=click.IntRange(1, 64), help="Simulated devices.")
 @click.option("--duration", default=60.0, show_default=True, type=click.FloatRange(15), help="Seconds to run, about.")
 @click.option(
@@ -28,19 +37,28 @@ _DRAIN_S = 10.0
 @click.option("--no-dashboard", is_flag=True, help="No live table, only the report at the end.")
 @click.option("--seed", default=0, show_default=True, help="Another order of recordings.")
 @json_option
-def demo(devices: int, duration: float, folder: Path | None, no_dashboard: bool, seed: int, as_json: bool) -> None:
-    """Broker, devices on real recordings and collector; drift on one device, a sensor fault on another.
+def demo(
+    named: str, devices: int, duration: float, folder: Path | None, no_dashboard: bool, seed: int, as_json: bool
+) -> None:
+    """Broker, devices on recordings and collector; something goes wrong at the first two devices.
 
-    Four people's shoulder exercises, recorded with a smartwatch, are replayed at speed. Each device first learns what
-    is normal at its site. Then the accelerometer of the first loses gain, and a gyroscope channel of the second
-    sticks. Exit 1 where the audit at the end fails.
+    Each device replays recordings at speed and first learns what is normal at its site. Exit 1 where the audit at the
+    end fails.
+
+    \b
+    exercise  four people's shoulder exercises (smartwatch, 50 Hz): the accelerometer of the first
+              loses gain, a gyroscope channel of the second sticks
+    solar     the weather over a photovoltaic system (15 minutes) and its power as labels, a day late:
+              dust settles on the first one's panels, the irradiance sensor of the second sticks
+    machine   the sound of motors, computed: a bearing of the first one fails, the microphone of the
+              second loses gain
     """
     began = time.monotonic()
     for number in (signal.SIGTERM, signal.SIGHUP):
         # Else the processes it started would run on.
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with _folder(folder) as home:
-        document = _run(home, devices, duration, seed, began, live=not (no_dashboard or as_json))
+        document = _run(home, named, devices, duration, seed, began, live=not (no_dashboard or as_json))
     emit(document, as_json, lambda: _print(document))
     if not document["audit"]["passed"]:
         sys.exit(1)
@@ -58,10 +76,12 @@ def _folder(given: Path | None) -> Iterator[Path]:
     yield given
 
 
-def _run(home: Path, devices: int, duration: float, seed: int, began: float, *, live: bool) -> dict[str, Any]:
-    from agent import simulate
+def _run(
+    home: Path, named: str, devices: int, duration: float, seed: int, began: float, *, live: bool
+) -> dict[str, Any]:
+    from agent import scenario, simulate, simulate_plan, simulate_report
 
-    plan = simulate.plan(devices, duration, seed)
+    plan = simulate_plan.plan(devices, duration, seed, scenario.named(named))
     with simulate.Simulation(home, plan) as fleet:
         fleet.start()
         views = fleet.watch(began + duration + _DRAIN_S / 2)
@@ -73,41 +93,73 @@ def _run(home: Path, devices: int, duration: float, seed: int, began: float, *, 
             for _ in views:
                 pass
         fleet.stop()
-        rows, report = fleet.report()
-    right, known = sum(row["right"] for row in rows), sum(row["labelled"] for row in rows)
-    for row in rows:
-        row["accuracy"] = round(row.pop("right") / max(1, row.pop("labelled")), 4)
+    found = simulate_report.report(fleet.database, plan)
+    measured = plan.scenario.measured
     return {
-        "devices": rows,
-        "accuracy": round(right / max(1, known), 4),
+        "scenario": named,
+        "devices": found.devices,
+        "accuracy": found.accuracy,
+        "mae": found.mae,
+        "unit": measured.unit if measured else None,
         "seconds": round(time.monotonic() - began, 1),
-        "audit": report.document(),
+        "audit": found.audit.document(),
     }
 
 
 def _print(document: dict[str, Any]) -> None:
-    names = ["device", "rows", "windows", "results", "verified", "accuracy"]
+    score, unit = ("mae", f" ({document['unit']})") if document["mae"] is not None else ("accuracy", "")
+    columns = ["device", "rows", "windows", "results", "verified"]
+    heads = ["device", "rows", "drift windows", "results", "verified"]
+    if document[score] is not None:
+        columns.append(score)
+        heads.append(f"{score}{unit}")
+    if score == "mae":
+        columns.append("labelled_mae")
+        heads.append("of the newest labels")
+    if any(device["anomalies"] for device in document["devices"]):
+        columns.append("anomalies")
+        heads.append("anomalies")
     listed = [
-        [d[name] for name in names] + [_subjects(d, "drift"), _subjects(d, "faults")] for d in document["devices"]
+        [_cell(d[name]) for name in columns] + [_subjects(d, "drift"), _subjects(d, "faults")]
+        for d in document["devices"]
     ]
-    table(
-        ["device", "rows", "drift windows", "results", "verified", "accuracy", "drift", "sensor fault"],
-        listed,
-        "No devices.",
-    )
+    table([*heads, "drift", "sensor fault"], listed, "No devices.")
     click.echo("")
     for device in document["devices"]:
-        for sentence in device["alerts"]:
-            click.echo(f"{device['device']}  {sentence}")
-    audit = document["audit"]
-    click.echo(f"\naccuracy before anything went wrong, against the recordings' labels: {document['accuracy']:.3f}")
+        _print_alerts(device["device"], device["alerts"])
+    click.echo("")
+    if document["accuracy"] is not None:
+        click.echo(f"accuracy before anything went wrong, against the recordings' labels: {document['accuracy']:.3f}")
+    if document["mae"] is not None:
+        click.echo(
+            f"mean absolute error before anything went wrong, against labels: {document['mae']:.1f} {document['unit']}"
+        )
+    _print_audit(document["audit"], document["seconds"])
+
+
+def _print_audit(audit: dict[str, Any], seconds: float) -> None:
     verdict = click.style("passed", fg="green") if audit["passed"] else click.style("FAILED", fg="red")
-    click.echo(
-        f"audit {verdict}: {audit['messages']} signed messages of {audit['devices']} devices; {document['seconds']:g} s"
-    )
+    click.echo(f"audit {verdict}: {audit['messages']} signed messages of {audit['devices']} devices; {seconds:g} s")
     for problem in audit["invalid"][:10]:
         click.echo(f"  {problem['device']} seq {problem['seq']}: {problem['reason']}")
 
 
+def _print_alerts(device: str, sentences: list[str]) -> None:
+    """The first few: a microphone that fails moves every band."""
+    for sentence in sentences[:_ALERTS]:
+        click.echo(f"{device}  {sentence}")
+    if len(sentences) > _ALERTS:
+        click.echo(f"{device}  … and {len(sentences) - _ALERTS} more; all with --json")
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return " → ".join("-" if share is None else f"{share:.1%}" for share in value)
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else value
+
+
 def _subjects(device: dict[str, Any], kind: str) -> str:
-    return ", ".join(device[kind]) or "-"
+    """The first few; of a spectrum all bands may be listed."""
+    names = device[kind]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more or "-"

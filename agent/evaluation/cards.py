@@ -17,6 +17,7 @@ from agent.evaluation.page import Markup, element
 from agent.evaluation.words import figure, interval, metric_name
 
 _MOST_ROWS = 60
+_MOST_FIELDS = 16
 _MARKDOWN = re.compile(r"([\\`*<>|#]|(?<=\])\()")
 
 
@@ -105,12 +106,13 @@ def _details(found: Evaluation, author: Author) -> Iterator[list[str]]:
     model, words = found.model, author.card
     unit = dict(zip(model.fields, model.units, strict=False))
     fields = [f"{name} ({unit[name]})" if unit.get(name) else name for name in model.fields]
+    if len(fields) > _MOST_FIELDS:
+        fields = [fields[0], "…", f"{fields[-1]}: {len(fields)}"]
     told = {
         "Kind": model.kind,
         "Version": model.version,
-        "Bundle": model.digest,
-        "Signature": model.signature,
-        "Size": f"{model.bytes:,} bytes",
+        # Not the bundle's own digest or signature: a card that is packed into the bundle changes both.
+        "Model": f"{model.bytes:,} bytes, {model.sha256}",
         "Input": f"{model.window[0]} rows, a window every {model.window[1]}" if model.window else "one row",
         "Fields": ", ".join(fields),
         "Labels": ", ".join(model.labels),
@@ -214,7 +216,7 @@ def _suspects(found: Evaluation) -> Table:
 
 
 def _made(found: Evaluation) -> str:
-    return f"By `outstation model evaluate` {found.agent} with {found.model.runtime} at {found.made}."
+    return f"By `outstation model evaluate` {found.agent} with {found.model.runtime} on {found.made[:10]}."
 
 
 def _plain(text: str) -> str:

@@ -19,7 +19,7 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """The bundle; `window` is (rows, step), `bytes` of the model."""
+    """The bundle; `window` is (rows, step), `bytes` and `sha256` of the model in it."""
 
     name: str
     version: str
@@ -34,6 +34,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     threshold: float | None
     temperature: float
     bytes: int
+    sha256: str
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):

@@ -264,6 +264,7 @@ def _model(bundle: Bundle, signature: str) -> document.Model:
         threshold=manifest.output.threshold,
         temperature=manifest.output.temperature,
         bytes=len(bundle.model),
+        sha256=manifest.files["model.tflite"],
     )
 
 

@@ -14,6 +14,7 @@ from agent.evaluation.examples import Examples, Rows, training
 
 _SAME = 0.01  # of the windows may hold rows seen elsewhere before it is a warning
 _GROUP_SAME = 0.05
+_GROUP_SAME_ROWS = 0.8  # where a window is one row: some are alike by chance
 _SHOWN = 5
 
 
@@ -52,7 +53,15 @@ def _duplicates(examples: Examples, window_rows: int, seen: Learned | None) -> F
     text = f"{int(hit.sum())} of {len(hit)} windows ({share:.1%}) hold rows that are in the training data, too"
     if share < _SAME:
         return _ok(check, f"{text}.")
+    if window_rows == 1 and share < _SAME + 2 * _repeated(theirs[telling]):
+        return _ok(check, f"{text}, about as many as repeat each other within the training data.")
     return _warned(check, f"{text}: the figures tell of data the model knows.")
+
+
+def _repeated(some: prints.Prints) -> float:
+    """Share of rows that come again in the same data: what chance gives."""
+    _, count = np.unique(some, return_counts=True)
+    return float(count[count > 1].sum()) / max(1, len(some))
 
 
 def _groups(examples: Examples, group: str | None, seen: Learned | None) -> Finding:
@@ -86,7 +95,11 @@ def _twice(examples: Examples, window_rows: int, group: str) -> Finding:
     shared[places] = (low < high)[at]
     hit = prints.in_windows(shared, examples.starts, window_rows)
     names = examples.columns[group]
-    guilty = [str(name) for name in np.unique(names) if hit[names == name].mean() >= _GROUP_SAME]
+    least = _GROUP_SAME if window_rows > 1 else _GROUP_SAME_ROWS
+    told = prints.in_windows(telling, examples.starts, window_rows)
+    guilty = [
+        str(name) for name in np.unique(names) if hit[names == name].sum() >= least * max(1, told[names == name].sum())
+    ]
     if not guilty:
         return _ok(check, f"No {group} shares rows with another ({hit.mean():.1%} of windows).")
     text = f"{group} {_listed(guilty)} share rows with another {group} ({hit.mean():.1%} of all windows)"

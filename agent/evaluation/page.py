@@ -22,7 +22,7 @@ h3{font-size:15px;margin:0 0 2px}
 p{margin:0 0 12px;max-width:72ch}
 .muted,.lead{color:var(--muted)}
 .lead{margin:-4px 0 12px}
-.grid{display:grid;gap:16px;align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr))}
+.grid{display:grid;gap:16px;align-items:start;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
 .grid.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,270px),1fr))}
 .card{border:1px solid var(--grid);border-radius:10px;padding:16px 18px;background:var(--paper);min-width:0}
 .card>svg{margin-top:8px}

@@ -9,11 +9,15 @@ from agent.model.features import Floats, Ints
 
 Prints = NDArray[np.uint64]
 _RUN = 8  # rows of a window that make one print: more would miss windows that were cut elsewhere
+_RARE = 0.05
 _ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
 def of_rows(rows: Floats, window_rows: int) -> tuple[Prints, NDArray[np.bool_]]:
-    """(prints (n - k + 1,) of k rows each, which of them tell something: a sensor at rest repeats itself)."""
+    """(prints (n - k + 1,) of k rows each, which of them tell something: a sensor at rest repeats itself).
+
+    So does the night, to a model of single rows: one tells something where chance would hardly make another.
+    """
     k = min(_RUN, window_rows)
     bits = (rows + np.float32(0)).view(np.uint32).astype(np.uint64)
     each = np.zeros(len(rows), np.uint64)
@@ -24,7 +28,7 @@ def of_rows(rows: Floats, window_rows: int) -> tuple[Prints, NDArray[np.bool_]]:
     for i in range(k):
         found = found * np.uint64(1_000_003) + each[i : i + count]
         still &= each[i : i + count] == each[:count]
-    return found, ~still if k > 1 else np.isfinite(rows).any(axis=1)
+    return found, ~still if k > 1 else np.isfinite(rows).any(axis=1) & (_by_chance(rows) < _RARE)
 
 
 def in_windows(where: NDArray[np.bool_], starts: Ints, window_rows: int) -> NDArray[np.bool_]:
@@ -32,6 +36,15 @@ def in_windows(where: NDArray[np.bool_], starts: Ints, window_rows: int) -> NDAr
     within = window_rows - min(_RUN, window_rows) + 1
     sums = np.concatenate([[0], np.cumsum(where)])
     return np.asarray(sums[starts + within] > sums[starts])
+
+
+def _by_chance(rows: Floats) -> NDArray[np.float64]:
+    """(n,) how many rows alike are to be expected, were fields independent."""
+    expected = np.full(len(rows), float(len(rows)))
+    for column in rows.T:
+        _, at, count = np.unique(column, return_inverse=True, return_counts=True)
+        expected *= count[at] / len(rows)
+    return expected
 
 
 def _mixed(words: Prints) -> Prints:

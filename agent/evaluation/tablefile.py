@@ -107,7 +107,7 @@ class ParquetFile:
 
 
 class Recordings:
-    """`.npz` as `data.read` takes it; arrays with an entry a recording, or a row, are further columns."""
+    """`.npz` as `data.read` takes it; arrays with an entry a recording, or a row, are further columns; NaN is empty."""
 
     def __init__(self, path: Path, spec: Input, texts: Sequence[str] = ()) -> None:
         """Raises UsageError."""
@@ -146,7 +146,8 @@ def _columns(path: Path, n: int) -> dict[str, Texts]:
                 if key == "label" and names is not None and array.dtype.kind in "iu":
                     array = names[array]
                 if len(array) in (len(starts) - 1, n):
-                    found[key] = (array if len(array) == n else array[which]).astype(np.str_)
+                    each = array if len(array) == n else array[which]
+                    found[key] = np.where(each == each, each.astype(np.str_), "")
             return found
     except data.UNREADABLE as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None

@@ -198,6 +198,18 @@ class FleetStore:
         """(row, label) of every labelled result of `device`."""
         return self._all("SELECT row, label FROM results WHERE device = ? AND label IS NOT NULL ORDER BY row", device)
 
+    def values(self, device: str) -> list[tuple[int, float]]:
+        """(row, value) of every result of `device` that is a number."""
+        return self._all("SELECT row, value FROM results WHERE device = ? AND value IS NOT NULL ORDER BY row", device)
+
+    def newest_metric(self, device: str, metric: str) -> float | None:
+        """Of all results that the device's newest `quality` message tells of; None where it tells none."""
+        sql = """
+            SELECT value FROM metrics WHERE device = ? AND metric = ? AND slice = '' AND source = 'device'
+            ORDER BY log, seq DESC LIMIT 1"""
+        found = self._all(sql, device, metric)
+        return found[0][0] if found else None
+
     def drift_windows(
         self, *, task: str | None = None, device: str | None = None, since: str | None = None
     ) -> Iterator[dict[str, Any]]:

@@ -139,7 +139,10 @@ def _arrays(path: Path) -> Iterator[Any]:
 
 
 def _recordings(path: Path, spec: Input) -> Data:
-    """`rows` (n, fields), `fields`; with `starts` and `rate` several recordings, between which there is a gap."""
+    """`rows` (n, fields), `fields`, and `t` (n,) epoch seconds or `rate`; between recordings, `starts`, there is a gap.
+
+    `label` is of each recording.
+    """
     with _arrays(path) as z:
         names = [str(name) for name in z["fields"]]
         wanted = _places(names, spec.fields)
@@ -150,6 +153,7 @@ def _recordings(path: Path, spec: Input) -> Data:
         rows: Floats = every[:, wanted]
         starts = z["starts"].astype(np.int64) if "starts" in z else np.array([0, len(rows)])
         rate = float(z["rate"]) if "rate" in z else 1.0
+        seconds = z["t"].astype(np.float64) if "t" in z else None
         label = z["label"].astype(np.int64) if "label" in z else None
     if not 1e-6 <= rate <= 1e6:
         raise ValueError(f"rate is {rate:g}; give rows per second")
@@ -158,6 +162,10 @@ def _recordings(path: Path, spec: Input) -> Data:
     if starts[0] != 0 or starts[-1] != len(rows) or (np.diff(starts) < 0).any():
         raise ValueError(f"starts must ascend from 0 to the number of rows, {len(rows)}")
     which = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    if seconds is not None and seconds.shape != (len(rows),):
+        raise ValueError(f"t has shape {seconds.shape}, there are {len(rows)} rows")
+    if seconds is not None:
+        return Data(rows, _times(seconds), None if label is None else label[which])
     pause_s = 10 + 10 * ((spec.window.max_gap_s or 0.0) if spec.window else 0.0)
     t = np.rint((np.arange(len(rows)) / rate + which * pause_s) * 1e6).astype(np.int64)
     return Data(rows, t, None if label is None else label[which])

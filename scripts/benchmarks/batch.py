@@ -10,10 +10,10 @@ import numpy as np
 from agent import clock
 from agent.cli import wiring
 from agent.device import batch
-from agent.device.incoming.sources import replay
+from agent.device.incoming.sources import playlist
 from agent.device.storage.rows import Rows
 from agent.model import features
-from agent.simulate import recordings_file
+from agent.scenario import SCENARIOS
 from agent.wire import keys
 from scripts.benchmarks import Result, benchmark, rates
 
@@ -44,7 +44,7 @@ def stored_readings_to_results() -> Result:
         task = wiring.load_task(file, conf, store, "exercise")
         author = wiring.author(file, conf, store)
         spec = task.bundle.manifest.input
-        rows = np.resize(replay.load(recordings_file()).rows, (WINDOWS * task.window_rows, len(spec.fields)))
+        rows = np.resize(playlist.load(SCENARIOS["exercise"].file).rows, (WINDOWS * task.window_rows, len(spec.fields)))
         ready = features.windows(rows, np.arange(WINDOWS, dtype=np.int64) * task.window_rows, spec)
 
         def fill() -> None:

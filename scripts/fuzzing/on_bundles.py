@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from agent import config
-from agent.device.incoming.sources import replay
+from agent.device.incoming.sources import playlist
 from agent.drift.judge import Judge
 from agent.drift.reference import Reference, draft
 from agent.drift.state import State
@@ -169,7 +169,7 @@ def replay_npz(content: bytes) -> None:
         file.write(content)
         file.flush()
         with contextlib.suppress(UsageError):
-            replay.load(Path(file.name))
+            playlist.load(Path(file.name))
 
 
 @target("data-csv", "data for a bundle are read or named", lambda: [b"t,x,y\n1,2,3\n2,,4\n", b"y,x\r\n1,2\r\n"])

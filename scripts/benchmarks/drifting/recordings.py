@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.device.incoming.sources import replay
-from agent.device.incoming.sources.replay import Playlist, Recordings
+from agent.device.incoming.sources.playlist import Part, Playlist, Recordings, load
 from agent.drift import Judge, Reference, State, Verdict
 from agent.drift.detectors import JOINT, OUTPUT, SCORE
 from agent.model import bundle, features, runtime, scores, shipped
-from agent.simulate import recordings_file
+from agent.scenario import SCENARIOS
 from scripts.benchmarks.drifting.counting import Flags, Row, raised
 
 PEOPLE = (8, 9, 10)
@@ -88,9 +87,7 @@ class Stream:
     t: NDArray[np.int64]
 
     @classmethod
-    def of(
-        cls, recordings: Recordings, parts: Iterator[replay.Part], windows: int, change: Change | None = None
-    ) -> Stream:
+    def of(cls, recordings: Recordings, parts: Iterator[Part], windows: int, change: Change | None = None) -> Stream:
         """The next so many drift windows; what is left of the last recording is dropped."""
         rows, t, count = [], [], 0
         every = 1 / recordings.rate / (1.0 if change is None else change.rate)
@@ -136,7 +133,7 @@ class Watch:
 def row(name: str, seeds: int = SEEDS, *, halves: bool = False, quiet: int = QUIET) -> Row:
     """Each of the PEOPLE is a site of their own, so many times; which field changes goes round."""
     watch, found = Watch(), Row(name)
-    everyone = replay.load(recordings_file())
+    everyone = load(SCENARIOS["exercise"].file)
     seen, unseen = (half(everyone, 0), half(everyone, 1)) if halves else (everyone, everyone)
     for seed in range(seeds):
         for person in PEOPLE:
@@ -150,7 +147,7 @@ def site(watch: Watch, found: Row, played: tuple[Recordings, Recordings], person
     learned, _ = watch.step(watch.judge.start(), learning)
     assert learned.site is not None, "it did not learn"
 
-    def after() -> Iterator[replay.Part]:
+    def after() -> Iterator[Part]:
         later = Playlist(unseen, person, seed if unseen is seen else seed + SEEDS).parts(len(learning.rows) + PART)
         next(later)  # begun
         return later

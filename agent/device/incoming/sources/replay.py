@@ -1,14 +1,14 @@
 """Recordings as a stream, at their own rate times `speed`: what a simulated device runs.
 
-Passes go over the recordings again and again, each pass in another order and each recording from another start, all
-from one seed: row N of a replay is always the same, so a restart goes on where the last commit was.
+Row N of a replay is always the same, so a restart goes on where the last commit was. Rows have the times of the file
+where it has any, however fast they come: drift windows and the time of day go by these, while schedules, what is kept
+for how long, and when a message was written go by the device's clock.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,94 +18,15 @@ from agent.clock import Now
 from agent.config import Fault, ReplaySource, Stream
 from agent.device.incoming.group import FULL_ROWS, Mark
 from agent.device.incoming.intake import Offer
+from agent.device.incoming.sources.playlist import Part, Playlist, load
 from agent.device.storage.rows import Raw, row_bytes
 from agent.device.storage.store import Store
 from agent.errors import UsageError
-from agent.model.data import UNREADABLE
 
 _TICK_S = 0.2
 _FULL_S = 1.0
-_PAUSE_S = 5.0
-_LONGEST_SKIP = 100
 _SPIKE_EVERY = 100
 _NOISE_ROWS = 1000
-
-
-@dataclass(frozen=True)
-class Recordings:
-    """`rows` (N, F) float32; recording r is rows `starts[r]` to `starts[r + 1]`, of `label[r]` and `subject[r]`."""
-
-    rows: NDArray[np.float32]
-    starts: NDArray[np.int64]
-    label: NDArray[np.int64]
-    labels: list[str]
-    subject: NDArray[np.int64]
-    fields: list[str]
-    rate: float
-
-
-def load(path: Path) -> Recordings:
-    """Recordings of an `.npz`. Raises UsageError."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as z:
-            scale = np.asarray(z["scale"], np.float32) if "scale" in z else np.float32(1)
-            return Recordings(
-                rows=z["rows"].astype(np.float32) * scale,
-                starts=z["starts"].astype(np.int64),
-                label=z["label"].astype(np.int64),
-                labels=[str(name) for name in z["labels"]],
-                subject=z["subject"].astype(np.int64),
-                fields=[str(name) for name in z["fields"]],
-                rate=float(z["rate"]),
-            )
-    except UNREADABLE as error:
-        raise UsageError(f"{path}: not readable as recordings: {error}") from None
-
-
-@dataclass(frozen=True)
-class Part:
-    """One recording of a pass: rows `first`… of the replay (from 1) are rows `start`… of the recordings."""
-
-    first: int
-    start: int
-    n: int
-    label: int
-    offset_s: float
-
-    @property
-    def last(self) -> int:
-        return self.first + self.n - 1
-
-
-@dataclass
-class Playlist:
-    """The order of recordings of a subject (None: of all), for ever, from one seed."""
-
-    recordings: Recordings
-    subject: int | None
-    seed: int
-    _chosen: NDArray[np.int64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        everyone = np.arange(len(self.recordings.label))
-        self._chosen = everyone if self.subject is None else everyone[self.recordings.subject == self.subject]
-        if not len(self._chosen):
-            raise UsageError(f"the recordings have no subject {self.subject}")
-
-    def parts(self, after: int = 0) -> Iterator[Part]:
-        """The parts that hold rows after row `after`."""
-        first, offset, turn = 1, 0.0, 0
-        while True:
-            rng = np.random.default_rng([self.seed, turn])
-            for r in rng.permutation(self._chosen):
-                begin, end = int(self.recordings.starts[r]), int(self.recordings.starts[r + 1])
-                start = begin + int(rng.integers(0, min(_LONGEST_SKIP, end - begin)))
-                part = Part(first, start, end - start, int(self.recordings.label[r]), offset)
-                if part.last > after:
-                    yield part
-                first = part.last + 1
-                offset += part.n / self.recordings.rate + _PAUSE_S
-            turn += 1
 
 
 class Replay:
@@ -121,7 +42,7 @@ class Replay:
             raise UsageError(
                 f"{source.file}: has no {', '.join(sorted(missing))}; it has {', '.join(recordings.fields)}"
             )
-        self._playlist = Playlist(recordings, source.subject, source.seed)
+        self._playlist = Playlist(recordings, source.subject, source.seed, source.scenes, source.skip)
         # What is offered at once goes into one transaction.
         self._most_rows = max(1, min(FULL_ROWS, store.quota.transaction // 4 // row_bytes(stream)))
         self._parts: Iterator[Part] = iter(())
@@ -129,7 +50,12 @@ class Replay:
         self._begin_us = self._first_time(start)
 
     def _first_time(self, start: Now) -> int:
-        """The time of row 1, the same after a restart. A replay of known length ends now rather than tomorrow."""
+        """The time of row 1, the same after a restart. A replay of known length ends now rather than tomorrow.
+
+        0 where rows have times of their own.
+        """
+        if self._playlist.recordings.t is not None:
+            return 0
         kept = self._store.mark(f"replay:{self._name}", "begin")
         if kept:
             return kept
@@ -177,8 +103,9 @@ class Replay:
     def _raw(self, part: Part, first: int, n: int) -> Raw:
         at = first - part.first
         rows = self._playlist.recordings.rows[part.start + at : part.start + at + n]
-        rate = self._playlist.recordings.rate
-        t = self._begin_us / 1e6 + part.offset_s + np.arange(at, at + n) / rate
+        own, rate = self._playlist.recordings.t, self._playlist.recordings.rate
+        since = np.arange(at, at + n) / rate if own is None else own[part.start + at : part.start + at + n]
+        t = self._begin_us / 1e6 + part.offset_s + since
         columns = {name: rows[:, i].astype(np.float64) for name, i in zip(self._names, self._fields, strict=True)}
         return Raw(n, t, injected(columns, self._source.faults, first))
 

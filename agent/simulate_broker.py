@@ -1,0 +1,56 @@
+"""The MQTT broker that a simulated fleet talks over: Mosquitto where it is installed, else the one from pip."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from agent.errors import UsageError
+
+
+def mosquitto(folder: Path) -> list[str] | None:
+    """The command that runs Mosquitto on the config that `fleet init` wrote in `folder`; None where there is none."""
+    binary = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if binary is None:
+        return None
+    conf = folder / "broker" / "mosquitto.conf"
+    if os.geteuid() == 0:
+        # Else Mosquitto becomes a user who cannot read a private folder.
+        conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
+    return [binary, "-c", str(conf)]
+
+
+def embedded(folder: Path, port: int) -> Any:
+    try:
+        from iotcore import Broker as Embedded
+    except ImportError:
+        raise UsageError(
+            "no MQTT broker on this machine: apt-get install mosquitto, or pip install 'outstation[demo]'"
+        ) from None
+    file = folder / "broker.toml"
+    file.write_text(_RUMQTTD.format(port=port), encoding="utf-8")
+    broker = Embedded(config_path=str(file))
+    broker.start()
+    return broker
+
+
+_RUMQTTD = """\
+id = 0
+[router]
+id = 0
+max_connections = 1000
+max_outgoing_packet_count = 200
+max_segment_size = 104857600
+max_segment_count = 10
+[v5.1]
+name = "v5"
+listen = "127.0.0.1:{port}"
+next_connection_delay_ms = 1
+[v5.1.connections]
+connection_timeout_ms = 60000
+max_payload_size = 1048576
+max_inflight_count = 500
+dynamic_filters = true
+"""

@@ -1,0 +1,74 @@
+"""A scenario on so many devices, and what was true at each of them, row by row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.device.incoming.sources.playlist import Playlist, Recordings, load
+from agent.scenario import SCENARIOS, Fate, Scenario
+
+_FASTEST_S = 6.0
+# Of the time a demo takes; the rest is for starting, learning to the end, and the audit.
+_PLAYING = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A simulated device: whose recordings it replays (None: of all), and what goes wrong there."""
+
+    device: str
+    subject: int | None
+    seed: int
+    fate: Fate
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the fleet does: `rows` per device at `speed` times the recordings' rate."""
+
+    scenario: Scenario
+    sites: tuple[Site, ...]
+    rows: int
+    speed: float
+
+    def clean(self, site: Site) -> int:
+        """The first row at which something is wrong there."""
+        return site.fate.begins(never=self.rows + 1)
+
+    def named(self, recordings: Recordings, site: Site) -> NDArray[np.str_]:
+        """(rows,) the label of each row of the replay."""
+        each = np.repeat(np.array(recordings.labels)[recordings.label], np.diff(recordings.starts))
+        return np.asarray(each[self._places(recordings, site)])
+
+    def measured(self, recordings: Recordings, site: Site) -> NDArray[np.float64]:
+        """(rows,) what was measured there at each row of the replay, with what it lost; NaN unknown."""
+        assert self.scenario.measured is not None
+        values = recordings.more[self.scenario.measured.column][self._places(recordings, site)].astype(np.float64)
+        loss = site.fate.loss
+        return values if loss is None else values * loss.left(np.arange(1, self.rows + 1))
+
+    def metered(self, recordings: Recordings, site: Site) -> NDArray[np.float64]:
+        """The same where it is worth a label; else NaN."""
+        assert self.scenario.measured is not None
+        shown = recordings.rows[self._places(recordings, site), recordings.fields.index(self.scenario.measured.field)]
+        return np.where(shown >= self.scenario.measured.least, self.measured(recordings, site), np.nan)
+
+    def _places(self, recordings: Recordings, site: Site) -> NDArray[np.int64]:
+        order = Playlist(recordings, site.subject, site.seed, site.fate.scenes, self.scenario.skip)
+        return order.places(self.rows)
+
+
+def plan(devices: int, duration_s: float, seed: int = 0, scenario: Scenario = SCENARIOS["exercise"]) -> Plan:
+    """The scenario on so many sites: something goes wrong at the first ones, the others stay as they are."""
+    recordings = load(scenario.file)
+    people = sorted({int(s) for s in recordings.subject})
+    subjects = people if recordings.t is None else [None]
+    sites = tuple(
+        Site(f"pi-{i + 1:02d}", subjects[i % len(subjects)], seed * 1000 + i, scenario.fate(i)) for i in range(devices)
+    )
+    return Plan(
+        scenario, sites, scenario.rows, scenario.rows / recordings.rate / max(_FASTEST_S, _PLAYING * duration_s)
+    )
