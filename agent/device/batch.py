@@ -67,7 +67,10 @@ class Task:
     def __post_init__(self) -> None:
         names = [f.name for f in self.stream.fields]
         self.columns = [names.index(name) for name in self.bundle.manifest.input.fields]
-        self.inference = Inference(self.bundle.manifest, self.model)
+        made, manifest = self.stream.made, self.bundle.manifest
+        if made is not None:
+            manifest = features.within(manifest, made.gap_s)
+        self.inference = Inference(manifest, self.model)
 
     @property
     def step(self) -> int:
@@ -118,7 +121,7 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
         return None
     if batch.lost:
         return _skip_lost(task, store, author, batch, now)
-    cut = features.cut(batch.rows.t, task.bundle.manifest.input.window)
+    cut = features.cut(batch.rows.t, task.inference.manifest.input.window)
     if cut.consumed == 0:
         if not _lost_follows(task, store, batch):
             return None

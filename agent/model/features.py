@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.model.manifest import Input, Windowing
+from agent.model.manifest import Input, Manifest, Windowing
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -44,6 +46,17 @@ def cut(t: Ints, window: Windowing | None) -> Cut:
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.repeat(begins, counts) + within * window.step
     return Cut(starts, int(begins[-1] + counts[-1] * window.step))
+
+
+def within(manifest: Manifest, gap_s: float) -> Manifest:
+    """The same, of which no window and no history reaches over a pause above `gap_s`."""
+    spec = manifest.input
+    gap_s = min(gap_s, spec.gap_s or math.inf)
+    if spec.window is not None:
+        spec = replace(spec, window=replace(spec.window, max_gap_s=gap_s))
+    elif spec.history:
+        spec = replace(spec, max_gap_s=gap_s)
+    return replace(manifest, input=spec)
 
 
 def matrix(columns: Sequence[NDArray[Any]]) -> Floats:

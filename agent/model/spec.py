@@ -11,8 +11,9 @@ import msgspec
 
 from agent import config
 from agent.errors import BadBundle, ConfigError
+from agent.media import Image, Sound
 from agent.model import manifest
-from agent.model.definition import Derived, Image, Sound
+from agent.model.definition import Derived
 from agent.model.manifest import Manifest
 
 
