@@ -80,9 +80,8 @@ def _print(document: dict[str, Any]) -> None:
     left = f", full in about {room['hours']:g} h at this pace" if room["hours"] is not None else ""
     click.echo(f"store {room['bytes'] / 2**20:.1f} of {room['max'] / 2**20:.0f} MiB{left}")
     files = f", {document['failed_files']} files failed" if document["failed_files"] else ""
-    click.echo(
-        f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {document['rejected']} lines rejected{files}\n"
-    )
+    refused = f"{document['rejected']} lines rejected{files}"
+    click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {refused}\n")
     if shown := _condition(document["condition"]):
         click.echo(f"{shown}\n")
     status_task.show(document["tasks"])

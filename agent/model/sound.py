@@ -36,7 +36,7 @@ class Wav:
         self._path, self._open = path, contextlib.ExitStack()
         try:
             raw = self._open.enter_context(path.open("rb"))
-            self._file = self._open.enter_context(wave.open(raw))
+            self._file = self._open.enter_context(wave.open(raw))  # noqa: SIM115
             self._width, self._channels = self._file.getsampwidth(), self._file.getnchannels()
             self.count, found = self._file.getnframes(), self._file.getframerate()
             there = (os.fstat(raw.fileno()).st_size - raw.tell()) // (self._width * self._channels)

@@ -103,7 +103,7 @@ class Reader:
         if shape is None:
             raise Rejected(f"unknown stream {named.stream[:40]!r}{suggestion(named.stream, self._shapes)}")
         if shape.stream.made is not None:
-            raise Rejected(f"stream {shape.name!r} takes the files of its folder only, which each are whole; put it there")
+            raise Rejected(f"stream {shape.name!r} takes whole files only; put them into its folder")
         by_columns = bool(bytes(named.columns))
         self._guess = None if by_columns else shape
         try:

@@ -12,7 +12,7 @@ _TAIL = 1 << 16
 
 
 def done(path: Path, folder: Path, name: str, rows: tuple[int, int] | None, *, again: bool) -> None:
-    """Move `path` to `done/NAME`. `rows`: first and last in the stream; `again`: a crash may have noted them already."""
+    """Move `path` to `done/NAME`. `rows`: first and last in the stream; `again`: a crash may have left the note."""
     target = _free(folder / "done" / name)
     if rows is not None:
         _note(folder / "done" / _NOTES, target.name, rows, again=again)
