@@ -78,23 +78,32 @@ def windows(columns: Floats, starts: Ints, spec: Input) -> Floats:
         std = np.asarray(spec.std or 1.0, np.float32)
         with np.errstate(over="ignore"):
             cut_out = (cut_out - mean) / std
-    return np.nan_to_num(cut_out, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    return cut_out if _is_finite(cut_out) else np.nan_to_num(cut_out, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def raw(columns: Floats, starts: Ints, spec: Input) -> Floats:
-    """What `windows` scales, in physical units."""
+    """What `windows` scales, in physical units; of windows side by side no copy is made."""
+    if len(starts) and (np.diff(starts) == spec.rows).all():
+        part = columns[starts[0] : starts[-1] + spec.rows]
+        return part if spec.window is None else part.reshape(len(starts), spec.rows, -1)
     taken: Floats = columns[starts if spec.window is None else starts[:, None] + np.arange(spec.window.rows)]
     return taken
 
 
 def missing(columns: Floats, starts: Ints, spec: Input) -> Floats:
     """The share (w,) of values of each window that are missing."""
-    gone = ~np.isfinite(columns)
-    if not gone.any():
+    if _is_finite(columns):
         return np.zeros(len(starts), np.float32)
+    gone = ~np.isfinite(columns)
     rows = np.concatenate([[0], np.cumsum(gone.sum(axis=1))])
     share = (rows[starts + spec.rows] - rows[starts]) / (spec.rows * columns.shape[1])
     return np.asarray(share, np.float32)
+
+
+def _is_finite(values: Floats) -> bool:
+    """Whether surely all are: a sum is the cheapest way to see it, and that of large values may say no for nothing."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(values.sum())
 
 
 def _by_own_spread(windows: Floats) -> Floats:

@@ -32,21 +32,27 @@ def rows(path: Path, spec: Image) -> Floats:
     # Its own limits would be a warning below ours.
     pillow.MAX_IMAGE_PIXELS = None
     try:
-        if (size := path.stat().st_size) > _MOST_BYTES:
-            raise UsageError(f"{path}: {size:,} bytes, {_MOST_BYTES:,} at most; make it smaller")
+        if (length := path.stat().st_size) > _MOST_BYTES:
+            raise UsageError(f"{path}: {length:,} bytes, {_MOST_BYTES:,} at most; make it smaller")
         with pillow.open(path, formats=("JPEG", "PNG")) as found:
             if found.width * found.height > _MOST_PIXELS:
                 raise UsageError(
                     f"{path}: {found.width} x {found.height} pixels, {_MOST_PIXELS:,} at most; make it smaller"
                 )
-            turned = ImageOps.exif_transpose(found).convert("RGB" if spec.channels == 3 else "L")
-            pixels = np.asarray(turned.resize((spec.width, spec.height), pillow.Resampling.BILINEAR), np.float32)
+            mode, size = "RGB" if spec.channels == 3 else "L", (spec.width, spec.height)
+            # Each step would copy what is as it should be, too.
+            ImageOps.exif_transpose(found, in_place=True)
+            image: pillow.Image = found if found.mode == mode else found.convert(mode)
+            pixels = np.asarray(
+                image if image.size == size else image.resize(size, pillow.Resampling.BILINEAR), np.float32
+            )
     except pillow.UnidentifiedImageError:
         raise UsageError(f"{path}: no JPEG or PNG image; take it away, or give it as one of these") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise UsageError(f"{path}: an image that cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    scaled: Floats = pixels.reshape(spec.height, -1) * np.float32(spec.scale) + np.float32(spec.offset)
-    return scaled
+    pixels *= np.float32(spec.scale)
+    pixels += np.float32(spec.offset)
+    return pixels.reshape(spec.height, -1)
 
 
 def are_readable() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def files(path: Path, spec: Input) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UsageError(f"{path}: cannot be read: No such file or directory")
-    found = sorted(one for one in path.rglob("*") if one.is_file() and one.suffix.lower() in suffixes)
+    named = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+    found = sorted(one for one in named if one.suffix.lower() in suffixes and one.is_file())
     if not found:
         raise UsageError(f"{path}: no file in it ends with {' or '.join(suffixes)}")
     return found
@@ -42,12 +44,19 @@ def read(given: Sequence[Path], spec: Input) -> tuple[list[Floats], Ints]:
     assert made is not None
     parts = [file_rows(path, made) for path in given]
     pause_s = _PAUSE_S * (1 + (spec.gap_s or 0.0))
-    row_s = 0.0 if isinstance(made, Image) else made.row_s
-    times, at = [], 0.0
+    times, at_us = [np.zeros(0, np.int64)], 0
     for part in parts:
-        times.append(at + np.arange(len(part)) * row_s)
-        at += 1.0 if isinstance(made, Image) else len(part) * row_s + pause_s
-    return parts, np.rint(np.concatenate([*times, np.zeros(0)]) * 1e6).astype(np.int64)
+        times.append(at_us + times_us(len(part), made))
+        last_us = 1e6 if isinstance(made, Image) else (len(part) * made.row_s + pause_s) * 1e6
+        at_us += round(last_us)
+    return parts, np.concatenate(times)
+
+
+def times_us(n: int, made: Made) -> Ints:
+    """Of the rows of one file, from its start."""
+    if isinstance(made, Image):
+        return np.zeros(n, np.int64)
+    return np.rint(np.arange(n) * (made.row_s * 1e6)).astype(np.int64)
 
 
 def file_rows(path: Path, made: Made) -> Floats:
