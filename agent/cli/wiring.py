@@ -139,7 +139,7 @@ def load_task(
         ended=ended,
         choice=active.choice,
         running=partial(running, active.bundle),
-        suspected=store is not None and store.state(name, overrides.CRASHES) is not None,
+        suspected=store is not None and quarantine.is_suspected(store, name, active.bundle.digest),
     )
 
 

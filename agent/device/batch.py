@@ -44,7 +44,7 @@ _MOST_SECONDS = 5.0
 class Task:
     """A task with its model loaded. `drift` is the committed state of its judge, `ended` what is to be said first.
 
-    `running` surrounds each run of the model; `suspected`, the agent ended during the last one.
+    `running` surrounds each run of the model; `suspected`, the agent ended during its last one.
     """
 
     name: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift.quality import Pairs, rounded
 from agent.errors import BadBundle, UsageError
@@ -12,9 +13,10 @@ from agent.evaluation import answers, metrics
 from agent.evaluation.document import Against, Span
 from agent.evaluation.examples import Examples, answered
 from agent.evaluation.resampling import Units, share, span
-from agent.model import inference, probe
+from agent.model import inference, manifest, probe, runtime
 from agent.model.bundle import Bundle
 from agent.model.inference import Answers, Inference
+from agent.model.manifest import Manifest
 
 
 def measure(file: Path, bundle: Bundle, examples: Examples, own: Answers, pairs: Pairs, units: Units) -> Against:
@@ -23,10 +25,11 @@ def measure(file: Path, bundle: Bundle, examples: Examples, own: Answers, pairs:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(f"--float {file}: cannot be read: {error.strerror}") from None
-    head = bundle.files["manifest.json"]
     try:
-        probe.probe(Bundle(bundle.manifest, "", {"manifest.json": head, "model.tflite": content}, "")).require()
-        float_model = Inference(bundle.manifest, inference.load(bundle.manifest, content))
+        meant = _of_same_output(bundle, content)
+        files = {"manifest.json": manifest.encode(meant), "model.tflite": content}
+        probe.probe(Bundle(meant, "", files, "")).require()
+        float_model = Inference(meant, inference.load(meant, content))
     except BadBundle as problem:
         raise BadBundle(f"--float {file}: {problem}") from None
     theirs = answered(float_model, examples.source, examples.starts)
@@ -45,6 +48,15 @@ def measure(file: Path, bundle: Bundle, examples: Examples, own: Answers, pairs:
         value=share(figures, len(examples), units) if kind == "classify" else span(figures),
         change=span(metrics.main(kind, pairs, units) - figures),
     )
+
+
+def _of_same_output(bundle: Bundle, content: bytes) -> Manifest:
+    """The manifest for the other model, whose outputs a converter may have named otherwise. Raises BadBundle."""
+    wanted = bundle.manifest.output.tensor
+    if not isinstance(wanted, str) or wanted in [one.name for one in probe.look(content).outputs]:
+        return bundle.manifest
+    own = [one.name for one in runtime.tensors(bundle.model)[1]]
+    return replace(bundle.manifest, output=replace(bundle.manifest.output, tensor=own.index(wanted)))
 
 
 def _agreement(own: Answers, theirs: Answers, units: Units) -> Span | None:
