@@ -115,8 +115,17 @@ class Plain:
         self.ready: list[NDArray[Any]] = []
 
     def run(self) -> int:
-        """Read, quantize, invoke, keep what comes out."""
-        return len([self.invoke(self.quantized(row)) for row in self.rows()])
+        """Read, quantize, invoke, and the answer of each row."""
+        return len([self.answer(row) for row in self.rows()])
+
+    def answer(self, row: Floats) -> tuple[int, float]:
+        """Label and score; of an autoencoder whether it is one, and the error of what it gives back."""
+        out = self.values(self.invoke(self.quantized(row)))
+        if self._case.inference.manifest.kind == "anomaly":
+            error = float(np.square(out.astype(np.float64) - row.reshape(-1)).mean())
+            return int(error > 1.0), error
+        label = int(out.argmax())
+        return label, float(out[label])
 
     def bare(self) -> int:
         """Invoke only."""
