@@ -24,6 +24,8 @@ _DURATIONS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _QUANTITY = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)\s*")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _LEAST_STORE = 2**20
+# That a person lists; those of images and sounds follow from the source.
+MOST_FIELDS = 256
 _LEAST_EVERY_S = 0.01
 _LONGEST_KEEP_S = 3650 * 86_400.0
 
@@ -153,7 +155,7 @@ Source = SocketSource | FilesSource | HostSource | ReplaySource
 class Stream(Section, frozen=True):
     """After `load` a stream of images or sounds has the fields that follow from them."""
 
-    fields: Annotated[list[Field], msgspec.Meta(min_length=1, max_length=256)] = []
+    fields: Annotated[list[Field], msgspec.Meta(min_length=1, max_length=MOST_FIELDS)] = []
     source: Source = msgspec.field(default_factory=SocketSource)
 
     @property

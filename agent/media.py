@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,6 +17,10 @@ class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     channels: Literal[1, 3] = 3
     scale: float = 1 / 255
     offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and math.isfinite(self.offset)):
+            raise ValueError(f"image: scale {self.scale:g} and offset {self.offset:g} must be finite")
 
     @property
     def columns(self) -> list[str]:

@@ -155,7 +155,9 @@ def test_what_was_chosen_before_is_not_tried_again() -> None:
     assert probe.probe(around(model("classify_int8")), [made(model="other"), made()]).choice == made()
 
 
-@pytest.mark.parametrize("changes", [{"model": "sha256:0"}, {"runtime": "other 1.0"}, {"machine": "other"}, {"output": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"model": "sha256:0"}, {"runtime": "other 1.0"}, {"machine": "other"}, {"output": 1}]
+)
 def test_another_model_output_runtime_or_machine_is_tried_anew(changes: dict[str, str]) -> None:
     found = probe.probe(around(model("classify_int8")), [made(**changes)]).choice
     assert found is not None

@@ -35,9 +35,7 @@ class Choice(msgspec.Struct, frozen=True):
         return f"{rows} on {threads}, {self.rows_per_s:,.0f} rows/s"
 
 
-def remembered(
-    known: Sequence[Choice], content: bytes, runtime: str, output: str | int | None = None
-) -> Choice | None:
+def remembered(known: Sequence[Choice], content: bytes, runtime: str, output: str | int | None = None) -> Choice | None:
     """The choice that was made for this model and `output` on this runtime and machine, where one is `known`."""
     wanted = (digest(content), output, runtime, machine())
     return next((one for one in known if (one.model, one.output, one.runtime, one.machine) == wanted), None)

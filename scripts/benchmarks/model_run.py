@@ -148,7 +148,8 @@ class Plain:
     def quantized(self, row: Floats) -> NDArray[Any]:
         (scale, zero), limits = self._into["quantization"], np.iinfo(self._into["dtype"])
         whole = np.rint(row.reshape(self._into["shape"]) / np.float32(scale)) + zero
-        return np.clip(whole, limits.min, limits.max).astype(self._into["dtype"])
+        found: NDArray[Any] = np.clip(whole, limits.min, limits.max).astype(self._into["dtype"])
+        return found
 
     def invoke(self, row: NDArray[Any]) -> NDArray[Any]:
         self._interpreter.set_tensor(self._into["index"], row)

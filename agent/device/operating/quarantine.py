@@ -3,8 +3,8 @@
 Rules:
 - a start that finds the `marker` set counts one crash of that bundle for that task; a hang that the watchdog ended
   leaves the same mark
-- a batch of that bundle that is committed in between begins the count anew: a healthy model that happens to be killed while it
-  runs, as by `kill -9`, has proved itself long before it could happen again
+- a batch of that bundle that is committed in between begins the count anew: a healthy model that happens to be killed
+  while it runs, as by `kill -9`, has proved itself long before it could happen again
 - the second crash sets the bundle aside for the task: one that ran before and is kept here runs instead, else none,
   and the readings wait
 - an operator's `rollback` to it, or another configured bundle, ends that
