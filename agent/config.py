@@ -14,6 +14,7 @@ import msgspec
 
 from agent import toml
 from agent.errors import ConfigError
+from agent.media import Image, Made, Sound
 from agent.names import is_name
 from agent.toml import suggestion
 
@@ -23,6 +24,8 @@ _DURATIONS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _QUANTITY = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)\s*")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _LEAST_STORE = 2**20
+# That a person lists; those of images and sounds follow from the source.
+MOST_FIELDS = 256
 _LEAST_EVERY_S = 0.01
 _LONGEST_KEEP_S = 3650 * 86_400.0
 
@@ -108,8 +111,16 @@ class SocketSource(Section, frozen=True, tag_field="kind", tag="socket"):
 
 
 class FilesSource(Section, frozen=True, tag_field="kind", tag="files"):
+    """Tables of the stream's fields; or images, or sounds, which its fields follow from."""
+
     folder: str
     every: Duration = Duration(2.0)
+    image: Image | None = None
+    sound: Sound | None = None
+
+    @property
+    def made(self) -> Made | None:
+        return self.image or self.sound
 
 
 class HostSource(Section, frozen=True, tag_field="kind", tag="host"):
@@ -154,8 +165,15 @@ Source = SocketSource | FilesSource | HostSource | ReplaySource
 
 
 class Stream(Section, frozen=True):
-    fields: Annotated[list[Field], msgspec.Meta(min_length=1, max_length=256)]
+    """After `load` a stream of images or sounds has the fields that follow from them."""
+
+    fields: Annotated[list[Field], msgspec.Meta(min_length=1, max_length=MOST_FIELDS)] = []
     source: Source = msgspec.field(default_factory=SocketSource)
+
+    @property
+    def made(self) -> Made | None:
+        """What its rows are made of, where that is images or sounds."""
+        return self.source.made if isinstance(self.source, FilesSource) else None
 
 
 class Below(Section, frozen=True):
@@ -218,6 +236,9 @@ def load(path: Path) -> Config:
     check_name(file, "device.fleet", config.device.fleet)
     check_broker(file, config.broker)
     _check_device(file, config)
+    config = msgspec.structs.replace(
+        config, streams={name: _with_fields(file, name, stream) for name, stream in config.streams.items()}
+    )
     for name, stream in config.streams.items():
         _check_stream(file, name, stream)
     for name, task in config.tasks.items():
@@ -297,6 +318,20 @@ def _check_device(file: str, config: Config) -> None:
     for key in ("keep_readings", "keep_messages", "keep_results"):
         if not 0.0 <= getattr(config.buffer, key) <= _LONGEST_KEEP_S:
             raise ConfigError(file, f"buffer.{key}", "must be between 0 s and 3650 d")
+
+
+def _with_fields(file: str, name: str, stream: Stream) -> Stream:
+    """A stream whose rows are made of files has the fields that follow from that. Raises ConfigError."""
+    source, key = stream.source, f"streams.{name}"
+    if isinstance(source, FilesSource) and source.image is not None and source.sound is not None:
+        raise ConfigError(file, f"{key}.source", "image and sound: rows are made of one of them; remove the other")
+    if stream.made is None:
+        if not stream.fields:
+            raise ConfigError(file, f"{key}.fields", "this key is required; add it")
+        return stream
+    if stream.fields:
+        raise ConfigError(file, f"{key}.fields", "follow from the source's image or sound; remove them")
+    return msgspec.structs.replace(stream, fields=[Field(name=column) for column in stream.made.columns])
 
 
 def _check_stream(file: str, name: str, stream: Stream) -> None:

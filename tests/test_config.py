@@ -54,6 +54,8 @@ schedule = "every 60 s"      # "every …", a cron expression, or "when 500 rows
 publish = "all"              # all | changes | summary, or {{ below = 0.6 }}
 """
 DEVICE = '[device]\nid = "pi-07"\nfleet = "acme"\n'
+MADE = "[streams.a]\nsource = {{ kind = 'files', folder = 'in', {} }}\n"
+SOUND = "{ rate = 16000, window = 1024, hop = 512, mels = 8 }"
 STREAM = '[streams.watch]\nfields = [{ name = "ax" }]\n'
 TASK = '[tasks.exercise]\nstream = "watch"\nbundle = "exercise"\n'
 
@@ -211,6 +213,16 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
         ("[streams]\nwatch = 3", "streams.watch", "expected `table`, got `int`"),
         ("[streams.watch]\nsource = { kind = 'socket' }", "streams.watch.fields", "this key is required; add it"),
         ("[streams.watch]\nfields = []", "streams.watch.fields", "expected `list` of length >= 1"),
+        (MADE.format("image = { width = 9, height = 9 }, sound = " + SOUND), "streams.a.source", "made of one of them"),
+        (
+            MADE.format("image = { width = 9, height = 9 }") + "fields = [{ name = 'x' }]",
+            "streams.a.fields",
+            "follow from the source's image or sound; remove them",
+        ),
+        (MADE.format("image = { width = 9, height = 9, scale = nan }"), "streams.a.source.image", "must be finite"),
+        (MADE.format("image = { width = 9 }"), "streams.a.source.image.height", "this key is required; add it"),
+        (MADE.format("image = { width = 9, hieght = 9 }"), "streams.a.source.image.hieght", "did you mean 'height'?"),
+        (MADE.format("sound = " + SOUND.replace("8 }", "8, low = 9000 }")), "streams.a.source.sound", "within half"),
         ("[streams.watch]\nfields = ['ax']", "streams.watch.fields[0]", "expected `table`, got `str`"),
         ("[streams.Watch]\nfields = [{ name = 'ax' }]", "streams.Watch", "'Watch' must be 1-64 of a-z 0-9 . _ -"),
         ("[streams.watch]\nfields = [{ name = 'a x' }]", "streams.watch.fields", "'a x' cannot name a field"),

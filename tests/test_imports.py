@@ -23,6 +23,7 @@ FLOORS = {
     "errors": 0,
     "names": 1,
     "jsonkeys": 1,
+    "media": 1,
     "clock": 1,
     "toml": 1,
     "config": 2,

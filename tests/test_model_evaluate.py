@@ -220,6 +220,17 @@ def test_how_fast_it_is_is_told_with_the_machine_and_the_float_model_beside_it(
         assert all(f"{p.p50_ms:g}" in told for p in (*whole.latency, *theirs))
 
 
+def test_a_float_model_with_other_names_of_its_outputs_is_compared_in_the_same_place(tmp_path: Path) -> None:
+    content = (MODELS / "each_label_and_sums.tflite").read_bytes()
+    assert content.count(b"sums") == 1
+    (tmp_path / "other.tflite").write_bytes(content.replace(b"sums", b"Name"))
+    chosen = Recipe("classify", "each_label_and_sums", labels=LABELS, output='tensor = "sums"\nactivation = "softmax"')
+    data = labelled(tmp_path / "rows.csv", chosen)
+    found = evaluated(packed(tmp_path / "b", chosen), data, float_model=tmp_path / "other.tflite").against
+    assert found is not None
+    assert (found.largest, found.agreement and found.agreement.value) == (0.0, 1.0)
+
+
 def test_a_float_model_of_another_shape_is_refused(tabular: Path, tmp_path: Path) -> None:
     data = labelled(tmp_path / "rows.csv")
     with pytest.raises(BadBundle, match="--float"):

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 from agent.errors import ConfigError, UsageError
+from agent.media import Image, Sound
 from agent.model import activate, data, pack, scores, sound
-from agent.model.definition import Image, Sound
 from agent.model.inference import Inference
 from agent.model.manifest import Input, Windowing
 from tests.bundles import KEY, THIRD_PARTY

@@ -155,11 +155,22 @@ def test_what_was_chosen_before_is_not_tried_again() -> None:
     assert probe.probe(around(model("classify_int8")), [made(model="other"), made()]).choice == made()
 
 
-@pytest.mark.parametrize("changes", [{"model": "sha256:0"}, {"runtime": "other 1.0"}, {"machine": "other"}])
-def test_another_model_runtime_or_machine_is_tried_anew(changes: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"model": "sha256:0"}, {"runtime": "other 1.0"}, {"machine": "other"}, {"output": 1}]
+)
+def test_another_model_output_runtime_or_machine_is_tried_anew(changes: dict[str, str]) -> None:
     found = probe.probe(around(model("classify_int8")), [made(**changes)]).choice
     assert found is not None
     assert found.batch != 3
+
+
+def test_a_choice_names_the_output_it_was_made_for() -> None:
+    content = model("each_label_and_sums")
+    given = np.random.default_rng(1).normal(0, 1, (trial.ROWS, *Model(content, output="sums").input_shape))
+    found = trial.choose(content, given.astype(np.float32), PLENTY, output="sums")
+    assert found.output == "sums"
+    assert choice.remembered([found], content, runtime.NAME, "sums") == found
+    assert choice.remembered([found], content, runtime.NAME, "each") is None
 
 
 def test_a_model_that_is_refused_is_not_tried() -> None:

@@ -17,8 +17,8 @@ import pytest
 
 from agent.evaluation import judge
 from agent.evaluation.document import Evaluation
+from agent.media import Sound
 from agent.model import bundle, data, derived, inference, shipped, sound
-from agent.model.definition import Sound
 from tests.evaluations import finding
 from tests.test_build_models import builder
 

@@ -106,6 +106,20 @@ def test_a_healthy_model_that_is_killed_while_it_runs_is_not_set_aside_however_o
     assert (set_aside(device), alerts(device)) == (set(), [])
 
 
+def test_a_batch_of_another_bundle_does_not_prove_the_one_that_ended_the_agent(device: Device) -> None:
+    device.crash("2")
+    bad = device.digest("2")
+    dies(device, bad)
+    device.configure("1")
+    device.start()
+    assert device.results_by() == "1"
+    device.store.close()
+    device.configure("2")
+    dies_and_starts(device, bad)
+    assert device.runs() == "1"
+    assert set_aside(device) == {bad}
+
+
 def test_deaths_of_two_bundles_are_not_added_up(device: Device) -> None:
     dies_and_starts(device, device.digest("1"))
     dies(device, device.digest("2"))

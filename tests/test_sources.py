@@ -111,11 +111,15 @@ def test_a_file_that_is_not_what_the_stream_needs_goes_to_failed_with_the_reason
     (tmp_path / "in" / "c.parquet").write_bytes(b"PAR1")
     (tmp_path / "in" / "d.csv").touch()
     with watching(tmp_path) as station:
-        wait_for(lambda: len(there(tmp_path)["failed"]) == 3, "three failed files")
+        wait_for(lambda: len(there(tmp_path)["failed"]) == 6, "three failed files and why")
         wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
         assert taken(station) == [1]
-    assert there(tmp_path)["failed"] == ["a.csv", "c.parquet", "d.csv"]
-    assert "a.csv: column 'm' is not a field of this stream; there is n, t; moved to failed/" in caplog.text
+        assert station.store.counters()["files failed"] == 3
+    failed = there(tmp_path)["failed"]
+    assert failed == ["a.csv", "a.csv.txt", "c.parquet", "c.parquet.txt", "d.csv", "d.csv.txt"]
+    reason = "a.csv: column 'm' is not a field of this stream; there is n, t"
+    assert f"{reason}; moved to failed/" in caplog.text
+    assert (tmp_path / "in" / "failed" / "a.csv.txt").read_text() == f"{reason}\n"
 
 
 @pytest.mark.usefixtures("quick")

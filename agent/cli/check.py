@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 
-from agent import clock
+from agent import clock, media
 from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
-from agent.config import Config
+from agent.config import Config, FilesSource
 from agent.device import choices, schedule
 from agent.device.recovery.condition import condition
 from agent.device.storage.store import Store
@@ -50,6 +50,9 @@ def _findings(file: Path, conf: Config) -> Iterator[Finding]:
         yield Finding("streams", "warning", "none: nothing comes in; add a [streams.NAME] section")
     if not conf.tasks:
         yield Finding("tasks", "warning", "none: no model runs; add a [tasks.NAME] section")
+    for name, stream in conf.streams.items():
+        if stream.made is not None:
+            yield _try(f"stream {name}", lambda n=name: _files(file, conf, n))  # type: ignore[misc]
     for name, task in conf.tasks.items():
         yield _try(f"schedule {name}", lambda n=name, t=task: _schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _try(f"bundle {name}", lambda n=name: _bundle(file, conf, n))  # type: ignore[misc]
@@ -79,6 +82,16 @@ def _collector(file: Path, conf: Config) -> Finding:
 def _schedule(file: Path, name: str, text: str) -> str:
     schedule.parse(str(file), name, text)
     return text
+
+
+def _files(file: Path, conf: Config, name: str) -> str:
+    from agent.device.incoming import readmedia
+
+    stream = conf.streams[name]
+    readmedia.require(str(file), name, stream, int(conf.buffer.max_size))
+    assert isinstance(stream.source, FilesSource)
+    assert stream.made is not None
+    return f"{media.written(stream.made)}, of the files in {stream.source.folder}"
 
 
 def _bundle(file: Path, conf: Config, name: str) -> str:

@@ -14,7 +14,7 @@ from agent import clock
 from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.client import Client
-from agent.config import Config, Stream
+from agent.config import Config, FilesSource, Stream
 from agent.device.incoming.group import NOT_STORED, Group
 from agent.device.incoming.readfile import Block, blocks, open_text
 from agent.device.storage.rows import Checked, check
@@ -55,6 +55,8 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
     conf_file, conf = wiring.load(config_file)
     if stream not in conf.streams:
         raise ConfigError(str(conf_file), "streams", f"there is no stream {stream!r}{suggestion(stream, conf.streams)}")
+    if isinstance(source := conf.streams[stream].source, FilesSource) and source.made:
+        raise UsageError(f"stream {stream!r} takes images or sounds from its folder: copy them to {source.folder}")
     accepted, rejected = _take(conf, stream, file)
     document = {"accepted": accepted, "rejected": [{"line": n, "reason": r} for n, r in sorted(rejected.items())]}
     emit(document, as_json, lambda: _print(accepted, rejected))

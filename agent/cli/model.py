@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli import trust
+from agent.cli.model_config import config_of
 from agent.cli.model_evaluate import evaluate
 from agent.cli.model_run import run
 from agent.cli.output import emit, json_option
@@ -31,6 +32,7 @@ def model() -> None:
 
 model.add_command(run)
 model.add_command(evaluate)
+model.add_command(config_of)
 
 
 @model.command(epilog="Example: outstation model keygen publisher.key")

@@ -55,6 +55,7 @@ def document(conf: Config, store: Store) -> dict[str, Any]:
         "store": _room(conf, store),
         "condition": condition(store).document,
         "rejected": store.counters().get("lines rejected", 0),
+        "failed_files": store.counters().get("files failed", 0),
         "alerts": store.alerts(_ALERTS),
     }
 
@@ -78,9 +79,9 @@ def _print(document: dict[str, Any]) -> None:
     room, outbox = document["store"], document["outbox"]
     left = f", full in about {room['hours']:g} h at this pace" if room["hours"] is not None else ""
     click.echo(f"store {room['bytes'] / 2**20:.1f} of {room['max'] / 2**20:.0f} MiB{left}")
-    click.echo(
-        f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {document['rejected']} lines rejected\n"
-    )
+    files = f", {document['failed_files']} files failed" if document["failed_files"] else ""
+    refused = f"{document['rejected']} lines rejected{files}"
+    click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {refused}\n")
     if shown := _condition(document["condition"]):
         click.echo(f"{shown}\n")
     status_task.show(document["tasks"])

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agent import clock, config
+from agent import clock, config, media
 from agent.cli import operating
 from agent.clock import Now
 from agent.config import Config, FilesSource, HostSource, ReplaySource
@@ -139,12 +139,13 @@ def load_task(
         ended=ended,
         choice=active.choice,
         running=partial(running, active.bundle),
-        suspected=store is not None and store.state(name, overrides.CRASHES) is not None,
+        suspected=store is not None and quarantine.is_suspected(store, name, active.bundle.digest),
     )
 
 
 def _check_fields(file: Path, conf: Config, name: str, found: Bundle) -> None:
     stream = conf.tasks[name].stream
+    _check_made(file, conf, name, found.manifest)
     numeric = {f.name for f in conf.streams[stream].fields if f.type != "category"}
     for field in found.manifest.input.fields:
         if field not in numeric:
@@ -154,6 +155,20 @@ def _check_fields(file: Path, conf: Config, name: str, found: Bundle) -> None:
                 f"bundle {found.manifest.name} needs numeric field {field!r}, stream {stream!r} has none"
                 f"{suggestion(field, numeric)}",
             )
+
+
+def _check_made(file: Path, conf: Config, name: str, manifest: Manifest) -> None:
+    """Rows of images and sounds must be made as those the bundle was packed with. Raises ConfigError."""
+    stream, wanted = conf.tasks[name].stream, manifest.input.image or manifest.input.sound
+    made, fields = conf.streams[stream].made, {f.name for f in conf.streams[stream].fields}
+    if wanted is None or made == wanted or (made is None and fields.issuperset(manifest.input.fields)):
+        return
+    source = f'source = {{ kind = "files", folder = "…", {media.written(wanted)} }}'
+    raise ConfigError(
+        str(file),
+        f"tasks.{name}.stream",
+        f"bundle {manifest.name} needs rows made otherwise than those of stream {stream!r}; give a stream {source}",
+    )
 
 
 def _judge(file: str, conf: Config, name: str, active: activate.Active) -> Judge | None:
@@ -224,8 +239,10 @@ def sources(file: Path, conf: Config, store: Store) -> list[Source]:
     for name, stream in conf.streams.items():
         source = stream.source
         if isinstance(source, FilesSource):
+            from agent.device.incoming import readmedia
             from agent.device.incoming.sources.files import Files
 
+            readmedia.require(str(file), name, stream, int(conf.buffer.max_size))
             found.append(Files(name, stream, source, store))
         elif isinstance(source, HostSource):
             from agent.device.incoming.sources.host import Host

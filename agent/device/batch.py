@@ -47,7 +47,7 @@ _MOST_SECONDS = 5.0
 class Task:
     """A task with its model loaded. `drift` is the committed state of its judge, `ended` what is to be said first.
 
-    `running` surrounds each run of the model; `suspected`, the agent ended during the last one. Batches have one
+    `running` surrounds each run of the model; `suspected`, the agent ended during its last one. Batches have one
     `shrunk`th of the model windows that they could have, after one that there was no room for.
     """
 
@@ -72,7 +72,10 @@ class Task:
     def __post_init__(self) -> None:
         names = [f.name for f in self.stream.fields]
         self.columns = [names.index(name) for name in self.bundle.manifest.input.fields]
-        self.inference = Inference(self.bundle.manifest, self.model)
+        made, manifest = self.stream.made, self.bundle.manifest
+        if made is not None:
+            manifest = features.within(manifest, made.gap_s)
+        self.inference = Inference(manifest, self.model)
 
     @property
     def step(self) -> int:
@@ -149,7 +152,7 @@ def _run(task: Task, store: Store, author: Author, now: Now, most: int) -> Done 
         return None
     if batch.lost:
         return _skip_lost(task, store, author, batch, now)
-    cut = features.cut(batch.rows.t, task.bundle.manifest.input.window)
+    cut = features.cut(batch.rows.t, task.inference.manifest.input.window)
     if cut.consumed == 0:
         if not _lost_follows(task, store, batch):
             return None

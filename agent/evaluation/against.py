@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift.quality import Pairs, rounded
 from agent.errors import BadBundle, UsageError
@@ -12,9 +13,10 @@ from agent.evaluation import answers, metrics
 from agent.evaluation.document import Against, Span
 from agent.evaluation.examples import Examples, answered
 from agent.evaluation.resampling import Units, share, span
-from agent.model import inference, probe
+from agent.model import inference, manifest, probe, runtime
 from agent.model.bundle import Bundle
 from agent.model.inference import Answers, Inference
+from agent.model.manifest import Manifest
 
 
 def float_bundle(file: Path, bundle: Bundle) -> Bundle:
@@ -23,9 +25,9 @@ def float_bundle(file: Path, bundle: Bundle) -> Bundle:
         content = file.read_bytes()
     except OSError as error:
         raise UsageError(f"--float {file}: cannot be read: {error.strerror}") from None
-    files = {"manifest.json": bundle.files["manifest.json"], "model.tflite": content}
-    found = Bundle(bundle.manifest, "", files, "")
     try:
+        meant = _of_same_output(bundle, content)
+        found = Bundle(meant, "", {"manifest.json": manifest.encode(meant), "model.tflite": content}, "")
         probe.probe(found).require()
     except BadBundle as problem:
         raise BadBundle(f"--float {file}: {problem}") from None
@@ -34,14 +36,13 @@ def float_bundle(file: Path, bundle: Bundle) -> Bundle:
 
 def measure(file: Path, beside: Bundle, examples: Examples, own: Answers, pairs: Pairs, units: Units) -> Against:
     """Of `beside`, the `float_bundle` of `file`. Raises BadBundle."""
-    manifest = beside.manifest
     try:
-        float_model = Inference(manifest, inference.load(manifest, beside.model))
+        float_model = Inference(beside.manifest, inference.load(beside.manifest, beside.model))
     except BadBundle as problem:
         raise BadBundle(f"--float {file}: {problem}") from None
     theirs = answered(float_model, examples.source, examples.starts)
-    other = answers.pairs(manifest, theirs, examples.truth, examples.sets)
-    kind = answers.kind_of(manifest)
+    other = answers.pairs(beside.manifest, theirs, examples.truth, examples.sets)
+    kind = answers.kind_of(beside.manifest)
     assert own.outputs is not None
     assert theirs.outputs is not None
     off = np.abs(own.outputs.astype(np.float64) - theirs.outputs)
@@ -55,6 +56,15 @@ def measure(file: Path, beside: Bundle, examples: Examples, own: Answers, pairs:
         value=share(figures, len(examples), units) if kind == "classify" else span(figures),
         change=span(metrics.main(kind, pairs, units) - figures),
     )
+
+
+def _of_same_output(bundle: Bundle, content: bytes) -> Manifest:
+    """The manifest for the other model, whose outputs a converter may have named otherwise. Raises BadBundle."""
+    wanted = bundle.manifest.output.tensor
+    if not isinstance(wanted, str) or wanted in [one.name for one in probe.look(content).outputs]:
+        return bundle.manifest
+    own = [one.name for one in runtime.tensors(bundle.model)[1]]
+    return replace(bundle.manifest, output=replace(bundle.manifest.output, tensor=own.index(wanted)))
 
 
 def _agreement(own: Answers, theirs: Answers, units: Units) -> Span | None:

@@ -26,8 +26,9 @@ class Stream:
 
     def feed(self, rows: Floats, t: Ints, number: Ints, *, raw: bool) -> tuple[Ints, Answers]:
         """(number of each window's last row, answers) of all windows that are whole now."""
-        rows, t = np.concatenate([self.rows, rows]), np.concatenate([self.t, t])
-        number = np.concatenate([self.number, number])
+        if len(self.rows):
+            rows, t = np.concatenate([self.rows, rows]), np.concatenate([self.t, t])
+            number = np.concatenate([self.number, number])
         answers = self._inference.run(rows, t, before=self.before, raw=raw)
         last = number[self.before + answers.cut.starts + self._inference.rows - 1]
         done = self.before + answers.cut.consumed

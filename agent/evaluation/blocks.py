@@ -33,16 +33,19 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class Rejected(msgspec.Struct, frozen=True):
+    """`file`: the one of many, where a source has many."""
+
     line: int
     reason: str
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
     """`rows` (n, F) physical units, NaN missing; `t` (n,) epoch µs; `number` (n,) rows of the file, from 1.
 
-    `texts` are further columns (n,), as they are written; `after` is where the next block begins. `file` is the one
-    of many that all rows are from, where a source has many.
+    `texts` are further columns (n,), as they are written; FILE among them where a source has many, of which no window
+    is of two. `after` is where the next block begins.
     """
 
     rows: Floats
@@ -51,7 +54,6 @@ class Block:
     after: Place
     texts: dict[str, Texts] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
-    file: str = ""
 
 
 class Reader(Protocol):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import UsageError
-from agent.evaluation.blocks import FILE, is_media
+from agent.evaluation.blocks import FILE, Texts, is_media
 from agent.evaluation.tablefile import NO_PYARROW
 from agent.model import scores
 from agent.model.features import Ints
@@ -45,11 +45,11 @@ class Columns:
         ]
         self.names += [*self._more, *(f"raw_{i}" for i in range(self._raw))]
 
-    def of(self, number: Ints, answers: Answers, file: str) -> list[Column]:
+    def of(self, number: Ints, answers: Answers, files: Texts | None) -> list[Column]:
         found = answers.scores
         told: dict[str, Column] = {
             "row": number,
-            FILE: np.full(len(number), file),
+            **({} if files is None else {FILE: files}),
             **{name: found.more[name] for name in self._more},
         }
         if found.score is not None:
@@ -82,9 +82,11 @@ class Part:
         if not written:
             self._file.write(self._head())
 
-    def write(self, number: Ints, answers: Answers, file: str) -> None:
-        """`file`: the one of many that the answers are of, or ""."""
-        columns = self._columns.of(number, answers, file)
+    def write(self, number: Ints, answers: Answers, files: Texts | None) -> None:
+        """`files`: which of many the answers are of, where there are many."""
+        if not len(number):
+            return
+        columns = self._columns.of(number, answers, files)
         self._file.write(_lines(columns, self._arrow) if self._text else self._message(columns))
 
     def keep(self) -> int:

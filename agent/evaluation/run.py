@@ -14,7 +14,7 @@ import numpy as np
 from agent.errors import UsageError
 from agent.evaluation import blocks, output, tablefile
 from agent.evaluation.answers import Stream
-from agent.evaluation.blocks import Block, Place, Reader, Rejected
+from agent.evaluation.blocks import FILE, Block, Place, Reader, Rejected
 from agent.evaluation.output import Columns, Part
 from agent.model import recordings, runtime
 from agent.model.bundle import Bundle
@@ -57,7 +57,7 @@ class Totals(msgspec.Struct):
     def count(self, file: str, rows: int, rejected: list[Rejected]) -> None:
         self.rows += rows
         self.refused += len(rejected)
-        self.rejected += [Named(file, r.line, r.reason) for r in rejected[: MOST_NAMED - len(self.rejected)]]
+        self.rejected += [Named(r.file or file, r.line, r.reason) for r in rejected[: MOST_NAMED - len(self.rejected)]]
 
 
 class _State(msgspec.Struct):
@@ -82,8 +82,8 @@ class Work:
         """Changes with anything the result depends on."""
         spec = self.inference.manifest.input
         read = recordings.files(source, spec) if blocks.is_media(spec) and source.is_dir() else [source]
-        stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
-        told = [stats, self._digest, runtime.NAME, self._raw]
+        stats = [(str(path), found.st_size, found.st_mtime_ns) for path in read for found in [path.stat()]]
+        told = [str(source.resolve()), stats, self._digest, runtime.NAME, self._raw]
         return hashlib.sha256(json.dumps([*told, out.suffix, self._block]).encode()).hexdigest()
 
     def file(self, source: Path, out: Path, progress: Progress) -> Totals:
@@ -119,10 +119,11 @@ class Work:
 
     def _turn(self, reader: Reader, block: Block, stream: Stream, state: _State, part: Part) -> None:
         number, answers = stream.feed(block.rows, block.t, block.number, raw=self._raw)
-        part.write(number, answers, block.file)
+        of = block.texts[FILE][number - block.number[0]] if FILE in block.texts and len(number) else None
+        part.write(number, answers, of)
         state.totals.results += len(number)
         state.totals.partly += int((answers.missing > self.inference.manifest.input.max_missing).sum())
-        state.totals.count(block.file or reader.path.name, len(block.rows), block.rejected)
+        state.totals.count(reader.path.name, len(block.rows), block.rejected)
         state.place = block.after
 
 

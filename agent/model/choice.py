@@ -15,7 +15,7 @@ SECONDS = 2.0
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """What was chosen for one model (its SHA-256) on one runtime and machine.
+    """What was chosen for one model (its SHA-256), of which one output is used, on one runtime and machine.
 
     `rows_per_s` is what the trial measured; `unequal` are the batches whose answers have other bits than single rows'.
     """
@@ -27,6 +27,7 @@ class Choice(msgspec.Struct, frozen=True):
     threads: int
     rows_per_s: float
     unequal: list[int] = []
+    output: str | int | None = None
 
     def __str__(self) -> str:
         rows = "one row at a time" if self.batch == 1 else f"batches of {self.batch}"
@@ -34,10 +35,10 @@ class Choice(msgspec.Struct, frozen=True):
         return f"{rows} on {threads}, {self.rows_per_s:,.0f} rows/s"
 
 
-def remembered(known: Sequence[Choice], content: bytes, runtime: str) -> Choice | None:
-    """The choice that was made for this model on this runtime and machine, where one is `known`."""
-    wanted = (digest(content), runtime, machine())
-    return next((one for one in known if (one.model, one.runtime, one.machine) == wanted), None)
+def remembered(known: Sequence[Choice], content: bytes, runtime: str, output: str | int | None = None) -> Choice | None:
+    """The choice that was made for this model and `output` on this runtime and machine, where one is `known`."""
+    wanted = (digest(content), output, runtime, machine())
+    return next((one for one in known if (one.model, one.output, one.runtime, one.machine) == wanted), None)
 
 
 def digest(content: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Parts of a manifest: derived features, what rows are made of images and sounds, a table that calibrates scores."""
+"""Parts of a manifest: derived features, a table that calibrates scores."""
 
 from __future__ import annotations
 
@@ -72,53 +72,3 @@ class Isotonic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             values = getattr(self, name)
             if not all(0 <= v <= 1 for v in values) or not all(b - a >= low for a, b in itertools.pairwise(values)):
                 raise ValueError(f"isotonic: {name} must ascend within 0 and 1")
-
-
-class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """An image is `height` rows of `width` · `channels` values: pixel (0 to 255) · scale + offset."""
-
-    width: Annotated[int, msgspec.Meta(ge=1, le=2048)]
-    height: Annotated[int, msgspec.Meta(ge=1, le=2048)]
-    channels: Literal[1, 3] = 3
-    scale: float = 1 / 255
-    offset: float = 0.0
-
-    @property
-    def columns(self) -> list[str]:
-        return [f"pixel{i}" for i in range(self.width * self.channels)]
-
-
-class Sound(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A row each `hop` samples of `rate` a second: of a `window` of samples `mels` bands, or `cepstra` made of them.
-
-    Bands are between `low` and `high` Hz (half the rate), sums of |spectrum|^`power`; their logarithm is in decibels or
-    natural, of what is above `floor`.
-    """
-
-    rate: Annotated[int, msgspec.Meta(ge=100, le=400_000)]
-    window: Annotated[int, msgspec.Meta(ge=8, le=65_536)]
-    hop: Annotated[int, msgspec.Meta(ge=1, le=65_536)]
-    mels: Annotated[int, msgspec.Meta(ge=1, le=512)]
-    low: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    high: float | None = None
-    scale: Literal["slaney", "htk"] = "slaney"
-    power: Literal[1, 2] = 2
-    decibels: bool = True
-    floor: Annotated[float, msgspec.Meta(gt=0)] = 2.220446049250313e-16
-    cepstra: Annotated[int, msgspec.Meta(ge=0, le=512)] = 0
-
-    def __post_init__(self) -> None:
-        high = self.rate / 2 if self.high is None else self.high
-        if not self.low < high <= self.rate / 2:
-            raise ValueError(f"sound: low {self.low:g} and high {high:g} Hz must ascend within half the rate")
-        if self.cepstra > self.mels:
-            raise ValueError(f"sound: {self.cepstra} cepstra of {self.mels} mels; give at most as many")
-
-    @property
-    def transform(self) -> int:
-        """Points of the Fourier transform: the next power of two."""
-        return 1 << (self.window - 1).bit_length()
-
-    @property
-    def columns(self) -> list[str]:
-        return [f"cepstrum{i}" for i in range(self.cepstra)] or [f"mel{i}" for i in range(self.mels)]

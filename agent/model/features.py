@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.model.manifest import Input, Windowing
+from agent.model.manifest import Input, Manifest, Windowing
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -46,6 +48,17 @@ def cut(t: Ints, window: Windowing | None) -> Cut:
     return Cut(starts, int(begins[-1] + counts[-1] * window.step))
 
 
+def within(manifest: Manifest, gap_s: float) -> Manifest:
+    """The same, of which no window and no history reaches over a pause above `gap_s`."""
+    spec = manifest.input
+    gap_s = min(gap_s, spec.gap_s or math.inf)
+    if spec.window is not None:
+        spec = replace(spec, window=replace(spec.window, max_gap_s=gap_s))
+    elif spec.history:
+        spec = replace(spec, max_gap_s=gap_s)
+    return replace(manifest, input=spec)
+
+
 def matrix(columns: Sequence[NDArray[Any]]) -> Floats:
     """Field columns, in the model's order, as (n, F) float32 in physical units; missing is NaN, too large is inf."""
     with np.errstate(over="ignore"):
@@ -65,23 +78,32 @@ def windows(columns: Floats, starts: Ints, spec: Input) -> Floats:
         std = np.asarray(spec.std or 1.0, np.float32)
         with np.errstate(over="ignore"):
             cut_out = (cut_out - mean) / std
-    return np.nan_to_num(cut_out, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    return cut_out if _is_finite(cut_out) else np.nan_to_num(cut_out, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def raw(columns: Floats, starts: Ints, spec: Input) -> Floats:
-    """What `windows` scales, in physical units."""
+    """What `windows` scales, in physical units; of windows side by side no copy is made."""
+    if len(starts) and (np.diff(starts) == spec.rows).all():
+        part = columns[starts[0] : starts[-1] + spec.rows]
+        return part if spec.window is None else part.reshape(len(starts), spec.rows, -1)
     taken: Floats = columns[starts if spec.window is None else starts[:, None] + np.arange(spec.window.rows)]
     return taken
 
 
 def missing(columns: Floats, starts: Ints, spec: Input) -> Floats:
     """The share (w,) of values of each window that are missing."""
-    gone = ~np.isfinite(columns)
-    if not gone.any():
+    if _is_finite(columns):
         return np.zeros(len(starts), np.float32)
+    gone = ~np.isfinite(columns)
     rows = np.concatenate([[0], np.cumsum(gone.sum(axis=1))])
     share = (rows[starts + spec.rows] - rows[starts]) / (spec.rows * columns.shape[1])
     return np.asarray(share, np.float32)
+
+
+def _is_finite(values: Floats) -> bool:
+    """Whether surely all are: a sum is the cheapest way to see it, and that of large values may say no for nothing."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return math.isfinite(values.sum())
 
 
 def _by_own_spread(windows: Floats) -> Floats:

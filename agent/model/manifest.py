@@ -10,7 +10,8 @@ import msgspec
 from agent.drift.truth import NONE, SEPARATOR
 from agent.errors import BadBundle
 from agent.jsonkeys import check_keys
-from agent.model.definition import Derived, Image, Isotonic, Label, Numbers, Sound
+from agent.media import Image, Sound
+from agent.model.definition import Derived, Isotonic, Label, Numbers
 from agent.names import is_name
 
 FORMAT = 2

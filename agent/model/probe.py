@@ -264,7 +264,7 @@ def _choose(files: dict[str, bytes], known: list[Choice], memory: int) -> Choice
     from agent.model import choice, golden, inference, runtime, trial
 
     spec, content = manifest.decode(files["manifest.json"]), files["model.tflite"]
-    found = choice.remembered(known, content, runtime.NAME)
+    found = choice.remembered(known, content, runtime.NAME, spec.output.tensor)
     if found is None:
         vectors = golden.decode(files["golden.npz"]) if "golden.npz" in files else None
         rows = _rows(inference.load(spec, content), vectors, trial.ROWS)

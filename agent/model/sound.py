@@ -8,35 +8,79 @@ uses them); coefficients by an orthogonal cosine transform.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import wave
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import UsageError
-from agent.model.definition import Sound
+from agent.media import Sound
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
-_AT_ONCE = 4096
+SUFFIXES = (".wav",)
+# Frames: what a small processor's cache and memory bear. Sums of other blocks may differ in their last bit.
+_AT_ONCE = 256
 _LINEAR_HZ, _LINEAR_MEL, _LOG_STEP = 1000.0, 15.0, np.log(6.4) / 27.0
+
+
+class Wav:
+    """The samples of a PCM WAV file, of all channels the mean. `count` of them; close it."""
+
+    def __init__(self, path: Path, rate: int) -> None:
+        """Raises UsageError where it is no WAV of this rate, or is cut short."""
+        self._path, self._open = path, contextlib.ExitStack()
+        try:
+            raw = self._open.enter_context(path.open("rb"))
+            self._file = self._open.enter_context(wave.open(raw))  # noqa: SIM115
+            self._width, self._channels = self._file.getsampwidth(), self._file.getnchannels()
+            self.count, found = self._file.getnframes(), self._file.getframerate()
+            there = (os.fstat(raw.fileno()).st_size - raw.tell()) // (self._width * self._channels)
+            if found != rate:
+                raise UsageError(f"{path}: is of {found} Hz, the model's sound of {rate} Hz; resample it first")
+            if there < self.count:
+                raise UsageError(
+                    f"{path}: is cut short, {there:,} of the {self.count:,} samples its header tells of; copy it again"
+                )
+        except BaseException as error:
+            self._open.close()
+            if isinstance(error, wave.Error | EOFError | RuntimeError):
+                said = f"{path}: no WAV file that can be read ({error or 'cut short'}); give PCM WAV"
+                raise UsageError(said) from None
+            if isinstance(error, OSError):
+                raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
+            raise
+
+    def read(self, start: int, stop: int) -> Doubles:
+        """Samples `start` to `stop`, from -1 to 1. Raises UsageError."""
+        try:
+            self._file.setpos(start)
+            data = self._file.readframes(stop - start)
+        except (OSError, wave.Error) as error:
+            raise UsageError(f"{self._path}: cannot be read: {error}") from None
+        return _numbers(data, self._width).reshape(-1, self._channels).mean(axis=1)
+
+    def close(self) -> None:
+        self._open.close()
 
 
 def samples(path: Path, rate: int) -> Doubles:
     """(n,) from -1 to 1, the mean of all channels. Raises UsageError where it is no WAV of this rate."""
-    try:
-        with wave.open(str(path), "rb") as file:
-            width, channels, found = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            if found != rate:
-                raise UsageError(f"{path}: is of {found} Hz, the model's sound of {rate} Hz; resample it first")
-            data = file.readframes(file.getnframes())
-    except (wave.Error, EOFError) as error:
-        raise UsageError(f"{path}: no WAV file that can be read ({error or 'cut short'}); give PCM WAV") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
-    whole = data[: len(data) // (width * channels) * width * channels]
-    return _numbers(whole, width).reshape(-1, channels).mean(axis=1)
+    with contextlib.closing(Wav(path, rate)) as wav:
+        return wav.read(0, wav.count)
+
+
+def blocks(wav: Wav, spec: Sound, skip: int = 0) -> Iterator[Floats]:
+    """The rows of a file after the first `skip`, some at a time: the bits of `rows` of all its samples."""
+    frames = max(0, (wav.count - spec.window) // spec.hop + 1)
+    for first in range(skip // _AT_ONCE * _AT_ONCE, frames, _AT_ONCE):
+        last = min(first + _AT_ONCE, frames) - 1
+        made = rows(wav.read(first * spec.hop, last * spec.hop + spec.window), spec)
+        yield made[max(0, skip - first) :]
 
 
 def _numbers(data: bytes, width: int) -> Doubles:
@@ -56,14 +100,15 @@ def rows(sound: Doubles, spec: Sound) -> Floats:
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.window) / spec.window)
     frames = np.lib.stride_tricks.sliding_window_view(sound, spec.window)[:: spec.hop]
     bands = filters(spec)
-    out = np.empty((len(frames), spec.mels))
+    cosines = _cosines(spec.mels, spec.cepstra)
+    out = np.empty((len(frames), len(spec.columns)), np.float32)
     for start in range(0, len(frames), _AT_ONCE):
         spectrum = np.abs(np.fft.rfft(frames[start : start + _AT_ONCE] * hann, spec.transform, axis=1))
-        out[start : start + _AT_ONCE] = (spectrum**2 if spec.power == 2 else spectrum) @ bands
-    logs = np.log(out + spec.floor)
-    if spec.decibels:
-        logs *= 20.0 / spec.power / np.log(10.0)
-    return (logs @ _cosines(spec.mels, spec.cepstra) if spec.cepstra else logs).astype(np.float32)
+        logs = np.log((spectrum**2 if spec.power == 2 else spectrum) @ bands + spec.floor)
+        if spec.decibels:
+            logs *= 20.0 / spec.power / np.log(10.0)
+        out[start : start + _AT_ONCE] = logs @ cosines if spec.cepstra else logs
+    return out
 
 
 def filters(spec: Sound) -> Doubles:

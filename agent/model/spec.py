@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,8 +12,9 @@ import msgspec
 
 from agent import config
 from agent.errors import BadBundle, ConfigError
+from agent.media import Image, Sound
 from agent.model import manifest
-from agent.model.definition import Derived, Image, Sound
+from agent.model.definition import Derived
 from agent.model.manifest import Manifest
 
 
@@ -92,7 +94,21 @@ def read(file: Path) -> Spec:
     """Raises ConfigError."""
     if not file.is_file():
         raise ConfigError(str(file), "", "no such file; SPEC is the TOML file that describes the bundle")
-    return config.read(file, Spec)
+    spec = config.read(file, Spec)
+    _require_finite(file, "", msgspec.to_builtins(spec))
+    return spec
+
+
+def _require_finite(file: Path, key: str, value: Any) -> None:
+    """TOML has nan and inf, a manifest has not: as null they would pass for what was left out."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(str(file), key, f"is {value}; give a finite number")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _require_finite(file, f"{key}.{name}" if key else name, inner)
+    if isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            _require_finite(file, f"{key}[{index}]", inner)
 
 
 def to_manifest(file: Path, spec: Spec) -> Manifest:

@@ -54,7 +54,8 @@ def choose(
             trial.look_at(batch, threads)
     trial.go_on(until=1.0)
     best = trial.best()
-    return Choice(digest(content), NAME, machine(), best.batch, best.threads, round(best.pace, 1), trial.unequal)
+    pace = round(best.pace, 1)
+    return Choice(digest(content), NAME, machine(), best.batch, best.threads, pace, trial.unequal, output)
 
 
 @dataclass

@@ -47,6 +47,8 @@ class Report:
 
 Measured = Callable[[], Result | Report]
 BENCHMARKS: dict[str, Measured] = {}
+# As many rows as were asked for, where a benchmark may have more or fewer; None: its own number.
+rows: int | None = None
 
 
 def benchmark(name: str) -> Callable[[Measured], Measured]:

@@ -1,4 +1,4 @@
-"""`scripts/bench [NAME] [--json]`: exit 1 where a target is missed."""
+"""`scripts/bench [NAME] [--rows N] [--json]`: exit 1 where a target is missed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from scripts.benchmarks import BENCHMARKS, Report, Result
 @click.command()
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def main(name: str | None, as_json: bool) -> None:
+@click.option("--rows", type=click.IntRange(min=100), help="For model-run: rows of each model.  [default: 1000]")
+def main(name: str | None, as_json: bool, rows: int | None) -> None:
     """Run all benchmarks, or the one called NAME, for example: scripts/bench signing"""
+    benchmarks.rows = rows
     for module in pkgutil.iter_modules(benchmarks.__path__):
         if module.name != "__main__":
             importlib.import_module(f"{benchmarks.__name__}.{module.name}")

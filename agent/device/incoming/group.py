@@ -34,23 +34,27 @@ Stamped = tuple[int, Quality]
 class Mark:
     """How far a source has got, kept in the same transaction as its rows: what a full store refused is not counted.
 
-    Of more than `most` items of a source, those that sent last are known.
+    `position` None: its last row in the stream. Of more than `most` items of a source, those that sent last are known.
     """
 
     source: str
     item: str
-    position: int
+    position: int | None
     most: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one producer's part of a commit: lines dealt with so far, rows taken, lines rejected with a reason."""
+    """Of one producer's part of a commit: lines dealt with so far, rows taken, lines rejected with a reason.
+
+    `row` is the last row taken, counted from the first one of its stream; 0 where none was.
+    """
 
     through: int
     accepted: int
     rejected: list[tuple[int, str]]
     full: bool = False
+    row: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,8 @@ class _Share:
         labels = sum(len(lot.labels) for lot, _, _ in self.lots)
         return sum(_size(part.checked.rows) for part in self.parts) + labels * _LABEL_BYTES
 
-    def outcome(self, accepted: int, full: bool = False) -> Outcome:
-        return Outcome(self.through, accepted, sorted(self.rejected.items()), full)
+    def outcome(self, accepted: int, full: bool = False, row: int = 0) -> Outcome:
+        return Outcome(self.through, accepted, sorted(self.rejected.items()), full, row)
 
 
 class Group:
@@ -139,7 +143,8 @@ class Group:
 
     def _write(self, tx: Transaction, shares: dict[Hashable, _Share], now: Now) -> dict[Hashable, Outcome]:
         by_stream: dict[str, list[tuple[Rows, Stamped]]] = {}
-        outcomes = {}
+        ends: dict[Hashable, tuple[str, int]] = {}
+        counts: dict[Hashable, int] = {}
         for producer, share in shares.items():
             accepted = 0
             for part in share.parts:
@@ -147,17 +152,21 @@ class Group:
                 for index, reason in refused.items():
                     share.reject(part.lines[index if len(part.lines) > 1 else 0], reason)
                 if len(rows):
-                    by_stream.setdefault(part.stream, []).append((rows, _stamped(tx, rows, part.now)))
+                    parts = by_stream.setdefault(part.stream, [])
+                    parts.append((rows, _stamped(tx, rows, part.now)))
+                    ends[producer] = part.stream, sum(len(rows) for rows, _ in parts)
                     accepted += len(rows)
-            accepted += self._label(tx, share)
-            if share.mark is not None:
-                tx.set_mark(share.mark.source, share.mark.item, share.mark.position, share.mark.most)
+            counts[producer] = accepted + self._label(tx, share)
             tx.count("lines rejected", len(share.rejected))
-            outcomes[producer] = share.outcome(accepted)
-        for stream, parts in by_stream.items():
-            for (segment, quality), run in _runs(parts):
-                tx.append(stream, concatenate(run), quality, segment=segment, boot_us=now.boot_us)
-            tx.count(f"rows.{stream}", sum(len(rows) for rows, _ in parts))
+        before = {stream: _append(tx, stream, parts, now) for stream, parts in by_stream.items()}
+        outcomes = {}
+        for producer, share in shares.items():
+            stream, end = ends.get(producer, ("", 0))
+            row = before[stream] + end if end else 0
+            if share.mark is not None and (share.mark.position is not None or row):
+                position = row if share.mark.position is None else share.mark.position
+                tx.set_mark(share.mark.source, share.mark.item, position, share.mark.most)
+            outcomes[producer] = share.outcome(counts[producer], row=row)
         tx.segments.observe(now)
         return outcomes
 
@@ -187,6 +196,15 @@ class Group:
             kept = np.setdiff1d(np.arange(len(rows)), np.fromiter(refused, np.int64, len(refused)))
             rows = Rows(rows.t[kept], tuple(column[kept] for column in rows.columns))
         return rows, refused
+
+
+def _append(tx: Transaction, stream: str, parts: Sequence[tuple[Rows, Stamped]], now: Now) -> int:
+    """Add rows to a stream; the number of the last one before them."""
+    last, count = 0, sum(len(rows) for rows, _ in parts)
+    for (segment, quality), run in _runs(parts):
+        last = tx.append(stream, concatenate(run), quality, segment=segment, boot_us=now.boot_us)
+    tx.count(f"rows.{stream}", count)
+    return last - count
 
 
 def _size(rows: Rows) -> int:

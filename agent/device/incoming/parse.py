@@ -102,6 +102,8 @@ class Reader:
         shape = self._shapes.get(named.stream)
         if shape is None:
             raise Rejected(f"unknown stream {named.stream[:40]!r}{suggestion(named.stream, self._shapes)}")
+        if shape.stream.made is not None:
+            raise Rejected(f"stream {shape.name!r} takes whole files only; put them into its folder")
         by_columns = bool(bytes(named.columns))
         self._guess = None if by_columns else shape
         try:

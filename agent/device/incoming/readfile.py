@@ -61,7 +61,8 @@ def blocks(path: Path | None, text: IO[str], name: str, stream: Stream, skip: in
         raise UsageError(f"{path}: {suffix} is not read; use one of {', '.join(SUFFIXES)}")
 
 
-def _rows(stream: Stream) -> int:
+def most_rows(stream: Stream) -> int:
+    """Of a block."""
     return max(1, min(BLOCK, _BLOCK_BYTES // row_bytes(stream)))
 
 
@@ -72,7 +73,7 @@ def _csv(first: str, text: IO[str], stream: Stream, skip: int) -> Iterator[Block
     _check_header(header, stream)
     texts = {f.name for f in stream.fields if f.type == "category"}
     records = _records(text, [name in texts for name in header])
-    while chunk := list(islice(records, _rows(stream))):
+    while chunk := list(islice(records, most_rows(stream))):
         good = [(number, row) for number, row in chunk if number > skip and not isinstance(row, str)]
         bad = {number: row for number, row in chunk if number > skip and isinstance(row, str)}
         if good or bad:
@@ -191,7 +192,7 @@ def _json_lines(first: str, text: IO[str], name: str, stream: Stream, skip: int)
         yield from enumerate(text, 2)
 
     lines = everything()
-    while chunk := list(islice(lines, _rows(stream))):
+    while chunk := list(islice(lines, most_rows(stream))):
         rows: list[tuple[int, dict[str, Any]]] = []
         bad: dict[int, str] = {}
         for number, line in chunk:
@@ -239,7 +240,7 @@ def _parquet(path: Path, stream: Stream, skip: int) -> Iterator[Block]:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_header(file.schema_arrow.names, stream)
             number = 0
-            for batch in file.iter_batches(_rows(stream)):
+            for batch in file.iter_batches(most_rows(stream)):
                 start = min(max(0, skip - number), batch.num_rows)
                 lines = list(range(number + start + 1, number + batch.num_rows + 1))
                 number += batch.num_rows

@@ -3,8 +3,8 @@
 Rules:
 - a start that finds the `marker` set counts one crash of that bundle for that task; a hang that the watchdog ended
   leaves the same mark
-- a batch that is committed in between begins the count anew: a healthy model that happens to be killed while it
-  runs, as by `kill -9`, has proved itself long before it could happen again
+- a batch of that bundle that is committed in between begins the count anew: a healthy model that happens to be killed
+  while it runs, as by `kill -9`, has proved itself long before it could happen again
 - the second crash sets the bundle aside for the task: one that ran before and is kept here runs instead, else none,
   and the readings wait
 - an operator's `rollback` to it, or another configured bundle, ends that
@@ -90,9 +90,19 @@ def end(tx: Transaction, author: Author, task: str, now: Now) -> None:
     author.write(tx, "alerts", task, body, now)
 
 
+def is_suspected(store: Store, task: str, digest: str) -> bool:
+    """Whether the agent ended while bundle `digest` ran for `task`, and no batch of it was committed since."""
+    crashes = _crashes(store, task)
+    return crashes is not None and crashes.digest == digest
+
+
+def _crashes(store: Store, task: str) -> _Crashes | None:
+    found = store.state(task, overrides.CRASHES)
+    return msgspec.json.decode(found, type=_Crashes) if found else None
+
+
 def _count(conf: Config, store: Store, author: Author, left: Mark, now: Now) -> None:
-    kept_crashes = store.state(left.task, overrides.CRASHES)
-    past = msgspec.json.decode(kept_crashes, type=_Crashes) if kept_crashes else None
+    past = _crashes(store, left.task)
     if past is not None and past.last == left.id:
         # Counted by a start that died before it could clear the mark.
         return

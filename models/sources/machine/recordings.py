@@ -50,8 +50,8 @@ def windows(path: Path) -> NDArray[np.float32]:
 def take(machine: int, number: int, fault: str = "none", severity: float = 1.0) -> Take:
     import sounds
 
+    from agent.media import Sound
     from agent.model import sound
-    from agent.model.definition import Sound
 
     heard = Sound(**tomllib.loads(SPEC.read_text(encoding="utf-8"))["input"]["sound"])
     return Take(sound.rows(sounds.record(machine, number, fault, severity), heard), machine, fault, severity)

@@ -1,0 +1,44 @@
+"""What became of a watched folder's file: in `done/`, its rows noted, or in `failed/`, the reason beside it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+_NOTES = "rows.csv"
+# Of the notes, what a crash between a note and its file's move can have written.
+_TAIL = 1 << 16
+
+
+def done(path: Path, folder: Path, name: str, rows: tuple[int, int] | None, *, again: bool) -> None:
+    """Move `path` to `done/NAME`. `rows`: first and last in the stream; `again`: a crash may have left the note."""
+    target = _free(folder / "done" / name)
+    if rows is not None:
+        _note(folder / "done" / _NOTES, target.name, rows, again=again)
+    os.rename(path, target)
+
+
+def failed(path: Path, folder: Path, name: str, reason: str) -> None:
+    """Move `path` to `failed/NAME`, with the reason in `failed/NAME.txt`."""
+    target = _free(folder / "failed" / name)
+    target.with_name(f"{target.name}.txt").write_text(f"{name}: {reason}\n", encoding="utf-8")
+    os.rename(path, target)
+
+
+def _free(target: Path) -> Path:
+    return target.with_name(f"{target.stem}.{time.time_ns()}{target.suffix}") if target.exists() else target
+
+
+def _note(notes: Path, name: str, rows: tuple[int, int], *, again: bool) -> None:
+    ending = f",{rows[0]},{rows[1]}\n"
+    with notes.open("a+", encoding="utf-8") as file:
+        size = file.tell()
+        if again:
+            file.seek(max(0, size - _TAIL))
+            if ending in file.read():
+                return
+        if not size:
+            file.write("file,first,last\n")
+        quoted = '"' + name.replace('"', '""') + '"' if set(name) & set(',"\r\n') else name
+        file.write(quoted + ending)

@@ -1,0 +1,193 @@
+"""`model run` over files, beside a plain loop that reads the same files and invokes the interpreter a row at a time.
+
+First all answers are compared: they must be equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from PIL import Image
+from pyarrow import parquet
+
+from agent.cli.model_run import load
+from agent.evaluation.run import Work
+from agent.model import begin, pack
+from agent.model.inference import Inference
+from agent.model.runtime import Interpreter  # type: ignore[attr-defined]
+from scripts import benchmarks
+from scripts.benchmarks import Report, Result, benchmark, rates
+from tests.bundles import KEY, THIRD_PARTY
+
+MODELS = {
+    "ad01": "mlperf_ad01_int8",
+    "kws": "mlperf_kws_int8",
+    "resnet8": "mlperf_resnet8_cifar_int8",
+    "vww96": "mlperf_vww96_int8",
+    "mobilenet": "coral_mobilenet_v1_0.25_128_quant",
+}
+ROWS = 1000
+ROUNDS = 3
+TARGET = 0.8
+
+Floats = NDArray[np.float32]
+
+
+@benchmark("model-run")
+def files_beside_a_plain_loop() -> Report:
+    """Of each model that others made and that is beside this repository."""
+    if not THIRD_PARTY.exists():
+        raise click.ClickException(f"{THIRD_PARTY}: not there; OUTSTATION_THIRDPARTY_MODELS says where the models are")
+    results = []
+    for name, model in MODELS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(measured(name, Case.made(Path(folder), THIRD_PARTY / f"{model}.tflite")))
+    lines = [f"{one.name:20} {one.ours:9,.0f} rows/s, × {one.ratio:.2f} of the loop; {one.note}" for one in results]
+    return Report(tuple(results), "\n".join(lines))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A bundle, and data of `windows` of the model's inputs: a Parquet file, or a folder of PNG."""
+
+    folder: Path
+    model: bytes
+    data: Path
+    windows: int
+    inference: Inference
+    work: Work
+    raw: Work
+
+    @classmethod
+    def made(cls, folder: Path, model: Path) -> Case:
+        windows = benchmarks.rows or ROWS
+        spec = folder / "spec.toml"
+        text = begin.begin(model, spec, None).text
+        # An anomaly's threshold is of no matter here.
+        spec.write_text(text.replace("quantile = 0.99", "threshold = 1.0"), encoding="utf-8")
+        pack.write(pack.pack(spec, KEY), folder / "bundle")
+        bundle, inference, _ = load(folder / "bundle", None)
+        data = write(folder, inference, windows)
+        works = Work(bundle, inference), Work(bundle, inference, raw=True)
+        return cls(folder, bundle.model, data, windows, inference, *works)
+
+    def run(self, work: Work) -> Path:
+        out = self.folder / "out.parquet"
+        out.unlink(missing_ok=True)
+        work.file(self.data, out, lambda *_: None)
+        return out
+
+
+def write(folder: Path, inference: Inference, windows: int) -> Path:
+    random, spec = np.random.default_rng(0), inference.manifest.input
+    if (image := spec.image) is not None:
+        (folder / "data").mkdir()
+        for index in range(windows):
+            shape = (image.height, image.width, image.channels)
+            Image.fromarray(random.integers(0, 256, shape, np.uint8)).save(folder / "data" / f"{index:06}.png")
+        return folder / "data"
+    low, high = inference.model.input_range
+    rows = random.uniform(low, high, (windows * spec.rows, len(spec.fields))).astype(np.float32)
+    # A millisecond apart, so that no window is cut by a gap.
+    table = {"t": np.arange(len(rows)) / 1000} | dict(zip(spec.fields, rows.T, strict=True))
+    parquet.write_table(pa.table(table), folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+class Plain:
+    """What one would write without us."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._interpreter: Any = Interpreter(model_content=case.model, num_threads=1)
+        self._interpreter.allocate_tensors()
+        (self._into,), (self._out,) = self._interpreter.get_input_details(), self._interpreter.get_output_details()
+        self.ready: list[NDArray[Any]] = []
+
+    def run(self) -> int:
+        """Read, quantize, invoke, and the answer of each row."""
+        return len([self.answer(row) for row in self.rows()])
+
+    def answer(self, row: Floats) -> tuple[int, float]:
+        """Label and score; of an autoencoder whether it is one, and the error of what it gives back."""
+        out = self.values(self.invoke(self.quantized(row)))
+        if self._case.inference.manifest.kind == "anomaly":
+            error = float(np.square(out.astype(np.float64) - row.reshape(-1)).mean())
+            return int(error > 1.0), error
+        label = int(out.argmax())
+        return label, float(out[label])
+
+    def bare(self) -> int:
+        """Invoke only."""
+        for row in self.ready:
+            self.invoke(row)
+        return len(self.ready)
+
+    def rows(self) -> Iterator[Floats]:
+        spec = self._case.inference.manifest.input
+        if (image := spec.image) is not None:
+            for path in sorted(self._case.data.iterdir()):
+                with Image.open(path) as found:
+                    pixels = np.asarray(found.convert("RGB"), np.float32)
+                yield pixels * np.float32(image.scale) + np.float32(image.offset)
+            return
+        table = parquet.read_table(self._case.data, columns=spec.fields)
+        columns = np.stack([column.to_numpy() for column in table.columns], axis=1)
+        yield from columns.reshape(self._case.windows, -1)
+
+    def quantized(self, row: Floats) -> NDArray[Any]:
+        (scale, zero), limits = self._into["quantization"], np.iinfo(self._into["dtype"])
+        whole = np.rint(row.reshape(self._into["shape"]) / np.float32(scale)) + zero
+        found: NDArray[Any] = np.clip(whole, limits.min, limits.max).astype(self._into["dtype"])
+        return found
+
+    def invoke(self, row: NDArray[Any]) -> NDArray[Any]:
+        self._interpreter.set_tensor(self._into["index"], row)
+        self._interpreter.invoke()
+        out: NDArray[Any] = self._interpreter.get_tensor(self._out["index"]).reshape(-1)
+        return out
+
+    def values(self, out: NDArray[Any]) -> Floats:
+        scale, zero = self._out["quantization"]
+        found: Floats = (out.astype(np.float32) - zero) * np.float32(scale)
+        return found
+
+
+def measured(name: str, case: Case) -> Result:
+    plain = Plain(case)
+    told = parquet.read_table(case.run(case.raw))
+    ours = np.stack([told[f"raw_{i}"].to_numpy() for i in range(case.inference.model.outputs)], axis=1)
+    different = sum(
+        ours[index].tobytes() != plain.values(plain.invoke(plain.quantized(row))).tobytes()
+        for index, row in enumerate(plain.rows())
+    )
+    if different or len(ours) != case.windows:
+        raise click.ClickException(f"{name}: {different} of {len(ours)} answers are not those of a plain loop")
+    pace, loop = rates(lambda: counted(case), plain.run, rounds=ROUNDS)
+    note = f"{case.windows:,} answers equal to the last bit; invoking alone {bare(plain):,.0f} rows/s"
+    return Result(f"model-run-{name}", pace, loop, "rows/s", TARGET, note)
+
+
+def counted(case: Case) -> int:
+    case.run(case.work)
+    return case.windows
+
+
+def bare(plain: Plain) -> float:
+    plain.ready = [plain.quantized(row) for row, _ in zip(plain.rows(), range(ROWS), strict=False)]
+    seconds = []
+    for _ in range(ROUNDS):
+        begun = time.perf_counter()
+        plain.bare()
+        seconds.append(time.perf_counter() - begun)
+    return len(plain.ready) / statistics.median(seconds)
