@@ -15,7 +15,7 @@ from agent.clock import Now
 from agent.device.author import Author
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
-from agent.drift.detectors import JOINT, OUTPUT, SCORE, open_subjects
+from agent.drift.detectors import JOINT, OUTPUT, SCORE
 from agent.drift.judge import Judge
 from agent.drift.learning import Learning
 from agent.drift.state import State
@@ -85,7 +85,7 @@ def _anew(task: str, start: State, past: bytes) -> tuple[State, Ended]:
 def _open_alerts(task: str, old: State) -> Iterator[dict[str, Any]]:
     """Cleared: what they were against is gone."""
     subjects = (*old.fields, OUTPUT, SCORE, JOINT)
-    kinds = ("drift", open_subjects(old.detectors, len(old.fields))), ("fault", old.faulty)
+    kinds = ("drift", old.detectors.open_subjects), ("fault", old.faulty)
     for column, (kind, is_open) in enumerate(kinds):
         for i in np.flatnonzero(is_open).tolist():
             yield {

@@ -48,6 +48,8 @@ class Cusum:
         `slack` and `limit` are for all tests or for each (T,).
         """
         tested = np.isfinite(z)
+        if not tested.any():
+            return self
         sided = np.where(tested, np.minimum(np.maximum(z, -CLIP), CLIP), 0.0) * _SIDES
         value = np.where(tested, np.maximum(0.0, self.value + sided - slack), self.value)
         on, calm = self.on, self.calm

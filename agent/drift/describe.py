@@ -13,7 +13,7 @@ import numpy as np
 
 from agent.drift import estimate, sizes
 from agent.drift.codec import Floats, Ints
-from agent.drift.detectors import Detectors, Tester, open_subjects
+from agent.drift.detectors import Detectors, Tester
 from agent.drift.reference import Reference
 from agent.drift.summary import Summary
 
@@ -72,16 +72,19 @@ def with_states(
     numbers: dict[str, Any], now: Detectors, tester: Tester | None, found: tuple[str | None, ...], *, tested: bool
 ) -> dict[str, Any]:
     """The message's members with sums, limits and states, of each field (whose faults are `found`) and of all."""
-    fields = len(found)
-    sums = np.round(now.cusum.value.T, 2).tolist()
+    fields, at = len(found), now.places
+    sums = np.round(now.cusum.value[:, : 2 * fields].T, 2).tolist()
+    certainty = np.round(now.cusum.value[:, at.certainty], 2).tolist()
     # Fields have one limit, whatever the field; pairs have one, too.
-    limit = np.round(tester.limits.limit, 2).tolist() if tester else [None] * len(sums)
-    drifting = open_subjects(now, fields)
+    limit, pairs_limit, certainty_limit = (
+        round(float(tester.limits.limit[place]), 2) if tester else None for place in (0, at.certainty - 1, at.certainty)
+    )
+    drifting = now.open_subjects.tolist()
     quiet = "ok" if tested else "insufficient"
     features = {
         name: feature
         | {
-            "cusum": {"mean": _both(sums[i]), "spread": _both(sums[fields + i]), "limit": limit[i]},
+            "cusum": {"mean": _both(sums[i]), "spread": _both(sums[fields + i]), "limit": limit},
             "state": "fault" if found[i] else "drift" if drifting[i] else quiet,
             "fault": found[i],
         }
@@ -89,14 +92,12 @@ def with_states(
     }
     output, score, together = (("drift" if on else quiet) for on in drifting[fields:])
     states = {feature["state"] for feature in features.values()} | {output, score, together}
-    at = now.places
-    certain = {"cusum": _both(sums[at.certainty]), "limit": limit[at.certainty], "state": score}
-    told = {"state": output, "score": certain}
-    highest = whole(np.max(sums[at.pairs], initial=0.0))
+    told = {"state": output, "score": {"cusum": _both(certainty), "limit": certainty_limit, "state": score}}
+    highest = whole(round(float(now.cusum.value[:, at.pairs].max(initial=0.0)), 2))
     return numbers | {
         "features": features,
         "output": numbers["output"] | told,
-        "joint": {"cusum": highest, "limit": limit[at.certainty - 1], "state": together},
+        "joint": {"cusum": highest, "limit": pairs_limit, "state": together},
         "state": next(state for state in GRAVEST if state in states),
     }
 

@@ -58,6 +58,20 @@ class Detectors:
     def places(self) -> Places:
         return places(self.recent.shape[1] // 2, len(self.answers.mean))
 
+    @cached_property
+    def open_subjects(self) -> Bools:
+        """(F + 3,) which subjects have a drift alert open."""
+        at, on = self.places, self.cusum.on[0] | self.cusum.on[1]
+        fields = on[at.means] | on[at.spreads] | self.shape.on[: at.fields]
+        output, score = self.shape.on[at.fields :]
+        others = [output | on[at.answers].any(), score | on[at.certainty], on[at.pairs].any()]
+        return np.concatenate([fields, others])
+
+    @property
+    def open_fields(self) -> Bools:
+        """(F,)"""
+        return self.open_subjects[:-3]
+
     def without(self, subjects: Bools) -> Detectors:
         """With all that was gathered on these subjects (F + 3,) forgotten."""
         at = self.places
@@ -190,7 +204,7 @@ class Tester:
     def update(self, before: Detectors, evidence: Evidence, at: int, t: int) -> Detectors:
         """After window number `at` of the evidence, begun at `t` (epoch µs)."""
         fields = len(self.site.fields)
-        open_now = open_fields(before, fields)
+        open_now = before.open_fields
         z = self._without_held(evidence.z[at], before, open_now)
         slack, limit = self.limits.slack, self.limits.limit
         moved = before.cusum.update(z, evidence.effects[at], slack=slack, limit=limit, t=t)
@@ -246,7 +260,7 @@ class Tester:
         sees the field that drifts and names wrong classes, and by these the others would seem to drift, too.
         """
         fields = len(self.site.fields)
-        open_now = open_fields(now, fields)
+        open_now = now.open_fields
         known = self.site.class_n.min(1) >= statistics.RARE
         # Single rows tell too little of their class: those that were misnamed would all be set right, and spreads fall.
         told = self.site.windowed and self.site.labels and known.any()
@@ -287,17 +301,3 @@ def _with_lead(sums: Cusum, moved: Together, place: slice, z: Floats) -> Cusum:
     return sums.opened(
         side, place.start + lead, int(moved.windows[lead]), float(moved.effect[lead]), int(moved.since[lead])
     )
-
-
-def open_fields(detectors: Detectors, fields: int) -> Bools:
-    """(F,) which fields have a drift alert open."""
-    on = detectors.cusum.on[0, : 2 * fields] | detectors.cusum.on[1, : 2 * fields]
-    return np.asarray(on[:fields] | on[fields:] | detectors.shape.on[:fields])
-
-
-def open_subjects(detectors: Detectors, fields: int) -> Bools:
-    """(F + 3,) which subjects have a drift alert open."""
-    at, on = detectors.places, detectors.cusum.on[0] | detectors.cusum.on[1]
-    output, score = detectors.shape.on[fields:]
-    others = [output | on[at.answers].any(), score | on[at.certainty], on[at.pairs].any()]
-    return np.concatenate([open_fields(detectors, fields), others])

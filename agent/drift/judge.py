@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from agent.drift import describe, faults, statistics, watch, whole
 from agent.drift.alerts import Alert
 from agent.drift.codec import Ints
-from agent.drift.detectors import Detectors, Evidence, Tester, open_fields, open_subjects
+from agent.drift.detectors import Detectors, Evidence, Tester
 from agent.drift.faults import Fault, Signs
 from agent.drift.learning import Learning, finite, settle
 from agent.drift.modes import CLASSES, Modes, classes
@@ -120,16 +120,15 @@ class Judge:
 
     def renumbered(self, state: State) -> State:
         """For rows that are numbered from anew: without what was gathered of the open drift window."""
-        return replace(emptied(state, self._nothing, state.index), seen=-1)
+        return replace(emptied(state, self._nothing), index=state.index, seen=-1)
 
     def relearn(self, state: State, for_s: float = 0.0) -> tuple[State, list[Alert]]:
         """Without its site's reference, to learn another from at least `for_s` seconds of readings.
 
         And the open drift alerts, cleared: what they were against is gone.
         """
-        fields = len(self.shipped.fields)
         gone = "this site's reference is learned anew"
-        subjects = np.flatnonzero(open_subjects(state.detectors, fields)).tolist()
+        subjects = np.flatnonzero(state.detectors.open_subjects).tolist()
         cleared = [
             self._raising.cleared(state, "drift", subject, f"{name}: {gone}.")
             for subject in subjects
@@ -200,7 +199,7 @@ class Judge:
                 return state, [], some.stop
             seen = self._look(state.site, stacked(state.open), np.array([sum(state.t) // 2]))
             state, verdict = self._close(state, seen, 0)
-            return state, [verdict], some.stop
+            return emptied(state, self._nothing), [verdict], some.stop
         some = slice(at, at + ahead.starts.size)
         stack = ahead.summarized(self.shipped, batch, at, self._classes(state, batch, some))
         middle = (batch.t[ahead.begin] + batch.t[ahead.begin + ahead.n - 1]) // 2
@@ -214,7 +213,7 @@ class Judge:
             if changed:
                 # What follows was summarized for other classes, or has no evidence yet.
                 break
-        return state, verdicts, at
+        return emptied(state, self._nothing), verdicts, at
 
     def _look(self, site: Reference | None, stack: Summary, middle: Ints) -> _Seen:
         """At stacked drift windows in the `middle` of times (W,), epoch µs."""
@@ -233,7 +232,7 @@ class Judge:
         """By which fields model windows are given classes, as something to compare."""
         if state.site is None or not self.shipped.labels:
             return b""
-        return open_fields(state.detectors, len(self.shipped.fields)).tobytes()
+        return state.detectors.open_fields.tobytes()
 
     def _classes(self, state: State, batch: Batch, some: slice) -> Ints:
         named = batch.named[some]
@@ -250,18 +249,19 @@ class Judge:
         spoiled = faults.spoiled(found) or bool(state.misread.any())
         watching = state.watch if spoiled else watch.after(state.watch, tick, tester, state.detectors, state.t)
         clean = not spoiled and not watch.holds(watching)
-        after, learned, refused = replace(state, watch=watching), None, None
+        learned, refused, season, detectors = None, None, state.season, state.detectors
         tested = clean and state.site is not None
         drift_alerts: list[Alert] = []
         if tester is not None and seen.evidence is not None:
             if clean:
-                detectors = tester.update(state.detectors, seen.evidence, at, state.t[0])
-                z = seen.evidence.z[at, : len(self.shipped.fields)]
-                after = replace(after, detectors=detectors, season=state.season.add(z, state.t[0]))
-                after, drift_alerts = self._raising.drifts(state, after, seen.evidence.effects[at], tester)
+                detectors = tester.update(detectors, seen.evidence, at, state.t[0])
+                season = season.add(seen.evidence.z[at, : len(self.shipped.fields)], state.t[0])
             elif watching.drifting:
                 # What fields have gathered may be the wrong classes that the model names since then.
-                after = replace(after, detectors=state.detectors.only_open())
+                detectors = detectors.only_open()
+        after = replace(state, watch=watching, detectors=detectors, season=season)
+        if tester is not None and seen.evidence is not None and clean:
+            after, drift_alerts = self._raising.drifts(state, after, seen.evidence.effects[at], tester)
         elif clean:
             after, learned, refused = self._learn(after)
         after, fault_alerts = self._raising.faults(after, found)
@@ -277,7 +277,7 @@ class Judge:
             summary=self._report(after, seen, at, found, tested),
             alerts=(*fault_alerts, *watch.alerts(state.watch, watching, tick, tester, state.t, where), *drift_alerts),
         )
-        return emptied(after, self._nothing, state.index + 1), verdict
+        return after, verdict
 
     def _learn(self, state: State) -> tuple[State, Reference | None, str | None]:
         learning = state.learning.add(state.open, windowed=self.shipped.windowed, t=state.t)

@@ -17,7 +17,7 @@ from agent.drift import alerts, drifts
 from agent.drift.alerts import Alert
 from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.cusum import CALM
-from agent.drift.detectors import JOINT, OUTPUT, SCORE, Tester, open_subjects
+from agent.drift.detectors import JOINT, OUTPUT, SCORE, Tester
 from agent.drift.faults import MISREAD, Fault
 from agent.drift.reference import Reference
 from agent.drift.state import State
@@ -56,7 +56,7 @@ class Raising:
     def drifts(self, before: State, after: State, effects: Floats, tester: Tester) -> tuple[State, list[Alert]]:
         """`after` the window; `effects` (T,) of its tests."""
         fields = len(self.shipped.fields)
-        was, is_now = open_subjects(before.detectors, fields), open_subjects(after.detectors, fields)
+        was, is_now = before.detectors.open_subjects, after.detectors.open_subjects
         if (was == is_now).all():
             return after, []
         raised, raised_in = after.raised.copy(), np.where(is_now & ~was, before.index, after.raised_in)
@@ -85,7 +85,7 @@ class Raising:
         """Without the drifts that follow from fields (F,) that were just found to be read wrongly."""
         if not newly.any():
             return state, []
-        late = open_subjects(state.detectors, len(newly)) & (state.raised_in > state.index - CALM)
+        late = state.detectors.open_subjects & (state.raised_in > state.index - CALM)
         names = [self.shipped.fields[field] for field in np.flatnonzero(newly)]
         out = [
             self.cleared(state, "drift", subject, alerts.withdrawn_sentence(self.subjects[subject], names))

@@ -134,6 +134,7 @@ def filled(state: State, shipped: Reference, batch: Batch, some: slice, classes:
     return replace(state, open=summary.add_windows(shipped, batch.found[some], batch.named[some], top, classes), **new)
 
 
-def emptied(state: State, nothing: Summary, index: int) -> State:
-    """For drift window number `index`."""
-    return replace(state, index=index, open=nothing, tail=Tail.empty(len(state.faulty)), rows=(0, -1), t=(0, 0))
+def emptied(state: State, nothing: Summary) -> State:
+    """For the next drift window."""
+    tail = Tail.empty(len(state.faulty))
+    return replace(state, index=state.index + 1, open=nothing, tail=tail, rows=(0, -1), t=(0, 0))

@@ -48,7 +48,7 @@ class Together:
     def update(self, z: Floats, effect: Floats, t: int) -> Together:
         """After one more window, begun at `t`, with scores `z` (S,), NaN where there was nothing to test."""
         told = np.isfinite(z)
-        mean = np.where(told, self.mean + WEIGHT * (np.clip(z, -CLIP, CLIP) - self.mean), self.mean)
+        mean = np.where(told, self.mean + WEIGHT * (np.minimum(np.maximum(z, -CLIP), CLIP) - self.mean), self.mean)
         goes_on = (mean > 0) == (self.mean > 0)
         windows = np.where(goes_on, self.windows, 0) + told
         total = np.where(goes_on, self.effect, 0.0) + np.where(told, effect, 0.0)

@@ -18,7 +18,7 @@ from agent.drift.alerts import Alert
 from agent.drift.codec import Ints
 from agent.drift.cusum import CALM, Cusum
 from agent.drift.describe import GRAVEST, short
-from agent.drift.detectors import Detectors, Tester, open_fields
+from agent.drift.detectors import Detectors, Tester
 from agent.drift.rate import Usual
 from agent.drift.summary import Summary
 from agent.drift.words import amount_of_time, over, since
@@ -78,7 +78,7 @@ def after(before: Watch, tick: Tick, tester: Tester | None, fields: Detectors, t
     """
     if tester is None or tester.extra.rate is None:
         return before
-    drifting = bool(open_fields(fields, len(tester.site.fields)).any())
+    drifting = bool(fields.open_fields.any())
     return ticked(before, tick, t[0], fields_drift=drifting, limit=tester.pace_limit)
 
 

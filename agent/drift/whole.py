@@ -51,10 +51,11 @@ class Whole:
         return np.asarray(batch.values[self.begin[:, None] + np.arange(self.n)])
 
     def filled(self, state: State, batch: Batch, stack: Summary, number: int) -> State:
-        """`state` with window `number` of the `stack` as the open one."""
+        """`state`, which is that after the window before, with window `number` of the `stack` as the open one."""
         begin, end = int(self.begin[number]), int(self.begin[number]) + self.n - 1
         return replace(
             state,
+            index=state.index + 1 if number else state.index,
             open=summary.at(stack, number),
             rows=(batch.first + begin, batch.first + end),
             t=(int(batch.t[begin]), int(batch.t[end])),
