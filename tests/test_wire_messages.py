@@ -44,15 +44,17 @@ def members(sent: Sent) -> dict[str, Any]:
     return dict(json.loads(sent.payload))
 
 
+LOG = "c1ca3d20-b49b-46bd-b015-d5324e989d47"
+
+
 def sender() -> Sender:
-    return Sender(key=DEVICE)
+    return Sender(key=DEVICE, log=LOG)
 
 
 RESULTS = members(sender().results())
 RESULTS_TOPIC = "outstation/acme/pi-07/results/exercise"
 HEALTH = members(sender().health())
 HEALTH_TOPIC = "outstation/acme/pi-07/health"
-LOG = HEALTH["log"]
 ACK = {"v": 1, "kind": "ack", "device": "pi-07", "log": LOG, "through": 9, "missing": [[2, 3]], "time": HEALTH["time"]}
 ACK_TOPIC = "outstation/acme/pi-07/ack"
 
