@@ -90,7 +90,7 @@ class Detectors:
 
     def only_open(self) -> Detectors:
         """With the open alarms, and nothing gathered towards others."""
-        return self.only(self.cusum.on.any(0))
+        return self.only(np.asarray(self.cusum.on.any(0)))
 
     def only(self, tests: Bools) -> Detectors:
         """With all sums but those of these `tests` (T,) begun anew."""

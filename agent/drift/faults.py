@@ -83,7 +83,7 @@ def signs(windows: Summary, reference: Reference, site: Reference | None = None)
     return Signs(
         missing=_missing(windows, reference, site, rows[:, None]),
         slight=windows.missing <= MISSING * rows[:, None],
-        saturated=piled(windows.extremes, reference, rows).any(-1),
+        saturated=np.asarray(piled(windows.extremes, reference, rows).any(-1)),
         coarser=none if site is None else steps.coarser(windows, site),
         stuck=windows.longest > run_limits(reference, rows),
         calm=calm,

@@ -45,7 +45,7 @@ def of_windows(windows: Floats, square: Floats, floor: Floats) -> Floats:
     if not width(windows.shape[2], windows.shape[1]):
         return np.empty((len(windows), 0))
     moving = np.where(square > floor, square, np.nan)
-    return np.log(np.concatenate([_apart(windows, lag) / moving for lag in lags(windows.shape[1])], axis=1))
+    return np.asarray(np.log(np.concatenate([_apart(windows, lag) / moving for lag in lags(windows.shape[1])], axis=1)))
 
 
 def _apart(windows: Floats, lag: int) -> Floats:

@@ -227,8 +227,8 @@ def _of_labels(labels: Sequence[str], truth: Ints, said: Ints) -> _Part:
 
 def f1(truth: Ints, said: Ints, count: int, w: Floats) -> Floats:
     """(count,) F1 of each class; NaN of those neither meant nor named."""
-    hit = np.bincount(truth, w * (truth == said), count)
-    both = np.bincount(truth, w, count) + np.bincount(said, w, count)
+    hit = np.asarray(np.bincount(truth, w * (truth == said), count), np.float64)
+    both = np.asarray(np.bincount(truth, w, count) + np.bincount(said, w, count), np.float64)
     return f1_of(hit, both)
 
 
@@ -260,7 +260,7 @@ def equal_mass(score: Floats, bins: int = ECE_BINS) -> Ints:
 
 def ece(score: Floats, right: Floats, where: Ints, w: Floats) -> float:
     """Σ share of a bin × |mean score - share right|, from bins as `equal_mass` has them."""
-    return float(ece_of(np.bincount(where, w * (score - right)), w.sum()))
+    return float(ece_of(np.asarray(np.bincount(where, w * (score - right)), np.float64), w.sum()))
 
 
 def ece_by_chance(score: Floats, where: Ints, alike: float) -> tuple[float, float]:

@@ -99,4 +99,4 @@ def _in_order(groups: Ints, rows: Floats, count: int) -> Floats:
     """(count, D) sums of `rows` (m, D) in each of `groups` (m,), added one after another in the order they come."""
     width = rows.shape[1]
     place = (groups * width)[:, None] + np.arange(width)
-    return np.bincount(place.ravel(), rows.ravel(), count * width).reshape(count, width)
+    return np.asarray(np.bincount(place.ravel(), rows.ravel(), count * width), np.float64).reshape(count, width)

@@ -56,7 +56,7 @@ def times_us(n: int, made: Made) -> Ints:
     """Of the rows of one file, from its start."""
     if isinstance(made, Image):
         return np.zeros(n, np.int64)
-    return np.rint(np.arange(n) * (made.row_s * 1e6)).astype(np.int64)
+    return np.asarray(np.rint(np.arange(n) * (made.row_s * 1e6)), np.int64)
 
 
 def file_rows(path: Path, made: Made) -> Floats:

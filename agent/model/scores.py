@@ -69,7 +69,7 @@ def distance(outputs: NDArray[np.float32], output: Output) -> Doubles:
         return np.asarray(np.sqrt(np.square(vectors - centroid).sum(axis=1)))
     lengths = np.sqrt(np.square(vectors).sum(axis=1)) * np.sqrt(np.square(centroid).sum())
     # A vector of length 0 has no direction: as far as a right angle.
-    return 1.0 - (vectors * centroid).sum(axis=1) / np.where(lengths > 0, lengths, 1.0)
+    return np.asarray(1.0 - (vectors * centroid).sum(axis=1) / np.where(lengths > 0, lengths, 1.0))
 
 
 def texts(found: Scores, manifest: Manifest) -> list[str] | None:

@@ -62,7 +62,7 @@ class Wav:
             data = self._file.readframes(stop - start)
         except (OSError, wave.Error) as error:
             raise UsageError(f"{self._path}: cannot be read: {error}") from None
-        return _numbers(data, self._width).reshape(-1, self._channels).mean(axis=1)
+        return np.asarray(_numbers(data, self._width).reshape(-1, self._channels).mean(axis=1))
 
     def close(self) -> None:
         self._open.close()
