@@ -290,6 +290,33 @@ def test_kill_9_during_a_salvage(whole: Path, tmp_path: Path) -> None:
         assert len(rows) >= 300
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_journal_that_a_power_cut_left_is_rolled_back_or_set_aside_at_the_next_opening(
+    whole: Path, tmp_path: Path, broken: bool
+) -> None:
+    case = damaged_copy(whole, tmp_path, "outstation.db", (whole / "outstation.db").read_bytes())
+    with contextlib.closing(sqlite3.connect(case / "outstation.db", isolation_level=None)) as db:
+        assert db.execute("PRAGMA journal_mode=DELETE").fetchone() == ("delete",)
+        # So that pages are written before the transaction ends.
+        db.execute("PRAGMA cache_size=1")
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("UPDATE outbox SET payload = zeroblob(length(payload))")
+        db.execute("UPDATE chunks SET data = zeroblob(length(data))")
+        cut = {name: (case / name).read_bytes() for name in ("outstation.db", "outstation.db-journal")}
+        db.execute("ROLLBACK")
+    assert cut["outstation.db"] != (case / "outstation.db").read_bytes()
+    for name, data in cut.items():
+        (case / name).write_bytes(data)
+    if broken:
+        (case / "outstation.db").write_bytes(bytes(PAGE // 2) + cut["outstation.db"][PAGE // 2 :])
+        store, _ = opened(case)
+        store.close()
+        assert not (case / "outstation.db-journal").exists()
+        return
+    rows, _ = check_whole(case, 400, 30)
+    assert len(rows) == 400
+
+
 def test_the_newest_two_quarantines_are_kept_and_the_damaged_files_lie_there_as_they_were(
     whole: Path, tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def unsound(folder: Path, *, known: bool) -> str | None:
         if not _is_written_by_us(path):
             return "its header names a format that is for reading only"
         try:
+            _roll_back(path)
             with contextlib.closing(connect_read_only(path)) as db:
                 tables = {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
                 if not tables and not known:
@@ -106,6 +107,13 @@ def unsound(folder: Path, *, known: bool) -> str | None:
             if not is_damage(error):
                 raise
             return str(error)
+
+
+def _roll_back(path: Path) -> None:
+    """What a kill left half done while the store was made or got its -wal: nobody who only reads can undo it."""
+    if path.with_name(f"{path.name}-journal").exists():
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5.0)) as db:
+            db.execute("SELECT 1 FROM sqlite_master").fetchone()
 
 
 def _is_written_by_us(path: Path) -> bool:

@@ -66,9 +66,14 @@ def _set_aside(folder: Path, place: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
     # An index of the -wal, made again from it; the database goes last, so that a kill here is seen.
     (folder / f"{DATABASE}-shm").unlink(missing_ok=True)
-    for name in (f"{DATABASE}-wal", DATABASE):
+    # Beside the new database, what could not be rolled back would be rolled back into it.
+    for name, kept in (
+        (f"{DATABASE}-journal", "journal"),
+        (f"{DATABASE}-wal", f"{DATABASE}-wal"),
+        (DATABASE, DATABASE),
+    ):
         if (folder / name).exists():
-            (folder / name).rename(place / name)
+            (folder / name).rename(place / kept)
     _sync(place)
     _sync(folder)
     older = sorted((p for p in place.parent.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
