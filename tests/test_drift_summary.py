@@ -245,9 +245,9 @@ def test_sums_have_the_same_bits_however_rows_lie_in_memory_and_are_cut(
     one, at_once = Sums.zeros(1, columns), Sums.of(np.asarray(values.reshape(3, 100, columns), order=order))
     for number in range(3):
         alone = one.add(np.zeros(100, np.int64), values[100 * number : 100 * (number + 1)])
-        assert at_once[number].total.tobytes() == alone.total.tobytes()
-        assert at_once[number].squares.tobytes() == alone.squares.tobytes()
-        assert at_once[number].n.tolist() == alone.n.tolist()
+        assert at_once.total[number].tobytes() == alone.total.tobytes()
+        assert at_once.squares[number].tobytes() == alone.squares.tobytes()
+        assert at_once.n[number].tolist() == alone.n.tolist()
 
 
 def test_no_reading_is_in_the_message(shipped: Reference) -> None:

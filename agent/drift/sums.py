@@ -75,9 +75,6 @@ class Sums:
         n = values.shape[1] - missing.sum(1, keepdims=True)
         return cls(n, known.sum(1, keepdims=True), (known * known).sum(1, keepdims=True))
 
-    def __getitem__(self, at: int) -> Sums:
-        return Sums(self.n[at], self.total[at], self.squares[at])
-
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares)
 

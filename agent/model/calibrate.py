@@ -204,10 +204,6 @@ def _isotonic(outputs: Floats, truth: NDArray[Any], manifest: Manifest) -> Outpu
     return msgspec.structs.replace(manifest.output, isotonic=found)
 
 
-def _ascend(one: _Point, other: _Point) -> bool:
-    return round(one[0], 6) < round(other[0], 6) and one[1] < other[1]
-
-
 def of_windows(column: NDArray[Any], starts: Ints, rows: int) -> NDArray[Any]:
     """What was true of each window: of its last row."""
     found: NDArray[Any] = column[starts + rows - 1]
