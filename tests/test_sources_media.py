@@ -212,6 +212,30 @@ def test_a_sound_that_was_taken_in_part_goes_on_with_the_same_bits_and_times(tmp
         assert after.tobytes() == before[skip:].tobytes()
 
 
+@pytest.mark.parametrize("kind", ["image", "sound"])
+@pytest.mark.usefixtures("quick")
+def test_a_file_whose_move_fails_after_its_last_row_is_moved_later_and_not_taken_again(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: Made = SMALL if kind == "image" else HEARD
+    content = picture((6, 8, 3)) if kind == "image" else write_wav(tmp_path / "x.wav", tone(440)).read_bytes()
+    move, failures = os.rename, ["the folder's medium is gone"]
+
+    def unreliable(before: Path, after: Path) -> None:
+        if "done" in Path(after).parts and failures:
+            raise OSError(failures.pop())
+        move(before, after)
+
+    monkeypatch.setattr(os, "rename", unreliable)
+    put(tmp_path, "a.png" if kind == "image" else "a.wav", content, 1_764_000_000)
+    with watching(tmp_path, made) as station:
+        wait_for(partial(are_in, tmp_path, "done", 1), "moved at last")
+        rows = len(taken(station).t)
+    assert failures == []
+    assert notes(tmp_path)[0][1:] == ["1", str(rows)]
+    assert len(notes(tmp_path)) == 1
+
+
 @pytest.mark.usefixtures("quick")
 def test_rows_of_another_producer_are_no_part_of_an_image(tmp_path: Path) -> None:
     with watching(tmp_path) as station, station.line() as line:

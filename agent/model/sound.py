@@ -77,6 +77,8 @@ def samples(path: Path, rate: int) -> Doubles:
 def blocks(wav: Wav, spec: Sound, skip: int = 0) -> Iterator[Floats]:
     """The rows of a file after the first `skip`, some at a time: the bits of `rows` of all its samples."""
     frames = max(0, (wav.count - spec.window) // spec.hop + 1)
+    if skip >= frames:
+        return
     for first in range(skip // _AT_ONCE * _AT_ONCE, frames, _AT_ONCE):
         last = min(first + _AT_ONCE, frames) - 1
         made = rows(wav.read(first * spec.hop, last * spec.hop + spec.window), spec)
