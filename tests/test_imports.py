@@ -33,6 +33,7 @@ FLOORS = {
     "tls": 3,
     "link": 4,
     "model": 4,
+    "rivals": 4,
     "client": 5,
     "evaluation": 5,
     "device": 6,
@@ -167,15 +168,26 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
     [
         (
             "agent.device.daemon",
-            {"agent.cli", "agent.fleet", "agent.simulate", "iotcore", "jwt", "pandas", "pyarrow", "pytest", "rich"},
+            {
+                "agent.cli",
+                "agent.fleet",
+                "agent.simulate",
+                "iotcore",
+                "jwt",
+                "pandas",
+                "pyarrow",
+                "pytest",
+                "rich",
+                "tuf",
+            },
         ),
         (
             "agent.fleet.collect",
-            {"agent.cli", "agent.device", "ai_edge_litert", "iotcore", "jwt", "pyarrow", "rich"},
+            {"agent.cli", "agent.device", "ai_edge_litert", "cyclonedx", "iotcore", "jwt", "pyarrow", "rich", "tuf"},
         ),
         (
             "agent.cli",
-            {"ai_edge_litert", "apscheduler", "iotcore", "jwt", "pandas", "pyarrow", "rich", "tflite_runtime"},
+            {"ai_edge_litert", "apscheduler", "iotcore", "jwt", "pandas", "pyarrow", "rich", "tflite_runtime", "tuf"},
         ),
     ],
 )

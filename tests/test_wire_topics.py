@@ -30,6 +30,7 @@ def test_a_topic_with_a_task_comes_back(fleet: str, device: str, kind: str, task
 def test_alerts_of_the_device_itself_and_a_wish_for_all_devices_have_their_places() -> None:
     assert topics.parse("outstation/acme/pi-07/alerts/_device").task == topics.DEVICE_ALERTS
     assert topics.parse("outstation/acme/_all/desired").device == topics.ALL
+    assert topics.parse("outstation/acme/_group/desired/roof") == Topic("acme", topics.GROUP, "desired", "roof")
 
 
 PARTS = st.sampled_from(
@@ -70,6 +71,9 @@ def test_any_text_is_a_topic_that_reads_the_same_or_is_refused(text: str) -> Non
         "outstation/acme/pi-07/results/",
         "outstation/acme/pi-07/results/exercise/more",
         "outstation/acme/pi-07/health/exercise",
+        "outstation/acme/pi-07/desired/roof",
+        "outstation/acme/_group/desired",
+        "outstation/acme/_group/cmd/roof",
         "outstation/acme/pi-07/health/",
         "outstation/acme/pi-07/unknown",
         "outstation/acme/pi-07/results/#",

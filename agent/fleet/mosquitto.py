@@ -8,7 +8,10 @@ from agent.config import Broker
 from agent.wire.topics import ROOT
 
 # What a device may publish and read of its own subtree. `ack`, `cmd` and `desired` are not among the first.
-DEVICE_WRITES = ("results/+", "drift/+", "quality/+", "alerts/+", "health", "audit", "state", "keys", "reply")
+DEVICE_WRITES = (
+    *("results/+", "drift/+", "quality/+", "shadow/+", "alerts/+"),
+    *("health", "audit", "state", "keys", "reply"),
+)
 DEVICE_READS = ("ack", "cmd", "desired")
 
 _COMMON = """\
@@ -79,10 +82,10 @@ def access_list(fleet: str) -> str:
     base = f"{ROOT}/{fleet}"
     lines = [f"pattern write {base}/%u/{kind}" for kind in DEVICE_WRITES]
     lines += [f"pattern read {base}/%u/{kind}" for kind in DEVICE_READS]
-    lines += ["# For all devices. Mosquitto warns that this pattern has no %u; it needs none.",
-              f"pattern read {base}/_all/desired"]  # fmt: skip
+    lines += ["# For all devices, and for groups of them. Mosquitto warns that there is no %u; none is needed.",
+              f"pattern read {base}/_all/desired", f"pattern read {base}/_group/desired/+"]  # fmt: skip
     lines += ["", "user collector", f"topic read {base}/#", f"topic write {base}/+/ack"]
     for role in ("operator", "commander"):
         lines += ["", f"user {role}", f"topic read {base}/#"]
-        lines += [f"topic write {base}/+/cmd", f"topic write {base}/+/desired"]
+        lines += [f"topic write {base}/+/cmd", f"topic write {base}/+/desired", f"topic write {base}/_group/desired/+"]
     return _ACL_HEAD + "\n".join(lines) + "\n"

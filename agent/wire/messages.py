@@ -20,6 +20,7 @@ from agent.errors import Refused
 from agent.jsonkeys import RepeatedKey, check_keys
 from agent.wire import jws, topics
 from agent.wire.commands import MAX_ARGUMENT
+from agent.wire.desired import Name, Wanted
 from agent.wire.jws import Signer
 from agent.wire.keys import b64url
 
@@ -155,6 +156,59 @@ class Quality(Logged, frozen=True, kw_only=True, tag="quality"):
     metrics: list[Metric] = []
 
 
+class Moments(msgspec.Struct, frozen=True):
+    """Of n numbers: their mean, and the sum of squares around it; they merge as Chan et al. (1979) do."""
+
+    n: Natural = 0
+    mean: float = 0.0
+    m2: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+
+
+class Answered(msgspec.Struct, frozen=True):
+    """What one of two bundles made of the same windows.
+
+    `seconds` in the model; `scores` of its own answers, or their values; `expected` accuracy by its scores, of so many
+    windows as there are in it; `right`: labelled windows it answered as they were, or `off`: by how much not.
+    """
+
+    windows: Natural
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    scores: Moments = Moments()
+    expected: Moments = Moments()
+    right: Natural = 0
+    off: Moments = Moments()
+
+
+class Shadow(Logged, frozen=True, kw_only=True, tag="shadow"):
+    """Two bundles over the same rows: `model` whose results count, and `beside`, whose do not. Adds up over messages.
+
+    `same`: windows of `n` that both answered alike; `apart`: how far values or scores were from each other (beside less
+    model); `labelled` windows both were right in, one, the other, or none, [both, model only, beside only, neither].
+    `errors`: batches in which `beside` failed, the last time for the reason `why`.
+    """
+
+    task: Text
+    rollout: Name
+    model: Model
+    beside: Model
+    rows: tuple[Positive, Positive]
+    batches: Natural
+    n: Natural
+    same: Natural | None = None
+    apart: Moments = Moments()
+    answered: Answered
+    answered_beside: Answered
+    labelled: tuple[Natural, Natural, Natural, Natural] = (0, 0, 0, 0)
+    errors: Natural = 0
+    why: Annotated[str, msgspec.Meta(max_length=500)] = ""
+
+    def __post_init__(self) -> None:
+        if self.rows[0] > self.rows[1]:
+            raise ValueError(f"rows {list(self.rows)} run backwards")
+        if self.same is not None and self.same > self.n:
+            raise ValueError(f"{self.same} windows answered alike, n says {self.n}")
+
+
 class Health(Logged, frozen=True, kw_only=True, tag="health"):
     streams: dict[Text, dict[str, Any]] = {}
     tasks: dict[Text, dict[str, Any]] = {}
@@ -212,7 +266,19 @@ class Cmd(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unknown_fields=T
     expires: Rfc3339
 
 
-Body = Results | Drift | Alerts | Quality | Health | Audit | State | Keys | Reply | Ack | Cmd
+class Desired(Payload, frozen=True, kw_only=True, tag="desired", forbid_unknown_fields=True):
+    """Retained: for a device, for all (`_all`), or for a `group` (`_group`). Refused whole where a member is unknown.
+
+    `counter` strictly grows for each topic and operator key; `tasks` are all that is desired by this topic.
+    """
+
+    group: Name | None = None
+    counter: Positive
+    issued: Rfc3339
+    tasks: Annotated[dict[Name, Wanted], msgspec.Meta(max_length=64)] = {}
+
+
+Body = Results | Drift | Alerts | Quality | Shadow | Health | Audit | State | Keys | Reply | Ack | Cmd | Desired
 _DECODER = msgspec.json.Decoder(Body)
 
 
@@ -243,7 +309,7 @@ def open_message(
     owner = topic.device if topic.kind not in topics.DOWN else signer.owner
     if signer.owner != owner:
         raise Refused("other device", f"key of {signer.owner!r} on a topic of {topic.device!r}")
-    task = getattr(body, "task", None)
+    task = body.group if isinstance(body, Desired) else getattr(body, "task", None)
     if task != (None if topic.task == topics.DEVICE_ALERTS else topic.task):
         raise Refused("other task", f"payload names {task!r}, topic {topic.task!r}")
     return Message(topic, payload, tokens[0], body, signer)

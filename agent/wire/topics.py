@@ -9,13 +9,15 @@ from agent.names import is_name
 
 ROOT = "outstation"
 
-PER_TASK = frozenset({"results", "drift", "quality", "alerts"})
+PER_TASK = frozenset({"results", "drift", "quality", "alerts", "shadow"})
 LOGGED = PER_TASK | {"health", "audit"}
 LIVE = frozenset({"state", "keys", "reply"})
 DOWN = frozenset({"ack", "cmd", "desired"})
-# Stands where a task stands for alerts that belong to none, and where a device stands for all of a fleet.
+# Stands where a task stands for alerts that belong to none; where a device stands for all of a fleet, or for a group of
+# it, whose name then stands where a task does.
 DEVICE_ALERTS = "_device"
 ALL = "_all"
+GROUP = "_group"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,9 @@ def parse(text: str) -> Topic:
     device, kind, task = parts[2], parts[3], parts[4] if len(parts) == 5 else None
     if kind not in LOGGED | LIVE | DOWN:
         raise Refused("topic", f"unknown kind {kind[:40]!r}")
-    if not is_name(device) and (device, kind) != (ALL, "desired"):
+    if not is_name(device) and (device not in (ALL, GROUP) or kind != "desired"):
         raise Refused("topic", f"{device[:80]!r} cannot name a device")
-    if (kind in PER_TASK) != (task is not None):
+    if (kind in PER_TASK or device == GROUP) != (task is not None):
         raise Refused("topic", f"{text[:120]!r}: {kind} {'needs' if kind in PER_TASK else 'takes no'} task")
     if task is not None and not is_name(task) and (kind, task) != ("alerts", DEVICE_ALERTS):
         raise Refused("topic", f"{task[:80]!r} cannot name a task of {kind}")
