@@ -2,7 +2,8 @@
 
 OutstationError
 ├── UsageError        the person at the keyboard or the config file; exit code 2
-│   └── ConfigError   names the file, the key and the fix
+│   ├── ConfigError   names the file, the key and the fix
+│   └── Busy          another run writes that file; it may be done in a while
 ├── Rejected          one row or line of a producer
 ├── Refused           a message from a peer that does not verify
 ├── BadBundle         a bundle that is damaged, unsigned, foreign or does not run here
@@ -31,6 +32,10 @@ class ConfigError(UsageError):
     def __init__(self, file: str, key: str, problem: str) -> None:
         super().__init__(f"{file}: {key}: {problem}" if key else f"{file}: {problem}")
         self.file, self.key, self.problem = file, key, problem
+
+
+class Busy(UsageError):
+    """Another process writes the file."""
 
 
 class Rejected(OutstationError):

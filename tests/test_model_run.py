@@ -23,7 +23,8 @@ from agent.errors import BadBundle, UsageError
 from agent.evaluation import run as running
 from agent.evaluation.blocks import Place
 from agent.evaluation.csvfile import CsvFile
-from agent.evaluation.run import Totals, Work
+from agent.evaluation.run import Work
+from agent.evaluation.totals import Totals
 from agent.model import bundle as bundles
 from agent.model import features, inference
 from agent.model.inference import Inference

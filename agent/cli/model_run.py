@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,13 @@ from agent.errors import BadBundle, UsageError
 from agent.wire import keys
 
 if TYPE_CHECKING:
+    from agent.evaluation.cluster import Cluster
     from agent.model.bundle import Bundle
     from agent.model.inference import Inference
 
 _path = click.Path(path_type=Path)
 _SAID = 10
+ENGINE = "Where the model runs: in this process, or on a Ray cluster, a worker for each file."
 
 
 @click.command("run", epilog="Example: outstation model run exercise readings.csv -o results.csv")
@@ -28,9 +31,13 @@ _SAID = 10
 @click.argument("data", type=_path)
 @click.option("-o", "--out", required=True, type=_path, help="File to write, .csv or .parquet; a folder for a folder.")
 @click.option("--raw", is_flag=True, help="The model's outputs, too: raw_0, raw_1, …")
+@click.option("--engine", type=click.Choice(["here", "ray"]), default="here", show_default=True, help=ENGINE)
+@click.option("--address", metavar="HOST:PORT", help="The cluster's head; RAY_ADDRESS, or this machine's, without.")
 @click.option("--key", "public", help="The publisher's public key, text or file: the bundle must be signed by it.")
 @json_option
-def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_json: bool) -> None:
+def run(
+    bundle: Path, data: Path, out: Path, raw: bool, engine: str, address: str | None, public: str | None, as_json: bool
+) -> None:
     """Answers of BUNDLE for each row or window of DATA: CSV, Parquet, a folder of them, or of images or WAV.
 
     BUNDLE is a folder, a .zip, or the name of one that ships. A run that was killed goes on where it was when it is
@@ -41,6 +48,7 @@ def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_j
 
     if not data.exists():
         raise UsageError(f"{data}: no such file")
+    place = cluster(engine, address)
     found, loaded, said = load(bundle, public)
     # A folder of images or sounds is one stream: its answers are one file.
     many = data.is_dir() and not blocks.is_media(loaded.manifest.input)
@@ -48,8 +56,11 @@ def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_j
         raise UsageError(f"-o {out}: name a file that ends in {' or '.join(output.SUFFIXES)}")
     work = running.Work(found, loaded, raw=raw)
     begun = time.monotonic()
-    with Bar("rows") as bar:
-        total = running.folder(work, data, out, bar) if many else work.file(data, out, bar)
+    with place as ray, Bar("rows") as bar:
+        if ray is not None:
+            total = (ray.folder if many else ray.file)(work, found, data, out, bar)
+        else:
+            total = running.folder(work, data, out, bar) if many else work.file(data, out, bar)
     document = {
         "out": str(out),
         "bundle": {"name": found.manifest.name, "version": found.manifest.version, "digest": found.digest},
@@ -64,6 +75,17 @@ def run(bundle: Path, data: Path, out: Path, raw: bool, public: str | None, as_j
     emit(document, as_json, lambda: _print(document))
     if total.refused:
         sys.exit(1)
+
+
+def cluster(engine: str, address: str | None) -> AbstractContextManager[Cluster | None]:
+    """What is entered for the time of the work; None where that is done here. Raises UsageError."""
+    if engine == "here":
+        if address is not None:
+            raise UsageError(f"--address {address}: is for --engine ray")
+        return nullcontext()
+    from agent.evaluation.cluster import Cluster
+
+    return Cluster(address)
 
 
 def load(path: Path, public: str | None) -> tuple[Bundle, Inference, str]:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.errors import UsageError
+from agent.errors import Busy, UsageError
 from agent.evaluation.blocks import FILE, Texts, is_media
 from agent.evaluation.tablefile import NO_PYARROW
 from agent.model import scores
@@ -69,14 +69,21 @@ class Columns:
 
 
 class Part:
-    """`OUT.part`, locked, begun anew or gone on with after `written` bytes, and renamed to OUT at the end."""
+    """`OUT.part`, locked; once begun, anew or after so many bytes of before, it is renamed to OUT at the end."""
 
-    def __init__(self, out: Path, columns: Columns, written: int) -> None:
-        """Raises UsageError."""
+    def __init__(self, out: Path, columns: Columns) -> None:
+        """Raises UsageError, Busy."""
         self._out, self._columns, self.path = out, columns, part_of(out)
         self._text = out.suffix == ".csv"
         self._arrow = _arrow(out, needed=not self._text)
-        self._file = _locked(self.path)
+        self._file = locked(self.path)
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def begin(self, written: int) -> None:
+        """Go on after the first `written` bytes."""
         self._file.truncate(written)
         self._file.seek(written)
         if not written:
@@ -98,9 +105,13 @@ class Part:
     def finish(self) -> None:
         """OUT is there, as a whole."""
         self.keep()
-        if not self._text:
+        if self._text:
+            self.path.replace(self._out)
+        else:
             self._to_parquet()
-        self.path.replace(self._out)
+            # Last, for the lock is on it.
+            self.path.unlink()
+        _sync(self._out.parent)
         self._file.close()
 
     def close(self) -> None:
@@ -129,22 +140,49 @@ class Part:
         with self.path.open("rb") as file, parquet.ParquetWriter(made, self._schema()) as writer:
             for table in _groups(self._arrow.ipc.open_stream(file), self._arrow):
                 writer.write_table(table, row_group_size=_GROUP)
-        made.replace(self.path)
+        _sync(made)
+        made.replace(self._out)
 
 
-def _locked(path: Path) -> BinaryIO:
-    """The file, made where it is not there, and touched only once it is ours. Raises UsageError."""
+def locked(path: Path) -> BinaryIO:
+    """The file, made where it is not there, and touched only once it is ours. Raises UsageError, Busy."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+        while True:
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
+            _lock(file, path)
+            if _is_at(file, path):
+                return file
+            # It was finished, and renamed, between the opening and the lock.
+            file.close()
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}; name another place with -o") from None
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise Busy(f"{path}: another `model run` writes it; wait for that, or name another -o") from None
     except OSError:
         file.close()
-        raise UsageError(f"{path}: another `model run` writes it; wait for that, or name another -o") from None
-    return file
+        raise
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def part_of(out: Path) -> Path:

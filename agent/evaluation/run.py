@@ -14,50 +14,17 @@ import numpy as np
 from agent.errors import UsageError
 from agent.evaluation import blocks, output, tablefile
 from agent.evaluation.answers import Stream
-from agent.evaluation.blocks import FILE, Block, Place, Reader, Rejected
+from agent.evaluation.blocks import FILE, Block, Place, Reader
 from agent.evaluation.output import Columns, Part
+from agent.evaluation.totals import Job, Ledger, Totals
 from agent.model import recordings, runtime
 from agent.model.bundle import Bundle
 from agent.model.inference import Inference
 
 KEEP_EVERY_S = 2.0
-MOST_NAMED = 100  # rejected rows that are named; all are counted
-DONE = ".outstation-run.part"
+STATE = ".part.state"
 # Bytes or rows done, of how many, and rows so far.
 Progress = Callable[[int, int, int], None]
-
-
-class Named(msgspec.Struct, frozen=True):
-    """A rejected row."""
-
-    file: str
-    line: int
-    reason: str
-
-
-class Totals(msgspec.Struct):
-    """What was read, answered and rejected; `rejected` names the first of `refused`.
-
-    `partly`: results of windows of which more is missing than the bundle allows without a word.
-    """
-
-    rows: int = 0
-    results: int = 0
-    partly: int = 0
-    refused: int = 0
-    rejected: list[Named] = msgspec.field(default_factory=list)
-
-    def add(self, other: Totals) -> None:
-        self.rows += other.rows
-        self.results += other.results
-        self.partly += other.partly
-        self.refused += other.refused
-        self.rejected += other.rejected[: MOST_NAMED - len(self.rejected)]
-
-    def count(self, file: str, rows: int, rejected: list[Rejected]) -> None:
-        self.rows += rows
-        self.refused += len(rejected)
-        self.rejected += [Named(r.file or file, r.line, r.reason) for r in rejected[: MOST_NAMED - len(self.rejected)]]
 
 
 class _State(msgspec.Struct):
@@ -75,7 +42,7 @@ class Work:
     """A bundle to run over files, with the columns that are wanted."""
 
     def __init__(self, bundle: Bundle, inference: Inference, *, raw: bool = False, block: int | None = None) -> None:
-        self.inference, self._digest, self._raw, self._block = inference, bundle.digest, raw, block
+        self.inference, self._digest, self.raw, self._block = inference, bundle.digest, raw, block
         self._columns = Columns(inference.manifest, inference.model.outputs, raw=raw)
 
     def identity(self, source: Path, out: Path) -> str:
@@ -83,19 +50,24 @@ class Work:
         spec = self.inference.manifest.input
         read = recordings.files(source, spec) if blocks.is_media(spec) and source.is_dir() else [source]
         stats = [(str(path), found.st_size, found.st_mtime_ns) for path in read for found in [path.stat()]]
-        told = [str(source.resolve()), stats, self._digest, runtime.NAME, self._raw]
+        told = [str(source.resolve()), stats, self._digest, runtime.NAME, self.raw]
         return hashlib.sha256(json.dumps([*told, out.suffix, self._block]).encode()).hexdigest()
+
+    def job(self, source: Path, out: Path) -> Job:
+        return Job(source, out, self.identity(source, out))
 
     def file(self, source: Path, out: Path, progress: Progress) -> Totals:
         """All of `source`, answered in `out`. Raises UsageError."""
         if out.exists() and out.samefile(source):
             raise UsageError(f"{out}: is the data itself, which would be overwritten; name another file with -o")
         reader = tablefile.open_file(source, self.inference.manifest.input, block=self._block)
-        sidecar = Path(f"{output.part_of(out)}.state")
-        state = _load(sidecar, self.identity(source, out), output.part_of(out))
-        stream = _stream(self.inference, state)
-        part = Part(out, self._columns, state.written)
+        sidecar = state_of(out)
+        part = Part(out, self._columns)
         try:
+            # Only now, for until now another run may have gone on.
+            state = _load(sidecar, self.identity(source, out), part.size)
+            part.begin(state.written)
+            stream = _stream(self.inference, state)
             self._turns(reader, stream, state, part, sidecar, progress)
             part.finish()
         finally:
@@ -118,7 +90,7 @@ class Work:
                 kept = time.monotonic()
 
     def _turn(self, reader: Reader, block: Block, stream: Stream, state: _State, part: Part) -> None:
-        number, answers = stream.feed(block.rows, block.t, block.number, raw=self._raw)
+        number, answers = stream.feed(block.rows, block.t, block.number, raw=self.raw)
         of = block.texts[FILE][number - block.number[0]] if FILE in block.texts and len(number) else None
         part.write(number, answers, of)
         state.totals.results += len(number)
@@ -129,21 +101,29 @@ class Work:
 
 def folder(work: Work, source: Path, out: Path, progress: Progress) -> Totals:
     """Each file of `source`, a stream of its own, to one of the same name in `out`; what is done is not done again."""
+    sources = files(source, out)
+    ledger, total = Ledger(out), Totals()
+    for i, path in enumerate(sources):
+        job = work.job(path, out / path.name)
+        done = ledger.of(job)
+        if done is None:
+            done = work.file(job.source, job.target, _share(progress, i, len(sources), total.rows))
+            ledger.add(job, done)
+        total.add(done)
+    ledger.remove()
+    return total
+
+
+def files(source: Path, out: Path) -> list[Path]:
+    """The files of the folder `source`, once the folder `out` is there for their answers. Raises UsageError."""
     if out.exists() and (not out.is_dir() or out.samefile(source)):
         raise UsageError(f"{out}: DATA is a folder, so name another folder with -o")
-    sources = blocks.files(source, output.SUFFIXES)
-    out.mkdir(parents=True, exist_ok=True)
-    ledger = out / DONE
-    done = _ledger(ledger)
-    total = Totals()
-    for i, path in enumerate(sources):
-        identity, target = work.identity(path, out / path.name), out / path.name
-        if identity not in done or not target.exists():
-            done[identity] = work.file(path, target, _share(progress, i, len(sources), total.rows))
-            _replace(ledger, msgspec.msgpack.encode(done))
-        total.add(done[identity])
-    ledger.unlink(missing_ok=True)
-    return total
+    found = blocks.files(source, output.SUFFIXES)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be made: {error.strerror}; name another folder with -o") from None
+    return found
 
 
 def _share(progress: Progress, i: int, of: int, before: int) -> Progress:
@@ -151,18 +131,24 @@ def _share(progress: Progress, i: int, of: int, before: int) -> Progress:
     return lambda done, size, rows: progress(i * 1000 + 1000 * done // max(1, size), of * 1000, before + rows)
 
 
-def _ledger(path: Path) -> dict[str, Totals]:
+def state_of(out: Path) -> Path:
+    """What is kept of a file that is not done."""
+    return out.with_name(f"{out.name}{STATE}")
+
+
+def kept_rows(sidecar: Path) -> int:
+    """The rows that a run, perhaps in another process, had read when it last kept its state."""
     try:
-        return msgspec.msgpack.decode(path.read_bytes(), type=dict[str, Totals])
+        return msgspec.msgpack.decode(sidecar.read_bytes(), type=_State).totals.rows
     except (OSError, msgspec.MsgspecError):
-        return {}
+        return 0
 
 
-def _load(sidecar: Path, identity: str, part: Path) -> _State:
-    """The state of the same work, where its output is still there; else a fresh one."""
+def _load(sidecar: Path, identity: str, size: int) -> _State:
+    """The state of the same work, where the `size` bytes of its output are still there; else a fresh one."""
     try:
         state = msgspec.msgpack.decode(sidecar.read_bytes(), type=_State)
-        if state.identity == identity and part.stat().st_size >= state.written:
+        if state.identity == identity and size >= state.written:
             return state
     except (OSError, msgspec.MsgspecError):
         pass

@@ -49,7 +49,18 @@ class Bundle:
 
 def read(path: Path, publishers: Sequence[PublicKey] | None) -> Bundle:
     """The verified bundle at `path`; `publishers` None skips the question who signed. Raises BadBundle."""
-    files = dict(_files(path))
+    return _verified(path, dict(_files(path)), publishers)
+
+
+def held(name: str, files: dict[str, bytes], digest: str) -> Bundle:
+    """The bundle of that digest, whose `files` came from elsewhere. Raises BadBundle that calls it `name`."""
+    found = _verified(Path(name), files, None)
+    if found.digest != digest:
+        raise BadBundle(f"{name}: the bundle that came is {found.digest}, and {digest} was sent; start it again")
+    return found
+
+
+def _verified(path: Path, files: dict[str, bytes], publishers: Sequence[PublicKey] | None) -> Bundle:
     for needed in ("manifest.json", "model.tflite"):
         if needed not in files:
             raise BadBundle(f"{path}: no {needed} in it; is this a bundle folder or .zip?")

@@ -1,0 +1,112 @@
+"""What one worker of a cluster does: it proves the bundle that it was sent, loads it once, and answers whole files.
+
+It needs this package and the files of DATA and OUT, at the paths the driver sees them at.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+import msgspec
+
+from agent import __version__
+from agent.errors import BadBundle, Busy, OutstationError, UsageError
+from agent.evaluation.run import Work
+from agent.evaluation.totals import Job, Totals
+from agent.model import bundle as bundles
+from agent.model import inference, probe, runtime
+
+# A worker that the cluster gave up may still write: its end is waited for.
+PATIENCE_S, _LOOK_EVERY_S = 60.0, 0.5
+SHARE = "DATA and OUT must be on a file system that all nodes have at the same path (NFS, or the like)"
+
+
+class Order(msgspec.Struct, frozen=True):
+    """What all workers are given: a bundle's bytes, who sent them, and what is wanted.
+
+    `mark` is a file beside the answers that holds `token`: who reads it there sees that folder, not one of that name.
+    """
+
+    bundle: str
+    files: dict[str, bytes]
+    digest: str
+    raw: bool
+    mark: str
+    token: str
+    agent: str = __version__
+    runtime: str = runtime.NAME
+
+
+class Said(msgspec.Struct, frozen=True):
+    """What came of a job: its totals, or a problem; `wrong_use` where that is the user's to mend."""
+
+    target: str
+    totals: Totals | None = None
+    problem: str = ""
+    wrong_use: bool = False
+
+
+class Worker:
+    """Nothing is loaded before the first job, so that what is wrong can be said as its answer."""
+
+    def __init__(self, order: Order) -> None:
+        self._order, self._node = order, socket.gethostname()
+        self._work: Work | None = None
+
+    def answer(self, job: Job) -> Said:
+        """One file, as the engine of one machine answers it; nothing is raised that is known to happen."""
+        target = str(job.target)
+        try:
+            self._require_seen(job)
+            self._work = self._work or self._loaded()
+            self._require_same(self._work, job)
+            return Said(target, _patiently(self._work, job))
+        except OutstationError as problem:
+            return Said(target, None, f"node {self._node}: {problem}", isinstance(problem, UsageError))
+        except OSError as error:
+            return Said(target, None, f"node {self._node}: {target}: {error.strerror or error}; nothing was lost")
+
+    def _loaded(self) -> Work:
+        """The bundle as it was sent, proved on this node, too: processors differ. Raises UsageError."""
+        order = self._order
+        have, sent = f"{__version__} with {runtime.NAME}", f"{order.agent} with {order.runtime}"
+        if have != sent:
+            raise UsageError(f"outstation is {have} here and {sent} where the command runs; install the same on all")
+        found = bundles.held(order.bundle, order.files, order.digest)
+        try:
+            probe.probe(found).require()
+            loaded = inference.Inference(found.manifest, inference.load(found.manifest, found.model))
+        except BadBundle as problem:
+            raise BadBundle(f"{order.bundle}: {problem}") from None
+        return Work(found, loaded, raw=order.raw)
+
+    def _require_seen(self, job: Job) -> None:
+        """Raises UsageError where this node has other folders than the driver."""
+        if not job.source.exists():
+            raise UsageError(f"{job.source} is not there; {SHARE}, or run it without --engine ray")
+        mark = Path(self._order.mark)
+        try:
+            seen = mark.read_text(encoding="utf-8") == self._order.token
+        except FileNotFoundError:
+            seen = False
+        if not seen:
+            raise UsageError(f"{mark.parent} is another folder than where the command runs; {SHARE}")
+
+    def _require_same(self, work: Work, job: Job) -> None:
+        if work.identity(job.source, job.target) != job.identity:
+            raise UsageError(
+                f"{job.source} has another size or time than where the command runs; {SHARE}, and stay as is"
+            )
+
+
+def _patiently(work: Work, job: Job) -> Totals:
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return work.file(job.source, job.target, lambda *_: None)
+        except Busy:
+            if time.monotonic() > end:
+                raise
+            time.sleep(_LOOK_EVERY_S)
