@@ -9,8 +9,9 @@ import logging
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,6 @@ from agent.evaluation.worker import Order, Said, Worker
 from agent.model.bundle import Bundle
 
 NO_RAY = "--engine ray needs Ray, here and on every node: pip install 'outstation[ray]'"
-# How many more workers a file is handed to when its first one died: it may be what killed it.
-RETRIES = 3
 _REACH_S = 5.0
 _NO_CLUSTER = (
     "start one with `ray start --head`, name it with --address HOST:PORT or RAY_ADDRESS, and run this on a node of it, "
@@ -49,6 +48,8 @@ class Cluster:
             raise UsageError(f"{NO_RAY} ({error})") from None
         self._ray: Any = ray
         self._address = address or os.environ.get("RAY_ADDRESS") or "auto"
+        # What Ray tells of workers that died, it prints to stdout, which is for the answer.
+        self._aside = redirect_stdout(sys.stderr)
 
     def __enter__(self) -> Cluster:
         """Raises UsageError where it cannot be reached."""
@@ -59,10 +60,12 @@ class Cluster:
             said = str(error).strip().partition("\n")[0]
             raise UsageError(f"--address {self._address}: no Ray cluster is reached: {said}; {_NO_CLUSTER}") from None
         self._quiet()
+        self._aside.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ray.shutdown()
+        self._aside.__exit__(None, None, None)
 
     def folder(self, work: Work, bundle: Bundle, source: Path, out: Path, progress: Progress) -> Totals:
         """As `run.folder`. Raises UsageError, BadBundle, OutstationError."""
@@ -106,7 +109,7 @@ class Cluster:
             yield job, said.totals
 
     def _said(self, order: Order, jobs: Sequence[Job]) -> Iterator[Said]:
-        """What workers say of each, in the order they are done. Raises OutstationError where workers die on."""
+        """What workers say of each, in the order they are done. Raises OutstationError where the cluster goes away."""
         if not jobs:
             return
         ray = self._ray
@@ -116,9 +119,9 @@ class Cluster:
             _Actor,
             fn_constructor_args=(ray.put(order),),
             batch_size=1,
-            # One file each, so that none waits behind a long one, and a death costs only that file's attempt.
+            # One file each, so that none waits behind a long one. Workers that die, or their nodes, are replaced, and
+            # the file is handed out again: Ray Data's own rule, for ever; `Worker` ends it.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, max_tasks_in_flight_per_actor=1),
-            ray_remote_args_fn=_lives,
         )
         try:
             for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
@@ -146,11 +149,6 @@ class _Actor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         jobs = [_read(str(text)) for text in batch["job"]]
         return {"said": [msgspec.json.encode(self._worker.answer(job)).decode() for job in jobs]}
-
-
-def _lives() -> dict[str, int]:
-    """What Ray Data asks for each worker; without it a file that kills its worker would do so for ever."""
-    return {"max_restarts": -1, "max_task_retries": RETRIES}
 
 
 def _written(job: Job) -> str:
@@ -215,6 +213,6 @@ def _death(said: str) -> str:
     if "No module named 'agent'" in said:
         return "a node of the cluster has no outstation: pip install 'outstation[ray]' there, the same as here"
     return (
-        f"workers died {RETRIES + 1} times over one file, or the cluster went away; start this again: what is done "
-        f"stays done. Ray says: {' '.join(said.split())[:300]}"
+        "the cluster gave the work up; start this again: what is done stays done. "
+        f"Ray says: {' '.join(said.split())[:300]}"
     )

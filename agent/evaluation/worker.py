@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -20,6 +22,8 @@ from agent.model import inference, probe, runtime
 
 # A worker that the cluster gave up may still write: its end is waited for.
 PATIENCE_S, _LOOK_EVERY_S = 60.0, 0.5
+# So many workers may die over a file before it is left: it may be what kills them.
+MOST_TRIES = 4
 SHARE = "DATA and OUT must be on a file system that all nodes have at the same path (NFS, or the like)"
 
 
@@ -62,7 +66,8 @@ class Worker:
             self._require_seen(job)
             self._work = self._work or self._loaded()
             self._require_same(self._work, job)
-            return Said(target, _patiently(self._work, job))
+            with self._tried(job):
+                return Said(target, _patiently(self._work, job))
         except OutstationError as problem:
             return Said(target, None, f"node {self._node}: {problem}", isinstance(problem, UsageError))
         except OSError as error:
@@ -93,6 +98,25 @@ class Worker:
             seen = False
         if not seen:
             raise UsageError(f"{mark.parent} is another folder than where the command runs; {SHARE}")
+
+    @contextmanager
+    def _tried(self, job: Job) -> Iterator[None]:
+        """What ends this process leaves its line in a file. Raises OutstationError where there are too many."""
+        path = job.target.with_name(f"{job.target.name}.part.tries")
+        with path.open("a+", encoding="ascii") as file:
+            file.seek(0)
+            tries = file.read().splitlines().count(self._order.token)
+            file.write(f"{self._order.token}\n")
+        if tries >= MOST_TRIES:
+            path.unlink()
+            raise OutstationError(
+                f"{job.source}: {tries} workers died over it, most likely of too little memory; give a worker more, or "
+                "split the file"
+            )
+        try:
+            yield
+        finally:
+            path.unlink()
 
     def _require_same(self, work: Work, job: Job) -> None:
         if work.identity(job.source, job.target) != job.identity:

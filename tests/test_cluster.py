@@ -1,0 +1,138 @@
+"""`model run --engine ray` on a real Ray of two workers: what one machine would have written, whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from agent.cli.model import model as command
+from tests.bundles import ANOMALY, packed, waves, write_csv
+from tests.clusters import Ray, ended, local
+from tests.stations import wait_for
+
+pytest.importorskip("ray", reason="Ray is not installed here: scripts/setup ray makes an environment that has it")
+pa = pytest.importorskip("pyarrow")
+
+LONG = 300_000  # rows that take a worker a second or two
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Ray]:
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, local(Path(folder)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("bundle"), ANOMALY)
+
+
+def write_parquet(path: Path, n: int, seed: int) -> None:
+    from pyarrow import parquet
+
+    rows = waves(n, seed)
+    # A pause, which no window spans.
+    t = np.arange(n) / 100 + np.where(np.arange(n) > n // 3, 7, 0)
+    parquet.write_table(pa.table({"t": t, "u": rows[:, 0], "v": rows[:, 1]}), path, row_group_size=5000)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, n in enumerate((3000, 5001, 7, 12_345)):
+        write_parquet(folder / f"{i}.parquet", n, i)
+    return folder
+
+
+@pytest.fixture
+def long(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, n in enumerate((2000, LONG, LONG + 3)):
+        write_parquet(folder / f"{i}.parquet", n, i)
+    return folder
+
+
+def here(bundle: Path, source: Path, out: Path) -> dict[str, object]:
+    """What the engine of one machine says; its answers are in `out`."""
+    result = CliRunner().invoke(command, ["run", str(bundle), str(source), "-o", str(out), "--json"])
+    document: dict[str, object] = json.loads(result.stdout)
+    return document
+
+
+def require_same(one: Path, other: Path) -> None:
+    """The same files with the same bytes, and no others."""
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (one, other)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_folder_is_answered_to_the_byte_as_on_one_machine_and_its_bad_rows_are_told_alike(
+    ray: Ray, bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    lines = write_csv(data / "4.csv", ("u", "v"), waves(300)).read_text().splitlines()
+    (data / "4.csv").write_text("\n".join([*lines[:100], "1,x,2", *lines[100:]]))
+    code, document = ray.run(bundle, data, tmp_path / "there")
+    wanted = here(bundle, data, tmp_path / "here")
+    require_same(tmp_path / "there", tmp_path / "here")
+    assert code == 1
+    assert document["rejects"] == [{"file": "4.csv", "line": 101, "reason": "u: 'x' is no number"}]
+    assert document["rows"] == 3000 + 5001 + 7 + 12_345 + 300
+    for told in (document, wanted):
+        del told["out"], told["seconds"]
+    assert document == wanted
+
+
+def test_a_file_whose_worker_is_killed_is_answered_by_another_to_the_byte_as_on_one_machine(
+    ray: Ray, bundle: Path, long: Path, tmp_path: Path
+) -> None:
+    source, out = long / "1.parquet", tmp_path / "there.parquet"
+    driver = ray.begin(bundle, source, out)
+    wait_for(lambda: ray.writer(out) is not None, "a worker at the file", 60)
+    writer = ray.writer(out)
+    assert writer is not None
+    writer.kill()
+    code, document = ended(driver)
+    assert (code, document["rows"]) == (0, LONG)
+    here(bundle, source, tmp_path / "here.parquet")
+    assert out.read_bytes() == (tmp_path / "here.parquet").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here.parquet", "in", "there.parquet"]
+
+
+def test_a_killed_driver_leaves_what_is_done_and_the_next_one_does_the_rest(
+    ray: Ray, bundle: Path, long: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "there"
+    driver = ray.begin(bundle, long, out)
+    ledger = out / ".outstation-run.part"
+    wait_for(lambda: ledger.exists() and ledger.stat().st_size > 0, "a file that is done", 60)
+    driver.kill()
+    assert ended(driver)[0] == -signal.SIGKILL
+    done = [path for path in out.iterdir() if path.suffix == ".parquet"]
+    assert 1 <= len(done) < 3
+    before = (out / "0.parquet").stat()
+    code, document = ray.run(bundle, long, out)
+    assert (code, document["rows"]) == (0, 2000 + 2 * LONG + 3)
+    after = (out / "0.parquet").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    here(bundle, long, tmp_path / "here")
+    require_same(out, tmp_path / "here")
+
+
+def test_what_a_worker_cannot_read_is_said_with_its_node_and_exits_with_2(
+    ray: Ray, bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    (data / "2.parquet").write_bytes(b"PAR1 and no more")
+    code, said = ray.run(bundle, data, tmp_path / "there")
+    assert code == 2
+    assert said.strip().splitlines()[-1].startswith("outstation: node ")
+    assert f"{data / '2.parquet'}: cannot be read as Parquet" in said
