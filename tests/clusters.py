@@ -20,6 +20,8 @@ from tests.brokers import free_port
 from tests.stations import ROOT, wait_for
 
 WORKER = "ray::MapWorker"
+# Starting Ray and its workers takes seconds of CPU; a busy machine has few.
+WITHIN_S = 100.0
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,21 @@ class Ray:
     head: psutil.Process
     env: dict[str, str]
 
-    def begin(self, bundle: Path, data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-        """`model run --engine ray`, in a process of its own."""
-        command = [sys.executable, "-m", "agent", "model", "run", str(bundle), str(data), "-o", str(out)]
+    def begin(self, *arguments: object) -> subprocess.Popen[str]:
+        """`outstation model …`, in a process of its own."""
+        told = [sys.executable, "-m", "agent", "model", *map(str, arguments)]
         pipe = subprocess.PIPE
-        options: list[str] = ["--engine", "ray", "--json", *more]
-        return subprocess.Popen([*command, *options], cwd=ROOT, env=self.env, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(told, cwd=ROOT, env=self.env, stdout=pipe, stderr=pipe, text=True)
 
-    def run(self, bundle: Path, data: Path, out: Path, *more: str) -> tuple[int, Any]:
+    def begin_run(self, bundle: Path, data: Path, out: Path) -> subprocess.Popen[str]:
+        return self.begin("run", bundle, data, "-o", out, "--engine", "ray", "--json")
+
+    def run(self, bundle: Path, data: Path, out: Path) -> tuple[int, Any]:
         """(exit code, document)."""
-        return ended(self.begin(bundle, data, out, *more))
+        return ended(self.begin_run(bundle, data, out))
+
+    def command(self, *arguments: object) -> tuple[int, Any]:
+        return ended(self.begin(*arguments))
 
     def workers(self) -> list[psutil.Process]:
         """Those that answer files."""
@@ -56,8 +63,13 @@ class Ray:
         return None
 
 
-def ended(process: subprocess.Popen[str], within_s: float = 60.0) -> tuple[int, Any]:
-    said, problem = process.communicate(timeout=within_s)
+def ended(process: subprocess.Popen[str], within_s: float = WITHIN_S) -> tuple[int, Any]:
+    try:
+        said, problem = process.communicate(timeout=within_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said, problem = process.communicate()
+        raise AssertionError(f"not done within {within_s:g} s: {said}{problem}") from None
     return process.returncode, json.loads(said) if said else problem
 
 
@@ -87,7 +99,7 @@ def local(folder: Path) -> Iterator[Ray]:
         started = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     head = psutil.Process(started.pid)
     try:
-        wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), "a head of Ray", 60)
+        wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), "a head of Ray", WITHIN_S)
         yield Ray(head, env)
     finally:
         ours = head.children(recursive=True)

@@ -1,4 +1,4 @@
-"""`model run --engine ray` on a real Ray of two workers: what one machine would have written, whoever is killed."""
+"""`--engine ray` on a real Ray of two workers: what one machine would have written, whoever is killed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli.model import model as command
-from tests.bundles import ANOMALY, packed, waves, write_csv
-from tests.clusters import Ray, ended, local
+from tests.bundles import ANOMALY, CLASSIFY, LABELS, TABULAR, packed, readings, waves, write_csv
+from tests.clusters import WITHIN_S, Ray, ended, local
 from tests.stations import wait_for
 
 pytest.importorskip("ray", reason="Ray is not installed here: scripts/setup ray makes an environment that has it")
 pa = pytest.importorskip("pyarrow")
+pytestmark = pytest.mark.timeout(4 * WITHIN_S)
 
 LONG = 300_000  # rows that take a worker a second or two
 
@@ -96,8 +97,8 @@ def test_a_file_whose_worker_is_killed_is_answered_by_another_to_the_byte_as_on_
     ray: Ray, bundle: Path, long: Path, tmp_path: Path
 ) -> None:
     source, out = long / "1.parquet", tmp_path / "there.parquet"
-    driver = ray.begin(bundle, source, out)
-    wait_for(lambda: ray.writer(out) is not None, "a worker at the file", 60)
+    driver = ray.begin_run(bundle, source, out)
+    wait_for(lambda: ray.writer(out) is not None, "a worker at the file", WITHIN_S)
     writer = ray.writer(out)
     assert writer is not None
     writer.kill()
@@ -112,9 +113,9 @@ def test_a_killed_driver_leaves_what_is_done_and_the_next_one_does_the_rest(
     ray: Ray, bundle: Path, long: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "there"
-    driver = ray.begin(bundle, long, out)
+    driver = ray.begin_run(bundle, long, out)
     ledger = out / ".outstation-run.part"
-    wait_for(lambda: ledger.exists() and ledger.stat().st_size > 0, "a file that is done", 60)
+    wait_for(lambda: ledger.exists() and ledger.stat().st_size > 0, "a file that is done", WITHIN_S)
     driver.kill()
     assert ended(driver)[0] == -signal.SIGKILL
     done = [path for path in out.iterdir() if path.suffix == ".parquet"]
@@ -126,6 +127,22 @@ def test_a_killed_driver_leaves_what_is_done_and_the_next_one_does_the_rest(
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     here(bundle, long, tmp_path / "here")
     require_same(out, tmp_path / "here")
+
+
+def test_a_bundle_is_evaluated_with_the_figures_of_one_machine(ray: Ray, tmp_path: Path) -> None:
+    tabular, data = packed(tmp_path, CLASSIFY), tmp_path / "in"
+    data.mkdir()
+    for i in range(3):
+        rows = readings(200, seed=i)
+        lines = write_csv(data / f"{i}.csv", TABULAR, rows).read_text().splitlines()
+        labels = ["label", *(LABELS[k // 7 % 3] for k in range(len(rows)))]
+        (data / f"{i}.csv").write_text("\n".join(f"{a},{b}" for a, b in zip(lines, labels, strict=True)))
+    asked = [str(tabular), str(data), "--no-latency", "--json"]
+    code, there = ray.command("evaluate", *asked, "--engine", "ray")
+    one_machine = json.loads(CliRunner().invoke(command, ["evaluate", *asked]).stdout)
+    for told in (there, one_machine):
+        del told["made"], told["seconds"]
+    assert (code, there) == (0, one_machine)
 
 
 def test_what_a_worker_cannot_read_is_said_with_its_node_and_exits_with_2(

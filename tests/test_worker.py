@@ -56,14 +56,14 @@ def order(found: Bundle, beside: Path, **changed: object) -> Order:
         "files": found.files,
         "digest": found.digest,
         "raw": False,
-        "mark": str(beside / "mark"),
+        "mark": beside / "mark",
         "token": TOKEN,
     }
     return Order(**(sent | changed))  # type: ignore[arg-type]
 
 
 def answer(found: Bundle, job: Job, **changed: object) -> Said:
-    return Worker(order(found, job.target.parent, **changed)).answer(job)
+    return Worker(order(found, job.target.parent, **changed)).do(job)
 
 
 def test_a_file_is_answered_and_nothing_else_is_left(bundle: Bundle, job: Job, tmp_path: Path) -> None:

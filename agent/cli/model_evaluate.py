@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli.model_run import load
+from agent.cli.model_run import address_option, cluster, engine_option, load
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 
@@ -34,6 +34,8 @@ _path = click.Path(path_type=Path)
 @click.option("--robustness", is_flag=True, help="What noise, gain, missing, stuck, swapped and saturated fields do.")
 @click.option("--no-latency", is_flag=True, help="Do not measure how long answers take here.")
 @click.option("--seed", type=click.IntRange(0, 2**20), default=0, show_default=True, help="Of everything drawn.")
+@engine_option
+@address_option
 @click.option("--key", "public", help="The publisher's public key, text or file: the bundle must be signed by it.")
 @click.option("--html", type=_path, metavar="FILE", help="Write the report for people, one file.")
 @click.option("--card", "cards", type=_path, metavar="DIR", help="Write MODEL_CARD and DATA_CARD, as .md and .html.")
@@ -52,6 +54,8 @@ def evaluate(
     robustness: bool,
     no_latency: bool,
     seed: int,
+    engine: str,
+    address: str | None,
     public: str | None,
     html: Path | None,
     cards: Path | None,
@@ -80,9 +84,15 @@ def evaluate(
         seed=seed,
     )
     _require_there(data, train, float_model)
-    author = _author(about, cards)
+    author, place = _author(about, cards), cluster(engine, address)
     found, inference, said = load(bundle, public)
-    result = judge.evaluate(found, inference, said, request, _step)
+    with place as ray:
+        if ray is None:
+            result = judge.evaluate(found, inference, said, request, _step)
+        else:
+            from agent.evaluation import spread
+
+            result = judge.evaluate(found, inference, said, request, _step, spread.answered(ray, found))
     _step("")
     written = _write(result, html, cards, author)
     emit(result, as_json, lambda: evaluation_tables.show(result))

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
 
 _path = click.Path(path_type=Path)
 _SAID = 10
-ENGINE = "Where the model runs: in this process, or on a Ray cluster, a worker for each file."
+
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["here", "ray"]),
+    default="here",
+    show_default=True,
+    help="Where the model runs: in this process, or on a Ray cluster, a worker for each file.",
+)
+address_option = click.option(
+    "--address", metavar="HOST:PORT", help="The cluster's head; RAY_ADDRESS, or this machine's, without."
+)
 
 
 @click.command("run", epilog="Example: outstation model run exercise readings.csv -o results.csv")
@@ -31,8 +41,8 @@ ENGINE = "Where the model runs: in this process, or on a Ray cluster, a worker f
 @click.argument("data", type=_path)
 @click.option("-o", "--out", required=True, type=_path, help="File to write, .csv or .parquet; a folder for a folder.")
 @click.option("--raw", is_flag=True, help="The model's outputs, too: raw_0, raw_1, …")
-@click.option("--engine", type=click.Choice(["here", "ray"]), default="here", show_default=True, help=ENGINE)
-@click.option("--address", metavar="HOST:PORT", help="The cluster's head; RAY_ADDRESS, or this machine's, without.")
+@engine_option
+@address_option
 @click.option("--key", "public", help="The publisher's public key, text or file: the bundle must be signed by it.")
 @json_option
 def run(
@@ -57,10 +67,12 @@ def run(
     work = running.Work(found, loaded, raw=raw)
     begun = time.monotonic()
     with place as ray, Bar("rows") as bar:
-        if ray is not None:
-            total = (ray.folder if many else ray.file)(work, found, data, out, bar)
-        else:
+        if ray is None:
             total = running.folder(work, data, out, bar) if many else work.file(data, out, bar)
+        else:
+            from agent.evaluation import spread
+
+            total = (spread.folder if many else spread.file)(ray, work, found, data, out, bar)
     document = {
         "out": str(out),
         "bundle": {"name": found.manifest.name, "version": found.manifest.version, "digest": found.digest},

@@ -1,29 +1,24 @@
-"""Files to the workers of an existing Ray cluster, through Ray Data: one model loaded in each, a file at a time.
+"""An existing Ray cluster, and work for it through Ray Data: one model loaded in each worker, an item at a time.
 
-A file whose worker dies is handed to another one, which goes on where that one was. The only module that knows `ray`.
+An item whose worker dies is handed to another one. The only module that knows `ray`.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
+import pickle
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
+from contextlib import redirect_stdout
 from typing import Any
 
-import msgspec
+import numpy as np
 
-from agent.errors import BadBundle, OutstationError, UsageError
-from agent.evaluation import output, run
-from agent.evaluation.run import Progress, Work
-from agent.evaluation.totals import DONE, Job, Ledger, Totals
-from agent.evaluation.watched import Watched
-from agent.evaluation.worker import Order, Said, Worker
-from agent.model.bundle import Bundle
+from agent.errors import OutstationError, UsageError
+from agent.evaluation.totals import Job
+from agent.evaluation.worker import Order, Piece, Said, Worker
 
 NO_RAY = "--engine ray needs Ray, here and on every node: pip install 'outstation[ray]'"
 _REACH_S = 5.0
@@ -67,66 +62,25 @@ class Cluster:
         self._ray.shutdown()
         self._aside.__exit__(None, None, None)
 
-    def folder(self, work: Work, bundle: Bundle, source: Path, out: Path, progress: Progress) -> Totals:
-        """As `run.folder`. Raises UsageError, BadBundle, OutstationError."""
-        source, out = source.resolve(), out.resolve()
-        jobs = [work.job(path, out / path.name) for path in run.files(source, out)]
-        ledger = Ledger(out)
-        found = {job.target: ledger.of(job) for job in jobs}
-        with _marked(out / DONE) as (mark, token), Watched(jobs, progress) as watched:
-            for job, totals in self._each(_order(work, bundle, mark, token), jobs, found, watched):
-                ledger.add(job, totals)
-        ledger.remove()
-        return _sum(jobs, found)
-
-    def file(self, work: Work, bundle: Bundle, source: Path, out: Path, progress: Progress) -> Totals:
-        """As `Work.file`, by one worker. Raises UsageError, BadBundle, OutstationError."""
-        source, out = source.resolve(), out.resolve()
-        jobs, found = [work.job(source, out)], dict[Path, Totals | None]()
-        with _marked(output.part_of(out)) as (mark, token), Watched(jobs, progress) as watched:
-            for _ in self._each(_order(work, bundle, mark, token), jobs, found, watched):
-                pass
-        return _sum(jobs, found)
-
-    def _each(
-        self, order: Order, jobs: Sequence[Job], found: dict[Path, Totals | None], watched: Watched
-    ) -> Iterator[tuple[Job, Totals]]:
-        """The jobs that are not in `found` yet, as they are done, which puts them there."""
-        open_ = []
-        for job in jobs:
-            totals = found.get(job.target)
-            if totals is None:
-                open_.append(job)
-            else:
-                watched.add(job, totals)
-        by_target = {str(job.target): job for job in open_}
-        for said in self._said(order, open_):
-            if said.totals is None:
-                raise _problem(said)
-            job = by_target[said.target]
-            found[job.target] = said.totals
-            watched.add(job, said.totals)
-            yield job, said.totals
-
-    def _said(self, order: Order, jobs: Sequence[Job]) -> Iterator[Said]:
+    def map(self, order: Order, items: Sequence[Job | Piece]) -> Iterator[Said]:
         """What workers say of each, in the order they are done. Raises OutstationError where the cluster goes away."""
-        if not jobs:
+        if not items:
             return
         ray = self._ray
-        workers = max(1, min(len(jobs), int(ray.cluster_resources().get("CPU", 1))))
-        rows = ray.data.from_items([{"job": _written(job)} for job in jobs], override_num_blocks=len(jobs))
-        answered = rows.map_batches(
+        workers = max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))
+        rows = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items))
+        told = rows.map_batches(
             _Actor,
             fn_constructor_args=(ray.put(order),),
             batch_size=1,
-            # One file each, so that none waits behind a long one. Workers that die, or their nodes, are replaced, and
-            # the file is handed out again: Ray Data's own rule, for ever; `Worker` ends it.
+            # One item each, so that none waits behind a long one. Workers that die, or their nodes, are replaced, and
+            # the item is handed out again: Ray Data's own rule, for ever; `Worker` ends it for files.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, max_tasks_in_flight_per_actor=1),
         )
         try:
-            for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
-                for text in batch["said"]:
-                    yield msgspec.json.decode(str(text), type=Said)
+            for batch in told.iter_batches(batch_size=None, prefetch_batches=0):
+                for said in batch["said"]:
+                    yield pickle.loads(said)
         except ray.exceptions.RayError as error:
             raise OutstationError(_death(str(error))) from None
 
@@ -146,48 +100,9 @@ class _Actor:
 
         self._worker = Worker(ray.get(order))
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        jobs = [_read(str(text)) for text in batch["job"]]
-        return {"said": [msgspec.json.encode(self._worker.answer(job)).decode() for job in jobs]}
-
-
-def _written(job: Job) -> str:
-    return msgspec.json.encode([str(job.source), str(job.target), job.identity]).decode()
-
-
-def _read(text: str) -> Job:
-    source, target, identity = msgspec.json.decode(text, type=tuple[str, str, str])
-    return Job(Path(source), Path(target), identity)
-
-
-def _order(work: Work, bundle: Bundle, mark: Path, token: str) -> Order:
-    name = f"{bundle.manifest.name} {bundle.manifest.version}"
-    return Order(name, bundle.files, bundle.digest, work.raw, str(mark), token)
-
-
-def _sum(jobs: Sequence[Job], found: dict[Path, Totals | None]) -> Totals:
-    """In the order of the files, whichever was done first."""
-    total = Totals()
-    for job in jobs:
-        totals = found[job.target]
-        assert totals is not None
-        total.add(totals)
-    return total
-
-
-@contextmanager
-def _marked(beside: Path) -> Iterator[tuple[Path, str]]:
-    """(file, token): a file in the folder of the answers by which a worker tells that it sees this folder."""
-    path, token = beside.with_name(f"{beside.name}.ray"), secrets.token_hex(16)
-    with output.locked(path) as file:
-        file.truncate(0)
-        file.write(token.encode())
-        file.flush()
-        os.fsync(file.fileno())
-        try:
-            yield path, token
-        finally:
-            path.unlink(missing_ok=True)
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        said = [pickle.dumps(self._worker.do(pickle.loads(item))) for item in batch["item"]]
+        return {"said": np.array([*said, None], object)[:-1]}
 
 
 def _require_reached(address: str) -> None:
@@ -201,12 +116,6 @@ def _require_reached(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
     except (OSError, OverflowError) as error:
         raise UsageError(f"--address {address}: no Ray cluster is reached: {error}; {_NO_CLUSTER}") from None
-
-
-def _problem(said: Said) -> OutstationError:
-    if said.wrong_use:
-        return UsageError(said.problem)
-    return BadBundle(said.problem)
 
 
 def _death(said: str) -> str:

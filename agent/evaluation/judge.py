@@ -38,6 +38,7 @@ from agent.evaluation.resampling import Units
 from agent.evaluation.words import figure, metric_name
 from agent.model import choice, runtime
 from agent.model.bundle import Bundle
+from agent.model.features import Ints
 from agent.model.inference import Answers, Inference
 
 _EARLIEST_US = 946_684_800_000_000  # 2000-01-01: before it, t only counts
@@ -80,15 +81,20 @@ class _Work:
 
 
 def evaluate(
-    bundle: Bundle, inference: Inference, signature: str, request: Request, step: Callable[[str], None]
+    bundle: Bundle,
+    inference: Inference,
+    signature: str,
+    request: Request,
+    step: Callable[[str], None],
+    answered: Callable[[Inference, Rows, Ints], Answers] = examples.answered,
 ) -> Evaluation:
-    """`step` is told what is done next. Raises UsageError, BadBundle."""
+    """`step` is told what is done next; `answered` runs the model over the data. Raises UsageError, BadBundle."""
     begun = time.monotonic()
     step("reading the data")
     source = examples.read(request.data, inference, request.columns)
     found = examples.labelled(source, inference, request.label, request.columns, request.split)
     step(f"answering {len(found):,} windows")
-    told = examples.answered(inference, source, found.starts)
+    told = answered(inference, source, found.starts)
     pairs = answers.pairs(bundle.manifest, told, found.truth, found.sets)
     _require_finite(pairs, request)
     units = _units(bundle, pairs, found, request)

@@ -1,6 +1,6 @@
 """What one worker of a cluster does: it proves the bundle that it was sent, loads it once, and answers whole files.
 
-It needs this package and the files of DATA and OUT, at the paths the driver sees them at.
+It needs this package and, of `model run`, the files of DATA and OUT at the paths the driver sees them at.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-
-import msgspec
 
 from agent import __version__
 from agent.errors import BadBundle, Busy, OutstationError, UsageError
@@ -19,6 +18,8 @@ from agent.evaluation.run import Work
 from agent.evaluation.totals import Job, Totals
 from agent.model import bundle as bundles
 from agent.model import inference, probe, runtime
+from agent.model.features import Cut, Floats, Ints
+from agent.model.inference import Answers
 
 # A worker that the cluster gave up may still write: its end is waited for.
 PATIENCE_S, _LOOK_EVERY_S = 60.0, 0.5
@@ -27,7 +28,8 @@ MOST_TRIES = 4
 SHARE = "DATA and OUT must be on a file system that all nodes have at the same path (NFS, or the like)"
 
 
-class Order(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Order:
     """What all workers are given: a bundle's bytes, who sent them, and what is wanted.
 
     `mark` is a file beside the answers that holds `token`: who reads it there sees that folder, not one of that name.
@@ -37,17 +39,30 @@ class Order(msgspec.Struct, frozen=True):
     files: dict[str, bytes]
     digest: str
     raw: bool
-    mark: str
+    mark: Path
     token: str
     agent: str = __version__
     runtime: str = runtime.NAME
 
 
-class Said(msgspec.Struct, frozen=True):
-    """What came of a job: its totals, or a problem; `wrong_use` where that is the user's to mend."""
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The rows of a file, `rows` (n, F) and `t` (n,), and where the windows to answer begin."""
 
-    target: str
+    index: int
+    rows: Floats
+    t: Ints
+    starts: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What came of a job or a piece, or a problem; `wrong_use` where that is the user's to mend."""
+
+    target: Path = Path()
     totals: Totals | None = None
+    index: int = 0
+    answers: Answers | None = None
     problem: str = ""
     wrong_use: bool = False
 
@@ -59,19 +74,32 @@ class Worker:
         self._order, self._node = order, socket.gethostname()
         self._work: Work | None = None
 
-    def answer(self, job: Job) -> Said:
-        """One file, as the engine of one machine answers it; nothing is raised that is known to happen."""
-        target = str(job.target)
+    def do(self, item: Job | Piece) -> Said:
+        """Nothing is raised that is known to happen."""
         try:
-            self._require_seen(job)
-            self._work = self._work or self._loaded()
-            self._require_same(self._work, job)
-            with self._tried(job):
-                return Said(target, _patiently(self._work, job))
+            return self._file(item) if isinstance(item, Job) else self._answers(item)
         except OutstationError as problem:
-            return Said(target, None, f"node {self._node}: {problem}", isinstance(problem, UsageError))
+            return Said(problem=f"node {self._node}: {problem}", wrong_use=isinstance(problem, UsageError))
         except OSError as error:
-            return Said(target, None, f"node {self._node}: {target}: {error.strerror or error}; nothing was lost")
+            return Said(problem=f"node {self._node}: {error}; what is done stays done: mend it, and start this again")
+
+    def _file(self, job: Job) -> Said:
+        """One file, as the engine of one machine answers it."""
+        self._require_seen(job)
+        work = self._ready()
+        if work.identity(job.source, job.target) != job.identity:
+            said = f"{job.source} has another size or time than where the command runs"
+            raise UsageError(f"{said}; {SHARE}, and stay as is")
+        with self._tried(job):
+            return Said(target=job.target, totals=_patiently(work, job))
+
+    def _answers(self, piece: Piece) -> Said:
+        cut = Cut(piece.starts, len(piece.starts))
+        return Said(index=piece.index, answers=self._ready().inference.answer(piece.rows, piece.t, cut, raw=True))
+
+    def _ready(self) -> Work:
+        self._work = self._work or self._loaded()
+        return self._work
 
     def _loaded(self) -> Work:
         """The bundle as it was sent, proved on this node, too: processors differ. Raises UsageError."""
@@ -91,7 +119,7 @@ class Worker:
         """Raises UsageError where this node has other folders than the driver."""
         if not job.source.exists():
             raise UsageError(f"{job.source} is not there; {SHARE}, or run it without --engine ray")
-        mark = Path(self._order.mark)
+        mark = self._order.mark
         try:
             seen = mark.read_text(encoding="utf-8") == self._order.token
         except FileNotFoundError:
@@ -117,12 +145,6 @@ class Worker:
             yield
         finally:
             path.unlink()
-
-    def _require_same(self, work: Work, job: Job) -> None:
-        if work.identity(job.source, job.target) != job.identity:
-            raise UsageError(
-                f"{job.source} has another size or time than where the command runs; {SHARE}, and stay as is"
-            )
 
 
 def _patiently(work: Work, job: Job) -> Totals:
