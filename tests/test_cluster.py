@@ -13,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli.model import model as command
+from agent.errors import UsageError
+from tests.brokers import free_port
 from tests.bundles import ANOMALY, CLASSIFY, LABELS, TABULAR, packed, readings, waves, write_csv
 from tests.clusters import WITHIN_S, Ray, ended, local
 from tests.stations import wait_for
@@ -153,3 +155,16 @@ def test_what_a_worker_cannot_read_is_said_with_its_node_and_exits_with_2(
     assert code == 2
     assert said.strip().splitlines()[-1].startswith("outstation: node ")
     assert f"{data / '2.parquet'}: cannot be read as Parquet" in said
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "127.0.0.1", "127.0.0.1:99999", "head", "nobody"])
+def test_a_cluster_that_cannot_be_reached_is_said_within_seconds(
+    bundle: Path, data: Path, tmp_path: Path, address: str
+) -> None:
+    if address == "nobody":
+        address = f"127.0.0.1:{free_port()}"
+    told = ["run", str(bundle), str(data), "-o", str(tmp_path / "out"), "--engine", "ray", "--address", address]
+    result = CliRunner().invoke(command, told)
+    assert isinstance(result.exception, UsageError)
+    assert f"--address {address}" in str(result.exception)
+    assert not (tmp_path / "out").exists()

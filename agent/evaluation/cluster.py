@@ -52,7 +52,7 @@ class Cluster:
         try:
             self._ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:
-            said = str(error).strip().partition("\n")[0]
+            said = str(error).strip().partition("\n")[0].rstrip(".")
             raise UsageError(f"--address {self._address}: no Ray cluster is reached: {said}; {_NO_CLUSTER}") from None
         self._quiet()
         self._aside.__enter__()
