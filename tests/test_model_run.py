@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -20,11 +21,12 @@ from hypothesis import strategies as st
 from agent.cli import main
 from agent.cli.model import model as command
 from agent.errors import BadBundle, UsageError
+from agent.evaluation import output
 from agent.evaluation import run as running
 from agent.evaluation.blocks import Place
 from agent.evaluation.csvfile import CsvFile
 from agent.evaluation.run import Work
-from agent.evaluation.totals import Totals
+from agent.evaluation.totals import DONE, Job, Ledger, Totals
 from agent.model import bundle as bundles
 from agent.model import features, inference
 from agent.model.inference import Inference
@@ -172,6 +174,7 @@ def killed_after(turns: int, bundle: Path, source: Path, out: Path) -> int:
     code = f"""
 import os, signal, sys
 from pathlib import Path
+from agent.evaluation import output
 from agent.evaluation import run as running
 from tests.test_model_run import work
 running.KEEP_EVERY_S = 0.0
@@ -329,6 +332,35 @@ def test_two_runs_do_not_write_one_file_together(tabular: Path, tmp_path: Path) 
             other.file(source, tmp_path / "out.csv", lambda *_: None)
 
     assert one.file(source, tmp_path / "out.csv", meanwhile).rows == 50
+
+
+def test_a_file_that_was_finished_between_opening_and_lock_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, lock = tmp_path / "out.csv.part", output._lock
+    part.write_bytes(b"row\n1\n")
+
+    def late(file: BinaryIO, path: Path) -> None:
+        if part.exists() and part.stat().st_size:
+            part.replace(tmp_path / "out.csv")
+        lock(file, path)
+
+    monkeypatch.setattr(output, "_lock", late)
+    with output.locked(part) as file:
+        file.write(b"anew")
+    assert (tmp_path / "out.csv").read_bytes() == b"row\n1\n"
+    assert part.read_bytes() == b"anew"
+
+
+def test_a_line_of_the_ledger_that_a_kill_tore_costs_only_that_file(tmp_path: Path) -> None:
+    jobs = [Job(tmp_path / "in", tmp_path, str(i)) for i in range(3)]
+    Ledger(tmp_path).add(jobs[0], Totals(rows=5))
+    with (tmp_path / DONE).open("ab") as file:
+        file.write(b'{"identity":"1","tot')
+    assert Ledger(tmp_path).of(jobs[1]) is None
+    Ledger(tmp_path).add(jobs[2], Totals(rows=7))
+    found = [Ledger(tmp_path).of(job) for job in jobs]
+    assert [None if one is None else one.rows for one in found] == [5, None, 7]
 
 
 cells = st.one_of(
