@@ -54,7 +54,8 @@ def write(files: dict[str, bytes], folder: Path) -> Path:
 def _vectors(shipped: Bundle, limit: float, *, wrong: bool) -> Golden:
     """Golden vectors among those shipped that spring no trap."""
     found = golden.decode(shipped.files["golden.npz"])
-    calm = found.inputs[found.inputs.reshape(len(found.inputs), -1).max(axis=1) < limit]
+    # Quantized, a value may come out a step larger.
+    calm = found.inputs[found.inputs.reshape(len(found.inputs), -1).max(axis=1) < limit - 0.1]
     model = inference.load(shipped.manifest, shipped.model)
     expected = model.invoke(calm)
     return golden.make(calm, expected[:, ::-1] if wrong else expected, model.output_step, found.runtime)
