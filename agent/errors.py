@@ -6,6 +6,7 @@ OutstationError
 ├── Rejected          one row or line of a producer
 ├── Refused           a message from a peer that does not verify
 ├── BadBundle         a bundle that is damaged, unsigned, foreign or does not run here
+├── FetchFailed       a bundle that could not be fetched, or must not be; names the error
 ├── LinkDown          the broker or the network
 └── StorageError      the disk or the database
     ├── StorageFull
@@ -47,6 +48,14 @@ class Refused(OutstationError):
 
 class BadBundle(OutstationError):
     """A bundle that must not be activated."""
+
+
+class FetchFailed(OutstationError):
+    """What a repository gives is not there, not whole or not to be trusted; `error` names it, `detail` says more."""
+
+    def __init__(self, error: str, detail: str) -> None:
+        super().__init__(f"{error}: {detail}")
+        self.error, self.detail = error, detail
 
 
 class LinkDown(OutstationError):
