@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from agent.device.updates.fetching import FETCHED, Fetched
+from agent.fleet.pki import new_authority
 from agent.wire.desired import Wanted
 from scripts.faults.disk import Card, no_card
 from tests.stations import ROOT, wait_for
@@ -159,6 +161,27 @@ def test_a_stick_that_is_not_there_is_named(device: Updating, wanted: Wanted, tm
 def test_a_server_that_is_not_there_is_named(web: Web, device: Updating, wanted: Wanted) -> None:
     device.configure(url="http://127.0.0.1:9")
     assert "Connection refused" in device.must_fail(wanted, "DownloadError").detail
+
+
+def test_a_server_must_show_a_certificate_of_the_authority_that_is_trusted(
+    repository: Signed, web: Web, device: Updating, wanted: Wanted, tmp_path: Path
+) -> None:
+    ours, theirs = new_authority("acme"), new_authority("acme")
+    for name, authority in (("ours", ours), ("theirs", theirs)):
+        (tmp_path / f"{name}.pem").write_bytes(authority.pem)
+    issued = ours.server("127.0.0.1")
+    (tmp_path / "server.pem").write_bytes(issued.certificate + issued.key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    with Web(web.folder, context) as secure:
+        for ca_file in (None, str(tmp_path / "theirs.pem")):
+            device.configure(url=secure.url, ca_file=ca_file)
+            assert "certificate verify failed" in device.must_fail(wanted, "DownloadError").detail
+        device.configure(url=secure.url, ca_file=str(tmp_path / "nowhere.pem"))
+        assert "[updates] ca_file" in device.must_fail(wanted, "DownloadError").detail
+        assert secure.asked == []
+        device.configure(url=secure.url, ca_file=str(tmp_path / "ours.pem"))
+        assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
 
 
 # --- full disks ---
