@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import ssl
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,6 +46,37 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.close_connection = True
 
+    def answer(self, data: bytes) -> None:
+        """These bytes, whatever the file has."""
+        self.head(200, len(data))
+        self.wfile.write(data)
+
+    def endless(self) -> None:
+        """Zeros until nobody takes them."""
+        self.head(200, None)
+        while True:
+            self.wfile.write(bytes(65_536))
+
+    def drip(self) -> None:
+        """The file, a byte now and then."""
+        assert self.data is not None
+        self.head(200, len(self.data))
+        for byte in self.data:
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.05)
+
+    def drip_headers(self) -> None:
+        """Headers that do not end."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        while True:
+            self.wfile.write(b"y")
+            time.sleep(0.05)
+
+    def whole(self) -> None:
+        """All of the file, as a server that knows nothing of Range."""
+        self.start = 0
+        self.serve()
+
     def head(self, status: int, length: int | None, **headers: str) -> None:
         self.send_response(status)
         if length is not None:
@@ -74,17 +107,19 @@ class _Listener(ThreadingHTTPServer):
 class Web:
     """Serves `folder` until it is left. `tricks`: pattern of a path, and what to do instead of serving it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, tls: ssl.SSLContext | None = None) -> None:
+        self.folder, self._tls = folder, tls
         self.tricks: list[tuple[str, Trick]] = []
         self.asked: list[tuple[str, int]] = []
         self._server = _Listener(("127.0.0.1", 0), Handler)
         self._server.web = self
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Web:
         self._thread.start()
