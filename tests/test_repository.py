@@ -404,6 +404,32 @@ def test_cut_off_at_any_write_the_repository_serves_old_and_new_devices_and_the_
     assert step >= 2
 
 
+@pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
+def test_a_lost_key_is_replaced_though_that_is_cut_off_at_any_write(tmp_path: Path, made: Path, role: str) -> None:
+    before = Depot(tmp_path / "before").create()
+    done = before.publish(made)
+    (before.layout.keys / f"{role}-1.key").unlink()
+    step, cut = 0, True
+    while cut:
+        depot = before.copy(tmp_path / f"cut-{step}")
+        with served(depot.layout.home) as url, pytest.MonkeyPatch.context() as patch:
+            client = Client(tmp_path / f"device-{step}", url, depot.layout.root(1).read_bytes())
+            cut_at(patch, step)
+            try:
+                rotating.rotate(depot.folder, role)
+                cut = False
+            except Cut:
+                pass
+            patch.undo()
+            if cut:
+                standing.status(depot.folder)
+                rotating.rotate(depot.folder, role)
+            assert client.look(done.target)
+        step += 1
+    # A key with its public half, the draft, the role and what refers to it, the root; before and after each.
+    assert step >= 2 * 5 + 1
+
+
 @pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 5, 6, 7])
 def test_killed_at_any_write_of_a_publish_the_device_gets_old_or_new_whole(
     tmp_path: Path, depot: Depot, client: Client, made: Path, step: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 import tarfile
 import tomllib
 from pathlib import Path
@@ -275,6 +276,36 @@ def test_a_stick_holds_the_same_edition_and_an_older_one_is_not_copied_over_it(
     assert len([path for path in (stick / "repository" / "targets").rglob("*") if path.is_file()]) == 1
     code, _, err = Desk(tmp_path / "old", desk._capsys).run("repository", "copy", stick)
     assert (code, "holds a later edition" in err) == (2, True)
+
+
+@pytest.mark.parametrize("part", ["", "targets", "metadata"])
+def test_nothing_is_written_or_removed_through_a_link_on_a_stick(desk: Desk, tmp_path: Path, part: str) -> None:
+    desk.run("repository", "init")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "photo.jpg").write_bytes(b"x")
+    link = tmp_path / "stick" / "repository" / part
+    link.parent.mkdir(parents=True)
+    link.symlink_to(precious)
+    code, _, err = desk.run("repository", "copy", tmp_path / "stick")
+    assert (code, "is a link" in err) == (2, True)
+    assert [path.name for path in precious.iterdir()] == ["photo.jpg"]
+
+
+def test_what_else_is_in_a_folder_of_that_name_stays(desk: Desk, tmp_path: Path) -> None:
+    desk.run("repository", "init")
+    other = tmp_path / "stick" / "repository" / "targets" / "photo.jpg"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"x")
+    desk.document("repository", "copy", tmp_path / "stick")
+    assert other.exists()
+
+
+def test_fleet_toml_stays_as_private_as_it_was(desk: Desk) -> None:
+    file = desk.folder / "fleet.toml"
+    file.chmod(0o600)
+    assert desk.run("repository", "init", "--url", "/media/stick/repository")[0] == 0
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_the_collector_signs_the_timestamp_anew_and_goes_on_when_it_cannot(

@@ -60,7 +60,7 @@ def load(layout: Layout, coming: Root | None = None) -> Edition:
     """
     newest = layout.newest_root()
     if newest is None:
-        raise UsageError(f"{layout.fleet}: no repository here; `outstation fleet repository init` makes one")
+        raise layout.missing()
     try:
         return _load(layout, newest, coming)
     except (OSError, DeserializationError, RepositoryError, LengthOrHashMismatchError, ValueError, KeyError) as error:
