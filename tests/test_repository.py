@@ -344,6 +344,34 @@ def test_a_repository_that_somebody_changed_is_not_signed_further(depot: Depot, 
         refreshing.refresh(depot.folder)
 
 
+def test_an_unsigned_timestamp_is_not_signed_further(depot: Depot) -> None:
+    path = depot.layout.role("timestamp", 1)
+    content = json.loads(path.read_bytes())
+    content["signed"]["version"] = 7
+    path.write_text(json.dumps(content))
+    with pytest.raises(StorageError, match="timestamp is signed by 0 of 1 keys"):
+        refreshing.refresh(depot.folder)
+
+
+def test_a_draft_of_a_root_that_is_in_force_already_changes_nothing(depot: Depot) -> None:
+    rotating.rotate(depot.folder, "root")
+    content = json.loads(depot.layout.root(2).read_bytes())
+    content["signatures"] = []
+    depot.layout.draft.write_text(json.dumps(content))
+    before = depot.layout.root(2).read_bytes()
+    refreshing.refresh(depot.folder)
+    assert depot.layout.root(2).read_bytes() == before
+    assert not depot.layout.draft.exists()
+
+
+def test_a_draft_that_skips_a_root_is_refused(depot: Depot) -> None:
+    content = json.loads(depot.layout.root(1).read_bytes())
+    content["signed"]["version"] = 9
+    depot.layout.draft.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"draft of root 9, and root 1 is in force; delete it"):
+        refreshing.refresh(depot.folder)
+
+
 def test_refreshing_each_day_keeps_it_alive_and_a_neglected_one_expires(depot: Depot, client: Client) -> None:
     start = expiry.now()
     for day in range(1, 60):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ _dir = click.option(
 _sign_with = click.option(
     "--sign-with", multiple=True, type=_path, metavar="FILE", help="A private key that lies elsewhere, as on a stick."
 )
-logger = logging.getLogger(__name__)
 
 
 @click.group()
@@ -191,16 +189,3 @@ def copy(destination: Path, folder: str | None, as_json: bool) -> None:
     document = {"repository": str(done.home), "files": done.files, "bytes": done.bytes}
     said = f"{done.home}: {done.files} files, {done.bytes / 1e6:.1f} MB written; devices find it with url = that folder"
     emit(document, as_json, lambda: click.echo(said))
-
-
-def keep_repository(home: Path) -> None:
-    """Sign the timestamp anew where that is a day ago and its keys are here, and log what is to be done soon."""
-    if not (home / "repository" / "metadata").exists():
-        return
-    from agent.fleet.repository import refresh as refreshing
-    from agent.fleet.repository import status as standing
-
-    if refreshing.refresh_daily(home) is not None:
-        logger.info("repository: the timestamp is signed anew")
-        for line in standing.status(home).reminders:
-            logger.warning("repository: %s", line)
