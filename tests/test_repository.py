@@ -412,6 +412,17 @@ def test_a_clock_that_went_back_signs_nothing(depot: Depot) -> None:
         refreshing.refresh(depot.folder, at=datetime(1970, 1, 2, tzinfo=UTC))
 
 
+def test_a_clock_that_was_years_ahead_once_does_not_lock_the_repository(
+    depot: Depot, client: Client, made: Path
+) -> None:
+    refreshing.refresh(depot.folder, at=datetime(2044, 1, 1, tzinfo=UTC))
+    with pytest.raises(UsageError, match=r"refresh --trust-clock"):
+        depot.publish(made)
+    done = refreshing.refresh(depot.folder, trust_clock=True)
+    assert done.expires < expiry.now() + timedelta(days=29)
+    assert client.look(depot.publish(made).target)
+
+
 def test_two_writers_do_not_meet(depot: Depot) -> None:
     at = expiry.now() + timedelta(days=2)
     with depot.layout.locked(), pytest.raises(StorageBusy, match="another command"):

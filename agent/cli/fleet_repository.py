@@ -87,17 +87,20 @@ def _keys(one: Standing) -> str:
 
 
 @repository.command("refresh", epilog="Example: outstation fleet repository refresh")
+@click.option(
+    "--trust-clock", is_flag=True, help="This machine's clock is right now, and was ahead when it signed last."
+)
 @_sign_with
 @_dir
 @json_option
-def refresh(sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
     """Sign the timestamp anew, and what else expires soon and has its key here; for cron, each day.
 
     A draft of the root that enough have signed comes into force.
     """
     from agent.fleet.repository import refresh as refreshing
 
-    done = refreshing.refresh(fleet_config.find(folder), sign_with=sign_with)
+    done = refreshing.refresh(fleet_config.find(folder), sign_with=sign_with, trust_clock=trust_clock)
     until = f"{done.expires:%Y-%m-%dT%H:%M:%SZ}"
     document = {"roles": done.roles, "expires": until, "root": done.root or None}
     root = f"root {done.root} is in force\n" if done.root else ""
