@@ -57,14 +57,16 @@ def device(fleet: Fleet, offered: dict[str, Path]) -> Device:
     return made.replay(10**9, 40).task("exercise", schedule="every 300 ms").up()
 
 
-def desire(fleet: Fleet, folder: Path, strategy: str, rollout: str, topic: str, **more: Any) -> None:
-    """Leave it on the broker, as the fleet's side does."""
+def desire(fleet: Fleet, folder: Path, strategy: str, rollout: str, topic: str) -> None:
     found = bundle.read(folder, None)
     named = {"rollout": rollout, "bundle": "exercise", "version": found.manifest.version, "digest": found.digest}
-    rules = {"batches": 5, "hours": 0.0}
+    leave(fleet, topic, {"exercise": {**named, "strategy": strategy, "rules": {"batches": 5, "hours": 0.0}}})
+
+
+def leave(fleet: Fleet, topic: str, tasks: dict[str, Any]) -> None:
+    """Sign what is desired, and leave it on the broker, as the fleet's side does."""
     parts = topic.split("/")
     head = {"v": 1, "kind": "desired", "device": parts[0], **({"group": parts[2]} if len(parts) > 2 else {})}
-    tasks = {"exercise": {**named, "strategy": strategy, "rules": rules, **more}}
     payload = encode({**head, "counter": next(COUNTERS), "issued": "2026-11-26T00:00:00Z", "tasks": tasks})
     key, full = keys.load_private(Path(fleet.config.operator.key_file)), f"outstation/{FLEET}/{topic}"
     link = Link(Broker(url=fleet.broker.url), "operator")
@@ -123,16 +125,8 @@ def test_one_whose_golden_vectors_do_not_come_out_is_refused_for_the_group(
     fleet: Fleet, device: Device, offered: dict[str, Path]
 ) -> None:
     eventually("the good one runs", lambda: "2.0.0" in versions(fleet))
-    desire(fleet, offered["good"], "all", "ended", "pi-01/desired", percent=100.0)
-    topic = f"outstation/{FLEET}/pi-01/desired"
-    key = keys.load_private(Path(fleet.config.operator.key_file))
-    payload = encode(
-        {"v": 1, "kind": "desired", "device": "pi-01", "counter": next(COUNTERS), "issued": "2026-11-26T00:00:00Z"}
-    )
-    link = Link(Broker(url=fleet.broker.url), "operator")
-    link.send(Outgoing(topic, payload, (("jws", jws.sign(key, topic, payload)),), retain=True))
-    link.receive(1.0)
-    link.close()
+    # Its own topic names the task no more: that of its group does.
+    leave(fleet, "pi-01/desired", {})
     desire(fleet, offered["wrong"], "all", "bad", "_group/desired/roof")
     eventually("it was refused", lambda: ("refused", "golden") in events(fleet, "bad"), 60)
     eventually(
