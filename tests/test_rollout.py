@@ -26,9 +26,15 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return bundles_in(tmp_path_factory.mktemp("bundles"), "crash", "error", "hang", "wrong")
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -> Site:
+    offered = ("2", "3", "wrong", "crash", "error", "hang")
+    return Site.template(tmp_path_factory.mktemp("template"), bundles, *offered)
+
+
 @pytest.fixture
-def site(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Site]:
-    made = Site(tmp_path, bundles, "2", "3", "crash", "error", "hang", "wrong")
+def site(tmp_path: Path, template: Site) -> Iterator[Site]:
+    made = template.copied(tmp_path)
     yield made
     made.stop()
 
