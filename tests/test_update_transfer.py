@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -102,6 +103,40 @@ def test_a_server_that_answers_with_another_range_is_not_believed(web: Web, devi
     web.tricks[:] = [("/targets/", other)]
     assert "another part" in device.must_fail(wanted, "DownloadError").detail
     assert part(device).stat().st_size == 1_200_000
+
+
+def test_a_server_that_has_no_such_range_begins_anew(web: Web, device: Updating, wanted: Wanted) -> None:
+    web.tricks[:] = [("/targets/", cut_at(1_200_000))]
+    device.must_fail(wanted, "DownloadError")
+    web.tricks[:] = [("/targets/", lambda it: it.head(416, 0) if it.start else it.serve())]
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+    assert starts(web) == [0, 1_200_000, 0]
+
+
+def test_a_server_that_hangs_up_after_each_answer_is_asked_again(web: Web, device: Updating, wanted: Wanted) -> None:
+    """Without saying so, as one does whose patience with idle connections is short."""
+
+    def hang_up(it: Handler) -> None:
+        it.serve()
+        it.close_connection = True
+
+    web.tricks[:] = [("", hang_up)]
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+
+
+def test_a_download_ends_with_the_window_and_is_gone_on_with_in_the_next(
+    web: Web, device: Updating, wanted: Wanted
+) -> None:
+    now = datetime.fromtimestamp(device.now().wall_us // 1_000_000).replace(second=58, microsecond=0)
+    device.wall_us = round(now.timestamp() * 1e6)
+    device.configure(window=f"{now - timedelta(hours=1):%H:%M}-{now + timedelta(minutes=1):%H:%M}")
+    web.tricks[:] = [("/targets/", holding(threading.Event()))]
+    device.must_fail(wanted, "TimeOver")
+    assert part(device).stat().st_size > 0
+    web.tricks.clear()
+    device.wall_us += 86_400_000_000 - 1_000_000_000
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+    assert starts(web)[-1] > 0
 
 
 def test_an_archive_that_is_there_is_not_downloaded_again(web: Web, device: Updating, wanted: Wanted) -> None:
