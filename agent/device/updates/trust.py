@@ -76,8 +76,16 @@ class Repository:
 
     def seen(self) -> dict[str, Floor]:
         """The floors of all roles that were verified, in the order in which they are."""
-        found = {role: delegator for delegator, role in self._trusted._trusted_delegations}
-        return {role: self._floor(delegator, role) for role, delegator in sorted(found.items(), key=_order)}
+        found = {role: self._floor(ROOT, role) for role in _TOP if role in self._trusted}
+        delegators = [Targets.type] if Targets.type in found else []
+        while delegators:
+            delegator = delegators.pop()
+            delegations = cast(Targets, self._trusted[delegator]).delegations
+            for role in (delegations and delegations.roles) or ():
+                if role in self._trusted and role not in found:
+                    found[role] = self._floor(delegator, role)
+                    delegators.append(role)
+        return found
 
     def expires_s(self) -> float:
         """When the first of the roles that are no bundle's expires, epoch s."""
@@ -137,11 +145,6 @@ class _Fetcher(FetcherInterface):
             return self._source.read(url.removeprefix(_BASE)).chunks
         except Missing as missing:
             raise DownloadHTTPError(missing.detail, 404) from missing
-
-
-def _order(delegated: tuple[str, str]) -> tuple[int, str]:
-    role, _ = delegated
-    return _TOP.index(role) if role in _TOP else len(_TOP), role
 
 
 def _custom(found: TargetFile) -> dict[str, Any]:
