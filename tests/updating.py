@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import msgspec
 
 from agent import clock, config
 from agent.clock import Now
-from agent.config import Config, Task, Updates
+from agent.config import Config, Stream, Task, Updates
 from agent.device.storage.store import Store
 from agent.device.updates import child, floors
 from agent.device.updates.fetching import Failed, Fetched, Fetcher
@@ -26,7 +26,9 @@ RUNS = b"the bundle that runs"
 class Updating:
     """`folder` is all the device has. `wall_us` and `quality` are its clock, by default a right one."""
 
-    def __init__(self, folder: Path, url: str, root: bytes, **updates: Any) -> None:
+    def __init__(
+        self, folder: Path, url: str, root: bytes, streams: Mapping[str, Stream] = STREAMS, **updates: Any
+    ) -> None:
         self.folder = folder
         self.data = folder / "data"
         self.data.mkdir(parents=True, exist_ok=True)
@@ -34,7 +36,7 @@ class Updating:
         self.conf = Config(
             device=config.Device(id="pi-07", fleet="acme", data_dir=str(self.data)),
             updates=Updates(url=url, root=str(folder / "root.json"), **updates),
-            streams=STREAMS,
+            streams=dict(streams),
             tasks={"exercise": Task(stream="watch", bundle="exercise")},
         )
         self.runs = self.data / "bundles" / "exercise" / "model.tflite"
