@@ -23,7 +23,7 @@ from agent.wire.desired import Wanted
 from tests.stations import wait_for
 from tests.update_repositories import Signed
 from tests.update_servers import Handler, Web
-from tests.updating import Updating
+from tests.updating import PATIENCE_S, Updating
 
 ARCHIVE = b"an archive" * 1000
 HOUR_US = 3_600_000_000
@@ -66,7 +66,11 @@ def report(device: Updating) -> dict[str, object]:
 
 def settle(device: Updating) -> None:
     """Poll until the child that runs has ended, and nothing is due."""
-    wait_for(lambda: device.fetcher.poll(device.now()) is None and device.fetcher.wait_s(device.now()) > 1, "it rests")
+    wait_for(
+        lambda: device.fetcher.poll(device.now()) is None and device.fetcher.wait_s(device.now()) > 1,
+        "it rests",
+        PATIENCE_S,
+    )
 
 
 # --- when ---
@@ -192,7 +196,9 @@ def test_another_one_wanted_ends_the_download_of_the_first(
     repository.write(web.folder)
     web.tricks[:] = [("/targets/exercise/1", Handler.drip)]
     device.fetcher.start("exercise", wanted, device.now())
-    wait_for(lambda: device.fetcher.poll(device.now()) is None and archives_asked(web) != [], "the first comes")
+    wait_for(
+        lambda: device.fetcher.poll(device.now()) is None and archives_asked(web) != [], "the first comes", PATIENCE_S
+    )
     device.fetcher.start("exercise", second, device.now())
     found = device.result()
     assert isinstance(found, Fetched)
@@ -206,7 +212,7 @@ def test_a_child_that_hangs_is_killed_in_its_time(device: Updating, wanted: Want
     begun = time.monotonic()
     assert device.fetcher.poll(device.now()) is None
     assert device.fetcher.poll(device.now()) is None
-    assert time.monotonic() - begun < 5, "the main loop never waits for it"
+    assert time.monotonic() - begun < PATIENCE_S, "the main loop never waits for it"
     device.later_s += 3_700
     found = device.result()
     assert isinstance(found, Failed)
