@@ -34,6 +34,8 @@ _TOP = (Root.type, Timestamp.type, Snapshot.type, Targets.type)
 # A bundle is named by one delegation; more are followed, not many.
 _CONFIG = UpdaterConfig(max_delegations=8, targets_max_length=2_000_000)
 _MOST_CUSTOM = 65_536
+# The end of 9999: what a clock of garbage shows may be later.
+_LATEST_S = 253_402_300_799.0
 _MOST_VERSION = 2**63 - 1
 # What python-tuf lets through of metadata that are signed and malformed.
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
@@ -49,7 +51,7 @@ class Repository:
                 str(work), f"{_BASE}metadata/", fetcher=_Fetcher(source), config=_CONFIG, bootstrap=anchor
             )
         self._trusted = self._updater._trusted_set
-        self._trusted.reference_time = datetime.fromtimestamp(time_s, UTC)
+        self._trusted.reference_time = datetime.fromtimestamp(min(time_s, _LATEST_S), UTC)
 
     def refresh(self) -> None:
         """All roles that are no bundle's. Raises FetchFailed."""
