@@ -274,7 +274,7 @@ def test_endless_data_by_a_signed_length(publish: Publish, web: Web, device: Upd
 def test_endless_nesting_in_metadata(publish: Publish, web: Web, device: Updating) -> None:
     wanted = publish("1.0.0")
     web.tricks.append(("/timestamp.json", lambda it: it.answer(b"[" * 16_000)))
-    device.must_fail(wanted, "DeserializationError")
+    device.must_fail(wanted, "RepositoryError")
 
 
 @pytest.mark.parametrize("file", ["/metadata/timestamp.json", "/targets/"])
@@ -409,6 +409,12 @@ def test_a_clock_at_2040_finds_everything_expired_until_it_is_right_again(
     device.must_fail(wanted, "ExpiredMetadataError")
     device.wall_us, device.quality = None, "synced"
     device.must_fetch(wanted)
+
+
+def test_a_clock_at_the_end_of_time_is_a_wrong_clock(publish: Publish, web: Web, device: Updating) -> None:
+    wanted = publish("1.0.0")
+    device.wall_us, device.quality = 2**62, "restored"
+    device.must_fail(wanted, "ExpiredMetadataError")
 
 
 # --- archives that are signed, and hostile all the same ---

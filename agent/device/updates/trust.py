@@ -20,6 +20,7 @@ from typing import Any, cast
 import msgspec
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
 from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 
@@ -33,6 +34,8 @@ _TOP = (Root.type, Timestamp.type, Snapshot.type, Targets.type)
 # A bundle is named by one delegation; more are followed, not many.
 _CONFIG = UpdaterConfig(max_delegations=8, targets_max_length=2_000_000)
 _MOST_CUSTOM = 65_536
+# The end of 9999: what a clock of garbage shows may be later.
+_LATEST_S = 253_402_300_799.0
 _MOST_VERSION = 2**63 - 1
 # What python-tuf lets through of metadata that are signed and malformed.
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
@@ -48,7 +51,7 @@ class Repository:
                 str(work), f"{_BASE}metadata/", fetcher=_Fetcher(source), config=_CONFIG, bootstrap=anchor
             )
         self._trusted = self._updater._trusted_set
-        self._trusted.reference_time = datetime.fromtimestamp(time_s, UTC)
+        self._trusted.reference_time = datetime.fromtimestamp(min(time_s, _LATEST_S), UTC)
 
     def refresh(self) -> None:
         """All roles that are no bundle's. Raises FetchFailed."""
@@ -74,8 +77,17 @@ class Repository:
         return {ROOT: self._floor(ROOT, ROOT)}
 
     def seen(self) -> dict[str, Floor]:
-        """The floors of all roles that were verified."""
-        return {role: self._floor(delegator, role) for delegator, role in self._trusted._trusted_delegations}
+        """The floors of all roles that were verified, in the order in which they are."""
+        found = {role: self._floor(ROOT, role) for role in _TOP if role in self._trusted}
+        delegators = [Targets.type] if Targets.type in found else []
+        while delegators:
+            delegator = delegators.pop()
+            delegations = cast(Targets, self._trusted[delegator]).delegations
+            for role in (delegations and delegations.roles) or ():
+                if role in self._trusted and role not in found:
+                    found[role] = self._floor(delegator, role)
+                    delegators.append(role)
+        return found
 
     def expires_s(self) -> float:
         """When the first of the roles that are no bundle's expires, epoch s."""
@@ -167,7 +179,8 @@ def _translated() -> Iterator[None]:
     except (DownloadError, RepositoryError) as error:
         if isinstance(error.__cause__, FetchFailed):
             raise error.__cause__ from None
-        raise FetchFailed(type(error).__name__, str(error)[:500] or "the metadata do not verify") from error
+        name = "RepositoryError" if isinstance(error, DeserializationError) else type(error).__name__
+        raise FetchFailed(name, str(error)[:500] or "the metadata do not verify") from error
     except _MALFORMED as error:
         said = f"metadata that cannot be read: {type(error).__name__}: {str(error)[:300]}"
         raise FetchFailed("RepositoryError", said) from error
