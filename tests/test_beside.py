@@ -25,6 +25,7 @@ from agent.model import activate, inference, manifest
 from agent.model.activate import Active
 from agent.model.apart import Apart, Bounds
 from agent.model.bundle import Bundle
+from agent.model.choice import Choice
 from agent.model.inference import Answers
 from agent.rivals import tally, verdict
 from agent.wire.desired import Rules
@@ -284,6 +285,17 @@ def test_the_old_bundle_in_this_process_answers_beside_the_new_one(make: Make) -
     assert {one.model.digest for one in pair.device.results()} == {new.bundle.digest}
 
 
+def test_one_in_this_process_is_asked_about_no_more_windows_than_a_second_takes(make: Make) -> None:
+    pair = make(good())
+    old, new = pair.device.task, pair.task
+    old.choice = Choice("", "", "", 32, 1, rows_per_s=30.0)
+    pair.device.task = new
+    pair.beside = Beside(new, old, "better", pair.device.store, 1)
+    pair.batch(CALM[:100])
+    (told,) = pair.shadows()
+    assert (told.n, told.answered.windows, told.answered_beside.windows) == (30, 100, 30)
+
+
 # --- kill, and once more ---
 
 
@@ -311,6 +323,13 @@ def test_rows_that_come_again_are_not_counted_again(make: Make) -> None:
     assert pair.beside.tally == tally.Tally()
     assert not pair.turn(100.0 + EVERY_S)
     assert [one.rows for one in pair.shadows()] == [(1, 40)]
+
+
+def test_what_was_asked_before_it_came_to_stand_beside_says_nothing(make: Make) -> None:
+    pair = make(good())
+    pair.apart.ask(CALM[:5])
+    pair.batch(CALM[:40])
+    assert [(one.n, one.answered_beside.windows) for one in pair.shadows()] == [(40, 40)]
 
 
 def test_another_rollout_begins_from_nothing(make: Make) -> None:

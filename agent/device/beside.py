@@ -36,6 +36,8 @@ log = logging.getLogger("outstation")
 STATE = "rollout beside"
 # The longest that a batch is not told of; the longest that the next batch waits for an answer to the one before.
 EVERY_S, PATIENCE_S = 300.0, 0.25
+# Of a batch's time in a model that is in this process, and holds up the next one.
+_MOST_S = 1.0
 # After there was no room for a message.
 _REST_S = 60.0
 # First messages come often, so that a roll-out is soon judged by a few blocks; later ones seldom.
@@ -130,7 +132,7 @@ class Beside:
             self._hear(PATIENCE_S)
             if not model.ready(PATIENCE_S):
                 return
-        found = matched.windows(self.other, store, taken, ends)
+        found = matched.windows(self.other, store, taken, ends[: self._most()])
         said = matched.said(taken.first + ends, answers.scores, answers.seconds, self._tables[0])
         waiting = _Waiting(rows, said, found)
         if isinstance(model, Apart):
@@ -144,14 +146,25 @@ class Beside:
             outputs = model.invoke(found.values)
         self._count(waiting, outputs, model.seconds - began_s)
 
+    def _most(self) -> int | None:
+        """How many windows of a batch: all, of a model that nobody waits for."""
+        choice = self.other.choice
+        if isinstance(self.other.model, Apart) or choice is None:
+            return None
+        return max(1, int(choice.rows_per_s * _MOST_S))
+
     def _hear(self, within_s: float) -> None:
-        model, waiting = self.other.model, self._waiting
-        if waiting is None or not isinstance(model, Apart):
+        model = self.other.model
+        if not isinstance(model, Apart) or not model.busy:
+            # Whoever ended it meanwhile took the question along.
+            self._waiting = None
             return
         began_s = model.seconds
         if (outputs := model.hear(within_s)) is not None:
-            self._waiting = None
-            self._count(waiting, outputs, model.seconds - began_s)
+            # What it was asked before it came to stand here says nothing.
+            waiting, self._waiting = self._waiting, None
+            if waiting is not None:
+                self._count(waiting, outputs, model.seconds - began_s)
 
     def _count(self, waiting: _Waiting, outputs: Floats, seconds: float) -> None:
         manifest = self.other.bundle.manifest
