@@ -387,6 +387,7 @@ def test_labels_are_counted_by_who_was_right_once_each(make: Make) -> None:
     label(pair, range(1, 43), mine)
     assert pair.turn(100.0 + EVERY_S)
     found = pair.shadows()[-1]
+    assert not pair.turn(101.0 + EVERY_S), "all labels are told of"
     theirs = inference.load(pair.other.manifest, pair.other.model).invoke(values).argmax(axis=1)
     same = int((theirs == answers.scores.label).sum())
     assert same < 42
@@ -396,6 +397,24 @@ def test_labels_are_counted_by_who_was_right_once_each(make: Make) -> None:
     label(pair, range(1, 2), ["rest" if mine[0] != "rest" else "left"])
     pair.turn(100.0 + 2 * EVERY_S)
     assert sum(sum(one.labelled) for one in pair.shadows()) == 42, "a corrected label counts as it came first"
+
+
+def test_many_labels_at_once_make_blocks_enough_to_judge_by(make: Make) -> None:
+    pair = make(good("rigged_sensitive"))
+    values = CALM.copy()
+    values[::4, 0] = 3.9
+    answers = pair.batch(values)
+    assert answers is not None
+    label(pair, range(1, 401), ["right"] * 400)
+    pair.batch(CALM)
+    label(pair, range(401, 601), ["right"] * 200)
+    at_s = 100.0 + EVERY_S
+    while pair.turn(at_s):
+        at_s += 1
+    blocks = [block for block in pair.beside.blocks if sum(block.tally.labelled)]
+    assert [sum(block.tally.labelled) for block in blocks] == [50] * 12
+    found = {one.rule: one for one in verdict.judge(Rules(accuracy_drop=0.0), pair.beside.blocks, True)}
+    assert found["labels"].numbers["n"] == 600
 
 
 def test_labels_that_are_the_models_own_answers_say_nothing(make: Make) -> None:
