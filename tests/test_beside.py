@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace as changed
 
-from agent.clock import Now
 from agent.device.author import Author
-from agent.device.batch import Task
 from agent.device.beside import EVERY_S, Beside
 from agent.device.storage import labelled
 from agent.device.storage.labelled import beside as beside_of
@@ -23,15 +21,14 @@ from agent.drift.truth import Label
 from agent.errors import ModelDied, StorageFull
 from agent.model import activate, inference, manifest
 from agent.model.activate import Active
-from agent.model.apart import Apart, Bounds
+from agent.model.apart import Bounds
 from agent.model.bundle import Bundle
 from agent.model.choice import Choice
-from agent.model.inference import Answers
 from agent.rivals import tally, verdict
 from agent.wire.desired import Rules
-from agent.wire.messages import Shadow
 from tests.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, Recipe, around, model, packed
-from tests.devices import NOW, Device
+from tests.devices import NOW
+from tests.pairs import Pair
 from tests.stations import wait_for
 
 on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="division does not end a process on ARM")
@@ -48,60 +45,6 @@ def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Activ
         return made[recipe]
 
     return load
-
-
-class Pair:
-    """A device whose task has another bundle beside it."""
-
-    def __init__(self, folder: Path, recipe: Recipe, active: Active, other: Bundle, **options: Any) -> None:
-        self.device = Device(folder, recipe, active)
-        self.apart = Apart(other, None, options.pop("bounds", Bounds(call_s=5.0)))
-        self.other, self.options = other, {"batches": 1, **options}
-        self.looked: list[tuple[Any, Answers]] = []
-        self.beside = self.begin()
-        wait_for(self.apart.ready, "the other bundle has started")
-
-    def begin(self) -> Beside:
-        device = self.device
-        self.task = Task("tiny", device.task.config, device.stream, self.other, self.apart, None, None, "sha256:c")
-        return Beside(device.task, self.task, "better", device.store, **self.options)
-
-    def close(self) -> None:
-        self.apart.close()
-        self.device.store.close()
-
-    def batch(self, values: np.ndarray, at_s: float = 100.0, *, hear: bool = True) -> Answers | None:
-        """Feed, run, commit, offer, and hear; what the task answered."""
-        looked = self.looked = []
-        self.device.feed(values)
-        self.device.task.beside = Looking(looked)
-        self.device.run()
-        for taken, answers in looked:
-            self.beside.offer(self.device.store, taken, answers)
-        if hear:
-            wait_for(lambda: self.beside.listen(0.05), "it answered")
-        self.turn(at_s)
-        return looked[0][1] if looked else None
-
-    def turn(self, at_s: float = 100.0) -> bool:
-        return self.beside.turn(self.device.store, self.device.author, Now(NOW.wall_us, at_s, "synced"))
-
-    def shadows(self) -> list[Shadow]:
-        return [m.body for m in self.device.messages() if isinstance(m.body, Shadow)]
-
-
-class Looking:
-    """What the task hands over with each batch."""
-
-    def __init__(self, looked: list[tuple[Any, Answers]]) -> None:
-        self._looked = looked
-
-    def look(self, task: Task, store: Any, taken: Any, answers: Answers) -> None:
-        self._looked.append((taken, answers))
-
-    def write(self, tx: Any, author: Any, now: Now) -> None: ...
-
-    def committed(self) -> None: ...
 
 
 Make = Callable[..., Pair]
