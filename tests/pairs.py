@@ -44,7 +44,7 @@ class Pair:
         """Feed, run, commit, offer, and hear; what the task answered."""
         looked = self.looked = []
         self.device.feed(values)
-        self.device.task.beside = Looking(looked)
+        self.device.task.trying = Looking(looked)
         self.device.run()
         for taken, answers in looked:
             self.beside.offer(self.device.store, taken, answers)

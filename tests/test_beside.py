@@ -420,7 +420,7 @@ def test_a_model_that_dies_while_it_serves_leaves_nothing_and_the_one_before_run
 
 def test_what_a_model_apart_answers_is_what_it_answers_here(make: Make, active: Callable[[Recipe], Active]) -> None:
     pair = make(named(active(CLASSIFY).bundle, "c"))
-    pair.device.task = replace(pair.task, beside=None)
+    pair.device.task = replace(pair.task, trying=None)
     pair.device.feed(CALM)
     pair.device.run_all()
     here = active(CLASSIFY).model.invoke(CALM).argmax(axis=1)
