@@ -66,9 +66,9 @@ class Looking:
     def __init__(self, looked: list[tuple[Any, Answers]]) -> None:
         self._looked = looked
 
-    def look(self, task: Task, store: Any, taken: Any, answers: Answers) -> None:
+    def look(self, task: Task, answers: Answers) -> None: ...
+
+    def write(self, tx: Any) -> None: ...
+
+    def committed(self, task: Task, store: Any, taken: Any, answers: Answers) -> None:
         self._looked.append((taken, answers))
-
-    def write(self, tx: Any, author: Any, now: Now) -> None: ...
-
-    def committed(self) -> None: ...
