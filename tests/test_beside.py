@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from msgspec.structs import replace as changed
 
 from agent.device.author import Author
@@ -166,6 +168,24 @@ def test_numbers_are_told_with_how_far_they_are_apart(make: Make) -> None:
     pair.batch(REGRESS.rows(60))
     (told,) = pair.shadows()
     assert (told.n, told.same, told.apart.n, told.apart.mean) == (60, None, 60, 0.0)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=6))
+def test_of_the_same_bundle_every_window_matches_and_says_the_same_wherever_batches_and_gaps_fall(
+    make: Make, active: Callable[[Recipe], Active], pieces: list[tuple[int, bool]]
+) -> None:
+    pair = make(named(active(ANOMALY).bundle, "d"), ANOMALY)
+    values = ANOMALY.rows(sum(rows for rows, _ in pieces))
+    at = windows = 0
+    for rows, pause in pieces:
+        pair.device.fed += 5_000_000 if pause else 0
+        answers = pair.batch(values[at : at + rows])
+        windows += 0 if answers is None else len(answers.cut.starts)
+        at += rows
+    found = sum((tally.Tally.of(one) for one in pair.shadows()), tally.Tally())
+    assert (found.n, found.same or 0, found.model.windows, found.beside.windows) == (windows,) * 4
+    assert (found.apart.mean, found.apart.m2) == (0.0, 0.0)
 
 
 # --- what the other one does ---
