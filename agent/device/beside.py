@@ -36,6 +36,8 @@ log = logging.getLogger("outstation")
 STATE = "rollout beside"
 # The longest that a batch is not told of; the longest that the next batch waits for an answer to the one before.
 EVERY_S, PATIENCE_S = 300.0, 0.25
+# Of a batch's time in a model that is in this process, and holds up the next one.
+_MOST_S = 1.0
 # After there was no room for a message.
 _REST_S = 60.0
 # First messages come often, so that a roll-out is soon judged by a few blocks; later ones seldom.
@@ -84,6 +86,8 @@ class Beside:
         self._tables = matched.tables([_reference(task), _reference(other)])
         self._waiting: _Waiting | None = None
         self._not_before_s = 0.0
+        # Whether labels wait that did not go into the last message.
+        self._more = False
         self._since_s: float | None = None
         self.tally, self._rows = Tally(), (0, 0)
         self._given: list[Given] = []
@@ -106,7 +110,7 @@ class Beside:
         if self._since_s is None:
             self._since_s = now.boot_s
         each = self._each if self.kept.messages < _SOON else max(self._each, _LATER)
-        late = now.boot_s >= self._since_s + EVERY_S
+        late = self._more or now.boot_s >= self._since_s + EVERY_S
         if now.boot_s < self._not_before_s or (self.tally.batches < each and not late):
             return False
         return self._say(store, author, now)
@@ -130,7 +134,7 @@ class Beside:
             self._hear(PATIENCE_S)
             if not model.ready(PATIENCE_S):
                 return
-        found = matched.windows(self.other, store, taken, ends)
+        found = matched.windows(self.other, store, taken, ends[: self._most()])
         said = matched.said(taken.first + ends, answers.scores, answers.seconds, self._tables[0])
         waiting = _Waiting(rows, said, found)
         if isinstance(model, Apart):
@@ -144,14 +148,25 @@ class Beside:
             outputs = model.invoke(found.values)
         self._count(waiting, outputs, model.seconds - began_s)
 
+    def _most(self) -> int | None:
+        """How many windows of a batch: all, of a model that nobody waits for."""
+        choice = self.other.choice
+        if isinstance(self.other.model, Apart) or choice is None:
+            return None
+        return max(1, int(choice.rows_per_s * _MOST_S))
+
     def _hear(self, within_s: float) -> None:
-        model, waiting = self.other.model, self._waiting
-        if waiting is None or not isinstance(model, Apart):
+        model = self.other.model
+        if not isinstance(model, Apart) or not model.busy:
+            # Whoever ended it meanwhile took the question along.
+            self._waiting = None
             return
         began_s = model.seconds
         if (outputs := model.hear(within_s)) is not None:
-            self._waiting = None
-            self._count(waiting, outputs, model.seconds - began_s)
+            # What it was asked before it came to stand here says nothing.
+            waiting, self._waiting = self._waiting, None
+            if waiting is not None:
+                self._count(waiting, outputs, model.seconds - began_s)
 
     def _count(self, waiting: _Waiting, outputs: Floats, seconds: float) -> None:
         manifest = self.other.bundle.manifest
@@ -186,7 +201,8 @@ class Beside:
 
     def _say(self, store: Store, author: Author, now: Now) -> bool:
         self._since_s = now.boot_s
-        labels = store.ask(labelled.after, self.task.name, self.kept.number, 1)
+        labels = store.ask(labelled.after, self.task.name, self.kept.number, outcomes.MOST + 1)
+        self._more = len(labels) > outcomes.MOST
         if not self.tally.batches and not labels:
             return False
         try:

@@ -78,6 +78,11 @@ class Apart:
         return self._process is not None and self._process.alive
 
     @property
+    def busy(self) -> bool:
+        """Whether it was asked something that nobody heard the answer to."""
+        return self._asked is not None
+
+    @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
