@@ -116,6 +116,14 @@ def test_in_a_canary_the_new_bundle_is_the_one_whose_results_count(six: Fleet) -
     assert finding.state == "bad"
 
 
+def test_where_no_more_can_come_that_would_settle_it_somebody_is_asked_to_decide(six: Fleet) -> None:
+    six.start(plan(("canary", 100.0), ("all", 100.0)))
+    six.on_probation(six.senders, 4, same=90)
+    verdict = six.look().verdict
+    assert (verdict.answer, verdict.findings[0].state) == ("wait", "open")
+    assert verdict.waits[-1].startswith("somebody to decide: all devices that were heard of have settled")
+
+
 def test_labels_count_before_the_estimate_where_there_are_any(six: Fleet) -> None:
     six.start(plan(rules=promotion(agreement=None, accuracy_drop=0.02)))
     six.in_shadow(labelled=[90, 1, 1, 8], answered_beside=answered(0.2))
@@ -243,7 +251,7 @@ def test_a_device_that_floods_its_own_roll_out_counts_as_one(six: Fleet) -> None
         {"errors": 6},
         {"labelled": [2**52, 0, 0, 0]},
         {"answered": {**ANSWERED, "windows": 101}},
-        {"answered": {**ANSWERED, "right": 101}},
+        {"answered": {**ANSWERED, "expected": {"n": 101, "mean": 0.9, "m2": 1.0}}},
         {"answered": {**ANSWERED, "seconds": 1e308}, "answered_beside": {**ANSWERED, "seconds": 1e-308}},
         {"answered_beside": {**ANSWERED, "expected": {"n": 100, "mean": 1e300, "m2": 0}}},
         {"answered_beside": {**ANSWERED, "expected": {"n": 100, "mean": 0.5, "m2": 1e9}}},
