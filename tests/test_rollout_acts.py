@@ -13,6 +13,7 @@ import pytest
 
 from agent.errors import UsageError
 from agent.fleet.audit import Report, audit
+from agent.fleet.command import COUNTER
 from agent.fleet.rollout import acts, book
 from agent.fleet.rollout.book import Rollout
 from agent.fleet.rollout.follow import TELL_EVERY_S, Follower
@@ -268,6 +269,21 @@ def test_a_decision_stands_while_the_broker_is_away_and_is_published_once_it_is_
     assert not follower.turn(3.0)
     assert retained(six).tasks["exercise"].strategy == "back"
     assert said[1:] == ["not published yet, trying again: nobody listens", "published"]
+
+
+def test_a_decision_whose_counter_cannot_be_kept_is_not_made_and_is_said_once(six: Fleet) -> None:
+    said: list[str] = []
+    follower = Follower(six.desk, None, said.append)
+    six.start(plan())
+    six.in_shadow(same=10)
+    (six.folder / COUNTER).mkdir()
+    for now_s in (1.0, 2.0):
+        assert follower.turn(now_s)
+    assert (six.find().state, events(six), len(said)) == ("running", ["started"], 1)
+    assert "holds no counter" in said[0]
+    (six.folder / COUNTER).rmdir()
+    follower.turn(3.0)
+    assert six.find().state == "aborted"
 
 
 def test_an_older_desired_state_that_a_broker_retains_again_is_replaced_and_has_a_lower_counter(six: Fleet) -> None:

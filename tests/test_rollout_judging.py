@@ -128,7 +128,7 @@ def test_labels_count_before_the_estimate_where_there_are_any(six: Fleet) -> Non
     six.start(plan(rules=promotion(agreement=None, accuracy_drop=0.02)))
     six.in_shadow(labelled=[90, 1, 1, 8], answered_beside=answered(0.2))
     [finding] = six.look().verdict.findings
-    assert (finding.rule, finding.state) == ("accuracy drop by labels", "good")
+    assert (finding.rule, finding.state) == ("accuracy gained by labels", "good")
 
 
 def test_only_the_pair_of_the_step_is_compared(six: Fleet) -> None:
@@ -156,7 +156,13 @@ def test_a_device_that_took_it_back_counts_as_failed_and_no_more_in_the_findings
 
 @pytest.mark.parametrize(
     ("failing", "reason", "answer"),
-    [(1, "crash", "abort"), (3, "signature", "abort"), (2, "unfit", "promote"), (2, "operator", "promote")],
+    [
+        (1, "crash", "abort"),
+        (3, "signature", "abort"),
+        (2, "unfit", "promote"),
+        (2, "operator", "promote"),
+        (2, "fetch", "promote"),
+    ],
 )
 def test_too_many_devices_that_failed_abort_it_and_those_it_is_not_for_do_not(
     six: Fleet, failing: int, reason: str, answer: str
@@ -173,7 +179,7 @@ def test_failures_that_may_yet_turn_out_few_hold_it_and_do_not_abort_it(tmp_path
         many.start(plan())
         many.in_shadow(many.senders[2:8])
         for sender in many.senders[:2]:
-            many.collect(sender.rollout("refused", reason="fetch"))
+            many.collect(sender.rollout("refused", reason="golden"))
         verdict = many.look().verdict
         assert (verdict.answer, verdict.waits) == (
             "wait",
@@ -211,6 +217,32 @@ def test_the_last_step_waits_for_devices_on_their_way_but_not_for_those_that_are
     assert six.look(4.6).verdict.answer == "finish"
 
 
+def test_of_a_group_only_devices_that_speak_are_known_and_as_many_as_asked_must(six: Fleet) -> None:
+    six.start(plan(to="group:roof"))
+    six.in_shadow(six.senders[:2])
+    seen = six.look()
+    assert (len(seen.members.chosen), seen.verdict.needed, seen.verdict.reporting) == (2, 3, 2)
+    six.in_shadow(six.senders[2:3], 12)
+    assert six.look().verdict.answer == "promote"
+
+
+def test_of_one_device_only_what_it_says_counts(six: Fleet) -> None:
+    six.start(plan(("shadow", 100.0), ("all", 100.0), to="device:pi-01", rules=promotion(devices=1)))
+    six.in_shadow(six.senders[2:], same=0)
+    six.in_shadow([six.senders[1]], 12)
+    seen = six.look()
+    assert ([one.device for one in seen.members.chosen], seen.verdict.answer) == (["pi-01"], "promote")
+
+
+def test_a_store_that_was_lost_begins_a_new_log_whose_word_is_the_last(six: Fleet) -> None:
+    six.start(plan())
+    old = six.senders[0]
+    six.collect(old.rollout("refused", reason="golden"), old.rollout("refused", reason="golden"))
+    anew = Sender(old.device, old.key)
+    six.collect(anew.rollout("shadow"))
+    assert six.look().members.chosen[0].phase == "shadow"
+
+
 def test_a_stolen_device_whose_key_was_revoked_counts_no_more(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(six.senders[:3])
@@ -242,6 +274,17 @@ def test_a_device_that_floods_its_own_roll_out_counts_as_one(six: Fleet) -> None
     [finding] = six.look().verdict.findings
     assert finding.value == pytest.approx(0.96)
     assert finding.devices == 6
+
+
+def test_a_device_with_windows_without_number_counts_as_twice_the_one_in_the_middle(six: Fleet) -> None:
+    six.start(plan())
+    six.in_shadow(six.senders[1:])
+    six.senders[0].row = 0
+    six.in_shadow(six.senders[:1], 3, n=2**50, same=0)
+    six.in_shadow(six.senders[:1], 30, same=30)
+    [finding] = six.look().verdict.findings
+    assert finding.value == pytest.approx((5 * 6 * 96 + 12 * 30) / (5 * 600 + 1200), abs=1e-4)
+    assert finding.state == "open"
 
 
 @pytest.mark.parametrize(
