@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import clock
-from agent.errors import LinkDown
+from agent.errors import LinkDown, StorageError
 from agent.fleet.collect import Collector
 from agent.fleet.rollout import acts, book
 from agent.fleet.rollout.acts import Operator
@@ -51,11 +51,14 @@ class Recorded:
         self.retained: dict[str, Outgoing] = {}
         self.sent: list[Outgoing] = []
         self.down = False
+        self.fails = False
         self._receipts: list[Delivery | Receipt] = []
 
     def connect(self) -> Recorded:
         if self.down:
             raise LinkDown("nobody listens")
+        if self.fails:
+            raise StorageError("the disk is gone")
         return self
 
     def send(self, message: Outgoing) -> int:

@@ -163,7 +163,7 @@ def test_by_hand_a_step_is_promoted_only_where_its_rules_allow_or_with_a_reason(
     site.start()
     code, document = site.rollout("promote", "exercise-1-1")
     assert (code, document["promoted"]) == (1, False)
-    assert document["waits"][0].startswith("3 more devices with 20 batches; 4 of 4 chosen devices not heard of")
+    assert document["waits"][0].startswith("devices with 20 batches: 0 of 3; 4 of 4 chosen devices not heard of")
     assert site.status()["not_heard_of"] == ["pi-0", "pi-1", "pi-2", "pi-3"]
     assert site.rollout("pause", "exercise-1-1")[1]["state"] == "paused"
     assert site.rollout("resume", "exercise-1-1")[1]["state"] == "running"

@@ -45,9 +45,9 @@ def test_enough_devices_that_agree_for_long_enough_are_promoted(six: Fleet) -> N
     ("later_h", "devices", "blocks", "waits"),
     [
         (0.5, 6, 6, "0.5 h more"),
-        (2.0, 2, 6, "1 more devices with 20 batches; 4 of 6 chosen devices not heard of"),
-        (2.0, 6, 3, "3 more devices with 20 batches"),
-        (2.0, 0, 6, "3 more devices with 20 batches; 6 of 6 chosen devices not heard of"),
+        (2.0, 2, 6, "devices with 20 batches: 2 of 3; 4 of 6 chosen devices not heard of"),
+        (2.0, 6, 3, "devices with 20 batches: 0 of 3"),
+        (2.0, 0, 6, "devices with 20 batches: 0 of 3; 6 of 6 chosen devices not heard of"),
     ],
     ids=["hours", "devices", "batches", "nobody"],
 )
@@ -213,7 +213,7 @@ def test_the_last_step_waits_for_devices_on_their_way_but_not_for_those_that_are
         db.execute("UPDATE devices SET last_seen = ?", (clock.rfc3339(NOW_US + HOUR_US * 7 // 2),))
         db.execute("UPDATE devices SET last_seen = NULL WHERE device = ?", (six.senders[5].device,))
     verdict = six.look(4.0).verdict
-    assert (verdict.answer, verdict.waits) == ("wait", ["1 devices on their way"])
+    assert (verdict.answer, verdict.waits) == ("wait", ["devices on their way: 1"])
     assert six.look(4.6).verdict.answer == "finish"
 
 

@@ -53,6 +53,8 @@ class Follower:
         deed = _deed(seen)
         if deed is None:
             return
+        # Should anything fail between the commit and the broker, the next turn publishes.
+        self._tell_at = 0.0
         try:
             done, trouble = self._desk.act(deed)
         except UsageError as problem:

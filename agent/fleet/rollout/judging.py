@@ -60,7 +60,7 @@ def judge(rollout: Rollout, members: Members, tallies: Tallies, began: str, now_
     hours = max(0.0, (now_us - clock.epoch_us(began)) / 3.6e9)
     waits = [*_waits(promote, members, needed, reporting, hours), *_undecided(members, findings, beside)]
     if rollout.following is None and (late := _on_their_way(members.chosen, now_us)):
-        waits.append(f"{late} devices on their way")
+        waits.append(f"devices on their way: {late}")
     bad = any(one.state == "bad" for one in findings) and len(blocks) >= needed
     answer: Answer = "wait"
     if bad or _too_many_failed(promote, members):
@@ -104,7 +104,7 @@ def _waits(promote: Promotion, members: Members, needed: int, reporting: int, ho
     if reporting < needed:
         silent = sum(one.phase == NOT_HEARD_OF for one in members.chosen)
         why = f"; {silent} of {len(members.chosen)} chosen devices not heard of" if silent else ""
-        found.append(f"{needed - reporting} more devices with {promote.batches} batches{why}")
+        found.append(f"devices with {promote.batches} batches: {reporting} of {needed}{why}")
     if hours < promote.hours:
         found.append(f"{promote.hours - hours:.1f} h more")
     heard, failed = len(members.heard), len(members.failed)
