@@ -22,7 +22,7 @@ from agent.fleet.rollout.follow import TELL_EVERY_S, Follower
 from agent.fleet.rollout.plan import Plan
 from agent.wire import jws
 from agent.wire.messages import Desired, digest, open_message
-from tests.rollouts import NAME, NOW, OPERATOR, Fleet, fleet, plan, promotion, tamper
+from tests.fleet_rollouts import NAME, NOW, OPERATOR, Fleet, fleet, plan, promotion, tamper
 from tests.senders import new_key
 
 ALL = "outstation/acme/_all/desired"

@@ -10,7 +10,7 @@ import pytest
 
 from agent import clock
 from agent.fleet.rollout.judging import Verdict
-from tests.rollouts import HOUR_US, NOW_US, Fleet, fleet, plan, promotion
+from tests.fleet_rollouts import HOUR_US, NOW_US, Fleet, fleet, plan, promotion
 from tests.senders import MODEL, NEWER, Sender, new_key
 
 ANSWERED = {"windows": 100, "seconds": 0.1, "scores": {"n": 100, "mean": 0.9, "m2": 1.0}}
