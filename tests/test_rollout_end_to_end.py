@@ -173,7 +173,7 @@ def test_by_hand_a_step_is_promoted_only_where_its_rules_allow_or_with_a_reason(
     assert site.rollout("promote", "exercise-1-1")[1]["step"] == 2
     code, document = site.rollout("promote", "exercise-1-1", "--force", "the others are on holiday")
     assert (code, document["state"]) == (0, "finished")
-    assert document["summary"].endswith("the others are on holiday.")
+    assert "Promoted by hand: the others are on holiday." in document["summary"]
     assert site.fleet.audit()[0] == 0
 
 
@@ -232,13 +232,15 @@ def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:
     home = str(site.fleet.home)
     assert "No roll-out was ever started" in outstation("fleet", "rollout", "status", "--dir", home).stdout
     site.start()
-    first = site.senders[0]
-    site.send(first.rollout("refused", reason="signature"))
-    eventually("it was heard of", lambda: site.status()["failed"] == ["pi-0"])
+    first, second = site.senders[:2]
+    site.send(first.rollout("refused", reason="signature"), second.rollout("refused", reason="fetch"))
+    eventually("both were heard of", lambda: site.status()["refused"] == ["pi-0", "pi-1"])
+    assert site.status()["failed"] == ["pi-0"]
     said = outstation("fleet", "rollout", "status", "--dir", home).stdout
     assert "exercise-1-1  exercise: exercise 1.1.0 to all  running" in said
     assert "pi-0: refused (signature): exercise 1.1.0: refused." in said
-    assert "not heard of: pi-1, pi-2, pi-3" in said
+    assert "pi-1: refused (fetch): exercise 1.1.0: refused." in said
+    assert "not heard of: pi-2, pi-3" in said
     assert "\x1b" not in said
 
 
