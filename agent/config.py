@@ -40,6 +40,8 @@ class Device(Section, frozen=True):
     id: str
     fleet: str
     data_dir: str = "/var/lib/outstation"
+    # What is desired of a group is desired of this device too; of several, the first one's word holds.
+    groups: Annotated[list[str], msgspec.Meta(max_length=8)] = []
 
 
 class Broker(Section, frozen=True):
@@ -229,6 +231,8 @@ def load(path: Path) -> Config:
     file = str(path)
     check_name(file, "device.id", config.device.id)
     check_name(file, "device.fleet", config.device.fleet)
+    for group in config.device.groups:
+        check_name(file, "device.groups", group)
     check_broker(file, config.broker)
     if config.updates is not None:
         config_updates.check(file, config.updates)

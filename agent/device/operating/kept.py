@@ -21,6 +21,7 @@ from agent.device.operating import overrides
 from agent.device.operating.overrides import Rollback
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
+from agent.device.updates import standing
 from agent.errors import BadBundle, StorageFull
 from agent.model import activate, bundle
 from agent.model.bundle import Bundle
@@ -54,8 +55,10 @@ class History:
 
 def history(store: Store, task: str) -> History | None:
     kept = store.state(task, ACTIVE)
-    if kept is None:
-        return None
+    return None if kept is None else from_json(kept)
+
+
+def from_json(kept: bytes) -> History:
     found = json.loads(kept)
     return History(Ran(**found["now"]), Ran(**found["before"]) if found["before"] else None)
 
@@ -65,7 +68,7 @@ def folder(data_dir: Path, digest: str) -> Path:
 
 
 def in_force(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
-    """Where the bundle of `task` is: the configured one, or the one it was rolled back to."""
+    """Where the bundle of `task` is: the configured one, or the one it was rolled back to, or came to by a roll-out."""
     wanted = overrides.rollback(store, task)
     if wanted is None:
         return configured
@@ -131,14 +134,27 @@ def record(tx: Transaction, author: Author, task: str, found: Bundle, old: Histo
     this, before = ran(found), old.now if old else None
     if before is not None and before.digest == this.digest:
         before = old.before if old else None
-    kept = {"now": asdict(this), "before": asdict(before) if before else None}
-    tx.keep(task, ACTIVE, json.dumps(kept).encode())
+    kept = _keep(tx, task, this, before)
     output = found.manifest.output
     told = output.labels if len(json.dumps(output.labels)) <= _MOST_LABEL_BYTES else ()
     evidence: dict[str, Any] = {"task": task, "from": kept["before"], "to": kept["now"], "why": why}
     evidence |= {"kind": found.manifest.truth, "labels": list(told), "threshold": output.threshold}
     summary = f"{task}: {this} was activated" + (f" after {before}." if before else ".")
     author.write(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
+
+
+def _keep(tx: Transaction, task: str, now: Ran, before: Ran | None) -> dict[str, Any]:
+    kept = {"now": asdict(now), "before": asdict(before) if before else None}
+    tx.keep(task, ACTIVE, json.dumps(kept).encode())
+    return kept
+
+
+def restore(tx: Transaction, task: str, past: History | None) -> None:
+    """That this ran, and not what was recorded since: a bundle that did not prove itself is none to go back to."""
+    if past is None:
+        tx.drop(task, ACTIVE)
+    else:
+        _keep(tx, task, past.now, past.before)
 
 
 def ran(found: Bundle) -> Ran:
@@ -153,6 +169,7 @@ def prune(store: Store, tasks: Iterable[str], data_dir: Path) -> None:
         digests = [known.now.digest] if known else []
         digests += [known.before.digest] if known and known.before else []
         digests += [wanted.digest] if wanted else []
+        digests += sorted(standing.digests(store, task))
         needed |= {folder(data_dir, digest).name for digest in digests}
     home = data_dir / "bundles" / ".kept"
     for entry in home.iterdir() if home.is_dir() else ():
@@ -168,9 +185,9 @@ def configured_digest(name: str, data_dir: Path) -> str:
         return ""
 
 
-def rolled_back(this: Ran, configured: str) -> Rollback | None:
+def rolled_back(this: Ran, configured: str, rollout: str = "") -> Rollback | None:
     """What to keep so that `this` runs from now on; nothing where it is the configured one."""
-    return None if this.digest == configured else Rollback(this.digest, configured)
+    return None if this.digest == configured else Rollback(this.digest, configured, rollout)
 
 
 def sync(path: Path) -> None:
