@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from agent import clock
+from agent.cli import main
 from agent.device import drifting, marker
 from agent.device.marker import Mark
 from agent.device.operating import kept
@@ -543,3 +544,18 @@ def test_a_candidate_is_kept_with_the_one_that_runs_and_goes_when_it_was_taken_b
     assert site.copies() == {"1", "2"}
     site.desire("2", "back")
     assert site.copies() == {"1"}
+
+
+def test_a_batch_by_hand_while_a_bundle_is_on_probation_is_answered_by_the_one_before(site: Site) -> None:
+    on_probation(site)
+    assert site.batch() == "2"
+    site.feed()
+    site.stop()
+    with pytest.raises(SystemExit) as ended:
+        main(["batch", "-c", str(site.file)])
+    assert ended.value.code in (0, None)
+    site.start()
+    assert site.results()[-1]["model"]["version"] == "1"
+    assert (site.phase, site.batch()) == ("probation", "2")
+    assert tiles(site.answered(), 4 * 40)
+    assert site.activations()[-1] == ("1", "2", "roll-out")
