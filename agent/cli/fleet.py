@@ -16,6 +16,7 @@ import click
 
 from agent.cli.fleet_command import command, revoke
 from agent.cli.fleet_drift import drift
+from agent.cli.fleet_evidence import evidence
 from agent.cli.fleet_label import label
 from agent.cli.output import emit, json_option, table
 from agent.config import Broker, check_broker
@@ -44,6 +45,7 @@ def fleet() -> None:
 
 fleet.add_command(command)
 fleet.add_command(drift)
+fleet.add_command(evidence)
 fleet.add_command(revoke)
 fleet.add_command(label)
 
