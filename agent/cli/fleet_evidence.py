@@ -29,7 +29,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--out", metavar="DIR", type=_PATH, help="The folder to make; it must not be there yet.")
 @click.option("--at", metavar="TIME", help="What open incidents are counted up to; default the newest message's time.")
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=_PATH,
-              help="Papers of this bundle too; those published, and shipped ones that run, are in by themselves.")  # fmt: skip
+              help="Papers of this bundle too; published ones, and shipped ones that run, are in by themselves.")  # fmt: skip
 @click.option("--evaluation", "evaluations", multiple=True, metavar="FILE", type=_PATH,
               help="What `outstation model evaluate --json` wrote of one of the bundles.")  # fmt: skip
 @click.option("--publisher", "publishers", multiple=True, metavar="PUB",

@@ -42,7 +42,9 @@ def checks(facts: Facts) -> Markup:
             [row["device"] or "unknown", row["reason"], f"{row['count']:,}", moment(row["first"]), moment(row["last"])]
             for row in reasons
         ]
-        listed = [details("What was refused", table(["In whose name", "Why", "How often", "First", "Last"], cells, (2,)))]
+        listed = [
+            details("What was refused", table(["In whose name", "Why", "How often", "First", "Last"], cells, (2,)))
+        ]
     said = element("p", "The audit ", verdict, Markup(" (" + link("audit.json").html + ")."))
     return chapter("checks", "Can it be believed?", lead, said, table(["", "", ""], rows, (1,)), *listed)
 
@@ -89,7 +91,9 @@ def _tuf(facts: Facts) -> list[Markup]:
         [one.role, f"{one.threshold} of {len(one.keys)}", few([key[:16] + "…" for key in one.keys])]
         for one in facts.roles
     ]
-    expires = f"The repository's root is number {facts.roles[0].root} and counts until {moment(facts.roles[0].expires)}."
+    expires = (
+        f"The repository's root is number {facts.roles[0].root} and counts until {moment(facts.roles[0].expires)}."
+    )
     head = element("h3", "Who may publish models")
     return [head, element("p", expires), table(["Role", "Signatures needed", "Keys"], rows)]
 
@@ -176,7 +180,9 @@ def _point(one: Supported) -> list[Content]:
 
 
 def check_it(facts: Facts) -> Markup:
-    lead = "Nobody has to trust this page. On any machine with the agent, with this folder and the operator's public key:"
+    lead = (
+        "Nobody has to trust this page. On any machine with the agent, with this folder and the operator's public key:"
+    )
     command = element("pre", element("code", "outstation fleet evidence verify FOLDER --key OPERATOR.pub"))
     signer = next((key.kid for key in facts.keys if key.role == "operator"), "")
     text = (

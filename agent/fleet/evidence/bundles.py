@@ -59,7 +59,9 @@ def gather(
             continue
         _add(found, one, known, of.get(one.digest), running.get(one.digest, 0))
     if unknown := [digest for digest in of if digest not in seen]:
-        raise UsageError(f"--evaluation: it is of bundle {unknown[0]}, which is not among the bundles; add --bundle PATH")
+        raise UsageError(
+            f"--evaluation: it is of bundle {unknown[0]}, which is not among the bundles; add --bundle PATH"
+        )
     found.cards.sort(key=lambda card: (card.name, card.created, card.version, card.digest))
     return found
 

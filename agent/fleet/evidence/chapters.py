@@ -90,7 +90,9 @@ def _group(task: str, model: str, those: Sequence[Running]) -> list[Content]:
     when = moment(since[0]) if since else "not told"
     if since and since[0][:16] != since[-1][:16]:
         when = f"{moment(since[0])} to {moment(since[-1])}"
-    deciders = [f"{name} ({n:,})" if n < len(those) else name for name, n in Counter(o.who for o in those).most_common()]
+    deciders = [
+        f"{name} ({n:,})" if n < len(those) else name for name, n in Counter(o.who for o in those).most_common()
+    ]
     name = model or "none: the task does not run"
     return [task, Markup(f"<b>{escape(name)}</b>"), f"{len(those):,}", when, few(deciders, 3)]
 
@@ -135,7 +137,9 @@ def _card(card: Card) -> Markup:
     ]
     metrics = [one for one in card.metrics if not one.slice and one.value is not None][:3]
     if metrics:
-        told = ", ".join(f"{metric_name(m.metric)} {figure(m.value)} {interval(m.low, m.high)}".strip() for m in metrics)
+        told = ", ".join(
+            f"{metric_name(m.metric)} {figure(m.value)} {interval(m.low, m.high)}".strip() for m in metrics
+        )
         facts.append(f"Evaluated {card.evaluated[:10]}: {told} (95 % intervals).")
     else:
         facts.append("No evaluation was given for it.")
@@ -173,7 +177,9 @@ def rollouts(facts: Facts) -> Markup:
         text = "No model was rolled out: what runs was put there by each device's configuration."
         return chapter("rollouts", "Roll-outs", lead, element("p", text))
     cards = [_rollout(name, known.get(name), named.get(name, []), facts) for name in order[:_ROWS]]
-    return chapter("rollouts", "Roll-outs", lead, *cards, *more(len(order) - _ROWS, "decisions.jsonl", "roll-outs more"))
+    return chapter(
+        "rollouts", "Roll-outs", lead, *cards, *more(len(order) - _ROWS, "decisions.jsonl", "roll-outs more")
+    )
 
 
 def _began(name: str, known: dict[str, dict[str, Any]], named: dict[str, list[Decision]]) -> str:
@@ -210,7 +216,9 @@ def timeline(decisions: Iterable[Decision]) -> Markup:
     for one in decisions:
         where = f" · {one.device}" if one.device else ""
         head = element("span", f"{moment(one.time)}{where} · {one.event}", kind="when")
-        items.append(element("li", head, element("span", one.summary or one.event), element("span", one.who, kind="who")))
+        items.append(
+            element("li", head, element("span", one.summary or one.event), element("span", one.who, kind="who"))
+        )
     return Markup(f'<ol class="timeline">{"".join(item.html for item in items)}</ol>')
 
 
@@ -229,7 +237,7 @@ def incidents(facts: Facts) -> Markup:
     head = ["", "Began", "Lasted", "Where", "What"]
     picture = pictures.lanes(facts.incidents, epoch(facts.span.first) or 0, epoch(facts.at) or 1)
     key = "red: critical; orange: warning; grey: information. A bar to the right edge goes on."
-    shown = [page.card("", "", picture, element("p", key, kind="muted"))] if picture else []
+    shown = [element("div", Markup(picture), element("p", key, kind="muted"), kind="card chart")] if picture else []
     rest = more(total - min(total, _ROWS), "incidents.json")
     unsure = sum(one.clock == "unsynced" for one in facts.incidents)
     notes = []
@@ -248,7 +256,13 @@ def _incident(one: Incident) -> list[Content]:
     lasted = span(one.seconds) + (" so far" if one.state == "open" else "")
     tail = "" if one.source == "device" else " (noticed by the collector; not signed)"
     what = Markup(f"<b>{escape(one.severity)}, {escape(one.alert)}.</b> {escape(one.summary + tail)}")
-    return [badge(word, kind), nowrap(moment(one.began)), nowrap(lasted if one.seconds is not None else "–"), where, what]
+    return [
+        badge(word, kind),
+        nowrap(moment(one.began)),
+        nowrap(lasted if one.seconds is not None else "–"),
+        where,
+        what,
+    ]
 
 
 def nowrap(text: str) -> Markup:
@@ -298,7 +312,9 @@ def _drift_card(one: dict[str, Any]) -> Markup:
 
 
 def accuracy(facts: Facts) -> Markup:
-    lead = "What labels from the sites say of the models' answers, with 95 % intervals. Without labels nothing is known."
+    lead = (
+        "What labels from the sites say of the models' answers, with 95 % intervals. Without labels nothing is known."
+    )
     if not facts.measured:
         text = (
             "No labels came: how often the models were right in operation was not measured. Evaluations before use are "

@@ -71,9 +71,7 @@ def make(
 def _facts(store: FleetStore, sources: Sources, at: str | None, advance: Callable[[int], None]) -> Facts:
     roles = trust.of_roles(sources.operator.public, sources.collector, sources.publishers)
     facts = gather(store, sources.fleet, at, roles, advance)
-    facts.bundles = bundles.gather(
-        sources.home, sources.bundles, sources.publishers, sources.evaluations, facts.models
-    )
+    facts.bundles = bundles.gather(sources.home, sources.bundles, sources.publishers, sources.evaluations, facts.models)
     facts.left_out["bundles"] += facts.bundles.left_out
     return facts
 

@@ -50,7 +50,9 @@ class Reading:
         return self._store.records("SELECT device, enrolled, state, last_seen FROM devices ORDER BY device")
 
     def keys(self) -> list[dict[str, Any]]:
-        return self._store.records("SELECT kid, device, key, added, revoked, log, through FROM keys ORDER BY device, kid")
+        return self._store.records(
+            "SELECT kid, device, key, added, revoked, log, through FROM keys ORDER BY device, kid"
+        )
 
     def collector_alerts(self) -> list[dict[str, Any]]:
         """What the collector raised or cleared itself, oldest first."""
