@@ -29,7 +29,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--out", metavar="DIR", type=_PATH, help="The folder to make; it must not be there yet.")
 @click.option("--at", metavar="TIME", help="What open incidents are counted up to; default the newest message's time.")
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=_PATH,
-              help="Papers of this bundle too; published ones, and shipped ones that run, are in by themselves.")  # fmt: skip
+              help="Its papers too; those published, and shipped ones that run, are in by themselves.")  # fmt: skip
 @click.option("--evaluation", "evaluations", multiple=True, metavar="FILE", type=_PATH,
               help="What `outstation model evaluate --json` wrote of one of the bundles.")  # fmt: skip
 @click.option("--publisher", "publishers", multiple=True, metavar="PUB",
@@ -93,6 +93,7 @@ def _make(
 ) -> Made:
     from agent.cli import fleet as commands
     from agent.fleet import config as fleet_config
+    from agent.fleet import operators
     from agent.fleet.evidence import bundles as papers
     from agent.model import shipped
 
@@ -108,6 +109,7 @@ def _make(
         fleet=config.fleet.name,
         home=fleet_config.find(folder),
         operator=keys.load_private(Path(config.operator.key_file)),
+        operators=operators.trusted(config),
         collector=keys.load_private(Path(config.collector.key_file)).public,
         publishers=known,
         bundles=bundles,

@@ -90,15 +90,15 @@ class FleetStore:
                 raise
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[None]:
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
         """Everything read inside is of one moment; of that of the outer one, where there is one."""
         if self._db.in_transaction:
-            yield
+            yield self._db
             return
         with self._translated():
             self._db.execute("BEGIN")
             try:
-                yield
+                yield self._db
             finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
@@ -263,16 +263,6 @@ class FleetStore:
         where, values = ("WHERE device = ?", (device,)) if device else ("", ())
         columns = "device, log, seq, kind, topic, payload, jws"
         return self._db.execute(f"SELECT {columns} FROM messages {where} ORDER BY device, log, seq", values)
-
-    def evidence_of(self, kinds: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-        """(device, log, seq, topic, payload, jws) of stored messages of these kinds, in the same order."""
-        marks = ", ".join("?" * len(kinds))
-        sql = f"SELECT device, log, seq, topic, payload, jws FROM messages WHERE kind IN ({marks})"
-        return self._db.execute(f"{sql} ORDER BY device, log, seq", tuple(kinds))
-
-    def records(self, sql: str, *values: Any) -> list[dict[str, Any]]:
-        """The rows of a read, by the names of its columns."""
-        return self._records(sql, *values)
 
     def audits(self, device: str | None, holding: bytes) -> Iterator[tuple[Any, ...]]:
         """(device, topic, payload, jws) of stored `audit` messages whose payload has `holding` in it."""

@@ -33,6 +33,8 @@ def checks(facts: Facts) -> Markup:
         ["Given up by devices", f"{report['gaps_count'] - report['undeclared_gaps']:,}",
          "ranges that a device says, signed, it deleted or lost"],
         ["Readings used twice", f"{report['duplicates']:,}", "or messages that are stored twice"],
+        ["Decisions that do not verify", f"{report['invalid_decisions_count']:,}",
+         f"of {report['decisions']:,} about roll-outs that operators signed"],
         ["Refused on arrival", f"{refused:,}", "did not verify, and were never counted as messages"],
     ]  # fmt: skip
     reasons = sorted(facts.refusals, key=lambda row: -row["count"])[:_ROWS]
@@ -91,17 +93,16 @@ def _tuf(facts: Facts) -> list[Markup]:
         [one.role, f"{one.threshold} of {len(one.keys)}", few([key[:16] + "…" for key in one.keys])]
         for one in facts.roles
     ]
-    expires = (
-        f"The repository's root is number {facts.roles[0].root} and counts until {moment(facts.roles[0].expires)}."
-    )
+    root = facts.roles[0]
+    expires = f"The repository's root is number {root.root} and counts until {moment(root.expires)}."
     head = element("h3", "Who may publish models")
     return [head, element("p", expires), table(["Role", "Signatures needed", "Keys"], rows)]
 
 
 def software(found: Found, facts: Facts) -> Markup:
     lead = (
-        "The agent and the libraries it stands on, as installed on the machine that made this folder. Devices tell their "
-        "agent's version only; their libraries can differ."
+        "The agent and the libraries it stands on, as installed on the machine that made this folder. Devices tell "
+        "their agent's version only; their libraries can differ."
     )
     versions = sorted({one.agent or "not told" for one in facts.running})
     said = (

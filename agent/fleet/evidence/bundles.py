@@ -1,4 +1,4 @@
-"""Bundles: the papers of every one that was published here, named on the command line, or ships with the agent and runs.
+"""Bundles: the papers of every one that was published here, was named, or ships with the agent and runs.
 
 A bundle's model and golden vectors stay where they are; what is copied is what says what it is, and who signed that.
 """

@@ -3,52 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Literal
-
-import msgspec
 
 from agent.errors import Refused
 from agent.fleet.evidence.contents import Decision
-from agent.jsonkeys import check_keys
+from agent.fleet.rollout import decisions
+from agent.fleet.rollout.decisions import Body
 from agent.wire import jws
 from agent.wire.jws import Signer
-from agent.wire.messages import MAX_PAYLOAD, Positive, Rfc3339, Text, digest
+from agent.wire.messages import MAX_PAYLOAD, digest
 
 
-class Told(msgspec.Struct, frozen=True):
-    """The payload of a decision."""
-
-    v: Literal[1]
-    kind: Literal["decision"]
-    rollout: Text
-    n: Positive
-    prev: Text
-    time: Rfc3339
-    event: Text
-    summary: Annotated[str, msgspec.Meta(max_length=4000)]
-
-
-def opened(rollout: str, payload: object, token: object, find: Callable[[str], Signer | None]) -> tuple[Told, Signer]:
-    """What was signed for this roll-out, and by whom. Raises Refused, never another exception."""
+def opened(rollout: str, payload: object, token: object, find: Callable[[str], Signer | None]) -> Body:
+    """What was signed for this roll-out. Raises Refused, never another exception."""
     if not (isinstance(payload, bytes) and isinstance(token, str)) or len(payload) > MAX_PAYLOAD:
         raise Refused("malformed decision", "payload or signature is none")
-    signer = jws.verify((token,), f"decision/{rollout}", payload, find)
-    try:
-        told = msgspec.json.decode(payload, type=Told)
-        check_keys(payload)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise Refused("malformed decision", str(error)[:200]) from None
+    told = decisions.opened(rollout, payload, token, find)
     if told.rollout != rollout:
-        raise Refused("other roll-out", f"signed for {told.rollout!r}")
-    return told, signer
+        raise Refused("other roll-out", f"the payload is of {told.rollout!r}")
+    return told
 
 
-def decision(told: Told, payload: bytes, token: str, signer: Signer) -> Decision:
+def decision(told: Body, payload: bytes, token: str) -> Decision:
     """As it stands in decisions.jsonl."""
     return Decision(
         time=told.time,
         event=told.event,
-        who=f"the operator (key {signer.key.kid[:10]}…)",
+        who=f"an operator (key {jws.claimed_kid(token)[:10]}…)",
         summary=told.summary,
         rollout=told.rollout,
         payload=payload.decode(),
@@ -56,9 +36,9 @@ def decision(told: Told, payload: bytes, token: str, signer: Signer) -> Decision
     )
 
 
-def breaks(signed: Iterable[tuple[Told, bytes]], *, whole: bool) -> Iterator[str]:
+def breaks(signed: Iterable[tuple[Body, bytes]], *, whole: bool) -> Iterator[str]:
     """Where a chain is not one, in words; unless `whole`, it may begin in the middle."""
-    chains: dict[str, dict[int, tuple[Told, str]]] = {}
+    chains: dict[str, dict[int, tuple[Body, str]]] = {}
     for told, payload in signed:
         of = chains.setdefault(told.rollout, {})
         if told.n in of:

@@ -90,9 +90,8 @@ def _group(task: str, model: str, those: Sequence[Running]) -> list[Content]:
     when = moment(since[0]) if since else "not told"
     if since and since[0][:16] != since[-1][:16]:
         when = f"{moment(since[0])} to {moment(since[-1])}"
-    deciders = [
-        f"{name} ({n:,})" if n < len(those) else name for name, n in Counter(o.who for o in those).most_common()
-    ]
+    ranked = Counter(one.who for one in those).most_common()
+    deciders = [f"{name} ({n:,})" if n < len(those) else name for name, n in ranked]
     name = model or "none: the task does not run"
     return [task, Markup(f"<b>{escape(name)}</b>"), f"{len(those):,}", when, few(deciders, 3)]
 
@@ -111,8 +110,8 @@ def details(summary: str, *content: Markup) -> Markup:
 
 def models(facts: Facts) -> Markup:
     lead = (
-        "Each bundle holds one model with its papers. A device runs none whose signature does not fit a publisher's key "
-        "that it knows."
+        "Each bundle holds one model with its papers. A device runs none unless its signature fits a "
+        "publisher's key that it knows."
     )
     cards = sorted(facts.bundles.cards, key=lambda card: (-card.devices, card.name, card.created))
     known = {card.digest for card in cards}

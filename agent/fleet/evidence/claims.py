@@ -9,9 +9,9 @@ import msgspec
 
 from agent.errors import Refused
 from agent.fleet.evidence import chain
-from agent.fleet.evidence.chain import Told
 from agent.fleet.evidence.contents import Decision, Incident, Measured, Place, Running
 from agent.fleet.evidence.manifest import Manifest
+from agent.fleet.rollout.decisions import Body
 from agent.wire.jws import Signer
 from agent.wire.keys import public_key
 from agent.wire.messages import Alerts, Audit, Health, Logged, Message, Quality, digest
@@ -26,7 +26,7 @@ class Claims:
         self._add = add
         self._bodies: dict[Place, Any] = {}
         self._digests: dict[Place, tuple[str, str]] = {}
-        self._signed: list[tuple[Told, bytes]] = []
+        self._signed: list[tuple[Body, bytes]] = []
         self._some_left_out = "messages" in head.left_out
         self._whole = "decisions" not in head.left_out
         operators = [key for key in head.keys if key.role == "operator"]
@@ -90,7 +90,7 @@ class Claims:
     def _operators_decision(self, where: str, one: Decision) -> None:
         payload = (one.payload or "").encode(errors="surrogatepass")
         try:
-            told, _ = chain.opened(one.rollout, payload, one.jws, self._operators.get)
+            told = chain.opened(one.rollout, payload, one.jws, self._operators.get)
         except Refused as refused:
             self._add(where, f"does not verify: {refused}")
             return

@@ -97,7 +97,8 @@ class Running(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Metrics of labelled results: a device's newest (`place`), or of labels that came to the collector.
 
-    `labels`: how many came from whom; `labelling`: how late, how much of the results they cover. `low` and `high` of a metric are the ends of a 95 % interval.
+    `labels`: how many came from whom; `labelling`: how late, how much of the results they cover. `low` and `high` of a
+    metric are the ends of a 95 % interval.
     """
 
     device: Text

@@ -72,14 +72,14 @@ class Decisions:
         refused = 0
         for row in rows:
             try:
-                told, signer = chain.opened(row["rollout"], row["payload"], row["jws"], find)
+                told = chain.opened(row["rollout"], row["payload"], row["jws"], find)
             except Refused:
                 refused += 1
                 continue
             if len(self._signed) >= MOST.decisions:
                 self.left_out += 1
                 continue
-            self._signed.append(chain.decision(told, row["payload"], row["jws"], signer))
+            self._signed.append(chain.decision(told, row["payload"], row["jws"]))
         return refused
 
     def in_order(self) -> list[Decision]:

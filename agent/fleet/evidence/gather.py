@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from agent.fleet.evidence.trust import Trusted
 from agent.fleet.keyring import Keyring
 from agent.fleet.store import FleetStore
 from agent.wire.jws import Signer
-from agent.wire.keys import public_key
+from agent.wire.keys import PublicKey, public_key
 from agent.wire.messages import Alerts, Audit, Health, Logged, Message, Quality, open_message
 
 _MOST_AUDITED = 100
@@ -99,13 +100,18 @@ class Verified:
 
 
 def gather(
-    store: FleetStore, fleet: str, at: str | None, roles: Sequence[Key], advance: Callable[[int], None] = lambda _: None
+    store: FleetStore,
+    db: sqlite3.Connection,
+    fleet: str,
+    at: str | None,
+    roles: Sequence[Key],
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Facts:
-    """Inside the store's `snapshot`. `roles`: keys of the operator, the collector and publishers.
+    """`db` is what the store's `snapshot` gives. `roles`: keys of the operator, the collector and publishers.
 
     Raises UsageError where `at` is before what is stored, or nothing tells the time.
     """
-    reading = Reading(store)
+    reading = Reading(store, db)
     first, last, count = reading.span()
     at = _moment(at, last, store.path)
     at_us = clock.epoch_us(at)
@@ -145,7 +151,7 @@ def gather(
         running=running[: MOST.running],
         measured=measured,
         drift=drifting.chapters(store, at_us),
-        audit=_audited(store),
+        audit=_audited(store, [signer.key for signer in signers.values()]),
         refusals=reading.refusals(),
         rollouts=reading.rollouts(),
         phases=reading.phases(),
@@ -192,10 +198,10 @@ def _running(
     return found, silent
 
 
-def _audited(store: FleetStore) -> dict[str, Any]:
+def _audited(store: FleetStore, operators: Sequence[PublicKey]) -> dict[str, Any]:
     """The audit's report; of what is wrong, the first of each kind, and how many there are."""
-    report = audit.audit(store).document()
-    lists = {name: report[name] for name in ("gaps", "invalid", "coverage", "evicted")}
+    report = audit.audit(store, operators=operators).document()
+    lists = {name: report[name] for name in ("gaps", "invalid", "coverage", "evicted", "invalid_decisions")}
     undeclared = [gap for gap in report["gaps"] if not gap["declared"]]
     counts = {f"{name}_count": len(listed) for name, listed in lists.items() if name != "invalid"}
     shown = {**lists, "gaps": [*undeclared, *(gap for gap in report["gaps"] if gap["declared"])]}

@@ -13,9 +13,9 @@ import msgspec
 from agent import clock
 from agent.fleet.evidence.contents import Incident, Place
 from agent.fleet.evidence.limits import MOST
-from agent.wire.messages import Alerts
+from agent.wire.messages import Alerts, Severity
 
-RANK = {"critical": 0, "warning": 1, "info": 2}
+RANK: dict[str, int] = {"critical": 0, "warning": 1, "info": 2}
 _STATES = {"open": 0, "unknown": 1, "over": 2}
 _CLOCKS = ("synced", "restored", "unsynced")
 
@@ -115,7 +115,7 @@ def _raised(body: Alerts, place: Place) -> Incident:
 
 
 def _of_collector(row: dict[str, Any]) -> Incident:
-    severity = row["severity"] if row["severity"] in RANK else "warning"
+    severity: Severity = row["severity"] if row["severity"] in RANK else "warning"
     return Incident(
         device=row["device"],
         task=row["task"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,15 @@ _CSV = ("began", "ended", "seconds", "state", "severity", "device", "task", "ale
 
 @dataclass(frozen=True)
 class Sources:
-    """Where it comes from beside the database. `home`: the fleet's folder."""
+    """Where it comes from beside the database. `home`: the fleet's folder.
+
+    `operator` signs; `operators` are the keys whose decisions count, that one and former ones.
+    """
 
     fleet: str
     home: Path
     operator: SigningKey
+    operators: Sequence[PublicKey]
     collector: PublicKey
     publishers: Sequence[PublicKey] = ()
     bundles: Sequence[Path] = ()
@@ -57,9 +62,9 @@ def make(
     """The signed folder `out`. Raises UsageError, BadBundle, StorageError; then nothing is there."""
     draft = Draft(out)
     try:
-        with store.snapshot():
-            facts = _facts(store, sources, at, advance)
-            _messages(store, draft, facts)
+        with store.snapshot() as db:
+            facts = _facts(store, db, sources, at, advance)
+            _messages(Reading(store, db), Verified(store), draft, facts)
         found = _files(draft, sources, facts)
         draft.finish()
     except BaseException:
@@ -68,9 +73,11 @@ def make(
     return Made(facts, found, draft.files)
 
 
-def _facts(store: FleetStore, sources: Sources, at: str | None, advance: Callable[[int], None]) -> Facts:
-    roles = trust.of_roles(sources.operator.public, sources.collector, sources.publishers)
-    facts = gather(store, sources.fleet, at, roles, advance)
+def _facts(
+    store: FleetStore, db: sqlite3.Connection, sources: Sources, at: str | None, advance: Callable[[int], None]
+) -> Facts:
+    roles = trust.of_roles(sources.operators, sources.collector, sources.publishers)
+    facts = gather(store, db, sources.fleet, at, roles, advance)
     facts.bundles = bundles.gather(sources.home, sources.bundles, sources.publishers, sources.evaluations, facts.models)
     facts.left_out["bundles"] += facts.bundles.left_out
     return facts
@@ -126,9 +133,9 @@ def _empty(facts: Facts) -> set[str]:
     return {path for path, content in found.items() if not content}
 
 
-def _messages(store: FleetStore, draft: Draft, facts: Facts) -> None:
+def _messages(reading: Reading, verified: Verified, draft: Draft, facts: Facts) -> None:
     """The signed messages that the folder relies on, read again and verified again, in parts of bounded size."""
-    lines = _signed(Reading(store), Verified(store), facts)
+    lines = _signed(reading, verified, facts)
     line, number = next(lines, None), 0
     while line is not None:
         part: list[bytes] = []

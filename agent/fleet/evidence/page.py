@@ -1,4 +1,4 @@
-"""index.html: the folder for people who are no engineers. One file, no script, light and dark, from a phone to paper."""
+"""index.html: the folder for people who are no engineers. No script, light and dark, from a phone to paper."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ h3{margin:0 0 4px}
 .notice.bad{border-color:var(--fault);background:var(--fault-band)}
 details{margin:10px 0;border-top:1px solid var(--grid);padding-top:8px}
 summary{cursor:pointer;color:var(--muted);font-size:14px}
-.card+.card{margin-top:14px}.grid>.card+.card{margin-top:0}
+.chart{max-width:640px}
+.card+.card{margin-top:14px}.grid>.chart{max-width:640px}
+.card+.card{margin-top:0}
 .card .notes{margin:6px 0 8px}
 .timeline{list-style:none;margin:12px 0;padding:0 0 0 18px;border-left:2px solid var(--grid)}
 .timeline li{position:relative;margin:0 0 12px;max-width:80ch;overflow-wrap:anywhere}
@@ -81,7 +83,11 @@ def _head(facts: Facts) -> list[Markup]:
     rollouts = {one.rollout for one in facts.decisions if one.rollout} | {row["rollout"] for row in facts.rollouts}
     models = {one.model.digest for one in facts.running if one.model}
     tiles = [
-        _tile("Devices", f"{len(facts.devices):,}", f"{len(facts.silent):,} never told what runs"),
+        _tile(
+            "Devices",
+            f"{len(facts.devices):,}",
+            f"{len(facts.silent):,} never told what runs" if facts.silent else "all told what they run",
+        ),
         _tile("Models in use", f"{len(models):,}", count(len(facts.running), "task") + " of devices"),
         _tile("Incidents", f"{total:,}", f"{open_now:,} open now"),
         _tile("Roll-outs", f"{len(rollouts):,}", count(sum(facts.events.values()), "decision") + " in all"),
@@ -113,6 +119,8 @@ def _bad(facts: Facts) -> list[str]:
     report, found = facts.audit, []
     if report["invalid_count"]:
         found.append(f"{count(report['invalid_count'], 'stored message')} cannot be verified.")
+    if report["invalid_decisions_count"]:
+        found.append(f"{count(report['invalid_decisions_count'], 'decision')} about roll-outs cannot be verified.")
     if report["undeclared_gaps"]:
         found.append(f"Messages are missing without an explanation ({count(report['undeclared_gaps'], 'range')}).")
     if report["duplicates"]:
@@ -134,8 +142,6 @@ def _look(facts: Facts) -> list[str]:
     stopped = sorted({one.device for one in facts.running if one.model is None})
     if stopped:
         found.append(f"A task does not run on {few(stopped)}.")
-    if facts.unverified and not facts.audit["invalid_count"]:
-        found.append(f"{count(facts.unverified, 'decision')} did not verify.")
     return found
 
 

@@ -13,13 +13,13 @@ from agent.picture.svg import Drawing, shortened
 from agent.picture.theme import PAGE, Theme
 
 _LANES, _LANE, _TOP = 16, 22.0, 10.0
-_WIDTH, _NAME, _END = 560.0, 150.0, 70.0
-_STRIP = 96.0
+_WIDTH, _NAME, _END = 560.0, 150.0, 84.0
+_STRIP_W, _STRIP = 400.0, 90.0
 
 
 def lanes(incidents: Sequence[Incident], begin_us: int, end_us: int, theme: Theme = PAGE) -> str:
     """An inline SVG: a bar from each incident's beginning to its end; "" without any whose time is known."""
-    known = [one for one in incidents if (at := epoch(one.began)) is not None and at <= end_us][:_LANES]
+    known = [one for one in incidents if (us := epoch(one.began)) is not None and us <= end_us][:_LANES]
     if not known or end_us <= begin_us:
         return ""
     known.sort(key=lambda one: one.began)
@@ -57,8 +57,8 @@ def strip(history: Sequence[dict[str, Any]], devices: int, theme: Theme = PAGE) 
     if not known:
         return ""
     begin, end = epoch(known[0]["from"]) or 0, epoch(known[-1]["to"]) or 1
-    draw = Drawing(_WIDTH, "Devices that drifted or had a sensor fault, over time")
-    left, right, bottom = 34.0, _WIDTH - 8, _TOP + _STRIP
+    draw = Drawing(_STRIP_W, "Devices that drifted or had a sensor fault, over time")
+    left, right, bottom = 30.0, _STRIP_W - 8, _TOP + _STRIP
     most = max(1, devices)
 
     def high(n: int) -> float:

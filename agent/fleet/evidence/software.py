@@ -131,8 +131,7 @@ def _component(name: str, one: Distribution, found: Found) -> Component:
 
 
 def _as_licence(text: str) -> License:
-    made = LicenseFactory().make_from_string(text)
-    return made
+    return LicenseFactory().make_from_string(text)
 
 
 def _licence(one: Distribution) -> str | None:

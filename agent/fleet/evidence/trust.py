@@ -1,4 +1,4 @@
-"""Whose signatures count: devices, operator, collector, publishers, and the roles of the repository that devices trust."""
+"""Whose signatures count: devices, operator, collector, publishers, and the roles of their repository."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def of_devices(rows: Iterable[dict[str, Any]]) -> tuple[list[Key], list[str]]:
     return keys, broken
 
 
-def of_roles(operator: PublicKey, collector: PublicKey, publishers: Sequence[PublicKey]) -> list[Key]:
-    named: list[tuple[Role, PublicKey]] = [("operator", operator), ("collector", collector)]
+def of_roles(operators: Sequence[PublicKey], collector: PublicKey, publishers: Sequence[PublicKey]) -> list[Key]:
+    named: list[tuple[Role, PublicKey]] = [*(("operator", key) for key in operators), ("collector", collector)]
     named += [("publisher", key) for key in sorted(publishers, key=lambda key: key.kid)]
     once = {(role, key.kid): Key(key.kid, key.text, role, role) for role, key in named}
     return list(once.values())

@@ -275,13 +275,12 @@ def _contents(opened: _Opened, head: Manifest, report: Report) -> None:
     _messages(opened, head, claims, report)
     for number, decision in opened.lines("decisions.jsonl", contents.Decision):
         claims.decision(f"decisions.jsonl:{number}", decision)
-    for type_, path, check in (
-        (list[contents.Incident], "incidents.json", claims.incident),
-        (list[contents.Running], "running.json", claims.running),
-        (list[contents.Measured], "accuracy.json", claims.measured),
-    ):
-        for index, one in enumerate(opened.document(path, type_) or ()):  # type: ignore[arg-type,var-annotated]
-            check(f"{path}[{index}]", one)  # type: ignore[operator]
+    for i, incident in enumerate(opened.document("incidents.json", list[contents.Incident]) or []):
+        claims.incident(f"incidents.json[{i}]", incident)
+    for i, one in enumerate(opened.document("running.json", list[contents.Running]) or []):
+        claims.running(f"running.json[{i}]", one)
+    for i, measured in enumerate(opened.document("accuracy.json", list[contents.Measured]) or []):
+        claims.measured(f"accuracy.json[{i}]", measured)
     claims.finish()
     report.decisions, report.unsupported = claims.decisions, claims.unsupported
     publishers = _signers(head.keys, "publisher")

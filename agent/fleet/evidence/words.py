@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from agent import clock
 
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -15,9 +16,8 @@ def moment(text: str | None) -> str:
 
 
 def day(text: str) -> str:
-    months = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
     try:
-        return f"{int(text[8:10])} {months[int(text[5:7]) - 1]} {text[:4]}"
+        return f"{int(text[8:10])} {_MONTHS[int(text[5:7]) - 1]} {text[:4]}"
     except (ValueError, IndexError):
         return text[:40]
 
@@ -26,7 +26,8 @@ def span(seconds: float | None) -> str:
     """The two largest units of it; a dash where it is not known."""
     if seconds is None:
         return "–"
-    left, parts = round(seconds), []
+    left = round(seconds)
+    parts: list[str] = []
     for size, name in _UNITS:
         if left >= size and len(parts) < 2:
             parts.append(f"{left // size} {name}")
