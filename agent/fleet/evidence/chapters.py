@@ -21,6 +21,12 @@ _DEVICES = 40
 _STEPS = 60
 _STATES = {"open": ("goes on", "bad"), "over": ("over", "ok"), "unknown": ("end unknown", "none")}
 _ROLLOUTS = {"finished": "ok", "aborted": "bad", "running": "warning", "paused": "warning"}
+_KINDS = {
+    "classify": "Names a class",
+    "several": "Names any number of classes",
+    "regress": "Gives a number",
+    "anomaly": "Tells what is unusual",
+}
 _PHASES = {
     "not chosen": "not chosen for it",
     "fetching": "fetching it",
@@ -131,7 +137,7 @@ def _card(card: Card) -> Markup:
     runs = f"runs for {count(card.devices, 'task')}" if card.devices else "does not run now"
     signed = f"signed by a listed publisher ({card.signer[:10]}…)" if card.checked else _unchecked(card)
     facts = [
-        f"{sentence(card.kind)} from {count(len(card.fields), 'input')}, made {card.created[:10]}; {runs}.",
+        f"{_KINDS.get(card.kind, card.kind)}, from {count(len(card.fields), 'input')}; made {card.created[:10]}; {runs}.",
         f"{sentence(signed)}.",
     ]
     metrics = [one for one in card.metrics if not one.slice and one.value is not None][:3]
@@ -198,7 +204,7 @@ def _rollout(name: str, row: dict[str, Any] | None, told: list[Decision], facts:
     now = [element("p", f"By their last word: {ended}.")] if ended else []
     steps = [one for one in told if one.payload is not None]
     # What devices did by themselves, of which only what departs from the plan is worth a line each.
-    steps += [one for one in told if one.payload is None and any(w in one.summary for w in _NOTEWORTHY)]
+    steps += [one for one in told if one.payload is None and _is_noteworthy(one)]
     steps.sort(key=lambda one: one.time)
     if not steps:
         steps = told
@@ -208,6 +214,10 @@ def _rollout(name: str, row: dict[str, Any] | None, told: list[Decision], facts:
 
 
 _NOTEWORTHY = ("rolled back", "taken back", "took back", "refused", "crash", "withdrawn")
+
+
+def _is_noteworthy(one: Decision) -> bool:
+    return any(word in one.summary for word in _NOTEWORTHY)
 
 
 def timeline(decisions: Iterable[Decision]) -> Markup:
@@ -375,9 +385,11 @@ def _labelling(told: dict[str, Any]) -> str:
 
 def decisions(facts: Facts) -> Markup:
     lead = "What was changed, by whom, newest first. Each is signed: by the device it happened on, or by an operator."
-    shown = list(reversed(facts.decisions))[:_ROWS]
-    if not shown:
+    if not facts.decisions:
         return chapter("decisions", "Decisions", lead, element("p", "Nothing was changed in the time that is told of."))
+    # What devices did in a roll-out as it was planned stands there.
+    listed = [one for one in facts.decisions if one.event != "rollout" or _is_noteworthy(one)]
+    shown = list(reversed(listed))[:_ROWS]
     kinds = ", ".join(f"{n:,} {event}" for event, n in facts.events.most_common(8))
     happened = ", ".join(f"{n:,} × {event}" for event, n in sorted(facts.happened.items()))
     also = [element("p", f"Besides, devices recorded: {happened}.", kind="muted")] if happened else []

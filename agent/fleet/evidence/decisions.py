@@ -79,6 +79,7 @@ class Decisions:
             if len(self._signed) >= MOST.decisions:
                 self.left_out += 1
                 continue
+            self.events[told.event] += 1
             self._signed.append(chain.decision(told, row["payload"], row["jws"]))
         return refused
 

@@ -26,8 +26,7 @@ h3{margin:0 0 4px}
 details{margin:10px 0;border-top:1px solid var(--grid);padding-top:8px}
 summary{cursor:pointer;color:var(--muted);font-size:14px}
 .chart{max-width:640px}
-.card+.card{margin-top:14px}.grid>.chart{max-width:640px}
-.card+.card{margin-top:0}
+.card+.card{margin-top:14px}.grid>.card+.card{margin-top:0}
 .card .notes{margin:6px 0 8px}
 .timeline{list-style:none;margin:12px 0;padding:0 0 0 18px;border-left:2px solid var(--grid)}
 .timeline li{position:relative;margin:0 0 12px;max-width:80ch;overflow-wrap:anywhere}
