@@ -227,7 +227,7 @@ def told(home: Path) -> Story:
     story.collect(third, alert(third, "storage/1", "cleared", 95, "Room again.", **disk), hours=95)
     kid = story.operator.public.kid
     story.collect(third, command(third, "rollback", 96, kid, "exercise 1.0.0 runs again.", task="exercise"), hours=96)
-    labels = '{"row":[17],"label":["PEN"]}'
+    labels = '{"row":[17],"label":["lifted a box"]}'
     told_labels = command(fourth, "label", 97, kid, "1 label was taken.", task="exercise", labels=labels)
     story.collect(fourth, told_labels, hours=97)
     rotate(story, fourth, 98, new_key(44))

@@ -16,8 +16,8 @@ from agent.fleet.evidence.words import count, few, moment
 
 _ROWS = 40
 PRIVACY = (
-    "No reading of any sensor is in this folder, and no result of a model: neither a value nor a picture nor a sound "
-    "that was measured. Messages that are here hold counts, effect sizes, metrics and sentences about them."
+    "No reading of any sensor is in this folder, no result of a model and no label: neither a value nor a picture nor "
+    "a sound that was measured. Messages that are here hold counts, effect sizes, metrics and sentences about them."
 )
 
 
@@ -53,8 +53,11 @@ def checks(facts: Facts) -> Markup:
 
 def keys(facts: Facts) -> Markup:
     lead = "Whose signature counts. A key is named by its thumbprint; the keys themselves are in the manifest."
+    former = {key.kid for key in [key for key in facts.keys if key.role == "operator"][1:]}
     roles: list[Sequence[Content]] = [
-        [key.role, element("code", key.kid), _ROLE[key.role]] for key in facts.keys if key.role != "device"
+        [key.role, element("code", key.kid), _ROLE[key.role] if key.kid not in former else _FORMER]
+        for key in facts.keys
+        if key.role != "device"
     ]
     of_devices = [key for key in facts.keys if key.role == "device"]
     now = [key for key in of_devices if not key.revoked and key.through is None]
@@ -73,6 +76,7 @@ def keys(facts: Facts) -> Markup:
     return chapter("keys", "Keys in force", lead, *parts)
 
 
+_FORMER = "decisions of before: another key has followed it"
 _ROLE = {
     "operator": "this folder, commands, what devices should run",
     "collector": "acknowledgements: devices delete what they confirm",
@@ -176,7 +180,8 @@ def frameworks(points: Sequence[Supported]) -> Markup:
 
 
 def _point(one: Supported) -> list[Content]:
-    here = few(one.here, 9) if one.here else badge("not by this folder", "none")
+    missing = f'<span class="when">not here: {few(one.not_here, 9)}</span>' if one.here and one.not_here else ""
+    here = Markup(few(one.here, 9) + missing) if one.here else badge("not by this folder", "none")
     return [Markup(f'<b class="fixed">{one.id}</b>'), one.asks, here, one.shows if one.here else "–", one.not_shown]
 
 

@@ -136,8 +136,9 @@ def models(facts: Facts) -> Markup:
 def _card(card: Card) -> Markup:
     runs = f"runs for {count(card.devices, 'task')}" if card.devices else "does not run now"
     signed = f"signed by a listed publisher ({card.signer[:10]}…)" if card.checked else _unchecked(card)
+    does = f"{_KINDS.get(card.kind, card.kind)}, from {count(len(card.fields), 'input')}"
     facts = [
-        f"{_KINDS.get(card.kind, card.kind)}, from {count(len(card.fields), 'input')}; made {card.created[:10]}; {runs}.",
+        f"{does}; made {card.created[:10]}; {runs}.",
         f"{sentence(signed)}.",
     ]
     metrics = [one for one in card.metrics if not one.slice and one.value is not None][:3]

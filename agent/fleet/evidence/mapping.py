@@ -93,7 +93,7 @@ POINTS = (
     ),
     _nist(
         "Measure", "2.4", "The system's behaviour is monitored while it is in production.",
-        (_DRIFT, _INCIDENTS, _MESSAGES), "Drift of inputs and outputs, and every alert that devices raised, signed.",
+        (_DRIFT, _INCIDENTS, _MESSAGES), "Drift of inputs and outputs, and the alerts that devices raised and signed.",
         "What no detector looks for.",
     ),
     _nist(

@@ -32,7 +32,7 @@ summary{cursor:pointer;color:var(--muted);font-size:14px}
 .timeline li{position:relative;margin:0 0 12px;max-width:80ch;overflow-wrap:anywhere}
 .timeline li::before{content:"";position:absolute;left:-23.5px;top:7px;width:9px;height:9px;border-radius:50%;
 background:var(--series-0)}
-.timeline .when,.timeline .who{display:block;color:var(--muted);font-size:13px}
+.when,.who{display:block;color:var(--muted);font-size:13px}
 pre{background:var(--panel);border:1px solid var(--grid);border-radius:8px;padding:10px 14px;overflow-x:auto}
 pre code{overflow-wrap:normal}
 li{overflow-wrap:anywhere}

@@ -17,11 +17,11 @@ from datetime import datetime
 from importlib import metadata
 from importlib.metadata import Distribution, PackageNotFoundError
 
-from cyclonedx.factory.license import LicenseFactory
+from cyclonedx import spdx
 from cyclonedx.model import HashAlgorithm, HashType, Property
 from cyclonedx.model.bom import Bom
 from cyclonedx.model.component import Component, ComponentType
-from cyclonedx.model.license import License
+from cyclonedx.model.license import DisjunctiveLicense, License, LicenseExpression
 from cyclonedx.output import make_outputter
 from cyclonedx.schema import OutputFormat, SchemaVersion
 from packageurl import PackageURL
@@ -123,7 +123,7 @@ def _component(name: str, one: Distribution, found: Found) -> Component:
         version=one.version,
         bom_ref=f"pkg:pypi/{name}@{one.version}",
         purl=PackageURL("pypi", None, name, one.version),
-        description=(one.metadata["Summary"] or "")[:300] or None,
+        description=_told(one, "Summary")[:300] or None,
         licenses=[_as_licence(text)] if text else [],
         hashes=_archive_hashes(one),
         properties=noted,
@@ -131,20 +131,28 @@ def _component(name: str, one: Distribution, found: Found) -> Component:
 
 
 def _as_licence(text: str) -> License:
-    return LicenseFactory().make_from_string(text)
+    if (known := spdx.fixup_id(text)) is not None:
+        return DisjunctiveLicense(id=known)
+    return LicenseExpression(text) if spdx.is_expression(text) else DisjunctiveLicense(name=text)
 
 
 def _licence(one: Distribution) -> str | None:
     """An SPDX expression where it gives one, else what its classifiers or its free text say, if that is short."""
-    if expression := one.metadata.get("License-Expression"):
-        return str(expression)
+    if expression := _told(one, "License-Expression"):
+        return expression
     head = "License :: OSI Approved :: "
     classifiers = [str(c) for c in one.metadata.get_all("Classifier") or ()]
     named = [c.removeprefix(head) for c in classifiers if c.startswith(head)]
     if named:
         return " AND ".join(named) if len(named) == 1 else " / ".join(sorted(named))
-    text = str(one.metadata.get("License") or "").strip()
+    text = _told(one, "License")
     return text if text and len(text) <= _LONGEST_LICENCE and "\n" not in text else None
+
+
+def _told(one: Distribution, name: str) -> str:
+    """A member of a package's metadata; "" where it has none."""
+    found = one.metadata.get_all(name)
+    return str(found[0]).strip() if found else ""
 
 
 def _archive_hashes(one: Distribution) -> list[HashType]:
