@@ -74,7 +74,9 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 def text_of(folder: Path) -> str:
     """The page as a reader sees it."""
-    return html.unescape(" ".join(re.sub(r"<[^>]+>", " ", (folder / "index.html").read_text().split("</style>")[1]).split()))
+    return html.unescape(
+        " ".join(re.sub(r"<[^>]+>", " ", (folder / "index.html").read_text().split("</style>")[1]).split())
+    )
 
 
 def test_a_copy_verifies_in_a_fresh_process_that_has_the_folder_and_the_key_and_nothing_else(

@@ -55,6 +55,7 @@ ONLY = {
     "tflite_runtime": {"agent.model.runtime"},
     "resvg_py": {"agent.picture.png"},
     "PIL": {"agent.model.images"},
+    "cyclonedx": {"agent.fleet.evidence.software"},
 }
 # wire/ and drift/ are pure: these libraries and no other, nothing of the system but for the key files.
 PURE = {"drift": {"msgspec", "numpy"}, "wire": {"cryptography", "msgspec"}}

@@ -20,14 +20,17 @@ _NOT_HERE = "relies on a message that is not in messages/"
 
 
 class Claims:
-    """Messages first, then what is said of them. `unsupported`: claims whose message was too much for the folder."""
+    """Messages first, then what is said of them; `whole` where every file with messages is as it was signed.
 
-    def __init__(self, head: Manifest, add: Callable[[str, str], None]) -> None:
+    `unsupported`: claims whose message was too much for the folder, or lies in a file that is not read.
+    """
+
+    def __init__(self, head: Manifest, add: Callable[[str, str], None], *, whole: bool) -> None:
         self._add = add
         self._bodies: dict[Place, Any] = {}
         self._digests: dict[Place, tuple[str, str]] = {}
         self._signed: list[tuple[Body, bytes]] = []
-        self._some_left_out = "messages" in head.left_out
+        self._some_left_out = "messages" in head.left_out or not whole
         self._whole = "decisions" not in head.left_out
         operators = [key for key in head.keys if key.role == "operator"]
         self._operators = {key.kid: Signer(key.owner, public_key(key.key)) for key in operators}

@@ -271,7 +271,8 @@ class _Opened:
 
 
 def _contents(opened: _Opened, head: Manifest, report: Report) -> None:
-    claims = Claims(head, report.add)
+    messages = {one.path for one in head.files if one.path.startswith("messages/")}
+    claims = Claims(head, report.add, whole=messages <= set(opened.good))
     _messages(opened, head, claims, report)
     for number, decision in opened.lines("decisions.jsonl", contents.Decision):
         claims.decision(f"decisions.jsonl:{number}", decision)
