@@ -305,7 +305,7 @@ def test_a_making_that_fails_or_was_killed_leaves_no_half_folder(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(making.page, "html", dies)
+        patched.setattr(making, "html", dies)
         with pytest.raises(KeyboardInterrupt):
             small.make(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["acme"]

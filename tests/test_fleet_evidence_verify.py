@@ -19,7 +19,8 @@ from agent.errors import Refused
 from agent.fleet.evidence import manifest
 from agent.fleet.evidence.limits import BOUNDS, Bounds
 from agent.fleet.evidence.manifest import File, Key, Manifest, Span
-from agent.fleet.evidence.verify import Report, verify
+from agent.fleet.evidence.received import Report
+from agent.fleet.evidence.verify import verify
 from agent.wire import jws
 from agent.wire.keys import PublicKey, SigningKey
 from tests.evidences import Story, told
@@ -385,7 +386,7 @@ def test_a_bundle_of_another_name_or_without_its_manifest_is_named(folder: Path)
 
 
 def test_what_is_too_much_to_read_is_refused_and_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.fleet.evidence.verify.BOUNDS", Bounds(document=100, line=1000, messages=5))
+    monkeypatch.setattr("agent.fleet.evidence.received.BOUNDS", Bounds(document=100, line=1000))
     found = [what for _, what in problems(folder)]
     assert any("is larger than 100 bytes, the limit for such a file" in one for one in found)
     assert any("is longer than 1000 bytes; the rest is not read" in one for one in found)

@@ -8,7 +8,7 @@ from typing import Any
 from agent.evaluation import page
 from agent.evaluation.page import Content, Markup, element, table
 from agent.fleet.evidence import mapping
-from agent.fleet.evidence.chapters import badge, chapter, details, link, more
+from agent.fleet.evidence.elements import badge, chapter, details, link, more
 from agent.fleet.evidence.gather import Facts
 from agent.fleet.evidence.mapping import Supported
 from agent.fleet.evidence.software import Found

@@ -55,7 +55,8 @@ class Incident(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One line of decisions.jsonl: what changed, and by whom.
 
-    Told by a device in message `place`, or signed by an operator: then `payload` and `jws` are here.
+    `phase`: what a device came to in a roll-out. Told by a device in message `place`, or signed by an operator: then
+    `payload` and `jws` are here.
     """
 
     time: Text
@@ -65,6 +66,7 @@ class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     device: Text = ""
     task: Text = ""
     rollout: Text = ""
+    phase: Text = ""
     place: Place | None = None
     payload: Payload | None = None
     jws: Token | None = None
@@ -77,6 +79,17 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True, order=True)
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
+
+
+class Ran(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A bundle that devices began to run at some time: `activations` of them on so many `devices`."""
+
+    model: Model
+    first: Text
+    last: Text
+    activations: Natural
+    devices: Natural
+    running: Natural = 0
 
 
 class Running(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

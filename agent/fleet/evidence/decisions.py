@@ -28,6 +28,8 @@ _BY_WHY = {
     "configured": "whoever configured the device",
     "rollback": "an operator, by command",
     "quarantine": "the device itself, because the model before kept ending it",
+    "roll-out": "an operator, by a roll-out",
+    "roll-out called back": "an operator, who called a roll-out back",
 }
 
 
@@ -63,6 +65,7 @@ class Decisions:
                 device=body.device,
                 task=_text(evidence.get("task")) or _text(_args(evidence).get("task")),
                 rollout=_text(evidence.get("rollout")),
+                phase=_text(evidence.get("phase")) if body.event == "rollout" else "",
                 place=None if carries_labels(body) else Place(body.device, body.log, body.seq),
             )
         )
@@ -114,7 +117,7 @@ class Decisions:
 def who_activated(body: Audit) -> str:
     """Who decided that a bundle runs."""
     why = _text(body.evidence.get("why"))
-    return _BY_WHY.get(why, f"roll-out {why}" if why else "not told")
+    return _BY_WHY.get(why, f"the device itself: {why}" if why else "not told")
 
 
 def carries_labels(body: Audit) -> bool:

@@ -20,7 +20,7 @@ from agent.fleet import audit
 from agent.fleet.evidence import drifting, trust
 from agent.fleet.evidence.accuracy import Accuracy
 from agent.fleet.evidence.bundles import Bundles
-from agent.fleet.evidence.contents import Decision, Incident, Measured, Place, Running
+from agent.fleet.evidence.contents import Decision, Incident, Measured, Place, Ran, Running
 from agent.fleet.evidence.decisions import Decisions
 from agent.fleet.evidence.incidents import Incidents
 from agent.fleet.evidence.limits import MOST
@@ -53,6 +53,7 @@ class Facts:
     events: Counter[str]
     happened: Counter[str]
     running: list[Running]
+    history: list[Ran]
     measured: list[Measured]
     drift: dict[str, Any]
     audit: dict[str, Any]
@@ -72,7 +73,11 @@ class Facts:
     @property
     def models(self) -> dict[str, int]:
         """How many tasks of devices run a bundle, by its digest."""
-        return dict(Counter(one.model.digest for one in self.running if one.model is not None))
+        return models_of(self.running)
+
+
+def models_of(running: Sequence[Running]) -> dict[str, int]:
+    return dict(Counter(one.model.digest for one in running if one.model is not None))
 
 
 class Verified:
@@ -149,6 +154,7 @@ def gather(
         events=decisions.events,
         happened=decisions.happened,
         running=running[: MOST.running],
+        history=activations.history(models_of(running)),
         measured=measured,
         drift=drifting.chapters(store, at_us),
         audit=_audited(store, [signer.key for signer in signers.values()]),
@@ -164,6 +170,7 @@ def gather(
         left_out=Counter(),
     )
     counts = {"incidents": incidents.left_out, "decisions": decisions.left_out, "metrics": accuracy.left_out}
+    counts["activations of bundles"] = activations.left_out
     facts.left_out.update({**counts, "running tasks": max(0, len(running) - MOST.running)})
     places = sorted(_relied_on(facts))
     facts.left_out["messages"] += max(0, len(places) - MOST.messages)

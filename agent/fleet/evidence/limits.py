@@ -15,6 +15,7 @@ class Most:
     message_bytes: int = 256 << 20
     running: int = 20_000
     measured: int = 5000
+    models: int = 1000
     moved: int = 500
     bundles: int = 200
     # Alerts of one log that are open at once; an honest device has a few.

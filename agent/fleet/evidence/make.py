@@ -14,12 +14,13 @@ import msgspec
 
 from agent import __version__
 from agent.evaluation.document import Evaluation
-from agent.fleet.evidence import bundles, manifest, mapping, page, software, trust
+from agent.fleet.evidence import bundles, manifest, mapping, software, trust
 from agent.fleet.evidence.contents import Incident, Signed
 from agent.fleet.evidence.folder import Draft
 from agent.fleet.evidence.gather import Facts, Verified, gather
 from agent.fleet.evidence.limits import MOST
 from agent.fleet.evidence.manifest import MANIFEST, TOKEN, File, Manifest
+from agent.fleet.evidence.page import html
 from agent.fleet.evidence.reading import Reading
 from agent.fleet.evidence.software import Found
 from agent.fleet.store import FleetStore
@@ -94,6 +95,7 @@ def _files(draft: Draft, sources: Sources, facts: Facts) -> Found:
     documents: dict[str, Any] = {
         "incidents.json": facts.incidents,
         "running.json": facts.running,
+        "history.json": facts.history,
         "accuracy.json": facts.measured,
         "drift.json": facts.drift,
         "audit.json": facts.audit,
@@ -102,7 +104,7 @@ def _files(draft: Draft, sources: Sources, facts: Facts) -> Found:
         draft.write(path, _document(document))
     points = mapping.supported([one.path for one in draft.files], _empty(facts))
     draft.write("mapping.json", _document({"points": points, "not_covered": mapping.NOT_COVERED}))
-    draft.write("index.html", page.html(facts, bill, points, [*draft.files]).encode())
+    draft.write("index.html", html(facts, bill, points, [*draft.files]).encode())
     _sign(draft, sources.operator, facts)
     return bill
 

@@ -17,6 +17,7 @@ ISO = "ISO/IEC 42001:2023, annex A"
 Part = Literal["Govern", "Map", "Measure", "Manage", "Annex A"]
 
 _RUNNING, _DECISIONS, _INCIDENTS = "running.json", "decisions.jsonl", "incidents.json"
+_HISTORY = "history.json"
 _DRIFT, _ACCURACY, _AUDIT, _SBOM = "drift.json", "accuracy.json", "audit.json", "sbom.cdx.json"
 _MESSAGES, _REPOSITORY, _MANIFEST = "messages/", "repository/", "manifest.json"
 _CARDS, _DATA_CARDS, _EVALUATIONS = "MODEL_CARD.md", "DATA_CARD.md", "evaluation.json"
@@ -55,7 +56,7 @@ POINTS = (
     ),
     _nist(
         "Govern", "1.6", "There is an inventory of AI systems.",
-        (_RUNNING, _SBOM), "Every model that the fleet's devices say they run, with its digest.",
+        (_RUNNING, _HISTORY, _SBOM), "Every model that the fleet's devices say they run, with its digest.",
         "Systems outside this fleet.",
     ),
     _nist(
@@ -152,7 +153,7 @@ POINTS = (
     ),
     _iso(
         "6.2.5", "Deployment follows a plan, and its requirements are met before.",
-        (_DECISIONS, _RUNNING), "Roll-outs step by step, and who runs what since.",
+        (_DECISIONS, _RUNNING, _HISTORY), "Roll-outs step by step, and who runs what since.",
         "Requirements that the roll-out's rules do not hold.",
     ),
     _iso(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from agent import __version__
 from agent.evaluation import page
 from agent.evaluation.page import Markup, element
-from agent.fleet.evidence import assurance, chapters
-from agent.fleet.evidence.chapters import link
+from agent.fleet.evidence import assurance, decided, deployed, observed
+from agent.fleet.evidence.elements import link
 from agent.fleet.evidence.gather import Facts
 from agent.fleet.evidence.manifest import File
 from agent.fleet.evidence.mapping import Supported
@@ -27,6 +27,7 @@ details{margin:10px 0;border-top:1px solid var(--grid);padding-top:8px}
 summary{cursor:pointer;color:var(--muted);font-size:14px}
 .chart{max-width:640px}
 .card+.card{margin-top:14px}.grid>.card+.card{margin-top:0}
+.history{margin-top:18px}
 .card .notes{margin:6px 0 8px}
 .timeline{list-style:none;margin:12px 0;padding:0 0 0 18px;border-left:2px solid var(--grid)}
 .timeline li{position:relative;margin:0 0 12px;max-width:80ch;overflow-wrap:anywhere}
@@ -52,13 +53,13 @@ def html(facts: Facts, bill: Found, points: Sequence[Supported], files: Sequence
         *_head(facts),
         _notice(facts),
         _contents(),
-        chapters.running(facts),
-        chapters.models(facts),
-        chapters.rollouts(facts),
-        chapters.incidents(facts),
-        chapters.drift(facts),
-        chapters.accuracy(facts),
-        chapters.decisions(facts),
+        deployed.running(facts),
+        deployed.models(facts),
+        decided.rollouts(facts),
+        observed.incidents(facts),
+        observed.drift(facts),
+        observed.accuracy(facts),
+        decided.decisions(facts),
         assurance.checks(facts),
         assurance.keys(facts),
         assurance.software(bill, facts),
