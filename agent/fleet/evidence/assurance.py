@@ -8,7 +8,7 @@ from typing import Any
 from agent.evaluation import page
 from agent.evaluation.page import Content, Markup, element, table
 from agent.fleet.evidence import mapping
-from agent.fleet.evidence.elements import badge, chapter, details, link, more
+from agent.fleet.evidence.elements import badge, chapter, details, link, more, stacked
 from agent.fleet.evidence.gather import Facts
 from agent.fleet.evidence.mapping import Supported
 from agent.fleet.evidence.software import Found
@@ -27,7 +27,7 @@ def checks(facts: Facts) -> Markup:
     verdict = badge("passed", "ok") if report["passed"] else badge("failed", "bad")
     refused = sum(row["count"] for row in facts.refusals)
     rows: list[Sequence[Content]] = [
-        ["Messages verified", f"{report['messages']:,}", "each against the key of the device that says it sent it"],
+        ["Messages checked", f"{report['messages']:,}", "each against the key of the device that says it sent it"],
         ["That do not verify", f"{report['invalid_count']:,}", "altered, moved, or signed by no enrolled key"],
         ["Messages missing", f"{report['undeclared_gaps']:,}", "ranges without any explanation by the device"],
         ["Given up by devices", f"{report['gaps_count'] - report['undeclared_gaps']:,}",
@@ -174,7 +174,10 @@ def frameworks(points: Sequence[Supported]) -> Markup:
         rows: list[Sequence[Content]] = [_point(one) for one in points if one.framework == name]
         parts += [
             element("h3", name),
-            table(["Point", "What it asks", "Supported by", "What that shows", "What it does not show"], rows),
+            stacked(
+                table(["Point", "What it asks", "Supported by", "What that shows", "What it does not show"], rows),
+                "points",
+            ),
         ]
     return chapter("frameworks", "NIST AI RMF and ISO/IEC 42001", lead, *parts, element("p", link("mapping.json")))
 

@@ -13,7 +13,7 @@ from agent.fleet.evidence.words import count, moment
 
 _ROWS = 25
 # Of one roll-out: what operators decided, and what devices did otherwise than planned.
-_STEPS, _DEPARTURES = 40, 15
+_STEPS, _DEPARTURES = 40, 10
 _STATES = {"finished": "ok", "aborted": "bad", "running": "warning", "paused": "warning"}
 _PHASES = {
     "not chosen": "not chosen for it",
@@ -38,7 +38,8 @@ def rollouts(facts: Facts) -> Markup:
     # The newest first.
     order = sorted({*named, *known}, key=lambda name: _began(name, known, named), reverse=True)
     if not order:
-        text = "No model was rolled out: what runs was put there by each device's configuration."
+        text = "No model was rolled out."
+        text += " What runs was put there by each device's configuration." if facts.running else ""
         return chapter("rollouts", "Roll-outs", lead, element("p", text))
     cards = [_rollout(name, known.get(name), named.get(name, []), facts) for name in order[:_ROWS]]
     return chapter(
@@ -64,7 +65,7 @@ def _rollout(name: str, row: dict[str, Any] | None, told: list[Decision], facts:
     steps = [one for one in told if one.payload is not None][-_STEPS:]
     # Of what devices did by themselves, what departs from the plan is worth a line.
     steps += [one for one in told if one.phase in _DEPARTS][:_DEPARTURES]
-    steps = sorted(steps or told[:_STEPS], key=lambda one: one.time)
+    steps = sorted(steps or told[:_DEPARTURES], key=lambda one: one.time)
     lead = [element("p", what, kind="muted")] if what else []
     hidden = len(told) - len(steps)
     return element("div", title, *lead, *now, timeline(steps), *more(hidden, "decisions.jsonl"), kind="card")

@@ -10,7 +10,7 @@ from agent.evaluation import page
 from agent.evaluation.page import Content, Markup, element, table
 from agent.evaluation.words import figure, interval, metric_name
 from agent.fleet.evidence.contents import Card, Running
-from agent.fleet.evidence.elements import badge, chapter, details, link, more
+from agent.fleet.evidence.elements import badge, chapter, details, link, more, stacked
 from agent.fleet.evidence.gather import Facts
 from agent.fleet.evidence.words import count, few, moment, sentence
 
@@ -51,7 +51,8 @@ def running(facts: Facts) -> Markup:
         verb = "has" if len(facts.silent) == 1 else "have"
         text = f"{few(facts.silent)} {verb} not told what runs: what runs there is not known."
         silent = [element("p", text, kind="notice")]
-    return chapter("running", "What runs where", lead, table(head, rows, (2,)), *silent, listed)
+    shown = stacked(table(head, rows, (2,)), "running")
+    return chapter("running", "What runs where", lead, shown, *silent, listed)
 
 
 def _group(task: str, model: str, those: Sequence[Running]) -> list[Content]:

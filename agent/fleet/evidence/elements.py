@@ -35,6 +35,11 @@ def details(summary: str, *content: Markup) -> Markup:
     return Markup(f"<details><summary>{escape(summary)}</summary>{inside}</details>")
 
 
+def stacked(table: Markup, labels: str) -> Markup:
+    """Cells stand one under another where the screen is narrow; the page's CSS has their `labels`."""
+    return element("div", table, kind=f"stack {labels}")
+
+
 def nowrap(text: str) -> Markup:
     return Markup(f'<span class="fixed">{escape(text)}</span>')
 

@@ -124,8 +124,9 @@ def gather(
     names = {key.kid: key.owner for key in roles if key.role == "operator"}
     verified, incidents = Verified(store), Incidents(at_us, newest)
     decisions, activations, accuracy = Decisions(names), Activations(newest), Accuracy(newest)
+    signers = {key.kid: Signer(key.role, public_key(key.key)) for key in roles if key.role == "operator"}
+    audited = _audited(store, [signer.key for signer in signers.values()], advance)
     for row in reading.told():
-        advance(1)
         message = verified.open(row)
         body = message.body if message is not None else None
         if isinstance(body, Alerts):
@@ -136,7 +137,6 @@ def gather(
             decisions.add(body)
             activations.add(body)
     incidents.add_collectors(reading.collector_alerts())
-    signers = {key.kid: Signer(key.role, public_key(key.key)) for key in roles if key.role == "operator"}
     forged = decisions.add_operators(reading.decisions(), signers.get)
     running, silent = _running(reading, verified, activations, newest)
     measured = accuracy.all(reading.collector_metrics(), reading.labels())
@@ -157,7 +157,7 @@ def gather(
         history=activations.history(models_of(running)),
         measured=measured,
         drift=drifting.chapters(store, at_us),
-        audit=_audited(store, [signer.key for signer in signers.values()]),
+        audit=audited,
         refusals=reading.refusals(),
         rollouts=reading.rollouts(),
         phases=reading.phases(),
@@ -205,9 +205,9 @@ def _running(
     return found, silent
 
 
-def _audited(store: FleetStore, operators: Sequence[PublicKey]) -> dict[str, Any]:
+def _audited(store: FleetStore, operators: Sequence[PublicKey], advance: Callable[[int], None]) -> dict[str, Any]:
     """The audit's report; of what is wrong, the first of each kind, and how many there are."""
-    report = audit.audit(store, operators=operators).document()
+    report = audit.audit(store, progress=advance, operators=operators).document()
     lists = {name: report[name] for name in ("gaps", "invalid", "coverage", "evicted", "invalid_decisions")}
     undeclared = [gap for gap in report["gaps"] if not gap["declared"]]
     counts = {f"{name}_count": len(listed) for name, listed in lists.items() if name != "invalid"}

@@ -12,7 +12,7 @@ from agent.evaluation.words import figure, interval, metric_name
 from agent.fleet.evidence import pictures
 from agent.fleet.evidence.accuracy import headline
 from agent.fleet.evidence.contents import Incident
-from agent.fleet.evidence.elements import badge, chapter, details, link, more, nowrap
+from agent.fleet.evidence.elements import badge, chapter, details, link, more, nowrap, stacked
 from agent.fleet.evidence.gather import Facts
 from agent.fleet.evidence.words import count, epoch, few, moment, span
 
@@ -25,7 +25,9 @@ def incidents(facts: Facts) -> Markup:
     total, open_now = sum(counts.values()), sum(n for (_, state), n in counts.items() if state == "open")
     lead = "Alerts, from the moment a device raised one to the moment it cleared it. Times are the device's own, UTC."
     if not total:
-        return chapter("incidents", "Incidents", lead, element("p", "No alert was raised in the time that is told of."))
+        text = "No alert was raised in the time that is told of."
+        said = text if facts.messages else "Nothing was collected, so it is not known whether there were any."
+        return chapter("incidents", "Incidents", lead, element("p", said))
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in facts.incident_kinds.most_common())
     said = f"{count(total, 'incident')} in all ({kinds}); {open_now:,} {'goes' if open_now == 1 else 'go'} on."
     rows: list[Sequence[Content]] = [_incident(one) for one in facts.incidents[:_ROWS]]
@@ -40,7 +42,7 @@ def incidents(facts: Facts) -> Markup:
         text = f"{count(unsure, 'incident')} began or ended while the device's clock was not set: how long is unsure."
         notes = [element("p", text, kind="muted")]
     for_sheets = element("p", "For a spreadsheet: ", link("incidents.csv"), ".", kind="muted")
-    parts = [*shown, table(head, rows), *rest, *notes, for_sheets]
+    parts = [*shown, stacked(table(head, rows), "incidents"), *rest, *notes, for_sheets]
     return chapter("incidents", "Incidents", lead, element("p", said), *parts)
 
 

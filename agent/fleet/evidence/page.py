@@ -38,7 +38,14 @@ pre{background:var(--panel);border:1px solid var(--grid);border-radius:8px;paddi
 pre code{overflow-wrap:normal}
 li{overflow-wrap:anywhere}
 td{min-width:90px}td.n{min-width:0}
-@media(max-width:560px){main{padding:22px 14px 40px}h1{font-size:23px}th,td{padding-right:10px}}
+@media(max-width:560px){
+.stack th{display:none}.stack tr{display:block;padding:10px 0;border-bottom:1px solid var(--grid)}
+.stack td,.stack td.n{display:block;border:0;padding:1px 0;text-align:left}
+.running td:nth-child(3)::before{content:"Devices: "}.running td:nth-child(4)::before{content:"Since: "}
+.running td:nth-child(5)::before{content:"Decided by: "}.incidents td:nth-child(3)::before{content:"Lasted "}
+.points td:nth-child(3)::before{content:"Supported by: "}.points td:nth-child(4)::before{content:"Shows: "}
+.points td:nth-child(5)::before{content:"Does not show: "}.stack td::before{color:var(--muted)}
+main{padding:22px 14px 40px}h1{font-size:23px}th,td{padding-right:10px}}
 """
 _TOC = {
     "running": "What runs", "models": "Models", "rollouts": "Roll-outs", "incidents": "Incidents", "drift": "Drift",
@@ -91,13 +98,19 @@ def _head(facts: Facts) -> list[Markup]:
         _tile("Models in use", f"{len(models):,}", count(len(facts.running), "task") + " of devices"),
         _tile("Incidents", f"{total:,}", f"{open_now:,} open now"),
         _tile("Roll-outs", f"{len(rollouts):,}", count(sum(facts.events.values()), "decision") + " in all"),
-        _tile("Signed messages", f"{facts.messages:,}", "all verified" if facts.audit["passed"] else "see checks"),
+        _tile("Signed messages", f"{facts.messages:,}", _verified(facts)),
     ]
     return [
         element("h1", f"Evidence of fleet {facts.fleet}"),
         element("p", lead, kind="muted"),
         element("div", *tiles, kind="tiles"),
     ]
+
+
+def _verified(facts: Facts) -> str:
+    if not facts.messages:
+        return "none came"
+    return "all verified" if facts.audit["passed"] else "not all is well: see checks"
 
 
 def _tile(name: str, value: str, more: str) -> Markup:
