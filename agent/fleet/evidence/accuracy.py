@@ -19,13 +19,14 @@ class Accuracy:
 
     newest: dict[str, str]
     left_out: int = 0
-    messages: int = 0
+    forgotten: int = 0
     _last: dict[tuple[str, str], Measured] = field(default_factory=dict)
 
     def add(self, body: Quality) -> None:
-        self.messages += 1
         known = self._last.get((body.device, body.task))
-        if known is None or self.newest.get(body.device) == body.log or known.time <= body.time:
+        if known is None and len(self._last) >= MOST.tasks:
+            self.forgotten += 1
+        elif known is None or self.newest.get(body.device) == body.log or known.time <= body.time:
             self._last[body.device, body.task] = _of(body)
 
     def all(self, rows: list[dict[str, Any]], labels: dict[tuple[str, str], dict[str, int]]) -> list[Measured]:
@@ -36,7 +37,7 @@ class Accuracy:
         found = [*self._last.values()]
         found += [_of_collector(key, own.get(key, []), labels.get(key, {})) for key in sorted({*own, *labels})]
         found.sort(key=_badness)
-        self.left_out = max(0, len(found) - MOST.measured)
+        self.left_out = self.forgotten + max(0, len(found) - MOST.measured)
         return found[: MOST.measured]
 
 

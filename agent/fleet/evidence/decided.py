@@ -56,6 +56,7 @@ def _rollout(name: str, row: dict[str, Any] | None, told: list[Decision], facts:
     what = f"{row['bundle']} {row['version']} for task {row['task']}, started {moment(row['started'])}." if row else ""
     title = Markup(f"<h3>{escape(name)} {badge(state, _STATES.get(state, 'none')).html}</h3>")
     phases = [one for one in facts.phases if one["rollout"] == name]
+    phases = sorted(phases, key=lambda one: -one["devices"])[:_DEPARTURES]
     ended = "; ".join(
         f"{count(p['devices'], 'device')} {_PHASES.get(p['phase'], p['phase'])}"
         + (f" ({p['reason']})" if p["reason"] else "")

@@ -82,7 +82,7 @@ class Decisions:
             if len(self._signed) >= MOST.decisions:
                 self.left_out += 1
                 continue
-            self.events[told.event] += 1
+            self._count(told.event)
             self._signed.append(chain.decision(told, row["payload"], row["jws"]))
         return refused
 
@@ -103,8 +103,13 @@ class Decisions:
             return f"asked {_text(body.evidence.get('by')) or 'by somebody'}"
         return _BY_EVENT.get(body.event, _ITSELF)
 
+    def _count(self, event: str) -> None:
+        # Devices name them.
+        known = event in self.events or len(self.events) < MOST.events
+        self.events[event if known else "others"] += 1
+
     def _keep(self, one: Decision) -> None:
-        self.events[one.event] += 1
+        self._count(one.event)
         self._n += 1
         entry = (one.time, self._n, one)
         if len(self._newest) < MOST.decisions:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import clock
-from agent.errors import Refused, UsageError
+from agent.errors import Refused, StorageError, UsageError
 from agent.fleet import audit
 from agent.fleet.evidence import drifting, trust
 from agent.fleet.evidence.accuracy import Accuracy
@@ -179,11 +179,15 @@ def gather(
 
 
 def _moment(at: str | None, last: str | None, database: Path) -> str:
+    try:
+        newest = clock.epoch_us(last) if last else None
+    except ValueError:
+        raise StorageError(f"{database}: table messages: received {last!r} is no time; restore the database") from None
     if at is None and last is None:
         raise UsageError(f"{database}: nothing was collected yet, so that no message tells the time; say it: --at TIME")
     if at is None or last is None:
         return at or last or ""
-    if clock.epoch_us(at) < clock.epoch_us(last):
+    if newest is not None and clock.epoch_us(at) < newest:
         raise UsageError(f"--at {at}: the newest message came at {last}; evidence is of all that is stored")
     return at
 

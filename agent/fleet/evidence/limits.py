@@ -16,6 +16,9 @@ class Most:
     running: int = 20_000
     measured: int = 5000
     models: int = 1000
+    # Tasks of devices that are remembered on the way, and names of events that are counted each.
+    tasks: int = 100_000
+    events: int = 200
     moved: int = 500
     bundles: int = 200
     # Alerts of one log that are open at once; an honest device has a few.

@@ -49,7 +49,9 @@ class Activations:
         self._remember(body, to)
         key, known = (body.device, task), self._last.get((body.device, task))
         # Logs come in no order of time: the newest log counts, then the later message.
-        if known is None or self.newest.get(body.device) == body.log or known.time <= body.time:
+        if known is None and len(self._last) >= MOST.tasks:
+            self.left_out += 1
+        elif known is None or self.newest.get(body.device) == body.log or known.time <= body.time:
             place = Place(body.device, body.log, body.seq)
             self._last[key] = _Change(str(to.get("digest")), body.time, who_activated(body), place)
 
