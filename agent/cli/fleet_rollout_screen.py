@@ -90,13 +90,14 @@ def _lines(one: dict[str, Any]) -> list[RenderableType]:
     if one["not_heard_of"]:
         lines.append(Text(printable(f"  not heard of: {_names(one['not_heard_of'])}"), "dim"))
     told = {device["device"]: device for device in one["devices"]}
-    for key, style in (("failed", "red"), ("left_out", "dim")):
-        for name in one[key][:_MOST_NAMED]:
-            why = told[name]
-            lines.append(Text(printable(f"  {name}: {why['phase']} ({why['reason']}): {why['summary']}"), style))
+    for name in one["refused"][:_MOST_NAMED]:
+        why, style = told[name], "red" if name in one["failed"] else "dim"
+        lines.append(Text(printable(f"  {name}: {why['phase']} ({why['reason']}): {why['summary']}"), style))
+    if len(one["refused"]) > _MOST_NAMED:
+        lines.append(Text(f"  and {len(one['refused']) - _MOST_NAMED} more; --json names all"))
     for strange in one["unbelievable"][:_MOST_NAMED]:
-        line = f"  {strange['device']}: {strange['messages']} messages cannot be believed, the last: {strange['why']}"
-        lines.append(Text(printable(line), "red"))
+        count = f"messages that cannot be believed: {strange['messages']}"
+        lines.append(Text(printable(f"  {strange['device']}: {count}, the last: {strange['why']}"), "red"))
     lines += [Text(printable(f"  {one['time']}  {one['summary']}")) for one in one["decisions"][-5:]]
     return list(lines)
 
