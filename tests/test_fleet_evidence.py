@@ -524,3 +524,9 @@ def test_missing_messages_are_told_as_missing(small: Story, tmp_path: Path) -> N
     assert made.facts.audit["undeclared_gaps"] == 1
     assert "Messages are missing without an explanation (1 range)." in text_of(tmp_path / "out")
     assert "What the missing messages said." in text_of(tmp_path / "out")
+
+
+def test_what_many_devices_did_alike_is_one_entry_of_the_page(small: Story, tmp_path: Path) -> None:
+    small.make(tmp_path / "out")
+    said = text_of(tmp_path / "out")
+    assert "10 Nov 2026, 06:00 · pi-02, pi-01 · activated exercise: exercise 1.0.0 was activated." in said

@@ -13,7 +13,7 @@ from agent.fleet.evidence.words import count, moment
 
 _ROWS = 25
 # Of one roll-out: what operators decided, and what devices did otherwise than planned.
-_STEPS, _DEPARTURES = 40, 10
+_STEPS, _DEPARTURES = 40, 30
 _STATES = {"finished": "ok", "aborted": "bad", "running": "warning", "paused": "warning"}
 _PHASES = {
     "not chosen": "not chosen for it",
@@ -68,8 +68,8 @@ def _rollout(name: str, row: dict[str, Any] | None, told: list[Decision], facts:
     steps += [one for one in told if one.phase in _DEPARTS][:_DEPARTURES]
     steps = sorted(steps or told[:_DEPARTURES], key=lambda one: one.time)
     lead = [element("p", what, kind="muted")] if what else []
-    hidden = len(told) - len(steps)
-    return element("div", title, *lead, *now, timeline(steps), *more(hidden, "decisions.jsonl"), kind="card")
+    shown, entered = timeline(steps, _STEPS + _DEPARTURES)
+    return element("div", title, *lead, *now, shown, *more(len(told) - entered, "decisions.jsonl"), kind="card")
 
 
 def decisions(facts: Facts) -> Markup:
@@ -78,9 +78,9 @@ def decisions(facts: Facts) -> Markup:
         return chapter("decisions", "Decisions", lead, element("p", "Nothing was changed in the time that is told of."))
     # What devices did in a roll-out as it was planned stands there.
     listed = [one for one in facts.decisions if not one.phase or one.phase in _DEPARTS]
-    shown = list(reversed(listed))[:_ROWS]
+    shown, entered = timeline(list(reversed(listed)), _ROWS)
     kinds = ", ".join(f"{n:,} {event}" for event, n in facts.events.most_common(8))
     happened = ", ".join(f"{n:,} × {event}" for event, n in sorted(facts.happened.items()))
     also = [element("p", f"Besides, devices recorded: {happened}.", kind="muted")] if happened else []
-    rest = more(len(facts.decisions) - len(shown), "decisions.jsonl")
-    return chapter("decisions", "Decisions", lead, element("p", f"In all: {kinds}."), timeline(shown), *rest, *also)
+    rest = more(len(facts.decisions) - entered, "decisions.jsonl")
+    return chapter("decisions", "Decisions", lead, element("p", f"In all: {kinds}."), shown, *rest, *also)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 
 from agent.evaluation import page
 from agent.evaluation.page import Markup, element
 from agent.fleet.evidence.contents import Decision
-from agent.fleet.evidence.words import moment
+from agent.fleet.evidence.words import few, moment
 
 
 def chapter(identity: str, title: str, lead: str, *content: Markup) -> Markup:
@@ -44,12 +45,18 @@ def nowrap(text: str) -> Markup:
     return Markup(f'<span class="fixed">{escape(text)}</span>')
 
 
-def timeline(decisions: Iterable[Decision]) -> Markup:
-    items = []
-    for one in decisions:
-        where = f" · {one.device}" if one.device else ""
-        head = element("span", f"{moment(one.time)}{where} · {one.event}", kind="when")
-        items.append(
-            element("li", head, element("span", one.summary or one.event), element("span", one.who, kind="who"))
-        )
-    return Markup(f'<ol class="timeline">{"".join(item.html for item in items)}</ol>')
+def timeline(decisions: Sequence[Decision], most: int) -> tuple[Markup, int]:
+    """At most so many entries, and how many decisions are in them. What many devices did alike is one entry."""
+    groups = [list(alike) for _, alike in groupby(decisions, key=lambda one: (one.event, one.who, one.summary))]
+    items = [_entry(alike) for alike in groups[:most]]
+    shown = sum(len(alike) for alike in groups[:most])
+    return Markup(f'<ol class="timeline">{"".join(item.html for item in items)}</ol>'), shown
+
+
+def _entry(alike: Sequence[Decision]) -> Markup:
+    one, first, last = alike[0], min(each.time for each in alike), max(each.time for each in alike)
+    devices = list(dict.fromkeys(each.device for each in alike if each.device))
+    where = f" · {few(devices)}" if devices else ""
+    when = moment(first) if moment(first) == moment(last) else f"{moment(first)} to {moment(last)}"
+    head = element("span", f"{when}{where} · {one.event}", kind="when")
+    return element("li", head, element("span", one.summary or one.event), element("span", one.who, kind="who"))
