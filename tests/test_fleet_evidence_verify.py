@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import Refused
@@ -518,3 +518,23 @@ def test_a_manifest_is_read_as_it_was_written_and_paths_lead_nowhere_else(
 def test_any_bytes_are_refused_and_never_raise_anything_else(data: bytes) -> None:
     with pytest.raises(Refused):
         manifest.decode(data)
+
+
+PARSED = ["decisions.jsonl", "incidents.json", "running.json", "accuracy.json", MESSAGES]
+BITS = [b'"', b"{", b"[[", b"null", b"-1", b"9" * 30, b"\xff", b"\\ud800", b'"device":"pi-02",', b"\n", b"\x00"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(file=st.sampled_from(PARSED), at=st.floats(0, 1), cut=st.integers(0, 40), put=st.sampled_from(BITS))
+def test_whatever_an_operator_signs_is_judged_and_breaks_nothing(
+    original: Path, tmp_path_factory: pytest.TempPathFactory, file: str, at: float, cut: int, put: bytes
+) -> None:
+    folder = Path(shutil.copytree(original, tmp_path_factory.mktemp("any") / "received"))
+    data = (folder / file).read_bytes()
+    place = int(at * len(data))
+    (folder / file).write_bytes(data[:place] + put + data[place + cut :])
+    resign(folder)
+    report = verified(folder)
+    assert report.problem_count >= len(report.problems)
+    assert report.files == len(json.loads((folder / "manifest.json").read_bytes())["files"])
+    shutil.rmtree(folder.parent)
