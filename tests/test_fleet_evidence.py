@@ -217,6 +217,7 @@ def test_what_is_too_much_is_counted_and_said_and_the_rest_verifies(
     assert manifest["left_out"]["incidents"] == 6
     assert "6 incidents were too many for this folder." in text_of(tmp_path / "out")
     assert "9 incidents in all" in text_of(tmp_path / "out")
+    assert "6 others, none of them worse than these, are counted only." in text_of(tmp_path / "out")
     report = verify(tmp_path / "out", [small.operator.public])
     assert report.ok, report.problems
     assert report.unsupported > 0

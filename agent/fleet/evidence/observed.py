@@ -35,7 +35,10 @@ def incidents(facts: Facts) -> Markup:
     picture = pictures.lanes(facts.incidents, epoch(facts.span.first) or 0, epoch(facts.at) or 1)
     key = "red: critical; orange: warning; grey: information. A bar to the right edge goes on."
     shown = [element("div", Markup(picture), element("p", key, kind="muted"), kind="card chart")] if picture else []
-    rest = more(total - min(total, _ROWS), "incidents.json")
+    rest = more(len(facts.incidents) - _ROWS, "incidents.json")
+    if total > len(facts.incidents):
+        counted = f"{total - len(facts.incidents):,} others, none of them worse than these, are counted only."
+        rest.append(element("p", counted, kind="muted"))
     unsure = sum(one.clock == "unsynced" for one in facts.incidents)
     notes = []
     if unsure:

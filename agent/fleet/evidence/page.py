@@ -146,8 +146,9 @@ def _look(facts: Facts) -> list[str]:
     for severity in ("critical", "warning"):
         those = [one for one in facts.incidents if one.state == "open" and one.severity == severity]
         if those:
-            where = few(sorted({one.device or "the whole fleet" for one in those}))
+            names = sorted({one.device or "the whole fleet" for one in those})
             n = facts.incident_counts[severity, "open"]
+            where = few(names) if n == len(those) else f"{', '.join(names[:6])} and others"
             word = "critical incident" if severity == "critical" else "warning"
             found.append(f"{count(n, word)} {'goes' if n == 1 else 'go'} on: {where}.")
     if facts.silent:

@@ -20,10 +20,10 @@ _STRIP_W, _STRIP = 400.0, 90.0
 def lanes(incidents: Sequence[Incident], begin_us: int, end_us: int, theme: Theme = PAGE) -> str:
     """An inline SVG: a bar from each incident's beginning to its end; "" without any whose time is known."""
     known = [one for one in incidents if (us := epoch(one.began)) is not None and us <= end_us][:_LANES]
-    if not known or end_us <= begin_us:
+    begin = min([begin_us, *(epoch(one.began) or begin_us for one in known)])
+    if not known or end_us <= begin:
         return ""
     known.sort(key=lambda one: one.began)
-    begin = min([begin_us, *(epoch(one.began) or begin_us for one in known)])
     draw = Drawing(_WIDTH, f"When incidents were, {len(known)} of them")
     left, right = _NAME, _WIDTH - _END
 
@@ -58,7 +58,7 @@ def strip(history: Sequence[dict[str, Any]], devices: int, theme: Theme = PAGE) 
         return ""
     begin, end = epoch(known[0]["from"]) or 0, epoch(known[-1]["to"]) or 1
     draw = Drawing(_STRIP_W, "Devices that drifted or had a sensor fault, over time")
-    left, right, bottom = 30.0, _STRIP_W - 8, _TOP + _STRIP
+    left, right, bottom = 38.0, _STRIP_W - 8, _TOP + _STRIP
     most = max(1, devices)
 
     def high(n: int) -> float:
