@@ -18,12 +18,15 @@ from agent.cli.fleet_command import command, revoke
 from agent.cli.fleet_drift import drift
 from agent.cli.fleet_evidence import evidence
 from agent.cli.fleet_label import label
+from agent.cli.fleet_publish import publish
+from agent.cli.fleet_repository import repository
 from agent.cli.fleet_rollout import rollout
 from agent.cli.output import emit, json_option, table
 from agent.config import Broker, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
+from agent.fleet.repository.layout import Layout
 from agent.fleet.text import printable
 from agent.names import is_name
 from agent.toml import suggestion
@@ -50,6 +53,8 @@ fleet.add_command(evidence)
 fleet.add_command(revoke)
 fleet.add_command(label)
 fleet.add_command(rollout)
+fleet.add_command(publish)
+fleet.add_command(repository)
 
 
 @fleet.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")
@@ -143,16 +148,21 @@ def enrol(
 @_db
 @_dir
 def collect(db: str | None, folder: str | None) -> None:
-    """Collect what devices send: verify, store, acknowledge. Runs until SIGTERM or Ctrl-C."""
+    """Collect what devices send: verify, store, acknowledge. Runs until SIGTERM or Ctrl-C.
+
+    Where the repository's online keys are in the fleet's folder, its timestamp is signed anew each day.
+    """
     from agent.fleet.collect import Collector
     from agent.fleet.store import FleetStore
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    config = fleet_config.load(fleet_config.find(folder))
+    home = fleet_config.find(folder)
+    config = fleet_config.load(home)
     key = keys.load_private(Path(config.collector.key_file))
     store = FleetStore(_database(config, db))
     try:
-        collector = Collector(config.fleet.name, config.broker_as(config.collector), store, key)
+        broker = config.broker_as(config.collector)
+        collector = Collector(config.fleet.name, broker, store, key, upkeep=lambda: _keep_repository(home, store))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
         collector.run()
@@ -272,6 +282,13 @@ def reading(folder: str | None, db: str | None, device: str | None = None) -> tu
         if device not in known:
             raise UsageError(f"no device {device!r} is enrolled{suggestion(device, known)}")
     return config, store
+
+
+def _keep_repository(home: Path, store: FleetStore) -> None:
+    if Layout(home).newest_root() is not None:
+        from agent.fleet.repository.upkeep import keep
+
+        keep(home, store)
 
 
 def _database(config: FleetConfig, db: str | None) -> Path:
