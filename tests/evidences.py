@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.enrol import init_fleet
 from agent.fleet.evidence.make import Made, Sources, make
 from agent.fleet.ingest import Arrival
+from agent.fleet.repository import publish as publishing
 from agent.fleet.rollout import acts, book
 from agent.fleet.rollout.acts import Operator
 from agent.fleet.rollout.judging import Verdict
@@ -25,7 +24,7 @@ from agent.model import shipped
 from agent.wire import keys, rotation
 from agent.wire.desired import Rules
 from agent.wire.keys import SigningKey
-from tests.bundles import archive
+from tests.repositories import Depot
 from tests.senders import FLEET, NEWER, Sender, Sent, new_key
 
 T0_US = clock.epoch_us("2026-11-10T06:00:00Z")
@@ -194,17 +193,9 @@ def roll_out(story: Story, senders: list[Sender]) -> None:
 
 
 def publish(story: Story) -> None:
-    """The shipped bundle as the repository has it."""
-    folder = story.home / "repository" / "targets" / "exercise" / "1.0.0"
-    folder.mkdir(parents=True)
-    copied = shutil.copytree(EXERCISE, story.home / "copied" / "exercise")
-    shutil.move(archive(copied), folder / f"{'ab' * 32}.{story.digest[7:23]}.zip")
-    shutil.rmtree(story.home / "copied")
-    key = {"keytype": "ed25519", "scheme": "ed25519", "keyval": {"public": "ab" * 32}}
-    roles = {name: {"keyids": ["k1"], "threshold": 1} for name in ("root", "targets", "snapshot", "timestamp")}
-    root = {"signed": {"expires": "2027-11-10T00:00:00Z", "keys": {"k1": key}, "roles": roles}, "signatures": []}
-    (story.home / "repository" / "metadata").mkdir()
-    (story.home / "repository" / "metadata" / "1.root.json").write_text(json.dumps(root))
+    """The shipped bundle, in a repository of two root keys."""
+    depot = Depot(story.home).create(roots=2, threshold=2)
+    publishing.publish(depot.folder, EXERCISE, shipped.publishers(), prove=False)
 
 
 def told(home: Path) -> Story:

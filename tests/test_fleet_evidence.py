@@ -7,6 +7,7 @@ import html
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from agent.fleet.evidence.incidents import Incidents
 from agent.fleet.evidence.limits import Most
 from agent.fleet.evidence.verify import verify
 from agent.fleet.evidence.words import span
+from tests.bundles import resign
 from tests.evidences import EXERCISE, Story, activated, alert, at, health, told
 from tests.senders import Sender, new_key
 
@@ -163,6 +165,7 @@ def test_the_page_tells_the_story_and_loads_nothing(folder: Path) -> None:
     assert "0.810 of 400" in said
     assert "How good models were before use: no evaluation was given" in said
     assert "4 device keys in force, 1 revoked or replaced." in said
+    assert re.search(r"root 2 of 2 [0-9a-f]{16}…, [0-9a-f]{16}…", said)
 
 
 def test_what_devices_write_cannot_become_part_of_the_page_or_a_formula(small: Story, tmp_path: Path) -> None:
@@ -362,6 +365,15 @@ def test_an_evaluation_stands_with_its_bundle_and_one_of_an_unknown_bundle_is_re
     result = run("--out", tmp_path / "other", "--dir", small.home, "--evaluation", file)
     assert isinstance(result.exception, UsageError)
     assert "--bundle PATH" in str(result.exception)
+
+
+def test_a_bundle_that_the_operator_signed_is_checked_with_the_operators_key(small: Story, tmp_path: Path) -> None:
+    shutil.copytree(EXERCISE, tmp_path / "own")
+    resign(tmp_path / "own", small.operator)
+    small.make(tmp_path / "out", publishers=[], bundles=[tmp_path / "own"])
+    [card] = [json.loads(path.read_text()) for path in (tmp_path / "out").rglob("about.json")]
+    assert (card["checked"], card["signer"]) == (True, small.operator.public.kid)
+    assert verify(tmp_path / "out", [small.operator.public]).ok
 
 
 def test_a_bundle_whose_publisher_is_not_known_is_not_said_to_be_checked(small: Story, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def keys(facts: Facts) -> Markup:
 
 _FORMER = "decisions of before: another key has followed it"
 _ROLE = {
-    "operator": "this folder, commands, what devices should run",
+    "operator": "this folder, commands, what devices should run, and where it likes models",
     "collector": "acknowledgements: devices delete what they confirm",
     "publisher": "models",
 }

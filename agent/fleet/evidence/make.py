@@ -79,7 +79,9 @@ def _facts(
 ) -> Facts:
     roles = trust.of_roles(sources.operators, sources.collector, sources.publishers)
     facts = gather(store, db, sources.fleet, at, roles, advance)
-    facts.bundles = bundles.gather(sources.home, sources.bundles, sources.publishers, sources.evaluations, facts.models)
+    # Devices take bundles from operators, too.
+    known = [*sources.publishers, *sources.operators]
+    facts.bundles = bundles.gather(sources.home, sources.bundles, known, sources.evaluations, facts.models)
     facts.left_out["bundles"] += facts.bundles.left_out
     return facts
 

@@ -78,7 +78,8 @@ def _contents(opened: Opened, head: Manifest, report: Report) -> None:
         claims.measured(f"accuracy.json[{i}]", measured)
     claims.finish()
     report.decisions, report.unsupported = claims.decisions, claims.unsupported
-    publishers = _signers(head.keys, "publisher")
+    # Devices take bundles from operators, too.
+    publishers = {**_signers(head.keys, "publisher"), **_signers(head.keys, "operator")}
     for path in sorted(opened.good):
         if path.startswith("bundles/") and path.endswith("/about.json"):
             card = opened.document(path, contents.Card)
