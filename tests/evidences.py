@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from agent.model import shipped
 from agent.wire import keys, rotation
 from agent.wire.desired import Rules
 from agent.wire.keys import SigningKey
+from tests.bundles import KEY, change_manifest
 from tests.repositories import Depot
 from tests.senders import FLEET, NEWER, Sender, Sent, new_key
 
@@ -46,7 +48,7 @@ class Story:
     store: FleetStore
     operator: SigningKey
     digest: str
-    counter: int = 0
+    newer: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, home: Path) -> Story:
@@ -78,7 +80,7 @@ class Story:
             "operator": self.operator,
             "operators": [self.operator.public],
             "collector": keys.load_private(Path(self.config.collector.key_file)).public,
-            "publishers": shipped.publishers(),
+            "publishers": [*shipped.publishers(), KEY.public],
         }
         return Sources(**{**found, **changes})
 
@@ -92,9 +94,12 @@ def shipped_digest() -> str:
     return bundle.read(EXERCISE, None).digest
 
 
-def activated(story: Story, sender: Sender, hours: float, why: str = "configured") -> Sent:
-    evidence = {"task": "exercise", "from": None, "to": story.model, "why": why, "kind": "classify"}
-    summary = "exercise: exercise 1.0.0 was activated."
+def activated(
+    story: Story, sender: Sender, hours: float, why: str = "configured", model: dict[str, str] | None = None
+) -> Sent:
+    model = model or story.model
+    evidence = {"task": "exercise", "from": None, "to": model, "why": why, "kind": "classify"}
+    summary = f"exercise: exercise {model['version']} was activated."
     return sender.logged("audit", event="activated", summary=summary, evidence=evidence, time=at(hours))
 
 
@@ -171,7 +176,7 @@ def good(summary: str) -> Verdict:
 def roll_out(story: Story, senders: list[Sender]) -> None:
     """One that ends everywhere; one that is taken back on a device, and aborted."""
     with story.store.transaction() as db:
-        acts.start(db, story.operated(30), 1, plan("exercise-1-1"))
+        acts.start(db, story.operated(30), 1, plan("exercise-1-1", story.newer["digest"]))
     for number, sender in enumerate(senders):
         hours = 31 + number / 10
         story.collect(sender, phase(sender, "exercise-1-1", "shadow", hours), hours=hours)
@@ -184,7 +189,8 @@ def roll_out(story: Story, senders: list[Sender]) -> None:
         acts.start(db, story.operated(120), 5, plan("exercise-1-2", "sha256:" + "ef" * 32, "1.2.0"))
     for number, sender in enumerate(senders):
         hours = 81 + number / 10
-        story.collect(sender, phase(sender, "exercise-1-1", "settled", hours), hours=hours)
+        now = activated(story, sender, hours, "roll-out", story.newer)
+        story.collect(sender, now, phase(sender, "exercise-1-1", "settled", hours), hours=hours)
     bad = phase(senders[0], "exercise-1-2", "rolled back", 122, "batch time", "1.2.0")
     story.collect(senders[0], bad, hours=122)
     with story.store.transaction() as db:
@@ -193,14 +199,19 @@ def roll_out(story: Story, senders: list[Sender]) -> None:
 
 
 def publish(story: Story) -> None:
-    """The shipped bundle, in a repository of two root keys."""
+    """The shipped bundle and a newer one of the tests' publisher, in a repository of two root keys."""
     depot = Depot(story.home).create(roots=2, threshold=2)
     publishing.publish(depot.folder, EXERCISE, shipped.publishers(), prove=False)
+    newer = Path(shutil.copytree(EXERCISE, story.home / "newer"))
+    change_manifest(newer, lambda head: head.update(version="1.1.0"))
+    story.newer = {"name": "exercise", "version": "1.1.0", "digest": depot.publish(newer).offer.digest}
+    shutil.rmtree(newer)
 
 
 def told(home: Path) -> Story:
     """The whole story."""
     story = Story.begin(home)
+    publish(story)
     senders = [story.device(f"pi-{i:02}", i) for i in range(1, 5)]
     for sender in senders:
         story.collect(sender, activated(story, sender, 0), health(story, sender, 0.1), hours=0.2)
@@ -209,7 +220,9 @@ def told(home: Path) -> Story:
             story.collect(sender, window(story, sender, hour, hour, state), hours=hour + 1.1)
     first, second, third, fourth = senders
     story.collect(first, alert(first, "exercise/ax/drift/1", "raised", 49, "ax: spread fell to 0.6."), hours=49)
-    stuck = alert(second, "wy/fault/1", "raised", 60, "wy: repeats one value.", alert="fault", severity="critical")
+    stuck = alert(
+        second, "wy/fault/1", "raised", 60, "wy: repeats one value.", alert="fault", severity="critical", subject="wy"
+    )
     story.collect(second, stuck, hours=60)
     roll_out(story, senders)
     story.collect(first, alert(first, "exercise/ax/drift/1", "cleared", 73.5, "ax: as usual again."), hours=74)
@@ -217,13 +230,14 @@ def told(home: Path) -> Story:
     story.collect(third, alert(third, "storage/1", "raised", 90, "90 % full.", **disk), hours=90)
     story.collect(third, alert(third, "storage/1", "cleared", 95, "Room again.", **disk), hours=95)
     kid = story.operator.public.kid
-    story.collect(third, command(third, "rollback", 96, kid, "exercise 1.0.0 runs again.", task="exercise"), hours=96)
+    back = command(third, "rollback", 96, kid, "exercise 1.0.0 runs again.", task="exercise")
+    story.collect(third, activated(story, third, 96, "rollback"), back, hours=96)
     labels = '{"row":[17],"label":["lifted a box"]}'
     told_labels = command(fourth, "label", 97, kid, "1 label was taken.", task="exercise", labels=labels)
     story.collect(fourth, told_labels, hours=97)
     rotate(story, fourth, 98, new_key(44))
     for number, sender in enumerate(senders):
-        last = [quality(story, sender, 125, 0.93 - 0.04 * number), health(story, sender, 126)]
+        runs = {} if sender is third else {"model": story.newer}
+        last = [quality(story, sender, 125, 0.93 - 0.04 * number), health(story, sender, 126, **runs)]
         story.collect(sender, *last, hours=126)
-    publish(story)
     return story

@@ -97,7 +97,7 @@ def test_a_copy_verifies_in_a_fresh_process_that_has_the_folder_and_the_key_and_
         True, [], "acme", story.operator.public.kid,
     )  # fmt: skip
     assert report["files"] == len(everything(folder)) - 2
-    assert (report["decisions"], report["bundles"], report["unsupported"]) == (22, 1, 0)
+    assert (report["decisions"], report["bundles"], report["unsupported"]) == (27, 2, 0)
     assert report["messages"] == len(lines(folder / "messages" / "part-0001.jsonl")) > 20
 
 
@@ -108,7 +108,7 @@ def test_the_same_database_and_time_give_the_same_bytes(story: Story, folder: Pa
 
 def test_incidents_say_how_long_they_lasted_and_which_messages_say_so(folder: Path) -> None:
     found = {one["subject"] + one["alert"]: one for one in json.loads((folder / "incidents.json").read_text())}
-    drift, fault, storage = found["axdrift"], found["axfault"], found["diskstorage"]
+    drift, fault, storage = found["axdrift"], found["wyfault"], found["diskstorage"]
     assert (drift["state"], drift["seconds"], drift["device"]) == ("over", 24.5 * 3600, "pi-01")
     assert drift["raised"]["seq"] < drift["cleared"]["seq"]
     # Open: up to the newest message.
@@ -121,8 +121,13 @@ def test_incidents_say_how_long_they_lasted_and_which_messages_say_so(folder: Pa
 def test_what_runs_where_says_since_when_and_by_whom(folder: Path) -> None:
     found = json.loads((folder / "running.json").read_text())
     assert [one["device"] for one in found] == ["pi-01", "pi-02", "pi-03", "pi-04"]
-    assert {one["who"] for one in found} == {"whoever configured the device"}
-    assert {one["since"] for one in found} == {at(0)}
+    assert [one["model"]["version"] for one in found] == ["1.1.0", "1.1.0", "1.0.0", "1.1.0"]
+    assert [one["who"] for one in found[1:3]] == ["an operator, by a roll-out", "an operator, by command"]
+    assert [one["since"] for one in found[1:3]] == [at(81.1), at(96)]
+    ran = {one["model"]["version"]: one for one in json.loads((folder / "history.json").read_text())}
+    assert [(ran[v]["activations"], ran[v]["devices"], ran[v]["running"]) for v in ("1.0.0", "1.1.0")] == [
+        (5, 4, 1), (4, 4, 3),
+    ]  # fmt: skip
     assert {one["agent"] for one in found} == {"0.1.0"}
 
 

@@ -13,7 +13,7 @@ from agent.picture.svg import Drawing, shortened
 from agent.picture.theme import PAGE, Theme
 
 _LANES, _LANE, _TOP = 16, 22.0, 10.0
-_WIDTH, _NAME, _END = 440.0, 112.0, 82.0
+_WIDTH, _NAME, _END = 450.0, 112.0, 94.0
 _STRIP_W, _STRIP = 400.0, 90.0
 
 
