@@ -146,6 +146,11 @@ def left_out(facts: Facts) -> list[str]:
 
 def unknown(facts: Facts) -> list[str]:
     found = []
+    if facts.rollouts:
+        found.append(
+            "What two bundles answered beside each other, window by window: the sums of it that each decision rests on "
+            "are in decisions.jsonl, the signed messages they were added up from stay in the database."
+        )
     if facts.silent:
         found.append(f"What runs on {few(facts.silent)}: nothing of it is stored.")
     if facts.unverified:
