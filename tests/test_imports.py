@@ -21,11 +21,13 @@ AGENT = ROOT / "agent"
 # A room is a package or module directly under agent/. It imports itself and lower floors.
 FLOORS = {
     "errors": 0,
+    "quantities": 0,
     "names": 1,
     "jsonkeys": 1,
     "media": 1,
     "clock": 1,
     "toml": 1,
+    "config_updates": 1,
     "config": 2,
     "wire": 3,
     "drift": 3,
@@ -56,9 +58,19 @@ ONLY = {
     "resvg_py": {"agent.picture.png"},
     "PIL": {"agent.model.images"},
     "ray": {"agent.evaluation.cluster"},
+    "cyclonedx": {"agent.fleet.evidence.software"},
+    "tuf": {
+        *(f"agent.fleet.repository.{name}" for name in ("copy", "create", "edition", "publish", "revoke", "roots")),
+        *("agent.fleet.repository.rotate", "agent.fleet.repository.status", "agent.device.updates.trust"),
+    },
+    "securesystemslib": {f"agent.fleet.repository.{name}" for name in ("edition", "keyring", "rotate")},
 }
 # wire/ and drift/ are pure: these libraries and no other, nothing of the system but for the key files.
-PURE = {"drift": {"msgspec", "numpy"}, "wire": {"cryptography", "msgspec"}}
+PURE = {
+    "drift": {"msgspec", "numpy"},
+    "rivals": {"msgspec", "numpy"},
+    "wire": {"cryptography", "msgspec"},
+}
 KEY_FILES = "agent.wire.keys"
 COMPUTED = "a module whose name is computed"
 SYSTEM = {
@@ -146,6 +158,11 @@ def test_a_library_is_known_to_one_module_only(library: str) -> None:
     assert users <= ONLY[library]
 
 
+def test_on_the_device_the_child_that_fetches_alone_knows_tuf() -> None:
+    trust = "agent.device.updates.trust"
+    assert {f.module for f in ALL if f.target == trust} == {"agent.device.updates.fetch"}
+
+
 @pytest.mark.parametrize("pure", PURE)
 def test_a_pure_room_touches_neither_the_system_nor_foreign_libraries(pure: str) -> None:
     inside = [found for found in ALL if room(found.module) == pure]
@@ -181,6 +198,10 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
                 "rich",
                 "tuf",
             },
+        ),
+        (
+            "agent.device.updates.fetch",
+            {"agent.cli", "agent.config", "agent.device.storage", "agent.model", "numpy", "paho", "psutil", "sqlite3"},
         ),
         (
             "agent.fleet.collect",

@@ -16,12 +16,17 @@ import click
 
 from agent.cli.fleet_command import command, revoke
 from agent.cli.fleet_drift import drift
+from agent.cli.fleet_evidence import evidence
 from agent.cli.fleet_label import label
+from agent.cli.fleet_publish import publish
+from agent.cli.fleet_repository import repository
+from agent.cli.fleet_rollout import rollout
 from agent.cli.output import emit, json_option, table
 from agent.config import Broker, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
+from agent.fleet.repository.layout import Layout
 from agent.fleet.text import printable
 from agent.names import is_name
 from agent.toml import suggestion
@@ -44,8 +49,12 @@ def fleet() -> None:
 
 fleet.add_command(command)
 fleet.add_command(drift)
+fleet.add_command(evidence)
 fleet.add_command(revoke)
 fleet.add_command(label)
+fleet.add_command(publish)
+fleet.add_command(repository)
+fleet.add_command(rollout)
 
 
 @fleet.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")
@@ -139,16 +148,21 @@ def enrol(
 @_db
 @_dir
 def collect(db: str | None, folder: str | None) -> None:
-    """Collect what devices send: verify, store, acknowledge. Runs until SIGTERM or Ctrl-C."""
+    """Collect what devices send: verify, store, acknowledge. Runs until SIGTERM or Ctrl-C.
+
+    Where the repository's online keys are in the fleet's folder, its timestamp is signed anew each day.
+    """
     from agent.fleet.collect import Collector
     from agent.fleet.store import FleetStore
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    config = fleet_config.load(fleet_config.find(folder))
+    home = fleet_config.find(folder)
+    config = fleet_config.load(home)
     key = keys.load_private(Path(config.collector.key_file))
     store = FleetStore(_database(config, db))
     try:
-        collector = Collector(config.fleet.name, config.broker_as(config.collector), store, key)
+        broker = config.broker_as(config.collector)
+        collector = Collector(config.fleet.name, broker, store, key, upkeep=lambda: _keep_repository(home, store))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
         collector.run()
@@ -221,11 +235,13 @@ def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) 
 @json_option
 def audit(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Verify every stored message again: signatures, chain, gaps, coverage. Exit 1 if anything is wrong."""
+    from agent.fleet import operators
     from agent.fleet.audit import audit as run_audit
 
-    _, store = reading(folder, db, device)
+    config, store = reading(folder, db, device)
+    trusted = operators.trusted(config)
     with progress("auditing", store.count_messages(device)) as advance:
-        report = run_audit(store, device, advance).document()
+        report = run_audit(store, device, advance, trusted).document()
     emit(report, as_json, lambda: _say(*_verdict(report)))
     if not report["passed"]:
         sys.exit(1)
@@ -268,6 +284,13 @@ def reading(folder: str | None, db: str | None, device: str | None = None) -> tu
     return config, store
 
 
+def _keep_repository(home: Path, store: FleetStore) -> None:
+    if Layout(home).newest_root() is not None:
+        from agent.fleet.repository.upkeep import keep
+
+        keep(home, store)
+
+
 def _database(config: FleetConfig, db: str | None) -> Path:
     return fleet_config.database(db, Path.cwd()) if db else Path(config.fleet.db)
 
@@ -284,6 +307,11 @@ def _verdict(report: dict[str, Any]) -> Iterable[str]:
         yield f"  {entry['device']} {entry['log']} seq {entry['seq']} {entry['reason']}"
     for gap in missing[:50]:
         yield f"  {gap['device']} {gap['log']} seq {gap['from']}-{gap['to']} is missing"
+    if report["decisions"] or report["invalid_decisions"]:
+        yield f"{report['decisions']} decisions about roll-outs: {len(report['invalid_decisions'])} invalid"
+    for entry in report["invalid_decisions"][:50]:
+        where = f"{entry['rollout']} decision {entry['n']}" if entry["n"] is not None else entry["rollout"] or "fleet"
+        yield f"  {where} {entry['reason']}"
     if not report["messages"]:
         yield "Nothing was collected yet: start `outstation fleet collect` and a device."
     yield "PASSED" if report["passed"] else "FAILED"

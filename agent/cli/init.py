@@ -20,7 +20,14 @@ from agent.errors import UsageError
 from agent.names import is_name
 from agent.wire import keys
 
-_MEMBERS = {"outstation.toml": 0o640, "ca.pem": 0o644, "device.crt": 0o644, "device-tls.key": 0o600, KEY_FILE: 0o600}
+_MEMBERS = {
+    "outstation.toml": 0o640,
+    "ca.pem": 0o644,
+    "device.crt": 0o644,
+    "device-tls.key": 0o600,
+    KEY_FILE: 0o600,
+    "root.json": 0o644,
+}
 _LARGEST = 1 << 20
 
 TEMPLATE = """\
@@ -30,6 +37,7 @@ TEMPLATE = """\
 id = "{device}"              # a-z 0-9 - _ . , 1-64 characters; a level of every topic
 fleet = "{fleet}"
 data_dir = "{data_dir}"
+# groups = ["roof"]                   # a roll-out for a group is for this device, too
 
 [broker]
 url = "mqtt://127.0.0.1:1883"  # mqtts:// anywhere but on this machine

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from agent.device import columns, drifting, learned
 from agent.device.author import Author
 from agent.device.drifting import Ended
 from agent.device.operating import overrides
+from agent.device.spending import Meter
 from agent.device.storage.given import Given
 from agent.device.storage.rows import EMPTY, Rows, concatenate
 from agent.device.storage.segments import Stamp, within
@@ -31,7 +33,7 @@ from agent.model import features, runtime, scores
 from agent.model.bundle import Bundle
 from agent.model.choice import Choice
 from agent.model.features import Cut
-from agent.model.inference import MOST_VALUES, Answers, Inference
+from agent.model.inference import MOST_VALUES, Answers, Inference, Runs
 from agent.model.scores import Scores
 
 # Model windows of a batch: many of them only where they are short, or none was timed yet.
@@ -41,6 +43,19 @@ _MOST_WINDOWS, _MANY_WINDOWS, _MANY_ROWS = 4096, 512, 25_600
 _RESULT_BYTES, _COLUMN_BYTES, _DRIFT_BYTES, _FIELD_BYTES = 200, 40, 2_000, 1_000
 # Of a batch's time in the model: far less than the watchdog's minute, on a day when all else is slow, too.
 _MOST_SECONDS = 5.0
+
+
+class Trying(Protocol):
+    """Another bundle is tried with the task's batches; called by each of them."""
+
+    def look(self, task: Task, answers: Answers) -> None:
+        """Before the commit of what `task` answered."""
+
+    def write(self, tx: Transaction) -> None:
+        """In that commit."""
+
+    def committed(self, task: Task, store: Store, batch: Batch, answers: Answers) -> None:
+        """After it. Raises StorageError, and nothing for what the other bundle does."""
 
 
 @dataclass
@@ -55,7 +70,7 @@ class Task:
     config: config.Task
     stream: Stream
     bundle: Bundle
-    model: runtime.Model
+    model: Runs
     judge: Judge | None
     drift: State | None
     config_digest: str
@@ -64,12 +79,15 @@ class Task:
     choice: Choice | None = None
     running: Callable[[], AbstractContextManager[object]] = nullcontext
     suspected: bool = False
+    trying: Trying | None = None
     columns: list[int] = field(init=False)
     inference: Inference = field(init=False)
+    meter: Meter = field(init=False)
     last_label: str = ""
     shrunk: int = 1
 
     def __post_init__(self) -> None:
+        self.meter = Meter(self.name)
         names = [f.name for f in self.stream.fields]
         self.columns = [names.index(name) for name in self.bundle.manifest.input.fields]
         made, manifest = self.stream.made, self.bundle.manifest
@@ -111,11 +129,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What one batch did."""
+    """What one batch did; `listed` results are in its messages."""
 
     rows: int
     windows: int
     alerts: int
+    listed: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +149,7 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
     Raises StorageError; then nothing of it happened.
     """
     while True:
-        most = task.batch_rows(store.quota.transaction)
+        most, began = task.batch_rows(store.quota.transaction), time.thread_time_ns()
         try:
             done = _run(task, store, author, now, most)
         except StorageFull:
@@ -140,6 +159,8 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
             task.shrunk *= 4
         else:
             task.shrunk = max(1, task.shrunk // 2)
+            if done is not None:
+                task.meter.ran(done.windows, done.rows, done.listed, (time.thread_time_ns() - began) // 1000)
             return done
 
 
@@ -158,6 +179,8 @@ def _run(task: Task, store: Store, author: Author, now: Now, most: int) -> Done 
             return None
         cut = Cut(cut.starts, len(batch.rows))
     matrix, answers = _answer(task, store, batch, cut)
+    if task.trying is not None:
+        task.trying.look(task, answers)
     judged = _judge(task, store, batch, matrix, answers)
     given = _given(task, store, batch, answers)
     names = scores.texts(answers.scores, task.bundle.manifest)
@@ -167,19 +190,27 @@ def _run(task: Task, store: Store, author: Author, now: Now, most: int) -> Done 
             drifting.end(tx, author, task.name, task.ended, now)
         if task.judge is not None and judged.state is not None:
             drifting.keep(tx, task.name, task.judge, judged.state, task.drift)
+        listed = 0
         for body in _results(task, author, batch, answers, names, tx.segments.announced()):
             author.write(tx, "results", task.name, body, now)
+            listed += len(body["columns"]["row"])
         for verdict in judged.verdicts:
             _report(task, author, tx, verdict, now)
         if given is not None:
             tx.labels.keep(task.name, given, tx.uptime_s(now))
         tx.count(f"windows.{task.name}", len(cut.starts))
+        task.meter.keep(tx)
         if task.suspected:
             tx.drop(task.name, overrides.CRASHES)
+        if task.trying is not None:
+            task.trying.write(tx)
+    task.meter.kept()
     task.drift, task.ended, task.suspected = judged.state, None, False
     if names:
         task.last_label = names[-1]
-    return Done(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))
+    if task.trying is not None:
+        task.trying.committed(task, store, batch, answers)
+    return Done(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts), listed)
 
 
 def _lost_follows(task: Task, store: Store, batch: Batch) -> bool:
@@ -190,7 +221,7 @@ def _lost_follows(task: Task, store: Store, batch: Batch) -> bool:
 
 def _answer(task: Task, store: Store, batch: Batch, cut: Cut) -> tuple[features.Floats, Answers]:
     """The batch's features in physical units (n, F), and what the model says of its windows."""
-    past = _history(task, store, batch.first - 1)
+    past = history(task, store, batch.first - 1, task.inference.history)
     matrix = features.matrix([batch.rows.columns[i] for i in task.columns])
     rows, t = matrix, batch.rows.t
     if len(past):
@@ -200,9 +231,9 @@ def _answer(task: Task, store: Store, batch: Batch, cut: Cut) -> tuple[features.
         return matrix, task.inference.answer(rows, t, cut, before=len(past))
 
 
-def _history(task: Task, store: Store, through: int) -> Rows:
-    """The rows up to `through` that derived features look back at: fewer where they were deleted or cannot be read."""
-    at = max(0, through - task.inference.history)
+def history(task: Task, store: Store, through: int, count: int) -> Rows:
+    """The `count` rows up to `through`, that features look back at: fewer where they were deleted or cannot be read."""
+    at = max(0, through - count)
     kept: list[Rows] = []
     while at < through:
         found = store.take(task.config.stream, task.stream.fields, at, through - at)

@@ -18,6 +18,7 @@ from agent.clock import Now
 from agent.config import Config
 from agent.device import batch, behind, quality
 from agent.device.author import Author
+from agent.device.care import Care, step_back
 from agent.device.incoming.intake import Intake
 from agent.device.notify import notify
 from agent.device.operating import references
@@ -28,7 +29,8 @@ from agent.device.reports import Broken, Reports
 from agent.device.storage.space import Space
 from agent.device.storage.store import Store
 from agent.device.timekeeping import Timekeeper
-from agent.errors import BadBundle, StorageBusy, StorageError, StorageFull
+from agent.device.updates.updating import Updating
+from agent.errors import BadBundle, ModelDied, StorageBusy, StorageError, StorageFull
 
 log = logging.getLogger("outstation")
 
@@ -70,6 +72,10 @@ class Signals:
         self.wake()
 
 
+class _Stopping(Exception):
+    """The agent is to stop, and a model that runs apart is not waited for."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Rest:
     """Of a task that met an error nobody foresaw: how long, and until when on the boot-time clock."""
@@ -90,7 +96,8 @@ class Daemon:
         broken: Sequence[Broken],
         make_intake: Callable[[Callable[[], None], Callable[[Exception], None]], Intake],
         make_uplink: Callable[[Callable[[Exception], None]], Uplink],
-        make_operations: Callable[[Machine], Operations],
+        make_updating: Callable[[Machine, Callable[[], None], Callable[[], None]], Updating],
+        make_operations: Callable[[Machine, Updating], Operations],
         now: Callable[[], Now],
     ) -> None:
         self.signals = Signals()
@@ -99,13 +106,17 @@ class Daemon:
         models = {p.task.name: p.task.reference for p in planned}
         self._reports = Reports(conf, store, author, models, now)
         self._timekeeper = Timekeeper(store, author)
+        self._care = Care(conf.care)
         self._intake = make_intake(self.signals.wake, self.signals.fail)
         self._uplink = make_uplink(self.signals.fail)
         self._stuck = {one.task for one in broken if not one.instead}
         self._unfinished: set[str] = set()
         self._resting: dict[str, _Rest] = {}
         self._space = Space(conf, store, author, self._run_early, self._not_getting_on)
-        self._operations = make_operations(self._machine(models))
+        machine = self._machine(models)
+        self._updating = make_updating(machine, self.signals.wake, self._wait_for_model)
+        self._operations = make_operations(machine, self._updating)
+        self._reports.more = lambda now: {"care": self._care.condition.shown(), **self._updating.report(now)}
         self._next_health = self._next_room = self._next_labels = 0.0
 
     def run(self) -> None:
@@ -115,6 +126,8 @@ class Daemon:
         self._operations.start(self._now(), self.signals.wake)
         self._intake.start()
         self._uplink.start()
+        # Threads that start later inherit it.
+        step_back(self._conf.care)
         if not self.signals.stopping:
             notify("READY=1")
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._planned))
@@ -130,13 +143,21 @@ class Daemon:
         self._timekeeper.turn(now)
         if self._operations.turn(now):
             self._uplink.wake()
-        wait = _LONGEST_WAIT_S
+        if self._updating.turn(now):
+            self._uplink.wake()
+        wait = min(_LONGEST_WAIT_S, self._updating.wait_s(now))
+        resting = self._care.turn(now).resting
         for planned in self._planned:
             if self.signals.stopping:
                 return 0.0
             name = planned.task.name
             if planned.paused:
                 self._unfinished.discard(name)
+                continue
+            if resting:
+                # What was due runs when the machine has recovered; where the store gets short, at once.
+                continue
+            if self._updating.resumes(name):
                 continue
             if self._rests(name, now):
                 wait = min(wait, self._resting[name].until_s - now.boot_s)
@@ -146,7 +167,7 @@ class Daemon:
                 self._remember_run(planned, now)
                 self._unfinished.add(name)
             if name in self._unfinished:
-                self._work_off(planned.task, now)
+                self._work_off(planned, now)
             wait = 0.0 if name in self._unfinished else min(wait, planned.schedule.wait_s(now))
         if now.boot_s >= self._next_labels:
             self._next_labels = now.boot_s + _LABELS_S
@@ -169,15 +190,38 @@ class Daemon:
         if self._intake.alive(now) and self._uplink.alive(now):
             notify("WATCHDOG=1")
 
-    def _work_off(self, task: batch.Task, now: Now) -> None:
+    def _wait_for_model(self) -> None:
+        """About once a second while one that runs apart is at work: that is no reason for the watchdog."""
+        if self.signals.stopping:
+            raise _Stopping
+        self._feed_watchdog()
+
+    def _work_off(self, planned: Planned, now: Now) -> None:
         """Batches until nothing more can be consumed, or for a while: then the next turns go on."""
-        self._unfinished.discard(task.name)
+        name = planned.task.name
+        self._unfinished.discard(name)
+        if self._updating.resumes(name):
+            self._unfinished.add(name)
+            return
         end_s = self._now().boot_s + _SLICE_S
+        instead: batch.Task | None = None
         while not self.signals.stopping:
+            # Another bundle may have come to run since the last batch.
+            task, instead = instead or planned.task, None
             try:
-                behind.go_on(task, self._store, self._author, self._now())
-                references.take_up(task, self._store, self._author, self._now())
+                if task is planned.task:
+                    behind.go_on(task, self._store, self._author, self._now())
+                    references.take_up(task, self._store, self._author, self._now())
                 done = batch.run(task, self._store, self._author, self._now())
+            except _Stopping:
+                return
+            except ModelDied as died:
+                # One that runs apart: the same rows are answered by another bundle, at once.
+                instead = self._updating.fell(name, died, self._now())
+                self._feed_watchdog()
+                if instead is None:
+                    return
+                continue
             except BadBundle as problem:
                 log.error("task %s: %s; its rows are kept and it is tried again when next due", task.name, problem)
                 self._stuck.add(task.name)
@@ -200,6 +244,7 @@ class Daemon:
             self._recovered(task.name, "")
             if done is None:
                 return
+            self._updating.ran(name, self._now())
             self._uplink.wake()
             self._feed_watchdog()
             if done.alerts:
@@ -241,10 +286,11 @@ class Daemon:
                 self._rest(planned.task, _OF_LABELS, error)
 
     def _run_early(self, now: Now) -> bool:
-        ready = [one.task for one in self._planned if not one.paused and not self._rests(one.task.name, now)]
-        for task in ready:
-            self._work_off(task, now)
-        return any(task.name in self._unfinished and not self._rests(task.name, self._now()) for task in ready)
+        ready = [one for one in self._planned if not one.paused and not self._rests(one.task.name, now)]
+        names = [one.task.name for one in ready if not self._updating.resumes(one.task.name)]
+        for one in ready:
+            self._work_off(one, now)
+        return any(name in self._unfinished and not self._rests(name, self._now()) for name in names)
 
     def _not_getting_on(self) -> set[str]:
         return self._stuck | {planned.task.name for planned in self._planned if planned.paused}
@@ -266,7 +312,7 @@ class Daemon:
         return Machine(
             self._planned,
             models,
-            run=lambda planned, now: self._work_off(planned.task, now),
+            run=self._work_off,
             report=self._reports.health,
             runs_again=lambda: self._reports.bundles([]),
             halt=self.signals.halt,
@@ -278,6 +324,7 @@ class Daemon:
         if isinstance(self.signals.failure, StorageError):
             self._uplink.stop(0.0)
             return
+        self._updating.stop(self._now())
         self._reports.health()
         self._reports.event("stopped", "The agent was stopped.")
         if self._operations.wiping:

@@ -13,10 +13,12 @@ from agent.config import Config
 from agent.device import timekeeping
 from agent.device.author import Author
 from agent.device.operating import overrides
+from agent.device.spending import Process
 from agent.device.storage import space
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 from agent.device.timekeeping import SYNCED
+from agent.device.updates import standing
 from agent.errors import StorageFull
 
 log = logging.getLogger("outstation")
@@ -47,6 +49,9 @@ class Reports:
         now: Callable[[], Now],
     ) -> None:
         self._conf, self._store, self._author, self._models, self._now = conf, store, author, models, now
+        self._process = Process()
+        # Members of a health message that others know of.
+        self.more: Callable[[Now], Mapping[str, Any]] = lambda now: {}
 
     def health(self) -> None:
         now = self._now()
@@ -54,8 +59,10 @@ class Reports:
         def write(tx: Transaction) -> None:
             if now.quality == "synced":
                 tx.set_meta(SYNCED, str(now.wall_us))
+            self._process.turn(tx, now)
             body = health(self._conf, self._store, self._models)
-            self._author.write(tx, "health", None, {**body, "wall_clock": timekeeping.report(self._store, now)}, now)
+            told = {**body, **self.more(now), "wall_clock": timekeeping.report(self._store, now)}
+            self._author.write(tx, "health", None, told, now)
 
         self._write(write)
 
@@ -132,6 +139,7 @@ def health(conf: Config, store: Store, models: Models) -> dict[str, Any]:
                 "windows": counters.get(f"windows.{name}", 0),
                 "model": models.get(name),
                 **overrides.shown(store, name),
+                **standing.shown(store, name, conf.device.id),
             }
             for name, task in conf.tasks.items()
         },

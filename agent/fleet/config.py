@@ -28,11 +28,23 @@ class Identity(Section, frozen=True):
     tls_key_file: str | None = None
 
 
+class Operator(Identity, frozen=True):
+    """`former_keys`: public keys that signed roll-out decisions before this one; the audit still believes those."""
+
+    former_keys: tuple[str, ...] = ()
+
+
 class Authority(Section, frozen=True):
     """The fleet's own certificate authority; absent where the broker is used without TLS."""
 
     cert_file: str
     key_file: str
+
+
+class Repository(Section, frozen=True):
+    """Where devices fetch bundles: the URL of `repository/` in the fleet's folder, or a folder on the devices."""
+
+    url: str
 
 
 class FleetConfig(Section, frozen=True):
@@ -41,10 +53,11 @@ class FleetConfig(Section, frozen=True):
     fleet: Fleet
     broker: Broker
     collector: Identity
-    operator: Identity
+    operator: Operator
     commander: Identity | None = None
     """The operator's second certificate, for commands: a broker with TLS has one connection for each."""
     ca: Authority | None = None
+    repository: Repository | None = None
 
     def broker_as(self, who: Identity) -> Broker:
         """The broker's settings with the certificate of `who`."""

@@ -13,6 +13,7 @@ from sqlite_utils import Database, Migrations
 from agent.errors import Refused
 from agent.fleet import dating
 from agent.fleet.ledger import NEW_LOG, Ledger, ended
+from agent.fleet.rollout import tables as rollout_tables
 from agent.wire.messages import decode
 
 migrations = Migrations("outstation-fleet")
@@ -144,6 +145,13 @@ def drift_by_time(db: Database) -> None:
     db.execute('CREATE INDEX drift_windows_by_time ON drift_windows (task, device, "to", "from", state)')
 
 
+@migrations()
+def rollouts(db: Database) -> None:
+    for statement in rollout_tables.TABLES:
+        db.execute(statement)
+    rollout_tables.unfold_stored(db.conn)
+
+
 # Pragmas of every opening; the second is what must be read back, where safety hangs on it.
 PRAGMAS: tuple[tuple[str, str | None], ...] = (
     ("journal_mode=WAL", "wal"),
@@ -166,8 +174,8 @@ ADD_REFUSAL = """
 """
 
 # An alert is open while the last word on its id is `raised`. Only the device's newest log counts: a store that was
-# lost cannot clear what it raised. Of what the collector itself raised it clears fleet-wide drift; all else stays open:
-# somebody has to look.
+# lost cannot clear what it raised. Of what the collector itself raised it clears fleet-wide drift, and what the
+# repository wanted; all else stays open: somebody has to look.
 ALERTS = """
     WITH newest AS (SELECT device, log, max(rowid) FROM logs GROUP BY device),
     last AS (SELECT device, id, max(seq) AS seq FROM alerts JOIN newest USING (device, log)

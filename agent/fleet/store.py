@@ -90,12 +90,15 @@ class FleetStore:
                 raise
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Everything read inside is of one moment."""
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
+        """Everything read inside is of one moment; of that of the outer one, where there is one."""
+        if self._db.in_transaction:
+            yield self._db
+            return
         with self._translated():
             self._db.execute("BEGIN")
             try:
-                yield
+                yield self._db
             finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")

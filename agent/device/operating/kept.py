@@ -21,6 +21,7 @@ from agent.device.operating import overrides
 from agent.device.operating.overrides import Rollback
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
+from agent.device.updates import standing
 from agent.errors import BadBundle, StorageFull
 from agent.model import activate, bundle
 from agent.model.bundle import Bundle
@@ -30,6 +31,7 @@ log = logging.getLogger("outstation")
 
 ACTIVE = "active bundle"
 _MOST_LABEL_BYTES = 8_000
+_HALF = ".half"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,10 @@ class History:
 
 def history(store: Store, task: str) -> History | None:
     kept = store.state(task, ACTIVE)
-    if kept is None:
-        return None
+    return None if kept is None else from_json(kept)
+
+
+def from_json(kept: bytes) -> History:
     found = json.loads(kept)
     return History(Ran(**found["now"]), Ran(**found["before"]) if found["before"] else None)
 
@@ -65,7 +69,7 @@ def folder(data_dir: Path, digest: str) -> Path:
 
 
 def in_force(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
-    """Where the bundle of `task` is: the configured one, or the one it was rolled back to."""
+    """Where the bundle of `task` is: the configured one, or the one it was rolled back to, or came to by a roll-out."""
     wanted = overrides.rollback(store, task)
     if wanted is None:
         return configured
@@ -78,10 +82,14 @@ def in_force(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
 
 
 def ran_before(store: Store, task: str, data_dir: Path, barred: Collection[str]) -> list[Ran]:
-    """Bundles that ran for `task` and whose copies are here, the newest first, without those of `barred` digests."""
-    past = history(store, task)
+    """Bundles that ran for `task` and whose copies are here, the newest first, without those of `barred` digests.
+
+    One that is still on probation is none: it may run apart only.
+    """
+    past, tried = history(store, task), standing.on_probation(store, task)
     known = [] if past is None else [one for one in (past.now, past.before) if one is not None]
-    return [one for one in known if one.digest not in barred and folder(data_dir, one.digest).is_dir()]
+    known = [one for one in known if one.digest not in barred and one.digest != tried]
+    return [one for one in known if folder(data_dir, one.digest).is_dir()]
 
 
 def keep(found: Bundle, data_dir: Path) -> bool:
@@ -89,7 +97,7 @@ def keep(found: Bundle, data_dir: Path) -> bool:
     target = folder(data_dir, found.digest)
     if target.is_dir():
         return True
-    half = target.with_name(target.name + ".half")
+    half = target.with_name(target.name + _HALF)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(half, ignore_errors=True)
@@ -131,14 +139,27 @@ def record(tx: Transaction, author: Author, task: str, found: Bundle, old: Histo
     this, before = ran(found), old.now if old else None
     if before is not None and before.digest == this.digest:
         before = old.before if old else None
-    kept = {"now": asdict(this), "before": asdict(before) if before else None}
-    tx.keep(task, ACTIVE, json.dumps(kept).encode())
+    kept = _keep(tx, task, this, before)
     output = found.manifest.output
     told = output.labels if len(json.dumps(output.labels)) <= _MOST_LABEL_BYTES else ()
     evidence: dict[str, Any] = {"task": task, "from": kept["before"], "to": kept["now"], "why": why}
     evidence |= {"kind": found.manifest.truth, "labels": list(told), "threshold": output.threshold}
     summary = f"{task}: {this} was activated" + (f" after {before}." if before else ".")
     author.write(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
+
+
+def _keep(tx: Transaction, task: str, now: Ran, before: Ran | None) -> dict[str, Any]:
+    kept = {"now": asdict(now), "before": asdict(before) if before else None}
+    tx.keep(task, ACTIVE, json.dumps(kept).encode())
+    return kept
+
+
+def restore(tx: Transaction, task: str, past: History | None) -> None:
+    """That this ran, and not what was recorded since: a bundle that did not prove itself is none to go back to."""
+    if past is None:
+        tx.drop(task, ACTIVE)
+    else:
+        _keep(tx, task, past.now, past.before)
 
 
 def ran(found: Bundle) -> Ran:
@@ -153,10 +174,12 @@ def prune(store: Store, tasks: Iterable[str], data_dir: Path) -> None:
         digests = [known.now.digest] if known else []
         digests += [known.before.digest] if known and known.before else []
         digests += [wanted.digest] if wanted else []
+        digests += sorted(standing.digests(store, task))
         needed |= {folder(data_dir, digest).name for digest in digests}
     home = data_dir / "bundles" / ".kept"
     for entry in home.iterdir() if home.is_dir() else ():
-        if entry.name not in needed:
+        # A copy that is being made is not there yet, and needed.
+        if entry.name.removesuffix(_HALF) not in needed:
             shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -168,9 +191,9 @@ def configured_digest(name: str, data_dir: Path) -> str:
         return ""
 
 
-def rolled_back(this: Ran, configured: str) -> Rollback | None:
+def rolled_back(this: Ran, configured: str, rollout: str = "") -> Rollback | None:
     """What to keep so that `this` runs from now on; nothing where it is the configured one."""
-    return None if this.digest == configured else Rollback(this.digest, configured)
+    return None if this.digest == configured else Rollback(this.digest, configured, rollout)
 
 
 def sync(path: Path) -> None:

@@ -6,6 +6,7 @@ stays whole when that is trimmed. Labels of rows that their task has not used ye
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -177,9 +178,7 @@ class Labels:
         return "replaced" if before else "new"
 
     def newest(self, task: str) -> int:
-        """The number of the label that came last; 0 before the first."""
-        sql = "SELECT max(number) FROM labels WHERE task = ?"
-        return max(0, int(self._db.execute(sql, (task,)).fetchone()[0] or 0))
+        return newest(self._db, task)
 
     def put_early(self, task: str, label: Label, received: int, at_s: float) -> bool:
         """Keep a label until its result is there; False where too many wait already."""
@@ -217,6 +216,17 @@ class Labels:
 def kept_labels(pages: int) -> int:
     """How many labels of a task a store of so many bytes keeps."""
     return max(_FEWEST_LABELS, min(MOST_LABELS, pages // _LABEL_SHARE // _LABEL_BYTES))
+
+
+def beside(task: str) -> str:
+    """What stands for the task's name where answers of another bundle beside its own are kept: no task's name."""
+    return f"{task} beside"
+
+
+def newest(db: sqlite3.Connection, task: str) -> int:
+    """The number of the label that came last; 0 before the first."""
+    sql = "SELECT max(number) FROM labels WHERE task = ?"
+    return max(0, int(db.execute(sql, (task,)).fetchone()[0] or 0))
 
 
 def span(db: sqlite3.Connection, task: str) -> Span | None:
@@ -264,6 +274,16 @@ def count_results(db: sqlite3.Connection, task: str, first: int, last: int) -> i
     """Results kept of rows in batches that `first` … `last` reach into."""
     sql = "SELECT coalesce(sum(n), 0) FROM results WHERE task = ? AND first <= ? AND last >= ?"
     return int(db.execute(sql, (task, last, first)).fetchone()[0])
+
+
+def last_results(db: sqlite3.Connection, task: str, batches: int) -> list[Given]:
+    """Results of the last batches that are kept and readable, oldest first."""
+    sql = "SELECT first, CAST(data AS BLOB) FROM results WHERE task = ? ORDER BY first DESC LIMIT ?"
+    found = []
+    for first, data in db.execute(sql, (task, batches)).fetchall():
+        with contextlib.suppress(ValueError):
+            found.append(unpack(int(first), data))
+    return found[::-1]
 
 
 def _decoded(data: bytes) -> _Kept | None:
