@@ -79,10 +79,13 @@ def _folder(given: Path | None) -> Iterator[Path]:
 def _run(
     home: Path, named: str, devices: int, duration: float, seed: int, began: float, *, live: bool
 ) -> dict[str, Any]:
-    from agent import scenario, simulate, simulate_plan, simulate_report
+    from agent import scenario
+    from agent.simulate import plan as planning
+    from agent.simulate import report as reporting
+    from agent.simulate.running import Simulation
 
-    plan = simulate_plan.plan(devices, duration, seed, scenario.named(named))
-    with simulate.Simulation(home, plan) as fleet:
+    plan = planning.plan(devices, duration, seed, scenario.named(named))
+    with Simulation(home, plan) as fleet:
         fleet.start()
         views = fleet.watch(began + duration + _DRAIN_S / 2)
         if live:
@@ -93,7 +96,7 @@ def _run(
             for _ in views:
                 pass
         fleet.stop()
-    found = simulate_report.report(fleet.database, plan)
+    found = reporting.report(fleet.database, plan)
     measured = plan.scenario.measured
     return {
         "scenario": named,

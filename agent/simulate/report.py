@@ -12,7 +12,7 @@ from agent.device.incoming.sources.playlist import Recordings, load
 from agent.fleet.audit import Report, audit
 from agent.fleet.store import FleetStore
 from agent.model.scores import ANOMALY
-from agent.simulate_plan import Plan, Site
+from agent.simulate.plan import Plan, Site
 
 
 @dataclass(frozen=True, slots=True)

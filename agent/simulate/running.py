@@ -17,15 +17,15 @@ from typing import Any
 
 import msgspec
 
-from agent import simulate_broker
 from agent.config import Broker, ReplaySource
 from agent.config import load as load_config
 from agent.device.incoming.sources.playlist import load
 from agent.errors import OutstationError
 from agent.fleet.enrol import enrol, init_fleet
 from agent.fleet.store import FleetStore
-from agent.simulate_meter import Meter
-from agent.simulate_plan import Plan, Site
+from agent.simulate import brokers
+from agent.simulate.meter import Meter
+from agent.simulate.plan import Plan, Site
 
 FLEET = "demo"
 _START_S = 10.0
@@ -118,12 +118,12 @@ class Simulation:
             meter.read(judged.get(device, 0))
 
     def _start_broker(self, broker: Broker) -> None:
-        command = simulate_broker.mosquitto(self.folder / "fleet")
+        command = brokers.mosquitto(self.folder / "fleet")
         if command is not None:
             self._spawn_command("broker", command)
             self.broker_name = "Mosquitto"
         else:
-            self._embedded = simulate_broker.embedded(self.folder, broker.port)
+            self._embedded = brokers.embedded(self.folder, broker.port)
             self.broker_name = "iotcore (embedded, for this demo only)"
         deadline = time.monotonic() + _START_S
         while not _listens(broker.port):
