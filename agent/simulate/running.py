@@ -10,38 +10,47 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from agent.config import Broker, ReplaySource
+from agent.config import Broker
 from agent.config import load as load_config
 from agent.device.incoming.sources.playlist import load
 from agent.errors import OutstationError
+from agent.fleet.config import FleetConfig
 from agent.fleet.enrol import enrol, init_fleet
 from agent.fleet.store import FleetStore
 from agent.simulate import brokers
+from agent.simulate.config import stream_and_task
 from agent.simulate.meter import Meter
 from agent.simulate.plan import Plan, Site
 
 FLEET = "demo"
 _START_S = 10.0
 _LOOK_S, _SETTLED_S = 0.5, 2.0
+# Devices that start beside each other: more would only wait for the processor, and for each other.
+_AT_ONCE, _UP_S = 4, 60.0
 
 
 @dataclass
 class Simulation:
-    """The running fleet in `folder`. Use as a context: leaving it ends every process it started."""
+    """The running fleet in `folder`. Use as a context: leaving it ends every process it started.
+
+    `broker`: one that runs already; None: it starts its own. `more` is added to a device's config.
+    """
 
     folder: Path
     plan: Plan
+    broker: str | None = None
+    more: Callable[[Site], str] = lambda _: ""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     broker_name: str = ""
+    _fleet: FleetConfig | None = None
     _embedded: Any = None
     _meters: dict[str, Meter] = field(default_factory=dict)
+    _ended: set[str] = field(default_factory=set)
 
     def __enter__(self) -> Simulation:
         return self
@@ -54,21 +63,40 @@ class Simulation:
         if self._embedded is not None:
             self._embedded.stop()
 
+    def prepare(self) -> FleetConfig:
+        """Make the fleet's folder, its keys and its broker's config, once."""
+        if self._fleet is None:
+            broker = Broker(url=self.broker or f"mqtt://127.0.0.1:{_free_port()}")
+            self._fleet = init_fleet(self.home, FLEET, broker)
+        return self._fleet
+
     def start(self) -> None:
         """Broker, collector, devices, in this order. Raises OutstationError where one does not come up."""
-        broker = Broker(url=f"mqtt://127.0.0.1:{_free_port()}")
-        config = init_fleet(self.folder / "fleet", FLEET, broker)
-        self._start_broker(broker)
-        self._spawn("collector", "fleet", "collect", "--dir", str(self.folder / "fleet"))
-        store = FleetStore(Path(config.fleet.db))
+        config = self.prepare()
+        self._start_broker(config.broker)
+        self.spawn("collector", "fleet", "collect", "--dir", str(self.home))
+        store = FleetStore(self.database)
         try:
             for site in self.plan.sites:
-                home = enrol(self.folder / "fleet", config, store, site.device, key=None, replace=False).folder
-                self._write_config(home / "outstation.toml", site)
-                self._spawn(site.device, "run", "-c", str(home / "outstation.toml"))
-                self._add_meter(home / "outstation.toml", site)
+                home = enrol(self.home, config, store, site.device, key=None, replace=False).folder
+                file = home / "outstation.toml"
+                text = file.read_text(encoding="utf-8") + stream_and_task(self.plan, site) + self.more(site)
+                file.write_text(text, encoding="utf-8")
+                self._wait_for_room()
+                self.begin(site.device)
+                self._add_meter(file, site)
         finally:
             store.close()
+
+    def begin(self, device: str) -> None:
+        """Start the device's daemon."""
+        self._ended.discard(device)
+        self.spawn(device, "run", "-c", str(self.config(device)))
+
+    def end(self, device: str) -> None:
+        """Stop the device's daemon, until `begin`."""
+        self._ended.add(device)
+        self._stop([device])
 
     def watch(self, until_s: float) -> Iterator[list[dict[str, Any]]]:
         """The collector's view, twice a second, until all rows were judged or `until_s` (monotonic) has passed."""
@@ -76,7 +104,7 @@ class Simulation:
         before, still_s = list[int](), 0.0
         try:
             while True:
-                self._check_alive()
+                self.check_alive()
                 view = store.progress()
                 self._read_meters(view)
                 yield view
@@ -97,19 +125,61 @@ class Simulation:
         """Devices, then the collector, each by SIGTERM; they finish what they have in hand."""
         for meter in self._meters.values():
             meter.close()
-        for names in ([site.device for site in self.plan.sites], ["collector"]):
-            running = [self.processes[name] for name in names if name in self.processes]
-            for process in running:
-                process.send_signal(signal.SIGTERM)
-            for process in running:
-                try:
-                    process.wait(15)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+        self._stop([site.device for site in self.plan.sites])
+        self._stop(["collector"])
+
+    @property
+    def home(self) -> Path:
+        """The fleet's folder."""
+        return self.folder / "fleet"
 
     @property
     def database(self) -> Path:
-        return self.folder / "fleet" / "fleet.db"
+        return self.home / "fleet.db"
+
+    def config(self, device: str) -> Path:
+        return self.home / "devices" / device / "outstation.toml"
+
+    def log(self, name: str) -> Path:
+        """What a process wrote to its stdout and stderr."""
+        return self.folder / f"{name}.log"
+
+    def spawn(self, name: str, *arguments: str) -> None:
+        """Run `outstation …` as the process `name`."""
+        self._spawn_command(name, [sys.executable, "-m", "agent", *arguments])
+
+    def check_alive(self) -> None:
+        """Raises OutstationError where a process ended that should not have."""
+        for name, process in self.processes.items():
+            if name not in self._ended and process.poll() not in (None, 0):
+                last = self.log(name).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+                raise OutstationError(
+                    f"{name} ended with code {process.returncode}: {' '.join(last)} (see {self.log(name)})"
+                )
+
+    def _stop(self, names: list[str]) -> None:
+        running = [self.processes[name] for name in names if name in self.processes]
+        for process in running:
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 15 + len(running)
+        for process in running:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _wait_for_room(self) -> None:
+        """Until but a few of the devices that were begun are still starting."""
+        deadline = time.monotonic() + _UP_S
+        while sum(not self._up(site.device) for site in self.plan.sites if site.device in self.processes) >= _AT_ONCE:
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise OutstationError(f"devices do not come up: see {self.log(self.plan.sites[0].device)}")
+            time.sleep(0.05)
+
+    def _up(self, device: str) -> bool:
+        return b"running:" in self.log(device).read_bytes()
 
     def _read_meters(self, view: list[dict[str, Any]]) -> None:
         """Labels for what the collector has seen judged by now."""
@@ -118,7 +188,10 @@ class Simulation:
             meter.read(judged.get(device, 0))
 
     def _start_broker(self, broker: Broker) -> None:
-        command = brokers.mosquitto(self.folder / "fleet")
+        if self.broker is not None:
+            self.broker_name = self.broker
+            return
+        command = brokers.mosquitto(self.home)
         if command is not None:
             self._spawn_command("broker", command)
             self.broker_name = "Mosquitto"
@@ -128,33 +201,9 @@ class Simulation:
         deadline = time.monotonic() + _START_S
         while not _listens(broker.port):
             if time.monotonic() > deadline:
-                raise OutstationError(f"the broker did not start: see {self.folder / 'broker.log'}")
-            self._check_alive()
+                raise OutstationError(f"the broker did not start: see {self.log('broker')}")
+            self.check_alive()
             time.sleep(0.05)
-
-    def _write_config(self, file: Path, site: Site) -> None:
-        """Stream and task for the config that enrolment wrote."""
-        scenario = self.plan.scenario
-        fields = ", ".join(f'{{ name = "{name}", unit = "{unit}" }}' for name, unit in scenario.fields)
-        source = ReplaySource(
-            file=str(scenario.file),
-            subject=site.subject,
-            seed=site.seed,
-            speed=self.plan.speed,
-            rows=self.plan.rows,
-            faults=list(site.fate.faults),
-            scenes=list(site.fate.scenes),
-            skip=scenario.skip,
-        )
-        file.write_text(
-            file.read_text(encoding="utf-8")
-            + '\n[buffer]\ncommit_every = "500 ms"\n'
-            + f"\n[streams.{scenario.stream}]\nfields = [{fields}]\n"
-            + f"source = {_toml_value(msgspec.to_builtins(source))}\n"
-            + f'\n[tasks.{scenario.name}]\nstream = "{scenario.stream}"\nbundle = "{scenario.bundle}"\n'
-            + f'schedule = "every 1 s"\nlearn = {scenario.learn}\n',
-            encoding="utf-8",
-        )
 
     def _add_meter(self, config: Path, site: Site) -> None:
         measured = self.plan.scenario.measured
@@ -163,31 +212,11 @@ class Simulation:
             told = self.plan.metered(load(self.plan.scenario.file), site)
             self._meters[site.device] = Meter(address, self.plan.scenario.name, measured, told)
 
-    def _spawn(self, name: str, *arguments: str) -> None:
-        self._spawn_command(name, [sys.executable, "-m", "agent", *arguments])
-
     def _spawn_command(self, name: str, command: list[str]) -> None:
-        with (self.folder / f"{name}.log").open("ab") as log:
+        with self.log(name).open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-
-    def _check_alive(self) -> None:
-        for name, process in self.processes.items():
-            if process.poll() not in (None, 0):
-                log = self.folder / f"{name}.log"
-                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-                raise OutstationError(f"{name} ended with code {process.returncode}: {' '.join(last)} (see {log})")
-
-
-def _toml_value(value: Any) -> str:
-    """Of a config, where what is None goes without saying."""
-    if isinstance(value, dict):
-        members = (f"{key} = {_toml_value(member)}" for key, member in value.items() if member is not None)
-        return "{ " + ", ".join(members) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return msgspec.json.encode(value).decode() if isinstance(value, str) else repr(value)
 
 
 def _free_port() -> int:
