@@ -17,6 +17,7 @@ import click
 from agent.cli.fleet_command import command, revoke
 from agent.cli.fleet_drift import drift
 from agent.cli.fleet_label import label
+from agent.cli.fleet_simulate import simulate
 from agent.cli.output import emit, json_option, table
 from agent.config import Broker, check_broker
 from agent.errors import ConfigError, UsageError
@@ -46,6 +47,7 @@ fleet.add_command(command)
 fleet.add_command(drift)
 fleet.add_command(revoke)
 fleet.add_command(label)
+fleet.add_command(simulate)
 
 
 @fleet.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")

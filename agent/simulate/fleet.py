@@ -1,0 +1,122 @@
+"""A simulated fleet from start to report: on recordings alone, or with a roll-out that is followed to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.scenario import Scenario, named
+from agent.simulate import hardship, outcome, plan, report
+from agent.simulate.plan import Plan
+from agent.simulate.rolling import Rolling, Subject, subject
+from agent.simulate.running import Simulation
+from agent.wire.keys import PublicKey
+
+Tell = Callable[[str], None]
+_LOOK_S = 1.0
+# A roll-out that goes well takes about so long; who is away is away for a part of it.
+_SPAN_S = 60.0
+# After its end: devices come to what was decided last, and one that was away to all of it.
+_SETTLES_S = 45.0
+# What is on its way to somewhere else.
+_UNDER_WAY = frozenset({"fetching", "shadow", "probation"})
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is asked for. `seconds`: to run, or with `rollout` the longest it may take; counts are of devices.
+
+    `trusted`: keys of publishers, beside the one whose bundles ship.
+    """
+
+    devices: int
+    seconds: float
+    speed: float
+    seed: int
+    rollout: Path | None = None
+    broker: str | None = None
+    trusted: tuple[PublicKey, ...] = ()
+    away: int = 0
+    cut: int = 0
+    slow: int = 0
+    worse: int = 0
+
+
+def run(home: Path, order: Order, tell: Tell) -> dict[str, Any]:
+    """The report, as contract section 11 has it, without `seconds`. Raises OutstationError."""
+    if order.rollout is None:
+        return _alone(home, order, tell)
+    about = subject(order.rollout)
+    return _rolled(home, order, order.rollout, about, named(about.rollout.task), tell)
+
+
+def _alone(home: Path, order: Order, tell: Tell) -> dict[str, Any]:
+    hard = _hardship(order)
+    fielded = plan.steady(order.devices, order.seconds, order.speed, order.seed, named("exercise"), hard.worse)
+    with Simulation(home, fielded, order.broker) as fleet:
+        fleet.start()
+        tell(f"{order.devices} devices run over {fleet.broker_name}")
+        for _ in fleet.watch(time.monotonic() + order.seconds):
+            pass
+        fleet.stop()
+    return _document(fleet.database, fielded)
+
+
+def _rolled(home: Path, order: Order, file: Path, about: Subject, scenario: Scenario, tell: Tell) -> dict[str, Any]:
+    hard = _hardship(order)
+    fielded = plan.steady(order.devices, order.seconds + 60, order.speed, order.seed, scenario, hard.worse)
+    with Simulation(home, fielded, order.broker) as fleet, contextlib.ExitStack() as leaving:
+        rolling = Rolling(fleet, file.resolve(), hard, list(order.trusted), order.seed)
+        leaving.callback(rolling.close)
+        rolling.prepare()
+        fleet.more = rolling.config
+        fleet.start()
+        tell(f"{order.devices} devices run over {fleet.broker_name}")
+        rolling.begin()
+        over = _followed(rolling, about.rollout.name, time.monotonic() + order.seconds, tell)
+        fleet.stop()
+    document = _document(fleet.database, fielded)
+    found = outcome.ended(fleet.database, about.rollout.name)
+    document["rollout"] = found.rollout | {"ended": over, "hardship": rolling.suffered()}
+    for device in document["devices"]:
+        device |= {"runs": None, "phase": "", "reason": "", "why": ""} | found.devices.get(device["device"], {})
+    return document
+
+
+def _followed(rolling: Rolling, name: str, until_s: float, tell: Tell) -> bool:
+    """Look on until the roll-out is over and devices got where it sent them; whether it was over in time."""
+    said, over_s = "", None
+    while True:
+        rolling.fleet.check_alive()
+        rolling.turn()
+        state, phases = outcome.standing(rolling.fleet.database, name)
+        if (now := f"{state}: {_counts(phases)}") != said:
+            tell(now)
+            said = now
+        moment = time.monotonic()
+        if rolling.over:
+            over_s = moment if over_s is None else over_s
+            if not _UNDER_WAY.intersection(phases.values()) or moment > over_s + _SETTLES_S:
+                return True
+        elif moment > until_s:
+            return False
+        time.sleep(_LOOK_S)
+
+
+def _counts(phases: dict[str, str]) -> str:
+    each = sorted(set(phases.values()))
+    return ", ".join(f"{list(phases.values()).count(phase)} {phase}" for phase in each) or "nothing heard yet"
+
+
+def _hardship(order: Order) -> hardship.Hardship:
+    counts = {"away": order.away, "cut": order.cut, "slow": order.slow, "worse": order.worse}
+    return hardship.draw(plan.names(order.devices), order.seed, span_s=_SPAN_S, **counts)
+
+
+def _document(database: Path, fielded: Plan) -> dict[str, Any]:
+    found = report.report(database, fielded)
+    return {"devices": found.devices, "accuracy": found.accuracy, "audit": found.audit.document()}
