@@ -50,6 +50,14 @@ ONLY = {
     "tflite_runtime": {"agent.model.runtime"},
     "resvg_py": {"agent.picture.png"},
     "PIL": {"agent.model.images"},
+    "tuf": {
+        *(f"agent.fleet.repository.{name}" for name in ("create", "edition", "publish", "revoke", "roots", "rotate")),
+        *("agent.fleet.repository.status", "agent.device.updates.fetch"),
+    },
+    "securesystemslib": {
+        *(f"agent.fleet.repository.{name}" for name in ("edition", "keyring", "rotate")),
+        "agent.device.updates.fetch",
+    },
 }
 # wire/ and drift/ are pure: these libraries and no other, nothing of the system but for the key files.
 PURE = {"drift": {"msgspec", "numpy"}, "wire": {"cryptography", "msgspec"}}

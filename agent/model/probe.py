@@ -47,11 +47,15 @@ Check = tuple[str, bool, str]
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the child saw; `checks` are (name, ok, detail). `choice` where one was asked for and could be made."""
+    """What the child saw; `checks` are (name, ok, detail). `choice` where one was asked for and could be made.
+
+    `memory`: the bytes that the child took in all for these, with Python and the runtime in it; 0 where it died.
+    """
 
     runtime: str
     checks: list[Check]
     choice: Choice | None = None
+    memory: int = 0
 
     @property
     def ok(self) -> bool:
@@ -85,10 +89,10 @@ def probe(bundle: Bundle, known: Sequence[Choice] | None = None) -> Report:
         checked, _, chosen = said.partition(b"\n")
         if death and (known is None or not checked):
             raise BadBundle(death)
-        runtime, checks = msgspec.json.decode(checked, type=tuple[str, list[Check]])
+        runtime, checks, memory = msgspec.json.decode(checked, type=tuple[str, list[Check], int])
         if death:
-            return Report(runtime, [*checks, *_failed_trial(death, limits)])
-        return Report(runtime, checks, msgspec.json.decode(chosen, type=Choice) if chosen else None)
+            return Report(runtime, [*checks, *_failed_trial(death, limits)], memory=memory)
+        return Report(runtime, checks, msgspec.json.decode(chosen, type=Choice) if chosen else None, memory)
     except BadBundle as problem:
         return Report("", [("load", False, str(problem))])
     except msgspec.MsgspecError as error:
@@ -241,7 +245,7 @@ def _probe_here(task: _Task) -> None:
     memory = _limit(limits)
     found = check(task.files)
     # At once: what the trial then makes the runtime do must not take this along.
-    sys.stdout.buffer.write(msgspec.json.encode(found) + b"\n")
+    sys.stdout.buffer.write(msgspec.json.encode((*found, _most_memory())) + b"\n")
     sys.stdout.buffer.flush()
     if task.known is not None and all(ok for _, ok, _ in found[1]):
         _more_seconds(limits.seconds)
@@ -289,6 +293,12 @@ def _limit(limits: Limits) -> int:
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     return min(limits.memory_mib << 19, int(psutil.virtual_memory().available) // 8)
+
+
+def _most_memory() -> int:
+    """Bytes resident at the most. Not of getrusage, which tells of the parent's where the child began as its copy."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
 
 
 def _more_seconds(seconds: int) -> None:

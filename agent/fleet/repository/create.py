@@ -1,0 +1,59 @@
+"""Making a repository: keys, and the first edition, without bundles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
+
+from agent.errors import UsageError
+from agent.fleet.repository import durable, edition, expiry
+from agent.fleet.repository.edition import Edition
+from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP
+from agent.fleet.repository.keyring import Keyring
+from agent.fleet.repository.layout import Layout
+
+MOST_ROOTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """`root` is what devices are given, `keys` are the files that are to be moved offline."""
+
+    root: Path
+    keys: list[Path]
+    threshold: int
+
+
+def create(folder: Path, *, roots: int = 1, threshold: int = 1, at: datetime | None = None) -> Created:
+    """A repository in the fleet's `folder` that `threshold` of `roots` root keys govern. Raises UsageError.
+
+    One that was cut short is made to its end, with the keys that are there.
+    """
+    if not 1 <= threshold <= roots <= MOST_ROOTS:
+        raise UsageError(f"--threshold {threshold} of --roots {roots}: use 1 to {MOST_ROOTS} keys, and no more to sign")
+    layout, at = Layout(folder), at or expiry.now()
+    with layout.locked():
+        there = layout.newest_root()
+        if there is not None:
+            raise UsageError(
+                f"{there}: a repository is there already, and devices trust its keys; it is never made over"
+            )
+        keyring = Keyring(layout.keys)
+        files = [layout.keys / f"root-{number}.key" for number in range(1, roots + 1)]
+        root = Metadata(Root(version=1, expires=at + expiry.life(ROOT), consistent_snapshot=True))
+        for file in files:
+            root.signed.add_key(keyring.make_or_find(file.stem), ROOT)
+        for role in (TARGETS, SNAPSHOT, TIMESTAMP):
+            root.signed.add_key(keyring.make_or_find(f"{role}-1"), role)
+        root.signed.roles[ROOT].threshold = threshold
+        for signer in keyring.signers(root.signed.roles[ROOT].keyids):
+            root.sign(signer, append=True)
+        durable.make_folder(layout.targets)
+        first = Edition(root, Metadata(Timestamp()), Metadata(Snapshot()), Metadata(Targets()))
+        edition.write(layout, first, TOP, keyring, at)
+        # Last: with it the repository is there.
+        durable.write(layout.root(1), root.to_bytes())
+    return Created(layout.root(1), files, threshold)

@@ -1,0 +1,186 @@
+"""What clients of the repository see now, read with the checks they make, and how the next edition is written.
+
+A new edition changes nothing that the one before refers to: every file but `timestamp.json` has its version or hash in
+its name. It is there for clients when `timestamp.json` is replaced, which comes last; what was written before a crash
+and never referred to is overwritten by the next edition.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from securesystemslib.signer import Signer
+from tuf.api.exceptions import LengthOrHashMismatchError, RepositoryError
+from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
+from tuf.api.serialization import DeserializationError
+
+from agent.errors import StorageError, UsageError
+from agent.fleet.repository import durable, expiry
+from agent.fleet.repository.expiry import DAILY, SNAPSHOT, TARGETS, TIMESTAMP
+from agent.fleet.repository.keyring import Keyring
+from agent.fleet.repository.layout import Layout
+
+# Older versions that stay for clients which are in the middle of an update.
+_KEPT = 3
+T = TypeVar("T", Root, Timestamp, Snapshot, Targets)
+
+
+@dataclass(slots=True)
+class Edition:
+    """`published` has the version of each role that clients see; a role that is new is not in it."""
+
+    root: Metadata[Root]
+    timestamp: Metadata[Timestamp]
+    snapshot: Metadata[Snapshot]
+    targets: Metadata[Targets]
+    bundles: dict[str, Metadata[Targets]] = field(default_factory=dict)
+    published: dict[str, int] = field(default_factory=dict)
+
+    def part(self, role: str) -> Metadata[Any]:
+        top: dict[str, Metadata[Any]] = {TIMESTAMP: self.timestamp, SNAPSHOT: self.snapshot, TARGETS: self.targets}
+        return top[role] if role in top else self.bundles[role]
+
+    def keyids(self, role: str, coming: Root | None = None) -> list[str]:
+        """Whose signatures count for `role`, under the root in force and under the one that is `coming`."""
+        if role in (TARGETS, SNAPSHOT, TIMESTAMP):
+            roots = [self.root.signed, *([coming] if coming else [])]
+            return list(dict.fromkeys(keyid for root in roots for keyid in root.roles[role].keyids))
+        return list(self.targets.signed.get_delegated_role(role).keyids)
+
+
+def load(layout: Layout, coming: Root | None = None) -> Edition:
+    """The edition that clients see. Raises UsageError where there is none, StorageError where one would refuse it.
+
+    With a `coming` root what only it accepts counts, too: that much may have been written before a crash.
+    """
+    newest = layout.newest_root()
+    if newest is None:
+        raise UsageError(f"{layout.fleet}: no repository here; `outstation fleet repository init` makes one")
+    try:
+        return _load(layout, newest, coming)
+    except (OSError, DeserializationError, RepositoryError, LengthOrHashMismatchError, ValueError, KeyError) as error:
+        raise StorageError(
+            f"{layout.metadata}: devices would refuse what is in it ({error}); put the folder back from a backup or "
+            "from a web server that serves it, then publish again"
+        ) from error
+
+
+def _load(layout: Layout, newest: Path, coming: Root | None) -> Edition:
+    root = Metadata[Root].from_bytes(newest.read_bytes())
+    roots = [root.signed, *([coming] if coming else [])]
+    timestamp = _read(Timestamp, layout, TIMESTAMP, MetaFile(1), roots)
+    snapshot = _read(Snapshot, layout, SNAPSHOT, timestamp.signed.snapshot_meta, roots)
+    listed = {name.removesuffix(".json"): file for name, file in snapshot.signed.meta.items()}
+    targets = _read(Targets, layout, TARGETS, listed.pop(TARGETS), roots)
+    bundles = {role: _read(Targets, layout, role, file, [targets.signed]) for role, file in listed.items()}
+    parts: list[Metadata[Any]] = [targets, *bundles.values()]
+    published = dict(zip([TARGETS, *bundles], (part.signed.version for part in parts), strict=True))
+    published |= {TIMESTAMP: timestamp.signed.version, SNAPSHOT: snapshot.signed.version}
+    return Edition(root, timestamp, snapshot, targets, bundles, published)
+
+
+def _read(
+    kind: type[T], layout: Layout, role: str, listed: MetaFile, delegators: list[Root] | list[Targets]
+) -> Metadata[T]:
+    data = layout.role(role, listed.version).read_bytes()
+    listed.verify_length_and_hashes(data)
+    found = Metadata[T].from_bytes(data)
+    if not isinstance(found.signed, kind):
+        raise ValueError(f"{role} holds metadata of type {found.signed.type}")
+    results = [one.get_verification_result(role, found.signed_bytes, found.signatures) for one in delegators]
+    if not any(results):
+        raise ValueError(f"{role} is signed by {len(results[0].signed)} of {results[0].threshold} keys")
+    return found
+
+
+def write(
+    layout: Layout,
+    edition: Edition,
+    changed: Collection[str],
+    keyring: Keyring,
+    at: datetime,
+    coming: Root | None = None,
+) -> None:
+    """Sign and write the roles in `changed`, and those that refer to them. Raises UsageError before the first write.
+
+    With a `coming` root, both its keys and those in force sign, so that clients which know only one of them agree.
+    """
+    order = _order(edition, changed)
+    _check_clock(layout, edition, at)
+    signers = {role: _signers(edition, role, keyring, coming) for role in order}
+    written: dict[str, bytes] = {}
+    for role in order:
+        part = edition.part(role)
+        _refer(edition, role, written)
+        part.signed.version = edition.published.get(role, 0) + 1
+        part.signed.expires = at + expiry.life(role)
+        part.signatures.clear()
+        for signer in signers[role]:
+            part.sign(signer, append=True)
+        written[role] = part.to_bytes()
+    for role in order:
+        durable.write(layout.role(role, edition.part(role).signed.version), written[role])
+    edition.published |= {role: edition.part(role).signed.version for role in order}
+    _tidy(layout, edition)
+
+
+def _order(edition: Edition, changed: Collection[str]) -> list[str]:
+    """Who is referred to comes before who refers."""
+    order = [*sorted(role for role in changed if role in edition.bundles), *([TARGETS] if TARGETS in changed else [])]
+    return [*order, *([SNAPSHOT] if order or SNAPSHOT in changed else []), TIMESTAMP]
+
+
+def _refer(edition: Edition, role: str, written: dict[str, bytes]) -> None:
+    if role == TIMESTAMP and SNAPSHOT in written:
+        version = edition.snapshot.signed.version
+        edition.timestamp.signed.snapshot_meta = MetaFile.from_data(version, written[SNAPSHOT], ["sha256"])
+    if role == SNAPSHOT:
+        for name, data in written.items():
+            version = edition.part(name).signed.version
+            edition.snapshot.signed.meta[f"{name}.json"] = MetaFile.from_data(version, data, ["sha256"])
+
+
+def _signers(edition: Edition, role: str, keyring: Keyring, coming: Root | None) -> list[Signer]:
+    found = keyring.signers(edition.keyids(role, coming))
+    wanted = keyring.signers(coming.roles[role].keyids) if coming and role in coming.roles else found
+    if not wanted:
+        raise UsageError(
+            f"{keyring.folder}: no key here may sign as {role}; copy it there, or name its file with --sign-with; "
+            f"if it is lost, `outstation fleet repository rotate {role}` makes another one"
+        )
+    return found
+
+
+def _check_clock(layout: Layout, edition: Edition, at: datetime) -> None:
+    """What is signed by a clock that lags expires too early, and what by one that leads, too late."""
+    if TIMESTAMP in edition.published:
+        last = expiry.signed_at(TIMESTAMP, edition.timestamp.signed.expires)
+        if at < last - DAILY:
+            raise UsageError(
+                f"{layout.home}: it is {at:%Y-%m-%d %H:%M} by this machine's clock, and the repository was last signed "
+                f"on {last:%Y-%m-%d %H:%M}; set the clock"
+            )
+
+
+def _tidy(layout: Layout, edition: Edition) -> None:
+    """Remove versions that no client asks for any more, and targets that nobody lists. Roots stay for ever."""
+    for path in layout.metadata.glob("*.json"):
+        number, _, role = path.name.removesuffix(".json").partition(".")
+        if role in edition.published and role != "root" and number.isdecimal():
+            current = edition.published[role]
+            if not current - _KEPT <= int(number) <= current:
+                path.unlink(missing_ok=True)
+    listed = {
+        str(layout.target(path, file.hashes["sha256"]))
+        for bundle in edition.bundles.values()
+        for path, file in bundle.signed.targets.items()
+    }
+    for folder, _, names in os.walk(layout.targets):
+        for name in names:
+            if str(Path(folder, name)) not in listed:
+                Path(folder, name).unlink(missing_ok=True)

@@ -1,0 +1,82 @@
+"""Where a repository's files are. Everything but `metadata/` and `targets/` is for nobody else's eyes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.errors import StorageBusy, UsageError
+
+_ROOT = re.compile(r"([1-9][0-9]{0,8})\.root\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`fleet` is the fleet's folder."""
+
+    fleet: Path
+
+    @property
+    def home(self) -> Path:
+        return self.fleet / "repository"
+
+    @property
+    def metadata(self) -> Path:
+        return self.home / "metadata"
+
+    @property
+    def targets(self) -> Path:
+        return self.home / "targets"
+
+    @property
+    def keys(self) -> Path:
+        return self.fleet / "repository-keys"
+
+    @property
+    def draft(self) -> Path:
+        """The root that waits for signatures."""
+        return self.home / "root.json.draft"
+
+    @classmethod
+    def of_draft(cls, file: Path) -> Layout | None:
+        """The repository whose draft `file` is, where it is in its place."""
+        there = cls(file.resolve().parent.parent)
+        return there if there.draft.resolve() == file.resolve() and there.newest_root() is not None else None
+
+    def root(self, version: int) -> Path:
+        return self.metadata / f"{version}.root.json"
+
+    def newest_root(self) -> Path | None:
+        """None where no repository was made, or not to its end."""
+        found = [int(match[1]) for path in self.metadata.glob("*.root.json") if (match := _ROOT.fullmatch(path.name))]
+        return self.root(max(found)) if found else None
+
+    def role(self, role: str, version: int) -> Path:
+        """The metadata of a role as clients ask for it."""
+        return self.metadata / ("timestamp.json" if role == "timestamp" else f"{version}.{role}.json")
+
+    def target(self, path: str, sha256: str) -> Path:
+        """Where clients find a target: its hash stands before its name, so that no name ever changes its content."""
+        folder, _, name = path.rpartition("/")
+        return self.targets / folder / f"{sha256}.{name}"
+
+    @contextlib.contextmanager
+    def locked(self, *, wait: bool = True) -> Iterator[None]:
+        """One writer at a time. Raises StorageBusy where `wait` is False and there is one."""
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UsageError(f"{self.home}: cannot be written to: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            yield
+        except BlockingIOError:
+            raise StorageBusy(f"{self.home}: another command is writing to the repository") from None
+        finally:
+            os.close(lock)

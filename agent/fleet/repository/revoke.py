@@ -1,0 +1,68 @@
+"""A bundle out of the repository: devices that have not fetched it never will."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import cast
+
+from tuf.api.metadata import Targets
+
+from agent.errors import UsageError
+from agent.fleet.repository import edition, expiry, roots
+from agent.fleet.repository.keyring import Keyring
+from agent.fleet.repository.layout import Layout
+from agent.model import offer
+from agent.toml import suggestion
+
+# In the bundle role's signed part: version → day. A version that was taken out is never another one later.
+_MEMBER = "outstation-revoked"
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    bundle: str
+    versions: list[str]
+
+
+def revoke(
+    folder: Path,
+    bundle: str,
+    version: str | None = None,
+    *,
+    sign_with: Sequence[Path] = (),
+    at: datetime | None = None,
+) -> Revoked:
+    """Take `version` of `bundle` out, or all that there are. Raises UsageError where there is none.
+
+    What a device runs already goes on: a roll-out to another version replaces it.
+    """
+    layout, at = Layout(folder), at or expiry.now()
+    with layout.locked():
+        keyring = Keyring(layout.keys, sign_with)
+        now = roots.current(layout, keyring, at)
+        if bundle not in now.bundles:
+            raise UsageError(f"no bundle {bundle!r} in the repository{suggestion(bundle, list(now.bundles))}")
+        role = now.bundles[bundle].signed
+        versions = {offer.decode(file.custom).version: path for path, file in role.targets.items()}
+        out = list(versions) if version is None else [version]
+        if not out or not set(out) <= set(versions):
+            here = ", ".join(sorted(versions)) or "none"
+            raise UsageError(f"{bundle} {version or ''} is not in the repository; versions there: {here}")
+        for one in out:
+            del role.targets[versions[one]]
+        role.unrecognized_fields[_MEMBER] = {**all_revoked(role), **dict.fromkeys(out, f"{at:%Y-%m-%d}")}
+        edition.write(layout, now, {bundle}, keyring, at)
+    return Revoked(bundle, out)
+
+
+def revoked(role: Targets, version: str) -> str:
+    """The day on which a version was taken out, "" where it was not."""
+    return all_revoked(role).get(version, "")
+
+
+def all_revoked(role: Targets) -> dict[str, str]:
+    """Version → day."""
+    return cast("dict[str, str]", role.unrecognized_fields.get(_MEMBER, {}))
