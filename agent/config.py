@@ -46,6 +46,8 @@ class Device(Section, frozen=True):
     id: str
     fleet: str
     data_dir: str = "/var/lib/outstation"
+    # What is desired of a group is desired of this device too; of several, the first one's word holds.
+    groups: Annotated[list[str], msgspec.Meta(max_length=8)] = []
 
 
 class Broker(Section, frozen=True):
@@ -234,6 +236,8 @@ def load(path: Path) -> Config:
     file = str(path)
     check_name(file, "device.id", config.device.id)
     check_name(file, "device.fleet", config.device.fleet)
+    for group in config.device.groups:
+        check_name(file, "device.groups", group)
     check_broker(file, config.broker)
     _check_device(file, config)
     config = msgspec.structs.replace(

@@ -16,6 +16,7 @@ from agent.wire.messages import Message, digest, encode, open_message
 FLEET = "acme"
 TIME = "2026-11-24T22:18:01.000000Z"
 MODEL = {"name": "exercise", "version": "1.0.0", "digest": "sha256:ab"}
+NEWER = {"name": "exercise", "version": "1.1.0", "digest": "sha256:" + "cd" * 32}
 
 
 def new_key(seed: int | None = None) -> SigningKey:
@@ -106,6 +107,24 @@ class Sender:
 
     def evicted(self, *ranges: tuple[int, int]) -> Sent:
         return self.logged("audit", event="evicted", summary="no space", evidence={"seq": [list(r) for r in ranges]})
+
+    def shadow(self, rollout: str = "exercise-1-1", *, n: int = 100, same: int | None = 96, **changes: Any) -> Sent:
+        """What the model and the new one beside it made of the next `n` rows, over 5 batches."""
+        first, self.row = self.row + 1, self.row + n
+        answered = {"windows": n, "seconds": n / 1000, "scores": {"n": n, "mean": 0.9, "m2": n / 100}}
+        estimate = {"expected": {"n": n, "mean": 0.9, "m2": n / 100}}
+        members = {
+            "rollout": rollout, "model": MODEL, "beside": NEWER, "rows": [first, self.row], "batches": 5, "n": n,
+            "same": same, "answered": {**answered, **estimate}, "answered_beside": {**answered, **estimate},
+        }  # fmt: skip
+        return self.logged("shadow", task=self.task, **{**members, **changes})
+
+    def rollout(self, phase: str, rollout: str = "exercise-1-1", /, *, reason: str = "", **changes: Any) -> Sent:
+        """A change of the device's own in a roll-out."""
+        what = {"task": self.task, "rollout": rollout, "bundle": NEWER["name"], "version": NEWER["version"]}
+        how = {"digest": NEWER["digest"], "strategy": "shadow", "phase": phase, "reason": reason, "numbers": {}}
+        summary = f"{NEWER['name']} {NEWER['version']}: {phase}."
+        return self.logged("audit", event="rollout", summary=summary, evidence={**what, **how, **changes})
 
     def state(self, state: str = "online") -> Sent:
         topic = f"outstation/{FLEET}/{self.device}/state"

@@ -24,7 +24,10 @@ from agent.wire.messages import Results
 from tests.senders import Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
-TABLES = ("devices", "messages", "logs", "gaps", "ends", "results", "drift_windows", "alerts", "quality")
+TABLES = (
+    *("devices", "messages", "logs", "gaps", "ends", "results", "drift_windows", "alerts", "quality"),
+    *("shadows", "rollout_devices"),
+)
 
 
 @pytest.fixture
@@ -54,6 +57,7 @@ def of_every_kind(sender: Sender) -> list[Sent]:
     """A log with each kind, and two evictions: of seq 3, and of 5 and 6."""
     log = [sender.results(), sender.drift(), sender.results(), sender.alert(), sender.quality(), sender.results()]
     log += [sender.evicted((3, 3)), sender.cursor(), sender.evicted((5, 6)), sender.alert(state="cleared")]
+    log += [sender.shadow(), sender.rollout("shadow"), sender.rollout("settled", strategy="all")]
     return [one for one in log if one.seq not in (3, 5, 6)]
 
 

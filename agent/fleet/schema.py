@@ -13,6 +13,7 @@ from sqlite_utils import Database, Migrations
 from agent.errors import Refused
 from agent.fleet import dating
 from agent.fleet.ledger import NEW_LOG, Ledger, ended
+from agent.fleet.rollout import tables as rollout_tables
 from agent.wire.messages import decode
 
 migrations = Migrations("outstation-fleet")
@@ -142,6 +143,13 @@ def ends_of_logs(db: Database) -> None:
 def drift_by_time(db: Database) -> None:
     # Rows of some kilobytes: who asks for times only should not read them.
     db.execute('CREATE INDEX drift_windows_by_time ON drift_windows (task, device, "to", "from", state)')
+
+
+@migrations()
+def rollouts(db: Database) -> None:
+    for statement in rollout_tables.TABLES:
+        db.execute(statement)
+    rollout_tables.unfold_stored(db.conn)
 
 
 # Pragmas of every opening; the second is what must be read back, where safety hangs on it.

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from agent.wire.messages import Alerts, Drift, Logged, Message, Quality, Results
+from agent.fleet.rollout.tables import change_rows, shadow_row
+from agent.wire.messages import Alerts, Audit, Drift, Logged, Message, Quality, Results, Shadow
 
 # Table → rows of it, as `schema` orders their columns.
 Rows = dict[str, list[tuple[Any, ...]]]
@@ -26,6 +27,10 @@ def unfold(message: Message, into: Rows) -> None:
         text = message.payload.decode()
         into.setdefault("quality", []).append((body.device, body.task, body.time, text, body.log, body.seq))
         into.setdefault("metrics", []).extend(_metric_rows(body))
+    elif isinstance(body, Shadow):
+        into.setdefault("shadows", []).append(shadow_row(body, message.payload))
+    elif isinstance(body, Audit):
+        into.setdefault("rollout_devices", []).extend(change_rows(body))
 
 
 def result_rows(body: Results) -> list[tuple[Any, ...]]:

@@ -17,7 +17,7 @@ from agent.errors import Refused, StorageFull
 
 log = logging.getLogger("outstation.uplink")
 
-ACKNOWLEDGEMENTS, COMMANDS = "acknowledgements", "commands"
+ACKNOWLEDGEMENTS, COMMANDS, DESIRED = "acknowledgements", "commands", "desired states"
 QUIET_S = 3600.0
 _COUNT_S = 60.0
 _FULL_RETRY_S = 5.0

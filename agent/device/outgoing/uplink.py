@@ -17,9 +17,10 @@ from agent.device.author import Author
 from agent.device.operating.commands import Commands
 from agent.device.operating.rotation import keys_message
 from agent.device.outgoing.acknowledge import Acknowledgements
-from agent.device.outgoing.refusals import COMMANDS, Refusals
+from agent.device.outgoing.refusals import COMMANDS, DESIRED, Refusals
 from agent.device.outgoing.session import Connection, Session
 from agent.device.storage.store import Store
+from agent.device.updates.desired import KIND, Desires
 from agent.errors import LinkDown, Refused
 from agent.link import Delivery, Link
 from agent.wire.keys import PublicKey
@@ -48,6 +49,7 @@ class Uplink:
         failed: Callable[[Exception], None],
         *,
         commands: Commands | None = None,
+        desires: Desires | None = None,
         open_link: Callable[..., Connection] = Link,
         pause: Callable[[float], object] | None = None,
     ) -> None:
@@ -55,7 +57,7 @@ class Uplink:
         self._open_link = open_link
         self._refusals = Refusals(store, author)
         self._acks = Acknowledgements(store, author, collector, conf.buffer.keep_messages, self._refusals)
-        self._commands = commands
+        self._commands, self._desires = commands, desires
         self._stopping = threading.Event()
         self._renewing = threading.Event()
         self._pause = pause or self._stopping.wait
@@ -132,6 +134,7 @@ class Uplink:
         self._answered = False
         will = self._author.live("state", {"state": "offline", "boot": self._author.boot}, now)
         topics = [self._acks.topic, *(self._commands.subscriptions if self._commands else [])]
+        topics += self._desires.subscriptions if self._desires else []
         current = self._open_link(self._conf.broker, self._author.device, subscribe=topics, will=will)
         self._link = current
         try:
@@ -158,17 +161,23 @@ class Uplink:
         hurry = self._stopping.is_set()
         if self._commands is not None:
             self._commands.turn(session, self._now())
+        if self._desires is not None:
+            self._desires.turn(self._now())
         session.turn(self._now(), hurry=hurry)
         self._refusals.flush(self._now(), at_once=hurry)
 
-    def _is_command(self, delivery: Delivery, now: Now) -> bool:
-        """Take a command; whether it was one."""
-        if self._commands is None or delivery.topic != self._commands.topic:
-            return False
+    def _is_order(self, delivery: Delivery, now: Now) -> bool:
+        """Take a command, or what is desired; whether it was one."""
+        desired = delivery.topic.split("/")[3:4] == [KIND]
         try:
-            self._commands.take(delivery)
+            if self._commands is not None and delivery.topic == self._commands.topic:
+                self._commands.take(delivery)
+            elif self._desires is not None and desired:
+                self._desires.take(delivery)
+            else:
+                return False
         except Refused as refusal:
-            self._refusals.add(COMMANDS, refusal, now)
+            self._refusals.add(DESIRED if desired else COMMANDS, refusal, now)
         return True
 
     def _begin(self, current: Connection) -> Session:
@@ -181,7 +190,7 @@ class Uplink:
             self._commands.begin()
         by_broker = self._conf.collector.delivery == "broker"
         what = (current, self._store, self._author, self._acks, now)
-        return Session(*what, by_broker=by_broker, live=live, take=self._is_command)
+        return Session(*what, by_broker=by_broker, live=live, take=self._is_order)
 
     def _drained(self, session: Session) -> bool:
         return self._over() or session.empty()
