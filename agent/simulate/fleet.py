@@ -22,8 +22,10 @@ _LOOK_S = 1.0
 _SPAN_S = 60.0
 # After its end: devices come to what was decided last, and one that was away to all of it.
 _SETTLES_S = 45.0
-# What is on its way to somewhere else.
+# Until a device is up, beside others and on two cores.
+_STARTS_S = 2.0
 _UNDER_WAY = frozenset({"fetching", "shadow", "probation"})
+_ARRIVED = frozenset({"settled", "rolled back", "refused"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,14 @@ def _alone(home: Path, order: Order, tell: Tell) -> dict[str, Any]:
 
 def _rolled(home: Path, order: Order, file: Path, about: Subject, scenario: Scenario, tell: Tell) -> dict[str, Any]:
     hard = _hardship(order)
-    fielded = plan.steady(order.devices, order.seconds + 60, order.speed, order.seed, scenario, hard.worse)
+    fielded = plan.steady(
+        order.devices,
+        order.seconds + _SETTLES_S + _STARTS_S * order.devices,
+        order.speed,
+        order.seed,
+        scenario,
+        hard.worse,
+    )
     with Simulation(home, fielded, order.broker) as fleet, contextlib.ExitStack() as leaving:
         rolling = Rolling(fleet, file.resolve(), hard, list(order.trusted), order.seed)
         leaving.callback(rolling.close)
@@ -100,11 +109,18 @@ def _followed(rolling: Rolling, name: str, until_s: float, tell: Tell) -> bool:
         moment = time.monotonic()
         if rolling.over:
             over_s = moment if over_s is None else over_s
-            if not _UNDER_WAY.intersection(phases.values()) or moment > over_s + _SETTLES_S:
+            if _settled(state, phases, len(rolling.fleet.plan.sites)) or moment > over_s + _SETTLES_S:
                 return True
         elif moment > until_s:
             return False
         time.sleep(_LOOK_S)
+
+
+def _settled(state: str, phases: dict[str, str], devices: int) -> bool:
+    """Whether every device is where the roll-out's end sends it."""
+    if state == "finished":
+        return len(phases) == devices and _ARRIVED.issuperset(phases.values())
+    return not _UNDER_WAY.intersection(phases.values())
 
 
 def _counts(phases: dict[str, str]) -> str:

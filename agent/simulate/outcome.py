@@ -40,6 +40,7 @@ def ended(database: Path, rollout: str) -> Ended:
         decided = [
             dict(zip(("n", "time", "event", "summary"), row, strict=True)) for row in db.execute(_DECIDED, [name])
         ]
+        steps = json.loads(plan)["steps"]
         document = {
             "name": name,
             "bundle": bundle,
@@ -47,7 +48,8 @@ def ended(database: Path, rollout: str) -> Ended:
             "digest": digest,
             "state": state,
             "step": step,
-            "steps": len(json.loads(plan)["steps"]),
+            "steps": len(steps),
+            "strategy": steps[step - 1]["strategy"],
             "decisions": decided,
             # Of every device: messages with results of the new bundle.
             "served": sum(count for _, _, which, count, _ in served if which == digest),
