@@ -6,6 +6,7 @@ OutstationError
 ├── Rejected          one row or line of a producer
 ├── Refused           a message from a peer that does not verify
 ├── BadBundle         a bundle that is damaged, unsigned, foreign or does not run here
+│   └── ModelDied     a model that ran apart and crashed, hung or failed
 ├── LinkDown          the broker or the network
 └── StorageError      the disk or the database
     ├── StorageFull
@@ -15,6 +16,8 @@ OutstationError
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 
 class OutstationError(Exception):
@@ -47,6 +50,17 @@ class Refused(OutstationError):
 
 class BadBundle(OutstationError):
     """A bundle that must not be activated."""
+
+
+class ModelDied(BadBundle):
+    """A model that runs apart crashed, hung, or gave an error: `kind` says which; the sentence says more."""
+
+    def __init__(self, kind: Literal["crash", "hang", "error"], sentence: str) -> None:
+        super().__init__(f"the model {_DIED[kind]}: {sentence}")
+        self.kind, self.sentence = kind, sentence
+
+
+_DIED = {"crash": "crashed", "hang": "hangs", "error": "failed"}
 
 
 class LinkDown(OutstationError):

@@ -136,7 +136,12 @@ def test_a_longer_share_alone_says_nothing_and_keeps_the_time_it_began() -> None
 
 @pytest.mark.parametrize(
     ("phase", "reason", "hours"),
-    [("rolled back", "crash", 2.0), ("rolled back", "operator", 2.0), ("refused", "golden", 2.0), ("refused", "fetch", None)],
+    [
+        ("rolled back", "crash", 2.0),
+        ("rolled back", "operator", 2.0),
+        ("refused", "golden", 2.0),
+        ("refused", "fetch", None),
+    ],
 )
 def test_what_speaks_against_a_bundle_holds_it_and_what_does_not_does_not(
     phase: Phase, reason: Any, hours: float | None

@@ -62,27 +62,41 @@ def seen(store: Store, task: str) -> State | None:
 def end(tx: Transaction, author: Author, task: str, ended: Ended, now: Now) -> None:
     tx.drop(task, LEARNING)
     tx.drop(task, SITE)
+    say(tx, author, task, ended, now)
+
+
+def say(tx: Transaction, author: Author, task: str, ended: Ended, now: Now) -> None:
     for kind, body in ended.messages:
         author.write(tx, kind, task if kind == "alerts" else None, body, now)
 
 
-def _anew(task: str, start: State, past: bytes) -> tuple[State, Ended]:
-    """Nothing that was learned for another bundle holds for this one."""
+def ended(task: str, past: bytes, why: str) -> Ended:
+    """What is to be said when nothing that this state knows holds any more, because of `why`."""
     try:
         old = State.from_bytes(past)
     except ValueError:
-        return start, Ended([])
-    messages = [("alerts", body) for body in _open_alerts(task, old)]
+        return Ended([])
+    messages: list[tuple[str, dict[str, Any]]] = [("alerts", body) for body in _open_alerts(task, old, why)]
     if old.site is not None:
-        summary = f"{task}: the bundle, or the agent, was changed, so this site's reference is learned anew."
+        summary = f"{task}: {why}, so this site's reference is learned anew."
         evidence = {"task": task, "asked": "bundle changed", "site": old.site.digest, "by": "the agent"}
         messages.append(("audit", {"event": "reference reset", "summary": summary, "evidence": evidence}))
+    return Ended(messages)
+
+
+def _anew(task: str, start: State, past: bytes) -> tuple[State, Ended]:
+    """Nothing that was learned for another bundle holds for this one."""
+    said = ended(task, past, "the bundle, or the agent, was changed")
+    try:
+        old = State.from_bytes(past)
+    except ValueError:
+        return start, said
     # Names of alerts are never used twice.
     raised = np.full_like(start.raised, old.raised.max(initial=0))
-    return replace(start, raised=raised, learned=old.learned), Ended(messages)
+    return replace(start, raised=raised, learned=old.learned), said
 
 
-def _open_alerts(task: str, old: State) -> Iterator[dict[str, Any]]:
+def _open_alerts(task: str, old: State, why: str) -> Iterator[dict[str, Any]]:
     """Cleared: what they were against is gone."""
     subjects = (*old.fields, OUTPUT, SCORE, JOINT)
     kinds = ("drift", old.detectors.open_subjects), ("fault", old.faulty)
@@ -94,6 +108,6 @@ def _open_alerts(task: str, old: State) -> Iterator[dict[str, Any]]:
                 "state": "cleared",
                 "severity": "info",
                 "id": f"{task}/{subjects[i]}/{kind}/{old.raised[i, column]}",
-                "summary": f"{subjects[i]}: no longer watched as before: the bundle, or the agent, was changed.",
+                "summary": f"{subjects[i]}: no longer watched as before: {why}.",
                 "evidence": {},
             }

@@ -25,6 +25,15 @@ class Active:
     choice: Choice | None
 
 
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """A verified bundle that passed its checks on this machine, and how its model is run best."""
+
+    bundle: Bundle
+    reference: Reference | None
+    choice: Choice | None
+
+
 def locate(name: str, store: Path) -> Path:
     """The folder or archive of a bundle: a path, one in `<data_dir>/bundles/`, or one that ships with the agent.
 
@@ -50,13 +59,24 @@ def activate(
     """
     found = bundle.read(path, [*publishers, *shipped.publishers()])
     try:
-        report = probe.probe(found, known)
-        report.require()
-        with loading(found):
-            model = inference.load(found.manifest, found.model, report.choice)
-        return Active(found, model, reference(found), report.choice)
+        return load(prove(found, known), loading)
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
+
+
+def prove(found: Bundle, known: Sequence[Choice] = ()) -> Proved:
+    """Run the checks of a verified bundle in a child process. Raises BadBundle with the one that failed."""
+    report = probe.probe(found, known)
+    report.require()
+    return Proved(found, reference(found), report.choice)
+
+
+def load(proved: Proved, loading: Callable[[Bundle], AbstractContextManager[object]] = nullcontext) -> Active:
+    """Raises BadBundle."""
+    found = proved.bundle
+    with loading(found):
+        model = inference.load(found.manifest, found.model, proved.choice)
+    return Active(found, model, proved.reference, proved.choice)
 
 
 def reference(found: Bundle) -> Reference | None:

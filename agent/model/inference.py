@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -22,12 +23,30 @@ class Answers:
     """Of w windows, which begin at `cut.starts` and are `Inference.rows` long.
 
     `missing` (w,) share of each window's values that were missing; `outputs` (w, K), dequantized, where asked for.
+    `seconds` in the model.
     """
 
     cut: Cut
     scores: Scores
     missing: Floats
     outputs: Floats | None
+    seconds: float = 0.0
+
+
+class Runs(Protocol):
+    """A loaded model, in this process (`runtime.Model`) or in one of its own (`Apart`)."""
+
+    seconds: float
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def input_range(self) -> tuple[float, float]: ...
+
+    def invoke(self, windows: Floats) -> Floats:
+        """Outputs (w, K) of `windows`. Raises BadBundle."""
+        ...
 
 
 def load(manifest: Manifest, content: bytes, choice: Choice | None = None) -> Model:
@@ -39,7 +58,7 @@ def load(manifest: Manifest, content: bytes, choice: Choice | None = None) -> Mo
 class Inference:
     """A loaded model with its bundle's definition of features and scores."""
 
-    def __init__(self, manifest: Manifest, model: Model) -> None:
+    def __init__(self, manifest: Manifest, model: Runs) -> None:
         self.manifest, self.model = manifest, model
 
     @property
@@ -75,6 +94,7 @@ class Inference:
         """`run`, for windows that were cut already."""
         spec = self.manifest.input
         columns = derived.columns(rows, t, spec, before)
+        begun_s = self.model.seconds
         each = max(1, MOST_VALUES // (self.rows * columns.shape[1]))
         found: list[Scores] = []
         outputs: list[Floats] = []
@@ -85,4 +105,5 @@ class Inference:
             if raw:
                 outputs.append(out)
         gone = features.missing(columns, cut.starts, spec)
-        return Answers(cut, scores.joined(found), gone, np.concatenate(outputs) if raw else None)
+        seconds = self.model.seconds - begun_s
+        return Answers(cut, scores.joined(found), gone, np.concatenate(outputs) if raw else None, seconds)

@@ -124,7 +124,7 @@ def _ask(task: _Task, limits: Limits) -> tuple[bytes, str]:
         )
     except subprocess.TimeoutExpired:
         raise BadBundle(f"did not finish within {patience_s:g} s and was ended") from None
-    return child.stdout, _death(child.returncode, child.stderr, limits) if child.returncode else ""
+    return child.stdout, death(child.returncode, child.stderr, limits) if child.returncode else ""
 
 
 def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
@@ -220,7 +220,8 @@ def _no_memory(limits: Limits) -> str:
     return f"ran out of memory, it may have {limits.memory_mib} MiB ([limits] memory_mib)"
 
 
-def _death(code: int, stderr: bytes, limits: Limits) -> str:
+def death(code: int, stderr: bytes, limits: Limits) -> str:
+    """What a child process with a model died of."""
     said = stderr.decode(errors="replace").strip()
     if code == -signal.SIGXCPU:
         return f"used more than its {limits.seconds} s of CPU and was ended ([limits] seconds)"

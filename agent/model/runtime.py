@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import re
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -47,14 +48,17 @@ Floats = NDArray[np.float32]
 
 
 class Model:
-    """A loaded model with one input and one output, `batch` rows at a time on `threads` threads. Not thread-safe."""
+    """A loaded model with one input and one output, `batch` rows at a time on `threads` threads. Not thread-safe.
+
+    `seconds` that all runs took.
+    """
 
     def __init__(self, content: bytes, batch: int = BATCH, threads: int = 1, output: str | int | None = None) -> None:
         """`output`: the name or index of the one that is used, where there are several.
 
         Raises BadBundle where it cannot be run here; a damaged model may crash the process: probe first.
         """
-        self._wanted = output
+        self._wanted, self.seconds = output, 0.0
         if not content:
             raise BadBundle("the model is empty: 0 bytes")
         self._content, self.threads = content, min(threads, os.cpu_count() or 1)
@@ -92,13 +96,16 @@ class Model:
         count = len(windows)
         if windows.size != count * math.prod(self.input_shape):
             raise BadBundle(f"the model takes {list(self.input_shape)} values, it was given {list(windows.shape[1:])}")
+        begun_s = time.perf_counter()
         rows = windows.reshape(count, *self.input_shape)
         out = np.empty((count, self.outputs), self._out["dtype"])
         block = max(1, _BLOCK // (self.batch * math.prod(self.input_shape))) * self.batch
         with _runtime_errors():
             for start in range(0, count, block):
                 self._run_all(self._quantize(rows[start : start + block]), out[start : start + block])
-        return self._dequantize(out)
+        outputs = self._dequantize(out)
+        self.seconds += time.perf_counter() - begun_s
+        return outputs
 
     def _load(self) -> None:
         with _runtime_errors():

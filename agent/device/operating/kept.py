@@ -21,6 +21,7 @@ from agent.device.operating import overrides
 from agent.device.operating.overrides import Rollback
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
+from agent.device.updates import standing
 from agent.errors import BadBundle, StorageFull
 from agent.model import activate, bundle
 from agent.model.bundle import Bundle
@@ -65,7 +66,7 @@ def folder(data_dir: Path, digest: str) -> Path:
 
 
 def in_force(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
-    """Where the bundle of `task` is: the configured one, or the one it was rolled back to."""
+    """Where the bundle of `task` is: the configured one, or the one it was rolled back to, or came to by a roll-out."""
     wanted = overrides.rollback(store, task)
     if wanted is None:
         return configured
@@ -141,6 +142,14 @@ def record(tx: Transaction, author: Author, task: str, found: Bundle, old: Histo
     author.write(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
 
 
+def restore(tx: Transaction, task: str, past: str) -> None:
+    """What ran, as it was kept before a bundle that did not prove itself; "" where nothing had."""
+    if past:
+        tx.keep(task, ACTIVE, past.encode())
+    else:
+        tx.drop(task, ACTIVE)
+
+
 def ran(found: Bundle) -> Ran:
     return Ran(found.manifest.name, found.manifest.version, found.digest)
 
@@ -153,6 +162,7 @@ def prune(store: Store, tasks: Iterable[str], data_dir: Path) -> None:
         digests = [known.now.digest] if known else []
         digests += [known.before.digest] if known and known.before else []
         digests += [wanted.digest] if wanted else []
+        digests += sorted(standing.digests(store, task))
         needed |= {folder(data_dir, digest).name for digest in digests}
     home = data_dir / "bundles" / ".kept"
     for entry in home.iterdir() if home.is_dir() else ():
@@ -168,9 +178,9 @@ def configured_digest(name: str, data_dir: Path) -> str:
         return ""
 
 
-def rolled_back(this: Ran, configured: str) -> Rollback | None:
+def rolled_back(this: Ran, configured: str, rollout: str = "") -> Rollback | None:
     """What to keep so that `this` runs from now on; nothing where it is the configured one."""
-    return None if this.digest == configured else Rollback(this.digest, configured)
+    return None if this.digest == configured else Rollback(this.digest, configured, rollout)
 
 
 def sync(path: Path) -> None:

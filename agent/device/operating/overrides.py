@@ -17,10 +17,14 @@ SET_ASIDE, CRASHES = "set aside", "crashes"
 
 @dataclass(frozen=True, slots=True)
 class Rollback:
-    """Run bundle `digest` instead of the configured one, for as long as that is `configured`: both digests."""
+    """Run bundle `digest` instead of the configured one, for as long as that is `configured`: both digests.
+
+    Because roll-out `rollout` wants it; where that is empty, because of an operator's word or of crashes.
+    """
 
     digest: str
     configured: str
+    rollout: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +66,22 @@ def keep_rollback(tx: Transaction, task: str, wanted: Rollback | None) -> None:
     if wanted is None:
         tx.drop(task, ROLLBACK)
     else:
-        tx.keep(task, ROLLBACK, json.dumps(asdict(wanted)).encode())
+        # Left out where it is empty: an earlier version of the agent knows no roll-outs.
+        kept = {name: value for name, value in asdict(wanted).items() if value or name != "rollout"}
+        tx.keep(task, ROLLBACK, json.dumps(kept).encode())
 
 
 def set_aside(store: Store, task: str) -> dict[str, Aside]:
     """Bundles that are not run for `task`, by digest."""
-    found = json.loads(store.state(task, SET_ASIDE) or b"{}")
-    return {digest: Aside(**one) for digest, one in found.items()}
+    return _asides(store.state(task, SET_ASIDE))
+
+
+def set_aside_in(tx: Transaction, task: str) -> dict[str, Aside]:
+    return _asides(tx.kept(task, SET_ASIDE))
+
+
+def _asides(kept: bytes | None) -> dict[str, Aside]:
+    return {digest: Aside(**one) for digest, one in json.loads(kept or b"{}").items()}
 
 
 def keep_set_aside(tx: Transaction, task: str, aside: dict[str, Aside]) -> None:
@@ -87,7 +100,7 @@ def shown(store: Store, task: str) -> dict[str, object]:
     if (text := scheduled(store, task)) is not None:
         members["schedule_set"] = text
     if (rolled := rollback(store, task)) is not None:
-        members["rolled_back_to"] = rolled.digest
+        members["rolled_out" if rolled.rollout else "rolled_back_to"] = rolled.digest
     if aside := set_aside(store, task):
         members["set_aside"] = sorted(aside)
     return members

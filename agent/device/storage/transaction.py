@@ -137,6 +137,13 @@ class Transaction:
     def drop(self, task: str, name: str) -> None:
         self._db.execute("DELETE FROM state WHERE task = ? AND name = ?", (task, name))
 
+    def rename(self, task: str, name: str, new: str) -> None:
+        """Keep under another name, under which nothing is kept, what is kept under this one, if anything is."""
+        size = self._db.execute("SELECT length(value) FROM state WHERE task = ? AND name = ?", (task, name)).fetchone()
+        if size is not None:
+            self._budget.spend(2 * (len(task) + len(new)) + int(size[0]) + 32)
+            self._db.execute("UPDATE state SET name = ? WHERE task = ? AND name = ?", (new, task, name))
+
     def set_mark(self, source: str, item: str, position: int, most: int | None = None) -> None:
         """Remember how far `source` got with `item`; of more than `most` items, those that were set last stay."""
         self._budget.spend(2 * (len(source) + len(item)) + 30)

@@ -27,7 +27,7 @@ _LEAST_HOLD_S = 600.0
 _TRIED: frozenset[Phase] = frozenset({"fetching", "shadow", "probation"})
 _RUNS: frozenset[Phase] = frozenset({"probation", "settled"})
 # Reasons that say nothing against the bundle: it is looked at again, and not held.
-_PASSING: frozenset[Reason] = frozenset({"fetch", "unfit", "held", "aborted", ""})
+_PASSING: frozenset[Reason] = frozenset({"fetch", "signature", "unfit", "held", "aborted", ""})
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,9 @@ class Desires:
         try:
             kept = msgspec.msgpack.decode(found, type=_Kept)
         except msgspec.MsgspecError as damage:
-            log.error("what was desired on %s cannot be read (%s); it comes again with the next connection", topic, damage)
+            log.error(
+                "what was desired on %s cannot be read (%s); it comes again with the next connection", topic, damage
+            )
             return
         self._kept[topic] = kept
         try:

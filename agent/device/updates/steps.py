@@ -1,0 +1,118 @@
+"""One step of a roll-out inside its commit: how the task stands, the audit message, the alert, and what runs from now on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agent.clock import Now
+from agent.device.author import Author
+from agent.device.batch import Task
+from agent.device.operating import kept, overrides, quarantine
+from agent.device.operating.kept import History
+from agent.device.storage.transaction import Transaction
+from agent.device.updates import standing as standings
+from agent.device.updates import watching
+from agent.device.updates.decide import held_for
+from agent.device.updates.standing import Held, Phase, Standing
+
+EVENT = "rollout"
+_MOST_SUMMARY = 1500
+# An operator has to look at these.
+_ALARMING: frozenset[Phase] = frozenset({"refused", "rolled back"})
+_SAID: dict[Phase, str] = {
+    "not chosen": "does not take part in",
+    "fetching": "fetches and proves",
+    "refused": "refused",
+    "shadow": "has beside the bundle that runs",
+    "probation": "runs, on probation with the one before beside it,",
+    "settled": "settled on",
+    "rolled back": "took back",
+    "withdrawn": "left",
+}
+
+
+def write(tx: Transaction, author: Author, task: str, old: Standing | None, new: Standing, now: Now) -> Held | None:
+    """Keep how `task` stands, and say so where there is something new to say; what is held from now on, if anything."""
+    standings.keep_standing(tx, task, new)
+    if old is not None and old.said == new.said:
+        return None
+    at_s = tx.uptime_s(now)
+    # Only a step into this phase holds, and not that it is late, or desired in another way.
+    moved = old is None or (old.phase, old.reason, old.wanted.digest) != (new.phase, new.reason, new.wanted.digest)
+    found = held_for(new, at_s) if moved else None
+    if found is not None:
+        standings.hold(tx, task, new.wanted.digest, found, at_s)
+    summary = sentence(task, new)
+    author.write(tx, "audit", None, {"event": EVENT, "summary": summary, "evidence": evidence(task, new)}, now)
+    _alert(tx, author, task, old, new, summary, now)
+    return found
+
+
+def sentence(task: str, one: Standing) -> str:
+    wanted = one.wanted
+    which = f"{wanted.bundle} {wanted.version} (roll-out {wanted.rollout}, {wanted.strategy})"
+    reason = f" for {one.reason}" if one.reason else ""
+    late = f" It is late: the deadline was {wanted.deadline}." if one.late else ""
+    why = f": {one.why}" if one.why else ""
+    return f"{task} {_SAID[one.phase]} {which}{reason}{why}"[:_MOST_SUMMARY].rstrip(".") + f".{late}"
+
+
+def evidence(task: str, one: Standing) -> dict[str, Any]:
+    wanted = one.wanted
+    named = {"rollout": wanted.rollout, "bundle": wanted.bundle, "version": wanted.version, "digest": wanted.digest}
+    how = {"strategy": wanted.strategy, "phase": one.phase, "reason": one.reason, "numbers": one.numbers}
+    return {"task": task, **named, **how, "late": one.late}
+
+
+def _alert(
+    tx: Transaction, author: Author, task: str, old: Standing | None, new: Standing, summary: str, now: Now
+) -> None:
+    """Open for as long as the bundle that is desired does not run, because of what was found."""
+    was, is_now = old is not None and old.phase in _ALARMING, new.phase in _ALARMING
+    if not was and not is_now:
+        return
+    body: dict[str, Any] = {
+        "alert": "model",
+        "subject": task,
+        "state": "raised" if is_now else "cleared",
+        "severity": "info" if not is_now else "critical" if new.phase == "rolled back" else "warning",
+        "id": f"{task}/rollout",
+        "summary": summary,
+        "evidence": evidence(task, new),
+    }
+    author.write(tx, "alerts", task, body, now)
+
+
+def begin_probation(tx: Transaction, author: Author, candidate: Task, past: History | None, now: Now) -> None:
+    watching.lay_by(tx, candidate.name)
+    kept.record(tx, author, candidate.name, candidate.bundle, past, "roll-out", now)
+
+
+def end_probation(
+    tx: Transaction, author: Author, candidate: Task, steady: Task | None, past: str, why: str, now: Now
+) -> None:
+    """What ran before runs again, or nothing where nothing did."""
+    name = candidate.name
+    watching.take_up(tx, author, name, now)
+    if steady is not None:
+        ran = kept.ran(candidate.bundle)
+        kept.record(tx, author, name, steady.bundle, History(ran), why, now)
+    kept.restore(tx, name, past)
+
+
+def settle(tx: Transaction, author: Author, task: Task, wanted_by: str, configured: str, now: Now) -> None:
+    """The bundle on probation stays, over restarts, until the config names another one."""
+    watching.give_up(tx, author, task.name, now)
+    _override(tx, author, task, wanted_by, configured, now)
+
+
+def go_back(tx: Transaction, author: Author, task: Task, past: History | None, configured: str, now: Now) -> None:
+    """A bundle that had settled gives way to the one before, over restarts."""
+    kept.record(tx, author, task.name, task.bundle, past, "roll-out called back", now)
+    _override(tx, author, task, "", configured, now)
+
+
+def _override(tx: Transaction, author: Author, task: Task, wanted_by: str, configured: str, now: Now) -> None:
+    overrides.keep_rollback(tx, task.name, kept.rolled_back(kept.ran(task.bundle), configured, wanted_by))
+    if task.bundle.digest in overrides.set_aside_in(tx, task.name):
+        quarantine.end(tx, author, task.name, now)
