@@ -12,30 +12,24 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from agent import toml
+from agent import config_updates, toml
+from agent.config_updates import Updates as Updates
 from agent.errors import ConfigError
 from agent.media import Image, Made, Sound
 from agent.names import is_name
+from agent.quantities import Duration as Duration
+from agent.quantities import Size as Size
+from agent.quantities import convert
+from agent.quantities import parse_duration as parse_duration
+from agent.quantities import parse_size as parse_size
 from agent.toml import suggestion
 
-_SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_DURATIONS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-# So many digits that every unit leaves a finite number.
-_QUANTITY = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)\s*")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _LEAST_STORE = 2**20
 # That a person lists; those of images and sounds follow from the source.
 MOST_FIELDS = 256
 _LEAST_EVERY_S = 0.01
 _LONGEST_KEEP_S = 3650 * 86_400.0
-
-
-class Size(int):
-    """Bytes, written `"512 MiB"`."""
-
-
-class Duration(float):
-    """Seconds, written `"10 s"`, `"72 h"`."""
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -211,6 +205,7 @@ class Config(Section, frozen=True):
     publishers: Publishers = msgspec.field(default_factory=Publishers)
     buffer: Buffer = msgspec.field(default_factory=Buffer)
     intake: Intake = msgspec.field(default_factory=Intake)
+    updates: Updates | None = None
     streams: dict[str, Stream] = {}
     tasks: dict[str, Task] = {}
 
@@ -239,6 +234,8 @@ def load(path: Path) -> Config:
     for group in config.device.groups:
         check_name(file, "device.groups", group)
     check_broker(file, config.broker)
+    if config.updates is not None:
+        config_updates.check(file, config.updates)
     _check_device(file, config)
     config = msgspec.structs.replace(
         config, streams={name: _with_fields(file, name, stream) for name, stream in config.streams.items()}
@@ -258,25 +255,15 @@ def load(path: Path) -> Config:
 
 def read(path: Path, shape: type[C]) -> C:
     """A TOML file as `shape`. Raises ConfigError."""
-    return toml.read(path, shape, _unit_hook)
+    return toml.read(path, shape, convert)
 
 
 def digest(config: Config) -> str:
-    """`sha256:…` of what decides results: the config as parsed, the broker's password left out."""
+    """`sha256:…` of what decides results: the config as parsed, but for the broker's password and [updates]."""
     broker = msgspec.structs.replace(config.broker, password=None)
-    shown = msgspec.structs.replace(config, broker=broker)
+    shown = msgspec.structs.replace(config, broker=broker, updates=None)
     data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_plain, order="deterministic"))
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
-
-
-def parse_size(text: str) -> Size:
-    """Bytes in `"512 MiB"`. Raises ValueError."""
-    return Size(round(_quantity(text, _SIZES)))
-
-
-def parse_duration(text: str) -> Duration:
-    """Seconds in `"10 s"`, `"5 min"`, `"72 h"`. Raises ValueError."""
-    return Duration(_quantity(text, _DURATIONS))
 
 
 def check_name(file: str, key: str, name: str) -> None:
@@ -408,22 +395,6 @@ def _check_slices(file: str, name: str, task: Task, stream: Stream) -> None:
                 raise ConfigError(file, key, f"edges of {field!r} must be finite and ascend")
 
 
-def _quantity(text: str, units: dict[str, Any]) -> float:
-    match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
-    unit = next((u for u in units if match and u.lower() == match[2].lower()), None)
-    if match is None or unit is None:
-        raise ValueError(f"{text!r} must be a number with a unit: {', '.join(units)}")
-    return float(match[1]) * float(units[unit])
-
-
-def _unit_hook(kind: type, value: Any) -> Any:
-    if kind is Size:
-        return parse_size(value)
-    if kind is Duration:
-        return parse_duration(value)
-    raise NotImplementedError(kind)
-
-
 def _plain(value: Any) -> Any:
     """Size and Duration as the numbers they are."""
     return int(value) if isinstance(value, Size) else float(value)
@@ -452,4 +423,5 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
         for name, task in config.tasks.items()
     }
     device = msgspec.structs.replace(config.device, data_dir=str(base / config.device.data_dir))
-    return msgspec.structs.replace(config, device=device, broker=broker, streams=streams, tasks=tasks)
+    updates = config.updates and config_updates.absolute(config.updates, base)
+    return msgspec.structs.replace(config, device=device, broker=broker, updates=updates, streams=streams, tasks=tasks)

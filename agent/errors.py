@@ -7,6 +7,7 @@ OutstationError
 ├── Refused           a message from a peer that does not verify
 ├── BadBundle         a bundle that is damaged, unsigned, foreign or does not run here
 │   └── ModelDied     a model that ran apart and crashed, hung or failed
+├── FetchFailed       a bundle that could not be fetched, or must not be; names the error
 ├── LinkDown          the broker or the network
 └── StorageError      the disk or the database
     ├── StorageFull
@@ -61,6 +62,14 @@ class ModelDied(BadBundle):
 
 
 _DIED = {"crash": "crashed", "hang": "hangs", "error": "failed"}
+
+
+class FetchFailed(OutstationError):
+    """What a repository gives is not there, not whole or not to be trusted; `error` names it, `detail` says more."""
+
+    def __init__(self, error: str, detail: str) -> None:
+        super().__init__(f"{error}: {detail}")
+        self.error, self.detail = error, detail
 
 
 class LinkDown(OutstationError):

@@ -21,11 +21,13 @@ AGENT = ROOT / "agent"
 # A room is a package or module directly under agent/. It imports itself and lower floors.
 FLOORS = {
     "errors": 0,
+    "quantities": 0,
     "names": 1,
     "jsonkeys": 1,
     "media": 1,
     "clock": 1,
     "toml": 1,
+    "config_updates": 1,
     "config": 2,
     "wire": 3,
     "drift": 3,

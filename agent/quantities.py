@@ -1,0 +1,46 @@
+"""Sizes and durations with their units, as config files write them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_DURATIONS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+# So many digits that every unit leaves a finite number.
+_QUANTITY = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]+)\s*")
+
+
+class Size(int):
+    """Bytes, written `"512 MiB"`."""
+
+
+class Duration(float):
+    """Seconds, written `"10 s"`, `"72 h"`."""
+
+
+def parse_size(text: str) -> Size:
+    """Bytes in `"512 MiB"`. Raises ValueError."""
+    return Size(round(_quantity(text, _SIZES)))
+
+
+def parse_duration(text: str) -> Duration:
+    """Seconds in `"10 s"`, `"5 min"`, `"72 h"`. Raises ValueError."""
+    return Duration(_quantity(text, _DURATIONS))
+
+
+def convert(kind: type, value: Any) -> Any:
+    """Size and Duration from their text, for msgspec. Raises ValueError."""
+    if kind is Size:
+        return parse_size(value)
+    if kind is Duration:
+        return parse_duration(value)
+    raise NotImplementedError(kind)
+
+
+def _quantity(text: str, units: dict[str, Any]) -> float:
+    match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
+    unit = next((u for u in units if match and u.lower() == match[2].lower()), None)
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} must be a number with a unit: {', '.join(units)}")
+    return float(match[1]) * float(units[unit])

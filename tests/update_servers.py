@@ -1,0 +1,96 @@
+"""A web server for a folder on this machine, which does what a hostile one would where a test tells it to."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+_RANGE = re.compile(r"bytes=(\d+)-")
+Trick = Callable[["Handler"], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request. `data` is the file that is asked for, None where there is none; `start` what Range asks for."""
+
+    protocol_version = "HTTP/1.1"
+    server: _Listener
+
+    def do_GET(self) -> None:
+        web = self.server.web
+        path = web.folder / unquote(self.path).lstrip("/")
+        self.data = path.read_bytes() if path.is_file() else None
+        found = _RANGE.fullmatch(self.headers.get("Range", ""))
+        self.start = int(found[1]) if found else 0
+        web.asked.append((self.path, self.start))
+        trick = next((trick for pattern, trick in web.tricks if re.search(pattern, self.path)), Handler.serve)
+        try:
+            trick(self)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+
+    def serve(self, upto: int | None = None) -> None:
+        """The file, from `start` on; `upto`: cut off after that byte of it."""
+        if self.data is None:
+            self.send_error(404)
+            return
+        self.head(206 if self.start else 200, len(self.data) - self.start)
+        self.wfile.write(self.data[self.start : upto])
+        if upto is not None:
+            self.wfile.flush()
+            self.close_connection = True
+
+    def head(self, status: int, length: int | None, **headers: str) -> None:
+        self.send_response(status)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        else:
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        if status == 206:
+            assert self.data is not None
+            self.send_header("Content-Range", f"bytes {self.start}-{len(self.data) - 1}/{len(self.data)}")
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """A test's output is its own."""
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    web: Web
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that goes away is what many tests are about."""
+
+
+class Web:
+    """Serves `folder` until it is left. `tricks`: pattern of a path, and what to do instead of serving it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tricks: list[tuple[str, Trick]] = []
+        self.asked: list[tuple[str, int]] = []
+        self._server = _Listener(("127.0.0.1", 0), Handler)
+        self._server.web = self
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Web:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
