@@ -17,6 +17,7 @@ import click
 from agent.cli.fleet_command import command, revoke
 from agent.cli.fleet_drift import drift
 from agent.cli.fleet_label import label
+from agent.cli.fleet_rollout import rollout
 from agent.cli.fleet_simulate import simulate
 from agent.cli.output import emit, json_option, table
 from agent.config import Broker, check_broker
@@ -47,6 +48,7 @@ fleet.add_command(command)
 fleet.add_command(drift)
 fleet.add_command(revoke)
 fleet.add_command(label)
+fleet.add_command(rollout)
 fleet.add_command(simulate)
 
 
@@ -223,11 +225,13 @@ def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) 
 @json_option
 def audit(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Verify every stored message again: signatures, chain, gaps, coverage. Exit 1 if anything is wrong."""
+    from agent.fleet import operators
     from agent.fleet.audit import audit as run_audit
 
-    _, store = reading(folder, db, device)
+    config, store = reading(folder, db, device)
+    trusted = operators.trusted(config)
     with progress("auditing", store.count_messages(device)) as advance:
-        report = run_audit(store, device, advance).document()
+        report = run_audit(store, device, advance, trusted).document()
     emit(report, as_json, lambda: _say(*_verdict(report)))
     if not report["passed"]:
         sys.exit(1)
@@ -286,6 +290,11 @@ def _verdict(report: dict[str, Any]) -> Iterable[str]:
         yield f"  {entry['device']} {entry['log']} seq {entry['seq']} {entry['reason']}"
     for gap in missing[:50]:
         yield f"  {gap['device']} {gap['log']} seq {gap['from']}-{gap['to']} is missing"
+    if report["decisions"] or report["invalid_decisions"]:
+        yield f"{report['decisions']} decisions about roll-outs: {len(report['invalid_decisions'])} invalid"
+    for entry in report["invalid_decisions"][:50]:
+        where = f"{entry['rollout']} decision {entry['n']}" if entry["n"] is not None else entry["rollout"] or "fleet"
+        yield f"  {where} {entry['reason']}"
     if not report["messages"]:
         yield "Nothing was collected yet: start `outstation fleet collect` and a device."
     yield "PASSED" if report["passed"] else "FAILED"

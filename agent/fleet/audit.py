@@ -9,13 +9,14 @@ For each device and log, in one pass and in constant memory:
 - each `prev` is the digest of the message before it; behind a gap there is nothing to compare with
 - rows are covered once: results tile each stream of each task, up to the cursors in `health`, except rows that a signed
   `audit` message declares as evicted
-- table results holds what the messages say
+- tables results, shadows and rollout_devices hold what the messages say
+- every decision about a roll-out is signed by an operator and follows the one before (see `rollout.audit`)
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -24,8 +25,10 @@ from agent.errors import Refused
 from agent.fleet.coverage import Coverage
 from agent.fleet.keyring import Keyring
 from agent.fleet.ledger import NEW_LOG, ended, evictions
+from agent.fleet.rollout import audit as rollouts
 from agent.fleet.store import FleetStore
 from agent.fleet.unfold import result_rows
+from agent.wire.keys import PublicKey
 from agent.wire.messages import Audit, Body, Health, Logged, Results, digest, open_message
 
 # A database that was rewritten as a whole must not fill the memory; all entries are counted.
@@ -47,14 +50,18 @@ class Report:
     invalid: list[dict[str, Any]] = field(default_factory=list)
     coverage: list[dict[str, Any]] = field(default_factory=list)
     evicted: list[dict[str, Any]] = field(default_factory=list)
+    decisions: int = 0
+    invalid_decisions: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        return not (self.duplicates or self.invalid_count or any(not gap["declared"] for gap in self.gaps))
+        undeclared = any(not gap["declared"] for gap in self.gaps)
+        return not (self.duplicates or self.invalid_count or undeclared or self.invalid_decisions)
 
     def document(self) -> dict[str, Any]:
         """As `fleet audit --json` prints it."""
-        names = ("devices", "messages", "gaps", "duplicates", "invalid", "invalid_count", "coverage", "evicted")
+        names = [*("devices", "messages", "gaps", "duplicates", "invalid", "invalid_count", "coverage", "evicted")]
+        names += ["decisions", "invalid_decisions"]
         return {"passed": self.passed, **{name: getattr(self, name) for name in names}}
 
     def add_invalid(self, key: Key, reason: str) -> None:
@@ -64,10 +71,18 @@ class Report:
             self.invalid.append({**where, "reason": reason})
 
 
-def audit(store: FleetStore, device: str | None = None, progress: Callable[[int], None] | None = None) -> Report:
-    """Verify everything stored, or of one device; `progress` hears of each hundred messages. Raises StorageError."""
+def audit(
+    store: FleetStore,
+    device: str | None = None,
+    progress: Callable[[int], None] | None = None,
+    operators: Sequence[PublicKey] = (),
+) -> Report:
+    """Verify everything stored, or of one device; `progress` hears of each hundred messages. Raises StorageError.
+
+    `operators`: keys whose decisions about roll-outs count; they are not looked at for one device.
+    """
     report = Report()
-    with store.snapshot():
+    with store.snapshot() as db:
         keyring = Keyring(store)
         ends: dict[tuple[Any, str], int] = {}
         for ended_log, last in _ends(store, keyring, device):
@@ -87,6 +102,11 @@ def audit(store: FleetStore, device: str | None = None, progress: Callable[[int]
         for (name, log), top in through.items():
             _LogCheck(name, log, keyring, unfolded, report).finish(top, ends.get((name, log), 0))
         unfolded.skip_to(None)
+        for key, reason in rollouts.unfolded(db, device):
+            report.add_invalid(key, reason)
+        if device is None:
+            decided = rollouts.audit(db, operators)
+            report.decisions, report.invalid_decisions = decided.decisions, decided.invalid
         report.devices = len(names)
     return report
 

@@ -77,6 +77,20 @@ def arguments(name: str, values: Sequence[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process of a folder at a time uses the operator's key and connection. Raises UsageError."""
+    try:
+        lock = os.open(folder / (COUNTER + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UsageError(f"{folder}: commands need to write {COUNTER} there: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
 def next_counter(folder: Path, now_ms: Callable[[], int]) -> Iterator[int]:
     """A counter that this key never used: on the disk before it is given out; one command of a folder at a time.
 
@@ -84,12 +98,7 @@ def next_counter(folder: Path, now_ms: Callable[[], int]) -> Iterator[int]:
     used before. Raises UsageError where the file cannot be written.
     """
     path = folder / COUNTER
-    try:
-        lock = os.open(folder / (COUNTER + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise UsageError(f"{folder}: commands need to write {COUNTER} there: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(folder):
         counter = max(_stored(path) + 1, now_ms())
         new = path.with_name(path.name + ".new")
         new.unlink(missing_ok=True)
@@ -97,8 +106,6 @@ def next_counter(folder: Path, now_ms: Callable[[], int]) -> Iterator[int]:
         os.replace(new, path)
         _sync(folder)
         yield counter
-    finally:
-        os.close(lock)
 
 
 def send(

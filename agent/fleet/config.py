@@ -28,6 +28,12 @@ class Identity(Section, frozen=True):
     tls_key_file: str | None = None
 
 
+class Operator(Identity, frozen=True):
+    """`former_keys`: public keys that signed roll-out decisions before this one; the audit still believes those."""
+
+    former_keys: tuple[str, ...] = ()
+
+
 class Authority(Section, frozen=True):
     """The fleet's own certificate authority; absent where the broker is used without TLS."""
 
@@ -41,7 +47,7 @@ class FleetConfig(Section, frozen=True):
     fleet: Fleet
     broker: Broker
     collector: Identity
-    operator: Identity
+    operator: Operator
     commander: Identity | None = None
     """The operator's second certificate, for commands: a broker with TLS has one connection for each."""
     ca: Authority | None = None

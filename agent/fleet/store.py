@@ -90,12 +90,12 @@ class FleetStore:
                 raise
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[None]:
+    def snapshot(self) -> Iterator[sqlite3.Connection]:
         """Everything read inside is of one moment."""
         with self._translated():
             self._db.execute("BEGIN")
             try:
-                yield
+                yield self._db
             finally:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")

@@ -32,7 +32,7 @@ TABLES = (
         time TEXT NOT NULL, rows_first INTEGER NOT NULL, rows_last INTEGER NOT NULL, batches INTEGER NOT NULL,
         n INTEGER NOT NULL, errors INTEGER NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL,
         PRIMARY KEY (device, log, seq))""",
-    "CREATE INDEX shadows_of_rollout ON shadows (rollout, device)",
+    "CREATE INDEX shadows_of_rollout ON shadows (rollout)",
     # One change of a device's own; numbers: JSON.
     """CREATE TABLE rollout_devices (
         device TEXT NOT NULL, task TEXT NOT NULL, rollout TEXT NOT NULL, digest TEXT NOT NULL, strategy TEXT NOT NULL,

@@ -1,0 +1,246 @@
+"""`outstation fleet rollout …`: a bundle to the devices in steps, each on evidence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent import clock
+from agent.cli.output import emit, json_option
+from agent.errors import LinkDown, StorageError, UsageError
+from agent.fleet import config as fleet_config
+from agent.fleet.config import FleetConfig
+from agent.fleet.text import printable
+from agent.wire import keys
+
+if TYPE_CHECKING:
+    from agent.fleet.rollout.acts import Operator
+    from agent.fleet.rollout.book import Rollout
+    from agent.fleet.rollout.desk import Desk
+    from agent.fleet.store import FleetStore
+
+_dir = click.option(
+    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
+)
+_force = click.option("--force", "forced", metavar="REASON", help="Do it all the same; the reason is on record.")
+
+
+@click.group("rollout")
+def rollout() -> None:
+    """Bring a bundle to devices in steps, each judged by what devices report; take it back where that is bad."""
+
+
+@rollout.command("start", epilog="Example: outstation fleet rollout start exercise-1.1.toml")
+@click.argument("file", type=click.Path(path_type=Path))
+@_force
+@_dir
+@json_option
+def start(file: Path, forced: str | None, folder: str | None, as_json: bool) -> None:
+    """Begin the roll-out that FILE describes, with its first step."""
+    from agent.fleet.rollout import acts, bundles, plan
+
+    home = fleet_config.find(folder)
+    with _desk(home) as desk:
+        wanted = bundles.resolve(plan.read(file), home)
+        _act(desk, lambda db, who, counter: acts.start(db, who, counter, wanted, forced), as_json)
+
+
+@rollout.command("status", epilog="Example: outstation fleet rollout status exercise-1-1 --watch")
+@click.argument("name", required=False)
+@click.option("--watch", is_flag=True, help="A live table, until Ctrl-C.")
+@_dir
+@json_option
+def status(name: str | None, watch: bool, folder: str | None, as_json: bool) -> None:
+    """How far roll-outs came, by what they are judged and what they wait for: NAME, or all that are open."""
+    from agent.cli import fleet_rollout_screen as screen
+
+    store = _reading(folder)
+    if watch and not as_json and sys.stdout.isatty():
+        with contextlib.suppress(KeyboardInterrupt):
+            screen.watch(lambda: documents(store, name))
+        return
+    found = documents(store, name)
+    emit(found, as_json, lambda: screen.show(found))
+
+
+@rollout.command("follow", epilog="Example: outstation fleet rollout follow exercise-1-1")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--every", "every_s", metavar="S", default=5.0, type=click.FloatRange(min=0.1), help="Judge so often; 5.")
+@_dir
+def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
+    """Judge again and again, and promote, finish or abort by the plan's rules, until no roll-out is open.
+
+    Exit 1 where one of them was aborted. Decides nothing that is paused, but for an abort.
+    """
+    from agent.fleet.rollout import book
+    from agent.fleet.rollout.follow import Follower
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with _desk(fleet_config.find(folder), by="follow") as desk:
+        with desk.store.snapshot() as db:
+            known = [book.find(db, one).name for one in names]
+            if not (known or book.rollouts(db, only_open=True)):
+                raise UsageError("no roll-out is open; `outstation fleet rollout start FILE` begins one")
+        follower = Follower(desk, known or None, lambda line: click.echo(printable(line)))
+        while not stop.is_set() and _turn(follower.turn):
+            stop.wait(every_s)
+        with desk.store.snapshot() as db:
+            ended = [book.find(db, one).state for one in {*known, *follower.followed}]
+    if "aborted" in ended:
+        sys.exit(1)
+
+
+@rollout.command("pause", epilog="Example: outstation fleet rollout pause exercise-1-1")
+@click.argument("name")
+@_dir
+@json_option
+def pause(name: str, folder: str | None, as_json: bool) -> None:
+    """Promote NAME no further until it is resumed; devices stay as they are, and what is bad is still aborted."""
+    from agent.fleet.rollout import acts
+
+    with _desk(fleet_config.find(folder)) as desk:
+        seen = _seen(desk, name)
+        _act(desk, lambda db, who, _: acts.pause(db, who, seen), as_json)
+
+
+@rollout.command("resume", epilog="Example: outstation fleet rollout resume exercise-1-1")
+@click.argument("name")
+@_dir
+@json_option
+def resume(name: str, folder: str | None, as_json: bool) -> None:
+    """Go on with NAME, which was paused."""
+    from agent.fleet.rollout import acts
+
+    with _desk(fleet_config.find(folder)) as desk:
+        seen = _seen(desk, name)
+        _act(desk, lambda db, who, _: acts.resume(db, who, seen), as_json)
+
+
+@rollout.command("promote", epilog='Example: outstation fleet rollout promote exercise-1-1 --force "seen on site"')
+@click.argument("name")
+@_force
+@_dir
+@json_option
+def promote(name: str, forced: str | None, folder: str | None, as_json: bool) -> None:
+    """Take NAME to its next step, or finish it, where its rules allow; exit 1 with what is open where they do not."""
+    from agent.fleet.rollout import acts
+    from agent.fleet.rollout.look import look
+
+    with _desk(fleet_config.find(folder)) as desk:
+        seen, now_us = _seen(desk, name), clock.read().wall_us
+        with desk.store.snapshot() as db:
+            verdict = look(db, seen, now_us).verdict
+        if seen.open and verdict.answer not in ("promote", "finish") and forced is None:
+            _refuse(seen, verdict.waits or [verdict.summary], as_json)
+        _act(desk, lambda db, who, counter: acts.promote(db, who, counter, seen, verdict, forced), as_json)
+
+
+@rollout.command("abort", epilog='Example: outstation fleet rollout abort exercise-1-1 "wrong labels"')
+@click.argument("name")
+@click.argument("reason")
+@_dir
+@json_option
+def abort(name: str, reason: str, folder: str | None, as_json: bool) -> None:
+    """Stop NAME: every device goes back to what it ran before. The bundle is then held for a while."""
+    from agent.fleet.rollout import acts
+
+    with _desk(fleet_config.find(folder)) as desk:
+        seen = _seen(desk, name)
+        _act(desk, lambda db, who, counter: acts.abort(db, who, counter, seen, reason), as_json)
+
+
+def documents(store: FleetStore, name: str | None) -> list[dict[str, Any]]:
+    """The roll-out `name`, or all open ones, or the newest where none is."""
+    from agent.fleet.rollout import book
+    from agent.fleet.rollout.look import look
+    from agent.fleet.rollout.report import document
+
+    now_us = clock.read().wall_us
+    with store.snapshot() as db:
+        if name is not None:
+            found = [book.find(db, name)]
+        else:
+            found = book.rollouts(db, only_open=True) or book.rollouts(db)[-1:]
+        return [document(db, look(db, one, now_us), now_us) for one in found]
+
+
+def _turn(turn: Callable[[float], list[Any]]) -> bool:
+    """Whether there is more to follow; a database that fails for a while is waited for."""
+    try:
+        return bool(turn(clock.boot_seconds()))
+    except StorageError as error:
+        click.echo(f"outstation: {error}; trying again", err=True)
+        return True
+
+
+@contextlib.contextmanager
+def _desk(home: Path, by: str = "operator") -> Iterator[Desk]:
+    from agent.fleet.rollout.desk import Desk
+    from agent.fleet.store import FleetStore
+    from agent.link import Link
+
+    config = fleet_config.load(home)
+    key = keys.load_private(Path(config.operator.key_file))
+    # The certificate for commands: `fleet watch` keeps its own connection.
+    broker = config.broker_as(config.commander or config.operator)
+    client = f"outstation-{config.fleet.name}-rollout-{os.getpid()}"
+    store = FleetStore(Path(config.fleet.db))
+    try:
+        yield Desk(store, config.fleet.name, home, key, lambda: Link(broker, client), by=by)
+    finally:
+        store.close()
+
+
+def _reading(folder: str | None) -> FleetStore:
+    from agent.fleet.store import FleetStore
+
+    config: FleetConfig = fleet_config.load(fleet_config.find(folder))
+    store = FleetStore(Path(config.fleet.db), read_only=True)
+    click.get_current_context().call_on_close(store.close)
+    return store
+
+
+def _seen(desk: Desk, name: str) -> Rollout:
+    from agent.fleet.rollout import book
+
+    with desk.store.snapshot() as db:
+        return book.find(db, name)
+
+
+def _act(desk: Desk, deed: Callable[[sqlite3.Connection, Operator, int], Rollout], as_json: bool) -> None:
+    """Decide and publish; exit 1 where the broker could not be told."""
+    from agent.fleet.rollout import book
+
+    done, trouble = desk.act(deed)
+    with desk.store.snapshot() as db:
+        summary = str(book.decided(db, done.name)[-1][4])
+    document = {
+        "rollout": done.name,
+        "state": done.state,
+        "step": done.step,
+        "summary": summary,
+        "published": not trouble,
+        "trouble": trouble,
+    }
+    emit(document, as_json, lambda: click.echo(printable(f"{done.name}: {summary}")))
+    if trouble:
+        later = "it is decided; `outstation fleet rollout follow`, or the next command, publishes it"
+        raise LinkDown(f"{trouble}: {later}")
+
+
+def _refuse(seen: Rollout, waits: list[str], as_json: bool) -> None:
+    said = f"{seen.name} is not promoted from {seen.now.words}; it waits for"
+    document = {"rollout": seen.name, "state": seen.state, "step": seen.step, "promoted": False, "waits": waits}
+    emit(document, as_json, lambda: click.echo(printable(f"{said}: {'; '.join(waits)}. --force REASON does so.")))
+    sys.exit(1)

@@ -1,0 +1,24 @@
+"""Whose decisions count: the operator's public keys, from the fleet's folder and not from its database."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.errors import ConfigError
+from agent.fleet.config import FILE, FleetConfig
+from agent.wire import keys
+from agent.wire.keys import PublicKey
+
+
+def trusted(config: FleetConfig) -> list[PublicKey]:
+    """The key in use, by its public half where the private one is elsewhere, and former ones. Raises UsageError."""
+    private = Path(config.operator.key_file)
+    beside = private.with_name(private.name + ".pub")
+    now = keys.load_public(str(beside)) if beside.exists() else keys.load_private(private).public
+    found = [now]
+    for i, text in enumerate(config.operator.former_keys):
+        try:
+            found.append(keys.public_key(text))
+        except ValueError as error:
+            raise ConfigError(FILE, f"operator.former_keys[{i}]", f"is no public key: {error}") from None
+    return found

@@ -1,0 +1,121 @@
+"""Decisions: a sentence with its numbers, signed by the operator's key, each naming the one before it.
+
+Rules of `check`, for each roll-out:
+- its decisions are numbered 1, 2, 3 … and each `prev` is the digest of the payload before
+- each payload verifies with a key of an operator, and the columns say what it says
+- the roll-out itself is as its decisions left it: plan, step, state
+- what is desired on its topic is signed, and is not newer than the last decision that changed it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from agent.errors import Refused
+from agent.jsonkeys import RepeatedKey, check_keys
+from agent.wire import jws
+from agent.wire.desired import Name
+from agent.wire.jws import Signer
+from agent.wire.keys import SigningKey
+from agent.wire.messages import Rfc3339, digest
+
+Event = Literal["started", "promoted", "paused", "resumed", "aborted", "finished"]
+Find = Callable[[str], Signer | None]
+
+
+class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="decision"):
+    """What is signed."""
+
+    v: Literal[1]
+    rollout: Name
+    n: int
+    prev: str
+    time: Rfc3339
+    event: Event
+    summary: str
+    evidence: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A row of table decisions."""
+
+    body: Body
+    payload: bytes
+    jws: str
+
+    def row(self) -> tuple[Any, ...]:
+        body = self.body
+        evidence = msgspec.json.encode(body.evidence).decode()
+        return (body.rollout, body.n, body.time, body.event, body.summary, evidence, self.payload, self.jws)
+
+
+def topic(rollout: str) -> str:
+    """Stands where a message's topic stands: no decision can pass for a message, and none for another roll-out's."""
+    return f"decision/{rollout}"
+
+
+def make(key: SigningKey, body: Body) -> Decision:
+    payload = msgspec.json.encode(body)
+    return Decision(body, payload, jws.sign(key, topic(body.rollout), payload))
+
+
+def opened(rollout: str, payload: bytes, token: str, find: Find) -> Body:
+    """A decision that verifies. Raises Refused."""
+    jws.verify([token], topic(rollout), payload, find)
+    try:
+        body = msgspec.json.decode(payload, type=Body)
+        check_keys(payload)
+    except (RepeatedKey, msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise Refused("malformed payload", str(error)[:200]) from None
+    return body
+
+
+def check(rollout: str, rows: Sequence[tuple[Any, ...]], find: Find) -> tuple[list[Body], list[tuple[Any, str]]]:
+    """The decisions of a roll-out, in order of n, that verify; and (n, what is wrong) of each that does not."""
+    good: list[Body] = []
+    wrong: list[tuple[Any, str]] = []
+    prev: str | None = ""
+    for place, row in enumerate(rows, 1):
+        n, payload = row[1], row[6]
+        if n != place:
+            wrong.append((n, f"is where decision {place} should be: one is missing, or was added"))
+            prev = None
+        problem, body = _checked(rollout, row, prev, find)
+        if problem is not None:
+            wrong.append((n, problem))
+        if body is not None:
+            good.append(body)
+        prev = digest(payload) if isinstance(payload, bytes) else None
+    return good, wrong
+
+
+def _checked(rollout: str, row: tuple[Any, ...], prev: str | None, find: Find) -> tuple[str | None, Body | None]:
+    payload, token = row[6], row[7]
+    if not isinstance(payload, bytes) or not isinstance(token, str):
+        return "payload or jws is not stored as bytes and text", None
+    try:
+        body = opened(rollout, payload, token, find)
+    except Refused as refused:
+        return f"does not verify: {refused}", None
+    said = Decision(body, payload, token).row()
+    names = ("rollout", "n", "time", "event", "summary")
+    for name, stored, signed in zip(names, row, said, strict=False):
+        if stored != signed:
+            return f"is stored with {name} {stored!r}, but the signed payload says {signed!r}", None
+    if not _same_json(row[5], body.evidence):
+        return "is stored with other evidence than the signed payload has", None
+    if prev is not None and body.prev != prev:
+        return "does not follow the decision before it: prev is not that one's digest", body
+    return None, body
+
+
+def _same_json(text: Any, value: Any) -> bool:
+    try:
+        return bool(msgspec.json.decode(text) == value)
+    except (msgspec.MsgspecError, TypeError, ValueError):
+        return False

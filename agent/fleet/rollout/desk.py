@@ -1,0 +1,71 @@
+"""Where decisions are made and published: counter, transaction, broker, in this order.
+
+Only one process of a fleet's folder does so at a time, so that counters and the operator's one connection are never
+shared. What was decided stays decided where the broker cannot be reached: the next who publishes sends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from agent import clock
+from agent.errors import LinkDown
+from agent.fleet.command import alone, next_counter
+from agent.fleet.rollout import book, publish
+from agent.fleet.rollout.acts import Operator
+from agent.fleet.rollout.book import Rollout
+from agent.fleet.store import FleetStore
+from agent.wire.keys import SigningKey
+
+Deed = Callable[[sqlite3.Connection, Operator, int], Rollout]
+
+
+class Link(publish.Connection, Protocol):
+    def close(self) -> None: ...
+
+
+class Desk:
+    """One fleet's. `connect` raises LinkDown. Every method raises StorageError and UsageError."""
+
+    def __init__(
+        self,
+        store: FleetStore,
+        fleet: str,
+        folder: Path,
+        key: SigningKey,
+        connect: Callable[[], Link],
+        *,
+        by: str = "operator",
+    ) -> None:
+        self.store = store
+        self._fleet, self._folder, self._key, self._connect, self._by = fleet, folder, key, connect, by
+
+    def act(self, deed: Deed) -> tuple[Rollout, str]:
+        """Decide, then publish; why that did not succeed, "" where it did."""
+        with next_counter(self._folder, lambda: time.time_ns() // 1_000_000) as counter:
+            with self.store.transaction() as db:
+                operator = Operator(self._key, self._fleet, clock.read().wall_us, self._by)
+                done = deed(db, operator, counter)
+            return done, self._publish()
+
+    def publish(self) -> str:
+        """What is desired, again; why that did not succeed, "" where it did."""
+        with alone(self._folder):
+            return self._publish()
+
+    def _publish(self) -> str:
+        with self.store.snapshot() as db:
+            rows = book.all_desired(db)
+        if not rows:
+            return ""
+        try:
+            with contextlib.closing(self._connect()) as link:
+                publish.publish(link, rows)
+        except LinkDown as down:
+            return str(down)
+        return ""

@@ -1,0 +1,31 @@
+"""A roll-out as it stands: its devices, its tallies and what follows from them."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+
+from agent.fleet.rollout import book
+from agent.fleet.rollout.book import Rollout
+from agent.fleet.rollout.judging import Verdict, judge
+from agent.fleet.rollout.members import Members, members
+from agent.fleet.rollout.tallies import Tallies
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """`began`: when the step it is at did."""
+
+    rollout: Rollout
+    members: Members
+    tallies: Tallies
+    verdict: Verdict
+    began: str
+
+
+def look(db: sqlite3.Connection, rollout: Rollout, now_us: int, tallies: Tallies | None = None) -> Look:
+    """Inside a snapshot; `tallies` of an earlier look are gone on with."""
+    tallies = tallies or Tallies(rollout)
+    tallies.read(db)
+    its, began = members(db, rollout), book.began(db, rollout.name)
+    return Look(rollout, its, tallies, judge(rollout, its, tallies, began, now_us), began)
