@@ -53,7 +53,7 @@ def run(home: Path, order: Order, tell: Tell) -> dict[str, Any]:
     if order.rollout is None:
         return _alone(home, order, tell)
     about = subject(order.rollout)
-    return _rolled(home, order, order.rollout, about, named(about.rollout.task), tell)
+    return _rolled(home, order, about, named(about.task), tell)
 
 
 def _alone(home: Path, order: Order, tell: Tell) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _alone(home: Path, order: Order, tell: Tell) -> dict[str, Any]:
     return _document(fleet.database, fielded)
 
 
-def _rolled(home: Path, order: Order, file: Path, about: Subject, scenario: Scenario, tell: Tell) -> dict[str, Any]:
+def _rolled(home: Path, order: Order, about: Subject, scenario: Scenario, tell: Tell) -> dict[str, Any]:
     hard = _hardship(order)
     fielded = plan.steady(
         order.devices,
@@ -79,17 +79,17 @@ def _rolled(home: Path, order: Order, file: Path, about: Subject, scenario: Scen
         hard.worse,
     )
     with Simulation(home, fielded, order.broker) as fleet, contextlib.ExitStack() as leaving:
-        rolling = Rolling(fleet, file.resolve(), hard, list(order.trusted), order.seed)
+        rolling = Rolling(fleet, about, hard, list(order.trusted), order.seed)
         leaving.callback(rolling.close)
         rolling.prepare()
         fleet.more = rolling.config
         fleet.start()
         tell(f"{order.devices} devices run over {fleet.broker_name}")
         rolling.begin()
-        over = _followed(rolling, about.rollout.name, time.monotonic() + order.seconds, tell)
+        over = _followed(rolling, about.name, time.monotonic() + order.seconds, tell)
         fleet.stop()
     document = _document(fleet.database, fielded)
-    found = outcome.ended(fleet.database, about.rollout.name)
+    found = outcome.ended(fleet.database, about.name)
     document["rollout"] = found.rollout | {"ended": over, "hardship": rolling.suffered()}
     for device in document["devices"]:
         device |= {"runs": None, "phase": "", "reason": "", "why": ""} | found.devices.get(device["device"], {})

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from agent import toml
 from agent.errors import OutstationError
+from agent.fleet.rollout import plan
 from agent.simulate.config import toml_value
 from agent.simulate.hardship import Hardship
 from agent.simulate.plan import Site
@@ -24,24 +22,26 @@ from agent.simulate.web import Line, Web
 from agent.wire.keys import PublicKey
 
 FOLLOW = "follow"
+_JUDGE_S = "2"
 _COMMAND_S = 60.0
 
 
-class _Named(msgspec.Struct):
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a roll-out file is about; `path` is the bundle's, where the file names one."""
+
+    file: Path
     name: str
     task: str
-    path: str | None = None
-
-
-class Subject(msgspec.Struct):
-    """What a roll-out file says that the simulator needs; the rest is for `fleet rollout start` to check."""
-
-    rollout: _Named
+    path: Path | None
 
 
 def subject(file: Path) -> Subject:
     """Raises ConfigError."""
-    return toml.read(file, Subject, lambda kind, value: value)
+    found = plan.read(file)
+    # Only who it is for and how it is called are asked for here; the bundle is settled by `fleet rollout start`.
+    whole = found.plan(found.bundle or "", found.version or "", found.digest or "")
+    return Subject(file.resolve(), whole.name, whole.task, found.path)
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Rolling:
     """`prepare` before the fleet starts, `begin` when it runs, `turn` until `over`. `trusted`: publishers' keys."""
 
     fleet: Simulation
-    file: Path
+    about: Subject
     hardship: Hardship
     trusted: list[PublicKey]
     seed: int
@@ -62,10 +62,9 @@ class Rolling:
         """A repository with the bundle in it, and its server. Raises OutstationError."""
         self.fleet.prepare()
         self.run("fleet", "repository", "init")
-        path = subject(self.file).rollout.path
-        if path is not None:
+        if self.about.path is not None:
             trust = [word for key in self.trusted for word in ("--key", key.text)]
-            self.run("fleet", "publish", str(self.file.parent / path), *trust)
+            self.run("fleet", "publish", str(self.about.path), *trust)
         lines = {name: Line(cuts=cuts) for name, cuts in self.hardship.cuts.items()}
         lines |= {name: Line(rate=rate) for name, rate in self.hardship.slow.items()}
         self.web = Web(self.fleet.home / "repository", self.seed, lines=lines)
@@ -84,10 +83,12 @@ class Rolling:
         for device, away in self.hardship.away.items():
             if away.begin_s == 0.0:
                 self._leave(device)
-        self.run("fleet", "rollout", "start", str(self.file))
+        self.run("fleet", "rollout", "start", str(self.about.file))
         self._began_s = time.monotonic()
-        name = subject(self.file).rollout.name
-        self.fleet.spawn(FOLLOW, "fleet", "rollout", "follow", name, "--dir", str(self.fleet.home))
+        # It ends with 1 where it aborts.
+        self.fleet.may_end.add(FOLLOW)
+        words = ("--every", _JUDGE_S, "--dir", str(self.fleet.home))
+        self.fleet.spawn(FOLLOW, "fleet", "rollout", "follow", self.about.name, *words)
 
     def turn(self) -> None:
         """Devices go and come back as their hardship has it."""

@@ -38,7 +38,8 @@ _AT_ONCE, _UP_S = 4, 60.0
 class Simulation:
     """The running fleet in `folder`. Use as a context: leaving it ends every process it started.
 
-    `broker`: one that runs already; None: it starts its own. `more` is added to a device's config.
+    `broker`: one that runs already; None: it starts its own. `more` is added to a device's config. `may_end`: processes
+    that may end by themselves.
     """
 
     folder: Path
@@ -46,11 +47,11 @@ class Simulation:
     broker: str | None = None
     more: Callable[[Site], str] = lambda _: ""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    may_end: set[str] = field(default_factory=set)
     broker_name: str = ""
     _fleet: FleetConfig | None = None
     _embedded: Any = None
     _meters: dict[str, Meter] = field(default_factory=dict)
-    _ended: set[str] = field(default_factory=set)
 
     def __enter__(self) -> Simulation:
         return self
@@ -90,12 +91,12 @@ class Simulation:
 
     def begin(self, device: str) -> None:
         """Start the device's daemon."""
-        self._ended.discard(device)
+        self.may_end.discard(device)
         self.spawn(device, "run", "-c", str(self.config(device)))
 
     def end(self, device: str) -> None:
         """Stop the device's daemon, until `begin`."""
-        self._ended.add(device)
+        self.may_end.add(device)
         self._stop([device])
 
     def watch(self, until_s: float) -> Iterator[list[dict[str, Any]]]:
@@ -151,7 +152,7 @@ class Simulation:
     def check_alive(self) -> None:
         """Raises OutstationError where a process ended that should not have."""
         for name, process in self.processes.items():
-            if name not in self._ended and process.poll() not in (None, 0):
+            if name not in self.may_end and process.poll() not in (None, 0):
                 last = self.log(name).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
                 raise OutstationError(
                     f"{name} ended with code {process.returncode}: {' '.join(last)} (see {self.log(name)})"
