@@ -17,6 +17,8 @@ import click
 from agent.cli.fleet_command import command, revoke
 from agent.cli.fleet_drift import drift
 from agent.cli.fleet_label import label
+from agent.cli.fleet_publish import publish
+from agent.cli.fleet_repository import keep_repository, repository
 from agent.cli.fleet_rollout import rollout
 from agent.cli.fleet_simulate import simulate
 from agent.cli.output import emit, json_option, table
@@ -48,6 +50,8 @@ fleet.add_command(command)
 fleet.add_command(drift)
 fleet.add_command(revoke)
 fleet.add_command(label)
+fleet.add_command(publish)
+fleet.add_command(repository)
 fleet.add_command(rollout)
 fleet.add_command(simulate)
 
@@ -143,16 +147,21 @@ def enrol(
 @_db
 @_dir
 def collect(db: str | None, folder: str | None) -> None:
-    """Collect what devices send: verify, store, acknowledge. Runs until SIGTERM or Ctrl-C."""
+    """Collect what devices send: verify, store, acknowledge. Runs until SIGTERM or Ctrl-C.
+
+    Where the repository's online keys are in the fleet's folder, its timestamp is signed anew each day.
+    """
     from agent.fleet.collect import Collector
     from agent.fleet.store import FleetStore
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    config = fleet_config.load(fleet_config.find(folder))
+    home = fleet_config.find(folder)
+    config = fleet_config.load(home)
     key = keys.load_private(Path(config.collector.key_file))
     store = FleetStore(_database(config, db))
     try:
-        collector = Collector(config.fleet.name, config.broker_as(config.collector), store, key)
+        broker = config.broker_as(config.collector)
+        collector = Collector(config.fleet.name, broker, store, key, upkeep=lambda: keep_repository(home))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
         collector.run()

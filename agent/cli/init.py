@@ -20,7 +20,14 @@ from agent.errors import UsageError
 from agent.names import is_name
 from agent.wire import keys
 
-_MEMBERS = {"outstation.toml": 0o640, "ca.pem": 0o644, "device.crt": 0o644, "device-tls.key": 0o600, KEY_FILE: 0o600}
+_MEMBERS = {
+    "outstation.toml": 0o640,
+    "ca.pem": 0o644,
+    "device.crt": 0o644,
+    "device-tls.key": 0o600,
+    KEY_FILE: 0o600,
+    "root.json": 0o644,
+}
 _LARGEST = 1 << 20
 
 TEMPLATE = """\

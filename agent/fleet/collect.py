@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from agent import clock
 from agent.config import Broker
-from agent.errors import LinkDown, Refused, StorageError
+from agent.errors import LinkDown, OutstationError, Refused, StorageError
 from agent.fleet import alarm
 from agent.fleet.acknowledge import Acknowledger, Backoff, Connection
 from agent.fleet.ingest import Arrival, Outcome, Refusal
@@ -34,6 +34,7 @@ MAX_HELD = 5000
 SESSION_EXPIRY_S = 7 * 86_400
 CLOSE_WITHIN_S = 2.0
 QUIET_S = 10.0
+UPKEEP_S = 3600.0
 
 
 class Collector:
@@ -47,7 +48,9 @@ class Collector:
         key: SigningKey,
         *,
         open_link: Callable[[], Connection] | None = None,
+        upkeep: Callable[[], None] | None = None,
     ) -> None:
+        """`upkeep` is called each hour; what it raises of ours is logged."""
         self.fleet, self.store, self.key = fleet, store, key
         self.keyring = Keyring(store)
         self.acknowledger = Acknowledger(fleet, key)
@@ -60,6 +63,8 @@ class Collector:
         self._alarm = alarm.Alarm()
         self._lookout = Lookout(store)
         self._quiet_until = 0.0
+        self._upkeep = upkeep
+        self._upkeep_at = 0.0
         self._stopping = False
         self._link: Connection | None = None
 
@@ -90,6 +95,7 @@ class Collector:
             self._store_held(link)
         self.acknowledger.send(link)
         self._look_out()
+        self._keep_up()
 
     def _collect(self, link: Connection, retry: Backoff) -> None:
         try:
@@ -204,6 +210,15 @@ class Collector:
                 logger.warning("drift: %s", summary)
         except StorageError as error:
             logger.error("%s; fleet-wide drift is looked for again later", error)
+
+    def _keep_up(self) -> None:
+        if self._upkeep is None or time.monotonic() < self._upkeep_at:
+            return
+        self._upkeep_at = time.monotonic() + UPKEEP_S
+        try:
+            self._upkeep()
+        except OutstationError as error:
+            logger.warning("%s", error)
 
     def _store_singly(
         self, arrivals: Sequence[Arrival], refusals: list[Refusal], now: str

@@ -41,6 +41,12 @@ class Authority(Section, frozen=True):
     key_file: str
 
 
+class Repository(Section, frozen=True):
+    """Where devices fetch bundles: the URL at which `repository/` of the fleet's folder is served, or a folder there."""
+
+    url: str
+
+
 class FleetConfig(Section, frozen=True):
     """Paths are absolute after `load`."""
 
@@ -51,6 +57,7 @@ class FleetConfig(Section, frozen=True):
     commander: Identity | None = None
     """The operator's second certificate, for commands: a broker with TLS has one connection for each."""
     ca: Authority | None = None
+    repository: Repository | None = None
 
     def broker_as(self, who: Identity) -> Broker:
         """The broker's settings with the certificate of `who`."""

@@ -16,6 +16,7 @@ from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet import mosquitto, pki
 from agent.fleet.config import FleetConfig
+from agent.fleet.repository.layout import Layout
 from agent.fleet.store import FleetStore
 from agent.names import is_name
 from agent.wire import keys
@@ -24,7 +25,9 @@ from agent.wire.keys import PublicKey, write_new
 # User names of the broker that are no device's; `_all` cannot be a device id anyway.
 RESERVED = frozenset({"collector", "operator", "commander"})
 SIGNING_KEY = "device.key"
-BUNDLED = ("ca.pem", "device-tls.key", "device.crt", SIGNING_KEY, "outstation.toml")
+# What the device trusts first of the fleet's repository.
+ROOT = "root.json"
+BUNDLED = ("ca.pem", "device-tls.key", "device.crt", SIGNING_KEY, "outstation.toml", ROOT)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,10 @@ def enrol(
         key = _own_key(home, enrolled=None if replace else store.active_key(device))
     now = clock.rfc3339(clock.read().wall_us)
     new = store.enrol(device, key, replace=replace, now=now, keep_through=keep_through)
-    _write_device_files(home, config, device)
+    root = Layout(folder).newest_root()
+    if root is not None:
+        _write(home / ROOT, root.read_bytes())
+    _write_device_files(home, config, device, updates=root is not None)
     return Enrolment(device, key, home, new)
 
 
@@ -114,10 +120,12 @@ def _own_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
     return keys.generate(path).public
 
 
-def _write_device_files(home: Path, config: FleetConfig, device: str) -> None:
+def _write_device_files(home: Path, config: FleetConfig, device: str, *, updates: bool) -> None:
     collector = keys.load_private(Path(config.collector.key_file)).public
     operator = keys.load_private(Path(config.operator.key_file)).public
     text = _device_toml(device, config, collector, operator)
+    if updates and config.repository is not None:
+        text += _updates_toml(config.repository.url)
     _write(home / "outstation.toml", text.encode())
     if config.ca is None:
         return
@@ -230,6 +238,17 @@ keys = [{_quoted(operator.text)}]     # may sign commands and desired state
 # publish = "all"
 """
     )
+
+
+def _updates_toml(url: str) -> str:
+    # Bundles need no secrecy, and their signatures no TLS: an operator who serves them in the clear may.
+    plain = "allow_plaintext = true\n" if url.startswith("http:") else ""
+    own = '# ca_file = "ca.pem"                 # where an authority of your own signed the web server\'s certificate\n'
+    return f"""
+[updates]                             # bundles that the fleet publishes; `outstation fleet rollout` says which is run
+url = {_quoted(url)}
+{plain or own}root = {_quoted(ROOT)}                    # whose keys count; later ones are found from this one
+"""
 
 
 def _quoted(text: str) -> str:

@@ -18,8 +18,8 @@ from tuf.api.serialization import DeserializationError
 from agent.errors import StorageError, UsageError
 from agent.fleet.repository import durable, edition, expiry
 from agent.fleet.repository.edition import Edition
-from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TARGETS, TIMESTAMP
-from agent.fleet.repository.keyring import Keyring, signer_in
+from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP
+from agent.fleet.repository.keyring import Keyring, public_text, signer_in
 from agent.fleet.repository.layout import Layout
 
 _LARGEST = 512_000  # clients take no larger root
@@ -33,6 +33,15 @@ class Draft:
     signed: list[str]
     waiting: list[str]
     missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """What a draft says, for whoever signs it far from the repository: `roles` are public keys, as text."""
+
+    version: int
+    signatures: int
+    roles: dict[str, list[str]]
 
 
 def propose(layout: Layout, change: Callable[[Root], None], keyring: Keyring, at: datetime) -> Draft:
@@ -53,12 +62,14 @@ def propose(layout: Layout, change: Callable[[Root], None], keyring: Keyring, at
     return describe(before, draft, keyring)
 
 
-def sign(file: Path, key: Path) -> Metadata[Root]:
+def sign(file: Path, key: Path) -> Signed:
     """Add a signature to the draft in `file`, wherever it is. Raises UsageError."""
     draft = _read_draft(file)
     draft.sign(signer_in(key), append=True)
     durable.write(file, draft.to_bytes())
-    return draft
+    root = draft.signed
+    roles = {role: [public_text(root.keys[keyid]) for keyid in root.roles[role].keyids] for role in TOP}
+    return Signed(root.version, len(draft.signatures), roles)
 
 
 def current(layout: Layout, keyring: Keyring, at: datetime) -> Edition:

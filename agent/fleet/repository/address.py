@@ -1,0 +1,40 @@
+"""Where devices find the repository, in `fleet.toml`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from agent.errors import UsageError
+from agent.fleet import config as fleet_config
+from agent.fleet.repository import durable
+
+
+def write(folder: Path, url: str) -> None:
+    """Add section [repository]. Raises UsageError for a URL that is none, or where another one is there."""
+    known = fleet_config.load(folder).repository
+    path = folder / fleet_config.FILE
+    if known is not None and known.url != url:
+        raise UsageError(f"{path}: repository.url: is {known.url!r} already; edit it there")
+    if known is not None:
+        return
+    _check(url)
+    added = f"\n[repository]\nurl = {json.dumps(url)}   # where devices find repository/ of this folder\n"
+    durable.write(path, path.read_bytes().rstrip(b"\n") + b"\n" + added.encode())
+
+
+def _check(url: str) -> None:
+    if "://" not in url:
+        if not Path(url).is_absolute():
+            raise UsageError(
+                f"--url {url}: is neither https://HOST/PATH nor an absolute path of a folder on the devices"
+            )
+        return
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable or parts.query or parts.fragment or parts.username or parts.password:
+        raise UsageError(f"--url {url}: is neither https://HOST[:PORT]/PATH, http://… nor a folder")
