@@ -18,6 +18,7 @@ from random import Random
 from urllib.parse import unquote, urlsplit
 
 _PIECE = 16_384
+_PIECE_S = 0.1
 _IDLE_S = 30.0
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 _BY_RESET = struct.pack("ii", 1, 0)
@@ -29,7 +30,7 @@ _TARGETS = "targets/"
 
 @dataclass
 class Line:
-    """A device's way to the repository: its next `cuts` downloads break off; `rate` in bytes a second, None: no limit.
+    """A device's way to the repository: so many `cuts` of downloads in all; `rate` in bytes a second, None: no limit.
 
     The last two are what came of it: bytes of targets that were sent, and downloads that were cut.
     """
@@ -145,15 +146,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, device: str, path: str, body: bytes) -> None:
         web, line = self.server.web, self.server.web.line(device)
-        through = web.until(device, path, len(body))
-        for at in range(0, through, _PIECE):
-            if web.away:
-                break
-            piece = body[at : min(at + _PIECE, through)]
+        through, at = web.until(device, path, len(body)), 0
+        while at < through and not web.away:
+            # Both may change meanwhile: a line that is mended is fast from there on.
+            rate = line.rate if path.startswith(_TARGETS) else None
+            size = _PIECE if rate is None else max(1, round(rate * _PIECE_S))
+            piece = body[at : min(at + size, through)]
             line.sent += len(piece) if path.startswith(_TARGETS) else 0
             self.wfile.write(piece)
-            if line.rate is not None:
-                time.sleep(len(piece) / line.rate)
+            at += len(piece)
+            if rate is not None:
+                time.sleep(len(piece) / rate)
         if through < len(body) or web.away:
             self._reset()
 
