@@ -7,7 +7,7 @@ from typing import Any
 
 from scripts.staged.trials import Trial
 
-_STEPS = {"shadow": "shadow", "canary": "canary"}
+_BACK = frozenset({"rolled back", "refused"})
 
 
 def problems(trial: Trial, report: dict[str, Any]) -> list[str]:
@@ -32,21 +32,22 @@ def _finished(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any
         yield f"it is {rollout['state']} at step {rollout['step']}, and should be finished"
     worse = set(rollout["hardship"]["worse"]) if trial.back else set()
     for one in devices:
-        wanted = "rolled back" if one["device"] in worse else "settled"
-        if one["phase"] != wanted:
-            yield f"{one['device']} is {one['phase'] or 'not heard of'} ({one['why']}), and should be {wanted}"
-        runs_it = one["runs"] is not None and one["runs"]["digest"] == rollout["digest"]
-        if runs_it != (wanted == "settled"):
-            yield f"{one['device']} runs {one['runs']}, but is to be {wanted}"
+        back = one["device"] in worse
+        if one["phase"] not in (_BACK if back else {"settled"}):
+            where = f"is {one['phase'] or 'not heard of'} ({one['why']})"
+            yield f"{one['device']} {where}, and should {'have taken it back' if back else 'have settled on it'}"
+        if _runs_it(one, rollout) == back:
+            yield f"{one['device']} runs {one['runs']}, and should {'not ' if back else ''}run it"
 
 
 def _stopped(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any]]) -> Iterator[str]:
     if rollout["state"] != "aborted":
         yield f"it is {rollout['state']} at step {rollout['step']}, and should be aborted"
-    strategies = {one.get("strategy") for one in devices}
-    reached = rollout["strategy"]
-    if reached != trial.ends:
-        yield f"it was stopped in {reached}, and should be stopped in {trial.ends} ({sorted(map(str, strategies))})"
-    for one in devices:
-        if one["runs"] is not None and one["runs"]["digest"] == rollout["digest"]:
-            yield f"{one['device']} still runs it"
+    if rollout["strategy"] != trial.ends:
+        yield f"it was stopped in {rollout['strategy']}, and should be in {trial.ends}"
+    if still := [one["device"] for one in devices if _runs_it(one, rollout)]:
+        yield f"{', '.join(still)} still run it"
+
+
+def _runs_it(device: dict[str, Any], rollout: dict[str, Any]) -> bool:
+    return device["runs"] is not None and device["runs"]["digest"] == rollout["digest"]
