@@ -62,7 +62,11 @@ ONLY = {
     },
 }
 # wire/ and drift/ are pure: these libraries and no other, nothing of the system but for the key files.
-PURE = {"drift": {"msgspec", "numpy"}, "wire": {"cryptography", "msgspec"}}
+PURE = {
+    "drift": {"msgspec", "numpy"},
+    "rivals": {"msgspec", "numpy"},
+    "wire": {"cryptography", "msgspec"},
+}
 KEY_FILES = "agent.wire.keys"
 COMPUTED = "a module whose name is computed"
 SYSTEM = {
