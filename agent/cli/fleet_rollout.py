@@ -175,10 +175,10 @@ def documents(store: FleetStore, name: str | None) -> list[dict[str, Any]]:
         return [document(db, look(db, one, now_us), now_us) for one in found]
 
 
-def _turn(turn: Callable[[float], list[Any]]) -> bool:
-    """Whether there is more to follow; a database that fails for a while is waited for."""
+def _turn(turn: Callable[[float], bool]) -> bool:
+    """Whether there is more to do; a database that fails for a while is waited for."""
     try:
-        return bool(turn(clock.boot_seconds()))
+        return turn(clock.boot_seconds())
     except StorageError as error:
         click.echo(f"outstation: {error}; trying again", err=True)
         return True

@@ -2,7 +2,8 @@
 
 A device is one cluster: its windows are alike, whatever their number, so that each device counts the same and none can
 outvote the others by saying more. Of one device its messages are what is compared. Intervals are 95 % of Student's t
-over clusters, for shares no narrower than Wilson's (1927) over messages: what never varied here may vary yet.
+over clusters, for shares no narrower than Wilson's (1927) over what may count as independent: what never varied here
+may vary yet.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ State = Literal["good", "bad", "open"]
 Blocks = Mapping[str, Sequence[Shadow]]
 # Fewer messages of one device than this say nothing of how much they vary.
 FEWEST_BLOCKS = 5
+# So many neighbouring windows count as one: as of an AR(1) process with correlation 0.9, the most that is usual.
+ALIKE = 19
 # Labels of fewer windows leave the estimate in its place.
 FEWEST_LABELLED = 30
 # Student's t, 97.5 %, for 1 to 30 degrees of freedom; above, the normal distribution's is near enough.
@@ -96,7 +99,8 @@ def _finding(
     known = [(one, said) for one in units if (said := value(one)) is not None]
     devices = sum(value(one) is not None for one in merged)
     blocks = sum(one.blocks for one, _ in known)
-    interval = _interval([said for _, said in known], FEWEST_BLOCKS if len(merged) == 1 else 2, blocks if share else 0)
+    alone = max(blocks, sum(one.n for one, _ in known) / ALIKE) if share else 0.0
+    interval = _interval([said for _, said in known], FEWEST_BLOCKS if len(merged) == 1 else 2, alone)
     if interval is None:
         words = f"{rule} not known yet over {blocks} blocks of {devices} devices"
         return Finding(rule, "open", limit, None, None, None, blocks, devices, words)
@@ -108,8 +112,8 @@ def _finding(
     return Finding(rule, state, limit, round(mean, 6), round(low, 6), round(high, 6), blocks, devices, words)
 
 
-def _interval(values: Sequence[float], fewest: int, share_of: int) -> tuple[float, float, float] | None:
-    """Mean, low and high of the mean of clusters; None of too few."""
+def _interval(values: Sequence[float], fewest: int, share_of: float) -> tuple[float, float, float] | None:
+    """Mean, low and high of the mean of clusters; None of too few. `share_of`: how many things it is a share of."""
     n = len(values)
     if n < fewest:
         return None

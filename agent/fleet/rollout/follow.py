@@ -29,15 +29,15 @@ class Follower:
         self._tell_at = 0.0
         self._trouble = ""
 
-    def turn(self, now_s: float) -> list[Look]:
-        """One look at all of them, and what follows; those that were open. `now_s` never goes back."""
+    def turn(self, now_s: float) -> bool:
+        """One look at all of them, and what follows; whether there is more to do. `now_s` never goes back."""
         looks = self._looks()
         for one in looks:
             self._follow(one)
-        if now_s >= self._tell_at and (looks or not self._tell_at):
-            self._told(self._desk.publish())
+        if self._trouble or now_s >= self._tell_at:
             self._tell_at = now_s + TELL_EVERY_S
-        return looks
+            self._told(self._desk.publish())
+        return bool(looks or self._trouble)
 
     def _looks(self) -> list[Look]:
         now_us = clock.read().wall_us
@@ -67,8 +67,6 @@ class Follower:
         elif self._trouble and not trouble:
             self._say("published")
         self._trouble = trouble
-        if trouble:
-            self._tell_at = 0.0
 
 
 def _deed(seen: Look) -> Callable[[sqlite3.Connection, Operator, int], Rollout] | None:

@@ -7,7 +7,6 @@ its reading.
 
 from __future__ import annotations
 
-import math
 import sqlite3
 from collections import deque
 from collections.abc import Iterable
@@ -26,6 +25,8 @@ _NEW = """
       AND (model = :digest) <> (beside = :digest)
     ORDER BY rowid LIMIT :limit
 """
+# What a batch and a window take in any model: beyond, a clock or a device is not right.
+_BATCH_S, _WINDOW_S = 3600.0, 1e-9
 # Of what is between 0 and 1, the squares around the mean are at most this each.
 _MOST_SPREAD = 0.25 * (1 + 1e-6)
 
@@ -88,18 +89,19 @@ def contradiction(body: Shadow) -> str:
     if body.apart.n > body.n or not _finite(body.apart):
         return "the distance of the answers is none that windows can have"
     for whose, answered in (("model", body.answered), ("beside", body.answered_beside)):
-        if problem := _of_one(answered, body.n):
+        if problem := _of_one(answered, body):
             return f"{whose}: {problem}"
     return ""
 
 
-def _of_one(answered: Answered, n: int) -> str:
-    if answered.windows > n:
-        return f"answered {answered.windows} windows of {n}"
+def _of_one(answered: Answered, body: Shadow) -> str:
+    if answered.windows > body.n:
+        return f"answered {answered.windows} windows of {body.n}"
     if max(answered.right, answered.scores.n, answered.expected.n, answered.off.n) > answered.windows:
         return f"counts more than the {answered.windows} windows it answered"
-    if not math.isfinite(answered.seconds):
-        return "took endless time"
+    # Of no time at all nothing can be said, and nothing is.
+    if answered.seconds and not answered.windows * _WINDOW_S <= answered.seconds <= body.batches * _BATCH_S:
+        return f"took {answered.seconds:g} s for {answered.windows} windows"
     expected = answered.expected
     if expected.n and not (0 <= expected.mean <= 1 and expected.m2 <= _MOST_SPREAD * expected.n):
         return "expects an accuracy that is no share"
