@@ -53,8 +53,8 @@ ONLY = {
     "resvg_py": {"agent.picture.png"},
     "PIL": {"agent.model.images"},
     "tuf": {
-        *(f"agent.fleet.repository.{name}" for name in ("create", "edition", "publish", "revoke", "roots", "rotate")),
-        *("agent.fleet.repository.status", "agent.device.updates.fetch"),
+        *(f"agent.fleet.repository.{name}" for name in ("copy", "create", "edition", "publish", "revoke", "roots")),
+        *("agent.fleet.repository.rotate", "agent.fleet.repository.status", "agent.device.updates.fetch"),
     },
     "securesystemslib": {
         *(f"agent.fleet.repository.{name}" for name in ("edition", "keyring", "rotate")),

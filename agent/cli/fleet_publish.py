@@ -65,4 +65,7 @@ def publish(
 
 
 def _operator(home: Path) -> list[PublicKey]:
-    return [keys.load_private(Path(fleet_config.load(home).operator.key_file)).public]
+    """Its public half is enough: the private one may lie elsewhere."""
+    file = Path(fleet_config.load(home).operator.key_file)
+    beside = file.with_name(file.name + ".pub")
+    return [keys.load_public(str(beside)) if beside.exists() else keys.load_private(file).public]

@@ -54,7 +54,7 @@ def _created(home: Path, document: dict[str, Any]) -> list[str]:
     return [
         f"{home / 'repository'} made; serve it by HTTP(S), or copy it to a stick. Devices are given {document['root']}",
         f"Move {names} from {home / 'repository-keys'} to media that lie apart, now: {document['threshold']} of "
-        f"{len(document['keys'])} of them decide whose keys count. targets-1.key is only for the first bundle of a name.",
+        f"{len(document['keys'])} decide whose keys count. targets-1.key is needed for the first bundle of a name.",
     ]
 
 
@@ -166,7 +166,10 @@ def revoke(bundle: str, version: str | None, sign_with: tuple[Path, ...], folder
 @click.option("--key", required=True, type=_path, metavar="FILE", help="The root key, on the machine where it lies.")
 @json_option
 def sign_root(file: Path, key: Path, as_json: bool) -> None:
-    """Sign a draft of the root, on any machine. Back in its place, `refresh` puts it in force when enough have signed."""
+    """Sign a draft of the root, on any machine.
+
+    When enough have signed, and it is back in its place, `refresh` puts it in force.
+    """
     from agent.fleet.repository import roots
 
     done = roots.sign(file, key)
@@ -174,6 +177,20 @@ def sign_root(file: Path, key: Path, as_json: bool) -> None:
     lines = [f"root {done.version}, signed by {done.signatures}; whose keys count with it:"]
     lines += [f"  {role}: {', '.join(names)}" for role, names in done.roles.items()]
     emit(document, as_json, lambda: click.echo("\n".join(lines)))
+
+
+@repository.command("copy", epilog="Example: outstation fleet repository copy /media/stick")
+@click.argument("destination", metavar="TO", type=_path)
+@_dir
+@json_option
+def copy(destination: Path, folder: str | None, as_json: bool) -> None:
+    """Make TO/repository the same: a stick for sites without network, or what a web server serves."""
+    from agent.fleet.repository import copy as copying
+
+    done = copying.copy(fleet_config.find(folder), destination)
+    document = {"repository": str(done.home), "files": done.files, "bytes": done.bytes}
+    said = f"{done.home}: {done.files} files, {done.bytes / 1e6:.1f} MB written; devices find it with url = that folder"
+    emit(document, as_json, lambda: click.echo(said))
 
 
 def keep_repository(home: Path) -> None:

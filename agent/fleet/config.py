@@ -42,7 +42,7 @@ class Authority(Section, frozen=True):
 
 
 class Repository(Section, frozen=True):
-    """Where devices fetch bundles: the URL at which `repository/` of the fleet's folder is served, or a folder there."""
+    """Where devices fetch bundles: the URL of `repository/` in the fleet's folder, or a folder on the devices."""
 
     url: str
 

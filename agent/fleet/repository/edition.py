@@ -126,7 +126,7 @@ def write(
     for role in order:
         durable.write(layout.role(role, edition.part(role).signed.version), written[role])
     edition.published |= {role: edition.part(role).signed.version for role in order}
-    _tidy(layout, edition)
+    tidy(layout, edition)
 
 
 def _order(edition: Edition, changed: Collection[str]) -> list[str]:
@@ -167,7 +167,7 @@ def _check_clock(layout: Layout, edition: Edition, at: datetime) -> None:
             )
 
 
-def _tidy(layout: Layout, edition: Edition) -> None:
+def tidy(layout: Layout, edition: Edition) -> None:
     """Remove versions that no client asks for any more, and targets that nobody lists. Roots stay for ever."""
     for path in layout.metadata.glob("*.json"):
         number, _, role = path.name.removesuffix(".json").partition(".")

@@ -42,12 +42,6 @@ class Layout:
         """The root that waits for signatures."""
         return self.home / "root.json.draft"
 
-    @classmethod
-    def of_draft(cls, file: Path) -> Layout | None:
-        """The repository whose draft `file` is, where it is in its place."""
-        there = cls(file.resolve().parent.parent)
-        return there if there.draft.resolve() == file.resolve() and there.newest_root() is not None else None
-
     def root(self, version: int) -> Path:
         return self.metadata / f"{version}.root.json"
 
