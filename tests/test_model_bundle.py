@@ -270,7 +270,7 @@ def test_a_zip_member_that_is_a_link_is_no_way_out(folder: Path) -> None:
         info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
         out.writestr(info, "/etc/passwd")
 
-    assert "'link' is not listed in the manifest" in refused(rezip(folder, link))
+    assert "'link' is no plain file but a link or device" in refused(rezip(folder, link))
 
 
 def test_a_zip_bomb_is_ended_at_the_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,9 +71,9 @@ class Signed:
         self.sign_targets()
         self.sign()
 
-    def add(self, bundle: str, version: str, archive: bytes, digest: str = "", **said: Any) -> Wanted:
+    def add(self, bundle: str, version: str, archive: bytes, **said: Any) -> Wanted:
         """Sign an archive into the bundle's role; what a device then wants."""
-        digest = digest or f"sha256:{hashlib.sha256(version.encode() + archive).hexdigest()}"
+        digest = f"sha256:{hashlib.sha256(version.encode() + archive).hexdigest()}"
         path = f"{bundle}/{version}/{digest[7:23]}.zip"
         if bundle not in self.bundles:
             self.keys[bundle] = [_key()]

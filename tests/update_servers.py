@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,6 +44,37 @@ class Handler(BaseHTTPRequestHandler):
         if upto is not None:
             self.wfile.flush()
             self.close_connection = True
+
+    def answer(self, data: bytes) -> None:
+        """These bytes, whatever the file has."""
+        self.head(200, len(data))
+        self.wfile.write(data)
+
+    def endless(self) -> None:
+        """Zeros until nobody takes them."""
+        self.head(200, None)
+        while True:
+            self.wfile.write(bytes(65_536))
+
+    def drip(self) -> None:
+        """The file, a byte now and then."""
+        assert self.data is not None
+        self.head(200, len(self.data))
+        for byte in self.data:
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.05)
+
+    def drip_headers(self) -> None:
+        """Headers that do not end."""
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        while True:
+            self.wfile.write(b"y")
+            time.sleep(0.05)
+
+    def whole(self) -> None:
+        """All of the file, as a server that knows nothing of Range."""
+        self.start = 0
+        self.serve()
 
     def head(self, status: int, length: int | None, **headers: str) -> None:
         self.send_response(status)

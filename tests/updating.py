@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,17 +41,26 @@ class Updating:
         self.runs.parent.mkdir(parents=True, exist_ok=True)
         self.runs.write_bytes(RUNS)
         self.store = Store(self.data)
+        with self.store.transaction() as tx:
+            # What the store itself makes, it makes with the first one.
+            tx.set_meta("first", "1")
         self.quality: clock.Quality = "synced"
         self.wall_us: int | None = None
         self.later_s = 0.0
         self.command: Sequence[str] = child.COMMAND
         self.patience_s = 30.0
-        self.fetcher = self.fetching()
+        self.fetcher = Fetcher(self.conf, self.store)
 
-    def fetching(self) -> Fetcher:
+    def restart(self) -> None:
         """A fetcher as after a start of the daemon."""
+        self.fetcher.close()
         self.fetcher = Fetcher(self.conf, self.store, command=self.command, patience_s=self.patience_s)
-        return self.fetcher
+
+    def configure(self, **updates: Any) -> None:
+        """Other [updates], as after a start of the daemon."""
+        assert self.conf.updates is not None
+        self.conf = msgspec.structs.replace(self.conf, updates=msgspec.structs.replace(self.conf.updates, **updates))
+        self.restart()
 
     def now(self) -> Now:
         wall_us = time.time_ns() // 1000 if self.wall_us is None else self.wall_us
@@ -99,15 +107,27 @@ class Updating:
 
     @contextmanager
     def unharmed(self) -> Iterator[None]:
-        """No floor falls meanwhile, no archive appears, and what runs stays as it is."""
-        before, had = self.floors, [name for name in self.fetched if name.endswith(".zip")]
-        yield
-        after = self.floors
-        assert after.anchor in (before.anchor, after.anchor if not before.anchor else before.anchor)
+        """Nothing arrives meanwhile, no floor falls, and what runs stays as it is."""
+        before, had = self.floors, self.fetched
+        with self.untouched():
+            yield
         for role, floor in before.roles.items():
-            assert after.roles[role].version >= floor.version
-        assert [name for name in self.fetched if name.endswith(".zip")] == had
+            assert self.floors.roles[role].version >= floor.version
+        assert [name for name in self.fetched if name.endswith(".zip")] == [n for n in had if n.endswith(".zip")]
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Outside the folders that are meant for it nothing is written meanwhile, and what runs stays as it is."""
+        before = self._others()
+        yield
+        assert not (new := set(self._others()) - set(before)), new
+        assert not (gone := set(before) - set(self._others())), gone
         assert self.runs.read_bytes() == RUNS
+
+    def _others(self) -> list[Path]:
+        ours = (self.data / "updates", self.data / "bundles" / ".fetched")
+        found = (path for path in self.folder.parent.rglob("*") if not any(map(path.is_relative_to, ours)))
+        return sorted(path for path in found if "web" not in path.parts and not path.name.startswith("outstation."))
 
     def close(self) -> None:
         self.fetcher.close()
@@ -118,12 +138,3 @@ class Updating:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def with_updates(conf: Config, **changed: Any) -> Config:
-    assert conf.updates is not None
-    return msgspec.structs.replace(conf, updates=msgspec.structs.replace(conf.updates, **changed))

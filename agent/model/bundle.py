@@ -9,6 +9,7 @@ Rules of `read`:
 from __future__ import annotations
 
 import hashlib
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -138,6 +139,9 @@ def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
         _limit_count(path, len(members))
         if len({m.filename for m in members}) != len(members):
             raise BadBundle(f"{path}: a file is in the archive twice")
+        if sum(m.file_size for m in members) > MAX_BYTES:
+            # Said by the archive itself: what claims to be smaller is cut off at that size, and fails its checksum.
+            raise BadBundle(f"{path}: {_TOO_LARGE}")
         for member in members:
             _check_member(path, member)
             with archive.open(member) as file:
@@ -152,6 +156,8 @@ def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
         raise BadBundle(
             f"{path}: {name!r} is no plain file name; a bundle is flat: zip the files of the folder, not the folder"
         )
+    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
+        raise BadBundle(f"{path}: {name!r} is no plain file but a link or device; a bundle holds plain files only")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise BadBundle(f"{path}: {name!r} is compressed in a way that is not read here; use zip's default (deflate)")
 

@@ -33,6 +33,9 @@ _TOP = (Root.type, Timestamp.type, Snapshot.type, Targets.type)
 # A bundle is named by one delegation; more are followed, not many.
 _CONFIG = UpdaterConfig(max_delegations=8, targets_max_length=2_000_000)
 _MOST_CUSTOM = 65_536
+_MOST_VERSION = 2**63 - 1
+# What python-tuf lets through of metadata that are signed and malformed.
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
 
 
 class Repository:
@@ -80,7 +83,10 @@ class Repository:
 
     def _floor(self, delegator: str, role: str) -> Floor:
         keys = cast("Root | Targets", self._trusted[delegator]).get_delegated_role(role).keyids
-        return Floor(self._trusted[role].version, sorted(keys))
+        version = self._trusted[role].version
+        if not isinstance(version, int) or version > _MOST_VERSION:
+            raise FetchFailed("RepositoryError", f"{role} is of version {str(version)[:40]}, which is none")
+        return Floor(version, sorted(keys))
 
 
 @contextlib.contextmanager
@@ -162,5 +168,6 @@ def _translated() -> Iterator[None]:
         if isinstance(error.__cause__, FetchFailed):
             raise error.__cause__ from None
         raise FetchFailed(type(error).__name__, str(error)[:500] or "the metadata do not verify") from error
-    except RecursionError as error:
-        raise FetchFailed("RepositoryError", "metadata are nested too deep to be read") from error
+    except _MALFORMED as error:
+        said = f"metadata that cannot be read: {type(error).__name__}: {str(error)[:300]}"
+        raise FetchFailed("RepositoryError", said) from error
