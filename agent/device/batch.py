@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from agent.model import features, runtime, scores
 from agent.model.bundle import Bundle
 from agent.model.choice import Choice
 from agent.model.features import Cut
-from agent.model.inference import MOST_VALUES, Answers, Inference
+from agent.model.inference import MOST_VALUES, Answers, Inference, Runs
 from agent.model.scores import Scores
 
 # Model windows of a batch: many of them only where they are short, or none was timed yet.
@@ -41,6 +41,19 @@ _MOST_WINDOWS, _MANY_WINDOWS, _MANY_ROWS = 4096, 512, 25_600
 _RESULT_BYTES, _COLUMN_BYTES, _DRIFT_BYTES, _FIELD_BYTES = 200, 40, 2_000, 1_000
 # Of a batch's time in the model: far less than the watchdog's minute, on a day when all else is slow, too.
 _MOST_SECONDS = 5.0
+
+
+class Beside(Protocol):
+    """Another bundle for the task, that is looked at with each batch and of which nothing is published."""
+
+    def look(self, task: Task, store: Store, batch: Batch, answers: Answers) -> None:
+        """Before the commit of what `task` answered. Raises nothing for what the other bundle does."""
+
+    def write(self, tx: Transaction, author: Author, now: Now) -> None:
+        """In that commit."""
+
+    def committed(self) -> None:
+        """After it."""
 
 
 @dataclass
@@ -55,7 +68,7 @@ class Task:
     config: config.Task
     stream: Stream
     bundle: Bundle
-    model: runtime.Model
+    model: Runs
     judge: Judge | None
     drift: State | None
     config_digest: str
@@ -64,6 +77,7 @@ class Task:
     choice: Choice | None = None
     running: Callable[[], AbstractContextManager[object]] = nullcontext
     suspected: bool = False
+    beside: Beside | None = None
     columns: list[int] = field(init=False)
     inference: Inference = field(init=False)
     last_label: str = ""
@@ -158,6 +172,8 @@ def _run(task: Task, store: Store, author: Author, now: Now, most: int) -> Done 
             return None
         cut = Cut(cut.starts, len(batch.rows))
     matrix, answers = _answer(task, store, batch, cut)
+    if task.beside is not None:
+        task.beside.look(task, store, batch, answers)
     judged = _judge(task, store, batch, matrix, answers)
     given = _given(task, store, batch, answers)
     names = scores.texts(answers.scores, task.bundle.manifest)
@@ -176,6 +192,10 @@ def _run(task: Task, store: Store, author: Author, now: Now, most: int) -> Done 
         tx.count(f"windows.{task.name}", len(cut.starts))
         if task.suspected:
             tx.drop(task.name, overrides.CRASHES)
+        if task.beside is not None:
+            task.beside.write(tx, author, now)
+    if task.beside is not None:
+        task.beside.committed()
     task.drift, task.ended, task.suspected = judged.state, None, False
     if names:
         task.last_label = names[-1]

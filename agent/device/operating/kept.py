@@ -55,8 +55,10 @@ class History:
 
 def history(store: Store, task: str) -> History | None:
     kept = store.state(task, ACTIVE)
-    if kept is None:
-        return None
+    return None if kept is None else from_json(kept)
+
+
+def from_json(kept: bytes) -> History:
     found = json.loads(kept)
     return History(Ran(**found["now"]), Ran(**found["before"]) if found["before"] else None)
 
@@ -132,8 +134,7 @@ def record(tx: Transaction, author: Author, task: str, found: Bundle, old: Histo
     this, before = ran(found), old.now if old else None
     if before is not None and before.digest == this.digest:
         before = old.before if old else None
-    kept = {"now": asdict(this), "before": asdict(before) if before else None}
-    tx.keep(task, ACTIVE, json.dumps(kept).encode())
+    kept = _keep(tx, task, this, before)
     output = found.manifest.output
     told = output.labels if len(json.dumps(output.labels)) <= _MOST_LABEL_BYTES else ()
     evidence: dict[str, Any] = {"task": task, "from": kept["before"], "to": kept["now"], "why": why}
@@ -142,12 +143,18 @@ def record(tx: Transaction, author: Author, task: str, found: Bundle, old: Histo
     author.write(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
 
 
-def restore(tx: Transaction, task: str, past: str) -> None:
-    """What ran, as it was kept before a bundle that did not prove itself; "" where nothing had."""
-    if past:
-        tx.keep(task, ACTIVE, past.encode())
-    else:
+def _keep(tx: Transaction, task: str, now: Ran, before: Ran | None) -> dict[str, Any]:
+    kept = {"now": asdict(now), "before": asdict(before) if before else None}
+    tx.keep(task, ACTIVE, json.dumps(kept).encode())
+    return kept
+
+
+def restore(tx: Transaction, task: str, past: History | None) -> None:
+    """That this ran, and not what was recorded since: a bundle that did not prove itself is none to go back to."""
+    if past is None:
         tx.drop(task, ACTIVE)
+    else:
+        _keep(tx, task, past.now, past.before)
 
 
 def ran(found: Bundle) -> Ran:

@@ -36,5 +36,20 @@ class Machine:
     renew: Callable[[], object]
     """Connect to the broker anew."""
 
+    def exchange(self, task: Task, due: Callable[[], Planned]) -> None:
+        """Run `task` from now on; `due` plans one that did not run."""
+        planned = self.find(task.name)
+        if planned is None:
+            self.planned.append(due())
+        else:
+            planned.task = task
+        self.models[task.name] = task.reference
+        self.runs_again()
+
+    def remove(self, task: str) -> None:
+        """It does not run any more; its readings wait."""
+        self.planned[:] = [one for one in self.planned if one.task.name != task]
+        self.models.pop(task, None)
+
     def find(self, task: str) -> Planned | None:
         return next((one for one in self.planned if one.task.name == task), None)

@@ -6,14 +6,14 @@ from typing import Any
 
 from agent.clock import Now
 from agent.device.author import Author
-from agent.device.batch import Task
 from agent.device.operating import kept, overrides, quarantine
-from agent.device.operating.kept import History
+from agent.device.operating.kept import History, Ran
 from agent.device.storage.transaction import Transaction
 from agent.device.updates import standing as standings
 from agent.device.updates import watching
 from agent.device.updates.decide import held_for
 from agent.device.updates.standing import Held, Phase, Standing
+from agent.model.bundle import Bundle
 
 EVENT = "rollout"
 _MOST_SUMMARY = 1500
@@ -83,36 +83,44 @@ def _alert(
     author.write(tx, "alerts", task, body, now)
 
 
-def begin_probation(tx: Transaction, author: Author, candidate: Task, past: History | None, now: Now) -> None:
-    watching.lay_by(tx, candidate.name)
-    kept.record(tx, author, candidate.name, candidate.bundle, past, "roll-out", now)
+def begin_probation(tx: Transaction, author: Author, task: str, candidate: Bundle, past: History | None, now: Now) -> None:
+    watching.lay_by(tx, task)
+    kept.record(tx, author, task, candidate, past, "roll-out", now)
 
 
 def end_probation(
-    tx: Transaction, author: Author, candidate: Task, steady: Task | None, past: str, why: str, now: Now
+    tx: Transaction, author: Author, task: str, left: Standing, steady: Bundle | None, why: str, now: Now
 ) -> None:
-    """What ran before runs again, or nothing where nothing did."""
-    name = candidate.name
-    watching.take_up(tx, author, name, now)
+    """What ran before runs again; where it is not known yet what that is, as at a start, `steady` is None."""
+    watching.take_up(tx, author, task, now)
+    past = kept.from_json(left.past.encode()) if left.past else None
     if steady is not None:
-        ran = kept.ran(candidate.bundle)
-        kept.record(tx, author, name, steady.bundle, History(ran), why, now)
-    kept.restore(tx, name, past)
+        kept.record(tx, author, task, steady, History(_ran(left)), why, now)
+    if past is None or steady is None or past.now.digest == steady.digest:
+        kept.restore(tx, task, past)
+    else:
+        kept.restore(tx, task, History(kept.ran(steady), past.now))
 
 
-def settle(tx: Transaction, author: Author, task: Task, wanted_by: str, configured: str, now: Now) -> None:
+def settle(tx: Transaction, author: Author, task: str, one: Standing, configured: str, now: Now) -> None:
     """The bundle on probation stays, over restarts, until the config names another one."""
-    watching.give_up(tx, author, task.name, now)
-    _override(tx, author, task, wanted_by, configured, now)
+    watching.give_up(tx, author, task, now)
+    _override(tx, author, task, _ran(one), configured, one.wanted.rollout, now)
 
 
-def go_back(tx: Transaction, author: Author, task: Task, past: History | None, configured: str, now: Now) -> None:
+def go_back(
+    tx: Transaction, author: Author, task: str, found: Bundle, past: History | None, configured: str, now: Now
+) -> None:
     """A bundle that had settled gives way to the one before, over restarts."""
-    kept.record(tx, author, task.name, task.bundle, past, "roll-out called back", now)
-    _override(tx, author, task, "", configured, now)
+    kept.record(tx, author, task, found, past, "roll-out called back", now)
+    _override(tx, author, task, kept.ran(found), configured, "", now)
 
 
-def _override(tx: Transaction, author: Author, task: Task, wanted_by: str, configured: str, now: Now) -> None:
-    overrides.keep_rollback(tx, task.name, kept.rolled_back(kept.ran(task.bundle), configured, wanted_by))
-    if task.bundle.digest in overrides.set_aside_in(tx, task.name):
-        quarantine.end(tx, author, task.name, now)
+def _override(tx: Transaction, author: Author, task: str, ran: Ran, configured: str, rollout: str, now: Now) -> None:
+    overrides.keep_rollback(tx, task, kept.rolled_back(ran, configured, rollout))
+    if ran.digest in overrides.set_aside_in(tx, task):
+        quarantine.end(tx, author, task, now)
+
+
+def _ran(one: Standing) -> Ran:
+    return Ran(one.wanted.bundle, one.wanted.version, one.wanted.digest)
