@@ -110,7 +110,7 @@ schedule = "every 60 s"
     def results_by(self) -> str:
         """The version that the newest result names."""
         self.add_rows(40)
-        self.daemon._work_off(self.daemon._planned[0].task, NOW)
+        self.daemon._work_off(self.daemon._planned[0], NOW)
         return str([body for body in self.messages() if body["kind"] == "results"][-1]["model"]["version"])
 
     def activations(self) -> list[tuple[str | None, str, str]]:

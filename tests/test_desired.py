@@ -82,7 +82,7 @@ class Desk:
 
     def version(self, task: str = "sort") -> str | None:
         found = self.desires.wanted(task)
-        return found and found.version
+        return None if found is None else found.version
 
 
 @pytest.fixture

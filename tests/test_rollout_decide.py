@@ -42,7 +42,7 @@ def after(old: Standing | None, seen: Facts) -> str:
     return phase_of(new) + (f"/{new.reason}" if new is not None and new.reason else "")
 
 
-NOBODY = {"percent": 0.0}
+NOBODY: dict[str, Any] = {"percent": 0.0}
 STEPS = [
     ("nothing is desired", None, facts(), ""),
     ("a shadow begins with fetching", None, facts(want()), "fetching"),
@@ -83,7 +83,7 @@ STEPS = [
     ("called back on probation", at("probation"), facts(want("back")), "withdrawn/aborted"),
     ("called back where it was not taken", None, facts(want("back")), "withdrawn/aborted"),
     ("called back when settled", at("settled"), facts(want("back"), runs=NEW, before=OLD), "settled"),
-    ("the one before is here", at("settled"), facts(want("back"), runs=NEW, before=OLD, proof=FINE), "withdrawn/aborted"),
+    ("the other is here", at("settled"), facts(want("back"), runs=NEW, before=OLD, proof=FINE), "withdrawn/aborted"),
     ("nothing to go back to", at("settled"), facts(want("back"), runs=NEW), "refused/unfit"),
     ("held after it was taken back", at("rolled back"), facts(want("all"), held=Held(5000, "")), "rolled back"),
     ("the hold is over", at("rolled back"), facts(want("all")), "fetching"),
@@ -188,7 +188,7 @@ seen = st.builds(
 
 
 def held_by(step: Standing | None, one: Facts) -> Facts:
-    wanted = one.wanted or (step and step.wanted)
+    wanted = one.wanted if one.wanted is not None or step is None else step.wanted
     found = None if step is None else held_for(step, one.now_s)
     same = step is not None and wanted is not None and step.wanted.digest == wanted.digest
     return replace(one, held=found) if found is not None and same else one

@@ -20,6 +20,7 @@ from agent.device.operating.operations import Operations
 from agent.device.operating.rotation import Rotation
 from agent.device.operating.wipe import Wipe
 from agent.device.storage.store import Store
+from agent.device.updates.rollout import Rollouts
 from agent.model import activate
 
 
@@ -33,13 +34,14 @@ def operations(
     given: Path,
     load: Callable[[str, Path], Task],
     machine: Machine,
+    rollouts: Rollouts,
 ) -> Operations:
     """`given` is the file of the key that the device was given, `load` loads a task's bundle from a path."""
     from agent.cli import status
 
     rotation = Rotation(store, author, files, commands.post, machine.renew)
     wiping = Wipe(store, author, machine.halt)
-    tasks = TaskActions(str(file), conf, store, author, machine, load, lambda: status.document(conf, store))
+    tasks = TaskActions(str(file), conf, store, author, machine, load, lambda: status.document(conf, store), rollouts)
     actions = {**tasks.by_name(), "rotate-key": rotation.rotate, "wipe": wiping.command}
     control = Control(store, author, commands, actions)
     return Operations(control, commands, rotation, wiping, partial(erase, file, conf, given))

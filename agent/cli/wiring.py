@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agent import clock, config, media
-from agent.cli import operating
+from agent import clock, config
+from agent.cli import operating, updating
+from agent.cli.loading import configured_keys as configured_keys
+from agent.cli.loading import load_task as load_task
+from agent.cli.loading import publishers as publishers
 from agent.clock import Now
 from agent.config import Config, FilesSource, HostSource, ReplaySource
-from agent.device import choices, drifting, quality
+from agent.device import quality
 from agent.device.author import Author
 from agent.device.batch import Task
 from agent.device.daemon import LAST_RUN, Daemon
@@ -29,15 +32,11 @@ from agent.device.recovery.settle import settle
 from agent.device.reports import Broken
 from agent.device.storage.store import Store
 from agent.device.timekeeping import clock_of
-from agent.drift.judge import Judge
+from agent.device.updates import probation
+from agent.device.updates.desired import Desires
+from agent.device.updates.updating import Updating
 from agent.errors import BadBundle, ConfigError, UsageError
-from agent.model import activate
-from agent.model.bundle import Bundle
-from agent.model.choice import Choice
-from agent.model.manifest import Manifest
-from agent.toml import suggestion
 from agent.wire import keys
-from agent.wire.keys import PublicKey
 
 KEY_FILE = "device.key"
 
@@ -68,20 +67,6 @@ def key_files(file: Path, conf: Config) -> KeyFiles:
     return KeyFiles(conf.data_dir, keys.load_private(given_key(file, conf)))
 
 
-def configured_keys(file: Path, key: str, texts: list[str]) -> list[PublicKey]:
-    """Public keys of the config. Raises ConfigError."""
-    try:
-        return [keys.public_key(text) for text in texts]
-    except ValueError as error:
-        raise ConfigError(str(file), key, f"not a base64url Ed25519 public key: {error}") from None
-
-
-def publishers(file: Path, conf: Config) -> list[PublicKey]:
-    """Whose bundles this device runs, beside those that ship with the agent."""
-    listed = configured_keys(file, "publishers.keys", conf.publishers.keys)
-    return [*listed, *configured_keys(file, "operators.keys", conf.operators.keys)]
-
-
 def author(file: Path, conf: Config, store: Store) -> Author:
     key, live = open_keys(store, key_files(file, conf))
     most = conf.broker.max_message_bytes
@@ -96,109 +81,10 @@ def author(file: Path, conf: Config, store: Store) -> Author:
 
 def guard(conf: Config, store: Store, writer: Author) -> Marker:
     """What notices a model that ends the agent; once a start, before tasks are loaded."""
-    marker = Marker(conf.data_dir)
-    quarantine.settle(conf, store, writer, marker, clock_of(store)())
+    marker, now = Marker(conf.data_dir), clock_of(store)()
+    if not probation.settle(conf, store, writer, marker, now):
+        quarantine.settle(conf, store, writer, marker, now)
     return marker
-
-
-def load_task(
-    file: Path,
-    conf: Config,
-    store: Store | None,
-    name: str,
-    path: Path | None = None,
-    *,
-    marker: Marker | None = None,
-    known: Sequence[Choice] = (),
-) -> Task:
-    """A task with its bundle, or that at `path`, verified, probed and loaded. Raises ConfigError, BadBundle.
-
-    With a `store`, how its model is run is taken from there and kept there, else from the `known`.
-    """
-    task = conf.tasks[name]
-    if path is None:
-        path = operating.bundle_of(conf, store, name)
-        if store is not None:
-            quarantine.refuse(store, name, path)
-
-    def running(found: Bundle) -> AbstractContextManager[object]:
-        return nullcontext() if marker is None else marker.running(name, found.digest)
-
-    known = choices.known(store, name) if store else known
-    active = activate.activate(path, publishers(file, conf), known, running)
-    if store and active.choice:
-        choices.remember(store, name, active.choice)
-    _check_fields(file, conf, name, active.bundle)
-    judge = _judge(str(file), conf, name, active)
-    state, ended = (judge.start() if judge else None), None
-    if judge is not None and store is not None:
-        state, ended = drifting.restore(store, name, judge)
-    digest, keeps = config.digest(conf), conf.buffer.keep_results > 0
-    return Task(
-        *(name, task, conf.streams[task.stream], active.bundle, active.model, judge, state, digest, keeps),
-        ended=ended,
-        choice=active.choice,
-        running=partial(running, active.bundle),
-        suspected=store is not None and quarantine.is_suspected(store, name, active.bundle.digest),
-    )
-
-
-def _check_fields(file: Path, conf: Config, name: str, found: Bundle) -> None:
-    stream = conf.tasks[name].stream
-    _check_made(file, conf, name, found.manifest)
-    numeric = {f.name for f in conf.streams[stream].fields if f.type != "category"}
-    for field in found.manifest.input.fields:
-        if field not in numeric:
-            raise ConfigError(
-                str(file),
-                f"tasks.{name}.stream",
-                f"bundle {found.manifest.name} needs numeric field {field!r}, stream {stream!r} has none"
-                f"{suggestion(field, numeric)}",
-            )
-
-
-def _check_made(file: Path, conf: Config, name: str, manifest: Manifest) -> None:
-    """Rows of images and sounds must be made as those the bundle was packed with. Raises ConfigError."""
-    stream, wanted = conf.tasks[name].stream, manifest.input.image or manifest.input.sound
-    made, fields = conf.streams[stream].made, {f.name for f in conf.streams[stream].fields}
-    if wanted is None or made == wanted or (made is None and fields.issuperset(manifest.input.fields)):
-        return
-    source = f'source = {{ kind = "files", folder = "…", {media.written(wanted)} }}'
-    raise ConfigError(
-        str(file),
-        f"tasks.{name}.stream",
-        f"bundle {manifest.name} needs rows made otherwise than those of stream {stream!r}; give a stream {source}",
-    )
-
-
-def _judge(file: str, conf: Config, name: str, active: activate.Active) -> Judge | None:
-    if active.reference is None:
-        return None
-    task, manifest = conf.tasks[name], active.bundle.manifest
-    return Judge(
-        active.reference,
-        labels=manifest.output.labels,
-        window=manifest.drift.window,
-        learn=task.learn,
-        learn_s=float(task.learn_for),
-        strata=task.strata or manifest.drift.strata or "auto",
-        least=manifest.drift.min_count or 0,
-        units=manifest.input.units,
-        mode=_mode(file, name, task, conf.streams[task.stream], manifest),
-    )
-
-
-def _mode(file: str, name: str, task: config.Task, stream: config.Stream, manifest: Manifest) -> str:
-    """The field whose values are modes, or "". Raises ConfigError."""
-    key, asked = f"tasks.{name}.mode", manifest.drift.mode or ""
-    if task.mode and manifest.output.labels:
-        raise ConfigError(
-            file, key, f"bundle {manifest.name} names classes itself, and these are its modes: remove mode"
-        )
-    if task.mode is None and asked:
-        # The config's own was checked when it was read.
-        config.check_mode(file, f'{key} (as bundle {manifest.name} says; mode = "" for none)', asked, stream)
-    return asked if task.mode is None else task.mode
 
 
 def planned(file: Path, conf: Config, store: Store, marker: Marker | None = None) -> tuple[list[Planned], list[Broken]]:
@@ -266,10 +152,12 @@ def daemon(file: Path, conf: Config, store: Store, *, now: Callable[[], Now] | N
         )
     operators = configured_keys(file, "operators.keys", conf.operators.keys)
     commands = Commands(store, writer, operators)
+    desires = Desires(store, writer, operators, conf.device.groups)
     marker = guard(conf, store, writer)
     tasks, broken = planned(file, conf, store, marker)
     for one in tasks:
-        kept.activated(store, writer, one.task, conf.data_dir, now())
+        if not probation.is_on(store, one.task.name):
+            kept.activated(store, writer, one.task, conf.data_dir, now())
     quarantine.lift(conf, store, writer, now())
     kept.prune(store, conf.tasks, conf.data_dir)
     own = sources(file, conf, store)
@@ -278,14 +166,19 @@ def daemon(file: Path, conf: Config, store: Store, *, now: Callable[[], Now] | N
         return Intake(conf, store, own, now, committed, failed, lambda: quality.asked([one.task for one in tasks]))
 
     def make_uplink(failed: Callable[[Exception], None]) -> Uplink:
-        return Uplink(conf, store, writer, collector, now, failed, commands=commands, **uplink)
+        return Uplink(conf, store, writer, collector, now, failed, commands=commands, desires=desires, **uplink)
 
-    def make_operations(machine: Machine) -> Operations:
+    def make_updating(machine: Machine, wake: Callable[[], None], waiting: Callable[[], None]) -> Updating:
+        trusted = publishers(file, conf)
+        return updating.updating(file, conf, store, writer, desires, trusted, marker, machine, wake, waiting)
+
+    def make_operations(machine: Machine, updates: Updating) -> Operations:
         files, given = key_files(file, conf), given_key(file, conf)
         load = partial(load_task, file, conf, store, marker=marker)
-        return operating.operations(file, conf, store, writer, commands, files, given, load, machine)
+        rollouts = updates.rollouts
+        return operating.operations(file, conf, store, writer, commands, files, given, load, machine, rollouts)
 
-    return Daemon(conf, store, writer, tasks, broken, make_intake, make_uplink, make_operations, now)
+    return Daemon(conf, store, writer, tasks, broken, make_intake, make_uplink, make_updating, make_operations, now)
 
 
 def load(config_file: str | None) -> tuple[Path, Config]:

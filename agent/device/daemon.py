@@ -28,7 +28,8 @@ from agent.device.reports import Broken, Reports
 from agent.device.storage.space import Space
 from agent.device.storage.store import Store
 from agent.device.timekeeping import Timekeeper
-from agent.errors import BadBundle, StorageBusy, StorageError, StorageFull
+from agent.device.updates.updating import Updating
+from agent.errors import BadBundle, ModelDied, StorageBusy, StorageError, StorageFull
 
 log = logging.getLogger("outstation")
 
@@ -90,7 +91,8 @@ class Daemon:
         broken: Sequence[Broken],
         make_intake: Callable[[Callable[[], None], Callable[[Exception], None]], Intake],
         make_uplink: Callable[[Callable[[Exception], None]], Uplink],
-        make_operations: Callable[[Machine], Operations],
+        make_updating: Callable[[Machine, Callable[[], None], Callable[[], None]], Updating],
+        make_operations: Callable[[Machine, Updating], Operations],
         now: Callable[[], Now],
     ) -> None:
         self.signals = Signals()
@@ -105,7 +107,10 @@ class Daemon:
         self._unfinished: set[str] = set()
         self._resting: dict[str, _Rest] = {}
         self._space = Space(conf, store, author, self._run_early, self._not_getting_on)
-        self._operations = make_operations(self._machine(models))
+        machine = self._machine(models)
+        self._updating = make_updating(machine, self.signals.wake, self._feed_watchdog)
+        self._operations = make_operations(machine, self._updating)
+        self._reports.more = self._updating.report
         self._next_health = self._next_room = self._next_labels = 0.0
 
     def run(self) -> None:
@@ -130,13 +135,17 @@ class Daemon:
         self._timekeeper.turn(now)
         if self._operations.turn(now):
             self._uplink.wake()
-        wait = _LONGEST_WAIT_S
+        if self._updating.turn(now):
+            self._uplink.wake()
+        wait = min(_LONGEST_WAIT_S, self._updating.wait_s(now))
         for planned in self._planned:
             if self.signals.stopping:
                 return 0.0
             name = planned.task.name
             if planned.paused:
                 self._unfinished.discard(name)
+                continue
+            if self._updating.resumes(name):
                 continue
             if self._rests(name, now):
                 wait = min(wait, self._resting[name].until_s - now.boot_s)
@@ -146,7 +155,7 @@ class Daemon:
                 self._remember_run(planned, now)
                 self._unfinished.add(name)
             if name in self._unfinished:
-                self._work_off(planned.task, now)
+                self._work_off(planned, now)
             wait = 0.0 if name in self._unfinished else min(wait, planned.schedule.wait_s(now))
         if now.boot_s >= self._next_labels:
             self._next_labels = now.boot_s + _LABELS_S
@@ -169,15 +178,30 @@ class Daemon:
         if self._intake.alive(now) and self._uplink.alive(now):
             notify("WATCHDOG=1")
 
-    def _work_off(self, task: batch.Task, now: Now) -> None:
+    def _work_off(self, planned: Planned, now: Now) -> None:
         """Batches until nothing more can be consumed, or for a while: then the next turns go on."""
-        self._unfinished.discard(task.name)
+        name = planned.task.name
+        self._unfinished.discard(name)
+        if self._updating.resumes(name):
+            self._unfinished.add(name)
+            return
         end_s = self._now().boot_s + _SLICE_S
+        instead: batch.Task | None = None
         while not self.signals.stopping:
+            # Another bundle may have come to run since the last batch.
+            task, instead = instead or planned.task, None
             try:
-                behind.go_on(task, self._store, self._author, self._now())
-                references.take_up(task, self._store, self._author, self._now())
+                if task is planned.task:
+                    behind.go_on(task, self._store, self._author, self._now())
+                    references.take_up(task, self._store, self._author, self._now())
                 done = batch.run(task, self._store, self._author, self._now())
+            except ModelDied as died:
+                # One that runs apart: the same rows are answered by another bundle, at once.
+                instead = self._updating.fell(name, died, self._now())
+                self._feed_watchdog()
+                if instead is None:
+                    return
+                continue
             except BadBundle as problem:
                 log.error("task %s: %s; its rows are kept and it is tried again when next due", task.name, problem)
                 self._stuck.add(task.name)
@@ -200,6 +224,7 @@ class Daemon:
             self._recovered(task.name, "")
             if done is None:
                 return
+            self._updating.ran(name, self._now())
             self._uplink.wake()
             self._feed_watchdog()
             if done.alerts:
@@ -241,10 +266,11 @@ class Daemon:
                 self._rest(planned.task, _OF_LABELS, error)
 
     def _run_early(self, now: Now) -> bool:
-        ready = [one.task for one in self._planned if not one.paused and not self._rests(one.task.name, now)]
-        for task in ready:
-            self._work_off(task, now)
-        return any(task.name in self._unfinished and not self._rests(task.name, self._now()) for task in ready)
+        ready = [one for one in self._planned if not one.paused and not self._rests(one.task.name, now)]
+        names = [one.task.name for one in ready if not self._updating.resumes(one.task.name)]
+        for one in ready:
+            self._work_off(one, now)
+        return any(name in self._unfinished and not self._rests(name, self._now()) for name in names)
 
     def _not_getting_on(self) -> set[str]:
         return self._stuck | {planned.task.name for planned in self._planned if planned.paused}
@@ -266,7 +292,7 @@ class Daemon:
         return Machine(
             self._planned,
             models,
-            run=lambda planned, now: self._work_off(planned.task, now),
+            run=self._work_off,
             report=self._reports.health,
             runs_again=lambda: self._reports.bundles([]),
             halt=self.signals.halt,
@@ -275,6 +301,7 @@ class Daemon:
 
     def _shut_down(self) -> None:
         self._intake.stop()
+        self._updating.close()
         if isinstance(self.signals.failure, StorageError):
             self._uplink.stop(0.0)
             return

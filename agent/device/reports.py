@@ -17,6 +17,7 @@ from agent.device.storage import space
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 from agent.device.timekeeping import SYNCED
+from agent.device.updates import standing
 from agent.errors import StorageFull
 
 log = logging.getLogger("outstation")
@@ -47,6 +48,8 @@ class Reports:
         now: Callable[[], Now],
     ) -> None:
         self._conf, self._store, self._author, self._models, self._now = conf, store, author, models, now
+        # Members of a health message that others know of.
+        self.more: Callable[[Now], Mapping[str, Any]] = lambda now: {}
 
     def health(self) -> None:
         now = self._now()
@@ -55,7 +58,8 @@ class Reports:
             if now.quality == "synced":
                 tx.set_meta(SYNCED, str(now.wall_us))
             body = health(self._conf, self._store, self._models)
-            self._author.write(tx, "health", None, {**body, "wall_clock": timekeeping.report(self._store, now)}, now)
+            told = {**body, **self.more(now), "wall_clock": timekeeping.report(self._store, now)}
+            self._author.write(tx, "health", None, told, now)
 
         self._write(write)
 
@@ -132,6 +136,7 @@ def health(conf: Config, store: Store, models: Models) -> dict[str, Any]:
                 "windows": counters.get(f"windows.{name}", 0),
                 "model": models.get(name),
                 **overrides.shown(store, name),
+                **standing.shown(store, name, conf.device.id),
             }
             for name, task in conf.tasks.items()
         },

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from agent.drift.reference import Reference
 from agent.errors import BadBundle
-from agent.model import bundle, inference, probe, runtime, shipped
+from agent.model import bundle, inference, probe, shipped
 from agent.model.bundle import Bundle
 from agent.model.choice import Choice
+from agent.model.inference import Runs
 from agent.wire.keys import PublicKey
 
 
@@ -20,7 +21,7 @@ class Active:
     """A bundle that proved itself here, loaded."""
 
     bundle: Bundle
-    model: runtime.Model
+    model: Runs
     reference: Reference | None
     choice: Choice | None
 

@@ -17,8 +17,10 @@ from agent.device.incoming import labels
 from agent.device.operating import kept, overrides, quarantine, references
 from agent.device.operating.control import Action, Deed
 from agent.device.operating.machine import Machine, Planned
+from agent.device.operating.planning import planned
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
+from agent.device.updates.rollout import Rollouts
 from agent.errors import BadBundle, ConfigError, Rejected
 from agent.toml import suggestion
 from agent.wire.commands import DEFAULT_SCHEDULE
@@ -36,9 +38,10 @@ class TaskActions:
         machine: Machine,
         load: Callable[[str, Path], Task],
         status: Callable[[], dict[str, Any]],
+        rollouts: Rollouts,
     ) -> None:
         self._file, self._conf, self._store, self._author = file, conf, store, author
-        self._machine, self._load, self._status = machine, load, status
+        self._machine, self._load, self._status, self._rollouts = machine, load, status, rollouts
 
     def by_name(self) -> dict[str, Action]:
         return {
@@ -109,6 +112,8 @@ class TaskActions:
 
     def rollback(self, args: Mapping[str, str], now: Now) -> Deed:
         name = self._known(args["task"])
+        if (deed := self._rollouts.taken_back(name, now)) is not None:
+            return deed
         past = kept.history(self._store, name)
         running = self._machine.find(name)
         target = None if past is None else (past.before if running is not None else past.now)
@@ -124,6 +129,7 @@ class TaskActions:
         def write(tx: Transaction) -> None:
             if was_aside:
                 quarantine.end(tx, self._author, name, now)
+            self._rollouts.left(tx, name, now)
             overrides.keep_rollback(tx, name, kept.rolled_back(target, configured))
             kept.record(tx, self._author, name, task.bundle, past, "rollback", now)
 
@@ -167,15 +173,7 @@ class TaskActions:
         return Deed(summary, {"accepted": accepted, "rejected": {str(k): refused[k] for k in sorted(refused)}})
 
     def _exchange(self, task: Task) -> None:
-        planned = self._machine.find(task.name)
-        if planned is not None:
-            planned.task = task
-        else:
-            paused = overrides.is_paused(self._store, task.name)
-            due = overrides.schedule_in_force(self._file, self._conf, self._store, task.name, None)
-            self._machine.planned.append(Planned(task, due, paused))
-        self._machine.models[task.name] = task.reference
-        self._machine.runs_again()
+        self._machine.exchange(task, lambda new: planned(self._file, self._conf, self._store, new))
 
     def _set_paused(self, name: str, paused: bool) -> None:
         planned = self._machine.find(name)

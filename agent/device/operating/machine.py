@@ -36,11 +36,11 @@ class Machine:
     renew: Callable[[], object]
     """Connect to the broker anew."""
 
-    def exchange(self, task: Task, due: Callable[[], Planned]) -> None:
-        """Run `task` from now on; `due` plans one that did not run."""
+    def exchange(self, task: Task, plan: Callable[[Task], Planned]) -> None:
+        """Run `task` from now on; `plan` says when, of one that did not run."""
         planned = self.find(task.name)
         if planned is None:
-            self.planned.append(due())
+            self.planned.append(plan(task))
         else:
             planned.task = task
         self.models[task.name] = task.reference

@@ -8,7 +8,7 @@ one commit with the message that says so; the task's cursor knows nothing of bun
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Protocol
@@ -23,7 +23,7 @@ from agent.device.author import Author
 from agent.device.batch import Task
 from agent.device.operating import kept, overrides
 from agent.device.operating.control import Deed
-from agent.device.operating.machine import Machine
+from agent.device.operating.machine import Machine, Planned
 from agent.device.storage import retention
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
@@ -85,13 +85,14 @@ class Rollouts:
         desires: Desires,
         machine: Machine,
         makes: Makes,
-        supply: Callable[[str], Supply],
+        supplies: Mapping[str, Supply],
+        plan: Callable[[Task], Planned],
     ) -> None:
         self._conf, self._store, self._author, self._desires = conf, store, author, desires
-        self._machine, self._makes = machine, makes
+        self._machine, self._makes, self._plan = machine, makes, plan
         self._live = {
             name: _Live(
-                supply(name),
+                supplies[name],
                 standings.standing(store, name),
                 standings.held(store, name),
                 kept.configured_digest(task.bundle, conf.data_dir),
@@ -108,11 +109,14 @@ class Rollouts:
         if now.boot_s < self._at_s and not self.stirred:
             return False
         self.stirred, self._at_s = False, now.boot_s + _EVERY_S
-        return any([self._go_on(name, now) for name in self._live])
+        wrote = [self._go_on(name, now) for name in self._live]
+        return any(wrote)
 
     def wait_s(self, now: Now) -> float:
         """Until `turn` may have something to do."""
-        return max(0.0, self._at_s - now.boot_s) if any(self._is_under_way(one) for one in self._live.values()) else 60.0
+        return (
+            max(0.0, self._at_s - now.boot_s) if any(self._is_under_way(one) for one in self._live.values()) else 60.0
+        )
 
     def resumes(self, name: str) -> bool:
         """Whether the bundle that answers for this task is on its way into memory, after a start: the task waits."""
@@ -200,7 +204,7 @@ class Rollouts:
 
     def _facts(self, name: str, live: _Live, now: Now) -> Facts:
         wanted, old, at_s = self._desires.wanted(name), live.standing, self._uptime_s(now)
-        about = wanted or (old and old.wanted)
+        about = wanted if wanted is not None or old is None else old.wanted
         held = live.held.get(about.digest) if about else None
         past = kept.history(self._store, name)
         facts = Facts(
@@ -213,7 +217,7 @@ class Rollouts:
             held=held if held is not None and held.until_s > at_s else None,
             before=self._before(name, past),
             aside=self._aside(name, old),
-            over=_is_over(wanted or (old and old.wanted), now),
+            over=_is_over(about, now),
         )
         if live.trial is not None and old is not None:
             hours = (at_s - old.since_s) / 3600
@@ -298,7 +302,7 @@ class Rollouts:
         trial = live.trial
         # Where it did not even start again, what is loaded already is what ran before.
         steady = self._planned_task(name) if trial is None else trial.steady
-        steps.end_probation(tx, self._author, name, old, steady and steady.bundle, new.phase, now)
+        steps.end_probation(tx, self._author, name, old, steady.bundle if steady else None, new.phase, now)
         if trial is not None and steady is not None and steady.judge is not None and steady.drift is not None:
             on = watching.numbered_on(steady.drift, trial.candidate.drift)
             drifting.keep(tx, name, steady.judge, on, steady.drift)
@@ -388,7 +392,7 @@ class Rollouts:
         if task is None:
             self._machine.remove(name)
         else:
-            self._machine.exchange(task)
+            self._machine.exchange(task, self._plan)
 
     # --- what there is ---
 

@@ -1,4 +1,4 @@
-"""One step of a roll-out inside its commit: how the task stands, the audit message, the alert, and what runs from now on."""
+"""One step of a roll-out inside its commit: how the task stands, the audit message, the alert, and what runs now."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def _alert(
     author.write(tx, "alerts", task, body, now)
 
 
-def begin_probation(tx: Transaction, author: Author, task: str, candidate: Bundle, past: History | None, now: Now) -> None:
+def begin_probation(
+    tx: Transaction, author: Author, task: str, candidate: Bundle, past: History | None, now: Now
+) -> None:
     watching.lay_by(tx, task)
     kept.record(tx, author, task, candidate, past, "roll-out", now)
 

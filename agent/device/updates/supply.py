@@ -184,8 +184,8 @@ class Supply:
         free = shutil.disk_usage(self._conf.data_dir).free
         if size + _SPARE > free:
             raise BadBundle(
-                f"its {size / 2**20:.1f} MiB do not fit beside the bundle that runs: {free / 2**20:.1f} MiB of the disk "
-                f"are free, {_SPARE >> 20} MiB must stay so; make room"
+                f"its {size / 2**20:.1f} MiB do not fit beside the bundle that runs: {free / 2**20:.1f} MiB are free "
+                f"here, {_SPARE >> 20} MiB must stay so; make room"
             )
 
 

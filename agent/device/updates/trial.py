@@ -88,7 +88,9 @@ class Trial:
         rules, count = self.rules, self.progress.batches
         if count < rules.batches or hours < rules.hours:
             return None
-        why = f"{count} batches in {hours:.2f} h and nothing against it ({rules.batches} in {rules.hours:g} h were asked)"
+        why = (
+            f"{count} batches in {hours:.2f} h and nothing against it ({rules.batches} in {rules.hours:g} h were asked)"
+        )
         return Finding("", why, {**self._numbers(), "hours": round(hours, 3)})
 
     def _time(self, seconds: float) -> None:
@@ -108,7 +110,11 @@ def _restored(store: Store, task: str, one: Standing) -> Progress:
         found = msgspec.json.decode(store.state(task, PROGRESS) or b"null", type=Progress | None)
     except msgspec.MsgspecError:
         return fresh
-    same = found is not None and (found.rollout, found.digest, found.phase) == (fresh.rollout, fresh.digest, fresh.phase)
+    same = found is not None and (found.rollout, found.digest, found.phase) == (
+        fresh.rollout,
+        fresh.digest,
+        fresh.phase,
+    )
     return found if same and found is not None else fresh
 
 

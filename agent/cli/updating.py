@@ -1,0 +1,94 @@
+"""Where roll-outs are put together: what a proved bundle is made into, and where bundles come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+from agent.cli import loading
+from agent.config import Config
+from agent.device import choices
+from agent.device.author import Author
+from agent.device.batch import Task
+from agent.device.marker import Marker
+from agent.device.operating.machine import Machine
+from agent.device.operating.planning import planned
+from agent.device.storage.store import Store
+from agent.device.updates.desired import Desires
+from agent.device.updates.fetching import Fetcher
+from agent.device.updates.rollout import Rollouts
+from agent.device.updates.supply import Supply
+from agent.device.updates.updating import Updating
+from agent.model import activate
+from agent.model.activate import Active, Proved
+from agent.model.apart import Apart, Bounds
+from agent.model.bundle import Bundle
+from agent.model.choice import Choice
+from agent.wire.desired import Rules
+from agent.wire.keys import PublicKey
+
+
+class Made:
+    """Makes tasks of proved bundles. `waiting` is called while one that runs apart is waited for."""
+
+    def __init__(
+        self, file: Path, conf: Config, store: Store, marker: Marker | None, waiting: Callable[[], None]
+    ) -> None:
+        self._file, self._conf, self._store, self._marker, self._waiting = file, conf, store, marker, waiting
+
+    def here(self, name: str, proved: Proved) -> Task:
+        """Loaded into this process. Raises BadBundle, ConfigError."""
+
+        def running(found: Bundle) -> AbstractContextManager[object]:
+            return nullcontext() if self._marker is None else self._marker.running(name, found.digest)
+
+        active = activate.load(proved, running)
+        if active.choice is not None:
+            choices.remember(self._store, name, active.choice)
+        return loading.assemble(self._file, self._conf, self._store, name, active, running)
+
+    def apart(self, name: str, proved: Proved, rules: Rules) -> Task:
+        """In a process of its own. Raises BadBundle, ConfigError."""
+        model = Apart(proved.bundle, proved.choice, Bounds(call_s=rules.batch_s), self._waiting)
+        try:
+            active = Active(proved.bundle, model, proved.reference, proved.choice)
+            return loading.assemble(self._file, self._conf, self._store, name, active, lambda found: nullcontext())
+        except BaseException:
+            model.close()
+            raise
+
+    def end(self, task: Task) -> None:
+        """End a process of its own, if it has one."""
+        if isinstance(task.model, Apart):
+            task.model.close()
+
+
+def updating(
+    file: Path,
+    conf: Config,
+    store: Store,
+    author: Author,
+    desires: Desires,
+    trusted: Sequence[PublicKey],
+    marker: Marker | None,
+    machine: Machine,
+    wake: Callable[[], None],
+    waiting: Callable[[], None],
+) -> Updating:
+    """`trusted` publishers; `wake` the main loop; `waiting` is called while a bundle that is tried takes its time."""
+    fetcher = None if conf.updates is None else Fetcher(conf, store)
+    made = Made(file, conf, store, marker, waiting)
+
+    def fits(task: str, found: Bundle) -> None:
+        loading.check_fields(file, conf, task, found)
+
+    def known(task: str) -> Sequence[Choice]:
+        return choices.known(store, task)
+
+    supplies = {name: Supply(conf, trusted, fetcher, fits, known, wake) for name in conf.tasks}
+    plan = partial(planned, str(file), conf, store)
+    rollouts = Rollouts(conf, store, author, desires, machine, made, supplies, plan)
+    desires.changed = wake
+    return Updating(rollouts, supplies, fetcher)
