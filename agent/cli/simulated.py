@@ -43,3 +43,5 @@ def print_audit(audit: dict[str, Any], seconds: float) -> None:
     click.echo(f"audit {verdict}: {audit['messages']} signed messages of {audit['devices']} devices; {seconds:g} s")
     for problem in audit["invalid"][:10]:
         click.echo(f"  {problem['device']} seq {problem['seq']}: {problem['reason']}")
+    for problem in audit.get("invalid_decisions", [])[:10]:
+        click.echo(f"  roll-out {problem['rollout']}, decision {problem['n']}: {problem['reason']}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agent.fleet import operators
 from agent.scenario import Scenario, named
 from agent.simulate import hardship, outcome, plan, report
 from agent.simulate.plan import Plan
@@ -65,7 +66,7 @@ def _alone(home: Path, order: Order, tell: Tell) -> dict[str, Any]:
         for _ in fleet.watch(time.monotonic() + order.seconds):
             pass
         fleet.stop()
-    return _document(fleet.database, fielded)
+    return _document(fleet, fielded)
 
 
 def _rolled(home: Path, order: Order, about: Subject, scenario: Scenario, tell: Tell) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def _rolled(home: Path, order: Order, about: Subject, scenario: Scenario, tell: 
         rolling.begin()
         over = _followed(rolling, about.name, time.monotonic() + order.seconds, tell)
         fleet.stop()
-    document = _document(fleet.database, fielded)
+    document = _document(fleet, fielded)
     found = outcome.ended(fleet.database, about.name)
     document["rollout"] = found.rollout | {"ended": over, "hardship": rolling.suffered()}
     for device in document["devices"]:
@@ -133,6 +134,6 @@ def _hardship(order: Order) -> hardship.Hardship:
     return hardship.draw(plan.names(order.devices), order.seed, span_s=_SPAN_S, **counts)
 
 
-def _document(database: Path, fielded: Plan) -> dict[str, Any]:
-    found = report.report(database, fielded)
+def _document(fleet: Simulation, fielded: Plan) -> dict[str, Any]:
+    found = report.report(fleet.database, fielded, operators.trusted(fleet.prepare()))
     return {"devices": found.devices, "accuracy": found.accuracy, "audit": found.audit.document()}

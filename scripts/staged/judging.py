@@ -15,7 +15,8 @@ def problems(trial: Trial, report: dict[str, Any]) -> list[str]:
     rollout, devices = report["rollout"], report["devices"]
     found = []
     if not report["audit"]["passed"]:
-        found.append(f"the audit fails: {report['audit']['invalid'][:3]}")
+        wrong = [entry for key in ("gaps", "invalid", "invalid_decisions") for entry in report["audit"].get(key, [])]
+        found.append(f"the audit fails: {wrong[:3]}")
     if not rollout["ended"]:
         found.append("it did not end in time")
     if not trial.serves and rollout["served"]:
