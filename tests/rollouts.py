@@ -1,161 +1,188 @@
-"""A fleet that is in a roll-out, as its operator sees it: real store, real signed messages, no broker."""
+"""A device to which roll-outs come, in this process, with its own clock: it can crash between any two steps."""
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
-from collections.abc import Iterator, Sequence
+import hashlib
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from agent import clock
-from agent.errors import LinkDown
-from agent.fleet.collect import Collector
-from agent.fleet.rollout import acts, book
-from agent.fleet.rollout.acts import Operator
-from agent.fleet.rollout.book import Rollout
-from agent.fleet.rollout.desk import Desk
-from agent.fleet.rollout.look import Look, look
-from agent.fleet.rollout.plan import Plan, Promotion, Step
-from agent.fleet.store import FleetStore
-from agent.link import Delivery, Outgoing, Receipt
-from agent.wire.desired import Rules
-from agent.wire.keys import SigningKey
-from tests.senders import FLEET, MODEL, NEWER, Sender, Sent, new_key
+import numpy as np
 
-OPERATOR = new_key(77)
-NOW_US = 1_795_000_000_000_000
-NOW = clock.rfc3339(NOW_US)
-HOUR_US = 3_600_000_000
-NAME = "exercise-1-1"
+from agent.cli import wiring
+from agent.clock import Now
+from agent.device.daemon import Daemon
+from agent.device.storage.rows import Rows
+from agent.device.updates.standing import Standing, standing
+from agent.link import Delivery
+from agent.model import bundle, golden, runtime
+from agent.wire import jws
+from agent.wire.messages import encode
+from tests.bundles import change_manifest, model, readings
+from tests.exchanges import T0, Device, version, versions
+from tests.operators import DEVICE, FLEET, NOW
 
-
-def promotion(**changes: Any) -> Promotion:
-    return Promotion(**{"devices": 3, "batches": 20, "hours": 1.0, "agreement": 0.9, **changes})
+TOPIC = f"outstation/{FLEET}/{DEVICE}/desired"
+HOUR_S = 3600.0
+# Beyond what springs the traps of rigged models.
+WILD = 3.9
 
 
-def plan(
-    *steps: tuple[str, float], name: str = NAME, to: str = "all", rules: Promotion | None = None, **changes: Any
-) -> Plan:
-    """Shadow, canary 50 %, all; or other `steps`."""
-    taken = steps or (("shadow", 100.0), ("canary", 50.0), ("all", 100.0))
-    made = [Step(strategy, percent, rules or promotion()) for strategy, percent in taken]  # type: ignore[arg-type]
-    what = (NEWER["name"], NEWER["version"], changes.pop("digest", NEWER["digest"]))
-    return Plan(name, changes.pop("task", "exercise"), *what, to, None, made, Rules(), **changes)
+def bundles_in(folder: Path, *rigged: str) -> dict[str, Path]:
+    """Versions 1, 2 and 3 of one sound model, and one of each rigged model under the trap's name."""
+    made = versions(folder / "sound", "1", "2", "3")
+    for trap in rigged:
+        made[trap] = version(with_trap(Path(shutil.copytree(made["1"], folder / trap)), trap), trap)
+    return made
 
 
-class Recorded:
-    """A link whose broker keeps what it is sent, or is down."""
-
-    def __init__(self) -> None:
-        self.retained: dict[str, Outgoing] = {}
-        self.sent: list[Outgoing] = []
-        self.down = False
-        self._receipts: list[Delivery | Receipt] = []
-
-    def connect(self) -> Recorded:
-        if self.down:
-            raise LinkDown("nobody listens")
-        return self
-
-    def send(self, message: Outgoing) -> int:
-        self.sent.append(message)
-        if message.retain:
-            self.retained[message.topic] = message
-        self._receipts.append(Receipt(len(self.sent), 0, "ok"))
-        return len(self.sent)
-
-    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
-        found, self._receipts = self._receipts, []
-        return found
-
-    def close(self) -> None:
-        pass
+def with_trap(folder: Path, trap: str) -> Path:
+    """The bundle with a model that answers calm rows as before; "wrong": it does not, by its golden vectors."""
+    content = model("classify_int8" if trap == "wrong" else f"rigged_{trap}")
+    calm = np.clip(readings(60), -3, 3)
+    loaded = runtime.Model(content)
+    expected = loaded.invoke(calm)
+    vectors = golden.make(calm, expected[:, ::-1] if trap == "wrong" else expected, loaded.output_step, runtime.NAME)
+    files = {"model.tflite": content, "golden.npz": golden.encode(vectors)}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    sums = {name: f"sha256:{hashlib.sha256(data).hexdigest()}" for name, data in files.items()}
+    change_manifest(folder, lambda head: head["files"].update(sums))
+    return folder
 
 
-class Fleet:
-    """`devices` senders, a collector's code and an operator's desk over one store."""
+def signed(operator_key: Any, counter: int, tasks: Mapping[str, Any]) -> Delivery:
+    head = {"v": 1, "kind": "desired", "device": DEVICE, "counter": counter, "issued": "2026-11-26T00:00:00Z"}
+    payload = encode({**head, "tasks": tasks})
+    return Delivery(TOPIC, payload, (jws.sign(operator_key, TOPIC, payload),), True, 1, 1)
 
-    def __init__(self, folder: Path, devices: int = 6) -> None:
-        self.folder = folder
-        self.store = FleetStore(folder / "fleet.db")
-        self.senders = [Sender(f"pi-{i:02}", new_key(100 + i)) for i in range(devices)]
-        for sender in self.senders:
-            self.store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
-        self.collector = Collector(FLEET, None, self.store, new_key(99), open_link=lambda: None)  # type: ignore[arg-type,return-value]
-        self.broker = Recorded()
-        self.desk = Desk(self.store, FLEET, folder, OPERATOR, self.broker.connect)
-        self._counter = 0
 
-    def close(self) -> None:
+class Site(Device):
+    """`offered`: versions that lie in the device's folder of bundles, so that nothing has to be fetched."""
+
+    def __init__(self, folder: Path, bundles: dict[str, Path], *offered: str) -> None:
+        self.now = NOW
+        self._counters = itertools.count(1)
+        self._offered = offered
+        self._written = 0
+        super().__init__(folder, bundles)
+
+    def start(self) -> None:
+        for text in self._offered:
+            target = self.home / "data" / "bundles" / f"offered-{text}"
+            if not target.exists():
+                shutil.copytree(self.bundles[text], target)
+        self.file, self.conf = wiring.load(str(self.home / "outstation.toml"))
+        self.store = wiring.open_store(self.conf)
+        self.daemon: Daemon = wiring.daemon(self.file, self.conf, self.store, now=lambda: self.now)
+        self.daemon._operations.start(self.now, lambda: None)
+
+    def stop(self) -> None:
+        """As a process that was killed: nothing is written any more."""
+        self.daemon._updating.close()
         self.store.close()
 
-    def collect(self, *sent: Sent) -> None:
-        """Through the collector's own code: verified, stored, unfolded."""
-        self.collector._store([one.delivery() for one in sent])
+    def crash(self, configured: str | None = None) -> None:
+        self.daemon._updating.close()
+        super().crash(configured)
 
-    def operator(self, later_h: float = 0.0, key: SigningKey = OPERATOR) -> Operator:
-        return Operator(key, FLEET, NOW_US + round(later_h * HOUR_US))
+    def wanted(self, text: str, strategy: str, rollout: str = "", **more: Any) -> dict[str, Any]:
+        named = {"rollout": rollout or f"r-{text}", "bundle": "tiny", "version": text, "digest": self.digest(text)}
+        rules = {"batches": 3, "hours": 0.0, **more.pop("rules", {})}
+        return {**named, "strategy": strategy, "rules": rules, **more}
 
-    def counter(self) -> int:
-        self._counter += 1
-        return self._counter
+    def desire(self, text: str, strategy: str, rollout: str = "", **more: Any) -> None:
+        self.desire_tasks({"sort": self.wanted(text, strategy, rollout, **more)})
 
-    def start(self, what: Plan, later_h: float = 0.0, forced: str | None = None) -> Rollout:
-        with self.store.transaction() as db:
-            return acts.start(db, self.operator(later_h), self.counter(), what, forced)
+    def desire_tasks(self, tasks: Mapping[str, Any]) -> None:
+        desires = self.daemon._uplink._desires
+        assert desires is not None
+        desires.take(signed(self.operator.key, next(self._counters), tasks))
+        desires.turn(self.now)
+        self.tick()
 
-    def look(self, later_h: float = 2.0, name: str = NAME) -> Look:
-        with self.store.snapshot() as db:
-            return look(db, book.find(db, name), NOW_US + round(later_h * HOUR_US))
+    def tick(self, seconds: float = 1.0) -> None:
+        """One turn of the main loop, so many seconds later."""
+        self.now = Now(self.now.wall_us + round(seconds * 1e6), self.now.boot_s + seconds, self.now.quality)
+        self.daemon.turn(self.now)
 
-    def promote(self, later_h: float = 2.0, name: str = NAME, forced: str | None = None) -> Rollout:
-        seen = self.look(later_h, name)
-        with self.store.transaction() as db:
-            operator = self.operator(later_h)
-            return acts.promote(db, operator, self.counter(), seen.rollout, seen.verdict, forced)
+    def until(self, happened: Callable[[], object], what: str, within_s: float = 30.0) -> None:
+        end = time.monotonic() + within_s
+        while not happened():
+            assert time.monotonic() < end, f"not within {within_s:g} s: {what}; it stands {self.standing}"
+            self.tick()
+            time.sleep(0.01)
 
-    def abort(self, later_h: float = 2.0, name: str = NAME) -> Rollout:
-        seen = self.look(later_h, name)
-        with self.store.transaction() as db:
-            return acts.abort(db, self.operator(later_h), self.counter(), seen.rollout, "the labels were wrong")
+    def until_phase(self, phase: str) -> None:
+        self.until(lambda: self.phase == phase, phase)
 
-    def find(self, name: str = NAME) -> Rollout:
-        with self.store.snapshot() as db:
-            return book.find(db, name)
+    @property
+    def standing(self) -> Standing | None:
+        return standing(self.store, "sort")
 
-    def decided(self, name: str = NAME) -> list[tuple[Any, ...]]:
-        with self.store.snapshot() as db:
-            return book.decided(db, name)
+    @property
+    def phase(self) -> str:
+        return "" if self.standing is None else self.standing.phase
 
-    def in_shadow(self, senders: Sequence[Sender] | None = None, blocks: int = 6, **changes: Any) -> None:
-        """Devices say that they are in shadow, and what they count there."""
-        for sender in self.senders if senders is None else senders:
-            self.collect(sender.rollout("shadow"), *(sender.shadow(**changes) for _ in range(blocks)))
+    @property
+    def reason(self) -> str:
+        return "" if self.standing is None else self.standing.reason
 
-    def on_probation(self, senders: Sequence[Sender], blocks: int = 6, *, settles: bool = True, **changes: Any) -> None:
-        """Devices run the new bundle with the old one beside, and settle."""
-        swapped = {"model": NEWER, "beside": MODEL, **changes}
-        for sender in senders:
-            self.collect(sender.rollout("probation", strategy="canary"))
-            self.collect(*(sender.shadow(**swapped) for _ in range(blocks)))
-            if settles:
-                self.collect(sender.rollout("settled", strategy="canary"))
+    def feed(self, rows: int = 40, *, wild: bool = False) -> None:
+        """Readings, the last of them with a value that springs a trap."""
+        values = np.clip(readings(rows, seed=self._written), -3, 3)
+        if wild:
+            values[-1, 0] = WILD
+        t = T0 + (self._written + np.arange(rows, dtype=np.int64)) * 10_000
+        self._written += rows
+        with self.store.transaction() as tx:
+            tx.append("cells", Rows(t, tuple(np.ascontiguousarray(column, "<f4") for column in values.T)), "synced")
 
-    def chosen(self, step: int, what: Plan | None = None) -> list[Sender]:
-        wanted = (what or self.find().plan).wanted(step)
-        return [sender for sender in self.senders if wanted.chosen(sender.device)]
+    def batch(self, rows: int = 40, *, wild: bool = False) -> str:
+        """One batch of new readings; the version that answered it."""
+        self.feed(rows, wild=wild)
+        self.work()
+        return str(self.results()[-1]["model"]["version"])
+
+    def work(self) -> None:
+        self.until(lambda: not self.daemon._updating.resumes("sort"), "the bundle on probation is there again")
+        self.daemon._work_off(self.daemon._planned[0], self.now)
+
+    def results(self) -> list[dict[str, Any]]:
+        return [body for body in self.messages() if body["kind"] == "results"]
+
+    def answered(self) -> list[tuple[int, int]]:
+        """The rows of all results, which must tile."""
+        return [tuple(body["rows"]) for body in self.results()]
+
+    def events(self) -> list[tuple[str, str, str]]:
+        """(version, phase, reason) of each audit message of a roll-out."""
+        found = [body["evidence"] for body in self.messages() if body.get("event") == "rollout"]
+        return [(one["version"], one["phase"], one["reason"]) for one in found]
+
+    def phases(self) -> list[str]:
+        return [phase for _, phase, _ in self.events()]
+
+    def model_alerts(self) -> list[tuple[str, str]]:
+        found = [body for body in self.messages() if body.get("alert") == "model" and body["id"] == "sort/rollout"]
+        return [(body["state"], body["severity"]) for body in found]
+
+    def copies(self) -> set[str]:
+        return self.kept()
 
 
-@contextlib.contextmanager
-def fleet(folder: Path, devices: int = 6) -> Iterator[Fleet]:
-    made = Fleet(folder, devices)
-    try:
-        yield made
-    finally:
-        made.close()
+def tiles(rows: list[tuple[int, int]], through: int) -> bool:
+    """Whether each row up to `through` is in exactly one of these ranges, in order."""
+    expected = 1
+    for first, last in rows:
+        if first != expected:
+            return False
+        expected = last + 1
+    return expected == through + 1
 
 
-def tamper(path: Path, sql: str, *values: Any) -> None:
-    with contextlib.closing(sqlite3.connect(path)) as db, db:
-        assert db.execute(sql, values).rowcount >= 1
+def digest_of(path: Path) -> str:
+    return bundle.read(path, None).digest

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from agent import config
 from agent.cli import main
 from agent.cli.wiring import publishers
-from agent.config import Config, FilesSource, HostSource, ReplaySource, SocketSource
+from agent.config import Config, FilesSource, HostSource, ReplaySource, SocketSource, Updates
 from agent.errors import ConfigError
 from agent.wire.keys import b64url
 
@@ -408,3 +408,63 @@ def test_a_config_whose_keys_anybody_can_sign_for_is_refused(tmp_path: Path, key
     file.write_text(DEVICE + f'[publishers]\nkeys = ["{KEY}", "{key}"]\n')
     with pytest.raises(ConfigError, match=r"outstation\.toml: publishers\.keys: .* of small order"):
         publishers(file, config.load(file))
+
+
+UPDATES = '[updates]\nurl = "https://updates.example.org/acme"\n'
+
+
+def test_updates_come_from_a_server_or_a_folder_with_paths_beside_the_config(tmp_path: Path) -> None:
+    base = DEVICE + STREAM
+    assert load(tmp_path, base).updates is None
+    plain = load(tmp_path, base + UPDATES.replace("acme", "acme/")).updates
+    assert plain == Updates(url="https://updates.example.org/acme", root=str(tmp_path / "root.json"))
+    assert (float(plain.every), int(plain.max_size)) == (6 * 3600, 64 << 20)
+    assert plain.minutes is None
+    every = 'ca_file = "ca.pem"\nroot = "/r.json"\nevery = "1 h"\nwindow = "22:30-05:00"\nmax_rate = "512 KiB"\n'
+    found = load(tmp_path, base + UPDATES + every + 'max_size = "8 MiB"\n').updates
+    assert found is not None
+    assert (found.ca_file, found.root) == (str(tmp_path / "ca.pem"), "/r.json")
+    assert found.minutes == (22 * 60 + 30, 5 * 60)
+    assert (float(found.every), found.max_rate, int(found.max_size)) == (3600, config.Size(512 << 10), 8 << 20)
+    folder = load(tmp_path, base + '[updates]\nurl = "stick/acme"\n').updates
+    assert folder is not None
+    assert folder.is_folder
+    assert folder.url == str(tmp_path / "stick" / "acme")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "problem"),
+    [
+        ('url = "http://updates.example.org"', "url", "would fetch in the clear"),
+        ('url = "ftp://updates.example.org"', "url", "is neither https"),
+        ('url = "https://"', "url", "is neither https"),
+        ('url = "https://user:secret@host/"', "url", "is neither https"),
+        ('url = "https://host:x/"', "url", "is neither https"),
+        ('url = "https://host/?a=b"', "url", "is neither https"),
+        ('url = ""', "url", "is empty"),
+        ('url = "https://h"\nwindow = "1:00-5:00"', "window", "is no time of day"),
+        ('url = "https://h"\nwindow = "01:00-24:00"', "window", "is no time of day"),
+        ('url = "https://h"\nwindow = "01:00-01:00"', "window", "is no time of day"),
+        ('url = "https://h"\nevery = "1 s"', "every", "between 60 s and 30 d"),
+        ('url = "https://h"\nmax_rate = "1 B"', "max_rate", "must be at least 1024 B"),
+        ('url = "https://h"\nmax_size = "0 B"', "max_size", "at most 256 MiB"),
+        ('url = "https://h"\nmax_size = "1 GiB"', "max_size", "at most 256 MiB"),
+        ('url = "https://h"\nmax_rat = "1 MiB"', "max_rat", "did you mean 'max_rate'?"),
+    ],
+)
+def test_updates_that_cannot_work_are_named(tmp_path: Path, text: str, key: str, problem: str) -> None:
+    found = mistake(tmp_path, DEVICE + STREAM + f"[updates]\n{text}\n")
+    assert found.key == f"updates.{key}"
+    assert problem in found.problem
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8080/acme", "http://localhost", "http://[::1]:80/x"])
+def test_updates_in_the_clear_are_for_loopback_and_who_allows_them(tmp_path: Path, url: str) -> None:
+    assert load(tmp_path, DEVICE + STREAM + f'[updates]\nurl = "{url}"\n').updates is not None
+    allowed = '[updates]\nurl = "http://updates.example.org"\nallow_plaintext = true\n'
+    assert load(tmp_path, DEVICE + STREAM + allowed).updates is not None
+
+
+def test_where_updates_come_from_decides_no_result(tmp_path: Path) -> None:
+    base = DEVICE + STREAM + TASK
+    assert config.digest(load(tmp_path, base + UPDATES)) == config.digest(load(tmp_path, base))

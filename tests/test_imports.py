@@ -54,12 +54,9 @@ ONLY = {
     "PIL": {"agent.model.images"},
     "tuf": {
         *(f"agent.fleet.repository.{name}" for name in ("copy", "create", "edition", "publish", "revoke", "roots")),
-        *("agent.fleet.repository.rotate", "agent.fleet.repository.status", "agent.device.updates.fetch"),
+        *("agent.fleet.repository.rotate", "agent.fleet.repository.status", "agent.device.updates.trust"),
     },
-    "securesystemslib": {
-        *(f"agent.fleet.repository.{name}" for name in ("edition", "keyring", "rotate")),
-        "agent.device.updates.fetch",
-    },
+    "securesystemslib": {f"agent.fleet.repository.{name}" for name in ("edition", "keyring", "rotate")},
 }
 # wire/ and drift/ are pure: these libraries and no other, nothing of the system but for the key files.
 PURE = {

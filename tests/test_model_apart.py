@@ -206,3 +206,36 @@ def test_it_starts_in_well_under_a_second() -> None:
         answered = time.monotonic()
     assert begun - began < 0.2, "the caller does not wait for the start"
     assert answered - began < 5, "generous: two cores are shared"
+
+
+def test_who_does_not_wait_asks_and_hears_later() -> None:
+    with Apart(tiny()) as there:
+        wait_for(there.ready, "it has started")
+        there.ask(CALM)
+        assert not there.ready()
+        heard: list[np.ndarray | None] = []
+
+        def answered() -> bool:
+            heard.append(there.hear())
+            return heard[-1] is not None
+
+        wait_for(answered, "it has answered")
+        assert heard[-1] is not None
+        assert np.array_equal(heard[-1], runtime.Model(model("classify_int8")).invoke(CALM))
+        assert there.ready()
+
+
+def test_a_question_that_is_never_answered_is_heard_of_when_its_time_is_over() -> None:
+    with Apart(tiny("rigged_hang"), None, Bounds(call_s=0.5)) as there:
+        wait_for(there.ready, "it has started")
+        there.ask(WILD)
+        assert there.hear() is None
+        with pytest.raises(ModelDied, match=r"did not answer within 0\.5 s"):
+            wait_for(lambda: there.hear(0.05) is not None, "it is ended")
+        assert not there.running
+
+
+def test_who_waits_gets_its_own_answers_and_not_those_of_a_question_before() -> None:
+    with Apart(tiny()) as there:
+        there.ask(CALM[:7])
+        assert np.array_equal(there.invoke(CALM), runtime.Model(model("classify_int8")).invoke(CALM))

@@ -6,11 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import stat
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -337,142 +334,6 @@ def test_an_older_copy_of_the_repository_is_refused(tmp_path: Path, depot: Depot
             client.look()
 
 
-class Cut(Exception):
-    """The machine stops."""
-
-
-ACTIONS: dict[str, Callable[[Depot, Path], object]] = {
-    "publish": lambda depot, new: depot.publish(new),
-    "publish the first of its name": lambda depot, new: depot.publish(new.with_name("other-1.0.0")),
-    "rotate targets": lambda depot, new: rotating.rotate(depot.folder, "targets"),
-    "rotate timestamp": lambda depot, new: rotating.rotate(depot.folder, "timestamp"),
-    "rotate tiny": lambda depot, new: rotating.rotate(depot.folder, "tiny"),
-    "revoke": lambda depot, new: revoking.revoke(depot.folder, "tiny", "1.0.0"),
-    "refresh": lambda depot, new: refreshing.refresh(depot.folder, at=expiry.now() + timedelta(days=40)),
-}
-
-
-def cut_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
-    """Even steps: before a file gets its name; odd ones: right after. The names of the files that were written."""
-    real, named = os.replace, list[str]()
-
-    def replace(source: Path, target: Path) -> None:
-        if len(named) * 2 == step:
-            raise Cut
-        real(source, target)
-        named.append(target.name)
-        if len(named) * 2 - 1 == step:
-            raise Cut
-
-    monkeypatch.setattr(os, "replace", replace)
-    return named
-
-
-@pytest.mark.parametrize("name", ACTIONS)
-def test_cut_off_at_any_write_the_repository_serves_old_and_new_devices_and_the_next_command_goes_on(
-    tmp_path: Path, made: Path, name: str
-) -> None:
-    before = Depot(tmp_path / "before").create()
-    one = before.publish(made)
-    new = version(tmp_path, made, "1.1.0")
-    version(tmp_path, made, "1.0.0", "other")
-    wanted = {"publish": "tiny/1.1.0/", "publish the first of its name": "other/", "revoke": ""}.get(name, one.target)
-    step, cut = 0, True
-    while cut:
-        depot = before.copy(tmp_path / f"cut-{step}")
-        with served(depot.layout.home) as url:
-            client = Client(tmp_path / f"old-{step}", url, depot.layout.root(1).read_bytes())
-            assert client.look(one.target)
-            with pytest.MonkeyPatch.context() as patch:
-                written = cut_at(patch, step)
-                try:
-                    ACTIONS[name](depot, new)
-                    cut = False
-                except Cut:
-                    pass
-            fresh = Client(tmp_path / f"new-{step}", url, depot.layout.root(1).read_bytes())
-            for device in (client, fresh):
-                assert device.look(one.target) or (name == "revoke" and "timestamp.json" in written)
-            if cut and not (name == "revoke" and "timestamp.json" in written):
-                ACTIONS[name](depot, new)
-            listed = [held.target for held in standing.status(depot.folder).bundles]
-            assert any(target.startswith(wanted) for target in listed) or not wanted
-            for device in (client, fresh):
-                assert [bool(device.look(target)) for target in listed] == [True] * len(listed)
-            assert not depot.layout.draft.exists()
-        step += 1
-    assert step >= 2
-
-
-@pytest.mark.parametrize("step", [0, 1, 2, 3, 4, 5, 6, 7])
-def test_killed_at_any_write_of_a_publish_the_device_gets_old_or_new_whole(
-    tmp_path: Path, depot: Depot, client: Client, made: Path, step: int
-) -> None:
-    one = depot.publish(made)
-    new = version(tmp_path, made, "1.1.0")
-    code = f"""
-import os, signal
-from pathlib import Path
-from agent.fleet.repository.publish import publish
-from tests.bundles import KEY
-real, n = os.replace, 0
-def replace(source, target):
-    global n
-    if n * 2 == {step}: os.kill(os.getpid(), signal.SIGKILL)
-    real(source, target)
-    n += 1
-    if n * 2 - 1 == {step}: os.kill(os.getpid(), signal.SIGKILL)
-os.replace = replace
-publish(Path({str(depot.folder)!r}), Path({str(new)!r}), [KEY.public], prove=False)
-"""
-    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    assert client.look(one.target)
-    done = depot.publish(new)
-    assert done.new is (step < 7)
-    assert client.look(done.target)
-
-
-def test_a_making_that_was_cut_short_is_made_to_its_end(tmp_path: Path) -> None:
-    step, cut = 0, True
-    while cut:
-        depot = Depot(tmp_path / str(step))
-        with pytest.MonkeyPatch.context() as patch:
-            cut_at(patch, step)
-            try:
-                depot.create(roots=2)
-                cut = False
-            except Cut:
-                pass
-        if depot.layout.newest_root() is None:
-            depot.create(roots=2)
-        assert standing.status(depot.folder).ok
-        assert len(list(depot.layout.keys.glob("*.key"))) == 5
-        step += 1
-    # Two files for each of five keys, and four roles; before and after each.
-    assert step == 2 * (2 * 5 + 4) + 1
-
-
-def test_a_full_disk_changes_nothing_and_says_so(
-    tmp_path: Path, depot: Depot, client: Client, made: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    def fails(bundle: Path) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", full)
-            with pytest.raises((StorageError, UsageError), match="No space left on device"):
-                depot.publish(bundle)
-        client.look()
-        assert not list(depot.layout.home.rglob("*.new"))
-
-    fails(made)
-    assert client.look(depot.publish(made).target)
-    fails(version(tmp_path, made, "1.1.0"))
-    assert client.look(depot.publish(tmp_path / "tiny-1.1.0").target)
-
-
 def test_a_repository_that_somebody_changed_is_not_signed_further(depot: Depot, made: Path) -> None:
     depot.publish(made)
     path = depot.layout.role("targets", 2)
@@ -480,6 +341,34 @@ def test_a_repository_that_somebody_changed_is_not_signed_further(depot: Depot, 
     content["signed"]["delegations"]["roles"][0]["paths"] = ["*/*/*"]
     path.write_text(json.dumps(content))
     with pytest.raises(StorageError, match="devices would refuse"):
+        refreshing.refresh(depot.folder)
+
+
+def test_an_unsigned_timestamp_is_not_signed_further(depot: Depot) -> None:
+    path = depot.layout.role("timestamp", 1)
+    content = json.loads(path.read_bytes())
+    content["signed"]["version"] = 7
+    path.write_text(json.dumps(content))
+    with pytest.raises(StorageError, match="timestamp is signed by 0 of 1 keys"):
+        refreshing.refresh(depot.folder)
+
+
+def test_a_draft_of_a_root_that_is_in_force_already_changes_nothing(depot: Depot) -> None:
+    rotating.rotate(depot.folder, "root")
+    content = json.loads(depot.layout.root(2).read_bytes())
+    content["signatures"] = []
+    depot.layout.draft.write_text(json.dumps(content))
+    before = depot.layout.root(2).read_bytes()
+    refreshing.refresh(depot.folder)
+    assert depot.layout.root(2).read_bytes() == before
+    assert not depot.layout.draft.exists()
+
+
+def test_a_draft_that_skips_a_root_is_refused(depot: Depot) -> None:
+    content = json.loads(depot.layout.root(1).read_bytes())
+    content["signed"]["version"] = 9
+    depot.layout.draft.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=r"draft of root 9, and root 1 is in force; delete it"):
         refreshing.refresh(depot.folder)
 
 
@@ -521,6 +410,17 @@ def test_targets_are_renewed_where_their_keys_are_here_and_reminded_of_where_not
 def test_a_clock_that_went_back_signs_nothing(depot: Depot) -> None:
     with pytest.raises(UsageError, match=r"last signed .*set the clock"):
         refreshing.refresh(depot.folder, at=datetime(1970, 1, 2, tzinfo=UTC))
+
+
+def test_a_clock_that_was_years_ahead_once_does_not_lock_the_repository(
+    depot: Depot, client: Client, made: Path
+) -> None:
+    refreshing.refresh(depot.folder, at=datetime(2044, 1, 1, tzinfo=UTC))
+    with pytest.raises(UsageError, match=r"refresh --trust-clock"):
+        depot.publish(made)
+    done = refreshing.refresh(depot.folder, trust_clock=True)
+    assert done.expires < expiry.now() + timedelta(days=29)
+    assert client.look(depot.publish(made).target)
 
 
 def test_two_writers_do_not_meet(depot: Depot) -> None:

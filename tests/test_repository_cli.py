@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import stat
 import tarfile
 import tomllib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.cli import main
-from agent.cli.fleet_repository import keep_repository
 from agent.fleet import config as fleet_config
 from agent.fleet.collect import Collector
-from agent.fleet.repository import expiry
-from agent.fleet.repository import status as standing
+from agent.fleet.repository import expiry, upkeep
+from agent.fleet.repository import refresh as refreshing
 from agent.fleet.store import FleetStore
 from agent.link import Delivery, Outgoing, Receipt
 from agent.wire import keys
@@ -277,26 +278,72 @@ def test_a_stick_holds_the_same_edition_and_an_older_one_is_not_copied_over_it(
     assert (code, "holds a later edition" in err) == (2, True)
 
 
+@pytest.mark.parametrize("part", ["", "targets", "metadata"])
+def test_nothing_is_written_or_removed_through_a_link_on_a_stick(desk: Desk, tmp_path: Path, part: str) -> None:
+    desk.run("repository", "init")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "photo.jpg").write_bytes(b"x")
+    link = tmp_path / "stick" / "repository" / part
+    link.parent.mkdir(parents=True)
+    link.symlink_to(precious)
+    code, _, err = desk.run("repository", "copy", tmp_path / "stick")
+    assert (code, "is a link" in err) == (2, True)
+    assert [path.name for path in precious.iterdir()] == ["photo.jpg"]
+
+
+def test_what_else_is_in_a_folder_of_that_name_stays(desk: Desk, tmp_path: Path) -> None:
+    desk.run("repository", "init")
+    other = tmp_path / "stick" / "repository" / "targets" / "photo.jpg"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"x")
+    desk.document("repository", "copy", tmp_path / "stick")
+    assert other.exists()
+
+
+def test_fleet_toml_stays_as_private_as_it_was(desk: Desk) -> None:
+    file = desk.folder / "fleet.toml"
+    file.chmod(0o600)
+    assert desk.run("repository", "init", "--url", "/media/stick/repository")[0] == 0
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
 def test_the_collector_signs_the_timestamp_anew_and_goes_on_when_it_cannot(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    repository = desk.folder / "repository"
     config = fleet_config.load(desk.folder)
     store = FleetStore(desk.folder / "fleet.db")
     key = keys.load_private(desk.folder / "collector.key")
-    collector = Collector("acme", config.broker, store, key, upkeep=lambda: keep_repository(desk.folder))
+    later = expiry.now() + timedelta(days=3)
+    collector = Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.keep(desk.folder, store, later))
     collector.turn(Silence(), 0.0)
+    assert "no repository here" in caplog.text
     desk.run("repository", "init")
-    later = expiry.now().replace(year=expiry.now().year + 1)
-    monkeypatch.setattr(expiry, "now", lambda: later)
-    before = standing.status(desk.folder).roles[3].version
     collector.turn(Silence(), 0.0)
-    assert standing.status(desk.folder).roles[3].version == before
+    assert desk.document("repository", "status")["roles"][3]["version"] == 1
     monkeypatch.setattr("agent.fleet.collect.UPKEEP_S", 0.0)
     collector._upkeep_at = 0.0
     collector.turn(Silence(), 0.0)
-    assert standing.status(desk.folder).roles[3].version == before + 1
-    (repository / "metadata" / "timestamp.json").write_text("{}")
+    collector.turn(Silence(), 0.0)
+    assert desk.document("repository", "status")["roles"][3]["version"] == 2
+    (desk.folder / "repository" / "metadata" / "timestamp.json").write_text("{}")
     collector.turn(Silence(), 0.0)
     assert "devices would refuse what is in it" in caplog.text
+    store.close()
+
+
+def test_what_expires_soon_is_one_alert_until_it_was_renewed(desk: Desk, tmp_path: Path) -> None:
+    desk.run("repository", "init")
+    away = (desk.folder / "repository-keys" / "targets-1.key").rename(tmp_path / "targets.key")
+    store = FleetStore(desk.folder / "fleet.db")
+    at = expiry.now() + timedelta(days=310)
+    for hour in range(3):
+        upkeep.keep(desk.folder, store, at + timedelta(hours=hour))
+    [alert] = store.alerts()
+    assert (alert["alert"], alert["severity"], alert["device"]) == ("repository", "warning", "")
+    assert "targets expires in 55 days" in alert["summary"]
+    assert refreshing.refresh(desk.folder, sign_with=[away], at=at + timedelta(hours=4)).roles[0] == "targets"
+    upkeep.keep(desk.folder, store, at + timedelta(hours=5))
+    assert store.alerts() == []
+    assert len(store.alerts(closed=True)) == 2
     store.close()

@@ -101,6 +101,15 @@ def test_windows_are_matched_by_the_row_they_end_at() -> None:
     assert (found.model.windows, found.beside.windows) == (3, 4)
 
 
+def test_what_scores_lead_to_expect_is_told_of_the_windows_of_both() -> None:
+    ours = said([10, 20, 30], label=[0, 1, 2], chance=[0.1, 0.8, 0.9])
+    theirs = said([20, 30, 40], label=[1, 1, 0], chance=[0.5, 0.7, 0.0])
+    found = tally.compared(AB, ours, AB, theirs)
+    assert (found.model.expected.n, found.beside.expected.n) == (2, 2)
+    assert found.model.expected.mean == pytest.approx(0.85)
+    assert found.beside.expected.mean == pytest.approx(0.6)
+
+
 def test_several_labels_agree_where_all_that_is_said_is_the_same() -> None:
     kind, other = Kind("several", ("x", "y")), Kind("several", ("y", "x", "z"))
     ours = said([1, 2, 3], several=np.array([[1, 0], [1, 1], [0, 0]], bool))

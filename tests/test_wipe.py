@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.clock import Now
-from agent.config import Broker, Config
+from agent.config import Broker, Config, Updates
 from agent.config import Device as DeviceSection
 from agent.device.operating import wipe
 from agent.device.operating.wipe import Wipe
@@ -85,10 +85,11 @@ def test_a_word_is_forgotten_by_a_restart(desk: Desk, halted: Halted) -> None:
 def data_dir(folder: Path) -> tuple[Path, list[Path], list[Path]]:
     """A data folder with everything in it: itself, what is spared, the device's keys."""
     data = folder / "data"
-    for name in ("keys", "quarantine/1", "bundles/.kept/ab", "bundles/mine"):
+    for name in ("keys", "quarantine/1", "bundles/.kept/ab", "bundles/.fetched", "updates/ab", "bundles/mine"):
         (data / name).mkdir(parents=True)
     for name in (
         *("outstation.db", "outstation.db-wal", "intake.sock", "keys/k.key", "quarantine/1/outstation.db"),
+        *("bundles/.fetched/ab.zip", "bundles/.fetched/ab.part", "updates/ab/timestamp.json"),
         *("bundles/.kept/ab/model.tflite", "bundles/mine/model.tflite", "outstation.toml", "device.crt"),
     ):
         (data / name).write_text("secret")
@@ -159,9 +160,10 @@ def test_the_config_and_its_certificates_are_spared() -> None:
     conf = Config(
         device=DeviceSection(id="pi-07", fleet="acme"),
         broker=Broker(url="mqtts://b", ca_file="/x/ca.pem", cert_file="/x/a.crt", tls_key_file="/x/a.key"),
+        updates=Updates(url="https://u", ca_file="/x/u.pem", root="/x/root.json"),
     )
     names = [path.name for path in wipe.spared(Path("/x/outstation.toml"), conf)]
-    assert names == ["outstation.toml", "ca.pem", "a.crt", "a.key"]
+    assert names == ["outstation.toml", "ca.pem", "a.crt", "a.key", "u.pem", "root.json"]
 
 
 def test_the_marker_says_when(tmp_path: Path) -> None:

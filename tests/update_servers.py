@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -106,17 +107,19 @@ class _Listener(ThreadingHTTPServer):
 class Web:
     """Serves `folder` until it is left. `tricks`: pattern of a path, and what to do instead of serving it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, tls: ssl.SSLContext | None = None) -> None:
+        self.folder, self._tls = folder, tls
         self.tricks: list[tuple[str, Trick]] = []
         self.asked: list[tuple[str, int]] = []
         self._server = _Listener(("127.0.0.1", 0), Handler)
         self._server.web = self
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Web:
         self._thread.start()

@@ -127,7 +127,9 @@ class Updating:
     def _others(self) -> list[Path]:
         ours = (self.data / "updates", self.data / "bundles" / ".fetched")
         found = (path for path in self.folder.parent.rglob("*") if not any(map(path.is_relative_to, ours)))
-        return sorted(path for path in found if "web" not in path.parts and not path.name.startswith("outstation."))
+        return sorted(
+            path for path in found if "web" not in path.parts and not path.name.startswith(("outstation.", "ballast"))
+        )
 
     def close(self) -> None:
         self.fetcher.close()

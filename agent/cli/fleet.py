@@ -18,7 +18,7 @@ from agent.cli.fleet_command import command, revoke
 from agent.cli.fleet_drift import drift
 from agent.cli.fleet_label import label
 from agent.cli.fleet_publish import publish
-from agent.cli.fleet_repository import keep_repository, repository
+from agent.cli.fleet_repository import repository
 from agent.cli.fleet_rollout import rollout
 from agent.cli.fleet_simulate import simulate
 from agent.cli.output import emit, json_option, table
@@ -26,6 +26,7 @@ from agent.config import Broker, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
+from agent.fleet.repository.layout import Layout
 from agent.fleet.text import printable
 from agent.names import is_name
 from agent.toml import suggestion
@@ -161,7 +162,7 @@ def collect(db: str | None, folder: str | None) -> None:
     store = FleetStore(_database(config, db))
     try:
         broker = config.broker_as(config.collector)
-        collector = Collector(config.fleet.name, broker, store, key, upkeep=lambda: keep_repository(home))
+        collector = Collector(config.fleet.name, broker, store, key, upkeep=lambda: _keep_repository(home, store))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
         collector.run()
@@ -281,6 +282,13 @@ def reading(folder: str | None, db: str | None, device: str | None = None) -> tu
         if device not in known:
             raise UsageError(f"no device {device!r} is enrolled{suggestion(device, known)}")
     return config, store
+
+
+def _keep_repository(home: Path, store: FleetStore) -> None:
+    if Layout(home).newest_root() is not None:
+        from agent.fleet.repository.upkeep import keep
+
+        keep(home, store)
 
 
 def _database(config: FleetConfig, db: str | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ _dir = click.option(
 _sign_with = click.option(
     "--sign-with", multiple=True, type=_path, metavar="FILE", help="A private key that lies elsewhere, as on a stick."
 )
-logger = logging.getLogger(__name__)
 
 
 @click.group()
@@ -89,17 +87,20 @@ def _keys(one: Standing) -> str:
 
 
 @repository.command("refresh", epilog="Example: outstation fleet repository refresh")
+@click.option(
+    "--trust-clock", is_flag=True, help="This machine's clock is right now, and was ahead when it signed last."
+)
 @_sign_with
 @_dir
 @json_option
-def refresh(sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
+def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
     """Sign the timestamp anew, and what else expires soon and has its key here; for cron, each day.
 
     A draft of the root that enough have signed comes into force.
     """
     from agent.fleet.repository import refresh as refreshing
 
-    done = refreshing.refresh(fleet_config.find(folder), sign_with=sign_with)
+    done = refreshing.refresh(fleet_config.find(folder), sign_with=sign_with, trust_clock=trust_clock)
     until = f"{done.expires:%Y-%m-%dT%H:%M:%SZ}"
     document = {"roles": done.roles, "expires": until, "root": done.root or None}
     root = f"root {done.root} is in force\n" if done.root else ""
@@ -191,16 +192,3 @@ def copy(destination: Path, folder: str | None, as_json: bool) -> None:
     document = {"repository": str(done.home), "files": done.files, "bytes": done.bytes}
     said = f"{done.home}: {done.files} files, {done.bytes / 1e6:.1f} MB written; devices find it with url = that folder"
     emit(document, as_json, lambda: click.echo(said))
-
-
-def keep_repository(home: Path) -> None:
-    """Sign the timestamp anew where that is a day ago and its keys are here, and log what is to be done soon."""
-    if not (home / "repository" / "metadata").exists():
-        return
-    from agent.fleet.repository import refresh as refreshing
-    from agent.fleet.repository import status as standing
-
-    if refreshing.refresh_daily(home) is not None:
-        logger.info("repository: the timestamp is signed anew")
-        for line in standing.status(home).reminders:
-            logger.warning("repository: %s", line)

@@ -16,6 +16,7 @@ from agent.config import Config
 from agent.device import choices, drifting, quality
 from agent.device.operating import kept, overrides
 from agent.device.storage.store import Store
+from agent.device.updates import standing
 from agent.errors import UsageError
 from agent.model import bundle
 from agent.model.choice import Choice
@@ -55,6 +56,7 @@ def document(conf: Config, store: Store, name: str) -> dict[str, Any]:
         "open": store.open_alerts(name),
         "quality": _quality(store, name),
         **overrides.shown(store, name),
+        **standing.shown(store, name, conf.device.id),
     }
 
 

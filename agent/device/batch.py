@@ -210,7 +210,7 @@ def _lost_follows(task: Task, store: Store, batch: Batch) -> bool:
 
 def _answer(task: Task, store: Store, batch: Batch, cut: Cut) -> tuple[features.Floats, Answers]:
     """The batch's features in physical units (n, F), and what the model says of its windows."""
-    past = _history(task, store, batch.first - 1)
+    past = history(task, store, batch.first - 1, task.inference.history)
     matrix = features.matrix([batch.rows.columns[i] for i in task.columns])
     rows, t = matrix, batch.rows.t
     if len(past):
@@ -220,9 +220,9 @@ def _answer(task: Task, store: Store, batch: Batch, cut: Cut) -> tuple[features.
         return matrix, task.inference.answer(rows, t, cut, before=len(past))
 
 
-def _history(task: Task, store: Store, through: int) -> Rows:
-    """The rows up to `through` that derived features look back at: fewer where they were deleted or cannot be read."""
-    at = max(0, through - task.inference.history)
+def history(task: Task, store: Store, through: int, count: int) -> Rows:
+    """The `count` rows up to `through`, that features look back at: fewer where they were deleted or cannot be read."""
+    at = max(0, through - count)
     kept: list[Rows] = []
     while at < through:
         found = store.take(task.config.stream, task.stream.fields, at, through - at)

@@ -94,11 +94,9 @@ def expected(task: Task, some: Sequence[Labelled]) -> list[float | None]:
     scores = [one.result.score for one in some]
     if shipped is None or shipped.score_correct is None or not len(shipped.score_edges):
         return [None] * len(some)
-    n, right = shipped.score_n, shipped.score_correct
-    overall = float(right.sum()) / max(1, int(n.sum()))
-    chance = (right + estimate.PRIOR * overall) / (n + estimate.PRIOR)
-    at = _bins(shipped, np.array([0.0 if score is None else score for score in scores]))
-    return [None if score is None else 1 - float(chance[i]) for score, i in zip(scores, at, strict=True)]
+    known = np.array([0.0 if score is None else score for score in scores])
+    found = estimate.chances(shipped.score_n, shipped.score_correct, shipped.score_edges, known)
+    return [None if score is None else 1 - float(chance) for score, chance in zip(scores, found, strict=True)]
 
 
 def _bins(shipped: Reference, scores: Floats) -> Any:

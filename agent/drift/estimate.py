@@ -65,6 +65,12 @@ def cbpe(n: Ints, correct: Ints, current: Ints, right: Floats | None = None) -> 
     }
 
 
+def chances(n: Ints, correct: Ints, edges: Floats, scores: Floats) -> Floats:
+    """How often answers with `scores` (w,) are right by the reference's table, whose bins lie between `edges`."""
+    often = (correct + PRIOR * float(correct.sum()) / max(1, int(n.sum()))) / (n + PRIOR)
+    return np.asarray(often[np.searchsorted(edges, scores, side="right")], np.float64)
+
+
 def rising(values: Floats, weights: Floats) -> Floats:
     """The never falling sequence that is nearest to `values` by weighted squares.
 

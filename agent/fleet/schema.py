@@ -174,8 +174,8 @@ ADD_REFUSAL = """
 """
 
 # An alert is open while the last word on its id is `raised`. Only the device's newest log counts: a store that was
-# lost cannot clear what it raised. Of what the collector itself raised it clears fleet-wide drift; all else stays open:
-# somebody has to look.
+# lost cannot clear what it raised. Of what the collector itself raised it clears fleet-wide drift, and what the
+# repository wanted; all else stays open: somebody has to look.
 ALERTS = """
     WITH newest AS (SELECT device, log, max(rowid) FROM logs GROUP BY device),
     last AS (SELECT device, id, max(seq) AS seq FROM alerts JOIN newest USING (device, log)

@@ -10,6 +10,8 @@ import msgspec
 from agent.fleet.rollout.tables import change_rows, shadow_row
 from agent.wire.messages import Alerts, Audit, Drift, Logged, Message, Quality, Results, Shadow
 
+# The collector's alert that keys or metadata of the repository want an operator.
+REPOSITORY = "repository"
 # Table → rows of it, as `schema` orders their columns.
 Rows = dict[str, list[tuple[Any, ...]]]
 
@@ -66,6 +68,13 @@ def wide_alert(
     log = f"wide/{task}/{subject}"
     identity = f"collector/{log}/{since}"
     return (*head, severity, summary, now, identity, "collector", log, since if cleared is None else cleared)
+
+
+def repository_alert(summary: str, now: str, second: int, *, raised: bool) -> tuple[Any, ...]:
+    """Something is to be done about the repository, or no more; `second` since 1970."""
+    state, severity = ("raised", "warning") if raised else ("cleared", "info")
+    head = ("", None, REPOSITORY, "expiry", state, severity, summary, now)
+    return (*head, "collector/repository", "collector", "repository", second)
 
 
 def revoked_alert(device: str, kid: str, now: str) -> tuple[Any, ...]:

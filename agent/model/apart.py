@@ -1,32 +1,21 @@
-"""A model in a process of its own: a crash, a hang or hunger for memory ends that process, and no other.
-
-Parent and child share one piece of memory, in which windows go over and outputs come back; a pipe each way says when.
-The child is killed where it does not answer in time, and by the kernel where its parent is gone.
-"""
+"""A model in a process of its own: a crash, a hang or hunger for memory ends that process, and no other."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import math
-import mmap
 import os
-import selectors
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import BadBundle, ModelDied
-from agent.model import apart_child, probe, runtime
-from agent.model.apart_child import ANSWER, ASKED, OK, STARTED, Job, Loaded
+from agent.model import probe, runtime
+from agent.model.apart_child import ANSWER, MOST_TEXT, OK, STARTED, Job, Loaded
+from agent.model.apart_process import Gone, Process
 from agent.model.bundle import Bundle
 from agent.model.choice import Choice
 from agent.model.manifest import Limits
@@ -36,10 +25,6 @@ Floats = NDArray[np.float32]
 # Python, numpy and the runtime start in a tenth of this on a desktop; a small board that is busy takes its time.
 _START_S = 30.0
 _TICK_S = 1.0
-# Of what the child writes to stderr, the end.
-_MOST_SAID = 4096
-_PIPE_BYTES = 1 << 16
-_PAGE = mmap.PAGESIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +40,10 @@ class Bounds:
 
 
 class Apart:
-    """Used as `runtime.Model` is. Starts at once, is waited for when it is first needed, and is started anew after it
-    died. `waiting` is called about once a second while it works. To be used and ended by the thread that made it.
+    """Used as `runtime.Model` is; or with `ready`, `ask` and `hear`, by who does not wait.
 
+    Starts at once, is waited for when it is first needed, and is started anew after it died. `waiting` is called about
+    once a second while `invoke` waits. To be used and ended by the thread that made it: the process ends with that.
     `seconds` in all that the model took, without the way there and back.
     """
 
@@ -76,8 +62,9 @@ class Apart:
         output = bundle.manifest.output.tensor
         self._job = Job(bundle.model, batch, threads, output, memory, self.bounds.patient, os.getpid())
         self._waiting = waiting
-        self._process: _Process | None = None
+        self._process: Process | None = None
         self._loaded: Loaded | None = None
+        self._asked: _Question | None = None
         self.start()
 
     def __enter__(self) -> Apart:
@@ -89,6 +76,11 @@ class Apart:
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.alive
+
+    @property
+    def busy(self) -> bool:
+        """Whether it was asked something that nobody heard the answer to."""
+        return self._asked is not None
 
     @property
     def pid(self) -> int | None:
@@ -116,7 +108,7 @@ class Apart:
             return
         self.close()
         try:
-            self._process = _Process(self._job)
+            self._process = Process(self._job)
         except OSError as error:
             raise ModelDied("error", f"no process can be started for it: {error.strerror}") from error
 
@@ -124,211 +116,125 @@ class Apart:
         """End the process."""
         if self._process is not None:
             self._process.end()
-        self._process, self._loaded = None, None
+        self._process, self._loaded, self._asked = None, None, None
 
     def invoke(self, windows: Floats) -> Floats:
         """Outputs (w, K) of `windows` (w, …), as `runtime.Model.invoke`, to the bit. Raises ModelDied."""
-        loaded = self._ready()
-        count, width = len(windows), math.prod(loaded.input_shape)
-        if windows.size != count * width:
-            raise BadBundle(
-                f"the model takes {list(loaded.input_shape)} values, it was given {list(windows.shape[1:])}"
-            )
-        if not count:
-            return np.empty((0, loaded.outputs), np.float32)
-        process = self._process
-        assert process is not None
-        process.put(windows, count * loaded.outputs)
-        try:
-            process.ask(count)
-            status, seconds, size = ANSWER.unpack(self._hear(process, ANSWER.size, self.bounds.call_s))
-            why = self._hear(process, min(size, apart_child.MOST_TEXT), self.bounds.call_s)
-        except _Gone:
-            raise self._died(f"within {count} windows") from None
-        if status != OK:
-            raise ModelDied("error", why.decode(errors="replace"))
-        self.seconds += seconds
-        return process.take(count * width, (count, loaded.outputs))
+        while self._asked is not None:
+            self._wait()
+        self.ask(windows)
+        while (found := self._wait()) is None:
+            pass
+        return found
 
-    def _ready(self) -> Loaded:
-        """What the started process says of the model. Raises ModelDied, also where the model is none."""
+    def ready(self, within_s: float = 0.0) -> bool:
+        """Whether it has started and waits for windows; starts it. Raises ModelDied."""
         if not self.running:
             self.start()
         if self._loaded is None:
-            process = self._process
-            assert process is not None
-            try:
-                status, size = STARTED.unpack(self._hear(process, STARTED.size, _START_S))
-                said = self._hear(process, min(size, apart_child.MOST_TEXT), _START_S)
-                if status != OK:
-                    self.close()
-                    raise ModelDied("error", said.decode(errors="replace"))
-                self._loaded = msgspec.msgpack.decode(said, type=Loaded)
-            except _Gone:
-                raise self._died("while it was loaded") from None
-            except msgspec.MsgspecError as error:
-                self.close()
-                raise ModelDied("crash", f"its process answered something else ({error})") from None
+            self._begin(within_s)
+        return self._loaded is not None and self._asked is None
+
+    def ask(self, windows: Floats) -> None:
+        """Begin with `windows`, which `hear` then gives the outputs of; one question at a time. Raises ModelDied."""
+        loaded = self._ready()
+        assert self._asked is None, "it is still at work on the question before"
+        width = math.prod(loaded.input_shape)
+        if windows.size != len(windows) * width:
+            raise BadBundle(
+                f"the model takes {list(loaded.input_shape)} values, it was given {list(windows.shape[1:])}"
+            )
+        process = self._process
+        assert process is not None
+        try:
+            process.put(windows, len(windows) * loaded.outputs)
+            process.ask(len(windows))
+        except Gone:
+            raise self._died(f"within {len(windows)} windows") from None
+        self._asked = _Question(len(windows), time.monotonic() + self.bounds.call_s)
+
+    def hear(self, within_s: float = 0.0) -> Floats | None:
+        """The outputs of what was asked; None where they are not there yet. Raises ModelDied, in time."""
+        process, asked, loaded = self._process, self._asked, self._loaded
+        assert process is not None
+        assert asked is not None
+        assert loaded is not None
+        try:
+            said = process.said(ANSWER.size, within_s)
+            if said is None:
+                self._require_time(asked.until_s, self.bounds.call_s)
+                return None
+            status, seconds, size = ANSWER.unpack(said)
+            why = self._all(process, min(size, MOST_TEXT), asked.until_s, self.bounds.call_s)
+        except Gone:
+            raise self._died(f"within {asked.count} windows") from None
+        self._asked = None
+        if status != OK:
+            raise ModelDied("error", why.decode(errors="replace"))
+        self.seconds += seconds
+        return process.take(asked.count * math.prod(loaded.input_shape), (asked.count, loaded.outputs))
+
+    def _wait(self) -> Floats | None:
+        """`hear`, for about a second."""
+        asked = self._asked
+        assert asked is not None
+        found = self.hear(min(_TICK_S, asked.until_s - time.monotonic()))
+        if found is None:
+            self._waiting()
+        return found
+
+    def _ready(self) -> Loaded:
+        """What the started process says of the model. Raises ModelDied, also where the model is none."""
+        while not self.ready(_TICK_S) and self._loaded is None:
+            self._waiting()
+        assert self._loaded is not None
         return self._loaded
 
-    def _hear(self, process: _Process, size: int, within_s: float) -> bytes:
-        """The next `size` bytes it says. Raises ModelDied and ends it where they do not come in time, and _Gone."""
-        end_s = time.monotonic() + within_s
-        while (said := process.said(size, min(_TICK_S, end_s - time.monotonic()))) is None:
-            if time.monotonic() >= end_s:
-                self.close()
-                raise ModelDied("hang", f"did not answer within {within_s:g} s and was ended")
-            self._waiting()
+    def _begin(self, within_s: float) -> None:
+        """Hear whether it has started."""
+        process = self._process
+        assert process is not None
+        try:
+            head = process.said(STARTED.size, within_s)
+            if head is None:
+                self._require_time(process.started_s + _START_S, _START_S)
+                return
+            status, size = STARTED.unpack(head)
+            said = self._all(process, min(size, MOST_TEXT), process.started_s + _START_S, _START_S)
+        except Gone:
+            raise self._died("while it was loaded") from None
+        if status != OK:
+            self.close()
+            raise ModelDied("error", said.decode(errors="replace"))
+        try:
+            self._loaded = msgspec.msgpack.decode(said, type=Loaded)
+        except msgspec.MsgspecError as error:
+            self.close()
+            raise ModelDied("crash", f"its process answered something else ({error})") from None
+
+    def _all(self, process: Process, size: int, until_s: float, allowed_s: float) -> bytes:
+        """The next `size` bytes it says, which follow at once on what it just said. Raises ModelDied, Gone."""
+        while (said := process.said(size, min(_TICK_S, until_s - time.monotonic()))) is None:
+            self._require_time(until_s, allowed_s)
         return said
+
+    def _require_time(self, until_s: float, allowed_s: float) -> None:
+        """Ends it where its time is over, and raises ModelDied."""
+        if time.monotonic() >= until_s:
+            self.close()
+            raise ModelDied("hang", f"did not answer within {allowed_s:g} s and was ended")
 
     def _died(self, when: str) -> ModelDied:
         process = self._process
         assert process is not None
         code, said = process.end()
-        self._process, self._loaded = None, None
+        self._process, self._loaded, self._asked = None, None, None
         return ModelDied("crash", f"{probe.death(code, said, self._limits)}, {when}")
 
 
-class _Gone(Exception):
-    """The child hung up."""
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """Of `count` windows, to be answered before `until_s`, monotonic."""
 
-
-class _Process:
-    """The child, its pipes and the memory it shares."""
-
-    def __init__(self, job: Job) -> None:
-        self._shared = _Shared()
-        try:
-            with _memory("job", msgspec.msgpack.encode(job)) as given, _signals_held():
-                self._child = subprocess.Popen(
-                    # -P: an `agent` in the folder it happens to run in is not ours.
-                    [sys.executable, "-P", "-m", apart_child.__name__, str(given), str(self._shared.fd)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    pass_fds=(given, self._shared.fd),
-                )
-        except OSError:
-            self._shared.close()
-            raise
-        self.pid = self._child.pid
-        self._said, self._errors = b"", b""
-        self._selector = selectors.DefaultSelector()
-        for pipe in (self._child.stdout, self._child.stderr):
-            assert pipe is not None
-            os.set_blocking(pipe.fileno(), False)
-            self._selector.register(pipe, selectors.EVENT_READ)
-
-    @property
-    def alive(self) -> bool:
-        return self._child.poll() is None
-
-    def put(self, windows: Floats, answers: int) -> None:
-        self._shared.grow(windows.size * 4 + answers * 4)
-        target = np.frombuffer(self._shared.map, np.float32, windows.size)
-        np.copyto(target.reshape(windows.shape), windows)
-
-    def take(self, after: int, shape: tuple[int, int]) -> Floats:
-        found = np.frombuffer(self._shared.map, np.float32, math.prod(shape), offset=after * 4)
-        return found.reshape(shape).copy()
-
-    def ask(self, count: int) -> None:
-        """Raises _Gone."""
-        assert self._child.stdin is not None
-        try:
-            os.write(self._child.stdin.fileno(), ASKED.pack(count, self._shared.size))
-        except BrokenPipeError:
-            raise _Gone from None
-
-    def said(self, size: int, within_s: float) -> bytes | None:
-        """The next `size` bytes; None where they are not there in time. Raises _Gone at their end."""
-        if len(self._said) < size:
-            for key, _ in self._selector.select(max(0.0, within_s)):
-                if key.fileobj is self._child.stderr:
-                    self._read_errors()
-                else:
-                    self._read_answers()
-        if len(self._said) < size:
-            return None
-        said, self._said = self._said[:size], self._said[size:]
-        return said
-
-    def end(self) -> tuple[int, bytes]:
-        """Kill it, where it still is; its exit code, and the end of what it wrote to stderr."""
-        self._child.kill()
-        code = self._child.wait()
-        self._read_errors()
-        self._selector.close()
-        for pipe in (self._child.stdin, self._child.stdout, self._child.stderr):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
-        self._shared.close()
-        return code, self._errors
-
-    def _read_answers(self) -> None:
-        """Raises _Gone at their end."""
-        found = _available(self._child.stdout)
-        if not found:
-            raise _Gone
-        self._said += found
-
-    def _read_errors(self) -> None:
-        found, pipe = _available(self._child.stderr), self._child.stderr
-        if not found and pipe is not None and pipe in self._selector.get_map():
-            # At its end it would be ready for ever.
-            self._selector.unregister(pipe)
-        self._errors = (self._errors + found)[-_MOST_SAID:]
-
-
-class _Shared:
-    """Memory that both map; it only grows, which the kernel sees to, so that no child can take it from under us."""
-
-    def __init__(self) -> None:
-        self.fd = os.memfd_create("outstation-windows", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        self.size = _PAGE
-        os.ftruncate(self.fd, self.size)
-        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-        self.map = mmap.mmap(self.fd, self.size)
-
-    def grow(self, size: int) -> None:
-        if size > self.size:
-            self.size = -(-size // _PAGE) * _PAGE
-            os.ftruncate(self.fd, self.size)
-            self.map.close()
-            self.map = mmap.mmap(self.fd, self.size)
-
-    def close(self) -> None:
-        self.map.close()
-        os.close(self.fd)
-
-
-@contextlib.contextmanager
-def _memory(name: str, content: bytes) -> Iterator[int]:
-    """A file in memory, to be read from its beginning."""
-    fd = os.memfd_create(f"outstation-{name}", os.MFD_CLOEXEC)
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(content)
-        os.lseek(fd, 0, os.SEEK_SET)
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _available(pipe: IO[bytes] | None) -> bytes:
-    """What is there of a pipe that does not block, at least what fits into it; nothing at its end."""
-    assert pipe is not None
-    with contextlib.suppress(BlockingIOError):
-        return os.read(pipe.fileno(), _PIPE_BYTES)
-    return b""
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """A child that is begun within never gets them: who stops the agent does not mean the model to have crashed."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    count: int
+    until_s: float

@@ -134,8 +134,8 @@ def compared(kind: Kind, model: Said, other: Kind, beside: Said) -> Tally:
         n=len(ours),
         same=None if agree is None else int(agree.sum()),
         apart=apart,
-        model=_answered(model),
-        beside=_answered(beside),
+        model=_answered(model, ours),
+        beside=_answered(beside, theirs),
         why=why[:_MOST_WHY],
     )
 
@@ -201,9 +201,10 @@ def _together(a: Answered, b: Answered) -> Answered:
     )
 
 
-def _answered(said: Said) -> Answered:
+def _answered(said: Said, matched: Ints) -> Answered:
+    """What is expected is told of the same windows of both, so that it compares."""
     scores = Moments() if said.number is None else moments(said.number)
-    expected = Moments() if said.chance is None else moments(said.chance)
+    expected = Moments() if said.chance is None else moments(said.chance[matched])
     return Answered(len(said.row), max(0.0, said.seconds), scores, expected)
 
 

@@ -116,7 +116,7 @@ def erase(data_dir: Path, spared: Collection[Path], keys: Iterable[Path]) -> dic
     _mark(data_dir, {"state": "wiping", "time": time})
     kept = {path.resolve() for path in spared}
     doomed = [path for path in data_dir.iterdir() if path.name not in _SPARED and path.name != MARKER + ".new"]
-    doomed += [data_dir / "bundles" / ".kept", *keys]
+    doomed += [data_dir / "bundles" / ".kept", data_dir / "bundles" / ".fetched", *keys]
     left = [str(path) for path in doomed if path.resolve() not in kept and not _delete(path)]
     sync(data_dir)
     done = {"state": "wiped", "time": time, "left": left}
@@ -127,7 +127,9 @@ def erase(data_dir: Path, spared: Collection[Path], keys: Iterable[Path]) -> dic
 
 def spared(file: Path, conf: Config) -> list[Path]:
     """What is the installation's and not the agent's, should it lie in the data folder."""
-    listed = (conf.broker.ca_file, conf.broker.cert_file, conf.broker.tls_key_file)
+    listed = [conf.broker.ca_file, conf.broker.cert_file, conf.broker.tls_key_file]
+    if conf.updates is not None:
+        listed += [conf.updates.ca_file, conf.updates.root]
     return [file, *(Path(path) for path in listed if path)]
 
 

@@ -177,9 +177,7 @@ class Labels:
         return "replaced" if before else "new"
 
     def newest(self, task: str) -> int:
-        """The number of the label that came last; 0 before the first."""
-        sql = "SELECT max(number) FROM labels WHERE task = ?"
-        return max(0, int(self._db.execute(sql, (task,)).fetchone()[0] or 0))
+        return newest(self._db, task)
 
     def put_early(self, task: str, label: Label, received: int, at_s: float) -> bool:
         """Keep a label until its result is there; False where too many wait already."""
@@ -217,6 +215,17 @@ class Labels:
 def kept_labels(pages: int) -> int:
     """How many labels of a task a store of so many bytes keeps."""
     return max(_FEWEST_LABELS, min(MOST_LABELS, pages // _LABEL_SHARE // _LABEL_BYTES))
+
+
+def beside(task: str) -> str:
+    """What stands for the task's name where answers of another bundle beside its own are kept: no task's name."""
+    return f"{task} beside"
+
+
+def newest(db: sqlite3.Connection, task: str) -> int:
+    """The number of the label that came last; 0 before the first."""
+    sql = "SELECT max(number) FROM labels WHERE task = ?"
+    return max(0, int(db.execute(sql, (task,)).fetchone()[0] or 0))
 
 
 def span(db: sqlite3.Connection, task: str) -> Span | None:

@@ -24,7 +24,7 @@ from agent.device.author import Author
 from agent.device.storage import forecast, ranges, retention
 from agent.device.storage.eviction import EVENT, NO_ROOM, declare_messages, declare_readings
 from agent.device.storage.forecast import Growth
-from agent.device.storage.labelled import kept_labels
+from agent.device.storage.labelled import beside, kept_labels
 from agent.device.storage.retention import uptime_s
 from agent.device.storage.rows import row_bytes
 from agent.device.storage.store import Store
@@ -35,7 +35,7 @@ from agent.wire import rotation
 log = logging.getLogger("outstation")
 
 START, STOP = 0.85, 0.7
-RANKS = (("results", "health"), ("drift", "quality"), ("alerts",), ("audit",))
+RANKS = (("shadow",), ("results", "health"), ("drift", "quality"), ("alerts",), ("audit",))
 # Without an acknowledgement for so long, delivery counts as stalled.
 STALLED_S = 60.0
 _EARLY_S = 60.0
@@ -111,7 +111,8 @@ class Space:
                 tx.outbox.drop_acknowledged(through, _MESSAGES)
         for task in self._conf.tasks:
             with self._store.transaction(vital=True) as tx:
-                tx.labels.trim_results(task, at_s - self._conf.buffer.keep_results, self._chunks())
+                for name in (task, beside(task)):
+                    tx.labels.trim_results(name, at_s - self._conf.buffer.keep_results, self._chunks())
                 tx.labels.trim_labels(task, kept_labels(self._store.quota.pages), self._chunks())
 
     def _used_through(self, stream: str) -> int:
@@ -167,7 +168,7 @@ class Space:
 
     def _drop_results(self, task: str) -> bool:
         with self._store.transaction(vital=True) as tx:
-            return tx.labels.trim_results(task, math.inf, self._chunks()) > 0
+            return any(tx.labels.trim_results(name, math.inf, self._chunks()) > 0 for name in (beside(task), task))
 
     def _evict_unused(self, stream: str, now: Now) -> bool:
         with self._store.transaction(vital=True) as tx:

@@ -218,7 +218,7 @@ class Fetcher:
     # --- what it said ---
 
     def _committed(self, answer: Answer, now: Now) -> Answer:
-        """The answer, once its floors are in the store; where they cannot be, one of which nothing counts."""
+        """The answer, once its floors are in the store; where they cannot be, a failure, and nothing of it is used."""
         if not answer.floors.anchor:
             return answer
         try:
@@ -227,7 +227,8 @@ class Fetcher:
                 if now.quality == "synced":
                     tx.raise_floor(now.wall_us)
         except (StorageFull, StorageBusy) as problem:
-            return Answer(error=type(problem).__name__, detail=str(problem), floors=Floors())
+            name, detail = (answer.error, answer.detail) if answer.error else (type(problem).__name__, str(problem))
+            return Answer(error=name, detail=detail, floors=Floors(), received=answer.received)
         return answer
 
     def _end(self, errand: _Errand | None, answer: Answer, now: Now) -> Fetched | Failed | None:

@@ -34,7 +34,7 @@ from agent.device.updates.desired import Desires
 from agent.device.updates.standing import Held, Standing
 from agent.device.updates.supply import Sought, Supply
 from agent.device.updates.trial import Trial
-from agent.errors import BadBundle, ConfigError, ModelDied, StorageBusy, StorageError, StorageFull
+from agent.errors import BadBundle, ConfigError, ModelDied, StorageBusy, StorageFull
 from agent.model.activate import Proved
 from agent.wire.desired import Rules, Wanted
 
@@ -260,7 +260,7 @@ class Rollouts:
                 with self._store.transaction(vital=vital) as tx:
                     held = self._write(tx, name, live, old, new, made, now)
                 self._after(name, live, old, new, made)
-        except StorageError:
+        except BaseException:
             if made is not None and (live.trial is None or live.trial.candidate is not made):
                 self._makes.end(made)
             raise

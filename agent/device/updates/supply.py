@@ -6,6 +6,7 @@ process of its own, and both are polled. A bundle that proved itself is kept as 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import threading
@@ -33,6 +34,7 @@ log = logging.getLogger("outstation.updates")
 RETRY_S = 3600.0
 # What must stay free of the disk when another bundle was kept.
 _SPARE = 32 << 20
+_MOST_LAID = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,7 @@ class Supply:
         return self._checked(sought, found)
 
     def _places(self, sought: Sought) -> Iterator[Path]:
+        """Kept copies, what is configured or ships, and whatever somebody laid into the folder of bundles."""
         data = self._conf.data_dir
         yield kept.folder(data, sought.digest)
         for name in dict.fromkeys((self._conf.tasks[sought.task].bundle, sought.name)):
@@ -149,6 +152,10 @@ class Supply:
                 yield activate.locate(name, data / "bundles")
             except BadBundle:
                 continue
+        home = data / "bundles"
+        for entry in sorted(home.iterdir())[:_MOST_LAID] if home.is_dir() else ():
+            if not entry.name.startswith(".") and _claims(entry, sought.digest):
+                yield entry
 
     def _read(self, path: Path, sought: Sought) -> Bundle | Finding | Missing:
         if not path.exists():
@@ -211,6 +218,19 @@ class _Job:
             log.exception("a bundle could not be proved")
             self._result = Finding("unfit", f"{type(error).__name__}: {error}")
         self._done()
+
+
+def _claims(path: Path, digest: str) -> bool:
+    """Whether what lies there says that it is the bundle; archives are looked into."""
+    if path.suffix == ".zip":
+        return path.is_file()
+    head = path / "manifest.json"
+    try:
+        if not head.is_file() or head.stat().st_size > bundle.MAX_BYTES:
+            return False
+        return f"sha256:{hashlib.sha256(head.read_bytes()).hexdigest()}" == digest
+    except OSError:
+        return False
 
 
 def _reason(check: str, detail: str) -> Reason:

@@ -53,8 +53,12 @@ class Trial:
 
     def look(self, task: Task, store: Store, batch: Batch, answers: Answers) -> None:
         """What `task`, the one that serves, answered of a batch that is about to be committed."""
+        if self.serves and task is not self.candidate:
+            # It failed in this batch, which is counted already.
+            self._coming = self.progress
+            return
         self._coming = msgspec.structs.replace(self.progress, batches=self.progress.batches + 1)
-        if task is self.candidate:
+        if self.serves:
             self._time(answers.seconds)
 
     def failed(self, died: ModelDied) -> None:

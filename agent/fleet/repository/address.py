@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,7 +22,8 @@ def write(folder: Path, url: str) -> None:
         return
     _check(url)
     added = f"\n[repository]\nurl = {json.dumps(url)}   # where devices find repository/ of this folder\n"
-    durable.write(path, path.read_bytes().rstrip(b"\n") + b"\n" + added.encode())
+    mode = stat.S_IMODE(path.stat().st_mode)
+    durable.write(path, path.read_bytes().rstrip(b"\n") + b"\n" + added.encode(), mode)
 
 
 def _check(url: str) -> None:
@@ -33,7 +35,7 @@ def _check(url: str) -> None:
         return
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         usable = False
     if not usable or parts.query or parts.fragment or parts.username or parts.password:

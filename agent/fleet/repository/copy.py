@@ -31,7 +31,7 @@ def copy(folder: Path, destination: Path) -> Copied:
     written = []
     with ours.locked():
         now = edition.load(ours, roots.coming(ours))
-        _check(theirs, now)
+        known = _check(theirs, now)
         try:
             for file in _files(ours, now):
                 data = file.read_bytes()
@@ -39,7 +39,8 @@ def copy(folder: Path, destination: Path) -> Copied:
                 if not _same(target, data):
                     durable.write(target, data)
                     written.append(len(data))
-            edition.tidy(theirs, now)
+            if known:
+                edition.tidy(theirs, now)
         except OSError as error:
             raise StorageError(f"{theirs.home}: cannot be copied to: {error.strerror}") from None
     return Copied(theirs.home, len(written), sum(written))
@@ -54,17 +55,21 @@ def _files(layout: Layout, now: Edition) -> Iterator[Path]:
     yield layout.role(TIMESTAMP, now.published[TIMESTAMP])
 
 
-def _check(theirs: Layout, now: Edition) -> None:
+def _check(theirs: Layout, now: Edition) -> bool:
+    """Whether a copy is there already, in which what is old may be removed. Raises UsageError."""
+    if link := next((path for path in (theirs.home, theirs.metadata, theirs.targets) if path.is_symlink()), None):
+        raise UsageError(f"{link}: is a link; name the folder that is to be written")
     path = theirs.role(TIMESTAMP, 0)
     try:
         there = Metadata[Timestamp].from_bytes(path.read_bytes()).signed.version if path.exists() else 0
     except (OSError, DeserializationError):
-        return  # half a file of before: it is written anew
+        return False  # half a file of before: it is written anew
     if there > now.published[TIMESTAMP]:
         raise UsageError(
             f"{theirs.home}: holds a later edition ({there}, this one is {now.published[TIMESTAMP]}), or one of "
             "another fleet; empty it, or copy from where the later one was made"
         )
+    return there > 0
 
 
 def _same(path: Path, data: bytes) -> bool:

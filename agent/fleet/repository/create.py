@@ -35,6 +35,7 @@ def create(folder: Path, *, roots: int = 1, threshold: int = 1, at: datetime | N
     if not 1 <= threshold <= roots <= MOST_ROOTS:
         raise UsageError(f"--threshold {threshold} of --roots {roots}: use 1 to {MOST_ROOTS} keys, and no more to sign")
     layout, at = Layout(folder), at or expiry.now()
+    durable.make_folder(layout.home)
     with layout.locked():
         there = layout.newest_root()
         if there is not None:

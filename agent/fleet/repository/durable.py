@@ -7,17 +7,17 @@ import os
 from pathlib import Path
 
 from agent.errors import StorageError, StorageFull
+from agent.wire.keys import write_new
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Put `data` at `path`, whatever was there. Raises StorageError; then what was there is still there."""
     new = path.with_name(path.name + ".new")
     try:
         make_folder(path.parent)
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        # Anew, and never through a link that somebody laid there.
+        new.unlink(missing_ok=True)
+        write_new(new, data, mode)
         os.replace(new, path)
         _sync(path.parent)
     except OSError as error:

@@ -42,6 +42,9 @@ class Layout:
         """The root that waits for signatures."""
         return self.home / "root.json.draft"
 
+    def missing(self) -> UsageError:
+        return UsageError(f"{self.fleet}: no repository here; `outstation fleet repository init` makes one")
+
     def root(self, version: int) -> Path:
         return self.metadata / f"{version}.root.json"
 
@@ -61,16 +64,18 @@ class Layout:
 
     @contextlib.contextmanager
     def locked(self, *, wait: bool = True) -> Iterator[None]:
-        """One writer at a time. Raises StorageBusy where `wait` is False and there is one."""
+        """One writer at a time. Raises StorageBusy where `wait` is False and there is one, UsageError for none."""
         try:
-            self.home.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            raise self.missing() from None
         except OSError as error:
             raise UsageError(f"{self.home}: cannot be written to: {error.strerror}") from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise StorageBusy(f"{self.home}: another command is writing to the repository") from None
             yield
-        except BlockingIOError:
-            raise StorageBusy(f"{self.home}: another command is writing to the repository") from None
         finally:
             os.close(lock)

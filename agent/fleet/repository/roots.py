@@ -106,8 +106,11 @@ def coming(layout: Layout) -> Root | None:
 
 
 def waiting(layout: Layout, keyring: Keyring) -> Draft | None:
-    """The draft that waits, where there is one."""
-    return describe(_current(layout), _read_draft(layout.draft), keyring) if layout.draft.exists() else None
+    """The draft that waits, where there is one; one that came into force before a crash does not."""
+    if not layout.draft.exists():
+        return None
+    before, draft = _current(layout), _read_draft(layout.draft)
+    return describe(before, draft, keyring) if draft.signed.version > before.version else None
 
 
 def describe(before: Root, draft: Metadata[Root], keyring: Keyring) -> Draft:
@@ -135,7 +138,7 @@ def _complete(layout: Layout) -> Metadata[Root] | None:
 def _current(layout: Layout) -> Root:
     newest = layout.newest_root()
     if newest is None:
-        raise UsageError(f"{layout.fleet}: no repository here; `outstation fleet repository init` makes one")
+        raise layout.missing()
     try:
         return Metadata[Root].from_bytes(newest.read_bytes()).signed
     except (OSError, DeserializationError) as error:

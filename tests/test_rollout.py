@@ -1,0 +1,302 @@
+"""Roll-outs on a device: shadow, probation, settled, taken back, and all of it again after a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import clock
+from tests.bundles import Floats
+from tests.rollouts import HOUR_S, Site, bundles_in, tiles
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return bundles_in(tmp_path_factory.mktemp("bundles"), "crash", "error", "hang", "wrong")
+
+
+@pytest.fixture
+def site(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Site]:
+    made = Site(tmp_path, bundles, "2", "3", "crash", "error", "hang", "wrong")
+    yield made
+    made.stop()
+
+
+def test_a_good_bundle_goes_from_shadow_to_probation_to_settled_and_stays_over_restarts(site: Site) -> None:
+    assert site.batch() == "1"
+    site.desire("2", "shadow")
+    site.until_phase("shadow")
+    assert site.batch() == "1"
+    site.desire("2", "canary", percent=100.0)
+    site.until_phase("probation")
+    assert [site.batch() for _ in range(3)] == ["2", "2", "2"]
+    site.until_phase("settled")
+    assert site.batch() == "2"
+    site.desire("2", "all")
+    site.crash()
+    assert site.runs() == "2"
+    assert site.batch() == "2"
+    assert site.phases() == ["fetching", "shadow", "probation", "settled", "settled"]
+    assert site.activations() == [(None, "1", "configured"), ("1", "2", "roll-out")]
+    assert tiles(site.answered(), 7 * 40)
+    assert site.model_alerts() == []
+
+
+def on_probation(site: Site, text: str = "2", **more: object) -> Site:
+    assert site.batch() == "1"
+    site.desire(text, "all", **more)
+    site.until_phase("probation")
+    return site
+
+
+def settled(site: Site, text: str = "2") -> Site:
+    on_probation(site, text)
+    for _ in range(3):
+        site.batch()
+    site.until_phase("settled")
+    return site
+
+
+# --- who it is for ---
+
+
+def test_a_device_that_is_not_chosen_does_nothing_but_say_so_once(site: Site) -> None:
+    site.desire("2", "canary", percent=0.0)
+    site.tick(10)
+    site.desire("2", "canary", percent=0.001)
+    site.tick(10)
+    assert site.events() == [("2", "not chosen", "")]
+    assert site.copies() == {"1"}
+    assert site.batch() == "1"
+
+
+def test_a_shadow_that_is_no_longer_chosen_ends(site: Site) -> None:
+    site.desire("2", "shadow")
+    site.until_phase("shadow")
+    task = site.daemon._planned[0].task
+    site.until(lambda: task.beside is not None, "it answers beside")
+    site.desire("2", "shadow", percent=0.0)
+    assert site.phase == "not chosen"
+    assert task.beside is None
+    assert site.daemon._updating.rollouts._live["sort"].trial is None
+
+
+def test_what_nobody_mentions_any_more_goes_on(site: Site) -> None:
+    settled(site)
+    site.desire_tasks({})
+    site.crash()
+    assert (site.phase, site.batch()) == ("settled", "2")
+
+
+# --- what speaks against a bundle ---
+
+
+def test_one_whose_golden_vectors_do_not_come_out_is_refused_and_never_answers(site: Site) -> None:
+    site.desire("wrong", "all")
+    site.until_phase("refused")
+    assert site.events() == [("wrong", "fetching", ""), ("wrong", "refused", "golden")]
+    assert site.model_alerts() == [("raised", "warning")]
+    assert site.batch() == "1"
+    assert site.copies() == {"1"}
+
+
+@pytest.mark.parametrize("trap", ["crash", "error"])
+def test_one_that_dies_or_fails_on_probation_serves_no_result_and_the_one_before_answers_the_same_rows(
+    site: Site, trap: str
+) -> None:
+    on_probation(site, trap)
+    assert site.batch() == trap
+    assert site.batch(wild=True) == "1"
+    assert (site.phase, site.reason) == ("rolled back", {"error": "errors"}.get(trap, trap))
+    assert site.batch() == "1"
+    assert tiles(site.answered(), 4 * 40)
+    assert [body["model"]["version"] for body in site.results()] == ["1", trap, "1", "1"]
+    assert site.model_alerts() == [("raised", "critical")]
+    assert site.activations()[-1] == (trap, "1", "rolled back")
+
+
+def test_one_that_hangs_is_ended_in_time_and_the_daemon_goes_on(site: Site) -> None:
+    on_probation(site, "hang", rules={"batch_s": 1.0})
+    assert site.batch(wild=True) == "1"
+    assert (site.phase, site.reason) == ("rolled back", "hang")
+    assert tiles(site.answered(), 2 * 40)
+
+
+def test_a_share_of_batches_may_fail_where_the_rules_say_so_and_the_one_before_answers_them(site: Site) -> None:
+    on_probation(site, "error", rules={"errors": 0.5, "batches": 5})
+    assert [site.batch(wild=wild) for wild in (False, True, False, False)] == ["error", "1", "error", "error"]
+    assert site.phase == "probation"
+    assert site.batch() == "error"
+    site.until_phase("settled")
+    assert tiles(site.answered(), 6 * 40)
+    assert site.standing is not None
+    assert site.standing.numbers["errors"] == 1
+
+
+def test_one_whose_batch_takes_longer_than_it_may_is_taken_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_probation(site, rules={"batch_s": 20.0})
+    model = site.daemon._planned[0].task.model
+    invoke = model.invoke
+
+    def slowly(windows: Floats) -> Floats:
+        model.seconds += 21.0
+        return invoke(windows)
+
+    monkeypatch.setattr(model, "invoke", slowly)
+    assert site.batch() == "2"
+    assert (site.phase, site.reason) == ("rolled back", "batch time")
+    assert site.batch() == "1"
+
+
+def test_what_was_taken_back_is_held_for_every_roll_out_until_its_time_is_over(site: Site) -> None:
+    on_probation(site, "crash", rules={"hold_hours": 2.0})
+    site.batch(wild=True)
+    assert site.phase == "rolled back"
+    site.desire("crash", "all", "another")
+    assert (site.phase, site.reason) == ("refused", "held")
+    site.crash()
+    site.tick()
+    assert (site.phase, site.reason) == ("refused", "held")
+    site.tick(1.9 * HOUR_S)
+    assert (site.phase, site.reason) == ("refused", "held")
+    site.tick(0.2 * HOUR_S)
+    site.until_phase("probation")
+    assert site.model_alerts() == [("raised", "critical"), ("raised", "warning"), ("cleared", "info")]
+
+
+def test_another_bundle_may_be_tried_while_one_is_held(site: Site) -> None:
+    on_probation(site, "crash")
+    site.batch(wild=True)
+    site.desire("2", "all")
+    site.until_phase("probation")
+    assert site.batch() == "2"
+
+
+# --- operators ---
+
+
+def test_an_operators_rollback_on_probation_takes_it_back_and_holds_it(site: Site) -> None:
+    on_probation(site)
+    assert site.batch() == "2"
+    ok, summary, data = site.obey("rollback", task="sort")
+    assert ok, summary
+    assert (data["from"], data["to"]) == (site.digest("2"), site.digest("1"))
+    assert (site.phase, site.reason) == ("rolled back", "operator")
+    assert site.batch() == "1"
+    site.tick(60)
+    site.crash()
+    site.tick(60)
+    assert (site.phase, site.batch()) == ("rolled back", "1")
+    assert tiles(site.answered(), 4 * 40)
+
+
+def test_an_operators_rollback_after_it_settled_does_the_same(site: Site) -> None:
+    settled(site)
+    assert site.obey("rollback", task="sort")[0]
+    assert (site.phase, site.reason, site.batch()) == ("rolled back", "operator", "1")
+    site.crash()
+    site.tick()
+    assert (site.phase, site.batch()) == ("rolled back", "1")
+
+
+@pytest.mark.parametrize("phase", ["shadow", "probation"])
+def test_called_back_it_goes_from_where_it_was_tried(site: Site, phase: str) -> None:
+    assert site.batch() == "1"
+    site.desire("2", "shadow" if phase == "shadow" else "all")
+    site.until_phase(phase)
+    site.batch()
+    site.desire("2", "back")
+    assert (site.phase, site.reason) == ("withdrawn", "aborted")
+    assert site.batch() == "1"
+    assert tiles(site.answered(), 3 * 40)
+
+
+def test_called_back_after_it_settled_the_one_before_proves_itself_again_and_runs(site: Site) -> None:
+    settled(site)
+    site.desire("2", "back")
+    assert site.batch() == "2"
+    site.until_phase("withdrawn")
+    assert site.batch() == "1"
+    site.crash()
+    site.tick()
+    assert (site.phase, site.batch()) == ("withdrawn", "1")
+
+
+def test_a_config_that_names_another_bundle_ends_what_the_roll_out_brought_and_it_says_why(site: Site) -> None:
+    settled(site)
+    site.crash("3")
+    site.tick()
+    assert site.phase == "withdrawn"
+    assert site.standing is not None
+    assert "the config on this device names another bundle" in site.standing.why
+    assert site.batch() == "3"
+    site.crash()
+    site.tick()
+    assert (site.phase, site.batch()) == ("withdrawn", "3")
+    site.desire("2", "all", "another")
+    site.until_phase("probation")
+
+
+def test_a_config_that_is_changed_while_a_bundle_is_on_probation_ends_that(site: Site) -> None:
+    on_probation(site)
+    site.batch()
+    site.crash("3")
+    site.tick()
+    assert (site.phase, site.batch()) == ("withdrawn", "3")
+    site.crash()
+    assert site.batch() == "3"
+    assert site.activations()[-1] == ("2", "3", "withdrawn")
+
+
+# --- where there is nothing to get it from ---
+
+
+def test_without_updates_a_bundle_that_is_not_here_is_refused_and_taken_up_once_it_is(
+    tmp_path: Path, bundles: dict[str, Path]
+) -> None:
+    site = Site(tmp_path, bundles)
+    site.desire("2", "all")
+    site.until_phase("refused")
+    assert site.reason == "fetch"
+    assert site.standing is not None
+    assert "no [updates]" in site.standing.why
+    site._offered = ("2",)
+    site.crash()
+    site.until_phase("probation")
+    assert site.phases() == ["fetching", "refused", "probation"]
+    site.stop()
+
+
+def test_a_deadline_that_is_over_is_told_once(tmp_path: Path, bundles: dict[str, Path]) -> None:
+    site = Site(tmp_path, bundles)
+    site.desire("2", "all", deadline=clock.rfc3339(site.now.wall_us + 3_600_000_000)[:19] + "Z")
+    site.until_phase("refused")
+    site.tick(1.5 * HOUR_S)
+    assert site.phases() == ["fetching", "refused"]
+    site.stop()
+
+
+# --- what others see ---
+
+
+def test_health_and_status_say_what_it_has_what_it_wants_and_why_they_differ(site: Site) -> None:
+    site.desire("wrong", "all", "r7")
+    site.until_phase("refused")
+    status = site.obey("report")[2]["tasks"][0]
+    health = [body for body in site.messages() if body["kind"] == "health"][-1]["tasks"]["sort"]
+    for told in (status, health):
+        one = told["rollout"]
+        assert (one["id"], one["strategy"], one["phase"], one["reason"]) == ("r7", "all", "refused", "golden")
+        assert one["wants"] == {"name": "tiny", "version": "wrong", "digest": site.digest("wrong")}
+        assert (one["chosen"], one["percent"], one["late"]) == (True, 100.0, False)
+        assert "golden" in one["why"]
+    assert status["bundle"] == "tiny 1"
+
+
+def test_a_candidate_is_kept_with_the_one_that_runs_and_goes_when_it_was_taken_back(site: Site) -> None:
+    on_probation(site)
+    assert site.copies() == {"1", "2"}
+    site.desire("2", "back")
+    assert site.copies() == {"1"}
