@@ -17,7 +17,7 @@ from agent.fleet.enrol import enrol, init_fleet
 from agent.fleet.store import FleetStore
 from agent.link import Delivery, Link, Outgoing, Receipt
 from tests.brokers import Mosquitto, free_port
-from tests.system import FLEET
+from tests.system import FLEET, outstation
 
 BASE = f"outstation/{FLEET}"
 NOT_AUTHORIZED = 0x87
@@ -155,6 +155,31 @@ def test_a_command_does_not_end_the_connection_of_somebody_who_watches(access: A
         assert watching.receive(0.3) == []
     finally:
         watching.close()
+
+
+@pytest.mark.parametrize(("to", "topic"), [("all", "_all/desired"), ("group:roof", "_group/desired/roof")])
+def test_a_roll_out_is_retained_for_devices_and_ends_nobodys_connection(
+    access: Access, tmp_path: Path, to: str, topic: str
+) -> None:
+    file = tmp_path / "rollout.toml"
+    file.write_text(
+        f'[rollout]\nname = "{to.replace(":", "-")}"\ntask = "exercise"\nbundle = "exercise"\nversion = "1.1.0"\n'
+        f'digest = "sha256:{"cd" * 32}"\nto = "{to}"\n[[steps]]\nstrategy = "all"\n'
+        "[promote]\ndevices = 2\nagreement = 0.9\n",
+        encoding="utf-8",
+    )
+    watcher = Link(access.as_operator, "watch", subscribe=[f"{BASE}/+/health"])
+    try:
+        done = outstation("fleet", "rollout", "start", str(file), "--dir", str(access.home))
+        assert done.returncode == 0, done.stderr
+        device = Link(access.as_device("pi-a"), "pi-a", subscribe=[f"{BASE}/{topic}"])
+        [came] = [event for event in device.receive(5.0) if isinstance(event, Delivery)]
+        device.close()
+        assert (came.topic, came.retained) == (f"{BASE}/{topic}", True)
+        assert code(access.as_device("pi-a"), f"{BASE}/{topic}") == NOT_AUTHORIZED
+        assert watcher.receive(0.1) == []
+    finally:
+        watcher.close()
 
 
 def test_nobody_connects_without_a_certificate_of_this_fleet(access: Access, tmp_path: Path) -> None:

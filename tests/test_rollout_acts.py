@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from agent.errors import UsageError
+from agent.errors import StorageError, UsageError
 from agent.fleet.audit import Report, audit
+from agent.fleet.command import COUNTER
 from agent.fleet.rollout import acts, book
 from agent.fleet.rollout.book import Rollout
 from agent.fleet.rollout.follow import TELL_EVERY_S, Follower
 from agent.fleet.rollout.plan import Plan
 from agent.wire import jws
 from agent.wire.messages import Desired, digest, open_message
-from tests.rollouts import NAME, NOW, OPERATOR, Fleet, fleet, plan, promotion, tamper
+from tests.fleet_rollouts import NAME, NOW, OPERATOR, Fleet, fleet, plan, promotion, tamper
 from tests.senders import new_key
 
 ALL = "outstation/acme/_all/desired"
@@ -155,7 +158,7 @@ def test_a_step_that_could_never_be_over_is_refused(six: Fleet, to: str, devices
 
 def test_a_promotion_by_hand_over_open_findings_is_on_record_with_its_reason(six: Fleet) -> None:
     six.start(plan())
-    with pytest.raises(UsageError, match="not promoted from shadow 100 %: 3 more devices with 20 batches"):
+    with pytest.raises(UsageError, match="not promoted from shadow 100 %: devices with 20 batches: 0 of 3"):
         six.promote()
     six.promote(forced="seen on site")
     *_, evidence, _payload, _jws = six.decided()[-1]
@@ -199,6 +202,30 @@ def test_of_two_that_promote_at_once_the_second_is_told_to_look_again(six: Fleet
     with pytest.raises(UsageError, match="is running at step 2 meanwhile"), six.store.transaction() as db:
         acts.promote(db, six.operator(2.0), six.counter(), seen.rollout, seen.verdict)
     assert events(six) == ["started", "promoted"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["exercise", "solar", "machine"]), st.booleans()), max_size=8))
+def test_whatever_was_started_and_aborted_a_topic_says_the_last_word_on_each_task(
+    tmp_path_factory: pytest.TempPathFactory, history: list[tuple[str, bool]]
+) -> None:
+    with fleet(tmp_path_factory.mktemp("fleet"), 3) as three:
+        last: dict[str, tuple[str, str]] = {}
+        for i, (task, stays) in enumerate(history):
+            before = [one for one, (_, strategy) in last.items() if one == task and strategy == "shadow"]
+            for one in before:
+                three.abort(name=last[one][0])
+            name = f"roll-out-{i}"
+            three.start(short(name=name, task=task, digest=f"sha256:{i:064x}"))
+            if not stays:
+                three.abort(name=name)
+            last[task] = (name, "shadow" if stays else "back")
+        with three.store.snapshot() as db:
+            there = book.desired(db, ALL) is not None
+        assert there == bool(history)
+        if there:
+            told = desired(three)
+            assert {task: (one.rollout, one.strategy) for task, one in told.tasks.items()} == last
+        assert audited(three).passed
 
 
 # --- follow ---
@@ -268,6 +295,35 @@ def test_a_decision_stands_while_the_broker_is_away_and_is_published_once_it_is_
     assert not follower.turn(3.0)
     assert retained(six).tasks["exercise"].strategy == "back"
     assert said[1:] == ["not published yet, trying again: nobody listens", "published"]
+
+
+def test_a_decision_whose_counter_cannot_be_kept_is_not_made_and_is_said_once(six: Fleet) -> None:
+    said: list[str] = []
+    follower = Follower(six.desk, None, said.append)
+    six.start(plan())
+    six.in_shadow(same=10)
+    (six.folder / COUNTER).mkdir()
+    for now_s in (1.0, 2.0):
+        assert follower.turn(now_s)
+    assert (six.find().state, events(six), len(said)) == ("running", ["started"], 1)
+    assert "holds no counter" in said[0]
+    (six.folder / COUNTER).rmdir()
+    follower.turn(3.0)
+    assert six.find().state == "aborted"
+
+
+def test_a_database_that_fails_between_decision_and_broker_leaves_nothing_untold(six: Fleet) -> None:
+    follower = Follower(six.desk, None, lambda _: None)
+    six.start(plan())
+    follower.turn(0.0)
+    six.in_shadow(same=10)
+    six.broker.fails = True
+    with pytest.raises(StorageError):
+        follower.turn(1.0)
+    assert (six.find().state, retained(six).tasks["exercise"].strategy) == ("aborted", "shadow")
+    six.broker.fails = False
+    follower.turn(2.0)
+    assert retained(six).tasks["exercise"].strategy == "back"
 
 
 def test_an_older_desired_state_that_a_broker_retains_again_is_replaced_and_has_a_lower_counter(six: Fleet) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from agent import clock
 from agent.fleet.rollout.judging import Verdict
-from tests.rollouts import HOUR_US, NOW_US, Fleet, fleet, plan, promotion
+from tests.fleet_rollouts import HOUR_US, NOW_US, Fleet, fleet, plan, promotion
 from tests.senders import MODEL, NEWER, Sender, new_key
 
 ANSWERED = {"windows": 100, "seconds": 0.1, "scores": {"n": 100, "mean": 0.9, "m2": 1.0}}
@@ -45,9 +45,9 @@ def test_enough_devices_that_agree_for_long_enough_are_promoted(six: Fleet) -> N
     ("later_h", "devices", "blocks", "waits"),
     [
         (0.5, 6, 6, "0.5 h more"),
-        (2.0, 2, 6, "1 more devices with 20 batches; 4 of 6 chosen devices not heard of"),
-        (2.0, 6, 3, "3 more devices with 20 batches"),
-        (2.0, 0, 6, "3 more devices with 20 batches; 6 of 6 chosen devices not heard of"),
+        (2.0, 2, 6, "devices with 20 batches: 2 of 3; 4 of 6 chosen devices not heard of"),
+        (2.0, 6, 3, "devices with 20 batches: 0 of 3"),
+        (2.0, 0, 6, "devices with 20 batches: 0 of 3; 6 of 6 chosen devices not heard of"),
     ],
     ids=["hours", "devices", "batches", "nobody"],
 )
@@ -116,11 +116,19 @@ def test_in_a_canary_the_new_bundle_is_the_one_whose_results_count(six: Fleet) -
     assert finding.state == "bad"
 
 
+def test_where_no_more_can_come_that_would_settle_it_somebody_is_asked_to_decide(six: Fleet) -> None:
+    six.start(plan(("canary", 100.0), ("all", 100.0)))
+    six.on_probation(six.senders, 4, same=90)
+    verdict = six.look().verdict
+    assert (verdict.answer, verdict.findings[0].state) == ("wait", "open")
+    assert verdict.waits[-1].startswith("somebody to decide: all devices that were heard of have settled")
+
+
 def test_labels_count_before_the_estimate_where_there_are_any(six: Fleet) -> None:
     six.start(plan(rules=promotion(agreement=None, accuracy_drop=0.02)))
     six.in_shadow(labelled=[90, 1, 1, 8], answered_beside=answered(0.2))
     [finding] = six.look().verdict.findings
-    assert (finding.rule, finding.state) == ("accuracy drop by labels", "good")
+    assert (finding.rule, finding.state) == ("accuracy gained by labels", "good")
 
 
 def test_only_the_pair_of_the_step_is_compared(six: Fleet) -> None:
@@ -148,7 +156,13 @@ def test_a_device_that_took_it_back_counts_as_failed_and_no_more_in_the_findings
 
 @pytest.mark.parametrize(
     ("failing", "reason", "answer"),
-    [(1, "crash", "abort"), (3, "signature", "abort"), (2, "unfit", "promote"), (2, "operator", "promote")],
+    [
+        (1, "crash", "abort"),
+        (3, "signature", "abort"),
+        (2, "unfit", "promote"),
+        (2, "operator", "promote"),
+        (2, "fetch", "promote"),
+    ],
 )
 def test_too_many_devices_that_failed_abort_it_and_those_it_is_not_for_do_not(
     six: Fleet, failing: int, reason: str, answer: str
@@ -165,7 +179,7 @@ def test_failures_that_may_yet_turn_out_few_hold_it_and_do_not_abort_it(tmp_path
         many.start(plan())
         many.in_shadow(many.senders[2:8])
         for sender in many.senders[:2]:
-            many.collect(sender.rollout("refused", reason="fetch"))
+            many.collect(sender.rollout("refused", reason="golden"))
         verdict = many.look().verdict
         assert (verdict.answer, verdict.waits) == (
             "wait",
@@ -199,8 +213,34 @@ def test_the_last_step_waits_for_devices_on_their_way_but_not_for_those_that_are
         db.execute("UPDATE devices SET last_seen = ?", (clock.rfc3339(NOW_US + HOUR_US * 7 // 2),))
         db.execute("UPDATE devices SET last_seen = NULL WHERE device = ?", (six.senders[5].device,))
     verdict = six.look(4.0).verdict
-    assert (verdict.answer, verdict.waits) == ("wait", ["1 devices on their way"])
+    assert (verdict.answer, verdict.waits) == ("wait", ["devices on their way: 1"])
     assert six.look(4.6).verdict.answer == "finish"
+
+
+def test_of_a_group_only_devices_that_speak_are_known_and_as_many_as_asked_must(six: Fleet) -> None:
+    six.start(plan(to="group:roof"))
+    six.in_shadow(six.senders[:2])
+    seen = six.look()
+    assert (len(seen.members.chosen), seen.verdict.needed, seen.verdict.reporting) == (2, 3, 2)
+    six.in_shadow(six.senders[2:3], 12)
+    assert six.look().verdict.answer == "promote"
+
+
+def test_of_one_device_only_what_it_says_counts(six: Fleet) -> None:
+    six.start(plan(("shadow", 100.0), ("all", 100.0), to="device:pi-01", rules=promotion(devices=1)))
+    six.in_shadow(six.senders[2:], same=0)
+    six.in_shadow([six.senders[1]], 12)
+    seen = six.look()
+    assert ([one.device for one in seen.members.chosen], seen.verdict.answer) == (["pi-01"], "promote")
+
+
+def test_a_store_that_was_lost_begins_a_new_log_whose_word_is_the_last(six: Fleet) -> None:
+    six.start(plan())
+    old = six.senders[0]
+    six.collect(old.rollout("refused", reason="golden"), old.rollout("refused", reason="golden"))
+    anew = Sender(old.device, old.key)
+    six.collect(anew.rollout("shadow"))
+    assert six.look().members.chosen[0].phase == "shadow"
 
 
 def test_a_stolen_device_whose_key_was_revoked_counts_no_more(six: Fleet) -> None:
@@ -236,6 +276,17 @@ def test_a_device_that_floods_its_own_roll_out_counts_as_one(six: Fleet) -> None
     assert finding.devices == 6
 
 
+def test_a_device_with_windows_without_number_counts_as_twice_the_one_in_the_middle(six: Fleet) -> None:
+    six.start(plan())
+    six.in_shadow(six.senders[1:])
+    six.senders[0].row = 0
+    six.in_shadow(six.senders[:1], 3, n=2**50, same=0)
+    six.in_shadow(six.senders[:1], 30, same=30)
+    [finding] = six.look().verdict.findings
+    assert finding.value == pytest.approx((5 * 6 * 96 + 12 * 30) / (5 * 600 + 1200), abs=1e-4)
+    assert finding.state == "open"
+
+
 @pytest.mark.parametrize(
     "lie",
     [
@@ -243,7 +294,7 @@ def test_a_device_that_floods_its_own_roll_out_counts_as_one(six: Fleet) -> None
         {"errors": 6},
         {"labelled": [2**52, 0, 0, 0]},
         {"answered": {**ANSWERED, "windows": 101}},
-        {"answered": {**ANSWERED, "right": 101}},
+        {"answered": {**ANSWERED, "expected": {"n": 101, "mean": 0.9, "m2": 1.0}}},
         {"answered": {**ANSWERED, "seconds": 1e308}, "answered_beside": {**ANSWERED, "seconds": 1e-308}},
         {"answered_beside": {**ANSWERED, "expected": {"n": 100, "mean": 1e300, "m2": 0}}},
         {"answered_beside": {**ANSWERED, "expected": {"n": 100, "mean": 0.5, "m2": 1e9}}},

@@ -95,8 +95,8 @@ def _lines(one: dict[str, Any]) -> list[RenderableType]:
             why = told[name]
             lines.append(Text(printable(f"  {name}: {why['phase']} ({why['reason']}): {why['summary']}"), style))
     for strange in one["unbelievable"][:_MOST_NAMED]:
-        line = f"  {strange['device']}: {strange['messages']} messages cannot be believed, the last: {strange['why']}"
-        lines.append(Text(printable(line), "red"))
+        count = f"messages that cannot be believed: {strange['messages']}"
+        lines.append(Text(printable(f"  {strange['device']}: {count}, the last: {strange['why']}"), "red"))
     lines += [Text(printable(f"  {one['time']}  {one['summary']}")) for one in one["decisions"][-5:]]
     return list(lines)
 

@@ -100,11 +100,7 @@ def next_counter(folder: Path, now_ms: Callable[[], int]) -> Iterator[int]:
     path = folder / COUNTER
     with alone(folder):
         counter = max(_stored(path) + 1, now_ms())
-        new = path.with_name(path.name + ".new")
-        new.unlink(missing_ok=True)
-        write_new(new, f"{counter}\n".encode(), 0o600)
-        os.replace(new, path)
-        _sync(folder)
+        _store(path, counter)
         yield counter
 
 
@@ -203,6 +199,17 @@ def _stored(path: Path) -> int:
         return 0
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: holds no counter ({error}); delete it, counters then go on from the time") from None
+
+
+def _store(path: Path, counter: int) -> None:
+    new = path.with_name(path.name + ".new")
+    try:
+        new.unlink(missing_ok=True)
+        write_new(new, f"{counter}\n".encode(), 0o600)
+        os.replace(new, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise UsageError(f"{path}: a counter must be on the disk before it is used: {error.strerror}") from None
 
 
 def _sync(folder: Path) -> None:

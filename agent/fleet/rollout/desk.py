@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from agent import clock
-from agent.errors import LinkDown
+from agent.errors import LinkDown, UsageError
 from agent.fleet.command import alone, next_counter
 from agent.fleet.rollout import book, publish
 from agent.fleet.rollout.acts import Operator
@@ -48,9 +48,14 @@ class Desk:
     def act(self, deed: Deed) -> tuple[Rollout, str]:
         """Decide, then publish; why that did not succeed, "" where it did."""
         with next_counter(self._folder, lambda: time.time_ns() // 1_000_000) as counter:
-            with self.store.transaction() as db:
-                operator = Operator(self._key, self._fleet, clock.read().wall_us, self._by)
-                done = deed(db, operator, counter)
+            try:
+                with self.store.transaction() as db:
+                    operator = Operator(self._key, self._fleet, clock.read().wall_us, self._by)
+                    done = deed(db, operator, counter)
+            except UsageError:
+                # What was decided before may not be published yet.
+                self._publish()
+                raise
             return done, self._publish()
 
     def publish(self) -> str:

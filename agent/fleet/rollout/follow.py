@@ -28,6 +28,7 @@ class Follower:
         self.followed: set[str] = set()
         self._tell_at = 0.0
         self._trouble = ""
+        self._problem = ""
 
     def turn(self, now_s: float) -> bool:
         """One look at all of them, and what follows; whether there is more to do. `now_s` never goes back."""
@@ -52,12 +53,17 @@ class Follower:
         deed = _deed(seen)
         if deed is None:
             return
+        # Should anything fail between the commit and the broker, the next turn publishes.
+        self._tell_at = 0.0
         try:
             done, trouble = self._desk.act(deed)
         except UsageError as problem:
-            # Somebody else decided in between: the next turn sees what.
-            self._say(str(problem))
+            # Somebody else decided in between, or the disk is full: the next turn sees.
+            if str(problem) != self._problem:
+                self._say(str(problem))
+            self._problem = str(problem)
             return
+        self._problem = ""
         self._say(f"{done.name}: {_newest(self._desk, done)}")
         self._told(trouble)
 

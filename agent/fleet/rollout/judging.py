@@ -27,7 +27,6 @@ from agent.wire.messages import Shadow
 Answer = Literal["wait", "promote", "finish", "abort"]
 # A device that was heard of in this time and is not there yet is on its way.
 ON_ITS_WAY_US = 3600 * 1_000_000
-_THERE = frozenset({"settled", "refused", "rolled back", "withdrawn"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,26 +58,23 @@ def judge(rollout: Rollout, members: Members, tallies: Tallies, began: str, now_
     needed, reporting = _reporting(rollout, members, blocks)
     # A clock that was set back makes it wait, no more.
     hours = max(0.0, (now_us - clock.epoch_us(began)) / 3.6e9)
-    failed = len(members.failed)
-    broken = _too_many_failed(promote, members)
-    bad = [one for one in findings if one.state == "bad"]
-    waits = [
-        *_waits(promote, members, needed, reporting, hours),
-        *(one.words for one in findings if one.state != "good"),
-    ]
+    waits = [*_waits(promote, members, needed, reporting, hours), *_undecided(members, findings, beside)]
     if rollout.following is None and (late := _on_their_way(members.chosen, now_us)):
-        waits.append(f"{late} devices on their way")
+        waits.append(f"devices on their way: {late}")
+    bad = any(one.state == "bad" for one in findings) and len(blocks) >= needed
     answer: Answer = "wait"
-    if broken or (bad and len(blocks) >= needed):
+    if bad or _too_many_failed(promote, members):
         answer = "abort"
     elif not waits:
         answer = "promote" if rollout.following else "finish"
-    words = [one.words for one in findings]
-    words.append(f"{reporting} of {needed} devices that are needed report")
-    words.append(f"{failed} of {len(members.heard)} refused it or took it back ({100 * promote.failed:g} % may)")
-    words.append(f"{hours:.1f} h in this step")
-    summary = ", ".join(words)
-    return Verdict(answer, summary, waits, findings, reporting, needed, failed, len(members.heard), hours)
+    failed, heard = len(members.failed), len(members.heard)
+    counts = (
+        f"{reporting} of {needed} devices that are needed report",
+        f"{failed} of {heard} refused it or took it back ({100 * promote.failed:g} % may)",
+        f"{hours:.1f} h in this step",
+    )
+    summary = ", ".join((*(one.words for one in findings), *counts))
+    return Verdict(answer, summary, waits, findings, reporting, needed, failed, heard, hours)
 
 
 def _reporting(rollout: Rollout, members: Members, blocks: Mapping[str, Sequence[Shadow]]) -> tuple[int, int]:
@@ -108,7 +104,7 @@ def _waits(promote: Promotion, members: Members, needed: int, reporting: int, ho
     if reporting < needed:
         silent = sum(one.phase == NOT_HEARD_OF for one in members.chosen)
         why = f"; {silent} of {len(members.chosen)} chosen devices not heard of" if silent else ""
-        found.append(f"{needed - reporting} more devices with {promote.batches} batches{why}")
+        found.append(f"devices with {promote.batches} batches: {reporting} of {needed}{why}")
     if hours < promote.hours:
         found.append(f"{promote.hours - hours:.1f} h more")
     heard, failed = len(members.heard), len(members.failed)
@@ -117,8 +113,15 @@ def _waits(promote: Promotion, members: Members, needed: int, reporting: int, ho
     return found
 
 
+def _undecided(members: Members, findings: Sequence[Finding], beside: bool) -> list[str]:
+    found = [one.words for one in findings if one.state != "good"]
+    if found and not beside and members.heard and all(one.phase == "settled" for one in members.heard):
+        found.append("somebody to decide: all devices that were heard of have settled, and count no more")
+    return found
+
+
 def _on_their_way(chosen: Sequence[Member], now_us: int) -> int:
     return sum(
-        one.phase not in _THERE and one.last_seen is not None and now_us - clock.epoch_us(one.last_seen) < ON_ITS_WAY_US
+        not one.there and one.last_seen is not None and now_us - clock.epoch_us(one.last_seen) < ON_ITS_WAY_US
         for one in chosen
     )

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from agent.fleet.rollout.book import Rollout
 
 NOT_HEARD_OF = "not heard of"
-# Reasons that are no failure of the bundle: it is for other devices, or somebody decided so.
-_NO_FAILURE = frozenset({"unfit", "operator", "aborted"})
+# Reasons that are no failure of the bundle: it is for other devices, somebody decided so, or it is tried again.
+_NO_FAILURE = frozenset({"unfit", "operator", "aborted", "fetch", "held"})
+_PASSING = frozenset({"fetch", "held"})
 _FAILED = frozenset({"refused", "rolled back"})
 
 # The last word of a device is that of its newest log.
@@ -47,6 +48,12 @@ class Member:
     def failed(self) -> bool:
         """Whether it refused the bundle, or took it back."""
         return self.phase in _FAILED and self.reason not in _NO_FAILURE
+
+    @property
+    def there(self) -> bool:
+        """Whether it came to an end, whichever."""
+        ended = self.phase in ("settled", "refused", "rolled back", "withdrawn")
+        return ended and not (self.phase == "refused" and self.reason in _PASSING)
 
     @property
     def left_out(self) -> bool:

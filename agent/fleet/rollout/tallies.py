@@ -27,6 +27,7 @@ _NEW = """
 """
 # What a batch and a window take in any model: beyond, a clock or a device is not right.
 _BATCH_S, _WINDOW_S = 3600.0, 1e-9
+_MOST_LABELLED = 1_000_000
 # Of what is between 0 and 1, the squares around the mean are at most this each.
 _MOST_SPREAD = 0.25 * (1 + 1e-6)
 
@@ -78,29 +79,32 @@ class Tallies:
 
 
 def contradiction(body: Shadow) -> str:
-    """Why these cannot be the sums of any windows; "" where they can."""
+    """Why these cannot be the sums of any windows; "" where they can.
+
+    Windows that only one of the two answered are in no `n`, and labels may come long after their windows.
+    """
     rows = body.rows[1] - body.rows[0] + 1
     if body.n > rows:
         return f"{body.n} windows of {rows} rows"
     if body.errors > body.batches:
         return f"{body.errors} of {body.batches} batches failed"
-    if sum(body.labelled) > body.n:
-        return f"{sum(body.labelled)} labelled windows of {body.n}"
+    if sum(body.labelled) > _MOST_LABELLED:
+        return f"{sum(body.labelled)} labelled windows in one message"
     if body.apart.n > body.n or not _finite(body.apart):
         return "the distance of the answers is none that windows can have"
     for whose, answered in (("model", body.answered), ("beside", body.answered_beside)):
-        if problem := _of_one(answered, body):
+        if problem := _of_one(answered, rows, body.batches):
             return f"{whose}: {problem}"
     return ""
 
 
-def _of_one(answered: Answered, body: Shadow) -> str:
-    if answered.windows > body.n:
-        return f"answered {answered.windows} windows of {body.n}"
-    if max(answered.right, answered.scores.n, answered.expected.n, answered.off.n) > answered.windows:
+def _of_one(answered: Answered, rows: int, batches: int) -> str:
+    if answered.windows > rows:
+        return f"answered {answered.windows} windows of {rows} rows"
+    if max(answered.scores.n, answered.expected.n) > answered.windows:
         return f"counts more than the {answered.windows} windows it answered"
     # Of no time at all nothing can be said, and nothing is.
-    if answered.seconds and not answered.windows * _WINDOW_S <= answered.seconds <= body.batches * _BATCH_S:
+    if answered.seconds and not answered.windows * _WINDOW_S <= answered.seconds <= batches * _BATCH_S:
         return f"took {answered.seconds:g} s for {answered.windows} windows"
     expected = answered.expected
     if expected.n and not (0 <= expected.mean <= 1 and expected.m2 <= _MOST_SPREAD * expected.n):
