@@ -38,6 +38,11 @@ class Updates(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return "://" not in self.url
 
     @property
+    def is_near(self) -> bool:
+        """Whether no other device asks the same server."""
+        return self.is_folder or urlsplit(self.url).hostname in _LOOPBACK
+
+    @property
     def minutes(self) -> tuple[int, int] | None:
         """Beginning and end of the window in minutes of the device's local day; the end may be before the beginning."""
         found = _WINDOW.fullmatch(self.window or "")

@@ -274,7 +274,7 @@ def test_endless_data_by_a_signed_length(publish: Publish, web: Web, device: Upd
 def test_endless_nesting_in_metadata(publish: Publish, web: Web, device: Updating) -> None:
     wanted = publish("1.0.0")
     web.tricks.append(("/timestamp.json", lambda it: it.answer(b"[" * 16_000)))
-    device.must_fail(wanted, "DeserializationError")
+    device.must_fail(wanted, "RepositoryError")
 
 
 @pytest.mark.parametrize("file", ["/metadata/timestamp.json", "/targets/"])

@@ -290,6 +290,21 @@ def test_metadata_that_expired_are_told_and_looked_at_again(
     assert report(device)["error"] == ""
 
 
+def test_devices_that_are_told_at_one_moment_do_not_come_at_that_moment(device: Updating, wanted: Wanted) -> None:
+    device.configure(url="https://updates.example.org/acme")
+    dues = []
+    for seed in range(20):
+        fetcher = Fetcher(device.conf, device.store, command=HANGING, chance=random.Random(seed))
+        now = device.now()
+        fetcher.start("exercise", wanted, now)
+        fetcher.poll(now)
+        dues.append(fetcher.wait_s(now))
+        assert fetcher.poll(Now(now.wall_us, now.boot_s + dues[-1] - 0.001, now.quality)) is None
+        fetcher.close()
+    assert max(dues) < 60
+    assert max(dues) - min(dues) > 20
+
+
 def test_every_device_looks_at_a_time_of_its_own(device: Updating) -> None:
     device.configure(every=Duration(3600.0))
     dues = set()

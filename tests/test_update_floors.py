@@ -93,13 +93,13 @@ def said(**other: Any) -> dict[str, Any]:
     ],
 )
 def test_what_does_not_fit_is_told_in_a_sentence(other: dict[str, Any], why: str) -> None:
-    found = fit.why_not(said(**other), 1000, HERE)
+    found = fit.why_not(said(**other), 2000, 1000, HERE)
     assert why in found
     assert bool(why) == bool(found)
 
 
 def test_a_target_of_which_nothing_is_said_does_not_fit() -> None:
-    assert "did not say what it needs" in fit.why_not({}, 1000, HERE)
+    assert "did not say what it needs" in fit.why_not({}, 2000, 1000, HERE)
 
 
 def test_what_a_device_asks_of_a_bundle_is_what_the_publisher_says() -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent.device.updates.fetching import FETCHED, Fetched
+from agent.device.updates.asking import FETCHED
+from agent.device.updates.fetching import Fetched
 from agent.fleet.pki import new_authority
 from agent.wire.desired import Wanted
 from scripts.faults.disk import Card, no_card
@@ -207,7 +208,7 @@ def test_a_disk_that_is_too_full_for_an_archive_gets_none(
     card: Card, web: Web, on_card: Updating, wanted: Wanted
 ) -> None:
     ballast(card, leave=36 << 20)
-    assert "bytes of disk" in on_card.must_fail(wanted, "NoSpace").detail
+    assert "of disk to arrive and unpack" in on_card.must_fail(wanted, "Unfit").detail
     assert starts(web) == []
     card.free()
     on_card.must_fetch(wanted)
@@ -306,6 +307,7 @@ def test_the_child_does_not_outlive_the_daemon(web: Web, device: Updating, wante
     daemon = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)
     try:
         wait_for(held.is_set, "the archive is being downloaded")
+        wait_for(lambda: part(device).stat().st_size >= 1 << 20, "much of it is on the disk")
         [fetching] = psutil.Process(daemon.pid).children()
         daemon.send_signal(signal.SIGKILL)
         daemon.wait()

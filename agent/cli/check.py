@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from agent import clock, media
-from agent.cli import wiring
+from agent.cli import check_updates, wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config, FilesSource
 from agent.device import choices, schedule
@@ -61,6 +61,8 @@ def _findings(file: Path, conf: Config) -> Iterator[Finding]:
     running = _is_running(conf)
     yield Finding("storage", "ok", f"{conf.data_dir}, in use by the running agent") if running else _storage(conf)
     yield _clock(conf)
+    if conf.updates is not None:
+        yield _try("updates", lambda u=conf.updates: check_updates.look(conf, u))  # type: ignore[misc]
     yield _try("broker", lambda: _reach(conf) if running else _connect(conf))
 
 

@@ -101,7 +101,7 @@ def _check(request: Request, target: Target, missing: int) -> None:
         )
     if request.digest and target.custom.get("digest") != request.digest:
         raise FetchFailed("Unfit", f"{target.path} is of another bundle than the one that is wanted ({request.digest})")
-    if request.here is not None and (why := fit.why_not(target.custom, missing, request.here)):
+    if request.here is not None and (why := fit.why_not(target.custom, target.length, missing, request.here)):
         raise FetchFailed("Unfit", f"{target.path}: {why}")
     free = shutil.disk_usage(_existing(Path(request.into))).free
     if (needed := missing + target.length + fit.RESERVE) > free:

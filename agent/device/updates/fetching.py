@@ -3,6 +3,7 @@
 Rules:
 - whatever a child answers, the floors in it are committed before the rest of it counts
 - what fails is tried again, later each time and never at a round time, until it is wanted no more; tasks take turns
+- devices that are told at one moment do not all come at that moment
 - where [updates] has a window, bundles of a web repository come only then; the metadata, a few kilobytes, are looked
   at all day
 - metadata that have expired, or a clock that nobody vouches for, stop no task: they are told, and nothing new comes
@@ -11,7 +12,6 @@ Rules:
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +24,7 @@ from agent import clock
 from agent.clock import Now
 from agent.config import Config, Updates
 from agent.device.storage.store import Store
-from agent.device.timekeeping import FLOOR, SYNCED
-from agent.device.updates import child, floors, here, window
+from agent.device.updates import asking, child, floors, here, window
 from agent.device.updates.child import Child
 from agent.device.updates.exchange import PATIENCE_S, Answer, Request, Target
 from agent.device.updates.floors import Floors
@@ -35,10 +34,9 @@ from agent.wire.desired import Wanted
 
 log = logging.getLogger("outstation.updates")
 
-# In the data folder.
-FETCHED, METADATA = "bundles/.fetched", "updates"
-# What a child may take; a download that takes longer is gone on with by the next one.
-_LOOK_S, _DOWNLOAD_S = 300.0, 3600.0
+# One that takes longer is gone on with by the next child.
+_DOWNLOAD_S = 3600.0
+_SPREAD_S = 60.0
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 30.0, 6 * 3600.0
 _LASTING = frozenset({"Unfit", "NoSuchTarget", "TooLarge", "NoRoot"})
 _BUSY_S, _CLOSED_S = 1.0, 60.0
@@ -82,9 +80,9 @@ class _Errand:
 
 @dataclass(slots=True)
 class _Look:
-    """When metadata are looked at next, and what came of the last time."""
+    """When metadata are looked at next, None at the start, and what came of the last time."""
 
-    due_s: float = float("-inf")
+    due_s: float | None = None
     failures: int = 0
     error: str = ""
     detail: str = ""
@@ -116,7 +114,7 @@ class Fetcher:
         if before is not None and _bundle(before.wanted) == _bundle(wanted):
             return
         self.stop(task)
-        self._errands[task] = _Errand(task, wanted, _path(wanted), now.boot_s)
+        self._errands[task] = _Errand(task, wanted, _path(wanted), now.boot_s + self._spread_s())
 
     def stop(self, task: str) -> None:
         """`task` wants nothing any more."""
@@ -140,7 +138,7 @@ class Fetcher:
         """Until `poll` may have something to do."""
         if self._child is not None:
             return _BUSY_S
-        dues = [self._look.due_s]
+        dues = [now.boot_s if self._look.due_s is None else self._look.due_s]
         if self._conf.updates is not None and self._errands:
             is_open = window.open_for_s(self._conf.updates, now) > 0
             dues += [one.due_s if is_open else now.boot_s + _CLOSED_S for one in self._errands.values()]
@@ -173,6 +171,8 @@ class Fetcher:
         open_s = window.open_for_s(updates, now)
         ready = [one for one in self._errands.values() if one.due_s <= now.boot_s and open_s > 0]
         errand = min(ready, key=lambda one: one.due_s, default=None)
+        if self._look.due_s is None:
+            self._look.due_s = now.boot_s + self._spread_s()
         if errand is None and now.boot_s < self._look.due_s:
             return None
         try:
@@ -185,20 +185,9 @@ class Fetcher:
         return None
 
     def _request(self, updates: Updates, errand: _Errand | None, open_s: float, now: Now) -> Request:
-        data_dir = self._conf.data_dir
-        look = Request(
-            url=updates.url,
-            ca_file=updates.ca_file,
-            root=updates.root,
-            folder=str(data_dir / METADATA),
-            into=str(data_dir / FETCHED),
-            parent=os.getpid(),
-            time_s=self._time_us(now) / 1e6,
-            floors=floors.load(self._store),
-            seconds=_LOOK_S,
-            max_size=int(updates.max_size),
-            max_rate=None if updates.max_rate is None else int(updates.max_rate),
-            patience_s=self._patience_s,
+        time_us = asking.latest_us(self._store, now)
+        look = msgspec.structs.replace(
+            asking.look(self._conf, updates, floors.load(self._store), time_us), patience_s=self._patience_s
         )
         if errand is None:
             return look
@@ -209,11 +198,6 @@ class Fetcher:
             digest=errand.wanted.digest,
             here=here.measure(self._conf, errand.task),
         )
-
-    def _time_us(self, now: Now) -> int:
-        """The latest that is known to have passed: a clock that shows less, and that nobody vouches for, is wrong."""
-        seen = (int(self._store.meta(name, "0")) for name in (FLOOR, SYNCED))
-        return now.wall_us if now.quality == "synced" else max(now.wall_us, clock.BUILD_FLOOR_US, *seen)
 
     # --- what it said ---
 
@@ -263,6 +247,10 @@ class Fetcher:
         log.warning("task %s: %s: %s; again in %.0f s", errand.task, error, detail, again_s)
         return Failed(errand.task, errand.wanted, error, detail, again_s, lasting)
 
+    def _spread_s(self) -> float:
+        near = self._conf.updates is None or self._conf.updates.is_near
+        return 0.0 if near else self._chance.uniform(0.0, _SPREAD_S)
+
     def _retry_s(self, failures: int) -> float:
         longest_s = min(_LONGEST_RETRY_S, _FIRST_RETRY_S * 2.0 ** min(failures - 1, 20))
         return longest_s * self._chance.uniform(0.5, 1.0)
@@ -281,7 +269,7 @@ class Fetcher:
         """`fresh`, `expired`, or `unknown` where nothing was seen, or nobody vouches for the clock."""
         if known.expires_s is None:
             return "unknown"
-        if self._time_us(now) / 1e6 >= known.expires_s:
+        if asking.latest_us(self._store, now) / 1e6 >= known.expires_s:
             return "expired"
         return "fresh" if now.quality == "synced" else "unknown"
 

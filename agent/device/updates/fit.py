@@ -40,8 +40,8 @@ class Here(msgspec.Struct, frozen=True):
     disk: int
 
 
-def why_not(custom: dict[str, Any], length: int, here: Here) -> str:
-    """Why a bundle whose archive has still `length` bytes to come does not fit, in a sentence; "" where it does."""
+def why_not(custom: dict[str, Any], length: int, missing: int, here: Here) -> str:
+    """Why a bundle does not fit, in a sentence, else "". Of its archive's `length` bytes some are `missing`."""
     try:
         needs = msgspec.convert(custom, Needs)
     except msgspec.ValidationError as error:
@@ -51,7 +51,7 @@ def why_not(custom: dict[str, Any], length: int, here: Here) -> str:
         or _agent(needs, here)
         or _runtime(needs, here)
         or _memory(needs, here)
-        or _disk(needs, length, here)
+        or _disk(missing + max(needs.unpacked, length) + RESERVE, here)
     )
 
 
@@ -86,11 +86,10 @@ def _memory(needs: Needs, here: Here) -> str:
     return f"it needs {_mib(needs.memory)} of memory, {_mib(here.memory)} are free here"
 
 
-def _disk(needs: Needs, length: int, here: Here) -> str:
-    wanted = length + needs.unpacked + RESERVE
+def _disk(wanted: int, here: Here) -> str:
     if wanted <= here.disk:
         return ""
-    return f"it needs {_mib(wanted)} of disk, with what must stay free; {_mib(here.disk)} are free here"
+    return f"it needs {_mib(wanted)} of disk to arrive and unpack and leave a reserve; {_mib(here.disk)} are free here"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from typing import Any, cast
 import msgspec
 from tuf.api.exceptions import DownloadError, DownloadHTTPError, RepositoryError
 from tuf.api.metadata import Root, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 
@@ -74,8 +75,9 @@ class Repository:
         return {ROOT: self._floor(ROOT, ROOT)}
 
     def seen(self) -> dict[str, Floor]:
-        """The floors of all roles that were verified."""
-        return {role: self._floor(delegator, role) for delegator, role in self._trusted._trusted_delegations}
+        """The floors of all roles that were verified, in the order in which they are."""
+        found = {role: delegator for delegator, role in self._trusted._trusted_delegations}
+        return {role: self._floor(delegator, role) for role, delegator in sorted(found.items(), key=_order)}
 
     def expires_s(self) -> float:
         """When the first of the roles that are no bundle's expires, epoch s."""
@@ -137,6 +139,11 @@ class _Fetcher(FetcherInterface):
             raise DownloadHTTPError(missing.detail, 404) from missing
 
 
+def _order(delegated: tuple[str, str]) -> tuple[int, str]:
+    role, _ = delegated
+    return _TOP.index(role) if role in _TOP else len(_TOP), role
+
+
 def _custom(found: TargetFile) -> dict[str, Any]:
     """Member `outstation` of what the publisher says beside the hash. Raises FetchFailed."""
     said = (found.custom or {}).get("outstation", {})
@@ -167,7 +174,8 @@ def _translated() -> Iterator[None]:
     except (DownloadError, RepositoryError) as error:
         if isinstance(error.__cause__, FetchFailed):
             raise error.__cause__ from None
-        raise FetchFailed(type(error).__name__, str(error)[:500] or "the metadata do not verify") from error
+        name = "RepositoryError" if isinstance(error, DeserializationError) else type(error).__name__
+        raise FetchFailed(name, str(error)[:500] or "the metadata do not verify") from error
     except _MALFORMED as error:
         said = f"metadata that cannot be read: {type(error).__name__}: {str(error)[:300]}"
         raise FetchFailed("RepositoryError", said) from error
