@@ -120,7 +120,7 @@ def _exercise() -> Scenario:
             Fate(faults=(Fault(kind="stuck", fields=["wy"], from_row=begin, amount=0.25),)),
         ),
         # A gyroscope set to another range than the reader thinks.
-        worse=Fate(faults=(Fault(kind="gain", fields=["wx", "wy", "wz"], from_row=1, amount=3.0),)),
+        worse=Fate(faults=(Fault(kind="gain", fields=["wx", "wy", "wz"], from_row=1, amount=4.0),)),
     )
 
 

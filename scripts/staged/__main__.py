@@ -20,6 +20,8 @@ from scripts.staged.trials import TRIALS, Trial
 
 # Of one trial; a fleet of fifty takes a minute to start on two cores.
 _LONGEST_S, _STARTS_S = 300.0, 300.0
+# Of the recordings: ten windows a second, so that a minute shows enough different ones to decide by.
+_SPEED = 20
 
 
 @click.command()
@@ -57,7 +59,15 @@ def run(trial: Trial, devices: int, seed: int) -> dict[str, Any]:
         plan = folder / "rollout.toml"
         plan.write_text(trial.plan(trial.bundle, devices), encoding="utf-8")
         hard = max(1, devices // trial.hard)
-        counts = {"devices": devices, "seed": seed, "worse": trial.worse, "away": hard, "cut": hard, "slow": hard}
+        counts = {
+            "devices": devices,
+            "seed": seed,
+            "speed": _SPEED,
+            "worse": trial.worse,
+            "away": hard,
+            "cut": hard,
+            "slow": hard,
+        }
         options = [word for option, value in counts.items() for word in (f"--{option}", str(value))]
         command = [sys.executable, "-m", "agent", "fleet", "simulate", "--rollout", str(plan), "--json", *options]
         command += ["--publisher", key.public.text, "--duration", str(_LONGEST_S), "--dir", str(folder / "fleet")]

@@ -13,9 +13,8 @@ Where = Literal["finished", "shadow", "canary"]
 # First the answers only, then the time too: a slow model is right, and is found out where it has work to do.
 _SHADOW = 'strategy = "shadow"\npercent = {shadow}\n'
 _CANARY = 'strategy = "canary"\npercent = {canary}\nslower = 10.0\n'
-_WIDER = 'strategy = "canary"\npercent = {wider}\nslower = 10.0\n'
 _ALL = 'strategy = "all"\nslower = 10.0\n'
-STAGED = (_SHADOW, _CANARY, _WIDER, _ALL)
+STAGED = (_SHADOW, _CANARY, _ALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +41,17 @@ class Trial:
         steps = "".join(f"\n[[steps]]\n{step.format(**shares)}" for step in self.steps)
         return (
             f'[rollout]\nname = "{self.name}"\ntask = "exercise"\npath = "{path}"\nto = "all"\n'
-            "\n[promote]\ndevices = 2\nbatches = 8\nhours = 0.002\nagreement = 0.6\nfailed = 0.2\n"
-            # A machine that is shared with others is late; a batch takes milliseconds.
-            "\n[device]\nbatches = 10\nhours = 0.002\nagreement = 0.7\nslower = 10.0\nbatch_s = 10.0\n"
-            f"hold_hours = 24.0\n{steps}"
+            "\n[promote]\ndevices = 2\nbatches = 10\nhours = 0.002\nagreement = 0.65\nfailed = 0.3\n"
+            # A machine that is shared with others is late; a batch takes milliseconds. What is expected without labels
+            # is not asked: nobody calibrated these candidates.
+            "\n[device]\nbatches = 24\nhours = 0.002\nagreement = 0.75\nslower = 10.0\nbatch_s = 10.0\n"
+            f"accuracy_drop = 0.5\nhold_hours = 24.0\n{steps}"
         )
 
 
 def _shares(devices: int) -> dict[str, float]:
     few = devices < 20
-    return {"shadow": 60.0 if few else 20.0, "canary": 60.0 if few else 20.0, "wider": 80.0 if few else 50.0}
+    return {"shadow": 60.0 if few else 20.0, "canary": 60.0 if few else 20.0}
 
 
 TRIALS = (
