@@ -19,6 +19,7 @@ from agent.device.storage.rows import Rows
 from agent.device.updates.standing import Standing, standing
 from agent.link import Delivery
 from agent.model import bundle, golden, runtime
+from agent.model.apart import Apart
 from agent.wire import jws
 from agent.wire.messages import encode
 from tests.bundles import change_manifest, model, readings
@@ -82,11 +83,18 @@ class Site(Device):
 
     def stop(self) -> None:
         """As a process that was killed: nothing is written any more."""
-        self.daemon._updating.close()
+        self.end_processes()
         self.store.close()
 
+    def end_processes(self) -> None:
+        """As their parent's death does."""
+        for live in self.daemon._updating.rollouts._live.values():
+            live.supply.drop()
+            if live.trial is not None and isinstance(live.trial.candidate.model, Apart):
+                live.trial.candidate.model.close()
+
     def crash(self, configured: str | None = None) -> None:
-        self.daemon._updating.close()
+        self.end_processes()
         super().crash(configured)
 
     def wanted(self, text: str, strategy: str, rollout: str = "", **more: Any) -> dict[str, Any]:
@@ -115,6 +123,12 @@ class Site(Device):
             assert time.monotonic() < end, f"not within {within_s:g} s: {what}; it stands {self.standing}"
             self.tick()
             time.sleep(0.01)
+
+    def is_beside(self) -> bool:
+        """Whether a candidate has started, in shadow."""
+        trial = self.daemon._updating.rollouts._live["sort"].trial
+        model = None if trial is None else trial.candidate.model
+        return isinstance(model, Apart) and model.ready()
 
     def until_phase(self, phase: str) -> None:
         self.until(lambda: self.phase == phase, phase)

@@ -74,7 +74,7 @@ class Pair:
         """Feed, run, commit, offer, and hear; what the task answered."""
         looked = self.looked = []
         self.device.feed(values)
-        self.device.task.beside = Looking(looked)
+        self.device.task.trying = Looking(looked)
         self.device.run()
         for taken, answers in looked:
             self.beside.offer(self.device.store, taken, answers)
@@ -96,12 +96,12 @@ class Looking:
     def __init__(self, looked: list[tuple[Any, Answers]]) -> None:
         self._looked = looked
 
-    def look(self, task: Task, store: Any, taken: Any, answers: Answers) -> None:
+    def look(self, task: Task, answers: Answers) -> None: ...
+
+    def write(self, tx: Any) -> None: ...
+
+    def committed(self, task: Task, store: Any, taken: Any, answers: Answers) -> None:
         self._looked.append((taken, answers))
-
-    def write(self, tx: Any, author: Any, now: Now) -> None: ...
-
-    def committed(self) -> None: ...
 
 
 Make = Callable[..., Pair]
@@ -458,7 +458,7 @@ def test_a_model_that_dies_while_it_serves_leaves_nothing_and_the_one_before_run
 
 def test_what_a_model_apart_answers_is_what_it_answers_here(make: Make, active: Callable[[Recipe], Active]) -> None:
     pair = make(named(active(CLASSIFY).bundle, "c"))
-    pair.device.task = replace(pair.task, beside=None)
+    pair.device.task = replace(pair.task, trying=None)
     pair.device.feed(CALM)
     pair.device.run_all()
     here = active(CLASSIFY).model.invoke(CALM).argmax(axis=1)

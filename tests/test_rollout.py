@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_a_good_bundle_goes_from_shadow_to_probation_to_settled_and_stays_over_r
     assert site.model_alerts() == []
 
 
-def on_probation(site: Site, text: str = "2", **more: object) -> Site:
+def on_probation(site: Site, text: str = "2", **more: Any) -> Site:
     assert site.batch() == "1"
     site.desire(text, "all", **more)
     site.until_phase("probation")
@@ -76,10 +77,10 @@ def test_a_shadow_that_is_no_longer_chosen_ends(site: Site) -> None:
     site.desire("2", "shadow")
     site.until_phase("shadow")
     task = site.daemon._planned[0].task
-    site.until(lambda: task.beside is not None, "it answers beside")
+    site.until(lambda: task.trying is not None, "it answers beside")
     site.desire("2", "shadow", percent=0.0)
     assert site.phase == "not chosen"
-    assert task.beside is None
+    assert task.trying is None
     assert site.daemon._updating.rollouts._live["sort"].trial is None
 
 
@@ -88,6 +89,45 @@ def test_what_nobody_mentions_any_more_goes_on(site: Site) -> None:
     site.desire_tasks({})
     site.crash()
     assert (site.phase, site.batch()) == ("settled", "2")
+
+
+def shadows(site: Site) -> list[dict[str, Any]]:
+    return [body for body in site.messages() if body["kind"] == "shadow"]
+
+
+def test_a_shadow_answers_the_same_windows_publishes_no_result_and_tells_how_they_agree(site: Site) -> None:
+    site.desire("2", "shadow")
+    site.until_phase("shadow")
+    site.until(site.is_beside, "it answers beside")
+    for _ in range(3):
+        assert site.batch() == "1"
+        site.until(lambda: len(shadows(site)) >= len(site.results()), "it was told")
+    [first, *_] = shadows(site)
+    assert (first["rollout"], first["model"]["version"], first["beside"]["version"]) == ("r-2", "1", "2")
+    assert sum(one["n"] for one in shadows(site)) == sum(one["same"] for one in shadows(site)) == 3 * 40
+    assert tiles(site.answered(), 3 * 40)
+
+
+def test_a_shadow_that_crashes_is_refused_and_no_batch_waits_for_it(site: Site) -> None:
+    site.desire("crash", "shadow")
+    site.until_phase("shadow")
+    site.until(site.is_beside, "it answers beside")
+    assert site.batch(wild=True) == "1"
+    site.until_phase("refused")
+    assert site.reason == "errors"
+    assert site.standing is not None
+    assert "crashed" in site.standing.why
+    assert site.batch() == "1"
+    assert site.daemon._planned[0].task.trying is None
+
+
+def test_on_probation_the_one_before_answers_beside_and_the_comparison_is_told(site: Site) -> None:
+    settled(site)
+    told = shadows(site)
+    assert {(one["model"]["version"], one["beside"]["version"]) for one in told} == {("2", "1")}
+    assert sum(one["n"] for one in told) == 3 * 40
+    assert site.standing is not None
+    assert site.standing.numbers["batches"] == 3
 
 
 # --- what speaks against a bundle ---

@@ -19,6 +19,7 @@ from agent.device.storage.store import Store
 from agent.device.updates.desired import Desires
 from agent.device.updates.fetching import Fetcher
 from agent.device.updates.rollout import Rollouts
+from agent.device.updates.serving import Serving
 from agent.device.updates.supply import Supply
 from agent.device.updates.updating import Updating
 from agent.model import activate
@@ -88,7 +89,7 @@ def updating(
         return choices.known(store, task)
 
     supplies = {name: Supply(conf, trusted, fetcher, fits, known, wake) for name in conf.tasks}
-    plan = partial(planned, str(file), conf, store)
-    rollouts = Rollouts(conf, store, author, desires, machine, made, supplies, plan)
+    serving = Serving(store, author, machine, made, partial(planned, str(file), conf, store))
+    rollouts = Rollouts(conf, store, author, desires, serving, supplies)
     desires.changed = wake
     return Updating(rollouts, supplies, fetcher)

@@ -43,17 +43,17 @@ _RESULT_BYTES, _COLUMN_BYTES, _DRIFT_BYTES, _FIELD_BYTES = 200, 40, 2_000, 1_000
 _MOST_SECONDS = 5.0
 
 
-class Beside(Protocol):
-    """Another bundle for the task, that is looked at with each batch and of which nothing is published."""
+class Trying(Protocol):
+    """Another bundle is tried with the task's batches; called by each of them."""
 
-    def look(self, task: Task, store: Store, batch: Batch, answers: Answers) -> None:
-        """Before the commit of what `task` answered. Raises nothing for what the other bundle does."""
+    def look(self, task: Task, answers: Answers) -> None:
+        """Before the commit of what `task` answered."""
 
-    def write(self, tx: Transaction, author: Author, now: Now) -> None:
+    def write(self, tx: Transaction) -> None:
         """In that commit."""
 
-    def committed(self) -> None:
-        """After it."""
+    def committed(self, task: Task, store: Store, batch: Batch, answers: Answers) -> None:
+        """After it. Raises StorageError, and nothing for what the other bundle does."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Task:
     choice: Choice | None = None
     running: Callable[[], AbstractContextManager[object]] = nullcontext
     suspected: bool = False
-    beside: Beside | None = None
+    trying: Trying | None = None
     columns: list[int] = field(init=False)
     inference: Inference = field(init=False)
     last_label: str = ""
@@ -172,8 +172,8 @@ def _run(task: Task, store: Store, author: Author, now: Now, most: int) -> Done 
             return None
         cut = Cut(cut.starts, len(batch.rows))
     matrix, answers = _answer(task, store, batch, cut)
-    if task.beside is not None:
-        task.beside.look(task, store, batch, answers)
+    if task.trying is not None:
+        task.trying.look(task, answers)
     judged = _judge(task, store, batch, matrix, answers)
     given = _given(task, store, batch, answers)
     names = scores.texts(answers.scores, task.bundle.manifest)
@@ -192,13 +192,13 @@ def _run(task: Task, store: Store, author: Author, now: Now, most: int) -> Done 
         tx.count(f"windows.{task.name}", len(cut.starts))
         if task.suspected:
             tx.drop(task.name, overrides.CRASHES)
-        if task.beside is not None:
-            task.beside.write(tx, author, now)
-    if task.beside is not None:
-        task.beside.committed()
+        if task.trying is not None:
+            task.trying.write(tx)
     task.drift, task.ended, task.suspected = judged.state, None, False
     if names:
         task.last_label = names[-1]
+    if task.trying is not None:
+        task.trying.committed(task, store, batch, answers)
     return Done(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))
 
 

@@ -301,10 +301,10 @@ class Daemon:
 
     def _shut_down(self) -> None:
         self._intake.stop()
-        self._updating.close()
         if isinstance(self.signals.failure, StorageError):
             self._uplink.stop(0.0)
             return
+        self._updating.stop(self._now())
         self._reports.health()
         self._reports.event("stopped", "The agent was stopped.")
         if self._operations.wiping:

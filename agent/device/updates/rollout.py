@@ -8,10 +8,8 @@ one commit with the message that says so; the task's cursor knows nothing of bun
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from dataclasses import replace as changed
-from typing import Protocol
 
 from msgspec.structs import replace
 
@@ -23,7 +21,6 @@ from agent.device.author import Author
 from agent.device.batch import Task
 from agent.device.operating import kept, overrides
 from agent.device.operating.control import Deed
-from agent.device.operating.machine import Machine, Planned
 from agent.device.storage import retention
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
@@ -31,47 +28,18 @@ from agent.device.updates import standing as standings
 from agent.device.updates import steps, watching
 from agent.device.updates.decide import Facts, Finding, aim, decide
 from agent.device.updates.desired import Desires
+from agent.device.updates.serving import Live, Serving
 from agent.device.updates.standing import Held, Standing
 from agent.device.updates.supply import Sought, Supply
-from agent.device.updates.trial import Trial
 from agent.errors import BadBundle, ConfigError, ModelDied, StorageBusy, StorageFull
 from agent.model.activate import Proved
-from agent.wire.desired import Rules, Wanted
+from agent.wire.desired import Wanted
 
 log = logging.getLogger("outstation.updates")
 
 _EVERY_S = 1.0
 # Two are the most that a change of mind takes; the rest is for safety.
 _MOST_STEPS = 6
-
-
-class Makes(Protocol):
-    """A bundle that proved itself, as a task of this device."""
-
-    def here(self, name: str, proved: Proved) -> Task:
-        """Loaded into this process. Raises BadBundle, ConfigError."""
-        ...
-
-    def apart(self, name: str, proved: Proved, rules: Rules) -> Task:
-        """In a process of its own, within the time that the rules allow. Raises BadBundle, ConfigError."""
-        ...
-
-    def end(self, task: Task) -> None:
-        """End a process of its own, if it has one."""
-        ...
-
-
-@dataclass
-class _Live:
-    """A task's roll-out in memory. `trial` runs while a bundle is tried, `proof` is of the bundle it is about."""
-
-    supply: Supply
-    standing: Standing | None
-    held: dict[str, Held]
-    configured: str
-    trial: Trial | None = None
-    proof: Proved | None = None
-    unfit: Finding | None = None
 
 
 class Rollouts:
@@ -83,15 +51,14 @@ class Rollouts:
         store: Store,
         author: Author,
         desires: Desires,
-        machine: Machine,
-        makes: Makes,
+        serving: Serving,
         supplies: Mapping[str, Supply],
-        plan: Callable[[Task], Planned],
     ) -> None:
         self._conf, self._store, self._author, self._desires = conf, store, author, desires
-        self._machine, self._makes, self._plan = machine, makes, plan
+        self._serving = serving
         self._live = {
-            name: _Live(
+            name: Live(
+                name,
                 supplies[name],
                 standings.standing(store, name),
                 standings.held(store, name),
@@ -138,10 +105,9 @@ class Rollouts:
         log.error("task %s: the bundle on probation: %s", name, died)
         self._go_on(name, now)
         if live.trial is None:
-            planned = self._machine.find(name)
-            return None if planned is None else planned.task
+            return self._serving.task(name)
         # It may fail now and then: the one before answers for once, and learns nothing from what it sees in between.
-        return None if trial.steady is None else changed(trial.steady, judge=None, drift=None, beside=trial)
+        return None if trial.steady is None else changed(trial.steady, judge=None, drift=None, trying=trial)
 
     def taken_back(self, name: str, now: Now) -> Deed | None:
         """What an operator's `rollback` comes to while a bundle is on probation; None while none is."""
@@ -160,7 +126,7 @@ class Rollouts:
             held.append(self._write(tx, name, live, old, new, None, now))
 
         def then() -> None:
-            self._after(name, live, old, new, None)
+            self._after(live, old, new, None, now)
             self._note_held(live, new, held[-1])
 
         return Deed(summary, data, write, then)
@@ -168,23 +134,19 @@ class Rollouts:
     def left(self, tx: Transaction, name: str, now: Now) -> None:
         """In the commit of an operator's `rollback` from the bundle of a roll-out that had settled."""
         live = self._live[name]
-        planned = self._machine.find(name)
         old = live.standing
-        if old is None or old.phase != "settled" or planned is None:
-            return
-        if planned.task.bundle.digest == old.wanted.digest:
+        if old is not None and old.phase == "settled" and self._serving.runs(live) == old.wanted.digest:
             new = self._by_operator(old, now)
             held = steps.write(tx, self._author, name, old, new, now)
             # Should the commit fail, it is found in the store with the next start; until then nothing is tried.
             live.standing = new
             self._note_held(live, new, held)
 
-    def close(self) -> None:
-        """The daemon stops: end what runs apart."""
+    def stop(self, now: Now) -> None:
+        """The daemon stops: tell what was compared, and end what runs apart."""
         for live in self._live.values():
             live.supply.drop()
-            if live.trial is not None:
-                self._makes.end(live.trial.candidate)
+            self._serving.end(live, now)
 
     # --- one task ---
 
@@ -197,12 +159,13 @@ class Rollouts:
                 if new is live.standing or new is None or not self._step(name, live, new, now):
                     break
                 wrote = True
-            self._keep_up(name, live)
+            self._serving.keep_up(live, now)
+            wrote |= live.trial is not None and live.trial.turn(self._store, self._author, now)
         except (StorageFull, StorageBusy) as problem:
             log.error("task %s: %s; its roll-out goes on when there is room", name, problem)
         return wrote
 
-    def _facts(self, name: str, live: _Live, now: Now) -> Facts:
+    def _facts(self, name: str, live: Live, now: Now) -> Facts:
         wanted, old, at_s = self._desires.wanted(name), live.standing, self._uptime_s(now)
         about = wanted if wanted is not None or old is None else old.wanted
         held = live.held.get(about.digest) if about else None
@@ -210,7 +173,7 @@ class Rollouts:
         facts = Facts(
             device=self._author.device,
             wanted=wanted,
-            runs=self._runs(name, live),
+            runs=self._serving.runs(live),
             configured=live.configured,
             now=clock.rfc3339(now.wall_us),
             now_s=at_s,
@@ -224,7 +187,7 @@ class Rollouts:
             facts = changed(facts, against=live.trial.against(), enough=live.trial.enough(hours))
         return changed(facts, proof=self._proof(name, live, facts, past, now))
 
-    def _proof(self, name: str, live: _Live, facts: Facts, past: kept.History | None, now: Now) -> Finding | None:
+    def _proof(self, name: str, live: Live, facts: Facts, past: kept.History | None, now: Now) -> Finding | None:
         """Whether the bundle that the next step needs is here and proved; goes on with that."""
         digest, old = aim(live.standing, facts), live.standing
         if not digest or old is None:
@@ -243,7 +206,7 @@ class Rollouts:
             return Finding("", _proved_by(found))
         return found
 
-    def _step(self, name: str, live: _Live, new: Standing, now: Now) -> bool:
+    def _step(self, name: str, live: Live, new: Standing, now: Now) -> bool:
         """Commit one step; False where it cannot be taken after all."""
         old = live.standing
         try:
@@ -259,31 +222,31 @@ class Rollouts:
             with self._store.alone():
                 with self._store.transaction(vital=vital) as tx:
                     held = self._write(tx, name, live, old, new, made, now)
-                self._after(name, live, old, new, made)
+                self._after(live, old, new, made, now)
         except BaseException:
             if made is not None and (live.trial is None or live.trial.candidate is not made):
-                self._makes.end(made)
+                self._serving.makes.end(made)
             raise
         self._note_held(live, new, held)
         log.info("%s", steps.sentence(name, new))
         return True
 
-    def _made(self, name: str, live: _Live, old: Standing | None, new: Standing) -> Task | None:
+    def _made(self, name: str, live: Live, old: Standing | None, new: Standing) -> Task | None:
         """The task that answers after this step, where that is another one that has to be loaded first."""
         was = old.phase if old else ""
         if new.phase == "probation" and was != "probation":
             if live.trial is not None:
                 return live.trial.candidate
             assert live.proof is not None
-            return self._makes.apart(name, live.proof, new.wanted.rules)
+            return self._serving.makes.apart(name, live.proof, new.wanted.rules)
         stays = new.phase == "settled" and was == "probation" and live.trial is not None
         returns = new.phase == "withdrawn" and was == "settled"
         if (stays or returns) and live.proof is not None:
-            return self._makes.here(name, live.proof)
+            return self._serving.makes.here(name, live.proof)
         return None
 
     def _write(
-        self, tx: Transaction, name: str, live: _Live, old: Standing | None, new: Standing, made: Task | None, now: Now
+        self, tx: Transaction, name: str, live: Live, old: Standing | None, new: Standing, made: Task | None, now: Now
     ) -> Held | None:
         held = steps.write(tx, self._author, name, old, new, now)
         was, past = (old.phase if old else ""), kept.history(self._store, name)
@@ -298,113 +261,32 @@ class Rollouts:
             steps.go_back(tx, self._author, name, made.bundle, past, live.configured, now)
         return held
 
-    def _end_probation(self, tx: Transaction, name: str, live: _Live, old: Standing, new: Standing, now: Now) -> None:
+    def _end_probation(self, tx: Transaction, name: str, live: Live, old: Standing, new: Standing, now: Now) -> None:
         trial = live.trial
         # Where it did not even start again, what is loaded already is what ran before.
-        steady = self._planned_task(name) if trial is None else trial.steady
+        steady = self._serving.task(name) if trial is None else trial.steady
         steps.end_probation(tx, self._author, name, old, steady.bundle if steady else None, new.phase, now)
         if trial is not None and steady is not None and steady.judge is not None and steady.drift is not None:
             on = watching.numbered_on(steady.drift, trial.candidate.drift)
             drifting.keep(tx, name, steady.judge, on, steady.drift)
 
-    def _after(self, name: str, live: _Live, old: Standing | None, new: Standing, made: Task | None) -> None:
+    def _after(self, live: Live, old: Standing | None, new: Standing, made: Task | None, now: Now) -> None:
         """The memory follows what was committed."""
         was = old.phase if old else ""
         live.standing, live.unfit = new, None
-        trial = live.trial
         if new.phase == "probation" and was != "probation":
             assert made is not None
-            self._serve(name, live, made, new)
+            self._serving.begin(live, made, now)
         elif was == "probation" and new.phase != "probation":
-            self._stand_in(name, live, made if new.phase == "settled" else None)
+            self._serving.stand_in(live, made if new.phase == "settled" else None, now)
         elif was == "settled" and made is not None:
-            self._exchange(name, made)
-        elif trial is not None and new.phase not in ("shadow", "probation"):
-            self._end_trial(name, live)
+            self._serving.exchange(live.name, made)
+        elif new.phase not in ("shadow", "probation"):
+            self._serving.end(live, now)
         if new.phase not in ("fetching", "shadow", "probation"):
             kept.prune(self._store, self._conf.tasks, self._conf.data_dir)
 
-    # --- who answers ---
-
-    def _keep_up(self, name: str, live: _Live) -> None:
-        """What should run by how the task stands and does not yet, as after a start."""
-        one = live.standing
-        if one is None or one.phase not in ("shadow", "probation"):
-            return
-        try:
-            if live.trial is None and live.proof is not None:
-                candidate = self._makes.apart(name, live.proof, one.wanted.rules)
-                if one.phase == "probation":
-                    self._serve(name, live, candidate, one, resumed=True)
-                else:
-                    live.trial = Trial(candidate, self._planned_task(name), one, self._store)
-        except (BadBundle, ConfigError) as problem:
-            live.unfit = Finding("crash", f"it could not be started: {problem}")
-            self.stirred = True
-            return
-        trial, task = live.trial, self._planned_task(name)
-        if trial is not None and one.phase == "shadow" and task is not None and task.beside is not trial:
-            # After another bundle came to run: commands, or a config.
-            trial.steady, task.beside = task, trial
-        if trial is not None:
-            trial.rules = one.wanted.rules
-
-    def _serve(self, name: str, live: _Live, candidate: Task, one: Standing, *, resumed: bool = False) -> None:
-        steady = self._planned_task(name)
-        if live.trial is not None and steady is not None:
-            steady.beside = None
-        if candidate.judge is not None and candidate.drift is not None and not resumed:
-            fresh = candidate.judge.start()
-            candidate.drift = watching.numbered_on(fresh, steady.drift if steady else None)
-            candidate.ended = None
-        live.trial = Trial(candidate, steady, one, self._store)
-        candidate.beside = live.trial
-        self._exchange(name, candidate)
-
-    def _stand_in(self, name: str, live: _Live, made: Task | None) -> None:
-        """After probation: the bundle itself, loaded here, or the one before."""
-        trial, live.trial = live.trial, None
-        if trial is None:
-            return
-        if made is not None:
-            made.drift, made.ended, made.last_label = trial.candidate.drift, None, trial.candidate.last_label
-        elif trial.steady is not None and trial.steady.drift is not None:
-            trial.steady.drift = watching.numbered_on(trial.steady.drift, trial.candidate.drift)
-        after = made or trial.steady
-        if after is not None:
-            after.beside = None
-        if live.standing is not None and live.standing.phase == "shadow" and trial.steady is not None:
-            live.trial = Trial(trial.candidate, trial.steady, live.standing, self._store)
-            trial.candidate.beside, trial.steady.beside = None, live.trial
-        else:
-            self._makes.end(trial.candidate)
-        self._exchange(name, after)
-
-    def _end_trial(self, name: str, live: _Live) -> None:
-        trial, live.trial = live.trial, None
-        task = self._planned_task(name)
-        if task is not None:
-            task.beside = None
-        if trial is not None:
-            self._makes.end(trial.candidate)
-
-    def _exchange(self, name: str, task: Task | None) -> None:
-        if task is None:
-            self._machine.remove(name)
-        else:
-            self._machine.exchange(task, self._plan)
-
     # --- what there is ---
-
-    def _runs(self, name: str, live: _Live) -> str:
-        task = self._planned_task(name)
-        if live.trial is not None and live.trial.serves:
-            task = live.trial.steady
-        return "" if task is None else task.bundle.digest
-
-    def _planned_task(self, name: str) -> Task | None:
-        planned = self._machine.find(name)
-        return None if planned is None else planned.task
 
     def _before(self, name: str, past: kept.History | None) -> str:
         before = past.before if past is not None else None
@@ -427,16 +309,16 @@ class Rollouts:
         return retention.uptime_s(self._store.meta(retention.UPTIME, ""), self._store.boot, now)
 
     @staticmethod
-    def _note_held(live: _Live, new: Standing, held: Held | None) -> None:
+    def _note_held(live: Live, new: Standing, held: Held | None) -> None:
         if held is not None:
             live.held[new.wanted.digest] = held
 
     @staticmethod
-    def _is_under_way(live: _Live) -> bool:
+    def _is_under_way(live: Live) -> bool:
         return _phase(live) in ("fetching", "shadow", "probation", "refused")
 
 
-def _phase(live: _Live) -> str:
+def _phase(live: Live) -> str:
     return "" if live.standing is None else live.standing.phase
 
 

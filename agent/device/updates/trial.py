@@ -1,24 +1,29 @@
 """A bundle that is tried, beside the one that runs or in its place: how far it got, and what speaks against it.
 
-What it did is counted in the commit of each batch, so that neither a restart nor a crash forgets it or counts twice.
+Batches are counted in the commit of each, so that neither a restart nor a crash forgets one or counts it twice. What
+the two bundles said of the same windows is compared, and told, by `beside`.
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import msgspec
 
 from agent.clock import Now
 from agent.device.author import Author
 from agent.device.batch import Task
+from agent.device.beside import PATIENCE_S, Beside
 from agent.device.storage.store import Batch, Store
 from agent.device.storage.transaction import Transaction
 from agent.device.updates.decide import Finding
 from agent.device.updates.standing import Reason, Standing
 from agent.drift.state import State
 from agent.errors import ModelDied
+from agent.model.apart import Apart
 from agent.model.inference import Answers
+from agent.rivals import verdict
 from agent.wire.desired import Rules
 
 PROGRESS = "rollout progress"
@@ -41,7 +46,7 @@ class Progress(msgspec.Struct, frozen=True):
 class Trial:
     """Of `candidate`, as its task stands. `serves`: its answers are the task's results; else nothing of it counts.
 
-    `steady` runs otherwise, None where nothing does. Hung on to the task that serves, as `Task.beside`.
+    `steady` runs otherwise, None where nothing does. Hung on to the task that serves, as `Task.trying`.
     """
 
     def __init__(self, candidate: Task, steady: Task | None, one: Standing, store: Store) -> None:
@@ -50,9 +55,13 @@ class Trial:
         self.progress = _restored(store, candidate.name, one)
         self._coming = self.progress
         self._against: Finding | None = None
+        self._judged: list[verdict.Finding] = []
+        self._rollout = one.wanted.rollout
+        self._beside = self._compare(store)
+        self._judge()
 
-    def look(self, task: Task, store: Store, batch: Batch, answers: Answers) -> None:
-        """What `task`, the one that serves, answered of a batch that is about to be committed."""
+    def look(self, task: Task, answers: Answers) -> None:
+        """What `task` answered of a batch that is about to be committed."""
         if self.serves and task is not self.candidate:
             # It failed in this batch, which is counted already.
             self._coming = self.progress
@@ -73,12 +82,36 @@ class Trial:
             why = f"{share}, {self.rules.errors:.1%} may: {died.sentence}"
             self._against = Finding("errors", why, self._numbers())
 
-    def write(self, tx: Transaction, author: Author, now: Now) -> None:
+    def write(self, tx: Transaction) -> None:
         """In the commit of the batch that was looked at."""
         tx.keep(self.candidate.name, PROGRESS, msgspec.json.encode(self._coming))
 
-    def committed(self) -> None:
+    def committed(self, task: Task, store: Store, batch: Batch, answers: Answers) -> None:
+        """The other of the two is asked about the same rows."""
         self.progress = self._coming
+        if self._beside is not None and self._beside.task is task:
+            self._beside.offer(store, batch, answers)
+
+    def turn(self, store: Store, author: Author, now: Now) -> bool:
+        """Tell what was compared, where it is time to; whether a message was written. Raises StorageError."""
+        if self._beside is None or not self._beside.turn(store, author, now):
+            return False
+        self._judge()
+        return True
+
+    def finish(self, store: Store, author: Author, now: Now) -> None:
+        """Tell the rest, and wait for no answer any more. Raises StorageError."""
+        if self._beside is not None:
+            answered = self._beside.listen(PATIENCE_S)
+            self._beside.finish(store, author, now)
+            if not answered and isinstance(self.candidate.model, Apart):
+                # It is still at work on a question; it starts anew with the next.
+                self.candidate.model.close()
+
+    def stand_beside(self, steady: Task, store: Store) -> None:
+        """Another bundle runs now, and the candidate answers beside that."""
+        self.steady = steady
+        self._beside = self._compare(store)
 
     def against(self) -> Finding | None:
         """What was found so far, if it is enough to take the bundle back."""
@@ -92,10 +125,27 @@ class Trial:
         rules, count = self.rules, self.progress.batches
         if count < rules.batches or hours < rules.hours:
             return None
-        why = (
-            f"{count} batches in {hours:.2f} h and nothing against it ({rules.batches} in {rules.hours:g} h were asked)"
-        )
-        return Finding("", why, {**self._numbers(), "hours": round(hours, 3)})
+        asked = f"{rules.batches} in {rules.hours:g} h were asked"
+        why = f"{count} batches in {hours:.2f} h ({asked}), and nothing against it. {self._said()}"
+        return Finding("", why.strip(), {**self._numbers(), "hours": round(hours, 3)})
+
+    def _compare(self, store: Store) -> Beside | None:
+        if self.steady is None:
+            return None
+        pair = (self.candidate, self.steady) if self.serves else (self.steady, self.candidate)
+        return Beside(*pair, self._rollout, store, self.rules.batches)
+
+    def _judge(self) -> None:
+        """By intervals over all that was told. A shadow serves nobody: the fleet says what becomes of one that runs."""
+        if self._beside is None:
+            return
+        self._judged = verdict.judge(self.rules, self._beside.blocks, new_is_beside=not self.serves)
+        bad = [one for one in self._judged if one.state == "bad" and (self.serves or one.rule == verdict.ERRORS)]
+        if bad and self._against is None:
+            self._against = Finding(cast(Reason, bad[0].rule), bad[0].summary, {**self._numbers(), **bad[0].numbers})
+
+    def _said(self) -> str:
+        return " ".join(one.summary for one in self._judged if one.state == "good")
 
     def _time(self, seconds: float) -> None:
         if seconds > self.rules.batch_s:
@@ -105,7 +155,8 @@ class Trial:
             self._against = self._against or Finding(reason, why, numbers)
 
     def _numbers(self) -> dict[str, object]:
-        return {"batches": self.progress.batches, "errors": self.progress.errors}
+        known = {one.rule: one.numbers["value"] for one in self._judged if "value" in one.numbers}
+        return {**known, "batches": self.progress.batches, "errors": self.progress.errors}
 
 
 def _restored(store: Store, task: str, one: Standing) -> Progress:

@@ -55,9 +55,9 @@ class Updating:
         found = None if self._fetcher is None else self._fetcher.report(now)
         return {} if found is None else {"updates": found}
 
-    def close(self) -> None:
-        """The daemon stops."""
-        self.rollouts.close()
+    def stop(self, now: Now) -> None:
+        """The daemon stops. Raises StorageError."""
+        self.rollouts.stop(now)
         if self._fetcher is not None:
             self._fetcher.close()
 
