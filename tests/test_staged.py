@@ -96,6 +96,5 @@ def test_every_candidate_is_signed_and_passes_its_golden_vectors(tmp_path: Path)
         found = bundle.read(candidates.make(name, tmp_path, key), [key.public])
         probe.probe(found).require()
         versions.add(found.manifest.version)
-        assert len(found.model) < 140_000
     assert len(versions) == len(candidates.TRAINED) + len(candidates.RIGGED)
     assert {trial.bundle for trial in TRIALS} <= {*candidates.TRAINED, *candidates.RIGGED}

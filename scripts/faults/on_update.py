@@ -14,7 +14,7 @@ from random import Random
 
 import psutil
 
-from scripts.faults import fault
+from scripts.faults import Injection, fault
 from scripts.faults.clock import Clock, no_clock
 from scripts.faults.disk import Card, no_card, on_card
 from scripts.faults.on_clock import on_clock
@@ -64,6 +64,22 @@ _STEPS = (
 _PHASES = {"shadow": "the bundle answers beside the one that runs", "probation": "the bundle is on probation"}
 
 
+def _update(
+    name: str, means: str, sees: str, setting: Setting = _UPDATES, missing: Callable[[], str | None] = lambda: None
+) -> Callable[[Injection], Injection]:
+    """Register a fault whose round is over when its roll-out is: a bundle is tried on readings that come."""
+
+    def register(inject: Injection) -> Injection:
+        def whole(world: World, rng: Random) -> None:
+            inject(world, rng)
+            Updating.of(world).finish(_PATIENCE_S)
+
+        fault(name, means=means, sees=sees, setting=setting, missing=missing)(whole)
+        return inject
+
+    return register
+
+
 def _rolling(world: World) -> Updating:
     """The next roll-out has begun."""
     one = Updating.of(world)
@@ -88,7 +104,7 @@ def _dies(world: World, step: _Step) -> None:
     world.device.launch(("-m", "agent"))
 
 
-def _at_step(step: _Step, *, power: bool) -> Callable[[World, Random], None]:
+def _at_step(step: _Step, *, power: bool) -> Injection:
     def inject(world: World, rng: Random) -> None:
         _dies(world, step)
         if power:
@@ -98,7 +114,7 @@ def _at_step(step: _Step, *, power: bool) -> Callable[[World, Random], None]:
     return inject
 
 
-def _in_phase(phase: str, *, power: bool) -> Callable[[World, Random], None]:
+def _in_phase(phase: str, *, power: bool) -> Injection:
     def inject(world: World, rng: Random) -> None:
         _rolling(world).reach(phase)
         time.sleep(rng.uniform(0.0, 1.0))
@@ -118,37 +134,15 @@ def _on_card_and_updating(world: World) -> Callable[[], None]:
 
 _CARD = Setting(prepare=_on_card_and_updating)
 for _step in _STEPS:
-    fault(
-        f"update-killed-{_step.name}",
-        means=f"The daemon dies when {_step.means}.",
-        sees=_SAYS,
-        setting=_UPDATES,
-        patience_s=_PATIENCE_S,
-    )(_at_step(_step, power=False))
-    fault(
-        f"update-power-cut-{_step.name}",
-        means=f"The power goes when {_step.means}.",
-        sees=_SAYS,
-        setting=_CARD,
-        missing=no_card,
-        patience_s=_PATIENCE_S,
-    )(_at_step(_step, power=True))
+    _update(f"update-killed-{_step.name}", f"The daemon dies when {_step.means}.", _SAYS)(_at_step(_step, power=False))
+    _update(f"update-power-cut-{_step.name}", f"The power goes when {_step.means}.", _SAYS, _CARD, no_card)(
+        _at_step(_step, power=True)
+    )
 for _phase, _what in _PHASES.items():
-    fault(
-        f"update-killed-in-{_phase}",
-        means=f"The daemon is killed while {_what}.",
-        sees=_SAYS,
-        setting=_UPDATES,
-        patience_s=_PATIENCE_S,
-    )(_in_phase(_phase, power=False))
-    fault(
-        f"update-power-cut-in-{_phase}",
-        means=f"The power goes while {_what}.",
-        sees=_SAYS,
-        setting=_CARD,
-        missing=no_card,
-        patience_s=_PATIENCE_S,
-    )(_in_phase(_phase, power=True))
+    _update(f"update-killed-in-{_phase}", f"The daemon is killed while {_what}.", _SAYS)(_in_phase(_phase, power=False))
+    _update(f"update-power-cut-in-{_phase}", f"The power goes while {_what}.", _SAYS, _CARD, no_card)(
+        _in_phase(_phase, power=True)
+    )
 
 
 # --- the download ---
@@ -163,12 +157,10 @@ def _in_mid_download(world: World) -> Updating:
     return one
 
 
-@fault(
+@_update(
     "update-killed-in-download",
     means="The daemon is killed in the middle of a download.",
     sees=_SAYS,
-    setting=_UPDATES,
-    patience_s=_PATIENCE_S,
 )
 def killed_in_download(world: World, rng: Random) -> None:
     one = _in_mid_download(world)
@@ -177,13 +169,12 @@ def killed_in_download(world: World, rng: Random) -> None:
     one.line.rate = None
 
 
-@fault(
+@_update(
     "update-power-cut-in-download",
     means="The power goes in the middle of a download.",
     sees=_SAYS,
     setting=_CARD,
     missing=no_card,
-    patience_s=_PATIENCE_S,
 )
 def power_cut_in_download(world: World, rng: Random) -> None:
     one = _in_mid_download(world)
@@ -193,12 +184,10 @@ def power_cut_in_download(world: World, rng: Random) -> None:
     world.keep(world.device)
 
 
-@fault(
+@_update(
     "update-repository-killed",
     means="The repository's server dies in the middle of a download and is away for a while.",
     sees=_AGAIN,
-    setting=_UPDATES,
-    patience_s=_PATIENCE_S,
 )
 def repository_killed(world: World, rng: Random) -> None:
     one = _in_mid_download(world)
@@ -208,12 +197,10 @@ def repository_killed(world: World, rng: Random) -> None:
     one.web.away = False
 
 
-@fault(
+@_update(
     "update-line-cut",
     means="Two downloads in a row break off somewhere in the middle.",
     sees=_AGAIN,
-    setting=_UPDATES,
-    patience_s=_PATIENCE_S,
 )
 def line_cut(world: World, _rng: Random) -> None:
     one = Updating.of(world)
@@ -222,12 +209,10 @@ def line_cut(world: World, _rng: Random) -> None:
     eventually("the line broke twice", lambda: one.line.cut == before + 2, _PATIENCE_S)
 
 
-@fault(
+@_update(
     "update-fetch-killed",
     means="The child process that fetches is killed (SIGKILL) in the middle of a download.",
     sees=_AGAIN,
-    setting=_UPDATES,
-    patience_s=_PATIENCE_S,
 )
 def fetch_killed(world: World, _rng: Random) -> None:
     one = _in_mid_download(world)
@@ -235,13 +220,12 @@ def fetch_killed(world: World, _rng: Random) -> None:
     one.line.rate = None
 
 
-@fault(
+@_update(
     "update-disk-full",
     means="The disk is full in the middle of a download, and has room again a little later.",
     sees=f"a critical storage alert; {_AGAIN}",
     setting=_CARD,
     missing=no_card,
-    patience_s=_PATIENCE_S,
 )
 def disk_full(world: World, rng: Random) -> None:
     one, card = _in_mid_download(world), Card.of(world)
@@ -257,13 +241,12 @@ def _on_clock_and_updating(world: World) -> Callable[[], None]:
     return lambda: None
 
 
-@fault(
+@_update(
     "update-clock-jumps",
     means="In the middle of a download the clock, vouched for, jumps back by an hour, and is put right a little later.",
     sees="a `clock` event in the audit log for each step; the roll-out goes on",
     setting=Setting(prepare=_on_clock_and_updating),
     missing=no_clock,
-    patience_s=_PATIENCE_S,
 )
 def clock_jumps(world: World, rng: Random) -> None:
     one, clock = _in_mid_download(world), Clock.of(world)
@@ -276,12 +259,10 @@ def clock_jumps(world: World, rng: Random) -> None:
 # --- the bundle that is tried ---
 
 
-@fault(
+@_update(
     "update-model-killed",
     means="The process of a bundle that answers beside the one that runs is killed (SIGKILL), as when memory is short.",
     sees="`rolled back` for `crash` in the audit log, an alert, the roll-out is aborted",
-    setting=_UPDATES,
-    patience_s=_PATIENCE_S,
 )
 def model_killed(world: World, _rng: Random) -> None:
     one = _rolling(world)

@@ -7,6 +7,7 @@ time, of that one which the signed audit messages before them say.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -37,7 +38,7 @@ path = "{path}"
 
 [promote]
 devices = 1
-batches = 5
+batches = 10
 hours = 0.0
 agreement = 0.5
 
@@ -48,7 +49,8 @@ strategy = "shadow"
 strategy = "all"
 
 [device]
-batches = 5
+# Of one device an interval takes ten blocks, of a twelfth of these each.
+batches = 24
 hours = 0.0
 agreement = 0.5
 batch_s = 20.0
@@ -116,6 +118,11 @@ class Updating:
     def reach(self, phase: str) -> None:
         """Wait until the device says that it is in `phase`, or past it."""
         eventually(f"{self.name}: {phase}", lambda: phase in [one for one, _ in self._said(self.name)], _PATIENCE_S)
+
+    def finish(self, patience_s: float) -> None:
+        """Wait until the roll-out is over and the device where it ends; that it is not, `judge` will say."""
+        with contextlib.suppress(AssertionError):
+            eventually(f"{self.name} is over", lambda: not self.waiting(), patience_s)
 
     # --- as a companion ---
 

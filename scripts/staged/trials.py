@@ -41,7 +41,7 @@ class Trial:
         steps = "".join(f"\n[[steps]]\n{step.format(**shares)}" for step in self.steps)
         return (
             f'[rollout]\nname = "{self.name}"\ntask = "exercise"\npath = "{path}"\nto = "all"\n'
-            "\n[promote]\ndevices = 2\nbatches = 10\nhours = 0.002\nagreement = 0.65\nfailed = 0.3\n"
+            "\n[promote]\ndevices = 2\nbatches = 10\nhours = 0.002\nagreement = 0.5\nfailed = 0.3\n"
             # A machine that is shared with others is late; a batch takes milliseconds. What is expected without labels
             # is not asked: nobody calibrated these candidates.
             "\n[device]\nbatches = 24\nhours = 0.002\nagreement = 0.75\nslower = 10.0\nbatch_s = 10.0\n"
