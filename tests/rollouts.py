@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import shutil
@@ -14,17 +15,18 @@ import numpy as np
 
 from agent.cli import wiring
 from agent.clock import Now
+from agent.device import choices
 from agent.device.daemon import Daemon
 from agent.device.storage.rows import Rows
 from agent.device.updates.standing import Standing, standing
 from agent.link import Delivery
-from agent.model import bundle, golden, runtime
+from agent.model import bundle, golden, probe, runtime
 from agent.model.apart import Apart
 from agent.wire import jws
 from agent.wire.messages import encode
 from tests.bundles import change_manifest, model, readings
 from tests.exchanges import T0, Device, version, versions
-from tests.operators import DEVICE, FLEET, NOW
+from tests.operators import DEVICE, FLEET, NOW, Operator
 
 TOPIC = f"outstation/{FLEET}/{DEVICE}/desired"
 HOUR_S = 3600.0
@@ -70,6 +72,26 @@ class Site(Device):
         self._offered = offered
         self._written = 0
         super().__init__(folder, bundles)
+
+    @classmethod
+    def template(cls, folder: Path, bundles: dict[str, Path], *offered: str) -> Site:
+        """A device that ran once and stopped, and knows how models of the offered bundles are run best here."""
+        made = cls(folder, bundles, *offered)
+        contents = {found.model: found for found in (bundle.read(bundles[text], None) for text in offered)}
+        for found in contents.values():
+            choice = probe.probe(found, []).choice
+            if choice is not None:
+                choices.remember(made.store, "sort", choice)
+        made.stop()
+        return made
+
+    def copied(self, folder: Path) -> Site:
+        """This stopped device once more, in a folder of its own, started."""
+        shutil.copytree(self.home, folder, dirs_exist_ok=True)
+        made = copy.copy(self)
+        made.home, made.operator, made._counters = folder, Operator(), itertools.count(1)
+        made.start()
+        return made
 
     def start(self) -> None:
         for text in self._offered:

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from msgspec.structs import replace as changed
 
-from agent.clock import Now
 from agent.device.author import Author
-from agent.device.batch import Task
 from agent.device.beside import EVERY_S, Beside
 from agent.device.storage import labelled
 from agent.device.storage.labelled import beside as beside_of
@@ -23,15 +23,14 @@ from agent.drift.truth import Label
 from agent.errors import ModelDied, StorageFull
 from agent.model import activate, inference, manifest
 from agent.model.activate import Active
-from agent.model.apart import Apart, Bounds
+from agent.model.apart import Bounds
 from agent.model.bundle import Bundle
 from agent.model.choice import Choice
-from agent.model.inference import Answers
 from agent.rivals import tally, verdict
 from agent.wire.desired import Rules
-from agent.wire.messages import Shadow
 from tests.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, Recipe, around, model, packed
-from tests.devices import NOW, Device
+from tests.devices import NOW
+from tests.pairs import Pair
 from tests.stations import wait_for
 
 on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="division does not end a process on ARM")
@@ -48,60 +47,6 @@ def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Activ
         return made[recipe]
 
     return load
-
-
-class Pair:
-    """A device whose task has another bundle beside it."""
-
-    def __init__(self, folder: Path, recipe: Recipe, active: Active, other: Bundle, **options: Any) -> None:
-        self.device = Device(folder, recipe, active)
-        self.apart = Apart(other, None, options.pop("bounds", Bounds(call_s=5.0)))
-        self.other, self.options = other, {"batches": 1, **options}
-        self.looked: list[tuple[Any, Answers]] = []
-        self.beside = self.begin()
-        wait_for(self.apart.ready, "the other bundle has started")
-
-    def begin(self) -> Beside:
-        device = self.device
-        self.task = Task("tiny", device.task.config, device.stream, self.other, self.apart, None, None, "sha256:c")
-        return Beside(device.task, self.task, "better", device.store, **self.options)
-
-    def close(self) -> None:
-        self.apart.close()
-        self.device.store.close()
-
-    def batch(self, values: np.ndarray, at_s: float = 100.0, *, hear: bool = True) -> Answers | None:
-        """Feed, run, commit, offer, and hear; what the task answered."""
-        looked = self.looked = []
-        self.device.feed(values)
-        self.device.task.trying = Looking(looked)
-        self.device.run()
-        for taken, answers in looked:
-            self.beside.offer(self.device.store, taken, answers)
-        if hear:
-            wait_for(lambda: self.beside.listen(0.05), "it answered")
-        self.turn(at_s)
-        return looked[0][1] if looked else None
-
-    def turn(self, at_s: float = 100.0) -> bool:
-        return self.beside.turn(self.device.store, self.device.author, Now(NOW.wall_us, at_s, "synced"))
-
-    def shadows(self) -> list[Shadow]:
-        return [m.body for m in self.device.messages() if isinstance(m.body, Shadow)]
-
-
-class Looking:
-    """What the task hands over with each batch."""
-
-    def __init__(self, looked: list[tuple[Any, Answers]]) -> None:
-        self._looked = looked
-
-    def look(self, task: Task, answers: Answers) -> None: ...
-
-    def write(self, tx: Any) -> None: ...
-
-    def committed(self, task: Task, store: Any, taken: Any, answers: Answers) -> None:
-        self._looked.append((taken, answers))
 
 
 Make = Callable[..., Pair]
@@ -223,6 +168,24 @@ def test_numbers_are_told_with_how_far_they_are_apart(make: Make) -> None:
     pair.batch(REGRESS.rows(60))
     (told,) = pair.shadows()
     assert (told.n, told.same, told.apart.n, told.apart.mean) == (60, None, 60, 0.0)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=6))
+def test_of_the_same_bundle_every_window_matches_and_says_the_same_wherever_batches_and_gaps_fall(
+    make: Make, active: Callable[[Recipe], Active], pieces: list[tuple[int, bool]]
+) -> None:
+    pair = make(named(active(ANOMALY).bundle, "d"), ANOMALY)
+    values = ANOMALY.rows(sum(rows for rows, _ in pieces))
+    at = windows = 0
+    for rows, pause in pieces:
+        pair.device.fed += 5_000_000 if pause else 0
+        answers = pair.batch(values[at : at + rows])
+        windows += 0 if answers is None else len(answers.cut.starts)
+        at += rows
+    found = sum((tally.Tally.of(one) for one in pair.shadows()), tally.Tally())
+    assert (found.n, found.same or 0, found.model.windows, found.beside.windows) == (windows,) * 4
+    assert (found.apart.mean, found.apart.m2) == (0.0, 0.0)
 
 
 # --- what the other one does ---
@@ -387,6 +350,7 @@ def test_labels_are_counted_by_who_was_right_once_each(make: Make) -> None:
     label(pair, range(1, 43), mine)
     assert pair.turn(100.0 + EVERY_S)
     found = pair.shadows()[-1]
+    assert not pair.turn(101.0 + EVERY_S), "all labels are told of"
     theirs = inference.load(pair.other.manifest, pair.other.model).invoke(values).argmax(axis=1)
     same = int((theirs == answers.scores.label).sum())
     assert same < 42
@@ -396,6 +360,24 @@ def test_labels_are_counted_by_who_was_right_once_each(make: Make) -> None:
     label(pair, range(1, 2), ["rest" if mine[0] != "rest" else "left"])
     pair.turn(100.0 + 2 * EVERY_S)
     assert sum(sum(one.labelled) for one in pair.shadows()) == 42, "a corrected label counts as it came first"
+
+
+def test_many_labels_at_once_make_blocks_enough_to_judge_by(make: Make) -> None:
+    pair = make(good("rigged_sensitive"))
+    values = CALM.copy()
+    values[::4, 0] = 3.9
+    answers = pair.batch(values)
+    assert answers is not None
+    label(pair, range(1, 401), ["right"] * 400)
+    pair.batch(CALM)
+    label(pair, range(401, 601), ["right"] * 200)
+    at_s = 100.0 + EVERY_S
+    while pair.turn(at_s):
+        at_s += 1
+    blocks = [block for block in pair.beside.blocks if sum(block.tally.labelled)]
+    assert [sum(block.tally.labelled) for block in blocks] == [50] * 12
+    found = {one.rule: one for one in verdict.judge(Rules(accuracy_drop=0.0), pair.beside.blocks, True)}
+    assert found["labels"].numbers["n"] == 600
 
 
 def test_labels_that_are_the_models_own_answers_say_nothing(make: Make) -> None:

@@ -468,3 +468,11 @@ def test_updates_in_the_clear_are_for_loopback_and_who_allows_them(tmp_path: Pat
 def test_where_updates_come_from_decides_no_result(tmp_path: Path) -> None:
     base = DEVICE + STREAM + TASK
     assert config.digest(load(tmp_path, base + UPDATES)) == config.digest(load(tmp_path, base))
+
+
+@pytest.mark.parametrize("group", ["_all", "Roof", "a/b", ""])
+def test_a_group_that_cannot_stand_in_a_topic_is_refused(tmp_path: Path, group: str) -> None:
+    file = tmp_path / "outstation.toml"
+    file.write_text(f'[device]\nid = "pi-07"\nfleet = "acme"\ngroups = ["roof", "{group}"]\n', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"device\.groups"):
+        config.load(file)

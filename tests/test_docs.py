@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\(\s*<?([^)\s>]+)>?[^)]*\)")
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"`((?:\.ci|agent|deploy|docs|models|scripts|tests)/[\w./-]+)")
+TEST = re.compile(r"^def (test_\w+)\(", re.MULTILINE)
+NAMED_TEST = re.compile(r"`(test_\w+)`")
 HEADING = re.compile(r"^#{1,6}\s+(.+?)\s*$", re.MULTILINE)
 
 
@@ -37,6 +39,12 @@ def test_every_path_that_a_document_names_is_there(document: Path) -> None:
     named = PATH.findall(document.read_text(encoding="utf-8"))
     # A name that ends in `_` or `-` goes on with a wildcard or a date.
     assert [path for path in named if not path.endswith(("_", "-")) and not (ROOT / path).exists()] == []
+
+
+def test_every_test_that_a_document_names_is_there() -> None:
+    known = {name for path in (ROOT / "tests").glob("test_*.py") for name in TEST.findall(path.read_text("utf-8"))}
+    named = {name for document in DOCUMENTS for name in NAMED_TEST.findall(document.read_text(encoding="utf-8"))}
+    assert named - known == set()
 
 
 def test_no_file_names_a_folder_of_a_developers_machine() -> None:

@@ -151,6 +151,11 @@ def test_a_library_is_known_to_one_module_only(library: str) -> None:
     assert users <= ONLY[library]
 
 
+def test_on_the_device_the_child_that_fetches_alone_knows_tuf() -> None:
+    trust = "agent.device.updates.trust"
+    assert {f.module for f in ALL if f.target == trust} == {"agent.device.updates.fetch"}
+
+
 @pytest.mark.parametrize("pure", PURE)
 def test_a_pure_room_touches_neither_the_system_nor_foreign_libraries(pure: str) -> None:
     inside = [found for found in ALL if room(found.module) == pure]
@@ -186,6 +191,10 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
                 "rich",
                 "tuf",
             },
+        ),
+        (
+            "agent.device.updates.fetch",
+            {"agent.cli", "agent.config", "agent.device.storage", "agent.model", "numpy", "paho", "psutil", "sqlite3"},
         ),
         (
             "agent.fleet.collect",

@@ -192,7 +192,7 @@ def child(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return replace
 
 
-_PASSED = """echo '["x", [["load", true, "fine"]]]'"""
+_PASSED = """echo '["x", [["load", true, "fine"]], 1]'"""
 
 
 def test_a_model_that_crashes_in_the_trial_is_refused(child: Any) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +12,13 @@ from typing import Any
 import pytest
 
 from agent import clock
+from agent.device import drifting, marker
+from agent.device.marker import Mark
+from agent.drift.reference import Reference
 from tests.bundles import Floats
 from tests.rollouts import HOUR_S, Site, bundles_in, tiles
+
+NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +26,15 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return bundles_in(tmp_path_factory.mktemp("bundles"), "crash", "error", "hang", "wrong")
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -> Site:
+    offered = ("2", "3", "wrong", "crash", "error", "hang")
+    return Site.template(tmp_path_factory.mktemp("template"), bundles, *offered)
+
+
 @pytest.fixture
-def site(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Site]:
-    made = Site(tmp_path, bundles, "2", "3", "crash", "error", "hang", "wrong")
+def site(tmp_path: Path, template: Site) -> Iterator[Site]:
+    made = template.copied(tmp_path)
     yield made
     made.stop()
 
@@ -288,6 +302,130 @@ def test_a_config_that_is_changed_while_a_bundle_is_on_probation_ends_that(site:
     site.crash()
     assert site.batch() == "3"
     assert site.activations()[-1] == ("2", "3", "withdrawn")
+
+
+def test_a_rollback_right_after_a_start_takes_back_what_was_on_probation(site: Site) -> None:
+    on_probation(site)
+    site.batch()
+    site.crash()
+    assert site.daemon._updating.resumes("sort")
+    ok, summary, _ = site.obey("rollback", task="sort")
+    assert ok, summary
+    assert (site.phase, site.reason, site.batch()) == ("rolled back", "operator", "1")
+    assert tiles(site.answered(), 3 * 40)
+
+
+# --- the agent itself ---
+
+
+def marked(site: Site, text: str) -> None:
+    """The agent ends while that bundle is loaded into it: its mark stays."""
+    site.stop()
+    mark = Mark("sort", site.digest(text), clock.boot_id(), f"{text} {next(NUMBERS)}")
+    (site.conf.data_dir / marker.FILE).write_bytes(marker._frame(mark))
+    site.start()
+
+
+def test_one_that_ends_the_agent_as_it_settles_is_taken_back_after_the_first_time(site: Site) -> None:
+    on_probation(site)
+    site.batch()
+    marked(site, "2")
+    assert (site.phase, site.reason) == ("rolled back", "crash")
+    assert site.batch() == "1"
+    site.crash()
+    site.tick()
+    assert (site.phase, site.batch()) == ("rolled back", "1")
+    assert site.phases() == ["fetching", "probation", "rolled back"]
+    assert [body["event"] for body in site.messages() if body.get("event") == "quarantined"] == []
+
+
+def test_one_that_ends_the_agent_twice_after_it_settled_counts_as_taken_back(site: Site) -> None:
+    settled(site)
+    marked(site, "2")
+    assert site.phase == "settled"
+    marked(site, "2")
+    site.tick()
+    assert (site.phase, site.reason, site.batch()) == ("rolled back", "crash", "1")
+
+
+def test_an_agent_that_is_to_stop_does_not_wait_for_a_bundle_that_hangs(site: Site) -> None:
+    on_probation(site, "hang")
+    site.feed(wild=True)
+    threading.Timer(0.5, site.daemon.signals.halt).start()
+    began = time.monotonic()
+    site.daemon._work_off(site.daemon._planned[0], site.now)
+    assert time.monotonic() - began < 5.0
+    assert (site.phase, site.store.cursor("sort")) == ("probation", 40)
+
+
+def test_a_task_whose_bundle_is_broken_is_rescued_by_a_roll_out(site: Site) -> None:
+    site.stop()
+    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
+        (path / "model.tflite").write_bytes(b"no model")
+    site.start()
+    assert site.runs() is None
+    site.desire("2", "all")
+    site.until_phase("probation")
+    assert [site.batch() for _ in range(3)] == ["2", "2", "2"]
+    site.until_phase("settled")
+    site.crash()
+    assert site.batch() == "2"
+
+
+def test_where_nothing_ran_before_and_the_bundle_crashes_readings_wait(site: Site) -> None:
+    site.stop()
+    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
+        (path / "model.tflite").write_bytes(b"no model")
+    site.start()
+    site.desire("crash", "all")
+    site.until_phase("probation")
+    assert site.batch() == "crash"
+    site.feed(wild=True)
+    site.work()
+    assert (site.phase, site.runs(), site.store.cursor("sort")) == ("rolled back", None, 40)
+
+
+# --- drift ---
+
+
+def resets(site: Site) -> int:
+    return len([body for body in site.messages() if body.get("event") == "reference reset"])
+
+
+def learned(site: Site) -> str:
+    """The digest of the site's reference, once there is one."""
+    while (kept := site.store.state("sort", drifting.SITE)) is None:
+        site.batch(800)
+    return Reference.from_json(kept).digest
+
+
+def test_a_bundle_that_is_taken_back_costs_the_site_nothing_that_it_had_learned(site: Site) -> None:
+    before = learned(site)
+    site.desire("crash", "all")
+    site.until_phase("probation")
+    site.batch()
+    assert site.store.state("sort", drifting.SITE) is None
+    site.crash()
+    assert site.batch(wild=True) == "1"
+    task = site.daemon._planned[0].task
+    assert task.drift is not None
+    assert task.drift.site is not None
+    assert task.drift.site.digest == before == learned(site)
+    site.batch()
+    site.crash()
+    assert (learned(site), resets(site)) == (before, 0)
+
+
+def test_a_bundle_that_settles_learns_the_site_anew_and_it_is_said_once(site: Site) -> None:
+    learned(site)
+    site.desire("2", "all")
+    site.until_phase("probation")
+    assert resets(site) == 0
+    for _ in range(3):
+        site.batch()
+    site.until_phase("settled")
+    site.crash()
+    assert (site.batch(), resets(site)) == ("2", 1)
 
 
 # --- where there is nothing to get it from ---

@@ -1,7 +1,8 @@
-"""Roll-outs from the command line, through a real broker and collector: what is retained is what a device obeys."""
+"""A roll-out as a device has it: a real daemon and broker, bundles from a folder with the fleet's signed repository."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,250 +10,145 @@ from typing import Any
 
 import pytest
 
-from agent.cli.fleet_rollout import documents
-from agent.errors import Refused
-from agent.fleet.command import COUNTER
-from agent.fleet.keyring import Keyring
-from agent.link import Delivery, Link, Outgoing, Receipt
+from agent.config import Broker
+from agent.fleet import config as fleet_config
+from agent.link import Link, Outgoing
+from agent.model import bundle
 from agent.wire import jws, keys
-from agent.wire.messages import Desired, open_message
-from tests.brokers import Mosquitto
-from tests.senders import MODEL, NEWER, Sender, Sent, new_key
-from tests.system import Fleet, Program, eventually, outstation
+from agent.wire.messages import encode
+from tests import rigged
+from tests.system import FLEET, Device, Fleet, eventually, outstation
 
-ALL = "outstation/acme/_all/desired"
-SENDERS = [Sender(f"pi-{i}", new_key(100 + i)) for i in range(4)]
-FILE = f"""
-[rollout]
-name = "exercise-1-1"
-task = "exercise"
-bundle = "exercise"
-version = "1.1.0"
-digest = "{NEWER["digest"]}"
-[[steps]]
-strategy = "shadow"
-[[steps]]
-strategy = "all"
-[promote]
-hours = 0
-agreement = 0.9
-"""
+COUNTERS = itertools.count(1)
 
 
-class Site:
-    """A fleet whose devices are senders on a real broker."""
-
-    def __init__(self, folder: Path, fleet: Fleet) -> None:
-        self.folder, self.fleet = folder, fleet
-        self.senders = [Sender(one.device, one.key) for one in SENDERS]
-        store = fleet.open(write=True)
-        for sender in self.senders:
-            store.enrol(sender.device, sender.key.public, replace=False, now="2026-11-24T22:20:00.000000Z")
-        store.close()
-        (folder / "rollout.toml").write_text(FILE, encoding="utf-8")
-        operator = jws.Signer("operator", keys.load_private(fleet.home / "operator.key").public)
-        self.find = {operator.key.kid: operator}.get
-
-    def rollout(self, *arguments: str) -> tuple[int, Any]:
-        """Exit code, and the document or what it said on stderr."""
-        done = outstation("fleet", "rollout", *arguments, "--dir", str(self.fleet.home), "--json")
-        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
-
-    def start(self) -> None:
-        code, document = self.rollout("start", str(self.folder / "rollout.toml"))
-        assert code == 0, document
-        assert document["published"]
-
-    def status(self) -> Any:
-        """As `status --json` prints it."""
-        store = self.fleet.open()
-        try:
-            [document] = documents(store, "exercise-1-1")
-        finally:
-            store.close()
-        return document
-
-    def send(self, *sent: Sent) -> None:
-        link = Link(self.fleet.config.broker, "devices")
-        waiting = {link.send(one.outgoing()) for one in sent}
-        while waiting:
-            waiting -= {event.token for event in link.receive(5.0) if isinstance(event, Receipt)}
-        link.close()
-
-    def retained(self, topic: str = ALL) -> Delivery | None:
-        """What a device that comes now is given."""
-        link = Link(self.fleet.config.broker, "device", subscribe=[topic])
-        found = [event for event in link.receive(0.5) if isinstance(event, Delivery)]
-        link.close()
-        assert all(one.retained for one in found)
-        return found[-1] if found else None
-
-    def desired(self) -> Desired:
-        """The same, verified by the device's rules."""
-        delivery = self.retained()
-        assert delivery is not None
-        body = open_message(delivery.topic, delivery.payload, delivery.tokens, self.find).body
-        assert isinstance(body, Desired)
-        return body
-
-    def in_shadow(self, same: int = 97) -> None:
-        for sender in self.senders:
-            self.send(sender.rollout("shadow"), *(sender.shadow(same=same) for _ in range(6)))
-
-    def heard(self, phase: str) -> None:
-        eventually(f"all are {phase}", lambda: self.status()["phases"] == {phase: len(self.senders)})
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    with Fleet(tmp_path, mosquitto=Mosquitto(tmp_path)) as fleet, fleet.broker:
-        made = Site(tmp_path, fleet)
-        fleet.collector.start()
-        eventually("the collector runs", lambda: fleet.collector.said("connected"))
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with Fleet(tmp_path_factory.mktemp("rolled-out")) as made:
+        made.broker.start()
+        made.collector.start()
+        where = str(made.home / "repository")
+        done = outstation("fleet", "repository", "init", "--url", where, "--dir", str(made.home))
+        assert done.returncode == 0, done.stderr
+        made.config = fleet_config.load(made.home)
         yield made
 
 
-def test_a_good_bundle_goes_from_shadow_to_everywhere_by_follow_and_the_audit_passes(site: Site) -> None:
-    site.start()
-    assert site.retained() is not None
-    told = site.desired()
-    assert (told.device, told.tasks["exercise"].strategy, told.tasks["exercise"].digest) == (
-        *("_all", "shadow", NEWER["digest"]),
+@pytest.fixture(scope="module")
+def offered(fleet: Fleet) -> dict[str, Path]:
+    """Bundles that the operator signed and published, by what is wrong with them."""
+    key = keys.load_private(Path(fleet.config.operator.key_file))
+    made = {}
+    for number, kind in enumerate(("good", "wrong", "crash"), start=2):
+        made[kind] = rigged.write(rigged.exercise(kind, f"{number}.0.0", key), fleet.folder / kind)
+        # One that would not prove itself is published all the same, as by somebody who did not look.
+        done = outstation("fleet", "publish", str(made[kind]), "--no-probe", "--dir", str(fleet.home))
+        assert done.returncode == 0, done.stderr
+    return made
+
+
+@pytest.fixture(scope="module")
+def device(fleet: Fleet, offered: dict[str, Path]) -> Device:
+    made = fleet.device("pi-01")
+    made.config.write_text(
+        made.config.read_text(encoding="utf-8").replace('id = "pi-01"', 'id = "pi-01"\ngroups = ["roof"]'),
+        encoding="utf-8",
     )
-    arguments = ("fleet", "rollout", "follow", "--every", "0.2", "--dir", str(site.fleet.home))
-    follow = Program(site.folder / "follow.log", *arguments).start()
-    try:
-        site.in_shadow()
-        eventually("it is promoted", lambda: site.status()["step"] == 2)
-        assert site.desired().tasks["exercise"].strategy == "all"
-        assert site.desired().counter > told.counter
-        for sender in site.senders:
-            swapped = [sender.shadow(model=NEWER, beside=MODEL) for _ in range(8)]
-            site.send(sender.rollout("probation", strategy="all"), *swapped, sender.rollout("settled", strategy="all"))
-        assert follow.wait(30) == 0, follow.log.read_text(encoding="utf-8")
-    finally:
-        follow.kill()
-    code, [document] = site.rollout("status", "exercise-1-1")
-    assert (code, document["state"], document["phases"]) == (0, "finished", {"settled": 4})
-    code, report = site.fleet.audit()
-    assert (code, report["decisions"], report["invalid_decisions"]) == (0, 3, [])
-    store = site.fleet.open(write=True)
-    with store.transaction() as db:
-        db.execute("UPDATE decisions SET summary = 'nothing was looked at' WHERE event = 'promoted'")
-    store.close()
-    code, report = site.fleet.audit()
-    assert (code, report["invalid_decisions"][0]["n"]) == (1, 2)
+    return made.replay(10**9, 40).task("exercise", schedule="every 300 ms").up()
 
 
-def test_a_bad_one_is_aborted_by_follow_which_says_so_with_its_exit_code(site: Site) -> None:
-    site.start()
-    follow = ("fleet", "rollout", "follow", "exercise-1-1", "--every", "0.2", "--dir", str(site.fleet.home))
-    program = Program(site.folder / "follow.log", *follow).start()
-    try:
-        site.in_shadow(same=20)
-        assert program.wait(30) == 1
-    finally:
-        program.kill()
-    assert program.said("exercise-1-1: Aborted at shadow 100 %, devices go back to what they ran before: agreement 0.2")
-    assert site.desired().tasks["exercise"].strategy == "back"
-    code, said = site.rollout("start", str(site.folder / "rollout.toml"))
-    assert (code, "choose another name" in said) == (2, True)
+def desire(fleet: Fleet, folder: Path, strategy: str, rollout: str, topic: str) -> None:
+    found = bundle.read(folder, None)
+    named = {"rollout": rollout, "bundle": "exercise", "version": found.manifest.version, "digest": found.digest}
+    leave(fleet, topic, {"exercise": {**named, "strategy": strategy, "rules": {"batches": 5, "hours": 0.0}}})
 
 
-def test_by_hand_a_step_is_promoted_only_where_its_rules_allow_or_with_a_reason(site: Site) -> None:
-    site.start()
-    code, document = site.rollout("promote", "exercise-1-1")
-    assert (code, document["promoted"]) == (1, False)
-    assert document["waits"][0].startswith("devices with 20 batches: 0 of 3; 4 of 4 chosen devices not heard of")
-    assert site.status()["not_heard_of"] == ["pi-0", "pi-1", "pi-2", "pi-3"]
-    assert site.rollout("pause", "exercise-1-1")[1]["state"] == "paused"
-    assert site.rollout("resume", "exercise-1-1")[1]["state"] == "running"
-    site.in_shadow()
-    site.heard("shadow")
-    eventually("nothing is open", lambda: site.status()["answer"] == "promote")
-    assert site.rollout("promote", "exercise-1-1")[1]["step"] == 2
-    code, document = site.rollout("promote", "exercise-1-1", "--force", "the others are on holiday")
-    assert (code, document["state"]) == (0, "finished")
-    assert document["summary"].endswith("the others are on holiday.")
-    assert site.fleet.audit()[0] == 0
-
-
-def test_what_was_decided_without_a_broker_is_published_by_the_next_command(site: Site) -> None:
-    site.start()
-    before = site.desired()
-    site.fleet.broker.kill()
-    done = outstation("fleet", "rollout", "abort", "exercise-1-1", "wrong file", "--dir", str(site.fleet.home))
-    assert (done.returncode, "it is decided" in done.stderr) == (1, True)
-    site.fleet.broker.start()
-    assert site.retained() is None
-    code, _ = site.rollout("abort", "exercise-1-1", "again")
-    assert code == 2
-    assert site.retained() is not None
-    told = site.desired()
-    assert (told.tasks["exercise"].strategy, told.counter > before.counter) == ("back", True)
-
-
-def test_an_older_desired_state_that_somebody_retains_again_is_replaced_by_follow(site: Site) -> None:
-    site.start()
-    old = site.retained()
-    assert old is not None
-    assert site.rollout("promote", "exercise-1-1", "--force", "to see")[0] == 0
-    link = Link(site.fleet.config.broker, "attacker")
-    link.send(Outgoing(ALL, old.payload, (("jws", old.tokens[0]),), retain=True))
-    link.receive(5.0)
+def leave(fleet: Fleet, topic: str, tasks: dict[str, Any]) -> None:
+    """Sign what is desired, and leave it on the broker, as the fleet's side does."""
+    parts = topic.split("/")
+    head = {"v": 1, "kind": "desired", "device": parts[0], **({"group": parts[2]} if len(parts) > 2 else {})}
+    payload = encode({**head, "counter": next(COUNTERS), "issued": "2026-11-26T00:00:00Z", "tasks": tasks})
+    key, full = keys.load_private(Path(fleet.config.operator.key_file)), f"outstation/{FLEET}/{topic}"
+    link = Link(Broker(url=fleet.broker.url), "operator")
+    link.send(Outgoing(full, payload, (("jws", jws.sign(key, full, payload)),), retain=True))
+    link.receive(1.0)
     link.close()
-    assert site.desired().tasks["exercise"].strategy == "shadow"
-    follow = ("fleet", "rollout", "follow", "--every", "0.2", "--dir", str(site.fleet.home))
-    program = Program(site.folder / "follow.log", *follow).start()
-    try:
-        eventually("the newest is retained again", lambda: site.desired().tasks["exercise"].strategy == "all")
-        assert program.stop() == 0
-    finally:
-        program.kill()
 
 
-def test_desired_state_of_one_device_does_not_verify_on_the_topic_of_another(site: Site) -> None:
-    site.start()
-    delivery = site.retained()
-    assert delivery is not None
-    with pytest.raises(Refused, match="other topic"):
-        open_message(ALL.replace("_all", "pi-1"), delivery.payload, delivery.tokens, site.find)
-    store = site.fleet.open()
-    with pytest.raises(Refused, match="unknown key"):
-        open_message(delivery.topic, delivery.payload, delivery.tokens, Keyring(store).find)
-    store.close()
+def events(fleet: Fleet, rollout: str) -> list[tuple[str, str]]:
+    """(phase, reason) of what the collector has of it."""
+    rows = fleet.ask("SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'audit' ORDER BY seq")
+    bodies = [json.loads(row[0]) for row in rows]
+    found = [body["evidence"] for body in bodies if body["event"] == "rollout"]
+    return [(one["phase"], one["reason"]) for one in found if one["rollout"] == rollout]
 
 
-def test_counters_of_commands_and_desired_state_are_of_one_row(site: Site) -> None:
-    site.start()
-    assert int((site.fleet.home / COUNTER).read_text(encoding="ascii")) == site.desired().counter
+def versions(fleet: Fleet) -> list[str]:
+    """Those that made results, in order, each once in a row."""
+    rows = fleet.ask("SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'results' ORDER BY seq")
+    return [name for name, _ in itertools.groupby(json.loads(row[0])["model"]["version"] for row in rows)]
 
 
-def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:
-    home = str(site.fleet.home)
-    assert "No roll-out was ever started" in outstation("fleet", "rollout", "status", "--dir", home).stdout
-    site.start()
-    first = site.senders[0]
-    site.send(first.rollout("refused", reason="signature"))
-    eventually("it was heard of", lambda: site.status()["failed"] == ["pi-0"])
-    said = outstation("fleet", "rollout", "status", "--dir", home).stdout
-    assert "exercise-1-1  exercise: exercise 1.1.0 to all  running" in said
-    assert "pi-0: refused (signature): exercise 1.1.0: refused." in said
-    assert "not heard of: pi-1, pi-2, pi-3" in said
-    assert "\x1b" not in said
+def shadows(fleet: Fleet) -> list[dict[str, Any]]:
+    rows = fleet.ask("SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'shadow' ORDER BY seq")
+    return [json.loads(row[0]) for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "said"),
-    [
-        (("status", "exercise-1-2"), 2, "there is no roll-out 'exercise-1-2'"),
-        (("start", "none.toml"), 2, "none.toml: no such file"),
-        (("follow",), 2, "no roll-out is open"),
-        (("abort", "exercise-1-1"), 2, "Missing argument 'REASON'"),
-    ],
-)
-def test_wrong_use_is_named(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
-    fleet = Fleet(tmp_path, mosquitto=Mosquitto(tmp_path))
-    fleet.open(write=True).close()
-    done = outstation("fleet", "rollout", *arguments, "--dir", str(fleet.home))
-    assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+def test_a_good_bundle_is_fetched_looked_at_run_on_probation_and_settles(
+    fleet: Fleet, device: Device, offered: dict[str, Path]
+) -> None:
+    eventually("results of the shipped one", lambda: versions(fleet))
+    shipped = versions(fleet)[0]
+    desire(fleet, offered["good"], "shadow", "better", "pi-01/desired")
+    eventually("it answers beside", lambda: shadows(fleet), 60)
+    assert events(fleet, "better") == [("fetching", ""), ("shadow", "")]
+    assert versions(fleet) == [shipped]
+    device.kill()
+    device.up()
+    told = len(shadows(fleet))
+    eventually("it answers beside after a kill", lambda: len(shadows(fleet)) > told, 60)
+    desire(fleet, offered["good"], "all", "better", "pi-01/desired")
+    eventually("it settled", lambda: ("settled", "") in events(fleet, "better"), 60)
+    assert events(fleet, "better") == [("fetching", ""), ("shadow", ""), ("probation", ""), ("settled", "")]
+    device.kill()
+    device.up()
+    before = fleet.covered("pi-01")
+    eventually("results after a kill", lambda: fleet.covered("pi-01") > before)
+    assert versions(fleet) == [shipped, "2.0.0"]
+    told_by_status = device.status()["tasks"][0]
+    assert (told_by_status["bundle"], told_by_status["rollout"]["phase"]) == ("exercise 2.0.0", "settled")
+    shown = outstation("status", "-c", str(device.config)).stdout
+    assert "roll-out better (all): settled on exercise 2.0.0" in shown
+
+
+def test_one_whose_golden_vectors_do_not_come_out_is_refused_for_the_group(
+    fleet: Fleet, device: Device, offered: dict[str, Path]
+) -> None:
+    eventually("the good one runs", lambda: "2.0.0" in versions(fleet))
+    # Its own topic names the task no more: that of its group does.
+    leave(fleet, "pi-01/desired", {})
+    desire(fleet, offered["wrong"], "all", "bad", "_group/desired/roof")
+    eventually("it was refused", lambda: ("refused", "golden") in events(fleet, "bad"), 60)
+    eventually(
+        "the alert is at the collector",
+        lambda: fleet.ask("SELECT 1 FROM alerts WHERE device = 'pi-01' AND id = 'exercise/rollout'"),
+    )
+    before = fleet.covered("pi-01")
+    eventually("results go on", lambda: fleet.covered("pi-01") > before)
+    assert versions(fleet)[-1] == "2.0.0"
+
+
+def test_one_that_crashes_on_probation_serves_nothing_and_the_daemon_lives(
+    fleet: Fleet, device: Device, offered: dict[str, Path]
+) -> None:
+    pid = device.pid
+    desire(fleet, offered["crash"], "all", "deadly", "_all/desired")
+    desire(fleet, offered["crash"], "all", "deadly", "_group/desired/roof")
+    eventually("it was taken back", lambda: ("rolled back", "crash") in events(fleet, "deadly"), 60)
+    assert device.running
+    assert device.pid == pid
+    before = fleet.covered("pi-01")
+    eventually("results go on", lambda: fleet.covered("pi-01") > before)
+    assert versions(fleet)[-1] == "2.0.0"
+    assert device.stop() == 0
+    eventually("all is at the collector", lambda: fleet.audit()[1]["passed"])

@@ -20,6 +20,11 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return bundles_in(tmp_path_factory.mktemp("bundles"), "crash")
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -> Site:
+    return Site.template(tmp_path_factory.mktemp("template"), bundles, "2", "crash")
+
+
 class Killed(BaseException):
     """Nothing after this is done."""
 
@@ -71,10 +76,8 @@ WHERE = [(number, after) for number in range(3) for after in (False, True)]
 
 
 @pytest.mark.parametrize(("at", "after"), WHERE)
-def test_killed_at_any_step_to_settled_it_settles(
-    tmp_path: Path, bundles: dict[str, Path], at: int, after: bool
-) -> None:
-    site = Site(tmp_path, bundles, "2")
+def test_killed_at_any_step_to_settled_it_settles(tmp_path: Path, template: Site, at: int, after: bool) -> None:
+    site = template.copied(tmp_path)
     with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
         go(site, "2", "all", wild_from=10**9, until=lambda one: one.phase == "settled")
     assert len(steps_taken) == at + 1
@@ -94,9 +97,9 @@ def test_killed_at_any_step_to_settled_it_settles(
 # The steps before are those to settled.
 @pytest.mark.parametrize(("at", "after"), WHERE[-2:])
 def test_killed_at_any_step_to_taken_back_it_is_taken_back_and_never_answered_wildly(
-    tmp_path: Path, bundles: dict[str, Path], at: int, after: bool
+    tmp_path: Path, template: Site, at: int, after: bool
 ) -> None:
-    site = Site(tmp_path, bundles, "crash")
+    site = template.copied(tmp_path)
     with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
         go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled back")
     assert len(steps_taken) == at + 1

@@ -80,7 +80,11 @@ class Device:
             with self.store.transaction() as tx:
                 for _ in range(min(50, n - start)):
                     self.author.write(
-                        tx, kind, "exercise" if kind in ("alerts", "results", "drift") else None, body, self.now()
+                        tx,
+                        kind,
+                        "exercise" if kind in ("alerts", "results", "drift", "shadow") else None,
+                        body,
+                        self.now(),
                     )
 
     def fill(self, kind: str = "health", share: float = 0.9) -> None:
@@ -266,6 +270,18 @@ def test_the_least_important_kind_goes_first_and_alerts_last(make: Make) -> None
     left = {topic.split("/")[3] for _, topic in device.store._all("SELECT seq, topic FROM outbox")}
     assert left == {"alerts", "audit"}
     assert sum(topic.endswith("/audit") for _, topic in device.store._all("SELECT seq, topic FROM outbox")) >= 30
+    assert device.declared() == device.gone()
+
+
+def test_what_compares_bundles_goes_before_any_result(make: Make) -> None:
+    device = make()
+    device.write("results", 40)
+    device.fill("shadow", 0.5)
+    shadows = set(range(41, 1 + int(device.store.meta("seq", "0"))))
+    device.fill("results")
+    device.turns(100)
+    assert device.gone()
+    assert device.gone() <= shadows
     assert device.declared() == device.gone()
 
 

@@ -411,6 +411,12 @@ def test_a_clock_at_2040_finds_everything_expired_until_it_is_right_again(
     device.must_fetch(wanted)
 
 
+def test_a_clock_at_the_end_of_time_is_a_wrong_clock(publish: Publish, web: Web, device: Updating) -> None:
+    wanted = publish("1.0.0")
+    device.wall_us, device.quality = 2**62, "restored"
+    device.must_fail(wanted, "ExpiredMetadataError")
+
+
 # --- archives that are signed, and hostile all the same ---
 
 

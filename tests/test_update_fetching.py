@@ -23,7 +23,7 @@ from agent.wire.desired import Wanted
 from tests.stations import wait_for
 from tests.update_repositories import Signed
 from tests.update_servers import Handler, Web
-from tests.updating import Updating
+from tests.updating import PATIENCE_S, Updating
 
 ARCHIVE = b"an archive" * 1000
 HOUR_US = 3_600_000_000
@@ -66,7 +66,11 @@ def report(device: Updating) -> dict[str, object]:
 
 def settle(device: Updating) -> None:
     """Poll until the child that runs has ended, and nothing is due."""
-    wait_for(lambda: device.fetcher.poll(device.now()) is None and device.fetcher.wait_s(device.now()) > 1, "it rests")
+    wait_for(
+        lambda: device.fetcher.poll(device.now()) is None and device.fetcher.wait_s(device.now()) > 1,
+        "it rests",
+        PATIENCE_S,
+    )
 
 
 # --- when ---
@@ -126,6 +130,11 @@ def test_a_window_is_of_the_local_day_and_may_reach_over_midnight(text: str, clo
     assert window.open_for_s(updates, Now(wall_us, 0.0, "unsynced")) == 0
 
 
+def test_a_clock_at_the_end_of_time_has_a_time_of_day() -> None:
+    updates = Updates(url="https://updates.example.org", window="00:00-23:59")
+    assert 0 <= window.open_for_s(updates, Now(2**62, 0.0, "restored")) < 86_400
+
+
 def test_tries_come_later_each_time_and_no_two_devices_at_once(device: Updating, wanted: Wanted) -> None:
     device.configure(url="http://127.0.0.1:9")
     device.command = (sys.executable, "-c", "print('no answer')")
@@ -151,11 +160,35 @@ def test_a_link_that_breaks_off_again_and_again_is_tried_again_soon(
         assert found.again_s <= 30
 
 
-def test_what_will_not_go_away_is_tried_again_late(repository: Signed, device: Updating, wanted: Wanted) -> None:
-    other = Wanted("rollout-1", "exercise", "9.9.9", wanted.digest, "all")
-    found = device.must_fail(other, "NoSuchTarget")
+def test_what_does_not_fit_is_tried_again_late(device: Updating, wanted: Wanted) -> None:
+    device.configure(max_size=len(ARCHIVE) - 1)
+    found = device.must_fail(wanted, "TooLarge")
     assert found.lasting
     assert found.again_s >= 3 * 3600
+
+
+def test_what_is_not_published_yet_is_tried_again_soon(repository: Signed, web: Web, device: Updating) -> None:
+    ahead = repository.copy()
+    repository.write(web.folder)
+    wanted = ahead.add("exercise", "1.0.0", ARCHIVE)
+    found = device.must_fail(wanted, "NoSuchTarget")
+    assert found.lasting
+    assert found.again_s <= 30
+    assert report(device)["error"] == "", "the repository was looked at all the same"
+    ahead.write(web.folder)
+    device.must_fetch(wanted)
+
+
+def test_a_download_that_is_stopped_is_no_trouble_with_the_repository(
+    web: Web, device: Updating, wanted: Wanted
+) -> None:
+    web.tricks[:] = [("/targets/", Handler.drip)]
+    device.fetcher.start("exercise", wanted, device.now())
+    wait_for(lambda: device.fetcher.poll(device.now()) is None and archives_asked(web) != [], "it comes", PATIENCE_S)
+    device.fetcher.stop("exercise")
+    settle(device)
+    assert report(device)["error"] == ""
+    assert report(device)["fetching"] == {}
 
 
 def test_tasks_take_turns_and_one_that_fails_holds_up_none(
@@ -192,7 +225,9 @@ def test_another_one_wanted_ends_the_download_of_the_first(
     repository.write(web.folder)
     web.tricks[:] = [("/targets/exercise/1", Handler.drip)]
     device.fetcher.start("exercise", wanted, device.now())
-    wait_for(lambda: device.fetcher.poll(device.now()) is None and archives_asked(web) != [], "the first comes")
+    wait_for(
+        lambda: device.fetcher.poll(device.now()) is None and archives_asked(web) != [], "the first comes", PATIENCE_S
+    )
     device.fetcher.start("exercise", second, device.now())
     found = device.result()
     assert isinstance(found, Fetched)
@@ -206,7 +241,7 @@ def test_a_child_that_hangs_is_killed_in_its_time(device: Updating, wanted: Want
     begun = time.monotonic()
     assert device.fetcher.poll(device.now()) is None
     assert device.fetcher.poll(device.now()) is None
-    assert time.monotonic() - begun < 5, "the main loop never waits for it"
+    assert time.monotonic() - begun < PATIENCE_S, "the main loop never waits for it"
     device.later_s += 3_700
     found = device.result()
     assert isinstance(found, Failed)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -24,7 +25,7 @@ from scripts.faults.disk import Card, no_card
 from tests.stations import ROOT, wait_for
 from tests.update_repositories import Signed
 from tests.update_servers import Handler, Trick, Web
-from tests.updating import RUNS, Updating
+from tests.updating import PATIENCE_S, RUNS, Updating
 
 # More than two of what is synced at once.
 ARCHIVE = os.urandom(1 << 20) * 2 + b"end"
@@ -104,6 +105,36 @@ def test_a_server_that_answers_with_another_range_is_not_believed(web: Web, devi
     assert part(device).stat().st_size == 1_200_000
 
 
+def test_a_server_that_has_no_such_range_begins_anew(web: Web, device: Updating, wanted: Wanted) -> None:
+    web.tricks[:] = [("/targets/", cut_at(1_200_000))]
+    device.must_fail(wanted, "DownloadError")
+    web.tricks[:] = [("/targets/", lambda it: it.head(416, 0) if it.start else it.serve())]
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+    assert starts(web) == [0, 1_200_000, 0]
+
+
+def test_a_server_that_hangs_up_after_each_answer_is_asked_again(web: Web, device: Updating, wanted: Wanted) -> None:
+    """Without saying so, as one does whose patience with idle connections is short."""
+
+    def hang_up(it: Handler) -> None:
+        it.serve()
+        it.close_connection = True
+
+    web.tricks[:] = [("", hang_up)]
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+
+
+def test_a_download_ends_with_the_window_and_comes_in_the_next(web: Web, device: Updating, wanted: Wanted) -> None:
+    now = datetime.fromtimestamp(device.now().wall_us // 1_000_000).replace(second=58, microsecond=0)
+    device.wall_us = round(now.timestamp() * 1e6)
+    device.configure(window=f"{now - timedelta(hours=1):%H:%M}-{now + timedelta(minutes=1):%H:%M}")
+    web.tricks[:] = [("/targets/", holding(threading.Event()))]
+    device.must_fail(wanted, "TimeOver")
+    web.tricks.clear()
+    device.wall_us += 86_400_000_000 - 1_000_000_000
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+
+
 def test_an_archive_that_is_there_is_not_downloaded_again(web: Web, device: Updating, wanted: Wanted) -> None:
     device.must_fetch(wanted)
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
@@ -145,7 +176,7 @@ def test_a_rate_that_was_asked_for_is_kept_to(repository: Signed, web: Web, devi
     device.configure(max_rate=len(SMALL) // 2)
     begun = time.monotonic()
     device.must_fetch(wanted)
-    assert 1.0 < time.monotonic() - begun < 10.0
+    assert time.monotonic() - begun > 1.0
 
 
 def test_a_stick_is_a_repository(web: Web, device: Updating, wanted: Wanted) -> None:
@@ -306,12 +337,16 @@ def test_the_child_does_not_outlive_the_daemon(web: Web, device: Updating, wante
     words = (str(device.folder), web.url, wanted.bundle, wanted.version, wanted.digest)
     daemon = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)
     try:
-        wait_for(held.is_set, "the archive is being downloaded")
-        wait_for(lambda: part(device).stat().st_size >= 1 << 20, "much of it is on the disk")
+        wait_for(held.is_set, "the archive is being downloaded", PATIENCE_S)
+        wait_for(lambda: part(device).stat().st_size >= 1 << 20, "much of it is on the disk", PATIENCE_S)
         [fetching] = psutil.Process(daemon.pid).children()
         daemon.send_signal(signal.SIGKILL)
         daemon.wait()
-        wait_for(lambda: not fetching.is_running() or fetching.status() == psutil.STATUS_ZOMBIE, "the child is gone")
+        wait_for(
+            lambda: not fetching.is_running() or fetching.status() == psutil.STATUS_ZOMBIE,
+            "the child is gone",
+            PATIENCE_S,
+        )
     finally:
         daemon.kill()
         daemon.wait()
@@ -339,7 +374,11 @@ def test_the_child_gives_way_and_is_limited(web: Web, device: Updating, wanted: 
     held = threading.Event()
     web.tricks[:] = [("/targets/", holding(held))]
     device.fetcher.start("exercise", wanted, device.now())
-    wait_for(lambda: device.fetcher.poll(device.now()) is None and held.is_set(), "the archive is being downloaded")
+    wait_for(
+        lambda: device.fetcher.poll(device.now()) is None and held.is_set(),
+        "the archive is being downloaded",
+        PATIENCE_S,
+    )
     [fetching] = psutil.Process().children()
     assert fetching.nice() == 19
     assert fetching.ionice().ioclass == psutil.IOPRIO_CLASS_IDLE
@@ -349,4 +388,6 @@ def test_the_child_gives_way_and_is_limited(web: Web, device: Updating, wanted: 
     assert 0 < limits[psutil.RLIMIT_FSIZE] <= (64 << 20) + 1
     assert fetching.memory_info().rss < 80 << 20
     device.fetcher.stop("exercise")
-    wait_for(lambda: (device.fetcher.poll(device.now()), fetching.is_running())[1] is False, "the child is gone")
+    wait_for(
+        lambda: (device.fetcher.poll(device.now()), fetching.is_running())[1] is False, "the child is gone", PATIENCE_S
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import msgspec
 
 from agent import clock, config
 from agent.clock import Now
-from agent.config import Config, Task, Updates
+from agent.config import Config, Stream, Task, Updates
 from agent.device.storage.store import Store
 from agent.device.updates import child, floors
 from agent.device.updates.fetching import Failed, Fetched, Fetcher
@@ -20,13 +20,17 @@ from agent.device.updates.floors import Floors
 from agent.wire.desired import Wanted
 from tests.stations import STREAMS
 
+# The child has the lowest priority, and tests run beside others.
+PATIENCE_S = 90.0
 RUNS = b"the bundle that runs"
 
 
 class Updating:
     """`folder` is all the device has. `wall_us` and `quality` are its clock, by default a right one."""
 
-    def __init__(self, folder: Path, url: str, root: bytes, **updates: Any) -> None:
+    def __init__(
+        self, folder: Path, url: str, root: bytes, streams: Mapping[str, Stream] = STREAMS, **updates: Any
+    ) -> None:
         self.folder = folder
         self.data = folder / "data"
         self.data.mkdir(parents=True, exist_ok=True)
@@ -34,7 +38,7 @@ class Updating:
         self.conf = Config(
             device=config.Device(id="pi-07", fleet="acme", data_dir=str(self.data)),
             updates=Updates(url=url, root=str(folder / "root.json"), **updates),
-            streams=STREAMS,
+            streams=dict(streams),
             tasks={"exercise": Task(stream="watch", bundle="exercise")},
         )
         self.runs = self.data / "bundles" / "exercise" / "model.tflite"
@@ -66,13 +70,13 @@ class Updating:
         wall_us = time.time_ns() // 1000 if self.wall_us is None else self.wall_us
         return Now(wall_us, time.monotonic() + self.later_s, self.quality, 1000 if self.quality == "synced" else None)
 
-    def fetch(self, wanted: Wanted, within_s: float = 20.0) -> Fetched | Failed:
+    def fetch(self, wanted: Wanted, within_s: float = PATIENCE_S) -> Fetched | Failed:
         """One try, from its start to its end."""
         self.fetcher.start("exercise", wanted, self.now())
         self.later_s += 100_000.0
         return self.result(within_s)
 
-    def result(self, within_s: float = 20.0) -> Fetched | Failed:
+    def result(self, within_s: float = PATIENCE_S) -> Fetched | Failed:
         deadline = time.monotonic() + within_s
         while (found := self.fetcher.poll(self.now())) is None:
             assert time.monotonic() < deadline, f"no answer within {within_s:g} s"

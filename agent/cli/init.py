@@ -37,6 +37,7 @@ TEMPLATE = """\
 id = "{device}"              # a-z 0-9 - _ . , 1-64 characters; a level of every topic
 fleet = "{fleet}"
 data_dir = "{data_dir}"
+# groups = ["roof"]                   # a roll-out for a group is for this device, too
 
 [broker]
 url = "mqtt://127.0.0.1:1883"  # mqtts:// anywhere but on this machine

@@ -100,8 +100,7 @@ def assemble(
 
 def _restore(store: Store, name: str, digest: str, judge: Judge) -> tuple[State, Ended | None]:
     """What is remembered of drift; of a bundle beside which another is on probation, what was laid by."""
-    one = standing.standing(store, name)
-    if one is not None and one.phase == "probation" and one.wanted.digest != digest:
+    if standing.on_probation(store, name) not in ("", digest):
         return watching.restore(store, name, judge)
     return drifting.restore(store, name, judge)
 

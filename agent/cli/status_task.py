@@ -103,7 +103,12 @@ def show(tasks: Sequence[dict[str, Any]]) -> None:
         "No tasks: add a [tasks.NAME] section to run a model.",
     )
     for task in tasks:
-        lines = [_pace_line(task), *_reference_lines(task["reference"]), *_quality_lines(task["quality"])]
+        lines = [
+            _pace_line(task),
+            *_rollout_lines(task.get("rollout")),
+            *_reference_lines(task["reference"]),
+            *_quality_lines(task["quality"]),
+        ]
         lines += [alert_line(alert, f"open {alert['alert']}") for alert in task["open"]]
         click.echo(f"\n{task['task']}")
         for line in lines:
@@ -125,6 +130,20 @@ def _bundle_cell(task: dict[str, Any]) -> str:
 def _pace_line(task: dict[str, Any]) -> str:
     """How its model is run here, and how fast it would go."""
     return f"model runs: {msgspec.convert(task['pace'], Choice) if task['pace'] else 'not tried yet'}"
+
+
+def _rollout_lines(found: dict[str, Any] | None) -> list[str]:
+    """What is desired of it, how it stands with that, and why it does not run what it should."""
+    if found is None:
+        return []
+    wants, phase = found["wants"], found["phase"]
+    color = {"refused": "yellow", "rolled back": "red"}.get(phase)
+    said = click.style(phase, fg=color) + (f" ({found['reason']})" if found["reason"] else "")
+    word = "on" if phase == "settled" else "with" if phase == "probation" else "of"
+    late = click.style(" LATE", fg="yellow") if found["late"] else ""
+    why = f": {found['why']}" if found["why"] else ""
+    what = f"{wants['name']} {wants['version']}"
+    return [f"roll-out {found['id']} ({found['strategy']}): {said} {word} {what} since {found['since']}{late}{why}"]
 
 
 def _reference_cell(found: dict[str, Any]) -> str:

@@ -91,5 +91,10 @@ def updating(
     supplies = {name: Supply(conf, trusted, fetcher, fits, known, wake) for name in conf.tasks}
     serving = Serving(store, author, machine, made, partial(planned, str(file), conf, store))
     rollouts = Rollouts(conf, store, author, desires, serving, supplies)
-    desires.changed = wake
+
+    def stir() -> None:
+        rollouts.stirred = True
+        wake()
+
+    desires.changed = stir
     return Updating(rollouts, supplies, fetcher)

@@ -32,7 +32,7 @@ from agent.device.recovery.settle import settle
 from agent.device.reports import Broken
 from agent.device.storage.store import Store
 from agent.device.timekeeping import clock_of
-from agent.device.updates import probation
+from agent.device.updates import probation, standing
 from agent.device.updates.desired import Desires
 from agent.device.updates.updating import Updating
 from agent.errors import BadBundle, ConfigError, UsageError
@@ -156,7 +156,7 @@ def daemon(file: Path, conf: Config, store: Store, *, now: Callable[[], Now] | N
     marker = guard(conf, store, writer)
     tasks, broken = planned(file, conf, store, marker)
     for one in tasks:
-        if not probation.is_on(store, one.task.name):
+        if not standing.on_probation(store, one.task.name):
             kept.activated(store, writer, one.task, conf.data_dir, now())
     quarantine.lift(conf, store, writer, now())
     kept.prune(store, conf.tasks, conf.data_dir)

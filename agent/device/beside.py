@@ -86,6 +86,8 @@ class Beside:
         self._tables = matched.tables([_reference(task), _reference(other)])
         self._waiting: _Waiting | None = None
         self._not_before_s = 0.0
+        # Whether labels wait that did not go into the last message.
+        self._more = False
         self._since_s: float | None = None
         self.tally, self._rows = Tally(), (0, 0)
         self._given: list[Given] = []
@@ -108,7 +110,7 @@ class Beside:
         if self._since_s is None:
             self._since_s = now.boot_s
         each = self._each if self.kept.messages < _SOON else max(self._each, _LATER)
-        late = now.boot_s >= self._since_s + EVERY_S
+        late = self._more or now.boot_s >= self._since_s + EVERY_S
         if now.boot_s < self._not_before_s or (self.tally.batches < each and not late):
             return False
         return self._say(store, author, now)
@@ -199,7 +201,8 @@ class Beside:
 
     def _say(self, store: Store, author: Author, now: Now) -> bool:
         self._since_s = now.boot_s
-        labels = store.ask(labelled.after, self.task.name, self.kept.number, 1)
+        labels = store.ask(labelled.after, self.task.name, self.kept.number, outcomes.MOST + 1)
+        self._more = len(labels) > outcomes.MOST
         if not self.tally.batches and not labels:
             return False
         try:

@@ -71,6 +71,10 @@ class Signals:
         self.wake()
 
 
+class _Stopping(Exception):
+    """The agent is to stop, and a model that runs apart is not waited for."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Rest:
     """Of a task that met an error nobody foresaw: how long, and until when on the boot-time clock."""
@@ -108,7 +112,7 @@ class Daemon:
         self._resting: dict[str, _Rest] = {}
         self._space = Space(conf, store, author, self._run_early, self._not_getting_on)
         machine = self._machine(models)
-        self._updating = make_updating(machine, self.signals.wake, self._feed_watchdog)
+        self._updating = make_updating(machine, self.signals.wake, self._wait_for_model)
         self._operations = make_operations(machine, self._updating)
         self._reports.more = self._updating.report
         self._next_health = self._next_room = self._next_labels = 0.0
@@ -178,6 +182,12 @@ class Daemon:
         if self._intake.alive(now) and self._uplink.alive(now):
             notify("WATCHDOG=1")
 
+    def _wait_for_model(self) -> None:
+        """About once a second while one that runs apart is at work: that is no reason for the watchdog."""
+        if self.signals.stopping:
+            raise _Stopping
+        self._feed_watchdog()
+
     def _work_off(self, planned: Planned, now: Now) -> None:
         """Batches until nothing more can be consumed, or for a while: then the next turns go on."""
         name = planned.task.name
@@ -195,6 +205,8 @@ class Daemon:
                     behind.go_on(task, self._store, self._author, self._now())
                     references.take_up(task, self._store, self._author, self._now())
                 done = batch.run(task, self._store, self._author, self._now())
+            except _Stopping:
+                return
             except ModelDied as died:
                 # One that runs apart: the same rows are answered by another bundle, at once.
                 instead = self._updating.fell(name, died, self._now())

@@ -15,8 +15,8 @@ from agent.drift.truth import Truth
 from agent.rivals import tally
 from agent.rivals.tally import Tally
 
-# Labels that are looked at together.
-MOST = 500
+# Labels of one message: many that come at once are neighbours, and make several blocks.
+MOST = 50
 
 
 def count(tx: Transaction, task: Task, other: Task, number: int) -> tuple[Tally, int]:

@@ -31,6 +31,7 @@ log = logging.getLogger("outstation")
 
 ACTIVE = "active bundle"
 _MOST_LABEL_BYTES = 8_000
+_HALF = ".half"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,14 @@ def in_force(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
 
 
 def ran_before(store: Store, task: str, data_dir: Path, barred: Collection[str]) -> list[Ran]:
-    """Bundles that ran for `task` and whose copies are here, the newest first, without those of `barred` digests."""
-    past = history(store, task)
+    """Bundles that ran for `task` and whose copies are here, the newest first, without those of `barred` digests.
+
+    One that is still on probation is none: it may run apart only.
+    """
+    past, tried = history(store, task), standing.on_probation(store, task)
     known = [] if past is None else [one for one in (past.now, past.before) if one is not None]
-    return [one for one in known if one.digest not in barred and folder(data_dir, one.digest).is_dir()]
+    known = [one for one in known if one.digest not in barred and one.digest != tried]
+    return [one for one in known if folder(data_dir, one.digest).is_dir()]
 
 
 def keep(found: Bundle, data_dir: Path) -> bool:
@@ -92,7 +97,7 @@ def keep(found: Bundle, data_dir: Path) -> bool:
     target = folder(data_dir, found.digest)
     if target.is_dir():
         return True
-    half = target.with_name(target.name + ".half")
+    half = target.with_name(target.name + _HALF)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(half, ignore_errors=True)
@@ -173,7 +178,8 @@ def prune(store: Store, tasks: Iterable[str], data_dir: Path) -> None:
         needed |= {folder(data_dir, digest).name for digest in digests}
     home = data_dir / "bundles" / ".kept"
     for entry in home.iterdir() if home.is_dir() else ():
-        if entry.name not in needed:
+        # A copy that is being made is not there yet, and needed.
+        if entry.name.removesuffix(_HALF) not in needed:
             shutil.rmtree(entry, ignore_errors=True)
 
 

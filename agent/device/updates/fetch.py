@@ -103,17 +103,6 @@ def _check(request: Request, target: Target, missing: int) -> None:
         raise FetchFailed("Unfit", f"{target.path} is of another bundle than the one that is wanted ({request.digest})")
     if request.here is not None and (why := fit.why_not(target.custom, target.length, missing, request.here)):
         raise FetchFailed("Unfit", f"{target.path}: {why}")
-    free = shutil.disk_usage(_existing(Path(request.into))).free
-    if (needed := missing + target.length + fit.RESERVE) > free:
-        raise FetchFailed(
-            "NoSpace", f"{target.path} needs {needed} bytes of disk to arrive and unpack, {free} are free"
-        )
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def _anchor(path: Path) -> bytes:

@@ -38,7 +38,9 @@ log = logging.getLogger("outstation.updates")
 _DOWNLOAD_S = 3600.0
 _SPREAD_S = 60.0
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 30.0, 6 * 3600.0
-_LASTING = frozenset({"Unfit", "NoSuchTarget", "TooLarge", "NoRoot"})
+_LASTING = frozenset({"Unfit", "TooLarge", "NoRoot", "NoSuchTarget"})
+# Not there yet: a roll-out may come sooner than the copy of the repository that a device sees.
+_UNPUBLISHED = "NoSuchTarget"
 _BUSY_S, _CLOSED_S = 1.0, 60.0
 
 
@@ -216,8 +218,10 @@ class Fetcher:
         return answer
 
     def _end(self, errand: _Errand | None, answer: Answer, now: Now) -> Fetched | Failed | None:
+        if errand is not None and self._errands.get(errand.task) is not errand:
+            return None
         self._note_look(answer, now, alone=errand is None)
-        if errand is None or self._errands.get(errand.task) is not errand:
+        if errand is None:
             return None
         if answer.error or answer.file is None or answer.target is None:
             return self._failed(errand, answer, now)
@@ -227,7 +231,7 @@ class Fetcher:
     def _note_look(self, answer: Answer, now: Now, *, alone: bool) -> None:
         """Each child looks at the metadata; one that then fails over a bundle has looked all the same."""
         look = self._look
-        if not answer.error or answer.target is not None:
+        if answer.error in ("", _UNPUBLISHED) or answer.target is not None:
             every_s = self._conf.updates.every if self._conf.updates else 0.0
             again_s = every_s * self._chance.uniform(1.0, 1.25)
             self._look = _Look(now.boot_s + again_s, at=clock.rfc3339(now.wall_us))
@@ -241,7 +245,7 @@ class Fetcher:
         # A link that breaks off again and again brings a bundle all the same.
         errand.failures = 1 if answer.received else errand.failures + 1
         lasting = answer.error in _LASTING
-        again_s = self._retry_s(64 if lasting else errand.failures)
+        again_s = self._retry_s(64 if lasting and answer.error != _UNPUBLISHED else errand.failures)
         errand.due_s = now.boot_s + again_s
         error, detail = answer.error or "Died", answer.detail or "the child that fetches gave no archive"
         log.warning("task %s: %s: %s; again in %.0f s", errand.task, error, detail, again_s)

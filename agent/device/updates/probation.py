@@ -23,12 +23,6 @@ from agent.errors import StorageFull
 log = logging.getLogger("outstation.updates")
 
 
-def is_on(store: Store, task: str) -> bool:
-    """Whether a bundle is on probation for `task`."""
-    one = standing(store, task)
-    return one is not None and one.phase == "probation"
-
-
 def settle(conf: Config, store: Store, author: Author, marker: Marker, now: Now) -> bool:
     """At a start: take back the bundle on probation that the process before died of; whether it did."""
     left = marker.left

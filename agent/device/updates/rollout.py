@@ -19,25 +19,23 @@ from agent.config import Config
 from agent.device import drifting
 from agent.device.author import Author
 from agent.device.batch import Task
-from agent.device.operating import kept, overrides
+from agent.device.operating import kept
 from agent.device.operating.control import Deed
-from agent.device.storage import retention
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 from agent.device.updates import standing as standings
 from agent.device.updates import steps, watching
-from agent.device.updates.decide import Facts, Finding, aim, decide
+from agent.device.updates.decide import Finding, decide
 from agent.device.updates.desired import Desires
+from agent.device.updates.outlook import Outlook
 from agent.device.updates.serving import Live, Serving
 from agent.device.updates.standing import Held, Standing
-from agent.device.updates.supply import Sought, Supply
+from agent.device.updates.supply import Supply
 from agent.errors import BadBundle, ConfigError, ModelDied, StorageBusy, StorageFull
-from agent.model.activate import Proved
-from agent.wire.desired import Wanted
 
 log = logging.getLogger("outstation.updates")
 
-_EVERY_S = 1.0
+_EVERY_S, _TELL_S = 1.0, 60.0
 # Two are the most that a change of mind takes; the rest is for safety.
 _MOST_STEPS = 6
 
@@ -54,8 +52,8 @@ class Rollouts:
         serving: Serving,
         supplies: Mapping[str, Supply],
     ) -> None:
-        self._conf, self._store, self._author, self._desires = conf, store, author, desires
-        self._serving = serving
+        self._conf, self._store, self._author, self._serving = conf, store, author, serving
+        self._outlook = Outlook(conf, store, author.device, desires, serving)
         self._live = {
             name: Live(
                 name,
@@ -66,7 +64,7 @@ class Rollouts:
             )
             for name, task in conf.tasks.items()
         }
-        self._at_s = 0.0
+        self._at_s = self._tell_at_s = 0.0
         self.stirred = False
 
     # --- on the main loop ---
@@ -113,11 +111,13 @@ class Rollouts:
         """What an operator's `rollback` comes to while a bundle is on probation; None while none is."""
         live = self._live[name]
         trial, old = live.trial, live.standing
-        if old is None or old.phase != "probation" or trial is None or trial.steady is None:
+        # After a start, until it is there again, what ran before is what is loaded.
+        steady = self._serving.task(name) if trial is None else trial.steady
+        if old is None or old.phase != "probation" or steady is None:
             return None
-        new = self._by_operator(old, now)
-        to = kept.ran(trial.steady.bundle)
-        summary = f"{name} went from {kept.ran(trial.candidate.bundle)}, which was on probation, to {to}."
+        new, to = self._by_operator(old, now), kept.ran(steady.bundle)
+        left = f"{old.wanted.bundle} {old.wanted.version}"
+        summary = f"{name} went from {left}, which was on probation, to {to}."
         data = {"from": old.wanted.digest, "to": to.digest}
 
         held: list[Held | None] = []
@@ -154,7 +154,7 @@ class Rollouts:
         live, wrote = self._live[name], False
         try:
             for _ in range(_MOST_STEPS):
-                facts = self._facts(name, live, now)
+                facts = self._outlook.facts(live, now)
                 new = decide(live.standing, facts)
                 if new is live.standing or new is None or not self._step(name, live, new, now):
                     break
@@ -162,49 +162,10 @@ class Rollouts:
             self._serving.keep_up(live, now)
             wrote |= live.trial is not None and live.trial.turn(self._store, self._author, now)
         except (StorageFull, StorageBusy) as problem:
-            log.error("task %s: %s; its roll-out goes on when there is room", name, problem)
+            if now.boot_s >= self._tell_at_s:
+                self._tell_at_s = now.boot_s + _TELL_S
+                log.error("task %s: %s; its roll-out goes on when there is room", name, problem)
         return wrote
-
-    def _facts(self, name: str, live: Live, now: Now) -> Facts:
-        wanted, old, at_s = self._desires.wanted(name), live.standing, self._uptime_s(now)
-        about = wanted if wanted is not None or old is None else old.wanted
-        held = live.held.get(about.digest) if about else None
-        past = kept.history(self._store, name)
-        facts = Facts(
-            device=self._author.device,
-            wanted=wanted,
-            runs=self._serving.runs(live),
-            configured=live.configured,
-            now=clock.rfc3339(now.wall_us),
-            now_s=at_s,
-            held=held if held is not None and held.until_s > at_s else None,
-            before=self._before(name, past),
-            aside=self._aside(name, old),
-            over=_is_over(about, now),
-        )
-        if live.trial is not None and old is not None:
-            hours = (at_s - old.since_s) / 3600
-            facts = changed(facts, against=live.trial.against(), enough=live.trial.enough(hours))
-        return changed(facts, proof=self._proof(name, live, facts, past, now))
-
-    def _proof(self, name: str, live: Live, facts: Facts, past: kept.History | None, now: Now) -> Finding | None:
-        """Whether the bundle that the next step needs is here and proved; goes on with that."""
-        digest, old = aim(live.standing, facts), live.standing
-        if not digest or old is None:
-            live.supply.drop()
-            live.proof = live.unfit = None
-            return None
-        if live.unfit is not None:
-            return live.unfit
-        if live.trial is not None and live.trial.candidate.bundle.digest == digest:
-            return None
-        # What answers already is not waited for from afar.
-        fetched = old.phase != "probation"
-        found = live.supply.seek(_sought(name, digest, old.wanted, past, fetched=fetched), now)
-        live.proof = found if isinstance(found, Proved) else None
-        if isinstance(found, Proved):
-            return Finding("", _proved_by(found))
-        return found
 
     def _step(self, name: str, live: Live, new: Standing, now: Now) -> bool:
         """Commit one step; False where it cannot be taken after all."""
@@ -288,25 +249,10 @@ class Rollouts:
 
     # --- what there is ---
 
-    def _before(self, name: str, past: kept.History | None) -> str:
-        before = past.before if past is not None else None
-        if before is None or not kept.folder(self._conf.data_dir, before.digest).is_dir():
-            return ""
-        return "" if before.digest in overrides.set_aside(self._store, name) else before.digest
-
-    def _aside(self, name: str, old: Standing | None) -> str:
-        if old is None or old.phase != "settled":
-            return ""
-        found = overrides.set_aside(self._store, name).get(old.wanted.digest)
-        return "" if found is None else found.why
-
     def _by_operator(self, old: Standing, now: Now) -> Standing:
         why = "an operator rolled it back"
-        at = {"since": clock.rfc3339(now.wall_us), "since_s": self._uptime_s(now)}
+        at = {"since": clock.rfc3339(now.wall_us), "since_s": self._outlook.uptime_s(now)}
         return replace(old, phase="rolled back", reason="operator", why=why, numbers={}, late=False, past="", **at)
-
-    def _uptime_s(self, now: Now) -> float:
-        return retention.uptime_s(self._store.meta(retention.UPTIME, ""), self._store.boot, now)
 
     @staticmethod
     def _note_held(live: Live, new: Standing, held: Held | None) -> None:
@@ -320,22 +266,3 @@ class Rollouts:
 
 def _phase(live: Live) -> str:
     return "" if live.standing is None else live.standing.phase
-
-
-def _sought(name: str, digest: str, wanted: Wanted, past: kept.History | None, *, fetched: bool) -> Sought:
-    if digest == wanted.digest:
-        return Sought(name, wanted.bundle, wanted.version, digest, wanted if fetched else None)
-    before = past.before if past is not None else None
-    return Sought(name, before.name if before else "", before.version if before else "", digest)
-
-
-def _proved_by(found: Proved) -> str:
-    made = " and its golden vectors came out" if "golden.npz" in found.bundle.files else ""
-    return f"it was verified and run on this machine{made}"
-
-
-def _is_over(wanted: Wanted | None, now: Now) -> bool | None:
-    """Whether its deadline is over; None where nobody can tell what time it is."""
-    if wanted is None or wanted.deadline is None:
-        return False
-    return None if now.quality == "unsynced" else now.wall_us >= clock.epoch_us(wanted.deadline)

@@ -28,6 +28,7 @@ from agent.device.updates.exchange import LEAST_BYTES, PATIENCE_S
 from agent.errors import FetchFailed
 
 _CHUNK = 65_536
+_FEW = 8_192
 _MISSING = frozenset({403, 404, 410})
 _RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/(?:\d{1,15}|\*)", re.ASCII)
 
@@ -124,13 +125,12 @@ class WebSource:
     def read(self, name: str, offset: int = 0) -> Reading:
         path = "/".join([self._path, *(quote(part, safe="") for part in _parts(name))])
         response = self._answer(path, offset)
-        if response.status == 416 and offset:
-            return self.read(name)
-        if response.status in _MISSING:
-            self.close()
-            raise Missing(name, response.status)
         if response.status not in (200, 206):
-            self.close()
+            self._pass_over(response)
+            if response.status == 416 and offset:
+                return self.read(name)
+            if response.status in _MISSING:
+                raise Missing(name, response.status)
             raise FetchFailed("DownloadHTTPError", self._refusal(name, response))
         return Reading(self._start(name, response, offset), self._chunks(name, response))
 
@@ -153,6 +153,13 @@ class WebSource:
             if reused and isinstance(failure.__cause__, ConnectionError | http.client.HTTPException):
                 return self._answer(path, offset)
             raise
+
+    def _pass_over(self, response: http.client.HTTPResponse) -> None:
+        """The words beside an error; the connection stays, where they are few."""
+        with _translated(self._url), self._pace.waiting():
+            response.read(_FEW)
+        if not response.isclosed():
+            self.close()
 
     def _start(self, name: str, response: http.client.HTTPResponse, offset: int) -> int:
         if response.status == 200:

@@ -68,6 +68,12 @@ def standing(store: Store, task: str) -> Standing | None:
         return None
 
 
+def on_probation(store: Store, task: str) -> str:
+    """The digest of the bundle that is on probation for `task`; "" where none is."""
+    one = standing(store, task)
+    return one.wanted.digest if one is not None and one.phase == "probation" else ""
+
+
 def keep_standing(tx: Transaction, task: str, one: Standing | None) -> None:
     if one is None:
         tx.drop(task, STANDING)

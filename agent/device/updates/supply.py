@@ -35,6 +35,7 @@ RETRY_S = 3600.0
 # What must stay free of the disk when another bundle was kept.
 _SPARE = 32 << 20
 _MOST_LAID = 64
+_keeping = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,10 @@ class Supply:
         if isinstance(found, Missing) and archive is not None:
             return Finding("signature", f"what was fetched as {sought.name} {sought.version} is another bundle")
         # A damaged copy here is no reason not to fetch it.
+        if isinstance(found, Bundle) and (found.manifest.name, found.manifest.version) != (sought.name, sought.version):
+            called = f"{found.manifest.name} {found.manifest.version}"
+            why = f"the bundle of this digest is {called} by its manifest, {sought.name} {sought.version} is desired"
+            return Finding("signature", why)
         if not isinstance(found, Bundle):
             return found if archive is not None else Missing()
         return self._checked(sought, found)
@@ -179,7 +184,10 @@ class Supply:
             return Finding("unfit", problem.problem)
         except BadBundle as problem:
             return Finding("unfit", str(problem))
-        if not kept.keep(found, self._conf.data_dir):
+        # Two tasks may come to the same bundle at once.
+        with _keeping:
+            kept_here = kept.keep(found, self._conf.data_dir)
+        if not kept_here:
             return Finding("unfit", "the disk does not take a copy of it beside the one that runs")
         return proved
 

@@ -34,6 +34,8 @@ _TOP = (Root.type, Timestamp.type, Snapshot.type, Targets.type)
 # A bundle is named by one delegation; more are followed, not many.
 _CONFIG = UpdaterConfig(max_delegations=8, targets_max_length=2_000_000)
 _MOST_CUSTOM = 65_536
+# The end of 9999: what a clock of garbage shows may be later.
+_LATEST_S = 253_402_300_799.0
 _MOST_VERSION = 2**63 - 1
 # What python-tuf lets through of metadata that are signed and malformed.
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
@@ -49,7 +51,7 @@ class Repository:
                 str(work), f"{_BASE}metadata/", fetcher=_Fetcher(source), config=_CONFIG, bootstrap=anchor
             )
         self._trusted = self._updater._trusted_set
-        self._trusted.reference_time = datetime.fromtimestamp(time_s, UTC)
+        self._trusted.reference_time = datetime.fromtimestamp(min(time_s, _LATEST_S), UTC)
 
     def refresh(self) -> None:
         """All roles that are no bundle's. Raises FetchFailed."""
@@ -76,8 +78,16 @@ class Repository:
 
     def seen(self) -> dict[str, Floor]:
         """The floors of all roles that were verified, in the order in which they are."""
-        found = {role: delegator for delegator, role in self._trusted._trusted_delegations}
-        return {role: self._floor(delegator, role) for role, delegator in sorted(found.items(), key=_order)}
+        found = {role: self._floor(ROOT, role) for role in _TOP if role in self._trusted}
+        delegators = [Targets.type] if Targets.type in found else []
+        while delegators:
+            delegator = delegators.pop()
+            delegations = cast(Targets, self._trusted[delegator]).delegations
+            for role in (delegations and delegations.roles) or ():
+                if role in self._trusted and role not in found:
+                    found[role] = self._floor(delegator, role)
+                    delegators.append(role)
+        return found
 
     def expires_s(self) -> float:
         """When the first of the roles that are no bundle's expires, epoch s."""
@@ -137,11 +147,6 @@ class _Fetcher(FetcherInterface):
             return self._source.read(url.removeprefix(_BASE)).chunks
         except Missing as missing:
             raise DownloadHTTPError(missing.detail, 404) from missing
-
-
-def _order(delegated: tuple[str, str]) -> tuple[int, str]:
-    role, _ = delegated
-    return _TOP.index(role) if role in _TOP else len(_TOP), role
 
 
 def _custom(found: TargetFile) -> dict[str, Any]:
