@@ -90,10 +90,11 @@ def _lines(one: dict[str, Any]) -> list[RenderableType]:
     if one["not_heard_of"]:
         lines.append(Text(printable(f"  not heard of: {_names(one['not_heard_of'])}"), "dim"))
     told = {device["device"]: device for device in one["devices"]}
-    for key, style in (("failed", "red"), ("left_out", "dim")):
-        for name in one[key][:_MOST_NAMED]:
-            why = told[name]
-            lines.append(Text(printable(f"  {name}: {why['phase']} ({why['reason']}): {why['summary']}"), style))
+    for name in one["refused"][:_MOST_NAMED]:
+        why, style = told[name], "red" if name in one["failed"] else "dim"
+        lines.append(Text(printable(f"  {name}: {why['phase']} ({why['reason']}): {why['summary']}"), style))
+    if len(one["refused"]) > _MOST_NAMED:
+        lines.append(Text(f"  and {len(one['refused']) - _MOST_NAMED} more; --json names all"))
     for strange in one["unbelievable"][:_MOST_NAMED]:
         count = f"messages that cannot be believed: {strange['messages']}"
         lines.append(Text(printable(f"  {strange['device']}: {count}, the last: {strange['why']}"), "red"))

@@ -80,9 +80,7 @@ def promote(
     there = following.words if following else "finished"
     summary = f"{now.now.words} → {there}: {verdict.summary}."
     if forced is not None:
-        summary = (
-            f"{summary} Promoted by hand, although {'; '.join(verdict.waits) or 'nothing'} is open: {_words(forced)}"
-        )
+        summary += f" Promoted by hand: {_words(forced)} It waited for: {'; '.join(verdict.waits) or 'nothing'}."
     evidence = {**verdict.evidence(), "waits": verdict.waits, "forced": forced}
     if following is None:
         done = replace(now, state="finished")

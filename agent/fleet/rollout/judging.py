@@ -3,7 +3,9 @@
 Rules:
 - abort: too many devices failed, whatever the others will say; or an asked finding is bad on enough devices
 - the step is over: enough devices report, with enough batches each, it began long enough ago, no more failed than may,
-  every asked finding is good; the last step also waits for devices that are on their way
+  every asked finding is good
+- the last step also waits for devices that are on their way, and ends without a finding that is open once all that were
+  heard of have settled: nothing more is measured, and nothing else would follow
 - devices that took the bundle back count as failed, and no more in the findings
 - of a step that widens the one before, the devices that join with it must report, not those that did before
 """
@@ -58,9 +60,10 @@ def judge(rollout: Rollout, members: Members, tallies: Tallies, began: str, now_
     needed, reporting = _reporting(rollout, members, blocks)
     # A clock that was set back makes it wait, no more.
     hours = max(0.0, (now_us - clock.epoch_us(began)) / 3.6e9)
-    waits = [*_waits(promote, members, needed, reporting, hours), *_undecided(members, findings, beside)]
+    waits = _waits(promote, members, needed, reporting, hours)
     if rollout.following is None and (late := _on_their_way(members.chosen, now_us)):
         waits.append(f"devices on their way: {late}")
+    waits += _undecided(rollout, members, findings)
     bad = any(one.state == "bad" for one in findings) and len(blocks) >= needed
     answer: Answer = "wait"
     if bad or _too_many_failed(promote, members):
@@ -113,10 +116,14 @@ def _waits(promote: Promotion, members: Members, needed: int, reporting: int, ho
     return found
 
 
-def _undecided(members: Members, findings: Sequence[Finding], beside: bool) -> list[str]:
+def _undecided(rollout: Rollout, members: Members, findings: Sequence[Finding]) -> list[str]:
+    """Findings that hold it up. Devices that have settled measure no more: at the end, only what is bad still does."""
+    settled = bool(members.heard) and all(one.there for one in members.heard)
+    if settled and rollout.following is None:
+        return [one.words for one in findings if one.state == "bad"]
     found = [one.words for one in findings if one.state != "good"]
-    if found and not beside and members.heard and all(one.phase == "settled" for one in members.heard):
-        found.append("somebody to decide: all devices that were heard of have settled, and count no more")
+    if found and settled and rollout.now.strategy != "shadow":
+        found.append("somebody to decide: all devices that were heard of have come to an end, and measure no more")
     return found
 
 

@@ -36,7 +36,7 @@ def document(db: sqlite3.Connection, seen: Look, now_us: int) -> dict[str, Any]:
         "devices": [_device(one) for one in its.chosen],
         "not_heard_of": [one.device for one in its.chosen if one.phase == NOT_HEARD_OF],
         "failed": [one.device for one in its.failed],
-        "left_out": [one.device for one in its.chosen if one.left_out],
+        "refused": [one.device for one in its.chosen if one.phase in ("refused", "rolled back")],
         "reporting": verdict.reporting,
         "needed": verdict.needed,
         "findings": [finding.document() for finding in verdict.findings],

@@ -121,7 +121,20 @@ def test_where_no_more_can_come_that_would_settle_it_somebody_is_asked_to_decide
     six.on_probation(six.senders, 4, same=90)
     verdict = six.look().verdict
     assert (verdict.answer, verdict.findings[0].state) == ("wait", "open")
-    assert verdict.waits[-1].startswith("somebody to decide: all devices that were heard of have settled")
+    assert verdict.waits[-1].startswith("somebody to decide: all devices that were heard of have come to an end")
+
+
+def test_the_last_step_ends_with_a_finding_that_stays_open_but_not_with_one_that_is_bad(six: Fleet) -> None:
+    six.start(plan(("all", 100.0)))
+    six.on_probation(six.senders, 4, same=90, settles=False)
+    verdict = six.look().verdict
+    assert (verdict.answer, verdict.findings[0].state) == ("wait", "open")
+    six.collect(*(sender.rollout("settled", strategy="all") for sender in six.senders))
+    verdict = six.look().verdict
+    assert (verdict.answer, verdict.findings[0].state) == ("finish", "open")
+    assert "(at least 0.9: open)" in verdict.summary
+    six.collect(*(sender.shadow(model=NEWER, beside=MODEL, same=0) for sender in six.senders for _ in range(5)))
+    assert six.look().verdict.answer == "abort"
 
 
 def test_labels_count_before_the_estimate_where_there_are_any(six: Fleet) -> None:

@@ -163,7 +163,7 @@ def test_a_promotion_by_hand_over_open_findings_is_on_record_with_its_reason(six
     six.promote(forced="seen on site")
     *_, evidence, _payload, _jws = six.decided()[-1]
     assert json.loads(evidence)["forced"] == "seen on site"
-    assert six.decided()[-1][4].endswith("is open: seen on site.")
+    assert " Promoted by hand: seen on site. It waited for: devices with 20 batches: 0 of 3" in six.decided()[-1][4]
 
 
 def test_what_is_paused_is_not_promoted_by_itself_and_still_aborted(six: Fleet) -> None:
