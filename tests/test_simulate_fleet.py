@@ -19,7 +19,7 @@ NAMES = plan.names(50)
 
 def simulate(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "agent", "fleet", "simulate", "--dir", str(home), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
 def drawn(seed: int, **counts: int) -> hardship.Hardship:

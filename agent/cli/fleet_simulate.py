@@ -91,6 +91,9 @@ def _print(document: dict[str, Any]) -> None:
             row += [runs, one["phase"] or _NONE, one["reason"] or _NONE]
         table([*columns, "runs", "phase", "reason"], listed, "No devices.")
         _print_rollout(rollout, document["devices"])
+    for one in document["devices"]:
+        for ended in one["restarts"]:
+            click.echo(f"{ended}; it was started again")
     click.echo("")
     print_audit(document["audit"], document["seconds"])
 

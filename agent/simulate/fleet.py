@@ -136,4 +136,6 @@ def _hardship(order: Order) -> hardship.Hardship:
 
 def _document(fleet: Simulation, fielded: Plan) -> dict[str, Any]:
     found = report.report(fleet.database, fielded, operators.trusted(fleet.prepare()))
+    for one in found.devices:
+        one["restarts"] = fleet.restarts.get(one["device"], [])
     return {"devices": found.devices, "accuracy": found.accuracy, "audit": found.audit.document()}

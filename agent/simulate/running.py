@@ -32,6 +32,7 @@ _START_S = 10.0
 _LOOK_S, _SETTLED_S = 0.5, 2.0
 # Devices that start beside each other: more would only wait for the processor, and for each other.
 _AT_ONCE, _UP_S = 4, 60.0
+_MOST_RESTARTS = 3
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Simulation:
     """The running fleet in `folder`. Use as a context: leaving it ends every process it started.
 
     `broker`: one that runs already; None: it starts its own. `more` is added to a device's config. `may_end`: processes
-    that may end by themselves.
+    that may end by themselves. `restarts`: what ended a device's daemon, each time.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Simulation:
     more: Callable[[Site], str] = lambda _: ""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     may_end: set[str] = field(default_factory=set)
+    restarts: dict[str, list[str]] = field(default_factory=dict)
     broker_name: str = ""
     _fleet: FleetConfig | None = None
     _embedded: Any = None
@@ -150,13 +152,20 @@ class Simulation:
         self._spawn_command(name, [sys.executable, "-m", "agent", *arguments])
 
     def check_alive(self) -> None:
-        """Raises OutstationError where a process ended that should not have."""
-        for name, process in self.processes.items():
-            if name not in self.may_end and process.poll() not in (None, 0):
-                last = self.log(name).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-                raise OutstationError(
-                    f"{name} ended with code {process.returncode}: {' '.join(last)} (see {self.log(name)})"
-                )
+        """A device's daemon that ended is started again, as by systemd.
+
+        Raises OutstationError where another process ended that should not have, or a daemon did again and again.
+        """
+        for name, process in list(self.processes.items()):
+            if name in self.may_end or process.poll() in (None, 0):
+                continue
+            last = self.log(name).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            said = f"{name} ended with code {process.returncode}: {' '.join(last)}"
+            again = self.restarts.setdefault(name, [])
+            if not self.config(name).exists() or len(again) >= _MOST_RESTARTS:
+                raise OutstationError(f"{said} (see {self.log(name)})")
+            again.append(said)
+            self.begin(name)
 
     def _stop(self, names: list[str]) -> None:
         running = [self.processes[name] for name in names if name in self.processes]

@@ -91,6 +91,7 @@ def _judged(trial: Trial, report: dict[str, Any], seed: int) -> dict[str, Any]:
         "runs": dict(Counter(one["runs"]["version"] for one in devices if one["runs"])),
         "served": rollout["served"],
         "back": {one["device"]: one["reason"] for one in devices if one["phase"] == "rolled back"},
+        "restarts": [ended for one in devices for ended in one["restarts"]],
         "last": rollout["decisions"][-1]["summary"],
         "audit": report["audit"]["passed"],
         "messages": report["audit"]["messages"],
@@ -106,7 +107,7 @@ def row(one: dict[str, Any]) -> str:
     runs = ", ".join(f"{count} run {version}" for version, count in sorted(one["runs"].items()))
     text = f"{one['trial']:22} {one['state']:9} step {one['step']}  {runs:28} {one['served']:6} served "
     audit = f"audit {'passed' if one['audit'] else 'FAILED'} of {one['messages']:6}"
-    told = "".join(f"\n    {problem}" for problem in one["problems"])
+    told = "".join(f"\n    {said}" for said in (*one["problems"], *one["restarts"]))
     return f"{text} {audit} {one['seconds']:6.0f} s  {'ok' if one['passed'] else 'FAILED'}\n    {one['last']}{told}"
 
 
