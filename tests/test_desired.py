@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.device.author import Author
+from agent.device.outgoing.uplink import Uplink
 from agent.device.storage.store import Store
 from agent.device.updates.desired import Desires
 from agent.errors import Refused, StorageFull
@@ -23,6 +24,7 @@ from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
 from tests.operators import DEVICE, FLEET, NOW
 from tests.senders import new_key
+from tests.stations import conf
 
 OPERATOR, SECOND, FOREIGN = new_key(77), new_key(78), new_key(79)
 OWN = f"outstation/{FLEET}/{DEVICE}/desired"
@@ -239,6 +241,27 @@ def test_what_is_kept_and_damaged_counts_as_nothing_and_comes_again(desk: Desk) 
     desk.crash()
     assert desk.version() is None
     desk.take(delivery)
+    assert desk.version() == "2"
+
+
+def test_what_is_refused_is_counted_as_commands_are_and_raises_one_alert(desk: Desk, tmp_path: Path) -> None:
+    uplink = Uplink(
+        conf(tmp_path), desk.store, desk.author, None, lambda: NOW, lambda error: None, desires=desk.desires
+    )
+    old, new = signed(OWN, {"sort": wanted("1")}), signed(OWN, {"sort": wanted("2")})
+    theirs = signed(f"outstation/{FLEET}/pi-08/desired", {"sort": wanted("3")})
+    assert all(uplink._is_order(one, NOW) for one in (old, new, old, theirs, signed(OWN, {}, key=FOREIGN)))
+    assert not uplink._is_order(Delivery(f"outstation/{FLEET}/{DEVICE}/ack", b"", (), True, 1, 1), NOW)
+    uplink._refusals.flush(NOW, at_once=True)
+    counted = {name: n for name, n in desk.store.counters().items() if name.startswith("desired")}
+    assert counted == {
+        "desired states refused": 3,
+        "desired states refused: replayed": 1,
+        "desired states refused: other topic": 1,
+        "desired states refused: unknown key": 1,
+    }
+    assert [alert["id"] for alert in desk.store.alerts(10)] == ["_device/security/refused"]
+    desk.desires.turn(NOW)
     assert desk.version() == "2"
 
 

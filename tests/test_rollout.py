@@ -14,7 +14,9 @@ import pytest
 from agent import clock
 from agent.device import drifting, marker
 from agent.device.marker import Mark
+from agent.device.updates.standing import on_probation as on_probation_now
 from agent.drift.reference import Reference
+from agent.model import probe
 from tests.bundles import Floats
 from tests.rollouts import HOUR_S, Site, bundles_in, tiles
 
@@ -447,13 +449,60 @@ def test_without_updates_a_bundle_that_is_not_here_is_refused_and_taken_up_once_
     site.stop()
 
 
-def test_a_deadline_that_is_over_is_told_once(tmp_path: Path, bundles: dict[str, Path]) -> None:
-    site = Site(tmp_path, bundles)
-    site.desire("2", "all", deadline=clock.rfc3339(site.now.wall_us + 3_600_000_000)[:19] + "Z")
-    site.until_phase("refused")
+def test_a_deadline_that_is_over_is_told_once_and_no_more_when_it_got_there(site: Site) -> None:
+    deadline = clock.rfc3339(site.now.wall_us + 3_600_000_000)[:19] + "Z"
+    on_probation(site, deadline=deadline)
+    site.batch()
     site.tick(1.5 * HOUR_S)
-    assert site.phases() == ["fetching", "refused"]
+    site.tick()
+    told = [body["evidence"] for body in site.messages() if body.get("event") == "rollout"]
+    assert [(one["phase"], one["late"]) for one in told] == [
+        ("fetching", False),
+        ("probation", False),
+        ("probation", True),
+    ]
+    assert site.obey("report")[2]["tasks"][0]["rollout"]["late"] is True
+    site.batch()
+    site.batch()
+    site.until_phase("settled")
+    assert site.standing is not None
+    assert not site.standing.late
+
+
+def test_while_a_bundle_is_proved_batches_go_on_and_no_turn_waits_for_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on, asked = threading.Event(), threading.Event()
+    prove = probe.probe
+
+    def slow(*arguments: Any) -> probe.Report:
+        asked.set()
+        assert may_go_on.wait(30)
+        return prove(*arguments)
+
+    monkeypatch.setattr(probe, "probe", slow)
+    site.desire("2", "all")
+    site.until(asked.is_set, "it is being proved")
+    for _ in range(3):
+        began = time.monotonic()
+        site.tick()
+        assert site.batch() == "1"
+        assert time.monotonic() - began < 5.0
+    assert site.phase == "fetching"
+    may_go_on.set()
+    site.until_phase("probation")
+
+
+def test_two_tasks_come_to_the_same_bundle_at_once(site: Site) -> None:
     site.stop()
+    file = site.home / "outstation.toml"
+    other = '[tasks.again]\nstream = "cells"\nbundle = "tiny"\nschedule = "every 60 s"\n'
+    file.write_text(file.read_text(encoding="utf-8") + other, encoding="utf-8")
+    site.start()
+    wanted = site.wanted("2", "all")
+    site.desire_tasks({"sort": wanted, "again": wanted})
+    site.until(lambda: on_probation_now(site.store, "again") == site.digest("2"), "the other task's")
+    site.until_phase("probation")
 
 
 # --- what others see ---

@@ -46,12 +46,12 @@ class Made:
             return nullcontext() if self._marker is None else self._marker.running(name, found.digest)
 
         active = activate.load(proved, running)
-        if active.choice is not None:
-            choices.remember(self._store, name, active.choice)
+        self._remember(name, proved)
         return loading.assemble(self._file, self._conf, self._store, name, active, running)
 
     def apart(self, name: str, proved: Proved, rules: Rules) -> Task:
         """In a process of its own. Raises BadBundle, ConfigError."""
+        self._remember(name, proved)
         model = Apart(proved.bundle, proved.choice, Bounds(call_s=rules.batch_s), self._waiting)
         try:
             active = Active(proved.bundle, model, proved.reference, proved.choice)
@@ -59,6 +59,11 @@ class Made:
         except BaseException:
             model.close()
             raise
+
+    def _remember(self, name: str, proved: Proved) -> None:
+        """So that the next start need not try again how its model is run best."""
+        if proved.choice is not None:
+            choices.remember(self._store, name, proved.choice)
 
     def end(self, task: Task) -> None:
         """End a process of its own, if it has one."""

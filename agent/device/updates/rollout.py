@@ -31,11 +31,11 @@ from agent.device.updates.outlook import Outlook
 from agent.device.updates.serving import Live, Serving
 from agent.device.updates.standing import Held, Standing
 from agent.device.updates.supply import Supply
-from agent.errors import BadBundle, ConfigError, ModelDied, StorageBusy, StorageFull
+from agent.errors import BadBundle, ConfigError, ModelDied, StorageBusy, StorageError, StorageFull
 
 log = logging.getLogger("outstation.updates")
 
-_EVERY_S, _TELL_S = 1.0, 60.0
+_EVERY_S, _FULL_S, _REST_S = 1.0, 10.0, 60.0
 # Two are the most that a change of mind takes; the rest is for safety.
 _MOST_STEPS = 6
 
@@ -64,7 +64,7 @@ class Rollouts:
             )
             for name, task in conf.tasks.items()
         }
-        self._at_s = self._tell_at_s = 0.0
+        self._at_s = 0.0
         self.stirred = False
 
     # --- on the main loop ---
@@ -152,6 +152,8 @@ class Rollouts:
 
     def _go_on(self, name: str, now: Now) -> bool:
         live, wrote = self._live[name], False
+        if now.boot_s < live.rests_until_s:
+            return False
         try:
             for _ in range(_MOST_STEPS):
                 facts = self._outlook.facts(live, now)
@@ -162,9 +164,14 @@ class Rollouts:
             self._serving.keep_up(live, now)
             wrote |= live.trial is not None and live.trial.turn(self._store, self._author, now)
         except (StorageFull, StorageBusy) as problem:
-            if now.boot_s >= self._tell_at_s:
-                self._tell_at_s = now.boot_s + _TELL_S
-                log.error("task %s: %s; its roll-out goes on when there is room", name, problem)
+            live.rests_until_s = now.boot_s + _FULL_S
+            log.error("task %s: %s; its roll-out goes on when there is room", name, problem)
+        except StorageError:
+            raise
+        except Exception as error:
+            # Nobody foresaw it; a roll-out must not take the daemon and the other tasks down.
+            live.rests_until_s = now.boot_s + _REST_S
+            log.error("task %s: its roll-out rests for %g s: %s", name, _REST_S, error, exc_info=error)
         return wrote
 
     def _step(self, name: str, live: Live, new: Standing, now: Now) -> bool:

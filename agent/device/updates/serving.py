@@ -52,6 +52,7 @@ class Live:
     trial: Trial | None = None
     proof: Proved | None = None
     unfit: Finding | None = None
+    rests_until_s: float = 0.0
 
 
 class Serving:
