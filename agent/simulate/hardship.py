@@ -8,7 +8,7 @@ from random import Random
 
 # Bytes a second: some downloads of a small bundle take seconds.
 _SLOW = (15_000.0, 40_000.0)
-_MOST_CUTS = 3
+_MOST_CUTS = 2
 # Shares of the time a roll-out is expected to take: when a device goes, and how long it stays away.
 _GOES, _STAYS = (0.0, 0.4), (0.15, 0.5)
 
