@@ -89,6 +89,15 @@ class Buffer(Section, frozen=True):
     when_full: Literal["evict", "refuse"] = "evict"
 
 
+class Care(Section, frozen=True):
+    """When tasks wait for the machine's sake; degrees Celsius, percent of the battery while it is being emptied."""
+
+    max_temperature: Annotated[float, msgspec.Meta(gt=0, le=150)] = 80.0
+    min_battery: Annotated[float, msgspec.Meta(ge=0, le=95)] = 20.0
+    throttled: Literal["wait", "ignore"] = "wait"
+    nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
+
+
 class Intake(Section, frozen=True):
     tcp: str | None = None
 
@@ -205,6 +214,7 @@ class Config(Section, frozen=True):
     publishers: Publishers = msgspec.field(default_factory=Publishers)
     buffer: Buffer = msgspec.field(default_factory=Buffer)
     intake: Intake = msgspec.field(default_factory=Intake)
+    care: Care = msgspec.field(default_factory=Care)
     updates: Updates | None = None
     streams: dict[str, Stream] = {}
     tasks: dict[str, Task] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from scripts.benchmarks import Report, Result
+from scripts.benchmarks import Report, Result, written
 from scripts.benchmarks.__main__ import document, main
 from scripts.benchmarks.drifting import made, ours, peers, recordings, tables, targets
 from scripts.benchmarks.drifting.counting import Found, Row
@@ -34,6 +35,34 @@ def test_a_benchmark_of_several_results_is_one_text_and_an_item_each(monkeypatch
     told = json.loads(CliRunner().invoke(main, ["some", "--json"]).output)
     assert told == [document(MORE), document(LESS)]
     assert list(told[0]) == ["name", "ours", "reference", "unit", "ratio", "target", "met", "note"]
+
+
+def test_a_ratio_that_is_worse_by_a_third_is_named_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(written, "RATIOS", tmp_path / "ratios.json")
+    written.write([MORE, LESS])
+    (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "\n## What limits\n\nNothing.\n")
+    assert written.fallen([MORE, LESS]) == []
+    slower, dearer = replace(MORE, ours=19.0), replace(LESS, ours=4.6)
+    assert [sentence.split(":")[0] for sentence in written.fallen([slower, dearer])] == ["rate", "cost"]
+    assert written.fallen([replace(MORE, ours=21.0), replace(LESS, ours=4.4), replace(MORE, name="new")]) == []
+    written.write([MORE])
+    page = (tmp_path / "page.md").read_text()
+    assert "| rate | 30 | 20 | rows/s | 1.5 | ≥ 1 | met |" in page
+    assert page.endswith("\n## What limits\n\nNothing.\n"), "what a person wrote is kept"
+
+
+def test_quick_ends_with_1_only_where_a_ratio_has_fallen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(written, "RATIOS", tmp_path / "ratios.json")
+    monkeypatch.setattr("scripts.benchmarks.__main__.BENCHMARKS", {"rate": lambda: MORE, "cost": lambda: LESS})
+    monkeypatch.setattr("scripts.benchmarks.__main__.QUICK", {"cost"})
+    for before, code in ((1.5, 0), (0.9, 1)):
+        (tmp_path / "ratios.json").write_text(json.dumps({"cost": {"ratio": before, "less": True}}))
+        shown = CliRunner().invoke(main, ["--quick"])
+        assert shown.exit_code == code
+        assert ("worse by more than a third" in shown.output) is bool(code)
 
 
 def test_what_was_never_found_counts_as_missed_and_late() -> None:

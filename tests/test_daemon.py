@@ -243,6 +243,26 @@ def test_while_a_backlog_is_worked_off_commands_the_clock_health_and_other_tasks
     assert turned.turn() > 0.0
 
 
+def test_while_the_machine_is_too_hot_tasks_wait_health_says_so_and_what_waited_runs_once_it_is_cooler(
+    turned: Turned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heat = [91.0]
+    monkeypatch.setattr(turned.daemon._care, "_temperature", lambda: heat[0])
+    turned.feed(1000)
+    for _ in range(12):
+        turned.turn(after_s=10.0)
+    assert turned.store.cursor("exercise") is None
+    told = [json.loads(m.payload) for m in turned.store.unsent(0, 10_000) if m.topic.endswith("/health")]
+    assert told[-1]["care"] == {
+        "temperature": 91.0,
+        "resting": "91 °C; more than 80 °C ([care] max_temperature), until 75 °C",
+    }
+    heat[0] = 60.0
+    turned.turn(after_s=10.0)
+    assert turned.store.cursor("exercise") == turned.store.cursor("other") == 1000
+    assert turned.alerts() == []
+
+
 def test_a_paused_task_does_not_go_on_with_its_backlog(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "_MOST_WINDOWS", 4)
     turned.feed(8000)

@@ -78,6 +78,9 @@ def unexpected(error: Exception) -> None:
 
 
 def last_row(device: Device, stream: str = "watch") -> int:
+    if not (device.data / "outstation.db").exists():
+        # On a busy machine every start so far was killed before it came to make one.
+        return 0
     store = Store(device.data, read_only=True)
     try:
         return store.last_row(stream)

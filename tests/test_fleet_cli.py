@@ -29,7 +29,7 @@ from tests.senders import Sender, Sent
 from tests.stations import wait_for
 
 NOW = "2026-11-24T22:20:00.000000Z"
-COMMANDS = ["init", "enrol", "collect", "devices", "alerts", "gaps", "audit", "drift", "watch"]
+COMMANDS = ["init", "enrol", "collect", "devices", "alerts", "gaps", "audit", "drift", "evidence", "watch"]
 
 
 def run(*args: str | Path) -> Result:

@@ -52,6 +52,7 @@ ONLY = {
     "tflite_runtime": {"agent.model.runtime"},
     "resvg_py": {"agent.picture.png"},
     "PIL": {"agent.model.images"},
+    "cyclonedx": {"agent.fleet.evidence.software"},
     "tuf": {
         *(f"agent.fleet.repository.{name}" for name in ("copy", "create", "edition", "publish", "revoke", "roots")),
         *("agent.fleet.repository.rotate", "agent.fleet.repository.status", "agent.device.updates.trust"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -172,6 +174,68 @@ def test_of_columns_the_good_rows_are_taken_and_the_others_are_named_by_their_pl
         1: f"row 2 of the columns: t = {T0 - 1:.6f} runs backwards, {T0:.6f} came before; "
         "row 3 of the columns: ax = 99 g is above max 16; row 4 of the columns: ax is missing"
     }
+
+
+def packed(**columns: Any) -> dict[str, list[str]]:
+    """Numpy arrays as the client sends them."""
+    return {name: [c.dtype.str[1:], base64.b64encode(c.tobytes()).decode()] for name, c in columns.items()}
+
+
+@given(
+    st.lists(st.tuples(st.floats(-20, 20, width=32), st.floats(width=32) | st.just(np.nan)), min_size=1, max_size=40),
+    st.sampled_from(["<f4", "<f8"]),
+)
+def test_packed_columns_are_taken_and_refused_as_the_same_columns_in_full(
+    values: list[tuple[float, float]], kind: str
+) -> None:
+    ax, ay = (np.array(column, kind) for column in zip(*values, strict=True))
+    t = T0 + np.arange(len(ax))
+    full = {
+        name: [None if v != v else 1e999 if v == np.inf else -1e999 if v == -np.inf else v for v in c.tolist()]
+        for name, c in {"t": t, "ax": ax, "ay": ay}.items()
+    }
+    line = json.dumps({"stream": "watch", "columns": full}).replace("Infinity", "1e999").encode()
+    in_full, as_bytes = read([line]), read([row("watch", packed=packed(t=t, ax=ax, ay=ay))])
+    finite = bool(np.isfinite(ay[~np.isnan(ay)]).all())
+    assert as_bytes.digests() == in_full.digests() if finite else len(as_bytes.bad) == 1
+    assert as_bytes.bad.keys() == in_full.bad.keys()
+
+
+def test_whole_numbers_packed_and_texts_in_full_make_one_row() -> None:
+    columns = {"mode": ["idle", "busy"]}
+    numbers = packed(power=np.array([1.5, 2.5]), count=np.array([2**53 + 1, -3]), heat=np.array([np.nan, 1], "<f4"))
+    got = read([row("machine", columns=columns, packed=numbers)])
+    assert got.bad == {}
+    assert [c.tolist() for c in got.rows["machine"][0].columns[:2]] == [[1.5, 2.5], [2**53 + 1, -3]]
+    assert got.texts["machine"] == ["idle", "busy"]
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ({"packed": {"ax": ["f4", "AAAA"], "ay": ["f4", "AAAAAA=="]}}, "ax: 3 bytes are no f4 values of 4 bytes"),
+        ({"packed": {"ax": ["f2", "AAAA"]}}, "packed[...][0]: invalid enum value 'f2'"),
+        ({"packed": {"ax": ["f4", "A!"]}}, "packed[...][1]: invalid base64 encoded string"),
+        ({"packed": {"ax": "AAAA"}}, "packed[...]: expected `array`, got `str`"),
+        ({"packed": {}}, "columns must be of one length of at least 1, these have []"),
+        (
+            {"columns": {"ax": [1], "ay": [2]}, "packed": {"ax": ["i4", "AQAAAA=="]}},
+            "'ax' is in columns and in packed; give it once",
+        ),
+        ({"packed": {"zz": ["i4", "AQAAAA=="]}}, "'zz' is not a field of this stream"),
+        (
+            {"packed": {"ax": ["i4", "AQAAAA=="], "ay": ["i4", "AQAAAAEAAAA="]}},
+            "columns must be of one length of at least 1, these have [1, 2]",
+        ),
+    ],
+)
+def test_packed_columns_that_are_none_are_named_with_their_reason(members: dict[str, Any], said: str) -> None:
+    assert said in reason(row("watch", **members))
+
+
+def test_a_packed_column_that_is_there_twice_is_refused() -> None:
+    line = b'{"stream":"watch","packed":{"ax":["i4","AQAAAA=="],"ay":["i4","AQAAAA=="],"ax":["i4","AgAAAA=="]}}'
+    assert "ax" in reason(line)
 
 
 def test_many_bad_rows_of_columns_are_counted_and_not_all_named() -> None:

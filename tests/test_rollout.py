@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from agent import clock
+from agent.cli import main
 from agent.device import drifting, marker
 from agent.device.marker import Mark
+from agent.device.operating import kept
 from agent.device.updates.standing import on_probation as on_probation_now
 from agent.drift.reference import Reference
 from agent.model import probe
@@ -280,6 +282,21 @@ def test_called_back_after_it_settled_the_one_before_proves_itself_again_and_run
     assert (site.phase, site.batch()) == ("withdrawn", "1")
 
 
+def test_called_back_where_nothing_else_is_kept_it_goes_on_until_there_is(site: Site) -> None:
+    settled(site)
+    copy = kept.folder(site.conf.data_dir, site.digest("1"))
+    copy.rename(site.home / "away")
+    site.desire("2", "back")
+    site.tick()
+    assert (site.phase, site.reason, site.batch()) == ("refused", "unfit", "2")
+    (site.home / "away").rename(copy)
+    site.until_phase("withdrawn")
+    assert site.batch() == "1"
+    site.crash()
+    site.tick()
+    assert (site.phase, site.batch()) == ("withdrawn", "1")
+
+
 def test_a_config_that_names_another_bundle_ends_what_the_roll_out_brought_and_it_says_why(site: Site) -> None:
     settled(site)
     site.crash("3")
@@ -396,9 +413,9 @@ def resets(site: Site) -> int:
 
 def learned(site: Site) -> str:
     """The digest of the site's reference, once there is one."""
-    while (kept := site.store.state("sort", drifting.SITE)) is None:
+    while (found := site.store.state("sort", drifting.SITE)) is None:
         site.batch(800)
-    return Reference.from_json(kept).digest
+    return Reference.from_json(found).digest
 
 
 def test_a_bundle_that_is_taken_back_costs_the_site_nothing_that_it_had_learned(site: Site) -> None:
@@ -527,3 +544,18 @@ def test_a_candidate_is_kept_with_the_one_that_runs_and_goes_when_it_was_taken_b
     assert site.copies() == {"1", "2"}
     site.desire("2", "back")
     assert site.copies() == {"1"}
+
+
+def test_a_batch_by_hand_while_a_bundle_is_on_probation_is_answered_by_the_one_before(site: Site) -> None:
+    on_probation(site)
+    assert site.batch() == "2"
+    site.feed()
+    site.stop()
+    with pytest.raises(SystemExit) as ended:
+        main(["batch", "-c", str(site.file)])
+    assert ended.value.code in (0, None)
+    site.start()
+    assert site.results()[-1]["model"]["version"] == "1"
+    assert (site.phase, site.batch()) == ("probation", "2")
+    assert tiles(site.answered(), 4 * 40)
+    assert site.activations()[-1] == ("1", "2", "roll-out")

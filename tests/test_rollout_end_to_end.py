@@ -57,10 +57,10 @@ def device(fleet: Fleet, offered: dict[str, Path]) -> Device:
     return made.replay(10**9, 40).task("exercise", schedule="every 300 ms").up()
 
 
-def desire(fleet: Fleet, folder: Path, strategy: str, rollout: str, topic: str) -> None:
+def desire(fleet: Fleet, folder: Path, strategy: str, rollout: str, topic: str, batches: int = 5) -> None:
     found = bundle.read(folder, None)
     named = {"rollout": rollout, "bundle": "exercise", "version": found.manifest.version, "digest": found.digest}
-    leave(fleet, topic, {"exercise": {**named, "strategy": strategy, "rules": {"batches": 5, "hours": 0.0}}})
+    leave(fleet, topic, {"exercise": {**named, "strategy": strategy, "rules": {"batches": batches, "hours": 0.0}}})
 
 
 def leave(fleet: Fleet, topic: str, tasks: dict[str, Any]) -> None:
@@ -142,8 +142,9 @@ def test_one_that_crashes_on_probation_serves_nothing_and_the_daemon_lives(
     fleet: Fleet, device: Device, offered: dict[str, Path]
 ) -> None:
     pid = device.pid
-    desire(fleet, offered["crash"], "all", "deadly", "_all/desired")
-    desire(fleet, offered["crash"], "all", "deadly", "_group/desired/roof")
+    # So many that it does not settle before it meets what it cannot bear.
+    leave(fleet, "_group/desired/roof", {})
+    desire(fleet, offered["crash"], "all", "deadly", "_all/desired", batches=10_000)
     eventually("it was taken back", lambda: ("rolled back", "crash") in events(fleet, "deadly"), 60)
     assert device.running
     assert device.pid == pid

@@ -21,6 +21,7 @@ _COMMANDS = {
     "ingest": "agent.cli.ingest:ingest",
     "label": "agent.cli.label:label",
     "status": "agent.cli.status:status",
+    "cost": "agent.cli.cost:cost",
     "drift": "agent.cli.drift:drift",
     "model": "agent.cli.model:model",
     "reference": "agent.cli.reference:reference",

@@ -16,6 +16,7 @@ import click
 
 from agent.cli.fleet_command import command, revoke
 from agent.cli.fleet_drift import drift
+from agent.cli.fleet_evidence import evidence
 from agent.cli.fleet_label import label
 from agent.cli.fleet_publish import publish
 from agent.cli.fleet_repository import repository
@@ -49,6 +50,7 @@ def fleet() -> None:
 
 fleet.add_command(command)
 fleet.add_command(drift)
+fleet.add_command(evidence)
 fleet.add_command(revoke)
 fleet.add_command(label)
 fleet.add_command(publish)

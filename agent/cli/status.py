@@ -10,6 +10,7 @@ from agent import clock
 from agent.cli import status_task, wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config
+from agent.device.care import Care
 from agent.device.operating import wipe
 from agent.device.recovery.condition import condition
 from agent.device.storage import space
@@ -54,6 +55,7 @@ def document(conf: Config, store: Store) -> dict[str, Any]:
         "outbox": {"waiting": waiting, "last": last},
         "store": _room(conf, store),
         "condition": condition(store).document,
+        "care": Care(conf.care).turn(now).shown(),
         "rejected": store.counters().get("lines rejected", 0),
         "failed_files": store.counters().get("files failed", 0),
         "alerts": store.alerts(_ALERTS),
@@ -84,6 +86,8 @@ def _print(document: dict[str, Any]) -> None:
     click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {refused}\n")
     if shown := _condition(document["condition"]):
         click.echo(f"{shown}\n")
+    if resting := document["care"].get("resting"):
+        click.echo(f"tasks wait: {resting}\n")
     status_task.show(document["tasks"])
     click.echo("")
     for alert in document["alerts"]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from agent import clock
 from agent.clock import Now
+from agent.device import spending
 from agent.device.storage.transaction import Pending, Transaction
 from agent.link import Outgoing
 from agent.wire import jws, messages, rotation
@@ -51,6 +52,7 @@ class Author:
         token = jws.sign(key or self.key, topic, payload)
         tx.enqueue(Pending(seq + 1, topic, payload, token, time), messages.digest(payload))
         tx.count(f"messages.{kind}", 1)
+        spending.sent(tx, task, kind, len(payload) + len(token) + len(topic))
         if kind == "alerts":
             tx.note_alert({"task": task, "time": time, **body})
         return seq + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from agent.device import columns, drifting, learned
 from agent.device.author import Author
 from agent.device.drifting import Ended
 from agent.device.operating import overrides
+from agent.device.spending import Meter
 from agent.device.storage.given import Given
 from agent.device.storage.rows import EMPTY, Rows, concatenate
 from agent.device.storage.segments import Stamp, within
@@ -80,10 +82,12 @@ class Task:
     trying: Trying | None = None
     columns: list[int] = field(init=False)
     inference: Inference = field(init=False)
+    meter: Meter = field(init=False)
     last_label: str = ""
     shrunk: int = 1
 
     def __post_init__(self) -> None:
+        self.meter = Meter(self.name)
         names = [f.name for f in self.stream.fields]
         self.columns = [names.index(name) for name in self.bundle.manifest.input.fields]
         made, manifest = self.stream.made, self.bundle.manifest
@@ -125,11 +129,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What one batch did."""
+    """What one batch did; `listed` results are in its messages."""
 
     rows: int
     windows: int
     alerts: int
+    listed: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +149,7 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
     Raises StorageError; then nothing of it happened.
     """
     while True:
-        most = task.batch_rows(store.quota.transaction)
+        most, began = task.batch_rows(store.quota.transaction), time.thread_time_ns()
         try:
             done = _run(task, store, author, now, most)
         except StorageFull:
@@ -154,6 +159,8 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
             task.shrunk *= 4
         else:
             task.shrunk = max(1, task.shrunk // 2)
+            if done is not None:
+                task.meter.ran(done.windows, done.rows, done.listed, (time.thread_time_ns() - began) // 1000)
             return done
 
 
@@ -183,23 +190,27 @@ def _run(task: Task, store: Store, author: Author, now: Now, most: int) -> Done 
             drifting.end(tx, author, task.name, task.ended, now)
         if task.judge is not None and judged.state is not None:
             drifting.keep(tx, task.name, task.judge, judged.state, task.drift)
+        listed = 0
         for body in _results(task, author, batch, answers, names, tx.segments.announced()):
             author.write(tx, "results", task.name, body, now)
+            listed += len(body["columns"]["row"])
         for verdict in judged.verdicts:
             _report(task, author, tx, verdict, now)
         if given is not None:
             tx.labels.keep(task.name, given, tx.uptime_s(now))
         tx.count(f"windows.{task.name}", len(cut.starts))
+        task.meter.keep(tx)
         if task.suspected:
             tx.drop(task.name, overrides.CRASHES)
         if task.trying is not None:
             task.trying.write(tx)
+    task.meter.kept()
     task.drift, task.ended, task.suspected = judged.state, None, False
     if names:
         task.last_label = names[-1]
     if task.trying is not None:
         task.trying.committed(task, store, batch, answers)
-    return Done(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))
+    return Done(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts), listed)
 
 
 def _lost_follows(task: Task, store: Store, batch: Batch) -> bool:

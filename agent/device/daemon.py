@@ -18,6 +18,7 @@ from agent.clock import Now
 from agent.config import Config
 from agent.device import batch, behind, quality
 from agent.device.author import Author
+from agent.device.care import Care, step_back
 from agent.device.incoming.intake import Intake
 from agent.device.notify import notify
 from agent.device.operating import references
@@ -105,6 +106,7 @@ class Daemon:
         models = {p.task.name: p.task.reference for p in planned}
         self._reports = Reports(conf, store, author, models, now)
         self._timekeeper = Timekeeper(store, author)
+        self._care = Care(conf.care)
         self._intake = make_intake(self.signals.wake, self.signals.fail)
         self._uplink = make_uplink(self.signals.fail)
         self._stuck = {one.task for one in broken if not one.instead}
@@ -114,7 +116,7 @@ class Daemon:
         machine = self._machine(models)
         self._updating = make_updating(machine, self.signals.wake, self._wait_for_model)
         self._operations = make_operations(machine, self._updating)
-        self._reports.more = self._updating.report
+        self._reports.more = lambda now: {"care": self._care.condition.shown(), **self._updating.report(now)}
         self._next_health = self._next_room = self._next_labels = 0.0
 
     def run(self) -> None:
@@ -124,6 +126,8 @@ class Daemon:
         self._operations.start(self._now(), self.signals.wake)
         self._intake.start()
         self._uplink.start()
+        # Threads that start later inherit it.
+        step_back(self._conf.care)
         if not self.signals.stopping:
             notify("READY=1")
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._planned))
@@ -142,12 +146,16 @@ class Daemon:
         if self._updating.turn(now):
             self._uplink.wake()
         wait = min(_LONGEST_WAIT_S, self._updating.wait_s(now))
+        resting = self._care.turn(now).resting
         for planned in self._planned:
             if self.signals.stopping:
                 return 0.0
             name = planned.task.name
             if planned.paused:
                 self._unfinished.discard(name)
+                continue
+            if resting:
+                # What was due runs when the machine has recovered; where the store gets short, at once.
                 continue
             if self._updating.resumes(name):
                 continue

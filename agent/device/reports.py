@@ -13,6 +13,7 @@ from agent.config import Config
 from agent.device import timekeeping
 from agent.device.author import Author
 from agent.device.operating import overrides
+from agent.device.spending import Process
 from agent.device.storage import space
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
@@ -48,6 +49,7 @@ class Reports:
         now: Callable[[], Now],
     ) -> None:
         self._conf, self._store, self._author, self._models, self._now = conf, store, author, models, now
+        self._process = Process()
         # Members of a health message that others know of.
         self.more: Callable[[Now], Mapping[str, Any]] = lambda now: {}
 
@@ -57,6 +59,7 @@ class Reports:
         def write(tx: Transaction) -> None:
             if now.quality == "synced":
                 tx.set_meta(SYNCED, str(now.wall_us))
+            self._process.turn(tx, now)
             body = health(self._conf, self._store, self._models)
             told = {**body, **self.more(now), "wall_clock": timekeeping.report(self._store, now)}
             self._author.write(tx, "health", None, told, now)

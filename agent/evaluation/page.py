@@ -67,8 +67,8 @@ def text(content: Content) -> str:
     return content.html if isinstance(content, Markup) else escape(content)
 
 
-def page(title: str, body: Sequence[Markup]) -> str:
-    css = _CSS.replace("FONT", FONT)
+def page(title: str, body: Sequence[Markup], more_css: str = "") -> str:
+    css = _CSS.replace("FONT", FONT) + more_css
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'

@@ -91,7 +91,10 @@ class FleetStore:
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[sqlite3.Connection]:
-        """Everything read inside is of one moment."""
+        """Everything read inside is of one moment; of that of the outer one, where there is one."""
+        if self._db.in_transaction:
+            yield self._db
+            return
         with self._translated():
             self._db.execute("BEGIN")
             try:

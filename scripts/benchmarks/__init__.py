@@ -47,15 +47,19 @@ class Report:
 
 Measured = Callable[[], Result | Report]
 BENCHMARKS: dict[str, Measured] = {}
+# Those that are short and steady enough to tell within seconds whether a ratio has fallen.
+QUICK: set[str] = set()
 # As many rows as were asked for, where a benchmark may have more or fewer; None: its own number.
 rows: int | None = None
 
 
-def benchmark(name: str) -> Callable[[Measured], Measured]:
+def benchmark(name: str, *, quick: bool = False) -> Callable[[Measured], Measured]:
     """Register a benchmark under `name`."""
 
     def register(function: Measured) -> Measured:
         BENCHMARKS[name] = function
+        if quick:
+            QUICK.add(name)
         return function
 
     return register

@@ -1,4 +1,4 @@
-"""`scripts/bench [NAME] [--rows N] [--json]`: exit 1 where a target is missed."""
+"""`scripts/bench [NAME …] [--quick | --write] [--json]`: exit 1 where a target is missed, or a ratio has fallen."""
 
 from __future__ import annotations
 
@@ -11,37 +11,55 @@ from typing import Any
 import click
 
 from scripts import benchmarks
-from scripts.benchmarks import BENCHMARKS, Report, Result
+from scripts.benchmarks import BENCHMARKS, QUICK, Report, Result, written
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.option(
+    "--quick", is_flag=True, help="The short ones; exit 1 only where a committed ratio has fallen by a third."
+)
+@click.option("--write", is_flag=True, help="Also into BENCHMARKS.md, and the ratios that --quick compares with.")
 @click.option("--rows", type=click.IntRange(min=100), help="For model-run: rows of each model.  [default: 1000]")
-def main(name: str | None, as_json: bool, rows: int | None) -> None:
-    """Run all benchmarks, or the one called NAME, for example: scripts/bench signing"""
+def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: int | None) -> None:
+    """Run all benchmarks, or those called NAME, for example: scripts/bench signing"""
     benchmarks.rows = rows
     for module in pkgutil.iter_modules(benchmarks.__path__):
         if module.name != "__main__":
             importlib.import_module(f"{benchmarks.__name__}.{module.name}")
-    if name is not None and name not in BENCHMARKS:
-        raise click.UsageError(f"there is no benchmark {name!r}; there is {', '.join(sorted(BENCHMARKS))}")
+    for name in names:
+        if name not in BENCHMARKS:
+            raise click.UsageError(f"there is no benchmark {name!r}; there is {', '.join(sorted(BENCHMARKS))}")
     results: list[Result] = []
-    for one in [name] if name else sorted(BENCHMARKS):
-        measured = BENCHMARKS[one]()
+    for one in names or sorted(QUICK if quick else BENCHMARKS):
+        try:
+            measured = BENCHMARKS[one]()
+        except click.ClickException as lacking:
+            if names:
+                raise
+            click.echo(f"{one}: left out: {lacking.message}", err=True)
+            continue
         found = measured if isinstance(measured, Report) else Report((measured,), line(measured))
         results += found.results
         if not as_json:
             click.echo(found.text)
     if as_json:
         click.echo(json.dumps([document(result) for result in results], indent=2))
+    if write:
+        written.write(results)
+    if quick:
+        lost = written.fallen(results)
+        for sentence in lost:
+            click.echo(sentence, err=True)
+        sys.exit(1 if lost else 0)
     sys.exit(0 if all(result.met for result in results) else 1)
 
 
 def line(result: Result) -> str:
     verdict = "met" if result.met else "MISSED"
     return (
-        f"{result.name:12} {result.ours:14,.0f} {result.unit:12} reference {result.reference:14,.0f}   "
+        f"{result.name:12} {result.ours:14,.5g} {result.unit:12} reference {result.reference:14,.5g}   "
         f"× {result.ratio:.2f} (target {result.target:g}: {verdict})\n{'':12} {result.note}"
     )
 

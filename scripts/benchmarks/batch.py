@@ -1,69 +1,159 @@
-"""Batches from stored readings to committed results, beside the interpreter alone."""
+"""Batches from stored readings to committed results, drift and signature included, beside the interpreter alone."""
 
 from __future__ import annotations
 
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
-from agent import clock
-from agent.cli import wiring
-from agent.device import batch
 from agent.device.incoming.sources import playlist
-from agent.device.storage.rows import Rows
-from agent.model import features
+from agent.model import features, pack
+from agent.model.runtime import MOST_BATCH, Interpreter, Model  # type: ignore[attr-defined]
 from agent.scenario import SCENARIOS
-from agent.wire import keys
-from scripts.benchmarks import Result, benchmark, rates
+from scripts.benchmarks import Report, Result, bed, benchmark, rates
+from scripts.benchmarks.bed import Bed, Floats
+from tests.bundles import KEY, THIRD_PARTY
+from tests.models import write
 
-CONFIG = """
-[device]
-id = "bench"
-fleet = "bench"
-data_dir = "data"
-[streams.watch]
-fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { name = "wy" }, { name = "wz" }]
-[tasks.exercise]
-stream = "watch"
-bundle = "exercise"
-"""
 WINDOWS = 4096
-CHUNK = 8192
+FIELDS = 16
 
 
-@benchmark("batch")
-def stored_readings_to_results() -> Result:
-    """Take, cut, quantize, invoke, judge, sign and commit; against invoke over a ready array."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "outstation.toml"
-        file.write_text(CONFIG, encoding="utf-8")
-        _, conf = wiring.load(str(file))
-        keys.generate(Path(folder) / wiring.KEY_FILE)
-        store = wiring.open_store(conf)
-        task = wiring.load_task(file, conf, store, "exercise")
-        author = wiring.author(file, conf, store)
-        spec = task.bundle.manifest.input
-        rows = np.resize(playlist.load(SCENARIOS["exercise"].file).rows, (WINDOWS * task.window_rows, len(spec.fields)))
-        ready = features.windows(rows, np.arange(WINDOWS, dtype=np.int64) * task.window_rows, spec)
+@dataclass(frozen=True, slots=True)
+class Tiny:
+    """A model of MLPerf Tiny: frames of a window, bands of a frame, and what its SPEC says of its answers."""
 
-        def fill() -> None:
-            stored = store.last_row("watch")
-            for start in range(0, len(rows), CHUNK):
-                part = rows[start : start + CHUNK]
-                t = (np.arange(len(part), dtype=np.int64) + stored + start) * 20_000
-                with store.transaction() as tx:
-                    tx.append("watch", Rows(t, tuple(np.ascontiguousarray(c) for c in part.T)), "synced")
+    file: str
+    frames: int
+    bands: int
+    says: str
 
-        def ours() -> int:
-            done = 0
-            while (step := batch.run(task, store, author, clock.read())) is not None:
-                done += step.windows
-            return done
 
-        try:
-            note = "exercise model, drift and signature included; reference: the interpreter alone, same batch size"
-            pace = rates(ours, lambda: len(task.model.invoke(ready)), prepare=fill)
-            return Result("batch", *pace, "windows/s", 0.75, note)
-        finally:
-            store.close()
+TINY = {
+    "ad01": Tiny("mlperf_ad01_int8", 5, 128, 'kind = "anomaly"\n[output]\nthreshold = 10.0'),
+    "kws": Tiny("mlperf_kws_int8", 49, 10, f'kind = "classify"\nlabels = {[f"w{i}" for i in range(12)]}'),
+}
+
+
+@benchmark("batch", quick=True)
+def exercise_from_store_to_results() -> Result:
+    recorded = playlist.load(SCENARIOS["exercise"].file).rows
+    names = [name for name, _ in SCENARIOS["exercise"].fields]
+    with bed.made(names, "exercise") as device:
+        rows = np.resize(recorded, (WINDOWS * device.task.window_rows, len(names)))
+        return _beside(device, rows, "batch", "exercise model")
+
+
+@benchmark("tiny")
+def models_of_others_from_store_to_results() -> Report:
+    """MLPerf Tiny: a window of noise each, as wide as the model's input."""
+    if not THIRD_PARTY.exists():
+        raise click.ClickException(f"{THIRD_PARTY}: not there; OUTSTATION_THIRDPARTY_MODELS says where the models are")
+    found = []
+    for name, tiny in TINY.items():
+        content = (THIRD_PARTY / f"{tiny.file}.tflite").read_bytes()
+        low, high = Model(content).input_range
+        noise = np.random.default_rng(0).uniform(low, high, (WINDOWS // 4 * tiny.frames, tiny.bands))
+        rows = noise.astype(np.float32)
+        with _packed(content, rows[: 1000 * tiny.frames], tiny.says, tiny.frames) as device:
+            found.append(_beside(device, rows, name, f"MLPerf Tiny {name}", target=0.85))
+    return Report(tuple(found), "\n".join(f"{one.name:12} × {one.ratio:.2f}; {one.note}" for one in found))
+
+
+@benchmark("tabular", quick=True)
+def a_model_of_sixteen_fields() -> Report:
+    """µs a row by processor time, and beside the way of a rule engine: one invoke for each message."""
+    weights = np.random.default_rng(3).normal(0, 1, (3, FIELDS)).astype(np.float32)
+    rows = np.random.default_rng(4).normal(0, 1, (100_000, FIELDS)).astype(np.float32)
+    says = 'kind = "classify"\nlabels = ["a", "b", "c"]\n[output]\nactivation = "softmax"\n[drift]\nwindow = 1000'
+    with _packed(write.model("int8", weights), rows[:40_000], says) as device:
+        plain = _interpreter(device)
+
+        def one_by_one() -> int:
+            for row in rows[:5000]:
+                _invoke(plain, row[None])
+            return 5000
+
+        pace, single = rates(
+            device.work_off, one_by_one, time.process_time, rounds=3, prepare=lambda: device.fill(rows)
+        )
+    us = 1e6 / pace
+    each = Result(
+        *("tabular", us, 3.0, "µs/row", 1.0), "store to committed results, drift of 16 fields included", less=True
+    )
+    beside = Result(
+        "one by one", pace, single, "rows/s", 20.0, "reference: quantize and invoke a row at a time, nothing else"
+    )
+    return Report((each, beside), f"tabular {us:.2f} µs a row (target 3), × {beside.ratio:.1f} of one by one")
+
+
+def _beside(device: Bed, rows: Floats, name: str, what: str, target: float = 0.75) -> Result:
+    spec = device.task.bundle.manifest.input
+    count = len(rows) // device.task.window_rows
+    ready = features.windows(rows, np.arange(count, dtype=np.int64) * device.task.window_rows, spec)
+    model = Model(device.task.bundle.model)
+    quantized = model._quantize(ready.reshape(count, *model.input_shape))
+    plain = _interpreter(device)
+    batch = min(MOST_BATCH, count)
+
+    def bare() -> int:
+        for start in range(0, count - batch + 1, batch):
+            _raw(plain, quantized[start : start + batch])
+        return count // batch * batch
+
+    pace = rates(device.work_off, bare, time.process_time, rounds=5, prepare=lambda: device.fill(rows))
+    note = f"{what}, {count:,} windows waiting, drift and signature included; reference: set, invoke, get of ready int8"
+    return Result(name, *pace, "windows/s", target, note)
+
+
+def _interpreter(device: Bed) -> Any:
+    made = Interpreter(model_content=device.task.bundle.model, num_threads=1)
+    made.allocate_tensors()
+    return made
+
+
+def _raw(plain: Any, part: Any) -> Any:
+    into, out = plain.get_input_details()[0], plain.get_output_details()[0]
+    if list(into["shape"]) != list(part.shape):
+        plain.resize_tensor_input(into["index"], part.shape, strict=True)
+        plain.allocate_tensors()
+    plain.set_tensor(into["index"], part)
+    plain.invoke()
+    return plain.get_tensor(out["index"])
+
+
+def _invoke(plain: Any, row: Floats) -> int:
+    into = plain.get_input_details()[0]
+    scale, zero = into["quantization"]
+    return int(_raw(plain, np.clip(np.rint(row / scale) + zero, -128, 127).astype(np.int8)).argmax())
+
+
+@contextmanager
+def _packed(model: bytes, rows: Floats, says: str, frames: int = 1) -> Iterator[Bed]:
+    """A device with the model over rows like these; `says`: what its SPEC does beside the input."""
+    fields = [f"f{i:03}" for i in range(rows.shape[1])]
+    head, _, rest = says.partition("[output]")
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        (folder / "model.tflite").write_bytes(model)
+        table = {"t": np.arange(len(rows)) / 1000} | dict(zip(fields, rows.T, strict=True))
+        parquet.write_table(pa.table(table), folder / "rows.parquet")
+        window = f"window = {{ rows = {frames}, step = {frames} }}\n" if frames > 1 else ""
+        (folder / "spec.toml").write_text(
+            'name = "benched"\nversion = "1.0.0"\ncreated = "2026-11-24T00:00:00Z"\nmodel = "model.tflite"\n'
+            f'reference = "rows.parquet"\ngolden = "rows.parquet"\n{head}\n[input]\nfields = {fields}\n{window}'
+            f"{'[output]' + rest if rest else ''}\n".replace("'", '"'),
+            encoding="utf-8",
+        )
+        pack.write(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
+        with bed.made(fields, str(folder / "bundle"), step_us=1000, publisher=KEY.public.text) as device:
+            yield device

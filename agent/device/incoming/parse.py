@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from agent.config import Stream
-from agent.device.incoming import labels
+from agent.device.incoming import labels, packed
 from agent.device.incoming.labels import Lot
 from agent.device.storage.rows import Checked, Raw, check
 from agent.errors import Rejected
@@ -42,6 +42,7 @@ class _Named(msgspec.Struct):
     stream: str | msgspec.UnsetType = msgspec.UNSET
     labels: msgspec.Raw = msgspec.Raw()
     columns: msgspec.Raw = msgspec.Raw()
+    packed: msgspec.Raw = msgspec.Raw()
 
 
 class Reader:
@@ -104,7 +105,7 @@ class Reader:
             raise Rejected(f"unknown stream {named.stream[:40]!r}{suggestion(named.stream, self._shapes)}")
         if shape.stream.made is not None:
             raise Rejected(f"stream {shape.name!r} takes whole files only; put them into its folder")
-        by_columns = bool(bytes(named.columns))
+        by_columns = bool(bytes(named.columns)) or bool(bytes(named.packed))
         self._guess = None if by_columns else shape
         try:
             if not by_columns:
@@ -115,9 +116,15 @@ class Reader:
             raise Rejected(_field_problem(error, shape)) from None
 
     def _take_columns(self, shape: _Shape, line: bytes, number: int, now_us: int) -> Taken:
-        values = dict(shape.columns_decoder.decode(line).columns)
+        found = shape.columns_decoder.decode(line)
+        parts = [part for part in (found.columns, found.packed) if part is not msgspec.UNSET]
+        values: dict[str, Any] = {} if found.columns is msgspec.UNSET else found.columns
         texts = chain.from_iterable(values.get(name, ()) for name in shape.texts)
-        check_count(line, len(("stream", "columns")) + len(values), texts)
+        check_count(line, 1 + len(parts) + sum(map(len, parts)), texts)
+        for name, (kind, data) in () if found.packed is msgspec.UNSET else found.packed.items():
+            if name in values:
+                raise Rejected(f"{name!r} is in columns and in packed; give it once")
+            values[name] = packed.column(name, kind, data)
         t = values.pop("t", None)
         lengths = {len(column) for column in values.values()}
         if len(lengths) != 1 or lengths == {0}:
@@ -172,7 +179,9 @@ class _Shape:
 
     @cached_property
     def columns_decoder(self) -> msgspec.json.Decoder[Any]:
-        fields = [("stream", str), ("columns", dict[str, list[Any]])]
+        absent = msgspec.UnsetType
+        fields: list[Any] = [("stream", str), ("columns", dict[str, list[Any]] | absent, msgspec.UNSET)]
+        fields.append(("packed", dict[str, tuple[packed.Kind, bytes]] | absent, msgspec.UNSET))
         return msgspec.json.Decoder(msgspec.defstruct("Columnar", fields, forbid_unknown_fields=True))
 
     def transpose(self, decoded: list[Any], text: bytes) -> Raw:

@@ -6,6 +6,7 @@ stays whole when that is trimmed. Labels of rows that their task has not used ye
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -273,6 +274,16 @@ def count_results(db: sqlite3.Connection, task: str, first: int, last: int) -> i
     """Results kept of rows in batches that `first` … `last` reach into."""
     sql = "SELECT coalesce(sum(n), 0) FROM results WHERE task = ? AND first <= ? AND last >= ?"
     return int(db.execute(sql, (task, last, first)).fetchone()[0])
+
+
+def last_results(db: sqlite3.Connection, task: str, batches: int) -> list[Given]:
+    """Results of the last batches that are kept and readable, oldest first."""
+    sql = "SELECT first, CAST(data AS BLOB) FROM results WHERE task = ? ORDER BY first DESC LIMIT ?"
+    found = []
+    for first, data in db.execute(sql, (task, batches)).fetchall():
+        with contextlib.suppress(ValueError):
+            found.append(unpack(int(first), data))
+    return found[::-1]
 
 
 def _decoded(data: bytes) -> _Kept | None:

@@ -1,8 +1,8 @@
 """What becomes of a task's roll-out: from how it stands and what there is to how it stands next, one step at a time.
 
 Rules:
-- of a bundle that the device does not run, it takes copies until it proved itself here (`fetching`); then it answers
-  beside the one that runs (`shadow`), or runs with that one beside it (`probation`), until it is `settled`
+- a bundle that the task does not run is brought here and proves itself (`fetching`); then it answers beside the one
+  that runs (`shadow`), or runs with that one beside it (`probation`), until it is `settled`
 - what speaks against it ends that: `refused`, where none of its answers counted yet, else `rolled back`. The bundle is
   then held for a while, for whatever roll-out wants it
 - `back` and a config that was changed on the device take it away (`withdrawn`); so does another roll-out that wants
@@ -43,9 +43,10 @@ class Finding:
 class Facts:
     """All that a decision depends on, beside how the task stands.
 
-    `runs`: the digest of the bundle that the task runs, or on probation would run without it. `wanted_here`: that the
-    bundle it is about is here and proved itself, or why it will not; None while that is not known. `against`: what was
-    found against it while it ran, `enough`: that it ran long enough. `now_s`: uptime. `before`: what could run instead.
+    `runs`: the digest of the bundle that the task runs, or on probation would run without it. `proof`: that the bundle
+    `aim` names is here and proved itself, or why it will not; None while that is not known. `against`: what was found
+    against it while it ran, `enough`: that it ran long enough. `before`: the digest of what could run instead, `aside`:
+    why what had settled was set aside. `now_s` is of the device's uptime.
     """
 
     device: str
@@ -66,7 +67,7 @@ class Facts:
 
 def aim(old: Standing | None, facts: Facts) -> str:
     """The digest of the bundle that should be here, proved, for the next step; "" for none."""
-    if old is None or (facts.wanted is None and old.phase not in ("probation",)):
+    if old is None or (facts.wanted is None and old.phase != "probation"):
         return ""
     if old.phase in _TRIED:
         return old.wanted.digest
@@ -74,7 +75,7 @@ def aim(old: Standing | None, facts: Facts) -> str:
     if wanted is None:
         return ""
     if wanted.strategy == "back":
-        return facts.before if _leaves(old, facts) else ""
+        return facts.before if _leaves(facts) else ""
     waits = old.phase == "refused" and facts.held is None and wanted.chosen(facts.device) and old.reason != "held"
     return wanted.digest if waits and _same(old, wanted) else ""
 
@@ -194,7 +195,7 @@ def _back(old: Standing | None, wanted: Wanted, facts: Facts) -> Standing:
         return _to(wanted, "withdrawn", "aborted", why)
     if old is not None and old.phase == "probation":
         return _going_on(old, facts)
-    if not _leaves(old, facts):
+    if not _leaves(facts):
         if old is not None and _about(old, wanted) and old.phase in ("refused", "rolled back", "withdrawn"):
             return replace(old, wanted=wanted)
         return _to(wanted, "withdrawn", "aborted", f"{why}; this device does not run it")
@@ -207,7 +208,7 @@ def _back(old: Standing | None, wanted: Wanted, facts: Facts) -> Standing:
     return _to(wanted, "withdrawn", "aborted", f"{why}; the one before runs again")
 
 
-def _leaves(old: Standing | None, facts: Facts) -> bool:
+def _leaves(facts: Facts) -> bool:
     """Whether the task runs, for good, what it is to leave."""
     wanted = facts.wanted
     return wanted is not None and wanted.strategy == "back" and facts.runs == wanted.digest

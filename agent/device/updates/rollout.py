@@ -208,7 +208,8 @@ class Rollouts:
             assert live.proof is not None
             return self._serving.makes.apart(name, live.proof, new.wanted.rules)
         stays = new.phase == "settled" and was == "probation" and live.trial is not None
-        returns = new.phase == "withdrawn" and was == "settled"
+        # What ran before has proved itself again, for a bundle that ran for good and was called back.
+        returns = (new.phase, new.reason) == ("withdrawn", "aborted") and was not in ("fetching", "shadow", "probation")
         if (stays or returns) and live.proof is not None:
             return self._serving.makes.here(name, live.proof)
         return None
@@ -225,7 +226,7 @@ class Rollouts:
             steps.settle(tx, self._author, name, new, live.configured, now)
         elif was == "probation" and new.phase != "probation" and old is not None:
             self._end_probation(tx, name, live, old, new, now)
-        elif made is not None and was == "settled":
+        elif made is not None:
             steps.go_back(tx, self._author, name, made.bundle, past, live.configured, now)
         return held
 
@@ -247,7 +248,7 @@ class Rollouts:
             self._serving.begin(live, made, now)
         elif was == "probation" and new.phase != "probation":
             self._serving.stand_in(live, made if new.phase == "settled" else None, now)
-        elif was == "settled" and made is not None:
+        elif made is not None:
             self._serving.exchange(live.name, made)
         elif new.phase not in ("shadow", "probation"):
             self._serving.end(live, now)

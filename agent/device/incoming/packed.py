@@ -1,0 +1,22 @@
+"""Columns that come as their bytes: base64 of little-endian numbers, one after another."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from agent.errors import Rejected
+
+Kind = Literal["f4", "f8", "i4", "i8"]
+
+
+def column(name: str, kind: Kind, data: bytes) -> Any:
+    """The values; where NaN is among them a list, in which it is None: a missing value. Raises Rejected."""
+    width = int(kind[1])
+    if len(data) % width:
+        raise Rejected(f"{name}: {len(data)} bytes are no {kind} values of {width} bytes")
+    values = np.frombuffer(data, f"<{kind}")
+    if kind[0] == "f" and np.isnan(values).any():
+        return [None if value != value else value for value in values.tolist()]
+    return values

@@ -1,0 +1,86 @@
+"""The page's chapters on who decided what: roll-outs as timelines, and all decisions."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from agent.evaluation.page import Markup, element
+from agent.fleet.evidence.contents import Decision
+from agent.fleet.evidence.elements import badge, chapter, more, timeline
+from agent.fleet.evidence.gather import Facts
+from agent.fleet.evidence.words import count, moment
+
+_ROWS = 25
+# Of one roll-out: what operators decided, and what devices did otherwise than planned.
+_STEPS, _DEPARTURES = 40, 30
+_STATES = {"finished": "ok", "aborted": "bad", "running": "warning", "paused": "warning"}
+_PHASES = {
+    "not chosen": "not chosen for it",
+    "fetching": "fetching it",
+    "refused": "refused it",
+    "shadow": "trying it beside the old model",
+    "probation": "running it on probation",
+    "settled": "run it for good",
+    "rolled back": "took it back",
+    "withdrawn": "left it, as told",
+}
+_DEPARTS = frozenset({"refused", "rolled back"})
+
+
+def rollouts(facts: Facts) -> Markup:
+    lead = "How new models came to devices: step by step, each with the numbers it was decided on."
+    named: dict[str, list[Decision]] = {}
+    for one in facts.decisions:
+        if one.rollout:
+            named.setdefault(one.rollout, []).append(one)
+    known = {row["rollout"]: row for row in facts.rollouts}
+    # The newest first.
+    order = sorted({*named, *known}, key=lambda name: _began(name, known, named), reverse=True)
+    if not order:
+        text = "No model was rolled out."
+        text += " What runs was put there by each device's configuration." if facts.running else ""
+        return chapter("rollouts", "Roll-outs", lead, element("p", text))
+    cards = [_rollout(name, known.get(name), named.get(name, []), facts) for name in order[:_ROWS]]
+    return chapter(
+        "rollouts", "Roll-outs", lead, *cards, *more(len(order) - _ROWS, "decisions.jsonl", "roll-outs more")
+    )
+
+
+def _began(name: str, known: dict[str, dict[str, Any]], named: dict[str, list[Decision]]) -> str:
+    return str(known[name]["started"]) if name in known else named[name][0].time
+
+
+def _rollout(name: str, row: dict[str, Any] | None, told: list[Decision], facts: Facts) -> Markup:
+    state = str(row["state"]) if row else "told by devices only"
+    what = f"{row['bundle']} {row['version']} for task {row['task']}, started {moment(row['started'])}." if row else ""
+    title = Markup(f"<h3>{escape(name)} {badge(state, _STATES.get(state, 'none')).html}</h3>")
+    phases = [one for one in facts.phases if one["rollout"] == name]
+    phases = sorted(phases, key=lambda one: -one["devices"])[:_DEPARTURES]
+    ended = "; ".join(
+        f"{count(p['devices'], 'device')} {_PHASES.get(p['phase'], p['phase'])}"
+        + (f" ({p['reason']})" if p["reason"] else "")
+        for p in phases
+    )
+    now = [element("p", f"By their last word: {ended}.")] if ended else []
+    steps = [one for one in told if one.payload is not None][-_STEPS:]
+    # Of what devices did by themselves, what departs from the plan is worth a line.
+    steps += [one for one in told if one.phase in _DEPARTS][:_DEPARTURES]
+    steps = sorted(steps or told[:_DEPARTURES], key=lambda one: one.time)
+    lead = [element("p", what, kind="muted")] if what else []
+    shown, entered = timeline(steps, _STEPS + _DEPARTURES)
+    return element("div", title, *lead, *now, shown, *more(len(told) - entered, "decisions.jsonl"), kind="card")
+
+
+def decisions(facts: Facts) -> Markup:
+    lead = "What was changed, by whom, newest first. Each is signed: by the device it happened on, or by an operator."
+    if not facts.decisions:
+        return chapter("decisions", "Decisions", lead, element("p", "Nothing was changed in the time that is told of."))
+    # What devices did in a roll-out as it was planned stands there.
+    listed = [one for one in facts.decisions if not one.phase or one.phase in _DEPARTS]
+    shown, entered = timeline(list(reversed(listed)), _ROWS)
+    kinds = ", ".join(f"{n:,} {event}" for event, n in facts.events.most_common(8))
+    happened = ", ".join(f"{n:,} × {event}" for event, n in sorted(facts.happened.items()))
+    also = [element("p", f"Besides, devices recorded: {happened}.", kind="muted")] if happened else []
+    rest = more(len(facts.decisions) - entered, "decisions.jsonl")
+    return chapter("decisions", "Decisions", lead, element("p", f"In all: {kinds}."), shown, *rest, *also)

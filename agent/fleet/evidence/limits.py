@@ -1,0 +1,49 @@
+"""How much an evidence folder holds, and how much of one is read. What is left out is counted and said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Most:
+    """Of each that goes into a folder; the worst or the newest stay."""
+
+    incidents: int = 2000
+    decisions: int = 5000
+    messages: int = 60_000
+    message_bytes: int = 256 << 20
+    running: int = 20_000
+    measured: int = 5000
+    models: int = 1000
+    # Tasks of devices that are remembered on the way, and names of events that are counted each.
+    tasks: int = 100_000
+    events: int = 200
+    moved: int = 500
+    bundles: int = 200
+    # Alerts of one log that are open at once; an honest device has a few.
+    open_alerts: int = 1000
+    # Of one part of messages/.
+    part: int = 2000
+    part_bytes: int = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of a folder that somebody else made. Sizes in bytes."""
+
+    files: int = 4096
+    messages: int = 200_000
+    manifest: int = 16 << 20
+    token: int = 4096
+    # A file that is parsed line by line, and one line of it: a payload of a megabyte, escaped.
+    line: int = 8 << 20
+    file: int = 1 << 30
+    together: int = 4 << 30
+    # What is read whole.
+    document: int = 32 << 20
+    problems: int = 500
+
+
+MOST = Most()
+BOUNDS = Bounds()

@@ -1,0 +1,46 @@
+"""What a thousand results take on the air, beside a message for each."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from agent.device.incoming.sources import playlist
+from agent.device.outgoing.session import _size
+from agent.scenario import SCENARIOS
+from scripts.benchmarks import Result, bed, benchmark
+
+RESULTS = 1000
+_COLUMNS = ("row", "t", "label", "score")
+# TCP over IPv4 with timestamps: bytes of a segment's headers, its most payload; and a PUBACK.
+_HEADERS, _SEGMENT, _PUBACK = 52, 1448, 4
+
+
+@benchmark("air", quick=True)
+def bytes_of_a_thousand_results() -> Result:
+    """Of the exercise model on one person's recordings: whole packets both ways, confirmations included."""
+    recorded = playlist.load(SCENARIOS["exercise"].file)
+    names = [name for name, _ in SCENARIOS["exercise"].fields]
+    places = playlist.Playlist(recorded, int(recorded.subject[0]), 0).places(RESULTS * 100)
+    with bed.made(names, "exercise") as device:
+        device.fill(recorded.rows[places])
+        device.work_off()
+        sent = [message for message in device.store.unsent(0, 10_000) if "/results/" in message.topic]
+        ours = sum(_carried(_size(device.author.outgoing(message))) for message in sent)
+        plain = sum(_carried(size) for message in sent for size in _singly(message.payload, message.topic))
+    note = f"{len(sent)} signed messages; reference: unsigned JSON for each; both with TCP headers and PUBACK"
+    return Result("air", ours, plain, "bytes", 1 / 15, note, less=True)
+
+
+def _singly(payload: bytes, topic: str) -> list[int]:
+    """Bytes of a PUBLISH for each result of a message, as short as JSON that says the same can be."""
+    body = json.loads(payload)
+    head = {"device": body["device"], "task": body["task"], "model": body["model"]["version"]}
+    rows = zip(*(body["columns"][name] for name in _COLUMNS), strict=True)
+    plain = [json.dumps(head | dict(zip(_COLUMNS, row, strict=True)), separators=(",", ":")) for row in rows]
+    return [len(text) + len(topic) + 7 for text in plain]
+
+
+def _carried(size: int) -> int:
+    """Bytes on the wire of a PUBLISH of `size` bytes, and of what confirms it."""
+    return size + (math.ceil(size / _SEGMENT) + 1) * _HEADERS + _PUBACK

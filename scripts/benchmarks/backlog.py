@@ -1,0 +1,37 @@
+"""Whether a batch costs more where more waits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from agent import clock
+from agent.device import batch
+from scripts.benchmarks import Result, bed, benchmark, rates
+from tests.system import FIELDS
+
+FEW, MANY = 200_000, 10_000_000
+_BATCHES = 3
+
+
+@benchmark("backlog")
+def a_batch_among_ten_million_rows() -> Result:
+    """Whole batches of the exercise model, from the store to committed results, by the clock on the wall."""
+    rows = np.random.default_rng(0).normal(0, 1, (FEW, len(FIELDS))).astype(np.float32)
+    with bed.made(FIELDS, "exercise") as few, bed.made(FIELDS, "exercise") as many:
+        for _ in range(MANY // FEW):
+            many.fill(rows)
+
+        def prepare() -> None:
+            few.work_off()
+            few.fill(rows)
+
+        pace = rates(lambda: _some(many), lambda: _some(few), rounds=5, prepare=prepare)
+    ours, reference = (1e3 / each for each in pace)
+    note = f"{MANY:,} rows waiting; reference: the same with {FEW:,}"
+    return Result("backlog", ours, reference, "ms/batch", 1.2, note, less=True)
+
+
+def _some(device: bed.Bed) -> int:
+    for _ in range(_BATCHES):
+        assert batch.run(device.task, device.store, device.author, clock.read()) is not None
+    return _BATCHES

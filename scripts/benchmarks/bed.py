@@ -1,0 +1,110 @@
+"""A device to measure on: a store, a task with its bundle, and rows to fill it with; no broker, no threads."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent import clock
+from agent.cli import wiring
+from agent.config import Broker
+from agent.device import batch
+from agent.device.author import Author
+from agent.device.batch import Task
+from agent.device.storage.rows import Rows
+from agent.device.storage.store import Store
+from agent.fleet.enrol import enrol, init_fleet
+from agent.fleet.store import FleetStore
+from agent.wire import keys
+from tests.brokers import free_port
+from tests.system import FLEET, Device
+
+CHUNK = 8192
+Floats = NDArray[np.float32]
+
+
+@dataclass
+class Bed:
+    """`fill` puts rows (n, F) behind those that are there, `work_off` runs batches until nothing waits."""
+
+    store: Store
+    task: Task
+    author: Author
+    step_us: int
+
+    def fill(self, rows: Floats) -> None:
+        _append(self.store, self.task.config.stream, rows, self.step_us)
+
+    def work_off(self) -> int:
+        """How many model windows there were."""
+        done = 0
+        while (step := batch.run(self.task, self.store, self.author, clock.read())) is not None:
+            done += step.windows
+        return done
+
+
+@contextlib.contextmanager
+def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher: str = "") -> Iterator[Bed]:
+    """With a task on a stream of these fields; `bundle` is a name or a path, `publisher` whose key it is signed by."""
+    listed = ", ".join(f'{{ name = "{name}" }}' for name in fields)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "outstation.toml"
+        file.write_text(
+            f'[device]\nid = "bench"\nfleet = "bench"\ndata_dir = "data"\n[publishers]\nkeys = ["{publisher}"]\n'
+            f'[streams.rows]\nfields = [{listed}]\n[tasks.task]\nstream = "rows"\nbundle = "{bundle}"\n'.replace(
+                'keys = [""]', "keys = []"
+            ),
+            encoding="utf-8",
+        )
+        _, conf = wiring.load(str(file))
+        keys.generate(Path(folder) / wiring.KEY_FILE)
+        store = wiring.open_store(conf)
+        try:
+            task = wiring.load_task(file, conf, store, "task")
+            yield Bed(store, task, wiring.author(file, conf, store), step_us)
+        finally:
+            store.close()
+
+
+@contextlib.contextmanager
+def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[Device]:
+    """A device to be run in a process of its own, with a stream of these fields; nobody listens where its broker is."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder) / "fleet"
+        config = init_fleet(home, FLEET, Broker(url=f"mqtt://127.0.0.1:{free_port()}"))
+        store = FleetStore(Path(config.fleet.db))
+        made = enrol(home, config, store, "pi-01", key=None, replace=False).folder
+        store.close()
+        device = Device(made, "pi-01")
+        if fields:
+            listed = ", ".join(f'{{ name = "{name}" }}' for name in fields)
+            device.configure(f"[streams.{stream}]\nfields = [{listed}]\n")
+        try:
+            yield device
+        finally:
+            device.kill()
+
+
+def put(config: Path, stream: str, rows: Floats, step_us: int = 20_000) -> None:
+    """Into the store of a device that does not run."""
+    _, conf = wiring.load(str(config))
+    store = wiring.open_store(conf)
+    try:
+        _append(store, stream, rows, step_us)
+    finally:
+        store.close()
+
+
+def _append(store: Store, stream: str, rows: Floats, step_us: int) -> None:
+    stored = store.last_row(stream)
+    for start in range(0, len(rows), CHUNK):
+        part = rows[start : start + CHUNK]
+        t = (np.arange(len(part), dtype=np.int64) + stored + start) * step_us
+        with store.transaction() as tx:
+            tx.append(stream, Rows(t, tuple(np.ascontiguousarray(c) for c in part.T)), "synced")

@@ -1,0 +1,112 @@
+"""Readings through the Python client into the daemon's store, beside SQLite alone; and the room they take."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sqlite3
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent.client import Client
+from agent.config import Field, Stream
+from agent.device.storage.rows import Rows
+from agent.device.storage.store import Store
+from scripts.benchmarks import Report, Result, benchmark, rates
+from scripts.benchmarks.bed import enrolled
+
+FIELDS = [f"f{i}" for i in range(8)]
+ROWS, LINE = 1_000_000, 1000
+JSON_ROWS = 200_000
+BEGIN_S = 1_764_022_680.0
+# What eight float32 and a delta of time take.
+_PAYLOAD = 36
+
+
+@benchmark("ingest")
+def through_client_and_socket() -> Report:
+    """Durable on both sides, by the clock on the wall; the daemon and the client are a process each."""
+    columns = np.random.default_rng(1).normal(size=(len(FIELDS), LINE)).astype(np.float32)
+    t = np.arange(LINE, dtype=np.float64) / LINE
+    rows = [dict(zip(FIELDS, map(float, row), strict=True)) for row in columns.T]
+    text = [json.dumps({"stream": "rows", "t": BEGIN_S, **row}) for row in rows]
+    with enrolled(FIELDS, "rows") as device, _plain(device.home / "reference.db") as plain:
+        device.up()
+        with Client(device.data / "intake.sock") as client:
+            clock = itertools.count(BEGIN_S)
+
+            def columnar() -> int:
+                for second, _ in zip(clock, range(ROWS // LINE), strict=False):
+                    client.send_columns("rows", {"t": second + t, **dict(zip(FIELDS, columns, strict=True))})
+                return client.flush().accepted
+
+            def by_line() -> int:
+                for second, _ in zip(clock, range(JSON_ROWS // LINE), strict=False):
+                    for row in rows:
+                        client.send("rows", t=second, **row)
+                return client.flush().accepted
+
+            chunks = rates(columnar, lambda: _insert_chunks(plain, columns, t), rounds=5)
+            lines = rates(by_line, lambda: _insert_json(plain, text), rounds=5)
+    report = (
+        Result("ingest", *chunks, "rows/s", 0.5, "columns of 1000 rows; reference: packed chunks, a commit for each"),
+        Result("ingest json", *lines, "rows/s", 1.0, "a line per row; reference: json.loads and executemany"),
+    )
+    return Report(report, "\n".join(f"{one.name:12} {one.ours:,.0f} rows/s, × {one.ratio:.2f}" for one in report))
+
+
+@benchmark("stored", quick=True)
+def bytes_on_disk() -> Result:
+    """A million rows in chunks of a thousand, checkpointed."""
+    values = tuple(np.random.default_rng(2).normal(size=(len(FIELDS), LINE)).astype(np.float32))
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        store.declare({"rows": Stream(fields=[Field(name=name) for name in FIELDS])})
+        before = store.used_bytes()
+        for chunk in range(1000):
+            times = (np.arange(LINE, dtype=np.int64) + chunk * LINE) * 10_000
+            with store.transaction() as tx:
+                tx.append("rows", Rows(times, values), "synced")
+        each = (store.used_bytes() - before) / 1_000_000
+        store.close()
+    return Result("stored", each, _PAYLOAD, "bytes/row", 1.2, "8 floats and their time, 1000 rows a chunk", less=True)
+
+
+@contextlib.contextmanager
+def _plain(path: Path) -> Iterator[sqlite3.Connection]:
+    """SQLite as one would use it by hand, as durable as the store."""
+    plain = sqlite3.connect(path, isolation_level=None)
+    try:
+        plain.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL")
+        plain.execute("CREATE TABLE chunks (crc INTEGER, data BLOB)")
+        plain.execute(f"CREATE TABLE readings ({', '.join(f'{name} REAL' for name in FIELDS)})")
+        yield plain
+    finally:
+        plain.close()
+
+
+def _insert_chunks(plain: sqlite3.Connection, columns: np.ndarray[Any, Any], t: np.ndarray[Any, Any]) -> int:
+    for _ in range(ROWS // LINE):
+        blob = (t * 1e6).astype(np.int64).tobytes() + columns.tobytes()
+        plain.execute("BEGIN")
+        plain.execute("INSERT INTO chunks VALUES (?, ?)", (zlib.crc32(blob), blob))
+        plain.execute("COMMIT")
+    return ROWS
+
+
+def _insert_json(plain: sqlite3.Connection, text: list[str]) -> int:
+    for _ in range(JSON_ROWS // LINE):
+        parsed = [json.loads(line) for line in text]
+        plain.execute("BEGIN")
+        plain.executemany(
+            "INSERT INTO readings VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [tuple(row[name] for name in FIELDS) for row in parsed],
+        )
+        plain.execute("COMMIT")
+    return JSON_ROWS

@@ -1,0 +1,204 @@
+"""Messages from the outbox to the broker, and from the broker into the collector's database."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from agent import clock, config
+from agent.config import Broker
+from agent.device.author import Author
+from agent.device.outgoing.uplink import Uplink
+from agent.device.storage.store import Store
+from agent.fleet.collect import Collector
+from agent.fleet.enrol import enrol, init_fleet
+from agent.fleet.store import FleetStore
+from agent.link import Delivery, Outgoing, Receipt
+from agent.wire import jws
+from agent.wire.messages import Ack
+from scripts.benchmarks import Result, benchmark, rates
+from tests.brokers import Mosquitto
+from tests.senders import FLEET, Sender, new_key
+
+MESSAGES = 3000
+# Many: what the broker confirmed is written down once for all of a second.
+SENT = 20_000
+PADDING = 600  # makes a message of about 1 kB
+WINDOW = 100
+# As `fleet init` writes it.
+_CONF = "max_inflight_messages 500"
+
+
+@benchmark("uplink")
+def outbox_to_broker() -> Result:
+    """Signed QoS 1 to Mosquitto, a subscriber there; ours leave a durable outbox as the broker confirms them."""
+    with tempfile.TemporaryDirectory() as made, Mosquitto(Path(made), extra_conf=_CONF) as broker, _listening(broker):
+        folder = Path(made)
+        conf = config.Config(
+            device=config.Device(id="pi-07", fleet=FLEET, data_dir=str(folder / "data")),
+            broker=Broker(url=broker.url),
+            collector=config.Collector(delivery="broker"),
+        )
+        store, key = Store(folder / "data"), new_key(1)
+        author = Author(FLEET, "pi-07", key, store.log_id, store.boot, 100_000)
+        body = {"event": "bench", "summary": "x" * PADDING, "evidence": {}}
+        failures: list[Exception] = []
+
+        def fill() -> None:
+            for _ in range(SENT // 500):
+                with store.transaction() as tx:
+                    for _ in range(500):
+                        author.write(tx, "audit", None, body, clock.read())
+
+        def ours() -> int:
+            uplink = Uplink(conf, store, author, None, clock.read, failures.append)
+            uplink.start()
+            while store.waiting().messages and not failures:
+                time.sleep(0.002)
+            uplink.stop()
+            assert not failures, failures
+            return SENT
+
+        fill()
+        topic = store.unsent(0, 1)[0].topic
+        payloads = [message.payload for message in store.unsent(0, SENT)]
+        try:
+            ours()
+            pace = rates(ours, lambda: _own_loop(broker.port, topic, payloads, key), rounds=3, prepare=fill)
+        finally:
+            store.close()
+    note = f"{len(payloads[0])} bytes, window {WINDOW}; reference: paho, own loop, signed as it goes, nothing stored"
+    return Result("uplink", *pace, "messages/s", 0.85, note)
+
+
+def _own_loop(port: int, topic: str, payloads: list[bytes], key: Any) -> int:
+    """The fastest way with paho: one thread, a sliding window, its own queue unused."""
+    client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
+    client.max_inflight_messages_set(0)
+    under_way: set[int] = set()
+    client.on_publish = lambda c, u, mid, reason, properties: under_way.discard(mid)
+    connected: list[bool] = []
+    client.on_connect = lambda *_: connected.append(True)
+    client.connect("127.0.0.1", port)
+    while not connected:
+        client.loop(0.01)
+    sent = 0
+    while sent < len(payloads) or under_way:
+        while sent < len(payloads) and len(under_way) < WINDOW:
+            properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            properties.UserProperty = [("jws", jws.sign(key, topic, payloads[sent]))]
+            under_way.add(client.publish(topic, payloads[sent], 1, False, properties).mid)
+            sent += 1
+        client.loop(0.01)
+    client.disconnect()
+    return sent
+
+
+@contextlib.contextmanager
+def _listening(broker: Mosquitto) -> Iterator[None]:
+    """Somebody who is subscribed to all of it, in a process of its own."""
+    command = ["mosquitto_sub", "-h", "127.0.0.1", "-p", str(broker.port), "-q", "1", "-V", "mqttv5", "-t", "#"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as listener:
+        try:
+            time.sleep(0.3)
+            yield
+        finally:
+            listener.kill()
+
+
+class _Handed:
+    """A link whose deliveries are in memory already."""
+
+    window = 1 << 16
+
+    def __init__(self, deliveries: list[Delivery]) -> None:
+        self._deliveries = deliveries
+
+    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+        some, self._deliveries = self._deliveries[:500], self._deliveries[500:]
+        return list(some)
+
+    def acknowledge(self, delivery: Delivery) -> None: ...
+    def send(self, message: Outgoing) -> int:
+        return 1
+
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@benchmark("collector", quick=True)
+def broker_to_database() -> Result:
+    """Results messages of forty windows: verify, parse, store with rows, acknowledge; batches of 500 on both sides."""
+    with tempfile.TemporaryDirectory() as made:
+        home = Path(made) / "fleet"
+        conf = init_fleet(home, FLEET, Broker(url="mqtt://127.0.0.1:1"))
+        store, sender, key = FleetStore(Path(conf.fleet.db)), Sender(), new_key(2)
+        enrol(home, conf, store, "pi-07", key=sender.key.public, replace=False)
+        collector = Collector(FLEET, Broker(), store, key)
+        plain = sqlite3.connect(Path(made) / "plain.db", isolation_level=None)
+        plain.executescript(
+            "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;"
+            "CREATE TABLE messages (device, log, seq, kind, topic, payload, jws, at, PRIMARY KEY (device, log, seq));"
+            "CREATE TABLE results (device, task, row, t, label, score);"
+            "CREATE INDEX by_row ON results (device, task, row)"
+        )
+        waiting: list[Delivery] = []
+
+        def prepare() -> None:
+            waiting[:] = [sender.results(40).delivery(n) for n in range(1, MESSAGES + 1)]
+
+        def ours() -> int:
+            link: Any = _Handed(list(waiting))
+            for _ in range(MESSAGES // 500):
+                collector.turn(link, 0.0)
+            return MESSAGES
+
+        def reference() -> int:
+            for at in range(0, MESSAGES, 500):
+                _by_hand(plain, sender.key.public, key, waiting[at : at + 500])
+            return MESSAGES
+
+        try:
+            pace = rates(ours, reference, rounds=5, prepare=prepare)
+            assert store.count_messages() == 6 * MESSAGES
+        finally:
+            store.close()
+            plain.close()
+    note = "verify, parse, store and acknowledge; reference: the same steps by hand, a transaction for 500 messages"
+    return Result("collector", *pace, "messages/s", 0.8, note)
+
+
+def _by_hand(plain: sqlite3.Connection, public: Any, key: Any, batch: list[Delivery]) -> None:
+    rows: list[tuple[Any, ...]] = []
+    results: list[tuple[Any, ...]] = []
+    signer = jws.Signer("pi-07", public)
+    last: dict[str, Any] = {}
+    for delivery in batch:
+        jws.verify(delivery.tokens, delivery.topic, delivery.payload, {public.kid: signer}.get)
+        last = json.loads(delivery.payload)
+        place = (last["device"], last["log"], last["seq"])
+        rows.append((*place, last["kind"], delivery.topic, delivery.payload, delivery.tokens[0], "now"))
+        columns = last["columns"]
+        results += [
+            (last["device"], last["task"], *one)
+            for one in zip(*(columns[name] for name in ("row", "t", "label", "score")), strict=True)
+        ]
+    plain.execute("BEGIN")
+    plain.executemany("INSERT OR IGNORE INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    plain.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)", results)
+    plain.execute("COMMIT")
+    ack = Ack(v=1, device=last["device"], log=last["log"], through=last["seq"], missing=[], time="2026-11-24T00:00:00Z")
+    jws.sign(key, f"outstation/{FLEET}/pi-07/ack", msgspec.json.encode(ack))

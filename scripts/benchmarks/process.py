@@ -1,0 +1,97 @@
+"""The daemon as a process: its memory, its start, and what it costs while next to nothing happens."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from agent.device.incoming.sources import playlist
+from scripts.benchmarks import Report, Result, benchmark
+from scripts.benchmarks.bed import enrolled, put
+from tests.system import FIELDS, RECORDINGS, Device, outstation
+
+WINDOWS = 100_000
+_IDLE_S = 60.0
+_STARTS = 5
+_TICK = os.sysconf("SC_CLK_TCK")
+
+
+@benchmark("memory")
+def resident_memory() -> Report:
+    """PSS with the exercise model loaded: waiting, and the most while a backlog is worked off."""
+    with enrolled(FIELDS) as device:
+        device.task("exercise").up()
+        idle = _pss_mb(device.pid)
+        device.stop()
+        _fill(device, WINDOWS)
+        device.up()
+        most = idle
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            most = max(most, _pss_mb(device.pid))
+            time.sleep(0.2)
+        device.stop()
+    waiting = Result("memory idle", idle, 80.0, "MB PSS", 1.0, "exercise model loaded, nothing to do", less=True)
+    busy = Result(
+        "memory busy", most, 110.0, "MB PSS", 1.0, f"{WINDOWS:,} windows waiting, the most in 30 s", less=True
+    )
+    return Report((waiting, busy), f"memory       {idle:.1f} MB idle (at most 80), {most:.1f} MB busy (at most 110)")
+
+
+@benchmark("start")
+def start_to_first_batch() -> Result:
+    """`outstation batch` from its start to its end, with 100 windows waiting, beside the imports it needs."""
+    bare = [sys.executable, "-c", "import numpy, ai_edge_litert.interpreter"]
+    seen: tuple[list[float], list[float]] = ([], [])
+    with enrolled(FIELDS) as device:
+        device.task("exercise")
+        # The trial of batch sizes is remembered; it is of the first start only.
+        for round_ in range(_STARTS + 1):
+            _fill(device, 100)
+            begin = time.perf_counter()
+            done = outstation("batch", "-c", str(device.config))
+            middle = time.perf_counter()
+            subprocess.run(bare, check=True, capture_output=True)
+            if round_:
+                seen[0].append(middle - begin)
+                seen[1].append(time.perf_counter() - middle)
+            assert done.returncode == 0, done.stderr
+    ours, reference = statistics.median(seen[0]), statistics.median(seen[1])
+    note = "process start to results committed and process end; reference: import of numpy and the interpreter"
+    return Result("start", ours * 1e3, reference * 1e3, "ms", 3.0, note, less=True)
+
+
+@benchmark("idle")
+def a_daemon_that_waits() -> Result:
+    """One stream at 1 Hz, one task a minute, a broker that answers."""
+    with enrolled() as device:
+        device.replay(10**6, 1 / 50)
+        device.task("exercise", schedule="every 60 s").up()
+        time.sleep(5)
+        begin_s, begun = _cpu_s(device.pid), time.monotonic()
+        time.sleep(_IDLE_S)
+        share = 100 * (_cpu_s(device.pid) - begin_s) / (time.monotonic() - begun)
+        device.stop()
+    return Result("idle", share, 0.5, "% of a core", 1.0, f"over {_IDLE_S:.0f} s, no broker in reach", less=True)
+
+
+def _fill(device: Device, windows: int) -> None:
+    rows = np.resize(playlist.load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
+    put(device.config, "watch", rows)
+
+
+def _pss_mb(pid: int) -> float:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss:"))) / 1024
+
+
+def _cpu_s(pid: int) -> float:
+    """Of the process and of the children it waited for."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / _TICK

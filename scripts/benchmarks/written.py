@@ -1,0 +1,96 @@
+"""Measurements as they are committed: a page for people, and the ratios that later runs are held against."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sqlite3
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from agent.model import choice, runtime
+from scripts.benchmarks import Result
+
+ROOT = Path(__file__).parents[2]
+PAGE, RATIOS = ROOT / "BENCHMARKS.md", Path(__file__).with_name("ratios.json")
+# A ratio that is worse by a third has fallen, whatever the machine.
+FALLEN = 2 / 3
+
+_HEAD = """\
+# Benchmarks
+
+What `scripts/bench --write` measured on {day}, commit {commit}. Each figure stands beside what it is measured
+against, in the same run, in turns, the median of several; absolute figures are of this machine and this hour.
+
+{machine}
+
+| figure | ours | beside | unit | ratio | to reach | |
+|---|---:|---:|---|---:|---:|---|
+"""
+
+
+def write(results: Sequence[Result]) -> None:
+    """The page and the ratios."""
+    head = _HEAD.format(day=datetime.now(UTC).date(), commit=_commit(), machine=_machine())
+    notes = "\n".join(f"- **{one.name}**: {one.note}." for one in results)
+    PAGE.write_text(head + "\n".join(map(_row, results)) + f"\n\n{notes}\n{_limits()}", encoding="utf-8")
+    kept = {one.name: {"ratio": round(one.ratio, 4), "less": one.less} for one in results}
+    RATIOS.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def fallen(results: Sequence[Result]) -> list[str]:
+    """A sentence for each ratio that is worse by a third than the one that was committed."""
+    known = json.loads(RATIOS.read_text(encoding="utf-8"))
+    found = []
+    for one in results:
+        before = known.get(one.name, {}).get("ratio")
+        if before is None:
+            continue
+        kept = before / one.ratio if one.less else one.ratio / before
+        if kept < FALLEN:
+            found.append(f"{one.name}: the ratio is {one.ratio:.3g}, it was {before:.3g}; worse by more than a third")
+    return found
+
+
+def _row(one: Result) -> str:
+    sign, verdict = ("≤", "met") if one.less else ("≥", "met")
+    if not one.met:
+        verdict = "**missed**"
+    cells = (
+        one.name,
+        _number(one.ours),
+        _number(one.reference),
+        one.unit,
+        f"{one.ratio:.3g}",
+        f"{sign} {one.target:.3g}",
+    )
+    return f"| {' | '.join(cells)} | {verdict} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _limits() -> str:
+    """What a person wrote of figures that are missed: kept from one run to the next."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    _, mark, rest = text.partition("\n## What limits")
+    return mark + rest
+
+
+def _machine() -> str:
+    load = os.getloadavg()[0]
+    return (
+        f"{choice.machine()}; {platform.system()}; Python {platform.python_version()}; "
+        f"{runtime.NAME}; SQLite {sqlite3.sqlite_version}; load {load:.1f} at the end."
+    )
+
+
+def _commit() -> str:
+    told = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return told.stdout.strip() or "unknown"
