@@ -108,12 +108,8 @@ def at_step(value: str) -> None:
     before: at the call. in: a moment into it. after: when it returns. committed: after the commit that it is part of.
     """
     when, target, file = value.split(",", 2)
-    module, name = target.split(":")
-    owner: Any = importlib.import_module(module)
-    *outer, last = name.split(".")
-    for part in outer:
-        owner = getattr(owner, part)
-    called, mark = getattr(owner, last), Path(file)
+    owner, last, called = found(target)
+    mark = Path(file)
     reached = threading.Event()
 
     def die() -> None:
@@ -136,6 +132,16 @@ def at_step(value: str) -> None:
     setattr(owner, last, dying)
     if when == "committed":
         _after_each_commit(lambda: die() if reached.is_set() else None)
+
+
+def found(target: str) -> tuple[Any, str, Any]:
+    """What `MODULE:NAME` is in, the last part of its name, and it."""
+    module, name = target.split(":")
+    owner: Any = importlib.import_module(module)
+    *outer, last = name.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    return owner, last, getattr(owner, last)
 
 
 def _after_each_commit(do: Callable[[], None]) -> None:
