@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 TASK, OTHER = TASKS
 # What the device says last of a roll-out that ended so.
 _ARRIVED = {"finished": {"settled"}, "aborted": {"rolled back", "refused", "withdrawn"}}
+_FINISHED = frozenset({"finished"})
 _BY_ROLLOUT = "roll-out"
 _PATIENCE_S = 60.0
 _PADDING = 60_000
@@ -61,7 +62,7 @@ class Updating:
     """The roll-outs, and what must hold of them: a companion of the world."""
 
     def __init__(self, world: World) -> None:
-        self._world, self._count, self._ends = world, 0, "finished"
+        self._world, self._count, self._ends = world, 0, _FINISHED
         self._follower: subprocess.Popen[bytes] | None = None
         self._digests: dict[str, str] = {}
         self._operate("repository", "init")
@@ -89,7 +90,7 @@ class Updating:
 
     def roll(self) -> None:
         """Publish the next version, start its roll-out, and follow it beside what comes."""
-        self._count, self._ends = self._count + 1, "finished"
+        self._count, self._ends = self._count + 1, _FINISHED
         folder = self._world.folder / self.name
         folder.mkdir()
         spec = bundles.change(
@@ -104,9 +105,9 @@ class Updating:
         self._operate("rollout", "start", str(plan))
         self.follow()
 
-    def expect(self, state: str) -> None:
-        """This round's roll-out is to end so: `finished`, or `aborted` with the bundle before running again."""
-        self._ends = state
+    def may_abort(self) -> None:
+        """This round's roll-out may be aborted as well, and then the bundle before runs again."""
+        self._ends = frozenset({"finished", "aborted"})
 
     def follow(self) -> None:
         command = [sys.executable, "-m", "agent", "fleet", "rollout", "follow", self.name, "--every", "0.5"]
@@ -150,8 +151,9 @@ class Updating:
         self._end_following()
         if not self._count:
             return
-        if (state := self._state()) != self._ends:
-            verdict.problems.append(f"{self.name} is {state}, and should be {self._ends}: {self._said(self.name)[-3:]}")
+        if (state := self._state()) not in self._ends:
+            should = " or ".join(sorted(self._ends))
+            verdict.problems.append(f"{self.name} is {state}, and should be {should}: {self._said(self.name)[-3:]}")
         elif (self._runs() == self._wanted()) != (state == "finished"):
             verdict.problems.append(f"{TASK} runs {self._runs()}, and {self.name} of {self._wanted()} is {state}")
         verdict.problems += self._unsaid()
