@@ -38,10 +38,12 @@ class Trial:
     def plan(self, path: str, devices: int) -> str:
         """The roll-out file. Few devices make no step of a few percent."""
         shares = _shares(devices)
+        # Most of those that a step chooses: a few may be lucky, and never see what an ill bundle stumbles over.
+        needed = max(2, int(0.6 * devices * shares["shadow"] / 100))
         steps = "".join(f"\n[[steps]]\n{step.format(**shares)}" for step in self.steps)
         return (
             f'[rollout]\nname = "{self.name}"\ntask = "exercise"\npath = "{path}"\nto = "all"\n'
-            "\n[promote]\ndevices = 2\nbatches = 10\nhours = 0.002\nagreement = 0.5\nfailed = 0.3\n"
+            f"\n[promote]\ndevices = {needed}\nbatches = 10\nhours = 0.005\nagreement = 0.5\nfailed = 0.3\n"
             # A machine that is shared with others is late; a batch takes milliseconds. What is expected without labels
             # is not asked: nobody calibrated these candidates.
             "\n[device]\nbatches = 24\nhours = 0.002\nagreement = 0.75\nslower = 10.0\nbatch_s = 10.0\n"
