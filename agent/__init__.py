@@ -12,7 +12,7 @@ it is durable there.
     wire/     what crosses the air, used by both sides        drift/   reference, summary, detectors (pure numpy)
     model/    bundle, runtime, features, probe                link.py  the MQTT connection
     device/   store, intake, batch, schedule, uplink, daemon  fleet/   store, collect, audit, watch
-    simulate.py, cli/
+    simulate/, cli/
 """
 
 __version__ = "0.1.0"

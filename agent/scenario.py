@@ -64,6 +64,8 @@ class Fate:
 class Scenario:
     """`fates` are those of the first sites, `usual` that of the others; `skip` rows of the file are left out.
 
+    `worse` is that of a site whose sensor is out of order from the beginning, and whose model gets on all the same.
+
     `kind` is the bundle's; `learn`: drift windows a site learns from; `learned`: rows until it has, and has shown that
     nothing is wrong; `tail`: rows at the end that may fill no model window.
     """
@@ -79,6 +81,7 @@ class Scenario:
     tail: int
     fates: tuple[Fate, ...]
     usual: Fate = field(default_factory=Fate)
+    worse: Fate = field(default_factory=Fate)
     learn: int = 40
     skip: int = 0
     measured: Measured | None = None
@@ -116,6 +119,8 @@ def _exercise() -> Scenario:
             Fate(faults=(Fault(kind="gain", fields=["ax", "ay", "az"], from_row=begin, amount=0.6),)),
             Fate(faults=(Fault(kind="stuck", fields=["wy"], from_row=begin, amount=0.25),)),
         ),
+        # A gyroscope set to another range than the reader thinks.
+        worse=Fate(faults=(Fault(kind="gain", fields=["wx", "wy", "wz"], from_row=1, amount=4.0),)),
     )
 
 
@@ -137,6 +142,7 @@ def _solar() -> Scenario:
             Fate(loss=Loss(from_row=begin, over=40 * day, amount=0.35)),
             Fate(faults=(Fault(kind="stuck", fields=["ghi"], from_row=begin + 30 * day + 50, amount=412.5),)),
         ),
+        worse=Fate(faults=(Fault(kind="gain", fields=["ghi"], from_row=1, amount=0.7),)),
         skip=320 * day,
         measured=Measured(column="power", unit="W", every=4, delay=day, field="ghi_clear", least=20.0),
     )
@@ -163,6 +169,7 @@ def _machine() -> Scenario:
             Fate(scenes=(sound,), faults=(Fault(kind="offset", fields=bands, from_row=begin, amount=-3.0),)),
         ),
         usual=Fate(scenes=(sound,)),
+        worse=Fate(scenes=(sound,), faults=(Fault(kind="offset", fields=bands, from_row=1, amount=-3.0),)),
         learn=60,
     )
 

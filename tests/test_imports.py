@@ -41,14 +41,9 @@ FLOORS = {
     "device": 6,
     "fleet": 6,
     "scenario": 7,
-    "simulate_link": 7,
-    "simulate_broker": 7,
-    "simulate_meter": 8,
-    "simulate_plan": 8,
-    "simulate_report": 9,
-    "simulate": 9,
-    "cli": 10,
-    "__main__": 11,
+    "simulate": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 # Library → the only modules that import it.
 ONLY = {

@@ -13,8 +13,8 @@ from agent.device.incoming.sources import playlist
 from agent.errors import UsageError
 from agent.model import bundle, shipped
 from agent.scenario import SCENARIOS, Loss, Measured, Scenario
-from agent.simulate_meter import Meter
-from agent.simulate_plan import plan
+from agent.simulate.meter import Meter
+from agent.simulate.plan import plan
 
 MEASURED = Measured(column="power", unit="W", every=4, delay=10, field="ghi_clear", least=20.0)
 

@@ -38,6 +38,7 @@ QUICK = (
     "kill-collector",
     "clock-restored-after-power-cut",
     "power-cut",
+    "update-killed-activated",
 )
 CONTROLS = ("control-normal-power-cut", "control-delete-on-puback", "control-clock-wrong-for-a-boot")
 

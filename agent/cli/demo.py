@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from agent.cli.output import emit, json_option, table
-from agent.errors import UsageError
+from agent.cli.simulated import dir_option, end_on_signals, folder_of, print_audit
 
 _DRAIN_S = 10.0
 _SHOWN, _ALERTS = 4, 8
@@ -31,9 +27,7 @@ _SHOWN, _ALERTS = 4, 8
 )
 @click.option("--devices", default=4, show_default=True, type=click.IntRange(1, 64), help="Simulated devices.")
 @click.option("--duration", default=60.0, show_default=True, type=click.FloatRange(15), help="Seconds to run, about.")
-@click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), help="Keep everything here; default a temporary folder."
-)
+@dir_option
 @click.option("--no-dashboard", is_flag=True, help="No live table, only the report at the end.")
 @click.option("--seed", default=0, show_default=True, help="Another order of recordings.")
 @json_option
@@ -54,35 +48,24 @@ def demo(
               second loses gain
     """
     began = time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # Else the processes it started would run on.
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    with _folder(folder) as home:
+    end_on_signals()
+    with folder_of(folder) as home:
         document = _run(home, named, devices, duration, seed, began, live=not (no_dashboard or as_json))
     emit(document, as_json, lambda: _print(document))
     if not document["audit"]["passed"]:
         sys.exit(1)
 
 
-@contextlib.contextmanager
-def _folder(given: Path | None) -> Iterator[Path]:
-    if given is None:
-        with tempfile.TemporaryDirectory(prefix="outstation-") as made:
-            yield Path(made)
-        return
-    given.mkdir(parents=True, exist_ok=True)
-    if any(given.iterdir()):
-        raise UsageError(f"{given}: not empty; name a new folder")
-    yield given
-
-
 def _run(
     home: Path, named: str, devices: int, duration: float, seed: int, began: float, *, live: bool
 ) -> dict[str, Any]:
-    from agent import scenario, simulate, simulate_plan, simulate_report
+    from agent import scenario
+    from agent.simulate import plan as planning
+    from agent.simulate import report as reporting
+    from agent.simulate.running import Simulation
 
-    plan = simulate_plan.plan(devices, duration, seed, scenario.named(named))
-    with simulate.Simulation(home, plan) as fleet:
+    plan = planning.plan(devices, duration, seed, scenario.named(named))
+    with Simulation(home, plan) as fleet:
         fleet.start()
         views = fleet.watch(began + duration + _DRAIN_S / 2)
         if live:
@@ -93,7 +76,7 @@ def _run(
             for _ in views:
                 pass
         fleet.stop()
-    found = simulate_report.report(fleet.database, plan)
+    found = reporting.report(fleet.database, plan)
     measured = plan.scenario.measured
     return {
         "scenario": named,
@@ -134,14 +117,7 @@ def _print(document: dict[str, Any]) -> None:
         click.echo(
             f"mean absolute error before anything went wrong, against labels: {document['mae']:.1f} {document['unit']}"
         )
-    _print_audit(document["audit"], document["seconds"])
-
-
-def _print_audit(audit: dict[str, Any], seconds: float) -> None:
-    verdict = click.style("passed", fg="green") if audit["passed"] else click.style("FAILED", fg="red")
-    click.echo(f"audit {verdict}: {audit['messages']} signed messages of {audit['devices']} devices; {seconds:g} s")
-    for problem in audit["invalid"][:10]:
-        click.echo(f"  {problem['device']} seq {problem['seq']}: {problem['reason']}")
+    print_audit(document["audit"], document["seconds"])
 
 
 def _print_alerts(device: str, sentences: list[str]) -> None:

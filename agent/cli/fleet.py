@@ -21,6 +21,7 @@ from agent.cli.fleet_label import label
 from agent.cli.fleet_publish import publish
 from agent.cli.fleet_repository import repository
 from agent.cli.fleet_rollout import rollout
+from agent.cli.fleet_simulate import simulate
 from agent.cli.output import emit, json_option, table
 from agent.config import Broker, check_broker
 from agent.errors import ConfigError, UsageError
@@ -55,6 +56,7 @@ fleet.add_command(label)
 fleet.add_command(publish)
 fleet.add_command(repository)
 fleet.add_command(rollout)
+fleet.add_command(simulate)
 
 
 @fleet.command("init", epilog="Example: outstation fleet init acme --broker mqtts://broker.example.org")

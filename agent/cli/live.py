@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from agent.simulate_plan import Plan
+from agent.simulate.plan import Plan
 
 _STATES = {"ok": "green", "drift": "bold yellow", "fault": "bold red", "insufficient": "dim"}
 _WORDS = {"insufficient": "learning its site"}

@@ -7,6 +7,7 @@ The flaws are read from the environment again by nothing: a restarted daemon has
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import random
 import signal
@@ -27,6 +28,9 @@ from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 from agent.model.choice import digest
 from agent.model.runtime import Model
+
+# How far into a call that takes a while, as that of the probe does.
+_INTO_S = 0.3
 
 
 def _die() -> None:
@@ -59,15 +63,7 @@ def before_commit(occasion: str) -> None:
 
 
 def after_commit(occasion: str) -> None:
-    count, transaction = _Countdown(occasion), Store.transaction
-
-    @contextlib.contextmanager
-    def dying(self: Store, **keywords: Any) -> Iterator[Transaction]:
-        with transaction(self, **keywords) as tx:
-            yield tx
-        count()
-
-    Store.transaction = dying  # type: ignore[method-assign]
+    _after_each_commit(_Countdown(occasion))
 
 
 def in_invoke(occasion: str) -> None:
@@ -104,6 +100,60 @@ def _instead_of_running(model: str, action: Callable[[], None]) -> None:
         return invoke(self, *arguments)
 
     Model.invoke = flawed  # type: ignore[method-assign, assignment]
+
+
+def at_step(value: str) -> None:
+    """`WHEN,MODULE:NAME,FILE`: dies once, when there is no FILE yet and NAME is called.
+
+    before: at the call. in: a moment into it. after: when it returns. committed: after the commit that it is part of.
+    """
+    when, target, file = value.split(",", 2)
+    owner, last, called = found(target)
+    mark = Path(file)
+    reached = threading.Event()
+
+    def die() -> None:
+        with contextlib.suppress(FileExistsError):
+            mark.touch(exist_ok=False)
+            _die()
+
+    def dying(*arguments: Any, **keywords: Any) -> Any:
+        if when == "before":
+            die()
+        elif when == "in":
+            threading.Timer(_INTO_S, die).start()
+        result = called(*arguments, **keywords)
+        if when == "after":
+            die()
+        elif when == "committed":
+            reached.set()
+        return result
+
+    setattr(owner, last, dying)
+    if when == "committed":
+        _after_each_commit(lambda: die() if reached.is_set() else None)
+
+
+def found(target: str) -> tuple[Any, str, Any]:
+    """What `MODULE:NAME` is in, the last part of its name, and it."""
+    module, name = target.split(":")
+    owner: Any = importlib.import_module(module)
+    *outer, last = name.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    return owner, last, getattr(owner, last)
+
+
+def _after_each_commit(do: Callable[[], None]) -> None:
+    transaction = Store.transaction
+
+    @contextlib.contextmanager
+    def doing(self: Store, **keywords: Any) -> Iterator[Transaction]:
+        with transaction(self, **keywords) as tx:
+            yield tx
+        do()
+
+    Store.transaction = doing  # type: ignore[method-assign]
 
 
 def after_puback(occasion: str) -> None:
@@ -170,6 +220,7 @@ FLAWS: dict[str, Callable[[str], None]] = {
     "die-in-model": in_model,
     "hang-in-model": hang_in_model,
     "die-after-puback": after_puback,
+    "die-at-step": at_step,
     "synchronous": synchronous,
     "evict-after": evict_after,
     "vouched-by": vouched_by,

@@ -19,6 +19,7 @@ import numpy as np
 from agent.device.storage.rows import Rows
 from agent.device.storage.store import Store
 from agent.errors import OutstationError
+from agent.fleet import operators
 from agent.fleet.audit import Report, audit
 from agent.fleet.store import FleetStore
 from scripts.faults.declarations import Declarations
@@ -102,7 +103,8 @@ def judge(world: World, verdict: Verdict) -> None:
         verdict.problems.append(f"{altered} runs are not over the rows that were sent")
     if not report.passed:
         undeclared_gaps = [gap for gap in report.gaps if not gap["declared"]]
-        verdict.problems.append(f"the audit fails: gaps {undeclared_gaps[:3]}, invalid {report.invalid[:3]}")
+        wrong = report.invalid[:3] or report.document()["invalid_decisions"][:3]
+        verdict.problems.append(f"the audit fails: gaps {undeclared_gaps[:3]}, invalid {wrong}")
         verdict.doubled = max(verdict.doubled, report.duplicates)
     for companion in world.companions:
         companion.judge(verdict)
@@ -154,7 +156,7 @@ def _evidence(world: World) -> tuple[Report, int]:
     """The audit, and how many runs carry another digest than that of the rows that were sent."""
     store = world.fleet.open()
     try:
-        report = audit(store)
+        report = audit(store, operators=operators.trusted(world.fleet.config))
         return report, sum(_altered(world, json.loads(payload)) for payload in _runs(store))
     finally:
         store.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.fleet.ledger import EVICTED
-from agent.simulate_link import Weather
+from agent.simulate.link import Weather
 from scripts.soaks import Result, soak
 from scripts.soaks.rig import TASK, Rig
 

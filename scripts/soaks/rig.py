@@ -22,7 +22,7 @@ from agent.fleet.audit import Report, audit
 from agent.fleet.collect import Collector, filters
 from agent.fleet.enrol import enrol, init_fleet
 from agent.fleet.store import FleetStore
-from agent.simulate_link import Air, AirLink, Weather
+from agent.simulate.link import Air, AirLink, Weather
 from agent.wire.keys import load_private
 
 FLEET, DEVICE, STREAM, TASK = "acme", "pi-01", "watch", "exercise"

@@ -70,13 +70,15 @@ def fit(
     passes: int,
     teachers: tuple[Net, ...] = (),
     width: float = 1.0,
+    augmentation: Augmentation | None = None,
 ) -> Net:
     keras.utils.set_random_seed(seed)
     rng = np.random.default_rng(seed)
     mean, std = train.rows.mean(0, dtype=np.float64), train.rows.std(0, dtype=np.float64)
     net = Net(network.build(width=width), mean.astype(np.float32), std.astype(np.float32))
     variables = net.model.trainable_variables
-    steps = passes * int(sum(np.diff(train.starts) // Augmentation.every) // recipe.batch)
+    augmentation = augmentation or Augmentation()
+    steps = passes * int(sum(np.diff(train.starts) // augmentation.every) // recipe.batch)
     warm = steps // 20
     rate = keras.optimizers.schedules.CosineDecay(0.0, steps - warm, warmup_target=recipe.rate, warmup_steps=warm)
     optimizer = keras.optimizers.AdamW(rate, weight_decay=recipe.decay)
@@ -89,7 +91,7 @@ def fit(
         optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
     for _ in range(passes):
-        windows, label = one_pass(rng, train, net.std, Augmentation())
+        windows, label = one_pass(rng, train, net.std, augmentation)
         target = np.eye(len(LABELS), dtype=np.float32)[label]
         if teachers:
             opinion = np.mean([t.probabilities(windows) for t in teachers], axis=0)

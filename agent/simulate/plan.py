@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,14 +62,38 @@ class Plan:
         return order.places(self.rows)
 
 
+def names(devices: int) -> list[str]:
+    return [f"pi-{i + 1:02d}" for i in range(devices)]
+
+
+def steady(
+    devices: int, seconds: float, speed: float, seed: int, scenario: Scenario, worse: Collection[str] = ()
+) -> Plan:
+    """All sites alike for at least so many seconds at `speed`, but for the `worse` ones, where a sensor is out of order
+    from the first row on."""
+    recordings = load(scenario.file)
+    subjects = _subjects(recordings)
+    sites = tuple(
+        Site(name, subjects[i % len(subjects)], seed * 1000 + i, scenario.worse if name in worse else scenario.usual)
+        for i, name in enumerate(names(devices))
+    )
+    return Plan(scenario, sites, round(seconds * recordings.rate * speed), speed)
+
+
 def plan(devices: int, duration_s: float, seed: int = 0, scenario: Scenario = SCENARIOS["exercise"]) -> Plan:
     """The scenario on so many sites: something goes wrong at the first ones, the others stay as they are."""
     recordings = load(scenario.file)
-    people = sorted({int(s) for s in recordings.subject})
-    subjects = people if recordings.t is None else [None]
+    subjects = _subjects(recordings)
     sites = tuple(
-        Site(f"pi-{i + 1:02d}", subjects[i % len(subjects)], seed * 1000 + i, scenario.fate(i)) for i in range(devices)
+        Site(name, subjects[i % len(subjects)], seed * 1000 + i, scenario.fate(i))
+        for i, name in enumerate(names(devices))
     )
     return Plan(
         scenario, sites, scenario.rows, scenario.rows / recordings.rate / max(_FASTEST_S, _PLAYING * duration_s)
     )
+
+
+def _subjects(recordings: Recordings) -> list[int | None]:
+    """Whose recordings the sites play in turn; None: those of all."""
+    people: list[int | None] = [*sorted({int(s) for s in recordings.subject})]
+    return people if recordings.t is None else [None]

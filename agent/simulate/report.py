@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from agent.device.incoming.sources.playlist import Recordings, load
 from agent.fleet.audit import Report, audit
 from agent.fleet.store import FleetStore
 from agent.model.scores import ANOMALY
-from agent.simulate_plan import Plan, Site
+from agent.simulate.plan import Plan, Site
+from agent.wire.keys import PublicKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,11 @@ class Outcome:
     audit: Report
 
 
-def report(database: Path, plan: Plan) -> Outcome:
-    """Against what is labelled of the recordings, of results from before the site's first fault."""
+def report(database: Path, plan: Plan, operators: Sequence[PublicKey] = ()) -> Outcome:
+    """Against what is labelled of the recordings, of results from before the site's first fault.
+
+    `operators`: keys whose decisions about roll-outs count.
+    """
     store = FleetStore(database, read_only=True)
     try:
         view = {row["device"]: row for row in store.progress()}
@@ -51,7 +56,7 @@ def report(database: Path, plan: Plan) -> Outcome:
             scores = {"accuracy": named.mean(4), "mae": valued.mean(1), "anomalies": _anomalies(store, plan, site)}
             devices.append(_device(store, site, view.get(site.device, {})) | scores)
             right, off = right + named, off + valued
-        return Outcome(devices, right.mean(4), off.mean(1), audit(store))
+        return Outcome(devices, right.mean(4), off.mean(1), audit(store, operators=operators))
     finally:
         store.close()
 

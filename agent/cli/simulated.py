@@ -1,0 +1,47 @@
+"""What `demo` and `fleet simulate` have in common: a folder for it all, and an end that leaves no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agent.errors import UsageError
+
+dir_option = click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="Keep everything here; default a temporary folder."
+)
+
+
+def end_on_signals() -> None:
+    """SIGTERM and SIGHUP become an exit, as Ctrl-C is: else the processes it started would run on."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+@contextlib.contextmanager
+def folder_of(given: Path | None) -> Iterator[Path]:
+    """Raises UsageError where `given` is not empty."""
+    if given is None:
+        with tempfile.TemporaryDirectory(prefix="outstation-") as made:
+            yield Path(made)
+        return
+    given.mkdir(parents=True, exist_ok=True)
+    if any(given.iterdir()):
+        raise UsageError(f"{given}: not empty; name a new folder")
+    yield given
+
+
+def print_audit(audit: dict[str, Any], seconds: float) -> None:
+    verdict = click.style("passed", fg="green") if audit["passed"] else click.style("FAILED", fg="red")
+    click.echo(f"audit {verdict}: {audit['messages']} signed messages of {audit['devices']} devices; {seconds:g} s")
+    for problem in audit["invalid"][:10]:
+        click.echo(f"  {problem['device']} seq {problem['seq']}: {problem['reason']}")
+    for problem in audit.get("invalid_decisions", [])[:10]:
+        click.echo(f"  roll-out {problem['rollout']}, decision {problem['n']}: {problem['reason']}")

@@ -1,0 +1,1 @@
+"""A simulated fleet on one machine: real programs, replayed recordings, seeded faults."""

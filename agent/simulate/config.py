@@ -1,0 +1,43 @@
+"""The config of a simulated device: a replay as its stream, and the scenario's task over it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from agent.config import ReplaySource
+from agent.simulate.plan import Plan, Site
+
+
+def stream_and_task(plan: Plan, site: Site) -> str:
+    """For the end of what enrolment wrote."""
+    scenario = plan.scenario
+    fields = ", ".join(f'{{ name = "{name}", unit = "{unit}" }}' for name, unit in scenario.fields)
+    source = ReplaySource(
+        file=str(scenario.file),
+        subject=site.subject,
+        seed=site.seed,
+        speed=plan.speed,
+        rows=plan.rows,
+        faults=list(site.fate.faults),
+        scenes=list(site.fate.scenes),
+        skip=scenario.skip,
+    )
+    return (
+        '\n[buffer]\ncommit_every = "500 ms"\n'
+        f"\n[streams.{scenario.stream}]\nfields = [{fields}]\n"
+        f"source = {toml_value(msgspec.to_builtins(source))}\n"
+        f'\n[tasks.{scenario.name}]\nstream = "{scenario.stream}"\nbundle = "{scenario.bundle}"\n'
+        f'schedule = "every 1 s"\nlearn = {scenario.learn}\n'
+    )
+
+
+def toml_value(value: Any) -> str:
+    """Of a config, where what is None goes without saying."""
+    if isinstance(value, dict):
+        members = (f"{key} = {toml_value(member)}" for key, member in value.items() if member is not None)
+        return "{ " + ", ".join(members) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    return msgspec.json.encode(value).decode() if isinstance(value, str) else repr(value)

@@ -1,0 +1,282 @@
+"""What may happen while a bundle is replaced: the daemon dies, the power goes, repository or disk let it down.
+
+Each round rolls a new version out and has it end as it should; `updating` says what that is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+import psutil
+
+from scripts.faults import Injection, fault
+from scripts.faults.clock import Clock, no_clock
+from scripts.faults.disk import Card, no_card, on_card
+from scripts.faults.on_clock import on_clock
+from scripts.faults.updating import Updating, updating
+from scripts.faults.world import Setting, World
+from tests.system import eventually
+
+_SAYS = "`fetching`, `shadow`, `probation` and `settled` in the audit log, as without it, and a new `started` event"
+_AGAIN = "in health and `outstation status`: `fetching`, and why it is tried again and when"
+_UPDATES = Setting(prepare=updating())
+# A fetch that broke off is gone on with after half a minute at most.
+_PATIENCE_S = 150.0
+_SLOW = 20_000.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Where the daemon dies: `when` and `target` are those of `die-at-step` in `launch`."""
+
+    name: str
+    when: str
+    target: str
+    means: str
+
+
+_STEPS = (
+    _Step("fetched", "before", "agent.device.updates.supply:Supply.came", "a bundle was fetched and not yet verified"),
+    _Step("in-probe", "in", "agent.model.probe:probe", "a child process proves the bundle"),
+    _Step(
+        "before-copy", "before", "agent.device.operating.kept:keep", "the bundle proved itself and was not yet copied"
+    ),
+    _Step("copied", "after", "agent.device.operating.kept:keep", "the copy is made and nothing was committed"),
+    _Step(
+        "activating", "after", "agent.device.updates.steps:begin_probation", "the bundle's first commit is not yet done"
+    ),
+    _Step(
+        "activated",
+        "committed",
+        "agent.device.updates.steps:begin_probation",
+        "it is committed that the bundle runs, and it never ran",
+    ),
+    _Step(
+        "settling", "after", "agent.device.updates.steps:settle", "the commit by which the bundle stays is not yet done"
+    ),
+    _Step("settled", "committed", "agent.device.updates.steps:settle", "it is committed that the bundle stays"),
+)
+_PHASES = {"shadow": "the bundle answers beside the one that runs", "probation": "the bundle is on probation"}
+
+
+def _update(
+    name: str, means: str, sees: str, setting: Setting = _UPDATES, missing: Callable[[], str | None] = lambda: None
+) -> Callable[[Injection], Injection]:
+    """Register a fault whose round is over when its roll-out is: a bundle is tried on readings that come."""
+
+    def register(inject: Injection) -> Injection:
+        def whole(world: World, rng: Random) -> None:
+            inject(world, rng)
+            Updating.of(world).finish(_PATIENCE_S)
+
+        fault(name, means=means, sees=sees, setting=setting, missing=missing)(whole)
+        return inject
+
+    return register
+
+
+def _rolling(world: World) -> Updating:
+    """The next roll-out has begun."""
+    one = Updating.of(world)
+    one.roll()
+    return one
+
+
+def _dies(world: World, step: _Step) -> None:
+    """The daemon dies at the step of the next roll-out, and is not started again."""
+    mark = world.folder / "died"
+    # With the mark it lives: it proves and copies what it starts with, too.
+    mark.touch()
+    world.device.launch(("-m", "scripts.faults.launch", f"die-at-step={step.when},{step.target},{mark}", "--"))
+    starts = world.device.starts()
+    world.restart(world.device)
+    eventually("the daemon runs", lambda: world.device.starts() > starts)
+    world.leave(world.device)
+    mark.unlink()
+    _rolling(world)
+    eventually(f"the daemon dies when {step.means}", lambda: not world.device.running, _PATIENCE_S)
+    assert mark.exists(), "the daemon ended by itself"
+    world.device.launch(("-m", "agent"))
+
+
+def _at_step(step: _Step, *, power: bool) -> Injection:
+    def inject(world: World, rng: Random) -> None:
+        _dies(world, step)
+        if power:
+            Card.of(world).cut(journal=rng.random() < 0.5)
+        world.keep(world.device)
+
+    return inject
+
+
+def _in_phase(phase: str, *, power: bool) -> Injection:
+    def inject(world: World, rng: Random) -> None:
+        _rolling(world).reach(phase)
+        time.sleep(rng.uniform(0.0, 1.0))
+        world.kill(world.device)
+        if power:
+            Card.of(world).cut(journal=rng.random() < 0.5)
+        world.keep(world.device)
+
+    return inject
+
+
+def _on_card_and_updating(world: World) -> Callable[[], None]:
+    undo = on_card(256)(world)
+    updating()(world)
+    return undo
+
+
+_CARD = Setting(prepare=_on_card_and_updating)
+for _step in _STEPS:
+    _update(f"update-killed-{_step.name}", f"The daemon dies when {_step.means}.", _SAYS)(_at_step(_step, power=False))
+    _update(f"update-power-cut-{_step.name}", f"The power goes when {_step.means}.", _SAYS, _CARD, no_card)(
+        _at_step(_step, power=True)
+    )
+for _phase, _what in _PHASES.items():
+    _update(f"update-killed-in-{_phase}", f"The daemon is killed while {_what}.", _SAYS)(_in_phase(_phase, power=False))
+    _update(f"update-power-cut-in-{_phase}", f"The power goes while {_what}.", _SAYS, _CARD, no_card)(
+        _in_phase(_phase, power=True)
+    )
+
+
+# --- the download ---
+
+
+def _in_mid_download(world: World) -> Updating:
+    """Some of the bundle has come, and it goes on slowly."""
+    one = Updating.of(world)
+    one.line.rate, before = _SLOW, one.line.sent
+    one.roll()
+    eventually("a part of the bundle came", lambda: one.line.sent > before, _PATIENCE_S)
+    return one
+
+
+@_update(
+    "update-killed-in-download",
+    means="The daemon is killed in the middle of a download.",
+    sees=_SAYS,
+)
+def killed_in_download(world: World, rng: Random) -> None:
+    one = _in_mid_download(world)
+    time.sleep(rng.uniform(0.0, 0.3))
+    world.restart(world.device)
+    one.line.rate = None
+
+
+@_update(
+    "update-power-cut-in-download",
+    means="The power goes in the middle of a download.",
+    sees=_SAYS,
+    setting=_CARD,
+    missing=no_card,
+)
+def power_cut_in_download(world: World, rng: Random) -> None:
+    one = _in_mid_download(world)
+    world.kill(world.device)
+    Card.of(world).cut(journal=rng.random() < 0.5)
+    one.line.rate = None
+    world.keep(world.device)
+
+
+@_update(
+    "update-repository-killed",
+    means="The repository's server dies in the middle of a download and is away for a while.",
+    sees=_AGAIN,
+)
+def repository_killed(world: World, rng: Random) -> None:
+    one = _in_mid_download(world)
+    one.web.away = True
+    time.sleep(rng.uniform(1.0, 3.0))
+    one.line.rate = None
+    one.web.away = False
+
+
+@_update(
+    "update-line-cut",
+    means="Two downloads in a row break off somewhere in the middle.",
+    sees=_AGAIN,
+)
+def line_cut(world: World, _rng: Random) -> None:
+    one = Updating.of(world)
+    one.line.cuts, before = one.line.cut + 2, one.line.cut
+    one.roll()
+    eventually("the line broke twice", lambda: one.line.cut == before + 2, _PATIENCE_S)
+
+
+@_update(
+    "update-fetch-killed",
+    means="The child process that fetches is killed (SIGKILL) in the middle of a download.",
+    sees=_AGAIN,
+)
+def fetch_killed(world: World, _rng: Random) -> None:
+    one = _in_mid_download(world)
+    _kill_child(world, "updates.fetch")
+    one.line.rate = None
+
+
+@_update(
+    "update-disk-full",
+    means="The disk is full in the middle of a download, and has room again a little later.",
+    sees=f"a critical storage alert; {_AGAIN}",
+    setting=_CARD,
+    missing=no_card,
+)
+def disk_full(world: World, rng: Random) -> None:
+    one, card = _in_mid_download(world), Card.of(world)
+    card.fill()
+    one.line.rate = None
+    time.sleep(rng.uniform(1.0, 3.0))
+    card.free()
+
+
+def _on_clock_and_updating(world: World) -> Callable[[], None]:
+    on_clock()(world)
+    updating()(world)
+    return lambda: None
+
+
+@_update(
+    "update-clock-jumps",
+    means="In the middle of a download the clock, vouched for, jumps back by an hour, and is put right a little later.",
+    sees="a `clock` event in the audit log for each step; the roll-out goes on",
+    setting=Setting(prepare=_on_clock_and_updating),
+    missing=no_clock,
+)
+def clock_jumps(world: World, rng: Random) -> None:
+    one, clock = _in_mid_download(world), Clock.of(world)
+    clock.show(-3600.0)
+    time.sleep(rng.uniform(0.5, 2.0))
+    one.line.rate = None
+    clock.show(0.0)
+
+
+# --- the bundle that is tried ---
+
+
+@_update(
+    "update-model-killed",
+    means="The process of a bundle that answers beside the one that runs is killed (SIGKILL), as when memory is short.",
+    sees="nothing, where it waited for a batch; else `rolled back`, an alert, and the roll-out is aborted",
+)
+def model_killed(world: World, _rng: Random) -> None:
+    one = _rolling(world)
+    one.may_abort()
+    one.reach("shadow")
+    _kill_child(world, "model.apart_child")
+
+
+def _kill_child(world: World, module: str) -> None:
+    """The daemon's child process that runs this module."""
+
+    def found() -> list[psutil.Process]:
+        children = psutil.Process(world.device.pid).children(recursive=True)
+        return [one for one in children if any(module in word for word in one.cmdline())]
+
+    eventually(f"a child runs {module}", found)
+    os.kill(found()[0].pid, signal.SIGKILL)

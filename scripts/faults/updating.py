@@ -1,0 +1,235 @@
+"""A world in which one task's bundle is replaced by roll-outs: repository, plan and commands are the real ones.
+
+Each round publishes a new version and rolls it out, in shadow first and then to all. What must hold, whatever happened
+in between: the roll-out ends and the device settled on the new bundle; and results of the task are of one bundle at a
+time, of that one which the signed audit messages before them say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from agent.model import pack
+from agent.simulate.web import Line, Web
+from scripts.faults.world import DEVICE, TASKS, World
+from tests import bundles
+from tests.system import eventually, outstation
+
+if TYPE_CHECKING:
+    from scripts.faults.oracle import Verdict
+
+# The task whose bundle is replaced; the other one keeps its own.
+TASK, OTHER = TASKS
+# What the device says last of a roll-out that ended so.
+_ARRIVED = {"finished": {"settled"}, "aborted": {"rolled back", "refused", "withdrawn"}}
+_FINISHED = frozenset({"finished"})
+_BY_ROLLOUT = "roll-out"
+_PATIENCE_S = 60.0
+_PADDING = 60_000
+_PLAN = """
+[rollout]
+name = "{name}"
+task = "{task}"
+path = "{path}"
+
+[promote]
+devices = 1
+batches = 10
+hours = 0.0
+agreement = 0.5
+
+[[steps]]
+strategy = "shadow"
+
+[[steps]]
+strategy = "all"
+
+[device]
+# Of one device an interval takes ten blocks, of a twelfth of these each.
+batches = 24
+hours = 0.0
+agreement = 0.5
+batch_s = 20.0
+# The sensor's rows are noise, of which no shipped reference is.
+output_drift = false
+"""
+
+
+class Updating:
+    """The roll-outs, and what must hold of them: a companion of the world."""
+
+    def __init__(self, world: World) -> None:
+        self._world, self._count, self._ends = world, 0, _FINISHED
+        self._follower: subprocess.Popen[bytes] | None = None
+        self._digests: dict[str, str] = {}
+        self._operate("repository", "init")
+        self.web = Web(world.fleet.home / "repository")
+        root = world.fleet.home / "repository" / "metadata" / "1.root.json"
+        world.device.configure(f'[updates]\nurl = "{self.web.url(DEVICE)}"\nroot = "{root}"\n')
+
+    @staticmethod
+    def of(world: World) -> Updating:
+        [found] = [one for one in world.companions if isinstance(one, Updating)]
+        return found
+
+    @property
+    def line(self) -> Line:
+        return self.web.line(DEVICE)
+
+    @property
+    def phase(self) -> str:
+        """What the device said last of this round's roll-out, as the collector has it."""
+        return next((phase for phase, _ in reversed(self._said(self.name))), "")
+
+    @property
+    def name(self) -> str:
+        return f"round-{self._count}"
+
+    def roll(self) -> None:
+        """Publish the next version, start its roll-out, and follow it beside what comes."""
+        self._count, self._ends = self._count + 1, _FINISHED
+        folder = self._world.folder / self.name
+        folder.mkdir()
+        spec = bundles.change(
+            bundles.write_spec(folder, bundles.FLOAT), 'version = "1.0.0"', f'version = "1.{self._count}.0"'
+        )
+        # So large that it can be on its way for a while.
+        (folder / "DATA.md").write_text(self._world.rng.randbytes(_PADDING).hex(), encoding="ascii")
+        pack.write(pack.pack(spec, bundles.KEY), folder / "bundle")
+        self._operate("publish", str(folder / "bundle"), "--key", bundles.KEY.public.text)
+        plan = folder / "plan.toml"
+        plan.write_text(_PLAN.format(name=self.name, task=TASK, path="bundle"), encoding="utf-8")
+        self._operate("rollout", "start", str(plan))
+        self.follow()
+
+    def may_abort(self) -> None:
+        """This round's roll-out may be aborted as well, and then the bundle before runs again."""
+        self._ends = frozenset({"finished", "aborted"})
+
+    def follow(self) -> None:
+        command = [sys.executable, "-m", "agent", "fleet", "rollout", "follow", self.name, "--every", "0.5"]
+        with (self._world.folder / "follow.log").open("ab") as log:
+            self._follower = subprocess.Popen(
+                [*command, "--dir", str(self._world.fleet.home)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def reach(self, phase: str) -> None:
+        """Wait until the device says that it is in `phase`, or past it."""
+        eventually(f"{self.name}: {phase}", lambda: phase in [one for one, _ in self._said(self.name)], _PATIENCE_S)
+
+    def finish(self, patience_s: float) -> None:
+        """Wait until the roll-out is over and the device where it ends; that it is not, `judge` will say."""
+        with contextlib.suppress(AssertionError):
+            eventually(f"{self.name} is over", lambda: not self.waiting(), patience_s)
+
+    # --- as a companion ---
+
+    def resume(self) -> None:
+        """The roll-outs are the fault's to begin."""
+
+    def pause(self, _patience_s: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._end_following()
+        self.web.close()
+
+    def waiting(self) -> str:
+        """What is still to come; empty when nothing is."""
+        if not self._count:
+            return ""
+        state, runs = self._state(), self._runs()
+        if state not in ("finished", "aborted"):
+            return f"{self.name} is {state}, the device's part: {self.phase or 'not heard of'}"
+        there = self.phase in _ARRIVED[state] and (runs == self._wanted()) == (state == "finished")
+        return "" if there else f"{self.name} is {state}, the device's part: {self.phase}, and it runs {runs}"
+
+    def judge(self, verdict: Verdict) -> None:
+        self._end_following()
+        if not self._count:
+            return
+        if (state := self._state()) not in self._ends:
+            should = " or ".join(sorted(self._ends))
+            verdict.problems.append(f"{self.name} is {state}, and should be {should}: {self._said(self.name)[-3:]}")
+        elif (self._runs() == self._wanted()) != (state == "finished"):
+            verdict.problems.append(f"{TASK} runs {self._runs()}, and {self.name} of {self._wanted()} is {state}")
+        verdict.problems += self._unsaid()
+
+    # --- what is seen ---
+
+    def _unsaid(self) -> Iterator[str]:
+        """Results of another bundle than the signed messages before them say that the task runs."""
+        may, own, wrong = set[str](), "", 0
+        sql = "SELECT kind, payload FROM messages WHERE device = ? AND kind IN ('results', 'audit') ORDER BY log, seq"
+        for kind, payload in self._world.fleet.ask(sql, DEVICE):
+            body = json.loads(payload)
+            if kind == "audit":
+                may = _told(body, may)
+            elif body["task"] == TASK:
+                wrong += body["model"]["digest"] not in may
+            elif body["task"] == OTHER:
+                own = own or body["model"]["digest"]
+                wrong += body["model"]["digest"] != own
+        if wrong:
+            yield f"{wrong} messages name another bundle than the signed audit messages before them say"
+
+    def _state(self) -> str:
+        found = self._world.fleet.ask("SELECT state FROM rollouts WHERE rollout = ?", self.name)
+        return str(found[0][0]) if found else "not started"
+
+    def _said(self, name: str) -> list[tuple[str, str]]:
+        """(phase, sentence) of the device, in order."""
+        sql = "SELECT phase, summary FROM rollout_devices WHERE device = ? AND rollout = ? ORDER BY time, seq"
+        return [(str(phase), str(summary)) for phase, summary in self._world.fleet.ask(sql, DEVICE, name)]
+
+    def _wanted(self) -> str:
+        [(digest,)] = self._world.fleet.ask("SELECT digest FROM rollouts WHERE rollout = ?", self.name)
+        return str(digest)
+
+    def _runs(self) -> str:
+        """The bundle of the newest results."""
+        sql = "SELECT payload FROM messages WHERE device = ? AND topic LIKE ? ORDER BY rowid DESC LIMIT 1"
+        found = self._world.fleet.ask(sql, DEVICE, f"%/results/{TASK}")
+        return str(json.loads(found[0][0])["model"]["digest"]) if found else ""
+
+    def _operate(self, *arguments: str) -> None:
+        done = outstation("fleet", *arguments, "--dir", str(self._world.fleet.home))
+        assert done.returncode == 0, done.stderr or done.stdout
+
+    def _end_following(self) -> None:
+        if self._follower is not None:
+            self._follower.kill()
+            self._follower.wait(10)
+            self._follower = None
+
+
+def _told(body: dict[str, Any], may: set[str]) -> set[str]:
+    """Digests of the bundles that may answer for the task after this audit message.
+
+    One, but on probation: then the one before answers what the other cannot.
+    """
+    evidence = body.get("evidence", {})
+    if evidence.get("task") != TASK:
+        return may
+    if body["event"] == "activated":
+        both = [evidence[end]["digest"] for end in ("from", "to") if evidence[end] is not None]
+        return set(both if evidence["why"] == _BY_ROLLOUT else both[-1:])
+    if body["event"] == "rollout" and evidence["phase"] == "settled":
+        return {str(evidence["digest"])}
+    return may
+
+
+def updating() -> Callable[[World], Callable[[], None]]:
+    """For `Setting.prepare`: a repository, and a device that knows it."""
+
+    def prepare(world: World) -> Callable[[], None]:
+        one = Updating(world)
+        world.companions.append(one)
+        return lambda: None
+
+    return prepare

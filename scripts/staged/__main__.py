@@ -1,0 +1,121 @@
+"""`scripts/rollouts`: exit 1 where a roll-out did not end as it should, or an audit failed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agent.wire import keys
+from scripts.staged import candidates
+from scripts.staged.judging import problems
+from scripts.staged.trials import TRIALS, Trial
+
+# Of one trial; a fleet of fifty takes a minute to start on two cores.
+_LONGEST_S, _STARTS_S = 300.0, 300.0
+# Of the recordings: ten windows a second, so that a minute shows enough different ones to decide by.
+_SPEED = 20
+
+
+@click.command()
+@click.option("--only", "names", multiple=True, metavar="NAME", help="A trial by name; may be given more than once.")
+@click.option("--devices", default=50, show_default=True, type=click.IntRange(4, 200), help="In each fleet.")
+@click.option("--seed", default=1, show_default=True, help="Other sites, and other recordings.")
+@click.option("--list", "listing", is_flag=True, help="Name the trials, and what each is.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def main(names: tuple[str, ...], devices: int, seed: int, listing: bool, as_json: bool) -> None:
+    """Roll bundles out in a simulated fleet, one fleet after the other: scripts/rollouts --only crash --devices 12"""
+    known = {trial.name: trial for trial in TRIALS}
+    if listing:
+        click.echo("\n".join(f"{trial.name:22} {trial.about}" for trial in TRIALS))
+        return
+    if unknown := [name for name in names if name not in known]:
+        raise click.UsageError(f"there is no trial {unknown[0]!r}; --list names them")
+    found = []
+    for trial in [known[name] for name in names or known]:
+        found.append(run(trial, devices, seed))
+        if not as_json:
+            click.echo(row(found[-1]))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        click.echo(summary(found))
+    sys.exit(0 if all(one["passed"] for one in found) else 1)
+
+
+def run(trial: Trial, devices: int, seed: int) -> dict[str, Any]:
+    """One trial in a fleet of its own: `fleet simulate` as a user runs it, and what is wrong with how it ended."""
+    with tempfile.TemporaryDirectory(prefix="rollout-") as name:
+        folder = Path(name)
+        key = keys.generate(folder / "publisher.key")
+        candidates.make(trial.bundle, folder, key)
+        plan = folder / "rollout.toml"
+        plan.write_text(trial.plan(trial.bundle, devices), encoding="utf-8")
+        hard = max(1, devices // trial.hard)
+        counts = {
+            "devices": devices,
+            "seed": seed,
+            "speed": _SPEED,
+            "worse": trial.worse,
+            "away": hard,
+            "cut": hard,
+            "slow": hard,
+        }
+        options = [word for option, value in counts.items() for word in (f"--{option}", str(value))]
+        command = [sys.executable, "-m", "agent", "fleet", "simulate", "--rollout", str(plan), "--json", *options]
+        command += ["--publisher", key.public.text, "--duration", str(_LONGEST_S), "--dir", str(folder / "fleet")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S + _STARTS_S, check=False)
+    if not done.stdout:
+        failure = f"exit code {done.returncode}: {done.stderr.strip()[-500:]}"
+        return {"trial": trial.name, "devices": devices, "seed": seed, "passed": False, "problems": [failure]}
+    return _judged(trial, json.loads(done.stdout), seed)
+
+
+def _judged(trial: Trial, report: dict[str, Any], seed: int) -> dict[str, Any]:
+    wrong = problems(trial, report)
+    rollout, devices = report["rollout"], report["devices"]
+    return {
+        "trial": trial.name,
+        "devices": len(devices),
+        "seed": seed,
+        "state": rollout["state"],
+        "step": rollout["step"],
+        "phases": dict(Counter(one["phase"] or "not heard of" for one in devices)),
+        "runs": dict(Counter(one["runs"]["version"] for one in devices if one["runs"])),
+        "served": rollout["served"],
+        "back": {one["device"]: one["reason"] for one in devices if one["phase"] == "rolled back"},
+        "restarts": [ended for one in devices for ended in one["restarts"]],
+        "last": rollout["decisions"][-1]["summary"],
+        "audit": report["audit"]["passed"],
+        "messages": report["audit"]["messages"],
+        "seconds": report["seconds"],
+        "passed": not wrong,
+        "problems": wrong,
+    }
+
+
+def row(one: dict[str, Any]) -> str:
+    if "state" not in one:
+        return f"{one['trial']:22} FAILED\n    {one['problems'][0]}"
+    runs = ", ".join(f"{count} run {version}" for version, count in sorted(one["runs"].items()))
+    text = f"{one['trial']:22} {one['state']:9} step {one['step']}  {runs:28} {one['served']:6} served "
+    audit = f"audit {'passed' if one['audit'] else 'FAILED'} of {one['messages']:6}"
+    told = "".join(f"\n    {said}" for said in (*one["problems"], *one["restarts"]))
+    return f"{text} {audit} {one['seconds']:6.0f} s  {'ok' if one['passed'] else 'FAILED'}\n    {one['last']}{told}"
+
+
+def summary(found: Iterable[dict[str, Any]]) -> str:
+    each = list(found)
+    failed = [one["trial"] for one in each if not one["passed"]]
+    return f"{len(each)} roll-outs: {'FAILED: ' + ', '.join(failed) if failed else 'each ended as it should'}"
+
+
+if __name__ == "__main__":
+    main()

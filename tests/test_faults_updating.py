@@ -1,0 +1,57 @@
+"""What the torture rig's judge of roll-outs takes from signed audit messages: which bundles may answer for a task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scripts.faults import launch
+from scripts.faults.on_update import _STEPS
+from scripts.faults.updating import OTHER, TASK, _told
+
+OLD, NEW = "sha256:old", "sha256:new"
+
+
+def activated(to: str, before: str | None, why: str, task: str = TASK) -> dict[str, Any]:
+    ends = {"from": None if before is None else {"digest": before}, "to": {"digest": to}}
+    return {"event": "activated", "evidence": {"task": task, **ends, "why": why}}
+
+
+def rollout(phase: str) -> dict[str, Any]:
+    return {"event": "rollout", "evidence": {"task": TASK, "digest": NEW, "phase": phase}}
+
+
+def after(*bodies: dict[str, Any]) -> set[str]:
+    may = set[str]()
+    for body in bodies:
+        may = _told(body, may)
+    return may
+
+
+FIRST = activated(OLD, None, "configured")
+TRIED = (FIRST, rollout("fetching"), rollout("shadow"))
+SERVES = (*TRIED, rollout("probation"), activated(NEW, OLD, "roll-out"))
+
+
+def test_before_probation_only_the_old_bundle_may_answer() -> None:
+    assert after(*TRIED) == {OLD}
+
+
+def test_on_probation_the_old_one_may_answer_what_the_new_one_cannot() -> None:
+    assert after(*SERVES) == {OLD, NEW}
+
+
+def test_once_settled_only_the_new_one_may_answer() -> None:
+    assert after(*SERVES, rollout("settled")) == {NEW}
+
+
+def test_taken_back_only_the_old_one_may_answer() -> None:
+    assert after(*SERVES, rollout("rolled back"), activated(OLD, NEW, "rolled back")) == {OLD}
+
+
+def test_what_another_task_does_changes_nothing() -> None:
+    assert after(*TRIED, activated(NEW, OLD, "configured", OTHER)) == {OLD}
+
+
+def test_every_step_at_which_a_daemon_is_to_die_is_there() -> None:
+    for step in _STEPS:
+        assert callable(launch.found(step.target)[2]), step
