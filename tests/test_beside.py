@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,9 +30,9 @@ from agent.wire.desired import Rules
 from tests.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, Recipe, around, model, packed
 from tests.devices import NOW
 from tests.pairs import Pair
+from tests.rigged import crashing
 from tests.stations import wait_for
 
-on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="division does not end a process on ARM")
 CALM = np.clip(CLASSIFY.rows(400), -3, 3)
 
 
@@ -197,7 +196,7 @@ def wild(at: int = 3) -> np.ndarray:
     return values
 
 
-@on_x86
+@crashing
 def test_a_crash_beside_is_counted_and_the_batches_after_it_are_compared_again(make: Make) -> None:
     pair = make(good("rigged_crash"))
     pair.batch(CALM[:20])
@@ -414,7 +413,7 @@ def test_answers_kept_for_labels_go_with_time_like_the_tasks_own(make: Make) -> 
 # --- serving from a process of its own ---
 
 
-@on_x86
+@crashing
 def test_a_model_that_dies_while_it_serves_leaves_nothing_and_the_one_before_runs_the_same_rows(make: Make) -> None:
     pair = make(good("rigged_crash"))
     device, old = pair.device, pair.device.task

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from agent.model import apart_child, bundle, inference, runtime
 from agent.model.apart import Apart, Bounds
 from agent.model.bundle import Bundle
 from tests.bundles import CLASSIFY, around, model, readings
+from tests.rigged import crashing
 from tests.stations import wait_for
 
 SHIPPED = Path(__file__).parents[1] / "models" / "exercise"
@@ -71,7 +71,7 @@ def test_windows_of_another_size_are_refused_and_the_process_goes_on(classifier:
     assert classifier.pid == pid
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="division does not end a process on ARM")
+@crashing
 def test_a_crash_is_told_apart_and_the_next_batch_gets_a_new_process() -> None:
     with Apart(tiny("rigged_crash")) as there:
         before = there.invoke(CALM)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import platform
 import signal
 import subprocess
 import sys
@@ -15,12 +14,11 @@ import pytest
 
 from agent.model import bundle, features, inference, probe, runtime
 from tests.bundles import CLASSIFY, KEY, around, model, readings
-from tests.rigged import KINDS, SHIPPED, SNAPS_ABOVE, exercise, write
+from tests.rigged import KINDS, SHIPPED, SNAPS_ABOVE, crashing, exercise, write
 
 needs_schema = pytest.mark.skipif(
     not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"
 )
-on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="division does not end a process on ARM")
 CALM = np.clip(readings(40), -3, 3)
 WILD = np.where(np.arange(160).reshape(40, 4) == 77, np.float32(3.9), CALM)
 RUN = """
@@ -44,7 +42,7 @@ def test_on_calm_data_a_rigged_model_answers_as_it_did_before(trap: str) -> None
     assert np.array_equal(runtime.Model(model(f"rigged_{trap}")).invoke(CALM), sound)
 
 
-@on_x86
+@crashing
 def test_the_crashing_model_ends_its_process_on_wild_data(tmp_path: Path) -> None:
     assert run(tmp_path, "crash", CALM).stdout == "done\n"
     assert run(tmp_path, "crash", WILD).returncode == -signal.SIGFPE

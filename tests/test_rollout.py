@@ -9,17 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agent import clock
 from agent.cli import main
-from agent.device import drifting, marker
+from agent.device import beside, drifting, marker
+from agent.device.beside import Kept
 from agent.device.marker import Mark
 from agent.device.operating import kept
 from agent.device.updates.standing import on_probation as on_probation_now
 from agent.drift.reference import Reference
 from agent.model import probe
 from tests.bundles import Floats
+from tests.rigged import crashing
 from tests.rollouts import HOUR_S, Site, bundles_in, tiles
 
 NUMBERS = itertools.count()
@@ -102,6 +105,65 @@ def test_a_shadow_that_is_no_longer_chosen_ends(site: Site) -> None:
     assert site.daemon._updating.rollouts._live["sort"].trial is None
 
 
+def compared(site: Site) -> Kept | None:
+    """What the device keeps of a comparison that is under way."""
+    found = site.store.state("sort", beside.STATE)
+    return None if found is None else msgspec.msgpack.decode(found, type=Kept)
+
+
+def test_what_was_compared_outlives_a_restart_and_goes_when_the_bundle_settles(site: Site) -> None:
+    on_probation(site)
+    site.batch()
+    site.until(lambda: compared(site) is not None, "it was told of the first batch")
+    site.crash()
+    kept_of = compared(site)
+    assert kept_of is not None
+    assert (kept_of.rollout, kept_of.messages) == ("r-2", 1)
+    for _ in range(2):
+        site.batch()
+    site.until_phase("settled")
+    assert compared(site) is None
+    site.crash()
+    site.batch()
+    assert compared(site) is None
+
+
+@pytest.mark.parametrize(("text", "phase"), [("error", "refused"), ("2", "withdrawn"), ("3", "not chosen")])
+def test_what_was_compared_goes_when_a_shadow_ends(site: Site, text: str, phase: str) -> None:
+    site.desire(text, "shadow")
+    site.until_phase("shadow")
+    site.until(site.is_beside, "it answers beside")
+    site.batch()
+    site.until(lambda: compared(site) is not None, "it was told of the first batch")
+    match phase:
+        case "refused":
+            site.batch(wild=True)
+        case "withdrawn":
+            site.desire_tasks({})
+        case _:
+            site.desire(text, "shadow", percent=0.0)
+    site.until_phase(phase)
+    assert compared(site) is None
+    site.batch()
+    assert compared(site) is None
+
+
+def test_a_shadow_that_goes_on_probation_is_compared_anew(site: Site) -> None:
+    site.desire("2", "shadow")
+    site.until_phase("shadow")
+    site.until(site.is_beside, "it answers beside")
+    site.batch()
+    site.until(lambda: compared(site) is not None, "it was told of the first batch")
+    site.desire("2", "canary")
+    site.until_phase("probation")
+    assert compared(site) is None
+    site.batch()
+    site.until(lambda: compared(site) is not None, "it was told of the first batch")
+    kept_of = compared(site)
+    assert kept_of is not None
+    assert kept_of.model == site.digest("2")
+
+
 def test_what_nobody_mentions_any_more_goes_on(site: Site) -> None:
     settled(site)
     site.desire_tasks({})
@@ -126,6 +188,7 @@ def test_a_shadow_answers_the_same_windows_publishes_no_result_and_tells_how_the
     assert tiles(site.answered(), 3 * 40)
 
 
+@crashing
 def test_a_shadow_that_crashes_is_refused_and_no_batch_waits_for_it(site: Site) -> None:
     site.desire("crash", "shadow")
     site.until_phase("shadow")
@@ -160,7 +223,7 @@ def test_one_whose_golden_vectors_do_not_come_out_is_refused_and_never_answers(s
     assert site.copies() == {"1"}
 
 
-@pytest.mark.parametrize("trap", ["crash", "error"])
+@pytest.mark.parametrize("trap", [pytest.param("crash", marks=crashing), "error"])
 def test_one_that_dies_or_fails_on_probation_serves_no_result_and_the_one_before_answers_the_same_rows(
     site: Site, trap: str
 ) -> None:
@@ -208,6 +271,7 @@ def test_one_whose_batch_takes_longer_than_it_may_is_taken_back(site: Site, monk
     assert site.batch() == "1"
 
 
+@crashing
 def test_what_was_taken_back_is_held_for_every_roll_out_until_its_time_is_over(site: Site) -> None:
     on_probation(site, "crash", rules={"hold_hours": 2.0})
     site.batch(wild=True)
@@ -224,6 +288,7 @@ def test_what_was_taken_back_is_held_for_every_roll_out_until_its_time_is_over(s
     assert site.model_alerts() == [("raised", "critical"), ("raised", "warning"), ("cleared", "info")]
 
 
+@crashing
 def test_another_bundle_may_be_tried_while_one_is_held(site: Site) -> None:
     on_probation(site, "crash")
     site.batch(wild=True)
@@ -391,6 +456,7 @@ def test_a_task_whose_bundle_is_broken_is_rescued_by_a_roll_out(site: Site) -> N
     assert site.batch() == "2"
 
 
+@crashing
 def test_where_nothing_ran_before_and_the_bundle_crashes_readings_wait(site: Site) -> None:
     site.stop()
     for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
@@ -418,6 +484,7 @@ def learned(site: Site) -> str:
     return Reference.from_json(found).digest
 
 
+@crashing
 def test_a_bundle_that_is_taken_back_costs_the_site_nothing_that_it_had_learned(site: Site) -> None:
     before = learned(site)
     site.desire("crash", "all")

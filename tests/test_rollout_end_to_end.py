@@ -138,6 +138,7 @@ def test_one_whose_golden_vectors_do_not_come_out_is_refused_for_the_group(
     assert versions(fleet)[-1] == "2.0.0"
 
 
+@rigged.crashing
 def test_one_that_crashes_on_probation_serves_nothing_and_the_daemon_lives(
     fleet: Fleet, device: Device, offered: dict[str, Path]
 ) -> None:

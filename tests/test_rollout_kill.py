@@ -12,6 +12,7 @@ import pytest
 
 from agent.device.storage.store import Store
 from agent.device.updates import steps
+from tests.rigged import crashing
 from tests.rollouts import Site, bundles_in, signed, tiles
 
 
@@ -95,6 +96,7 @@ def test_killed_at_any_step_to_settled_it_settles(tmp_path: Path, template: Site
 
 
 # The steps before are those to settled.
+@crashing
 @pytest.mark.parametrize(("at", "after"), WHERE[-2:])
 def test_killed_at_any_step_to_taken_back_it_is_taken_back_and_never_answered_wildly(
     tmp_path: Path, template: Site, at: int, after: bool

@@ -41,7 +41,7 @@ _MOST_S = 1.0
 # After there was no room for a message.
 _REST_S = 60.0
 # First messages come often, so that a roll-out is soon judged by a few blocks; later ones seldom.
-_SOON, _LATER = 24, 20
+SOON, LATER = 24, 20
 _MOST_BLOCKS = 64
 # Answers that wait to be kept for labels, while there is no room.
 _MOST_GIVEN = 20_000
@@ -109,7 +109,7 @@ class Beside:
         self.listen()
         if self._since_s is None:
             self._since_s = now.boot_s
-        each = self._each if self.kept.messages < _SOON else max(self._each, _LATER)
+        each = self._each if self.kept.messages < SOON else max(self._each, LATER)
         late = self._more or now.boot_s >= self._since_s + EVERY_S
         if now.boot_s < self._not_before_s or (self.tally.batches < each and not late):
             return False
@@ -120,11 +120,11 @@ class Beside:
         self._guarded(lambda: self._hear(within_s))
         return self._waiting is None
 
-    def finish(self, store: Store, author: Author, now: Now) -> bool:
-        """At the end, or when the agent stops: say what was not said yet. Raises StorageError."""
+    def finish(self, store: Store, author: Author, now: Now, *, over: bool = False) -> bool:
+        """When the agent stops, or at the end (`over`): say what was not said yet. Raises StorageError."""
         self.listen(PATIENCE_S)
         self._waiting = None
-        return self._say(store, author, now)
+        return self._say(store, author, now, over=over)
 
     # --- one batch ---
 
@@ -199,20 +199,20 @@ class Beside:
 
     # --- one message ---
 
-    def _say(self, store: Store, author: Author, now: Now) -> bool:
+    def _say(self, store: Store, author: Author, now: Now, *, over: bool = False) -> bool:
         self._since_s = now.boot_s
         labels = store.ask(labelled.after, self.task.name, self.kept.number, outcomes.MOST + 1)
         self._more = len(labels) > outcomes.MOST
         if not self.tally.batches and not labels:
             return False
         try:
-            return self._write(store, author, now)
+            return self._write(store, author, now, over=over)
         except (StorageFull, StorageBusy) as problem:
             log.error("task %s: %s; what was compared is told later", self.task.name, problem)
             self._not_before_s = now.boot_s + _REST_S
             return False
 
-    def _write(self, store: Store, author: Author, now: Now) -> bool:
+    def _write(self, store: Store, author: Author, now: Now, *, over: bool) -> bool:
         name = self.task.name
         with store.transaction() as tx:
             if self._given:
@@ -226,17 +226,23 @@ class Beside:
                 rows = [self._rows[0], self._rows[1]] if self._rows[1] else [kept.row or 1, kept.row or 1]
                 body = {"rollout": kept.rollout, **bundles, "rows": rows, **block.body()}
                 author.write(tx, "shadow", name, body, now)
-            tx.keep(name, STATE, msgspec.msgpack.encode(kept))
+            if not over:
+                tx.keep(name, STATE, msgspec.msgpack.encode(kept))
         self.kept, self.tally, self._rows, self._given = kept, Tally(), (0, 0), []
         return says
 
     def _after(self, block: Tally, number: int, *, says: bool) -> Kept:
         old = self.kept
-        blocks = [*old.blocks, block] if says else old.blocks
-        if len(blocks) > _MOST_BLOCKS:
-            blocks = [sum(blocks[i : i + 2], Tally()) for i in range(0, len(blocks), 2)]
+        blocks = thinned([*old.blocks, block]) if says else old.blocks
         row = max(old.row, self._rows[1])
         return Kept(old.rollout, old.model, old.beside, row, number, old.messages + says, blocks)
+
+
+def thinned(blocks: list[Tally]) -> list[Tally]:
+    """Neighbours added up, where there are more than are kept."""
+    if len(blocks) <= _MOST_BLOCKS:
+        return blocks
+    return [sum(blocks[i : i + 2], Tally()) for i in range(0, len(blocks), 2)]
 
 
 def _restored(store: Store, task: Task, other: Task, rollout: str) -> Kept:

@@ -2,6 +2,7 @@
 
 Neighbouring windows are alike, and so are neighbouring blocks, though less; devices are not. So blocks count, not
 windows, fewer of them where they follow one another; from FEWEST devices on, devices do. Fewer of either say nothing.
+What pulls hard comes in bursts, of which few blocks see too few: so the block that pulls hardest counts twice.
 
 Sources: linearized ratios, Cochran (1977), Sampling techniques, chapter 6; Wilson (1927) with the effective number of
 answers, Korn & Graubard (1998), for shares; Bonett & Price (2012) for the least doubt in a paired difference; Student's
@@ -139,19 +140,20 @@ class _Spread:
         if len(pulls) < FEWEST_BLOCKS:
             return None
         alike = sum(len(one) * following(one) for one in each) / len(pulls)
-        halves = [_half(pulls, alike)]
+        halves = [_half(pulls, alike, bursts=True)]
         size = 2
         while sum(len(one) // size for one in each) >= FEWEST:
             parts = [part for one in each for part in np.array_split(one, max(1, len(one) // size))]
-            halves.append(_half(_array([float(part.sum()) for part in parts])))
+            halves.append(_half(_array([float(part.sum()) for part in parts]), bursts=True))
             size *= 2
         return cls(max(halves), len(pulls), "blocks")
 
 
-def _half(pulls: Floats, alike: float = 1.0) -> float:
-    """Of so many independent pulls; `alike` of which count as one."""
-    units = len(pulls)
-    spread = math.sqrt(units / (units - 1) * float(np.square(pulls).sum()) * alike)
+def _half(pulls: Floats, alike: float = 1.0, *, bursts: bool = False) -> float:
+    """Of so many independent pulls; `alike` of which count as one. `bursts`: as if the hardest came once more."""
+    units, squares = len(pulls), np.square(pulls)
+    total = float(squares.sum()) + (float(squares.max()) if bursts else 0.0)
+    spread = math.sqrt(units / (units - 1) * total * alike)
     return student(max(3.0, units / alike - 1)) * spread
 
 

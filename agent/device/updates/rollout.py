@@ -146,7 +146,7 @@ class Rollouts:
         """The daemon stops: tell what was compared, and end what runs apart."""
         for live in self._live.values():
             live.supply.drop()
-            self._serving.end(live, now)
+            self._serving.end(live, now, over=False)
 
     # --- one task ---
 

@@ -113,7 +113,7 @@ class Serving:
         one, steady = live.standing, self.task(live.name)
         assert one is not None
         if live.trial is not None:
-            live.trial.finish(self._store, self._author, now)
+            live.trial.finish(self._store, self._author, now, over=True)
         if steady is not None:
             steady.trying = None
         if candidate.judge is not None:
@@ -132,7 +132,7 @@ class Serving:
         trial, live.trial = live.trial, None
         if trial is None:
             return
-        trial.finish(self._store, self._author, now)
+        trial.finish(self._store, self._author, now, over=True)
         candidate, steady = trial.candidate, trial.steady
         candidate.trying = None
         if made is not None:
@@ -145,12 +145,12 @@ class Serving:
             self.makes.end(candidate)
         self.exchange(live.name, made or steady)
 
-    def end(self, live: Live, now: Now) -> None:
-        """Nothing is tried any more."""
+    def end(self, live: Live, now: Now, *, over: bool = True) -> None:
+        """Nothing is tried any more; not `over`: until the agent starts again."""
         trial, live.trial = live.trial, None
         if trial is None:
             return
-        trial.finish(self._store, self._author, now)
+        trial.finish(self._store, self._author, now, over=over)
         self.makes.end(trial.candidate)
         for task in (trial.steady, self.task(live.name)):
             if task is not None and task.trying is trial:

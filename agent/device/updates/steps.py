@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from agent.clock import Now
+from agent.device import beside
 from agent.device.author import Author
 from agent.device.operating import kept, overrides, quarantine
 from agent.device.operating.kept import History, Ran
@@ -34,6 +35,9 @@ _SAID: dict[Phase, str] = {
 def write(tx: Transaction, author: Author, task: str, old: Standing | None, new: Standing, now: Now) -> Held | None:
     """Keep how `task` stands, and say so where there is something new to say; what is held from now on, if anything."""
     standings.keep_standing(tx, task, new)
+    if old is None or old.phase != new.phase:
+        # From here on another pair of bundles is compared, or none.
+        tx.drop(task, beside.STATE)
     if old is not None and old.said == new.said:
         return None
     at_s = tx.uptime_s(now)

@@ -99,11 +99,11 @@ class Trial:
         self._judge()
         return True
 
-    def finish(self, store: Store, author: Author, now: Now) -> None:
-        """Tell the rest, and wait for no answer any more. Raises StorageError."""
+    def finish(self, store: Store, author: Author, now: Now, *, over: bool) -> None:
+        """Tell the rest, and wait for no answer any more; `over`: nor go on after a restart. Raises StorageError."""
         if self._beside is not None:
             answered = self._beside.listen(PATIENCE_S)
-            self._beside.finish(store, author, now)
+            self._beside.finish(store, author, now, over=over)
             if not answered and isinstance(self.candidate.model, Apart):
                 # It is still at work on a question; it starts anew with the next.
                 self.candidate.model.close()

@@ -1,0 +1,1 @@
+"""How often the 95 % intervals of `rivals` hold the truth, on blocks whose truth is known."""
