@@ -19,7 +19,7 @@ from tests.bundles import ANOMALY, CLASSIFY, LABELS, TABULAR, packed, readings, 
 from tests.clusters import WITHIN_S, Ray, ended, local
 from tests.stations import wait_for
 
-pytest.importorskip("ray", reason="Ray is not installed here: scripts/setup ray makes an environment that has it")
+pytest.importorskip("ray", reason="Ray is not installed here; scripts/test ray installs it apart and runs these")
 pa = pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.timeout(4 * WITHIN_S)
 
