@@ -23,12 +23,14 @@ from agent.drift.state import State
 from agent.errors import ModelDied
 from agent.model.apart import Apart
 from agent.model.inference import Answers
-from agent.rivals import verdict
+from agent.rivals import intervals, verdict
 from agent.wire.desired import Rules
 
 PROGRESS = "rollout progress"
 # Subjects of drift that are about answers and not about what was read: the third and second from the end.
 _OUTPUTS = slice(-3, -1)
+# Share of windows that two bundles answer alike at least, where a drift of answers is the site's and not the bundle's.
+_ALIKE = 0.9
 # Of the lower end of an interval around a share, two-sided 95 %.
 _Z = 1.96
 
@@ -115,8 +117,9 @@ class Trial:
 
     def against(self) -> Finding | None:
         """What was found so far, if it is enough to take the bundle back."""
-        if self._against is None and self.serves and self.rules.output_drift and _drifts(self.candidate.drift):
-            why = "a drift alert of its answers is open, which those of the bundle before did not raise"
+        asked = self._against is None and self.serves and self.rules.output_drift
+        if asked and _drifts(self.candidate.drift) and not self._answers_as_before():
+            why = "a drift alert of its answers is open, and the bundle before does not answer like that"
             self._against = Finding("output drift", why, self._numbers())
         return self._against
 
@@ -128,6 +131,11 @@ class Trial:
         asked = f"{rules.batches} in {rules.hours:g} h were asked"
         why = f"{count} batches in {hours:.2f} h ({asked}), and nothing against it. {self._said()}"
         return Finding("", why.strip(), {**self._numbers(), "hours": round(hours, 3)})
+
+    def _answers_as_before(self) -> bool:
+        """Whether what moved is the site: both say the same of it, so that going back would change nothing."""
+        alike = None if self._beside is None else intervals.agreement(self._beside.blocks)
+        return alike is not None and alike.low >= _ALIKE
 
     def _compare(self, store: Store) -> Beside | None:
         if self.steady is None:
