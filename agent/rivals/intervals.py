@@ -73,7 +73,9 @@ def slowness(blocks: Sequence[Block], *, new_is_beside: bool) -> Estimate | None
     """Time a window in the new bundle's model, as a multiple of the old one's."""
     pairs = [(one, *_sides(one.tally, new_is_beside)) for one in blocks]
     pairs = [(one, new, old) for one, new, old in pairs if new.windows and old.windows]
-    return _growth([(one, new.seconds, new.windows, old.seconds, old.windows) for one, new, old in pairs])
+    # What pulls hardest here is a machine that was busy with other things, which says nothing of either bundle.
+    rows = [(one, new.seconds, new.windows, old.seconds, old.windows) for one, new, old in pairs]
+    return _growth(rows, bursts=False)
 
 
 def error_growth(blocks: Sequence[Block], *, new_is_beside: bool) -> Estimate | None:
@@ -131,7 +133,7 @@ class _Spread:
     of: str
 
     @classmethod
-    def seen(cls, pulls: Floats, blocks: Sequence[Block]) -> _Spread | None:
+    def seen(cls, pulls: Floats, blocks: Sequence[Block], *, bursts: bool = True) -> _Spread | None:
         """`pulls` (b,) of the blocks, which come to nothing together. None where there are too few."""
         names = np.array([one.device for one in blocks])
         each = [pulls[names == device] for device in sorted(set(names.tolist()))]
@@ -140,11 +142,11 @@ class _Spread:
         if len(pulls) < FEWEST_BLOCKS:
             return None
         alike = sum(len(one) * following(one) for one in each) / len(pulls)
-        halves = [_half(pulls, alike, bursts=True)]
+        halves = [_half(pulls, alike, bursts=bursts)]
         size = 2
         while sum(len(one) // size for one in each) >= FEWEST:
             parts = [part for one in each for part in np.array_split(one, max(1, len(one) // size))]
-            halves.append(_half(_array([float(part.sum()) for part in parts]), bursts=True))
+            halves.append(_half(_array([float(part.sum()) for part in parts]), bursts=bursts))
             size *= 2
         return cls(max(halves), len(pulls), "blocks")
 
@@ -196,7 +198,7 @@ def _share(hits: Floats, n: Floats, blocks: Sequence[Block]) -> Estimate | None:
     return Estimate(share, low, high, int(total), found.units, found.of)
 
 
-def _growth(rows: Sequence[tuple[Block, float, int, float, int]]) -> Estimate | None:
+def _growth(rows: Sequence[tuple[Block, float, int, float, int]], *, bursts: bool = True) -> Estimate | None:
     """Of a mean over another, by their logarithms: (block, sum and number of the new one's, of the old one's)."""
     if not rows:
         return None
@@ -206,7 +208,7 @@ def _growth(rows: Sequence[tuple[Block, float, int, float, int]]) -> Estimate | 
         return None
     ratio = float(ours.sum() / n.sum() / (theirs.sum() / m.sum()))
     pulls = ours / ours.sum() - n / n.sum() - theirs / theirs.sum() + m / m.sum()
-    found = _Spread.seen(pulls, [row[0] for row in rows])
+    found = _Spread.seen(pulls, [row[0] for row in rows], bursts=bursts)
     if found is None:
         return None
     factor = math.exp(min(50.0, found.half))
