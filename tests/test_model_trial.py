@@ -67,7 +67,7 @@ def test_where_only_rows_have_a_price_few_rows_are_run_at_once(slow: type[Slow])
     assert tried("classify_float32").batch <= 8
 
 
-@pytest.mark.parametrize(("gain", "threads"), [(1.0, 1), (3.0, 2)])
+@pytest.mark.parametrize(("gain", "threads"), [(1.0, 1), (50.0, 2)])
 def test_more_threads_are_taken_only_where_they_are_clearly_faster(slow: type[Slow], gain: float, threads: int) -> None:
     slow.row_s, slow.gain = 0.000_2, gain
     assert tried("classify_float32", seconds=MINUTE_S).threads == threads

@@ -23,8 +23,8 @@ MAX_DESIRED_BYTES = 65_536
 class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """When a device takes a bundle back by itself, while it is on probation; None: not asked.
 
-    `batches` and `hours` are the least that probation takes. Judged are intervals: a bundle goes back where the whole
-    interval is on the bad side, and stays where it is not.
+    `batches` and `hours` are the least that probation takes. Judged are intervals, from `batches` on: a bundle goes
+    back where the whole interval is on the bad side, and stays where it is not.
     """
 
     batches: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 20

@@ -67,4 +67,5 @@ def load() -> dict[str, Fault]:
     for module in pkgutil.iter_modules(__path__):
         if module.name.startswith("on_"):
             importlib.import_module(f"{__name__}.{module.name}")
-    return FAULTS
+    # Some may have been imported before, by name. Within a module they stay as they are written.
+    return dict(sorted(FAULTS.items(), key=lambda one: one[1].inject.__module__))

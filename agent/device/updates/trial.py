@@ -148,7 +148,9 @@ class Trial:
         if self._beside is None:
             return
         self._judged = verdict.judge(self.rules, self._beside.blocks, new_is_beside=not self.serves)
-        bad = [one for one in self._judged if one.state == "bad" and (self.serves or one.rule == verdict.ERRORS)]
+        # Earlier, a burst in which two good bundles disagree would fill all that was compared.
+        long = self.serves and self.progress.batches >= self.rules.batches
+        bad = [one for one in self._judged if one.state == "bad" and (long or one.rule == verdict.ERRORS)]
         if bad and self._against is None:
             self._against = Finding(cast(Reason, bad[0].rule), bad[0].summary, {**self._numbers(), **bad[0].numbers})
 
