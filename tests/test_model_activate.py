@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from agent.errors import BadBundle
-from agent.model import activate, bundle, shipped
+from agent.model import activate, bundle, probe, shipped
+from agent.model.bundle import Bundle
+from agent.model.choice import Choice
 from tests.bundles import ANOMALY, KEY, Recipe, archive, change_manifest, packed
 from tests.senders import new_key
 
@@ -93,3 +97,28 @@ def test_a_recipe_without_a_reference_is_activated_without_one(tmp_path: Path) -
     (path / "reference.json").unlink()
     change_manifest(path, lambda head: head["files"].pop("reference.json"))
     assert activate.activate(path, [KEY.public]).reference is None
+
+
+def test_a_bundle_that_proved_itself_is_probed_anew_only_where_something_is_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[str] = []
+    real = probe.probe
+
+    def counted(found: Bundle, known: Sequence[Choice] | None = None) -> probe.Report:
+        probed.append(found.digest)
+        return real(found, known)
+
+    monkeypatch.setattr(probe, "probe", counted)
+    first = activate.activate(folder, [KEY.public])
+    assert first.choice is not None
+    again = activate.activate(folder, [KEY.public], [first.choice])
+    assert (len(probed), again.choice) == (1, first.choice)
+    for changed in ({"machine": "another"}, {"runtime": "another"}, {"proved": ""}, {"proved": f"{probed[0]} 0.0.1"}):
+        activate.activate(folder, [KEY.public], [replace(first.choice, **changed)])
+    assert len(probed) == 5
+    # The same model in a bundle that says something else of it.
+    change_manifest(folder, lambda head: head.update(version="2"))
+    activate.activate(folder, [KEY.public], [first.choice])
+    assert len(probed) == 6
+    assert len(set(probed)) == 2

@@ -28,6 +28,6 @@ def remember(store: Store, task: str, choice: Choice) -> None:
     past = known(store, task)
     if past[:1] == [choice]:
         return
-    kept = [choice, *(one for one in past if one != choice)][:_MOST]
+    kept = [choice, *(one for one in past if not one.is_for(choice))][:_MOST]
     with contextlib.suppress(StorageBusy, StorageFull), store.transaction() as tx:
         tx.keep(task, _NAME, msgspec.json.encode(kept))

@@ -18,6 +18,7 @@ class Choice(msgspec.Struct, frozen=True):
     """What was chosen for one model (its SHA-256), of which one output is used, on one runtime and machine.
 
     `rows_per_s` is what the trial measured; `unequal` are the batches whose answers have other bits than single rows'.
+    `proved`: which bundle passed its checks with it, and which agent checked.
     """
 
     model: str
@@ -28,6 +29,12 @@ class Choice(msgspec.Struct, frozen=True):
     rows_per_s: float
     unequal: list[int] = []
     output: str | int | None = None
+    proved: str = ""
+
+    def is_for(self, other: Choice) -> bool:
+        """Whether both are of the same model and output, on the same runtime and machine."""
+        mine, its = ((one.model, one.output, one.runtime, one.machine) for one in (self, other))
+        return mine == its
 
     def __str__(self) -> str:
         rows = "one row at a time" if self.batch == 1 else f"batches of {self.batch}"
