@@ -321,6 +321,28 @@ def test_a_full_store_refuses_rows_loses_none_and_takes_more_once_some_were_trim
     store.close()
 
 
+def test_while_a_part_of_a_backlog_is_put_together_another_thread_can_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path)
+    for first in range(1, 400, 10):
+        append(store, numbers(first, 10))
+    emptied: list[bool] = []
+
+    def meanwhile(parts: list[Rows]) -> Rows:
+        other = threading.Thread(target=lambda: emptied.append(store._keeper._is_emptied(store._db)))
+        other.start()
+        other.join()
+        return concatenate(parts)
+
+    monkeypatch.setattr("agent.device.storage.store.concatenate", meanwhile)
+    taken = store.take("numbers", NUMBERS.fields, 0, 25)
+    assert taken is not None
+    assert len(taken.rows) == 25
+    assert emptied == [True]
+    store.close()
+
+
 def test_results_and_deletions_still_find_room_when_intake_is_full(tmp_path: Path) -> None:
     store = opened(tmp_path, max_size=200 * PAGE)
     fill(store)

@@ -185,8 +185,9 @@ class Store:
         parts: list[Rows] = []
         stamps: list[Stamp] = []
         first, count = after + 1, 0
-        with self._lock, self._guarded():
-            chunks = self._db.execute(schema.TAKE, {"stream": stream, "after": after})
+        asked = schema.TAKE, {"stream": stream, "after": after}
+        # Closed with the lock still held: while a query is not read to its end, no other thread's commit can make room.
+        with self._lock, self._guarded(), contextlib.closing(self._db.execute(*asked)) as chunks:
             for first_row, *packed, boot, segment, quality in chunks:
                 try:
                     rows = unpack(Packed(*packed), fields)
