@@ -22,7 +22,8 @@ class Trial:
     """`ends`: at the end, or stopped in that step. `hard`: every so many devices are away, cut off and slow; 0: none.
 
     `worse` sites have a sensor out of order, and `back`: it is these that take the bundle back, and no other.
-    `serves`: whether any result may carry its digest.
+    `serves`: whether any result may carry its digest. `batches` that a device tries it for: as many as tell apart what
+    it should.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Trial:
     worse: int = 0
     back: bool = False
     serves: bool = True
+    batches: int = 24
 
     def plan(self, path: str, devices: int) -> str:
         """The roll-out file. Few devices make no step of a few percent."""
@@ -46,7 +48,7 @@ class Trial:
             f"\n[promote]\ndevices = {needed}\nbatches = 10\nhours = 0.005\nagreement = 0.5\nfailed = 0.3\n"
             # A machine that is shared with others is late; a batch takes milliseconds. What is expected without labels
             # is not asked: nobody calibrated these candidates.
-            "\n[device]\nbatches = 24\nhours = 0.002\nagreement = 0.75\nslower = 10.0\nbatch_s = 10.0\n"
+            f"\n[device]\nbatches = {self.batches}\nhours = 0.002\nagreement = 0.75\nslower = 10.0\nbatch_s = 10.0\n"
             f"accuracy_drop = 0.5\nhold_hours = 24.0\n{steps}"
         )
 
@@ -77,5 +79,6 @@ TRIALS = (
         "right but where a sensor is out of order: two sites take it back",
         worse=2,
         back=True,
+        batches=60,
     ),
 )
