@@ -41,7 +41,7 @@ class Trial:
         """The roll-out file. Few devices make no step of a few percent."""
         shares = _shares(devices)
         # Most of those that a step chooses: a few may be lucky, and never see what an ill bundle stumbles over.
-        needed = max(2, int(0.6 * devices * shares["shadow"] / 100))
+        needed = max(2, int(0.5 * devices * shares["shadow"] / 100))
         steps = "".join(f"\n[[steps]]\n{step.format(**shares)}" for step in self.steps)
         return (
             f'[rollout]\nname = "{self.name}"\ntask = "exercise"\npath = "{path}"\nto = "all"\n'
@@ -54,8 +54,9 @@ class Trial:
 
 
 def _shares(devices: int) -> dict[str, float]:
-    few = devices < 20
-    return {"shadow": 60.0 if few else 20.0, "canary": 60.0 if few else 20.0}
+    # Of fifty, twenty per cent can be four: fewer than a step should be judged by.
+    share = 60.0 if devices < 20 else 40.0
+    return {"shadow": share, "canary": share}
 
 
 TRIALS = (
