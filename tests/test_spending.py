@@ -168,6 +168,9 @@ def test_the_command_tells_costs_by_task_and_what_other_settings_would_cost(turn
     assert shown.exit_code == 0
     assert "exercise, a day" in shown.output
     assert "on the air" in shown.output
+    status = json.loads(CliRunner().invoke(cli, ["status", "--json", "-c", str(turned.file)]).output)
+    assert status["store"]["written_per_day"] == told["per_day"]["flash_bytes"] >= 0
+    assert "MB a day written" in CliRunner().invoke(cli, ["status", "-c", str(turned.file)]).output
 
 
 def test_before_anything_is_counted_the_command_says_so_and_of_an_unknown_task_its_name(tmp_path: Path) -> None:

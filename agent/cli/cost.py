@@ -69,24 +69,25 @@ def _parted(text: str) -> tuple[str, str]:
 def document(file: Path, conf: Config, store: Store, tasks: list[str], wish: whatif.Wish | None) -> dict[str, Any]:
     """What `cost --json` prints."""
     counters = store.counters()
-    spent = spending.of_process(counters)
-    shares = _shares(conf, store, counters)
+    spent, shares = spending.of_process(counters), _shares(conf, store, counters)
+    air = spent.sent + sum(spending.of_task(counters, name).air for name in conf.tasks)
     return {
         "device": conf.device.id,
         "seconds": round(spent.seconds, 1),
         "cpu_s": round(spent.cpu_s, 2),
         "flash_bytes": spent.written,
-        "air_bytes": spent.sent + sum(spending.of_task(counters, name).air for name in conf.tasks),
+        "air_bytes": air,
         "energy_j": None if spent.own_energy_j is None else round(spent.own_energy_j, 1),
-        "per_day": _per_day(spent, conf, counters),
-        "tasks": [_of_task(conf, store, name, spent, shares[name], wish) for name in tasks],
+        "per_day": _per_day(spent, air),
+        "tasks": [
+            _of_task(conf, store, name, spending.of_task(counters, name), spent, shares[name], wish) for name in tasks
+        ],
     }
 
 
-def _per_day(spent: Spent, conf: Config, counters: dict[str, int]) -> dict[str, float | None]:
+def _per_day(spent: Spent, air: int) -> dict[str, float | None]:
     if spent.seconds <= 0:
         return {"cpu_s": None, "flash_bytes": None, "air_bytes": None}
-    air = spent.sent + sum(spending.of_task(counters, name).air for name in conf.tasks)
     a_day = _DAY_S / spent.seconds
     return {
         "cpu_s": round(spent.cpu_s * a_day, 1),
@@ -104,9 +105,9 @@ def _shares(conf: Config, store: Store, counters: dict[str, int]) -> dict[str, f
 
 
 def _of_task(
-    conf: Config, store: Store, name: str, spent: Spent, share: float, wish: whatif.Wish | None
+    conf: Config, store: Store, name: str, task: spending.Task, spent: Spent, share: float, wish: whatif.Wish | None
 ) -> dict[str, Any]:
-    task, own = spending.of_task(store.counters(), name), conf.tasks[name]
+    own = conf.tasks[name]
     flash = spent.written * share
     energy = spent.own_energy_j
     part = task.cpu_us / 1e6 / spent.cpu_s if spent.cpu_s else 0.0

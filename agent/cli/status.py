@@ -10,6 +10,7 @@ from agent import clock
 from agent.cli import status_task, wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config
+from agent.device import spending
 from agent.device.care import Care
 from agent.device.operating import wipe
 from agent.device.recovery.condition import condition
@@ -63,9 +64,13 @@ def document(conf: Config, store: Store) -> dict[str, Any]:
 
 
 def _room(conf: Config, store: Store) -> dict[str, Any]:
-    """Bytes, and hours until something undelivered would have to go; None where that is not in sight or not known."""
-    hours = space.hours(store, store.limit_bytes())
-    return {"bytes": store.used_bytes(), "max": int(conf.buffer.max_size), "hours": hours}
+    """Bytes, and hours until something undelivered would have to go; None where that is not in sight or not known.
+
+    `written_per_day` is what the kernel wrote to the medium for the agent; a file system's journal comes on top.
+    """
+    hours, spent = space.hours(store, store.limit_bytes()), spending.of_process(store.counters())
+    written = round(spent.written / spent.seconds * 86_400) if spent.seconds else None
+    return {"written_per_day": written, "bytes": store.used_bytes(), "max": int(conf.buffer.max_size), "hours": hours}
 
 
 def _clock(clock: dict[str, Any]) -> str:
@@ -80,7 +85,8 @@ def _print(document: dict[str, Any]) -> None:
     click.echo(_clock(document["clock"]))
     room, outbox = document["store"], document["outbox"]
     left = f", full in about {room['hours']:g} h at this pace" if room["hours"] is not None else ""
-    click.echo(f"store {room['bytes'] / 2**20:.1f} of {room['max'] / 2**20:.0f} MiB{left}")
+    wear = f"; {room['written_per_day'] / 1e6:,.1f} MB a day written" if room["written_per_day"] is not None else ""
+    click.echo(f"store {room['bytes'] / 2**20:.1f} of {room['max'] / 2**20:.0f} MiB{left}{wear}")
     files = f", {document['failed_files']} files failed" if document["failed_files"] else ""
     refused = f"{document['rejected']} lines rejected{files}"
     click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {refused}\n")
