@@ -36,20 +36,20 @@ def test_three_hours_offline_on_a_small_store_lose_only_what_is_declared() -> No
 
 
 def sample(hour: float, **changes: int) -> Sample:
-    return Sample(hour, **{"pss": 50_000, "rss": 80_000, "handles": 16, "threads": 2, **changes})
+    return Sample(hour, **{"own": 50_000, "rss": 80_000, "handles": 16, "threads": 2, **changes})
 
 
 def problems(*samples: Sample) -> list[str]:
     result = Result()
-    flat([sample(0, pss=20_000, handles=3), sample(2), *samples], 24, result)
+    flat([sample(0, own=20_000, handles=3), sample(2), *samples], 24, result)
     return result.problems
 
 
 def test_what_is_allocated_while_it_warms_up_is_not_held_against_it() -> None:
-    assert problems(sample(12), sample(24, pss=55_000)) == []
+    assert problems(sample(12), sample(24, own=55_000)) == []
 
 
 def test_memory_handles_and_threads_that_grow_are_noticed() -> None:
-    assert problems(sample(12, pss=55_121)) == ["memory grew by 5.0 MiB after hour 2.0"]
+    assert problems(sample(12, own=55_121)) == ["memory grew by 5.0 MiB after hour 2.0"]
     assert problems(sample(12, handles=17)) == ["handles between 16 and 17"]
     assert problems(sample(12, threads=3), sample(24)) == ["threads between 2 and 3"]
