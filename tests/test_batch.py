@@ -520,7 +520,7 @@ def test_a_batch_takes_whole_windows_and_no_more_than_memory_holds(
     manifest = device.active.bundle.manifest
     spec = msgspec.structs.replace(manifest.input, window=window)
     bundle = replace(device.active.bundle, manifest=msgspec.structs.replace(manifest, input=spec))
-    task = replace(device.task, bundle=bundle)
+    task = replace(device.task, bundle=bundle, drift=None)
     assert task.batch_rows(3 << 20) == rows
     assert task.batch_rows(1000) >= task.window_rows
 
@@ -529,8 +529,18 @@ def test_a_backlog_of_many_batches_is_worked_off(make: Make) -> None:
     device = make()
     device.feed(CLASSIFY.rows(2000))
     done = device.run_all()
-    assert [one.rows for one in done] == [512, 512, 512, 464]
+    assert [one.rows for one in done] == [500, 500, 500, 500]
     assert tiles(device.results()) == (1, 2000)
+
+
+def test_a_batch_of_a_backlog_ends_where_a_drift_window_does_wherever_the_last_one_ended(make: Make) -> None:
+    device = make(replace(CLASSIFY, drift_window=20))
+    device.feed(CLASSIFY.rows(7))
+    device.run_all()
+    device.feed(CLASSIFY.rows(1000))
+    assert [one.rows for one in device.run_all()] == [493, 500, 7]
+    assert device.task.drift is not None
+    assert device.task.drift.open.windows == 1007 % 20
 
 
 @pytest.mark.parametrize("drift_window", [2, 20, 50])
@@ -543,7 +553,8 @@ def test_single_rows_of_a_timed_model_are_taken_by_thousands_and_what_they_say_f
     for part in np.split(rows, 6):
         device.feed(part)
     at_once = device.task.batch_rows(device.store.quota.transaction)
-    assert at_once == 4096 if drift_window == 50 else 400 < at_once < 4096
+    assert at_once == 4050 if drift_window == 50 else 400 < at_once < 4050
+    assert at_once % drift_window == 0
     done = device.run_all()
     assert done[0].rows == at_once
     assert tiles(device.results()) == (1, 6000)

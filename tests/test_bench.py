@@ -65,6 +65,20 @@ def test_quick_ends_with_1_only_where_a_ratio_has_fallen(tmp_path: Path, monkeyp
         assert ("worse by more than a third" in shown.output) is bool(code)
 
 
+def test_a_ratio_that_fell_once_is_measured_again_and_has_fallen_only_if_it_does_so_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written, "RATIOS", tmp_path / "ratios.json")
+    (tmp_path / "ratios.json").write_text(json.dumps({"rate": {"ratio": 1.5, "less": False}}))
+    monkeypatch.setattr("scripts.benchmarks.__main__.QUICK", {"rate"})
+    slow = replace(MORE, ours=10.0)
+    for measured, code in (([slow, slow, MORE], 0), ([slow, slow, slow], 1)):
+        turns = iter(measured)
+        monkeypatch.setattr("scripts.benchmarks.__main__.BENCHMARKS", {"rate": lambda turns=turns: next(turns)})
+        assert CliRunner().invoke(main, ["--quick"]).exit_code == code
+        assert next(turns, None) is None
+
+
 def test_what_was_never_found_counts_as_missed_and_late() -> None:
     found, flags = Found(), np.zeros((4, 3), np.bool_)
     flags[2, 1] = True

@@ -91,7 +91,7 @@ def test_a_device_that_is_off_at_night_is_watched_for_its_hours_and_its_clock_is
 def test_what_is_gathered_is_kept_apart_and_goes_on_after_a_restart(judge: Judge) -> None:
     r = readings(6, 60)
     state, _ = feed(judge, judge.start(), r.windows(0, 30))
-    data, learning = judge.to_bytes(state)
+    data, learning = judge.to_bytes(state), state.learning.to_bytes()
     assert len(data) < len(learning)
     again = judge.restore(data, learning)
     assert again.to_bytes() == state.to_bytes()
@@ -106,8 +106,7 @@ def test_where_what_was_gathered_is_damaged_it_is_gathered_anew_and_nothing_else
     judge: Judge, damaged: bytes
 ) -> None:
     state, _ = feed(judge, judge.start(), readings(6, 10))
-    data, _learning = judge.to_bytes(state)
-    again = judge.restore(data, damaged)
+    again = judge.restore(judge.to_bytes(state), damaged)
     assert (again.index, again.seen, again.learning.gathered) == (state.index, state.seen, 0)
 
 

@@ -82,5 +82,5 @@ def test_a_state_of_before_these_tests_is_not_gone_on_with() -> None:
     none = Together.zeros(0)
     old = replace(state, detectors=replace(state.detectors, means=none, answers=none))
     with pytest.raises(ValueError, match="a version with other tests"):
-        judge.restore(*judge.to_bytes(old))
-    assert judge.restore(*judge.to_bytes(state)).index == state.index
+        judge.restore(judge.to_bytes(old))
+    assert judge.restore(judge.to_bytes(state)).index == state.index

@@ -36,7 +36,6 @@ def drifted(judge: Judge) -> State:
 def keep(store: Store, judge: Judge, state: State) -> None:
     with store.transaction() as tx:
         drifting.keep(tx, "exercise", judge, state, None)
-        tx.keep("exercise", drifting.SITE, b"{}")
 
 
 def ended(store: Store, author: Author, judge: Judge) -> State:
@@ -54,6 +53,47 @@ def test_of_the_same_bundle_all_is_found_again(tmp_path: Path, judge: Judge, dri
     state, end = drifting.restore(store, "exercise", judge)
     assert end is None
     assert state.to_bytes() == drifted.to_bytes()
+    store.close()
+
+
+def test_the_sites_reference_is_written_when_it_is_learned_and_not_with_every_batch(
+    tmp_path: Path, judge: Judge, drifted: State
+) -> None:
+    store, _ = opened(tmp_path)
+    keep(store, judge, drifted)
+    later, _ = feed(judge, drifted, readings(32, 1))
+    with store.transaction() as tx:
+        tx.drop("exercise", drifting.SITE)
+        drifting.keep(tx, "exercise", judge, later, drifted)
+    assert store.state("exercise", drifting.SITE) is None
+    kept = store.state("exercise", drifting.STATE)
+    assert kept is not None
+    assert len(kept) < len(later.to_bytes()) / 2
+    store.close()
+
+
+def test_a_state_that_an_earlier_version_kept_together_with_its_reference_is_gone_on_with(
+    tmp_path: Path, judge: Judge, drifted: State
+) -> None:
+    store, _ = opened(tmp_path)
+    with store.transaction() as tx:
+        tx.keep("exercise", drifting.STATE, drifted.to_bytes())
+    state, end = drifting.restore(store, "exercise", judge)
+    assert end is None
+    assert state.to_bytes() == drifted.to_bytes()
+    store.close()
+
+
+def test_where_the_sites_reference_is_damaged_detection_begins_anew(
+    tmp_path: Path, judge: Judge, drifted: State
+) -> None:
+    store, _ = opened(tmp_path)
+    keep(store, judge, drifted)
+    with store.transaction() as tx:
+        tx.keep("exercise", drifting.SITE, b"{}")
+    state, end = drifting.restore(store, "exercise", judge)
+    assert end is not None
+    assert (state.site, state.index) == (None, 1)
     store.close()
 
 

@@ -111,7 +111,14 @@ class Task:
         # The other half is for alerts, and for the states of drift and labels.
         written = transaction // 2 // self._window_bytes
         windows = min(many, written, in_memory, in_time) // self.shrunk
-        return self.window_rows + max(0, windows - 1) * self.step
+        return self.window_rows + max(0, self._to_a_close(windows) - 1) * self.step
+
+    def _to_a_close(self, windows: int) -> int:
+        """At most so many model windows, of which the last one closes a drift window where it can: summarized whole."""
+        if self.drift is None:
+            return windows
+        over = (self.drift.open.windows + windows) % self.drift.window
+        return windows - over if over < windows else windows
 
     @property
     def _window_bytes(self) -> int:

@@ -1,6 +1,6 @@
 """A task's drift state in the store: how it is kept, found again, and what of an earlier bundle's is put right.
 
-What is gathered while learning is kept apart: it is large, and changes only when a drift window closes.
+What is gathered while learning, and the site's reference, are kept apart: they are large, and seldom others.
 """
 
 from __future__ import annotations
@@ -32,10 +32,15 @@ class Ended:
 
 def keep(tx: Transaction, task: str, judge: Judge, state: State, before: State | None) -> None:
     """`before` is what was kept last, if anything was."""
-    data, learning = judge.to_bytes(state)
-    tx.keep(task, STATE, data)
+    tx.keep(task, STATE, judge.to_bytes(state))
     if before is None or before.learning is not state.learning:
-        tx.keep(task, LEARNING, learning)
+        tx.keep(task, LEARNING, state.learning.to_bytes())
+    if before is not None and before.site is state.site:
+        return
+    if state.site is None:
+        tx.drop(task, SITE)
+    else:
+        tx.keep(task, SITE, state.site.to_json())
 
 
 def restore(store: Store, task: str, judge: Judge) -> tuple[State, Ended | None]:
@@ -44,16 +49,16 @@ def restore(store: Store, task: str, judge: Judge) -> tuple[State, Ended | None]
     if past is None:
         return judge.start(), None
     try:
-        return judge.restore(past, store.state(task, LEARNING)), None
+        return judge.restore(past, store.state(task, LEARNING), store.state(task, SITE)), None
     except ValueError:
-        return _anew(task, judge.start(), past)
+        return _anew(task, judge.start(), past, store.state(task, SITE))
 
 
 def seen(store: Store, task: str) -> State | None:
     """The same for people, whatever bundle it is of; None where there is nothing to read."""
     past, learning = store.state(task, STATE), store.state(task, LEARNING)
     try:
-        state = None if past is None else State.from_bytes(past)
+        state = None if past is None else State.joined(past, store.state(task, SITE))
         return state and (state if learning is None else replace(state, learning=Learning.from_bytes(learning)))
     except ValueError:
         return None
@@ -70,10 +75,10 @@ def say(tx: Transaction, author: Author, task: str, ended: Ended, now: Now) -> N
         author.write(tx, kind, task if kind == "alerts" else None, body, now)
 
 
-def ended(task: str, past: bytes, why: str) -> Ended:
+def ended(task: str, past: bytes, site: bytes | None, why: str) -> Ended:
     """What is to be said when nothing that this state knows holds any more, because of `why`."""
     try:
-        old = State.from_bytes(past)
+        old = State.joined(past, site)
     except ValueError:
         return Ended([])
     messages: list[tuple[str, dict[str, Any]]] = [("alerts", body) for body in _open_alerts(task, old, why)]
@@ -84,9 +89,9 @@ def ended(task: str, past: bytes, why: str) -> Ended:
     return Ended(messages)
 
 
-def _anew(task: str, start: State, past: bytes) -> tuple[State, Ended]:
+def _anew(task: str, start: State, past: bytes, site: bytes | None) -> tuple[State, Ended]:
     """Nothing that was learned for another bundle holds for this one."""
-    said = ended(task, past, "the bundle, or the agent, was changed")
+    said = ended(task, past, site, "the bundle, or the agent, was changed")
     try:
         old = State.from_bytes(past)
     except ValueError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from agent.clock import Now
-from agent.device import drifting
 from agent.device.author import Author
 from agent.device.storage.transaction import Transaction
 from agent.drift.reference import Reference
@@ -18,7 +17,6 @@ REFUSED = "learning refused"
 def tell(task: str, author: Author, tx: Transaction, verdict: Verdict, now: Now) -> None:
     """With the drift window that ended the gathering; nothing for any other."""
     if verdict.learned is not None:
-        tx.keep(task, drifting.SITE, verdict.learned.to_json())
         _learned(task, author, tx, verdict.learned, verdict.rows[1], now)
     if verdict.refused is not None:
         body = {"event": "not learned", "summary": f"{task}: {verdict.refused}", "evidence": {"task": task}}

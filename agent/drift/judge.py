@@ -38,7 +38,7 @@ from agent.drift.watch import Tick
 from agent.errors import BadBundle
 
 AT_ONCE = 64  # drift windows that are computed together
-ROWS_AT_ONCE = 4096  # about: more need more memory, and run hardly faster
+VALUES_AT_ONCE = 1 << 16  # about: more need more memory, and run hardly faster
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,13 @@ class Judge:
     def start(self) -> State:
         return State.start(self.shipped, self.window, self.mode)
 
-    def restore(self, data: bytes, learning: bytes | None = None) -> State:
-        """The state of `to_bytes`. Raises ValueError when it is damaged or made for another bundle: start anew.
+    def restore(self, data: bytes, learning: bytes | None = None, site: bytes | None = None) -> State:
+        """The state of `to_bytes` with what is kept apart from it, `site` as JSON.
 
-        Where what was gathered while learning is damaged, that begins anew.
+        Raises ValueError when it is damaged or made for another bundle: start anew. Where what was gathered while
+        learning is damaged, that begins anew.
         """
-        state = State.from_bytes(data)
+        state = State.joined(data, site)
         if (state.open.reference, state.window, state.mode) != (self.shipped.digest, self.window, self.mode):
             raise ValueError("this drift state was made for another reference, window length or field of modes")
         if not state.fits(self.shipped.places):
@@ -114,9 +115,10 @@ class Judge:
                     return replace(state, learning=gathered)
         return state
 
-    def to_bytes(self, state: State) -> tuple[bytes, bytes]:
-        """What is remembered, and apart from it what is gathered while learning: much, and seldom another."""
-        return replace(state, learning=self._nothing_learned).to_bytes(), state.learning.to_bytes()
+    def to_bytes(self, state: State) -> bytes:
+        """What is remembered, without what is large and seldom another: the site's reference, and what is gathered
+        while learning."""
+        return replace(state, learning=self._nothing_learned, site=None).to_bytes()
 
     def renumbered(self, state: State) -> State:
         """For rows that are numbered from anew: without what was gathered of the open drift window."""
@@ -177,7 +179,8 @@ class Judge:
             state = replace(state, modes=known)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
         verdicts: list[Verdict] = []
-        for some in _pieces(starts, self.window, state.open.windows):
+        most = VALUES_AT_ONCE // features.shape[1]
+        for some in _pieces(starts, self.window, state.open.windows, most):
             begin, end = int(starts[some][0]), int(starts[some][-1]) + window_rows
             values, local = finite(features[begin:end]), starts[some] - begin
             found = statistics.of_windows(values, local, window_rows, self.shipped.floor)
@@ -307,12 +310,12 @@ class Judge:
         return watch.with_rate(told, after.watch, seen.ticks[at], tester)
 
 
-def _pieces(starts: Ints, window: int, begun: int) -> Iterator[slice]:
-    """Model windows that begin at `starts`, by so many that begin within ROWS_AT_ONCE, where that is enough by whole
+def _pieces(starts: Ints, window: int, begun: int, most: int) -> Iterator[slice]:
+    """Model windows that begin at `starts`, by so many that begin within `most` rows, where that is enough by whole
     drift windows of `window`, of the first of which there are `begun` already."""
     at = 0
     while at < len(starts):
-        stop = max(at + 1, int(np.searchsorted(starts, starts[at] + ROWS_AT_ONCE)))
+        stop = max(at + 1, int(np.searchsorted(starts, starts[at] + most)))
         whole = (stop - at + begun) // window * window - begun
         if stop < len(starts) and whole > 0:
             stop = at + whole

@@ -53,20 +53,22 @@ def longest(trace: Trace, before: Ints, rest: Rest) -> tuple[Ints, Ints]:
     """
     windows, rows, fields = trace.rows.shape
     most, last = np.ones((windows, fields), np.int64), np.ones((windows, fields), np.int64)
-    same = trace.into == 0
-    window, field = np.nonzero(same.any(1))
+    # Rows that say what the row before said, field after field; most say something else.
+    window, field, at = np.nonzero((trace.into == 0).transpose(0, 2, 1))
+    for one in (one for one, values in enumerate(rest) if values):
+        goes_on = (field != one) | ~np.isin(trace.rows[window, at + rows - trace.into.shape[1], field], rest[one])
+        window, field, at = window[goes_on], field[goes_on], at[goes_on]
     if not len(window):
         return most, last
-    runs_on = same[window, :, field]
-    if trace.n == rows:
-        runs_on = np.concatenate([np.zeros((len(window), 1), np.bool_), runs_on], axis=1)
-    for one in (one for one, values in enumerate(rest) if values):
-        of_it = field == one
-        runs_on[of_it] &= ~np.isin(trace.rows[window[of_it], -trace.n :, one], rest[one])
-    place = np.arange(1, trace.n + 1)
-    broken = np.maximum.accumulate(np.where(runs_on, 0, place), axis=1)
-    length = np.where(broken > 0, place - broken + 1, before[field][:, None] + place)
-    most[window, field], last[window, field] = length.max(1), length[:, -1]
+    begins = np.flatnonzero(np.diff((window * fields + field) * rows + at, prepend=-2) != 1)
+    ends = np.append(begins[1:], len(at)) - 1
+    of = window[begins], field[begins]
+    # The first row of a run is not counted yet; of one that goes on from the rows before, they are.
+    earlier = np.where((at[begins] == 0) & (trace.n < rows), before[of[1]], 1)
+    length = ends - begins + 1 + earlier
+    np.maximum.at(most, of, length)
+    open_end = at[ends] == trace.into.shape[1] - 1
+    last[of[0][open_end], of[1][open_end]] = length[open_end]
     return most, last
 
 
@@ -78,8 +80,9 @@ def lone_jumps(trace: Trace, jump: Floats) -> Ints:
     """
     far = np.abs(trace.step) > JUMP * jump
     lone = far[:, 1:] & far[:, :-1]
-    if lone.any():
-        lone &= (np.abs(trace.rows[:, 2:] - trace.rows[:, :-2]) <= AGREE * jump) & (jump > 0)
+    if not lone.any():
+        return np.zeros((len(trace.rows), len(jump)), np.int64)
+    lone &= (np.abs(trace.rows[:, 2:] - trace.rows[:, :-2]) <= AGREE * jump) & (jump > 0)
     return np.asarray(lone.sum(1), dtype=np.int64)
 
 

@@ -19,6 +19,7 @@ from agent.drift.season import Season
 from agent.drift.statistics import Found
 from agent.drift.summary import Summary
 from agent.drift.watch import Watch
+from agent.errors import BadBundle
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,18 @@ class State:
     def from_bytes(cls, data: bytes) -> State:
         """Raises ValueError."""
         return codec.unpacked(data, cls)
+
+    @classmethod
+    def joined(cls, data: bytes, site: bytes | None) -> State:
+        """With its `site`, that is kept apart as JSON, where this version can test against it. Raises ValueError."""
+        state = cls.from_bytes(data)
+        if site is None or state.site is not None:
+            return state
+        try:
+            found = Reference.from_json(site)
+        except BadBundle as error:
+            raise ValueError(str(error)) from error
+        return replace(state, site=found) if found.site is not None else state
 
 
 @dataclass(frozen=True)

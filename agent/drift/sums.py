@@ -70,10 +70,16 @@ class Sums:
             # numpy adds whole rows one after another where they lie so in memory, but a single column in pairs.
             two = cls.of(np.repeat(values, 2, axis=2))
             return cls(two.n[..., :1], two.total[..., :1], two.squares[..., :1])
+        windows, count, _ = values.shape
+        shape = windows, 1, width
         missing = np.isnan(values)
-        known = np.ascontiguousarray(np.where(missing, 0.0, values) if missing.any() else values)
-        n = values.shape[1] - missing.sum(1, keepdims=True)
-        return cls(n, known.sum(1, keepdims=True), (known * known).sum(1, keepdims=True))
+        n = np.full(shape, count, np.int64)
+        if missing.any():
+            n -= missing.sum(1, keepdims=True)
+            values = np.where(missing, 0.0, values)
+        # Side by side: the wider the rows that are added, the fewer they are.
+        known = values.transpose(1, 0, 2).reshape(count, windows * width)
+        return cls(n, known.sum(0).reshape(shape), (known * known).sum(0).reshape(shape))
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares)

@@ -111,7 +111,6 @@ def take_up(task: Task, store: Store, author: Author, now: Now) -> bool:
     }
     with store.transaction() as tx:
         drifting.keep(tx, task.name, task.judge, fresh, task.drift)
-        tx.drop(task.name, drifting.SITE)
         _note(tx, task.name, request)
         for alert in cleared:
             author.write(tx, "alerts", task.name, alert.body(task.name), now)

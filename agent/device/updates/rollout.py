@@ -237,7 +237,7 @@ class Rollouts:
         steps.end_probation(tx, self._author, name, old, steady.bundle if steady else None, new.phase, now)
         if trial is not None and steady is not None and steady.judge is not None and steady.drift is not None:
             on = watching.numbered_on(steady.drift, trial.candidate.drift)
-            drifting.keep(tx, name, steady.judge, on, steady.drift)
+            drifting.keep(tx, name, steady.judge, on, None)
 
     def _after(self, live: Live, old: Standing | None, new: Standing, made: Task | None, now: Now) -> None:
         """The memory follows what was committed."""

@@ -32,7 +32,7 @@ def lay_by(tx: Transaction, task: str) -> None:
 
 def take_up(tx: Transaction, author: Author, task: str, now: Now) -> None:
     """The bundle before runs again: what was found with the other one is over."""
-    ended = _ended(tx, task, STATE, "its bundle was taken back")
+    ended = _ended(tx, task, "", "its bundle was taken back")
     for name in _NAMES:
         tx.drop(task, name)
         tx.rename(task, name + _ASIDE, name)
@@ -43,7 +43,7 @@ def take_up(tx: Transaction, author: Author, task: str, now: Now) -> None:
 
 def give_up(tx: Transaction, author: Author, task: str, now: Now) -> None:
     """The other one stays: nothing that was learned with the one before holds for it."""
-    ended = _ended(tx, task, STATE + _ASIDE, "the bundle was changed")
+    ended = _ended(tx, task, _ASIDE, "the bundle was changed")
     for name in _NAMES:
         tx.drop(task, name + _ASIDE)
     if ended is not None:
@@ -56,7 +56,7 @@ def restore(store: Store, task: str, judge: Judge) -> tuple[State, Ended | None]
     if past is None:
         return judge.start(), None
     try:
-        return judge.restore(past, store.state(task, LEARNING + _ASIDE)), None
+        return judge.restore(past, store.state(task, LEARNING + _ASIDE), store.state(task, SITE + _ASIDE)), None
     except ValueError:
         return judge.start(), None
 
@@ -67,6 +67,6 @@ def numbered_on(state: State, *others: State | None) -> State:
     return replace(state, raised=np.maximum(state.raised, most))
 
 
-def _ended(tx: Transaction, task: str, name: str, why: str) -> Ended | None:
-    found = tx.kept(task, name)
-    return None if found is None else drifting.ended(task, found, why)
+def _ended(tx: Transaction, task: str, where: str, why: str) -> Ended | None:
+    found = tx.kept(task, STATE + where)
+    return None if found is None else drifting.ended(task, found, tx.kept(task, SITE + where), why)
