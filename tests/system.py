@@ -23,7 +23,8 @@ from tests.brokers import Mosquitto
 FLEET = "acme"
 RECORDINGS = Path(__file__).parents[1] / "models" / "recordings" / "exercise.npz"
 FIELDS = ("ax", "ay", "az", "wx", "wy", "wz")
-PATIENCE_S = 30.0
+# Long: a machine that is busy with other tests is slow, and where all goes well nobody waits for it.
+PATIENCE_S = 90.0
 
 
 def eventually(what: str, true: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
@@ -38,7 +39,7 @@ def eventually(what: str, true: Callable[[], object], patience_s: float = PATIEN
 def outstation(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """One command, to its end."""
     command = [sys.executable, "-m", "agent", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, **options)
 
 
 class Program:
@@ -67,10 +68,10 @@ class Program:
         """SIGKILL."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
             self._process = None
 
-    def stop(self, within_s: float = 15.0) -> int:
+    def stop(self, within_s: float = 60.0) -> int:
         """SIGTERM; its exit code."""
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)

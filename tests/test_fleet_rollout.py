@@ -129,7 +129,7 @@ def test_a_good_bundle_goes_from_shadow_to_everywhere_by_follow_and_the_audit_pa
         for sender in site.senders:
             swapped = [sender.shadow(model=NEWER, beside=MODEL) for _ in range(8)]
             site.send(sender.rollout("probation", strategy="all"), *swapped, sender.rollout("settled", strategy="all"))
-        assert follow.wait(30) == 0, follow.log.read_text(encoding="utf-8")
+        assert follow.wait(60) == 0, follow.log.read_text(encoding="utf-8")
     finally:
         follow.kill()
     code, [document] = site.rollout("status", "exercise-1-1")
@@ -150,7 +150,7 @@ def test_a_bad_one_is_aborted_by_follow_which_says_so_with_its_exit_code(site: S
     program = Program(site.folder / "follow.log", *follow).start()
     try:
         site.in_shadow(same=20)
-        assert program.wait(30) == 1
+        assert program.wait(60) == 1
     finally:
         program.kill()
     assert program.said("exercise-1-1: Aborted at shadow 100 %, devices go back to what they ran before: agreement 0.2")
