@@ -150,6 +150,22 @@ def fields(names: tuple[str, ...]) -> list[str]:
     return [f'{{ name = "{name}" }}' for name in names]
 
 
+def ask(db: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+    """Rows of a collector's database."""
+    store = FleetStore(db, read_only=True)
+    try:
+        return [tuple(row) for row in store._all(sql, *values)]
+    finally:
+        store.close()
+
+
+def covered(db: Path, device: str, task: str = "exercise") -> int:
+    """The last row whose results a collector has."""
+    sql = "SELECT max(CAST(json_extract(CAST(payload AS TEXT), '$.rows[1]') AS INTEGER)) FROM messages"
+    [(row,)] = ask(db, f"{sql} WHERE device = ? AND topic LIKE ?", device, f"%/results/{task}")
+    return int(row or 0)
+
+
 class Fleet:
     """Broker, collector and devices in `folder`. Use as a context: leaving it ends every process."""
 
@@ -184,17 +200,11 @@ class Fleet:
 
     def ask(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         """Rows of the collector's database."""
-        store = self.open()
-        try:
-            return [tuple(row) for row in store._all(sql, *values)]
-        finally:
-            store.close()
+        return ask(Path(self.config.fleet.db), sql, *values)
 
     def covered(self, device: str, task: str = "exercise") -> int:
         """The last row whose results the collector has."""
-        sql = "SELECT max(CAST(json_extract(CAST(payload AS TEXT), '$.rows[1]') AS INTEGER)) FROM messages"
-        [(row,)] = self.ask(f"{sql} WHERE device = ? AND topic LIKE ?", device, f"%/results/{task}")
-        return int(row or 0)
+        return covered(Path(self.config.fleet.db), device, task)
 
     def audit(self) -> tuple[int, Any]:
         """Exit code and report of `fleet audit --json`."""

@@ -34,7 +34,7 @@ def device(fleet: Fleet) -> Device:
 
 def command(fleet: Fleet, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit code and document of `fleet command`."""
-    done = outstation("fleet", "command", *arguments, "--dir", str(fleet.home), "--json", "--wait", "20")
+    done = outstation("fleet", "command", *arguments, "--dir", str(fleet.home), "--json", "--wait", "60")
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
