@@ -124,7 +124,8 @@ def test_a_good_bundle_goes_from_shadow_to_everywhere_by_follow_and_the_audit_pa
     try:
         site.in_shadow()
         eventually("it is promoted", lambda: site.status()["step"] == 2)
-        assert site.desired().tasks["exercise"].strategy == "all"
+        # It is decided first, and then told.
+        eventually("the devices are told", lambda: site.desired().tasks["exercise"].strategy == "all")
         assert site.desired().counter > told.counter
         for sender in site.senders:
             swapped = [sender.shadow(model=NEWER, beside=MODEL) for _ in range(8)]

@@ -324,7 +324,7 @@ def test_a_named_client_loses_and_doubles_no_line_when_the_agent_is_killed_twent
 
     def produce() -> None:
         nonlocal total
-        with Client(killable.socket, name="seeded") as client:
+        with Client(killable.socket, name="seeded", patience_s=60) as client:
             while not ended.is_set():
                 for _ in range(rng.randrange(1, 60)):
                     if rng.random() < 0.1:
@@ -346,8 +346,9 @@ def test_a_named_client_loses_and_doubles_no_line_when_the_agent_is_killed_twent
         time.sleep(kills.random() * 0.12)
         killable.kill()
         killable.start()
+    wait_for(lambda: total > 1000 or not producer.is_alive(), "many lines")
     ended.set()
-    producer.join(60)
+    producer.join(200)
     killable.kill()
     with Station(conf(tmp_path)) as station:
         assert total > 1000

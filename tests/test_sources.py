@@ -164,13 +164,15 @@ def test_a_file_is_left_alone_while_it_grows_whatever_the_clock_says(
 @pytest.mark.usefixtures("quick")
 def test_what_a_slow_writer_adds_after_its_file_was_claimed_is_taken_too(tmp_path: Path) -> None:
     with watching(tmp_path) as station:
-        path = tmp_path / "in" / "a.csv"
+        # Under a name that is not looked at, so that it is not claimed while it is empty still.
+        path = tmp_path / "in" / ".a.csv"
         with path.open("w") as file:
             file.write("n\n" + "".join(f"{n}\n" for n in range(200_000)))
             file.flush()
+            path.rename(path.with_name("a.csv"))
             wait_for(lambda: bool(there(tmp_path)["taking"]), "a.csv being taken")
             file.write("200000\n200001\n")
-        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/", 60)
+        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/", 200)
         assert taken(station) == list(range(200_002))
 
 
