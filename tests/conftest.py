@@ -10,8 +10,11 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, settings
 
-# How long an example takes is the machine's affair: what is found must not depend on what else runs there.
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes is the machine's affair: what is found must depend neither on what else runs there nor on
+# chance. `pytest --hypothesis-profile chance` looks at other examples each time.
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("chance", patient, derandomize=False)
+settings.register_profile("busy", patient, derandomize=True)
 settings.load_profile("busy")
 
 # A shell without job control starts background commands deaf to Ctrl-C, and their children with them: tests press it.

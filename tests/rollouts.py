@@ -139,7 +139,7 @@ class Site(Device):
         self.now = Now(self.now.wall_us + round(seconds * 1e6), self.now.boot_s + seconds, self.now.quality)
         self.daemon.turn(self.now)
 
-    def until(self, happened: Callable[[], object], what: str, within_s: float = 30.0) -> None:
+    def until(self, happened: Callable[[], object], what: str, within_s: float = 90.0) -> None:
         end = time.monotonic() + within_s
         while not happened():
             assert time.monotonic() < end, f"not within {within_s:g} s: {what}; it stands {self.standing}"

@@ -86,7 +86,7 @@ class Line:
 
     def __init__(self, address: Path | tuple[str, int]) -> None:
         self.socket = socket.socket(socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET)
-        self.socket.settimeout(10)
+        self.socket.settimeout(60)
         self.socket.connect(str(address) if isinstance(address, Path) else address)
         self._answers = self.socket.makefile("rb")
 
@@ -134,7 +134,7 @@ def rows_of(store: Store, stream: str, definition: Stream) -> Rows:
     return batch.rows
 
 
-def wait_for(happened: Callable[[], bool], what: str, within_s: float = 15.0) -> None:
+def wait_for(happened: Callable[[], bool], what: str, within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while not happened():
         assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}"
@@ -170,7 +170,7 @@ class Killable:
         """SIGKILL: it can finish nothing."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
             assert self._process.stdout is not None
             self._process.stdout.close()
             self._process = None

@@ -219,7 +219,7 @@ def test_a_hang_beside_holds_up_no_batch_and_is_counted_when_its_time_is_over(ma
     for start in range(40, 100, 20):
         pair.batch(CALM[start : start + 20], hear=False)
     assert pair.device.store.cursor("tiny") == 80
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     wait_for(lambda: pair.beside.listen(0.1), "it is ended")
     pair.turn()
     assert [(one.errors, one.n) for one in pair.shadows()] == [(1, 0)]

@@ -179,7 +179,7 @@ def test_a_daemon_whose_clock_is_set_back_an_hour_and_ahead_sixty_days_loses_and
     rows = fleet.ask("SELECT row, boot_us, dated FROM results_dated ORDER BY row")
     assert [row[0] for row in rows] == list(range(100, 801, 100))
     distances = [later[1] - earlier[1] for earlier, later in itertools.pairwise(rows)]
-    assert all(0 < distance < 30 * SECOND for distance in distances)
+    assert all(0 < distance < 5 * MINUTE for distance in distances)
     runs = fleet.ask("SELECT count(*) FROM messages WHERE kind = 'results'")[0][0]
     assert 4 <= runs <= 5 * (time.monotonic() - began) + 1
     # The step of 60 days passes 26 million intervals of 200 ms over.

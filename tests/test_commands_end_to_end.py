@@ -34,7 +34,7 @@ def device(fleet: Fleet) -> Device:
 
 def command(fleet: Fleet, *arguments: str) -> tuple[int, dict[str, Any]]:
     """Exit code and document of `fleet command`."""
-    done = outstation("fleet", "command", *arguments, "--dir", str(fleet.home), "--json", "--wait", "20")
+    done = outstation("fleet", "command", *arguments, "--dir", str(fleet.home), "--json", "--wait", "60")
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)
 
@@ -194,14 +194,14 @@ def test_a_wiped_device_says_so_first_keeps_nothing_and_does_not_start_again(fle
     assert (asked.returncode, "--yes" in asked.stderr) == (2, True)
     code, answer = command(fleet, "pi-02", "wipe", "--yes")
     assert code == 0, answer
-    assert doomed.wait(30) == 0
+    assert doomed.wait(60) == 0
     assert audits(fleet, "pi-02", "wiped") == [{}]
     left = {path.name for path in doomed.data.iterdir()}
     assert left <= {"wiped", "lock", "bundles"}
     assert not (doomed.home / "device.key").exists()
     assert not list((doomed.data / "bundles").glob(".kept/*"))
     doomed.start()
-    assert doomed.wait(20) == 0
+    assert doomed.wait(60) == 0
     assert doomed.said("was wiped by an operator")
     again = outstation("status", "-c", str(doomed.config))
     assert again.returncode == 2

@@ -170,7 +170,7 @@ def test_processes_that_command_at_once_never_get_the_same_counter(tmp_path: Pat
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ) for _ in range(3)]
-    counters = [int(line) for process in running for line in process.communicate(timeout=30)[0].split()]
+    counters = [int(line) for process in running for line in process.communicate(timeout=60)[0].split()]
     assert sorted(counters) == list(range(1, 61))
 
 

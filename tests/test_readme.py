@@ -119,7 +119,7 @@ class Shell:
         """End bash and what it started in the background."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._bash.pid, signal.SIGTERM)
-        self._bash.communicate(timeout=10)
+        self._bash.communicate(timeout=60)
 
 
 def test_every_console_block_of_the_readme_says_whether_it_is_run() -> None:

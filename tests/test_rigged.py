@@ -29,7 +29,7 @@ print("done")
 """
 
 
-def run(folder: Path, trap: str, rows: np.ndarray, timeout_s: float = 20.0) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, trap: str, rows: np.ndarray, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
     (folder / "model.tflite").write_bytes(model(f"rigged_{trap}"))
     np.save(folder / "rows.npy", rows)
     command = [sys.executable, "-c", RUN, str(folder / "model.tflite"), str(folder / "rows.npy")]

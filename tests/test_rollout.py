@@ -455,7 +455,7 @@ def test_an_agent_that_is_to_stop_does_not_wait_for_a_bundle_that_hangs(site: Si
     threading.Timer(0.5, site.daemon.signals.halt).start()
     began = time.monotonic()
     site.daemon._work_off(site.daemon._planned[0], site.now)
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - began < 30
     assert (site.phase, site.store.cursor("sort")) == ("probation", 40)
 
 
@@ -578,7 +578,7 @@ def test_while_a_bundle_is_proved_batches_go_on_and_no_turn_waits_for_it(
 
     def slow(*arguments: Any) -> probe.Report:
         asked.set()
-        assert may_go_on.wait(30)
+        assert may_go_on.wait(200)
         return prove(*arguments)
 
     monkeypatch.setattr(probe, "probe", slow)
@@ -588,7 +588,7 @@ def test_while_a_bundle_is_proved_batches_go_on_and_no_turn_waits_for_it(
         began = time.monotonic()
         site.tick()
         assert site.batch() == "1"
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < 60
     assert site.phase == "fetching"
     may_go_on.set()
     site.until_phase("probation")

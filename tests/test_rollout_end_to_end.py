@@ -100,15 +100,15 @@ def test_a_good_bundle_is_fetched_looked_at_run_on_probation_and_settles(
     eventually("results of the shipped one", lambda: versions(fleet))
     shipped = versions(fleet)[0]
     desire(fleet, offered["good"], "shadow", "better", "pi-01/desired")
-    eventually("it answers beside", lambda: shadows(fleet), 60)
+    eventually("it answers beside", lambda: shadows(fleet))
     assert events(fleet, "better") == [("fetching", ""), ("shadow", "")]
     assert versions(fleet) == [shipped]
     device.kill()
     device.up()
     told = len(shadows(fleet))
-    eventually("it answers beside after a kill", lambda: len(shadows(fleet)) > told, 60)
+    eventually("it answers beside after a kill", lambda: len(shadows(fleet)) > told)
     desire(fleet, offered["good"], "all", "better", "pi-01/desired")
-    eventually("it settled", lambda: ("settled", "") in events(fleet, "better"), 60)
+    eventually("it settled", lambda: ("settled", "") in events(fleet, "better"))
     assert events(fleet, "better") == [("fetching", ""), ("shadow", ""), ("probation", ""), ("settled", "")]
     device.kill()
     device.up()
@@ -128,7 +128,7 @@ def test_one_whose_golden_vectors_do_not_come_out_is_refused_for_the_group(
     # Its own topic names the task no more: that of its group does.
     leave(fleet, "pi-01/desired", {})
     desire(fleet, offered["wrong"], "all", "bad", "_group/desired/roof")
-    eventually("it was refused", lambda: ("refused", "golden") in events(fleet, "bad"), 60)
+    eventually("it was refused", lambda: ("refused", "golden") in events(fleet, "bad"))
     eventually(
         "the alert is at the collector",
         lambda: fleet.ask("SELECT 1 FROM alerts WHERE device = 'pi-01' AND id = 'exercise/rollout'"),
@@ -146,7 +146,7 @@ def test_one_that_crashes_on_probation_serves_nothing_and_the_daemon_lives(
     # So many that it does not settle before it meets what it cannot bear.
     leave(fleet, "_group/desired/roof", {})
     desire(fleet, offered["crash"], "all", "deadly", "_all/desired", batches=10_000)
-    eventually("it was taken back", lambda: ("rolled back", "crash") in events(fleet, "deadly"), 60)
+    eventually("it was taken back", lambda: ("rolled back", "crash") in events(fleet, "deadly"))
     assert device.running
     assert device.pid == pid
     before = fleet.covered("pi-01")

@@ -26,7 +26,7 @@ def web(tmp_path: Path) -> Iterator[Web]:
 
 
 def get(web: Web, path: str, **headers: str) -> tuple[int, bytes, str | None]:
-    connection = http.client.HTTPConnection("127.0.0.1", web.port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", web.port, timeout=60)
     try:
         connection.request("GET", path, headers=headers)
         answer = connection.getresponse()

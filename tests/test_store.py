@@ -90,8 +90,9 @@ def test_what_was_committed_is_there_after_kill_9(tmp_path: Path) -> None:
         command = [sys.executable, "-c", _WRITER, str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
             assert process.stdout is not None
-            acknowledged = int(process.stdout.readline())
-            time.sleep(rng.random() * 0.05)
+            for _ in range(rng.randrange(2, 12)):
+                acknowledged = int(process.stdout.readline())
+            time.sleep(rng.random() * 0.01)
             process.kill()
             said = process.stdout.read().splitlines()
             acknowledged = max([acknowledged, *(int(line) for line in said if line)])
