@@ -19,10 +19,10 @@ from agent.device import choices
 from agent.device.daemon import Daemon
 from agent.device.storage.rows import Rows
 from agent.device.updates.standing import Standing, standing
-from agent.link import Delivery
 from agent.model import bundle, golden, probe, runtime
 from agent.model.apart import Apart
 from agent.wire import jws
+from agent.wire.carried import Delivery
 from agent.wire.messages import encode
 from tests.bundles import change_manifest, model, readings
 from tests.exchanges import T0, Device, version, versions

@@ -25,8 +25,9 @@ from agent.config import Broker
 from agent.device.outgoing.uplink import Uplink
 from agent.device.storage.rows import Rows
 from agent.device.storage.store import Store
-from agent.link import Link, Outgoing, Receipt
+from agent.link import Link
 from agent.wire import jws, keys
+from agent.wire.carried import Outgoing, Receipt
 from tests.brokers import Mosquitto, free_port
 from tests.senders import new_key
 from tests.system import FIELDS, FLEET, Device, Fleet, NotifySocket, Program, eventually, fields, outstation
