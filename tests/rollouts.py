@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.cli import wiring
+from agent.cli import assembly, wiring
 from agent.clock import Now
 from agent.device import choices
 from agent.device.daemon import Daemon
@@ -100,7 +100,7 @@ class Site(Device):
                 shutil.copytree(self.bundles[text], target)
         self.file, self.conf = wiring.load(str(self.home / "outstation.toml"))
         self.store = wiring.open_store(self.conf)
-        self.daemon: Daemon = wiring.daemon(self.file, self.conf, self.store, now=lambda: self.now)
+        self.daemon: Daemon = assembly.daemon(self.file, self.conf, self.store, now=lambda: self.now)
         self.daemon._operations.start(self.now, lambda: None)
 
     def stop(self) -> None:

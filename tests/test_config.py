@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agent import config
 from agent.cli import main
-from agent.cli.wiring import publishers
+from agent.cli.loading import publishers
 from agent.config import Config, FilesSource, HostSource, ReplaySource, SocketSource, Updates
 from agent.errors import ConfigError
 from agent.wire.keys import b64url

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from agent import clock
-from agent.cli import wiring
+from agent.cli import assembly, wiring
 from agent.client import Answer, Client
 from agent.clock import Now
 from agent.config import Broker
@@ -488,7 +488,7 @@ def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fl
     file, conf = wiring.load(str(device.config))
     store = wiring.open_store(conf)
     try:
-        daemon = wiring.daemon(file, conf, store)
+        daemon = assembly.daemon(file, conf, store)
         start = clock.epoch_us("2026-11-24T23:00:00Z")
         cursors = []
         for minute in range(0, 360, 10):

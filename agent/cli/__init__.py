@@ -17,7 +17,7 @@ _COMMANDS = {
     "init": "agent.cli.init:init",
     "check": "agent.cli.check:check",
     "run": "agent.cli.run:run",
-    "batch": "agent.cli.run:batch",
+    "batch": "agent.cli.batch:batch",
     "ingest": "agent.cli.ingest:ingest",
     "label": "agent.cli.label:label",
     "status": "agent.cli.status:status",

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import msgspec
 
-from agent.cli import learned, operating
+from agent.cli import learned
 from agent.cli.output import table
 from agent.config import Config
 from agent.device import choices, drifting, quality
@@ -62,7 +62,7 @@ def document(conf: Config, store: Store, name: str) -> dict[str, Any]:
 
 def _configured(conf: Config, store: Store, name: str) -> str:
     """Of a task that never ran."""
-    manifest = bundle.read(operating.bundle_of(conf, store, name), None).manifest
+    manifest = bundle.read(kept.bundle_of(conf, store, name), None).manifest
     return f"{manifest.name} {manifest.version}"
 
 
