@@ -32,7 +32,8 @@ class Deadline:
     """Of one task: `seconds`, None where it has none; a batch of `fits` model windows is expected to be on time."""
 
     def __init__(self, task: str, seconds: float | None) -> None:
-        self.seconds, self.fits = seconds, _ANY
+        # A plain number, as messages and documents take it.
+        self.seconds, self.fits = None if seconds is None else float(seconds), _ANY
         self._task, self._misses = task, 0
         # Whether the alert is open; None before anybody looked.
         self._open: bool | None = None
@@ -109,4 +110,4 @@ def shown(store: Store, task: str, seconds: float | None) -> dict[str, Any]:
         return {}
     found = store.state(task, LAST_LATE)
     late = store.counters().get(LATE + task, 0)
-    return {"deadline": {"seconds": seconds, "late": late, "last": json.loads(found) if found else None}}
+    return {"deadline": {"seconds": float(seconds), "late": late, "last": json.loads(found) if found else None}}
