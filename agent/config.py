@@ -196,6 +196,8 @@ class Task(Section, frozen=True):
     stream: str
     bundle: str
     schedule: str = "every 60 s"
+    # So long a batch may take: later ones are committed and counted, and the next are made smaller.
+    deadline: Duration | None = None
     publish: Literal["all", "changes", "summary"] | Below = "all"
     learn: Annotated[int, msgspec.Meta(ge=20, le=10_000)] = 40
     learn_for: Duration = Duration(0.0)
@@ -257,6 +259,8 @@ def load(path: Path) -> Config:
         if task.stream not in config.streams:
             hint = suggestion(task.stream, config.streams)
             raise ConfigError(file, f"tasks.{name}.stream", f"there is no stream {task.stream!r}{hint}")
+        if task.deadline is not None and task.deadline <= 0:
+            raise ConfigError(file, f"tasks.{name}.deadline", "must be longer than nothing; leave it out for none")
         _check_slices(file, name, task, config.streams[task.stream])
         if task.mode:
             check_mode(file, f"tasks.{name}.mode", task.mode, config.streams[task.stream])

@@ -28,57 +28,15 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from agent import tls
 from agent.config import Broker
 from agent.errors import LinkDown
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.messages import CONTENT_TYPE, MAX_PAYLOAD
 
-NO_SUBSCRIBERS = 0x10
-QUOTA_EXCEEDED = 0x97
-PACKET_TOO_LARGE = 0x95
 _MAX_WINDOW = 100
 _KEEP_ALIVE_S = 60
 # Of what is sent to us: the longest payload with its signature. A longer packet would be in memory whole.
 _MOST_BYTES = MAX_PAYLOAD + (64 << 10)
 # What paho's parsers raise on bytes that are no MQTT.
 _MALFORMED = (ValueError, LookupError, AssertionError, struct.error, MQTTException)
-
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A message to publish at QoS 1; `expiry_s` None keeps it until delivered."""
-
-    topic: str
-    payload: bytes
-    properties: tuple[tuple[str, str], ...] = ()
-    retain: bool = False
-    expiry_s: int | None = None
-    correlation: bytes | None = None
-    response_topic: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """A message that came; `tokens` are its `jws` user properties."""
-
-    topic: str
-    payload: bytes
-    tokens: tuple[str, ...]
-    retained: bool
-    mid: int
-    qos: int
-    correlation: bytes | None = None
-    response_topic: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """The broker's answer to one `send`; `code` is the MQTT 5 reason code."""
-
-    token: int
-    code: int
-    reason: str
-
-    @property
-    def taken(self) -> bool:
-        return self.code < 0x80
 
 
 @dataclass(slots=True)

@@ -6,8 +6,6 @@ import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography import x509
-
 from agent.config import Broker
 from agent.errors import LinkDown
 
@@ -46,6 +44,9 @@ def ended(broker: Broker) -> str:
     """
     if not (broker.tls and broker.cert_file):
         return ""
+    # Costs 30 ms and several MB: only for those whose connection failed.
+    from cryptography import x509
+
     try:
         end = x509.load_pem_x509_certificate(Path(broker.cert_file).read_bytes()).not_valid_after_utc
     except (OSError, ValueError):

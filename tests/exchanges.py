@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.cli import wiring
+from agent.cli import assembly, wiring
 from agent.device.daemon import Daemon
 from agent.device.storage.rows import Rows
 from agent.model import bundle
@@ -74,7 +74,7 @@ schedule = "every 60 s"
     def start(self) -> None:
         self.file, self.conf = wiring.load(str(self.home / "outstation.toml"))
         self.store = wiring.open_store(self.conf)
-        self.daemon: Daemon = wiring.daemon(self.file, self.conf, self.store)
+        self.daemon: Daemon = assembly.daemon(self.file, self.conf, self.store)
         self.daemon._operations.start(NOW, lambda: None)
 
     def crash(self, configured: str | None = None) -> None:

@@ -18,7 +18,7 @@ from agent.fleet.rollout.desk import Desk
 from agent.fleet.rollout.look import Look, look
 from agent.fleet.rollout.plan import Plan, Promotion, Step
 from agent.fleet.store import FleetStore
-from agent.link import Delivery, Outgoing, Receipt
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.desired import Rules
 from agent.wire.keys import SigningKey
 from tests.senders import FLEET, MODEL, NEWER, Sender, Sent, new_key

@@ -18,8 +18,8 @@ from agent.device.operating.commands import Commands
 from agent.device.operating.control import Action, Control, Deed
 from agent.device.storage.store import Store
 from agent.errors import Refused
-from agent.link import Delivery
 from agent.wire import jws
+from agent.wire.carried import Delivery
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
 from tests.senders import new_key

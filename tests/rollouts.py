@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from agent.cli import wiring
+from agent.cli import assembly, wiring
 from agent.clock import Now
 from agent.device import choices
 from agent.device.daemon import Daemon
 from agent.device.storage.rows import Rows
 from agent.device.updates.standing import Standing, standing
-from agent.link import Delivery
 from agent.model import bundle, golden, probe, runtime
 from agent.model.apart import Apart
 from agent.wire import jws
+from agent.wire.carried import Delivery
 from agent.wire.messages import encode
 from tests.bundles import change_manifest, model, readings
 from tests.exchanges import T0, Device, version, versions
@@ -100,7 +100,7 @@ class Site(Device):
                 shutil.copytree(self.bundles[text], target)
         self.file, self.conf = wiring.load(str(self.home / "outstation.toml"))
         self.store = wiring.open_store(self.conf)
-        self.daemon: Daemon = wiring.daemon(self.file, self.conf, self.store, now=lambda: self.now)
+        self.daemon: Daemon = assembly.daemon(self.file, self.conf, self.store, now=lambda: self.now)
         self.daemon._operations.start(self.now, lambda: None)
 
     def stop(self) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from agent.link import Delivery, Outgoing
 from agent.wire import jws
+from agent.wire.carried import Delivery, Outgoing
 from agent.wire.keys import SigningKey
 from agent.wire.messages import Message, digest, encode, open_message
 

@@ -15,7 +15,8 @@ from agent.errors import LinkDown
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrol import enrol, init_fleet
 from agent.fleet.store import FleetStore
-from agent.link import Delivery, Link, Outgoing, Receipt
+from agent.link import Link
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from tests.brokers import Mosquitto, free_port
 from tests.system import FLEET, outstation
 

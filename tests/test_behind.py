@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agent.cli import wiring
+from agent.cli import assembly, loading, wiring
 from agent.device import batch, behind
 from agent.device.daemon import Daemon
 from agent.device.storage.store import Store
@@ -36,7 +36,7 @@ def rows_run(store: Store) -> list[int]:
 
 
 def loaded(site: Site, store: Store) -> batch.Task:
-    return wiring.load_task(site.file, site.conf, store, "exercise")
+    return loading.load_task(site.file, site.conf, store, "exercise")
 
 
 def test_a_cursor_behind_what_was_judged_is_raised_once_and_an_alert_says_it(site: Site) -> None:
@@ -117,4 +117,4 @@ def made(site: Site, store: Store) -> Daemon:
     text = site.config.read_text(encoding="utf-8")
     site.config.write_text(text.replace('delivery = "collector"', 'delivery = "broker"'), encoding="utf-8")
     site.file, site.conf = wiring.load(str(site.config))
-    return wiring.daemon(site.file, site.conf, store, now=lambda: NOW)
+    return assembly.daemon(site.file, site.conf, store, now=lambda: NOW)

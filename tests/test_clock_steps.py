@@ -14,7 +14,7 @@ import pytest
 from apscheduler.triggers.cron import CronTrigger
 
 from agent import clock
-from agent.cli import wiring
+from agent.cli import assembly, wiring
 from agent.client import Client
 from agent.clock import Now
 from agent.device import batch
@@ -44,7 +44,7 @@ class Turned:
             device.task(name, schedule=schedule)
         self.file, self.conf = wiring.load(str(device.config))
         self.store: Store = wiring.open_store(self.conf)
-        self.daemon: Daemon = wiring.daemon(self.file, self.conf, self.store)
+        self.daemon: Daemon = assembly.daemon(self.file, self.conf, self.store)
         self.runs: Counter[str] = Counter()
         self.work: Counter[str] = Counter()
         self.most: Counter[str] = Counter()

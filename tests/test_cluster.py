@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner
 
 from agent.cli.model import model as command
 from agent.errors import UsageError
+from agent.evaluation.worker import MOST_TRIES
 from tests.brokers import free_port
 from tests.bundles import ANOMALY, CLASSIFY, LABELS, TABULAR, packed, readings, waves, write_csv
 from tests.clusters import WITHIN_S, Ray, ended, local
@@ -145,6 +149,25 @@ def test_a_bundle_is_evaluated_with_the_figures_of_one_machine(ray: Ray, tmp_pat
     for told in (there, one_machine):
         del told["made"], told["seconds"]
     assert (code, there) == (0, one_machine)
+
+
+def test_an_evaluation_whose_workers_die_again_and_again_ends_with_a_sentence(ray: Ray, tmp_path: Path) -> None:
+    tabular, data = packed(tmp_path, CLASSIFY), tmp_path / "in.csv"
+    lines = write_csv(data, TABULAR, readings(200)).read_text().splitlines()
+    data.write_text("\n".join(f"{line},{'label' if i == 0 else LABELS[i % 3]}" for i, line in enumerate(lines)))
+    driver, killed = ray.begin("evaluate", tabular, data, "--no-latency", "--json", "--engine", "ray"), set[int]()
+    end = time.monotonic() + 3 * WITHIN_S
+    while driver.poll() is None and time.monotonic() < end:
+        # One that has a child proves the bundle: it has begun with the rows it was given.
+        for one in ray.workers():
+            with suppress(psutil.NoSuchProcess):
+                if one.children():
+                    one.kill()
+                    killed.add(one.pid)
+        time.sleep(0.02)
+    code, said = ended(driver)
+    assert (code, len(killed)) == (1, MOST_TRIES)
+    assert "4 workers died over the windows of one file" in said
 
 
 def test_what_a_worker_cannot_read_is_said_with_its_node_and_exits_with_2(

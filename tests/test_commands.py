@@ -20,8 +20,8 @@ from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 from agent.device.timekeeping import FLOOR
 from agent.errors import Refused, StorageFull
-from agent.link import Delivery, Outgoing
 from agent.wire import jws
+from agent.wire.carried import Delivery, Outgoing
 from agent.wire.commands import MAX_COMMAND_BYTES, NEED_TIME
 from tests.operators import DEVICE, FLEET, MINUTE_US, NOW, TOPIC, Desk, Operator
 from tests.senders import new_key

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from agent.config import Broker
-from agent.link import Link, Outgoing
+from agent.link import Link
 from agent.wire import jws
+from agent.wire.carried import Outgoing
 from agent.wire.messages import encode
 from tests.senders import new_key
 from tests.system import FLEET, Device, Fleet, eventually, outstation

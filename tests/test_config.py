@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agent import config
 from agent.cli import main
-from agent.cli.wiring import publishers
+from agent.cli.loading import publishers
 from agent.config import Config, FilesSource, HostSource, ReplaySource, SocketSource, Updates
 from agent.errors import ConfigError
 from agent.wire.keys import b64url
@@ -274,6 +274,8 @@ def test_an_unknown_key_is_named_in_full_with_what_may_be_meant(tmp_path: Path, 
         (STREAM + "[tasks.a]\nstream = 'watch'", "tasks.a.bundle", "this key is required; add it"),
         (STREAM + TASK.replace("exercise]", "Exercise]"), "tasks.Exercise", "must be 1-64 of a-z 0-9"),
         (STREAM + TASK + "publish = 'al'", "tasks.exercise.publish", "'al' is no choice here; did you mean 'all'?"),
+        (STREAM + TASK + 'deadline = "0 s"', "tasks.exercise.deadline", "must be longer than nothing"),
+        (STREAM + TASK + "deadline = 2", "tasks.exercise.deadline", "must be a number with a unit"),
         (STREAM + TASK + "learn = 5", "tasks.exercise.learn", "expected `int` >= 20"),
     ],
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from agent import clock, config
-from agent.cli import wiring
+from agent.cli import assembly, wiring
 from agent.config import Config
 from agent.device import batch
 from agent.device.author import Author
@@ -113,11 +113,11 @@ def test_a_nightly_run_that_was_missed_while_the_agent_was_off_is_due_at_the_nex
     file.write_text(CRON, encoding="utf-8")
     _, conf = wiring.load(str(file))
     store = wiring.open_store(conf)
-    ((fresh,), _) = wiring.planned(file, conf, store)
+    ((fresh,), _) = assembly.planned(file, conf, store)
     assert not fresh.schedule.due(NOW, 0)
     with store.transaction() as tx:
         tx.keep("exercise", "last run", str(NOW.wall_us - 30 * 3_600_000_000).encode())
-    ((late,), _) = wiring.planned(file, conf, store)
+    ((late,), _) = assembly.planned(file, conf, store)
     assert late.schedule.due(NOW, 0)
     late.schedule.ran(NOW)
     assert not late.schedule.due(NOW, 0)
@@ -161,7 +161,7 @@ class Turned:
         _, self.conf = wiring.load(str(self.file))
         self.store = wiring.open_store(self.conf)
         self.boot_s, self.look_s = 1000.0, 0.0
-        self.daemon: Daemon = wiring.daemon(self.file, self.conf, self.store, now=self.now)
+        self.daemon: Daemon = assembly.daemon(self.file, self.conf, self.store, now=self.now)
 
     def now(self) -> clock.Now:
         self.boot_s += self.look_s

@@ -17,8 +17,8 @@ from agent.device.outgoing.uplink import Uplink
 from agent.device.storage.store import Store
 from agent.device.updates.desired import Desires
 from agent.errors import Refused, StorageFull
-from agent.link import Delivery
 from agent.wire import jws
+from agent.wire.carried import Delivery
 from agent.wire.desired import MAX_DESIRED_BYTES
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode

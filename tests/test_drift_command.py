@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.cli import wiring
+from agent.cli import loading, wiring
 from agent.clock import Now
 from agent.device import batch
 from agent.device.storage.rows import Rows
@@ -59,7 +59,7 @@ class Site:
             with store.transaction() as tx:
                 tx.append("watch", Rows(t, tuple(columns)), "synced")
             author = wiring.author(self.file, self.conf, store)
-            task = wiring.load_task(self.file, self.conf, store, "exercise")
+            task = loading.load_task(self.file, self.conf, store, "exercise")
             while batch.run(task, store, author, NOW) is not None:
                 pass
         finally:

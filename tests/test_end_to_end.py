@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 
 from agent import clock
-from agent.cli import wiring
+from agent.cli import assembly, wiring
 from agent.client import Answer, Client
 from agent.clock import Now
 from agent.config import Broker
 from agent.device.outgoing.uplink import Uplink
 from agent.device.storage.rows import Rows
 from agent.device.storage.store import Store
-from agent.link import Link, Outgoing, Receipt
+from agent.link import Link
 from agent.wire import jws, keys
+from agent.wire.carried import Outgoing, Receipt
 from tests.brokers import Mosquitto, free_port
 from tests.senders import new_key
 from tests.system import FIELDS, FLEET, Device, Fleet, NotifySocket, Program, covered, eventually, fields, outstation
@@ -486,7 +487,7 @@ def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fl
     file, conf = wiring.load(str(device.config))
     store = wiring.open_store(conf)
     try:
-        daemon = wiring.daemon(file, conf, store)
+        daemon = assembly.daemon(file, conf, store)
         start = clock.epoch_us("2026-11-24T23:00:00Z")
         cursors = []
         for minute in range(0, 360, 10):

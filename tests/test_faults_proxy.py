@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from agent.config import Broker
 from agent.errors import LinkDown
-from agent.link import Link, Outgoing, Receipt
+from agent.link import Link
+from agent.wire.carried import Outgoing, Receipt
 from scripts.faults import proxy
 from scripts.faults.proxy import Packet, Proxy
 from tests.brokers import Mosquitto

@@ -23,7 +23,8 @@ from agent.config import Broker
 from agent.errors import UsageError
 from agent.fleet.ingest import Arrival
 from agent.fleet.store import FleetStore
-from agent.link import Link, Receipt
+from agent.link import Link
+from agent.wire.carried import Receipt
 from tests.brokers import Mosquitto
 from tests.senders import Sender, Sent
 from tests.stations import wait_for

@@ -27,8 +27,9 @@ from agent.fleet.collect import Collector
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrol import init_fleet
 from agent.fleet.store import FleetStore
-from agent.link import Delivery, Link, Outgoing, Receipt
+from agent.link import Link
 from agent.wire import jws
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.keys import SigningKey, b64url, unb64url
 from agent.wire.messages import Ack, open_message
 from tests.brokers import Mosquitto

@@ -18,8 +18,8 @@ from agent.errors import Refused, UsageError
 from agent.fleet.command import COUNTER, Sent, arguments, next_counter, send
 from agent.fleet.keyring import Keyring
 from agent.fleet.store import FleetStore
-from agent.link import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
 from agent.wire import jws
+from agent.wire.carried import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
 from agent.wire.keys import SigningKey
 from agent.wire.messages import Cmd, encode, open_message
 from tests.senders import new_key

@@ -18,8 +18,9 @@ from agent.fleet.collect import filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrol import Enrolment, bundle, enrol, init_fleet
 from agent.fleet.store import FleetStore
-from agent.link import Link, Outgoing, Receipt
+from agent.link import Link
 from agent.wire import keys
+from agent.wire.carried import Outgoing, Receipt
 from agent.wire.keys import PublicKey
 from tests.brokers import Mosquitto, free_port
 from tests.certificates import expired

@@ -13,8 +13,9 @@ from agent.cli.fleet_rollout import documents
 from agent.errors import Refused
 from agent.fleet.command import COUNTER
 from agent.fleet.keyring import Keyring
-from agent.link import Delivery, Link, Outgoing, Receipt
+from agent.link import Link
 from agent.wire import jws, keys
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.messages import Desired, open_message
 from tests.brokers import Mosquitto
 from tests.senders import MODEL, NEWER, Sender, Sent, new_key

@@ -185,14 +185,47 @@ def test_a_pure_room_opens_no_files(pure: str) -> None:
                 "agent.cli",
                 "agent.fleet",
                 "agent.simulate",
+                "apscheduler",
+                "cryptography.x509",
+                "dateutil",
+                "importlib.metadata",
                 "iotcore",
                 "jwt",
                 "pandas",
                 "pyarrow",
                 "pytest",
                 "rich",
+                "sqlite_utils",
                 "tuf",
             },
+        ),
+        (
+            "agent.cli.run",
+            {"agent.fleet", "agent.simulate", "apscheduler", "cryptography.x509", "rich", "sqlite_utils", "tuf"},
+        ),
+        (
+            "agent.cli.batch",
+            {
+                "agent.device.beside",
+                "agent.device.daemon",
+                "agent.device.recovery.copying",
+                "agent.fleet",
+                "agent.link",
+                "apscheduler",
+                "asyncio",
+                "cryptography.x509",
+                "http",
+                "importlib.metadata",
+                "paho",
+                "psutil",
+                "rich",
+                "sqlite_utils",
+                "tuf",
+            },
+        ),
+        (
+            "agent.cli.status",
+            {"agent.device.daemon", "agent.link", "apscheduler", "asyncio", "cryptography.x509", "sqlite_utils", "tuf"},
         ),
         (
             "agent.device.updates.fetch",
@@ -214,6 +247,15 @@ def test_starting_does_not_load_what_only_others_need(start: str, unwanted: set[
     loaded = set(done.stdout.split())
     assert start in loaded
     assert loaded & unwanted == set()
+
+
+def test_the_list_of_commands_loads_none_of_them() -> None:
+    code = "import sys; from agent.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "  status     Backlog" in done.stdout
+    loaded = set(done.stdout.splitlines())
+    assert "agent.cli" in loaded
+    assert {module for module in loaded if module.startswith("agent.cli.") or module == "numpy"} == set()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 
 from agent.config import Broker
 from agent.errors import LinkDown
-from agent.link import NO_SUBSCRIBERS, Delivery, Link, Outgoing, Receipt
+from agent.link import Link
+from agent.wire.carried import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
 from tests.brokers import Mosquitto, free_port
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from agent import config
-from agent.cli import wiring
+from agent.cli import loading
 from agent.cli.check import check
 from agent.cli.ingest import ingest
 from agent.device.storage.store import Store
@@ -190,7 +190,7 @@ def test_a_bundle_whose_rows_are_made_otherwise_than_the_streams_is_told_with_th
     text = site.config.read_text()
     site.config.write_text(text.replace("height = 96 }", "height = 96, scale = 0.5 }"))
     with pytest.raises(ConfigError) as problem:
-        wiring.load_task(site.config, config.load(site.config), None, "person")
+        loading.load_task(site.config, config.load(site.config), None, "person")
     said = 'give a stream source = { kind = "files", folder = "…", image = { width = 96, height = 96 } }'
     assert said in str(problem.value)
     assert "tasks.person.stream" in str(problem.value)

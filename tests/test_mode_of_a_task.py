@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agent import config
-from agent.cli import wiring
+from agent.cli import loading
 from agent.clock import Now
 from agent.config import Config, Field, Stream
 from agent.device import batch
@@ -35,7 +35,7 @@ def conf(folder: Path, recipe: Recipe, mode: str | None) -> Config:
 
 def loaded(folder: Path, recipe: Recipe, mode: str | None, store: Store | None = None) -> batch.Task:
     path = folder / "bundle" if (folder / "bundle").exists() else packed(folder, recipe)
-    return wiring.load_task(folder / "outstation.toml", conf(folder, recipe, mode), store, "tiny", path)
+    return loading.load_task(folder / "outstation.toml", conf(folder, recipe, mode), store, "tiny", path)
 
 
 def asking(mode: str) -> Recipe:

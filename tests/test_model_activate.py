@@ -38,14 +38,14 @@ def anomaly(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_name_is_looked_up_in_the_device_then_among_the_shipped(folder: Path) -> None:
     store = folder.parent
-    assert activate.locate("bundle", store) == folder
-    assert activate.locate("./here", store) == Path("here")
-    assert activate.locate("exercise", store) == shipped.bundles() / "exercise"
+    assert shipped.locate("bundle", store) == folder
+    assert shipped.locate("./here", store) == Path("here")
+    assert shipped.locate("exercise", store) == shipped.bundles() / "exercise"
     zipped = archive(folder)
     shutil.rmtree(folder)
-    assert activate.locate("bundle", store) == zipped
+    assert shipped.locate("bundle", store) == zipped
     with pytest.raises(BadBundle, match=r"no bundle 'nowhere' in .*; put it there, or give its path"):
-        activate.locate("nowhere", store)
+        shipped.locate("nowhere", store)
 
 
 def test_a_bundle_that_proves_itself_is_loaded_with_its_reference(folder: Path) -> None:

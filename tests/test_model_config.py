@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent import config, media
-from agent.cli import wiring
+from agent.cli import loading
 from agent.cli.init import init
 from agent.cli.model import model as command
 from agent.errors import BadBundle, UsageError
@@ -39,7 +39,7 @@ def test_what_is_printed_makes_the_config_of_a_device_that_runs_the_bundle(tmp_p
     text = told(tiny, "--name", "v1.sorter", "--key", KEY.public.text)
     file.write_text(file.read_text() + text)
     conf = config.load(file)
-    task = wiring.load_task(file, conf, None, "v1.sorter")
+    task = loading.load_task(file, conf, None, "v1.sorter")
     assert task.bundle.manifest.name == "tiny"
     assert [field.name for field in conf.streams["v1.sorter"].fields] == list(CLASSIFY.fields)
     assert json.loads(told(tiny, "--name", "v1.sorter", "--key", KEY.public.text, "--json"))["text"] == text

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import sqlite_utils
 from click.testing import CliRunner
 
 from agent import __version__
@@ -154,13 +153,11 @@ def test_a_store_of_the_first_version_opens_with_everything_in_it(first: Path) -
 
 
 def test_a_migration_that_fails_puts_the_old_store_back(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = schema.migrations._migrations
-
-    def failing(db: sqlite_utils.Database) -> None:
+    def failing(db: sqlite3.Connection) -> None:
         db.execute("DELETE FROM outbox")
         raise sqlite3.OperationalError("no such thing")
 
-    monkeypatch.setattr(schema.migrations, "_migrations", [*known, schema.migrations._Migration("later", failing)])
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, failing))
     with pytest.raises(StorageError, match="The store is as it was before, nothing is lost"):
         Store(first)
     monkeypatch.undo()
@@ -171,12 +168,10 @@ def test_a_migration_that_fails_puts_the_old_store_back(first: Path, monkeypatch
 
 
 def test_a_migration_that_loses_rows_is_not_kept(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = schema.migrations._migrations
-
-    def losing(db: sqlite_utils.Database) -> None:
+    def losing(db: sqlite3.Connection) -> None:
         db.execute("DELETE FROM outbox WHERE seq = 4")
 
-    monkeypatch.setattr(schema.migrations, "_migrations", [*known, schema.migrations._Migration("later", losing)])
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, losing))
     with pytest.raises(StorageError, match="outbox has 2 rows instead of 3"):
         Store(first)
     monkeypatch.undo()
@@ -189,12 +184,10 @@ _MIGRATES = """\
 import os, sys
 from pathlib import Path
 from agent.device.storage import schema
-real = schema.migrations.apply
-steps = []
-def apply(database):
-    real(database, stop_before=sys.argv[2])
+def dying(db):
     os._exit(9)
-schema.migrations.apply = apply
+dying.__name__ = sys.argv[2]
+schema.STEPS = tuple(dying if step.__name__ == sys.argv[2] else step for step in schema.STEPS)
 from agent.device.storage.store import Store
 Store(Path(sys.argv[1]))
 """

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agent import clock
-from agent.cli import wiring
+from agent.cli import loading, wiring
 from agent.device import marker
 from agent.device.marker import Mark, Marker
 from agent.device.operating import kept, overrides
@@ -281,7 +281,7 @@ def test_a_batch_by_hand_counts_the_death_of_the_one_before(device: Device) -> N
     device.crash("2")
     dies(device, device.digest("2"))
     device.store = wiring.open_store(device.conf)
-    wiring.guard(device.conf, device.store, wiring.author(device.file, device.conf, device.store))
+    loading.guard(device.conf, device.store, wiring.author(device.file, device.conf, device.store))
     crashes = device.store.state("sort", overrides.CRASHES)
     assert crashes is not None
     assert json.loads(crashes)["count"] == 1

@@ -267,7 +267,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from agent import clock
-from agent.cli import wiring
+from agent.cli import assembly, wiring
 from agent.device.storage.retention import Acknowledged
 from agent.device.storage.rows import Rows
 from agent.errors import StorageFull
@@ -292,7 +292,7 @@ file, conf = wiring.load(str(folder / "outstation.toml"))
 
 def start():
     store = wiring.open_store(conf)
-    return store, wiring.daemon(file, conf, store)
+    return store, assembly.daemon(file, conf, store)
 
 
 def feed(store):

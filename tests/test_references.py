@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.cli import wiring
+from agent.cli import loading, wiring
 from agent.clock import Now
 from agent.device import batch
 from agent.device.operating import references
@@ -68,7 +68,10 @@ def work(site: Site, store: Store, drift_windows: int) -> batch.Task:
     t = NOW.wall_us + 20_000 * np.arange(store.last_row("watch"), store.last_row("watch") + n, dtype=np.int64)
     with store.transaction() as tx:
         tx.append("watch", Rows(t, tuple(rng.normal(0, 0.2, n).astype("<f4") for _ in range(6))), "synced")
-    author, task = wiring.author(site.file, site.conf, store), wiring.load_task(site.file, site.conf, store, "exercise")
+    author, task = (
+        wiring.author(site.file, site.conf, store),
+        loading.load_task(site.file, site.conf, store, "exercise"),
+    )
     references.take_up(task, store, author, NOW)
     while batch.run(task, store, author, NOW) is not None:
         pass

@@ -24,7 +24,7 @@ from agent.fleet.acknowledge import Acknowledger
 from agent.fleet.audit import audit
 from agent.fleet.ingest import Arrival
 from agent.fleet.store import FleetStore
-from agent.link import Delivery
+from agent.wire.carried import Delivery
 from agent.wire.jws import Signer
 from agent.wire.messages import open_message
 from tests.senders import new_key

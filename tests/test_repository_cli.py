@@ -19,8 +19,8 @@ from agent.fleet.collect import Collector
 from agent.fleet.repository import expiry, upkeep
 from agent.fleet.repository import refresh as refreshing
 from agent.fleet.store import FleetStore
-from agent.link import Delivery, Outgoing, Receipt
 from agent.wire import keys
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from tests.bundles import KEY, packed, resign
 from tests.repositories import Client, served, version
 

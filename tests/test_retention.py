@@ -12,8 +12,8 @@ import pytest
 from agent.clock import Now
 from agent.device.storage import retention
 from agent.device.storage.retention import expired, uptime_json, uptime_s, with_step
-from agent.link import Outgoing
 from agent.wire import jws
+from agent.wire.carried import Outgoing
 from agent.wire.messages import Audit, open_message
 from tests.test_uplink import ACK_TOPIC, DEVICE, World, ack_body, signed
 

@@ -12,9 +12,10 @@ import pytest
 
 from agent.config import Broker
 from agent.fleet import config as fleet_config
-from agent.link import Link, Outgoing
+from agent.link import Link
 from agent.model import bundle
 from agent.wire import jws, keys
+from agent.wire.carried import Outgoing
 from agent.wire.messages import encode
 from tests import rigged
 from tests.system import FLEET, Device, Fleet, eventually, outstation

@@ -28,9 +28,9 @@ from agent.errors import UsageError
 from agent.fleet.audit import audit
 from agent.fleet.collect import Collector
 from agent.fleet.store import FleetStore
-from agent.link import Delivery
 from agent.wire import jws, keys
 from agent.wire import rotation as wire
+from agent.wire.carried import Delivery
 from agent.wire.keys import SigningKey, b64url
 from agent.wire.messages import open_message
 from tests.operators import DEVICE, FLEET, NOW, Operator

@@ -26,9 +26,9 @@ from agent.errors import LinkDown, StorageForked, StorageFull
 from agent.fleet.audit import audit
 from agent.fleet.collect import Collector
 from agent.fleet.store import FleetStore
-from agent.link import Delivery, Outgoing, Receipt
 from agent.simulate.link import Air, AirLink, Weather, matches
 from agent.wire import jws
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.keys import SigningKey, b64url
 from agent.wire.messages import Ack, Logged, State, encode, open_message
 from tests.senders import new_key

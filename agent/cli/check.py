@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from agent import clock, media
-from agent.cli import check_updates, wiring
+from agent.cli import check_updates, loading, wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config, FilesSource
 from agent.device import choices, schedule
@@ -78,7 +78,7 @@ def _collector(file: Path, conf: Config) -> Finding:
         return Finding("collector", "warning", 'delivery = "broker": what the broker loses is lost')
     if not conf.collector.key:
         return Finding("collector", "failed", f"{file}: collector.key is empty; `outstation fleet init` prints it")
-    return _try("collector", lambda: wiring.configured_keys(file, "collector.key", [conf.collector.key])[0].kid)
+    return _try("collector", lambda: loading.configured_keys(file, "collector.key", [conf.collector.key])[0].kid)
 
 
 def _schedule(file: Path, name: str, text: str) -> str:
@@ -97,7 +97,7 @@ def _files(file: Path, conf: Config, name: str) -> str:
 
 
 def _bundle(file: Path, conf: Config, name: str) -> str:
-    task = wiring.load_task(file, conf, None, name, known=_choices(conf, name))
+    task = loading.load_task(file, conf, None, name, known=_choices(conf, name))
     drift = "with drift reference" if task.judge else "without drift reference: drift is not watched"
     manifest = task.bundle.manifest
     pace = f", {task.choice}" if task.choice else ""

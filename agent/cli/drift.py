@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from agent import clock
-from agent.cli import drift_picture, operating, wiring
+from agent.cli import drift_picture, wiring
 from agent.cli.drift_picture import Scale
 from agent.cli.output import config_option, dark_option, emit, json_option, plot_option, require_drawable, table
 from agent.config import Config
 from agent.device import drifting
-from agent.device.operating import wipe
+from agent.device.operating import kept, wipe
 from agent.device.storage.store import Store
 from agent.drift import reported
 from agent.drift.codec import Ints
@@ -64,7 +64,7 @@ class _Found:
 
     def __init__(self, conf: Config, store: Store, task: str) -> None:
         self.task, self.device = task, conf.device.id
-        self.bundle = bundle.read(operating.bundle_of(conf, store, task), None)
+        self.bundle = bundle.read(kept.bundle_of(conf, store, task), None)
         self.shipped = _shipped(self.bundle)
         self.site = _site(store, task, self.shipped)
         self.line, self.unreadable = _timeline(store, task, self.shipped)

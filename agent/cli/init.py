@@ -74,6 +74,7 @@ source = {{ kind = "host", every = "10 s" }}  # socket | files | host | replay
 # stream = "watch"
 # bundle = "exercise"          # name in the bundle store, or a path
 # schedule = "every 60 s"      # "every ...", a cron expression, or "when 500 rows"
+# deadline = "2 s"             # how long a batch may take; after a late one the next are smaller
 # publish = "all"              # all | changes | summary, or {{ below = 0.6 }}
 """
 

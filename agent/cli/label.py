@@ -11,13 +11,14 @@ from typing import IO, Any
 import click
 import msgspec
 
-from agent.cli import operating, wiring
+from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.client import Client
 from agent.clock import epoch_us
 from agent.config import Config
 from agent.device.incoming.group import Group
 from agent.device.incoming.labels import Asked, Lot
+from agent.device.operating import kept
 from agent.device.timekeeping import clock_of
 from agent.drift import truth
 from agent.drift.truth import Label, Truth
@@ -162,7 +163,7 @@ def _hand_over(conf: Config, task: str, found: list[tuple[int, Label]]) -> tuple
 def _direct(conf: Config, task: str, found: list[tuple[int, Label]]) -> tuple[int, dict[int, str]]:
     store = wiring.open_store(conf)
     try:
-        manifest = bundle.read(operating.bundle_of(conf, store, task), None).manifest
+        manifest = bundle.read(kept.bundle_of(conf, store, task), None).manifest
         asked = {task: Asked(conf.tasks[task].stream, Truth(manifest.truth, tuple(manifest.output.labels)))}
         group, now = Group(store, conf.streams, lambda: asked), clock_of(store)
         accepted, rejected = 0, dict[int, str]()

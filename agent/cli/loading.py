@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from agent import config, media
-from agent.cli import operating
 from agent.config import Config
 from agent.device import choices, drifting
+from agent.device.author import Author
 from agent.device.batch import Task
 from agent.device.drifting import Ended
 from agent.device.marker import Marker
-from agent.device.operating import quarantine
+from agent.device.operating import kept, quarantine
 from agent.device.storage.store import Store
-from agent.device.updates import standing, watching
+from agent.device.timekeeping import clock_of
+from agent.device.updates import probation, standing, watching
 from agent.drift.judge import Judge
 from agent.drift.state import State
 from agent.errors import ConfigError
@@ -44,6 +45,14 @@ def publishers(file: Path, conf: Config) -> list[PublicKey]:
     return [*listed, *configured_keys(file, "operators.keys", conf.operators.keys)]
 
 
+def guard(conf: Config, store: Store, writer: Author) -> Marker:
+    """What notices a model that ends the agent; once a start, before tasks are loaded."""
+    marker, now = Marker(conf.data_dir), clock_of(store)()
+    if not probation.settle(conf, store, writer, marker, now):
+        quarantine.settle(conf, store, writer, marker, now)
+    return marker
+
+
 def load_task(
     file: Path,
     conf: Config,
@@ -59,7 +68,7 @@ def load_task(
     With a `store`, how its model is run is taken from there and kept there, else from the `known`.
     """
     if path is None:
-        path = operating.bundle_of(conf, store, name)
+        path = kept.bundle_of(conf, store, name)
         if store is not None:
             quarantine.refuse(store, name, path)
 

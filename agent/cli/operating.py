@@ -10,7 +10,7 @@ from typing import Any
 from agent.config import Config
 from agent.device.author import Author
 from agent.device.batch import Task
-from agent.device.operating import kept, wipe
+from agent.device.operating import wipe
 from agent.device.operating.actions import TaskActions
 from agent.device.operating.commands import Commands
 from agent.device.operating.control import Control
@@ -21,7 +21,6 @@ from agent.device.operating.rotation import Rotation
 from agent.device.operating.wipe import Wipe
 from agent.device.storage.store import Store
 from agent.device.updates.rollout import Rollouts
-from agent.model import activate
 
 
 def operations(
@@ -51,9 +50,3 @@ def erase(file: Path, conf: Config, given: Path) -> dict[str, Any]:
     """Everything of the device's, with the store closed; what the marker file then says."""
     own_keys = [given, given.with_name(given.name + ".pub")]
     return wipe.erase(conf.data_dir, wipe.spared(file, conf), own_keys)
-
-
-def bundle_of(conf: Config, store: Store | None, task: str) -> Path:
-    """Where the bundle that `task` runs is. Raises BadBundle."""
-    configured = activate.locate(conf.tasks[task].bundle, conf.data_dir / "bundles")
-    return configured if store is None else kept.in_force(store, task, configured, conf.data_dir)

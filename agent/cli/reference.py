@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from agent.cli import learned, wiring
+from agent.cli import learned, loading, wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config, parse_duration
 from agent.device.operating import references, wipe
@@ -95,7 +95,7 @@ def _taken_up(file: Path, conf: Config, task: str, request: references.Request, 
     try:
         writer, now = wiring.author(file, conf, store), clock_of(store)
         Timekeeper(store, writer).turn(now())
-        return references.take_up(wiring.load_task(file, conf, store, task), store, writer, now())
+        return references.take_up(loading.load_task(file, conf, store, task), store, writer, now())
     finally:
         store.close()
 

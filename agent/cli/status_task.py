@@ -10,10 +10,10 @@ from typing import Any
 import click
 import msgspec
 
-from agent.cli import learned, operating
+from agent.cli import learned
 from agent.cli.output import table
 from agent.config import Config
-from agent.device import choices, drifting, quality
+from agent.device import choices, deadline, drifting, quality
 from agent.device.operating import kept, overrides
 from agent.device.storage.store import Store
 from agent.device.updates import standing
@@ -55,6 +55,7 @@ def document(conf: Config, store: Store, name: str) -> dict[str, Any]:
         "reference": _reference(conf, store, name),
         "open": store.open_alerts(name),
         "quality": _quality(store, name),
+        **deadline.shown(store, name, task.deadline),
         **overrides.shown(store, name),
         **standing.shown(store, name, conf.device.id),
     }
@@ -62,7 +63,7 @@ def document(conf: Config, store: Store, name: str) -> dict[str, Any]:
 
 def _configured(conf: Config, store: Store, name: str) -> str:
     """Of a task that never ran."""
-    manifest = bundle.read(operating.bundle_of(conf, store, name), None).manifest
+    manifest = bundle.read(kept.bundle_of(conf, store, name), None).manifest
     return f"{manifest.name} {manifest.version}"
 
 
@@ -105,6 +106,7 @@ def show(tasks: Sequence[dict[str, Any]]) -> None:
     for task in tasks:
         lines = [
             _pace_line(task),
+            *_deadline_lines(task.get("deadline")),
             *_rollout_lines(task.get("rollout")),
             *_reference_lines(task["reference"]),
             *_quality_lines(task["quality"]),
@@ -130,6 +132,19 @@ def _bundle_cell(task: dict[str, Any]) -> str:
 def _pace_line(task: dict[str, Any]) -> str:
     """How its model is run here, and how fast it would go."""
     return f"model runs: {msgspec.convert(task['pace'], Choice) if task['pace'] else 'not tried yet'}"
+
+
+def _deadline_lines(found: dict[str, Any] | None) -> list[str]:
+    """How many batches took longer than they may, and the last of them."""
+    if found is None:
+        return []
+    line, last = f"deadline {found['seconds']:g} s: ", found["last"]
+    if not found["late"] or last is None:
+        return [line + "no batch was late"]
+    batches = "1 batch was" if found["late"] == 1 else f"{found['late']:,} batches were"
+    moment = datetime.datetime.fromisoformat(last["time"])
+    took = f"{last['seconds']:g} s for {last['windows']:,} windows"
+    return [line + click.style(f"{batches} late, the last at {moment:%Y-%m-%d %H:%M}: {took}", fg="yellow")]
 
 
 def _rollout_lines(found: dict[str, Any] | None) -> list[str]:

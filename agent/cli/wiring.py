@@ -1,41 +1,19 @@
-"""Where the device's objects are put together."""
+"""From the config file to the open store, the keys and the author: what most commands need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from agent import clock, config
-from agent.cli import operating, updating
-from agent.cli.loading import configured_keys as configured_keys
-from agent.cli.loading import load_task as load_task
-from agent.cli.loading import publishers as publishers
-from agent.clock import Now
-from agent.config import Config, FilesSource, HostSource, ReplaySource
-from agent.device import quality
+from agent import config
+from agent.config import Config
 from agent.device.author import Author
-from agent.device.batch import Task
-from agent.device.daemon import LAST_RUN, Daemon
-from agent.device.incoming.intake import Intake, Source
-from agent.device.marker import Marker
-from agent.device.operating import kept, overrides, quarantine, wipe
-from agent.device.operating.commands import Commands
+from agent.device.operating import wipe
 from agent.device.operating.keyfiles import KeyFiles
-from agent.device.operating.machine import Machine, Planned
-from agent.device.operating.operations import Operations
 from agent.device.operating.rotation import open_keys
-from agent.device.outgoing.uplink import Uplink
 from agent.device.recovery.settle import settle
-from agent.device.reports import Broken
 from agent.device.storage.store import Store
 from agent.device.timekeeping import clock_of
-from agent.device.updates import probation, standing
-from agent.device.updates.desired import Desires
-from agent.device.updates.updating import Updating
-from agent.errors import BadBundle, ConfigError, UsageError
+from agent.errors import UsageError
 from agent.wire import keys
 
 KEY_FILE = "device.key"
@@ -77,108 +55,6 @@ def author(file: Path, conf: Config, store: Store) -> Author:
     # Before anything else is written or sent in this log.
     settle(store, writer, tasks, clock_of(store)())
     return writer
-
-
-def guard(conf: Config, store: Store, writer: Author) -> Marker:
-    """What notices a model that ends the agent; once a start, before tasks are loaded."""
-    marker, now = Marker(conf.data_dir), clock_of(store)()
-    if not probation.settle(conf, store, writer, marker, now):
-        quarantine.settle(conf, store, writer, marker, now)
-    return marker
-
-
-def planned(file: Path, conf: Config, store: Store, marker: Marker | None = None) -> tuple[list[Planned], list[Broken]]:
-    """All tasks, loaded, and those whose bundle does not run here: these stop nothing else. Raises ConfigError.
-
-    In place of such a bundle goes on what ran for the task before.
-    """
-    schedules = {}
-    for name in conf.tasks:
-        last_run = int(store.state(name, LAST_RUN) or 0) or None
-        schedules[name] = overrides.schedule_in_force(str(file), conf, store, name, last_run)
-    good, broken = [], []
-    for name, task in conf.tasks.items():
-        loaded: Task | None
-        try:
-            loaded = load_task(file, conf, store, name, marker=marker)
-        except BadBundle as problem:
-            loaded = _before(file, conf, store, name, marker)
-            instead = "" if loaded is None else str(kept.ran(loaded.bundle))
-            broken.append(Broken(name, task.bundle, str(problem), instead))
-        if loaded is not None:
-            good.append(Planned(loaded, schedules[name], overrides.is_paused(store, name)))
-    return good, broken
-
-
-def _before(file: Path, conf: Config, store: Store, name: str, marker: Marker | None) -> Task | None:
-    """The task with the newest bundle that ran for it and still does."""
-    refused = kept.configured_digest(conf.tasks[name].bundle, conf.data_dir)
-    for one in kept.ran_before(store, name, conf.data_dir, {refused, *overrides.set_aside(store, name)}):
-        with suppress(BadBundle, ConfigError):
-            return load_task(file, conf, store, name, kept.folder(conf.data_dir, one.digest), marker=marker)
-    return None
-
-
-def sources(file: Path, conf: Config, store: Store) -> list[Source]:
-    """The sources this device runs itself."""
-    found: list[Source] = []
-    for name, stream in conf.streams.items():
-        source = stream.source
-        if isinstance(source, FilesSource):
-            from agent.device.incoming import readmedia
-            from agent.device.incoming.sources.files import Files
-
-            readmedia.require(str(file), name, stream, int(conf.buffer.max_size))
-            found.append(Files(name, stream, source, store))
-        elif isinstance(source, HostSource):
-            from agent.device.incoming.sources.host import Host
-
-            found.append(Host(str(file), name, stream, source, conf.data_dir))
-        elif isinstance(source, ReplaySource):
-            from agent.device.incoming.sources.replay import Replay
-
-            found.append(Replay(name, stream, source, store, clock.read()))
-    return found
-
-
-def daemon(file: Path, conf: Config, store: Store, *, now: Callable[[], Now] | None = None, **uplink: Any) -> Daemon:
-    """The whole device; another clock and another link, as `Uplink` takes them, for simulations. Raises UsageError."""
-    writer = author(file, conf, store)
-    now = now or clock_of(store)
-    collector = configured_keys(file, "collector.key", [conf.collector.key])[0] if conf.collector.key else None
-    if collector is None and conf.collector.delivery == "collector":
-        raise ConfigError(
-            str(file), "collector.key", 'empty: without it no acknowledgement counts; set it, or delivery = "broker"'
-        )
-    operators = configured_keys(file, "operators.keys", conf.operators.keys)
-    commands = Commands(store, writer, operators)
-    desires = Desires(store, writer, operators, conf.device.groups)
-    marker = guard(conf, store, writer)
-    tasks, broken = planned(file, conf, store, marker)
-    for one in tasks:
-        if not standing.on_probation(store, one.task.name):
-            kept.activated(store, writer, one.task, conf.data_dir, now())
-    quarantine.lift(conf, store, writer, now())
-    kept.prune(store, conf.tasks, conf.data_dir)
-    own = sources(file, conf, store)
-
-    def make_intake(committed: Callable[[], None], failed: Callable[[Exception], None]) -> Intake:
-        return Intake(conf, store, own, now, committed, failed, lambda: quality.asked([one.task for one in tasks]))
-
-    def make_uplink(failed: Callable[[Exception], None]) -> Uplink:
-        return Uplink(conf, store, writer, collector, now, failed, commands=commands, desires=desires, **uplink)
-
-    def make_updating(machine: Machine, wake: Callable[[], None], waiting: Callable[[], None]) -> Updating:
-        trusted = publishers(file, conf)
-        return updating.updating(file, conf, store, writer, desires, trusted, marker, machine, wake, waiting)
-
-    def make_operations(machine: Machine, updates: Updating) -> Operations:
-        files, given = key_files(file, conf), given_key(file, conf)
-        load = partial(load_task, file, conf, store, marker=marker)
-        rollouts = updates.rollouts
-        return operating.operations(file, conf, store, writer, commands, files, given, load, machine, rollouts)
-
-    return Daemon(conf, store, writer, tasks, broken, make_intake, make_uplink, make_updating, make_operations, now)
 
 
 def load(config_file: str | None) -> tuple[Path, Config]:

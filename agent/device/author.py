@@ -11,8 +11,8 @@ from agent import clock
 from agent.clock import Now
 from agent.device import spending
 from agent.device.storage.transaction import Pending, Transaction
-from agent.link import Outgoing
 from agent.wire import jws, messages, rotation
+from agent.wire.carried import Outgoing
 from agent.wire.keys import SigningKey
 from agent.wire.topics import DEVICE_ALERTS, PER_TASK, Topic
 

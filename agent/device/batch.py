@@ -16,6 +16,7 @@ from agent.clock import Now
 from agent.config import Stream
 from agent.device import columns, drifting, learned
 from agent.device.author import Author
+from agent.device.deadline import Deadline
 from agent.device.drifting import Ended
 from agent.device.operating import overrides
 from agent.device.spending import Meter
@@ -83,11 +84,12 @@ class Task:
     columns: list[int] = field(init=False)
     inference: Inference = field(init=False)
     meter: Meter = field(init=False)
+    deadline: Deadline = field(init=False)
     last_label: str = ""
     shrunk: int = 1
 
     def __post_init__(self) -> None:
-        self.meter = Meter(self.name)
+        self.meter, self.deadline = Meter(self.name), Deadline(self.name, self.config.deadline)
         names = [f.name for f in self.stream.fields]
         self.columns = [names.index(name) for name in self.bundle.manifest.input.fields]
         made, manifest = self.stream.made, self.bundle.manifest
@@ -106,11 +108,12 @@ class Task:
     def batch_rows(self, transaction: int) -> int:
         """The most rows of one batch: one window, and as many more as memory, time and `transaction` bytes allow."""
         in_memory = MOST_VALUES // (self.window_rows * len(self.bundle.manifest.input.columns))
-        in_time = _MANY_WINDOWS if self.choice is None else int(_MOST_SECONDS * self.choice.rows_per_s)
+        most_s = min(_MOST_SECONDS, self.deadline.seconds or _MOST_SECONDS)
+        in_time = _MANY_WINDOWS if self.choice is None else int(most_s * self.choice.rows_per_s)
         many = min(_MOST_WINDOWS, max(_MANY_WINDOWS, _MANY_ROWS // self.step))
         # The other half is for alerts, and for the states of drift and labels.
         written = transaction // 2 // self._window_bytes
-        windows = min(many, written, in_memory, in_time) // self.shrunk
+        windows = min(many, written, in_memory, in_time, self.deadline.fits) // self.shrunk
         return self.window_rows + max(0, self._to_a_close(windows) - 1) * self.step
 
     def _to_a_close(self, windows: int) -> int:
@@ -153,10 +156,12 @@ class _Judged:
 def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
     """One batch of what waits for `task`; None where nothing can be consumed yet.
 
-    Raises StorageError; then nothing of it happened.
+    Raises StorageError; then nothing of it happened, or it is only not told that it was late.
     """
     while True:
-        most, began = task.batch_rows(store.quota.transaction), time.thread_time_ns()
+        most = task.batch_rows(store.quota.transaction)
+        # Not the boot-time clock: while the machine sleeps, no batch is late.
+        began, began_s = time.thread_time_ns(), time.monotonic()
         try:
             done = _run(task, store, author, now, most)
         except StorageFull:
@@ -168,6 +173,7 @@ def run(task: Task, store: Store, author: Author, now: Now) -> Done | None:
             task.shrunk = max(1, task.shrunk // 2)
             if done is not None:
                 task.meter.ran(done.windows, done.rows, done.listed, (time.thread_time_ns() - began) // 1000)
+                task.deadline.took(time.monotonic() - began_s, done.windows, store, author, now)
             return done
 
 

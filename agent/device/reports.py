@@ -10,7 +10,7 @@ from typing import Any
 from agent import __version__
 from agent.clock import Now
 from agent.config import Config
-from agent.device import timekeeping
+from agent.device import deadline, timekeeping
 from agent.device.author import Author
 from agent.device.operating import overrides
 from agent.device.spending import Process
@@ -138,6 +138,7 @@ def health(conf: Config, store: Store, models: Models) -> dict[str, Any]:
                 "first": store.first_consumed(name),
                 "windows": counters.get(f"windows.{name}", 0),
                 "model": models.get(name),
+                **deadline.shown(store, name, task.deadline),
                 **overrides.shown(store, name),
                 **standing.shown(store, name, conf.device.id),
             }

@@ -14,8 +14,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from agent.clock import Now
 from agent.device.storage.transaction import Transaction
 
@@ -102,6 +100,9 @@ class Process:
             tx.count(f"{_PROCESS}{name}", max(0, n))
 
     def _read(self, now: Now) -> _Read:
+        # Costs 10 ms: of no use to those who only run batches.
+        import psutil
+
         children = resource.getrusage(resource.RUSAGE_CHILDREN)
         machine = psutil.cpu_times()
         busy_s = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)

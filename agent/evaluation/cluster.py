@@ -18,13 +18,18 @@ import numpy as np
 
 from agent.errors import OutstationError, UsageError
 from agent.evaluation.totals import Job
-from agent.evaluation.worker import Order, Piece, Said, Worker
+from agent.evaluation.worker import MOST_TRIES, Order, Piece, Said, Worker
 
 NO_RAY = "--engine ray needs Ray, here and on every node: pip install 'outstation[ray]'"
 _REACH_S = 5.0
 _NO_CLUSTER = (
     "start one with `ray start --head`, name it with --address HOST:PORT or RAY_ADDRESS, and run this on a node of it, "
     "for example by `ray job submit -- outstation model run …`"
+)
+
+_DIED = (
+    f"{MOST_TRIES} workers died over the windows of one file, most likely of too little memory; give a worker more, or "
+    "split the file"
 )
 
 
@@ -63,24 +68,32 @@ class Cluster:
         self._aside.__exit__(None, None, None)
 
     def map(self, order: Order, items: Sequence[Job | Piece]) -> Iterator[Said]:
-        """What workers say of each, in the order they are done. Raises OutstationError where the cluster goes away."""
+        """What workers say of each, in the order they are done.
+
+        Raises OutstationError where the cluster goes away, or worker after worker dies over a piece.
+        """
         if not items:
             return
         ray = self._ray
         workers = max(1, min(len(items), int(ray.cluster_resources().get("CPU", 1))))
+        pieces = isinstance(items[0], Piece)
         rows = ray.data.from_items([{"item": pickle.dumps(item)} for item in items], override_num_blocks=len(items))
         told = rows.map_batches(
             _Actor,
             fn_constructor_args=(ray.put(order),),
             batch_size=1,
             # One item each, so that none waits behind a long one. Workers that die, or their nodes, are replaced, and
-            # the item is handed out again: Ray Data's own rule, for ever; `Worker` ends it for files.
+            # the item is handed out again: Ray Data's own rule, for ever. `Worker` ends it for files, which it can
+            # name; for pieces, which have no folder that all nodes share, Ray counts the tries.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, max_tasks_in_flight_per_actor=1),
+            max_task_retries=MOST_TRIES - 1 if pieces else -1,
         )
         try:
             for batch in told.iter_batches(batch_size=None, prefetch_batches=0):
                 for said in batch["said"]:
                     yield pickle.loads(said)
+        except ray.exceptions.RayActorError as error:
+            raise OutstationError(_DIED if pieces else _death(str(error))) from None
         except ray.exceptions.RayError as error:
             raise OutstationError(_death(str(error))) from None
 

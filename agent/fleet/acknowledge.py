@@ -8,8 +8,8 @@ from typing import Protocol
 
 from agent import clock
 from agent.fleet.store import Acknowledgement
-from agent.link import Delivery, Outgoing, Receipt
 from agent.wire import jws, topics
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.keys import SigningKey
 from agent.wire.messages import cloud_event, encode
 

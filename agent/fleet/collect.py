@@ -20,8 +20,9 @@ from agent.fleet.keyring import Keyring
 from agent.fleet.lookout import Lookout
 from agent.fleet.store import FleetStore
 from agent.fleet.unfold import refusals_alert
-from agent.link import Delivery, Link, Receipt
+from agent.link import Link
 from agent.wire import rotation, topics
+from agent.wire.carried import Delivery, Receipt
 from agent.wire.keys import SigningKey
 from agent.wire.messages import Logged, Message, open_message
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from agent import clock
 from agent.errors import Refused, UsageError
 from agent.fleet.keyring import Key, Keyring
-from agent.link import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
 from agent.wire import jws, topics
+from agent.wire.carried import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
 from agent.wire.commands import COMMANDS, check_args
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, write_new

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from agent.fleet.text import printable
 from agent.fleet.watch import Watcher
-from agent.link import Delivery
+from agent.wire.carried import Delivery
 
 # Given a function that shows a line about the connection ("" when it is fine), yields groups of deliveries.
 Source = Callable[[Callable[[str], None]], Iterator[list[Delivery]]]

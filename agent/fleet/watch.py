@@ -12,8 +12,9 @@ from agent.fleet.acknowledge import Backoff
 from agent.fleet.collect import filters
 from agent.fleet.keyring import Keyring
 from agent.fleet.text import printable
-from agent.link import Delivery, Link, Receipt
+from agent.link import Link
 from agent.wire import topics
+from agent.wire.carried import Delivery, Receipt
 from agent.wire.messages import Alerts, Drift, Logged, Message, Results, State, open_message
 
 TAKEN_OVER = "taken over"

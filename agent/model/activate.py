@@ -38,19 +38,6 @@ class Proved:
     choice: Choice | None
 
 
-def locate(name: str, store: Path) -> Path:
-    """The folder or archive of a bundle: a path, one in `<data_dir>/bundles/`, or one that ships with the agent.
-
-    Raises BadBundle.
-    """
-    if "/" in name:
-        return Path(name)
-    for candidate in (store / name, store / f"{name}.zip", shipped.bundles() / name):
-        if candidate.exists():
-            return candidate
-    raise BadBundle(f"no bundle {name!r} in {store} nor among those shipped; put it there, or give its path")
-
-
 def activate(
     path: Path,
     publishers: Sequence[PublicKey],

@@ -11,7 +11,6 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,13 @@ from agent.errors import BadBundle, OutstationError
 from agent.model.outline import Tensor
 
 try:
+    import ai_edge_litert as package
     from ai_edge_litert.interpreter import Interpreter
 
     PACKAGE = "ai-edge-litert"
 except ImportError:
     try:
+        import tflite_runtime as package
         from tflite_runtime.interpreter import Interpreter
 
         PACKAGE = "tflite-runtime"
@@ -34,7 +35,7 @@ except ImportError:
             "no TFLite runtime on this machine: install ai-edge-litert (64-bit), or tflite-runtime with Python 3.11"
         ) from None
 
-NAME = f"{PACKAGE} {metadata.version(PACKAGE)}"
+NAME = f"{PACKAGE} {package.__version__}"
 # Where nobody tried: dense models have most of their gain by then, convolutions none beyond.
 BATCH = 32
 # Memory of a large batch is never given back.

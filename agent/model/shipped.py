@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agent.errors import BadBundle
 from agent.wire.keys import PublicKey, public_key
 
 _INSTALLED = Path(__file__).parent.parent / "shipped"
@@ -13,6 +14,19 @@ _CHECKOUT = Path(__file__).parents[2] / "models"
 def bundles() -> Path:
     """The folder of shipped bundles."""
     return _INSTALLED / "bundles" if _INSTALLED.exists() else _CHECKOUT
+
+
+def locate(name: str, store: Path) -> Path:
+    """The folder or archive of a bundle: a path, one in `<data_dir>/bundles/`, or one that ships with the agent.
+
+    Raises BadBundle.
+    """
+    if "/" in name:
+        return Path(name)
+    for candidate in (store / name, store / f"{name}.zip", bundles() / name):
+        if candidate.exists():
+            return candidate
+    raise BadBundle(f"no bundle {name!r} in {store} nor among those shipped; put it there, or give its path")
 
 
 def or_shipped(path: Path) -> Path:

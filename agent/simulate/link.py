@@ -14,7 +14,7 @@ from typing import Any
 
 from agent.clock import Now
 from agent.errors import LinkDown
-from agent.link import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
+from agent.wire.carried import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
 
 _STEP_S = 0.1
 _FIRST_WALL_US = 1_795_000_000_000_000

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import clock
-from agent.cli import wiring
+from agent.cli import loading, wiring
 from agent.config import Broker
 from agent.device import batch
 from agent.device.author import Author
@@ -66,7 +66,7 @@ def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher
         keys.generate(Path(folder) / wiring.KEY_FILE)
         store = wiring.open_store(conf)
         try:
-            task = wiring.load_task(file, conf, store, "task")
+            task = loading.load_task(file, conf, store, "task")
             yield Bed(store, task, wiring.author(file, conf, store), step_us)
         finally:
             store.close()

@@ -26,8 +26,8 @@ from agent.device.storage.store import Store
 from agent.fleet.collect import Collector
 from agent.fleet.enrol import enrol, init_fleet
 from agent.fleet.store import FleetStore
-from agent.link import Delivery, Outgoing, Receipt
 from agent.wire import jws
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.messages import Ack
 from scripts.benchmarks import Result, benchmark, rates
 from tests.brokers import Mosquitto

@@ -10,8 +10,9 @@ from random import Random
 
 from agent import clock
 from agent.device.storage.store import Store
-from agent.link import Link, Outgoing, Receipt
+from agent.link import Link
 from agent.wire import jws, keys
+from agent.wire.carried import Outgoing, Receipt
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
 from scripts.faults import fault

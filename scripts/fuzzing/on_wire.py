@@ -15,8 +15,8 @@ from agent.errors import Refused
 from agent.fleet.audit import audit
 from agent.fleet.collect import Collector
 from agent.fleet.store import FleetStore
-from agent.link import Delivery, Outgoing, Receipt
 from agent.wire import jws, keys, topics
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.keys import b64url, unb64url
 from agent.wire.messages import Ack, Message, open_message
 from scripts.fuzzing import target

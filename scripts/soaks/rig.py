@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.cli import wiring
+from agent.cli import assembly, wiring
 from agent.config import Broker
 from agent.device.incoming.group import Group
 from agent.device.incoming.parse import Reader
@@ -56,7 +56,7 @@ class Rig:
         self._configure(buffer_toml, schedule)
         file, conf = wiring.load(str(self._folder / "outstation.toml"))
         self.store = wiring.open_store(conf)
-        self.daemon = wiring.daemon(
+        self.daemon = assembly.daemon(
             file, conf, self.store, now=self.air.now, open_link=self.air.connect, pause=self.air.wait
         )
         self._uplink = self.daemon._uplink

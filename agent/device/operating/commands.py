@@ -22,8 +22,8 @@ from agent.device.author import Author
 from agent.device.operating.commandbook import Answer, CommandBook
 from agent.device.storage.store import Store
 from agent.errors import Refused, StorageFull
-from agent.link import Delivery, Outgoing
 from agent.wire import jws, topics
+from agent.wire.carried import Delivery, Outgoing
 from agent.wire.commands import MAX_COMMAND_BYTES
 from agent.wire.keys import PublicKey
 from agent.wire.messages import Cmd, open_message

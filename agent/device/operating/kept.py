@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from agent.clock import Now
+from agent.config import Config
 from agent.device.author import Author
-from agent.device.batch import Task
 from agent.device.operating import overrides
 from agent.device.operating.overrides import Rollback
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 from agent.device.updates import standing
 from agent.errors import BadBundle, StorageFull
-from agent.model import activate, bundle
+from agent.model import bundle, shipped
 from agent.model.bundle import Bundle
 from agent.wire.keys import write_new
 
@@ -66,6 +66,12 @@ def from_json(kept: bytes) -> History:
 
 def folder(data_dir: Path, digest: str) -> Path:
     return data_dir / "bundles" / ".kept" / digest.removeprefix("sha256:")
+
+
+def bundle_of(conf: Config, store: Store | None, task: str) -> Path:
+    """Where the bundle that `task` runs is. Raises BadBundle."""
+    configured = shipped.locate(conf.tasks[task].bundle, conf.data_dir / "bundles")
+    return configured if store is None else in_force(store, task, configured, conf.data_dir)
 
 
 def in_force(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
@@ -114,21 +120,21 @@ def keep(found: Bundle, data_dir: Path) -> bool:
     return True
 
 
-def activated(store: Store, author: Author, task: Task, data_dir: Path, now: Now) -> None:
-    """A task was loaded at the start: copy its bundle and record the change, if it is one."""
-    keep(task.bundle, data_dir)
-    old, this = history(store, task.name), ran(task.bundle)
-    wanted = overrides.rollback(store, task.name)
+def activated(store: Store, author: Author, task: str, found: Bundle, data_dir: Path, now: Now) -> None:
+    """A `task` was loaded at the start: copy its bundle and record the change, if it is one."""
+    keep(found, data_dir)
+    old, this = history(store, task), ran(found)
+    wanted = overrides.rollback(store, task)
     left = wanted is not None and wanted.digest != this.digest
     if old is not None and old.now.digest == this.digest and not left:
         return
     try:
         with store.transaction() as tx:
             if left:
-                overrides.keep_rollback(tx, task.name, None)
-            record(tx, author, task.name, task.bundle, old, "configured", now)
+                overrides.keep_rollback(tx, task, None)
+            record(tx, author, task, found, old, "configured", now)
     except StorageFull as full:
-        log.error("task %s: %s; that %s was activated is recorded at the next start", task.name, full, this)
+        log.error("task %s: %s; that %s was activated is recorded at the next start", task, full, this)
 
 
 def record(tx: Transaction, author: Author, task: str, found: Bundle, old: History | None, why: str, now: Now) -> None:
@@ -186,7 +192,7 @@ def prune(store: Store, tasks: Iterable[str], data_dir: Path) -> None:
 def configured_digest(name: str, data_dir: Path) -> str:
     """The digest of the configured bundle; "" where it cannot be read."""
     try:
-        return bundle.read(activate.locate(name, data_dir / "bundles"), None).digest
+        return bundle.read(shipped.locate(name, data_dir / "bundles"), None).digest
     except BadBundle:
         return ""
 

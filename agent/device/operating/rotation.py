@@ -18,8 +18,8 @@ from agent.device.operating.keyfiles import KeyFiles
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 from agent.errors import Rejected, StorageFull, UsageError
-from agent.link import Outgoing
 from agent.wire import rotation as wire
+from agent.wire.carried import Outgoing
 from agent.wire.keys import SigningKey
 
 log = logging.getLogger("outstation")

@@ -29,8 +29,8 @@ from agent.device.storage.retention import Acknowledged
 from agent.device.storage.store import Store
 from agent.device.timekeeping import believable
 from agent.errors import Refused, StorageFull
-from agent.link import Delivery
 from agent.wire import jws, topics
+from agent.wire.carried import Delivery
 from agent.wire.keys import PublicKey
 from agent.wire.messages import Ack, open_message
 

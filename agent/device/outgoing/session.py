@@ -22,7 +22,7 @@ from agent.device.storage.setaside import declare_damaged
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Pending
 from agent.errors import LinkDown
-from agent.link import NO_SUBSCRIBERS, PACKET_TOO_LARGE, Delivery, Outgoing, Receipt
+from agent.wire.carried import NO_SUBSCRIBERS, PACKET_TOO_LARGE, Delivery, Outgoing, Receipt
 from agent.wire.messages import Ack
 
 log = logging.getLogger("outstation.uplink")

@@ -22,7 +22,8 @@ from agent.device.outgoing.session import Connection, Session
 from agent.device.storage.store import Store
 from agent.device.updates.desired import KIND, Desires
 from agent.errors import LinkDown, Refused
-from agent.link import Delivery, Link
+from agent.link import Link
+from agent.wire.carried import Delivery
 from agent.wire.keys import PublicKey
 
 log = logging.getLogger("outstation.uplink")

@@ -7,11 +7,11 @@ import os
 import sqlite3
 from pathlib import Path
 
-import sqlite_utils
-
 from agent import __version__
 from agent.device.storage import schema
 from agent.errors import StorageError, UsageError
+
+_SET = "outstation-device"
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
@@ -20,25 +20,25 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     Raises UsageError for the store of a newer version, StorageError where a migration fails: then the file is as it
     was, and `db` is closed.
     """
-    database = sqlite_utils.Database(db, execute_plugins=False)
-    pending = [migration.name for migration in schema.migrations.pending(database)]
-    known = {migration.name for migration in schema.migrations._migrations}
-    unknown = [migration.name for migration in schema.migrations.applied(database) if migration.name not in known]
+    applied = _applied(db)
+    known = [step.__name__ for step in schema.STEPS]
+    unknown = [name for name in applied if name not in known]
     if unknown:
         raise UsageError(
             f"{path}: made by a newer version of outstation (it has {', '.join(unknown)}, this is {__version__}); "
             "install that version again, or give this one a data_dir of its own"
         )
+    pending = [name for name in known if name not in applied]
     if not pending:
         return
     before = _counts(db)
     if not before:
-        schema.migrations.apply(database)
+        apply(db)
         return
     backup = path.with_name(f"{path.name}.before-{__version__}")
     _copy(db, backup)
     try:
-        schema.migrations.apply(database)
+        apply(db)
         after = _counts(db)
         lost = [
             f"{table} has {after.get(table, 0)} rows instead of {n}"
@@ -55,11 +55,30 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         ) from error
 
 
+def apply(db: sqlite3.Connection) -> None:
+    """The steps that `db` has not been through yet, each in a transaction of its own."""
+    # Costs 40 ms and several MB: only for a store that is made or changed, which few starts find.
+    from sqlite_utils import Database, Migrations
+
+    migrations = Migrations(_SET)
+    for step in schema.STEPS:
+        migrations()(step)
+    migrations.apply(Database(db, execute_plugins=False))
+
+
 def drop_backups(folder: Path) -> None:
     """The copies of before a migration are needed no more."""
     for path in folder.glob("*.db.before-*"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _applied(db: sqlite3.Connection) -> list[str]:
+    """Names of the steps that `db` has been through, in their order, from where sqlite-utils keeps them."""
+    if db.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone() is None:
+        return []
+    found = db.execute("SELECT name FROM _sqlite_migrations WHERE migration_set = ? ORDER BY rowid", (_SET,))
+    return [str(name) for (name,) in found.fetchall()]
 
 
 def _counts(db: sqlite3.Connection) -> dict[str, int]:

@@ -14,12 +14,8 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-import sqlite_utils
-
-from agent.device.recovery.copying import Copy
-from agent.device.recovery.readable import Readable
+from agent.device.recovery import migrate
 from agent.device.recovery.watermark import Mark
-from agent.device.storage import schema
 from agent.errors import StorageError
 
 DATABASE, MARKER, QUARANTINE = "outstation.db", "damaged", "quarantine"
@@ -82,13 +78,17 @@ def _set_aside(folder: Path, place: Path) -> None:
 
 
 def _build(folder: Path, place: Path, why: str, mark: Mark | None, first_page: bytes | None) -> None:
+    # Costs 15 ms: only for those whose store is damaged.
+    from agent.device.recovery.copying import Copy
+    from agent.device.recovery.readable import Readable
+
     building = folder / _BUILDING
     for path in (building, folder / f"{_BUILDING}-journal"):
         path.unlink(missing_ok=True)
     with contextlib.closing(sqlite3.connect(building, isolation_level=None)) as new:
         # Nothing here is promised to anybody before it is renamed.
         new.execute("PRAGMA synchronous=OFF")
-        schema.migrations.apply(sqlite_utils.Database(new, execute_plugins=False))
+        migrate.apply(new)
         with _source(place, first_page) as old:
             copy = Copy(Readable(old), new, mark)
             copy.all()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from sqlite_utils import Database, Migrations
+import sqlite3
 
 from agent.device.storage import checked, meta
-
-migrations = Migrations("outstation-device")
-
 
 _FIRST_TABLES = (
     # log, boot, boot_id, seq, digest, time floor.
@@ -42,8 +39,7 @@ _FIRST_TABLES = (
 )
 
 
-@migrations()
-def first_tables(db: Database) -> None:
+def first_tables(db: sqlite3.Connection) -> None:
     # One by one: sqlite3's executescript commits first, and would leave half of them after a crash.
     for statement in _FIRST_TABLES:
         db.execute(statement)
@@ -61,8 +57,7 @@ _SEGMENTS = (
 )
 
 
-@migrations()
-def segments(db: Database) -> None:
+def segments(db: sqlite3.Connection) -> None:
     for statement in _SEGMENTS:
         db.execute(statement)
 
@@ -78,14 +73,12 @@ _COMMANDS = (
 )
 
 
-@migrations()
-def commands(db: Database) -> None:
+def commands(db: sqlite3.Connection) -> None:
     for statement in _COMMANDS:
         db.execute(statement)
 
 
-@migrations()
-def message_crcs(db: Database) -> None:
+def message_crcs(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE outbox ADD COLUMN crc INTEGER NOT NULL DEFAULT 0")
     seqs = [row[0] for row in db.execute("SELECT seq FROM outbox").fetchall()]
     for seq in seqs:
@@ -111,23 +104,24 @@ _LABELS = (
 )
 
 
-@migrations()
-def labels(db: Database) -> None:
+def labels(db: sqlite3.Connection) -> None:
     for statement in _LABELS:
         db.execute(statement)
 
 
-@migrations()
-def marks_in_order(db: Database) -> None:
+def marks_in_order(db: sqlite3.Connection) -> None:
     # used: the larger, the later it was set; NULL before there was such a column.
     db.execute("ALTER TABLE marks ADD COLUMN used INT")
 
 
-@migrations()
-def meta_crcs(db: Database) -> None:
+def meta_crcs(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE meta ADD COLUMN crc INT")
     for key, value in db.execute("SELECT key, value FROM meta").fetchall():
         db.execute("UPDATE meta SET crc = ? WHERE key = ?", (meta.crc(key, value), key))
+
+
+# In this order; `recovery.migrate` applies them, and the store remembers their names.
+STEPS = (first_tables, segments, commands, message_crcs, labels, marks_in_order, meta_crcs)
 
 
 def pragmas(max_pages: int, wal_bytes: int, synchronous: str = "FULL") -> list[tuple[str, str | None]]:

@@ -21,8 +21,8 @@ from agent.device.author import Author
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
 from agent.errors import Refused, StorageFull
-from agent.link import Delivery
 from agent.wire import jws, topics
+from agent.wire.carried import Delivery
 from agent.wire.desired import MAX_DESIRED_BYTES, Wanted
 from agent.wire.keys import PublicKey
 from agent.wire.messages import Desired, open_message

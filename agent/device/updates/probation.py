@@ -16,7 +16,6 @@ from agent.device.author import Author
 from agent.device.marker import Marker
 from agent.device.storage import retention
 from agent.device.storage.store import Store
-from agent.device.updates import steps
 from agent.device.updates.standing import standing
 from agent.errors import StorageFull
 
@@ -31,6 +30,9 @@ def settle(conf: Config, store: Store, author: Author, marker: Marker, now: Now)
     old = standing(store, left.task)
     if old is None or old.phase != "probation" or old.wanted.digest != left.digest:
         return False
+    # Loads all of roll-outs, which few starts need.
+    from agent.device.updates import steps
+
     why = "the agent ended while it loaded this bundle, which had been on probation"
     at_s = retention.uptime_s(store.meta(retention.UPTIME, ""), store.boot, now)
     at = {"since": clock.rfc3339(now.wall_us), "since_s": at_s}

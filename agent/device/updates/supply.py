@@ -154,7 +154,7 @@ class Supply:
         yield kept.folder(data, sought.digest)
         for name in dict.fromkeys((self._conf.tasks[sought.task].bundle, sought.name)):
             try:
-                yield activate.locate(name, data / "bundles")
+                yield shipped.locate(name, data / "bundles")
             except BadBundle:
                 continue
         home = data / "bundles"

@@ -9,8 +9,8 @@ from typing import Protocol
 from agent import clock
 from agent.errors import LinkDown
 from agent.fleet.rollout.desired import Published
-from agent.link import Delivery, Outgoing, Receipt
 from agent.wire import topics
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.messages import cloud_event
 
 WAIT_S = 10.0

@@ -1,0 +1,49 @@
+"""What a connection to the broker carries: messages to publish, those that came, and the broker's receipts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# MQTT 5 reason codes of a receipt.
+NO_SUBSCRIBERS = 0x10
+PACKET_TOO_LARGE = 0x95
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message to publish at QoS 1; `expiry_s` None keeps it until delivered."""
+
+    topic: str
+    payload: bytes
+    properties: tuple[tuple[str, str], ...] = ()
+    retain: bool = False
+    expiry_s: int | None = None
+    correlation: bytes | None = None
+    response_topic: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A message that came; `tokens` are its `jws` user properties."""
+
+    topic: str
+    payload: bytes
+    tokens: tuple[str, ...]
+    retained: bool
+    mid: int
+    qos: int
+    correlation: bytes | None = None
+    response_topic: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The broker's answer to one `send`; `code` is the MQTT 5 reason code."""
+
+    token: int
+    code: int
+    reason: str
+
+    @property
+    def taken(self) -> bool:
+        return self.code < 0x80
