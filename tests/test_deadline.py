@@ -54,7 +54,7 @@ def test_late_batches_are_committed_and_counted_and_no_row_is_run_twice(device: 
     device.task.deadline = Deadline("tiny", ALWAYS_LATE)
     device.feed(CLASSIFY.rows(520))
     done = device.run_all()
-    assert [one.windows for one in done][:2] == [512, 1]
+    assert [one.windows for one in done][:2] == [500, 1]
     assert sum(one.windows for one in done) == 520
     assert tiles(device.results()) == (1, 520)
     shown = deadline.shown(device.store, "tiny", ALWAYS_LATE)["deadline"]
@@ -65,7 +65,7 @@ def test_late_batches_are_committed_and_counted_and_no_row_is_run_twice(device: 
 def test_a_batch_that_is_on_time_is_neither_counted_nor_made_smaller(device: Device) -> None:
     device.task.deadline = Deadline("tiny", NEVER_LATE)
     device.feed(CLASSIFY.rows(1100))
-    assert [one.windows for one in device.run_all()] == [512, 512, 76]
+    assert [one.windows for one in device.run_all()] == [500, 500, 100]
     shown = deadline.shown(device.store, "tiny", NEVER_LATE)["deadline"]
     assert (shown["late"], shown["last"]) == (0, None)
 
