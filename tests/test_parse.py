@@ -253,8 +253,8 @@ def test_packed_columns_that_are_none_are_named_with_their_reason(members: dict[
 def test_a_line_behind_columns_is_taken_or_named_as_if_it_had_come_alone(line: bytes) -> None:
     before = row("watch", packed=packed(ax=np.array([1.0]), ay=np.array([2.0])))
     alone, behind = read([line]), read([before, before, line])
-    assert behind.bad == {3: why for why in alone.bad.values()}
-    assert behind.lines == [1, 2, *(3 for _ in alone.lines)]
+    assert behind.bad == {2 + number: why for number, why in alone.bad.items()}
+    assert behind.lines == [1, 2, *(2 + number for number in alone.lines)]
 
 
 def test_a_packed_column_that_is_there_twice_is_refused() -> None:

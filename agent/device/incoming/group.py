@@ -205,7 +205,6 @@ def _append(tx: Transaction, stream: str, parts: Sequence[tuple[Rows, Stamped]],
     last, count = 0, sum(len(rows) for rows, _ in parts)
     for (segment, quality), run in _runs(parts):
         last = tx.append(stream, concatenate(run), quality, segment=segment, boot_us=now.boot_us)
-    tx.count(f"rows.{stream}", count)
     return last - count
 
 

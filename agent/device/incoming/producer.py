@@ -86,11 +86,7 @@ class Producer:
             return
         first = self._lines + 1
         # Read to the end before anything joins the group: rows without their mark would be taken twice.
-        found = [
-            taken
-            for number, run in _runs(lines, first)
-            for taken in self._reader.read(run, number, now.wall_us)
-        ]
+        found = [taken for number, run in _runs(lines, first) for taken in self._reader.read(run, number, now.wall_us)]
         for taken in found:
             for number, reason in taken.bad.items():
                 self._group.reject(self, number, reason)
