@@ -72,11 +72,11 @@ def test_a_key_is_found_twice_exactly_where_an_object_has_it_twice(
     assert finds(text) == repeats(value)
 
 
-@given(VALUES, ESCAPES, COLONS)
-@example((("a", ""), ("a", ":")), False, ":")
-@example((("a", ":"), ("a", "")), True, ":")
-def test_counting_finds_the_same(value: Any, escapes: bool, colon: str) -> None:
-    text = write(value, escapes, colon).encode()
+@given(VALUES, ESCAPES, COLONS, st.sampled_from([0, 20_000]))
+@example((("a", ""), ("a", ":")), False, ":", 0)
+@example((("a", ":"), ("a", "")), True, ":", 20_000)
+def test_counting_finds_the_same(value: Any, escapes: bool, colon: str, padding: int) -> None:
+    text = (write(value, escapes, colon) + " " * padding).encode()
     found = False
     try:
         check_count(text, *kept(msgspec.json.decode(text)))

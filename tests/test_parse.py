@@ -233,6 +233,30 @@ def test_packed_columns_that_are_none_are_named_with_their_reason(members: dict[
     assert said in reason(row("watch", **members))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        GOOD,
+        row("watch", packed={}),
+        row("watch"),
+        row("watch", columns={"ax": [1], "ay": [2]}, more=1),
+        row("machine", columns={"power": [1], "count": [1], "mode": ["idle"]}),
+        row("nowhere", columns={"ax": [1], "ay": [2]}),
+        row("watch", columns={"ax": [1], "ay": [99]}),
+        row("watch", packed={"ax": ["f4", "AAAA"]}),
+        b'{"stream":"machine","stream":"watch","columns":{"ax":[1],"ay":[2]}}',
+        b'{"stream":"watch","columns":{"ax":[1],"ay":[2],"ax":[3]}}',
+        b'{"labels":"exercise","row":1,"label":"idle"}',
+        b"{",
+    ],
+)
+def test_a_line_behind_columns_is_taken_or_named_as_if_it_had_come_alone(line: bytes) -> None:
+    before = row("watch", packed=packed(ax=np.array([1.0]), ay=np.array([2.0])))
+    alone, behind = read([line]), read([before, before, line])
+    assert behind.bad == {2 + number: why for number, why in alone.bad.items()}
+    assert behind.lines == [1, 2, *(2 + number for number in alone.lines)]
+
+
 def test_a_packed_column_that_is_there_twice_is_refused() -> None:
     line = b'{"stream":"watch","packed":{"ax":["i4","AQAAAA=="],"ay":["i4","AQAAAA=="],"ax":["i4","AgAAAA=="]}}'
     assert "ax" in reason(line)

@@ -269,6 +269,36 @@ def test_each_row_is_either_taken_or_named(values: list[Any], kind: Any, optiona
         assert checked.rows.digest() == concatenate(kept).digest()
 
 
+@given(
+    st.lists(st.floats(width=32), min_size=1, max_size=8),
+    st.tuples(st.none() | st.floats(-5, 0, width=32), st.none() | st.floats(0, 5, width=32)),
+    st.sampled_from(["<f4", "<f8"]),
+    st.sampled_from(["f32", "f64"]),
+)
+def test_a_numpy_column_is_judged_as_its_values_one_by_one(
+    values: list[float], limits: tuple[float | None, float | None], dtype: str, kind: Any
+) -> None:
+    field = Field(name="x", type=kind, min=limits[0], max=limits[1])
+    together = check(Raw(len(values), None, {"x": np.array(values, dtype)}), Stream(fields=[field]), NOW_US, None)
+    alone = [one(field, value) for value in values]
+    assert together.bad == {i: one_alone.bad[0] for i, one_alone in enumerate(alone) if one_alone.bad}
+    assert together.rows.columns[0].dtype == alone[0].rows.columns[0].dtype
+    kept = [one_alone.rows for one_alone in alone if not one_alone.bad]
+    if kept:
+        assert together.rows.digest() == concatenate(kept).digest()
+
+
+@given(st.lists(st.integers(-2, 12), min_size=1, max_size=8), st.integers(0, 10))
+def test_times_in_order_are_judged_as_among_others_that_are_not(seconds: list[int], after: int) -> None:
+    stream, n = Stream(fields=[Field(name="x")]), len(seconds)
+    checked = check(Raw(n, [float(s) for s in seconds], {"x": [1.0] * n}), stream, NOW_US, after * 1_000_000)
+    # A last row that is refused has each of the others looked at by itself.
+    looked = check(Raw(n + 1, [*seconds, -1.0], {"x": [1.0] * (n + 1)}), stream, NOW_US, after * 1_000_000)
+    assert checked.bad == {index: why for index, why in looked.bad.items() if index < n}
+    assert checked.rows.t.tolist() == looked.rows.t.tolist()
+    assert checked.latest == looked.latest
+
+
 def test_numpy_columns_are_taken_as_they_are() -> None:
     stream = Stream(fields=[Field(name="x"), Field(name="n", type="i64")])
     raw = Raw(2, np.array([1.0, 2.0]), {"x": np.array([1.5, 2.5]), "n": np.array([7, 8])})

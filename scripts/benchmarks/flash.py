@@ -1,4 +1,7 @@
-"""What readings write to the medium, the file system's journal included: at the block device under an ext4."""
+"""What readings write to the medium, the file system's journal included: at the block device under an ext4.
+
+Through the intake's group commit, so that all is counted that is written beside the rows.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import numpy as np
 
+from agent import clock
 from agent.config import Field, Stream
-from agent.device.storage.rows import Rows
+from agent.device.incoming.group import Group
+from agent.device.storage.rows import Raw, check
 from agent.device.storage.store import Store
 from scripts.benchmarks import Result, benchmark
 
@@ -32,12 +38,17 @@ def bytes_written_for_a_row() -> Result:
     values = np.random.default_rng(1).normal(size=(len(FIELDS), ROWS)).astype(np.float32)
 
     def ours(folder: Path) -> None:
-        store = Store(folder / "data")
-        store.declare({"rows": Stream(fields=[Field(name=name) for name in FIELDS])})
+        store, start = Store(folder / "data"), clock.read()
+        stream = Stream(fields=[Field(name=name) for name in FIELDS])
+        store.declare({"rows": stream})
+        group = Group(store, {"rows": stream})
         for at in range(0, ROWS, TOGETHER):
-            t = np.arange(at, at + TOGETHER, dtype=np.int64) * 1_000_000
-            with store.transaction() as tx:
-                tx.append("rows", Rows(t, tuple(c[at : at + TOGETHER].copy() for c in values)), "synced")
+            now = replace(start, wall_us=start.wall_us + at * 1_000_000, boot_s=start.boot_s + at)
+            t = now.wall_us / 1e6 - TOGETHER + np.arange(TOGETHER)
+            part = dict(zip(FIELDS, values[:, at : at + TOGETHER], strict=True))
+            checked = check(Raw(TOGETHER, t, part), stream, now.wall_us, None)
+            group.add("producer", "rows", checked, list(range(at + 1, at + TOGETHER + 1)), now)
+            group.commit(now)
         store.close()
 
     def plain(folder: Path) -> None:

@@ -63,6 +63,7 @@ class _Part:
     checked: Checked
     lines: list[int]
     now: Now
+    bytes: int
 
 
 @dataclass(slots=True)
@@ -79,7 +80,7 @@ class _Share:
     def bytes(self) -> int:
         """What its rows will take in the store."""
         labels = sum(len(lot.labels) for lot, _, _ in self.lots)
-        return sum(_size(part.checked.rows) for part in self.parts) + labels * _LABEL_BYTES
+        return sum(part.bytes for part in self.parts) + labels * _LABEL_BYTES
 
     def outcome(self, accepted: int, full: bool = False, row: int = 0) -> Outcome:
         return Outcome(self.through, accepted, sorted(self.rejected.items()), full, row)
@@ -106,9 +107,10 @@ class Group:
 
     def add(self, producer: Hashable, stream: str, checked: Checked, lines: list[int], now: Now) -> None:
         """Rows of `producer` that came at `now`; `lines` are the lines they came in, one a row or one for all."""
-        self._shares.setdefault(producer, _Share()).parts.append(_Part(stream, checked, lines, now))
+        size = checked.rows.t.nbytes + sum(column.nbytes for column in checked.rows.columns)
+        self._shares.setdefault(producer, _Share()).parts.append(_Part(stream, checked, lines, now, size))
         self._rows += len(checked.rows)
-        self._bytes += _size(checked.rows)
+        self._bytes += size
         self._bytes += sum(2 * len(text) + 64 for texts in checked.categories.values() for text in texts)
 
     def label(self, producer: Hashable, lot: Lot, line: int, now: Now) -> None:
@@ -203,12 +205,7 @@ def _append(tx: Transaction, stream: str, parts: Sequence[tuple[Rows, Stamped]],
     last, count = 0, sum(len(rows) for rows, _ in parts)
     for (segment, quality), run in _runs(parts):
         last = tx.append(stream, concatenate(run), quality, segment=segment, boot_us=now.boot_us)
-    tx.count(f"rows.{stream}", count)
     return last - count
-
-
-def _size(rows: Rows) -> int:
-    return rows.t.nbytes + sum(column.nbytes for column in rows.columns)
 
 
 def _stamped(tx: Transaction, rows: Rows, now: Now) -> Stamped:

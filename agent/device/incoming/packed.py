@@ -17,6 +17,7 @@ def column(name: str, kind: Kind, data: bytes) -> Any:
     if len(data) % width:
         raise Rejected(f"{name}: {len(data)} bytes are no {kind} values of {width} bytes")
     values = np.frombuffer(data, f"<{kind}")
-    if kind[0] == "f" and np.isnan(values).any():
+    # NaN where one is among them: one pass.
+    if kind[0] == "f" and len(values) and np.isnan(np.minimum.reduce(values)):
         return [None if value != value else value for value in values.tolist()]
     return values

@@ -55,6 +55,7 @@ class Reader:
         self._shapes = {name: _Shape(name, stream) for name, stream in streams.items()}
         self._latest: dict[str, int] = {}
         self._guess: _Shape | None = None
+        self._columnar: _Shape | None = None
 
     def read(self, lines: list[bytes], first: int, now_us: int) -> Iterator[Taken]:
         """What `lines`, numbered from `first`, hold; every line is in a Taken or in a `bad`."""
@@ -79,13 +80,10 @@ class Reader:
         shape = self._guess
         if shape is None or len(lines) < 2:
             return None
-        objects = [line.strip(b" \t\r") for line in lines]
-        # Rows are flat and no JSON string holds a newline, so that lines with these ends are objects of their own:
-        # two halves of a row on two lines are not one row.
-        if not all(len(o) <= MAX_LINE and o.startswith(b"{") and o.endswith(b"}") for o in objects):
+        text = _as_array(lines)
+        if text is None:
             return None
         try:
-            text = b"[" + b"\n,".join(objects) + b"]"
             decoded = shape.run_decoder.decode(text)
             return (shape, shape.transpose(decoded, text)) if len(decoded) == len(lines) else None
         except _UNREADABLE:
@@ -94,6 +92,8 @@ class Reader:
     def _one_line(self, line: bytes, number: int, now_us: int) -> Taken:
         if len(line) > MAX_LINE:
             raise Rejected(f"line of {len(line)} bytes, the limit is {MAX_LINE}; split it")
+        if (shape := self._columnar) is not None and (found := shape.columns(line)) is not None:
+            return self._take_columns(shape, found, line, number, now_us)
         try:
             named = msgspec.json.decode(line, type=_Named)
         except _UNREADABLE as error:
@@ -106,21 +106,24 @@ class Reader:
         if shape.stream.made is not None:
             raise Rejected(f"stream {shape.name!r} takes whole files only; put them into its folder")
         by_columns = bool(bytes(named.columns)) or bool(bytes(named.packed))
-        self._guess = None if by_columns else shape
+        self._guess, self._columnar = (None, shape) if by_columns else (shape, None)
         try:
             if not by_columns:
                 raw = shape.transpose([shape.row_decoder.decode(line)], line)
                 return self._take(shape, raw, [number], now_us)
-            return self._take_columns(shape, line, number, now_us)
+            found = shape.columns_decoder.decode(line)
         except _UNREADABLE as error:
             raise Rejected(_field_problem(error, shape)) from None
+        return self._take_columns(shape, found, line, number, now_us)
 
-    def _take_columns(self, shape: _Shape, line: bytes, number: int, now_us: int) -> Taken:
-        found = shape.columns_decoder.decode(line)
+    def _take_columns(self, shape: _Shape, found: Any, line: bytes, number: int, now_us: int) -> Taken:
         parts = [part for part in (found.columns, found.packed) if part is not msgspec.UNSET]
         values: dict[str, Any] = {} if found.columns is msgspec.UNSET else found.columns
         texts = chain.from_iterable(values.get(name, ()) for name in shape.texts)
-        check_count(line, 1 + len(parts) + sum(map(len, parts)), texts)
+        try:
+            check_count(line, 1 + len(parts) + sum(map(len, parts)), texts)
+        except _UNREADABLE as error:
+            raise Rejected(_field_problem(error, shape)) from None
         for name, (kind, data) in () if found.packed is msgspec.UNSET else found.packed.items():
             if name in values:
                 raise Rejected(f"{name!r} is in columns and in packed; give it once")
@@ -184,10 +187,19 @@ class _Shape:
         fields.append(("packed", dict[str, tuple[packed.Kind, bytes]] | absent, msgspec.UNSET))
         return msgspec.json.Decoder(msgspec.defstruct("Columnar", fields, forbid_unknown_fields=True))
 
+    def columns(self, line: bytes) -> Any:
+        """The line as columns of this stream, decoded once; None where it is something else."""
+        try:
+            found = self.columns_decoder.decode(line)
+        except _UNREADABLE:
+            return None
+        is_other = found.stream != self.name or (found.columns is msgspec.UNSET and found.packed is msgspec.UNSET)
+        return None if is_other else found
+
     def transpose(self, decoded: list[Any], text: bytes) -> Raw:
         """Rows that `text` was decoded to, as columns. Raises ValueError for rows of several streams, RepeatedKey."""
         names, times, *columns = zip(*map(msgspec.structs.astuple, decoded), strict=True)
-        if any(name != self.name for name in names):
+        if names.count(self.name) != len(names):
             raise ValueError("lines of several streams")
         t, absent = _filled(times)
         kept = (2 + len(columns)) * len(decoded) - absent
@@ -197,6 +209,19 @@ class _Shape:
             kept -= absent
         check_count(text, kept, chain.from_iterable(values[name] for name in self.texts))
         return Raw(len(decoded), t, values)
+
+
+def _as_array(lines: list[bytes]) -> bytes | None:
+    """The lines as one JSON array, or None where one of them is no object by its ends."""
+    text = b"[" + b"\n,".join(lines) + b"]"
+    # Rows are flat and no JSON string holds a newline, so that lines with these ends are objects of their own:
+    # two halves of a row on two lines are not one row.
+    if not (text.startswith(b"[{") and text.endswith(b"}]") and text.count(b"}\n,{") == len(lines) - 1):
+        lines = [line.strip(b" \t\r") for line in lines]
+        if not all(line.startswith(b"{") and line.endswith(b"}") for line in lines):
+            return None
+        text = b"[" + b"\n,".join(lines) + b"]"
+    return text if len(text) <= MAX_LINE or max(map(len, lines)) <= MAX_LINE else None
 
 
 def _labels(line: bytes, number: int, named: _Named) -> Taken:

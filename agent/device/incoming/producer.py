@@ -39,10 +39,12 @@ class Producer:
         self._retired = False
         self.name: str | None = None
 
-    def feed(self, data: bytes, now: Now) -> None:
+    def feed(self, data: bytes, now: Now) -> int:
+        """Take what came; with what was left of the last call these are so many bytes of lines."""
         if self._retired:
-            return
-        *lines, self._rest = (self._rest + data).split(b"\n")
+            return 0
+        size = len(self._rest) + len(data)
+        lines, self._rest = _split(self._rest, data)
         if self._skipping and lines:
             self._reject_long(self._skipping + len(lines.pop(0)))
             self._skipping = 0
@@ -51,6 +53,7 @@ class Producer:
             self._skipping += len(self._rest)
             self._rest = b""
         self._take(lines, now)
+        return size
 
     def end(self, now: Now) -> None:
         """The producer has closed its side; a last line may come without a newline."""
@@ -82,13 +85,8 @@ class Producer:
         if not lines:
             return
         first = self._lines + 1
-        whole = [(number, line) for number, line in enumerate(lines, first) if line.strip()]
         # Read to the end before anything joins the group: rows without their mark would be taken twice.
-        found = [
-            taken
-            for run in _runs(whole)
-            for taken in self._reader.read([line for _, line in run], run[0][0], now.wall_us)
-        ]
+        found = [taken for number, run in _runs(lines, first) for taken in self._reader.read(run, number, now.wall_us)]
         for taken in found:
             for number, reason in taken.bad.items():
                 self._group.reject(self, number, reason)
@@ -119,12 +117,29 @@ class Producer:
         self._reach(self._lines + 1)
 
 
-def _runs(lines: list[tuple[int, bytes]]) -> list[list[tuple[int, bytes]]]:
-    """Lines in runs of consecutive numbers, as empty lines leave them."""
-    runs: list[list[tuple[int, bytes]]] = []
-    for item in lines:
-        if runs and item[0] == runs[-1][-1][0] + 1:
-            runs[-1].append(item)
+def _split(rest: bytes, data: bytes) -> tuple[list[bytes], bytes]:
+    """The lines that end in `data`, the first of which begins with `rest`; and what has no end yet."""
+    lines, start = [], 0
+    # `find` goes over a long line much faster than `split`, and over short ones as fast.
+    while (end := data.find(b"\n", start)) >= 0:
+        lines.append(data[start:end])
+        start = end + 1
+    if not lines:
+        return lines, rest + data
+    lines[0] = rest + lines[0]
+    return lines, data[start:]
+
+
+def _runs(lines: list[bytes], first: int) -> list[tuple[int, list[bytes]]]:
+    """Lines, numbered from `first`, in runs between the empty ones, each with its first number."""
+    if all(map(bytes.strip, lines)):
+        return [(first, lines)]
+    runs: list[tuple[int, list[bytes]]] = []
+    for number, line in enumerate(lines, first):
+        if not line.strip():
+            continue
+        if runs and number == runs[-1][0] + len(runs[-1][1]):
+            runs[-1][1].append(line)
         else:
-            runs.append([item])
+            runs.append((number, [line]))
     return runs
