@@ -51,7 +51,8 @@ def site(tmp_path: Path, template: Site, card: Card) -> Iterator[Site]:
 
 def fill_at(monkeypatch: pytest.MonkeyPatch, card: Card, phase: str) -> None:
     """The disk is full at the first step to this phase, in the middle of its transaction."""
-    write, full = steps.write, []
+    write = steps.write
+    full: list[int] = []
 
     def filling(*arguments: Any) -> Any:
         if arguments[4].phase == phase and not full:

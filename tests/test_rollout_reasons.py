@@ -163,7 +163,8 @@ def test_one_that_is_as_good_settles_by_all_rules_together(site: Site) -> None:
 def one_class(rows: int) -> Floats:
     """What a site looks like from the day on that only the second class happens there."""
     random = np.random.default_rng(7)
-    return np.clip(CENTRES[1] + random.normal(0, 0.6, (rows, 4)), -3, 3).astype(np.float32)
+    values: Floats = np.clip(CENTRES[1] + random.normal(0, 0.6, (rows, 4)), -3, 3).astype(np.float32)
+    return values
 
 
 def loud(rows: int) -> Floats:
