@@ -83,18 +83,25 @@ def _compared(told: list[Compared]) -> list[Markup]:
     rows: list[Sequence[Content]] = [
         [
             one.device,
-            "beside the old one" if one.new_is_beside else "in its place",
+            "tried beside" if one.new_is_beside else "in charge",
             f"{one.windows:,}",
             *(_figure(one, name) for name in ("agreement", "time", "accuracy by labels", "expected accuracy")),
         ]
         for one in told[:_ROWS]
     ]
-    head = ["Device", "The new one ran", "Windows", "Answered alike", "Time, times the old one's"]
-    head += ["Accuracy gained, by labels", "Accuracy gained, expected"]
-    lead = "Counted from messages in this folder that each device signed, with 95 % intervals; “–”: too few to tell."
+    head = ["Device", "New one", "Windows", "Alike", "Time", "By labels", "Expected"]
+    lead = (
+        "Counted from messages in this folder that each device signed, with 95 % intervals; “–”: too few to tell. "
+        "Alike: windows that both answered alike. Time: of the new one, as a multiple of the old one's. By labels and "
+        "expected: accuracy of the new one, less the old one's."
+    )
     shown = stacked(table(head, rows, (2,)), "compared")
     rest = more(len(told) - _ROWS, "comparisons.json")
-    return [details(f"Old and new compared, device by device ({len(told):,})", element("p", lead), shown, *rest)]
+    return [
+        details(
+            f"Old and new compared, device by device ({len(told):,})", element("p", lead, kind="muted"), shown, *rest
+        )
+    ]
 
 
 def _figure(one: Compared, name: str) -> Content:

@@ -43,7 +43,15 @@ td{min-width:90px}td.n{min-width:0}
 .stack td,.stack td.n{display:block;border:0;padding:1px 0;text-align:left}
 .running td:nth-child(3)::before{content:"Devices: "}.running td:nth-child(4)::before{content:"Since: "}
 .running td:nth-child(5)::before{content:"Decided by: "}.incidents td:nth-child(3)::before{content:"Lasted "}
-.compared td:nth-child(2)::before{content:"The new one ran: "}.compared td:nth-child(3)::before{content:"Windows: "}
+.devices td:nth-child(2)::before{content:"Task: "}.devices td:nth-child(3)::before{content:"Runs: "}
+.devices td:nth-child(4)::before{content:"Since: "}.devices td:nth-child(5)::before{content:"Decided by: "}
+.devices td:nth-child(6)::before{content:"Last told: "}.ran td:nth-child(2)::before{content:"First begun: "}
+.ran td:nth-child(3)::before{content:"Last begun: "}.ran td:nth-child(4)::before{content:"Times: "}
+.ran td:nth-child(5)::before{content:"Devices: "}.ran td:nth-child(6)::before{content:"Running now: "}
+.ran td:nth-child(7)::before{content:"Papers: "}.labelled td:nth-child(4)::before{content:"95 %: "}
+.labelled td:nth-child(5)::before{content:"Labels: "}.labelled td:nth-child(6)::before{content:"How they came: "}
+.labelled td:nth-child(7)::before{content:"As of "}
+.compared td:nth-child(2)::before{content:"New one: "}.compared td:nth-child(3)::before{content:"Windows: "}
 .compared td:nth-child(4)::before{content:"Alike: "}.compared td:nth-child(5)::before{content:"Time: "}
 .compared td:nth-child(6)::before{content:"By labels: "}.compared td:nth-child(7)::before{content:"Expected: "}
 .signatures td:nth-child(2)::before{content:"Signed by "}.signatures td:nth-child(3)::before{content:"Keys: "}
