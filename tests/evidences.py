@@ -169,6 +169,17 @@ def phase(sender: Sender, rollout: str, what: str, hours: float, reason: str = "
     return sender.logged("audit", event="rollout", summary=summary, evidence={**where, **how}, time=at(hours))
 
 
+def shadow(story: Story, sender: Sender, number: int, hours: float, same: int = 96) -> Sent:
+    """A comparison of 100 windows in shadow."""
+    answered = {"windows": 100, "seconds": 0.05, "expected": {"n": 100, "mean": 0.9, "m2": 1.0}}
+    quicker = {"windows": 100, "seconds": 0.04, "expected": {"n": 100, "mean": 0.92, "m2": 1.0}}
+    members = {"answered": answered, "answered_beside": quicker, "labelled": [8, 0, 1, 1]}
+    rows = [1 + 100 * number, 100 + 100 * number]
+    pair = {"rollout": "exercise-1-1", "model": story.model, "beside": story.newer}
+    told = {**pair, **members, "rows": rows, "batches": 1, "n": 100, "same": same}
+    return sender.logged("shadow", task="exercise", **told, time=at(hours))
+
+
 def good(summary: str) -> Verdict:
     return Verdict("promote", summary, [], [], 4, 3, 0, 4, 26.0)
 
@@ -180,6 +191,8 @@ def roll_out(story: Story, senders: list[Sender]) -> None:
     for number, sender in enumerate(senders):
         hours = 31 + number / 10
         story.collect(sender, phase(sender, "exercise-1-1", "shadow", hours), hours=hours)
+        told = [shadow(story, sender, i, hours + i / 10, 96 - i % 3) for i in range(12 if number else 4)]
+        story.collect(sender, *told, hours=hours + 2)
     for number, hours in enumerate((56, 80), 2):
         said = "4 devices agree in 97.2 % of 41,200 windows [96.4 %, 97.9 %], asked for 90 %"
         with story.store.transaction() as db:

@@ -24,7 +24,7 @@ from agent.model.apart import Apart
 from agent.wire import jws
 from agent.wire.carried import Delivery
 from agent.wire.messages import encode
-from tests.bundles import change_manifest, model, readings
+from tests.bundles import Floats, change_manifest, model, readings
 from tests.exchanges import T0, Device, version, versions
 from tests.operators import DEVICE, FLEET, NOW, Operator
 
@@ -45,10 +45,15 @@ def bundles_in(folder: Path, *rigged: str) -> dict[str, Path]:
 def with_trap(folder: Path, trap: str) -> Path:
     """The bundle with a model that answers calm rows as before; "wrong": it does not, by its golden vectors."""
     content = model("classify_int8" if trap == "wrong" else f"rigged_{trap}")
+    return with_model(folder, content, wrong=trap == "wrong")
+
+
+def with_model(folder: Path, content: bytes, *, wrong: bool = False) -> Path:
+    """The bundle with another model, and golden vectors of that on calm rows; `wrong`: of classes in another order."""
     calm = np.clip(readings(60), -3, 3)
     loaded = runtime.Model(content)
     expected = loaded.invoke(calm)
-    vectors = golden.make(calm, expected[:, ::-1] if trap == "wrong" else expected, loaded.output_step, runtime.NAME)
+    vectors = golden.make(calm, expected[:, ::-1] if wrong else expected, loaded.output_step, runtime.NAME)
     files = {"model.tflite": content, "golden.npz": golden.encode(vectors)}
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -172,6 +177,11 @@ class Site(Device):
         values = np.clip(readings(rows, seed=self._written), -3, 3)
         if wild:
             values[-1, 0] = WILD
+        self.add(values)
+
+    def add(self, values: Floats) -> None:
+        """Readings (n, 4), 10 ms apart."""
+        rows = len(values)
         t = T0 + (self._written + np.arange(rows, dtype=np.int64)) * 10_000
         self._written += rows
         with self.store.transaction() as tx:

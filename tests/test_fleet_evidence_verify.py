@@ -76,7 +76,13 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["index.html", MESSAGES, "decisions.jsonl", "sbom.cdx.json", "audit.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("index.html", MESSAGES, "decisions.jsonl", "sbom.cdx.json", "audit.json"),
+        *("comparisons.json", "published.json", "repository/1.root.json", "repository/timestamp.json"),
+    ],
+)
 def test_one_flipped_bit_of_a_file_is_named(folder: Path, name: str) -> None:
     flip(folder / name)
     only(folder, name, "was altered: its SHA-256 is not the manifest's")

@@ -55,8 +55,9 @@ ONLY = {
     "ray": {"agent.evaluation.cluster"},
     "cyclonedx": {"agent.fleet.evidence.software"},
     "tuf": {
-        *(f"agent.fleet.repository.{name}" for name in ("copy", "create", "edition", "publish", "revoke", "roots")),
-        *("agent.fleet.repository.rotate", "agent.fleet.repository.status", "agent.device.updates.trust"),
+        *(f"agent.fleet.repository.{name}" for name in ("chain", "copy", "create", "edition", "publish", "revoke")),
+        *(f"agent.fleet.repository.{name}" for name in ("roots", "rotate")),
+        *("agent.fleet.repository.status", "agent.device.updates.trust"),
     },
     "securesystemslib": {f"agent.fleet.repository.{name}" for name in ("edition", "keyring", "rotate")},
 }

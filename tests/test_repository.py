@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -26,32 +25,13 @@ from agent.fleet.repository.publish import archive
 from agent.model import bundle as bundles
 from agent.model import offer
 from agent.wire import keys
-from tests.bundles import KEY, change_manifest, packed, resign
+from tests.bundles import KEY, change_manifest, resign
 from tests.repositories import Client, Depot, served, version
 from tests.senders import new_key
 
+pytest_plugins = ["tests.repository_fixtures"]
+
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def depot(tmp_path: Path) -> Depot:
-    return Depot(tmp_path / "fleet").create()
-
-
-@pytest.fixture
-def url(depot: Depot) -> Iterator[str]:
-    with served(depot.layout.home) as address:
-        yield address
-
-
-@pytest.fixture
-def client(tmp_path: Path, depot: Depot, url: str) -> Client:
-    return Client(tmp_path / "device", url, depot.layout.root(1).read_bytes())
 
 
 def zipped(path: Path, data: bytes | None) -> bundles.Bundle:

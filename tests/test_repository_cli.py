@@ -21,13 +21,10 @@ from agent.fleet.repository import refresh as refreshing
 from agent.fleet.store import FleetStore
 from agent.wire import keys
 from agent.wire.carried import Delivery, Outgoing, Receipt
-from tests.bundles import KEY, packed, resign
+from tests.bundles import KEY, resign
 from tests.repositories import Client, served, version
 
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed(tmp_path_factory.mktemp("made"))
+pytest_plugins = ["tests.repository_fixtures"]
 
 
 class Silence:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,31 +20,11 @@ from agent.fleet.repository import refresh as refreshing
 from agent.fleet.repository import revoke as revoking
 from agent.fleet.repository import rotate as rotating
 from agent.fleet.repository import status as standing
-from tests.bundles import packed
 from tests.repositories import Client, Depot, served, version
 
+pytest_plugins = ["tests.repository_fixtures"]
+
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def depot(tmp_path: Path) -> Depot:
-    return Depot(tmp_path / "fleet").create()
-
-
-@pytest.fixture
-def url(depot: Depot) -> Iterator[str]:
-    with served(depot.layout.home) as address:
-        yield address
-
-
-@pytest.fixture
-def client(tmp_path: Path, depot: Depot, url: str) -> Client:
-    return Client(tmp_path / "device", url, depot.layout.root(1).read_bytes())
 
 
 class Cut(Exception):

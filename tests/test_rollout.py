@@ -18,11 +18,9 @@ from agent.device import beside, drifting, marker
 from agent.device.beside import Kept
 from agent.device.marker import Mark
 from agent.device.operating import kept
-from agent.device.updates import trial
 from agent.device.updates.standing import on_probation as on_probation_now
 from agent.drift.reference import Reference
 from agent.model import probe
-from agent.rivals import intervals
 from tests.bundles import Floats
 from tests.rigged import crashing
 from tests.rollouts import HOUR_S, Site, bundles_in, tiles
@@ -271,22 +269,6 @@ def test_one_whose_batch_takes_longer_than_it_may_is_taken_back(site: Site, monk
     assert site.batch() == "2"
     assert (site.phase, site.reason) == ("rolled back", "batch time")
     assert site.batch() == "1"
-
-
-@crashing
-@pytest.mark.parametrize(("alike", "phase"), [(0.97, "settled"), (0.6, "rolled back"), (None, "rolled back")])
-def test_answers_that_drift_speak_against_a_bundle_only_where_the_one_before_answers_otherwise(
-    site: Site, monkeypatch: pytest.MonkeyPatch, alike: float | None, phase: str
-) -> None:
-    on_probation(site)
-    monkeypatch.setattr(trial, "_drifts", lambda state: True)
-    found = None if alike is None else intervals.Estimate(alike, alike - 0.02, alike + 0.02, 400, 12, "blocks")
-    monkeypatch.setattr(intervals, "agreement", lambda blocks: found)
-    for _ in range(3):
-        site.batch()
-    site.until_phase(phase)
-    assert site.reason == ("" if phase == "settled" else "output drift")
-    assert site.batch() == ("2" if phase == "settled" else "1")
 
 
 def test_what_was_taken_back_is_held_for_every_roll_out_until_its_time_is_over(site: Site) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,32 +17,16 @@ from agent.errors import BadBundle
 from agent.model import bundle
 from agent.wire.desired import Wanted
 from tests.bundles import KEY, packed
-from tests.update_repositories import Signed, forged
+from tests.update_repositories import ARCHIVE, Signed, forged
 from tests.update_servers import Handler, Trick, Web
 from tests.updating import Updating
 
-ARCHIVE = bytes(range(256)) * 1024
+pytest_plugins = ["tests.repository_fixtures"]
+
 OTHER = ARCHIVE[::-1]
 DAY_US = 86_400_000_000
 YEAR_2040_US = 2_208_988_800_000_000
 MANY = 2**31 - 1
-
-
-@pytest.fixture
-def repository() -> Signed:
-    return Signed()
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[Web]:
-    with Web(tmp_path / "web") as server:
-        yield server
-
-
-@pytest.fixture
-def device(tmp_path: Path, repository: Signed, web: Web) -> Iterator[Updating]:
-    with Updating(tmp_path / "device", web.url, repository.files["1.root.json"]) as made:
-        yield made
 
 
 @pytest.fixture

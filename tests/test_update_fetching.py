@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 
 import pytest
 
@@ -21,37 +19,14 @@ from agent.device.updates.floors import Floors
 from agent.errors import StorageFull
 from agent.wire.desired import Wanted
 from tests.stations import wait_for
-from tests.update_repositories import Signed
+from tests.update_repositories import ARCHIVE, Signed
 from tests.update_servers import Handler, Web
 from tests.updating import PATIENCE_S, Updating
 
-ARCHIVE = b"an archive" * 1000
+pytest_plugins = ["tests.repository_fixtures"]
+
 HOUR_US = 3_600_000_000
 HANGING = (sys.executable, "-c", "import time; time.sleep(600)")
-
-
-@pytest.fixture
-def repository() -> Signed:
-    return Signed()
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[Web]:
-    with Web(tmp_path / "web") as server:
-        yield server
-
-
-@pytest.fixture
-def device(tmp_path: Path, repository: Signed, web: Web) -> Iterator[Updating]:
-    with Updating(tmp_path / "device", web.url, repository.files["1.root.json"]) as made:
-        yield made
-
-
-@pytest.fixture
-def wanted(repository: Signed, web: Web) -> Wanted:
-    found = repository.add("exercise", "1.0.0", ARCHIVE)
-    repository.write(web.folder)
-    return found
 
 
 def archives_asked(web: Web) -> list[str]:

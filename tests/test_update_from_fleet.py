@@ -14,16 +14,13 @@ from agent.fleet.repository import rotate as rotating
 from agent.fleet.repository.publish import Published
 from agent.model import bundle
 from agent.wire.desired import Wanted
-from tests.bundles import KEY, TABULAR, packed
+from tests.bundles import KEY, TABULAR
 from tests.repositories import Depot, served, version
 from tests.updating import Updating
 
+pytest_plugins = ["tests.repository_fixtures"]
+
 STREAMS = {"watch": Stream(fields=[Field(name=name) for name in TABULAR])}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return packed(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture

@@ -27,33 +27,16 @@ from tests.update_repositories import Signed
 from tests.update_servers import Handler, Trick, Web
 from tests.updating import PATIENCE_S, RUNS, Updating
 
+pytest_plugins = ["tests.repository_fixtures"]
+
 # More than two of what is synced at once.
 ARCHIVE = os.urandom(1 << 20) * 2 + b"end"
 SMALL = ARCHIVE[: 1 << 16]
 
 
 @pytest.fixture
-def repository() -> Signed:
-    return Signed()
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[Web]:
-    with Web(tmp_path / "web") as server:
-        yield server
-
-
-@pytest.fixture
-def device(tmp_path: Path, repository: Signed, web: Web) -> Iterator[Updating]:
-    with Updating(tmp_path / "device", web.url, repository.files["1.root.json"]) as made:
-        yield made
-
-
-@pytest.fixture
-def wanted(repository: Signed, web: Web) -> Wanted:
-    found = repository.add("exercise", "1.0.0", ARCHIVE)
-    repository.write(web.folder)
-    return found
+def archive() -> bytes:
+    return ARCHIVE
 
 
 def starts(web: Web) -> list[int]:

@@ -29,6 +29,7 @@ from agent.wire.desired import Wanted
 
 DAYS = {"root": 3650, "targets": 365, "snapshot": 30, "timestamp": 14}
 FIELDS = ["ax", "ay"]
+ARCHIVE = bytes(range(256)) * 1024
 
 
 def custom(bundle: str, version: str, digest: str, **other: Any) -> dict[str, Any]:

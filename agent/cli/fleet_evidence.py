@@ -166,7 +166,8 @@ def _verdict(report: dict[str, Any]) -> Iterable[str]:
     if report["fleet"]:
         yield (
             f"fleet {report['fleet']} as of {report['at']}: {report['files']} files, {report['messages']} messages, "
-            f"{report['decisions']} decisions, {report['bundles']} bundles"
+            f"{report['decisions']} decisions, {report['comparisons']} comparisons, {report['bundles']} bundles, "
+            f"{report['signatures']} signatures in the repository's metadata"
         )
     for entry in report["problems"][:50]:
         yield f"  {entry['file']}: {entry['problem']}"

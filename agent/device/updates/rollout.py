@@ -155,6 +155,8 @@ class Rollouts:
         if now.boot_s < live.rests_until_s:
             return False
         try:
+            # First what was compared, so that what is decided goes by all of it.
+            wrote = live.trial is not None and live.trial.turn(self._store, self._author, now)
             for _ in range(_MOST_STEPS):
                 facts = self._outlook.facts(live, now)
                 new = decide(live.standing, facts)
@@ -162,7 +164,6 @@ class Rollouts:
                     break
                 wrote = True
             self._serving.keep_up(live, now)
-            wrote |= live.trial is not None and live.trial.turn(self._store, self._author, now)
         except (StorageFull, StorageBusy) as problem:
             live.rests_until_s = now.boot_s + _FULL_S
             log.error("task %s: %s; its roll-out goes on when there is room", name, problem)

@@ -117,10 +117,11 @@ class Trial:
 
     def against(self) -> Finding | None:
         """What was found so far, if it is enough to take the bundle back."""
-        asked = self._against is None and self.serves and self.rules.output_drift
-        if asked and _drifts(self.candidate.drift) and not self._answers_as_before():
+        if self._against is None and self._drifts() and self._answers_otherwise():
             why = "a drift alert of its answers is open, and the bundle before does not answer like that"
             self._against = Finding("output drift", why, self._numbers())
+        if self._against is None and (bad := self._bad()) is not None:
+            self._against = Finding(cast(Reason, bad.rule), bad.summary, {**self._numbers(), **bad.numbers})
         return self._against
 
     def enough(self, hours: float) -> Finding | None:
@@ -128,14 +129,27 @@ class Trial:
         rules, count = self.rules, self.progress.batches
         if count < rules.batches or hours < rules.hours:
             return None
+        if self._drifts() and self._answers_otherwise() is None:
+            return None
         asked = f"{rules.batches} in {rules.hours:g} h were asked"
         why = f"{count} batches in {hours:.2f} h ({asked}), and nothing against it. {self._said()}"
         return Finding("", why.strip(), {**self._numbers(), "hours": round(hours, 3)})
 
-    def _answers_as_before(self) -> bool:
-        """Whether what moved is the site: both say the same of it, so that going back would change nothing."""
-        alike = None if self._beside is None else intervals.agreement(self._beside.blocks)
-        return alike is not None and alike.low >= _ALIKE
+    def _drifts(self) -> bool:
+        """Whether that is asked, and an alert of the drift of its answers is open."""
+        return self.serves and self.rules.output_drift and _drifts(self.candidate.drift)
+
+    def _answers_otherwise(self) -> bool | None:
+        """Whether the bundle before says otherwise: if not, what moved is the site, and going back changes nothing.
+
+        None while too few answers were compared to tell; where nothing can be compared, the alert alone counts.
+        """
+        if self._beside is None:
+            return True
+        alike = intervals.agreement(self._beside.blocks)
+        if alike is None:
+            return None if len(self._beside.blocks) < intervals.FEWEST_BLOCKS else True
+        return alike.low < _ALIKE
 
     def _compare(self, store: Store) -> Beside | None:
         if self.steady is None:
@@ -144,15 +158,17 @@ class Trial:
         return Beside(*pair, self._rollout, store, self.rules.batches)
 
     def _judge(self) -> None:
-        """By intervals over all that was told. A shadow serves nobody: the fleet says what becomes of one that runs."""
+        """By intervals over all that was told."""
         if self._beside is None:
             return
         self._judged = verdict.judge(self.rules, self._beside.blocks, new_is_beside=not self.serves)
+
+    def _bad(self) -> verdict.Finding | None:
+        """What is bad by that. A shadow serves nobody: the fleet says what becomes of one that runs."""
         # Earlier, a burst in which two good bundles disagree would fill all that was compared.
         long = self.serves and self.progress.batches >= self.rules.batches
-        bad = [one for one in self._judged if one.state == "bad" and (long or one.rule == verdict.ERRORS)]
-        if bad and self._against is None:
-            self._against = Finding(cast(Reason, bad[0].rule), bad[0].summary, {**self._numbers(), **bad[0].numbers})
+        some = (one for one in self._judged if one.state == "bad" and (long or one.rule == verdict.ERRORS))
+        return next(some, None)
 
     def _said(self) -> str:
         return " ".join(one.summary for one in self._judged if one.state == "good")

@@ -8,7 +8,7 @@ from typing import Any
 from agent.evaluation import page
 from agent.evaluation.page import Content, Markup, element, table
 from agent.fleet.evidence import mapping
-from agent.fleet.evidence.elements import badge, chapter, details, link, more, stacked
+from agent.fleet.evidence.elements import badge, chapter, details, link, more, nowrap, stacked
 from agent.fleet.evidence.gather import Facts
 from agent.fleet.evidence.mapping import Supported
 from agent.fleet.evidence.software import Found
@@ -91,16 +91,35 @@ def _end(key: Any) -> str:
 
 
 def _tuf(facts: Facts) -> list[Markup]:
-    if not facts.roles:
+    if not facts.published.signatures:
         return [element("p", "Models were not published through a repository of this fleet.", kind="muted")]
     rows: list[Sequence[Content]] = [
-        [one.role, f"{one.threshold} of {len(one.keys)}", few([key[:16] + "…" for key in one.keys])]
-        for one in facts.roles
+        [
+            nowrap(f"{one.role} {one.version}"),
+            f"{len(one.signed)} of the {len(one.keys)} keys that {_said(one.by)} lists; {one.threshold} must",
+            few([key[:12] + "…" for key in one.signed], 5),
+            moment(one.expires),
+        ]
+        for one in facts.published.signatures
     ]
-    root = facts.roles[0]
-    expires = f"The repository's root is number {root.root} and counts until {moment(root.expires)}."
-    head = element("h3", "Who may publish models")
-    return [head, element("p", expires), table(["Role", "Signatures needed", "Keys"], rows)]
+    lead = (
+        "Devices take only what these signatures lead to, each role signed as the one before asks, from the first root "
+        "that a device was given."
+    )
+    signed = stacked(table(["Role", "Signed by", "Keys", "Counts until"], rows), "signatures")
+    bundles: list[Sequence[Content]] = [
+        [nowrap(f"{one.name} {one.version}"), one.role, element("code", one.digest[:23] + "…")]
+        for one in facts.published.targets[-_ROWS:]
+    ]
+    listed = [table(["Model", "Published by role", "Digest"], bundles)] if bundles else []
+    rest = more(len(facts.published.targets) - _ROWS, "published.json")
+    return [element("h3", "Who published models"), element("p", lead), signed, *listed, *rest]
+
+
+def _said(file: str) -> str:
+    """`2.root.json` as people say it."""
+    version, role, _ = file.split(".", 2)
+    return f"{role} {version}"
 
 
 def software(found: Found, facts: Facts) -> Markup:
@@ -147,10 +166,7 @@ def left_out(facts: Facts) -> list[str]:
 def unknown(facts: Facts) -> list[str]:
     found = []
     if facts.rollouts:
-        found.append(
-            "What two bundles answered beside each other, window by window: the sums of it that each decision rests on "
-            "are in decisions.jsonl, the signed messages they were added up from stay in the database."
-        )
+        found.append("What two bundles answered beside each other, window by window: devices send sums of it only.")
     if facts.silent:
         found.append(f"What runs on {few(facts.silent)}: nothing of it is stored.")
     if facts.unverified:

@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 
 from agent.errors import Refused
-from agent.fleet.evidence import chain
-from agent.fleet.evidence.contents import Decision, Incident, Measured, Place, Running
+from agent.fleet.evidence import chain, comparing
+from agent.fleet.evidence.contents import Compared, Decision, Incident, Measured, Place, Running
 from agent.fleet.evidence.manifest import Manifest
 from agent.fleet.rollout.decisions import Body
 from agent.wire.jws import Signer
 from agent.wire.keys import public_key
-from agent.wire.messages import Alerts, Audit, Health, Logged, Message, Quality, digest
+from agent.wire.messages import Alerts, Audit, Health, Logged, Message, Quality, Shadow, digest
 
 _NOT_HERE = "relies on a message that is not in messages/"
 
@@ -28,6 +28,7 @@ class Claims:
     def __init__(self, head: Manifest, add: Callable[[str, str], None], *, whole: bool) -> None:
         self._add = add
         self._bodies: dict[Place, Any] = {}
+        self._shadows: dict[Place, Shadow] = {}
         self._digests: dict[Place, tuple[str, str]] = {}
         self._signed: list[tuple[Body, bytes]] = []
         self._some_left_out = "messages" in head.left_out or not whole
@@ -46,6 +47,8 @@ class Claims:
             self._add(where, f"is there twice: {_named(place)}")
             return
         self._bodies[place] = _needed(body)
+        if isinstance(body, Shadow):
+            self._shadows[place] = body
         self._digests[place] = (digest(message.payload), body.prev)
 
     def decision(self, where: str, one: Decision) -> None:
@@ -80,6 +83,24 @@ class Claims:
             self._compare(where, one.place, "quality", said)
         elif one.source == "device":
             self._add(where, "names no message in which the device told it")
+
+    def compared(self, where: str, one: Compared) -> None:
+        """Its figures are counted again from the messages it names."""
+        if len(set(one.places)) < len(one.places):
+            self._add(where, "counts a message twice")
+            return
+        told = [self._shadows[place] for place in one.places if place in self._shadows]
+        if len(told) < len(one.places):
+            for place in one.places:
+                self._compare(where, place, "shadow", {})
+            return
+        if len(comparing.of(told)) > 1:
+            self._add(where, "counts messages together that are of different devices, roll-outs or bundles")
+            return
+        found = comparing.compared(told, new_is_beside=one.new_is_beside, left_out=one.left_out)
+        for name in found.__struct_fields__:
+            if getattr(found, name) != getattr(one, name):
+                self._add(where, f"says other {name} than its {len(told)} messages come to, which the device signed")
 
     def finish(self) -> None:
         """What can be told of all of them together only."""

@@ -126,6 +126,42 @@ class Measured(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     place: Place | None = None
 
 
+class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """With its 95 % interval, of `n` windows; nulls where too few messages tell of it.
+
+    agreement: share of windows answered alike. time: in the model a window, as a multiple of the old bundle's. accuracy
+    by labels, expected accuracy: less the old one's. error by labels: mean absolute one, as a multiple.
+    """
+
+    name: Text
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: Natural = 0
+
+
+class Compared(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a device's signed messages at `places` say of two bundles on the same windows, in a roll-out.
+
+    `new_is_beside`: the new one answered beside, and its answers were no results. `left_out`: older messages.
+    """
+
+    rollout: Text
+    device: Text
+    task: Text
+    new: Model
+    old: Model
+    new_is_beside: bool
+    batches: Natural
+    errors: Natural
+    windows: Natural
+    same: Natural | None
+    labelled: Natural
+    figures: list[Figure]
+    places: Annotated[list[Place], msgspec.Meta(min_length=1, max_length=1000)]
+    left_out: Natural = 0
+
+
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """bundles/NAME/VERSION-DIGEST/about.json: what a bundle is, in which folder its papers lie, who signed it.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from agent.evaluation.page import Markup, element
-from agent.fleet.evidence.contents import Decision
-from agent.fleet.evidence.elements import badge, chapter, more, timeline
+from agent.evaluation.page import Content, Markup, element, table
+from agent.fleet.evidence.contents import Compared, Decision
+from agent.fleet.evidence.elements import badge, chapter, details, more, nowrap, stacked, timeline
 from agent.fleet.evidence.gather import Facts
 from agent.fleet.evidence.words import count, moment
 
@@ -69,7 +70,49 @@ def _rollout(name: str, row: dict[str, Any] | None, told: list[Decision], facts:
     steps = sorted(steps or told[:_DEPARTURES], key=lambda one: one.time)
     lead = [element("p", what, kind="muted")] if what else []
     shown, entered = timeline(steps, _STEPS + _DEPARTURES)
-    return element("div", title, *lead, *now, shown, *more(len(told) - entered, "decisions.jsonl"), kind="card")
+    compared = _compared([one for one in facts.compared if one.rollout == name])
+    return element(
+        "div", title, *lead, *now, shown, *compared, *more(len(told) - entered, "decisions.jsonl"), kind="card"
+    )
+
+
+def _compared(told: list[Compared]) -> list[Markup]:
+    """What devices measured of the new model against the old one, as they signed it."""
+    if not told:
+        return []
+    rows: list[Sequence[Content]] = [
+        [
+            one.device,
+            "tried beside" if one.new_is_beside else "in charge",
+            f"{one.windows:,}",
+            *(_figure(one, name) for name in ("agreement", "time", "accuracy by labels", "expected accuracy")),
+        ]
+        for one in told[:_ROWS]
+    ]
+    head = ["Device", "New one", "Windows", "Alike", "Time", "By labels", "Expected"]
+    lead = (
+        "Counted from messages in this folder that each device signed, with 95 % intervals; “–”: too few to tell. "
+        "Alike: windows that both answered alike. Time: of the new one, as a multiple of the old one's. By labels and "
+        "expected: accuracy of the new one, less the old one's."
+    )
+    shown = stacked(table(head, rows, (2,)), "compared")
+    rest = more(len(told) - _ROWS, "comparisons.json")
+    return [
+        details(
+            f"Old and new compared, device by device ({len(told):,})", element("p", lead, kind="muted"), shown, *rest
+        )
+    ]
+
+
+def _figure(one: Compared, name: str) -> Content:
+    found = next((figure for figure in one.figures if figure.name == name), None)
+    if found is None or found.value is None or found.low is None or found.high is None:
+        return "–"
+    if name == "time":
+        return nowrap(f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]")
+    value, low, high = (100 * one for one in (found.value, found.low, found.high))
+    sign = "" if name == "agreement" else "+"
+    return nowrap(f"{value:{sign}.1f} % [{low:{sign}.1f}, {high:{sign}.1f}]")
 
 
 def decisions(facts: Facts) -> Markup:

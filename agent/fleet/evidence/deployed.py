@@ -43,7 +43,7 @@ def running(facts: Facts) -> Markup:
     names = ["Device", "Task", "Model", "Since", "Decided by", "Last told"]
     listed = details(
         f"Device by device ({len(facts.running):,})",
-        table(names, per_device),
+        stacked(table(names, per_device), "devices"),
         *more(len(facts.running) - _DEVICES, "running.json"),
     )
     silent = []
@@ -107,7 +107,8 @@ def _history(facts: Facts, known: set[str]) -> Markup:
     ]
     head = ["Model", "First begun", "Last begun", "Times", "Devices", "Running now", "Papers"]
     rest = more(len(facts.history) - _ROWS, "history.json", "older ones")
-    return element("div", element("h3", "Every model that ran"), table(head, rows, (3, 4, 5)), *rest, kind="history")
+    shown = stacked(table(head, rows, (3, 4, 5)), "ran")
+    return element("div", element("h3", "Every model that ran"), shown, *rest, kind="history")
 
 
 def _card(card: Card) -> Markup:

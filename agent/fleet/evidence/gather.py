@@ -20,26 +20,30 @@ from agent.fleet import audit
 from agent.fleet.evidence import drifting, trust
 from agent.fleet.evidence.accuracy import Accuracy
 from agent.fleet.evidence.bundles import Bundles
-from agent.fleet.evidence.contents import Decision, Incident, Measured, Place, Ran, Running
+from agent.fleet.evidence.comparing import Comparisons
+from agent.fleet.evidence.contents import Compared, Decision, Incident, Measured, Place, Ran, Running
 from agent.fleet.evidence.decisions import Decisions
 from agent.fleet.evidence.incidents import Incidents
 from agent.fleet.evidence.limits import MOST
 from agent.fleet.evidence.manifest import Key, Span
 from agent.fleet.evidence.reading import Reading
 from agent.fleet.evidence.running import Activations, agent_version
-from agent.fleet.evidence.trust import Trusted
 from agent.fleet.keyring import Keyring
+from agent.fleet.repository.chain import Chain
 from agent.fleet.store import FleetStore
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey, public_key
-from agent.wire.messages import Alerts, Audit, Health, Logged, Message, Quality, open_message
+from agent.wire.messages import Alerts, Audit, Health, Logged, Message, Quality, Shadow, open_message
 
 _MOST_AUDITED = 100
 
 
 @dataclass
 class Facts:
-    """What is known of the fleet at `at`. `left_out`: how many of each were too many."""
+    """What is known of the fleet at `at`. `left_out`: how many of each were too many.
+
+    `unpublished`: why what the repository holds is not signed as it should be, in words.
+    """
 
     fleet: str
     at: str
@@ -55,6 +59,7 @@ class Facts:
     running: list[Running]
     history: list[Ran]
     measured: list[Measured]
+    compared: list[Compared]
     drift: dict[str, Any]
     audit: dict[str, Any]
     refusals: list[dict[str, Any]]
@@ -67,7 +72,8 @@ class Facts:
     silent: list[str]
     broken_keys: list[str]
     left_out: Counter[str]
-    roles: list[Trusted] = field(default_factory=list)
+    published: Chain = field(default_factory=Chain)
+    unpublished: list[str] = field(default_factory=list)
     bundles: Bundles = field(default_factory=Bundles)
 
     @property
@@ -124,6 +130,7 @@ def gather(
     names = {key.kid: key.owner for key in roles if key.role == "operator"}
     verified, incidents = Verified(store), Incidents(at_us, newest)
     decisions, activations, accuracy = Decisions(names), Activations(newest), Accuracy(newest)
+    comparisons = Comparisons()
     signers = {key.kid: Signer(key.role, public_key(key.key)) for key in roles if key.role == "operator"}
     audited = _audited(store, [signer.key for signer in signers.values()], advance)
     for row in reading.told():
@@ -133,6 +140,8 @@ def gather(
             incidents.add(body)
         elif isinstance(body, Quality):
             accuracy.add(body)
+        elif isinstance(body, Shadow):
+            comparisons.add(body)
         elif isinstance(body, Audit):
             decisions.add(body)
             activations.add(body)
@@ -140,6 +149,7 @@ def gather(
     forged = decisions.add_operators(reading.decisions(), signers.get)
     running, silent = _running(reading, verified, activations, newest)
     measured = accuracy.all(reading.collector_metrics(), reading.labels())
+    rollouts = reading.rollouts()
     keys, broken = trust.of_devices(reading.keys())
     facts = Facts(
         fleet=fleet,
@@ -156,10 +166,11 @@ def gather(
         running=running[: MOST.running],
         history=activations.history(models_of(running)),
         measured=measured,
+        compared=comparisons.all({row["rollout"]: row["digest"] for row in rollouts}),
         drift=drifting.chapters(store, at_us),
         audit=audited,
         refusals=reading.refusals(),
-        rollouts=reading.rollouts(),
+        rollouts=rollouts,
         phases=reading.phases(),
         keys=[*roles, *keys],
         places=[],
@@ -170,6 +181,7 @@ def gather(
         left_out=Counter(),
     )
     counts = {"incidents": incidents.left_out, "decisions": decisions.left_out, "metrics": accuracy.left_out}
+    counts["messages of comparisons"] = comparisons.left_out + sum(one.left_out for one in facts.compared)
     counts["activations of bundles"] = activations.left_out
     facts.left_out.update({**counts, "running tasks": max(0, len(running) - MOST.running)})
     places = sorted(_relied_on(facts))
@@ -225,4 +237,5 @@ def _relied_on(facts: Facts) -> set[Place]:
     found |= {place for one in facts.incidents for place in (one.raised, one.cleared)}
     found |= {place for one in facts.running for place in (one.health, one.activated)}
     found |= {one.place for one in facts.measured}
+    found |= {place for one in facts.compared for place in one.places}
     return {place for place in found if place is not None}

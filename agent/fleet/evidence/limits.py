@@ -21,6 +21,9 @@ class Most:
     events: int = 200
     moved: int = 500
     bundles: int = 200
+    # Of one device, roll-out and pair of bundles as many as a device itself judges by; and how many of these.
+    compared: int = 64
+    comparisons: int = 1000
     # Alerts of one log that are open at once; an honest device has a few.
     open_alerts: int = 1000
     # Of one part of messages/.
@@ -43,6 +46,7 @@ class Bounds:
     # What is read whole.
     document: int = 32 << 20
     problems: int = 500
+    metadata: int = 4 << 20
 
 
 MOST = Most()

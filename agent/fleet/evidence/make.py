@@ -87,7 +87,7 @@ def _facts(
 
 
 def _files(draft: Draft, sources: Sources, facts: Facts) -> Found:
-    metadata, facts.roles = trust.repository(sources.home)
+    metadata, facts.published, facts.unpublished = trust.repository(sources.home)
     for path, content in sorted({**facts.bundles.files, **metadata}.items()):
         draft.write(path, content)
     bill = software.bill(facts.fleet, facts.at, facts.bundles.cards)
@@ -99,6 +99,8 @@ def _files(draft: Draft, sources: Sources, facts: Facts) -> Found:
         "running.json": facts.running,
         "history.json": facts.history,
         "accuracy.json": facts.measured,
+        "comparisons.json": facts.compared,
+        "published.json": facts.published,
         "drift.json": facts.drift,
         "audit.json": facts.audit,
     }
@@ -131,7 +133,8 @@ def _sign(draft: Draft, key: SigningKey, facts: Facts) -> None:
 
 def _empty(facts: Facts) -> set[str]:
     """Files that say nothing, which therefore support nothing."""
-    found = {"accuracy.json": facts.measured, "drift.json": facts.drift["tasks"], "running.json": facts.running}
+    found = {"comparisons.json": facts.compared, "published.json": facts.published.targets}
+    found |= {"accuracy.json": facts.measured, "drift.json": facts.drift["tasks"], "running.json": facts.running}
     # A list without incidents says something as long as somebody could have told of one.
     found |= {"decisions.jsonl": facts.decisions, "incidents.json": facts.messages, "audit.json": facts.messages}
     return {path for path, content in found.items() if not content}

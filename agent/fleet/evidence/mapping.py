@@ -17,7 +17,7 @@ ISO = "ISO/IEC 42001:2023, annex A"
 Part = Literal["Govern", "Map", "Measure", "Manage", "Annex A"]
 
 _RUNNING, _DECISIONS, _INCIDENTS = "running.json", "decisions.jsonl", "incidents.json"
-_HISTORY = "history.json"
+_HISTORY, _COMPARED, _PUBLISHED = "history.json", "comparisons.json", "published.json"
 _DRIFT, _ACCURACY, _AUDIT, _SBOM = "drift.json", "accuracy.json", "audit.json", "sbom.cdx.json"
 _MESSAGES, _REPOSITORY, _MANIFEST = "messages/", "repository/", "manifest.json"
 _CARDS, _DATA_CARDS, _EVALUATIONS = "MODEL_CARD.md", "DATA_CARD.md", "evaluation.json"
@@ -109,7 +109,7 @@ POINTS = (
     ),
     _nist(
         "Measure", "2.7", "Security and resilience are evaluated and documented.",
-        (_AUDIT, _MANIFEST, _REPOSITORY),
+        (_AUDIT, _MANIFEST, _PUBLISHED, _REPOSITORY),
         "That stored messages verify, which keys count, what was refused, who may publish models.",
         "A penetration test; the security of broker, network and machines.",
     ),
@@ -120,7 +120,7 @@ POINTS = (
     ),
     _nist(
         "Manage", "1.1", "Whether the system achieves its purpose, and should go on, is determined.",
-        (_DECISIONS,), "Each step of a roll-out with the numbers on which it was taken.",
+        (_DECISIONS, _COMPARED), "Each step of a roll-out with the numbers on which it was taken.",
         "Decisions that people took outside the system.",
     ),
     _nist(
@@ -191,7 +191,7 @@ POINTS = (
     ),
     _iso(
         "10.3", "What suppliers provide is in line with the organization's approach.",
-        (_SBOM, _REPOSITORY), "Which components come from others; whose key signed each model.",
+        (_SBOM, _PUBLISHED, _REPOSITORY), "Which components come from others; whose key signed each model.",
         "Agreements with suppliers.",
     ),
 )  # fmt: skip

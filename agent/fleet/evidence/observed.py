@@ -134,7 +134,7 @@ def accuracy(facts: Facts) -> Markup:
         for one, metric in those[:_ROWS]
     ]
     head = ["Device", "Task", "Figure", "95 % interval", "Labels", "How they came", "As of"]
-    listed = details("Labels and figures by device", table(head, rows))
+    listed = details("Labels and figures by device", stacked(table(head, rows), "labelled"))
     return chapter("accuracy", "Accuracy and labels", lead, element("div", *cards, kind="grid"), listed)
 
 

@@ -43,6 +43,19 @@ td{min-width:90px}td.n{min-width:0}
 .stack td,.stack td.n{display:block;border:0;padding:1px 0;text-align:left}
 .running td:nth-child(3)::before{content:"Devices: "}.running td:nth-child(4)::before{content:"Since: "}
 .running td:nth-child(5)::before{content:"Decided by: "}.incidents td:nth-child(3)::before{content:"Lasted "}
+.devices td:nth-child(2)::before{content:"Task: "}.devices td:nth-child(3)::before{content:"Runs: "}
+.devices td:nth-child(4)::before{content:"Since: "}.devices td:nth-child(5)::before{content:"Decided by: "}
+.devices td:nth-child(6)::before{content:"Last told: "}.ran td:nth-child(2)::before{content:"First begun: "}
+.ran td:nth-child(3)::before{content:"Last begun: "}.ran td:nth-child(4)::before{content:"Times: "}
+.ran td:nth-child(5)::before{content:"Devices: "}.ran td:nth-child(6)::before{content:"Running now: "}
+.ran td:nth-child(7)::before{content:"Papers: "}.labelled td:nth-child(4)::before{content:"95 %: "}
+.labelled td:nth-child(5)::before{content:"Labels: "}.labelled td:nth-child(6)::before{content:"How they came: "}
+.labelled td:nth-child(7)::before{content:"As of "}
+.compared td:nth-child(2)::before{content:"New one: "}.compared td:nth-child(3)::before{content:"Windows: "}
+.compared td:nth-child(4)::before{content:"Alike: "}.compared td:nth-child(5)::before{content:"Time: "}
+.compared td:nth-child(6)::before{content:"By labels: "}.compared td:nth-child(7)::before{content:"Expected: "}
+.signatures td:nth-child(2)::before{content:"Signed by "}.signatures td:nth-child(3)::before{content:"Keys: "}
+.signatures td:nth-child(4)::before{content:"Until "}
 .points td:nth-child(3)::before{content:"Supported by: "}.points td:nth-child(4)::before{content:"Shows: "}
 .points td:nth-child(5)::before{content:"Does not show: "}.stack td::before{color:var(--muted)}
 main{padding:22px 14px 40px}h1{font-size:23px}th,td{padding-right:10px}}
@@ -138,6 +151,7 @@ def _bad(facts: Facts) -> list[str]:
         found.append(f"Messages are missing without an explanation ({count(report['undeclared_gaps'], 'range')}).")
     if report["duplicates"]:
         found.append(f"{count(report['duplicates'], 'reading or message', 'readings or messages')} used or kept twice.")
+    found += [f"The repository of models: {problem}." for problem in facts.unpublished]
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from agent.fleet.store import FleetStore
 
-_TOLD = ("alerts", "audit", "quality")
+_TOLD = ("alerts", "audit", "quality", "shadow")
 
 
 class Reading:
@@ -24,8 +24,8 @@ class Reading:
         return row["first"], row["last"], row["n"]
 
     def told(self) -> Iterator[tuple[Any, ...]]:
-        """(device, log, seq, topic, payload, jws) of messages that tell of incidents, decisions and labels."""
-        sql = "SELECT device, log, seq, topic, payload, jws FROM messages WHERE kind IN (?, ?, ?)"
+        """(device, log, seq, topic, payload, jws) of messages with alerts, decisions, metrics or comparisons."""
+        sql = "SELECT device, log, seq, topic, payload, jws FROM messages WHERE kind IN (?, ?, ?, ?)"
         return self._db.execute(f"{sql} ORDER BY device, log, seq", _TOLD)
 
     def message(self, device: str, log: str, seq: int) -> tuple[str, bytes, str] | None:

@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 @dataclass
 class Report:
-    """What was checked and what is wrong; all problems are counted, the first are told."""
+    """What was checked and what is wrong; all problems are counted, the first are told.
+
+    `signatures`: of the repository's metadata.
+    """
 
     fleet: str = ""
     at: str = ""
@@ -30,6 +33,8 @@ class Report:
     messages: int = 0
     decisions: int = 0
     bundles: int = 0
+    comparisons: int = 0
+    signatures: int = 0
     unsupported: int = 0
     problem_count: int = 0
     problems: list[dict[str, str]] = field(default_factory=list)
@@ -45,7 +50,18 @@ class Report:
 
     def document(self) -> dict[str, Any]:
         """As `verify --json` prints it."""
-        names = ("fleet", "at", "signer", "files", "messages", "decisions", "bundles", "unsupported")
+        names = (
+            "fleet",
+            "at",
+            "signer",
+            "files",
+            "messages",
+            "decisions",
+            "bundles",
+            "comparisons",
+            "signatures",
+            "unsupported",
+        )
         head = {"ok": self.ok, **{name: getattr(self, name) for name in names}}
         return {**head, "problem_count": self.problem_count, "problems": self.problems}
 

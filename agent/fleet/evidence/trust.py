@@ -7,25 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from agent.errors import UsageError
 from agent.fleet.evidence.manifest import Key, Role
+from agent.fleet.repository import chain
+from agent.fleet.repository.chain import Chain
 from agent.wire.keys import PublicKey, public_key
 
 _METADATA = re.compile(r"(?:([1-9][0-9]{0,8})\.)?([A-Za-z0-9][A-Za-z0-9._-]{0,100})\.json\Z")
 _MOST_BYTES = 4 << 20
-_MOST_ROOTS = 100
-
-
-class Trusted(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A role of the newest root: so many of these keys must sign, until it expires. Keys are as TUF writes them."""
-
-    role: str
-    threshold: int
-    keys: list[str]
-    root: int
-    expires: str = ""
 
 
 def of_devices(rows: Iterable[dict[str, Any]]) -> tuple[list[Key], list[str]]:
@@ -52,25 +41,24 @@ def of_roles(operators: Sequence[PublicKey], collector: PublicKey, publishers: S
     return list(once.values())
 
 
-def repository(fleet: Path) -> tuple[dict[str, bytes], list[Trusted]]:
-    """(path in the folder → metadata as it is published, the roles of the newest root); empty without a repository.
+def repository(fleet: Path) -> tuple[dict[str, bytes], Chain, list[str]]:
+    """(path in the folder → metadata as it is published, who signed it, what is wrong); empty without a repository.
 
-    All roots stay, because each is signed by the one before; of other roles the newest. Raises UsageError.
+    All roots stay, because each is signed by the one before; of other roles what the newest edition is made of. Raises
+    UsageError where a file cannot be read.
     """
-    newest: dict[str, tuple[int, Path]] = {}
-    roots: dict[int, Path] = {}
     home = fleet / "repository" / "metadata"
-    for path in sorted(home.iterdir()) if home.is_dir() else ():
-        if (match := _METADATA.match(path.name)) is None or not path.is_file():
-            continue
-        version, role = int(match[1] or 0), match[2]
-        if role == "root":
-            roots[version] = path
-        elif role not in newest or newest[role][0] < version:
-            newest[role] = (version, path)
-    kept = [roots[version] for version in sorted(roots)[-_MOST_ROOTS:]] + [path for _, path in newest.values()]
-    files = {f"repository/{path.name}": _content(path) for path in kept}
-    return files, _roles(roots[max(roots)], max(roots)) if roots else []
+    paths = sorted(home.iterdir()) if home.is_dir() else []
+    found = {path.name: _content(path) for path in paths if _METADATA.match(path.name) and path.is_file()}
+    problems: dict[str, str] = {}
+
+    def add(file: str, problem: str) -> None:
+        problems.setdefault(file, problem)
+
+    told = chain.follow(found, add)
+    kept = {*(one.file for one in told.signatures), *problems} & found.keys()
+    wrong = [f"{file} {problem}" for file, problem in problems.items()]
+    return {f"repository/{file}": found[file] for file in sorted(kept)}, told, wrong
 
 
 def _content(path: Path) -> bytes:
@@ -82,39 +70,3 @@ def _content(path: Path) -> bytes:
     if len(data) > _MOST_BYTES:
         raise UsageError(f"{path}: larger than {_MOST_BYTES >> 20} MiB, which no metadata of a repository is")
     return data
-
-
-class _Role(msgspec.Struct):
-    keyids: list[str]
-    threshold: int
-
-
-class _TufKey(msgspec.Struct):
-    keyval: dict[str, str]
-
-
-class _Signed(msgspec.Struct):
-    expires: str
-    keys: dict[str, _TufKey]
-    roles: dict[str, _Role]
-
-
-class _Root(msgspec.Struct):
-    signed: _Signed
-
-
-def _roles(path: Path, version: int) -> list[Trusted]:
-    try:
-        root = msgspec.json.decode(_content(path), type=_Root).signed
-    except msgspec.MsgspecError as error:
-        raise UsageError(f"{path}: not the root of a TUF repository: {error}") from None
-    return [
-        Trusted(
-            role=name,
-            threshold=role.threshold,
-            keys=[root.keys[keyid].keyval.get("public", keyid) for keyid in role.keyids if keyid in root.keys],
-            root=version,
-            expires=root.expires,
-        )
-        for name, role in sorted(root.roles.items())
-    ]

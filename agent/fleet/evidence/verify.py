@@ -6,6 +6,8 @@ Rules, in order:
 - every message in messages/ was signed by a device key that the manifest lists, and no two are one
 - what decisions, incidents, accuracy and what runs say of a message is what that message says
 - decisions of roll-outs are signed by an operator's key that the manifest lists, and follow each other
+- what was compared comes to the figures told, counted again from the messages
+- each role of the repository's metadata is signed as the one before asks, from the first root on
 - a bundle's manifest has the digest it is told by; where it is said to be checked, its publisher signed it
 
 Nothing is followed out of the folder, nothing is unpacked, no file is read beyond the size that was signed.
@@ -22,6 +24,7 @@ from agent.fleet.evidence.claims import Claims
 from agent.fleet.evidence.limits import BOUNDS
 from agent.fleet.evidence.manifest import MANIFEST, TOKEN, Key, Manifest
 from agent.fleet.evidence.papers import check_bundle
+from agent.fleet.evidence.publication import published_in
 from agent.fleet.evidence.received import Opened, Report
 from agent.wire import jws
 from agent.wire.jws import Signer
@@ -76,8 +79,12 @@ def _contents(opened: Opened, head: Manifest, report: Report) -> None:
         claims.running(f"running.json[{i}]", one)
     for i, measured in enumerate(opened.document("accuracy.json", list[contents.Measured]) or []):
         claims.measured(f"accuracy.json[{i}]", measured)
+    for i, pair in enumerate(opened.document("comparisons.json", list[contents.Compared]) or []):
+        claims.compared(f"comparisons.json[{i}]", pair)
+        report.comparisons += 1
     claims.finish()
     report.decisions, report.unsupported = claims.decisions, claims.unsupported
+    published = published_in(opened, head, report)
     # Devices take bundles from operators, too.
     publishers = {**_signers(head.keys, "publisher"), **_signers(head.keys, "operator")}
     for path in sorted(opened.good):
@@ -87,6 +94,10 @@ def _contents(opened: Opened, head: Manifest, report: Report) -> None:
                 report.bundles += 1
                 read = _papers(opened, path.removesuffix("/about.json"), report)
                 check_bundle(path, card, read, publishers, report.add)
+                for target in published.targets:
+                    if target.digest == card.digest and (target.name, target.version) != (card.name, card.version):
+                        said = f"{target.name} {target.version}"
+                        report.add(path, f"is told as {card.name} {card.version}; {target.role} signed it as {said}")
 
 
 def _papers(opened: Opened, folder: str, report: Report) -> Callable[[str], bytes | None]:
