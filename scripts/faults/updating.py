@@ -29,7 +29,7 @@ TASK, OTHER = TASKS
 _ARRIVED = {"finished": {"settled"}, "aborted": {"rolled back", "refused", "withdrawn"}}
 _FINISHED = frozenset({"finished"})
 _BY_ROLLOUT = "roll-out"
-_PATIENCE_S = 60.0
+_PATIENCE_S = 150.0
 _PADDING = 60_000
 _PLAN = """
 [rollout]
