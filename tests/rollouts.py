@@ -41,10 +41,8 @@ def bundles_in(folder: Path, *rigged: str) -> dict[str, Path]:
     """
     made = versions(folder / "sound", "1", "2", "3")
     for trap in rigged:
-        if trap == "otherwise":
-            made[trap] = version(renamed(Path(shutil.copytree(made["1"], folder / trap))), trap)
-            continue
-        made[trap] = version(with_trap(Path(shutil.copytree(made["1"], folder / trap)), trap), trap)
+        copied = Path(shutil.copytree(made["1"], folder / trap))
+        made[trap] = version(renamed(copied) if trap == "otherwise" else with_trap(copied, trap), trap)
     return made
 
 

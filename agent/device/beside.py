@@ -109,8 +109,9 @@ class Beside:
         self.listen()
         if self._since_s is None:
             self._since_s = now.boot_s
+        few = self.tally.batches < told_at_once(self.kept.messages, self._least)
         late = self._more or now.boot_s >= self._since_s + EVERY_S
-        if now.boot_s < self._not_before_s or (self.tally.batches < told_at_once(self.kept.messages, self._least) and not late):
+        if now.boot_s < self._not_before_s or (few and not late):
             return False
         return self._say(store, author, now)
 
@@ -120,7 +121,7 @@ class Beside:
         return self._waiting is None
 
     def tell(self, store: Store, author: Author, now: Now) -> bool:
-        """Say at once what was not said yet; whether there was any. Raises StorageError, also where there is no room."""
+        """Say at once what was not said yet; whether there was any. Raises StorageError, also for want of room."""
         return self._tell(store, author, now, over=False)
 
     def finish(self, store: Store, author: Author, now: Now, *, over: bool = False) -> bool:

@@ -31,7 +31,7 @@ def main(repeats: int, seed: int, only: str, as_json: bool) -> None:
         if only in name:
             covered.append({"case": name, **held(drawn, seed, repeats)})
             say(f"{name}\n" + "\n".join(_line(*item) for item in covered[-1].items() if item[0] != "case"))
-    say(f"called bad at the first and at any look at {looks.MESSAGES} messages, better than the limit by {looks.MARGINS}")
+    say(f"called bad at the first and any look at {looks.MESSAGES} messages, better than the limit by {looks.MARGINS}")
     looked = []
     for strain, batches in itertools.product(looks.STRAINS, looks.BATCHES):
         name = f"{strain}, judged from {batches} batches on"

@@ -29,6 +29,7 @@ TASK, OTHER = TASKS
 _ARRIVED = {"finished": {"settled"}, "aborted": {"rolled back", "refused", "withdrawn"}}
 _FINISHED = frozenset({"finished"})
 _BY_ROLLOUT = "roll-out"
+# For a machine that is busy with other things: none of it takes ten seconds on one that is not.
 _PATIENCE_S = 150.0
 _PADDING = 60_000
 _PLAN = """
@@ -198,7 +199,7 @@ class Updating:
         return str(json.loads(found[0][0])["model"]["digest"]) if found else ""
 
     def _operate(self, *arguments: str) -> None:
-        done = outstation("fleet", *arguments, "--dir", str(self._world.fleet.home))
+        done = outstation("fleet", *arguments, "--dir", str(self._world.fleet.home), within_s=_PATIENCE_S)
         assert done.returncode == 0, done.stderr or done.stdout
 
     def _end_following(self) -> None:

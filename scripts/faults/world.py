@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DEVICE = "pi-01"
 TASKS = ("often", "in-tens")
 _RESTART_S = 0.3
-# A first start proves every bundle before it takes rows: seconds, and a minute where a machine is busy with other things.
+# A first start proves each task's bundle before it takes rows: two seconds, and a minute on a machine that is busy.
 _FIRST_S = 150.0
 # Where `fleet init` writes it.
 _GENERATED = Path("fleet/broker/mosquitto.conf")
