@@ -35,11 +35,29 @@ WILD = 3.9
 
 
 def bundles_in(folder: Path, *rigged: str) -> dict[str, Path]:
-    """Versions 1, 2 and 3 of one sound model, and one of each rigged model under the trap's name."""
+    """Versions 1, 2 and 3 of one sound model, and one of each rigged model under the trap's name.
+
+    "otherwise" is the sound model once more, with names of classes exchanged.
+    """
     made = versions(folder / "sound", "1", "2", "3")
     for trap in rigged:
-        made[trap] = version(with_trap(Path(shutil.copytree(made["1"], folder / trap)), trap), trap)
+        copied = Path(shutil.copytree(made["1"], folder / trap))
+        made[trap] = version(renamed(copied) if trap == "otherwise" else with_trap(copied, trap), trap)
     return made
+
+
+def renamed(folder: Path) -> Path:
+    """The bundle with each class called like the one after it: it agrees with the one before in no window."""
+
+    def change(head: dict[str, Any]) -> None:
+        labels = head["output"]["labels"]
+        head["output"]["labels"] = [*labels[1:], labels[0]]
+        # It names classes, too.
+        del head["files"]["reference.json"]
+
+    (folder / "reference.json").unlink()
+    change_manifest(folder, change)
+    return folder
 
 
 def with_trap(folder: Path, trap: str) -> Path:

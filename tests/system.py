@@ -36,10 +36,10 @@ def eventually(what: str, true: Callable[[], object], patience_s: float = PATIEN
         time.sleep(0.05)
 
 
-def outstation(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def outstation(*arguments: str, within_s: float = PATIENCE_S, **options: Any) -> subprocess.CompletedProcess[str]:
     """One command, to its end."""
     command = [sys.executable, "-m", "agent", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=within_s, check=False, **options)
 
 
 class Program:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import pytest
 from agent import clock
 from agent.cli import main
 from agent.device import beside, drifting, marker
+from agent.device.author import Author
 from agent.device.beside import Kept
 from agent.device.marker import Mark
 from agent.device.operating import kept
 from agent.device.updates.standing import on_probation as on_probation_now
 from agent.drift.reference import Reference
+from agent.errors import StorageFull
 from agent.model import probe
 from tests.bundles import Floats
 from tests.rigged import crashing
@@ -30,12 +32,12 @@ NUMBERS = itertools.count()
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return bundles_in(tmp_path_factory.mktemp("bundles"), "crash", "error", "hang", "wrong")
+    return bundles_in(tmp_path_factory.mktemp("bundles"), "crash", "error", "hang", "wrong", "otherwise")
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -> Site:
-    offered = ("2", "3", "wrong", "crash", "error", "hang")
+    offered = ("2", "3", "wrong", "crash", "error", "hang", "otherwise")
     return Site.template(tmp_path_factory.mktemp("template"), bundles, *offered)
 
 
@@ -269,6 +271,43 @@ def test_one_whose_batch_takes_longer_than_it_may_is_taken_back(site: Site, monk
     assert site.batch() == "2"
     assert (site.phase, site.reason) == ("rolled back", "batch time")
     assert site.batch() == "1"
+
+
+@pytest.mark.parametrize("batches", [12, 25, 31])
+def test_one_that_answers_otherwise_is_taken_back_when_its_time_is_over_and_not_before(
+    site: Site, batches: int
+) -> None:
+    on_probation(site, "otherwise", rules={"batches": batches, "agreement": 0.75})
+    assert {site.batch() for _ in range(batches - 1)} == {"otherwise"}
+    assert site.phase == "probation"
+    site.batch()
+    assert (site.phase, site.reason) == ("rolled back", "agreement")
+    assert sum(one["batches"] for one in shadows(site)) == batches
+    assert site.batch() == "1"
+
+
+def test_where_there_is_no_room_to_tell_what_was_compared_last_it_does_not_settle_before_there_is(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_probation(site, "otherwise", rules={"batches": 25, "agreement": 0.75})
+    for _ in range(24):
+        site.batch()
+    with monkeypatch.context() as full:
+        full.setattr(Author, "write", _refuse_comparisons(Author.write))
+        site.batch()
+        site.tick()
+        assert site.phase == "probation"
+    site.tick(HOUR_S)
+    assert (site.phase, site.reason) == ("rolled back", "agreement")
+
+
+def _refuse_comparisons(write: Callable[..., Any]) -> Callable[..., Any]:
+    def refusing(author: Author, tx: Any, kind: str, *more: Any, **named: Any) -> Any:
+        if kind == "shadow":
+            raise StorageFull("no room")
+        return write(author, tx, kind, *more, **named)
+
+    return refusing
 
 
 def test_what_was_taken_back_is_held_for_every_roll_out_until_its_time_is_over(site: Site) -> None:

@@ -41,7 +41,7 @@ _MOST_S = 1.0
 # After there was no room for a message.
 _REST_S = 60.0
 # First messages come often, so that a roll-out is soon judged by a few blocks; later ones seldom.
-SOON, LATER = 24, 20
+_SOON, _LATER, _FEW = 24, 20, 12
 _MOST_BLOCKS = 64
 # Answers that wait to be kept for labels, while there is no room.
 _MOST_GIVEN = 20_000
@@ -82,7 +82,7 @@ class Beside:
         """`batches`: the least that are compared before anything is judged."""
         self.task, self.other = task, other
         self.kept = _restored(store, task, other, rollout)
-        self._each = max(1, batches // 12)
+        self._least = batches
         self._tables = matched.tables([_reference(task), _reference(other)])
         self._waiting: _Waiting | None = None
         self._not_before_s = 0.0
@@ -109,9 +109,9 @@ class Beside:
         self.listen()
         if self._since_s is None:
             self._since_s = now.boot_s
-        each = self._each if self.kept.messages < SOON else max(self._each, LATER)
+        few = self.tally.batches < told_at_once(self.kept.messages, self._least)
         late = self._more or now.boot_s >= self._since_s + EVERY_S
-        if now.boot_s < self._not_before_s or (self.tally.batches < each and not late):
+        if now.boot_s < self._not_before_s or (few and not late):
             return False
         return self._say(store, author, now)
 
@@ -119,6 +119,10 @@ class Beside:
         """Take in the answer that is waited for, if it is there; whether none is waited for any more."""
         self._guarded(lambda: self._hear(within_s))
         return self._waiting is None
+
+    def tell(self, store: Store, author: Author, now: Now) -> bool:
+        """Say at once what was not said yet; whether there was any. Raises StorageError, also for want of room."""
+        return self._tell(store, author, now, over=False)
 
     def finish(self, store: Store, author: Author, now: Now, *, over: bool = False) -> bool:
         """When the agent stops, or at the end (`over`): say what was not said yet. Raises StorageError."""
@@ -200,17 +204,20 @@ class Beside:
     # --- one message ---
 
     def _say(self, store: Store, author: Author, now: Now, *, over: bool = False) -> bool:
+        try:
+            return self._tell(store, author, now, over=over)
+        except (StorageFull, StorageBusy) as problem:
+            log.error("task %s: %s; what was compared is told later", self.task.name, problem)
+            self._not_before_s = now.boot_s + _REST_S
+            return False
+
+    def _tell(self, store: Store, author: Author, now: Now, *, over: bool) -> bool:
         self._since_s = now.boot_s
         labels = store.ask(labelled.after, self.task.name, self.kept.number, outcomes.MOST + 1)
         self._more = len(labels) > outcomes.MOST
         if not self.tally.batches and not labels:
             return False
-        try:
-            return self._write(store, author, now, over=over)
-        except (StorageFull, StorageBusy) as problem:
-            log.error("task %s: %s; what was compared is told later", self.task.name, problem)
-            self._not_before_s = now.boot_s + _REST_S
-            return False
+        return self._write(store, author, now, over=over)
 
     def _write(self, store: Store, author: Author, now: Now, *, over: bool) -> bool:
         name = self.task.name
@@ -236,6 +243,12 @@ class Beside:
         blocks = thinned([*old.blocks, block]) if says else old.blocks
         row = max(old.row, self._rows[1])
         return Kept(old.rollout, old.model, old.beside, row, number, old.messages + says, blocks)
+
+
+def told_at_once(messages: int, batches: int) -> int:
+    """Of how many batches a message tells, after so many, where `batches` are the least that is compared."""
+    each = max(1, batches // _FEW)
+    return each if messages < _SOON else max(each, _LATER)
 
 
 def thinned(blocks: list[Tally]) -> list[Tally]:

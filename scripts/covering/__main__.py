@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -30,11 +31,12 @@ def main(repeats: int, seed: int, only: str, as_json: bool) -> None:
         if only in name:
             covered.append({"case": name, **held(drawn, seed, repeats)})
             say(f"{name}\n" + "\n".join(_line(*item) for item in covered[-1].items() if item[0] != "case"))
-    say(f"called bad at any of {looks.MESSAGES} looks, better than the limit by {looks.MARGINS}")
+    say(f"called bad at the first and any look at {looks.MESSAGES} messages, better than the limit by {looks.MARGINS}")
     looked = []
-    for name in looks.STRAINS:
+    for strain, batches in itertools.product(looks.STRAINS, looks.BATCHES):
+        name = f"{strain}, judged from {batches} batches on"
         if only in name:
-            looked.append({"case": name, **looks.measured(name, seed, max(1, repeats // 4))})
+            looked.append({"case": name, **looks.measured(strain, seed, max(1, repeats // 4), batches)})
             say(f"{name}\n" + "\n".join(f"    {key:15}{value}" for key, value in looked[-1].items() if key != "case"))
     if as_json:
         document = {"seed": seed, "repeats": repeats, "margins": looks.MARGINS, "covered": covered, "looked": looked}

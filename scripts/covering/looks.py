@@ -4,58 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 
-from agent.device.beside import LATER, SOON, thinned
+from agent.device.beside import thinned, told_at_once
 from agent.rivals.intervals import Block
 from agent.rivals.tally import Tally
 from scripts.covering import made
 from scripts.covering.made import ESTIMATES, STRAIN, TRUTHS, WINDOWS, Floats
 
 MESSAGES = 100
+# Of the rules: so many batches are answered before a device judges.
+BATCHES = (20, 60, 240)
 # What a bundle is better by than the limit it is held to.
 MARGINS = (0.0, 0.03, 0.05)
 LOOKED_AT = ("agreement", "labelled gain", "expected gain")
-_BATCHES = SOON + (MESSAGES - SOON) * LATER
 
-STRAINS: dict[str, Callable[[np.random.Generator], Floats]] = {
+# Of so many windows.
+STRAINS: dict[str, Callable[[np.random.Generator, int], Floats]] = {
     **{
         f"bursts {length} batches long": partial(
-            made.bursts, length=length * WINDOWS, share=STRAIN, windows=_BATCHES * WINDOWS
+            lambda random, windows, length: made.bursts(random, length * WINDOWS, STRAIN, windows), length=length
         )
         for length in (2, 5, 20)
     },
-    "drift of 0.01 a batch": partial(made.drift, step=0.01, windows=_BATCHES * WINDOWS),
+    "drift of 0.01 a batch": lambda random, windows: made.drift(random, 0.01, windows),
 }
 
 
-def lowest_high(random: np.random.Generator, strain: Floats) -> dict[str, float]:
-    """The lowest upper end that any look at MESSAGES messages finds, by estimate: below a limit, it is bad."""
-    found = dict.fromkeys(LOOKED_AT, np.inf)
-    for blocks in _looks(made.batches(random, strain)):
-        for name in LOOKED_AT:
-            if (estimate := ESTIMATES[name](blocks)) is not None:
-                found[name] = min(found[name], estimate.high)
-    return found
+def lowest_high(random: np.random.Generator, name: str, batches: int) -> dict[str, tuple[float, float]]:
+    """The upper end that the first look finds, and the lowest of any at MESSAGES messages: below a limit, it is bad."""
+    ends = list(accumulate(told_at_once(i, batches) for i in range(MESSAGES)))
+    answered = made.batches(random, STRAINS[name](random, ends[-1] * WINDOWS))
+    found: dict[str, list[float]] = {estimate: [] for estimate in LOOKED_AT}
+    for blocks in _looks(answered, ends, batches):
+        for estimate in LOOKED_AT:
+            if (seen := ESTIMATES[estimate](blocks)) is not None:
+                found[estimate].append(seen.high)
+    return {estimate: (highs[0], min(highs)) for estimate, highs in found.items()}
 
 
-def measured(name: str, seed: int, repeats: int) -> dict[str, list[float]]:
-    """By estimate: the share of repetitions that called it bad at any look, for each of MARGINS."""
-    randoms = [np.random.default_rng([seed, i]) for i in range(repeats)]
-    lowest = [lowest_high(random, STRAINS[name](random)) for random in randoms]
+def measured(name: str, seed: int, repeats: int, batches: int) -> dict[str, list[list[float]]]:
+    """By estimate: the shares of repetitions that called it bad at the first and at any look, for each of MARGINS."""
+    lowest = [lowest_high(np.random.default_rng([seed, i]), name, batches) for i in range(repeats)]
     return {
         estimate: [
-            sum(one[estimate] < TRUTHS[estimate](STRAIN) - margin for one in lowest) / repeats for margin in MARGINS
+            [
+                sum(one[estimate][look] < TRUTHS[estimate](STRAIN) - margin for one in lowest) / repeats
+                for margin in MARGINS
+            ]
+            for look in (0, 1)
         ]
         for estimate in LOOKED_AT
     }
 
 
-def _looks(batches: list[Tally]) -> Iterator[list[Block]]:
-    """What a device keeps after each of its messages: at first one a batch, later one each LATER."""
+def _looks(answered: list[Tally], ends: list[int], batches: int) -> Iterator[list[Block]]:
+    """What a device keeps after each of its messages, from so many batches on."""
     kept: list[Tally] = []
-    ends = [*range(1, SOON + 1), *range(SOON + LATER, len(batches) + 1, LATER)]
     for begin, end in zip([0, *ends], ends, strict=False):
-        kept = thinned([*kept, sum(batches[begin:end], Tally())])
-        yield [Block(one) for one in kept]
+        kept = thinned([*kept, sum(answered[begin:end], Tally())])
+        if end >= batches:
+            yield [Block(one) for one in kept]

@@ -95,7 +95,7 @@ def _dies(world: World, step: _Step) -> None:
     world.device.launch(("-m", "scripts.faults.launch", f"die-at-step={step.when},{step.target},{mark}", "--"))
     starts = world.device.starts()
     world.restart(world.device)
-    eventually("the daemon runs", lambda: world.device.starts() > starts)
+    eventually("the daemon runs", lambda: world.device.starts() > starts, _PATIENCE_S)
     world.leave(world.device)
     mark.unlink()
     _rolling(world)
@@ -278,5 +278,5 @@ def _kill_child(world: World, module: str) -> None:
         children = psutil.Process(world.device.pid).children(recursive=True)
         return [one for one in children if any(module in word for word in one.cmdline())]
 
-    eventually(f"a child runs {module}", found)
+    eventually(f"a child runs {module}", found, _PATIENCE_S)
     os.kill(found()[0].pid, signal.SIGKILL)

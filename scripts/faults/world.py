@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DEVICE = "pi-01"
 TASKS = ("often", "in-tens")
 _RESTART_S = 0.3
+# A first start proves each task's bundle before it takes rows: two seconds, and a minute on a machine that is busy.
+_FIRST_S = 150.0
 # Where `fleet init` writes it.
 _GENERATED = Path("fleet/broker/mosquitto.conf")
 
@@ -113,7 +115,7 @@ class World:
             self.producer = Producer(self.device.data / "intake.sock", self.rng, rate=self.setting.rate)
             leaving.callback(self.producer.close)
             self.producer.resume()
-            eventually("the first rows acknowledged", lambda: self.producer.ledger.acknowledged)
+            eventually("the first rows acknowledged", lambda: self.producer.ledger.acknowledged, _FIRST_S)
             self._leaving = leaving.pop_all()
         return self
 

@@ -159,6 +159,10 @@ class Rollouts:
             wrote = live.trial is not None and live.trial.turn(self._store, self._author, now)
             for _ in range(_MOST_STEPS):
                 facts = self._outlook.facts(live, now)
+                # What was compared last may speak against it, and nobody looks again once it settled.
+                if facts.enough is not None and self._told_more(live, now):
+                    wrote = True
+                    continue
                 new = decide(live.standing, facts)
                 if new is live.standing or new is None or not self._step(name, live, new, now):
                     break
@@ -174,6 +178,9 @@ class Rollouts:
             live.rests_until_s = now.boot_s + _REST_S
             log.error("task %s: its roll-out rests for %g s: %s", name, _REST_S, error, exc_info=error)
         return wrote
+
+    def _told_more(self, live: Live, now: Now) -> bool:
+        return live.trial is not None and live.trial.conclude(self._store, self._author, now)
 
     def _step(self, name: str, live: Live, new: Standing, now: Now) -> bool:
         """Commit one step; False where it cannot be taken after all."""

@@ -101,6 +101,13 @@ class Trial:
         self._judge()
         return True
 
+    def conclude(self, store: Store, author: Author, now: Now) -> bool:
+        """Tell what was not told yet, and judge that too; whether there was any. Raises StorageError."""
+        if self._beside is None or not self._beside.tell(store, author, now):
+            return False
+        self._judge()
+        return True
+
     def finish(self, store: Store, author: Author, now: Now, *, over: bool) -> None:
         """Tell the rest, and wait for no answer any more; `over`: nor go on after a restart. Raises StorageError."""
         if self._beside is not None:
@@ -127,7 +134,7 @@ class Trial:
     def enough(self, hours: float) -> Finding | None:
         """That it was on probation for long enough."""
         rules, count = self.rules, self.progress.batches
-        if count < rules.batches or hours < rules.hours:
+        if not self.serves or count < rules.batches or hours < rules.hours:
             return None
         if self._drifts() and self._answers_otherwise() is None:
             return None
