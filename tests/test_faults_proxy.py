@@ -16,6 +16,7 @@ from agent.wire.carried import Outgoing, Receipt
 from scripts.faults import proxy
 from scripts.faults.proxy import Packet, Proxy
 from tests.brokers import Mosquitto
+from tests.system import PATIENCE_S
 
 TOPIC = "outstation/acme/pi-07/health"
 
@@ -34,14 +35,16 @@ def line(broker: Mosquitto) -> Iterator[Proxy]:
 
 
 def connect(line: Proxy, client: str = "pi-07") -> Link:
-    return Link(Broker(url=f"mqtt://127.0.0.1:{line.port}"), client, timeout_s=3.0)
+    return Link(Broker(url=f"mqtt://127.0.0.1:{line.port}"), client, timeout_s=PATIENCE_S)
 
 
 def answer(link: Link, payload: bytes = b"{}") -> int:
     token = link.send(Outgoing(TOPIC, payload))
-    for event in link.receive(3.0):
-        if isinstance(event, Receipt) and event.token == token:
-            return event.code
+    until = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until:
+        for event in link.receive(1.0):
+            if isinstance(event, Receipt) and event.token == token:
+                return event.code
     raise AssertionError("no answer")
 
 
