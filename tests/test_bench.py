@@ -125,7 +125,7 @@ def test_a_site_that_learned_sees_a_shift_of_half_a_sd(model_rows: int) -> None:
 
 def test_a_peer_in_a_process_of_its_own_sees_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PSI needs nothing but numpy, so it runs in any environment."""
-    monkeypatch.setattr(peers, "PYTHON", Path(sys.executable))
+    monkeypatch.setattr(Kit, "python", Path(sys.executable))
     data, changes = tmp_path / "data.npz", [made.changes(4)[1]]
     peers.write(data, KINDS[0], changes, sites=1)
     with peers.started(Kit("psi", "PSI", quiet=3, trials=1, timed=2), data) as peer:
@@ -137,11 +137,20 @@ def test_a_peer_in_a_process_of_its_own_sees_it_too(tmp_path: Path, monkeypatch:
 
 
 def test_a_peer_that_fails_is_told_with_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "PYTHON", Path(sys.executable))
+    monkeypatch.setattr(Kit, "python", Path(sys.executable))
     kit = Kit("none", "no such kit")
     with pytest.raises(click.ClickException, match="no such kit failed") as failed, peers.started(kit, tmp_path):
         pass
     assert "KeyError" in failed.value.message
+
+
+def test_a_peer_without_its_environment_is_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "VENV", str(tmp_path / "none"))
+    with (
+        pytest.raises(click.ClickException, match=r"whylogs, profiles: .*none-peers-whylogs"),
+        peers.started(peers.WHYLOGS, tmp_path),
+    ):
+        pass
 
 
 def test_a_slower_clock_reads_the_same_movement_in_fewer_rows() -> None:

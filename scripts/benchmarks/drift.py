@@ -16,6 +16,8 @@ from scripts.benchmarks.drifting.counting import Row
 from scripts.benchmarks.drifting.made import KINDS, Kind
 from scripts.benchmarks.drifting.peers import KITS, Peer
 
+# How many times what ours costs each of them is to cost at least.
+BESIDE = ((peers.RIVER, 2.0), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
 MANY, ONE = made.changes(4), made.changes(1)
 SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site and change
 
@@ -37,6 +39,30 @@ def drift() -> Report:
             rows[name] += more
         costs = cost.costs(others)
     return report(rows, watches, sensors, costs)
+
+
+@benchmark("drift-cost")
+def drift_cost() -> Report:
+    """Summary and detectors over rows of 16 floats as readings come, 500 at a time, beside other libraries."""
+    peers.installed()
+    results = []
+    ours_once = cost.judged(cost.CASES[2])
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "rows.npz"
+        peers.write(data, KINDS[0], [], sites=1)
+        for kit, target in BESIDE:
+            try:
+                with peers.started(kit, data) as peer:
+                    us = cost.in_turns({"ours": ours_once, "theirs": peer.seconds_per_row})
+            except click.ClickException as problem:
+                click.echo(f"left out: {problem.message}", err=True)
+                continue
+            note = f"summary and detectors, windows of 500 rows of 16 floats; reference: {kit.called}"
+            pace = 1e6 / us["ours"], 1e6 / us["theirs"]
+            results.append(Result(f"drift beside {kit.name}", *pace, "rows/s", target, note))
+    return Report(
+        tuple(results), "\n".join(f"{one.name:24} × {one.ratio:.1f} (target {one.target:g})" for one in results)
+    )
 
 
 def of_kind(kind: Kind) -> list[Row]:

@@ -182,7 +182,31 @@ class Nannyml(Detector):
         return np.stack([found[name, "jensen_shannon", "alert"].to_numpy(bool) for name in COLUMNS], axis=1)
 
 
-DETECTORS: dict[str, Any] = {"ks": Ks, "psi": Psi, "adwin": Adwin, "evidently": Evidently, "nannyml": Nannyml}
+class Whylogs(Detector):
+    """A profile of each window by whylogs. It says nothing of drift by itself, so it flags nothing."""
+
+    frame: Any = None
+    log: Any = None
+
+    @classmethod
+    def load(cls) -> None:
+        os.environ["WHYLOGS_NO_ANALYTICS"] = "True"  # before the import: otherwise it calls home
+        cls.frame = import_module("pandas").DataFrame
+        cls.log = staticmethod(import_module("whylogs").log)
+
+    def window(self, rows: Any) -> Any:
+        self.log(self.frame(rows, columns=COLUMNS)).profile()
+        return np.zeros(len(COLUMNS), bool)
+
+
+DETECTORS: dict[str, Any] = {
+    "ks": Ks,
+    "psi": Psi,
+    "adwin": Adwin,
+    "evidently": Evidently,
+    "nannyml": Nannyml,
+    "whylogs": Whylogs,
+}
 
 
 def flags(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from scripts.benchmarks.drifting.counting import Row
 from scripts.benchmarks.drifting.made import Change, Kind
 
 ROOT = Path(__file__).parents[3]
-PYTHON = Path(f"{os.environ.get('OUTSTATION_VENV', ROOT / '.venv')}-peers") / "bin" / "python"
+VENV = os.environ.get("OUTSTATION_VENV", str(ROOT / ".venv"))
+PYTHON = Path(f"{VENV}-peers") / "bin" / "python"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,11 @@ class Kit:
     quiet: int = 50  # windows of each site
     trials: int = 2  # of each site and change
     timed: int = 20  # windows
+    home: str = "peers"  # its environment
+
+    @property
+    def python(self) -> Path:
+        return Path(f"{VENV}-{self.home}") / "bin" / "python"
 
 
 KITS = (
@@ -41,6 +47,8 @@ KITS = (
     Kit("evidently", "Evidently's default", quiet=25, trials=1, timed=2),
     Kit("nannyml", "NannyML's default"),
 )
+# What it costs to sum up a window and to say whether it drifted; whylogs only sums up.
+RIVER, WHYLOGS, EVIDENTLY = KITS[2], Kit("whylogs", "whylogs, profiles", timed=4, home="peers-whylogs"), KITS[3]
 SITES = 8
 
 
@@ -67,7 +75,9 @@ def write(file: Path, kind: Kind, changes: Sequence[Change], sites: int = SITES)
 @contextmanager
 def started(kit: Kit, data: Path) -> Iterator[Peer]:
     """A detector that runs until the context is left; where it is timed, it judges `data`."""
-    command = [str(PYTHON), "-P", str(Path(__file__).with_name("peer.py")), kit.name]
+    if not kit.python.exists():
+        raise click.ClickException(f"{kit.called}: {kit.python.parents[1]} could not be made, or was not yet")
+    command = [str(kit.python), "-P", str(Path(__file__).with_name("peer.py")), kit.name]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True) as process,
