@@ -57,7 +57,7 @@ def test_late_batches_are_committed_and_counted_and_no_row_is_run_twice(device: 
     assert [one.windows for one in done][:2] == [500, 1]
     assert sum(one.windows for one in done) == 520
     assert tiles(device.results()) == (1, 520)
-    shown = deadline.shown(device.store, "tiny", ALWAYS_LATE)["deadline"]
+    shown = deadline.shown(device.store, device.store.counters(), "tiny", ALWAYS_LATE)["deadline"]
     assert (shown["late"], shown["last"]["windows"]) == (len(done), 1)
     assert shown["last"]["seconds"] >= 0.0
 
@@ -66,7 +66,7 @@ def test_a_batch_that_is_on_time_is_neither_counted_nor_made_smaller(device: Dev
     device.task.deadline = Deadline("tiny", NEVER_LATE)
     device.feed(CLASSIFY.rows(1100))
     assert [one.windows for one in device.run_all()] == [500, 500, 100]
-    shown = deadline.shown(device.store, "tiny", NEVER_LATE)["deadline"]
+    shown = deadline.shown(device.store, device.store.counters(), "tiny", NEVER_LATE)["deadline"]
     assert (shown["late"], shown["last"]) == (0, None)
 
 
@@ -113,7 +113,7 @@ def test_now_and_then_a_late_window_is_no_alert(device: Device, took: Callable[.
     for seconds in (3.0, 3.0, 0.5) * 4:
         took(limit, seconds, 1)
     assert told(device) == []
-    assert deadline.shown(device.store, "tiny", 1.0)["deadline"]["late"] == 8
+    assert deadline.shown(device.store, device.store.counters(), "tiny", 1.0)["deadline"]["late"] == 8
 
 
 @pytest.mark.parametrize("seconds", [1.0, None], ids=["the same deadline", "none any more"])
@@ -150,7 +150,7 @@ def test_a_batch_without_a_window_says_nothing_of_time(device: Device, took: Cal
     before = limit.fits
     took(limit, 9.0, 0)
     assert limit.fits == before
-    assert deadline.shown(device.store, "tiny", 1.0)["deadline"]["late"] == 0
+    assert deadline.shown(device.store, device.store.counters(), "tiny", 1.0)["deadline"]["late"] == 0
 
 
 def test_health_and_status_tell_of_a_deadline_that_was_missed(tmp_path: Path) -> None:

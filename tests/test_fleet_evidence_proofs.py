@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,10 @@ from agent.fleet.evidence.verify import verify
 from agent.fleet.repository import chain
 from agent.fleet.repository import rotate as rotating
 from tests.damage import flips
-from tests.evidences import Story, told
+from tests.received_evidence import OPERATOR, only, problems, resign
 from tests.repositories import Depot, version
-from tests.test_fleet_evidence_verify import OPERATOR, only, problems, resign
 
-pytest_plugins = ["tests.repository_fixtures"]
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    story: Story = told(tmp_path_factory.mktemp("story") / "acme")
-    OPERATOR["key"] = story.operator
-    out = tmp_path_factory.mktemp("evidence") / "out"
-    story.make(out)
-    story.store.close()
-    return out
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "received"))
+pytest_plugins = ["tests.repository_fixtures", "tests.evidence_fixtures"]
 
 
 def rewritten(folder: Path, file: str, change: Callable[[Any], object]) -> None:

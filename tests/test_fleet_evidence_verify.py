@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,48 +18,13 @@ from agent.errors import Refused
 from agent.fleet.evidence import manifest
 from agent.fleet.evidence.limits import BOUNDS, Bounds
 from agent.fleet.evidence.manifest import File, Key, Manifest, Span
-from agent.fleet.evidence.received import Report
-from agent.fleet.evidence.verify import verify
 from agent.wire import jws
-from agent.wire.keys import PublicKey, SigningKey
-from tests.evidences import Story, told
+from tests.received_evidence import OPERATOR, only, problems, resign, verified, write_manifest
 from tests.senders import Sender, new_key
 
-# So that a folder can be signed again as a dishonest operator would.
-OPERATOR: dict[str, SigningKey] = {}
+pytest_plugins = ["tests.evidence_fixtures"]
+
 MESSAGES = "messages/part-0001.jsonl"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    story: Story = told(tmp_path_factory.mktemp("story") / "acme")
-    OPERATOR["key"] = story.operator
-    out = tmp_path_factory.mktemp("evidence") / "out"
-    story.make(out)
-    story.store.close()
-    return out
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "received"))
-
-
-def verified(folder: Path, *keys: PublicKey) -> Report:
-    return verify(folder, list(keys) or [OPERATOR["key"].public])
-
-
-def problems(folder: Path) -> list[tuple[str, str]]:
-    report = verified(folder)
-    assert report.ok == (not report.problems)
-    return [(one["file"], one["problem"]) for one in report.problems]
-
-
-def only(folder: Path, file: str, words: str) -> None:
-    """Exactly one thing is wrong, and this is it."""
-    [(where, what)] = problems(folder)
-    assert where == file
-    assert words in what
 
 
 # --- what anybody can do to a folder ---
@@ -183,21 +147,6 @@ def test_a_signature_of_the_operator_for_something_else_does_not_count(folder: P
 
 
 # --- what the one who signs can do ---
-
-
-def resign(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda _: None) -> None:
-    """List the files as they are now, `change` the manifest, sign it."""
-    head = json.loads((folder / "manifest.json").read_bytes())
-    for one in head["files"]:
-        data = (folder / one["path"]).read_bytes()
-        one["size"], one["sha256"] = len(data), hashlib.sha256(data).hexdigest()
-    change(head)
-    write_manifest(folder, json.dumps(head).encode())
-
-
-def write_manifest(folder: Path, data: bytes) -> None:
-    (folder / "manifest.json").write_bytes(data)
-    (folder / "manifest.jws").write_bytes(manifest.sign(data, OPERATOR["key"]))
 
 
 def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:

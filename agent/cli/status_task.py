@@ -38,7 +38,7 @@ _MOST_WORSE = 3
 
 def document(conf: Config, store: Store, name: str) -> dict[str, Any]:
     """One task of `status --json`."""
-    task = conf.tasks[name]
+    task, counters = conf.tasks[name], store.counters()
     cursor = store.cursor(name) or 0
     past = kept.history(store, name)
     chosen = choices.known(store, name)
@@ -48,14 +48,14 @@ def document(conf: Config, store: Store, name: str) -> dict[str, Any]:
         "schedule": overrides.scheduled(store, name) or task.schedule,
         "row": cursor,
         "backlog": store.last_row(task.stream) - cursor,
-        "windows": store.counters().get(f"windows.{name}", 0),
+        "windows": counters.get(f"windows.{name}", 0),
         "bundle": _configured(conf, store, name) if past is None else str(past.now),
         "pace": msgspec.to_builtins(chosen[0]) if chosen else None,
         "site_reference": store.state(name, drifting.SITE) is not None,
         "reference": _reference(conf, store, name),
         "open": store.open_alerts(name),
         "quality": _quality(store, name),
-        **deadline.shown(store, name, task.deadline),
+        **deadline.shown(store, counters, name, task.deadline),
         **overrides.shown(store, name),
         **standing.shown(store, name, conf.device.id),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from agent import clock
@@ -104,10 +105,13 @@ class Deadline:
         }
 
 
-def shown(store: Store, task: str, seconds: float | None) -> dict[str, Any]:
-    """For health and `status`: nothing without a deadline; `late` batches since the store was made, and the `last`."""
+def shown(store: Store, counters: Mapping[str, int], task: str, seconds: float | None) -> dict[str, Any]:
+    """For health and `status`: nothing without a deadline; `late` batches since the store was made, and the `last`.
+
+    `counters` are those of the store.
+    """
     if seconds is None:
         return {}
     found = store.state(task, LAST_LATE)
-    late = store.counters().get(LATE + task, 0)
+    late = counters.get(LATE + task, 0)
     return {"deadline": {"seconds": float(seconds), "late": late, "last": json.loads(found) if found else None}}

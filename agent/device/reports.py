@@ -138,7 +138,7 @@ def health(conf: Config, store: Store, models: Models) -> dict[str, Any]:
                 "first": store.first_consumed(name),
                 "windows": counters.get(f"windows.{name}", 0),
                 "model": models.get(name),
-                **deadline.shown(store, name, task.deadline),
+                **deadline.shown(store, counters, name, task.deadline),
                 **overrides.shown(store, name),
                 **standing.shown(store, name, conf.device.id),
             }

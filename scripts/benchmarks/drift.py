@@ -33,7 +33,7 @@ def drift() -> Report:
         theirs = aside.submit(of_others, Path(folder), running, others) if peers.installed() else None
         rows = {kind.name: of_kind(kind) for kind in KINDS}
         watches = [recordings.row("ours, played again"), recordings.row("ours, other halves", halves=True)]
-        readings = shuttle.load(peers.PYTHON.parents[1])
+        readings = shuttle.load(peers.environment())
         sensors = shuttle.rows(readings) if readings else []
         for name, more in (theirs.result() if theirs else {}).items():
             rows[name] += more

@@ -14,7 +14,17 @@ from typing import Any, TypeVar
 
 import msgspec
 from tuf.api.exceptions import RepositoryError
-from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
+from tuf.api.metadata import (
+    Metadata,
+    MetaFile,
+    Root,
+    Signed,
+    Snapshot,
+    TargetFile,
+    Targets,
+    Timestamp,
+    VerificationResult,
+)
 from tuf.api.serialization import DeserializationError
 
 from agent.errors import BadBundle
@@ -135,23 +145,20 @@ def _role(
         found: Metadata[Any] = Metadata.from_bytes(data)
         if not isinstance(found.signed, kind):
             raise _Broken(file, f"is metadata of {found.signed.type}, where {kind.type} is due")
-        for one in (by, found.signed):
-            if one is by or isinstance(one, Root):
-                _verify(file, role, one, found)
+        asking = [one for one in (by, found.signed if isinstance(found.signed, Root) else None) if one is not None]
+        results = [_verify(file, role, one, found) for one in asking]
         if named is not None:
             if found.signed.version != named.version:
                 raise _Broken(file, f"is version {found.signed.version}, where {named.version} was signed")
             named.verify_length_and_hashes(data)
-        asked = found.signed if isinstance(found.signed, Root) else by
-        signatures.append(_told(file, role, asked, found))
+        signatures.append(_told(file, role, asking[-1], found, results[-1]))
         return found.signed
     except _MALFORMED as error:
         raise _Broken(file, _words(error)) from None
 
 
-def _verify(file: str, role: str, by: Root | Targets | None, found: Metadata[Any]) -> None:
-    if by is None:
-        return
+def _verify(file: str, role: str, by: Root | Targets, found: Metadata[Any]) -> VerificationResult:
+    """Raises _Broken."""
     result = by.get_verification_result(role, found.signed_bytes, found.signatures)
     if not result.verified:
         raise _Broken(
@@ -159,11 +166,10 @@ def _verify(file: str, role: str, by: Root | Targets | None, found: Metadata[Any
             f"does not verify: {len(result.signed)} of the {result.threshold} signatures that {by.type} "
             f"{by.version} asks for fit",
         )
+    return result
 
 
-def _told(file: str, role: str, by: Root | Targets | None, found: Metadata[Any]) -> Signature:
-    assert by is not None, "a root signs itself"
-    result = by.get_verification_result(role, found.signed_bytes, found.signatures)
+def _told(file: str, role: str, by: Root | Targets, found: Metadata[Any], result: VerificationResult) -> Signature:
     every = {**result.signed, **result.unsigned}
     return Signature(
         file=file,

@@ -21,7 +21,6 @@ from scripts.benchmarks.drifting.made import Change, Kind
 
 ROOT = Path(__file__).parents[3]
 VENV = os.environ.get("OUTSTATION_VENV", str(ROOT / ".venv"))
-PYTHON = Path(f"{VENV}-peers") / "bin" / "python"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +36,31 @@ class Kit:
 
     @property
     def python(self) -> Path:
-        return Path(f"{VENV}-{self.home}") / "bin" / "python"
+        return environment(self.home) / "bin" / "python"
 
 
+def environment(name: str = "peers") -> Path:
+    return Path(f"{VENV}-{name}")
+
+
+# What it costs to sum up a window and to say whether it drifted; whylogs only sums up.
+RIVER = Kit("adwin", "ADWIN (river)")
+WHYLOGS = Kit("whylogs", "whylogs, profiles", timed=4, home="peers-whylogs")
+EVIDENTLY = Kit("evidently", "Evidently's default", quiet=25, trials=1, timed=2)
 KITS = (
     Kit("ks", "KS, Bonferroni (SciPy)", timed=4),
     Kit("psi", "PSI ≥ 0.1 (NumPy)"),
-    Kit("adwin", "ADWIN (river)"),
-    Kit("evidently", "Evidently's default", quiet=25, trials=1, timed=2),
+    RIVER,
+    EVIDENTLY,
     Kit("nannyml", "NannyML's default"),
 )
-# What it costs to sum up a window and to say whether it drifted; whylogs only sums up.
-RIVER, WHYLOGS, EVIDENTLY = KITS[2], Kit("whylogs", "whylogs, profiles", timed=4, home="peers-whylogs"), KITS[3]
 SITES = 8
 
 
 def installed() -> bool:
     """Makes the environment where that is possible; what there is to say about it goes to stderr."""
     subprocess.run([ROOT / "scripts" / "setup", "peers"], check=True)
-    return (PYTHON.parents[1] / "peers.txt").exists()
+    return (environment() / "peers.txt").exists()
 
 
 def write(file: Path, kind: Kind, changes: Sequence[Change], sites: int = SITES) -> None:
@@ -76,7 +81,7 @@ def write(file: Path, kind: Kind, changes: Sequence[Change], sites: int = SITES)
 def started(kit: Kit, data: Path) -> Iterator[Peer]:
     """A detector that runs until the context is left; where it is timed, it judges `data`."""
     if not kit.python.exists():
-        raise click.ClickException(f"{kit.called}: {kit.python.parents[1]} could not be made, or was not yet")
+        raise click.ClickException(f"{kit.called}: {kit.python.parents[1]} was not made: scripts/setup peers")
     command = [str(kit.python), "-P", str(Path(__file__).with_name("peer.py")), kit.name]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
