@@ -37,6 +37,9 @@ _KEEP_ALIVE_S = 60
 _MOST_BYTES = MAX_PAYLOAD + (64 << 10)
 # What paho's parsers raise on bytes that are no MQTT.
 _MALFORMED = (ValueError, LookupError, AssertionError, struct.error, MQTTException)
+# What a signal may raise anywhere. paho takes some locks without `with`: cut off there, it would wait for itself at its
+# next step, so that it gets none.
+_CUT_OFF = (KeyboardInterrupt, SystemExit)
 
 
 @dataclass(slots=True)
@@ -104,7 +107,11 @@ class Link:
             properties.CorrelationData = message.correlation
         if message.response_topic is not None:
             properties.ResponseTopic = message.response_topic
-        info = self._client.publish(message.topic, message.payload, 1, message.retain, properties)
+        try:
+            info = self._client.publish(message.topic, message.payload, 1, message.retain, properties)
+        except _CUT_OFF:
+            self._lost = "interrupted"
+            raise
         if info.rc != mqtt.MQTT_ERR_SUCCESS:
             raise LinkDown(self._lost or f"publish failed: {mqtt.error_string(info.rc)}")
         return info.mid
@@ -120,7 +127,11 @@ class Link:
     def acknowledge(self, delivery: Delivery) -> None:
         """Tell the broker that `delivery` is in our hands (PUBACK)."""
         if delivery.qos:
-            self._client.ack(delivery.mid, delivery.qos)
+            try:
+                self._client.ack(delivery.mid, delivery.qos)
+            except _CUT_OFF:
+                self._lost = "interrupted"
+                raise
 
     def wake(self) -> None:
         """End a waiting `receive`; safe from any thread."""
@@ -129,11 +140,13 @@ class Link:
 
     def close(self) -> None:
         """Leave with a DISCONNECT, so that the broker drops the Will."""
-        if self._lost is None:
-            self._client.disconnect()
-            with contextlib.suppress(LinkDown):
-                self._turn(0.0)
-        self._release()
+        try:
+            if self._lost is None:
+                self._client.disconnect()
+                with contextlib.suppress(LinkDown):
+                    self._turn(0.0)
+        finally:
+            self._release()
 
     def drop(self) -> None:
         """Cut the connection without a word, so that the broker publishes the Will."""
@@ -229,6 +242,9 @@ class Link:
             except _MALFORMED as error:
                 self._lost = self._lost or f"the broker sent a malformed packet: {error}"
                 return
+            except _CUT_OFF:
+                self._lost = "interrupted"
+                raise
             if code not in (mqtt.MQTT_ERR_SUCCESS, mqtt.MQTT_ERR_AGAIN):
                 self._lost = self._lost or mqtt.error_string(code)
                 return

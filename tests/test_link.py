@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -198,6 +202,49 @@ def test_nobody_there_and_somebody_silent_are_link_down_in_time(tmp_path: Path) 
         assert time.monotonic() - start < 30
         with pytest.raises(LinkDown):
             Link(Broker(url=f"mqtts://127.0.0.1:{free_port()}"), "x", timeout_s=0.5)
+
+
+def test_interrupted_at_any_step_a_link_still_closes_and_leaves_no_socket(broker: Mosquitto) -> None:
+    """paho holds a lock at some of them: a Ctrl-C there left `fleet watch` waiting for itself."""
+    writer = Link(settings(broker), "writer")
+    writer.send(Outgoing("a/b", b"x", retain=True))
+    receipts(writer, 1)
+    writer.close()
+    done: set[str] = set()
+    while True:
+        link = Link(settings(broker), "reader", subscribe=["a/+"])
+        with interrupted_beyond(done) as interrupted, contextlib.suppress(KeyboardInterrupt):
+            [delivery] = deliveries(link, 1)
+            link.acknowledge(delivery)
+            link.send(Outgoing("a/c", b"y"))
+            receipts(link, 1)
+        link.close()
+        if not interrupted:
+            break
+    assert len(done) > 150
+
+
+@contextlib.contextmanager
+def interrupted_beyond(done: set[str]) -> Iterator[list[str]]:
+    """Raises KeyboardInterrupt as the first line of paho's that is not `done` begins, and yields which."""
+    where: list[str] = []
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        if "paho" not in frame.f_code.co_filename:
+            return None
+        line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        if event == "line" and line not in done and not where:
+            done.add(line)
+            where.append(line)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield where
+    finally:
+        sys.settrace(before)
 
 
 def test_garbage_instead_of_a_connack_is_link_down() -> None:
