@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import select
 import socket
 import stat
 import threading
@@ -129,6 +130,15 @@ def test_many_rows_do_not_wait_for_the_timer(tmp_path: Path) -> None:
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
         line.send({"stream": "watch", "columns": {"ax": [0] * 20_000, "ay": [0] * 20_000}})
         assert line.answer() == {"through": 1, "accepted": 20_000, "rejected": []}
+
+
+def test_what_is_worth_a_commit_waits_only_while_more_comes_and_what_is_not_for_the_timer(tmp_path: Path) -> None:
+    many, few = ({"stream": "watch", "columns": {"ax": [0] * n, "ay": [0] * n}} for n in (10_000, 10))
+    with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
+        line.send(many)
+        assert line.answer() == {"through": 1, "accepted": 10_000, "rejected": []}
+        line.send(few)
+        assert select.select([line.socket], [], [], 0.5)[0] == []
 
 
 def test_lines_of_several_streams_may_be_mixed_and_cut_anywhere(station: Station) -> None:

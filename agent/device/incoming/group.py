@@ -1,6 +1,6 @@
 """Group commit: rows of all producers wait together for one transaction, and each producer learns what became of its.
 
-A commit costs about 28 KB of flash writes whatever it holds, so rows wait for it up to `[buffer] commit_every`.
+A commit costs about 28 KB of flash writes whatever it holds, so few rows wait for it up to `[buffer] commit_every`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from agent.device.storage.transaction import Transaction
 from agent.errors import StorageFull
 
 FULL_ROWS = 16_384
+# Beside so many what a commit itself writes is little.
+_WORTH_BYTES = 128 << 10
 NOT_STORED = "not stored"
 # The most chunks that the rows of a stream in one commit are cut into, for the segments their times were read in.
 _MOST_RUNS = 64
@@ -104,6 +106,11 @@ class Group:
     def is_full(self) -> bool:
         """Whether to commit now: more would make long waits, or too much for one transaction."""
         return self._rows >= FULL_ROWS or self._bytes >= self._most_bytes
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether it may be committed as soon as nothing more comes."""
+        return self._bytes >= _WORTH_BYTES
 
     def add(self, producer: Hashable, stream: str, checked: Checked, lines: list[int], now: Now) -> None:
         """Rows of `producer` that came at `now`; `lines` are the lines they came in, one a row or one for all."""

@@ -32,6 +32,8 @@ log = logging.getLogger("outstation.intake")
 _READ = 1 << 16
 # A line at a time costs twenty times what it costs among others. Rows wait for a commit anyway, for much longer.
 _LITTLE, _GATHER_S = _READ // 4, 0.002
+# What is worth a commit of its own waits only as long as more keeps coming.
+_QUIET_S = 0.005
 _PULSE_S = 10.0
 _SIGN_OF_LIFE_S = 120.0
 # Where it is used up, a producer that connects with a time limit is turned away at once.
@@ -73,6 +75,8 @@ class Intake:
         self._broken = False
         self._alive_until_s = now().boot_s + _SIGN_OF_LIFE_S
         self._timer: asyncio.TimerHandle | None = None
+        # By then, on the clock of the loop, what waits is committed, whatever comes.
+        self._due = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Event | None = None
         self._ready = threading.Event()
@@ -214,8 +218,15 @@ class Intake:
     def _commit_soon(self) -> None:
         if self._group.is_full:
             self._commit()
-        elif self._group and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._conf.buffer.commit_every, self._commit)
+        elif self._group and (self._timer is None or self._group.is_worth_it):
+            loop = asyncio.get_running_loop()
+            now = loop.time()
+            if self._timer is None:
+                self._due = now + self._conf.buffer.commit_every
+            else:
+                self._timer.cancel()
+            at = min(self._due, now + _QUIET_S) if self._group.is_worth_it else self._due
+            self._timer = loop.call_at(at, self._commit)
 
     def _commit(self) -> None:
         if self._timer is not None:
