@@ -68,6 +68,7 @@ class Segments:
     def __init__(self, db: sqlite3.Connection, boot: int) -> None:
         self._db, self._boot = db, boot
         self._known: dict[int, Segment] | None = None
+        self._number: int | None = None
 
     def observe(self, now: Now) -> Segment:
         """The segment at `now`; a new one where the clock was stepped to an offset that this boot had not yet."""
@@ -79,6 +80,7 @@ class Segments:
                 self._extend(current, now)
             current = next((one for one in known.values() if one.fits(now)), None) or self._begin(now)
             self._put("clock segment", f"{self._boot} {current.number}")
+            self._number = current.number
             return self._extend(current, now)
         changed = current.quality != QUALITIES.index(now.quality)
         return self._extend(current, now) if changed or now.boot_us - current.last_us >= _KEEP_US else current
@@ -168,8 +170,10 @@ class Segments:
         return self._known
 
     def _current(self) -> int:
-        boot, number = self._get("clock segment", "0 0").split()
-        return int(number) if int(boot) == self._boot else GIVEN
+        if self._number is None:
+            boot, number = self._get("clock segment", "0 0").split()
+            self._number = int(number) if int(boot) == self._boot else GIVEN
+        return self._number
 
     def _get(self, key: str, default: str) -> str:
         return meta.get(self._db, key, default)
