@@ -42,13 +42,13 @@ def test_a_ratio_that_is_worse_by_a_third_is_named_and_no_other(
 ) -> None:
     monkeypatch.setattr(written, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(written, "RATIOS", tmp_path / "ratios.json")
-    written.write([MORE, LESS])
+    written.write([MORE, LESS], [MORE, LESS])
     (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "\n## What limits\n\nNothing.\n")
     assert written.fallen([MORE, LESS]) == []
     slower, dearer = replace(MORE, ours=19.0), replace(LESS, ours=4.6)
     assert [sentence.split(":")[0] for sentence in written.fallen([slower, dearer])] == ["rate", "cost"]
     assert written.fallen([replace(MORE, ours=21.0), replace(LESS, ours=4.4), replace(MORE, name="new")]) == []
-    written.write([MORE])
+    written.write([MORE], [MORE])
     page = (tmp_path / "page.md").read_text()
     assert "| rate | 30 | 20 | rows/s | 1.5 | ≥ 1 | met |" in page
     assert page.endswith("\n## What limits\n\nNothing.\n"), "what a person wrote is kept"
@@ -63,6 +63,25 @@ def test_quick_ends_with_1_only_where_a_ratio_has_fallen(tmp_path: Path, monkeyp
         shown = CliRunner().invoke(main, ["--quick"])
         assert shown.exit_code == code
         assert ("worse by more than a third" in shown.output) is bool(code)
+
+
+def test_of_several_runs_the_page_has_the_middle_and_later_runs_are_held_against_the_worst(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(written, "RATIOS", tmp_path / "ratios.json")
+    monkeypatch.setattr("scripts.benchmarks.__main__.QUICK", {"both"})
+    more, less, limit = (5.0, 40.0, 30.0), (3.0, 1.0, 8.0), replace(LESS, name="limit", limit=True)
+    turns = iter(
+        [Report((replace(MORE, ours=a), replace(LESS, ours=b), limit), "") for a, b in zip(more, less, strict=True)]
+    )
+    monkeypatch.setattr("scripts.benchmarks.__main__.BENCHMARKS", {"both": lambda: next(turns)})
+    CliRunner().invoke(main, ["--write"])
+    page, kept = (tmp_path / "page.md").read_text(), json.loads((tmp_path / "ratios.json").read_text())
+    assert "| rate | 30 | 20 |" in page
+    assert "| cost | 3 | 2 |" in page
+    assert kept == {"rate": {"ratio": 0.25, "less": False}, "cost": {"ratio": 4.0, "less": True}}
+    assert written.fallen([replace(limit, ours=1000.0)]) == []
 
 
 def test_a_ratio_that_fell_once_is_measured_again_and_has_fallen_only_if_it_does_so_each_time(

@@ -17,7 +17,8 @@ class Result:
     """`ours` and `reference` in `unit`; their ratio is `ours / reference`, always.
 
     More is better, and `target` is the least ratio that is good; with `less`, less is better, and it is the most.
-    Where there is nothing that does the same, `reference` is the limit itself and `target` 1.
+    Where there is nothing that does the same, `reference` is the `limit` itself and `target` 1: another machine has
+    another ratio.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Result:
     target: float
     note: str
     less: bool = False
+    limit: bool = False
 
     @property
     def ratio(self) -> float:

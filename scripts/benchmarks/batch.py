@@ -88,7 +88,10 @@ def a_model_of_sixteen_fields() -> Report:
         )
     us = 1e6 / pace
     each = Result(
-        *("tabular", us, 3.0, "µs/row", 1.0), "store to committed results, drift of 16 fields included", less=True
+        *("tabular", us, 3.0, "µs/row", 1.0),
+        "store to committed results, drift of 16 fields included",
+        less=True,
+        limit=True,
     )
     beside = Result(
         "one by one", pace, single, "rows/s", 20.0, "reference: quantize and invoke a row at a time, nothing else"

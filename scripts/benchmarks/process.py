@@ -38,9 +38,18 @@ def resident_memory() -> Report:
             most = max(most, _pss_mb(device.pid))
             time.sleep(0.2)
         device.stop()
-    waiting = Result("memory idle", idle, 80.0, "MB PSS", 1.0, "exercise model loaded, nothing to do", less=True)
+    waiting = Result(
+        "memory idle", idle, 80.0, "MB PSS", 1.0, "exercise model loaded, nothing to do", less=True, limit=True
+    )
     busy = Result(
-        "memory busy", most, 110.0, "MB PSS", 1.0, f"{WINDOWS:,} windows waiting, the most in 30 s", less=True
+        "memory busy",
+        most,
+        110.0,
+        "MB PSS",
+        1.0,
+        f"{WINDOWS:,} windows waiting, the most in 30 s",
+        less=True,
+        limit=True,
     )
     return Report((waiting, busy), f"memory       {idle:.1f} MB idle (at most 80), {most:.1f} MB busy (at most 110)")
 
@@ -82,7 +91,9 @@ def a_daemon_that_waits() -> Result:
         time.sleep(_IDLE_S)
         share = 100 * (_cpu_s(device.pid) - begin_s) / (time.monotonic() - begun)
         device.stop()
-    return Result("idle", share, 0.5, "% of a core", 1.0, f"over {_IDLE_S:.0f} s, no broker in reach", less=True)
+    return Result(
+        "idle", share, 0.5, "% of a core", 1.0, f"over {_IDLE_S:.0f} s, no broker in reach", less=True, limit=True
+    )
 
 
 def _fill(device: Device, windows: int) -> None:

@@ -32,12 +32,12 @@ against, in the same run, in turns, the median of several; absolute figures are 
 """
 
 
-def write(results: Sequence[Result]) -> None:
-    """The page and the ratios."""
+def write(results: Sequence[Result], worst: Sequence[Result]) -> None:
+    """The page, and the `worst` of each that was seen now as what later runs are held against."""
     head = _HEAD.format(day=datetime.now(UTC).date(), commit=_commit(), machine=_machine())
     notes = "\n".join(f"- **{one.name}**: {one.note}." for one in results)
     PAGE.write_text(head + "\n".join(map(_row, results)) + f"\n\n{notes}\n{_limits()}", encoding="utf-8")
-    kept = {one.name: {"ratio": round(one.ratio, 4), "less": one.less} for one in results}
+    kept = {one.name: {"ratio": round(one.ratio, 4), "less": one.less} for one in worst if not one.limit}
     RATIOS.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
@@ -53,6 +53,15 @@ def fallen(results: Sequence[Result]) -> list[str]:
         if kept < FALLEN:
             found.append(f"{one.name}: the ratio is {one.ratio:.3g}, it was {before:.3g}; worse by more than a third")
     return found
+
+
+def middle(runs: Sequence[Sequence[Result]]) -> list[Result]:
+    """Of each figure of several runs of a benchmark the one with the median ratio."""
+    return [sorted(same, key=lambda one: one.ratio)[len(same) // 2] for same in zip(*runs, strict=True)]
+
+
+def worst(runs: Sequence[Sequence[Result]]) -> list[Result]:
+    return [max(same, key=lambda one: one.ratio if one.less else -one.ratio) for same in zip(*runs, strict=True)]
 
 
 def _row(one: Result) -> str:
