@@ -27,21 +27,24 @@ def features(window: Summary, shipped: Reference, least: int = 0) -> list[dict[s
     q = sizes.shares(sizes.folded(window.counts))
     sized = rough(np.moveaxis(sizes.four(shipped.shares, q, shipped.bounds, shipped.sd), 0, -1)).tolist()
     counts = (_hidden(window.counts, least) if least > 1 else window.counts).tolist()
-    missing, mean, m2 = window.missing.tolist(), moments.mean[:, 0].tolist(), moments.m2[:, 0].tolist()
+    columns = (counts, window.missing.tolist(), _shortest(moments.mean[:, 0]), _shortest(moments.m2[:, 0]), sized)
     return [
         {
             name: {
-                "counts": counts[w][i][1:-1],
-                "missing": missing[w][i],
-                "below": counts[w][i][0],
-                "above": counts[w][i][-1],
-                "mean": whole(mean[w][i]),
-                "m2": whole(m2[w][i]),
-                **dict(zip(("psi", "js", "ks", "w1"), sized[w][i], strict=True)),
+                "counts": bins[1:-1],
+                "missing": missing,
+                "below": bins[0],
+                "above": bins[-1],
+                "mean": mean,
+                "m2": m2,
+                "psi": psi,
+                "js": js,
+                "ks": ks,
+                "w1": w1,
             }
-            for i, name in enumerate(shipped.fields)
+            for name, bins, missing, mean, m2, (psi, js, ks, w1) in zip(shipped.fields, *one, strict=True)
         }
-        for w in range(len(counts))
+        for one in zip(*columns, strict=True)
     ]
 
 
@@ -73,8 +76,8 @@ def with_states(
 ) -> dict[str, Any]:
     """The message's members with sums, limits and states, of each field (whose faults are `found`) and of all."""
     fields, at = len(found), now.places
-    sums = np.round(now.cusum.value[:, : 2 * fields].T, 2).tolist()
-    certainty = np.round(now.cusum.value[:, at.certainty], 2).tolist()
+    told = [*range(2 * fields), at.certainty]
+    *sums, certainty = _shortest(np.round(now.cusum.value[:, told].T, 2))
     # Fields have one limit, whatever the field; pairs have one, too.
     limit, pairs_limit, certainty_limit = (
         round(float(tester.limits.limit[place]), 2) if tester else None for place in (0, at.certainty - 1, at.certainty)
@@ -84,7 +87,7 @@ def with_states(
     features = {
         name: feature
         | {
-            "cusum": {"mean": _both(sums[i]), "spread": _both(sums[fields + i]), "limit": limit},
+            "cusum": {"mean": sums[i], "spread": sums[fields + i], "limit": limit},
             "state": "fault" if found[i] else "drift" if drifting[i] else quiet,
             "fault": found[i],
         }
@@ -92,11 +95,11 @@ def with_states(
     }
     output, score, together = (("drift" if on else quiet) for on in drifting[fields:])
     states = {feature["state"] for feature in features.values()} | {output, score, together}
-    told = {"state": output, "score": {"cusum": _both(certainty), "limit": certainty_limit, "state": score}}
+    answers = {"state": output, "score": {"cusum": certainty, "limit": certainty_limit, "state": score}}
     highest = whole(round(float(now.cusum.value[:, at.pairs].max(initial=0.0)), 2))
     return numbers | {
         "features": features,
-        "output": numbers["output"] | told,
+        "output": numbers["output"] | answers,
         "joint": {"cusum": highest, "limit": pairs_limit, "state": together},
         "state": next(state for state in GRAVEST if state in states),
     }
@@ -119,8 +122,10 @@ def whole(value: float) -> float:
     return int(value) if -1e6 < value < 1e6 and value == int(value) else float(value)
 
 
-def _both(sums: list[float]) -> list[float]:
-    return [value if value % 1 else int(value) for value in sums]
+def _shortest(values: Floats) -> list[list[float]]:
+    """`whole` of each of `values` (n, m)."""
+    rows: list[list[float]] = values.tolist()
+    return [[int(v) if v.is_integer() and -1e6 < v < 1e6 else v for v in row] for row in rows]
 
 
 def _hidden(counts: Ints, least: int) -> Ints:

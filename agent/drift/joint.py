@@ -51,8 +51,14 @@ def of_windows(centred: Floats, square: Floats, floor: Floats) -> Floats:
 
     `square` (w, F) mean squares; NaN where a field does not move more than `floor` (F,).
     """
-    left, right = pairs(centred.shape[2]).T
-    products = np.matmul(centred.transpose(0, 2, 1), centred)[:, left, right] / centred.shape[1]
+    fields = centred.shape[2]
+    left, right = pairs(fields).T
+    # All products at once are cheaper than those of pairs alone, where nearly all are wanted.
+    if fields**2 < 4 * len(left):
+        products = np.matmul(centred.transpose(0, 2, 1), centred)[:, left, right]
+    else:
+        products = np.einsum("wrp,wrp->wp", centred[:, :, left], centred[:, :, right])
+    products /= centred.shape[1]
     moving = np.where(square > floor, square, np.nan)
     correlation = products / np.sqrt(moving[:, left] * moving[:, right])
     return np.asarray(np.arctanh(np.clip(correlation, -NEAR_ONE, NEAR_ONE)))
