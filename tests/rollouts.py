@@ -133,10 +133,7 @@ class Site(Device):
 
     def end_processes(self) -> None:
         """As their parent's death does."""
-        for live in self.daemon._updating.rollouts._live.values():
-            live.supply.drop()
-            if live.trial is not None and isinstance(live.trial.candidate.model, Apart):
-                live.trial.candidate.model.close()
+        self.daemon._updating.drop()
 
     def crash(self, configured: str | None = None) -> None:
         self.end_processes()

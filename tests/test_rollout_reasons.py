@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from agent.device.updates import trial
+from agent.errors import StorageError
 from agent.rivals import intervals
 from tests.bundles import CENTRES, LABELS, Floats, change_manifest, model, readings
 from tests.exchanges import version
@@ -241,3 +243,20 @@ def test_where_answers_cannot_be_compared_their_drift_speaks_against_a_bundle_by
     on_probation(site, "renamed", output_drift=True)
     assert until_over(site, site.batch) == intervals.FEWEST_BLOCKS
     is_taken_back(site, "renamed", "output drift")
+
+
+def test_where_the_store_fails_what_runs_apart_is_ended_and_nothing_is_written(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its threads never began here.
+    monkeypatch.setattr(site.daemon._intake, "stop", lambda: None)
+    monkeypatch.setattr(site.daemon._uplink, "stop", lambda drain_s: None)
+    assert site.batch() == "1"
+    site.desire("2", "shadow")
+    site.until_phase("shadow")
+    site.until(site.is_beside, "it answers beside")
+    before, written = len(psutil.Process().children(recursive=True)), site.store.meta("seq", "")
+    site.daemon.signals.fail(StorageError("the disk is gone"))
+    site.daemon._shut_down()
+    assert len(psutil.Process().children(recursive=True)) == before - 1
+    assert site.store.meta("seq", "") == written

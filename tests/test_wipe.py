@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from agent.config import Broker, Config, Updates
 from agent.config import Device as DeviceSection
 from agent.device.operating import wipe
 from agent.device.operating.wipe import Wipe
+from agent.device.recovery.opening import own
 from agent.errors import UsageError
 from agent.wire import keys
 from tests.operators import NOW, Desk
+from tests.system import outstation
 
 
 class Halted:
@@ -154,6 +157,32 @@ def test_a_key_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pyte
 def test_a_marker_that_is_damaged_still_keeps_the_device_down(tmp_path: Path) -> None:
     (tmp_path / wipe.MARKER).write_text("{")
     assert wipe.state(tmp_path) == {"state": "wiping"}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    assert outstation("init", str(tmp_path / "device"), "--id", "pi-07").returncode == 0
+    (tmp_path / "device" / "data").mkdir(exist_ok=True)
+    return tmp_path / "device"
+
+
+def test_a_marker_that_cannot_be_read_erases_nothing_and_is_named(home: Path) -> None:
+    """As on a card with a bad sector: whether there was a wipe cannot be told."""
+    (home / "data" / wipe.MARKER).mkdir()
+    before = sorted(home.rglob("*"))
+    done = outstation("run", "-c", str(home / "outstation.toml"))
+    assert done.returncode == 1
+    assert f"{wipe.MARKER}: Is a directory; whether this device was wiped cannot be told" in done.stderr
+    assert sorted(home.rglob("*")) == before
+
+
+def test_a_wipe_that_another_process_finishes_is_left_to_it(home: Path) -> None:
+    (home / "data" / wipe.MARKER).write_text('{"state": "wiping"}')
+    descriptor = own(home / "data")
+    done = outstation("run", "-c", str(home / "outstation.toml"))
+    os.close(descriptor)
+    assert (done.returncode, "uses this data folder; stop it first" in done.stderr) == (1, True)
+    assert (home / "device.key").exists()
 
 
 def test_the_config_and_its_certificates_are_spared() -> None:

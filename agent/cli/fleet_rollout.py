@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import sqlite3
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,17 +84,20 @@ def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
     from agent.fleet.rollout import book
     from agent.fleet.rollout.follow import Follower
 
-    stop = threading.Event()
+    # No Event: a handler that runs while its own thread is inside one can deadlock on the Event's lock.
+    stopped: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda number, _: stopped.put(number))
     with _desk(fleet_config.find(folder), by="follow") as desk:
         with desk.store.snapshot() as db:
             known = [book.find(db, one).name for one in names]
             if not (known or book.rollouts(db, only_open=True)):
                 raise UsageError("no roll-out is open; `outstation fleet rollout start FILE` begins one")
         follower = Follower(desk, known or None, lambda line: click.echo(printable(line)))
-        while not stop.is_set() and _turn(follower.turn):
-            stop.wait(every_s)
+        while stopped.empty() and _turn(follower.turn):
+            with contextlib.suppress(queue.Empty):
+                stopped.get(timeout=every_s)
+                break
         with desk.store.snapshot() as db:
             ended = [book.find(db, one).state for one in {*known, *follower.followed}]
     if "aborted" in ended:

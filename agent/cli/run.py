@@ -14,6 +14,7 @@ from agent.cli import assembly, operating, wiring
 from agent.cli.output import config_option
 from agent.config import Config
 from agent.device.operating import wipe
+from agent.device.recovery.opening import own
 from agent.errors import StorageForked
 
 
@@ -36,9 +37,11 @@ def run(config_file: str | None, verbose: bool) -> None:
         return
     try:
         _run(file, conf)
+        return
     except StorageForked as forked:
-        logging.getLogger("outstation").critical("%s", forked)
-        _run(file, conf)
+        logging.getLogger("outstation").critical("%s", str(forked))
+    # Not while it is handled: the daemon that ended, with its models, would stay in memory.
+    _run(file, conf)
 
 
 def _run(file: Path, conf: Config) -> None:
@@ -47,17 +50,21 @@ def _run(file: Path, conf: Config) -> None:
         store.close()
         operating.erase(file, conf, wiring.given_key(file, conf))
         return
+    before: dict[int, Any] = {}
     try:
         daemon = assembly.daemon(file, conf, store)
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, lambda *_: daemon.signals.halt())
+            before[signum] = signal.signal(signum, lambda *_: daemon.signals.halt())
         daemon.run()
     finally:
         store.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wiped_whole(file: Path, conf: Config, found: dict[str, Any]) -> dict[str, Any]:
-    """What the marker says, once a wipe that a crash cut off is finished."""
+    """What the marker says, once a wipe that a crash cut off is finished. Raises StorageBusy."""
     if found.get("state") == "wiped":
         return found
+    own(conf.data_dir)
     return operating.erase(file, conf, file.resolve().parent / wiring.KEY_FILE)

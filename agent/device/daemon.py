@@ -322,6 +322,7 @@ class Daemon:
     def _shut_down(self) -> None:
         self._intake.stop()
         if isinstance(self.signals.failure, StorageError):
+            self._updating.drop()
             self._uplink.stop(0.0)
             return
         self._updating.stop(self._now())

@@ -26,7 +26,7 @@ from agent.device.operating.control import Deed
 from agent.device.operating.kept import sync
 from agent.device.storage.store import Store
 from agent.device.storage.transaction import Transaction
-from agent.errors import Rejected, UsageError
+from agent.errors import Rejected, StorageError, UsageError
 from agent.wire.keys import write_new
 
 log = logging.getLogger("outstation")
@@ -80,12 +80,18 @@ def is_due(store: Store) -> bool:
 
 
 def state(data_dir: Path) -> dict[str, Any] | None:
-    """What the marker file says; None where nothing was wiped."""
+    """What the marker file says; None where nothing was wiped. Raises StorageError where that cannot be told."""
+    path = data_dir / MARKER
     try:
-        return dict(json.loads((data_dir / MARKER).read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError):
+    except OSError as error:
+        raise StorageError(
+            f"{path}: {error.strerror}; whether this device was wiped cannot be told, and nothing is done: "
+            "look at the disk, and at who may read the folder"
+        ) from error
+    except (ValueError, TypeError):
         return {"state": "wiping"}
 
 
@@ -101,7 +107,7 @@ def told(data_dir: Path, found: Mapping[str, Any]) -> str:
 
 
 def require_unwiped(data_dir: Path) -> None:
-    """Raises UsageError."""
+    """Raises UsageError, StorageError."""
     found = state(data_dir)
     if found is not None:
         raise UsageError(told(data_dir, found))

@@ -148,6 +148,14 @@ class Rollouts:
             live.supply.drop()
             self._serving.end(live, now, over=False)
 
+    def drop(self) -> None:
+        """End what runs apart, and write nothing."""
+        for live in self._live.values():
+            live.supply.drop()
+            for task in (live.trial.candidate if live.trial else None, self._serving.task(live.name)):
+                if task is not None:
+                    self._serving.makes.end(task)
+
     # --- one task ---
 
     def _go_on(self, name: str, now: Now) -> bool:

@@ -61,6 +61,12 @@ class Updating:
         if self._fetcher is not None:
             self._fetcher.close()
 
+    def drop(self) -> None:
+        """The store failed: end what runs beside, and write nothing."""
+        self.rollouts.drop()
+        if self._fetcher is not None:
+            self._fetcher.close()
+
     def _hand_on(self, found: Fetched | Failed) -> None:
         supply = self._supplies.get(found.task)
         if supply is None:
