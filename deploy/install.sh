@@ -167,7 +167,9 @@ make_config() { # ENROLMENT
     else
         say "kept $config/outstation.toml"
     fi
-    chown -R outstation:outstation "$config" "$data"
+    # The keys of a fleet that is kept on this machine, too, are none of the device's.
+    find "$config" -path "$config/fleet" -prune -o -exec chown -h outstation:outstation {} +
+    chown -R outstation:outstation "$data"
 }
 
 install_service() {
