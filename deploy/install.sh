@@ -4,6 +4,7 @@
 #   sudo deploy/install.sh                      from the checkout it lies in
 #   sudo deploy/install.sh outstation-….whl     from a wheel
 #   sudo deploy/install.sh --enrolment FILE     with the file that `outstation fleet enrol --bundle-out` wrote
+#   sudo deploy/install.sh --extras images,parquet   for streams of images, for Parquet files; upgrades keep them
 #   sudo deploy/install.sh --rollback           back to the version before the last upgrade
 #   sudo deploy/install.sh --uninstall          the program goes; config, keys and data stay
 set -euo pipefail
@@ -24,9 +25,11 @@ version() { "$program/bin/python" -c 'import agent; print("version", agent.__ver
 
 main() {
     local source="" enrolment="" action=install
+    extras=$(cat "$program/.extras" 2>/dev/null || true)
     while [[ $# != 0 ]]; do
         case $1 in
             --enrolment) enrolment=${2:-}; [[ -r $enrolment ]] || die "--enrolment needs a file that can be read" 2; shift ;;
+            --extras) [[ ${2-} =~ ^[a-z,]*$ ]] || die "--extras needs names with commas, as images,parquet" 2; extras=${2-}; shift ;;
             --rollback | --uninstall) action=${1#--} ;;
             -h | --help) usage; exit 0 ;;
             -*) die "$1 is no option; --help lists them" 2 ;;
@@ -63,7 +66,7 @@ fingerprint() { # SOURCE: changes when what would be installed changes
         (cd "$1" && find agent models deploy pyproject.toml -type f -not -name '*.pyc' -print0 | sort -z | xargs -0 sha256sum)
     else
         sha256sum <"$1"
-    fi | cat - <(python3 -VV) | sha256sum | cut -d' ' -f1
+    fi | cat - <(python3 -VV; echo "$extras") | sha256sum | cut -d' ' -f1
 }
 
 # --- the program: each version in a folder of its own, so that an upgrade cut short leaves the old one whole
@@ -80,6 +83,7 @@ install_program() { # SOURCE
     mkdir -p "$versions"
     say "installing from $1 into $folder (a few minutes on a small machine)"
     fill "$folder" "$1" || { rm -rf "$folder"; die "the program could not be installed, see above; what was installed before is untouched"; }
+    echo "$extras" >"$folder/.extras"
     echo "$wanted" >"$folder/.source"
     sync
     before=$(readlink "$program" || true)
@@ -118,17 +122,20 @@ bits32() { # also where the kernel is a 64-bit one, as on Raspberry Pi OS (32-bi
 fill() { # FOLDER SOURCE
     local pip=("$1/bin/python" -m pip install --disable-pip-version-check --no-cache-dir -q)
     if ! bits32; then
-        python3 -m venv "$1" && "${pip[@]}" "$2"
+        python3 -m venv "$1" && "${pip[@]}" "$2${extras:+[$extras]}"
         return
     fi
     say "32-bit ARM: numpy, cffi, cryptography and psutil come from Debian, tflite-runtime from PyPI"
     python3 -m venv --system-site-packages "$1" && "${pip[@]}" --no-deps "$2" &&
-        "$1/bin/python" - >"$1/requirements.txt" <<'PY' && "${pip[@]}" -r "$1/requirements.txt"
+        "$1/bin/python" - "$extras" >"$1/requirements.txt" <<'PY' && "${pip[@]}" -r "$1/requirements.txt"
+import sys
 from importlib.metadata import requires
 
 # Environment markers see the kernel's architecture, which may be 64-bit; so these are named here.
 own = ("ai-edge-litert", "tflite-runtime", "numpy", "cryptography")
+asked = tuple(f"extra == '{name}'" for name in sys.argv[1].split(","))
 print("\n".join(r for r in requires("outstation") or () if "extra ==" not in r and not r.startswith(own)))
+print("\n".join(r.partition(";")[0] for r in requires("outstation") or () if r.endswith(asked)))
 print("cryptography\ntflite-runtime==2.14.0\nnumpy>=1.23.2,<2")
 PY
 }
