@@ -279,9 +279,11 @@ def first_words(*args: str | Path) -> str:
     command = [*COLLECT, *map(str, args)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        said = process.stderr.readline()
-        while "trying again" not in said:
-            said += process.stderr.readline()
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "trying again" in line:
+                break
         process.terminate()
     assert process.returncode == 0
     return said
