@@ -259,3 +259,45 @@ def test_watch_comes_back_when_the_broker_does(watched: Path, broker: Mosquitto)
         process.send_signal(signal.SIGINT)
         assert "[ok]" not in process.stdout.read()
     assert process.returncode == 0
+
+
+def test_watch_needs_no_private_key_of_the_collector(watched: Path, broker: Mosquitto) -> None:
+    sender = Sender()
+    collected(watched, sender)
+    (watched / "collector.key").unlink()
+    send(broker, sender.results())
+    assert watching(watched, 1)[0].endswith("  [ok]")
+
+
+# --- collect, as a process ---
+
+COLLECT = [sys.executable, "-c", "from agent.cli.fleet import fleet; fleet()", "collect"]
+
+
+def first_words(*args: str | Path) -> str:
+    """What `collect` says first; the broker is not there, which it says, too."""
+    command = [*COLLECT, *map(str, args)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "trying again" in line:
+                break
+        process.terminate()
+    assert process.returncode == 0
+    return said
+
+
+def test_collect_into_a_database_in_which_nobody_is_enrolled_says_so_at_its_start(folder: Path, tmp_path: Path) -> None:
+    collected(folder, Sender())
+    said = first_words("--dir", folder, "--db", tmp_path / "other.db")
+    assert f"{tmp_path / 'other.db'}: no device is enrolled in this database" in said
+    assert f"`enrol` uses {folder / 'fleet.db'}: collect without --db" in said
+    assert "no device is enrolled" not in first_words("--dir", folder)
+
+
+def test_collect_in_a_new_fleet_says_how_to_let_devices_in(folder: Path) -> None:
+    said = first_words("--dir", folder)
+    assert "no device is enrolled" in said
+    assert "let devices in: outstation fleet enrol DEVICE" in said

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,14 +19,16 @@ import pytest
 from agent.cli import fleet_command
 from agent.errors import Refused, UsageError
 from agent.fleet.command import COUNTER, Sent, arguments, next_counter, send
+from agent.fleet.ingest import Arrival
 from agent.fleet.keyring import Keyring
 from agent.fleet.store import FleetStore
 from agent.wire import jws
 from agent.wire.carried import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
 from agent.wire.keys import SigningKey
 from agent.wire.messages import Cmd, encode, open_message
-from tests.senders import new_key
+from tests.senders import Sender, new_key
 
+COMMANDS = Path(__file__).parents[1] / "docs" / "commands.md"
 FLEET, DEVICE = "acme", "pi-07"
 REPLY = f"outstation/{FLEET}/{DEVICE}/reply"
 TIME = "2026-11-24T22:18:01.000000Z"
@@ -203,3 +208,32 @@ def test_a_wipe_wants_the_devices_name_typed_and_asks_on_stderr(monkeypatch: pyt
     assert not fleet_command._confirmed(DEVICE)
     assert fleet_command._confirmed(DEVICE)
     assert all(DEVICE in text and err for text, err in asked)
+
+
+def test_a_counter_file_that_is_damaged_after_a_clock_was_ahead_is_written_again_from_the_database(
+    tmp_path: Path,
+) -> None:
+    ahead, now = 9_000, 5_000
+    sender = Sender(DEVICE)
+    store = FleetStore(tmp_path / "fleet.db")
+    store.enrol(DEVICE, sender.key.public, replace=False, now=TIME)
+    for counter in (ahead, ahead - 1):
+        told = sender.logged("audit", event="command", summary="Done.", evidence={"counter": counter})
+        store.ingest([Arrival(sender.open(told))], [], TIME)
+    store.close()
+    (tmp_path / COUNTER).write_text("damaged\n")
+    says = r"write the highest that was used into it .*docs/commands\.md"
+    with pytest.raises(UsageError, match=says), next_counter(tmp_path, lambda: now):
+        pass
+    [query] = re.findall(r"^    (SELECT max\(counter\).*?;)$", COMMANDS.read_text(), re.MULTILINE | re.DOTALL)
+    with contextlib.closing(sqlite3.connect(tmp_path / "fleet.db")) as db:
+        [(highest,)] = db.execute(query)
+    (tmp_path / COUNTER).write_text(f"{highest}\n")
+    with next_counter(tmp_path, lambda: now) as counter:
+        assert counter == ahead + 1
+
+
+def test_a_counter_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / COUNTER).mkdir()
+    with pytest.raises(UsageError, match="the last counter cannot be read"), next_counter(tmp_path, lambda: 1):
+        pass

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import stat
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent import config as device_config
 from agent.config import Broker
-from agent.errors import LinkDown, UsageError
+from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet import pki
 from agent.fleet.collect import filters
@@ -289,3 +294,158 @@ def test_other_databases_are_refused_without_repeating_the_password(url: str) ->
     with pytest.raises(UsageError) as refused:
         fleet_config.database(url, Path("/base"))
     assert "secret" not in str(refused.value)
+
+
+# --- another key in place of the old one ---
+
+
+def held(home: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in home.iterdir() if path.is_file()}
+
+
+def active(config: FleetConfig, device: str) -> str:
+    store = FleetStore(Path(config.fleet.db))
+    try:
+        key = store.active_key(device)
+    finally:
+        store.close()
+    assert key is not None
+    return key.text
+
+
+def key_of(home: Path) -> str:
+    return keys.load_private(home / "device.key").public.text
+
+
+def test_a_replacement_that_is_refused_leaves_the_devices_files_whole(folder: Path, config: FleetConfig) -> None:
+    home = let_in(config, folder, "pi-07").folder
+    other = let_in(config, folder, "pi-08")
+    before = held(home)
+    with pytest.raises(UsageError, match="belongs to device 'pi-08'"):
+        let_in(config, folder, "pi-07", key=other.key, replace=True)
+    assert held(home) == before
+    assert active(config, "pi-07") == key_of(home)
+
+
+def test_a_replacement_while_the_database_is_locked_leaves_the_devices_files_whole(
+    folder: Path, config: FleetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = let_in(config, folder, "pi-07").folder
+    before = held(home)
+    store = FleetStore(Path(config.fleet.db))
+    monkeypatch.setattr("agent.fleet.store.LOCK_WAIT_S", 0.05)
+    with open(config.fleet.db + ".lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StorageBusy):
+            enrol(folder, config, store, "pi-07", key=None, replace=True)
+    store.close()
+    assert held(home) == before
+    replaced = let_in(config, folder, "pi-07", replace=True)
+    assert replaced.key.text == active(config, "pi-07") == key_of(home) != keys.public_key(before_key(before)).text
+    assert not (home / "replacement").exists()
+
+
+def before_key(files: dict[str, bytes]) -> str:
+    return files["device.key.pub"].decode()
+
+
+class Killed(BaseException):
+    """Not to be caught: nothing after it is done."""
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends before the `step`-th file that it would rename or remove from here on."""
+    left = [step]
+
+    def counted(do: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **more: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            do(*args, **more)
+
+        return run
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["key made here", "key of the device's own"])
+def test_a_replacement_that_is_killed_at_any_step_is_whole_once_it_is_run_again(
+    tmp_path: Path, folder: Path, config: FleetConfig, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    home = let_in(config, folder, "pi-07").folder
+    finished = committed = 0
+    for step in range(200):
+        before, was, key = held(home), active(config, "pi-07"), new_key().public if own else None
+        with monkeypatch.context() as patched:
+            killed_at(step, patched)
+            try:
+                let_in(config, folder, "pi-07", key=key, replace=True)
+                finished = step
+            except Killed:
+                pass
+        now = active(config, "pi-07")
+        if finished:
+            break
+        committed += now != was
+        # Until the database has the new key nothing is touched.
+        assert now != was or held(home) == before
+        with pytest.raises(UsageError, match="another key"):
+            let_in(config, folder, "pi-07", key=new_key().public)
+        # Whatever was reached, the files are those of the key that counts.
+        assert own or key_of(home) == now
+        pair(home)
+        again = let_in(config, folder, "pi-07", key=key, replace=True)
+        assert again.key.text == active(config, "pi-07")
+        assert not (home / "replacement").exists()
+        assert (home / "device.key").exists() != own
+        assert own or key_of(home) == again.key.text
+        assert (home / "device.crt").read_bytes() != before["device.crt"]
+        pair(home)
+    assert finished > 5
+    assert 0 < committed < finished
+
+
+def pair(home: Path) -> None:
+    """The TLS key and certificate belong together."""
+    certificate = x509.load_pem_x509_certificate((home / "device.crt").read_bytes())
+    private = load_pem_private_key((home / "device-tls.key").read_bytes(), None)
+    assert certificate.public_key() == private.public_key()
+
+
+def test_a_replacement_whose_key_counts_already_is_finished_by_plain_enrolment(
+    folder: Path, config: FleetConfig
+) -> None:
+    class CutOff(FleetStore):
+        def enrol(self, *args: Any, **more: Any) -> bool:
+            super().enrol(*args, **more)
+            raise KeyboardInterrupt
+
+    home = let_in(config, folder, "pi-07").folder
+    before = held(home)
+    store = CutOff(Path(config.fleet.db))
+    with pytest.raises(KeyboardInterrupt):
+        enrol(folder, config, store, "pi-07", key=None, replace=True)
+    store.close()
+    assert held(home) == before
+    done = let_in(config, folder, "pi-07")
+    assert done.key.text == active(config, "pi-07") == key_of(home)
+    assert done.key.text != keys.public_key(before_key(before)).text
+    pair(home)
+
+
+def test_a_replacement_leaves_what_else_is_in_the_devices_folder(folder: Path, config: FleetConfig) -> None:
+    home = let_in(config, folder, "pi-07").folder
+    (home / "data").mkdir()
+    (home / "data" / "outstation.db").write_bytes(b"readings")
+    let_in(config, folder, "pi-07", replace=True)
+    assert (home / "data" / "outstation.db").read_bytes() == b"readings"
+
+
+def test_a_device_is_enrolled_where_only_public_keys_of_the_roles_are(folder: Path, config: FleetConfig) -> None:
+    public = [keys.load_private(folder / f"{role}.key").public.text for role in ("collector", "operator")]
+    for role in ("collector", "operator"):
+        (folder / f"{role}.key").unlink()
+    loaded = device_config.load(let_in(config, folder, "pi-07").folder / "outstation.toml")
+    assert [loaded.collector.key, *loaded.operators.keys] == public

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -317,3 +318,13 @@ def test_acknowledging_reads_the_gaps_by_index_however_many_messages_there_are(s
     sql = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND NOT declared ORDER BY first LIMIT ?"
     plan = [row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {sql}", ("d", "l", 101))]
     assert plan == ["SEARCH gaps USING PRIMARY KEY (device=? AND log=?)"]
+
+
+def test_the_document_lists_every_table_and_view_of_the_database(tmp_path: Path) -> None:
+    store = FleetStore(tmp_path / "fleet.db")
+    store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "fleet.db")) as db:
+        made = {name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type IN ('table', 'view')")}
+    text = (Path(__file__).parents[1] / "docs" / "collector.md").read_text(encoding="utf-8")
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert listed == {name for name in made if not name.startswith(("_", "sqlite_"))}

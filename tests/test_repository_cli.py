@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import stat
 import tarfile
@@ -343,4 +345,51 @@ def test_what_expires_soon_is_one_alert_until_it_was_renewed(desk: Desk, tmp_pat
     upkeep.keep(desk.folder, store, at + timedelta(hours=5))
     assert store.alerts() == []
     assert len(store.alerts(closed=True)) == 2
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["9.snapshot.json", "timestamp.json.new"])
+def test_the_collector_goes_on_where_a_file_of_the_repository_is_not_its_own_to_replace(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    desk.run("repository", "init")
+    config = fleet_config.load(desk.folder)
+    store = FleetStore(desk.folder / "fleet.db")
+    days = [3]
+    collector = Collector(
+        "acme",
+        config.broker,
+        store,
+        keys.load_private(desk.folder / "collector.key"),
+        upkeep=lambda: upkeep.keep(desk.folder, store, expiry.now() + timedelta(days=days[0])),
+    )
+    monkeypatch.setattr("agent.fleet.collect.UPKEEP_S", 0.0)
+    # A folder, for root may remove any file.
+    in_the_way = desk.folder / "repository" / "metadata" / name
+    in_the_way.mkdir()
+    collector.turn(Silence(), 0.0)
+    assert str(in_the_way).removesuffix(".new") in caplog.text
+    assert "see who owns" in caplog.text
+    in_the_way.rmdir()
+    before = desk.document("repository", "status")["roles"][3]["version"]
+    days[0] = 6
+    caplog.clear()
+    collector.turn(Silence(), 0.0)
+    assert desk.document("repository", "status")["roles"][3]["version"] == before + 1
+    assert caplog.text.count("WARNING") == 0
+    store.close()
+
+
+def test_the_collector_goes_on_when_a_disk_fails_under_the_repository(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "repository/.lock")
+
+    desk.run("repository", "init")
+    monkeypatch.setattr(refreshing, "refresh_daily", fail)
+    store = FleetStore(desk.folder / "fleet.db")
+    config, key = fleet_config.load(desk.folder), keys.load_private(desk.folder / "collector.key")
+    Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.keep(desk.folder, store)).turn(Silence(), 0.0)
+    assert "repository/.lock: Input/output error, so the repository was not looked after" in caplog.text
     store.close()

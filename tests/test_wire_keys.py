@@ -204,3 +204,18 @@ def test_half_of_all_numbers_are_points_and_the_others_are_no_key(number: int) -
 def test_every_key_that_is_made_is_taken(seed: bytes) -> None:
     made = SigningKey(Ed25519PrivateKey.from_private_bytes(seed)).public
     assert keys.public_key(made.text).kid == made.kid
+
+
+def test_a_public_half_is_read_without_the_private_one_and_made_of_it_where_it_is_missing(tmp_path: Path) -> None:
+    private = tmp_path / "collector.key"
+    made = keys.generate(private)
+    kept = private.rename(tmp_path / "elsewhere")
+    assert keys.load_public_of(private).raw == made.public.raw
+    keys.beside(private).unlink()
+    with pytest.raises(UsageError, match=r"collector\.key\.pub: no such file, .* copy it from"):
+        keys.load_public_of(private)
+    kept.rename(private)
+    assert keys.load_public_of(private).raw == made.public.raw
+    keys.beside(private).write_text("no key\n")
+    with pytest.raises(UsageError, match=r"collector\.key\.pub: holds no readable public key"):
+        keys.load_public_of(private)

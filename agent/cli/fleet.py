@@ -36,6 +36,8 @@ from agent.wire import keys
 if TYPE_CHECKING:
     from agent.fleet.store import FleetStore
 
+logger = logging.getLogger(__name__)
+
 _dir = click.option(
     "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
 )
@@ -77,7 +79,7 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
     except ConfigError as error:
         raise UsageError(f"--broker: {error.problem}") from None
     config = init_fleet(folder, name, broker)
-    public = {role: keys.load_private(folder / f"{role}.key").public.text for role in ("collector", "operator")}
+    public = {role: keys.load_public_of(folder / f"{role}.key").text for role in ("collector", "operator")}
     conf = folder / "broker" / "mosquitto.conf"
     document = {
         "fleet": config.fleet.name,
@@ -163,6 +165,8 @@ def collect(db: str | None, folder: str | None) -> None:
     key = keys.load_private(Path(config.collector.key_file))
     store = FleetStore(_database(config, db))
     try:
+        if not store.enrolled():
+            logger.warning("%s", _nobody_enrolled(store.path, config))
         broker = config.broker_as(config.collector)
         collector = Collector(config.fleet.name, broker, store, key, upkeep=lambda: _keep_repository(home, store))
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -262,7 +266,7 @@ def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) 
 
     config, store = reading(folder, db)
     name, broker = config.fleet.name, config.broker_as(config.operator)
-    keyring = Keyring(store, {"collector": keys.load_private(Path(config.collector.key_file)).public})
+    keyring = Keyring(store, {"collector": keys.load_public_of(Path(config.collector.key_file))})
     client = f"outstation-{name}-watch-{os.getpid()}"
     show = show_lines if raw or not sys.stdout.isatty() else show_table
     with contextlib.suppress(KeyboardInterrupt):
@@ -280,7 +284,7 @@ def reading(folder: str | None, db: str | None, device: str | None = None) -> tu
     store = FleetStore(_database(config, db), read_only=True)
     click.get_current_context().call_on_close(store.close)
     if device is not None:
-        known = [row["device"] for row in store.devices()]
+        known = store.enrolled()
         if device not in known:
             raise UsageError(f"no device {device!r} is enrolled{suggestion(device, known)}")
     return config, store
@@ -291,6 +295,13 @@ def _keep_repository(home: Path, store: FleetStore) -> None:
         from agent.fleet.repository.upkeep import keep
 
         keep(home, store)
+
+
+def _nobody_enrolled(path: Path, config: FleetConfig) -> str:
+    what = f"{path}: no device is enrolled in this database, so every message will be refused as `unknown key`"
+    if path.resolve() == Path(config.fleet.db).resolve():
+        return f"{what}; let devices in: outstation fleet enrol DEVICE"
+    return f"{what}; `enrol` uses {config.fleet.db}: collect without --db, or name this one as fleet.db in fleet.toml"
 
 
 def _database(config: FleetConfig, db: str | None) -> Path:

@@ -132,7 +132,7 @@ def _open(config: FleetConfig) -> FleetStore:
 def require_enrolled(config: FleetConfig, device: str) -> None:
     store = _open(config)
     try:
-        known = [row["device"] for row in store.devices()]
+        known = store.enrolled()
     finally:
         store.close()
     if device not in known:

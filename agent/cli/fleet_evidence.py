@@ -110,7 +110,7 @@ def _make(
         home=fleet_config.find(folder),
         operator=keys.load_private(Path(config.operator.key_file)),
         operators=operators.trusted(config),
-        collector=keys.load_private(Path(config.collector.key_file)).public,
+        collector=keys.load_public_of(Path(config.collector.key_file)),
         publishers=known,
         bundles=bundles,
         evaluations=evaluated,

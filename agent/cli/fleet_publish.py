@@ -66,6 +66,4 @@ def publish(
 
 def _operator(home: Path) -> list[PublicKey]:
     """Its public half is enough: the private one may lie elsewhere."""
-    file = Path(fleet_config.load(home).operator.key_file)
-    beside = file.with_name(file.name + ".pub")
-    return [keys.load_public(str(beside)) if beside.exists() else keys.load_private(file).public]
+    return [keys.load_public_of(Path(fleet_config.load(home).operator.key_file))]

@@ -21,6 +21,7 @@ from agent.device.operating.rotation import Rotation
 from agent.device.operating.wipe import Wipe
 from agent.device.storage.store import Store
 from agent.device.updates.rollout import Rollouts
+from agent.wire import keys
 
 
 def operations(
@@ -48,5 +49,5 @@ def operations(
 
 def erase(file: Path, conf: Config, given: Path) -> dict[str, Any]:
     """Everything of the device's, with the store closed; what the marker file then says."""
-    own_keys = [given, given.with_name(given.name + ".pub")]
+    own_keys = [given, keys.beside(given)]
     return wipe.erase(conf.data_dir, wipe.spared(file, conf), own_keys)

@@ -197,8 +197,13 @@ def _stored(path: Path) -> int:
         return int(path.read_text(encoding="ascii"))
     except FileNotFoundError:
         return 0
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: holds no counter ({error}); delete it, counters then go on from the time") from None
+    except OSError as error:
+        raise UsageError(f"{path}: the last counter cannot be read: {error.strerror}; see who owns the file") from None
+    except ValueError as error:
+        raise UsageError(
+            f"{path}: holds no counter ({error}), and devices refuse one that is not above the last; write the highest "
+            "that was used into it (docs/commands.md has the query), or delete it where no clock was ever ahead"
+        ) from None
 
 
 def _store(path: Path, counter: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
+import shutil
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet import mosquitto, pki
 from agent.fleet.config import FleetConfig
+from agent.fleet.repository import durable
 from agent.fleet.repository.layout import Layout
 from agent.fleet.store import FleetStore
 from agent.names import is_name
@@ -28,6 +29,10 @@ SIGNING_KEY = "device.key"
 # What the device trusts first of the fleet's repository.
 ROOT = "root.json"
 BUNDLED = ("ca.pem", "device-tls.key", "device.crt", SIGNING_KEY, "outstation.toml", ROOT)
+# In the device's folder: its files under another key, until the database has that key; then they replace the old ones.
+REPLACEMENT = "replacement"
+# Written last into it: the key whose files are there, all of them.
+WHOLE = "whole"
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,9 @@ def enrol(
     """Register `device`, and write its files to `devices/<device>/` of the fleet's folder.
 
     Without `key` the device's signing key is made here, once. A key that is replaced counts no more, or up to seq
-    `keep_through` of the device's log. Raises UsageError for a name or key that is taken.
+    `keep_through` of the device's log. Raises UsageError for a name or key that is taken. With `replace`, the old files
+    stay until the database has the new key; where that was killed in between, the next call makes them those of the key
+    that counts, before it does anything else.
     """
     if not is_name(device) or device in RESERVED:
         why = (
@@ -81,17 +88,17 @@ def enrol(
         raise UsageError(f"device {device!r} {why}; choose another id")
     home = folder / "devices" / device
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if replace:
-        for file in home.iterdir():
-            file.unlink()
-    if key is None:
-        key = _own_key(home, enrolled=None if replace else store.active_key(device))
+    enrolled = store.active_key(device)
+    _finish_replacement(home, enrolled)
     now = clock.rfc3339(clock.read().wall_us)
-    new = store.enrol(device, key, replace=replace, now=now, keep_through=keep_through)
-    root = Layout(folder).newest_root()
-    if root is not None:
-        _write(home / ROOT, root.read_bytes())
-    _write_device_files(home, config, device, updates=root is not None)
+    if replace:
+        key = _write_replacement(home, folder, config, device, key)
+        new = store.enrol(device, key, replace=True, now=now, keep_through=keep_through)
+        _finish_replacement(home, key)
+    else:
+        key = key or _own_key(home, enrolled)
+        new = store.enrol(device, key, replace=False, now=now)
+        _write_device_files(home, folder, config, device)
     return Enrolment(device, key, home, new)
 
 
@@ -110,6 +117,33 @@ def bundle(home: Path, out: Path) -> None:
         raise UsageError(f"{out}: cannot be written: {error.strerror}; name a new file") from None
 
 
+def _write_replacement(home: Path, folder: Path, config: FleetConfig, device: str, key: PublicKey | None) -> PublicKey:
+    coming = home / REPLACEMENT
+    coming.mkdir(mode=0o700)
+    key = key or _own_key(coming, enrolled=None)
+    _write_device_files(coming, folder, config, device)
+    durable.write(coming / WHOLE, key.text.encode(), 0o600)
+    return key
+
+
+def _finish_replacement(home: Path, enrolled: PublicKey | None) -> None:
+    """Put the replacement's files into `home` where its key is the one `enrolled`, else drop them.
+
+    Copied, and the mark removed first: killed anywhere in here, the next call begins again with all of them.
+    """
+    coming = home / REPLACEMENT
+    mark = coming / WHOLE
+    if enrolled is not None and mark.exists() and mark.read_text(encoding="ascii") == enrolled.text:
+        files = {path.name: path for path in coming.iterdir() if path != mark}
+        for name, path in files.items():
+            durable.write(home / name, path.read_bytes(), 0o600)
+        for name in {*BUNDLED, keys.beside(home / SIGNING_KEY).name} - files.keys():
+            durable.remove(home / name)
+    if coming.exists():
+        durable.remove(mark)
+        shutil.rmtree(coming)
+
+
 def _own_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
     path = home / SIGNING_KEY
     if path.exists() and (enrolled is None or keys.load_private(path).public.kid == enrolled.kid):
@@ -120,29 +154,24 @@ def _own_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
     return keys.generate(path).public
 
 
-def _write_device_files(home: Path, config: FleetConfig, device: str, *, updates: bool) -> None:
-    collector = keys.load_private(Path(config.collector.key_file)).public
-    operator = keys.load_private(Path(config.operator.key_file)).public
+def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: str) -> None:
+    root = Layout(folder).newest_root()
+    if root is not None:
+        durable.write(home / ROOT, root.read_bytes(), 0o600)
+    collector = keys.load_public_of(Path(config.collector.key_file))
+    operator = keys.load_public_of(Path(config.operator.key_file))
     text = _device_toml(device, config, collector, operator)
-    if updates and config.repository is not None:
+    if root is not None and config.repository is not None:
         text += _updates_toml(config.repository.url)
-    _write(home / "outstation.toml", text.encode())
+    durable.write(home / "outstation.toml", text.encode(), 0o600)
     if config.ca is None:
         return
     authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
-    _write(home / "ca.pem", authority.pem)
+    durable.write(home / "ca.pem", authority.pem, 0o600)
     if not (home / "device.crt").exists():
         issued = authority.client(device, config.fleet.name)
-        _write(home / "device-tls.key", issued.key)
-        _write(home / "device.crt", issued.certificate)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file at once, mode 0600: a crash leaves the old one or the new one."""
-    new = path.with_name(path.name + ".new")
-    new.unlink(missing_ok=True)
-    write_new(new, data, 0o600)
-    os.replace(new, path)
+        durable.write(home / "device-tls.key", issued.key, 0o600)
+        durable.write(home / "device.crt", issued.certificate, 0o600)
 
 
 def _write_broker_files(folder: Path, name: str, broker: Broker) -> None:

@@ -12,10 +12,7 @@ from agent.wire.keys import PublicKey
 
 def trusted(config: FleetConfig) -> list[PublicKey]:
     """The key in use, by its public half where the private one is elsewhere, and former ones. Raises UsageError."""
-    private = Path(config.operator.key_file)
-    beside = private.with_name(private.name + ".pub")
-    now = keys.load_public(str(beside)) if beside.exists() else keys.load_private(private).public
-    found = [now]
+    found = [keys.load_public_of(Path(config.operator.key_file))]
     for i, text in enumerate(config.operator.former_keys):
         try:
             found.append(keys.public_key(text))

@@ -180,6 +180,10 @@ class FleetStore:
         """(device, log) of the newest log of each device."""
         return [row[:2] for row in self._all("SELECT device, log, max(rowid) FROM logs GROUP BY device")]
 
+    def enrolled(self) -> list[str]:
+        """Every device that ever was, in order."""
+        return [row[0] for row in self._all("SELECT device FROM devices ORDER BY device")]
+
     def devices(self) -> list[dict[str, Any]]:
         """device, key, state, last_seen, through (of its newest log), alerts (open ones), clock (its quality)."""
         return self._records(schema.DEVICES)

@@ -103,8 +103,13 @@ def generate(path: Path, *, public_beside: bool = True) -> SigningKey:
     except OSError as error:
         raise UsageError(f"{path}: a key cannot be written there: {error.strerror}") from None
     if public_beside:
-        path.with_name(path.name + ".pub").write_text(key.public.text + "\n", encoding="ascii")
+        beside(path).write_text(key.public.text + "\n", encoding="ascii")
     return key
+
+
+def beside(path: Path) -> Path:
+    """Where the public half of the private key at `path` is."""
+    return path.with_name(path.name + ".pub")
 
 
 def write_new(path: Path, data: bytes, mode: int) -> None:
@@ -127,6 +132,28 @@ def load_private(path: Path) -> SigningKey:
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(f"{path}: holds a {type(key).__name__}, an Ed25519 key is needed")
     return SigningKey(key)
+
+
+def load_public_of(private: Path) -> PublicKey:
+    """The public half of the key at `private`: from the file beside it, so that the private one may lie elsewhere.
+
+    Where only the private one is there, from that. Raises UsageError.
+    """
+    file = beside(private)
+    try:
+        return public_key(file.read_text(encoding="ascii"))
+    except FileNotFoundError:
+        if private.exists():
+            return load_private(private).public
+        raise UsageError(
+            f"{file}: no such file, so what this key signs cannot be verified; copy it from where {private.name} was "
+            "made"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{file}: holds no readable public key ({error}); copy it again from where {private.name} was made, or "
+            "delete it where that is beside it"
+        ) from None
 
 
 def load_public(text_or_path: str) -> PublicKey:

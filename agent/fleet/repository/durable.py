@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -21,7 +22,8 @@ def write(path: Path, data: bytes, mode: int = 0o644) -> None:
         os.replace(new, path)
         _sync(path.parent)
     except OSError as error:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
         kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
         raise kind(f"{path}: cannot be written: {error.strerror}; make room, or see who owns the folder") from error
 
@@ -41,8 +43,12 @@ def rename(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    _sync(path.parent)
+    """Raises StorageError where it stays."""
+    try:
+        path.unlink(missing_ok=True)
+        _sync(path.parent)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be removed: {error.strerror}; see who owns it and its folder") from error
 
 
 def _sync(folder: Path) -> None:

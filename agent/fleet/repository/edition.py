@@ -171,13 +171,16 @@ def _check_clock(layout: Layout, edition: Edition, at: datetime) -> None:
 
 
 def tidy(layout: Layout, edition: Edition) -> None:
-    """Remove versions that no client asks for any more, and targets that nobody lists. Roots stay for ever."""
+    """Remove versions that no client asks for any more, and targets that nobody lists. Roots stay for ever.
+
+    Raises StorageError where one cannot be removed; the edition is published all the same.
+    """
     for path in layout.metadata.glob("*.json"):
         number, _, role = path.name.removesuffix(".json").partition(".")
         if role in edition.published and role != "root" and number.isdecimal():
             current = edition.published[role]
             if not current - _KEPT <= int(number) <= current:
-                path.unlink(missing_ok=True)
+                durable.remove(path)
     listed = {
         str(layout.target(path, file.hashes["sha256"]))
         for bundle in edition.bundles.values()
@@ -186,4 +189,4 @@ def tidy(layout: Layout, edition: Edition) -> None:
     for folder, _, names in os.walk(layout.targets):
         for name in names:
             if str(Path(folder, name)) not in listed:
-                Path(folder, name).unlink(missing_ok=True)
+                durable.remove(Path(folder, name))

@@ -63,7 +63,7 @@ class Keyring:
         new = path.with_name(path.name + ".new")
         new.unlink(missing_ok=True)
         made = keys.generate(new, public_beside=False)
-        durable.write(path.with_name(path.name + ".pub"), f"{made.public.text}\n".encode())
+        durable.write(keys.beside(path), f"{made.public.text}\n".encode())
         durable.rename(new, path)
         self._add(path, made)
         return tuf_key(made.public)

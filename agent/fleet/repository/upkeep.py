@@ -6,6 +6,7 @@ import logging
 from datetime import datetime
 from pathlib import Path
 
+from agent.errors import StorageError
 from agent.fleet.repository import expiry, refresh, status
 from agent.fleet.store import FleetStore
 from agent.fleet.unfold import REPOSITORY, repository_alert
@@ -14,8 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 def keep(folder: Path, store: FleetStore, at: datetime | None = None) -> None:
-    """Raises StorageBusy where another command writes: the next time comes soon."""
-    at = at or expiry.now()
+    """Raises StorageBusy where another command writes, StorageError for a file that is not ours to use.
+
+    The next time comes soon.
+    """
+    try:
+        _keep(folder, store, at or expiry.now())
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or folder}: {error.strerror}, so the repository was not looked after; see who owns the "
+            "file and its folder: the collector must be able to read and replace them"
+        ) from error
+
+
+def _keep(folder: Path, store: FleetStore, at: datetime) -> None:
     if refresh.refresh_daily(folder, at) is not None:
         logger.info("repository: the timestamp is signed anew")
     reminders = status.status(folder, at).reminders
