@@ -320,7 +320,7 @@ def test_of_a_long_file_only_lines_without_an_answer_are_kept_in_memory(home: Pa
         for block in range(blocks):
             t = T0 + np.arange(block * rows, (block + 1) * rows) / 100
             raw = Raw(rows, t, {"ax": np.ones(rows), "ay": np.ones(rows)})
-            lines = [_Line(2 + block * rows + i) for i in range(rows)]
+            lines: list[int] = [_Line(2 + block * rows + i) for i in range(rows)]
             target.put(check(raw, stream, round(T0 * 1e6), None), lines)
         del lines
         assert _Line.there < blocks * rows / 2

@@ -24,6 +24,7 @@ import pytest
 from agent import clock, config
 from agent.clock import Now
 from agent.config import Fault, Field, FilesSource, HostSource, ReplaySource, Stream
+from agent.device.incoming.readfile import open_text
 from agent.device.incoming.sources import files as files_module
 from agent.device.incoming.sources.files import Files
 from agent.device.incoming.sources.host import Host
@@ -232,7 +233,7 @@ def test_a_folder_somebody_put_into_taking_goes_to_failed_and_the_files_after_it
 class _BadSector(io.TextIOWrapper):
     """A file that cannot be read beyond line 5000."""
 
-    def __next__(self) -> str:
+    def __next__(self) -> str:  # type: ignore[override]
         self.lines = getattr(self, "lines", 1) + 1
         if self.lines > 5000:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -241,15 +242,15 @@ class _BadSector(io.TextIOWrapper):
 
 def fail_to_open(monkeypatch: pytest.MonkeyPatch, name: str, error: int, times: int) -> list[Path]:
     """So many times file `name` is not opened; each is in the list."""
-    opened, tried = files_module.open_text, list[Path]()
+    tried: list[Path] = []
 
-    def open_text(path: Path) -> IO[str]:
+    def unreliable(path: Path) -> IO[str]:
         if path.name.endswith(name) and len(tried) < times:
             tried.append(path)
             raise OSError(error, os.strerror(error), str(path))
-        return opened(path)
+        return open_text(path)
 
-    monkeypatch.setattr(files_module, "open_text", open_text)
+    monkeypatch.setattr(files_module, "open_text", unreliable)
     return tried
 
 
@@ -275,12 +276,10 @@ def test_a_file_that_may_not_be_read_goes_to_failed_and_the_files_after_it_are_t
 def test_a_file_with_a_bad_sector_goes_to_failed_with_the_lines_that_were_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = files_module.open_text
+    def worn(path: Path) -> IO[str]:
+        return _BadSector(path.open("rb")) if path.name.endswith("a.csv") else open_text(path)
 
-    def open_text(path: Path) -> IO[str]:
-        return _BadSector(path.open("rb")) if path.name.endswith("a.csv") else opened(path)
-
-    monkeypatch.setattr(files_module, "open_text", open_text)
+    monkeypatch.setattr(files_module, "open_text", worn)
     put(tmp_path, "a.csv", range(10_000))
     put(tmp_path, "b.csv", [9])
     with watching(tmp_path) as station:

@@ -35,10 +35,10 @@ FAILED = "files failed"
 # So many images wait together for a commit at most.
 _IMAGES = 32
 # Of the machine, or of a medium that may come back, whatever the file: each would fail alike, and is read later.
-_NOT_OF_THE_FILE = frozenset(
-    (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)
-    + (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-)
+_NOT_OF_THE_FILE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
 
 
 @dataclass
