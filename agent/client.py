@@ -51,7 +51,7 @@ class Array(Protocol):
 
 @dataclass
 class Answer:
-    """What became of the lines since the last `flush`: rows accepted, and (line, reason) of what was not.
+    """What became of lines since `flush` or `answered` last told: rows accepted, and (line, reason) of what was not.
 
     Lines count from 1 for a client, for all time where it has a name. What an answer said that was lost together
     with its connection is not in here.
@@ -142,6 +142,10 @@ class Client:
                 self._read()
             except OSError as error:
                 self._reconnect(error)
+        return self.answered()
+
+    def answered(self) -> Answer:
+        """What became of lines since the last `flush` or `answered`, as far as it was heard; waits for nothing."""
         answer, self._answer = self._answer, Answer()
         return answer
 

@@ -362,6 +362,13 @@ def test_the_file_is_the_one_named_then_the_environments_then_the_folders_then_t
     assert config.find("/given.toml") == Path("/given.toml")
 
 
+def test_the_help_names_every_place_where_the_config_is_looked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["status", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "default $OUTSTATION_CONFIG, ./outstation.toml, /etc/outstation/outstation.toml." in said
+
+
 def test_the_digest_names_what_decides_results_and_not_the_brokers_password(tmp_path: Path) -> None:
     base = DEVICE + STREAM + TASK
     digest = config.digest(load(tmp_path, base))

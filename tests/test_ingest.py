@@ -14,12 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from agent import config
 from agent.cli import main
+from agent.cli.ingest import _Socket
 from agent.client import Client
 from agent.device.storage.quota import PAGE
+from agent.device.storage.rows import Raw, check
 from agent.device.storage.store import Store
 from tests.stations import ROOT, T0, Killable, Station, rows_of
 
@@ -296,6 +299,34 @@ def test_rows_that_a_full_store_refuses_are_named_line_by_line(
     store = Store(home / "data", read_only=True)
     assert store.last_row("watch") == accepted
     store.close()
+
+
+class _Line(int):
+    """A line's number that knows how many of its kind there are."""
+
+    there = 0
+
+    def __init__(self, *_: object) -> None:
+        _Line.there += 1
+
+    def __del__(self) -> None:
+        _Line.there -= 1
+
+
+def test_of_a_long_file_only_lines_without_an_answer_are_kept_in_memory(home: Path) -> None:
+    stream, rows, blocks = config.load(home / "outstation.toml").streams["watch"], 4096, 150
+    with daemon(home) as station:
+        target = _Socket(Client(station.socket), "watch", stream)
+        for block in range(blocks):
+            t = T0 + np.arange(block * rows, (block + 1) * rows) / 100
+            raw = Raw(rows, t, {"ax": np.ones(rows), "ay": np.ones(rows)})
+            lines: list[int] = [_Line(2 + block * rows + i) for i in range(rows)]
+            target.put(check(raw, stream, round(T0 * 1e6), None), lines)
+        del lines
+        assert _Line.there < blocks * rows / 2
+        assert target.finish() == (blocks * rows, {})
+        assert _Line.there == 0
+        target.close()
 
 
 def test_a_daemon_that_is_killed_in_the_middle_is_named_with_the_line_that_is_safe(home: Path) -> None:

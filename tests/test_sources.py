@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import random
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ import pytest
 from agent import clock, config
 from agent.clock import Now
 from agent.config import Fault, Field, FilesSource, HostSource, ReplaySource, Stream
+from agent.device.incoming.readfile import open_text
 from agent.device.incoming.sources import files as files_module
 from agent.device.incoming.sources.files import Files
 from agent.device.incoming.sources.host import Host
@@ -210,6 +213,96 @@ def test_a_folder_that_goes_away_is_said_once_and_watched_again_when_it_is_back(
         put(tmp_path, "a.csv", [1])
         wait_for(lambda: (tmp_path / "in" / "done" / "a.csv").exists(), "a.csv in done/")
         assert taken(station) == [1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_somebody_put_into_taking_goes_to_failed_and_the_files_after_it_are_taken(tmp_path: Path) -> None:
+    for name in ("keep", "1.b.csv"):
+        (tmp_path / "in" / "taking" / name).mkdir(parents=True)
+    put(tmp_path, "z.csv", [7])
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["done"] == ["z.csv"], "z.csv in done/")
+        assert taken(station) == [7]
+        assert station.store.counters()["files failed"] == 2
+    assert there(tmp_path)["failed"] == ["b.csv", "b.csv.txt", "keep", "keep.txt"]
+    assert (tmp_path / "in" / "failed" / "keep.txt").read_text() == (
+        "keep: cannot be read: Is a directory; mend that, and put it into the folder again\n"
+    )
+
+
+class _BadSector(io.TextIOWrapper):
+    """A file that cannot be read beyond line 5000."""
+
+    def __next__(self) -> str:  # type: ignore[override]
+        self.lines = getattr(self, "lines", 1) + 1
+        if self.lines > 5000:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().__next__()
+
+
+def fail_to_open(monkeypatch: pytest.MonkeyPatch, name: str, error: int, times: int) -> list[Path]:
+    """So many times file `name` is not opened; each is in the list."""
+    tried: list[Path] = []
+
+    def unreliable(path: Path) -> IO[str]:
+        if path.name.endswith(name) and len(tried) < times:
+            tried.append(path)
+            raise OSError(error, os.strerror(error), str(path))
+        return open_text(path)
+
+    monkeypatch.setattr(files_module, "open_text", unreliable)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(errno.EACCES, "Permission denied"), (errno.EIO, "Input/output error"), (errno.ELOOP, "levels")]
+)
+@pytest.mark.usefixtures("quick")
+def test_a_file_that_may_not_be_read_goes_to_failed_and_the_files_after_it_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, said: str
+) -> None:
+    fail_to_open(monkeypatch, "a.csv", error, 10**6)
+    put(tmp_path, "a.csv", [1])
+    put(tmp_path, "b.csv", [2])
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
+        assert taken(station) == [2]
+        assert station.store.counters()["files failed"] == 1
+    assert there(tmp_path)["failed"] == ["a.csv", "a.csv.txt"]
+    assert said in (tmp_path / "in" / "failed" / "a.csv.txt").read_text()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_with_a_bad_sector_goes_to_failed_with_the_lines_that_were_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worn(path: Path) -> IO[str]:
+        return _BadSector(path.open("rb")) if path.name.endswith("a.csv") else open_text(path)
+
+    monkeypatch.setattr(files_module, "open_text", worn)
+    put(tmp_path, "a.csv", range(10_000))
+    put(tmp_path, "b.csv", [9])
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
+        assert taken(station) == [*range(4096), 9]
+    assert (tmp_path / "in" / "failed" / "a.csv.txt").read_text() == (
+        "a.csv: cannot be read: Input/output error; mend that, and put it into the folder again; its lines up to "
+        "4097 are in the stream already\n"
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_is_read_later_where_the_machine_has_no_descriptor_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = fail_to_open(monkeypatch, "a.csv", errno.EMFILE, 3)
+    put(tmp_path, "a.csv", [1])
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
+        assert taken(station) == [1]
+    assert len(tried) == 3
+    assert there(tmp_path)["failed"] == []
+    assert caplog.text.count("looking again") == 1
 
 
 def gone(folder: Path) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
-from agent.cli import wiring
+from agent.cli import cli, wiring
 from agent.device import quality
 from agent.device.incoming import labels
+from agent.device.recovery.salvage import DATABASE
 from agent.device.storage.store import Store
 from agent.drift.truth import Label
+from agent.errors import StorageDamaged, StorageError, UsageError
 from tests.system import outstation
 from tests.test_references import NOW, Site, work
 
@@ -94,3 +99,40 @@ def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
     said = outstation("status", "-c", str(site.config)).stdout
     assert "reference: warning: only 20 drift windows" in said
     assert "learning its reference" not in said
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A device without a store."""
+    return Site(tmp_path_factory.mktemp("new"))
+
+
+@pytest.mark.parametrize("command", ["status", "cost", "drift exercise", "reference show exercise"])
+def test_a_store_that_is_damaged_or_cannot_be_opened_is_not_called_missing(new: Site, command: str) -> None:
+    database = new.conf.data_dir / DATABASE
+
+    def told() -> BaseException | None:
+        return CliRunner().invoke(cli, [*command.split(), "-c", str(new.config)]).exception
+
+    missing = f"{new.conf.data_dir}: no store here yet; start `outstation run`, or ingest something"
+    assert isinstance(told(), UsageError)
+    assert str(told()) == missing
+    new.conf.data_dir.mkdir(exist_ok=True)
+    database.write_bytes(b"x" * 8192)
+    assert isinstance(told(), StorageDamaged)
+    assert str(told()).startswith(f"{database}: file is not a database; ")
+    database.unlink()
+    database.mkdir()
+    assert isinstance(told(), StorageError)
+    assert str(told()).startswith(f"{database}: SQLITE_IOERR")
+    database.rmdir()
+
+
+def test_a_store_that_another_process_has_locked_is_not_called_missing(new: Site) -> None:
+    new.open().close()
+    with contextlib.closing(sqlite3.connect(new.conf.data_dir / DATABASE, isolation_level=None)) as holder:
+        holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+        holder.execute("BEGIN EXCLUSIVE")
+        done = outstation("status", "-c", str(new.config))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"outstation: {new.conf.data_dir / DATABASE}: locked by another process\n"

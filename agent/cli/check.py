@@ -13,7 +13,7 @@ import click
 from agent import clock, media
 from agent.cli import check_updates, loading, wiring
 from agent.cli.output import config_option, emit, json_option
-from agent.config import Config, FilesSource
+from agent.config import Config, FilesSource, HostSource, ReplaySource
 from agent.device import choices, schedule
 from agent.device.recovery.condition import condition
 from agent.device.storage.store import Store
@@ -51,8 +51,8 @@ def _findings(file: Path, conf: Config) -> Iterator[Finding]:
     if not conf.tasks:
         yield Finding("tasks", "warning", "none: no model runs; add a [tasks.NAME] section")
     for name, stream in conf.streams.items():
-        if stream.made is not None:
-            yield _try(f"stream {name}", lambda n=name: _files(file, conf, n))  # type: ignore[misc]
+        if stream.made is not None or isinstance(stream.source, HostSource | ReplaySource):
+            yield _try(f"stream {name}", lambda n=name: _source(file, conf, n))  # type: ignore[misc]
     for name, task in conf.tasks.items():
         yield _try(f"schedule {name}", lambda n=name, t=task: _schedule(file, n, t.schedule))  # type: ignore[misc]
         yield _try(f"bundle {name}", lambda n=name: _bundle(file, conf, n))  # type: ignore[misc]
@@ -86,14 +86,26 @@ def _schedule(file: Path, name: str, text: str) -> str:
     return text
 
 
-def _files(file: Path, conf: Config, name: str) -> str:
+def _source(file: Path, conf: Config, name: str) -> str:
+    """What `assembly.sources` would refuse, without a store."""
+    stream = conf.streams[name]
+    source = stream.source
+    if isinstance(source, HostSource):
+        from agent.device.incoming.sources import host
+
+        host.require(str(file), name, stream)
+        return f"{', '.join(field.name for field in stream.fields)} of this machine"
+    if isinstance(source, ReplaySource):
+        from agent.device.incoming.sources import replay
+
+        recordings = replay.playlist(stream, source).recordings
+        return f"a replay of the {len(recordings.rows):,} rows in {source.file}"
     from agent.device.incoming import readmedia
 
-    stream = conf.streams[name]
     readmedia.require(str(file), name, stream, int(conf.buffer.max_size))
-    assert isinstance(stream.source, FilesSource)
+    assert isinstance(source, FilesSource)
     assert stream.made is not None
-    return f"{media.written(stream.made)}, of the files in {stream.source.folder}"
+    return f"{media.written(stream.made)}, of the files in {source.folder}"
 
 
 def _bundle(file: Path, conf: Config, name: str) -> str:

@@ -16,7 +16,7 @@ from agent.device.spending import Spent
 from agent.device.storage.labelled import last_results
 from agent.device.storage.rows import row_bytes
 from agent.device.storage.store import Store
-from agent.errors import StorageError, UsageError
+from agent.errors import UsageError
 from agent.toml import suggestion
 
 _DAY_S = 86_400
@@ -48,10 +48,7 @@ def cost(task: str | None, wishes: tuple[str, ...], config_file: str | None, as_
     if task is not None and task not in conf.tasks:
         raise UsageError(f"{file}: there is no task {task!r}{suggestion(task, conf.tasks)}")
     wish = whatif.read(str(file), dict(_parted(one) for one in wishes)) if wishes else None
-    try:
-        store = Store(conf.data_dir, read_only=True, max_size=int(conf.buffer.max_size))
-    except StorageError:
-        raise UsageError(f"{conf.data_dir}: no store here yet; start `outstation run`") from None
+    store = wiring.store_to_read(conf)
     try:
         found = document(file, conf, store, [task] if task else list(conf.tasks), wish)
     finally:

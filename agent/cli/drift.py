@@ -21,7 +21,7 @@ from agent.drift.codec import Ints
 from agent.drift.detectors import Limits
 from agent.drift.reference import Reference
 from agent.drift.timeline import EARLIEST_US, Timeline
-from agent.errors import BadBundle, StorageError, UsageError
+from agent.errors import BadBundle, UsageError
 from agent.model import bundle
 from agent.model.bundle import Bundle
 from agent.picture import axes
@@ -44,10 +44,7 @@ def drift(task: str, plot: Path | None, dark: bool, config_file: str | None, as_
     wipe.require_unwiped(conf.data_dir)
     if task not in conf.tasks:
         raise UsageError(f"there is no task {task!r}{suggestion(task, conf.tasks)}")
-    try:
-        store = Store(conf.data_dir, read_only=True, max_size=int(conf.buffer.max_size))
-    except StorageError:
-        raise UsageError(f"{conf.data_dir}: no store here yet; start `outstation run`, or ingest something") from None
+    store = wiring.store_to_read(conf)
     try:
         found = _Found(conf, store, task)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -13,7 +14,7 @@ import click
 from agent import clock
 from agent.cli import wiring
 from agent.cli.output import config_option, emit, json_option
-from agent.client import Client
+from agent.client import Answer, Client
 from agent.config import Config, FilesSource, Stream
 from agent.device.incoming.group import NOT_STORED, Group
 from agent.device.incoming.readfile import Block, blocks, open_text
@@ -105,7 +106,12 @@ class _Socket:
 
     def __init__(self, client: Client, stream: str, definition: Stream) -> None:
         self._client, self._stream, self._definition = client, stream, definition
-        self._lines: list[list[int]] = []
+        # Of lines of ours that are not answered; of all of them they would outgrow everything else of a long file.
+        self._lines: deque[list[int]] = deque()
+        self._answered = 0
+        self._accepted = 0
+        self._refused: dict[int, str] = {}
+        self._foreign = ""
         self._rows_a_line = max(1, min(_MOST_ROWS_A_LINE, _LINE_BYTES // _row_bytes(definition)))
 
     def put(self, checked: Checked, lines: list[int]) -> None:
@@ -121,27 +127,37 @@ class _Socket:
                     columns[field.name] = [None if v != v else v for v in part.columns[index].tolist()]
             self._lines.append(lines[start : start + step])
             self._told(lambda columns=columns: self._client.send_columns(self._stream, columns))  # type: ignore[misc]
+            self._hear(self._client.answered())
 
     def finish(self) -> tuple[int, dict[int, str]]:
-        answer = self._told(self._client.flush)
-        refused: dict[int, str] = {}
-        for number, reason in answer.rejected:
-            if not reason.startswith(NOT_STORED):
-                raise OutstationError(
-                    f"the daemon rejected rows that are right by this config: {reason}; has the config changed since "
-                    f"the daemon was started? {answer.accepted} rows were accepted"
-                )
-            refused |= dict.fromkeys(self._lines[number - 1], reason)
-        return answer.accepted, refused
+        self._hear(self._told(self._client.flush))
+        if self._foreign:
+            raise OutstationError(
+                f"the daemon rejected rows that are right by this config: {self._foreign}; has the config changed "
+                f"since the daemon was started? {self._accepted} rows were accepted"
+            )
+        return self._accepted, self._refused
 
     def close(self) -> None:
         self._client.close()
+
+    def _hear(self, answer: Answer) -> None:
+        self._accepted += answer.accepted
+        for number, reason in answer.rejected:
+            if reason.startswith(NOT_STORED):
+                self._refused |= dict.fromkeys(self._lines[number - 1 - self._answered], reason)
+            else:
+                self._foreign = self._foreign or reason
+        while self._answered < self._client.through:
+            self._lines.popleft()
+            self._answered += 1
 
     def _told(self, action: Callable[[], T]) -> T:
         try:
             return action()
         except ConnectionError as error:
-            sent = self._lines[self._client.through][0] if self._client.through < len(self._lines) else 0
+            first = self._client.through - self._answered
+            sent = self._lines[first][0] if first < len(self._lines) else 0
             raise OutstationError(f"the daemon went away ({error}); all rows before line {sent} are safe") from None
 
 

@@ -13,7 +13,11 @@ from agent.errors import UsageError
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, nothing else there.")
 config_option = click.option(
-    "-c", "--config", "config_file", metavar="FILE", help="Config file; default $OUTSTATION_CONFIG, ./outstation.toml."
+    "-c",
+    "--config",
+    "config_file",
+    metavar="FILE",
+    help="Config file; default $OUTSTATION_CONFIG, ./outstation.toml, /etc/outstation/outstation.toml.",
 )
 
 plot_option = click.option(

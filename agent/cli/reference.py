@@ -12,10 +12,9 @@ from agent.cli import learned, loading, wiring
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config, parse_duration
 from agent.device.operating import references, wipe
-from agent.device.storage.store import Store
 from agent.device.timekeeping import Timekeeper, clock_of
 from agent.drift.reference import ENOUGH, FEWEST
-from agent.errors import StorageBusy, StorageError, UsageError
+from agent.errors import StorageBusy, UsageError
 from agent.toml import suggestion
 
 _TAKEN_S = 15.0
@@ -59,7 +58,7 @@ def show(task: str, config_file: str | None, as_json: bool) -> None:
     """TASK's reference: its number, when and from how many windows it was learned, or how far learning has got."""
     _, conf = wiring.load(config_file)
     _require_task(conf, task)
-    store = _open(conf)
+    store = wiring.store_to_read(conf)
     try:
         document = learned.document(conf, store, task)
     finally:
@@ -101,7 +100,7 @@ def _taken_up(file: Path, conf: Config, task: str, request: references.Request, 
 
 
 def _daemon_took(conf: Config, task: str, request: references.Request, wait_s: float) -> bool:
-    store = _open(conf)
+    store = wiring.store_to_read(conf)
     try:
         deadline = time.monotonic() + wait_s
         while store.state(task, references.DONE) != request.id.encode():
@@ -111,13 +110,6 @@ def _daemon_took(conf: Config, task: str, request: references.Request, wait_s: f
         return True
     finally:
         store.close()
-
-
-def _open(conf: Config) -> Store:
-    try:
-        return Store(conf.data_dir, read_only=True, max_size=int(conf.buffer.max_size))
-    except StorageError:
-        raise UsageError(f"{conf.data_dir}: no store here yet; start `outstation run`, or ingest something") from None
 
 
 def _require_task(conf: Config, task: str) -> None:

@@ -17,7 +17,6 @@ from agent.device.recovery.condition import condition
 from agent.device.storage import space
 from agent.device.storage.store import Store
 from agent.device.timekeeping import clock_of, report
-from agent.errors import StorageError, UsageError
 
 _ALERTS = 5
 
@@ -29,10 +28,7 @@ def status(config_file: str | None, as_json: bool) -> None:
     """Backlog, tasks and what is open of each, bundles, outbox, hours of buffer left, clock, last alerts."""
     _, conf = wiring.load(config_file)
     wipe.require_unwiped(conf.data_dir)
-    try:
-        store = Store(conf.data_dir, read_only=True, max_size=int(conf.buffer.max_size))
-    except StorageError:
-        raise UsageError(f"{conf.data_dir}: no store here yet; start `outstation run`, or ingest something") from None
+    store = wiring.store_to_read(conf)
     try:
         found = document(conf, store)
     finally:

@@ -10,10 +10,11 @@ from agent.device.author import Author
 from agent.device.operating import wipe
 from agent.device.operating.keyfiles import KeyFiles
 from agent.device.operating.rotation import open_keys
+from agent.device.recovery.salvage import DATABASE
 from agent.device.recovery.settle import settle
 from agent.device.storage.store import Store
 from agent.device.timekeeping import clock_of
-from agent.errors import UsageError
+from agent.errors import StorageError, UsageError
 from agent.wire import keys
 
 KEY_FILE = "device.key"
@@ -30,6 +31,25 @@ def open_store(conf: Config) -> Store:
         store.close()
         raise
     return store
+
+
+def store_to_read(conf: Config) -> Store:
+    """The device's store, beside a daemon that writes. Raises StorageError, and UsageError where there is none yet."""
+    try:
+        return Store(conf.data_dir, read_only=True, max_size=int(conf.buffer.max_size))
+    except StorageError:
+        if _is_there(conf.data_dir / DATABASE):
+            raise
+        raise UsageError(f"{conf.data_dir}: no store here yet; start `outstation run`, or ingest something") from None
+
+
+def _is_there(path: Path) -> bool:
+    """Also where nobody may look."""
+    try:
+        path.stat()
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
+    return True
 
 
 def given_key(file: Path, conf: Config) -> Path:

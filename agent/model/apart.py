@@ -31,12 +31,11 @@ _TICK_S = 1.0
 class Bounds:
     """What the process may use. `memory_mib` on top of what it starts with, as the manifest says where it is None.
 
-    `call_s`: of waiting for one `invoke`. `patient`: it yields to everything else on this machine.
+    `call_s`: of waiting for one `invoke`.
     """
 
     call_s: float = 30.0
     memory_mib: int | None = None
-    patient: bool = False
 
 
 class Apart:
@@ -60,7 +59,7 @@ class Apart:
         self._limits = Limits(memory_mib=max(64, memory))
         batch, threads = (choice.batch, choice.threads) if choice else (runtime.BATCH, 1)
         output = bundle.manifest.output.tensor
-        self._job = Job(bundle.model, batch, threads, output, memory, self.bounds.patient, os.getpid())
+        self._job = Job(bundle.model, batch, threads, output, memory, os.getpid())
         self._waiting = waiting
         self._process: Process | None = None
         self._loaded: Loaded | None = None

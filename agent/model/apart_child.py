@@ -39,7 +39,6 @@ class Job(msgspec.Struct):
     threads: int
     output: str | int | None
     memory_mib: int
-    patient: bool
     parent: int
 
 
@@ -106,8 +105,6 @@ def _limit(job: Job) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Where memory is short for all, it goes before the agent does.
     Path("/proc/self/oom_score_adj").write_text("800", encoding="ascii")
-    if job.patient:
-        os.nice(10)
 
 
 def _read(size: int) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -33,6 +34,11 @@ _SHOWN = 20
 FAILED = "files failed"
 # So many images wait together for a commit at most.
 _IMAGES = 32
+# Of the machine, or of a medium that may come back, whatever the file: each would fail alike, and is read later.
+_NOT_OF_THE_FILE = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+}
 
 
 @dataclass
@@ -130,15 +136,15 @@ class Files:
             tx.drop_mark(f"files:{self._name}", path.name)
 
     def _fail(self, path: Path, reason: str) -> None:
-        log.error("%s: %s; moved to failed/", _plain_name(path), reason)
         filed.failed(path, self._folder, _plain_name(path), reason)
+        log.error("%s: %s; moved to failed/", _plain_name(path), reason)
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
             tx.count(FAILED, 1)
             tx.drop_mark(f"files:{self._name}", path.name)
 
     async def _read(self, path: Path, offer: Offer, taken: _Taken) -> None:
         """Offer what was not taken yet."""
-        async with contextlib.aclosing(self._blocks(path, taken.through)) as found:
+        async with contextlib.aclosing(self._readable(path, taken)) as found:
             async for block in found:
                 rejected = dict(block.bad)
                 if block.lines:
@@ -157,6 +163,19 @@ class Files:
         while (outcome := await offer(self._name, block.raw, mark, block.lines)).full:
             await asyncio.sleep(self._source.every)
         return outcome
+
+    async def _readable(self, path: Path, taken: _Taken) -> AsyncGenerator[Block]:
+        """What was not taken yet. Raises UsageError where this file cannot be read, OSError where none can."""
+        try:
+            async with contextlib.aclosing(self._blocks(path, taken.through)) as found:
+                async for block in found:
+                    yield block
+        except OSError as error:
+            if error.errno in _NOT_OF_THE_FILE:
+                raise
+            kept = f"; its lines up to {taken.through} are in the stream already" if taken.through else ""
+            said = f"cannot be read: {error.strerror or error}; mend that, and put it into the folder again{kept}"
+            raise UsageError(f"{path}: {said}") from None
 
     async def _blocks(self, path: Path, skip: int) -> AsyncGenerator[Block]:
         if self._stream.made is None:
@@ -200,5 +219,5 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _plain_name(claimed: Path) -> str:
-    """The name a file in `taking/` had."""
-    return claimed.name.partition(".")[2]
+    """The name a file in `taking/` had; its own, where somebody else put it there."""
+    return claimed.name.partition(".")[2] or claimed.name

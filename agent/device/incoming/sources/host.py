@@ -26,28 +26,35 @@ def _temperature() -> float | None:
     return max(readings, default=None)
 
 
+# Each is given the data folder.
+_READERS: dict[str, Callable[[Path], float | None]] = {
+    "temperature": lambda _: _temperature(),
+    "cpu": lambda _: psutil.cpu_percent(None),
+    "load1": lambda _: psutil.getloadavg()[0],
+    "memory": lambda _: psutil.virtual_memory().percent,
+    "disk": lambda data_dir: psutil.disk_usage(str(data_dir)).percent,
+    "swap": lambda _: psutil.swap_memory().percent,
+    "uptime": lambda _: clock.boot_seconds(),
+}
+
+
+def require(file: str, name: str, stream: Stream) -> None:
+    """Raises ConfigError where a field of stream `name` is nothing that is read here."""
+    for field in stream.fields:
+        if field.name not in _READERS:
+            problem = f"the host has no {field.name!r}{suggestion(field.name, _READERS)}"
+            raise ConfigError(file, f"streams.{name}.fields", problem)
+
+
 class Host:
     """Reads what the stream's fields name, every so often. A value this machine cannot read is missing."""
 
     def __init__(self, file: str, name: str, stream: Stream, source: HostSource, data_dir: Path) -> None:
+        """Raises ConfigError."""
+        require(file, name, stream)
         self._name, self._stream, self._every = name, stream, float(source.every)
+        self._data_dir = data_dir
         self._complaint = ""
-        self._readers: dict[str, Callable[[], float | None]] = {
-            "temperature": _temperature,
-            "cpu": lambda: psutil.cpu_percent(None),
-            "load1": lambda: psutil.getloadavg()[0],
-            "memory": lambda: psutil.virtual_memory().percent,
-            "disk": lambda: psutil.disk_usage(str(data_dir)).percent,
-            "swap": lambda: psutil.swap_memory().percent,
-            "uptime": clock.boot_seconds,
-        }
-        for field in stream.fields:
-            if field.name not in self._readers:
-                raise ConfigError(
-                    file,
-                    f"streams.{name}.fields",
-                    f"the host has no {field.name!r}{suggestion(field.name, self._readers)}",
-                )
         # It counts from one call to the next: the first one would say 0.
         psutil.cpu_percent(None)
 
@@ -63,6 +70,6 @@ class Host:
 
     def _value(self, name: str) -> float | None:
         try:
-            return self._readers[name]()
+            return _READERS[name](self._data_dir)
         except OSError:
             return None

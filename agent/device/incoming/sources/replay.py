@@ -29,20 +29,24 @@ _SPIKE_EVERY = 100
 _NOISE_ROWS = 1000
 
 
+def playlist(stream: Stream, source: ReplaySource) -> Playlist:
+    """What `source` plays. Raises UsageError where that is nothing, or not what the stream needs."""
+    recordings = load(Path(source.file))
+    missing = {f.name for f in stream.fields} - set(recordings.fields)
+    if missing:
+        raise UsageError(f"{source.file}: has no {', '.join(sorted(missing))}; it has {', '.join(recordings.fields)}")
+    return Playlist(recordings, source.subject, source.seed, source.scenes, source.skip)
+
+
 class Replay:
     """Plays into stream `name`. Backlog at the store slows it down; nothing is skipped."""
 
     def __init__(self, name: str, stream: Stream, source: ReplaySource, store: Store, start: Now) -> None:
+        """Raises UsageError."""
         self._name, self._source, self._store = name, source, store
-        recordings = load(Path(source.file))
-        self._fields = [recordings.fields.index(f.name) for f in stream.fields if f.name in recordings.fields]
+        self._playlist = playlist(stream, source)
         self._names = [f.name for f in stream.fields]
-        if len(self._fields) < len(self._names):
-            missing = set(self._names) - set(recordings.fields)
-            raise UsageError(
-                f"{source.file}: has no {', '.join(sorted(missing))}; it has {', '.join(recordings.fields)}"
-            )
-        self._playlist = Playlist(recordings, source.subject, source.seed, source.scenes, source.skip)
+        self._fields = [self._playlist.recordings.fields.index(name) for name in self._names]
         # What is offered at once goes into one transaction.
         self._most_rows = max(1, min(FULL_ROWS, store.quota.transaction // 4 // row_bytes(stream)))
         self._parts: Iterator[Part] = iter(())
