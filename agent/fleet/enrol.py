@@ -14,9 +14,10 @@ from agent import clock
 from agent.config import Broker, check_broker, check_name
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet import mosquitto, pki
+from agent.fleet import mosquitto, pki, revocation
 from agent.fleet.config import FleetConfig
 from agent.fleet.repository.layout import Layout
+from agent.fleet.revocation import Outcome
 from agent.fleet.store import FleetStore
 from agent.names import is_name
 from agent.wire import keys
@@ -27,17 +28,23 @@ RESERVED = frozenset({"collector", "operator", "commander"})
 SIGNING_KEY = "device.key"
 # What the device trusts first of the fleet's repository.
 ROOT = "root.json"
-BUNDLED = ("ca.pem", "device-tls.key", "device.crt", SIGNING_KEY, "outstation.toml", ROOT)
+# With what a device connects to the broker.
+CONNECTS = ("device-tls.key", "device.crt")
+BUNDLED = ("ca.pem", *CONNECTS, SIGNING_KEY, "outstation.toml", ROOT)
 
 
 @dataclass(frozen=True)
 class Enrolment:
-    """What `enrol` did: the device's key, where its files are, and whether the key was new to the database."""
+    """What `enrol` did: the device's key, where its files are, and whether the key was new to the database.
+
+    `former`: the certificates that it revoked.
+    """
 
     device: str
     key: PublicKey
     folder: Path
     new: bool
+    former: Outcome
 
 
 def init_fleet(folder: Path, name: str, broker: Broker) -> FleetConfig:
@@ -68,11 +75,13 @@ def enrol(
     key: PublicKey | None,
     replace: bool,
     keep_through: int | None = None,
+    keep_certificate: bool = False,
 ) -> Enrolment:
     """Register `device`, and write its files to `devices/<device>/` of the fleet's folder.
 
     Without `key` the device's signing key is made here, once. A key that is replaced counts no more, or up to seq
-    `keep_through` of the device's log. Raises UsageError for a name or key that is taken.
+    `keep_through` of the device's log; the certificates of `device` are revoked with it, but for `keep_certificate`.
+    Raises UsageError for a name or key that is taken.
     """
     if not is_name(device) or device in RESERVED:
         why = (
@@ -81,18 +90,22 @@ def enrol(
         raise UsageError(f"device {device!r} {why}; choose another id")
     home = folder / "devices" / device
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    former = Outcome([], [])
+    revokes = replace and not keep_certificate
+    revoke_former = revocation.replacing(folder, config, store, device, former) if revokes else lambda: None
     if replace:
         for file in home.iterdir():
-            file.unlink()
+            if not (keep_certificate and file.name in CONNECTS):
+                file.unlink()
     if key is None:
         key = _own_key(home, enrolled=None if replace else store.active_key(device))
     now = clock.rfc3339(clock.read().wall_us)
-    new = store.enrol(device, key, replace=replace, now=now, keep_through=keep_through)
+    new = store.enrol(device, key, replace=replace, now=now, keep_through=keep_through, before_commit=revoke_former)
     root = Layout(folder).newest_root()
     if root is not None:
         _write(home / ROOT, root.read_bytes())
-    _write_device_files(home, config, device, updates=root is not None)
-    return Enrolment(device, key, home, new)
+    _write_device_files(home, folder, config, device, updates=root is not None)
+    return Enrolment(device, key, home, new, former)
 
 
 def bundle(home: Path, out: Path) -> None:
@@ -120,7 +133,7 @@ def _own_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
     return keys.generate(path).public
 
 
-def _write_device_files(home: Path, config: FleetConfig, device: str, *, updates: bool) -> None:
+def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: str, *, updates: bool) -> None:
     collector = keys.load_private(Path(config.collector.key_file)).public
     operator = keys.load_private(Path(config.operator.key_file)).public
     text = _device_toml(device, config, collector, operator)
@@ -133,6 +146,7 @@ def _write_device_files(home: Path, config: FleetConfig, device: str, *, updates
     _write(home / "ca.pem", authority.pem)
     if not (home / "device.crt").exists():
         issued = authority.client(device, config.fleet.name)
+        revocation.remember(folder, device, issued.certificate)
         _write(home / "device-tls.key", issued.key)
         _write(home / "device.crt", issued.certificate)
 
@@ -159,6 +173,7 @@ def _write_certificates(folder: Path, name: str, broker: Broker) -> None:
     write_new(folder / "ca.key", authority.key_pem, 0o600)
     write_new(folder / "ca.pem", authority.pem, 0o644)
     write_new(folder / "broker" / "ca.pem", authority.pem, 0o644)
+    revocation.begin(folder, authority)
     server = authority.server(broker.host)
     write_new(folder / "broker" / "server.crt", server.certificate, 0o644)
     write_new(folder / "broker" / "server.key", server.key, 0o600)
