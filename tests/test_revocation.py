@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import config as device_config
 from agent.config import Broker
 from agent.errors import LinkDown, UsageError
 from agent.fleet import pki, revocation
 from agent.fleet.config import FleetConfig
-from agent.fleet.enrol import enrol, init_fleet
+from agent.fleet.enrol import CONNECTS, enrol, init_fleet
 from agent.fleet.revocation import shut_out
 from agent.fleet.store import FleetStore
 from agent.link import Link
@@ -62,12 +66,10 @@ class Desk:
         broker = device_config.load(self.folder / "devices" / device / "outstation.toml").broker
         taken = self.folder.parent / f"taken-{device}-{self.serial(device)}"
         taken.mkdir(exist_ok=True)
-        paths = {}
-        for name in ("cert_file", "tls_key_file"):
-            source = Path(getattr(broker, name))
-            (taken / source.name).write_bytes(source.read_bytes())
-            paths[name] = str(taken / source.name)
-        return Broker(url=broker.url, ca_file=self.config.broker.ca_file, **paths)
+        for name in CONNECTS:
+            shutil.copy(self.folder / "devices" / device / name, taken)
+        key, certificate = (str(taken / name) for name in CONNECTS)
+        return Broker(url=broker.url, ca_file=self.config.broker.ca_file, cert_file=certificate, tls_key_file=key)
 
     def reload(self) -> None:
         """SIGHUP, until the broker, which has one thread, is about to do what it tells it to."""
@@ -78,7 +80,7 @@ class Desk:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 
-    def cli(self, *words: str) -> tuple[int, dict[str, object]]:
+    def cli(self, *words: str) -> tuple[int, dict[str, Any]]:
         done = outstation("fleet", *words, "--dir", str(self.folder), "--json")
         return done.returncode, json.loads(done.stdout)
 
@@ -146,6 +148,15 @@ def test_a_device_that_is_enrolled_anew_connects_and_who_has_its_former_certific
         assert not connects(stolen)
 
 
+def test_a_device_that_was_revoked_and_is_let_in_with_another_key_gets_a_certificate_that_connects(desk: Desk) -> None:
+    revoked = desk.credentials("pi-07")
+    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    enrol(desk.folder, desk.config, desk.store, "pi-07", key=new_key(5).public, replace=False)
+    with desk.broker:
+        assert connects(desk.credentials("pi-07"))
+        assert not connects(revoked)
+
+
 def test_a_device_that_is_far_away_keeps_its_certificate_when_its_key_is_replaced(desk: Desk) -> None:
     before = desk.credentials("pi-07")
     with desk.broker:
@@ -153,6 +164,11 @@ def test_a_device_that_is_far_away_keeps_its_certificate_when_its_key_is_replace
         desk.reload()
         assert connects(before)
     assert desk.serial("pi-07") == pki.serial(Path(str(before.cert_file)).read_bytes(), Path())
+
+
+def test_keeping_a_certificate_that_nothing_replaces_is_wrong_use(desk: Desk) -> None:
+    done = outstation("fleet", "enrol", "pi-07", "--keep-certificate", "--dir", str(desk.folder))
+    assert (done.returncode, "--replace" in done.stderr) == (2, True)
 
 
 def test_every_edition_holds_the_entries_of_the_one_before_and_is_newer(desk: Desk) -> None:
@@ -225,6 +241,12 @@ def test_killed_between_the_list_and_the_database_revoke_is_said_again(
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
 
 
+def test_two_devices_revoked_at_once_are_both_on_the_list(desk: Desk) -> None:
+    with ThreadPoolExecutor() as both:
+        assert [code for code, _ in both.map(lambda device: desk.cli("revoke", device), ("pi-07", "pi-08"))] == [0, 0]
+    assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07"), desk.serial("pi-08")}
+
+
 def test_a_device_that_is_revoked_already_is_put_on_a_list_that_did_not_hold_it(desk: Desk) -> None:
     desk.store.revoke("pi-07", None, NOW)
     done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
@@ -251,10 +273,51 @@ def test_a_fleet_from_before_the_list_gets_one_and_is_told_what_its_broker_needs
         assert connects(desk.credentials("pi-08"))
 
 
+def test_a_list_that_was_made_by_hand_with_the_authoritys_key_is_continued(desk: Desk) -> None:
+    authority = pki.load_authority(desk.folder / "ca.pem", desk.folder / "ca.key")
+    now = datetime.now(UTC).replace(microsecond=0)
+    entry = x509.RevokedCertificateBuilder().serial_number(99).revocation_date(now).build()
+    builder = x509.CertificateRevocationListBuilder().issuer_name(authority.certificate.subject)
+    by_hand = builder.last_update(now).next_update(now + timedelta(days=30)).add_revoked_certificate(entry)
+    (desk.folder / "crl.pem").write_bytes(by_hand.sign(authority.key, None).public_bytes(Encoding.PEM))
+    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert listed(desk.folder / "crl.pem") == {99, desk.serial("pi-07")}
+
+
+def test_a_fleet_whose_broker_is_elsewhere_is_told_to_copy_the_list(desk: Desk) -> None:
+    shutil.rmtree(desk.folder / "broker")
+    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert not done.failed
+    assert f"copy {desk.folder / 'crl.pem'} to the broker" in done.steps[0]
+    assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
+
+
 def test_a_device_whose_files_are_gone_from_the_fleets_folder_is_revoked(desk: Desk) -> None:
     serial = desk.serial("pi-07")
     for file in (desk.folder / "devices" / "pi-07").iterdir():
         file.unlink()
+    assert not shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW).failed
+    assert listed(desk.folder / "crl.pem") == {serial}
+
+
+def test_a_certificate_that_an_older_version_replaced_is_revoked_once_it_is_put_beside_the_others(desk: Desk) -> None:
+    before = Path(str(desk.credentials("pi-07").cert_file))
+    desk.enrol("pi-07", replace=True, keep_certificate=True)
+    forgotten = pki.serial(before.read_bytes(), before)
+    for file in (desk.folder / "issued" / "pi-07").iterdir():
+        file.unlink()
+    (desk.folder / "devices" / "pi-07" / "device.crt").unlink()
+    desk.enrol("pi-07")
+    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
+    shutil.copy(before, desk.folder / "issued" / "pi-07" / "old.crt")
+    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert listed(desk.folder / "crl.pem") == {forgotten, desk.serial("pi-07")}
+
+
+def test_a_damaged_copy_does_not_keep_a_device_in(desk: Desk) -> None:
+    serial = desk.serial("pi-07")
+    (desk.folder / "devices" / "pi-07" / "device.crt").write_bytes(b"junk")
     assert not shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW).failed
     assert listed(desk.folder / "crl.pem") == {serial}
 

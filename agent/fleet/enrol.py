@@ -144,11 +144,12 @@ def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: s
         return
     authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
     _write(home / "ca.pem", authority.pem)
-    if not (home / "device.crt").exists():
+    certificate = home / "device.crt"
+    if not certificate.exists() or revocation.is_listed(folder, authority, certificate):
         issued = authority.client(device, config.fleet.name)
         revocation.remember(folder, device, issued.certificate)
         _write(home / "device-tls.key", issued.key)
-        _write(home / "device.crt", issued.certificate)
+        _write(certificate, issued.certificate)
 
 
 def _write(path: Path, data: bytes) -> None:

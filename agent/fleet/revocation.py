@@ -1,13 +1,14 @@
 """Which TLS certificates of devices connect no more: the list that the broker reads, `crl.pem`.
 
 - `issued/<device>/<serial>.crt` is written before a device's certificate is, and never removed: a certificate whose
-  other files are gone can still be revoked
+  other files are gone can still be revoked, and so can one that was put there by hand
 - `crl.pem` in the fleet's folder is the record: each edition holds all entries of the one before
 - `broker/crl.pem` is a copy of it, for the broker; its entries are taken over where it has more
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +53,25 @@ def remember(folder: Path, device: str, certificate: bytes) -> None:
 
 
 def issued(folder: Path, device: str) -> list[int]:
-    """Serial numbers of all certificates of `device`, as far as they are known."""
-    latest = folder / "devices" / device / CERTIFICATE
-    if latest.exists():
-        # It may be of a time when none was kept.
-        remember(folder, device, latest.read_bytes())
-    return sorted(int(path.stem, 16) for path in (folder / "issued" / device).glob("*.crt"))
+    """Serial numbers of all certificates of `device`, as far as they are known. Raises UsageError, StorageError."""
+    latest, kept = folder / "devices" / device / CERTIFICATE, folder / "issued" / device
+    try:
+        if latest.exists():
+            # It may be of a time when none was kept.
+            remember(folder, device, latest.read_bytes())
+    except (UsageError, OSError):
+        if not list(kept.glob("*.crt")):
+            raise
+    return sorted({pki.serial(path.read_bytes(), path) for path in kept.glob("*.crt")})
+
+
+def is_listed(folder: Path, authority: pki.CertificateAuthority, certificate: Path) -> bool:
+    """Whether a certificate (PEM file) connects no more. Raises UsageError."""
+    file = folder / FILE
+    if not file.exists():
+        return False
+    number = pki.serial(certificate.read_bytes(), certificate)
+    return authority.read_list(file).get_revoked_certificate_by_serial_number(number) is not None
 
 
 def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str, ...]:
@@ -67,7 +81,9 @@ def add(folder: Path, config: FleetConfig, serials: Iterable[int]) -> tuple[str,
     """
     assert config.ca is not None
     authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
-    editions = [authority.read_list(path) for path in (folder / FILE, folder / "broker" / FILE) if path.exists()]
+    # Where the broker's user keeps its folder to itself, the record is enough.
+    there = [path for path in (folder / FILE, folder / "broker" / FILE) if os.access(path, os.F_OK)]
+    editions = [authority.read_list(path) for path in there]
     _write(folder / FILE, authority.revocation_list(editions, serials))
     return _steps(folder)
 
@@ -92,7 +108,7 @@ def shut_out(folder: Path, config: FleetConfig, store: FleetStore, device: str, 
                 raise UsageError(f"{folder / 'devices' / device / CERTIFICATE}: is gone, and no copy was kept")
             done.steps = add(folder, config, serials)
             done.certificates = [f"{one:x}" for one in serials]
-        except (UsageError, StorageError) as error:
+        except (UsageError, StorageError, OSError) as error:
             done.problem = f"its TLS certificate is not revoked and still connects to the broker: {error}"
             done.failed = True
 
@@ -128,14 +144,13 @@ def _steps(folder: Path) -> tuple[str, ...]:
     listed, copy, conf = folder / FILE, folder / "broker" / FILE, folder / "broker" / "mosquitto.conf"
     steps = []
     try:
-        if not copy.parent.is_dir():
-            raise StorageError(f"{copy.parent}: is not there")
+        text = conf.read_text(encoding="utf-8")
         _write(copy, listed.read_bytes())
+        if not mosquitto.names_list(text):
+            line = mosquitto.list_setting(copy.parent.resolve())
+            steps.append(f"{conf}: names no list, so that the broker reads none. Add this line after `keyfile`: {line}")
     except (StorageError, OSError) as error:
-        steps.append(f"The broker has the old list ({error}). Copy {listed} to it.")
-    if conf.exists() and not mosquitto.names_list(conf.read_text(encoding="utf-8")):
-        line = mosquitto.list_setting(copy.parent.resolve())
-        steps.append(f"{conf}: names no list, so that the broker reads none. Add this line after `keyfile`: {line}")
+        steps.append(f"The list is not in the broker's folder ({error}): copy {listed} to the broker's `crlfile`.")
     steps.append(
         f"Where the broker runs on another machine, copy {listed} there, to its `crlfile`; its user must be able to "
         "read it, else the broker lets everybody in again."
