@@ -75,6 +75,11 @@ class Mosquitto:
             time.sleep(0.01)
         return self
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def stop(self) -> None:
         """SIGTERM: it saves what it persists."""
         self._end(kill=False)

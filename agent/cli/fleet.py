@@ -96,12 +96,17 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
 @fleet.command("enrol", epilog="Example: outstation fleet enrol pi-07 --bundle-out pi-07.tar.gz")
 @click.argument("device")
 @click.option("--key", metavar="PUB", help="The device's public key, or a file with it; without it one is made here.")
-@click.option("--replace", is_flag=True, help="Revoke the device's key and enrol the new one.")
+@click.option("--replace", is_flag=True, help="Revoke the device's key and TLS certificate, and enrol the new one.")
 @click.option(
     "--keep-backlog",
     metavar="SEQ",
     type=click.IntRange(min=0),
     help="With --replace: what the old key signed up to SEQ of its log still counts; `outstation status` tells which.",
+)
+@click.option(
+    "--keep-certificate",
+    is_flag=True,
+    help="With --replace: its TLS certificate goes on connecting; for a device that was not stolen and is far away.",
 )
 @click.option("--bundle-out", metavar="FILE", type=click.Path(path_type=Path), help="Its files as one .tar.gz.")
 @_dir
@@ -111,6 +116,7 @@ def enrol(
     key: str | None,
     replace: bool,
     keep_backlog: int | None,
+    keep_certificate: bool,
     bundle_out: Path | None,
     folder: str | None,
     as_json: bool,
@@ -123,12 +129,20 @@ def enrol(
     config = fleet_config.load(home)
     if keep_backlog is not None and not replace:
         raise UsageError("--keep-backlog says what becomes of a key that --replace replaces; add that")
+    if keep_certificate and not replace:
+        raise UsageError("--keep-certificate says what becomes of a certificate that --replace replaces; add that")
     if bundle_out is not None and bundle_out.exists():
         raise UsageError(f"{bundle_out}: is there already; name a new file")
     public = keys.load_public(key) if key else None
     store = FleetStore(Path(config.fleet.db))
     try:
-        done = enrolment.enrol(home, config, store, device, key=public, replace=replace, keep_through=keep_backlog)
+        done = enrolment.enrol(
+            *(home, config, store, device),
+            key=public,
+            replace=replace,
+            keep_through=keep_backlog,
+            keep_certificate=keep_certificate,
+        )
     finally:
         store.close()
     if bundle_out is not None:
@@ -141,11 +155,19 @@ def enrol(
         "new": done.new,
         "files": str(done.folder),
         "bundle": str(bundle_out) if bundle_out else None,
+        "revoked_certificates": done.former.certificates,
+        "problem": done.former.problem,
+        "steps": done.former.steps,
     }
     what = "enrolled" if done.new else "was enrolled with this key already"
     unpack = f"On the device: outstation init DIR --from {bundle_out}"
     where = unpack if bundle_out else f"Its files: {done.folder}; --bundle-out FILE packs them"
-    emit(document, as_json, lambda: _say(f"{device} {what}, key {done.key.text}", where))
+    lines = [f"{device} {what}, key {done.key.text}", where]
+    if done.former.certificates:
+        lines += [f"Its former certificate ({', '.join(done.former.certificates)}) is revoked.", *done.former.steps]
+    if done.former.problem:
+        lines.append(f"Beware: {done.former.problem}.")
+    emit(document, as_json, lambda: _say(*lines))
 
 
 @fleet.command("collect", epilog="Example: outstation fleet collect --dir acme")

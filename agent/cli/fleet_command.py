@@ -23,7 +23,10 @@ from agent.wire import keys, topics
 _SURE = "This erases {device} for good. Type its name to go on"
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from agent.fleet.command import Sent
+    from agent.fleet.revocation import Outcome
     from agent.fleet.store import FleetStore
 
 _dir = click.option(
@@ -79,18 +82,32 @@ def command(
 @_dir
 @json_option
 def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> None:
-    """Refuse from now on what DEVICE signs; what is stored stays valid. A stolen device stays out with this."""
+    """Shut a stolen DEVICE out: refuse what it signs from now on, and its TLS certificate at the broker.
+
+    What is stored stays valid. The certificate goes on the list crl.pem of the fleet's folder; the answer says what is
+    left to do at the broker. Exit 1 where the certificate could not be revoked.
+    """
+    from agent.fleet.revocation import shut_out
     from agent.fleet.store import FleetStore
 
-    config = fleet_config.load(fleet_config.find(folder))
+    home = fleet_config.find(folder)
+    config = fleet_config.load(home)
     require_enrolled(config, device)
     store = FleetStore(Path(config.fleet.db))
     try:
-        kids = store.revoke(device, kid, clock.rfc3339(clock.read().wall_us))
+        done = shut_out(home, config, store, device, kid, clock.rfc3339(clock.read().wall_us))
     finally:
         store.close()
-    done = f"{device}: revoked {', '.join(kids)}. To let it in again: outstation fleet enrol {device} --replace"
-    emit({"device": device, "revoked": kids}, as_json, lambda: click.echo(done))
+    document = {
+        "device": device,
+        "revoked": done.keys,
+        "certificates": done.certificates,
+        "problem": done.problem,
+        "steps": done.steps,
+    }
+    emit(document, as_json, lambda: click.echo("\n".join(_revoked(device, done))))
+    if done.failed:
+        sys.exit(1)
 
 
 def send_one(home: Path, config: FleetConfig, device: str, name: str, args: dict[str, str], wait_s: float) -> Sent:
@@ -116,6 +133,16 @@ def send_one(home: Path, config: FleetConfig, device: str, name: str, args: dict
         sys.exit(1)
     finally:
         store.close()
+
+
+def _revoked(device: str, done: Outcome) -> Iterator[str]:
+    again = f"To let it in again: outstation fleet enrol {device} --replace"
+    yield f"{device}: revoked {', '.join(done.keys) or 'before'}. {again}"
+    if done.certificates:
+        yield f"Its certificate ({', '.join(done.certificates)}) is on the list. The broker still has to read it:"
+    if done.problem:
+        yield done.problem[0].upper() + done.problem[1:]
+    yield from done.steps
 
 
 def _broker(config: FleetConfig) -> Broker:

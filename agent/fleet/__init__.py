@@ -4,7 +4,7 @@
 
 config     fleet.toml                       collect      the collector's loop
 enrol      a fleet's and a device's files   acknowledge  signed acknowledgements on their way out
-pki        certificates                     ingest       one transaction of messages (ledger: gaps, unfold: rows)
+pki        certificates (revocation: ended) ingest       one transaction of messages (ledger: gaps, unfold: rows)
 mosquitto  the broker's config and ACL      store        all SQL (schema: its tables)
 keyring    who may sign                     audit        every stored message verified again (coverage: its rows)
 text       safe to print                    watch        verified messages, live (screen: on a terminal)

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from agent import clock
 from agent.config import Broker, check_broker, check_name
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet import mosquitto, pki
+from agent.fleet import mosquitto, pki, revocation
 from agent.fleet.config import FleetConfig
 from agent.fleet.repository import durable
 from agent.fleet.repository.layout import Layout
+from agent.fleet.revocation import Outcome
 from agent.fleet.store import FleetStore
 from agent.names import is_name
 from agent.wire import keys
@@ -28,7 +30,9 @@ RESERVED = frozenset({"collector", "operator", "commander"})
 SIGNING_KEY = "device.key"
 # What the device trusts first of the fleet's repository.
 ROOT = "root.json"
-BUNDLED = ("ca.pem", "device-tls.key", "device.crt", SIGNING_KEY, "outstation.toml", ROOT)
+# With what a device connects to the broker.
+CONNECTS = ("device-tls.key", "device.crt")
+BUNDLED = ("ca.pem", *CONNECTS, SIGNING_KEY, "outstation.toml", ROOT)
 # In the device's folder: its files under another key, until the database has that key; then they replace the old ones.
 REPLACEMENT = "replacement"
 # Written last into it: the key whose files are there, all of them.
@@ -37,12 +41,16 @@ WHOLE = "whole"
 
 @dataclass(frozen=True)
 class Enrolment:
-    """What `enrol` did: the device's key, where its files are, and whether the key was new to the database."""
+    """What `enrol` did: the device's key, where its files are, and whether the key was new to the database.
+
+    `former`: the certificates that it revoked.
+    """
 
     device: str
     key: PublicKey
     folder: Path
     new: bool
+    former: Outcome
 
 
 def init_fleet(folder: Path, name: str, broker: Broker) -> FleetConfig:
@@ -73,13 +81,15 @@ def enrol(
     key: PublicKey | None,
     replace: bool,
     keep_through: int | None = None,
+    keep_certificate: bool = False,
 ) -> Enrolment:
     """Register `device`, and write its files to `devices/<device>/` of the fleet's folder.
 
     Without `key` the device's signing key is made here, once. A key that is replaced counts no more, or up to seq
-    `keep_through` of the device's log. Raises UsageError for a name or key that is taken. With `replace`, the old files
-    stay until the database has the new key; where that was killed in between, the next call makes them those of the key
-    that counts, before it does anything else.
+    `keep_through` of the device's log; the certificates of `device` are revoked with it, but for `keep_certificate`.
+    Raises UsageError for a name or key that is taken. With `replace`, the old files stay until the database has the new
+    key; where that was killed in between, the next call makes them those of the key that counts, before it does
+    anything else.
     """
     if not is_name(device) or device in RESERVED:
         why = (
@@ -90,16 +100,19 @@ def enrol(
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     enrolled = store.active_key(device)
     _finish_replacement(home, enrolled)
+    former = Outcome([], [])
     now = clock.rfc3339(clock.read().wall_us)
     if replace:
-        key = _write_replacement(home, folder, config, device, key)
-        new = store.enrol(device, key, replace=True, now=now, keep_through=keep_through)
+        # Of the certificates that there are so far.
+        revokes = revocation.replacing(folder, config, store, device, former) if not keep_certificate else lambda: None
+        key = _write_replacement(home, folder, config, device, key, CONNECTS if keep_certificate else ())
+        new = store.enrol(device, key, replace=True, now=now, keep_through=keep_through, before_commit=revokes)
         _finish_replacement(home, key)
     else:
         key = key or _own_key(home, enrolled)
         new = store.enrol(device, key, replace=False, now=now)
         _write_device_files(home, folder, config, device)
-    return Enrolment(device, key, home, new)
+    return Enrolment(device, key, home, new, former)
 
 
 def bundle(home: Path, out: Path) -> None:
@@ -117,9 +130,14 @@ def bundle(home: Path, out: Path) -> None:
         raise UsageError(f"{out}: cannot be written: {error.strerror}; name a new file") from None
 
 
-def _write_replacement(home: Path, folder: Path, config: FleetConfig, device: str, key: PublicKey | None) -> PublicKey:
+def _write_replacement(
+    home: Path, folder: Path, config: FleetConfig, device: str, key: PublicKey | None, kept: Sequence[str]
+) -> PublicKey:
     coming = home / REPLACEMENT
     coming.mkdir(mode=0o700)
+    for name in kept:
+        if (home / name).exists():
+            durable.write(coming / name, (home / name).read_bytes(), 0o600)
     key = key or _own_key(coming, enrolled=None)
     _write_device_files(coming, folder, config, device)
     durable.write(coming / WHOLE, key.text.encode(), 0o600)
@@ -168,10 +186,12 @@ def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: s
         return
     authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
     durable.write(home / "ca.pem", authority.pem, 0o600)
-    if not (home / "device.crt").exists():
+    certificate = home / "device.crt"
+    if not certificate.exists() or revocation.is_listed(folder, authority, certificate):
         issued = authority.client(device, config.fleet.name)
+        revocation.remember(folder, device, issued.certificate)
         durable.write(home / "device-tls.key", issued.key, 0o600)
-        durable.write(home / "device.crt", issued.certificate, 0o600)
+        durable.write(certificate, issued.certificate, 0o600)
 
 
 def _write_broker_files(folder: Path, name: str, broker: Broker) -> None:
@@ -188,6 +208,7 @@ def _write_certificates(folder: Path, name: str, broker: Broker) -> None:
     write_new(folder / "ca.key", authority.key_pem, 0o600)
     write_new(folder / "ca.pem", authority.pem, 0o644)
     write_new(folder / "broker" / "ca.pem", authority.pem, 0o644)
+    revocation.begin(folder, authority)
     server = authority.server(broker.host)
     write_new(folder / "broker" / "server.crt", server.certificate, 0o644)
     write_new(folder / "broker" / "server.key", server.key, 0o600)

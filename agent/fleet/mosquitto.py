@@ -46,6 +46,9 @@ listener {port}
 cafile {folder}/ca.pem
 certfile {folder}/server.crt
 keyfile {folder}/server.key
+# Certificates that connect no more: `fleet revoke` and `fleet enrol --replace` put them there. Read at the start and on
+# SIGHUP, which ends no connection that is open; where it cannot be read then, everybody is let in.
+{crl}
 tls_version tlsv1.2
 # Only clients with a certificate of this fleet connect ...
 require_certificate true
@@ -74,7 +77,18 @@ _ACL_HEAD = """\
 def broker_config(broker: Broker, fleet: str, folder: Path) -> str:
     """The text of mosquitto.conf; `folder` is where it and its files are on the broker's machine."""
     listener = _TLS if broker.tls else _PLAIN
-    return (_COMMON + listener).format(fleet=fleet, folder=folder, port=broker.port, host=broker.host)
+    values = {"fleet": fleet, "folder": folder, "port": broker.port, "host": broker.host}
+    return (_COMMON + listener).format(**values, crl=list_setting(folder))
+
+
+def list_setting(folder: Path) -> str:
+    """The line that names the list of revoked certificates."""
+    return f"crlfile {folder}/crl.pem"
+
+
+def names_list(conf: str) -> bool:
+    """Whether a config has such a line."""
+    return any(line.split()[:1] == ["crlfile"] for line in conf.splitlines())
 
 
 def access_list(fleet: str) -> str:

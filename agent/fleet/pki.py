@@ -1,12 +1,14 @@
 """The fleet's certificate authority and the TLS certificates it issues (Ed25519, X.509 v3, RFC 5280).
 
 TLS says who may connect to the broker; it is not what a message is trusted for. That is its signature, made with
-another key, which survives bridges, brokers and disks, and is revoked in the collector's database.
+another key, which survives bridges, brokers and disks, and is revoked in the collector's database. A certificate is
+revoked by a list that the broker reads.
 """
 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +25,7 @@ CA_YEARS = 10
 LEAF_YEARS = 10
 # Machines without a battery clock start in the past; a day covers a saved clock that lags.
 BACKDATE = timedelta(days=1)
+_RESTORE = "a new one would let in again whom it shut out: restore it, or the copy in the other place"
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,36 @@ class CertificateAuthority:
         """A client's certificate: the broker takes `name` from its CN as the user name."""
         uri = x509.UniformResourceIdentifier(f"urn:outstation:{fleet}:{name}")
         return self._issue(name, [uri], ExtendedKeyUsageOID.CLIENT_AUTH)
+
+    def revocation_list(self, editions: Sequence[x509.CertificateRevocationList], serials: Iterable[int]) -> bytes:
+        """The list (PEM) that follows these editions: all their entries, and `serials`."""
+        entries = {entry.serial_number: entry for edition in editions for entry in edition}
+        for serial in serials:
+            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(_now())
+            entries.setdefault(serial, entry.build())
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.certificate.subject)
+            .last_update(_list_time(editions))
+            # A list whose time is over would lock everybody out.
+            .next_update(self.certificate.not_valid_after_utc)
+            .add_extension(x509.CRLNumber(max((_number(edition) for edition in editions), default=0) + 1), False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), False)
+        )
+        for revoked in entries.values():
+            builder = builder.add_revoked_certificate(revoked)
+        return builder.sign(self.key, None).public_bytes(Encoding.PEM)
+
+    def read_list(self, file: Path) -> x509.CertificateRevocationList:
+        """The list in a PEM file. Raises UsageError where it cannot be read, or is not this authority's."""
+        try:
+            found = x509.load_pem_x509_crl(file.read_bytes())
+            genuine = found.is_signature_valid(self.certificate.public_key())  # type: ignore[arg-type]
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"{file}: not a readable revocation list: {error}; {_RESTORE}") from None
+        if not genuine:
+            raise UsageError(f"{file}: is not signed by this fleet's authority; {_RESTORE}")
+        return found
 
     def _issue(self, common_name: str, names: list[x509.GeneralName], usage: x509.ObjectIdentifier) -> Issued:
         key = Ed25519PrivateKey.generate()
@@ -97,6 +130,33 @@ def load_authority(cert_file: Path, key_file: Path) -> CertificateAuthority:
     if not isinstance(key, Ed25519PrivateKey) or key.public_key() != certificate.public_key():
         raise UsageError(f"{key_file}: is not the key of {cert_file}; restore both from the same copy of the fleet")
     return CertificateAuthority(certificate, key)
+
+
+def serial(certificate: bytes, file: Path) -> int:
+    """The serial number of a PEM certificate. Raises UsageError that names the `file`."""
+    try:
+        return x509.load_pem_x509_certificate(certificate).serial_number
+    except ValueError as error:
+        what = "restore it; without it, what was issued cannot be revoked"
+        raise UsageError(f"{file}: not a readable certificate: {error}; {what}") from None
+
+
+def _list_time(editions: Sequence[x509.CertificateRevocationList]) -> datetime:
+    """In the past, for brokers whose clocks lag: a list from the future locks everybody out.
+
+    OpenSSL with two editions in its memory uses the older of two that have the same time.
+    """
+    start = _now() - BACKDATE
+    passed = [edition.last_update_utc for edition in editions if edition.last_update_utc < _now()]
+    return max([start, *(time + timedelta(seconds=1) for time in passed)])
+
+
+def _number(edition: x509.CertificateRevocationList) -> int:
+    try:
+        return edition.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    except x509.ExtensionNotFound:
+        # Not made here, but with this authority's key, as by `openssl ca -gencrl`: its entries count.
+        return 0
 
 
 def _builder(common_name: str, issuer: x509.Name, key: Ed25519PrivateKey, end: datetime) -> x509.CertificateBuilder:

@@ -11,7 +11,7 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,17 +119,37 @@ class FleetStore:
         found = self._all("SELECT key FROM keys WHERE device = ? AND revoked IS NULL AND through IS NULL", device)
         return public_key(found[0][0]) if found else None
 
-    def enrol(self, device: str, key: PublicKey, *, replace: bool, now: str, keep_through: int | None = None) -> bool:
-        """Let `key` sign for `device`, as `keytable.enrol` has it. Raises UsageError where another key does."""
-        with self.transaction() as db:
-            return keytable.enrol(db, device, key, replace=replace, keep_through=keep_through, now=now)
+    def enrol(
+        self,
+        device: str,
+        key: PublicKey,
+        *,
+        replace: bool,
+        now: str,
+        keep_through: int | None = None,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Let `key` sign for `device`, as `keytable.enrol` has it. Raises UsageError where another key does.
 
-    def revoke(self, device: str, kid: str | None, now: str) -> list[str]:
-        """Refuse from now on what keys of `device` (the one `kid`, or all) sign, and raise an alert; their kids."""
+        `before_commit` is called once all that is sure; where it raises, nothing is changed.
+        """
+        with self.transaction() as db:
+            new = keytable.enrol(db, device, key, replace=replace, keep_through=keep_through, now=now)
+            before_commit()
+        return new
+
+    def revoke(
+        self, device: str, kid: str | None, now: str, *, before_commit: Callable[[], None] = lambda: None
+    ) -> list[str]:
+        """Refuse from now on what keys of `device` (the one `kid`, or all) sign, and raise an alert; their kids.
+
+        `before_commit` as for `enrol`.
+        """
         with self.transaction() as db:
             kids = keytable.revoke(db, device, kid, now)
             for one in kids:
                 db.execute(schema.ADD_ALERT, revoked_alert(device, one, now))
+            before_commit()
         return kids
 
     # --- messages in ---
