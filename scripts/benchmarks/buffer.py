@@ -19,7 +19,7 @@ ROWS = 1000
 FIELDS = ["ax", "ay", "az", "wx", "wy", "wz"]
 
 
-@benchmark("buffer", quick=True)
+@benchmark("buffer")
 def buffer() -> Result:
     """Both sides commit every 1000 rows to a WAL database with synchronous=FULL, in the same folder.
 
