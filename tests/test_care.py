@@ -6,6 +6,7 @@ import os
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from agent import clock, config
@@ -109,3 +110,18 @@ def test_only_the_thread_that_runs_models_steps_back() -> None:
     thread.join()
     assert own == [max(7, before)]
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_a_priority_that_is_low_already_is_not_set_again_as_a_service_may_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "setpriority", forbidden)
+    monkeypatch.setattr(os, "getpriority", lambda *_: 5)
+    monkeypatch.setattr(psutil.Process, "ionice", lambda self, *given: forbidden() if given else (2, 7))
+    care.step_back(config.Care(nice=5))
+    assert caplog.messages == []
+    care.step_back(config.Care(nice=6))
+    assert [message.startswith("[care] nice: ") for message in caplog.messages] == [True]

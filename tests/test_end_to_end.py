@@ -333,6 +333,7 @@ def test_status_and_check_tell_about_a_running_daemon_without_disturbing_it(runn
         "key",
         "collector",
         "schedule exercise",
+        "stream watch",
         "bundle exercise",
         "storage",
         "store",

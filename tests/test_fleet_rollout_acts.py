@@ -306,7 +306,7 @@ def test_a_decision_whose_counter_cannot_be_kept_is_not_made_and_is_said_once(si
     for now_s in (1.0, 2.0):
         assert follower.turn(now_s)
     assert (six.find().state, events(six), len(said)) == ("running", ["started"], 1)
-    assert "holds no counter" in said[0]
+    assert "the last counter cannot be read" in said[0]
     (six.folder / COUNTER).rmdir()
     follower.turn(3.0)
     assert six.find().state == "aborted"

@@ -116,8 +116,12 @@ class Care:
 def step_back(conf: config.Care) -> None:
     """Give this thread, which runs the models, a lower priority than those that take and send, and than the machine."""
     try:
-        # On Linux both are a thread's own; 0 is the calling one.
-        os.setpriority(os.PRIO_PROCESS, 0, max(conf.nice, os.getpriority(os.PRIO_PROCESS, 0)))
-        psutil.Process().ionice(psutil.IOPRIO_CLASS_BE, value=7)
+        # On Linux both are a thread's own; 0 is the calling one. Where a service manager has set them, as Nice= of our
+        # unit does, it may have forbidden to set them again.
+        if os.getpriority(os.PRIO_PROCESS, 0) < conf.nice:
+            os.setpriority(os.PRIO_PROCESS, 0, conf.nice)
+        lowest = (psutil.IOPRIO_CLASS_BE, 7)
+        if psutil.Process().ionice() != lowest:
+            psutil.Process().ionice(*lowest)
     except (OSError, psutil.Error) as error:
-        log.warning("[care] nice: %s; models run at the priority of everything else", error)
+        log.warning("[care] nice: %s; models keep the priority they have: set Nice= of the service instead", error)
