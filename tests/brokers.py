@@ -80,6 +80,10 @@ class Mosquitto:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def stop(self) -> None:
         """SIGTERM: it saves what it persists."""
         self._end(kill=False)
