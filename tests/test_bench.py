@@ -59,7 +59,7 @@ def test_quick_ends_with_1_only_where_a_ratio_has_fallen(tmp_path: Path, monkeyp
     monkeypatch.setattr("scripts.benchmarks.__main__.BENCHMARKS", {"rate": lambda: MORE, "cost": lambda: LESS})
     monkeypatch.setattr("scripts.benchmarks.__main__.QUICK", {"cost"})
     for before, code in ((1.5, 0), (0.9, 1)):
-        (tmp_path / "ratios.json").write_text(json.dumps({"cost": {"ratio": before, "less": True}}))
+        (tmp_path / "ratios.json").write_text(json.dumps({"cost": before}))
         shown = CliRunner().invoke(main, ["--quick"])
         assert shown.exit_code == code
         assert ("worse by more than a third" in shown.output) is bool(code)
@@ -80,7 +80,7 @@ def test_of_several_runs_the_page_has_the_middle_and_later_runs_are_held_against
     page, kept = (tmp_path / "page.md").read_text(), json.loads((tmp_path / "ratios.json").read_text())
     assert "| rate | 30 | 20 |" in page
     assert "| cost | 3 | 2 |" in page
-    assert kept == {"rate": {"ratio": 0.25, "less": False}, "cost": {"ratio": 4.0, "less": True}}
+    assert kept == {"rate": 0.25, "cost": 4.0}
     assert written.fallen([replace(limit, ours=1000.0)]) == []
 
 
@@ -88,7 +88,7 @@ def test_a_ratio_that_fell_once_is_measured_again_and_has_fallen_only_if_it_does
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(written, "RATIOS", tmp_path / "ratios.json")
-    (tmp_path / "ratios.json").write_text(json.dumps({"rate": {"ratio": 1.5, "less": False}}))
+    (tmp_path / "ratios.json").write_text(json.dumps({"rate": 1.5}))
     monkeypatch.setattr("scripts.benchmarks.__main__.QUICK", {"rate"})
     slow = replace(MORE, ours=10.0)
     for measured, code in (([slow, slow, MORE], 0), ([slow, slow, slow], 1)):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"
 )
 RULES = Rules(agreement=0.9, slower=3.0, accuracy_drop=0.05, error_growth=None)
-WINDOW, BATCHES = 100, 24
+WINDOW, BATCHES, ROUNDS = 100, 24, 4
 Told = Callable[[str], dict[str, str]]
 
 
@@ -43,10 +43,15 @@ def told(tmp_path: Path) -> Iterator[Told]:
         recipe = Recipe("classify", "", fields=tuple(found.manifest.input.fields))
         pair = Pair(tmp_path / f"device {kind}", recipe, active, found, bounds=Bounds(call_s=0.6))
         made.append(pair)
-        # A row each 10 ms, batch by batch.
-        for part in np.array_split(recorded(BATCHES * 24), BATCHES):
-            pair.batch(part)
-        return {one.rule: one.state for one in verdict.judge(RULES, pair.beside.blocks, True)}
+        # Until all rules know: a machine that is busy meanwhile leaves the times open for longer.
+        for _ in range(ROUNDS):
+            # A row each 10 ms, batch by batch.
+            for part in np.array_split(recorded(BATCHES * 24), BATCHES):
+                pair.batch(part)
+            states = {one.rule: one.state for one in verdict.judge(RULES, pair.beside.blocks, True)}
+            if "open" not in states.values():
+                break
+        return dict(states)
 
     yield compare
     for pair in made:
@@ -54,10 +59,7 @@ def told(tmp_path: Path) -> Iterator[Told]:
 
 
 def test_the_same_model_under_a_new_version_is_good_by_every_rule(told: Told) -> None:
-    found = told("good")
-    # A machine that is busy meanwhile may leave this one open.
-    assert found.pop("latency") in ("good", "open")
-    assert found == {"agreement": "good", "errors": "good", "estimate": "good"}
+    assert told("good") == {"agreement": "good", "latency": "good", "errors": "good", "estimate": "good"}
 
 
 def test_one_whose_classes_are_mixed_up_is_bad_by_agreement(told: Told) -> None:

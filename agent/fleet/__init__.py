@@ -8,4 +8,5 @@ pki        certificates (revocation: ended) ingest       one transaction of mess
 mosquitto  the broker's config and ACL      store        all SQL (schema: its tables)
 keyring    who may sign                     audit        every stored message verified again (coverage: its rows)
 text       safe to print                    watch        verified messages, live (screen: on a terminal)
+durable    files whole or not at all
 """

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from agent import clock
-from agent.errors import Refused, UsageError
+from agent.errors import Refused, StorageError, UsageError
+from agent.fleet import durable
 from agent.fleet.keyring import Key, Keyring
 from agent.wire import jws, topics
 from agent.wire.carried import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
 from agent.wire.commands import COMMANDS, check_args
 from agent.wire.jws import Signer
-from agent.wire.keys import SigningKey, write_new
+from agent.wire.keys import SigningKey
 from agent.wire.messages import Reply, cloud_event, encode, open_message
 
 VALID_S = 600
@@ -207,19 +208,7 @@ def _stored(path: Path) -> int:
 
 
 def _store(path: Path, counter: int) -> None:
-    new = path.with_name(path.name + ".new")
     try:
-        new.unlink(missing_ok=True)
-        write_new(new, f"{counter}\n".encode(), 0o600)
-        os.replace(new, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise UsageError(f"{path}: a counter must be on the disk before it is used: {error.strerror}") from None
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        durable.write(path, f"{counter}\n".encode(), 0o600)
+    except StorageError as error:
+        raise UsageError(f"a counter must be on the disk before it is used: {error}") from None

@@ -15,9 +15,8 @@ from agent import clock
 from agent.config import Broker, check_broker, check_name
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet import mosquitto, pki, revocation
+from agent.fleet import durable, mosquitto, pki, revocation
 from agent.fleet.config import FleetConfig
-from agent.fleet.repository import durable
 from agent.fleet.repository.layout import Layout
 from agent.fleet.revocation import Outcome
 from agent.fleet.store import FleetStore

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.errors import StorageError, UsageError
-from agent.fleet import mosquitto, pki
+from agent.fleet import durable, mosquitto, pki
 from agent.fleet.config import FleetConfig
-from agent.fleet.repository import durable
 from agent.fleet.store import FleetStore
 
 FILE = "crl.pem"
@@ -27,7 +26,7 @@ CERTIFICATE = "device.crt"
 class Outcome:
     """What a revocation did: key thumbprints, serial numbers in hex, and a sentence where certificates still connect.
 
-    `failed`: they should not.
+    `failed`: they should not. `steps` are what is left to do at the broker.
     """
 
     keys: list[str]
@@ -35,7 +34,6 @@ class Outcome:
     problem: str | None = None
     failed: bool = False
     steps: tuple[str, ...] = ()
-    """What is left to do at the broker."""
 
 
 def begin(folder: Path, authority: pki.CertificateAuthority) -> None:

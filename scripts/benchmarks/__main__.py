@@ -50,9 +50,11 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
                 raise
             click.echo(f"{one}: left out: {lacking.message}", err=True)
             continue
-        runs = [found.results, *(measured(one).results for _ in range(_WRITTEN_RUNS - 1) if write and one in QUICK)]
+        runs = [found.results]
+        if write and one in QUICK:
+            runs += [measured(one).results for _ in range(_WRITTEN_RUNS - 1)]
+            worst += written.worst(runs)
         results += written.middle(runs)
-        worst += written.worst(runs)
         if not as_json:
             click.echo(found.text)
     if as_json:

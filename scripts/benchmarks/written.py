@@ -37,7 +37,7 @@ def write(results: Sequence[Result], worst: Sequence[Result]) -> None:
     head = _HEAD.format(day=datetime.now(UTC).date(), commit=_commit(), machine=_machine())
     notes = "\n".join(f"- **{one.name}**: {one.note}." for one in results)
     PAGE.write_text(head + "\n".join(map(_row, results)) + f"\n\n{notes}\n{_limits()}", encoding="utf-8")
-    kept = {one.name: {"ratio": round(one.ratio, 4), "less": one.less} for one in worst if not one.limit}
+    kept = {one.name: round(one.ratio, 4) for one in worst if not one.limit}
     RATIOS.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
@@ -46,7 +46,7 @@ def fallen(results: Sequence[Result]) -> list[str]:
     known = json.loads(RATIOS.read_text(encoding="utf-8"))
     found = []
     for one in results:
-        before = known.get(one.name, {}).get("ratio")
+        before = known.get(one.name)
         if before is None:
             continue
         kept = before / one.ratio if one.less else one.ratio / before

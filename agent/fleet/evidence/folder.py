@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from agent.errors import StorageError, StorageFull, UsageError
+from agent.fleet import durable
 from agent.fleet.evidence.manifest import MANIFEST, TOKEN, File
 
 
@@ -53,21 +54,13 @@ class Draft:
         """All of it is on the disk, and has its name."""
         try:
             for folder in [path for path in self._home.rglob("*") if path.is_dir()] + [self._home]:
-                _sync(folder)
+                durable.sync(folder)
             if self.out.exists():
                 self.out.rmdir()
             self._home.rename(self.out)
-            _sync(self.out.absolute().parent)
+            durable.sync(self.out.absolute().parent)
         except OSError as error:
             raise StorageError(f"{self.out}: cannot be finished: {error.strerror}") from None
 
     def abandon(self) -> None:
         shutil.rmtree(self._home, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.repository import durable
+from agent.fleet import durable
 
 
 def write(folder: Path, url: str) -> None:

@@ -10,7 +10,8 @@ from tuf.api.metadata import Metadata, Timestamp
 from tuf.api.serialization import DeserializationError
 
 from agent.errors import StorageError, UsageError
-from agent.fleet.repository import durable, edition, roots
+from agent.fleet import durable
+from agent.fleet.repository import edition, roots
 from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import TIMESTAMP
 from agent.fleet.repository.layout import Layout

@@ -9,7 +9,8 @@ from pathlib import Path
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
 from agent.errors import UsageError
-from agent.fleet.repository import durable, edition, expiry
+from agent.fleet import durable
+from agent.fleet.repository import edition, expiry
 from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP
 from agent.fleet.repository.keyring import Keyring

@@ -20,7 +20,8 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timest
 from tuf.api.serialization import DeserializationError
 
 from agent.errors import StorageError, UsageError
-from agent.fleet.repository import durable, expiry
+from agent.fleet import durable
+from agent.fleet.repository import expiry
 from agent.fleet.repository.expiry import DAILY, SNAPSHOT, TARGETS, TIMESTAMP
 from agent.fleet.repository.keyring import Keyring
 from agent.fleet.repository.layout import Layout

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
 
 from agent.errors import UsageError
-from agent.fleet.repository import durable
+from agent.fleet import durable
 from agent.wire import keys
 from agent.wire.keys import PublicKey, SigningKey
 

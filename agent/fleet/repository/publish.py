@@ -12,7 +12,8 @@ from pathlib import Path
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, TargetFile, Targets
 
 from agent.errors import BadBundle, UsageError
-from agent.fleet.repository import durable, edition, expiry, roots
+from agent.fleet import durable
+from agent.fleet.repository import edition, expiry, roots
 from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import TARGETS, TOP
 from agent.fleet.repository.keyring import Keyring

@@ -16,7 +16,8 @@ from tuf.api.metadata import Metadata, Root
 from tuf.api.serialization import DeserializationError
 
 from agent.errors import StorageError, UsageError
-from agent.fleet.repository import durable, edition, expiry
+from agent.fleet import durable
+from agent.fleet.repository import edition, expiry
 from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP
 from agent.fleet.repository.keyring import Keyring, public_text, signer_in
