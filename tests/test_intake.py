@@ -132,6 +132,31 @@ def test_many_rows_do_not_wait_for_the_timer(tmp_path: Path) -> None:
         assert line.answer() == {"through": 1, "accepted": 20_000, "rejected": []}
 
 
+def test_lines_are_read_while_those_before_them_are_written_and_answered_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = threading.Event()
+    write = Group.write
+
+    def waits(self: Group, shares: Any, now: Any) -> Any:
+        slow.wait(30)
+        return write(self, shares, now)
+
+    many = {"stream": "watch", "columns": {"ax": [0] * 20_000, "ay": [0] * 20_000}}
+    with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
+        monkeypatch.setattr(Group, "write", waits)
+        line.send(many)
+        wait_for(lambda: station.intake._writing is not None, "the first is being written")
+        line.send(ROW)
+        wait_for(lambda: bool(station.intake._group), "the second is read")
+        assert station.commits == 0
+        slow.set()
+        assert line.answer() == {"through": 1, "accepted": 20_000, "rejected": []}
+        line.hang_up()
+        assert line.rest() == [{"through": 2, "accepted": 1, "rejected": []}]
+        assert len(station.rows("watch")) == 20_001
+
+
 def test_what_is_worth_a_commit_waits_only_while_more_comes_and_what_is_not_for_the_timer(tmp_path: Path) -> None:
     many, few = ({"stream": "watch", "columns": {"ax": [0] * n, "ay": [0] * n}} for n in (10_000, 10))
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
@@ -311,6 +336,25 @@ def test_what_a_named_client_had_under_way_is_counted_before_it_is_told(tmp_path
         assert counts(station) == list(range(7))
 
 
+def test_what_is_being_written_for_a_named_client_is_counted_before_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Group.write
+
+    def slowly(self: Group, shares: Any, now: Any) -> Any:
+        time.sleep(0.3)
+        return write(self, shares, now)
+
+    monkeypatch.setattr(Group, "write", slowly)
+    many = {"stream": "watch", "columns": {"ax": [0] * 20_000, "ay": [0] * 20_000}}
+    with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as first, station.line() as second:
+        first.send({"client": "g"}, many)
+        assert first.answer()["through"] == 0
+        wait_for(lambda: station.intake._writing is not None, "the line is being written")
+        second.send({"client": "g"})
+        assert second.answer()["through"] == 1
+
+
 def test_the_older_connection_of_a_name_is_hung_up_and_nothing_more_of_it_is_taken(station: Station) -> None:
     with station.line() as first, station.line() as second:
         first.send({"client": "g"}, *numbers(range(5)))
@@ -434,22 +478,24 @@ def test_a_refused_line_and_one_after_it_that_would_fit_are_both_sent_again_wher
         assert station.failures == []
 
 
+@pytest.mark.parametrize("rows", [1, 20_000], ids=["written when due", "written beside what is read"])
 def test_on_a_sick_disk_nobody_is_answered_and_nothing_more_is_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
+    block = {"stream": "watch", "columns": {"ax": [0] * rows, "ay": [0] * rows}}
     with Station(conf(tmp_path)) as station, station.line() as line, station.line() as other:
         line.send({"client": "g"}, ROW)
         line.through(1)
         sick = [True]
-        commit = Group.commit
+        write = Group.write
 
-        def fails(self: Group, now: Any) -> Any:
+        def fails(self: Group, shares: Any, now: Any) -> Any:
             if sick[0]:
                 raise StorageError("disk I/O error")
-            return commit(self, now)
+            return write(self, shares, now)
 
-        monkeypatch.setattr(Group, "commit", fails)
-        line.send(ROW, ROW)
+        monkeypatch.setattr(Group, "write", fails)
+        line.send(block, ROW)
         wait_for(lambda: station.failures != [], "a failure")
         assert [str(error) for error in station.failures] == ["disk I/O error"]
         # A later commit that worked would count the two lines that were lost.

@@ -88,14 +88,20 @@ class _Share:
         return Outcome(self.through, accepted, sorted(self.rejected.items()), full, row)
 
 
+Shares = dict[Hashable, _Share]
+
+
 class Group:
-    """Rows and labels that wait for the next commit. Used by one thread. `asked` tells which tasks take labels."""
+    """Rows and labels that wait for the next commit. Used by one thread, but for `write`.
+
+    `asked` tells which tasks take labels.
+    """
 
     def __init__(
         self, store: Store, streams: Mapping[str, Stream], asked: Callable[[], Mapping[str, Asked]] = dict
     ) -> None:
         self._store, self._streams, self._asked = store, streams, asked
-        self._shares: dict[Hashable, _Share] = {}
+        self._shares: Shares = {}
         self._most_bytes = store.quota.transaction // 4
         self._rows = self._bytes = 0
 
@@ -134,13 +140,21 @@ class Group:
         share.through, share.mark = through, mark
 
     def commit(self, now: Now) -> dict[Hashable, Outcome]:
-        """Write all that waits, in one transaction; what became of it for each producer.
+        """`write` all that waits."""
+        return self.write(self.take(), now)
+
+    def take(self) -> Shares:
+        """All that waits, to be written; more may be added meanwhile."""
+        shares, self._shares = self._shares, {}
+        self._rows = self._bytes = 0
+        return shares
+
+    def write(self, shares: Shares, now: Now) -> dict[Hashable, Outcome]:
+        """In one transaction; what became of it for each producer. May run in another thread than the rest.
 
         Where the store is full every row is rejected and nothing is written. Raises StorageError for a sick disk:
         then nothing is known to be written and no producer may be told anything.
         """
-        shares, self._shares = self._shares, {}
-        self._rows = self._bytes = 0
         try:
             needed = self._store.used_bytes() + sum(share.bytes() for share in shares.values())
             if needed > self._store.limit_bytes() * INTAKE_SHARE:
@@ -150,7 +164,7 @@ class Group:
         except StorageFull as full:
             return {producer: _refuse(share, full) for producer, share in shares.items()}
 
-    def _write(self, tx: Transaction, shares: dict[Hashable, _Share], now: Now) -> dict[Hashable, Outcome]:
+    def _write(self, tx: Transaction, shares: Shares, now: Now) -> dict[Hashable, Outcome]:
         by_stream: dict[str, list[tuple[Rows, Stamped]]] = {}
         ends: dict[Hashable, tuple[str, int]] = {}
         counts: dict[Hashable, int] = {}

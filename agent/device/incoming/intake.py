@@ -12,7 +12,8 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -53,7 +54,10 @@ class Source(Protocol):
 
 
 class Intake:
-    """One thread with the sockets, the sources and the group they share."""
+    """One thread with the sockets, the sources and the group they share.
+
+    A second one writes while much comes: half of the time goes into the disk.
+    """
 
     def __init__(
         self,
@@ -75,6 +79,8 @@ class Intake:
         self._broken = False
         self._alive_until_s = now().boot_s + _SIGN_OF_LIFE_S
         self._timer: asyncio.TimerHandle | None = None
+        self._writer = ThreadPoolExecutor(1, "intake-writes")
+        self._writing: Future[dict[Hashable, Outcome]] | None = None
         # By then, on the clock of the loop, what waits is committed, whatever comes.
         self._due = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -126,6 +132,7 @@ class Intake:
         for writer in self._open:
             writer.close()
         await asyncio.sleep(0)
+        self._writer.shutdown()
 
     async def _listen_here(self) -> asyncio.Server:
         listener = _unix_socket(self._conf.data_dir)
@@ -217,7 +224,7 @@ class Intake:
 
     def _commit_soon(self) -> None:
         if self._group.is_full:
-            self._commit()
+            self._commit_beside()
         elif self._group and (self._timer is None or self._group.is_worth_it):
             loop = asyncio.get_running_loop()
             now = loop.time()
@@ -229,13 +236,43 @@ class Intake:
             self._timer = loop.call_at(at, self._commit)
 
     def _commit(self) -> None:
+        """All that came is on the disk and answered afterwards, unless the store is broken."""
+        self._cancel_timer()
+        self._answer_written()
+        if self._group and not self._broken:
+            self._answer(lambda: self._group.commit(self._now()))
+
+    def _commit_beside(self) -> None:
+        """Write what came while more is read; waits for what is being written."""
+        self._cancel_timer()
+        self._answer_written()
+        if self._broken:
+            return
+        writing = self._writer.submit(self._group.write, self._group.take(), self._now())
+        self._writing, loop = writing, asyncio.get_running_loop()
+
+        def tell(_: object) -> None:
+            # The loop may have waited for it and be closed by now.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._answer_written, writing)
+
+        writing.add_done_callback(tell)
+
+    def _answer_written(self, which: object = None) -> None:
+        """Answer for what the second thread writes, once it is done; only if it is `which`, where that is given."""
+        writing = self._writing
+        if writing is not None and which in (None, writing):
+            self._writing = None
+            self._answer(writing.result)
+
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self._group or self._broken:
-            return
+
+    def _answer(self, commit: Callable[[], Mapping[Hashable, Outcome]]) -> None:
         try:
-            outcomes = self._group.commit(self._now())
+            outcomes = commit()
         except Exception as error:
             self._fail(error)
             return

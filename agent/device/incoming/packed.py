@@ -17,7 +17,7 @@ def column(name: str, kind: Kind, data: bytes) -> Any:
     if len(data) % width:
         raise Rejected(f"{name}: {len(data)} bytes are no {kind} values of {width} bytes")
     values = np.frombuffer(data, f"<{kind}")
-    # NaN where one is among them: one pass.
-    if kind[0] == "f" and len(values) and np.isnan(np.minimum.reduce(values)):
+    # The least is NaN where one is among them: one pass. NaN is no value that equals itself.
+    if kind[0] == "f" and len(values) and (least := np.minimum.reduce(values)) != least:
         return [None if value != value else value for value in values.tolist()]
     return values
