@@ -17,7 +17,6 @@ import socket
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -49,8 +48,7 @@ class Array(Protocol):
     def tobytes(self) -> bytes: ...
 
 
-@dataclass
-class Answer:
+class Answer(msgspec.Struct):
     """What became of lines since `flush` or `answered` last told: rows accepted, and (line, reason) of what was not.
 
     Lines count from 1 for a client, for all time where it has a name. What an answer said that was lost together
@@ -58,7 +56,7 @@ class Answer:
     """
 
     accepted: int = 0
-    rejected: list[tuple[int, str]] = field(default_factory=list)
+    rejected: list[tuple[int, str]] = msgspec.field(default_factory=list)
 
 
 class _Rejection(msgspec.Struct):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 Quality = Literal["synced", "restored", "unsynced"]
 
@@ -34,8 +35,7 @@ class _Timex(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Now:
+class Now(msgspec.Struct, frozen=True):
     """One reading of both clocks: `wall_us` epoch µs, `boot_s` seconds since boot (counts sleep), `quality` of wall.
 
     `error_us`: by how much a time service says that wall may be off; None where none does.

@@ -15,9 +15,9 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import paho.mqtt.client as mqtt
 from paho.mqtt import MQTTException
 from paho.mqtt.enums import CallbackAPIVersion
@@ -42,10 +42,9 @@ _MALFORMED = (ValueError, LookupError, AssertionError, struct.error, MQTTExcepti
 _CUT_OFF = (KeyboardInterrupt, SystemExit)
 
 
-@dataclass(slots=True)
-class _Handshake:
+class _Handshake(msgspec.Struct):
     connected: str | None = None
-    subscribed: list[str] = field(default_factory=list)
+    subscribed: list[str] = msgspec.field(default_factory=list)
 
 
 class _Complaints:

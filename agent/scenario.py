@@ -6,10 +6,10 @@ then those after which something is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +18,7 @@ from agent.errors import UsageError
 from agent.model import shipped
 
 
-@dataclass(frozen=True, slots=True)
-class Loss:
+class Loss(msgspec.Struct, frozen=True):
     """What is measured falls by a share `amount`, evenly over `over` rows from `from_row` on, and stays there."""
 
     from_row: int
@@ -31,8 +30,7 @@ class Loss:
         return 1 - self.amount * np.clip((rows - self.from_row) / self.over, 0.0, 1.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(msgspec.Struct, frozen=True):
     """Labels that come by themselves: `column` of the recordings, each `every` rows, `delay` rows later.
 
     Only rows where `field` is at least `least`. `unit` is that of the values.
@@ -46,8 +44,7 @@ class Measured:
     least: float
 
 
-@dataclass(frozen=True, slots=True)
-class Fate:
+class Fate(msgspec.Struct, frozen=True):
     """What goes wrong at a site: with its sensor, with what the recordings are of, or with what is measured."""
 
     faults: tuple[Fault, ...] = ()
@@ -60,8 +57,7 @@ class Fate:
         return min([*rows, *([self.loss.from_row] if self.loss else [])], default=never)
 
 
-@dataclass(frozen=True, slots=True)
-class Scenario:
+class Scenario(msgspec.Struct, frozen=True):
     """`fates` are those of the first sites, `usual` that of the others; `skip` rows of the file are left out.
 
     `worse` is that of a site whose sensor is out of order from the beginning, and whose model gets on all the same.
@@ -80,8 +76,8 @@ class Scenario:
     rows: int
     tail: int
     fates: tuple[Fate, ...]
-    usual: Fate = field(default_factory=Fate)
-    worse: Fate = field(default_factory=Fate)
+    usual: Fate = msgspec.field(default_factory=Fate)
+    worse: Fate = msgspec.field(default_factory=Fate)
     learn: int = 40
     skip: int = 0
     measured: Measured | None = None

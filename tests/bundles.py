@@ -7,10 +7,10 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,8 +57,7 @@ def write_csv(path: Path, fields: Iterable[str], rows: Floats, step_s: float = 0
     return path
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(msgspec.Struct, frozen=True):
     """What a SPEC says, but for the paths."""
 
     kind: str

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.evaluation import judge
@@ -17,8 +18,7 @@ from agent.model.inference import Inference
 from tests.bundles import npz
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(msgspec.Struct, frozen=True):
     """`rows` (n, 6) of all recordings, one after another; `each` of its columns has an entry a recording."""
 
     rows: NDArray[np.float32]

@@ -6,9 +6,9 @@ different: what makes fixed thresholds on a whole window's histogram false-alarm
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.drift import Judge, Reference, State, Verdict, build
@@ -21,8 +21,7 @@ LEVEL = np.array([[0.0, 1.0, -0.5], [0.6, 0.9, -0.3], [1.2, 0.2, 0.4]])
 MOVE = np.array([[0.05, 0.1, 0.08], [0.4, 0.5, 0.3], [1.0, 0.8, 0.9]])
 
 
-@dataclass(frozen=True)
-class Readings:
+class Readings(msgspec.Struct, frozen=True):
     """`features` (n, 3) of `len(labels)` model windows back to back, the answers and how sure they were."""
 
     features: NDArray[np.float32]

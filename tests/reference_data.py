@@ -5,10 +5,10 @@ numpy and nothing else, so that it runs beside the libraries that the values com
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,8 +39,7 @@ def binned(values: Values, at: Values) -> NDArray[np.int64]:
     return np.searchsorted(at, values, side="right")
 
 
-@dataclass(frozen=True)
-class Answers:
+class Answers(msgspec.Struct, frozen=True):
     """Of a model with two classes that is surer than it should be: `p` (n,) of class 1, `truth`."""
 
     p: Values

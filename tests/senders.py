@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.wire import jws
@@ -25,8 +25,7 @@ def new_key(seed: int | None = None) -> SigningKey:
     return SigningKey(Ed25519PrivateKey.generate() if raw is None else Ed25519PrivateKey.from_private_bytes(raw))
 
 
-@dataclass
-class Sent:
+class Sent(msgspec.Struct):
     """One signed message."""
 
     topic: str
@@ -41,13 +40,12 @@ class Sent:
         return Outgoing(self.topic, self.payload, (("jws", self.jws),), retain)
 
 
-@dataclass
-class Sender:
+class Sender(msgspec.Struct):
     """A device with one log; each method returns the next message of it."""
 
     device: str = "pi-07"
-    key: SigningKey = field(default_factory=new_key)
-    log: str = field(default_factory=lambda: str(uuid.uuid4()))
+    key: SigningKey = msgspec.field(default_factory=new_key)
+    log: str = msgspec.field(default_factory=lambda: str(uuid.uuid4()))
     task: str = "exercise"
     seq: int = 0
     prev: str = ""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent import config
@@ -228,7 +229,7 @@ def test_long_labels_in_any_script_do_not_make_a_message_too_large(make: Make, l
     manifest = device.active.bundle.manifest
     output = msgspec.structs.replace(manifest.output, labels=[label, f"{label[:-1]}2", f"{label[:-1]}3"])
     bundle = replace(device.active.bundle, manifest=msgspec.structs.replace(manifest, output=output))
-    device.task = replace(device.task, bundle=bundle, judge=None, drift=None)
+    device.task = dataclasses.replace(device.task, bundle=bundle, judge=None, drift=None)
     device.feed(CLASSIFY.rows(200))
     device.run_all()
     results = device.results()
@@ -520,7 +521,7 @@ def test_a_batch_takes_whole_windows_and_no_more_than_memory_holds(
     manifest = device.active.bundle.manifest
     spec = msgspec.structs.replace(manifest.input, window=window)
     bundle = replace(device.active.bundle, manifest=msgspec.structs.replace(manifest, input=spec))
-    task = replace(device.task, bundle=bundle, drift=None)
+    task = dataclasses.replace(device.task, bundle=bundle, drift=None)
     assert task.batch_rows(3 << 20) == rows
     assert task.batch_rows(1000) >= task.window_rows
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from msgspec.structs import replace as changed
 
 from agent.device.author import Author
@@ -439,7 +440,7 @@ def test_a_model_that_dies_while_it_serves_leaves_nothing_and_the_one_before_run
 
 def test_what_a_model_apart_answers_is_what_it_answers_here(make: Make, active: Callable[[Recipe], Active]) -> None:
     pair = make(named(active(CLASSIFY).bundle, "c"))
-    pair.device.task = replace(pair.task, trying=None)
+    pair.device.task = dataclasses.replace(pair.task, trying=None)
     pair.device.feed(CALM)
     pair.device.run_all()
     here = active(CLASSIFY).model.invoke(CALM).argmax(axis=1)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from agent.drift import Judge, Reference, State, Verdict, build
 from agent.drift.alerts import Alert

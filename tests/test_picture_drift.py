@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import struct
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from agent.errors import UsageError
 from agent.picture import axes, histogram, png
@@ -39,13 +39,13 @@ def row(name: str = "ax", *spells: Spell, **changes: object) -> Row:
         limit=5.0,
         spells=spells,
     )
-    return replace(told, **changes)  # type: ignore[arg-type]
+    return replace(told, **changes)
 
 
 def picture(*rows: Row, **changes: object) -> Picture:
     estimate = Estimate(0, TIMES, [0.9] * 20, [0.8] * 20, [1.0] * 20)
     made = Picture("Drift of exercise at pi-01", "20 windows", [], ["mean"], "spread", "reference", rows, [estimate])
-    return replace(made, **changes)  # type: ignore[arg-type]
+    return replace(made, **changes)
 
 
 def classes(svg: str) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from msgspec import structs
+from msgspec.structs import replace
 
 from agent import config
 from agent.clock import Now
@@ -341,7 +343,7 @@ def test_another_bundle_starts_anew(make: Make) -> None:
     device.turn()
     assert {one.state for one in device.alerts()} == {"raised"}
     bundle = replace(device.task.bundle, digest="sha256:" + "0" * 64)
-    device.task = replace(device.task, bundle=bundle)
+    device.task = dataclasses.replace(device.task, bundle=bundle)
     device.feed(100)
     device.label(range(401, 451), right)
     device.turn()

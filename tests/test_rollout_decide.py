@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from agent.device.updates.decide import Facts, Finding, aim, decide, held_for
 from agent.device.updates.standing import Held, Phase, Standing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
+from msgspec.structs import replace
 
 from agent.config import Field, Stream
 from agent.device.storage.rows import Checked, Packed, Raw, Rows, check, concatenate, pack, unpack

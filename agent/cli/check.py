@@ -5,10 +5,11 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
+import msgspec
+from msgspec.structs import asdict
 
 from agent import clock, media
 from agent.cli import check_updates, loading, wiring
@@ -24,8 +25,7 @@ from agent.model.choice import Choice
 _MARKS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     name: str
     state: str
     detail: str

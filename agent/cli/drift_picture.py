@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from agent.drift.codec import Ints
 from agent.drift.reference import Reference
@@ -21,12 +22,11 @@ _STATISTICS = ("mean", "spread")
 _OTHERS = ("output", "score", "joint")
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
+class Scale(msgspec.Struct, frozen=True):
     """What a bundle says of its fields: bounds of bins and units."""
 
-    bounds: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    units: Mapping[str, str] = field(default_factory=dict)
+    bounds: Mapping[str, Sequence[float]] = msgspec.field(default_factory=dict)
+    units: Mapping[str, str] = msgspec.field(default_factory=dict)
 
     @classmethod
     def of(cls, bundle: Bundle, reference: Reference) -> Scale:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from agent import clock
 from agent.clock import Now
@@ -17,8 +19,7 @@ from agent.wire.keys import SigningKey
 from agent.wire.topics import DEVICE_ALERTS, PER_TASK, Topic
 
 
-@dataclass(slots=True)
-class Author:
+class Author(msgspec.Struct):
     """Who writes: this device, in this log, during this boot.
 
     `key` signs the log; only `rotation` changes it. `live_key`, where there is one, signs what is not of the log: the

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import msgspec
 
@@ -62,8 +61,7 @@ class Kept(msgspec.Struct, frozen=True):
     blocks: list[Tally] = []
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
+class _Waiting(msgspec.Struct, frozen=True):
     """A batch that `other` is asked about: its rows, what `task` said, and the windows that were given."""
 
     rows: tuple[int, int]

@@ -10,9 +10,9 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from agent import config
@@ -29,8 +29,7 @@ _THROTTLED = Path("devices/platform/soc/soc:firmware/get_throttled")
 _HELD_BACK = {0x1: "its supply voltage is too low", 0x4: "it is throttled", 0x8: "it is at its soft temperature limit"}
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
+class Condition(msgspec.Struct, frozen=True):
     """°C of the hottest sensor, % of the emptiest battery that is being emptied; None where nothing tells.
 
     `resting`: why tasks wait, "" where they do not.

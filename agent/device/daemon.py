@@ -11,8 +11,9 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from agent.clock import Now
 from agent.config import Config
@@ -45,14 +46,13 @@ _OF_LABELS = " (of its labels)"
 _FIRST_REST_S, _LONGEST_REST_S = 1.0, 3600.0
 
 
-@dataclass
-class Signals:
+class Signals(msgspec.Struct):
     """What other threads and signal handlers tell the main loop."""
 
     stopping: bool = False
     failure: Exception | None = None
     # No Event: a handler that runs while its own thread is inside one can deadlock on the Event's lock.
-    _woken: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
+    _woken: queue.SimpleQueue[None] = msgspec.field(default_factory=queue.SimpleQueue)
 
     def wake(self) -> None:
         if self._woken.empty():
@@ -76,8 +76,7 @@ class _Stopping(Exception):
     """The agent is to stop, and a model that runs apart is not waited for."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Rest:
+class _Rest(msgspec.Struct, frozen=True):
     """Of a task that met an error nobody foresaw: how long, and until when on the boot-time clock."""
 
     wait_s: float

@@ -6,10 +6,11 @@ What is gathered while learning, and the site's reference, are kept apart: they 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.clock import Now
 from agent.device.author import Author
@@ -23,8 +24,7 @@ from agent.drift.state import State
 STATE, LEARNING, SITE = "drift", "learning", "site reference"
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """`messages` (kind, body) that say what is no more."""
 
     messages: list[tuple[str, dict[str, Any]]]

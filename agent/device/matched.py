@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from msgspec.structs import replace
 
@@ -23,8 +23,7 @@ from agent.model.scores import Scores
 from agent.rivals.tally import Kind, Said
 
 
-@dataclass(frozen=True, slots=True)
-class Windows:
+class Windows(msgspec.Struct, frozen=True):
     """Scaled model input, one for each of `row` (w,), the numbers of the rows they end at, at `t` (w,) epoch µs."""
 
     row: Ints

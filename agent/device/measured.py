@@ -6,9 +6,9 @@ Labels that are the model's own answers, and results that are no number, are cou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from agent import clock
@@ -28,8 +28,7 @@ _MOST_CLASSES = 40
 _HEAD_BYTES = 1_500
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(msgspec.Struct, frozen=True):
     """Labelled results in the order of their labels; `fresh` are those that no message has told of.
 
     `corrected` of these took the place of a label that one has told of.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from agent import __version__
 from agent.clock import Now
@@ -27,8 +28,7 @@ _BROKEN = "broken bundle"
 Models = Mapping[str, Mapping[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Broken:
+class Broken(msgspec.Struct, frozen=True):
     """A task whose bundle cannot run here, and why; `instead` the one that goes on, "" where none does."""
 
     task: str

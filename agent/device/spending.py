@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import resource
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from agent.clock import Now
 from agent.device.storage.transaction import Transaction
@@ -62,8 +63,7 @@ def sent(tx: Transaction, task: str | None, kind: str, size: int) -> None:
         tx.count(f"{_PROCESS}sent", size + _ENVELOPE)
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
+class _Read(msgspec.Struct, frozen=True):
     """Counters of the process and of the machine, as they stand; `energy_uj` None where it cannot be read."""
 
     boot_s: float
@@ -129,8 +129,7 @@ def _written() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("write_bytes:")), 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(msgspec.Struct, frozen=True):
     """What is counted of one task; bytes and messages by kind."""
 
     batches: int
@@ -159,8 +158,7 @@ class Task:
         return max(0.0, self.cpu_us / self.batches - slope * mean), slope
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
+class Spent(msgspec.Struct, frozen=True):
     """What is counted of the process: seconds it was watched for, and in them. `energy_j`: the machine's, or None."""
 
     seconds: float

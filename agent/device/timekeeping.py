@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from agent import clock
 from agent.clock import Now
@@ -61,8 +62,7 @@ def believable(told_us: int, now: Now) -> bool:
     return now.quality != "synced" or told_us <= now.wall_us + _FLOOR_LEAD_US
 
 
-@dataclass(slots=True)
-class _Last:
+class _Last(msgspec.Struct):
     """The last anchor of this run."""
 
     segment: Segment

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from agent import config
@@ -24,8 +24,7 @@ KEYS = ("schedule", "batch", "publish")
 _BELOW = re.compile(r"below\s*=?\s*(\d+(?:\.\d+)?)")
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(msgspec.Struct, frozen=True):
     """What is to be otherwise; None: as it is. `interval_s` between runs, `batch` model windows at once."""
 
     interval_s: float | None = None
@@ -33,8 +32,7 @@ class Wish:
     publish: str | Below | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
+class Pace(msgspec.Struct, frozen=True):
     """In a day: batches, model windows, results listed in messages; processor seconds and bytes on the air."""
 
     batches: float

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from agent.drift.cusum import CALM
 from agent.drift.faults import Fault
@@ -24,8 +25,7 @@ CAUSES = {
 }
 
 
-@dataclass(frozen=True)
-class Alert:
+class Alert(msgspec.Struct, frozen=True):
     """`id` is `<subject>/<alert>/<count>`, the same when raised and when cleared."""
 
     alert: str  # drift | fault

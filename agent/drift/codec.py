@@ -1,4 +1,4 @@
-"""Frozen dataclasses of numpy arrays to bytes and back: JSON for files people read, MessagePack for the device's state.
+"""Frozen structs of numpy arrays to bytes and back: JSON for files people read, MessagePack for the device's state.
 
 Both are deterministic: members in the order they are declared, numbers little-endian or in their shortest exact form.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
@@ -27,7 +26,7 @@ Bools = NDArray[np.bool_]
 def to_json(value: Any, *, leave_out: tuple[str, ...] = ()) -> bytes:
     """`leave_out` names members of `value` that its kind has a default for."""
     if leave_out:
-        value = {field.name: getattr(value, field.name) for field in fields(value) if field.name not in leave_out}
+        value = {name: getattr(value, name) for name in value.__struct_fields__ if name not in leave_out}
     return msgspec.json.encode(value, enc_hook=_to_list) + b"\n"
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from agent.drift import joint, runs, steps
@@ -17,8 +16,7 @@ SURE = 2.0**20
 WIDER = 0.5  # of the span of the reference, beyond which rows are far outside its limits
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(msgspec.Struct, frozen=True, eq=False):
     """See `Summary`, whose members these are, with W in front."""
 
     counts: Ints  # (W, F, 34)
@@ -31,8 +29,7 @@ class Rows:
     repeated: Ints  # (W,)
 
 
-@dataclass(frozen=True, eq=False)
-class Answers:
+class Answers(msgspec.Struct, frozen=True, eq=False):
     """See `Summary`, whose members these are, with W in front."""
 
     output: Ints  # (W, C)

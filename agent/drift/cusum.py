@@ -5,8 +5,7 @@ Source: Page (1954), Continuous inspection schemes, Biometrika 41; k and h in re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from agent.drift.codec import Bools, Floats, Ints
@@ -18,8 +17,7 @@ CALM = 3  # windows in a row without evidence that clear an alarm
 _SIDES = np.array([[1.0], [-1.0]])
 
 
-@dataclass(frozen=True, eq=False)
-class Cusum:
+class Cusum(msgspec.Struct, frozen=True, eq=False):
     """Row 0 looks for values that are too high, row 1 for too low; one column per test: shape (2, T).
 
     `windows`, `effect` and `since` (epoch µs) cover the windows since `value` last left zero, which is when the change

@@ -8,8 +8,7 @@ week that was learned says the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from agent.drift.codec import Bools, Floats, Ints
@@ -27,8 +26,7 @@ FEW = 8  # windows for each number that is fitted
 ALIKE = 0.5  # of the difference that all weeks show together, each must show
 
 
-@dataclass(frozen=True, eq=False)
-class Cycle:
+class Cycle(msgspec.Struct, frozen=True, eq=False):
     """Of T tests: what to add to their means. Zeros where there is no cycle."""
 
     waves: Floats  # (2W, T) of a day
@@ -55,8 +53,7 @@ class Cycle:
         return np.asarray(found)
 
 
-@dataclass(frozen=True, eq=False)
-class Fit:
+class Fit(msgspec.Struct, frozen=True, eq=False):
     """Of values (K, T): `mean` (T,), the `cycle` around it, and what is `left` (K, T)."""
 
     mean: Floats

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift import intervals
 from agent.drift.alerts import Alert
@@ -79,16 +79,14 @@ class State(msgspec.Struct):
             raise ValueError(str(error)) from None
 
 
-@dataclass(frozen=True, slots=True)
-class Promise:
+class Promise(msgspec.Struct, frozen=True):
     """Of a bundle's evaluation: how often it was right, of how many answers; None where that is not known."""
 
     accuracy: float | None = None
     n: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """A comparison that changed its mind, in numbers. `before` is the loss it is compared with."""
 
     kind: str

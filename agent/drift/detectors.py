@@ -10,10 +10,11 @@ and the pairs of that field move; while its alert is open these wait.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift import cusum, estimate, joint, limits, ramp, rate, shape, statistics
 from agent.drift.codec import Bools, Floats, Ints
@@ -31,8 +32,7 @@ HALF_WAY, NEAR = 0.5, 0.8  # shares of its limit from which on a field's sum is 
 FAR = 4.0  # class sd, the most that one statistic says against a class
 
 
-@dataclass(frozen=True, eq=False)
-class Detectors:
+class Detectors(msgspec.Struct, frozen=True, eq=False, dict=True):
     """All that tests remember of the windows before."""
 
     cusum: Cusum
@@ -40,8 +40,8 @@ class Detectors:
     scores: Ints  # (OVER, 32) answers by certainty of the last windows
     recent: np.ndarray[tuple[int, ...], np.dtype[np.float32]]  # (16, 2F) z of the last windows, NaN for none
     # None in a state saved before these were told.
-    means: Together = field(default_factory=lambda: Together.zeros(0))  # (F,)
-    answers: Together = field(default_factory=lambda: Together.zeros(0))  # (C,)
+    means: Together = msgspec.field(default_factory=lambda: Together.zeros(0))  # (F,)
+    answers: Together = msgspec.field(default_factory=lambda: Together.zeros(0))  # (C,)
 
     @classmethod
     def start(cls, at: Places) -> Detectors:
@@ -98,8 +98,7 @@ class Detectors:
         return replace(self, cusum=self.cusum.only(tests), means=none[0], answers=none[1])
 
 
-@dataclass(frozen=True, eq=False)
-class Limits:
+class Limits(msgspec.Struct, frozen=True, eq=False):
     """Slack and limit of each CUSUM (T,), as the number of tests and of learned windows asks for."""
 
     slack: Floats
@@ -122,8 +121,7 @@ class Limits:
         return cls(slack, limit)
 
 
-@dataclass(frozen=True, eq=False)
-class Evidence:
+class Evidence(msgspec.Struct, frozen=True, eq=False):
     """What W drift windows say."""
 
     z: Floats  # (W, T), NaN for nothing
@@ -133,8 +131,7 @@ class Evidence:
     scores: Ints  # (W, 32)
 
 
-@dataclass(frozen=True, eq=False)
-class Tester:
+class Tester(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Tests windows against one site's reference."""
 
     site: Reference

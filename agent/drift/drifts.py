@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from agent.drift import daily, estimate, joint, season, words
@@ -22,16 +22,14 @@ SURELY = 2.0  # sd of it over as many windows
 MOST_PAIRS = 3
 
 
-@dataclass(frozen=True)
-class Words:
+class Words(msgspec.Struct, frozen=True):
     """A sentence without its full stop, and the numbers behind it."""
 
     sentence: str
     evidence: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Now:
+class Now(msgspec.Struct, frozen=True):
     """The window that raised an alarm, and all that was known after it."""
 
     detectors: Detectors
@@ -39,7 +37,7 @@ class Now:
     window: Summary
     effects: Floats  # (T,)
     t: tuple[int, int]  # when it began and ended, epoch µs
-    season: Season = field(default_factory=Season)
+    season: Season = msgspec.field(default_factory=Season)
 
     def over(self, windows: int, since: int) -> str:
         return words.over(windows, since, self.t[1])
@@ -85,8 +83,7 @@ def _unseen_hour(now: Now) -> str:
     return f"; or the time of day: this site's reference knows the hours {known} UTC only, learn it for a day or more"
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(msgspec.Struct, frozen=True):
     """What the sums of one field say since the change began: effects averaged over those windows."""
 
     test: str  # mean | spread: the one that is furthest out

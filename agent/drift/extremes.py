@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from agent.drift.codec import Bools, Floats, Ints
@@ -17,8 +17,7 @@ LEVELS = 20  # values less finely told apart often pile up on the outermost
 LOW, HIGH = 0, 1
 
 
-@dataclass(frozen=True, eq=False)
-class Extremes:
+class Extremes(msgspec.Struct, frozen=True, eq=False):
     """Of each field and side (low, high) the outermost value and the next one to it, with their numbers of rows.
 
     Low ones are kept negated, so that the outermost is the greatest on both sides. Where there is none: -inf, 0.

@@ -16,9 +16,9 @@ spikes         lone jumps of more than 10 robust sd of the differences, from nei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from agent.drift import channels, steps
@@ -39,8 +39,7 @@ SPIKES, SPIKE_SHARE = 2, 0.001
 MISREAD = frozenset({"swapped", "reversed", "unit"})
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(msgspec.Struct, frozen=True):
     """Of one field in one drift window. `detail` says what it was recognised as, where there is more to say.
 
     A `slight` one spoils no statistics: the window is tested like others.
@@ -51,8 +50,7 @@ class Fault:
     slight: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Signs:
+class Signs(msgspec.Struct, frozen=True, eq=False):
     """What W drift windows show of faults, (W, F)."""
 
     missing: Bools

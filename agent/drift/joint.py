@@ -11,9 +11,9 @@ Source: Fisher (1915), Frequency distribution of the values of the correlation c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
+import msgspec
 import numpy as np
 
 from agent.drift.codec import Floats, Ints
@@ -25,8 +25,7 @@ STEP, FAR = 2.0**10, 16.0  # a residual as a whole number of 1/1024 class sd, an
 FEW = 30  # rows of a class that tell no correlation
 
 
-@dataclass(frozen=True, eq=False)
-class Pairs:
+class Pairs(msgspec.Struct, frozen=True, eq=False):
     """What drift windows say of their pairs: `weight` and mean Fisher `z`, each (..., C, P); z is 0 without weight."""
 
     weight: Floats

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.drift import describe, faults, statistics, watch, whole
@@ -41,8 +42,7 @@ AT_ONCE = 64  # drift windows that are computed together
 VALUES_AT_ONCE = 1 << 16  # about: more need more memory, and run hardly faster
 
 
-@dataclass(frozen=True)
-class _Seen:
+class _Seen(msgspec.Struct, frozen=True):
     """What W drift windows say by themselves, whatever was before."""
 
     stack: Summary

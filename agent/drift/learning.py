@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift import calibration, codec, daily, estimate, joint, limits, rate, shape, statistics, together
 from agent.drift.codec import Bools, Floats, Ints
@@ -27,8 +27,7 @@ Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 Float16s = np.ndarray[tuple[int, ...], np.dtype[np.float16]]
 
 
-@dataclass(frozen=True, eq=False)
-class Learning:
+class Learning(msgspec.Struct, frozen=True, eq=False):
     """Drift windows gathered so far: K of them, and m entries, one for each class that occurred in one of them.
 
     Means (from the shipped reference's origin) and squares are float32: calibration needs no more, and it halves
@@ -49,7 +48,7 @@ class Learning:
     weight: Float32s  # (m, 1) of the class's pairs
     z: Float16s  # (m, P), NaN where a pair tells nothing
     sure: Ints  # (m, 2)
-    rate: Gathered = field(default_factory=Gathered.none)
+    rate: Gathered = msgspec.field(default_factory=Gathered.none)
     passed: int = 0  # drift windows, those let go among them
     each: int = 1  # of so many one is kept
 
@@ -285,8 +284,7 @@ def _with_site(
     return replace(settled, test_mean=found.mean, test_sd=np.where(found.told, found.sd, NEVER), site=site)
 
 
-@dataclass(frozen=True, eq=False)
-class _Tests:
+class _Tests(msgspec.Struct, frozen=True, eq=False):
     """Of all T tests over K drift windows."""
 
     mean: Floats  # (T,)

@@ -7,8 +7,8 @@ which the mode changes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from agent.drift.codec import Ints
@@ -18,8 +18,7 @@ OTHER = MOST
 CLASSES = MOST + 1
 
 
-@dataclass(frozen=True, eq=False)
-class Modes:
+class Modes(msgspec.Struct, frozen=True, eq=False):
     """Of model windows: `codes` (w,) into `texts`, whose first stands for no name."""
 
     codes: Ints

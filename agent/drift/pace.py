@@ -12,8 +12,8 @@ Source: the variogram, Matheron (1963), Principles of geostatistics, Economic Ge
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from agent.drift import joint
@@ -59,8 +59,7 @@ def _apart(windows: Floats, lag: int) -> Floats:
     return np.where(squares > 0, squares, np.nan)
 
 
-@dataclass(frozen=True, eq=False)
-class Paces:
+class Paces(msgspec.Struct, frozen=True, eq=False):
     """Of classes (..., C) and fields: model windows `n`, the mean `level` of both lags and the `slope` between them."""
 
     n: Floats  # (..., C, F)

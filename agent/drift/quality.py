@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift import intervals
 from agent.drift.codec import Floats, Ints
@@ -36,8 +37,7 @@ Booleans = np.ndarray[Any, np.dtype[np.bool_]]
 Ranked = Callable[[Floats, Booleans, Floats], float]
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(msgspec.Struct, frozen=True):
     """`slice` "" is of all; `state` of a slice: ok, worse (than the rest, significantly) or small (to tell)."""
 
     metric: str
@@ -55,8 +55,7 @@ class Metric:
         return {**head, "value": self.value, "low": self.low, "high": self.high, "n": self.n, **tail}
 
 
-@dataclass(frozen=True, eq=False)
-class Pairs:
+class Pairs(msgspec.Struct, frozen=True, eq=False):
     """n labelled results, in the order of their rows.
 
     `truth`: class index, number, or 1 for an anomaly. `said`: the class named, or 1 above the threshold. `score`: the
@@ -90,8 +89,7 @@ class Pairs:
         return self.losses
 
 
-@dataclass(frozen=True, slots=True)
-class _Named:
+class _Named(msgspec.Struct, frozen=True):
     """What a statistic is called. `fewest` labels of a class it needs; `rests` on so many results, 0 for no share."""
 
     metric: str

@@ -10,10 +10,11 @@ A fault counts from the second window in a row on: a backlog that arrives at onc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift import calibration, cusum, daily, joint, limits, pace
 from agent.drift.codec import Floats, Ints
@@ -34,17 +35,16 @@ Int32s = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
-@dataclass(frozen=True, eq=False)
-class Gathered:
+class Gathered(msgspec.Struct, frozen=True, eq=False):
     """Of K drift windows, and of m classes that occurred in one of them."""
 
     windows: Floats  # (K, 2 + F) mean step in µs (NaN: not known); shares of rows repeated, of each field's missing
     t: Ints  # (K,) middle of each, epoch µs
-    window: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # (m,) 0, 1, …
-    label: Ints = field(default_factory=lambda: np.empty(0, np.int64))
-    n: Int32s = field(default_factory=lambda: np.empty((0, 0), np.int32))  # (m, F) model windows with a pace
-    level: Float32s = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    slope: Float32s = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    window: Ints = msgspec.field(default_factory=lambda: np.empty(0, np.int64))  # (m,) 0, 1, …
+    label: Ints = msgspec.field(default_factory=lambda: np.empty(0, np.int64))
+    n: Int32s = msgspec.field(default_factory=lambda: np.empty((0, 0), np.int32))  # (m, F) model windows with a pace
+    level: Float32s = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
+    slope: Float32s = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     @classmethod
     def none(cls) -> Gathered:
@@ -82,8 +82,7 @@ def _joined(before: np.ndarray, more: Floats, dtype: type) -> np.ndarray:
     return (np.concatenate([before, more]) if len(before) else more).astype(dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class Usual:
+class Usual(msgspec.Struct, frozen=True, eq=False):
     """What is usual at a site."""
 
     step_us: float  # 0: readings come irregularly

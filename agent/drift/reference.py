@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift import codec, runs, sizes, statistics
 from agent.drift.codec import Floats, Ints
@@ -28,8 +29,7 @@ FARTHEST = 1000.0  # spreads: an answer further away says no more
 REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
+class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     """F fields, C classes (1 when the model names none), D statistics, K drift windows of `window` model windows."""
 
     version: int

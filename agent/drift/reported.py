@@ -6,11 +6,11 @@ They come from a device that may be of another version, or not itself: what does
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift import sizes
 from agent.drift.codec import Ints
@@ -80,8 +80,7 @@ class _Estimate(msgspec.Struct, frozen=True):
     accuracy: Share | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
+class Subject(msgspec.Struct, frozen=True):
     """What is told of a field, of the answers ("output", "score") or of all fields together ("joint").
 
     `state`: ok, drift, fault, insufficient (nothing to compare with yet), or untested (another field had a fault).
@@ -93,8 +92,7 @@ class Subject:
     limit: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Reported:
+class Reported(msgspec.Struct, frozen=True):
     """One drift window; times are epoch µs. `accuracy` is the estimate with its interval."""
 
     t: tuple[int, int]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from agent.drift.codec import Floats, Ints
@@ -13,8 +12,7 @@ JUMP, AGREE = 10.0, 5.0  # robust sd of first differences
 Rest = tuple[tuple[float, ...], ...]  # of each field, values that it may hold for long
 
 
-@dataclass(frozen=True, eq=False)
-class Tail:
+class Tail(msgspec.Struct, frozen=True, eq=False):
     """What the next rows need of those before: the last two rows (up to 2, F), and how long each last value has run."""
 
     rows: Floats
@@ -26,8 +24,7 @@ class Tail:
         return cls(np.empty((0, fields)), np.zeros(fields, np.int64))
 
 
-@dataclass(frozen=True, eq=False)
-class Trace:
+class Trace(msgspec.Struct, frozen=True, eq=False):
     """The last `n` of `rows` (W, m, F), which follow on from the others, if any; NaN missing."""
 
     rows: Floats

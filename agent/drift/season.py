@@ -6,8 +6,8 @@ Scores of means are averaged over half days, so that no daily cycle is taken for
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from agent.drift.codec import Floats, Ints
@@ -22,13 +22,12 @@ FEWEST_FIELDS = 2
 Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
-@dataclass(frozen=True, eq=False)
-class Season:
+class Season(msgspec.Struct, frozen=True, eq=False):
     """The last half days in which anything was tested."""
 
-    half_day: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # (H,) since 1970
-    n: Ints = field(default_factory=lambda: np.empty((0, 0), np.int64))  # (H, F) windows
-    mean: Float32s = field(default_factory=lambda: np.empty((0, 0), np.float32))  # of their scores
+    half_day: Ints = msgspec.field(default_factory=lambda: np.empty(0, np.int64))  # (H,) since 1970
+    n: Ints = msgspec.field(default_factory=lambda: np.empty((0, 0), np.int64))  # (H, F) windows
+    mean: Float32s = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))  # of their scores
 
     def add(self, z: Floats, t: int) -> Season:
         """With scores `z` (F,) of a window at `t` (epoch µs), NaN for none. A clock that was set back begins anew."""

@@ -10,10 +10,11 @@ Subjects: the F fields, the answers ("output"), the certainty ("score").
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from statistics import NormalDist
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.sizes import folded
@@ -25,8 +26,7 @@ LEAST_SHAPE = 0.3  # of the gamma: the heaviest tail that is believed
 MOST_SHAPE = 200.0
 
 
-@dataclass(frozen=True, eq=False)
-class Confirm:
+class Confirm(msgspec.Struct, frozen=True, eq=False):
     """Alarms of S subjects. `windows` and `since` (epoch µs) begin with the first of the windows that raised one."""
 
     before: Ints  # (2, S) when the last two windows began that were beyond the limit; 0 for one that was not

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from agent.drift import daily, joint, steps, together
@@ -14,8 +14,7 @@ from agent.drift.daily import Cycle
 from agent.drift.rate import Usual
 
 
-@dataclass(frozen=True, eq=False)
-class Site:
+class Site(msgspec.Struct, frozen=True, eq=False, dict=True):
     """What only a site's own reference has: how its windows differ among themselves. P pairs of fields.
 
     A site's `test_mean` and `test_sd` are of all tests, in the order of `places`.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift import codec, statistics
 from agent.drift.alerts import Alert
@@ -22,8 +23,7 @@ from agent.drift.watch import Watch
 from agent.errors import BadBundle
 
 
-@dataclass(frozen=True, eq=False)
-class State:
+class State(msgspec.Struct, frozen=True, eq=False):
     """All a task's drift detection remembers. Constant size but for what is gathered while learning."""
 
     fields: tuple[str, ...]
@@ -44,8 +44,8 @@ class State:
     calm: Ints  # (F,) windows without a fault since
     raised: Ints  # (F + 3, 2) alerts raised so far: drift, fault
     raised_in: Ints  # (F + 3,) the drift window of the last drift alert
-    watch: Watch = field(default_factory=Watch)  # the rate's
-    season: Season = field(default_factory=Season)
+    watch: Watch = msgspec.field(default_factory=Watch)  # the rate's
+    season: Season = msgspec.field(default_factory=Season)
     mode: str = ""  # the field that names modes, if one does
     modes: tuple[str, ...] = ()  # those that have a class
 
@@ -100,8 +100,7 @@ class State:
         return replace(state, site=found) if found.site is not None else state
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True):
     """One closed drift window. `summary` holds the drift message's `features`, `output`, `estimate` and `state`."""
 
     index: int
@@ -115,8 +114,7 @@ class Verdict:
     alerts: tuple[Alert, ...]
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     """What a step was given, and the statistics of its model windows."""
 
     values: Floats  # (n, F)

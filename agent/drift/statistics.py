@@ -11,8 +11,7 @@ F of the spread.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from agent.drift import joint, pace
@@ -26,8 +25,7 @@ NARROW, NARROW_SITE = 0.1, 0.15
 LEAST_SPREAD = 1e-4  # smallest variance of residuals told apart, in squared class sd
 
 
-@dataclass(frozen=True, eq=False)
-class Normal:
+class Normal(msgspec.Struct, frozen=True, eq=False):
     """What is normal for each class: `mean` and `sd` of each statistic, (C, D), physical units or log-variance.
 
     `n` (C, D) counts the model windows behind them; where there are fewer than RARE, mean and sd are those of all
@@ -39,8 +37,7 @@ class Normal:
     sd: Floats
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
+class Found(msgspec.Struct, frozen=True, eq=False):
     """Of model windows: the statistics `values` (w, D), Fisher's `z` (w, P) of pairs of fields, and the `pace` of
     fields (w, 2F); NaN: not known.
 

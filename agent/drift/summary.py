@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec.structs import fields, replace
 
 from agent.drift import codec, counting, joint, pace, statistics, ticks
 from agent.drift.codec import Floats, Ints
@@ -19,8 +20,7 @@ from agent.drift.sums import Sums
 from agent.drift.ticks import Ticks
 
 
-@dataclass(frozen=True, eq=False)
-class Summary:
+class Summary(msgspec.Struct, frozen=True, eq=False):
     """Counts and sums under one shipped reference, named by its digest; of constant size.
 
     Runs, steps and lone jumps that straddle two merged parts are only seen when the second part was added with the
@@ -42,8 +42,8 @@ class Summary:
     pairs: Ints  # (C, …) whole numbers about pairs of fields, see `joint`
     sure: Ints  # (C, 2) answers with a score, and the sum of their top scores in 1/SURE
     # In a state saved before these were counted: none, which adds to whatever follows.
-    ticks: Ticks = field(default_factory=Ticks)
-    pace: Ints = field(default_factory=lambda: np.zeros((1, 1), np.int64))  # (C, …) whole numbers, see `pace`
+    ticks: Ticks = msgspec.field(default_factory=Ticks)
+    pace: Ints = msgspec.field(default_factory=lambda: np.zeros((1, 1), np.int64))  # (C, …) whole numbers, see `pace`
 
     @classmethod
     def empty(cls, reference: Reference) -> Summary:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from agent.drift.codec import Floats, Ints
 
 
-@dataclass(frozen=True, eq=False)
-class Moments:
+class Moments(msgspec.Struct, frozen=True, eq=False):
     """Count, mean and sum of squared deviations per group; arrays of one shape. An empty group has mean 0."""
 
     n: Ints
@@ -28,8 +26,7 @@ class Moments:
         return Moments(n, mean, (self.m2 + self.n * apart**2).sum(axis))
 
 
-@dataclass(frozen=True, eq=False)
-class Sums:
+class Sums(msgspec.Struct, frozen=True, eq=False):
     """Count, sum and sum of squares of D values in each of G groups, shape (G, D), NaN left out.
 
     Values are measured from an origin near their mean, which keeps the squares small enough to subtract.

@@ -6,8 +6,7 @@ the mean is taken of those near the middle one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+import msgspec
 import numpy as np
 
 from agent.drift.codec import Floats, Ints
@@ -16,13 +15,12 @@ OCTAVES = 48  # of µs: up to nine years
 ENOUGH = 10  # steps that tell a mean
 
 
-@dataclass(frozen=True, eq=False)
-class Ticks:
+class Ticks(msgspec.Struct, frozen=True, eq=False):
     """Of rows in model windows; whole numbers, which add exactly. Steps back and of no time are left out."""
 
-    steps: Ints = field(default_factory=lambda: np.zeros(OCTAVES, np.int64))  # by octave of their size in µs
-    total_us: Ints = field(default_factory=lambda: np.zeros(OCTAVES, np.int64))
-    repeated: Ints = field(default_factory=lambda: np.zeros(1, np.int64))  # rows equal to the one before
+    steps: Ints = msgspec.field(default_factory=lambda: np.zeros(OCTAVES, np.int64))  # by octave of their size in µs
+    total_us: Ints = msgspec.field(default_factory=lambda: np.zeros(OCTAVES, np.int64))
+    repeated: Ints = msgspec.field(default_factory=lambda: np.zeros(1, np.int64))  # rows equal to the one before
 
     def __add__(self, other: Ticks) -> Ticks:
         return Ticks(self.steps + other.steps, self.total_us + other.total_us, self.repeated + other.repeated)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+
+import msgspec
 
 from agent.drift.codec import Ints
 from agent.drift.reported import Reported, Subject
@@ -13,8 +14,7 @@ MOST = 480  # points; then neighbours are taken together
 _WORST = {"untested": 0, "ok": 1, "insufficient": 2, "drift": 3, "fault": 4}
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
+class Point(msgspec.Struct, frozen=True):
     """One drift window, or neighbours of which the largest sums and the gravest states count. Times are epoch µs."""
 
     t: tuple[int, int]
@@ -28,26 +28,24 @@ class Point:
         return Point((self.t[0], max(self.t[1], later.t[1])), both, min(lower, default=None))
 
 
-@dataclass(slots=True)
-class Shape:
+class Shape(msgspec.Struct):
     """Rows of a field below, in the reference's bins and above, over so many drift windows of one state."""
 
     windows: int
     counts: Ints
 
 
-@dataclass(slots=True)
-class Timeline:
+class Timeline(msgspec.Struct):
     """Windows are added in the order of their time.
 
     `shapes`: of each field, by its state; of "drift" the last spell only. Windows with a fault are left out.
     """
 
-    points: list[Point] = field(default_factory=list)
+    points: list[Point] = msgspec.field(default_factory=list)
     windows: int = 0
     each: int = 1  # windows that a point stands for
-    shapes: dict[str, dict[str, Shape]] = field(default_factory=dict)
-    _before: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, dict[str, Shape]] = msgspec.field(default_factory=dict)
+    _before: dict[str, str] = msgspec.field(default_factory=dict)
 
     def add(self, window: Reported) -> None:
         point = Point(window.t, window.subjects, window.accuracy)

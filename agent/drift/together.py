@@ -11,8 +11,7 @@ variables, Australian Journal of Statistics 30.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from agent.drift import limits
@@ -26,8 +25,7 @@ NEVER = 1e9  # limit where nothing was learned
 RUNS = 2.5  # windows beyond the limit, of every alarm by chance: one comes seldom alone
 
 
-@dataclass(frozen=True, eq=False)
-class Together:
+class Together(msgspec.Struct, frozen=True, eq=False):
     """Of S scores: their weighted `mean`, and what is known since it last changed its sign.
 
     That is when a change began, as far as it can tell: so many `windows`, the sum of their effects, and `since` (epoch

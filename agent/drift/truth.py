@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 HUMAN, MODEL, SYSTEM = SOURCES = ("human", "model", "system")
 _LONGEST = 256
@@ -18,8 +19,7 @@ _LARGEST = 1e100
 ANOMALY = ("normal", "anomaly")
 
 
-@dataclass(frozen=True, slots=True)
-class Label:
+class Label(msgspec.Struct, frozen=True):
     """Of the result at `row`, or of the one nearest to `t` (epoch µs): one of the two is None."""
 
     row: int | None
@@ -28,8 +28,7 @@ class Label:
     source: str = HUMAN
 
 
-@dataclass(frozen=True, slots=True)
-class Truth:
+class Truth(msgspec.Struct, frozen=True):
     """What labels of a task may be. `kind` is the bundle's: classify, several (labels a result), regress or anomaly."""
 
     kind: str

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from agent.drift import statistics
@@ -21,8 +21,7 @@ LARGER = 4.0  # times the reference's spread, which is too much wherever its lim
 SMALLER, CALM = 0.2, -6.0  # share of the reference's spread, and z of the spread within classes, that are too calm
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(msgspec.Struct, frozen=True):
     """What is read is `factor` times what was, and `offset` more."""
 
     told: str

@@ -8,10 +8,11 @@ names wrong classes. And it waits while a field's drift is open, for the same re
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift import rate
 from agent.drift.alerts import Alert
@@ -30,24 +31,22 @@ CAUSES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Watch:
+class Watch(msgspec.Struct, frozen=True, eq=False):
     """What is remembered. `seen` is the fault of the last window, `on` the one that an alert is open for."""
 
-    cusum: Cusum = field(default_factory=lambda: Cusum.zeros(1))
+    cusum: Cusum = msgspec.field(default_factory=lambda: Cusum.zeros(1))
     seen: str = ""
     on: str = ""
     since: int = 0  # epoch µs, of `seen`
     calm: int = 0  # windows without a fault, while an alert is open
-    raised: Ints = field(default_factory=lambda: np.zeros(2, np.int64))  # alerts so far: drift, fault
+    raised: Ints = msgspec.field(default_factory=lambda: np.zeros(2, np.int64))  # alerts so far: drift, fault
 
     @property
     def drifting(self) -> bool:
         return bool(self.cusum.on.any())
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """What a drift window says: its `fault` or "", the score `z` of its speed and the logarithm `speed`; and its mean
     step, NaN for not known, and share of repeated rows."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift import summary
 from agent.drift.codec import Floats, Ints
@@ -13,8 +13,7 @@ from agent.drift.state import Batch, State
 from agent.drift.summary import Summary
 
 
-@dataclass(frozen=True, eq=False)
-class Whole:
+class Whole(msgspec.Struct, frozen=True, eq=False):
     """The next W drift windows, of n rows each. `begin` (W,) and `starts` (W, w) are offsets into the batch."""
 
     begin: Ints

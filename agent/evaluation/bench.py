@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from agent.drift.codec import Floats as Numbers
@@ -18,8 +17,7 @@ MOST_WINDOWS = 5000
 _MOST_VALUES = 8_000_000
 
 
-@dataclass(frozen=True, eq=False)
-class Bench:
+class Bench(msgspec.Struct, frozen=True, eq=False):
     """`windows` (m, history + rows, F) physical units; `figures` of the untouched ones."""
 
     judge: Judge

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -40,8 +39,7 @@ class Rejected(msgspec.Struct, frozen=True):
     file: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(msgspec.Struct, frozen=True):
     """`rows` (n, F) physical units, NaN missing; `t` (n,) epoch µs; `number` (n,) rows of the file, from 1.
 
     `texts` are further columns (n,), as they are written; FILE among them where a source has many, of which no window
@@ -52,8 +50,8 @@ class Block:
     t: Ints
     number: Ints
     after: Place
-    texts: dict[str, Texts] = field(default_factory=dict)
-    rejected: list[Rejected] = field(default_factory=list)
+    texts: dict[str, Texts] = msgspec.field(default_factory=dict)
+    rejected: list[Rejected] = msgspec.field(default_factory=list)
 
 
 class Reader(Protocol):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from agent.drift.slices import SMALL, WORSE
 from agent.evaluation import page
@@ -21,8 +22,7 @@ _MOST_FIELDS = 16
 _MARKDOWN = re.compile(r"([\\`*<>|#]|(?<=\])\()")
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(msgspec.Struct, frozen=True):
     """Columns after the first are figures."""
 
     head: Sequence[str]
@@ -32,12 +32,11 @@ class Table:
 Part = str | Table
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+class Card(msgspec.Struct, frozen=True):
     """Headings with what stands under each; one without anything is left out."""
 
     title: str
-    sections: list[tuple[str, list[Part]]] = field(default_factory=list)
+    sections: list[tuple[str, list[Part]]] = msgspec.field(default_factory=list)
 
     def add(self, heading: str, *parts: Part | None) -> None:
         known = [part for part in parts if part and (isinstance(part, str) or part.rows)]

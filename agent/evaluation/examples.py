@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.drift.codec import Floats as Numbers
@@ -24,8 +25,7 @@ from agent.model.manifest import Manifest
 TRAINING = frozenset({"train", "training", "fit"})
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(msgspec.Struct, frozen=True, eq=False):
     """All rows of some files: `rows` (n, F), `t` (n,) epoch µs, `part` (n,) which file, `columns` of text (n,)."""
 
     files: list[Path]
@@ -43,8 +43,7 @@ class Rows:
         return [slice(int(a), int(b)) for a, b in pairwise(ends)]
 
 
-@dataclass(frozen=True, eq=False)
-class Examples:
+class Examples(msgspec.Struct, frozen=True, eq=False):
     """w labelled windows of rows `starts` to `last` (w,); `truth` (w,) as in `Pairs`, `columns` (w,) of the last rows.
 
     Of a multi-label model `truth` counts the rows of `sets` (U, K). `mixed` windows span two labels.
@@ -56,7 +55,7 @@ class Examples:
     last: Ints
     truth: Numbers
     sets: NDArray[np.bool_] | None = None
-    columns: dict[str, Texts] = field(default_factory=dict)
+    columns: dict[str, Texts] = msgspec.field(default_factory=dict)
     unlabelled: int = 0
     mixed: int = 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -46,8 +45,7 @@ _MOST_CONFUSED = 1000  # classes of which the confusion is told
 _LATENCY_ROWS = 20_000
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """What is asked; columns by name."""
 
     data: Path
@@ -68,8 +66,7 @@ class Request:
         return list(dict.fromkeys(c for c in (self.label, self.group, self.split, *self.slices) if c))
 
 
-@dataclass(frozen=True, eq=False)
-class _Work:
+class _Work(msgspec.Struct, frozen=True, eq=False):
     bundle: Bundle
     inference: Inference
     request: Request

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +17,7 @@ _GROUP_SAME_ROWS = 0.8  # where a window is one row: some are alike by chance
 _SHOWN = 5
 
 
-@dataclass(frozen=True, eq=False)
-class Learned:
+class Learned(msgspec.Struct, frozen=True, eq=False):
     """Rows the model learned from: those of `source` that `where` (n,) says."""
 
     source: Rows

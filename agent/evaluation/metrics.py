@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 
 from agent.drift import quality
@@ -17,8 +16,7 @@ _RANKED_REPLICATES = 200  # of AUC and average precision, each of which looks at
 MAIN = {"classify": "accuracy", "regress": "mae", "anomaly": "auc"}
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
+class Measured(msgspec.Struct, frozen=True, eq=False):
     metrics: list[Metric]
     classes: list[Class]
     confusion: list[list[int]]
@@ -93,8 +91,7 @@ def _anomalies(pairs: Pairs, units: Units) -> list[Metric]:
     return metrics
 
 
-@dataclass(frozen=True, eq=False)
-class _Sums:
+class _Sums(msgspec.Struct, frozen=True, eq=False):
     """(1 + REPLICATES, C) results of each class that were right, meant, and named."""
 
     hit: Floats

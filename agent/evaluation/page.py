@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
+
+import msgspec
 
 from agent.picture.svg import FONT
 from agent.picture.theme import adaptive
@@ -53,8 +54,7 @@ footer{margin-top:44px;border-top:1px solid var(--grid);padding-top:12px;color:v
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Markup:
+class Markup(msgspec.Struct, frozen=True):
     """HTML as it is; any other text is escaped."""
 
     html: str

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,8 +18,7 @@ _MOST_UNITS = 2000
 FEW_GROUPS = 10
 
 
-@dataclass(frozen=True, eq=False)
-class Units:
+class Units(msgspec.Struct, frozen=True, eq=False):
     """`code` (n,) which unit a result is of; `weights` (REPLICATES, units); `alike` results count as one."""
 
     code: Ints

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.random import Generator
 
@@ -17,8 +17,7 @@ from agent.model.features import Floats
 NONE = "none"  # the strength at which nothing is changed
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
+class _Kind(msgspec.Struct, frozen=True):
     """`change` of windows (m, L, F) at one of `strengths`, where fields spread by (F,) around (F,).
 
     At `untouched` it changes nothing.

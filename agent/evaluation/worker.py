@@ -9,8 +9,9 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from agent import __version__
 from agent.errors import BadBundle, Busy, OutstationError, UsageError
@@ -28,8 +29,7 @@ MOST_TRIES = 4
 SHARE = "DATA and OUT must be on a file system that all nodes have at the same path (NFS, or the like)"
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(msgspec.Struct, frozen=True):
     """What all workers are given: a bundle's bytes, who sent them, and what is wanted.
 
     `mark` is a file beside the answers that holds `token`: who reads it there sees that folder, not one of that name.
@@ -45,8 +45,7 @@ class Order:
     runtime: str = runtime.NAME
 
 
-@dataclass(frozen=True, eq=False)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, eq=False):
     """The rows of a file, `rows` (n, F) and `t` (n,), and where the windows to answer begin."""
 
     index: int
@@ -55,8 +54,7 @@ class Piece:
     starts: Ints
 
 
-@dataclass(frozen=True, eq=False)
-class Said:
+class Said(msgspec.Struct, frozen=True, eq=False):
     """What came of a job or a piece, or a problem; `wrong_use` where that is the user's to mend."""
 
     target: Path = Path()

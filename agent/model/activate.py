@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from msgspec.structs import replace
 
 from agent import __version__
@@ -19,8 +19,7 @@ from agent.model.inference import Runs
 from agent.wire.keys import PublicKey
 
 
-@dataclass(frozen=True, slots=True)
-class Active:
+class Active(msgspec.Struct, frozen=True):
     """A bundle that proved itself here, loaded."""
 
     bundle: Bundle
@@ -29,8 +28,7 @@ class Active:
     choice: Choice | None
 
 
-@dataclass(frozen=True, slots=True)
-class Proved:
+class Proved(msgspec.Struct, frozen=True):
     """A verified bundle that passed its checks on this machine, and how its model is run best."""
 
     bundle: Bundle

@@ -6,7 +6,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -27,8 +26,7 @@ _START_S = 30.0
 _TICK_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(msgspec.Struct, frozen=True):
     """What the process may use. `memory_mib` on top of what it starts with, as the manifest says where it is None.
 
     `call_s`: of waiting for one `invoke`.
@@ -231,8 +229,7 @@ class Apart:
         return ModelDied("crash", f"{probe.death(code, said, self._limits)}, {when}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
+class _Question(msgspec.Struct, frozen=True):
     """Of `count` windows, to be answered before `until_s`, monotonic."""
 
     count: int

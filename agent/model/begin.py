@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from agent.errors import BadBundle, UsageError
 from agent.model import data, outline, probe
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
+class Begun(msgspec.Struct, frozen=True):
     """The SPEC's text, the kind it guessed, and why."""
 
     text: str

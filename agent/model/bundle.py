@@ -13,8 +13,9 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from agent.errors import BadBundle, Refused
 from agent.model import manifest
@@ -31,8 +32,7 @@ DOMAIN = "bundle"
 _UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError)
 
 
-@dataclass(frozen=True, slots=True)
-class Bundle:
+class Bundle(msgspec.Struct, frozen=True):
     """A bundle whose bytes were verified and are held here, so that the files may change on disk meanwhile.
 
     `signer` is the kid of the key that signed it, or claims to where nobody's keys were given; "" without one.

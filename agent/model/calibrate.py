@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -36,8 +35,7 @@ Doubles = NDArray[np.float64]
 _Point = tuple[float, float, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Learned:
+class Learned(msgspec.Struct, frozen=True):
     """The output as it is now, and what to tell of it."""
 
     output: Output
@@ -99,8 +97,7 @@ def centroid(outputs: Floats, manifest: Manifest) -> Output:
     return msgspec.structs.replace(manifest.output, centroid=vectors.mean(axis=0).tolist())
 
 
-@dataclass(frozen=True, slots=True)
-class _Errors:
+class _Errors(msgspec.Struct, frozen=True):
     ece: float
     loss: float
 

@@ -12,10 +12,10 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,8 +26,7 @@ from agent.model.features import Floats, Ints, matrix
 from agent.model.manifest import Input, Manifest
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(msgspec.Struct, frozen=True):
     """`features` (n, F) physical units, NaN missing; `t` (n,) epoch µs; `label` what was true, if known.
 
     That is a class index (n,), for several labels a row 0 or 1 of each (n, K), a number (n,), or 1 for an anomaly and 0
@@ -39,8 +38,7 @@ class Data:
     label: NDArray[Any] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Labels:
+class Labels(msgspec.Struct, frozen=True):
     """How a file's labels are read; `several`: a row has any number of them, between `|`."""
 
     truth: Truth
@@ -247,8 +245,7 @@ def _places(names: Sequence[str], fields: Iterable[str]) -> list[int]:
     return [names.index(name) for name in fields]
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(msgspec.Struct, frozen=True):
     """What a table holds: its columns of numbers, without `t`, its rows, and the different texts in column `label`."""
 
     columns: list[str]

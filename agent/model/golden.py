@@ -16,9 +16,9 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,8 +38,7 @@ _OTHER_CLASS = 0.1
 _ALIKE_EVERYWHERE = ("ai-edge-litert",)
 
 
-@dataclass(frozen=True, slots=True)
-class Golden:
+class Golden(msgspec.Struct, frozen=True):
     """`inputs` (g, …) scaled model input; `expected` (g, K) outputs of `runtime`; tolerances are absolute."""
 
     inputs: Floats

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from agent.model import derived, features, runtime, scores
@@ -18,8 +18,7 @@ from agent.model.scores import Scores
 MOST_VALUES = 4_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
+class Answers(msgspec.Struct, frozen=True):
     """Of w windows, which begin at `cut.starts` and are `Inference.rows` long.
 
     `missing` (w,) share of each window's values that were missing; `outputs` (w, K), dequantized, where asked for.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -16,8 +15,7 @@ from agent.model.runtime import Model
 from agent.model.spec import Spec
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """What a part of the bundle is made from: the SPEC, a manifest without files, the model loaded."""
 
     file: Path

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -90,8 +89,7 @@ def _answers(model: Model) -> Answers:
     return Answers(finite[0], finite[1], (finite[2], finite[3]), (finite[4], finite[5]))
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(msgspec.Struct, frozen=True):
     """Of data beside the model: its columns of numbers, its rows, and the labels in it."""
 
     path: str
@@ -100,8 +98,7 @@ class Table:
     labels: Sequence[str]
 
 
-@dataclass(frozen=True, slots=True)
-class _Guess:
+class _Guess(msgspec.Struct, frozen=True):
     kind: str
     why: str
     activation: str = "none"

@@ -7,11 +7,11 @@ import json
 import shutil
 import tempfile
 import zipfile
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from agent.drift import learning
 from agent.drift.reference import Reference
@@ -33,8 +33,7 @@ _MADE = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(msgspec.Struct, frozen=True):
     """The bundle's files, what it lacks and what it learned, in words."""
 
     files: dict[str, bytes]
@@ -209,7 +208,7 @@ def _with_score_table(work: Work, reference: Reference, path: Path) -> Reference
     """How often a score was right, from data the model was not trained on: `edges` (33), `count`, `correct` (32)."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        filled = replace(
+        filled = msgspec.structs.replace(
             reference,
             score_edges=np.array(table["edges"][1:-1], np.float64),
             score_n=np.array(table["count"], np.int64),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +16,7 @@ Doubles = NDArray[np.float64]
 SUFFIXES = (".parquet", ".pq")
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(msgspec.Struct, frozen=True):
     """`columns` as asked for (n,), NaN missing; `seconds` (n,) since 1970; `texts` by `codes` (n,), "" missing."""
 
     columns: list[Doubles]

@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,8 +44,7 @@ _FEW = 5  # rows that are compared alone and together; more than a batch of sing
 Check = tuple[str, bool, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """What the child saw; `checks` are (name, ok, detail). `choice` where one was asked for and could be made.
 
     `memory`: the bytes that the child took in all for these, with Python and the runtime in it; 0 where it died.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +16,7 @@ NORMAL, ANOMALY = "normal", "anomaly"
 Doubles = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
+class Scores(msgspec.Struct, frozen=True):
     """Of w inferences: `label` (w,) class indexes and `score` (w,) calibrated probability, or `value` (w,).
 
     Of a multi-label model `label` is the most probable one, `said` (w, K) which are said, and `score` the probability
@@ -30,7 +29,7 @@ class Scores:
     value: Doubles | None
     said: NDArray[np.bool_] | None = None
     anomaly: NDArray[np.bool_] | None = None
-    more: Mapping[str, Doubles] = field(default_factory=dict)
+    more: Mapping[str, Doubles] = msgspec.field(default_factory=dict)
 
     def __len__(self) -> int:
         present = self.value if self.label is None else self.label

@@ -12,9 +12,9 @@ from __future__ import annotations
 import resource
 import statistics
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -58,14 +58,13 @@ def choose(
     return Choice(digest(content), NAME, machine(), best.batch, best.threads, pace, trial.unequal, output)
 
 
-@dataclass
-class _Candidate:
+class _Candidate(msgspec.Struct):
     """A batch size on some threads; the seconds that a row took each time, of this thread's CPU and on the wall."""
 
     batch: int
     threads: int
-    cpu_s: list[float] = field(default_factory=list)
-    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = msgspec.field(default_factory=list)
+    wall_s: list[float] = msgspec.field(default_factory=list)
 
     @property
     def pace(self) -> float:

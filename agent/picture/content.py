@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
+class Curve(msgspec.Struct, frozen=True):
     """One series over time, broken where `values` has None."""
 
     series: int
@@ -16,8 +16,7 @@ class Curve:
     dashed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Spell:
+class Spell(msgspec.Struct, frozen=True):
     """A stretch of time: `state` is drift or fault, shaded, or insufficient; `goes_on` at the picture's end."""
 
     state: str
@@ -27,8 +26,7 @@ class Spell:
     series: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """A field, or another subject without a histogram.
 
     `usual` and `shown` (series, counts) are rows below, in the bins and above; `bounds` are what separates these, in
@@ -47,8 +45,7 @@ class Row:
     spells: Sequence[Spell]
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True):
     """Expected accuracy of one series: times, values, and the ends of the intervals."""
 
     series: int
@@ -58,8 +55,7 @@ class Estimate:
     high: Sequence[float | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
+class Picture(msgspec.Struct, frozen=True):
     """`series` are the names of what is told apart by colour, `dashes` that of the dashed curves; '' for none."""
 
     title: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from agent.picture import axes
 from agent.picture.svg import Drawing
@@ -13,8 +14,7 @@ WIDTH = 300.0
 _LEFT, _RIGHT, _TOP, _HEIGHT, _INSET = 42.0, 292.0, 10.0, 120.0, 14.0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     name: str
     value: float
     low: float | None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from agent.picture import axes
 from agent.picture.svg import Drawing, shortened
@@ -13,8 +14,7 @@ WIDTH = 360.0
 _NAME_W, _TEXT_W, _ROW, _TOP, _PAD = 106.0, 96.0, 24.0, 8.0, 8.0
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(msgspec.Struct, frozen=True):
     """`state` gives the colour: ok, drift (to be looked at), unknown; `text` stands at the right."""
 
     name: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from agent.picture.content import Picture
 from agent.picture.paper import HIST_X, MARGIN, TIME_X, WIDTH, Paper, series_color
@@ -13,8 +14,7 @@ _SIZE, _LINE = 11.5, 17.0
 _NAME_W = 130.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
+class _Item(msgspec.Struct, frozen=True):
     text: str
     symbol: Callable[[float, float], None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from agent.picture.svg import Drawing
 from agent.picture.theme import Theme
@@ -16,8 +16,7 @@ TIME_W = WIDTH - MARGIN - TIME_X
 UNDER = 17.0  # below a panel, for the labels of its axis
 
 
-@dataclass(frozen=True, slots=True)
-class Panel:
+class Panel(msgspec.Struct, frozen=True):
     x: float
     y: float
     w: float
@@ -28,8 +27,7 @@ class Panel:
         return self.y + self.h
 
 
-@dataclass(frozen=True, slots=True)
-class Paper:
+class Paper(msgspec.Struct, frozen=True):
     """Where things are drawn, and the common axis of time."""
 
     draw: Drawing

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from agent.picture import axes
 from agent.picture.svg import Drawing
@@ -13,8 +14,7 @@ WIDTH = 360.0
 _LEFT, _TOP, _SIZE, _RIGHT = 44.0, 10.0, 296.0, 340.0
 
 
-@dataclass(frozen=True, slots=True)
-class Dot:
+class Dot(msgspec.Struct, frozen=True):
     """Answers with about this `score`, of which a share was `right`."""
 
     score: float

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Theme:
+class Theme(msgspec.Struct, frozen=True):
     """`series` tell devices or statistics apart, also for the colour-blind (Okabe & Ito 2008, toned to the paper)."""
 
     paper: str
@@ -65,14 +64,16 @@ DARK = Theme(
 )
 # For pictures within a page, which gives the colours: see `variables`.
 PAGE = Theme(
-    **{name: f"var(--{name.replace('_', '-')})" for name in LIGHT.__slots__ if name != "series"},
+    **{name: f"var(--{name.replace('_', '-')})" for name in LIGHT.__struct_fields__ if name != "series"},
     series=tuple(f"var(--series-{i})" for i in range(len(LIGHT.series))),
 )
 
 
 def variables(theme: Theme) -> str:
     """CSS that gives PAGE the colours of `theme`."""
-    plain = [f"--{name.replace('_', '-')}:{getattr(theme, name)}" for name in theme.__slots__ if name != "series"]
+    plain = [
+        f"--{name.replace('_', '-')}:{getattr(theme, name)}" for name in theme.__struct_fields__ if name != "series"
+    ]
     return ";".join([*plain, *(f"--series-{i}:{color}" for i, color in enumerate(theme.series))])
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,16 +33,14 @@ _MOST_CORRELATED = 0.9
 _USUAL, _SEEN = 0.4, 4
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(msgspec.Struct, frozen=True):
     """The tally of one message, of one device; blocks of a device are given in their order."""
 
     tally: Tally
     device: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True):
     """`value` with its 95 % interval, from `n` windows in `units` blocks or devices (`of`)."""
 
     value: float
@@ -124,8 +122,7 @@ def expected_gain(blocks: Sequence[Block], *, new_is_beside: bool) -> Estimate |
     return Estimate(value, value - found.half, value + found.half, int(new_n.sum()), found.units, found.of)
 
 
-@dataclass(frozen=True, slots=True)
-class _Spread:
+class _Spread(msgspec.Struct, frozen=True):
     """Half the width of an interval, from how blocks or devices pull a statistic about; 0 where none does."""
 
     half: float

@@ -6,7 +6,6 @@ Counts add, moments merge (Chan, Golub & LeVeque 1979), in any order and groupin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -25,8 +24,7 @@ _MOST_WHY = 500
 NONE, NOTHING = Moments(), Answered(0, 0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(msgspec.Struct, frozen=True):
     """What a bundle answers: `truth` is classify, several, regress or anomaly; `labels` it names classes by."""
 
     truth: str
@@ -42,8 +40,7 @@ class Kind:
         return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(msgspec.Struct, frozen=True):
     """What a bundle said of w windows that end at `row` (w,), ascending, in `seconds` in the model.
 
     `label` (w,) index of the class, or `several` (w, K) which are said, or `verdict` (w,) whether it is an anomaly;
@@ -65,8 +62,7 @@ class Said:
         return self.value if self.score is None else self.score
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(msgspec.Struct, frozen=True):
     """See `Shadow`. The empty tally changes nothing that it is added to."""
 
     batches: int = 0

@@ -7,8 +7,9 @@ with limits of its own).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import msgspec
 
 from agent.rivals import intervals
 from agent.rivals.intervals import FEWEST, FEWEST_BLOCKS, Block, Estimate
@@ -19,8 +20,7 @@ State = Literal["good", "bad", "open"]
 AGREEMENT, LATENCY, ERRORS, LABELS, ESTIMATE = "agreement", "latency", "errors", "labels", "estimate"
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """What is asked of the new bundle; None: not asked. See `Rules` for what each of them is."""
 
     agreement: float | None = None
@@ -34,14 +34,13 @@ class Limits:
         return cls(rules.agreement, rules.slower, rules.errors, rules.accuracy_drop, rules.error_growth)
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """What one rule says, and a sentence with its numbers."""
 
     rule: str
     state: State
     summary: str
-    numbers: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 def judge(rules: Rules, blocks: Sequence[Block], new_is_beside: bool) -> list[Finding]:

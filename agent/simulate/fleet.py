@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from agent.fleet import operators
 from agent.scenario import Scenario, named
@@ -29,8 +30,7 @@ _UNDER_WAY = frozenset({"fetching", "shadow", "probation"})
 _ARRIVED = frozenset({"settled", "rolled back", "refused"})
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(msgspec.Struct, frozen=True):
     """What is asked for. `seconds`: to run, or with `rollout` the longest it may take; counts are of devices.
 
     `trusted`: keys of publishers, beside the one whose bundles ship.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from random import Random
+
+import msgspec
 
 # Bytes a second: some downloads of a small bundle take seconds.
 _SLOW = (15_000.0, 40_000.0)
@@ -13,21 +14,19 @@ _MOST_CUTS = 2
 _GOES, _STAYS = (0.0, 0.4), (0.15, 0.5)
 
 
-@dataclass(frozen=True, slots=True)
-class Away:
+class Away(msgspec.Struct, frozen=True):
     """Switched off from `begin_s` to `end_s`, seconds since the roll-out began; 0: before it did."""
 
     begin_s: float
     end_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Hardship:
+class Hardship(msgspec.Struct, frozen=True):
     """By device; no device has two of these. `cuts`: so many downloads break off. `slow`: bytes a second."""
 
-    away: dict[str, Away] = field(default_factory=dict)
-    cuts: dict[str, int] = field(default_factory=dict)
-    slow: dict[str, float] = field(default_factory=dict)
+    away: dict[str, Away] = msgspec.field(default_factory=dict)
+    cuts: dict[str, int] = msgspec.field(default_factory=dict)
+    slow: dict[str, float] = msgspec.field(default_factory=dict)
     worse: tuple[str, ...] = ()
 
 

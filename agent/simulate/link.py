@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from agent.clock import Now
 from agent.errors import LinkDown
@@ -20,8 +21,7 @@ _STEP_S = 0.1
 _FIRST_WALL_US = 1_795_000_000_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Weather:
+class Weather(msgspec.Struct, frozen=True):
     """Chances of 0 to 1, of each message or call, and the longest time a message is under way."""
 
     lose: float = 0.0
@@ -40,14 +40,13 @@ class Weather:
     """The broker confirms nothing."""
 
 
-@dataclass
-class _Mailbox:
+class _Mailbox(msgspec.Struct):
     """What the broker has for one client: `waiting` is (due, event); `taken` was delivered and not acknowledged."""
 
     filters: Sequence[str] = ()
     persistent: bool = False
-    waiting: list[tuple[float, Delivery]] = field(default_factory=list)
-    taken: dict[int, Delivery] = field(default_factory=dict)
+    waiting: list[tuple[float, Delivery]] = msgspec.field(default_factory=list)
+    taken: dict[int, Delivery] = msgspec.field(default_factory=dict)
     link: AirLink | None = None
 
 

@@ -6,9 +6,10 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 # The last word of each device on the roll-out.
 _SAID = """
@@ -25,8 +26,7 @@ _DECIDED = "SELECT n, time, event, summary FROM decisions WHERE rollout = ? ORDE
 _PHASES = "SELECT device, phase, reason FROM rollout_devices WHERE rollout = ? ORDER BY time, seq"
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """`rollout` as the report has it; `devices`: what each adds to its entry there."""
 
     rollout: dict[str, Any]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,8 +16,7 @@ _FASTEST_S = 6.0
 _PLAYING = 0.6
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
+class Site(msgspec.Struct, frozen=True):
     """A simulated device: whose recordings it replays (None: of all), and what goes wrong there."""
 
     device: str
@@ -26,8 +25,7 @@ class Site:
     fate: Fate
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """What the fleet does: `rows` per device at `speed` times the recordings' rate."""
 
     scenario: Scenario

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from agent.device.incoming.sources.playlist import Recordings, load
@@ -17,8 +17,7 @@ from agent.simulate.plan import Plan, Site
 from agent.wire.keys import PublicKey
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(msgspec.Struct, frozen=True):
     """`total` of right answers, or of how far off values were, over `n` results."""
 
     total: float = 0.0
@@ -31,8 +30,7 @@ class Score:
         return round(self.total / self.n, digits) if self.n else None
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """Of each device, of all together, and the audit; `accuracy` or `mae` where the recordings have labels for it."""
 
     devices: list[dict[str, Any]]

@@ -8,9 +8,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from agent.errors import OutstationError
 from agent.fleet.rollout import plan
@@ -27,8 +28,7 @@ _JUDGE_S = "2"
 _COMMAND_S = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
+class Subject(msgspec.Struct, frozen=True):
     """What a roll-out file is about; `path` is the bundle's, where the file names one."""
 
     file: Path
@@ -45,8 +45,7 @@ def subject(file: Path) -> Subject:
     return Subject(file.resolve(), whole.name, whole.task, found.path)
 
 
-@dataclass
-class Rolling:
+class Rolling(msgspec.Struct):
     """`prepare` before the fleet starts, `begin` when it runs, `turn` until `over`. `trusted`: publishers' keys."""
 
     fleet: Simulation
@@ -56,8 +55,8 @@ class Rolling:
     seed: int
     web: Web | None = None
     _began_s: float = 0.0
-    _left: set[str] = field(default_factory=set)
-    _back: set[str] = field(default_factory=set)
+    _left: set[str] = msgspec.field(default_factory=set)
+    _back: set[str] = msgspec.field(default_factory=set)
 
     def prepare(self) -> None:
         """A repository with the bundle in it, and its server. Raises OutstationError."""

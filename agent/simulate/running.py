@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from agent.config import Broker
 from agent.config import load as load_config
@@ -35,8 +36,7 @@ _AT_ONCE, _UP_S = 4, 60.0
 _MOST_RESTARTS = 3
 
 
-@dataclass
-class Simulation:
+class Simulation(msgspec.Struct):
     """The running fleet in `folder`. Use as a context: leaving it ends every process it started.
 
     `broker`: one that runs already; None: it starts its own. `more` is added to a device's config. `may_end`: processes
@@ -47,13 +47,13 @@ class Simulation:
     plan: Plan
     broker: str | None = None
     more: Callable[[Site], str] = lambda _: ""
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    may_end: set[str] = field(default_factory=set)
-    restarts: dict[str, list[str]] = field(default_factory=dict)
+    processes: dict[str, subprocess.Popen[bytes]] = msgspec.field(default_factory=dict)
+    may_end: set[str] = msgspec.field(default_factory=set)
+    restarts: dict[str, list[str]] = msgspec.field(default_factory=dict)
     broker_name: str = ""
     _fleet: FleetConfig | None = None
     _embedded: Any = None
-    _meters: dict[str, Meter] = field(default_factory=dict)
+    _meters: dict[str, Meter] = msgspec.field(default_factory=dict)
 
     def __enter__(self) -> Simulation:
         return self

@@ -17,6 +17,8 @@ from pathlib import Path
 from random import Random
 from urllib.parse import unquote, urlsplit
 
+import msgspec
+
 _PIECE = 16_384
 _PIECE_S = 0.1
 _IDLE_S = 30.0
@@ -28,8 +30,7 @@ _EARLIEST, _LATEST = 0.1, 0.9
 _TARGETS = "targets/"
 
 
-@dataclass
-class Line:
+class Line(msgspec.Struct):
     """A device's way to the repository: so many `cuts` of downloads in all; `rate` in bytes a second, None: no limit.
 
     The last two are what came of it: bytes of targets that were sent, and downloads that were cut.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 # MQTT 5 reason codes of a receipt.
 NO_SUBSCRIBERS = 0x10
 PACKET_TOO_LARGE = 0x95
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(msgspec.Struct, frozen=True):
     """A message to publish at QoS 1; `expiry_s` None keeps it until delivered."""
 
     topic: str
@@ -22,8 +21,7 @@ class Outgoing:
     response_topic: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True):
     """A message that came; `tokens` are its `jws` user properties."""
 
     topic: str
@@ -36,8 +34,7 @@ class Delivery:
     response_topic: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True):
     """The broker's answer to one `send`; `code` is the MQTT 5 reason code."""
 
     token: int

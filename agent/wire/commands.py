@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 # `expires` less `issued`: what a copied command can still do after a store was restored ends with it.
 MAX_LIFETIME_S = 24 * 3600
@@ -12,8 +12,7 @@ MAX_ARGUMENT = 12_000
 DEFAULT_SCHEDULE = "default"
 
 
-@dataclass(frozen=True, slots=True)
-class Arguments:
+class Arguments(msgspec.Struct, frozen=True):
     """The members of `args`, all of them texts, in the order a person writes them."""
 
     needed: tuple[str, ...] = ()

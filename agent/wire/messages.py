@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -282,8 +281,7 @@ Body = Results | Drift | Alerts | Quality | Shadow | Health | Audit | State | Ke
 _DECODER = msgspec.json.Decoder(Body)
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(msgspec.Struct, frozen=True):
     """A message that verified: where it came, its exact bytes, and what it says."""
 
     topic: topics.Topic

@@ -7,9 +7,9 @@ above that seq the old key counts no more, up to it the old key counts for ever.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from cryptography.exceptions import InvalidSignature
 
 from agent.errors import Refused
@@ -20,8 +20,7 @@ EVENT = "key rotated"
 _DOMAIN = "outstation key rotation v1"
 
 
-@dataclass(frozen=True, slots=True)
-class Rotation:
+class Rotation(msgspec.Struct, frozen=True):
     """In `log` of `device`, `old` (a kid) signs up to `seq`, and `new` from there on."""
 
     device: str

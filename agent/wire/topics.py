@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from agent.errors import Refused
 from agent.names import is_name
@@ -20,8 +20,7 @@ ALL = "_all"
 GROUP = "_group"
 
 
-@dataclass(frozen=True, slots=True)
-class Topic:
+class Topic(msgspec.Struct, frozen=True):
     """One topic; `task` is set for the kinds that belong to a task."""
 
     fleet: str

@@ -9,11 +9,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(msgspec.Struct, frozen=True):
     """`ours` and `reference` in `unit`; their ratio is `ours / reference`, always.
 
     More is better, and `target` is the least ratio that is good; with `less`, less is better, and it is the most.
@@ -39,8 +39,7 @@ class Result:
         return self.ratio <= self.target if self.less else self.ratio >= self.target
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """Several results of one benchmark, and the `text` that people are shown in their place."""
 
     results: tuple[Result, ...]

@@ -6,11 +6,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
@@ -28,8 +28,7 @@ WINDOWS = 4096
 FIELDS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Tiny:
+class Tiny(msgspec.Struct, frozen=True):
     """A model of MLPerf Tiny: frames of a window, bands of a frame, and what its SPEC says of its answers."""
 
     file: str

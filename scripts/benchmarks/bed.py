@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,8 +29,7 @@ CHUNK = 8192
 Floats = NDArray[np.float32]
 
 
-@dataclass
-class Bed:
+class Bed(msgspec.Struct):
     """`fill` puts rows (n, F) behind those that are there, `work_off` runs batches until nothing waits."""
 
     store: Store

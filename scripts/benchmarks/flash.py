@@ -12,11 +12,11 @@ import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import click
 import numpy as np
+from msgspec.structs import replace
 
 from agent import clock
 from agent.config import Field, Stream

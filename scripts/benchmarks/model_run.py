@@ -9,11 +9,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -56,8 +56,7 @@ def files_beside_a_plain_loop() -> Report:
     return Report(tuple(results), "\n".join(lines))
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(msgspec.Struct, frozen=True):
     """A bundle, and data of `windows` of the model's inputs: a Parquet file, or a folder of PNG."""
 
     folder: Path

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from agent.model import shipped, trial
@@ -33,8 +33,7 @@ def chosen_size_beside_the_best() -> Result:
     return Result("trial", worst.ours, worst.best, "rows/s", 0.95, f"one thread in CPU time; {note}")
 
 
-@dataclass(frozen=True, slots=True)
-class Beside:
+class Beside(msgspec.Struct, frozen=True):
     """How a model is run after the trial, rows per second then and at best, and how long the trial took."""
 
     how: str

@@ -10,16 +10,16 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from random import Random
+
+import msgspec
 
 from scripts.faults.world import Setting, World
 
 Injection = Callable[[World, Random], None]
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(msgspec.Struct, frozen=True):
     """`means` says what happens, `sees` what the operator sees of it; one line each, they are the documentation.
 
     `setting` is the world it needs. `missing` gives the reason why it cannot be done on this machine, or None.
@@ -31,7 +31,7 @@ class Fault:
     inject: Injection
     means: str
     sees: str
-    setting: Setting = field(default_factory=Setting)
+    setting: Setting = msgspec.field(default_factory=Setting)
     missing: Callable[[], str | None] = lambda: None
     damages: bool = False
     control: bool = False

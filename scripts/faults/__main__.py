@@ -10,11 +10,11 @@ import tempfile
 import traceback
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from scripts import faults
 from scripts.faults import Fault
@@ -22,13 +22,12 @@ from scripts.faults.oracle import Verdict, settle
 from scripts.faults.world import World
 
 
-@dataclass
-class Outcome:
+class Outcome(msgspec.Struct):
     """All rounds of one fault; `skipped` says why there was none."""
 
     fault: Fault
     seed: int
-    verdicts: list[Verdict] = field(default_factory=list)
+    verdicts: list[Verdict] = msgspec.field(default_factory=list)
     skipped: str | None = None
     folder: Path | None = None
 

@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import time
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from scripts.faults.world import World
 
@@ -25,8 +26,7 @@ ERROR_US = 20_000
 _BIND = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
 
 
-@dataclass(frozen=True)
-class Clock:
+class Clock(msgspec.Struct, frozen=True):
     """Those of a world's device: `show` at any time, `boot` while it is down. `of` finds them again."""
 
     world: World

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
+
+import msgspec
 
 from agent.device.storage import ranges
 from agent.device.storage.ranges import Ranges
@@ -30,12 +31,11 @@ _END = 2**62
 _Place = tuple[str, int]
 
 
-@dataclass
-class _Log:
-    runs: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
-    rows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
-    seqs: list[tuple[int, int]] = field(default_factory=list)
-    newest: list[int] = field(default_factory=list)
+class _Log(msgspec.Struct):
+    runs: dict[str, list[tuple[int, int, int]]] = msgspec.field(default_factory=dict)
+    rows: dict[str, list[tuple[int, int]]] = msgspec.field(default_factory=dict)
+    seqs: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    newest: list[int] = msgspec.field(default_factory=list)
     follows: str = ""  # the log before it, which ended without saying so
 
     def gone(self, task: str) -> list[tuple[int, int]]:

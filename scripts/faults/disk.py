@@ -14,8 +14,9 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from scripts.faults.world import DEVICE, World
 from tests.system import eventually
@@ -28,8 +29,7 @@ _BALLAST = "ballast"
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(msgspec.Struct, frozen=True):
     """The card of a world; `of` finds it again."""
 
     image: Path

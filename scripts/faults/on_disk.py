@@ -6,9 +6,10 @@ import contextlib
 import os
 import signal
 import time
-from dataclasses import replace
 from pathlib import Path
 from random import Random
+
+from msgspec.structs import replace
 
 from scripts.faults import fault
 from scripts.faults.disk import Card, database_files, no_card, no_strace, on_card, results, stored_files, tampered

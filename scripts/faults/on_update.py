@@ -9,9 +9,9 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from random import Random
 
+import msgspec
 import psutil
 
 from scripts.faults import Injection, fault
@@ -30,8 +30,7 @@ _PATIENCE_S = 150.0
 _SLOW = 20_000.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
+class _Step(msgspec.Struct, frozen=True):
     """Where the daemon dies: `when` and `target` are those of `die-at-step` in `launch`."""
 
     name: str

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from agent.device.storage.rows import Rows
@@ -28,8 +28,7 @@ from scripts.faults.world import DEVICE, TASKS, World
 _POLL_S = 0.1
 
 
-@dataclass
-class Verdict:
+class Verdict(msgspec.Struct):
     """Of one round. `lost`: acknowledged, not at the collector, not declared. `declared`: lost, and said so, signed.
 
     `logs`: so many the device has begun.
@@ -42,7 +41,7 @@ class Verdict:
     misdated: int = 0
     logs: int = 1
     recovery_s: float = 0.0
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = msgspec.field(default_factory=list)
 
 
 def settle(world: World, patience_s: float) -> Verdict:

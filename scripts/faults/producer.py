@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+
+import msgspec
 
 from agent.client import Client
 
@@ -18,13 +19,12 @@ STEP_US = 1_000
 _PATIENCE_S = 600.0
 
 
-@dataclass
-class Ledger:
+class Ledger(msgspec.Struct):
     """Times of rows, epoch µs; `values` holds what was measured at each."""
 
-    values: dict[int, tuple[float, ...]] = field(default_factory=dict)
-    acknowledged: set[int] = field(default_factory=set)
-    refused: set[int] = field(default_factory=set)
+    values: dict[int, tuple[float, ...]] = msgspec.field(default_factory=dict)
+    acknowledged: set[int] = msgspec.field(default_factory=set)
+    refused: set[int] = msgspec.field(default_factory=set)
 
     @property
     def sent(self) -> int:

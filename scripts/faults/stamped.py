@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from agent.client import Client
 from scripts.faults.clock import Clock
@@ -29,8 +30,7 @@ _DATED = """
 """
 
 
-@dataclass
-class Dated:
+class Dated(msgspec.Struct):
     """What the collector makes of the time of one row; as `agent.fleet.dating` has it."""
 
     row: int
@@ -39,12 +39,11 @@ class Dated:
     dated: str
 
 
-@dataclass
-class Truth:
+class Truth(msgspec.Struct):
     """When the device got each row: (sent, answered), epoch µs; row numbers count from 1."""
 
-    rows: list[tuple[int, int]] = field(default_factory=list)
-    offset_us: int = field(default_factory=lambda: (time.time_ns() - time.monotonic_ns()) // 1000)
+    rows: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    offset_us: int = msgspec.field(default_factory=lambda: (time.time_ns() - time.monotonic_ns()) // 1000)
 
     def now_us(self) -> int:
         return self.offset_us + time.monotonic_ns() // 1000

@@ -7,10 +7,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from scripts.faults.producer import FIELDS, Producer
 from scripts.faults.proxy import Proxy
@@ -30,8 +31,7 @@ _FIRST_S = 150.0
 _GENERATED = Path("fleet/broker/mosquitto.conf")
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(msgspec.Struct, frozen=True):
     """What a fault needs of its world.
 
     `launcher` are the words between `python` and the arguments of `outstation`, `before` those before `python`.

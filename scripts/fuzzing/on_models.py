@@ -9,10 +9,10 @@ import functools
 import importlib.util
 import subprocess
 import sys
-from dataclasses import replace
 from random import Random
 
 import msgspec
+from msgspec.structs import replace
 
 from agent.model import bundle, manifest, probe, shipped
 from agent.model.bundle import Bundle

@@ -6,8 +6,8 @@ A commit costs about 28 KB of flash writes whatever it holds, so few rows wait f
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from agent.clock import Now, Quality
@@ -32,8 +32,7 @@ _LABEL_BYTES = 1_000
 Stamped = tuple[int, Quality]
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(msgspec.Struct, frozen=True):
     """How far a source has got, kept in the same transaction as its rows: what a full store refused is not counted.
 
     `position` None: its last row in the stream. Of more than `most` items of a source, those that sent last are known.
@@ -45,8 +44,7 @@ class Mark:
     most: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """Of one producer's part of a commit: lines dealt with so far, rows taken, lines rejected with a reason.
 
     `row` is the last row taken, counted from the first one of its stream; 0 where none was.
@@ -59,8 +57,7 @@ class Outcome:
     row: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(msgspec.Struct, frozen=True):
     stream: str
     checked: Checked
     lines: list[int]
@@ -68,12 +65,11 @@ class _Part:
     bytes: int
 
 
-@dataclass(slots=True)
-class _Share:
+class _Share(msgspec.Struct):
     through: int = 0
-    rejected: dict[int, str] = field(default_factory=dict)
-    parts: list[_Part] = field(default_factory=list)
-    lots: list[tuple[Lot, int, Now]] = field(default_factory=list)
+    rejected: dict[int, str] = msgspec.field(default_factory=dict)
+    parts: list[_Part] = msgspec.field(default_factory=list)
+    lots: list[tuple[Lot, int, Now]] = msgspec.field(default_factory=list)
     mark: Mark | None = None
 
     def reject(self, line: int, reason: str) -> None:

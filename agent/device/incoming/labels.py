@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -21,8 +20,7 @@ from agent.toml import suggestion
 _COLUMNS = ("row", "t", "label", "source")
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """What the intake knows of a task whose results may be labelled."""
 
     stream: str
@@ -38,8 +36,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     columns: dict[str, list[Any]] | msgspec.UnsetType = msgspec.UNSET
 
 
-@dataclass(frozen=True, slots=True)
-class Lot:
+class Lot(msgspec.Struct, frozen=True):
     """The labels of one line, for one task; `bad`: position → reason."""
 
     task: str

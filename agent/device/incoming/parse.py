@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -24,8 +23,7 @@ _BOM = b"\xef\xbb\xbf"
 _UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(msgspec.Struct, frozen=True):
     """Rows of one stream out of one or more lines, None where a line held none.
 
     `lines` are the numbers of the lines the rows came in, one a row or one for all; `bad` line → reason.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +25,7 @@ _LONGEST_HEAD = 1 << 17
 SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(msgspec.Struct, frozen=True):
     """Rows of a file with the number of the line (row, in Parquet) each began on; `bad` line → reason."""
 
     raw: Raw

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 # Answers are kept for a look, and to tell an id that comes twice.
 _KEPT = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
+class Claimed(msgspec.Struct, frozen=True):
     """A command that was taken up; `number` is its place in the book."""
 
     number: int
@@ -27,8 +27,7 @@ class Claimed:
     counter: int
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """What a command came to, on its way to the operator."""
 
     number: int

@@ -14,8 +14,9 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from agent.clock import Now
 from agent.device.author import Author
@@ -36,8 +37,7 @@ _MAX_CORRELATION = 256
 _FULL_RETRY_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(msgspec.Struct, frozen=True):
     """A command that an operator signed, and what its answer must carry."""
 
     cmd: Cmd

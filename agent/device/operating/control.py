@@ -14,8 +14,9 @@ import contextlib
 import logging
 import queue
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from agent import clock
 from agent.clock import Now, epoch_us
@@ -35,12 +36,11 @@ _REPLY_HEAD = 1500
 _SHOWN = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Deed:
+class Deed(msgspec.Struct, frozen=True):
     """What a command came to: `write` is committed with the answer, `then` follows before anybody else writes."""
 
     summary: str
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = msgspec.field(default_factory=dict)
     write: Callable[[Transaction], object] = lambda tx: None
     then: Callable[[], object] = lambda: None
 

@@ -10,9 +10,11 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
+from msgspec.structs import asdict
 
 from agent.clock import Now
 from agent.config import Config
@@ -34,8 +36,7 @@ _MOST_LABEL_BYTES = 8_000
 _HALF = ".half"
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
+class Ran(msgspec.Struct, frozen=True):
     """A bundle that was activated."""
 
     name: str
@@ -46,8 +47,7 @@ class Ran:
         return f"{self.name} {self.version}"
 
 
-@dataclass(frozen=True, slots=True)
-class History:
+class History(msgspec.Struct, frozen=True):
     """The bundle of a task, and the one before it."""
 
     now: Ran

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from agent.clock import Now
 from agent.device.batch import Task
 from agent.device.schedule import Schedule
 
 
-@dataclass
-class Planned:
+class Planned(msgspec.Struct):
     """A task and when it is due. Paused, it is not, until an operator resumes it."""
 
     task: Task
@@ -20,8 +20,7 @@ class Planned:
     paused: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(msgspec.Struct, frozen=True):
     """`planned` and `models` (task → its model) are the daemon's own, and may be changed on the main loop."""
 
     planned: list[Planned]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+
+import msgspec
+from msgspec.structs import asdict
 
 from agent.config import Config
 from agent.device import schedule
@@ -15,8 +17,7 @@ PAUSED, SCHEDULE, ROLLBACK = "paused", "schedule", "rollback"
 SET_ASIDE, CRASHES = "set aside", "crashes"
 
 
-@dataclass(frozen=True, slots=True)
-class Rollback:
+class Rollback(msgspec.Struct, frozen=True):
     """Run bundle `digest` instead of the configured one, for as long as that is `configured`: both digests.
 
     Because roll-out `rollout` wants it; where that is empty, because of an operator's word or of crashes.
@@ -27,8 +28,7 @@ class Rollback:
     rollout: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Aside:
+class Aside(msgspec.Struct, frozen=True):
     """Why a bundle is not run, for as long as the digest of the configured one is `configured`."""
 
     why: str

@@ -7,7 +7,6 @@ import json
 import logging
 import sqlite3
 import uuid
-from dataclasses import dataclass
 
 import msgspec
 
@@ -86,8 +85,7 @@ def _went_back(db: sqlite3.Connection, here: Mark, mark: Mark) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
+class Moved(msgspec.Struct, frozen=True):
     """Numbers that were skipped: rows by stream, rows judged by task, whether seqs."""
 
     rows: dict[str, list[tuple[int, int]]]

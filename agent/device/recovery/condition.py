@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from agent.device.recovery import findings, salvage
 from agent.device.storage.store import Store
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
+class Condition(msgspec.Struct, frozen=True):
     """`stop`: how the last process that wrote here ended, `clean` or `unclean`.
 
     `last`: {"time", "what", "quarantine"} of the last finding.

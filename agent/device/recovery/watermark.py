@@ -16,7 +16,6 @@ import os
 import sqlite3
 import struct
 import zlib
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -51,12 +50,11 @@ class Mark(msgspec.Struct):
     commands: dict[str, int] = {}
 
 
-@dataclass(slots=True)
-class Progress:
+class Progress(msgspec.Struct):
     """What one transaction moved; `anew` where it changed more than that."""
 
-    rows: dict[str, int] = field(default_factory=dict)
-    cursors: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = msgspec.field(default_factory=dict)
+    cursors: dict[str, int] = msgspec.field(default_factory=dict)
     chain: tuple[int, str] | None = None
     anew: bool = False
 

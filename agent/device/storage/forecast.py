@@ -8,9 +8,10 @@ day where that is steeper. Time is the device's own, off times left out, so it g
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
+
+import msgspec
 
 GROWTH = "growth"
 _SLOT_S = 600.0
@@ -22,11 +23,10 @@ _LONGEST_H = 10 * 365 * 24.0
 Sample = tuple[float, int]
 
 
-@dataclass
-class Growth:
+class Growth(msgspec.Struct):
     """(uptime in s, bytes that cannot go) at the low point of each past slot, and of the one that runs."""
 
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[Sample] = msgspec.field(default_factory=list)
     _began_s: float | None = None
     _low: Sample | None = None
 

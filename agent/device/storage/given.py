@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -15,8 +14,7 @@ from numpy.typing import NDArray
 _CRC = struct.Struct("<I")
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
+class Given(msgspec.Struct, frozen=True):
     """Results of one batch, in order of their rows, at least one.
 
     `row` (n,), `t` (n,) epoch µs, `said` (n,) class index, `score`, `value`; `slices`: name → (n,) texts.
@@ -31,8 +29,7 @@ class Given:
     slices: Mapping[str, Sequence[str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(msgspec.Struct, frozen=True):
     """One of them."""
 
     bundle: str

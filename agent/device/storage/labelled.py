@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -27,8 +26,7 @@ _LABEL_SHARE, _FEWEST_LABELS, MOST_LABELS = 20, 100, 5_000
 _MOST_OPEN = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(msgspec.Struct, frozen=True):
     """What is kept of a task's results: rows and times of the first and the last."""
 
     first: int
@@ -36,8 +34,7 @@ class Span:
     last_t: int
 
 
-@dataclass(frozen=True, slots=True)
-class Labelled:
+class Labelled(msgspec.Struct, frozen=True):
     """A label with its result; `received` epoch µs.
 
     `number` counts labels of the task in the order they came. One that another label took the place of counts anew, so

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from agent.device.storage import checked, meta, ranges, retention
 from agent.device.storage.quota import PAGE, Budget
@@ -26,8 +27,7 @@ _KEPT = """
 _LAST = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(msgspec.Struct, frozen=True):
     """Messages that are not acknowledged, and their bytes: payload, signature and topic."""
 
     messages: int = 0
@@ -38,8 +38,7 @@ class Waiting:
         return cls(*(int(part) for part in text.split())) if text else cls()
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """What a message is and takes, without its content."""
 
     seq: int

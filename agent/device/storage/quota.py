@@ -16,8 +16,9 @@ import os
 import sqlite3
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from agent.errors import StorageFull
 
@@ -33,8 +34,7 @@ _BASE = 10 * _FRAME
 _FRAMES_AT, _FRAMES = 16, struct.Struct("=I")
 
 
-@dataclass(frozen=True, slots=True)
-class Quota:
+class Quota(msgspec.Struct, frozen=True):
     """Bytes of each part; together `max_size`."""
 
     pages: int

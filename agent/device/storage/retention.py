@@ -8,7 +8,8 @@ is set by years deletes nothing.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+
+import msgspec
 
 from agent.clock import Now
 from agent.device.storage import ranges
@@ -26,8 +27,7 @@ ACKNOWLEDGED, ACKNOWLEDGEMENT, WAITING, STEPS, UPTIME = (
 _PARTS = 48
 
 
-@dataclass(frozen=True, slots=True)
-class Acknowledged:
+class Acknowledged(msgspec.Struct, frozen=True):
     """Every seq up to `through` but those in `missing`, which ascend and end before `through`."""
 
     through: int = 0

@@ -8,9 +8,9 @@ import struct
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,8 +33,7 @@ def row_bytes(stream: Stream) -> int:
     return 8 + sum(np.dtype(_DTYPES[field.type]).itemsize for field in stream.fields)
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(msgspec.Struct, frozen=True):
     """`t` epoch µs (n,) int64; `columns` one array (n,) a field, in the stream's order and dtype."""
 
     t: NDArray[np.int64]
@@ -67,8 +66,7 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
+class Packed(msgspec.Struct, frozen=True):
     """A chunk as stored: times as offsets from `first_t`, 4 bytes each where the span allows, else 8."""
 
     n: int
@@ -116,8 +114,7 @@ def unpack(packed: Packed, fields: Sequence[Field]) -> Rows:
     return Rows(offsets.astype(np.int64) + packed.first_t, tuple(columns))
 
 
-@dataclass(frozen=True, slots=True)
-class Raw:
+class Raw(msgspec.Struct, frozen=True):
     """Columns as a producer gave them, of `n` values each, by field name; None is a missing value.
 
     `t` epoch seconds, where None (the whole, or one value) means now.
@@ -128,8 +125,7 @@ class Raw:
     values: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(msgspec.Struct, frozen=True):
     """What came of a Raw: `rows` are good; `categories` holds text of category columns; `bad` index → reason.
 
     `latest` is the producer's latest time so far, epoch µs, for its next `check`.

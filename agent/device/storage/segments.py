@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from agent.clock import Now, Quality
 from agent.device.storage import meta
@@ -31,8 +33,7 @@ _LAST_CHUNK = "SELECT boot, boot_us FROM chunks WHERE boot < ? ORDER BY id DESC 
 _LAST_SEEN = "SELECT boot, max(last_us) FROM segments WHERE boot < ? GROUP BY boot ORDER BY boot DESC LIMIT 1"
 
 
-@dataclass(frozen=True, slots=True)
-class Stamp:
+class Stamp(msgspec.Struct, frozen=True):
     """Rows from `first` on have their times from `segment` of `boot` (GIVEN: from their producer)."""
 
     first: int
@@ -41,8 +42,7 @@ class Stamp:
     quality: int
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True):
     """`offset_us` is wall less boot time; in force, as far as was seen, from boot time `first_us` to `last_us`."""
 
     boot: int

@@ -12,9 +12,10 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import msgspec
 
 from agent import clock
 from agent.config import Field, Stream
@@ -37,8 +38,7 @@ T = TypeVar("T")
 INTAKE_SHARE = 0.9
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     """Rows `first`…`last` of a stream (row numbers count from 1); `lost` where they cannot be read, and why.
 
     `deleted`: because they were used by other tasks, or given up and declared, not because they are damaged.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from agent.clock import Now
 from agent.device.operating.commandbook import CommandBook
@@ -23,8 +24,7 @@ _MOST_CATEGORIES = 0xFFFF
 _LATEST = 2**63 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
+class Pending(msgspec.Struct, frozen=True):
     """One message of the outbox."""
 
     seq: int
@@ -41,8 +41,7 @@ class Pending:
         return cls(*parts) if parts else cls(int(row[0]), "", b"", "", "", intact=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Trimmed:
+class Trimmed(msgspec.Struct, frozen=True):
     """Chunks that were deleted: rows `first` to `last`."""
 
     chunks: int

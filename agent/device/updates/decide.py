@@ -14,9 +14,9 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
 from agent.device.updates.standing import Held, Phase, Reason, Standing
@@ -30,17 +30,15 @@ _RUNS: frozenset[Phase] = frozenset({"probation", "settled"})
 _PASSING: frozenset[Reason] = frozenset({"fetch", "signature", "unfit", "held", "aborted", ""})
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """What was found of a bundle: `reason` is empty where nothing speaks against it."""
 
     reason: Reason
     why: str
-    numbers: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True):
     """All that a decision depends on, beside how the task stands.
 
     `runs`: the digest of the bundle that the task runs, or on probation would run without it. `proof`: that the bundle

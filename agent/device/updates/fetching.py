@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,7 @@ _UNPUBLISHED = "NoSuchTarget"
 _BUSY_S, _CLOSED_S = 1.0, 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
+class Fetched(msgspec.Struct, frozen=True):
     """An archive on the disk, of the signed length and SHA-256. Its bundle is still to be verified (`bundle.read`)."""
 
     task: str
@@ -54,8 +52,7 @@ class Fetched:
     target: Target
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True):
     """A try failed over `error`, the name of what went wrong. Another comes in `again_s`, unless it is stopped.
 
     `lasting`: it will fail until the device, the repository or its config has changed.
@@ -69,8 +66,7 @@ class Failed:
     lasting: bool
 
 
-@dataclass(slots=True)
-class _Errand:
+class _Errand(msgspec.Struct):
     """What a task wants, and when it is tried next."""
 
     task: str
@@ -80,8 +76,7 @@ class _Errand:
     failures: int = 0
 
 
-@dataclass(slots=True)
-class _Look:
+class _Look(msgspec.Struct):
     """When metadata are looked at next, None at the start, and what came of the last time."""
 
     due_s: float | None = None

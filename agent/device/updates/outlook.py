@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace as changed
+from msgspec.structs import replace
 
 from agent import clock
 from agent.clock import Now
@@ -46,8 +46,8 @@ class Outlook:
         )
         if live.trial is not None and old is not None:
             hours = (at_s - old.since_s) / 3600
-            facts = changed(facts, against=live.trial.against(), enough=live.trial.enough(hours))
-        return changed(facts, proof=self._proof(live, facts, past, now))
+            facts = replace(facts, against=live.trial.against(), enough=live.trial.enough(hours))
+        return replace(facts, proof=self._proof(live, facts, past, now))
 
     def _proof(self, live: Live, facts: Facts, past: kept.History | None, now: Now) -> Finding | None:
         """Whether the bundle that the next step needs is here and proved; goes on with that."""

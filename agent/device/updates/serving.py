@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from agent.clock import Now
 from agent.device.author import Author
@@ -37,8 +38,7 @@ class Makes(Protocol):
         ...
 
 
-@dataclass
-class Live:
+class Live(msgspec.Struct):
     """A task's roll-out in memory. `trial` runs while a bundle is tried, `proof` is of the bundle it is about.
 
     `unfit`: why a bundle that proved itself could not be made to run after all.

@@ -18,11 +18,12 @@ import ssl
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 from urllib.parse import quote, urlsplit
+
+import msgspec
 
 from agent.device.updates.exchange import LEAST_BYTES, PATIENCE_S
 from agent.errors import FetchFailed
@@ -41,8 +42,7 @@ class Missing(FetchFailed):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """Chunks of a file from byte `start` on; not to be mixed with another reading of the same source."""
 
     start: int

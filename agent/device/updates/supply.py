@@ -11,9 +11,10 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import msgspec
 
 from agent.clock import Now
 from agent.config import Config
@@ -38,8 +39,7 @@ _MOST_LAID = 64
 _keeping = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class Sought:
+class Sought(msgspec.Struct, frozen=True):
     """A bundle that should be here, for a task; fetched only where it is `wanted`."""
 
     task: str
@@ -56,8 +56,7 @@ class Fetches(Protocol):
     def stop(self, task: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Missing:
+class Missing(msgspec.Struct, frozen=True):
     """It is nowhere here."""
 
 

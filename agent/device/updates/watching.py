@@ -7,9 +7,8 @@ known which of the two stays.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
+from msgspec.structs import replace
 
 from agent.clock import Now
 from agent.device import drifting

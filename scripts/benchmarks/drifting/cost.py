@@ -10,9 +10,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from scripts.benchmarks.drifting import made, memory, ours
@@ -23,8 +23,7 @@ ROUNDS = 7
 YARDSTICK = "ten bins, NumPy"
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(msgspec.Struct, frozen=True):
     """A model that answers every `model_rows` rows, judged in batches of so many `rows`."""
 
     called: str
@@ -43,8 +42,7 @@ CASES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(msgspec.Struct, frozen=True):
     us_per_row: float
     import_mb: float | None = None
     work_mb: float | None = None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,11 +15,10 @@ from agent.drift import Verdict
 Flags = NDArray[np.bool_]  # (windows, subjects)
 
 
-@dataclass(slots=True)
-class Found:
+class Found(msgspec.Struct):
     """Of trials in which something changes: windows until an alarm named it (1: in the first), None for never."""
 
-    delays: list[int | None] = field(default_factory=list)
+    delays: list[int | None] = msgspec.field(default_factory=list)
 
     def add(self, raised: Flags, subjects: Sequence[int]) -> None:
         hits = np.flatnonzero(raised[:, subjects].any(1))
@@ -41,14 +40,13 @@ class Found:
         return 100 * sum(delay is None for delay in self.delays) / len(self.delays)
 
 
-@dataclass(slots=True)
-class Row:
+class Row(msgspec.Struct):
     """What one detector did: windows without a change, how many of them raised an alarm, and changes by name."""
 
     name: str
     quiet: int = 0
     alarmed: int = 0
-    found: dict[str, Found] = field(default_factory=dict)
+    found: dict[str, Found] = msgspec.field(default_factory=dict)
 
     def add_quiet(self, raised: Flags) -> None:
         self.quiet += len(raised)

@@ -7,9 +7,9 @@ with the row before, as readings of real sensors do. Any part of a site's rows i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import NormalDist
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,8 +29,7 @@ OTHER_SHARES = (0.25, 0.45, 0.2, 0.1)
 BLOCK = 125  # rows that are made at once
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(msgspec.Struct, frozen=True):
     """How rows hang together: each by `steady` with the one before."""
 
     name: str
@@ -40,8 +39,7 @@ class Kind:
 KINDS = (Kind("independent", 0.0), Kind("AR(0.9)", 0.9))
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True):
     """`of` makes changed series (n, FIELDS) of unchanged ones; an alarm has to name one of `subjects`."""
 
     name: str

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from agent.drift import Judge, State, Verdict, build
@@ -20,8 +20,7 @@ EVERY_US = 10_000
 AT_ONCE = 5  # windows of a trial before it is asked whether the change was found
 
 
-@dataclass(frozen=True, slots=True)
-class Watch:
+class Watch(msgspec.Struct, frozen=True):
     """A judge of a model that answers every `model_rows` rows."""
 
     judge: Judge

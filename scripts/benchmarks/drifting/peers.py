@@ -8,11 +8,11 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import click
+import msgspec
 import numpy as np
 
 from scripts.benchmarks.drifting import made
@@ -23,8 +23,7 @@ ROOT = Path(__file__).parents[3]
 VENV = os.environ.get("OUTSTATION_VENV", str(ROOT / ".venv"))
 
 
-@dataclass(frozen=True, slots=True)
-class Kit:
+class Kit(msgspec.Struct, frozen=True):
     """A detector, what to call it, and how much of the data it is given: slow ones get less."""
 
     name: str

@@ -8,9 +8,10 @@ from the first half of each recording and is watched on the second.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.device.incoming.sources.playlist import Part, Playlist, Recordings, load
@@ -32,8 +33,7 @@ UNITS = ("g", "g", "g", "rad/s", "rad/s", "rad/s")
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(msgspec.Struct, frozen=True):
     """`of` makes changed rows of a recording's; an alarm has to name one of `subjects`."""
 
     name: str
@@ -79,8 +79,7 @@ def slower(rows: Floats) -> Floats:
     return (1 - share) * rows[below] + share * rows[below + 1]
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
+class Stream(msgspec.Struct, frozen=True):
     """Rows (n, F), whole model windows of one recording after another, at `t` (n,) epoch µs."""
 
     rows: Floats

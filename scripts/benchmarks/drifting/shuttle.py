@@ -7,9 +7,9 @@ as they were published. Quiet windows are of normal rows; then a share of rows i
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,8 +28,7 @@ SHARES = {"2 % others": 0.02, "10 % others": 0.1}
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Readings:
+class Readings(msgspec.Struct, frozen=True):
     normal: Floats  # (n, 9)
     others: Floats
 

@@ -13,8 +13,9 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from agent.config import FilesSource, Stream
 from agent.device.incoming import readmedia
@@ -41,8 +42,7 @@ _NOT_OF_THE_FILE = {
 }
 
 
-@dataclass
-class _Taken:
+class _Taken(msgspec.Struct):
     """Of a file: rows rejected, and how far it was taken: its rows, and the last one's number in the stream."""
 
     through: int

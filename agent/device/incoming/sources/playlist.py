@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,8 +26,7 @@ _LONGEST_SKIP = 100
 _WEEK_S = 7 * 86_400
 
 
-@dataclass(frozen=True)
-class Recordings:
+class Recordings(msgspec.Struct, frozen=True):
     """`rows` (N, F) float32; recording r is rows `starts[r]` to `starts[r + 1]`, of `label[r]` and `subject[r]`.
 
     `t` (N,) epoch seconds, where the file has times; `rate` in rows a second, on average. `more` has what else the file
@@ -75,8 +75,7 @@ def _read(z: Any) -> Recordings:
     )
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """One recording of a pass: rows `first`… of the replay (from 1) are rows `start`… of the recordings.
 
     `offset_s`: when it begins, after the replay did; with times of their own, how much later than these its rows are.
