@@ -53,6 +53,7 @@ class Broker(Section, frozen=True):
     password: str | None = None
     allow_plaintext: bool = False
     max_message_bytes: Annotated[int, msgspec.Meta(ge=2_000, le=1_000_000)] = 120_000
+    compress: bool = False
 
     @property
     def tls(self) -> bool:

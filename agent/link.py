@@ -28,8 +28,9 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from agent import tls
 from agent.config import Broker
 from agent.errors import LinkDown
-from agent.wire.carried import Delivery, Outgoing, Receipt
-from agent.wire.messages import CONTENT_TYPE, MAX_PAYLOAD
+from agent.wire.carried import JSON, Delivery, Outgoing, Receipt
+from agent.wire.compressed import plain
+from agent.wire.messages import MAX_PAYLOAD
 
 _MAX_WINDOW = 100
 _KEEP_ALIVE_S = 60
@@ -97,7 +98,7 @@ class Link:
     def send(self, message: Outgoing) -> int:
         """Hand one message to the connection; the Receipt with this token follows from `receive`."""
         properties = Properties(PacketTypes.PUBLISH)
-        properties.ContentType = CONTENT_TYPE
+        properties.ContentType = message.content_type
         if message.properties:
             properties.UserProperty = list(message.properties)
         if message.expiry_s is not None:
@@ -174,7 +175,7 @@ class Link:
             client.tls_set_context(tls.context(broker))
         if will is not None:
             properties = Properties(PacketTypes.WILLMESSAGE)
-            properties.ContentType = CONTENT_TYPE
+            properties.ContentType = will.content_type
             properties.UserProperty = list(will.properties)
             client.will_set(will.topic, will.payload, 1, will.retain, properties)
         return client
@@ -278,5 +279,6 @@ class Link:
         tokens = tuple(value for name, value in pairs if name == "jws")
         correlation = getattr(message.properties, "CorrelationData", None)
         response_topic = getattr(message.properties, "ResponseTopic", None)
-        head = (message.topic, bytes(message.payload), tokens, message.retain, message.mid, message.qos)
+        payload = plain(bytes(message.payload), getattr(message.properties, "ContentType", JSON))
+        head = (message.topic, payload, tokens, message.retain, message.mid, message.qos)
         self._events.append(Delivery(*head, correlation, response_topic))

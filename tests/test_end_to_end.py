@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import itertools
 import json
 import os
@@ -304,6 +305,25 @@ def test_mosquitto_sub_shows_every_kind_as_readable_json(running: Running, progr
             missing.discard(body["kind"])
         seen.kill()
     assert not missing
+
+
+def test_compressed_messages_are_gzip_on_the_topics_and_json_at_the_collector(
+    fleet: Fleet, program: Callable[[str], str]
+) -> None:
+    fleet.broker.start()
+    fleet.collector.start()
+    device = fleet.device("pi-01").replay(ENDLESS, 40).task("exercise")
+    device.config.write_text(device.config.read_text().replace("[broker]\n", "[broker]\ncompress = true\n"))
+    command = [program("mosquitto_sub"), "-p", str(fleet.broker.port), "-V", "5", "-N", "-C", "1", "-W", "60"]
+    with subprocess.Popen([*command, "-t", "outstation/+/+/results/+"], stdout=subprocess.PIPE) as seen:
+        device.up()
+        assert seen.stdout is not None
+        body = json.loads(gzip.decompress(seen.stdout.read()))
+    assert (body["kind"], body["device"]) == ("results", "pi-01")
+    eventually("results at the collector", lambda: fleet.covered("pi-01") > 0)
+    device.stop()
+    fleet.collector.stop()
+    assert fleet.audit()[1]["passed"]
 
 
 def test_systemd_hears_that_the_daemon_is_ready_and_alive(running: Running) -> None:

@@ -28,7 +28,7 @@ from agent.fleet.collect import Collector
 from agent.fleet.store import FleetStore
 from agent.simulate.link import Air, AirLink, Weather, matches
 from agent.wire import jws
-from agent.wire.carried import Delivery, Outgoing, Receipt
+from agent.wire.carried import GZIP, Delivery, Outgoing, Receipt
 from agent.wire.keys import SigningKey, b64url
 from agent.wire.messages import Ack, Logged, State, encode, open_message
 from tests.senders import new_key
@@ -258,9 +258,12 @@ def test_the_same_seed_gives_the_same_run(make: Callable[..., World]) -> None:
     assert len(runs[0]) > 50
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_the_real_collector_has_every_message_once_and_its_audit_passes(make: Callable[..., World], seed: int) -> None:
+@pytest.mark.parametrize(("seed", "compress"), [(0, False), (1, False), (2, True)])
+def test_the_real_collector_has_every_message_once_and_its_audit_passes(
+    make: Callable[..., World], seed: int, compress: bool
+) -> None:
     world = make(STORM, seed=seed)
+    world.author.compress = compress
     world.air.others.clear()
     fleet = FleetStore(world.store.path.with_name("fleet.db"))
     fleet.enrol(DEVICE, world.key.public, replace=False, now=TIME)
@@ -285,6 +288,7 @@ def test_the_real_collector_has_every_message_once_and_its_audit_passes(make: Ca
     world.run(lambda: not world.waiting(), 1000)
     report = audit(fleet)
     assert (report.passed, report.messages, report.gaps) == (True, 150, [])
+    assert any(message.content_type == GZIP for message in world.air.published) == compress
     assert world.waiting() == set()
     fleet.close()
 

@@ -67,8 +67,9 @@ def key_files(file: Path, conf: Config) -> KeyFiles:
 
 def author(file: Path, conf: Config, store: Store) -> Author:
     key, live = open_keys(store, key_files(file, conf))
-    most = conf.broker.max_message_bytes
-    writer = Author(conf.device.fleet, conf.device.id, key, store.log_id, store.boot, most, live)
+    broker = conf.broker
+    most, compress = broker.max_message_bytes, broker.compress
+    writer = Author(conf.device.fleet, conf.device.id, key, store.log_id, store.boot, most, live, compress)
     tasks: dict[str, list[str]] = {}
     for name, task in conf.tasks.items():
         tasks.setdefault(task.stream, []).append(name)

@@ -15,6 +15,7 @@ from agent.device import spending
 from agent.device.storage.transaction import Pending, Transaction
 from agent.wire import jws, messages, rotation
 from agent.wire.carried import Outgoing
+from agent.wire.compressed import compressed
 from agent.wire.keys import SigningKey
 from agent.wire.topics import DEVICE_ALERTS, PER_TASK, Topic
 
@@ -23,7 +24,7 @@ class Author(msgspec.Struct):
     """Who writes: this device, in this log, during this boot.
 
     `key` signs the log; only `rotation` changes it. `live_key`, where there is one, signs what is not of the log: the
-    key before, until the collector knows the new one.
+    key before, until the collector knows the new one. `compress`: what is of the log goes on the air as gzip.
     """
 
     fleet: str
@@ -33,6 +34,7 @@ class Author(msgspec.Struct):
     boot: int
     max_bytes: int
     live_key: SigningKey | None = None
+    compress: bool = False
 
     def write(
         self,
@@ -91,7 +93,8 @@ class Author(msgspec.Struct):
         """A message of the outbox as it goes on the air."""
         parts = message.topic.split("/")
         topic = Topic(self.fleet, self.device, parts[3], parts[4] if len(parts) > 4 else None)
-        return self._signed(topic, message.payload, message.jws, str(message.seq), message.time, retain=False)
+        made = self._signed(topic, message.payload, message.jws, str(message.seq), message.time, retain=False)
+        return compressed(made) if self.compress else made
 
     def _signed(self, topic: Topic, payload: bytes, token: str, number: str, time: str, *, retain: bool) -> Outgoing:
         event = messages.cloud_event(topic, f"{self.device}/{self.log_id}/{number}", time)

@@ -16,6 +16,7 @@ import msgspec
 from agent.clock import Now
 from agent.errors import LinkDown
 from agent.wire.carried import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
+from agent.wire.compressed import plain
 
 _STEP_S = 0.1
 _FIRST_WALL_US = 1_795_000_000_000_000
@@ -147,7 +148,8 @@ class Air:
     def _delivery(self, message: Outgoing, *, retained: bool) -> Delivery:
         self._mid += 1
         tokens = tuple(value for name, value in message.properties if name == "jws")
-        head = (message.topic, message.payload, tokens, retained, self._mid, 1)
+        payload = plain(message.payload, message.content_type)
+        head = (message.topic, payload, tokens, retained, self._mid, 1)
         return Delivery(*head, message.correlation, message.response_topic)
 
 

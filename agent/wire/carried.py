@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+# Content types of a PUBLISH.
+JSON, GZIP = "application/json", "application/gzip"
 # MQTT 5 reason codes of a receipt.
 NO_SUBSCRIBERS = 0x10
 PACKET_TOO_LARGE = 0x95
@@ -19,10 +21,11 @@ class Outgoing(msgspec.Struct, frozen=True):
     expiry_s: int | None = None
     correlation: bytes | None = None
     response_topic: str | None = None
+    content_type: str = JSON
 
 
 class Delivery(msgspec.Struct, frozen=True):
-    """A message that came; `tokens` are its `jws` user properties."""
+    """A message that came, its payload unpacked; `tokens` are its `jws` user properties."""
 
     topic: str
     payload: bytes

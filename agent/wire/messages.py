@@ -25,7 +25,6 @@ from agent.wire.keys import b64url
 
 MAX_PAYLOAD = 1 << 20
 NEW_LOG = ""
-CONTENT_TYPE = "application/json"
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]

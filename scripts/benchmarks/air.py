@@ -8,7 +8,7 @@ import math
 from agent.device.incoming.sources import playlist
 from agent.device.outgoing.session import _size
 from agent.scenario import SCENARIOS
-from scripts.benchmarks import Result, bed, benchmark
+from scripts.benchmarks import Report, Result, bed, benchmark
 
 RESULTS = 1000
 _COLUMNS = ("row", "t", "label", "score")
@@ -17,7 +17,7 @@ _HEADERS, _SEGMENT, _PUBACK = 52, 1448, 4
 
 
 @benchmark("air", quick=True)
-def bytes_of_a_thousand_results() -> Result:
+def bytes_of_a_thousand_results() -> Report:
     """Of the exercise model on one person's recordings: whole packets both ways, confirmations included."""
     recorded = playlist.load(SCENARIOS["exercise"].file)
     names = [name for name, _ in SCENARIOS["exercise"].fields]
@@ -26,10 +26,17 @@ def bytes_of_a_thousand_results() -> Result:
         device.fill(recorded.rows[places])
         device.work_off()
         sent = [message for message in device.store.unsent(0, 10_000) if "/results/" in message.topic]
-        ours = sum(_carried(_size(device.author.outgoing(message))) for message in sent)
+        ours = []
+        for device.author.compress in (False, True):
+            ours.append(sum(_carried(_size(device.author.outgoing(message))) for message in sent))
         plain = sum(_carried(size) for message in sent for size in _singly(message.payload, message.topic))
     note = f"{len(sent)} signed messages; reference: unsigned JSON for each; both with TCP headers and PUBACK"
-    return Result("air", ours, plain, "bytes", 1 / 15, note, less=True)
+    kinds = (("air", note), ("air, compressed", f"with `[broker] compress = true`; {note}"))
+    report = tuple(
+        Result(name, size, plain, "bytes", 1 / 15, said, less=True)
+        for size, (name, said) in zip(ours, kinds, strict=True)
+    )
+    return Report(report, "\n".join(f"{one.name:15} {one.ours:,.0f} bytes, × {one.ratio:.3f}" for one in report))
 
 
 def _singly(payload: bytes, topic: str) -> list[int]:
