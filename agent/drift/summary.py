@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec.structs import fields, replace
+from msgspec.structs import astuple, replace
 
 from agent.drift import codec, counting, joint, pace, statistics, ticks
 from agent.drift.codec import Floats, Ints
@@ -200,7 +200,7 @@ def whole(
 
 def _each(summary: Summary, change: Callable[[np.ndarray], np.ndarray]) -> Summary:
     def parts(of: Any) -> list[np.ndarray]:
-        return [change(getattr(of, one.name)) for one in fields(of)]
+        return [change(part) for part in astuple(of)]
 
     plain = {name: change(getattr(summary, name)) for name in _PLAIN}
     return Summary(
