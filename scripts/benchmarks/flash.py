@@ -81,9 +81,10 @@ def _mounted(folder: Path) -> Iterator[tuple[str, Path]]:
     with image.open("wb") as file:
         file.truncate(256 << 20)
     point.mkdir()
-    # Tables that ext4 would write later, on its own, are written now.
+    # Blocks as a card's file system has them, where a small one has blocks of 1 KiB; and tables that ext4 would write
+    # later, on its own, are written now.
     lazy = "lazy_itable_init=0,lazy_journal_init=0"
-    subprocess.run(["mkfs.ext4", "-qF", "-E", lazy, str(image)], check=True)
+    subprocess.run(["mkfs.ext4", "-qF", "-b", "4096", "-E", lazy, str(image)], check=True)
     told = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)
     device = told.stdout.strip()
     try:
