@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import sqlite3
 import threading
@@ -230,7 +229,7 @@ def test_a_value_too_large_for_the_database_is_refused_and_leaves_nothing_of_its
     good = sender.open(sender.results())
     assert isinstance(good.body, Results)
     columns = msgspec.structs.replace(good.body.columns, t=[2**70, 0, 0])
-    poison = dataclasses.replace(good, body=msgspec.structs.replace(good.body, seq=2, columns=columns))
+    poison = msgspec.structs.replace(good, body=msgspec.structs.replace(good.body, seq=2, columns=columns))
     with pytest.raises(Refused, match="not storable"):
         store.ingest([Arrival(good), Arrival(poison)], [], NOW)
     assert store.count_messages() == 0
