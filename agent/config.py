@@ -167,7 +167,20 @@ class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
     skip: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
-Source = SocketSource | FilesSource | HostSource | ReplaySource
+class MqttSource(Section, frozen=True, tag_field="kind", tag="mqtt"):
+    """`paths`: field → JSONPath of its value in a message, or `topic[N]`; `t`: that of its time in epoch seconds.
+
+    `keep`: how long the broker holds messages for this device while it is away.
+    """
+
+    topic: str
+    broker: Broker = msgspec.field(default_factory=Broker)
+    paths: dict[str, str] = {}
+    t: str | None = None
+    keep: Duration = Duration(7 * 86_400.0)
+
+
+Source = SocketSource | FilesSource | HostSource | ReplaySource | MqttSource
 
 
 class Stream(Section, frozen=True):
@@ -287,7 +300,7 @@ def check_name(file: str, key: str, name: str) -> None:
         raise ConfigError(file, key, f"{name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
 
 
-def check_broker(file: str, broker: Broker) -> None:
+def check_broker(file: str, broker: Broker, key: str = "broker") -> None:
     """Raises ConfigError for a URL that cannot work or would send in the clear."""
     try:
         parts = urlsplit(broker.url)
@@ -295,13 +308,13 @@ def check_broker(file: str, broker: Broker) -> None:
     except ValueError:
         usable = False
     if not usable:
-        raise ConfigError(file, "broker.url", f"{broker.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
+        raise ConfigError(file, f"{key}.url", f"{broker.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
     if not broker.tls and broker.host not in _LOOPBACK and not broker.allow_plaintext:
         raise ConfigError(
-            file, "broker.url", f"{broker.url} would send in the clear; use mqtts://, or set allow_plaintext = true"
+            file, f"{key}.url", f"{broker.url} would send in the clear; use mqtts://, or set allow_plaintext = true"
         )
     if (broker.cert_file is None) != (broker.tls_key_file is None):
-        raise ConfigError(file, "broker.cert_file", "cert_file and tls_key_file come together; give both or neither")
+        raise ConfigError(file, f"{key}.cert_file", "cert_file and tls_key_file come together; give both or neither")
 
 
 def loopback(address: str) -> tuple[str, int]:
@@ -364,6 +377,8 @@ def _check_stream(file: str, name: str, stream: Stream) -> None:
             raise ConfigError(file, key, f"field {column.name!r}: an i64 cannot be missing; use type f64 or f32")
     if isinstance(stream.source, FilesSource | HostSource) and stream.source.every < _LEAST_EVERY_S:
         raise ConfigError(file, f"streams.{name}.source.every", f"must be at least {_LEAST_EVERY_S * 1000:g} ms")
+    if isinstance(stream.source, MqttSource):
+        check_broker(file, stream.source.broker, f"streams.{name}.source.broker")
     if isinstance(stream.source, ReplaySource):
         begins = [scene.from_row for scene in stream.source.scenes]
         if begins and (begins[0] != 1 or sorted(set(begins)) != begins):
@@ -416,15 +431,12 @@ def _plain(value: Any) -> Any:
 
 
 def _with_absolute_paths(config: Config, base: Path) -> Config:
-    def absolute(value: str | None) -> str | None:
-        return None if value is None else str(base / value)
+    def absolute(broker: Broker) -> Broker:
+        given = {name: getattr(broker, name) for name in ("ca_file", "cert_file", "tls_key_file")}
+        files = {name: str(base / value) for name, value in given.items() if value is not None}
+        return msgspec.structs.replace(broker, **files)
 
-    broker = msgspec.structs.replace(
-        config.broker,
-        ca_file=absolute(config.broker.ca_file),
-        cert_file=absolute(config.broker.cert_file),
-        tls_key_file=absolute(config.broker.tls_key_file),
-    )
+    broker = absolute(config.broker)
     streams = {}
     for name, stream in config.streams.items():
         source = stream.source
@@ -432,6 +444,8 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
             source = msgspec.structs.replace(source, folder=str(base / source.folder))
         elif isinstance(source, ReplaySource):
             source = msgspec.structs.replace(source, file=str(base / source.file))
+        elif isinstance(source, MqttSource):
+            source = msgspec.structs.replace(source, broker=absolute(source.broker))
         streams[name] = msgspec.structs.replace(stream, source=source)
     tasks = {
         name: msgspec.structs.replace(task, bundle=str(base / task.bundle)) if "/" in task.bundle else task

@@ -281,4 +281,4 @@ class Link:
         response_topic = getattr(message.properties, "ResponseTopic", None)
         payload = plain(bytes(message.payload), getattr(message.properties, "ContentType", JSON))
         head = (message.topic, payload, tokens, message.retain, message.mid, message.qos)
-        self._events.append(Delivery(*head, correlation, response_topic))
+        self._events.append(Delivery(*head, correlation, response_topic, message.dup))

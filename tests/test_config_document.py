@@ -30,6 +30,7 @@ SECTIONS: dict[str, Any] = {
     "fields": config.Field,
     "source files": config.FilesSource,
     "source host": config.HostSource,
+    "source mqtt": config.MqttSource,
     "source replay": config.ReplaySource,
     "[tasks.NAME]": config.Task,
 }

@@ -24,6 +24,7 @@ FLOORS = {
     "quantities": 0,
     "names": 1,
     "jsonkeys": 1,
+    "jsonpath": 1,
     "media": 1,
     "clock": 1,
     "toml": 1,

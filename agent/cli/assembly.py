@@ -12,7 +12,7 @@ from agent import clock
 from agent.cli import operating, updating, wiring
 from agent.cli.loading import configured_keys, guard, load_task, publishers
 from agent.clock import Now
-from agent.config import Config, FilesSource, HostSource, ReplaySource
+from agent.config import Config, FilesSource, HostSource, MqttSource, ReplaySource
 from agent.device import quality
 from agent.device.batch import Task
 from agent.device.daemon import LAST_RUN, Daemon
@@ -79,6 +79,10 @@ def sources(file: Path, conf: Config, store: Store) -> list[Source]:
             from agent.device.incoming.sources.host import Host
 
             found.append(Host(str(file), name, stream, source, conf.data_dir))
+        elif isinstance(source, MqttSource):
+            from agent.device.incoming.sources.mqtt import Mqtt
+
+            found.append(Mqtt(str(file), name, stream, source, f"{conf.device.id}-{name}"))
         elif isinstance(source, ReplaySource):
             from agent.device.incoming.sources.replay import Replay
 

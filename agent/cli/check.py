@@ -14,7 +14,7 @@ from msgspec.structs import asdict
 from agent import clock, media
 from agent.cli import check_updates, loading, wiring
 from agent.cli.output import config_option, emit, json_option
-from agent.config import Config, FilesSource, HostSource, ReplaySource
+from agent.config import Config, FilesSource, HostSource, MqttSource, ReplaySource
 from agent.device import choices, schedule
 from agent.device.recovery.condition import condition
 from agent.device.storage.store import Store
@@ -51,7 +51,7 @@ def _findings(file: Path, conf: Config) -> Iterator[Finding]:
     if not conf.tasks:
         yield Finding("tasks", "warning", "none: no model runs; add a [tasks.NAME] section")
     for name, stream in conf.streams.items():
-        if stream.made is not None or isinstance(stream.source, HostSource | ReplaySource):
+        if stream.made is not None or isinstance(stream.source, HostSource | MqttSource | ReplaySource):
             yield _try(f"stream {name}", lambda n=name: _source(file, conf, n))  # type: ignore[misc]
     for name, task in conf.tasks.items():
         yield _try(f"schedule {name}", lambda n=name, t=task: _schedule(file, n, t.schedule))  # type: ignore[misc]
@@ -95,6 +95,11 @@ def _source(file: Path, conf: Config, name: str) -> str:
 
         host.require(str(file), name, stream)
         return f"{', '.join(field.name for field in stream.fields)} of this machine"
+    if isinstance(source, MqttSource):
+        from agent.device.incoming.sources import mqtt
+
+        mqtt.require(str(file), name, stream, source)
+        return f"{source.topic} at {source.broker.url}"
     if isinstance(source, ReplaySource):
         from agent.device.incoming.sources import replay
 

@@ -25,7 +25,10 @@ class Outgoing(msgspec.Struct, frozen=True):
 
 
 class Delivery(msgspec.Struct, frozen=True):
-    """A message that came, its payload unpacked; `tokens` are its `jws` user properties."""
+    """A message that came, its payload unpacked; `tokens` are its `jws` user properties.
+
+    `again`: the broker sent it before, and was not told that it arrived.
+    """
 
     topic: str
     payload: bytes
@@ -35,6 +38,7 @@ class Delivery(msgspec.Struct, frozen=True):
     qos: int
     correlation: bytes | None = None
     response_topic: str | None = None
+    again: bool = False
 
 
 class Receipt(msgspec.Struct, frozen=True):

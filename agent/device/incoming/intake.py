@@ -15,6 +15,7 @@ import threading
 from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from agent import config
@@ -42,8 +43,13 @@ _BACKLOG = 1024
 
 
 class Offer(Protocol):
-    def __call__(self, stream: str, raw: Raw, mark: Mark, lines: Sequence[int] = ()) -> Awaitable[Outcome]:
-        """Hand over rows; the outcome comes after their commit. Raises Rejected where none can be taken."""
+    def __call__(
+        self, stream: str, raw: Raw, mark: Mark, lines: Sequence[int] = (), refused: Mapping[int, str] = ...
+    ) -> Awaitable[Outcome]:
+        """Hand over rows; the outcome comes after their commit. Raises Rejected where none can be taken.
+
+        `refused`: lines that hold none, with the reason.
+        """
         ...
 
 
@@ -163,7 +169,14 @@ class Intake:
         self._broken = True
         self._failed(error)
 
-    async def _offer(self, stream: str, raw: Raw, mark: Mark, lines: Sequence[int] = ()) -> Outcome:
+    async def _offer(
+        self,
+        stream: str,
+        raw: Raw,
+        mark: Mark,
+        lines: Sequence[int] = (),
+        refused: Mapping[int, str] = MappingProxyType({}),
+    ) -> Outcome:
         # Recorded times may lie before the last ones of an earlier file or session: the source has its own order.
         now = self._now()
         checked = check(raw, self._conf.streams[stream], now.wall_us, None)
@@ -174,7 +187,9 @@ class Intake:
         self._group.add(producer, stream, checked, [n for i, n in enumerate(numbers) if i not in checked.bad], now)
         for index, reason in checked.bad.items():
             self._group.reject(producer, numbers[index], reason)
-        self._group.reach(producer, numbers[-1], mark)
+        for number, reason in refused.items():
+            self._group.reject(producer, number, reason)
+        self._group.reach(producer, max([*numbers[-1:], *refused]), mark)
         self._commit_soon()
         return await future
 
