@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,7 +67,7 @@ class Signs:
     spikes: Bools
     misfit: Floats  # to the site's own statistics
 
-    @property
+    @cached_property
     def any(self) -> Bools:
         """(W,) whether there is something to look at."""
         flags = self.missing | self.saturated | self.stuck | self.calm | self.outside | self.loud | self.spikes

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import describe, faults, statistics, watch, whole
+from agent.drift import course, describe, faults, quiet, statistics, watch, whole
 from agent.drift.alerts import Alert
-from agent.drift.codec import Ints
+from agent.drift.codec import Floats, Ints
+from agent.drift.describe import Told
 from agent.drift.detectors import Detectors, Evidence, Tester
-from agent.drift.faults import Fault, Signs
+from agent.drift.faults import Signs
 from agent.drift.learning import Learning, finite, settle
 from agent.drift.modes import CLASSES, Modes, classes
 from agent.drift.raising import Raising
@@ -35,6 +36,7 @@ from agent.drift.season import Season
 from agent.drift.state import Batch, State, Verdict, emptied, filled
 from agent.drift.summary import Summary, stacked
 from agent.drift.watch import Tick
+from agent.drift.whole import Whole
 from agent.errors import BadBundle
 
 AT_ONCE = 64  # drift windows that are computed together
@@ -207,16 +209,50 @@ class Judge:
         stack = ahead.summarized(self.shipped, batch, at, self._classes(state, batch, some))
         middle = (batch.t[ahead.begin] + batch.t[ahead.begin + ahead.n - 1]) // 2
         seen, verdicts = self._look(state.site, stack, middle), []
-        for number in range(ahead.windows):
-            after, verdict = self._close(ahead.filled(state, batch, stack, number), seen, number)
-            verdicts.append(verdict)
-            at += self.window
+        number = 0
+        while number < ahead.windows:
+            after, more = self._quiet(state, batch, ahead, seen, number)
+            if not more:
+                after, verdict = self._close(ahead.filled(state, batch, stack, number), seen, number)
+                more = [verdict]
+            verdicts += more
+            number += len(more)
+            at += self.window * len(more)
             changed = after.site is not state.site or self._by_others(after) != self._by_others(state)
             state = after
             if changed:
                 # What follows was summarized for other classes, or has no evidence yet.
                 break
         return emptied(state, self._nothing), verdicts, at
+
+    def _quiet(self, state: State, batch: Batch, ahead: Whole, seen: _Seen, first: int) -> tuple[State, list[Verdict]]:
+        """With those from number `first` on in which nothing happens, if any."""
+        if state.site is None or seen.evidence is None:
+            return state, []
+        tester, rest = self._testing(state.site), slice(first, None)
+        signs, begun = seen.signs.any[rest], batch.t[ahead.begin[rest]]
+        found = quiet.ahead(state, tester, signs, seen.ticks[rest], seen.evidence[rest], begun)
+        if found is None:
+            return state, []
+        some, fields = slice(first, first + found.windows), len(self.shipped.fields)
+        told = Told(found.sums, tester.site.places, [False] * (fields + 3), (None,) * fields, tested=True)
+        summaries = self._report(seen, some, told, found.watch, found.paces, tester)
+        index, rows = state.index + (1 if first else 0), seen.stack.rows_each[some].tolist()
+        verdicts = [
+            Verdict(index + at, *ahead.place(batch, first + at), n, state.site.digest, None, None, summary, ())
+            for at, (n, summary) in enumerate(zip(rows, summaries, strict=True))
+        ]
+        after = replace(
+            state,
+            index=verdicts[-1].index,
+            rows=verdicts[-1].rows,
+            t=verdicts[-1].t,
+            seen=verdicts[-1].rows[1],
+            detectors=found.detectors,
+            watch=found.watch,
+            season=found.season,
+        )
+        return after, verdicts
 
     def _look(self, site: Reference | None, stack: Summary, middle: Ints) -> _Seen:
         """At stacked drift windows in the `middle` of times (W,), epoch µs."""
@@ -257,8 +293,9 @@ class Judge:
         drift_alerts: list[Alert] = []
         if tester is not None and seen.evidence is not None:
             if clean:
-                detectors = tester.update(detectors, seen.evidence, at, state.t[0])
-                season = season.add(seen.evidence.z[at, : len(self.shipped.fields)], state.t[0])
+                evidence, t = seen.evidence[at : at + 1], np.array([state.t[0]])
+                detectors = course.of(tester, detectors, evidence, t).after(1)
+                season = season.add(evidence.z[:, : len(self.shipped.fields)], t)
             elif watching.drifting:
                 # What fields have gathered may be the wrong classes that the model names since then.
                 detectors = detectors.only_open()
@@ -269,6 +306,20 @@ class Judge:
             after, learned, refused = self._learn(after)
         after, fault_alerts = self._raising.faults(after, found)
         where = {"window": state.index, "rows": list(state.rows)}
+        (summary,) = self._report(
+            seen,
+            slice(at, at + 1),
+            Told(
+                sums=after.detectors.cusum.value[None],
+                at=after.detectors.places,
+                drifting=after.detectors.open_subjects.tolist(),
+                found=tuple(fault.name if fault else None for fault in found),
+                tested=tested,
+            ),
+            after.watch,
+            after.watch.cusum.value[None, :, 0],
+            self._testing(after.site) if after.site else None,
+        )
         verdict = Verdict(
             index=state.index,
             rows=state.rows,
@@ -277,7 +328,7 @@ class Judge:
             site=state.site.digest if state.site else None,
             learned=learned,
             refused=refused,
-            summary=self._report(after, seen, at, found, tested),
+            summary=summary,
             alerts=(*fault_alerts, *watch.alerts(state.watch, watching, tick, tester, state.t, where), *drift_alerts),
         )
         return after, verdict
@@ -301,13 +352,15 @@ class Judge:
         return self._tester
 
     def _report(
-        self, after: State, seen: _Seen, at: int, found: tuple[Fault | None, ...], tested: bool
-    ) -> dict[str, Any]:
-        tester = self._testing(after.site) if after.site else None
-        numbers = {"features": seen.features[at], "output": seen.output[at], "estimate": seen.accuracy[at]}
-        names = tuple(fault.name if fault else None for fault in found)
-        told = describe.with_states(numbers, after.detectors, tester, names, tested=tested)
-        return watch.with_rate(told, after.watch, seen.ticks[at], tester)
+        self, seen: _Seen, some: slice, told: Told, now: watch.Watch, paces: Floats, tester: Tester | None
+    ) -> list[dict[str, Any]]:
+        numbers = [
+            {"features": features, "output": output, "estimate": accuracy}
+            for features, output, accuracy in zip(
+                seen.features[some], seen.output[some], seen.accuracy[some], strict=True
+            )
+        ]
+        return watch.with_rate(describe.with_states(numbers, told, tester), now, paces, seen.ticks[some], tester)
 
 
 def _pieces(starts: Ints, window: int, begun: int, most: int) -> Iterator[slice]:

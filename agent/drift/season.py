@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -30,20 +31,35 @@ class Season:
     n: Ints = field(default_factory=lambda: np.empty((0, 0), np.int64))  # (H, F) windows
     mean: Float32s = field(default_factory=lambda: np.empty((0, 0), np.float32))  # of their scores
 
-    def add(self, z: Floats, t: int) -> Season:
-        """With scores `z` (F,) of a window at `t` (epoch µs), NaN for none. A clock that was set back begins anew."""
-        now, told = t // HALF_DAY_US, ~np.isnan(z)
+    def add(self, z: Floats, t: Ints) -> Season:
+        """With scores `z` (W, F) of windows at `t` (W,), epoch µs; NaN for none. A clock set back begins anew."""
+        half_days, season = t // HALF_DAY_US, self
+        begins = [0, *(np.flatnonzero(np.diff(half_days)) + 1).tolist(), len(t)]
+        for begin, end in pairwise(begins):
+            season = season._with(int(half_days[begin]), z[begin:end])
+        return season
+
+    def _with(self, now: int, z: Floats) -> Season:
+        """With scores (W, F) of windows in half day `now`."""
+        told, known = ~np.isnan(z), np.nan_to_num(z)
+        half_day, n, mean = self._at(now, z.shape[1])
+        counts = n[-1] + np.cumsum(told, axis=0)
+        for count, some, score in zip(counts, told, known, strict=True):
+            mean[-1] += np.where(some, (score - mean[-1]) / np.maximum(count, 1), 0.0)
+        n[-1] = counts[-1]
+        return Season(half_day, n, mean)
+
+    def _at(self, now: int, fields: int) -> tuple[Ints, Ints, Float32s]:
+        """Copies of its members whose last entry is that of half day `now`."""
         if len(self.half_day) and now == self.half_day[-1]:
-            n, mean = self.n.copy(), self.mean.copy()
-            n[-1] += told
-            mean[-1] += np.where(told, (np.nan_to_num(z) - mean[-1]) / np.maximum(n[-1], 1), 0.0)
-            return Season(self.half_day, n, mean)
-        one = np.array([now]), told[None].astype(np.int64), np.nan_to_num(z)[None].astype(np.float32)
+            return self.half_day, self.n.copy(), self.mean.copy()
+        one = np.array([now]), np.zeros((1, fields), np.int64), np.zeros((1, fields), np.float32)
         if not len(self.half_day) or now < self.half_day[-1]:
-            return Season(*one)
+            return one
         kept = slice(1 - KEPT, None)
         before = self.half_day[kept], self.n[kept], self.mean[kept]
-        return Season(*(np.concatenate([old, new]) for old, new in zip(before, one, strict=True)))
+        half_day, n, mean = (np.concatenate([old, new]) for old, new in zip(before, one, strict=True))
+        return half_day, n, mean
 
     def slow(self) -> Ints:
         """Fields whose mean has moved slowly all that time."""

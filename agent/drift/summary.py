@@ -72,6 +72,11 @@ class Summary:
         return int(self.counts[0].sum() + self.missing[0])
 
     @property
+    def rows_each(self) -> Ints:
+        """(W,) of a stack."""
+        return np.asarray(self.counts[:, 0].sum(-1) + self.missing[:, 0])
+
+    @property
     def windows(self) -> int:
         """Model windows."""
         return int(self.output.sum())

@@ -47,16 +47,24 @@ class Together:
 
     def update(self, z: Floats, effect: Floats, t: int) -> Together:
         """After one more window, begun at `t`, with scores `z` (S,), NaN where there was nothing to test."""
-        told = np.isfinite(z)
-        mean = np.where(told, self.mean + WEIGHT * (np.minimum(np.maximum(z, -CLIP), CLIP) - self.mean), self.mean)
-        goes_on = (mean > 0) == (self.mean > 0)
-        windows = np.where(goes_on, self.windows, 0) + told
-        total = np.where(goes_on, self.effect, 0.0) + np.where(told, effect, 0.0)
-        since = np.where(goes_on & (self.windows > 0), self.since, t)
-        return Together(mean, windows, total, since)
+        return self.ahead(z[None], effect[None], np.array([t])).after(1)
+
+    def ahead(self, z: Floats, effects: Floats, t: Ints) -> Course:
+        """Over W windows in a row, begun at `t` (W,), with scores and effects (W, S)."""
+        told, drawn = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
+        every, means, mean = bool(told.all()), np.empty_like(drawn), self.mean
+        for after, one, known in zip(means, drawn, told, strict=True):
+            np.subtract(one, mean, out=after)
+            np.multiply(WEIGHT, after, out=after)
+            np.add(mean, after, out=after)
+            if not every:
+                after[:] = np.where(known, after, mean)
+            mean = after
+        return Course(self, told, means, effects, t)
 
     @property
     def square(self) -> float:
+        """Of the means beyond the slack, the sum."""
         beyond = np.maximum(np.abs(self.mean) - SLACK, 0.0)
         return float(beyond @ beyond)
 
@@ -66,6 +74,49 @@ class Together:
 
     def _parts(self) -> tuple[Floats, Ints, Floats, Ints]:
         return self.mean, self.windows, self.effect, self.since
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """Means over W windows in a row."""
+
+    before: Together
+    told: Bools  # (W, S)
+    means: Floats  # (W, S) after each
+    effects: Floats  # (W, S)
+    t: Ints  # (W,)
+
+    @property
+    def squares(self) -> list[float]:
+        """After each of them: see `Together.square`."""
+        beyond = np.maximum(np.abs(self.means) - SLACK, 0.0)
+        return [float(one @ one) for one in beyond]
+
+    def after(self, windows: int) -> Together:
+        """After so many of them."""
+        now, at = self.before, 0
+        while at < windows:
+            # Where one is not told, that may be since when there is something to tell: from there on by themselves.
+            upto = windows if self.told[at:windows].all() else at + 1
+            now, at = self._told(now, slice(at, upto)), upto
+        return now
+
+    def _told(self, before: Together, some: slice) -> Together:
+        means, told, t = self.means[some], self.told[some], self.t[some]
+        above = np.concatenate([before.mean[None], means]) > 0
+        goes_on = above[1:] == above[:-1]
+        total = before.effect
+        for same, more in zip(goes_on, np.where(told, self.effects[some], 0.0), strict=True):
+            total = np.where(same, total, 0.0) + more
+        same_sign = np.logical_and.accumulate(goes_on[::-1])
+        lasted = same_sign.sum(0)
+        all_of_them = lasted == len(t)
+        # The window that changed the sign is the first one that counts.
+        count = told.sum(0) if len(t) == 1 else np.where(all_of_them, len(t), lasted + 1)
+        windows = np.where(all_of_them, before.windows, 0) + count
+        begun = np.where(all_of_them, t[0], t[np.maximum(len(t) - lasted - 1, 0)])
+        since = np.where(all_of_them & (before.windows > 0), before.since, begun)
+        return Together(means[-1], windows, total, since)
 
 
 def limit(scores: Floats, alike: float, allotted: float) -> float:

@@ -52,15 +52,14 @@ class Whole:
 
     def filled(self, state: State, batch: Batch, stack: Summary, number: int) -> State:
         """`state`, which is that after the window before, with window `number` of the `stack` as the open one."""
+        rows, t = self.place(batch, number)
+        index = state.index + 1 if number else state.index
+        return replace(state, index=index, open=summary.at(stack, number), rows=rows, t=t, seen=rows[1])
+
+    def place(self, batch: Batch, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The first and the last row of window `number`, and their times."""
         begin, end = int(self.begin[number]), int(self.begin[number]) + self.n - 1
-        return replace(
-            state,
-            index=state.index + 1 if number else state.index,
-            open=summary.at(stack, number),
-            rows=(batch.first + begin, batch.first + end),
-            t=(int(batch.t[begin]), int(batch.t[end])),
-            seen=batch.first + end,
-        )
+        return (batch.first + begin, batch.first + end), (int(batch.t[begin]), int(batch.t[end]))
 
 
 def ahead(state: State, shipped: Reference, batch: Batch, first: int, most: int) -> Whole | None:
