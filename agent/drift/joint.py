@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from agent.drift.codec import Floats, Ints
+from agent.drift.groups import Groups
 
 MOST_PAIRS = 276  # all pairs of 24 fields; of more fields, the pairs that stand closest in the bundle's order
 NEAR_ONE = 0.9999  # correlations are told apart up to here
@@ -66,44 +67,41 @@ def of_windows(centred: Floats, square: Floats, floor: Floats) -> Floats:
 
 def in_steps(residuals: Floats) -> Floats:
     """Residuals (n, F) in class sd, missing ones NaN, as whole numbers of steps; missing ones 0."""
-    whole = np.rint(np.minimum(np.maximum(residuals, -FAR), FAR) * STEP)
+    whole = np.maximum(residuals, -FAR)
+    np.minimum(whole, FAR, out=whole)
+    whole *= STEP
+    np.rint(whole, out=whole)
     missing = np.isnan(whole)
     if missing.any():
         whole[missing] = 0.0
     return whole
 
 
-def of_rows(whole: Floats, groups: Ints, count: int) -> Ints:
-    """(count, 1 + 2F + P) of residuals (n, F), in steps, in `groups` (n,)."""
-    fields = whole.shape[1]
+def of_rows(whole: Floats, groups: Groups) -> Ints:
+    """(count, 1 + 2F + P) of residuals (n, F), in steps, in their `groups`."""
+    fields, ordered = whole.shape[1], whole.take(groups.order, axis=0)
     left, right = pairs(fields).T
-    n = np.bincount(groups, minlength=count)
-    total, products = np.zeros((count, fields)), np.zeros((count, fields, fields))
-    ordered, ends = whole[_order(groups, count)], np.cumsum(n).tolist()
-    for group in np.flatnonzero(n).tolist():
-        some = ordered[ends[group - 1] if group else 0 : ends[group]]
+    total, products = np.zeros((len(groups.n), fields)), np.zeros((len(groups.n), fields, fields))
+    for group, some in groups.parts():
+        part = ordered[some]
         # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
-        total[group], products[group] = some.sum(0), some.T @ some
+        np.add.reduce(part, axis=0, out=total[group])
+        np.matmul(part.T, part, out=products[group])
     square, both = products[:, range(fields), range(fields)], products[:, left, right]
-    return np.concatenate([n[:, None], total, square, both], axis=1).astype(np.int64)
+    return np.concatenate([groups.n[:, None], total, square, both], axis=1).astype(np.int64)
 
 
-def sums(found: Floats, groups: Ints, count: int) -> Ints:
-    """(count, 2P) of z (w, P) of model windows in `groups` (w,)."""
-    out = np.zeros((count, 2 * found.shape[1]), np.int64)
+def sums(found: Floats, groups: Groups) -> Ints:
+    """(count, 2P) of z (w, P) of model windows in these groups."""
+    out = np.zeros((len(groups.n), 2 * found.shape[1]), np.int64)
     if not found.size:
         return out
     known = ~np.isnan(found)
     whole = np.concatenate([known, np.rint(np.where(known, found, 0.0) * ONE)], axis=1)
-    order = _order(groups, count)
-    there, first = np.unique(groups[order], return_index=True)
-    out[there] = np.add.reduceat(whole[order], first, axis=0)
+    there = np.flatnonzero(groups.n)
+    first = np.cumsum(groups.n)[there] - groups.n[there]
+    out[there] = np.add.reduceat(whole.take(groups.order, axis=0), first, axis=0)
     return out
-
-
-def _order(groups: Ints, count: int) -> Ints:
-    """Places by group. Few groups are few bits, which are sorted many times faster."""
-    return np.argsort(groups.astype(np.min_scalar_type(count)), kind="stable")
 
 
 def measured(whole: Ints, fields: int, *, windowed: bool) -> Pairs:

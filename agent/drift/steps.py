@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent.drift.codec import Floats, Ints
+from agent.drift.codec import Bools, Floats, Ints
 
 if TYPE_CHECKING:
     from agent.drift.reference import Reference
@@ -18,14 +18,25 @@ KEPT, ENOUGH, SOME = 0.05, 25, 20  # share that is left of fine steps; how many 
 REPEATS = 0.25  # steps of 0 for each of the finest others: half as many are expected where values are rounded
 
 
-def count(step: Floats) -> Ints:
-    """(W, F, SIZES) by size, first those of 0, of steps (W, n, F) from row to row; NaN has none."""
+def count(step: Floats, still: Bools) -> Ints:
+    """(W, F, SIZES) by size, first those of 0, of steps (W, n, F) from row to row; NaN has none.
+
+    `still` (W, n, F) says which are 0.
+    """
     windows, _, fields = step.shape
+    if not step.size:
+        return np.zeros((windows, fields, SIZES), np.int64)
+    # The exponent as it stands in a float64, below which all bits are the fraction's: several times as fast as frexp.
+    size = np.ascontiguousarray(step, np.float64).view(np.int64) >> 52
+    size &= 0x7FF
+    size -= 1022 + SMALLEST
+    np.maximum(size, 1, out=size)
+    np.minimum(size, SIZES - 1, out=size)
+    if still.any():
+        size[still] = 0
+    size += SIZES * np.arange(windows * fields).reshape(windows, 1, fields)
     told = ~np.isnan(step)
-    size = np.clip(np.frexp(step)[1] - SMALLEST, 1, SIZES - 1)
-    size *= step != 0
-    place = size + SIZES * np.arange(windows * fields).reshape(windows, 1, fields)
-    found = place.ravel() if told.all() else place[told]
+    found = size.ravel() if told.all() else size[told]
     return np.bincount(found, minlength=windows * fields * SIZES).reshape(windows, fields, SIZES)
 
 

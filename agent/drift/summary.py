@@ -11,6 +11,7 @@ import numpy as np
 from agent.drift import codec, counting, joint, pace, statistics, ticks
 from agent.drift.codec import Floats, Ints
 from agent.drift.extremes import Extremes
+from agent.drift.groups import Groups
 from agent.drift.reference import BINS, Reference
 from agent.drift.runs import Tail
 from agent.drift.statistics import Found
@@ -95,7 +96,9 @@ class Summary:
             longest=np.maximum(self.longest, more.longest[0]),
             extremes=self.extremes.merge(more.extremes[0]),
             steps=self.steps + more.steps[0],
-            rows_of=self.rows_of.add(np.zeros(len(rows), np.int64), rows - reference.origin[: rows.shape[1]]),
+            rows_of=self.rows_of.add(
+                Groups.of(np.zeros(len(rows), np.int64), 1), rows - reference.origin[: rows.shape[1]]
+            ),
             ticks=self.ticks.with_repeated(more.repeated),
         )
         return added, tail
@@ -116,10 +119,11 @@ class Summary:
         `classes` (w,) are the classes they are compared with, where these are others than named.
         """
         classes = named if classes is None else classes
-        more = counting.of_answers(reference, 1, found, named, top, classes)
+        groups = counting.by_class(reference, 1, classes)
+        more = counting.of_answers(reference, 1, found, named, top, classes, groups)
         return replace(
             self,
-            classes=self.classes.add(classes, found.values - reference.origin),
+            classes=self.classes.add(groups, found.values - reference.origin),
             output=self.output + more.output[0],
             scores=self.scores + more.scores[0],
             pairs=self.pairs + more.pairs[0],
@@ -178,10 +182,10 @@ def whole(
     """
     windows, count = len(rows), reference.classes
     of_rows, _ = counting.of_rows(reference, rows, Tail.empty(rows.shape[2]))
-    answers = counting.of_answers(reference, windows, found, named, top, classes)
+    groups = counting.by_class(reference, windows, classes)
+    answers = counting.of_answers(reference, windows, found, named, top, classes, groups)
     values = found.values - reference.origin
-    place = np.repeat(np.arange(windows) * count, len(named) // windows) + classes
-    summed = Sums.zeros(windows * count, values.shape[1]).add(place, values)
+    summed = Sums.zeros(windows * count, values.shape[1]).add(groups, values)
     shape = windows, count, values.shape[1]
     return Summary(
         reference=reference.digest,

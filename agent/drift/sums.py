@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agent.drift.codec import Floats, Ints
+from agent.drift.codec import Bools, Floats, Ints
+from agent.drift.groups import Groups
+
+ENOUGH = 20  # rows in a group, from which on to add up each by itself is the faster way
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,22 +47,19 @@ class Sums:
         shape = (groups, values)
         return cls(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
 
-    def add(self, groups: Ints, values: Floats) -> Sums:
-        """With `values` (m, D) added to their `groups` (m,).
+    def add(self, groups: Groups, values: Floats) -> Sums:
+        """With `values` (m, D) added to their `groups`.
 
         Each cell is summed strictly in row order, beginning with the sum so far, so the result has the same bits
         however the rows were cut into batches. A pairwise sum would not.
         """
-        count, width = self.total.shape
-        present, rows = _powers(values)
-        place = groups
-        if self.n.any():
-            rows = np.concatenate([np.concatenate([self.total, self.squares], axis=1), rows])
-            place = np.concatenate([np.arange(count), groups])
-        both = _in_order(place, rows, count)
-        n = np.bincount(groups, minlength=count)[:, None]
+        width = values.shape[1]
+        present, powers = _powers(values.take(groups.order, axis=0))
+        before = np.concatenate([self.total, self.squares], axis=1) if self.n.any() else None
+        both = _in_order(groups, powers, before)
+        n = groups.n[:, None]
         if present is not None:
-            n = _in_order(groups, present.astype(np.float64), count).astype(np.int64)
+            n = _in_order(groups, present.astype(np.float64), None).astype(np.int64)
         return Sums(self.n + n, both[:, :width], both[:, width:])
 
     @classmethod
@@ -74,12 +74,16 @@ class Sums:
         shape = windows, 1, width
         missing = np.isnan(values)
         n = np.full(shape, count, np.int64)
+        # Side by side: the wider the rows that are added, the fewer they are.
+        known = np.empty((count, windows, width))
+        known[:] = values.transpose(1, 0, 2)
         if missing.any():
             n -= missing.sum(1, keepdims=True)
-            values = np.where(missing, 0.0, values)
-        # Side by side: the wider the rows that are added, the fewer they are.
-        known = values.transpose(1, 0, 2).reshape(count, windows * width)
-        return cls(n, known.sum(0).reshape(shape), (known * known).sum(0).reshape(shape))
+            known[missing.transpose(1, 0, 2)] = 0.0
+        rows = known.reshape(count, windows * width)
+        total = np.add.reduce(rows, axis=0)
+        np.multiply(rows, rows, out=rows)
+        return cls(n, total.reshape(shape), np.add.reduce(rows, axis=0).reshape(shape))
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares)
@@ -90,16 +94,32 @@ class Sums:
         return Moments(self.n, mean, np.maximum(self.squares - shift * self.total, 0.0))
 
 
-def _powers(values: Floats) -> tuple[np.ndarray | None, Floats]:
-    """Where `values` (..., D) are known, None for everywhere; and (..., 2D) they and their squares, unknown ones 0."""
-    missing = np.isnan(values)
+def _powers(values: Floats) -> tuple[Bools | None, Floats]:
+    """Where `values` (m, D) are known, None for everywhere; and (m, 2D) they and their squares, unknown ones 0."""
+    rows, width = values.shape
+    out, missing = np.empty((rows, 2 * width)), np.isnan(values)
+    known, squares = out[:, :width], out[:, width:]
+    known[:] = values
     some = bool(missing.any())
-    known = np.where(missing, 0.0, values) if some else values
-    return ~missing if some else None, np.concatenate([known, known * known], axis=-1)
+    if some:
+        known[missing] = 0.0
+    np.multiply(known, known, out=squares)
+    return ~missing if some else None, out
 
 
-def _in_order(groups: Ints, rows: Floats, count: int) -> Floats:
-    """(count, D) sums of `rows` (m, D) in each of `groups` (m,), added one after another in the order they come."""
-    width = rows.shape[1]
-    place = (groups * width)[:, None] + np.arange(width)
-    return np.asarray(np.bincount(place.ravel(), rows.ravel(), count * width), np.float64).reshape(count, width)
+def _in_order(groups: Groups, rows: Floats, before: Floats | None) -> Floats:
+    """(count, D) sums of `rows` (m, D), which lie by group: added one after another to those `before` (count, D)."""
+    count, width = len(groups.n), rows.shape[1]
+    if len(rows) >= ENOUGH * np.count_nonzero(groups.n) and width > 1:
+        out = np.zeros((count, width)) if before is None else before.copy()
+        for group, some in groups.parts():
+            part = rows[some] if before is None else np.concatenate([before[group, None], rows[some]])
+            # numpy adds whole rows one after another where they lie so in memory, but a single column in pairs.
+            np.add.reduce(part, axis=0, out=out[group])
+        # As sums do that begin with 0: none is -0.
+        return out + 0.0
+    place = np.repeat(np.arange(count), groups.n)
+    if before is not None:
+        rows, place = np.concatenate([before, rows]), np.concatenate([np.arange(count), place])
+    cells = (place * width)[:, None] + np.arange(width)
+    return np.asarray(np.bincount(cells.ravel(), rows.ravel(), count * width), np.float64).reshape(count, width)

@@ -1,0 +1,31 @@
+"""Which of m things that come one after another belong together, in so many groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from agent.drift.codec import Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    order: Ints  # (m,) places by group, in each of them as they came
+    n: Ints  # (count,) how many are in each
+
+    @classmethod
+    def of(cls, groups: Ints, count: int) -> Groups:
+        """Of the group (m,) of each, one of `count`."""
+        # Few groups are few bits, which are sorted many times faster.
+        order = np.argsort(groups.astype(np.min_scalar_type(count)), kind="stable")
+        return cls(order, np.bincount(groups, minlength=count))
+
+    def parts(self) -> Iterator[tuple[int, slice]]:
+        """Each group in which there is something, and where in `order` it stands."""
+        begin = 0
+        for group, n in enumerate(self.n.tolist()):
+            if n:
+                yield group, slice(begin, begin + n)
+            begin += n
