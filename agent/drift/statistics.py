@@ -60,29 +60,43 @@ def of_windows(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> F
 
     `rows` (n, F) in physical units, NaN missing; `starts` (w,) offsets into them; `floor` (F,) the least variance.
     """
+    windows = _rows_of(rows, starts, window_rows)
     if window_rows == 1:
         none = np.empty((len(starts), 0))
-        return Found(rows[starts], none, none)
+        return Found(windows[:, 0], none, none)
     fields = rows.shape[1]
     if not len(starts):
         none = np.empty((0, 2 * fields))
         return Found(none, np.empty((0, len(joint.pairs(fields)))), none[:, : pace.width(fields, window_rows)])
-    windows = rows[starts[:, None] + np.arange(window_rows)]
-    missing = np.isnan(windows)
-    if missing.any():
+    n, mean = np.full((len(starts), fields), window_rows), np.add.reduce(windows, axis=1) / window_rows
+    if np.isnan(mean).any():
+        missing = np.isnan(windows)
         n = np.maximum(window_rows - missing.sum(1), 1)
         mean = np.where(missing, 0.0, windows).sum(1) / n
         centred = np.where(missing, 0.0, windows - mean[:, None, :])
     else:
-        n = np.full((len(starts), fields), window_rows)
-        mean = windows.sum(1) / window_rows
         centred = windows - mean[:, None, :]
-    total = (centred**2).sum(1)
+    total = np.add.reduce(centred * centred, axis=1)
     values = np.concatenate([mean, np.log(np.maximum(total / n, floor))], axis=1)
     enough = n * 2 > window_rows
-    values = np.where(np.concatenate([enough, enough], axis=1), values, np.nan)
-    square = np.where(enough, total / window_rows, np.nan)
-    return Found(np.asarray(values), joint.of_windows(centred, square, floor), pace.of_windows(windows, square, floor))
+    square = total / window_rows
+    if not enough.all():
+        values = np.where(np.concatenate([enough, enough], axis=1), values, np.nan)
+        square = np.where(enough, square, np.nan)
+    return Found(values, joint.of_windows(centred, square, floor), pace.of_windows(windows, square, floor))
+
+
+def _rows_of(rows: Floats, starts: Ints, window_rows: int) -> Floats:
+    """(w, `window_rows`, F) of model windows."""
+    if len(starts) and starts[-1] - starts[0] == (len(starts) - 1) * window_rows and _in_step(starts, window_rows):
+        # One after another: no copy.
+        begin = int(starts[0])
+        return rows[begin : begin + len(starts) * window_rows].reshape(len(starts), window_rows, rows.shape[1])
+    return np.asarray(rows[starts[:, None] + np.arange(window_rows)])
+
+
+def _in_step(starts: Ints, by: int) -> bool:
+    return bool((starts[1:] - starts[:-1] == by).all())
 
 
 def covered(starts: Ints, window_rows: int, begin: int) -> Ints | slice:
