@@ -15,32 +15,31 @@ Pure: state and batch in, new state and verdicts out, and the same whatever the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import course, describe, faults, quiet, statistics, watch, whole
+from agent.drift import course, describe, faults, quiet, watch, whole
 from agent.drift.alerts import Alert
 from agent.drift.codec import Floats, Ints
 from agent.drift.describe import Told
 from agent.drift.detectors import Detectors, Evidence, Tester
 from agent.drift.faults import Signs
-from agent.drift.learning import Learning, finite, settle
+from agent.drift.learning import Learning, settle
 from agent.drift.modes import CLASSES, Modes, classes
 from agent.drift.raising import Raising
 from agent.drift.reference import FEWEST, Reference
 from agent.drift.season import Season
 from agent.drift.state import Batch, State, Verdict, emptied, filled
+from agent.drift.statistics import Found
 from agent.drift.summary import Summary, stacked
 from agent.drift.watch import Tick
 from agent.drift.whole import Whole
 from agent.errors import BadBundle
-
-AT_ONCE = 64  # drift windows that are computed together
-VALUES_AT_ONCE = 1 << 16  # about: more need more memory, and run hardly faster
 
 
 @dataclass(frozen=True)
@@ -180,33 +179,26 @@ class Judge:
             known, labels_idx = classes(state.modes, modes)
             state = replace(state, modes=known)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
-        verdicts: list[Verdict] = []
-        most = VALUES_AT_ONCE // features.shape[1]
-        for some in _pieces(starts, self.window, state.open.windows, most):
-            begin, end = int(starts[some][0]), int(starts[some][-1]) + window_rows
-            values, local = finite(features[begin:end]), starts[some] - begin
-            found = statistics.of_windows(values, local, window_rows, self.shipped.floor)
-            tops = None if top is None else top[some]
-            batch = Batch(values, local, found, labels_idx[some], tops, rows[0] + begin, t[begin:end])
-            at = 0
-            while at < len(local):
-                state, more, at = self._go_on(state, batch, at)
-                verdicts += more
+        batch, verdicts, at = Batch(features, starts, labels_idx, top, rows[0], t), [], 0
+        while at < len(starts):
+            state, more, at = self._go_on(state, batch, at)
+            verdicts += more
         return state, verdicts
 
     def _go_on(self, state: State, batch: Batch, at: int) -> tuple[State, list[Verdict], int]:
         """Fill drift windows with the model windows from `at` on and judge the full ones; and where it got to."""
-        ahead = whole.ahead(state, self.shipped, batch, at, AT_ONCE)
+        ahead = whole.ahead(state, self.shipped, batch, at)
         if ahead is None:
-            some = slice(at, min(at + self.window - state.open.windows, len(batch.starts)))
-            state = filled(state, self.shipped, batch, some, self._classes(state, batch, some))
+            most = int(np.searchsorted(batch.starts, batch.starts[at] + whole.rows_at_once(batch)))
+            stop = min(at + self.window - state.open.windows, len(batch.starts), max(at + 1, most))
+            part = batch.part(slice(at, stop), self.shipped)
+            state = filled(state, self.shipped, part, self._classes(state, part.found, part.named))
             if state.open.windows < self.window:
-                return state, [], some.stop
+                return state, [], stop
             seen = self._look(state.site, stacked(state.open), np.array([sum(state.t) // 2]))
             state, verdict = self._close(state, seen, 0)
-            return emptied(state, self._nothing), [verdict], some.stop
-        some = slice(at, at + ahead.starts.size)
-        stack = ahead.summarized(self.shipped, batch, at, self._classes(state, batch, some))
+            return emptied(state, self._nothing), [verdict], stop
+        stack = ahead.summarized(self.shipped, batch, at, partial(self._classes, state))
         middle = (batch.t[ahead.begin] + batch.t[ahead.begin + ahead.n - 1]) // 2
         seen, verdicts = self._look(state.site, stack, middle), []
         number = 0
@@ -273,11 +265,10 @@ class Judge:
             return b""
         return state.detectors.open_fields.tobytes()
 
-    def _classes(self, state: State, batch: Batch, some: slice) -> Ints:
-        named = batch.named[some]
+    def _classes(self, state: State, found: Found, named: Ints) -> Ints:
         if state.site is None:
             return named
-        return self._testing(state.site).classes(state.detectors, batch.found.values[some], named)
+        return self._testing(state.site).classes(state.detectors, found.values, named)
 
     def _close(self, state: State, seen: _Seen, at: int) -> tuple[State, Verdict]:
         """With the open drift window, which is number `at` of those that were looked at."""
@@ -361,16 +352,3 @@ class Judge:
             )
         ]
         return watch.with_rate(describe.with_states(numbers, told, tester), now, paces, seen.ticks[some], tester)
-
-
-def _pieces(starts: Ints, window: int, begun: int, most: int) -> Iterator[slice]:
-    """Model windows that begin at `starts`, by so many that begin within `most` rows, where that is enough by whole
-    drift windows of `window`, of the first of which there are `begun` already."""
-    at = 0
-    while at < len(starts):
-        stop = max(at + 1, int(np.searchsorted(starts, starts[at] + most)))
-        whole = (stop - at + begun) // window * window - begun
-        if stop < len(starts) and whole > 0:
-            stop = at + whole
-        yield slice(at, stop)
-        begun, at = (begun + stop - at) % window, stop

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -207,17 +207,26 @@ def whole(
     )
 
 
-def _each(summary: Summary, change: Callable[[np.ndarray], np.ndarray]) -> Summary:
-    def parts(of: Any) -> list[np.ndarray]:
-        return [change(getattr(of, one.name)) for one in fields(of)]
+def joined(stacks: Sequence[Summary]) -> Summary:
+    """One stack after another."""
+    return _put_together(stacks, np.concatenate) if len(stacks) > 1 else stacks[0]
 
-    plain = {name: change(getattr(summary, name)) for name in _PLAIN}
+
+def _each(summary: Summary, change: Callable[[np.ndarray], np.ndarray]) -> Summary:
+    return _put_together([summary], lambda parts: change(parts[0]))
+
+
+def _put_together(summaries: Sequence[Summary], how: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Summary:
+    def parts(*of: Any) -> list[np.ndarray]:
+        return [how([getattr(one, name) for one in of]) for name in of[0].__match_args__]
+
+    plain = {name: how([getattr(one, name) for one in summaries]) for name in _PLAIN}
     return Summary(
-        reference=summary.reference,
-        rows_of=Sums(*parts(summary.rows_of)),
-        classes=Sums(*parts(summary.classes)),
-        extremes=Extremes(*parts(summary.extremes)),
-        ticks=Ticks(*parts(summary.ticks)),
+        reference=summaries[0].reference,
+        rows_of=Sums(*parts(*(one.rows_of for one in summaries))),
+        classes=Sums(*parts(*(one.classes for one in summaries))),
+        extremes=Extremes(*parts(*(one.extremes for one in summaries))),
+        ticks=Ticks(*parts(*(one.ticks for one in summaries))),
         **plain,
     )
 
