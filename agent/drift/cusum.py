@@ -95,9 +95,9 @@ class Course:
         """(W,) in which a sum is beyond its limit."""
         return np.asarray((self.values > self.limit).any((1, 2)))
 
-    def after(self, windows: int) -> Cusum:
+    def after(self, count: int) -> Cusum:
         """After so many of them."""
-        before, tested, values = self.before, self.tested[:windows], self.values[:windows]
+        before, tested, values = self.before, self.tested[:count], self.values[:count]
         if not tested.any():
             return before
         on, calm = before.on, before.calm
@@ -105,19 +105,15 @@ class Course:
             calm = np.where(tested[0], np.where(on & self.calm[0], calm + 1, 0), calm)
             cleared = on & (calm >= CALM)
             values, on = np.where(cleared, 0.0, values), on & ~cleared
-        going = values > 0
-        effect = before.effect
-        for goes_on, more in zip(going, np.where(tested, self.effects[:windows], 0.0), strict=True):
-            effect = np.where(goes_on, effect + more, 0.0)
-        # Backwards from the last one, as long as sums were above zero.
-        since_zero = np.logical_and.accumulate(going[::-1])
-        lasted = since_zero.sum(0)
-        all_of_them = lasted == windows
-        count = (since_zero & tested[::-1, None]).sum(0) + np.where(all_of_them, before.windows, 0)
-        begun = np.append(self.t[:windows], 0)[windows - lasted]
-        since = np.where(all_of_them & (before.value > 0), before.since, begun)
+        windows, effect, since, went = before.windows, before.effect, before.since, before.value > 0
+        effects = np.where(tested, self.effects[:count], 0.0)
+        for going, one, more, t in zip(values > 0, tested, effects, self.t.tolist(), strict=False):
+            windows = np.where(going, windows + one, 0)
+            effect = np.where(going, effect + more, 0.0)
+            since = np.where(going, np.where(went, since, t), 0)
+            went = going
         on = on | (values[-1] > self.limit)
-        return Cusum(values[-1], count, effect, since, on, np.where(on, calm, 0))
+        return Cusum(values[-1], windows, effect, since, on, np.where(on, calm, 0))
 
 
 def scores(value: Floats, mean: Floats, sd: Floats, windows: int) -> Floats:

@@ -60,7 +60,10 @@ class Detectors:
     @cached_property
     def open_subjects(self) -> Bools:
         """(F + 3,) which subjects have a drift alert open."""
-        at, on = self.places, self.cusum.on[0] | self.cusum.on[1]
+        at = self.places
+        if not (self.cusum.on.any() or self.shape.on.any()):
+            return np.zeros(at.fields + 3, np.bool_)
+        on = self.cusum.on[0] | self.cusum.on[1]
         fields = on[at.means] | on[at.spreads] | self.shape.on[: at.fields]
         output, score = self.shape.on[at.fields :]
         others = [output | on[at.answers].any(), score | on[at.certainty], on[at.pairs].any()]
@@ -155,8 +158,16 @@ class Tester:
         return self.extra.cycle.any()
 
     @cached_property
-    def usual_bins(self) -> Ints:
-        return shape.coarse(self.site.counts)
+    def usual_bins(self) -> Floats:
+        return shape.shares(shape.coarse(self.site.counts))
+
+    @cached_property
+    def usual_answers(self) -> Floats:
+        return shape.shares(self.site.output)
+
+    @cached_property
+    def usual_scores(self) -> Floats:
+        return shape.shares(self.site.score_n)
 
     def evidence(self, windows: Summary, t: Ints) -> Evidence:
         """Of stacked summaries of windows in the middle of `t` (W,) epoch µs."""
@@ -192,11 +203,13 @@ class Tester:
 
     def _shapes(self, windows: Summary) -> tuple[Bools, Bools]:
         site = self.site
-        answers = [
-            shape.psi(usual, now) for usual, now in ((site.output, windows.output), (site.score_n, windows.scores))
-        ]
         values = np.concatenate(
-            [shape.psi(self.usual_bins, shape.coarse(windows.counts)), np.stack(answers, axis=1)], axis=1
+            [
+                shape.psi(self.usual_bins, shape.coarse(windows.counts)),
+                shape.psi(self.usual_answers, windows.output)[:, None],
+                shape.psi(self.usual_scores, windows.scores)[:, None],
+            ],
+            axis=1,
         )
         told = np.ones(values.shape, np.bool_)
         told[:, -2] = len(site.labels) > 1

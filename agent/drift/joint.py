@@ -41,6 +41,13 @@ def pairs(fields: int) -> Ints:
     return np.array(found[:MOST_PAIRS], np.int64).reshape(-1, 2)
 
 
+@lru_cache(maxsize=16)
+def sides(fields: int) -> tuple[Ints, Ints]:
+    """(P,) the first and (P,) the second fields of pairs."""
+    first, second = np.ascontiguousarray(pairs(fields).T)
+    return first, second
+
+
 def width(fields: int, *, windowed: bool) -> int:
     """Of a class's whole numbers: n and sum per pair; or n, sums, squares and products of residuals."""
     count = len(pairs(fields))
@@ -53,7 +60,7 @@ def of_windows(centred: Floats, square: Floats, floor: Floats) -> Floats:
     `square` (w, F) mean squares; NaN where a field does not move more than `floor` (F,).
     """
     fields = centred.shape[2]
-    left, right = pairs(fields).T
+    left, right = sides(fields)
     # All products at once are cheaper than those of pairs alone, where nearly all are wanted.
     if fields**2 < 4 * len(left):
         products = np.matmul(centred.transpose(0, 2, 1), centred)[:, left, right]
@@ -62,7 +69,7 @@ def of_windows(centred: Floats, square: Floats, floor: Floats) -> Floats:
     products /= centred.shape[1]
     moving = np.where(square > floor, square, np.nan)
     correlation = products / np.sqrt(moving[:, left] * moving[:, right])
-    return np.asarray(np.arctanh(np.clip(correlation, -NEAR_ONE, NEAR_ONE)))
+    return np.asarray(np.arctanh(np.minimum(np.maximum(correlation, -NEAR_ONE), NEAR_ONE)))
 
 
 def in_steps(residuals: Floats) -> Floats:
@@ -80,7 +87,7 @@ def in_steps(residuals: Floats) -> Floats:
 def of_rows(whole: Floats, groups: Groups) -> Ints:
     """(count, 1 + 2F + P) of residuals (n, F), in steps, in their `groups`."""
     fields, ordered = whole.shape[1], whole.take(groups.order, axis=0)
-    left, right = pairs(fields).T
+    left, right = sides(fields)
     total, products = np.zeros((len(groups.n), fields)), np.zeros((len(groups.n), fields, fields))
     for group, some in groups.parts():
         part = ordered[some]
@@ -110,15 +117,16 @@ def measured(whole: Ints, fields: int, *, windowed: bool) -> Pairs:
         count = whole.shape[-1] // 2
         n, total = whole[..., :count], whole[..., count:]
         return Pairs(n.astype(np.float64), total / ONE / np.maximum(n, 1))
-    left, right = pairs(fields).T
+    left, right = sides(fields)
     n = whole[..., :1].astype(np.float64)
-    mean, square, product = np.split(whole[..., 1:] / np.maximum(n, 1), [fields, 2 * fields], axis=-1)
+    each = whole[..., 1:] / np.maximum(n, 1)
+    mean, square, product = each[..., :fields], each[..., fields : 2 * fields], each[..., 2 * fields :]
     spread = square - mean**2
-    scale = np.sqrt(np.maximum(spread[..., left] * spread[..., right], 0.0))
+    scale = np.sqrt(np.maximum(spread.take(left, -1) * spread.take(right, -1), 0.0))
     some = scale > 1.0
-    correlation = (product - mean[..., left] * mean[..., right]) / np.where(some, scale, 1.0)
+    correlation = (product - mean.take(left, -1) * mean.take(right, -1)) / np.where(some, scale, 1.0)
     weight = np.where(some & (n >= FEW), n - 3, 0.0)
-    z = np.arctanh(np.clip(correlation, -NEAR_ONE, NEAR_ONE))
+    z = np.arctanh(np.minimum(np.maximum(correlation, -NEAR_ONE), NEAR_ONE))
     return Pairs(weight, np.where(weight > 0, z, 0.0))
 
 
@@ -126,7 +134,8 @@ def tests(found: Pairs, usual: Floats) -> Floats:
     """(..., P): how far z lies from what is `usual` (..., C, P) for the class, averaged; NaN where nothing tells."""
     total = found.weight.sum(-2)
     apart = (found.weight * (found.z - usual)).sum(-2)
-    return np.asarray(np.where(total > 0, apart / np.where(total > 0, total, 1.0), np.nan))
+    told = total > 0
+    return np.asarray(np.where(told, apart / np.where(told, total, 1.0), np.nan))
 
 
 def usual(found: Pairs, least: float) -> Floats:

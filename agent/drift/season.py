@@ -41,11 +41,12 @@ class Season:
 
     def _with(self, now: int, z: Floats) -> Season:
         """With scores (W, F) of windows in half day `now`."""
-        told, known = ~np.isnan(z), np.nan_to_num(z)
+        told = ~np.isnan(z)
+        known = np.where(told, z, 0.0)
         half_day, n, mean = self._at(now, z.shape[1])
-        counts = n[-1] + np.cumsum(told, axis=0)
+        counts, last = n[-1] + np.cumsum(told, axis=0), mean[-1]
         for count, some, score in zip(counts, told, known, strict=True):
-            mean[-1] += np.where(some, (score - mean[-1]) / np.maximum(count, 1), 0.0)
+            last += np.where(some, (score - last) / np.maximum(count, 1), 0.0)
         n[-1] = counts[-1]
         return Season(half_day, n, mean)
 

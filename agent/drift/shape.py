@@ -73,15 +73,15 @@ def coarse(counts: Ints) -> Ints:
     return np.asarray(inner.reshape(*inner.shape[:-1], -1, 2).sum(-1))
 
 
-def psi(usual: Ints, found: Ints) -> Floats:
-    """PSI along the last axis, of counts that have half a row in each bin to begin with."""
-    p, q = _shares(usual), _shares(found)
-    return np.asarray(((p - q) * np.log(p / q)).sum(-1))
+def psi(usual: Floats, found: Ints) -> Floats:
+    """PSI along the last axis, of counts against what `shares` tells of the usual ones."""
+    q = shares(found)
+    return np.asarray(((usual - q) * np.log(usual / q)).sum(-1))
 
 
 def psi_without(found: Ints) -> Floats:
     """(K, ...): each of K windows' counts (K, ..., bins) against all others together."""
-    return psi(found.sum(0) - found, found)
+    return psi(shares(found.sum(0) - found), found)
 
 
 def limits(values: Floats, level: float, allotted: float) -> Floats:
@@ -119,6 +119,7 @@ def _odd(values: Floats) -> Floats:
     return np.asarray(middle + 10 * np.median(np.abs(values - middle), axis=0) + 1e-9)
 
 
-def _shares(counts: Ints) -> Floats:
+def shares(counts: Ints) -> Floats:
+    """Along the last axis, of counts that have half a row in each bin to begin with."""
     filled = counts + HALF
     return np.asarray(filled / filled.sum(-1, keepdims=True))

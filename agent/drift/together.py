@@ -92,31 +92,18 @@ class Course:
         beyond = np.maximum(np.abs(self.means) - SLACK, 0.0)
         return [float(one @ one) for one in beyond]
 
-    def after(self, windows: int) -> Together:
+    def after(self, count: int) -> Together:
         """After so many of them."""
-        now, at = self.before, 0
-        while at < windows:
-            # Where one is not told, that may be since when there is something to tell: from there on by themselves.
-            upto = windows if self.told[at:windows].all() else at + 1
-            now, at = self._told(now, slice(at, upto)), upto
-        return now
-
-    def _told(self, before: Together, some: slice) -> Together:
-        means, told, t = self.means[some], self.told[some], self.t[some]
-        above = np.concatenate([before.mean[None], means]) > 0
-        goes_on = above[1:] == above[:-1]
-        total = before.effect
-        for same, more in zip(goes_on, np.where(told, self.effects[some], 0.0), strict=True):
-            total = np.where(same, total, 0.0) + more
-        same_sign = np.logical_and.accumulate(goes_on[::-1])
-        lasted = same_sign.sum(0)
-        all_of_them = lasted == len(t)
-        # The window that changed the sign is the first one that counts.
-        count = told.sum(0) if len(t) == 1 else np.where(all_of_them, len(t), lasted + 1)
-        windows = np.where(all_of_them, before.windows, 0) + count
-        begun = np.where(all_of_them, t[0], t[np.maximum(len(t) - lasted - 1, 0)])
-        since = np.where(all_of_them & (before.windows > 0), before.since, begun)
-        return Together(means[-1], windows, total, since)
+        before, told = self.before, self.told[:count]
+        windows, total, since, was = before.windows, before.effect, before.since, before.mean > 0
+        effects = np.where(told, self.effects[:count], 0.0)
+        for now, one, more, t in zip(self.means > 0, told, effects, self.t.tolist(), strict=False):
+            goes_on = now == was
+            since = np.where(goes_on & (windows > 0), since, t)
+            windows = np.where(goes_on, windows, 0) + one
+            total = np.where(goes_on, total, 0.0) + more
+            was = now
+        return Together(self.means[count - 1], windows, total, since)
 
 
 def limit(scores: Floats, alike: float, allotted: float) -> float:
