@@ -130,10 +130,13 @@ def short(value: float, digits: int = 6) -> float:
 
 def rough(size: Floats) -> Floats:
     """Sizes to 3 digits and no more than 4 decimals."""
-    out = np.asarray(np.round(size, 4))
+    out = size.round(4)
     for least, decimals in ((0.1, 3), (1.0, 2), (10.0, 1)):
-        out = np.asarray(np.where(out >= least, np.round(size, decimals), out))
-    return out
+        large = out >= least
+        if not large.any():
+            break
+        out = np.where(large, size.round(decimals), out)
+    return np.asarray(out)
 
 
 def whole(value: float) -> float:

@@ -86,16 +86,24 @@ def in_steps(residuals: Floats) -> Floats:
 
 def of_rows(whole: Floats, groups: Groups) -> Ints:
     """(count, 1 + 2F + P) of residuals (n, F), in steps, in their `groups`."""
-    fields, ordered = whole.shape[1], whole.take(groups.order, axis=0)
-    left, right = sides(fields)
-    total, products = np.zeros((len(groups.n), fields)), np.zeros((len(groups.n), fields, fields))
+    rows, fields = whole.shape
+    # Products with a field that is always 1 are numbers and sums.
+    ordered = np.ones((rows, 1 + fields))
+    ordered[:, 1:] = whole.take(groups.order, axis=0)
+    products = np.zeros((len(groups.n), 1 + fields, 1 + fields))
     for group, some in groups.parts():
         part = ordered[some]
         # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
-        np.add.reduce(part, axis=0, out=total[group])
         np.matmul(part.T, part, out=products[group])
-    square, both = products[:, range(fields), range(fields)], products[:, left, right]
-    return np.concatenate([groups.n[:, None], total, square, both], axis=1).astype(np.int64)
+    return products.reshape(len(groups.n), -1).take(_cells(fields), axis=1).astype(np.int64)
+
+
+@lru_cache(maxsize=16)
+def _cells(fields: int) -> Ints:
+    """Where all products have the number, then sums, squares and pairs."""
+    left, right = sides(fields)
+    each = 1 + np.arange(fields)
+    return np.concatenate([[0], each, each * (2 + fields), (1 + left) * (1 + fields) + 1 + right])
 
 
 def sums(found: Floats, groups: Groups) -> Ints:
