@@ -101,7 +101,7 @@ def by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
     """Model windows by the drift window that they are in and their class."""
     count = reference.classes
     first = np.repeat(np.arange(windows) * count, len(classes) // windows)
-    return Groups.of(first + classes, windows * count)
+    return Groups.made(first + classes, windows * count)
 
 
 def _ordered(rows: Floats) -> tuple[np.ndarray, bool]:
@@ -141,6 +141,7 @@ def _outside(ordered: np.ndarray, extremes: Extremes, reference: Reference) -> I
 def _pairs(reference: Reference, found: Found, classes: Ints, groups: Groups) -> Ints:
     if reference.windowed:
         return joint.sums(found.z, groups)
-    residuals = found.values - reference.class_mean.take(classes, axis=0)
+    residuals = reference.class_mean.take(classes, axis=0)
+    np.subtract(found.values, residuals, out=residuals)
     residuals /= reference.class_sd.take(classes, axis=0)
     return joint.of_rows(joint.in_steps(residuals), groups)

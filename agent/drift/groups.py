@@ -12,20 +12,21 @@ from agent.drift.codec import Ints
 
 @dataclass(frozen=True, eq=False)
 class Groups:
+    of: Ints  # (m,) the group of each
     order: Ints  # (m,) places by group, in each of them as they came
     n: Ints  # (count,) how many are in each
 
     @classmethod
-    def of(cls, groups: Ints, count: int) -> Groups:
-        """Of the group (m,) of each, one of `count`."""
+    def made(cls, of: Ints, count: int) -> Groups:
+        """Of the group of each, one of `count`."""
         # Few groups are few bits, which are sorted many times faster.
-        order = np.argsort(groups.astype(np.min_scalar_type(count)), kind="stable")
-        return cls(order, np.bincount(groups, minlength=count))
+        order = np.argsort(of.astype(np.min_scalar_type(count)), kind="stable")
+        return cls(of, order, np.bincount(of, minlength=count))
 
-    def parts(self) -> Iterator[tuple[int, slice]]:
-        """Each group in which there is something, and where in `order` it stands."""
+    def parts(self) -> Iterator[tuple[int, Ints]]:
+        """Each group in which there is something, and the places of what is."""
         begin = 0
         for group, n in enumerate(self.n.tolist()):
             if n:
-                yield group, slice(begin, begin + n)
+                yield group, self.order[begin : begin + n]
             begin += n

@@ -73,8 +73,8 @@ def of_windows(centred: Floats, square: Floats, floor: Floats) -> Floats:
 
 
 def in_steps(residuals: Floats) -> Floats:
-    """Residuals (n, F) in class sd, missing ones NaN, as whole numbers of steps; missing ones 0."""
-    whole = np.maximum(residuals, -FAR)
+    """Residuals (n, F) in class sd, missing ones NaN, made whole numbers of steps in their place; missing ones 0."""
+    whole = np.maximum(residuals, -FAR, out=residuals)
     np.minimum(whole, FAR, out=whole)
     whole *= STEP
     np.rint(whole, out=whole)
@@ -86,13 +86,12 @@ def in_steps(residuals: Floats) -> Floats:
 
 def of_rows(whole: Floats, groups: Groups) -> Ints:
     """(count, 1 + 2F + P) of residuals (n, F), in steps, in their `groups`."""
-    rows, fields = whole.shape
-    # Products with a field that is always 1 are numbers and sums.
-    ordered = np.ones((rows, 1 + fields))
-    ordered[:, 1:] = whole.take(groups.order, axis=0)
+    fields = whole.shape[1]
     products = np.zeros((len(groups.n), 1 + fields, 1 + fields))
     for group, some in groups.parts():
-        part = ordered[some]
+        # Products with a field that is always 1 are numbers and sums.
+        part = np.ones((len(some), 1 + fields))
+        part[:, 1:] = whole.take(some, axis=0)
         # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
         np.matmul(part.T, part, out=products[group])
     return products.reshape(len(groups.n), -1).take(_cells(fields), axis=1).astype(np.int64)

@@ -310,7 +310,7 @@ def _all_tests(settled: Reference, learning: Learning, values: Floats, strata: s
     # One answer more or less is nothing.
     least[answers] = np.maximum(least[answers], 1 / settled.window)
     told = (~np.isnan(tests)).sum(0) >= FEWEST
-    middle = np.nanmedian(np.where(told, tests, 0.0), axis=0)
+    middle = _middle(np.where(told, tests, 0.0))
     known = np.where(told & ~np.isnan(tests), tests, middle)
     (mean, left), cycle = calibration.drawn(known, middle, least), daily.Cycle.none(tests.shape[1])
     if daily.told(learning.middle, strata):
@@ -322,6 +322,13 @@ def _all_tests(settled: Reference, learning: Learning, values: Floats, strata: s
         mean[answers] = known[:, answers].mean(0)
         left[:, answers] = known[:, answers] - mean[answers]
     return _Tests(mean, np.maximum(left.std(0, ddof=1), least), told, left, cycle)
+
+
+def _middle(values: Floats) -> Floats:
+    """(T,) medians of values (K, T), NaN left out. As np.nanmedian, which imports a megabyte for it."""
+    ordered, n = np.sort(values, axis=0), (~np.isnan(values)).sum(0)
+    either = np.stack([np.maximum(n - 1, 0) // 2, n // 2])
+    return np.asarray(np.take_along_axis(ordered, either, axis=0).sum(0) / 2)
 
 
 def _few(settled: Reference) -> float:

@@ -97,7 +97,7 @@ class Summary:
             extremes=self.extremes.merge(more.extremes[0]),
             steps=self.steps + more.steps[0],
             rows_of=self.rows_of.add(
-                Groups.of(np.zeros(len(rows), np.int64), 1), rows - reference.origin[: rows.shape[1]]
+                Groups.made(np.zeros(len(rows), np.int64), 1), rows - reference.origin[: rows.shape[1]]
             ),
             ticks=self.ticks.with_repeated(more.repeated),
         )
@@ -196,7 +196,7 @@ def whole(
         longest=of_rows.longest,
         extremes=of_rows.extremes,
         steps=of_rows.steps,
-        rows_of=Sums.of(rows - reference.origin[: rows.shape[2]]),
+        rows_of=Sums.of(rows, reference.origin[: rows.shape[2]]),
         classes=Sums(summed.n.reshape(shape), summed.total.reshape(shape), summed.squares.reshape(shape)),
         output=answers.output,
         scores=answers.scores,

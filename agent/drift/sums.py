@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agent.drift.codec import Bools, Floats, Ints
+from agent.drift.codec import Floats, Ints
 from agent.drift.groups import Groups
 
 ENOUGH = 20  # rows in a group, from which on to add up each by itself is the faster way
@@ -53,37 +53,32 @@ class Sums:
         Each cell is summed strictly in row order, beginning with the sum so far, so the result has the same bits
         however the rows were cut into batches. A pairwise sum would not.
         """
-        width = values.shape[1]
-        present, powers = _powers(values.take(groups.order, axis=0))
-        before = np.concatenate([self.total, self.squares], axis=1) if self.n.any() else None
-        both = _in_order(groups, powers, before)
-        n = groups.n[:, None]
-        if present is not None:
-            n = _in_order(groups, present.astype(np.float64), None).astype(np.int64)
-        return Sums(self.n + n, both[:, :width], both[:, width:])
+        missing = np.isnan(values)
+        if missing.any():
+            values = np.where(missing, 0.0, values)
+        before = np.concatenate([self.total, self.squares], axis=1)
+        add_up = _by_group if len(values) >= ENOUGH * np.count_nonzero(groups.n) else _by_cell
+        both, width = add_up(before, groups, values), values.shape[1]
+        n = self.n + groups.n[:, None]
+        if missing.any():
+            np.subtract.at(n, groups.of, missing)
+        return Sums(n, both[:, :width], both[:, width:])
 
     @classmethod
-    def of(cls, values: Floats) -> Sums:
-        """Of W times one group, (W, 1, D), with `values` (W, n, D): the same bits as `add` gives."""
-        width = values.shape[2]
-        if width == 1:
-            # numpy adds whole rows one after another where they lie so in memory, but a single column in pairs.
-            two = cls.of(np.repeat(values, 2, axis=2))
-            return cls(two.n[..., :1], two.total[..., :1], two.squares[..., :1])
-        windows, count, _ = values.shape
-        shape = windows, 1, width
-        missing = np.isnan(values)
-        n = np.full(shape, count, np.int64)
+    def of(cls, rows: Floats, origin: Floats | float = 0.0) -> Sums:
+        """Of W times one group, (W, 1, D), with `rows` (W, n, D) from their `origin`: the same bits as `add` gives."""
+        windows, count, width = rows.shape
         # Side by side: the wider the rows that are added, the fewer they are.
         known = np.empty((count, windows, width))
-        known[:] = values.transpose(1, 0, 2)
+        np.subtract(rows.transpose(1, 0, 2), origin, out=known)
+        missing = np.isnan(known)
+        n = np.full((windows, 1, width), count, np.int64)
         if missing.any():
-            n -= missing.sum(1, keepdims=True)
-            known[missing.transpose(1, 0, 2)] = 0.0
-        rows = known.reshape(count, windows * width)
-        total = np.add.reduce(rows, axis=0)
-        np.multiply(rows, rows, out=rows)
-        return cls(n, total.reshape(shape), np.add.reduce(rows, axis=0).reshape(shape))
+            n -= missing.sum(0)[:, None]
+            known[missing] = 0.0
+        total = _one_after_another(known)
+        np.multiply(known, known, out=known)
+        return cls(n, total[:, None], _one_after_another(known)[:, None])
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares)
@@ -94,32 +89,29 @@ class Sums:
         return Moments(self.n, mean, np.maximum(self.squares - shift * self.total, 0.0))
 
 
-def _powers(values: Floats) -> tuple[Bools | None, Floats]:
-    """Where `values` (m, D) are known, None for everywhere; and (m, 2D) they and their squares, unknown ones 0."""
-    rows, width = values.shape
-    out, missing = np.empty((rows, 2 * width)), np.isnan(values)
-    known, squares = out[:, :width], out[:, width:]
-    known[:] = values
-    some = bool(missing.any())
-    if some:
-        known[missing] = 0.0
-    np.multiply(known, known, out=squares)
-    return ~missing if some else None, out
+def _one_after_another(values: Floats) -> Floats:
+    """(...,) sums of `values` (m, ...) in the order they come."""
+    rows = values.reshape(len(values), -1)
+    if rows.shape[1] == 1:
+        # numpy adds whole rows one after another where they lie so in memory, but a single column in pairs.
+        rows = np.repeat(rows, 2, axis=1)
+    return np.asarray(np.add.reduce(rows, axis=0)[: values[0].size]).reshape(values.shape[1:])
 
 
-def _in_order(groups: Groups, rows: Floats, before: Floats | None) -> Floats:
-    """(count, D) sums of `rows` (m, D), which lie by group: added one after another to those `before` (count, D)."""
-    count, width = len(groups.n), rows.shape[1]
-    if len(rows) >= ENOUGH * np.count_nonzero(groups.n) and width > 1:
-        out = np.zeros((count, width)) if before is None else before.copy()
-        for group, some in groups.parts():
-            part = rows[some] if before is None else np.concatenate([before[group, None], rows[some]])
-            # numpy adds whole rows one after another where they lie so in memory, but a single column in pairs.
-            np.add.reduce(part, axis=0, out=out[group])
-        # As sums do that begin with 0: none is -0.
-        return out + 0.0
-    place = np.repeat(np.arange(count), groups.n)
-    if before is not None:
-        rows, place = np.concatenate([before, rows]), np.concatenate([np.arange(count), place])
-    cells = (place * width)[:, None] + np.arange(width)
+def _by_group(before: Floats, groups: Groups, values: Floats) -> Floats:
+    """Sums and squares (count, 2D) of `values` (m, D) added to those `before`."""
+    out, width = before.copy(), values.shape[1]
+    for group, some in groups.parts():
+        rows = np.empty((1 + len(some), 2 * width))
+        rows[0], rows[1:, :width] = before[group], values.take(some, axis=0)
+        np.multiply(rows[1:, :width], rows[1:, :width], out=rows[1:, width:])
+        out[group] = _one_after_another(rows)
+    return out
+
+
+def _by_cell(before: Floats, groups: Groups, values: Floats) -> Floats:
+    """The same, where hardly any values are in a group."""
+    count, width = before.shape
+    rows = np.concatenate([before, np.concatenate([values, values * values], axis=1)])
+    cells = (np.concatenate([np.arange(count), groups.of]) * width)[:, None] + np.arange(width)
     return np.asarray(np.bincount(cells.ravel(), rows.ravel(), count * width), np.float64).reshape(count, width)
