@@ -34,8 +34,10 @@ class Course:
     @cached_property
     def shapes(self) -> list[Confirm]:
         """After each window, up to the first in which an alarm is open."""
-        tested = self.evidence.told.copy()
-        tested[:, -2:] &= not self.before.open_fields.any()
+        tested = self.evidence.told
+        if self.before.open_fields.any():
+            tested = tested.copy()
+            tested[:, -2:] = False
         now, found = self.before.shape, []
         for beyond, told, t in zip(self.evidence.beyond, tested, self.t.tolist(), strict=True):
             now = now.update(beyond, told, t)
@@ -48,11 +50,10 @@ class Course:
     def quiet(self) -> int:
         """How many windows there are before the first in which an alarm is open."""
         most_means, most_answers = self.tester.extra.together
-        raises = self.cusum.raises
-        raises |= np.array(self.means.squares) > most_means
-        raises |= np.array(self.answers.squares) > most_answers
+        squares = zip(self.cusum.raises.tolist(), self.means.squares, self.answers.squares, strict=True)
+        quiet = [not (beyond or means > most_means or answers > most_answers) for beyond, means, answers in squares]
         told = len(self.shapes) - bool(self.shapes[-1].on.any())
-        return min(told, int(raises.argmax()) if raises.any() else len(raises))
+        return min(told, quiet.index(False) if False in quiet else len(quiet))
 
     def after(self, windows: int) -> Detectors:
         """After so many of them, of which none but the last has an alarm open."""
@@ -66,18 +67,18 @@ class Course:
             self.means.after(windows),
             self.answers.after(windows),
         )
-        after = self._together(after, z)
+        after = self._together(after, z, self.means.squares[windows - 1], self.answers.squares[windows - 1])
         if self.tester.site.labels and not before.open_fields.any():
             return self._first_alone(after, z)
         return after
 
-    def _together(self, after: Detectors, z: Floats) -> Detectors:
+    def _together(self, after: Detectors, z: Floats, means: float, answers: float) -> Detectors:
         """With an alarm of what moved most, where fields or answers come to too much together; they begin anew then."""
         at, (most_means, most_answers) = after.places, self.tester.extra.together
-        if after.means.square > most_means:
+        if means > most_means:
             moved = _with_lead(after.cusum, after.means, at.means, z)
             after = replace(after, cusum=moved, means=Together.zeros(at.fields))
-        if after.answers.square > most_answers:
+        if answers > most_answers:
             moved = _with_lead(after.cusum, after.answers, at.answers, z)
             after = replace(after, cusum=moved, answers=Together.zeros(at.answers_told))
         return after
@@ -138,7 +139,7 @@ def _held(tester: Tester, ahead: cusum.Course, open_now: Bools) -> Bools | None:
     if not moving.any():
         return None
     at, held = tester.site.places, np.zeros(ahead.tested.shape, np.bool_)
-    left, right = joint.pairs(count).T
+    left, right = joint.sides(count)
     held[:, at.pairs] = moving[:, left] | moving[:, right]
     near = open_now.any() | (begins.max(1) > NEAR)
     held[near, at.certainty] = True

@@ -34,7 +34,7 @@ class Season:
     def add(self, z: Floats, t: Ints) -> Season:
         """With scores `z` (W, F) of windows at `t` (W,), epoch µs; NaN for none. A clock set back begins anew."""
         half_days, season = t // HALF_DAY_US, self
-        begins = [0, *(np.flatnonzero(np.diff(half_days)) + 1).tolist(), len(t)]
+        begins = [0, *(np.flatnonzero(half_days[1:] != half_days[:-1]) + 1).tolist(), len(t)]
         for begin, end in pairwise(begins):
             season = season._with(int(half_days[begin]), z[begin:end])
         return season

@@ -10,7 +10,7 @@ Subjects: the F fields, the answers ("output"), the certainty ("score").
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -44,7 +44,11 @@ class Confirm:
         """After one more window, begun at `t`; where it was not `tested` all stays as it was."""
         last, one_more = self.before
         if not (beyond.any() or self.on.any()):
-            return replace(self, before=np.where(tested, np.stack([np.zeros_like(last), last]), self.before))
+            before = np.zeros_like(self.before)
+            before[1] = last
+            if not tested.all():
+                before = np.where(tested, before, self.before)
+            return Confirm(before, self.on, self.calm, self.windows, self.since)
         twice = beyond & ((last > 0) | (one_more > 0))
         calm = np.where(self.on & ~beyond, self.calm + 1, 0)
         on = (self.on | twice) & (calm < CALM)

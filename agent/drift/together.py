@@ -12,6 +12,7 @@ variables, Australian Journal of Statistics 30.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -65,8 +66,7 @@ class Together:
     @property
     def square(self) -> float:
         """Of the means beyond the slack, the sum."""
-        beyond = np.maximum(np.abs(self.mean) - SLACK, 0.0)
-        return float(beyond @ beyond)
+        return _squares(self.mean[None])[0]
 
     def only(self, which: Bools) -> Together:
         """With all but the scores `which` (S,) begun anew."""
@@ -86,11 +86,10 @@ class Course:
     effects: Floats  # (W, S)
     t: Ints  # (W,)
 
-    @property
+    @cached_property
     def squares(self) -> list[float]:
         """After each of them: see `Together.square`."""
-        beyond = np.maximum(np.abs(self.means) - SLACK, 0.0)
-        return [float(one @ one) for one in beyond]
+        return _squares(self.means)
 
     def after(self, count: int) -> Together:
         """After so many of them."""
@@ -104,6 +103,10 @@ class Course:
             total = np.where(goes_on, total, 0.0) + more
             was = now
         return Together(self.means[count - 1], windows, total, since)
+
+
+def _squares(means: Floats) -> list[float]:
+    return [float(beyond @ beyond) for beyond in np.maximum(np.abs(means) - SLACK, 0.0)]
 
 
 def limit(scores: Floats, alike: float, allotted: float) -> float:

@@ -14,7 +14,7 @@ from agent.drift.state import Batch, State
 from agent.drift.statistics import Found
 from agent.drift.summary import Summary
 
-FIELDS_AT_ONCE = 512  # of drift windows that are looked at together
+FIELDS_AT_ONCE = 256  # of drift windows that are looked at together
 VALUES_AT_ONCE = 1 << 15  # about: more are slower, as they do not stay near the processor, and need more memory
 
 
