@@ -139,6 +139,9 @@ def changed(seed: int, how: str, begin: int, lasts: int) -> Readings:
         part[:, [0, 1]] = part[:, [1, 0]]
     elif how == "repeated":
         part[1::2] = part[::2]
+    elif how == "slow":
+        slow = np.repeat(part[: len(part) // 2 + 1], 2, axis=0)
+        part[:] = (slow[: len(part)] + slow[1 : len(part) + 1]) / 2
     elif how == "other":
         r.labels[begin * WINDOW : (begin + lasts) * WINDOW] = 2
     return r
@@ -146,7 +149,7 @@ def changed(seed: int, how: str, begin: int, lasts: int) -> Readings:
 
 @given(
     st.integers(0, 50),
-    st.sampled_from(["nothing", "gain", "offset", "missing", "swapped", "repeated", "other"]),
+    st.sampled_from(["nothing", "gain", "offset", "missing", "swapped", "repeated", "slow", "other"]),
     st.integers(0, 12),
     st.integers(1, 8),
     st.integers(1, 60),
