@@ -59,27 +59,33 @@ def longest(trace: Trace, before: Ints, rest: Rest) -> tuple[Ints, Ints]:
     """
     windows, rows, fields = trace.rows.shape
     most, last = np.ones((windows, fields), np.int64), np.ones((windows, fields), np.int64)
-    # Rows that say what the row before said, field after field; most say something else.
-    window, at, field = np.unravel_index(np.flatnonzero(trace.still), trace.still.shape)
-    if not len(window):
+    place = _field_by_field(trace, rest)
+    if not len(place):
         return most, last
-    order = np.argsort((window * fields + field) * rows + at)
-    window, at, field = window[order], at[order], field[order]
-    for one in (one for one, values in enumerate(rest) if values):
-        goes_on = (field != one) | ~np.isin(trace.rows[window, at + rows - trace.into.shape[1], field], rest[one])
-        window, field, at = window[goes_on], field[goes_on], at[goes_on]
-    if not len(window):
-        return most, last
-    begins = np.flatnonzero(np.diff((window * fields + field) * rows + at, prepend=-2) != 1)
-    ends = np.append(begins[1:], len(at)) - 1
-    of = window[begins], field[begins]
+    count = trace.into.shape[1]
+    begins = np.flatnonzero(np.diff(place, prepend=-2) != 1)
+    ends = np.append(begins[1:], len(place)) - 1
+    column, at = np.divmod(place[begins], rows)
+    of = np.divmod(column, fields)
     # The first row of a run is not counted yet; of one that goes on from the rows before, they are.
-    earlier = np.where((at[begins] == 0) & (trace.n < rows), before[of[1]], 1)
+    earlier = np.where((at == 0) & (trace.n < rows), before[of[1]], 1)
     length = ends - begins + 1 + earlier
     np.maximum.at(most, of, length)
-    open_end = at[ends] == trace.into.shape[1] - 1
+    open_end = place[ends] % rows == count - 1
     last[of[0][open_end], of[1][open_end]] = length[open_end]
     return most, last
+
+
+def _field_by_field(trace: Trace, rest: Rest) -> Ints:
+    """Places among (W, F, m), ascending, of rows that say what the row before said; most say something else."""
+    (_, rows, fields), count = trace.rows.shape, trace.into.shape[1]
+    at, field = np.divmod(np.flatnonzero(trace.still), fields)
+    window, at = np.divmod(at, max(1, count))
+    place = (window * fields + field) * rows + at
+    for one in (one for one, values in enumerate(rest) if values):
+        goes_on = (field != one) | ~np.isin(trace.rows[window, at + rows - count, field], rest[one])
+        window, field, at, place = window[goes_on], field[goes_on], at[goes_on], place[goes_on]
+    return np.sort(place)
 
 
 def lone_jumps(trace: Trace, jump: Floats, span: Floats | None = None) -> Ints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -76,20 +77,26 @@ class Sums:
         if missing.any():
             n -= missing.sum(0)[:, None]
             known[missing] = 0.0
-        total = _one_after_another(known)
+        total = one_after_another(known)
         np.multiply(known, known, out=known)
-        return cls(n, total[:, None], _one_after_another(known)[:, None])
+        return cls(n, total[:, None], one_after_another(known)[:, None])
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares)
 
     def moments(self, origin: Floats) -> Moments:
-        shift = self.total / np.maximum(self.n, 1)
-        mean = np.where(self.n > 0, shift + origin, 0.0)
-        return Moments(self.n, mean, np.maximum(self.squares - shift * self.total, 0.0))
+        return Moments(self.n, np.where(self.n > 0, self._shift + origin, 0.0), self._m2)
+
+    @cached_property
+    def _shift(self) -> Floats:
+        return self.total / np.maximum(self.n, 1)
+
+    @cached_property
+    def _m2(self) -> Floats:
+        return np.maximum(self.squares - self._shift * self.total, 0.0)
 
 
-def _one_after_another(values: Floats) -> Floats:
+def one_after_another(values: Floats) -> Floats:
     """(...,) sums of `values` (m, ...) in the order they come."""
     rows = values.reshape(len(values), -1)
     if rows.shape[1] == 1:
@@ -105,7 +112,7 @@ def _by_group(before: Floats, groups: Groups, values: Floats) -> Floats:
         rows = np.empty((1 + len(some), 2 * width))
         rows[0], rows[1:, :width] = before[group], values.take(some, axis=0)
         np.multiply(rows[1:, :width], rows[1:, :width], out=rows[1:, width:])
-        out[group] = _one_after_another(rows)
+        out[group] = one_after_another(rows)
     return out
 
 

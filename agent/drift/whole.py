@@ -86,10 +86,11 @@ def ahead(state: State, shipped: Reference, batch: Batch, first: int) -> Whole |
     starts = batch.starts[first : first + count * state.window].reshape(count, state.window)
     ends = starts[:, -1] + rows
     # A row in several model windows counts in the first drift window that has it.
-    before = np.concatenate([[state.seen + 1 - batch.first], ends[:-1]])
-    begin = np.maximum(starts[:, 0], before)
+    begin = starts[:, 0].copy()
+    begin[0] = max(begin[0], state.seen + 1 - batch.first)
+    np.maximum(begin[1:], ends[:-1], out=begin[1:])
     n = ends - begin
-    fit = (n == n[0]) & (n > 0) & (np.diff(starts, axis=1) <= rows).all(1)
+    fit = (n == n[0]) & (n > 0) & (starts[:, 1:] - starts[:, :-1] <= rows).all(1)
     count = len(fit) if fit.all() else int(fit.argmin())
     if not count or n[0] > rows_at_once(batch):
         return None
