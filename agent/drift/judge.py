@@ -36,9 +36,9 @@ from agent.drift.reference import FEWEST, Reference
 from agent.drift.season import Season
 from agent.drift.state import Batch, State, Verdict, emptied, filled
 from agent.drift.statistics import Found
-from agent.drift.summary import Summary, stacked
+from agent.drift.summary import Summary
 from agent.drift.watch import Tick
-from agent.drift.whole import Whole
+from agent.drift.whole import Full
 from agent.errors import BadBundle
 
 
@@ -187,7 +187,8 @@ class Judge:
 
     def _go_on(self, state: State, batch: Batch, at: int) -> tuple[State, list[Verdict], int]:
         """Fill drift windows with the model windows from `at` on and judge the full ones; and where it got to."""
-        ahead = whole.ahead(state, self.shipped, batch, at)
+        ahead = None if state.open.windows else whole.ahead(self.shipped, batch, at, self.window, state.seen)
+        full: Full | None = None
         if ahead is None:
             most = int(np.searchsorted(batch.starts, batch.starts[at] + whole.rows_at_once(batch)))
             stop = min(at + self.window - state.open.windows, len(batch.starts), max(at + 1, most))
@@ -195,35 +196,39 @@ class Judge:
             state = filled(state, self.shipped, part, self._classes(state, part.found, part.named))
             if state.open.windows < self.window:
                 return state, [], stop
-            seen = self._look(state.site, stacked(state.open), np.array([sum(state.t) // 2]))
-            state, verdict = self._close(state, seen, 0)
-            return emptied(state, self._nothing), [verdict], stop
-        stack = ahead.summarized(self.shipped, batch, at, partial(self._classes, state))
-        middle = (batch.t[ahead.begin] + batch.t[ahead.begin + ahead.n - 1]) // 2
-        seen, verdicts = self._look(state.site, stack, middle), []
-        number = 0
-        while number < ahead.windows:
-            after, more = self._quiet(state, batch, ahead, seen, number)
+            full, at = Full.of(state, stop), stop
+            ahead = whole.ahead(self.shipped, batch, at, self.window, state.seen)
+        if ahead is not None:
+            more = ahead.full(self.shipped, batch, at, partial(self._classes, state))
+            full = full.then(more) if full else more
+        assert full is not None
+        return self._judged(state, full)
+
+    def _judged(self, state: State, full: Full) -> tuple[State, list[Verdict], int]:
+        seen = self._look(state.site, full.stack, full.middle)
+        verdicts: list[Verdict] = []
+        while len(verdicts) < full.windows:
+            number = len(verdicts)
+            after, more = self._quiet(state, full, seen, number)
             if not more:
-                after, verdict = self._close(ahead.filled(state, batch, stack, number), seen, number)
+                after, verdict = self._close(full.opened(state, number), seen, number)
                 more = [verdict]
             verdicts += more
-            number += len(more)
-            at += self.window * len(more)
             changed = after.site is not state.site or self._by_others(after) != self._by_others(state)
             state = after
             if changed:
                 # What follows was summarized for other classes, or has no evidence yet.
                 break
-        return emptied(state, self._nothing), verdicts, at
+        return emptied(state, self._nothing), verdicts, full.ends[len(verdicts) - 1]
 
-    def _quiet(self, state: State, batch: Batch, ahead: Whole, seen: _Seen, first: int) -> tuple[State, list[Verdict]]:
+    def _quiet(self, state: State, full: Full, seen: _Seen, first: int) -> tuple[State, list[Verdict]]:
         """With those from number `first` on in which nothing happens, if any."""
         if state.site is None or seen.evidence is None:
             return state, []
         tester, rest = self._testing(state.site), slice(first, None)
-        signs, begun = seen.signs.any[rest], batch.t[ahead.begin[rest]]
-        found = quiet.ahead(state, tester, signs, seen.ticks[rest], seen.evidence[rest], begun)
+        found = quiet.ahead(
+            state, tester, seen.signs.any[rest], seen.ticks[rest], seen.evidence[rest], full.begun[rest]
+        )
         if found is None:
             return state, []
         some, fields = slice(first, first + found.windows), len(self.shipped.fields)
@@ -231,7 +236,9 @@ class Judge:
         summaries = self._report(seen, some, told, found.watch, found.paces, tester)
         index, rows = state.index + (1 if first else 0), seen.stack.rows_each[some].tolist()
         verdicts = [
-            Verdict(index + at, *ahead.place(batch, first + at), n, state.site.digest, None, None, summary, ())
+            Verdict(
+                index + at, full.rows[first + at], full.t[first + at], n, state.site.digest, None, None, summary, ()
+            )
             for at, (n, summary) in enumerate(zip(rows, summaries, strict=True))
         ]
         after = replace(
@@ -239,7 +246,7 @@ class Judge:
             index=verdicts[-1].index,
             rows=verdicts[-1].rows,
             t=verdicts[-1].t,
-            seen=verdicts[-1].rows[1],
+            seen=max(state.seen, verdicts[-1].rows[1]),
             detectors=found.detectors,
             watch=found.watch,
             season=found.season,

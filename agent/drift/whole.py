@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -30,17 +31,22 @@ class Whole:
     def windows(self) -> int:
         return len(self.begin)
 
-    def summarized(
-        self, shipped: Reference, batch: Batch, first: int, classes: Callable[[Found, Ints], Ints]
-    ) -> Summary:
-        """Stacked. `first` is the number of the first model window; `classes` tells of what was found in model windows,
-        and of those that were named, with which they are compared."""
+    def full(self, shipped: Reference, batch: Batch, first: int, classes: Callable[[Found, Ints], Ints]) -> Full:
+        """Summarized. `first` is the number of the first model window; `classes` tells of what was found in model
+        windows, and of those that were named, with which they are compared."""
         each = max(1, VALUES_AT_ONCE // (self.n * batch.features.shape[1]))
         parts = [
             self._part(shipped, batch, first, slice(at, min(at + each, self.windows)), classes)
             for at in range(0, self.windows, each)
         ]
-        return summary.joined(parts)
+        begin, end = self.begin, self.begin + self.n - 1
+        count = self.starts.shape[1]
+        return Full(
+            summary.joined(parts),
+            list(zip((batch.first + begin).tolist(), (batch.first + end).tolist(), strict=True)),
+            list(zip(batch.t[begin].tolist(), batch.t[end].tolist(), strict=True)),
+            list(range(first + count, first + count * self.windows + 1, count)),
+        )
 
     def _part(
         self, shipped: Reference, batch: Batch, first: int, some: slice, classes: Callable[[Found, Ints], Ints]
@@ -63,31 +69,60 @@ class Whole:
             return values[begin[0] : begin[0] + windows * self.n].reshape(windows, self.n, fields)
         return np.asarray(values[begin[:, None] + np.arange(self.n)])
 
-    def filled(self, state: State, batch: Batch, stack: Summary, number: int) -> State:
-        """`state`, which is that after the window before, with window `number` of the `stack` as the open one."""
-        rows, t = self.place(batch, number)
-        index = state.index + 1 if number else state.index
-        return replace(state, index=index, open=summary.at(stack, number), rows=rows, t=t, seen=rows[1])
 
-    def place(self, batch: Batch, number: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The first and the last row of window `number`, and their times."""
-        begin, end = int(self.begin[number]), int(self.begin[number]) + self.n - 1
-        return (batch.first + begin, batch.first + end), (int(batch.t[begin]), int(batch.t[end]))
+@dataclass(frozen=True, eq=False)
+class Full:
+    """W drift windows in a row that are full."""
+
+    stack: Summary
+    rows: list[tuple[int, int]]  # of each the first and the last one
+    t: list[tuple[int, int]]  # their times
+    ends: list[int]  # how many model windows of the batch there are up to the end of each
+
+    @classmethod
+    def of(cls, state: State, end: int) -> Full:
+        """The open one of `state`."""
+        return cls(summary.stacked(state.open), [state.rows], [state.t], [end])
+
+    def then(self, more: Full) -> Full:
+        """Followed by others."""
+        stack = summary.joined([self.stack, more.stack])
+        return Full(stack, self.rows + more.rows, self.t + more.t, self.ends + more.ends)
+
+    @property
+    def windows(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def begun(self) -> Ints:
+        """(W,)"""
+        return np.array([begin for begin, _ in self.t])
+
+    @property
+    def middle(self) -> Ints:
+        """(W,) of their times."""
+        return np.array([sum(both) // 2 for both in self.t])
+
+    def opened(self, state: State, number: int) -> State:
+        """`state`, which is that after the window before, with window `number` as the open one."""
+        rows, index = self.rows[number], state.index + 1 if number else state.index
+        seen = max(state.seen, rows[1])
+        return replace(state, index=index, open=summary.at(self.stack, number), rows=rows, t=self.t[number], seen=seen)
 
 
-def ahead(state: State, shipped: Reference, batch: Batch, first: int) -> Whole | None:
-    """From model window number `first` on; None where the next one was begun before, ends later, has gaps or is too
-    large."""
+def ahead(shipped: Reference, batch: Batch, first: int, window: int, seen: int) -> Whole | None:
+    """Drift windows of `window` model windows, from number `first` on, of rows that were not `seen`; None where the
+    next one ends later, has gaps or is too large."""
     most = max(1, FIELDS_AT_ONCE // batch.features.shape[1])
-    count = min((len(batch.starts) - first) // state.window, most)
-    if count == 0 or state.open.windows:
+    count = min((len(batch.starts) - first) // window, most)
+    if count == 0:
         return None
     rows = shipped.window_rows
-    starts = batch.starts[first : first + count * state.window].reshape(count, state.window)
+    starts = batch.starts[first : first + count * window].reshape(count, window)
     ends = starts[:, -1] + rows
     # A row in several model windows counts in the first drift window that has it.
     begin = starts[:, 0].copy()
-    begin[0] = max(begin[0], state.seen + 1 - batch.first)
+    begin[0] = max(begin[0], seen + 1 - batch.first)
     np.maximum(begin[1:], ends[:-1], out=begin[1:])
     n = ends - begin
     fit = (n == n[0]) & (n > 0) & (starts[:, 1:] - starts[:, :-1] <= rows).all(1)
