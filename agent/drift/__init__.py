@@ -28,6 +28,7 @@
     places.py       where each test stands
     detectors.py    all tests of a drift window against the site's reference
     course.py       how they go on over windows in a row, and what raises an alarm
+    seen.py         what windows say by themselves
     quiet.py        windows in which nothing happens, judged together
     ramp.py         whether a change came at once or grows
     faults.py       sensor faults, told apart from drift

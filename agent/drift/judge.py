@@ -16,43 +16,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import course, describe, faults, quiet, watch, whole
+from agent.drift import course, faults, quiet, watch, whole
 from agent.drift.alerts import Alert
-from agent.drift.codec import Floats, Ints
+from agent.drift.codec import Ints
 from agent.drift.describe import Told
-from agent.drift.detectors import Detectors, Evidence, Tester
-from agent.drift.faults import Signs
+from agent.drift.detectors import Detectors, Tester
 from agent.drift.learning import Learning, settle
 from agent.drift.modes import CLASSES, Modes, classes
 from agent.drift.raising import Raising
 from agent.drift.reference import FEWEST, Reference
 from agent.drift.season import Season
+from agent.drift.seen import Seen
 from agent.drift.state import Batch, State, Verdict, emptied, filled
 from agent.drift.statistics import Found
 from agent.drift.summary import Summary
-from agent.drift.watch import Tick
 from agent.drift.whole import Full
 from agent.errors import BadBundle
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What W drift windows say by themselves, whatever was before."""
-
-    stack: Summary
-    features: list[dict[str, Any]]
-    output: list[dict[str, Any]]
-    accuracy: list[dict[str, Any] | None]
-    signs: Signs
-    ticks: list[Tick]
-    evidence: Evidence | None  # against the site's reference
 
 
 class Judge:
@@ -205,7 +190,8 @@ class Judge:
         return self._judged(state, full)
 
     def _judged(self, state: State, full: Full) -> tuple[State, list[Verdict], int]:
-        seen = self._look(state.site, full.stack, full.middle)
+        tester = self._testing(state.site) if state.site else None
+        seen = Seen.of(full.stack, full.middle, self.shipped, tester, self.least)
         verdicts: list[Verdict] = []
         while len(verdicts) < full.windows:
             number = len(verdicts)
@@ -221,7 +207,7 @@ class Judge:
                 break
         return emptied(state, self._nothing), verdicts, full.ends[len(verdicts) - 1]
 
-    def _quiet(self, state: State, full: Full, seen: _Seen, first: int) -> tuple[State, list[Verdict]]:
+    def _quiet(self, state: State, full: Full, seen: Seen, first: int) -> tuple[State, list[Verdict]]:
         """With those from number `first` on in which nothing happens, if any."""
         if state.site is None or seen.evidence is None:
             return state, []
@@ -233,7 +219,7 @@ class Judge:
             return state, []
         some, fields = slice(first, first + found.windows), len(self.shipped.fields)
         told = Told(found.sums, tester.site.places, [False] * (fields + 3), (None,) * fields, tested=True)
-        summaries = self._report(seen, some, told, found.watch, found.paces, tester)
+        summaries = seen.reported(some, told, found.watch, found.paces, tester)
         index, rows = state.index + (1 if first else 0), seen.stack.rows_each[some].tolist()
         verdicts = [
             Verdict(
@@ -253,19 +239,6 @@ class Judge:
         )
         return after, verdicts
 
-    def _look(self, site: Reference | None, stack: Summary, middle: Ints) -> _Seen:
-        """At stacked drift windows in the `middle` of times (W,), epoch µs."""
-        tester = self._testing(site) if site else None
-        return _Seen(
-            stack,
-            describe.features(stack, self.shipped, self.least),
-            describe.output(stack, self.shipped, self.least),
-            describe.accuracy(stack, self.shipped),
-            faults.signs(stack, self.shipped, site),
-            watch.ticks(stack, middle, tester),
-            tester.evidence(stack, middle) if tester else None,
-        )
-
     def _by_others(self, state: State) -> bytes:
         """By which fields model windows are given classes, as something to compare."""
         if state.site is None or not self.shipped.labels:
@@ -277,7 +250,7 @@ class Judge:
             return named
         return self._testing(state.site).classes(state.detectors, found.values, named)
 
-    def _close(self, state: State, seen: _Seen, at: int) -> tuple[State, Verdict]:
+    def _close(self, state: State, seen: Seen, at: int) -> tuple[State, Verdict]:
         """With the open drift window, which is number `at` of those that were looked at."""
         window, tick = state.open, seen.ticks[at]
         found = faults.find(seen.signs, at, window, self.shipped, self.units, state.site, state.misread)
@@ -304,8 +277,7 @@ class Judge:
             after, learned, refused = self._learn(after)
         after, fault_alerts = self._raising.faults(after, found)
         where = {"window": state.index, "rows": list(state.rows)}
-        (summary,) = self._report(
-            seen,
+        (summary,) = seen.reported(
             slice(at, at + 1),
             Told(
                 sums=after.detectors.cusum.value[None],
@@ -348,14 +320,3 @@ class Judge:
             assert site.site is not None
             self._tester = Tester(site, site.site)
         return self._tester
-
-    def _report(
-        self, seen: _Seen, some: slice, told: Told, now: watch.Watch, paces: Floats, tester: Tester | None
-    ) -> list[dict[str, Any]]:
-        numbers = [
-            {"features": features, "output": output, "estimate": accuracy}
-            for features, output, accuracy in zip(
-                seen.features[some], seen.output[some], seen.accuracy[some], strict=True
-            )
-        ]
-        return watch.with_rate(describe.with_states(numbers, told, tester), now, paces, seen.ticks[some], tester)

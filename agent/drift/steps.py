@@ -28,7 +28,7 @@ def count(step: Floats, still: Bools) -> Ints:
     if not step.size:
         return np.zeros((windows, fields, SIZES), np.int64)
     # The exponent as it stands in a float64, below which all bits are the fraction's: several times as fast as frexp.
-    size = np.ascontiguousarray(step, np.float64).view(np.int64) >> 52
+    size = (np.ascontiguousarray(step, np.float64).view(np.int64) >> 52).astype(np.intp, copy=False)
     size &= 0x7FF
     size -= 1022 + SMALLEST
     np.maximum(size, 1, out=size)
