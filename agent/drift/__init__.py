@@ -3,6 +3,7 @@
     reference.py    what is normal: bins, limits, class statistics, calibration; the format of reference.json
     learning.py     from drift windows to a reference: `build` for a bundle, `settle` for a site
     calibration.py  how a test varies over the windows of a reference, odd ones among them
+    middle.py       medians
     daily.py        what the hour of the day and days of rest do to a site's statistics
     modes.py        classes for a model that names none, from a field of the stream
     season.py       slow changes of several fields together

@@ -16,6 +16,7 @@ from statistics import NormalDist
 import numpy as np
 
 from agent.drift.codec import Bools, Floats, Ints
+from agent.drift.middle import median
 from agent.drift.sizes import folded
 
 CALM = 3  # windows in a row below the limit that clear an alarm
@@ -103,7 +104,7 @@ def _quantile(values: Floats, level: float) -> Floats:
     mean, variance = kept.mean(0), kept.var(0, ddof=1)
     told = mean > 0
     each = np.where(told, mean, 1.0) ** 2 / np.maximum(variance, 1e-12)
-    common = float(np.median(each[told])) if told.any() else MOST_SHAPE
+    common = float(median(each[told])) if told.any() else MOST_SHAPE
     # K windows tell mean and shape only so well: one standard error to the safe side.
     sure = 1 - np.sqrt(2 / len(values))
     shape = np.clip(sure * np.minimum(each, common), LEAST_SHAPE, MOST_SHAPE)
@@ -119,8 +120,8 @@ def gamma_quantile(shape: Floats, p: float) -> Floats:
 
 def _odd(values: Floats) -> Floats:
     """Windows beyond this were not like the others: left out."""
-    middle = np.median(values, axis=0)
-    return np.asarray(middle + 10 * np.median(np.abs(values - middle), axis=0) + 1e-9)
+    middle = median(values)
+    return np.asarray(middle + 10 * median(np.abs(values - middle)) + 1e-9)
 
 
 def shares(counts: Ints) -> Floats:

@@ -117,7 +117,9 @@ def covered(starts: Ints, window_rows: int, begin: int) -> Ints | slice:
     begin, end = max(begin, int(starts[0])), int(starts[-1]) + window_rows
     if (np.diff(starts) <= window_rows).all():
         return slice(begin, max(begin, end))
-    rows = np.unique(starts[:, None] + np.arange(window_rows))
+    lies_in_one = np.zeros(end, np.bool_)
+    lies_in_one[starts[:, None] + np.arange(window_rows)] = True
+    rows = np.flatnonzero(lies_in_one)
     return rows[rows >= begin]
 
 
