@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.drift import joint
+from agent.drift.groups import Groups
 
 
 def correlated(rng: np.random.Generator, n: int, r: float) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
@@ -34,14 +35,16 @@ def test_residuals_of_rows_add_up_to_the_bit_in_any_parts_and_order(
     rows = joint.in_steps(raw)
     bounds = [0, *sorted(cuts), 400]
     groups = np.random.default_rng(seed).integers(0, 3, 400)
-    parts = [joint.of_rows(rows[a:b], groups[a:b], 3) for a, b in pairwise(bounds)]
+    parts = [joint.of_rows(rows[a:b], Groups.made(groups[a:b], 3)) for a, b in pairwise(bounds)]
     shuffled = [parts[i] for i in order if i < len(parts)]
-    assert sum(shuffled, np.zeros_like(parts[0])).tolist() == joint.of_rows(rows, groups, 3).tolist()
+    assert sum(shuffled, np.zeros_like(parts[0])).tolist() == joint.of_rows(rows, Groups.made(groups, 3)).tolist()
 
 
 def test_z_is_that_of_the_correlation_coefficient() -> None:
     rows = correlated(np.random.default_rng(1), 2000, 0.6)
-    found = joint.measured(joint.of_rows(joint.in_steps(rows), np.zeros(len(rows), np.int64), 1), 3, windowed=False)
+    found = joint.measured(
+        joint.of_rows(joint.in_steps(rows), Groups.made(np.zeros(len(rows), np.int64), 1)), 3, windowed=False
+    )
     expected = np.arctanh(np.asarray(np.corrcoef(rows.T))[[0, 1, 0], [1, 2, 2]])
     np.testing.assert_allclose(found.z[0], expected, atol=2e-3)
     assert found.weight[0].tolist() == [1997.0] * 3
@@ -51,7 +54,7 @@ def test_model_windows_tell_the_same_z_on_average() -> None:
     windows = correlated(np.random.default_rng(1), 50 * 100, 0.6).reshape(50, 100, 3)
     centred = windows - windows.mean(1, keepdims=True)
     each = joint.of_windows(centred, (centred**2).mean(1), np.full(3, 1e-9))
-    found = joint.measured(joint.sums(each, np.zeros(len(each), np.int64), 1), 3, windowed=True)
+    found = joint.measured(joint.sums(each, Groups.made(np.zeros(len(each), np.int64), 1)), 3, windowed=True)
     expected = [np.arctanh(np.asarray(np.corrcoef(window.T))[0, 2]) for window in windows]
     assert found.z[0, 2] == pytest.approx(np.mean(expected), abs=1e-5)
 
@@ -60,7 +63,7 @@ def test_a_field_that_does_not_move_tells_no_correlation() -> None:
     still = np.random.default_rng(1).normal(size=(4, 100, 3))
     still[:, :, 1] = 0.0
     each = joint.of_windows(still, (still**2).mean(1), np.full(3, 1e-9))
-    found = joint.measured(joint.sums(each, np.zeros(len(each), np.int64), 1), 3, windowed=True)
+    found = joint.measured(joint.sums(each, Groups.made(np.zeros(len(each), np.int64), 1)), 3, windowed=True)
     assert found.weight[0].tolist() == [0.0, 0.0, 4.0]
     told = joint.tests(found, np.zeros((1, 3)))
     assert np.isnan(told).tolist() == [True, True, False]

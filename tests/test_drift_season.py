@@ -21,7 +21,7 @@ def after(shape: Shape, seed: int = 0, days: float = 6.0) -> Season:
     z = np.random.default_rng(seed).normal(size=(len(hours), 3)) + shape(hours / 24)
     found = Season()
     for hour, scores in zip(hours.tolist(), z, strict=True):
-        found = found.add(scores, hour * HALF_DAY_US // 12)
+        found = found.add(scores[None], np.array([hour * HALF_DAY_US // 12]))
     return found
 
 
@@ -67,10 +67,10 @@ def test_less_than_a_day_is_no_season() -> None:
 def test_only_the_last_week_is_remembered_and_a_clock_set_back_begins_anew() -> None:
     found = after(together, days=30)
     assert len(found.half_day) == season.KEPT
-    assert len(found.add(np.zeros(3), 0).half_day) == 1
+    assert len(found.add(np.zeros((1, 3)), np.array([0])).half_day) == 1
 
 
 def test_scores_that_are_missing_leave_the_mean_as_it_was() -> None:
-    one = Season().add(np.array([1.0, np.nan]), 0).add(np.array([3.0, 2.0]), 1).add(np.array([np.nan, 4.0]), 2)
+    one = Season().add(np.array([[1.0, np.nan], [3.0, 2.0], [np.nan, 4.0]]), np.array([0, 1, 2]))
     np.testing.assert_allclose(one.mean, [[2.0, 3.0]])
     np.testing.assert_array_equal(one.n, [[2, 2]])

@@ -37,7 +37,7 @@ def test_two_of_three_windows_beyond_their_limit_are_rare_where_nothing_changes(
         level, allotted = limits.level(6), limits.SHAPES / 6
         limit = shape.limits(shape.psi_without(learned), level, allotted)
         sums = Confirm.none(6)
-        for beyond in shape.psi(learned.sum(0)[None], live) > limit:
+        for beyond in shape.psi(shape.shares(learned.sum(0))[None], live) > limit:
             before = sums.on
             sums = sums.update(beyond, np.ones(6, np.bool_), 1)
             alarms += int((sums.on & ~before).sum())
@@ -51,7 +51,7 @@ def test_another_shape_is_beyond_its_limit() -> None:
     limit = shape.limits(shape.psi_without(learned), limits.level(6), limits.SHAPES / 6)
     hollow = np.full(16, 1 / 16) * np.repeat([1.6, 0.4, 0.4, 1.6], 4)
     changed = np.random.default_rng(3).multinomial(300, hollow, size=6)
-    assert (shape.psi(learned.sum(0), changed) > limit).all()
+    assert (shape.psi(shape.shares(learned.sum(0)), changed) > limit).all()
 
 
 def test_one_window_beyond_the_limit_is_no_alarm_and_two_of_three_are() -> None:

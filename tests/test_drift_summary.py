@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from agent.drift import build, describe, statistics
 from agent.drift import summary as summaries
+from agent.drift.groups import Groups
 from agent.drift.reference import Reference
 from agent.drift.runs import Tail
 from agent.drift.summary import Summary, stacked
@@ -235,16 +236,16 @@ def test_sums_have_the_same_bits_however_rows_lie_in_memory_and_are_cut(
         rng.integers(0, 2, 300),
     )
     values[::7, 0] = np.nan
-    whole = Sums.zeros(2, columns).add(groups, values)
+    whole = Sums.zeros(2, columns).add(Groups.made(groups, 2), values)
     parts = Sums.zeros(2, columns)
     for begin, end in pairwise([0, *sorted(cuts), 300]):
-        parts = parts.add(groups[begin:end], np.asarray(values[begin:end], order=order))
+        parts = parts.add(Groups.made(groups[begin:end], 2), np.asarray(values[begin:end], order=order))
     assert parts.total.tobytes() == whole.total.tobytes()
     assert parts.squares.tobytes() == whole.squares.tobytes()
     assert parts.n.tolist() == whole.n.tolist()
     one, at_once = Sums.zeros(1, columns), Sums.of(np.asarray(values.reshape(3, 100, columns), order=order))
     for number in range(3):
-        alone = one.add(np.zeros(100, np.int64), values[100 * number : 100 * (number + 1)])
+        alone = one.add(Groups.made(np.zeros(100, np.int64), 1), values[100 * number : 100 * (number + 1)])
         assert at_once.total[number].tobytes() == alone.total.tobytes()
         assert at_once.squares[number].tobytes() == alone.squares.tobytes()
         assert at_once.n[number].tolist() == alone.n.tolist()

@@ -3,6 +3,7 @@
     reference.py    what is normal: bins, limits, class statistics, calibration; the format of reference.json
     learning.py     from drift windows to a reference: `build` for a bundle, `settle` for a site
     calibration.py  how a test varies over the windows of a reference, odd ones among them
+    middle.py       medians
     daily.py        what the hour of the day and days of rest do to a site's statistics
     modes.py        classes for a model that names none, from a field of the stream
     season.py       slow changes of several fields together
@@ -14,13 +15,22 @@
     watch.py        the subject "rate": its faults, its drift, its alerts
     site.py         what only a site's own reference has
     summary.py      one drift window as numbers that add: `Summary`
+    groups.py       which things in a row belong together
+    counting.py     what is counted of rows and answers
+    runs.py         from row to row: steps, runs of one value, lone jumps
     sums.py         counts, sums and squares of many groups at once
+    whole.py        drift windows that a batch holds whole, summarized many at a time
     describe.py     what a drift message says of a summary
     sizes.py        PSI, JS, KS, W1: reported, never an alarm
     limits.py       how many false alarms each kind of test may raise, and the limits that follow
     cusum.py        what raises and clears a drift alarm of a mean, a spread, a pair, the certainty
     shape.py        the same of a distribution's shape
+    together.py     the same of many small shifts
+    places.py       where each test stands
     detectors.py    all tests of a drift window against the site's reference
+    course.py       how they go on over windows in a row, and what raises an alarm
+    seen.py         what windows say by themselves
+    quiet.py        windows in which nothing happens, judged together
     ramp.py         whether a change came at once or grows
     faults.py       sensor faults, told apart from drift
     extremes.py     a drift window's outermost values, and when a sensor saturates

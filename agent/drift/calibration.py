@@ -6,6 +6,7 @@ import numpy as np
 
 from agent.drift import statistics
 from agent.drift.codec import Floats
+from agent.drift.middle import median
 from agent.drift.sums import Moments
 from agent.errors import BadBundle
 
@@ -21,7 +22,7 @@ LEAP, MOSTLY = 10.0, 0.7  # standard errors of a step while learning, and its sh
 
 def drawn(values: Floats, middle: Floats, least: Floats | float) -> tuple[Floats, Floats]:
     """Mean, and what is left of values (K, T), with odd windows drawn in: a few spoil nothing, many are how it is."""
-    reach = ODD * np.maximum(1.4826 * np.median(np.abs(values - middle), axis=0), least)
+    reach = ODD * np.maximum(1.4826 * median(np.abs(values - middle)), least)
     within = np.clip(values, middle - reach, middle + reach)
     mean = within.mean(0)
     return mean, within - mean
@@ -41,8 +42,8 @@ def others_mean(found: Moments, pooled: Moments) -> Floats:
 
 def calibrated(values: Floats, fields: tuple[str, ...]) -> tuple[Floats, Floats]:
     """Mean and sd of each test over drift windows (K, 2F). Raises BadBundle."""
-    middle = np.median(values, axis=0)
-    scale = np.maximum(1.4826 * np.median(np.abs(values - middle), axis=0), LEAST_SD)
+    middle = median(values)
+    scale = np.maximum(1.4826 * median(np.abs(values - middle)), LEAST_SD)
     plain = np.abs(values - middle) <= ODD * scale
     _agree(plain.mean(0) >= 1 - ODD_SHARE, fields, "more than a third of the drift windows lie far from the rest")
     kept = np.where(plain, values, np.nan)
@@ -61,7 +62,7 @@ def step(values: Floats, fields: tuple[str, ...]) -> list[str]:
     total = np.cumsum(values, axis=0)
     apart = total[:-1] / before - (total[-1] - total[:-1]) / (windows - before)
     gained = apart**2 * before * (windows - before) / windows
-    noise = np.maximum(1.4826 * np.median(np.abs(np.diff(values, axis=0)), axis=0) / np.sqrt(2), LEAST_SD)
+    noise = np.maximum(1.4826 * median(np.abs(np.diff(values, axis=0))) / np.sqrt(2), LEAST_SD)
     spread = np.maximum(((values - values.mean(0)) ** 2).sum(0), 1e-12)
     best = gained.max(0)
     found = np.flatnonzero((best > LEAP**2 * noise**2) & (best > MOSTLY * spread))

@@ -8,6 +8,7 @@ import numpy as np
 from agent.drift import joint, runs, steps
 from agent.drift.codec import Floats, Ints
 from agent.drift.extremes import Extremes
+from agent.drift.groups import Groups
 from agent.drift.reference import BINS, Reference
 from agent.drift.runs import Tail, Trace
 from agent.drift.statistics import Found
@@ -50,23 +51,31 @@ def of_rows(reference: Reference, rows: Floats, tail: Tail) -> tuple[Rows, Tail]
         counts=_histogram(ordered, reference.cuts_single if exact else reference.cuts, missing),
         missing=missing,
         outside=_outside(ordered, extremes, reference),
-        spikes=runs.lone_jumps(trace, reference.jump),
+        spikes=runs.lone_jumps(trace, reference.jump, None if len(tail.rows) else extremes.high - extremes.low),
         longest=longest,
         extremes=extremes,
-        steps=steps.count(trace.into),
+        steps=steps.count(trace.into, trace.still),
         repeated=runs.repeated(trace, reference.rest),
     )
     return counted, Tail(trace.rows[-1, -2:].copy(), run[-1])
 
 
 def of_answers(
-    reference: Reference, windows: int, found: Found, named: Ints, top: Floats | None, classes: Ints
+    reference: Reference,
+    windows: int,
+    found: Found,
+    named: Ints,
+    top: Floats | None,
+    classes: Ints,
+    groups: Groups,
 ) -> Answers:
-    """Of model windows, one drift window's after another's: see `Summary.add_windows`."""
+    """Of model windows, one drift window's after another's: see `Summary.add_windows`.
+
+    `groups` are those of `by_class`.
+    """
     count = reference.classes
-    of = np.repeat(np.arange(windows), len(named) // windows)
-    place = of * count + classes
     scores, sure = np.zeros((windows, BINS), np.int64), np.zeros((windows, count, 2), np.int64)
+    of = np.repeat(np.arange(windows), len(named) // windows)
     if top is not None:
         if len(reference.score_edges):
             # One that is not known is neither sure nor in doubt.
@@ -74,16 +83,22 @@ def of_answers(
             bins = np.searchsorted(reference.score_edges, top[told], side="right") + BINS * of[told]
             scores = np.bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
         whole = np.rint(reference.scaled(np.where(np.isfinite(top), top, 0.0)) * SURE)
-        size = windows * count
-        more = np.bincount(place, minlength=size), np.bincount(place, whole, size).astype(np.int64)
-        sure = np.stack(more, axis=1).reshape(windows, count, 2)
+        total = np.bincount(of * count + classes, whole, windows * count).astype(np.int64)
+        sure = np.stack([groups.n, total], axis=1).reshape(windows, count, 2)
     return Answers(
         output=np.bincount(of * count + named, minlength=windows * count).reshape(windows, count),
         scores=scores,
-        pairs=_pairs(reference, found, classes, place, windows),
+        pairs=_pairs(reference, found, classes, groups).reshape(windows, count, -1),
         sure=sure,
-        pace=joint.sums(found.pace, place, windows * count).reshape(windows, count, -1),
+        pace=joint.sums(found.pace, groups).reshape(windows, count, -1),
     )
+
+
+def by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
+    """Model windows by the drift window that they are in and their class."""
+    count = reference.classes
+    first = np.repeat(np.arange(windows) * count, len(classes) // windows)
+    return Groups.made(first + classes, windows * count)
 
 
 def _ordered(rows: Floats) -> tuple[np.ndarray, bool]:
@@ -120,9 +135,10 @@ def _outside(ordered: np.ndarray, extremes: Extremes, reference: Reference) -> I
     return out
 
 
-def _pairs(reference: Reference, found: Found, classes: Ints, place: Ints, windows: int) -> Ints:
-    count = reference.classes
+def _pairs(reference: Reference, found: Found, classes: Ints, groups: Groups) -> Ints:
     if reference.windowed:
-        return joint.sums(found.z, place, windows * count).reshape(windows, count, -1)
-    whole = joint.in_steps((found.values - reference.class_mean[classes]) / reference.class_sd[classes])
-    return joint.of_rows(whole, place, windows * count).reshape(windows, count, -1)
+        return joint.sums(found.z, groups)
+    residuals = reference.class_mean.take(classes, axis=0)
+    np.subtract(found.values, residuals, out=residuals)
+    residuals /= reference.class_sd.take(classes, axis=0)
+    return joint.of_rows(joint.in_steps(residuals), groups)

@@ -45,22 +45,22 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
 
         `slack` and `limit` are for all tests or for each (T,).
         """
+        return self.ahead(z[None], effect[None], slack=slack, limit=limit, t=np.array([t])).after(1)
+
+    def ahead(
+        self, z: Floats, effects: Floats, *, slack: Floats | float = K, limit: Floats | float = H, t: Ints
+    ) -> Course:
+        """Over W windows in a row, begun at `t` (W,), with scores and effects (W, T)."""
         tested = np.isfinite(z)
-        if not tested.any():
-            return self
-        sided = np.where(tested, np.minimum(np.maximum(z, -CLIP), CLIP), 0.0) * _SIDES
-        value = np.where(tested, np.maximum(0.0, self.value + sided - slack), self.value)
-        on, calm = self.on, self.calm
-        if on.any():
-            calm = np.where(tested, np.where(on & (sided <= slack), calm + 1, 0), calm)
-            cleared = on & (calm >= CALM)
-            value, on = np.where(cleared, 0.0, value), on & ~cleared
-        going = value > 0
-        windows = np.where(going, self.windows + tested, 0)
-        effect = np.where(going, self.effect + np.where(tested, effect, 0.0), 0.0)
-        since = np.where(going, np.where(self.value > 0, self.since, t), 0)
-        on = on | (value > limit)
-        return Cusum(value, windows, effect, since, on, np.where(on, calm, 0))
+        sided = np.where(tested, np.minimum(np.maximum(z, -CLIP), CLIP), 0.0)[:, None] * _SIDES
+        # What is not tested goes on by nothing.
+        less = np.where(tested, slack, 0.0)[:, None]
+        values, value = np.empty_like(sided), self.value
+        for after, more, allowed in zip(values, sided, less, strict=True):
+            np.add(value, more, out=after)
+            np.subtract(after, allowed, out=after)
+            value = np.maximum(0.0, after, out=after)
+        return Course(self, tested, sided <= slack, values, effects, limit, t)
 
     def opened(self, side: int, test: int, windows: int, effect: float, since: int) -> Cusum:
         """With an alarm that other evidence than its sum gave, over so many `windows`."""
@@ -73,6 +73,44 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
         windows, since, calm = (np.where(which, part, 0) for part in (self.windows, self.since, self.calm))
         value, effect = (np.where(which, part, 0.0) for part in (self.value, self.effect))
         return Cusum(value, windows, effect, since, self.on & which, calm)
+
+
+class Course(msgspec.Struct, frozen=True, eq=False):
+    """Sums over W windows in a row, while nothing is raised or cleared: that is told of the last window taken only, and
+    where an alarm is on already of the first."""
+
+    before: Cusum
+    tested: Bools  # (W, T)
+    calm: Bools  # (W, 2, T) within the slack
+    values: Floats  # (W, 2, T) after each
+    effects: Floats  # (W, T)
+    limit: Floats | float
+    t: Ints  # (W,)
+
+    @property
+    def raises(self) -> Bools:
+        """(W,) in which a sum is beyond its limit."""
+        return np.asarray((self.values > self.limit).any((1, 2)))
+
+    def after(self, count: int) -> Cusum:
+        """After so many of them."""
+        before, tested, values = self.before, self.tested[:count], self.values[:count]
+        if not tested.any():
+            return before
+        on, calm = before.on, before.calm
+        if on.any():
+            calm = np.where(tested[0], np.where(on & self.calm[0], calm + 1, 0), calm)
+            cleared = on & (calm >= CALM)
+            values, on = np.where(cleared, 0.0, values), on & ~cleared
+        windows, effect, since, went = before.windows, before.effect, before.since, before.value > 0
+        effects = np.where(tested, self.effects[:count], 0.0)
+        for going, one, more, t in zip(values > 0, tested, effects, self.t.tolist(), strict=False):
+            windows = np.where(going, windows + one, 0)
+            effect = np.where(going, effect + more, 0.0)
+            since = np.where(going, np.where(went, since, t), 0)
+            went = going
+        on = on | (values[-1] > self.limit)
+        return Cusum(values[-1], windows, effect, since, on, np.where(on, calm, 0))
 
 
 def scores(value: Floats, mean: Floats, sd: Floats, windows: int) -> Floats:

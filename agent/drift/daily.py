@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from agent.drift.codec import Bools, Floats, Ints
+from agent.drift.middle import median
 
 DAY_US = 86_400_000_000
 HOUR_US = DAY_US // 24
@@ -70,7 +71,8 @@ def told(t: Ints, strata: str) -> bool:
     if strata == "none" or len(t) < 2:
         return False
     days = (int(t.max()) - int(t.min())) / DAY_US
-    seen = len(np.unique(t // HOUR_US % 24))
+    # Not by np.unique, which imports a megabyte of numpy.ma.
+    seen = int(np.count_nonzero(hours(t)))
     # The last window of a day that was watched begins a window before its end.
     return seen >= HOURS and days >= (0.9 if strata in ("hour", "week") else DAYS - 0.1)
 
@@ -156,8 +158,8 @@ def _better(new: Fit, old: Fit, values: Floats) -> Fit:
 
 def _least_squares(design: Floats, values: Floats) -> tuple[Floats, Floats]:
     """Coefficients (n, T), and what each window differs from a fit without it (K, T)."""
-    middle = np.median(values, axis=0)
-    reach = ODD * 1.4826 * np.median(np.abs(values - middle), axis=0) + 1e-12
+    middle = median(values)
+    reach = ODD * 1.4826 * median(np.abs(values - middle)) + 1e-12
     drawn = np.clip(values, middle - reach, middle + reach)
     inverse = np.linalg.pinv(design)
     found = inverse @ drawn

@@ -7,13 +7,16 @@ holds is counted to the bin beside it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from agent.drift import estimate, sizes
 from agent.drift.codec import Floats, Ints
-from agent.drift.detectors import Detectors, Tester
+from agent.drift.detectors import Tester
+from agent.drift.places import Places
 from agent.drift.reference import Reference
 from agent.drift.summary import Summary
 
@@ -71,38 +74,53 @@ def accuracy(windows: Summary, shipped: Reference) -> list[dict[str, Any] | None
     return [estimate.cbpe(shipped.score_n, shipped.score_correct, scores, right) for scores in windows.scores]
 
 
-def with_states(
-    numbers: dict[str, Any], now: Detectors, tester: Tester | None, found: tuple[str | None, ...], *, tested: bool
-) -> dict[str, Any]:
-    """The message's members with sums, limits and states, of each field (whose faults are `found`) and of all."""
-    fields, at = len(found), now.places
-    told = [*range(2 * fields), at.certainty]
-    *sums, certainty = _shortest(np.round(now.cusum.value[:, told].T, 2))
+class Told(msgspec.Struct, frozen=True, eq=False):
+    """Where the tests of W drift windows stand: `sums` (W, 2, T) after each; all else is the same in all of them."""
+
+    sums: Floats
+    at: Places
+    drifting: list[bool]  # of each subject
+    found: tuple[str | None, ...]  # the fault of each field
+    tested: bool
+
+
+def with_states(numbers: Sequence[dict[str, Any]], told: Told, tester: Tester | None) -> list[dict[str, Any]]:
+    """The members of W messages with sums, limits and states, of each field and of all."""
+    at, found, fields = told.at, told.found, len(told.found)
+    named = [*range(2 * fields), at.certainty]
+    sums = _shortest(np.round(told.sums[:, :, named].transpose(0, 2, 1), 2))
+    highest = told.sums[:, :, at.pairs].max((1, 2), initial=0.0).tolist()
     # Fields have one limit, whatever the field; pairs have one, too.
     limit, pairs_limit, certainty_limit = (
         round(float(tester.limits.limit[place]), 2) if tester else None for place in (0, at.certainty - 1, at.certainty)
     )
-    drifting = now.open_subjects.tolist()
-    quiet = "ok" if tested else "insufficient"
-    features = {
-        name: feature
+    quiet = "ok" if told.tested else "insufficient"
+    states = [
+        "fault" if fault else "drift" if on else quiet for fault, on in zip(found, told.drifting[:fields], strict=True)
+    ]
+    output, score, together = (("drift" if on else quiet) for on in told.drifting[fields:])
+    state = gravest({*states, output, score, together})
+    return [
+        one
         | {
-            "cusum": {"mean": sums[i], "spread": sums[fields + i], "limit": limit},
-            "state": "fault" if found[i] else "drift" if drifting[i] else quiet,
-            "fault": found[i],
+            "features": {
+                name: feature
+                | {"cusum": {"mean": mean, "spread": spread, "limit": limit}, "state": now, "fault": fault}
+                for (name, feature), mean, spread, now, fault in zip(
+                    one["features"].items(), each[:fields], each[fields:-1], states, found, strict=True
+                )
+            },
+            "output": one["output"]
+            | {"state": output, "score": {"cusum": each[-1], "limit": certainty_limit, "state": score}},
+            "joint": {"cusum": whole(round(most, 2)), "limit": pairs_limit, "state": together},
+            "state": state,
         }
-        for i, (name, feature) in enumerate(numbers["features"].items())
-    }
-    output, score, together = (("drift" if on else quiet) for on in drifting[fields:])
-    states = {feature["state"] for feature in features.values()} | {output, score, together}
-    answers = {"state": output, "score": {"cusum": certainty, "limit": certainty_limit, "state": score}}
-    highest = whole(round(float(now.cusum.value[:, at.pairs].max(initial=0.0)), 2))
-    return numbers | {
-        "features": features,
-        "output": numbers["output"] | answers,
-        "joint": {"cusum": highest, "limit": pairs_limit, "state": together},
-        "state": next(state for state in GRAVEST if state in states),
-    }
+        for one, each, most in zip(numbers, sums, highest, strict=True)
+    ]
+
+
+def gravest(states: Set[str]) -> str:
+    return next(state for state in GRAVEST if state in states)
 
 
 def short(value: float, digits: int = 6) -> float:
@@ -111,10 +129,13 @@ def short(value: float, digits: int = 6) -> float:
 
 def rough(size: Floats) -> Floats:
     """Sizes to 3 digits and no more than 4 decimals."""
-    out = np.asarray(np.round(size, 4))
+    out = size.round(4)
     for least, decimals in ((0.1, 3), (1.0, 2), (10.0, 1)):
-        out = np.asarray(np.where(out >= least, np.round(size, decimals), out))
-    return out
+        large = out >= least
+        if not large.any():
+            break
+        out = np.where(large, size.round(decimals), out)
+    return np.asarray(out)
 
 
 def whole(value: float) -> float:
@@ -122,10 +143,14 @@ def whole(value: float) -> float:
     return int(value) if -1e6 < value < 1e6 and value == int(value) else float(value)
 
 
-def _shortest(values: Floats) -> list[list[float]]:
-    """`whole` of each of `values` (n, m)."""
-    rows: list[list[float]] = values.tolist()
-    return [[int(v) if v.is_integer() and -1e6 < v < 1e6 else v for v in row] for row in rows]
+def _shortest(values: Floats) -> list[Any]:
+    """`whole` of each of `values`, as lists."""
+    near = (values == np.rint(values)) & (np.abs(values) < 1e6)
+    if not near.any():
+        return list(values.tolist())
+    mixed = values.astype(object)
+    mixed[near] = values[near].astype(np.int64).tolist()
+    return list(mixed.tolist())
 
 
 def _hidden(counts: Ints, least: int) -> Ints:

@@ -28,7 +28,6 @@ from agent.drift.summary import Summary
 from agent.drift.together import Together
 
 OUTPUT, SCORE, JOINT = "output", "score", "joint"
-HALF_WAY, NEAR = 0.5, 0.8  # shares of its limit from which on a field's sum is taken for a drift that begins
 FAR = 4.0  # class sd, the most that one statistic says against a class
 
 
@@ -61,7 +60,10 @@ class Detectors(msgspec.Struct, frozen=True, eq=False, dict=True):
     @cached_property
     def open_subjects(self) -> Bools:
         """(F + 3,) which subjects have a drift alert open."""
-        at, on = self.places, self.cusum.on[0] | self.cusum.on[1]
+        at = self.places
+        if not (self.cusum.on.any() or self.shape.on.any()):
+            return np.zeros(at.fields + 3, np.bool_)
+        on = self.cusum.on[0] | self.cusum.on[1]
         fields = on[at.means] | on[at.spreads] | self.shape.on[: at.fields]
         output, score = self.shape.on[at.fields :]
         others = [output | on[at.answers].any(), score | on[at.certainty], on[at.pairs].any()]
@@ -130,6 +132,9 @@ class Evidence(msgspec.Struct, frozen=True, eq=False):
     told: Bools  # (W, F + 2) where there was something to compare
     scores: Ints  # (W, 32)
 
+    def __getitem__(self, some: slice) -> Evidence:
+        return Evidence(self.z[some], self.effects[some], self.beyond[some], self.told[some], self.scores[some])
+
 
 class Tester(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Tests windows against one site's reference."""
@@ -150,8 +155,16 @@ class Tester(msgspec.Struct, frozen=True, eq=False, dict=True):
         return self.extra.cycle.any()
 
     @cached_property
-    def usual_bins(self) -> Ints:
-        return shape.coarse(self.site.counts)
+    def usual_bins(self) -> Floats:
+        return shape.shares(shape.coarse(self.site.counts))
+
+    @cached_property
+    def usual_answers(self) -> Floats:
+        return shape.shares(self.site.output)
+
+    @cached_property
+    def usual_scores(self) -> Floats:
+        return shape.shares(self.site.score_n)
 
     def evidence(self, windows: Summary, t: Ints) -> Evidence:
         """Of stacked summaries of windows in the middle of `t` (W,) epoch µs."""
@@ -187,68 +200,18 @@ class Tester(msgspec.Struct, frozen=True, eq=False, dict=True):
 
     def _shapes(self, windows: Summary) -> tuple[Bools, Bools]:
         site = self.site
-        answers = [
-            shape.psi(usual, now) for usual, now in ((site.output, windows.output), (site.score_n, windows.scores))
-        ]
         values = np.concatenate(
-            [shape.psi(self.usual_bins, shape.coarse(windows.counts)), np.stack(answers, axis=1)], axis=1
+            [
+                shape.psi(self.usual_bins, shape.coarse(windows.counts)),
+                shape.psi(self.usual_answers, windows.output)[:, None],
+                shape.psi(self.usual_scores, windows.scores)[:, None],
+            ],
+            axis=1,
         )
         told = np.ones(values.shape, np.bool_)
         told[:, -2] = len(site.labels) > 1
         told[:, -1] = windows.scores.any(-1)
         return values > self.extra.psi_limits, told
-
-    def update(self, before: Detectors, evidence: Evidence, at: int, t: int) -> Detectors:
-        """After window number `at` of the evidence, begun at `t` (epoch µs)."""
-        fields = len(self.site.fields)
-        open_now = before.open_fields
-        z = self._without_held(evidence.z[at], before, open_now)
-        slack, limit = self.limits.slack, self.limits.limit
-        moved = before.cusum.update(z, evidence.effects[at], slack=slack, limit=limit, t=t)
-        tested = evidence.told[at].copy()
-        tested[-2:] &= not open_now.any()
-        scores = np.concatenate([before.scores[1:], evidence.scores[at : at + 1]])
-        recent = np.concatenate([before.recent[1:], evidence.z[at : at + 1, : 2 * fields].astype(np.float32)])
-        now, effects = before.places, evidence.effects[at]
-        after = Detectors(
-            moved,
-            before.shape.update(evidence.beyond[at], tested, t),
-            scores,
-            recent,
-            before.means.only(~open_now).update(np.where(open_now, np.nan, z[now.means]), effects[now.means], t),
-            before.answers.update(z[now.answers], effects[now.answers], t),
-        )
-        after = self._together(after, evidence.z[at])
-        if self.site.labels and not open_now.any():
-            return self._first_alone(after, evidence.z[at])
-        return after
-
-    def _together(self, after: Detectors, z: Floats) -> Detectors:
-        """With an alarm of what moved most, where fields or answers come to too much together; they begin anew then."""
-        at, (most_means, most_answers) = after.places, self.extra.together
-        if after.means.square > most_means:
-            moved = _with_lead(after.cusum, after.means, at.means, z)
-            after = replace(after, cusum=moved, means=Together.zeros(at.fields))
-        if after.answers.square > most_answers:
-            moved = _with_lead(after.cusum, after.answers, at.answers, z)
-            after = replace(after, cusum=moved, answers=Together.zeros(at.answers_told))
-        return after
-
-    def _first_alone(self, after: Detectors, z: Floats) -> Detectors:
-        """Where several fields are open at once, only the one that is furthest off, and no other has gathered anything.
-
-        Up to here all were compared with the classes that the model named, and one field may have made these wrong. If
-        another drifts, too, it will be found so when classes are told by the fields that are sound.
-        """
-        fields = len(self.site.fields)
-        on = after.cusum.on[0, : 2 * fields] | after.cusum.on[1, : 2 * fields]
-        if not on.any():
-            return after
-        far = np.where(on, np.nan_to_num(np.abs(z[: 2 * fields])), -1.0)
-        lead = int(far.argmax()) % fields
-        kept = np.zeros(len(z), np.bool_)
-        kept[[lead, fields + lead]] = True
-        return after.only(kept)
 
     def classes(self, now: Detectors, found: Floats, named: Ints) -> Ints:
         """The class (w,) that each model window with statistics (w, D) is compared with.
@@ -269,32 +232,3 @@ class Tester(msgspec.Struct, frozen=True, eq=False, dict=True):
         # One wild value must not decide for all.
         likely = -np.minimum(away, FAR**2).sum(2) / 2 - np.log(sd).sum(1)
         return np.asarray(np.where(known, likely, -np.inf).argmax(1))
-
-    def _without_held(self, z: Floats, before: Detectors, open_now: Bools) -> Floats:
-        fields = len(self.site.fields)
-        share = (before.cusum.value / self.limits.limit)[:, : 2 * fields].max(0)
-        begins = np.maximum(share[:fields], share[fields:])
-        moving = open_now | (begins > HALF_WAY)
-        if not moving.any():
-            return z
-        held = np.zeros(len(z), np.bool_)
-        left, right = joint.pairs(fields).T
-        at = before.places
-        held[at.pairs] = moving[left] | moving[right]
-        if open_now.any() or begins.max() > NEAR:
-            held[at.certainty] = held[at.answers] = True
-            held[at.pairs] |= bool(self.site.labels)
-        return np.where(held, np.nan, z)
-
-
-def _with_lead(sums: Cusum, moved: Together, place: slice, z: Floats) -> Cusum:
-    """With an alarm of the test that `moved` most, at `place` among all.
-
-    Of those that moved much, that is the one that is furthest off now: how far is cut off in the means.
-    """
-    far = np.abs(moved.mean)
-    lead = int(np.where(far >= NEAR * far.max(), np.nan_to_num(np.abs(z[place])), -1.0).argmax())
-    side = 0 if moved.mean[lead] > 0 else 1
-    return sums.opened(
-        side, place.start + lead, int(moved.windows[lead]), float(moved.effect[lead]), int(moved.since[lead])
-    )

@@ -10,8 +10,9 @@ import numpy as np
 
 from agent.drift import daily, estimate, joint, season, words
 from agent.drift.codec import Floats
+from agent.drift.course import HALF_WAY
 from agent.drift.describe import short
-from agent.drift.detectors import HALF_WAY, Detectors, Tester
+from agent.drift.detectors import Detectors, Tester
 from agent.drift.ramp import LONGER, is_ramp
 from agent.drift.reference import Reference
 from agent.drift.season import Season

@@ -34,11 +34,18 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
     def of(cls, ordered: np.ndarray, count: Ints) -> Extremes:
         """Of columns (..., F, n) in ascending order of which the first `count` (..., F) are values."""
         columns, held = ordered.reshape(count.size, ordered.shape[-1]), count.ravel()
-        if not columns.shape[1]:
-            values, rows = np.full((len(columns), 2, 2), -np.inf), np.zeros((len(columns), 2, 2), np.int64)
-        else:
-            low, high = _outermost(columns, held, LOW), _outermost(columns, held, HIGH)
-            values, rows = np.stack([low[0], high[0]], axis=1), np.stack([low[1], high[1]], axis=1)
+        ends = _ends(columns, held).astype(np.float64)
+        first, second, third = ends[..., 0], ends[..., 1], ends[..., 2]
+        rows = np.ones((len(columns), 2, 2), np.int64)
+        # In most columns each of them is there once.
+        several = (first == second) | (second == third) | (held < 3)[:, None]
+        for side in (LOW, HIGH):
+            some = np.flatnonzero(several[:, side])
+            if len(some):
+                ends[some, side, :2], rows[some, side] = _counted(columns[some], held[some], first[some, side], side)
+        values = ends[..., :2]
+        values[:, LOW] *= -1
+        values[np.isnan(values)] = -np.inf
         return cls(values.reshape(*count.shape, 2, 2), rows.reshape(*count.shape, 2, 2))
 
     def __getitem__(self, at: int) -> Extremes:
@@ -63,32 +70,30 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
         return np.asarray(self.values[..., HIGH, 0])
 
 
-def _outermost(ordered: np.ndarray, count: Ints, side: int) -> tuple[Floats, Ints]:
-    columns, last = np.arange(len(ordered)), np.maximum(count - 1, 0)
-    at = last if side == HIGH else np.zeros_like(last)
-    towards = -1 if side == HIGH else 1
-    value, following, third = (
-        ordered[columns, np.clip(at + by * towards, 0, last)].astype(np.float64) for by in range(3)
-    )
-    held, also = np.ones(len(ordered), np.int64), np.ones(len(ordered), np.int64)
-    # In most columns each of them is there once.
-    close = np.flatnonzero((value == following) | (following == third) | (count < 3))
-    if len(close):
-        some = ordered[close]
-        value[close], following[close], held[close], also[close] = _counted(some, count[close], value[close], side)
-    values = np.stack([value, following], axis=1) * -towards
-    return np.where(np.isnan(values), -np.inf, values), np.stack([held, also], axis=1)
+def _ends(ordered: np.ndarray, count: Ints) -> np.ndarray:
+    """(n, 2, 3) the first three values of each column, and the last three backwards; any where there are fewer."""
+    rows = ordered.shape[1]
+    if rows >= 3 and (count == rows).all():
+        return ordered[:, np.array([[0, 1, 2], [-1, -2, -3]])]
+    if not rows:
+        return np.full((len(ordered), 2, 3), np.nan)
+    last = np.maximum(count - 1, 0)[:, None]
+    at = np.stack([np.minimum(np.arange(3), last), np.maximum(last - np.arange(3), 0)], axis=1)
+    return np.take_along_axis(ordered[:, None], at, axis=-1)
 
 
-def _counted(ordered: np.ndarray, count: Ints, value: Floats, side: int) -> tuple[Floats, Floats, Ints, Ints]:
-    """The outermost `value` and the next one to it, NaN for none, and how many rows hold them."""
+def _counted(ordered: np.ndarray, count: Ints, value: Floats, side: int) -> tuple[Floats, Ints]:
+    """The outermost `value` and the next one to it, NaN for none, and how many rows hold them: (n, 2) each."""
     columns, last = np.arange(len(ordered)), np.maximum(count - 1, 0)
+    if not ordered.shape[1]:
+        return np.full((len(ordered), 2), np.nan), np.zeros((len(ordered), 2), np.int64)
     value = np.where(count > 0, value, np.nan)
     held = (ordered == value[:, None]).sum(1)
     another = count > held
     at = np.where(another, last - held if side == HIGH else held, 0)
     following = np.where(another, ordered[columns, at].astype(np.float64), np.nan)
-    return value, following, held, (ordered == following[:, None]).sum(1)
+    rows = np.stack([held, (ordered == following[:, None]).sum(1)], axis=1)
+    return np.stack([value, following], axis=1), rows
 
 
 def piled(extremes: Extremes, reference: Reference, rows: Ints) -> Bools:

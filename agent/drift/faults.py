@@ -16,6 +16,7 @@ spikes         lone jumps of more than 10 robust sd of the differences, from nei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -50,7 +51,7 @@ class Fault(msgspec.Struct, frozen=True):
     slight: bool = False
 
 
-class Signs(msgspec.Struct, frozen=True, eq=False):
+class Signs(msgspec.Struct, frozen=True, eq=False, dict=True):
     """What W drift windows show of faults, (W, F)."""
 
     missing: Bools
@@ -64,7 +65,7 @@ class Signs(msgspec.Struct, frozen=True, eq=False):
     spikes: Bools
     misfit: Floats  # to the site's own statistics
 
-    @property
+    @cached_property
     def any(self) -> Bools:
         """(W,) whether there is something to look at."""
         flags = self.missing | self.saturated | self.stuck | self.calm | self.outside | self.loud | self.spikes

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from agent.drift.codec import Floats, Ints
+from agent.drift.groups import Groups
 
 MOST_PAIRS = 276  # all pairs of 24 fields; of more fields, the pairs that stand closest in the bundle's order
 NEAR_ONE = 0.9999  # correlations are told apart up to here
@@ -39,6 +40,13 @@ def pairs(fields: int) -> Ints:
     return np.array(found[:MOST_PAIRS], np.int64).reshape(-1, 2)
 
 
+@lru_cache(maxsize=16)
+def sides(fields: int) -> tuple[Ints, Ints]:
+    """(P,) the first and (P,) the second fields of pairs."""
+    first, second = np.ascontiguousarray(pairs(fields).T)
+    return first, second
+
+
 def width(fields: int, *, windowed: bool) -> int:
     """Of a class's whole numbers: n and sum per pair; or n, sums, squares and products of residuals."""
     count = len(pairs(fields))
@@ -51,7 +59,7 @@ def of_windows(centred: Floats, square: Floats, floor: Floats) -> Floats:
     `square` (w, F) mean squares; NaN where a field does not move more than `floor` (F,).
     """
     fields = centred.shape[2]
-    left, right = pairs(fields).T
+    left, right = sides(fields)
     # All products at once are cheaper than those of pairs alone, where nearly all are wanted.
     if fields**2 < 4 * len(left):
         products = np.matmul(centred.transpose(0, 2, 1), centred)[:, left, right]
@@ -60,49 +68,53 @@ def of_windows(centred: Floats, square: Floats, floor: Floats) -> Floats:
     products /= centred.shape[1]
     moving = np.where(square > floor, square, np.nan)
     correlation = products / np.sqrt(moving[:, left] * moving[:, right])
-    return np.asarray(np.arctanh(np.clip(correlation, -NEAR_ONE, NEAR_ONE)))
+    return np.asarray(np.arctanh(np.minimum(np.maximum(correlation, -NEAR_ONE), NEAR_ONE)))
 
 
 def in_steps(residuals: Floats) -> Floats:
-    """Residuals (n, F) in class sd, missing ones NaN, as whole numbers of steps; missing ones 0."""
-    whole = np.rint(np.minimum(np.maximum(residuals, -FAR), FAR) * STEP)
+    """Residuals (n, F) in class sd, missing ones NaN, made whole numbers of steps in their place; missing ones 0."""
+    whole = np.maximum(residuals, -FAR, out=residuals)
+    np.minimum(whole, FAR, out=whole)
+    whole *= STEP
+    np.rint(whole, out=whole)
     missing = np.isnan(whole)
     if missing.any():
         whole[missing] = 0.0
     return whole
 
 
-def of_rows(whole: Floats, groups: Ints, count: int) -> Ints:
-    """(count, 1 + 2F + P) of residuals (n, F), in steps, in `groups` (n,)."""
+def of_rows(whole: Floats, groups: Groups) -> Ints:
+    """(count, 1 + 2F + P) of residuals (n, F), in steps, in their `groups`."""
     fields = whole.shape[1]
-    left, right = pairs(fields).T
-    n = np.bincount(groups, minlength=count)
-    total, products = np.zeros((count, fields)), np.zeros((count, fields, fields))
-    ordered, ends = whole[_order(groups, count)], np.cumsum(n).tolist()
-    for group in np.flatnonzero(n).tolist():
-        some = ordered[ends[group - 1] if group else 0 : ends[group]]
+    products = np.zeros((len(groups.n), 1 + fields, 1 + fields))
+    for group, some in groups.parts():
+        # Products with a field that is always 1 are numbers and sums.
+        part = np.ones((len(some), 1 + fields))
+        part[:, 1:] = whole.take(some, axis=0)
         # Exact: products are whole and at most 2**28, and fewer than 2**25 of them are added at once.
-        total[group], products[group] = some.sum(0), some.T @ some
-    square, both = products[:, range(fields), range(fields)], products[:, left, right]
-    return np.concatenate([n[:, None], total, square, both], axis=1).astype(np.int64)
+        np.matmul(part.T, part, out=products[group])
+    return products.reshape(len(groups.n), -1).take(_cells(fields), axis=1).astype(np.int64)
 
 
-def sums(found: Floats, groups: Ints, count: int) -> Ints:
-    """(count, 2P) of z (w, P) of model windows in `groups` (w,)."""
-    out = np.zeros((count, 2 * found.shape[1]), np.int64)
+@lru_cache(maxsize=16)
+def _cells(fields: int) -> Ints:
+    """Where all products have the number, then sums, squares and pairs."""
+    left, right = sides(fields)
+    each = 1 + np.arange(fields)
+    return np.concatenate([[0], each, each * (2 + fields), (1 + left) * (1 + fields) + 1 + right])
+
+
+def sums(found: Floats, groups: Groups) -> Ints:
+    """(count, 2P) of z (w, P) of model windows in these groups."""
+    out = np.zeros((len(groups.n), 2 * found.shape[1]), np.int64)
     if not found.size:
         return out
     known = ~np.isnan(found)
     whole = np.concatenate([known, np.rint(np.where(known, found, 0.0) * ONE)], axis=1)
-    order = _order(groups, count)
-    there, first = np.unique(groups[order], return_index=True)
-    out[there] = np.add.reduceat(whole[order], first, axis=0)
+    there = np.flatnonzero(groups.n)
+    first = np.cumsum(groups.n)[there] - groups.n[there]
+    out[there] = np.add.reduceat(whole.take(groups.order, axis=0), first, axis=0)
     return out
-
-
-def _order(groups: Ints, count: int) -> Ints:
-    """Places by group. Few groups are few bits, which are sorted many times faster."""
-    return np.argsort(groups.astype(np.min_scalar_type(count)), kind="stable")
 
 
 def measured(whole: Ints, fields: int, *, windowed: bool) -> Pairs:
@@ -111,15 +123,16 @@ def measured(whole: Ints, fields: int, *, windowed: bool) -> Pairs:
         count = whole.shape[-1] // 2
         n, total = whole[..., :count], whole[..., count:]
         return Pairs(n.astype(np.float64), total / ONE / np.maximum(n, 1))
-    left, right = pairs(fields).T
+    left, right = sides(fields)
     n = whole[..., :1].astype(np.float64)
-    mean, square, product = np.split(whole[..., 1:] / np.maximum(n, 1), [fields, 2 * fields], axis=-1)
+    each = whole[..., 1:] / np.maximum(n, 1)
+    mean, square, product = each[..., :fields], each[..., fields : 2 * fields], each[..., 2 * fields :]
     spread = square - mean**2
-    scale = np.sqrt(np.maximum(spread[..., left] * spread[..., right], 0.0))
+    scale = np.sqrt(np.maximum(spread.take(left, -1) * spread.take(right, -1), 0.0))
     some = scale > 1.0
-    correlation = (product - mean[..., left] * mean[..., right]) / np.where(some, scale, 1.0)
+    correlation = (product - mean.take(left, -1) * mean.take(right, -1)) / np.where(some, scale, 1.0)
     weight = np.where(some & (n >= FEW), n - 3, 0.0)
-    z = np.arctanh(np.clip(correlation, -NEAR_ONE, NEAR_ONE))
+    z = np.arctanh(np.minimum(np.maximum(correlation, -NEAR_ONE), NEAR_ONE))
     return Pairs(weight, np.where(weight > 0, z, 0.0))
 
 
@@ -127,7 +140,8 @@ def tests(found: Pairs, usual: Floats) -> Floats:
     """(..., P): how far z lies from what is `usual` (..., C, P) for the class, averaged; NaN where nothing tells."""
     total = found.weight.sum(-2)
     apart = (found.weight * (found.z - usual)).sum(-2)
-    return np.asarray(np.where(total > 0, apart / np.where(total > 0, total, 1.0), np.nan))
+    told = total > 0
+    return np.asarray(np.where(told, apart / np.where(told, total, 1.0), np.nan))
 
 
 def usual(found: Pairs, least: float) -> Floats:

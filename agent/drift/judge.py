@@ -15,43 +15,29 @@ Pure: state and batch in, new state and verdicts out, and the same whatever the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
-import msgspec
 import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import describe, faults, statistics, watch, whole
+from agent.drift import course, faults, quiet, watch, whole
 from agent.drift.alerts import Alert
 from agent.drift.codec import Ints
-from agent.drift.detectors import Detectors, Evidence, Tester
-from agent.drift.faults import Fault, Signs
-from agent.drift.learning import Learning, finite, settle
+from agent.drift.describe import Told
+from agent.drift.detectors import Detectors, Tester
+from agent.drift.learning import Learning, settle
 from agent.drift.modes import CLASSES, Modes, classes
 from agent.drift.raising import Raising
 from agent.drift.reference import FEWEST, Reference
 from agent.drift.season import Season
+from agent.drift.seen import Seen
 from agent.drift.state import Batch, State, Verdict, emptied, filled
-from agent.drift.summary import Summary, stacked
-from agent.drift.watch import Tick
+from agent.drift.statistics import Found
+from agent.drift.summary import Summary
+from agent.drift.whole import Full
 from agent.errors import BadBundle
-
-AT_ONCE = 64  # drift windows that are computed together
-VALUES_AT_ONCE = 1 << 16  # about: more need more memory, and run hardly faster
-
-
-class _Seen(msgspec.Struct, frozen=True):
-    """What W drift windows say by themselves, whatever was before."""
-
-    stack: Summary
-    features: list[dict[str, Any]]
-    output: list[dict[str, Any]]
-    accuracy: list[dict[str, Any] | None]
-    signs: Signs
-    ticks: list[Tick]
-    evidence: Evidence | None  # against the site's reference
 
 
 class Judge:
@@ -178,58 +164,80 @@ class Judge:
             known, labels_idx = classes(state.modes, modes)
             state = replace(state, modes=known)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
-        verdicts: list[Verdict] = []
-        most = VALUES_AT_ONCE // features.shape[1]
-        for some in _pieces(starts, self.window, state.open.windows, most):
-            begin, end = int(starts[some][0]), int(starts[some][-1]) + window_rows
-            values, local = finite(features[begin:end]), starts[some] - begin
-            found = statistics.of_windows(values, local, window_rows, self.shipped.floor)
-            tops = None if top is None else top[some]
-            batch = Batch(values, local, found, labels_idx[some], tops, rows[0] + begin, t[begin:end])
-            at = 0
-            while at < len(local):
-                state, more, at = self._go_on(state, batch, at)
-                verdicts += more
+        batch, verdicts, at = Batch(features, starts, labels_idx, top, rows[0], t), [], 0
+        while at < len(starts):
+            state, more, at = self._go_on(state, batch, at)
+            verdicts += more
         return state, verdicts
 
     def _go_on(self, state: State, batch: Batch, at: int) -> tuple[State, list[Verdict], int]:
         """Fill drift windows with the model windows from `at` on and judge the full ones; and where it got to."""
-        ahead = whole.ahead(state, self.shipped, batch, at, AT_ONCE)
+        ahead = None if state.open.windows else whole.ahead(self.shipped, batch, at, self.window, state.seen)
+        full: Full | None = None
         if ahead is None:
-            some = slice(at, min(at + self.window - state.open.windows, len(batch.starts)))
-            state = filled(state, self.shipped, batch, some, self._classes(state, batch, some))
+            most = int(np.searchsorted(batch.starts, batch.starts[at] + whole.rows_at_once(batch)))
+            stop = min(at + self.window - state.open.windows, len(batch.starts), max(at + 1, most))
+            part = batch.part(slice(at, stop), self.shipped)
+            state = filled(state, self.shipped, part, self._classes(state, part.found, part.named))
             if state.open.windows < self.window:
-                return state, [], some.stop
-            seen = self._look(state.site, stacked(state.open), np.array([sum(state.t) // 2]))
-            state, verdict = self._close(state, seen, 0)
-            return emptied(state, self._nothing), [verdict], some.stop
-        some = slice(at, at + ahead.starts.size)
-        stack = ahead.summarized(self.shipped, batch, at, self._classes(state, batch, some))
-        middle = (batch.t[ahead.begin] + batch.t[ahead.begin + ahead.n - 1]) // 2
-        seen, verdicts = self._look(state.site, stack, middle), []
-        for number in range(ahead.windows):
-            after, verdict = self._close(ahead.filled(state, batch, stack, number), seen, number)
-            verdicts.append(verdict)
-            at += self.window
+                return state, [], stop
+            full, at = Full.of(state, stop), stop
+            ahead = whole.ahead(self.shipped, batch, at, self.window, state.seen)
+        if ahead is not None:
+            more = ahead.full(self.shipped, batch, at, partial(self._classes, state))
+            full = full.then(more) if full else more
+        assert full is not None
+        return self._judged(state, full)
+
+    def _judged(self, state: State, full: Full) -> tuple[State, list[Verdict], int]:
+        tester = self._testing(state.site) if state.site else None
+        seen = Seen.of(full.stack, full.middle, self.shipped, tester, self.least)
+        verdicts: list[Verdict] = []
+        while len(verdicts) < full.windows:
+            number = len(verdicts)
+            after, more = self._quiet(state, full, seen, number)
+            if not more:
+                after, verdict = self._close(full.opened(state, number), seen, number)
+                more = [verdict]
+            verdicts += more
             changed = after.site is not state.site or self._by_others(after) != self._by_others(state)
             state = after
             if changed:
                 # What follows was summarized for other classes, or has no evidence yet.
                 break
-        return emptied(state, self._nothing), verdicts, at
+        return emptied(state, self._nothing), verdicts, full.ends[len(verdicts) - 1]
 
-    def _look(self, site: Reference | None, stack: Summary, middle: Ints) -> _Seen:
-        """At stacked drift windows in the `middle` of times (W,), epoch µs."""
-        tester = self._testing(site) if site else None
-        return _Seen(
-            stack,
-            describe.features(stack, self.shipped, self.least),
-            describe.output(stack, self.shipped, self.least),
-            describe.accuracy(stack, self.shipped),
-            faults.signs(stack, self.shipped, site),
-            watch.ticks(stack, middle, tester),
-            tester.evidence(stack, middle) if tester else None,
+    def _quiet(self, state: State, full: Full, seen: Seen, first: int) -> tuple[State, list[Verdict]]:
+        """With those from number `first` on in which nothing happens, if any."""
+        if state.site is None or seen.evidence is None:
+            return state, []
+        tester, rest = self._testing(state.site), slice(first, None)
+        found = quiet.ahead(
+            state, tester, seen.signs.any[rest], seen.ticks[rest], seen.evidence[rest], full.begun[rest]
         )
+        if found is None:
+            return state, []
+        some, fields = slice(first, first + found.windows), len(self.shipped.fields)
+        told = Told(found.sums, tester.site.places, [False] * (fields + 3), (None,) * fields, tested=True)
+        summaries = seen.reported(some, told, found.watch, found.paces, tester)
+        index, rows = state.index + (1 if first else 0), seen.stack.rows_each[some].tolist()
+        verdicts = [
+            Verdict(
+                index + at, full.rows[first + at], full.t[first + at], n, state.site.digest, None, None, summary, ()
+            )
+            for at, (n, summary) in enumerate(zip(rows, summaries, strict=True))
+        ]
+        after = replace(
+            state,
+            index=verdicts[-1].index,
+            rows=verdicts[-1].rows,
+            t=verdicts[-1].t,
+            seen=max(state.seen, verdicts[-1].rows[1]),
+            detectors=found.detectors,
+            watch=found.watch,
+            season=found.season,
+        )
+        return after, verdicts
 
     def _by_others(self, state: State) -> bytes:
         """By which fields model windows are given classes, as something to compare."""
@@ -237,13 +245,12 @@ class Judge:
             return b""
         return state.detectors.open_fields.tobytes()
 
-    def _classes(self, state: State, batch: Batch, some: slice) -> Ints:
-        named = batch.named[some]
+    def _classes(self, state: State, found: Found, named: Ints) -> Ints:
         if state.site is None:
             return named
-        return self._testing(state.site).classes(state.detectors, batch.found.values[some], named)
+        return self._testing(state.site).classes(state.detectors, found.values, named)
 
-    def _close(self, state: State, seen: _Seen, at: int) -> tuple[State, Verdict]:
+    def _close(self, state: State, seen: Seen, at: int) -> tuple[State, Verdict]:
         """With the open drift window, which is number `at` of those that were looked at."""
         window, tick = state.open, seen.ticks[at]
         found = faults.find(seen.signs, at, window, self.shipped, self.units, state.site, state.misread)
@@ -257,8 +264,9 @@ class Judge:
         drift_alerts: list[Alert] = []
         if tester is not None and seen.evidence is not None:
             if clean:
-                detectors = tester.update(detectors, seen.evidence, at, state.t[0])
-                season = season.add(seen.evidence.z[at, : len(self.shipped.fields)], state.t[0])
+                evidence, t = seen.evidence[at : at + 1], np.array([state.t[0]])
+                detectors = course.of(tester, detectors, evidence, t).after(1)
+                season = season.add(evidence.z[:, : len(self.shipped.fields)], t)
             elif watching.drifting:
                 # What fields have gathered may be the wrong classes that the model names since then.
                 detectors = detectors.only_open()
@@ -269,6 +277,19 @@ class Judge:
             after, learned, refused = self._learn(after)
         after, fault_alerts = self._raising.faults(after, found)
         where = {"window": state.index, "rows": list(state.rows)}
+        (summary,) = seen.reported(
+            slice(at, at + 1),
+            Told(
+                sums=after.detectors.cusum.value[None],
+                at=after.detectors.places,
+                drifting=after.detectors.open_subjects.tolist(),
+                found=tuple(fault.name if fault else None for fault in found),
+                tested=tested,
+            ),
+            after.watch,
+            after.watch.cusum.value[None, :, 0],
+            self._testing(after.site) if after.site else None,
+        )
         verdict = Verdict(
             index=state.index,
             rows=state.rows,
@@ -277,7 +298,7 @@ class Judge:
             site=state.site.digest if state.site else None,
             learned=learned,
             refused=refused,
-            summary=self._report(after, seen, at, found, tested),
+            summary=summary,
             alerts=(*fault_alerts, *watch.alerts(state.watch, watching, tick, tester, state.t, where), *drift_alerts),
         )
         return after, verdict
@@ -299,25 +320,3 @@ class Judge:
             assert site.site is not None
             self._tester = Tester(site, site.site)
         return self._tester
-
-    def _report(
-        self, after: State, seen: _Seen, at: int, found: tuple[Fault | None, ...], tested: bool
-    ) -> dict[str, Any]:
-        tester = self._testing(after.site) if after.site else None
-        numbers = {"features": seen.features[at], "output": seen.output[at], "estimate": seen.accuracy[at]}
-        names = tuple(fault.name if fault else None for fault in found)
-        told = describe.with_states(numbers, after.detectors, tester, names, tested=tested)
-        return watch.with_rate(told, after.watch, seen.ticks[at], tester)
-
-
-def _pieces(starts: Ints, window: int, begun: int, most: int) -> Iterator[slice]:
-    """Model windows that begin at `starts`, by so many that begin within `most` rows, where that is enough by whole
-    drift windows of `window`, of the first of which there are `begun` already."""
-    at = 0
-    while at < len(starts):
-        stop = max(at + 1, int(np.searchsorted(starts, starts[at] + most)))
-        whole = (stop - at + begun) // window * window - begun
-        if stop < len(starts) and whole > 0:
-            stop = at + whole
-        yield slice(at, stop)
-        begun, at = (begun + stop - at) % window, stop

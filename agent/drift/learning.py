@@ -10,6 +10,7 @@ from agent.drift import calibration, codec, daily, estimate, joint, limits, rate
 from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.counting import SURE
 from agent.drift.joint import Pairs
+from agent.drift.middle import median, of_known
 from agent.drift.rate import Gathered
 from agent.drift.reference import BINS, ENOUGH, FEWEST, Reference, draft
 from agent.drift.site import Site
@@ -130,7 +131,7 @@ class Learning(msgspec.Struct, frozen=True, eq=False):
     def watched_s(self) -> float:
         """Seconds of readings: a gap, or a step of the clock, counts for no more than a few windows do."""
         length = np.maximum(self.t[:, 1] - self.t[:, 0], 0)
-        typical = np.median(length) if len(length) else 0.0
+        typical = median(length) if len(length) else 0.0
         between = np.clip(self.t[1:, 0] - self.t[:-1, 1], 0, typical)
         each = np.minimum(length, 4 * typical)
         # What lies between windows is known only where none was let go.
@@ -308,12 +309,12 @@ def _all_tests(settled: Reference, learning: Learning, values: Floats, strata: s
     # One answer more or less is nothing.
     least[answers] = np.maximum(least[answers], 1 / settled.window)
     told = (~np.isnan(tests)).sum(0) >= FEWEST
-    middle = np.nanmedian(np.where(told, tests, 0.0), axis=0)
+    middle = of_known(np.where(told, tests, 0.0))
     known = np.where(told & ~np.isnan(tests), tests, middle)
     (mean, left), cycle = calibration.drawn(known, middle, least), daily.Cycle.none(tests.shape[1])
     if daily.told(learning.middle, strata):
         fit = daily.fit(known, learning.middle, strata)
-        (_, left), mean, cycle = calibration.drawn(fit.left, np.median(fit.left, axis=0), least), fit.mean, fit.cycle
+        (_, left), mean, cycle = calibration.drawn(fit.left, median(fit.left), least), fit.mean, fit.cycle
         left[:, answers] = fit.left[:, answers]
     else:
         # A mode that is seldom on is no odd window.

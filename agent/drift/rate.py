@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from agent.drift import calibration, cusum, daily, joint, limits, pace
 from agent.drift.codec import Floats, Ints
 from agent.drift.joint import usual, usual_without
+from agent.drift.middle import median
 from agent.drift.pace import Paces
 from agent.drift.statistics import RARE
 
@@ -145,8 +146,8 @@ def learn(gathered: Gathered, classes: int, window_rows: int, strata: str) -> Us
     told = ~np.isnan(speeds)
     if told.sum() < FEW:
         return nothing
-    fit = daily.fit(np.where(told, speeds, np.median(speeds[told]))[:, None], gathered.t, strata)
-    mean, left = calibration.drawn(fit.left, np.median(fit.left, axis=0), LEAST_SPEED_SD)
+    fit = daily.fit(np.where(told, speeds, median(speeds[told]))[:, None], gathered.t, strata)
+    mean, left = calibration.drawn(fit.left, median(fit.left), LEAST_SPEED_SD)
     return replace(
         nothing,
         weight=weight,
@@ -166,7 +167,7 @@ def _step(steps: Floats) -> tuple[float, float]:
     told = np.log(steps[~np.isnan(steps)])
     if len(told) < FEW:
         return 0.0, 0.0
-    middle = float(np.median(told))
+    middle = float(median(told))
     mean, left = calibration.drawn(told[:, None], np.array([middle]), LEAST_STEP_SD)
     sd = float(left.std(ddof=1))
     if sd > STEADY:

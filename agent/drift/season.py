@@ -6,6 +6,7 @@ Scores of means are averaged over half days, so that no daily cycle is taken for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -29,20 +30,36 @@ class Season(msgspec.Struct, frozen=True, eq=False):
     n: Ints = msgspec.field(default_factory=lambda: np.empty((0, 0), np.int64))  # (H, F) windows
     mean: Float32s = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))  # of their scores
 
-    def add(self, z: Floats, t: int) -> Season:
-        """With scores `z` (F,) of a window at `t` (epoch µs), NaN for none. A clock that was set back begins anew."""
-        now, told = t // HALF_DAY_US, ~np.isnan(z)
+    def add(self, z: Floats, t: Ints) -> Season:
+        """With scores `z` (W, F) of windows at `t` (W,), epoch µs; NaN for none. A clock set back begins anew."""
+        half_days, season = t // HALF_DAY_US, self
+        begins = [0, *(np.flatnonzero(half_days[1:] != half_days[:-1]) + 1).tolist(), len(t)]
+        for begin, end in pairwise(begins):
+            season = season._with(int(half_days[begin]), z[begin:end])
+        return season
+
+    def _with(self, now: int, z: Floats) -> Season:
+        """With scores (W, F) of windows in half day `now`."""
+        told = ~np.isnan(z)
+        known = np.where(told, z, 0.0)
+        half_day, n, mean = self._at(now, z.shape[1])
+        counts, last = n[-1] + np.cumsum(told, axis=0), mean[-1]
+        for count, some, score in zip(counts, told, known, strict=True):
+            last += np.where(some, (score - last) / np.maximum(count, 1), 0.0)
+        n[-1] = counts[-1]
+        return Season(half_day, n, mean)
+
+    def _at(self, now: int, fields: int) -> tuple[Ints, Ints, Float32s]:
+        """Copies of its members whose last entry is that of half day `now`."""
         if len(self.half_day) and now == self.half_day[-1]:
-            n, mean = self.n.copy(), self.mean.copy()
-            n[-1] += told
-            mean[-1] += np.where(told, (np.nan_to_num(z) - mean[-1]) / np.maximum(n[-1], 1), 0.0)
-            return Season(self.half_day, n, mean)
-        one = np.array([now]), told[None].astype(np.int64), np.nan_to_num(z)[None].astype(np.float32)
+            return self.half_day, self.n.copy(), self.mean.copy()
+        one = np.array([now]), np.zeros((1, fields), np.int64), np.zeros((1, fields), np.float32)
         if not len(self.half_day) or now < self.half_day[-1]:
-            return Season(*one)
+            return one
         kept = slice(1 - KEPT, None)
         before = self.half_day[kept], self.n[kept], self.mean[kept]
-        return Season(*(np.concatenate([old, new]) for old, new in zip(before, one, strict=True)))
+        half_day, n, mean = (np.concatenate([old, new]) for old, new in zip(before, one, strict=True))
+        return half_day, n, mean
 
     def slow(self) -> Ints:
         """Fields whose mean has moved slowly all that time."""

@@ -14,9 +14,9 @@ from statistics import NormalDist
 
 import msgspec
 import numpy as np
-from msgspec.structs import replace
 
 from agent.drift.codec import Bools, Floats, Ints
+from agent.drift.middle import median
 from agent.drift.sizes import folded
 
 CALM = 3  # windows in a row below the limit that clear an alarm
@@ -44,7 +44,11 @@ class Confirm(msgspec.Struct, frozen=True, eq=False):
         """After one more window, begun at `t`; where it was not `tested` all stays as it was."""
         last, one_more = self.before
         if not (beyond.any() or self.on.any()):
-            return replace(self, before=np.where(tested, np.stack([np.zeros_like(last), last]), self.before))
+            before = np.zeros_like(self.before)
+            before[1] = last
+            if not tested.all():
+                before = np.where(tested, before, self.before)
+            return Confirm(before, self.on, self.calm, self.windows, self.since)
         twice = beyond & ((last > 0) | (one_more > 0))
         calm = np.where(self.on & ~beyond, self.calm + 1, 0)
         on = (self.on | twice) & (calm < CALM)
@@ -73,15 +77,15 @@ def coarse(counts: Ints) -> Ints:
     return np.asarray(inner.reshape(*inner.shape[:-1], -1, 2).sum(-1))
 
 
-def psi(usual: Ints, found: Ints) -> Floats:
-    """PSI along the last axis, of counts that have half a row in each bin to begin with."""
-    p, q = _shares(usual), _shares(found)
-    return np.asarray(((p - q) * np.log(p / q)).sum(-1))
+def psi(usual: Floats, found: Ints) -> Floats:
+    """PSI along the last axis, of counts against what `shares` tells of the usual ones."""
+    q = shares(found)
+    return np.asarray(((usual - q) * np.log(usual / q)).sum(-1))
 
 
 def psi_without(found: Ints) -> Floats:
     """(K, ...): each of K windows' counts (K, ..., bins) against all others together."""
-    return psi(found.sum(0) - found, found)
+    return psi(shares(found.sum(0) - found), found)
 
 
 def limits(values: Floats, level: float, allotted: float) -> Floats:
@@ -99,7 +103,7 @@ def _quantile(values: Floats, level: float) -> Floats:
     mean, variance = kept.mean(0), kept.var(0, ddof=1)
     told = mean > 0
     each = np.where(told, mean, 1.0) ** 2 / np.maximum(variance, 1e-12)
-    common = float(np.median(each[told])) if told.any() else MOST_SHAPE
+    common = float(median(each[told])) if told.any() else MOST_SHAPE
     # K windows tell mean and shape only so well: one standard error to the safe side.
     sure = 1 - np.sqrt(2 / len(values))
     shape = np.clip(sure * np.minimum(each, common), LEAST_SHAPE, MOST_SHAPE)
@@ -115,10 +119,11 @@ def gamma_quantile(shape: Floats, p: float) -> Floats:
 
 def _odd(values: Floats) -> Floats:
     """Windows beyond this were not like the others: left out."""
-    middle = np.median(values, axis=0)
-    return np.asarray(middle + 10 * np.median(np.abs(values - middle), axis=0) + 1e-9)
+    middle = median(values)
+    return np.asarray(middle + 10 * median(np.abs(values - middle)) + 1e-9)
 
 
-def _shares(counts: Ints) -> Floats:
+def shares(counts: Ints) -> Floats:
+    """Along the last axis, of counts that have half a row in each bin to begin with."""
     filled = counts + HALF
     return np.asarray(filled / filled.sum(-1, keepdims=True))

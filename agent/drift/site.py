@@ -12,6 +12,7 @@ from agent.drift import daily, joint, steps, together
 from agent.drift.codec import Floats, Ints
 from agent.drift.daily import Cycle
 from agent.drift.rate import Usual
+from agent.drift.steps import Fine
 
 
 class Site(msgspec.Struct, frozen=True, eq=False, dict=True):
@@ -40,6 +41,10 @@ class Site(msgspec.Struct, frozen=True, eq=False, dict=True):
     # common.
     together: tuple[float, float] = (together.NEVER, together.NEVER)
     alike: float = 0.0
+
+    @cached_property
+    def fine(self) -> Fine | None:
+        return None if self.steps is None else Fine.of(self.steps)
 
     @cached_property
     def cycle(self) -> Cycle:

@@ -55,11 +55,14 @@ def _js(p: Floats, q: Floats) -> Floats:
 
 
 def _w1(right: Floats, bounds: Floats, sd: Floats) -> Floats:
-    left = np.concatenate([np.zeros_like(right[..., :1]), right[..., :-1]], axis=-1)
+    left = np.zeros_like(right)
+    left[..., 1:] = right[..., :-1]
+    height = np.abs(left + right) / 2
     crossing = left * right < 0
-    steep = np.where(crossing, np.abs(right - left), 1.0)
-    height = np.where(crossing, (left**2 + right**2) / (2 * steep), np.abs(left + right) / 2)
-    return np.asarray(_sum(height * np.diff(bounds, axis=-1)) / np.where(sd > 0, sd, np.inf))
+    if crossing.any():
+        steep = np.where(crossing, np.abs(right - left), 1.0)
+        height = np.where(crossing, (left**2 + right**2) / (2 * steep), height)
+    return np.asarray(_sum(height * (bounds[..., 1:] - bounds[..., :-1])) / np.where(sd > 0, sd, np.inf))
 
 
 def folded(counts: Ints) -> Ints:

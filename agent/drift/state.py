@@ -7,12 +7,13 @@ from typing import Any
 import msgspec
 import numpy as np
 from msgspec.structs import replace
+from numpy.typing import NDArray
 
 from agent.drift import codec, statistics
 from agent.drift.alerts import Alert
 from agent.drift.codec import Bools, Floats, Ints
 from agent.drift.detectors import Detectors
-from agent.drift.learning import Learning
+from agent.drift.learning import Learning, finite
 from agent.drift.places import Places
 from agent.drift.reference import Reference
 from agent.drift.runs import Tail
@@ -115,34 +116,60 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """What a step was given, and the statistics of its model windows."""
+    """What a step was given."""
+
+    features: NDArray[np.float32]  # (n, F)
+    starts: Ints  # (w,)
+    named: Ints  # (w,)
+    top: Floats | None  # (w,)
+    first: int  # row
+    t: Ints  # (n,) epoch µs
+
+    def part(self, some: slice, shipped: Reference) -> Part:
+        """Of some of its model windows."""
+        begin, end = int(self.starts[some][0]), int(self.starts[some][-1]) + shipped.window_rows
+        values, starts = finite(self.features[begin:end]), self.starts[some] - begin
+        return Part(
+            values=values,
+            starts=starts,
+            found=statistics.of_windows(values, starts, shipped.window_rows, shipped.floor),
+            named=self.named[some],
+            top=None if self.top is None else self.top[some],
+            begin=begin,
+            first=self.first + begin,
+            t=self.t[begin:end],
+        )
+
+
+class Part(msgspec.Struct, frozen=True):
+    """Of a batch, with the statistics of its model windows; where rows count, from `begin` on."""
 
     values: Floats  # (n, F)
     starts: Ints  # (w,)
     found: Found
     named: Ints  # (w,)
     top: Floats | None  # (w,)
+    begin: int
     first: int  # row
     t: Ints  # (n,) epoch µs
 
 
-def filled(state: State, shipped: Reference, batch: Batch, some: slice, classes: Ints) -> State:
-    """With these model windows, compared with `classes`, and with those of their rows that were not counted before."""
-    rows = statistics.covered(batch.starts[some], shipped.window_rows, state.seen + 1 - batch.first)
-    top = None if batch.top is None else batch.top[some]
-    values, summary = batch.values[rows], state.open.add_times(batch.t, batch.starts[some], shipped, state.tail.t)
+def filled(state: State, shipped: Reference, part: Part, classes: Ints) -> State:
+    """With its model windows, compared with `classes`, and with those of its rows that were not counted before."""
+    rows = statistics.covered(part.starts, shipped.window_rows, state.seen + 1 - part.first)
+    values, summary = part.values[rows], state.open.add_times(part.t, part.starts, shipped, state.tail.t)
     new: dict[str, Any] = {}
     if len(values):
         summary, tail = summary.add_rows(shipped, values, state.tail)
         begin, end = (rows.start, rows.stop - 1) if isinstance(rows, slice) else (int(rows[0]), int(rows[-1]))
         fresh = state.rows[1] < state.rows[0]
         new = {
-            "tail": replace(tail, t=int(batch.t[end])),
-            "rows": (batch.first + begin if fresh else state.rows[0], batch.first + end),
-            "t": (int(batch.t[begin]) if fresh else state.t[0], int(batch.t[end])),
-            "seen": batch.first + end,
+            "tail": replace(tail, t=int(part.t[end])),
+            "rows": (part.first + begin if fresh else state.rows[0], part.first + end),
+            "t": (int(part.t[begin]) if fresh else state.t[0], int(part.t[end])),
+            "seen": part.first + end,
         }
-    return replace(state, open=summary.add_windows(shipped, batch.found[some], batch.named[some], top, classes), **new)
+    return replace(state, open=summary.add_windows(shipped, part.found, part.named, part.top, classes), **new)
 
 
 def emptied(state: State, nothing: Summary) -> State:

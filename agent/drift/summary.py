@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec.structs import astuple, replace
+from msgspec.structs import replace
 
 from agent.drift import codec, counting, joint, pace, statistics, ticks
 from agent.drift.codec import Floats, Ints
 from agent.drift.extremes import Extremes
+from agent.drift.groups import Groups
 from agent.drift.reference import BINS, Reference
 from agent.drift.runs import Tail
 from agent.drift.statistics import Found
@@ -72,6 +73,11 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
         return int(self.counts[0].sum() + self.missing[0])
 
     @property
+    def rows_each(self) -> Ints:
+        """(W,) of a stack."""
+        return np.asarray(self.counts[:, 0].sum(-1) + self.missing[:, 0])
+
+    @property
     def windows(self) -> int:
         """Model windows."""
         return int(self.output.sum())
@@ -90,7 +96,9 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
             longest=np.maximum(self.longest, more.longest[0]),
             extremes=self.extremes.merge(more.extremes[0]),
             steps=self.steps + more.steps[0],
-            rows_of=self.rows_of.add(np.zeros(len(rows), np.int64), rows - reference.origin[: rows.shape[1]]),
+            rows_of=self.rows_of.add(
+                Groups.made(np.zeros(len(rows), np.int64), 1), rows - reference.origin[: rows.shape[1]]
+            ),
             ticks=self.ticks.with_repeated(more.repeated),
         )
         return added, tail
@@ -111,10 +119,11 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
         `classes` (w,) are the classes they are compared with, where these are others than named.
         """
         classes = named if classes is None else classes
-        more = counting.of_answers(reference, 1, found, named, top, classes)
+        groups = counting.by_class(reference, 1, classes)
+        more = counting.of_answers(reference, 1, found, named, top, classes, groups)
         return replace(
             self,
-            classes=self.classes.add(classes, found.values - reference.origin),
+            classes=self.classes.add(groups, found.values - reference.origin),
             output=self.output + more.output[0],
             scores=self.scores + more.scores[0],
             pairs=self.pairs + more.pairs[0],
@@ -173,10 +182,10 @@ def whole(
     """
     windows, count = len(rows), reference.classes
     of_rows, _ = counting.of_rows(reference, rows, Tail.empty(rows.shape[2]))
-    answers = counting.of_answers(reference, windows, found, named, top, classes)
+    groups = counting.by_class(reference, windows, classes)
+    answers = counting.of_answers(reference, windows, found, named, top, classes, groups)
     values = found.values - reference.origin
-    place = np.repeat(np.arange(windows) * count, len(named) // windows) + classes
-    summed = Sums.zeros(windows * count, values.shape[1]).add(place, values)
+    summed = Sums.zeros(windows * count, values.shape[1]).add(groups, values)
     shape = windows, count, values.shape[1]
     return Summary(
         reference=reference.digest,
@@ -187,7 +196,7 @@ def whole(
         longest=of_rows.longest,
         extremes=of_rows.extremes,
         steps=of_rows.steps,
-        rows_of=Sums.of(rows - reference.origin[: rows.shape[2]]),
+        rows_of=Sums.of(rows, reference.origin[: rows.shape[2]]),
         classes=Sums(summed.n.reshape(shape), summed.total.reshape(shape), summed.squares.reshape(shape)),
         output=answers.output,
         scores=answers.scores,
@@ -198,17 +207,26 @@ def whole(
     )
 
 
-def _each(summary: Summary, change: Callable[[np.ndarray], np.ndarray]) -> Summary:
-    def parts(of: Any) -> list[np.ndarray]:
-        return [change(part) for part in astuple(of)]
+def joined(stacks: Sequence[Summary]) -> Summary:
+    """One stack after another."""
+    return _put_together(stacks, np.concatenate) if len(stacks) > 1 else stacks[0]
 
-    plain = {name: change(getattr(summary, name)) for name in _PLAIN}
+
+def _each(summary: Summary, change: Callable[[np.ndarray], np.ndarray]) -> Summary:
+    return _put_together([summary], lambda parts: change(parts[0]))
+
+
+def _put_together(summaries: Sequence[Summary], how: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Summary:
+    def parts(*of: Any) -> list[np.ndarray]:
+        return [how([getattr(one, name) for one in of]) for name in of[0].__struct_fields__]
+
+    plain = {name: how([getattr(one, name) for one in summaries]) for name in _PLAIN}
     return Summary(
-        reference=summary.reference,
-        rows_of=Sums(*parts(summary.rows_of)),
-        classes=Sums(*parts(summary.classes)),
-        extremes=Extremes(*parts(summary.extremes)),
-        ticks=Ticks(*parts(summary.ticks)),
+        reference=summaries[0].reference,
+        rows_of=Sums(*parts(*(one.rows_of for one in summaries))),
+        classes=Sums(*parts(*(one.classes for one in summaries))),
+        extremes=Extremes(*parts(*(one.extremes for one in summaries))),
+        ticks=Ticks(*parts(*(one.ticks for one in summaries))),
         **plain,
     )
 

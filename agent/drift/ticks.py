@@ -27,8 +27,15 @@ class Ticks(msgspec.Struct, frozen=True, eq=False):
 
     def with_spans(self, spans_us: Ints, each: int) -> Ticks:
         """With `spans_us` (..., m) of `each` steps, whose mean counts."""
-        octave = np.frexp(spans_us / each)[1] - 1
-        some = (octave >= 0) & (octave < OCTAVES) & (spans_us > 0)
+        size = spans_us.shape[-1]
+        if size:
+            least, most = _octave(spans_us.min(-1), each), _octave(spans_us.max(-1), each)
+            if (least == most).all() and (least >= 0).all() and (most < OCTAVES).all():
+                # As steps are where a clock is steady.
+                here = np.arange(OCTAVES) == least[..., None]
+                return self._with(np.where(here, size * each, 0), np.where(here, spans_us.sum(-1)[..., None], 0))
+        octave = _octave(spans_us, each)
+        some = (octave >= 0) & (octave < OCTAVES)
         windows = int(np.prod(spans_us.shape[:-1]))
         place = (octave + OCTAVES * np.arange(windows).reshape(*spans_us.shape[:-1], 1))[some]
         steps = np.bincount(place, minlength=windows * OCTAVES) * each
@@ -36,7 +43,10 @@ class Ticks(msgspec.Struct, frozen=True, eq=False):
         total = np.zeros(windows * OCTAVES, np.int64)
         np.add.at(total, place, spans_us[some])
         shape = (*spans_us.shape[:-1], OCTAVES)
-        return Ticks(self.steps + steps.reshape(shape), self.total_us + total.reshape(shape), self.repeated)
+        return self._with(steps.reshape(shape), total.reshape(shape))
+
+    def _with(self, steps: Ints, total_us: Ints) -> Ticks:
+        return Ticks(self.steps + steps, self.total_us + total_us, self.repeated)
 
     def with_repeated(self, rows: Ints) -> Ticks:
         """With as many `rows` (..., 1) that repeat the one before."""
@@ -50,6 +60,12 @@ class Ticks(msgspec.Struct, frozen=True, eq=False):
         steps = np.where(near, self.steps, 0).sum(-1)
         told = np.where(near, self.total_us, 0).sum(-1) / np.maximum(steps, 1)
         return np.asarray(np.where(count[..., 0] >= ENOUGH, told, np.nan))
+
+
+def _octave(spans_us: Ints, each: int) -> Ints:
+    """Of the mean of `each` steps; below 0 where they go back or take no time."""
+    octave = np.frexp(spans_us / each)[1] - 1
+    return np.asarray(np.where(spans_us > 0, octave, -1))
 
 
 def spans(t: Ints, starts: Ints, window_rows: int, before: int) -> Ints:

@@ -11,6 +11,8 @@ variables, Australian Journal of Statistics 30.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import msgspec
 import numpy as np
 
@@ -45,18 +47,25 @@ class Together(msgspec.Struct, frozen=True, eq=False):
 
     def update(self, z: Floats, effect: Floats, t: int) -> Together:
         """After one more window, begun at `t`, with scores `z` (S,), NaN where there was nothing to test."""
-        told = np.isfinite(z)
-        mean = np.where(told, self.mean + WEIGHT * (np.minimum(np.maximum(z, -CLIP), CLIP) - self.mean), self.mean)
-        goes_on = (mean > 0) == (self.mean > 0)
-        windows = np.where(goes_on, self.windows, 0) + told
-        total = np.where(goes_on, self.effect, 0.0) + np.where(told, effect, 0.0)
-        since = np.where(goes_on & (self.windows > 0), self.since, t)
-        return Together(mean, windows, total, since)
+        return self.ahead(z[None], effect[None], np.array([t])).after(1)
+
+    def ahead(self, z: Floats, effects: Floats, t: Ints) -> Course:
+        """Over W windows in a row, begun at `t` (W,), with scores and effects (W, S)."""
+        told, drawn = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
+        every, means, mean = bool(told.all()), np.empty_like(drawn), self.mean
+        for after, one, known in zip(means, drawn, told, strict=True):
+            np.subtract(one, mean, out=after)
+            np.multiply(WEIGHT, after, out=after)
+            np.add(mean, after, out=after)
+            if not every:
+                after[:] = np.where(known, after, mean)
+            mean = after
+        return Course(self, told, means, effects, t)
 
     @property
     def square(self) -> float:
-        beyond = np.maximum(np.abs(self.mean) - SLACK, 0.0)
-        return float(beyond @ beyond)
+        """Of the means beyond the slack, the sum."""
+        return _squares(self.mean[None])[0]
 
     def only(self, which: Bools) -> Together:
         """With all but the scores `which` (S,) begun anew."""
@@ -64,6 +73,38 @@ class Together(msgspec.Struct, frozen=True, eq=False):
 
     def _parts(self) -> tuple[Floats, Ints, Floats, Ints]:
         return self.mean, self.windows, self.effect, self.since
+
+
+class Course(msgspec.Struct, frozen=True, eq=False, dict=True):
+    """Means over W windows in a row."""
+
+    before: Together
+    told: Bools  # (W, S)
+    means: Floats  # (W, S) after each
+    effects: Floats  # (W, S)
+    t: Ints  # (W,)
+
+    @cached_property
+    def squares(self) -> list[float]:
+        """After each of them: see `Together.square`."""
+        return _squares(self.means)
+
+    def after(self, count: int) -> Together:
+        """After so many of them."""
+        before, told = self.before, self.told[:count]
+        windows, total, since, was = before.windows, before.effect, before.since, before.mean > 0
+        effects = np.where(told, self.effects[:count], 0.0)
+        for now, one, more, t in zip(self.means > 0, told, effects, self.t.tolist(), strict=False):
+            goes_on = now == was
+            since = np.where(goes_on & (windows > 0), since, t)
+            windows = np.where(goes_on, windows, 0) + one
+            total = np.where(goes_on, total, 0.0) + more
+            was = now
+        return Together(self.means[count - 1], windows, total, since)
+
+
+def _squares(means: Floats) -> list[float]:
+    return [float(beyond @ beyond) for beyond in np.maximum(np.abs(means) - SLACK, 0.0)]
 
 
 def limit(scores: Floats, alike: float, allotted: float) -> float:

@@ -8,6 +8,7 @@ names wrong classes. And it waits while a field's drift is open, for the same re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -16,9 +17,9 @@ from msgspec.structs import replace
 
 from agent.drift import rate
 from agent.drift.alerts import Alert
-from agent.drift.codec import Ints
-from agent.drift.cusum import CALM, Cusum
-from agent.drift.describe import GRAVEST, short
+from agent.drift.codec import Floats, Ints
+from agent.drift.cusum import CALM, Course, Cusum
+from agent.drift.describe import gravest, short
 from agent.drift.detectors import Detectors, Tester
 from agent.drift.rate import Usual
 from agent.drift.summary import Summary
@@ -90,11 +91,28 @@ def ticked(before: Watch, tick: Tick, t: int, *, fields_drift: bool, limit: floa
     held = bool(tick.fault or on) or (fields_drift and not before.drifting)
     cusum = before.cusum
     if not held:
-        cusum = cusum.update(np.array([tick.z]), np.array([tick.speed]), limit=limit, t=t)
+        cusum = _paces(before, [tick], np.array([t]), limit).after(1)
     more = [bool(cusum.on.any()) and not before.drifting, bool(on) and on != before.on]
     raised = before.raised + np.array(more, np.int64)
     began = before.since if twice or on == before.on != "" else t
     return Watch(cusum, tick.fault, on, began, calm if on else 0, raised)
+
+
+def paces(before: Watch, ticks: Sequence[Tick], tester: Tester, t: Ints) -> Course | None:
+    """The sums of the pace over W windows, begun at `t` (W,), while nothing is open; None where it is not watched."""
+    return None if tester.extra.rate is None else _paces(before, ticks, t, tester.pace_limit)
+
+
+def _paces(before: Watch, ticks: Sequence[Tick], t: Ints, limit: float) -> Course:
+    z, speeds = np.array([tick.z for tick in ticks]), np.array([tick.speed for tick in ticks])
+    return before.cusum.ahead(z[:, None], speeds[:, None], limit=limit, t=t)
+
+
+def after_quiet(before: Watch, paces: Course | None, windows: int) -> Watch:
+    """After so many windows without a fault, while nothing is open or raised."""
+    if paces is None:
+        return before
+    return Watch(paces.after(windows), since=int(paces.t[windows - 1]), raised=before.raised)
 
 
 def holds(now: Watch) -> bool:
@@ -135,25 +153,36 @@ def forgotten(watch: Watch, why: str, evidence: dict[str, Any]) -> list[Alert]:
     return [replace(_cleared(kind, watch, "", evidence), summary=f"{SUBJECT}: {why}.") for kind in kinds]
 
 
-def with_rate(numbers: dict[str, Any], now: Watch, tick: Tick, tester: Tester | None) -> dict[str, Any]:
-    """The drift message's members with `rate`, and the state of all that follows."""
+def with_rate(
+    numbers: Sequence[dict[str, Any]], now: Watch, sums: Floats, ticks: Sequence[Tick], tester: Tester | None
+) -> list[dict[str, Any]]:
+    """The members of W drift messages with `rate`, and the state of all that follows.
+
+    `sums` (W, 2) are those of the pace after each window, and `now` what is remembered after the last: in those before
+    nothing was open or seen.
+    """
     usual = tester.extra.rate if tester else None
-    told = _told(now, tick, usual, tester.pace_limit if tester and usual else None)
-    states = {numbers["state"], told["state"] if usual else numbers["state"]}
-    return numbers | {"rate": told, "state": next(state for state in GRAVEST if state in states)}
-
-
-def _told(now: Watch, tick: Tick, usual: Usual | None, limit: float | None) -> dict[str, Any]:
     state = "fault" if now.seen or now.on else "drift" if now.drifting else "insufficient" if usual is None else "ok"
-    return {
-        "step_us": None if math.isnan(tick.step_us) else short(tick.step_us),
-        "usual_us": short(usual.step_us) if usual and usual.step_us else None,
-        "repeated": round(tick.repeated, 4),
-        "cusum": np.round(now.cusum.value[:, 0], 2).tolist(),
-        "limit": None if limit is None else round(limit, 2),
+    same = {
+        "limit": round(tester.pace_limit, 2) if tester and usual else None,
         "state": state,
         "fault": now.seen or now.on or None,
     }
+    usual_us = short(usual.step_us) if usual and usual.step_us else None
+    told = [
+        {
+            "step_us": None if math.isnan(tick.step_us) else short(tick.step_us),
+            "usual_us": usual_us,
+            "repeated": round(tick.repeated, 4),
+            "cusum": both,
+        }
+        | same
+        for tick, both in zip(ticks, np.round(sums, 2).tolist(), strict=True)
+    ]
+    return [
+        one | {"rate": rate, "state": gravest({one["state"], state} if usual else {one["state"]})}
+        for one, rate in zip(numbers, told, strict=True)
+    ]
 
 
 def _fault(now: Watch, tick: Tick, usual: Usual, t: tuple[int, int]) -> tuple[str, dict[str, Any]]:
