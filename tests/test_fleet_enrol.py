@@ -283,13 +283,14 @@ def test_the_fleet_folder_is_found_and_wrong_settings_say_what_to_do(
         ("/var/lib/fleet.db", "/var/lib/fleet.db"),
         ("sqlite:///fleet.db", "/base/fleet.db"),
         ("sqlite:////var/lib/fleet.db", "/var/lib/fleet.db"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
     ],
 )
-def test_a_database_is_a_path_or_a_sqlite_url(url: str, path: str) -> None:
-    assert fleet_config.database(url, Path("/base")) == Path(path)
+def test_a_database_is_a_path_or_a_url(url: str, path: str) -> None:
+    assert fleet_config.database(url, Path("/base")) == path
 
 
-@pytest.mark.parametrize("url", ["postgresql://me:secret@host/db", "mysql://host/db", "sqlite://", "sqlite:///"])
+@pytest.mark.parametrize("url", ["oracle://me:secret@host/db", "mysql://host/db", "sqlite://", "sqlite:///"])
 def test_other_databases_are_refused_without_repeating_the_password(url: str) -> None:
     with pytest.raises(UsageError) as refused:
         fleet_config.database(url, Path("/base"))

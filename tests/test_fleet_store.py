@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import Refused, StorageBusy, StorageError, StorageFull, UsageError
-from agent.fleet import store as store_module
 from agent.fleet.audit import audit
+from agent.fleet.database import sqlite
 from agent.fleet.ingest import DEFAULT_MAX_EVIDENCE, Arrival, Refusal
 from agent.fleet.store import MAX_MISSING_RANGES, FleetStore
 from agent.wire.messages import Results
+from tests.fleet_databases import sqlite_of
 from tests.senders import Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -270,11 +271,11 @@ def test_enrolling_again_is_quiet_and_another_key_needs_replace(store: FleetStor
 def test_a_full_disk_and_a_locked_database_are_storage_errors_that_keep_nothing(store: FleetStore) -> None:
     sender = Sender()
     enrol(store, sender)
-    store._db.execute("PRAGMA max_page_count = 40")
+    sqlite_of(store).connection.execute("PRAGMA max_page_count = 40")
     with pytest.raises(StorageFull):
         add(store, sender, *[sender.results(padding=200) for _ in range(500)])
-    store._db.execute("PRAGMA max_page_count = 1000000")
-    store._db.execute("PRAGMA busy_timeout = 10")
+    sqlite_of(store).connection.execute("PRAGMA max_page_count = 1000000")
+    sqlite_of(store).connection.execute("PRAGMA busy_timeout = 10")
     blocker = sqlite3.connect(store.path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     with pytest.raises(StorageBusy):
@@ -289,14 +290,14 @@ def test_two_open_stores_take_turns(store: FleetStore, monkeypatch: pytest.Monke
     inside, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with second._alone():
+        with sqlite_of(second).alone():
             inside.set()
             leave.wait(60)
 
     thread = threading.Thread(target=hold)
     thread.start()
     inside.wait(60)
-    monkeypatch.setattr(store_module, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(sqlite, "LOCK_WAIT_S", 0.05)
     with pytest.raises(StorageBusy, match="another process"):
         enrol(store, Sender())
     leave.set()
@@ -315,8 +316,10 @@ def test_a_database_that_is_none_says_so(tmp_path: Path) -> None:
 
 
 def test_acknowledging_reads_the_gaps_by_index_however_many_messages_there_are(store: FleetStore) -> None:
-    sql = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND NOT declared ORDER BY first LIMIT ?"
-    plan = [row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {sql}", ("d", "l", 101))]
+    plan = [
+        row[3]
+        for row in sqlite_of(store).connection.execute(f"EXPLAIN QUERY PLAN {sqlite.UNDECLARED}", ("d", "l", 101))
+    ]
     assert plan == ["SEARCH gaps USING PRIMARY KEY (device=? AND log=?)"]
 
 

@@ -27,6 +27,7 @@ from agent.config import Broker, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
+from agent.fleet.database import named
 from agent.fleet.repository.layout import Layout
 from agent.fleet.text import printable
 from agent.names import is_name
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 _dir = click.option(
     "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
 )
-_db = click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path or sqlite:///PATH.")
+_db = click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path, or postgresql://…")
 _device = click.option("--device", metavar="D", help="Only this device.")
 
 
@@ -134,7 +135,7 @@ def enrol(
     if bundle_out is not None and bundle_out.exists():
         raise UsageError(f"{bundle_out}: is there already; name a new file")
     public = keys.load_public(key) if key else None
-    store = FleetStore(Path(config.fleet.db))
+    store = FleetStore(config.fleet.db, partitions=config.fleet.partitions)
     try:
         done = enrolment.enrol(
             *(home, config, store, device),
@@ -185,10 +186,10 @@ def collect(db: str | None, folder: str | None) -> None:
     home = fleet_config.find(folder)
     config = fleet_config.load(home)
     key = keys.load_private(Path(config.collector.key_file))
-    store = FleetStore(_database(config, db))
+    store = FleetStore(_database(config, db), partitions=config.fleet.partitions)
     try:
         if not store.enrolled():
-            logger.warning("%s", _nobody_enrolled(store.path, config))
+            logger.warning("%s", _nobody_enrolled(store, config))
         broker = config.broker_as(config.collector)
         collector = Collector(config.fleet.name, broker, store, key, upkeep=lambda: _keep_repository(home, store))
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -319,15 +320,16 @@ def _keep_repository(home: Path, store: FleetStore) -> None:
         keep(home, store)
 
 
-def _nobody_enrolled(path: Path, config: FleetConfig) -> str:
-    what = f"{path}: no device is enrolled in this database, so every message will be refused as `unknown key`"
-    if path.resolve() == Path(config.fleet.db).resolve():
+def _nobody_enrolled(store: FleetStore, config: FleetConfig) -> str:
+    what = f"{store.name}: no device is enrolled in this database, so every message will be refused as `unknown key`"
+    own = named(config.fleet.db)
+    if store.name == own:
         return f"{what}; let devices in: outstation fleet enrol DEVICE"
-    return f"{what}; `enrol` uses {config.fleet.db}: collect without --db, or name this one as fleet.db in fleet.toml"
+    return f"{what}; `enrol` uses {own}: collect without --db, or name this one as fleet.db in fleet.toml"
 
 
-def _database(config: FleetConfig, db: str | None) -> Path:
-    return fleet_config.database(db, Path.cwd()) if db else Path(config.fleet.db)
+def _database(config: FleetConfig, db: str | None) -> str:
+    return fleet_config.database(db, Path.cwd()) if db else config.fleet.db
 
 
 def _verdict(report: dict[str, Any]) -> Iterable[str]:

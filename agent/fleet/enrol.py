@@ -222,7 +222,7 @@ def _fleet_toml(name: str, broker: Broker) -> str:
 # The fleet {name}. Keep this folder private and back it up: its keys cannot be made again.
 [fleet]
 name = {_quoted(name)}
-db = "fleet.db"                       # what was collected; a path or sqlite:///PATH
+db = "fleet.db"                       # what was collected; a path, or postgresql://USER@HOST/DB
 
 [broker]
 url = {_quoted(broker.url)}
