@@ -19,10 +19,10 @@ from agent.config import Broker
 from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet import pki
-from agent.fleet.collect import filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrol import Enrolment, bundle, enrol, init_fleet
 from agent.fleet.store import FleetStore
+from agent.fleet.subscription import filters
 from agent.link import Link
 from agent.wire import keys
 from agent.wire.carried import Outgoing, Receipt
@@ -334,7 +334,7 @@ def test_a_replacement_while_the_database_is_locked_leaves_the_devices_files_who
     home = let_in(config, folder, "pi-07").folder
     before = held(home)
     store = FleetStore(Path(config.fleet.db))
-    monkeypatch.setattr("agent.fleet.store.LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr("agent.fleet.database.sqlite.LOCK_WAIT_S", 0.05)
     with open(config.fleet.db + ".lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(StorageBusy):

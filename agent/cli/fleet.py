@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,13 +173,16 @@ def enrol(
 
 
 @fleet.command("collect", epilog="Example: outstation fleet collect --dir acme")
+@click.option("--share", metavar="NAME", help="Share the messages with other collectors, as NAME; needs PostgreSQL.")
+@click.option("--leave", is_flag=True, help="With --share: NAME is not coming back; end its session at the broker.")
 @_db
 @_dir
-def collect(db: str | None, folder: str | None) -> None:
+def collect(share: str | None, leave: bool, db: str | None, folder: str | None) -> None:
     """Collect what devices send: verify, store, acknowledge. Runs until SIGTERM or Ctrl-C.
 
     Where the repository's online keys are in the fleet's folder, its timestamp is signed anew each day.
     """
+    from agent.fleet import collectors, subscription
     from agent.fleet.collect import Collector
     from agent.fleet.store import FleetStore
 
@@ -186,17 +190,41 @@ def collect(db: str | None, folder: str | None) -> None:
     home = fleet_config.find(folder)
     config = fleet_config.load(home)
     key = keys.load_private(Path(config.collector.key_file))
+    if leave and share is None:
+        raise UsageError("--leave ends the session of a collector with a name; say which: --share NAME")
+    broker = config.broker_as(collectors.identity(config, share) if share is not None else config.collector)
+    if leave:
+        subscription.leave(broker, config.fleet.name, str(share))
+        return
     store = FleetStore(_database(config, db), partitions=config.fleet.partitions)
     try:
         if not store.enrolled():
             logger.warning("%s", _nobody_enrolled(store, config))
-        broker = config.broker_as(config.collector)
-        collector = Collector(config.fleet.name, broker, store, key, upkeep=lambda: _keep_repository(home, store))
+        upkeep = partial(_keep_repository, home, store)
+        collector = Collector(config.fleet.name, broker, store, key, upkeep=upkeep, share=share)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
         collector.run()
     finally:
         store.close()
+
+
+@fleet.command("collector", epilog="Example: outstation fleet collector b")
+@click.argument("name")
+@_dir
+@json_option
+def collector(name: str, folder: str | None, as_json: bool) -> None:
+    """Let another collector into the broker as NAME: its TLS certificate, its place in the access list.
+
+    It runs with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key
+    and the two new files.
+    """
+    from agent.fleet import collectors
+
+    home = fleet_config.find(folder)
+    done = collectors.add(home, fleet_config.load(home), name)
+    document = {"collector": name, "files": [str(file) for file in done.files], "steps": done.steps}
+    emit(document, as_json, lambda: _say(*(f"Made: {file}" for file in done.files), *done.steps))
 
 
 @fleet.command("devices", epilog="Example: outstation fleet devices --dir acme")
@@ -314,7 +342,7 @@ def reading(folder: str | None, db: str | None, device: str | None = None) -> tu
 
 
 def _keep_repository(home: Path, store: FleetStore) -> None:
-    if Layout(home).newest_root() is not None:
+    if Layout(home).newest_root() is not None and store.lead("repository"):
         from agent.fleet.repository.upkeep import keep
 
         keep(home, store)

@@ -19,9 +19,10 @@ from agent.device.incoming.group import Group
 from agent.device.incoming.parse import Reader
 from agent.errors import LinkDown
 from agent.fleet.audit import Report, audit
-from agent.fleet.collect import Collector, filters
+from agent.fleet.collect import Collector
 from agent.fleet.enrol import enrol, init_fleet
 from agent.fleet.store import FleetStore
+from agent.fleet.subscription import filters
 from agent.simulate.link import Air, AirLink, Weather
 from agent.wire.keys import load_private
 from tests.fleet_databases import sqlite_of
