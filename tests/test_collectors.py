@@ -20,10 +20,9 @@ from agent.fleet.enrol import init_fleet
 from agent.fleet.store import FleetStore
 from tests.brokers import Mosquitto
 from tests.players import Players
-from tests.postgres import QUICK, Postgres, postgres_server, postgres_url, running
+from tests.postgres import QUICK, Postgres, running
 from tests.senders import FLEET, Sender
 
-__all__ = ["postgres_server", "postgres_url"]
 NOW = "2026-11-24T22:20:00.000000Z"
 # As `fleet init` writes it.
 CONF = "max_inflight_messages 500"

@@ -17,15 +17,15 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from agent import config as device_config
 from agent.config import Broker
 from agent.errors import LinkDown, StorageBusy, UsageError
+from agent.fleet import collectors, pki
 from agent.fleet import config as fleet_config
-from agent.fleet import pki
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrol import Enrolment, bundle, enrol, init_fleet
 from agent.fleet.store import FleetStore
 from agent.fleet.subscription import filters
 from agent.link import Link
 from agent.wire import keys
-from agent.wire.carried import Outgoing, Receipt
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.keys import PublicKey
 from tests.brokers import Mosquitto, free_port
 from tests.certificates import expired
@@ -210,6 +210,46 @@ def test_the_generated_broker_config_lets_a_device_write_its_own_topics_only(
         assert answer(operator, f"{base}/ack") == "Not authorized"
         for link in (collector, sender, operator):
             link.close()
+
+
+def test_collectors_beside_each_other_have_a_session_each_and_share_what_comes(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    let_in(config, folder, "pi-07")
+    with pytest.raises(UsageError, match=r"collector-b\.crt: no such file.*fleet collector b"):
+        collectors.identity(config, "b")
+    for name in ("a", "b", "b"):
+        added = collectors.add(folder, config, name)
+    assert "fleet collect --share b" in added.steps[-1]
+    assert (folder / "broker" / "acl").read_text().count("user collector-b") == 1
+    with pytest.raises(UsageError, match="a collector connects"):
+        let_in(config, folder, "collector-b")
+    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        links = [
+            Link(config.broker_as(collectors.identity(config, name)), name, subscribe=filters("acme", shared=True))
+            for name in ("a", "b")
+        ]
+        sender = Link(settings_of(folder, "pi-07"), "pi-07")
+        base = "outstation/acme/pi-07"
+        for kind in ("health", "audit", "health", "audit", "state"):
+            assert answer(sender, f"{base}/{kind}") == "Success"
+        seen = [[event.topic for event in received(link, 3) if isinstance(event, Delivery)] for link in links]
+        # One of each pair, and the state for both.
+        assert sorted(map(len, seen)) == [3, 3]
+        assert all(f"{base}/state" in topics for topics in seen)
+        assert answer(links[1], f"{base}/ack") in ("Success", "No matching subscribers")
+        assert answer(links[1], f"{base}/cmd") == "Not authorized"
+        for link in (*links, sender):
+            link.close()
+
+
+def received(link: Link, n: int) -> list[Delivery | Receipt]:
+    events: list[Delivery | Receipt] = []
+    for _ in range(50):
+        events += link.receive(0.2)
+        if len(events) >= n:
+            return events
+    return events
 
 
 def test_no_certificate_a_foreign_one_and_a_foreign_ca_do_not_connect(
