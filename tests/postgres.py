@@ -21,17 +21,20 @@ START_WITHIN_S = 60.0
 USER = "nobody"
 
 
-def binaries() -> Path:
-    """Where initdb is; without it the test is left out, except on CI, where it fails."""
+def found() -> Path | None:
+    """The folder with initdb and the server, the newest there is."""
     on_path = shutil.which("initdb")
     places = [Path(on_path).resolve().parent] if on_path else []
     places += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: -int(path.parent.name.split(".")[0]))
-    for place in places:
-        if (place / "initdb").exists() and (place / "postgres").exists():
-            return place
-    left_out = pytest.fail if os.environ.get("CI") else pytest.skip
-    left_out("PostgreSQL (initdb) is not installed; see scripts/setup system")
-    raise AssertionError
+    return next((one for one in places if (one / "initdb").exists() and (one / "postgres").exists()), None)
+
+
+def binaries() -> Path:
+    """The same; without it the test is left out, except on CI, where it fails."""
+    place = found()
+    if place is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("PostgreSQL is not installed; see scripts/setup system")
+    return place
 
 
 class Postgres:
@@ -70,6 +73,12 @@ class Postgres:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"postgres did not start: {(self.folder / 'log').read_text()[-2000:]}")
             time.sleep(0.05)
+
+    @property
+    def pid(self) -> int:
+        """Of the process that all others are children of."""
+        assert self._process is not None
+        return self._process.pid
 
     def stop(self) -> None:
         """Ends every connection, and writes what is open."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -474,3 +475,18 @@ def until(what: Callable[[], bool], within_s: float = 60.0) -> None:
     while not what():
         assert time.monotonic() < deadline, "not within the time"
         time.sleep(0.01)
+
+
+def test_the_queries_of_the_document_run(store: FleetStore) -> None:
+    sender = enrolled(store)
+    told = {"ax": {"state": "drift", "mean": 0.5, "m2": 8.0, "counts": [3, 4]}}
+    add(store, sender, sender.results(), sender.drift(features=told))
+    text = (Path(__file__).parents[1] / "docs" / "collector.md").read_text(encoding="utf-8")
+    section = text.partition("## PostgreSQL")[2].partition("## Several")[0]
+    queries = re.findall(r"^    (SELECT.*?;)$", section, re.MULTILINE | re.DOTALL)
+    found = [ask(store, query.rstrip(";")) for query in queries]
+    assert len(found) == 5
+    assert found[1] == [("pi-07", 1, 0.5, (8.0 / 2000) ** 0.5)]
+    assert [row[2:] for row in found[2]] == [(0, 3), (1, 4)]
+    assert found[3][0][2] == "ax"
+    assert found[4][0][2] == "sha256:ab"

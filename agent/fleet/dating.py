@@ -109,8 +109,7 @@ _EXTEND = """
     ON CONFLICT (device, log, boot) DO UPDATE SET last_us = excluded.last_us WHERE excluded.last_us > boots.last_us
     RETURNING boot
 """
-_ADD_ANCHOR = "INSERT INTO anchors VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_ADD_STAMP = "INSERT INTO stamps VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_ANCHORED = "SELECT 1 FROM anchors WHERE device = ? AND log = ? LIMIT 1"
 _ADD_SEGMENT = """
     INSERT INTO segments VALUES (:device, :log, :boot, :segment, :seq, :offset, :vouched)
     ON CONFLICT (device, log, boot, segment) DO UPDATE SET
@@ -187,8 +186,9 @@ class Dating:
             self._anchor(body)
 
     def finish(self) -> None:
-        self._db.executemany(_ADD_STAMP, self._stamps)
-        self._db.executemany(_ADD_ANCHOR, self._anchors)
+        for table, rows in (("stamps", self._stamps), ("anchors", self._anchors)):
+            if rows:
+                self._db.load(table, rows)
         self._db.executemany(self._db.spoken(_ADD_SEGMENT), [_segment(anchor) for anchor in self._anchors])
         self._db.executemany(_IMPLY, [*self._to_imply()])
         extended = zip(self._extents, self._db.each(_EXTEND, self._extents), strict=True)
@@ -200,8 +200,11 @@ class Dating:
             self._db.execute(self._db.spoken(_PLACE), names)
 
     def _to_imply(self) -> Iterator[dict[str, Any]]:
+        logs = sorted({stamp[:2] for stamp in self._stamps if stamp[-1]})
+        told = self._db.each(_ANCHORED, logs)
+        anchored = {log for log, row in zip(logs, told, strict=True) if row is not None}
         for device, log, seq, *_, implied in self._stamps:
-            if implied:
+            if implied and (device, log) in anchored:
                 yield {"device": device, "log": log, "first": seq, "last": seq}
         for device, log, seq, *_ in self._anchors:
             yield {"device": device, "log": log, "first": seq, "last": None}

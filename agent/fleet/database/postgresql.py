@@ -1,8 +1,8 @@
 """PostgreSQL: several collectors beside each other. One connection, made anew where it was lost.
 
-Writing is READ COMMITTED under the locks of `Connection.lock`; what is read together is one REPEATABLE READ snapshot.
-Nothing is prepared on the server, so that a pooler in session mode may be in between; session mode, because who does a
-job (`lead`) holds a lock of its session.
+Writing is READ COMMITTED under the locks of `Connection.lock`; what is read together is a REPEATABLE READ snapshot.
+A pooler in between must be in session mode: who does a job (`lead`) holds a lock of its session, and what is executed
+again is prepared in it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Postgresql:
         self._inside = False
         self._streams = 0
         with self._translated():
-            self._raw = self._connect()
+            self._connect()
         try:
             with self._translated():
                 self._prepare(partitions)
@@ -120,19 +120,15 @@ class Postgresql:
             finally:
                 self._inside = False
 
-    @property
-    def _connection(self) -> Connection:
-        return Connection(self._raw)
-
     def _ready(self) -> None:
         """A new connection in place of one that was lost, but never in the middle of a transaction."""
         if self._raw.closed and not self._inside:
-            self._raw = self._connect()
+            self._connect()
 
-    def _connect(self) -> psycopg.Connection[Row]:
+    def _connect(self) -> None:
         given = psycopg.conninfo.conninfo_to_dict(self._url)
         asked = psycopg.conninfo.make_conninfo(self._url, **{k: v for k, v in _DEFAULTS.items() if k not in given})
-        connection = psycopg.connect(asked, autocommit=True, prepare_threshold=None)
+        connection = psycopg.connect(asked, autocommit=True)
         try:
             if self._read_only:
                 connection.execute("SET default_transaction_read_only = on")
@@ -142,7 +138,7 @@ class Postgresql:
         except BaseException:
             connection.close()
             raise
-        return connection
+        self._raw, self._connection = connection, Connection(connection)
 
     def _prepare(self, partitions: int) -> None:
         encoding = self._raw.execute("SHOW server_encoding").fetchone()

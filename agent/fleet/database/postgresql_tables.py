@@ -124,6 +124,7 @@ MIGRATIONS: tuple[Callable[[psycopg.Connection[Any], int], None], ...] = (_first
 
 _VERSION = "SELECT coalesce(max(number), 0) FROM migrations"
 _IS_THERE = "SELECT to_regclass('migrations') IS NOT NULL"
+_LOCK = "hashtext(current_schema()), hashtext('migrations')"
 _MAKE = "CREATE TABLE migrations (number BIGINT PRIMARY KEY, applied TIMESTAMPTZ NOT NULL DEFAULT now())"
 
 
@@ -131,14 +132,18 @@ def migrate(connection: psycopg.Connection[Any], name: str, partitions: int) -> 
     """Make the tables, or bring them up to date; who starts at once takes turns. Raises UsageError."""
     if _version(connection, name) == len(MIGRATIONS):
         return
-    with connection.transaction():
-        connection.execute("SELECT pg_advisory_xact_lock(hashtext(current_schema()), hashtext('migrations'))")
-        done = _version(connection, name)
-        if done == 0:
-            connection.execute(_MAKE)
-        for number, migration in enumerate(MIGRATIONS[done:], done + 1):
-            migration(connection, partitions)
-            connection.execute("INSERT INTO migrations (number) VALUES (%s)", (number,))
+    # Before the transaction: one that has begun may not see that the tables were made while it waited.
+    connection.execute(f"SELECT pg_advisory_lock({_LOCK})")
+    try:
+        with connection.transaction():
+            done = _version(connection, name)
+            if done == 0:
+                connection.execute(_MAKE)
+            for number, migration in enumerate(MIGRATIONS[done:], done + 1):
+                migration(connection, partitions)
+                connection.execute("INSERT INTO migrations (number) VALUES (%s)", (number,))
+    finally:
+        connection.execute(f"SELECT pg_advisory_unlock({_LOCK})")
 
 
 def require_current(connection: psycopg.Connection[Any], name: str) -> None:
