@@ -290,9 +290,10 @@ class Collector:
 
     def _open_own(self) -> Link:
         """Raises LinkDown, and StorageError where another collector has this one's name."""
-        if self.share is not None and not self.store.lead(f"collector {self.share}"):
+        if not self.store.lead(f"collector {self.share or ''}"):
+            what = f"named {self.share}" if self.share else "without --share"
             raise StorageBusy(
-                f"{self.store.name}: a collector named {self.share} is at work already, and the broker would give its "
+                f"{self.store.name}: a collector {what} is at work already, and the broker would give its "
                 "messages to this one; stop it, or choose another --share NAME"
             )
         return Link(
