@@ -57,8 +57,14 @@ def add(store: FleetStore, sender: Sender, *sent: Sent) -> list[str]:
 
 def tables(store: FleetStore) -> dict[str, list[Any]]:
     """All content that must not depend on the order of arrival."""
+    found = {}
     with store.snapshot() as db:
-        return {name: sorted(db.execute(f"SELECT * FROM {name}"), key=repr) for name in TABLES}
+        for name in TABLES:
+            cursor = db.execute(f"SELECT * FROM {name}")
+            # In PostgreSQL the last column, where there is one, is when a row came.
+            columns = len([column for column in cursor.description if column[0] != "rowid"])
+            found[name] = sorted((row[:columns] for row in cursor), key=repr)
+    return found
 
 
 def ask(store: FleetStore, sql: str) -> list[Any]:
