@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import stat
 import tarfile
 from collections.abc import Callable
@@ -328,6 +329,21 @@ def test_the_fleet_folder_is_found_and_wrong_settings_say_what_to_do(
 )
 def test_a_database_is_a_path_or_a_url(url: str, path: str) -> None:
     assert fleet_config.database(url, Path("/base")) == path
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('db = "postgresql://h/d"\npartitions = 0', "must be 1 to 1024"),
+        ("partitions = 4", "is for a PostgreSQL database"),
+    ],
+)
+def test_partitions_are_those_of_postgresql(folder: Path, config: FleetConfig, line: str, problem: str) -> None:
+    file = folder / "fleet.toml"
+    written = re.sub(r"^db = .*$", line, file.read_text(), flags=re.MULTILINE)
+    file.write_text(written)
+    with pytest.raises(UsageError, match=rf"fleet\.partitions: {problem}"):
+        fleet_config.load(folder)
 
 
 @pytest.mark.parametrize("url", ["oracle://me:secret@host/db", "mysql://host/db", "sqlite://", "sqlite:///"])

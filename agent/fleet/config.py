@@ -87,6 +87,8 @@ def load(folder: Path) -> FleetConfig:
     check_broker(str(path), config.broker)
     if not 1 <= config.fleet.partitions <= MOST_PARTITIONS:
         raise ConfigError(str(path), "fleet.partitions", f"must be 1 to {MOST_PARTITIONS}")
+    if config.fleet.partitions > 1 and not is_postgresql(config.fleet.db):
+        raise ConfigError(str(path), "fleet.partitions", "is for a PostgreSQL database; fleet.db names a file")
     return _with_absolute_paths(config, path.resolve().parent)
 
 
