@@ -202,8 +202,9 @@ class Link:
             raise LinkDown(f"{broker.url}: refused: {self._hand.connected}")
 
     def _subscribe(self, filters: Sequence[str], timeout_s: float) -> None:
-        options = SubscribeOptions(qos=1, noLocal=True)
-        self._client.subscribe([(topic, options) for topic in filters])
+        # MQTT forbids `no local` on a shared subscription.
+        options = [(topic, SubscribeOptions(qos=1, noLocal=not topic.startswith("$share/"))) for topic in filters]
+        self._client.subscribe(options)
         self._until(lambda: bool(self._hand.subscribed), timeout_s, "no SUBACK")
         for topic, answer in zip(filters, self._hand.subscribed, strict=False):
             if answer:

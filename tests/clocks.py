@@ -149,9 +149,9 @@ class Station:
         ]
 
 
-def collect(path: Path, station: Station, batches: list[list[Message]], received_us: float) -> FleetStore:
+def collect(where: Path | FleetStore, station: Station, batches: list[list[Message]], received_us: float) -> FleetStore:
     """A collector that got these messages in this order."""
-    store = FleetStore(path)
+    store = where if isinstance(where, FleetStore) else FleetStore(where)
     store.enrol("pi-07", station.key.public, replace=False, now=clock.rfc3339(TRUE_START_US))
     for batch in batches:
         store.ingest([Arrival(message) for message in batch], [], clock.rfc3339(round(received_us)))

@@ -10,6 +10,12 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, settings
 
+from agent.fleet.store import FleetStore
+from tests.fleet_databases import DATABASES, fresh_in
+from tests.postgres import postgres_server, postgres_url
+
+__all__ = ["postgres_server", "postgres_url"]
+
 # How long an example takes is the machine's affair: what is found must depend neither on what else runs there nor on
 # chance. `pytest --hypothesis-profile chance` looks at other examples each time.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -34,3 +40,9 @@ def program() -> Callable[[str], str]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="module", params=DATABASES)
+def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], FleetStore]:
+    """`fresh()` is an empty store of a fleet: once in SQLite, once in PostgreSQL."""
+    return fresh_in(request, tmp_path_factory)

@@ -79,9 +79,9 @@ class Recorded:
 class Fleet:
     """`devices` senders, a collector's code and an operator's desk over one store."""
 
-    def __init__(self, folder: Path, devices: int = 6) -> None:
+    def __init__(self, folder: Path, devices: int = 6, where: str | None = None) -> None:
         self.folder = folder
-        self.store = FleetStore(folder / "fleet.db")
+        self.store = FleetStore(where or folder / "fleet.db")
         self.senders = [Sender(f"pi-{i:02}", new_key(100 + i)) for i in range(devices)]
         for sender in self.senders:
             self.store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
@@ -151,8 +151,8 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def fleet(folder: Path, devices: int = 6) -> Iterator[Fleet]:
-    made = Fleet(folder, devices)
+def fleet(folder: Path, devices: int = 6, where: str | None = None) -> Iterator[Fleet]:
+    made = Fleet(folder, devices, where)
     try:
         yield made
     finally:

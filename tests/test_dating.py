@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from agent.errors import Refused
 from agent.fleet.audit import audit
+from agent.fleet.store import FleetStore
 from agent.wire.messages import Audit, Message, Results
 from tests.clocks import TRUE_START_US, Dated, Machine, Station, collect, dated
 from tests.senders import Sender
@@ -133,10 +134,10 @@ def station(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Station
 
 
 @pytest.fixture
-def date(station: Station, tmp_path: Path) -> Callable[..., list[Dated]]:
+def date(station: Station, fresh: Callable[[], FleetStore]) -> Callable[..., list[Dated]]:
     def find(*, without: Callable[[Message], bool] = lambda _: False, received_us: float = 0.0) -> list[Dated]:
         kept = [message for message in station.messages() if not without(message)]
-        store = collect(tmp_path / "fleet.db", station, [kept], received_us or station.machine.true_us)
+        store = collect(fresh(), station, [kept], received_us or station.machine.true_us)
         found = dated(store)
         store.close()
         return found

@@ -104,12 +104,13 @@ def test_any_flipped_bit_of_the_evidence_fails_the_audit(
     store = FleetStore(tmp_path_factory.mktemp("db") / "fleet.db")
     sender = Sender()
     collected(store, sender, sender.results(), sender.results(), sender.results())
-    [(old,)] = store._db.execute(f"SELECT CAST({column} AS BLOB) FROM messages WHERE seq = 2").fetchall()
+    with store.snapshot() as db:
+        [(old,)] = db.execute(f"SELECT CAST({column} AS BLOB) FROM messages WHERE seq = 2").fetchall()
     at = position % len(old)
     new = old[:at] + bytes([old[at] ^ 1 << bit]) + old[at + 1 :]
-    store._db.execute(
-        f"UPDATE messages SET {column} = CAST(? AS {'BLOB' if column == 'payload' else 'TEXT'}) WHERE seq = 2", (new,)
-    )
+    kind = "BLOB" if column == "payload" else "TEXT"
+    with store.transaction() as db:
+        db.execute(f"UPDATE messages SET {column} = CAST(? AS {kind}) WHERE seq = 2", (new,))
     report = audit(store)
     store.close()
     assert [entry["seq"] for entry in report.invalid] == [2]

@@ -133,7 +133,7 @@ def test_the_audit_exits_1_and_names_the_message_when_a_byte_was_altered(folder:
         (["enrol", "collector", "--dir", "{folder}"], "role"),
         (["enrol", "pi-07", "--bundle-out", "{folder}/fleet.toml", "--dir", "{folder}"], "name a new file"),
         (["audit", "--dir", "{folder}"], "no database here yet"),
-        (["collect", "--db", "postgresql://h/d", "--dir", "{folder}"], "not in this version"),
+        (["collect", "--share", "a", "--dir", "{folder}"], "SQLite has one writer"),
         (["devices", "--dir", "{folder}/none"], "fleet init"),
     ],
 )

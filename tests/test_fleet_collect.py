@@ -34,6 +34,7 @@ from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.keys import SigningKey, b64url, unb64url
 from agent.wire.messages import Ack, open_message
 from tests.brokers import Mosquitto
+from tests.fleet_databases import sqlite_of
 from tests.senders import FLEET, Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -316,7 +317,7 @@ def test_a_device_enrolled_by_another_process_meanwhile_is_known(desk: Desk) -> 
 
 def test_a_flood_of_unknown_keys_reads_no_key_from_the_database(desk: Desk) -> None:
     reads: list[str] = []
-    desk.store._db.set_trace_callback(lambda sql: reads.append(sql) if "FROM keys" in sql else None)
+    sqlite_of(desk.store).connection.set_trace_callback(lambda sql: reads.append(sql) if "FROM keys" in sql else None)
     strangers = [Sender(f"pi-{i}").results() for i in range(100)]
     for one in strangers:
         desk.hand(one)
@@ -340,7 +341,7 @@ def test_while_the_database_fails_nothing_is_acknowledged_and_afterwards_nothing
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sender = enrolled(desk.store)
-    desk.store._db.execute("PRAGMA busy_timeout = 10")
+    sqlite_of(desk.store).connection.execute("PRAGMA busy_timeout = 10")
     blocker = sqlite3.connect(desk.store.path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     desk.hand(sender.results(), sender.results())

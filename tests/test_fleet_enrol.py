@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import stat
 import tarfile
 from collections.abc import Callable
@@ -17,15 +18,15 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from agent import config as device_config
 from agent.config import Broker
 from agent.errors import LinkDown, StorageBusy, UsageError
+from agent.fleet import collectors, pki
 from agent.fleet import config as fleet_config
-from agent.fleet import pki
-from agent.fleet.collect import filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.enrol import Enrolment, bundle, enrol, init_fleet
 from agent.fleet.store import FleetStore
+from agent.fleet.subscription import filters
 from agent.link import Link
 from agent.wire import keys
-from agent.wire.carried import Outgoing, Receipt
+from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.keys import PublicKey
 from tests.brokers import Mosquitto, free_port
 from tests.certificates import expired
@@ -212,6 +213,46 @@ def test_the_generated_broker_config_lets_a_device_write_its_own_topics_only(
             link.close()
 
 
+def test_collectors_beside_each_other_have_a_session_each_and_share_what_comes(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    let_in(config, folder, "pi-07")
+    with pytest.raises(UsageError, match=r"collector-b\.crt: no such file.*fleet collector b"):
+        collectors.identity(config, "b")
+    for name in ("a", "b", "b"):
+        added = collectors.add(folder, config, name)
+    assert "fleet collect --share b" in added.steps[-1]
+    assert (folder / "broker" / "acl").read_text().count("user collector-b") == 1
+    with pytest.raises(UsageError, match="a collector connects"):
+        let_in(config, folder, "collector-b")
+    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        links = [
+            Link(config.broker_as(collectors.identity(config, name)), name, subscribe=filters("acme", shared=True))
+            for name in ("a", "b")
+        ]
+        sender = Link(settings_of(folder, "pi-07"), "pi-07")
+        base = "outstation/acme/pi-07"
+        for kind in ("health", "audit", "health", "audit", "state"):
+            assert answer(sender, f"{base}/{kind}") == "Success"
+        seen = [[event.topic for event in received(link, 3) if isinstance(event, Delivery)] for link in links]
+        # One of each pair, and the state for both.
+        assert sorted(map(len, seen)) == [3, 3]
+        assert all(f"{base}/state" in topics for topics in seen)
+        assert answer(links[1], f"{base}/ack") in ("Success", "No matching subscribers")
+        assert answer(links[1], f"{base}/cmd") == "Not authorized"
+        for link in (*links, sender):
+            link.close()
+
+
+def received(link: Link, n: int) -> list[Delivery | Receipt]:
+    events: list[Delivery | Receipt] = []
+    for _ in range(50):
+        events += link.receive(0.2)
+        if len(events) >= n:
+            return events
+    return events
+
+
 def test_no_certificate_a_foreign_one_and_a_foreign_ca_do_not_connect(
     tmp_path: Path, folder: Path, config: FleetConfig
 ) -> None:
@@ -283,13 +324,29 @@ def test_the_fleet_folder_is_found_and_wrong_settings_say_what_to_do(
         ("/var/lib/fleet.db", "/var/lib/fleet.db"),
         ("sqlite:///fleet.db", "/base/fleet.db"),
         ("sqlite:////var/lib/fleet.db", "/var/lib/fleet.db"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
     ],
 )
-def test_a_database_is_a_path_or_a_sqlite_url(url: str, path: str) -> None:
-    assert fleet_config.database(url, Path("/base")) == Path(path)
+def test_a_database_is_a_path_or_a_url(url: str, path: str) -> None:
+    assert fleet_config.database(url, Path("/base")) == path
 
 
-@pytest.mark.parametrize("url", ["postgresql://me:secret@host/db", "mysql://host/db", "sqlite://", "sqlite:///"])
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('db = "postgresql://h/d"\npartitions = 0', "must be 1 to 1024"),
+        ("partitions = 4", "is for a PostgreSQL database"),
+    ],
+)
+def test_partitions_are_those_of_postgresql(folder: Path, config: FleetConfig, line: str, problem: str) -> None:
+    file = folder / "fleet.toml"
+    written = re.sub(r"^db = .*$", line, file.read_text(), flags=re.MULTILINE)
+    file.write_text(written)
+    with pytest.raises(UsageError, match=rf"fleet\.partitions: {problem}"):
+        fleet_config.load(folder)
+
+
+@pytest.mark.parametrize("url", ["oracle://me:secret@host/db", "mysql://host/db", "sqlite://", "sqlite:///"])
 def test_other_databases_are_refused_without_repeating_the_password(url: str) -> None:
     with pytest.raises(UsageError) as refused:
         fleet_config.database(url, Path("/base"))
@@ -333,7 +390,7 @@ def test_a_replacement_while_the_database_is_locked_leaves_the_devices_files_who
     home = let_in(config, folder, "pi-07").folder
     before = held(home)
     store = FleetStore(Path(config.fleet.db))
-    monkeypatch.setattr("agent.fleet.store.LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr("agent.fleet.database.sqlite.LOCK_WAIT_S", 0.05)
     with open(config.fleet.db + ".lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(StorageBusy):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,8 @@ METRICS = [
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[FleetStore]:
-    opened = FleetStore(tmp_path / "fleet.db")
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    opened = fresh()
     opened.enrol(SENDER.device, SENDER.key.public, replace=False, now=NOW)
     opened.ingest([Arrival(SENDER.open(RESULTS))], [], NOW)
     yield opened
@@ -44,7 +42,7 @@ def take(store: FleetStore, *given: Label) -> Outcome:
 
 
 def ask(store: FleetStore, sql: str) -> list[Any]:
-    with contextlib.closing(sqlite3.connect(store.path)) as db:
+    with store.snapshot() as db:
         return db.execute(sql).fetchall()
 
 
@@ -113,7 +111,7 @@ def test_metrics_of_a_message_become_rows_once(store: FleetStore) -> None:
     sent = SENDER.logged("quality", task=SENDER.task, metrics=METRICS, window={"n": 100})
     for _ in range(2):
         store.ingest([Arrival(SENDER.open(sent))], [], NOW)
-    sql = "SELECT metric, slice, value, low, high, n, state, source, log, seq FROM metrics ORDER BY rowid"
+    sql = "SELECT metric, slice, value, low, high, n, state, source, log, seq FROM metrics ORDER BY seq, metric, slice"
     place = ("device", SENDER.log, sent.seq)
     assert ask(store, sql) == [
         ("accuracy", "", 0.9, 0.8, 0.95, 100, None, *place),

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ NOW = "2026-11-24T22:20:00.000000Z"
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[FleetStore]:
-    opened = FleetStore(tmp_path / "fleet.db")
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    opened = fresh()
     yield opened
     opened.close()
 
@@ -33,7 +33,7 @@ def add(store: FleetStore, sender: Sender, *sent: Sent) -> list[str]:
 
 
 def ask(store: FleetStore, sql: str) -> list[Any]:
-    with contextlib.closing(sqlite3.connect(store.path)) as db:
+    with store.snapshot() as db:
         return db.execute(sql).fetchall()
 
 
@@ -74,7 +74,7 @@ def test_two_collectors_that_get_the_same_messages_keep_one_row_of_each(store: F
     sender = Sender()
     log = [sender.shadow(), sender.rollout("shadow")]
     add(store, sender, *log)
-    other = FleetStore(store.path)
+    other = FleetStore(store.where)
     try:
         assert add(other, sender, *log) == ["duplicate", "duplicate"]
     finally:

@@ -6,7 +6,7 @@ import contextlib
 import re
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import Refused, StorageBusy, StorageError, StorageFull, UsageError
-from agent.fleet import store as store_module
 from agent.fleet.audit import audit
+from agent.fleet.database import sqlite
 from agent.fleet.ingest import DEFAULT_MAX_EVIDENCE, Arrival, Refusal
 from agent.fleet.store import MAX_MISSING_RANGES, FleetStore
 from agent.wire.messages import Results
+from tests.fleet_databases import sqlite_of
 from tests.senders import Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
@@ -31,7 +32,15 @@ TABLES = (
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[FleetStore]:
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    """In SQLite, and in PostgreSQL."""
+    opened = fresh()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def file_store(tmp_path: Path) -> Iterator[FleetStore]:
     opened = FleetStore(tmp_path / "fleet.db")
     yield opened
     opened.close()
@@ -47,10 +56,19 @@ def add(store: FleetStore, sender: Sender, *sent: Sent) -> list[str]:
 
 def tables(store: FleetStore) -> dict[str, list[Any]]:
     """All content that must not depend on the order of arrival."""
-    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
-        found = {name: sorted(db.execute(f"SELECT * FROM {name}"), key=repr) for name in TABLES}
-    db.close()
+    found = {}
+    with store.snapshot() as db:
+        for name in TABLES:
+            cursor = db.execute(f"SELECT * FROM {name}")
+            # In PostgreSQL the last column, where there is one, is when a row came.
+            columns = len([column for column in cursor.description if column[0] != "rowid"])
+            found[name] = sorted((row[:columns] for row in cursor), key=repr)
     return found
+
+
+def ask(store: FleetStore, sql: str) -> list[Any]:
+    with store.snapshot() as db:
+        return db.execute(sql).fetchall()
 
 
 def of_every_kind(sender: Sender) -> list[Sent]:
@@ -68,11 +86,11 @@ LOG = of_every_kind(SENDER)
 @settings(max_examples=25, deadline=None)
 @given(order=st.permutations(LOG), repeats=st.lists(st.sampled_from(LOG), max_size=6), cuts=st.sets(st.integers(1, 12)))
 def test_any_order_and_any_repeats_in_any_batches_give_the_same_tables(
-    tmp_path_factory: pytest.TempPathFactory, order: list[Sent], repeats: list[Sent], cuts: set[int]
+    fresh: Callable[[], FleetStore], order: list[Sent], repeats: list[Sent], cuts: set[int]
 ) -> None:
     seen = []
     for sequence, ends in (([*LOG], [len(LOG)]), ([*order, *repeats], [*sorted(cuts), len(order) + len(repeats)])):
-        store = FleetStore(tmp_path_factory.mktemp("db") / "fleet.db")
+        store = fresh()
         enrol(store, SENDER)
         for start, end in zip([0, *ends], ends, strict=False):
             add(store, SENDER, *sequence[start:end])
@@ -85,7 +103,7 @@ def test_any_order_and_any_repeats_in_any_batches_give_the_same_tables(
 @settings(max_examples=40, deadline=None)
 @given(came=st.sets(st.integers(1, 14)), ends=st.lists(st.integers(0, 20), min_size=1, max_size=2), data=st.data())
 def test_what_is_missing_of_a_log_that_ended_is_declared_whenever_the_end_comes(
-    tmp_path_factory: pytest.TempPathFactory, came: set[int], ends: list[int], data: st.DataObject
+    fresh: Callable[[], FleetStore], came: set[int], ends: list[int], data: st.DataObject
 ) -> None:
     old = Sender(key=SENDER.key)
     log = [old.quality() for _ in range(13)] + [old.evicted((3, 3), (12, 13))]
@@ -97,7 +115,7 @@ def test_what_is_missing_of_a_log_that_ended_is_declared_whenever_the_end_comes(
     order = data.draw(st.permutations(arrivals))
     # Drawn before anything is open: a draw may end the test there and then.
     cut = data.draw(st.integers(0, len(order)))
-    store = FleetStore(tmp_path_factory.mktemp("db") / "fleet.db")
+    store = fresh()
     enrol(store, old)
     for part in (order[:cut], order[cut:]):
         store.ingest(part, [], NOW)
@@ -111,21 +129,21 @@ def test_what_is_missing_of_a_log_that_ended_is_declared_whenever_the_end_comes(
     assert [gap[:2] for gap in gaps if not gap[2]] == told == audited == ranges(absent - declared)
 
 
-def test_the_end_of_a_log_that_an_older_database_was_told_is_known_after_it_is_opened(store: FleetStore) -> None:
+def test_the_end_of_a_log_that_an_older_database_was_told_is_known_after_it_is_opened(file_store: FleetStore) -> None:
     old, new = Sender(key=SENDER.key), Sender(key=SENDER.key)
-    enrol(store, old)
+    enrol(file_store, old)
     log = [old.quality() for _ in range(12)]
     evidence = {"old": old.log, "through": 10, "reissued": 0}
-    add(store, old, log[0])
-    add(store, new, new.logged("audit", event="new log", summary="", evidence=evidence))
-    store.close()
-    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
+    add(file_store, old, log[0])
+    add(file_store, new, new.logged("audit", event="new log", summary="", evidence=evidence))
+    file_store.close()
+    with contextlib.closing(sqlite3.connect(file_store.path)) as db, db:
         db.execute("DROP TABLE ends")
         db.execute("DELETE FROM _sqlite_migrations WHERE name = 'ends_of_logs'")
         db.execute("INSERT INTO gaps VALUES (?, ?, 2, 7, 0)", (old.device, old.log))
         db.execute("UPDATE logs SET through = 8 WHERE log = ?", (old.log,))
     db.close()
-    opened = FleetStore(store.path)
+    opened = FleetStore(file_store.path)
     add(opened, old, log[11])
     assert [(gap["from"], gap["to"], gap["declared"]) for gap in opened.gaps()] == [
         (2, 7, True),
@@ -149,13 +167,13 @@ EVICTIONS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)).map(lambda
 @settings(max_examples=40, deadline=None)
 @given(came=st.sets(st.integers(1, 40), min_size=1), evicted=EVICTIONS, data=st.data())
 def test_gaps_equal_a_brute_force_model_for_any_subset_of_seqs_and_any_evictions(
-    tmp_path_factory: pytest.TempPathFactory, came: set[int], evicted: list[tuple[int, int]], data: st.DataObject
+    fresh: Callable[[], FleetStore], came: set[int], evicted: list[tuple[int, int]], data: st.DataObject
 ) -> None:
     sender = Sender(key=SENDER.key)
     log = [sender.quality() for _ in range(40)]
     sent = [log[seq - 1] for seq in came] + [sender.evicted(*evicted)]
     order = data.draw(st.permutations(sent))
-    store = FleetStore(tmp_path_factory.mktemp("db") / "fleet.db")
+    store = fresh()
     enrol(store, sender)
     for one in order:
         add(store, sender, one)
@@ -199,13 +217,7 @@ def test_the_same_seq_with_other_bytes_raises_an_alert_keeps_both_and_replaces_n
     [alert] = store.alerts()
     assert (alert["alert"], alert["severity"], alert["open"]) == ("security", "critical", True)
     assert "two different messages as seq 1" in alert["summary"]
-    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
-        assert db.execute("SELECT reason, payload, jws FROM refused").fetchone() == (
-            "other bytes",
-            other.payload,
-            other.jws,
-        )
-    db.close()
+    assert ask(store, "SELECT reason, payload, jws FROM refused")[0] == ("other bytes", other.payload, other.jws)
     assert [(row["reason"], row["count"]) for row in store.refusals()] == [("other bytes", 2)]
 
 
@@ -218,9 +230,7 @@ def test_refused_messages_are_counted_and_only_the_first_few_kept(store: FleetSt
         ("", "unknown key", 50),
         (sender.device, "unsigned", 1),
     ]
-    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
-        assert db.execute("SELECT count(*) FROM refused").fetchone() == (DEFAULT_MAX_EVIDENCE + 1,)
-    db.close()
+    assert ask(store, "SELECT count(*) FROM refused") == [(DEFAULT_MAX_EVIDENCE + 1,)]
 
 
 def test_a_value_too_large_for_the_database_is_refused_and_leaves_nothing_of_its_batch(store: FleetStore) -> None:
@@ -266,42 +276,42 @@ def test_enrolling_again_is_quiet_and_another_key_needs_replace(store: FleetStor
         store.enrol("pi-07", sender.key.public, replace=True, now=NOW)
 
 
-def test_a_full_disk_and_a_locked_database_are_storage_errors_that_keep_nothing(store: FleetStore) -> None:
+def test_a_full_disk_and_a_locked_database_are_storage_errors_that_keep_nothing(file_store: FleetStore) -> None:
     sender = Sender()
-    enrol(store, sender)
-    store._db.execute("PRAGMA max_page_count = 40")
+    enrol(file_store, sender)
+    sqlite_of(file_store).connection.execute("PRAGMA max_page_count = 40")
     with pytest.raises(StorageFull):
-        add(store, sender, *[sender.results(padding=200) for _ in range(500)])
-    store._db.execute("PRAGMA max_page_count = 1000000")
-    store._db.execute("PRAGMA busy_timeout = 10")
-    blocker = sqlite3.connect(store.path, isolation_level=None)
+        add(file_store, sender, *[sender.results(padding=200) for _ in range(500)])
+    sqlite_of(file_store).connection.execute("PRAGMA max_page_count = 1000000")
+    sqlite_of(file_store).connection.execute("PRAGMA busy_timeout = 10")
+    blocker = sqlite3.connect(file_store.path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     with pytest.raises(StorageBusy):
-        add(store, sender, sender.quality())
+        add(file_store, sender, sender.quality())
     blocker.execute("ROLLBACK")
     blocker.close()
-    assert store.count_messages() == 0
+    assert file_store.count_messages() == 0
 
 
-def test_two_open_stores_take_turns(store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    second = FleetStore(store.path)
+def test_two_open_stores_take_turns(file_store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = FleetStore(file_store.path)
     inside, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with second._alone():
+        with sqlite_of(second).alone():
             inside.set()
             leave.wait(60)
 
     thread = threading.Thread(target=hold)
     thread.start()
     inside.wait(60)
-    monkeypatch.setattr(store_module, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(sqlite, "LOCK_WAIT_S", 0.05)
     with pytest.raises(StorageBusy, match="another process"):
-        enrol(store, Sender())
+        enrol(file_store, Sender())
     leave.set()
     thread.join()
-    enrol(store, Sender())
-    assert [row["device"] for row in store.devices()] == ["pi-07"]
+    enrol(file_store, Sender())
+    assert [row["device"] for row in file_store.devices()] == ["pi-07"]
     second.close()
 
 
@@ -313,9 +323,11 @@ def test_a_database_that_is_none_says_so(tmp_path: Path) -> None:
         FleetStore(tmp_path / "none.db", read_only=True)
 
 
-def test_acknowledging_reads_the_gaps_by_index_however_many_messages_there_are(store: FleetStore) -> None:
-    sql = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND NOT declared ORDER BY first LIMIT ?"
-    plan = [row[3] for row in store._db.execute(f"EXPLAIN QUERY PLAN {sql}", ("d", "l", 101))]
+def test_acknowledging_reads_the_gaps_by_index_however_many_messages_there_are(file_store: FleetStore) -> None:
+    plan = [
+        row[3]
+        for row in sqlite_of(file_store).connection.execute(f"EXPLAIN QUERY PLAN {sqlite.UNDECLARED}", ("d", "l", 101))
+    ]
     assert plan == ["SEARCH gaps USING PRIMARY KEY (device=? AND log=?)"]
 
 

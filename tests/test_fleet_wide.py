@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,8 @@ def test_the_binomials_tail_is_the_sum_of_its_terms(k: int, n: int, p: float) ->
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[FleetStore]:
-    opened = FleetStore(tmp_path / "fleet.db")
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    opened = fresh()
     yield opened
     opened.close()
 
@@ -192,8 +192,9 @@ def test_an_alert_is_raised_once_for_many_devices_and_cleared_when_most_are_as_b
 
 
 def test_it_looks_only_when_a_drift_alert_came_and_once_a_minute(
-    store: FleetStore, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    store = FleetStore(tmp_path / "fleet.db")
     looks: list[int] = []
     real = store.watched
 
@@ -212,6 +213,7 @@ def test_it_looks_only_when_a_drift_alert_came_and_once_a_minute(
     lookout.look(Now(NOW_US, 100.0 + EVERY_S - 1, "synced"))
     assert len(looks) == 1
     lookout.look(Now(NOW_US, 100.0 + EVERY_S, "synced"))
+    store.close()
     assert len(looks) == 2
 
 

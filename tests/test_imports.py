@@ -55,6 +55,7 @@ ONLY = {
     "PIL": {"agent.model.images"},
     "ray": {"agent.evaluation.cluster"},
     "cyclonedx": {"agent.fleet.evidence.software"},
+    "psycopg": {f"agent.fleet.database.{name}" for name in ("postgresql", "postgresql_rows", "postgresql_tables")},
     "tuf": {
         *(f"agent.fleet.repository.{name}" for name in ("chain", "copy", "create", "edition", "publish", "revoke")),
         *(f"agent.fleet.repository.{name}" for name in ("roots", "rotate")),

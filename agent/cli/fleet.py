@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from agent.config import Broker, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
+from agent.fleet.database import named
 from agent.fleet.repository.layout import Layout
 from agent.fleet.text import printable
 from agent.names import is_name
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 _dir = click.option(
     "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
 )
-_db = click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path or sqlite:///PATH.")
+_db = click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path, or postgresql://…")
 _device = click.option("--device", metavar="D", help="Only this device.")
 
 
@@ -134,7 +136,7 @@ def enrol(
     if bundle_out is not None and bundle_out.exists():
         raise UsageError(f"{bundle_out}: is there already; name a new file")
     public = keys.load_public(key) if key else None
-    store = FleetStore(Path(config.fleet.db))
+    store = FleetStore(config.fleet.db, partitions=config.fleet.partitions)
     try:
         done = enrolment.enrol(
             *(home, config, store, device),
@@ -171,13 +173,16 @@ def enrol(
 
 
 @fleet.command("collect", epilog="Example: outstation fleet collect --dir acme")
+@click.option("--share", metavar="NAME", help="Share the messages with other collectors, as NAME; needs PostgreSQL.")
+@click.option("--leave", is_flag=True, help="With --share: NAME is not coming back; end its session at the broker.")
 @_db
 @_dir
-def collect(db: str | None, folder: str | None) -> None:
+def collect(share: str | None, leave: bool, db: str | None, folder: str | None) -> None:
     """Collect what devices send: verify, store, acknowledge. Runs until SIGTERM or Ctrl-C.
 
     Where the repository's online keys are in the fleet's folder, its timestamp is signed anew each day.
     """
+    from agent.fleet import collectors, subscription
     from agent.fleet.collect import Collector
     from agent.fleet.store import FleetStore
 
@@ -185,17 +190,41 @@ def collect(db: str | None, folder: str | None) -> None:
     home = fleet_config.find(folder)
     config = fleet_config.load(home)
     key = keys.load_private(Path(config.collector.key_file))
-    store = FleetStore(_database(config, db))
+    if leave and share is None:
+        raise UsageError("--leave ends the session of a collector with a name; say which: --share NAME")
+    broker = config.broker_as(collectors.identity(config, share) if share is not None else config.collector)
+    if leave:
+        subscription.leave(broker, config.fleet.name, str(share))
+        return
+    store = FleetStore(_database(config, db), partitions=config.fleet.partitions)
     try:
         if not store.enrolled():
-            logger.warning("%s", _nobody_enrolled(store.path, config))
-        broker = config.broker_as(config.collector)
-        collector = Collector(config.fleet.name, broker, store, key, upkeep=lambda: _keep_repository(home, store))
+            logger.warning("%s", _nobody_enrolled(store, config))
+        upkeep = partial(_keep_repository, home, store)
+        collector = Collector(config.fleet.name, broker, store, key, upkeep=upkeep, share=share)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
         collector.run()
     finally:
         store.close()
+
+
+@fleet.command("collector", epilog="Example: outstation fleet collector b")
+@click.argument("name")
+@_dir
+@json_option
+def collector(name: str, folder: str | None, as_json: bool) -> None:
+    """Let another collector into the broker as NAME: its TLS certificate, its place in the access list.
+
+    It runs with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key
+    and the two new files.
+    """
+    from agent.fleet import collectors
+
+    home = fleet_config.find(folder)
+    done = collectors.add(home, fleet_config.load(home), name)
+    document = {"collector": name, "files": [str(file) for file in done.files], "steps": done.steps}
+    emit(document, as_json, lambda: _say(*(f"Made: {file}" for file in done.files), *done.steps))
 
 
 @fleet.command("devices", epilog="Example: outstation fleet devices --dir acme")
@@ -313,21 +342,22 @@ def reading(folder: str | None, db: str | None, device: str | None = None) -> tu
 
 
 def _keep_repository(home: Path, store: FleetStore) -> None:
-    if Layout(home).newest_root() is not None:
+    if Layout(home).newest_root() is not None and store.lead("repository"):
         from agent.fleet.repository.upkeep import keep
 
         keep(home, store)
 
 
-def _nobody_enrolled(path: Path, config: FleetConfig) -> str:
-    what = f"{path}: no device is enrolled in this database, so every message will be refused as `unknown key`"
-    if path.resolve() == Path(config.fleet.db).resolve():
+def _nobody_enrolled(store: FleetStore, config: FleetConfig) -> str:
+    what = f"{store.name}: no device is enrolled in this database, so every message will be refused as `unknown key`"
+    own = named(config.fleet.db)
+    if store.name == own:
         return f"{what}; let devices in: outstation fleet enrol DEVICE"
-    return f"{what}; `enrol` uses {config.fleet.db}: collect without --db, or name this one as fleet.db in fleet.toml"
+    return f"{what}; `enrol` uses {own}: collect without --db, or name this one as fleet.db in fleet.toml"
 
 
-def _database(config: FleetConfig, db: str | None) -> Path:
-    return fleet_config.database(db, Path.cwd()) if db else Path(config.fleet.db)
+def _database(config: FleetConfig, db: str | None) -> str:
+    return fleet_config.database(db, Path.cwd()) if db else config.fleet.db
 
 
 def _verdict(report: dict[str, Any]) -> Iterable[str]:

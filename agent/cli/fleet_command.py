@@ -93,7 +93,7 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
     home = fleet_config.find(folder)
     config = fleet_config.load(home)
     require_enrolled(config, device)
-    store = FleetStore(Path(config.fleet.db))
+    store = FleetStore(config.fleet.db, partitions=config.fleet.partitions)
     try:
         done = shut_out(home, config, store, device, kid, clock.rfc3339(clock.read().wall_us))
     finally:
@@ -153,7 +153,7 @@ def _broker(config: FleetConfig) -> Broker:
 def _open(config: FleetConfig) -> FleetStore:
     from agent.fleet.store import FleetStore
 
-    return FleetStore(Path(config.fleet.db), read_only=True)
+    return FleetStore(config.fleet.db, read_only=True)
 
 
 def require_enrolled(config: FleetConfig, device: str) -> None:

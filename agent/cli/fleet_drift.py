@@ -26,7 +26,7 @@ from agent.toml import suggestion
 @dark_option
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=click.Path(path_type=Path),
               help="Whose reference to compare with and draw; known for bundles that ship with the agent.")  # fmt: skip
-@click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path or sqlite:///PATH.")
+@click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path, or postgresql://…")
 @click.option(
     "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
 )

@@ -34,7 +34,7 @@ _PATH = click.Path(path_type=Path)
               help="What `outstation model evaluate --json` wrote of one of the bundles.")  # fmt: skip
 @click.option("--publisher", "publishers", multiple=True, metavar="PUB",
               help="A key that signs bundles, or a file with it; the one of shipped bundles is known.")  # fmt: skip
-@click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path or sqlite:///PATH.")
+@click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path, or postgresql://…")
 @click.option(
     "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
 )

@@ -80,7 +80,7 @@ def _join(
     from agent.fleet import labels
     from agent.fleet.store import FleetStore
 
-    store = FleetStore(Path(config.fleet.db))
+    store = FleetStore(config.fleet.db, partitions=config.fleet.partitions)
     try:
         with store.transaction() as db:
             now = clock.rfc3339(clock.read().wall_us)

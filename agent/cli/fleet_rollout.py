@@ -6,7 +6,6 @@ import contextlib
 import os
 import queue
 import signal
-import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from agent.cli.output import emit, json_option
 from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
+from agent.fleet.database import Connection
 from agent.fleet.text import printable
 from agent.wire import keys
 
@@ -198,7 +198,7 @@ def _desk(home: Path, by: str = "operator") -> Iterator[Desk]:
     # The certificate for commands: `fleet watch` keeps its own connection.
     broker = config.broker_as(config.commander or config.operator)
     client = f"outstation-{config.fleet.name}-rollout-{os.getpid()}"
-    store = FleetStore(Path(config.fleet.db))
+    store = FleetStore(config.fleet.db, partitions=config.fleet.partitions)
     try:
         yield Desk(store, config.fleet.name, home, key, lambda: Link(broker, client), by=by)
     finally:
@@ -209,7 +209,7 @@ def _reading(folder: str | None) -> FleetStore:
     from agent.fleet.store import FleetStore
 
     config: FleetConfig = fleet_config.load(fleet_config.find(folder))
-    store = FleetStore(Path(config.fleet.db), read_only=True)
+    store = FleetStore(config.fleet.db, read_only=True)
     click.get_current_context().call_on_close(store.close)
     return store
 
@@ -221,7 +221,7 @@ def _seen(desk: Desk, name: str) -> Rollout:
         return book.find(db, name)
 
 
-def _act(desk: Desk, deed: Callable[[sqlite3.Connection, Operator, int], Rollout], as_json: bool) -> None:
+def _act(desk: Desk, deed: Callable[[Connection, Operator, int], Rollout], as_json: bool) -> None:
     """Decide and publish; exit 1 where the broker could not be told."""
     from agent.fleet.rollout import book
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from agent.fleet.ingest import Refusal
 
@@ -34,12 +35,15 @@ class Alarm:
     def add(self, refusals: Iterable[Refusal], enrolled: frozenset[str], boot_s: float) -> None:
         """Note what was refused at `boot_s`."""
         for refusal in refusals:
-            name = refusal.device if refusal.device in enrolled else STRANGERS
-            count = self._counts.get(name)
-            if count is None or boot_s - count.since_s > WITHIN_S:
-                count = self._counts[name] = Count(boot_s)
-            count.n += 1
-            count.last = refusal.reason
+            self.count(refusal.device if refusal.device in enrolled else STRANGERS, refusal.reason, 1, boot_s)
+
+    def count(self, name: str, reason: str, n: int, boot_s: float) -> None:
+        """Note `n` more in this name."""
+        count = self._counts.get(name)
+        if count is None or boot_s - count.since_s > WITHIN_S:
+            count = self._counts[name] = Count(boot_s)
+        count.n += n
+        count.last = reason
 
     def due(self, boot_s: float) -> list[tuple[str, Count]]:
         """(device, its count) of those to raise an alert for: over the rate, and none raised within the hour."""
@@ -53,3 +57,19 @@ class Alarm:
         """Its alert is stored: count anew, and keep quiet for an hour."""
         del self._counts[name]
         self._quiet_until_s[name] = boot_s + QUIET_S
+
+
+class Tally:
+    """What was refused since the last look at table refusals, whoever refused it."""
+
+    def __init__(self) -> None:
+        self._before: dict[tuple[str, str], int] | None = None
+
+    def news(self, refusals: Iterable[dict[str, Any]]) -> list[tuple[str, str, int]]:
+        """(device, reason, how many more); nothing at the first look, which cannot tell when they came."""
+        now = {(row["device"], row["reason"]): int(row["count"]) for row in refusals}
+        before, self._before = self._before, now
+        if before is None:
+            return []
+        more = ((*key, n - before.get(key, 0)) for key, n in now.items())
+        return [one for one in more if one[2] > 0]

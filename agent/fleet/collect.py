@@ -12,16 +12,17 @@ from collections.abc import Callable, Sequence
 
 from agent import clock
 from agent.config import Broker
-from agent.errors import LinkDown, OutstationError, Refused, StorageError
-from agent.fleet import alarm
+from agent.errors import LinkDown, OutstationError, Refused, StorageBusy, StorageError, UsageError
 from agent.fleet.acknowledge import Acknowledger, Backoff, Connection
+from agent.fleet.database import Log
+from agent.fleet.duty import Duty
 from agent.fleet.ingest import Arrival, Outcome, Refusal
 from agent.fleet.keyring import Keyring
-from agent.fleet.lookout import Lookout
-from agent.fleet.store import FleetStore
-from agent.fleet.unfold import refusals_alert
+from agent.fleet.patience import Patience
+from agent.fleet.store import Acknowledgement, FleetStore
+from agent.fleet.subscription import client_id, filters
 from agent.link import Link
-from agent.wire import rotation, topics
+from agent.wire import rotation
 from agent.wire.carried import Delivery, Receipt
 from agent.wire.keys import SigningKey
 from agent.wire.messages import Logged, Message, open_message
@@ -50,19 +51,30 @@ class Collector:
         *,
         open_link: Callable[[], Connection] | None = None,
         upkeep: Callable[[], None] | None = None,
+        share: str | None = None,
     ) -> None:
-        """`upkeep` is called each hour; what it raises of ours is logged."""
-        self.fleet, self.store, self.key = fleet, store, key
+        """`upkeep` is called each hour; what it raises of ours is logged.
+
+        `share`: its name among the collectors that share the fleet's messages, each with a session of its own at the
+        broker; None where it is the only one. Raises UsageError where the database cannot be shared.
+        """
+        if share is not None and not store.shared:
+            raise UsageError(
+                f"{store.name}: SQLite has one writer, so that collectors cannot share it; name a PostgreSQL database "
+                'in fleet.toml, [fleet] db = "postgresql://USER@HOST/DB"'
+            )
+        self.fleet, self.store, self.key, self.share = fleet, store, key, share
+        self._broker = broker
         self.keyring = Keyring(store)
         self.acknowledger = Acknowledger(fleet, key)
         self.stored = 0
-        self._open_link = open_link or (lambda: _open(broker, fleet))
+        self._open_link = open_link or self._open_own
         self._held: list[Delivery] = []
         self._retry = Backoff()
         self._retry_at = 0.0
         self._refused = 0
-        self._alarm = alarm.Alarm()
-        self._lookout = Lookout(store)
+        self._patience = Patience()
+        self._duty = Duty(store, self.keyring)
         self._quiet_until = 0.0
         self._upkeep = upkeep
         self._upkeep_at = 0.0
@@ -75,7 +87,8 @@ class Collector:
         while not self._stopping:
             try:
                 self._link = self._open_link()
-                logger.info("connected; collecting fleet %s", self.fleet)
+                who = f" as {self.share}" if self.share else ""
+                logger.info("connected; collecting fleet %s%s", self.fleet, who)
                 self._collect(self._link, retry)
             except (LinkDown, StorageError) as error:
                 delay = retry.next()
@@ -94,8 +107,9 @@ class Collector:
         self._gather(link, timeout_s)
         if self._held and time.monotonic() >= self._retry_at:
             self._store_held(link)
+        self._look_again()
         self.acknowledger.send(link)
-        self._look_out()
+        self._duty.turn()
         self._keep_up()
 
     def _collect(self, link: Connection, retry: Backoff) -> None:
@@ -113,14 +127,34 @@ class Collector:
 
     def _remind(self) -> None:
         """Tell each device again: what it was not told before a crash, or the broker forgot."""
-        for device, log in self.store.newest_logs():
-            self.acknowledger.add(self.store.acknowledgement(device, log))
+        logs = self.store.newest_logs()
+        for at in range(0, len(logs), BATCH):
+            self._acknowledge(logs[at : at + BATCH])
+
+    def _acknowledge(self, logs: Sequence[Log]) -> None:
+        for acknowledgement in self._told(logs):
+            self.acknowledger.add(acknowledgement)
+
+    def _told(self, logs: Sequence[Log]) -> list[Acknowledgement]:
+        if self.share is None:
+            return self.store.acknowledgements(logs)
+        now_s = time.monotonic()
+        return self.store.acknowledgements(logs, lambda *told: self._patience.trim(now_s, *told))
+
+    def _look_again(self) -> None:
+        """Ask for what was missing a while ago and still is."""
+        if due := self._patience.due(time.monotonic()):
+            try:
+                self._acknowledge(due)
+            except StorageError as error:
+                logger.error("%s; what is missing is asked for later", error)
 
     def _finish(self, link: Connection) -> None:
         deadline = time.monotonic() + CLOSE_WITHIN_S
         while self.acknowledger.busy and time.monotonic() < deadline:
             self.turn(link, 0.1)
-        logger.info("stopped; %d messages stored since the start", self.stored)
+        again = f", {self.store.repeated} transactions done again" if self.store.repeated else ""
+        logger.info("stopped; %d messages stored since the start%s", self.stored, again)
 
     def _gather(self, link: Connection, timeout_s: float) -> None:
         if self._held:
@@ -144,7 +178,7 @@ class Collector:
             arrivals = self._store(batch)
             bodies = [arrival.message.body for arrival in arrivals]
             touched = sorted({(body.device, body.log) for body in bodies if isinstance(body, Logged)})
-            acknowledgements = [self.store.acknowledgement(device, log) for device, log in touched]
+            acknowledgements = self._told(touched)
         except StorageError as error:
             delay = self._retry.next()
             self._retry_at = time.monotonic() + delay
@@ -166,9 +200,8 @@ class Collector:
         except Refused:
             arrivals, outcomes = self._store_singly(arrivals, refusals, now)
         self.stored += outcomes.count("new")
-        self._lookout.stored(arrivals)
         self._report_refusals(refusals)
-        self._alert_refusals(refusals)
+        self._duty.stored(arrivals, refusals)
         conflicts = {
             a.message.body.device for a, outcome in zip(arrivals, outcomes, strict=True) if outcome == "conflict"
         }
@@ -184,33 +217,6 @@ class Collector:
         last = f", last {refusals[-1].reason} on {refusals[-1].topic!r}" if refusals else ""
         logger.warning("refused %d messages%s; see table refused", self._refused, last)
         self._refused, self._quiet_until = 0, time.monotonic() + QUIET_S
-
-    def _alert_refusals(self, refusals: Sequence[Refusal]) -> None:
-        """What was refused is no message of its device: the alert is the collector's own. A full disk delays it."""
-        now = clock.read()
-        self._alarm.add(refusals, self.keyring.devices, now.boot_s)
-        for name, count in self._alarm.due(now.boot_s):
-            who = f"in the name of {name}" if name else "in names that are not enrolled"
-            summary = (
-                f"{count.n} messages {who} were refused within {now.boot_s - count.since_s:.0f} s, the last for "
-                f"{count.last!r}: somebody sends what does not verify, or a key was changed without enrolling it. "
-                "Nothing of them was stored; samples are in table refused."
-            )
-            row = refusals_alert(name, summary, clock.rfc3339(now.wall_us), now.wall_us // 3_600_000_000)
-            try:
-                self.store.raise_alert(row)
-            except StorageError as error:
-                logger.error("%s; the alert about refused messages waits", error)
-                return
-            self._alarm.raised(name, now.boot_s)
-            logger.critical("security: %s", summary)
-
-    def _look_out(self) -> None:
-        try:
-            for summary in self._lookout.look(clock.read()):
-                logger.warning("drift: %s", summary)
-        except StorageError as error:
-            logger.error("%s; fleet-wide drift is looked for again later", error)
 
     def _keep_up(self) -> None:
         if self._upkeep is None or time.monotonic() < self._upkeep_at:
@@ -282,20 +288,25 @@ class Collector:
             raise Refused("other fleet", message.topic.fleet)
         return message
 
+    def _open_own(self) -> Link:
+        """Raises LinkDown, and StorageError where another collector has this one's name."""
+        if not self.store.lead(f"collector {self.share or ''}"):
+            what = f"named {self.share}" if self.share else "without --share"
+            raise StorageBusy(
+                f"{self.store.name}: a collector {what} is at work already, and the broker would give its "
+                "messages to this one; stop it, or choose another --share NAME"
+            )
+        return Link(
+            self._broker,
+            client_id(self.fleet, self.share),
+            subscribe=filters(self.fleet, shared=self.share is not None),
+            session_expiry_s=SESSION_EXPIRY_S,
+        )
+
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while not self._stopping and time.monotonic() < end:
             time.sleep(0.1)
-
-
-def filters(fleet: str) -> list[str]:
-    """The topic filters of everything that devices send."""
-    per_task = [f"{topics.ROOT}/{fleet}/+/{kind}/+" for kind in sorted(topics.PER_TASK)]
-    return per_task + [f"{topics.ROOT}/{fleet}/+/{kind}" for kind in ("audit", "health", "keys", "state")]
-
-
-def _open(broker: Broker, fleet: str) -> Link:
-    return Link(broker, f"outstation-{fleet}-collector", subscribe=filters(fleet), session_expiry_s=SESSION_EXPIRY_S)
 
 
 def _device_of(topic: str) -> str:

@@ -10,14 +10,18 @@ import msgspec
 
 from agent.config import Broker, Section, check_broker, check_name, read
 from agent.errors import ConfigError, UsageError
+from agent.fleet.database import MOST_PARTITIONS, is_postgresql
 
 FILE = "fleet.toml"
 SYSTEM_FOLDER = Path("/etc/outstation/fleet")
 
 
 class Fleet(Section, frozen=True):
+    """`db`: a path, `sqlite:///PATH` or `postgresql://…`. `partitions`: of a PostgreSQL database that is made."""
+
     name: str
     db: str = "fleet.db"
+    partitions: int = 1
 
 
 class Identity(Section, frozen=True):
@@ -48,7 +52,7 @@ class Repository(Section, frozen=True):
 
 
 class FleetConfig(Section, frozen=True):
-    """Paths are absolute after `load`."""
+    """Paths are absolute after `load`, and so is `fleet.db` where it is a file."""
 
     fleet: Fleet
     broker: Broker
@@ -81,22 +85,26 @@ def load(folder: Path) -> FleetConfig:
     config = read(path, FleetConfig)
     check_name(str(path), "fleet.name", config.fleet.name)
     check_broker(str(path), config.broker)
+    if not 1 <= config.fleet.partitions <= MOST_PARTITIONS:
+        raise ConfigError(str(path), "fleet.partitions", f"must be 1 to {MOST_PARTITIONS}")
+    if config.fleet.partitions > 1 and not is_postgresql(config.fleet.db):
+        raise ConfigError(str(path), "fleet.partitions", "is for a PostgreSQL database; fleet.db names a file")
     return _with_absolute_paths(config, path.resolve().parent)
 
 
-def database(url: str, base: Path) -> Path:
-    """The database file that a path or `sqlite:///` URL names. Raises UsageError for other databases."""
+def database(url: str, base: Path) -> str:
+    """The database file that a path or `sqlite:///` URL names, or the `postgresql://` URL. Raises UsageError."""
     scheme = urlsplit(url).scheme if "://" in url else ""
-    if scheme in ("postgresql", "postgres"):
-        raise UsageError(
-            f"{url.split('@')[-1]}: PostgreSQL is not in this version; use a file: --db sqlite:///fleet.db"
-        )
+    if is_postgresql(url):
+        return url
     if scheme not in ("", "sqlite"):
-        raise UsageError(f"{url}: not a database this collector knows; use a path or sqlite:///PATH")
+        raise UsageError(
+            f"{url.split('@')[-1]}: not a database this collector knows; use a path, sqlite:///PATH or postgresql://…"
+        )
     path = url.removeprefix("sqlite:///") if scheme else url
     if not path or path.startswith("sqlite://"):
         raise UsageError(f"{url}: names no file; write sqlite:///fleet.db, or sqlite:////var/lib/fleet.db")
-    return base / path
+    return str(base / path)
 
 
 def _with_absolute_paths(config: FleetConfig, base: Path) -> FleetConfig:
@@ -106,5 +114,5 @@ def _with_absolute_paths(config: FleetConfig, base: Path) -> FleetConfig:
 
     sections = {name: getattr(config, name) for name in ("broker", "collector", "operator", "commander", "ca")}
     changed = {name: absolute(section) for name, section in sections.items() if section is not None}
-    fleet = msgspec.structs.replace(config.fleet, db=str(database(config.fleet.db, base)))
+    fleet = msgspec.structs.replace(config.fleet, db=database(config.fleet.db, base))
     return msgspec.structs.replace(config, fleet=fleet, **changed)

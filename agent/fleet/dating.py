@@ -18,12 +18,12 @@ its arrival is not believed.
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, TypeGuard
 
 from agent.clock import LARGEST_ERROR_US, epoch_us
+from agent.fleet.database import Connection
 from agent.wire.messages import Audit, Health, Results
 
 CLOCK = "clock"
@@ -31,7 +31,8 @@ SLACK_US = 1_000_000
 _AHEAD_US = 300_000_000
 _QUALITIES = ("synced", "restored", "unsynced")
 _LARGEST = 2**53
-_PPM = "1e-4"
+_MOST = 4 * 10**18
+_PPM = "CAST(1e-4 AS DOUBLE PRECISION)"
 
 TABLES = (
     # believed: 1 where a time service vouched for wall_us, and it is not ahead of the collector's clock.
@@ -66,18 +67,18 @@ CREATE VIEW results_dated AS
 SELECT device, task, row, t, label, score, value, log, seq, boot, boot_us,
     CASE dated WHEN 'anchored' THEN anchored_us WHEN 'interval' THEN boot_us + start_us ELSE t END AS t_best,
     CAST(CASE dated
-        WHEN 'synced' THEN coalesce(anchor_error + max(abs(anchored_us - t), disagree_us), {LARGEST_ERROR_US})
+        WHEN 'synced' THEN coalesce(anchor_error + GREATEST(abs(anchored_us - t), disagree_us), {LARGEST_ERROR_US})
             + {SLACK_US}
         WHEN 'anchored' THEN anchor_error + disagree_us + {SLACK_US}
         WHEN 'interval' THEN start_error_us + {_PPM} * boot_us + {SLACK_US}
-        END AS INTEGER) AS t_error_us,
+        END AS BIGINT) AS t_error_us,
     dated
 FROM (
     SELECT *, boot_us + CASE WHEN before_error <= coalesce(after_error, before_error) THEN before_offset
                         ELSE after_offset END AS anchored_us,
-           min(coalesce(before_error, after_error), coalesce(after_error, before_error)) AS anchor_error,
+           LEAST(coalesce(before_error, after_error), coalesce(after_error, before_error)) AS anchor_error,
            CASE WHEN segment = 0 THEN 'given'
-                WHEN quality = 0 AND coalesce(vouched, 1) THEN 'synced'
+                WHEN quality = 0 AND coalesce(vouched, 1) = 1 THEN 'synced'
                 WHEN before_error IS NOT NULL OR after_error IS NOT NULL THEN 'anchored'
                 WHEN boot_us IS NOT NULL AND start_us IS NOT NULL THEN 'interval'
                 ELSE 'unknown' END AS dated
@@ -99,26 +100,27 @@ FROM (
         LEFT JOIN anchors a ON a.device = r.device AND a.log = r.log AND a.seq = (
             SELECT seq FROM anchors x WHERE x.believed AND x.device = r.device AND x.log = r.log AND x.boot = s.boot
             AND x.boot_us >= r.t - g.offset_us ORDER BY x.boot_us LIMIT 1)
-    )
-)
+    ) looked_up
+) placed
 """
 
 _EXTEND = """
     INSERT INTO boots (device, log, boot, last_us) VALUES (?, ?, ?, ?)
-    ON CONFLICT DO UPDATE SET last_us = excluded.last_us WHERE excluded.last_us > last_us
+    ON CONFLICT (device, log, boot) DO UPDATE SET last_us = excluded.last_us WHERE excluded.last_us > boots.last_us
+    RETURNING boot
 """
-_ADD_ANCHOR = "INSERT INTO anchors VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_ADD_STAMP = "INSERT INTO stamps VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_ANCHORED = "SELECT 1 FROM anchors WHERE device = ? AND log = ? LIMIT 1"
 _ADD_SEGMENT = """
     INSERT INTO segments VALUES (:device, :log, :boot, :segment, :seq, :offset, :vouched)
-    ON CONFLICT DO UPDATE SET offset_us = iif(excluded.seq < seq, excluded.offset_us, offset_us),
-        seq = min(seq, excluded.seq),
-        vouched = max(coalesce(vouched, excluded.vouched), coalesce(excluded.vouched, vouched))
+    ON CONFLICT (device, log, boot, segment) DO UPDATE SET
+        offset_us = CASE WHEN excluded.seq < segments.seq THEN excluded.offset_us ELSE segments.offset_us END,
+        seq = LEAST(segments.seq, excluded.seq),
+        vouched = GREATEST(coalesce(segments.vouched, excluded.vouched), coalesce(excluded.vouched, segments.vouched))
 """
 # What an anchor implies goes as far as the next one.
 _IMPLY = """
     UPDATE stamps SET segment = (
-        SELECT iif(a.boot = stamps.boot, a.segment, NULL) FROM anchors a
+        SELECT CASE WHEN a.boot = stamps.boot THEN a.segment END FROM anchors a
         WHERE a.device = stamps.device AND a.log = stamps.log AND a.seq < stamps.seq ORDER BY a.seq DESC LIMIT 1)
     WHERE implied AND device = :device AND log = :log AND seq BETWEEN :first AND coalesce(:last, (
         SELECT min(seq) FROM anchors WHERE device = :device AND log = :log AND seq > :first), :first + 1000000000)
@@ -126,9 +128,9 @@ _IMPLY = """
 
 # Anchors of one boot agree where their offsets do, within their errors and the drift of the boot-time clock.
 _JUDGE_BOOT = f"""
-    UPDATE boots SET believed = 1, disagree_us = (
-        SELECT CAST(max(0, max(wall_us - boot_us - error_us) - min(wall_us - boot_us + error_us)
-                    - {_PPM} * (max(boot_us) - min(boot_us))) AS INTEGER)
+    UPDATE boots SET believed = TRUE, disagree_us = (
+        SELECT CAST(GREATEST(0, max(wall_us - boot_us - error_us) - min(wall_us - boot_us + error_us)
+                    - {_PPM} * (max(boot_us) - min(boot_us))) AS BIGINT)
         FROM anchors a
         WHERE believed AND a.device = boots.device AND a.log = boots.log AND a.boot = boots.boot)
     WHERE device = ? AND log = ? AND boot = ?
@@ -139,7 +141,7 @@ _NEIGHBOURS = """
            (SELECT believed FROM boots WHERE device = :device AND log = :log AND boot = :boot),
            (SELECT max(boot) FROM boots WHERE device = :device AND log = :log)
 """
-# total(), for what a device claims must not overflow sum() and stop the transaction of others.
+# TOTAL, and no more than a number holds: what a device claims must not stop the transaction of others.
 # Known time before the boots between: the end of boot :low. After them: boot time 0 of boot :high.
 _PLACE = f"""
     WITH low AS (
@@ -152,12 +154,12 @@ _PLACE = f"""
         FROM boots o JOIN anchors a ON a.believed AND a.device = o.device AND a.log = o.log AND a.boot = o.boot
         WHERE o.device = :device AND o.log = :log AND o.boot = :high ORDER BY a.boot_us LIMIT 1
     ), between_them AS (
-        SELECT boot, CAST(total(last_us) OVER (ORDER BY boot) AS INTEGER) - last_us AS earlier,
-               CAST(total(last_us) OVER () AS INTEGER) AS total
+        SELECT boot, CAST(LEAST(TOTAL(last_us) OVER (ORDER BY boot), {_MOST}) AS BIGINT) - last_us AS earlier,
+               CAST(LEAST(TOTAL(last_us) OVER (), {_MOST}) AS BIGINT) AS total
         FROM boots WHERE device = :device AND log = :log AND boot > :low AND boot < :high
     ), placed AS (
         SELECT boot, low.at + earlier + (high.at - low.at - total) / 2 AS start_us,
-               CAST(abs(high.at - low.at - total) / 2 + low.error + high.error + {_PPM} * total AS INTEGER) AS error
+               CAST(abs(high.at - low.at - total) / 2 + low.error + high.error + {_PPM} * total AS BIGINT) AS error
         FROM between_them, low, high
     )
     UPDATE boots SET start_us = placed.start_us, start_error_us = placed.error FROM placed
@@ -168,7 +170,7 @@ _PLACE = f"""
 class Dating:
     """What the messages of one transaction say about clocks, gathered and written together at its end."""
 
-    def __init__(self, db: sqlite3.Connection, received: str) -> None:
+    def __init__(self, db: Connection, received: str) -> None:
         self._db, self._latest_us = db, epoch_us(received) + _AHEAD_US
         self._anchors: list[tuple[Any, ...]] = []
         self._stamps: list[tuple[Any, ...]] = []
@@ -184,30 +186,35 @@ class Dating:
             self._anchor(body)
 
     def finish(self) -> None:
-        self._db.executemany(_ADD_STAMP, self._stamps)
-        self._db.executemany(_ADD_ANCHOR, self._anchors)
-        self._db.executemany(_ADD_SEGMENT, (_segment(anchor) for anchor in self._anchors))
-        self._db.executemany(_IMPLY, self._to_imply())
-        grown = [extent for extent in self._extents if self._db.execute(_EXTEND, extent).rowcount]
+        for table, rows in (("stamps", self._stamps), ("anchors", self._anchors)):
+            if rows:
+                self._db.load(table, rows)
+        self._db.executemany(self._db.spoken(_ADD_SEGMENT), [_segment(anchor) for anchor in self._anchors])
+        self._db.executemany(_IMPLY, [*self._to_imply()])
+        extended = zip(self._extents, self._db.each(_EXTEND, self._extents), strict=True)
+        grown = [extent for extent, row in extended if row is not None]
         believed = {(row[0], row[1], row[3]) for row in self._anchors if row[-1]}
-        for key in believed:
-            self._db.execute(_JUDGE_BOOT, key)
-        for device, log, low, high in self._to_place({row[:3] for row in grown} | believed):
-            self._db.execute(_PLACE, {"device": device, "log": log, "low": low, "high": high})
+        self._db.executemany(self._db.spoken(_JUDGE_BOOT), sorted(believed))
+        for device, log, low, high in self._to_place(sorted({row[:3] for row in grown} | believed)):
+            names = {"device": device, "log": log, "low": low, "high": high}
+            self._db.execute(self._db.spoken(_PLACE), names)
 
     def _to_imply(self) -> Iterator[dict[str, Any]]:
+        logs = sorted({stamp[:2] for stamp in self._stamps if stamp[-1]})
+        told = self._db.each(_ANCHORED, logs)
+        anchored = {log for log, row in zip(logs, told, strict=True) if row is not None}
         for device, log, seq, *_, implied in self._stamps:
-            if implied:
+            if implied and (device, log) in anchored:
                 yield {"device": device, "log": log, "first": seq, "last": seq}
         for device, log, seq, *_ in self._anchors:
             yield {"device": device, "log": log, "first": seq, "last": None}
 
-    def _to_place(self, changed: Iterable[tuple[str, str, int]]) -> set[tuple[str, str, int, int]]:
+    def _to_place(self, changed: Sequence[tuple[str, str, int]]) -> set[tuple[str, str, int, int]]:
         """The stretches of boots between two believed ones that have to be laid out anew."""
         found = set()
-        for device, log, boot in changed:
-            key = {"device": device, "log": log, "boot": boot}
-            low, high, is_believed, newest = self._db.execute(_NEIGHBOURS, key).fetchone()
+        keys = [{"device": device, "log": log, "boot": boot} for device, log, boot in changed]
+        for (device, log, boot), row in zip(changed, self._db.each(_NEIGHBOURS, keys), strict=True):
+            low, high, is_believed, newest = row
             if boot == newest and not is_believed:
                 continue
             ends = [low, boot, high] if is_believed else [low, high]
@@ -228,7 +235,7 @@ class Dating:
             error_us = LARGEST_ERROR_US
         step = step_us if _is_time(step_us, -_LARGEST) else 0
         key = (body.device, body.log)
-        self._anchors.append((*key, body.seq, boot, segment, boot_us, wall_us, quality, error_us, step, int(believed)))
+        self._anchors.append((*key, body.seq, boot, segment, boot_us, wall_us, quality, error_us, step, believed))
         self._extents.append((*key, boot, boot_us))
         if isinstance(before, dict) and _is_time(before.get("boot")) and _is_time(before.get("boot_us")):
             self._extents.append((*key, before["boot"], before["boot_us"]))
@@ -239,14 +246,14 @@ def _stamps(body: Results) -> Iterator[tuple[Any, ...]]:
         return
     key = (body.device, body.log, body.seq)
     if body.clocks is None:
-        yield (*key, body.rows[0], body.boot, None, 0, 1)
+        yield (*key, body.rows[0], body.boot, None, 0, True)
     else:
-        yield from ((*key, *clock, 0) for clock in body.clocks)
+        yield from ((*key, *clock, False) for clock in body.clocks)
 
 
 def _segment(anchor: tuple[Any, ...]) -> dict[str, Any]:
     device, log, seq, boot, segment, boot_us, wall_us, quality, _, _, believed = anchor
-    vouched = believed if quality == "synced" else None
+    vouched = int(believed) if quality == "synced" else None
     names = {"device": device, "log": log, "boot": boot, "segment": segment, "seq": seq}
     return {**names, "offset": wall_us - boot_us, "vouched": vouched}
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from agent import clock
 from agent.config import Broker, check_broker, check_name
 from agent.errors import UsageError
+from agent.fleet import collectors, durable, mosquitto, pki, revocation
 from agent.fleet import config as fleet_config
-from agent.fleet import durable, mosquitto, pki, revocation
 from agent.fleet.config import FleetConfig
 from agent.fleet.repository.layout import Layout
 from agent.fleet.revocation import Outcome
@@ -95,6 +95,8 @@ def enrol(
             "is the name of a role" if device in RESERVED else "must be 1-64 of a-z 0-9 . _ - , first a letter or digit"
         )
         raise UsageError(f"device {device!r} {why}; choose another id")
+    if collectors.is_one(folder, device):
+        raise UsageError(f"device {device!r}: a collector connects to the broker under this name; choose another id")
     home = folder / "devices" / device
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     enrolled = store.active_key(device)
@@ -222,7 +224,7 @@ def _fleet_toml(name: str, broker: Broker) -> str:
 # The fleet {name}. Keep this folder private and back it up: its keys cannot be made again.
 [fleet]
 name = {_quoted(name)}
-db = "fleet.db"                       # what was collected; a path or sqlite:///PATH
+db = "fleet.db"                       # what was collected; a path, or postgresql://USER@HOST/DB
 
 [broker]
 url = {_quoted(broker.url)}

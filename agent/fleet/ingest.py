@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from agent.fleet import keytable, schema
+from agent.fleet import keytable, ledger, schema
+from agent.fleet.database import Connection, Log
 from agent.fleet.dating import Dating
-from agent.fleet.ledger import Ledger, ended, evictions
+from agent.fleet.ledger import News, ended, evictions
 from agent.fleet.unfold import Rows, collector_alert, unfold
 from agent.wire import rotation
 from agent.wire.messages import Audit, Logged, Message, State
@@ -17,6 +18,7 @@ OTHER_BYTES = "other bytes"
 # How many refused messages of one device and reason are kept whole; all are counted.
 MAX_EVIDENCE = {OTHER_BYTES: 1000}
 DEFAULT_MAX_EVIDENCE = 20
+_STATE = "UPDATE devices SET state = ? WHERE device = ?"
 
 Outcome = Literal["new", "duplicate", "conflict", "live"]
 
@@ -42,90 +44,128 @@ class Refusal:
 
 
 class Batch:
-    """One transaction's worth of messages: rows are gathered and written together at its end."""
+    """One transaction's worth of messages: rows are gathered and written together at its end.
 
-    def __init__(self, db: sqlite3.Connection, now: str) -> None:
+    The order of what is written keeps several collectors from waiting for each other in a ring: messages, then the
+    devices' locks, then what belongs to these devices, then what is of no single one.
+    """
+
+    def __init__(self, db: Connection, now: str) -> None:
         self._db, self._now = db, now
         self._rows: Rows = {}
         self._dating = Dating(db, now)
-        self._ledgers: dict[tuple[str, str], Ledger] = {}
-        self._logs: set[tuple[str, str]] = set()
+        self._news: dict[Log, News] = {}
         self._seen: set[str] = set()
+        self._states: dict[str, str] = {}
         self._rotations: list[Message] = []
         self._signers: set[str] = set()
+        self._refusals: list[Refusal] = []
+        self._alerts: list[tuple[Any, ...]] = []
 
-    def add(self, arrival: Arrival) -> Outcome:
-        message, body = arrival.message, arrival.message.body
-        if arrival.fresh:
-            self._seen.add(body.device)
-        if isinstance(body, State):
-            # The broker keeps the order of one topic; a device's clock may not, so the last to come counts.
-            self._db.execute("UPDATE devices SET state = ? WHERE device = ?", (body.state, body.device))
-        outcome: Outcome = self._log(message, body) if isinstance(body, Logged) else "live"
-        if outcome in ("new", "live"):
-            self._signers.add(message.signer.key.kid)
-        return outcome
+    def add(self, arrivals: Sequence[Arrival]) -> list[Outcome]:
+        """What becomes of each."""
+        logged = [a.message for a in arrivals if isinstance(a.message.body, Logged)]
+        outcomes = self._log(logged)
+        return [self._arrived(arrival, outcomes) for arrival in arrivals]
 
-    def _log(self, message: Message, body: Logged) -> Outcome:
-        key = (body.device, body.log, body.seq)
-        rest = (message.topic.kind, str(message.topic), message.payload, message.jws, self._now)
-        if not self._db.execute(schema.ADD_MESSAGE, (*key, *rest)).rowcount:
-            stored = self._db.execute("SELECT payload FROM messages WHERE device=? AND log=? AND seq=?", key).fetchone()
-            return "duplicate" if stored[0] == message.payload else self._conflict(message, body)
-        if key[:2] not in self._logs:
-            self._logs.add(key[:2])
-            self._db.execute("INSERT INTO logs VALUES (?, ?, 0, ?) ON CONFLICT DO NOTHING", (*key[:2], self._now))
-        ledger = self._ledger(body.device, body.log)
-        ledger.arrived(body.seq)
-        ledger.evicted(evictions(body))
-        if old := ended(body):
-            self._ledger(body.device, old[0]).ended(old[1])
-        unfold(message, self._rows)
-        self._dating.add(body)
-        if isinstance(body, Audit) and body.event == rotation.EVENT:
-            self._rotations.append(message)
-        return "new"
-
-    def _conflict(self, message: Message, body: Logged) -> Outcome:
-        summary = (
-            f"{body.device} signed two different messages as seq {body.seq} of log {body.log}: its key or its store "
-            "was copied. The first one is kept; see table refused for the other."
-        )
-        self._db.execute(schema.ADD_ALERT, collector_alert(body, summary, self._now))
-        detail = f"log {body.log} seq {body.seq}"
-        self.refuse(Refusal(body.device, OTHER_BYTES, detail, str(message.topic), message.payload, message.jws))
-        return "conflict"
-
-    def refuse(self, refusal: Refusal) -> None:
-        """Count it, and keep the first few of its kind."""
-        known = self._db.execute("SELECT 1 FROM devices WHERE device = ?", (refusal.device,)).fetchone()
-        names = {"device": refusal.device if known else "", "reason": refusal.reason, "now": self._now}
-        count = self._db.execute(schema.ADD_REFUSAL + " RETURNING count", names).fetchone()[0]
-        if count <= MAX_EVIDENCE.get(refusal.reason, DEFAULT_MAX_EVIDENCE):
-            evidence = (names["device"], refusal.reason, refusal.detail, refusal.topic, refusal.payload, refusal.jws)
-            self._db.execute("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?, ?)", (*evidence, self._now))
+    def refuse(self, refusals: Sequence[Refusal]) -> None:
+        """Count them, and keep the first few of each kind."""
+        self._refusals += refusals
 
     def finish(self) -> None:
         """Write what was gathered. Raises Refused where a key that signed something new does not count any more."""
         for table, rows in self._rows.items():
             # Empty where a run lists no result: its rows were lost, or `publish` keeps them at home.
             if rows:
-                marks = ", ".join("?" * len(rows[0]))
-                self._db.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+                self._db.load(table, rows)
+        self._db.lock({*self._seen, *self._states, *(device for device, _ in self._news)})
         self._dating.finish()
         for message, problem in keytable.rotate(self._db, self._rotations, self._now):
             if isinstance(message.body, Logged):
-                self._db.execute(schema.ADD_ALERT, collector_alert(message.body, problem, self._now))
+                self._alerts.append(collector_alert(message.body, problem, self._now))
         keytable.require_active(self._db, self._signers)
-        for (device, log), ledger in self._ledgers.items():
-            sql = "UPDATE logs SET through = ? WHERE device = ? AND log = ?"
-            self._db.execute(sql, (ledger.through, device, log))
-        for device in self._seen:
-            self._db.execute("UPDATE devices SET last_seen = ? WHERE device = ?", (self._now, device))
+        ledger.note(self._db, self._news, self._now)
+        # The broker keeps the order of one topic; a device's clock may not, so the last to come counts.
+        self._db.executemany(_STATE, [(state, device) for device, state in sorted(self._states.items())])
+        self._db.seen(sorted(self._seen), self._now)
+        self._db.executemany(schema.ADD_ALERT, self._alerts)
+        self._refuse()
 
-    def _ledger(self, device: str, log: str) -> Ledger:
-        """That of a log of which messages may have come."""
-        if (device, log) not in self._ledgers:
-            row = self._db.execute("SELECT through FROM logs WHERE device = ? AND log = ?", (device, log)).fetchone()
-            self._ledgers[device, log] = Ledger(self._db, device, log, row[0] if row else 0)
-        return self._ledgers[device, log]
+    def _arrived(self, arrival: Arrival, outcomes: Iterator[Outcome]) -> Outcome:
+        message, body = arrival.message, arrival.message.body
+        if arrival.fresh:
+            self._seen.add(body.device)
+        if isinstance(body, State):
+            self._states[body.device] = body.state
+        outcome: Outcome = next(outcomes) if isinstance(body, Logged) else "live"
+        if outcome in ("new", "live"):
+            self._signers.add(message.signer.key.kid)
+        return outcome
+
+    def _log(self, messages: Sequence[Message]) -> Iterator[Outcome]:
+        rows = [_row(message, self._now) for message in messages]
+        added = self._db.add_messages(rows)
+        there = iter(self._db.payloads([row[:3] for row, new in zip(rows, added, strict=True) if not new]))
+        for message, new in zip(messages, added, strict=True):
+            if new:
+                self._new(message, message.body)
+                yield "new"
+            elif next(there) == message.payload:
+                yield "duplicate"
+            else:
+                yield self._conflict(message, message.body)
+
+    def _new(self, message: Message, body: Any) -> None:
+        news = self._of((body.device, body.log))
+        news.arrived.append(body.seq)
+        news.evicted += evictions(body)
+        if old := ended(body):
+            other = self._of((body.device, old[0]))
+            other.ended = max(other.ended, old[1])
+        unfold(message, self._rows)
+        self._dating.add(body)
+        if isinstance(body, Audit) and body.event == rotation.EVENT:
+            self._rotations.append(message)
+
+    def _of(self, log: Log) -> News:
+        return self._news.setdefault(log, News())
+
+    def _conflict(self, message: Message, body: Any) -> Outcome:
+        summary = (
+            f"{body.device} signed two different messages as seq {body.seq} of log {body.log}: its key or its store "
+            "was copied. The first one is kept; see table refused for the other."
+        )
+        self._alerts.append(collector_alert(body, summary, self._now))
+        detail = f"log {body.log} seq {body.seq}"
+        self._refusals.append(
+            Refusal(body.device, OTHER_BYTES, detail, str(message.topic), message.payload, message.jws)
+        )
+        return "conflict"
+
+    def _refuse(self) -> None:
+        named = sorted({_storable(one.device) for one in self._refusals})
+        there = self._db.each("SELECT device FROM devices WHERE device = ?", [(name,) for name in named])
+        known = {row[0] for row in there if row is not None}
+        listed = [(one.device if one.device in known else "", one) for one in self._refusals]
+        # By the row that each of them counts in: it is everybody's.
+        for device, one in sorted(listed, key=lambda entry: (entry[0], entry[1].reason)):
+            names = {"device": device, "reason": one.reason, "now": self._now}
+            count = self._db.execute(schema.ADD_REFUSAL + " RETURNING count", names).fetchone()[0]
+            if count <= MAX_EVIDENCE.get(one.reason, DEFAULT_MAX_EVIDENCE):
+                detail, topic, token = map(_storable, (one.detail, one.topic, one.jws))
+                evidence = (device, one.reason, detail, topic, one.payload, token, self._now)
+                self._db.execute("INSERT INTO refused VALUES (?, ?, ?, ?, ?, ?, ?)", evidence)
+
+
+def _row(message: Message, now: str) -> tuple[Any, ...]:
+    """Of table messages."""
+    body: Any = message.body
+    return (
+        *(body.device, body.log, body.seq, message.topic.kind, str(message.topic)),
+        *(message.payload, message.jws, now),
+    )
+
+
+def _storable(text: str) -> str:
+    """What nobody vouches for must not be what a database cannot hold."""
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()

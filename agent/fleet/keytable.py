@@ -6,10 +6,10 @@ it, and what it signed before may still be on its way. A revoked one counts no m
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Iterator
 
 from agent.errors import Refused, UsageError
+from agent.fleet.database import Connection
 from agent.wire.keys import PublicKey
 from agent.wire.messages import Message
 from agent.wire.rotation import Rotation, rotation_of
@@ -17,14 +17,15 @@ from agent.wire.rotation import Rotation, rotation_of
 _ACTIVE = "SELECT kid, key FROM keys WHERE device = ? AND revoked IS NULL AND through IS NULL"
 
 
-def enrol(
-    db: sqlite3.Connection, device: str, key: PublicKey, *, replace: bool, keep_through: int | None, now: str
-) -> bool:
+def enrol(db: Connection, device: str, key: PublicKey, *, replace: bool, keep_through: int | None, now: str) -> bool:
     """Let `key` sign for `device`; False where it could already.
 
     A key that is replaced is revoked, or counts up to seq `keep_through` of the device's newest log. Raises UsageError
     where another device has the key, or this device another one and not `replace`.
     """
+    # First, for it is what two who enrol the same new device wait for.
+    db.execute("INSERT INTO devices VALUES (?, ?, NULL, NULL) ON CONFLICT DO NOTHING", (device, now))
+    db.lock([device])
     owner = db.execute("SELECT device, revoked, through FROM keys WHERE kid = ?", (key.kid,)).fetchone()
     if owner == (device, None, None):
         return False
@@ -41,13 +42,14 @@ def enrol(
         log = db.execute(newest, (device,)).fetchone()
         _bound(db, active[0], log[0] if log else None, keep_through)
     _add(db, device, key, now)
-    db.execute("INSERT INTO devices VALUES (?, ?, NULL, NULL) ON CONFLICT DO NOTHING", (device, now))
     return True
 
 
-def revoke(db: sqlite3.Connection, device: str, kid: str | None, now: str) -> list[str]:
+def revoke(db: Connection, device: str, kid: str | None, now: str) -> list[str]:
     """Let all keys of `device` sign no more, or the one `kid`; the kids. Raises UsageError where there is none."""
-    sql = "SELECT kid FROM keys WHERE device = ? AND revoked IS NULL AND (? IS NULL OR kid = ?) ORDER BY kid"
+    db.lock([device])
+    which = "(CAST(? AS TEXT) IS NULL OR kid = ?)"
+    sql = f"SELECT kid FROM keys WHERE device = ? AND revoked IS NULL AND {which} ORDER BY kid"
     found = [str(row[0]) for row in db.execute(sql, (device, kid, kid))]
     if not found:
         which = f"key {kid}" if kid else "key"
@@ -60,7 +62,7 @@ def revoke(db: sqlite3.Connection, device: str, kid: str | None, now: str) -> li
     return found
 
 
-def rotate(db: sqlite3.Connection, messages: Iterable[Message], now: str) -> Iterator[tuple[Message, str]]:
+def rotate(db: Connection, messages: Iterable[Message], now: str) -> Iterator[tuple[Message, str]]:
     """Do what messages that are new say about their devices' keys; where that must not be done, a sentence.
 
     Their order does not matter: of two changes in a log the one with the lower seq is the first.
@@ -80,19 +82,20 @@ def rotate(db: sqlite3.Connection, messages: Iterable[Message], now: str) -> Ite
             yield message, problem
 
 
-def require_active(db: sqlite3.Connection, kids: Iterable[str]) -> None:
+def require_active(db: Connection, kids: Iterable[str]) -> None:
     """Raises Refused where one of these is not enrolled, or is revoked.
 
     They were verified, but before this transaction: meanwhile a key may have been revoked, or the rotation that
     announced it turned out to be none that is stored.
     """
-    for kid in kids:
-        row = db.execute("SELECT revoked FROM keys WHERE kid = ?", (kid,)).fetchone()
-        if row is None or row[0] is not None:
-            raise Refused("revoked key" if row else "unknown key", f"kid {kid}")
+    wanted = sorted(kids)
+    known = db.revoked(wanted)
+    for kid in wanted:
+        if kid not in known or known[kid] is not None:
+            raise Refused("revoked key" if kid in known else "unknown key", f"kid {kid}")
 
 
-def _rotate(db: sqlite3.Connection, change: Rotation, now: str) -> str | None:
+def _rotate(db: Connection, change: Rotation, now: str) -> str | None:
     state = db.execute("SELECT log, through FROM keys WHERE kid = ? AND revoked IS NULL", (change.old,)).fetchone()
     known = db.execute("SELECT device FROM keys WHERE kid = ? AND revoked IS NULL", (change.new.kid,)).fetchone()
     if state and state[1] is not None and known == (change.device,):
@@ -107,14 +110,14 @@ def _rotate(db: sqlite3.Connection, change: Rotation, now: str) -> str | None:
     return None
 
 
-def _bound(db: sqlite3.Connection, kid: str, log: str | None, through: int) -> None:
+def _bound(db: Connection, kid: str, log: str | None, through: int) -> None:
     db.execute("UPDATE keys SET log = ?, through = ? WHERE kid = ?", (log, through, kid))
 
 
-def _add(db: sqlite3.Connection, device: str, key: PublicKey, now: str) -> None:
+def _add(db: Connection, device: str, key: PublicKey, now: str) -> None:
     db.execute("INSERT INTO keys (kid, device, key, added) VALUES (?, ?, ?, ?)", (key.kid, device, key.text, now))
     _changed(db)
 
 
-def _changed(db: sqlite3.Connection) -> None:
+def _changed(db: Connection) -> None:
     db.execute("UPDATE meta SET value = value + 1 WHERE name = 'keys_version'")

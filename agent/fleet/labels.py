@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from agent.drift.codec import Floats
 from agent.drift.quality import Metric, Pairs
 from agent.drift.truth import MODEL, Label, told
 from agent.fleet import ran
+from agent.fleet.database import Connection
 from agent.fleet.ran import Meaning, Model
 
 SOURCE = "collector"
@@ -29,6 +29,9 @@ _NEWEST = """
     SELECT l.log FROM logs l WHERE l.device = :device AND EXISTS (
         SELECT 1 FROM results r WHERE r.device = l.device AND r.task = :task AND r.log = l.log)
     ORDER BY l.rowid DESC LIMIT 1"""
+_PUT = """
+    INSERT INTO labels VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, task, log, row) DO UPDATE SET
+        label = excluded.label, source = excluded.source, received = excluded.received"""
 _LABELLED = """
     SELECT l.label, l.source, r.label, r.score, r.value, r.seq FROM labels l
     JOIN results r ON r.device = l.device AND r.task = l.task AND r.row = l.row AND r.log = l.log
@@ -62,8 +65,9 @@ class Outcome:
         )
 
 
-def take(db: sqlite3.Connection, device: str, task: str, labels: Sequence[Label], now: str) -> Outcome:
+def take(db: Connection, device: str, task: str, labels: Sequence[Label], now: str) -> Outcome:
     """Add labels and compute metrics anew, in the caller's transaction. Raises ValueError without any results."""
+    db.lock([device])
     found = db.execute(_NEWEST, {"device": device, "task": task}).fetchone()
     if found is None:
         raise ValueError(f"no results of task {task!r} of {device} are here")
@@ -75,6 +79,10 @@ def take(db: sqlite3.Connection, device: str, task: str, labels: Sequence[Label]
     accepted = replaced = 0
     for index, label in enumerate(labels):
         row = places.find(label)
+        # PostgreSQL has no text with it.
+        if "\0" in label.text:
+            rejected[index] = "holds the character NUL"
+            continue
         problem = _missing(label) if row is None else bundles.problem(label, places.message[row])
         if problem is not None:
             rejected[index] = problem
@@ -84,9 +92,7 @@ def take(db: sqlite3.Connection, device: str, task: str, labels: Sequence[Label]
         old = db.execute(sql, before).fetchone()
         replaced += old is not None and tuple(old) != (label.text, label.source)
         accepted += 1
-        db.execute(
-            "INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?, ?, ?, ?)", (*before, label.text, label.source, now)
-        )
+        db.execute(_PUT, (*before, label.text, label.source, now))
     rows = db.execute(_LABELLED, (device, task, log)).fetchall()
     judged = [row for row in rows if row[1] != MODEL]
     model = bundles.models.get(max((row[5] for row in judged), default=0))
@@ -124,7 +130,7 @@ def _missing(label: Label) -> str:
 class _Bundles:
     """What each message's results are of, and what labels of them may be."""
 
-    def __init__(self, db: sqlite3.Connection, device: str, task: str, log: str, texts: Sequence[str]) -> None:
+    def __init__(self, db: Connection, device: str, task: str, log: str, texts: Sequence[str]) -> None:
         self._db, self._place = db, (device, task, log)
         self.models = ran.models(db, device, task, log)
         sql = "SELECT DISTINCT label FROM labels WHERE device = ? AND task = ? AND log = ? AND source <> ?"
@@ -170,7 +176,7 @@ def _first(known: Sequence[tuple[Any, ...]]) -> Floats:
     return np.array([one[0] for one in known], np.float64)
 
 
-def _write(db: sqlite3.Connection, device: str, task: str, log: str, metrics: Sequence[Metric], now: str) -> None:
+def _write(db: Connection, device: str, task: str, log: str, metrics: Sequence[Metric], now: str) -> None:
     db.execute("DELETE FROM metrics WHERE device = ? AND task = ? AND source = ?", (device, task, SOURCE))
     db.executemany(
         "INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

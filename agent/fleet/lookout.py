@@ -24,7 +24,10 @@ MOST_NAMED = 8
 
 
 class Lookout:
-    """Looks at most once a minute, and only after a device raised or cleared a drift alert."""
+    """Looks at most once a minute, and only after a device raised or cleared a drift alert.
+
+    Where another collector may have stored that alert, it looks each minute.
+    """
 
     def __init__(self, store: FleetStore) -> None:
         self._store = store
@@ -36,7 +39,7 @@ class Lookout:
 
     def look(self, now: Now) -> list[str]:
         """Raise and clear what there is to; what was raised, in words. Raises StorageError: then look again."""
-        if not self._due or now.boot_s < self._next_s:
+        if not (self._due or self._store.shared) or now.boot_s < self._next_s:
             return []
         self._next_s = now.boot_s + EVERY_S
         watched, onsets = self._told(now)

@@ -81,6 +81,12 @@ def broker_config(broker: Broker, fleet: str, folder: Path) -> str:
     return (_COMMON + listener).format(**values, crl=list_setting(folder))
 
 
+def collector_access(fleet: str, name: str) -> list[str]:
+    """The lines of the ACL file for one that collects."""
+    base = f"{ROOT}/{fleet}"
+    return [f"user {name}", f"topic read {base}/#", f"topic write {base}/+/ack"]
+
+
 def list_setting(folder: Path) -> str:
     """The line that names the list of revoked certificates."""
     return f"crlfile {folder}/crl.pem"
@@ -98,7 +104,7 @@ def access_list(fleet: str) -> str:
     lines += [f"pattern read {base}/%u/{kind}" for kind in DEVICE_READS]
     lines += ["# For all devices, and for groups of them. Mosquitto warns that there is no %u; none is needed.",
               f"pattern read {base}/_all/desired", f"pattern read {base}/_group/desired/+"]  # fmt: skip
-    lines += ["", "user collector", f"topic read {base}/#", f"topic write {base}/+/ack"]
+    lines += ["", *collector_access(fleet, "collector")]
     for role in ("operator", "commander"):
         lines += ["", f"user {role}", f"topic read {base}/#"]
         lines += [f"topic write {base}/+/cmd", f"topic write {base}/+/desired", f"topic write {base}/_group/desired/+"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,17 +9,13 @@ import msgspec
 
 from agent.drift.truth import Truth, anomalous
 from agent.errors import Refused
-from agent.wire.messages import Audit, decode
+from agent.fleet.database import Connection
+from agent.wire.messages import Audit, Results, decode
 
-_RUNS = """
-    SELECT m.seq, json_extract(m.text, '$.model.digest'), json_extract(m.text, '$.model.name'),
-           json_extract(m.text, '$.model.version'), json_extract(m.text, '$.n'),
-           json_array_length(m.text, '$.columns.row')
-    FROM (SELECT seq, CAST(payload AS TEXT) AS text FROM messages
-          WHERE device = ? AND log = ? AND kind = 'results') m
-    WHERE json_extract(m.text, '$.task') = ?"""
+_RUNS = "SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND kind = 'results' ORDER BY seq"
 _ACTIVATED = """
-    SELECT payload FROM messages WHERE device = ? AND kind = 'audit' AND instr(payload, ?) ORDER BY rowid DESC"""
+    SELECT payload FROM messages WHERE device = ? AND kind = 'audit' AND instr(payload, ?) > 0
+    ORDER BY received DESC, seq DESC"""
 
 
 @dataclass
@@ -63,19 +58,22 @@ class _Activated(msgspec.Struct):
     threshold: float | None = None
 
 
-def models(db: sqlite3.Connection, device: str, task: str, log: str) -> dict[int, Model]:
+def models(db: Connection, device: str, task: str, log: str) -> dict[int, Model]:
     """Message → the bundle that its results are of."""
     found: dict[int, Model] = {}
     known: dict[str, Model] = {}
-    for seq, digest, name, version, n, listed in db.execute(_RUNS, (device, log, task)):
-        model = known.setdefault(str(digest), Model(str(name), str(version), str(digest)))
-        model.results += int(n or 0)
-        model.listed += int(listed or 0)
-        found[int(seq)] = model
+    for seq, payload in db.execute(_RUNS, (device, log)):
+        body = _results(payload)
+        if body is not None and body.task == task:
+            its = body.model
+            model = known.setdefault(its.digest, Model(its.name, its.version, its.digest))
+            model.results += body.n
+            model.listed += len(body.columns.row)
+            found[int(seq)] = model
     return found
 
 
-def meaning(db: sqlite3.Connection, device: str, task: str, log: str, digest: str, texts: Sequence[str]) -> Meaning:
+def meaning(db: Connection, device: str, task: str, log: str, digest: str, texts: Sequence[str]) -> Meaning:
     """As the device said when it activated the bundle; else as its results and the `texts` of labels tell."""
     for (payload,) in db.execute(_ACTIVATED, (device, digest.encode())):
         said = _said(payload)
@@ -91,6 +89,14 @@ def meaning(db: sqlite3.Connection, device: str, task: str, log: str, digest: st
 
 def _is_word(text: str) -> bool:
     return anomalous(text) is not None and not text.isdigit()
+
+
+def _results(payload: bytes) -> Results | None:
+    try:
+        body = decode(payload)
+    except Refused:
+        return None
+    return body if isinstance(body, Results) else None
 
 
 def _said(payload: bytes) -> _Activated | None:

@@ -11,8 +11,9 @@ import contextlib
 from sqlite_utils import Database, Migrations
 
 from agent.errors import Refused
-from agent.fleet import dating
-from agent.fleet.ledger import NEW_LOG, Ledger, ended
+from agent.fleet import dating, ledger
+from agent.fleet.database import in_sqlite
+from agent.fleet.ledger import NEW_LOG, News, ended
 from agent.fleet.rollout import tables as rollout_tables
 from agent.wire.messages import decode
 
@@ -82,7 +83,7 @@ def first_tables(db: Database) -> None:
 
 @migrations()
 def dating_tables(db: Database) -> None:
-    for statement in (*dating.TABLES, dating.VIEW):
+    for statement in (*dating.TABLES, in_sqlite(dating.VIEW)):
         db.execute(statement)
 
 
@@ -134,9 +135,7 @@ def ends_of_logs(db: Database) -> None:
     for device, payload in db.execute(told, [f'"{NEW_LOG}"'.encode()]).fetchall():
         with contextlib.suppress(Refused, TypeError, AttributeError):
             if end := ended(decode(payload)):
-                of = "SELECT through FROM logs WHERE device = ? AND log = ?"
-                row = db.execute(of, [device, end[0]]).fetchone()
-                Ledger(db.conn, device, end[0], row[0] if row else 0).ended(end[1])
+                ledger.note(db.conn, {(device, end[0]): News(ended=max(0, end[1]))}, "")
 
 
 @migrations()
@@ -164,20 +163,18 @@ PRAGMAS: tuple[tuple[str, str | None], ...] = (
     ("trusted_schema=OFF", None),
 )
 
-ADD_MESSAGE = "INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, log, seq) DO NOTHING"
-
 ADD_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 
 ADD_REFUSAL = """
     INSERT INTO refusals VALUES (:device, :reason, 1, :now, :now)
-    ON CONFLICT (device, reason) DO UPDATE SET count = count + 1, last = :now
+    ON CONFLICT (device, reason) DO UPDATE SET count = refusals.count + 1, last = :now
 """
 
 # An alert is open while the last word on its id is `raised`. Only the device's newest log counts: a store that was
 # lost cannot clear what it raised. Of what the collector itself raised it clears fleet-wide drift, and what the
 # repository wanted; all else stays open: somebody has to look.
 ALERTS = """
-    WITH newest AS (SELECT device, log, max(rowid) FROM logs GROUP BY device),
+    WITH newest AS (SELECT device, log FROM logs l WHERE rowid = (SELECT max(rowid) FROM logs WHERE device = l.device)),
     last AS (SELECT device, id, max(seq) AS seq FROM alerts JOIN newest USING (device, log)
              WHERE source = 'device' GROUP BY device, id)
     SELECT a.device, a.task, a.alert, a.subject, a.state, a.severity, a.summary, a.time, a.id, a.log, a.seq,
@@ -197,25 +194,32 @@ WATCHED = """
     WHERE state IN ('ok', 'drift') AND "to" BETWEEN ? AND ? GROUP BY task, device
 """
 
-# The last alert of each device and field, whether it is open, and how many there were since a moment. `open` is that of
-# the row with the greatest time.
+# The last alert of each device and field, whether it is open, and how many there were since a moment.
 DRIFT_ALERTS = f"""
-    SELECT task, device, subject, max(time), open, sum(time >= ?) FROM ({ALERTS})
-    WHERE alert = 'drift' AND state = 'raised' AND device <> '' AND task IS NOT NULL AND time <= ?
-    GROUP BY task, device, subject
+    SELECT task, device, subject, time, open, n FROM (
+        SELECT task, device, subject, time, open,
+               sum(CASE WHEN time >= ? THEN 1 ELSE 0 END) OVER (PARTITION BY task, device, subject) AS n,
+               row_number() OVER (PARTITION BY task, device, subject ORDER BY time DESC, seq DESC) AS nth
+        FROM ({ALERTS}) raised
+        WHERE alert = 'drift' AND state = 'raised' AND device <> '' AND task IS NOT NULL AND time <= ?) counted
+    WHERE nth = 1 ORDER BY task, device, subject
 """
 
 OPEN_WIDE = f"""
-    SELECT task, subject, seq FROM ({ALERTS}) WHERE alert = 'drift' AND device = '' AND open
+    SELECT task, subject, seq FROM ({ALERTS}) wide WHERE alert = 'drift' AND device = '' AND open
 """
 
 # In the order of their time; what says the same window lies beside each other, whichever log it came in and whatever
 # reference of its site it was judged by.
+OF_DRIFT_WINDOWS = (
+    *("device", "task", "first", "last", "from", "to", "state", "reference", "features", "output", "joint"),
+    "estimate",
+)
 DRIFT_WINDOWS = """
     SELECT device, task, first, last, "from", "to", state, reference, features, output, joint, estimate
     FROM drift_windows
-    WHERE (:task IS NULL OR task = :task) AND (:device IS NULL OR device = :device)
-      AND (:since IS NULL OR "to" >= :since)
+    WHERE (CAST(:task AS TEXT) IS NULL OR task = :task) AND (CAST(:device AS TEXT) IS NULL OR device = :device)
+      AND (CAST(:since AS TEXT) IS NULL OR "to" >= :since)
     ORDER BY task, device, "from", first, last, "to", log, seq
 """
 
@@ -228,7 +232,7 @@ DEVICES = f"""
             ORDER BY a.seq DESC LIMIT 1) AS clock
     FROM devices d
     LEFT JOIN keys k ON k.device = d.device AND k.revoked IS NULL AND k.through IS NULL
-    LEFT JOIN (SELECT device, count(*) AS n FROM ({ALERTS}) WHERE open GROUP BY device) o ON o.device = d.device
+    LEFT JOIN (SELECT device, count(*) AS n FROM ({ALERTS}) said WHERE open GROUP BY device) o ON o.device = d.device
     ORDER BY d.device
 """
 

@@ -1,4 +1,4 @@
-"""All SQL of the fleet: what devices sent, as evidence and as rows, in one SQLite file.
+"""All SQL of the fleet: what devices sent, as evidence and as rows, in SQLite or PostgreSQL.
 
 A message is added once. Adding is idempotent and order-free: any order, any repeats of the same messages give the same
 tables. When `ingest` returns, its messages are on the disk; when it raises, nothing of them is there.
@@ -6,29 +6,28 @@ tables. When `ingest` returns, its messages are on the disk; when it raises, not
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import sqlite3
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import sqlite_utils
-
-from agent.errors import Refused, StorageBusy, StorageError, StorageFull, UsageError
+from agent.errors import Refused
 from agent.fleet import keytable, schema
+from agent.fleet.database import Connection, Log, Repeat, opened
 from agent.fleet.ingest import Arrival, Batch, Outcome, Refusal
 from agent.fleet.unfold import revoked_alert
 from agent.wire.keys import PublicKey, public_key
 from agent.wire.messages import Logged, Message, digest
 
 MAX_MISSING_RANGES = 100
-LOCK_WAIT_S = 5.0
-# Values that SQLite cannot hold: one such message must not hold up the others of its transaction.
-_UNSTORABLE = (OverflowError, UnicodeEncodeError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError)
+# Two that change the same rows at once are rare, and one of them always succeeds.
+_MOST_TRIES = 5
+# Of one device, or of all where it is None; given twice.
+_OF = "(CAST(? AS TEXT) IS NULL OR device = ?)"
+
+# Of a log, how far an acknowledgement goes and what it asks for: (log, through, missing) → (through, missing)
+Trim = Callable[[Log, int, list[tuple[int, int]]], tuple[int, list[tuple[int, int]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,60 +47,36 @@ class Acknowledgement:
 class FleetStore:
     """The open database; one thread. Raises StorageError (Full, Busy) wherever the disk or another process fails it."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        self.path, self.read_only = path, read_only
-        self._lock: int | None = None
-        if read_only and not path.exists():
-            raise UsageError(f"{path}: no database here yet; `outstation fleet enrol DEVICE` makes it")
-        with self._translated():
-            if not read_only and path.parent.is_dir():
-                # Only its owner reads what devices measured.
-                path.touch(mode=0o600)
-            mode = "ro" if read_only else "rwc"
-            self._db = sqlite3.connect(f"{path.resolve().as_uri()}?mode={mode}", uri=True, isolation_level=None)
-            # Damaged text must reach the audit, not stop it.
-            self._db.text_factory = lambda data: data.decode(errors="surrogateescape")
-        try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+    def __init__(self, where: Path | str, *, read_only: bool = False, partitions: int = 1) -> None:
+        """`where`: a file, or a `postgresql://` URL; `partitions`: see `agent.fleet.database.opened`."""
+        self._database = opened(where, read_only=read_only, partitions=partitions)
+        self.where, self.name, self.shared = where, self._database.name, self._database.shared
+        # Transactions that were done again, as another collector changed the same rows.
+        self.repeated = 0
+
+    @property
+    def path(self) -> Path:
+        """The file, of a SQLite database."""
+        return Path(self.where)
 
     def close(self) -> None:
-        """Close; the last one to do so checkpoints, alone."""
-        with contextlib.suppress(StorageError), self._alone():
-            self._db.close()
-        self._db.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._database.close()
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> AbstractContextManager[Connection]:
         """One write transaction: committed when the block ends, rolled back when it raises."""
-        with self._translated(), self._alone():
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+        return self._database.transaction()
 
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[sqlite3.Connection]:
+    def snapshot(self) -> AbstractContextManager[Connection]:
         """Everything read inside is of one moment; of that of the outer one, where there is one."""
-        if self._db.in_transaction:
-            yield self._db
-            return
-        with self._translated():
-            self._db.execute("BEGIN")
-            try:
-                yield self._db
-            finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+        return self._database.snapshot()
+
+    def stream(self, sql: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        """Rows one by one, however many there are."""
+        return self._database.stream(sql, values)
+
+    def lead(self, job: str) -> bool:
+        """Whether this process does `job`, of all that collect here."""
+        return self._database.lead(job)
 
     # --- keys ---
 
@@ -159,16 +134,21 @@ class FleetStore:
 
         Raises StorageError, and Refused where a value of some message cannot be stored: then add them one by one.
         """
-        try:
-            with self.transaction() as db:
-                batch = Batch(db, now)
-                outcomes = [batch.add(arrival) for arrival in arrivals]
-                for refusal in refusals:
-                    batch.refuse(refusal)
-                batch.finish()
-        except _UNSTORABLE as error:
-            raise Refused("not storable", str(error)) from error
-        return outcomes
+        for tries in range(1, _MOST_TRIES + 1):
+            try:
+                with self.transaction() as db:
+                    batch = Batch(db, now)
+                    outcomes = batch.add(arrivals)
+                    batch.refuse(refusals)
+                    batch.finish()
+                return outcomes
+            except self._database.unstorable as error:
+                raise Refused("not storable", str(error)) from error
+            except Repeat:
+                self.repeated += 1
+                if tries == _MOST_TRIES:
+                    raise
+        raise AssertionError("unreachable")
 
     def raise_alert(self, row: tuple[Any, ...]) -> None:
         """Add an alert of the collector's own, unless it is there."""
@@ -185,20 +165,31 @@ class FleetStore:
 
     def acknowledgement(self, device: str, log: str) -> Acknowledgement:
         """What to tell the device; with more than 100 ranges missing, only as far as the first 100 go."""
-        [(through,)] = self._all("SELECT through FROM logs WHERE device = ? AND log = ?", device, log)
-        sql = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND NOT declared ORDER BY first LIMIT ?"
-        missing = self._all(sql, device, log, MAX_MISSING_RANGES + 1)
-        if len(missing) > MAX_MISSING_RANGES:
-            through = missing.pop()[0] - 1
-        sql = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
-        newest = self._all(sql, device, log, through)
-        return Acknowledgement(device, log, through, missing, digest(newest[0][0]) if newest else None)
+        return self.acknowledgements([(device, log)])[0]
+
+    def acknowledgements(self, logs: Iterable[Log], trim: Trim | None = None) -> list[Acknowledgement]:
+        """The same of each, all of one moment, whoever stored what they are about."""
+        which = [*logs]
+        with self.snapshot() as db:
+            told = {log: through or 0 for log, (through, _) in db.logs(which).items()}
+            missing = db.undeclared(which, MAX_MISSING_RANGES + 1)
+            for log, ranges in missing.items():
+                if len(ranges) > MAX_MISSING_RANGES:
+                    told[log] = ranges.pop()[0] - 1
+                if trim is not None:
+                    told[log], missing[log] = trim(log, told[log], ranges)
+            newest = db.payloads([(*log, told[log]) for log in which])
+        return [
+            Acknowledgement(*log, told[log], missing[log], None if payload is None else digest(payload))
+            for log, payload in zip(which, newest, strict=True)
+        ]
 
     # --- reports ---
 
     def newest_logs(self) -> list[tuple[str, str]]:
         """(device, log) of the newest log of each device."""
-        return [row[:2] for row in self._all("SELECT device, log, max(rowid) FROM logs GROUP BY device")]
+        newest = "rowid = (SELECT max(rowid) FROM logs WHERE device = l.device)"
+        return self._all(f"SELECT device, log FROM logs l WHERE {newest} ORDER BY device")
 
     def enrolled(self) -> list[str]:
         """Every device that ever was, in order."""
@@ -210,8 +201,8 @@ class FleetStore:
 
     def alerts(self, device: str | None = None, *, closed: bool = False) -> list[dict[str, Any]]:
         """Open alerts, or with `closed` everything that was ever raised or cleared; oldest first."""
-        wanted = "(open OR ?) AND (? IS NULL OR device = ?)"
-        sql = f"SELECT * FROM ({schema.ALERTS}) WHERE {wanted} ORDER BY time, device, seq"
+        wanted = "(open OR ?) AND (CAST(? AS TEXT) IS NULL OR device = ?)"
+        sql = f"SELECT * FROM ({schema.ALERTS}) said WHERE {wanted} ORDER BY time, device, seq"
         return [{**row, "open": bool(row["open"])} for row in self._records(sql, closed, device, device)]
 
     def progress(self) -> list[dict[str, Any]]:
@@ -241,9 +232,8 @@ class FleetStore:
         self, *, task: str | None = None, device: str | None = None, since: str | None = None
     ) -> Iterator[dict[str, Any]]:
         """Each with its members as JSON text, by task, device and time; of those that ended at `since` or later."""
-        cursor = self._db.execute(schema.DRIFT_WINDOWS, {"task": task, "device": device, "since": since})
-        names = [column[0] for column in cursor.description]
-        return (dict(zip(names, row, strict=True)) for row in cursor)
+        rows = self._database.stream(schema.DRIFT_WINDOWS, {"task": task, "device": device, "since": since})
+        return (dict(zip(schema.OF_DRIFT_WINDOWS, row, strict=True)) for row in rows)
 
     def count_drift_windows(self) -> int:
         return int(self._all("SELECT count(*) FROM drift_windows")[0][0])
@@ -265,7 +255,7 @@ class FleetStore:
 
     def gaps(self, device: str | None = None) -> list[dict[str, Any]]:
         """device, log, from, to, declared of each range of seqs that is not here."""
-        sql = 'SELECT device, log, first AS "from", last AS "to", declared FROM gaps WHERE ? IS NULL OR device = ?'
+        sql = f'SELECT device, log, first AS "from", last AS "to", declared FROM gaps WHERE {_OF} ORDER BY 1, 2, 3'
         return [{**row, "declared": bool(row["declared"])} for row in self._records(sql, device, device)]
 
     def refusals(self) -> list[dict[str, Any]]:
@@ -276,29 +266,29 @@ class FleetStore:
 
     def logs(self, device: str | None = None) -> list[tuple[str, str, int]]:
         """(device, log, through) of every log, in order."""
-        sql = "SELECT device, log, through FROM logs WHERE ? IS NULL OR device = ? ORDER BY device, log"
+        sql = f"SELECT device, log, through FROM logs WHERE {_OF} ORDER BY device, log"
         return self._all(sql, device, device)
 
     def count_messages(self, device: str | None = None) -> int:
-        return int(self._all("SELECT count(*) FROM messages WHERE ? IS NULL OR device = ?", device, device)[0][0])
+        return int(self._all(f"SELECT count(*) FROM messages WHERE {_OF}", device, device)[0][0])
 
     def evidence(self, device: str | None = None) -> Iterator[tuple[Any, ...]]:
         """(device, log, seq, kind, topic, payload, jws) of every stored message, in order of the first three."""
         where, values = ("WHERE device = ?", (device,)) if device else ("", ())
         columns = "device, log, seq, kind, topic, payload, jws"
-        return self._db.execute(f"SELECT {columns} FROM messages {where} ORDER BY device, log, seq", values)
+        return self.stream(f"SELECT {columns} FROM messages {where} ORDER BY device, log, seq", values)
 
     def audits(self, device: str | None, holding: bytes) -> Iterator[tuple[Any, ...]]:
         """(device, topic, payload, jws) of stored `audit` messages whose payload has `holding` in it."""
-        where = "kind = 'audit' AND instr(payload, ?) AND (? IS NULL OR device = ?)"
+        where = f"kind = 'audit' AND instr(payload, ?) > 0 AND {_OF}"
         sql = f"SELECT device, topic, payload, jws FROM messages WHERE {where}"
-        return self._db.execute(sql, (holding, device, device))
+        return self.stream(sql, (holding, device, device))
 
     def unfolded(self, device: str | None = None) -> Iterator[tuple[Any, ...]]:
         """(device, task, row, t, label, score, value, log, seq) of every result, in the order of `evidence`."""
         where, values = ("WHERE device = ?", (device,)) if device else ("", ())
         columns = "device, task, row, t, label, score, value, log, seq"
-        return self._db.execute(f"SELECT {columns} FROM results {where} ORDER BY device, log, seq, rowid", values)
+        return self.stream(f"SELECT {columns} FROM results {where} ORDER BY device, log, seq, row, t", values)
 
     # --- private ---
 
@@ -309,64 +299,10 @@ class FleetStore:
         sql = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
         return self._all(sql, body.device, body.log, body.seq)
 
-    def _open(self) -> None:
-        if not self.read_only:
-            name = self.path.with_name(self.path.name + ".lock")
-            try:
-                self._lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            except OSError as error:
-                raise StorageError(f"{name}: cannot be opened: {error.strerror}") from error
-        with self._translated(), self._alone():
-            for pragma, wanted in schema.PRAGMAS if not self.read_only else ():
-                self._db.execute(f"PRAGMA {pragma}")
-                got = wanted and str(self._db.execute(f"PRAGMA {pragma.partition('=')[0]}").fetchone()[0])
-                if got != wanted:
-                    raise StorageError(f"{self.path}: PRAGMA {pragma} gave {got}; it must be on a local disk")
-            database = sqlite_utils.Database(self._db, execute_plugins=False)
-            if not self.read_only:
-                schema.migrations.apply(database)
-            elif schema.migrations.pending(database):
-                raise UsageError(f"{self.path}: made by an older version; start `outstation fleet collect` once")
-
     def _all(self, sql: str, *values: Any) -> list[Any]:
-        with self._translated():
-            return self._db.execute(sql, values).fetchall()
+        return self._database.execute(sql, values).fetchall()
 
     def _records(self, sql: str, *values: Any) -> list[dict[str, Any]]:
-        with self._translated():
-            cursor = self._db.execute(sql, values)
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row, strict=True)) for row in cursor]
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other process writes or checkpoints meanwhile: SQLite before 3.51.3 can lose commits when two do."""
-        if self._lock is None:
-            yield
-            return
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StorageBusy(f"{self.path}: another process keeps it locked") from None
-                time.sleep(0.005)
-        try:
-            yield
-        finally:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
-
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except _UNSTORABLE:
-            raise
-        except sqlite3.Error as error:
-            name = getattr(error, "sqlite_errorname", "")
-            kind = StorageFull if name == "SQLITE_FULL" else StorageError
-            if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-                kind = StorageBusy
-            raise kind(f"{self.path}: {error}") from error
+        cursor = self._database.execute(sql, values)
+        names = [column[0] for column in cursor.description]
+        return [dict(zip(names, row, strict=True)) for row in cursor]

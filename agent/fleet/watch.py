@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from agent.config import Broker
 from agent.errors import LinkDown, Refused, StorageError, UsageError
 from agent.fleet.acknowledge import Backoff
-from agent.fleet.collect import filters
 from agent.fleet.keyring import Keyring
+from agent.fleet.subscription import filters
 from agent.fleet.text import printable
 from agent.link import Link
 from agent.wire import topics

@@ -19,11 +19,13 @@ from agent.device.incoming.group import Group
 from agent.device.incoming.parse import Reader
 from agent.errors import LinkDown
 from agent.fleet.audit import Report, audit
-from agent.fleet.collect import Collector, filters
+from agent.fleet.collect import Collector
 from agent.fleet.enrol import enrol, init_fleet
 from agent.fleet.store import FleetStore
+from agent.fleet.subscription import filters
 from agent.simulate.link import Air, AirLink, Weather
 from agent.wire.keys import load_private
+from tests.fleet_databases import sqlite_of
 
 FLEET, DEVICE, STREAM, TASK = "acme", "pi-01", "watch", "exercise"
 RECORDING = Path(__file__).parents[2] / "models/recordings/exercise.npz"
@@ -51,7 +53,7 @@ class Rig:
         config = init_fleet(home, FLEET, Broker(url="mqtt://127.0.0.1:1"))
         self.fleet = FleetStore(Path(config.fleet.db))
         # The collector is here to answer; its page cache would fill with its database and hide what the device needs.
-        self.fleet._db.execute("PRAGMA cache_size=-500")
+        sqlite_of(self.fleet).connection.execute("PRAGMA cache_size=-500")
         self._folder = enrol(home, config, self.fleet, DEVICE, key=None, replace=False).folder
         self._configure(buffer_toml, schedule)
         file, conf = wiring.load(str(self._folder / "outstation.toml"))

@@ -7,16 +7,15 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from agent import clock
 from agent.errors import Refused, StorageError, UsageError
 from agent.fleet import audit
+from agent.fleet.database import Connection
 from agent.fleet.evidence import drifting, trust
 from agent.fleet.evidence.accuracy import Accuracy
 from agent.fleet.evidence.bundles import Bundles
@@ -112,7 +111,7 @@ class Verified:
 
 def gather(
     store: FleetStore,
-    db: sqlite3.Connection,
+    db: Connection,
     fleet: str,
     at: str | None,
     roles: Sequence[Key],
@@ -124,7 +123,7 @@ def gather(
     """
     reading = Reading(store, db)
     first, last, count = reading.span()
-    at = _moment(at, last, store.path)
+    at = _moment(at, last, store.name)
     at_us = clock.epoch_us(at)
     newest = reading.newest_logs()
     names = {key.kid: key.owner for key in roles if key.role == "operator"}
@@ -190,7 +189,7 @@ def gather(
     return facts
 
 
-def _moment(at: str | None, last: str | None, database: Path) -> str:
+def _moment(at: str | None, last: str | None, database: str) -> str:
     try:
         newest = clock.epoch_us(last) if last else None
     except ValueError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import msgspec
 
 from agent import __version__
 from agent.evaluation.document import Evaluation
+from agent.fleet.database import Connection
 from agent.fleet.evidence import bundles, manifest, mapping, software, trust
 from agent.fleet.evidence.contents import Incident, Signed
 from agent.fleet.evidence.folder import Draft
@@ -75,7 +75,7 @@ def make(
 
 
 def _facts(
-    store: FleetStore, db: sqlite3.Connection, sources: Sources, at: str | None, advance: Callable[[int], None]
+    store: FleetStore, db: Connection, sources: Sources, at: str | None, advance: Callable[[int], None]
 ) -> Facts:
     roles = trust.of_roles(sources.operators, sources.collector, sources.publishers)
     facts = gather(store, db, sources.fleet, at, roles, advance)

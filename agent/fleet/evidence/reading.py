@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from agent.fleet.database import Connection
 from agent.fleet.store import FleetStore
 
 _TOLD = ("alerts", "audit", "quality", "shadow")
@@ -14,7 +14,7 @@ _TOLD = ("alerts", "audit", "quality", "shadow")
 class Reading:
     """Reads of one moment: `db` is what the store's `snapshot` gives."""
 
-    def __init__(self, store: FleetStore, db: sqlite3.Connection) -> None:
+    def __init__(self, store: FleetStore, db: Connection) -> None:
         self._store, self._db = store, db
 
     def span(self) -> tuple[str | None, str | None, int]:
@@ -26,7 +26,7 @@ class Reading:
     def told(self) -> Iterator[tuple[Any, ...]]:
         """(device, log, seq, topic, payload, jws) of messages with alerts, decisions, metrics or comparisons."""
         sql = "SELECT device, log, seq, topic, payload, jws FROM messages WHERE kind IN (?, ?, ?, ?)"
-        return self._db.execute(f"{sql} ORDER BY device, log, seq", _TOLD)
+        return self._store.stream(f"{sql} ORDER BY device, log, seq", _TOLD)
 
     def message(self, device: str, log: str, seq: int) -> tuple[str, bytes, str] | None:
         """(topic, payload, jws)."""
@@ -87,9 +87,10 @@ class Reading:
     def phases(self) -> list[dict[str, Any]]:
         """Of each roll-out, how many devices are in which phase by their last word."""
         return self._records(
-            "SELECT rollout, phase, reason, count(*) AS devices FROM (SELECT rollout, device, task, phase, reason, "
-            "max(time) FROM rollout_devices GROUP BY rollout, device, task) "
-            "GROUP BY rollout, phase, reason ORDER BY rollout, phase, reason",
+            "SELECT rollout, phase, reason, count(*) AS devices FROM (SELECT rollout, phase, reason, "
+            "row_number() OVER (PARTITION BY rollout, device, task ORDER BY time DESC, seq DESC) AS nth "
+            "FROM rollout_devices) said "
+            "WHERE nth = 1 GROUP BY rollout, phase, reason ORDER BY rollout, phase, reason",
         )
 
     def _records(self, sql: str, *values: Any) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ transaction; a crash in between is mended by whoever publishes next.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ import msgspec
 
 from agent import clock
 from agent.errors import UsageError
+from agent.fleet.database import Connection
 from agent.fleet.rollout import book, decisions
 from agent.fleet.rollout import desired as wishes
 from agent.fleet.rollout.book import Rollout
@@ -44,7 +44,7 @@ class Operator:
         return clock.rfc3339(self.now_us)
 
 
-def start(db: sqlite3.Connection, operator: Operator, counter: int, plan: Plan, forced: str | None = None) -> Rollout:
+def start(db: Connection, operator: Operator, counter: int, plan: Plan, forced: str | None = None) -> Rollout:
     """Raises UsageError where it must not begin; `forced` says why a bundle that was aborted is tried again."""
     topic = plan.topic(operator.fleet)
     _require_new(db, plan, str(topic))
@@ -67,7 +67,7 @@ def start(db: sqlite3.Connection, operator: Operator, counter: int, plan: Plan, 
 
 
 def promote(
-    db: sqlite3.Connection, operator: Operator, counter: int, seen: Rollout, verdict: Verdict, forced: str | None = None
+    db: Connection, operator: Operator, counter: int, seen: Rollout, verdict: Verdict, forced: str | None = None
 ) -> Rollout:
     """To the following step, or to its end from the last one. Raises UsageError where findings are open."""
     now = _unchanged(db, seen)
@@ -91,7 +91,7 @@ def promote(
     return done
 
 
-def pause(db: sqlite3.Connection, operator: Operator, seen: Rollout) -> Rollout:
+def pause(db: Connection, operator: Operator, seen: Rollout) -> Rollout:
     """Nothing is promoted until it is resumed; what is bad is still aborted."""
     now = _unchanged(db, seen)
     if now.state != "running":
@@ -101,7 +101,7 @@ def pause(db: sqlite3.Connection, operator: Operator, seen: Rollout) -> Rollout:
     return done
 
 
-def resume(db: sqlite3.Connection, operator: Operator, seen: Rollout) -> Rollout:
+def resume(db: Connection, operator: Operator, seen: Rollout) -> Rollout:
     now = _unchanged(db, seen)
     if now.state != "paused":
         raise UsageError(f"roll-out {now.name} is {now.state}; only a paused one can be resumed")
@@ -111,7 +111,7 @@ def resume(db: sqlite3.Connection, operator: Operator, seen: Rollout) -> Rollout
 
 
 def abort(
-    db: sqlite3.Connection, operator: Operator, counter: int, seen: Rollout, reason: str, verdict: Verdict | None = None
+    db: Connection, operator: Operator, counter: int, seen: Rollout, reason: str, verdict: Verdict | None = None
 ) -> Rollout:
     """Every device goes back to what it ran before."""
     now = _unchanged(db, seen)
@@ -125,7 +125,7 @@ def abort(
 
 
 def _decide(
-    db: sqlite3.Connection,
+    db: Connection,
     operator: Operator,
     rollout: Rollout,
     event: Event,
@@ -147,7 +147,7 @@ def _decide(
     book.put(db, rollout)
 
 
-def _unchanged(db: sqlite3.Connection, seen: Rollout) -> Rollout:
+def _unchanged(db: Connection, seen: Rollout) -> Rollout:
     """The roll-out as it is now. Raises UsageError where it is not the one that was judged."""
     now = book.find(db, seen.name)
     if (now.state, now.step) != (seen.state, seen.step):
@@ -155,7 +155,7 @@ def _unchanged(db: sqlite3.Connection, seen: Rollout) -> Rollout:
     return now
 
 
-def _require_new(db: sqlite3.Connection, plan: Plan, topic: str) -> None:
+def _require_new(db: Connection, plan: Plan, topic: str) -> None:
     for other in book.rollouts(db):
         if other.name == plan.name:
             raise UsageError(f"there was a roll-out {plan.name!r} already, which devices remember; choose another name")
@@ -166,7 +166,7 @@ def _require_new(db: sqlite3.Connection, plan: Plan, topic: str) -> None:
             )
 
 
-def _require_reachable(db: sqlite3.Connection, plan: Plan) -> None:
+def _require_reachable(db: Connection, plan: Plan) -> None:
     """Each step must choose as many devices as it asks for, else it would wait for ever."""
     kind, _, whom = plan.to.partition(":")
     if kind == "group":
@@ -184,7 +184,7 @@ def _require_reachable(db: sqlite3.Connection, plan: Plan) -> None:
             )
 
 
-def _require_not_held(db: sqlite3.Connection, operator: Operator, plan: Plan) -> None:
+def _require_not_held(db: Connection, operator: Operator, plan: Plan) -> None:
     for other, when in book.ended(db, plan.task, plan.digest):
         until = clock.epoch_us(when) + round(other.plan.device.hold_hours * 3.6e9)
         if until > operator.now_us:

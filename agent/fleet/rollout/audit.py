@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +15,11 @@ from typing import Any
 import msgspec
 
 from agent.errors import Refused, StorageError
+from agent.fleet.database import Connection
 from agent.fleet.rollout import book, decisions
 from agent.fleet.rollout import desired as wishes
 from agent.fleet.rollout.decisions import Body, Find
-from agent.fleet.rollout.tables import change_rows, shadow_row
+from agent.fleet.rollout.tables import COLUMNS, change_rows, shadow_row
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey
 from agent.wire.messages import Audit, Shadow, decode, digest
@@ -38,7 +38,7 @@ class Found:
         self.invalid.append({"rollout": _shown(rollout), "n": _shown(n), "reason": reason})
 
 
-def audit(db: sqlite3.Connection, operators: Sequence[PublicKey]) -> Found:
+def audit(db: Connection, operators: Sequence[PublicKey]) -> Found:
     """Of every roll-out; `operators`: whose decisions count."""
     find: Find = {key.kid: Signer("operator", key) for key in operators}.get
     found = Found()
@@ -62,18 +62,19 @@ def audit(db: sqlite3.Connection, operators: Sequence[PublicKey]) -> Found:
     return found
 
 
-def unfolded(db: sqlite3.Connection, device: str | None) -> Iterator[tuple[Key, str]]:
+def unfolded(db: Connection, device: str | None) -> Iterator[tuple[Key, str]]:
     """(device, log, seq) of each message that the tables of roll-outs do not hold as it is, and in what."""
     for table in ("shadows", "rollout_devices"):
         where, values = ("WHERE t.device = ?", (device,)) if device else ("", ())
-        sql = f"SELECT t.*, m.payload FROM {table} t LEFT JOIN messages m USING (device, log, seq) {where}"
+        columns = ", ".join(f"t.{name}" for name in COLUMNS[table])
+        sql = f"SELECT {columns}, m.payload FROM {table} t LEFT JOIN messages m USING (device, log, seq) {where}"
         for *row, payload in db.execute(sql, values):
             if tuple(row) not in _rows(payload):
                 yield (row[0], row[-2], row[-1]), f"is not what table {table} holds for it"
     for table, what in (("shadows", "m.kind = 'shadow'"), ("rollout_devices", "m.kind = 'audit'")):
         sql = f"""
             SELECT m.device, m.log, m.seq, m.payload FROM messages m LEFT JOIN {table} t USING (device, log, seq)
-            WHERE {what} AND t.device IS NULL AND (? IS NULL OR m.device = ?)"""
+            WHERE {what} AND t.device IS NULL AND (CAST(? AS TEXT) IS NULL OR m.device = ?)"""
         for *key, payload in db.execute(sql, (device, device)):
             if _rows(payload):
                 yield (key[0], key[1], key[2]), f"is missing in table {table}"
@@ -89,7 +90,7 @@ def _rows(payload: Any) -> Iterable[tuple[Any, ...]]:
     return change_rows(body) if isinstance(body, Audit) else []
 
 
-def _state(db: sqlite3.Connection, name: str, good: Sequence[Body]) -> str:
+def _state(db: Connection, name: str, good: Sequence[Body]) -> str:
     """In what the roll-out is not as its decisions left it."""
     if not good:
         return "no decision of it can be believed"
@@ -110,7 +111,7 @@ def _state(db: sqlite3.Connection, name: str, good: Sequence[Body]) -> str:
     return ""
 
 
-def _desired(db: sqlite3.Connection, told: dict[str, tuple[int, str]], find: Find) -> Iterator[tuple[str, str]]:
+def _desired(db: Connection, told: dict[str, tuple[int, str]], find: Find) -> Iterator[tuple[str, str]]:
     rows = {row.topic: row for row in book.all_desired(db)}
     for topic, row in rows.items():
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import msgspec
 
 from agent.errors import StorageError, UsageError
+from agent.fleet.database import Connection
 from agent.fleet.rollout.decisions import Decision
 from agent.fleet.rollout.desired import Published
 from agent.fleet.rollout.plan import Plan, Step
@@ -18,6 +18,14 @@ from agent.wire.messages import digest
 
 OPEN = ("running", "paused")
 _COLUMNS = "rollout, task, bundle, version, digest, topic, started, state, step, plan"
+_PUT = f"""
+    INSERT INTO rollouts ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (rollout) DO UPDATE SET
+        task = excluded.task, bundle = excluded.bundle, version = excluded.version, digest = excluded.digest,
+        topic = excluded.topic, started = excluded.started, state = excluded.state, step = excluded.step,
+        plan = excluded.plan"""
+_PUT_DESIRED = """
+    INSERT INTO desired VALUES (?, ?, ?, ?) ON CONFLICT (topic) DO UPDATE SET
+        counter = excluded.counter, payload = excluded.payload, jws = excluded.jws"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +52,13 @@ class Rollout:
         return self.state in OPEN
 
 
-def rollouts(db: sqlite3.Connection, *, only_open: bool = False) -> list[Rollout]:
+def rollouts(db: Connection, *, only_open: bool = False) -> list[Rollout]:
     """Oldest first."""
     found = [_rollout(row) for row in db.execute(f"SELECT {_COLUMNS} FROM rollouts ORDER BY started, rollout")]
     return [one for one in found if one.open or not only_open]
 
 
-def find(db: sqlite3.Connection, name: str) -> Rollout:
+def find(db: Connection, name: str) -> Rollout:
     """Raises UsageError."""
     row = db.execute(f"SELECT {_COLUMNS} FROM rollouts WHERE rollout = ?", (name,)).fetchone()
     if row is None:
@@ -59,31 +67,31 @@ def find(db: sqlite3.Connection, name: str) -> Rollout:
     return _rollout(row)
 
 
-def put(db: sqlite3.Connection, rollout: Rollout) -> None:
+def put(db: Connection, rollout: Rollout) -> None:
     """Add it, or replace what is there of that name."""
     plan = rollout.plan
     what = (plan.task, plan.bundle, plan.version, plan.digest, rollout.topic, rollout.started)
     row = (rollout.name, *what, rollout.state, rollout.step, msgspec.json.encode(plan).decode())
-    db.execute(f"INSERT OR REPLACE INTO rollouts ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    db.execute(_PUT, row)
 
 
-def append(db: sqlite3.Connection, decision: Decision) -> None:
+def append(db: Connection, decision: Decision) -> None:
     db.execute("INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?, ?)", decision.row())
 
 
-def decided(db: sqlite3.Connection, rollout: str) -> list[tuple[Any, ...]]:
+def decided(db: Connection, rollout: str) -> list[tuple[Any, ...]]:
     """The rows of table decisions of one roll-out, in order."""
     return db.execute("SELECT * FROM decisions WHERE rollout = ? ORDER BY n", (rollout,)).fetchall()
 
 
-def last(db: sqlite3.Connection, rollout: str) -> tuple[int, str]:
+def last(db: Connection, rollout: str) -> tuple[int, str]:
     """The number of the newest decision and the digest of its payload; 0 and "" before the first."""
     sql = "SELECT n, payload FROM decisions WHERE rollout = ? ORDER BY n DESC LIMIT 1"
     row = db.execute(sql, (rollout,)).fetchone()
     return (int(row[0]), digest(row[1])) if row else (0, "")
 
 
-def began(db: sqlite3.Connection, rollout: str) -> str:
+def began(db: Connection, rollout: str) -> str:
     """When the step it is at began."""
     sql = "SELECT time FROM decisions WHERE rollout = ? AND event IN ('started', 'promoted') ORDER BY n DESC LIMIT 1"
     row = db.execute(sql, (rollout,)).fetchone()
@@ -92,7 +100,7 @@ def began(db: sqlite3.Connection, rollout: str) -> str:
     return str(row[0])
 
 
-def ended(db: sqlite3.Connection, task: str, digest_of: str) -> list[tuple[Rollout, str]]:
+def ended(db: Connection, task: str, digest_of: str) -> list[tuple[Rollout, str]]:
     """Roll-outs of a bundle that were aborted, and when."""
     sql = """
         SELECT rollout, max(decisions.time) FROM rollouts JOIN decisions USING (rollout)
@@ -100,17 +108,17 @@ def ended(db: sqlite3.Connection, task: str, digest_of: str) -> list[tuple[Rollo
     return [(find(db, name), when) for name, when in db.execute(sql, (task, digest_of)).fetchall()]
 
 
-def desired(db: sqlite3.Connection, topic: str) -> Published | None:
+def desired(db: Connection, topic: str) -> Published | None:
     row = db.execute("SELECT topic, counter, payload, jws FROM desired WHERE topic = ?", (topic,)).fetchone()
     return Published(*row) if row else None
 
 
-def all_desired(db: sqlite3.Connection) -> Sequence[Published]:
+def all_desired(db: Connection) -> Sequence[Published]:
     return [Published(*row) for row in db.execute("SELECT topic, counter, payload, jws FROM desired ORDER BY topic")]
 
 
-def put_desired(db: sqlite3.Connection, row: Published) -> None:
-    db.execute("INSERT OR REPLACE INTO desired VALUES (?, ?, ?, ?)", (row.topic, row.counter, row.payload, row.jws))
+def put_desired(db: Connection, row: Published) -> None:
+    db.execute(_PUT_DESIRED, (row.topic, row.counter, row.payload, row.jws))
 
 
 def _rollout(row: Sequence[Any]) -> Rollout:

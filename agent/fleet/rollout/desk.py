@@ -7,7 +7,6 @@ shared. What was decided stays decided where the broker cannot be reached: the n
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,14 @@ from typing import Protocol
 from agent import clock
 from agent.errors import LinkDown, UsageError
 from agent.fleet.command import alone, next_counter
+from agent.fleet.database import Connection
 from agent.fleet.rollout import book, publish
 from agent.fleet.rollout.acts import Operator
 from agent.fleet.rollout.book import Rollout
 from agent.fleet.store import FleetStore
 from agent.wire.keys import SigningKey
 
-Deed = Callable[[sqlite3.Connection, Operator, int], Rollout]
+Deed = Callable[[Connection, Operator, int], Rollout]
 
 
 class Link(publish.Connection, Protocol):
@@ -50,6 +50,7 @@ class Desk:
         with next_counter(self._folder, lambda: time.time_ns() // 1_000_000) as counter:
             try:
                 with self.store.transaction() as db:
+                    db.alone("rollouts")
                     operator = Operator(self._key, self._fleet, clock.read().wall_us, self._by)
                     done = deed(db, operator, counter)
             except UsageError:

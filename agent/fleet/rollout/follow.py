@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable
 
 from agent import clock
 from agent.errors import UsageError
+from agent.fleet.database import Connection
 from agent.fleet.rollout import acts, book
 from agent.fleet.rollout.acts import Operator
 from agent.fleet.rollout.book import Rollout
@@ -75,7 +75,7 @@ class Follower:
         self._trouble = trouble
 
 
-def _deed(seen: Look) -> Callable[[sqlite3.Connection, Operator, int], Rollout] | None:
+def _deed(seen: Look) -> Callable[[Connection, Operator, int], Rollout] | None:
     rollout, verdict = seen.rollout, seen.verdict
     if verdict.answer == "abort":
         return lambda db, who, counter: acts.abort(db, who, counter, rollout, verdict.summary, verdict)

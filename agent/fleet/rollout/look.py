@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sqlite3
 from dataclasses import dataclass
 
+from agent.fleet.database import Connection
 from agent.fleet.rollout import book
 from agent.fleet.rollout.book import Rollout
 from agent.fleet.rollout.judging import Verdict, judge
@@ -23,7 +23,7 @@ class Look:
     began: str
 
 
-def look(db: sqlite3.Connection, rollout: Rollout, now_us: int, tallies: Tallies | None = None) -> Look:
+def look(db: Connection, rollout: Rollout, now_us: int, tallies: Tallies | None = None) -> Look:
     """Inside a snapshot; `tallies` of an earlier look are gone on with."""
     tallies = tallies or Tallies(rollout)
     tallies.read(db)

@@ -6,10 +6,10 @@ its devices, so of a group only those are known that say something of the roll-o
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from agent.fleet.database import Connection
 from agent.fleet.rollout.book import Rollout
 
 NOT_HEARD_OF = "not heard of"
@@ -86,7 +86,7 @@ class Members:
         return dict(sorted(found.items()))
 
 
-def members(db: sqlite3.Connection, rollout: Rollout) -> Members:
+def members(db: Connection, rollout: Rollout) -> Members:
     """Of the step that the roll-out is at."""
     plan = rollout.plan
     names = {"rollout": rollout.name, "task": plan.task, "digest": plan.digest}
@@ -103,7 +103,7 @@ def members(db: sqlite3.Connection, rollout: Rollout) -> Members:
     return Members(chosen, joining, [one for one in meant if not wanted.chosen(one.device)])
 
 
-def enrolled(db: sqlite3.Connection) -> list[str]:
+def enrolled(db: Connection) -> list[str]:
     """Devices that may sign."""
     sql = "SELECT DISTINCT device FROM keys WHERE revoked IS NULL AND through IS NULL ORDER BY device"
     return [str(row[0]) for row in db.execute(sql)]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sqlite3
 from typing import Any
 
 from agent import clock
+from agent.fleet.database import Connection
 from agent.fleet.rollout import book
 from agent.fleet.rollout.look import Look
 from agent.fleet.rollout.members import NOT_HEARD_OF, Member
 
 
-def document(db: sqlite3.Connection, seen: Look, now_us: int) -> dict[str, Any]:
+def document(db: Connection, seen: Look, now_us: int) -> dict[str, Any]:
     """Inside the snapshot that `seen` is of."""
     rollout, plan, its, verdict = seen.rollout, seen.rollout.plan, seen.members, seen.verdict
     what = {name: getattr(plan, name) for name in ("task", "bundle", "version", "digest", "to", "deadline")}

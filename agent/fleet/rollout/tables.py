@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 from typing import Any, Literal
 
 import msgspec
 
 from agent.errors import Refused
+from agent.fleet.database import Connection
 from agent.wire.desired import Digest, Name, Version
 from agent.wire.messages import Audit, Shadow, decode
 
@@ -43,6 +43,17 @@ TABLES = (
     """CREATE TABLE desired (
         topic TEXT PRIMARY KEY, counter INTEGER NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL) WITHOUT ROWID""",
 )
+
+COLUMNS = {
+    "shadows": (
+        *("device", "task", "rollout", "model", "beside", "time", "rows_first", "rows_last", "batches", "n", "errors"),
+        *("body", "log", "seq"),
+    ),
+    "rollout_devices": (
+        *("device", "task", "rollout", "digest", "strategy", "phase", "reason", "summary", "numbers", "time"),
+        *("log", "seq"),
+    ),
+}
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -79,9 +90,9 @@ def change_rows(body: Audit) -> list[tuple[Any, ...]]:
     return [(body.device, *what, body.summary, numbers, body.time, body.log, body.seq)]
 
 
-def unfold_stored(db: sqlite3.Connection) -> None:
+def unfold_stored(db: Connection) -> None:
     """Rows of the messages that came before there were these tables."""
-    told = "SELECT payload FROM messages WHERE kind = 'shadow' OR (kind = 'audit' AND instr(payload, ?))"
+    told = "SELECT payload FROM messages WHERE kind = 'shadow' OR (kind = 'audit' AND instr(payload, ?) > 0)"
     for (payload,) in db.execute(told, [f'"{EVENT}"'.encode()]).fetchall():
         with contextlib.suppress(Refused, TypeError):
             body = decode(payload)
@@ -92,5 +103,5 @@ def unfold_stored(db: sqlite3.Connection) -> None:
                     _add(db, "rollout_devices", row)
 
 
-def _add(db: sqlite3.Connection, table: str, row: tuple[Any, ...]) -> None:
+def _add(db: Connection, table: str, row: tuple[Any, ...]) -> None:
     db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))}) ON CONFLICT DO NOTHING", row)

@@ -7,12 +7,12 @@ its reading.
 
 from __future__ import annotations
 
-import sqlite3
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from agent.errors import Refused
+from agent.fleet.database import Connection
 from agent.fleet.rollout.book import Rollout
 from agent.wire.messages import Answered, Moments, Shadow, decode
 
@@ -50,7 +50,7 @@ class Tallies:
         self._after = 0
         self.devices: dict[str, OfDevice] = {}
 
-    def read(self, db: sqlite3.Connection) -> None:
+    def read(self, db: Connection) -> None:
         while rows := db.execute(_NEW, {**self._names, "after": self._after, "limit": _CHUNK}).fetchall():
             for _, device, instead, body in rows:
                 self._add(device, bool(instead), body)

@@ -1,0 +1,163 @@
+"""Collectors as processes on a broker and a database: with PostgreSQL, alone and two of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import psutil
+
+from agent.config import Broker
+from agent.fleet.collect import SESSION_EXPIRY_S
+from agent.fleet.enrol import init_fleet
+from agent.fleet.store import FleetStore
+from agent.fleet.subscription import client_id, filters
+from agent.link import Link
+from agent.wire.carried import Receipt
+from scripts.benchmarks import Report, Result, benchmark
+from tests import postgres
+from tests.brokers import Mosquitto
+from tests.postgres import Postgres
+from tests.senders import FLEET, Sender, Sent
+
+DEVICES, MESSAGES = 200, 6000
+_ROUNDS = 3
+_NOW = "2026-11-24T22:20:00.000000Z"
+# As `fleet init` writes it.
+_CONF = "max_inflight_messages 500\nmax_queued_messages 100000\nmax_queued_bytes 268435456"
+_SERVER = "shared_buffers = 128MB\nmax_wal_size = 2GB\n"
+_WITHIN_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Messages a second by the clock, and CPU µs of collectors, broker and the database's server for each."""
+
+    rate: float
+    collectors: float
+    broker: float
+    server: float
+
+
+@benchmark("collectors")
+def collectors_beside_each_other() -> Report:
+    """What waits at a broker, of 200 devices, into the database; from the first message there to the last."""
+    lacking = [what for what, there in (("PostgreSQL", postgres.found()), ("Mosquitto", _mosquitto())) if not there]
+    if lacking:
+        raise click.ClickException(f"{' and '.join(lacking)} not installed; see scripts/setup system")
+    seen: dict[str, list[float]] = {"file": [], "one": [], "two": []}
+    with postgres.running(_SERVER) as server:
+        for _ in range(_ROUNDS):
+            seen["file"].append(flow(None, (), forty).rate)
+            seen["one"].append(flow(server, ("a",), forty).rate)
+            seen["two"].append(flow(server, ("a", "b"), forty).rate)
+    of_file, one, two = (statistics.median(seen[name]) for name in ("file", "one", "two"))
+    where = f"{os.cpu_count()} cores run broker, database and collectors, load {os.getloadavg()[0]:.1f}"
+    results = (
+        Result("collector, postgresql", one, of_file, "messages/s", 0.5, f"reference: SQLite; {where}"),
+        Result("collector, two processes", two, one, "messages/s", 1.8, f"reference: one, both PostgreSQL; {where}"),
+    )
+    return Report(results, "\n".join(f"{r.name}: {r.ours:,.0f} messages/s, × {r.ratio:.2f}; {r.note}" for r in results))
+
+
+def forty(sender: Sender) -> Sent:
+    """A message of forty results, as a device sends it."""
+    return sender.results(40, clocks=[[sender.row + 1, 1, 1, 0]])
+
+
+def flow(
+    server: Postgres | None, names: Sequence[str], make: Callable[[Sender], Sent], messages: int = MESSAGES
+) -> Flow:
+    """`names` of collectors on `server`; without one, a single one with SQLite."""
+    with tempfile.TemporaryDirectory() as made, Mosquitto(Path(made), extra_conf=_CONF) as broker:
+        home = Path(made) / FLEET
+        config = init_fleet(home, FLEET, Broker(url=broker.url))
+        where = server.database() if server else config.fleet.db
+        file = home / "fleet.toml"
+        file.write_text(file.read_text().replace('db = "fleet.db"', f'db = "{where}"'), encoding="utf-8")
+        store = FleetStore(where)
+        senders = [Sender(f"pi-{i:03}") for i in range(DEVICES)]
+        for sender in senders:
+            store.enrol(sender.device, sender.key.public, replace=False, now=_NOW)
+        for name in names or (None,):
+            shared = name is not None
+            who = client_id(FLEET, name)
+            Link(config.broker, who, subscribe=filters(FLEET, shared=shared), session_expiry_s=SESSION_EXPIRY_S).close()
+        _publish(broker.url, [make(senders[i % DEVICES]) for i in range(messages)])
+        with _running(home, names, Path(made)) as pids:
+            measured = _measure(store, messages, [pids, [broker.pid], [server.pid] if server else []])
+        store.close()
+    return measured
+
+
+@contextlib.contextmanager
+def _running(home: Path, names: Sequence[str], folder: Path) -> Iterator[list[int]]:
+    command = [sys.executable, "-m", "agent", "fleet", "collect", "--dir", str(home)]
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        with (folder / "collectors.log").open("ab") as log:
+            for extra in [["--share", name] for name in names] or [[]]:
+                started.append(subprocess.Popen([*command, *extra], stdout=log, stderr=log))
+        yield [process.pid for process in started]
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait(60)
+
+
+def _measure(store: FleetStore, messages: int, processes: Sequence[Sequence[int]]) -> Flow:
+    """Starting up is not counted: from the first that are there on."""
+
+    def spent() -> list[float]:
+        return [sum(map(_cpu_s, pids)) for pids in processes]
+
+    first, first_s, before = 0, 0.0, [0.0, 0.0, 0.0]
+    deadline = time.monotonic() + _WITHIN_S
+    while (through := sum(top for _, _, top in store.logs())) < messages or store.count_messages() < messages:
+        if through and not first:
+            first, first_s, before = store.count_messages(), time.monotonic(), spent()
+        if time.monotonic() > deadline:
+            raise click.ClickException(f"not all of {messages} messages came within {_WITHIN_S:.0f} s")
+        time.sleep(0.1)
+    n, took_s = messages - first, time.monotonic() - first_s
+    each = [1e6 * (now - then) / n for now, then in zip(spent(), before, strict=True)]
+    return Flow(n / took_s, *each)
+
+
+def _publish(url: str, sent: Sequence[Sent]) -> None:
+    link = Link(Broker(url=url), "devices")
+    waiting = 0
+    for one in sent:
+        link.send(one.outgoing())
+        waiting += 1
+        while waiting >= link.window:
+            waiting -= sum(isinstance(event, Receipt) for event in link.receive(1.0))
+    while waiting:
+        waiting -= sum(isinstance(event, Receipt) for event in link.receive(1.0))
+    link.close()
+
+
+def _cpu_s(pid: int) -> float:
+    """Of a process, its children, and those that ended."""
+    total = 0.0
+    root = psutil.Process(pid)
+    for process in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system + (times.children_user + times.children_system if process is root else 0)
+    return total
+
+
+def _mosquitto() -> str | None:
+    return shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
