@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -313,7 +312,7 @@ def test_a_name_of_several_kilobytes_that_no_index_takes_is_refused_alone(store:
     sender = enrolled(store)
     noise = "".join(Random(1).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=20_000))
     good = sender.open(sender.results())
-    message = dataclasses.replace(good, body=msgspec.structs.replace(good.body, log=noise))
+    message = msgspec.structs.replace(good, body=msgspec.structs.replace(good.body, log=noise))
     with pytest.raises(Refused, match="not storable"):
         store.ingest([Arrival(message), Arrival(sender.open(sender.results()))], [], NOW)
     assert store.count_messages() == 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from agent.fleet.ingest import Refusal
 
@@ -16,8 +17,7 @@ QUIET_S = 3600.0
 STRANGERS = ""
 
 
-@dataclass(slots=True)
-class Count:
+class Count(msgspec.Struct):
     """Refusals in one device's name since `since_s`, seconds of the boot clock; `last` is the newest reason."""
 
     since_s: float
@@ -25,12 +25,11 @@ class Count:
     last: str = ""
 
 
-@dataclass(slots=True)
-class Alarm:
+class Alarm(msgspec.Struct):
     """Counts by enrolled device, so that whoever makes up names takes no memory."""
 
-    _counts: dict[str, Count] = field(default_factory=dict)
-    _quiet_until_s: dict[str, float] = field(default_factory=dict)
+    _counts: dict[str, Count] = msgspec.field(default_factory=dict)
+    _quiet_until_s: dict[str, float] = msgspec.field(default_factory=dict)
 
     def add(self, refusals: Iterable[Refusal], enrolled: frozenset[str], boot_s: float) -> None:
         """Note what was refused at `boot_s`."""

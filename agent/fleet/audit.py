@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
+
+import msgspec
 
 from agent.errors import Refused
 from agent.fleet.coverage import Coverage
@@ -38,20 +39,19 @@ _RANKS: dict[type, int] = {type(None): 0, int: 1, float: 1, str: 2, bytes: 3}
 Key = tuple[Any, Any, Any]
 
 
-@dataclass
-class Report:
+class Report(msgspec.Struct):
     """What the audit found."""
 
     devices: int = 0
     messages: int = 0
     duplicates: int = 0
     invalid_count: int = 0
-    gaps: list[dict[str, Any]] = field(default_factory=list)
-    invalid: list[dict[str, Any]] = field(default_factory=list)
-    coverage: list[dict[str, Any]] = field(default_factory=list)
-    evicted: list[dict[str, Any]] = field(default_factory=list)
+    gaps: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    invalid: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    coverage: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    evicted: list[dict[str, Any]] = msgspec.field(default_factory=list)
     decisions: int = 0
-    invalid_decisions: list[dict[str, Any]] = field(default_factory=list)
+    invalid_decisions: list[dict[str, Any]] = msgspec.field(default_factory=list)
 
     @property
     def passed(self) -> bool:

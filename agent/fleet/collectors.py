@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -16,10 +15,9 @@ from agent.names import is_name
 _OWN = "collector.crt"
 
 
-@dataclass(frozen=True)
-class Added:
-    files: list[Path] = field(default_factory=list)
-    steps: list[str] = field(default_factory=list)
+class Added(msgspec.Struct, frozen=True):
+    files: list[Path] = msgspec.field(default_factory=list)
+    steps: list[str] = msgspec.field(default_factory=list)
 
 
 def identity(config: FleetConfig, name: str) -> Identity:

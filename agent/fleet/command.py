@@ -8,9 +8,10 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import msgspec
 
 from agent import clock
 from agent.errors import Refused, StorageError, UsageError
@@ -37,8 +38,7 @@ class Connection(Protocol):
     def acknowledge(self, delivery: Delivery) -> None: ...
 
 
-@dataclass(frozen=True)
-class Sent:
+class Sent(msgspec.Struct, frozen=True):
     """A command that was sent, and its answer; None where none came, for the reason `why`."""
 
     device: str

@@ -5,15 +5,15 @@ Rows that a signed `audit` message declares as evicted before a task had used th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from agent.fleet.ledger import EVICTED, ranges
 from agent.wire.messages import Audit, Health, Results
 
 
-@dataclass(slots=True)
-class Track:
+class Track(msgspec.Struct):
     """What the results of one task say about one stream so far; rows count from 1."""
 
     first: int

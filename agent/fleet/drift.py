@@ -13,8 +13,9 @@ import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from agent import clock
 from agent.drift import reported
@@ -35,19 +36,18 @@ RECENT = 6  # windows of each device that say how it is now
 _AHEAD_US = 86_400_000_000
 
 
-@dataclass(slots=True)
-class OfDevice:
+class OfDevice(msgspec.Struct):
     """A device's windows under one reference. `accuracy`: the sum of so many `estimates`."""
 
     episodes: Episodes
     windows: int = 0
     faulty: int = 0
-    fields: dict[str, Merged] = field(default_factory=dict)
+    fields: dict[str, Merged] = msgspec.field(default_factory=dict)
     accuracy: float = 0.0
     estimates: int = 0
     last: Reported | None = None
     watched: Watched | None = None
-    recent: deque[dict[str, Merged]] = field(default_factory=lambda: deque(maxlen=RECENT))
+    recent: deque[dict[str, Merged]] = msgspec.field(default_factory=lambda: deque(maxlen=RECENT))
 
     def now(self) -> dict[str, Merged]:
         """Each field over the last few windows without a fault."""
@@ -63,8 +63,7 @@ class OfDevice:
 Layout = frozenset[tuple[str, int]]  # fields and how many bins each has
 
 
-@dataclass(slots=True)
-class Group:
+class Group(msgspec.Struct):
     """All windows of a task under one shipped reference and layout.
 
     `apart`: in what most devices of the task have another one, "reference" or "layout".
@@ -74,8 +73,8 @@ class Group:
     shipped: str
     layout: Layout
     apart: str | None = None
-    devices: dict[str, OfDevice] = field(default_factory=dict)
-    history: History = field(default_factory=History)
+    devices: dict[str, OfDevice] = msgspec.field(default_factory=dict)
+    history: History = msgspec.field(default_factory=History)
     undated: int = 0
 
     @property
@@ -113,11 +112,10 @@ class Group:
         return sum(device.accuracy for device in self.devices.values()) / count if count else None
 
 
-@dataclass(slots=True)
-class Survey:
+class Survey(msgspec.Struct):
     """`repeated`: windows that came again; `unreadable`: no drift windows, or of a device's fifth group and on."""
 
-    groups: list[Group] = field(default_factory=list)
+    groups: list[Group] = msgspec.field(default_factory=list)
     repeated: int = 0
     unreadable: int = 0
 

@@ -8,8 +8,9 @@ import json
 import shutil
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from agent import clock
 from agent.config import Broker, check_broker, check_name
@@ -38,8 +39,7 @@ REPLACEMENT = "replacement"
 WHOLE = "whole"
 
 
-@dataclass(frozen=True)
-class Enrolment:
+class Enrolment(msgspec.Struct, frozen=True):
     """What `enrol` did: the device's key, where its files are, and whether the key was new to the database.
 
     `former`: the certificates that it revoked.

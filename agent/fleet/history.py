@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+
+import msgspec
 
 from agent.drift.reported import Reported
 
@@ -11,13 +12,12 @@ MOST = 96
 _FIRST_WIDTH_US = 60_000_000
 
 
-@dataclass(slots=True)
-class Span:
+class Span(msgspec.Struct):
     """`drift`, `fault`: the devices that had such a window; `accuracy`: the sum of so many `estimates`."""
 
     windows: int = 0
-    drift: set[str] = field(default_factory=set)
-    fault: set[str] = field(default_factory=set)
+    drift: set[str] = msgspec.field(default_factory=set)
+    fault: set[str] = msgspec.field(default_factory=set)
     accuracy: float = 0.0
     estimates: int = 0
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
+
+import msgspec
 
 from agent.fleet import keytable, ledger, schema
 from agent.fleet.database import Connection, Log
@@ -23,16 +24,14 @@ _STATE = "UPDATE devices SET state = ? WHERE device = ?"
 Outcome = Literal["new", "duplicate", "conflict", "live"]
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True):
     """A verified message; `fresh` unless the broker had it retained, which is no sign of life."""
 
     message: Message
     fresh: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True):
     """A message that did not verify, as it came; `device` is the topic's."""
 
     device: str

@@ -10,9 +10,9 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from agent.drift import quality
@@ -38,8 +38,7 @@ _LABELLED = """
     WHERE l.device = ? AND l.task = ? AND l.log = ? ORDER BY l.row"""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """`rejected` position → reason; `replaced` labels of rows that had one; `sources` of all labels there are now.
 
     `metrics` are of the results of `model`, None without any; `others` are labels of results of other bundles.

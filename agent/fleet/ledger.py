@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TypeGuard
+
+import msgspec
 
 from agent.fleet.database import Connection, Gap, Log
 from agent.wire.messages import Audit
@@ -21,12 +22,11 @@ _LAST = 2**53 - 1
 _END = "INSERT INTO ends VALUES (?, ?, ?) ON CONFLICT (device, log) DO UPDATE SET last = excluded.last"
 
 
-@dataclass(slots=True)
-class News:
+class News(msgspec.Struct):
     """What the messages of one transaction say of one log: seqs that are new, ranges declared, where it ended."""
 
-    arrived: list[int] = field(default_factory=list)
-    evicted: list[tuple[int, int]] = field(default_factory=list)
+    arrived: list[int] = msgspec.field(default_factory=list)
+    evicted: list[tuple[int, int]] = msgspec.field(default_factory=list)
     ended: int = 0
 
 

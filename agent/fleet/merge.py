@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from agent.drift.codec import Ints
 from agent.drift.reported import Field
 
 
-@dataclass(frozen=True, slots=True)
-class Moments:
+class Moments(msgspec.Struct, frozen=True):
     """Count, mean and sum of squared deviations; nothing has mean 0."""
 
     n: int = 0
@@ -40,8 +39,7 @@ class Moments:
         return math.sqrt(self.variance)
 
 
-@dataclass(frozen=True, eq=False)
-class Merged:
+class Merged(msgspec.Struct, frozen=True, eq=False):
     """One field over drift windows: rows below, in the reference's bins, above; rows without a value; moments."""
 
     counts: Ints

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import msgspec
+from msgspec.structs import replace
 
 from agent.drift.reported import Reported
 
 
-@dataclass(frozen=True, slots=True)
-class Episode:
+class Episode(msgspec.Struct, frozen=True):
     """A drift alarm of one subject at one device. Times are epoch µs: `began` is when its sum last left zero."""
 
     device: str

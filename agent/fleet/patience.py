@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from agent.fleet.database import Log
 
@@ -10,8 +10,7 @@ from agent.fleet.database import Log
 WAIT_S = 2.0
 
 
-@dataclass(slots=True)
-class _Known:
+class _Known(msgspec.Struct):
     """`settled`: through a while ago, so that what lies below it is not on its way; `through`: since `at_s`."""
 
     settled: int

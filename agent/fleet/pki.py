@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
@@ -28,16 +28,14 @@ BACKDATE = timedelta(days=1)
 _RESTORE = "a new one would let in again whom it shut out: restore it, or the copy in the other place"
 
 
-@dataclass(frozen=True)
-class Issued:
+class Issued(msgspec.Struct, frozen=True):
     """A certificate and its private key, both PEM."""
 
     certificate: bytes
     key: bytes
 
 
-@dataclass(frozen=True)
-class CertificateAuthority:
+class CertificateAuthority(msgspec.Struct, frozen=True):
     certificate: x509.Certificate
     key: Ed25519PrivateKey
 

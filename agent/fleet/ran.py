@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -18,8 +17,7 @@ _ACTIVATED = """
     ORDER BY received DESC, seq DESC"""
 
 
-@dataclass
-class Model:
+class Model(msgspec.Struct):
     """A bundle and its results in one log: so many, of which so many are `listed` in messages."""
 
     name: str
@@ -32,8 +30,7 @@ class Model:
         return {"name": self.name, "version": self.version, "digest": self.digest}
 
 
-@dataclass(frozen=True, slots=True)
-class Meaning:
+class Meaning(msgspec.Struct, frozen=True):
     """What labels of a bundle's results may be; `said` by the device, or inferred from what is here.
 
     `threshold`: above it a value is an anomaly; None where that is not known.

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from agent.errors import StorageError, UsageError
 from agent.fleet import durable, mosquitto, pki
@@ -22,8 +23,7 @@ FILE = "crl.pem"
 CERTIFICATE = "device.crt"
 
 
-@dataclass
-class Outcome:
+class Outcome(msgspec.Struct):
     """What a revocation did: key thumbprints, serial numbers in hex, and a sentence where certificates still connect.
 
     `failed`: they should not. `steps` are what is left to do at the broker.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import median
 from types import MappingProxyType
+
+import msgspec
 
 from agent.drift.reported import apart
 from agent.fleet.merge import Merged
@@ -23,8 +24,7 @@ NOT_KNOWN: Mapping[str, float] = MappingProxyType({})
 _MAD = 1.4826
 
 
-@dataclass(frozen=True, slots=True)
-class StandsOut:
+class StandsOut(msgspec.Struct, frozen=True):
     """`z`: robust sd from the fleet's median of this statistic over devices."""
 
     device: str

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from agent.errors import Refused
 from agent.fleet import keytable, schema
@@ -30,8 +31,7 @@ _OF = "(CAST(? AS TEXT) IS NULL OR device = ?)"
 Trim = Callable[[Log, int, list[tuple[int, int]]], tuple[int, list[tuple[int, int]]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Acknowledgement:
+class Acknowledgement(msgspec.Struct, frozen=True):
     """Everything of `log` up to `through` is on the collector's disk, except the ranges in `missing`.
 
     `digest`: of the payload of message `through`, so that a device knows its own; None where that is missing.

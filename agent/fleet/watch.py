@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+
+import msgspec
 
 from agent.config import Broker
 from agent.errors import LinkDown, Refused, StorageError, UsageError
@@ -20,23 +21,21 @@ from agent.wire.messages import Alerts, Drift, Logged, Message, Results, State, 
 TAKEN_OVER = "taken over"
 
 
-@dataclass
-class Seen:
+class Seen(msgspec.Struct):
     """One device, from what came since the watch began."""
 
     state: str = "?"
     clock: str = ""
-    rows: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = msgspec.field(default_factory=dict)
     windows: int = 0
     results: int = 0
     refused: int = 0
     last: str = ""
-    drift: dict[str, str] = field(default_factory=dict)
-    alerts: dict[str, str] = field(default_factory=dict)
+    drift: dict[str, str] = msgspec.field(default_factory=dict)
+    alerts: dict[str, str] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True):
     """A delivery, and the message it is or why it is none."""
 
     delivery: Delivery

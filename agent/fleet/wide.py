@@ -8,9 +8,10 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import median
+
+import msgspec
 
 FEWEST_DEVICES = 4  # fewer are no fleet
 FEWEST_MOVED, LEAST_SHARE = 3, 1 / 3  # what chance alone forbids may still be two people who changed at once
@@ -19,8 +20,7 @@ LEVEL = 1e-3  # of chance, over all fields and all the time that is known
 WINDOWS, LEAST_SPAN_US = 12, 3_600_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Watched:
+class Watched(msgspec.Struct, frozen=True):
     """Since when and until when a device's fields were tested, epoch µs, in how many drift windows."""
 
     first: int
@@ -31,8 +31,7 @@ class Watched:
         return Watched(min(self.first, t[0]), max(self.last, t[1]), self.windows + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Onset:
+class Onset(msgspec.Struct, frozen=True):
     """The last alarm of a field at a device: when (epoch µs), whether it goes on, and how many came before it."""
 
     device: str
@@ -42,8 +41,7 @@ class Onset:
     earlier: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Wide:
+class Wide(msgspec.Struct, frozen=True):
     """`devices` of `of` raised an alarm of `subject` since `since` (epoch µs), which goes on.
 
     `usually`: how many of them do within `span_us`, or None where too little time is known. `chance`: the probability

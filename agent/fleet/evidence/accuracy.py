@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from agent.fleet.evidence.contents import Measured, Model, Place
 from agent.fleet.evidence.limits import MOST
@@ -13,14 +14,13 @@ from agent.wire.messages import Metric, Quality
 HEADLINE = {"accuracy": True, "auc": True, "mae": False, "f1_micro": True}
 
 
-@dataclass(slots=True)
-class Accuracy:
+class Accuracy(msgspec.Struct):
     """Messages come by device, log and seq."""
 
     newest: dict[str, str]
     left_out: int = 0
     forgotten: int = 0
-    _last: dict[tuple[str, str], Measured] = field(default_factory=dict)
+    _last: dict[tuple[str, str], Measured] = msgspec.field(default_factory=dict)
 
     def add(self, body: Quality) -> None:
         known = self._last.get((body.device, body.task))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -29,13 +28,12 @@ logger = logging.getLogger(__name__)
 PAPERS = ("manifest.json", "manifest.jws", "MODEL_CARD.md", "DATA_CARD.md")
 
 
-@dataclass
-class Bundles:
+class Bundles(msgspec.Struct):
     """`files`: path in the folder → content. `unread`: what could not be read, in words."""
 
-    cards: list[Card] = field(default_factory=list)
-    files: dict[str, bytes] = field(default_factory=dict)
-    unread: list[str] = field(default_factory=list)
+    cards: list[Card] = msgspec.field(default_factory=list)
+    files: dict[str, bytes] = msgspec.field(default_factory=dict)
+    unread: list[str] = msgspec.field(default_factory=list)
     left_out: int = 0
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from agent.fleet.evidence.contents import Compared, Figure, Model, Place
 from agent.fleet.evidence.limits import MOST
@@ -20,13 +21,12 @@ from agent.wire.messages import Shadow
 _Key = tuple[str, str, str, str, str]
 
 
-@dataclass(slots=True)
-class Comparisons:
+class Comparisons(msgspec.Struct):
     """By roll-out, device, task and pair of bundles, messages as they come: by device, log and seq."""
 
     left_out: int = 0
-    _told: dict[_Key, list[Shadow]] = field(default_factory=dict)
-    _dropped: Counter[_Key] = field(default_factory=Counter)
+    _told: dict[_Key, list[Shadow]] = msgspec.field(default_factory=dict)
+    _dropped: Counter[_Key] = msgspec.field(default_factory=Counter)
 
     def add(self, body: Shadow) -> None:
         key = (body.rollout, body.device, body.task, body.model.digest, body.beside.digest)

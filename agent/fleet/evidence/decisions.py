@@ -5,8 +5,9 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from agent.errors import Refused
 from agent.fleet.evidence import chain
@@ -33,20 +34,19 @@ _BY_WHY = {
 }
 
 
-@dataclass(slots=True)
-class Decisions:
+class Decisions(msgspec.Struct):
     """The newest are kept. `operators`: kid → name. `happened`: how often what was nobody's decision.
 
     `private`: how many messages quote labels, and stay where they are.
     """
 
     operators: dict[str, str]
-    happened: Counter[str] = field(default_factory=Counter)
-    events: Counter[str] = field(default_factory=Counter)
+    happened: Counter[str] = msgspec.field(default_factory=Counter)
+    events: Counter[str] = msgspec.field(default_factory=Counter)
     left_out: int = 0
     private: int = 0
-    _signed: list[Decision] = field(default_factory=list)
-    _newest: list[tuple[Any, ...]] = field(default_factory=list)
+    _signed: list[Decision] = msgspec.field(default_factory=list)
+    _newest: list[tuple[Any, ...]] = msgspec.field(default_factory=list)
     _n: int = 0
 
     def add(self, body: Audit) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from agent import clock
 from agent.errors import Refused, StorageError, UsageError
@@ -37,8 +38,7 @@ from agent.wire.messages import Alerts, Audit, Health, Logged, Message, Quality,
 _MOST_AUDITED = 100
 
 
-@dataclass
-class Facts:
+class Facts(msgspec.Struct):
     """What is known of the fleet at `at`. `left_out`: how many of each were too many.
 
     `unpublished`: why what the repository holds is not signed as it should be, in words.
@@ -71,9 +71,9 @@ class Facts:
     silent: list[str]
     broken_keys: list[str]
     left_out: Counter[str]
-    published: Chain = field(default_factory=Chain)
-    unpublished: list[str] = field(default_factory=list)
-    bundles: Bundles = field(default_factory=Bundles)
+    published: Chain = msgspec.field(default_factory=Chain)
+    unpublished: list[str] = msgspec.field(default_factory=list)
+    bundles: Bundles = msgspec.field(default_factory=Bundles)
 
     @property
     def models(self) -> dict[str, int]:

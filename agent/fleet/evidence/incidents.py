@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -20,8 +19,7 @@ _STATES = {"open": 0, "unknown": 1, "over": 2}
 _CLOCKS = ("synced", "restored", "unsynced")
 
 
-@dataclass(slots=True)
-class Incidents:
+class Incidents(msgspec.Struct):
     """Messages come by device, log and seq. `newest`: the newest log of each device, in which alone alerts are open.
 
     `counts`: of (severity, state) over all, also those that are left out.
@@ -29,12 +27,12 @@ class Incidents:
 
     at_us: int
     newest: dict[str, str]
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
+    counts: Counter[tuple[str, str]] = msgspec.field(default_factory=Counter)
+    kinds: Counter[str] = msgspec.field(default_factory=Counter)
     left_out: int = 0
-    _open: dict[str, Incident] = field(default_factory=dict)
+    _open: dict[str, Incident] = msgspec.field(default_factory=dict)
     _log: tuple[str, str] = ("", "")
-    _worst: list[tuple[Any, ...]] = field(default_factory=list)
+    _worst: list[tuple[Any, ...]] = msgspec.field(default_factory=list)
     _n: int = 0
 
     def add(self, body: Alerts) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Most:
+class Most(msgspec.Struct, frozen=True):
     """Of each that goes into a folder; the worst or the newest stay."""
 
     incidents: int = 2000
@@ -31,8 +30,7 @@ class Most:
     part_bytes: int = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
+class Bounds(msgspec.Struct, frozen=True):
     """Of a folder that somebody else made. Sizes in bytes."""
 
     files: int = 4096

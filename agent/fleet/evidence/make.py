@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,7 @@ from agent.wire.keys import PublicKey, SigningKey
 _CSV = ("began", "ended", "seconds", "state", "severity", "device", "task", "alert", "subject", "summary", "clock")
 
 
-@dataclass(frozen=True)
-class Sources:
+class Sources(msgspec.Struct, frozen=True):
     """Where it comes from beside the database. `home`: the fleet's folder.
 
     `operator` signs; `operators` are the keys whose decisions count, that one and former ones.
@@ -46,8 +44,7 @@ class Sources:
     evaluations: Sequence[tuple[bytes, Evaluation]] = ()
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(msgspec.Struct, frozen=True):
     facts: Facts
     software: Found
     files: list[File]

@@ -6,7 +6,6 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -19,8 +18,7 @@ from agent.jsonkeys import check_keys
 T = TypeVar("T")
 
 
-@dataclass
-class Report:
+class Report(msgspec.Struct):
     """What was checked and what is wrong; all problems are counted, the first are told.
 
     `signatures`: of the repository's metadata.
@@ -37,7 +35,7 @@ class Report:
     signatures: int = 0
     unsupported: int = 0
     problem_count: int = 0
-    problems: list[dict[str, str]] = field(default_factory=list)
+    problems: list[dict[str, str]] = msgspec.field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -66,8 +64,7 @@ class Report:
         return {**head, "problem_count": self.problem_count, "problems": self.problems}
 
 
-@dataclass
-class Opened:
+class Opened(msgspec.Struct):
     """Files whose bytes are those that were signed."""
 
     folder: Path

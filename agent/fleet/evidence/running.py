@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -15,16 +14,14 @@ from agent.wire.messages import Audit, Health
 _NOT_TOLD = "not told in what is stored"
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
+class _Change(msgspec.Struct, frozen=True):
     digest: str
     time: str
     who: str
     place: Place
 
 
-@dataclass(slots=True)
-class _Past:
+class _Past(msgspec.Struct):
     model: Model
     first: str
     last: str
@@ -33,14 +30,13 @@ class _Past:
     device: str = ""
 
 
-@dataclass(slots=True)
-class Activations:
+class Activations(msgspec.Struct):
     """The newest activation of each (device, task), and when each bundle ran; messages come by device, log and seq."""
 
     newest: dict[str, str]
     left_out: int = 0
-    _history: dict[str, _Past] = field(default_factory=dict)
-    _last: dict[tuple[str, str], _Change] = field(default_factory=dict)
+    _history: dict[str, _Past] = msgspec.field(default_factory=dict)
+    _last: dict[tuple[str, str], _Change] = msgspec.field(default_factory=dict)
 
     def add(self, body: Audit) -> None:
         task, to = body.evidence.get("task"), body.evidence.get("to")

@@ -12,11 +12,11 @@ import re
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
 from importlib.metadata import Distribution, PackageNotFoundError
 
+import msgspec
 from cyclonedx import spdx
 from cyclonedx.model import HashAlgorithm, HashType, Property
 from cyclonedx.model.bom import Bom
@@ -37,15 +37,14 @@ _EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
 _LONGEST_LICENCE = 120
 
 
-@dataclass
-class Found:
+class Found(msgspec.Struct):
     """`unlicensed`: packages that name no licence."""
 
     document: bytes = b""
     components: int = 0
     models: int = 0
-    unlicensed: list[str] = field(default_factory=list)
-    licences: dict[str, int] = field(default_factory=dict)
+    unlicensed: list[str] = msgspec.field(default_factory=list)
+    licences: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 def bill(fleet: str, at: str, cards: Iterable[Card]) -> Found:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 from tuf.api.metadata import Metadata, Timestamp
 from tuf.api.serialization import DeserializationError
 
@@ -17,8 +17,7 @@ from agent.fleet.repository.expiry import TIMESTAMP
 from agent.fleet.repository.layout import Layout
 
 
-@dataclass(frozen=True, slots=True)
-class Copied:
+class Copied(msgspec.Struct, frozen=True):
     """`home` is what devices are told; `files` and `bytes` were written, what was there already is not counted."""
 
     home: Path

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
 from agent.errors import UsageError
@@ -19,8 +19,7 @@ from agent.fleet.repository.layout import Layout
 MOST_ROOTS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Created:
+class Created(msgspec.Struct, frozen=True):
     """`root` is what devices are given, `keys` are the files that are to be moved offline."""
 
     root: Path

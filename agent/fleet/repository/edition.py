@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 from securesystemslib.signer import Signer
 from tuf.api.exceptions import LengthOrHashMismatchError, RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
@@ -31,16 +31,15 @@ _KEPT = 3
 T = TypeVar("T", Root, Timestamp, Snapshot, Targets)
 
 
-@dataclass(slots=True)
-class Edition:
+class Edition(msgspec.Struct):
     """`published` has the version of each role that clients see; a role that is new is not in it."""
 
     root: Metadata[Root]
     timestamp: Metadata[Timestamp]
     snapshot: Metadata[Snapshot]
     targets: Metadata[Targets]
-    bundles: dict[str, Metadata[Targets]] = field(default_factory=dict)
-    published: dict[str, int] = field(default_factory=dict)
+    bundles: dict[str, Metadata[Targets]] = msgspec.field(default_factory=dict)
+    published: dict[str, int] = msgspec.field(default_factory=dict)
 
     def part(self, role: str) -> Metadata[Any]:
         top: dict[str, Metadata[Any]] = {TIMESTAMP: self.timestamp, SNAPSHOT: self.snapshot, TARGETS: self.targets}

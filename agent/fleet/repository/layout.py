@@ -7,16 +7,16 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from agent.errors import StorageBusy, UsageError
 
 _ROOT = re.compile(r"([1-9][0-9]{0,8})\.root\.json")
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True):
     """`fleet` is the fleet's folder."""
 
     fleet: Path

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+
+import msgspec
 
 from agent.fleet.repository import edition, expiry, roots
 from agent.fleet.repository.edition import Edition
@@ -14,8 +15,7 @@ from agent.fleet.repository.keyring import Keyring
 from agent.fleet.repository.layout import Layout
 
 
-@dataclass(frozen=True, slots=True)
-class Refreshed:
+class Refreshed(msgspec.Struct, frozen=True):
     """`roles` were signed anew, the first expires at `expires`; `root` is the version of a draft put in force, or 0."""
 
     roles: list[str]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import cast
 
+import msgspec
 from tuf.api.metadata import Targets
 
 from agent.errors import UsageError
@@ -21,8 +21,7 @@ from agent.toml import suggestion
 _MEMBER = "outstation-revoked"
 
 
-@dataclass(frozen=True, slots=True)
-class Revoked:
+class Revoked(msgspec.Struct, frozen=True):
     bundle: str
     versions: list[str]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
 from tuf.api.metadata import Metadata, Root
 from tuf.api.serialization import DeserializationError
 
@@ -26,8 +26,7 @@ from agent.fleet.repository.layout import Layout
 _LARGEST = 512_000  # clients take no larger root
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(msgspec.Struct, frozen=True):
     """Names of keys that have signed and of those that may; `missing` signatures are needed, 0 where it is in force."""
 
     version: int
@@ -36,8 +35,7 @@ class Draft:
     missing: int
 
 
-@dataclass(frozen=True, slots=True)
-class Signed:
+class Signed(msgspec.Struct, frozen=True):
     """What a draft says, for whoever signs it far from the repository: `roles` are public keys, as text."""
 
     version: int

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
 from securesystemslib.signer import Key
 from tuf.api.metadata import Root
 
@@ -21,8 +21,7 @@ from agent.toml import suggestion
 from agent.wire import keys
 
 
-@dataclass(frozen=True, slots=True)
-class Rotated:
+class Rotated(msgspec.Struct, frozen=True):
     """Names of keys; `draft` is the root that says so, None for a bundle's key, which targets says."""
 
     role: str

@@ -7,10 +7,10 @@ transaction; a crash in between is mended by whoever publishes next.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from agent import clock
 from agent.errors import UsageError
@@ -30,8 +30,7 @@ from agent.wire.messages import digest
 MOST_WORDS = 500
 
 
-@dataclass(frozen=True, slots=True)
-class Operator:
+class Operator(msgspec.Struct, frozen=True):
     """Who decides, now. `by`: "operator" or "follow", which acts by the plan's rules alone."""
 
     key: SigningKey

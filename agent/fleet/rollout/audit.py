@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -27,12 +26,11 @@ from agent.wire.messages import Audit, Shadow, decode, digest
 Key = tuple[Any, Any, Any]
 
 
-@dataclass
-class Found:
+class Found(msgspec.Struct):
     """`invalid`: rollout, n (None: of all of it) and reason."""
 
     decisions: int = 0
-    invalid: list[dict[str, Any]] = field(default_factory=list)
+    invalid: list[dict[str, Any]] = msgspec.field(default_factory=list)
 
     def add(self, rollout: Any, n: Any, reason: str) -> None:
         self.invalid.append({"rollout": _shown(rollout), "n": _shown(n), "reason": reason})

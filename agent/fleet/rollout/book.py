@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -28,8 +27,7 @@ _PUT_DESIRED = """
         counter = excluded.counter, payload = excluded.payload, jws = excluded.jws"""
 
 
-@dataclass(frozen=True, slots=True)
-class Rollout:
+class Rollout(msgspec.Struct, frozen=True):
     """A row of table rollouts. `step` counts from 1."""
 
     name: str

@@ -6,7 +6,6 @@ Only read: who signed the repository's metadata is for the devices to verify, ag
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -41,8 +40,7 @@ class _Metadata(msgspec.Struct, frozen=True):
     signed: _Targets
 
 
-@dataclass(frozen=True, slots=True)
-class Repository:
+class Repository(msgspec.Struct, frozen=True):
     """The repository in the fleet's folder, if there is one."""
 
     metadata: Path

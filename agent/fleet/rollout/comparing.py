@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from agent.fleet.rollout.plan import Promotion
 from agent.rivals import verdict
@@ -25,8 +26,7 @@ MOST_TIMES = 2
 FEWEST_LABELLED = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """One rule: its number with its interval, None where there is too little to say it; `words` for a sentence."""
 
     rule: str
@@ -40,7 +40,7 @@ class Finding:
     devices: int = 0
 
     def document(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
 def compare(blocks: Blocks, promote: Promotion, *, beside: bool) -> list[Finding]:

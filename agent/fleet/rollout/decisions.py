@@ -10,7 +10,6 @@ Rules of `check`, for each roll-out:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -40,8 +39,7 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
     evidence: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """A row of table decisions."""
 
     body: Body

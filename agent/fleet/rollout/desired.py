@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 
@@ -15,8 +14,7 @@ from agent.wire.keys import SigningKey
 from agent.wire.messages import Desired, encode, open_message
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(msgspec.Struct, frozen=True):
     """A row of table desired."""
 
     topic: str

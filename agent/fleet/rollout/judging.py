@@ -13,8 +13,9 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
+
+import msgspec
 
 from agent import clock
 from agent.drift.intervals import wilson
@@ -31,8 +32,7 @@ Answer = Literal["wait", "promote", "finish", "abort"]
 ON_ITS_WAY_US = 3600 * 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(msgspec.Struct, frozen=True):
     """`waits`: what is still missing, in words; `summary`: all that was looked at, with its numbers."""
 
     answer: Answer

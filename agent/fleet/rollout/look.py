@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from agent.fleet.database import Connection
 from agent.fleet.rollout import book
@@ -12,8 +12,7 @@ from agent.fleet.rollout.members import Members, members
 from agent.fleet.rollout.tallies import Tallies
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(msgspec.Struct, frozen=True):
     """`began`: when the step it is at did."""
 
     rollout: Rollout

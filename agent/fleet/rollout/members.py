@@ -7,7 +7,8 @@ its devices, so of a group only those are known that say something of the roll-o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+
+import msgspec
 
 from agent.fleet.database import Connection
 from agent.fleet.rollout.book import Rollout
@@ -32,8 +33,7 @@ _MEMBERS = """
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(msgspec.Struct, frozen=True):
     """A device that the roll-out is for. `phase`: what it said last, `not heard of` before it said anything."""
 
     device: str
@@ -61,13 +61,12 @@ class Member:
         return self.phase == "refused" and self.reason == "unfit"
 
 
-@dataclass(frozen=True, slots=True)
-class Members:
+class Members(msgspec.Struct, frozen=True):
     """Of one step: `chosen` devices, those of them that `join` with it, and the `others`."""
 
-    chosen: list[Member] = field(default_factory=list)
+    chosen: list[Member] = msgspec.field(default_factory=list)
     joining: frozenset[str] = frozenset()
-    others: list[Member] = field(default_factory=list)
+    others: list[Member] = msgspec.field(default_factory=list)
 
     @property
     def heard(self) -> list[Member]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+
+import msgspec
 
 from agent.errors import Refused
 from agent.fleet.database import Connection
@@ -32,12 +33,11 @@ _MOST_LABELLED = 1_000_000
 _MOST_SPREAD = 0.25 * (1 + 1e-6)
 
 
-@dataclass(slots=True)
-class OfDevice:
+class OfDevice(msgspec.Struct):
     """Messages of one device, oldest first: with the new bundle `beside` the old one, or `instead` of it."""
 
-    beside: deque[Shadow] = field(default_factory=lambda: deque(maxlen=MOST_BLOCKS))
-    instead: deque[Shadow] = field(default_factory=lambda: deque(maxlen=MOST_BLOCKS))
+    beside: deque[Shadow] = msgspec.field(default_factory=lambda: deque(maxlen=MOST_BLOCKS))
+    instead: deque[Shadow] = msgspec.field(default_factory=lambda: deque(maxlen=MOST_BLOCKS))
     unbelievable: int = 0
     why: str = ""
 
