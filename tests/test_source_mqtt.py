@@ -21,7 +21,7 @@ from agent.errors import ConfigError, StorageFull
 from agent.link import Link
 from agent.wire.carried import Outgoing, Receipt
 from tests.brokers import Mosquitto
-from tests.stations import T0, Station, conf, wait_for
+from tests.stations import T0, Station, conf, rows_of, wait_for
 from tests.system import outstation
 
 FIELDS = [Field(name="temperature"), Field(name="humidity", optional=True), Field(name="room", type="category")]
@@ -37,17 +37,26 @@ def broker(tmp_path: Path) -> Iterator[Mosquitto]:
 class Site:
     """A device with the source, beside a broker. `publish` returns once the broker has it."""
 
-    def __init__(self, folder: Path, broker: Mosquitto, stream: Stream, **changed: Any) -> None:
-        self.folder, self.broker, self.stream, self.changed = folder, broker, stream, changed
+    def __init__(self, folder: Path, broker: Mosquitto, stream: Stream, commit_every_s: float) -> None:
+        self.folder, self.broker, self.stream, self.commit_every_s = folder, broker, stream, commit_every_s
 
     def start(self) -> Station:
-        made = conf(self.folder, room=self.stream)
+        made = conf(self.folder, self.commit_every_s, room=self.stream)
 
         def source(_: Store) -> list[Mqtt]:
             assert isinstance(self.stream.source, MqttSource)
             return [Mqtt("outstation.toml", "room", self.stream, self.stream.source, "pi-07-room")]
 
-        return Station(made, sources=source, **self.changed)
+        return Station(made, sources=source)
+
+    def stored(self) -> list[float]:
+        """The first field's values, of a device that does not run."""
+        store = Store(self.folder, read_only=True)
+        try:
+            found: list[float] = rows_of(store, "room", self.stream).columns[0].tolist()
+            return found
+        finally:
+            store.close()
 
     def publish(self, topic: str, *payloads: Any) -> None:
         link = Link(Broker(url=self.broker.url), "sensor")
@@ -61,9 +70,11 @@ class Site:
 
 @pytest.fixture
 def site(tmp_path: Path, broker: Mosquitto) -> Callable[..., Site]:
-    def make(fields: list[Field] = FIELDS, folder: Path = tmp_path, **source: Any) -> Site:
+    def make(
+        fields: list[Field] = FIELDS, folder: Path = tmp_path, commit_every_s: float = 0.02, **source: Any
+    ) -> Site:
         given = {"topic": "site/+/climate", "paths": PATHS, "broker": Broker(url=broker.url), **source}
-        return Site(folder, broker, Stream(fields=fields, source=MqttSource(**given)))
+        return Site(folder, broker, Stream(fields=fields, source=MqttSource(**given)), commit_every_s)
 
     return make
 
@@ -244,6 +255,21 @@ def test_a_full_store_leaves_messages_at_the_broker_until_there_is_room(
         assert rows(station) == []
         full[0] = False
         wait_for(lambda: rows(station) == [1.0], "the row, once there is room")
+
+
+def test_what_a_stop_commits_is_confirmed_and_does_not_come_again(site: Callable[..., Site]) -> None:
+    here = site(commit_every_s=60)
+    for value in (1, 2):
+        with here.start() as station:
+            subscribed(station)
+            here.publish("site/cellar/climate", said(value))
+            wait_for(lambda: bool(station.intake._group), "the row waits")
+    with here.start() as station:
+        subscribed(station)
+        here.publish("site/cellar/climate", said(3))
+        wait_for(lambda: bool(station.intake._group), "the row waits")
+        assert rows(station) == [1.0, 2.0]
+    assert here.stored() == [1.0, 2.0, 3.0]
 
 
 def test_without_a_broker_the_intake_works_and_ends_in_time(site: Callable[..., Site], broker: Mosquitto) -> None:

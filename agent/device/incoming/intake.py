@@ -38,6 +38,8 @@ _LITTLE, _GATHER_S = _READ // 4, 0.002
 _QUIET_S = 0.005
 _PULSE_S = 10.0
 _SIGN_OF_LIFE_S = 120.0
+# Sources may do so much longer with what was committed last.
+_END_S = 3.0
 # Where it is used up, a producer that connects with a time limit is turned away at once.
 _BACKLOG = 1024
 
@@ -137,7 +139,7 @@ class Intake:
         # Also those whose task has not begun: cancelled now, it would never close them.
         for writer in self._open:
             writer.close()
-        await asyncio.sleep(0)
+        await asyncio.wait(tasks, timeout=_END_S)
         self._writer.shutdown()
 
     async def _listen_here(self) -> asyncio.Server:

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import msgspec
@@ -34,6 +34,7 @@ _FULL_S = 1.0
 _RETRY_S = (1.0, 60.0)
 # Often enough for the broker's keep-alive.
 _TURN_S = 5.0
+_END_S = 2.0
 _MOST_BYTES = 1 << 20
 # (packet identifier, topic, digest of the payload): of a message that comes again all three are the same.
 _Known = tuple[int, str, bytes]
@@ -80,6 +81,8 @@ class Mqtt:
         def follow() -> None:
             try:
                 self._follow(lambda deliveries: asyncio.run_coroutine_threadsafe(self._take(deliveries, offer), loop))
+            except CancelledError:
+                log.info("%s: ended before the last messages were committed; they come again", self._name)
             except Exception as error:
                 if not self._stopping.is_set():
                     loop.call_soon_threadsafe(broken.set_exception, error)
@@ -92,6 +95,8 @@ class Mqtt:
             self._stopping.set()
             if self._link is not None:
                 self._link.wake()
+            # What the intake commits at its end is confirmed, too.
+            await asyncio.to_thread(thread.join, _END_S)
 
     def _follow(self, take: Callable[[list[Delivery]], Future[Outcome]]) -> None:
         """Until `run` ends; one connection after another."""
@@ -119,8 +124,10 @@ class Mqtt:
     def _collect(self, link: Link, take: Callable[[list[Delivery]], Future[Outcome]]) -> None:
         waiting: deque[tuple[Future[Outcome], list[Delivery]]] = deque()
         try:
-            while not self._stopping.is_set():
+            while waiting or not self._stopping.is_set():
                 came = [event for event in link.receive(_TURN_S) if isinstance(event, Delivery)]
+                if self._stopping.is_set():
+                    came = []
                 again = [one for one in came if one.again and _known(one) in self._committed]
                 for one in again:
                     link.acknowledge(one)
