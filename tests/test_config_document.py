@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from agent import config
-from agent.config_updates import Updates
+from agent.config.updates import Updates
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 HEADING = re.compile(r"^##+ (.+)$", re.MULTILINE)

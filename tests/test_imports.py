@@ -28,7 +28,6 @@ FLOORS = {
     "media": 1,
     "clock": 1,
     "toml": 1,
-    "config_updates": 1,
     "config": 2,
     "wire": 3,
     "drift": 3,

@@ -8,14 +8,28 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 import msgspec
 
-from agent import config_updates, toml
-from agent.config_updates import Updates as Updates
+from agent import toml
+from agent.config import updates as config_updates
+from agent.config.broker import Broker as Broker
+from agent.config.broker import check_broker as check_broker
+from agent.config.broker import loopback as loopback
+from agent.config.section import Section as Section
+from agent.config.sources import Fault as Fault
+from agent.config.sources import FilesSource as FilesSource
+from agent.config.sources import HostSource as HostSource
+from agent.config.sources import MqttSource as MqttSource
+from agent.config.sources import ReplaySource as ReplaySource
+from agent.config.sources import Scene as Scene
+from agent.config.sources import SocketSource as SocketSource
+from agent.config.sources import Source
+from agent.config.sources import absolute as absolute_source
+from agent.config.sources import check as check_source
+from agent.config.updates import Updates as Updates
 from agent.errors import ConfigError
-from agent.media import Image, Made, Sound
+from agent.media import Made
 from agent.names import is_name
 from agent.quantities import Duration as Duration
 from agent.quantities import Size as Size
@@ -24,16 +38,10 @@ from agent.quantities import parse_duration as parse_duration
 from agent.quantities import parse_size as parse_size
 from agent.toml import suggestion
 
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _LEAST_STORE = 2**20
 # That a person lists; those of images and sounds follow from the source.
 MOST_FIELDS = 256
-_LEAST_EVERY_S = 0.01
 _LONGEST_KEEP_S = 3650 * 86_400.0
-
-
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of all sections: an unknown key is an error."""
 
 
 class Device(Section, frozen=True):
@@ -41,31 +49,7 @@ class Device(Section, frozen=True):
     fleet: str
     data_dir: str = "/var/lib/outstation"
     # What is desired of a group is desired of this device too; of several, the first one's word holds.
-    groups: Annotated[list[str], msgspec.Meta(max_length=8)] = []
-
-
-class Broker(Section, frozen=True):
-    url: str = "mqtt://127.0.0.1:1883"
-    ca_file: str | None = None
-    cert_file: str | None = None
-    tls_key_file: str | None = None
-    username: str | None = None
-    password: str | None = None
-    allow_plaintext: bool = False
-    max_message_bytes: Annotated[int, msgspec.Meta(ge=2_000, le=1_000_000)] = 120_000
-    compress: bool = False
-
-    @property
-    def tls(self) -> bool:
-        return self.url.startswith("mqtts:")
-
-    @property
-    def host(self) -> str:
-        return urlsplit(self.url).hostname or ""
-
-    @property
-    def port(self) -> int:
-        return urlsplit(self.url).port or (8883 if self.tls else 1883)
+    groups: Annotated[list[str], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
 
 
 class Collector(Section, frozen=True):
@@ -74,11 +58,11 @@ class Collector(Section, frozen=True):
 
 
 class Operators(Section, frozen=True):
-    keys: list[str] = []
+    keys: list[str] = msgspec.field(default_factory=list)
 
 
 class Publishers(Section, frozen=True):
-    keys: list[str] = []
+    keys: list[str] = msgspec.field(default_factory=list)
 
 
 class Buffer(Section, frozen=True):
@@ -112,81 +96,12 @@ class Field(Section, frozen=True):
     optional: bool = False
 
 
-class SocketSource(Section, frozen=True, tag_field="kind", tag="socket"):
-    pass
-
-
-class FilesSource(Section, frozen=True, tag_field="kind", tag="files"):
-    """Tables of the stream's fields; or images, or sounds, which its fields follow from."""
-
-    folder: str
-    every: Duration = Duration(2.0)
-    image: Image | None = None
-    sound: Sound | None = None
-
-    @property
-    def made(self) -> Made | None:
-        return self.image or self.sound
-
-
-class HostSource(Section, frozen=True, tag_field="kind", tag="host"):
-    every: Duration = Duration(10.0)
-
-
-class Fault(Section, frozen=True):
-    """What a replay does to its recordings from row `from_row` on.
-
-    `amount` is a factor (gain, scale), what is added (offset), the value (stuck), the limit of sizes (saturate), the sd
-    (noise), the size of steps (quantize), or how high spikes are, one in a hundred rows. swap exchanges two fields.
-    """
-
-    kind: Literal["gain", "offset", "stuck", "missing", "spikes", "saturate", "scale", "swap", "noise", "quantize"]
-    fields: Annotated[list[str], msgspec.Meta(min_length=1)]
-    from_row: Annotated[int, msgspec.Meta(ge=1)]
-    amount: float = 0.0
-
-
-class Scene(Section, frozen=True):
-    """From row `from_row` on, a replay plays recordings of which `column` says `value`."""
-
-    column: str
-    value: str
-    from_row: Annotated[int, msgspec.Meta(ge=1)] = 1
-
-
-class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
-    """`skip` rows of recordings that have times; `scenes`, in the order of their rows, of such as have none."""
-
-    file: str
-    subject: int | None = None
-    speed: Annotated[float, msgspec.Meta(gt=0)] = 1.0
-    seed: int = 0
-    rows: int | None = None
-    faults: list[Fault] = []
-    scenes: list[Scene] = []
-    skip: Annotated[int, msgspec.Meta(ge=0)] = 0
-
-
-class MqttSource(Section, frozen=True, tag_field="kind", tag="mqtt"):
-    """`paths`: field → JSONPath of its value in a message, or `topic[N]`; `t`: that of its time in epoch seconds.
-
-    `keep`: how long the broker holds messages for this device while it is away.
-    """
-
-    topic: str
-    broker: Broker = msgspec.field(default_factory=Broker)
-    paths: dict[str, str] = {}
-    t: str | None = None
-    keep: Duration = Duration(7 * 86_400.0)
-
-
-Source = SocketSource | FilesSource | HostSource | ReplaySource | MqttSource
-
-
 class Stream(Section, frozen=True):
     """After `load` a stream of images or sounds has the fields that follow from them."""
 
-    fields: Annotated[list[Field], msgspec.Meta(min_length=1, max_length=MOST_FIELDS)] = []
+    fields: Annotated[list[Field], msgspec.Meta(min_length=1, max_length=MOST_FIELDS)] = msgspec.field(
+        default_factory=list
+    )
     source: Source = msgspec.field(default_factory=SocketSource)
 
     @property
@@ -217,7 +132,7 @@ class Task(Section, frozen=True):
     learn_for: Duration = Duration(0.0)
     strata: Literal["auto", "hour", "week", "none"] | None = None
     mode: str | None = None  # the category field that names modes, where the model names no classes; "": none
-    slices: Annotated[list[str | Binned], msgspec.Meta(max_length=8)] = []
+    slices: Annotated[list[str | Binned], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
 
 
 class Config(Section, frozen=True):
@@ -232,8 +147,8 @@ class Config(Section, frozen=True):
     intake: Intake = msgspec.field(default_factory=Intake)
     care: Care = msgspec.field(default_factory=Care)
     updates: Updates | None = None
-    streams: dict[str, Stream] = {}
-    tasks: dict[str, Task] = {}
+    streams: dict[str, Stream] = msgspec.field(default_factory=dict)
+    tasks: dict[str, Task] = msgspec.field(default_factory=dict)
 
     @property
     def data_dir(self) -> Path:
@@ -300,32 +215,6 @@ def check_name(file: str, key: str, name: str) -> None:
         raise ConfigError(file, key, f"{name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
 
 
-def check_broker(file: str, broker: Broker, key: str = "broker") -> None:
-    """Raises ConfigError for a URL that cannot work or would send in the clear."""
-    try:
-        parts = urlsplit(broker.url)
-        usable = parts.scheme in ("mqtt", "mqtts") and parts.hostname and (parts.port or 1) > 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ConfigError(file, f"{key}.url", f"{broker.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
-    if not broker.tls and broker.host not in _LOOPBACK and not broker.allow_plaintext:
-        raise ConfigError(
-            file, f"{key}.url", f"{broker.url} would send in the clear; use mqtts://, or set allow_plaintext = true"
-        )
-    if (broker.cert_file is None) != (broker.tls_key_file is None):
-        raise ConfigError(file, f"{key}.cert_file", "cert_file and tls_key_file come together; give both or neither")
-
-
-def loopback(address: str) -> tuple[str, int]:
-    """Host and port of `"127.0.0.1:7071"`. Raises ValueError for another machine's, or none."""
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if host not in _LOOPBACK or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or int(port) > 0xFFFF:
-        raise ValueError(f'{address!r} must be on loopback, as "127.0.0.1:7071"')
-    return host, int(port)
-
-
 def _check_device(file: str, config: Config) -> None:
     if config.intake.tcp is not None:
         try:
@@ -375,24 +264,7 @@ def _check_stream(file: str, name: str, stream: Stream) -> None:
             raise ConfigError(file, key, f"field {column.name!r}: a category has no min and max; remove them")
         if column.optional and column.type == "i64":
             raise ConfigError(file, key, f"field {column.name!r}: an i64 cannot be missing; use type f64 or f32")
-    if isinstance(stream.source, FilesSource | HostSource) and stream.source.every < _LEAST_EVERY_S:
-        raise ConfigError(file, f"streams.{name}.source.every", f"must be at least {_LEAST_EVERY_S * 1000:g} ms")
-    if isinstance(stream.source, MqttSource):
-        check_broker(file, stream.source.broker, f"streams.{name}.source.broker")
-    if isinstance(stream.source, ReplaySource):
-        begins = [scene.from_row for scene in stream.source.scenes]
-        if begins and (begins[0] != 1 or sorted(set(begins)) != begins):
-            raise ConfigError(file, f"streams.{name}.source.scenes", "from_row must be 1 of the first, and ascend")
-        for fault in stream.source.faults:
-            key = f"streams.{name}.source.faults"
-            if fault.kind == "swap" and len(set(fault.fields)) != 2:
-                raise ConfigError(file, key, f"swap exchanges two fields, not {len(set(fault.fields))}; name two")
-            if fault.kind in ("quantize", "saturate") and not fault.amount > 0:
-                raise ConfigError(file, key, f"{fault.kind} needs an amount above 0")
-            for field_name in fault.fields:
-                if field_name not in seen:
-                    hint = suggestion(field_name, seen)
-                    raise ConfigError(file, key, f"no field {field_name!r}{hint}")
+    check_source(file, f"streams.{name}.source", stream.source, seen)
 
 
 def check_mode(file: str, key: str, mode: str, stream: Stream) -> None:
@@ -431,22 +303,11 @@ def _plain(value: Any) -> Any:
 
 
 def _with_absolute_paths(config: Config, base: Path) -> Config:
-    def absolute(broker: Broker) -> Broker:
-        given = {name: getattr(broker, name) for name in ("ca_file", "cert_file", "tls_key_file")}
-        files = {name: str(base / value) for name, value in given.items() if value is not None}
-        return msgspec.structs.replace(broker, **files)
-
-    broker = absolute(config.broker)
-    streams = {}
-    for name, stream in config.streams.items():
-        source = stream.source
-        if isinstance(source, FilesSource):
-            source = msgspec.structs.replace(source, folder=str(base / source.folder))
-        elif isinstance(source, ReplaySource):
-            source = msgspec.structs.replace(source, file=str(base / source.file))
-        elif isinstance(source, MqttSource):
-            source = msgspec.structs.replace(source, broker=absolute(source.broker))
-        streams[name] = msgspec.structs.replace(stream, source=source)
+    broker = config.broker.absolute(base)
+    streams = {
+        name: msgspec.structs.replace(stream, source=absolute_source(stream.source, base))
+        for name, stream in config.streams.items()
+    }
     tasks = {
         name: msgspec.structs.replace(task, bundle=str(base / task.bundle)) if "/" in task.bundle else task
         for name, task in config.tasks.items()

@@ -1,0 +1,71 @@
+"""Where a broker is, and who we are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import msgspec
+
+from agent.config.section import Section
+from agent.errors import ConfigError
+
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+class Broker(Section, frozen=True):
+    url: str = "mqtt://127.0.0.1:1883"
+    ca_file: str | None = None
+    cert_file: str | None = None
+    tls_key_file: str | None = None
+    username: str | None = None
+    password: str | None = None
+    allow_plaintext: bool = False
+    max_message_bytes: Annotated[int, msgspec.Meta(ge=2_000, le=1_000_000)] = 120_000
+    compress: bool = False
+
+    @property
+    def tls(self) -> bool:
+        return self.url.startswith("mqtts:")
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or (8883 if self.tls else 1883)
+
+    def absolute(self, base: Path) -> Broker:
+        """With its files as they are seen from everywhere, where they are given from `base`."""
+        given = {name: getattr(self, name) for name in ("ca_file", "cert_file", "tls_key_file")}
+        files = {name: str(base / value) for name, value in given.items() if value is not None}
+        return msgspec.structs.replace(self, **files)
+
+
+def check_broker(file: str, broker: Broker, key: str = "broker") -> None:
+    """Raises ConfigError for a URL that cannot work or would send in the clear."""
+    try:
+        parts = urlsplit(broker.url)
+        usable = parts.scheme in ("mqtt", "mqtts") and parts.hostname and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError(file, f"{key}.url", f"{broker.url!r} is not mqtt://HOST[:PORT] or mqtts://HOST[:PORT]")
+    if not broker.tls and broker.host not in _LOOPBACK and not broker.allow_plaintext:
+        raise ConfigError(
+            file, f"{key}.url", f"{broker.url} would send in the clear; use mqtts://, or set allow_plaintext = true"
+        )
+    if (broker.cert_file is None) != (broker.tls_key_file is None):
+        raise ConfigError(file, f"{key}.cert_file", "cert_file and tls_key_file come together; give both or neither")
+
+
+def loopback(address: str) -> tuple[str, int]:
+    """Host and port of `"127.0.0.1:7071"`. Raises ValueError for another machine's, or none."""
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if host not in _LOOPBACK or not re.fullmatch(r"\d{1,5}", port, re.ASCII) or int(port) > 0xFFFF:
+        raise ValueError(f'{address!r} must be on loopback, as "127.0.0.1:7071"')
+    return host, int(port)

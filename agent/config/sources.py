@@ -1,0 +1,123 @@
+"""Where the rows of a stream come from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from agent.config.broker import Broker, check_broker
+from agent.config.section import Section
+from agent.errors import ConfigError
+from agent.media import Image, Made, Sound
+from agent.quantities import Duration
+from agent.toml import suggestion
+
+_LEAST_EVERY_S = 0.01
+
+
+class SocketSource(Section, frozen=True, tag_field="kind", tag="socket"):
+    pass
+
+
+class FilesSource(Section, frozen=True, tag_field="kind", tag="files"):
+    """Tables of the stream's fields; or images, or sounds, which its fields follow from."""
+
+    folder: str
+    every: Duration = Duration(2.0)
+    image: Image | None = None
+    sound: Sound | None = None
+
+    @property
+    def made(self) -> Made | None:
+        return self.image or self.sound
+
+
+class HostSource(Section, frozen=True, tag_field="kind", tag="host"):
+    every: Duration = Duration(10.0)
+
+
+class Fault(Section, frozen=True):
+    """What a replay does to its recordings from row `from_row` on.
+
+    `amount` is a factor (gain, scale), what is added (offset), the value (stuck), the limit of sizes (saturate), the sd
+    (noise), the size of steps (quantize), or how high spikes are, one in a hundred rows. swap exchanges two fields.
+    """
+
+    kind: Literal["gain", "offset", "stuck", "missing", "spikes", "saturate", "scale", "swap", "noise", "quantize"]
+    fields: Annotated[list[str], msgspec.Meta(min_length=1)]
+    from_row: Annotated[int, msgspec.Meta(ge=1)]
+    amount: float = 0.0
+
+
+class Scene(Section, frozen=True):
+    """From row `from_row` on, a replay plays recordings of which `column` says `value`."""
+
+    column: str
+    value: str
+    from_row: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+
+class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
+    """`skip` rows of recordings that have times; `scenes`, in the order of their rows, of such as have none."""
+
+    file: str
+    subject: int | None = None
+    speed: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    seed: int = 0
+    rows: int | None = None
+    faults: list[Fault] = msgspec.field(default_factory=list)
+    scenes: list[Scene] = msgspec.field(default_factory=list)
+    skip: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class MqttSource(Section, frozen=True, tag_field="kind", tag="mqtt"):
+    """`paths`: field → JSONPath of its value in a message, or `topic[N]`; `t`: that of its time in epoch seconds.
+
+    `keep`: how long the broker holds messages for this device while it is away.
+    """
+
+    topic: str
+    broker: Broker = msgspec.field(default_factory=Broker)
+    paths: dict[str, str] = msgspec.field(default_factory=dict)
+    t: str | None = None
+    keep: Duration = Duration(7 * 86_400.0)
+
+
+Source = SocketSource | FilesSource | HostSource | ReplaySource | MqttSource
+
+
+def check(file: str, key: str, source: Source, fields: Collection[str]) -> None:
+    """Raises ConfigError; `fields` are those of its stream."""
+    if isinstance(source, FilesSource | HostSource) and source.every < _LEAST_EVERY_S:
+        raise ConfigError(file, f"{key}.every", f"must be at least {_LEAST_EVERY_S * 1000:g} ms")
+    if isinstance(source, MqttSource):
+        check_broker(file, source.broker, f"{key}.broker")
+    if isinstance(source, ReplaySource):
+        begins = [scene.from_row for scene in source.scenes]
+        if begins and (begins[0] != 1 or sorted(set(begins)) != begins):
+            raise ConfigError(file, f"{key}.scenes", "from_row must be 1 of the first, and ascend")
+        for fault in source.faults:
+            if fault.kind == "swap" and len(set(fault.fields)) != 2:
+                raise ConfigError(
+                    file, f"{key}.faults", f"swap exchanges two fields, not {len(set(fault.fields))}; name two"
+                )
+            if fault.kind in ("quantize", "saturate") and not fault.amount > 0:
+                raise ConfigError(file, f"{key}.faults", f"{fault.kind} needs an amount above 0")
+            for field_name in fault.fields:
+                if field_name not in fields:
+                    hint = suggestion(field_name, fields)
+                    raise ConfigError(file, f"{key}.faults", f"no field {field_name!r}{hint}")
+
+
+def absolute(source: Source, base: Path) -> Source:
+    """With its files as they are seen from everywhere, where they are given from `base`."""
+    if isinstance(source, FilesSource):
+        return msgspec.structs.replace(source, folder=str(base / source.folder))
+    if isinstance(source, ReplaySource):
+        return msgspec.structs.replace(source, file=str(base / source.file))
+    if isinstance(source, MqttSource):
+        return msgspec.structs.replace(source, broker=source.broker.absolute(base))
+    return source
