@@ -362,7 +362,7 @@ def test_the_child_gives_way_and_is_limited(web: Web, device: Updating, wanted: 
         "the archive is being downloaded",
         PATIENCE_S,
     )
-    [fetching] = psutil.Process().children()
+    [fetching] = [child for child in psutil.Process().children() if child.name().startswith("python")]
     assert fetching.nice() == 19
     assert fetching.ionice().ioclass == psutil.IOPRIO_CLASS_IDLE
     limits = {kind: fetching.rlimit(kind)[0] for kind in (psutil.RLIMIT_AS, psutil.RLIMIT_CPU, psutil.RLIMIT_FSIZE)}
