@@ -102,6 +102,23 @@ def test_what_is_answered_is_there_when_the_agent_is_killed_at_that_moment(tmp_p
             assert counts(station) == list(range(1000))
 
 
+@pytest.mark.parametrize("lines", [6, 13, 20])
+def test_what_is_answered_of_a_flood_is_there_when_the_agent_is_killed_while_it_writes(
+    tmp_path: Path, lines: int
+) -> None:
+    each = 6000
+    with Killable(tmp_path) as killable, Line(killable.socket) as line:
+        for first in range(0, lines * each, each):
+            columns = {"power": [1] * each, "count": list(range(first, first + each)), "mode": ["on"] * each}
+            line.send({"stream": "machine", "columns": columns})
+        safe = line.through(lines // 2)["through"]
+        killable.kill()
+    with Station(conf(tmp_path)) as station:
+        kept = counts(station)
+    assert kept == list(range(len(kept)))
+    assert safe * each <= len(kept) <= lines * each
+
+
 def test_the_end_of_a_connection_commits_at_once_and_takes_a_last_line_without_its_end(tmp_path: Path) -> None:
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
         began = time.monotonic()
