@@ -134,7 +134,8 @@ class FleetStore:
 
         Raises StorageError, and Refused where a value of some message cannot be stored: then add them one by one.
         """
-        for tries in range(1, _MOST_TRIES + 1):
+        tries = 0
+        while True:
             try:
                 with self.transaction() as db:
                     batch = Batch(db, now)
@@ -146,9 +147,9 @@ class FleetStore:
                 raise Refused("not storable", str(error)) from error
             except Repeat:
                 self.repeated += 1
+                tries += 1
                 if tries == _MOST_TRIES:
                     raise
-        raise AssertionError("unreachable")
 
     def raise_alert(self, row: tuple[Any, ...]) -> None:
         """Add an alert of the collector's own, unless it is there."""

@@ -46,11 +46,12 @@ _BACKLOG = 1024
 
 class Offer(Protocol):
     def __call__(
-        self, stream: str, raw: Raw, mark: Mark, lines: Sequence[int] = (), refused: Mapping[int, str] = ...
+        self, stream: str, raw: Raw, mark: Mark | None, lines: Sequence[int] = (), refused: Mapping[int, str] = ...
     ) -> Awaitable[Outcome]:
         """Hand over rows; the outcome comes after their commit. Raises Rejected where none can be taken.
 
-        `refused`: lines that hold none, with the reason.
+        `mark`: how far its source has got then, where it comes back to that; `refused`: lines that hold none, with the
+        reason.
         """
         ...
 
@@ -175,7 +176,7 @@ class Intake:
         self,
         stream: str,
         raw: Raw,
-        mark: Mark,
+        mark: Mark | None,
         lines: Sequence[int] = (),
         refused: Mapping[int, str] = MappingProxyType({}),
     ) -> Outcome:

@@ -11,7 +11,6 @@ import psutil
 
 from agent import clock
 from agent.config import HostSource, Stream
-from agent.device.incoming.group import Mark
 from agent.device.incoming.intake import Offer
 from agent.device.storage.rows import Raw
 from agent.errors import ConfigError
@@ -61,7 +60,7 @@ class Host:
     async def run(self, offer: Offer) -> None:
         while True:
             values = {f.name: [self._value(f.name)] for f in self._stream.fields}
-            outcome = await offer(self._name, Raw(1, None, values), Mark(f"host:{self._name}", "", 0))
+            outcome = await offer(self._name, Raw(1, None, values), None)
             complaint = "; ".join(reason for _, reason in outcome.rejected)
             if complaint and complaint != self._complaint:
                 log.warning("%s: not stored: %s (optional = true allows a missing value)", self._name, complaint)

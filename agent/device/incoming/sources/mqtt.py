@@ -20,7 +20,7 @@ import msgspec
 
 from agent import jsonpath
 from agent.config import MqttSource, Stream
-from agent.device.incoming.group import Mark, Outcome
+from agent.device.incoming.group import Outcome
 from agent.device.incoming.intake import Offer
 from agent.device.storage.rows import Raw
 from agent.errors import ConfigError, LinkDown
@@ -35,7 +35,6 @@ _RETRY_S = (1.0, 60.0)
 # Often enough for the broker's keep-alive.
 _TURN_S = 5.0
 _END_S = 2.0
-_MOST_BYTES = 1 << 20
 # (packet identifier, topic, digest of the payload): of a message that comes again all three are the same.
 _Known = tuple[int, str, bytes]
 # More than a broker has under way at once, and fewer than it has packet identifiers.
@@ -165,7 +164,7 @@ class Mqtt:
         columns = {field.name: [row[field.name] for row in rows] for field in self._stream.fields}
         t = None if self._t is None else [row["t"] for row in rows]
         raw = Raw(len(rows), t, columns)
-        while (outcome := await offer(self._name, raw, Mark(f"mqtt:{self._name}", "", 0), numbers, refused)).full:
+        while (outcome := await offer(self._name, raw, None, numbers, refused)).full:
             await asyncio.sleep(_FULL_S)
         if outcome.rejected:
             number, reason = outcome.rejected[0]
@@ -176,8 +175,6 @@ class Mqtt:
 
     def _rows(self, delivery: Delivery) -> list[dict[str, Any]]:
         """The rows of a message: one, or of an array of objects one of each. Raises ValueError."""
-        if len(delivery.payload) > _MOST_BYTES:
-            raise ValueError(f"{len(delivery.payload)} bytes, the limit is {_MOST_BYTES}")
         try:
             said = msgspec.json.decode(delivery.payload)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
