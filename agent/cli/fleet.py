@@ -5,32 +5,30 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from agent.cli.fleet_collect import collect, collector
 from agent.cli.fleet_command import command, revoke
 from agent.cli.fleet_drift import drift
 from agent.cli.fleet_evidence import evidence
 from agent.cli.fleet_label import label
+from agent.cli.fleet_options import database, db_option, fleet_option
+from agent.cli.fleet_output import say, table
 from agent.cli.fleet_publish import publish
 from agent.cli.fleet_repository import repository
 from agent.cli.fleet_rollout import rollout
 from agent.cli.fleet_simulate import simulate
-from agent.cli.output import emit, json_option, table
+from agent.cli.output import emit, json_option
 from agent.config import Broker, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
-from agent.fleet.database import named
-from agent.fleet.repository.layout import Layout
-from agent.fleet.text import printable
 from agent.names import is_name
 from agent.toml import suggestion
 from agent.wire import keys
@@ -40,10 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_dir = click.option(
-    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
-)
-_db = click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path, or postgresql://…")
 _device = click.option("--device", metavar="D", help="Only this device.")
 
 
@@ -52,6 +46,8 @@ def fleet() -> None:
     """The fleet's side: enrol devices, collect, watch, command, audit."""
 
 
+fleet.add_command(collect)
+fleet.add_command(collector)
 fleet.add_command(command)
 fleet.add_command(drift)
 fleet.add_command(evidence)
@@ -92,7 +88,7 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
     }
     done = f"Fleet {name} in {folder}. Start the broker with: mosquitto -c {conf}"
     following = f"Next: outstation fleet enrol DEVICE --dir {folder} --bundle-out DEVICE.tar.gz"
-    emit(document, as_json, lambda: _say(done, following))
+    emit(document, as_json, lambda: say(done, following))
 
 
 @fleet.command("enrol", epilog="Example: outstation fleet enrol pi-07 --bundle-out pi-07.tar.gz")
@@ -111,7 +107,7 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
     help="With --replace: its TLS certificate goes on connecting; for a device that was not stolen and is far away.",
 )
 @click.option("--bundle-out", metavar="FILE", type=click.Path(path_type=Path), help="Its files as one .tar.gz.")
-@_dir
+@fleet_option
 @json_option
 def enrol(
     device: str,
@@ -169,67 +165,12 @@ def enrol(
         lines += [f"Its former certificate ({', '.join(done.former.certificates)}) is revoked.", *done.former.steps]
     if done.former.problem:
         lines.append(f"Beware: {done.former.problem}.")
-    emit(document, as_json, lambda: _say(*lines))
-
-
-@fleet.command("collect", epilog="Example: outstation fleet collect --dir acme")
-@click.option("--share", metavar="NAME", help="Share the messages with other collectors, as NAME; needs PostgreSQL.")
-@click.option("--leave", is_flag=True, help="With --share: NAME is not coming back; end its session at the broker.")
-@_db
-@_dir
-def collect(share: str | None, leave: bool, db: str | None, folder: str | None) -> None:
-    """Collect what devices send: verify, store, acknowledge. Runs until SIGTERM or Ctrl-C.
-
-    Where the repository's online keys are in the fleet's folder, its timestamp is signed anew each day.
-    """
-    from agent.fleet import collectors, subscription
-    from agent.fleet.collect import Collector
-    from agent.fleet.store import FleetStore
-
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    home = fleet_config.find(folder)
-    config = fleet_config.load(home)
-    key = keys.load_private(Path(config.collector.key_file))
-    if leave and share is None:
-        raise UsageError("--leave ends the session of a collector with a name; say which: --share NAME")
-    broker = config.broker_as(collectors.identity(config, share) if share is not None else config.collector)
-    if leave:
-        subscription.leave(broker, config.fleet.name, str(share))
-        return
-    store = FleetStore(_database(config, db), partitions=config.fleet.partitions)
-    try:
-        if not store.enrolled():
-            logger.warning("%s", _nobody_enrolled(store, config))
-        upkeep = partial(_keep_repository, home, store)
-        collector = Collector(config.fleet.name, broker, store, key, upkeep=upkeep, share=share)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: collector.stop())
-        collector.run()
-    finally:
-        store.close()
-
-
-@fleet.command("collector", epilog="Example: outstation fleet collector b")
-@click.argument("name")
-@_dir
-@json_option
-def collector(name: str, folder: str | None, as_json: bool) -> None:
-    """Let another collector into the broker as NAME: its TLS certificate, its place in the access list.
-
-    It runs with --share NAME, on this machine or with a copy of fleet.toml, ca.pem, collector.key
-    and the two new files.
-    """
-    from agent.fleet import collectors
-
-    home = fleet_config.find(folder)
-    done = collectors.add(home, fleet_config.load(home), name)
-    document = {"collector": name, "files": [str(file) for file in done.files], "steps": done.steps}
-    emit(document, as_json, lambda: _say(*(f"Made: {file}" for file in done.files), *done.steps))
+    emit(document, as_json, lambda: say(*lines))
 
 
 @fleet.command("devices", epilog="Example: outstation fleet devices --dir acme")
-@_db
-@_dir
+@db_option
+@fleet_option
 @json_option
 def devices(db: str | None, folder: str | None, as_json: bool) -> None:
     """The enrolled devices and what was heard of them."""
@@ -253,14 +194,14 @@ def devices(db: str | None, folder: str | None, as_json: bool) -> None:
     ]
     empty = "No device is enrolled yet: outstation fleet enrol DEVICE"
     columns = ["device", "state", "clock", "last seen", "through", "open alerts"]
-    emit(rows, as_json, lambda: _table(columns, cells, empty))
+    emit(rows, as_json, lambda: table(columns, cells, empty))
 
 
 @fleet.command("alerts", epilog="Example: outstation fleet alerts --device pi-07")
 @click.option("--all", "closed", is_flag=True, help="Cleared ones too.")
 @_device
-@_db
-@_dir
+@db_option
+@fleet_option
 @json_option
 def alerts(closed: bool, device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Open alerts, oldest first."""
@@ -268,13 +209,13 @@ def alerts(closed: bool, device: str | None, db: str | None, folder: str | None,
     rows = store.alerts(device, closed=closed)
     columns = ["time", "device", "task", "state", "severity", "alert", "summary"]
     cells = [[row[name] or "" for name in columns] for row in rows]
-    emit(rows, as_json, lambda: _table(columns, cells, "No alert was ever raised." if closed else "No open alert."))
+    emit(rows, as_json, lambda: table(columns, cells, "No alert was ever raised." if closed else "No open alert."))
 
 
 @fleet.command("gaps", epilog="Example: outstation fleet gaps")
 @_device
-@_db
-@_dir
+@db_option
+@fleet_option
 @json_option
 def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Messages that are missing, and those that a device declared as evicted."""
@@ -282,13 +223,13 @@ def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) 
     rows = store.gaps(device)
     columns = ["device", "log", "from", "to", "declared"]
     cells = [[*(row[name] for name in columns[:4]), "evicted" if row["declared"] else "missing"] for row in rows]
-    emit(rows, as_json, lambda: _table([*columns[:4], "why"], cells, "Nothing is missing."))
+    emit(rows, as_json, lambda: table([*columns[:4], "why"], cells, "Nothing is missing."))
 
 
 @fleet.command("audit", epilog="Example: outstation fleet audit --json")
 @_device
-@_db
-@_dir
+@db_option
+@fleet_option
 @json_option
 def audit(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Verify every stored message again: signatures, chain, gaps, coverage. Exit 1 if anything is wrong."""
@@ -299,7 +240,7 @@ def audit(device: str | None, db: str | None, folder: str | None, as_json: bool)
     trusted = operators.trusted(config)
     with progress("auditing", store.count_messages(device)) as advance:
         report = run_audit(store, device, advance, trusted).document()
-    emit(report, as_json, lambda: _say(*_verdict(report)))
+    emit(report, as_json, lambda: say(*_verdict(report)))
     if not report["passed"]:
         sys.exit(1)
 
@@ -307,8 +248,8 @@ def audit(device: str | None, db: str | None, folder: str | None, as_json: bool)
 @fleet.command("watch", epilog="Example: outstation fleet watch --raw --seconds 10")
 @click.option("--raw", is_flag=True, help="One line per message, like mosquitto_sub -v, with the verdict.")
 @click.option("--seconds", type=click.FloatRange(min=0), metavar="S", help="Stop after this time.")
-@_db
-@_dir
+@db_option
+@fleet_option
 def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) -> None:
     """Look on: verified messages as a live table; as lines with --raw, or where stdout is no terminal."""
     from agent.fleet.keyring import Keyring
@@ -332,32 +273,13 @@ def reading(folder: str | None, db: str | None, device: str | None = None) -> tu
     from agent.fleet.store import FleetStore
 
     config = fleet_config.load(fleet_config.find(folder))
-    store = FleetStore(_database(config, db), read_only=True)
+    store = FleetStore(database(config, db), read_only=True)
     click.get_current_context().call_on_close(store.close)
     if device is not None:
         known = store.enrolled()
         if device not in known:
             raise UsageError(f"no device {device!r} is enrolled{suggestion(device, known)}")
     return config, store
-
-
-def _keep_repository(home: Path, store: FleetStore) -> None:
-    if Layout(home).newest_root() is not None and store.lead("repository"):
-        from agent.fleet.repository.upkeep import keep
-
-        keep(home, store)
-
-
-def _nobody_enrolled(store: FleetStore, config: FleetConfig) -> str:
-    what = f"{store.name}: no device is enrolled in this database, so every message will be refused as `unknown key`"
-    own = named(config.fleet.db)
-    if store.name == own:
-        return f"{what}; let devices in: outstation fleet enrol DEVICE"
-    return f"{what}; `enrol` uses {own}: collect without --db, or name this one as fleet.db in fleet.toml"
-
-
-def _database(config: FleetConfig, db: str | None) -> str:
-    return fleet_config.database(db, Path.cwd()) if db else config.fleet.db
 
 
 def _verdict(report: dict[str, Any]) -> Iterable[str]:
@@ -394,13 +316,3 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        click.echo(printable(line))
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
-    """What devices wrote, with everything that could steer a terminal escaped."""
-    table(columns, [[cell if isinstance(cell, int) else printable(str(cell)) for cell in row] for row in rows], empty)

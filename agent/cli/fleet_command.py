@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from agent import clock
+from agent.cli.fleet_options import fleet_option
 from agent.cli.output import emit, json_option
 from agent.config import Broker
 from agent.errors import LinkDown, UsageError
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
     from agent.fleet.revocation import Outcome
     from agent.fleet.store import FleetStore
 
-_dir = click.option(
-    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
-)
-
 
 @click.command("command", epilog='Example: outstation fleet command pi-07 set-schedule exercise "every 5 s"')
 @click.argument("device")
@@ -40,7 +37,7 @@ _dir = click.option(
 @click.argument("args", nargs=-1)
 @click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0), help="For the answer; 30.")
 @click.option("--yes", is_flag=True, help="Wipe without asking.")
-@_dir
+@fleet_option
 @json_option
 def command(
     device: str, name: str, args: tuple[str, ...], wait_s: float, yes: bool, folder: str | None, as_json: bool
@@ -79,7 +76,7 @@ def command(
 @click.command("revoke", epilog="Example: outstation fleet revoke pi-07")
 @click.argument("device")
 @click.option("--key", "kid", metavar="KID", help="Only the key with this thumbprint.")
-@_dir
+@fleet_option
 @json_option
 def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> None:
     """Shut a stolen DEVICE out: refuse what it signs from now on, and its TLS certificate at the broker.

@@ -11,6 +11,7 @@ import click
 
 from agent import clock
 from agent.cli import fleet_drift_report as report
+from agent.cli.fleet_options import db_option, fleet_option
 from agent.cli.output import dark_option, emit, json_option, plot_option, require_drawable
 from agent.config import parse_duration
 from agent.errors import UsageError
@@ -26,10 +27,8 @@ from agent.toml import suggestion
 @dark_option
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=click.Path(path_type=Path),
               help="Whose reference to compare with and draw; known for bundles that ship with the agent.")  # fmt: skip
-@click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path, or postgresql://…")
-@click.option(
-    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
-)
+@db_option
+@fleet_option
 @json_option
 def drift(
     device: str | None,

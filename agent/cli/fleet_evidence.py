@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import clock
+from agent.cli.fleet_options import db_option, fleet_option
+from agent.cli.fleet_output import say
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
-from agent.fleet.text import printable
 from agent.wire import keys
 
 if TYPE_CHECKING:
@@ -34,10 +35,8 @@ _PATH = click.Path(path_type=Path)
               help="What `outstation model evaluate --json` wrote of one of the bundles.")  # fmt: skip
 @click.option("--publisher", "publishers", multiple=True, metavar="PUB",
               help="A key that signs bundles, or a file with it; the one of shipped bundles is known.")  # fmt: skip
-@click.option("--db", metavar="URL", help="Another database than fleet.toml names: a path, or postgresql://…")
-@click.option(
-    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
-)
+@db_option
+@fleet_option
 @json_option
 @click.pass_context
 def evidence(
@@ -77,7 +76,7 @@ def evidence(
         "unverified": facts.unverified,
         "signer": next(key.kid for key in facts.keys if key.role == "operator"),
     }
-    emit(document, as_json, lambda: _say(_made(document)))
+    emit(document, as_json, lambda: say(*_made(document)))
     if not facts.audit["passed"]:
         sys.exit(1)
 
@@ -155,7 +154,7 @@ def verify(folder: Path, given: tuple[str, ...], as_json: bool) -> None:
             "folder (operator.key.pub in the fleet's folder)"
         )
     report = run(folder, [keys.load_public(text) for text in given])
-    emit(report.document(), as_json, lambda: _say(_verdict(report.document())))
+    emit(report.document(), as_json, lambda: say(*_verdict(report.document())))
     if not report.ok:
         sys.exit(1)
 
@@ -174,8 +173,3 @@ def _verdict(report: dict[str, Any]) -> Iterable[str]:
     if report["problem_count"] > 50:
         yield f"  and {report['problem_count'] - 50} more; --json lists up to 500"
     yield "VERIFIED" if report["ok"] else "WRONG: do not rely on this folder"
-
-
-def _say(lines: Iterable[str]) -> None:
-    for line in lines:
-        click.echo(printable(line))

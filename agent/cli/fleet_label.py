@@ -9,6 +9,7 @@ import click
 
 from agent import clock
 from agent.cli.fleet_command import require_enrolled, send_one
+from agent.cli.fleet_options import fleet_option
 from agent.cli.label import read, tell
 from agent.cli.output import emit, json_option, table
 from agent.drift.truth import Label
@@ -24,9 +25,7 @@ _SHOWN = 20
 @click.argument("device")
 @click.argument("task")
 @click.argument("file", default="-")
-@click.option(
-    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
-)
+@fleet_option
 @click.option("--send", is_flag=True, help="To the device, as signed commands; it measures with its slices and alerts.")
 @click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0), help="For each answer; 30.")
 @json_option

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from agent.cli.fleet_options import fleet_option
 from agent.cli.output import emit, json_option
 from agent.fleet import config as fleet_config
 from agent.wire import keys
@@ -19,9 +20,7 @@ _path = click.Path(path_type=Path)
 @click.option("--key", "public", multiple=True, metavar="PUB", help="A publisher's public key, as text or in a file.")
 @click.option("--no-probe", is_flag=True, help="Do not load it here first; its limit stands for the memory it needs.")
 @click.option("--sign-with", multiple=True, type=_path, metavar="FILE", help="A key that lies elsewhere.")
-@click.option(
-    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
-)
+@fleet_option
 @json_option
 def publish(
     bundle: Path,

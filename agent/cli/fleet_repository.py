@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from agent.cli.fleet_options import fleet_option
 from agent.cli.output import emit, json_option, table
 from agent.fleet import config as fleet_config
 
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from agent.fleet.repository.status import Standing, Status
 
 _path = click.Path(path_type=Path)
-_dir = click.option(
-    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
-)
 _sign_with = click.option(
     "--sign-with", multiple=True, type=_path, metavar="FILE", help="A private key that lies elsewhere, as on a stick."
 )
@@ -32,7 +30,7 @@ def repository() -> None:
 @click.option("--roots", default=1, metavar="N", help="How many root keys; 1.")
 @click.option("--threshold", default=1, metavar="M", help="How many of them must sign a change of keys; 1.")
 @click.option("--url", help="Where devices will find it: https://HOST/PATH, or a folder; `fleet enrol` tells them.")
-@_dir
+@fleet_option
 @json_option
 def init(roots: int, threshold: int, url: str | None, folder: str | None, as_json: bool) -> None:
     """Make the fleet's repository, once: its keys, and metadata without bundles."""
@@ -57,7 +55,7 @@ def _created(home: Path, document: dict[str, Any]) -> list[str]:
 
 
 @repository.command("status", epilog="Example: outstation fleet repository status --json")
-@_dir
+@fleet_option
 @json_option
 def status(folder: str | None, as_json: bool) -> None:
     """What is published, whose keys count, what expires when. Exit 1 where something is to be done soon."""
@@ -91,7 +89,7 @@ def _keys(one: Standing) -> str:
     "--trust-clock", is_flag=True, help="This machine's clock is right now, and was ahead when it signed last."
 )
 @_sign_with
-@_dir
+@fleet_option
 @json_option
 def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
     """Sign the timestamp anew, and what else expires soon and has its key here; for cron, each day.
@@ -116,7 +114,7 @@ def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, 
     "--new", metavar="PUB", help="The public key that comes, as text or in a file; without it one is made here."
 )
 @_sign_with
-@_dir
+@fleet_option
 @json_option
 def rotate(
     role: str, old: str | None, new: str | None, sign_with: tuple[Path, ...], folder: str | None, as_json: bool
@@ -146,7 +144,7 @@ def rotate(
 @click.argument("bundle")
 @click.argument("version", required=False)
 @_sign_with
-@_dir
+@fleet_option
 @json_option
 def revoke(bundle: str, version: str | None, sign_with: tuple[Path, ...], folder: str | None, as_json: bool) -> None:
     """Take VERSION of BUNDLE, or all of them, out of the repository for good. To revoke a key, `rotate` it.
@@ -182,7 +180,7 @@ def sign_root(file: Path, key: Path, as_json: bool) -> None:
 
 @repository.command("copy", epilog="Example: outstation fleet repository copy /media/stick")
 @click.argument("destination", metavar="TO", type=_path)
-@_dir
+@fleet_option
 @json_option
 def copy(destination: Path, folder: str | None, as_json: bool) -> None:
     """Make TO/repository the same: a stick for sites without network, or what a web server serves."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent import clock
+from agent.cli.fleet_options import fleet_option
 from agent.cli.output import emit, json_option
 from agent.errors import LinkDown, StorageError, UsageError
 from agent.fleet import config as fleet_config
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from agent.fleet.rollout.desk import Desk
     from agent.fleet.store import FleetStore
 
-_dir = click.option(
-    "--dir", "folder", metavar="DIR", help="The fleet's folder; default $OUTSTATION_FLEET, ., /etc/outstation/fleet."
-)
 _force = click.option("--force", "forced", metavar="REASON", help="Do it all the same; the reason is on record.")
 
 
@@ -42,7 +40,7 @@ def rollout() -> None:
 @rollout.command("start", epilog="Example: outstation fleet rollout start exercise-1.1.toml")
 @click.argument("file", type=click.Path(path_type=Path))
 @_force
-@_dir
+@fleet_option
 @json_option
 def start(file: Path, forced: str | None, folder: str | None, as_json: bool) -> None:
     """Begin the roll-out that FILE describes, with its first step."""
@@ -57,7 +55,7 @@ def start(file: Path, forced: str | None, folder: str | None, as_json: bool) -> 
 @rollout.command("status", epilog="Example: outstation fleet rollout status exercise-1-1 --watch")
 @click.argument("name", required=False)
 @click.option("--watch", is_flag=True, help="A live table, until Ctrl-C.")
-@_dir
+@fleet_option
 @json_option
 def status(name: str | None, watch: bool, folder: str | None, as_json: bool) -> None:
     """How far roll-outs came, by what they are judged and what they wait for: NAME, or all that are open."""
@@ -75,7 +73,7 @@ def status(name: str | None, watch: bool, folder: str | None, as_json: bool) -> 
 @rollout.command("follow", epilog="Example: outstation fleet rollout follow exercise-1-1")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--every", "every_s", metavar="S", default=5.0, type=click.FloatRange(min=0.1), help="Judge so often; 5.")
-@_dir
+@fleet_option
 def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
     """Judge again and again, and promote, finish or abort by the plan's rules, until no roll-out is open.
 
@@ -106,7 +104,7 @@ def follow(names: tuple[str, ...], every_s: float, folder: str | None) -> None:
 
 @rollout.command("pause", epilog="Example: outstation fleet rollout pause exercise-1-1")
 @click.argument("name")
-@_dir
+@fleet_option
 @json_option
 def pause(name: str, folder: str | None, as_json: bool) -> None:
     """Promote NAME no further until it is resumed; devices stay as they are, and what is bad is still aborted."""
@@ -119,7 +117,7 @@ def pause(name: str, folder: str | None, as_json: bool) -> None:
 
 @rollout.command("resume", epilog="Example: outstation fleet rollout resume exercise-1-1")
 @click.argument("name")
-@_dir
+@fleet_option
 @json_option
 def resume(name: str, folder: str | None, as_json: bool) -> None:
     """Go on with NAME, which was paused."""
@@ -133,7 +131,7 @@ def resume(name: str, folder: str | None, as_json: bool) -> None:
 @rollout.command("promote", epilog='Example: outstation fleet rollout promote exercise-1-1 --force "seen on site"')
 @click.argument("name")
 @_force
-@_dir
+@fleet_option
 @json_option
 def promote(name: str, forced: str | None, folder: str | None, as_json: bool) -> None:
     """Take NAME to its next step, or finish it, where its rules allow; exit 1 with what is open where they do not."""
@@ -152,7 +150,7 @@ def promote(name: str, forced: str | None, folder: str | None, as_json: bool) ->
 @rollout.command("abort", epilog='Example: outstation fleet rollout abort exercise-1-1 "wrong labels"')
 @click.argument("name")
 @click.argument("reason")
-@_dir
+@fleet_option
 @json_option
 def abort(name: str, reason: str, folder: str | None, as_json: bool) -> None:
     """Stop NAME: every device goes back to what it ran before. The bundle is then held for a while."""
