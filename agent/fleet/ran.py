@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -11,7 +11,9 @@ from agent.errors import Refused
 from agent.fleet.database import Connection
 from agent.wire.messages import Audit, Results, decode
 
-_RUNS = "SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND kind = 'results' ORDER BY seq"
+_RUNS = """
+    SELECT seq, payload FROM messages WHERE device = ? AND log = ? AND seq > ? AND kind = 'results'
+    ORDER BY seq LIMIT 500"""
 _ACTIVATED = """
     SELECT payload FROM messages WHERE device = ? AND kind = 'audit' AND instr(payload, ?) > 0
     ORDER BY received DESC, seq DESC"""
@@ -59,7 +61,7 @@ def models(db: Connection, device: str, task: str, log: str) -> dict[int, Model]
     """Message → the bundle that its results are of."""
     found: dict[int, Model] = {}
     known: dict[str, Model] = {}
-    for seq, payload in db.execute(_RUNS, (device, log)):
+    for seq, payload in _runs(db, device, log):
         body = _results(payload)
         if body is not None and body.task == task:
             its = body.model
@@ -86,6 +88,14 @@ def meaning(db: Connection, device: str, task: str, log: str, digest: str, texts
 
 def _is_word(text: str) -> bool:
     return anomalous(text) is not None and not text.isdigit()
+
+
+def _runs(db: Connection, device: str, log: str) -> Iterator[tuple[int, bytes]]:
+    """Some at a time: PostgreSQL's whole answer would be in memory."""
+    after = 0
+    while rows := db.execute(_RUNS, (device, log, after)).fetchall():
+        yield from rows
+        after = rows[-1][0]
 
 
 def _results(payload: bytes) -> Results | None:
