@@ -1,4 +1,4 @@
-"""Writes tests/reference_values.json: what SciPy, scikit-learn, Evidently and NannyML say of tests/reference_data.py.
+"""Writes tests/kit/reference_values.json: SciPy, scikit-learn, Evidently and NannyML on tests/kit/reference_data.py.
 
 They are not needed to run or test anything else, and weigh 2 GB; so they were asked once:
 
@@ -6,7 +6,7 @@ They are not needed to run or test anything else, and weigh 2 GB; so they were a
     /tmp/reference/bin/pip install "pandas<3" scipy scikit-learn statsmodels nannyml evidently
     NML_DISABLE_USAGE_LOGGING=1 /tmp/reference/bin/python -m scripts.reference_values
 
-tests/test_drift_reference_values.py compares, and says how near we have to be.
+tests/drift/test_reference_values.py compares, and says how near we have to be.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from scipy import stats
 from scipy.spatial import distance
 from sklearn.metrics import brier_score_loss
 
-from tests import reference_data as data
+from tests.kit import reference_data as data
 
 FILE = Path(__file__).parents[1] / "tests" / "reference_values.json"
 SEEDS = 20

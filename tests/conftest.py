@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, settings
 
-from agent.fleet.store import FleetStore
-from tests.fleet_databases import DATABASES, fresh_in
-from tests.postgres import postgres_server, postgres_url
+from agent.fleet.database.store import FleetStore
+from tests.kit.fleet_databases import DATABASES, fresh_in
+from tests.kit.postgres import postgres_server, postgres_url
 
 __all__ = ["postgres_server", "postgres_url"]
 

@@ -16,18 +16,18 @@ from agent.errors import OutstationError, UsageError
 # Where each command is, and what the list says of it without loading them all.
 _COMMANDS = {
     "demo": ("agent.cli.demo:demo", "The whole system on this machine, and something goes wrong."),
-    "init": ("agent.cli.init:init", "Write an outstation.toml and make the device key."),
-    "check": ("agent.cli.check:check", "Config, keys, bundles on this CPU, storage, clock and broker."),
-    "run": ("agent.cli.run:run", "The daemon, in the foreground."),
-    "batch": ("agent.cli.batch:batch", "Run what waits once, and stop."),
-    "ingest": ("agent.cli.ingest:ingest", "Take rows from CSV, JSON Lines or Parquet."),
-    "label": ("agent.cli.label:label", "Tell what was true of results."),
-    "status": ("agent.cli.status:status", "Backlog, tasks, bundles, outbox, clock and last alerts."),
-    "cost": ("agent.cli.cost:cost", "Processor time, bytes on flash and on the air, energy."),
-    "drift": ("agent.cli.drift:drift", "How a task's readings moved from its site's reference."),
-    "model": ("agent.cli.model:model", "Bundles: make, sign, check, evaluate and run them."),
-    "reference": ("agent.cli.reference:reference", "What is normal at this site."),
-    "fleet": ("agent.cli.fleet:fleet", "The fleet's side: enrol devices, collect, watch, command, audit."),
+    "init": ("agent.cli.device.init:init", "Write an outstation.toml and make the device key."),
+    "check": ("agent.cli.device.check:check", "Config, keys, bundles on this CPU, storage, clock and broker."),
+    "run": ("agent.cli.device.run:run", "The daemon, in the foreground."),
+    "batch": ("agent.cli.device.batch:batch", "Run what waits once, and stop."),
+    "ingest": ("agent.cli.device.ingest:ingest", "Take rows from CSV, JSON Lines or Parquet."),
+    "label": ("agent.cli.device.label:label", "Tell what was true of results."),
+    "status": ("agent.cli.device.status:status", "Backlog, tasks, bundles, outbox, clock and last alerts."),
+    "cost": ("agent.cli.device.cost:cost", "Processor time, bytes on flash and on the air, energy."),
+    "drift": ("agent.cli.device.drift:drift", "How a task's readings moved from its site's reference."),
+    "model": ("agent.cli.model.group:model", "Bundles: make, sign, check, evaluate and run them."),
+    "reference": ("agent.cli.device.reference:reference", "What is normal at this site."),
+    "fleet": ("agent.cli.fleet.group:fleet", "The fleet's side: enrol devices, collect, watch, command, audit."),
 }
 
 

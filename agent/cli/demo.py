@@ -60,10 +60,10 @@ def demo(
 def _run(
     home: Path, named: str, devices: int, duration: float, seed: int, began: float, *, live: bool
 ) -> dict[str, Any]:
-    from agent import scenario
     from agent.simulate import plan as planning
     from agent.simulate import report as reporting
-    from agent.simulate.running import Simulation
+    from agent.simulate import scenario
+    from agent.simulate.simulation import Simulation
 
     plan = planning.plan(devices, duration, seed, scenario.named(named))
     with Simulation(home, plan) as fleet:

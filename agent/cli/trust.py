@@ -9,15 +9,15 @@ from agent.errors import BadBundle
 from agent.wire.keys import PublicKey
 
 if TYPE_CHECKING:
-    from agent.model.bundle import Bundle
+    from agent.model.bundle.bundle import Bundle
 
 
 def signature(path: Path, found: Bundle, trusted: list[PublicKey] | None) -> tuple[bool, str]:
     """Verified already where a key was given; else against the key of the bundles that ship with the agent."""
-    from agent.model import bundle as bundles
-    from agent.model import shipped
+    from agent.model.bundle import builtin
+    from agent.model.bundle import bundle as bundles
 
-    own = shipped.publishers()
+    own = builtin.publishers()
     if not found.signer:
         damaged = "manifest.jws" in found.files
         return False, f"{'manifest.jws is none' if damaged else 'not signed'}; sign it with `outstation model sign`"

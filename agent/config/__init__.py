@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from agent import toml
+from agent import toml_files
 from agent.config import updates as config_updates
 from agent.config.broker import Broker as Broker
 from agent.config.broker import check_broker as check_broker
@@ -36,7 +36,7 @@ from agent.quantities import Size as Size
 from agent.quantities import convert
 from agent.quantities import parse_duration as parse_duration
 from agent.quantities import parse_size as parse_size
-from agent.toml import suggestion
+from agent.toml_files import suggestion
 
 _LEAST_STORE = 2**20
 # That a person lists; those of images and sounds follow from the source.
@@ -198,7 +198,7 @@ def load(path: Path) -> Config:
 
 def read(path: Path, shape: type[C]) -> C:
     """A TOML file as `shape`. Raises ConfigError."""
-    return toml.read(path, shape, convert)
+    return toml_files.read(path, shape, convert)
 
 
 def digest(config: Config) -> str:

@@ -13,7 +13,7 @@ from agent.config.section import Section
 from agent.errors import ConfigError
 from agent.media import Image, Made, Sound
 from agent.quantities import Duration
-from agent.toml import suggestion
+from agent.toml_files import suggestion
 
 _LEAST_EVERY_S = 0.01
 

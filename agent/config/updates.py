@@ -15,9 +15,9 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _TIME = r"([01]\d|2[0-3]):([0-5]\d)"
 _WINDOW = re.compile(rf"{_TIME}-{_TIME}", re.ASCII)
 _LEAST_EVERY_S, _MOST_EVERY_S = 60.0, 30 * 86_400.0
-# Below that the least rate of `agent.device.updates.source` could not be told from a rate that was asked for.
+# Below that the least rate of `agent.device.rollout.fetch.transport` could not be told from a rate that was asked for.
 _LEAST_RATE = 1024
-# What a bundle may be at most when unpacked (agent.model.bundle): no archive of use is larger.
+# What a bundle may be at most when unpacked (agent.model.bundle.bundle): no archive of use is larger.
 _MOST_SIZE = 256 << 20
 
 

@@ -17,20 +17,19 @@ import msgspec
 
 from agent.clock import Now
 from agent.config import Config
-from agent.device import batch, behind, quality
-from agent.device.author import Author
-from agent.device.care import Care, step_back
-from agent.device.incoming.intake import Intake
-from agent.device.notify import notify
-from agent.device.operating import references
-from agent.device.operating.machine import Machine, Planned
-from agent.device.operating.operations import Operations
-from agent.device.outgoing.uplink import Uplink
-from agent.device.reports import Broken, Reports
-from agent.device.storage.space import Space
-from agent.device.storage.store import Store
-from agent.device.timekeeping import Timekeeper
-from agent.device.updates.updating import Updating
+from agent.device.commands.operations import Operations
+from agent.device.health import Broken, Reports
+from agent.device.intake.server import Intake
+from agent.device.machine.systemd import notify
+from agent.device.machine.throttle import Care, step_back
+from agent.device.machine.timekeeping import Timekeeper
+from agent.device.pipeline import batch, cursor_repair, label_metrics, relearn
+from agent.device.pipeline.tasks import Machine, Planned
+from agent.device.rollout.updater import Updating
+from agent.device.store.message_log import Author
+from agent.device.store.space import Space
+from agent.device.store.store import Store
+from agent.device.uplink.uplink import Uplink
 from agent.errors import BadBundle, ModelDied, StorageBusy, StorageError, StorageFull
 
 log = logging.getLogger("outstation")
@@ -209,8 +208,8 @@ class Daemon:
             task, instead = instead or planned.task, None
             try:
                 if task is planned.task:
-                    behind.go_on(task, self._store, self._author, self._now())
-                    references.take_up(task, self._store, self._author, self._now())
+                    cursor_repair.go_on(task, self._store, self._author, self._now())
+                    relearn.take_up(task, self._store, self._author, self._now())
                 done = batch.run(task, self._store, self._author, self._now())
             except _Stopping:
                 return
@@ -275,7 +274,7 @@ class Daemon:
             if self._rests(name + _OF_LABELS, self._now()):
                 continue
             try:
-                quality.turn(planned.task, self._store, self._author, self._now(), keep_s)
+                label_metrics.turn(planned.task, self._store, self._author, self._now(), keep_s)
                 self._recovered(name, _OF_LABELS)
             except (StorageBusy, StorageFull) as problem:
                 log.error("task %s: %s; its labels are looked at again soon", name, problem)

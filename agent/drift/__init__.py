@@ -56,9 +56,9 @@
 A *drift window* holds several *model windows*; a model that answers each row has model windows of one row.
 """
 
-from agent.drift.judge import Judge
-from agent.drift.learning import build
-from agent.drift.reference import Reference
+from agent.drift.baseline.learning import build
+from agent.drift.baseline.reference import Reference
+from agent.drift.monitor import Judge
 from agent.drift.state import State, Verdict
 
 __all__ = ["Judge", "Reference", "State", "Verdict", "build"]

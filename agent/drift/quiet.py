@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from agent.drift import course, watch
-from agent.drift.codec import Bools, Floats, Ints
-from agent.drift.detectors import Detectors, Evidence, Tester
-from agent.drift.season import Season
+from agent.arrays import Bools, Floats, Ints
+from agent.drift import sampling_rate_watch as watch
+from agent.drift.detectors.season import Season
+from agent.drift.sampling_rate_watch import Tick, Watch
 from agent.drift.state import State
-from agent.drift.watch import Tick, Watch
+from agent.drift.testing import sequence
+from agent.drift.testing.test_suite import Detectors, Evidence, Tester
 
 
 class Quiet(msgspec.Struct, frozen=True, eq=False):
@@ -41,7 +42,7 @@ def ahead(
     windows = faulty.index(True) if True in faulty else len(faulty)
     if not windows:
         return None
-    tests = course.of(tester, state.detectors, evidence[:windows], t[:windows])
+    tests = sequence.of(tester, state.detectors, evidence[:windows], t[:windows])
     paces = watch.paces(state.watch, ticks[:windows], tester, t[:windows])
     windows = tests.quiet
     if paces is not None and paces.raises[:windows].any():

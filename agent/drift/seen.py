@@ -6,14 +6,16 @@ from typing import Any
 
 import msgspec
 
-from agent.drift import describe, faults, watch
-from agent.drift.codec import Floats, Ints
-from agent.drift.describe import Told
-from agent.drift.detectors import Evidence, Tester
-from agent.drift.faults import Signs
-from agent.drift.reference import Reference
-from agent.drift.summary import Summary
-from agent.drift.watch import Tick, Watch
+from agent.arrays import Floats, Ints
+from agent.drift import sampling_rate_watch
+from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.summary import Summary
+from agent.drift.faults import faults
+from agent.drift.faults.faults import Signs
+from agent.drift.reporting import drift_message
+from agent.drift.reporting.drift_message import Told
+from agent.drift.sampling_rate_watch import Tick, Watch
+from agent.drift.testing.test_suite import Evidence, Tester
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -32,11 +34,11 @@ class Seen(msgspec.Struct, frozen=True):
         """Of stacked summaries in the `middle` of times (W,), epoch µs; `tester` is that of the site's reference."""
         return cls(
             stack,
-            describe.features(stack, shipped, least),
-            describe.output(stack, shipped, least),
-            describe.accuracy(stack, shipped),
+            drift_message.features(stack, shipped, least),
+            drift_message.output(stack, shipped, least),
+            drift_message.accuracy(stack, shipped),
             faults.signs(stack, shipped, tester.site if tester else None),
-            watch.ticks(stack, middle, tester),
+            sampling_rate_watch.ticks(stack, middle, tester),
             tester.evidence(stack, middle) if tester else None,
         )
 
@@ -50,4 +52,6 @@ class Seen(msgspec.Struct, frozen=True):
                 self.features[some], self.output[some], self.accuracy[some], strict=True
             )
         ]
-        return watch.with_rate(describe.with_states(numbers, told, tester), now, paces, self.ticks[some], tester)
+        return sampling_rate_watch.with_rate(
+            drift_message.with_states(numbers, told, tester), now, paces, self.ticks[some], tester
+        )

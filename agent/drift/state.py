@@ -9,18 +9,19 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import codec, statistics
-from agent.drift.alerts import Alert
-from agent.drift.codec import Bools, Floats, Ints
-from agent.drift.detectors import Detectors
-from agent.drift.learning import Learning, finite
-from agent.drift.places import Places
-from agent.drift.reference import Reference
-from agent.drift.runs import Tail
-from agent.drift.season import Season
-from agent.drift.statistics import Found
-from agent.drift.summary import Summary
-from agent.drift.watch import Watch
+from agent import arrays
+from agent.arrays import Bools, Floats, Ints
+from agent.drift.baseline.learning import Learning, finite
+from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.summary import Summary
+from agent.drift.detectors import window_statistics
+from agent.drift.detectors.runs import Tail
+from agent.drift.detectors.season import Season
+from agent.drift.detectors.test_layout import Places
+from agent.drift.detectors.window_statistics import Found
+from agent.drift.reporting.alert_text import Alert
+from agent.drift.sampling_rate_watch import Watch
+from agent.drift.testing.test_suite import Detectors
 from agent.errors import BadBundle
 
 
@@ -81,12 +82,12 @@ class State(msgspec.Struct, frozen=True, eq=False):
         return site_fits and self.detectors.places == at and len(self.detectors.means.mean) == at.fields
 
     def to_bytes(self) -> bytes:
-        return codec.packed(self)
+        return arrays.packed(self)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> State:
         """Raises ValueError."""
-        return codec.unpacked(data, cls)
+        return arrays.unpacked(data, cls)
 
     @classmethod
     def joined(cls, data: bytes, site: bytes | None) -> State:
@@ -132,7 +133,7 @@ class Batch(msgspec.Struct, frozen=True):
         return Part(
             values=values,
             starts=starts,
-            found=statistics.of_windows(values, starts, shipped.window_rows, shipped.floor),
+            found=window_statistics.of_windows(values, starts, shipped.window_rows, shipped.floor),
             named=self.named[some],
             top=None if self.top is None else self.top[some],
             begin=begin,
@@ -156,7 +157,7 @@ class Part(msgspec.Struct, frozen=True):
 
 def filled(state: State, shipped: Reference, part: Part, classes: Ints) -> State:
     """With its model windows, compared with `classes`, and with those of its rows that were not counted before."""
-    rows = statistics.covered(part.starts, shipped.window_rows, state.seen + 1 - part.first)
+    rows = window_statistics.covered(part.starts, shipped.window_rows, state.seen + 1 - part.first)
     values, summary = part.values[rows], state.open.add_times(part.t, part.starts, shipped, state.tail.t)
     new: dict[str, Any] = {}
     if len(values):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from agent.drift.codec import Floats as Numbers
-from agent.drift.quality import Pairs
+from agent.arrays import Floats as Numbers
 from agent.evaluation import metrics
-from agent.evaluation.answers import Judge, kind_of
+from agent.evaluation.bootstrap import Units
 from agent.evaluation.examples import Examples
-from agent.evaluation.resampling import Units
-from agent.model.features import Floats, Ints
+from agent.evaluation.predictions import Judge, kind_of
+from agent.model.inference.features import Floats, Ints
+from agent.performance.metrics import Pairs
 
 MOST_WINDOWS = 5000
 _MOST_VALUES = 8_000_000

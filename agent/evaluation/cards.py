@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from agent.drift.slices import SMALL, WORSE
-from agent.evaluation import page
 from agent.evaluation.author import Author
 from agent.evaluation.document import Evaluation, Finding
-from agent.evaluation.page import Markup, element
-from agent.evaluation.words import figure, interval, metric_name
+from agent.performance.slices import SMALL, WORSE
+from agent.render import html as page
+from agent.render.html import Markup, element
+from agent.text import figure, interval, metric_name
 
 _MOST_ROWS = 60
 _MOST_FIELDS = 16

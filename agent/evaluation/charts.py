@@ -6,11 +6,11 @@ import numpy as np
 
 from agent.evaluation.document import Drop, Evaluation, Fault
 from agent.evaluation.robustness import NONE
-from agent.evaluation.words import figure
-from agent.picture.curve import Step, curve
-from agent.picture.forest import Line, forest
-from agent.picture.heatmap import heatmap
-from agent.picture.reliability import Dot, reliability
+from agent.render.charts import Line, forest
+from agent.render.curve import Step, curve
+from agent.render.heatmap import heatmap
+from agent.render.reliability import Dot, reliability
+from agent.text import figure
 
 _MOST_CLASSES = 20
 _MOST_LINES = 40

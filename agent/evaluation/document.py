@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from agent.drift.quality import Metric
+from agent.performance.metrics import Metric
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,16 +11,16 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift.codec import Floats as Numbers
-from agent.drift.truth import NONE, SEPARATOR, Truth
+from agent.arrays import Floats as Numbers
+from agent.datasets import blocks, tables
+from agent.datasets.blocks import FILE, Texts
 from agent.errors import UsageError
-from agent.evaluation import blocks, tablefile
-from agent.evaluation.answers import kind_of
-from agent.evaluation.blocks import FILE, Texts
-from agent.model import features, scores
-from agent.model.features import Cut, Floats, Ints
-from agent.model.inference import Answers, Inference
-from agent.model.manifest import Manifest
+from agent.evaluation.predictions import kind_of
+from agent.model.bundle.manifest import Manifest
+from agent.model.inference import features, scores
+from agent.model.inference.features import Cut, Floats, Ints
+from agent.model.inference.inference import Answers, Inference
+from agent.performance.labels import NONE, SEPARATOR, Truth
 
 TRAINING = frozenset({"train", "training", "fit"})
 
@@ -77,7 +77,7 @@ def read(path: Path, inference: Inference, texts: Sequence[str]) -> Rows:
     own = {name: i for i, name in enumerate(spec.fields) if name in columns}
     asked = [name for name in texts if name != FILE and name not in own]
     for i, file in enumerate(files):
-        reader = tablefile.open_file(file, spec, asked)
+        reader = tables.open_file(file, spec, asked)
         timed = timed and "t" in reader.columns
         for block in reader.blocks(blocks.Place()):
             found.append(block)

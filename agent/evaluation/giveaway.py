@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from agent.drift import quality
-from agent.drift.codec import Floats as Numbers
+from agent.arrays import Floats as Numbers
 from agent.evaluation.bench import Bench
 from agent.evaluation.document import Finding
+from agent.performance import metrics
 
 ALONE = 0.98
 _EASY = 0.9
@@ -59,7 +59,7 @@ def _scores(bench: Bench, field: int) -> Iterator[float]:
 
 
 def _auc(values: Numbers, truth: Numbers) -> float:
-    found = quality.auc(values, truth > 0, np.ones(len(values)))
+    found = metrics.auc(values, truth > 0, np.ones(len(values)))
     return max(found, 1 - found)
 
 
@@ -75,4 +75,4 @@ def _neighbours(kind: str, values: Numbers, truth: Numbers) -> float:
         predicted[test] = told[np.where(near, above, above - 1)]
     if kind == "classify":
         return float((predicted == truth).mean())
-    return quality.r2(truth, predicted - truth, np.ones(len(truth)))
+    return metrics.r2(truth, predicted - truth, np.ones(len(truth)))

@@ -13,9 +13,9 @@ import numpy as np
 
 from agent.errors import BadBundle
 from agent.evaluation.document import Pace
-from agent.model import manifest as manifests
-from agent.model.bundle import Bundle
-from agent.model.features import Cut, Floats, Ints
+from agent.model.bundle import manifest as manifests
+from agent.model.bundle.bundle import Bundle
+from agent.model.inference.features import Cut, Floats, Ints
 
 BATCHES = (1, 8, 32, 128)
 _WARM, _LEAST, _MOST, _SECONDS = 3, 10, 500, 0.4
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def _paces(found: manifests.Manifest, model: bytes, rows: Floats, t: Ints) -> Iterator[Pace]:
-    from agent.model import inference
+    from agent.model.inference import inference
 
     run = inference.Inference(found, inference.load(found, model))
     for batch in BATCHES:

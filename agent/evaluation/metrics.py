@@ -1,15 +1,15 @@
-"""How good answers are: the project's metrics (`agent.drift.quality`) from sums over units, with intervals."""
+"""How good answers are: the project's metrics (`agent.performance.metrics`) from sums over units, with intervals."""
 
 from __future__ import annotations
 
 import msgspec
 import numpy as np
 
-from agent.drift import quality
-from agent.drift.codec import Floats, Ints
-from agent.drift.quality import Metric, Pairs
+from agent.arrays import Floats, Ints
+from agent.evaluation.bootstrap import REPLICATES, Units, share, span
 from agent.evaluation.document import Bin, Class, Span
-from agent.evaluation.resampling import REPLICATES, Units, share, span
+from agent.performance import metrics as quality
+from agent.performance.metrics import Metric, Pairs
 
 _TOP = (2, 3, 5)
 _RANKED_REPLICATES = 200  # of AUC and average precision, each of which looks at every result

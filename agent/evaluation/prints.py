@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.model.features import Floats, Ints
+from agent.model.inference.features import Floats, Ints
 
 Prints = NDArray[np.uint64]
 _RUN = 8  # rows of a window that make one print: more would miss windows that were cut elsewhere

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from agent.drift.quality import Metric
-from agent.evaluation import charts, page
+from agent.evaluation import charts
 from agent.evaluation.document import Evaluation, Finding, Span
-from agent.evaluation.page import Content, Markup, element, section, table
-from agent.evaluation.words import figure, interval, metric_name
+from agent.performance.metrics import Metric
+from agent.render import html as page
+from agent.render.html import Content, Markup, element, section, table
+from agent.text import figure, interval, metric_name
 
 _TILES = {
     "classify": ("accuracy", "f1_macro", "brier", "ece"),

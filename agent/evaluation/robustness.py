@@ -10,9 +10,9 @@ import numpy as np
 from numpy.random import Generator
 
 from agent.evaluation.bench import Bench
+from agent.evaluation.bootstrap import share, span
 from agent.evaluation.document import Fault, Point, Span
-from agent.evaluation.resampling import share, span
-from agent.model.features import Floats
+from agent.model.inference.features import Floats
 
 NONE = "none"  # the strength at which nothing is changed
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from agent.drift import quality
-from agent.drift.quality import Metric, Pairs
+from agent.evaluation.bootstrap import Units, share, span
 from agent.evaluation.document import Class
 from agent.evaluation.examples import Examples
 from agent.evaluation.metrics import Measured, harmonic, main_span
-from agent.evaluation.resampling import Units, share, span
-from agent.model.inference import Answers
+from agent.model.inference.inference import Answers
+from agent.performance import metrics as quality
+from agent.performance.metrics import Metric, Pairs
 
 
 def measure(labels: list[str], answers: Answers, examples: Examples, pairs: Pairs, units: Units) -> Measured:

@@ -1,4 +1,4 @@
-"""Where the model is worse than elsewhere: columns as slices, by the same rule as on devices (`agent.drift.slices`)."""
+"""Slices where the model is worse than elsewhere, by the same rule as on devices (`agent.performance.slices`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 
 import numpy as np
 
-from agent.drift import slices
-from agent.drift.quality import Metric, Pairs
-from agent.evaluation.blocks import Texts
-from agent.evaluation.resampling import Units
+from agent.datasets.blocks import Texts
+from agent.evaluation.bootstrap import Units
+from agent.performance import slices
+from agent.performance.metrics import Metric, Pairs
 
 _BINS = 4
 _MOST_NUMBERS = 12  # different numbers that are still names

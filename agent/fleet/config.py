@@ -10,7 +10,7 @@ import msgspec
 
 from agent.config import Broker, Section, check_broker, check_name, read
 from agent.errors import ConfigError, UsageError
-from agent.fleet.database import MOST_PARTITIONS, is_postgresql
+from agent.fleet.database.interface import MOST_PARTITIONS, is_postgresql
 
 FILE = "fleet.toml"
 SYSTEM_FOLDER = Path("/etc/outstation/fleet")

@@ -7,11 +7,11 @@ import logging
 import msgspec
 
 from agent.errors import Refused
-from agent.fleet.store import FleetStore
+from agent.fleet.database.store import FleetStore
 from agent.wire.jws import Signer
+from agent.wire.key_rotation import rotation_of
 from agent.wire.keys import PublicKey, public_key
 from agent.wire.messages import Logged, Message
-from agent.wire.rotation import rotation_of
 
 logger = logging.getLogger(__name__)
 

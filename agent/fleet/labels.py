@@ -15,13 +15,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.drift import quality
-from agent.drift.codec import Floats
-from agent.drift.quality import Metric, Pairs
-from agent.drift.truth import MODEL, Label, told
-from agent.fleet import ran
-from agent.fleet.database import Connection
-from agent.fleet.ran import Meaning, Model
+from agent.arrays import Floats
+from agent.fleet import bundle_history
+from agent.fleet.bundle_history import Meaning, Model
+from agent.fleet.database.interface import Connection
+from agent.performance import metrics as quality
+from agent.performance.labels import MODEL, Label, told
+from agent.performance.metrics import Metric, Pairs
 
 SOURCE = "collector"
 _NEAR_US = 500
@@ -131,14 +131,14 @@ class _Bundles:
 
     def __init__(self, db: Connection, device: str, task: str, log: str, texts: Sequence[str]) -> None:
         self._db, self._place = db, (device, task, log)
-        self.models = ran.models(db, device, task, log)
+        self.models = bundle_history.models(db, device, task, log)
         sql = "SELECT DISTINCT label FROM labels WHERE device = ? AND task = ? AND log = ? AND source <> ?"
         self._texts = [*texts, *(row[0] for row in db.execute(sql, (*self._place, MODEL)))]
         self._meanings: dict[str, Meaning] = {}
 
     def of(self, model: Model) -> Meaning:
         if model.digest not in self._meanings:
-            self._meanings[model.digest] = ran.meaning(self._db, *self._place, model.digest, self._texts)
+            self._meanings[model.digest] = bundle_history.meaning(self._db, *self._place, model.digest, self._texts)
         return self._meanings[model.digest]
 
     def problem(self, label: Label, seq: int) -> str | None:

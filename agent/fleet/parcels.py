@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from agent.drift.truth import Label
+from agent.performance.labels import Label
 from agent.wire.commands import MAX_ARGUMENT
 
 _MOST = 200

@@ -11,9 +11,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from agent.fleet.text import printable
 from agent.fleet.watch import Watcher
-from agent.wire.carried import Delivery
+from agent.text import printable
+from agent.transport.packets import Delivery
 
 # Given a function that shows a line about the connection ("" when it is fine), yields groups of deliveries.
 Source = Callable[[Callable[[str], None]], Iterator[list[Delivery]]]

@@ -9,13 +9,13 @@ import msgspec
 
 from agent.config import Broker
 from agent.errors import LinkDown, Refused, StorageError, UsageError
-from agent.fleet.acknowledge import Backoff
+from agent.fleet.collector.acknowledger import Backoff
+from agent.fleet.collector.subscription import filters
 from agent.fleet.keyring import Keyring
-from agent.fleet.subscription import filters
-from agent.fleet.text import printable
-from agent.link import Link
+from agent.text import printable
+from agent.transport.mqtt import Link
+from agent.transport.packets import Delivery, Receipt
 from agent.wire import topics
-from agent.wire.carried import Delivery, Receipt
 from agent.wire.messages import Alerts, Drift, Logged, Message, Results, State, open_message
 
 TAKEN_OVER = "taken over"

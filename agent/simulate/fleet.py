@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 
 from agent.fleet import operators
-from agent.scenario import Scenario, named
-from agent.simulate import hardship, outcome, plan, report
+from agent.simulate import disturbances, plan, report, rollout_outcome
 from agent.simulate.plan import Plan
-from agent.simulate.rolling import Rolling, Subject, subject
-from agent.simulate.running import Simulation
+from agent.simulate.rollout import Rolling, Subject, subject
+from agent.simulate.scenario import Scenario, named
+from agent.simulate.simulation import Simulation
 from agent.wire.keys import PublicKey
 
 Tell = Callable[[str], None]
@@ -90,7 +90,7 @@ def _rolled(home: Path, order: Order, about: Subject, scenario: Scenario, tell: 
         over = _followed(rolling, about.name, time.monotonic() + order.seconds, tell)
         fleet.stop()
     document = _document(fleet, fielded)
-    found = outcome.ended(fleet.database, about.name)
+    found = rollout_outcome.ended(fleet.database, about.name)
     document["rollout"] = found.rollout | {"ended": over, "hardship": rolling.suffered()}
     for device in document["devices"]:
         device |= {"runs": None, "phase": "", "reason": "", "why": ""} | found.devices.get(device["device"], {})
@@ -103,7 +103,7 @@ def _followed(rolling: Rolling, name: str, until_s: float, tell: Tell) -> bool:
     while True:
         rolling.fleet.check_alive()
         rolling.turn()
-        state, phases = outcome.standing(rolling.fleet.database, name)
+        state, phases = rollout_outcome.standing(rolling.fleet.database, name)
         if (now := f"{state}: {_counts(phases)}") != said:
             tell(now)
             said = now
@@ -129,9 +129,9 @@ def _counts(phases: dict[str, str]) -> str:
     return ", ".join(f"{list(phases.values()).count(phase)} {phase}" for phase in each) or "nothing heard yet"
 
 
-def _hardship(order: Order) -> hardship.Hardship:
+def _hardship(order: Order) -> disturbances.Hardship:
     counts = {"away": order.away, "cut": order.cut, "slow": order.slow, "worse": order.worse}
-    return hardship.draw(plan.names(order.devices), order.seed, span_s=_SPAN_S, **counts)
+    return disturbances.draw(plan.names(order.devices), order.seed, span_s=_SPAN_S, **counts)
 
 
 def _document(fleet: Simulation, fielded: Plan) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.device.incoming.sources.playlist import Playlist, Recordings, load
-from agent.scenario import SCENARIOS, Fate, Scenario
+from agent.device.intake.sources.recordings import Playlist, Recordings, load
+from agent.simulate.scenario import SCENARIOS, Fate, Scenario
 
 _FASTEST_S = 6.0
 # Of the time a demo takes; the rest is for starting, learning to the end, and the audit.

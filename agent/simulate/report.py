@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.device.incoming.sources.playlist import Recordings, load
-from agent.fleet.audit import Report, audit
-from agent.fleet.store import FleetStore
-from agent.model.scores import ANOMALY
+from agent.device.intake.sources.recordings import Recordings, load
+from agent.fleet.audit.audit import Report, audit
+from agent.fleet.database.store import FleetStore
+from agent.model.inference.scores import ANOMALY
 from agent.simulate.plan import Plan, Site
 from agent.wire.keys import PublicKey
 

@@ -19,7 +19,7 @@ import msgspec
 from cryptography.exceptions import InvalidSignature
 
 from agent.errors import Refused
-from agent.jsonkeys import check_keys
+from agent.strict_json import check_keys
 from agent.wire.keys import PublicKey, SigningKey, b64url, unb64url
 
 MAX_TOKEN = 2048

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from agent.errors import Refused
-from agent.jsonkeys import RepeatedKey, check_keys
+from agent.strict_json import RepeatedKey, check_keys
 from agent.wire import jws, topics
 from agent.wire.commands import MAX_ARGUMENT
-from agent.wire.desired import Name, Wanted
+from agent.wire.desired_state import Name, Wanted
 from agent.wire.jws import Signer
 from agent.wire.keys import b64url
 

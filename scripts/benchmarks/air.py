@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 
-from agent.device.incoming.sources import playlist
-from agent.device.outgoing.session import _size
-from agent.scenario import SCENARIOS
+from agent.device.intake.sources import recordings
+from agent.device.uplink.session import _size
+from agent.simulate.scenario import SCENARIOS
 from scripts.benchmarks import Report, Result, bed, benchmark
 
 RESULTS = 1000
@@ -19,9 +19,9 @@ _HEADERS, _SEGMENT, _PUBACK = 52, 1448, 4
 @benchmark("air", quick=True)
 def bytes_of_a_thousand_results() -> Report:
     """Of the exercise model on one person's recordings: whole packets both ways, confirmations included."""
-    recorded = playlist.load(SCENARIOS["exercise"].file)
+    recorded = recordings.load(SCENARIOS["exercise"].file)
     names = [name for name, _ in SCENARIOS["exercise"].fields]
-    places = playlist.Playlist(recorded, int(recorded.subject[0]), 0).places(RESULTS * 100)
+    places = recordings.Playlist(recorded, int(recorded.subject[0]), 0).places(RESULTS * 100)
     with bed.made(names, "exercise") as device:
         device.fill(recorded.rows[places])
         device.work_off()

@@ -7,9 +7,9 @@ import os
 import numpy as np
 
 from agent import clock
-from agent.device import batch
+from agent.device.pipeline import batch
 from scripts.benchmarks import Result, bed, benchmark, rates
-from tests.system import FIELDS
+from tests.kit.system import FIELDS
 
 FEW, MANY = 200_000, 10_000_000
 _BATCHES = 3

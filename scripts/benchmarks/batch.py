@@ -15,13 +15,14 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from agent.device.incoming.sources import playlist
-from agent.model import features, pack
-from agent.model.runtime import MOST_BATCH, Interpreter, Model  # type: ignore[attr-defined]
-from agent.scenario import SCENARIOS
+from agent.authoring import pack
+from agent.device.intake.sources import recordings
+from agent.model.inference import features
+from agent.model.inference.runtime import MOST_BATCH, Interpreter, Model  # type: ignore[attr-defined]
+from agent.simulate.scenario import SCENARIOS
 from scripts.benchmarks import Report, Result, bed, benchmark, rates
 from scripts.benchmarks.bed import Bed, Floats
-from tests.bundles import KEY, THIRD_PARTY
+from tests.kit.bundles import KEY, THIRD_PARTY
 from tests.models import write
 
 WINDOWS = 4096
@@ -45,7 +46,7 @@ TINY = {
 
 @benchmark("batch", quick=True)
 def exercise_from_store_to_results() -> Result:
-    recorded = playlist.load(SCENARIOS["exercise"].file).rows
+    recorded = recordings.load(SCENARIOS["exercise"].file).rows
     names = [name for name, _ in SCENARIOS["exercise"].fields]
     with bed.made(names, "exercise") as device:
         rows = np.resize(recorded, (WINDOWS * device.task.window_rows, len(names)))

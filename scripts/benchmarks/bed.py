@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import clock
-from agent.cli import loading, wiring
+from agent.bootstrap import tasks, wiring
 from agent.config import Broker
-from agent.device import batch
-from agent.device.author import Author
-from agent.device.batch import Task
-from agent.device.storage.rows import Rows
-from agent.device.storage.store import Store
-from agent.fleet.enrol import enrol, init_fleet
-from agent.fleet.store import FleetStore
+from agent.device.pipeline import batch
+from agent.device.pipeline.batch import Task
+from agent.device.store.message_log import Author
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import enrol, init_fleet
 from agent.wire import keys
-from tests.brokers import free_port
-from tests.system import FLEET, Device
+from tests.kit.brokers import free_port
+from tests.kit.system import FLEET, Device
 
 CHUNK = 8192
 Floats = NDArray[np.float32]
@@ -65,7 +65,7 @@ def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher
         keys.generate(Path(folder) / wiring.KEY_FILE)
         store = wiring.open_store(conf)
         try:
-            task = loading.load_task(file, conf, store, "task")
+            task = tasks.load_task(file, conf, store, "task")
             yield Bed(store, task, wiring.author(file, conf, store), step_us)
         finally:
             store.close()

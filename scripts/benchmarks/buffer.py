@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from agent.config import Field, Stream
-from agent.device.storage.rows import Rows
-from agent.device.storage.store import Store
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
 from scripts.benchmarks import Result, benchmark, rates
 
 COMMITS = 50

@@ -18,17 +18,17 @@ import click
 import psutil
 
 from agent.config import Broker
-from agent.fleet.collect import SESSION_EXPIRY_S
-from agent.fleet.enrol import init_fleet
-from agent.fleet.store import FleetStore
-from agent.fleet.subscription import client_id, filters
-from agent.link import Link
-from agent.wire.carried import Receipt
+from agent.fleet.collector.collector import SESSION_EXPIRY_S
+from agent.fleet.collector.subscription import client_id, filters
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import init_fleet
+from agent.transport.mqtt import Link
+from agent.transport.packets import Receipt
 from scripts.benchmarks import Report, Result, benchmark
-from tests import postgres
-from tests.brokers import Mosquitto
-from tests.postgres import Postgres
-from tests.senders import FLEET, Sender, Sent
+from tests.kit import postgres
+from tests.kit.brokers import Mosquitto
+from tests.kit.postgres import Postgres
+from tests.kit.senders import FLEET, Sender, Sent
 
 DEVICES, MESSAGES = 200, 6000
 _ROUNDS = 3

@@ -20,9 +20,9 @@ from msgspec.structs import replace
 
 from agent import clock
 from agent.config import Field, Stream
-from agent.device.incoming.group import Group
-from agent.device.storage.rows import Raw, check
-from agent.device.storage.store import Store
+from agent.device.intake.group_commit import Group
+from agent.device.store.rows import Raw, check
+from agent.device.store.store import Store
 from scripts.benchmarks import Result, benchmark
 
 FIELDS = [f"f{i}" for i in range(8)]

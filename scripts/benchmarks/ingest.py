@@ -16,8 +16,8 @@ import numpy as np
 
 from agent.client import Client
 from agent.config import Field, Stream
-from agent.device.storage.rows import Rows
-from agent.device.storage.store import Store
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
 from scripts.benchmarks import Report, Result, benchmark, rates
 from scripts.benchmarks.bed import enrolled
 

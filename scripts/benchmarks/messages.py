@@ -22,19 +22,19 @@ from paho.mqtt.properties import Properties
 
 from agent import clock, config
 from agent.config import Broker
-from agent.device.author import Author
-from agent.device.outgoing.uplink import Uplink
-from agent.device.storage.store import Store
-from agent.fleet.collect import Collector
-from agent.fleet.enrol import enrol, init_fleet
-from agent.fleet.store import FleetStore
-from agent.link import Link
+from agent.device.store.message_log import Author
+from agent.device.store.store import Store
+from agent.device.uplink.uplink import Uplink
+from agent.fleet.collector.collector import Collector
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.transport.mqtt import Link
+from agent.transport.packets import Delivery, Outgoing, Receipt
 from agent.wire import jws
-from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.messages import Ack
 from scripts.benchmarks import Result, benchmark, rates
-from tests.brokers import Mosquitto
-from tests.senders import FLEET, Sender, new_key
+from tests.kit.brokers import Mosquitto
+from tests.kit.senders import FLEET, Sender, new_key
 
 MESSAGES = 3000
 # Many: what the broker confirmed is written down once for all of a second.

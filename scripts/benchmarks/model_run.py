@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import parquet
 
-from agent.cli.model_run import load
-from agent.evaluation.run import Work
-from agent.model import begin, pack
-from agent.model.inference import Inference
-from agent.model.runtime import Interpreter  # type: ignore[attr-defined]
+from agent.authoring import pack, scaffold
+from agent.cli.model.run import load
+from agent.evaluation.predict.run import Work
+from agent.model.inference.inference import Inference
+from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
 from scripts import benchmarks
 from scripts.benchmarks import Report, Result, benchmark, rates
-from tests.bundles import KEY, THIRD_PARTY
+from tests.kit.bundles import KEY, THIRD_PARTY
 
 MODELS = {
     "ad01": "mlperf_ad01_int8",
@@ -71,7 +71,7 @@ class Case(msgspec.Struct, frozen=True):
     def made(cls, folder: Path, model: Path) -> Case:
         windows = benchmarks.rows or ROWS
         spec = folder / "spec.toml"
-        text = begin.begin(model, spec, None).text
+        text = scaffold.begin(model, spec, None).text
         # An anomaly's threshold is of no matter here.
         spec.write_text(text.replace("quantile = 0.99", "threshold = 1.0"), encoding="utf-8")
         pack.write(pack.pack(spec, KEY), folder / "bundle")

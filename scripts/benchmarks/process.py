@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.device.incoming.sources import playlist
+from agent.device.intake.sources import recordings
 from scripts.benchmarks import Report, Result, benchmark
 from scripts.benchmarks.bed import enrolled, put
-from tests.system import FIELDS, RECORDINGS, Device, outstation
+from tests.kit.system import FIELDS, RECORDINGS, Device, outstation
 
 WINDOWS = 100_000
 _IDLE_S = 60.0
@@ -97,7 +97,7 @@ def a_daemon_that_waits() -> Result:
 
 
 def _fill(device: Device, windows: int) -> None:
-    rows = np.resize(playlist.load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
+    rows = np.resize(recordings.load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
     put(device.config, "watch", rows)
 
 

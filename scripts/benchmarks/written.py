@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from agent.model import choice, runtime
+from agent.model.inference import runtime, tuning
 from scripts.benchmarks import Result
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def _limits() -> str:
 def _machine() -> str:
     load = os.getloadavg()[0]
     return (
-        f"{choice.machine()}; {platform.system()}; Python {platform.python_version()}; "
+        f"{tuning.machine()}; {platform.system()}; Python {platform.python_version()}; "
         f"{runtime.NAME}; SQLite {sqlite3.sqlite_version}; load {load:.1f} at the end."
     )
 

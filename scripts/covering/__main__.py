@@ -10,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from agent.rivals.intervals import Block
+from agent.comparison.paired_intervals import Block
 from scripts.covering import looks, made, recorded
 from scripts.covering.made import ESTIMATES, TRUTHS, Case
 

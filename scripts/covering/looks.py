@@ -8,9 +8,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from agent.device.beside import thinned, told_at_once
-from agent.rivals.intervals import Block
-from agent.rivals.tally import Tally
+from agent.comparison.paired_intervals import Block
+from agent.comparison.tally import Tally
+from agent.device.rollout.shadow import thinned, told_at_once
 from scripts.covering import made
 from scripts.covering.made import ESTIMATES, STRAIN, TRUTHS, WINDOWS, Floats
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.rivals import intervals, tally
-from agent.rivals.intervals import Block, Estimate
-from agent.rivals.tally import Tally
+from agent.comparison import paired_intervals, tally
+from agent.comparison.paired_intervals import Block, Estimate
+from agent.comparison.tally import Tally
 from agent.wire.messages import Answered
 
 Floats = NDArray[np.float64]
@@ -29,11 +29,11 @@ TRUTHS: dict[str, Callable[[float], float]] = {
     "error growth": lambda strain: 1 + strain,
 }
 ESTIMATES: dict[str, Callable[[Sequence[Block]], Estimate | None]] = {
-    "agreement": intervals.agreement,
-    "slowness": lambda blocks: intervals.slowness(blocks, new_is_beside=True),
-    "labelled gain": lambda blocks: intervals.labelled_gain(blocks, new_is_beside=True),
-    "expected gain": lambda blocks: intervals.expected_gain(blocks, new_is_beside=True),
-    "error growth": lambda blocks: intervals.error_growth(blocks, new_is_beside=True),
+    "agreement": paired_intervals.agreement,
+    "slowness": lambda blocks: paired_intervals.slowness(blocks, new_is_beside=True),
+    "labelled gain": lambda blocks: paired_intervals.labelled_gain(blocks, new_is_beside=True),
+    "expected gain": lambda blocks: paired_intervals.expected_gain(blocks, new_is_beside=True),
+    "error growth": lambda blocks: paired_intervals.error_growth(blocks, new_is_beside=True),
 }
 
 
@@ -140,6 +140,6 @@ def _devices(devices: int, count: int) -> Callable[[np.random.Generator], tuple[
             for i, level in enumerate(levels.tolist())
             for block in told(random, bursts(random, WINDOWS, level, count * WINDOWS), f"pi-{i}")
         ]
-        return blocks, STRAIN if devices >= intervals.FEWEST else float(levels.mean())
+        return blocks, STRAIN if devices >= paired_intervals.FEWEST else float(levels.mean())
 
     return make

@@ -13,12 +13,13 @@ from functools import cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.model import bundle, features, inference, runtime, scores
-from agent.model.manifest import Manifest
-from agent.rivals.intervals import Block
-from agent.rivals.tally import Tally
+from agent.comparison.paired_intervals import Block
+from agent.comparison.tally import Tally
+from agent.model.bundle import bundle
+from agent.model.bundle.manifest import Manifest
+from agent.model.inference import features, inference, runtime, scores
 from agent.wire.messages import Answered, Moments
-from tests.rigged import SHIPPED, exercise
+from tests.kit.rigged import SHIPPED, exercise
 
 STEP = 50
 

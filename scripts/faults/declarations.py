@@ -21,8 +21,8 @@ from typing import Any
 
 import msgspec
 
-from agent.device.storage import ranges
-from agent.device.storage.ranges import Ranges
+from agent.device.store import ranges
+from agent.device.store.ranges import Ranges
 
 NEW_LOG = "new log"
 _END = 2**62

@@ -21,13 +21,13 @@ from typing import Any
 from agent import clock
 from agent.clock import Now
 from agent.device.daemon import Daemon
-from agent.device.operating.machine import Planned
-from agent.device.outgoing.session import Session
-from agent.device.storage import space
-from agent.device.storage.store import Store
-from agent.device.storage.transaction import Transaction
-from agent.model.choice import digest
-from agent.model.runtime import Model
+from agent.device.pipeline.tasks import Planned
+from agent.device.store import space
+from agent.device.store.store import Store
+from agent.device.store.transaction import Transaction
+from agent.device.uplink.session import Session
+from agent.model.inference.runtime import Model
+from agent.model.inference.tuning import digest
 
 # How far into a call that takes a while, as that of the probe does.
 _INTO_S = 0.3

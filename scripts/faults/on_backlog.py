@@ -6,13 +6,13 @@ from pathlib import Path
 from random import Random
 
 from agent import clock
-from agent.cli import wiring
+from agent.bootstrap import wiring
 from agent.clock import Now
-from agent.device.author import Author
-from agent.device.storage.store import Store
+from agent.device.store.message_log import Author
+from agent.device.store.store import Store
 from scripts.faults import fault
 from scripts.faults.world import World
-from tests.system import eventually
+from tests.kit.system import eventually
 
 _BACKLOG = 70_000
 _AT_ONCE = 1000

@@ -14,10 +14,10 @@ from random import Random
 
 from agent import clock
 from agent.fleet import config as fleet_config
-from agent.fleet.store import FleetStore
+from agent.fleet.database.store import FleetStore
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, Setting, World
-from tests.system import Program, eventually
+from tests.kit.system import Program, eventually
 
 _DISK = "48m"
 

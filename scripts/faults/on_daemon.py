@@ -9,7 +9,7 @@ from random import Random
 
 from scripts.faults import fault
 from scripts.faults.world import World
-from tests.system import eventually, outstation
+from tests.kit.system import eventually, outstation
 
 _NOTHING = "nothing but a new `started` event in the audit log"
 

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from random import Random
 
 from agent import clock
-from agent.device.storage.store import Store
-from agent.link import Link
+from agent.device.store.store import Store
+from agent.transport.mqtt import Link
+from agent.transport.packets import Outgoing, Receipt
 from agent.wire import jws, keys
-from agent.wire.carried import Outgoing, Receipt
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, World
-from tests.senders import new_key
-from tests.system import FLEET, eventually
+from tests.kit.senders import new_key
+from tests.kit.system import FLEET, eventually
 
 _BASE = f"outstation/{FLEET}/{DEVICE}"
 _ACK = f"{_BASE}/ack"

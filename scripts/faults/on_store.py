@@ -13,7 +13,7 @@ from random import Random
 from scripts.faults import fault
 from scripts.faults.disk import flip_bit, overwrite, results
 from scripts.faults.world import World
-from tests.system import eventually
+from tests.kit.system import eventually
 
 _DATABASE, _WAL = "outstation.db", "outstation.db-wal"
 _PAGE = 4096

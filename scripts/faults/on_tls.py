@@ -11,12 +11,12 @@ from random import Random
 from agent import config as device_config
 from agent.config import Broker
 from agent.errors import LinkDown
-from agent.fleet import pki
-from agent.link import Link
+from agent.fleet.enrolment import pki
+from agent.transport.mqtt import Link
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, Setting, World
-from tests.certificates import expired
-from tests.system import eventually
+from tests.kit.certificates import expired
+from tests.kit.system import eventually
 
 _OTHER = "pi-02"
 

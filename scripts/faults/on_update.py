@@ -20,7 +20,7 @@ from scripts.faults.disk import Card, no_card, on_card
 from scripts.faults.on_clock import on_clock
 from scripts.faults.updating import Updating, updating
 from scripts.faults.world import Setting, World
-from tests.system import eventually
+from tests.kit.system import eventually
 
 _SAYS = "`fetching`, `shadow`, `probation` and `settled` in the audit log, as without it, and a new `started` event"
 _AGAIN = "in health and `outstation status`: `fetching`, and why it is tried again and when"
@@ -40,25 +40,31 @@ class _Step(msgspec.Struct, frozen=True):
 
 
 _STEPS = (
-    _Step("fetched", "before", "agent.device.updates.supply:Supply.came", "a bundle was fetched and not yet verified"),
-    _Step("in-probe", "in", "agent.model.probe:probe", "a child process proves the bundle"),
+    _Step("fetched", "before", "agent.device.rollout.supply:Supply.came", "a bundle was fetched and not yet verified"),
+    _Step("in-probe", "in", "agent.model.sandbox.probe:probe", "a child process proves the bundle"),
     _Step(
-        "before-copy", "before", "agent.device.operating.kept:keep", "the bundle proved itself and was not yet copied"
+        "before-copy", "before", "agent.device.bundles.history:keep", "the bundle proved itself and was not yet copied"
     ),
-    _Step("copied", "after", "agent.device.operating.kept:keep", "the copy is made and nothing was committed"),
+    _Step("copied", "after", "agent.device.bundles.history:keep", "the copy is made and nothing was committed"),
     _Step(
-        "activating", "after", "agent.device.updates.steps:begin_probation", "the bundle's first commit is not yet done"
+        "activating",
+        "after",
+        "agent.device.rollout.transitions:begin_probation",
+        "the bundle's first commit is not yet done",
     ),
     _Step(
         "activated",
         "committed",
-        "agent.device.updates.steps:begin_probation",
+        "agent.device.rollout.transitions:begin_probation",
         "it is committed that the bundle runs, and it never ran",
     ),
     _Step(
-        "settling", "after", "agent.device.updates.steps:settle", "the commit by which the bundle stays is not yet done"
+        "settling",
+        "after",
+        "agent.device.rollout.transitions:settle",
+        "the commit by which the bundle stays is not yet done",
     ),
-    _Step("settled", "committed", "agent.device.updates.steps:settle", "it is committed that the bundle stays"),
+    _Step("settled", "committed", "agent.device.rollout.transitions:settle", "it is committed that the bundle stays"),
 )
 _PHASES = {"shadow": "the bundle answers beside the one that runs", "probation": "the bundle is on probation"}
 

@@ -16,12 +16,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.device.storage.rows import Rows
-from agent.device.storage.store import Store
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
 from agent.errors import OutstationError
 from agent.fleet import operators
-from agent.fleet.audit import Report, audit
-from agent.fleet.store import FleetStore
+from agent.fleet.audit.audit import Report, audit
+from agent.fleet.database.store import FleetStore
 from scripts.faults.declarations import Declarations
 from scripts.faults.world import DEVICE, TASKS, World
 

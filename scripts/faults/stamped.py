@@ -31,7 +31,7 @@ _DATED = """
 
 
 class Dated(msgspec.Struct):
-    """What the collector makes of the time of one row; as `agent.fleet.dating` has it."""
+    """What the collector makes of the time of one row; as `agent.fleet.database.timestamps` has it."""
 
     row: int
     t_best: int

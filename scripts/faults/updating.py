@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from agent.model import pack
-from agent.simulate.web import Line, Web
+from agent.authoring import pack
+from agent.simulate.flaky_web import Line, Web
 from scripts.faults.world import DEVICE, TASKS, World
-from tests import bundles
-from tests.system import eventually, outstation
+from tests.kit import bundles
+from tests.kit.system import eventually, outstation
 
 if TYPE_CHECKING:
     from scripts.faults.oracle import Verdict

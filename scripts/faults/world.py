@@ -15,9 +15,9 @@ import msgspec
 
 from scripts.faults.producer import FIELDS, Producer
 from scripts.faults.proxy import Proxy
-from tests import bundles
-from tests.brokers import Mosquitto, free_port
-from tests.system import Device, Fleet, Program, eventually
+from tests.kit import bundles
+from tests.kit.brokers import Mosquitto, free_port
+from tests.kit.system import Device, Fleet, Program, eventually
 
 if TYPE_CHECKING:
     from scripts.faults.oracle import Verdict

@@ -15,16 +15,17 @@ import msgspec
 import numpy as np
 
 from agent import config
-from agent.device.incoming.sources import playlist
-from agent.drift.judge import Judge
-from agent.drift.reference import Reference, draft
+from agent.datasets import training_data as data
+from agent.device.intake.sources import recordings as playlist
+from agent.drift.baseline.reference import Reference, draft
+from agent.drift.monitor import Judge
 from agent.drift.state import State
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.fleet import config as fleet_config
-from agent.model import bundle, data, golden, manifest
+from agent.model.bundle import bundle, golden_vectors, manifest
 from agent.wire.keys import SigningKey
 from scripts.fuzzing import target
-from tests.senders import new_key
+from tests.kit.senders import new_key
 
 PUBLISHER: SigningKey = new_key(11)
 MODEL = b"no model, but nobody runs it"
@@ -112,16 +113,16 @@ def drift_state(data: bytes) -> None:
 
 def vectors() -> list[bytes]:
     inputs = np.arange(12, dtype=np.float32).reshape(3, 4)
-    return [golden.encode(golden.make(inputs, inputs[:, :2] / np.float32(9), 0.1, "litert 2.1 x86_64"))]
+    return [golden_vectors.encode(golden_vectors.make(inputs, inputs[:, :2] / np.float32(9), 0.1, "litert 2.1 x86_64"))]
 
 
 @target("golden", "golden vectors that are taken compare with something", vectors, 8192)
 def golden_npz(data: bytes) -> None:
     try:
-        found = golden.decode(data)
+        found = golden_vectors.decode(data)
     except BadBundle:
         return
-    assert golden.decode(golden.encode(found)).expected.shape == found.expected.shape
+    assert golden_vectors.decode(golden_vectors.encode(found)).expected.shape == found.expected.shape
 
 
 ARRAYS = ("inputs", "expected", "runtime", "tolerance")

@@ -14,18 +14,19 @@ from random import Random
 import msgspec
 from msgspec.structs import replace
 
-from agent.model import bundle, manifest, probe, shipped
-from agent.model.bundle import Bundle
-from agent.model.probe import Report
+from agent.model.bundle import builtin, bundle, manifest
+from agent.model.bundle.bundle import Bundle
+from agent.model.sandbox import probe
+from agent.model.sandbox.probe import Report
 from scripts.fuzzing import target
-from tests.bundles import CLASSIFY, FLOAT, THIRD_PARTY, Recipe, around, model
+from tests.kit.bundles import CLASSIFY, FLOAT, THIRD_PARTY, Recipe, around, model
 
 _LONGEST = 1 << 20
 _AS_THE_DAEMON = """\
 import sys
 import numpy as np
 from agent.errors import BadBundle
-from agent.model.runtime import Model
+from agent.model.inference.runtime import Model
 batch, threads = int(sys.argv[1]), int(sys.argv[2])
 try:
     loaded = Model(sys.stdin.buffer.read(), batch, threads)
@@ -44,7 +45,7 @@ class Died(Exception):
 @functools.cache
 def sound() -> list[Bundle]:
     """The bundle that ships, with its golden vectors, and models that have none: of those less is found out."""
-    found = [bundle.read(shipped.bundles() / "exercise", None)]
+    found = [bundle.read(builtin.bundles() / "exercise", None)]
     for recipe in (CLASSIFY, FLOAT):
         found.append(around(model(recipe.model), recipe))
     for name, recipe in (("ad01", Recipe("anomaly", "", _inputs(640))), ("kws", _words())):

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from agent.config import Field, Stream
-from agent.device.incoming.parse import Reader
-from agent.device.incoming.readfile import blocks, open_text
-from agent.device.storage.rows import Packed, Rows, check, pack, unpack
+from agent.device.intake.file_reader import blocks, open_text
+from agent.device.intake.protocol import Reader
+from agent.device.store.rows import Packed, Rows, check, pack, unpack
 from agent.errors import Rejected
 from scripts.fuzzing import target
 

@@ -12,15 +12,15 @@ from typing import Any
 from agent.clock import epoch_us
 from agent.config import Broker
 from agent.errors import Refused
-from agent.fleet.audit import audit
-from agent.fleet.collect import Collector
-from agent.fleet.store import FleetStore
+from agent.fleet.audit.audit import audit
+from agent.fleet.collector.collector import Collector
+from agent.fleet.database.store import FleetStore
+from agent.transport.packets import Delivery, Outgoing, Receipt
 from agent.wire import jws, keys, topics
-from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.keys import b64url, unb64url
 from agent.wire.messages import Ack, Message, open_message
 from scripts.fuzzing import target
-from tests.senders import FLEET, TIME, Sender, Sent, new_key
+from tests.kit.senders import FLEET, TIME, Sender, Sent, new_key
 
 DEVICE, COLLECTOR = new_key(1), new_key(2)
 NOW = "2026-11-24T22:20:00.000000Z"

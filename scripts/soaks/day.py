@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.simulate.link import Weather
+from agent.testing.lossy_link import Weather
 from scripts.soaks import Result, soak
 from scripts.soaks.rig import DEVICE, TASK, Rig
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agent.fleet.ledger import EVICTED
-from agent.simulate.link import Weather
+from agent.fleet.database.gap_ledger import EVICTED
+from agent.testing.lossy_link import Weather
 from scripts.soaks import Result, soak
 from scripts.soaks.rig import TASK, Rig
 

@@ -13,19 +13,19 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.cli import assembly, wiring
+from agent.bootstrap import device, wiring
 from agent.config import Broker
-from agent.device.incoming.group import Group
-from agent.device.incoming.parse import Reader
+from agent.device.intake.group_commit import Group
+from agent.device.intake.protocol import Reader
 from agent.errors import LinkDown
-from agent.fleet.audit import Report, audit
-from agent.fleet.collect import Collector
-from agent.fleet.enrol import enrol, init_fleet
-from agent.fleet.store import FleetStore
-from agent.fleet.subscription import filters
-from agent.simulate.link import Air, AirLink, Weather
+from agent.fleet.audit.audit import Report, audit
+from agent.fleet.collector.collector import Collector
+from agent.fleet.collector.subscription import filters
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.testing.lossy_link import Air, AirLink, Weather
 from agent.wire.keys import load_private
-from tests.fleet_databases import sqlite_of
+from tests.kit.fleet_databases import sqlite_of
 
 FLEET, DEVICE, STREAM, TASK = "acme", "pi-01", "watch", "exercise"
 RECORDING = Path(__file__).parents[2] / "models/recordings/exercise.npz"
@@ -58,7 +58,7 @@ class Rig:
         self._configure(buffer_toml, schedule)
         file, conf = wiring.load(str(self._folder / "outstation.toml"))
         self.store = wiring.open_store(conf)
-        self.daemon = assembly.daemon(
+        self.daemon = device.daemon(
             file, conf, self.store, now=self.air.now, open_link=self.air.connect, pause=self.air.wait
         )
         self._uplink = self.daemon._uplink

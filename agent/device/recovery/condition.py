@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from agent.device.recovery import findings, salvage
-from agent.device.storage.store import Store
+from agent.device.store.store import Store
 
 
 class Condition(msgspec.Struct, frozen=True):

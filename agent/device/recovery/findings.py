@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from agent.device.storage import meta, ranges
+from agent.device.store import meta, ranges
 
 # Names in table meta.
 FINDINGS, LAST, CLEAN, STOP = "findings", "last finding", "clean", "last stop"

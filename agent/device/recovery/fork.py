@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import msgspec
 
-from agent.device.recovery.catchup import OPENED, UNPROVEN
+from agent.device.recovery.catch_up import OPENED, UNPROVEN
 from agent.device.recovery.findings import NEW_LOG, NewLog
-from agent.device.storage import retention
-from agent.device.storage.store import Store
-from agent.device.storage.transaction import Transaction
+from agent.device.store import retention
+from agent.device.store.store import Store
+from agent.device.store.transaction import Transaction
 from agent.errors import StorageForked
 from agent.wire.messages import Ack
 

@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 from agent import __version__
-from agent.device.storage import schema
+from agent.device.store import schema
 from agent.errors import StorageError, UsageError
 
 _SET = "outstation-device"

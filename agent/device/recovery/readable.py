@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from agent.device.recovery import leaves
+from agent.device.recovery import raw_pages
 
 # Rows that fail one after the other before the rest of a table counts as lost: more than hang on one page of an index.
 _MOST_FAILURES = 50_000
@@ -79,7 +79,7 @@ class Readable:
     def scattered(self) -> Iterator[tuple[int, list[Any]]]:
         """(rowid, values) of every row of whatever table, deleted ones too, wherever a page of it is left."""
         path = str(self._db.execute("PRAGMA database_list").fetchone()[2])
-        return leaves.rows(Path(path))
+        return raw_pages.rows(Path(path))
 
     def attempt(self, sql: str, *values: int) -> list[tuple[Any, ...]] | None:
         """All rows of a statement; None where one of them cannot be read."""

@@ -10,10 +10,10 @@ import sqlite3
 from collections.abc import Collection
 from typing import Any
 
-from agent.device.recovery import catchup
+from agent.device.recovery import catch_up
 from agent.device.recovery.findings import NEW_LOG
-from agent.device.recovery.watermark import Mark
-from agent.device.storage import forecast, meta, retention
+from agent.device.store import forecast, meta, retention
+from agent.device.store.watermark import Mark
 from agent.wire.messages import digest
 
 _WHY = "The store was damaged where it says which log it writes and how far that had got."
@@ -29,9 +29,9 @@ def rebuild(db: sqlite3.Connection, mark: Mark | None, damaged: Collection[str])
         # Both count in uptime, which begins anew.
         meta.drop(db, retention.STEPS)
         meta.drop(db, forecast.GROWTH)
-    if db.execute("SELECT 1 FROM meta WHERE key = ?", (catchup.UNPROVEN,)).fetchone() is None:
+    if db.execute("SELECT 1 FROM meta WHERE key = ?", (catch_up.UNPROVEN,)).fetchone() is None:
         # As far as is known nobody has confirmed any message.
-        meta.put(db, catchup.UNPROVEN, "0")
+        meta.put(db, catch_up.UNPROVEN, "0")
     _log(db, mark, is_begun_again=NEW_LOG in damaged)
 
 
@@ -59,7 +59,7 @@ def _log(db: sqlite3.Connection, mark: Mark | None, *, is_begun_again: bool) -> 
     meta.put(db, "seq", str(max(most, acknowledged)))
     meta.put(db, "digest", told[most])
     if not is_known or is_begun_again:
-        catchup.begin_log(db, log, _WHY)
+        catch_up.begin_log(db, log, _WHY)
 
 
 def _newest(db: sqlite3.Connection) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from agent.device.recovery import migrate
-from agent.device.recovery.watermark import Mark
+from agent.device.store.watermark import Mark
 from agent.errors import StorageError
 
 DATABASE, MARKER, QUARANTINE = "outstation.db", "damaged", "quarantine"
@@ -79,7 +79,7 @@ def _set_aside(folder: Path, place: Path) -> None:
 
 def _build(folder: Path, place: Path, why: str, mark: Mark | None, first_page: bytes | None) -> None:
     # Costs 15 ms: only for those whose store is damaged.
-    from agent.device.recovery.copying import Copy
+    from agent.device.recovery.copy import Copy
     from agent.device.recovery.readable import Readable
 
     building = folder / _BUILDING

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
-from agent.fleet.database import Cursor, Repeat, Row, Values, named, postgresql_tables
+from agent.fleet.database import postgresql_schema
+from agent.fleet.database.interface import Cursor, Repeat, Row, Values, named
 from agent.fleet.database.placeholders import translated
 from agent.fleet.database.postgresql_rows import Connection
 
@@ -147,9 +148,9 @@ class Postgresql:
         if not self._read_only and _setting(self._raw, "fsync") == "off":
             logger.warning("%s: has fsync off; what is acknowledged can be lost with the server's power", self.name)
         if self._read_only:
-            postgresql_tables.require_current(self._raw, self.name)
+            postgresql_schema.require_current(self._raw, self.name)
         else:
-            postgresql_tables.migrate(self._raw, self.name, partitions)
+            postgresql_schema.migrate(self._raw, self.name, partitions)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from agent.fleet.database import Cursor, Gap, Log, Row, Values
+from agent.fleet.database.interface import Cursor, Gap, Log, Row, Values
 from agent.fleet.database.placeholders import translated
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ _SEEN = "UPDATE devices SET last_seen = %s WHERE device = ANY(%b)"
 
 
 class Connection:
-    """As `agent.fleet.database` has it; as long as `raw` is connected."""
+    """As `agent.fleet.database.interface` has it; as long as `raw` is connected."""
 
     def __init__(self, raw: psycopg.Connection[Row]) -> None:
         self._raw = raw

@@ -14,8 +14,8 @@ from typing import Any
 import sqlite_utils
 
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
-from agent.fleet import schema
-from agent.fleet.database import ADD_MESSAGE, Cursor, Gap, Log, Row, Values, in_sqlite, named
+from agent.fleet.database import schema
+from agent.fleet.database.interface import ADD_MESSAGE, Cursor, Gap, Log, Row, Values, in_sqlite, named
 
 LOCK_WAIT_S = 5.0
 _UNSTORABLE = (OverflowError, UnicodeEncodeError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError)
@@ -28,7 +28,7 @@ UNDECLARED = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND NOT 
 
 
 class Connection(sqlite3.Connection):
-    """As `agent.fleet.database` has it. A statement costs no round trip here, so that each row has its own."""
+    """Implements `agent.fleet.database.interface`. A statement costs no round trip here, so that each row has its own."""
 
     def spoken(self, sql: str) -> str:
         return in_sqlite(sql)

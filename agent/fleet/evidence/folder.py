@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from agent import durable_files
 from agent.errors import StorageError, StorageFull, UsageError
-from agent.fleet import durable
 from agent.fleet.evidence.manifest import MANIFEST, TOKEN, File
 
 
@@ -54,11 +54,11 @@ class Draft:
         """All of it is on the disk, and has its name."""
         try:
             for folder in [path for path in self._home.rglob("*") if path.is_dir()] + [self._home]:
-                durable.sync(folder)
+                durable_files.sync(folder)
             if self.out.exists():
                 self.out.rmdir()
             self._home.rename(self.out)
-            durable.sync(self.out.absolute().parent)
+            durable_files.sync(self.out.absolute().parent)
         except OSError as error:
             raise StorageError(f"{self.out}: cannot be finished: {error.strerror}") from None
 

@@ -12,17 +12,19 @@ import msgspec
 
 from agent import __version__
 from agent.evaluation.document import Evaluation
-from agent.fleet.database import Connection
-from agent.fleet.evidence import bundles, manifest, mapping, software, trust
+from agent.fleet.database.interface import Connection
+from agent.fleet.database.store import FleetStore
+from agent.fleet.evidence import frameworks, manifest
+from agent.fleet.evidence import sbom as software
 from agent.fleet.evidence.contents import Incident, Signed
 from agent.fleet.evidence.folder import Draft
-from agent.fleet.evidence.gather import Facts, Verified, gather
+from agent.fleet.evidence.gather import bundles, trusted_keys
+from agent.fleet.evidence.gather.database import Reading
+from agent.fleet.evidence.gather.gather import Facts, Verified, gather
 from agent.fleet.evidence.limits import MOST
 from agent.fleet.evidence.manifest import MANIFEST, TOKEN, File, Manifest
-from agent.fleet.evidence.page import html
-from agent.fleet.evidence.reading import Reading
-from agent.fleet.evidence.software import Found
-from agent.fleet.store import FleetStore
+from agent.fleet.evidence.page.page import html
+from agent.fleet.evidence.sbom import Found
 from agent.wire.keys import PublicKey, SigningKey
 
 _CSV = ("began", "ended", "seconds", "state", "severity", "device", "task", "alert", "subject", "summary", "clock")
@@ -74,7 +76,7 @@ def make(
 def _facts(
     store: FleetStore, db: Connection, sources: Sources, at: str | None, advance: Callable[[int], None]
 ) -> Facts:
-    roles = trust.of_roles(sources.operators, sources.collector, sources.publishers)
+    roles = trusted_keys.of_roles(sources.operators, sources.collector, sources.publishers)
     facts = gather(store, db, sources.fleet, at, roles, advance)
     # Devices take bundles from operators, too.
     known = [*sources.publishers, *sources.operators]
@@ -84,7 +86,7 @@ def _facts(
 
 
 def _files(draft: Draft, sources: Sources, facts: Facts) -> Found:
-    metadata, facts.published, facts.unpublished = trust.repository(sources.home)
+    metadata, facts.published, facts.unpublished = trusted_keys.repository(sources.home)
     for path, content in sorted({**facts.bundles.files, **metadata}.items()):
         draft.write(path, content)
     bill = software.bill(facts.fleet, facts.at, facts.bundles.cards)
@@ -103,8 +105,8 @@ def _files(draft: Draft, sources: Sources, facts: Facts) -> Found:
     }
     for path, document in documents.items():
         draft.write(path, _document(document))
-    points = mapping.supported([one.path for one in draft.files], _empty(facts))
-    draft.write("mapping.json", _document({"points": points, "not_covered": mapping.NOT_COVERED}))
+    points = frameworks.supported([one.path for one in draft.files], _empty(facts))
+    draft.write("mapping.json", _document({"points": points, "not_covered": frameworks.NOT_COVERED}))
     draft.write("index.html", html(facts, bill, points, [*draft.files]).encode())
     _sign(draft, sources.operator, facts)
     return bill

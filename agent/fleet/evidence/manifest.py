@@ -16,7 +16,7 @@ import msgspec
 
 from agent.errors import Refused
 from agent.fleet.evidence.limits import BOUNDS
-from agent.jsonkeys import check_keys
+from agent.strict_json import check_keys
 from agent.wire import jws
 from agent.wire.keys import SigningKey, public_key
 from agent.wire.messages import Natural, Positive, Rfc3339, Text

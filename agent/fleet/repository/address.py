@@ -7,9 +7,9 @@ import stat
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from agent import durable_files
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet import durable
 
 
 def write(folder: Path, url: str) -> None:
@@ -23,7 +23,7 @@ def write(folder: Path, url: str) -> None:
     _check(url)
     added = f"\n[repository]\nurl = {json.dumps(url)}   # where devices find repository/ of this folder\n"
     mode = stat.S_IMODE(path.stat().st_mode)
-    durable.write(path, path.read_bytes().rstrip(b"\n") + b"\n" + added.encode(), mode)
+    durable_files.write(path, path.read_bytes().rstrip(b"\n") + b"\n" + added.encode(), mode)
 
 
 def _check(url: str) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import msgspec
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
+from agent import durable_files
 from agent.errors import UsageError
-from agent.fleet import durable
 from agent.fleet.repository import edition, expiry
 from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TARGETS, TIMESTAMP, TOP
-from agent.fleet.repository.keyring import Keyring
+from agent.fleet.repository.keys import Keyring
 from agent.fleet.repository.layout import Layout
 
 MOST_ROOTS = 16
@@ -35,7 +35,7 @@ def create(folder: Path, *, roots: int = 1, threshold: int = 1, at: datetime | N
     if not 1 <= threshold <= roots <= MOST_ROOTS:
         raise UsageError(f"--threshold {threshold} of --roots {roots}: use 1 to {MOST_ROOTS} keys, and no more to sign")
     layout, at = Layout(folder), at or expiry.now()
-    durable.make_folder(layout.home)
+    durable_files.make_folder(layout.home)
     with layout.locked():
         there = layout.newest_root()
         if there is not None:
@@ -52,9 +52,9 @@ def create(folder: Path, *, roots: int = 1, threshold: int = 1, at: datetime | N
         root.signed.roles[ROOT].threshold = threshold
         for signer in keyring.signers(root.signed.roles[ROOT].keyids):
             root.sign(signer, append=True)
-        durable.make_folder(layout.targets)
+        durable_files.make_folder(layout.targets)
         first = Edition(root, Metadata(Timestamp()), Metadata(Snapshot()), Metadata(Targets()))
         edition.write(layout, first, TOP, keyring, at)
         # Last: with it the repository is there.
-        durable.write(layout.root(1), root.to_bytes())
+        durable_files.write(layout.root(1), root.to_bytes())
     return Created(layout.root(1), files, threshold)

@@ -19,11 +19,11 @@ from tuf.api.exceptions import LengthOrHashMismatchError, RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp
 from tuf.api.serialization import DeserializationError
 
+from agent import durable_files
 from agent.errors import StorageError, UsageError
-from agent.fleet import durable
 from agent.fleet.repository import expiry
 from agent.fleet.repository.expiry import DAILY, SNAPSHOT, TARGETS, TIMESTAMP
-from agent.fleet.repository.keyring import Keyring
+from agent.fleet.repository.keys import Keyring
 from agent.fleet.repository.layout import Layout
 
 # Older versions that stay for clients which are in the middle of an update.
@@ -127,7 +127,7 @@ def write(
             part.sign(signer, append=True)
         written[role] = part.to_bytes()
     for role in order:
-        durable.write(layout.role(role, edition.part(role).signed.version), written[role])
+        durable_files.write(layout.role(role, edition.part(role).signed.version), written[role])
     edition.published |= {role: edition.part(role).signed.version for role in order}
     tidy(layout, edition)
 
@@ -180,7 +180,7 @@ def tidy(layout: Layout, edition: Edition) -> None:
         if role in edition.published and role != "root" and number.isdecimal():
             current = edition.published[role]
             if not current - _KEPT <= int(number) <= current:
-                durable.remove(path)
+                durable_files.remove(path)
     listed = {
         str(layout.target(path, file.hashes["sha256"]))
         for bundle in edition.bundles.values()
@@ -189,4 +189,4 @@ def tidy(layout: Layout, edition: Edition) -> None:
     for folder, _, names in os.walk(layout.targets):
         for name in names:
             if str(Path(folder, name)) not in listed:
-                durable.remove(Path(folder, name))
+                durable_files.remove(Path(folder, name))

@@ -11,18 +11,19 @@ from pathlib import Path
 import msgspec
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, TargetFile, Targets
 
+from agent import durable_files
 from agent.errors import BadBundle, UsageError
-from agent.fleet import durable
-from agent.fleet.repository import edition, expiry, roots
+from agent.fleet.repository import edition, expiry, root_rotation
 from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import TARGETS, TOP
-from agent.fleet.repository.keyring import Keyring
+from agent.fleet.repository.keys import Keyring
 from agent.fleet.repository.layout import Layout
 from agent.fleet.repository.revoke import revoked
-from agent.model import bundle as bundles
-from agent.model import offer, probe
-from agent.model.bundle import Bundle
-from agent.model.offer import Offer
+from agent.model.bundle import bundle as bundles
+from agent.model.bundle import target_metadata as offer
+from agent.model.bundle.bundle import Bundle
+from agent.model.bundle.target_metadata import Offer
+from agent.model.sandbox import probe
 from agent.wire.keys import PublicKey
 
 # A zip's first year: the same files give the same bytes.
@@ -62,7 +63,7 @@ def publish(
     packed = archive(found)
     with layout.locked():
         keyring = Keyring(layout.keys, sign_with)
-        now = roots.current(layout, keyring, at)
+        now = root_rotation.current(layout, keyring, at)
         listed = _listed(now, told)
         if listed is not None:
             return Published(offer.decode(listed.custom), target, listed.length, found.signer, new=False)
@@ -70,7 +71,7 @@ def publish(
         file.unrecognized_fields["custom"] = offer.encode(told)
         changed = _delegate(now, told.name, keyring)
         now.bundles[told.name].signed.targets[target] = file
-        durable.write(layout.target(target, file.hashes["sha256"]), packed)
+        durable_files.write(layout.target(target, file.hashes["sha256"]), packed)
         edition.write(layout, now, changed, keyring, at)
     return Published(told, target, len(packed), found.signer, new=True)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import msgspec
 
-from agent.fleet.repository import edition, expiry, roots
+from agent.fleet.repository import edition, expiry, root_rotation
 from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import DAILY, SNAPSHOT, TARGETS, TIMESTAMP
-from agent.fleet.repository.keyring import Keyring
+from agent.fleet.repository.keys import Keyring
 from agent.fleet.repository.layout import Layout
 
 
@@ -34,8 +34,10 @@ def refresh(
     with layout.locked():
         keyring = Keyring(layout.keys, sign_with)
         if trust_clock:
-            edition.write(layout, edition.load(layout, roots.coming(layout)), {SNAPSHOT}, keyring, at, trust_clock=True)
-        version = roots.finish(layout, keyring, at)
+            edition.write(
+                layout, edition.load(layout, root_rotation.coming(layout)), {SNAPSHOT}, keyring, at, trust_clock=True
+            )
+        version = root_rotation.finish(layout, keyring, at)
         return _renew(layout, keyring, at, version)
 
 
@@ -49,7 +51,7 @@ def refresh_daily(folder: Path, at: datetime | None = None) -> Refreshed | None:
         return None
     with layout.locked(wait=False):
         keyring = Keyring(layout.keys)
-        now = edition.load(layout, roots.coming(layout))
+        now = edition.load(layout, root_rotation.coming(layout))
         online = all(keyring.signers(now.keyids(role)) for role in (SNAPSHOT, TIMESTAMP))
         if not online or at - expiry.signed_at(TIMESTAMP, now.timestamp.signed.expires) < DAILY:
             return None

@@ -11,11 +11,11 @@ import msgspec
 from tuf.api.metadata import Targets
 
 from agent.errors import UsageError
-from agent.fleet.repository import edition, expiry, roots
-from agent.fleet.repository.keyring import Keyring
+from agent.fleet.repository import edition, expiry, root_rotation
+from agent.fleet.repository.keys import Keyring
 from agent.fleet.repository.layout import Layout
-from agent.model import offer
-from agent.toml import suggestion
+from agent.model.bundle import target_metadata
+from agent.toml_files import suggestion
 
 # In the bundle role's signed part: version → day. A version that was taken out is never another one later.
 _MEMBER = "outstation-revoked"
@@ -41,11 +41,11 @@ def revoke(
     layout, at = Layout(folder), at or expiry.now()
     with layout.locked():
         keyring = Keyring(layout.keys, sign_with)
-        now = roots.current(layout, keyring, at)
+        now = root_rotation.current(layout, keyring, at)
         if bundle not in now.bundles:
             raise UsageError(f"no bundle {bundle!r} in the repository{suggestion(bundle, list(now.bundles))}")
         role = now.bundles[bundle].signed
-        versions = {offer.decode(file.custom).version: path for path, file in role.targets.items()}
+        versions = {target_metadata.decode(file.custom).version: path for path, file in role.targets.items()}
         out = list(versions) if version is None else [version]
         if not out or not set(out) <= set(versions):
             here = ", ".join(sorted(versions)) or "none"

@@ -8,14 +8,14 @@ from pathlib import Path
 import msgspec
 from tuf.api.metadata import Role
 
-from agent.fleet.repository import edition, expiry, roots
+from agent.fleet.repository import edition, expiry, root_rotation
 from agent.fleet.repository.edition import Edition
 from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TIMESTAMP, TOP
-from agent.fleet.repository.keyring import Keyring, public_text
+from agent.fleet.repository.keys import Keyring, public_text
 from agent.fleet.repository.layout import Layout
 from agent.fleet.repository.revoke import all_revoked
-from agent.fleet.repository.roots import Draft
-from agent.model import offer
+from agent.fleet.repository.root_rotation import Draft
+from agent.model.bundle import target_metadata
 
 
 class Signing(msgspec.Struct, frozen=True):
@@ -62,9 +62,9 @@ def status(folder: Path, at: datetime | None = None) -> Status:
     """Raises UsageError where there is no repository, StorageError where devices would refuse it."""
     layout, at = Layout(folder), at or expiry.now()
     keyring = Keyring(layout.keys)
-    now = edition.load(layout, roots.coming(layout))
+    now = edition.load(layout, root_rotation.coming(layout))
     standings = [_standing(now, role, keyring, at) for role in (*TOP, *sorted(now.bundles))]
-    draft = roots.waiting(layout, keyring)
+    draft = root_rotation.waiting(layout, keyring)
     reminders = [_reminder(one) for one in standings if one.soon]
     if draft is not None:
         reminders.append(
@@ -86,7 +86,7 @@ def _held(now: Edition) -> list[Held]:
         Held(told.name, told.version, told.digest, path, file.length)
         for _, part in sorted(now.bundles.items())
         for path, file in sorted(part.signed.targets.items())
-        for told in [offer.decode(file.custom)]
+        for told in [target_metadata.decode(file.custom)]
     ]
 
 

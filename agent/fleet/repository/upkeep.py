@@ -7,9 +7,9 @@ from datetime import datetime
 from pathlib import Path
 
 from agent.errors import StorageError
+from agent.fleet.database.projection import REPOSITORY, repository_alert
+from agent.fleet.database.store import FleetStore
 from agent.fleet.repository import expiry, refresh, status
-from agent.fleet.store import FleetStore
-from agent.fleet.unfold import REPOSITORY, repository_alert
 
 logger = logging.getLogger(__name__)
 

@@ -93,7 +93,7 @@ def resolve(file: File, folder: Path) -> Plan:
 
 
 def _read(path: Path) -> Offered:
-    from agent.model import bundle as bundles
+    from agent.model.bundle import bundle as bundles
 
     found = bundles.read(path, None)
     return Offered(found.manifest.name, found.manifest.version, found.digest)

@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
+from agent.comparison import rules
+from agent.comparison.paired_intervals import Block
+from agent.comparison.rules import AGREEMENT, ESTIMATE, LABELS, LATENCY, Limits, State
+from agent.comparison.tally import Tally
 from agent.fleet.rollout.plan import Promotion
-from agent.rivals import verdict
-from agent.rivals.intervals import Block
-from agent.rivals.tally import Tally
-from agent.rivals.verdict import AGREEMENT, ESTIMATE, LABELS, LATENCY, Limits, State
 from agent.wire.messages import Shadow
 
 Blocks = Mapping[str, Sequence[Shadow]]
@@ -47,7 +47,7 @@ def compare(blocks: Blocks, promote: Promotion, *, beside: bool) -> list[Finding
     """Every rule that is asked. `beside`: the new bundle is the one beside, else the one whose results count."""
     taken = balanced(blocks)
     limits = Limits(promote.agreement, promote.slower, None, promote.accuracy_drop, promote.error_growth)
-    found = verdict.weigh(limits, taken, beside)
+    found = rules.weigh(limits, taken, beside)
     return list(_asked(promote, found, taken))
 
 
@@ -75,7 +75,7 @@ def _size(one: Shadow) -> int:
     return max(one.n, sum(one.labelled), one.answered.windows, one.answered_beside.windows, one.answered.off.n)
 
 
-def _asked(promote: Promotion, found: Sequence[verdict.Finding], blocks: Sequence[Block]) -> Iterator[Finding]:
+def _asked(promote: Promotion, found: Sequence[rules.Finding], blocks: Sequence[Block]) -> Iterator[Finding]:
     by_rule = {one.rule: one for one in found}
     devices = len({one.device for one in blocks})
     labelled = sum(sum(one.tally.labelled) for one in blocks) >= FEWEST_LABELLED
@@ -95,9 +95,7 @@ def _asked(promote: Promotion, found: Sequence[verdict.Finding], blocks: Sequenc
         yield said("error by labels", LABELS, 1 + promote.error_growth, False)
 
 
-def _finding(
-    name: str, told: verdict.Finding | None, limit: float, blocks: int, devices: int, *, least: bool
-) -> Finding:
+def _finding(name: str, told: rules.Finding | None, limit: float, blocks: int, devices: int, *, least: bool) -> Finding:
     """With the limit that was asked; what nothing can be told of is open: that is no reason to go on."""
     asked = f"{'at least' if least else 'at most'} {limit:g}"
     if told is None or "value" not in told.numbers:

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import msgspec
 
 from agent.errors import Refused
-from agent.jsonkeys import RepeatedKey, check_keys
+from agent.strict_json import RepeatedKey, check_keys
 from agent.wire import jws
-from agent.wire.desired import Name
+from agent.wire.desired_state import Name
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey
 from agent.wire.messages import Rfc3339, digest

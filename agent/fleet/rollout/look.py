@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
-from agent.fleet.database import Connection
-from agent.fleet.rollout import book
-from agent.fleet.rollout.book import Rollout
-from agent.fleet.rollout.judging import Verdict, judge
-from agent.fleet.rollout.members import Members, members
+from agent.fleet.database.interface import Connection
+from agent.fleet.rollout import journal
+from agent.fleet.rollout.devices import Members, members
+from agent.fleet.rollout.journal import Rollout
+from agent.fleet.rollout.promotion import Verdict, judge
 from agent.fleet.rollout.tallies import Tallies
 
 
@@ -26,5 +26,5 @@ def look(db: Connection, rollout: Rollout, now_us: int, tallies: Tallies | None 
     """Inside a snapshot; `tallies` of an earlier look are gone on with."""
     tallies = tallies or Tallies(rollout)
     tallies.read(db)
-    its, began = members(db, rollout), book.began(db, rollout.name)
+    its, began = members(db, rollout), journal.began(db, rollout.name)
     return Look(rollout, its, tallies, judge(rollout, its, tallies, began, now_us), began)

@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from agent import clock, toml
+from agent import clock, toml_files
 from agent.config import Section
 from agent.errors import ConfigError
 from agent.names import is_name
 from agent.wire import topics
-from agent.wire.desired import Digest, Moment, Name, Rules, Share, Version, Wanted
+from agent.wire.desired_state import Digest, Moment, Name, Rules, Share, Version, Wanted
 
 MAX_STEPS = 32
 _ORDER = ("shadow", "canary", "all")
@@ -153,7 +153,7 @@ class File:
 
 def read(source: Path) -> File:
     """Raises ConfigError, with file, key and fix."""
-    content = toml.read(source, _File, _hook)
+    content = toml_files.read(source, _File, _hook)
     file = File(source, content)
     for key, problem in (*_of_subject(content.rollout), *_of_steps(content)):
         raise file.wrong(key, problem)

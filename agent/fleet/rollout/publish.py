@@ -8,9 +8,9 @@ from typing import Protocol
 
 from agent import clock
 from agent.errors import LinkDown
-from agent.fleet.rollout.desired import Published
+from agent.fleet.rollout.desired_state import Published
+from agent.transport.packets import Delivery, Outgoing, Receipt
 from agent.wire import topics
-from agent.wire.carried import Delivery, Outgoing, Receipt
 from agent.wire.messages import cloud_event
 
 WAIT_S = 10.0

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 import msgspec
 
 from agent.errors import Refused
-from agent.fleet.database import Connection
-from agent.fleet.rollout.book import Rollout
+from agent.fleet.database.interface import Connection
+from agent.fleet.rollout.journal import Rollout
 from agent.wire.messages import Answered, Moments, Shadow, decode
 
 MOST_BLOCKS = 200

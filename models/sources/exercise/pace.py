@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.evaluation import examples
-from agent.model import bundle, choice, derived, features, inference, runtime, shipped
-from agent.model.features import Cut
-from agent.model.inference import Inference
-from agent.model.trial import BATCHES
+from agent.model.bundle import builtin, bundle
+from agent.model.inference import derived_features, features, inference, runtime, tuning
+from agent.model.inference.features import Cut
+from agent.model.inference.inference import Inference
+from agent.model.sandbox.autotune import BATCHES
 
-HELD_OUT = shipped.recordings() / "exercise.npz"
+HELD_OUT = builtin.recordings() / "exercise.npz"
 ROUNDS = 15
 MOMENT_S = 0.02
 LEAST_CALLS = 5
@@ -43,7 +44,7 @@ class Paces:
 
 def loaded(file: Path) -> Inference:
     """The model in `file` in place of the shipped bundle's."""
-    manifest = bundle.read(shipped.bundles() / "exercise", None).manifest
+    manifest = bundle.read(builtin.bundles() / "exercise", None).manifest
     return Inference(manifest, inference.load(manifest, file.read_bytes()))
 
 
@@ -52,7 +53,7 @@ def measure(models: list[Inference]) -> Paces:
     starts, _ = examples.windows(source, models[0])
     cut = Cut(starts, len(source.rows))
     spec = models[0].manifest.input
-    windows = features.windows(derived.columns(source.rows, source.t, spec, 0), starts, spec)
+    windows = features.windows(derived_features.columns(source.rows, source.t, spec, 0), starts, spec)
     wall = np.empty((ROUNDS, len(models), len(BATCHES)))
     cpu = np.empty_like(wall)
     for turn in range(ROUNDS):
@@ -123,7 +124,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     names = [one["file"] for one in json.loads((folder / "variants.json").read_text())]
     found = measure([loaded(folder / f"{name}.tflite") for name in names])
-    print(f"{choice.machine()}; {runtime.NAME}; {found.rest_us:g} µs a window beside the model")
+    print(f"{tuning.machine()}; {runtime.NAME}; {found.rest_us:g} µs a window beside the model")
     for name, pace in zip(names, found.each, strict=True):
         print(f"{name:16}", *(f"{key} {value:g}" for key, value in pace.items()), sep="  ")
 

@@ -51,7 +51,7 @@ def take(machine: int, number: int, fault: str = "none", severity: float = 1.0) 
     import sounds
 
     from agent.media import Sound
-    from agent.model import sound
+    from agent.model.inference import sound
 
     heard = Sound(**tomllib.loads(SPEC.read_text(encoding="utf-8"))["input"]["sound"])
     return Take(sound.rows(sounds.record(machine, number, fault, severity), heard), machine, fault, severity)

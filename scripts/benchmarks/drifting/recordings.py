@@ -14,11 +14,12 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.device.incoming.sources.playlist import Part, Playlist, Recordings, load
+from agent.device.intake.sources.recordings import Part, Playlist, Recordings, load
 from agent.drift import Judge, Reference, State, Verdict
-from agent.drift.detectors import JOINT, OUTPUT, SCORE
-from agent.model import bundle, features, runtime, scores, shipped
-from agent.scenario import SCENARIOS
+from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
+from agent.model.bundle import builtin, bundle
+from agent.model.inference import features, runtime, scores
+from agent.simulate.scenario import SCENARIOS
 from scripts.benchmarks.drifting.counting import Flags, Row, raised
 
 PEOPLE = (8, 9, 10)
@@ -105,7 +106,7 @@ class Watch:
     """The shipped bundle and its judge."""
 
     def __init__(self) -> None:
-        self._found = bundle.read(shipped.bundles() / "exercise", shipped.publishers())
+        self._found = bundle.read(builtin.bundles() / "exercise", builtin.publishers())
         self._model = runtime.Model(self._found.model)
         self.judge = Judge(
             Reference.from_json(self._found.files["reference.json"]),

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.drift import Judge, Reference, State, Verdict, build
-from agent.drift.detectors import JOINT, OUTPUT, SCORE
+from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drifting.counting import Row, raised
 
 SEEDS = 12

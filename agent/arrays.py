@@ -1,0 +1,102 @@
+"""Frozen structs of numpy arrays to bytes and back: JSON for files people read, MessagePack for the device's state.
+
+Both are deterministic: members in the order they are declared, numbers little-endian or in their shortest exact form.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args, get_origin
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.strict_json import check_keys
+
+MOST_BYTES = 64 << 20
+
+T = TypeVar("T")
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def to_json(value: Any, *, leave_out: tuple[str, ...] = ()) -> bytes:
+    """`leave_out` names members of `value` that its kind has a default for."""
+    if leave_out:
+        value = {name: getattr(value, name) for name in value.__struct_fields__ if name not in leave_out}
+    return msgspec.json.encode(value, enc_hook=_to_list) + b"\n"
+
+
+def from_json(data: bytes, kind: type[T]) -> T:
+    """Raises ValueError that names the member that is wrong."""
+    found = _checked(msgspec.json.Decoder(kind, dec_hook=_from_list).decode, data)
+    _checked(check_keys, data)
+    return found
+
+
+def to_bytes(value: object) -> bytes:
+    return msgspec.msgpack.encode(value, enc_hook=_to_raw)
+
+
+def from_bytes(data: bytes, kind: type[T]) -> T:
+    """Raises ValueError that names the member that is wrong."""
+    return _checked(msgspec.msgpack.Decoder(kind, dec_hook=_from_raw).decode, data)
+
+
+def packed(value: object) -> bytes:
+    """As `to_bytes`, in less room: much of it is zeros."""
+    return zlib.compress(to_bytes(value), 1)
+
+
+def unpacked(data: bytes, kind: type[T]) -> T:
+    """Raises ValueError that names the member that is wrong."""
+    unpacking = zlib.decompressobj()
+    try:
+        content = unpacking.decompress(data, MOST_BYTES)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if not unpacking.eof:
+        raise ValueError("it ends early, or is too large")
+    return from_bytes(content, kind)
+
+
+def _checked(decode: Callable[[bytes], T], data: bytes) -> T:
+    try:
+        return decode(data)
+    except (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _dtype(kind: Any) -> np.dtype[Any]:
+    if get_origin(kind) is not np.ndarray:
+        raise TypeError(f"{kind} cannot be stored")
+    dtype: np.dtype[Any] = np.dtype(get_args(get_args(kind)[1])[0])
+    return dtype.newbyteorder("<")
+
+
+def _to_list(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be stored")
+
+
+def _from_list(kind: Any, value: Any) -> Any:
+    dtype = _dtype(kind)
+    array = np.array(value)
+    if array.size and array.dtype.kind not in ("i" if dtype.kind == "i" else "if"):
+        raise ValueError(f"expected an array of {dtype.name}")
+    return array.astype(dtype)
+
+
+def _to_raw(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [list(value.shape), value.astype(value.dtype.newbyteorder("<")).tobytes()]
+    return _to_list(value)
+
+
+def _from_raw(kind: Any, value: Any) -> Any:
+    shape, raw = value
+    return np.frombuffer(raw, dtype=_dtype(kind)).reshape(shape)

@@ -1,0 +1,244 @@
+"""Make a bundle from a SPEC: the model, its drift reference, golden vectors, cards, manifest and signature."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from agent.authoring import calibration, pack_calibration
+from agent.authoring import spec as specs
+from agent.authoring.pack_calibration import Work
+from agent.authoring.spec import Spec, SpecCard
+from agent.datasets import training_data
+from agent.drift.baseline import learning
+from agent.drift.baseline.reference import Reference
+from agent.errors import BadBundle, ConfigError, UsageError
+from agent.model.bundle import bundle, golden_vectors, manifest
+from agent.model.bundle.bundle import Bundle
+from agent.model.bundle.manifest import Manifest
+from agent.model.inference import derived_features, features, inference
+from agent.model.inference.inference import Inference
+from agent.model.inference.runtime import NAME, Model
+from agent.model.sandbox import probe
+from agent.wire.keys import SigningKey
+
+_GOLDEN = 32
+_UNSIGNED = "not signed (--key): devices refuse it until `outstation model sign`"
+_MADE = frozenset(
+    {"manifest.json", "manifest.jws", "model.tflite", "reference.json", "golden.npz", "MODEL_CARD.md", "DATA_CARD.md"}
+)
+
+
+class Packed(msgspec.Struct, frozen=True):
+    """The bundle's files, what it lacks and what it learned, in words."""
+
+    files: dict[str, bytes]
+    warnings: list[str]
+    digest: str
+    notes: list[str]
+
+
+def pack(spec_file: Path, key: SigningKey | None) -> Packed:
+    """All files of the bundle. Raises ConfigError, BadBundle."""
+    spec = specs.read(spec_file)
+    files = {"model.tflite": _read(spec_file, "model", spec.model)}
+    draft = specs.to_manifest(spec_file, spec)
+    _prove(spec_file.parent / spec.model, draft, files)
+    work = Work(spec_file, spec, draft, inference.load(draft, files["model.tflite"]))
+    found = pack_calibration.learned(work)
+    work = replace(work, draft=msgspec.structs.replace(draft, output=found.output))
+    warnings = [
+        *found.warnings,
+        *_golden_file(work, files),
+        *_reference_file(work, files),
+        *_cards(spec_file, spec, files),
+    ]
+    head = manifest.encode(specs.finished(work.draft, files))
+    files["manifest.json"] = head
+    if key is not None:
+        files["manifest.jws"] = bundle.sign(head, key)
+    else:
+        warnings.append(_UNSIGNED)
+    return Packed(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", found.notes)
+
+
+def keep_signature(packed: Packed, out: Path) -> None:
+    """Take over the signature of the bundle folder `out`, where that is of the same manifest."""
+    try:
+        same = (out / "manifest.json").read_bytes() == packed.files["manifest.json"]
+        signature = (out / "manifest.jws").read_bytes()
+    except OSError:
+        return
+    if same and "manifest.jws" not in packed.files:
+        packed.files["manifest.jws"] = signature
+        packed.warnings[:] = [w for w in packed.warnings if w != _UNSIGNED]
+
+
+def write(packed: Packed, out: Path) -> None:
+    """As a folder, or as one `.zip`; an old bundle there is replaced as a whole.
+
+    Raises UsageError where something else is there, or nothing can be written.
+    """
+    out = out.resolve()
+    _require_replaceable(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror}; name another place with -o") from None
+    try:
+        made = work / "bundle"
+        if out.suffix == ".zip":
+            with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, content in sorted(packed.files.items()):
+                    archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, zipfile.ZIP_DEFLATED)
+            made.replace(out)
+            return
+        made.mkdir()
+        for name, content in packed.files.items():
+            (made / name).write_bytes(content)
+        if out.exists():
+            out.rename(work / "old")
+        made.rename(out)
+    finally:
+        shutil.rmtree(work)
+
+
+def _require_replaceable(out: Path) -> None:
+    """Only what `pack` made may be deleted."""
+    if out.suffix == ".zip":
+        if out.exists() and not (out.is_file() and zipfile.is_zipfile(out)):
+            raise UsageError(f"{out}: is there and is no .zip; move it away, or name another place with -o")
+    elif out.is_dir():
+        others = sorted(entry.name for entry in out.iterdir() if entry.name not in _MADE)
+        if others:
+            raise UsageError(
+                f"{out}: holds {others[0]}, which is of no bundle and would be deleted; name another folder with -o"
+            )
+    elif out.exists():
+        raise UsageError(f"{out}: is there and is no folder; name a new folder or a .zip with -o")
+
+
+def _prove(model: Path, draft: Manifest, files: dict[str, bytes]) -> None:
+    """Load it in a child first: a damaged model must not end this process. Raises BadBundle."""
+    try:
+        probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).require()
+    except BadBundle as problem:
+        raise BadBundle(f"{model}: {problem}") from None
+
+
+def _golden_file(work: Work, files: dict[str, bytes]) -> list[str]:
+    if work.spec.golden is None:
+        return ["no golden data: a device cannot tell whether its CPU computes what yours does"]
+    try:
+        windows = _golden_windows(work.path(work.spec.golden), work.draft.input)
+        made = golden_vectors.make(windows, work.model.invoke(windows), work.model.output_step, NAME)
+    except (UsageError, BadBundle) as problem:
+        raise ConfigError(str(work.file), "golden", str(problem)) from None
+    files["golden.npz"] = golden_vectors.encode(made)
+    return []
+
+
+def _golden_windows(path: Path, spec: manifest.Input) -> features.Floats:
+    """Scaled input windows: given as `windows` (g, rows, F) in physical units, or cut from rows."""
+    given = training_data.given_windows(path, spec)
+    if given is not None:
+        return features.windows(given, np.arange(0, len(given), spec.rows), spec)
+    found = training_data.read(path, spec)
+    starts = pack_calibration.starts(path, found, spec)
+    picked = starts[np.linspace(0, len(starts) - 1, min(_GOLDEN, len(starts)), dtype=np.int64)]
+    return features.windows(derived_features.columns(found.features, found.t, spec), picked, spec)
+
+
+def reference_of(path: Path, model: Model, draft: Manifest, *, held_out: bool = False) -> Reference:
+    """The drift reference that data at `path` make for this model.
+
+    `held_out` data, which it was not trained on, also tell how often a score is right, by their labels. Raises
+    UsageError, BadBundle.
+    """
+    found = training_data.read(path, draft.input, training_data.labels_of(draft) if held_out else None)
+    if held_out and found.label is None:
+        raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; leave --held-out away")
+    return _from_data(path, found, model, draft, held_out=held_out)
+
+
+def _reference_file(work: Work, files: dict[str, bytes]) -> list[str]:
+    if work.spec.reference is None:
+        return ["no reference data: devices will not watch this model for drift"]
+    try:
+        reference = reference_of(work.path(work.spec.reference), work.model, work.draft)
+    except (UsageError, BadBundle) as problem:
+        raise ConfigError(str(work.file), "reference", str(problem)) from None
+    if work.spec.output.score_table is not None:
+        reference = _with_score_table(work, reference, work.path(work.spec.output.score_table))
+    files["reference.json"] = reference.to_json()
+    return [reference.warning] if reference.warning else []
+
+
+def _from_data(path: Path, found: training_data.Data, model: Model, draft: Manifest, *, held_out: bool) -> Reference:
+    starts = pack_calibration.starts(path, found, draft.input)
+    answers = Inference(draft, model).run(found.features, found.t).scores
+    named = answers.label if answers.label is not None else np.zeros(len(starts), np.int64)
+    told = answers.value if answers.score is None else answers.score
+    certainty = None if told is None else told[:, None].astype(np.float32)
+    return learning.build(
+        found.features,
+        starts,
+        draft.input.rows,
+        named,
+        certainty,
+        draft.drift.window,
+        fields=tuple(draft.input.fields),
+        labels=tuple(draft.output.labels),
+        truth=_truth(found, starts, draft) if held_out else None,
+    )
+
+
+def _truth(found: training_data.Data, starts: features.Ints, draft: Manifest) -> features.Ints:
+    """The class of each window: that of its last row."""
+    assert found.label is not None
+    return np.asarray(calibration.of_windows(found.label, starts, draft.input.rows), dtype=np.int64)
+
+
+def _with_score_table(work: Work, reference: Reference, path: Path) -> Reference:
+    """How often a score was right, from data the model was not trained on: `edges` (33), `count`, `correct` (32)."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        filled = msgspec.structs.replace(
+            reference,
+            score_edges=np.array(table["edges"][1:-1], np.float64),
+            score_n=np.array(table["count"], np.int64),
+            score_correct=np.array(table["correct"], np.int64),
+        )
+        return Reference.from_json(filled.to_json())
+    except (OSError, ValueError, KeyError, TypeError, BadBundle) as error:
+        raise ConfigError(
+            str(work.file), "output.score_table", f"{path}: no score table (edges 33, count 32, correct 32): {error}"
+        ) from None
+
+
+def _cards(spec_file: Path, spec: Spec, files: dict[str, bytes]) -> list[str]:
+    given = SpecCard(model=spec.card) if isinstance(spec.card, str) else spec.card or SpecCard()
+    warnings = []
+    for kind, path, target in (("model", given.model, "MODEL_CARD.md"), ("data", given.data, "DATA_CARD.md")):
+        if path is None:
+            warnings.append(f"no {kind} card ([card] {kind}): nobody can read what it was made of and for")
+        else:
+            files[target] = _read(spec_file, f"card.{kind}", path)
+    return warnings
+
+
+def _read(spec_file: Path, key: str, name: str) -> bytes:
+    path = spec_file.parent / name
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(str(spec_file), key, f"{path}: {error.strerror}; give a path relative to this file") from None

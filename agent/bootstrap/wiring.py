@@ -1,0 +1,84 @@
+"""From the config file to the open store, the keys and the author: what most commands need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent import config
+from agent.config import Config
+from agent.device.commands import wipe
+from agent.device.commands.key_rotation import open_keys
+from agent.device.machine.keys import KeyFiles
+from agent.device.machine.timekeeping import clock_of
+from agent.device.recovery.report_findings import settle
+from agent.device.recovery.salvage import DATABASE
+from agent.device.store.message_log import Author
+from agent.device.store.store import Store
+from agent.errors import StorageError, UsageError
+from agent.wire import keys
+
+KEY_FILE = "device.key"
+
+
+def open_store(conf: Config) -> Store:
+    """The device's store, to write. Raises StorageError, UsageError."""
+    wipe.require_unwiped(conf.data_dir)
+    store = Store(conf.data_dir, max_size=int(conf.buffer.max_size))
+    try:
+        store.claim(conf.device.fleet, conf.device.id)
+        store.declare(conf.streams)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def store_to_read(conf: Config) -> Store:
+    """The device's store, beside a daemon that writes. Raises StorageError, and UsageError where there is none yet."""
+    try:
+        return Store(conf.data_dir, read_only=True, max_size=int(conf.buffer.max_size))
+    except StorageError:
+        if _is_there(conf.data_dir / DATABASE):
+            raise
+        raise UsageError(f"{conf.data_dir}: no store here yet; start `outstation run`, or ingest something") from None
+
+
+def _is_there(path: Path) -> bool:
+    """Also where nobody may look."""
+    try:
+        path.stat()
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
+    return True
+
+
+def given_key(file: Path, conf: Config) -> Path:
+    """The file of the key the device was given, beside the config file or in the data folder. Raises UsageError."""
+    for folder in (file.resolve().parent, conf.data_dir):
+        if (folder / KEY_FILE).exists():
+            return folder / KEY_FILE
+    raise UsageError(f"{file.resolve().parent / KEY_FILE}: no device key; `outstation init` makes one")
+
+
+def key_files(file: Path, conf: Config) -> KeyFiles:
+    """The device's signing keys. Raises UsageError."""
+    return KeyFiles(conf.data_dir, keys.load_private(given_key(file, conf)))
+
+
+def author(file: Path, conf: Config, store: Store) -> Author:
+    key, live = open_keys(store, key_files(file, conf))
+    broker = conf.broker
+    most, compress = broker.max_message_bytes, broker.compress
+    writer = Author(conf.device.fleet, conf.device.id, key, store.log_id, store.boot, most, live, compress)
+    tasks: dict[str, list[str]] = {}
+    for name, task in conf.tasks.items():
+        tasks.setdefault(task.stream, []).append(name)
+    # Before anything else is written or sent in this log.
+    settle(store, writer, tasks, clock_of(store)())
+    return writer
+
+
+def load(config_file: str | None) -> tuple[Path, Config]:
+    """The config file in use and what it says. Raises ConfigError."""
+    file = config.find(config_file)
+    return file, config.load(file)

@@ -1,0 +1,198 @@
+"""`outstation drift TASK`: what this device knows of drift, from its own store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agent import clock
+from agent.arrays import Ints
+from agent.bootstrap import wiring
+from agent.cli.device import drift_plot
+from agent.cli.device.drift_plot import Scale
+from agent.cli.output import config_option, dark_option, emit, json_option, plot_option, require_drawable, table
+from agent.config import Config
+from agent.device.bundles import history as kept
+from agent.device.commands import wipe
+from agent.device.pipeline import drift_state
+from agent.device.store.store import Store
+from agent.drift.baseline.reference import Reference
+from agent.drift.reporting import parsed_message
+from agent.drift.reporting.timeline import EARLIEST_US, Timeline
+from agent.drift.testing.test_suite import Limits
+from agent.errors import BadBundle, UsageError
+from agent.model.bundle import bundle
+from agent.model.bundle.bundle import Bundle
+from agent.render import axes
+from agent.render.drift_model import Picture
+from agent.toml_files import suggestion
+
+MOST_WINDOWS = 5000
+
+
+@click.command(epilog="Example: outstation drift exercise --plot drift.svg")
+@click.argument("task")
+@plot_option
+@dark_option
+@config_option
+@json_option
+def drift(task: str, plot: Path | None, dark: bool, config_file: str | None, as_json: bool) -> None:
+    """How TASK's readings moved from this site's reference: the windows of which messages are still kept here."""
+    require_drawable(plot)
+    _, conf = wiring.load(config_file)
+    wipe.require_unwiped(conf.data_dir)
+    if task not in conf.tasks:
+        raise UsageError(f"there is no task {task!r}{suggestion(task, conf.tasks)}")
+    store = wiring.store_to_read(conf)
+    try:
+        found = _Found(conf, store, task)
+    finally:
+        store.close()
+    document = found.document()
+    if plot is not None:
+        drift_plot.save(found.picture(), plot, dark=dark)
+        document["plot"] = str(plot)
+    emit(document, as_json, lambda: _print(document))
+
+
+class _Found:
+    """What the store says of one task."""
+
+    def __init__(self, conf: Config, store: Store, task: str) -> None:
+        self.task, self.device = task, conf.device.id
+        self.bundle = bundle.read(kept.bundle_of(conf, store, task), None)
+        self.shipped = _shipped(self.bundle)
+        self.site = _site(store, task, self.shipped)
+        self.line, self.unreadable = _timeline(store, task, self.shipped)
+        self.open = [alert for alert in store.open_alerts(task) if alert["alert"] in ("drift", "fault")]
+
+    def usual(self) -> dict[str, Ints]:
+        reference = self.site or self.shipped
+        return {} if reference is None else dict(zip(reference.fields, reference.counts, strict=True))
+
+    def limits(self) -> dict[str, float]:
+        """Of each field's sums, and of the certainty's."""
+        if self.site is None:
+            return {}
+        limits, fields = Limits.of(self.site).limit, self.site.fields
+        known = {name: float(limits[i]) for i, name in enumerate(fields)} | {"score": float(limits[-1])}
+        return known | ({"joint": float(limits[2 * len(fields)])} if len(fields) > 1 else {})
+
+    def document(self) -> dict[str, Any]:
+        last = self.line.points[-1] if self.line.points else None
+        return {
+            "device": self.device,
+            "task": self.task,
+            "reference": {
+                "shipped": self.shipped.digest if self.shipped else None,
+                "site": self.site.digest if self.site else None,
+            },
+            "windows": self.line.windows,
+            "unreadable": self.unreadable,
+            "from": clock.rfc3339(self.line.points[0].t[0]) if last else None,
+            "to": clock.rfc3339(last.t[1]) if last else None,
+            "subjects": [self._subject(name, told) for name, told in (last.subjects.items() if last else ())],
+            "estimate": dict(zip(("accuracy", "low", "high"), last.accuracy, strict=True))
+            if last and last.accuracy
+            else None,
+            "alerts": [
+                {"id": a["id"], "alert": a["alert"], "summary": a["summary"], "time": a["time"]} for a in self.open
+            ],
+        }
+
+    def _subject(self, name: str, told: parsed_message.Subject) -> dict[str, Any]:
+        now, usual, limit = self.line.now(name), self.usual().get(name), self.limits().get(name)
+        since = [begin for begin, _, goes_on in self.line.spells(name, "drift") if goes_on]
+        return {
+            "subject": name,
+            "state": told.state,
+            "cusum": {"mean": told.mean, "spread": told.spread, "limit": limit},
+            "since": clock.rfc3339(since[0]) if since else None,
+            "sizes": parsed_message.apart(usual, now[1].counts) if now is not None and usual is not None else None,
+        }
+
+    def picture(self) -> Picture:
+        scale = Scale() if self.shipped is None else Scale.of(self.bundle, self.shipped)
+        rows, estimates = drift_plot.of_one(self.line, scale, self.usual(), self.limits())
+        manifest = self.bundle.manifest
+        parts = [f"{manifest.name} {manifest.version}", f"{self.line.windows} drift windows"]
+        empty = ""
+        if self.line.points:
+            first, last = self.line.points[0].t[0], self.line.points[-1].t[1]
+            parts.append(f"{axes.moment(first)} to {axes.moment(last)} UTC")
+        else:
+            empty = "No drift window yet: one closes after so many model windows as the bundle says, 20 as a rule."
+            if self.shipped is None:
+                empty = "This bundle carries no drift reference: nothing is compared."
+        return Picture(
+            title=f"Drift of {self.task} at {self.device}",
+            subtitle=" · ".join(parts),
+            alerts=[(alert["alert"], alert["summary"]) for alert in self.open],
+            series=["mean"],
+            dashes="spread",
+            usual="this site's reference" if self.site else "the bundle's reference",
+            rows=rows,
+            estimates=estimates,
+            empty=empty,
+        )
+
+
+def _shipped(found: Bundle) -> Reference | None:
+    data = found.files.get("reference.json")
+    return None if data is None else Reference.from_json(data)
+
+
+def _site(store: Store, task: str, shipped: Reference | None) -> Reference | None:
+    """The site's reference, where it belongs to this bundle's bins."""
+    kept = store.state(task, drift_state.SITE)
+    if kept is None or shipped is None:
+        return None
+    try:
+        site = Reference.from_json(kept)
+    except BadBundle:
+        return None
+    return site if (site.fields, site.edges.tobytes()) == (shipped.fields, shipped.edges.tobytes()) else None
+
+
+def _timeline(store: Store, task: str, shipped: Reference | None) -> tuple[Timeline, int]:
+    """Of kept messages under this reference; and how many could not be read.
+
+    Windows from before the clock was set would stretch the axis over decades: they are taken only without others.
+    """
+    line, undated, unreadable = Timeline(), Timeline(), 0
+    for message in store.messages("drift", task, MOST_WINDOWS):
+        if not message.intact:
+            unreadable += 1
+            continue
+        try:
+            body = json.loads(message.payload)
+            t = (clock.epoch_us(body["window"]["from"]), clock.epoch_us(body["window"]["to"]))
+            if shipped is not None and body["reference"]["shipped"] == shipped.digest:
+                (line if t[0] >= EARLIEST_US else undated).add(parsed_message.from_message(body, t))
+        except (ValueError, KeyError, TypeError):
+            unreadable += 1
+    return (line if line.points else undated), unreadable
+
+
+def _print(document: dict[str, Any]) -> None:
+    unreadable = f", {document['unreadable']} more that cannot be read" if document["unreadable"] else ""
+    click.echo(f"{document['task']}: {document['windows']} drift windows kept here{unreadable}")
+    cells = []
+    for one in document["subjects"]:
+        cusum, sizes = one["cusum"], one["sizes"] or {}
+        of = f" of {cusum['limit']:.1f}" if cusum["limit"] else ""
+        sums = [f"{cusum[name]:.1f}{of}" for name in ("mean", "spread")]
+        cells.append(
+            [one["subject"], one["state"], *sums, *(f"{sizes[n]:.2f}" if n in sizes else "-" for n in ("js", "ks"))]
+        )
+    table(["", "state", "sum of mean", "sum of spread", "JS", "KS"], cells, "No drift window yet.")
+    if document["estimate"]:
+        e = document["estimate"]
+        click.echo(f"expected accuracy without labels: {e['accuracy']:.2f} ({e['low']:.2f} to {e['high']:.2f})")
+    for alert in document["alerts"]:
+        click.echo(alert["summary"])
+    if "plot" in document:
+        click.echo(f"drawn: {document['plot']}")

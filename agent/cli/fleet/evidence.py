@@ -1,0 +1,175 @@
+"""`outstation fleet evidence`: a signed folder that others can read and verify, and the verifying."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agent import clock
+from agent.cli.fleet.common import db_option, fleet_option
+from agent.cli.fleet.fleet_output import say
+from agent.cli.output import emit, json_option
+from agent.errors import UsageError
+from agent.wire import keys
+
+if TYPE_CHECKING:
+    from agent.fleet.evidence.make import Made
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.group(
+    "evidence",
+    invoke_without_command=True,
+    epilog="Example: outstation fleet evidence --out acme-2026-11 --evaluation exercise.json",
+)
+@click.option("--out", metavar="DIR", type=_PATH, help="The folder to make; it must not be there yet.")
+@click.option("--at", metavar="TIME", help="What open incidents are counted up to; default the newest message's time.")
+@click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=_PATH,
+              help="Its papers too; those published, and shipped ones that run, are in by themselves.")  # fmt: skip
+@click.option("--evaluation", "evaluations", multiple=True, metavar="FILE", type=_PATH,
+              help="What `outstation model evaluate --json` wrote of one of the bundles.")  # fmt: skip
+@click.option("--publisher", "publishers", multiple=True, metavar="PUB",
+              help="A key that signs bundles, or a file with it; the one of shipped bundles is known.")  # fmt: skip
+@db_option
+@fleet_option
+@json_option
+@click.pass_context
+def evidence(
+    ctx: click.Context,
+    out: Path | None,
+    at: str | None,
+    bundles: tuple[Path, ...],
+    evaluations: tuple[Path, ...],
+    publishers: tuple[str, ...],
+    db: str | None,
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """Write what the fleet's models did, who decided it and what is not known into a signed folder with one page.
+
+    Exit 1 where the audit of what is stored fails; the folder is made all the same, and says so.
+    """
+    if ctx.invoked_subcommand is not None:
+        if out is not None:
+            raise UsageError("--out makes a folder, verify checks one; give one of them")
+        return
+    if out is None:
+        raise UsageError("--out DIR is missing: the folder to make; or: outstation fleet evidence verify DIR --key PUB")
+    made = _make(out, at, bundles, evaluations, publishers, db, folder)
+    facts = made.facts
+    document = {
+        "out": str(out),
+        "fleet": facts.fleet,
+        "at": facts.at,
+        "passed": facts.audit["passed"],
+        "files": len(made.files) + 2,
+        "messages": facts.messages,
+        "incidents": sum(facts.incident_counts.values()),
+        "decisions": sum(facts.events.values()),
+        "bundles": len(facts.bundles.cards),
+        "left_out": {name: n for name, n in sorted(facts.left_out.items()) if n},
+        "unverified": facts.unverified,
+        "signer": next(key.kid for key in facts.keys if key.role == "operator"),
+    }
+    emit(document, as_json, lambda: say(*_made(document)))
+    if not facts.audit["passed"]:
+        sys.exit(1)
+
+
+def _make(
+    out: Path,
+    at: str | None,
+    bundles: tuple[Path, ...],
+    evaluations: tuple[Path, ...],
+    publishers: tuple[str, ...],
+    db: str | None,
+    folder: str | None,
+) -> Made:
+    from agent.cli.fleet import group as commands
+    from agent.fleet import config as fleet_config
+    from agent.fleet import operators
+    from agent.fleet.evidence.gather import bundles as papers
+    from agent.model.bundle import builtin
+
+    try:
+        from agent.fleet.evidence.make import Sources, make
+    except ImportError as error:
+        raise UsageError(f"{error}; the bill of materials needs: pip install 'outstation[fleet]'") from None
+    at = None if at is None else _moment(at)
+    known = [*builtin.publishers(), *(keys.load_public(text) for text in publishers)]
+    evaluated = [papers.read_evaluation(path) for path in evaluations]
+    config, store = commands.reading(folder, db)
+    sources = Sources(
+        fleet=config.fleet.name,
+        home=fleet_config.find(folder),
+        operator=keys.load_private(Path(config.operator.key_file)),
+        operators=operators.trusted(config),
+        collector=keys.load_public_of(Path(config.collector.key_file)),
+        publishers=known,
+        bundles=bundles,
+        evaluations=evaluated,
+    )
+    with commands.progress("gathering", store.count_messages()) as advance:
+        return make(store, sources, out, at, advance)
+
+
+def _moment(text: str) -> str:
+    try:
+        return clock.rfc3339(clock.epoch_us(text))
+    except ValueError:
+        raise UsageError(f"--at {text!r}: write a moment with its time zone, 2026-11-24T22:18:00Z") from None
+
+
+def _made(document: dict[str, Any]) -> Iterable[str]:
+    yield (
+        f"{document['out']}: {document['files']} files, of {document['messages']} messages, {document['incidents']} "
+        f"incidents, {document['decisions']} decisions and {document['bundles']} bundles up to {document['at']}"
+    )
+    for name, n in document["left_out"].items():
+        yield f"  left out: {n} {name} that were too many"
+    if document["unverified"]:
+        yield f"  {document['unverified']} stored messages do not verify; nothing they say is told"
+    if not document["passed"]:
+        yield "  the audit FAILED: the page says what is wrong; see `outstation fleet audit`"
+    yield f"Read it: {document['out']}/index.html"
+    yield f"Check it anywhere: outstation fleet evidence verify {document['out']} --key OPERATOR.pub"
+
+
+@evidence.command("verify", epilog="Example: outstation fleet evidence verify acme-2026-11 --key operator.key.pub")
+@click.argument("folder", metavar="DIR", type=_PATH)
+@click.option("--key", "given", multiple=True, metavar="PUB", help="The operator's public key, or a file with it.")
+@json_option
+def verify(folder: Path, given: tuple[str, ...], as_json: bool) -> None:
+    """Check a folder with public keys and nothing else: no database, no config, no network. Exit 1 if it is wrong."""
+    from agent.fleet.evidence.verify.verify import verify as run
+
+    if not given:
+        raise UsageError(
+            "--key PUB is missing: the public key of the operator who signed the folder, got on another way than the "
+            "folder (operator.key.pub in the fleet's folder)"
+        )
+    report = run(folder, [keys.load_public(text) for text in given])
+    emit(report.document(), as_json, lambda: say(*_verdict(report.document())))
+    if not report.ok:
+        sys.exit(1)
+
+
+def _verdict(report: dict[str, Any]) -> Iterable[str]:
+    if report["signer"]:
+        yield f"signed by {report['signer']}"
+    if report["fleet"]:
+        yield (
+            f"fleet {report['fleet']} as of {report['at']}: {report['files']} files, {report['messages']} messages, "
+            f"{report['decisions']} decisions, {report['comparisons']} comparisons, {report['bundles']} bundles, "
+            f"{report['signatures']} signatures in the repository's metadata"
+        )
+    for entry in report["problems"][:50]:
+        yield f"  {entry['file']}: {entry['problem']}"
+    if report["problem_count"] > 50:
+        yield f"  and {report['problem_count'] - 50} more; --json lists up to 500"
+    yield "VERIFIED" if report["ok"] else "WRONG: do not rely on this folder"

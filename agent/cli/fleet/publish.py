@@ -1,0 +1,68 @@
+"""`outstation fleet publish`: a bundle to where devices may fetch it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from agent.cli.fleet.common import fleet_option
+from agent.cli.output import emit, json_option
+from agent.fleet import config as fleet_config
+from agent.wire import keys
+from agent.wire.keys import PublicKey
+
+_path = click.Path(path_type=Path)
+
+
+@click.command("publish", epilog="Example: outstation fleet publish exercise --key publisher.key.pub")
+@click.argument("bundle", type=_path)
+@click.option("--key", "public", multiple=True, metavar="PUB", help="A publisher's public key, as text or in a file.")
+@click.option("--no-probe", is_flag=True, help="Do not load it here first; its limit stands for the memory it needs.")
+@click.option("--sign-with", multiple=True, type=_path, metavar="FILE", help="A key that lies elsewhere.")
+@fleet_option
+@json_option
+def publish(
+    bundle: Path,
+    public: tuple[str, ...],
+    no_probe: bool,
+    sign_with: tuple[Path, ...],
+    folder: str | None,
+    as_json: bool,
+) -> None:
+    """Put BUNDLE, or the one that ships by that name, into the fleet's repository.
+
+    It must be signed by a publisher that is given, the one of the shipped bundles, or the fleet's operator. No device
+    runs it yet: a roll-out says who does. The same bundle again changes nothing; another one needs another version.
+    """
+    from agent.fleet.repository import publish as publishing
+    from agent.model.bundle import builtin
+
+    home = fleet_config.find(folder)
+    trusted = [*_operator(home), *builtin.publishers(), *(keys.load_public(text) for text in public)]
+    done = publishing.publish(home, builtin.or_shipped(bundle), trusted, prove=not no_probe, sign_with=sign_with)
+    told = done.offer
+    document = {
+        "name": told.name,
+        "version": told.version,
+        "digest": told.digest,
+        "target": done.target,
+        "bytes": done.bytes,
+        "memory": told.memory,
+        "signer": done.signer,
+        "new": done.new,
+    }
+    said = "published" if done.new else "was published already"
+    emit(
+        document,
+        as_json,
+        lambda: click.echo(
+            f"{told.name} {told.version} {said}: {done.target}, {done.bytes / 1e3:.0f} kB, "
+            f"{told.memory / 2**20:.0f} MiB of memory\n{told.digest}"
+        ),
+    )
+
+
+def _operator(home: Path) -> list[PublicKey]:
+    """Its public half is enough: the private one may lie elsewhere."""
+    return [keys.load_public_of(Path(fleet_config.load(home).operator.key_file))]

@@ -1,0 +1,180 @@
+"""Recordings in a file, and the order in which a replay plays them.
+
+Recordings without times go over again and again, each pass in another order and each recording from another start, all
+from one seed. Where the file has times, `t`, these are kept: recordings come in their order and whole, and the next
+pass is whole weeks later, so that the time of day and the day of the week stay what they were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.config import Scene
+from agent.datasets.training_data import UNREADABLE
+from agent.errors import UsageError
+
+_PAUSE_S = 5.0
+_LONGEST_SKIP = 100
+_WEEK_S = 7 * 86_400
+
+
+class Recordings(msgspec.Struct, frozen=True):
+    """`rows` (N, F) float32; recording r is rows `starts[r]` to `starts[r + 1]`, of `label[r]` and `subject[r]`.
+
+    `t` (N,) epoch seconds, where the file has times; `rate` in rows a second, on average. `more` has what else the file
+    says of each recording, or of each row.
+    """
+
+    rows: NDArray[np.float32]
+    starts: NDArray[np.int64]
+    label: NDArray[np.int64]
+    labels: list[str]
+    subject: NDArray[np.int64]
+    fields: list[str]
+    rate: float
+    t: NDArray[np.float64] | None = None
+    more: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
+def load(path: Path) -> Recordings:
+    """Recordings of an `.npz`. Raises UsageError."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as z:
+            return _read(z)
+    except UNREADABLE as error:
+        raise UsageError(f"{path}: not readable as recordings: {error}") from None
+
+
+def _read(z: Any) -> Recordings:
+    """Raises what numpy does, and ValueError."""
+    scale = np.asarray(z["scale"], np.float32) if "scale" in z else np.float32(1)
+    rows = z["rows"].astype(np.float32) * scale
+    starts = z["starts"].astype(np.int64) if "starts" in z else np.array([0, len(rows)])
+    t = z["t"].astype(np.float64) if "t" in z else None
+    if t is not None and (t.shape != (len(rows),) or len(t) < 2 or not (np.diff(t) > 0).all()):
+        raise ValueError(f"t must ascend, a time for each of {len(rows)} rows")
+    unsaid = np.zeros(len(starts) - 1, np.int64)
+    return Recordings(
+        rows=rows,
+        starts=starts,
+        label=z["label"].astype(np.int64) if "label" in z else unsaid,
+        labels=[str(name) for name in z["labels"]] if "labels" in z else [],
+        subject=z["subject"].astype(np.int64) if "subject" in z else unsaid,
+        fields=[str(name) for name in z["fields"]],
+        rate=float(z["rate"]) if t is None else (len(t) - 1) / float(t[-1] - t[0]),
+        t=t,
+        more={key: z[key] for key in z.files if z[key].shape in ((len(rows),), (len(starts) - 1,))},
+    )
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One recording of a pass: rows `first`… of the replay (from 1) are rows `start`… of the recordings.
+
+    `offset_s`: when it begins, after the replay did; with times of their own, how much later than these its rows are.
+    """
+
+    first: int
+    start: int
+    n: int
+    label: int
+    offset_s: float
+
+    @property
+    def last(self) -> int:
+        return self.first + self.n - 1
+
+
+@dataclass
+class Playlist:
+    """The order of recordings of a subject (None: of all), for ever, from one seed.
+
+    Of those the `scenes` choose, each from its row on; `skip` leaves out the first rows of recordings with times.
+    Raises UsageError where nothing is left.
+    """
+
+    recordings: Recordings
+    subject: int | None
+    seed: int
+    scenes: Sequence[Scene] = ()
+    skip: int = 0
+    _chosen: list[tuple[int, NDArray[np.int64]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        everyone = np.arange(len(self.recordings.label))
+        mine = everyone if self.subject is None else everyone[self.recordings.subject == self.subject]
+        if not len(mine):
+            raise UsageError(f"the recordings have no subject {self.subject}")
+        timed = self.recordings.t is not None
+        if self.scenes and timed:
+            raise UsageError("scenes are for recordings without times; these are played in the order of theirs")
+        if self.skip >= (len(self.recordings.rows) if timed else 1):
+            has = f"{len(self.recordings.rows)} rows" if timed else "no times, so each begins anywhere"
+            raise UsageError(f"skip = {self.skip}: the recordings have {has}")
+        self._chosen = [(scene.from_row, self._of(scene, mine)) for scene in self.scenes] or [(1, mine)]
+
+    def _of(self, scene: Scene, mine: NDArray[np.int64]) -> NDArray[np.int64]:
+        said = self.recordings.more.get(scene.column)
+        if said is None or len(said) != len(self.recordings.label):
+            raise UsageError(f"the recordings have no column {scene.column!r}, which the scenes choose by")
+        found: NDArray[np.int64] = mine[said[mine].astype(np.str_) == scene.value]
+        if not len(found):
+            raise UsageError(f"no recording has {scene.column} = {scene.value!r}")
+        return found
+
+    def parts(self, after: int = 0) -> Iterator[Part]:
+        """The parts that hold rows after row `after`."""
+        every = self._in_time() if self.recordings.t is not None else self._shuffled()
+        return (part for part in every if part.last > after)
+
+    def places(self, rows: int) -> NDArray[np.int64]:
+        """(rows,) which row of the recordings each of the first rows of the replay is."""
+        found, have = list[NDArray[np.int64]](), 0
+        for part in self.parts():
+            if have >= rows:
+                break
+            found.append(np.arange(part.start, part.start + part.n, dtype=np.int64))
+            have += part.n
+        return np.concatenate(found)[:rows]
+
+    def _shuffled(self) -> Iterator[Part]:
+        first, offset, turn = 1, 0.0, 0
+        while True:
+            rng = np.random.default_rng([self.seed, turn])
+            chosen, until = self._scene(first)
+            for r in rng.permutation(chosen):
+                begin, end = int(self.recordings.starts[r]), int(self.recordings.starts[r + 1])
+                start = begin + int(rng.integers(0, min(_LONGEST_SKIP, end - begin)))
+                part = Part(first, start, min(end - start, until - first), int(self.recordings.label[r]), offset)
+                yield part
+                first = part.last + 1
+                offset += part.n / self.recordings.rate + _PAUSE_S
+                if first == until:
+                    break
+            turn += 1
+
+    def _scene(self, row: int) -> tuple[NDArray[np.int64], int]:
+        """The recordings of the scene at `row`, and the row from which the next one is on."""
+        at = max(i for i, (begin, _) in enumerate(self._chosen) if begin <= max(row, self._chosen[0][0]))
+        until = self._chosen[at + 1][0] if at + 1 < len(self._chosen) else 2**62
+        return self._chosen[at][1], until
+
+    def _in_time(self) -> Iterator[Part]:
+        t, starts = self.recordings.t, self.recordings.starts
+        assert t is not None
+        again_s = math.ceil((float(t[-1] - t[0]) + 1 / self.recordings.rate) / _WEEK_S) * _WEEK_S
+        first, turn, skip = 1, 0, self.skip
+        while True:
+            for r in self._chosen[0][1]:
+                start, end = max(int(starts[r]), skip), int(starts[r + 1])
+                if start < end:
+                    yield Part(first, start, end - start, int(self.recordings.label[r]), float(turn * again_s))
+                    first += end - start
+            turn, skip = turn + 1, 0

@@ -1,0 +1,56 @@
+"""A cursor that is behind the drift state, which a damaged store can leave: the task goes on where it had got.
+
+Both are committed together, so the cursor is the one that was lost. What it would lead to again was judged before.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from agent.clock import Now
+from agent.device.pipeline import drift_state
+from agent.device.pipeline.batch import Task
+from agent.device.store.message_log import Author
+from agent.device.store.store import Store
+
+log = logging.getLogger("outstation")
+
+
+def go_on(task: Task, store: Store, author: Author, now: Now) -> bool:
+    """Raise the cursor of `task` to what its drift state has seen; whether it was behind. Raises StorageError."""
+    if task.judge is None or task.drift is None:
+        return False
+    stream, seen = task.config.stream, task.drift.seen
+    cursor = store.cursor(task.name)
+    after = store.first_row(stream) - 1 if cursor is None else cursor
+    # The last window judged ends at `seen`; where windows overlap, its later rows are not used up yet.
+    through = seen - task.window_rows + min(task.step, task.window_rows)
+    if seen < after + task.window_rows:
+        return False
+    drift, what = task.drift, f"it goes on after row {through}, whose results are in earlier messages"
+    if through > store.last_row(stream):
+        drift = task.judge.renumbered(task.drift)
+        what = "the rows are numbered from anew, and it goes on with them in a new drift window"
+    summary = (
+        f"{task.name}: it would have begun after row {after} of {stream}, but its drift detection has seen rows up to "
+        f"{seen}: the store was damaged; {what}. Check the card."
+    )
+    alert: dict[str, Any] = {
+        "alert": "storage",
+        "subject": stream,
+        "state": "raised",
+        "severity": "critical",
+        "id": f"{task.name}/cursor/{seen}",
+        "summary": summary,
+        "evidence": {"cursor": cursor, "seen": seen},
+    }
+    with store.transaction() as tx:
+        if drift is task.drift:
+            tx.advance(task.name, through, through)
+        else:
+            drift_state.keep(tx, task.name, task.judge, drift, task.drift)
+        author.write(tx, "alerts", task.name, alert, now)
+    task.drift = drift
+    log.critical("%s", summary)
+    return True

@@ -1,0 +1,130 @@
+"""What is given up is declared by the transaction that gives it up: a signed `audit` message, event "evicted".
+
+Its evidence names messages, {"seq": [[first, last], …]}, or readings, {"stream", "rows": [[first, last], …], "used",
+"tasks"}, with "reason" and "bytes". A declaration that is not acknowledged yet is folded into the next one of its kind,
+which then lists its seq too: weeks of evictions make one message. One that would be too large for the broker is split.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agent.clock import Now
+from agent.device.store import ranges
+from agent.device.store.message_log import Author
+from agent.device.store.ranges import Ranges
+from agent.device.store.transaction import Transaction
+from agent.wire.messages import encode
+
+EVENT = "evicted"
+NO_ROOM, ACKNOWLEDGED_EARLIER, DAMAGED = "no room", "acknowledged earlier", "damaged"
+# In table meta: the newest declaration of each kind.
+OPEN = "evicted"
+# The members that every message carries, and the event, at their longest.
+_HEAD = 700
+_RANGE = len("[9007199254740991,9007199254740991],")
+_WHY = {
+    NO_ROOM: "the store is full; give it more room ([buffer] max_size) or see why nothing is delivered",
+    ACKNOWLEDGED_EARLIER: "the collector asks for them again, but acknowledged them earlier; they are no longer kept",
+    DAMAGED: "they cannot be read back; check the card",
+}
+
+
+def declare_messages(
+    tx: Transaction,
+    author: Author,
+    now: Now,
+    seqs: Ranges,
+    reason: str,
+    size: int = 0,
+    proof: Mapping[str, Any] | None = None,
+) -> None:
+    """Declare messages that are in the outbox no more; `proof` is the earlier acknowledgement, where there was one."""
+    more = {"acknowledgement": proof} if proof else {}
+    _declare(tx, author, now, f"messages, {reason}", "seq", seqs, {"reason": reason, "bytes": size, **more})
+
+
+def declare_readings(
+    tx: Transaction,
+    author: Author,
+    now: Now,
+    stream: str,
+    rows: Ranges,
+    reason: str,
+    size: int = 0,
+    *,
+    used: bool,
+    tasks: Sequence[str] = (),
+) -> None:
+    """Declare readings that are in the store no more; `tasks` have not used them and never will."""
+    members = {"stream": stream, "used": used, "tasks": list(tasks), "reason": reason, "bytes": size}
+    kind = json.dumps([stream, used, list(tasks), reason])
+    _declare(tx, author, now, kind, "rows", rows, members)
+
+
+def declared(tx: Transaction) -> list[tuple[int, int]]:
+    """The messages that the newest declaration of each kind lists, as far as it is still what was written."""
+    payloads = (tx.outbox.payload(seq) for seq in json.loads(tx.meta(OPEN, "{}")).values())
+    listed = (json.loads(payload)["evidence"].get("seq", []) for payload in payloads if payload is not None)
+    return ranges.unite((first, last) for pairs in listed for first, last in pairs)
+
+
+def _declare(
+    tx: Transaction, author: Author, now: Now, kind: str, name: str, given_up: Ranges, members: dict[str, Any]
+) -> None:
+    if not given_up:
+        return
+    newest = json.loads(tx.meta(OPEN, "{}"))
+    # In a small store a transaction cannot hold the old one and a new one of any length.
+    most = min(author.max_bytes, tx.room // 4) - _HEAD
+    folded = _folded(tx, newest.get(kind), name, given_up, members)
+    if folded is not None and _fits(folded, most):
+        tx.outbox.delete([newest[kind]])
+        parts = [folded]
+    else:
+        parts = _split(name, given_up, members, most)
+    for evidence in parts:
+        body = {"event": EVENT, "summary": _summary(evidence, name), "evidence": evidence}
+        newest[kind] = author.write(tx, "audit", None, body, now)
+    tx.set_meta(OPEN, json.dumps(newest))
+
+
+def _folded(
+    tx: Transaction, earlier: int | None, name: str, given_up: Ranges, members: dict[str, Any]
+) -> dict[str, Any] | None:
+    """One evidence for what the `earlier` message declares and for `given_up`; None where it is too late for that."""
+    if earlier is None or earlier in tx.outbox.acknowledged or (payload := tx.outbox.payload(earlier)) is None:
+        return None
+    old = json.loads(payload)["evidence"]
+    listed = {key: [(first, last) for first, last in old.get(key, [])] for key in ("seq", "rows")}
+    listed[name] += given_up
+    listed["seq"].append((earlier, earlier))
+    both = {key: ranges.unite(found) for key, found in listed.items() if found}
+    return {**old, **members, **both, "bytes": old["bytes"] + members["bytes"]}
+
+
+def _split(name: str, given_up: Ranges, members: dict[str, Any], most: int) -> list[dict[str, Any]]:
+    if not _fits({**members, name: [[2**53, 2**53]]}, most):
+        # Only an acknowledgement is that long; its digest is in the collector's own hands.
+        members = {key: value for key, value in members.items() if key != "acknowledgement"}
+    count = max(1, (most - len(encode(members))) // _RANGE)
+    parts = []
+    for start in range(0, len(given_up), count):
+        parts.append({**members, name: [list(pair) for pair in given_up[start : start + count]]})
+        members = {**members, "bytes": 0}
+    return parts
+
+
+def _fits(evidence: dict[str, Any], most: int) -> bool:
+    return len(encode(evidence)) <= most
+
+
+def _summary(evidence: dict[str, Any], name: str) -> str:
+    count, first, last = ranges.size(evidence[name]), evidence[name][0][0], evidence[name][-1][1]
+    why, size = _WHY[evidence["reason"]], f", {evidence['bytes'] / 2**20:.1f} MiB" if evidence["bytes"] else ""
+    if name == "seq":
+        return f"Gave up {count} messages, {first} to {last}{size}: {why}."
+    fate = "used" if evidence["used"] else "not used by " + ", ".join(evidence["tasks"])
+    return f"Gave up {count} readings of {evidence['stream']}, rows {first} to {last}{size}, {fate}: {why}."[:2000]

@@ -1,0 +1,153 @@
+"""The outbox inside a transaction: what waits, what is acknowledged and kept for a while, what goes.
+
+How many messages wait, and how many bytes they are, is counted as they come and go: no query looks at all of them.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from agent.device.store import checked, meta, ranges, retention
+from agent.device.store.quota import PAGE, Budget
+from agent.device.store.ranges import Ranges
+from agent.device.store.retention import Acknowledged
+
+_SIZE = "length(payload) + length(jws) + length(topic)"
+_MEASURE = f"SELECT count(*), coalesce(sum({_SIZE}), 0) FROM outbox WHERE seq BETWEEN ? AND ?"
+_LIST = f"SELECT seq, topic, {_SIZE} FROM outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
+# Neighbours have the same distance to their place in the order.
+_KEPT = """
+    SELECT min(seq), max(seq) FROM (
+        SELECT seq, seq - row_number() OVER (ORDER BY seq) AS run FROM outbox WHERE seq BETWEEN ? AND ?)
+    GROUP BY run ORDER BY run
+"""
+_LAST = 2**63 - 1
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """Messages that are not acknowledged, and their bytes: payload, signature and topic."""
+
+    messages: int = 0
+    bytes: int = 0
+
+    @classmethod
+    def from_text(cls, text: str) -> Waiting:
+        return cls(*(int(part) for part in text.split())) if text else cls()
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """What a message is and takes, without its content."""
+
+    seq: int
+    kind: str
+    size: int
+
+
+class Outbox:
+    """Lives inside a `Transaction`."""
+
+    def __init__(self, db: sqlite3.Connection, budget: Budget) -> None:
+        self._db, self._budget = db, budget
+        self._change = [0, 0]
+
+    @property
+    def acknowledged(self) -> Acknowledged:
+        return Acknowledged.from_json(self._meta(retention.ACKNOWLEDGED))
+
+    def added(self, size: int) -> None:
+        self._budget.spend(size + 64)
+        self._count(1, size)
+
+    def set_acknowledged(self, new: Acknowledged) -> list[tuple[int, int]]:
+        """From now on exactly these are acknowledged.
+
+        What was and is no more waits again; the ranges of that which are no longer kept.
+        """
+        old = self.acknowledged
+        if new == old:
+            return []
+        for messages, size in self._measured(ranges.subtract(new.ranges, old.ranges)):
+            self._count(-messages, -size)
+        again = ranges.subtract(old.ranges, new.ranges)
+        for messages, size in self._measured(again):
+            self._count(messages, size)
+        meta.put(self._db, retention.ACKNOWLEDGED, new.to_json())
+        return ranges.subtract(again, ranges.of(entry.seq for entry in self._entries(again, 0, _LAST)))
+
+    def unacknowledged(self, after: int, limit: int) -> Iterator[Entry]:
+        """What waits behind seq `after`, at most `limit`, in order."""
+        return self._entries(waiting_ranges(self.acknowledged), after, limit)
+
+    def payload(self, seq: int) -> bytes | None:
+        """None where there is no such message, or it is not what was written."""
+        row = self._db.execute(f"SELECT {checked.COLUMNS} FROM outbox WHERE seq = ?", (seq,)).fetchone()
+        parts = checked.whole(row) if row else None
+        return parts[2] if parts else None
+
+    def delete(self, seqs: Sequence[int]) -> list[int]:
+        """Delete of these messages, acknowledged or not, the first ones that one transaction may; which."""
+        entries = list(self._entries(ranges.of(seqs), 0, _LAST))
+        # Only the page of its tree is written, not those that a payload runs over to.
+        count = self._budget.affords(min(entry.size, PAGE) + 64 for entry in entries)
+        acknowledged = self.acknowledged
+        for entry in entries[:count]:
+            if entry.seq not in acknowledged:
+                self._count(-1, -entry.size)
+        for first, last in ranges.of(entry.seq for entry in entries[:count]):
+            self._db.execute("DELETE FROM outbox WHERE seq BETWEEN ? AND ?", (first, last))
+        return [seq for seq in seqs if count == len(entries) or seq < entries[count].seq]
+
+    def absent(self, through: int) -> list[tuple[int, int]]:
+        """What of seq 1 to `through` is neither in the outbox nor acknowledged."""
+        wanted = ranges.subtract([(1, through)] if through else [], self.acknowledged.ranges)
+        return ranges.subtract(wanted, [pair for first, last in wanted for pair in self._kept(first, last)])
+
+    def put_aside(self, seq: int) -> None:
+        """Move a damaged message out of everyone's way, bytes kept for a look."""
+        self._db.execute(f"INSERT INTO damaged_messages SELECT {checked.COLUMNS} FROM outbox WHERE seq = ?", (seq,))
+        self.delete([seq])
+
+    def drop_acknowledged(self, through: int, limit: int) -> int:
+        """Delete the oldest acknowledged messages up to seq `through`, at most `limit`; how many."""
+        covered = ranges.intersect(self.acknowledged.ranges, [(1, through)])
+        return len(self.delete([entry.seq for entry in self._entries(covered, 0, limit)]))
+
+    def finish(self) -> None:
+        """Write the counts."""
+        if any(self._change):
+            now = Waiting.from_text(self._meta(retention.WAITING))
+            text = f"{max(0, now.messages + self._change[0])} {max(0, now.bytes + self._change[1])}"
+            meta.put(self._db, retention.WAITING, text)
+            self._change = [0, 0]
+
+    def _kept(self, first: int, last: int) -> list[tuple[int, int]]:
+        return self._db.execute(_KEPT, (first, last)).fetchall()
+
+    def _entries(self, wanted: Ranges, after: int, limit: int) -> Iterator[Entry]:
+        for first, last in wanted:
+            if last <= after or limit <= 0:
+                continue
+            found = self._db.execute(_LIST, (max(first, after + 1), last, limit)).fetchall()
+            limit -= len(found)
+            for seq, topic, size in found:
+                parts = str(topic).split("/")
+                yield Entry(int(seq), parts[3] if len(parts) > 3 else "", int(size or 0))
+
+    def _measured(self, wanted: Ranges) -> Iterator[tuple[int, int]]:
+        for first, last in wanted:
+            yield self._db.execute(_MEASURE, (first, last)).fetchone()
+
+    def _count(self, messages: int, size: int) -> None:
+        self._change[0] += messages
+        self._change[1] += size
+
+    def _meta(self, key: str) -> str:
+        return meta.get(self._db, key, "")
+
+
+def waiting_ranges(acknowledged: Acknowledged) -> list[tuple[int, int]]:
+    """Where unacknowledged messages can be."""
+    return [*acknowledged.missing, (acknowledged.through + 1, _LAST)]

@@ -1,0 +1,197 @@
+"""How far the store had got, in a small file beside it: so a store that lost commits knows that it did.
+
+A database whose log was cut, whose file was put back from a copy, or whose disk lied about a flush opens without a word
+of complaint, only earlier. This file is written after each commit and never waited for, so after a power cut it may be
+behind the database; it is never ahead of one that kept its promise.
+
+Two slots are written in turn, each with a number and a CRC: one torn by a crash leaves the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sqlite3
+import struct
+import zlib
+from pathlib import Path
+
+import msgspec
+
+from agent.device.store import meta
+
+log = logging.getLogger("outstation")
+
+FILE = "watermark"
+_MAGIC = b"outmark1"
+# magic, number of the write, length, CRC-32 of number, length and body.
+_HEAD = struct.Struct("<8sQII")
+_SLOT = 64 << 10
+_PAGE_AT = 2 * _SLOT
+_FIRST_PAGE = 4096
+
+
+class Mark(msgspec.Struct):
+    """The last seq of `log` with its digest, the next row of each stream, the cursor of each task, the
+    counter of each operator's key.
+
+    `streams`: name → (id, CRC-32 of its fields, next row).
+    """
+
+    log: str
+    seq: int
+    digest: str
+    boot: int
+    device: str
+    streams: dict[str, tuple[int, int, int]]
+    cursors: dict[str, int]
+    commands: dict[str, int] = {}
+
+
+class Progress(msgspec.Struct):
+    """What one transaction moved; `anew` where it changed more than that."""
+
+    rows: dict[str, int] = msgspec.field(default_factory=dict)
+    cursors: dict[str, int] = msgspec.field(default_factory=dict)
+    chain: tuple[int, str] | None = None
+    anew: bool = False
+
+
+_ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Mark)
+
+
+class Watermark:
+    """The open file. What it cannot write it does without: it promises nothing, it only notices."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._database: int | None = None
+        self._written, self._told = 0, False
+        self.mark: Mark | None = None
+        for at in (0, _SLOT):
+            number, body = _unframe(os.pread(self._file, _SLOT, at))
+            if number > self._written:
+                with contextlib.suppress(msgspec.MsgspecError):
+                    self.mark, self._written = _DECODER.decode(body), number
+
+    def follow(self, db: sqlite3.Connection, progress: Progress) -> None:
+        """Note what was just committed."""
+        if self.mark is None or progress.anew:
+            self.put(of(db))
+            return
+        if not (progress.rows or progress.cursors or progress.chain):
+            return
+        for stream, next_row in progress.rows.items():
+            self.mark.streams[stream] = (*self.mark.streams[stream][:2], next_row)
+        self.mark.cursors.update(progress.cursors)
+        if progress.chain:
+            self.mark.seq, self.mark.digest = progress.chain
+        self.put(self.mark)
+
+    def put(self, mark: Mark) -> None:
+        self.mark = mark
+        self._written += 1
+        self._write(self._written % 2 * _SLOT, self._written, _ENCODER.encode(mark))
+
+    @property
+    def first_page(self) -> bytes | None:
+        """The database's first page as it was when last opened whole: where its tables are. None if not known."""
+        number, body = _unframe(os.pread(self._file, _SLOT, _PAGE_AT))
+        return body if number else None
+
+    def keep_first_page(self, database: Path) -> None:
+        """Of a database that SQLite has open: closing any descriptor of it drops the locks, so `close` does that."""
+        if self._database is None:
+            self._database = os.open(database, os.O_RDONLY | os.O_CLOEXEC)
+        page = os.pread(self._database, _FIRST_PAGE, 0)
+        if page != self.first_page:
+            self._write(_PAGE_AT, 1, page)
+            self.sync()
+
+    def sync(self) -> None:
+        with contextlib.suppress(OSError):
+            os.fsync(self._file)
+
+    def close(self) -> None:
+        """Only after the connection."""
+        os.close(self._file)
+        if self._database is not None:
+            os.close(self._database)
+
+    def _write(self, at: int, number: int, body: bytes) -> None:
+        try:
+            if len(body) > _SLOT - _HEAD.size:
+                raise OSError(f"{len(body)} bytes do not fit")
+            os.pwrite(self._file, _frame(number, body), at)
+        except OSError as error:
+            if not self._told:
+                log.error("file %s in the data folder: %s; a store that goes back in time is noticed late", FILE, error)
+            self._told = True
+
+
+def of(db: sqlite3.Connection) -> Mark:
+    """How far the database itself says that it got."""
+    known = {key: meta.get(db, key, "") for key in ("log", "seq", "digest", "boot", "device")}
+    streams = {
+        str(name): (int(number), fields_crc(str(fields)), int(next_row))
+        for number, name, fields, next_row in db.execute("SELECT id, name, fields, next_row FROM streams")
+    }
+    cursors = {str(task): int(row) for task, row in db.execute("SELECT task, row FROM cursors")}
+    # What is no number was damaged, and says nothing.
+    commands = {str(kid): int(n) for kid, n in db.execute("SELECT kid, counter FROM commands")}
+    seq, boot = (int(known[key]) if known[key].isdecimal() else 0 for key in ("seq", "boot"))
+    return Mark(known["log"], seq, known["digest"], boot, known["device"], streams, cursors, commands)
+
+
+def read(folder: Path) -> Mark | None:
+    """What the file in `folder` says; None where there is none that is whole."""
+    if not (folder / FILE).exists():
+        return None
+    with contextlib.closing(Watermark(folder)) as watermark:
+        return watermark.mark
+
+
+_UNKNOWN = "crc32:"
+
+
+def fields_crc(fields: str) -> int:
+    """A stream's fields as a number; of fields known only by that number, the same."""
+    if is_unknown(fields):
+        return int(fields.removeprefix(_UNKNOWN), 16)
+    return zlib.crc32(fields.encode())
+
+
+def unknown_fields(crc: int) -> str:
+    """In the place of a stream's fields where only their CRC survived."""
+    return f"{_UNKNOWN}{crc:08x}"
+
+
+def is_unknown(fields: str) -> bool:
+    """Whether these fields are only known by their CRC."""
+    return fields.startswith(_UNKNOWN)
+
+
+def are_fields(stored: str, wanted: object) -> bool:
+    """Whether `stored` fields of a stream are the `wanted` ones, or may be."""
+    if is_unknown(stored):
+        return fields_crc(stored) == fields_crc(json.dumps(wanted))
+    return bool(json.loads(stored) == wanted)
+
+
+def _frame(number: int, body: bytes) -> bytes:
+    return _HEAD.pack(_MAGIC, number, len(body), _crc(number, body)) + body
+
+
+def _unframe(data: bytes) -> tuple[int, bytes]:
+    """(number, body); number 0 where it is not whole."""
+    if len(data) < _HEAD.size:
+        return 0, b""
+    magic, number, length, crc = _HEAD.unpack_from(data)
+    body = data[_HEAD.size : _HEAD.size + length]
+    return (number, body) if magic == _MAGIC and len(body) == length and crc == _crc(number, body) else (0, b"")
+
+
+def _crc(number: int, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(struct.pack("<QI", number, len(body))))

@@ -1,0 +1,271 @@
+"""What is normal: the format shared by a bundle's shipped reference (reference.json) and the one a site learns itself.
+
+The shipped one fixes bins, limits and origins, so that summaries of a whole fleet add up; a site's own keeps those and
+replaces what was counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from agent import arrays
+from agent.arrays import Floats, Ints
+from agent.drift.baseline.site import Site
+from agent.drift.detectors import runs, window_statistics
+from agent.drift.detectors.modes import CLASSES
+from agent.drift.detectors.runs import Tail, Trace
+from agent.drift.detectors.test_layout import Places, places
+from agent.drift.numeric import divergence
+from agent.errors import BadBundle
+
+VERSION = 1
+BINS = 32  # quantile bins; `counts` has two more: below the first, above the last
+FEWEST, ENOUGH = 20, 40  # drift windows: refused below the first, warned below the second
+FARTHEST = 1000.0  # spreads: an answer further away says no more
+REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
+
+
+class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
+    """F fields, C classes (1 when the model names none), D statistics, K drift windows of `window` model windows."""
+
+    version: int
+    made: str  # shipped | site
+    fields: tuple[str, ...]
+    labels: tuple[str, ...]
+    window: int
+    window_rows: int
+    drift_windows: int
+    warning: str | None
+    # rows
+    edges: Floats  # (F, 31) inner quantiles
+    low: Floats  # (F,) limits
+    high: Floats
+    counts: Ints  # (F, 34) below, 32 bins, above
+    missing: Ints  # (F,)
+    n: Ints
+    mean: Floats
+    m2: Floats
+    longest: Ints  # longest run of one value, rest values excepted
+    jump: Floats  # robust sd of first differences; 0: not known
+    rest: tuple[tuple[float, ...], ...]
+    # model windows
+    origin: Floats  # (D,) what sums are measured from
+    floor: Floats  # (F,) least variance that a logarithm is taken of
+    class_n: Ints  # (C, D)
+    class_mean: Floats
+    class_sd: Floats
+    # drift windows
+    test_mean: Floats  # (2F,)
+    test_sd: Floats
+    # answers
+    output: Ints  # (C,)
+    score_edges: Floats  # (31,), or empty without scores
+    score_n: Ints  # (32,) answers
+    score_correct: Ints | None  # (32,) how many of them were right, when that was known
+    site: Site | None = None
+    modes: int = 0  # classes of a model without labels, where a field of the stream names them
+    known_as: str = ""  # digest of the shipped one that this is with modes: bins and limits are the same
+
+    @property
+    def windowed(self) -> bool:
+        return self.window_rows > 1
+
+    @property
+    def classes(self) -> int:
+        return max(1, len(self.labels), self.modes)
+
+    def with_modes(self, count: int) -> Reference:
+        """A shipped one that knows as much of each of so many modes as it does of all together."""
+        return replace(
+            self,
+            modes=count,
+            known_as=self.digest,
+            output=np.zeros(count, np.int64),
+            class_n=np.repeat(self.class_n, count, axis=0),
+            class_mean=np.repeat(self.class_mean, count, axis=0),
+            class_sd=np.repeat(self.class_sd, count, axis=0),
+        )
+
+    @property
+    def tests(self) -> int:
+        """How many are calibrated."""
+        return self.places.tests if self.site else 2 * len(self.fields)
+
+    @property
+    def places(self) -> Places:
+        return places(len(self.fields), len(self.labels))
+
+    @cached_property
+    def digest(self) -> str:
+        if self.known_as and self.site is None:
+            return self.known_as
+        return "sha256:" + hashlib.sha256(self.to_json()).hexdigest()
+
+    @cached_property
+    def bounds(self) -> Floats:
+        """(F, 33): what separates the 34 counts."""
+        return np.concatenate([self.low[:, None], self.edges, self.high[:, None]], axis=1)
+
+    @cached_property
+    def cuts(self) -> Floats:
+        """(F, 33): a value belongs above as many of these as are not greater than it. The upper limit is within."""
+        return np.concatenate([self.bounds[:, :-1], np.nextafter(self.high, np.inf)[:, None]], axis=1)
+
+    @cached_property
+    def cuts_single(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+        """The same for values that are float32: each cut is the least such number that is not smaller."""
+        cuts = self.cuts.astype(np.float32)
+        return np.where(cuts < self.cuts, np.nextafter(cuts, np.float32(np.inf)), cuts)
+
+    @cached_property
+    def shares(self) -> Floats:
+        """(F, 32) of the reference's rows in each bin, those outside counted to the outermost."""
+        return divergence.shares(divergence.folded(self.counts))
+
+    @cached_property
+    def sd(self) -> Floats:
+        """(F,) of the rows."""
+        return np.asarray(np.sqrt(self.m2 / np.maximum(self.n, 1)))
+
+    def scaled(self, top: Floats) -> Floats:
+        """Scores (w,) as they are; other answers, in the spread of the reference's and from their middle."""
+        if self.labels:
+            return top
+        if not len(self.score_edges):
+            return np.zeros_like(top)
+        middle, low, high = self.score_edges[[BINS // 2 - 1, BINS // 4 - 1, 3 * BINS // 4 - 1]]
+        width = max(float(high - low), 1e-9 * (1 + abs(float(middle))))
+        return np.asarray(np.clip((top - middle) / width, -FARTHEST, FARTHEST))
+
+    def to_json(self) -> bytes:
+        return arrays.to_json(self, leave_out=() if self.site else ("site", "modes", "known_as"))
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Reference:
+        """Raises BadBundle that names what is malformed."""
+        try:
+            reference = arrays.from_json(data, cls)
+        except ValueError as error:
+            raise BadBundle(f"reference.json is malformed ({error}): build it again from the reference data") from error
+        _check(reference)
+        return reference
+
+
+def draft(
+    rows: Floats,
+    starts: Ints,
+    window_rows: int,
+    *,
+    window: int,
+    fields: Sequence[str],
+    labels: Sequence[str],
+    scores: Floats | None,
+) -> Reference:
+    """Bins, limits and origins from reference rows (n, F) and top scores (w,); nothing counted or learned yet."""
+    _refuse_empty(rows, fields)
+    quantiles = np.arange(1, BINS) / BINS
+    mean, variance = np.nanmean(rows, axis=0), np.nanvar(rows, axis=0)
+    floor = np.maximum(1e-4 * variance, 1e-12 * (np.abs(mean) + 1e-6) ** 2)
+    found = window_statistics.of_windows(rows, starts, window_rows, floor).values
+    _refuse_empty(found[:, : len(fields)], fields)
+    count = len(fields)
+    classes, tests = max(1, len(labels)), 2 * count
+    rest = tuple(_rest_values(column) for column in rows.T)
+    jump = np.array([_robust_step(column) for column in rows.T])
+    longest, _ = runs.longest(Trace.of(rows[None]), Tail.empty(count).run, rest)
+    return Reference(
+        version=VERSION,
+        made="shipped",
+        fields=tuple(fields),
+        labels=tuple(labels),
+        window=window,
+        window_rows=window_rows,
+        drift_windows=0,
+        warning=None,
+        edges=np.nanquantile(rows, quantiles, axis=0).T,
+        low=np.nanmin(rows, axis=0),
+        high=np.nanmax(rows, axis=0),
+        counts=np.zeros((count, BINS + 2), np.int64),
+        missing=np.zeros(count, np.int64),
+        n=np.zeros(count, np.int64),
+        mean=mean,
+        m2=np.zeros(count),
+        longest=longest[0],
+        jump=jump,
+        rest=rest,
+        origin=np.nanmean(found, axis=0),
+        floor=floor,
+        class_n=np.zeros((classes, found.shape[1]), np.int64),
+        class_mean=np.zeros((classes, found.shape[1])),
+        class_sd=np.ones((classes, found.shape[1])),
+        test_mean=np.zeros(tests),
+        test_sd=np.ones(tests),
+        output=np.zeros(classes, np.int64),
+        score_edges=np.empty(0) if scores is None else np.quantile(scores, quantiles),
+        score_n=np.zeros(BINS, np.int64),
+        score_correct=None,
+    )
+
+
+def _refuse_empty(values: Floats, fields: Sequence[str]) -> None:
+    empty = [name for name, column in zip(fields, values.T, strict=True) if np.isnan(column).all()]
+    if empty:
+        raise BadBundle(f"no drift reference: {', '.join(empty)} has (almost) no values in the reference data")
+
+
+def _rest_values(column: Floats) -> tuple[float, ...]:
+    values, counts = np.unique(column[~np.isnan(column)], return_counts=True)
+    return tuple(values[counts > REST_SHARE * len(column)].tolist())
+
+
+def _robust_step(column: Floats) -> float:
+    """Sd of first differences as their median and their 99th percentile tell it: the same for normal ones, the
+    larger for sensors that move in bursts, whose fastest real moves are no spikes."""
+    step = np.abs(np.diff(column[~np.isnan(column)]))
+    return max(1.4826 * float(np.median(step)), float(np.quantile(step, 0.99)) / 2.576) if len(step) else 0.0
+
+
+def _check(r: Reference) -> None:
+    """The rules that types cannot say. Raises BadBundle."""
+    fields, classes = len(r.fields), r.classes
+    statistic = 2 * fields if r.windowed else fields
+    shapes = {
+        "edges": (fields, BINS - 1),
+        "counts": (fields, BINS + 2),
+        **dict.fromkeys(("low", "high", "missing", "n", "mean", "m2", "longest", "jump", "floor"), (fields,)),
+        "origin": (statistic,),
+        **dict.fromkeys(("class_n", "class_mean", "class_sd"), (classes, statistic)),
+        **dict.fromkeys(("test_mean", "test_sd"), (r.tests,)),
+        "output": (classes,),
+        "score_n": (BINS,),
+    }
+    wrong = [name for name, shape in shapes.items() if getattr(r, name).shape != shape]
+    rules = {
+        "version": r.version == VERSION,
+        "made": r.made in ("shipped", "site"),
+        "fields": fields > 0 and len(set(r.fields)) == fields,
+        "window": r.window > 0 and r.window_rows > 0,
+        "modes": r.modes == 0 or (r.modes == CLASSES and not r.labels),
+        "rest": len(r.rest) == fields,
+        "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _ascending(r.score_edges),
+        "score_correct": r.score_correct is None
+        or (r.score_correct.shape == r.score_n.shape and bool((r.score_correct <= r.score_n).all())),
+    }
+    wrong += [name for name, holds in rules.items() if not holds]
+    wrong += [] if r.site is None else r.site.wrong(r.classes, len(r.fields), r.tests)
+    if not wrong:
+        wrong = [] if _ascending(r.bounds) else ["edges"]
+        wrong += [name for name in ("class_sd", "test_sd", "floor") if not (getattr(r, name) > 0).all()]
+        wrong += [name for name in ("counts", "missing", "n", "m2", "longest", "jump") if (getattr(r, name) < 0).any()]
+    if wrong:
+        raise BadBundle(f"reference.json does not hold together ({', '.join(wrong)}): build it again")
+
+
+def _ascending(values: Floats) -> bool:
+    return bool((np.diff(values, axis=-1) >= 0).all())

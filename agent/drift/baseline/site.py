@@ -1,0 +1,85 @@
+"""What only a site's own reference has: how its windows differ among themselves, and what is usual there."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Floats, Ints
+from agent.drift.detectors import correlation, daily_cycle
+from agent.drift.detectors import mewma as together
+from agent.drift.detectors import resolution as steps
+from agent.drift.detectors.daily_cycle import Cycle
+from agent.drift.detectors.resolution import Fine
+from agent.drift.detectors.sampling_rate import Usual
+
+
+class Site(msgspec.Struct, frozen=True, eq=False, dict=True):
+    """What only a site's own reference has: how its windows differ among themselves. P pairs of fields.
+
+    A site's `test_mean` and `test_sd` are of all tests, in the order of `places`.
+    """
+
+    pair_mean: Floats  # (C, P) Fisher's z; of all classes together where one was too rare
+    score_mean: Floats  # (C,) of the top score, likewise
+    psi_limits: Floats  # (F + 2,) of the fields, the answers, the certainty
+    stretch: float  # of the limits, because neighbouring windows are alike
+    waves: Floats  # (6, T) of a day, added to test_mean by the hour; zeros where there is no cycle
+    hours: Ints  # (24,) windows learned in each hour of the day, UTC
+    learned: tuple[int, int]  # when the first began and the last ended, epoch µs
+    number: int  # 1 for the first reference that this device learned for the task
+    # None in one learned before these were told.
+    accuracy: tuple[float, float] | None = None  # that certainty leads to expect: mean, and sd over three windows
+    steps: Ints | None = None  # (F, 64) from row to row, by size
+    rate: Usual | None = None
+    # Days of rest, see `daily`: what is added to test_mean then, (7, T); None where they are as the others.
+    rest: Floats | None = None
+    rest_begins: int = 0  # µs into the epoch week
+    rest_lasts: int = 0
+    # Limits of what fields' means, and answers' shares, come to together; and what answers of windows in a row have in
+    # common.
+    together: tuple[float, float] = (together.NEVER, together.NEVER)
+    alike: float = 0.0
+
+    @cached_property
+    def fine(self) -> Fine | None:
+        return None if self.steps is None else Fine.of(self.steps)
+
+    @cached_property
+    def cycle(self) -> Cycle:
+        none = Cycle.none(self.waves.shape[1])
+        if self.rest is None:
+            return Cycle(self.waves, none.rest, 0, 0)
+        return Cycle(self.waves, self.rest, self.rest_begins, self.rest_lasts)
+
+    def told(self) -> dict[str, Any]:
+        """Which it is, for people."""
+        followed = {"daily": bool(self.waves.any()), "weekly": self.cycle.weekly}
+        return {"number": self.number, "learned": list(self.learned)} | followed
+
+    def wrong(self, classes: int, fields: int, tests: int) -> list[str]:
+        """Members that are none of a site's reference of so many."""
+        shapes = {
+            "pair_mean": (classes, len(correlation.pairs(fields))),
+            "score_mean": (classes,),
+            "psi_limits": (fields + 2,),
+            "hours": (24,),
+            "waves": (2 * daily_cycle.WAVES, tests),
+        }
+        rules = {name: getattr(self, name).shape == shape for name, shape in shapes.items()} | {
+            "stretch": 1 <= self.stretch <= 3,
+            "together": min(self.together) > 0,
+            "alike": 0 <= self.alike < 1,
+            "steps": self.steps is None or self.steps.shape == (fields, steps.SIZES),
+            "rest": self.rest is None or self._rests(self.rest, tests),
+            "rate": self.rate is None or self.rate.fits(classes, fields),
+        }
+        wrong = [f"site.{name}" for name, holds in rules.items() if not holds]
+        return wrong + ([] if np.isfinite(self.waves).all() else ["site.waves"])
+
+    def _rests(self, rest: Floats, tests: int) -> bool:
+        within = 0 <= self.rest_begins < daily_cycle.WEEK_US and 0 < self.rest_lasts < daily_cycle.WEEK_US
+        return within and rest.shape == (1 + 2 * daily_cycle.WAVES, tests) and bool(np.isfinite(rest).all())

@@ -1,0 +1,135 @@
+"""Drift windows that a batch holds from their first row to their last, all of one size: summarized at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from agent.arrays import Floats, Ints
+from agent.drift.baseline import summary
+from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.summary import Summary
+from agent.drift.detectors.window_statistics import Found
+from agent.drift.state import Batch, State
+
+FIELDS_AT_ONCE = 256  # of drift windows that are looked at together
+VALUES_AT_ONCE = 1 << 15  # about: more are slower, as they do not stay near the processor, and need more memory
+
+
+class Whole(msgspec.Struct, frozen=True, eq=False):
+    """The next W drift windows, of n rows each. `begin` (W,) and `starts` (W, w) are offsets into the batch."""
+
+    begin: Ints
+    starts: Ints
+    n: int
+
+    @property
+    def windows(self) -> int:
+        return len(self.begin)
+
+    def full(self, shipped: Reference, batch: Batch, first: int, classes: Callable[[Found, Ints], Ints]) -> Full:
+        """Summarized. `first` is the number of the first model window; `classes` tells of what was found in model
+        windows, and of those that were named, with which they are compared."""
+        each = max(1, VALUES_AT_ONCE // (self.n * batch.features.shape[1]))
+        parts = [
+            self._part(shipped, batch, first, slice(at, min(at + each, self.windows)), classes)
+            for at in range(0, self.windows, each)
+        ]
+        begin, end = self.begin, self.begin + self.n - 1
+        count = self.starts.shape[1]
+        return Full(
+            summary.joined(parts),
+            list(zip((batch.first + begin).tolist(), (batch.first + end).tolist(), strict=True)),
+            list(zip(batch.t[begin].tolist(), batch.t[end].tolist(), strict=True)),
+            list(range(first + count, first + count * self.windows + 1, count)),
+        )
+
+    def _part(
+        self, shipped: Reference, batch: Batch, first: int, some: slice, classes: Callable[[Found, Ints], Ints]
+    ) -> Summary:
+        starts, begin = self.starts[some], self.begin[some]
+        at = first + some.start * starts.shape[1]
+        part = batch.part(slice(at, at + starts.size), shipped)
+        if shipped.windowed:
+            spans = batch.t[starts + shipped.window_rows - 1] - batch.t[starts]
+        else:
+            spans = np.diff(batch.t[starts], axis=1)
+        rows, named = self._rows(part.values, begin - part.begin), part.named
+        return summary.whole(shipped, rows, spans, part.found, named, part.top, classes(part.found, named))
+
+    def _rows(self, values: Floats, begin: Ints) -> Floats:
+        """(W, n, F)"""
+        windows, fields = len(begin), values.shape[1]
+        if (begin[1:] - begin[:-1] == self.n).all():
+            # One after another, as they are where readings come without a pause: no copy.
+            return values[begin[0] : begin[0] + windows * self.n].reshape(windows, self.n, fields)
+        return np.asarray(values[begin[:, None] + np.arange(self.n)])
+
+
+class Full(msgspec.Struct, frozen=True, eq=False, dict=True):
+    """W drift windows in a row that are full."""
+
+    stack: Summary
+    rows: list[tuple[int, int]]  # of each the first and the last one
+    t: list[tuple[int, int]]  # their times
+    ends: list[int]  # how many model windows of the batch there are up to the end of each
+
+    @classmethod
+    def of(cls, state: State, end: int) -> Full:
+        """The open one of `state`."""
+        return cls(summary.stacked(state.open), [state.rows], [state.t], [end])
+
+    def then(self, more: Full) -> Full:
+        """Followed by others."""
+        stack = summary.joined([self.stack, more.stack])
+        return Full(stack, self.rows + more.rows, self.t + more.t, self.ends + more.ends)
+
+    @property
+    def windows(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def begun(self) -> Ints:
+        """(W,)"""
+        return np.array([begin for begin, _ in self.t])
+
+    @property
+    def middle(self) -> Ints:
+        """(W,) of their times."""
+        return np.array([sum(both) // 2 for both in self.t])
+
+    def opened(self, state: State, number: int) -> State:
+        """`state`, which is that after the window before, with window `number` as the open one."""
+        rows, index = self.rows[number], state.index + 1 if number else state.index
+        seen = max(state.seen, rows[1])
+        return replace(state, index=index, open=summary.at(self.stack, number), rows=rows, t=self.t[number], seen=seen)
+
+
+def ahead(shipped: Reference, batch: Batch, first: int, window: int, seen: int) -> Whole | None:
+    """Drift windows of `window` model windows, from number `first` on, of rows that were not `seen`; None where the
+    next one ends later, has gaps or is too large."""
+    most = max(1, FIELDS_AT_ONCE // batch.features.shape[1])
+    count = min((len(batch.starts) - first) // window, most)
+    if count == 0:
+        return None
+    rows = shipped.window_rows
+    starts = batch.starts[first : first + count * window].reshape(count, window)
+    ends = starts[:, -1] + rows
+    # A row in several model windows counts in the first drift window that has it.
+    begin = starts[:, 0].copy()
+    begin[0] = max(begin[0], seen + 1 - batch.first)
+    np.maximum(begin[1:], ends[:-1], out=begin[1:])
+    n = ends - begin
+    fit = (n == n[0]) & (n > 0) & (starts[:, 1:] - starts[:, :-1] <= rows).all(1)
+    count = len(fit) if fit.all() else int(fit.argmin())
+    if not count or n[0] > rows_at_once(batch):
+        return None
+    return Whole(begin[:count], starts[:count], int(n[0]))
+
+
+def rows_at_once(batch: Batch) -> int:
+    return max(1, VALUES_AT_ONCE // int(batch.features.shape[1]))

@@ -1,0 +1,118 @@
+"""Two-sided cumulative sums over drift windows: what raises a drift alarm, and what clears it.
+
+Source: Page (1954), Continuous inspection schemes, Biometrika 41; k and h in reference standard deviations.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Bools, Floats, Ints
+
+K = 1.0  # slack: half the shift that should be found fast
+H = 5.0  # alarm limit
+CLIP = 4.0  # the most that one window may say, so that one odd window alone never alarms
+CALM = 3  # windows in a row without evidence that clear an alarm
+_SIDES = np.array([[1.0], [-1.0]])
+
+
+class Cusum(msgspec.Struct, frozen=True, eq=False):
+    """Row 0 looks for values that are too high, row 1 for too low; one column per test: shape (2, T).
+
+    `windows`, `effect` and `since` (epoch µs) cover the windows since `value` last left zero, which is when the change
+    began, as far as the sums can tell. `on` is the alarm: raised above the limit, cleared (and the sum restarted) after
+    CALM windows in a row whose z does not exceed the slack on its side.
+    """
+
+    value: Floats
+    windows: Ints
+    effect: Floats
+    since: Ints
+    on: Bools
+    calm: Ints
+
+    @classmethod
+    def zeros(cls, tests: int) -> Cusum:
+        shape = (2, tests)
+        whole, none = np.zeros(shape, np.int64), np.zeros(shape)
+        return cls(none, whole, none, whole, np.zeros(shape, np.bool_), whole)
+
+    def update(
+        self, z: Floats, effect: Floats, *, slack: Floats | float = K, limit: Floats | float = H, t: int = 0
+    ) -> Cusum:
+        """After one more window, begun at `t`, with scores `z` (T,), NaN where there was nothing to test, and effects.
+
+        `slack` and `limit` are for all tests or for each (T,).
+        """
+        return self.ahead(z[None], effect[None], slack=slack, limit=limit, t=np.array([t])).after(1)
+
+    def ahead(
+        self, z: Floats, effects: Floats, *, slack: Floats | float = K, limit: Floats | float = H, t: Ints
+    ) -> Course:
+        """Over W windows in a row, begun at `t` (W,), with scores and effects (W, T)."""
+        tested = np.isfinite(z)
+        sided = np.where(tested, np.minimum(np.maximum(z, -CLIP), CLIP), 0.0)[:, None] * _SIDES
+        # What is not tested goes on by nothing.
+        less = np.where(tested, slack, 0.0)[:, None]
+        values, value = np.empty_like(sided), self.value
+        for after, more, allowed in zip(values, sided, less, strict=True):
+            np.add(value, more, out=after)
+            np.subtract(after, allowed, out=after)
+            value = np.maximum(0.0, after, out=after)
+        return Course(self, tested, sided <= slack, values, effects, limit, t)
+
+    def opened(self, side: int, test: int, windows: int, effect: float, since: int) -> Cusum:
+        """With an alarm that other evidence than its sum gave, over so many `windows`."""
+        whole, on, total = np.stack([self.windows, self.since]), self.on.copy(), self.effect.copy()
+        whole[:, side, test], on[side, test], total[side, test] = (windows, since), True, effect
+        return Cusum(self.value, whole[0], total, whole[1], on, self.calm)
+
+    def only(self, which: Bools) -> Cusum:
+        """With the sums and alarms of all but the tests `which` (T,) begun anew."""
+        windows, since, calm = (np.where(which, part, 0) for part in (self.windows, self.since, self.calm))
+        value, effect = (np.where(which, part, 0.0) for part in (self.value, self.effect))
+        return Cusum(value, windows, effect, since, self.on & which, calm)
+
+
+class Course(msgspec.Struct, frozen=True, eq=False):
+    """Sums over W windows in a row, while nothing is raised or cleared: that is told of the last window taken only, and
+    where an alarm is on already of the first."""
+
+    before: Cusum
+    tested: Bools  # (W, T)
+    calm: Bools  # (W, 2, T) within the slack
+    values: Floats  # (W, 2, T) after each
+    effects: Floats  # (W, T)
+    limit: Floats | float
+    t: Ints  # (W,)
+
+    @property
+    def raises(self) -> Bools:
+        """(W,) in which a sum is beyond its limit."""
+        return np.asarray((self.values > self.limit).any((1, 2)))
+
+    def after(self, count: int) -> Cusum:
+        """After so many of them."""
+        before, tested, values = self.before, self.tested[:count], self.values[:count]
+        if not tested.any():
+            return before
+        on, calm = before.on, before.calm
+        if on.any():
+            calm = np.where(tested[0], np.where(on & self.calm[0], calm + 1, 0), calm)
+            cleared = on & (calm >= CALM)
+            values, on = np.where(cleared, 0.0, values), on & ~cleared
+        windows, effect, since, went = before.windows, before.effect, before.since, before.value > 0
+        effects = np.where(tested, self.effects[:count], 0.0)
+        for going, one, more, t in zip(values > 0, tested, effects, self.t.tolist(), strict=False):
+            windows = np.where(going, windows + one, 0)
+            effect = np.where(going, effect + more, 0.0)
+            since = np.where(going, np.where(went, since, t), 0)
+            went = going
+        on = on | (values[-1] > self.limit)
+        return Cusum(values[-1], windows, effect, since, on, np.where(on, calm, 0))
+
+
+def scores(value: Floats, mean: Floats, sd: Floats, windows: int) -> Floats:
+    """z of a new window's `value` when mean and sd were themselves estimated from that many reference windows."""
+    return np.asarray((value - mean) / (sd * np.sqrt(1 + 1 / windows)), dtype=np.float64)

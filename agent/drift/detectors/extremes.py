@@ -1,0 +1,123 @@
+"""The lowest and highest values of a drift window, how many rows hold them, and when so many do that a sensor clips."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Bools, Floats, Ints
+
+if TYPE_CHECKING:
+    from agent.drift.baseline.reference import Reference
+
+PILE, STEEP = 0.05, 4  # share of rows at the limit; how many times more than on the next value
+LEVELS = 20  # values less finely told apart often pile up on the outermost
+LOW, HIGH = 0, 1
+
+
+class Extremes(msgspec.Struct, frozen=True, eq=False):
+    """Of each field and side (low, high) the outermost value and the next one to it, with their numbers of rows.
+
+    Low ones are kept negated, so that the outermost is the greatest on both sides. Where there is none: -inf, 0.
+    """
+
+    values: Floats  # (F, 2, 2)
+    rows: Ints  # (F, 2, 2)
+
+    @classmethod
+    def empty(cls, fields: int) -> Extremes:
+        return cls(np.full((fields, 2, 2), -np.inf), np.zeros((fields, 2, 2), np.int64))
+
+    @classmethod
+    def of(cls, ordered: np.ndarray, count: Ints) -> Extremes:
+        """Of columns (..., F, n) in ascending order of which the first `count` (..., F) are values."""
+        columns, held = ordered.reshape(count.size, ordered.shape[-1]), count.ravel()
+        ends = _ends(columns, held).astype(np.float64)
+        first, second, third = ends[..., 0], ends[..., 1], ends[..., 2]
+        rows = np.ones((len(columns), 2, 2), np.int64)
+        # In most columns each of them is there once.
+        several = (first == second) | (second == third) | (held < 3)[:, None]
+        for side in (LOW, HIGH):
+            some = np.flatnonzero(several[:, side])
+            if len(some):
+                ends[some, side, :2], rows[some, side] = _counted(columns[some], held[some], first[some, side], side)
+        values = ends[..., :2]
+        values[:, LOW] *= -1
+        values[np.isnan(values)] = -np.inf
+        return cls(values.reshape(*count.shape, 2, 2), rows.reshape(*count.shape, 2, 2))
+
+    def __getitem__(self, at: int) -> Extremes:
+        return Extremes(self.values[at], self.rows[at])
+
+    def merge(self, other: Extremes) -> Extremes:
+        """Of both; associative, commutative and exact."""
+        values = np.concatenate([self.values, other.values], axis=-1)
+        rows = np.concatenate([self.rows, other.rows], axis=-1)
+        first = values.max(-1, keepdims=True)
+        second = np.where(values < first, values, -np.inf).max(-1, keepdims=True)
+        held = [np.where(values == value, rows, 0).sum(-1) for value in (first, second)]
+        return Extremes(np.concatenate([first, second], axis=-1), np.stack(held, axis=-1))
+
+    @property
+    def low(self) -> Floats:
+        """(..., F) the lowest value."""
+        return np.asarray(-self.values[..., LOW, 0])
+
+    @property
+    def high(self) -> Floats:
+        return np.asarray(self.values[..., HIGH, 0])
+
+
+def _ends(ordered: np.ndarray, count: Ints) -> np.ndarray:
+    """(n, 2, 3) the first three values of each column, and the last three backwards; any where there are fewer."""
+    rows = ordered.shape[1]
+    if rows >= 3 and (count == rows).all():
+        return ordered[:, np.array([[0, 1, 2], [-1, -2, -3]])]
+    if not rows:
+        return np.full((len(ordered), 2, 3), np.nan)
+    last = np.maximum(count - 1, 0)[:, None]
+    at = np.stack([np.minimum(np.arange(3), last), np.maximum(last - np.arange(3), 0)], axis=1)
+    return np.take_along_axis(ordered[:, None], at, axis=-1)
+
+
+def _counted(ordered: np.ndarray, count: Ints, value: Floats, side: int) -> tuple[Floats, Ints]:
+    """The outermost `value` and the next one to it, NaN for none, and how many rows hold them: (n, 2) each."""
+    columns, last = np.arange(len(ordered)), np.maximum(count - 1, 0)
+    if not ordered.shape[1]:
+        return np.full((len(ordered), 2), np.nan), np.zeros((len(ordered), 2), np.int64)
+    value = np.where(count > 0, value, np.nan)
+    held = (ordered == value[:, None]).sum(1)
+    another = count > held
+    at = np.where(another, last - held if side == HIGH else held, 0)
+    following = np.where(another, ordered[columns, at].astype(np.float64), np.nan)
+    rows = np.stack([held, (ordered == following[:, None]).sum(1)], axis=1)
+    return np.stack([value, following], axis=1), rows
+
+
+def piled(extremes: Extremes, reference: Reference, rows: Ints) -> Bools:
+    """(..., F, 2) whether the lowest and the highest value are ones that a sensor cannot get past, of so many `rows`
+    (...,).
+
+    Not where the reference's readings pile up there, too, nor where a sensor tells so few values apart that the
+    outermost is often one of the commonest.
+    """
+    values, held = extremes.values, extremes.rows
+    steep = (held[..., 0] > PILE * rows[..., None, None]) & (held[..., 0] > STEEP * (held[..., 1] + 1))
+    if not steep.any():
+        return np.asarray(steep)
+    fine = np.isfinite(values[..., 1])
+    gap = np.where(fine, values[..., 0] - np.where(fine, values[..., 1], 0.0), np.inf)
+    span = np.where(np.isfinite(extremes.high), extremes.high - extremes.low, 0.0)
+    return np.asarray(steep & (span[..., None] >= LEVELS * gap) & ~_usual(extremes, reference))
+
+
+def _usual(extremes: Extremes, reference: Reference) -> Bools:
+    at = np.stack([extremes.low, extremes.high], axis=-1)
+    # A value that is a limit of two bins of the reference holds the rows of a whole one.
+    usual = (reference.bounds[:, None, :] == at[..., None]).sum(-1) > 1
+    for field, known in enumerate(reference.rest):
+        if known:
+            usual[..., field, :] |= np.isin(at[..., field, :], known)
+    return np.asarray(usual)

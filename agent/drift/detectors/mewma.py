@@ -1,0 +1,161 @@
+"""Whether many small shifts add up to one: exponentially weighted means of a kind's scores, and their squares' sum.
+
+A field that shifts by half a window's sd is found late by its own sum, four of them together soon. Scores hang
+together, so the limit is a quantile of a weighted sum of chi-squares; and it lies above what the learned windows
+reached in their order.
+
+Sources: Lowry, Woodall, Champ & Rigdon (1992), A multivariate exponentially weighted moving average control chart,
+Technometrics 34. Buckley & Eagleson (1988), An approximation to the distribution of quadratic forms in normal random
+variables, Australian Journal of Statistics 30.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Bools, Floats, Ints
+from agent.drift.detectors.psi import gamma_quantile
+from agent.drift.numeric import false_alarm_budget
+
+WEIGHT = 0.3  # of the newest window
+SLACK = 0.2  # sd that a mean may be off for long: K windows tell it only so well
+CLIP = 2.5  # the most that one window may say of one score: that it is odd is no shift
+NEVER = 1e9  # limit where nothing was learned
+RUNS = 2.5  # windows beyond the limit, of every alarm by chance: one comes seldom alone
+
+
+class Together(msgspec.Struct, frozen=True, eq=False):
+    """Of S scores: their weighted `mean`, and what is known since it last changed its sign.
+
+    That is when a change began, as far as it can tell: so many `windows`, the sum of their effects, and `since` (epoch
+    µs). Source: Nishina (1992), A comparison of control charts from the viewpoint of
+    change-point estimation, Quality and Reliability Engineering International 8.
+    """
+
+    mean: Floats
+    windows: Ints
+    effect: Floats
+    since: Ints
+
+    @classmethod
+    def zeros(cls, scores: int) -> Together:
+        whole = np.zeros(scores, np.int64)
+        return cls(np.zeros(scores), whole, np.zeros(scores), whole)
+
+    def update(self, z: Floats, effect: Floats, t: int) -> Together:
+        """After one more window, begun at `t`, with scores `z` (S,), NaN where there was nothing to test."""
+        return self.ahead(z[None], effect[None], np.array([t])).after(1)
+
+    def ahead(self, z: Floats, effects: Floats, t: Ints) -> Course:
+        """Over W windows in a row, begun at `t` (W,), with scores and effects (W, S)."""
+        told, drawn = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
+        every, means, mean = bool(told.all()), np.empty_like(drawn), self.mean
+        for after, one, known in zip(means, drawn, told, strict=True):
+            np.subtract(one, mean, out=after)
+            np.multiply(WEIGHT, after, out=after)
+            np.add(mean, after, out=after)
+            if not every:
+                after[:] = np.where(known, after, mean)
+            mean = after
+        return Course(self, told, means, effects, t)
+
+    @property
+    def square(self) -> float:
+        """Of the means beyond the slack, the sum."""
+        return _squares(self.mean[None])[0]
+
+    def only(self, which: Bools) -> Together:
+        """With all but the scores `which` (S,) begun anew."""
+        return Together(*(np.where(which, part, part.dtype.type(0)) for part in self._parts()))
+
+    def _parts(self) -> tuple[Floats, Ints, Floats, Ints]:
+        return self.mean, self.windows, self.effect, self.since
+
+
+class Course(msgspec.Struct, frozen=True, eq=False, dict=True):
+    """Means over W windows in a row."""
+
+    before: Together
+    told: Bools  # (W, S)
+    means: Floats  # (W, S) after each
+    effects: Floats  # (W, S)
+    t: Ints  # (W,)
+
+    @cached_property
+    def squares(self) -> list[float]:
+        """After each of them: see `Together.square`."""
+        return _squares(self.means)
+
+    def after(self, count: int) -> Together:
+        """After so many of them."""
+        before, told = self.before, self.told[:count]
+        windows, total, since, was = before.windows, before.effect, before.since, before.mean > 0
+        effects = np.where(told, self.effects[:count], 0.0)
+        for now, one, more, t in zip(self.means > 0, told, effects, self.t.tolist(), strict=False):
+            goes_on = now == was
+            since = np.where(goes_on & (windows > 0), since, t)
+            windows = np.where(goes_on, windows, 0) + one
+            total = np.where(goes_on, total, 0.0) + more
+            was = now
+        return Together(self.means[count - 1], windows, total, since)
+
+
+def _squares(means: Floats) -> list[float]:
+    return [float(beyond @ beyond) for beyond in np.maximum(np.abs(means) - SLACK, 0.0)]
+
+
+def limit(scores: Floats, alike: float, allotted: float) -> float:
+    """Of the squares' sum, from scores (K, S) of learned windows in their order; `allotted` false alarms per window.
+
+    Neighbouring windows are `alike` by that correlation.
+    """
+    windows, count = scores.shape
+    if not count or windows < 4:
+        return NEVER
+    slow = (1 - WEIGHT) * alike
+    variance = WEIGHT / (2 - WEIGHT) * (1 + slow) / (1 - slow)
+    # K windows tell mean and sd only so well.
+    variance = (
+        (variance + 1 / false_alarm_budget.apart(windows, alike)) / (1 + 1 / windows) * (windows - 1) / (windows - 3)
+    )
+    theory = _quantile(_eigenvalues(scores), float(np.sqrt(variance)), RUNS * allotted)
+    return max(theory, _reached(scores))
+
+
+def _eigenvalues(scores: Floats) -> Floats:
+    """Of the scores' correlations, drawn together by what K windows show of them by chance."""
+    windows, count = scores.shape
+    unit = scores / np.maximum(np.sqrt((scores**2).sum(0)), 1e-12)
+    alike = unit.T @ unit
+    # One that never moved was like no other.
+    np.fill_diagonal(alike, 1.0)
+    found = np.linalg.eigvalsh(alike)
+    apart = max(float(((found - 1) ** 2).sum()), 1e-12)
+    true = max(apart - count * (count - 1) / (windows - 1), 0.0)
+    return np.asarray(1 + np.sqrt(true / apart) * (found - 1))
+
+
+def _quantile(weights: Floats, sd: float, share: float) -> float:
+    """What the sum of squares beyond the slack exceeds in that share, of normal numbers with this sd whose correlations
+    have these eigenvalues."""
+    at = np.linspace(-8, 8, 1601)
+    likely = np.exp(-(at**2) / 2)
+    likely /= likely.sum()
+    each = np.maximum(np.abs(at) * sd - SLACK, 0.0) ** 2
+    mean = float(likely @ each)
+    variance = float(likely @ (each - mean) ** 2) * float((weights**2).sum())
+    third = float(likely @ (each - mean) ** 3) * float((weights**3).sum())
+    freedom = 4 * variance**3 / third**2
+    quantile = float(gamma_quantile(np.array([freedom]), 1 - share)[0])
+    return mean * len(weights) + float(np.sqrt(variance * freedom)) * (quantile - 1)
+
+
+def _reached(scores: Floats) -> float:
+    after, most = Together.zeros(scores.shape[1]), 0.0
+    for z in scores:
+        after = after.update(z, z, 0)
+        most = max(most, after.square)
+    return most

@@ -1,0 +1,47 @@
+"""A machine's modes as a category field of its readings names them: classes for a model that names none itself.
+
+The first MOST names that come have a class each; all others share one with what has no name and with model windows in
+which the mode changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Ints
+
+MOST = 32
+OTHER = MOST
+CLASSES = MOST + 1
+
+
+class Modes(msgspec.Struct, frozen=True, eq=False):
+    """Of model windows: `codes` (w,) into `texts`, whose first stands for no name."""
+
+    codes: Ints
+    texts: Sequence[str]
+
+
+def of_windows(codes: np.ndarray, starts: Ints, window_rows: int, texts: Sequence[str]) -> Modes:
+    """Of model windows that begin at offsets `starts` (w,) into rows with `codes` (n,)."""
+    first = codes[starts].astype(np.int64)
+    if window_rows > 1 and len(starts):
+        changes = np.concatenate([[0], np.cumsum(codes[1:] != codes[:-1])])
+        first = np.where(changes[starts] == changes[starts + window_rows - 1], first, 0)
+    return Modes(first, texts)
+
+
+def classes(known: tuple[str, ...], found: Modes) -> tuple[tuple[str, ...], Ints]:
+    """The names that have a class from now on, in the order they came, and the class (w,) of each model window."""
+    codes, first, inverse = np.unique(found.codes, return_index=True, return_inverse=True)
+    names = {code: found.texts[code] for code in codes.tolist() if code}
+    places = {name: place for place, name in enumerate(known)}
+    for at in np.argsort(first).tolist():
+        name = names.get(int(codes[at]))
+        if name is not None and name not in places and len(places) < MOST:
+            places[name] = len(places)
+    table = np.array([places.get(names.get(code, ""), OTHER) if code else OTHER for code in codes.tolist()], np.int64)
+    return tuple(places), table[inverse.reshape(-1)] if len(codes) else found.codes

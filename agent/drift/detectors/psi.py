@@ -1,0 +1,129 @@
+"""Whether a distribution has another shape than this site's: PSI against what it is when nothing happens.
+
+A PSI of 0.1 means nothing by itself: it moves with the number of rows and with how they hang together. So each site's
+windows are compared with the rest of them (leave one out) while it learns, a gamma distribution is fitted (a mean for
+each subject, one shape for all fields), and a window counts when its PSI would come by chance in fewer than `level` of
+windows. Two such windows among three raise an alarm.
+
+Subjects: the F fields, the answers ("output"), the certainty ("score").
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Bools, Floats, Ints
+from agent.drift.numeric.divergence import folded
+from agent.drift.numeric.middle import median
+
+CALM = 3  # windows in a row below the limit that clear an alarm
+LEAST = 0.02  # smaller PSI never matters
+HALF = 0.5  # added to each bin, so that an empty one says no more than its rows can
+LEAST_SHAPE = 0.3  # of the gamma: the heaviest tail that is believed
+MOST_SHAPE = 200.0
+
+
+class Confirm(msgspec.Struct, frozen=True, eq=False):
+    """Alarms of S subjects. `windows` and `since` (epoch µs) begin with the first of the windows that raised one."""
+
+    before: Ints  # (2, S) when the last two windows began that were beyond the limit; 0 for one that was not
+    on: Bools  # (S,)
+    calm: Ints
+    windows: Ints
+    since: Ints
+
+    @classmethod
+    def none(cls, subjects: int) -> Confirm:
+        zero = np.zeros(subjects, np.int64)
+        return cls(np.zeros((2, subjects), np.int64), np.zeros(subjects, np.bool_), zero, zero, zero)
+
+    def update(self, beyond: Bools, tested: Bools, t: int) -> Confirm:
+        """After one more window, begun at `t`; where it was not `tested` all stays as it was."""
+        last, one_more = self.before
+        if not (beyond.any() or self.on.any()):
+            before = np.zeros_like(self.before)
+            before[1] = last
+            if not tested.all():
+                before = np.where(tested, before, self.before)
+            return Confirm(before, self.on, self.calm, self.windows, self.since)
+        twice = beyond & ((last > 0) | (one_more > 0))
+        calm = np.where(self.on & ~beyond, self.calm + 1, 0)
+        on = (self.on | twice) & (calm < CALM)
+        first = np.where(one_more > 0, one_more, last)
+        windows = np.where(self.on, self.windows + 1, np.where(one_more > 0, 3, 2))
+        before = np.stack([np.where(beyond, max(1, t), 0), last])
+        return Confirm(
+            np.where(tested, before, self.before),
+            np.where(tested, on, self.on),
+            np.where(tested, calm, self.calm),
+            np.where(tested, np.where(on, windows, 0), self.windows),
+            np.where(tested, np.where(on, np.where(self.on, self.since, first), 0), self.since),
+        )
+
+    def only(self, which: Bools) -> Confirm:
+        """With all but the subjects `which` (S,) begun anew."""
+        before, calm, windows, since = (
+            np.where(which, part, 0) for part in (self.before, self.calm, self.windows, self.since)
+        )
+        return Confirm(before, self.on & which, calm, windows, since)
+
+
+def coarse(counts: Ints) -> Ints:
+    """(..., 16) of counts (..., 34): what lies outside counted to the outermost of 32 bins, and these two by two."""
+    inner = folded(counts)
+    return np.asarray(inner.reshape(*inner.shape[:-1], -1, 2).sum(-1))
+
+
+def psi(usual: Floats, found: Ints) -> Floats:
+    """PSI along the last axis, of counts against what `shares` tells of the usual ones."""
+    q = shares(found)
+    return np.asarray(((usual - q) * np.log(usual / q)).sum(-1))
+
+
+def psi_without(found: Ints) -> Floats:
+    """(K, ...): each of K windows' counts (K, ..., bins) against all others together."""
+    return psi(shares(found.sum(0) - found), found)
+
+
+def limits(values: Floats, level: float, allotted: float) -> Floats:
+    """(S,): PSI limits from K windows in a row (K, S), with one shape of the gamma for all S that are not wilder.
+
+    One window is beyond it in a share `level`; and two of three are, taken as they come (neighbours may be alike), in a
+    share `allotted`.
+    """
+    second = np.sort(np.stack([values[:-2], values[1:-1], values[2:]]), axis=0)[1]
+    return np.maximum(LEAST, np.maximum(_quantile(values, level), _quantile(second, allotted)))
+
+
+def _quantile(values: Floats, level: float) -> Floats:
+    kept = np.minimum(values, _odd(values))
+    mean, variance = kept.mean(0), kept.var(0, ddof=1)
+    told = mean > 0
+    each = np.where(told, mean, 1.0) ** 2 / np.maximum(variance, 1e-12)
+    common = float(median(each[told])) if told.any() else MOST_SHAPE
+    # K windows tell mean and shape only so well: one standard error to the safe side.
+    sure = 1 - np.sqrt(2 / len(values))
+    shape = np.clip(sure * np.minimum(each, common), LEAST_SHAPE, MOST_SHAPE)
+    unsure = 1 + 1 / np.sqrt(shape * len(values))
+    return np.asarray(mean * unsure * gamma_quantile(shape, 1 - level))
+
+
+def gamma_quantile(shape: Floats, p: float) -> Floats:
+    """Of gamma distributions with mean 1. Source: Wilson & Hilferty (1931), The distribution of chi-square, PNAS."""
+    spread = 1 / (9 * shape)
+    return np.asarray((1 - spread + NormalDist().inv_cdf(p) * np.sqrt(spread)) ** 3)
+
+
+def _odd(values: Floats) -> Floats:
+    """Windows beyond this were not like the others: left out."""
+    middle = median(values)
+    return np.asarray(middle + 10 * median(np.abs(values - middle)) + 1e-9)
+
+
+def shares(counts: Ints) -> Floats:
+    """Along the last axis, of counts that have half a row in each bin to begin with."""
+    filled = counts + HALF
+    return np.asarray(filled / filled.sum(-1, keepdims=True))

@@ -1,0 +1,86 @@
+"""Whether several fields move slowly, for days, together: then it is rather the surroundings than a sensor.
+
+Scores of means are averaged over half days, so that no daily cycle is taken for a slope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Floats, Ints
+from agent.drift.detectors.ramp import LONGER, is_ramp
+
+HALF_DAY_US = 43_200_000_000
+KEPT = 14  # half days
+FEWEST = LONGER + 2  # half days that tell a slope
+SLOW, SURE = 0.75, 5.0  # sd of a window: a smaller rise is none; its standard errors
+FEWEST_FIELDS = 2
+
+Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+class Season(msgspec.Struct, frozen=True, eq=False):
+    """The last half days in which anything was tested."""
+
+    half_day: Ints = msgspec.field(default_factory=lambda: np.empty(0, np.int64))  # (H,) since 1970
+    n: Ints = msgspec.field(default_factory=lambda: np.empty((0, 0), np.int64))  # (H, F) windows
+    mean: Float32s = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))  # of their scores
+
+    def add(self, z: Floats, t: Ints) -> Season:
+        """With scores `z` (W, F) of windows at `t` (W,), epoch µs; NaN for none. A clock set back begins anew."""
+        half_days, season = t // HALF_DAY_US, self
+        begins = [0, *(np.flatnonzero(half_days[1:] != half_days[:-1]) + 1).tolist(), len(t)]
+        for begin, end in pairwise(begins):
+            season = season._with(int(half_days[begin]), z[begin:end])
+        return season
+
+    def _with(self, now: int, z: Floats) -> Season:
+        """With scores (W, F) of windows in half day `now`."""
+        told = ~np.isnan(z)
+        known = np.where(told, z, 0.0)
+        half_day, n, mean = self._at(now, z.shape[1])
+        counts, last = n[-1] + np.cumsum(told, axis=0), mean[-1]
+        for count, some, score in zip(counts, told, known, strict=True):
+            last += np.where(some, (score - last) / np.maximum(count, 1), 0.0)
+        n[-1] = counts[-1]
+        return Season(half_day, n, mean)
+
+    def _at(self, now: int, fields: int) -> tuple[Ints, Ints, Float32s]:
+        """Copies of its members whose last entry is that of half day `now`."""
+        if len(self.half_day) and now == self.half_day[-1]:
+            return self.half_day, self.n.copy(), self.mean.copy()
+        one = np.array([now]), np.zeros((1, fields), np.int64), np.zeros((1, fields), np.float32)
+        if not len(self.half_day) or now < self.half_day[-1]:
+            return one
+        kept = slice(1 - KEPT, None)
+        before = self.half_day[kept], self.n[kept], self.mean[kept]
+        half_day, n, mean = (np.concatenate([old, new]) for old, new in zip(before, one, strict=True))
+        return half_day, n, mean
+
+    def slow(self) -> Ints:
+        """Fields whose mean has moved slowly all that time."""
+        return np.array([i for i in range(self.n.shape[1]) if self._is_slow(i)], np.int64)
+
+    def _is_slow(self, one: int) -> bool:
+        some = self.n[:, one] > 0
+        mean, each = self.mean[some, one].astype(np.float64), float(np.sqrt(np.median(self.n[some, one])))
+        if len(mean) < FEWEST:
+            return False
+        place = self.half_day[some] - self.half_day[some].mean()
+        slope = float(place @ mean) / float(place @ place)
+        left = float((mean - mean.mean() - slope * place).std()) / float(np.sqrt(place @ place))
+        rise = abs(slope) * float(place[-1] - place[0])
+        return rise > SLOW and abs(slope) > SURE * left and is_ramp(mean * each)
+
+
+def cause(of: int, season: Season, fields: Sequence[str]) -> str:
+    """What field number `of` probably follows, in words; nothing where it does not move slowly along with others."""
+    slow = season.slow()
+    if of not in slow or len(slow) < max(FEWEST_FIELDS, (len(fields) + 1) // 2):
+        return ""
+    others = ", ".join(fields[i] for i in slow if i != of)
+    return f"the season or a slow change of the surroundings: {others} moved as slowly, for more than a day"

@@ -1,0 +1,104 @@
+"""How many false alarms each kind of test may raise, and the limits that follow.
+
+A site's reference knows its mean and spread from K windows only, and so some tests stand closer to their limit than
+they seem to; with 40 windows most false alarms come from these few. The limit h of a CUSUM is therefore the one that
+gives the allotted number of false alarms on average over what K windows may have told, however many tests there are.
+
+Source: Siegmund (1985), Sequential Analysis, for the windows between false alarms of a CUSUM with slack k and limit h.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, lru_cache
+
+import numpy as np
+
+from agent.arrays import Floats
+
+# False alarms per window, of all tests of a kind together.
+FIELDS, PAIRS, SCORE, ANSWERS = 1.5e-3, 3e-4, 3e-4, 3e-4
+ANSWERS_TOGETHER = 3e-4
+# For each field up to so many: the more of them, the more their sums gain on each by itself.
+FIELD_TOGETHER, MOST_TOGETHER = 4e-4, 15
+SHAPES, PACE = 3e-4, 3e-4
+# Slack: half the shift that should be found fast, in sd of the window's statistic. Fields seldom stop moving together
+# by halves, and there are many pairs.
+K_FIELDS, K_PAIRS = 1.0, 2.0
+# Limits never go below these: real windows are a little more alike than a reference can tell.
+LEAST_H, LEAST_H_PAIRS = 5.0, 3.5
+MOST_ALIKE, ALIKE = 0.5, 0.95  # of what limits are stretched by; of what is believed at all
+
+
+@lru_cache(maxsize=256)
+def h(tests: int, windows: int, slack: float, allotted: float, least: float = LEAST_H) -> float:
+    """Limit of each of so many two-sided CUSUMs, calibrated on `windows` drift windows."""
+    if not tests:
+        return least
+    low, high = least, 50.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if 2 * tests * _rate(middle, slack, windows) > allotted:
+            low = middle
+        else:
+            high = middle
+    return round(high, 2)
+
+
+def together(fields: int) -> float:
+    """False alarms per window of what means of so many fields come to together."""
+    return FIELD_TOGETHER * min(fields, MOST_TOGETHER)
+
+
+def alike(values: Floats) -> float:
+    """What tests of K learned windows (K, T) have in common with the window before: their correlation, as far as chance
+    does not explain it."""
+    if not values.size:
+        return 0.0
+    apart = values - np.nanmean(values, axis=0)
+    told = np.nan_to_num(apart)
+    each = (told[1:] * told[:-1]).sum(0) / np.maximum((told**2).sum(0), 1e-12)
+    r = float(each.mean()) + 1 / len(values) - 1 / math.sqrt(values.size)
+    return min(max(r, 0.0), ALIKE)
+
+
+def stretch(r: float) -> float:
+    """What to multiply limits by where neighbouring windows are alike by `r`: so many times as far a CUSUM wanders."""
+    r = min(r, MOST_ALIKE)
+    return (1 + r) / (1 - r)
+
+
+def apart(windows: int, r: float) -> int:
+    """As how many windows that have nothing in common so many tell a mean."""
+    return max(2, int(windows * (1 - r) / (1 + r)))
+
+
+def level(subjects: int, allotted: float = SHAPES) -> float:
+    """Share of windows that one subject's shape may be beyond its limit: two of three windows are to be by chance."""
+    return math.sqrt(allotted / (3 * max(1, subjects)))
+
+
+def _rate(limit: float, slack: float, windows: int) -> float:
+    """False alarms per window of a one-sided CUSUM, over the errors of a mean and sd that `windows` windows told."""
+    nodes, share = _normal()
+    shift = nodes / math.sqrt(windows)
+    scale = np.exp(nodes / math.sqrt(2 * max(1, windows - 1)))
+    return float(share @ _siegmund(slack * scale - shift[:, None], limit * scale) @ share)
+
+
+@cache
+def _normal() -> tuple[Floats, Floats]:
+    """15 places of the standard normal, and the share of each: Golub and Welsch (1969), Calculation of Gauss Quadrature
+    Rules."""
+    beside = np.sqrt(np.arange(1.0, 15.0))
+    nodes, vectors = np.linalg.eigh(np.diag(beside, -1))
+    return nodes, vectors[0] ** 2
+
+
+def _siegmund(drift: Floats, limit: Floats) -> Floats:
+    """One over the windows to a false alarm, where each adds -`drift` on average and 1 sd of chance."""
+    reach = limit + 1.166
+    # Towards none at all it becomes 1 / reach².
+    drift = np.where(np.abs(drift) < 1e-6, 1e-6, drift)
+    exponent = 2 * drift * reach
+    return np.asarray(2 * drift**2 / (np.exp(np.minimum(exponent, 600.0)) - exponent - 1))

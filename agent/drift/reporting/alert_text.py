@@ -1,0 +1,95 @@
+"""Alerts and the sentences in them: what happened, how much, and what it probably is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.summary import Summary
+from agent.drift.detectors.cusum import CALM
+from agent.drift.faults.faults import Fault
+
+CAUSES = {
+    "missing": "sensor or cable fault, or its source stopped",
+    "stuck": "sensor or cable fault",
+    "saturated": "range set too small, amplifier overloaded or sensor at its end",
+    "swapped": "cables or columns were exchanged",
+    "reversed": "the sensor was turned round, or its poles exchanged",
+    "unit": "a converter, driver or firmware was changed",
+    "out_of_range": "wrong unit, wrong sensor or a fault",
+    "quantized": "another converter, range or rounding",
+    "spikes": "loose contact or interference",
+}
+
+
+class Alert(msgspec.Struct, frozen=True):
+    """`id` is `<subject>/<alert>/<count>`, the same when raised and when cleared."""
+
+    alert: str  # drift | fault
+    subject: str
+    state: str  # raised | cleared
+    severity: str  # info | warning | critical
+    id: str
+    summary: str
+    evidence: dict[str, Any]
+
+    def body(self, task: str, **evidence: Any) -> dict[str, Any]:
+        """The members of its message."""
+        return {
+            "alert": self.alert,
+            "subject": self.subject,
+            "state": self.state,
+            "severity": self.severity,
+            "id": f"{task}/{self.id}",
+            "summary": self.summary,
+            "evidence": {**evidence, **self.evidence},
+        }
+
+
+def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary, shipped: Reference) -> str:
+    """`field` is its number. Says no value of the data: an extreme is one row's."""
+    share = {"out_of_range": summary.outside}.get(fault.name, summary.missing)[field]
+    what = {
+        "missing": f"{share / max(1, summary.rows):.{0 if share * 20 > summary.rows else 1}%} of values are missing",
+        "stuck": f"repeats one value for {summary.longest[field]} rows",
+        "saturated": _held(field, summary, shipped),
+        "out_of_range": f"{share / max(1, summary.rows):.0%} of values lie far outside the reference's range",
+        "quantized": f"values come in steps about {fault.detail} as coarse as they were here",
+        "spikes": f"{summary.spikes[field]} lone jumps in {summary.rows} rows",
+        "swapped": f"reads like {fault.detail} did, and {fault.detail} like {subject}",
+        "reversed": "reads as before but with the sign reversed",
+        "unit": f"reads like {fault.detail}",
+    }[fault.name]
+    return f"{subject}: {what}: {CAUSES[fault.name]}."
+
+
+def _held(field: int, summary: Summary, shipped: Reference) -> str:
+    piles = summary.extremes.rows[field, :, 0]
+    side = int(piles.argmax())
+    value, limit = (
+        (summary.extremes.low[field], shipped.low[field]),
+        (summary.extremes.high[field], shipped.high[field]),
+    )[side]
+    name = ("lowest", "highest")[side]
+    # What bins begin or end with is public in the bundle; that they are held there tells nobody's reading.
+    at = f"{limit:.6g}, the {name} of the shipped reference" if value == limit else f"the {name} of this window"
+    return f"{piles[side] / max(1, summary.rows):.0%} of values are held at {at}"
+
+
+def cleared_sentence(subject: str, alert: str) -> str:
+    what = "no sensor fault" if alert == "fault" else "close to this site's reference"
+    return f"{subject}: {what} for {CALM} windows in a row."
+
+
+def withdrawn_sentence(subject: str, misread: Sequence[str]) -> str:
+    return f"{subject}: no drift of its own: {', '.join(misread)} {'are' if len(misread) > 1 else 'is'} read wrongly."
+
+
+def doubt(earlier: Sequence[str]) -> str:
+    """What to add where other fields drifted before: statistics are compared within the class the model names."""
+    if not earlier:
+        return ""
+    return f" {', '.join(earlier)} drifted before: the model may name wrong classes since, and this may follow from it."

@@ -1,0 +1,179 @@
+"""What a drift message says of a summary: counts, moments and effect sizes against the shipped reference.
+
+No value of a row and no extreme of the data. Moments are exact, for what is rounded here is lost to every merge; sizes
+are for people and have 3 digits. Where privacy asks for it, no bin says that it holds fewer than `least` rows: what it
+holds is counted to the bin beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from agent.arrays import Floats, Ints
+from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.summary import Summary
+from agent.drift.detectors.test_layout import Places
+from agent.drift.numeric import divergence
+from agent.drift.testing.test_suite import Tester
+from agent.performance import cbpe
+
+OTHER = "other"  # answers too few to be named
+GRAVEST = ("fault", "drift", "insufficient", "ok")
+
+
+def features(window: Summary, shipped: Reference, least: int = 0) -> list[dict[str, Any]]:
+    """Per drift window of stacked summaries, each field's numbers."""
+    moments = window.rows_of.moments(shipped.origin[: len(shipped.fields)])
+    q = divergence.shares(divergence.folded(window.counts))
+    sized = rough(np.moveaxis(divergence.four(shipped.shares, q, shipped.bounds, shipped.sd), 0, -1)).tolist()
+    counts = (_hidden(window.counts, least) if least > 1 else window.counts).tolist()
+    columns = (counts, window.missing.tolist(), _shortest(moments.mean[:, 0]), _shortest(moments.m2[:, 0]), sized)
+    return [
+        {
+            name: {
+                "counts": bins[1:-1],
+                "missing": missing,
+                "below": bins[0],
+                "above": bins[-1],
+                "mean": mean,
+                "m2": m2,
+                "psi": psi,
+                "js": js,
+                "ks": ks,
+                "w1": w1,
+            }
+            for name, bins, missing, mean, m2, (psi, js, ks, w1) in zip(shipped.fields, *one, strict=True)
+        }
+        for one in zip(*columns, strict=True)
+    ]
+
+
+def output(windows: Summary, shipped: Reference, least: int = 0) -> list[dict[str, Any]]:
+    """Per drift window of stacked summaries: answers of each class, or by their certainty."""
+    if not shipped.labels:
+        scores = _hidden(windows.scores, least) if least > 1 else windows.scores
+        psi = rough(divergence.psi(shipped.score_n, windows.scores))
+        return [{"counts": n, "psi": far} for n, far in zip(scores.tolist(), psi.tolist(), strict=True)]
+    psi = rough(divergence.psi(shipped.output, windows.output))
+    named = [
+        {label: n for label, n in zip(shipped.labels, counts, strict=True) if n} for counts in windows.output.tolist()
+    ]
+    return [{"counts": _without_few(n, least), "psi": far} for n, far in zip(named, psi.tolist(), strict=True)]
+
+
+def accuracy(windows: Summary, shipped: Reference) -> list[dict[str, Any] | None]:
+    """Expected in each of stacked windows, without labels; None where the reference does not know how often a score is
+    right."""
+    if shipped.score_correct is None:
+        return [None] * len(windows.scores)
+    known = bool(shipped.score_n.any())
+    right = cbpe.often_right(shipped.score_n, shipped.score_correct) if known else None
+    return [cbpe.cbpe(shipped.score_n, shipped.score_correct, scores, right) for scores in windows.scores]
+
+
+class Told(msgspec.Struct, frozen=True, eq=False):
+    """Where the tests of W drift windows stand: `sums` (W, 2, T) after each; all else is the same in all of them."""
+
+    sums: Floats
+    at: Places
+    drifting: list[bool]  # of each subject
+    found: tuple[str | None, ...]  # the fault of each field
+    tested: bool
+
+
+def with_states(numbers: Sequence[dict[str, Any]], told: Told, tester: Tester | None) -> list[dict[str, Any]]:
+    """The members of W messages with sums, limits and states, of each field and of all."""
+    at, found, fields = told.at, told.found, len(told.found)
+    named = [*range(2 * fields), at.certainty]
+    sums = _shortest(np.round(told.sums[:, :, named].transpose(0, 2, 1), 2))
+    highest = told.sums[:, :, at.pairs].max((1, 2), initial=0.0).tolist()
+    # Fields have one limit, whatever the field; pairs have one, too.
+    limit, pairs_limit, certainty_limit = (
+        round(float(tester.limits.limit[place]), 2) if tester else None for place in (0, at.certainty - 1, at.certainty)
+    )
+    quiet = "ok" if told.tested else "insufficient"
+    states = [
+        "fault" if fault else "drift" if on else quiet for fault, on in zip(found, told.drifting[:fields], strict=True)
+    ]
+    output, score, together = (("drift" if on else quiet) for on in told.drifting[fields:])
+    state = gravest({*states, output, score, together})
+    return [
+        one
+        | {
+            "features": {
+                name: feature
+                | {"cusum": {"mean": mean, "spread": spread, "limit": limit}, "state": now, "fault": fault}
+                for (name, feature), mean, spread, now, fault in zip(
+                    one["features"].items(), each[:fields], each[fields:-1], states, found, strict=True
+                )
+            },
+            "output": one["output"]
+            | {"state": output, "score": {"cusum": each[-1], "limit": certainty_limit, "state": score}},
+            "joint": {"cusum": whole(round(most, 2)), "limit": pairs_limit, "state": together},
+            "state": state,
+        }
+        for one, each, most in zip(numbers, sums, highest, strict=True)
+    ]
+
+
+def gravest(states: Set[str]) -> str:
+    return next(state for state in GRAVEST if state in states)
+
+
+def short(value: float, digits: int = 6) -> float:
+    return float(f"{float(value):.{digits}g}")
+
+
+def rough(size: Floats) -> Floats:
+    """Sizes to 3 digits and no more than 4 decimals."""
+    out = size.round(4)
+    for least, decimals in ((0.1, 3), (1.0, 2), (10.0, 1)):
+        large = out >= least
+        if not large.any():
+            break
+        out = np.where(large, size.round(decimals), out)
+    return np.asarray(out)
+
+
+def whole(value: float) -> float:
+    """The same number in the fewest characters: JSON says 0, where a float without a fraction would be 0.0."""
+    return int(value) if -1e6 < value < 1e6 and value == int(value) else float(value)
+
+
+def _shortest(values: Floats) -> list[Any]:
+    """`whole` of each of `values`, as lists."""
+    near = (values == np.rint(values)) & (np.abs(values) < 1e6)
+    if not near.any():
+        return list(values.tolist())
+    mixed = values.astype(object)
+    mixed[near] = values[near].astype(np.int64).tolist()
+    return list(mixed.tolist())
+
+
+def _hidden(counts: Ints, least: int) -> Ints:
+    """Counts (..., bins) of which none is above zero and below `least`, unless all rows together are."""
+    out = np.zeros_like(counts)
+    held = np.zeros(counts.shape[:-1], np.int64)
+    last = np.zeros(counts.shape[:-1], np.int64)
+    for at in range(counts.shape[-1]):
+        held = held + counts[..., at]
+        full = held >= least
+        out[..., at] = np.where(full, held, 0)
+        last, held = np.where(full, at, last), np.where(full, 0, held)
+    left = np.take_along_axis(out, last[..., None], -1) + held[..., None]
+    np.put_along_axis(out, last[..., None], left, -1)
+    return out
+
+
+def _without_few(counts: dict[str, int], least: int) -> dict[str, int]:
+    """Labels named fewer than `least` times counted together, and another with them where these are few, too."""
+    few = {label: n for label, n in counts.items() if n < least}
+    rest = {label: n for label, n in counts.items() if label not in few}
+    while few and sum(few.values()) < least and rest:
+        label = min(rest, key=lambda name: rest[name])
+        few[label] = rest.pop(label)
+    return rest | ({OTHER: sum(few.values())} if few else {})

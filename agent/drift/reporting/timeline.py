@@ -1,0 +1,104 @@
+"""How the drift of one task at one device went: a course of bounded length, however many windows there were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from agent.arrays import Ints
+from agent.drift.reporting.parsed_message import Reported, Subject
+
+EARLIEST_US = 946_684_800_000_000  # 2000-01-01; a clock that was never set says 1970
+MOST = 480  # points; then neighbours are taken together
+_WORST = {"untested": 0, "ok": 1, "insufficient": 2, "drift": 3, "fault": 4}
+
+
+class Point(msgspec.Struct, frozen=True):
+    """One drift window, or neighbours of which the largest sums and the gravest states count. Times are epoch µs."""
+
+    t: tuple[int, int]
+    subjects: dict[str, Subject]
+    accuracy: tuple[float, float, float] | None
+
+    def joined(self, later: Point) -> Point:
+        names = [*self.subjects, *(name for name in later.subjects if name not in self.subjects)]
+        both = {name: _graver(self.subjects.get(name), later.subjects.get(name)) for name in names}
+        lower = [one for one in (self.accuracy, later.accuracy) if one is not None]
+        return Point((self.t[0], max(self.t[1], later.t[1])), both, min(lower, default=None))
+
+
+class Shape(msgspec.Struct):
+    """Rows of a field below, in the reference's bins and above, over so many drift windows of one state."""
+
+    windows: int
+    counts: Ints
+
+
+class Timeline(msgspec.Struct):
+    """Windows are added in the order of their time.
+
+    `shapes`: of each field, by its state; of "drift" the last spell only. Windows with a fault are left out.
+    """
+
+    points: list[Point] = msgspec.field(default_factory=list)
+    windows: int = 0
+    each: int = 1  # windows that a point stands for
+    shapes: dict[str, dict[str, Shape]] = msgspec.field(default_factory=dict)
+    _before: dict[str, str] = msgspec.field(default_factory=dict)
+
+    def add(self, window: Reported) -> None:
+        point = Point(window.t, window.subjects, window.accuracy)
+        if window.state != "fault":
+            self._add_shapes(window)
+        if self.points and self.windows % self.each:
+            self.points[-1] = self.points[-1].joined(point)
+        else:
+            self.points.append(point)
+        self.windows += 1
+        if len(self.points) == MOST:
+            self.points = [a.joined(b) for a, b in zip(self.points[::2], self.points[1::2], strict=True)]
+            self.each *= 2
+
+    def now(self, field_name: str) -> tuple[str, Shape] | None:
+        """The state that the field was last in, without faults, and its rows in that state."""
+        state = self._before.get(field_name)
+        return None if state is None else (state, self.shapes[field_name][state])
+
+    def _add_shapes(self, window: Reported) -> None:
+        for name, told in window.fields.items():
+            states = self.shapes.setdefault(name, {})
+            if told.state not in _WORST:
+                continue
+            before, counts = states.get(told.state), told.histogram()
+            if before is not None and len(before.counts) != len(counts):
+                continue
+            begins = told.state == "drift" and self._before.get(name) != "drift"
+            if before is None or begins:
+                states[told.state] = Shape(1, counts)
+            else:
+                states[told.state] = Shape(before.windows + 1, before.counts + counts)
+            self._before[name] = told.state
+
+    def spells(self, subject: str, state: str) -> Iterator[tuple[int, int, bool]]:
+        """(first, last, whether it goes on) of each run of points in which `subject` was in `state`; epoch µs."""
+        begin = end = None
+        for point in self.points:
+            told = point.subjects.get(subject)
+            if told is not None and told.state == state:
+                begin, end = (point.t[0] if begin is None else begin), point.t[1]
+            elif begin is not None and end is not None:
+                yield begin, point.t[1], False
+                begin = end = None
+        if begin is not None and end is not None:
+            yield begin, end, True
+
+
+def _graver(a: Subject | None, b: Subject | None) -> Subject:
+    if a is None or b is None:
+        found = a or b
+        assert found is not None
+        return found
+    state = max(a.state, b.state, key=lambda name: _WORST.get(name, 0))
+    limit = b.limit if b.limit is not None else a.limit
+    return Subject(state, max(a.mean, b.mean), max(a.spread, b.spread), limit)

@@ -1,0 +1,111 @@
+"""Whether the results of one log cover every row that its tasks consumed, exactly once.
+
+Rows that a signed `audit` message declares as evicted before a task had used them need no results of that task.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from agent.fleet.database.gap_ledger import EVICTED, ranges
+from agent.wire.messages import Audit, Health, Results
+
+
+class Track(msgspec.Struct):
+    """What the results of one task say about one stream so far; rows count from 1."""
+
+    first: int
+    last: int
+    seq: int
+    messages: int = 1
+    results: int = 0
+
+
+class Coverage:
+    """Fed the messages of a log in order of seq; says what is wrong with each."""
+
+    def __init__(self) -> None:
+        self.tracks: dict[tuple[str, str], Track] = {}
+        self.evicted: list[dict[str, Any]] = []
+        self.doubled = 0
+        self._declared: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        self._broken_at = 0
+
+    def broken(self, seq: int) -> None:
+        """Messages before `seq`, or it itself, cannot be read: rows they covered are not missed a second time."""
+        self._broken_at = seq
+
+    def results(self, body: Results) -> str | None:
+        """The problem with a results message."""
+        first, last = body.rows
+        track = self.tracks.get((body.task, body.stream))
+        if track is None:
+            self.tracks[body.task, body.stream] = Track(first, last, body.seq, results=len(body.columns.row))
+            return None
+        problem = self._step(track, body)
+        if body.reissued and body.rows[0] > track.last:
+            # The rows between are in the messages of its first log that had arrived.
+            problem = None
+        track.last, track.seq = max(track.last, last), body.seq
+        track.messages += 1
+        track.results += len(body.columns.row)
+        return problem
+
+    def audit(self, body: Audit) -> None:
+        """Take note of readings that were given up: stream, rows, used, tasks."""
+        stream, rows = body.evidence.get("stream"), ranges(body.evidence.get("rows"))
+        tasks = body.evidence.get("tasks")
+        if body.event != EVICTED or not isinstance(stream, str) or not rows:
+            return
+        waiting = [task for task in tasks if isinstance(task, str)] if isinstance(tasks, list) else []
+        self.evicted.append(
+            {"stream": stream, "rows": rows, "used": body.evidence.get("used") is True, "tasks": waiting}
+        )
+        for task in waiting:
+            self._declared[task, stream] = _merged([*self._declared.get((task, stream), []), *rows])
+
+    def health(self, body: Health) -> list[str]:
+        """The problems between what the device says its tasks consumed and what was reported by then."""
+        if body.reissued:
+            return []
+        return [problem for task, said in body.tasks.items() if (problem := self._cursor(task, said))]
+
+    def _step(self, track: Track, body: Results) -> str | None:
+        first, last = body.rows
+        if first <= track.last:
+            self.doubled += 1
+            return f"covers rows {first}-{last} of {body.stream}, but row {min(last, track.last)} was reported before"
+        if self._lacks(body.task, body.stream, track.last + 1, first - 1) and self._broken_at <= track.seq:
+            return f"starts at row {first} of {body.stream}, but the results before it end at row {track.last}"
+        return None
+
+    def _cursor(self, task: str, said: dict[str, Any]) -> str | None:
+        stream, row, first = said.get("stream"), said.get("row"), said.get("first")
+        if not isinstance(stream, str) or type(row) is not int or row < 1:
+            return None
+        track = self.tracks.get((task, stream))
+        last, since = (track.last, track.seq) if track else (0, 0)
+        if self._lacks(task, stream, last + 1, row) and self._broken_at <= since:
+            return f"says that {task} consumed {stream} up to row {row}, but the results before it end at row {last}"
+        if not track or type(first) is not int or first < 1 or self._broken_at:
+            return None
+        if self._lacks(task, stream, first, track.first - 1):
+            return f"says that {task} consumed {stream} from row {first}, but the first results start at {track.first}"
+        return None
+
+    def _lacks(self, task: str, stream: str, first: int, last: int) -> bool:
+        """Whether some row of `first` to `last` was neither used nor given up."""
+        declared = self._declared.get((task, stream), [])
+        return first <= last and not any(a <= first and last <= b for a, b in declared)
+
+
+def _merged(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(pairs):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = merged[-1][0], max(merged[-1][1], last)
+        else:
+            merged.append((first, last))
+    return merged

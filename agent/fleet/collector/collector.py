@@ -1,0 +1,319 @@
+"""The collector: broker → receive → verify → store → acknowledge, in batches.
+
+A message is verified before it is parsed, stored before the broker hears of it (PUBACK), and acknowledged to its device
+only after that. What cannot be stored now is neither: the broker or the device still has it, and it is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from agent import clock
+from agent.config import Broker
+from agent.errors import LinkDown, OutstationError, Refused, StorageBusy, StorageError, UsageError
+from agent.fleet.collector.acknowledger import Acknowledger, Backoff, Connection
+from agent.fleet.collector.leader import Duty
+from agent.fleet.collector.pending_gaps import Patience
+from agent.fleet.collector.subscription import client_id, filters
+from agent.fleet.database.ingest import Arrival, Outcome, Refusal
+from agent.fleet.database.interface import Log
+from agent.fleet.database.store import Acknowledgement, FleetStore
+from agent.fleet.keyring import Keyring
+from agent.transport.mqtt import Link
+from agent.transport.packets import Delivery, Receipt
+from agent.wire import key_rotation
+from agent.wire.keys import SigningKey
+from agent.wire.messages import Logged, Message, open_message
+
+logger = logging.getLogger(__name__)
+
+# One commit for so many messages: a commit waits for the disk whatever is in it.
+BATCH = 500
+# More than this held back while the database fails, and the broker keeps the rest.
+MAX_HELD = 5000
+SESSION_EXPIRY_S = 7 * 86_400
+CLOSE_WITHIN_S = 2.0
+QUIET_S = 10.0
+UPKEEP_S = 3600.0
+
+
+class Collector:
+    """One collector of one fleet; `run` it, or `turn` it on an open link."""
+
+    def __init__(
+        self,
+        fleet: str,
+        broker: Broker,
+        store: FleetStore,
+        key: SigningKey,
+        *,
+        open_link: Callable[[], Connection] | None = None,
+        upkeep: Callable[[], None] | None = None,
+        share: str | None = None,
+    ) -> None:
+        """`upkeep` is called each hour; what it raises of ours is logged.
+
+        `share`: its name among the collectors that share the fleet's messages, each with a session of its own at the
+        broker; None where it is the only one. Raises UsageError where the database cannot be shared.
+        """
+        if share is not None and not store.shared:
+            raise UsageError(
+                f"{store.name}: SQLite has one writer, so that collectors cannot share it; name a PostgreSQL database "
+                'in fleet.toml, [fleet] db = "postgresql://USER@HOST/DB"'
+            )
+        self.fleet, self.store, self.key, self.share = fleet, store, key, share
+        self._broker = broker
+        self.keyring = Keyring(store)
+        self.acknowledger = Acknowledger(fleet, key)
+        self.stored = 0
+        self._open_link = open_link or self._open_own
+        self._held: list[Delivery] = []
+        self._retry = Backoff()
+        self._retry_at = 0.0
+        self._refused = 0
+        self._patience = Patience()
+        self._duty = Duty(store, self.keyring)
+        self._quiet_until = 0.0
+        self._upkeep = upkeep
+        self._upkeep_at = 0.0
+        self._stopping = False
+        self._link: Connection | None = None
+
+    def run(self) -> None:
+        """Collect until `stop`: reconnects for ever, never raises for a broker, a message or a full disk."""
+        retry = Backoff()
+        while not self._stopping:
+            try:
+                self._link = self._open_link()
+                who = f" as {self.share}" if self.share else ""
+                logger.info("connected; collecting fleet %s%s", self.fleet, who)
+                self._collect(self._link, retry)
+            except (LinkDown, StorageError) as error:
+                delay = retry.next()
+                if retry.failures == 1 or retry.failures % 10 == 0:
+                    logger.warning("%s; trying again for as long as it takes", error)
+                self._pause(delay)
+
+    def stop(self) -> None:
+        """End `run` soon, with what is in hand stored; safe in a signal handler."""
+        self._stopping = True
+        if self._link is not None:
+            self._link.wake()
+
+    def turn(self, link: Connection, timeout_s: float) -> None:
+        """Take what came within `timeout_s`, store it, tell the broker, then the devices."""
+        self._gather(link, timeout_s)
+        if self._held and time.monotonic() >= self._retry_at:
+            self._store_held(link)
+        self._look_again()
+        self.acknowledger.send(link)
+        self._duty.turn()
+        self._keep_up()
+
+    def _collect(self, link: Connection, retry: Backoff) -> None:
+        try:
+            self._held.clear()
+            self._remind()
+            while not self._stopping:
+                self.turn(link, 1.0)
+                retry.reset()
+            self._finish(link)
+        finally:
+            self.acknowledger.link_lost()
+            self._link = None
+            link.close()
+
+    def _remind(self) -> None:
+        """Tell each device again: what it was not told before a crash, or the broker forgot."""
+        logs = self.store.newest_logs()
+        for at in range(0, len(logs), BATCH):
+            self._acknowledge(logs[at : at + BATCH])
+
+    def _acknowledge(self, logs: Sequence[Log]) -> None:
+        for acknowledgement in self._told(logs):
+            self.acknowledger.add(acknowledgement)
+
+    def _told(self, logs: Sequence[Log]) -> list[Acknowledgement]:
+        if self.share is None:
+            return self.store.acknowledgements(logs)
+        now_s = time.monotonic()
+        return self.store.acknowledgements(logs, lambda *told: self._patience.trim(now_s, *told))
+
+    def _look_again(self) -> None:
+        """Ask for what was missing a while ago and still is."""
+        if due := self._patience.due(time.monotonic()):
+            try:
+                self._acknowledge(due)
+            except StorageError as error:
+                logger.error("%s; what is missing is asked for later", error)
+
+    def _finish(self, link: Connection) -> None:
+        deadline = time.monotonic() + CLOSE_WITHIN_S
+        while self.acknowledger.busy and time.monotonic() < deadline:
+            self.turn(link, 0.1)
+        again = f", {self.store.repeated} transactions done again" if self.store.repeated else ""
+        logger.info("stopped; %d messages stored since the start%s", self.stored, again)
+
+    def _gather(self, link: Connection, timeout_s: float) -> None:
+        if self._held:
+            timeout_s = min(timeout_s, max(0.0, self._retry_at - time.monotonic()))
+        events = link.receive(timeout_s)
+        while events:
+            for event in events:
+                if isinstance(event, Receipt):
+                    self.acknowledger.receipt(event)
+                else:
+                    self._held.append(event)
+            if len(self._held) >= BATCH:
+                break
+            events = link.receive(0.0)
+        if len(self._held) > MAX_HELD:
+            raise LinkDown("the database fails and too much is held back; left the rest to the broker")
+
+    def _store_held(self, link: Connection) -> None:
+        batch = self._held[:BATCH]
+        try:
+            arrivals = self._store(batch)
+            bodies = [arrival.message.body for arrival in arrivals]
+            touched = sorted({(body.device, body.log) for body in bodies if isinstance(body, Logged)})
+            acknowledgements = self._told(touched)
+        except StorageError as error:
+            delay = self._retry.next()
+            self._retry_at = time.monotonic() + delay
+            logger.error("%s; nothing is acknowledged, trying again in %.0f s", error, delay)
+            return
+        self._retry.reset()
+        del self._held[: len(batch)]
+        for delivery in batch:
+            link.acknowledge(delivery)
+        for acknowledgement in acknowledgements:
+            self.acknowledger.add(acknowledgement)
+
+    def _store(self, batch: Sequence[Delivery]) -> list[Arrival]:
+        """Verify and commit a batch; the messages that are safe now."""
+        arrivals, refusals = self.verify(batch)
+        now = clock.rfc3339(clock.read().wall_us)
+        try:
+            outcomes = self.store.ingest(arrivals, refusals, now)
+        except Refused:
+            arrivals, outcomes = self._store_singly(arrivals, refusals, now)
+        self.stored += outcomes.count("new")
+        self._report_refusals(refusals)
+        self._duty.stored(arrivals, refusals)
+        conflicts = {
+            a.message.body.device for a, outcome in zip(arrivals, outcomes, strict=True) if outcome == "conflict"
+        }
+        for device in sorted(conflicts):
+            logger.critical("security: %s signed two messages as one seq; see `outstation fleet alerts`", device)
+        return arrivals
+
+    def _report_refusals(self, refusals: Sequence[Refusal]) -> None:
+        """One line at a time, however fast they come; the database counts and keeps samples."""
+        self._refused += len(refusals)
+        if not self._refused or time.monotonic() < self._quiet_until:
+            return
+        last = f", last {refusals[-1].reason} on {refusals[-1].topic!r}" if refusals else ""
+        logger.warning("refused %d messages%s; see table refused", self._refused, last)
+        self._refused, self._quiet_until = 0, time.monotonic() + QUIET_S
+
+    def _keep_up(self) -> None:
+        if self._upkeep is None or time.monotonic() < self._upkeep_at:
+            return
+        self._upkeep_at = time.monotonic() + UPKEEP_S
+        try:
+            self._upkeep()
+        except OutstationError as error:
+            logger.warning("%s", error)
+
+    def _store_singly(
+        self, arrivals: Sequence[Arrival], refusals: list[Refusal], now: str
+    ) -> tuple[list[Arrival], list[Outcome]]:
+        """One of these holds a value that the database cannot: find it, keep the others."""
+        stored: list[Arrival] = []
+        outcomes: list[Outcome] = []
+        for arrival in arrivals:
+            try:
+                outcomes += self.store.ingest([arrival], [], now)
+                stored.append(arrival)
+            except Refused as refused:
+                refusals.append(_refusal(arrival.message.topic.device, refused, arrival.message))
+        self.store.ingest([], refusals, now)
+        return stored, outcomes
+
+    def verify(self, batch: Sequence[Delivery]) -> tuple[list[Arrival], list[Refusal]]:
+        """Each delivery as a verified message or a refusal."""
+        self.keyring.refresh()
+        arrivals, refusals = [], []
+        for delivery, opened in zip(batch, self._opened(batch), strict=True):
+            try:
+                if isinstance(opened, Refused):
+                    raise opened
+                # Last, for a rotation in the same batch may bound the key of what came before it.
+                self.keyring.require_in_bounds(opened)
+                arrivals.append(Arrival(opened, fresh=not delivery.retained))
+            except Refused as refused:
+                refusals.append(_refusal(_device_of(delivery.topic), refused, delivery))
+        return arrivals, refusals
+
+    def _opened(self, batch: Sequence[Delivery]) -> list[Message | Refused]:
+        """Each delivery verified, or why not; those of a key that another one announces, too."""
+        found: list[Message | Refused] = [Refused("unknown key")] * len(batch)
+        left, learned = list(range(len(batch))), True
+        while learned:
+            learned = False
+            for i in left:
+                try:
+                    message = found[i] = self._open(batch[i])
+                    if key_rotation.is_rotation(message) and not self.store.holds_another(message):
+                        learned |= self.keyring.learn(message)
+                except Refused as refused:
+                    found[i] = refused
+            left = [i for i in left if isinstance(why := found[i], Refused) and why.reason == "unknown key"]
+            learned &= bool(left)
+        return found
+
+    def _open(self, delivery: Delivery) -> Message:
+        try:
+            message = open_message(delivery.topic, delivery.payload, delivery.tokens, self.keyring.find)
+        except Refused as refused:
+            if refused.reason != "revoked key":
+                raise
+            # A repeat of what was stored before the key was revoked is acknowledged like any repeat.
+            message = open_message(delivery.topic, delivery.payload, delivery.tokens, self.keyring.find_stored)
+            if not self.store.holds(message):
+                raise refused from None
+        if message.topic.fleet != self.fleet:
+            raise Refused("other fleet", message.topic.fleet)
+        return message
+
+    def _open_own(self) -> Link:
+        """Raises LinkDown, and StorageError where another collector has this one's name."""
+        if not self.store.lead(f"collector {self.share or ''}"):
+            what = f"named {self.share}" if self.share else "without --share"
+            raise StorageBusy(
+                f"{self.store.name}: a collector {what} is at work already, and the broker would give its "
+                "messages to this one; stop it, or choose another --share NAME"
+            )
+        return Link(
+            self._broker,
+            client_id(self.fleet, self.share),
+            subscribe=filters(self.fleet, shared=self.share is not None),
+            session_expiry_s=SESSION_EXPIRY_S,
+        )
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._stopping and time.monotonic() < end:
+            time.sleep(0.1)
+
+
+def _device_of(topic: str) -> str:
+    parts = topic.split("/", 3)
+    return parts[2] if len(parts) > 2 else ""
+
+
+def _refusal(device: str, refused: Refused, what: Delivery | Message) -> Refusal:
+    token = what.jws if isinstance(what, Message) else "\n".join(what.tokens)[:4096]
+    return Refusal(device, refused.reason, refused.detail[:500], str(what.topic), what.payload, token)

@@ -1,0 +1,307 @@
+"""Making a fleet, and letting devices in: keys, certificates and config files on disk, signing keys in the database."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from agent import clock, durable_files
+from agent.config import Broker, check_broker, check_name
+from agent.errors import UsageError
+from agent.fleet import config as fleet_config
+from agent.fleet.config import FleetConfig
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment import broker_config, collectors, pki, revocation
+from agent.fleet.enrolment.revocation import Outcome
+from agent.fleet.repository.layout import Layout
+from agent.names import is_name
+from agent.wire import keys
+from agent.wire.keys import PublicKey, write_new
+
+# User names of the broker that are no device's; `_all` cannot be a device id anyway.
+RESERVED = frozenset({"collector", "operator", "commander"})
+SIGNING_KEY = "device.key"
+# What the device trusts first of the fleet's repository.
+ROOT = "root.json"
+# With what a device connects to the broker.
+CONNECTS = ("device-tls.key", "device.crt")
+BUNDLED = ("ca.pem", *CONNECTS, SIGNING_KEY, "outstation.toml", ROOT)
+# In the device's folder: its files under another key, until the database has that key; then they replace the old ones.
+REPLACEMENT = "replacement"
+# Written last into it: the key whose files are there, all of them.
+WHOLE = "whole"
+
+
+class Enrolment(msgspec.Struct, frozen=True):
+    """What `enrol` did: the device's key, where its files are, and whether the key was new to the database.
+
+    `former`: the certificates that it revoked.
+    """
+
+    device: str
+    key: PublicKey
+    folder: Path
+    new: bool
+    former: Outcome
+
+
+def init_fleet(folder: Path, name: str, broker: Broker) -> FleetConfig:
+    """Write a new fleet into `folder`. Raises UsageError where one is there, or the name or URL cannot be used."""
+    check_name(str(folder / fleet_config.FILE), "fleet.name", name)
+    check_broker(str(folder / fleet_config.FILE), broker)
+    marks = [folder / file for file in (fleet_config.FILE, "collector.key", "operator.key", "ca.key")]
+    there = next((path for path in marks if path.exists()), None)
+    if there is not None:
+        raise UsageError(f"{there}: a fleet is there already; its keys are never overwritten, name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    keys.generate(folder / "collector.key")
+    keys.generate(folder / "operator.key")
+    _write_broker_files(folder.resolve(), name, broker)
+    if broker.tls:
+        _write_certificates(folder, name, broker)
+    # Last: a folder with this file in it is a whole fleet.
+    write_new(folder / fleet_config.FILE, _fleet_toml(name, broker).encode(), 0o644)
+    return fleet_config.load(folder)
+
+
+def enrol(
+    folder: Path,
+    config: FleetConfig,
+    store: FleetStore,
+    device: str,
+    *,
+    key: PublicKey | None,
+    replace: bool,
+    keep_through: int | None = None,
+    keep_certificate: bool = False,
+) -> Enrolment:
+    """Register `device`, and write its files to `devices/<device>/` of the fleet's folder.
+
+    Without `key` the device's signing key is made here, once. A key that is replaced counts no more, or up to seq
+    `keep_through` of the device's log; the certificates of `device` are revoked with it, but for `keep_certificate`.
+    Raises UsageError for a name or key that is taken. With `replace`, the old files stay until the database has the new
+    key; where that was killed in between, the next call makes them those of the key that counts, before it does
+    anything else.
+    """
+    if not is_name(device) or device in RESERVED:
+        why = (
+            "is the name of a role" if device in RESERVED else "must be 1-64 of a-z 0-9 . _ - , first a letter or digit"
+        )
+        raise UsageError(f"device {device!r} {why}; choose another id")
+    if collectors.is_one(folder, device):
+        raise UsageError(f"device {device!r}: a collector connects to the broker under this name; choose another id")
+    home = folder / "devices" / device
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    enrolled = store.active_key(device)
+    _finish_replacement(home, enrolled)
+    former = Outcome([], [])
+    now = clock.rfc3339(clock.read().wall_us)
+    if replace:
+        # Of the certificates that there are so far.
+        revokes = revocation.replacing(folder, config, store, device, former) if not keep_certificate else lambda: None
+        key = _write_replacement(home, folder, config, device, key, CONNECTS if keep_certificate else ())
+        new = store.enrol(device, key, replace=True, now=now, keep_through=keep_through, before_commit=revokes)
+        _finish_replacement(home, key)
+    else:
+        key = key or _own_key(home, enrolled)
+        new = store.enrol(device, key, replace=False, now=now)
+        _write_device_files(home, folder, config, device)
+    return Enrolment(device, key, home, new, former)
+
+
+def bundle(home: Path, out: Path) -> None:
+    """The files of a device as one .tar.gz, mode 0600: the same files give the same bytes."""
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
+        for file in (home / name for name in BUNDLED if (home / name).exists()):
+            data = file.read_bytes()
+            entry = tarfile.TarInfo(file.name)
+            entry.size, entry.mode = len(data), 0o600
+            tar.addfile(entry, io.BytesIO(data))
+    try:
+        write_new(out, packed.getvalue(), 0o600)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error.strerror}; name a new file") from None
+
+
+def _write_replacement(
+    home: Path, folder: Path, config: FleetConfig, device: str, key: PublicKey | None, kept: Sequence[str]
+) -> PublicKey:
+    coming = home / REPLACEMENT
+    coming.mkdir(mode=0o700)
+    for name in kept:
+        if (home / name).exists():
+            durable_files.write(coming / name, (home / name).read_bytes(), 0o600)
+    key = key or _own_key(coming, enrolled=None)
+    _write_device_files(coming, folder, config, device)
+    durable_files.write(coming / WHOLE, key.text.encode(), 0o600)
+    return key
+
+
+def _finish_replacement(home: Path, enrolled: PublicKey | None) -> None:
+    """Put the replacement's files into `home` where its key is the one `enrolled`, else drop them.
+
+    Copied, and the mark removed first: killed anywhere in here, the next call begins again with all of them.
+    """
+    coming = home / REPLACEMENT
+    mark = coming / WHOLE
+    if enrolled is not None and mark.exists() and mark.read_text(encoding="ascii") == enrolled.text:
+        files = {path.name: path for path in coming.iterdir() if path != mark}
+        for name, path in files.items():
+            durable_files.write(home / name, path.read_bytes(), 0o600)
+        for name in {*BUNDLED, keys.beside(home / SIGNING_KEY).name} - files.keys():
+            durable_files.remove(home / name)
+    if coming.exists():
+        durable_files.remove(mark)
+        shutil.rmtree(coming)
+
+
+def _own_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
+    path = home / SIGNING_KEY
+    if path.exists() and (enrolled is None or keys.load_private(path).public.kid == enrolled.kid):
+        return keys.load_private(path).public
+    if enrolled is not None:
+        # The device holds its own key, or has made a new one since; only its certificate and config are made anew.
+        return enrolled
+    return keys.generate(path).public
+
+
+def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: str) -> None:
+    root = Layout(folder).newest_root()
+    if root is not None:
+        durable_files.write(home / ROOT, root.read_bytes(), 0o600)
+    collector = keys.load_public_of(Path(config.collector.key_file))
+    operator = keys.load_public_of(Path(config.operator.key_file))
+    text = _device_toml(device, config, collector, operator)
+    if root is not None and config.repository is not None:
+        text += _updates_toml(config.repository.url)
+    durable_files.write(home / "outstation.toml", text.encode(), 0o600)
+    if config.ca is None:
+        return
+    authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
+    durable_files.write(home / "ca.pem", authority.pem, 0o600)
+    certificate = home / "device.crt"
+    if not certificate.exists() or revocation.is_listed(folder, authority, certificate):
+        issued = authority.client(device, config.fleet.name)
+        revocation.remember(folder, device, issued.certificate)
+        durable_files.write(home / "device-tls.key", issued.key, 0o600)
+        durable_files.write(certificate, issued.certificate, 0o600)
+
+
+def _write_broker_files(folder: Path, name: str, broker: Broker) -> None:
+    home = folder / "broker"
+    (home / "data").mkdir(parents=True, exist_ok=True)
+    write_new(home / "mosquitto.conf", broker_config.broker_config(broker, name, home).encode(), 0o644)
+    if broker.tls:
+        # Mosquitto warns of an access list that others can read.
+        write_new(home / "acl", broker_config.access_list(name).encode(), 0o600)
+
+
+def _write_certificates(folder: Path, name: str, broker: Broker) -> None:
+    authority = pki.new_authority(name)
+    write_new(folder / "ca.key", authority.key_pem, 0o600)
+    write_new(folder / "ca.pem", authority.pem, 0o644)
+    write_new(folder / "broker" / "ca.pem", authority.pem, 0o644)
+    revocation.begin(folder, authority)
+    server = authority.server(broker.host)
+    write_new(folder / "broker" / "server.crt", server.certificate, 0o644)
+    write_new(folder / "broker" / "server.key", server.key, 0o600)
+    for role in sorted(RESERVED):
+        client = authority.client(role, name)
+        write_new(folder / f"{role}.crt", client.certificate, 0o644)
+        write_new(folder / f"{role}-tls.key", client.key, 0o600)
+
+
+def _fleet_toml(name: str, broker: Broker) -> str:
+    text = f"""\
+# The fleet {name}. Keep this folder private and back it up: its keys cannot be made again.
+[fleet]
+name = {_quoted(name)}
+db = "fleet.db"                       # what was collected; a path, or postgresql://USER@HOST/DB
+
+[broker]
+url = {_quoted(broker.url)}
+"""
+    if broker.allow_plaintext:
+        text += "allow_plaintext = true\n"
+    if broker.tls:
+        text += 'ca_file = "ca.pem"\ncert_file = "collector.crt"\ntls_key_file = "collector-tls.key"\n'
+    for role, what in (("collector", "signs acknowledgements"), ("operator", "signs commands and desired state")):
+        text += f'\n[{role}]\nkey_file = "{role}.key"{"":14}# {what}\n'
+        if broker.tls:
+            text += f'cert_file = "{role}.crt"\ntls_key_file = "{role}-tls.key"\n'
+    if broker.tls:
+        text += "\n[commander]                           # the operator again: one connection for each certificate\n"
+        text += 'key_file = "operator.key"\ncert_file = "commander.crt"\ntls_key_file = "commander-tls.key"\n'
+        text += "\n[ca]                                  # issues the devices' TLS certificates\n"
+        text += 'cert_file = "ca.pem"\nkey_file = "ca.key"\n'
+    return text
+
+
+def _device_toml(device: str, config: FleetConfig, collector: PublicKey, operator: PublicKey) -> str:
+    broker = config.broker
+    text = f"""\
+[device]
+id = {_quoted(device)}
+fleet = {_quoted(config.fleet.name)}
+data_dir = "data"                     # readings, results and the outbox; beside this file, or an absolute path
+
+[broker]
+url = {_quoted(broker.url)}
+"""
+    if broker.allow_plaintext:
+        text += "allow_plaintext = true\n"
+    if broker.tls:
+        text += 'ca_file = "ca.pem"\ncert_file = "device.crt"\ntls_key_file = "device-tls.key"\n'
+    return (
+        text
+        + f"""
+[collector]
+key = {_quoted(collector.text)}       # signs acknowledgements: what it has is deleted here
+
+[operators]
+keys = [{_quoted(operator.text)}]     # may sign commands and desired state
+
+# What is measured. Readings come through the socket <data_dir>/intake.sock, or `outstation ingest watch FILE`.
+# [streams.watch]
+# fields = [
+#   {{ name = "ax", unit = "g", min = -16, max = 16 }},
+#   {{ name = "ay", unit = "g", min = -16, max = 16 }},
+#   {{ name = "az", unit = "g", min = -16, max = 16 }},
+#   {{ name = "wx", unit = "rad/s" }},
+#   {{ name = "wy", unit = "rad/s" }},
+#   {{ name = "wz", unit = "rad/s" }},
+# ]
+# source = {{ kind = "socket" }}
+
+# What is run over it.
+# [tasks.exercise]
+# stream = "watch"
+# bundle = "exercise"
+# schedule = "every 60 s"
+# publish = "all"
+"""
+    )
+
+
+def _updates_toml(url: str) -> str:
+    # Bundles need no secrecy, and their signatures no TLS: an operator who serves them in the clear may.
+    plain = "allow_plaintext = true\n" if url.startswith("http:") else ""
+    own = '# ca_file = "ca.pem"                 # where an authority of your own signed the web server\'s certificate\n'
+    return f"""
+[updates]                             # bundles that the fleet publishes; `outstation fleet rollout` says which is run
+url = {_quoted(url)}
+{plain or own}root = {_quoted(ROOT)}                    # whose keys count; later ones are found from this one
+"""
+
+
+def _quoted(text: str) -> str:
+    """A TOML basic string; JSON's escapes are a subset of TOML's."""
+    return json.dumps(text, ensure_ascii=True)

@@ -1,0 +1,224 @@
+"""A folder from anybody, read with care: nothing is followed out of it, nothing is read beyond what was signed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import msgspec
+
+from agent.fleet.evidence.limits import BOUNDS
+from agent.fleet.evidence.manifest import MANIFEST, TOKEN, File, Manifest
+from agent.strict_json import check_keys
+
+T = TypeVar("T")
+
+
+class Report(msgspec.Struct):
+    """What was checked and what is wrong; all problems are counted, the first are told.
+
+    `signatures`: of the repository's metadata.
+    """
+
+    fleet: str = ""
+    at: str = ""
+    signer: str = ""
+    files: int = 0
+    messages: int = 0
+    decisions: int = 0
+    bundles: int = 0
+    comparisons: int = 0
+    signatures: int = 0
+    unsupported: int = 0
+    problem_count: int = 0
+    problems: list[dict[str, str]] = msgspec.field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problem_count
+
+    def add(self, file: str, problem: str) -> None:
+        self.problem_count += 1
+        if len(self.problems) < BOUNDS.problems:
+            self.problems.append({"file": file, "problem": problem})
+
+    def document(self) -> dict[str, Any]:
+        """As `verify --json` prints it."""
+        names = (
+            "fleet",
+            "at",
+            "signer",
+            "files",
+            "messages",
+            "decisions",
+            "bundles",
+            "comparisons",
+            "signatures",
+            "unsupported",
+        )
+        head = {"ok": self.ok, **{name: getattr(self, name) for name in names}}
+        return {**head, "problem_count": self.problem_count, "problems": self.problems}
+
+
+class Opened(msgspec.Struct):
+    """Files whose bytes are those that were signed."""
+
+    folder: Path
+    good: dict[str, File]
+    report: Report
+
+    def document(self, path: str, type_: type[T]) -> T | None:
+        """A file read whole; None where it is not there, or not what it should be."""
+        if path not in self.good:
+            return None
+        if self.good[path].size > BOUNDS.document:
+            self.report.add(path, f"is larger than {BOUNDS.document} bytes, the limit for such a file")
+            return None
+        data = whole(self.folder, path, BOUNDS.document, self.report)
+        return None if data is None else self._decoded(path, data, type_)
+
+    def lines(self, path: str, type_: type[T]) -> Iterator[tuple[int, T]]:
+        """(number, line) of a file of JSON lines."""
+        if path not in self.good:
+            return
+        with _open(self.folder, path) as file:
+            number = 0
+            while line := file.readline(BOUNDS.line + 1):
+                number += 1
+                if len(line) > BOUNDS.line:
+                    self.report.add(path, f"line {number} is longer than {BOUNDS.line} bytes; the rest is not read")
+                    return
+                one = self._decoded(f"{path}:{number}", line, type_)
+                if one is not None:
+                    yield number, one
+
+    def _decoded(self, path: str, data: bytes, type_: type[T]) -> T | None:
+        try:
+            found = msgspec.json.decode(data, type=type_)
+            check_keys(data)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            self.report.add(path, f"is not what such a file holds: {str(error)[:200]}")
+            return None
+        return found
+
+
+def whole(folder: Path, name: str, most: int, report: Report) -> bytes | None:
+    """The file's bytes; None, and a problem, where it cannot be read or has more than `most`."""
+    try:
+        with _open(folder, name) as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        report.add(name, _why(error))
+        return None
+    if len(data) > most:
+        report.add(name, f"is larger than {most} bytes")
+        return None
+    return data
+
+
+def present(folder: Path, head: Manifest, report: Report) -> set[str]:
+    """The listed files that are there as plain files; everything else in the folder is a problem."""
+    listed = {one.path for one in head.files}
+    found: set[str] = set()
+    for path, kind in _entries(folder, report):
+        if kind == "file" and path in listed:
+            found.add(path)
+        elif path in (MANIFEST, TOKEN) and kind == "file":
+            continue
+        elif kind == "file":
+            report.add(path, "is not listed in the manifest: it was not there when this was signed")
+        else:
+            report.add(path, f"is a {kind}; an evidence folder has plain files only")
+    for path in sorted(listed - found):
+        if not any(problem["file"] == path for problem in report.problems):
+            report.add(path, "is listed in the manifest, and missing")
+    return found
+
+
+def _entries(folder: Path, report: Report) -> Iterator[tuple[str, str]]:
+    """(path, kind) of everything in the folder but plain folders; nothing is followed."""
+    waiting, seen = [""], 0
+    while waiting:
+        inside = waiting.pop()
+        try:
+            entries = sorted(os.scandir(folder / inside), key=lambda entry: entry.name)
+        except OSError as error:
+            report.add(inside, _why(error))
+            continue
+        for entry in entries:
+            seen += 1
+            if seen > 2 * BOUNDS.files:
+                report.add(inside or ".", f"more than {2 * BOUNDS.files} entries; the rest is not looked at")
+                return
+            path = f"{inside}/{entry.name}" if inside else entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if path.count("/") < 3:
+                    waiting.append(path)
+                else:
+                    yield _shown(path), "folder deeper than any listed file can lie"
+            else:
+                yield _shown(path), _kind(entry)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    if entry.is_symlink():
+        return "symbolic link"
+    return "file" if entry.is_file(follow_symlinks=False) else "device, pipe or socket"
+
+
+def same(folder: Path, one: File, report: Report) -> bool:
+    """Whether it has the size and the bytes that were signed. No more than the size is read."""
+    try:
+        with _open(folder, one.path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != one.size:
+                report.add(one.path, f"has {size} bytes, the manifest says {one.size}")
+                return False
+            if _sha256(file, one.size) == one.sha256:
+                return True
+    except OSError as error:
+        report.add(one.path, _why(error))
+        return False
+    report.add(one.path, "was altered: its SHA-256 is not the manifest's")
+    return False
+
+
+def _sha256(file: BinaryIO, size: int) -> str:
+    found = hashlib.sha256()
+    while size > 0 and (data := file.read(min(size, 1 << 20))):
+        found.update(data)
+        size -= len(data)
+    return found.hexdigest()
+
+
+def _open(folder: Path, path: str) -> BinaryIO:
+    """A plain file in the folder; no step of the way is a link."""
+    *folders, name = path.split("/")
+    at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in folders:
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            os.close(at)
+            at = inner
+        # Without O_NONBLOCK opening a pipe would wait for a writer.
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=at)
+    finally:
+        os.close(at)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(0, "it is no plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _why(error: OSError) -> str:
+    if error.errno == 40:
+        return "is a symbolic link; an evidence folder has plain files only"
+    return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+
+
+def _shown(path: str) -> str:
+    return path.encode(errors="backslashreplace").decode()

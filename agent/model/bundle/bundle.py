@@ -1,0 +1,184 @@
+"""Read and verify a bundle, a folder or the same as a `.zip`: every byte is checked before any of it is used.
+
+Rules of `read`:
+- files lie flat, few, and together within a size limit, which holds for a zip member while it is unpacked
+- `manifest.jws` signs `manifest.json` with a publisher's key (skipped only where no keys are given, to look)
+- every other file is listed in the manifest with its SHA-256, and nothing else is there
+"""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from agent.errors import BadBundle, Refused
+from agent.model.bundle import manifest
+from agent.model.bundle.manifest import Manifest
+from agent.wire import jws
+from agent.wire.keys import PublicKey, SigningKey
+
+# All files together, unpacked: they are held in memory, on machines with a gigabyte of it.
+MAX_BYTES = 256 << 20
+MAX_FILES = 32
+_TOO_LARGE = f"larger than {MAX_BYTES >> 20} MiB in all, which no bundle may be"
+# Stands where a message's topic stands: no signature of a message can pass for one of a bundle.
+DOMAIN = "bundle"
+_UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError)
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """A bundle whose bytes were verified and are held here, so that the files may change on disk meanwhile.
+
+    `signer` is the kid of the key that signed it, or claims to where nobody's keys were given; "" without one.
+    """
+
+    manifest: Manifest
+    digest: str
+    files: dict[str, bytes]
+    signer: str
+
+    @property
+    def model(self) -> bytes:
+        return self.files["model.tflite"]
+
+
+def read(path: Path, publishers: Sequence[PublicKey] | None) -> Bundle:
+    """The verified bundle at `path`; `publishers` None skips the question who signed. Raises BadBundle."""
+    return _verified(path, dict(_files(path)), publishers)
+
+
+def held(name: str, files: dict[str, bytes], digest: str) -> Bundle:
+    """The bundle of that digest, whose `files` came from elsewhere. Raises BadBundle that calls it `name`."""
+    found = _verified(Path(name), files, None)
+    if found.digest != digest:
+        raise BadBundle(f"{name}: the bundle that came is {found.digest}, and {digest} was sent; start it again")
+    return found
+
+
+def _verified(path: Path, files: dict[str, bytes], publishers: Sequence[PublicKey] | None) -> Bundle:
+    for needed in ("manifest.json", "model.tflite"):
+        if needed not in files:
+            raise BadBundle(f"{path}: no {needed} in it; is this a bundle folder or .zip?")
+    head = files["manifest.json"]
+    signer = _check_signature(path, head, files.get("manifest.jws"), publishers)
+    try:
+        content = manifest.decode(head)
+    except BadBundle as problem:
+        raise BadBundle(f"{path}: {problem}") from None
+    _check_files(path, files, content.files)
+    return Bundle(content, f"sha256:{hashlib.sha256(head).hexdigest()}", files, signer)
+
+
+def sign(head: bytes, key: SigningKey) -> bytes:
+    """The content of `manifest.jws`."""
+    return jws.sign(key, DOMAIN, head).encode() + b"\n"
+
+
+def _check_signature(path: Path, head: bytes, token: bytes | None, publishers: Sequence[PublicKey] | None) -> str:
+    text = None if token is None else token.decode("ascii", "replace").strip()
+    if publishers is None:
+        return _claimed(text)
+    if text is None:
+        raise BadBundle(f"{path}: not signed (no manifest.jws); sign it with `outstation model sign`")
+    known = {key.kid: jws.Signer("publisher", key) for key in publishers}
+    try:
+        return jws.verify([text], DOMAIN, head, known.get).key.kid
+    except Refused as refusal:
+        raise BadBundle(
+            f"{path}: {refusal}; the manifest is not signed by any of the {len(known)} trusted publisher keys "
+            "([publishers] keys, [operators] keys, or --key)"
+        ) from None
+
+
+def _claimed(text: str | None) -> str:
+    try:
+        return jws.claimed_kid(text or "")
+    except Refused:
+        return ""
+
+
+def _check_files(path: Path, files: dict[str, bytes], listed: dict[str, str]) -> None:
+    for name, data in sorted(files.items()):
+        if name in ("manifest.json", "manifest.jws"):
+            continue
+        if name not in listed:
+            raise BadBundle(f"{path}: {name!r} is not listed in the manifest; remove it, or pack the bundle again")
+        if f"sha256:{hashlib.sha256(data).hexdigest()}" != listed[name]:
+            raise BadBundle(f"{path}: {name} was altered: its SHA-256 is not the manifest's; get the bundle again")
+    for name in listed:
+        if name not in files:
+            raise BadBundle(f"{path}: {name!r} is listed in the manifest but missing; get the bundle again")
+
+
+def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        if path.is_dir():
+            yield from _folder(path)
+        elif path.is_file():
+            yield from _archive(path)
+        else:
+            raise BadBundle(f"{path}: no such bundle")
+    except _UNREADABLE as error:
+        raise BadBundle(f"{path}: cannot be read: {error}") from error
+
+
+def _folder(path: Path) -> Iterator[tuple[str, bytes]]:
+    entries = sorted(path.iterdir())
+    _limit_count(path, len(entries))
+    room = MAX_BYTES
+    for entry in entries:
+        if entry.is_symlink() or not entry.is_file():
+            raise BadBundle(f"{path}: {entry.name!r} is no plain file; a bundle is flat")
+        with entry.open("rb") as file:
+            data = file.read(room + 1)
+        room = _room_after(path, room, data)
+        yield entry.name, data
+
+
+def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
+    if path.stat().st_size > MAX_BYTES:
+        raise BadBundle(f"{path}: {_TOO_LARGE}")
+    room = MAX_BYTES
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        _limit_count(path, len(members))
+        if len({m.filename for m in members}) != len(members):
+            raise BadBundle(f"{path}: a file is in the archive twice")
+        if sum(m.file_size for m in members) > MAX_BYTES:
+            # Said by the archive itself: what claims to be smaller is cut off at that size, and fails its checksum.
+            raise BadBundle(f"{path}: {_TOO_LARGE}")
+        for member in members:
+            _check_member(path, member)
+            with archive.open(member) as file:
+                data = file.read(room + 1)
+            room = _room_after(path, room, data)
+            yield member.filename, data
+
+
+def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
+    name = member.filename
+    if "/" in name or "\\" in name or name.startswith("."):
+        raise BadBundle(
+            f"{path}: {name!r} is no plain file name; a bundle is flat: zip the files of the folder, not the folder"
+        )
+    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG):
+        raise BadBundle(f"{path}: {name!r} is no plain file but a link or device; a bundle holds plain files only")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise BadBundle(f"{path}: {name!r} is compressed in a way that is not read here; use zip's default (deflate)")
+
+
+def _limit_count(path: Path, count: int) -> None:
+    if count > MAX_FILES:
+        raise BadBundle(f"{path}: {count} files, a bundle has at most {MAX_FILES}")
+
+
+def _room_after(path: Path, room: int, data: bytes) -> int:
+    if len(data) > room:
+        raise BadBundle(f"{path}: {_TOO_LARGE}")
+    return room - len(data)

@@ -1,0 +1,155 @@
+"""Derived features, definition 1: from a field over the last rows of a stream, or from the time.
+
+- mean, sd: of the last N rows, this one included; missing where fewer than half of them are there
+- lag, difference: the value N rows ago; this one less that
+- last: the newest value there is in the last N rows
+- band: mean square of what lies between two frequencies, in the last N rows less their mean, under a Hann window
+  (Harris 1978); missing rows count as the mean
+- hour, weekday: sine and cosine of the time of day and of the day of the week
+
+No history reaches over a pause or a step back of the time. Each value depends on its own rows only, and sums are taken
+row by row in one order: pieces of a stream, each with the history it needs, give the bits that the whole gives.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.model.bundle.definition import Derived
+from agent.model.bundle.manifest import Input
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_DAY_US, _HOUR_US = 86_400_000_000, 3_600_000_000
+# 1970-01-01 was a Thursday; weeks begin on Monday.
+_MONDAY_US = 3 * _DAY_US
+_SPECTRUM_VALUES = 1_000_000
+
+
+def columns(features: Floats, t: Ints, spec: Input, before: int = 0) -> Floats:
+    """All features of the model (n - before, C) of rows `features` (n, F) in physical units at `t` (n,) epoch µs.
+
+    The first `before` rows are history. Missing is NaN.
+    """
+    now = features[before:]
+    if not spec.derived and not spec.order:
+        return now
+    made = {name: now[:, i] for i, name in enumerate(spec.fields)}
+    age = _age(t, spec.gap_s)
+    for one in spec.derived:
+        if one.by_time:
+            made |= zip(one.columns, _circle(t[before:], one), strict=True)
+        else:
+            past = _Past(features[:, spec.fields.index(one.of)], age, before, one.history)
+            with np.errstate(over="ignore", invalid="ignore"):
+                made[one.name] = _FUNCTIONS[one.function](past, one).astype(np.float32)
+    return np.stack([made[name] for name in spec.columns], axis=1)
+
+
+def _age(t: Ints, gap_s: float | None) -> Ints:
+    """How many rows since the last pause, step back or beginning."""
+    rows = np.arange(len(t), dtype=np.int64)
+    steps = np.diff(t)
+    broken = steps < 0
+    if gap_s is not None:
+        broken |= steps > gap_s * 1e6
+    begins = np.zeros(len(t), np.int64)
+    begins[1:][broken] = rows[1:][broken]
+    return rows - np.maximum.accumulate(begins)
+
+
+class _Past:
+    """A field as it was some rows before each row that is asked for; NaN where nothing is known."""
+
+    def __init__(self, field: Floats, age: Ints, before: int, history: int) -> None:
+        values = field.astype(np.float64)
+        values[~np.isfinite(values)] = np.nan
+        self.padded: Doubles = np.concatenate([np.full(history, np.nan), values])
+        self.at = history + before
+        self.age = age[before:]
+
+    def ago(self, lag: int) -> Doubles:
+        then = self.padded[self.at - lag : self.at - lag + len(self.age)]
+        return np.where(self.age >= lag, then, np.nan)
+
+
+def _mean_of(past: _Past, rows: int) -> tuple[Doubles, Ints]:
+    total, count = np.zeros(len(past.age)), np.zeros(len(past.age), np.int64)
+    for lag in range(rows):
+        value = past.ago(lag)
+        there = ~np.isnan(value)
+        total += np.where(there, value, 0.0)
+        count += there
+    enough = count >= max(1, (rows + 1) // 2)
+    return np.where(enough, total / np.maximum(count, 1), np.nan), count
+
+
+def _mean(past: _Past, one: Derived) -> Doubles:
+    return _mean_of(past, one.rows)[0]
+
+
+def _sd(past: _Past, one: Derived) -> Doubles:
+    mean, count = _mean_of(past, one.rows)
+    total = np.zeros(len(mean))
+    for lag in range(one.rows):
+        off = past.ago(lag) - mean
+        total += np.where(np.isnan(off), 0.0, off * off)
+    return np.where(np.isnan(mean) | (count < 2), np.nan, np.sqrt(total / np.maximum(count - 1, 1)))
+
+
+def _lag(past: _Past, one: Derived) -> Doubles:
+    return past.ago(one.rows)
+
+
+def _difference(past: _Past, one: Derived) -> Doubles:
+    return past.ago(0) - past.ago(one.rows)
+
+
+def _last(past: _Past, one: Derived) -> Doubles:
+    found = past.ago(0)
+    for lag in range(1, one.rows):
+        found = np.where(np.isnan(found), past.ago(lag), found)
+    return found
+
+
+def _band(past: _Past, one: Derived) -> Doubles:
+    rows, (low, high) = one.rows, one.band or (0.0, 0.0)
+    mean, _ = _mean_of(past, rows)
+    out = np.full(len(mean), np.nan)
+    if not len(mean):
+        return out
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(rows) / rows)
+    frequency = np.fft.rfftfreq(rows, 1 / one.rate)
+    inside = (frequency >= low) & ((frequency < high) | ((frequency == high) & (high >= one.rate / 2)))
+    weight = np.where((frequency == 0) | (frequency >= one.rate / 2), 1.0, 2.0)[inside]
+    recent = past.padded[past.at - rows + 1 : past.at + len(mean)]
+    spans = np.lib.stride_tricks.sliding_window_view(recent, rows)
+    lags = np.arange(rows)[::-1]
+    block = max(1, _SPECTRUM_VALUES // rows)
+    for start in range(0, len(mean), block):
+        some = slice(start, start + block)
+        off = spans[some] - mean[some, None]
+        off[(lags > past.age[some, None]) | np.isnan(off)] = 0.0
+        power = np.square(np.abs(np.fft.rfft(off * hann, axis=1)[:, inside])) * weight
+        out[some] = power.sum(axis=1) / (rows * np.square(hann).sum())
+    return np.where(np.isnan(mean), np.nan, out)
+
+
+def _circle(t: Ints, one: Derived) -> tuple[Floats, Floats]:
+    round_us = _DAY_US if one.function == "hour" else 7 * _DAY_US
+    local = t + round(one.offset_h * _HOUR_US) + (_MONDAY_US if one.function == "weekday" else 0)
+    angle = (local % round_us) * (2 * np.pi / round_us)
+    return np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
+
+
+_FUNCTIONS = {
+    "mean": _mean,
+    "sd": _sd,
+    "lag": _lag,
+    "difference": _difference,
+    "last": _last,
+    "band": _band,
+}

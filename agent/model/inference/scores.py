@@ -1,0 +1,166 @@
+"""Model outputs to labels and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.model.bundle.manifest import Manifest, Output
+from agent.performance.labels import MOST_SEVERAL, NONE, SEPARATOR
+
+NORMAL, ANOMALY = "normal", "anomaly"
+Doubles = NDArray[np.float64]
+
+
+class Scores(msgspec.Struct, frozen=True):
+    """Of w inferences: `label` (w,) class indexes and `score` (w,) calibrated probability, or `value` (w,).
+
+    Of a multi-label model `label` is the most probable one, `said` (w, K) which are said, and `score` the probability
+    that all of that is right, were labels independent. `anomaly` (w,): the value is above the threshold. `more`:
+    further columns by name, a probability for each label (`score_LABEL`) or further values (`value_NAME`).
+    """
+
+    label: NDArray[np.int64] | None
+    score: Doubles | None
+    value: Doubles | None
+    said: NDArray[np.bool_] | None = None
+    anomaly: NDArray[np.bool_] | None = None
+    more: Mapping[str, Doubles] = msgspec.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        present = self.value if self.label is None else self.label
+        return 0 if present is None else len(present)
+
+
+def of(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArray[np.float32] | None = None) -> Scores:
+    """`outputs` (w, K). The value of an anomaly model that gives its input again is the mean squared error against
+    `inputs` (w, …); that of any other is its first output."""
+    output = manifest.output
+    if manifest.kind == "classify":
+        p = probabilities(outputs, output)
+        return _several(p, output) if output.multi_label else _one(p, manifest)
+    if manifest.kind == "regress":
+        more = {f"value_{name}": outputs[:, i].astype(np.float64) for i, name in enumerate(output.names) if i}
+        return Scores(None, None, outputs[:, 0].astype(np.float64), more=more)
+    value = values(outputs, manifest, inputs)
+    anomaly = None if output.threshold is None else value > output.threshold
+    return Scores(None, None, value, anomaly=anomaly)
+
+
+def values(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArray[np.float32] | None) -> Doubles:
+    """(w,) how unusual each inference of kind anomaly or embedding is."""
+    if manifest.kind == "embedding":
+        return distance(outputs, manifest.output)
+    if inputs is not None and outputs.size == inputs.size:
+        off = outputs.astype(np.float64) - inputs.reshape(outputs.shape)
+        return np.asarray(np.square(off).mean(axis=1))
+    return outputs[:, 0].astype(np.float64)
+
+
+def distance(outputs: NDArray[np.float32], output: Output) -> Doubles:
+    """(w,) of vectors (w, K) from the centroid: Euclidean, or 1 - the cosine of the angle."""
+    vectors, centroid = outputs.astype(np.float64), np.asarray(output.centroid, np.float64)
+    if output.distance == "euclidean":
+        return np.asarray(np.sqrt(np.square(vectors - centroid).sum(axis=1)))
+    lengths = np.sqrt(np.square(vectors).sum(axis=1)) * np.sqrt(np.square(centroid).sum())
+    # A vector of length 0 has no direction: as far as a right angle.
+    return np.asarray(1.0 - (vectors * centroid).sum(axis=1) / np.where(lengths > 0, lengths, 1.0))
+
+
+def texts(found: Scores, manifest: Manifest) -> list[str] | None:
+    """The label of each inference as people read it; None where there is none.
+
+    Of a multi-label model all that are said, between `|`; "-" where none is.
+    """
+    labels = manifest.output.labels
+    if found.said is not None:
+        said = ([label for label, yes in zip(labels, row, strict=True) if yes] for row in found.said.tolist())
+        return [SEPARATOR.join(names) or NONE for names in said]
+    if found.label is not None:
+        return [labels[i] for i in found.label.tolist()]
+    if found.anomaly is not None:
+        return [ANOMALY if above else NORMAL for above in found.anomaly.tolist()]
+    return None
+
+
+def codes(found: Scores) -> NDArray[np.int64] | None:
+    """(w,) what was said as one number, as `Truth.read` has it; None for values without a threshold."""
+    if found.anomaly is not None:
+        return found.anomaly.astype(np.int64)
+    if found.said is None:
+        return found.label
+    if found.said.shape[1] > MOST_SEVERAL:
+        return None
+    return np.asarray(found.said @ (1 << np.arange(found.said.shape[1])), np.int64)
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of all parts, at least one, in order."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def column(name: str) -> Any:
+        found = [getattr(part, name) for part in parts]
+        return None if found[0] is None else np.concatenate(found)
+
+    return Scores(
+        column("label"),
+        column("score"),
+        column("value"),
+        said=column("said"),
+        anomaly=column("anomaly"),
+        more={name: np.concatenate([part.more[name] for part in parts]) for name in parts[0].more},
+    )
+
+
+def _one(p: Doubles, manifest: Manifest) -> Scores:
+    output = manifest.output
+    if p.shape[1] == 2 and output.threshold is not None and manifest.format > 1:
+        label = (p[:, 1] > output.threshold).astype(np.int64)
+    else:
+        label = p.argmax(axis=1)
+    score = p[np.arange(len(p)), label]
+    if output.isotonic is not None:
+        score = np.interp(score, output.isotonic.score, output.isotonic.right)
+    return Scores(label, score, None)
+
+
+def _several(p: Doubles, output: Output) -> Scores:
+    limits = np.asarray(output.thresholds or (0.5 if output.threshold is None else output.threshold))
+    said = p > limits
+    certain = np.where(said, p, 1 - p).prod(axis=1)
+    more = {f"score_{label}": p[:, i] for i, label in enumerate(output.labels)}
+    return Scores(p.argmax(axis=1), certain, None, said=said, more=more)
+
+
+def probabilities(outputs: NDArray[np.float32], output: Output) -> Doubles:
+    """Calibrated class probabilities (w, K); a single sigmoid output becomes two classes."""
+    x = outputs.astype(np.float64)
+    if output.multi_label:
+        return _sigmoid(_logits(x, output) / output.temperature)
+    if x.shape[1] == 1:
+        p = _sigmoid(_logits(x, output) / output.temperature)
+        return np.concatenate([1.0 - p, p], axis=1)
+    if output.activation == "sigmoid":
+        return _sigmoid(x / output.temperature)
+    logits = (x if output.activation == "softmax" else np.log(np.clip(x, 1e-6, None))) / output.temperature
+    # A float model may answer with infinities: those become NaN, and null in messages.
+    with np.errstate(invalid="ignore"):
+        p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(p / p.sum(axis=1, keepdims=True))
+
+
+def _logits(x: Doubles, output: Output) -> Doubles:
+    """Of sigmoids that are in the graph (activation "none"), or as they come."""
+    if output.activation != "none":
+        return x
+    return np.asarray(np.log(np.clip(x, 1e-6, 1)) - np.log(np.clip(1 - x, 1e-6, 1)))
+
+
+def _sigmoid(x: Doubles) -> Doubles:
+    """1 / (1 + e^-x), without overflow."""
+    return np.asarray(np.exp(-np.logaddexp(0.0, -x)))

@@ -1,0 +1,112 @@
+"""A self-contained HTML page: no script, no resource from elsewhere, everything escaped, light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+import msgspec
+
+from agent.render.svg import FONT
+from agent.render.theme import adaptive
+
+# Of a page that loads nothing, a browser need not allow anything.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_CSS = """
+*{box-sizing:border-box}
+html{color-scheme:light dark;-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.55 FONT}
+main{max-width:1000px;margin:0 auto;padding:36px 20px 56px}
+h1{font-size:28px;line-height:1.2;margin:0 0 4px;letter-spacing:-.01em;overflow-wrap:anywhere}
+h2{font-size:19px;margin:40px 0 8px;letter-spacing:-.005em}
+h3{font-size:15px;margin:0 0 2px}
+p{margin:0 0 12px;max-width:72ch}
+.muted,.lead{color:var(--muted)}
+.lead{margin:-4px 0 12px}
+.grid{display:grid;gap:16px;align-items:start;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
+.grid.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,270px),1fr))}
+.card{border:1px solid var(--grid);border-radius:10px;padding:16px 18px;background:var(--paper);min-width:0}
+.card>svg{margin-top:8px}
+.tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr));margin:20px 0 8px}
+.tile{border:1px solid var(--grid);border-radius:10px;padding:12px 16px;background:var(--panel)}
+.tile b{display:block;font-size:24px;line-height:1.25;font-variant-numeric:tabular-nums}
+.tile span{display:block;font-size:13px;color:var(--muted)}
+.notice{border-left:4px solid var(--drift);background:var(--drift-band);border-radius:6px}
+.notice{padding:10px 16px;margin:16px 0}
+.notice.ok{border-color:var(--ok);background:var(--panel)}
+.notice ul{margin:4px 0 2px;padding-left:20px}
+.notes{color:var(--muted);font-size:14px;margin:12px 0 0;padding-left:18px}
+.notice li{margin:2px 0;overflow-wrap:anywhere}
+svg{display:block;width:100%;height:auto;max-width:560px;font-family:inherit}
+.scroll{overflow-x:auto;margin:8px 0}
+table{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:6px 14px 6px 0;border-bottom:1px solid var(--grid);vertical-align:top}
+th{font-weight:600;color:var(--muted);font-size:13px;white-space:nowrap}
+th.n,td.n{text-align:right}
+th:last-child,td:last-child{padding-right:0}
+tr:last-child td{border-bottom:0}
+td.fixed{white-space:nowrap}
+.state{display:inline-block;border-radius:99px;padding:0 9px;font-size:12.5px;white-space:nowrap;border:1px solid}
+.state.ok{color:var(--ok)}.state.warning{color:var(--drift)}.state.none{color:var(--muted)}
+code{font:13px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
+footer{margin-top:44px;border-top:1px solid var(--grid);padding-top:12px;color:var(--muted);font-size:13px}
+@media print{main{max-width:none;padding:0}.card,.tile,tr{break-inside:avoid}}
+"""
+
+
+class Markup(msgspec.Struct, frozen=True):
+    """HTML as it is; any other text is escaped."""
+
+    html: str
+
+
+Content = str | Markup
+
+
+def text(content: Content) -> str:
+    return content.html if isinstance(content, Markup) else escape(content)
+
+
+def page(title: str, body: Sequence[Markup], more_css: str = "") -> str:
+    css = _CSS.replace("FONT", FONT) + more_css
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{adaptive()}{css}</style></head>\n<body><main>\n"
+        + "\n".join(part.html for part in body)
+        + "\n</main></body></html>\n"
+    )
+
+
+def element(tag: str, *content: Content, kind: str = "") -> Markup:
+    of = f' class="{kind}"' if kind else ""
+    return Markup(f"<{tag}{of}>{''.join(text(one) for one in content)}</{tag}>")
+
+
+def section(title: str, lead: str, *content: Markup) -> Markup:
+    head = [element("h2", title), *([element("p", lead, kind="lead")] if lead else [])]
+    return element("section", *head, *content)
+
+
+def card(title: str, lead: str, picture: str, *more: Markup) -> Markup:
+    """`picture` is an inline SVG."""
+    head = [element("h3", title)] if title else []
+    if lead:
+        head.append(element("p", lead, kind="muted"))
+    return element("div", *head, Markup(picture), *more, kind="card")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Content]], numbers: Sequence[int] = ()) -> Markup:
+    """Columns in `numbers` stand at the right."""
+
+    def cells(tag: str, row: Sequence[Content]) -> Markup:
+        found = [element(tag, cell, kind="n fixed" if i in numbers else "") for i, cell in enumerate(row)]
+        return element("tr", *found)
+
+    top = [cells("th", head)] if any(head) else []
+    return element("div", element("table", *top, *(cells("td", row) for row in rows)), kind="scroll")
+
+
+def bullets(items: Sequence[Content], kind: str = "") -> Markup:
+    return element("ul", *(element("li", item) for item in items), kind=kind)

@@ -1,0 +1,50 @@
+"""What is measured at a simulated site some time after the model said it: labels, through the device's own socket."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.client import Client
+from agent.simulate.scenario import Measured
+
+
+class Meter:
+    """Of one device. `values` (n,) of rows 1 to n of its stream; NaN is never sent."""
+
+    def __init__(
+        self,
+        socket: Path,
+        task: str,
+        measured: Measured,
+        values: NDArray[np.float64],
+        client: Callable[[], Client] | None = None,
+    ) -> None:
+        self._task, self._measured, self._values = task, measured, values
+        self._connect = client or (lambda: Client(socket, name="meter"))
+        self._client: Client | None = None
+        self._sent = 0
+
+    def read(self, through: int) -> None:
+        """Send what is due once the device has judged its rows up to `through`. Raises ConnectionError."""
+        last = min(through - self._measured.delay, len(self._values))
+        rows = np.arange(self._sent + 1, last + 1)
+        rows = rows[(rows % self._measured.every == 0) & ~np.isnan(self._values[rows - 1])]
+        self._sent = max(self._sent, last)
+        if not len(rows):
+            return
+        if self._client is None:
+            self._client = self._connect()
+        for row in rows.tolist():
+            self._client.label(self._task, float(self._values[row - 1]), row=row, source="system")
+
+    def close(self) -> None:
+        """Wait until all of it is safe. Raises ConnectionError."""
+        if self._client is not None:
+            with contextlib.closing(self._client) as client:
+                client.flush()
+            self._client = None

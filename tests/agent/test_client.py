@@ -1,0 +1,298 @@
+"""The Python client: what `flush` says is safe is safe, and whoever cannot know says so."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from agent.client import Answer, Client
+from agent.device.intake.group_commit import FULL_ROWS
+from agent.device.store.store import Store
+from tests.kit.stations import T0, Killable, Station, conf, wait_for
+
+
+@pytest.fixture
+def station(tmp_path: Path) -> Iterator[Station]:
+    with Station(conf(tmp_path)) as station:
+        yield station
+        assert station.failures == []
+
+
+def counts(station: Station) -> list[int]:
+    found: list[int] = station.rows("machine").columns[1].tolist()
+    return found
+
+
+def number(client: Client, n: int) -> None:
+    client.send("machine", power=1, count=n, mode="on")
+
+
+@contextmanager
+def agent(folder: Path, *conversations: Callable[[socket.socket], None]) -> Iterator[Path]:
+    """An agent of our own making: it has one conversation per connection, then hangs up."""
+    path = folder / "agent.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            for talk in conversations:
+                connection, _ = listener.accept()
+                with connection:
+                    talk(connection)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield path
+        thread.join(60)
+
+
+def lines(connection: socket.socket, n: int) -> list[bytes]:
+    """The next `n` lines, and nothing after them."""
+    data = b""
+    while data.count(b"\n") < n:
+        data += connection.recv(1)
+    return data.splitlines()
+
+
+def answer(connection: socket.socket, through: int, accepted: int = 0, rejected: Any = ()) -> None:
+    connection.sendall(msgspec.json.encode({"through": through, "accepted": accepted, "rejected": rejected}) + b"\n")
+
+
+def test_what_flush_says_is_on_the_disk(station: Station) -> None:
+    with Client(station.socket) as client:
+        client.send("watch", t=T0, ax=0.1, ay=0.2)
+        client.send_columns("watch", {"t": [T0 + 1, T0 + 2], "ax": np.array([1, 2], "<f4"), "ay": range(2)})
+        assert client.flush() == Answer(accepted=3, rejected=[])
+        assert station.store.last_row("watch") == 3
+        assert client.through == 2
+        client.send("watch", ax=99, ay=0)
+        client.send("watch", ax=1)
+        assert client.flush() == Answer(0, [(3, "ax = 99 g is above max 16"), (4, "field 'ay' is missing")])
+        assert client.flush() == Answer(0, [])
+
+
+def test_leaving_the_context_waits_until_all_is_safe_and_an_error_in_it_does_not(tmp_path: Path) -> None:
+    with Station(conf(tmp_path, commit_every_s=0.3)) as station:
+        with Client(station.socket) as client:
+            number(client, 1)
+        assert counts(station) == [1]
+    with Station(conf(tmp_path, commit_every_s=60)) as station:
+        began = time.monotonic()
+        with pytest.raises(ZeroDivisionError), Client(station.socket) as client:  # noqa: PT012
+            number(client, 2)
+            raise ZeroDivisionError
+        assert time.monotonic() - began < 30
+
+
+def test_many_thousand_lines_do_not_wait_for_the_timer(tmp_path: Path) -> None:
+    with Station(conf(tmp_path, commit_every_s=600)) as station:
+        client = Client(station.socket)
+        for n in range(40_000):
+            number(client, n)
+        wait_for(lambda: station.store.last_row("machine") > 40_000 - FULL_ROWS, "all rows but the last ones")
+        client.close()
+
+
+def test_more_rejections_than_the_socket_holds_do_not_make_both_sides_wait_for_ever(station: Station) -> None:
+    with Client(station.socket, patience_s=20) as client:
+        for _ in range(30_000):
+            client.send("watch", ax="no number at all")
+        client.send_columns("watch", {"ax": [1.0] * 40_000, "ay": [1.0] * 40_000})
+        got = client.flush()
+    assert (got.accepted, len(got.rejected)) == (40_000, 30_000)
+
+
+def test_without_a_name_a_broken_connection_is_an_error_that_says_how_much_is_not_safe(tmp_path: Path) -> None:
+    killable = Killable(tmp_path, commit_every_s=30)
+    killable.start()
+    client = Client(killable.socket)
+    for n in range(7):
+        number(client, n)
+    killable.kill()
+    with pytest.raises(ConnectionError, match="7 lines are not acknowledged and may be sent again"):
+        client.flush()
+    with pytest.raises(ConnectionError, match="8 lines are not acknowledged"):
+        number(client, 7)
+    client.close()
+
+
+@pytest.mark.parametrize("name", [None, "g"])
+def test_an_agent_that_is_not_there_is_an_error_that_names_the_address(tmp_path: Path, name: str | None) -> None:
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match=re.escape(str(tmp_path / "intake.sock"))):
+        Client(tmp_path / "intake.sock", name=name, patience_s=0.3)
+    assert (time.monotonic() - began > 0.25) == (name is not None)
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1: Connection refused"):
+        Client("127.0.0.1:1", name=name, patience_s=0.1)
+
+
+def test_with_a_name_the_client_waits_for_an_agent_that_starts_later(tmp_path: Path) -> None:
+    station = Station(conf(tmp_path))
+    timer = threading.Timer(0.3, station.intake.start)
+    timer.start()
+    with Client(station.socket, name="g") as client:
+        number(client, 1)
+        assert client.flush().accepted == 1
+    timer.join()
+    station.intake.stop()
+    station.store.close()
+
+
+def test_with_a_name_lines_are_sent_again_and_taken_once_when_the_agent_comes_back(tmp_path: Path) -> None:
+    killable = Killable(tmp_path, commit_every_s=0.05)
+    killable.start()
+    with Client(killable.socket, name="g") as client:
+        for n in range(100):
+            number(client, n)
+        client.flush()
+        for n in range(100, 200):
+            number(client, n)
+        killable.kill()
+        killable.start()
+        for n in range(200, 300):
+            number(client, n)
+        client.flush()
+        assert client.through == 300
+    killable.kill()
+    with Station(conf(tmp_path)) as station:
+        assert counts(station) == list(range(300))
+        with Client(station.socket, name="g") as later:
+            assert later.through == 300
+
+
+def test_patience_ends(tmp_path: Path) -> None:
+    killable = Killable(tmp_path, commit_every_s=30)
+    killable.start()
+    client = Client(killable.socket, name="g", patience_s=0.4)
+    number(client, 1)
+    killable.kill()
+    with pytest.raises(ConnectionError, match="1 lines are not acknowledged and may be sent again"):
+        client.flush()
+    killable.start()
+    killable.kill()
+    client.close()
+
+
+def test_a_row_whose_answer_got_lost_is_not_sent_again(tmp_path: Path) -> None:
+    again: list[bytes] = []
+
+    def first(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 0)
+        lines(connection, 3)
+
+    def second(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 2)
+        again.extend(lines(connection, 1))
+        answer(connection, 3, 1)
+
+    with agent(tmp_path, first, second) as path, Client(path, name="g") as client:
+        for n in range(3):
+            number(client, n)
+        client.flush()
+        assert [msgspec.json.decode(line)["count"] for line in again] == [2]
+        client.close()
+
+
+def test_an_agent_that_lost_count_is_followed(tmp_path: Path) -> None:
+    """Its store was full or is a new one: it counts less than it has answered."""
+    again: list[bytes] = []
+
+    def first(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 0)
+        lines(connection, 2)
+        answer(connection, 2, 0, [{"line": 1, "reason": "not stored"}, {"line": 2, "reason": "not stored"}])
+
+    def second(connection: socket.socket) -> None:
+        lines(connection, 1)
+        answer(connection, 0)
+        again.extend(lines(connection, 1))
+        answer(connection, 1, 0, [{"line": 1, "reason": "bad"}])
+
+    with agent(tmp_path, first, second) as path, Client(path, name="g") as client:
+        number(client, 0)
+        number(client, 1)
+        assert client.flush().rejected == [(1, "not stored"), (2, "not stored")]
+        number(client, 2)
+        assert client.flush().rejected == [(3, "bad")]
+        assert client.through == 3
+        assert [msgspec.json.decode(line)["count"] for line in again] == [2]
+        client.close()
+
+
+def test_what_was_refused_is_sent_again_where_nobody_read_that_and_told_once_where_somebody_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, limit = [True], Store.limit_bytes
+    monkeypatch.setattr(Store, "limit_bytes", lambda store: 4096 if full[0] else limit(store))
+    with Station(conf(tmp_path)) as station, Client(station.socket, name="g") as client:
+        with monkeypatch.context() as deaf:
+            deaf.setattr(client, "_read", lambda: None)
+            number(client, 1)
+            wait_for(lambda: station.commits > 0, "the first line is refused")
+            full[0] = False
+            number(client, 2)
+        client._socket.close()
+        assert client.flush().rejected == []
+        assert (client.through, counts(station)) == (2, [1, 2])
+        full[0] = True
+        number(client, 3)
+        ((line, reason),) = client.flush().rejected
+        assert (line, "not stored" in reason) == (3, True)
+        full[0] = False
+        for n in range(4, 8):
+            number(client, n)
+        assert client.flush() == Answer(4, [])
+        assert (client.through, counts(station)) == (7, [1, 2, 4, 5, 6, 7])
+        assert station.failures == []
+
+
+def test_two_producers_with_one_name_are_told_apart(tmp_path: Path) -> None:
+    with Station(conf(tmp_path)) as station:
+        one = Client(station.socket, name="g")
+        number(one, 1)
+        one.flush()
+        with Client(station.socket, name="g") as other:
+            number(other, 2)
+            number(other, 3)
+            other.flush()
+        with pytest.raises(RuntimeError, match="another producer uses the name 'g'; give each its own"):  # noqa: PT012
+            for n in range(4, 100):
+                number(one, n)
+                one.flush()
+        one.close()
+        assert counts(station) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["", "x" * 65])
+def test_a_name_has_1_to_64_characters(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="1-64 characters"):
+        Client(tmp_path / "intake.sock", name=name)
+
+
+def test_an_agent_that_does_not_answer_is_given_up_after_a_while(tmp_path: Path) -> None:
+    held = threading.Event()
+
+    def silent(connection: socket.socket) -> None:
+        held.wait(60)
+
+    with agent(tmp_path, silent) as path:
+        client = Client(path, patience_s=0.2)
+        number(client, 1)
+        with pytest.raises(ConnectionError, match=r"no answer for 0\.2 s; 1 lines are not acknowledged"):
+            client.flush()
+        held.set()
+        client.close()

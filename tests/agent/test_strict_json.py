@@ -1,0 +1,137 @@
+"""Keys that are there twice: found at any depth and in any spelling, and never where there are none."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from agent.strict_json import RepeatedKey, check_count, check_keys
+
+NAMES = st.sampled_from(["a", "b", "a:b", ":", "", "é", 'q"', "\\", '":', "a\n"])
+SCALARS = st.none() | st.integers(-9, 9) | st.sampled_from([0.5, "", ":", "a:b", '":', '\\":', '"a":', "é:", "{"])
+# Objects as lists of pairs, so that a key may be there twice.
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.lists(st.tuples(NAMES, inner), max_size=4).map(tuple),
+    max_leaves=12,
+)
+ESCAPES = st.booleans()
+COLONS = st.sampled_from([":", " : ", ": ", "\n:\t"])
+
+
+def write(value: Any, ascii_only: bool, colon: str) -> str:
+    if isinstance(value, tuple):
+        pairs = (f"{json.dumps(k, ensure_ascii=ascii_only)}{colon}{write(v, ascii_only, colon)}" for k, v in value)
+        return "{" + ",".join(pairs) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(write(v, ascii_only, colon) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=ascii_only)
+
+
+def repeats(value: Any) -> bool:
+    """Whether an object in `value` has a key twice: as plainly as can be said."""
+    if isinstance(value, tuple):
+        return len({key for key, _ in value}) < len(value) or any(repeats(inner) for _, inner in value)
+    return isinstance(value, list) and any(map(repeats, value))
+
+
+def kept(value: Any) -> tuple[int, list[str]]:
+    """How many keys a decoder keeps of `value`, and the strings in it, keys too."""
+    if isinstance(value, dict):
+        inner = [kept(v) for v in value.values()]
+        return len(value) + sum(n for n, _ in inner), [*value, *(s for _, texts in inner for s in texts)]
+    if isinstance(value, list):
+        inner = [kept(v) for v in value]
+        return sum(n for n, _ in inner), [s for _, texts in inner for s in texts]
+    return 0, [value] if isinstance(value, str) else []
+
+
+def finds(text: bytes) -> bool:
+    try:
+        check_keys(text)
+    except RepeatedKey:
+        return True
+    return False
+
+
+@given(VALUES, ESCAPES, COLONS, st.sampled_from([0, 20_000]))
+@example((("a", 1), ("a", 1)), False, ":", 0)
+@example((("a", 1), ("b", ":")), False, " :", 20_000)
+@example(((":", 1), (":", 1)), False, ":", 20_000)
+@example((("a:b", 1), ("x:b", 1)), False, ":", 20_000)
+def test_a_key_is_found_twice_exactly_where_an_object_has_it_twice(
+    value: Any, escapes: bool, colon: str, padding: int
+) -> None:
+    text = (write(value, escapes, colon) + " " * padding).encode()
+    assert finds(text) == repeats(value)
+
+
+@given(VALUES, ESCAPES, COLONS, st.sampled_from([0, 20_000]))
+@example((("a", ""), ("a", ":")), False, ":", 0)
+@example((("a", ":"), ("a", "")), True, ":", 20_000)
+def test_counting_finds_the_same(value: Any, escapes: bool, colon: str, padding: int) -> None:
+    text = (write(value, escapes, colon) + " " * padding).encode()
+    found = False
+    try:
+        check_count(text, *kept(msgspec.json.decode(text)))
+    except RepeatedKey:
+        found = True
+    assert found == repeats(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"a":1,"a":2}',
+        b'{"a":1,"\\u0061":2}',
+        b'{"a" :1,"a": 2}',
+        b'{"x":{"y":[{"a":1},{"a":1,"a":1}]}}',
+        b'{"a":' + b"[" * 60 + b"]" * 60 + b',"a":1}',
+        b'{"a":' + b"9" * 9000 + b',"a":1e999}',
+        b'{"' + b"a" * 70_000 + b'":1,"' + b"a" * 70_000 + b'":1}',
+        b"{" + b",".join(b'"k%d":0' % i for i in range(9000)) + b',"k77":1}',
+    ],
+    ids=["plain", "escaped", "spaced", "deep inside", "around depth", "huge numbers", "long", "one of thousands"],
+)
+def test_no_spelling_hides_a_second_key(text: bytes) -> None:
+    with pytest.raises(RepeatedKey, match="is there twice in one object"):
+        check_keys(text)
+
+
+@pytest.mark.parametrize("text", [b'{"a":"\xff"}', b'{"\xed\xa0\x80":1}', b'{"a":"\xc0\xaf"}'])
+def test_text_that_is_not_utf8_is_refused_where_a_decoder_skips_it(text: bytes) -> None:
+    with pytest.raises(ValueError, match="utf-8"):
+        check_keys(text)
+
+
+@given(st.binary(max_size=60) | st.text(alphabet='{}[]":,\\a1 ', max_size=40).map(str.encode))
+def test_of_any_bytes_nothing_else_is_raised(text: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        check_keys(text)
+        assert finds(text) is False
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]"), ('[{"]":', "}]")])
+def test_what_is_nested_deeper_than_other_readers_follow_is_refused_and_what_is_not_is_taken(
+    opening: str, closing: str
+) -> None:
+    levels = opening.count("[") + opening.count("{")
+
+    def nested(depth: int) -> bytes:
+        return ("[" + (opening * (depth // levels) + "1" + closing * (depth // levels)) + "]").encode()
+
+    check_keys(nested(62))
+    for depth in (64, 66, 1_000, 100_000):
+        with pytest.raises(ValueError, match="nested deeper than 64 levels"):
+            check_keys(nested(depth))
+
+
+def test_many_brackets_side_by_side_or_in_strings_are_not_deep() -> None:
+    check_keys(b"[" + b"[[]]," * 1_000 + b"[]]")
+    check_keys(json.dumps(["[" * 200, '\\"' + "{" * 200]).encode())

@@ -1,0 +1,73 @@
+"""`outstation check` fails where `outstation run` would not start, in the same words, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from agent import config
+from agent.device.store.store import Store
+from tests.kit.system import RECORDINGS, outstation
+
+HOST = """
+[streams.watch]
+fields = [{{ name = "{field}" }}]
+source = {{ kind = "host", every = "1 s" }}
+"""
+REPLAY = """
+[streams.watch]
+fields = [{{ name = "{field}" }}]
+source = {{ kind = "replay", file = "{file}"{more} }}
+"""
+
+
+def device(folder: Path, stream: str) -> Path:
+    """Its config; a broker is not needed by what is asked here."""
+    assert outstation("init", str(folder), "--id", "pi-07").returncode == 0
+    file = folder / "outstation.toml"
+    file.write_text(
+        f'[device]\nid = "pi-07"\nfleet = "acme"\ndata_dir = "data"\n\n[collector]\ndelivery = "broker"\n{stream}'
+    )
+    return file
+
+
+def finding(file: Path) -> tuple[int, dict[str, str]]:
+    """The exit code of the check, and what it says of the stream."""
+    done = outstation("check", "-c", str(file), "--json")
+    [found] = [one for one in json.loads(done.stdout) if one["name"] == "stream watch"]
+    return done.returncode, found
+
+
+@pytest.mark.parametrize(
+    ("stream", "said"),
+    [
+        (HOST.format(field="memroy"), "the host has no 'memroy'; did you mean 'memory'?"),
+        (REPLAY.format(field="ax", file="nowhere.npz", more=""), "nowhere.npz: not readable as recordings"),
+        (REPLAY.format(field="heat", file=RECORDINGS, more=""), "has no heat; it has ax"),
+        (REPLAY.format(field="ax", file=RECORDINGS, more=", subject = 999"), "the recordings have no subject 999"),
+        (REPLAY.format(field="ax", file=RECORDINGS, more=", skip = 5"), "skip = 5: the recordings have no times"),
+    ],
+    ids=["host without the field", "no file", "no such field", "no such subject", "nothing to skip"],
+)
+def test_a_source_that_the_daemon_would_refuse_fails_the_check(tmp_path: Path, stream: str, said: str) -> None:
+    file = device(tmp_path, stream)
+    code, found = finding(file)
+    assert (code, found["state"]) == (1, "failed")
+    assert said in found["detail"]
+    refused = outstation("run", "-c", str(file))
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == f"outstation: {found['detail']}"
+
+
+def test_a_source_that_is_right_is_told_and_its_replay_does_not_begin(tmp_path: Path) -> None:
+    _, found = finding(device(tmp_path / "a", HOST.format(field="memory")))
+    assert (found["state"], found["detail"]) == ("ok", "memory of this machine")
+    file = device(tmp_path / "b", REPLAY.format(field="ax", file=RECORDINGS, more=""))
+    _, found = finding(file)
+    assert found["state"] == "ok"
+    assert found["detail"].startswith("a replay of the ")
+    store = Store(config.load(file).data_dir, read_only=True)
+    assert store.mark("replay:watch", "begin") == 0
+    store.close()

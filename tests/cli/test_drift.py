@@ -1,0 +1,152 @@
+"""`outstation drift` on a device: from its own store, beside whatever the collector has."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sqlite3
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent.bootstrap import tasks, wiring
+from agent.clock import Now
+from agent.device.pipeline import batch
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
+from tests.kit.system import outstation
+
+NOW = Now(1_795_000_000_000_000, 1000.0, "synced")
+CONFIG = """
+[streams.watch]
+fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { name = "wy" }, { name = "wz" }]
+[tasks.exercise]
+stream = "watch"
+bundle = "exercise"
+learn = 20
+"""
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+class Site:
+    """A device's folder, used by this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "device"
+        assert outstation("init", str(self.home), "--id", "pi-07").returncode == 0
+        self.config = self.home / "outstation.toml"
+        kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
+        self.config.write_text(kept + CONFIG, encoding="utf-8")
+        self.file, self.conf = wiring.load(str(self.config))
+        self.data = Path(self.conf.data_dir)
+
+    def ask(self, *arguments: str) -> tuple[int, Any]:
+        done = outstation("drift", "exercise", *arguments, "-c", str(self.config), "--json")
+        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+
+    def work(self, drift_windows: int, gain: float = 1.0) -> None:
+        """Readings for so many drift windows, noise, of which `ax` is multiplied."""
+        store = wiring.open_store(self.conf)
+        try:
+            first, n = store.last_row("watch"), drift_windows * 2000
+            rng = np.random.default_rng(first)
+            t = NOW.wall_us + 20_000 * np.arange(first, first + n, dtype=np.int64)
+            columns = [rng.normal(0, 0.2 * (gain if i == 0 else 1), n).astype("<f4") for i in range(6)]
+            with store.transaction() as tx:
+                tx.append("watch", Rows(t, tuple(columns)), "synced")
+            author = wiring.author(self.file, self.conf, store)
+            task = tasks.load_task(self.file, self.conf, store, "exercise")
+            while batch.run(task, store, author, NOW) is not None:
+                pass
+        finally:
+            store.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """One that learned what is normal, and whose first field then lost gain."""
+    made = Site(tmp_path_factory.mktemp("site"))
+    made.work(24)
+    made.work(8, gain=0.5)
+    return made
+
+
+def test_a_device_that_has_no_drift_window_yet_says_so(tmp_path: Path) -> None:
+    new = Site(tmp_path)
+    assert new.ask() == (2, f"outstation: {new.data}: no store here yet; start `outstation run`, or ingest something\n")
+    wiring.open_store(new.conf).close()
+    code, found = new.ask("--plot", str(tmp_path / "drift.svg"))
+    assert (code, found["windows"], found["subjects"], found["estimate"]) == (0, 0, [], None)
+    text = [element.text for element in ET.parse(tmp_path / "drift.svg").iter(f"{SVG}text")]
+    assert any(str(line).startswith("No drift window yet") for line in text)
+
+
+def test_it_tells_which_field_drifts_since_when_and_how_far_it_is_from_this_sites_reference(site: Site) -> None:
+    code, found = site.ask()
+    assert code == 0, found
+    assert (found["device"], found["task"], found["windows"], found["unreadable"]) == ("pi-07", "exercise", 32, 0)
+    told = {one["subject"]: one for one in found["subjects"]}
+    assert {"ax", "ay", "az", "wx", "wy", "wz"} <= set(told)
+    ax = told["ax"]
+    assert (ax["state"], ax["since"] is not None) == ("drift", True)
+    assert ax["cusum"]["spread"] > ax["cusum"]["limit"] > 0
+    assert ax["sizes"]["ks"] > 0.1
+    assert [alert["summary"].startswith("ax: spread fell") for alert in found["alerts"] if alert["alert"] == "drift"]
+
+
+def test_its_picture_shows_the_reference_the_alarm_line_and_the_alert(site: Site, tmp_path: Path) -> None:
+    code, found = site.ask("--plot", str(tmp_path / "drift.svg"), "--dark")
+    assert (code, found["plot"]) == (0, str(tmp_path / "drift.svg"))
+    root = ET.parse(tmp_path / "drift.svg").getroot()
+    classes = [element.get("class", "") for element in root.iter()]
+    text = [element.text for element in root.iter(f"{SVG}text")]
+    assert {"ax", "wz"} <= {str(line).split(" ")[0] for line in text}
+    assert "this site's reference" in text
+    assert classes.count("usual") == 6
+    assert classes.count("limit") >= 6
+    assert classes.count("raised") >= 1
+    assert {path.name for path in tmp_path.iterdir()} == {"drift.svg"}
+
+
+def test_messages_of_another_task_are_not_taken_for_its_own(site: Site) -> None:
+    store = Store(site.data, read_only=True, max_size=int(site.conf.buffer.max_size))
+    try:
+        kept = store.messages("drift", "exercise", 5)
+        assert [message.topic.split("/")[3:] for message in kept] == [["drift", "exercise"]] * 5
+        assert [message.seq for message in kept] == sorted(message.seq for message in kept)
+        assert store.messages("drift", "ercise", 5) == []
+    finally:
+        store.close()
+
+
+def test_a_message_that_was_damaged_on_the_disk_is_left_out_and_counted(site: Site, tmp_path: Path) -> None:
+    shutil.copytree(site.home, tmp_path / "device")
+    copy = tmp_path / "device" / "outstation.toml"
+    copy.write_text(
+        copy.read_text(encoding="utf-8").replace(str(site.home), str(tmp_path / "device")), encoding="utf-8"
+    )
+    [file] = (tmp_path / "device").rglob("*.db")
+    with contextlib.closing(sqlite3.connect(file)) as db, db:
+        db.execute(
+            "UPDATE outbox SET payload = replace(payload, '\"n\":2000', '\"n\":2001')"
+            " WHERE seq = (SELECT max(seq) FROM outbox WHERE topic LIKE '%/drift/exercise')"
+        )
+    done = outstation("drift", "exercise", "-c", str(copy), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["windows"], found["unreadable"]) == (31, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--plot", "drift.pdf"], "ends in .svg or .png"), (["--plot", "/nowhere/drift.svg"], "cannot be written")],
+)
+def test_a_file_that_cannot_be_drawn_is_refused_with_the_reason(site: Site, arguments: list[str], said: str) -> None:
+    code, told = site.ask(*arguments)
+    assert code == 2
+    assert said in told
+    assert told.count("\n") == 1

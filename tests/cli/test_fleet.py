@@ -1,0 +1,303 @@
+"""The fleet's commands as a person or a program uses them, the real process against a real broker where it matters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from agent.cli.fleet.group import fleet
+from agent.config import Broker
+from agent.errors import UsageError
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from agent.transport.mqtt import Link
+from agent.transport.packets import Receipt
+from tests.kit.brokers import Mosquitto
+from tests.kit.senders import Sender, Sent
+from tests.kit.stations import wait_for
+
+NOW = "2026-11-24T22:20:00.000000Z"
+COMMANDS = ["init", "enrol", "collect", "devices", "alerts", "gaps", "audit", "drift", "evidence", "watch"]
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(fleet, [str(arg) for arg in args])
+
+
+def document(*args: str | Path) -> Any:
+    """The one JSON document of a command that must succeed."""
+    result = run(*args, "--json")
+    assert result.exit_code in (0, 1), result.exception
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Mosquitto]:
+    with Mosquitto(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A fleet named acme without TLS."""
+    assert run("init", tmp_path / "acme", "--broker", "mqtt://127.0.0.1:1").exit_code == 0
+    return tmp_path / "acme"
+
+
+def collected(folder: Path, sender: Sender, *sent: Sent) -> None:
+    store = FleetStore(folder / "fleet.db")
+    store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
+    store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW)
+    store.close()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    text = run(command, "--help").stdout
+    assert f"Example: outstation fleet {command}" in text
+
+
+def test_from_init_to_an_empty_audit_every_report_is_one_json_document(folder: Path) -> None:
+    enrolled = document("enrol", "pi-07", "--dir", folder)
+    assert (enrolled["device"], enrolled["fleet"], enrolled["new"]) == ("pi-07", "acme", True)
+    assert document("devices", "--dir", folder) == [
+        {
+            "device": "pi-07",
+            "fleet": "acme",
+            "key": enrolled["key"],
+            "state": "enrolled",
+            "last_seen": None,
+            "through": 0,
+            "alerts": 0,
+            "clock": None,
+        }
+    ]
+    assert document("alerts", "--dir", folder) == []
+    assert document("gaps", "--dir", folder) == []
+    assert document("audit", "--dir", folder)["passed"]
+
+
+def test_what_was_collected_is_reported_for_programs_and_people(folder: Path) -> None:
+    sender = Sender()
+    log = [sender.results(), sender.quality(), sender.alert(summary="ax: \x1b[31mgain\u202e loss."), sender.state()]
+    collected(folder, sender, log[0], log[2], log[3])
+    [device] = document("devices", "--dir", folder)
+    assert (device["state"], device["through"], device["alerts"]) == ("online", 3, 1)
+    assert document("gaps", "--dir", folder) == [
+        {"device": "pi-07", "log": sender.log, "from": 2, "to": 2, "declared": False}
+    ]
+    [alert] = document("alerts", "--device", "pi-07", "--dir", folder)
+    assert (alert["task"], alert["alert"], alert["state"]) == ("exercise", "drift", "raised")
+    text = run("alerts", "--dir", folder).stdout
+    assert "ax: \\x1b[31mgain\\u202e loss." in text
+    assert "missing" in run("gaps", "--dir", folder).stdout
+
+
+def test_the_audit_exits_1_and_names_the_message_when_a_byte_was_altered(folder: Path) -> None:
+    sender = Sender()
+    collected(folder, sender, sender.results(), sender.results())
+    passed = run("audit", "--dir", folder)
+    assert (passed.exit_code, passed.stdout.splitlines()[-1]) == (0, "PASSED")
+    with contextlib.closing(sqlite3.connect(folder / "fleet.db")) as db, db:
+        db.execute("UPDATE messages SET payload = CAST(replace(payload, 'PEN', 'PEM') AS BLOB) WHERE seq = 2")
+    db.close()
+    failed = run("audit", "--dir", folder)
+    assert failed.exit_code == 1
+    assert f"pi-07 {sender.log} seq 2 does not verify: bad signature" in failed.stdout
+    report = document("audit", "--dir", folder, "--device", "pi-07")
+    assert [(entry["device"], entry["log"], entry["seq"]) for entry in report["invalid"]] == [("pi-07", sender.log, 2)]
+    assert report["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["init", "{folder}"], "never overwritten"),
+        (["init", "{folder}/x", "--name", "No Name"], "--name"),
+        (["init", "{folder}/x", "--broker", "http://broker"], "--broker"),
+        (["init", "{folder}/x", "--broker", "mqtt://broker"], "in the clear"),
+        (["enrol", "pi-07", "--key", "nonsense", "--dir", "{folder}"], "nonsense"),
+        (["enrol", "collector", "--dir", "{folder}"], "role"),
+        (["enrol", "pi-07", "--bundle-out", "{folder}/fleet.toml", "--dir", "{folder}"], "name a new file"),
+        (["audit", "--dir", "{folder}"], "no database here yet"),
+        (["collect", "--share", "a", "--dir", "{folder}"], "SQLite has one writer"),
+        (["devices", "--dir", "{folder}/none"], "fleet init"),
+    ],
+)
+def test_wrong_use_is_one_line_that_says_what_to_do(folder: Path, args: list[str], says: str) -> None:
+    result = run(*[arg.format(folder=folder) for arg in args])
+    assert isinstance(result.exception, UsageError)
+    assert says in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_an_unknown_device_is_wrong_use_with_a_suggestion(folder: Path) -> None:
+    run("enrol", "pi-07", "--dir", folder)
+    result = run("audit", "--device", "pi-70", "--dir", folder)
+    assert isinstance(result.exception, UsageError)
+    assert "did you mean 'pi-07'" in str(result.exception)
+
+
+# --- watch, as a process ---
+
+WATCH = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet()", "watch"]
+
+
+@pytest.fixture
+def watched(tmp_path: Path, broker: Mosquitto) -> Path:
+    """A fleet on the running broker."""
+    assert run("init", tmp_path / "acme", "--broker", broker.url).exit_code == 0
+    return tmp_path / "acme"
+
+
+def send(broker: Mosquitto, *sent: Sent) -> None:
+    """Publish retained, so that it does not matter who subscribes first."""
+    link = Link(Broker(url=broker.url), "sender")
+    tokens = {link.send(one.outgoing(retain=True)) for one in sent}
+    while tokens:
+        tokens -= {event.token for event in link.receive(1.0) if isinstance(event, Receipt)}
+    link.close()
+
+
+def test_watch_prints_each_message_with_the_verdict_and_no_escape_of_a_stranger(
+    watched: Path, broker: Mosquitto
+) -> None:
+    sender, stranger = Sender(), Sender("pi-09")
+    collected(watched, sender)
+    forged = Sent("outstation/acme/pi-09/health", b"\x1b]0;title\x07\xff\n[ok]", "", 0)
+    send(broker, sender.results(), sender.drift(), stranger.results(), forged)
+    lines = sorted(watching(watched, 4))
+    assert lines[0].startswith("outstation/acme/pi-07/drift/exercise {")
+    assert lines[0].endswith("}  [ok]")
+    assert lines[1].endswith("  [ok]")
+    assert "\\x1b]0;title\\x07\ufffd\\n[ok]" in lines[2]
+    assert lines[2].endswith("[refused: malformed signature: not a detached compact JWS]")
+    assert "[refused: unknown key" in lines[3]
+
+
+def watching(folder: Path, lines: int) -> list[str]:
+    """So many lines of `watch`, which is interrupted then, and must have said no more."""
+    with subprocess.Popen([*WATCH, "--dir", str(folder)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline() for _ in range(lines)]
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == ""
+    assert process.returncode == 0
+    return [line.rstrip("\n") for line in said]
+
+
+def test_watch_ends_after_its_seconds(watched: Path) -> None:
+    collected(watched, Sender())
+    done = subprocess.run([*WATCH, "--dir", watched, "--seconds", "0.1"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_watch_shows_a_table_on_a_terminal_and_ends_cleanly_on_interrupt(watched: Path, broker: Mosquitto) -> None:
+    sender = Sender()
+    collected(watched, sender)
+    send(broker, sender.results(), sender.drift("drift"), sender.state(), sender.alert(summary="ax: gain loss."))
+    parent, child = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "200", "LINES": "40", "TERM": "xterm"}
+    command = [*WATCH, "--dir", str(watched)]
+    seen = b""
+    words = ("pi-07", "online", "watch 300", "exercise drift", "1: ax: gain loss.")
+    with subprocess.Popen(command, stdout=child, stderr=child, stdin=child, env=environment) as process:
+        os.close(child)
+        given_up = threading.Timer(120, process.kill)
+        given_up.start()
+        while not all(word.encode() in seen for word in words):
+            seen += os.read(parent, 65536)
+        process.send_signal(signal.SIGINT)
+        seen += drained(parent)
+        given_up.cancel()
+    assert process.returncode == 0
+    text = seen.decode()
+    assert "Traceback" not in text
+
+
+def drained(terminal: int) -> bytes:
+    """What is still to be read, until the other side closes."""
+    data = b""
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:
+            part = b""
+        if not part:
+            os.close(terminal)
+            return data
+        data += part
+
+
+def test_watch_comes_back_when_the_broker_does(watched: Path, broker: Mosquitto) -> None:
+    sender = Sender()
+    collected(watched, sender)
+    broker.kill()
+    command = [*WATCH, "--raw", "--dir", str(watched)]
+    said = watched / "stderr"
+    with said.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    wait_for(lambda: "trying again" in said.read_text(), "the broker is missed")
+    broker.start()
+    send(broker, sender.results())
+    with process:
+        assert process.stdout is not None
+        assert "[ok]" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert "[ok]" not in process.stdout.read()
+    assert process.returncode == 0
+
+
+def test_watch_needs_no_private_key_of_the_collector(watched: Path, broker: Mosquitto) -> None:
+    sender = Sender()
+    collected(watched, sender)
+    (watched / "collector.key").unlink()
+    send(broker, sender.results())
+    assert watching(watched, 1)[0].endswith("  [ok]")
+
+
+# --- collect, as a process ---
+
+COLLECT = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet()", "collect"]
+
+
+def first_words(*args: str | Path) -> str:
+    """What `collect` says first; the broker is not there, which it says, too."""
+    command = [*COLLECT, *map(str, args)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "trying again" in line:
+                break
+        process.terminate()
+    assert process.returncode == 0
+    return said
+
+
+def test_collect_into_a_database_in_which_nobody_is_enrolled_says_so_at_its_start(folder: Path, tmp_path: Path) -> None:
+    collected(folder, Sender())
+    said = first_words("--dir", folder, "--db", tmp_path / "other.db")
+    assert f"{tmp_path / 'other.db'}: no device is enrolled in this database" in said
+    assert f"`enrol` uses {folder / 'fleet.db'}: collect without --db" in said
+    assert "no device is enrolled" not in first_words("--dir", folder)
+
+
+def test_collect_in_a_new_fleet_says_how_to_let_devices_in(folder: Path) -> None:
+    said = first_words("--dir", folder)
+    assert "no device is enrolled" in said
+    assert "let devices in: outstation fleet enrol DEVICE" in said

@@ -1,0 +1,402 @@
+"""`outstation ingest`: a file into a stream, through the running daemon or without one, every bad line named."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent import config
+from agent.cli import main
+from agent.cli.device.ingest import _Socket
+from agent.client import Client
+from agent.device.store.quota import PAGE
+from agent.device.store.rows import Raw, check
+from agent.device.store.store import Store
+from tests.kit.stations import ROOT, T0, Killable, Station, rows_of
+
+CONFIG = """\
+[device]
+id = "pi-07"
+fleet = "acme"
+data_dir = "data"
+
+[buffer]
+commit_every = "20 ms"
+max_size = "{max_size}"
+
+[streams.watch]
+fields = [{{ name = "ax", unit = "g", min = -16, max = 16 }}, {{ name = "ay", unit = "g", min = -16, max = 16 }}]
+
+[streams.machine]
+fields = [{{ name = "power", type = "f64", min = 0 }}, {{ name = "count", type = "i64" }},
+          {{ name = "mode", type = "category" }}, {{ name = "heat", optional = true }}]
+
+[streams.wide]
+fields = [{wide}]
+"""
+N = 10_000
+BAD = {2: "99,0", 17: "fast,0", 5_000: "1", 9_999: "", 10_001: "nan,0"}
+SAID = {
+    2: "ax = 99 g is above max 16",
+    17: "ax = 'fast' is no number",
+    5_000: "1 values, the header names 3",
+    9_999: "t = 1 runs backwards",
+    10_001: "ax = nan g is no finite number",
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    wide = ", ".join(f'{{ name = "f{i}", type = "f64" }}' for i in range(200))
+    (tmp_path / "outstation.toml").write_text(CONFIG.format(max_size="64 MiB", wide=wide))
+    (tmp_path / "data").mkdir()
+    return tmp_path
+
+
+@contextmanager
+def daemon(home: Path, **store: Any) -> Iterator[Station]:
+    with Station(config.load(home / "outstation.toml"), **store) as station:
+        yield station
+        assert station.failures == []
+
+
+@pytest.fixture(params=["with the daemon", "without a daemon"])
+def agent(request: pytest.FixtureRequest, home: Path) -> Iterator[Station | None]:
+    if request.param == "without a daemon":
+        yield None
+        return
+    with daemon(home) as station:
+        yield station
+
+
+@pytest.fixture
+def ingest(home: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`ingest("watch", file)` is the exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["ingest", *map(str, arguments), "-c", str(home / "outstation.toml")])
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return run
+
+
+def kept(home: Path, stream: str, agent: Station | None = None) -> Any:
+    """All rows of a stream, read beside the daemon."""
+    definition = config.load(home / "outstation.toml").streams[stream]
+    store = agent.store if agent else Store(home / "data", read_only=True)
+    try:
+        return rows_of(store, stream, definition)
+    finally:
+        if agent is None:
+            store.close()
+
+
+def csv_with_five_bad_lines(path: Path) -> Path:
+    lines = ["t,ax,ay", *(f"{T0 + n / 100:.2f},{n % 16},-1.5" for n in range(2, N + 2))]
+    for number, values in BAD.items():
+        time_of = "1" if number == 9_999 else f"{T0 + number / 100:.2f}"
+        lines[number - 1] = f"{time_of},{values or '1,1'}" if number != 5_000 else "1"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_of_ten_thousand_lines_with_five_bad_ones_the_good_are_taken_and_the_bad_are_named(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    file = csv_with_five_bad_lines(home / "in.csv")
+    code, out, err = ingest("watch", file, "--json")
+    assert code == 1
+    assert err == ""
+    document = json.loads(out)
+    assert document["accepted"] == 9_995
+    assert [one["line"] for one in document["rejected"]] == list(SAID)
+    for one in document["rejected"]:
+        assert SAID[one["line"]].removeprefix("t = 1 ") in one["reason"]
+    rows = kept(home, "watch", agent)
+    good = [n for n in range(2, N + 2) if n not in BAD]
+    assert rows.t.tolist() == [round((T0 + n / 100) * 100) * 10_000 for n in good]
+    assert rows.columns[0].tolist() == [n % 16 for n in good]
+    assert set(rows.columns[1].tolist()) == {-1.5}
+
+
+def test_for_a_person_there_is_a_sum_and_the_reason_for_each_bad_line(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, _ = ingest("watch", csv_with_five_bad_lines(home / "in.csv"))
+    assert code == 1
+    first, *others = out.splitlines()
+    assert first == "9995 rows accepted, 5 rejected"
+    assert others[0] == "  line 2: ax = 99 g is above max 16"
+    assert len(others) == 5
+
+
+def test_of_very_many_bad_lines_twenty_are_shown(home: Path, ingest: Callable[..., tuple[int, str, str]]) -> None:
+    (home / "in.csv").write_text("ax,ay\n" + "x,y\n" * 100)
+    code, out, _ = ingest("watch", home / "in.csv")
+    assert code == 1
+    assert out.splitlines()[0] == "0 rows accepted, 100 rejected"
+    assert out.splitlines()[-1] == "  … and 80 more; --json lists them all"
+    assert len(out.splitlines()) == 22
+
+
+def test_every_type_of_field_comes_through_whole(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    lines = [f"{0.1 * n!r},{2**53 + n},m{n % 3},{n if n % 2 else ''}" for n in range(3_000)]
+    (home / "in.csv").write_text("power,count,mode,heat\n" + "\n".join(lines))
+    assert ingest("machine", home / "in.csv")[0] == 0
+    rows = kept(home, "machine", agent)
+    assert rows.columns[0].tolist() == [0.1 * n for n in range(3_000)]
+    assert rows.columns[1].tolist() == [2**53 + n for n in range(3_000)]
+    assert rows.columns[2].tolist() == [1 + n % 3 for n in range(3_000)]
+    assert [v == v for v in rows.columns[3].tolist()] == [n % 2 == 1 for n in range(3_000)]
+
+
+def test_json_lines_and_parquet_are_taken_too(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (home / "in.jsonl").write_text(
+        '{"ax":1,"ay":2,"t":"2025-11-24T22:18:00Z"}\n\n{"ax":3}\n{"stream":"watch","ax":4,"ay":5}\n'
+    )
+    parquet.write_table(pyarrow.table({"ax": [6.0, 99.0], "ay": [7.0, 8.0]}), home / "in.parquet")
+    first = json.loads(ingest("watch", home / "in.jsonl", "--json")[1])
+    assert first == {"accepted": 2, "rejected": [{"line": 3, "reason": "ay is missing"}]}
+    second = json.loads(ingest("watch", home / "in.parquet", "--json")[1])
+    assert second == {"accepted": 1, "rejected": [{"line": 2, "reason": "ax = 99 g is above max 16"}]}
+    assert kept(home, "watch", agent).columns[0].tolist() == [1, 4, 6]
+
+
+def test_a_stream_of_very_many_fields_goes_through_the_daemon_too(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    names = ",".join(f"f{i}" for i in range(200))
+    value = ",".join([repr(-123456.78901234567)] * 200)
+    (home / "in.csv").write_text(names + "\n" + f"{value}\n" * 3_000)
+    code, out, err = ingest("wide", home / "in.csv")
+    assert (code, out, err) == (0, "3000 rows accepted, 0 rejected\n", "")
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C", "POSIX"])
+def test_stdin_is_read_as_utf8_in_any_locale(home: Path, locale: str) -> None:
+    environment = {**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "agent", "ingest", "machine", "-c", str(home / "outstation.toml"), "--json"]
+    lines = 'power,count,mode\r\n1,1,größe\r\n2,2,"two\nlines"\r\n3,3,'.encode() + b"\xff\r\n"
+    done = subprocess.run(command, input=lines, capture_output=True, cwd=ROOT, env=environment)
+    assert done.stderr == b""
+    assert done.returncode == 1
+    assert json.loads(done.stdout) == {
+        "accepted": 2,
+        "rejected": [{"line": 5, "reason": "mode = '\\udcff' is no category: text of 1-64 characters"}],
+    }
+    store = Store(home / "data", read_only=True)
+    assert store.categories("machine", "mode") == ["", "größe", "two\nlines"]
+    store.close()
+
+
+def test_json_lines_come_from_stdin_too(home: Path) -> None:
+    command = [sys.executable, "-m", "agent", "ingest", "watch", "-", "-c", str(home / "outstation.toml")]
+    done = subprocess.run(command, input=b'{"ax":1,"ay":2}\n', capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"1 rows accepted, 0 rejected\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("stream", "file", "content", "said"),
+    [
+        ("wacth", "in.csv", "ax,ay\n1,2\n", "streams: there is no stream 'wacth'; did you mean 'watch'?"),
+        ("watch", "none.csv", None, "none.csv: No such file or directory"),
+        ("watch", ".", None, ": Is a directory"),
+        ("watch", "in.csv", "", "in.csv: the file is empty; its first line must name the columns"),
+        ("watch", "in.csv", "ax,az\n1,2\n", "in.csv: column 'az' is not a field of this stream; did you mean 'ay'?"),
+        ("watch", "in.csv", "ax\n1\n", "in.csv: column 'ay' is missing; the first line must name the columns"),
+        ("watch", "in.xlsx", "", "in.xlsx: .xlsx is not read; use one of .csv, .jsonl, .ndjson, .parquet"),
+        ("watch", "in.parquet", "PAR1", "in.parquet: not readable as Parquet"),
+    ],
+)
+def test_what_cannot_be_taken_at_all_is_one_line_on_stderr_and_exit_code_2(
+    home: Path,
+    agent: Station | None,
+    ingest: Callable[..., tuple[int, str, str]],
+    stream: str,
+    file: str,
+    content: str | None,
+    said: str,
+) -> None:
+    if content is not None:
+        (home / file).write_text(content)
+    code, out, err = ingest(stream, home / file, "--json")
+    assert code == 2
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_file_with_its_header_only_is_no_error(
+    home: Path, agent: Station | None, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    (home / "in.csv").write_text("ax,ay\n")
+    assert ingest("watch", home / "in.csv") == (0, "0 rows accepted, 0 rejected\n", "")
+
+
+def test_ingest_beside_the_daemon_is_one_more_producer(home: Path, ingest: Callable[..., tuple[int, str, str]]) -> None:
+    (home / "in.csv").write_text("t,ax,ay\n" + "".join(f"{T0 + n},1,1\n" for n in range(5_000)))
+    with daemon(home) as station, Client(station.socket) as client:
+        ended = threading.Event()
+
+        def produce() -> None:
+            while not ended.is_set():
+                client.send("watch", ax=2, ay=2)
+                time.sleep(0.001)
+
+        producer = threading.Thread(target=produce)
+        producer.start()
+        assert ingest("watch", home / "in.csv")[0] == 0
+        ended.set()
+        producer.join()
+        client.flush()
+        ax = station.rows("watch").columns[0].tolist()
+        assert ax.count(1) == 5_000
+        assert ax.count(2) == client.through
+
+
+def test_rows_that_a_full_store_refuses_are_named_line_by_line(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    lines, accepted = 100_000, 0
+    (home / "in.csv").write_text("ax,ay\n" + "1,1\n" * lines)
+    text = (home / "outstation.toml").read_text().replace("64 MiB", "1 MiB")
+    (home / "outstation.toml").write_text(text)
+    for turn in ("without", "with"):
+        if turn == "with":
+            with daemon(home, max_size=256 * PAGE):
+                code, out, _ = ingest("watch", home / "in.csv", "--json")
+        else:
+            code, out, _ = ingest("watch", home / "in.csv", "--json")
+        document = json.loads(out)
+        assert code == 1
+        assert document["accepted"] + len(document["rejected"]) == lines
+        assert document["accepted"] > 0 or turn == "with"
+        assert "not stored" in document["rejected"][-1]["reason"]
+        named = {one["line"] for one in document["rejected"]}
+        assert len(named) == len(document["rejected"])
+        assert named <= set(range(2, lines + 2))
+        accepted += document["accepted"]
+    store = Store(home / "data", read_only=True)
+    assert store.last_row("watch") == accepted
+    store.close()
+
+
+class _Line(int):
+    """A line's number that knows how many of its kind there are."""
+
+    there = 0
+
+    def __init__(self, *_: object) -> None:
+        _Line.there += 1
+
+    def __del__(self) -> None:
+        _Line.there -= 1
+
+
+def test_of_a_long_file_only_lines_without_an_answer_are_kept_in_memory(home: Path) -> None:
+    stream, rows, blocks = config.load(home / "outstation.toml").streams["watch"], 4096, 150
+    with daemon(home) as station:
+        target = _Socket(Client(station.socket), "watch", stream)
+        for block in range(blocks):
+            t = T0 + np.arange(block * rows, (block + 1) * rows) / 100
+            raw = Raw(rows, t, {"ax": np.ones(rows), "ay": np.ones(rows)})
+            lines: list[int] = [_Line(2 + block * rows + i) for i in range(rows)]
+            target.put(check(raw, stream, round(T0 * 1e6), None), lines)
+        del lines
+        assert _Line.there < blocks * rows / 2
+        assert target.finish() == (blocks * rows, {})
+        assert _Line.there == 0
+        target.close()
+
+
+def test_a_daemon_that_is_killed_in_the_middle_is_named_with_the_line_that_is_safe(home: Path) -> None:
+    killable = Killable(home / "data", commit_every_s=0.05)
+    killable.start()
+    command = [sys.executable, "-m", "agent", "ingest", "watch", "-", "-c", str(home / "outstation.toml")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write(b"ax,ay\n" + b"1,1\n" * 30_000)
+        process.stdin.flush()
+        reader = Store(home / "data", read_only=True)
+        deadline = time.monotonic() + 60
+        while reader.last_row("watch") < 10_000 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        killable.kill()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(b"1,1\n" * 30_000)
+            process.stdin.close()
+        err = process.stderr.read().decode()
+        assert process.wait(60) == 1
+    assert err.startswith("outstation: the daemon went away (")
+    line = int(err.rpartition("all rows before line ")[2].split()[0])
+    assert 2 <= line <= reader.last_row("watch") + 2
+    reader.close()
+
+
+def test_a_socket_that_a_crash_left_behind_does_not_matter(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    with daemon(home) as station:
+        station.socket.rename(home / "kept")
+    (home / "kept").rename(home / "data" / "intake.sock")
+    (home / "in.csv").write_text("ax,ay\n1,2\n")
+    assert ingest("watch", home / "in.csv")[0] == 0
+
+
+def test_a_data_folder_that_cannot_be_written_is_one_line(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    (home / "in.csv").write_text("ax,ay\n1,2\n")
+    (home / "data").rmdir()
+    (home / "data").write_text("no folder")
+    code, _, err = ingest("watch", home / "in.csv")
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{home / 'data'}: " in err
+    assert "check [device] data_dir" in err
+
+
+def test_another_process_that_holds_the_store_without_listening_is_named(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    (home / "in.csv").write_text("ax,ay\n1,2\n")
+    store = Store(home / "data")
+    code, _, err = ingest("watch", home / "in.csv")
+    store.close()
+    assert code == 1
+    assert f"another outstation (process {os.getpid()}) uses this data folder" in err
+    assert "it takes nothing in now" in err
+    assert err.count("\n") == 1
+
+
+def test_rows_the_daemon_rejects_by_another_config_are_an_error_that_says_so(
+    home: Path, ingest: Callable[..., tuple[int, str, str]]
+) -> None:
+    (home / "in.csv").write_text("ax,ay\n1,1\n15,1\n")
+    text = (home / "outstation.toml").read_text()
+    (home / "outstation.toml").write_text(text.replace("max = 16", "max = 10"))
+    with daemon(home):
+        (home / "outstation.toml").write_text(text)
+        code, _, err = ingest("watch", home / "in.csv")
+    assert code == 1
+    assert "has the config changed since the daemon was started? 1 rows were accepted" in err

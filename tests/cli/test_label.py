@@ -1,0 +1,160 @@
+"""`outstation label` and `outstation fleet label`: files of what was true, with a daemon and without, end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from agent.cli import cli
+from agent.cli.device.label import read
+from agent.device.intake.sources import recordings
+from agent.errors import UsageError
+from agent.performance.labels import Label
+from tests.kit.system import FIELDS, RECORDINGS, Fleet, eventually, outstation
+
+WINDOW = 100
+T0 = 1_764_022_680.0
+STREAM = """
+[streams.watch]
+fields = [{fields}, {{ name = "side", type = "category" }}]
+[tasks.exercise]
+stream = "watch"
+bundle = "exercise"
+slices = ["side", {{ field = "ax", edges = [0.0, 0.5] }}]
+"""
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, [str(one) for one in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit | UsageError), result.exception
+    return result.exit_code, result.output
+
+
+def played(rows: int) -> tuple[Any, list[str]]:
+    """Recorded rows (rows, 6), one recording after the other, and the exercise of each."""
+    found = recordings.load(RECORDINGS)
+    parts = list(zip(found.starts[:-1], found.starts[1:], found.label, strict=True))
+    truth = np.concatenate([np.full(end - start, label) for start, end, label in parts])
+    return found.rows[:rows], [found.labels[label] for label in truth[:rows]]
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A device that has run over 8,000 recorded readings, two seconds a window; no daemon."""
+    home = tmp_path_factory.mktemp("device")
+    assert run("init", home, "--id", "pi-07")[0] == 0
+    config = home / "outstation.toml"
+    fields = ", ".join(f'{{ name = "{name}" }}' for name in FIELDS)
+    config.write_text(config.read_text(encoding="utf-8") + STREAM.format(fields=fields), encoding="utf-8")
+    values, _ = played(8_000)
+    lines = [",".join(["t", *FIELDS, "side"])]
+    for i, row in enumerate(values.tolist()):
+        lines.append(f"{T0 + i / 50},{','.join(map(str, row))},{'left' if i // 400 % 2 else 'right'}")
+    (home / "readings.csv").write_text("\n".join(lines) + "\n")
+    assert run("ingest", "watch", home / "readings.csv", "-c", config)[0] == 0
+    assert run("batch", "-c", config)[0] == 0
+    return home
+
+
+@pytest.fixture
+def home(used: Path, tmp_path: Path) -> Path:
+    shutil.copytree(used, tmp_path / "device")
+    return tmp_path / "device"
+
+
+def test_labels_in_a_file_become_the_accuracy_that_status_shows(home: Path) -> None:
+    _, truth = played(8_000)
+    rows = range(WINDOW, 8_001, WINDOW)
+    (home / "truth.csv").write_text("row,label\n" + "".join(f"{row},{truth[row - 1]}\n" for row in rows))
+    config = home / "outstation.toml"
+    code, said = run("label", "exercise", home / "truth.csv", "-c", config)
+    assert (code, said) == (0, "80 labels accepted, 0 rejected\n")
+    assert run("batch", "-c", config)[0] == 0
+    code, said = run("status", "--json", "-c", config)
+    quality = json.loads(said)["tasks"][0]["quality"]
+    found = {(one["metric"], one.get("slice", "")): one for one in quality["metrics"]}
+    assert found["accuracy", ""]["n"] == 80
+    assert found["accuracy", ""]["value"] > 0.5
+    assert {"side=left", "side=right", "ax=from 0.5"} <= {name for _, name in found}
+    assert quality["estimate"] is None or 0 < quality["estimate"]["accuracy"] <= 1
+    assert f"accuracy {found['accuracy', '']['value']:.3g} (" in run("status", "-c", config)[1]
+
+
+def test_each_label_that_cannot_be_joined_is_named_with_its_line(home: Path) -> None:
+    (home / "truth.jsonl").write_text(
+        '{"row": 100, "label": "PEN"}\n{"row": 101, "label": "PEN"}\n\n{"row": 200, "label": "JUMP"}\nnonsense\n'
+        '{"t": 1764022685.98, "label": "PEN", "source": "system"}\n{"row": 99999, "label": "PEN"}\n{"row": 1}\n'
+    )
+    code, said = run("label", "exercise", home / "truth.jsonl", "--json", "-c", home / "outstation.toml")
+    document = json.loads(said)
+    assert (code, document["accepted"]) == (1, 2)
+    reasons = {one["line"]: one["reason"] for one in document["rejected"]}
+    assert reasons[2] == "row 101 has no result of its own; a window's is at its last row"
+    assert reasons[4].startswith("'JUMP' is no label of this model; it knows ")
+    assert reasons[5].startswith("not one JSON object")
+    assert reasons[7] == "row 99999 is not here yet; the stream has 8000"
+    assert reasons[8].startswith("label 'None' must be")
+    assert set(reasons) == {2, 4, 5, 7, 8}
+
+
+def test_a_task_that_does_not_exist_is_named(home: Path) -> None:
+    found = outstation("label", "exercize", "-", "-c", str(home / "outstation.toml"), input="row,label\n1,PEN\n")
+    assert found.returncode == 2
+    assert "there is no task 'exercize'; did you mean 'exercise'?" in found.stderr
+
+
+@pytest.mark.parametrize("head", ["row", "label", "row,label,colour", "row,label,label", ""])
+def test_a_file_without_the_right_columns_is_refused_as_a_whole(tmp_path: Path, head: str) -> None:
+    (tmp_path / "truth.csv").write_text(f"{head}\n1,a\n")
+    with pytest.raises(UsageError, match=r"truth\.csv: "):
+        list(read(str(tmp_path / "truth.csv")))
+
+
+def test_times_may_be_seconds_or_rfc_3339(tmp_path: Path) -> None:
+    (tmp_path / "truth.csv").write_text("t,label,source\n1764022680.5,a,\n2025-11-24T22:18:00.5Z,b,model\nnoon,c,\n")
+    found = list(read(str(tmp_path / "truth.csv")))
+    assert found[:2] == [
+        (2, Label(None, 1_764_022_680_500_000, "a", "human")),
+        (3, Label(None, 1_764_022_680_500_000, "b", "model")),
+    ]
+    assert isinstance(found[2][1], str)
+
+
+def test_labels_go_through_the_daemon_to_the_collector_and_there_too(tmp_path: Path) -> None:
+    with Fleet(tmp_path) as fleet:
+        fleet.broker.start()
+        fleet.collector.start()
+        device = fleet.device("pi-01").replay(8_000, 150.0).task("exercise").up()
+        eventually("results", lambda: fleet.covered("pi-01") >= 6_500)
+        rows = fleet.ask("SELECT row, label FROM results WHERE device = 'pi-01' ORDER BY row")
+        (tmp_path / "truth.csv").write_text("row,label\n" + "".join(f"{row},{label}\n" for row, label in rows[:60]))
+        config = str(device.config)
+        found = outstation("label", "exercise", str(tmp_path / "truth.csv"), "-c", config, "--json")
+        assert json.loads(found.stdout) == {"accepted": 60, "rejected": []}
+        metric = "SELECT value, n, source FROM metrics WHERE metric = 'accuracy' AND slice = ''"
+        eventually("the quality message", lambda: fleet.ask(metric))
+        assert fleet.ask(metric) == [(1.0, 60, "device")]
+        (tmp_path / "more.csv").write_text("row,label\n" + "".join(f"{row},PEN\n" for row, _ in rows[:60]))
+        home = str(fleet.home)
+        found = outstation("fleet", "label", "pi-01", "exercise", str(tmp_path / "more.csv"), "--dir", home, "--json")
+        assert found.returncode == 0, found.stderr
+        document = json.loads(found.stdout)
+        accuracy = next(one for one in document["metrics"] if one["metric"] == "accuracy")
+        assert accuracy["value"] == pytest.approx(sum(label == "PEN" for _, label in rows[:60]) / 60, abs=1e-5)
+        assert fleet.ask(f"{metric} AND source = 'collector'")[0][1:] == (60, "collector")
+        sent = [f"{row},{label}" for row, label in rows[60:65]] + ["3,PEN", "1000000,PEN", "100,XYZ"]
+        (tmp_path / "sent.csv").write_text("row,label\n" + "\n".join(sent) + "\n")
+        for _ in range(2):
+            file = str(tmp_path / "sent.csv")
+            found = outstation("fleet", "label", "pi-01", "exercise", file, "--send", "--dir", home, "--json")
+            assert found.returncode == 1, found.stderr
+            document = json.loads(found.stdout)
+            assert (document["accepted"], [one["line"] for one in document["rejected"]]) == (5, [7, 8, 9])
+        assert device.stop() == 0
+        eventually("all is collected", lambda: fleet.audit()[0] == 0)

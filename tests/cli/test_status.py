@@ -1,0 +1,139 @@
+"""`outstation status` says of each task what is open, what its reference is worth, and what labels say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from agent.bootstrap import wiring
+from agent.cli import cli
+from agent.device.intake import labels
+from agent.device.pipeline import label_metrics
+from agent.device.recovery.salvage import DATABASE
+from agent.device.store.store import Store
+from agent.errors import StorageDamaged, StorageError, UsageError
+from agent.performance.labels import Label
+from tests.device.pipeline.test_relearn import NOW, Site, work
+from tests.kit.system import outstation
+
+
+def alert(store: Store, site: Site, kind: str, subject: str, state: str, summary: str) -> None:
+    author = wiring.author(site.file, site.conf, store)
+    body: dict[str, Any] = {
+        "alert": kind,
+        "subject": subject,
+        "state": state,
+        "severity": "warning",
+        "summary": summary,
+        "id": f"exercise/{subject}/{kind}/1",
+        "evidence": {},
+    }
+    with store.transaction() as tx:
+        author.write(tx, "alerts", "exercise", body, NOW)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """One that is learning, with labels, an open drift and fault, and many other alerts since."""
+    made = Site(tmp_path_factory.mktemp("status"))
+    store = made.open()
+    try:
+        task = work(made, store, 3)
+        alert(store, made, "drift", "ax", "raised", "ax: spread fell to 0.6 of the reference.")
+        alert(store, made, "fault", "wz", "raised", "wz: repeats one value.")
+        alert(store, made, "drift", "ay", "raised", "ay: rose.")
+        alert(store, made, "drift", "ay", "cleared", "ay: close to this site's reference.")
+        for i in range(1100):
+            alert(store, made, "storage", f"watch{i}", "raised", "rows cannot be read back.")
+        with store.transaction() as tx:
+            for row in range(100, 6100, 100):
+                asked = label_metrics.asked([task])["exercise"]
+                assert labels.take(tx, "exercise", asked, Label(row, None, "PEN"), NOW) is None
+        label_metrics.turn(task, store, wiring.author(made.file, made.conf, store), NOW, 86_400.0)
+    finally:
+        store.close()
+    return made
+
+
+def test_what_is_open_stays_in_sight_whatever_came_after_it(site: Site) -> None:
+    done = outstation("status", "-c", str(site.config), "--json")
+    document = json.loads(done.stdout)
+    [task] = document["tasks"]
+    told = [(one["alert"], one["subject"], one["summary"]) for one in task["open"] if one["alert"] != "quality"]
+    assert told == [
+        ("drift", "ax", "ax: spread fell to 0.6 of the reference."),
+        ("fault", "wz", "wz: repeats one value."),
+    ]
+    assert {one["alert"] for one in document["alerts"]} <= {"storage", "quality"}
+    assert task["reference"] == {
+        "site": None,
+        "learning": {"windows": 3, "of": 20, "for_s": 0.0},
+        "warning": None,
+    }
+    assert {"accuracy", "ece"} <= {one["metric"] for one in task["quality"]["metrics"]}
+
+
+def test_people_read_the_same(site: Site) -> None:
+    said = outstation("status", "-c", str(site.config)).stdout
+    for line in (
+        "open drift  ax: spread fell to 0.6 of the reference.",
+        "open fault  wz: repeats one value.",
+        "learning its reference: 3 of 20 drift windows",
+        "by labels of 60 results (",
+    ):
+        assert line in said, said
+    assert "open drift  ay" not in said
+    assert " to " in said.split("accuracy ")[1].split(",")[0]
+
+
+def test_a_reference_learned_from_few_windows_is_warned_of(site: Site) -> None:
+    store = site.open()
+    try:
+        work(site, store, 19)
+    finally:
+        store.close()
+    said = outstation("status", "-c", str(site.config)).stdout
+    assert "reference: warning: only 20 drift windows" in said
+    assert "learning its reference" not in said
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A device without a store."""
+    return Site(tmp_path_factory.mktemp("new"))
+
+
+@pytest.mark.parametrize("command", ["status", "cost", "drift exercise", "reference show exercise"])
+def test_a_store_that_is_damaged_or_cannot_be_opened_is_not_called_missing(new: Site, command: str) -> None:
+    database = new.conf.data_dir / DATABASE
+
+    def told() -> BaseException | None:
+        return CliRunner().invoke(cli, [*command.split(), "-c", str(new.config)]).exception
+
+    missing = f"{new.conf.data_dir}: no store here yet; start `outstation run`, or ingest something"
+    assert isinstance(told(), UsageError)
+    assert str(told()) == missing
+    new.conf.data_dir.mkdir(exist_ok=True)
+    database.write_bytes(b"x" * 8192)
+    assert isinstance(told(), StorageDamaged)
+    assert str(told()).startswith(f"{database}: file is not a database; ")
+    database.unlink()
+    database.mkdir()
+    assert isinstance(told(), StorageError)
+    assert str(told()).startswith(f"{database}: SQLITE_IOERR")
+    database.rmdir()
+
+
+def test_a_store_that_another_process_has_locked_is_not_called_missing(new: Site) -> None:
+    new.open().close()
+    with contextlib.closing(sqlite3.connect(new.conf.data_dir / DATABASE, isolation_level=None)) as holder:
+        holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+        holder.execute("BEGIN EXCLUSIVE")
+        done = outstation("status", "-c", str(new.config))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"outstation: {new.conf.data_dir / DATABASE}: locked by another process\n"

@@ -1,0 +1,286 @@
+"""A bundle that ended the agent twice in a row is set aside; a healthy one that was killed is not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import clock
+from agent.bootstrap import tasks, wiring
+from agent.device.bundles import crash_marker, history, overrides
+from agent.device.bundles.crash_marker import Mark, Marker
+from agent.model.inference import runtime
+from tests.kit.exchanges import Device, versions
+from tests.kit.operators import NOW
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return versions(tmp_path_factory.mktemp("bundles"), "1", "2", "3")
+
+
+@pytest.fixture
+def device(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
+    made = Device(tmp_path, bundles)
+    yield made
+    made.store.close()
+
+
+def dies(device: Device, digest: str, task: str = "sort") -> None:
+    """The agent ends while that bundle is loaded or run: its mark stays."""
+    device.store.close()
+    mark = Mark(task, digest, clock.boot_id(), str(next(NUMBERS)))
+    (device.conf.data_dir / crash_marker.FILE).write_bytes(crash_marker._frame(mark))
+
+
+def dies_and_starts(device: Device, digest: str) -> None:
+    dies(device, digest)
+    device.start()
+
+
+def audits(device: Device, event: str) -> list[dict[str, Any]]:
+    return [body for body in device.messages() if body.get("event") == event]
+
+
+def alerts(device: Device) -> list[tuple[str, str, str]]:
+    """(id, state, severity) of all model alerts."""
+    found = [body for body in device.messages() if body.get("alert") == "model"]
+    return [(body["id"], body["state"], body["severity"]) for body in found]
+
+
+def set_aside(device: Device) -> set[str]:
+    return set(overrides.set_aside(device.store, "sort"))
+
+
+def test_one_death_sets_nothing_aside(device: Device) -> None:
+    device.crash("2")
+    dies_and_starts(device, device.digest("2"))
+    assert device.runs() == device.results_by() == "2"
+    assert (set_aside(device), alerts(device)) == (set(), [])
+
+
+def test_after_a_second_death_in_a_row_the_one_before_resumes_and_it_is_said_with_the_numbers(device: Device) -> None:
+    device.crash("2")
+    bad = device.digest("2")
+    dies_and_starts(device, bad)
+    dies_and_starts(device, bad)
+    assert device.runs() == device.results_by() == "1"
+    assert set_aside(device) == {bad}
+    assert device.activations()[-1] == ("2", "1", "quarantine")
+    [audit] = audits(device, "quarantined")
+    assert audit["evidence"] == {"task": "sort", "digest": bad, "crashes": 2, "to": device.digest("1")}
+    [alert] = [body for body in device.messages() if body.get("alert") == "model"]
+    assert (alert["state"], alert["severity"], alert["id"]) == ("raised", "critical", "sort/quarantine")
+    assert alert["summary"] == audit["summary"]
+    assert "sort: tiny 2 (sha256:" in alert["summary"]
+    assert "ended the agent 2 times in a row while it ran" in alert["summary"]
+    assert alert["summary"].endswith("tiny 1 runs instead.")
+
+
+def test_it_stays_aside_over_restarts_and_status_says_so(device: Device) -> None:
+    device.crash("2")
+    bad = device.digest("2")
+    dies_and_starts(device, bad)
+    dies_and_starts(device, bad)
+    device.crash()
+    device.crash()
+    assert device.runs() == "1"
+    assert len(audits(device, "quarantined")) == 1
+    [task] = device.obey("report")[2]["tasks"]
+    assert (task["set_aside"], task["rolled_back_to"]) == ([bad], device.digest("1"))
+
+
+def test_a_healthy_model_that_is_killed_while_it_runs_is_not_set_aside_however_often(device: Device) -> None:
+    device.crash("2")
+    for _ in range(4):
+        dies_and_starts(device, device.digest("2"))
+        assert device.results_by() == "2"
+    assert (set_aside(device), alerts(device)) == (set(), [])
+
+
+def test_a_batch_of_another_bundle_does_not_prove_the_one_that_ended_the_agent(device: Device) -> None:
+    device.crash("2")
+    bad = device.digest("2")
+    dies(device, bad)
+    device.configure("1")
+    device.start()
+    assert device.results_by() == "1"
+    device.store.close()
+    device.configure("2")
+    dies_and_starts(device, bad)
+    assert device.runs() == "1"
+    assert set_aside(device) == {bad}
+
+
+def test_deaths_of_two_bundles_are_not_added_up(device: Device) -> None:
+    dies_and_starts(device, device.digest("1"))
+    dies(device, device.digest("2"))
+    device.configure("2")
+    device.start()
+    assert device.runs() == "2"
+    assert set_aside(device) == set()
+
+
+def test_a_mark_is_counted_once_though_the_start_that_found_it_died_too(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    device.crash("2")
+    dies(device, device.digest("2"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Marker, "clear", die)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                device.start()
+            device.store.close()
+    device.start()
+    assert device.runs() == "2"
+    assert set_aside(device) == set()
+
+
+def test_without_a_bundle_to_go_back_to_the_task_stops_and_its_readings_wait(device: Device) -> None:
+    bad = device.digest("1")
+    dies_and_starts(device, bad)
+    dies_and_starts(device, bad)
+    assert device.runs() is None
+    device.daemon._reports.bundles(device.daemon._broken)
+    [alert] = [body for body in device.messages() if body.get("alert") == "model"]
+    assert (alert["state"], alert["severity"]) == ("raised", "critical")
+    assert "tiny 1 (sha256:" in alert["summary"]
+    assert "ended the agent 2 times in a row while it ran" in alert["summary"]
+    assert "its readings are kept" in alert["summary"]
+    assert audits(device, "quarantined")[0]["evidence"]["to"] is None
+    device.add_rows(40)
+    device.daemon.turn(NOW)
+    assert (device.store.first_row("cells"), device.store.cursor("sort")) == (1, None)
+
+
+def test_an_operator_runs_it_all_the_same_with_a_rollback_and_then_it_may_die_twice_more(device: Device) -> None:
+    bad = device.digest("1")
+    dies_and_starts(device, bad)
+    dies_and_starts(device, bad)
+    ok, summary, _ = device.obey("rollback", task="sort")
+    assert ok, summary
+    assert device.runs() == device.results_by() == "1"
+    assert set_aside(device) == set()
+    dies_and_starts(device, bad)
+    assert device.runs() == "1"
+    dies_and_starts(device, bad)
+    assert device.runs() is None
+
+
+def test_a_rollback_from_the_one_that_resumed_clears_the_alert(device: Device) -> None:
+    device.crash("2")
+    bad = device.digest("2")
+    dies_and_starts(device, bad)
+    dies_and_starts(device, bad)
+    ok, summary, data = device.obey("rollback", task="sort")
+    assert ok, summary
+    assert data["to"] == bad
+    assert device.runs() == "2"
+    assert alerts(device)[-1] == ("sort/quarantine", "cleared", "info")
+    device.crash()
+    assert device.runs() == "2"
+
+
+def test_another_configured_bundle_ends_it_and_the_old_one_may_then_be_configured_anew(device: Device) -> None:
+    device.crash("2")
+    bad = device.digest("2")
+    dies_and_starts(device, bad)
+    dies_and_starts(device, bad)
+    device.crash("3")
+    assert device.runs() == "3"
+    assert alerts(device)[-1] == ("sort/quarantine", "cleared", "info")
+    device.crash("2")
+    assert device.runs() == "2"
+
+
+def test_where_the_one_that_resumed_dies_twice_as_well_the_task_stops(device: Device) -> None:
+    device.crash("2")
+    for text in ("2", "2", "1", "1"):
+        dies_and_starts(device, device.digest(text))
+    assert device.runs() is None
+    assert set_aside(device) == {device.digest("1"), device.digest("2")}
+
+
+def test_a_bundle_an_operator_went_back_to_that_dies_gives_way_to_the_configured_one(device: Device) -> None:
+    device.crash("2")
+    device.obey("rollback", task="sort")
+    for _ in range(2):
+        dies_and_starts(device, device.digest("1"))
+    assert device.runs() == device.results_by() == "2"
+    device.crash()
+    assert (device.runs(), set_aside(device)) == ("2", {device.digest("1")})
+
+
+def test_a_new_bundle_that_dies_while_it_is_loaded_never_counts_as_activated(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dies(device, device.digest("2"))
+    device.configure("2")
+    with monkeypatch.context() as patched:
+
+        def die(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(runtime, "Model", die)
+        with pytest.raises(KeyboardInterrupt):
+            device.start()
+    dies_and_starts(device, device.digest("2"))
+    assert device.runs() == "1"
+    assert device.activations() == [(None, "1", "configured")]
+
+
+def test_without_the_copy_of_the_one_before_the_task_stops(device: Device) -> None:
+    device.crash("2")
+    bad = device.digest("2")
+    dies_and_starts(device, bad)
+    dies(device, bad)
+    copy = history.folder(device.conf.data_dir, device.digest("1"))
+    copy.rename(copy.with_name("gone"))
+    device.start()
+    assert device.runs() is None
+
+
+def test_a_mark_of_a_task_that_is_no_longer_configured_is_cleared(device: Device) -> None:
+    dies(device, device.digest("1"), task="removed")
+    device.start()
+    assert Marker(device.conf.data_dir).left is None
+    assert device.runs() == "1"
+
+
+def test_the_model_runs_and_is_loaded_within_the_mark(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    run = runtime.Model._run
+
+    def looking(self: runtime.Model, part: Any) -> Any:
+        left = Marker(device.conf.data_dir).left
+        seen.append(left.digest if left else "")
+        return run(self, part)
+
+    monkeypatch.setattr(runtime.Model, "_run", looking)
+    device.crash()
+    loaded = len(seen)
+    device.results_by()
+    assert 0 < loaded < len(seen)
+    assert set(seen) == {device.digest("1")}
+    assert Marker(device.conf.data_dir).left is None
+
+
+def test_a_batch_by_hand_counts_the_death_of_the_one_before(device: Device) -> None:
+    device.crash("2")
+    dies(device, device.digest("2"))
+    device.store = wiring.open_store(device.conf)
+    tasks.guard(device.conf, device.store, wiring.author(device.file, device.conf, device.store))
+    crashes = device.store.state("sort", overrides.CRASHES)
+    assert crashes is not None
+    assert json.loads(crashes)["count"] == 1

@@ -1,0 +1,370 @@
+"""Commands on the device: obeyed once, refused with a reason, and never a way to wear the device out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agent import clock
+from agent.clock import Now
+from agent.device.commands.executor import Deed
+from agent.device.commands.receiver import Commands
+from agent.device.machine.timekeeping import FLOOR
+from agent.device.store.message_log import Author
+from agent.device.store.store import Store
+from agent.device.store.transaction import Transaction
+from agent.device.uplink.refusals import COMMANDS, QUIET_S, Refusals
+from agent.errors import Refused, StorageFull
+from agent.transport.packets import Delivery, Outgoing
+from agent.wire import jws
+from agent.wire.commands import MAX_COMMAND_BYTES, NEED_TIME
+from tests.kit.operators import DEVICE, FLEET, MINUTE_US, NOW, TOPIC, Desk, Operator
+from tests.kit.senders import new_key
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path)
+    yield made
+    made.store.close()
+
+
+def later(now: Now, seconds: float) -> Now:
+    return Now(now.wall_us + round(seconds * 1e6), now.boot_s + seconds, now.quality)
+
+
+def test_a_signed_command_is_obeyed_answered_and_written_to_the_log(desk: Desk) -> None:
+    [answer] = desk.obey(desk.operator.command("run", args={"task": "exercise"}))
+    assert desk.done == [("run", {"task": "exercise"})]
+    assert (answer.id, answer.name, answer.ok, answer.correlation) == ("id-1", "run", True, b"corr")
+    kid = desk.operator.key.public.kid
+    evidence = {"id": "id-1", "name": "run", "args": {"task": "exercise"}, "counter": 1, "kid": kid, "outcome": "done"}
+    assert desk.audit() == [evidence]
+
+
+def test_a_retained_command_is_refused_whoever_signed_it(desk: Desk) -> None:
+    assert desk.refused(desk.operator.command(retained=True)) == "retained"
+
+
+def test_a_command_for_another_device_is_refused_on_its_topic_and_on_ours(desk: Desk) -> None:
+    other = TOPIC.replace(DEVICE, "pi-08")
+    theirs = desk.operator.command(topic=other)
+    assert desk.refused(theirs) == "other topic"
+    moved = Delivery(TOPIC, theirs.payload, theirs.tokens, False, 1, 1)
+    assert desk.refused(moved) == "other topic"
+    signed_here = desk.operator.command(device="pi-08")
+    assert desk.refused(signed_here) == "other device"
+
+
+def test_a_command_by_a_stranger_or_by_the_collector_is_refused(desk: Desk) -> None:
+    assert desk.refused(Operator(key=new_key(5)).command()) == "unknown key"
+
+
+def test_an_unsigned_and_an_altered_command_are_refused(desk: Desk) -> None:
+    genuine = desk.operator.command("run", args={"task": "a"})
+    assert desk.refused(Delivery(TOPIC, genuine.payload, (), False, 1, 1)) == "unsigned"
+    altered = genuine.payload.replace(b'"a"', b'"b"')
+    assert desk.refused(Delivery(TOPIC, altered, genuine.tokens, False, 1, 1)) == "bad signature"
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (b'"name":"run","name":"report"', "duplicate key"),
+        (b'"name":"report","unless":"raining"', "malformed payload"),
+        (b'"name":"report","args":{"task":["a"]}', "malformed payload"),
+    ],
+)
+def test_a_signed_command_that_two_readers_could_read_differently_is_refused(
+    desk: Desk, payload: bytes, reason: str
+) -> None:
+    plain = desk.operator.command("report").payload.replace(b',"args":{}', b"")
+    changed = plain.replace(b'"name":"report"', payload)
+    token = jws.sign(desk.operator.key, TOPIC, changed)
+    assert desk.refused(Delivery(TOPIC, changed, (token,), False, 1, 1)) == reason
+
+
+def test_ten_megabytes_are_refused_before_anything_is_verified(desk: Desk) -> None:
+    assert desk.refused(Delivery(TOPIC, b"x" * 10_000_000, ("a..b",), False, 1, 1)) == "too large"
+    assert desk.refused(desk.operator.command(args={"x": "y" * MAX_COMMAND_BYTES})) == "too large"
+
+
+def test_the_same_command_again_is_refused_and_so_is_an_older_one(desk: Desk) -> None:
+    first, second = desk.operator.command("run", args={"task": "a"}), desk.operator.command()
+    desk.obey(second)
+    assert desk.refused(second) == "replayed"
+    assert desk.refused(first) == "replayed"
+    assert [name for name, _ in desk.done] == ["report"]
+
+
+def test_a_replay_after_a_restart_is_refused(desk: Desk) -> None:
+    command = desk.operator.command()
+    desk.obey(command)
+    desk.crash()
+    assert desk.refused(command) == "replayed"
+
+
+def test_after_a_database_was_restored_only_what_has_not_expired_can_be_replayed(desk: Desk) -> None:
+    command = desk.operator.command("rollback", args={"task": "a"})
+    desk.store.close()
+    backup = {path: path.read_bytes() for path in desk.folder.iterdir() if path.is_file()}
+    desk.open()
+    desk.obey(command)
+    desk.store.close()
+    for path in desk.folder.iterdir():
+        if path.is_file():
+            path.unlink()
+    for path, data in backup.items():
+        path.write_bytes(data)
+    desk.open()
+    [answer] = desk.obey(command, now=later(NOW, 11 * 60))
+    assert (answer.ok, len(desk.done)) == (False, 1)
+    assert "expired" in answer.summary
+
+
+def test_each_key_counts_for_itself(tmp_path: Path) -> None:
+    one, two = Operator(), Operator(key=new_key(78))
+    store = Store(tmp_path)
+    author = Author(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
+    commands = Commands(store, author, [one.key.public, two.key.public])
+    commands.take(one.command(counter=500))
+    commands.take(two.command(counter=3))
+    with pytest.raises(Refused, match="replayed"):
+        commands.take(two.command(counter=3))
+    store.close()
+
+
+def test_an_id_that_was_used_with_another_counter_is_not_obeyed_again(desk: Desk) -> None:
+    desk.obey(desk.operator.command(id="same"))
+    answers = desk.obey(desk.operator.command(id="same"))
+    assert (len(desk.done), len(answers)) == (1, 1)
+
+
+def test_an_expired_command_is_refused_answered_and_uses_its_counter_up(desk: Desk) -> None:
+    command = desk.operator.command()
+    [answer] = desk.obey(command, now=later(NOW, 10 * 60))
+    assert (answer.ok, desk.done) == (False, [])
+    assert "expired" in answer.summary
+    assert desk.audit()[0]["outcome"] == "refused"
+    assert desk.refused(command) == "replayed"
+
+
+def test_a_command_that_would_be_valid_for_a_week_is_refused(desk: Desk) -> None:
+    [answer] = desk.obey(desk.operator.command(expires=clock.rfc3339(NOW.wall_us + 7 * 1440 * MINUTE_US)))
+    assert "more than 24 h" in answer.summary
+
+
+def test_a_month_that_is_none_is_refused_like_any_wrong_time(desk: Desk) -> None:
+    [answer] = desk.obey(desk.operator.command(expires="2026-13-01T00:00:00Z"))
+    assert answer.ok is False
+    assert desk.done == []
+
+
+def test_under_an_unsynced_clock_expiry_is_judged_by_the_time_floor(desk: Desk) -> None:
+    with desk.store.transaction() as tx:
+        tx.set_meta(FLOOR, str(NOW.wall_us))
+    lost = Now(0, 10.0, "unsynced")
+    old = Operator(now_us=NOW.wall_us - 20 * MINUTE_US)
+    answers = desk.obey(old.command(), Operator().command(counter=50, id="new"), now=lost)
+    assert [answer.ok for answer in answers] == [False, True]
+
+
+@pytest.mark.parametrize("name", sorted(NEED_TIME))
+def test_under_an_unsynced_clock_nothing_is_destroyed(desk: Desk, name: str) -> None:
+    args = {"task": "a"} if name == "rollback" else {}
+    [answer] = desk.obey(desk.operator.command(name, args=args), now=Now(0, 10.0, "unsynced"))
+    assert (answer.ok, desk.done) == (False, [])
+    assert "unsynced" in answer.summary
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "why"),
+    [
+        ("dance", {}, "there is no command"),
+        ("run", {}, "needs task"),
+        ("report", {"loud": "yes"}, "takes no loud"),
+    ],
+)
+def test_a_command_that_is_none_is_answered_with_the_reason(
+    desk: Desk, name: str, args: dict[str, str], why: str
+) -> None:
+    [answer] = desk.obey(desk.operator.command(name, args=args))
+    assert why in answer.summary
+
+
+def test_a_crash_between_claim_and_effect_repeats_nothing_and_is_told(tmp_path: Path) -> None:
+    class Crash(Exception):
+        pass
+
+    def die(args: Mapping[str, str], now: Now) -> Deed:
+        raise Crash
+
+    desk = Desk(tmp_path, actions={"rotate-key": die})
+    command = desk.operator.command("rotate-key")
+    with pytest.raises(Crash):
+        desk.obey(command)
+    desk.crash()
+    assert desk.refused(command) == "replayed"
+    desk.control.recover(NOW)
+    desk.control.recover(NOW)
+    [answer] = desk.answers()
+    assert (answer.id, answer.ok) == ("id-1", False)
+    assert "stopped while" in answer.summary
+    assert [entry["outcome"] for entry in desk.audit()] == ["interrupted"]
+    desk.store.close()
+
+
+def test_a_crash_within_the_commit_of_the_effect_undoes_effect_answer_and_log_together(tmp_path: Path) -> None:
+    class Crash(Exception):
+        pass
+
+    def write(tx: Transaction) -> None:
+        tx.set_meta("effect", "half")
+        raise Crash
+
+    desk = Desk(tmp_path, actions={"pause": lambda args, now: Deed("paused", write=write)})
+    with pytest.raises(Crash):
+        desk.obey(desk.operator.command("pause", args={"task": "a"}))
+    desk.crash()
+    assert (desk.store.meta("effect", ""), desk.answers(), desk.audit()) == ("", [], [])
+    desk.control.recover(NOW)
+    assert [answer.ok for answer in desk.answers()] == [False]
+    desk.store.close()
+
+
+def test_a_crash_after_the_commit_loses_no_answer(desk: Desk) -> None:
+    desk.obey(desk.operator.command())
+    desk.crash()
+    desk.control.recover(NOW)
+    assert [(answer.id, answer.ok) for answer in desk.answers()] == [("id-1", True)]
+
+
+def test_with_a_full_disk_the_operator_hears_that_nothing_was_done(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise StorageFull("the disk is full")
+
+    command = desk.operator.command("run", args={"task": "a"})
+    desk.commands.take(command)
+    with monkeypatch.context() as patched:
+        patched.setattr(desk.store, "transaction", full)
+        desk.control.turn(NOW)
+    said = Said()
+    desk.commands.turn(said, NOW)
+    [reply] = [msgspec.json.decode(message.payload) for message in said.messages]
+    assert (reply["kind"], reply["ok"], desk.done) == ("reply", False, [])
+    assert "disk is full" in reply["summary"]
+
+
+class Said:
+    """A session that the broker confirms everything of, or nothing."""
+
+    def __init__(self, *, confirms: bool = True) -> None:
+        self.messages: list[Outgoing] = []
+        self.confirms = confirms
+
+    def say(self, message: Outgoing) -> None:
+        self.messages.append(message)
+
+    def said(self) -> bool:
+        return self.confirms
+
+
+def test_an_answer_that_no_broker_confirmed_goes_again_with_the_next_connection_and_then_no_more(desk: Desk) -> None:
+    desk.obey(desk.operator.command())
+    lost = Said(confirms=False)
+    desk.commands.begin()
+    desk.commands.turn(lost, NOW)
+    desk.commands.turn(lost, NOW)
+    assert len(lost.messages) == 1
+    assert lost.messages[0].correlation == b"corr"
+    assert lost.messages[0].retain is False
+    taken = Said()
+    desk.commands.begin()
+    for _ in range(3):
+        desk.commands.turn(taken, NOW)
+    assert [message.payload for message in taken.messages] == [lost.messages[0].payload]
+    assert desk.commands.idle()
+    desk.crash()
+    nothing = Said()
+    desk.commands.begin()
+    desk.commands.turn(nothing, NOW)
+    assert nothing.messages == []
+
+
+def test_more_commands_than_wait_at_once_are_refused_as_busy_and_can_be_sent_again(desk: Desk) -> None:
+    for _ in range(16):
+        desk.commands.take(desk.operator.command())
+    late = desk.operator.command()
+    assert desk.refused(late) == "busy"
+    assert len(desk.obey()) == 16
+    assert desk.refused(late) == ""
+
+
+def test_a_device_without_operators_does_not_listen(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    author = Author(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
+    assert Commands(store, author, []).subscriptions == []
+    store.close()
+
+
+def flood(desk: Desk, refusals: Refusals, n: int, every_s: float = 0.001) -> Now:
+    """Forged commands, one after the other, as the uplink sees them; when the last one came."""
+    forged = Operator(key=new_key(9)).command()
+    now = NOW
+    for i in range(n):
+        now = later(NOW, i * every_s)
+        try:
+            desk.commands.take(forged)
+        except Refused as refusal:
+            refusals.add(COMMANDS, refusal, now)
+        refusals.flush(now)
+    return now
+
+
+def test_ten_thousand_forged_commands_make_one_alert_a_few_commits_and_no_memory(desk: Desk) -> None:
+    refusals = Refusals(desk.store, desk.author)
+    before = desk.store._db.total_changes
+    end = flood(desk, refusals, 10_000, every_s=0.03)
+    assert desk.store._db.total_changes - before < 60
+    refusals.flush(end, at_once=True)
+    counters = desk.store.counters()
+    assert counters["commands refused"] == 10_000
+    assert counters["commands refused: unknown key"] == 10_000
+    alerts = desk.store.alerts(10)
+    assert [(alert["alert"], alert["state"]) for alert in alerts] == [("security", "raised")]
+    assert desk.commands.orders.qsize() == 0
+    assert len(desk.obey(desk.operator.command())) == 1
+
+
+def test_the_alert_is_cleared_after_a_quiet_hour_and_not_before(desk: Desk) -> None:
+    refusals = Refusals(desk.store, desk.author)
+    end = flood(desk, refusals, 3)
+    refusals.flush(later(end, QUIET_S - 1))
+    assert [alert["state"] for alert in desk.store.alerts(10)] == ["raised"]
+    refusals.flush(later(end, QUIET_S + 1))
+    refusals.flush(later(end, QUIET_S + 2))
+    assert [alert["state"] for alert in desk.store.alerts(10)] == ["cleared", "raised"]
+
+
+def test_an_alert_that_was_open_when_the_agent_stopped_is_cleared_a_quiet_hour_after_the_start(desk: Desk) -> None:
+    flood(desk, Refusals(desk.store, desk.author), 1)
+    again = Refusals(desk.store, desk.author)
+    start = Now(NOW.wall_us, 5.0, "synced")
+    again.flush(start)
+    again.flush(later(start, QUIET_S - 1))
+    assert [alert["state"] for alert in desk.store.alerts(10)] == ["raised"]
+    again.flush(later(start, QUIET_S))
+    assert [alert["state"] for alert in desk.store.alerts(10)] == ["cleared", "raised"]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(payload=st.binary(max_size=300), token=st.text(max_size=80), topic=st.sampled_from([TOPIC, TOPIC + "/x", ""]))
+def test_no_bytes_from_a_stranger_do_anything_but_be_refused(
+    desk: Desk, payload: bytes, token: str, topic: str
+) -> None:
+    assert desk.refused(Delivery(topic, payload, (token,), False, 1, 1)) != ""

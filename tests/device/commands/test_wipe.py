@@ -1,0 +1,203 @@
+"""A wipe: on a word given twice, finished whatever crashes, and never half-undone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.clock import Now
+from agent.config import Broker, Config, Updates
+from agent.config import Device as DeviceSection
+from agent.device.commands import wipe
+from agent.device.commands.wipe import Wipe
+from agent.device.recovery.open import own
+from agent.errors import UsageError
+from agent.wire import keys
+from tests.kit.operators import NOW, Desk
+from tests.kit.system import outstation
+
+
+class Halted:
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self) -> None:
+        self.times += 1
+
+
+@pytest.fixture
+def halted() -> Halted:
+    return Halted()
+
+
+@pytest.fixture
+def desk(tmp_path: Path, halted: Halted) -> Iterator[Desk]:
+    made = Desk(tmp_path / "data")
+    made.control._actions = {"wipe": Wipe(made.store, made.author, halted).command}
+    yield made
+    made.store.close()
+
+
+def later(seconds: float) -> Now:
+    return Now(NOW.wall_us + round(seconds * 1e6), NOW.boot_s + seconds, "synced")
+
+
+def word(desk: Desk) -> str:
+    answer = desk.obey(desk.operator.command("wipe"))[-1]
+    assert answer.ok
+    return str(answer.data["confirm"])
+
+
+def confirm(desk: Desk, text: str, now: Now = NOW) -> bool:
+    return desk.obey(desk.operator.command("wipe", args={"confirm": text}), now=now)[-1].ok
+
+
+def test_the_first_wipe_erases_nothing_and_the_second_with_its_word_does(desk: Desk, halted: Halted) -> None:
+    text = word(desk)
+    assert (halted.times, wipe.is_due(desk.store)) == (0, False)
+    assert confirm(desk, text)
+    assert (halted.times, wipe.is_due(desk.store)) == (1, True)
+    assert desk.audit("wiped") == [{}]
+
+
+def test_a_wrong_word_an_old_one_and_a_used_one_erase_nothing(desk: Desk, halted: Halted) -> None:
+    text = word(desk)
+    assert not confirm(desk, "guess")
+    assert not confirm(desk, text), "a wrong guess spends the word"
+    text = word(desk)
+    assert not confirm(desk, text, later(wipe.WORD_VALID_S + 1))
+    assert (halted.times, wipe.is_due(desk.store)) == (0, False)
+
+
+def test_a_word_counts_on_the_boot_clock_whatever_the_wall_clock_does(desk: Desk) -> None:
+    text = word(desk)
+    desk.operator.now_us = NOW.wall_us + 86_400_000_000
+    assert confirm(desk, text, Now(NOW.wall_us + 86_400_000_000, NOW.boot_s + 5, "synced"))
+
+
+def test_a_word_is_forgotten_by_a_restart(desk: Desk, halted: Halted) -> None:
+    text = word(desk)
+    desk.control._actions = {"wipe": Wipe(desk.store, desk.author, halted).command}
+    assert not confirm(desk, text)
+
+
+def data_dir(folder: Path) -> tuple[Path, list[Path], list[Path]]:
+    """A data folder with everything in it: itself, what is spared, the device's keys."""
+    data = folder / "data"
+    for name in ("keys", "quarantine/1", "bundles/.kept/ab", "bundles/.fetched", "updates/ab", "bundles/mine"):
+        (data / name).mkdir(parents=True)
+    for name in (
+        *("outstation.db", "outstation.db-wal", "intake.sock", "keys/k.key", "quarantine/1/outstation.db"),
+        *("bundles/.fetched/ab.zip", "bundles/.fetched/ab.part", "updates/ab/timestamp.json"),
+        *("bundles/.kept/ab/model.tflite", "bundles/mine/model.tflite", "outstation.toml", "device.crt"),
+    ):
+        (data / name).write_text("secret")
+    keys.generate(folder / "device.key")
+    return data, [data / "outstation.toml", data / "device.crt"], [folder / "device.key", folder / "device.key.pub"]
+
+
+def left(data: Path) -> set[str]:
+    return {str(path.relative_to(data)) for path in data.rglob("*") if path.is_file()}
+
+
+def test_nothing_is_left_but_what_belongs_to_the_installation(tmp_path: Path) -> None:
+    data, spared, own = data_dir(tmp_path)
+    done = wipe.erase(data, spared, own)
+    assert left(data) == {"wiped", "outstation.toml", "device.crt", "bundles/mine/model.tflite"}
+    assert not any(path.exists() for path in own)
+    assert (done["state"], done["left"]) == ("wiped", [])
+    with pytest.raises(UsageError, match="wiped by an operator"):
+        wipe.require_unwiped(data)
+
+
+@pytest.mark.parametrize("after", range(8))
+def test_killed_anywhere_it_does_not_start_and_the_next_start_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    data, spared, own = data_dir(tmp_path)
+    deleted: list[Path] = []
+    delete: Callable[[Path], bool] = wipe._delete
+
+    def die(path: Path) -> bool:
+        if len(deleted) == after:
+            raise KeyboardInterrupt
+        deleted.append(path)
+        return delete(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wipe, "_delete", die)
+        with pytest.raises(KeyboardInterrupt):
+            wipe.erase(data, spared, own)
+    found = wipe.state(data)
+    assert found is not None
+    assert found["state"] == "wiping"
+    with pytest.raises(UsageError, match="wiped"):
+        wipe.require_unwiped(data)
+    wipe.erase(data, spared, own)
+    assert left(data) == {"wiped", "outstation.toml", "device.crt", "bundles/mine/model.tflite"}
+
+
+def test_a_key_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, spared, own = data_dir(tmp_path)
+
+    def read_only(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", lambda self, missing_ok=False: read_only(self) if self in own else None)
+        done = wipe.erase(data, spared, own)
+    assert done["left"] == [str(path) for path in own]
+    assert str(own[0]) in wipe.told(data, done)
+
+
+def test_a_marker_that_is_damaged_still_keeps_the_device_down(tmp_path: Path) -> None:
+    (tmp_path / wipe.MARKER).write_text("{")
+    assert wipe.state(tmp_path) == {"state": "wiping"}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    assert outstation("init", str(tmp_path / "device"), "--id", "pi-07").returncode == 0
+    (tmp_path / "device" / "data").mkdir(exist_ok=True)
+    return tmp_path / "device"
+
+
+def test_a_marker_that_cannot_be_read_erases_nothing_and_is_named(home: Path) -> None:
+    """As on a card with a bad sector: whether there was a wipe cannot be told."""
+    (home / "data" / wipe.MARKER).mkdir()
+    before = sorted(home.rglob("*"))
+    done = outstation("run", "-c", str(home / "outstation.toml"))
+    assert done.returncode == 1
+    assert f"{wipe.MARKER}: Is a directory; whether this device was wiped cannot be told" in done.stderr
+    assert sorted(home.rglob("*")) == before
+
+
+def test_a_wipe_that_another_process_finishes_is_left_to_it(home: Path) -> None:
+    (home / "data" / wipe.MARKER).write_text('{"state": "wiping"}')
+    descriptor = own(home / "data")
+    done = outstation("run", "-c", str(home / "outstation.toml"))
+    os.close(descriptor)
+    assert (done.returncode, "uses this data folder; stop it first" in done.stderr) == (1, True)
+    assert (home / "device.key").exists()
+
+
+def test_the_config_and_its_certificates_are_spared() -> None:
+    conf = Config(
+        device=DeviceSection(id="pi-07", fleet="acme"),
+        broker=Broker(url="mqtts://b", ca_file="/x/ca.pem", cert_file="/x/a.crt", tls_key_file="/x/a.key"),
+        updates=Updates(url="https://u", ca_file="/x/u.pem", root="/x/root.json"),
+    )
+    names = [path.name for path in wipe.spared(Path("/x/outstation.toml"), conf)]
+    assert names == ["outstation.toml", "ca.pem", "a.crt", "a.key", "u.pem", "root.json"]
+
+
+def test_the_marker_says_when(tmp_path: Path) -> None:
+    data, spared, own = data_dir(tmp_path)
+    wipe.erase(data, spared, own)
+    found = json.loads((data / wipe.MARKER).read_text(encoding="utf-8"))
+    assert found["time"].endswith("Z")
+    assert found["time"] in wipe.told(data, found)

@@ -1,0 +1,648 @@
+"""The way in: what a producer was told is safe is on the disk, once, whatever becomes of it, its line and the agent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import select
+import socket
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent import clock
+from agent.client import Client
+from agent.config import Field, Stream
+from agent.device.intake.connection import CLIENTS, MOST_CLIENTS
+from agent.device.intake.group_commit import Group, Mark, Outcome
+from agent.device.intake.protocol import MAX_LINE
+from agent.device.intake.server import Offer
+from agent.device.store.quota import PAGE
+from agent.device.store.rows import Raw
+from agent.device.store.store import Store
+from agent.errors import StorageError, UsageError
+from tests.kit.brokers import free_port
+from tests.kit.stations import T0, Killable, Line, Station, conf, rows_of, wait_for
+
+ROW = {"stream": "watch", "ax": 0.1, "ay": 0.2}
+NUMBERS = Stream(fields=[Field(name="n", type="i64")])
+
+
+@pytest.fixture
+def station(tmp_path: Path) -> Iterator[Station]:
+    with Station(conf(tmp_path)) as station:
+        yield station
+        assert station.failures == []
+
+
+def numbers(lines: range) -> list[dict[str, Any]]:
+    return [{"stream": "machine", "power": 1, "count": n, "mode": "on"} for n in lines]
+
+
+def counts(station: Station) -> list[int]:
+    found: list[int] = station.rows("machine").columns[1].tolist()
+    return found
+
+
+# --- the contract's lines and answers
+
+
+def test_the_lines_of_the_contract_are_answered_as_it_says(station: Station) -> None:
+    with station.line() as line:
+        line.send(b'{"stream":"watch","t":1764022680.123,"ax":0.1,"ay":-0.2}')
+        assert line.answer() == {"through": 1, "accepted": 1, "rejected": []}
+        line.send(b'{"stream":"watch","columns":{"t":[1764022680.2,1764022680.3],"ax":[0.3,0.4],"ay":[0,0]}}')
+        assert line.answer() == {"through": 2, "accepted": 2, "rejected": []}
+        line.send(b'{"stream":"watch","ax":17,"ay":0}')
+        assert line.answer() == {
+            "through": 3,
+            "accepted": 0,
+            "rejected": [{"line": 3, "reason": "ax = 17 g is above max 16"}],
+        }
+    rows = station.rows("watch")
+    assert rows.t.tolist() == [1764022680123000, 1764022680200000, 1764022680300000]
+    assert rows.columns[0].tolist() == pytest.approx([0.1, 0.3, 0.4])
+
+
+def test_a_row_without_a_time_gets_the_present_one(station: Station) -> None:
+    with station.line() as line:
+        before = time.time()
+        line.send(ROW)
+        line.answer()
+    assert before - 1 < station.rows("watch").t[0] / 1e6 < time.time() + 1
+
+
+def test_an_answer_comes_only_after_the_commit(tmp_path: Path) -> None:
+    with Station(conf(tmp_path, commit_every_s=1.0)) as station:
+        reader = Store(tmp_path, read_only=True)
+        with station.line() as line:
+            began = time.monotonic()
+            line.send(ROW)
+            assert reader.last_row("watch") == 0
+            line.answer()
+            assert reader.last_row("watch") == 1
+            assert time.monotonic() - began > 0.9
+        reader.close()
+
+
+def test_what_is_answered_is_there_when_the_agent_is_killed_at_that_moment(tmp_path: Path) -> None:
+    killable = Killable(tmp_path)
+    with killable, Line(killable.socket) as line:
+        line.send(*numbers(range(1000)))
+        line.through(1000)
+        killable.kill()
+        with Station(conf(tmp_path)) as station:
+            assert counts(station) == list(range(1000))
+
+
+@pytest.mark.parametrize("lines", [6, 13, 20])
+def test_what_is_answered_of_a_flood_is_there_when_the_agent_is_killed_while_it_writes(
+    tmp_path: Path, lines: int
+) -> None:
+    each = 6000
+    with Killable(tmp_path) as killable, Line(killable.socket) as line:
+        for first in range(0, lines * each, each):
+            columns = {"power": [1] * each, "count": list(range(first, first + each)), "mode": ["on"] * each}
+            line.send({"stream": "machine", "columns": columns})
+        safe = line.through(lines // 2)["through"]
+        killable.kill()
+    with Station(conf(tmp_path)) as station:
+        kept = counts(station)
+    assert kept == list(range(len(kept)))
+    assert safe * each <= len(kept) <= lines * each
+
+
+def test_the_end_of_a_connection_commits_at_once_and_takes_a_last_line_without_its_end(tmp_path: Path) -> None:
+    with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
+        began = time.monotonic()
+        line.send(ROW)
+        line.socket.sendall(b'{"stream":"watch","ax":3,"ay":4}')
+        line.hang_up()
+        assert line.rest() == [{"through": 2, "accepted": 2, "rejected": []}]
+        assert time.monotonic() - began < 30
+        assert station.store.last_row("watch") == 2
+
+
+def test_rows_of_several_connections_share_one_commit(tmp_path: Path) -> None:
+    with Station(conf(tmp_path, commit_every_s=0.4)) as station:
+        lines = [station.line() for _ in range(5)]
+        for index, line in enumerate(lines):
+            line.send(*numbers(range(index * 10, index * 10 + 3)))
+        answers = [line.answer() for line in lines]
+        assert answers == [{"through": 3, "accepted": 3, "rejected": []}] * 5
+        wait_for(lambda: station.commits == 1, "the one commit")
+        assert sorted(counts(station)) == sorted(i * 10 + j for i in range(5) for j in range(3))
+        for line in lines:
+            line.close()
+
+
+def test_many_rows_do_not_wait_for_the_timer(tmp_path: Path) -> None:
+    with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
+        line.send({"stream": "watch", "columns": {"ax": [0] * 20_000, "ay": [0] * 20_000}})
+        assert line.answer() == {"through": 1, "accepted": 20_000, "rejected": []}
+
+
+def test_lines_are_read_while_those_before_them_are_written_and_answered_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = threading.Event()
+    write = Group.write
+
+    def waits(self: Group, shares: Any, now: Any) -> Any:
+        slow.wait(30)
+        return write(self, shares, now)
+
+    many = {"stream": "watch", "columns": {"ax": [0] * 20_000, "ay": [0] * 20_000}}
+    with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
+        monkeypatch.setattr(Group, "write", waits)
+        line.send(many)
+        wait_for(lambda: station.intake._writing is not None, "the first is being written")
+        line.send(ROW)
+        wait_for(lambda: bool(station.intake._group), "the second is read")
+        assert station.commits == 0
+        slow.set()
+        assert line.answer() == {"through": 1, "accepted": 20_000, "rejected": []}
+        line.hang_up()
+        assert line.rest() == [{"through": 2, "accepted": 1, "rejected": []}]
+        assert len(station.rows("watch")) == 20_001
+
+
+def test_what_is_worth_a_commit_waits_only_while_more_comes_and_what_is_not_for_the_timer(tmp_path: Path) -> None:
+    many, few = ({"stream": "watch", "columns": {"ax": [0] * n, "ay": [0] * n}} for n in (10_000, 10))
+    with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
+        line.send(many)
+        assert line.answer() == {"through": 1, "accepted": 10_000, "rejected": []}
+        line.send(few)
+        assert select.select([line.socket], [], [], 0.5)[0] == []
+
+
+def test_lines_of_several_streams_may_be_mixed_and_cut_anywhere(station: Station) -> None:
+    rng = random.Random(3)
+    lines = [ROW, *numbers(range(1))] * 300
+    data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+    with station.line() as line:
+        while data:
+            cut = rng.randrange(1, 900)
+            line.socket.sendall(data[:cut])
+            data = data[cut:]
+        total = line.through(600)
+    assert total == {"through": 600, "accepted": 600, "rejected": []}
+    assert (station.store.last_row("watch"), station.store.last_row("machine")) == (300, 300)
+
+
+# --- what is no row
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (b"hello", "not one JSON object on one line"),
+        (b"\x00\xff\x01", "binary data"),
+        (b'{"stream":"nobody","ax":1}', "unknown stream 'nobody'"),
+        (b'{"client":5}', 'no "stream"'),
+        (b'{"client":""}', 'no "stream"'),
+        (b'{"client":"a","client":"b"}', 'no "stream"'),
+        (b'{"client":"' + b"x" * 65 + b'"}', 'no "stream"'),
+        (b"[" * 200_000, "not one JSON object"),
+        (b"[" * (2 * MAX_LINE), f"line of {2 * MAX_LINE} bytes, the limit is {MAX_LINE}; split it"),
+        (b'{"stream":"watch"' + b" " * MAX_LINE + b"}", f"the limit is {MAX_LINE}; split it"),
+    ],
+)
+@pytest.mark.parametrize("place", [1, 3])
+def test_a_line_that_is_no_row_is_named_by_its_number_and_those_around_it_are_taken(
+    station: Station, bad: bytes, said: str, place: int
+) -> None:
+    lines: list[Any] = [ROW] * 4
+    lines.insert(place - 1, bad)
+    with station.line() as line:
+        line.send(*lines)
+        total = line.through(5)
+    assert total["accepted"] == 4
+    assert [one["line"] for one in total["rejected"]] == [place]
+    assert said in total["rejected"][0]["reason"]
+
+
+def test_a_line_is_refused_by_its_length_however_it_arrives(station: Station) -> None:
+    for length, taken in ((MAX_LINE, 1), (MAX_LINE + 1, 0)):
+        row = b'{"stream":"watch","ax":1,"ay":2'
+        row += b" " * (length - len(row) - 1) + b"}"
+        for cut in (1, length // 2, length - 1, length):
+            with station.line() as line:
+                line.socket.sendall(row[:cut])
+                time.sleep(0.01)
+                line.socket.sendall(row[cut:] + b"\n")
+                assert line.answer()["accepted"] == taken
+
+
+def test_empty_lines_count_and_are_no_rows(station: Station) -> None:
+    with station.line() as line:
+        line.send(b"", ROW, b"  ", b"\r", b"no", ROW)
+        total = line.through(6)
+    assert total["accepted"] == 2
+    assert [one["line"] for one in total["rejected"]] == [5]
+
+
+def test_a_megabyte_of_noise_is_answered_line_by_line_and_the_next_row_is_taken(station: Station) -> None:
+    noise = random.Random(1).randbytes(1 << 20)
+    with station.line() as line:
+        sender = threading.Thread(target=line.send, args=(noise, ROW))
+        sender.start()
+        total = line.through(noise.count(b"\n") + 2)
+        sender.join()
+    assert total["accepted"] == 1
+    assert len(total["rejected"]) > 3000
+
+
+# --- many producers, slow producers
+
+
+def test_two_hundred_connections_are_served_at_once(tmp_path: Path) -> None:
+    with Station(conf(tmp_path, commit_every_s=0.1)) as station:
+        lines = [station.line() for _ in range(200)]
+        for index, line in enumerate(lines):
+            line.send(*numbers(range(index * 100, index * 100 + 5)))
+        for line in lines:
+            assert line.through(5) == {"through": 5, "accepted": 5, "rejected": []}
+            line.close()
+        assert sorted(counts(station)) == sorted(i * 100 + j for i in range(200) for j in range(5))
+        assert station.commits < 100
+
+
+def test_a_producer_that_never_reads_its_answers_holds_up_nobody_else(station: Station) -> None:
+    with station.line() as deaf, station.line() as other:
+        deaf.socket.settimeout(0.5)
+        with pytest.raises(TimeoutError):  # noqa: PT012
+            while True:
+                deaf.socket.sendall(b"x\n" * 50_000)
+        for n in range(1, 6):
+            began = time.monotonic()
+            other.send(ROW)
+            assert other.answer()["through"] == n
+            assert time.monotonic() - began < 20
+
+
+def test_a_producer_that_vanishes_does_no_harm(station: Station) -> None:
+    for _ in range(20):
+        line = station.line()
+        line.send(ROW, b'{"stream":"watch","ax":1')
+        line.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        line.close()
+    with station.line() as line:
+        line.send(ROW)
+        assert line.answer()["accepted"] == 1
+    wait_for(lambda: station.store.last_row("watch") >= 21, "rows of those who hung up")
+
+
+# --- producers with a name
+
+
+def test_a_named_client_is_told_how_far_it_got_and_its_count_goes_on(station: Station) -> None:
+    for through in (0, 3, 6):
+        with station.line() as line:
+            line.send({"client": "gateway-1"}, *numbers(range(through, through + 3)))
+            assert line.answer() == {"through": through, "accepted": 0, "rejected": []}
+            assert line.answer() == {"through": through + 3, "accepted": 3, "rejected": []}
+    with station.line() as line:
+        line.send({"client": "gateway-2"})
+        assert line.answer()["through"] == 0
+    assert counts(station) == list(range(9))
+
+
+def test_of_many_names_those_that_sent_last_are_known_and_marks_of_files_stay(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.declare({"machine": conf(tmp_path).streams["machine"]})
+    group = Group(store, conf(tmp_path).streams)
+
+    def sent(source: str, item: str, through: int) -> None:
+        group.reach(item, through, Mark(source, item, through, MOST_CLIENTS if source == CLIENTS else None))
+
+    for number in range(5):
+        sent("files:machine", f"{number}.csv", 9)
+    sent(CLIENTS, "gateway", 1)
+    for number in range(MOST_CLIENTS - 1):
+        sent(CLIENTS, f"sensor-{number}", 1)
+    group.commit(clock.read())
+    sent(CLIENTS, "gateway", 2)
+    for number in range(3):
+        sent(CLIENTS, f"another-{number}", 1)
+    group.commit(clock.read())
+    assert store._one("SELECT count(*) FROM marks WHERE source = ?", CLIENTS) == (MOST_CLIENTS,)
+    assert [store.mark(CLIENTS, f"sensor-{number}") for number in range(5)] == [0, 0, 0, 1, 1]
+    assert store.mark(CLIENTS, "gateway") == 2
+    assert [store.mark("files:machine", f"{number}.csv") for number in range(5)] == [9] * 5
+    store.close()
+
+
+def test_what_a_named_client_had_under_way_is_counted_before_it_is_told(tmp_path: Path) -> None:
+    with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as first, station.line() as second:
+        first.send({"client": "g"}, *numbers(range(5)))
+        assert first.answer()["through"] == 0
+        wait_for(lambda: bool(station.intake._group), "the lines are under way")
+        second.send({"client": "g"})
+        assert second.answer()["through"] == 5
+        second.send(*numbers(range(5, 7)))
+        second.hang_up()
+        assert second.rest()[-1]["through"] == 7
+        assert counts(station) == list(range(7))
+
+
+def test_what_is_being_written_for_a_named_client_is_counted_before_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Group.write
+
+    def slowly(self: Group, shares: Any, now: Any) -> Any:
+        time.sleep(0.3)
+        return write(self, shares, now)
+
+    monkeypatch.setattr(Group, "write", slowly)
+    many = {"stream": "watch", "columns": {"ax": [0] * 20_000, "ay": [0] * 20_000}}
+    with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as first, station.line() as second:
+        first.send({"client": "g"}, many)
+        assert first.answer()["through"] == 0
+        wait_for(lambda: station.intake._writing is not None, "the line is being written")
+        second.send({"client": "g"})
+        assert second.answer()["through"] == 1
+
+
+def test_the_older_connection_of_a_name_is_hung_up_and_nothing_more_of_it_is_taken(station: Station) -> None:
+    with station.line() as first, station.line() as second:
+        first.send({"client": "g"}, *numbers(range(5)))
+        first.through(5)
+        second.send({"client": "g"})
+        assert second.answer()["through"] == 5
+        with pytest.raises(OSError, match=r"Broken pipe|reset"):  # noqa: PT012
+            while True:
+                first.send(*numbers(range(100, 110)))
+                time.sleep(0.01)
+        second.send(*numbers(range(5, 8)))
+        assert second.answer()["through"] == 8
+        assert counts(station) == list(range(8))
+
+
+def test_a_named_client_loses_and_doubles_no_line_when_the_agent_is_killed_twenty_times(tmp_path: Path) -> None:
+    rng = random.Random(11)
+    killable = Killable(tmp_path, commit_every_s=0.002)
+    killable.start()
+    total, ended = 0, threading.Event()
+
+    def produce() -> None:
+        nonlocal total
+        with Client(killable.socket, name="seeded", patience_s=60) as client:
+            while not ended.is_set():
+                for _ in range(rng.randrange(1, 60)):
+                    if rng.random() < 0.1:
+                        more = range(total, total + rng.randrange(1, 50))
+                        client.send_columns(
+                            "machine", {"power": [0] * len(more), "count": more, "mode": ["on"] * len(more)}
+                        )
+                        total += len(more)
+                    else:
+                        client.send("machine", power=0, count=total, mode="off")
+                        total += 1
+                if rng.random() < 0.3:
+                    client.flush()
+
+    producer = threading.Thread(target=produce)
+    producer.start()
+    kills = random.Random(12)
+    for _ in range(20):
+        time.sleep(kills.random() * 0.12)
+        killable.kill()
+        killable.start()
+    wait_for(lambda: total > 1000 or not producer.is_alive(), "many lines")
+    ended.set()
+    producer.join(200)
+    killable.kill()
+    with Station(conf(tmp_path)) as station:
+        assert total > 1000
+        assert counts(station) == list(range(total))
+
+
+# --- full and sick disks
+
+
+def test_a_full_store_refuses_rows_with_the_reason_and_takes_them_again_once_there_is_room(tmp_path: Path) -> None:
+    with Station(conf(tmp_path), max_size=200 * PAGE) as station, station.line() as line:
+        sent = taken = 0
+        refused: list[Any] = []
+        while not refused:
+            line.send({"stream": "watch", "columns": {"ax": [0] * 1000, "ay": [0] * 1000}})
+            sent += 1
+            answer = line.answer()
+            assert answer["through"] == sent
+            taken += answer["accepted"]
+            refused = answer["rejected"]
+        assert station.store.last_row("watch") == taken
+        assert refused[0]["line"] == sent
+        assert "not stored" in refused[0]["reason"]
+        assert "send it again later" in refused[0]["reason"]
+        with station.store.transaction() as tx:
+            tx.trim("watch", taken, 2**62, 1000)
+        line.send(ROW)
+        assert line.answer() == {"through": sent + 1, "accepted": 1, "rejected": []}
+        assert station.failures == []
+
+
+def test_a_line_that_a_full_store_refused_is_not_called_safe_when_its_client_comes_back(tmp_path: Path) -> None:
+    """The answer that refused it may have been lost with the connection."""
+    with Station(conf(tmp_path), max_size=200 * PAGE) as station:
+        columns: dict[str, list[Any]] = {"power": [0] * 500, "count": [0] * 500, "mode": ["on"] * 500}
+        with Client(station.socket, name="g") as client:
+            while not client.flush().rejected:
+                client.send_columns("machine", columns)
+            refused = client.through
+        with station.line() as again:
+            again.send({"client": "g"})
+            assert again.answer()["through"] == refused - 1
+            with station.store.transaction() as tx:
+                tx.trim("machine", station.store.last_row("machine"), 2**62, 100)
+            again.send({"stream": "machine", "columns": columns})
+            assert again.answer() == {"through": refused, "accepted": 500, "rejected": []}
+
+
+def test_a_refused_line_and_one_after_it_that_would_fit_are_both_sent_again_where_the_answers_were_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, limit = [True], Store.limit_bytes
+    monkeypatch.setattr(Store, "limit_bytes", lambda store: PAGE if full[0] else limit(store))
+    row = {"stream": "machine", "power": 0, "count": 1, "mode": "on"}
+    with Station(conf(tmp_path)) as station:
+        with station.line() as line:
+            line.send({"client": "g"}, row)
+            wait_for(lambda: station.commits > 0, "the first line is refused")
+            full[0] = False
+            with contextlib.suppress(BrokenPipeError):
+                line.send({**row, "count": 2})
+            answers = line.rest()
+            assert [(one["through"], one["accepted"], len(one["rejected"])) for one in answers] == [
+                (0, 0, 0),
+                (1, 0, 1),
+            ]
+        with station.line() as again:
+            again.send({"client": "g"})
+            assert again.answer()["through"] == 0
+            again.send(row, {**row, "count": 2})
+            assert again.through(2) == {"through": 2, "accepted": 2, "rejected": []}
+        assert counts(station) == [1, 2]
+        assert station.failures == []
+
+
+@pytest.mark.parametrize("rows", [1, 20_000], ids=["written when due", "written beside what is read"])
+def test_on_a_sick_disk_nobody_is_answered_and_nothing_more_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    block = {"stream": "watch", "columns": {"ax": [0] * rows, "ay": [0] * rows}}
+    with Station(conf(tmp_path)) as station, station.line() as line, station.line() as other:
+        line.send({"client": "g"}, ROW)
+        line.through(1)
+        sick = [True]
+        write = Group.write
+
+        def fails(self: Group, shares: Any, now: Any) -> Any:
+            if sick[0]:
+                raise StorageError("disk I/O error")
+            return write(self, shares, now)
+
+        monkeypatch.setattr(Group, "write", fails)
+        line.send(block, ROW)
+        wait_for(lambda: station.failures != [], "a failure")
+        assert [str(error) for error in station.failures] == ["disk I/O error"]
+        # A later commit that worked would count the two lines that were lost.
+        sick[0] = False
+        line.send(ROW)
+        other.send(ROW)
+        other.hang_up()
+        line.socket.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            line.answer()
+        assert other.rest() == []
+        assert station.store.last_row("watch") == 1
+        assert station.store.mark("client", "g") == 1
+
+
+# --- starting, stopping, TCP, sources
+
+
+def test_stopping_commits_and_answers_what_waits(tmp_path: Path) -> None:
+    station = Station(conf(tmp_path, commit_every_s=60))
+    station.intake.start()
+    with station.line() as line:
+        line.send(ROW, ROW)
+        wait_for(lambda: bool(station.intake._group), "the lines are under way")
+        began = time.monotonic()
+        station.intake.stop()
+        assert line.rest() == [{"through": 2, "accepted": 2, "rejected": []}]
+        assert time.monotonic() - began < 30
+    assert station.store.last_row("watch") == 2
+    station.store.close()
+    assert station.failures == []
+
+
+def test_after_a_stop_and_after_a_crash_the_socket_is_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "intake.sock").touch()
+    for _ in range(2):
+        with Station(conf(tmp_path)) as station, station.line() as line:
+            line.send(ROW)
+            assert line.answer()["accepted"] == 1
+
+
+def test_the_socket_is_for_its_owner_and_group(station: Station) -> None:
+    assert stat.S_IMODE(station.socket.stat().st_mode) == 0o660
+
+
+def test_a_data_folder_with_too_long_a_path_is_named(tmp_path: Path) -> None:
+    station = Station(conf(tmp_path / ("x" * 120)))
+    with station:
+        pass
+    assert isinstance(station.failures[0], UsageError)
+    assert "choose a shorter data_dir" in str(station.failures[0])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_tcp_on_loopback_is_served_too_when_asked_for(tmp_path: Path, host: str) -> None:
+    port = free_port()
+    with Station(conf(tmp_path, tcp=f"{host}:{port}")) as station:
+        with Line(("127.0.0.1", port)) as line:
+            line.send(ROW)
+            assert line.answer() == {"through": 1, "accepted": 1, "rejected": []}
+        with Client(f"{host}:{port}", name="tcp") as client:
+            client.send("watch", ax=1, ay=2)
+            assert client.flush().accepted == 1
+        assert station.failures == []
+
+
+def test_tcp_beyond_loopback_is_refused(tmp_path: Path) -> None:
+    with Station(conf(tmp_path, tcp="0.0.0.0:7071")) as station:
+        assert "must be on loopback" in str(station.failures[0])
+
+
+def test_a_tcp_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with Station(conf(tmp_path, tcp=address)) as station:
+            assert isinstance(station.failures[0], UsageError)
+            assert f"intake.tcp {address}" in str(station.failures[0])
+
+
+class Once:
+    """A source that offers one block, and keeps what became of it."""
+
+    def __init__(self, *blocks: tuple[Raw, Mark]) -> None:
+        self.blocks = blocks
+        self.outcomes: list[Outcome] = []
+
+    async def run(self, offer: Offer) -> None:
+        self.outcomes += await asyncio.gather(*(offer("watch", raw, mark) for raw, mark in self.blocks))
+
+
+def test_a_source_learns_what_became_of_its_rows_and_its_mark_is_committed_with_them(tmp_path: Path) -> None:
+    raw = Raw(3, [T0, T0, T0], {"ax": [1, 99, 2], "ay": [0, 0, 0]})
+    source = Once((raw, Mark("files:watch", "a", 7)))
+    with Station(conf(tmp_path), sources=lambda store: [source]) as station:
+        wait_for(lambda: bool(source.outcomes), "an outcome")
+        (outcome,) = source.outcomes
+        assert (outcome.through, outcome.accepted, outcome.full) == (3, 2, False)
+        assert outcome.rejected == [(2, "ax = 99 g is above max 16")]
+        assert station.store.mark("files:watch", "a") == 7
+
+
+def test_a_source_that_breaks_is_a_failure_of_the_intake(tmp_path: Path) -> None:
+    class Broken:
+        async def run(self, offer: Offer) -> None:
+            raise ZeroDivisionError
+
+    with Station(conf(tmp_path), sources=lambda store: [Broken()]) as station:
+        wait_for(lambda: station.failures != [], "a failure")
+    assert isinstance(station.failures[0], ZeroDivisionError)
+
+
+def test_rows_whose_category_would_be_one_too_many_are_refused_and_the_others_kept(tmp_path: Path) -> None:
+    with Station(conf(tmp_path)) as station:
+        with station.store.transaction() as tx:
+            tx.category_codes("machine", "mode", [f"c{i}" for i in range(65_535)])
+        with station.line() as line:
+            rows = [
+                {"stream": "machine", "power": 1, "count": n, "mode": mode} for n, mode in enumerate(["c5", "x", "c6"])
+            ]
+            line.send(*rows)
+            total = line.through(3)
+            line.send({"stream": "machine", "columns": {"power": [1, 1], "count": [8, 9], "mode": ["y", "c7"]}})
+            columnar = line.answer()
+        assert total["accepted"] == 2
+        assert total["rejected"] == [
+            {"line": 2, "reason": "mode = 'x' would be the 65,536th category; that many cannot be told apart"}
+        ]
+        assert (columnar["accepted"], columnar["rejected"][0]["line"]) == (1, 4)
+        rows_kept = rows_of(station.store, "machine", station.conf.streams["machine"])
+        assert rows_kept.columns[1].tolist() == [0, 2, 9]
+        assert rows_kept.columns[2].tolist() == [6, 7, 8]

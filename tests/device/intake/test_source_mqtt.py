@@ -1,0 +1,333 @@
+"""Rows that others publish on a broker of the site: confirmed after the commit, so that nothing is lost on the way."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import config
+from agent.bootstrap import device
+from agent.config import Broker, Field, MqttSource, Stream
+from agent.device.intake.group_commit import Group
+from agent.device.intake.sources.mqtt import Mqtt
+from agent.device.store.store import Store
+from agent.errors import ConfigError, StorageFull
+from agent.transport.mqtt import Link
+from agent.transport.packets import Outgoing, Receipt
+from tests.kit.brokers import Mosquitto
+from tests.kit.stations import T0, Station, conf, rows_of, wait_for
+from tests.kit.system import outstation
+
+FIELDS = [Field(name="temperature"), Field(name="humidity", optional=True), Field(name="room", type="category")]
+PATHS = {"temperature": "$.data.temp", "humidity": "$.data['rel. humidity']", "room": "topic[1]"}
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Mosquitto]:
+    with Mosquitto(tmp_path, persistence=True) as running:
+        yield running
+
+
+class Site:
+    """A device with the source, beside a broker. `publish` returns once the broker has it."""
+
+    def __init__(self, folder: Path, broker: Mosquitto, stream: Stream, commit_every_s: float) -> None:
+        self.folder, self.broker, self.stream, self.commit_every_s = folder, broker, stream, commit_every_s
+
+    def start(self) -> Station:
+        made = conf(self.folder, self.commit_every_s, room=self.stream)
+
+        def source(_: Store) -> list[Mqtt]:
+            assert isinstance(self.stream.source, MqttSource)
+            return [Mqtt("outstation.toml", "room", self.stream, self.stream.source, "pi-07-room")]
+
+        return Station(made, sources=source)
+
+    def stored(self) -> list[float]:
+        """The first field's values, of a device that does not run."""
+        store = Store(self.folder, read_only=True)
+        try:
+            found: list[float] = rows_of(store, "room", self.stream).columns[0].tolist()
+            return found
+        finally:
+            store.close()
+
+    def publish(self, topic: str, *payloads: Any) -> None:
+        link = Link(Broker(url=self.broker.url), "sensor")
+        for payload in payloads:
+            link.send(Outgoing(topic, payload if isinstance(payload, bytes) else json.dumps(payload).encode()))
+        told = 0
+        while told < len(payloads):
+            told += sum(isinstance(event, Receipt) for event in link.receive(5))
+        link.close()
+
+
+@pytest.fixture
+def site(tmp_path: Path, broker: Mosquitto) -> Callable[..., Site]:
+    def make(
+        fields: list[Field] = FIELDS, folder: Path = tmp_path, commit_every_s: float = 0.02, **source: Any
+    ) -> Site:
+        given = {"topic": "site/+/climate", "paths": PATHS, "broker": Broker(url=broker.url), **source}
+        return Site(folder, broker, Stream(fields=fields, source=MqttSource(**given)), commit_every_s)
+
+    return make
+
+
+def said(temperature: Any, **more: Any) -> dict[str, Any]:
+    return {"data": {"temp": temperature, "rel. humidity": 40.5}, **more}
+
+
+def rows(station: Station) -> list[float]:
+    """Of the first field."""
+    found: list[float] = station.rows("room").columns[0].tolist() if station.store.last_row("room") else []
+    return found
+
+
+def subscribed(station: Station) -> None:
+    [source] = station.intake._sources
+    assert isinstance(source, Mqtt)
+    wait_for(lambda: source._link is not None, "the subscription")
+
+
+def test_values_are_taken_from_where_the_paths_lead_with_their_own_times(site: Callable[..., Site]) -> None:
+    here = site(t="$.at")
+    with here.start() as station:
+        subscribed(station)
+        here.publish("site/cellar/climate", said(12.5, at=T0))
+        here.publish("site/attic/climate", said(31, at=T0 + 1), {"data": {"temp": 32}, "at": T0 + 2})
+        here.publish("site/attic/other", said(99, at=T0))
+        wait_for(lambda: station.store.last_row("room") == 3, "three rows")
+        found = station.rows("room")
+        assert found.t.tolist() == [round((T0 + i) * 1e6) for i in range(3)]
+        assert rows(station) == [12.5, 31.0, 32.0]
+        assert found.columns[1][:2].tolist() == [40.5, 40.5]
+        assert found.columns[1][2] != found.columns[1][2]
+        names = station.store.categories("room", "room")
+        assert [names[code] for code in found.columns[2].tolist()] == ["cellar", "attic", "attic"]
+    assert station.failures == []
+
+
+def test_a_message_may_be_a_plain_number_or_many_rows(site: Callable[..., Site], tmp_path: Path) -> None:
+    level = site([Field(name="level")], topic="tank/level", paths={"level": "$"})
+    with level.start() as station:
+        subscribed(station)
+        level.publish("tank/level", 1.5, [{"level": 9}])
+        wait_for(lambda: station.store.counters().get("lines rejected") == 1, "an object in place of a number")
+        assert rows(station) == [1.5]
+    several = site([Field(name="level")], tmp_path / "several", topic="tank/all", paths={})
+    with several.start() as station:
+        subscribed(station)
+        several.publish("tank/all", [{"level": 1}, {"level": 2}], {"level": 3})
+        wait_for(lambda: station.store.last_row("room") == 3, "three rows")
+        assert rows(station) == [1.0, 2.0, 3.0]
+
+
+BAD: dict[str, Any] = {
+    "no JSON": b"{",
+    "no text": b"\xff\xfe",
+    "nothing": b"",
+    "a value that is no number": said("warm"),
+    "a value that is missing": {"data": {}},
+    "too large a number": said(1e300),
+    "nested without an end": b"[" * 100_000,
+    "no time": said(20.0),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_message_without_a_row_is_refused_counted_and_holds_up_nothing(
+    site: Callable[..., Site], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = site(t="$.at")
+    bad = BAD[name] if name == "no time" or isinstance(BAD[name], bytes) else {**BAD[name], "at": T0}
+    with here.start() as station:
+        subscribed(station)
+        here.publish("site/cellar/climate", bad, said(20.5, at=T0))
+        wait_for(lambda: station.store.last_row("room") == 1, "the row after it")
+        assert station.store.counters()["lines rejected"] == 1
+        wait_for(lambda: "site/cellar/climate: not stored: " in caplog.text, "the complaint")
+    with here.start() as station:
+        subscribed(station)
+        here.publish("site/cellar/climate", said(21.5, at=T0))
+        wait_for(lambda: station.store.last_row("room") == 2, "the next row")
+        assert station.store.counters()["lines rejected"] == 1
+    assert station.failures == []
+
+
+def test_what_was_published_while_the_device_was_away_is_there_when_it_comes_back(site: Callable[..., Site]) -> None:
+    here = site()
+    with here.start() as station:
+        subscribed(station)
+    here.publish("site/cellar/climate", *[said(value) for value in range(50)])
+    with here.start() as station:
+        wait_for(lambda: station.store.last_row("room") == 50, "what the broker kept")
+        assert rows(station) == [float(value) for value in range(50)]
+
+
+def test_a_message_is_confirmed_only_after_its_commit(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, may = site(), threading.Event()
+    write = Group.write
+
+    def waits(self: Group, shares: Any, now: Any) -> Any:
+        may.wait(30)
+        return write(self, shares, now)
+
+    confirmed: list[int] = []
+    acknowledge = Link.acknowledge
+
+    def note(self: Link, delivery: Any) -> None:
+        confirmed.append(len(rows(station)))
+        acknowledge(self, delivery)
+
+    with here.start() as station:
+        subscribed(station)
+        monkeypatch.setattr(Group, "write", waits)
+        monkeypatch.setattr(Link, "acknowledge", note)
+        here.publish("site/cellar/climate", said(1))
+        time.sleep(0.5)
+        assert confirmed == []
+        may.set()
+        wait_for(lambda: confirmed == [1], "the confirmation")
+
+
+def test_a_broker_that_is_killed_again_and_again_costs_no_row_and_doubles_none(
+    site: Callable[..., Site], broker: Mosquitto
+) -> None:
+    here = site()
+    with here.start() as station:
+        subscribed(station)
+        for round_ in range(4):
+            values = range(round_ * 30, round_ * 30 + 30)
+            here.publish("site/cellar/climate", *[said(value) for value in values])
+            wait_for(lambda last=values[-1]: last in rows(station), "this round")  # type: ignore[misc]
+            broker.stop()
+            broker.start()
+            subscribed(station)
+        assert sorted(rows(station)) == [float(value) for value in range(120)]
+    assert station.failures == []
+
+
+def test_what_was_committed_when_the_connection_broke_is_not_taken_twice(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = site()
+    acknowledge, lost = Link.acknowledge, [True]
+
+    def loses(self: Link, delivery: Any) -> None:
+        if lost.pop() if lost else False:
+            self.drop()
+        acknowledge(self, delivery)
+
+    with here.start() as station:
+        subscribed(station)
+        monkeypatch.setattr(Link, "acknowledge", loses)
+        here.publish("site/cellar/climate", said(1))
+        wait_for(lambda: not lost, "the lost confirmation")
+        here.publish("site/cellar/climate", said(2))
+        wait_for(lambda: 2.0 in rows(station), "the row after it")
+        assert rows(station) == [1.0, 2.0]
+
+
+def test_a_full_store_leaves_messages_at_the_broker_until_there_is_room(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, full = site(), [True]
+    transaction = Store.transaction
+
+    def fails(self: Store, *args: Any, **more: Any) -> Any:
+        if full[0]:
+            raise StorageFull("no room")
+        return transaction(self, *args, **more)
+
+    with here.start() as station:
+        subscribed(station)
+        monkeypatch.setattr(Store, "transaction", fails)
+        here.publish("site/cellar/climate", said(1))
+        time.sleep(0.5)
+        assert rows(station) == []
+        full[0] = False
+        wait_for(lambda: rows(station) == [1.0], "the row, once there is room")
+
+
+def test_what_a_stop_commits_is_confirmed_and_does_not_come_again(site: Callable[..., Site]) -> None:
+    here = site(commit_every_s=60)
+    for value in (1, 2):
+        with here.start() as station:
+            subscribed(station)
+            here.publish("site/cellar/climate", said(value))
+            wait_for(lambda: bool(station.intake._group), "the row waits")
+    with here.start() as station:
+        subscribed(station)
+        here.publish("site/cellar/climate", said(3))
+        wait_for(lambda: bool(station.intake._group), "the row waits")
+        assert rows(station) == [1.0, 2.0]
+    assert here.stored() == [1.0, 2.0, 3.0]
+
+
+def test_without_a_broker_the_intake_works_and_ends_in_time(site: Callable[..., Site], broker: Mosquitto) -> None:
+    here = site()
+    broker.kill()
+    began = time.monotonic()
+    with here.start() as station:
+        time.sleep(0.3)
+    assert station.failures == []
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("source", "key", "problem"),
+    [
+        ({"paths": {"temprature": "$"}}, "paths", "did you mean 'temperature'"),
+        ({"paths": {"temperature": "$..x"}}, "paths", "no path to a value"),
+        ({"t": "$[*]"}, "paths", "no path to a value"),
+        ({"topic": "a/#/b"}, "topic", "no topic filter"),
+        ({"topic": "a/b+"}, "topic", "no topic filter"),
+        ({"topic": ""}, "topic", "no topic filter"),
+        ({"topic": "$share/x/y"}, "topic", "no topic filter"),
+    ],
+)
+def test_a_source_that_cannot_work_is_refused_by_its_key(source: dict[str, Any], key: str, problem: str) -> None:
+    given = MqttSource(**{"topic": "a/b", **source})
+    with pytest.raises(ConfigError, match=problem) as refused:
+        Mqtt("outstation.toml", "room", Stream(fields=FIELDS, source=given), given, "pi-07-room")
+    assert f"streams.room.source.{key}" in str(refused.value)
+
+
+def test_a_broker_elsewhere_in_the_clear_is_refused_and_its_files_lie_beside_the_config(tmp_path: Path) -> None:
+    file = tmp_path / "outstation.toml"
+    text = (
+        '[device]\nid = "pi-07"\nfleet = "acme"\n[streams.room]\nfields = [{{ name = "x" }}]\n'
+        'source = {{ kind = "mqtt", topic = "a/b", broker = {{ url = "{url}", ca_file = "site.pem" }} }}\n'
+    )
+    file.write_text(text.format(url="mqtt://10.0.0.1"))
+    with pytest.raises(ConfigError, match=r"streams\.room\.source\.broker\.url.*in the clear"):
+        config.load(file)
+    file.write_text(text.format(url="mqtts://10.0.0.1"))
+    source = config.load(file).streams["room"].source
+    assert isinstance(source, MqttSource)
+    assert source.broker.ca_file == str(tmp_path / "site.pem")
+
+
+def test_the_config_names_the_source_and_check_tells_where_it_listens(tmp_path: Path) -> None:
+    file = tmp_path / "outstation.toml"
+    file.write_text(
+        '[device]\nid = "pi-07"\nfleet = "acme"\n[streams.room]\nfields = [{ name = "x" }]\n'
+        'source = { kind = "mqtt", topic = "site/+/climate", paths = { x = "$.data.x" } }\n'
+    )
+    made = config.load(file)
+    store = Store(tmp_path / "data")
+    [source] = device.sources(file, made, store)
+    store.close()
+    assert isinstance(source, Mqtt)
+    findings = json.loads(outstation("check", "-c", str(file), "--json").stdout)
+    assert {"name": "stream room", "state": "ok", "detail": "site/+/climate at mqtt://127.0.0.1:1883"}.items() <= next(
+        one for one in findings if "room" in one["name"]
+    ).items()

@@ -1,0 +1,623 @@
+"""Sources beside the socket: each row of a folder or a recording comes once, also across a kill at any moment."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pytest
+
+from agent import clock, config
+from agent.clock import Now
+from agent.config import Fault, Field, FilesSource, HostSource, ReplaySource, Stream
+from agent.device.intake.file_reader import open_text
+from agent.device.intake.sources import files as files_module
+from agent.device.intake.sources.files import Files
+from agent.device.intake.sources.host import Host
+from agent.device.intake.sources.recordings import Playlist, load
+from agent.device.intake.sources.replay import Replay
+from agent.device.store.quota import PAGE
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
+from agent.errors import ConfigError, UsageError
+from tests.kit.stations import ROOT, T0, Station, conf, rows_of, wait_for
+
+NUMBERS = Stream(fields=[Field(name="n", type="i64", max=10**6)])
+
+
+# --- files
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file has settled after a tenth of a second."""
+    monkeypatch.setattr(files_module, "_SETTLED_S", 0.1)
+
+
+@contextmanager
+def watching(folder: Path, **store: Any) -> Iterator[Station]:
+    source = FilesSource(folder=str(folder / "in"), every=config.Duration(0.02))
+    made = conf(folder / "data", numbers=NUMBERS)
+    with Station(made, sources=lambda s: [Files("numbers", NUMBERS, source, s)], **store) as station:
+        wait_for(lambda: (folder / "in" / "failed").exists(), "the folders")
+        yield station
+        assert station.failures == []
+
+
+def put(folder: Path, name: str, numbers: range | list[Any], header: str = "n") -> Path:
+    """A file that appears at once, by rename."""
+    (folder / "in").mkdir(exist_ok=True)
+    draft = folder / f"{name}.draft"
+    draft.write_text("".join(f"{n}\n" for n in [header, *numbers]))
+    return draft.rename(folder / "in" / name)
+
+
+def taken(station: Station) -> list[int]:
+    found: list[int] = rows_of(station.store, "numbers", NUMBERS).columns[0].tolist()
+    return found
+
+
+def there(folder: Path) -> dict[str, list[str]]:
+    return {where: sorted(p.name for p in (folder / "in" / where).iterdir()) for where in ("done", "failed", "taking")}
+
+
+def done_are(folder: Path, files: int) -> bool:
+    return len(there(folder)["done"]) == files
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_is_taken_and_moved_to_done(tmp_path: Path) -> None:
+    put(tmp_path, "a.csv", range(10_000))
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
+        assert taken(station) == list(range(10_000))
+        assert there(tmp_path) == {"done": ["a.csv"], "failed": [], "taking": []}
+
+
+@pytest.mark.usefixtures("quick")
+def test_bad_lines_are_logged_with_file_and_number_and_the_others_are_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "a.csv", [1, "x", 2, "3,4", 10**7, 5])
+    with watching(tmp_path) as station, caplog.at_level(logging.INFO):
+        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
+        assert taken(station) == [1, 2, 5]
+    said = [record.getMessage() for record in caplog.records if record.name == "outstation.files"]
+    assert said == [
+        "a.csv: line 3: n = 'x' is no number",
+        "a.csv: line 5: 2 values, the header names 1",
+        "a.csv: line 6: n = 10000000 is above max 1000000",
+        "a.csv: taken, 3 rows rejected",
+    ]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_that_is_not_what_the_stream_needs_goes_to_failed_with_the_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, "a.csv", [1], header="m")
+    put(tmp_path, "b.csv", [1])
+    (tmp_path / "in" / "c.parquet").write_bytes(b"PAR1")
+    (tmp_path / "in" / "d.csv").touch()
+    with watching(tmp_path) as station:
+        wait_for(lambda: len(there(tmp_path)["failed"]) == 6, "three failed files and why")
+        wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
+        assert taken(station) == [1]
+        assert station.store.counters()["files failed"] == 3
+    failed = there(tmp_path)["failed"]
+    assert failed == ["a.csv", "a.csv.txt", "c.parquet", "c.parquet.txt", "d.csv", "d.csv.txt"]
+    reason = "a.csv: column 'm' is not a field of this stream; there is n, t"
+    assert f"{reason}; moved to failed/" in caplog.text
+    assert (tmp_path / "in" / "failed" / "a.csv.txt").read_text() == f"{reason}\n"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_name_that_comes_again_is_taken_again_and_overwrites_nothing(tmp_path: Path) -> None:
+    with watching(tmp_path) as station:
+        for turn in range(3):
+            put(tmp_path, "a.csv", range(turn * 10, turn * 10 + 3))
+            wait_for(partial(done_are, tmp_path, turn + 1), "another file in done/")
+        assert taken(station) == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+
+
+@pytest.mark.usefixtures("quick")
+def test_other_files_and_hidden_ones_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("notes.md", ".a.csv", "a.csv.part"):
+        (tmp_path / "in" / name).write_text("n\n1\n")
+    with watching(tmp_path) as station:
+        put(tmp_path, "z.csv", [7])
+        wait_for(lambda: there(tmp_path)["done"] == ["z.csv"], "z.csv in done/")
+        assert taken(station) == [7]
+    assert (tmp_path / "in" / ".a.csv").exists()
+
+
+def test_a_file_is_left_alone_while_it_grows_whatever_the_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "_SETTLED_S", 0.4)
+    with watching(tmp_path) as station:
+        path = tmp_path / "in" / "a.csv"
+        with path.open("w") as file:
+            for n in range(10):
+                file.write(f"{n}\n" if n else "n\n")
+                file.flush()
+                # Its time lies in the future: the clock was set back since.
+                os.utime(path, (time.time() + 1000 + n, time.time() + 1000 + n))
+                time.sleep(0.1)
+                assert path.exists()
+        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
+        assert taken(station) == list(range(1, 10))
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_slow_writer_adds_after_its_file_was_claimed_is_taken_too(tmp_path: Path) -> None:
+    with watching(tmp_path) as station:
+        # Under a name that is not looked at, so that it is not claimed while it is empty still.
+        path = tmp_path / "in" / ".a.csv"
+        with path.open("w") as file:
+            file.write("n\n" + "".join(f"{n}\n" for n in range(200_000)))
+            file.flush()
+            path.rename(path.with_name("a.csv"))
+            wait_for(lambda: bool(there(tmp_path)["taking"]), "a.csv being taken")
+            file.write("200000\n200001\n")
+        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/", 200)
+        assert taken(station) == list(range(200_002))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_full_store_holds_a_file_up_and_loses_none_of_it(tmp_path: Path) -> None:
+    put(tmp_path, "a.csv", range(60_000))
+    with watching(tmp_path, max_size=200 * PAGE) as station:
+        wait_for(lambda: station.store.last_row("numbers") > 20_000, "a store that fills")
+        time.sleep(0.3)
+        kept = station.store.last_row("numbers")
+        assert kept < 60_000
+        assert there(tmp_path)["done"] == []
+        found = taken(station)
+        for _ in range(1000):
+            with station.store.transaction() as tx:
+                tx.trim("numbers", len(found), 2**62, 100)
+            time.sleep(0.05)
+            batch = station.store.take("numbers", NUMBERS.fields, len(found), 10**6)
+            found += batch.rows.columns[0].tolist() if batch else []
+            if there(tmp_path)["done"]:
+                break
+        assert found == list(range(60_000))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_that_goes_away_is_said_once_and_watched_again_when_it_is_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with watching(tmp_path) as station:
+        wait_for(lambda: gone(tmp_path), "a moment in which the watcher does not make the folder again")
+        wait_for(lambda: "looking again" in caplog.text, "a complaint")
+        time.sleep(0.2)
+        assert caplog.text.count("looking again") == 1
+        (tmp_path / "in").unlink()
+        put(tmp_path, "a.csv", [1])
+        wait_for(lambda: (tmp_path / "in" / "done" / "a.csv").exists(), "a.csv in done/")
+        assert taken(station) == [1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_somebody_put_into_taking_goes_to_failed_and_the_files_after_it_are_taken(tmp_path: Path) -> None:
+    for name in ("keep", "1.b.csv"):
+        (tmp_path / "in" / "taking" / name).mkdir(parents=True)
+    put(tmp_path, "z.csv", [7])
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["done"] == ["z.csv"], "z.csv in done/")
+        assert taken(station) == [7]
+        assert station.store.counters()["files failed"] == 2
+    assert there(tmp_path)["failed"] == ["b.csv", "b.csv.txt", "keep", "keep.txt"]
+    assert (tmp_path / "in" / "failed" / "keep.txt").read_text() == (
+        "keep: cannot be read: Is a directory; mend that, and put it into the folder again\n"
+    )
+
+
+class _BadSector(io.TextIOWrapper):
+    """A file that cannot be read beyond line 5000."""
+
+    def __next__(self) -> str:  # type: ignore[override]
+        self.lines = getattr(self, "lines", 1) + 1
+        if self.lines > 5000:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().__next__()
+
+
+def fail_to_open(monkeypatch: pytest.MonkeyPatch, name: str, error: int, times: int) -> list[Path]:
+    """So many times file `name` is not opened; each is in the list."""
+    tried: list[Path] = []
+
+    def unreliable(path: Path) -> IO[str]:
+        if path.name.endswith(name) and len(tried) < times:
+            tried.append(path)
+            raise OSError(error, os.strerror(error), str(path))
+        return open_text(path)
+
+    monkeypatch.setattr(files_module, "open_text", unreliable)
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(errno.EACCES, "Permission denied"), (errno.EIO, "Input/output error"), (errno.ELOOP, "levels")]
+)
+@pytest.mark.usefixtures("quick")
+def test_a_file_that_may_not_be_read_goes_to_failed_and_the_files_after_it_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, said: str
+) -> None:
+    fail_to_open(monkeypatch, "a.csv", error, 10**6)
+    put(tmp_path, "a.csv", [1])
+    put(tmp_path, "b.csv", [2])
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
+        assert taken(station) == [2]
+        assert station.store.counters()["files failed"] == 1
+    assert there(tmp_path)["failed"] == ["a.csv", "a.csv.txt"]
+    assert said in (tmp_path / "in" / "failed" / "a.csv.txt").read_text()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_with_a_bad_sector_goes_to_failed_with_the_lines_that_were_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worn(path: Path) -> IO[str]:
+        return _BadSector(path.open("rb")) if path.name.endswith("a.csv") else open_text(path)
+
+    monkeypatch.setattr(files_module, "open_text", worn)
+    put(tmp_path, "a.csv", range(10_000))
+    put(tmp_path, "b.csv", [9])
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["done"] == ["b.csv"], "b.csv in done/")
+        assert taken(station) == [*range(4096), 9]
+    assert (tmp_path / "in" / "failed" / "a.csv.txt").read_text() == (
+        "a.csv: cannot be read: Input/output error; mend that, and put it into the folder again; its lines up to "
+        "4097 are in the stream already\n"
+    )
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_file_is_read_later_where_the_machine_has_no_descriptor_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = fail_to_open(monkeypatch, "a.csv", errno.EMFILE, 3)
+    put(tmp_path, "a.csv", [1])
+    with watching(tmp_path) as station:
+        wait_for(lambda: there(tmp_path)["done"] == ["a.csv"], "a.csv in done/")
+        assert taken(station) == [1]
+    assert len(tried) == 3
+    assert there(tmp_path)["failed"] == []
+    assert caplog.text.count("looking again") == 1
+
+
+def gone(folder: Path) -> bool:
+    """Put a file in the watched folder's place."""
+    try:
+        shutil.rmtree(folder / "in", ignore_errors=True)
+        (folder / "in").write_text("not a folder")
+    except IsADirectoryError:
+        return False
+    return True
+
+
+_WATCHER = """\
+import sys, time
+from pathlib import Path
+from agent.config import Duration, Field, FilesSource, Stream
+from agent.device.intake.sources import files
+from tests.kit.stations import Station, conf
+
+files._SETTLED_S = 0.0
+folder, stream = Path(sys.argv[1]), Stream(fields=[Field(name="n", type="i64")])
+source = FilesSource(folder=str(folder / "in"), every=Duration(0.01))
+made = conf(folder / "data", 0.001, numbers=stream)
+with Station(made, sources=lambda store: [files.Files("numbers", stream, source, store)]):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_rows_of_files_come_once_when_the_agent_is_killed_again_and_again(tmp_path: Path) -> None:
+    rng = random.Random(8)
+    n = 40_000
+    for index in range(3):
+        put(tmp_path, f"{index}.csv", range(index * n, (index + 1) * n))
+    interrupted = kills = 0
+    for life in range(60):
+        command = [sys.executable, "-c", _WATCHER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            # The first ones die young, most with a file in hand; the later ones live long enough to finish.
+            time.sleep(rng.uniform(0.02, 0.12) if life < 8 else rng.random() * 0.04 * life)
+            process.kill()
+        kills += 1
+        interrupted += bool(there(tmp_path)["taking"])
+        if len(there(tmp_path)["done"]) == 3:
+            break
+    store = Store(tmp_path / "data")
+    store.declare({"numbers": NUMBERS})
+    assert rows_of(store, "numbers", NUMBERS).columns[0].tolist() == list(range(3 * n))
+    store.close()
+    assert interrupted > 0, f"{kills} kills, none in the middle of a file"
+
+
+# --- host
+
+
+def host(*fields: Field, every_s: float = 0.05) -> Stream:
+    return Stream(fields=list(fields), source=HostSource(every=config.Duration(every_s)))
+
+
+@contextmanager
+def hosting(folder: Path, stream: Stream) -> Iterator[Station]:
+    source = stream.source
+    assert isinstance(source, HostSource)
+    made = conf(folder, host=stream)
+    with Station(made, sources=lambda _: [Host("outstation.toml", "host", stream, source, folder)]) as station:
+        yield station
+        assert station.failures == []
+
+
+def test_the_hosts_condition_comes_again_and_again(tmp_path: Path) -> None:
+    names = ("cpu", "load1", "memory", "disk", "swap", "uptime")
+    stream = host(*(Field(name=name, type="f64", min=0) for name in names), Field(name="temperature", optional=True))
+    with hosting(tmp_path, stream) as station:
+        wait_for(lambda: station.store.last_row("host") >= 3, "three readings")
+        rows = station.rows("host")
+    values = dict(zip([*names, "temperature"], rows.columns, strict=True))
+    assert (values["memory"] > 0).all()
+    assert (values["memory"] <= 100).all()
+    assert abs(values["uptime"][-1] - clock.boot_seconds()) < 60
+    assert np.diff(rows.t).min() > 0
+    assert abs(rows.t[-1] / 1e6 - time.time()) < 60
+
+
+def test_a_field_that_no_host_has_is_named_with_those_there_are(tmp_path: Path) -> None:
+    stream = host(Field(name="memroy"))
+    with pytest.raises(ConfigError, match=r"streams\.host\.fields: the host has no 'memroy'; did you mean 'memory'"):
+        Host("outstation.toml", "host", stream, HostSource(), tmp_path)
+
+
+def test_a_value_that_this_host_cannot_read_is_missing_and_is_said_once_where_it_must_not_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreadable() -> dict[str, Any]:
+        raise OSError("no sensors")
+
+    monkeypatch.setattr("psutil.sensors_temperatures", unreadable)
+    with hosting(tmp_path / "a", host(Field(name="temperature", optional=True))) as station:
+        wait_for(lambda: station.store.last_row("host") >= 2, "two readings")
+        assert np.isnan(station.rows("host").columns[0]).all()
+    with hosting(tmp_path / "b", host(Field(name="temperature"))) as station:
+        wait_for(lambda: station.store.counters().get("lines rejected", 0) >= 3, "three rejected readings")
+    said = [record.getMessage() for record in caplog.records if record.name == "outstation.host"]
+    assert said == ["host: not stored: temperature is missing (optional = true allows a missing value)"]
+
+
+# --- replay
+
+
+RATE = 100.0
+WATCH = Stream(fields=[Field(name="ax"), Field(name="ay", optional=True)])
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three subjects, six recordings each of 150-400 rows; ax counts all rows, ay is the recording's number."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(150, 400, 18)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    rows = np.stack([np.arange(starts[-1]), np.repeat(np.arange(18), lengths)], axis=1).astype(np.float32)
+    path = tmp_path_factory.mktemp("recordings") / "r.npz"
+    labels: dict[str, Any] = {
+        "label": np.arange(18) % 2,
+        "labels": np.array(["rest", "move"]),
+        "subject": np.arange(18) // 6,
+    }
+    np.savez(path, rows=rows, starts=starts, fields=np.array(["ax", "ay"]), rate=RATE, **labels)
+    return path
+
+
+def replay_of(path: Path, **source: Any) -> ReplaySource:
+    defaults: dict[str, Any] = {"file": str(path), "speed": 1000.0, "rows": 3000, "subject": 1, "seed": 5}
+    return ReplaySource(**(defaults | source))
+
+
+def start(at_s: float = T0) -> Now:
+    return Now(round(at_s * 1e6), 0.0, "synced")
+
+
+@contextmanager
+def replaying(folder: Path, source: ReplaySource, at_s: float = T0, **store: Any) -> Iterator[Station]:
+    made = conf(folder, watch=WATCH)
+    station = Station(made, sources=lambda s: [Replay("watch", WATCH, source, s, start(at_s))], **store)
+    with station:
+        yield station
+        assert station.failures == []
+
+
+def rows_are(station: Station, rows: int) -> bool:
+    return station.store.last_row("watch") >= rows
+
+
+def played(folder: Path, source: ReplaySource, stops: tuple[int, ...] = ()) -> Rows:
+    """All rows of a replay that is stopped once each of `stops` rows is there, and started again later."""
+    for index, stop in enumerate([*stops, source.rows or 0]):
+        with replaying(folder, source, T0 + index * 500) as station:
+            wait_for(partial(rows_are, station, stop), f"{stop} rows")
+            if stop == source.rows:
+                time.sleep(0.3)
+                assert station.store.last_row("watch") == stop
+                return station.rows("watch")
+    raise AssertionError
+
+
+def test_row_n_of_a_replay_is_the_same_whenever_it_was_stopped(tmp_path: Path, recordings: Path) -> None:
+    whole = played(tmp_path / "a", replay_of(recordings))
+    parts = played(tmp_path / "b", replay_of(recordings, speed=30.0), (400, 900, 901, 2500))
+    assert parts.digest() == whole.digest()
+    other = played(tmp_path / "c", replay_of(recordings, seed=6))
+    assert other.columns[0].tolist() != whole.columns[0].tolist()
+
+
+def test_a_replay_is_what_its_playlist_says(tmp_path: Path, recordings: Path) -> None:
+    rows = played(tmp_path, replay_of(recordings))
+    known = load(recordings)
+    at = 0
+    for part in Playlist(known, 1, 5).parts():
+        n = min(part.n, len(rows) - at)
+        assert part.first == at + 1
+        assert rows.columns[0][at : at + n].tolist() == list(range(part.start, part.start + n))
+        assert np.diff(rows.t[at : at + n]) == pytest.approx(1e6 / RATE, abs=1)
+        assert {known.subject[int(r)] for r in rows.columns[1][at : at + n]} == {1}
+        at += n
+        if at == len(rows):
+            break
+    assert np.diff(rows.t).min() > 0
+    assert np.diff(rows.t).max() > 4e6
+
+
+def test_a_playlist_goes_on_after_any_row(recordings: Path) -> None:
+    known = load(recordings)
+    everything = Playlist(known, None, 3).parts()
+    parts = [next(everything) for _ in range(60)]
+    for after in (0, 1, parts[20].last - 1, parts[20].last, parts[40].first):
+        assert next(Playlist(known, None, 3).parts(after)) == next(p for p in parts if p.last > after)
+
+
+def test_a_replay_of_known_length_ends_now_and_keeps_its_times(tmp_path: Path, recordings: Path) -> None:
+    with replaying(tmp_path, replay_of(recordings, rows=500)) as station:
+        wait_for(lambda: station.store.last_row("watch") == 500, "500 rows")
+        last = station.rows("watch").t[-1] / 1e6
+    assert T0 - 10 < last <= T0
+
+
+def test_faults_begin_at_their_row_and_do_what_they_say(tmp_path: Path, recordings: Path) -> None:
+    faults = [
+        Fault(kind="gain", fields=["ax"], from_row=1000, amount=0.5),
+        Fault(kind="offset", fields=["ax"], from_row=1500, amount=7.0),
+        Fault(kind="missing", fields=["ay"], from_row=2000),
+        Fault(kind="stuck", fields=["ax"], from_row=2500, amount=-3.0),
+    ]
+    clean = played(tmp_path / "a", replay_of(recordings))
+    faulty = played(tmp_path / "b", replay_of(recordings, faults=faults))
+    ax, ay = (column.astype(float) for column in clean.columns)
+    expected = ax.copy()
+    expected[999:] *= 0.5
+    expected[1499:] += 7
+    expected[2499:] = -3
+    assert faulty.columns[0].tolist() == expected.astype("f4").tolist()
+    assert np.flatnonzero(np.isnan(faulty.columns[1])).tolist() == list(range(1999, 3000))
+    assert faulty.columns[1][:1999].tolist() == ay[:1999].tolist()
+    assert faulty.t.tolist() == clean.t.tolist()
+
+
+def test_a_replay_keeps_its_pace(tmp_path: Path, recordings: Path) -> None:
+    with replaying(tmp_path, replay_of(recordings, speed=10.0, rows=None)) as station:
+        began = time.monotonic()
+        wait_for(lambda: station.store.last_row("watch") >= 100, "the first rows")
+        time.sleep(1.0)
+        rows, seconds = station.store.last_row("watch"), time.monotonic() - began
+    assert 0.5 * 10 * RATE * (seconds - 0.3) < rows <= 10 * RATE * (seconds + 0.1)
+
+
+def test_a_full_store_holds_a_replay_up_and_skips_nothing(
+    tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.device.intake.sources.replay._FULL_S", 0.05)
+    source = replay_of(recordings, rows=40_000, speed=1e5)
+    whole = played(tmp_path / "a", source)
+    with replaying(tmp_path / "b", source, max_size=200 * PAGE) as station:
+        wait_for(lambda: station.store.last_row("watch") > 10_000, "a store that fills")
+        found: list[float] = []
+        for _ in range(1000):
+            batch = station.store.take("watch", WATCH.fields, len(found), 10**6)
+            found += batch.rows.columns[0].tolist() if batch else []
+            with station.store.transaction() as tx:
+                tx.trim("watch", len(found), 2**62, 100)
+            time.sleep(0.05)
+            if len(found) == 40_000:
+                break
+    assert found == whole.columns[0].tolist()
+
+
+_PLAYER = """\
+import sys, time
+from pathlib import Path
+from agent.clock import Now
+from agent.config import Field, ReplaySource, Stream
+from agent.device.intake.sources.replay import Replay
+from tests.kit.stations import Station, conf
+
+stream = Stream(fields=[Field(name="ax"), Field(name="ay", optional=True)])
+source = ReplaySource(file=sys.argv[2], subject=1, seed=5, rows=3000, speed=40.0)
+made = conf(Path(sys.argv[1]), watch=stream)
+begin = Now(1_764_022_680_000_000, 0.0, "synced")
+with Station(made, sources=lambda store: [Replay("watch", stream, source, store, begin)]):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_replay_that_is_killed_again_and_again_repeats_and_skips_no_row(tmp_path: Path, recordings: Path) -> None:
+    rng = random.Random(4)
+    for _ in range(5):
+        command = [sys.executable, "-c", _PLAYER, str(tmp_path / "b"), str(recordings)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(0.25 + rng.random() * 0.2)
+            process.kill()
+    parts = played(tmp_path / "b", replay_of(recordings))
+    assert parts.digest() == played(tmp_path / "a", replay_of(recordings)).digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"subject": 9}, "the recordings have no subject 9"),
+        ({"file": "/nowhere.npz"}, "/nowhere.npz: not readable as recordings"),
+    ],
+)
+def test_a_replay_that_cannot_play_is_named(tmp_path: Path, recordings: Path, change: Any, said: str) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(UsageError, match=said):
+        Replay("watch", WATCH, replay_of(recordings, **change), store, start())
+    store.close()
+
+
+def test_a_stream_whose_fields_were_not_recorded_is_named(tmp_path: Path, recordings: Path) -> None:
+    store = Store(tmp_path)
+    stream = Stream(fields=[Field(name="ax"), Field(name="az")])
+    with pytest.raises(UsageError, match="has no az; it has ax, ay"):
+        Replay("watch", stream, replay_of(recordings), store, start())
+    store.close()
+
+
+def test_a_file_of_recordings_that_is_damaged_is_named(tmp_path: Path, recordings: Path) -> None:
+    whole = recordings.read_bytes()
+    path = tmp_path / "r.npz"
+    for content in (b"", b"PK\x03\x04", whole[: len(whole) // 2], b"\x93NUMPY"):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="not readable as recordings"):
+            load(path)
+
+
+def test_the_threads_of_these_tests_have_ended() -> None:
+    assert [thread.name for thread in threading.enumerate() if thread.name == "intake"] == []

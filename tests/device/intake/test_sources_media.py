@@ -1,0 +1,317 @@
+"""Images and sounds put into a watched folder: rows by the bundle's definition, each file once, others set aside."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from agent import config
+from agent.config import Field, FilesSource, Stream
+from agent.device.intake import media_reader
+from agent.device.intake.sources import files as files_module
+from agent.device.intake.sources.files import Files
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
+from agent.errors import ConfigError, UsageError
+from agent.media import Image, Made, Sound
+from agent.model.inference import images, sound
+from tests.kit.stations import ROOT, Station, conf, rows_of, wait_for
+from tests.model.test_media import RATE, picture, tone, write_wav
+
+SMALL = Image(width=8, height=6)
+HEARD = Sound(rate=RATE, window=1024, hop=512, mels=16)
+
+
+def stream_of(folder: Path, made: Made, every_s: float = 0.02) -> Stream:
+    """As `config.load` makes it."""
+    kind = {"image": made} if isinstance(made, Image) else {"sound": made}
+    source = FilesSource(folder=str(folder / "in"), every=config.Duration(every_s), **kind)
+    return Stream(fields=[Field(name=name) for name in made.columns], source=source)
+
+
+@contextmanager
+def watching(folder: Path, made: Made = SMALL, **store: Any) -> Iterator[Station]:
+    stream = stream_of(folder, made)
+    source = stream.source
+    assert isinstance(source, FilesSource)
+    (folder / "in").mkdir(exist_ok=True)
+    made_of = conf(folder / "d", camera=stream)
+    with Station(made_of, sources=lambda s: [Files("camera", stream, source, s)], **store) as station:
+        yield station
+        assert station.failures == []
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files_module, "_SETTLED_S", 0.1)
+
+
+def put(folder: Path, name: str, content: bytes, at_s: float | None = None) -> Path:
+    """A file that appears at once, by rename."""
+    (folder / "in").mkdir(exist_ok=True)
+    draft = folder / f"{name}.draft"
+    draft.write_bytes(content)
+    if at_s is not None:
+        os.utime(draft, (at_s, at_s))
+    return draft.rename(folder / "in" / name)
+
+
+def names(folder: Path, where: str) -> list[str]:
+    return sorted(path.name for path in (folder / "in" / where).glob("*") if path.name != "rows.csv")
+
+
+def are_in(folder: Path, where: str, count: int) -> bool:
+    return len(names(folder, where)) == count
+
+
+def taken(station: Station) -> Rows:
+    return rows_of(station.store, "camera", station.conf.streams["camera"])
+
+
+def pixels(rows: Rows) -> NDArray[np.float32]:
+    return np.stack(rows.columns, axis=1).reshape(-1, SMALL.height, SMALL.width * 3)
+
+
+def notes(folder: Path) -> list[list[str]]:
+    """Name, first and last row of each file."""
+    with (folder / "in" / "done" / "rows.csv").open(newline="") as file:
+        head, *told = csv.reader(file)
+    assert head == ["file", "first", "last"]
+    return sorted(told)
+
+
+@pytest.mark.usefixtures("quick")
+def test_images_become_rows_in_the_order_of_their_names_and_it_is_noted_which_are_whose(tmp_path: Path) -> None:
+    for index in range(40):
+        put(tmp_path, f"{index:02}.png", picture((6, 8, 3), seed=index), 1_764_000_000 + index)
+    with watching(tmp_path) as station:
+        wait_for(partial(are_in, tmp_path, "done", 40), "all in done/")
+        rows = taken(station)
+    expected = [images.rows(tmp_path / "in" / "done" / f"{index:02}.png", SMALL) for index in range(40)]
+    assert pixels(rows).tobytes() == np.stack(expected).tobytes()
+    assert rows.t.tolist() == [(1_764_000_000 + index) * 1_000_000 for index in range(40) for _ in range(6)]
+    assert notes(tmp_path) == [[f"{index:02}.png", str(index * 6 + 1), str(index * 6 + 6)] for index in range(40)]
+
+
+@pytest.mark.usefixtures("quick")
+def test_images_of_one_moment_are_told_apart_and_a_moment_in_the_name_comes_first(tmp_path: Path) -> None:
+    for index in range(3):
+        put(tmp_path, f"{index}.png", picture((6, 8, 3), seed=index), 1_764_000_000)
+    put(tmp_path, "x 2026-11-24T10-15-30.25Z.jpg", picture((6, 8, 3), "JPEG"), 1_764_000_000)
+    with watching(tmp_path) as station:
+        wait_for(partial(are_in, tmp_path, "done", 4), "all in done/")
+        t = taken(station).t.reshape(4, 6)
+    assert (t == t[:, :1]).all()
+    assert (t[:3, 0] - 1_764_000_000_000_000).tolist() == [0, 1, 2]
+    assert t[3, 0] == 1_795_515_330_250_000
+
+
+@pytest.mark.parametrize(
+    ("made", "name", "content", "why"),
+    [
+        (SMALL, "a.png", b"not an image", "no JPEG or PNG image; take it away, or give it as one of these"),
+        (SMALL, "a.jpg", b"", "no JPEG or PNG image"),
+        (SMALL, "a.png", picture((64, 64, 3))[:800], "an image that cannot be read"),
+        (SMALL, "a.png", picture((64, 64, 3), "GIF"), "no JPEG or PNG image"),
+        (HEARD, "a.wav", b"RIFF but not really", "no WAV file that can be read"),
+        (HEARD, "a.wav", "of another rate", "is of 8000 Hz, the model's sound of 16000 Hz; resample it first"),
+        (HEARD, "a.wav", "cut short", "is cut short, 3,978 of the 8,000 samples its header tells of"),
+        (HEARD, "a.wav", "a moment", "160 samples are too few: one row takes 1,024"),
+    ],
+)
+@pytest.mark.usefixtures("quick")
+def test_a_file_that_is_none_goes_to_failed_with_a_sentence_beside_it_and_is_counted(
+    tmp_path: Path, made: Made, name: str, content: bytes | str, why: str
+) -> None:
+    if isinstance(content, str):
+        made_of = {"of another rate": (0.5, 8000), "cut short": (0.5, RATE), "a moment": (0.01, RATE)}[content]
+        written = write_wav(tmp_path / "x.wav", tone(440, made_of[0]), rate=made_of[1]).read_bytes()
+        content = written[:8000] if content == "cut short" else written
+    put(tmp_path, name, content)
+    good = picture((6, 8, 3)) if isinstance(made, Image) else write_wav(tmp_path / "y.wav", tone(440)).read_bytes()
+    put(tmp_path, f"good{Path(name).suffix}", good)
+    with watching(tmp_path, made) as station:
+        wait_for(partial(are_in, tmp_path, "failed", 2), "the file and the reason in failed/")
+        wait_for(partial(are_in, tmp_path, "done", 1), "the good one in done/")
+        assert station.store.counters()["files failed"] == 1
+        assert len(taken(station)) == (6 if isinstance(made, Image) else 14)
+    said = (tmp_path / "in" / "failed" / f"{name}.txt").read_text()
+    assert said.startswith(f"{name}: ")
+    assert why in said
+    assert said.count("\n") == 1
+    assert "taking" not in said
+
+
+def test_an_image_of_too_many_pixels_or_bytes_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    pillow.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(pillow.Image, "resize", None)
+    with pytest.raises(UsageError, match=r"bomb\.png: 20000 x 20000 pixels, 50,000,000 at most; make it smaller"):
+        images.rows(tmp_path / "bomb.png", SMALL)
+    monkeypatch.setattr(images, "_MOST_BYTES", 1000)
+    with pytest.raises(UsageError, match=r"bomb\.png: [0-9,]+ bytes, 1,000 at most; make it smaller"):
+        images.rows(tmp_path / "bomb.png", SMALL)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_sound_has_the_rows_of_its_definition_and_times_from_its_start(tmp_path: Path) -> None:
+    samples = np.random.default_rng(0).normal(0, 0.1, 40 * RATE)
+    content = write_wav(tmp_path / "x.wav", samples).read_bytes()
+    put(tmp_path, "a.wav", content, 1_764_000_040)  # when its last sample was written
+    put(tmp_path, "b 20251124T160000Z.wav", content)
+    with watching(tmp_path, HEARD) as station:
+        wait_for(partial(are_in, tmp_path, "done", 2), "both in done/")
+        rows = taken(station)
+    path = tmp_path / "in" / "done" / "a.wav"
+    expected = sound.rows(sound.samples(path, RATE), HEARD)
+    n = len(expected)
+    assert n > 2 * sound._AT_ONCE
+    assert np.stack(rows.columns, axis=1).tobytes() == np.concatenate([expected, expected]).tobytes()
+    assert rows.t.tolist() == 2 * (1_764_000_000_000_000 + np.arange(n) * 32_000).tolist()
+    assert notes(tmp_path) == [["a.wav", "1", str(n)], ["b 20251124T160000Z.wav", str(n + 1), str(2 * n)]]
+
+
+@pytest.mark.parametrize("late_us", [0, 1, 32_000, 63_999])
+def test_a_sound_that_would_go_on_from_the_one_before_begins_just_before_its_end(tmp_path: Path, late_us: int) -> None:
+    stream, path = stream_of(tmp_path, HEARD), write_wav(tmp_path / "a.wav", tone(440))
+    own = round(path.stat().st_mtime_ns / 1000) - 500_000
+    [block] = media_reader.blocks(path, "a.wav", stream, 0, own - late_us)
+    assert round(block.raw.t[0] * 1e6) == own - late_us - 1
+    [later] = media_reader.blocks(path, "a.wav", stream, 0, own - 64_002)
+    assert abs(round(later.raw.t[0] * 1e6) - own) <= 1
+
+
+@pytest.mark.parametrize("skip", [1, 255, 256, 300, 1_000])
+def test_a_sound_that_was_taken_in_part_goes_on_with_the_same_bits_and_times(tmp_path: Path, skip: int) -> None:
+    stream = stream_of(tmp_path, HEARD)
+    path = write_wav(tmp_path / "a.wav", np.random.default_rng(1).normal(0, 0.1, 40 * RATE))
+    whole = list(media_reader.blocks(path, "a.wav", stream, 0, None))
+    t = np.concatenate([block.raw.t for block in whole])
+    rest = list(media_reader.blocks(path, "a.wav", stream, skip, round(t[skip - 1] * 1e6)))
+    assert [line for block in rest for line in block.lines] == list(range(skip + 1, len(t) + 1))
+    assert np.concatenate([block.raw.t for block in rest]).tobytes() == t[skip:].tobytes()
+    for field in ("mel0", "mel15"):
+        before, after = (np.concatenate([b.raw.values[field] for b in some]) for some in (whole, rest))
+        assert after.tobytes() == before[skip:].tobytes()
+
+
+@pytest.mark.parametrize("kind", ["image", "sound"])
+@pytest.mark.usefixtures("quick")
+def test_a_file_whose_move_fails_after_its_last_row_is_moved_later_and_not_taken_again(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: Made = SMALL if kind == "image" else HEARD
+    content = picture((6, 8, 3)) if kind == "image" else write_wav(tmp_path / "x.wav", tone(440)).read_bytes()
+    move, failures = os.rename, ["the folder's medium is gone"]
+
+    def unreliable(before: Path, after: Path) -> None:
+        if "done" in Path(after).parts and failures:
+            raise OSError(failures.pop())
+        move(before, after)
+
+    monkeypatch.setattr(os, "rename", unreliable)
+    put(tmp_path, "a.png" if kind == "image" else "a.wav", content, 1_764_000_000)
+    with watching(tmp_path, made) as station:
+        wait_for(partial(are_in, tmp_path, "done", 1), "moved at last")
+        rows = len(taken(station).t)
+    assert failures == []
+    assert notes(tmp_path)[0][1:] == ["1", str(rows)]
+    assert len(notes(tmp_path)) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_of_another_producer_are_no_part_of_an_image(tmp_path: Path) -> None:
+    with watching(tmp_path) as station, station.line() as line:
+        line.send({"stream": "camera", "columns": {"pixel0": [0.1]}})
+        [(number, reason)] = [(r["line"], r["reason"]) for r in line.through(1)["rejected"]]
+    assert (number, reason) == (1, "stream 'camera' takes whole files only; put them into its folder")
+
+
+_WATCHER = """\
+import sys, time
+from pathlib import Path
+from agent.device.intake.sources import files
+from agent.config import Duration
+from tests import test_sources_media as here
+from tests.kit.stations import Station, conf
+
+files._SETTLED_S = 0.0
+folder, made = Path(sys.argv[1]), {"image": here.SMALL, "sound": here.HEARD}[sys.argv[2]]
+stream = here.stream_of(folder, made, 0.01)
+made = conf(folder / "d", 0.001, camera=stream)
+with Station(made, sources=lambda store: [files.Files("camera", stream, stream.source, store)]):
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("kind", ["image", "sound"])
+def test_files_come_once_and_whole_when_the_agent_is_killed_again_and_again(tmp_path: Path, kind: str) -> None:
+    rng = random.Random(4)
+    made: Made = SMALL if kind == "image" else HEARD
+    count = 90 if kind == "image" else 3
+    for index in range(count):
+        if kind == "image":
+            put(tmp_path, f"{index:03}.png", picture((6, 8, 3), seed=index), 1_764_000_000 + index)
+        else:
+            samples = np.random.default_rng(index).normal(0, 0.1, 60 * RATE)
+            content = write_wav(tmp_path / "x.wav", samples).read_bytes()
+            put(tmp_path, f"{index}.wav", content, 1_764_000_000 + index * 60)
+    interrupted = 0
+    for life in range(40):
+        command = [sys.executable, "-c", _WATCHER, str(tmp_path), kind]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(rng.uniform(0.01, 0.08) if life < 5 else 1.0)
+            process.send_signal(signal.SIGKILL)
+        interrupted += bool(names(tmp_path, "taking"))
+        if are_in(tmp_path, "done", count):
+            break
+    store, stream = Store(tmp_path / "d"), stream_of(tmp_path, made)
+    store.declare({"camera": stream})
+    rows = np.stack(rows_of(store, "camera", stream).columns, axis=1)
+    store.close()
+    whole = notes(tmp_path)
+    assert len(whole) == count
+    assert sorted(int(first) for _, first, _ in whole)[0] == 1
+    spans = sorted((int(first), int(last), name) for name, first, last in whole)
+    assert all(before[1] + 1 == after[0] for before, after in itertools.pairwise(spans))
+    assert spans[-1][1] == len(rows)
+    for first, last, name in spans:
+        path = tmp_path / "in" / "done" / name
+        expected = images.rows(path, made) if isinstance(made, Image) else sound.rows(sound.samples(path, RATE), made)
+        assert rows[first - 1 : last].tobytes() == expected.tobytes()
+    assert interrupted > 0
+
+
+# --- config
+
+
+def test_a_missing_pillow_and_an_image_too_large_for_the_store_are_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = stream_of(tmp_path, Image(width=800, height=800))
+    with pytest.raises(ConfigError, match=r"streams\.camera\.source\.image: an image takes 7,686,400 bytes, the store"):
+        media_reader.require("o.toml", "camera", large, 2**30)
+    media_reader.require("o.toml", "camera", stream_of(tmp_path, Image(width=224, height=224)), 2**30)
+    monkeypatch.setattr(images, "are_readable", lambda: False)
+    with pytest.raises(ConfigError, match=r"source\.image: images need Pillow: pip install 'outstation\[images"):
+        media_reader.require("o.toml", "camera", stream_of(tmp_path, SMALL), 2**30)

@@ -1,0 +1,391 @@
+"""The clock watch: an anchor for whatever the clocks did, one alert, and floors that a lie cannot raise for good."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent import clock
+from agent.clock import Now
+from agent.device.machine import timekeeping
+from agent.device.machine.timekeeping import FLOOR, SYNCED, believable, clock_of
+from agent.device.store import clock_segments
+from agent.device.store.clock_segments import Segments, Stamp
+from agent.device.store.store import Store
+from agent.errors import StorageFull
+from agent.wire.messages import Alerts, Audit
+from tests.kit.clocks import TRUE_START_US, Station
+
+S = 1_000_000
+HOUR, DAY = 3600 * S, 86_400 * S
+
+
+@pytest.fixture
+def station(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Station]:
+    made = Station(tmp_path, monkeypatch)
+    yield made
+    made.stop()
+
+
+def anchors(station: Station) -> list[dict[str, Any]]:
+    return [one.body.evidence for one in station.messages() if isinstance(one.body, Audit)]
+
+
+def alerts(station: Station) -> list[tuple[str, str]]:
+    return [(one.body.state, one.body.summary) for one in station.messages() if isinstance(one.body, Alerts)]
+
+
+def turns(station: Station, seconds: float, each_s: float = 5.0) -> None:
+    """The main loop goes round for a while."""
+    for _ in range(round(seconds / each_s)):
+        station.machine.true_us += each_s * S
+        station.turn()
+
+
+def test_an_anchor_comes_at_the_start_at_each_step_when_the_clock_is_set_right_and_each_day(station: Station) -> None:
+    turns(station, 60)
+    station.machine.set(-HOUR)
+    turns(station, 60)
+    station.machine.set(60 * DAY)
+    turns(station, 60)
+    station.machine.sync(0)
+    turns(station, 60)
+    turns(station, 90_000, 300.0)
+    found = anchors(station)
+    assert [one["why"] for one in found] == ["start", "step", "step", "step", "daily"]
+    assert [one["segment"] for one in found] == [1, 2, 3, 1, 1]
+    assert [round(one["step_us"] / S) for one in found] == [0, -3600, 60 * 86_400, -60 * 86_400 + 3600, 0]
+    assert [one["quality"] for one in found] == ["synced", "restored", "restored", "synced", "synced"]
+    assert timekeeping.steps(station.store) == 3
+
+
+def test_what_is_slewed_is_no_step(station: Station) -> None:
+    turns(station, 10)
+    station.machine.set(400_000, "synced")
+    turns(station, 10)
+    assert len(anchors(station)) == 1
+
+
+def test_a_clock_that_gains_and_loses_its_time_service_by_the_second_does_not_fill_the_log(station: Station) -> None:
+    for second in range(1800):
+        station.machine.true_us += S
+        station.machine.quality = "synced" if second % 2 else "restored"
+        station.turn()
+    assert len(anchors(station)) <= 1 + 1800 / 60
+
+
+def test_a_clock_that_is_set_a_moment_before_it_is_vouched_for_is_believed_at_once(station: Station) -> None:
+    station.machine.quality = "unsynced"
+    turns(station, 10)
+    station.machine.set(3_600_000_000, "unsynced")
+    turns(station, 1, each_s=0.5)
+    station.machine.quality = "synced"
+    turns(station, 1, each_s=0.5)
+    assert [one["quality"] for one in anchors(station)] == ["unsynced", "unsynced", "synced"]
+
+
+def test_a_clock_pulled_to_and_fro_makes_two_segments(station: Station) -> None:
+    for second in range(100):
+        station.machine.true_us += S
+        station.machine.set(HOUR if second % 2 else -HOUR)
+        station.turn()
+    assert {one["segment"] for one in anchors(station)} == {1, 2}
+
+
+def test_a_restart_within_a_boot_goes_on_with_its_segment_and_a_new_boot_begins_at_one(station: Station) -> None:
+    station.turn()
+    station.machine.set(-HOUR)
+    station.turn()
+    station.stop()
+    station.machine.true_us += 60 * S
+    station.start()
+    station.turn()
+    station.stop()
+    station.machine.reboot(60, 0)
+    station.start()
+    station.turn()
+    assert [(one["boot"], one["segment"], one["step_us"]) for one in anchors(station)] == [
+        (1, 1, 0),
+        (1, 2, -HOUR),
+        (1, 2, 0),
+        (2, 1, 0),
+    ]
+
+
+def test_a_step_while_the_daemon_was_down_is_seen_at_its_start(station: Station) -> None:
+    station.turn()
+    station.stop()
+    station.machine.set(2 * HOUR)
+    station.start()
+    station.turn()
+    assert anchors(station)[-1]["step_us"] == 2 * HOUR
+
+
+def test_the_first_anchor_of_a_boot_says_how_far_the_last_one_got(station: Station) -> None:
+    station.turn()
+    station.machine.true_us += 500 * S
+    station.stamp()
+    station.commit()
+    last = station.machine.boot_us
+    station.stop()
+    station.machine.reboot(60, 0)
+    station.start()
+    station.turn()
+    assert anchors(station)[-1]["before"] == {"boot": 1, "boot_us": last}
+
+
+def test_segments_of_boots_whose_rows_are_gone_are_forgotten(station: Station) -> None:
+    for _ in range(5):
+        station.turn()
+        station.stop()
+        station.machine.reboot(60, 0)
+        station.start()
+    station.turn()
+    with sqlite3.connect(f"file:{station.store.path}?mode=ro", uri=True) as db:
+        boots = [row[0] for row in db.execute("SELECT boot FROM segments ORDER BY boot")]
+    db.close()
+    assert boots == [5, 6]
+
+
+def test_a_store_that_begins_a_new_log_gives_it_the_anchors_of_what_it_still_holds(station: Station) -> None:
+    station.machine.set(-HOUR)
+    station.turn()
+    station.stamp()
+    station.commit()
+    with station.store.transaction() as tx:
+        tx.set_meta("clock log", "another")
+    station.stop()
+    station.start()
+    station.machine.sync(0)
+    station.turn()
+    assert [one["segment"] for one in anchors(station)] == [1, 1, 2]
+
+
+def test_an_unsynced_clock_is_told_once_and_cleared_when_a_time_service_vouches_for_it(station: Station) -> None:
+    station.machine.reboot(60, 0)
+    station.stop()
+    station.start()
+    turns(station, 100)
+    assert alerts(station) == []
+    turns(station, 3600)
+    [(state, summary)] = alerts(station)
+    assert state == "raised"
+    assert "no time service has set it" in summary
+    station.stop()
+    station.start()
+    turns(station, 600)
+    station.machine.sync(0)
+    turns(station, 600)
+    assert [state for state, _ in alerts(station)] == ["raised", "cleared"]
+
+
+def test_a_step_of_a_clock_that_was_vouched_for_is_told_and_over_after_a_while(station: Station) -> None:
+    turns(station, 20)
+    station.machine.set(60 * DAY, "synced")
+    turns(station, 20)
+    [(state, summary)] = alerts(station)
+    assert (state, "+5184000.0 s" in summary) == ("raised", True)
+    turns(station, 900)
+    assert [state for state, _ in alerts(station)] == ["raised", "cleared"]
+
+
+def test_a_clock_that_is_stepped_all_day_raises_an_alert_an_hour_at_most(station: Station) -> None:
+    for _ in range(12 * 4):
+        station.machine.set(HOUR, "synced")
+        turns(station, 900, 60.0)
+    assert 1 < len([state for state, _ in alerts(station) if state == "raised"]) <= 13
+
+
+def test_a_full_store_delays_the_anchor(monkeypatch: pytest.MonkeyPatch, station: Station) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise StorageFull("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(station.store, "transaction", full)
+        station.keeper.turn(station.machine.now)
+    turns(station, 20)
+    assert [one["why"] for one in anchors(station)] == ["start"]
+
+
+# --- floors
+
+
+def reading(monkeypatch: pytest.MonkeyPatch, wall_us: int, error_us: int | None) -> None:
+    monkeypatch.setattr(clock, "_both", lambda: (wall_us, 1000.0))
+    monkeypatch.setattr(clock, "sync_error_us", lambda: error_us)
+
+
+def test_a_lie_of_two_years_leaves_the_right_time_synced_once_a_time_service_says_it(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    station.machine.sync(0)
+    station.machine.offset_us += 730 * DAY
+    station.turn()
+    assert int(station.store.meta(SYNCED, "0")) > TRUE_START_US + 700 * DAY
+    reading(monkeypatch, TRUE_START_US, None)
+    assert clock_of(station.store)().quality == "unsynced"
+    reading(monkeypatch, TRUE_START_US, 10)
+    assert clock_of(station.store)().quality == "synced"
+    station.machine.sync(0)
+    station.turn()
+    reading(monkeypatch, TRUE_START_US + DAY, None)
+    assert clock_of(station.store)().quality == "restored"
+
+
+def test_a_time_before_the_collectors_is_unsynced_unless_a_time_service_vouches_for_it(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with station.store.transaction() as tx:
+        tx.raise_floor(TRUE_START_US)
+    reading(monkeypatch, TRUE_START_US - 1, None)
+    assert clock_of(station.store)().quality == "unsynced"
+    reading(monkeypatch, TRUE_START_US - 1, 10)
+    assert clock_of(station.store)().quality == "synced"
+    assert int(station.store.meta(FLOOR, "0")) == TRUE_START_US
+
+
+def test_a_time_before_the_program_was_built_is_unsynced_whoever_vouches_for_it(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wall_us in (0, clock.BUILD_FLOOR_US - 1):
+        reading(monkeypatch, wall_us, 10)
+        assert clock_of(station.store)().quality == "unsynced"
+
+
+def test_a_collector_ten_years_ahead_does_no_harm_once_a_time_service_vouches_for_the_clock(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    station.machine.quality = "restored"
+    turns(station, 60)
+    with station.store.transaction() as tx:
+        tx.raise_floor(TRUE_START_US + 3650 * DAY)
+    reading(monkeypatch, round(station.machine.true_us), None)
+    assert clock_of(station.store)().quality == "unsynced"
+    station.machine.quality = "unsynced"
+    turns(station, 70)
+    reading(monkeypatch, round(station.machine.true_us), 10)
+    assert clock_of(station.store)().quality == "synced"
+    station.machine.sync(0)
+    turns(station, 10)
+    [(state, summary)] = alerts(station)
+    assert (state, "The collector said" in summary) == ("raised", True)
+    turns(station, 900)
+    assert [state for state, _ in alerts(station)] == ["raised", "cleared"]
+    # The time service falls silent again, and the floor is no longer in the way.
+    reading(monkeypatch, round(station.machine.true_us), None)
+    assert clock_of(station.store)().quality == "restored"
+
+
+def test_a_floor_less_than_a_day_ahead_of_a_clock_that_is_vouched_for_stays(station: Station) -> None:
+    with station.store.transaction() as tx:
+        tx.raise_floor(TRUE_START_US + HOUR)
+    station.machine.sync(0)
+    turns(station, 60)
+    assert int(station.store.meta(FLOOR, "0")) == TRUE_START_US + HOUR
+    assert alerts(station) == []
+
+
+def test_a_collector_a_day_ahead_of_a_clock_that_is_vouched_for_raises_no_floor() -> None:
+    synced, restored = Now(TRUE_START_US, 1.0, "synced", 10), Now(TRUE_START_US, 1.0, "restored")
+    assert not believable(TRUE_START_US + 2 * DAY, synced)
+    assert believable(TRUE_START_US + HOUR, synced)
+    assert believable(TRUE_START_US + 2 * DAY, restored)
+
+
+def test_a_floor_raised_while_the_daemon_runs_counts_within_a_minute(
+    station: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(clock, "_both", lambda: (TRUE_START_US, now_s))
+    monkeypatch.setattr(clock, "boot_seconds", lambda: now_s)
+    monkeypatch.setattr(clock, "sync_error_us", lambda: None)
+    now = clock_of(station.store)
+    assert now().quality == "restored"
+    with station.store.transaction() as tx:
+        tx.raise_floor(TRUE_START_US + DAY)
+    now_s += 61
+    assert now().quality == "unsynced"
+
+
+# --- which rows
+
+
+RUNS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2)), min_size=1, max_size=8)
+
+
+@given(RUNS, st.integers(1, 40), st.integers(1, 40))
+def test_stamps_of_a_range_say_for_each_row_what_all_of_them_say(
+    runs: list[tuple[int, int]], first: int, last: int
+) -> None:
+    stamps: list[Stamp] = []
+    of_row: dict[int, int] = {}
+    row = 1
+    for n, segment in runs:
+        stamps.append(Stamp(row, 1, segment, 0))
+        of_row |= dict.fromkeys(range(row, row + n), segment)
+        row += n
+    first = min(first, row - 1)
+    last = max(first, min(last, row - 1))
+    inside = clock_segments.within(clock_segments.merged(stamps), first, last)
+    assert inside[0].first == first
+    for number in range(first, last + 1):
+        [*_, found] = [stamp for stamp in inside if stamp.first <= number]
+        assert found.segment == of_row[number]
+    assert all(a.segment != b.segment for a, b in pairwise(inside))
+
+
+def test_a_producer_that_mixes_times_at_will_gets_no_chunk_for_each_row(station: Station) -> None:
+    station.turn()
+    for i in range(1000):
+        station.machine.true_us += 1000
+        station.stamp(None if i % 2 else 1_700_000_000.0)
+    station.commit()
+    with sqlite3.connect(f"file:{station.store.path}?mode=ro", uri=True) as db:
+        [(chunks, rows)] = db.execute("SELECT count(*), sum(n) FROM chunks").fetchall()
+        given_too = db.execute("SELECT segment FROM chunks ORDER BY id DESC LIMIT 1").fetchone()
+    db.close()
+    assert (chunks, rows, given_too) == (64, 1000, (0,))
+
+
+def test_what_the_intake_stamped_before_a_step_keeps_its_segment_though_the_loop_saw_the_step_first(
+    station: Station,
+) -> None:
+    station.turn()
+    station.stamp()
+    station.machine.set(-HOUR)
+    station.machine.true_us += S
+    station.turn()
+    station.commit()
+    batch = station.store.take("watch", station.conf.streams["watch"].fields, 0, 10)
+    assert batch is not None
+    assert [(stamp.segment, stamp.quality) for stamp in batch.stamps] == [(1, 0)]
+    with station.store.transaction() as tx:
+        assert isinstance(tx.segments, Segments)
+        assert tx.segments.observe(station.machine.now).number == 2
+
+
+def test_rows_written_before_there_were_segments_count_as_given(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with sqlite3.connect(f"file:{store.path}?mode=ro", uri=True) as db:
+        columns = {row[1]: row[4] for row in db.execute("PRAGMA table_info(chunks)")}
+    db.close()
+    assert (columns["segment"], columns["boot_us"]) == ("0", "0")
+    store.close()
+
+
+def test_health_and_status_say_how_good_the_clock_is(station: Station) -> None:
+    station.turn()
+    station.machine.set(-HOUR)
+    station.machine.true_us += S
+    station.turn()
+    said = timekeeping.report(station.store, station.machine.now)
+    assert (said["boot"], said["boot_us"], said["steps"], said["error_us"]) == (1, station.machine.boot_us, 1, None)
+    assert said["synced"] == clock.rfc3339(TRUE_START_US)
+    assert said["floor"] == clock.rfc3339(clock.BUILD_FLOOR_US)

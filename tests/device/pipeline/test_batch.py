@@ -1,0 +1,584 @@
+"""A batch: real store, real bundles. What it decides is committed together, tiles the rows, and fits the broker."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from agent import config
+from agent.device.pipeline.batch import Done
+from agent.device.store import transaction
+from agent.errors import StorageError, StorageFull
+from agent.model import activation
+from agent.model.activation import Active
+from agent.model.bundle.manifest import Windowing
+from agent.model.inference import features, scores
+from agent.model.inference.tuning import Choice
+from agent.wire.messages import Alerts, Audit, Drift, Message, Results
+from tests.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, WINDOW, Recipe, packed
+from tests.kit.devices import STEP_US, T0, Device, columns, tiles
+
+Floats = NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Active]:
+    """`active(recipe)` is its bundle, packed, verified, probed and loaded once."""
+    made: dict[Recipe, Active] = {}
+
+    def load(recipe: Recipe) -> Active:
+        if recipe not in made:
+            path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
+            made[recipe] = activation.activate(path, [KEY.public])
+        return made[recipe]
+
+    return load
+
+
+Make = Callable[..., Device]
+
+
+@pytest.fixture
+def make(tmp_path: Path, active: Callable[[Recipe], Active]) -> Iterator[Make]:
+    """`make(recipe, …)` is a new device."""
+    made: list[Device] = []
+
+    def new(recipe: Recipe = CLASSIFY, **options: Any) -> Device:
+        device = Device(tmp_path / str(len(made)), recipe, active(recipe), **options)
+        made.append(device)
+        return device
+
+    yield new
+    for device in made:
+        device.store.close()
+
+
+def by_hand(device: Device, values: Floats) -> scores.Scores:
+    """Rows without a gap through the bundle, without store or batch."""
+    spec = device.active.bundle.manifest.input
+    starts = features.cut(np.arange(len(values), dtype=np.int64), spec.window).starts
+    windows = features.windows(values, starts, spec)
+    return scores.of(device.active.model.invoke(windows), device.active.bundle.manifest, windows)
+
+
+# --- what a batch says ---
+
+
+def test_a_tabular_batch_names_each_row_with_its_time_label_and_score(make: Make) -> None:
+    device = make()
+    values = CLASSIFY.rows(50)
+    device.feed(values)
+    assert device.run_all() == [Done(50, 50, 0)]
+    (result,) = device.results()
+    expected = by_hand(device, values)
+    assert expected.label is not None
+    assert expected.score is not None
+    assert result.columns.row == list(range(1, 51))
+    assert result.columns.t == [T0 + i * STEP_US for i in range(50)]
+    assert result.columns.label == [CLASSIFY.labels[i] for i in expected.label]
+    assert result.columns.score == np.round(expected.score, 4).tolist()
+    assert (result.rows, result.n, result.stream, result.task) == ((1, 50), 50, "watch", "tiny")
+    assert result.model.digest == device.active.bundle.digest
+
+
+def test_a_windowed_batch_names_the_last_row_of_each_window(make: Make) -> None:
+    device = make(ANOMALY)
+    values = ANOMALY.rows(50)
+    device.feed(values)
+    assert device.run() == Done(44, 11, 0)
+    (result,) = device.results()
+    assert result.columns.row == list(range(8, 49, 4))
+    assert result.columns.t == [T0 + (row - 1) * STEP_US for row in result.columns.row]
+    assert result.columns.value == pytest.approx(by_hand(device, values).value, rel=1e-5)
+    # A smooth wave is what the threshold was learned from.
+    assert (result.columns.label, result.columns.score) == (["normal"] * 11, None)
+    assert result.rows == (1, 44)
+    assert device.run() is None
+
+
+def test_a_regression_gives_values(make: Make) -> None:
+    device = make(REGRESS)
+    values = REGRESS.rows(20)
+    device.feed(values)
+    device.run()
+    assert device.results()[0].columns.value == pytest.approx(by_hand(device, values).value, rel=1e-5)
+
+
+def test_the_digest_of_the_input_is_of_the_rows_of_the_message(make: Make) -> None:
+    device = make(max_bytes=5_000)
+    device.feed(CLASSIFY.rows(200))
+    device.run_all()
+    results = device.results()
+    assert len(results) > 2
+    for result in results:
+        first, last = result.rows
+        taken = device.store.take("watch", device.stream.fields, first - 1, last - first + 1)
+        assert taken is not None
+        assert result.input == taken.rows.digest()
+
+
+def test_nothing_waits_where_no_row_came(make: Make) -> None:
+    device = make()
+    assert device.run() is None
+    assert device.messages() == []
+
+
+def test_a_task_begins_at_the_oldest_row_kept(make: Make) -> None:
+    device = make()
+    device.feed(CLASSIFY.rows(10))
+    device.feed(CLASSIFY.rows(10))
+    with device.store.transaction() as tx:
+        tx.trim("watch", 10, T0 + 10**12, 1)
+    device.run_all()
+    assert tiles(device.results()) == (11, 20)
+    assert device.store.first_consumed("tiny") == 11
+
+
+# --- publish ---
+
+
+def test_publish_summary_counts_and_lists_nothing(make: Make) -> None:
+    device = make(publish="summary")
+    device.feed(CLASSIFY.rows(70))
+    device.run_all()
+    (result,) = device.results()
+    assert (result.n, result.rows, result.columns.row) == (70, (1, 70), [])
+
+
+def test_publish_changes_lists_a_label_only_when_it_is_another_whatever_the_batches(make: Make) -> None:
+    device = make(publish="changes")
+    values = CLASSIFY.rows(140)
+    for part in np.array_split(values, 9):
+        device.feed(part)
+        device.run_all()
+    expected = by_hand(device, values).label
+    assert expected is not None
+    changed = [0, *(np.flatnonzero(np.diff(expected)) + 1).tolist()]
+    assert columns(device.results())["row"] == [row + 1 for row in changed]
+    assert sum(r.n for r in device.results()) == 140
+
+
+def test_publish_below_lists_what_is_uncertain(make: Make) -> None:
+    device = make(publish=config.Below(below=0.9))
+    values = CLASSIFY.rows(300)
+    device.feed(values)
+    device.run_all()
+    expected = by_hand(device, values).score
+    assert expected is not None
+    listed = columns(device.results())
+    assert listed["row"] == (np.flatnonzero(expected < 0.9) + 1).tolist()
+    assert 0 < len(listed["row"]) < 300
+    assert max(listed["score"]) <= 0.9
+
+
+# --- tiling and size ---
+
+
+def size(device: Device, message: Message) -> int:
+    """Bytes on the air: topic, payload, and the user properties with their lengths."""
+    pending = next(p for p in device.store.unsent(0, 100_000) if p.payload == message.payload)
+    sent = device.author.outgoing(pending)
+    properties = sum(len(name.encode()) + len(value.encode()) + 5 for name, value in sent.properties)
+    return len(sent.topic.encode()) + len(sent.payload) + properties + 40
+
+
+@settings(
+    max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture], deadline=None
+)
+@given(
+    max_bytes=st.integers(2_500, 20_000),
+    recipe=st.sampled_from([CLASSIFY, ANOMALY, REGRESS]),
+    pieces=st.lists(st.tuples(st.integers(1, 300), st.sampled_from([0.0, 0.0, 1.0])), min_size=1, max_size=4),
+)
+def test_messages_tile_the_rows_and_each_is_within_the_brokers_limit(
+    make: Make, max_bytes: int, recipe: Recipe, pieces: list[tuple[int, float]]
+) -> None:
+    device = make(recipe, max_bytes=max_bytes)
+    for n, pause_s in pieces:
+        device.feed(recipe.rows(n), pause_s=pause_s)
+    done = device.run_all()
+    results = device.results()
+    assert sum(r.n for r in results) == sum(d.windows for d in done) == len(columns(results).get("row", []))
+    if results:
+        first, last = tiles(results)
+        assert (first, last) == (1, sum(d.rows for d in done))
+        assert device.store.cursor("tiny") == last
+    for message in device.messages():
+        if isinstance(message.body, Results):
+            assert size(device, message) <= max_bytes
+    device.store.close()
+
+
+@pytest.mark.parametrize(
+    "label", ["x" * 256, "ü" * 256, "運" * 256, '"\\\n\x01' * 64], ids=["ascii", "2", "3", "escaped"]
+)
+def test_long_labels_in_any_script_do_not_make_a_message_too_large(make: Make, label: str) -> None:
+    device = make(max_bytes=12_000)
+    manifest = device.active.bundle.manifest
+    output = msgspec.structs.replace(manifest.output, labels=[label, f"{label[:-1]}2", f"{label[:-1]}3"])
+    bundle = replace(device.active.bundle, manifest=msgspec.structs.replace(manifest, output=output))
+    device.task = dataclasses.replace(device.task, bundle=bundle, judge=None, drift=None)
+    device.feed(CLASSIFY.rows(200))
+    device.run_all()
+    results = device.results()
+    assert tiles(results) == (1, 200)
+    assert max(size(device, message) for message in device.messages()) <= 12_000
+
+
+def test_names_of_the_greatest_length_leave_room_for_results(make: Make) -> None:
+    device = make(max_bytes=4_000)
+    name = "n" * 64
+    device.task.name = name
+    device.author = replace(device.author, fleet=name, device="pi-07")
+    manifest = msgspec.structs.replace(device.active.bundle.manifest, name=name, version="v" * 64)
+    device.task.bundle = replace(device.active.bundle, manifest=manifest)
+    device.task.judge = None
+    device.feed(CLASSIFY.rows(60))
+    device.run_all()
+    assert columns(device.results())["row"] == list(range(1, 61))
+    assert max(size(device, message) for message in device.messages()) <= 4_000
+
+
+def test_a_run_without_any_window_still_covers_its_rows(make: Make) -> None:
+    device = make(ANOMALY)
+    for _ in range(3):
+        device.feed(ANOMALY.rows(5), pause_s=2)
+    assert device.run() == Done(10, 0, 0)
+    (result,) = device.results()
+    assert (result.rows, result.n, result.columns.row, result.columns.t) == ((1, 10), 0, [], [])
+    device.feed(ANOMALY.rows(20), pause_s=2)
+    device.run_all()
+    assert tiles(device.results()) == (1, 31)
+
+
+@pytest.mark.parametrize("recipe", [CLASSIFY, REGRESS, ANOMALY], ids=["classify", "regress", "anomaly"])
+def test_a_run_without_any_window_is_made_for_every_kind(make: Make, recipe: Recipe) -> None:
+    device = make(recipe)
+    if recipe.window:
+        device.feed(recipe.rows(3))
+        device.feed(recipe.rows(3), pause_s=2)
+        assert device.run() == Done(3, 0, 0)
+    else:
+        assert device.run() is None
+
+
+# --- batches are arbitrary ---
+
+
+def story(recipe: Recipe) -> list[tuple[Floats, float]]:
+    """Rows enough to learn a site, then to drift, with pauses between."""
+    quiet, loud = recipe.rows(2000, seed=2), recipe.rows(1200, seed=3)
+    loud[400:, 0] *= 0.3
+    return [(quiet, 0.0), (loud[:500], 3.0), (loud[500:], 0.0)]
+
+
+def told(device: Device) -> list[dict[str, Any]]:
+    """Drift windows, alerts and audit entries, but for what depends on the place in the log and the time."""
+    kept = []
+    for message in device.messages():
+        if isinstance(message.body, Drift | Alerts | Audit):
+            said = json.loads(message.payload)
+            for name in ("log", "seq", "prev", "boot", "time"):
+                del said[name]
+            said.get("evidence", {}).pop("seq", None)
+            kept.append(said)
+    return kept
+
+
+@pytest.mark.parametrize("recipe", [CLASSIFY, ANOMALY], ids=["tabular", "windowed"])
+def test_batches_of_any_size_give_the_same_results_and_the_same_drift_windows(make: Make, recipe: Recipe) -> None:
+    whole, random = make(recipe), np.random.default_rng(4)
+    for values, pause_s in story(recipe):
+        whole.feed(values, pause_s=pause_s)
+    whole.run_all()
+    pieces = make(recipe)
+    for values, pause_s in story(recipe):
+        cuts = np.sort(random.choice(np.arange(1, len(values)), 12, replace=False))
+        for i, part in enumerate(np.split(values, cuts)):
+            pieces.feed(part, pause_s=pause_s if i == 0 else 0.0)
+            if random.random() < 0.7:
+                pieces.run_all()
+            if random.random() < 0.2:
+                pieces.restart()
+    pieces.run_all()
+    assert columns(pieces.results()) == columns(whole.results())
+    assert told(pieces) == told(whole)
+    kinds = {said["kind"] for said in told(whole)}
+    assert kinds == {"drift", "alerts", "audit"}
+    assert tiles(pieces.results()) == tiles(whole.results())
+
+
+def test_an_alert_names_the_message_of_the_window_that_raised_it(make: Make) -> None:
+    device = make()
+    for values, pause_s in story(CLASSIFY):
+        device.feed(values, pause_s=pause_s)
+    alerts = sum(done.alerts for done in device.run_all())
+    by_seq = {m.body.seq: m.body for m in device.messages() if isinstance(m.body, Drift | Alerts)}
+    raised = [body for body in by_seq.values() if isinstance(body, Alerts)]
+    assert len(raised) == alerts > 0
+    for body in raised:
+        window = by_seq[body.evidence["seq"]]
+        assert isinstance(window, Drift)
+        assert window.window.index == body.evidence["window"]
+        assert body.summary
+
+
+def test_what_was_learned_is_kept_and_announced(make: Make) -> None:
+    device = make()
+    device.feed(CLASSIFY.rows(600, seed=2))
+    device.run_all()
+    (audit,) = [m.body for m in device.messages() if isinstance(m.body, Audit)]
+    assert audit.event == "learned"
+    kept = device.store.state("tiny", "site reference")
+    assert kept is not None
+    assert json.loads(kept)["made"] == "site"
+
+
+# --- together, or nothing ---
+
+
+def snapshot(device: Device) -> dict[str, list[Any]]:
+    """All tables of the store."""
+    with contextlib.closing(sqlite3.connect(f"file:{device.store.path}?mode=ro", uri=True)) as db, db:
+        names = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in names}
+
+
+class PowerCut(BaseException):
+    """Ends the process, as a test can."""
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+@pytest.mark.parametrize("failure", [PowerCut, sqlite3.OperationalError])
+def test_a_batch_that_dies_at_any_write_leaves_nothing_and_is_done_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch, at: int, failure: type[BaseException]
+) -> None:
+    device = make(max_bytes=4_000)
+    device.feed(CLASSIFY.rows(100))
+    before, writes = snapshot(device), 0
+    drift = device.task.drift
+
+    def dying(write: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
+            nonlocal writes
+            writes += 1
+            if writes == at:
+                raise failure("power cut")
+            return write(*args)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        for name in ("advance", "keep", "enqueue", "count", "finish"):
+            patch.setattr(transaction.Transaction, name, dying(getattr(transaction.Transaction, name)))
+        with pytest.raises(PowerCut if failure is PowerCut else StorageError):
+            device.run()
+    assert writes == at
+    assert snapshot(device) == before
+    assert device.task.drift is drift
+    device.run_all()
+    assert columns(device.results())["row"] == list(range(1, 101))
+
+
+def test_a_process_that_was_killed_after_the_commit_does_not_run_the_rows_again(make: Make) -> None:
+    device = make()
+    device.feed(CLASSIFY.rows(100))
+    device.run()
+    device.restart()
+    assert device.run() is None
+    device.feed(CLASSIFY.rows(20))
+    device.run_all()
+    assert tiles(device.results()) == (1, 120)
+
+
+# --- rows that cannot be read ---
+
+
+def damage(device: Device, first_row: int) -> None:
+    """A byte of the chunk that begins at this row goes bad."""
+    path = device.store.path
+    device.store.close()
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        (data,) = db.execute("SELECT data FROM chunks WHERE first_row = ?", (first_row,)).fetchone()
+        changed = bytes([data[0] ^ 1]) + data[1:]
+        assert db.execute("UPDATE chunks SET data = ? WHERE first_row = ?", (changed, first_row)).rowcount == 1
+    db.close()
+    device.open()
+
+
+@pytest.mark.parametrize("recipe", [CLASSIFY, ANOMALY], ids=["tabular", "windowed"])
+@pytest.mark.parametrize("which", [1, 31, 61, 91])
+def test_a_damaged_chunk_is_covered_declared_set_aside_and_passed(make: Make, recipe: Recipe, which: int) -> None:
+    device = make(recipe)
+    for _ in range(4):
+        device.feed(recipe.rows(30))
+    damage(device, which)
+    device.run_all()
+    device.feed(recipe.rows(30))
+    device.run_all()
+    results = device.results()
+    last = 150 if recipe is CLASSIFY else device.store.cursor("tiny")
+    assert tiles(results) == (1, last)
+    (lost,) = [r for r in results if which in range(r.rows[0], r.rows[1] + 1) and r.n == 0 and not r.columns.row]
+    assert lost.rows[1] == which + 29
+    gone = set(range(which, which + 30))
+    assert gone.isdisjoint(columns(results)["row"])
+    if recipe is CLASSIFY:
+        assert gone | set(columns(results)["row"]) == set(range(1, 151))
+    (alert,) = [m.body for m in device.messages() if isinstance(m.body, Alerts)]
+    assert (alert.alert, alert.severity, alert.evidence["rows"]) == ("storage", "critical", list(lost.rows))
+    assert "Check the card" in alert.summary
+    assert len(snapshot(device)["damaged"]) == 1
+
+
+def test_rows_that_wait_for_a_window_do_not_wait_for_a_damaged_chunk(make: Make) -> None:
+    device = make(ANOMALY)
+    for n in (5, 20, 20):
+        device.feed(ANOMALY.rows(n))
+    damage(device, 6)
+    assert device.run() == Done(5, 0, 0)
+    assert device.run() == Done(20, 0, 1)
+    assert device.run() == Done(16, 4, 0)
+    assert tiles(device.results()) == (1, 41)
+
+
+def test_rows_that_wait_for_a_window_wait_for_rows_to_come(make: Make) -> None:
+    device = make(ANOMALY)
+    device.feed(ANOMALY.rows(WINDOW - 1))
+    assert device.run() is None
+    device.feed(ANOMALY.rows(1))
+    assert device.run() == Done(4, 1, 0)
+
+
+def test_rows_that_were_used_and_deleted_while_a_task_was_away_are_passed_over_and_not_called_damaged(
+    make: Make,
+) -> None:
+    device = make()
+    for _ in range(5):
+        device.feed(CLASSIFY.rows(30))
+    damage(device, 61)
+    assert device.store.take("watch", device.stream.fields, 60, 1) is not None
+    with device.store.transaction() as tx:
+        tx.advance("tiny", 1, 10)
+        # Another task met the damaged chunk, and used the rest.
+        tx.set_aside("watch", 61, 90)
+        assert tx.trim("watch", 120, 2**62, 1000) is not None
+    assert device.store.first_row("watch") == 121
+    done = device.run_all()
+    assert done == [Done(50, 0, 0), Done(30, 0, 1), Done(30, 0, 0), Done(30, 30, 0)]
+    results = device.results()
+    assert [one.rows for one in results] == [(11, 60), (61, 90), (91, 120), (121, 150)]
+    told = [json.loads(m.payload).get("lost", "") for m in device.messages() if isinstance(m.body, Results)]
+    assert ["deleted" in lost for lost in told] == [True, False, True, False]
+    (alert,) = [m.body for m in device.messages() if isinstance(m.body, Alerts)]
+    assert alert.evidence["rows"] == [61, 90]
+    assert len(snapshot(device)["damaged"]) == 1
+
+
+def test_rows_that_went_from_the_front_without_being_deleted_are_called_damaged(make: Make) -> None:
+    device = make()
+    for _ in range(3):
+        device.feed(CLASSIFY.rows(30))
+    with device.store.transaction() as tx:
+        tx.advance("tiny", 1, 10)
+        assert tx.trim("watch", 30, 2**62, 1000) is not None
+    device.store._db.execute("DELETE FROM chunks WHERE first_row = 31")
+    assert device.run_all() == [Done(20, 0, 0), Done(30, 0, 1), Done(30, 30, 0)]
+    (alert,) = [m.body for m in device.messages() if isinstance(m.body, Alerts)]
+    assert (alert.severity, alert.evidence["rows"]) == ("critical", [31, 60])
+
+
+# --- how much at once ---
+
+
+@pytest.mark.parametrize(
+    ("window", "rows"),
+    [
+        (None, 512),
+        (Windowing(rows=100, step=100), 51_200),
+        (Windowing(rows=1000, step=1), 1511),
+        (Windowing(rows=100_000, step=100_000), 1_000_000),
+        (Windowing(rows=100_000, step=1), 100_009),
+    ],
+    ids=["no window", "side by side", "overlapping", "long", "long and overlapping"],
+)
+def test_a_batch_takes_whole_windows_and_no_more_than_memory_holds(
+    make: Make, window: Windowing | None, rows: int
+) -> None:
+    device = make()
+    manifest = device.active.bundle.manifest
+    spec = msgspec.structs.replace(manifest.input, window=window)
+    bundle = replace(device.active.bundle, manifest=msgspec.structs.replace(manifest, input=spec))
+    task = dataclasses.replace(device.task, bundle=bundle, drift=None)
+    assert task.batch_rows(3 << 20) == rows
+    assert task.batch_rows(1000) >= task.window_rows
+
+
+def test_a_backlog_of_many_batches_is_worked_off(make: Make) -> None:
+    device = make()
+    device.feed(CLASSIFY.rows(2000))
+    done = device.run_all()
+    assert [one.rows for one in done] == [500, 500, 500, 500]
+    assert tiles(device.results()) == (1, 2000)
+
+
+def test_a_batch_of_a_backlog_ends_where_a_drift_window_does_wherever_the_last_one_ended(make: Make) -> None:
+    device = make(replace(CLASSIFY, drift_window=20))
+    device.feed(CLASSIFY.rows(7))
+    device.run_all()
+    device.feed(CLASSIFY.rows(1000))
+    assert [one.rows for one in device.run_all()] == [493, 500, 7]
+    assert device.task.drift is not None
+    assert device.task.drift.open.windows == 1007 % 20
+
+
+@pytest.mark.parametrize("drift_window", [2, 20, 50])
+def test_single_rows_of_a_timed_model_are_taken_by_thousands_and_what_they_say_fits_a_transaction(
+    make: Make, drift_window: int
+) -> None:
+    device = make(replace(CLASSIFY, drift_window=drift_window))
+    device.task.choice = Choice("sha256:m", "runtime", "machine", 128, 1, 1e6)
+    rows = np.random.default_rng(1).normal(0, 1000, (6000, 4)).astype(np.float32)
+    for part in np.split(rows, 6):
+        device.feed(part)
+    at_once = device.task.batch_rows(device.store.quota.transaction)
+    assert at_once == 4050 if drift_window == 50 else 400 < at_once < 4050
+    assert at_once % drift_window == 0
+    done = device.run_all()
+    assert done[0].rows == at_once
+    assert tiles(device.results()) == (1, 6000)
+    assert sum(isinstance(one.body, Drift) for one in device.messages()) == 6000 // drift_window
+
+
+def test_a_store_that_readings_have_filled_is_worked_off_in_smaller_batches(make: Make) -> None:
+    device = make(max_size=2 << 20)
+    device.task.choice = Choice("sha256:m", "runtime", "machine", 128, 1, 1e6)
+    rows = 0
+    with contextlib.suppress(StorageFull):
+        while True:
+            device.feed(CLASSIFY.rows(500))
+            rows += 500
+    at_once = device.task.batch_rows(device.store.quota.transaction)
+    first = device.run()
+    assert first is not None
+    assert 0 < first.rows < at_once
+    assert device.task.shrunk > 1
+    assert tiles(device.results()) == (1, first.rows)
+
+
+def test_only_the_fields_of_the_bundle_reach_the_model(make: Make) -> None:
+    device = make()
+    assert device.task.columns == [1, 2, 3, 4]

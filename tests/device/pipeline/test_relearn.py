@@ -1,0 +1,221 @@
+"""A site's reference is learned anew when somebody asks, once, whoever runs, and it is written to the log."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent.bootstrap import tasks, wiring
+from agent.clock import Now
+from agent.device.pipeline import batch, relearn
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
+from tests.kit.system import Device, Fleet, eventually, outstation
+
+NOW = Now(1_795_000_000_000_000, 1000.0, "synced")
+CONFIG = """
+[streams.watch]
+fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { name = "wy" }, { name = "wz" }]
+[tasks.exercise]
+stream = "watch"
+bundle = "exercise"
+learn = 20
+"""
+
+
+class Site:
+    """A device's folder with `outstation init`'s config, used by this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = folder / "device"
+        assert outstation("init", str(self.home)).returncode == 0
+        self.config = self.home / "outstation.toml"
+        kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
+        self.config.write_text(kept + CONFIG, encoding="utf-8")
+        self.file, self.conf = wiring.load(str(self.config))
+
+    def ask(self, *arguments: str) -> tuple[int, Any]:
+        done = outstation("reference", *arguments, "-c", str(self.config), "--json")
+        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+
+    def open(self) -> Store:
+        return wiring.open_store(self.conf)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """One whose reference was learned, from noise."""
+    made = Site(tmp_path_factory.mktemp("site"))
+    store = made.open()
+    try:
+        work(made, store, 22)
+    finally:
+        store.close()
+    return made
+
+
+def work(site: Site, store: Store, drift_windows: int) -> batch.Task:
+    """Readings for so many drift windows, and the task over them."""
+    n = drift_windows * 2000
+    rng = np.random.default_rng(store.last_row("watch"))
+    t = NOW.wall_us + 20_000 * np.arange(store.last_row("watch"), store.last_row("watch") + n, dtype=np.int64)
+    with store.transaction() as tx:
+        tx.append("watch", Rows(t, tuple(rng.normal(0, 0.2, n).astype("<f4") for _ in range(6))), "synced")
+    author, task = (
+        wiring.author(site.file, site.conf, store),
+        tasks.load_task(site.file, site.conf, store, "exercise"),
+    )
+    relearn.take_up(task, store, author, NOW)
+    while batch.run(task, store, author, NOW) is not None:
+        pass
+    return task
+
+
+def audits(store: Store, event: str) -> list[dict[str, Any]]:
+    bodies = [json.loads(message.payload) for message in store.unsent(0, 10_000)]
+    return [body for body in bodies if body.get("event") == event]
+
+
+def test_show_says_which_reference_is_in_force(site: Site) -> None:
+    code, found = site.ask("show", "exercise")
+    assert code == 0, found
+    assert found["site"]["number"] >= 1
+    assert found["site"]["windows"] == 20
+    assert found["site"]["warning"].startswith("only 20 drift windows")
+    assert found["asked"] is None
+    told = outstation("reference", "show", "exercise", "-c", str(site.config))
+    assert "of this site, sha256:" in told.stdout
+
+
+def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
+    code, answer = site.ask("learn", "exercise", "--for", "14 min")
+    assert (code, answer["taken_up"]) == (0, True)
+    assert site.ask("show", "exercise")[1]["learning"] == {"windows": 0, "of": 20, "for_s": 840.0}
+    store = site.open()
+    try:
+        [reset] = audits(store, "reference reset")
+        before = audits(store, "learned")
+        work(site, store, 24)
+        after = audits(store, "learned")
+    finally:
+        store.close()
+    assert reset["evidence"]["asked"] == "learn"
+    assert reset["evidence"]["site"] == before[-1]["evidence"]["site"]
+    assert after[-1]["evidence"]["number"] == before[-1]["evidence"]["number"] + 1
+    assert site.ask("show", "exercise")[1]["site"]["windows"] == 22
+    # An operator who reads the log only must see it too.
+    assert before[-1]["evidence"]["warning"].startswith("only 20 drift windows")
+    assert "Warning: only 20 drift windows" in before[-1]["summary"]
+
+
+def test_a_request_that_was_taken_up_does_nothing_when_its_file_is_still_there(site: Site) -> None:
+    """As after a crash between the commit and the end of the file."""
+    request = relearn.made("reset")
+    relearn.ask(site.conf.data_dir, "exercise", request)
+    store = site.open()
+    try:
+        work(site, store, 1)
+        count = len(audits(store, "reference reset"))
+        relearn.ask(site.conf.data_dir, "exercise", request)
+        work(site, store, 1)
+        assert len(audits(store, "reference reset")) == count
+        assert relearn.waiting(store, "exercise") is None
+        work(site, store, 21)
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"id":7}', b"\xff" * 9000, b'{"id":"a","what":"reset","more":1}'])
+def test_a_file_that_is_no_request_is_cleared_away_and_changes_nothing(site: Site, content: bytes) -> None:
+    relearn.ask(site.conf.data_dir, "exercise", relearn.made("reset"))
+    file = site.conf.data_dir / "requests" / "exercise.reference.json"
+    file.write_bytes(content)
+    store = site.open()
+    try:
+        before = len(audits(store, "reference reset"))
+        work(site, store, 1)
+        assert len(audits(store, "reference reset")) == before
+    finally:
+        store.close()
+    assert not file.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can ask for another user")
+@pytest.mark.parametrize("earlier", [False, True])
+def test_what_root_asks_for_is_the_daemons_to_read_and_its_own_user_can_ask_after_it(
+    tmp_path: Path, earlier: bool
+) -> None:
+    os.chown(tmp_path, 65534, 65534)
+    folder = tmp_path / "requests"
+    if earlier:
+        # As an earlier version left it.
+        folder.mkdir(mode=0o700)
+    relearn.ask(tmp_path, "exercise", relearn.made("learn", 3600.0))
+    for path in (folder, folder / "exercise.reference.json"):
+        assert (path.stat().st_uid, path.stat().st_gid) == (65534, 65534)
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_link_in_the_folder_of_requests_leads_nobody_elsewhere(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("as it was", encoding="utf-8")
+    (tmp_path / "requests").mkdir()
+    (tmp_path / "requests" / "exercise.reference.part").symlink_to(victim)
+    relearn.ask(tmp_path, "exercise", relearn.made("reset"))
+    assert victim.read_text(encoding="utf-8") == "as it was"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "requests").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="requests"):
+        relearn.ask(other, "exercise", relearn.made("reset"))
+
+
+def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path)
+    # Root may read any file, but no folder as one.
+    (tmp_path / "requests" / "exercise.reference.json").mkdir(parents=True)
+    try:
+        for _ in range(3):
+            assert relearn.waiting(store, "exercise") is None
+    finally:
+        store.close()
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "exercise.reference.json: what is asked for there cannot be read: Is a directory" in said
+
+
+def test_wrong_use_is_told(site: Site) -> None:
+    assert site.ask("learn", "exercize")[0] == 2
+    code, told = site.ask("learn", "exercise", "--for", "a while")
+    assert code == 2
+    assert "--for" in told
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    with Fleet(tmp_path) as made:
+        made.broker.start()
+        made.collector.start()
+        yield made
+
+
+def test_the_running_daemon_takes_up_what_is_asked_here_and_from_the_fleet(fleet: Fleet) -> None:
+    device: Device = fleet.device("pi-01").replay(10**9, 40).task("exercise").up()
+    done = outstation("reference", "learn", "exercise", "--for", "1 h", "-c", str(device.config), "--json")
+    assert json.loads(done.stdout)["taken_up"]
+    sent = outstation("fleet", "command", "pi-01", "learn", "exercise", "2 h", "--dir", str(fleet.home), "--json")
+    assert json.loads(sent.stdout)["ok"], sent.stdout
+
+    def asked() -> list[Any]:
+        sql = "SELECT payload FROM messages WHERE device = 'pi-01' AND kind = 'audit' ORDER BY seq"
+        bodies = [json.loads(row[0]) for row in fleet.ask(sql)]
+        return [(b["evidence"]["by"], b["evidence"]["for_s"]) for b in bodies if b["event"] == "reference reset"]
+
+    eventually("both are in the log", lambda: asked() == [("on the device", 3600.0), ("from the fleet", 7200.0)])

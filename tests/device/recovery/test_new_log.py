@@ -1,0 +1,333 @@
+"""A whole data folder restored from an old copy: the collector's acknowledgement proves it, and a new log begins."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent import clock
+from agent.device.recovery.catch_up import UNPROVEN
+from agent.device.recovery.findings import NEW_LOG, NewLog
+from agent.device.recovery.report_findings import settle
+from agent.device.store.message_log import Author
+from agent.device.store.store import Store
+from agent.device.uplink.acknowledgements import Acknowledgements
+from agent.device.uplink.refusals import Refusals
+from agent.errors import StorageForked, StorageFull
+from agent.fleet.audit.audit import audit
+from agent.fleet.collector.acknowledger import Acknowledger
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from agent.transport.packets import Delivery
+from agent.wire.jws import Signer
+from agent.wire.messages import open_message
+from tests.kit.senders import new_key
+from tests.kit.stores import KEY, TASKS, alarms, append, opened, said, say
+
+NOW = "2026-11-24T22:20:00.000000Z"
+COLLECTOR = new_key(9)
+
+
+class Collector:
+    """A real collector's store and voice, without a broker between."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = FleetStore(folder / "fleet.db")
+        self.store.enrol("pi-07", KEY.public, replace=False, now=NOW)
+        self._voice = Acknowledger("acme", COLLECTOR)
+
+    def take(self, store: Store, *, without: set[int] | None = None) -> list[str]:
+        """What waits in `store`, but for the seqs in `without`; what became of each message."""
+        waiting = [m for m in store.unsent(0, 10_000) if m.seq not in (without or set())]
+        signer = Signer("pi-07", KEY.public)
+        opened = [open_message(m.topic, m.payload, (m.jws,), lambda _: signer) for m in waiting]
+        return list(self.store.ingest([Arrival(message) for message in opened], [], NOW))
+
+    def ack(self, log: str) -> Delivery:
+        sent = self._voice._sign(self.store.acknowledgement("pi-07", log))
+        return Delivery(sent.topic, sent.payload, (dict(sent.properties)["jws"],), True, 1, 1)
+
+
+@pytest.fixture
+def collector(tmp_path: Path) -> Iterator[Collector]:
+    made = Collector(tmp_path)
+    yield made
+    made.store.close()
+
+
+def obey(store: Store, author: Author, delivery: Delivery) -> None:
+    acks = Acknowledgements(store, author, COLLECTOR.public, 1e6, Refusals(store, author))
+    acks.take(delivery, clock.read())
+    acks.apply(clock.read(), at_once=True)
+
+
+def consume(store: Store, author: Author, upto: int) -> None:
+    """Results of the task, 5 rows to a message."""
+    while (store.cursor("judge") or 0) < upto:
+        first = (store.cursor("judge") or 0) + 1
+        body: dict[str, Any] = {
+            "model": {"name": "m", "version": "1", "digest": "d"},
+            "stream": "numbers",
+            "rows": [first, first + 4],
+            "n": 1,
+            "input": "sha256:0",
+            "columns": {"row": [first + 4], "t": [first], "label": ["low"], "score": [0.5]},
+        }
+        with store.transaction() as tx:
+            tx.advance("judge", first, first + 4)
+            author.write(tx, "results", "judge", body, clock.read())
+
+
+def copied(folder: Path, to: Path) -> None:
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(folder, to)
+
+
+def restored(tmp_path: Path, collector: Collector) -> tuple[Path, str]:
+    """A folder as it was at message 6, when its device had written, and its collector has, 10."""
+    live = tmp_path / "live"
+    store, author = opened(live)
+    append(store, "numbers", 100)
+    consume(store, author, 30)
+    collector.take(store)
+    obey(store, author, collector.ack(author.log_id))
+    store.close()
+    copied(live, tmp_path / "image")
+    store, author = opened(live)
+    consume(store, author, 50)
+    collector.take(store)
+    obey(store, author, collector.ack(author.log_id))
+    log = author.log_id
+    store.close()
+    copied(tmp_path / "image", live)
+    return live, log
+
+
+def test_an_acknowledgement_beyond_what_was_ever_written_begins_a_new_log(tmp_path: Path, collector: Collector) -> None:
+    live, log = restored(tmp_path, collector)
+    store, author = opened(live)
+    assert author.log_id == log
+    append(store, "numbers", 20)
+    consume(store, author, 40)
+    with pytest.raises(StorageForked, match="restored from an old copy"):
+        obey(store, author, collector.ack(log))
+    assert "acknowledgements refused" not in store.counters()
+    store.close()
+    store, author = opened(live)
+    assert author.log_id != log
+    assert set(collector.take(store)) == {"new"}
+    obey(store, author, collector.ack(author.log_id))
+    assert store.waiting().messages == 0
+    consume(store, author, 60)
+    collector.take(store)
+    report = audit(collector.store)
+    assert report.passed, report.document()
+    again = [row["rows"] for row in map(dict, [body for body in said(store).values() if body["kind"] == "results"])]
+    assert again == [[31, 35], [36, 40], [41, 45], [46, 50], [51, 55], [56, 60]]
+    assert alarms(said(store))[0]["subject"] == "log"
+    # The broker still has the acknowledgement of the old log: it is no attack.
+    obey(store, author, collector.ack(log))
+    assert "acknowledgements refused" not in store.counters()
+    store.close()
+
+
+def test_one_that_wrote_as_many_messages_again_is_found_by_the_digest(tmp_path: Path, collector: Collector) -> None:
+    live, log = restored(tmp_path, collector)
+    for _ in range(2):
+        # Two runs without a word from the collector.
+        store, author = opened(live)
+        consume(store, author, 30 + 5 * 4)
+        for number in range(3):
+            say(store, author, f"offline {number}")
+        store.close()
+    store, author = opened(live)
+    with pytest.raises(StorageForked, match="another message 10"):
+        obey(store, author, collector.ack(log))
+    store.close()
+    store, author = opened(live)
+    assert set(collector.take(store)) == {"new"}
+    texts = [body.get("summary", "") for body in said(store).values()]
+    assert [text for text in texts if "offline" in text] == ["offline 0", "offline 1", "offline 2"] * 2
+    assert audit(collector.store).passed
+    store.close()
+
+
+def test_what_is_missing_in_the_old_log_is_written_again_or_declared(tmp_path: Path, collector: Collector) -> None:
+    live = tmp_path / "live"
+    store, author = opened(live)
+    for number in range(1, 7):
+        say(store, author, f"message {number}")
+    log = author.log_id
+    collector.take(store, without={3, 4})
+    obey(store, author, collector.ack(log))
+    store.close()
+    copied(live, tmp_path / "image")
+    store, author = opened(live)
+    for number in range(7, 11):
+        say(store, author, f"message {number}")
+    collector.take(store, without={3, 4, 8})
+    store.close()
+    copied(tmp_path / "image", live)
+    store, author = opened(live)
+    with pytest.raises(StorageForked):
+        obey(store, author, collector.ack(log))
+    store.close()
+    store, author = opened(live)
+    collector.take(store)
+    bodies = said(store)
+    assert [body["summary"] for body in bodies.values() if "reissued" in body] == ["message 3", "message 4"]
+    report = audit(collector.store)
+    assert report.passed, report.document()
+    assert [(gap["from"], gap["to"], gap["declared"]) for gap in report.gaps] == [(3, 4, True), (8, 8, True)]
+    store.close()
+
+
+def test_a_forged_acknowledgement_begins_no_new_log_and_is_counted(tmp_path: Path, collector: Collector) -> None:
+    live, log = restored(tmp_path, collector)
+    store, author = opened(live)
+    real = collector.ack(log)
+    forged = Delivery(real.topic, real.payload.replace(b'"through":10', b'"through":99'), real.tokens, True, 1, 1)
+    assert forged.payload != real.payload
+    refusals = Refusals(store, author)
+    acks = Acknowledgements(store, author, COLLECTOR.public, 1e6, refusals)
+    assert acks.take(forged, clock.read()) is None
+    assert store.meta("new log", "") == ""
+    assert refusals._counts["acknowledgements refused"] == 1
+    store.close()
+
+
+def test_an_acknowledgement_of_our_own_history_changes_no_log(tmp_path: Path, collector: Collector) -> None:
+    store, author = opened(tmp_path / "live")
+    for number in range(1, 7):
+        say(store, author, f"message {number}")
+    collector.take(store, without={2, 6})
+    delivery = collector.ack(author.log_id)
+    assert b'"digest"' in delivery.payload
+    for _ in range(2):
+        obey(store, author, delivery)
+        say(store, author, "more")
+    collector.take(store)
+    obey(store, author, collector.ack(author.log_id))
+    assert store.waiting().messages == 0
+    assert audit(collector.store).passed
+    store.close()
+
+
+def test_a_new_log_that_is_cut_off_in_the_middle_is_finished_and_nothing_is_written_twice(
+    tmp_path: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, log = restored(tmp_path, collector)
+    store, author = opened(live)
+    for number in range(70):
+        say(store, author, f"offline {number}")
+    with pytest.raises(StorageForked):
+        obey(store, author, collector.ack(log))
+    store.close()
+    for left in (1, 2, 40):
+        real, calls = Author.reissue, [left]
+
+        def dying(self: Author, *arguments: Any, real: Any = real, calls: list[int] = calls) -> int:
+            calls[0] -= 1
+            if calls[0] < 0:
+                raise KeyboardInterrupt
+            return int(real(self, *arguments))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Author, "reissue", dying)
+            store = Store(live)
+            half = Author("acme", "pi-07", KEY, store.log_id, store.boot, 120_000)
+            with pytest.raises(KeyboardInterrupt):
+                settle(store, half, TASKS, clock.read())
+            store.close()
+    store, author = opened(live)
+    assert set(collector.take(store)) == {"new"}
+    texts = [body["summary"] for body in said(store).values() if "offline" in body.get("summary", "")]
+    assert texts == [f"offline {number}" for number in range(70)]
+    assert sorted(said(store)) == list(range(1, len(said(store)) + 1))
+    assert audit(collector.store).passed
+    store.close()
+
+
+def test_in_a_store_without_a_free_page_a_new_log_begins_all_the_same(tmp_path: Path) -> None:
+    store, author = opened(tmp_path / "d", max_size=2 << 20)
+    for size in (3000, 300, 10):
+        with contextlib.suppress(StorageFull):
+            while True:
+                with store.transaction() as tx:
+                    author.write(tx, "health", None, {"x": "y" * size}, clock.read())
+    old, waiting = store.log_id, store.waiting().messages
+    plan = NewLog(why="The store was restored from a copy.", old=old, through=10**6)
+    with store.transaction(vital=True) as tx:
+        tx.set_meta(NEW_LOG, msgspec.json.encode(plan).decode())
+    store.close()
+    store, author = opened(tmp_path / "d", max_size=2 << 20)
+    assert store.log_id != old
+    assert store.waiting().messages == waiting + 2
+    store.close()
+
+
+def test_an_acknowledgement_of_the_time_before_the_copy_was_made_proves_nothing_about_what_was_written_since(
+    tmp_path: Path,
+) -> None:
+    for upto, late in ((30, "older than the copy"), (40, "as old as the copy")):
+        live, image = tmp_path / f"live {upto}", tmp_path / f"image {upto}"
+        (tmp_path / f"fleet {upto}").mkdir()
+        own = Collector(tmp_path / f"fleet {upto}")
+        store, author = opened(live)
+        append(store, "numbers", 100)
+        consume(store, author, 20)
+        own.take(store)
+        obey(store, author, own.ack(author.log_id))
+        consume(store, author, upto)
+        own.take(store)
+        stale = own.ack(author.log_id)
+        consume(store, author, 40)
+        log = author.log_id
+        store.close()
+        copied(live, image)
+        store, author = opened(live)
+        consume(store, author, 50)
+        own.take(store)
+        store.close()
+        copied(image, live)
+        store, author = opened(live)
+        for text in ("second life 1", "second life 2"):
+            say(store, author, text)
+        obey(store, author, stale)
+        with pytest.raises(StorageForked):
+            obey(store, author, own.ack(log))
+        store.close()
+        store, author = opened(live)
+        texts = [body.get("summary", "") for body in said(store).values()]
+        assert [text for text in texts if "second" in text] == ["second life 1", "second life 2"], late
+        assert set(own.take(store)) == {"new"}
+        assert audit(own.store).passed
+        store.close()
+        own.store.close()
+
+
+def test_once_a_message_of_this_run_is_acknowledged_a_crash_makes_nothing_of_it_doubtful(
+    tmp_path: Path, collector: Collector
+) -> None:
+    store, author = opened(tmp_path / "live")
+    say(store, author, "one")
+    store.close()
+    store, author = opened(tmp_path / "live")
+    collector.take(store)
+    obey(store, author, collector.ack(author.log_id))
+    assert store.meta(UNPROVEN, "") == "1"
+    say(store, author, "two")
+    collector.take(store)
+    obey(store, author, collector.ack(author.log_id))
+    assert store.meta(UNPROVEN, "") == ""
+    say(store, author, "three")
+    store.close()
+    store, author = opened(tmp_path / "live")
+    assert store.meta(UNPROVEN, "") == "3"
+    store.close()

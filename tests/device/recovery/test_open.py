@@ -1,0 +1,274 @@
+"""Opening a store: where it may lie, what is looked at after an unclean stop, and what becomes of an older one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from agent import __version__
+from agent.cli import cli
+from agent.device.recovery import migrate, mounts, open
+from agent.device.recovery.condition import condition
+from agent.device.recovery.mounts import file_system, require_local
+from agent.device.store import schema
+from agent.device.store.store import Store
+from agent.errors import StorageError, UsageError
+from tests.kit.stations import ROOT
+from tests.kit.stores import append, filled, opened, pulled, put_aside, said, say, served
+
+FIRST = Path(__file__).with_name("first_store.sql")
+MOUNTS = """\
+22 1 179:2 / / rw,noatime shared:1 - ext4 /dev/mmcblk0p2 rw
+40 22 0:35 / /mnt/share rw,relatime shared:9 - nfs4 server:/export rw,vers=4.2
+41 22 0:36 / /mnt/with\\040space rw shared:10 - cifs //server/x rw
+42 40 0:37 / /mnt/share/local rw - ext4 /dev/sda1 rw
+43 22 0:38 / /srv/remote rw - fuse.sshfs pi@host:/ rw
+44 22 0:39 / /mnt/over rw - nfs server:/a rw
+45 22 0:40 / /mnt/over rw - tmpfs tmpfs rw
+malformed line
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [
+        ("/var/lib/outstation", "ext4"),
+        ("/mnt/share/data", "nfs4"),
+        ("/mnt/sharedata", "ext4"),
+        ("/mnt/share/local/data", "ext4"),
+        ("/mnt/with space/data", "cifs"),
+        ("/srv/remote", "fuse.sshfs"),
+        ("/mnt/over/data", "tmpfs"),
+    ],
+)
+def test_the_file_system_of_a_folder_is_that_of_its_innermost_mount(folder: str, kind: str) -> None:
+    assert file_system(Path(folder), MOUNTS)[0] == kind
+
+
+def test_a_network_file_system_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_local(tmp_path)
+    monkeypatch.setattr(mounts, "_read", lambda: f"50 22 0:41 / {tmp_path.resolve()} rw - nfs server:/x rw")
+    with pytest.raises(UsageError, match="network file system \\(nfs\\)"):
+        Store(tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_an_unclean_stop_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    real = open._quick_check
+
+    def look(db: sqlite3.Connection, what: str) -> str | None:
+        looked.append(what)
+        return real(db, what)
+
+    monkeypatch.setattr(open, "_quick_check", look)
+    store, _ = filled(tmp_path / "live", chunks=3, messages=2, acknowledged=0)
+    cut = pulled(tmp_path / "live", tmp_path / "cut")
+    store.close()
+    opened(tmp_path / "live")[0].close()
+    assert not looked
+    opened(cut)[0].close()
+    assert looked[-1] == "(1)"
+    assert "('meta')" in looked
+
+
+def test_a_store_that_cannot_be_looked_through_in_time_opens_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _ = filled(tmp_path / "live", chunks=30, messages=2, acknowledged=0)
+    cut = pulled(tmp_path / "live", tmp_path / "cut")
+    store.close()
+    monkeypatch.setattr(open, "CHECK_S", -1.0)
+    monkeypatch.setattr(open, "_PROGRESS_STEPS", 1)
+    store, _ = opened(cut)
+    assert len(served(store)) == 300
+    store.close()
+
+
+def test_the_database_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "outstation.db")) as db:
+        db.execute("CREATE TABLE bookmarks (url)")
+    before = (tmp_path / "outstation.db").read_bytes()
+    with pytest.raises(UsageError, match="of another program"):
+        Store(tmp_path)
+    assert (tmp_path / "outstation.db").read_bytes() == before
+
+
+def test_only_a_test_can_ask_for_less_than_full_synchronization(tmp_path: Path) -> None:
+    store = Store(tmp_path, synchronous="NORMAL")
+    assert store._one("PRAGMA synchronous") == (1,)
+    store.close()
+    assert not [path for path in (ROOT / "agent/cli").glob("*.py") if "synchronous" in path.read_text()]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match="data_dir"):
+        Store(tmp_path / "data")
+
+
+# --- older and newer versions
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Path:
+    folder = tmp_path / "first"
+    folder.mkdir()
+    with contextlib.closing(sqlite3.connect(folder / "outstation.db")) as db:
+        db.executescript(FIRST.read_text())
+        db.execute("PRAGMA journal_mode=WAL")
+    return folder
+
+
+def test_a_store_of_the_first_version_opens_with_everything_in_it(first: Path) -> None:
+    store, author = opened(first)
+    assert served(store) == {n: n for n in range(1, 31)}
+    assert [message.seq for message in store.unsent(0, 10)] == [3, 4, 5]
+    assert put_aside(store, author) == []
+    assert store.waiting().messages == 3
+    assert store.cursor("judge") == 25
+    assert store.mark("files", "a.csv") == 17
+    assert store.log_id == "ff14e571-56a0-4056-897f-1f4b16f11467"
+    backup = first / f"outstation.db.before-{__version__}"
+    with contextlib.closing(sqlite3.connect(backup)) as db:
+        assert db.execute("SELECT count(*) FROM chunks").fetchone() == (3,)
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert say(store, author, "in the new version") == 6
+    append(store, "numbers", 10)
+    store.close()
+    assert not backup.exists()
+    store, author = opened(first)
+    assert len(served(store)) == 40
+    store.close()
+
+
+def test_a_migration_that_fails_puts_the_old_store_back(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(db: sqlite3.Connection) -> None:
+        db.execute("DELETE FROM outbox")
+        raise sqlite3.OperationalError("no such thing")
+
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, failing))
+    with pytest.raises(StorageError, match="The store is as it was before, nothing is lost"):
+        Store(first)
+    monkeypatch.undo()
+    store, _ = opened(first)
+    assert served(store) == {n: n for n in range(1, 31)}
+    assert sorted(said(store)) == [3, 4, 5]
+    store.close()
+
+
+def test_a_migration_that_loses_rows_is_not_kept(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def losing(db: sqlite3.Connection) -> None:
+        db.execute("DELETE FROM outbox WHERE seq = 4")
+
+    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, losing))
+    with pytest.raises(StorageError, match="outbox has 2 rows instead of 3"):
+        Store(first)
+    monkeypatch.undo()
+    store, _ = opened(first)
+    assert sorted(said(store)) == [3, 4, 5]
+    store.close()
+
+
+_MIGRATES = """\
+import os, sys
+from pathlib import Path
+from agent.device.store import schema
+def dying(db):
+    os._exit(9)
+dying.__name__ = sys.argv[2]
+schema.STEPS = tuple(dying if step.__name__ == sys.argv[2] else step for step in schema.STEPS)
+from agent.device.store.store import Store
+Store(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("step", ["segments", "message_crcs"])
+def test_a_migration_that_was_killed_goes_on(first: Path, step: str) -> None:
+    command = [sys.executable, "-c", _MIGRATES, str(first), step]
+    assert subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 9
+    store, author = opened(first)
+    assert served(store) == {n: n for n in range(1, 31)}
+    assert put_aside(store, author) == []
+    assert sorted(said(store)) == [3, 4, 5]
+    store.close()
+
+
+def test_a_store_of_a_newer_version_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    opened(tmp_path)[0].close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "outstation.db")) as db, db:
+        db.execute("INSERT INTO _sqlite_migrations (migration_set, name) VALUES ('outstation-device', 'telepathy')")
+    with pytest.raises(UsageError, match="newer version of outstation \\(it has telepathy"):
+        Store(tmp_path)
+    assert not list(tmp_path.glob("*.before-*"))
+
+
+def test_a_backup_is_whole_before_it_has_its_name(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", dying)
+        with (
+            contextlib.closing(sqlite3.connect(first / "outstation.db")) as db,
+            pytest.raises(KeyboardInterrupt),
+        ):
+            migrate.migrate(db, first / "outstation.db")
+    assert not (first / f"outstation.db.before-{__version__}").exists()
+    store, _ = opened(first)
+    assert len(served(store)) == 30
+    store.close()
+
+
+# --- what people are told
+
+
+def test_the_condition_says_how_it_was_left_and_what_was_salvaged(tmp_path: Path) -> None:
+    store, _ = filled(tmp_path / "live", chunks=12, messages=12, acknowledged=0)
+    assert condition(store).stop == "unclean"
+    cut = pulled(tmp_path / "live", tmp_path / "cut", store, emptied=True)
+    store.close()
+    with contextlib.closing(Store(tmp_path / "live", read_only=True)) as read:
+        assert (condition(read).stop, condition(read).last, condition(read).quarantine) == ("clean", None, None)
+    data = bytearray((cut / "outstation.db").read_bytes())
+    data[:100] = bytes(100)
+    (cut / "outstation.db").write_bytes(data)
+    opened(cut)[0].close()
+    with contextlib.closing(Store(cut, read_only=True)) as read:
+        found = condition(read)
+    assert found.stop == "clean"
+    assert found.last is not None
+    assert "file is not a database" in found.last["what"]
+    assert found.quarantine == cut / "quarantine"
+    assert found.quarantine_bytes >= len(data)
+
+
+def test_check_and_status_show_it(tmp_path: Path) -> None:
+    config = tmp_path / "outstation.toml"
+    data = tmp_path / "data"
+    config.write_text(f'[device]\nid = "pi-07"\nfleet = "acme"\ndata_dir = "{data}"\n')
+    store, _ = filled(tmp_path / "live", chunks=3, messages=2, acknowledged=0)
+    pulled(tmp_path / "live", data, store, emptied=True)
+    store.close()
+    (data / "outstation.db").write_bytes(b"x" * 8192)
+    opened(data)[0].close()
+    ran = CliRunner().invoke(cli, ["check", "-c", str(config), "--json"])
+    [line] = [line for line in json.loads(ran.stdout) if line["name"] == "store"]
+    assert line["state"] == "warning"
+    assert f"{data}/quarantine holds" in line["detail"]
+    ran = CliRunner().invoke(cli, ["status", "-c", str(config), "--json"])
+    told = json.loads(ran.stdout)["condition"]
+    assert told["stop"] == "clean"
+    assert told["quarantine"]["folder"] == str(data / "quarantine")
+    text = CliRunner().invoke(cli, ["status", "-c", str(config)]).stdout
+    assert "The store was damaged" in text

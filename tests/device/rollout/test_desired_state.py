@@ -1,0 +1,278 @@
+"""What is desired of a device: taken when an operator signed it for a topic of the device, once, and never again."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.device.rollout.desired_state import Desires
+from agent.device.store.message_log import Author
+from agent.device.store.store import Store
+from agent.device.uplink.uplink import Uplink
+from agent.errors import Refused, StorageFull
+from agent.transport.packets import Delivery
+from agent.wire import jws
+from agent.wire.desired_state import MAX_DESIRED_BYTES
+from agent.wire.keys import SigningKey
+from agent.wire.messages import encode
+from tests.kit.operators import DEVICE, FLEET, NOW
+from tests.kit.senders import new_key
+from tests.kit.stations import conf
+
+OPERATOR, SECOND, FOREIGN = new_key(77), new_key(78), new_key(79)
+OWN = f"outstation/{FLEET}/{DEVICE}/desired"
+ALL = f"outstation/{FLEET}/_all/desired"
+ROOF, YARD, CELLAR = (f"outstation/{FLEET}/_group/desired/{name}" for name in ("roof", "yard", "cellar"))
+COUNTERS = itertools.count(1)
+
+
+def wanted(version: str, strategy: str = "shadow", **more: Any) -> dict[str, Any]:
+    named = {"rollout": f"r-{version}", "bundle": "tiny", "version": version, "digest": "sha256:" + "a" * 64}
+    return {**named, "strategy": strategy, **more}
+
+
+def signed(topic: str, tasks: dict[str, Any], /, *, key: SigningKey = OPERATOR, **changes: Any) -> Delivery:
+    """A retained message; `changes` replace members of the payload."""
+    parts = topic.split("/")
+    head: dict[str, Any] = {"v": 1, "kind": "desired", "device": parts[2]}
+    if len(parts) > 4:
+        head["group"] = parts[4]
+    body = {"counter": next(COUNTERS), "issued": "2026-11-26T00:00:00Z", "tasks": tasks}
+    payload = encode({**head, **body, **changes})
+    return Delivery(topic, payload, (jws.sign(key, topic, payload),), True, 1, 1)
+
+
+@dataclass
+class Desk:
+    """A device's store and what is desired of it, that can crash and open again."""
+
+    folder: Path
+    keys: list[SigningKey] = field(default_factory=lambda: [OPERATOR, SECOND])
+    groups: list[str] = field(default_factory=lambda: ["roof", "yard"])
+
+    def __post_init__(self) -> None:
+        self.open()
+
+    def open(self) -> None:
+        self.store = Store(self.folder)
+        self.author = Author(FLEET, DEVICE, new_key(1), self.store.log_id, self.store.boot, 120_000)
+        self.desires = Desires(self.store, self.author, [key.public for key in self.keys], self.groups)
+
+    def crash(self) -> None:
+        self.store.close()
+        self.open()
+
+    def take(self, *deliveries: Delivery) -> None:
+        for delivery in deliveries:
+            self.desires.take(delivery)
+            self.desires.turn(NOW)
+
+    def refused(self, delivery: Delivery) -> str:
+        """The reason; "" where it is taken."""
+        try:
+            self.take(delivery)
+        except Refused as refusal:
+            return refusal.reason
+        return ""
+
+    def version(self, task: str = "sort") -> str | None:
+        found = self.desires.wanted(task)
+        return None if found is None else found.version
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path)
+    yield made
+    made.store.close()
+
+
+def test_it_listens_on_its_own_topic_those_of_its_groups_and_that_of_all(desk: Desk) -> None:
+    assert desk.desires.subscriptions == [OWN, ROOF, YARD, ALL]
+
+
+def test_without_operators_it_listens_to_nobody(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, keys=[])
+    assert desk.desires.subscriptions == []
+    desk.store.close()
+
+
+def test_what_is_desired_holds_over_a_restart(desk: Desk) -> None:
+    desk.take(signed(OWN, {"sort": wanted("2")}))
+    assert desk.version() == "2"
+    desk.crash()
+    assert desk.version() == "2"
+
+
+def test_the_most_specific_topic_that_names_the_task_holds_whatever_came_first(desk: Desk) -> None:
+    deliveries = [(OWN, "own"), (ROOF, "roof"), (YARD, "yard"), (ALL, "all")]
+    for topic, version in deliveries:
+        desk.take(signed(topic, {"sort": wanted(version)}))
+    for topic, version in deliveries:
+        assert desk.version() == version
+        desk.take(signed(topic, {"other": wanted("9")}))
+    assert desk.version() is None
+    assert desk.version("other") == "9"
+
+
+def test_the_same_message_again_changes_nothing_and_is_not_refused(desk: Desk) -> None:
+    first = signed(OWN, {"sort": wanted("2")})
+    desk.take(first)
+    told: list[int] = []
+    desk.desires.changed = lambda: told.append(1)
+    assert desk.refused(first) == ""
+    desk.crash()
+    desk.desires.changed = lambda: told.append(1)
+    assert desk.refused(first) == ""
+    assert (desk.version(), told) == ("2", [])
+
+
+def test_a_replayed_older_message_is_refused_also_after_a_restart(desk: Desk) -> None:
+    old, new = signed(OWN, {"sort": wanted("1")}), signed(OWN, {"sort": wanted("2")})
+    desk.take(old, new)
+    assert desk.refused(old) == "replayed"
+    desk.crash()
+    assert (desk.refused(old), desk.version()) == ("replayed", "2")
+
+
+def test_another_message_with_the_counter_of_the_one_in_force_is_refused(desk: Desk) -> None:
+    desk.take(signed(OWN, {"sort": wanted("2")}, counter=10**6))
+    assert desk.refused(signed(OWN, {"sort": wanted("3")}, counter=10**6)) == "replayed"
+    assert desk.version() == "2"
+
+
+def test_a_message_that_another_operators_replaced_cannot_come_back(desk: Desk) -> None:
+    first = signed(OWN, {"sort": wanted("1")})
+    desk.take(first, signed(OWN, {"sort": wanted("2")}, key=SECOND, counter=1))
+    assert (desk.refused(first), desk.version()) == ("replayed", "2")
+
+
+def test_counters_of_two_topics_do_not_disturb_each_other(desk: Desk) -> None:
+    desk.take(signed(OWN, {"other": wanted("1")}, counter=10**9), signed(ALL, {"sort": wanted("2")}, counter=1))
+    assert desk.version() == "2"
+
+
+def test_another_devices_message_is_refused(desk: Desk) -> None:
+    theirs = f"outstation/{FLEET}/pi-08/desired"
+    found = signed(theirs, {"sort": wanted("2")})
+    assert desk.refused(found) == "other topic"
+    moved = Delivery(OWN, found.payload, found.tokens, True, 1, 1)
+    assert desk.refused(moved) == "other topic"
+    payload = found.payload
+    resigned = Delivery(OWN, payload, (jws.sign(OPERATOR, OWN, payload),), True, 1, 1)
+    assert desk.refused(resigned) == "other device"
+    assert desk.version() is None
+
+
+def test_another_groups_message_is_refused(desk: Desk) -> None:
+    assert desk.refused(signed(CELLAR, {"sort": wanted("2")})) == "other topic"
+    assert desk.refused(signed(ROOF, {"sort": wanted("2")}, group="yard")) == "other task"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tasks": {"sort": wanted("2") | {"urgent": True}}}, "malformed payload"),
+        ({"until": "2027-01-01T00:00:00Z"}, "malformed payload"),
+        ({"tasks": {"sort": wanted("2", "at once")}}, "malformed payload"),
+        ({"tasks": {"sort": wanted("2") | {"digest": "sha256:../../etc"}}}, "malformed payload"),
+        ({"tasks": {"../sort": wanted("2")}}, "malformed payload"),
+        ({"counter": 0}, "malformed payload"),
+        ({"kind": "cmd"}, "malformed payload"),
+        ({"pad": "x" * MAX_DESIRED_BYTES}, "too large"),
+    ],
+    ids=["member", "condition", "strategy", "digest", "task", "counter", "kind", "size"],
+)
+def test_a_signed_message_that_says_something_else_is_refused_whole(
+    desk: Desk, changes: dict[str, Any], reason: str
+) -> None:
+    assert desk.refused(signed(OWN, {"sort": wanted("2")}, **changes)) == reason
+    assert desk.version() is None
+
+
+def test_a_key_that_is_no_operators_is_refused(desk: Desk) -> None:
+    assert desk.refused(signed(OWN, {"sort": wanted("2")}, key=FOREIGN)) == "unknown key"
+
+
+def test_a_key_that_is_twice_in_an_object_is_refused(desk: Desk) -> None:
+    payload = signed(OWN, {"sort": wanted("2")}).payload.replace(b'"v":1', b'"v":1,"v":1')
+    assert desk.refused(Delivery(OWN, payload, (jws.sign(OPERATOR, OWN, payload),), True, 1, 1)) == "duplicate key"
+
+
+def test_what_an_operator_desired_is_over_when_his_key_is_no_longer_in_the_config(desk: Desk) -> None:
+    desk.take(signed(OWN, {"sort": wanted("2")}))
+    desk.keys = [SECOND]
+    desk.crash()
+    assert desk.version() is None
+    desk.keys = [OPERATOR]
+    desk.crash()
+    assert desk.version() == "2"
+
+
+def test_a_full_disk_delays_it_and_nothing_is_in_force_before_it_is_kept(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise StorageFull("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(desk.store, "transaction", full)
+        desk.take(signed(OWN, {"sort": wanted("2")}))
+        assert desk.version() is None
+    desk.desires.turn(NOW)
+    assert desk.version() is None
+    later = type(NOW)(NOW.wall_us, NOW.boot_s + 60, NOW.quality)
+    desk.desires.turn(later)
+    assert desk.version() == "2"
+
+
+def test_what_is_kept_and_damaged_counts_as_nothing_and_comes_again(desk: Desk) -> None:
+    delivery = signed(OWN, {"sort": wanted("2")})
+    desk.take(delivery)
+    with desk.store.transaction() as tx:
+        tx.keep("", f"desired {OWN}", b"\xc1 broken")
+    desk.crash()
+    assert desk.version() is None
+    desk.take(delivery)
+    assert desk.version() == "2"
+
+
+def test_what_is_refused_is_counted_as_commands_are_and_raises_one_alert(desk: Desk, tmp_path: Path) -> None:
+    uplink = Uplink(
+        conf(tmp_path), desk.store, desk.author, None, lambda: NOW, lambda error: None, desires=desk.desires
+    )
+    old, new = signed(OWN, {"sort": wanted("1")}), signed(OWN, {"sort": wanted("2")})
+    theirs = signed(f"outstation/{FLEET}/pi-08/desired", {"sort": wanted("3")})
+    assert all(uplink._is_order(one, NOW) for one in (old, new, old, theirs, signed(OWN, {}, key=FOREIGN)))
+    assert not uplink._is_order(Delivery(f"outstation/{FLEET}/{DEVICE}/ack", b"", (), True, 1, 1), NOW)
+    uplink._refusals.flush(NOW, at_once=True)
+    counted = {name: n for name, n in desk.store.counters().items() if name.startswith("desired")}
+    assert counted == {
+        "desired states refused": 3,
+        "desired states refused: replayed": 1,
+        "desired states refused: other topic": 1,
+        "desired states refused: unknown key": 1,
+    }
+    assert [alert["id"] for alert in desk.store.alerts(10)] == ["_device/security/refused"]
+    desk.desires.turn(NOW)
+    assert desk.version() == "2"
+
+
+@given(payload=st.binary(max_size=300), token=st.text(max_size=80), sign=st.booleans())
+def test_hostile_bytes_are_refused_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, payload: bytes, token: str, sign: bool
+) -> None:
+    desk = Desk(tmp_path_factory.mktemp("hostile"))
+    try:
+        tokens = (jws.sign(OPERATOR, OWN, payload) if sign else token,)
+        assert desk.refused(Delivery(OWN, payload, tokens, True, 1, 1)) != ""
+        assert desk.version() is None
+    finally:
+        desk.store.close()

@@ -1,0 +1,376 @@
+"""How archives come over bad links, onto full and failing disks, and through power cuts: whole, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+
+from agent.device.rollout.fetch.fetcher import Fetched
+from agent.device.rollout.fetch.request import FETCHED
+from agent.fleet.enrolment.pki import new_authority
+from agent.wire.desired_state import Wanted
+from scripts.faults.disk import Card, no_card
+from tests.kit.stations import ROOT, wait_for
+from tests.kit.update_repositories import Signed
+from tests.kit.update_servers import Handler, Trick, Web
+from tests.kit.updating import PATIENCE_S, RUNS, Updating
+
+pytest_plugins = ["tests.kit.repository_fixtures"]
+
+# More than two of what is synced at once.
+ARCHIVE = os.urandom(1 << 20) * 2 + b"end"
+SMALL = ARCHIVE[: 1 << 16]
+
+
+@pytest.fixture
+def archive() -> bytes:
+    return ARCHIVE
+
+
+def starts(web: Web) -> list[int]:
+    """From which byte on the archive was asked for, each time."""
+    return [start for path, start in web.asked if path.startswith("/targets/")]
+
+
+def cut_at(byte: int) -> Callable[[Handler], None]:
+    return lambda it: it.serve(byte)
+
+
+def part(device: Updating) -> Path:
+    [found] = (device.data / FETCHED).glob("*.part")
+    return found
+
+
+# --- connections ---
+
+
+def test_a_connection_cut_in_the_middle_is_gone_on_with(web: Web, device: Updating, wanted: Wanted) -> None:
+    for byte in (1_200_000, 1_900_000):
+        web.tricks[:] = [("/targets/", cut_at(byte))]
+        assert "are kept" in device.must_fail(wanted, "DownloadError").detail
+        assert part(device).stat().st_size == byte
+    web.tricks.clear()
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+    assert starts(web) == [0, 1_200_000, 1_900_000]
+    assert len(device.fetched) == 1
+
+
+def test_a_server_without_range_begins_anew(web: Web, device: Updating, wanted: Wanted) -> None:
+    web.tricks[:] = [("/targets/", cut_at(1_200_000))]
+    device.must_fail(wanted, "DownloadError")
+    web.tricks[:] = [("/targets/", Handler.whole)]
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+    assert starts(web) == [0, 1_200_000]
+
+
+def test_a_server_that_answers_with_another_range_is_not_believed(web: Web, device: Updating, wanted: Wanted) -> None:
+    web.tricks[:] = [("/targets/", cut_at(1_200_000))]
+    device.must_fail(wanted, "DownloadError")
+
+    def other(it: Handler) -> None:
+        it.start -= 1
+        it.serve()
+
+    web.tricks[:] = [("/targets/", other)]
+    assert "another part" in device.must_fail(wanted, "DownloadError").detail
+    assert part(device).stat().st_size == 1_200_000
+
+
+def test_a_server_that_has_no_such_range_begins_anew(web: Web, device: Updating, wanted: Wanted) -> None:
+    web.tricks[:] = [("/targets/", cut_at(1_200_000))]
+    device.must_fail(wanted, "DownloadError")
+    web.tricks[:] = [("/targets/", lambda it: it.head(416, 0) if it.start else it.serve())]
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+    assert starts(web) == [0, 1_200_000, 0]
+
+
+def test_a_server_that_hangs_up_after_each_answer_is_asked_again(web: Web, device: Updating, wanted: Wanted) -> None:
+    """Without saying so, as one does whose patience with idle connections is short."""
+
+    def hang_up(it: Handler) -> None:
+        it.serve()
+        it.close_connection = True
+
+    web.tricks[:] = [("", hang_up)]
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+
+
+def test_a_download_ends_with_the_window_and_comes_in_the_next(web: Web, device: Updating, wanted: Wanted) -> None:
+    now = datetime.fromtimestamp(device.now().wall_us // 1_000_000).replace(second=58, microsecond=0)
+    device.wall_us = round(now.timestamp() * 1e6)
+    device.configure(window=f"{now - timedelta(hours=1):%H:%M}-{now + timedelta(minutes=1):%H:%M}")
+    web.tricks[:] = [("/targets/", holding(threading.Event()))]
+    device.must_fail(wanted, "TimeOver")
+    web.tricks.clear()
+    device.wall_us += 86_400_000_000 - 1_000_000_000
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+
+
+def test_an_archive_that_is_there_is_not_downloaded_again(web: Web, device: Updating, wanted: Wanted) -> None:
+    device.must_fetch(wanted)
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+    assert starts(web) == [0]
+
+
+def test_a_damaged_tail_of_a_part_is_found_and_downloaded_anew(web: Web, device: Updating, wanted: Wanted) -> None:
+    """As a power cut leaves it on some file systems: of the right length, and zeros."""
+    web.tricks[:] = [("/targets/", cut_at(1_200_000))]
+    device.must_fail(wanted, "DownloadError")
+    with part(device).open("r+b") as file:
+        file.seek(1_100_000)
+        file.write(bytes(1_000))
+    web.tricks.clear()
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+    assert starts(web) == [0, 1_200_000, 0]
+
+
+def test_a_damaged_archive_is_found_and_downloaded_anew(web: Web, device: Updating, wanted: Wanted) -> None:
+    found = device.must_fetch(wanted)
+    found.path.write_bytes(bytes(len(ARCHIVE)))
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+
+
+def test_of_other_archives_two_stay_and_of_parts_none(repository: Signed, web: Web, device: Updating) -> None:
+    several = [repository.add("exercise", f"{n}.0.0", bytes([n]) * 1000) for n in range(5)]
+    repository.write(web.folder)
+    for one in several[:4]:
+        device.must_fetch(one)
+    device.data.joinpath(FETCHED, f"{'0' * 64}.part").write_bytes(b"of another")
+    device.must_fetch(several[4])
+    assert len(device.fetched) == 3
+    assert all(name.endswith(".zip") for name in device.fetched)
+
+
+def test_a_rate_that_was_asked_for_is_kept_to(repository: Signed, web: Web, device: Updating) -> None:
+    wanted = repository.add("exercise", "1.0.0", SMALL)
+    repository.write(web.folder)
+    device.configure(max_rate=len(SMALL) // 2)
+    begun = time.monotonic()
+    device.must_fetch(wanted)
+    assert time.monotonic() - begun > 1.0
+
+
+def test_a_stick_is_a_repository(web: Web, device: Updating, wanted: Wanted) -> None:
+    device.configure(url=str(web.folder), window="00:00-00:01")
+    assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+    assert web.asked == []
+
+
+def test_a_stick_that_is_not_there_is_named(device: Updating, wanted: Wanted, tmp_path: Path) -> None:
+    device.configure(url=str(tmp_path / "stick"))
+    assert "is the stick there?" in device.must_fail(wanted, "DownloadError").detail
+
+
+def test_a_server_that_is_not_there_is_named(web: Web, device: Updating, wanted: Wanted) -> None:
+    device.configure(url="http://127.0.0.1:9")
+    assert "Connection refused" in device.must_fail(wanted, "DownloadError").detail
+
+
+def test_a_server_must_show_a_certificate_of_the_authority_that_is_trusted(
+    repository: Signed, web: Web, device: Updating, wanted: Wanted, tmp_path: Path
+) -> None:
+    ours, theirs = new_authority("acme"), new_authority("acme")
+    for name, authority in (("ours", ours), ("theirs", theirs)):
+        (tmp_path / f"{name}.pem").write_bytes(authority.pem)
+    issued = ours.server("127.0.0.1")
+    (tmp_path / "server.pem").write_bytes(issued.certificate + issued.key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    with Web(web.folder, context) as secure:
+        for ca_file in (None, str(tmp_path / "theirs.pem")):
+            device.configure(url=secure.url, ca_file=ca_file)
+            assert "certificate verify failed" in device.must_fail(wanted, "DownloadError").detail
+        device.configure(url=secure.url, ca_file=str(tmp_path / "nowhere.pem"))
+        assert "[updates] ca_file" in device.must_fail(wanted, "DownloadError").detail
+        assert secure.asked == []
+        device.configure(url=secure.url, ca_file=str(tmp_path / "ours.pem"))
+        assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
+
+
+# --- full disks ---
+
+
+@pytest.fixture
+def card(tmp_path: Path) -> Iterator[Card]:
+    if why := no_card():
+        pytest.skip(why)
+    made = Card(tmp_path / "card.ext4", tmp_path / "card")
+    made.make(64)
+    yield made
+    made.unmount()
+
+
+@pytest.fixture
+def on_card(card: Card, repository: Signed, web: Web) -> Iterator[Updating]:
+    with Updating(card.mount_point, web.url, repository.files["1.root.json"]) as made:
+        yield made
+
+
+def test_a_disk_that_is_too_full_for_an_archive_gets_none(
+    card: Card, web: Web, on_card: Updating, wanted: Wanted
+) -> None:
+    ballast(card, leave=36 << 20)
+    assert "of disk to arrive and unpack" in on_card.must_fail(wanted, "Unfit").detail
+    assert starts(web) == []
+    card.free()
+    on_card.must_fetch(wanted)
+
+
+def test_a_disk_that_fills_up_under_a_download_loses_nothing(
+    card: Card, web: Web, on_card: Updating, wanted: Wanted
+) -> None:
+    def filling(it: Handler) -> None:
+        card.fill()
+        it.serve()
+
+    web.tricks[:] = [("/targets/", filling)]
+    assert "the disk is full" in on_card.must_fail(wanted, "NoSpace").detail
+    card.free()
+    web.tricks.clear()
+    assert on_card.must_fetch(wanted).path.read_bytes() == ARCHIVE
+
+
+def ballast(card: Card, leave: int) -> None:
+    """Take all room but so much."""
+    found = os.statvfs(card.mount_point)
+    with (card.mount_point / "ballast").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - leave)
+
+
+# --- power cuts and kills ---
+
+# The child, which is killed just before its n-th sync or rename.
+DYING = """\
+import os, runpy, signal, sys
+left = int(sys.argv[1])
+def dying(call):
+    def counted(*given, **more):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*given, **more)
+    return counted
+os.fsync, os.rename, os.replace = map(dying, (os.fsync, os.rename, os.replace))
+sys.argv = sys.argv[:1]
+runpy.run_module("agent.device.rollout.fetch.worker", run_name="__main__")
+"""
+
+
+def dying_at(step: int) -> tuple[str, ...]:
+    return (sys.executable, "-P", "-c", DYING, str(step))
+
+
+def test_a_power_cut_at_every_step_of_a_download(card: Card, repository: Signed, web: Web) -> None:
+    """The card forgets what was not synced; the next child, which gets a step further, starts from what is left."""
+
+    def started() -> Updating:
+        return Updating(card.mount_point, web.url, repository.files["1.root.json"])
+
+    step, done = 0, False
+    while not done:
+        step += 1
+        archive = step.to_bytes(2, "big") * 1000
+        wanted = repository.add("exercise", f"{step}.0.0", archive)
+        repository.write(web.folder)
+        with started() as device:
+            device.command = dying_at(step)
+            device.restart()
+            os.sync()
+            before, found = device.floors, device.fetch(wanted)
+        done = isinstance(found, Fetched)
+        assert isinstance(found, Fetched) or found.error == "Died"
+        card.cut(journal=step % 2 == 0)
+        with started() as device:
+            for role, floor in before.roles.items():
+                assert device.floors.roles[role].version >= floor.version
+            assert device.runs.read_bytes() == RUNS
+            for path in (device.data / FETCHED).glob("*.zip"):
+                assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
+            if done:
+                assert device.must_fetch(wanted).path.read_bytes() == archive
+    assert step > 15, f"a download has more than {step} steps"
+
+
+def test_the_child_does_not_outlive_the_daemon(web: Web, device: Updating, wanted: Wanted) -> None:
+    """Killed in the middle of a download, the daemon leaves no process, and what came is gone on with."""
+    held = threading.Event()
+    web.tricks[:] = [("/targets/", holding(held))]
+    device.close()
+    program = (
+        "import sys, time, pathlib\n"
+        "from tests.kit.updating import Updating\n"
+        "from agent.wire.desired_state import Wanted\n"
+        "folder, url = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
+        "device = Updating(folder, url, (folder / 'root.json').read_bytes())\n"
+        "device.fetch(Wanted('rollout-1', *sys.argv[3:6], 'all'), 60.0)\n"
+    )
+    words = (str(device.folder), web.url, wanted.bundle, wanted.version, wanted.digest)
+    daemon = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)
+    try:
+        wait_for(held.is_set, "the archive is being downloaded", PATIENCE_S)
+        wait_for(lambda: part(device).stat().st_size >= 1 << 20, "much of it is on the disk", PATIENCE_S)
+        [fetching] = psutil.Process(daemon.pid).children()
+        daemon.send_signal(signal.SIGKILL)
+        daemon.wait()
+        wait_for(
+            lambda: not fetching.is_running() or fetching.status() == psutil.STATUS_ZOMBIE,
+            "the child is gone",
+            PATIENCE_S,
+        )
+    finally:
+        daemon.kill()
+        daemon.wait()
+    web.tricks.clear()
+    with Updating(device.folder, web.url, (device.folder / "root.json").read_bytes()) as again:
+        assert again.must_fetch(wanted).path.read_bytes() == ARCHIVE
+    assert starts(web)[-1] >= 1 << 20
+
+
+def holding(held: threading.Event) -> Trick:
+    """Half of the file, and then nothing more for a while."""
+
+    def trick(it: Handler) -> None:
+        assert it.data is not None
+        it.head(200, len(it.data))
+        it.wfile.write(it.data[: (1 << 20) + 5000])
+        it.wfile.flush()
+        held.set()
+        time.sleep(20)
+
+    return trick
+
+
+def test_the_child_gives_way_and_is_limited(web: Web, device: Updating, wanted: Wanted) -> None:
+    held = threading.Event()
+    web.tricks[:] = [("/targets/", holding(held))]
+    device.fetcher.start("exercise", wanted, device.now())
+    wait_for(
+        lambda: device.fetcher.poll(device.now()) is None and held.is_set(),
+        "the archive is being downloaded",
+        PATIENCE_S,
+    )
+    [fetching] = [child for child in psutil.Process().children() if child.name().startswith("python")]
+    assert fetching.nice() == 19
+    assert fetching.ionice().ioclass == psutil.IOPRIO_CLASS_IDLE
+    limits = {kind: fetching.rlimit(kind)[0] for kind in (psutil.RLIMIT_AS, psutil.RLIMIT_CPU, psutil.RLIMIT_FSIZE)}
+    assert 0 < limits[psutil.RLIMIT_AS] < 1 << 30
+    assert 0 < limits[psutil.RLIMIT_CPU] <= 300
+    assert 0 < limits[psutil.RLIMIT_FSIZE] <= (64 << 20) + 1
+    assert fetching.memory_info().rss < 80 << 20
+    device.fetcher.stop("exercise")
+    wait_for(
+        lambda: (device.fetcher.poll(device.now()), fetching.is_running())[1] is False, "the child is gone", PATIENCE_S
+    )

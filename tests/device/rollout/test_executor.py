@@ -1,0 +1,667 @@
+"""Roll-outs on a device: shadow, probation, settled, taken back, and all of it again after a crash."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent import clock
+from agent.cli import main
+from agent.device.bundles import crash_marker, history
+from agent.device.bundles.crash_marker import Mark
+from agent.device.bundles.rollout_state import on_probation as on_probation_now
+from agent.device.pipeline import drift_state
+from agent.device.rollout import shadow
+from agent.device.rollout.shadow import Kept
+from agent.device.store.message_log import Author
+from agent.drift.baseline.reference import Reference
+from agent.errors import StorageFull
+from agent.model.sandbox import probe
+from tests.kit.bundles import Floats
+from tests.kit.rigged import crashing
+from tests.kit.rollouts import HOUR_S, Site, bundles_in, tiles
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return bundles_in(tmp_path_factory.mktemp("bundles"), "crash", "error", "hang", "wrong", "otherwise")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -> Site:
+    offered = ("2", "3", "wrong", "crash", "error", "hang", "otherwise")
+    return Site.template(tmp_path_factory.mktemp("template"), bundles, *offered)
+
+
+@pytest.fixture
+def site(tmp_path: Path, template: Site) -> Iterator[Site]:
+    made = template.copied(tmp_path)
+    yield made
+    made.stop()
+
+
+def test_a_good_bundle_goes_from_shadow_to_probation_to_settled_and_stays_over_restarts(site: Site) -> None:
+    assert site.batch() == "1"
+    site.desire("2", "shadow")
+    site.until_phase("shadow")
+    assert site.batch() == "1"
+    site.desire("2", "canary", percent=100.0)
+    site.until_phase("probation")
+    assert [site.batch() for _ in range(3)] == ["2", "2", "2"]
+    site.until_phase("settled")
+    assert site.batch() == "2"
+    site.desire("2", "all")
+    site.crash()
+    assert site.runs() == "2"
+    assert site.batch() == "2"
+    assert site.phases() == ["fetching", "shadow", "probation", "settled", "settled"]
+    assert site.activations() == [(None, "1", "configured"), ("1", "2", "roll-out")]
+    assert tiles(site.answered(), 7 * 40)
+    assert site.model_alerts() == []
+
+
+def on_probation(site: Site, text: str = "2", **more: Any) -> Site:
+    assert site.batch() == "1"
+    site.desire(text, "all", **more)
+    site.until_phase("probation")
+    return site
+
+
+def settled(site: Site, text: str = "2") -> Site:
+    on_probation(site, text)
+    for _ in range(3):
+        site.batch()
+    site.until_phase("settled")
+    return site
+
+
+# --- who it is for ---
+
+
+def test_a_device_that_is_not_chosen_does_nothing_but_say_so_once(site: Site) -> None:
+    site.desire("2", "canary", percent=0.0)
+    site.tick(10)
+    site.desire("2", "canary", percent=0.001)
+    site.tick(10)
+    assert site.events() == [("2", "not chosen", "")]
+    assert site.copies() == {"1"}
+    assert site.batch() == "1"
+
+
+def test_a_shadow_that_is_no_longer_chosen_ends(site: Site) -> None:
+    site.desire("2", "shadow")
+    site.until_phase("shadow")
+    task = site.daemon._planned[0].task
+    site.until(lambda: task.trying is not None, "it answers beside")
+    site.desire("2", "shadow", percent=0.0)
+    assert site.phase == "not chosen"
+    assert task.trying is None
+    assert site.daemon._updating.rollouts._live["sort"].trial is None
+
+
+def compared(site: Site) -> Kept | None:
+    """What the device keeps of a comparison that is under way."""
+    found = site.store.state("sort", shadow.STATE)
+    return None if found is None else msgspec.msgpack.decode(found, type=Kept)
+
+
+def test_what_was_compared_outlives_a_restart_and_goes_when_the_bundle_settles(site: Site) -> None:
+    on_probation(site)
+    site.batch()
+    site.until(lambda: compared(site) is not None, "it was told of the first batch")
+    site.crash()
+    kept_of = compared(site)
+    assert kept_of is not None
+    assert (kept_of.rollout, kept_of.messages) == ("r-2", 1)
+    for _ in range(2):
+        site.batch()
+    site.until_phase("settled")
+    assert compared(site) is None
+    site.crash()
+    site.batch()
+    assert compared(site) is None
+
+
+@pytest.mark.parametrize(("text", "phase"), [("error", "refused"), ("2", "withdrawn"), ("3", "not chosen")])
+def test_what_was_compared_goes_when_a_shadow_ends(site: Site, text: str, phase: str) -> None:
+    site.desire(text, "shadow")
+    site.until_phase("shadow")
+    site.until(site.is_beside, "it answers beside")
+    site.batch()
+    site.until(lambda: compared(site) is not None, "it was told of the first batch")
+    match phase:
+        case "refused":
+            site.batch(wild=True)
+        case "withdrawn":
+            site.desire_tasks({})
+        case _:
+            site.desire(text, "shadow", percent=0.0)
+    site.until_phase(phase)
+    assert compared(site) is None
+    site.batch()
+    assert compared(site) is None
+
+
+def test_a_shadow_that_goes_on_probation_is_compared_anew(site: Site) -> None:
+    site.desire("2", "shadow")
+    site.until_phase("shadow")
+    site.until(site.is_beside, "it answers beside")
+    site.batch()
+    site.until(lambda: compared(site) is not None, "it was told of the first batch")
+    site.desire("2", "canary")
+    site.until_phase("probation")
+    assert compared(site) is None
+    site.batch()
+    site.until(lambda: compared(site) is not None, "it was told of the first batch")
+    kept_of = compared(site)
+    assert kept_of is not None
+    assert kept_of.model == site.digest("2")
+
+
+def test_what_nobody_mentions_any_more_goes_on(site: Site) -> None:
+    settled(site)
+    site.desire_tasks({})
+    site.crash()
+    assert (site.phase, site.batch()) == ("settled", "2")
+
+
+def shadows(site: Site) -> list[dict[str, Any]]:
+    return [body for body in site.messages() if body["kind"] == "shadow"]
+
+
+def test_a_shadow_answers_the_same_windows_publishes_no_result_and_tells_how_they_agree(site: Site) -> None:
+    site.desire("2", "shadow")
+    site.until_phase("shadow")
+    site.until(site.is_beside, "it answers beside")
+    for _ in range(3):
+        assert site.batch() == "1"
+        site.until(lambda: len(shadows(site)) >= len(site.results()), "it was told")
+    [first, *_] = shadows(site)
+    assert (first["rollout"], first["model"]["version"], first["beside"]["version"]) == ("r-2", "1", "2")
+    assert sum(one["n"] for one in shadows(site)) == sum(one["same"] for one in shadows(site)) == 3 * 40
+    assert tiles(site.answered(), 3 * 40)
+
+
+@crashing
+def test_a_shadow_that_crashes_is_refused_and_no_batch_waits_for_it(site: Site) -> None:
+    site.desire("crash", "shadow")
+    site.until_phase("shadow")
+    site.until(site.is_beside, "it answers beside")
+    assert site.batch(wild=True) == "1"
+    site.until_phase("refused")
+    assert site.reason == "errors"
+    assert site.standing is not None
+    assert "crashed" in site.standing.why
+    assert site.batch() == "1"
+    assert site.daemon._planned[0].task.trying is None
+
+
+def test_on_probation_the_one_before_answers_beside_and_the_comparison_is_told(site: Site) -> None:
+    settled(site)
+    told = shadows(site)
+    assert {(one["model"]["version"], one["beside"]["version"]) for one in told} == {("2", "1")}
+    assert sum(one["n"] for one in told) == 3 * 40
+    assert site.standing is not None
+    assert site.standing.numbers["batches"] == 3
+
+
+# --- what speaks against a bundle ---
+
+
+def test_one_whose_golden_vectors_do_not_come_out_is_refused_and_never_answers(site: Site) -> None:
+    site.desire("wrong", "all")
+    site.until_phase("refused")
+    assert site.events() == [("wrong", "fetching", ""), ("wrong", "refused", "golden")]
+    assert site.model_alerts() == [("raised", "warning")]
+    assert site.batch() == "1"
+    assert site.copies() == {"1"}
+
+
+@pytest.mark.parametrize("trap", [pytest.param("crash", marks=crashing), "error"])
+def test_one_that_dies_or_fails_on_probation_serves_no_result_and_the_one_before_answers_the_same_rows(
+    site: Site, trap: str
+) -> None:
+    on_probation(site, trap)
+    assert site.batch() == trap
+    assert site.batch(wild=True) == "1"
+    assert (site.phase, site.reason) == ("rolled back", {"error": "errors"}.get(trap, trap))
+    assert site.batch() == "1"
+    assert tiles(site.answered(), 4 * 40)
+    assert [body["model"]["version"] for body in site.results()] == ["1", trap, "1", "1"]
+    assert site.model_alerts() == [("raised", "critical")]
+    assert site.activations()[-1] == (trap, "1", "rolled back")
+
+
+def test_one_that_hangs_is_ended_in_time_and_the_daemon_goes_on(site: Site) -> None:
+    on_probation(site, "hang", rules={"batch_s": 1.0})
+    assert site.batch(wild=True) == "1"
+    assert (site.phase, site.reason) == ("rolled back", "hang")
+    assert tiles(site.answered(), 2 * 40)
+
+
+def test_a_share_of_batches_may_fail_where_the_rules_say_so_and_the_one_before_answers_them(site: Site) -> None:
+    on_probation(site, "error", rules={"errors": 0.5, "batches": 5})
+    assert [site.batch(wild=wild) for wild in (False, True, False, False)] == ["error", "1", "error", "error"]
+    assert site.phase == "probation"
+    assert site.batch() == "error"
+    site.until_phase("settled")
+    assert tiles(site.answered(), 6 * 40)
+    assert site.standing is not None
+    assert site.standing.numbers["errors"] == 1
+
+
+def test_one_whose_batch_takes_longer_than_it_may_is_taken_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_probation(site, rules={"batch_s": 20.0})
+    model = site.daemon._planned[0].task.model
+    invoke = model.invoke
+
+    def slowly(windows: Floats) -> Floats:
+        model.seconds += 21.0
+        return invoke(windows)
+
+    monkeypatch.setattr(model, "invoke", slowly)
+    assert site.batch() == "2"
+    assert (site.phase, site.reason) == ("rolled back", "batch time")
+    assert site.batch() == "1"
+
+
+@pytest.mark.parametrize("batches", [12, 25, 31])
+def test_one_that_answers_otherwise_is_taken_back_when_its_time_is_over_and_not_before(
+    site: Site, batches: int
+) -> None:
+    on_probation(site, "otherwise", rules={"batches": batches, "agreement": 0.75})
+    assert {site.batch() for _ in range(batches - 1)} == {"otherwise"}
+    assert site.phase == "probation"
+    site.batch()
+    assert (site.phase, site.reason) == ("rolled back", "agreement")
+    assert sum(one["batches"] for one in shadows(site)) == batches
+    assert site.batch() == "1"
+
+
+def test_where_there_is_no_room_to_tell_what_was_compared_last_it_does_not_settle_before_there_is(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_probation(site, "otherwise", rules={"batches": 25, "agreement": 0.75})
+    for _ in range(24):
+        site.batch()
+    with monkeypatch.context() as full:
+        full.setattr(Author, "write", _refuse_comparisons(Author.write))
+        site.batch()
+        site.tick()
+        assert site.phase == "probation"
+    site.tick(HOUR_S)
+    assert (site.phase, site.reason) == ("rolled back", "agreement")
+
+
+def _refuse_comparisons(write: Callable[..., Any]) -> Callable[..., Any]:
+    def refusing(author: Author, tx: Any, kind: str, *more: Any, **named: Any) -> Any:
+        if kind == "shadow":
+            raise StorageFull("no room")
+        return write(author, tx, kind, *more, **named)
+
+    return refusing
+
+
+def test_what_was_taken_back_is_held_for_every_roll_out_until_its_time_is_over(site: Site) -> None:
+    on_probation(site, "crash", rules={"hold_hours": 2.0})
+    site.batch(wild=True)
+    assert site.phase == "rolled back"
+    site.desire("crash", "all", "another")
+    assert (site.phase, site.reason) == ("refused", "held")
+    site.crash()
+    site.tick()
+    assert (site.phase, site.reason) == ("refused", "held")
+    site.tick(1.9 * HOUR_S)
+    assert (site.phase, site.reason) == ("refused", "held")
+    site.tick(0.2 * HOUR_S)
+    site.until_phase("probation")
+    assert site.model_alerts() == [("raised", "critical"), ("raised", "warning"), ("cleared", "info")]
+
+
+@crashing
+def test_another_bundle_may_be_tried_while_one_is_held(site: Site) -> None:
+    on_probation(site, "crash")
+    site.batch(wild=True)
+    site.desire("2", "all")
+    site.until_phase("probation")
+    assert site.batch() == "2"
+
+
+# --- operators ---
+
+
+def test_an_operators_rollback_on_probation_takes_it_back_and_holds_it(site: Site) -> None:
+    on_probation(site)
+    assert site.batch() == "2"
+    ok, summary, data = site.obey("rollback", task="sort")
+    assert ok, summary
+    assert (data["from"], data["to"]) == (site.digest("2"), site.digest("1"))
+    assert (site.phase, site.reason) == ("rolled back", "operator")
+    assert site.batch() == "1"
+    site.tick(60)
+    site.crash()
+    site.tick(60)
+    assert (site.phase, site.batch()) == ("rolled back", "1")
+    assert tiles(site.answered(), 4 * 40)
+
+
+def test_an_operators_rollback_after_it_settled_does_the_same(site: Site) -> None:
+    settled(site)
+    assert site.obey("rollback", task="sort")[0]
+    assert (site.phase, site.reason, site.batch()) == ("rolled back", "operator", "1")
+    site.crash()
+    site.tick()
+    assert (site.phase, site.batch()) == ("rolled back", "1")
+
+
+@pytest.mark.parametrize("phase", ["shadow", "probation"])
+def test_called_back_it_goes_from_where_it_was_tried(site: Site, phase: str) -> None:
+    assert site.batch() == "1"
+    site.desire("2", "shadow" if phase == "shadow" else "all")
+    site.until_phase(phase)
+    site.batch()
+    site.desire("2", "back")
+    assert (site.phase, site.reason) == ("withdrawn", "aborted")
+    assert site.batch() == "1"
+    assert tiles(site.answered(), 3 * 40)
+
+
+def test_called_back_after_it_settled_the_one_before_proves_itself_again_and_runs(site: Site) -> None:
+    settled(site)
+    site.desire("2", "back")
+    assert site.batch() == "2"
+    site.until_phase("withdrawn")
+    assert site.batch() == "1"
+    site.crash()
+    site.tick()
+    assert (site.phase, site.batch()) == ("withdrawn", "1")
+
+
+def test_called_back_where_nothing_else_is_kept_it_goes_on_until_there_is(site: Site) -> None:
+    settled(site)
+    copy = history.folder(site.conf.data_dir, site.digest("1"))
+    copy.rename(site.home / "away")
+    site.desire("2", "back")
+    site.tick()
+    assert (site.phase, site.reason, site.batch()) == ("refused", "unfit", "2")
+    (site.home / "away").rename(copy)
+    site.until_phase("withdrawn")
+    assert site.batch() == "1"
+    site.crash()
+    site.tick()
+    assert (site.phase, site.batch()) == ("withdrawn", "1")
+
+
+def test_a_config_that_names_another_bundle_ends_what_the_roll_out_brought_and_it_says_why(site: Site) -> None:
+    settled(site)
+    site.crash("3")
+    site.tick()
+    assert site.phase == "withdrawn"
+    assert site.standing is not None
+    assert "the config on this device names another bundle" in site.standing.why
+    assert site.batch() == "3"
+    site.crash()
+    site.tick()
+    assert (site.phase, site.batch()) == ("withdrawn", "3")
+    site.desire("2", "all", "another")
+    site.until_phase("probation")
+
+
+def test_a_config_that_is_changed_while_a_bundle_is_on_probation_ends_that(site: Site) -> None:
+    on_probation(site)
+    site.batch()
+    site.crash("3")
+    site.tick()
+    assert (site.phase, site.batch()) == ("withdrawn", "3")
+    site.crash()
+    assert site.batch() == "3"
+    assert site.activations()[-1] == ("2", "3", "withdrawn")
+
+
+def test_a_rollback_right_after_a_start_takes_back_what_was_on_probation(site: Site) -> None:
+    on_probation(site)
+    site.batch()
+    site.crash()
+    assert site.daemon._updating.resumes("sort")
+    ok, summary, _ = site.obey("rollback", task="sort")
+    assert ok, summary
+    assert (site.phase, site.reason, site.batch()) == ("rolled back", "operator", "1")
+    assert tiles(site.answered(), 3 * 40)
+
+
+# --- the agent itself ---
+
+
+def marked(site: Site, text: str) -> None:
+    """The agent ends while that bundle is loaded into it: its mark stays."""
+    site.stop()
+    mark = Mark("sort", site.digest(text), clock.boot_id(), f"{text} {next(NUMBERS)}")
+    (site.conf.data_dir / crash_marker.FILE).write_bytes(crash_marker._frame(mark))
+    site.start()
+
+
+def test_one_that_ends_the_agent_as_it_settles_is_taken_back_after_the_first_time(site: Site) -> None:
+    on_probation(site)
+    site.batch()
+    marked(site, "2")
+    assert (site.phase, site.reason) == ("rolled back", "crash")
+    assert site.batch() == "1"
+    site.crash()
+    site.tick()
+    assert (site.phase, site.batch()) == ("rolled back", "1")
+    assert site.phases() == ["fetching", "probation", "rolled back"]
+    assert [body["event"] for body in site.messages() if body.get("event") == "quarantined"] == []
+
+
+def test_one_that_ends_the_agent_twice_after_it_settled_counts_as_taken_back(site: Site) -> None:
+    settled(site)
+    marked(site, "2")
+    assert site.phase == "settled"
+    marked(site, "2")
+    site.tick()
+    assert (site.phase, site.reason, site.batch()) == ("rolled back", "crash", "1")
+
+
+def test_an_agent_that_is_to_stop_does_not_wait_for_a_bundle_that_hangs(site: Site) -> None:
+    on_probation(site, "hang")
+    site.feed(wild=True)
+    threading.Timer(0.5, site.daemon.signals.halt).start()
+    began = time.monotonic()
+    site.daemon._work_off(site.daemon._planned[0], site.now)
+    assert time.monotonic() - began < 30
+    assert (site.phase, site.store.cursor("sort")) == ("probation", 40)
+
+
+def test_a_task_whose_bundle_is_broken_is_rescued_by_a_roll_out(site: Site) -> None:
+    site.stop()
+    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
+        (path / "model.tflite").write_bytes(b"no model")
+    site.start()
+    assert site.runs() is None
+    site.desire("2", "all")
+    site.until_phase("probation")
+    assert [site.batch() for _ in range(3)] == ["2", "2", "2"]
+    site.until_phase("settled")
+    site.crash()
+    assert site.batch() == "2"
+
+
+@crashing
+def test_where_nothing_ran_before_and_the_bundle_crashes_readings_wait(site: Site) -> None:
+    site.stop()
+    for path in (site.home / "data" / "bundles" / "tiny", *(site.home / "data" / "bundles" / ".kept").iterdir()):
+        (path / "model.tflite").write_bytes(b"no model")
+    site.start()
+    site.desire("crash", "all")
+    site.until_phase("probation")
+    assert site.batch() == "crash"
+    site.feed(wild=True)
+    site.work()
+    assert (site.phase, site.runs(), site.store.cursor("sort")) == ("rolled back", None, 40)
+
+
+# --- drift ---
+
+
+def resets(site: Site) -> int:
+    return len([body for body in site.messages() if body.get("event") == "reference reset"])
+
+
+def learned(site: Site) -> str:
+    """The digest of the site's reference, once there is one."""
+    while (found := site.store.state("sort", drift_state.SITE)) is None:
+        site.batch(800)
+    return Reference.from_json(found).digest
+
+
+@crashing
+def test_a_bundle_that_is_taken_back_costs_the_site_nothing_that_it_had_learned(site: Site) -> None:
+    before = learned(site)
+    site.desire("crash", "all")
+    site.until_phase("probation")
+    site.batch()
+    assert site.store.state("sort", drift_state.SITE) is None
+    site.crash()
+    assert site.batch(wild=True) == "1"
+    task = site.daemon._planned[0].task
+    assert task.drift is not None
+    assert task.drift.site is not None
+    assert task.drift.site.digest == before == learned(site)
+    site.batch()
+    site.crash()
+    assert (learned(site), resets(site)) == (before, 0)
+
+
+def test_a_bundle_that_settles_learns_the_site_anew_and_it_is_said_once(site: Site) -> None:
+    learned(site)
+    site.desire("2", "all")
+    site.until_phase("probation")
+    assert resets(site) == 0
+    for _ in range(3):
+        site.batch()
+    site.until_phase("settled")
+    site.crash()
+    assert (site.batch(), resets(site)) == ("2", 1)
+
+
+# --- where there is nothing to get it from ---
+
+
+def test_without_updates_a_bundle_that_is_not_here_is_refused_and_taken_up_once_it_is(
+    tmp_path: Path, bundles: dict[str, Path]
+) -> None:
+    site = Site(tmp_path, bundles)
+    site.desire("2", "all")
+    site.until_phase("refused")
+    assert site.reason == "fetch"
+    assert site.standing is not None
+    assert "no [updates]" in site.standing.why
+    site._offered = ("2",)
+    site.crash()
+    site.until_phase("probation")
+    assert site.phases() == ["fetching", "refused", "probation"]
+    site.stop()
+
+
+def test_a_deadline_that_is_over_is_told_once_and_no_more_when_it_got_there(site: Site) -> None:
+    deadline = clock.rfc3339(site.now.wall_us + 3_600_000_000)[:19] + "Z"
+    on_probation(site, deadline=deadline)
+    site.batch()
+    site.tick(1.5 * HOUR_S)
+    site.tick()
+    told = [body["evidence"] for body in site.messages() if body.get("event") == "rollout"]
+    assert [(one["phase"], one["late"]) for one in told] == [
+        ("fetching", False),
+        ("probation", False),
+        ("probation", True),
+    ]
+    assert site.obey("report")[2]["tasks"][0]["rollout"]["late"] is True
+    site.batch()
+    site.batch()
+    site.until_phase("settled")
+    assert site.standing is not None
+    assert not site.standing.late
+
+
+def test_while_a_bundle_is_proved_batches_go_on_and_no_turn_waits_for_it(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on, asked = threading.Event(), threading.Event()
+    prove = probe.probe
+
+    def slow(*arguments: Any) -> probe.Report:
+        asked.set()
+        assert may_go_on.wait(200)
+        return prove(*arguments)
+
+    monkeypatch.setattr(probe, "probe", slow)
+    site.desire("2", "all")
+    site.until(asked.is_set, "it is being proved")
+    for _ in range(3):
+        began = time.monotonic()
+        site.tick()
+        assert site.batch() == "1"
+        assert time.monotonic() - began < 60
+    assert site.phase == "fetching"
+    may_go_on.set()
+    site.until_phase("probation")
+
+
+def test_two_tasks_come_to_the_same_bundle_at_once(site: Site) -> None:
+    site.stop()
+    file = site.home / "outstation.toml"
+    other = '[tasks.again]\nstream = "cells"\nbundle = "tiny"\nschedule = "every 60 s"\n'
+    file.write_text(file.read_text(encoding="utf-8") + other, encoding="utf-8")
+    site.start()
+    wanted = site.wanted("2", "all")
+    site.desire_tasks({"sort": wanted, "again": wanted})
+    site.until(lambda: on_probation_now(site.store, "again") == site.digest("2"), "the other task's")
+    site.until_phase("probation")
+
+
+# --- what others see ---
+
+
+def test_health_and_status_say_what_it_has_what_it_wants_and_why_they_differ(site: Site) -> None:
+    site.desire("wrong", "all", "r7")
+    site.until_phase("refused")
+    status = site.obey("report")[2]["tasks"][0]
+    health = [body for body in site.messages() if body["kind"] == "health"][-1]["tasks"]["sort"]
+    for told in (status, health):
+        one = told["rollout"]
+        assert (one["id"], one["strategy"], one["phase"], one["reason"]) == ("r7", "all", "refused", "golden")
+        assert one["wants"] == {"name": "tiny", "version": "wrong", "digest": site.digest("wrong")}
+        assert (one["chosen"], one["percent"], one["late"]) == (True, 100.0, False)
+        assert "golden" in one["why"]
+    assert status["bundle"] == "tiny 1"
+
+
+def test_a_candidate_is_kept_with_the_one_that_runs_and_goes_when_it_was_taken_back(site: Site) -> None:
+    on_probation(site)
+    assert site.copies() == {"1", "2"}
+    site.desire("2", "back")
+    assert site.copies() == {"1"}
+
+
+def test_a_batch_by_hand_while_a_bundle_is_on_probation_is_answered_by_the_one_before(site: Site) -> None:
+    on_probation(site)
+    assert site.batch() == "2"
+    site.feed()
+    site.stop()
+    with pytest.raises(SystemExit) as ended:
+        main(["batch", "-c", str(site.file)])
+    assert ended.value.code in (0, None)
+    site.start()
+    assert site.results()[-1]["model"]["version"] == "1"
+    assert (site.phase, site.batch()) == ("probation", "2")
+    assert tiles(site.answered(), 4 * 40)
+    assert site.activations()[-1] == ("1", "2", "roll-out")

@@ -1,0 +1,100 @@
+"""The ill models that other tests count on are ill in the way they say, and only where they should be."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.model.bundle import bundle
+from agent.model.inference import features, inference, runtime
+from agent.model.sandbox import probe
+from tests.kit.bundles import CLASSIFY, KEY, around, model, readings
+from tests.kit.rigged import KINDS, SHIPPED, SNAPS_ABOVE, crashing, exercise, write
+
+needs_schema = pytest.mark.skipif(
+    not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"
+)
+CALM = np.clip(readings(40), -3, 3)
+WILD = np.where(np.arange(160).reshape(40, 4) == 77, np.float32(3.9), CALM)
+RUN = """
+import sys, numpy as np
+from agent.model import runtime
+runtime.Model(open(sys.argv[1], "rb").read()).invoke(np.load(sys.argv[2]))
+print("done")
+"""
+
+
+def run(folder: Path, trap: str, rows: np.ndarray, timeout_s: float = 60.0) -> subprocess.CompletedProcess[str]:
+    (folder / "model.tflite").write_bytes(model(f"rigged_{trap}"))
+    np.save(folder / "rows.npy", rows)
+    command = [sys.executable, "-c", RUN, str(folder / "model.tflite"), str(folder / "rows.npy")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+@pytest.mark.parametrize("trap", ["crash", "hang", "error", "slow", "sensitive"])
+def test_on_calm_data_a_rigged_model_answers_as_it_did_before(trap: str) -> None:
+    sound = runtime.Model(model("classify_int8")).invoke(CALM)
+    assert np.array_equal(runtime.Model(model(f"rigged_{trap}")).invoke(CALM), sound)
+
+
+@crashing
+def test_the_crashing_model_ends_its_process_on_wild_data(tmp_path: Path) -> None:
+    assert run(tmp_path, "crash", CALM).stdout == "done\n"
+    assert run(tmp_path, "crash", WILD).returncode == -signal.SIGFPE
+
+
+def test_the_hanging_model_never_comes_back_from_wild_data(tmp_path: Path) -> None:
+    assert run(tmp_path, "hang", CALM).stdout == "done\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(tmp_path, "hang", WILD, timeout_s=3.0)
+
+
+def test_the_failing_model_is_refused_wild_data_by_the_runtime(tmp_path: Path) -> None:
+    assert run(tmp_path, "error", CALM).stdout == "done\n"
+    failed = run(tmp_path, "error", WILD)
+    assert failed.returncode == 1
+    assert "BadBundle" in failed.stderr
+
+
+def test_the_sensitive_model_names_the_first_class_where_values_are_large() -> None:
+    sound = runtime.Model(model("classify_int8")).invoke(WILD).argmax(axis=1)
+    said = runtime.Model(model("rigged_sensitive")).invoke(WILD).argmax(axis=1)
+    assert sound[19] != 0
+    assert said[19] == 0
+    assert (np.delete(said, 19) == np.delete(sound, 19)).all()
+
+
+@pytest.mark.parametrize("trap", ["crash", "hang", "error", "slow", "sensitive"])
+def test_a_rigged_model_passes_the_probe(trap: str) -> None:
+    probe.probe(around(model(f"rigged_{trap}"), CLASSIFY)).require()
+
+
+@needs_schema
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rigged_exercise_is_a_signed_bundle_that_only_wrong_vectors_give_away(tmp_path: Path, kind: str) -> None:
+    found = bundle.read(write(exercise(kind), tmp_path / kind), [KEY.public])
+    report = probe.probe(found)
+    assert report.ok == (kind != "wrong"), report.checks
+    assert found.manifest.version == "2.0.0"
+
+
+@needs_schema
+def test_some_of_the_recorded_windows_spring_the_trap_and_most_do_not() -> None:
+    shipped = bundle.read(SHIPPED, None)
+    with np.load(SHIPPED.parent / "recordings" / "exercise.npz") as recorded:
+        rows, begins = recorded["rows"], recorded["starts"]
+    starts = np.concatenate([np.arange(a, b - 99, 100) for a, b in itertools.pairwise(begins)])
+    scaled = features.windows(rows, starts, shipped.manifest.input)
+    share = float((scaled.reshape(len(starts), -1).max(axis=1) > SNAPS_ABOVE).mean())
+    assert 0.02 < share < 0.3
+    sound = inference.load(shipped.manifest, shipped.model).invoke(scaled)
+    files = exercise("sensitive")
+    said = runtime.Model(files["model.tflite"]).invoke(scaled)
+    assert float((said.argmax(axis=1) == sound.argmax(axis=1)).mean()) < 1 - share / 2

@@ -1,0 +1,262 @@
+"""Why a device takes a bundle back: real bundles whose fault shows in real batches, beside the bundle before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from agent.comparison import paired_intervals
+from agent.device.rollout import trial
+from agent.errors import StorageError
+from tests.kit.bundles import CENTRES, LABELS, Floats, change_manifest, model, readings
+from tests.kit.exchanges import version
+from tests.kit.rollouts import HOUR_S, Site, bundles_in, tiles, with_model
+from tests.models import rig
+
+BATCHES = 12
+NOTHING_ASKED = {"accuracy_drop": None, "error_growth": None, "output_drift": False}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`mixed` names classes wrongly, `renamed` in other words; `doubtful` has lower scores, `slow` takes its time."""
+    made = bundles_in(tmp_path_factory.mktemp("bundles"), "sensitive")
+    for text in ("mixed", "doubtful", "slow", "renamed"):
+        made[text] = version(Path(shutil.copytree(made["1"], made["1"].with_name(text))), text)
+    change_manifest(made["mixed"], mixed_up)
+    change_manifest(made["doubtful"], doubtful)
+    change_manifest(made["renamed"], renamed)
+    with_model(made["slow"], rig.rigged(model("classify_int8"), "slow", times=8000))
+    # It was counted for the labels as they were.
+    for text in ("mixed", "renamed"):
+        (made[text] / "reference.json").unlink()
+    return made
+
+
+def mixed_up(head: dict[str, Any]) -> None:
+    head["output"]["labels"] = [*LABELS[1:], LABELS[0]]
+    del head["files"]["reference.json"]
+
+
+def renamed(head: dict[str, Any]) -> None:
+    head["output"]["labels"] = ["north", "east", "south"]
+    del head["files"]["reference.json"]
+
+
+def doubtful(head: dict[str, Any]) -> None:
+    head["output"]["temperature"] = 8.0
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -> Site:
+    offered = ("2", "slow", "sensitive", "mixed", "doubtful", "renamed")
+    return Site.template(tmp_path_factory.mktemp("template"), bundles, *offered)
+
+
+@pytest.fixture
+def site(tmp_path: Path, template: Site) -> Iterator[Site]:
+    made = template.copied(tmp_path)
+    yield made
+    made.stop()
+
+
+def on_probation(site: Site, text: str, **rules: Any) -> None:
+    assert site.batch() == "1"
+    site.desire(text, "all", rules={**NOTHING_ASKED, "batches": BATCHES, **rules})
+    site.until_phase("probation")
+
+
+def until_over(site: Site, batch: Callable[[], object], most: int = 60) -> int:
+    """Batches until the bundle is no longer on probation; how many."""
+    for count in range(1, most + 1):
+        batch()
+        if site.phase != "probation":
+            return count
+    raise AssertionError(f"after {most} batches it stands {site.standing}")
+
+
+def labelled_batch(site: Site) -> None:
+    """One batch, and then what somebody saw, which an operator sends."""
+    first = site._written + 1
+    site.batch()
+    truth = [LABELS[i // 7 % 3] for i in range(40)]
+    columns = {"row": list(range(first, first + 40)), "label": truth}
+    ok, summary, _ = site.obey("label", task="sort", labels=json.dumps(columns))
+    assert (ok, summary) == (True, "40 labels of sort accepted, 0 rejected.")
+
+
+def is_taken_back(site: Site, text: str, reason: str) -> None:
+    """The one before answers, no row was skipped or answered twice, and it is said once with its numbers."""
+    assert (site.phase, site.reason) == ("rolled back", reason)
+    assert site.model_alerts() == [("raised", "critical")]
+    assert site.activations()[-1] == (text, "1", "rolled back")
+    assert site.batch() == "1"
+    assert tiles(site.answered(), site._written)
+    site.desire(text, "all", "another")
+    assert (site.phase, site.reason) == ("refused", "held")
+    site.crash()
+    assert site.batch() == "1"
+
+
+# --- by intervals over what was compared ---
+
+
+def test_one_that_labels_say_is_worse_is_taken_back_for_labels(site: Site) -> None:
+    on_probation(site, "mixed", accuracy_drop=0.05, hours=1.0)
+    assert until_over(site, lambda: labelled_batch(site)) >= BATCHES
+    assert site.standing is not None
+    numbers = site.standing.numbers
+    assert numbers["high"] < numbers["limit"] == -0.05
+    assert numbers["value"] < -0.9
+    is_taken_back(site, "mixed", "labels")
+
+
+def test_without_labels_nothing_speaks_against_one_that_names_its_classes_wrongly(site: Site) -> None:
+    on_probation(site, "mixed", accuracy_drop=0.05)
+    until_over(site, site.batch)
+    assert site.phase == "settled"
+
+
+@pytest.mark.parametrize(
+    ("text", "rules", "reason"),
+    [
+        ("mixed", {"agreement": 0.9}, "agreement"),
+        ("doubtful", {"accuracy_drop": 0.05}, "estimate"),
+        ("slow", {"slower": 3.0}, "latency"),
+    ],
+)
+def test_one_that_is_worse_than_the_one_before_is_taken_back(
+    site: Site, text: str, rules: dict[str, float], reason: str
+) -> None:
+    on_probation(site, text, hours=1.0, **rules)
+    assert until_over(site, site.batch) >= BATCHES
+    assert site.standing is not None
+    numbers = site.standing.numbers
+    assert numbers["low"] <= numbers["value"] <= numbers["high"]
+    [limit] = rules.values()
+    assert abs(numbers["limit"]) == limit
+    is_taken_back(site, text, reason)
+
+
+def test_the_last_batch_that_was_asked_for_is_judged_before_a_bundle_settles(site: Site) -> None:
+    on_probation(site, "mixed", agreement=0.9)
+    assert until_over(site, site.batch) == BATCHES
+    is_taken_back(site, "mixed", "agreement")
+
+
+def test_one_that_is_as_good_settles_by_all_rules_together(site: Site) -> None:
+    on_probation(site, "2", accuracy_drop=0.05, agreement=0.9, output_drift=True)
+    until_over(site, lambda: labelled_batch(site))
+    assert site.phase == "settled"
+    assert site.standing is not None
+    assert {"labels", "estimate", "agreement"} <= site.standing.numbers.keys()
+
+
+# --- answers that drift ---
+
+
+def one_class(rows: int) -> Floats:
+    """What a site looks like from the day on that only the second class happens there."""
+    random = np.random.default_rng(7)
+    values: Floats = np.clip(CENTRES[1] + random.normal(0, 0.6, (rows, 4)), -3, 3).astype(np.float32)
+    return values
+
+
+def loud(rows: int) -> Floats:
+    """The same, so loud that `sensitive` names the first class."""
+    values = one_class(rows)
+    values[:, 1] = np.random.default_rng(8).uniform(3.7, 4, rows)
+    return values
+
+
+def batch_of(site: Site, values: Floats) -> None:
+    site.add(values)
+    site.work()
+
+
+def know_the_site(site: Site, small: int = 0) -> None:
+    """So many readings that the bundle on probation has learned what is usual here, and `small` batches more."""
+    for _ in range(2):
+        site.batch(800)
+    calm = np.clip(readings(40 * small), -3, 3)
+    for first in range(0, 40 * small, 40):
+        batch_of(site, calm[first : first + 40])
+    assert site.phase == "probation"
+    assert not is_alarmed(site)
+
+
+def is_alarmed(site: Site) -> bool:
+    """Whether an alert of the drift of answers or scores is open, of the bundle that answers."""
+    state = site.daemon._planned[0].task.drift
+    return state is not None and bool(state.detectors.open_subjects[-3:-1].any())
+
+
+def test_one_whose_answers_drift_where_those_of_the_one_before_do_not_is_taken_back(site: Site) -> None:
+    on_probation(site, "sensitive", output_drift=True, hours=1.0)
+    know_the_site(site, BATCHES)
+    until_over(site, lambda: batch_of(site, loud(400)))
+    is_taken_back(site, "sensitive", "output drift")
+
+
+def test_a_site_that_changes_takes_back_none_that_says_of_it_what_the_one_before_says(site: Site) -> None:
+    on_probation(site, "2", output_drift=True, hours=1.0)
+    know_the_site(site, BATCHES)
+    batch_of(site, one_class(800))
+    assert is_alarmed(site)
+    assert site.phase == "probation"
+    site.tick(HOUR_S)
+    site.until_phase("settled")
+    assert tiles(site.answered(), site._written)
+
+
+def test_a_site_that_changes_before_the_two_can_be_compared_is_waited_for(site: Site) -> None:
+    on_probation(site, "2", output_drift=True, batches=3)
+    know_the_site(site)
+    batch_of(site, one_class(800))
+    assert is_alarmed(site)
+    assert site.phase == "probation", "three batches were asked, and tell nothing"
+    assert until_over(site, lambda: batch_of(site, one_class(40))) >= 5
+    assert site.phase == "settled"
+
+
+def test_one_whose_answers_drift_before_the_two_can_be_compared_is_taken_back_once_they_can(site: Site) -> None:
+    on_probation(site, "sensitive", output_drift=True, batches=3)
+    know_the_site(site)
+    batch_of(site, loud(800))
+    assert is_alarmed(site)
+    assert site.phase == "probation"
+    until_over(site, lambda: batch_of(site, loud(40)))
+    is_taken_back(site, "sensitive", "output drift")
+
+
+def test_where_answers_cannot_be_compared_their_drift_speaks_against_a_bundle_by_itself(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "_drifts", lambda state: True)
+    on_probation(site, "renamed", output_drift=True)
+    assert until_over(site, site.batch) == paired_intervals.FEWEST_BLOCKS
+    is_taken_back(site, "renamed", "output drift")
+
+
+def test_where_the_store_fails_what_runs_apart_is_ended_and_nothing_is_written(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its threads never began here.
+    monkeypatch.setattr(site.daemon._intake, "stop", lambda: None)
+    monkeypatch.setattr(site.daemon._uplink, "stop", lambda drain_s: None)
+    assert site.batch() == "1"
+    site.desire("2", "shadow")
+    site.until_phase("shadow")
+    site.until(site.is_beside, "it answers beside")
+    before, written = len(psutil.Process().children(recursive=True)), site.store.meta("seq", "")
+    site.daemon.signals.fail(StorageError("the disk is gone"))
+    site.daemon._shut_down()
+    assert len(psutil.Process().children(recursive=True)) == before - 1
+    assert site.store.meta("seq", "") == written

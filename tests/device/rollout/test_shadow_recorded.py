@@ -1,0 +1,76 @@
+"""Bundles beside the shipped `exercise`, over its held-out recordings: who is told good, and who bad, by which rule."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.comparison import rules
+from agent.model import activation
+from agent.model.bundle import bundle
+from agent.model.sandbox.subprocess_model import Bounds
+from agent.wire.desired_state import Rules
+from tests.kit.bundles import KEY, Recipe
+from tests.kit.pairs import Pair
+from tests.kit.rigged import SHIPPED, exercise, write
+
+pytestmark = pytest.mark.skipif(
+    not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"
+)
+RULES = Rules(agreement=0.9, slower=3.0, accuracy_drop=0.05, error_growth=None)
+WINDOW, BATCHES, ROUNDS = 100, 24, 4
+Told = Callable[[str], dict[str, str]]
+
+
+def recorded(windows: int) -> np.ndarray:
+    with np.load(SHIPPED.parent / "recordings" / "exercise.npz") as found:
+        rows: np.ndarray = found["rows"][: windows * WINDOW]
+        return rows
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Iterator[Told]:
+    made: list[Pair] = []
+
+    def compare(kind: str) -> dict[str, str]:
+        """What each rule says of this kind of bundle in shadow, over the recordings."""
+        # So slow that a busy machine does not hide it.
+        found = bundle.read(write(exercise(kind, times=1200), tmp_path / kind), [KEY.public])
+        active = activation.activate(SHIPPED, [])
+        recipe = Recipe("classify", "", fields=tuple(found.manifest.input.fields))
+        pair = Pair(tmp_path / f"device {kind}", recipe, active, found, bounds=Bounds(call_s=0.6))
+        made.append(pair)
+        # Until all rules know: a machine that is busy meanwhile leaves the times open for longer.
+        for _ in range(ROUNDS):
+            # A row each 10 ms, batch by batch.
+            for part in np.array_split(recorded(BATCHES * 24), BATCHES):
+                pair.batch(part)
+            states = {one.rule: one.state for one in rules.judge(RULES, pair.beside.blocks, True)}
+            if "open" not in states.values():
+                break
+        return dict(states)
+
+    yield compare
+    for pair in made:
+        pair.close()
+
+
+def test_the_same_model_under_a_new_version_is_good_by_every_rule(told: Told) -> None:
+    assert told("good") == {"agreement": "good", "latency": "good", "errors": "good", "estimate": "good"}
+
+
+def test_one_whose_classes_are_mixed_up_is_bad_by_agreement(told: Told) -> None:
+    assert told("mixed_up")["agreement"] == "bad"
+
+
+def test_a_slow_one_is_bad_by_its_time_alone(told: Told) -> None:
+    assert told("slow") == {"agreement": "good", "latency": "bad", "errors": "good", "estimate": "good"}
+
+
+@pytest.mark.parametrize("kind", ["error", "hang"])
+def test_one_that_fails_on_some_windows_is_bad_by_its_errors(told: Told, kind: str) -> None:
+    assert told(kind)["errors"] == "bad"

@@ -1,0 +1,269 @@
+"""What becomes of a roll-out, decided from how it stands and what there is: every road, and laws for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from agent.device.bundles.rollout_state import Held, Phase, Standing
+from agent.device.rollout.state_machine import Facts, Finding, aim, decide, held_for
+from agent.wire.desired_state import Rules, Wanted
+
+OLD, NEW, OTHER = ("sha256:" + letter * 64 for letter in "abc")
+FINE, BROKEN = Finding("", "its golden vectors came out"), Finding("golden", "they did not")
+CRASH = Finding("crash", "it died of SIGSEGV")
+ENOUGH = Finding("", "20 batches in 1.0 h and nothing against it")
+
+
+def want(strategy: str = "shadow", digest: str = NEW, rollout: str = "r1", **more: Any) -> Wanted:
+    return Wanted(rollout, "tiny", "2", digest, strategy, **more)  # type: ignore[arg-type]
+
+
+def facts(wanted: Wanted | None = None, **more: Any) -> Facts:
+    return replace(Facts("pi-07", wanted, OLD, OLD, "2026-11-26T00:00:00Z", 1000.0), **more)
+
+
+def at(phase: Phase, wanted: Wanted | None = None, **more: Any) -> Standing:
+    return Standing(wanted or want(), phase, configured=OLD, **more)
+
+
+def phase_of(one: Standing | None) -> str:
+    return "" if one is None else one.phase
+
+
+def after(old: Standing | None, seen: Facts) -> str:
+    """The phase, and behind a slash the reason if there is one."""
+    new = decide(old, seen)
+    return phase_of(new) + (f"/{new.reason}" if new is not None and new.reason else "")
+
+
+NOBODY: dict[str, Any] = {"percent": 0.0}
+STEPS = [
+    ("nothing is desired", None, facts(), ""),
+    ("a shadow begins with fetching", None, facts(want()), "fetching"),
+    ("it is not for this device", None, facts(want(**NOBODY)), "not chosen"),
+    ("the bundle runs already", None, facts(want("all", OLD)), "settled"),
+    ("the bundle is held", None, facts(want(), held=Held(5000, "crash")), "refused/held"),
+    ("the share grows", at("not chosen", want(**NOBODY)), facts(want("canary")), "fetching"),
+    ("it waits for the bundle", at("fetching"), facts(want()), "fetching"),
+    ("it proved itself, for a shadow", at("fetching"), facts(want(), proof=FINE), "shadow"),
+    ("it proved itself, for a canary", at("fetching"), facts(want("canary"), proof=FINE), "probation"),
+    ("it proved itself, for all", at("fetching"), facts(want("all"), proof=FINE), "probation"),
+    ("golden vectors fail", at("fetching"), facts(want(), proof=BROKEN), "refused/golden"),
+    ("nobody wants what is fetched", at("fetching"), facts(), "withdrawn"),
+    ("no longer chosen while fetching", at("fetching"), facts(want(**NOBODY)), "not chosen"),
+    ("no longer chosen in shadow", at("shadow"), facts(want(**NOBODY), proof=FINE), "not chosen"),
+    ("no longer chosen on probation", at("probation"), facts(want("canary", **NOBODY)), "probation"),
+    ("nobody wants the shadow", at("shadow"), facts(), "withdrawn"),
+    ("nobody wants what is on probation", at("probation"), facts(), "probation"),
+    ("nobody wants it and it settles", at("probation"), facts(enough=ENOUGH), "settled"),
+    ("nobody wants it and it fails", at("probation"), facts(against=CRASH), "rolled back/crash"),
+    ("a shadow goes on", at("shadow"), facts(want(), proof=FINE), "shadow"),
+    ("a shadow crashes", at("shadow"), facts(want(), against=CRASH), "refused/crash"),
+    ("a shadow comes to its turn", at("shadow"), facts(want("canary")), "probation"),
+    ("a restart finds a broken shadow", at("shadow"), facts(want(), proof=BROKEN), "refused/golden"),
+    ("probation goes on", at("probation", want("all")), facts(want("all")), "probation"),
+    ("probation was long enough", at("probation", want("all")), facts(want("all"), enough=ENOUGH), "settled"),
+    ("long enough, but", at("probation"), facts(want("all"), enough=ENOUGH, against=CRASH), "rolled back/crash"),
+    ("a restart finds it broken", at("probation"), facts(want("all"), proof=BROKEN), "rolled back/golden"),
+    ("probation becomes a shadow again", at("probation"), facts(want("shadow")), "shadow"),
+    ("another roll-out wants this device", at("probation"), facts(want("all", OTHER, "r2")), "withdrawn"),
+    ("another roll-out wants others", at("probation"), facts(want("all", OTHER, "r2", **NOBODY)), "probation"),
+    ("the next one begins after that", at("withdrawn"), facts(want("all", OTHER, "r2")), "fetching"),
+    ("config changed on probation", at("probation"), facts(want("all"), runs=OTHER, configured=OTHER), "withdrawn"),
+    ("config changed to it", at("probation"), facts(want("all"), runs=NEW, configured=NEW), "settled"),
+    ("config changed when settled", at("settled"), facts(want("all"), runs=OTHER, configured=OTHER), "withdrawn"),
+    ("it was set aside", at("settled"), facts(want("all"), aside="it died twice"), "rolled back/crash"),
+    ("called back in shadow", at("shadow"), facts(want("back")), "withdrawn/aborted"),
+    ("called back on probation", at("probation"), facts(want("back")), "withdrawn/aborted"),
+    ("called back where it was not taken", None, facts(want("back")), "withdrawn/aborted"),
+    ("called back when settled", at("settled"), facts(want("back"), runs=NEW, before=OLD), "settled"),
+    ("the other is here", at("settled"), facts(want("back"), runs=NEW, before=OLD, proof=FINE), "withdrawn/aborted"),
+    ("nothing to go back to", at("settled"), facts(want("back"), runs=NEW), "refused/unfit"),
+    ("held after it was taken back", at("rolled back"), facts(want("all"), held=Held(5000, "")), "rolled back"),
+    ("the hold is over", at("rolled back"), facts(want("all")), "fetching"),
+    ("refused stays refused", at("refused", reason="golden"), facts(want(), held=Held(5000, "")), "refused/golden"),
+    ("refused is tried again after the hold", at("refused", reason="golden"), facts(want()), "fetching"),
+    ("a hold is over", at("refused", reason="held"), facts(want()), "fetching"),
+    ("the repository came back", at("refused", reason="fetch"), facts(want(), proof=FINE), "shadow"),
+    ("it still does not answer", at("refused", reason="fetch"), facts(want(), proof=BROKEN), "refused/fetch"),
+    ("nobody wants the refused one", at("refused", reason="golden"), facts(), "withdrawn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "seen", "wanted"), [step[1:] for step in STEPS], ids=[step[0] for step in STEPS])
+def test_each_step(old: Standing | None, seen: Facts, wanted: str) -> None:
+    assert after(old, seen) == wanted
+
+
+def test_a_config_that_was_changed_here_holds_until_it_is_changed_again() -> None:
+    changed = decide(at("settled"), facts(want("all"), runs=OTHER, configured=OTHER))
+    assert changed is not None
+    assert "config on this device" in changed.why
+    assert decide(changed, facts(want("all"), runs=OTHER, configured=OTHER)) is changed
+    assert after(changed, facts(want("all"), runs=OLD, configured=OLD)) == "fetching"
+    assert after(changed, facts(want("all", OLD, "r2"), runs=OTHER, configured=OTHER)) == "fetching"
+
+
+def test_who_is_late_says_so_once_and_no_longer_when_it_got_there() -> None:
+    fetching = decide(None, facts(want("all"), over=False))
+    late = decide(fetching, facts(want("all"), over=True))
+    assert fetching is not None
+    assert late is not None
+    assert (fetching.late, late.late, late.phase, late.since_s) == (False, True, "fetching", fetching.since_s)
+    assert decide(late, facts(want("all"), over=True)) is late
+    assert decide(late, facts(want("all"), over=None)) is late
+    probation = decide(late, facts(want("all"), over=True, proof=FINE))
+    assert probation is not None
+    assert probation.late
+    settled = decide(probation, facts(want("all"), over=True, enough=ENOUGH))
+    assert settled is not None
+    assert (settled.phase, settled.late) == ("settled", False)
+
+
+def test_a_longer_share_alone_says_nothing_and_keeps_the_time_it_began() -> None:
+    old = at("probation", want("canary", percent=99.0), since_s=5.0, past="x")
+    new = decide(old, facts(want("canary", percent=100.0)))
+    assert new is not None
+    assert (new.said == old.said, new.since_s, new.past) == (True, 5.0, "x")
+    assert new.wanted.percent == 100.0
+
+
+@pytest.mark.parametrize(
+    ("phase", "reason", "hours"),
+    [
+        ("rolled back", "crash", 2.0),
+        ("rolled back", "operator", 2.0),
+        ("refused", "golden", 2.0),
+        ("refused", "fetch", None),
+    ],
+)
+def test_what_speaks_against_a_bundle_holds_it_and_what_does_not_does_not(
+    phase: Phase, reason: Any, hours: float | None
+) -> None:
+    found = held_for(at(phase, want(rules=Rules(hold_hours=2.0)), reason=reason), 100.0)
+    assert (found and (found.until_s - 100.0) / 3600) == hours
+
+
+findings = st.sampled_from([None, FINE, BROKEN, CRASH, Finding("fetch", "no [updates]"), Finding("unfit", "field z")])
+wants = st.one_of(
+    st.none(),
+    st.builds(
+        lambda strategy, digest, rollout, percent: want(strategy, digest, rollout, percent=percent),
+        st.sampled_from(["shadow", "canary", "all", "back"]),
+        st.sampled_from([OLD, NEW, OTHER]),
+        st.sampled_from(["r1", "r2"]),
+        st.sampled_from([0.0, 30.0, 100.0]),
+    ),
+)
+seen = st.builds(
+    lambda wanted, runs, configured, held, proof, against, enough, before, aside, over: facts(
+        wanted,
+        runs=runs,
+        configured=configured,
+        held=Held(9000.0, "it crashed") if held else None,
+        proof=proof,
+        against=CRASH if against else None,
+        enough=ENOUGH if enough else None,
+        before=before,
+        aside=aside,
+        over=over,
+    ),
+    wants,
+    st.sampled_from([OLD, NEW, OTHER, ""]),
+    st.sampled_from([OLD, NEW, OTHER, ""]),
+    st.booleans(),
+    findings,
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["", OLD, OTHER]),
+    st.sampled_from(["", "it died twice"]),
+    st.sampled_from([None, True, False]),
+)
+
+
+def held_by(step: Standing | None, one: Facts) -> Facts:
+    wanted = one.wanted if one.wanted is not None or step is None else step.wanted
+    found = None if step is None else held_for(step, one.now_s)
+    same = step is not None and wanted is not None and step.wanted.digest == wanted.digest
+    return replace(one, held=found) if found is not None and same else one
+
+
+def settle(old: Standing | None, one: Facts) -> list[Standing | None]:
+    """Every standing that the same facts lead to, the first `old`; what a step holds is held from there on."""
+    road = [old]
+    while len(road) < 20:
+        new = decide(road[-1], one)
+        if new is road[-1]:
+            return road
+        road.append(new)
+        one = held_by(new, one)
+    raise AssertionError(f"it never comes to rest: {[phase_of(step) for step in road]}")
+
+
+@given(st.lists(seen, max_size=12))
+def test_the_same_facts_twice_change_nothing_and_every_road_comes_to_rest(history: list[Facts]) -> None:
+    now: Standing | None = None
+    for one in history:
+        now = settle(now, one)[-1]
+        # What is kept is what was decided.
+        if now is not None:
+            assert msgspec.json.decode(msgspec.json.encode(now), type=Standing) == now
+
+
+@given(st.lists(seen, max_size=12), st.data())
+def test_a_death_between_any_two_steps_ends_at_the_same_place(history: list[Facts], data: st.DataObject) -> None:
+    now: Standing | None = None
+    for one in history:
+        road = settle(now, one)
+        died = data.draw(st.sampled_from(road))
+        restarted = None if died is None else msgspec.json.decode(msgspec.json.encode(died), type=Standing)
+        # The first is how it stood; what that held may be over.
+        for step in road[1 : road.index(died) + 1]:
+            one = held_by(step, one)
+        assert settle(restarted, one)[-1] == road[-1]
+        now = road[-1]
+
+
+@given(st.lists(seen, max_size=12))
+def test_no_bundle_comes_to_answer_that_did_not_prove_itself_or_is_held(history: list[Facts]) -> None:
+    now: Standing | None = None
+    for one in history:
+        for before, step in zip(road := settle(now, one), road[1:], strict=False):
+            if step is None or step.phase not in ("shadow", "probation") or phase_of(before) == step.phase:
+                continue
+            assert before is not None
+            assert before.phase in ("shadow", "probation") or (one.proof == FINE and one.held is None)
+            assert step.wanted.digest == before.wanted.digest
+        now = road[-1]
+
+
+@given(st.lists(seen, max_size=12))
+def test_another_bundle_is_never_tried_before_the_one_on_probation_was_taken_away_or_settled(
+    history: list[Facts],
+) -> None:
+    now: Standing | None = None
+    for one in history:
+        for before, step in zip(road := settle(now, one), road[1:], strict=False):
+            if before is not None and before.phase == "probation" and step is not None:
+                assert step.wanted.digest == before.wanted.digest
+        now = road[-1]
+
+
+@given(st.lists(seen, max_size=12))
+def test_nothing_is_fetched_or_proved_for_who_needs_nothing(history: list[Facts]) -> None:
+    now: Standing | None = None
+    for one in history:
+        now = settle(now, one)[-1]
+        wanted = aim(now, one)
+        # Called back, it is the one before that proves itself again.
+        back = one.wanted is not None and one.wanted.strategy == "back"
+        if now is None or (now.phase in ("not chosen", "rolled back", "withdrawn") and not back):
+            assert wanted == ""
+        if wanted:
+            assert wanted in (one.before, now and now.wanted.digest)

@@ -1,0 +1,132 @@
+"""Metadata of any bytes, signed or not, are refused by name: they end neither the child nor what is on the disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.device.rollout.fetch import tuf_client
+from agent.device.rollout.fetch.transport import Missing, Reading
+from agent.device.rollout.fetch.version_floors import Floor
+from agent.errors import FetchFailed
+from tests.kit.update_repositories import Signed, forged
+
+REPOSITORY = Signed()
+WANTED = REPOSITORY.add("exercise", "1.0.0", b"an archive")
+PATH = f"exercise/1.0.0/{WANTED.digest[7:23]}.zip"
+ROOT = REPOSITORY.files["1.root.json"]
+NAMES = ("timestamp.json", "2.snapshot.json", "2.targets.json", "1.exercise.json")
+KEYS = dict(zip(NAMES, ("timestamp", "snapshot", "targets", "exercise"), strict=True))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+class InMemory:
+    """A source of these files."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self._files = files
+
+    def read(self, name: str, offset: int = 0) -> Reading:
+        data = self._files.get(name.removeprefix("metadata/"))
+        if data is None:
+            raise Missing(name)
+        return Reading(0, iter([data]))
+
+
+def looked(files: dict[str, bytes]) -> dict[str, Floor]:
+    """What is trusted of these metadata. Raises FetchFailed."""
+    with tempfile.TemporaryDirectory() as work:
+        look = tuf_client.Repository(ROOT, Path(work), InMemory(files), REPOSITORY.now.timestamp())
+        look.refresh()
+        look.find(PATH)
+        return look.seen()
+
+
+def changed(**files: bytes) -> dict[str, bytes]:
+    return REPOSITORY.files | files
+
+
+def test_as_it_was_signed_all_of_it_is_trusted() -> None:
+    assert list(looked(REPOSITORY.files)) == ["root", "timestamp", "snapshot", "targets", "exercise"]
+
+
+@given(st.sampled_from(NAMES), st.binary(max_size=100))
+@settings(max_examples=50)
+def test_metadata_of_any_bytes_are_refused(name: str, data: bytes) -> None:
+    with pytest.raises(FetchFailed):
+        looked(changed(**{name: data}))
+
+
+@given(st.sampled_from(NAMES), st.data())
+@settings(max_examples=100)
+def test_metadata_with_a_byte_changed_say_the_same_or_are_refused(name: str, data: st.DataObject) -> None:
+    content = bytearray(REPOSITORY.files[name])
+    content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    try:
+        found = looked(changed(**{name: bytes(content)}))
+    except FetchFailed:
+        return
+    assert found == looked(REPOSITORY.files)
+
+
+@given(st.sampled_from(NAMES), st.data())
+@settings(max_examples=100)
+def test_metadata_that_a_thief_signed_are_refused_by_name_or_trusted(name: str, data: st.DataObject) -> None:
+    """Any member replaced by anything, and rightly signed: whatever comes of it, it is no error that nobody foresaw."""
+    document: dict[str, Any] = json.loads(REPOSITORY.files[name])["signed"]
+    document[data.draw(st.sampled_from(sorted(document)))] = data.draw(JSON)
+    if data.draw(st.booleans()):
+        document[data.draw(st.text(max_size=8))] = data.draw(JSON)
+    try:
+        found = looked(changed(**{name: forged(document, REPOSITORY.keys[KEYS[name]])}))
+    except FetchFailed as failure:
+        assert failure.error.isidentifier(), failure  # noqa: PT017
+        return
+    assert all(floor.version > 0 for floor in found.values())
+
+
+# --- the copy that is worked in ---
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "updates" / "anchor").mkdir(parents=True)
+    (tmp_path / "updates" / "anchor" / "timestamp.json").write_text("old")
+    return tmp_path / "updates" / "anchor"
+
+
+def test_what_is_not_committed_leaves_everything_as_it_was(folder: Path) -> None:
+    with tuf_client.copied(folder) as work:
+        assert (work / "timestamp.json").read_text() == "old"
+        (work / "timestamp.json").write_text("new")
+    assert (folder / "timestamp.json").read_text() == "old"
+    assert [path.name for path in folder.parent.iterdir()] == ["anchor"]
+
+
+def test_what_is_committed_takes_the_place_as_a_whole(folder: Path) -> None:
+    with tuf_client.copied(folder) as work:
+        (work / "timestamp.json").write_text("new")
+        (work / "root_history").mkdir()
+        (work / "root.json").symlink_to("root_history/1.root.json")
+        tuf_client.commit(folder)
+    assert (folder / "timestamp.json").read_text() == "new"
+    assert [path.name for path in folder.parent.iterdir()] == ["anchor"]
+
+
+def test_a_cut_between_the_two_renames_is_mended_at_the_next_start(folder: Path) -> None:
+    folder.rename(folder.with_name("anchor.old"))
+    shutil.copytree(folder.with_name("anchor.old"), folder.with_name("anchor.new"))
+    with tuf_client.copied(folder) as work:
+        assert (work / "timestamp.json").read_text() == "old"
+    assert [path.name for path in folder.parent.iterdir()] == ["anchor"]

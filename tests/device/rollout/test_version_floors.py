@@ -1,0 +1,109 @@
+"""The laws of the floors, and what fits a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.device.rollout.fetch import compatibility, version_floors
+from agent.device.rollout.fetch.compatibility import RESERVE, Here, Needs
+from agent.device.rollout.fetch.protocol import Answer
+from agent.device.rollout.fetch.version_floors import Floor, Floors
+from agent.errors import FetchFailed
+from agent.model.bundle.target_metadata import Offer
+from tests.kit.update_repositories import custom
+
+ROLES = ("root", "timestamp", "snapshot", "targets", "exercise")
+SETS = st.lists(st.sampled_from("abc"), min_size=1, max_size=3, unique=True)
+SEEN = st.dictionaries(st.sampled_from(ROLES), st.builds(Floor, st.integers(1, 9), SETS))
+HERE = Here("watch", {"ax": "f32", "ay": "i64", "mode": "category"}, "1.4.0", "ai-edge-litert 2.1.0", 1 << 30, 1 << 30)
+
+
+@given(st.lists(SEEN, max_size=6))
+def test_no_version_falls_while_all_its_keys_are_in_force(looks: list[dict[str, Floor]]) -> None:
+    known = Floors("anchor")
+    for seen in looks:
+        try:
+            after = version_floors.raised(known, seen, None)
+        except FetchFailed:
+            continue
+        for role, before in known.roles.items():
+            revoked = set(before.keys) - set(after.roles[role].keys)
+            assert after.roles[role].version >= before.version or (revoked and role != "root")
+        known = after
+
+
+@given(SEEN, SEEN)
+def test_a_version_below_its_floor_is_refused_and_nothing_else_is(
+    first: dict[str, Floor], then: dict[str, Floor]
+) -> None:
+    known = version_floors.raised(Floors("anchor"), first, 5.0)
+    below = [
+        role
+        for role in then
+        if role in first
+        and then[role].version < first[role].version
+        and (role == "root" or set(first[role].keys) <= set(then[role].keys))
+    ]
+    if below:
+        with pytest.raises(FetchFailed, match=f"BadVersionNumberError: {below[0]} is of version"):
+            version_floors.raised(known, then, None)
+    else:
+        assert version_floors.raised(known, then, None).roles == first | then
+        assert version_floors.raised(known, then, None).expires_s == 5.0
+
+
+@given(st.binary(max_size=200))
+def test_an_answer_of_any_bytes_is_an_answer_or_none(data: bytes) -> None:
+    try:
+        answer = msgspec.json.decode(data, type=Answer)
+    except msgspec.MsgspecError:
+        return
+    assert isinstance(answer.floors, Floors)
+
+
+def said(**other: Any) -> dict[str, Any]:
+    found: dict[str, Any] = custom("exercise", "1.0.0", "sha256:00", **{"agent": "1.0.0"} | other)["outstation"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        ({}, ""),
+        ({"fields": ["ax", "ay"], "agent": "1.4.0"}, ""),
+        ({"agent": "1.4"}, ""),
+        ({"agent": "1.10.0"}, "needs agent 1.10.0 or newer, this is 1.4.0"),
+        ({"fields": ["az"]}, "needs field 'az', which stream 'watch' of this device does not have"),
+        ({"fields": ["mode"]}, "needs numbers in field 'mode', which is a category"),
+        ({"runtimes": ["tflite-runtime", "ai-edge-litert"]}, ""),
+        ({"runtimes": ["ai-edge-litert 9.9"]}, ""),
+        ({"runtimes": ["tflite-runtime"]}, "it has: tflite-runtime"),
+        ({"runtimes": []}, "it has: none"),
+        ({"memory": (1 << 30) + 1}, "1024.0 MiB are free here"),
+        ({"unpacked": (1 << 30) - RESERVE - 1000}, ""),
+        ({"unpacked": (1 << 30) - RESERVE - 999}, "of disk"),
+        ({"memory": -1}, "did not say what it needs"),
+        ({"runtimes": "ai-edge-litert"}, "did not say what it needs"),
+        ({"more": "of a newer publisher"}, ""),
+    ],
+)
+def test_what_does_not_fit_is_told_in_a_sentence(other: dict[str, Any], why: str) -> None:
+    found = compatibility.why_not(said(**other), 2000, 1000, HERE)
+    assert why in found
+    assert bool(why) == bool(found)
+
+
+def test_a_target_of_which_nothing_is_said_does_not_fit() -> None:
+    assert "did not say what it needs" in compatibility.why_not({}, 2000, 1000, HERE)
+
+
+def test_what_a_device_asks_of_a_bundle_is_what_the_publisher_says() -> None:
+    """The fetch worker has no numpy, which `agent.model.bundle.target_metadata` needs: it reads the same members itself."""
+    assert [f.name for f in msgspec.structs.fields(Needs)].sort() == [
+        f.name for f in msgspec.structs.fields(Offer)
+    ].sort()

@@ -1,0 +1,44 @@
+"""Sets of numbers as ranges obey the laws of sets."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.device.store import ranges
+from agent.device.store.retention import Acknowledged
+
+SETS = st.sets(st.integers(1, 40))
+
+
+def numbers(found: ranges.Ranges) -> set[int]:
+    return {n for first, last in found for n in range(first, last + 1)}
+
+
+def is_normal(found: ranges.Ranges) -> bool:
+    return all(a <= b for a, b in found) and all(x[1] + 1 < y[0] for x, y in pairwise(found))
+
+
+@given(SETS, SETS)
+def test_union_difference_and_intersection_are_those_of_sets(a: set[int], b: set[int]) -> None:
+    left, right = ranges.of(a), ranges.of(b)
+    for found, wanted in (
+        (ranges.unite(left, right), a | b),
+        (ranges.subtract(left, right), a - b),
+        (ranges.intersect(left, right), a & b),
+    ):
+        assert numbers(found) == wanted
+        assert is_normal(found)
+        assert ranges.size(found) == len(wanted)
+
+
+@given(SETS, SETS)
+def test_what_is_acknowledged_grows_and_shrinks_like_a_set_and_survives_its_json(a: set[int], b: set[int]) -> None:
+    known = Acknowledged.of(ranges.of(a))
+    assert numbers(known.ranges) == a
+    assert numbers(known.also(ranges.of(b)).ranges) == a | b
+    assert numbers(known.without(ranges.of(b)).ranges) == a - b
+    assert Acknowledged.from_json(known.to_json()) == known
+    assert {seq for seq in range(-1, 45) if seq in known} == a

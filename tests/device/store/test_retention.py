@@ -1,0 +1,206 @@
+"""Messages stay for a while after they were acknowledged, for a collector that is restored from a backup."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.clock import Now
+from agent.device.store import retention
+from agent.device.store.retention import expired, uptime_json, uptime_s, with_step
+from agent.transport.packets import Outgoing
+from agent.wire import jws
+from agent.wire.messages import Audit, open_message
+from tests.device.uplink.test_uplink import ACK_TOPIC, DEVICE, World, ack_body, signed
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., World]]:
+    made: list[World] = []
+
+    def build(*args: Any, **kwargs: Any) -> World:
+        made.append(World(tmp_path / str(len(made)), *args, **kwargs))
+        return made[-1]
+
+    yield build
+    for world in made:
+        world.store.close()
+
+
+@pytest.fixture
+def world(make: Callable[..., World]) -> World:
+    return make()
+
+
+def delivered(world: World, n: int = 60) -> None:
+    """A day in which everything arrived and was acknowledged."""
+    world.write(n)
+    world.run(lambda: not world.waiting(), 60)
+    assert world.collector.seqs() == set(range(1, n + 1))
+    assert world.kept() == set(range(1, n + 1))
+    world.uplink = world.new_uplink()
+
+
+def writing(world: World) -> None:
+    """Health each minute, as a device has it."""
+    minutes = iter(range(10_000))
+    began = world.air.clock_s
+    due = [next(minutes)]
+
+    def write() -> None:
+        if world.air.clock_s >= began + 60 * due[0]:
+            due[0] = next(minutes)
+            world.write(1)
+
+    world.air.others.append(write)
+
+
+def restore(world: World, through: int) -> None:
+    """Yesterday's backup: everything after `through` is gone."""
+    world.collector.stored = {key: value for key, value in world.collector.stored.items() if key[1] <= through}
+    world.collector.arrivals.clear()
+
+
+def evictions(world: World) -> list[Audit]:
+    found = world.store._all("SELECT topic, payload, jws FROM outbox WHERE topic LIKE '%/audit' ORDER BY seq")
+    signer = jws.Signer(DEVICE, world.key.public)
+    bodies = [open_message(t, p, [j], lambda _: signer).body for t, p, j in found]
+    return [body for body in bodies if isinstance(body, Audit) and body.event == "evicted"]
+
+
+def test_acknowledged_messages_are_kept_and_count_for_nothing(world: World) -> None:
+    delivered(world)
+    assert world.store.outbox_size() == (0, 60)
+    assert world.store.unsent(0, 100) == []
+    assert world.store.pending([1, 60]) == []
+    published = world.health_published()
+    world.run(lambda: False, 600)
+    assert world.health_published() == published
+
+
+def test_a_restored_collector_gets_what_it_lost_and_nothing_is_declared(world: World) -> None:
+    delivered(world)
+    restore(world, 20)
+    writing(world)
+    world.run(lambda: not world.waiting() and world.air.clock_s > 1300, 900)
+    last = int(world.store.meta("seq", "0"))
+    assert world.collector.seqs() == set(range(1, last + 1))
+    assert {seq for seq, times in world.collector.arrivals.items() if seq <= 60 and times} == set(range(21, 61))
+    assert evictions(world) == []
+    assert world.store.outbox_size() == (0, last)
+
+
+def test_a_collector_with_nothing_left_gets_everything_that_is_kept(world: World) -> None:
+    delivered(world)
+    restore(world, 0)
+    writing(world)
+    world.run(lambda: not world.waiting() and world.air.clock_s > 1300, 900)
+    assert world.collector.seqs() == set(range(1, int(world.store.meta("seq", "0")) + 1))
+
+
+def test_what_is_no_longer_kept_is_declared_with_the_acknowledgement_it_once_had(world: World) -> None:
+    delivered(world)
+    with world.store.transaction() as tx:
+        tx.outbox.drop_acknowledged(40, 100)
+    restore(world, 20)
+    writing(world)
+    world.run(lambda: len(evictions(world)) > 0 and not world.waiting(), 900)
+    (body,) = evictions(world)
+    assert (body.evidence["seq"], body.evidence["reason"]) == ([[21, 40]], "acknowledged earlier")
+    proof = body.evidence["acknowledgement"]
+    signer = jws.Signer("collector", world.collector_key.public)
+    earlier = open_message(ACK_TOPIC, proof["payload"].encode(), [proof["jws"]], lambda _: signer).body
+    assert earlier.through >= 60  # type: ignore[union-attr]
+    assert earlier.missing == []  # type: ignore[union-attr]
+    assert set(range(41, 61)) <= world.collector.seqs()
+
+
+@pytest.mark.parametrize("missing", [[], [(3, 9)], [(1, 60)]])
+def test_an_old_acknowledgement_replayed_a_hundred_times_brings_nothing_back(
+    world: World, missing: list[tuple[int, int]]
+) -> None:
+    old = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 60 if missing else 7, missing))
+    delivered(world)
+    with world.store.transaction() as tx:
+        tx.outbox.drop_acknowledged(30, 100)
+    writing(world)
+    struck = iter(range(100))
+
+    def strike() -> None:
+        if world.air.clock_s > 1010 and next(struck, None) is not None:
+            world.deliver(*old)
+
+    world.air.others.append(strike)
+    world.collector.arrivals.clear()
+    world.run(lambda: False, 600)
+    assert next(struck, None) is None
+    assert not any(seq <= 60 for seq in world.collector.arrivals)
+    assert evictions(world) == []
+    assert world.store.acknowledged().missing == ()
+    assert world.store.acknowledged().through >= 60
+
+
+def test_a_doubt_raised_before_a_restart_is_raised_again_and_settled(world: World) -> None:
+    delivered(world)
+    restore(world, 20)
+    world.write(1)
+    world.run(lambda: False, 5)
+    assert not any(21 <= seq <= 60 for seq in world.collector.arrivals)
+    world.uplink = world.new_uplink()
+    writing(world)
+    world.run(lambda: not world.waiting() and world.air.clock_s > 1300, 900)
+    assert set(range(1, 61)) <= world.collector.seqs()
+
+
+def test_delivery_broker_deletes_and_remembers_what_the_broker_has(make: Callable[..., World]) -> None:
+    world = make(delivery="broker")
+    world.air.connect(None, "somebody", subscribe=["outstation/#"], session_expiry_s=9)
+    world.write(30)
+    world.run(lambda: not world.kept(), 60)
+    assert world.kept() == set()
+    assert world.store.acknowledged().ranges == [(1, 30)]
+    assert world.store.outbox_size() == (0, 30)
+
+
+def test_the_retained_acknowledgement_of_a_restored_collector_alone_changes_nothing(world: World) -> None:
+    delivered(world)
+    world.collector.leave()
+    payload, token = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 20, [(5, 6)]))
+    world.air.publish(Outgoing(ACK_TOPIC, payload, (("jws", token),), retain=True))
+    world.run(lambda: False, 60)
+    assert world.waiting() == set()
+    assert world.store.acknowledged().through == 60
+
+
+def test_one_acknowledgement_costs_one_small_write_and_deletes_nothing(world: World) -> None:
+    delivered(world, 300)
+    steps = json.loads(world.store.meta(retention.STEPS, ""))
+    assert len(steps) == 1
+    assert len(world.kept()) == 300
+
+
+def at(boot_s: float) -> Now:
+    return Now(0, boot_s, "unsynced")
+
+
+def test_uptime_goes_on_over_boots_and_never_back() -> None:
+    assert uptime_s("", 1, at(50.0)) == 50.0
+    kept = uptime_json(1, at(50.0), 50.0)
+    assert uptime_s(kept, 1, at(80.0)) == 80.0
+    assert uptime_s(kept, 2, at(10.0)) == 60.0
+    assert uptime_s(kept, 1, at(20.0)) == 50.0
+
+
+def test_steps_say_when_how_much_was_acknowledged_and_stay_few() -> None:
+    steps = ""
+    for at_s in range(0, 400_000, 60):
+        steps = with_step(steps, at_s, at_s // 60 + 1, 172_800.0) or steps
+    assert len(json.loads(steps)) < 100
+    through = expired(steps, 400_000, 172_800.0)
+    exact = (400_000 - 172_800) // 60 + 1
+    assert exact - 61 <= through <= exact
+    assert expired("", 1e9, 1.0) == 0

@@ -1,0 +1,695 @@
+"""The device store: what was committed is there after anything, and nothing of what was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agent import clock
+from agent.config import Field, Stream
+from agent.device.intake.group_commit import Group
+from agent.device.store import schema
+from agent.device.store.quota import PAGE
+from agent.device.store.retention import Acknowledged
+from agent.device.store.rows import Raw, Rows, check, concatenate
+from agent.device.store.store import Batch, Store
+from agent.device.store.transaction import Pending, Trimmed
+from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
+from tests.kit.stations import ROOT, rows_of
+from tests.kit.stores import filled, say
+
+NUMBERS = Stream(fields=[Field(name="n", type="i64")])
+STREAMS = {"numbers": NUMBERS}
+
+
+def numbers(first: int, n: int = 1) -> Rows:
+    """Rows `first` … whose value is their number."""
+    values = np.arange(first, first + n, dtype=np.int64)
+    return Rows(values * 1000, (values,))
+
+
+def opened(folder: Path, **options: Any) -> Store:
+    store = Store(folder, **options)
+    store.declare(STREAMS)
+    return store
+
+
+def append(store: Store, rows: Rows) -> int:
+    with store.transaction() as tx:
+        return tx.append("numbers", rows, "synced")
+
+
+def values(store: Store) -> list[int]:
+    found: list[int] = rows_of(store, "numbers", NUMBERS).columns[0].tolist()
+    return found
+
+
+def raw_database(folder: Path) -> sqlite3.Connection:
+    return sqlite3.connect(folder / "outstation.db", isolation_level=None)
+
+
+_WRITER = """\
+import sys
+from pathlib import Path
+import numpy as np
+from agent import clock
+from agent.config import Field, Stream
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
+
+store = Store(Path(sys.argv[1]))
+store.declare({"numbers": Stream(fields=[Field(name="n", type="i64")])})
+while True:
+    first = store.last_row("numbers") + 1
+    values = np.arange(first, first + 1 + first % 7)
+    with store.transaction() as tx:
+        last = tx.append("numbers", Rows(values * 1000, (values,)), "synced")
+    print(last, flush=True)
+"""
+
+
+def test_what_was_committed_is_there_after_kill_9(tmp_path: Path) -> None:
+    rng, acknowledged = random.Random(5), 0
+    for _ in range(8):
+        command = [sys.executable, "-c", _WRITER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(rng.randrange(2, 12)):
+                acknowledged = int(process.stdout.readline())
+            time.sleep(rng.random() * 0.01)
+            process.kill()
+            said = process.stdout.read().splitlines()
+            acknowledged = max([acknowledged, *(int(line) for line in said if line)])
+        store = opened(tmp_path)
+        found = values(store)
+        assert len(found) >= acknowledged
+        assert found == list(range(1, len(found) + 1))
+        assert store.last_row("numbers") == len(found)
+        store.close()
+    assert acknowledged > 20
+
+
+_VISITED = """\
+import sys
+from pathlib import Path
+from tests.device.store.test_store import append, numbers, opened
+
+store = opened(Path(sys.argv[1]))
+for first in (1, 101):
+    print(append(store, numbers(first, 100)), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_visitor_who_may_write_takes_nothing_along_when_leaving(tmp_path: Path) -> None:
+    visit = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM chunks').fetchone(); c.close()"
+    )
+    command = [sys.executable, "-c", _VISITED, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "100\n"
+        subprocess.run([sys.executable, "-c", visit, str(tmp_path / "outstation.db")], check=True)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "200\n"
+        process.kill()
+    store = opened(tmp_path)
+    assert values(store) == list(range(1, 201))
+    store.close()
+
+
+def locked(path: Path) -> bool:
+    """Whether any process holds a lock on a file."""
+    return f":{path.stat().st_ino} " in Path("/proc/locks").read_text(encoding="ascii")
+
+
+def test_the_locks_that_keep_other_programs_from_deleting_the_log_stay(tmp_path: Path) -> None:
+    for _ in range(2):
+        store = opened(tmp_path)
+        for first in range(1, 2000, 100):
+            assert locked(store.path)
+            assert locked(store.path.with_name("outstation.db-shm"))
+            append(store, numbers(store.last_row("numbers") + 1, 100))
+            assert store.take("numbers", NUMBERS.fields, first - 1, 10)
+        store.used_bytes()
+        store.limit_bytes()
+        assert locked(store.path)
+        assert locked(store.path.with_name("outstation.db-shm"))
+        store.close()
+
+
+def test_a_transaction_that_raises_leaves_nothing_behind(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with pytest.raises(RuntimeError), store.transaction() as tx:  # noqa: PT012
+        tx.append("numbers", numbers(1, 5), "synced")
+        tx.set_mark("client", "a", 5)
+        tx.advance("task", 1, 5)
+        tx.enqueue(Pending(1, "topic", b"{}", "jws", "now"), "digest")
+        raise RuntimeError
+    assert store.last_row("numbers") == 0
+    assert store.mark("client", "a") == 0
+    assert store.cursor("task") is None
+    assert store.outbox_size() == (0, 0)
+    assert append(store, numbers(1, 3)) == 3
+    store.close()
+
+
+def test_a_second_process_on_the_same_folder_is_refused_and_told_which_one_has_it(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    code = "import sys; from pathlib import Path; from agent.device.store.store import Store; Store(Path(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert f"another outstation (process {os.getpid()}) uses this data folder; stop it first" in done.stderr
+    with pytest.raises(StorageBusy):
+        Store(tmp_path)
+    store.close()
+    Store(tmp_path).close()
+
+
+def test_the_folder_is_free_again_after_the_owner_was_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _WRITER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(StorageBusy, match=f"process {process.pid}"):
+            Store(tmp_path)
+        process.kill()
+    opened(tmp_path).close()
+
+
+def test_a_reader_beside_the_writer_sees_each_commit_and_cannot_write(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    append(store, numbers(1, 3))
+    reader = Store(tmp_path, read_only=True)
+    assert values(reader) == [1, 2, 3]
+    with store.transaction() as tx:
+        tx.append("numbers", numbers(4, 2), "synced")
+        assert reader.last_row("numbers") == 3
+    assert values(reader) == [1, 2, 3, 4, 5]
+    assert reader.log_id == store.log_id
+    with pytest.raises(StorageError, match="READONLY"), reader.transaction() as tx:
+        tx.set_mark("client", "a", 1)
+    reader.close()
+    store.close()
+
+
+def test_a_reader_without_a_store_to_read_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=re.escape(str(tmp_path))):
+        Store(tmp_path, read_only=True)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"check .* data_dir"):
+        Store(tmp_path / "file" / "data")
+
+
+def test_the_pragmas_that_safety_hangs_on_are_in_force(tmp_path: Path) -> None:
+    store = Store(tmp_path, max_size=1000 * PAGE)
+    read = {name: store._one(f"PRAGMA {name}") for name in ("journal_mode", "synchronous", "max_page_count")}
+    assert read == {"journal_mode": ("wal",), "synchronous": (2,), "max_page_count": (store.quota.pages // PAGE,)}
+    others = {name: store._one(f"PRAGMA {name}") for name in ("foreign_keys", "trusted_schema", "page_size")}
+    assert others == {"foreign_keys": (1,), "trusted_schema": (0,), "page_size": (PAGE,)}
+    store.close()
+
+
+def test_a_pragma_that_does_not_take_hold_is_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "pragmas", lambda *_: [("synchronous=OFF", "2")])
+    with pytest.raises(StorageError, match="acknowledged rows would not be safe"):
+        Store(tmp_path)
+    monkeypatch.undo()
+    Store(tmp_path).close()
+
+
+def test_a_store_is_numbered_once_and_boots_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for boot_id in ("a", "a", "b", "", ""):
+        monkeypatch.setattr("agent.clock.boot_id", lambda boot_id=boot_id: boot_id)
+        store = Store(tmp_path)
+        found.append((store.log_id, store.boot))
+        store.close()
+    assert [boot for _, boot in found] == [1, 1, 2, 3, 4]
+    assert len({log for log, _ in found}) == 1
+
+
+def test_opening_again_and_again_changes_nothing(tmp_path: Path) -> None:
+    def schema_of() -> list[Any]:
+        with raw_database(tmp_path) as db:
+            found = db.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
+        db.close()
+        return found
+
+    store = opened(tmp_path)
+    append(store, numbers(1, 3))
+    store.close()
+    before = schema_of()
+    for _ in range(3):
+        store = opened(tmp_path)
+        assert values(store) == [1, 2, 3]
+        store.close()
+    assert schema_of() == before
+    assert "chunks" in [name for _, name, _ in before]
+
+
+def test_a_file_that_is_no_database_is_set_aside_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "outstation.db").write_bytes(b"not a database, but of some length" * 100)
+    store = opened(tmp_path)
+    append(store, numbers(1, 3))
+    store.close()
+    assert (tmp_path / "quarantine/1/outstation.db").read_bytes() == b"not a database, but of some length" * 100
+    store = opened(tmp_path)
+    assert values(store) == [1, 2, 3]
+    store.close()
+
+
+# --- quota
+
+
+def fill(store: Store) -> int:
+    """Group commits until the store takes no more; how many rows it acknowledged."""
+    group = Group(store, STREAMS)
+    while True:
+        first = store.last_row("numbers") + 1
+        raw = Raw(500, None, {"n": list(range(first, first + 500))})
+        group.add("producer", "numbers", check(raw, NUMBERS, 0, None), list(range(500)), clock.read())
+        outcome = group.commit(clock.read())["producer"]
+        if outcome.full:
+            assert outcome.accepted == 0
+            assert len(outcome.rejected) == 500
+            assert "not stored" in outcome.rejected[0][1]
+            return first - 1
+        assert outcome.accepted == 500
+
+
+def test_a_full_store_refuses_rows_loses_none_and_takes_more_once_some_were_trimmed(tmp_path: Path) -> None:
+    store = opened(tmp_path, max_size=200 * PAGE)
+    taken = fill(store)
+    assert taken > 10_000
+    assert fill(store) == taken
+    assert values(store) == list(range(1, taken + 1))
+    gone: list[Trimmed] = []
+    while not gone or gone[-1].last < taken // 2 - 500:
+        with store.transaction() as tx:
+            one = tx.trim("numbers", taken // 2, 2**62, 1000)
+        assert one is not None
+        gone.append(one)
+    assert sum(one.chunks for one in gone) > 5
+    assert (gone[0].first, gone[-1].last + 1) == (1, store.first_row("numbers"))
+    assert store.first_row("numbers") > taken // 3
+    again = fill(store)
+    assert again > taken
+    batch = store.take("numbers", NUMBERS.fields, store.first_row("numbers") - 1, 10**6)
+    assert batch is not None
+    assert batch.rows.columns[0].tolist() == list(range(store.first_row("numbers"), again + 1))
+    store.close()
+
+
+def test_while_a_part_of_a_backlog_is_put_together_another_thread_can_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path)
+    for first in range(1, 400, 10):
+        append(store, numbers(first, 10))
+    emptied: list[bool] = []
+
+    def meanwhile(parts: list[Rows]) -> Rows:
+        other = threading.Thread(target=lambda: emptied.append(store._keeper._is_emptied(store._db)))
+        other.start()
+        other.join()
+        return concatenate(parts)
+
+    monkeypatch.setattr("agent.device.store.store.concatenate", meanwhile)
+    taken = store.take("numbers", NUMBERS.fields, 0, 25)
+    assert taken is not None
+    assert len(taken.rows) == 25
+    assert emptied == [True]
+    store.close()
+
+
+def test_results_and_deletions_still_find_room_when_intake_is_full(tmp_path: Path) -> None:
+    store = opened(tmp_path, max_size=200 * PAGE)
+    fill(store)
+    with store.transaction() as tx:
+        tx.enqueue(Pending(1, "topic", b"x" * 5000, "jws", "now"), "digest")
+        tx.advance("task", 1, 100)
+        tx.trim("numbers", 100, 2**62, 10)
+    assert store.outbox_size() == (1, 1)
+    store.close()
+
+
+def test_rows_wait_for_a_commit_only_until_they_are_enough_for_one_transaction(tmp_path: Path) -> None:
+    store = opened(tmp_path, max_size=256 * PAGE)
+    group, first = Group(store, STREAMS), 1
+    while not group.is_full:
+        raw = Raw(500, None, {"n": list(range(first, first + 500))})
+        group.add("producer", "numbers", check(raw, NUMBERS, 0, None), list(range(500)), clock.read())
+        first += 500
+    assert 1000 < first < 16_384
+    assert group.commit(clock.read())["producer"].accepted == first - 1
+    assert not group.is_full
+    store.close()
+
+
+def test_a_transaction_over_the_quota_is_refused_as_a_whole(tmp_path: Path) -> None:
+    store = opened(tmp_path, max_size=256 * PAGE)
+    append(store, numbers(1, 10))
+    with pytest.raises(StorageFull, match=r"\[buffer\] max_size"), store.transaction() as tx:  # noqa: PT012
+        tx.set_mark("client", "a", 7)
+        tx.append("numbers", numbers(11, 100_000), "synced")
+    assert store.mark("client", "a") == 0
+    assert values(store) == list(range(1, 11))
+    assert append(store, numbers(11, 10)) == 20
+    store.close()
+
+
+_ON_A_SMALL_DISK = """\
+import sys
+from pathlib import Path
+from agent.errors import StorageFull
+from tests.device.store.test_store import append, numbers, opened, values
+
+folder = Path(sys.argv[1]) / "data"
+ballast = Path(sys.argv[1]) / "ballast"
+ballast.write_bytes(b"x" * 600_000)
+store = opened(folder)
+last = 0
+try:
+    while True:
+        last = append(store, numbers(last + 1, 500))
+except StorageFull as full:
+    assert "disk is full" in str(full), full
+assert values(store) == list(range(1, last + 1))
+store.close()
+ballast.unlink()
+store = opened(folder)
+assert values(store) == list(range(1, last + 1))
+assert append(store, numbers(last + 1, 500)) == last + 500
+store.close()
+print(last)
+"""
+
+
+def test_a_full_disk_is_told_from_a_sick_one_and_the_store_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    unshare = shutil.which("unshare")
+    script = 'mount -t tmpfs -o size=3m none "$1" && exec "$2" -c "$3" "$1"'
+    command = ["sh", "-c", script, "sh", str(tmp_path), sys.executable, _ON_A_SMALL_DISK]
+    if unshare is None or subprocess.run([unshare, "-rm", "mount", "-t", "tmpfs", "none", str(tmp_path)]).returncode:
+        pytest.skip("no small disk can be made here")
+    done = subprocess.run([unshare, "-rm", *command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 5000
+
+
+# --- taking rows
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    store = Store(tmp_path_factory.mktemp("shelf"))
+    yield store
+    store.close()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(
+    chunks=st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    after=st.integers(0, 40),
+    limit=st.integers(1, 60),
+    noise=st.lists(st.integers(0, 11), max_size=4),
+)
+def test_what_is_taken_is_what_was_appended_for_any_chunks_and_limits(
+    shelf: Store, chunks: list[int], after: int, limit: int, noise: list[int]
+) -> None:
+    name = f"s{shelf.meta('count', '0')}"
+    with shelf.transaction() as tx:
+        tx.set_meta("count", str(int(name[1:]) + 1))
+        for stream in (name, f"{name}.other"):
+            tx.declare(stream, "[]")
+        last = 0
+        for index, n in enumerate(chunks):
+            last = tx.append(name, numbers(last + 1, n), "synced")
+            if index in noise:
+                tx.append(f"{name}.other", numbers(999, 3), "synced")
+    assert last == sum(chunks)
+    batch = shelf.take(name, NUMBERS.fields, after, limit)
+    expected = list(range(after + 1, min(last, after + limit) + 1))
+    if not expected:
+        assert batch is None
+        return
+    assert batch is not None
+    assert (batch.first, batch.last) == (expected[0], expected[-1])
+    assert batch.rows.columns[0].tolist() == expected
+    assert batch.rows.t.tolist() == [1000 * n for n in expected]
+    walked, at = [], 0
+    while (part := shelf.take(name, NUMBERS.fields, at, limit)) is not None:
+        assert part.first == at + 1
+        walked.append(part.rows)
+        at = part.last
+    assert concatenate(walked).digest() == numbers(1, last).digest()
+
+
+def test_taking_uses_the_index_and_costs_the_same_however_much_waits(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    plan = store._all(f"EXPLAIN QUERY PLAN {schema.TAKE}".replace(":stream", "'numbers'").replace(":after", "100000"))
+    said = " | ".join(str(row[3]) for row in plan)
+    assert "SEARCH chunks USING INDEX chunk_rows (stream=? AND first_row>?)" in said
+    assert "SCAN chunks" not in said
+    assert "TEMP B-TREE" not in said
+    steps = []
+    for waiting in (20, 400):
+        with store.transaction() as tx:
+            while (last := tx.append("numbers", numbers(1, 10), "synced")) < waiting * 10:
+                pass
+        ticks: list[int] = []
+        store._db.set_progress_handler(partial(ticks.append, 0), 1)
+        for after in (5, last - 30):
+            assert store.take("numbers", NUMBERS.fields, after, 20) is not None
+        store._db.set_progress_handler(None, 1)
+        steps.append(len(ticks))
+    assert steps[1] < steps[0] * 1.5
+    store.close()
+
+
+def test_nothing_is_taken_from_a_stream_that_has_nothing_or_is_not_there(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    assert store.take("numbers", NUMBERS.fields, 0, 10) is None
+    assert store.take("nobody", NUMBERS.fields, 0, 10) is None
+    assert (store.first_row("numbers"), store.last_row("nobody")) == (1, 0)
+    store.close()
+
+
+# --- damage
+
+
+def damaged(folder: Path) -> Store:
+    """Rows 1-30 in three chunks, one byte of the middle one flipped on the disk."""
+    store = opened(folder)
+    for first in (1, 11, 21):
+        append(store, numbers(first, 10))
+    store.close()
+    db = raw_database(folder)
+    data = bytearray(db.execute("SELECT data FROM chunks WHERE first_row = 11").fetchone()[0])
+    data[50] ^= 1
+    db.execute("UPDATE chunks SET data = ? WHERE first_row = 11", (bytes(data),))
+    db.close()
+    return opened(folder)
+
+
+def test_a_damaged_chunk_is_told_by_its_rows_and_those_around_it_are_given(tmp_path: Path) -> None:
+    store = damaged(tmp_path)
+
+    def take(after: int, limit: int = 100) -> Batch:
+        batch = store.take("numbers", NUMBERS.fields, after, limit)
+        assert batch is not None
+        return batch
+
+    before, lost, rest = take(0), take(10), take(20)
+    assert (before.first, before.last, before.lost) == (1, 10, None)
+    assert (lost.first, lost.last, lost.lost, len(lost.rows)) == (11, 20, "CRC does not match", 0)
+    assert (rest.first, rest.last, rest.lost) == (21, 30, None)
+    assert (take(14).first, take(14).last) == (15, 20)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "damage", ["first_t = first_t + 1", "n = 9", "time_bytes = 8", "crc = 1", "data = x''", "data = data || x'00'"]
+)
+def test_any_other_damage_to_a_chunk_is_found_too(tmp_path: Path, damage: str) -> None:
+    store = opened(tmp_path)
+    append(store, numbers(1, 10))
+    store.close()
+    db = raw_database(tmp_path)
+    db.execute(f"UPDATE chunks SET {damage}")
+    db.close()
+    store = opened(tmp_path)
+    batch = store.take("numbers", NUMBERS.fields, 0, 100)
+    assert batch is not None
+    assert batch.lost is not None
+    store.close()
+
+
+def test_bytes_that_one_flipped_bit_declares_to_be_text_are_read_as_the_bytes_they_are(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    append(store, numbers(1, 10))
+    with raw_database(tmp_path) as db:
+        db.execute("UPDATE chunks SET data = CAST(data AS TEXT)")
+    db.close()
+    assert values(store) == list(range(1, 11))
+    store.close()
+
+
+@pytest.mark.parametrize("n", ["1000", "1", "-5", "'x'"])
+def test_a_chunk_whose_count_is_damaged_takes_no_good_chunk_with_it(tmp_path: Path, n: str) -> None:
+    store = damaged(tmp_path)
+    store.close()
+    db = raw_database(tmp_path)
+    db.execute(f"UPDATE chunks SET n = {n} WHERE first_row = 11")
+    db.close()
+    store = opened(tmp_path)
+    lost: list[int] = []
+    at = 0
+    while (batch := store.take("numbers", NUMBERS.fields, at, 100)) is not None:
+        if batch.lost:
+            lost += range(batch.first, batch.last + 1)
+        at = batch.last
+    assert lost == list(range(11, 21))
+    assert at == 30
+    store.close()
+
+
+def test_a_damaged_chunk_that_was_set_aside_is_lost_to_every_task_and_kept_for_a_look(tmp_path: Path) -> None:
+    store = damaged(tmp_path)
+    with store.transaction() as tx:
+        tx.set_aside("numbers", 11, 20)
+    for after, first, last, lost in [(0, 1, 10, False), (10, 11, 20, True), (14, 15, 20, True), (20, 21, 30, False)]:
+        batch = store.take("numbers", NUMBERS.fields, after, 100)
+        assert batch is not None
+        assert (batch.first, batch.last, batch.lost is not None) == (first, last, lost)
+    store.close()
+    db = raw_database(tmp_path)
+    assert db.execute("SELECT first_row, n, length(data) FROM damaged").fetchall() == [(11, 10, 120)]
+    db.close()
+
+
+# --- streams, categories, marks, outbox
+
+
+def test_the_fields_of_a_stream_with_rows_do_not_change_and_those_of_an_empty_one_may(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    other = Stream(fields=[Field(name="n", type="f64")])
+    store.declare({"numbers": other})
+    store.declare({"numbers": NUMBERS})
+    append(store, numbers(1, 1))
+    with pytest.raises(UsageError, match=r"streams\.numbers\.fields: .* give the changed stream a new name"):
+        store.declare({"numbers": other})
+    limits = Stream(fields=[Field(name="n", type="i64", unit="m", min=0, max=10)])
+    store.declare({"numbers": limits})
+    assert values(store) == [1]
+    store.close()
+
+
+def test_category_codes_stay_what_they_were_and_end_at_65535(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with store.transaction() as tx:
+        assert tx.category_codes("s", "mode", ["on", "", "off", "on"]) == [1, 0, 2, 1]
+    store.close()
+    store = opened(tmp_path)
+    with store.transaction() as tx:
+        assert tx.category_codes("s", "mode", ["new", "off"]) == [3, 2]
+        assert tx.category_codes("s", "other", ["off"]) == [1]
+    assert store.categories("s", "mode") == ["", "on", "off", "new"]
+    with store.transaction() as tx:
+        many = [f"c{i}" for i in range(65_535)]
+        codes = tx.category_codes("s", "many", [*many, "one too many", "c0"])
+    assert codes[-3:] == [65_535, -1, 1]
+    store.close()
+
+
+def test_the_outbox_is_numbered_without_a_gap_and_deleted_as_acknowledged(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with store.transaction() as tx:
+        for _ in range(6):
+            seq, digest = tx.chain()
+            assert digest == (f"digest {seq}" if seq else "")
+            tx.enqueue(Pending(seq + 1, "topic", b"{}", "jws", "now"), f"digest {seq + 1}")
+    with pytest.raises(RuntimeError), store.transaction() as tx:  # noqa: PT012
+        tx.enqueue(Pending(tx.chain()[0] + 1, "topic", b"{}", "jws", "now"), "digest 7")
+        raise RuntimeError
+    with store.transaction() as tx:
+        assert tx.chain() == (6, "digest 6")
+        assert tx.outbox.set_acknowledged(Acknowledged(5, ((2, 3),))) == []
+    assert [message.seq for message in store.unsent(0, 10)] == [2, 3, 6]
+    assert [message.seq for message in store.unsent(2, 1)] == [3]
+    assert [message.seq for message in store.pending([1, 3, 6])] == [3, 6]
+    assert store.outbox_size() == (3, 6)
+    store.close()
+
+
+def test_of_alerts_the_newest_thousand_are_kept(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with store.transaction() as tx:
+        for i in range(1003):
+            tx.note_alert({"i": i})
+    assert [alert["i"] for alert in store.alerts(2)] == [1002, 1001]
+    assert len(store.alerts(5000)) == 1000
+    store.close()
+
+
+def test_threads_that_write_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                with store.transaction() as tx:
+                    tx.append("numbers", numbers(1, 3), "synced")
+                store.last_row("numbers")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert store.last_row("numbers") == 6 * 20 * 3
+    store.close()
+
+
+def test_the_newest_message_is_not_taken_for_the_one_that_is_written_meanwhile(tmp_path: Path) -> None:
+    store, author = filled(tmp_path)
+    seq = say(store, author, "the newest")
+    known = store.digest_of(seq)
+    real, late = store.meta, threading.Thread(target=say, args=(store, author, "a later one"))
+
+    def meta(key: str, default: str) -> str:
+        found = real(key, default)
+        if key == "seq":
+            late.start()
+            late.join(0.2)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "meta", meta)
+        assert store.digest_of(seq) == known
+    late.join()
+    assert store.digest_of(seq) == known
+    store.close()

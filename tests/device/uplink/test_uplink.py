@@ -1,0 +1,827 @@
+"""The uplink through bad weather: a broker in memory that loses, delays, repeats, reorders and breaks, from a seed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import config
+from agent.config import Broker, Config
+from agent.device.store.message_log import Author
+from agent.device.store.store import Store
+from agent.device.store.transaction import Transaction
+from agent.device.uplink import session, uplink
+from agent.device.uplink.uplink import Uplink, backoff
+from agent.errors import LinkDown, StorageForked, StorageFull
+from agent.fleet.audit.audit import audit
+from agent.fleet.collector.collector import Collector
+from agent.fleet.database.store import FleetStore
+from agent.testing.lossy_link import Air, AirLink, Weather, matches
+from agent.transport.packets import GZIP, Delivery, Outgoing, Receipt
+from agent.wire import jws
+from agent.wire.keys import SigningKey, b64url
+from agent.wire.messages import Ack, Logged, State, encode, open_message
+from tests.kit.senders import new_key
+
+FLEET, DEVICE = "acme", "pi-07"
+REFUSED = "acknowledgements refused"
+ACK_TOPIC = f"outstation/{FLEET}/{DEVICE}/ack"
+TIME = "2026-11-24T22:18:01.000000Z"
+CALM = Weather()
+STORM = Weather(lose=0.1, repeat=0.1, delay_s=2.0, split=0.5, cut=0.01)
+
+
+def is_empty(world: World) -> bool:
+    return not world.waiting()
+
+
+def signed(key: SigningKey, topic: str, body: dict[str, Any]) -> tuple[bytes, str]:
+    payload = encode(body)
+    return payload, jws.sign(key, topic, payload)
+
+
+def unexpected(error: Exception) -> None:
+    raise error
+
+
+def ack_body(log: str, through: int, missing: list[tuple[int, int]], device: str = DEVICE) -> dict[str, Any]:
+    head = {"v": 1, "kind": "ack", "device": device, "log": log}
+    return {**head, "through": through, "missing": missing, "time": TIME}
+
+
+@dataclass
+class CollectorModel:
+    """The contract's collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
+
+    air: Air
+    key: SigningKey
+    device_key: SigningKey
+    stored: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    arrivals: Counter[int] = field(default_factory=Counter)
+    deaf_to: set[int] = field(default_factory=set)
+    away: bool = False
+    link: AirLink | None = None
+
+    def turn(self) -> None:
+        if self.away:
+            return
+        try:
+            if self.link is None:
+                filters = [f"outstation/{FLEET}/+/{kind}" for kind in ("audit", "health")]
+                self.link = self.air.connect(None, "collector", subscribe=filters, session_expiry_s=3600)
+            self._take(self.link)
+        except LinkDown:
+            self.link = None
+
+    def leave(self) -> None:
+        self.away = True
+        if self.link is not None:
+            self.link.close()
+        self.link = None
+
+    def come(self) -> None:
+        self.away = False
+
+    def seqs(self) -> set[int]:
+        return {seq for _, seq in self.stored}
+
+    def answer(self, log: str) -> None:
+        seqs = sorted(seq for one, seq in self.stored if one == log)
+        gaps = [(a + 1, b - 1) for a, b in zip([0, *seqs], seqs, strict=False) if b > a + 1]
+        through = seqs[-1] if seqs else 0
+        if len(gaps) > 100:
+            through, gaps = gaps[100][0] - 1, gaps[:100]
+        payload, token = signed(self.key, ACK_TOPIC, ack_body(log, through, gaps))
+        if self.link is not None:
+            self.link.send(Outgoing(ACK_TOPIC, payload, (("jws", token),), retain=True))
+
+    def _take(self, link: AirLink) -> None:
+        logs = set()
+        for event in link.receive(0.0):
+            if isinstance(event, Receipt):
+                continue
+            signer = jws.Signer(DEVICE, self.device_key.public)
+            body = open_message(event.topic, event.payload, event.tokens, {signer.key.kid: signer}.get).body
+            assert isinstance(body, Logged)
+            self.arrivals[body.seq] += 1
+            if body.seq in self.deaf_to:
+                self.deaf_to.discard(body.seq)
+            else:
+                known = self.stored.setdefault((body.log, body.seq), event.payload)
+                assert known == event.payload
+            link.acknowledge(event)
+            logs.add(body.log)
+        for log in sorted(logs):
+            self.answer(log)
+
+
+class World:
+    """A device's store and uplink, the air, and a collector. `run` goes on until `done` or `seconds` have passed."""
+
+    def __init__(
+        self,
+        folder: Path,
+        weather: Weather = CALM,
+        *,
+        seed: int = 0,
+        window: int = 20,
+        max_packet: int = 1 << 20,
+        delivery: Any = "collector",
+    ) -> None:
+        random.seed(seed)
+        self.air = Air(seed, weather, window=window, max_packet=max_packet)
+        self.key, self.collector_key = new_key(1), new_key(2)
+        self.store = Store(folder / "data")
+        self.author = Author(FLEET, DEVICE, self.key, self.store.log_id, self.store.boot, 120_000)
+        self.collector = CollectorModel(self.air, self.collector_key, self.key)
+        self.air.others.append(self.collector.turn)
+        self.conf = Config(
+            device=config.Device(id=DEVICE, fleet=FLEET),
+            collector=config.Collector(key=self.collector_key.public.text, delivery=delivery),
+        )
+        self.pauses: list[float] = []
+        self.done: list[object] = []
+        self.uplink = self.new_uplink()
+
+    def new_uplink(self) -> Uplink:
+        return Uplink(
+            self.conf,
+            self.store,
+            self.author,
+            self.collector_key.public,
+            self.air.now,
+            unexpected,
+            open_link=self.air.connect,
+            pause=self._pause,
+        )
+
+    def write(self, n: int, size: int = 0) -> None:
+        for start in range(0, n, 500):
+            with self.store.transaction() as tx:
+                for _ in range(min(500, n - start)):
+                    self.author.write(tx, "health", None, {"pad": "x" * size}, self.air.now())
+
+    def waiting(self) -> set[int]:
+        """What is in the outbox and not acknowledged."""
+        acknowledged = self.store.acknowledged()
+        return self.kept() - {seq for first, last in acknowledged.ranges for seq in range(first, last + 1)}
+
+    def kept(self) -> set[int]:
+        return {int(row[0]) for row in self.store._all("SELECT seq FROM outbox")}
+
+    def run(self, done: Callable[[], bool], seconds: float, *, drain_s: float = 2.0) -> None:
+        """Virtual `seconds` at most; the uplink is stopped then. Whether it was `done` is the caller's to check."""
+        end = self.air.clock_s + seconds
+        self.collector.turn()
+
+        def watch() -> None:
+            if not self.uplink._stopping.is_set() and (done() or self.air.clock_s >= end):
+                self.uplink.halt(drain_s)
+
+        self.air.others.append(watch)
+        try:
+            self.uplink.run()
+        finally:
+            self.air.others.remove(watch)
+
+    def deliver(self, payload: bytes, *tokens: str, topic: str = ACK_TOPIC) -> None:
+        """An acknowledgement out of nowhere."""
+        self.air.inject(DEVICE, Delivery(topic, payload, tokens, False, 9, 1))
+
+    def health_published(self) -> int:
+        return sum(message.topic.endswith("/health") for message in self.air.published)
+
+    def _pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.air.wait(seconds)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., World]]:
+    made: list[World] = []
+
+    def build(*args: Any, **kwargs: Any) -> World:
+        made.append(World(tmp_path / str(len(made)), *args, **kwargs))
+        return made[-1]
+
+    yield build
+    for world in made:
+        world.store.close()
+
+
+@pytest.fixture
+def world(make: Callable[..., World]) -> World:
+    return make()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_everything_written_arrives_exactly_once_and_leaves_only_when_the_collector_has_it(
+    make: Callable[..., World], seed: int
+) -> None:
+    world = make(STORM, seed=seed, window=[1, 2, 20, 100][seed % 4])
+    written = 0
+
+    def write_and_look() -> None:
+        nonlocal written
+        if written < 240 and world.air.rng.random() < 0.2:
+            world.write(20)
+            written += 20
+        gone = set(range(1, written + 1)) - world.waiting()
+        assert gone <= world.collector.seqs(), "left the outbox before the collector had it"
+
+    world.air.others.append(write_and_look)
+    world.run(lambda: written == 240 and not world.waiting(), 3000)
+    assert world.waiting() == set()
+    assert sorted(world.collector.stored) == [(world.store.log_id, seq) for seq in range(1, 241)]
+    assert world.air.most_under_way[DEVICE] <= world.air.window
+
+
+def test_the_same_seed_gives_the_same_run(make: Callable[..., World]) -> None:
+    runs = []
+    for _ in range(2):
+        world = make(STORM, seed=5)
+        world.author = Author(FLEET, DEVICE, world.key, "7e57ab1e-0000-4000-8000-000000000000", 1, 120_000)
+        world.write(50)
+        world.run(lambda: False, 60)
+        runs.append([(message.topic, message.payload) for message in world.air.published])
+    assert runs[0] == runs[1]
+    assert len(runs[0]) > 50
+
+
+@pytest.mark.parametrize(("seed", "compress"), [(0, False), (1, False), (2, True)])
+def test_the_real_collector_has_every_message_once_and_its_audit_passes(
+    make: Callable[..., World], seed: int, compress: bool
+) -> None:
+    world = make(STORM, seed=seed)
+    world.author.compress = compress
+    world.air.others.clear()
+    fleet = FleetStore(world.store.path.with_name("fleet.db"))
+    fleet.enrol(DEVICE, world.key.public, replace=False, now=TIME)
+
+    def connect() -> AirLink:
+        return world.air.connect(None, "collector", subscribe=[f"outstation/{FLEET}/+/health"], session_expiry_s=60)
+
+    collector = Collector(FLEET, Broker(), fleet, world.collector_key, open_link=connect)
+    link: AirLink | None = None
+
+    def turn() -> None:
+        nonlocal link
+        try:
+            link = link or connect()
+            collector.turn(link, 0.0)
+        except LinkDown:
+            collector.acknowledger.link_lost()
+            link = None
+
+    world.air.others.append(turn)
+    world.write(150)
+    world.run(lambda: not world.waiting(), 1000)
+    report = audit(fleet)
+    assert (report.passed, report.messages, report.gaps) == (True, 150, [])
+    assert any(message.content_type == GZIP for message in world.air.published) == compress
+    assert world.waiting() == set()
+    fleet.close()
+
+
+def test_a_broker_that_dies_and_forgets_everything_costs_nothing(world: World) -> None:
+    world.write(500)
+    deaths = iter((0.3, 1.0, 4.0))
+    next_death = world.air.clock_s + next(deaths)
+
+    def die() -> None:
+        nonlocal next_death
+        if world.air.clock_s >= next_death:
+            world.air.restart()
+            next_death = world.air.clock_s + next(deaths, 1e9)
+
+    world.air.others.append(die)
+    world.run(lambda: not world.waiting() and next_death > 1e8, 600)
+    assert world.waiting() == set()
+    assert world.collector.seqs() == set(range(1, 501))
+
+
+def test_without_a_collector_nothing_leaves_and_nobody_is_flooded(world: World) -> None:
+    world.collector.leave()
+    world.write(5000)
+    world.run(lambda: False, 3600)
+    assert len(world.waiting()) == 5000
+    # All the credit, then the oldest twenty and the newest, ever more rarely.
+    assert session.CREDIT <= world.health_published() <= session.CREDIT + 40 * 21
+
+
+def test_a_collector_that_comes_back_is_noticed_and_served(world: World) -> None:
+    world.collector.leave()
+    world.write(3000)
+    world.air.others.append(partial(once, world, 1500, world.collector.come))
+    world.run(lambda: world.air.clock_s > 1500 and not world.waiting(), 3600)
+    assert world.waiting() == set()
+    assert world.air.clock_s < 1500 + 150
+
+
+def test_what_the_collector_misses_is_sent_again_and_only_that(world: World) -> None:
+    world.collector.deaf_to = {3, 4, 5, 17, 40}
+    world.write(60)
+    world.run(lambda: not world.waiting(), 60)
+    assert world.collector.seqs() == set(range(1, 61))
+    again = {seq for seq, times in world.collector.arrivals.items() if times > 1}
+    assert again == {3, 4, 5, 17, 40}
+
+
+def test_a_last_message_that_the_broker_lost_is_sent_again_after_a_while(world: World) -> None:
+    world.collector.deaf_to = {3}
+    world.write(3)
+    began = world.air.clock_s
+    world.run(lambda: not world.waiting(), 600)
+    assert world.waiting() == set()
+    assert 5 < world.air.clock_s - began < 60
+
+
+def test_a_message_is_not_sent_twice_while_its_acknowledgement_is_under_way(world: World) -> None:
+    world.write(1)
+    later = iter(range(20))
+
+    def write() -> None:
+        if world.air.clock_s > 1000 + 30 * len(world.collector.stored) and next(later, None) is not None:
+            world.write(1)
+
+    world.air.others.append(write)
+    world.run(lambda: len(world.collector.stored) == 10, 600)
+    assert set(world.collector.arrivals.values()) == {1}
+
+
+def test_an_acknowledgement_stuck_at_an_old_message_does_not_stop_new_ones(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = CollectorModel.answer
+
+    def stuck(collector: CollectorModel, log: str) -> None:
+        everything, collector.stored = collector.stored, {(log, 1): b""}
+        answer(collector, log)
+        collector.stored = everything
+
+    monkeypatch.setattr(CollectorModel, "answer", stuck)
+    world.write(3000)
+    world.run(lambda: len(world.collector.stored) == 3000, 300)
+    assert world.collector.seqs() == set(range(1, 3001))
+    assert len(world.waiting()) == 2999
+
+
+def test_repeats_that_are_under_way_are_not_asked_for_again_and_again(make: Callable[..., World]) -> None:
+    world = make(Weather(delay_s=1.5))
+    world.write(200)
+    world.run(lambda: not world.waiting(), 100)
+    assert world.collector.arrivals.total() < 1.4 * 200
+
+
+def test_what_was_acknowledged_while_the_device_was_away_is_not_sent_again(world: World) -> None:
+    world.collector.leave()
+    world.write(50)
+    payload, token = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 49, []))
+    world.air.publish(Outgoing(ACK_TOPIC, payload, (("jws", token),), retain=True))
+    world.run(lambda: False, 5)
+    assert world.waiting() == {50}
+    sent = [json.loads(message.payload) for message in world.air.published if message.topic.endswith("/health")]
+    assert {body["seq"] for body in sent} == {50}
+
+
+def test_a_hundred_acknowledgements_a_second_cost_few_transactions(
+    make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make(Weather(delay_s=0.3), window=5)
+    world.write(400)
+    commits = Counter[str]()
+    transaction = Store.transaction
+
+    @contextlib.contextmanager
+    def counted(store: Store, **_: bool) -> Iterator[Transaction]:
+        commits["all"] += 1
+        with transaction(store) as tx:
+            yield tx
+
+    monkeypatch.setattr(Store, "transaction", counted)
+    acks = Counter[str]()
+    world.air.judge = lambda message: acks.update([message.topic.rsplit("/", 1)[-1]]) or 0
+    began = world.air.clock_s
+    world.run(lambda: not world.waiting(), 60)
+    assert acks["ack"] >= 50
+    assert commits["all"] <= 3 + (world.air.clock_s - began)
+
+
+def unsigned(world: World) -> None:
+    world.deliver(encode(ack_body(world.store.log_id, 5, [])))
+
+
+def forged(world: World) -> None:
+    world.deliver(*signed(new_key(99), ACK_TOPIC, ack_body(world.store.log_id, 5, [])))
+
+
+def signed_by_the_device(world: World) -> None:
+    world.deliver(*signed(world.key, ACK_TOPIC, ack_body(world.store.log_id, 5, [])))
+
+
+def altered(world: World) -> None:
+    payload, token = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 1, []))
+    world.deliver(payload.replace(b'"through":1', b'"through":5'), token)
+
+
+def claims_the_right_key(world: World) -> None:
+    payload = encode(ack_body(world.store.log_id, 5, []))
+    head = jws.sign(world.collector_key, ACK_TOPIC, b"other bytes").split("..")[0]
+    world.deliver(payload, f"{head}..{b64url(new_key(99).sign(head.encode() + b'.' + payload))}")
+
+
+def of_another_device(world: World) -> None:
+    topic = f"outstation/{FLEET}/pi-08/ack"
+    world.deliver(*signed(world.collector_key, topic, ack_body(world.store.log_id, 5, [], "pi-08")))
+
+
+def of_another_device_on_its_own_topic(world: World) -> None:
+    topic = f"outstation/{FLEET}/pi-08/ack"
+    world.deliver(*signed(world.collector_key, topic, ack_body(world.store.log_id, 5, [], "pi-08")), topic=topic)
+
+
+def of_another_log(world: World) -> None:
+    world.deliver(
+        *signed(world.collector_key, ACK_TOPIC, ack_body("7e57ab1e-0000-4000-8000-000000000000", 5, [])),
+    )
+
+
+def with_a_time_that_is_none(world: World) -> None:
+    body = {**ack_body(world.store.log_id, 5, []), "time": "2026-99-99T99:99:99Z"}
+    world.deliver(*signed(world.collector_key, ACK_TOPIC, body))
+
+
+def of_another_kind(world: World) -> None:
+    body = {"v": 1, "kind": "state", "device": DEVICE, "state": "online", "boot": 1, "time": TIME}
+    world.deliver(*signed(world.collector_key, ACK_TOPIC, body))
+
+
+def no_json(world: World) -> None:
+    world.deliver(b"\xff\x00", jws.sign(world.collector_key, ACK_TOPIC, b"\xff\x00"))
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        unsigned,
+        forged,
+        signed_by_the_device,
+        altered,
+        claims_the_right_key,
+        of_another_device,
+        of_another_device_on_its_own_topic,
+        of_another_log,
+        with_a_time_that_is_none,
+        of_another_kind,
+        no_json,
+    ],
+    ids=lambda attack: attack.__name__,
+)
+def test_an_acknowledgement_that_is_not_the_collectors_deletes_nothing_and_is_counted(
+    world: World, attack: Callable[[World], None]
+) -> None:
+    world.collector.leave()
+    world.write(5)
+    attacks = iter([attack] * 3)
+
+    def strike() -> None:
+        if world.air.clock_s > 1001 and (next_attack := next(attacks, None)):
+            next_attack(world)
+
+    world.air.others.append(strike)
+    world.run(lambda: False, 20)
+    assert world.waiting() >= {1, 2, 3, 4, 5}
+    assert world.store.counters()[REFUSED] == 3
+    # Of another log: an honest collector can have known this device before.
+    raised = [alert["state"] for alert in world.store.alerts(5)]
+    assert raised == ([] if attack is of_another_log else ["raised"])
+
+
+def test_a_message_that_the_disk_has_changed_is_not_sent_and_the_others_are(world: World) -> None:
+    world.write(5)
+    for seq, column in ((2, "payload"), (4, "jws")):
+        world.store._db.execute(f"UPDATE outbox SET {column} = CAST(substr({column}, 2) AS BLOB) WHERE seq = ?", (seq,))
+    world.run(lambda: {1, 3, 5, 6} <= world.collector.seqs(), 60)
+    # 6 declares them; 7 is an alert, which this collector does not listen to.
+    assert world.collector.seqs() == {1, 3, 5, 6}
+    assert world.store._all("SELECT seq FROM damaged_messages") == [(2,), (4,)]
+    bodies = [json.loads(world.collector.stored[key]) for key in sorted(world.collector.stored)]
+    [declared] = [body["evidence"]["seq"] for body in bodies if body.get("event") == "evicted"]
+    assert declared == [[2, 2], [4, 4]]
+    assert [body["subject"] for body in world.store.alerts(5)] == ["outbox"]
+
+
+def test_a_retained_acknowledgement_of_another_history_stops_everything_before_anything_is_sent(world: World) -> None:
+    world.collector.leave()
+    world.write(5)
+    body = {**ack_body(world.store.log_id, 9, [(7, 7)]), "digest": "of a message we never wrote"}
+    payload, token = signed(world.collector_key, ACK_TOPIC, body)
+    other = world.air.connect(None, "collector", subscribe=[], session_expiry_s=3600)
+    other.send(Outgoing(ACK_TOPIC, payload, (("jws", token),), retain=True))
+    other.receive(0.0)
+    with pytest.raises(StorageForked, match=r"has 9 messages of log .*, this store has written 5"):
+        world.run(lambda: False, 20)
+    assert world.health_published() == 0
+    plan = json.loads(world.store.meta("new log", ""))
+    assert (plan["through"], plan["missing"], plan["common"]) == (9, [[7, 7]], 0)
+
+
+def test_an_old_acknowledgement_that_comes_again_changes_nothing(world: World) -> None:
+    world.collector.leave()
+    world.write(5)
+    log = world.store.log_id
+    newest, old = ack_body(log, 4, [(3, 3)]), ack_body(log, 2, [])
+    acks = [signed(world.collector_key, ACK_TOPIC, body) for body in (newest, old, old)]
+    for clock_s, ack in zip((1001, 1003, 1005), acks, strict=True):
+        world.air.others.append(partial(once, world, clock_s, partial(world.deliver, *ack)))
+    world.run(lambda: False, 8)
+    assert world.waiting() == {3, 5}
+    assert REFUSED not in world.store.counters()
+
+
+def test_a_flood_of_forged_acknowledgements_wears_out_neither_card_nor_journal(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.collector.leave()
+    world.write(5)
+    commits = Counter[str]()
+    transaction = Store.transaction
+    monkeypatch.setattr(Store, "transaction", lambda store, **_: commits.update(["all"]) or transaction(store))
+    world.air.others.append(lambda: forged(world) if world.air.clock_s < 1100 else None)
+    world.run(lambda: False, 120)
+    assert world.store.counters()[REFUSED] > 900
+    assert commits["all"] <= 4
+    assert 1 <= len([record for record in caplog.records if "acknowledgements refused" in record.message]) <= 3
+
+
+def test_delivery_broker_deletes_what_the_broker_confirmed_and_not_what_nobody_subscribed(
+    make: Callable[..., World],
+) -> None:
+    world = make(delivery="broker")
+    world.collector.leave()
+    world.write(30)
+    came = False
+
+    def come() -> None:
+        nonlocal came
+        if world.air.clock_s > 1100 and not came:
+            assert world.waiting() == set(range(1, 31))
+            came = True
+            world.air.connect(None, "somebody", subscribe=["outstation/#"], session_expiry_s=9)
+
+    world.air.others.append(come)
+    world.run(lambda: came and not world.waiting(), 600)
+    assert world.waiting() == set()
+    assert world.collector.stored == {}
+
+
+def test_delivery_collector_keeps_what_the_broker_confirmed(world: World) -> None:
+    world.collector.leave()
+    world.air.connect(None, "somebody", subscribe=["outstation/#"], session_expiry_s=9)
+    world.write(30)
+    world.run(lambda: False, 60)
+    assert world.waiting() == set(range(1, 31))
+
+
+def test_a_broker_that_refuses_us_is_asked_less_and_less_often_and_the_log_says_why(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.write(5)
+    world.air.judge = lambda message: 0x87 if message.topic.endswith("/health") else 0
+    world.run(lambda: False, 1800)
+    assert 1800 / 60 <= world.air.connects[DEVICE] <= 100
+    assert world.waiting() == {1, 2, 3, 4, 5}
+    [first, *_] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "outstation/acme/pi-07/health" in first.message
+    assert "access list" in first.message
+
+
+def test_a_state_topic_that_is_refused_does_not_stop_the_results(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.write(5)
+    world.air.judge = lambda message: 0x87 if message.topic.endswith("/state") else 0
+    world.run(lambda: not world.waiting(), 60)
+    assert world.waiting() == set()
+    assert "refuses outstation/acme/pi-07/state" in caplog.text
+
+
+@pytest.mark.parametrize("delivery", ["collector", "broker"])
+def test_a_message_too_large_for_the_broker_is_held_back_and_the_others_go_on(
+    make: Callable[..., World], caplog: pytest.LogCaptureFixture, delivery: str
+) -> None:
+    world = make(max_packet=4000, delivery=delivery)
+    world.write(3)
+    world.write(1, size=4000)
+    world.write(3)
+    world.run(lambda: False, 300)
+    assert world.waiting() == {4}
+    assert world.collector.seqs() == {1, 2, 3, 5, 6, 7}
+    assert max(len(message.payload) for message in world.air.published) < 4000
+    [record] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "message 4" in record.message
+    assert "max_message_bytes" in record.message
+
+
+def test_a_message_that_just_fits_is_sent_and_one_byte_more_is_not(make: Callable[..., World]) -> None:
+    world = make()
+    world.write(1)
+    [message] = world.store.unsent(0, 1)
+    size = session._size(world.author.outgoing(message))
+    for limit, left in ((size, set()), (size - 1, {1})):
+        other = make(max_packet=limit)
+        other.write(1)
+        other.run(partial(is_empty, other), 30)
+        assert other.waiting() == left
+
+
+@pytest.mark.parametrize("window", [1, 2, 7])
+def test_no_more_is_under_way_than_the_broker_takes_from_hello_to_farewell(
+    make: Callable[..., World], window: int
+) -> None:
+    world = make(Weather(delay_s=0.5), window=window)
+    world.write(100)
+    world.run(lambda: len(world.collector.stored) > 20, 600, drain_s=0.5)
+    assert world.air.most_under_way[DEVICE] == window
+    assert states(world)[-1] == "stopped"
+
+
+def test_a_broker_that_confirms_nothing_any_more_is_left(world: World) -> None:
+    world.write(5)
+    world.air.weather = Weather(mute=True)
+    world.collector.away = True
+    world.run(lambda: world.air.connects[DEVICE] > 1, 300)
+    assert 1000 + session.STALLED_S < world.air.clock_s < 1000 + 2 * session.STALLED_S
+    assert "did not confirm a message" in world.uplink.state or world.air.connects[DEVICE] == 2
+
+
+def test_a_message_that_the_broker_swallowed_is_sent_again_though_it_confirms_others(world: World) -> None:
+    def go_on() -> None:
+        world.air.weather = Weather(drop=1.0) if 1005 < world.air.clock_s < 1007 else CALM
+        if world.air.clock_s - 1000 > len(world.kept()):
+            world.write(1)
+
+    world.air.others.append(go_on)
+    world.run(lambda: world.air.clock_s > 1000 + 3 * session.STALLED_S, 200)
+    assert world.air.connects[DEVICE] == 2
+    assert min(world.waiting(), default=1000) > 2.5 * session.STALLED_S
+
+
+def test_greetings_too_large_for_the_broker_are_left_out_and_do_not_cost_the_connection(
+    make: Callable[..., World], caplog: pytest.LogCaptureFixture
+) -> None:
+    world = make(max_packet=256)
+    world.run(lambda: False, 30)
+    assert world.air.connects[DEVICE] == 1
+    assert [message.topic for message in world.air.published if message.topic.endswith("/keys")] == []
+    assert "/keys is not sent: its " in caplog.text
+
+
+def test_a_connection_on_which_the_collector_answered_is_followed_by_the_next_one_soon(world: World) -> None:
+    def go_on() -> None:
+        if world.air.clock_s - 1000 > len(world.kept()):
+            world.write(1)
+        link = world.air._boxes[DEVICE].link if DEVICE in world.air._boxes else None
+        if link is not None and world.air.clock_s > cuts[-1] + 5:
+            cuts.append(world.air.clock_s)
+            link.cut("flapping")
+
+    cuts = [world.air.clock_s]
+    world.air.others.append(go_on)
+    world.run(lambda: len(cuts) > 12, 600)
+    assert len(world.pauses) >= 11
+    assert max(world.pauses) <= 4.0
+
+
+def test_waits_between_tries_grow_to_a_minute_and_are_spread(world: World) -> None:
+    assert [backoff(attempt, 0.0) for attempt in (0, 1, 50)] == [0.5, 0.5, 0.5]
+    assert [backoff(attempt, 1.0) for attempt in (0, 1, 2, 3, 4, 50)] == [4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    world.air.weather = Weather(cut=1.0)
+    world.run(lambda: False, 1800)
+    assert 30 <= world.air.connects[DEVICE] <= 100
+    assert len(set(world.pauses)) == len(world.pauses)
+    assert min(world.pauses) >= 0.5
+    assert max(world.pauses) <= 60
+
+
+def test_a_fleet_that_loses_its_broker_after_a_long_day_comes_back_spread(make: Callable[..., World]) -> None:
+    waits = []
+    for seed in range(6):
+        world = make(seed=seed)
+        world.run(partial(once, world, 1100, world.air.restart), 300)
+        waits += world.pauses[:1]
+    assert max(waits) - min(waits) > 1.0
+    assert max(waits) <= 4.0
+
+
+def test_a_full_disk_delays_deleting_and_stops_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.write(50)
+    transaction = Store.transaction
+
+    def full(store: Store, **_: bool) -> contextlib.AbstractContextManager[Transaction]:
+        if world.air.clock_s < 1060:
+            raise StorageFull("the disk is full")
+        return transaction(store)
+
+    monkeypatch.setattr(Store, "transaction", full)
+    world.run(lambda: not world.waiting(), 200)
+    assert world.waiting() == set()
+    assert set(world.collector.arrivals.values()) == {1}
+    assert world.air.connects[DEVICE] == 1
+    assert "the disk is full" in caplog.text
+
+
+def once(world: World, clock_s: float, action: Callable[[], object]) -> bool:
+    """Do it when the clock gets there, a single time; whether the uplink has paused since."""
+    if world.air.clock_s >= clock_s and action not in world.done:
+        world.done.append(action)
+        action()
+    return bool(world.pauses)
+
+
+def states(world: World) -> list[str]:
+    """What was published on `state`, each verified."""
+    found: list[str] = []
+    for message in world.air.published:
+        if message.topic.endswith("/state"):
+            signer = jws.Signer(DEVICE, world.key.public)
+            tokens = [value for name, value in message.properties if name == "jws"]
+            body = open_message(message.topic, message.payload, tokens, {signer.key.kid: signer}.get).body
+            assert isinstance(body, State)
+            assert message.retain
+            found.append(body.state)
+    return found
+
+
+def test_the_state_is_online_offline_by_will_and_stopped_each_signed_and_retained(world: World) -> None:
+    world.write(1)
+    world.air.others.append(partial(once, world, 1030, partial(cut, world)))
+    world.run(lambda: world.air.clock_s > 1060, 100)
+    assert states(world) == ["online", "offline", "online", "stopped"]
+    ids = [dict(message.properties)["id"] for message in world.air.published if message.topic.endswith("/state")]
+    assert len(set(ids)) == len(ids)
+
+
+def cut(world: World) -> None:
+    link = world.air._boxes[DEVICE].link
+    if link is not None:
+        link.cut("connection lost")
+
+
+def test_stopping_empties_the_outbox_first_and_gives_up_in_time(make: Callable[..., World]) -> None:
+    world = make(Weather(delay_s=0.2), window=20)
+    world.write(60)
+    world.run(lambda: True, 1)
+    assert world.waiting() == set()
+    assert states(world)[-1] == "stopped"
+    world.uplink = world.new_uplink()
+    world.collector.leave()
+    world.write(5)
+    began = world.air.clock_s
+    world.run(lambda: True, 1)
+    assert world.air.clock_s - began < 4.0
+    assert states(world)[-1] == "stopped"
+
+
+def test_the_uplink_is_alive_while_it_waits_and_not_when_it_hangs(world: World) -> None:
+    world.air.weather = Weather(cut=1.0)
+    dead: list[float] = []
+    world.air.others.append(lambda: None if world.uplink.alive(world.air.now()) else dead.append(world.air.clock_s))
+    world.run(lambda: False, 600)
+    assert dead == []
+    world.air.clock_s += uplink._SIGN_OF_LIFE_S + 61
+    assert not world.uplink.alive(world.air.now())
+
+
+def test_an_acknowledgement_is_taken_on_its_own_topic_only(world: World) -> None:
+    payload, token = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 0, []))
+    acks = world.uplink._acks
+    assert isinstance(acks.take(Delivery(ACK_TOPIC, payload, (token,), True, 1, 1), world.air.now()), Ack)
+    elsewhere = f"outstation/{FLEET}/{DEVICE}/cmd"
+    assert acks.take(Delivery(elsewhere, payload, (token,), False, 1, 1), world.air.now()) is None
+
+
+@pytest.mark.parametrize(
+    ("topic_filter", "topic", "taken"),
+    [
+        ("a/+/c", "a/b/c", True),
+        ("a/+/c", "a/b/d", False),
+        ("a/#", "a/b/c", True),
+        ("a/+", "a/b/c", False),
+        ("a/b/c", "a/b", False),
+    ],
+)
+def test_the_air_routes_as_a_broker_does(topic_filter: str, topic: str, taken: bool) -> None:
+    assert matches(topic_filter, topic) is taken

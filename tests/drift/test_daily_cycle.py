@@ -1,0 +1,170 @@
+"""The hour of the day: learned where it explains something, and then no night alarms."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from agent.drift import Judge, Reference, Verdict, build
+from agent.drift.detectors import daily_cycle
+
+WINDOW, FIELDS = 60, ("a", "b", "c")
+
+
+@cache
+def shipped() -> Reference:
+    rows = np.random.default_rng(0).normal(size=(60 * WINDOW, 3)).astype(np.float32)
+    return build(rows, np.arange(len(rows)), 1, np.zeros(len(rows), np.int64), None, WINDOW, fields=FIELDS)
+
+
+def days(
+    seed: int,
+    count: int,
+    *,
+    learn: int,
+    learn_s: float = 0.0,
+    per_day: int = 24,
+    late: float = 0.0,
+    square: bool = False,
+) -> tuple[list[Verdict], Judge]:
+    """Verdicts on `count` days with a cycle in two of three fields; from the middle on, "c" is off by `late`."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(count * per_day * WINDOW, dtype=np.int64) * (daily_cycle.DAY_US // (per_day * WINDOW))
+    wave = np.sin(2 * np.pi * t / daily_cycle.DAY_US + 1)
+    wave = (wave > 0.2) * 1.5 if square else wave
+    rows = rng.normal(size=(len(t), 3))
+    rows[:, 0] += wave
+    rows[:, 1] *= 1 + 0.3 * wave
+    rows[len(t) // 2 :, 2] += late
+    judge = Judge(shipped(), labels=(), window=WINDOW, learn=learn, learn_s=learn_s)
+    none = np.zeros(len(t), np.int64)
+    _, verdicts = judge.step(
+        judge.start(), rows.astype(np.float32), np.arange(len(t)), 1, none, None, rows=(1, len(t)), t=t
+    )
+    return verdicts, judge
+
+
+def raised(verdicts: list[Verdict]) -> list[tuple[str, int]]:
+    return [(a.subject, v.index) for v in verdicts for a in v.alerts if a.state == "raised"]
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_no_night_alarms_once_three_days_were_learned(square: bool) -> None:
+    quiet = [days(seed, 10, learn=40, learn_s=3 * 86_400.0, square=square)[0] for seed in range(4)]
+    assert [v.index for v in quiet[0] if v.learned] == [73]
+    assert sum(len(raised(verdicts)) for verdicts in quiet) <= 2
+    site = next(v.learned for v in quiet[0] if v.learned)
+    assert site.site is not None
+    assert site.site.waves.any()
+    assert site.site.told()["daily"]
+
+
+def test_drift_is_found_beside_a_daily_cycle() -> None:
+    verdicts, _ = days(1, 8, learn=72, late=1.0)
+    assert ("c", 98) in raised(verdicts)
+    assert {subject for subject, _ in raised(verdicts)} == {"c"}
+
+
+def test_a_reference_of_some_hours_says_so_where_it_alarms_at_another_hour() -> None:
+    verdicts, _ = days(2, 2, learn=24, per_day=96)
+    told = [a.summary for v in verdicts for a in v.alerts if a.state == "raised"]
+    assert "; or the time of day: this site's reference knows the hours 00, 01, 02, 03, 04, 05 UTC only" in told[0]
+
+
+def test_where_the_hour_explains_nothing_there_are_no_waves() -> None:
+    values = np.random.default_rng(0).normal(size=(96, 5))
+    t = np.arange(96, dtype=np.int64) * daily_cycle.HOUR_US
+    fit = daily_cycle.fit(values, t)
+    assert not fit.waves.any()
+    np.testing.assert_allclose(fit.mean, values.mean(0))
+
+
+def test_waves_are_those_of_the_day() -> None:
+    t = np.arange(96, dtype=np.int64) * daily_cycle.HOUR_US
+    values = (3 + 2 * np.cos(2 * np.pi * t / daily_cycle.DAY_US))[:, None] + np.random.default_rng(0).normal(
+        0, 0.1, (96, 1)
+    )
+    fit = daily_cycle.fit(values, t)
+    assert fit.mean[0] == pytest.approx(3, abs=0.05)
+    assert fit.waves[0, 0] == pytest.approx(2, abs=0.05)
+    assert fit.left.std() < 0.15
+
+
+@pytest.mark.parametrize(
+    ("hours", "strata", "expected"),
+    [(80, "auto", True), (60, "auto", False), (30, "hour", True), (80, "none", False), (10, "hour", False)],
+)
+def test_a_cycle_is_looked_for_after_three_days_or_when_asked_after_one(
+    hours: int, strata: str, expected: bool
+) -> None:
+    assert daily_cycle.told(np.arange(hours, dtype=np.int64) * daily_cycle.HOUR_US, strata) is expected
+
+
+def office(seed: int, count: int, *, learn_days: float, strata: str = "auto") -> tuple[list[Verdict], Judge]:
+    """Days with a cycle in two of three fields that rests on Saturday and Sunday of another time zone."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(count * 24 * WINDOW, dtype=np.int64) * (daily_cycle.HOUR_US // WINDOW)
+    local = t - 7 * daily_cycle.HOUR_US
+    works = (local // daily_cycle.DAY_US + 3) % 7 < 5
+    wave = np.maximum(0, np.sin(2 * np.pi * (local / daily_cycle.DAY_US - 0.25))) * works
+    rows = rng.normal(size=(len(t), 3)) + np.stack([1.5 * wave, -0.8 * wave, 0 * wave], axis=1)
+    judge = Judge(shipped(), labels=(), window=WINDOW, learn=40, learn_s=learn_days * 86_400, strata=strata)
+    none = np.zeros(len(t), np.int64)
+    state, verdicts = judge.start(), []
+    for begin in range(0, len(t), 14 * 24 * WINDOW):
+        some = slice(begin, begin + 14 * 24 * WINDOW)
+        state, more = judge.step(
+            state, rows[some].astype(np.float32), np.arange(len(t[some])), 1, none[some], None,
+            rows=(begin + 1, begin + len(t[some])), t=t[some],
+        )  # fmt: skip
+        verdicts += more
+    return verdicts, judge
+
+
+def test_no_weekend_alarms_once_two_weeks_were_learned() -> None:
+    alarms = 0
+    for seed in range(3):
+        verdicts, _ = office(seed, 42, learn_days=14)
+        site = next(v.learned for v in verdicts if v.learned)
+        assert site.site is not None
+        assert site.site.told()["weekly"]
+        assert site.site.rest_lasts == 2 * daily_cycle.DAY_US
+        begins = (site.site.rest_begins - 7 * daily_cycle.HOUR_US) / daily_cycle.DAY_US
+        assert begins == pytest.approx(2, abs=0.4)
+        alarms += len(raised(verdicts))
+        assert Reference.from_json(site.to_json()).to_json() == site.to_json()
+    # Of 2,016 windows: 12 weekends would raise far more.
+    assert alarms <= 4
+
+
+def test_weekends_alarm_where_only_the_hour_is_followed() -> None:
+    verdicts, _ = office(0, 42, learn_days=14, strata="hour")
+    site = next(v.learned for v in verdicts if v.learned)
+    assert site.site is not None
+    assert not site.site.told()["weekly"]
+    assert len(raised(verdicts)) >= 4
+
+
+def test_two_weeks_of_chance_have_no_days_of_rest() -> None:
+    t = np.arange(14 * 24, dtype=np.int64) * daily_cycle.HOUR_US
+    kept = [daily_cycle.fit(np.random.default_rng(seed).normal(size=(len(t), 8)), t).cycle.any() for seed in range(20)]
+    assert not any(kept)
+
+
+def test_two_weeks_that_disagree_have_no_days_of_rest() -> None:
+    t = np.arange(14 * 24, dtype=np.int64) * daily_cycle.HOUR_US
+    odd = ((t // daily_cycle.DAY_US) % 7 >= 5) * np.where(t < daily_cycle.WEEK_US, 3.0, -3.0)
+    values = np.random.default_rng(0).normal(size=(len(t), 2)) + odd[:, None]
+    assert not daily_cycle.fit(values, t).cycle.weekly
+
+
+@pytest.mark.parametrize(
+    ("days", "strata", "expected"),
+    [(14, "auto", True), (13, "auto", False), (7, "week", True), (6, "week", False), (20, "hour", False)],
+)
+def test_days_of_rest_are_looked_for_after_two_weeks_or_when_asked_after_one(
+    days: int, strata: str, expected: bool
+) -> None:
+    assert daily_cycle.week_told(np.arange(days * 24, dtype=np.int64) * daily_cycle.HOUR_US, strata) is expected

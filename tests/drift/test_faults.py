@@ -1,0 +1,331 @@
+"""Sensor faults, one kind at a time, and what must not be taken for one."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from random import Random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from agent.drift import Judge, State, build
+from agent.drift.baseline import summary as summaries
+from agent.drift.baseline.reference import Reference
+from agent.drift.baseline.summary import Summary, stacked
+from agent.drift.detectors import resolution
+from agent.drift.detectors.extremes import Extremes
+from agent.drift.detectors.runs import Tail
+from agent.drift.faults import faults
+from agent.drift.faults.faults import Fault
+from tests.kit.machine import FIELDS, LABELS, ROWS, WINDOW, Readings, feed, readings, reference
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Reference:
+    return reference()
+
+
+@pytest.fixture
+def rows() -> NDArray[np.float64]:
+    return readings(9, 1).features.astype(np.float64)
+
+
+def found(shipped: Reference, rows: NDArray[np.float64], units: tuple[str, ...] = ()) -> tuple[str | None, ...]:
+    summary, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(rows.shape[1]))
+    return tuple(fault.name if fault else None for fault in find(summary, shipped, units))
+
+
+def find(summary: Summary, shipped: Reference, units: tuple[str, ...] = ()) -> tuple[Fault | None, ...]:
+    return faults.find(faults.signs(stacked(summary), shipped), 0, summary, shipped, units)
+
+
+def test_no_fault_in_clean_windows(shipped: Reference) -> None:
+    r = readings(10, 100)
+    flagged = [found(shipped, r.windows(i, i + 1).features.astype(np.float64)) for i in range(100)]
+    assert [f for f in flagged if any(f)] == []
+
+
+@pytest.mark.parametrize(("change", "gain"), [(0.5, 1.0), (0.0, 0.6), (0.0, 1.3)])
+def test_drift_is_no_fault(shipped: Reference, rows: NDArray[np.float64], change: float, gain: float) -> None:
+    rows[:, 1] = rows[:, 1] * gain + change
+    assert found(shipped, rows) == (None, None, None)
+
+
+def test_a_value_repeated_for_long_is_stuck(shipped: Reference, rows: NDArray[np.float64]) -> None:
+    rows[50:62, 1] = rows[50, 1]
+    assert found(shipped, rows) == (None, "stuck", None)
+
+
+def test_a_short_repeat_is_not_stuck(shipped: Reference, rows: NDArray[np.float64]) -> None:
+    rows[50:60, 1] = rows[50, 1]
+    assert found(shipped, rows) == (None, None, None)
+
+
+def test_a_value_at_which_the_sensor_rests_may_repeat() -> None:
+    rng = np.random.default_rng(3)
+    light = np.where(np.arange(12_000) % 300 < 120, 0.0, rng.normal(50, 5, 12_000)).astype(np.float32)[:, None]
+    shipped = build(light, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("light",))
+    assert shipped.rest == ((0.0,),)
+    night = np.concatenate([np.zeros(100), rng.normal(50, 5, 200)])[:, None]
+    assert found(shipped, night) == (None,)
+    night[150:170] = 47.0
+    assert found(shipped, night) == ("stuck",)
+
+
+def test_a_sensor_with_long_natural_runs_may_have_them(shipped: Reference, rows: NDArray[np.float64]) -> None:
+    coarse = replace(shipped, longest=np.array([30, 30, 30]))
+    rows[20:160, 0] = 1.0
+    assert found(coarse, rows) == (None, None, None)
+    rows[:, 0] = 1.0
+    assert found(coarse, rows)[0] == "stuck"
+
+
+def test_one_absent_value_in_twenty_is_missing(shipped: Reference, rows: NDArray[np.float64]) -> None:
+    rows[:10, 2] = np.nan
+    assert found(shipped, rows) == (None, None, None)
+    rows[:11, 2] = np.nan
+    assert found(shipped, rows) == (None, None, "missing")
+
+
+def test_a_sensor_that_often_missed_values_in_the_reference_may_go_on(
+    shipped: Reference, rows: NDArray[np.float64]
+) -> None:
+    patchy = replace(shipped, missing=shipped.n // 10)
+    rows[:20, 2] = np.nan
+    assert found(patchy, rows) == (None, None, None)
+
+
+def test_an_offset_that_is_no_units_is_out_of_range(shipped: Reference, rows: NDArray[np.float64]) -> None:
+    rows[:, 0] += 100
+    assert found(shipped, rows)[0] == "out_of_range"
+
+
+def judged(shipped: Reference, rows: NDArray[np.float64], units: tuple[str, ...] = ()) -> tuple[Fault | None, ...]:
+    """With the statistics of model windows, too."""
+    labels = np.zeros(len(rows) // ROWS, np.int64)
+    return find(summaries.of(shipped, rows, np.arange(len(labels)) * ROWS, labels, None), shipped, units)
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor", "detail"),
+    [
+        ("g", 9.80665, "m/s² where g was"),
+        ("g", 1000, "mg where g was"),
+        ("rad/s", 57.29578, "deg/s where rad/s was"),
+        ("A", 1000, "1000 times what it was"),
+        ("A", 1 / 1000, "a thousandth of what it was"),
+        ("bar", 10, "10 times what it was"),
+    ],
+)
+def test_readings_in_another_unit_are_recognised_and_it_is_named(
+    shipped: Reference, unit: str, factor: float, detail: str
+) -> None:
+    r = readings(12, 100)
+    named = []
+    for i in range(100):
+        rows = r.windows(i, i + 1).features.astype(np.float64)
+        rows[:, 0] *= factor
+        named.append(judged(shipped, rows, (unit, "g", "rad/s")))
+    assert {fault for _, *others in named for fault in others} == {None}
+    # A machine that idles for a whole drift window does not show it yet.
+    assert [first for first, *_ in named].count(Fault("unit", detail)) >= (95 if factor > 1 else 70)
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor", "detail"),
+    [
+        ("m/s2", 1 / 9.80665, "g where m/s² was"),
+        ("deg", 1 / 57.29578, "radians where degrees were"),
+        ("bar", 1 / 10, "a tenth of what it was"),
+    ],
+)
+def test_a_smaller_unit_is_recognised_where_the_sensor_never_was_so_calm(unit: str, factor: float, detail: str) -> None:
+    rng = np.random.default_rng(4)
+    shipped = build(
+        rng.normal(size=(12_000, 1)).astype(np.float32), np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300,
+        fields=("tilt",),
+    )  # fmt: skip
+    for _ in range(50):
+        now = rng.normal(size=(300, 1))
+        assert find(row_by_row(shipped, now), shipped, (unit,)) == (None,)
+        assert find(row_by_row(shipped, 0.5 * now), shipped, (unit,)) == (None,)
+        assert find(row_by_row(shipped, factor * now), shipped, (unit,)) == (Fault("unit", detail),)
+
+
+@pytest.mark.parametrize(
+    ("factor", "offset", "detail"), [(1.8, 32.0, "°F where °C was"), (1.0, 273.15, "K where °C was")]
+)
+def test_a_temperature_on_another_scale_is_recognised(factor: float, offset: float, detail: str) -> None:
+    rng = np.random.default_rng(4)
+    celsius = (20 + rng.normal(0, 2, 12_000)).astype(np.float32)[:, None]
+    shipped = build(celsius, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("air",))
+    now = 20 + rng.normal(0, 2, (300, 1))
+    assert find(row_by_row(shipped, now), shipped, ("°C",)) == (None,)
+    assert find(row_by_row(shipped, factor * now + offset), shipped, ("°C",)) == (Fault("unit", detail),)
+    assert find(row_by_row(shipped, now + 3), shipped, ("°C",)) == (None,)
+
+
+def row_by_row(shipped: Reference, rows: NDArray[np.float64]) -> Summary:
+    return summaries.of(shipped, rows, np.arange(len(rows)), np.zeros(len(rows), np.int64), None)
+
+
+@pytest.fixture(scope="module")
+def learned(shipped: Reference) -> State:
+    judge = Judge(shipped, labels=LABELS, window=WINDOW)
+    return feed(judge, judge.start(), readings(3, 42))[0]
+
+
+def alerted(shipped: Reference, learned: State, r: Readings, units: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    """Subject, fault and sentence of the fault alerts raised in four windows."""
+    judge = Judge(shipped, labels=LABELS, window=WINDOW, units=units)
+    _, verdicts = feed(judge, learned, r)
+    alerts = [a for v in verdicts for a in v.alerts if a.alert == "fault" and a.state == "raised"]
+    return [(a.subject, a.evidence["fault"], a.summary) for a in alerts]
+
+
+@pytest.mark.parametrize("seed", range(20, 30))
+def test_two_fields_that_changed_places_are_each_named_with_the_other(
+    shipped: Reference, learned: State, seed: int
+) -> None:
+    r = readings(seed, 2)
+    r.features[:, [1, 2]] = r.features[:, [2, 1]]
+    assert alerted(shipped, learned, r, ("g", "g", "g")) == [
+        ("y", "swapped", "y: reads like z did, and z like y: cables or columns were exchanged."),
+        ("z", "swapped", "z: reads like y did, and y like z: cables or columns were exchanged."),
+    ]
+
+
+def test_fields_of_different_units_are_not_said_to_have_changed_places(shipped: Reference, learned: State) -> None:
+    r = readings(20, 2)
+    r.features[:, [1, 2]] = r.features[:, [2, 1]]
+    assert "swapped" not in {fault for _, fault, _ in alerted(shipped, learned, r, ("g", "g", "rad/s"))}
+
+
+@pytest.mark.parametrize("seed", range(20, 30))
+def test_a_reversed_sign_is_named(shipped: Reference, learned: State, seed: int) -> None:
+    r = readings(seed, 2)
+    r.features[:, 1] *= -1
+    assert [(s, f) for s, f, _ in alerted(shipped, learned, r, ("g", "g", "g"))] == [("y", "reversed")]
+
+
+@pytest.mark.parametrize("seed", range(20, 25))
+def test_a_converter_that_became_coarser_is_named(shipped: Reference, learned: State, seed: int) -> None:
+    r = readings(seed, 2)
+    r.features[:, 2] = np.round(r.features[:, 2] * 5) / 5
+    (told,) = alerted(shipped, learned, r, ())
+    assert told[:2] == ("z", "quantized")
+    assert re.fullmatch(r"z: values come in steps about \d+ times as coarse as .*rounding\.", told[2])
+
+
+def test_rest_and_faster_moves_are_no_coarser_converter(shipped: Reference, learned: State) -> None:
+    assert learned.site is not None
+    for factor in (0.0, 0.25, 1.5, 3.0):
+        rows = factor * readings(33, 1).features.astype(np.float64)
+        summary, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(3))
+        assert resolution.coarser(summary, learned.site).tolist() == [0, 0, 0]
+
+
+def test_a_reference_learned_before_steps_were_counted_still_serves(shipped: Reference, learned: State) -> None:
+    site = learned.site
+    assert site is not None
+    assert site.site is not None
+    old = json.loads(site.to_json())
+    del old["site"]["steps"]
+    known = Reference.from_json(json.dumps(old).encode())
+    summary, _ = Summary.empty(shipped).add_rows(shipped, np.round(readings(20, 1).features), Tail.empty(3))
+    assert resolution.coarser(summary, known).tolist() == [0, 0, 0]
+    assert (resolution.coarser(summary, site) > 0).any()
+
+
+@given(st.lists(st.integers(0, 40), max_size=5))
+def test_steps_are_counted_alike_however_the_rows_were_cut(shipped: Reference, cuts: list[int]) -> None:
+    rows = readings(34, 1).features[:40].astype(np.float64)
+    rows[[5, 6, 20], 1] = np.nan
+    whole, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(3))
+    summary, tail = Summary.empty(shipped), Tail.empty(3)
+    for begin, end in pairwise([0, *sorted(cuts), 40]):
+        summary, tail = summary.add_rows(shipped, rows[begin:end], tail)
+    np.testing.assert_array_equal(summary.steps, whole.steps)
+    np.testing.assert_array_equal(summary.extremes.rows, whole.extremes.rows)
+    assert whole.steps.sum(1).tolist() == [39, 34, 39]
+
+
+def test_nothing_is_said_to_be_swapped_reversed_or_in_another_unit_in_quiet_windows_or_in_drift(
+    shipped: Reference, learned: State
+) -> None:
+    assert alerted(shipped, learned, readings(31, 300), ("g", "g", "g")) == []
+    for gain, shift in [(0.6, 0.0), (1.4, 0.0), (1.0, 0.5), (1.0, -0.5)]:
+        r = readings(32, 60)
+        r.features[:, 1] = gain * r.features[:, 1] + shift
+        assert alerted(shipped, learned, r, ("g", "g", "g")) == []
+
+
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+def test_readings_that_are_cut_off_at_a_limit_are_saturated(shipped: Reference, side: float) -> None:
+    r = readings(13, 60)
+    named = []
+    for i in range(60):
+        rows = r.windows(i, i + 1).features.astype(np.float64)
+        rows[:, 1] = side * np.minimum(side * rows[:, 1], np.quantile(side * rows[:, 1], 0.85))
+        named.append(found(shipped, rows))
+    assert named.count((None, "saturated", None)) >= 59
+
+
+def test_a_limit_at_which_a_sensor_often_is_by_nature_is_not_saturation() -> None:
+    rng = np.random.default_rng(5)
+    rain = np.maximum(0.0, rng.normal(1, 1, (12_000, 1))).astype(np.float32)
+    shipped = build(rain, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("rain",))
+    assert shipped.rest == ((),)
+    assert found(shipped, rain[:300].astype(np.float64)) == (None,)
+    assert found(shipped, np.minimum(rain[:300].astype(np.float64), 1.8)) == ("saturated",)
+
+
+def test_a_coarse_sensor_that_is_mostly_at_its_highest_value_is_not_saturated(shipped: Reference) -> None:
+    rng, rows = np.random.default_rng(6), readings(14, 1).features.astype(np.float64)
+    rows[:, 0] = np.minimum(np.round(rng.normal(2, 1, len(rows))), 2) / 3
+    assert (rows[:, 0] == 2 / 3).mean() > 0.5
+    assert found(replace(shipped, longest=shipped.longest + 30), rows)[0] is None
+
+
+@given(st.lists(st.lists(st.sampled_from([-2.0, 0.0, 1.0, 1.5, np.nan]), max_size=5), max_size=4), st.randoms())
+def test_extremes_of_parts_are_those_of_the_whole(parts: list[list[float]], rng: Random) -> None:
+    whole = extremes([value for part in parts for value in part])
+    rng.shuffle(parts)
+    together = Extremes.empty(1)
+    for part in parts:
+        together = together.merge(extremes(part))
+    np.testing.assert_array_equal(together.values, whole.values)
+    np.testing.assert_array_equal(together.rows, whole.rows)
+
+
+def extremes(values: list[float]) -> Extremes:
+    return Extremes.of(np.sort(np.array([values])), np.array([sum(value == value for value in values)]))
+
+
+def test_lone_jumps_are_spikes(shipped: Reference, rows: NDArray[np.float64]) -> None:
+    rows[[30, 31, 32], 1] = [0.5, 0.5 + 12 * shipped.jump[1], 0.5]
+    assert found(shipped, rows) == (None, None, None)
+    rows[[130, 131, 132], 1] = [0.5, 0.5 - 12 * shipped.jump[1], 0.5]
+    assert found(shipped, rows) == (None, "spikes", None)
+
+
+def test_a_step_to_a_new_level_is_no_spike(shipped: Reference, rows: NDArray[np.float64]) -> None:
+    rows[40:80, 1] += 12 * shipped.jump[1]
+    rows[120:160, 1] += 12 * shipped.jump[1]
+    summary, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(3))
+    assert summary.spikes[1] == 0
+
+
+def test_infinities_count_as_missing() -> None:
+    r = readings(11, 60)
+    r.features[5, 0], r.features[9, 0] = np.inf, -np.inf
+    starts = np.arange(600) * ROWS
+    shipped = build(r.features, starts, ROWS, r.labels, None, WINDOW, fields=FIELDS, labels=LABELS)
+    assert shipped.missing.tolist() == [2, 0, 0]
+    assert np.isfinite(shipped.high).all()

@@ -1,0 +1,112 @@
+"""Drift messages read back: what a device says is taken as it is, or refused as a whole."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.drift.reporting import parsed_message
+from agent.drift.reporting.timeline import MOST, Timeline
+
+T = (1_795_000_000_000_000, 1_795_000_060_000_000)
+FIELD = {
+    "counts": [1] * 32, "missing": 2, "below": 3, "above": 4, "mean": 0.5, "m2": 7.0, "state": "ok", "fault": None,
+    "cusum": {"mean": [1.0, 2.0], "spread": [3.0, 0.0], "limit": 5.5},
+}  # fmt: skip
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from([*FIELD, "limit", "score"]), inner),
+    max_leaves=12,
+)
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    whole = {
+        "features": {"ax": FIELD},
+        "output": {
+            "counts": {"PEN": 20},
+            "state": "ok",
+            "score": {"cusum": [0.5, 0.0], "limit": 5.0, "state": "drift"},
+        },
+        "joint": {"cusum": 1.5, "limit": 3.5, "state": "ok"},
+        "estimate": {"accuracy": 0.9, "low": 0.8, "high": 1.0, "method": "cbpe"},
+        "state": "drift",
+    }
+    return {**whole, **changes}
+
+
+def test_a_whole_message_is_read() -> None:
+    found = parsed_message.from_message(body(), T)
+    assert found.fields["ax"].n == 39
+    assert found.fields["ax"].histogram().tolist() == [3, *[1] * 32, 4]
+    told = {name: (s.state, s.mean, s.spread, s.limit) for name, s in found.subjects.items()}
+    assert told == {
+        "ax": ("ok", 2.0, 3.0, 5.5),
+        "output": ("ok", 0.0, 0.0, None),
+        "score": ("drift", 0.5, 0.0, 5.0),
+        "joint": ("ok", 1.5, 0.0, 3.5),
+    }
+    assert found.accuracy == (0.9, 0.8, 1.0)
+
+
+def test_an_older_or_newer_message_without_some_members_and_with_others_is_read() -> None:
+    field = {name: value for name, value in FIELD.items() if name != "cusum"} | {"new": [1]}
+    found = parsed_message.from_message(body(features={"ax": field}, joint=None, output={}, estimate={"error": 0.2}), T)
+    assert set(found.subjects) == {"ax", "output"}
+    assert found.accuracy is None
+
+
+def test_fields_beside_a_faulty_one_are_untested_and_not_still_learned() -> None:
+    fields = {
+        "ax": {**FIELD, "state": "fault"},
+        "ay": {**FIELD, "state": "insufficient"},
+        "az": {**FIELD, "state": "drift"},
+    }
+    found = parsed_message.from_message(body(features=fields, state="fault"), T)
+    assert [found.subjects[name].state for name in fields] == ["fault", "untested", "drift"]
+
+
+@given(st.dictionaries(st.sampled_from(["features", "output", "joint", "estimate"]), anything))
+def test_whatever_else_it_holds_it_is_read_or_refused(changes: dict[str, Any]) -> None:
+    try:
+        found = parsed_message.from_message(body(**changes), T)
+    except ValueError:
+        return
+    assert all(field.n >= 0 for field in found.fields.values())
+
+
+@given(st.sampled_from(sorted(FIELD)), anything)
+def test_a_field_with_a_strange_member_is_read_or_refused(name: str, value: Any) -> None:
+    try:
+        found = parsed_message.from_message(body(features={"ax": {**FIELD, name: value}}), T)
+    except ValueError:
+        return
+    assert json.dumps(found.fields["ax"].histogram().tolist())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"mean": 1e200}, {"m2": -1.0}, {"counts": []}, {"counts": [1] * 300}, {"below": -1}, {"missing": 2**50}]
+)
+def test_numbers_that_cannot_be_or_would_overflow_a_sum_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        parsed_message.from_message(body(features={"ax": {**FIELD, **changes}}), T)
+
+
+def test_a_course_of_many_windows_keeps_its_ends_and_every_spell() -> None:
+    line = Timeline()
+    for i in range(5 * MOST):
+        state = "drift" if 1000 <= i < 1010 else "ok"
+        span = (T[0] + i * 60_000_000, T[0] + (i + 1) * 60_000_000 - 1)
+        line.add(parsed_message.from_message(body(features={"ax": {**FIELD, "state": state}}), span))
+    assert line.points[0].t[0] == T[0]
+    assert line.points[-1].t[1] == T[0] + 5 * MOST * 60_000_000 - 1
+    [(begin, end, goes_on)] = line.spells("ax", "drift")
+    assert begin <= T[0] + 1000 * 60_000_000
+    assert end >= T[0] + 1010 * 60_000_000 - 1
+    assert not goes_on
+    assert line.shapes["ax"]["drift"].windows == 10
+    assert int(line.shapes["ax"]["ok"].counts.sum()) == (5 * MOST - 10) * 39

@@ -1,0 +1,168 @@
+"""Drift windows that are judged together come to the bits of one after another."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from msgspec.structs import astuple
+from numpy.typing import NDArray
+
+from agent.drift import Judge, State, Verdict
+from agent.drift.detectors.cusum import Cusum
+from agent.drift.detectors.mewma import Together
+from agent.drift.detectors.season import HALF_DAY_US, Season
+from agent.drift.detectors.test_layout import Places
+from agent.drift.testing import sequence as courses
+from agent.drift.testing.test_suite import Evidence
+from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, feed, readings, reference
+
+LEARN = 40
+TESTS = 5
+Scores = NDArray[np.float64]
+# As windows say them: mostly little, some beyond what one may say, some nothing.
+ZS = st.one_of(st.floats(-3, 3), st.floats(-50, 50), st.just(float("nan")))
+
+
+def windows(most: int = 8) -> st.SearchStrategy[Scores]:
+    return arrays(np.float64, st.tuples(st.integers(1, most), st.just(TESTS)), elements=ZS)
+
+
+def same(one: msgspec.Struct, other: msgspec.Struct) -> bool:
+    return [part.tobytes() for part in astuple(one)] == [part.tobytes() for part in astuple(other)]
+
+
+@given(windows(), windows())
+def test_sums_over_windows_in_a_row_are_those_of_one_after_another(before: Scores, z: Scores) -> None:
+    begun = Cusum.zeros(TESTS)
+    for one in before:
+        begun = begun.update(one, 2 * one, t=7)
+    begun = begun.only(~begun.on.any(0))
+    t = 10 * np.arange(1, len(z) + 1)
+    together, alone = begun.ahead(z, 3 * z, t=t), begun
+    for at, one in enumerate(z):
+        alone = alone.update(one, 3 * one, t=int(t[at]))
+        assert alone.on.any() == together.raises[at]
+        assert same(together.after(at + 1), alone)
+        assert (together.values[at] == alone.value).all()
+        if alone.on.any():
+            break
+
+
+@given(windows(), windows())
+def test_means_over_windows_in_a_row_are_those_of_one_after_another(before: Scores, z: Scores) -> None:
+    begun = Together.zeros(TESTS)
+    for one in before:
+        begun = begun.update(one, 2 * one, 7)
+    t = 10 * np.arange(1, len(z) + 1)
+    together, alone = begun.ahead(z, 3 * z, t), begun
+    for at, one in enumerate(z):
+        alone = alone.update(one, 3 * one, int(t[at]))
+        assert same(together.after(at + 1), alone)
+        assert together.squares[at] == alone.square
+
+
+@given(windows(12), st.lists(st.integers(-1, 2), min_size=12, max_size=12))
+def test_a_season_over_windows_in_a_row_is_that_of_one_after_another(z: Scores, half_days: list[int]) -> None:
+    t = (20 + np.cumsum(half_days)[: len(z)]) * HALF_DAY_US + 5
+    alone = Season()
+    for at in range(len(z)):
+        alone = alone.add(z[at : at + 1], t[at : at + 1])
+    assert same(Season().add(z, t), alone)
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge(reference(), labels=LABELS, window=WINDOW, learn=LEARN)
+
+
+@pytest.fixture(scope="module")
+def learned(judge: Judge) -> State:
+    state, _ = feed(judge, judge.start(), readings(3, LEARN + 2))
+    assert state.site is not None
+    return state
+
+
+@given(
+    st.floats(0.3, 3.0),
+    st.integers(0, 99),
+    arrays(np.bool_, (9, 5), elements=st.sampled_from([False, False, False, True])),
+)
+@settings(deadline=None, max_examples=60)
+def test_all_tests_over_windows_in_a_row_come_to_the_detectors_of_one_after_another(
+    judge: Judge, learned: State, wild: float, seed: int, beyond: NDArray[np.bool_]
+) -> None:
+    """The wilder, the sooner fields that move hold other tests back, and an alarm is raised."""
+    at: Places = judge.shipped.places
+    rng = np.random.default_rng(seed)
+    assert learned.site is not None
+    tester = judge._testing(learned.site)
+    z = wild * rng.normal(size=(9, at.tests)) + wild * 0.4 * rng.normal(size=at.tests)
+    z[rng.random(z.shape) < 0.05] = np.nan
+    told = rng.random(beyond.shape) < 0.95
+    evidence = Evidence(z, np.nan_to_num(z), beyond, told, rng.integers(0, 9, (9, 32)))
+    t = 10 * np.arange(1, 10)
+    together, alone = courses.of(tester, learned.detectors, evidence, t), learned.detectors
+    for number in range(9):
+        is_quiet = number < together.quiet
+        some = slice(number, number + 1)
+        alone = courses.of(tester, alone, evidence[some], t[some]).after(1)
+        assert alone.open_subjects.any() != is_quiet
+        if not is_quiet:
+            break
+        after = together.after(number + 1)
+        for part in ("cusum", "shape", "means", "answers"):
+            assert same(getattr(after, part), getattr(alone, part))
+        assert after.scores.tobytes() == alone.scores.tobytes()
+        assert after.recent.tobytes() == alone.recent.tobytes()
+        assert together.cusum.values[number].tobytes() == alone.cusum.value.tobytes()
+
+
+def changed(seed: int, how: str, begin: int, lasts: int) -> Readings:
+    """Twenty drift windows, of which some from `begin` on are changed."""
+    r = readings(100 + seed, 20)
+    some = slice(begin * WINDOW * ROWS, (begin + lasts) * WINDOW * ROWS)
+    part = r.features[some]
+    if how == "gain":
+        part[:, 1] *= 1.8
+    elif how == "offset":
+        part[:, 0] += 0.4
+    elif how == "missing":
+        part[::9, 2] = np.nan
+    elif how == "swapped":
+        part[:, [0, 1]] = part[:, [1, 0]]
+    elif how == "repeated":
+        part[1::2] = part[::2]
+    elif how == "slow":
+        slow = np.repeat(part[: len(part) // 2 + 1], 2, axis=0)
+        part[:] = (slow[: len(part)] + slow[1 : len(part) + 1]) / 2
+    elif how == "other":
+        r.labels[begin * WINDOW : (begin + lasts) * WINDOW] = 2
+    return r
+
+
+@given(
+    st.integers(0, 50),
+    st.sampled_from(["nothing", "gain", "offset", "missing", "swapped", "repeated", "slow", "other"]),
+    st.integers(0, 12),
+    st.integers(1, 8),
+    st.integers(1, 60),
+)
+@settings(deadline=None, max_examples=25)
+def test_any_batches_after_learning_say_and_keep_what_single_windows_do(
+    judge: Judge, learned: State, seed: int, how: str, begin: int, lasts: int, batch: int
+) -> None:
+    r = changed(seed, how, begin, lasts)
+    state, verdicts = feed(judge, learned, r, batch=200)
+    each_state, each = feed(judge, learned, r, batch=WINDOW)
+    cut_state, cut = feed(judge, learned, r, batch=batch)
+    assert judge.to_bytes(state) == judge.to_bytes(each_state) == judge.to_bytes(cut_state)
+    assert told(verdicts) == told(each) == told(cut)
+    assert len(verdicts) == 20
+
+
+def told(verdicts: list[Verdict]) -> list[object]:
+    return [(v.index, v.rows, v.t, v.n, v.site, repr(v.summary), v.alerts) for v in verdicts]

@@ -1,0 +1,192 @@
+"""Who may do what at a real Mosquitto with the config and access list that `fleet init` writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from agent.config import Broker
+from agent.errors import LinkDown
+from agent.fleet.config import FleetConfig
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.transport.mqtt import Link
+from agent.transport.packets import Delivery, Outgoing, Receipt
+from tests.kit.brokers import Mosquitto, free_port
+from tests.kit.system import FLEET, outstation
+
+BASE = f"outstation/{FLEET}"
+NOT_AUTHORIZED = 0x87
+
+
+@dataclass
+class Access:
+    """A fleet of two devices, and its broker. `as_…` are brokers' settings with that one's certificate."""
+
+    home: Path
+    config: FleetConfig
+
+    def as_device(self, name: str) -> Broker:
+        folder = self.home / "devices" / name
+        files = {"cert_file": str(folder / "device.crt"), "tls_key_file": str(folder / "device-tls.key")}
+        return msgspec.structs.replace(self.config.broker, **files)
+
+    @property
+    def as_operator(self) -> Broker:
+        return self.config.broker_as(self.config.operator)
+
+    @property
+    def as_commander(self) -> Broker:
+        assert self.config.commander is not None
+        return self.config.broker_as(self.config.commander)
+
+    @property
+    def as_collector(self) -> Broker:
+        return self.config.broker_as(self.config.collector)
+
+
+@pytest.fixture(scope="module")
+def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
+    folder = tmp_path_factory.mktemp("access")
+    port = free_port()
+    config = init_fleet(folder / "fleet", FLEET, Broker(url=f"mqtts://localhost:{port}"))
+    store = FleetStore(Path(config.fleet.db))
+    for name in ("pi-a", "pi-b"):
+        enrol(folder / "fleet", config, store, name, key=None, replace=False)
+    store.close()
+    conf = folder / "fleet" / "broker" / "mosquitto.conf"
+    if os.geteuid() == 0:
+        conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
+    with Mosquitto(folder, conf=conf, port=port):
+        yield Access(folder / "fleet", config)
+
+
+def code(broker: Broker, topic: str) -> int:
+    """The broker's reason code for a message on `topic`."""
+    link = Link(broker, "someone")
+    try:
+        token = link.send(Outgoing(topic, b"{}"))
+        while True:
+            for event in link.receive(60.0):
+                if isinstance(event, Receipt) and event.token == token:
+                    return event.code
+    finally:
+        link.close()
+
+
+def heard(broker: Broker, filters: list[str], sender: Broker, topic: str) -> bool:
+    """Whether a message by `sender` on `topic` reaches somebody who subscribes to `filters`."""
+    listener, speaker = Link(broker, "listener", subscribe=filters), Link(sender, "speaker")
+    try:
+        speaker.send(Outgoing(topic, b"{}"))
+        assert speaker.receive(60.0), "the broker answered"
+        return any(isinstance(event, Delivery) for event in listener.receive(0.5))
+    finally:
+        listener.close()
+        speaker.close()
+
+
+OWN = ("results/x", "drift/x", "quality/x", "alerts/x", "health", "audit", "state", "keys", "reply")
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_device_publishes_under_its_own_name_and_under_no_other(access: Access, kind: str) -> None:
+    assert code(access.as_device("pi-a"), f"{BASE}/pi-a/{kind}") < 0x80
+    assert code(access.as_device("pi-a"), f"{BASE}/pi-b/{kind}") == NOT_AUTHORIZED
+
+
+@pytest.mark.parametrize("kind", ["ack", "cmd", "desired"])
+def test_a_device_publishes_nothing_that_goes_down_not_even_to_itself(access: Access, kind: str) -> None:
+    for name in ("pi-a", "pi-b", "_all"):
+        assert code(access.as_device("pi-a"), f"{BASE}/{name}/{kind}") == NOT_AUTHORIZED
+
+
+@pytest.mark.parametrize("kind", ["ack", "cmd", "desired"])
+def test_what_goes_down_to_one_device_does_not_reach_another(access: Access, kind: str) -> None:
+    sender = access.as_collector if kind == "ack" else access.as_operator
+    topic = f"{BASE}/pi-b/{kind}"
+    for filters in ([topic], ["#"], [f"{BASE}/+/{kind}"], [f"{BASE}/pi-a/{kind}"]):
+        assert not heard(access.as_device("pi-a"), filters, sender, topic), filters
+    assert heard(access.as_device("pi-b"), [topic], sender, topic)
+
+
+def test_a_device_does_not_see_what_others_measure(access: Access) -> None:
+    topic = f"{BASE}/pi-b/health"
+    assert not heard(access.as_device("pi-a"), ["#", topic], access.as_device("pi-b"), topic)
+
+
+def test_a_device_cannot_throw_another_off_by_taking_its_client_id(access: Access) -> None:
+    victim = Link(access.as_device("pi-b"), "pi-b")
+    try:
+        thief = Link(access.as_device("pi-a"), "pi-b")
+        thief.close()
+        token = victim.send(Outgoing(f"{BASE}/pi-b/health", b"{}"))
+        events = [event for event in victim.receive(60.0) if isinstance(event, Receipt)]
+        assert [event.token for event in events] == [token]
+    finally:
+        victim.close()
+
+
+@pytest.mark.parametrize("who", ["operator", "commander"])
+def test_operators_command_and_desire_and_publish_nothing_in_a_devices_or_the_collectors_name(
+    access: Access, who: str
+) -> None:
+    broker = access.as_operator if who == "operator" else access.as_commander
+    for kind in ("cmd", "desired"):
+        assert code(broker, f"{BASE}/pi-a/{kind}") < 0x80
+    for kind in (*OWN, "ack"):
+        assert code(broker, f"{BASE}/pi-a/{kind}") == NOT_AUTHORIZED
+
+
+def test_the_collector_acknowledges_and_commands_nobody(access: Access) -> None:
+    assert code(access.as_collector, f"{BASE}/pi-a/ack") < 0x80
+    for kind in (*OWN, "cmd", "desired"):
+        assert code(access.as_collector, f"{BASE}/pi-a/{kind}") == NOT_AUTHORIZED
+
+
+def test_a_command_does_not_end_the_connection_of_somebody_who_watches(access: Access) -> None:
+    watching = Link(access.as_operator, "watch", subscribe=[f"{BASE}/pi-a/health"])
+    try:
+        assert code(access.as_commander, f"{BASE}/pi-a/cmd") < 0x80
+        assert watching.receive(0.3) == []
+    finally:
+        watching.close()
+
+
+@pytest.mark.parametrize(("to", "topic"), [("all", "_all/desired"), ("group:roof", "_group/desired/roof")])
+def test_a_roll_out_is_retained_for_devices_and_ends_nobodys_connection(
+    access: Access, tmp_path: Path, to: str, topic: str
+) -> None:
+    file = tmp_path / "rollout.toml"
+    file.write_text(
+        f'[rollout]\nname = "{to.replace(":", "-")}"\ntask = "exercise"\nbundle = "exercise"\nversion = "1.1.0"\n'
+        f'digest = "sha256:{"cd" * 32}"\nto = "{to}"\n[[steps]]\nstrategy = "all"\n'
+        "[promote]\ndevices = 2\nagreement = 0.9\n",
+        encoding="utf-8",
+    )
+    watcher = Link(access.as_operator, "watch", subscribe=[f"{BASE}/+/health"])
+    try:
+        done = outstation("fleet", "rollout", "start", str(file), "--dir", str(access.home))
+        assert done.returncode == 0, done.stderr
+        device = Link(access.as_device("pi-a"), "pi-a", subscribe=[f"{BASE}/{topic}"])
+        [came] = [event for event in device.receive(60.0) if isinstance(event, Delivery)]
+        device.close()
+        assert (came.topic, came.retained) == (f"{BASE}/{topic}", True)
+        assert code(access.as_device("pi-a"), f"{BASE}/{topic}") == NOT_AUTHORIZED
+        assert watcher.receive(0.1) == []
+    finally:
+        watcher.close()
+
+
+def test_nobody_connects_without_a_certificate_of_this_fleet(access: Access, tmp_path: Path) -> None:
+    other = init_fleet(tmp_path / "other", FLEET, Broker(url=access.config.broker.url))
+    foreign = msgspec.structs.replace(other.broker_as(other.operator), ca_file=access.config.broker.ca_file)
+    with pytest.raises(LinkDown):
+        Link(foreign, "someone", timeout_s=3.0)
+    with pytest.raises(LinkDown):
+        Link(msgspec.structs.replace(foreign, cert_file=None, tls_key_file=None), "someone", timeout_s=3.0)

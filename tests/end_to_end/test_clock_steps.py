@@ -1,0 +1,196 @@
+"""The wall clock is set while the device runs: nothing bursts, nothing stops, no run is lost or doubled."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from apscheduler.triggers.cron import CronTrigger
+
+from agent import clock
+from agent.bootstrap import device as assembly
+from agent.bootstrap import wiring
+from agent.client import Client
+from agent.clock import Now
+from agent.device.daemon import Daemon
+from agent.device.pipeline import batch
+from agent.device.store.store import Store
+from tests.kit.system import FIELDS, Device, Fleet, eventually, fields
+
+LIBRARIES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
+HOUR_S, DAY_S = 3600, 86_400
+SECOND, MINUTE = 1_000_000, 60_000_000
+STEPS_S = [-HOUR_S, HOUR_S, 60 * DAY_S, 730 * DAY_S, -700 * DAY_S]
+TASKS = {"minutely": "every 60 s", "cron": "*/5 * * * *", "nightly": "0 3 * * *", "rows": "when 500 rows"}
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    with Fleet(tmp_path) as made:
+        yield made
+
+
+class Turned:
+    """A real daemon, its loop turned by hand in virtual time; `runs` and `work` count what it did."""
+
+    def __init__(self, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+        device.configure(f"[streams.watch]\nfields = [{', '.join(fields(FIELDS))}]\n")
+        for name, schedule in TASKS.items():
+            device.task(name, schedule=schedule)
+        self.file, self.conf = wiring.load(str(device.config))
+        self.store: Store = wiring.open_store(self.conf)
+        self.daemon: Daemon = assembly.daemon(self.file, self.conf, self.store)
+        self.runs: Counter[str] = Counter()
+        self.work: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+        self.wall_us = clock.epoch_us("2026-11-24T22:00:30Z")
+        self.boot_s = 1000.0
+        monkeypatch.setattr(batch, "run", self._counted("batches", batch.run))
+        monkeypatch.setattr(CronTrigger, "get_next_fire_time", self._counted("times", CronTrigger.get_next_fire_time))
+        monkeypatch.setattr(Store, "transaction", self._counted("commits", Store.transaction))
+        for planned in self.daemon._planned:
+            planned.schedule.ran = self._noted(planned.task.name, planned.schedule.ran)  # type: ignore[assignment]
+
+    def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.work[name] += 1
+            return call(*args, **kwargs)
+
+        return counting
+
+    def _noted(self, task: str, ran: Callable[[Now], None]) -> Callable[[Now], None]:
+        def noting(now: Now) -> None:
+            self.runs[task] += 1
+            ran(now)
+
+        return noting
+
+    def live(self, seconds: float) -> None:
+        """The loop for a while: each turn when the one before asked for it."""
+        end = self.boot_s + seconds
+        while self.boot_s < end:
+            before = self.work.copy()
+            wait = self.daemon.turn(Now(self.wall_us, self.boot_s, "restored"))
+            for name in self.work:
+                self.most[name] = max(self.most[name], self.work[name] - before[name])
+            passed = min(max(wait, 0.05), 5.0)
+            self.boot_s += passed
+            self.wall_us += round(passed * 1e6)
+
+    def step(self, seconds: float) -> None:
+        self.wall_us += round(seconds * 1e6)
+
+
+@pytest.fixture
+def turned(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> Iterator[Turned]:
+    made = Turned(fleet.device("pi-01"), monkeypatch)
+    yield made
+    made.store.close()
+
+
+def test_no_step_of_the_wall_clock_makes_runs_burst_or_a_turn_long(turned: Turned) -> None:
+    turned.live(60)
+    for step in STEPS_S:
+        turned.runs.clear()
+        turned.most.clear()
+        turned.step(step)
+        turned.live(900)
+        # One more for what a step forward passed over, never one for each time that it passed.
+        assert 14 <= turned.runs["minutely"] <= 16, step
+        assert 2 <= turned.runs["cron"] <= 4, step
+        assert turned.runs["nightly"] <= 2, step
+        assert turned.runs["rows"] == 0, step
+        # What one turn did, whatever lay between the clock before and after: a look-up for each cron task and a few.
+        assert turned.most["times"] <= 8, (step, turned.most)
+        assert turned.most["batches"] <= len(TASKS), (step, turned.most)
+        assert turned.most["commits"] <= 20, (step, turned.most)
+
+
+# --- a real process
+
+
+def preload() -> Path:
+    found = [path for pattern in LIBRARIES for path in sorted(Path("/").glob(pattern[1:]))]
+    if not found:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("faketime is not installed; see scripts/setup system")
+    return found[0]
+
+
+class FakeTime:
+    """What the wall clock of one process shows, beside a boot-time clock that is left alone."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.environment = {
+            "LD_PRELOAD": str(preload()),
+            "FAKETIME_TIMESTAMP_FILE": str(file),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "FAKETIME_DISABLE_SHM": "1",
+            "NO_FAKE_STAT": "1",
+        }
+        self.ahead(0)
+
+    def ahead(self, seconds: int) -> None:
+        """From now on wall time is true time + `seconds`."""
+        following = self._file.with_suffix(".next")
+        following.write_text(f"{seconds:+d}\n", encoding="ascii")
+        following.replace(self._file)
+
+
+def send(client: Client, n: int = 100) -> None:
+    """Rows that the agent stamps."""
+    for _ in range(n):
+        client.send("watch", **dict.fromkeys(FIELDS, 0.5))
+    assert not client.flush().rejected
+
+
+def test_a_daemon_whose_clock_is_set_back_an_hour_and_ahead_sixty_days_loses_and_doubles_no_run(fleet: Fleet) -> None:
+    fleet.broker.start()
+    fleet.collector.start()
+    device = fleet.device("pi-01").configure(
+        f'[buffer]\ncommit_every = "50 ms"\n[streams.watch]\nfields = [{", ".join(fields(FIELDS))}]\n'
+    )
+    device.task("exercise", schedule="every 200 ms")
+    face = FakeTime(fleet.folder / "faketime")
+    device.up(**face.environment)
+    began, used = time.monotonic(), cpu_s(device.pid)
+    with Client(device.data / "intake.sock", name="rig") as client:
+        for rounds, ahead in enumerate((0, -HOUR_S, 60 * DAY_S, 0), start=1):
+            face.ahead(ahead)
+            for _ in range(2):
+                send(client)
+                time.sleep(0.2)
+            eventually("every row run", lambda n=rounds: fleet.covered("pi-01") == 200 * n)  # type: ignore[misc]
+    busy = (cpu_s(device.pid) - used) / (time.monotonic() - began)
+    anchors = fleet.ask("SELECT segment, step_us FROM anchors ORDER BY seq")
+    assert [(segment, round(step / 1e6)) for segment, step in anchors] == [
+        (1, 0),
+        (2, -HOUR_S),
+        (3, 60 * DAY_S + HOUR_S),
+        (1, -60 * DAY_S),
+    ]
+    # No time service vouches for this clock, so nothing is claimed: but order and distance by boot time are right.
+    rows = fleet.ask("SELECT row, boot_us, dated FROM results_dated ORDER BY row")
+    assert [row[0] for row in rows] == list(range(100, 801, 100))
+    distances = [later[1] - earlier[1] for earlier, later in itertools.pairwise(rows)]
+    assert all(0 < distance < 5 * MINUTE for distance in distances)
+    runs = fleet.ask("SELECT count(*) FROM messages WHERE kind = 'results'")[0][0]
+    assert 4 <= runs <= 5 * (time.monotonic() - began) + 1
+    # The step of 60 days passes 26 million intervals of 200 ms over.
+    assert busy < 0.8
+    assert device.stop() == 0
+    code, report = fleet.audit()
+    assert (code, report["passed"], report["duplicates"]) == (0, True, 0)
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has used so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

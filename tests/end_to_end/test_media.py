@@ -1,0 +1,210 @@
+"""Images and sounds put into a folder of a real daemon that is killed: the results of `model run`, each file once."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+
+from agent import config
+from agent.authoring import pack
+from agent.bootstrap import tasks
+from agent.cli.device.check import check
+from agent.cli.device.ingest import ingest
+from agent.datasets import training_data
+from agent.device.store.store import Store
+from agent.errors import ConfigError, OutstationError, UsageError
+from agent.model.bundle import bundle
+from tests.kit.bundles import KEY
+from tests.kit.stations import rows_of
+from tests.kit.system import Program, eventually, outstation
+from tests.model.test_media import RATE, picture, third_party, write_wav
+
+PERSON = """
+name = "person"
+version = "1"
+kind = "classify"
+model = "model.tflite"
+labels = ["none", "person"]
+[input]
+image = { width = 96, height = 96 }
+"""
+# As MLPerf Tiny trained it.
+MACHINE = """
+name = "machine"
+version = "1"
+kind = "anomaly"
+model = "model.tflite"
+[input]
+sound = { rate = 16000, window = 1024, hop = 512, mels = 128 }
+window = { rows = 5, step = 1 }
+[output]
+threshold = 300.0
+"""
+MADE = {
+    "person": "image = { width = 96, height = 96 }",
+    "machine": "sound = { rate = 16000, window = 1024, hop = 512, mels = 128 }",
+}
+FILES = {"person": 40, "machine": 12}
+
+
+class Site:
+    """A device of one stream of files and one task, without a broker, that can be killed."""
+
+    def __init__(self, folder: Path, name: str, model: str, spec: str) -> None:
+        self.folder, self.name = folder, name
+        (folder / "model.tflite").write_bytes(third_party(model).read_bytes())
+        (folder / "spec.toml").write_text(spec)
+        pack.write(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
+        assert outstation("init", str(folder), "--id", "pi-07").returncode == 0
+        self.config, self.inbox = folder / "outstation.toml", folder / "in"
+        text = self.config.read_text().replace('delivery = "collector"', 'delivery = "broker"')
+        text = text.replace("mqtt://127.0.0.1:1883", "mqtt://127.0.0.1:9")
+        text = text.replace('commit_every = "1 s"', 'commit_every = "50 ms"')
+        self.config.write_text(f"""{text}
+[publishers]
+keys = ["{KEY.public.text}"]
+[streams.files]
+source = {{ kind = "files", folder = "in", every = "50 ms", {MADE[name]} }}
+[tasks.{name}]
+stream = "files"
+bundle = "./bundle"
+schedule = "every 200 ms"
+""")
+        self.inbox.mkdir()
+        self.program = Program(folder / "log", "run", "-c", str(self.config))
+
+    def put(self, index: int, content: bytes) -> None:
+        draft = self.folder / "draft"
+        draft.write_bytes(content)
+        os.utime(draft, (1_764_000_000 + 60 * index,) * 2)
+        draft.rename(self.inbox / f"{index:02}.{'png' if self.name == 'person' else 'wav'}")
+
+    def done(self) -> list[str]:
+        return sorted(path.name for path in (self.inbox / "done").glob("*.[pw]*"))
+
+    def results(self) -> list[dict[str, Any]]:
+        store = Store(self.folder / "data", read_only=True)
+        try:
+            found = [json.loads(message.payload) for message in store.unsent(0, 100_000)]
+        finally:
+            store.close()
+        return [body for body in found if body["kind"] == "results"]
+
+    def rows(self) -> NDArray[np.float32]:
+        """All that are stored."""
+        conf = config.load(self.config)
+        store = Store(conf.data_dir, read_only=True)
+        try:
+            return np.stack(rows_of(store, "files", conf.streams["files"]).columns, axis=1)
+        finally:
+            store.close()
+
+    def used(self) -> int:
+        try:
+            return max((body["rows"][1] for body in self.results()), default=0)
+        except OutstationError:
+            return 0
+
+
+@pytest.fixture(params=[("person", "mlperf_vww96_int8", PERSON), ("machine", "mlperf_ad01_int8", MACHINE)])
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
+    if request.param[0] == "person":
+        pytest.importorskip("PIL")
+    found = Site(tmp_path, *request.param)
+    yield found
+    found.program.kill()
+
+
+def content(site: Site, index: int) -> bytes:
+    if site.name == "person":
+        return picture((96, 96, 3), seed=index)
+    samples = np.random.default_rng(index).normal(0, 0.05, 3 * RATE)
+    return write_wav(site.folder / "x.wav", samples).read_bytes()
+
+
+def test_results_of_files_are_those_of_model_run_and_none_is_lost_or_doubled_by_a_kill(site: Site) -> None:
+    count, rng = FILES[site.name], random.Random(1)
+    for index in range(count):
+        site.put(index, content(site, index))
+    site.program.start()
+    eventually("a file that is taken", site.done)
+    time.sleep(rng.uniform(0, 0.1))
+    site.program.kill()
+    site.program.start()
+    eventually("all files taken", lambda: len(site.done()) == count)
+    rows = last_row(site)
+    left = 0 if site.name == "person" else 4  # of the last sound, rows that no window begins with
+    eventually("all rows used", lambda: site.used() == rows - left)
+    assert site.program.stop() == 0
+    device = answers(site.results())
+    out = site.folder / "out.csv"
+    ran = outstation("model", "run", str(site.folder / "bundle"), str(site.inbox / "done"), "-o", str(out), "--json")
+    assert json.loads(ran.stdout)["rejected"] == 0
+    with out.open(newline="") as file:
+        expected = list(csv.DictReader(file))
+    column = "score" if site.name == "person" else "value"
+    assert [row for row, _, _ in device] == [int(line["row"]) for line in expected]
+    assert [label for _, label, _ in device] == [line["label"] for line in expected]
+    # As messages tell them.
+    digits = "{:.4f}" if column == "score" else "{:.6g}"
+    assert [value for _, _, value in device] == [float(digits.format(float(line[column]))) for line in expected]
+    spec = bundle.read(site.folder / "bundle", None).manifest.input
+    assert site.rows().tobytes() == training_data.read(site.inbox / "done", spec).features.tobytes()
+    spans = noted(site)
+    assert all(spans[line["file"]][0] <= int(line["row"]) <= spans[line["file"]][1] for line in expected)
+
+
+def last_row(site: Site) -> int:
+    return max(last for _, last in noted(site).values())
+
+
+def noted(site: Site) -> dict[str, tuple[int, int]]:
+    with (site.inbox / "done" / "rows.csv").open(newline="") as file:
+        return {line["file"]: (int(line["first"]), int(line["last"])) for line in csv.DictReader(file)}
+
+
+def answers(results: list[dict[str, Any]]) -> list[tuple[int, str, float]]:
+    """(row, label, score or value) of all messages, which together cover each row once."""
+    found: list[tuple[int, str, float]] = []
+    for before, after in zip([{"rows": [0, 0]}, *results], results, strict=False):
+        assert after["rows"][0] == before["rows"][1] + 1
+    for body in results:
+        columns = body["columns"]
+        told = columns.get("score") or columns.get("value") or []
+        found += zip(columns["row"], columns.get("label") or [], told, strict=True)
+    return found
+
+
+def test_a_bundle_whose_rows_are_made_otherwise_than_the_streams_is_told_with_the_line_to_write(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    site = Site(tmp_path, "person", "mlperf_vww96_int8", PERSON)
+    text = site.config.read_text()
+    site.config.write_text(text.replace("height = 96 }", "height = 96, scale = 0.5 }"))
+    with pytest.raises(ConfigError) as problem:
+        tasks.load_task(site.config, config.load(site.config), None, "person")
+    said = 'give a stream source = { kind = "files", folder = "…", image = { width = 96, height = 96 } }'
+    assert said in str(problem.value)
+    assert "tasks.person.stream" in str(problem.value)
+
+
+def test_check_tells_what_a_folder_gives_and_ingest_where_its_files_belong(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    site = Site(tmp_path, "person", "mlperf_vww96_int8", PERSON)
+    (tmp_path / "bundle" / "manifest.json").unlink()
+    checked = CliRunner().invoke(check, ["-c", str(site.config), "--json"])
+    [stream] = [one for one in json.loads(checked.stdout) if one["name"] == "stream files"]
+    assert stream["state"] == "ok"
+    assert stream["detail"] == f"image = {{ width = 96, height = 96 }}, of the files in {site.inbox}"
+    with pytest.raises(UsageError, match=f"takes images or sounds from its folder: copy them to {site.inbox}"):
+        CliRunner().invoke(ingest, ["files", str(site.config), "-c", str(site.config)], catch_exceptions=False)

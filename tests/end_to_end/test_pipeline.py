@@ -1,0 +1,552 @@
+"""The whole system with real processes: a replay on a real daemon, a real Mosquitto, a real collector."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import itertools
+import json
+import os
+import random
+import sqlite3
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent import clock
+from agent.bootstrap import device as assembly
+from agent.bootstrap import wiring
+from agent.client import Answer, Client
+from agent.clock import Now
+from agent.config import Broker
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
+from agent.device.uplink.uplink import Uplink
+from agent.transport.mqtt import Link
+from agent.transport.packets import Outgoing, Receipt
+from agent.wire import jws, keys
+from tests.kit.brokers import Mosquitto, free_port
+from tests.kit.senders import new_key
+from tests.kit.system import (
+    FIELDS,
+    FLEET,
+    Device,
+    Fleet,
+    NotifySocket,
+    Program,
+    covered,
+    eventually,
+    fields,
+    outstation,
+)
+
+ENDLESS = 10**9
+# More rows than the tail of a recording that fills no window.
+OPEN_TAIL = 1500
+T0 = time.time() - 86_400
+NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    with Fleet(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A fleet with one device that replays for ever; a test leaves it running."""
+    folder = tmp_path_factory.mktemp("running")
+    with Fleet(folder) as fleet:
+        fleet.broker.start()
+        fleet.collector.start()
+        made = Running(fleet)
+        yield made
+        made.systemd.close()
+
+
+class Running:
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.device = fleet.device("pi-01").replay(ENDLESS, 40).task("exercise")
+        self.systemd = NotifySocket(fleet.folder / "notify")
+        self.start()
+
+    def start(self) -> None:
+        self.device.up(NOTIFY_SOCKET=str(self.systemd.path))
+        before = self.fleet.covered("pi-01")
+        eventually("results at the collector", lambda: self.fleet.covered("pi-01") > before)
+
+    def progresses(self) -> None:
+        before = self.fleet.covered("pi-01")
+        eventually("further results", lambda: self.fleet.covered("pi-01") > before)
+
+
+def unexpected(error: Exception) -> None:
+    raise error
+
+
+def last_row(device: Device, stream: str = "watch") -> int:
+    if device.starts() == 0:
+        # On a busy machine every start so far was killed before it had made its store.
+        return 0
+    store = Store(device.data, read_only=True)
+    try:
+        return store.last_row(stream)
+    finally:
+        store.close()
+
+
+def results(fleet: Fleet, device: str) -> list[tuple[Any, ...]]:
+    return fleet.ask("SELECT row, label, score FROM results WHERE device = ? ORDER BY row", device)
+
+
+def drift(fleet: Fleet, device: str) -> list[tuple[Any, ...]]:
+    columns = '"window", first, last, n, state, features, output'
+    return fleet.ask(f'SELECT {columns} FROM drift_windows WHERE device = ? ORDER BY "window"', device)
+
+
+def test_kill_nine_of_everything_at_random_costs_no_row_and_changes_no_result(fleet: Fleet) -> None:
+    rows, seed = 60_000, 20261124
+    rng = random.Random(seed)
+    fleet.broker.start()
+    fleet.collector.start()
+    calm, killed = (
+        fleet.device(name).replay(rows, 100, seed=seed).task("exercise", more="learn = 20").start()
+        for name in ("calm", "killed")
+    )
+    for turn in range(20):
+        # Some deaths are in the middle of starting up.
+        time.sleep(rng.uniform(0.1, 1.9))
+        killed.kill()
+        killed.start()
+        if turn % 4 == 1:
+            fleet.broker.kill()
+            fleet.broker.start()
+        elif turn % 4 == 3:
+            fleet.collector.kill()
+            fleet.collector.start()
+    eventually("all rows on both devices", lambda: last_row(calm) == last_row(killed) == rows)
+    eventually("the same results", lambda: results(fleet, "calm") == results(fleet, "killed") != [])
+    assert [device.stop() for device in (calm, killed)] == [0, 0]
+    eventually("both stopped", lambda: fleet.ask("SELECT state FROM devices") == [("stopped",)] * 2)
+    code, report = fleet.audit()
+    assert (code, report["passed"], report["gaps"], report["duplicates"]) == (0, True, [], 0)
+    assert [(track["first"], track["last"] > rows - OPEN_TAIL) for track in report["coverage"]] == [(1, True)] * 2
+    assert drift(fleet, "calm") == drift(fleet, "killed") != []
+    assert fleet.ask("SELECT count(*) FROM refusals") == [(0,)]
+
+
+def test_without_a_broker_the_daemon_works_and_delivers_once_there_is_one(fleet: Fleet) -> None:
+    fleet.collector.start()
+    device = fleet.device("pi-01").replay(4000, 100).task("exercise").up()
+    eventually("all rows without a broker", lambda: last_row(device) == 4000)
+    assert device.status()["outbox"]["waiting"] > 0
+    assert fleet.covered("pi-01") == 0
+    assert device.said("readings and results are kept")
+    fleet.broker.start()
+    eventually("the rows at the collector", lambda: fleet.covered("pi-01") > 4000 - OPEN_TAIL)
+    eventually("an empty outbox", lambda: waiting(device) == 0)
+    assert fleet.audit()[0] == 0
+
+
+def test_one_altered_byte_in_one_stored_message_is_found_and_named(running: Running, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.db"
+    fleet = running.fleet
+    with (
+        contextlib.closing(sqlite3.connect(fleet.config.fleet.db)) as source,
+        contextlib.closing(sqlite3.connect(copy)) as target,
+        target,
+    ):
+        source.backup(target)
+        sql = "SELECT rowid, log, seq, payload FROM messages WHERE kind = 'results' ORDER BY seq LIMIT 1"
+        rowid, log, seq, payload = target.execute(sql).fetchone()
+        at = len(payload) // 2
+        altered = payload[:at] + bytes([payload[at] ^ 1]) + payload[at + 1 :]
+        target.execute("UPDATE messages SET payload = ? WHERE rowid = ?", (altered, rowid))
+    source.close()
+    target.close()
+    audit = ("fleet", "audit", "--dir", str(fleet.home), "--db", f"sqlite:///{copy}")
+    found = outstation(*audit, "--json")
+    assert found.returncode == 1
+    [invalid] = json.loads(found.stdout)["invalid"]
+    assert (invalid["device"], invalid["log"], invalid["seq"]) == ("pi-01", log, seq)
+    assert "bad signature" in invalid["reason"]
+    told = outstation(*audit)
+    assert told.returncode == 1
+    assert f"pi-01 {log} seq {seq} does not verify: bad signature" in told.stdout
+    assert told.stdout.rstrip().endswith("FAILED")
+
+
+def refusals(fleet: Fleet) -> dict[tuple[str, str], int]:
+    return {(row[0], row[1]): row[2] for row in fleet.ask("SELECT device, reason, count FROM refusals")}
+
+
+def test_unsigned_foreign_and_replayed_messages_are_refused_and_counted_and_stop_nothing(running: Running) -> None:
+    fleet, base = running.fleet, f"outstation/{FLEET}"
+    [(topic, payload, token)] = fleet.ask("SELECT topic, payload, jws FROM messages WHERE kind = 'results' LIMIT 1")
+    alert = f"{base}/pi-01/alerts/exercise"
+    foreign = jws.sign(new_key(), alert, payload)
+    hostile = [
+        Outgoing(alert, b'{"v":1,"kind":"alerts","device":"pi-01","alert":"drift"}'),
+        Outgoing(alert, payload, (("jws", foreign),)),
+        Outgoing(alert, payload, (("jws", token),)),
+        Outgoing(topic.replace("pi-01", "pi-02"), payload, (("jws", token),)),
+        Outgoing(topic, payload[:-1] + b" }", (("jws", token),)),
+        Outgoing(f"{base}/pi-01/health", bytes(range(256)), (("jws", "a.b.c.d"),)),
+    ]
+    before = refusals(fleet)
+    with_link(fleet.broker.url, hostile)
+    eventually("all six refused", lambda: sum(refusals(fleet).values()) - sum(before.values()) == 6)
+    new = {key: count - before.get(key, 0) for key, count in refusals(fleet).items()}
+    assert new == {
+        ("pi-01", "unsigned"): 1,
+        ("pi-01", "unknown key"): 1,
+        ("pi-01", "other topic"): 1,
+        ("", "other topic"): 1,
+        ("pi-01", "bad signature"): 1,
+        ("pi-01", "malformed signature"): 1,
+    }
+    running.progresses()
+    assert fleet.audit()[0] == 0
+
+
+def with_link(url: str, messages: list[Outgoing]) -> list[int]:
+    """Send them as anybody could; the broker's reason codes."""
+    link = Link(Broker(url=url), "mallory")
+    try:
+        tokens = [link.send(message) for message in messages]
+        codes: dict[int, int] = {}
+        while len(codes) < len(tokens):
+            codes |= {event.token: event.code for event in link.receive(60.0) if isinstance(event, Receipt)}
+        return [codes[token] for token in tokens]
+    finally:
+        link.close()
+
+
+def test_a_forged_acknowledgement_on_the_broker_deletes_nothing(fleet: Fleet) -> None:
+    fleet.broker.start()
+    device = fleet.device("pi-01").replay(2000, 100).task("exercise").up()
+    eventually("messages in the outbox", lambda: waiting(device) >= 3)
+    eventually("a connection", lambda: device.said("connected to"))
+    store = Store(device.data, read_only=True)
+    body = {"v": 1, "kind": "ack", "device": "pi-01", "log": store.log_id, "through": 2, "missing": []}
+    payload = json.dumps({**body, "time": "2026-11-24T22:18:01.000000Z"}).encode()
+    topic = f"outstation/{FLEET}/pi-01/ack"
+    forged = Outgoing(topic, payload, (("jws", jws.sign(new_key(), topic, payload)),))
+    assert with_link(fleet.broker.url, [forged, Outgoing(topic, payload)]) == [0, 0]
+    eventually("the refusal in the log", lambda: device.said("acknowledgements refused"))
+    assert {message.seq for message in store.unsent(0, 3)} == {1, 2, 3}
+    store.close()
+    assert device.stop() == 0
+    store = Store(device.data, read_only=True)
+    assert store.counters()["acknowledgements refused"] == 2
+    store.close()
+
+
+def waiting(device: Device) -> int:
+    store = Store(device.data, read_only=True)
+    try:
+        return store.outbox_size()[0]
+    finally:
+        store.close()
+
+
+def test_sigterm_stops_within_five_seconds_and_the_next_start_goes_on(running: Running) -> None:
+    device, fleet = running.device, running.fleet
+    running.progresses()
+    began = time.monotonic()
+    assert device.stop() == 0
+    assert time.monotonic() - began < 5.0
+    assert running.systemd.heard[-1] == "STOPPING=1"
+    assert json.loads(retained(fleet, "state"))["state"] == "stopped"
+    eventually("stopped at the collector", lambda: fleet.ask("SELECT state FROM devices") == [("stopped",)])
+    rows, [(log, through)] = last_row(device), fleet.ask("SELECT log, through FROM logs")
+    running.start()
+    running.progresses()
+    assert last_row(device) > rows
+    [(log_after, through_after)] = fleet.ask("SELECT log, through FROM logs")
+    assert (log_after, through_after > through) == (log, True)
+    assert json.loads(retained(fleet, "state"))["state"] == "online"
+    events = "SELECT json_extract(CAST(payload AS TEXT), '$.event') FROM messages WHERE kind = 'audit' ORDER BY seq"
+    said = [row[0] for row in fleet.ask(events)]
+    assert [event for event in said if event in ("started", "stopped")] == ["started", "stopped", "started"]
+    assert said.count("activated") == 1
+    assert fleet.audit()[0] == 0
+
+
+def retained(fleet: Fleet, kind: str) -> bytes:
+    link = Link(Broker(url=fleet.broker.url), "looker-on", subscribe=[f"outstation/{FLEET}/pi-01/{kind}"])
+    try:
+        return next(event.payload for event in link.receive(60.0) if not isinstance(event, Receipt))
+    finally:
+        link.close()
+
+
+def test_sigterm_without_a_broker_stops_in_time_as_well(fleet: Fleet) -> None:
+    device = fleet.device("pi-01").replay(ENDLESS, 20).task("exercise").up()
+    began = time.monotonic()
+    assert device.stop() == 0
+    assert time.monotonic() - began < 5.0
+
+
+def test_a_second_daemon_on_the_same_folder_is_refused_in_one_line(running: Running) -> None:
+    second = outstation("run", "-c", str(running.device.config))
+    assert second.returncode == 1
+    [line] = second.stderr.strip().splitlines()
+    assert f"another outstation (process {running.device.pid}) uses this data folder" in line
+    running.progresses()
+
+
+def test_mosquitto_sub_shows_every_kind_as_readable_json(running: Running, program: Callable[[str], str]) -> None:
+    command = [program("mosquitto_sub"), "-p", str(running.fleet.broker.port), "-V", "5", "-v", "-t", "outstation/#"]
+    missing = {"state", "keys", "results", "ack"}
+    with subprocess.Popen([*command, "-W", "60"], stdout=subprocess.PIPE, text=True) as seen:
+        assert seen.stdout is not None
+        while missing and (line := seen.stdout.readline()):
+            topic, payload = line.split(" ", 1)
+            body = json.loads(payload)
+            assert topic.startswith(f"outstation/{FLEET}/pi-01/{body['kind']}")
+            assert body["v"] == 1
+            assert body["device"] == "pi-01"
+            missing.discard(body["kind"])
+        seen.kill()
+    assert not missing
+
+
+def test_compressed_messages_are_gzip_on_the_topics_and_json_at_the_collector(
+    fleet: Fleet, program: Callable[[str], str]
+) -> None:
+    fleet.broker.start()
+    fleet.collector.start()
+    device = fleet.device("pi-01").replay(ENDLESS, 40).task("exercise")
+    device.config.write_text(device.config.read_text().replace("[broker]\n", "[broker]\ncompress = true\n"))
+    command = [program("mosquitto_sub"), "-p", str(fleet.broker.port), "-V", "5", "-N", "-C", "1", "-W", "60"]
+    with subprocess.Popen([*command, "-t", "outstation/+/+/results/+"], stdout=subprocess.PIPE) as seen:
+        device.up()
+        assert seen.stdout is not None
+        body = json.loads(gzip.decompress(seen.stdout.read()))
+    assert (body["kind"], body["device"]) == ("results", "pi-01")
+    eventually("results at the collector", lambda: fleet.covered("pi-01") > 0)
+    device.stop()
+    fleet.collector.stop()
+    assert fleet.audit()[1]["passed"]
+
+
+def test_systemd_hears_that_the_daemon_is_ready_and_alive(running: Running) -> None:
+    assert running.systemd.heard[0] == "READY=1"
+    before = running.systemd.heard.count("WATCHDOG=1")
+    eventually("two signs of life", lambda: running.systemd.heard.count("WATCHDOG=1") >= before + 2)
+
+
+def test_status_and_check_tell_about_a_running_daemon_without_disturbing_it(running: Running) -> None:
+    file = str(running.device.config)
+    status = running.device.status()
+    assert (status["device"], status["fleet"]) == ("pi-01", FLEET)
+    [task], [stream] = status["tasks"], status["streams"]
+    assert (task["task"], task["stream"], task["schedule"]) == ("exercise", "watch", "every 500 ms")
+    assert 0 < task["row"] <= stream["rows"]
+    assert status["outbox"]["last"] > 0
+    told = outstation("status", "-c", file)
+    assert told.returncode == 0
+    assert "exercise" in told.stdout
+    assert "waiting of" in told.stdout
+    checked = outstation("check", "--json", "-c", file)
+    findings = {finding["name"]: finding for finding in json.loads(checked.stdout)}
+    assert checked.returncode == 0
+    assert {name for name, finding in findings.items() if finding["state"] == "failed"} == set()
+    assert {
+        "config",
+        "key",
+        "collector",
+        "schedule exercise",
+        "stream watch",
+        "bundle exercise",
+        "storage",
+        "store",
+        "clock",
+        "broker",
+    } == set(findings)
+    assert "in use by the running agent" in findings["storage"]["detail"]
+    told = outstation("check", "-c", file)
+    assert told.returncode == 0
+    assert len(told.stdout.splitlines()) == len(findings)
+    running.progresses()
+    assert running.device.log.read_text(encoding="utf-8").count("connected to") == running.device.starts()
+
+
+def test_from_fleet_init_to_verified_messages_with_certificates_and_access_list(tmp_path: Path) -> None:
+    home, port = tmp_path / "fleet", free_port()
+    done = outstation("fleet", "init", str(home), "--name", FLEET, "--broker", f"mqtts://localhost:{port}")
+    assert done.returncode == 0, done.stderr
+    packed = tmp_path / "pi-01.tar.gz"
+    enrolled = outstation("fleet", "enrol", "pi-01", "--dir", str(home), "--bundle-out", str(packed), "--json")
+    assert enrolled.returncode == 0, enrolled.stderr
+    made = outstation("init", str(tmp_path / "device"), "--from", str(packed), "--json")
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["key"] == json.loads(enrolled.stdout)["key"]
+    device = Device(tmp_path / "device", "pi-01").replay(4000, 100).task("exercise")
+    collector = Program(tmp_path / "collector.log", "fleet", "collect", "--dir", str(home))
+    with Mosquitto(tmp_path, conf=as_this_user(home), port=port):
+        try:
+            collector.start()
+            checked = outstation("check", "-c", str(device.config))
+            assert checked.returncode == 0, checked.stdout
+            device.up()
+            eventually("all rows at the collector", lambda: covered(home / "fleet.db", "pi-01") > 4000 - OPEN_TAIL)
+            assert device.stop() == 0
+        finally:
+            device.kill()
+            collector.kill()
+        assert as_the_device(device, f"outstation/{FLEET}/pi-02/health") == 0x87
+        assert as_the_device(device, f"outstation/{FLEET}/pi-01/ack") == 0x87
+    audit = outstation("fleet", "audit", "--dir", str(home), "--json")
+    report = json.loads(audit.stdout)
+    assert (audit.returncode, report["passed"], report["devices"]) == (0, True, 1)
+    [listed] = json.loads(outstation("fleet", "devices", "--dir", str(home), "--json").stdout)
+    assert (listed["device"], listed["state"]) == ("pi-01", "stopped")
+
+
+def as_this_user(home: Path) -> Path:
+    """Mosquitto's generated config; as root it would become a user who cannot read a test's folder."""
+    conf = home / "broker" / "mosquitto.conf"
+    if os.geteuid() == 0:
+        conf.write_text(conf.read_text(encoding="utf-8") + "user root\n", encoding="utf-8")
+    return conf
+
+
+def as_the_device(device: Device, topic: str) -> int:
+    """The broker's reason code for a message on `topic` from somebody with this device's certificate."""
+    _, conf = wiring.load(str(device.config))
+    link = Link(conf.broker, "pi-01")
+    try:
+        token = link.send(Outgoing(topic, b"{}"))
+        return next(event.code for event in link.receive(60.0) if isinstance(event, Receipt) and event.token == token)
+    finally:
+        link.close()
+
+
+def test_a_full_store_turns_producers_away_and_recovers_when_readings_were_used(fleet: Fleet) -> None:
+    fleet.broker.start()
+    fleet.collector.start()
+    device = fleet.device("pi-01").configure(socket_stream('max_size = "2 MiB"'))
+    device.task("exercise", schedule="every 2 s").up()
+    with Client(device.data / "intake.sock", name="rig") as client:
+        accepted, reason = fill(client)
+        assert "max_size" in reason
+        more = eventually_accepted(client)
+    eventually("all that was accepted, used", lambda: fleet.covered("pi-01") > accepted + more - OPEN_TAIL)
+    assert last_row(device) == accepted + more
+    assert device.running
+    assert fleet.audit()[0] == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_turns_producers_away_and_recovers_when_there_is_room(fleet: Fleet) -> None:
+    fleet.broker.start()
+    fleet.collector.start()
+    device = fleet.device("pi-01").configure(socket_stream("")).task("exercise", schedule="every 1 s")
+    device.data.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(device.data)], capture_output=True, text=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip(f"no small disk here: {mount.stderr.strip()}")
+    try:
+        ballast = device.data / "ballast"
+        ballast.write_bytes(bytes(4 << 20))
+        device.up()
+        with Client(device.data / "intake.sock", name="rig") as client:
+            accepted, reason = fill(client)
+            assert "not stored" in reason
+            # Health, acknowledgements and batches meet the full disk as well.
+            time.sleep(3)
+            accepted += fill(client)[0]
+            ballast.unlink()
+            accepted += eventually_accepted(client)
+        assert last_row(device) == accepted
+        eventually("all that was accepted, used", lambda: fleet.covered("pi-01") > accepted - OPEN_TAIL)
+        assert device.starts() == 1
+        assert device.stop() == 0
+        assert fleet.audit()[0] == 0
+    finally:
+        device.kill()
+        subprocess.run(["umount", str(device.data)], check=True)
+
+
+def socket_stream(buffer: str) -> str:
+    return f'[buffer]\ncommit_every = "50 ms"\n{buffer}\n[streams.watch]\nfields = [{", ".join(fields(FIELDS))}]\n'
+
+
+def send(client: Client) -> Answer:
+    """2000 rows; an `Answer` with a rejected line where they were not taken."""
+    first = next(NUMBERS) * 2000
+    noise = np.random.default_rng(first).normal(size=2000).tolist()
+    client.send_columns("watch", {"t": [T0 + (first + i) * 0.02 for i in range(2000)], **dict.fromkeys(FIELDS, noise)})
+    return client.flush()
+
+
+def fill(client: Client) -> tuple[int, str]:
+    """Send until nothing more is taken: rows accepted, and the reason."""
+    accepted = 0
+    for _ in range(500):
+        answer = send(client)
+        accepted += answer.accepted
+        if answer.rejected:
+            return accepted, answer.rejected[0][1]
+    raise AssertionError("the store took everything")
+
+
+def eventually_accepted(client: Client) -> int:
+    answers: list[Answer] = []
+
+    def taken() -> bool:
+        answers.append(send(client))
+        return answers[-1].accepted > 0
+
+    eventually("rows are taken again", taken)
+    return answers[-1].accepted
+
+
+def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fleet: Fleet) -> None:
+    """In virtual time: a real daemon, its loop turned by hand."""
+    device = fleet.device("pi-01").configure(socket_stream(""))
+    device.task("nightly", schedule="30 3 * * *").task("often", schedule="when 500 rows")
+    file, conf = wiring.load(str(device.config))
+    store = wiring.open_store(conf)
+    try:
+        daemon = assembly.daemon(file, conf, store)
+        start = clock.epoch_us("2026-11-24T23:00:00Z")
+        cursors = []
+        for minute in range(0, 360, 10):
+            now = Now(start + minute * 60_000_000, 1000.0 + minute * 60, "synced")
+            rows = np.random.default_rng(minute).normal(size=(6, 200)).astype(np.float32)
+            with store.transaction() as tx:
+                tx.append("watch", Rows(now.wall_us + np.arange(200) * 20_000, tuple(rows)), "synced")
+            daemon.turn(now)
+            cursors.append((store.last_row("watch"), store.cursor("often") or 0, store.cursor("nightly") or 0))
+        nights = [i for i in range(1, len(cursors)) if cursors[i][2] != cursors[i - 1][2]]
+        assert [cursors[i] for i in nights] == [(5600, 5400, 5600)]
+        assert all(last - often < 700 for last, often, _ in cursors)
+        assert {often for _, often, _ in cursors} == set(range(0, 7201, 600))
+        fleet.broker.start()
+        fleet.collector.start()
+        eventually("the collector", lambda: fleet.collector.said("connected"))
+        public = keys.public_key(conf.collector.key)
+        uplink = Uplink(conf, store, wiring.author(file, conf, store), public, clock.read, unexpected)
+        uplink.start()
+        eventually("an empty outbox", lambda: store.outbox_size()[0] == 0)
+        uplink.stop()
+    finally:
+        store.close()
+    code, report = fleet.audit()
+    assert (code, report["passed"]) == (0, True)
+    assert {track["task"]: (track["first"], track["last"]) for track in report["coverage"]} == {
+        "nightly": (1, 5600),
+        "often": (1, 7200),
+    }

@@ -1,0 +1,121 @@
+"""A model that takes the whole agent down, in real processes: the one before it goes on, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.device.bundles.crash_marker import Marker
+from agent.model.bundle import builtin, bundle
+from agent.model.inference import tuning
+from tests.kit.bundles import KEY, change_manifest
+from tests.kit.system import Device, Fleet, NotifySocket, eventually
+
+ROWS = 6000
+# More rows than the tail of a recording that fills no window.
+OPEN_TAIL = 1500
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    with Fleet(tmp_path) as made:
+        made.broker.start()
+        made.collector.start()
+        yield made
+
+
+def running(fleet: Fleet) -> Device:
+    """A device whose first results, by the bundle that ships, have arrived."""
+    device = fleet.device("pi-01").replay(ROWS, 100).task("exercise")
+    device.configure(f'[publishers]\nkeys = ["{KEY.public.text}"]\n').up()
+    eventually("first results", lambda: fleet.covered("pi-01"))
+    assert device.stop() == 0
+    return device
+
+
+def exchange(device: Device) -> str:
+    """Another version of the bundle, whose model is another file; the SHA-256 of that."""
+    folder = device.data / "bundles" / "exercise"
+    shutil.copytree(builtin.bundles() / "exercise", folder)
+    # What stands behind a flatbuffer belongs to no table of it.
+    content = (folder / "model.tflite").read_bytes() + bytes(16)
+    (folder / "model.tflite").write_bytes(content)
+
+    def change(head: dict[str, Any]) -> None:
+        head["version"] = "9.9.9"
+        head["files"]["model.tflite"] = tuning.digest(content)
+
+    change_manifest(folder, change)
+    return tuning.digest(content)
+
+
+def shipped_version() -> str:
+    return bundle.read(builtin.bundles() / "exercise", None).manifest.version
+
+
+def versions(fleet: Fleet) -> list[str]:
+    """Which bundles' results arrived."""
+    version = "json_extract(CAST(payload AS TEXT), '$.model.version')"
+    return [str(row[0]) for row in fleet.ask(f"SELECT DISTINCT {version} FROM messages WHERE kind = 'results'")]
+
+
+def went_on_without_loss(fleet: Fleet, device: Device) -> None:
+    eventually("the results of all rows", lambda: fleet.covered("pi-01") > ROWS - OPEN_TAIL)
+    assert device.stop() == 0
+    eventually("stopped", lambda: fleet.ask("SELECT state FROM devices") == [("stopped",)])
+    assert versions(fleet) == [shipped_version()]
+    [(severity, summary)] = fleet.ask("SELECT severity, summary FROM alerts WHERE alert = 'model'")
+    assert severity == "critical"
+    assert summary.startswith("exercise: exercise 9.9.9 (sha256:")
+    assert "ended the agent 2 times in a row while it ran" in summary
+    events = fleet.ask("SELECT json_extract(CAST(payload AS TEXT), '$.event') FROM messages WHERE kind = 'audit'")
+    assert ("quarantined",) in events
+    code, report = fleet.audit()
+    assert (code, report["passed"], report["gaps"], report["duplicates"]) == (0, True, [], 0)
+    assert [(track["first"], track["last"] > ROWS - OPEN_TAIL) for track in report["coverage"]] == [(1, True)]
+
+
+def test_a_bundle_that_kills_the_agent_twice_gives_way_and_nothing_is_lost(fleet: Fleet) -> None:
+    device = running(fleet)
+    device.launch(("-m", "scripts.faults.launch", f"die-in-model={exchange(device)}", "--"))
+    for _ in range(2):
+        assert device.start().wait(60) == -signal.SIGSEGV
+    device.up()
+    went_on_without_loss(fleet, device)
+
+
+def test_a_bundle_that_hangs_is_no_longer_vouched_for_and_gives_way_once_the_watchdog_has_ended_it_twice(
+    fleet: Fleet,
+) -> None:
+    device = running(fleet)
+    device.launch(("-m", "scripts.faults.launch", f"hang-in-model={exchange(device)}", "--"))
+    systemd = NotifySocket(fleet.folder / "notify")
+    try:
+        for _ in range(2):
+            device.up(NOTIFY_SOCKET=str(systemd.path))
+            eventually("it hangs", lambda: hangs(device))
+            before = systemd.heard.count("WATCHDOG=1")
+            time.sleep(2.0)
+            assert systemd.heard.count("WATCHDOG=1") == before
+            # As systemd does then.
+            os.kill(device.pid, signal.SIGABRT)
+            assert device.wait(60) == -signal.SIGABRT
+        device.up(NOTIFY_SOCKET=str(systemd.path))
+        went_on_without_loss(fleet, device)
+    finally:
+        systemd.close()
+
+
+def hangs(device: Device) -> bool:
+    """The same mark stays."""
+    first = Marker(device.data).left
+    time.sleep(0.5)
+    second = Marker(device.data).left
+    return first is not None and second is not None and first.id == second.id

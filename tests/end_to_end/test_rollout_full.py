@@ -1,0 +1,165 @@
+"""A disk that is full just when a roll-out goes on: what answers goes on, nothing is lost, and it is tried again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from agent.device.rollout import transitions
+from scripts.faults.disk import Card, no_card
+from tests.kit.rigged import crashing
+from tests.kit.rollouts import Site, bundles_in, tiles
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return bundles_in(tmp_path_factory.mktemp("bundles"), "crash")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -> Site:
+    return Site.template(tmp_path_factory.mktemp("template"), bundles, "2", "crash")
+
+
+@pytest.fixture
+def card(tmp_path: Path) -> Iterator[Card]:
+    """The disk of the device's data, an ext4 of its own."""
+    if why := no_card():
+        pytest.skip(why)
+    made = Card(tmp_path / "card.ext4", tmp_path / "device" / "data")
+    made.make(128)
+    yield made
+    made.unmount()
+
+
+@pytest.fixture
+def site(tmp_path: Path, template: Site, card: Card) -> Iterator[Site]:
+    """One that gives nothing up where there is no room."""
+    made = template.copied(tmp_path / "device")
+    made.stop()
+    file = made.home / "outstation.toml"
+    file.write_text(file.read_text(encoding="utf-8") + '[buffer]\nwhen_full = "refuse"\n', encoding="utf-8")
+    made.start()
+    yield made
+    made.stop()
+
+
+def fill_at(monkeypatch: pytest.MonkeyPatch, card: Card, phase: str) -> None:
+    """The disk is full at the first step to this phase, in the middle of its transaction."""
+    write = transitions.write
+    full: list[int] = []
+
+    def filling(*arguments: Any) -> Any:
+        if arguments[4].phase == phase and not full:
+            full.append(1)
+            card.fill()
+        return write(*arguments)
+
+    monkeypatch.setattr(transitions, "write", filling)
+
+
+def is_full(caplog: pytest.LogCaptureFixture) -> bool:
+    return any("its roll-out goes on when there is room" in record.message for record in caplog.records)
+
+
+def versions(site: Site) -> list[str]:
+    """That made results so far."""
+    return sorted({body["model"]["version"] for body in site.results()})
+
+
+def processes() -> int:
+    """Of models and downloads; other tests may have left servers running."""
+    return sum(child.name().startswith("python") for child in psutil.Process().children(recursive=True))
+
+
+@pytest.mark.parametrize("before", ["fetching", "shadow"])
+def test_a_disk_that_fills_up_as_a_bundle_is_activated_leaves_the_old_one_at_work(
+    site: Site, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, before: str
+) -> None:
+    assert site.batch() == "1"
+    if before == "shadow":
+        site.desire("2", "shadow")
+        site.until_phase("shadow")
+        site.until(site.is_beside, "it answers beside")
+    site.feed()
+    fill_at(monkeypatch, card, "probation")
+    with caplog.at_level(logging.ERROR):
+        site.desire("2", "all")
+        site.until(lambda: is_full(caplog), "there is no room for the step")
+    assert site.phase == before
+    assert site.runs() == "1"
+    assert processes() == (1 if before == "shadow" else 0), "what was made for the step is ended"
+    site.work()
+    assert site.phases()[-1] == before
+    assert site.store.last_row("cells") == 80, "no reading is lost"
+
+    card.free()
+    site.work()
+    assert versions(site) == ["1"]
+    site.until_phase("probation")
+    assert [site.batch() for _ in range(3)] == ["2", "2", "2"]
+    site.until_phase("settled")
+    assert tiles(site.answered(), site._written)
+    assert site.activations() == [(None, "1", "configured"), ("1", "2", "roll-out")]
+    assert [phase for _, phase, _ in site.events()].count("probation") == 1
+
+
+def test_killed_on_a_disk_that_filled_up_as_a_bundle_was_activated_it_goes_on_once_there_is_room(
+    site: Site, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert site.batch() == "1"
+    site.feed()
+    fill_at(monkeypatch, card, "probation")
+    with caplog.at_level(logging.ERROR):
+        site.desire("2", "all")
+        site.until(lambda: is_full(caplog), "there is no room for the step")
+    site.crash()
+    assert (site.phase, site.runs()) == ("fetching", "1")
+    card.free()
+    site.work()
+    site.until_phase("probation")
+    assert site.batch() == "2"
+    assert tiles(site.answered(), site._written)
+
+
+def test_a_disk_that_fills_up_as_a_bundle_settles_keeps_it_on_probation_until_there_is_room(
+    site: Site, card: Card, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert site.batch() == "1"
+    site.desire("2", "all")
+    site.until_phase("probation")
+    fill_at(monkeypatch, card, "settled")
+    with caplog.at_level(logging.ERROR):
+        assert [site.batch() for _ in range(3)] == ["2", "2", "2"]
+        site.until(lambda: is_full(caplog), "there is no room for the step")
+    assert (site.phase, site.runs()) == ("probation", "2")
+    card.free()
+    site.until_phase("settled")
+    assert site.batch() == "2"
+    assert processes() == 0
+    site.crash()
+    assert site.batch() == "2"
+    assert tiles(site.answered(), site._written)
+
+
+@crashing
+def test_on_a_full_disk_a_bundle_that_crashes_is_taken_back_all_the_same(
+    site: Site, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept back on the disk is for this."""
+    assert site.batch() == "1"
+    site.desire("crash", "all")
+    site.until_phase("probation")
+    site.feed(wild=True)
+    card.fill()
+    site.work()
+    assert (site.phase, site.reason, site.runs()) == ("rolled back", "crash", "1")
+    card.free()
+    site.work()
+    assert versions(site) == ["1"]
+    assert tiles(site.answered(), site._written)

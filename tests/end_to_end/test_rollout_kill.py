@@ -1,0 +1,117 @@
+"""A device that dies at any commit of a roll-out, before it or right after it, comes to where it would have come."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.device.rollout import transitions
+from agent.device.store.store import Store
+from tests.kit.rigged import crashing
+from tests.kit.rollouts import Site, bundles_in, signed, tiles
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return bundles_in(tmp_path_factory.mktemp("bundles"), "crash")
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, bundles: dict[str, Path]) -> Site:
+    return Site.template(tmp_path_factory.mktemp("template"), bundles, "2", "crash")
+
+
+class Killed(BaseException):
+    """Nothing after this is done."""
+
+
+@contextlib.contextmanager
+def dying(at: int, *, after_commit: bool) -> Iterator[list[int]]:
+    """Die at the commit of the step of a roll-out of that number, from 0; the list counts the steps."""
+    written: list[int] = []
+    write, transaction = transitions.write, Store.transaction
+
+    def counted(*arguments: Any) -> Any:
+        written.append(1)
+        return write(*arguments)
+
+    @contextlib.contextmanager
+    def deadly(self: Store, *, vital: bool = False) -> Iterator[Any]:
+        before = len(written)
+        with transaction(self, vital=vital) as tx:
+            yield tx
+            if before <= at < len(written) and not after_commit:
+                raise Killed
+        if before <= at < len(written):
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(transitions, "write", counted)
+        patched.setattr(Store, "transaction", deadly)
+        yield written
+
+
+def go(site: Site, text: str, strategy: str, *, wild_from: int, until: Callable[[Site], bool]) -> None:
+    """Desire it, as a retained message that comes with each connection, and run batches until it is there."""
+    delivery = signed(site.operator.key, next(NUMBERS), {"sort": site.wanted(text, strategy)})
+    while not until(site):
+        desires = site.daemon._uplink._desires
+        assert desires is not None
+        desires.take(delivery)
+        desires.turn(site.now)
+        site.tick()
+        if site.phase in ("shadow", "probation") and not site.daemon._updating.resumes("sort"):
+            if site.store.last_row("cells") == (site.store.cursor("sort") or 0):
+                site.feed(wild=site._written >= wild_from)
+            site.daemon._work_off(site.daemon._planned[0], site.now)
+        site.until(lambda: not site.daemon._updating.resumes("sort"), "it is there again")
+
+
+NUMBERS = itertools.count(1)
+WHERE = [(number, after) for number in range(3) for after in (False, True)]
+
+
+@pytest.mark.parametrize(("at", "after"), WHERE)
+def test_killed_at_any_step_to_settled_it_settles(tmp_path: Path, template: Site, at: int, after: bool) -> None:
+    site = template.copied(tmp_path)
+    with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
+        go(site, "2", "all", wild_from=10**9, until=lambda one: one.phase == "settled")
+    assert len(steps_taken) == at + 1
+    site.crash()
+    go(site, "2", "all", wild_from=10**9, until=lambda one: one.phase == "settled")
+    assert site.batch() == "2"
+    site.crash()
+    assert site.batch() == "2"
+    assert site.events() == [("2", "fetching", ""), ("2", "probation", ""), ("2", "settled", "")]
+    assert site.activations() == [(None, "1", "configured"), ("1", "2", "roll-out")]
+    assert tiles(site.answered(), site.store.cursor("sort") or 0)
+    versions = [body["model"]["version"] for body in site.results()]
+    assert versions == sorted(versions)
+    site.stop()
+
+
+# The steps before are those to settled.
+@crashing
+@pytest.mark.parametrize(("at", "after"), WHERE[-2:])
+def test_killed_at_any_step_to_taken_back_it_is_taken_back_and_never_answered_wildly(
+    tmp_path: Path, template: Site, at: int, after: bool
+) -> None:
+    site = template.copied(tmp_path)
+    with dying(at, after_commit=after) as steps_taken, contextlib.suppress(Killed):
+        go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled back")
+    assert len(steps_taken) == at + 1
+    site.crash()
+    go(site, "crash", "all", wild_from=40, until=lambda one: one.phase == "rolled back")
+    assert site.batch() == "1"
+    site.crash()
+    site.tick()
+    assert (site.phase, site.batch()) == ("rolled back", "1")
+    assert [phase for _, phase, _ in site.events()] == ["fetching", "probation", "rolled back"]
+    assert tiles(site.answered(), site.store.cursor("sort") or 0)
+    assert [body["model"]["version"] for body in site.results()].count("crash") == 1
+    site.stop()

@@ -1,0 +1,83 @@
+"""`outstation fleet simulate`: a fleet on one machine, who has it hard in it, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.simulate import disturbances, plan
+from tests.end_to_end.test_demo import left_over
+from tests.kit.brokers import Mosquitto, mosquitto_binary
+
+NAMES = plan.names(50)
+
+
+def simulate(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "agent", "fleet", "simulate", "--dir", str(home), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def drawn(seed: int, **counts: int) -> disturbances.Hardship:
+    return disturbances.draw(NAMES, seed, span_s=60.0, **{"away": 5, "cut": 5, "slow": 5, "worse": 2} | counts)
+
+
+def test_the_same_seed_makes_the_same_sites_suffer_and_another_one_others() -> None:
+    assert drawn(1) == drawn(1)
+    assert drawn(1).worse != drawn(2).worse
+
+
+def test_no_device_has_two_hardships_while_there_are_enough() -> None:
+    found = drawn(3)
+    groups = [set(found.worse), set(found.away), set(found.cuts), set(found.slow)]
+    assert [len(group) for group in groups] == [2, 5, 5, 5]
+    assert len(set.union(*groups)) == 17
+
+
+def test_more_hardship_than_devices_leaves_nobody_out_and_invents_none() -> None:
+    found = drawn(4, away=30, cut=30, slow=30, worse=2)
+    assert (len(found.worse), len(found.away), len(found.cuts), len(found.slow)) == (2, 30, 18, 0)
+
+
+def test_some_devices_are_away_before_the_roll_out_begins_and_all_come_back() -> None:
+    away = list(drawn(5).away.values())
+    assert 0 < sum(one.begin_s == 0.0 for one in away) < len(away)
+    assert all(one.end_s > one.begin_s for one in away)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of three devices, on a broker that runs already."""
+    mosquitto_binary()
+    home = tmp_path_factory.mktemp("fleet")
+    with Mosquitto(home / "broker") as broker:
+        asked = ("--devices", "3", "--duration", "10", "--worse", "1", "--broker", broker.url, "--json")
+        done = simulate(home / "it", *asked)
+    assert done.returncode == 0, done.stderr
+    assert left_over(home / "it") == []
+    return json.loads(done.stdout)
+
+
+def test_a_fleet_on_a_given_broker_ends_with_a_passed_audit(report: Any) -> None:
+    assert report["audit"]["passed"] is True
+    assert report["audit"]["devices"] == 3
+    assert [one["device"] for one in report["devices"]] == NAMES[:3]
+    assert min(one["results"] for one in report["devices"]) > 10
+
+
+def test_its_report_has_the_members_that_programs_read(report: Any) -> None:
+    assert {"devices", "accuracy", "seconds", "audit"} <= set(report)
+    for one in report["devices"]:
+        assert {"device", "rows", "windows", "results", "drift", "faults", "alerts"} <= set(one)
+
+
+def test_a_roll_out_file_that_is_none_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text('[rollout]\nname = "a"\n', encoding="utf-8")
+    done = simulate(tmp_path / "it", "--devices", "2", "--rollout", str(file))
+    assert done.returncode == 2
+    assert f"{file}: rollout.task" in done.stderr

@@ -1,0 +1,160 @@
+"""Five sensor faults and five drifts in the shipped recordings, under the shipped model: each is told as what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from agent.config import Fault
+from agent.device.intake.sources import recordings as playlist
+from agent.device.intake.sources import replay
+from agent.drift import Judge, Reference, State
+from agent.drift.reporting.alert_text import Alert
+from agent.model.bundle import builtin, bundle
+from agent.model.inference import features, runtime, scores
+from agent.simulate.scenario import SCENARIOS
+
+LEARN, AFTER = 40, 12  # drift windows
+ROWS, WINDOW = 100, 20
+UNITS = ("g", "g", "g", "rad/s", "rad/s", "rad/s")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A site that has learned its reference, and the readings that follow."""
+
+    found: bundle.Bundle
+    model: runtime.Model
+    judge: Judge
+    learned: State
+    rows: NDArray[np.float32]
+
+    def step(self, state: State, rows: NDArray[np.float32]) -> tuple[State, list[Alert]]:
+        spec, starts = self.found.manifest, np.arange(0, len(rows), ROWS)
+        windows = features.windows(rows, starts, spec.input)
+        said = scores.of(self.model.invoke(windows), spec, windows)
+        assert said.label is not None
+        assert said.score is not None
+        first = max(0, state.seen) + 1
+        t = np.arange(first, first + len(rows), dtype=np.int64) * 20_000
+        state, verdicts = self.judge.step(
+            state, rows, starts, ROWS, said.label, said.score[:, None].astype(np.float32),
+            rows=(first, first + len(rows) - 1), t=t,
+        )  # fmt: skip
+        return state, [alert for verdict in verdicts for alert in verdict.alerts]
+
+    def after(self, *faults: Fault) -> list[Alert]:
+        """All alerts that are raised."""
+        return [alert for alert in self.told(*faults) if alert.state == "raised"]
+
+    def told(self, *faults: Fault) -> list[Alert]:
+        columns = {name: self.rows[:, i].astype(np.float64) for i, name in enumerate(self.judge.shipped.fields)}
+        changed = replay.injected(columns, faults, 1)
+        return self.step(self.learned, np.stack(list(changed.values()), axis=1).astype(np.float32))[1]
+
+
+@pytest.fixture(scope="module")
+def watch() -> Watch:
+    recordings = playlist.load(SCENARIOS["exercise"].file)
+    parts, count = [], 0
+    for part in playlist.Playlist(recordings, 8, 0).parts():
+        n = part.n // ROWS * ROWS
+        parts.append(recordings.rows[part.start : part.start + n])
+        count += n
+        if count >= (LEARN + AFTER + 1) * WINDOW * ROWS:
+            break
+    rows = np.concatenate(parts)
+    found = bundle.read(builtin.bundles() / "exercise", builtin.publishers())
+    judge = Judge(
+        Reference.from_json(found.files["reference.json"]),
+        labels=found.manifest.output.labels, window=WINDOW, learn=LEARN, units=UNITS,
+    )  # fmt: skip
+    begin = (LEARN + 1) * WINDOW * ROWS
+    start = Watch(found, runtime.Model(found.model), judge, judge.start(), rows[begin : begin + AFTER * WINDOW * ROWS])
+    learned, _ = start.step(judge.start(), rows[:begin])
+    assert learned.site is not None
+    return Watch(start.found, start.model, judge, learned, start.rows)
+
+
+def sampled(rows: NDArray[np.float32], faster: float) -> NDArray[np.float32]:
+    """What another clock would have read: per row, signals move so many times faster. Whole drift windows of it."""
+    at = np.arange(0, len(rows) - 1, faster)
+    read = np.stack([np.interp(at, np.arange(len(rows)), column) for column in rows.T], axis=1)
+    return read[: len(read) // (ROWS * WINDOW) * ROWS * WINDOW].astype(np.float32)
+
+
+@pytest.mark.parametrize(("faster", "words"), [(1.25, "signals move faster"), (0.8, "signals move slower")])
+def test_another_sampling_clock_is_told_though_times_do_not_show_it(watch: Watch, faster: float, words: str) -> None:
+    alerts = watch.step(watch.learned, sampled(watch.rows, faster))[1]
+    assert [(a.alert, a.subject) for a in alerts] == [("drift", "rate")]
+    assert words in alerts[0].summary
+    assert alerts[0].evidence["ratio"] == pytest.approx(faster, rel=0.1)
+    assert alerts[0].evidence["window"] - watch.learned.index < 3
+
+
+def change(kind: str, amount: float, *fields: str) -> Fault:
+    return Fault(kind=kind, fields=list(fields), from_row=1, amount=amount)  # type: ignore[arg-type]
+
+
+def test_unchanged_readings_raise_nothing(watch: Watch) -> None:
+    assert watch.after() == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "said"),
+    [
+        (change("spikes", 12.0, "ay"), "spikes", "lone jumps"),
+        (change("saturate", 0.7, "ax"), "saturated", "are held at"),
+        (change("scale", 9.80665, "az"), "unit", "reads like m/s² where g was"),
+        (change("swap", 0.0, "wx", "wy"), "swapped", "reads like w"),
+        (change("quantize", 0.125, "az"), "quantized", "as coarse as they were here"),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Fault) else "",
+)
+def test_a_fault_is_named(watch: Watch, fault: Fault, name: str, said: str) -> None:
+    alerts = watch.after(fault)
+    told = {(a.subject, a.evidence["fault"]) for a in alerts if a.alert == "fault"}
+    assert told == {(field, name) for field in fault.fields}, [a.summary for a in alerts]
+    assert all(said in a.summary for a in alerts if a.alert == "fault")
+
+
+@pytest.mark.parametrize(
+    "fault", [change("scale", 9.80665, "az"), change("swap", 0.0, "wx", "wy"), change("swap", 0.0, "ax", "az")]
+)
+def test_where_a_field_is_read_wrongly_no_drift_stays_open(watch: Watch, fault: Fault) -> None:
+    is_open = {}
+    for alert in watch.told(fault):
+        is_open[alert.id] = alert.state == "raised"
+    assert {name for name, still in is_open.items() if still and "/drift/" in name} == set()
+    assert any(still and "/fault/" in name for name, still in is_open.items())
+
+
+def test_fields_that_are_put_back_where_they_were_are_told_to_be_sound(watch: Watch) -> None:
+    rows = watch.rows.copy()
+    rows[: 5 * WINDOW * ROWS, [3, 4]] = rows[: 5 * WINDOW * ROWS, [4, 3]]
+    _, told = watch.step(watch.learned, rows)
+    assert [(a.state, a.id) for a in told if a.alert == "fault"] == [
+        (state, f"{name}/fault/1") for state in ("raised", "cleared") for name in ("wx", "wy")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("drift", "cause"),
+    [
+        (change("gain", 0.6, "ax"), "likely gain loss"),
+        (change("offset", 0.4, "ay"), "likely offset or a new position"),
+        (change("gain", 1.5, "wy"), "likely gain rise"),
+        (change("noise", 0.3, "az"), "likely noise or more movement"),
+        (change("offset", 1.0, "wz"), "likely offset or a new position"),
+    ],
+    ids=lambda value: f"{value.kind} {value.fields[0]}" if isinstance(value, Fault) else "",
+)
+def test_a_drift_is_told_as_a_drift_of_its_field_with_its_likely_cause(watch: Watch, drift: Fault, cause: str) -> None:
+    alerts = watch.after(drift)
+    assert [a.summary for a in alerts if a.alert == "fault"] == []
+    assert alerts
+    assert (alerts[0].alert, alerts[0].subject) == ("drift", drift.fields[0]), [a.summary for a in alerts]
+    assert cause in alerts[0].summary

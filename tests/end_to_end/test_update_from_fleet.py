@@ -1,0 +1,77 @@
+"""What a fleet publishes, by its own commands, is what a device fetches: over the web, and from a stick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent.config import Field, Stream
+from agent.device.rollout.fetch.fetcher import Fetched
+from agent.fleet.repository import key_rotation as rotating
+from agent.fleet.repository import mirror as copying
+from agent.fleet.repository import revoke as revoking
+from agent.fleet.repository.publish import Published
+from agent.model.bundle import bundle
+from agent.wire.desired_state import Wanted
+from tests.kit.bundles import KEY, TABULAR
+from tests.kit.repositories import Depot, served, version
+from tests.kit.updating import Updating
+
+pytest_plugins = ["tests.kit.repository_fixtures"]
+
+STREAMS = {"watch": Stream(fields=[Field(name=name) for name in TABULAR])}
+
+
+@pytest.fixture
+def depot(tmp_path: Path) -> Depot:
+    return Depot(tmp_path / "fleet").create(roots=2, threshold=2)
+
+
+def desired(published: Published) -> Wanted:
+    said = published.offer
+    return Wanted("rollout-1", said.name, said.version, said.digest, "all")
+
+
+def read(found: Fetched) -> bundle.Bundle:
+    return bundle.read(found.path, [KEY.public])
+
+
+def test_what_a_fleet_publishes_a_device_fetches(tmp_path: Path, depot: Depot, made: Path) -> None:
+    root = depot.layout.root(1).read_bytes()
+    first = desired(depot.publish(made))
+    with served(depot.layout.home) as url, Updating(tmp_path / "device", url, root, STREAMS) as device:
+        found = read(device.must_fetch(first))
+        assert found == bundle.read(made, [KEY.public])
+        assert found.digest == first.digest
+
+        # Everything is signed by other keys; the device follows.
+        for role in ("timestamp", "snapshot", "targets", "tiny"):
+            rotating.rotate(depot.folder, role)
+        second = desired(depot.publish(version(tmp_path, made, "2.0.0")))
+        assert read(device.must_fetch(second)).manifest.version == "2.0.0"
+        assert device.versions["root"] == 4
+
+        revoking.revoke(depot.folder, "tiny", "2.0.0")
+        device.must_fail(second, "NoSuchTarget")
+        device.must_fetch(first)
+
+
+def test_a_copy_on_a_stick_is_a_repository_and_an_old_copy_is_none(tmp_path: Path, depot: Depot, made: Path) -> None:
+    root = depot.layout.root(1).read_bytes()
+    first = desired(depot.publish(made))
+    copying.copy(depot.folder, tmp_path / "stick")
+    copying.copy(depot.folder, tmp_path / "old stick")
+    second = desired(depot.publish(version(tmp_path, made, "2.0.0")))
+    copying.copy(depot.folder, tmp_path / "stick")
+    with Updating(tmp_path / "device", str(tmp_path / "stick" / "repository"), root, STREAMS) as device:
+        assert read(device.must_fetch(second)).manifest.version == "2.0.0"
+        device.configure(url=str(tmp_path / "old stick" / "repository"))
+        device.must_fail(first, "BadVersionNumberError")
+
+
+def test_a_device_without_the_fields_of_a_bundle_does_not_fetch_it(tmp_path: Path, depot: Depot, made: Path) -> None:
+    root = depot.layout.root(1).read_bytes()
+    wanted = desired(depot.publish(made))
+    with Updating(tmp_path / "device", str(depot.layout.home), root) as device:
+        assert "it needs field 'a'" in device.must_fail(wanted, "Unfit").detail

@@ -1,0 +1,87 @@
+"""Folders of images and sounds through `model run` and `model evaluate`, a file at a time; what is none is named."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from agent.authoring import pack
+from agent.cli.model.group import model as command
+from agent.datasets import training_data
+from agent.datasets.blocks import Place
+from agent.datasets.media_files import MediaFiles
+from agent.evaluation.document import Evaluation
+from agent.model.bundle.manifest import Input, Windowing
+from tests.kit.bundles import KEY
+from tests.kit.evaluations import evaluated
+from tests.model.test_media import HEARD, picture, third_party, tone, write_wav
+
+SOUND = Input(fields=HEARD.columns, window=Windowing(rows=5, step=5, max_gap_s=0.5), sound=HEARD)
+SPEC = """
+name = "vww"
+version = "1"
+kind = "classify"
+model = "model.tflite"
+labels = ["none", "person"]
+[input]
+image = { width = 96, height = 96 }
+[output]
+"""
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(command, [str(arg) for arg in args])
+
+
+def test_sounds_are_read_a_file_at_a_time_with_their_folder_as_label(tmp_path: Path) -> None:
+    for i, label in enumerate(("fan", "fan", "pump")):
+        write_wav(tmp_path / label / f"{i}.wav", tone(440 * (i + 1)))
+    (tmp_path / "fan" / "1.wav").write_bytes(b"RIFF is not enough")
+    blocks = list(MediaFiles(tmp_path, SOUND, ["label"]).blocks(Place()))
+    assert [set(block.texts["file"].tolist()) for block in blocks] == [{"fan/0.wav"}, set(), {"pump/2.wav"}]
+    assert [set(block.texts["label"].tolist()) for block in blocks] == [{"fan"}, set(), {"pump"}]
+    [one] = blocks[1].rejected
+    assert "1.wav: no WAV file" in one.reason
+    assert one.file == "fan/1.wav"
+    whole = training_data.read(tmp_path / "pump" / "2.wav", SOUND)
+    assert blocks[2].rows.tobytes() == whole.features.tobytes()
+    assert blocks[2].t[0] - blocks[0].t[-1] > 500_000 * 10  # no window reaches from one file into the next
+    again = list(MediaFiles(tmp_path, SOUND, ["label"]).blocks(blocks[1].after))
+    assert again[0].number.tolist() == blocks[2].number.tolist()
+    assert again[0].t.tobytes() == blocks[2].t.tobytes()
+
+
+@pytest.fixture
+def looking(tmp_path: Path) -> Path:
+    """A bundle that looks at images, beside a folder of 40."""
+    (tmp_path / "model.tflite").write_bytes(third_party("mlperf_vww96_int8").read_bytes())
+    for i in range(40):
+        path = tmp_path / "images" / ("person" if i % 2 else "none") / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture((96, 96, 3), seed=i))
+    (tmp_path / "spec.toml").write_text(SPEC)
+    pack.write(pack.pack(tmp_path / "spec.toml", KEY), tmp_path / "bundle")
+    return tmp_path
+
+
+def test_each_image_gets_an_answer_beside_its_name_and_one_that_is_none_is_named(looking: Path) -> None:
+    (looking / "images" / "none" / "broken.png").write_bytes(b"no image")
+    result = run("run", looking / "bundle", looking / "images", "-o", looking / "out.csv", "--json")
+    document = json.loads(result.stdout)
+    assert (result.exit_code, document["results"], document["rejected"]) == (1, 40, 1)
+    assert document["rejects"][0]["file"] == "none/broken.png"
+    with (looking / "out.csv").open(newline="") as file:
+        told = list(csv.DictReader(file))
+    assert list(told[0]) == ["row", "file", "label", "score"]
+    assert sorted(row["file"] for row in told)[:2] == ["none/00.png", "none/02.png"]
+
+
+def test_a_folder_of_images_is_evaluated_by_the_folders_within(looking: Path) -> None:
+    found: Evaluation = evaluated(looking / "bundle", looking / "images")
+    assert found.data.counts == {"none": 20, "person": 20}
+    assert np.sum(found.confusion) == 40

@@ -1,0 +1,128 @@
+"""Problems that were put into the shipped recordings on purpose must be found and named; and none where none is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.evaluation.document import Evaluation
+from tests.kit.evaluations import Recorded, exercise, finding, recorded
+
+TRAINING = Path(__file__).parents[2] / "models" / "sources" / "exercise" / "reference.npz"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Recorded:
+    return recorded()
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory, shipped: Recorded) -> Evaluation:
+    data = shipped.npz(tmp_path_factory.mktemp("sound") / "held-out.npz")
+    return exercise(data, group="subject", slices=("side", "subject"), train=TRAINING)
+
+
+def test_the_shipped_model_is_as_good_as_its_card_says(sound: Evaluation) -> None:
+    accuracy = sound.metrics[0]
+    assert (accuracy.metric, accuracy.n) == ("accuracy", 749)
+    assert accuracy.value == pytest.approx(0.9146, abs=0.03)  # runtimes differ by a few windows
+    assert accuracy.low is not None
+    assert accuracy.high is not None
+    assert accuracy.low < 0.9 < 0.93 < accuracy.high
+    assert sum(map(sum, sound.confusion)) == 749
+
+
+def test_sound_data_raise_no_warning(sound: Evaluation) -> None:
+    assert sound.warnings == []
+    assert finding(sound, "rows seen in training").state == "ok"
+    assert finding(sound, "groups in both splits").state == "ok"
+    assert finding(sound, "rows in two groups").state == "ok"
+    assert finding(sound, "a field that gives it away").state == "ok"
+
+
+def test_a_subject_of_the_test_that_the_model_learned_from_is_named(tmp_path: Path, shipped: Recorded) -> None:
+    seen = recorded(TRAINING)
+    both = shipped.also(seen.pick(seen.each["subject"] == 3))
+    found = exercise(both.npz(tmp_path / "both.npz"), group="subject", train=TRAINING)
+    rows, groups = finding(found, "rows seen in training"), finding(found, "groups in both splits")
+    assert (rows.state, groups.state) == ("warning", "warning")
+    assert groups.summary.startswith("subject 3 is in the training data")
+    share = float(rows.summary.partition("(")[2].partition("%")[0])
+    assert share == pytest.approx(100 * (found.data.windows - 749) / found.data.windows, abs=1)
+
+
+def test_a_subject_of_the_test_is_found_where_a_column_splits_one_file(tmp_path: Path, shipped: Recorded) -> None:
+    of_nine = shipped.each["subject"] == 9
+    split = np.where(of_nine & (np.arange(len(of_nine)) % 2 == 0), "train", "test")
+    data = shipped.told(split=split).csv(tmp_path / "rows.csv", "split", "subject")
+    found = exercise(data, group="subject", split="split")
+    assert finding(found, "groups in both splits").summary.startswith("subject 9 is in the training data")
+    assert finding(found, "rows seen in training").state == "ok"
+    assert set(found.data.splits) == {"test"}
+    order = finding(found, "time order")
+    assert order.state == "warning"
+    assert "not later than the last training row (2025-11-2" in order.summary
+
+
+def test_rows_that_stand_under_two_names_are_found(tmp_path: Path, shipped: Recorded) -> None:
+    twin = shipped.pick(shipped.each["subject"] == 8)
+    both = shipped.also(twin.told(subject=np.full(len(twin.sizes), 11)))
+    one = finding(exercise(both.npz(tmp_path / "both.npz"), group="subject"), "rows in two groups")
+    assert one.state == "warning"
+    assert one.summary.startswith("subject 11, 8 share rows")
+
+
+def test_a_field_that_is_the_label_in_disguise_is_named(tmp_path: Path, shipped: Recorded) -> None:
+    rows = shipped.rows.copy()
+    code = np.array([3, 0, 5, 1, 6, 2, 4])[shipped.of_rows("label")]
+    rows[:, 5] = code * 0.3 + np.random.default_rng(0).normal(0, 0.02, len(rows))
+    planted = Recorded(rows, shipped.sizes, shipped.each, shipped.fields, shipped.labels)
+    found = exercise(planted.npz(tmp_path / "leaking.npz"))
+    one = finding(found, "a field that gives it away")
+    assert one.state == "warning"
+    assert one.summary.startswith("wz (1.000) alone predicts the label")
+    assert one.summary in found.warnings
+
+
+@pytest.mark.parametrize("group", [None, "recording"])
+def test_a_slice_in_which_a_sensor_is_mounted_the_wrong_way_round_is_named(
+    tmp_path: Path, shipped: Recorded, group: str | None
+) -> None:
+    firmware = np.array(["1.0", "1.1", "2.0"])[np.arange(len(shipped.sizes)) // 2 % 3]
+    rows = shipped.rows.copy()
+    rows[np.repeat(firmware == "1.1", shipped.sizes)] *= np.array([1, -1, -1, 1, -1, -1], np.float32)
+    planted = Recorded(rows, shipped.sizes, shipped.each | {"firmware": firmware}, shipped.fields, shipped.labels)
+    found = exercise(planted.npz(tmp_path / "bad.npz"), group=group, slices=("firmware", "side"))
+    states = {one.slice: one.state for one in found.slices}
+    assert states["firmware=1.1"] == "worse"
+    assert [slice for slice, state in states.items() if state == "worse"] == ["firmware=1.1"]
+    assert any(warning.startswith("firmware=1.1: accuracy 0.") for warning in found.warnings)
+
+
+def test_labels_that_were_mixed_up_are_listed(tmp_path: Path, shipped: Recorded) -> None:
+    label = shipped.each["label"].copy()
+    wrong = np.flatnonzero(label == shipped.labels.index("ROW"))[:2]
+    label[wrong] = shipped.labels.index("PEN")
+    found = exercise(shipped.told(label=label).npz(tmp_path / "mixed.npz"))
+    assert finding(found, "label noise").state == "warning"
+    assert {(one.label, one.said) for one in found.suspects} == {("PEN", "ROW")}
+    starts = np.concatenate([[0], np.cumsum(shipped.sizes)])
+    inside = [any(starts[i] < one.row <= starts[i + 1] for i in wrong) for one in found.suspects]
+    assert all(inside)
+
+
+def test_a_rare_class_is_told(tmp_path: Path, shipped: Recorded) -> None:
+    rare = shipped.each["label"] == shipped.labels.index("TRAP")
+    keep = ~rare | (np.cumsum(rare) == 1)
+    found = exercise(shipped.pick(keep).npz(tmp_path / "rare.npz"))
+    assert any(one.check == "few" and one.summary.startswith("TRAP has ") for one in found.hints)
+
+
+def test_intervals_by_subject_are_wider_than_of_independent_windows(sound: Evaluation) -> None:
+    low, high = sound.metrics[0].low, sound.metrics[0].high
+    assert low is not None
+    assert high is not None
+    assert high - low > 0.05  # Wilson's, of 749 independent windows, is 0.041 wide
+    assert "3 groups cannot show how much groups differ" in sound.intervals

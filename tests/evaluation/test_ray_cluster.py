@@ -1,0 +1,193 @@
+"""`--engine ray` on a real Ray of two workers: what one machine would have written, whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from agent.cli.model.group import model as command
+from agent.errors import UsageError
+from agent.evaluation.predict.ray_worker import MOST_TRIES
+from tests.kit.brokers import free_port
+from tests.kit.bundles import ANOMALY, CLASSIFY, LABELS, TABULAR, packed, readings, waves, write_csv
+from tests.kit.clusters import WITHIN_S, Ray, ended, local
+from tests.kit.stations import wait_for
+
+pytest.importorskip("ray", reason="Ray is not installed here; scripts/test ray installs it apart and runs these")
+pa = pytest.importorskip("pyarrow")
+pytestmark = pytest.mark.timeout(4 * WITHIN_S)
+
+LONG = 300_000  # rows that take a worker a second or two
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Ray]:
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, local(Path(folder)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("bundle"), ANOMALY)
+
+
+def write_parquet(path: Path, n: int, seed: int) -> None:
+    from pyarrow import parquet
+
+    rows = waves(n, seed)
+    # A pause, which no window spans.
+    t = np.arange(n) / 100 + np.where(np.arange(n) > n // 3, 7, 0)
+    parquet.write_table(pa.table({"t": t, "u": rows[:, 0], "v": rows[:, 1]}), path, row_group_size=5000)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, n in enumerate((3000, 5001, 7, 12_345)):
+        write_parquet(folder / f"{i}.parquet", n, i)
+    return folder
+
+
+@pytest.fixture
+def long(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, n in enumerate((2000, LONG, LONG + 3)):
+        write_parquet(folder / f"{i}.parquet", n, i)
+    return folder
+
+
+def here(bundle: Path, source: Path, out: Path) -> dict[str, object]:
+    """What the engine of one machine says; its answers are in `out`."""
+    result = CliRunner().invoke(command, ["run", str(bundle), str(source), "-o", str(out), "--json"])
+    document: dict[str, object] = json.loads(result.stdout)
+    return document
+
+
+def require_same(one: Path, other: Path) -> None:
+    """The same files with the same bytes, and no others."""
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (one, other)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_folder_is_answered_to_the_byte_as_on_one_machine_and_its_bad_rows_are_told_alike(
+    ray: Ray, bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    lines = write_csv(data / "4.csv", ("u", "v"), waves(300)).read_text().splitlines()
+    (data / "4.csv").write_text("\n".join([*lines[:100], "1,x,2", *lines[100:]]))
+    code, document = ray.run(bundle, data, tmp_path / "there")
+    wanted = here(bundle, data, tmp_path / "here")
+    require_same(tmp_path / "there", tmp_path / "here")
+    assert code == 1
+    assert document["rejects"] == [{"file": "4.csv", "line": 101, "reason": "u: 'x' is no number"}]
+    assert document["rows"] == 3000 + 5001 + 7 + 12_345 + 300
+    for told in (document, wanted):
+        del told["out"], told["seconds"]
+    assert document == wanted
+
+
+def test_a_file_whose_worker_is_killed_is_answered_by_another_to_the_byte_as_on_one_machine(
+    ray: Ray, bundle: Path, long: Path, tmp_path: Path
+) -> None:
+    source, out = long / "1.parquet", tmp_path / "there.parquet"
+    driver = ray.begin_run(bundle, source, out)
+    wait_for(lambda: ray.writer(out) is not None, "a worker at the file", WITHIN_S)
+    writer = ray.writer(out)
+    assert writer is not None
+    writer.kill()
+    code, document = ended(driver)
+    assert (code, document["rows"]) == (0, LONG)
+    here(bundle, source, tmp_path / "here.parquet")
+    assert out.read_bytes() == (tmp_path / "here.parquet").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here.parquet", "in", "there.parquet"]
+
+
+def test_a_killed_driver_leaves_what_is_done_and_the_next_one_does_the_rest(
+    ray: Ray, bundle: Path, long: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "there"
+    driver = ray.begin_run(bundle, long, out)
+    ledger = out / ".outstation-run.part"
+    wait_for(lambda: ledger.exists() and ledger.stat().st_size > 0, "a file that is done", WITHIN_S)
+    driver.kill()
+    assert ended(driver)[0] == -signal.SIGKILL
+    done = [path for path in out.iterdir() if path.suffix == ".parquet"]
+    assert 1 <= len(done) < 3
+    before = (out / "0.parquet").stat()
+    code, document = ray.run(bundle, long, out)
+    assert (code, document["rows"]) == (0, 2000 + 2 * LONG + 3)
+    after = (out / "0.parquet").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    here(bundle, long, tmp_path / "here")
+    require_same(out, tmp_path / "here")
+
+
+def test_a_bundle_is_evaluated_with_the_figures_of_one_machine(ray: Ray, tmp_path: Path) -> None:
+    tabular, data = packed(tmp_path, CLASSIFY), tmp_path / "in"
+    data.mkdir()
+    for i in range(3):
+        rows = readings(200, seed=i)
+        lines = write_csv(data / f"{i}.csv", TABULAR, rows).read_text().splitlines()
+        labels = ["label", *(LABELS[k // 7 % 3] for k in range(len(rows)))]
+        (data / f"{i}.csv").write_text("\n".join(f"{a},{b}" for a, b in zip(lines, labels, strict=True)))
+    asked = [str(tabular), str(data), "--no-latency", "--json"]
+    code, there = ray.command("evaluate", *asked, "--engine", "ray")
+    one_machine = json.loads(CliRunner().invoke(command, ["evaluate", *asked]).stdout)
+    for told in (there, one_machine):
+        del told["made"], told["seconds"]
+    assert (code, there) == (0, one_machine)
+
+
+def test_an_evaluation_whose_workers_die_again_and_again_ends_with_a_sentence(ray: Ray, tmp_path: Path) -> None:
+    tabular, data = packed(tmp_path, CLASSIFY), tmp_path / "in.csv"
+    lines = write_csv(data, TABULAR, readings(200)).read_text().splitlines()
+    data.write_text("\n".join(f"{line},{'label' if i == 0 else LABELS[i % 3]}" for i, line in enumerate(lines)))
+    driver, killed = ray.begin("evaluate", tabular, data, "--no-latency", "--json", "--engine", "ray"), set[int]()
+    end = time.monotonic() + 3 * WITHIN_S
+    while driver.poll() is None and time.monotonic() < end:
+        # One that has a child proves the bundle: it has begun with the rows it was given.
+        for one in ray.workers():
+            with suppress(psutil.NoSuchProcess):
+                if one.children():
+                    one.kill()
+                    killed.add(one.pid)
+        time.sleep(0.02)
+    code, said = ended(driver)
+    assert (code, len(killed)) == (1, MOST_TRIES)
+    assert "4 workers died over the windows of one file" in said
+
+
+def test_what_a_worker_cannot_read_is_said_with_its_node_and_exits_with_2(
+    ray: Ray, bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    (data / "2.parquet").write_bytes(b"PAR1 and no more")
+    code, said = ray.run(bundle, data, tmp_path / "there")
+    assert code == 2
+    assert said.strip().splitlines()[-1].startswith("outstation: node ")
+    assert f"{data / '2.parquet'}: cannot be read as Parquet" in said
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "127.0.0.1", "127.0.0.1:99999", "head", "nobody"])
+def test_a_cluster_that_cannot_be_reached_is_said_within_seconds(
+    bundle: Path, data: Path, tmp_path: Path, address: str
+) -> None:
+    if address == "nobody":
+        address = f"127.0.0.1:{free_port()}"
+    told = ["run", str(bundle), str(data), "-o", str(tmp_path / "out"), "--engine", "ray", "--address", address]
+    result = CliRunner().invoke(command, told)
+    assert isinstance(result.exception, UsageError)
+    assert f"--address {address}" in str(result.exception)
+    assert not (tmp_path / "out").exists()

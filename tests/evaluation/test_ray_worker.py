@@ -1,0 +1,183 @@
+"""A worker of a cluster, without the cluster: what it proves, and says where something is not as it was sent."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from agent.cli import main
+from agent.cli.model.group import model as command
+from agent.errors import UsageError
+from agent.evaluation.predict import output
+from agent.evaluation.predict.ledger import Job
+from agent.evaluation.predict.ray_worker import Order, Said, Worker
+from agent.evaluation.predict.run import Work
+from agent.model.bundle import bundle as bundles
+from agent.model.bundle.bundle import Bundle
+from agent.model.inference import inference
+from agent.model.inference.inference import Inference
+from tests.kit.bundles import CLASSIFY, TABULAR, packed, readings, write_csv
+from tests.kit.stations import ROOT
+
+TOKEN = secrets.token_hex(16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("tabular"), CLASSIFY)
+
+
+@pytest.fixture
+def bundle(folder: Path) -> Bundle:
+    return bundles.read(folder, None)
+
+
+@pytest.fixture
+def job(bundle: Bundle, tmp_path: Path) -> Job:
+    (tmp_path / "mark").write_text(TOKEN)
+    source = write_csv(tmp_path / "rows.csv", TABULAR, readings(50))
+    return work(bundle).job(source, tmp_path / "out.csv")
+
+
+def work(found: Bundle) -> Work:
+    return Work(found, Inference(found.manifest, inference.load(found.manifest, found.model)))
+
+
+def order(found: Bundle, beside: Path, **changed: object) -> Order:
+    sent = {
+        "bundle": "tiny 1.0.0",
+        "files": found.files,
+        "digest": found.digest,
+        "raw": False,
+        "mark": beside / "mark",
+        "token": TOKEN,
+    }
+    return Order(**(sent | changed))  # type: ignore[arg-type]
+
+
+def answer(found: Bundle, job: Job, **changed: object) -> Said:
+    return Worker(order(found, job.target.parent, **changed)).do(job)
+
+
+def test_a_file_is_answered_and_nothing_else_is_left(bundle: Bundle, job: Job, tmp_path: Path) -> None:
+    said = answer(bundle, job)
+    assert said.totals is not None
+    assert (said.problem, said.totals.rows, said.totals.results) == ("", 50, 50)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mark", "out.csv", "rows.csv"]
+
+
+def test_a_bundle_that_was_altered_on_the_way_answers_nothing(bundle: Bundle, job: Job) -> None:
+    for name in ("model.tflite", "manifest.json"):
+        altered = bundle.files | {name: bundle.files[name].replace(b"1", b"2", 1)}
+        said = answer(bundle, job, files=altered)
+        assert said.totals is None
+        assert not said.wrong_use
+        assert not job.target.exists()
+
+
+def test_another_bundle_than_was_sent_answers_nothing(bundle: Bundle, job: Job) -> None:
+    said = answer(bundle, job, digest="sha256:" + "0" * 64)
+    assert "was sent" in said.problem
+    assert not job.target.exists()
+
+
+@pytest.mark.parametrize("changed", [{"agent": "0.0.1"}, {"runtime": "another 9.9"}])
+def test_another_version_than_the_drivers_answers_nothing(bundle: Bundle, job: Job, changed: dict[str, str]) -> None:
+    said = answer(bundle, job, **changed)
+    assert (said.totals, said.wrong_use) == (None, True)
+    assert "install the same on all" in said.problem
+
+
+def test_data_that_a_node_does_not_see_are_named_with_the_node(bundle: Bundle, job: Job) -> None:
+    job.source.unlink()
+    said = answer(bundle, job)
+    assert (said.totals, said.wrong_use) == (None, True)
+    assert said.problem.startswith("node ")
+    assert f"{job.source} is not there" in said.problem
+
+
+@pytest.mark.parametrize("mark", [None, "of another run"])
+def test_a_folder_of_the_same_name_that_is_not_the_drivers_is_not_written_to(
+    bundle: Bundle, job: Job, tmp_path: Path, mark: str | None
+) -> None:
+    (tmp_path / "mark").unlink()
+    if mark is not None:
+        (tmp_path / "mark").write_text(mark)
+    said = answer(bundle, job)
+    assert (said.totals, said.wrong_use) == (None, True)
+    assert f"{tmp_path} is another folder" in said.problem
+    assert not job.target.exists()
+
+
+def test_a_file_of_the_same_name_that_is_not_the_drivers_is_not_answered(bundle: Bundle, job: Job) -> None:
+    write_csv(job.source, TABULAR, readings(51))
+    said = answer(bundle, job)
+    assert (said.totals, said.wrong_use) == (None, True)
+    assert "another size or time" in said.problem
+
+
+def test_a_file_that_ends_every_worker_is_left_at_last(folder: Path, job: Job) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from agent.evaluation import worker
+from agent.evaluation.predict.ledger import Job
+from tests.evaluation.test_ray_worker import answer, bundles
+worker.MOST_TRIES = 2
+worker.Work.file = lambda *_: os._exit(9)
+bundle, source, target, identity, token = sys.argv[1:]
+print(answer(bundles.read(Path(bundle), None), Job(Path(source), Path(target), identity), token=token).problem)
+"""
+    command = [sys.executable, "-c", code, str(folder), *(str(one) for one in job), TOKEN]
+    ends = [subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT) for _ in range(3)]
+    assert [end.returncode for end in ends] == [9, 9, 0]
+    assert f"{job.source}: 2 workers died over it" in ends[-1].stdout
+
+
+def test_a_worker_that_was_given_up_and_writes_still_is_waited_for(
+    bundle: Bundle, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = output.locked(output.part_of(job.target))
+    monkeypatch.setattr("agent.evaluation.predict.ray_worker.time.sleep", lambda _: held.close())
+    said = answer(bundle, job)
+    assert held.closed
+    assert said.problem == ""
+    assert job.target.exists()
+
+
+def test_a_disk_error_is_told_and_is_not_the_users_fault(
+    bundle: Bundle, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Work, "file", full)
+    said = answer(bundle, job)
+    assert (said.totals, said.wrong_use) == (None, False)
+    assert "No space left on device" in said.problem
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(command, ["run", *(str(arg) for arg in args)])
+
+
+def test_without_ray_it_is_said_what_to_install_and_the_exit_code_is_2(
+    folder: Path, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["model", "run", str(folder), str(job.source), "-o", str(job.target), "--engine", "ray"])
+    assert ended.value.code == 2
+    assert "pip install 'outstation[ray]'" in capsys.readouterr().err
+
+
+def test_an_address_without_the_engine_is_refused(folder: Path, job: Job) -> None:
+    result = run(folder, job.source, "-o", job.target, "--address", "127.0.0.1:6379")
+    assert isinstance(result.exception, UsageError)
+    assert "--engine ray" in str(result.exception)

@@ -1,0 +1,395 @@
+"""`outstation fleet repository` and `fleet publish` as an operator uses them, and what an enrolled device is given."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+import tarfile
+import tomllib
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.cli import main
+from agent.fleet import config as fleet_config
+from agent.fleet.collector.collector import Collector
+from agent.fleet.database.store import FleetStore
+from agent.fleet.repository import expiry, upkeep
+from agent.fleet.repository import refresh as refreshing
+from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.wire import keys
+from tests.kit.bundles import KEY, resign
+from tests.kit.repositories import Client, served, version
+
+pytest_plugins = ["tests.kit.repository_fixtures"]
+
+
+class Silence:
+    """A link on which nothing ever comes."""
+
+    window = 20
+
+    def send(self, message: Outgoing) -> int:
+        raise AssertionError(message)
+
+    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+        return []
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        raise AssertionError(delivery)
+
+    def wake(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Desk:
+    """An operator at a fleet's folder."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self._capsys = folder, capsys
+
+    def run(self, *words: object) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr."""
+        place = [] if "sign-root" in words else ["--dir", str(self.folder)]
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["fleet", *map(str, words), *place])
+        said = self._capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    def document(self, *words: object, code: int = 0) -> Any:
+        done, out, err = self.run(*words, "--json")
+        assert done == code, err
+        return json.loads(out)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Desk:
+    with pytest.raises(SystemExit):
+        main(["fleet", "init", str(tmp_path / "acme"), "--broker", "mqtt://127.0.0.1:1883"])
+    return Desk(tmp_path / "acme", capsys)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["publish"],
+        *(["repository", name] for name in ("init", "status", "refresh", "rotate", "revoke", "sign-root", "copy")),
+    ],
+)
+def test_every_command_has_help_with_an_example(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fleet", *command, "--help"])
+    assert f"Example: outstation fleet {' '.join(command)}" in capsys.readouterr().out
+
+
+def test_a_shipped_bundle_goes_from_publish_to_status_and_out_again(desk: Desk) -> None:
+    code, out, _ = desk.run("repository", "init", "--roots", 3, "--threshold", 2)
+    assert code == 0
+    assert "Move root-1.key root-2.key root-3.key from" in out
+    done = desk.document("publish", "exercise")
+    assert (done["name"], done["new"]) == ("exercise", True)
+    assert desk.document("publish", "exercise") == {**done, "new": False}
+    status = desk.document("repository", "status")
+    assert [one["digest"] for one in status["bundles"]] == [done["digest"]]
+    assert (status["ok"], status["roles"][0]["threshold"], len(status["roles"][0]["keys"])) == (True, 2, 3)
+    code, out, _ = desk.run("repository", "status")
+    assert "2 of root-1, root-2, root-3" in out
+    assert desk.document("repository", "revoke", "exercise", done["version"])["versions"] == [done["version"]]
+    after = desk.document("repository", "status")
+    assert (after["bundles"], [one["version"] for one in after["revoked"]]) == ([], [done["version"]])
+
+
+def test_a_bundle_of_another_publisher_needs_its_key(desk: Desk, made: Path) -> None:
+    desk.run("repository", "init")
+    code, _, err = desk.run("publish", made)
+    assert (code, "not signed by any of the 2 trusted publisher keys" in err) == (1, True)
+    assert desk.document("publish", made, "--key", KEY.public.text, "--no-probe")["signer"] == KEY.public.kid
+
+
+def test_a_bundle_signed_by_the_operator_is_taken_though_only_its_public_half_is_here(
+    desk: Desk, tmp_path: Path, made: Path
+) -> None:
+    shutil.copytree(made, tmp_path / "ours")
+    operator = keys.load_private(desk.folder / "operator.key")
+    resign(tmp_path / "ours", operator)
+    desk.run("repository", "init")
+    (desk.folder / "operator.key").unlink()
+    assert desk.document("publish", tmp_path / "ours", "--no-probe")["signer"] == operator.public.kid
+
+
+def test_the_root_keys_lie_on_two_machines_and_sign_one_draft(desk: Desk, tmp_path: Path, made: Path) -> None:
+    desk.run("repository", "init", "--roots", 2, "--threshold", 2)
+    for name in ("root-1.key", "root-2.key"):
+        shutil.move(desk.folder / "repository-keys" / name, tmp_path / name)
+    draft = desk.folder / "repository" / "root.json.draft"
+    waits = desk.document("repository", "rotate", "timestamp", code=1)
+    assert (waits["in_force"], waits["draft"]["missing"]) == (False, 2)
+    carried = tmp_path / "stick.json"
+    shutil.copy(draft, carried)
+    for number in (1, 2):
+        signed = desk.document("repository", "sign-root", "--key", tmp_path / f"root-{number}.key", carried)
+        assert signed["signatures"] == number
+        status = desk.document("repository", "status", code=1)
+        assert "waits for 2 more signatures (root-1, root-2)" in status["reminders"][0]
+    shutil.copy(carried, draft)
+    assert desk.document("repository", "refresh")["root"] == 2
+    [key] = desk.document("repository", "status")["roles"][3]["keys"]
+    assert (key["name"], key["here"]) == ("timestamp-2", True)
+
+
+def test_a_root_key_on_a_mounted_stick_signs_at_once(desk: Desk, tmp_path: Path) -> None:
+    desk.run("repository", "init")
+    stick = shutil.move(desk.folder / "repository-keys" / "root-1.key", tmp_path / "root-1.key")
+    code, out, _ = desk.run("repository", "rotate", "targets")
+    assert (code, "waits for 1 more signatures of the root keys root-1" in out) == (1, True)
+    code, out, _ = desk.run("repository", "rotate", "snapshot", "--sign-with", stick)
+    # Both changes are in the one draft.
+    assert (code, "snapshot: snapshot-2 counts, snapshot-1 no more" in out) == (0, True)
+    roles = {one["role"]: one["keys"][0]["name"] for one in desk.document("repository", "status")["roles"]}
+    assert (roles["targets"], roles["snapshot"]) == ("targets-2", "snapshot-2")
+
+
+def test_a_root_key_made_elsewhere_comes_in_by_its_public_half(desk: Desk, tmp_path: Path) -> None:
+    desk.run("repository", "init")
+    elsewhere = keys.generate(tmp_path / "vault.key")
+    code, _, err = desk.run("repository", "rotate", "root", "--new", elsewhere.public.text)
+    # It must itself say that it is there.
+    assert code == 1
+    desk.run("repository", "sign-root", "--key", tmp_path / "vault.key", desk.folder / "repository" / "root.json.draft")
+    assert desk.document("repository", "refresh")["root"] == 2
+    assert not list((desk.folder / "repository-keys").glob("root-2*"))
+    assert desk.document("repository", "status")["roles"][0]["keys"][0]["key"] == elsewhere.public.text
+    assert not err
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["rotate", "tiny"], "no role 'tiny' in the repository"),
+        (["rotate", "root"], "root has 2 keys: which one; --key names one of root-1, root-2"),
+        (["rotate", "root", "--key", "root-9"], "no key 'root-9'"),
+        (["revoke", "exercise"], "no bundle 'exercise'"),
+        (["init"], "never made over"),
+        (["sign-root", "--key", "nothing.key", "fleet.toml"], "cannot be read"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_changes_nothing(desk: Desk, words: list[str], why: str) -> None:
+    desk.run("repository", "init", "--roots", 2)
+    before = {path: path.read_bytes() for path in desk.folder.rglob("*") if path.is_file()}
+    code, _, err = desk.run("repository", *words)
+    assert (code, why in err, err.count("\n")) == (2, True, 1), err
+    assert {path: path.read_bytes() for path in desk.folder.rglob("*") if path.is_file()} == before
+
+
+def test_without_a_repository_every_command_says_how_to_make_one(desk: Desk, made: Path) -> None:
+    words: list[list[object]] = [["publish", made, "--key", KEY.public.text, "--no-probe"]]
+    words += [["repository", *rest] for rest in (["status"], ["refresh"], ["rotate", "root"], ["revoke", "tiny"])]
+    for command in words:
+        code, _, err = desk.run(*command)
+        assert (code, "`outstation fleet repository init` makes one" in err) == (2, True), err
+
+
+def test_sign_root_signs_nothing_but_a_root(desk: Desk, tmp_path: Path) -> None:
+    desk.run("repository", "init")
+    key = desk.folder / "repository-keys" / "root-1.key"
+    for file in (desk.folder / "repository" / "metadata" / "timestamp.json", desk.folder / "fleet.toml"):
+        before = file.read_bytes()
+        code, _, err = desk.run("repository", "sign-root", "--key", key, file)
+        assert code == 2
+        assert "root" in err
+        assert file.read_bytes() == before
+
+
+def test_a_device_is_given_the_newest_root_and_where_the_repository_is(desk: Desk, tmp_path: Path, made: Path) -> None:
+    desk.run("enrol", "pi-06", "--bundle-out", tmp_path / "before.tar.gz")
+    with tarfile.open(tmp_path / "before.tar.gz") as tar:
+        assert "root.json" not in tar.getnames()
+    with served(desk.folder / "repository") as url:
+        desk.run("repository", "init", "--url", url)
+        desk.run("repository", "rotate", "root")
+        desk.run("enrol", "pi-07", "--bundle-out", tmp_path / "pi-07.tar.gz")
+        with tarfile.open(tmp_path / "pi-07.tar.gz") as tar:
+            tar.extractall(tmp_path / "device", filter="data")
+        config = tomllib.loads((tmp_path / "device" / "outstation.toml").read_text())
+        assert config["updates"] == {"url": url, "root": "root.json", "allow_plaintext": True}
+        root = (tmp_path / "device" / "root.json").read_bytes()
+        assert root == (desk.folder / "repository" / "metadata" / "2.root.json").read_bytes()
+        target = desk.document("publish", made, "--key", KEY.public.text, "--no-probe")["target"]
+        assert Client(tmp_path / "trust", config["updates"]["url"], root).look(target)
+
+
+def test_a_repository_without_an_address_gives_a_device_the_root_only(desk: Desk) -> None:
+    desk.run("repository", "init")
+    desk.run("enrol", "pi-07")
+    home = desk.folder / "devices" / "pi-07"
+    assert (home / "root.json").exists()
+    assert "updates" not in tomllib.loads((home / "outstation.toml").read_text())
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://x", "https://", "https://u:p@x/", "https://x/?a=b", "relative/folder", "https://x:0/"]
+)
+def test_an_address_that_is_none_is_refused_before_anything_is_made(desk: Desk, url: str) -> None:
+    code, _, err = desk.run("repository", "init", "--url", url)
+    assert (code, "--url" in err) == (2, True)
+    assert not (desk.folder / "repository").exists()
+
+
+def test_another_address_is_not_written_over_the_first(desk: Desk) -> None:
+    assert desk.run("repository", "init", "--url", "https://one.example/repository")[0] == 0
+    code, _, err = desk.run("repository", "init", "--url", "https://two.example/repository")
+    assert (code, "is 'https://one.example/repository' already; edit it there" in err) == (2, True)
+    known = fleet_config.load(desk.folder).repository
+    assert known is not None
+    assert known.url == "https://one.example/repository"
+
+
+def test_a_stick_holds_the_same_edition_and_an_older_one_is_not_copied_over_it(
+    desk: Desk, tmp_path: Path, made: Path
+) -> None:
+    desk.run("repository", "init")
+    trusted = ["--key", KEY.public.text, "--no-probe"]
+    one = desk.document("publish", made, *trusted)
+    shutil.copytree(desk.folder, tmp_path / "old")
+    stick = tmp_path / "stick"
+    desk.document("repository", "copy", stick)
+    two = desk.document("publish", version(tmp_path, made, "1.1.0"), *trusted)
+    desk.document("repository", "rotate", "root")
+    desk.document("repository", "revoke", "tiny", "1.0.0")
+    desk.document("repository", "copy", stick)
+    assert desk.document("repository", "copy", stick)["files"] == 0
+    root = (desk.folder / "repository" / "metadata" / "1.root.json").read_bytes()
+    with served(stick / "repository") as url:
+        client = Client(tmp_path / "device", url, root)
+        assert client.look(two["target"])
+        assert client.look(one["target"]) is None
+    assert len([path for path in (stick / "repository" / "targets").rglob("*") if path.is_file()]) == 1
+    code, _, err = Desk(tmp_path / "old", desk._capsys).run("repository", "copy", stick)
+    assert (code, "holds a later edition" in err) == (2, True)
+
+
+@pytest.mark.parametrize("part", ["", "targets", "metadata"])
+def test_nothing_is_written_or_removed_through_a_link_on_a_stick(desk: Desk, tmp_path: Path, part: str) -> None:
+    desk.run("repository", "init")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "photo.jpg").write_bytes(b"x")
+    link = tmp_path / "stick" / "repository" / part
+    link.parent.mkdir(parents=True)
+    link.symlink_to(precious)
+    code, _, err = desk.run("repository", "copy", tmp_path / "stick")
+    assert (code, "is a link" in err) == (2, True)
+    assert [path.name for path in precious.iterdir()] == ["photo.jpg"]
+
+
+def test_what_else_is_in_a_folder_of_that_name_stays(desk: Desk, tmp_path: Path) -> None:
+    desk.run("repository", "init")
+    other = tmp_path / "stick" / "repository" / "targets" / "photo.jpg"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"x")
+    desk.document("repository", "copy", tmp_path / "stick")
+    assert other.exists()
+
+
+def test_fleet_toml_stays_as_private_as_it_was(desk: Desk) -> None:
+    file = desk.folder / "fleet.toml"
+    file.chmod(0o600)
+    assert desk.run("repository", "init", "--url", "/media/stick/repository")[0] == 0
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_the_collector_signs_the_timestamp_anew_and_goes_on_when_it_cannot(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = fleet_config.load(desk.folder)
+    store = FleetStore(desk.folder / "fleet.db")
+    key = keys.load_private(desk.folder / "collector.key")
+    later = expiry.now() + timedelta(days=3)
+    collector = Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.keep(desk.folder, store, later))
+    collector.turn(Silence(), 0.0)
+    assert "no repository here" in caplog.text
+    desk.run("repository", "init")
+    collector.turn(Silence(), 0.0)
+    assert desk.document("repository", "status")["roles"][3]["version"] == 1
+    monkeypatch.setattr("agent.fleet.collector.collector.UPKEEP_S", 0.0)
+    collector._upkeep_at = 0.0
+    collector.turn(Silence(), 0.0)
+    collector.turn(Silence(), 0.0)
+    assert desk.document("repository", "status")["roles"][3]["version"] == 2
+    (desk.folder / "repository" / "metadata" / "timestamp.json").write_text("{}")
+    collector.turn(Silence(), 0.0)
+    assert "devices would refuse what is in it" in caplog.text
+    store.close()
+
+
+def test_what_expires_soon_is_one_alert_until_it_was_renewed(desk: Desk, tmp_path: Path) -> None:
+    desk.run("repository", "init")
+    away = (desk.folder / "repository-keys" / "targets-1.key").rename(tmp_path / "targets.key")
+    store = FleetStore(desk.folder / "fleet.db")
+    at = expiry.now() + timedelta(days=310)
+    for hour in range(3):
+        upkeep.keep(desk.folder, store, at + timedelta(hours=hour))
+    [alert] = store.alerts()
+    assert (alert["alert"], alert["severity"], alert["device"]) == ("repository", "warning", "")
+    assert "targets expires in 55 days" in alert["summary"]
+    assert refreshing.refresh(desk.folder, sign_with=[away], at=at + timedelta(hours=4)).roles[0] == "targets"
+    upkeep.keep(desk.folder, store, at + timedelta(hours=5))
+    assert store.alerts() == []
+    assert len(store.alerts(closed=True)) == 2
+    store.close()
+
+
+@pytest.mark.parametrize("name", ["9.snapshot.json", "timestamp.json.new"])
+def test_the_collector_goes_on_where_a_file_of_the_repository_is_not_its_own_to_replace(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    desk.run("repository", "init")
+    config = fleet_config.load(desk.folder)
+    store = FleetStore(desk.folder / "fleet.db")
+    days = [3]
+    collector = Collector(
+        "acme",
+        config.broker,
+        store,
+        keys.load_private(desk.folder / "collector.key"),
+        upkeep=lambda: upkeep.keep(desk.folder, store, expiry.now() + timedelta(days=days[0])),
+    )
+    monkeypatch.setattr("agent.fleet.collector.collector.UPKEEP_S", 0.0)
+    # A folder, for root may remove any file.
+    in_the_way = desk.folder / "repository" / "metadata" / name
+    in_the_way.mkdir()
+    collector.turn(Silence(), 0.0)
+    assert str(in_the_way).removesuffix(".new") in caplog.text
+    assert "see who owns" in caplog.text
+    in_the_way.rmdir()
+    before = desk.document("repository", "status")["roles"][3]["version"]
+    days[0] = 6
+    caplog.clear()
+    collector.turn(Silence(), 0.0)
+    assert desk.document("repository", "status")["roles"][3]["version"] == before + 1
+    assert caplog.text.count("WARNING") == 0
+    store.close()
+
+
+def test_the_collector_goes_on_when_a_disk_fails_under_the_repository(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "repository/.lock")
+
+    desk.run("repository", "init")
+    monkeypatch.setattr(refreshing, "refresh_daily", fail)
+    store = FleetStore(desk.folder / "fleet.db")
+    config, key = fleet_config.load(desk.folder), keys.load_private(desk.folder / "collector.key")
+    Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.keep(desk.folder, store)).turn(Silence(), 0.0)
+    assert "repository/.lock: Input/output error, so the repository was not looked after" in caplog.text
+    store.close()

@@ -1,0 +1,336 @@
+"""When a step is over, goes on, or ends the roll-out: by what devices count, in intervals, and by how many failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import clock
+from agent.fleet.rollout.promotion import Verdict
+from tests.kit.fleet_rollouts import HOUR_US, NOW_US, Fleet, fleet, plan, promotion
+from tests.kit.senders import MODEL, NEWER, Sender, new_key
+
+ANSWERED = {"windows": 100, "seconds": 0.1, "scores": {"n": 100, "mean": 0.9, "m2": 1.0}}
+
+
+def answered(mean: float = 0.9, seconds: float = 0.1, off: float | None = None) -> dict[str, Any]:
+    expected = {"n": 100, "mean": mean, "m2": 1.0}
+    errors = {} if off is None else {"off": {"n": 100, "mean": off, "m2": 1.0}}
+    return {**ANSWERED, "seconds": seconds, "expected": expected, **errors}
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> Iterator[Fleet]:
+    with fleet(tmp_path) as made:
+        yield made
+
+
+def rules(verdict: Verdict) -> dict[str, str]:
+    return {finding.rule: finding.state for finding in verdict.findings}
+
+
+def test_enough_devices_that_agree_for_long_enough_are_promoted(six: Fleet) -> None:
+    six.start(plan())
+    six.in_shadow()
+    verdict = six.look(2.0).verdict
+    assert (verdict.answer, verdict.waits, rules(verdict)) == ("promote", [], {"agreement": "good"})
+    assert verdict.summary.startswith("agreement 0.960 [")
+    assert "over 36 blocks of 6 devices (at least 0.9: good), 6 of 3 devices that are needed report" in verdict.summary
+
+
+@pytest.mark.parametrize(
+    ("later_h", "devices", "blocks", "waits"),
+    [
+        (0.5, 6, 6, "0.5 h more"),
+        (2.0, 2, 6, "devices with 20 batches: 2 of 3; 4 of 6 chosen devices not heard of"),
+        (2.0, 6, 3, "devices with 20 batches: 0 of 3"),
+        (2.0, 0, 6, "devices with 20 batches: 0 of 3; 6 of 6 chosen devices not heard of"),
+    ],
+    ids=["hours", "devices", "batches", "nobody"],
+)
+def test_what_is_missing_is_waited_for_and_said(
+    six: Fleet, later_h: float, devices: int, blocks: int, waits: str
+) -> None:
+    six.start(plan())
+    six.in_shadow(six.senders[:devices], blocks)
+    verdict = six.look(later_h).verdict
+    assert verdict.answer == "wait"
+    assert waits in verdict.waits
+
+
+def test_an_interval_that_holds_the_limit_is_open_however_good_its_middle_is(six: Fleet) -> None:
+    six.start(plan())
+    for sender, same in zip(six.senders, (99, 99, 99, 99, 99, 60), strict=True):
+        six.in_shadow([sender], same=same)
+    verdict = six.look().verdict
+    [finding] = verdict.findings
+    assert finding.value is not None
+    assert (finding.state, finding.value > 0.9, verdict.answer) == ("open", True, "wait")
+
+
+def test_a_model_that_answers_otherwise_is_aborted_in_shadow(six: Fleet) -> None:
+    six.start(plan())
+    six.in_shadow(same=30)
+    verdict = six.look(0.1).verdict
+    assert (verdict.answer, rules(verdict)) == ("abort", {"agreement": "bad"})
+
+
+def test_what_is_bad_on_fewer_devices_than_are_needed_is_waited_about(six: Fleet) -> None:
+    six.start(plan())
+    six.in_shadow(six.senders[:2], same=30)
+    verdict = six.look().verdict
+    assert (verdict.answer, rules(verdict)) == ("wait", {"agreement": "bad"})
+
+
+@pytest.mark.parametrize(
+    ("asked", "beside", "answer"),
+    [
+        ({"slower": 1.5}, {"answered_beside": answered(seconds=0.12)}, "promote"),
+        ({"slower": 1.5}, {"answered_beside": answered(seconds=0.3)}, "abort"),
+        ({"accuracy_drop": 0.02}, {"answered_beside": answered(0.91), "answered": answered()}, "promote"),
+        ({"accuracy_drop": 0.02}, {"answered_beside": answered(0.7), "answered": answered()}, "abort"),
+        ({"error_growth": 0.1}, {"answered_beside": answered(off=2.0), "answered": answered(off=1.9)}, "promote"),
+        ({"error_growth": 0.1}, {"answered_beside": answered(off=3.0), "answered": answered(off=1.9)}, "abort"),
+        ({"accuracy_drop": 0.02}, {"labelled": [90, 1, 1, 8]}, "promote"),
+        ({"accuracy_drop": 0.02}, {"labelled": [60, 30, 1, 9]}, "abort"),
+        ({"error_growth": 0.1}, {}, "wait"),
+    ],
+    ids=["fast", "slow", "as sure", "less sure", "as near", "less near", "as right", "less right", "no labels"],
+)
+def test_each_rule_is_judged_by_its_own_numbers(
+    six: Fleet, asked: dict[str, float], beside: dict[str, Any], answer: str
+) -> None:
+    six.start(plan(rules=promotion(agreement=None, **asked)))
+    six.in_shadow(**beside)
+    assert six.look().verdict.answer == answer
+
+
+def test_in_a_canary_the_new_bundle_is_the_one_whose_results_count(six: Fleet) -> None:
+    six.start(plan(("canary", 100.0), ("all", 100.0), rules=promotion(agreement=None, slower=1.5)))
+    six.on_probation(six.senders, answered=answered(seconds=0.5), answered_beside=answered(seconds=0.1))
+    [finding] = six.look().verdict.findings
+    assert finding.value == pytest.approx(5.0)
+    assert finding.state == "bad"
+
+
+def test_where_no_more_can_come_that_would_settle_it_somebody_is_asked_to_decide(six: Fleet) -> None:
+    six.start(plan(("canary", 100.0), ("all", 100.0)))
+    six.on_probation(six.senders, 4, same=90)
+    verdict = six.look().verdict
+    assert (verdict.answer, verdict.findings[0].state) == ("wait", "open")
+    assert verdict.waits[-1].startswith("somebody to decide: all devices that were heard of have come to an end")
+
+
+def test_the_last_step_ends_with_a_finding_that_stays_open_but_not_with_one_that_is_bad(six: Fleet) -> None:
+    six.start(plan(("all", 100.0)))
+    six.on_probation(six.senders, 4, same=90, settles=False)
+    verdict = six.look().verdict
+    assert (verdict.answer, verdict.findings[0].state) == ("wait", "open")
+    six.collect(*(sender.rollout("settled", strategy="all") for sender in six.senders))
+    verdict = six.look().verdict
+    assert (verdict.answer, verdict.findings[0].state) == ("finish", "open")
+    assert "(at least 0.9: open)" in verdict.summary
+    six.collect(*(sender.shadow(model=NEWER, beside=MODEL, same=0) for sender in six.senders for _ in range(5)))
+    assert six.look().verdict.answer == "abort"
+
+
+def test_labels_count_before_the_estimate_where_there_are_any(six: Fleet) -> None:
+    six.start(plan(rules=promotion(agreement=None, accuracy_drop=0.02)))
+    six.in_shadow(labelled=[90, 1, 1, 8], answered_beside=answered(0.2))
+    [finding] = six.look().verdict.findings
+    assert (finding.rule, finding.state) == ("accuracy gained by labels", "good")
+
+
+def test_only_the_pair_of_the_step_is_compared(six: Fleet) -> None:
+    other = {**NEWER, "digest": "sha256:" + "ee" * 32}
+    six.start(plan())
+    six.in_shadow()
+    for sender in six.senders:
+        six.collect(sender.shadow(beside=other, same=0), sender.shadow("another-roll-out", same=0))
+        six.collect(sender.shadow(model=NEWER, beside=MODEL, same=0), sender.shadow(model=NEWER, same=0))
+    [finding] = six.look().verdict.findings
+    assert finding.value == pytest.approx(0.96)
+    assert finding.blocks == 36
+
+
+def test_a_device_that_took_it_back_counts_as_failed_and_no_more_in_the_findings(tmp_path: Path) -> None:
+    with fleet(tmp_path, 12) as many:
+        many.start(plan(("canary", 100.0), ("all", 100.0)))
+        many.on_probation(many.senders[1:])
+        many.on_probation(many.senders[:1], settles=False, same=0)
+        many.collect(many.senders[0].rollout("rolled back", reason="output drift", strategy="canary"))
+        verdict = many.look().verdict
+        [finding] = verdict.findings
+        assert (verdict.answer, verdict.failed, verdict.heard, finding.devices) == ("promote", 1, 12, 11)
+
+
+@pytest.mark.parametrize(
+    ("failing", "reason", "answer"),
+    [
+        (1, "crash", "abort"),
+        (3, "signature", "abort"),
+        (2, "unfit", "promote"),
+        (2, "operator", "promote"),
+        (2, "fetch", "promote"),
+    ],
+)
+def test_too_many_devices_that_failed_abort_it_and_those_it_is_not_for_do_not(
+    six: Fleet, failing: int, reason: str, answer: str
+) -> None:
+    six.start(plan())
+    six.in_shadow(six.senders[failing:])
+    for sender in six.senders[:failing]:
+        six.collect(sender.rollout("refused", reason=reason))
+    assert six.look().verdict.answer == answer
+
+
+def test_failures_that_may_yet_turn_out_few_hold_it_and_do_not_abort_it(tmp_path: Path) -> None:
+    with fleet(tmp_path, 20) as many:
+        many.start(plan())
+        many.in_shadow(many.senders[2:8])
+        for sender in many.senders[:2]:
+            many.collect(sender.rollout("refused", reason="golden"))
+        verdict = many.look().verdict
+        assert (verdict.answer, verdict.waits) == (
+            "wait",
+            ["fewer failed devices: 2 of 8 that were heard of, 10 % may"],
+        )
+        many.in_shadow(many.senders[8:])
+        assert many.look().verdict.answer == "promote"
+
+
+def test_a_wider_canary_is_judged_by_the_devices_that_join_with_it(tmp_path: Path) -> None:
+    with fleet(tmp_path, 16) as many:
+        many.start(plan(("canary", 50.0), ("canary", 90.0), ("all", 100.0)))
+        first, second = many.chosen(1), many.chosen(2)
+        many.on_probation(first)
+        assert many.look().verdict.answer == "promote"
+        many.promote()
+        verdict = many.look(4.0).verdict
+        assert (verdict.answer, verdict.reporting) == ("wait", 0)
+        joining = [sender for sender in second if sender not in first]
+        assert len(joining) >= 3
+        many.on_probation(joining[:3])
+        assert (many.look(4.0).verdict.answer, many.look(4.0).verdict.reporting) == ("promote", 3)
+
+
+def test_the_last_step_waits_for_devices_on_their_way_but_not_for_those_that_are_silent(six: Fleet) -> None:
+    six.start(plan(("canary", 100.0), ("all", 100.0)))
+    six.on_probation(six.senders[:4])
+    six.promote()
+    six.collect(six.senders[4].rollout("fetching", strategy="all"))
+    with six.store.transaction() as db:
+        db.execute("UPDATE devices SET last_seen = ?", (clock.rfc3339(NOW_US + HOUR_US * 7 // 2),))
+        db.execute("UPDATE devices SET last_seen = NULL WHERE device = ?", (six.senders[5].device,))
+    verdict = six.look(4.0).verdict
+    assert (verdict.answer, verdict.waits) == ("wait", ["devices on their way: 1"])
+    assert six.look(4.6).verdict.answer == "finish"
+
+
+def test_of_a_group_only_devices_that_speak_are_known_and_as_many_as_asked_must(six: Fleet) -> None:
+    six.start(plan(to="group:roof"))
+    six.in_shadow(six.senders[:2])
+    seen = six.look()
+    assert (len(seen.members.chosen), seen.verdict.needed, seen.verdict.reporting) == (2, 3, 2)
+    six.in_shadow(six.senders[2:3], 12)
+    assert six.look().verdict.answer == "promote"
+
+
+def test_of_one_device_only_what_it_says_counts(six: Fleet) -> None:
+    six.start(plan(("shadow", 100.0), ("all", 100.0), to="device:pi-01", rules=promotion(devices=1)))
+    six.in_shadow(six.senders[2:], same=0)
+    six.in_shadow([six.senders[1]], 12)
+    seen = six.look()
+    assert ([one.device for one in seen.members.chosen], seen.verdict.answer) == (["pi-01"], "promote")
+
+
+def test_a_store_that_was_lost_begins_a_new_log_whose_word_is_the_last(six: Fleet) -> None:
+    six.start(plan())
+    old = six.senders[0]
+    six.collect(old.rollout("refused", reason="golden"), old.rollout("refused", reason="golden"))
+    anew = Sender(old.device, old.key)
+    six.collect(anew.rollout("shadow"))
+    assert six.look().members.chosen[0].phase == "shadow"
+
+
+def test_a_stolen_device_whose_key_was_revoked_counts_no_more(six: Fleet) -> None:
+    six.start(plan())
+    six.in_shadow(six.senders[:3])
+    six.in_shadow(six.senders[3:], same=0)
+    for sender in six.senders[3:]:
+        six.store.revoke(sender.device, None, "2026-11-24T22:20:00.000000Z")
+    seen = six.look()
+    assert len(seen.members.chosen) == 3
+    assert seen.verdict.findings[0].value == pytest.approx(0.96)
+
+
+def test_a_device_that_is_not_in_the_roll_out_cannot_flood_it(tmp_path: Path) -> None:
+    with fleet(tmp_path, 12) as many:
+        many.start(plan(("canary", 50.0), ("all", 100.0)))
+        chosen = many.chosen(1)
+        outside = next(sender for sender in many.senders if sender not in chosen)
+        many.on_probation(chosen)
+        before = many.look().verdict
+        many.on_probation([outside], 300, settles=False, same=0)
+        seen = many.look()
+        assert seen.verdict == before
+        assert len(seen.tallies.devices[outside.device].instead) == 200
+
+
+def test_a_device_that_floods_its_own_roll_out_counts_as_one(six: Fleet) -> None:
+    six.start(plan())
+    six.in_shadow(six.senders[1:])
+    six.in_shadow(six.senders[:1], 250, n=1000, same=960)
+    [finding] = six.look().verdict.findings
+    assert finding.value == pytest.approx(0.96)
+    assert finding.devices == 6
+
+
+def test_a_device_with_windows_without_number_counts_as_twice_the_one_in_the_middle(six: Fleet) -> None:
+    six.start(plan())
+    six.in_shadow(six.senders[1:])
+    six.senders[0].row = 0
+    six.in_shadow(six.senders[:1], 3, n=2**50, same=0)
+    six.in_shadow(six.senders[:1], 30, same=30)
+    [finding] = six.look().verdict.findings
+    assert finding.value == pytest.approx((5 * 6 * 96 + 12 * 30) / (5 * 600 + 1200), abs=1e-4)
+    assert finding.state == "open"
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"n": 10_000_000, "rows": [1, 100], "same": 10_000_000},
+        {"errors": 6},
+        {"labelled": [2**52, 0, 0, 0]},
+        {"answered": {**ANSWERED, "windows": 101}},
+        {"answered": {**ANSWERED, "expected": {"n": 101, "mean": 0.9, "m2": 1.0}}},
+        {"answered": {**ANSWERED, "seconds": 1e308}, "answered_beside": {**ANSWERED, "seconds": 1e-308}},
+        {"answered_beside": {**ANSWERED, "expected": {"n": 100, "mean": 1e300, "m2": 0}}},
+        {"answered_beside": {**ANSWERED, "expected": {"n": 100, "mean": 0.5, "m2": 1e9}}},
+        {"answered_beside": {**ANSWERED, "scores": {"n": 100, "mean": -1e308, "m2": 1e308}}},
+        {"apart": {"n": 101, "mean": 0, "m2": 0}},
+    ],
+    ids=lambda lie: " ".join(lie),
+)
+def test_a_tally_that_contradicts_itself_is_left_out_and_its_device_named(six: Fleet, lie: dict[str, Any]) -> None:
+    six.start(plan(rules=promotion(slower=1.5, accuracy_drop=0.02)))
+    honest, liar = six.senders[:5], six.senders[5]
+    six.in_shadow(honest)
+    before = six.look().verdict
+    six.collect(*(liar.shadow(**lie) for _ in range(5)))
+    seen = six.look()
+    assert [f.words for f in seen.verdict.findings] == [f.words for f in before.findings]
+    assert seen.tallies.devices[liar.device].unbelievable == 5
+    assert seen.tallies.devices[liar.device].why
+
+
+def test_a_stranger_whose_signature_is_none_adds_nothing(six: Fleet) -> None:
+    six.start(plan())
+    forger = Sender(six.senders[0].device, new_key(666))
+    six.in_shadow([forger], same=0)
+    seen = six.look()
+    assert (seen.tallies.devices, seen.verdict.heard) == ({}, 0)

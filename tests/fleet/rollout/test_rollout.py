@@ -1,0 +1,262 @@
+"""Roll-outs from the command line, through a real broker and collector: what is retained is what a device obeys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.cli.fleet.rollout import documents
+from agent.errors import Refused
+from agent.fleet.commands import COUNTER
+from agent.fleet.keyring import Keyring
+from agent.transport.mqtt import Link
+from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.wire import jws, keys
+from agent.wire.messages import Desired, open_message
+from tests.kit.brokers import Mosquitto
+from tests.kit.senders import MODEL, NEWER, Sender, Sent, new_key
+from tests.kit.system import Fleet, Program, eventually, outstation
+
+ALL = "outstation/acme/_all/desired"
+SENDERS = [Sender(f"pi-{i}", new_key(100 + i)) for i in range(4)]
+FILE = f"""
+[rollout]
+name = "exercise-1-1"
+task = "exercise"
+bundle = "exercise"
+version = "1.1.0"
+digest = "{NEWER["digest"]}"
+[[steps]]
+strategy = "shadow"
+[[steps]]
+strategy = "all"
+[promote]
+hours = 0
+agreement = 0.9
+"""
+
+
+class Site:
+    """A fleet whose devices are senders on a real broker."""
+
+    def __init__(self, folder: Path, fleet: Fleet) -> None:
+        self.folder, self.fleet = folder, fleet
+        self.senders = [Sender(one.device, one.key) for one in SENDERS]
+        store = fleet.open(write=True)
+        for sender in self.senders:
+            store.enrol(sender.device, sender.key.public, replace=False, now="2026-11-24T22:20:00.000000Z")
+        store.close()
+        (folder / "rollout.toml").write_text(FILE, encoding="utf-8")
+        operator = jws.Signer("operator", keys.load_private(fleet.home / "operator.key").public)
+        self.find = {operator.key.kid: operator}.get
+
+    def rollout(self, *arguments: str) -> tuple[int, Any]:
+        """Exit code, and the document or what it said on stderr."""
+        done = outstation("fleet", "rollout", *arguments, "--dir", str(self.fleet.home), "--json")
+        return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
+
+    def start(self) -> None:
+        code, document = self.rollout("start", str(self.folder / "rollout.toml"))
+        assert code == 0, document
+        assert document["published"]
+
+    def status(self) -> Any:
+        """As `status --json` prints it."""
+        store = self.fleet.open()
+        try:
+            [document] = documents(store, "exercise-1-1")
+        finally:
+            store.close()
+        return document
+
+    def send(self, *sent: Sent) -> None:
+        link = Link(self.fleet.config.broker, "devices")
+        waiting = {link.send(one.outgoing()) for one in sent}
+        while waiting:
+            waiting -= {event.token for event in link.receive(60.0) if isinstance(event, Receipt)}
+        link.close()
+
+    def retained(self, topic: str = ALL, within_s: float = 60.0) -> Delivery | None:
+        """What a device that comes now is given."""
+        link = Link(self.fleet.config.broker, "device", subscribe=[topic])
+        found = [event for event in link.receive(within_s) if isinstance(event, Delivery)]
+        link.close()
+        assert all(one.retained for one in found)
+        return found[-1] if found else None
+
+    def desired(self) -> Desired:
+        """The same, verified by the device's rules."""
+        delivery = self.retained()
+        assert delivery is not None
+        body = open_message(delivery.topic, delivery.payload, delivery.tokens, self.find).body
+        assert isinstance(body, Desired)
+        return body
+
+    def in_shadow(self, same: int = 97) -> None:
+        for sender in self.senders:
+            self.send(sender.rollout("shadow"), *(sender.shadow(same=same) for _ in range(6)))
+
+    def heard(self, phase: str) -> None:
+        eventually(f"all are {phase}", lambda: self.status()["phases"] == {phase: len(self.senders)})
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with Fleet(tmp_path, mosquitto=Mosquitto(tmp_path)) as fleet, fleet.broker:
+        made = Site(tmp_path, fleet)
+        fleet.collector.start()
+        eventually("the collector runs", lambda: fleet.collector.said("connected"))
+        yield made
+
+
+def test_a_good_bundle_goes_from_shadow_to_everywhere_by_follow_and_the_audit_passes(site: Site) -> None:
+    site.start()
+    assert site.retained() is not None
+    told = site.desired()
+    assert (told.device, told.tasks["exercise"].strategy, told.tasks["exercise"].digest) == (
+        *("_all", "shadow", NEWER["digest"]),
+    )
+    arguments = ("fleet", "rollout", "follow", "--every", "0.2", "--dir", str(site.fleet.home))
+    follow = Program(site.folder / "follow.log", *arguments).start()
+    try:
+        site.in_shadow()
+        eventually("it is promoted", lambda: site.status()["step"] == 2)
+        # It is decided first, and then told.
+        eventually("the devices are told", lambda: site.desired().tasks["exercise"].strategy == "all")
+        assert site.desired().counter > told.counter
+        for sender in site.senders:
+            swapped = [sender.shadow(model=NEWER, beside=MODEL) for _ in range(8)]
+            site.send(sender.rollout("probation", strategy="all"), *swapped, sender.rollout("settled", strategy="all"))
+        assert follow.wait(60) == 0, follow.log.read_text(encoding="utf-8")
+    finally:
+        follow.kill()
+    code, [document] = site.rollout("status", "exercise-1-1")
+    assert (code, document["state"], document["phases"]) == (0, "finished", {"settled": 4})
+    code, report = site.fleet.audit()
+    assert (code, report["decisions"], report["invalid_decisions"]) == (0, 3, [])
+    store = site.fleet.open(write=True)
+    with store.transaction() as db:
+        db.execute("UPDATE decisions SET summary = 'nothing was looked at' WHERE event = 'promoted'")
+    store.close()
+    code, report = site.fleet.audit()
+    assert (code, report["invalid_decisions"][0]["n"]) == (1, 2)
+
+
+def test_a_bad_one_is_aborted_by_follow_which_says_so_with_its_exit_code(site: Site) -> None:
+    site.start()
+    follow = ("fleet", "rollout", "follow", "exercise-1-1", "--every", "0.2", "--dir", str(site.fleet.home))
+    program = Program(site.folder / "follow.log", *follow).start()
+    try:
+        site.in_shadow(same=20)
+        assert program.wait(60) == 1
+    finally:
+        program.kill()
+    assert program.said("exercise-1-1: Aborted at shadow 100 %, devices go back to what they ran before: agreement 0.2")
+    assert site.desired().tasks["exercise"].strategy == "back"
+    code, said = site.rollout("start", str(site.folder / "rollout.toml"))
+    assert (code, "choose another name" in said) == (2, True)
+
+
+def test_by_hand_a_step_is_promoted_only_where_its_rules_allow_or_with_a_reason(site: Site) -> None:
+    site.start()
+    code, document = site.rollout("promote", "exercise-1-1")
+    assert (code, document["promoted"]) == (1, False)
+    assert document["waits"][0].startswith("devices with 20 batches: 0 of 3; 4 of 4 chosen devices not heard of")
+    assert site.status()["not_heard_of"] == ["pi-0", "pi-1", "pi-2", "pi-3"]
+    assert site.rollout("pause", "exercise-1-1")[1]["state"] == "paused"
+    assert site.rollout("resume", "exercise-1-1")[1]["state"] == "running"
+    site.in_shadow()
+    site.heard("shadow")
+    eventually("nothing is open", lambda: site.status()["answer"] == "promote")
+    assert site.rollout("promote", "exercise-1-1")[1]["step"] == 2
+    code, document = site.rollout("promote", "exercise-1-1", "--force", "the others are on holiday")
+    assert (code, document["state"]) == (0, "finished")
+    assert "Promoted by hand: the others are on holiday." in document["summary"]
+    assert site.fleet.audit()[0] == 0
+
+
+def test_what_was_decided_without_a_broker_is_published_by_the_next_command(site: Site) -> None:
+    site.start()
+    before = site.desired()
+    site.fleet.broker.kill()
+    done = outstation("fleet", "rollout", "abort", "exercise-1-1", "wrong file", "--dir", str(site.fleet.home))
+    assert (done.returncode, "it is decided" in done.stderr) == (1, True)
+    site.fleet.broker.start()
+    assert site.retained(within_s=0.5) is None
+    code, _ = site.rollout("abort", "exercise-1-1", "again")
+    assert code == 2
+    assert site.retained() is not None
+    told = site.desired()
+    assert (told.tasks["exercise"].strategy, told.counter > before.counter) == ("back", True)
+
+
+def test_an_older_desired_state_that_somebody_retains_again_is_replaced_by_follow(site: Site) -> None:
+    site.start()
+    old = site.retained()
+    assert old is not None
+    assert site.rollout("promote", "exercise-1-1", "--force", "to see")[0] == 0
+    link = Link(site.fleet.config.broker, "attacker")
+    link.send(Outgoing(ALL, old.payload, (("jws", old.tokens[0]),), retain=True))
+    link.receive(60.0)
+    link.close()
+    assert site.desired().tasks["exercise"].strategy == "shadow"
+    follow = ("fleet", "rollout", "follow", "--every", "0.2", "--dir", str(site.fleet.home))
+    program = Program(site.folder / "follow.log", *follow).start()
+    try:
+        eventually("the newest is retained again", lambda: site.desired().tasks["exercise"].strategy == "all")
+        assert program.stop() == 0
+    finally:
+        program.kill()
+
+
+def test_desired_state_of_one_device_does_not_verify_on_the_topic_of_another(site: Site) -> None:
+    site.start()
+    delivery = site.retained()
+    assert delivery is not None
+    with pytest.raises(Refused, match="other topic"):
+        open_message(ALL.replace("_all", "pi-1"), delivery.payload, delivery.tokens, site.find)
+    store = site.fleet.open()
+    with pytest.raises(Refused, match="unknown key"):
+        open_message(delivery.topic, delivery.payload, delivery.tokens, Keyring(store).find)
+    store.close()
+
+
+def test_counters_of_commands_and_desired_state_are_of_one_row(site: Site) -> None:
+    site.start()
+    assert int((site.fleet.home / COUNTER).read_text(encoding="ascii")) == site.desired().counter
+
+
+def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:
+    home = str(site.fleet.home)
+    assert "No roll-out was ever started" in outstation("fleet", "rollout", "status", "--dir", home).stdout
+    site.start()
+    first, second = site.senders[:2]
+    site.send(first.rollout("refused", reason="signature"), second.rollout("refused", reason="fetch"))
+    eventually("both were heard of", lambda: site.status()["refused"] == ["pi-0", "pi-1"])
+    assert site.status()["failed"] == ["pi-0"]
+    said = outstation("fleet", "rollout", "status", "--dir", home).stdout
+    assert "exercise-1-1  exercise: exercise 1.1.0 to all  running" in said
+    assert "pi-0: refused (signature): exercise 1.1.0: refused." in said
+    assert "pi-1: refused (fetch): exercise 1.1.0: refused." in said
+    assert "not heard of: pi-2, pi-3" in said
+    assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("status", "exercise-1-2"), 2, "there is no roll-out 'exercise-1-2'"),
+        (("start", "none.toml"), 2, "none.toml: no such file"),
+        (("follow",), 2, "no roll-out is open"),
+        (("abort", "exercise-1-1"), 2, "Missing argument 'REASON'"),
+    ],
+)
+def test_wrong_use_is_named(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+    fleet = Fleet(tmp_path, mosquitto=Mosquitto(tmp_path))
+    fleet.open(write=True).close()
+    done = outstation("fleet", "rollout", *arguments, "--dir", str(fleet.home))
+    assert (done.returncode, said in done.stderr) == (code, True), done.stderr

@@ -1,0 +1,286 @@
+"""The audit: passes for what is whole, fails for every way of altering the evidence, and names the message."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.fleet.audit.audit import Report, audit, split
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from tests.kit.senders import Sender, Sent, new_key
+
+NOW = "2026-11-24T22:20:00.000000Z"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FleetStore]:
+    opened = FleetStore(tmp_path / "fleet.db")
+    yield opened
+    opened.close()
+
+
+def collected(store: FleetStore, sender: Sender, *sent: Sent) -> None:
+    if store.active_key(sender.device) is None:
+        store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
+    store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW)
+
+
+def whole_log(sender: Sender) -> list[Sent]:
+    """One message of each kind, results in seq 1, 3 and 6, health in seq 7."""
+    log = [sender.results(), sender.drift(), sender.results(n=0, rows=50), sender.alert(), sender.quality()]
+    return [*log, sender.results(), sender.cursor()]
+
+
+def tamper(store: FleetStore, sql: str, *values: Any) -> None:
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
+        assert db.execute(sql, values).rowcount >= 1
+    db.close()
+
+
+def reasons(report: Report) -> list[tuple[Any, str]]:
+    return [(entry["seq"], entry["reason"]) for entry in report.invalid]
+
+
+def test_a_whole_log_of_each_of_two_devices_passes(store: FleetStore) -> None:
+    for device in ("pi-07", "pi-08"):
+        sender = Sender(device)
+        collected(store, sender, *whole_log(sender))
+    document = audit(store).document()
+    assert document["passed"], document
+    assert (document["devices"], document["messages"], document["duplicates"]) == (2, 14, 0)
+    assert (document["gaps"], document["invalid"]) == ([], [])
+    assert [(c["task"], c["stream"], c["first"], c["last"], c["results"]) for c in document["coverage"]] == [
+        ("exercise", "watch", 1, 650, 6)
+    ] * 2
+    assert audit(store, "pi-08").messages == 7
+
+
+def test_an_empty_database_passes_with_nothing_in_it(store: FleetStore) -> None:
+    assert audit(store).document() == {
+        **dict.fromkeys(("devices", "messages", "duplicates", "invalid_count", "decisions"), 0),
+        **{name: [] for name in ("gaps", "invalid", "coverage", "evicted", "invalid_decisions")},
+        "passed": True,
+    }
+
+
+COLUMNS = {
+    "device": ("'pi-08'", "stored with device 'pi-08'"),
+    "log": ("'0' || substr(log, 2)", "stored with log"),
+    "seq": ("30", "stored with seq 30"),
+    "kind": ("'drift'", "stored as kind 'drift'"),
+    "topic": ("replace(topic, 'exercise', 'exercisf')", "does not verify"),
+    "payload": ("CAST(replace(payload, 'watch', 'match') AS BLOB)", "bad signature"),
+    "payload as text": ("replace(payload, 'watch', 'match')", "bad signature"),
+    "payload as a number": ("5", "is not stored as text and bytes"),
+    "jws": ("substr(jws, 1, length(jws) - 3) || 'AAA'", "does not verify"),
+    "jws header": ("'f' || substr(jws, 2)", "does not verify"),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_altering_any_signed_column_of_one_message_fails_the_audit_and_names_it(store: FleetStore, name: str) -> None:
+    sender = Sender(log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
+    collected(store, sender, *whole_log(sender))
+    value, reason = COLUMNS[name]
+    tamper(store, f"UPDATE messages SET {name.split()[0]} = {value} WHERE seq = 3")
+    report = audit(store)
+    assert not report.passed
+    found = [(entry["seq"], entry["reason"]) for entry in report.invalid if reason in entry["reason"]]
+    assert [seq for seq, _ in found] == [30 if name == "seq" else 3], report.document()
+
+
+@given(position=st.integers(0, 10_000), bit=st.integers(0, 7), column=st.sampled_from(["payload", "jws", "topic"]))
+def test_any_flipped_bit_of_the_evidence_fails_the_audit(
+    tmp_path_factory: pytest.TempPathFactory, position: int, bit: int, column: str
+) -> None:
+    store = FleetStore(tmp_path_factory.mktemp("db") / "fleet.db")
+    sender = Sender()
+    collected(store, sender, sender.results(), sender.results(), sender.results())
+    with store.snapshot() as db:
+        [(old,)] = db.execute(f"SELECT CAST({column} AS BLOB) FROM messages WHERE seq = 2").fetchall()
+    at = position % len(old)
+    new = old[:at] + bytes([old[at] ^ 1 << bit]) + old[at + 1 :]
+    kind = "BLOB" if column == "payload" else "TEXT"
+    with store.transaction() as db:
+        db.execute(f"UPDATE messages SET {column} = CAST(? AS {kind}) WHERE seq = 2", (new,))
+    report = audit(store)
+    store.close()
+    assert [entry["seq"] for entry in report.invalid] == [2]
+
+
+def test_a_message_taken_away_is_an_undeclared_gap_even_at_the_end_or_all_of_them(store: FleetStore) -> None:
+    sender = Sender()
+    collected(store, sender, *whole_log(sender))
+    tamper(store, "DELETE FROM messages WHERE seq IN (2, 7)")
+    assert [(g["from"], g["to"], g["declared"]) for g in audit(store).gaps] == [(2, 2, False), (7, 7, False)]
+    assert not audit(store).passed
+    tamper(store, "DELETE FROM messages")
+    tamper(store, "DELETE FROM results")
+    report = audit(store)
+    assert [(g["from"], g["to"], g["declared"]) for g in report.gaps] == [(1, 7, False)]
+    assert (report.devices, report.messages, report.passed) == (1, 0, False)
+
+
+def test_declared_evictions_pass_and_what_they_do_not_cover_fails(store: FleetStore) -> None:
+    sender = Sender()
+    log = whole_log(sender)
+    collected(store, sender, log[0], log[5], log[6], sender.evicted((2, 5)), sender.results())
+    report = audit(store)
+    assert report.passed, report.document()
+    assert [(g["from"], g["to"], g["declared"]) for g in report.gaps] == [(2, 5, True)]
+    other = Sender("pi-08")
+    log = whole_log(other)
+    collected(store, other, log[0], log[5], log[6], other.evicted((2, 3), (5, 5)))
+    gaps = [(g["from"], g["to"], g["declared"]) for g in audit(store, "pi-08").gaps]
+    assert gaps == [(2, 3, True), (4, 4, False), (5, 5, True)]
+    assert not audit(store).passed
+
+
+def test_an_eviction_cannot_declare_what_came_after_it(store: FleetStore) -> None:
+    sender = Sender()
+    log = [sender.evicted((2, 3)), sender.quality(), sender.quality(), sender.quality()]
+    collected(store, sender, log[0], log[3])
+    assert [(g["from"], g["to"], g["declared"]) for g in store.gaps()] == [(2, 3, False)]
+    assert not audit(store).passed
+
+
+def test_a_chain_that_was_signed_anew_in_the_middle_fails(store: FleetStore) -> None:
+    sender = Sender()
+    first = sender.results()
+    sender.prev = "x" * 43
+    collected(store, sender, first, sender.quality())
+    [(seq, reason)] = reasons(audit(store))
+    assert seq == 2
+    assert "does not follow" in reason
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (lambda s: s.results(rows_at=(301, 400)), None),
+        (lambda s: s.results(rows_at=(300, 400)), "row 300 was reported before"),
+        (lambda s: s.results(rows_at=(1, 300)), "row 300 was reported before"),
+        (
+            lambda s: s.results(rows_at=(302, 400)),
+            "starts at row 302 of watch, but the results before it end at row 300",
+        ),
+        (lambda s: s.results(rows_at=(302, 400), stream="other"), None),
+        (lambda s: s.health(exercise={"stream": "watch", "row": 301, "first": 1}), "consumed watch up to row 301"),
+        (lambda s: s.health(exercise={"stream": "watch", "row": 200, "first": 1}), None),
+        (lambda s: s.health(exercise={"stream": "gone", "row": 5, "first": 1}), "consumed gone up to row 5"),
+        (lambda s: s.health(exercise={"stream": 5, "row": "x"}, y={}), None),
+    ],
+)
+def test_rows_are_covered_exactly_once(store: FleetStore, second: Callable[[Sender], Sent], reason: str | None) -> None:
+    sender = Sender()
+    collected(store, sender, sender.results(), second(sender))
+    found = reasons(audit(store))
+    assert [seq for seq, _ in found] == ([] if reason is None else [2])
+    assert reason is None or reason in found[0][1]
+
+
+def test_results_that_begin_behind_the_first_consumed_row_are_found(store: FleetStore) -> None:
+    sender = Sender(row=100)
+    collected(store, sender, sender.results(), sender.cursor())
+    [(seq, reason)] = reasons(audit(store))
+    assert seq == 2
+    assert "from row 1, but the first results start at 101" in reason
+
+
+def given_up(sender: Sender, rows: list[list[int]], tasks: Any, *, used: bool = False) -> Sent:
+    evidence = {"stream": "watch", "rows": rows, "used": used, "tasks": tasks, "reason": "no room", "bytes": 1}
+    return sender.logged("audit", event="evicted", summary="no room", evidence=evidence)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tasks", "passes"),
+    [
+        ([[301, 400]], ["exercise"], True),
+        ([[301, 350], [351, 500]], ["exercise"], True),
+        ([[301, 399]], ["exercise"], False),
+        ([[302, 400]], ["exercise"], False),
+        ([[301, 400]], ["another"], False),
+        ([[301, 400]], [], False),
+        ("all", ["exercise"], False),
+        ([[301, 400]], "exercise", False),
+    ],
+)
+def test_rows_that_were_given_up_need_no_results_if_their_task_is_named(
+    store: FleetStore, rows: Any, tasks: Any, passes: bool
+) -> None:
+    sender = Sender()
+    log = [sender.results(), given_up(sender, rows, tasks), sender.results(rows_at=(401, 500)), sender.cursor()]
+    collected(store, sender, *log)
+    report = audit(store)
+    assert report.passed == passes
+    if passes:
+        (listed,) = report.document()["evicted"]
+        assert (listed["stream"], listed["used"], listed["tasks"]) == ("watch", False, ["exercise"])
+        assert [list(pair) for pair in listed["rows"]] == rows
+
+
+def test_a_cursor_that_moved_over_what_was_given_up_is_covered_before_any_result(store: FleetStore) -> None:
+    sender = Sender()
+    cursor = {"stream": "watch", "row": 300, "first": 101}
+    collected(store, sender, given_up(sender, [[1, 300]], ["exercise"]), sender.health(exercise=cursor))
+    assert audit(store).passed
+
+
+@pytest.mark.parametrize(
+    ("sql", "seq", "reason"),
+    [
+        ("UPDATE results SET label = 'ROW' WHERE row = 101", 1, "row 101 differs"),
+        ("UPDATE results SET score = NULL WHERE row = 351", 6, "row 351 differs"),
+        ("DELETE FROM results WHERE row = 101", 1, "reports 3 results, table results holds 2"),
+        ("INSERT INTO results SELECT * FROM results WHERE row = 101", 1, "table results holds 4"),
+        ("UPDATE results SET seq = 9 WHERE seq = 6", 9, "is not stored, but table results holds 3"),
+        ("UPDATE results SET device = 'a' WHERE seq = 6", 6, "is not stored, but table results holds 3"),
+    ],
+)
+def test_a_results_table_that_says_something_else_fails(store: FleetStore, sql: str, seq: int, reason: str) -> None:
+    sender = Sender()
+    collected(store, sender, *whole_log(sender))
+    tamper(store, sql)
+    assert any(at == seq and reason in said for at, said in reasons(audit(store)))
+
+
+def test_messages_of_a_revoked_key_still_verify_and_those_of_a_removed_key_do_not(store: FleetStore) -> None:
+    sender = Sender()
+    collected(store, sender, *whole_log(sender))
+    store.enrol("pi-07", new_key().public, replace=True, now=NOW)
+    assert audit(store).passed
+    tamper(store, "DELETE FROM keys WHERE kid = ?", sender.key.public.kid)
+    report = audit(store)
+    assert {reason for _, reason in reasons(report)} == {f"does not verify: unknown key: kid {sender.key.public.kid!r}"}
+    assert report.invalid_count == 7
+
+
+def test_a_seq_that_is_no_number_is_named(store: FleetStore) -> None:
+    sender = Sender()
+    collected(store, sender, *whole_log(sender))
+    tamper(store, "UPDATE messages SET seq = 'x' WHERE seq = 2")
+    assert ("x", "seq 'x' is no number of a message") in reasons(audit(store))
+
+
+RANGES = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 8)).map(lambda p: (p[0], p[0] + p[1])), max_size=5)
+
+
+@given(missing=st.sets(st.integers(1, 40)), declared=RANGES)
+def test_missing_ranges_are_cut_as_a_set_of_numbers_would_be(
+    missing: set[int], declared: list[tuple[int, int]]
+) -> None:
+    runs = [(n, n) for n in sorted(missing)]
+    cover = {n for first, last in declared for n in range(first, last + 1)}
+    assert split(runs, declared) == [(n, n, n in cover) for n in sorted(missing)]
+    whole = [(1, 40)]
+    parts = split(whole, declared)
+    assert [n for first, last, _ in parts for n in range(first, last + 1)] == list(range(1, 41))
+    assert all((n in cover) == inside for first, last, inside in parts for n in range(first, last + 1))

@@ -1,0 +1,532 @@
+"""The collector against a real broker, a real database and hostile senders."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
+
+from agent import clock
+from agent.config import Broker
+from agent.errors import LinkDown, StorageFull
+from agent.fleet.audit.audit import audit
+from agent.fleet.collector import collector as collect
+from agent.fleet.collector import refusal_alarm
+from agent.fleet.collector.collector import Collector
+from agent.fleet.config import FleetConfig
+from agent.fleet.database.store import FleetStore
+from agent.fleet.drift import fleet_wide_alerts
+from agent.fleet.enrolment.enrol import init_fleet
+from agent.transport.mqtt import Link
+from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.wire import jws
+from agent.wire.keys import SigningKey, b64url, unb64url
+from agent.wire.messages import Ack, open_message
+from tests.kit.brokers import Mosquitto
+from tests.kit.fleet_databases import sqlite_of
+from tests.kit.senders import FLEET, Sender, Sent, new_key
+
+NOW = "2026-11-24T22:20:00.000000Z"
+VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "messages.json"
+
+
+@dataclass
+class Wire:
+    """A connection that records what the collector does to it, and when the database has what."""
+
+    store: FleetStore
+    incoming: list[Delivery | Receipt] = field(default_factory=list)
+    done: list[tuple[str, int]] = field(default_factory=list)
+    sent: list[Outgoing] = field(default_factory=list)
+    window: int = 20
+
+    def send(self, message: Outgoing) -> int:
+        self.sent.append(message)
+        self.done.append(("ack", self.store.count_messages()))
+        return len(self.sent)
+
+    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+        events, self.incoming = self.incoming, []
+        return events
+
+    def acknowledge(self, delivery: Delivery) -> None:
+        self.done.append(("puback", self.store.count_messages()))
+
+    def wake(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def acks(self) -> list[tuple[str, int, list[tuple[int, int]]]]:
+        """(device, through, missing) of what was sent."""
+        bodies = [json.loads(message.payload) for message in self.sent]
+        return [(body["device"], body["through"], [tuple(r) for r in body["missing"]]) for body in bodies]
+
+
+@dataclass
+class Desk:
+    """A collector whose database and wire a test can see."""
+
+    collector: Collector
+    store: FleetStore
+    wire: Wire
+    key: SigningKey
+
+    def hand(self, *sent: Sent | Delivery) -> None:
+        """One turn with these messages on the wire."""
+        self.wire.incoming += [one.delivery() if isinstance(one, Sent) else one for one in sent]
+        self.collector.turn(self.wire, 0.0)
+
+    def reasons(self) -> dict[str, int]:
+        return {row["reason"]: row["count"] for row in self.store.refusals()}
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    store, key = FleetStore(tmp_path / "fleet.db"), new_key()
+    wire = Wire(store)
+    yield Desk(Collector(FLEET, Broker(), store, key), store, wire, key)
+    store.close()
+
+
+def enrolled(store: FleetStore, device: str = "pi-07") -> Sender:
+    sender = Sender(device)
+    store.enrol(device, sender.key.public, replace=False, now=NOW)
+    return sender
+
+
+def test_a_message_is_stored_before_the_broker_hears_of_it_and_acknowledged_last(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    desk.hand(sender.results(), sender.results())
+    assert desk.wire.done == [("puback", 2), ("puback", 2), ("ack", 2)]
+    assert desk.wire.acks() == [("pi-07", 2, [])]
+
+
+def test_an_acknowledgement_is_retained_signed_by_the_collector_and_a_cloud_event(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    desk.hand(sender.results())
+    [message] = desk.wire.sent
+    properties = dict(message.properties)
+    opened = open_message(
+        message.topic, message.payload, [properties["jws"]], lambda _: jws.Signer("c", desk.key.public)
+    )
+    assert isinstance(opened.body, Ack)
+    assert opened.body.log == sender.log
+    assert message.retain
+    assert message.topic == "outstation/acme/pi-07/ack"
+    assert (properties["specversion"], properties["type"]) == ("1.0", "outstation.ack.v1")
+    assert properties["source"] == "outstation/acme/pi-07"
+
+
+def test_what_is_missing_is_asked_for_and_a_repeat_is_acknowledged_again(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    log = [sender.results() for _ in range(6)]
+    desk.hand(log[0], log[3], log[5])
+    desk.hand(log[0])
+    desk.hand(log[1], log[2], log[4])
+    assert [ack[1:] for ack in desk.wire.acks()] == [(6, [(2, 3), (5, 5)]), (6, [(2, 3), (5, 5)]), (6, [])]
+    assert desk.collector.stored == 6
+
+
+def hostile(sender: Sender, stranger: Sender) -> dict[str, tuple[Delivery, str]]:
+    """Name of the attack → the delivery, and the reason it must be refused for."""
+    good, foreign = sender.results(), stranger.results()
+    delivery = good.delivery()
+    top = "outstation/acme/pi-07/results/exercise"
+    elsewhere = sender.topic_of("outstation/other/pi-07/results/exercise", good.payload)
+    return {
+        "unsigned": (replace(delivery, tokens=()), "unsigned"),
+        "signed twice": (replace(delivery, tokens=(good.jws, good.jws)), "several signatures"),
+        "foreign key": (foreign.delivery(), "unknown key"),
+        "another's topic": (replace(delivery, topic=top.replace("pi-07", "pi-08")), "other topic"),
+        "signed for another's topic": (
+            sender.topic_of(top.replace("pi-07", "pi-08"), good.payload).delivery(),
+            "other device",
+        ),
+        "another fleet": (elsewhere.delivery(), "other fleet"),
+        "another kind": (sender.topic_of("outstation/acme/pi-07/health", good.payload).delivery(), "other kind"),
+        "another task": (sender.topic_of(top.replace("exercise", "else"), good.payload).delivery(), "other task"),
+        "altered": (replace(delivery, payload=delivery.payload.replace(b"0.5", b"0.6", 1)), "bad signature"),
+        "too large": (replace(delivery, payload=b" " * (1 << 20) + b"{}"), "too large"),
+        "no topic": (replace(delivery, topic="\x00/\ud7ff"), "topic"),
+        "no json": (sender.topic_of(top, b"\xff\xfe{").delivery(), "malformed payload"),
+        "deep json": (sender.topic_of(top, b"[" * 100_000).delivery(), "malformed payload"),
+        "no token": (replace(delivery, tokens=("\x00" * 5000,)), "malformed signature"),
+        "a key twice": (sender.topic_of(top, good.payload[:-1] + b',"seq":1}').delivery(), "duplicate key"),
+        "ten megabytes": (replace(delivery, payload=bytes(10 << 20)), "too large"),
+        "text that is none": (
+            sender.topic_of(top, good.payload[:-1] + b',"x":"\xff"}').delivery(),
+            "malformed payload",
+        ),
+    }
+
+
+def test_every_attack_is_refused_for_its_reason_counted_and_taken_off_the_broker(desk: Desk) -> None:
+    sender, stranger = enrolled(desk.store), Sender("pi-09")
+    enrolled(desk.store, "pi-08")
+    for name, (delivery, reason) in hostile(sender, stranger).items():
+        before = desk.reasons().get(reason, 0)
+        desk.hand(delivery)
+        assert desk.reasons().get(reason, 0) == before + 1, name
+    assert desk.store.count_messages() == 0
+    assert desk.wire.sent == []
+    assert len(desk.wire.done) == len(hostile(sender, stranger))
+
+
+def test_a_well_signed_metric_that_is_no_text_does_not_stop_the_collector(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    broken = sender.quality().payload[:-1] + b',"note":"\xff"}'
+    desk.hand(sender.topic_of("outstation/acme/pi-07/quality/exercise", broken), sender.results())
+    assert desk.reasons() == {"malformed payload": 1}
+    assert desk.store.count_messages() == 1
+
+
+def test_a_flood_of_hostile_messages_among_good_ones_loses_none_of_them_and_raises_one_alert(desk: Desk) -> None:
+    sender, stranger = enrolled(desk.store), Sender("pi-09")
+    enrolled(desk.store, "pi-08")
+    attacks = [d for name, (d, _) in hostile(sender, stranger).items() if name not in ("ten megabytes", "too large")]
+    flood = [attacks[i % len(attacks)] for i in range(10_000)]
+    good = [sender.results().delivery() for _ in range(1_000)]
+    first_seq = sender.seq - len(good) + 1
+    for i in range(0, 1_000, 40):
+        desk.hand(*flood[i * 10 : i * 10 + 200], *good[i : i + 40], *flood[i * 10 + 200 : i * 10 + 400])
+    assert desk.store.count_messages() == 1_000
+    assert desk.store.acknowledgement("pi-07", sender.log).missing == [(1, first_seq - 1)]
+    assert sum(desk.reasons().values()) == 10_000
+    assert len(desk.wire.done) - len(desk.wire.sent) == 11_000
+    raised = {alert["device"]: alert for alert in desk.store.alerts()}
+    assert sorted(raised) == ["", "pi-07", "pi-08"]
+    assert len(desk.store.alerts()) == 3
+    assert (raised["pi-07"]["alert"], raised["pi-07"]["severity"]) == ("security", "critical")
+    assert "messages in the name of pi-07 were refused within" in raised["pi-07"]["summary"]
+    assert "in names that are not enrolled" in raised[""]["summary"]
+    assert "table refused" in raised[""]["summary"]
+
+
+def test_drift_of_most_of_the_fleet_raises_an_alert_of_the_collectors_own(
+    desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = clock.read().wall_us
+    monkeypatch.setattr(fleet_wide_alerts, "EVERY_S", 0.0)
+    senders = [enrolled(desk.store, f"pi-{i}") for i in range(6)]
+    for sender in senders:
+        for hour in range(100, 0, -1):
+            begin, end = (clock.rfc3339(now - hours * 3_600_000_000) for hours in (hour, hour - 1))
+            desk.hand(sender.drift(window={"index": 1, "rows": [1, 2], "from": begin, "to": end, "n": 2}))
+    for number, sender in enumerate(senders[:5]):
+        assert len([alert for alert in desk.store.alerts() if alert["device"] == ""]) == (number >= 3)
+        desk.hand(sender.alert(time=clock.rfc3339(now - 1_000_000)))
+    [alert] = [alert for alert in desk.store.alerts() if alert["device"] == ""]
+    assert (alert["alert"], alert["severity"]) == ("drift", "warning")
+    assert alert["summary"].startswith("exercise: ax moved on 3 of 6 devices since ")
+    assert alert["summary"] in caplog.text
+
+
+def test_a_few_refused_messages_raise_no_alert(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    desk.hand(*[replace(sender.results().delivery(), tokens=()) for _ in range(refusal_alarm.MANY)])
+    assert desk.store.alerts() == []
+    desk.hand(replace(sender.results().delivery(), tokens=()))
+    assert [alert["device"] for alert in desk.store.alerts()] == ["pi-07"]
+
+
+def test_a_collector_that_is_started_again_does_not_repeat_the_alert_of_this_hour(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = enrolled(desk.store)
+    moment = replace(clock.read(), wall_us=1_764_022_680_000_000)
+    monkeypatch.setattr(clock, "read", lambda: moment)
+    attack = [replace(sender.results().delivery(), tokens=())] * 30
+    desk.hand(*attack)
+    desk.collector = Collector(FLEET, Broker(), desk.store, desk.key)
+    desk.hand(*attack)
+    assert len(desk.store.alerts()) == 1
+    moment = replace(moment, wall_us=moment.wall_us + 3_600_000_000)
+    desk.collector = Collector(FLEET, Broker(), desk.store, desk.key)
+    desk.hand(*attack)
+    assert [alert["open"] for alert in desk.store.alerts()] == [True, True]
+
+
+def test_an_alert_that_cannot_be_stored_now_is_stored_later(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = enrolled(desk.store)
+    attack = [replace(sender.results().delivery(), tokens=())] * 30
+
+    def full(row: object) -> None:
+        raise StorageFull("the disk is full")
+
+    with monkeypatch.context() as while_full:
+        while_full.setattr(desk.store, "raise_alert", full)
+        desk.hand(*attack)
+    assert desk.store.alerts() == []
+    desk.hand(sender.results())
+    assert len(desk.store.alerts()) == 1
+
+
+def test_an_enrolled_key_that_cannot_be_used_keeps_no_other_device_out(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    with desk.store.transaction() as db:
+        db.execute("INSERT INTO keys (kid, device, key, added) VALUES ('kid', 'pi-08', ?, 'now')", (b64url(bytes(32)),))
+        db.execute("UPDATE meta SET value = value + 1")
+    desk.hand(sender.results())
+    assert desk.store.count_messages() == 1
+
+
+def test_a_message_that_cannot_be_stored_does_not_hold_up_its_neighbours(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    columns = {"row": [201], "t": [2**70], "label": ["PEN"], "score": [0.5]}
+    log = [sender.results(n=2), sender.results(n=1, columns=columns), sender.results()]
+    desk.hand(*log)
+    assert desk.store.count_messages() == 2
+    assert desk.wire.acks() == [("pi-07", 3, [(2, 2)])]
+    assert sum(desk.reasons().values()) == 1
+
+
+def test_a_revoked_key_signs_nothing_new_but_its_old_messages_stay_acknowledged(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    old, late = sender.results(), sender.results()
+    desk.hand(old)
+    desk.store.enrol("pi-07", new_key().public, replace=True, now=NOW)
+    desk.hand(old, late)
+    assert desk.reasons() == {"revoked key": 1}
+    assert desk.wire.acks() == [("pi-07", 1, []), ("pi-07", 1, [])]
+    assert audit(desk.store).passed
+
+
+def test_a_device_enrolled_by_another_process_meanwhile_is_known(desk: Desk) -> None:
+    sender = Sender()
+    desk.hand(sender.results())
+    other = FleetStore(desk.store.path)
+    other.enrol("pi-07", sender.key.public, replace=False, now=NOW)
+    other.close()
+    desk.hand(sender.results())
+    assert desk.reasons() == {"unknown key": 1}
+    assert desk.wire.acks() == [("pi-07", 2, [(1, 1)])]
+
+
+def test_a_flood_of_unknown_keys_reads_no_key_from_the_database(desk: Desk) -> None:
+    reads: list[str] = []
+    sqlite_of(desk.store).connection.set_trace_callback(lambda sql: reads.append(sql) if "FROM keys" in sql else None)
+    strangers = [Sender(f"pi-{i}").results() for i in range(100)]
+    for one in strangers:
+        desk.hand(one)
+    assert reads == []
+    assert desk.reasons() == {"unknown key": 100}
+
+
+def test_state_is_kept_and_a_retained_message_is_no_sign_of_life(desk: Desk) -> None:
+    sender = enrolled(desk.store)
+    desk.hand(sender.state("offline").delivery(retained=True))
+    [device] = desk.store.devices()
+    assert (device["state"], device["last_seen"]) == ("offline", None)
+    desk.hand(sender.state("online"))
+    [device] = desk.store.devices()
+    assert device["state"] == "online"
+    assert device["last_seen"] is not None
+    assert desk.wire.sent == []
+
+
+def test_while_the_database_fails_nothing_is_acknowledged_and_afterwards_nothing_is_lost(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = enrolled(desk.store)
+    sqlite_of(desk.store).connection.execute("PRAGMA busy_timeout = 10")
+    blocker = sqlite3.connect(desk.store.path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    desk.hand(sender.results(), sender.results())
+    assert desk.wire.done == []
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    desk.hand(sender.results())
+    assert desk.wire.done == []
+    monkeypatch.setattr(desk.collector, "_retry_at", 0.0)
+    desk.hand()
+    assert desk.wire.done == [("puback", 3)] * 3 + [("ack", 3)]
+
+
+def test_a_database_that_fails_for_long_leaves_the_messages_to_the_broker(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "MAX_HELD", 3)
+    monkeypatch.setattr(desk.collector, "_retry_at", time.monotonic() + 60)
+    sender = enrolled(desk.store)
+    with pytest.raises(LinkDown, match="database"):
+        desk.hand(*[sender.results() for _ in range(4)])
+    assert desk.wire.done == []
+
+
+def test_no_more_acknowledgements_are_under_way_than_the_broker_takes_and_the_newest_wins(desk: Desk) -> None:
+    senders = [enrolled(desk.store, f"pi-{i}") for i in range(5)]
+    desk.wire.window = 2
+    desk.hand(*[sender.results() for sender in senders])
+    assert len(desk.wire.sent) == 2
+    desk.hand(senders[4].results())
+    desk.hand(*[Receipt(token, 0, "Success") for token in (1, 2)])  # type: ignore[arg-type]
+    desk.hand(*[Receipt(token, 0, "Success") for token in (3, 4)])  # type: ignore[arg-type]
+    assert desk.wire.acks() == [(f"pi-{i}", 1 if i < 4 else 2, []) for i in range(5)]
+
+
+@pytest.mark.skipif(not VECTORS.exists(), reason="the shared message vectors are not beside this repository")
+def test_the_shared_vectors_are_accepted_and_refused_as_they_say(desk: Desk) -> None:
+    vectors = json.loads(VECTORS.read_text(encoding="utf-8"))
+    key = key_of(vectors["jwk"])
+    desk.store.enrol(vectors["device"], key.public, replace=False, now=NOW)
+    accepted = [v for v in vectors["accept"] if not v["topic"].endswith("/ack")]
+    for vector in vectors["reject"]:
+        desk.hand(vector_delivery(vector))
+    assert desk.store.count_messages() == 0
+    assert sum(desk.reasons().values()) == len(vectors["reject"])
+    desk.hand(*[vector_delivery(vector) for vector in accepted])
+    assert desk.store.count_messages() == sum('"seq"' in v["payload"] for v in accepted)
+    assert sum(desk.reasons().values()) == len(vectors["reject"])
+
+
+def key_of(jwk: dict[str, str]) -> SigningKey:
+    return SigningKey(Ed25519PrivateKey.from_private_bytes(unb64url(jwk["d"])))
+
+
+def vector_delivery(vector: dict[str, Any]) -> Delivery:
+    tokens = vector["jws"] if isinstance(vector["jws"], list) else [vector["jws"]]
+    return Delivery(vector["topic"], vector["payload"].encode(), tuple(t for t in tokens if t is not None), False, 1, 1)
+
+
+# --- with a real broker ---
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Mosquitto]:
+    with Mosquitto(tmp_path, persistence=True) as running:
+        yield running
+
+
+def publish(link: Link, messages: list[Outgoing], heard: list[Delivery | Receipt]) -> None:
+    """Send all, a window at a time, and wait until the broker has them; what came meanwhile is added to `heard`."""
+    waiting, under_way = list(messages), set[int]()
+    deadline = time.monotonic() + 60
+    while waiting or under_way:
+        while waiting and len(under_way) < min(20, link.window):
+            under_way.add(link.send(waiting.pop(0)))
+        events = link.receive(0.1)
+        under_way -= {event.token for event in events if isinstance(event, Receipt)}
+        heard += [event for event in events if isinstance(event, Delivery)]
+        assert time.monotonic() < deadline, "the broker does not take the messages"
+
+
+def eventually(done: Callable[[], bool], within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not done():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_a_collector_started_before_its_broker_waits_and_then_collects(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = Mosquitto(tmp_path)
+    store = FleetStore(tmp_path / "fleet.db")
+    sender = enrolled(store)
+    collector = Collector(FLEET, Broker(url=broker.url), store, new_key())
+    done = threading.Event()
+
+    def play() -> None:
+        time.sleep(0.3)
+        with broker:
+            link = Link(Broker(url=broker.url), "pi-07")
+            eventually(lambda: collector._link is not None)
+            publish(link, [sender.results().outgoing()], [])
+            eventually(lambda: collector.stored == 1)
+            link.close()
+            collector.stop()
+            done.wait(60)
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    collector.run()
+    done.set()
+    thread.join()
+    assert store.count_messages() == 1
+    store.close()
+    assert sum("trying again" in record.message for record in caplog.records) == 1
+
+
+COLLECT = [sys.executable, "-c", "from agent.cli.fleet.group import fleet; fleet()", "collect", "--dir"]
+
+
+def collecting(folder: Path) -> subprocess.Popen[bytes]:
+    """The real process; its log is appended to collector.log."""
+    with (folder / "collector.log").open("ab") as out:
+        return subprocess.Popen([*COLLECT, str(folder / "acme")], stderr=out, stdout=out)
+
+
+def stored(config: FleetConfig) -> int:
+    """How many messages are in the database, as another process sees it."""
+    store = FleetStore(Path(config.fleet.db), read_only=True)
+    count = store.count_messages()
+    store.close()
+    return count
+
+
+def test_killed_five_times_in_the_stream_every_message_is_stored_once(tmp_path: Path, broker: Mosquitto) -> None:
+    config = init_fleet(tmp_path / "acme", FLEET, Broker(url=broker.url))
+    store = FleetStore(Path(config.fleet.db))
+    sender = enrolled(store)
+    store.close()
+    log = [sender.results() for _ in range(800)] + [sender.cursor()]
+    stop = threading.Event()
+
+    def play() -> None:
+        """Until the collector has all: send what it did not acknowledge, as a device does."""
+        link = Link(Broker(url=broker.url), "pi-07", subscribe=[f"outstation/{FLEET}/pi-07/ack"])
+        safe: set[int] = set()
+        while not stop.is_set() and len(safe) < len(log):
+            publish(link, [one.outgoing() for one in log if one.seq not in safe][:20], heard := [])
+            heard += link.receive(0.3)
+            for event in heard:
+                if isinstance(event, Delivery):
+                    link.acknowledge(event)
+                    ack = json.loads(event.payload)
+                    holes = {seq for a, b in ack["missing"] for seq in range(a, b + 1)}
+                    safe |= set(range(1, ack["through"] + 1)) - holes
+        link.close()
+
+    device = threading.Thread(target=play)
+    device.start()
+    killed_at = [0]
+    try:
+        for _ in range(5):
+            process = collecting(tmp_path)
+            eventually(lambda: stored(config) > killed_at[-1] + 20)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait(60)
+            killed_at.append(stored(config))
+        process = collecting(tmp_path)
+        device.join(60)
+        finished = not device.is_alive()
+    finally:
+        stop.set()
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+        device.join(60)
+    assert finished, (tmp_path / "collector.log").read_text()[-3000:]
+    assert code == 0
+    assert killed_at == sorted(set(killed_at)), "some kill was not in the stream"
+    assert killed_at[-1] < len(log), "some kill was not in the stream"
+    read = FleetStore(Path(config.fleet.db), read_only=True)
+    report = audit(read)
+    assert report.passed, report.document()
+    assert (report.messages, report.gaps) == (801, [])
+    assert read.acknowledgement("pi-07", sender.log).missing == []
+    read.close()

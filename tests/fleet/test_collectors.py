@@ -1,0 +1,234 @@
+"""Several collectors of one fleet beside each other, on a real PostgreSQL and a real broker, as processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.config import Broker
+from agent.fleet.audit.audit import audit
+from agent.fleet.collector import subscription
+from agent.fleet.config import FleetConfig
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import init_fleet
+from agent.transport.mqtt import Link
+from tests.kit.brokers import Mosquitto
+from tests.kit.players import Players
+from tests.kit.postgres import QUICK, Postgres, running
+from tests.kit.senders import FLEET, Sender
+
+NOW = "2026-11-24T22:20:00.000000Z"
+# As `fleet init` writes it.
+CONF = "max_inflight_messages 500"
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Mosquitto]:
+    with Mosquitto(tmp_path, extra_conf=CONF) as one:
+        yield one
+
+
+class Fleet:
+    """A fleet's folder, its enrolled devices, and collectors to start and kill."""
+
+    def __init__(self, folder: Path, broker: Mosquitto, url: str, devices: int) -> None:
+        self.folder, self.config_dir, self.url = folder, folder / FLEET, url
+        self.config: FleetConfig = init_fleet(folder / FLEET, FLEET, Broker(url=broker.url))
+        file = folder / FLEET / "fleet.toml"
+        file.write_text(file.read_text().replace('db = "fleet.db"', f'db = "{url}"'), encoding="utf-8")
+        self.store = FleetStore(url)
+        self.senders = [Sender(f"pi-{i:02}") for i in range(devices)]
+        for sender in self.senders:
+            self.store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def collect(self, name: str) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable,
+            "-m",
+            "agent",
+            "fleet",
+            "collect",
+            "--dir",
+            str(self.folder / FLEET),
+            "--share",
+            name,
+        ]
+        with self._log(name).open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.processes.append(process)
+        return process
+
+    def log(self, name: str) -> str:
+        return self._log(name).read_text(encoding="utf-8")
+
+    def connected(self, *names: str) -> bool:
+        return all("connected" in self.log(name) for name in names)
+
+    def stored(self, name: str) -> int:
+        """How many messages it said it had stored, when it stopped."""
+        return sum(int(n) for n in re.findall(r"stopped; (\d+) messages", self.log(name)))
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait(60)
+        self.store.close()
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"collector-{name}.log"
+
+
+def end(*processes: subprocess.Popen[bytes]) -> list[int]:
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    return [process.wait(60) for process in processes]
+
+
+def eventually(what: Callable[[], bool], within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not what():
+        assert time.monotonic() < deadline, "not within the time"
+        time.sleep(0.02)
+
+
+def require_whole(fleet: Fleet, players: Players) -> None:
+    """Nothing lost, nothing doubled, nothing acknowledged that is not there."""
+    store = FleetStore(fleet.url, read_only=True)
+    report = audit(store)
+    assert report.passed, report.document()
+    assert (report.messages, report.gaps, report.duplicates) == (players.total, [], 0)
+    store.close()
+
+
+@pytest.fixture
+def fleet(tmp_path: Path, broker: Mosquitto, postgres_url: str) -> Iterator[Fleet]:
+    made = Fleet(tmp_path, broker, postgres_url, 20)
+    yield made
+    made.close()
+
+
+def test_two_collectors_that_are_killed_and_started_again_lose_and_double_nothing(
+    fleet: Fleet, broker: Mosquitto
+) -> None:
+    with Players(broker.url, fleet.senders, 40) as players:
+        both = {name: fleet.collect(name) for name in ("a", "b")}
+        for killed in ("a", "b"):
+            seen = players.acknowledged
+            eventually(lambda seen=seen: players.acknowledged > min(seen + 100, players.total - 300))  # type: ignore[misc]
+            os.kill(both[killed].pid, signal.SIGKILL)
+            both[killed].wait(60)
+            assert not players.done, "the kill was not in the stream"
+            both[killed] = fleet.collect(killed)
+        eventually(lambda: players.done)
+        assert end(*both.values()) == [0, 0]
+    require_whole(fleet, players)
+
+
+def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: Mosquitto) -> None:
+    both = [fleet.collect(name) for name in ("a", "b")]
+    eventually(lambda: fleet.connected("a", "b"))
+    with Players(broker.url, fleet.senders, 10) as players:
+        eventually(lambda: players.done)
+        assert end(*both) == [0, 0]
+    require_whole(fleet, players)
+    # Each message is new to one of them.
+    assert fleet.stored("a") + fleet.stored("b") == players.total
+    assert min(fleet.stored("a"), fleet.stored("b")) > 0
+    # Of the two sessions that are left one is ended, and what comes now is the other one's.
+    subscription.leave(Broker(url=broker.url), FLEET, "a")
+    names = [subscription.client_id(FLEET, name) for name in ("a", "b")]
+    left, other = (Link(Broker(url=broker.url), name, session_expiry_s=60) for name in names)
+    sender = Link(Broker(url=broker.url), "device")
+    for _ in range(4):
+        sender.send(fleet.senders[0].health().outgoing())
+    eventually(lambda: sender.receive(0.1) == [])
+    seen = 0
+    while seen < 4:
+        events = other.receive(10.0)
+        assert events, f"{seen} of 4 came"
+        seen += len(events)
+    assert left.receive(0.2) == []
+    for link in (left, other, sender):
+        link.close()
+
+
+def test_postgresql_that_is_killed_in_mid_flow_costs_nothing_that_was_acknowledged(
+    tmp_path: Path, broker: Mosquitto
+) -> None:
+    with running(QUICK.replace("fsync = off\n", "")) as server:
+        fleet = Fleet(tmp_path, broker, server.database(), 5)
+        try:
+            with Players(broker.url, fleet.senders, 80) as players:
+                both = [fleet.collect(name) for name in ("a", "b")]
+                eventually(lambda: fleet.connected("a", "b"))
+                eventually(lambda: players.acknowledged > 50)
+                fleet.store.close()
+                server.kill()
+                assert not players.done
+                time.sleep(0.5)
+                server.start()
+                eventually(lambda: players.done)
+                assert end(*both) == [0, 0]
+            assert "nothing is acknowledged" in fleet.log("a") + fleet.log("b")
+            require_whole(fleet, players)
+        finally:
+            fleet.close()
+
+
+def test_what_a_dead_collector_left_is_taken_over_by_the_other_one(fleet: Fleet, broker: Mosquitto) -> None:
+    with Players(broker.url, fleet.senders[:3], 30) as players:
+        one, other = fleet.collect("a"), fleet.collect("b")
+        eventually(lambda: fleet.connected("a", "b"))
+        eventually(lambda: players.acknowledged > 10)
+        one.kill()
+        one.wait(60)
+        # The broker goes on handing half of what comes to its session; devices send that again.
+        eventually(lambda: players.done)
+        end(other)
+    require_whole(fleet, players)
+
+
+def test_two_collectors_of_one_name_do_not_throw_each_other_off(fleet: Fleet) -> None:
+    first = fleet.collect("a")
+    eventually(lambda: fleet.connected("a"))
+    second = fleet.collect("a")
+    eventually(lambda: "named a is at work already" in fleet.log("a"))
+    assert end(second, first) == [0, 0]
+    assert fleet.log("a").count("connected") == 1
+
+
+def test_one_collector_has_the_duty_and_another_takes_it_over(
+    fleet: Fleet, postgres_server: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agent.fleet.collector import leader
+    from agent.fleet.keyring import Keyring
+
+    monkeypatch.setattr(leader, "LEAD_S", 0.0)
+    stores = [FleetStore(fleet.url) for _ in range(3)]
+    duties = [leader.Duty(store, Keyring(store)) for store in stores]
+    for _ in range(2):
+        for one in duties:
+            one.turn()
+        assert [one.has for one in duties] == [True, False, False]
+    stores[0].close()
+
+    def having() -> int:
+        for one in duties[1:]:
+            one.turn()
+        return sum(one.has for one in duties[1:])
+
+    # The server notices in its own time that the connection is closed.
+    eventually(lambda: having() == 1)
+    assert having() == 1
+    for store in stores[1:]:
+        store.close()

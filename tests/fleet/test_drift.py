@@ -1,0 +1,461 @@
+"""Drift of a whole fleet: exact merges, each window once, who stands out, what moved first."""
+
+from __future__ import annotations
+
+import json
+import random
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent import clock
+from agent.cli.fleet.group import fleet
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from agent.fleet.drift.merge import Merged, Moments
+from agent.fleet.drift.outliers import standing_out
+from agent.fleet.drift.survey import Survey, course, survey
+from tests.kit.senders import MODEL, Sender, Sent, new_key
+
+NOW_US = 1_795_000_000_000_000
+NOW = clock.rfc3339(NOW_US)
+BOUNDS = np.linspace(-4, 4, 33)
+MINUTE_US = 60_000_000
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def field(rows: Any, state: str = "ok", **more: Any) -> dict[str, Any]:
+    """What a device says of one field, from its rows."""
+    rows = np.asarray(rows, np.float64)
+    counts = np.histogram(rows, BOUNDS)[0]
+    mean = float(rows.mean()) if len(rows) else 0.0
+    told = {
+        "counts": counts.tolist(), "missing": 0, "below": int((rows < BOUNDS[0]).sum()),
+        "above": int((rows > BOUNDS[-1]).sum()), "mean": mean, "m2": float(((rows - mean) ** 2).sum()),
+        "cusum": {"mean": [0.0, 0.0], "spread": [0.0, 0.0]}, "state": state, "fault": None,
+    }  # fmt: skip
+    return {**told, **more}
+
+
+def window(
+    sender: Sender,
+    at: int,
+    fields: dict[str, Any],
+    *,
+    reference: str | dict[str, str | None] = "sha256:01",
+    **changes: Any,
+) -> Sent:
+    """The drift window of minute `at`, the next message of the sender."""
+    begin = NOW_US - 1000 * MINUTE_US + at * MINUTE_US
+    span = {"from": clock.rfc3339(begin), "to": clock.rfc3339(begin + MINUTE_US - 1)}
+    states = {told.get("state") for told in fields.values()}
+    body: dict[str, Any] = {
+        "model": MODEL,
+        "reference": reference if isinstance(reference, dict) else {"shipped": reference, "site": None},
+        "window": {"index": at + 1, "rows": [2000 * at + 1, 2000 * at + 2000], "n": 2000, **span},
+        "features": fields,
+        "output": {"counts": {"PEN": 20}, "psi": 0.1, "state": "ok"},
+        "estimate": {"accuracy": 0.9, "low": 0.8, "high": 1.0},
+        "state": next((s for s in ("fault", "drift", "insufficient", "ok") if s in states), "ok"),
+    }
+    return sender.logged("drift", task=sender.task, **{**body, **changes})
+
+
+@pytest.fixture
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    opened = fresh()
+    yield opened
+    opened.close()
+
+
+def add(store: FleetStore, sender: Sender, *sent: Sent) -> None:
+    store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
+    store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW)
+
+
+def seen(store: FleetStore, **options: Any) -> Survey:
+    return survey(store, now_us=NOW_US, **options)
+
+
+def devices(count: int) -> list[Sender]:
+    return [Sender(f"pi-{i:02d}", new_key(i + 1), f"5f0c2f6e-1a54-4d0b-9a53-{i:012d}") for i in range(count)]
+
+
+Parts = list[list[float]]
+numbers = st.lists(st.lists(st.floats(-1e6, 1e6), max_size=20), min_size=1, max_size=8)
+
+
+def moments(rows: list[float]) -> Moments:
+    mean = float(np.mean(rows)) if rows else 0.0
+    return Moments(len(rows), mean, float(((np.array(rows) - mean) ** 2).sum()))
+
+
+@given(numbers, st.randoms(use_true_random=False))
+def test_moments_merge_to_those_of_all_rows_in_any_order_and_grouping(parts: Parts, rng: random.Random) -> None:
+    waiting = [moments(rows) for rows in parts]
+    while len(waiting) > 1:
+        waiting.append(waiting.pop(rng.randrange(len(waiting))) + waiting.pop(rng.randrange(len(waiting))))
+    everything = [x for rows in parts for x in rows]
+    expected, scale = moments(everything), max(map(abs, everything), default=0.0)
+    assert waiting[0].n == expected.n
+    assert waiting[0].mean == pytest.approx(expected.mean, rel=1e-9, abs=1e-12 * scale + 1e-300)
+    assert waiting[0].m2 == pytest.approx(expected.m2, rel=1e-9, abs=1e-12 * scale**2 + 1e-300)
+
+
+def test_fifty_devices_merged_in_any_order_equal_one_pass_over_all_rows(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    rows = {s.device: [rng.normal(i / 100, 1 + i / 200, (300, 2)) for _ in range(3)] for i, s in enumerate(devices(50))}
+    documents = []
+    for order in range(3):
+        opened = FleetStore(tmp_path / f"{order}.db")
+        fleet_of = devices(50)
+        random.Random(order).shuffle(fleet_of)
+        for sender in fleet_of:
+            sent = [
+                window(sender, i, {"ax": field(r[:, 0]), "ay": field(r[:, 1])})
+                for i, r in enumerate(rows[sender.device])
+            ]
+            random.Random(order).shuffle(sent)
+            add(opened, sender, *sent)
+        [group] = seen(opened).groups
+        documents.append({name: (p.counts.tolist(), p.missing, p.moments) for name, p in group.merged().items()})
+        opened.close()
+    assert documents[0] == documents[1] == documents[2]
+    everything = np.concatenate([one for parts in rows.values() for one in parts])
+    for at, name in enumerate(("ax", "ay")):
+        counts, _, merged = documents[0][name]
+        expected = field(everything[:, at])
+        assert counts == [expected["below"], *expected["counts"], expected["above"]]
+        assert merged.n == len(everything)
+        assert merged.mean == pytest.approx(expected["mean"], rel=1e-9)
+        assert merged.m2 == pytest.approx(expected["m2"], rel=1e-9)
+
+
+def test_a_window_counts_once_however_often_and_in_whatever_log_it_comes(store: FleetStore) -> None:
+    [first] = devices(1)
+    again = Sender(first.device, first.key, "5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
+    rows = np.random.default_rng(1).normal(0, 1, (4, 500))
+    sent = [window(first, i, {"ax": field(rows[i])}) for i in range(3)]
+    add(store, first, *sent, *sent)
+    # A store that was restored from a backup judges the same readings again, and goes on.
+    add(store, again, *(window(again, i, {"ax": field(rows[i])}) for i in range(1, 4)))
+    found = seen(store)
+    [group] = found.groups
+    assert (group.windows, found.repeated) == (4, 2)
+    assert group.merged()["ax"].moments.n == 2000
+
+
+def test_a_device_whose_reference_differs_is_shown_apart(store: FleetStore) -> None:
+    rows = np.random.default_rng(1).normal(0, 1, 500)
+    for number, sender in enumerate(devices(4)):
+        reference = "sha256:02" if number == 2 else "sha256:01"
+        add(store, sender, window(sender, 0, {"ax": field(rows)}, reference=reference))
+    common, other = seen(store).groups
+    assert (sorted(common.devices), common.apart) == (["pi-00", "pi-01", "pi-03"], None)
+    assert (list(other.devices), other.apart) == (["pi-02"], "reference")
+    assert common.merged()["ax"].moments.n == 1500
+
+
+def test_a_window_judged_again_against_another_reference_of_its_site_counts_once(store: FleetStore) -> None:
+    [first] = devices(1)
+    again = Sender(first.device, first.key, "5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c22")
+    rows = np.random.default_rng(1).normal(0, 1, 500)
+    for sender, site in ((first, None), (again, "sha256:ff")):
+        add(store, sender, window(sender, 0, {"ax": field(rows)}, reference={"shipped": "sha256:01", "site": site}))
+    found = seen(store)
+    assert (found.groups[0].windows, found.repeated, found.groups[0].merged()["ax"].moments.n) == (1, 1, 500)
+
+
+def test_one_device_with_other_bins_is_shown_apart_by_name_and_hides_no_other(store: FleetStore) -> None:
+    rows = np.random.default_rng(1).normal(0, 1, 500)
+    for number, sender in enumerate(devices(6)):
+        told = field(rows) if number else field(rows, counts=[500])
+        add(store, sender, window(sender, 0, {"ax": told}))
+    found = seen(store)
+    common, other = found.groups
+    assert (sorted(common.devices), common.apart) == ([f"pi-0{i}" for i in range(1, 6)], None)
+    assert (list(other.devices), other.apart) == (["pi-00"], "layout")
+    assert (found.unreadable, common.merged()["ax"].moments.n) == (0, 2500)
+
+
+def test_a_device_that_makes_up_references_and_fields_takes_only_a_few_groups(store: FleetStore) -> None:
+    [sender] = devices(1)
+    told = [window(sender, i, {f"f{i}": field(np.zeros(10))}, reference=f"sha256:{i % 3}") for i in range(30)]
+    add(store, sender, *told)
+    found = seen(store)
+    assert (len(found.groups), found.unreadable) == (4, 26)
+
+
+def test_a_window_with_a_sensor_fault_is_counted_and_kept_out_of_what_is_merged(store: FleetStore) -> None:
+    [sender] = devices(1)
+    good, bad = np.zeros(100), np.full(100, 3.0)
+    faulty = {"ax": field(bad, "fault", fault="stuck"), "ay": field(good)}
+    add(store, sender, window(sender, 0, {"ax": field(good), "ay": field(good)}), window(sender, 1, faulty))
+    [group] = seen(store).groups
+    assert (group.windows, group.faulty) == (2, 1)
+    assert group.merged()["ax"].moments.mean == 0.0
+    assert group.merged()["ay"].moments.n == 100
+
+
+def test_what_does_not_read_as_a_drift_window_is_counted_and_left_out(store: FleetStore) -> None:
+    [sender] = devices(1)
+    rows = np.zeros(100)
+    damaged: list[dict[str, Any]] = [
+        {"ax": field(rows, counts=[-1] * 32)},
+        {"ax": field(rows, m2=-1.0)},
+        {"ax": field(rows, counts=[2**60] * 32)},
+        {"ax": field(rows, mean="0")},
+        {"ax": field(rows, counts=[])},
+        {},
+    ]
+    good = window(sender, 0, {"ax": field(rows)})
+    add(store, sender, good, *(window(sender, i + 1, fields) for i, fields in enumerate(damaged)), sender.drift())
+    found = seen(store)
+    assert found.unreadable == len(damaged) + 1
+    assert [group.windows for group in found.groups] == [1]
+
+
+def test_the_device_whose_spread_or_mean_is_unlike_the_others_stands_out(store: FleetStore) -> None:
+    rng = np.random.default_rng(3)
+    for number, sender in enumerate(devices(9)):
+        ax = rng.normal(0, 0.6 if number == 4 else 1, 4000)
+        ay = rng.normal(1.0 if number == 7 else 0, 1, 4000)
+        add(store, sender, window(sender, 0, {"ax": field(ax), "ay": field(ay)}))
+    found = seen(store).groups[0].standing_out()
+    assert {(one.device, one.field, one.statistic) for one in found} == {
+        ("pi-04", "ax", "spread"),
+        ("pi-07", "ay", "mean"),
+    }
+    spread = next(one for one in found if one.field == "ax")
+    assert spread.z < -3.5
+    assert spread.value == pytest.approx(0.6, abs=0.03)
+    assert spread.usual == pytest.approx(1.0, abs=0.03)
+    assert spread.sizes["ks"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd", "statistic"),
+    [
+        ((5.0, 0.0), (0.0, 0.0), "mean"),
+        ((5.0, 0.0), (5.0, 1.0), "spread"),
+        ((5.0, 1.0), (5.0, 0.0), "spread"),
+        ((101_325.0, 0.0), (101_328.0, 0.0), "mean"),
+        ((0.0, 0.0), (1e-6, 0.0), "mean"),
+    ],
+    ids=["constant elsewhere", "moves among still ones", "still among moving ones", "far from zero", "near zero"],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_device_stands_out_where_a_field_is_constant_on_most_or_on_it_alone(
+    usual: tuple[float, float], odd: tuple[float, float], statistic: str, known: bool
+) -> None:
+    whole = {}
+    for number in range(9):
+        mean, sd = odd if number == 3 else usual
+        whole[f"pi-0{number}"] = {"ax": Merged(np.ones(34, np.int64), 0, Moments(1000, mean, sd * sd * 1000))}
+    [one] = standing_out(whole, {"ax": max(usual[1], odd[1])} if known else {})
+    assert (one.device, one.statistic) == ("pi-03", statistic)
+    assert (one.value, one.usual) == pytest.approx((odd[statistic == "spread"], usual[statistic == "spread"]))
+    assert 3.5 < abs(one.z) <= 99
+
+
+def test_a_hair_against_the_references_spread_is_no_reason_to_stand_out() -> None:
+    alike = {
+        f"pi-0{i}": {"ax": Merged(np.ones(34, np.int64), 0, Moments(1000, 0.01 * (i == 3), 0.0))} for i in range(9)
+    }
+    assert standing_out(alike, {"ax": 1.0}) == []
+    assert standing_out(alike) != []
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_no_device_of_a_fleet_whose_devices_are_alike_stands_out(store: FleetStore, count: int) -> None:
+    rng = np.random.default_rng(4)
+    for sender in devices(count):
+        add(store, sender, window(sender, 0, {"ax": field(rng.normal(0, 1, 2000)), "flat": field(np.zeros(2000))}))
+    assert seen(store).groups[0].standing_out() == []
+
+
+def test_the_field_whose_alarm_came_first_moved_first_and_what_ended_comes_last(store: FleetStore) -> None:
+    [one, two] = devices(2)
+    # Per minute: state and sum of the spread.
+    ax = [("ok", 0), ("ok", 0), ("ok", 3), ("drift", 6), ("drift", 9), ("drift", 12)]
+    ay = [("ok", 1), ("ok", 2), ("ok", 3), ("ok", 4), ("drift", 6), ("drift", 8)]
+    az = [("ok", 4), ("drift", 6), ("drift", 3), ("ok", 0), ("ok", 0), ("ok", 0)]
+    for sender, fields in ((one, {"ay": ay, "az": az}), (two, {"ax": ax, "ay": az})):
+        windows = [
+            {
+                n: field(np.zeros(10), told[i][0], cusum={"mean": [0, 0], "spread": [0, told[i][1]]})
+                for n, told in fields.items()
+            }
+            for i in range(6)
+        ]
+        # Different fields under one reference do not merge; each device has its own here.
+        sent = [window(sender, i, fields, reference=f"sha256:{sender.device}") for i, fields in enumerate(windows)]
+        add(store, sender, *sent)
+    first, second = (group.moved() for group in seen(store).groups)
+    assert [(e.subject, e.test, e.ended is None) for e in first] == [("ay", "spread", True), ("az", "spread", False)]
+    assert [(e.subject, e.ended is None) for e in second] == [("ax", True), ("ay", False)]
+    assert (second[0].began, second[0].alarmed) == (
+        NOW_US - 998 * MINUTE_US,
+        NOW_US - 996 * MINUTE_US - 1,
+    )
+
+
+def test_only_windows_since_a_moment_and_of_a_task_are_taken(store: FleetStore) -> None:
+    [sender] = devices(1)
+    add(store, sender, *(window(sender, i, {"ax": field(np.zeros(10))}) for i in range(10)))
+    since = clock.rfc3339(NOW_US - 995 * MINUTE_US)
+    assert seen(store, since=since).groups[0].windows == 5
+    assert seen(store, task="other").groups == []
+
+
+def test_a_year_of_windows_and_a_clock_that_was_never_set_give_a_bounded_history(store: FleetStore) -> None:
+    [sender] = devices(1)
+    minutes = [*range(0, 525_600, 3000), -29_900_000]
+    add(store, sender, *(window(sender, 40_000_000, {"ax": field([0.0])}, window=_at(m)) for m in minutes))
+    found = survey(store, now_us=NOW_US + 400 * 1440 * MINUTE_US)
+    spans = list(found.groups[0].history)
+    assert 40 <= len(spans) <= 96
+    assert sum(span.windows for *_, span in spans) == len(minutes) - 1
+    assert found.groups[0].undated == 1
+
+
+def _at(minute: int) -> dict[str, Any]:
+    moment = clock.rfc3339(NOW_US + minute * MINUTE_US)
+    return {"index": 1, "rows": [1, 2], "from": moment, "to": moment, "n": 2}
+
+
+def test_the_course_of_a_device_stays_bounded_and_keeps_the_largest_sum(store: FleetStore) -> None:
+    [sender] = devices(1)
+    sums = [7.5 if i == 777 else 0.0 for i in range(2000)]
+    told = [{"ax": field([0.0], cusum={"mean": [0, s], "spread": [0, 0]})} for s in sums]
+    add(store, sender, *(window(sender, i, fields) for i, fields in enumerate(told)))
+    line = course(store, seen(store).groups[0], sender.device, now_us=NOW_US + 2000 * MINUTE_US)
+    assert line.windows == 2000
+    assert len(line.points) < 480
+    assert [p.subjects["ax"].mean for p in line.points if p.subjects["ax"].mean] == [7.5]
+
+
+def test_windows_from_before_the_clock_was_set_do_not_stretch_a_course_but_are_shown_where_there_are_no_others(
+    store: FleetStore,
+) -> None:
+    [sender] = devices(1)
+    add(store, sender, window(sender, 0, {"ax": field([0.0])}, window=_at(-29_900_000)))
+    group = seen(store).groups[0]
+    assert len(course(store, group, sender.device, now_us=NOW_US).points) == 1
+    add(store, sender, window(sender, 1, {"ax": field([0.0])}))
+    [point] = course(store, group, sender.device, now_us=NOW_US).points
+    assert point.t[0] == NOW_US - 999 * MINUTE_US
+
+
+# --- the command ---
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(fleet, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    assert run("init", tmp_path / "acme", "--broker", "mqtt://127.0.0.1:1").exit_code == 0
+    FleetStore(tmp_path / "acme" / "fleet.db").close()
+    return tmp_path / "acme"
+
+
+def filled(folder: Path, count: int = 5, fields: int = 2) -> None:
+    """Devices with 12 windows each; the first loses gain on its first field in minute 8, the second's sticks."""
+    rng = np.random.default_rng(0)
+    store = FleetStore(folder / "fleet.db")
+    for number, sender in enumerate(devices(count)):
+        sent = []
+        for minute in range(12):
+            told = {
+                f"f{i}": field(rng.normal(0, 1, 400), "insufficient" if minute < 4 else "ok") for i in range(fields)
+            }
+            if minute >= 8 and number == 0:
+                cusum = {"mean": [0, 0], "spread": [0, 3.0 * (minute - 7)], "limit": 5.0}
+                told["f0"] = field(rng.normal(0, 0.5, 400), "drift" if minute > 8 else "ok", cusum=cusum)
+            if minute >= 8 and number == 1:
+                told["f0"] = field(np.zeros(400), "fault", fault="stuck")
+            sent.append(window(sender, minute, told))
+        if number == 0:
+            sent.append(sender.alert(summary="f0: spread fell to 0.5 <of> this site's reference & more."))
+        add(store, sender, *sent)
+    store.close()
+
+
+def test_an_empty_database_is_said_to_be_empty(folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "drift.svg"
+    told = run("drift", "--dir", folder, "--plot", picture)
+    assert told.exit_code == 0, told.exception
+    assert told.stdout.startswith("No drift window was collected")
+    assert json.loads(run("drift", "--dir", folder, "--json").stdout) == {"repeated": 0, "unreadable": 0, "tasks": []}
+    assert [e.text for e in ET.parse(picture).iter(f"{SVG}text") if e.get("class") == "empty"] == [
+        "No drift window was collected for this choice of task, device and time."
+    ]
+
+
+def test_a_single_window_is_a_fleet_too(folder: Path, tmp_path: Path) -> None:
+    store = FleetStore(folder / "fleet.db")
+    [sender] = devices(1)
+    add(store, sender, window(sender, 0, {"ax": field([0.5])}))
+    store.close()
+    told = run("drift", "--dir", folder, "--json", "--plot", tmp_path / "one.svg")
+    [task] = json.loads(told.stdout)["tasks"]
+    assert (task["windows"], task["features"]["ax"]["n"], task["features"]["ax"]["mean"]) == (1, 1, 0.5)
+    assert task["first"] is None
+    ET.parse(tmp_path / "one.svg")
+
+
+def test_the_report_names_what_moved_first_and_who_stands_out(folder: Path) -> None:
+    filled(folder)
+    [task] = json.loads(run("drift", "--dir", folder, "--json").stdout)["tasks"]
+    assert (task["first"]["device"], task["first"]["field"], task["first"]["test"]) == ("pi-00", "f0", "spread")
+    assert task["features"]["f0"]["drift"] == ["pi-00"]
+    assert task["features"]["f0"]["fault"] == ["pi-01"]
+    assert task["faulty"] == 4
+    assert task["accuracy"] == pytest.approx(0.9)
+    assert sum(span["windows"] for span in task["history"]) == 60
+    text = run("drift", "--dir", folder).stdout
+    assert "moved first: f0 (spread) on pi-00" in text
+    assert "5 devices, 60 windows, 4 of them with a sensor fault and kept out" in text
+    [alone] = json.loads(run("drift", "--dir", folder, "--device", "pi-02", "--json").stdout)["tasks"]
+    assert [d["device"] for d in alone["devices"]] == ["pi-02"]
+    assert alone["features"]["f0"]["n"] == 4800
+    assert alone["first"] is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--since", "yesterday"], ["--task", "exercize"], ["--plot", "drift.jpeg"], ["--device", "pi-9"]]
+)
+def test_a_wrong_option_is_refused_in_one_line(folder: Path, wrong: list[str]) -> None:
+    filled(folder, count=1)
+    result = run("drift", "--dir", folder, *wrong)
+    assert result.exception is not None
+    assert wrong[1] in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+@pytest.mark.parametrize("options", [[], ["--device", "pi-00"]])
+def test_the_picture_of_a_fleet_and_of_a_device_show_the_fault_the_drift_and_the_alert(
+    folder: Path, tmp_path: Path, options: list[str]
+) -> None:
+    filled(folder)
+    result = run("drift", "--dir", folder, "--plot", tmp_path / "drift.svg", *options)
+    assert result.exit_code == 0, result.exception
+    root = ET.parse(tmp_path / "drift.svg").getroot()
+    text = [element.text for element in root.iter(f"{SVG}text")]
+    assert any("<of> this site's reference & more." in str(line) for line in text)
+    classes = [element.get("class") for element in root.iter()]
+    assert classes.count("field") == 2
+    assert classes.count("band-drift") == 1
+    assert classes.count("raised") == (1 if options else 2)
+    assert classes.count("limit") == 1
+    assert "estimate" in classes
+    assert ("pi-01" in text) is not bool(options)

@@ -1,0 +1,508 @@
+"""Making a fleet and letting devices in: nothing is overwritten, the broker config keeps devices apart."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from agent import config as device_config
+from agent.config import Broker
+from agent.errors import LinkDown, StorageBusy, UsageError
+from agent.fleet import config as fleet_config
+from agent.fleet.collector.subscription import filters
+from agent.fleet.config import FleetConfig
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment import collectors, pki
+from agent.fleet.enrolment.enrol import Enrolment, bundle, enrol, init_fleet
+from agent.transport.mqtt import Link
+from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.wire import keys
+from agent.wire.keys import PublicKey
+from tests.kit.brokers import Mosquitto, free_port
+from tests.kit.certificates import expired
+from tests.kit.senders import new_key
+
+
+def let_in(
+    config: FleetConfig, folder: Path, device: str, *, key: PublicKey | None = None, replace: bool = False
+) -> Enrolment:
+    store = FleetStore(Path(config.fleet.db))
+    try:
+        return enrol(folder, config, store, device, key=key, replace=replace)
+    finally:
+        store.close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "acme"
+
+
+@pytest.fixture
+def config(folder: Path) -> FleetConfig:
+    return init_fleet(folder, "acme", Broker(url=f"mqtts://127.0.0.1:{free_port()}"))
+
+
+def test_a_fleet_is_made_once_and_its_private_keys_are_its_owners_alone(folder: Path, config: FleetConfig) -> None:
+    private = [path for path in folder.rglob("*.key") if path.is_file()]
+    assert {path.name for path in private} == {
+        *("ca.key", "collector.key", "operator.key", "collector-tls.key", "operator-tls.key", "commander-tls.key"),
+        "server.key",
+    }
+    assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="never overwritten"):
+        init_fleet(folder, "acme", Broker(url="mqtts://other"))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert config.broker.ca_file == str(folder / "ca.pem")
+
+
+def test_a_half_made_fleet_is_not_made_over(folder: Path) -> None:
+    folder.mkdir()
+    keys.generate(folder / "collector.key")
+    with pytest.raises(UsageError, match=r"collector\.key: a fleet is there already"):
+        init_fleet(folder, "acme", Broker(url="mqtts://broker"))
+
+
+@pytest.mark.parametrize("name", ["collector", "operator", "commander", "_all", "Pi", "a/b", "", "a" * 65])
+def test_names_of_roles_and_names_that_are_no_topic_level_are_not_enrolled(
+    folder: Path, config: FleetConfig, name: str
+) -> None:
+    with pytest.raises(UsageError, match="device"):
+        let_in(config, folder, name)
+
+
+def test_enrolling_twice_changes_nothing_and_another_key_replaces_only_when_told(
+    folder: Path, config: FleetConfig
+) -> None:
+    first = let_in(config, folder, "pi-07")
+    files = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    again = let_in(config, folder, "pi-07")
+    assert (first.new, again.new) == (True, False)
+    assert first.key.text == again.key.text
+    assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == files
+    with pytest.raises(UsageError, match="--replace"):
+        let_in(config, folder, "pi-07", key=new_key().public)
+    replaced = let_in(config, folder, "pi-07", replace=True)
+    assert replaced.key.text != first.key.text
+    assert (replaced.folder / "device.crt").read_bytes() != files["device.crt"]
+
+
+def test_the_bundle_is_private_the_same_each_time_and_a_config_that_loads(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    done = let_in(config, folder, "pi-07")
+    one, two = tmp_path / "one.tar.gz", tmp_path / "two.tar.gz"
+    bundle(done.folder, one)
+    bundle(done.folder, two)
+    assert one.read_bytes() == two.read_bytes()
+    assert stat.S_IMODE(one.stat().st_mode) == 0o600
+    with pytest.raises(UsageError, match="name a new file"):
+        bundle(done.folder, one)
+    with tarfile.open(one) as tar:
+        assert tar.getnames() == ["ca.pem", "device-tls.key", "device.crt", "device.key", "outstation.toml"]
+        tar.extractall(tmp_path / "device", filter="data")
+    loaded = device_config.load(tmp_path / "device" / "outstation.toml")
+    assert (loaded.device.id, loaded.device.fleet) == ("pi-07", "acme")
+    assert loaded.collector.key == keys.load_private(folder / "collector.key").public.text
+    assert loaded.operators.keys == [keys.load_private(folder / "operator.key").public.text]
+    assert loaded.broker.cert_file == str(tmp_path / "device" / "device.crt")
+    assert keys.load_private(tmp_path / "device" / "device.key").public.text == done.key.text
+
+
+def test_a_device_that_keeps_its_own_key_gets_no_private_signing_key(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    own = new_key()
+    done = let_in(config, folder, "pi-07", key=own.public)
+    again = let_in(config, folder, "pi-07")
+    assert again.key.text == own.public.text
+    bundle(done.folder, tmp_path / "pi-07.tar.gz")
+    with tarfile.open(tmp_path / "pi-07.tar.gz") as tar:
+        assert "device.key" not in tar.getnames()
+        text = tar.extractfile("outstation.toml")
+        assert text is not None
+        assert "pi-07" in text.read().decode()
+
+
+def test_the_certificates_name_the_host_the_device_and_what_they_are_for(folder: Path, config: FleetConfig) -> None:
+    let_in(config, folder, "pi-07")
+    device = x509.load_pem_x509_certificate((folder / "devices/pi-07/device.crt").read_bytes())
+    server = x509.load_pem_x509_certificate((folder / "broker/server.crt").read_bytes())
+    authority = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
+    device.verify_directly_issued_by(authority)
+    server.verify_directly_issued_by(authority)
+    names = device.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert device.subject.rfc4514_string() == "CN=pi-07"
+    assert names.get_values_for_type(x509.UniformResourceIdentifier) == ["urn:outstation:acme:pi-07"]
+    hosts = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert hosts.get_values_for_type(x509.DNSName) == ["localhost"]
+    assert [str(a) for a in hosts.get_values_for_type(x509.IPAddress)] == ["127.0.0.1", "::1"]
+    assert not device.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+def test_a_fleet_without_tls_has_no_certificates_and_its_broker_config_starts(tmp_path: Path) -> None:
+    port = free_port()
+    config = init_fleet(tmp_path / "home", "home", Broker(url=f"mqtt://127.0.0.1:{port}"))
+    let_in(config, tmp_path / "home", "pi-07")
+    assert sorted(path.name for path in (tmp_path / "home/devices/pi-07").iterdir()) == [
+        "device.key", "device.key.pub", "outstation.toml",
+    ]  # fmt: skip
+    with Mosquitto(tmp_path, conf=as_this_user(tmp_path / "home"), port=port):
+        Link(config.broker, "pi-07").close()
+
+
+def as_this_user(folder: Path) -> Path:
+    """The generated mosquitto.conf; as root a broker would become another user, who cannot read a test's folder."""
+    path = folder / "broker" / "mosquitto.conf"
+    text = path.read_text(encoding="utf-8")
+    if "\nuser " not in text:
+        path.write_text(text + "user root\n", encoding="utf-8")
+    return path
+
+
+def settings_of(folder: Path, device: str) -> Broker:
+    return device_config.load(folder / "devices" / device / "outstation.toml").broker
+
+
+def answer(link: Link, topic: str) -> str:
+    """The broker's reason code for a publish to `topic`."""
+    token = link.send(Outgoing(topic, b"{}", retain=False))
+    for _ in range(50):
+        for event in link.receive(0.2):
+            if isinstance(event, Receipt) and event.token == token:
+                return event.reason
+    raise AssertionError("no PUBACK")
+
+
+def test_the_generated_broker_config_lets_a_device_write_its_own_topics_only(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    for device in ("pi-07", "pi-08"):
+        let_in(config, folder, device)
+    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        collector = Link(config.broker_as(config.collector), "any", subscribe=filters("acme"))
+        sender = Link(settings_of(folder, "pi-07"), "pi-07", subscribe=["outstation/acme/#"])
+        base = "outstation/acme/pi-07"
+        for kind in ("results/x", "drift/x", "quality/x", "alerts/x", "health", "audit", "state", "keys", "reply"):
+            assert answer(sender, f"{base}/{kind}") in ("Success", "No matching subscribers"), kind
+        for topic in (
+            "outstation/acme/pi-08/results/x", f"{base}/ack", f"{base}/cmd", f"{base}/desired", f"{base}/results",
+            "outstation/acme/_all/desired", "outstation/other/pi-07/health", "$SYS/x",
+        ):  # fmt: skip
+            assert answer(sender, topic) == "Not authorized", topic
+        assert collector.receive(60.0) != []
+        assert answer(collector, "outstation/acme/pi-08/ack") in ("Success", "No matching subscribers")
+        assert answer(collector, f"{base}/cmd") == "Not authorized"
+        assert answer(collector, f"{base}/ack") == "Success"
+        assert [event.topic for event in sender.receive(60.0) if not isinstance(event, Receipt)] == [f"{base}/ack"]
+        operator = Link(config.broker_as(config.operator), "any")
+        assert answer(operator, f"{base}/cmd") == "Success"
+        assert answer(operator, f"{base}/ack") == "Not authorized"
+        for link in (collector, sender, operator):
+            link.close()
+
+
+def test_collectors_beside_each_other_have_a_session_each_and_share_what_comes(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    let_in(config, folder, "pi-07")
+    with pytest.raises(UsageError, match=r"collector-b\.crt: no such file.*fleet collector b"):
+        collectors.identity(config, "b")
+    for name in ("a", "b", "b"):
+        added = collectors.add(folder, config, name)
+    assert "fleet collect --share b" in added.steps[-1]
+    assert (folder / "broker" / "acl").read_text().count("user collector-b") == 1
+    with pytest.raises(UsageError, match="a collector connects"):
+        let_in(config, folder, "collector-b")
+    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        links = [
+            Link(config.broker_as(collectors.identity(config, name)), name, subscribe=filters("acme", shared=True))
+            for name in ("a", "b")
+        ]
+        sender = Link(settings_of(folder, "pi-07"), "pi-07")
+        base = "outstation/acme/pi-07"
+        for kind in ("health", "audit", "health", "audit", "state"):
+            assert answer(sender, f"{base}/{kind}") == "Success"
+        seen = [[event.topic for event in received(link, 3) if isinstance(event, Delivery)] for link in links]
+        # One of each pair, and the state for both.
+        assert sorted(map(len, seen)) == [3, 3]
+        assert all(f"{base}/state" in topics for topics in seen)
+        assert answer(links[1], f"{base}/ack") in ("Success", "No matching subscribers")
+        assert answer(links[1], f"{base}/cmd") == "Not authorized"
+        for link in (*links, sender):
+            link.close()
+
+
+def received(link: Link, n: int) -> list[Delivery | Receipt]:
+    events: list[Delivery | Receipt] = []
+    for _ in range(50):
+        events += link.receive(0.2)
+        if len(events) >= n:
+            return events
+    return events
+
+
+def test_no_certificate_a_foreign_one_and_a_foreign_ca_do_not_connect(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    let_in(config, folder, "pi-07")
+    other = init_fleet(tmp_path / "other", "acme", Broker(url=config.broker.url))
+    let_in(other, tmp_path / "other", "pi-07")
+    good = settings_of(folder, "pi-07")
+    foreign = settings_of(tmp_path / "other", "pi-07")
+    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        Link(good, "pi-07").close()
+        for bad in (
+            Broker(url=good.url, ca_file=good.ca_file),
+            Broker(url=good.url, ca_file=good.ca_file, cert_file=foreign.cert_file, tls_key_file=foreign.tls_key_file),
+            Broker(url=good.url, ca_file=foreign.ca_file, cert_file=good.cert_file, tls_key_file=good.tls_key_file),
+        ):
+            with pytest.raises(LinkDown):
+                Link(bad, "pi-07", timeout_s=5.0)
+
+
+def test_a_certificate_that_has_ended_is_named(tmp_path: Path, folder: Path, config: FleetConfig) -> None:
+    let_in(config, folder, "pi-07")
+    certificate = folder / "devices" / "pi-07" / "device.crt"
+    certificate.write_bytes(expired(certificate.read_bytes(), pki.load_authority(folder / "ca.pem", folder / "ca.key")))
+    with (
+        Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port),
+        pytest.raises(LinkDown, match=r"device\.crt ended on 20.*put a new one in its place"),
+    ):
+        Link(settings_of(folder, "pi-07"), "pi-07", timeout_s=5.0)
+
+
+def test_a_device_cannot_throw_another_off_by_taking_its_client_id(
+    tmp_path: Path, folder: Path, config: FleetConfig
+) -> None:
+    for device in ("pi-07", "pi-08"):
+        let_in(config, folder, device)
+    with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
+        victim = Link(settings_of(folder, "pi-07"), "pi-07")
+        thief = Link(settings_of(folder, "pi-08"), "pi-07")
+        assert answer(victim, "outstation/acme/pi-07/health") == "No matching subscribers"
+        assert answer(thief, "outstation/acme/pi-08/health") == "No matching subscribers"
+        victim.close()
+        thief.close()
+
+
+def test_the_fleet_folder_is_found_and_wrong_settings_say_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, config: FleetConfig
+) -> None:
+    monkeypatch.delenv("OUTSTATION_FLEET", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert fleet_config.find("x") == Path("x")
+    assert fleet_config.find(None) == fleet_config.SYSTEM_FOLDER
+    monkeypatch.setenv("OUTSTATION_FLEET", "y")
+    assert fleet_config.find(None) == Path("y")
+    monkeypatch.delenv("OUTSTATION_FLEET")
+    monkeypatch.chdir(folder)
+    assert fleet_config.find(None) == Path()
+    assert fleet_config.load(Path()).fleet.db == str(folder / "fleet.db")
+    with pytest.raises(UsageError, match="fleet init"):
+        fleet_config.load(tmp_path)
+    (folder / "fleet.toml").write_text('[fleet]\nname = "acme"\ndbb = "x"\n', encoding="utf-8")
+    with pytest.raises(UsageError, match=r"fleet\.dbb: unknown key; did you mean 'db'"):
+        fleet_config.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("fleet.db", "/base/fleet.db"),
+        ("/var/lib/fleet.db", "/var/lib/fleet.db"),
+        ("sqlite:///fleet.db", "/base/fleet.db"),
+        ("sqlite:////var/lib/fleet.db", "/var/lib/fleet.db"),
+        ("postgresql://me@host/db", "postgresql://me@host/db"),
+    ],
+)
+def test_a_database_is_a_path_or_a_url(url: str, path: str) -> None:
+    assert fleet_config.database(url, Path("/base")) == path
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('db = "postgresql://h/d"\npartitions = 0', "must be 1 to 1024"),
+        ("partitions = 4", "is for a PostgreSQL database"),
+    ],
+)
+def test_partitions_are_those_of_postgresql(folder: Path, config: FleetConfig, line: str, problem: str) -> None:
+    file = folder / "fleet.toml"
+    written = re.sub(r"^db = .*$", line, file.read_text(), flags=re.MULTILINE)
+    file.write_text(written)
+    with pytest.raises(UsageError, match=rf"fleet\.partitions: {problem}"):
+        fleet_config.load(folder)
+
+
+@pytest.mark.parametrize("url", ["oracle://me:secret@host/db", "mysql://host/db", "sqlite://", "sqlite:///"])
+def test_other_databases_are_refused_without_repeating_the_password(url: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        fleet_config.database(url, Path("/base"))
+    assert "secret" not in str(refused.value)
+
+
+# --- another key in place of the old one ---
+
+
+def held(home: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in home.iterdir() if path.is_file()}
+
+
+def active(config: FleetConfig, device: str) -> str:
+    store = FleetStore(Path(config.fleet.db))
+    try:
+        key = store.active_key(device)
+    finally:
+        store.close()
+    assert key is not None
+    return key.text
+
+
+def key_of(home: Path) -> str:
+    return keys.load_private(home / "device.key").public.text
+
+
+def test_a_replacement_that_is_refused_leaves_the_devices_files_whole(folder: Path, config: FleetConfig) -> None:
+    home = let_in(config, folder, "pi-07").folder
+    other = let_in(config, folder, "pi-08")
+    before = held(home)
+    with pytest.raises(UsageError, match="belongs to device 'pi-08'"):
+        let_in(config, folder, "pi-07", key=other.key, replace=True)
+    assert held(home) == before
+    assert active(config, "pi-07") == key_of(home)
+
+
+def test_a_replacement_while_the_database_is_locked_leaves_the_devices_files_whole(
+    folder: Path, config: FleetConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = let_in(config, folder, "pi-07").folder
+    before = held(home)
+    store = FleetStore(Path(config.fleet.db))
+    monkeypatch.setattr("agent.fleet.database.interface.sqlite.LOCK_WAIT_S", 0.05)
+    with open(config.fleet.db + ".lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StorageBusy):
+            enrol(folder, config, store, "pi-07", key=None, replace=True)
+    store.close()
+    assert held(home) == before
+    replaced = let_in(config, folder, "pi-07", replace=True)
+    assert replaced.key.text == active(config, "pi-07") == key_of(home) != keys.public_key(before_key(before)).text
+    assert not (home / "replacement").exists()
+
+
+def before_key(files: dict[str, bytes]) -> str:
+    return files["device.key.pub"].decode()
+
+
+class Killed(BaseException):
+    """Not to be caught: nothing after it is done."""
+
+
+def killed_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process ends before the `step`-th file that it would rename or remove from here on."""
+    left = [step]
+
+    def counted(do: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **more: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            do(*args, **more)
+
+        return run
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["key made here", "key of the device's own"])
+def test_a_replacement_that_is_killed_at_any_step_is_whole_once_it_is_run_again(
+    tmp_path: Path, folder: Path, config: FleetConfig, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    home = let_in(config, folder, "pi-07").folder
+    finished = committed = 0
+    for step in range(200):
+        before, was, key = held(home), active(config, "pi-07"), new_key().public if own else None
+        with monkeypatch.context() as patched:
+            killed_at(step, patched)
+            try:
+                let_in(config, folder, "pi-07", key=key, replace=True)
+                finished = step
+            except Killed:
+                pass
+        now = active(config, "pi-07")
+        if finished:
+            break
+        committed += now != was
+        # Until the database has the new key nothing is touched.
+        assert now != was or held(home) == before
+        with pytest.raises(UsageError, match="another key"):
+            let_in(config, folder, "pi-07", key=new_key().public)
+        # Whatever was reached, the files are those of the key that counts.
+        assert own or key_of(home) == now
+        pair(home)
+        again = let_in(config, folder, "pi-07", key=key, replace=True)
+        assert again.key.text == active(config, "pi-07")
+        assert not (home / "replacement").exists()
+        assert (home / "device.key").exists() != own
+        assert own or key_of(home) == again.key.text
+        assert (home / "device.crt").read_bytes() != before["device.crt"]
+        pair(home)
+    assert finished > 5
+    assert 0 < committed < finished
+
+
+def pair(home: Path) -> None:
+    """The TLS key and certificate belong together."""
+    certificate = x509.load_pem_x509_certificate((home / "device.crt").read_bytes())
+    private = load_pem_private_key((home / "device-tls.key").read_bytes(), None)
+    assert certificate.public_key() == private.public_key()
+
+
+def test_a_replacement_whose_key_counts_already_is_finished_by_plain_enrolment(
+    folder: Path, config: FleetConfig
+) -> None:
+    class CutOff(FleetStore):
+        def enrol(self, *args: Any, **more: Any) -> bool:
+            super().enrol(*args, **more)
+            raise KeyboardInterrupt
+
+    home = let_in(config, folder, "pi-07").folder
+    before = held(home)
+    store = CutOff(Path(config.fleet.db))
+    with pytest.raises(KeyboardInterrupt):
+        enrol(folder, config, store, "pi-07", key=None, replace=True)
+    store.close()
+    assert held(home) == before
+    done = let_in(config, folder, "pi-07")
+    assert done.key.text == active(config, "pi-07") == key_of(home)
+    assert done.key.text != keys.public_key(before_key(before)).text
+    pair(home)
+
+
+def test_a_replacement_leaves_what_else_is_in_the_devices_folder(folder: Path, config: FleetConfig) -> None:
+    home = let_in(config, folder, "pi-07").folder
+    (home / "data").mkdir()
+    (home / "data" / "outstation.db").write_bytes(b"readings")
+    let_in(config, folder, "pi-07", replace=True)
+    assert (home / "data" / "outstation.db").read_bytes() == b"readings"
+
+
+def test_a_device_is_enrolled_where_only_public_keys_of_the_roles_are(folder: Path, config: FleetConfig) -> None:
+    public = [keys.load_private(folder / f"{role}.key").public.text for role in ("collector", "operator")]
+    for role in ("collector", "operator"):
+        (folder / f"{role}.key").unlink()
+    loaded = device_config.load(let_in(config, folder, "pi-07").folder / "outstation.toml")
+    assert [loaded.collector.key, *loaded.operators.keys] == public

@@ -1,0 +1,222 @@
+"""Labels at the collector: joined with the newest log, the last of a row wins; metrics of messages become rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.fleet import labels
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from agent.fleet.labels import Outcome
+from agent.performance.labels import Label
+from tests.kit.senders import MODEL, Sender, Sent, new_key
+
+NOW = "2026-11-24T22:20:00.000000Z"
+SENDER = Sender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
+RESULTS = SENDER.results(60, rows_at=(1, 60))
+ANEW = Sender(key=new_key(7), log="6a0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c12")
+AGAIN = ANEW.results(60, rows_at=(1, 60))
+METRICS = [
+    {"metric": "accuracy", "value": 0.9, "low": 0.8, "high": 0.95, "n": 100},
+    {"metric": "accuracy", "slice": "site=a", "value": 0.5, "low": 0.3, "high": 0.7, "n": 20, "state": "worse"},
+    {"metric": "r2", "value": None, "low": None, "high": None, "n": 100},
+]
+
+
+@pytest.fixture
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    opened = fresh()
+    opened.enrol(SENDER.device, SENDER.key.public, replace=False, now=NOW)
+    opened.ingest([Arrival(SENDER.open(RESULTS))], [], NOW)
+    yield opened
+    opened.close()
+
+
+def take(store: FleetStore, *given: Label) -> Outcome:
+    with store.transaction() as db:
+        return labels.take(db, SENDER.device, SENDER.task, given, NOW)
+
+
+def ask(store: FleetStore, sql: str) -> list[Any]:
+    with store.snapshot() as db:
+        return db.execute(sql).fetchall()
+
+
+def named(store: FleetStore) -> dict[int, str]:
+    return dict(ask(store, "SELECT row, label FROM results"))
+
+
+def test_labels_are_joined_with_what_was_collected(store: FleetStore) -> None:
+    found = named(store)
+    right = [Label(row, None, label) for row, label in found.items()][:50]
+    outcome = take(store, *right, Label(60, None, "PEN"), Label(59, None, "PEN"))
+    accuracy = next(one for one in outcome.metrics if one.metric == "accuracy")
+    wrong = sum(found[row] != "PEN" for row in (59, 60))
+    assert (outcome.accepted, outcome.rejected) == (52, {})
+    assert accuracy.value == pytest.approx(1 - wrong / 52, abs=1e-5)
+    sql = "SELECT value, n, source, seq FROM metrics WHERE metric = 'accuracy'"
+    assert ask(store, sql) == [(accuracy.value, 52, "collector", 0)]
+
+
+def test_metrics_of_an_earlier_file_are_replaced_and_all_labels_count(store: FleetStore) -> None:
+    found = named(store)
+    take(store, *(Label(row, None, found[row]) for row in range(1, 21)))
+    outcome = take(store, *(Label(row, None, found[row]) for row in range(21, 41)))
+    assert ask(store, "SELECT n FROM metrics WHERE metric = 'accuracy'") == [(40,)]
+    assert outcome.sources == {"human": 40}
+
+
+def test_the_last_label_of_a_row_wins_and_is_counted(store: FleetStore) -> None:
+    outcome = take(store, Label(1, None, "PEN"), Label(1, None, "ABD"), Label(1, None, "ABD"))
+    assert (outcome.accepted, outcome.replaced) == (3, 1)
+    assert ask(store, "SELECT label FROM labels") == [("ABD",)]
+
+
+def test_a_time_means_the_nearest_result(store: FleetStore) -> None:
+    t = 1_764_022_680_000_000
+    outcome = take(store, Label(None, t + 7, "PEN"), Label(None, t + 10_000_000, "PEN"))
+    assert (outcome.accepted, set(outcome.rejected)) == (1, {1})
+    # The result of row 7 has that time to the microsecond.
+    assert ask(store, "SELECT row FROM labels") == [(7,)]
+
+
+def test_a_row_without_a_result_is_rejected(store: FleetStore) -> None:
+    assert take(store, Label(61, None, "PEN")).rejected == {0: "row 61 has no result here"}
+
+
+def test_the_models_own_answers_are_no_labels_of_its_quality(store: FleetStore) -> None:
+    outcome = take(store, *(Label(row, None, "PEN", "model") for row in range(1, 11)))
+    assert outcome.metrics == []
+    assert outcome.sources == {"model": 10}
+
+
+def test_rows_count_anew_in_a_new_log_and_labels_are_of_that_one(store: FleetStore) -> None:
+    take(store, Label(1, None, "PEN"))
+    store.ingest([Arrival(ANEW.open(AGAIN))], [], NOW)
+    outcome = take(store, Label(2, None, "PEN"))
+    assert outcome.sources == {"human": 1}
+    assert ask(store, "SELECT log, row FROM labels ORDER BY log") == [(SENDER.log, 1), (ANEW.log, 2)]
+
+
+def test_without_results_nothing_can_be_joined(store: FleetStore) -> None:
+    with pytest.raises(ValueError, match="no results of task 'other'"), store.transaction() as db:
+        labels.take(db, SENDER.device, "other", [Label(1, None, "PEN")], NOW)
+
+
+def test_metrics_of_a_message_become_rows_once(store: FleetStore) -> None:
+    sent = SENDER.logged("quality", task=SENDER.task, metrics=METRICS, window={"n": 100})
+    for _ in range(2):
+        store.ingest([Arrival(SENDER.open(sent))], [], NOW)
+    sql = "SELECT metric, slice, value, low, high, n, state, source, log, seq FROM metrics ORDER BY seq, metric, slice"
+    place = ("device", SENDER.log, sent.seq)
+    assert ask(store, sql) == [
+        ("accuracy", "", 0.9, 0.8, 0.95, 100, None, *place),
+        ("accuracy", "site=a", 0.5, 0.3, 0.7, 20, "worse", *place),
+        ("r2", "", None, None, None, 100, None, *place),
+    ]
+
+
+def test_what_a_device_said_is_not_replaced_by_labels_that_come_here(store: FleetStore) -> None:
+    sent = SENDER.logged("quality", task=SENDER.task, metrics=METRICS[:1])
+    store.ingest([Arrival(SENDER.open(sent))], [], NOW)
+    take(store, Label(1, None, "PEN"))
+    assert ask(store, "SELECT source FROM metrics WHERE metric = 'accuracy' ORDER BY source") == [
+        ("collector",),
+        ("device",),
+    ]
+
+
+def test_a_misspelt_class_is_rejected_with_those_the_model_named_here(store: FleetStore) -> None:
+    outcome = take(store, Label(1, None, "PENN"), Label(2, None, "pen"), Label(3, None, "PEN"))
+    assert (outcome.accepted, set(outcome.rejected)) == (1, {0, 1})
+    assert outcome.rejected[0].startswith("'PENN' is no label of this model; it knows ABD, FEL, PEN, as far as ")
+    assert ask(store, "SELECT label FROM labels") == [("PEN",)]
+
+
+def activated(sender: Sender, kind: str, **more: Any) -> Sent:
+    to = {"name": MODEL["name"], "version": MODEL["version"], "digest": MODEL["digest"]}
+    evidence = {"task": sender.task, "from": None, "to": to, "why": "configured", "kind": kind, **more}
+    return sender.logged("audit", event="activated", summary="", evidence=evidence)
+
+
+def test_a_class_the_model_never_named_is_taken_where_the_device_said_that_it_knows_it(store: FleetStore) -> None:
+    said = activated(SENDER, "classify", labels=["PEN", "ABD", "FEL", "HOP"])
+    store.ingest([Arrival(SENDER.open(said))], [], NOW)
+    outcome = take(store, Label(1, None, "HOP"), Label(2, None, "HOPP"))
+    assert (outcome.accepted, outcome.rejected) == (
+        1,
+        {1: "'HOPP' is no label of this model; it knows PEN, ABD, FEL, HOP"},
+    )
+
+
+def numbers(tmp_path: Path, *said: Sent, sender: Sender) -> FleetStore:
+    """A store with results 1 to 60 of a model that gives a tenth of the row."""
+    columns = {"row": list(range(1, 61)), "t": list(range(1, 61)), "value": [row / 10 for row in range(1, 61)]}
+    sent = sender.results(60, rows_at=(1, 60), columns=columns)
+    store = FleetStore(tmp_path / "numbers.db")
+    store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
+    store.ingest([Arrival(sender.open(one)) for one in (*said, sent)], [], NOW)
+    return store
+
+
+def anomalies(word: bool) -> list[Label]:
+    texts = ("anomaly", "normal") if word else ("1", "0")
+    return [Label(row, None, texts[row <= 40]) for row in range(1, 61)]
+
+
+def test_words_for_anomalies_are_labels_of_an_anomaly_model(tmp_path: Path) -> None:
+    store = numbers(tmp_path, sender=Sender(key=new_key(7), log=SENDER.log))
+    try:
+        outcome = take(store, *anomalies(word=True))
+        assert (outcome.accepted, outcome.rejected) == (60, {})
+        assert [(one.metric, one.value) for one in outcome.metrics] == [("auc", 1.0)]
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("word", [True, False])
+def test_an_anomaly_model_is_judged_at_its_threshold_where_the_device_said_it(tmp_path: Path, word: bool) -> None:
+    sender = Sender(key=new_key(7), log=SENDER.log)
+    store = numbers(tmp_path, activated(sender, "anomaly", threshold=3.95), sender=sender)
+    try:
+        found = {one.metric: one.value for one in take(store, *anomalies(word)).metrics}
+    finally:
+        store.close()
+    assert found == {"accuracy": pytest.approx(59 / 60, abs=1e-5), "auc": 1.0, "f1": pytest.approx(40 / 41, abs=1e-5)}
+
+
+def test_labels_of_a_model_that_gives_numbers_are_numbers(tmp_path: Path) -> None:
+    store = numbers(tmp_path, sender=Sender(key=new_key(7), log=SENDER.log))
+    try:
+        outcome = take(store, *(Label(row, None, f"{row / 10 + 1}") for row in range(1, 61)), Label(1, None, "1e160"))
+        assert set(outcome.rejected) == {60}
+        assert {one.metric: one.value for one in outcome.metrics}["mae"] == pytest.approx(1.0)
+    finally:
+        store.close()
+
+
+def test_results_of_different_bundles_are_not_mixed(store: FleetStore) -> None:
+    newer = SENDER.results(60, rows_at=(61, 120), model={**MODEL, "version": "9.9.9", "digest": "sha256:99"})
+    store.ingest([Arrival(SENDER.open(newer))], [], NOW)
+    found = named(store)
+    wrong = {"PEN": "ABD", "ABD": "FEL", "FEL": "PEN"}
+    old = take(store, *(Label(row, None, wrong[found[row]]) for row in range(1, 61)))
+    assert old.model is not None
+    assert (old.model.digest, old.others, old.metrics[0].value) == (MODEL["digest"], 0, 0.0)
+    both = take(store, *(Label(row, None, found[row]) for row in range(61, 101)))
+    assert both.model is not None
+    assert (both.model.told(), both.others) == ({"name": MODEL["name"], "version": "9.9.9", "digest": "sha256:99"}, 60)
+    assert (both.metrics[0].value, both.metrics[0].n) == (1.0, 40)
+
+
+def test_a_device_that_lists_some_results_only_is_told_to_be_a_biased_sample(store: FleetStore) -> None:
+    assert take(store, Label(1, None, "PEN")).sparse is None
+    columns = {"row": [70, 90], "t": [70, 90], "label": ["PEN", "ABD"], "score": [0.4, 0.5]}
+    store.ingest([Arrival(SENDER.open(SENDER.results(60, rows_at=(61, 120), columns=columns)))], [], NOW)
+    outcome = take(store, Label(70, None, "PEN"))
+    assert outcome.sparse is not None
+    assert outcome.sparse.startswith("the device lists 62 of 120 results of this bundle (its publish), and which ones ")

@@ -1,0 +1,491 @@
+"""The fleet's database in PostgreSQL: the same tables as in SQLite, for several who write at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from agent.cli.fleet.group import fleet as commands
+from agent.config import Broker
+from agent.errors import Refused, StorageError, UsageError
+from agent.fleet.audit.audit import audit
+from agent.fleet.collector import subscription
+from agent.fleet.collector.collector import Collector
+from agent.fleet.collector.pending_gaps import WAIT_S, Patience
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.interface import named
+from agent.fleet.database.placeholders import translated
+from agent.fleet.database.store import FleetStore
+from agent.wire import topics
+from tests.fleet.test_collector import Wire
+from tests.kit import fleet_rollouts
+from tests.kit.evidences import told
+from tests.kit.senders import FLEET, Sender, Sent, new_key
+
+NOW = "2026-11-24T22:20:00.000000Z"
+
+
+@pytest.fixture
+def store(postgres_url: str) -> Iterator[FleetStore]:
+    opened = FleetStore(postgres_url)
+    yield opened
+    opened.close()
+
+
+def enrolled(store: FleetStore, device: str = "pi-07") -> Sender:
+    sender = Sender(device)
+    store.enrol(device, sender.key.public, replace=False, now=NOW)
+    return sender
+
+
+def add(store: FleetStore, sender: Sender, *sent: Sent) -> list[str]:
+    return list(store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW))
+
+
+def ask(store: FleetStore, sql: str, *values: Any) -> list[Any]:
+    with store.snapshot() as db:
+        return db.execute(sql, values).fetchall()
+
+
+def at_once(*deeds: Callable[[], object]) -> list[BaseException]:
+    """Each in a thread; what they raised."""
+    raised: list[BaseException] = []
+    together = threading.Barrier(len(deeds))
+
+    def do(deed: Callable[[], object]) -> None:
+        together.wait(60)
+        try:
+            deed()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=do, args=(deed,)) for deed in deeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return raised
+
+
+# --- tables ---
+
+
+def test_tables_and_columns_are_those_of_sqlite(store: FleetStore, tmp_path: Path) -> None:
+    file = FleetStore(tmp_path / "fleet.db")
+    made = ask(
+        file, "SELECT name FROM sqlite_schema WHERE type IN ('table', 'view') AND name NOT LIKE '\\_%' ESCAPE '\\'"
+    )
+    names = [name for (name,) in made]
+    columns = {name: [row[1] for row in ask(file, f'PRAGMA table_info("{name}")')] for name in names}
+    file.close()
+    sql = """
+        SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = current_schema()
+        ORDER BY table_name, ordinal_position"""
+    found: dict[str, list[str]] = {}
+    for table, column in ask(store, sql):
+        found.setdefault(table, []).append(column)
+    # SQLite has it without saying so; `migrations` is `_sqlite_migrations` there.
+    assert found.pop("migrations") == ["number", "applied"]
+    assert {name: [one for one in listed if one != "rowid"] for name, listed in found.items()} == columns
+
+
+def test_processes_that_start_at_once_make_the_tables_once(postgres_url: str) -> None:
+    opened: list[FleetStore] = []
+    assert at_once(*[lambda: opened.append(FleetStore(postgres_url))] * 6) == []
+    assert ask(opened[0], "SELECT count(*) FROM migrations") == [(1,)]
+    for one in opened:
+        one.close()
+
+
+def test_a_database_of_a_newer_version_is_refused_and_one_without_tables_is_not_made_by_reading(
+    postgres_url: str,
+) -> None:
+    with pytest.raises(UsageError, match="no tables here yet"):
+        FleetStore(postgres_url, read_only=True)
+    store = FleetStore(postgres_url)
+    with store.transaction() as db:
+        db.execute("INSERT INTO migrations (number) VALUES (1000)")
+    store.close()
+    for read_only in (False, True):
+        with pytest.raises(UsageError, match="made by a newer version"):
+            FleetStore(postgres_url, read_only=read_only)
+
+
+def test_a_store_that_reads_cannot_write(store: FleetStore, postgres_url: str) -> None:
+    reading = FleetStore(postgres_url, read_only=True)
+    with pytest.raises(StorageError, match="read-only"):
+        enrolled(reading)
+    reading.close()
+
+
+def test_messages_and_results_lie_in_as_many_partitions_as_were_asked_for(postgres_url: str) -> None:
+    store = FleetStore(postgres_url, partitions=4)
+    for n in range(40):
+        sender = enrolled(store, f"pi-{n:02}")
+        add(store, sender, sender.results(), sender.cursor())
+    per_table = "SELECT count(DISTINCT tableoid) FROM"
+    assert [ask(store, f"{per_table} {table}") for table in ("messages", "results")] == [[(4,)], [(4,)]]
+    assert audit(store).passed
+    assert (store.count_messages(), len(store.devices())) == (80, 40)
+    store.close()
+
+
+def test_placeholders_are_those_of_psycopg_and_quoted_text_stays() -> None:
+    sql = """SELECT '?', ':x', "to", a::text, '5 %' FROM t WHERE a = ? AND b LIKE :name AND c % 2 = 0"""
+    assert translated(sql) == (
+        """SELECT '?', ':x', "to", a::text, '5 %%' FROM t WHERE a = %s AND b LIKE %(name)s AND c %% 2 = 0"""
+    )
+
+
+def test_no_message_repeats_the_password() -> None:
+    url = "postgresql://me:secret@127.0.0.1:1/fleet?connect_timeout=1&password=secret"
+    assert named(url) == "postgresql://me@127.0.0.1:1/fleet?connect_timeout=1"
+    with pytest.raises(StorageError, match="me@127") as raised:
+        FleetStore(url)
+    assert "secret" not in str(raised.value)
+
+
+def test_without_its_library_the_extra_is_named_and_sqlite_works(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.modules["psycopg"] = None
+from agent.errors import UsageError
+from agent.fleet.database.store import FleetStore
+FleetStore({str(tmp_path / "fleet.db")!r}).close()
+try:
+    FleetStore("postgresql://127.0.0.1/fleet")
+except UsageError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'outstation[postgres]'" in done.stdout
+
+
+# --- several who write ---
+
+
+def test_two_that_store_one_log_at_once_leave_its_gaps_and_its_end_right(postgres_url: str) -> None:
+    stores = [FleetStore(postgres_url) for _ in range(3)]
+    sender = enrolled(stores[0])
+    log = [sender.results() if n % 7 else sender.health() for n in range(300)]
+    dice = Random(1)
+    kept = [one for one in log if one.seq % 11 or one.seq == len(log)]
+    # Each is given two thirds of them, in an order of its own: they all come twice.
+    parts = [[one for i, one in enumerate(kept) if i % 3 != n] for n in range(3)]
+    for part in parts:
+        dice.shuffle(part)
+
+    def store_part(store: FleetStore, part: list[Sent]) -> None:
+        for at in range(0, len(part), 7):
+            add(store, sender, *part[at : at + 7])
+
+    assert at_once(*(lambda s=s, p=p: store_part(s, p) for s, p in zip(stores, parts, strict=True))) == []
+    missing = [(n, n) for n in range(11, 300, 11)]
+    known = stores[1].acknowledgement(sender.device, sender.log)
+    assert (known.through, known.missing) == (300, missing)
+    assert stores[0].count_messages() == len(kept)
+    assert [(gap["from"], gap["to"]) for gap in audit(stores[0]).gaps] == missing
+    add(stores[2], sender, *(log[n - 1] for n, _ in missing))
+    report = audit(stores[0])
+    assert (report.passed, report.messages, report.duplicates) == (True, 300, 0)
+    for store in stores:
+        store.close()
+
+
+def test_a_log_that_is_said_to_have_ended_while_another_stores_its_first_message(postgres_url: str) -> None:
+    stores = [FleetStore(postgres_url) for _ in range(2)]
+    for n in range(8):
+        old = enrolled(stores[0], f"pi-{n}")
+        log = [old.quality() for _ in range(9)]
+        new = Sender(old.device, old.key)
+        end = new.logged("audit", event="new log", summary="", evidence={"old": old.log, "through": 9, "reissued": 0})
+        assert at_once(lambda: add(stores[0], new, end), lambda: add(stores[1], old, log[4], log[8])) == []  # noqa: B023
+        gaps = [gap for gap in stores[0].gaps(old.device) if gap["log"] == old.log]
+        assert [(gap["from"], gap["to"], gap["declared"]) for gap in gaps] == [(1, 4, True), (6, 8, True)]
+    for store in stores:
+        store.close()
+
+
+def test_a_transaction_that_another_one_stops_is_done_again_and_counted(store: FleetStore, postgres_url: str) -> None:
+    import psycopg
+
+    a, b = enrolled(store, "pi-a"), enrolled(store, "pi-b")
+    both = [Arrival(a.open(a.results())), Arrival(b.open(b.results()))]
+    touch = "UPDATE devices SET state = state WHERE device = %s"
+    with psycopg.connect(postgres_url) as other:
+        other.execute(touch, ("pi-b",))
+        worker = threading.Thread(target=lambda: store.ingest(both, [], NOW))
+        worker.start()
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        with psycopg.connect(postgres_url, autocommit=True) as look:
+            until(lambda: look.execute(waiting).fetchone() == (1,))
+        # Holds what that one waits for, and now waits for what it holds.
+        other.execute(touch, ("pi-a",))
+    worker.join(60)
+    assert store.repeated == 1
+    assert store.count_messages() == 2
+
+
+def test_a_key_revoked_meanwhile_signs_nothing_more(store: FleetStore, postgres_url: str) -> None:
+    sender = enrolled(store)
+    arrival = Arrival(sender.open(sender.results()))
+    other = FleetStore(postgres_url)
+    collector = Collector(FLEET, Broker(), other, new_key(), share="b")
+    other.revoke("pi-07", None, NOW)
+    with pytest.raises(Refused, match="revoked key"):
+        store.ingest([arrival], [], NOW)
+    assert store.count_messages() == 0
+    assert collector.verify([sender.results().delivery()])[1][0].reason == "revoked key"
+    other.close()
+
+
+def test_two_operators_at_once_enrol_one_key_for_a_device(store: FleetStore, postgres_url: str) -> None:
+    other = FleetStore(postgres_url)
+    for n in range(5):
+        raised = at_once(
+            lambda: store.enrol(f"pi-{n}", new_key().public, replace=False, now=NOW),  # noqa: B023
+            lambda: other.enrol(f"pi-{n}", new_key().public, replace=False, now=NOW),  # noqa: B023
+        )
+        assert [type(error) for error in raised] == [UsageError]
+    assert len(store.enrolled_keys()) == 5
+    other.close()
+
+
+def test_a_connection_that_was_lost_is_made_anew_and_nothing_of_its_transaction_is_there(
+    store: FleetStore, postgres_url: str
+) -> None:
+    import psycopg
+
+    sender = enrolled(store)
+    log = [sender.results() for _ in range(2)]
+    cut = """
+        SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid()"""
+
+    def cut_off() -> None:
+        with psycopg.connect(postgres_url, autocommit=True) as other:
+            other.execute(cut)
+
+    def add_and_lose() -> None:
+        with store.transaction() as db:
+            db.add_messages([("pi-07", sender.log, 1, "results", "t", b"x", "j", NOW)])
+            cut_off()
+
+    with pytest.raises(StorageError):
+        add_and_lose()
+    assert add(store, sender, log[0]) == ["new"]
+    cut_off()
+    with pytest.raises(StorageError):
+        add(store, sender, log[1])
+    assert add(store, sender, *log) == ["duplicate", "new"]
+    assert audit(store).passed
+
+
+def test_text_that_postgresql_cannot_hold_is_refused_alone_and_counted(store: FleetStore) -> None:
+    sender = enrolled(store)
+    collector = Collector(FLEET, Broker(), store, new_key(), share="a")
+    wire: Any = Wire(store)
+    poison = sender.alert(summary="NUL \0 in it")
+    hostile = Sent("outstation/acme/\0/health", b"x", "\0")
+    wire.incoming = [one.delivery() for one in (sender.results(), poison, sender.results(), hostile)]
+    collector.turn(wire, 0.0)
+    assert store.count_messages() == 2
+    assert [(row["reason"], row["count"]) for row in store.refusals()] == [("topic", 1), ("not storable", 1)]
+    assert ask(store, "SELECT topic FROM refused WHERE reason = 'topic'") == [("outstation/acme/\ufffd/health",)]
+
+
+def test_a_name_of_several_kilobytes_that_no_index_takes_is_refused_alone(store: FleetStore) -> None:
+    sender = enrolled(store)
+    noise = "".join(Random(1).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=20_000))
+    good = sender.open(sender.results())
+    message = msgspec.structs.replace(good, body=msgspec.structs.replace(good.body, log=noise))
+    with pytest.raises(Refused, match="not storable"):
+        store.ingest([Arrival(message), Arrival(sender.open(sender.results()))], [], NOW)
+    assert store.count_messages() == 0
+
+
+# --- collectors ---
+
+
+def test_sqlite_cannot_be_shared_and_says_why(tmp_path: Path) -> None:
+    store = FleetStore(tmp_path / "fleet.db")
+    with pytest.raises(UsageError, match="SQLite has one writer"):
+        Collector(FLEET, Broker(), store, new_key(), share="a")
+    store.close()
+
+
+def test_what_devices_log_is_shared_and_what_is_retained_goes_to_each() -> None:
+    plain, shared = subscription.filters("acme"), subscription.filters("acme", shared=True)
+    assert [one.removeprefix("$share/collect/") for one in shared] == plain
+    assert {one for one in shared if not one.startswith("$share/")} == {
+        f"{topics.ROOT}/acme/+/keys",
+        f"{topics.ROOT}/acme/+/state",
+    }
+    assert subscription.client_id("acme", None) == "outstation-acme-collector"
+    assert subscription.client_id("acme", "b") == "outstation-acme-collector-b"
+
+
+def test_what_another_collector_may_have_in_hand_is_not_asked_for_at_once() -> None:
+    patience, log = Patience(), ("pi-07", "log")
+    assert patience.trim(0.0, log, 10, [(4, 5), (8, 8)]) == (3, [])
+    assert patience.due(WAIT_S - 0.1) == []
+    assert patience.due(WAIT_S) == [log]
+    # Missing for a while: asked for; what came above meanwhile is young again.
+    assert patience.trim(WAIT_S, log, 20, [(4, 5), (8, 8), (15, 16)]) == (14, [(4, 5), (8, 8)])
+    assert patience.trim(2 * WAIT_S, log, 20, [(15, 16)]) == (20, [(15, 16)])
+    assert patience.trim(2 * WAIT_S, log, 20, []) == (20, [])
+    assert patience.due(100.0) == []
+
+
+def test_refusals_of_all_collectors_together_raise_one_alert_of_the_one_with_the_duty(
+    store: FleetStore, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.fleet.collector.leader.LEAD_S", 0.0)
+    enrolled(store)
+    stranger = Sender(key=new_key(5))
+    stores = [store, FleetStore(postgres_url)]
+    collectors = [
+        Collector(FLEET, Broker(), one, new_key(), share=name) for one, name in zip(stores, "ab", strict=True)
+    ]
+    for _ in range(2):
+        for one, collector in zip(stores, collectors, strict=True):
+            wire: Any = Wire(one)
+            wire.incoming = [stranger.results().delivery() for _ in range(7)]
+            collector.turn(wire, 0.0)
+    idle: Any = Wire(store)
+    collectors[0].turn(idle, 0.0)
+    # Seven were there before the first look, which cannot tell when they came.
+    [alert] = store.alerts()
+    assert (alert["alert"], alert["subject"]) == ("security", "refused")
+    assert "21 messages in the name of pi-07" in alert["summary"]
+    stores[1].close()
+
+
+# --- everything that takes a database ---
+
+
+def test_a_roll_out_is_decided_followed_and_audited(tmp_path: Path, postgres_url: str) -> None:
+    with fleet_rollouts.fleet(tmp_path, where=postgres_url) as six:
+        six.start(fleet_rollouts.plan())
+        six.in_shadow()
+        six.promote()
+        six.promote(forced="to see")
+        six.abort()
+        assert [row[3] for row in six.decided()] == ["started", "promoted", "promoted", "aborted"]
+        report = audit(six.store, operators=[fleet_rollouts.OPERATOR.public])
+        assert report.passed, report.document()
+        assert six.look().members.phases() != {}
+
+
+def test_evidence_of_the_same_fleet_is_the_same_byte_by_byte(tmp_path: Path, postgres_url: str) -> None:
+    story = told(tmp_path / "acme")
+    copied = FleetStore(postgres_url)
+    copy(story.store, copied)
+    of_file = story.make(tmp_path / "file")
+    story.store.close()
+    story.store = copied
+    of_server = story.make(tmp_path / "server")
+    assert of_file.facts.audit == of_server.facts.audit
+    assert contents(tmp_path / "file") == contents(tmp_path / "server")
+    copied.close()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copy(source: FleetStore, target: FleetStore) -> None:
+    flags = {"declared", "believed", "implied"}
+    with target.transaction() as into:
+        sql = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() AND tablename <> 'migrations'"
+        for (table,) in into.execute(sql).fetchall():
+            into.execute(f"DELETE FROM {table}")
+            with source.snapshot() as db:
+                cursor = db.execute(f"SELECT * FROM {table} ORDER BY 1")
+                names = [column[0] for column in cursor.description]
+                ordered = "rowid" if table in ("logs", "shadows", "results") else "1"
+                rows = db.execute(f"SELECT * FROM {table} ORDER BY {ordered}").fetchall()
+            taken = [tuple(bool(v) if n in flags else v for n, v in zip(names, row, strict=True)) for row in rows]
+            if taken:
+                into.load(table, taken)
+
+
+def test_the_commands_of_a_fleet_work_with_a_url_in_its_config(tmp_path: Path, postgres_url: str) -> None:
+    def run(*arguments: object) -> Any:
+        result = CliRunner().invoke(commands, [*map(str, arguments), "--json"])
+        assert result.exit_code == 0, (result.output, result.exception)
+        return json.loads(result.stdout)
+
+    folder = tmp_path / "acme"
+    run("init", folder, "--broker", "mqtt://127.0.0.1:1")
+    config = folder / "fleet.toml"
+    config.write_text(config.read_text().replace('"fleet.db"', f'"{postgres_url}"'), encoding="utf-8")
+    sender = Sender()
+    run("enrol", "pi-07", "--key", sender.key.public.text, "--dir", folder)
+    store = FleetStore(postgres_url)
+    evicted = [
+        sender.results(),
+        sender.drift(),
+        sender.alert(),
+        sender.quality(),
+        sender.evicted((2, 2)),
+        sender.cursor(),
+    ]
+    add(store, sender, *[one for one in evicted if one.seq != 2])
+    store.close()
+    assert run("devices", "--dir", folder)[0]["through"] == 6
+    assert [row["summary"] for row in run("alerts", "--dir", folder)] == ["ax: gain loss."]
+    assert [row["declared"] for row in run("gaps", "--dir", folder)] == [True]
+    assert run("audit", "--db", postgres_url, "--dir", folder)["passed"]
+    assert run("drift", "--dir", folder) is not None
+    labels = tmp_path / "labels.csv"
+    row = ask_once(postgres_url, "SELECT row FROM results ORDER BY row LIMIT 1")
+    labels.write_text(f"row,label\n{row},PEN\n", encoding="utf-8")
+    assert run("label", "pi-07", "exercise", labels, "--dir", folder)["accepted"] == 1
+    assert run("rollout", "status", "--dir", folder) == []
+    assert run("evidence", "--out", tmp_path / "evidence", "--dir", folder)["passed"]
+    assert run("revoke", "pi-07", "--dir", folder)["revoked"] == [sender.key.public.kid]
+    assert not (folder / "fleet.db").exists()
+
+
+def ask_once(url: str, sql: str) -> Any:
+    store = FleetStore(url, read_only=True)
+    [(found,)] = ask(store, sql)
+    store.close()
+    return found
+
+
+def until(what: Callable[[], bool], within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not what():
+        assert time.monotonic() < deadline, "not within the time"
+        time.sleep(0.01)
+
+
+def test_the_queries_of_the_document_run(store: FleetStore) -> None:
+    sender = enrolled(store)
+    told = {"ax": {"state": "drift", "mean": 0.5, "m2": 8.0, "counts": [3, 4]}}
+    add(store, sender, sender.results(), sender.drift(features=told))
+    text = (Path(__file__).parents[2] / "docs" / "collector.md").read_text(encoding="utf-8")
+    section = text.partition("## PostgreSQL")[2].partition("## Several")[0]
+    queries = re.findall(r"^    (SELECT.*?;)$", section, re.MULTILINE | re.DOTALL)
+    found = [ask(store, query.rstrip(";")) for query in queries]
+    assert len(found) == 5
+    assert found[1] == [("pi-07", 1, 0.5, (8.0 / 2000) ** 0.5)]
+    assert [row[2:] for row in found[2]] == [(0, 3), (1, 4)]
+    assert found[3][0][2] == "ax"
+    assert found[4][0][2] == "sha256:ab"

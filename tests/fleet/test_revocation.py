@@ -1,0 +1,384 @@
+"""A certificate that was revoked: a real Mosquitto with the config that `fleet init` writes, and real TLS."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from agent import config as device_config
+from agent.config import Broker
+from agent.errors import LinkDown, UsageError
+from agent.fleet.config import FleetConfig
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment import pki, revocation
+from agent.fleet.enrolment.enrol import CONNECTS, enrol, init_fleet
+from agent.fleet.enrolment.revocation import shut_out
+from agent.transport.mqtt import Link
+from agent.transport.packets import Delivery, Outgoing
+from tests.kit.brokers import Mosquitto, free_port
+from tests.kit.senders import new_key
+from tests.kit.stations import wait_for
+from tests.kit.system import outstation
+
+NOW = "2026-01-01T00:00:00Z"
+
+
+class Desk:
+    """A fleet of two devices, `pi-07` and `pi-08`, and its broker."""
+
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        self.folder = folder / "acme"
+        self.config: FleetConfig = init_fleet(self.folder, "acme", Broker(url=f"mqtts://localhost:{port}"))
+        self.conf = self.folder / "broker" / "mosquitto.conf"
+        # It says when it reloads.
+        more = "log_type information\n" + ("user root\n" if os.geteuid() == 0 else "")
+        self.conf.write_text(self.conf.read_text(encoding="utf-8") + more, encoding="utf-8")
+        self.store = FleetStore(Path(self.config.fleet.db))
+        for device in ("pi-07", "pi-08"):
+            self.enrol(device)
+        self.broker = Mosquitto(folder, conf=self.conf, port=port)
+
+    def enrol(self, device: str, *, replace: bool = False, keep_certificate: bool = False) -> None:
+        enrol(
+            *(self.folder, self.config, self.store, device),
+            key=None,
+            replace=replace,
+            keep_certificate=keep_certificate,
+        )
+
+    def serial(self, device: str) -> int:
+        return pki.serial((self.folder / "devices" / device / "device.crt").read_bytes(), Path())
+
+    def credentials(self, device: str) -> Broker:
+        """A copy that stays what it is when the device is enrolled anew: what a thief has."""
+        broker = device_config.load(self.folder / "devices" / device / "outstation.toml").broker
+        taken = self.folder.parent / f"taken-{device}-{self.serial(device)}"
+        taken.mkdir(exist_ok=True)
+        for name in CONNECTS:
+            shutil.copy(self.folder / "devices" / device / name, taken)
+        key, certificate = (str(taken / name) for name in CONNECTS)
+        return Broker(url=broker.url, ca_file=self.config.broker.ca_file, cert_file=certificate, tls_key_file=key)
+
+    def reload(self) -> None:
+        """SIGHUP, until the broker, which has one thread, is about to do what it tells it to."""
+        before = self.broker.log.read_text(encoding="utf-8").count("Reloading config")
+        os.kill(self.broker.pid, signal.SIGHUP)
+        deadline = time.monotonic() + 20
+        while self.broker.log.read_text(encoding="utf-8").count("Reloading config") == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def cli(self, *words: str) -> tuple[int, dict[str, Any]]:
+        done = outstation("fleet", *words, "--dir", str(self.folder), "--json")
+        return done.returncode, json.loads(done.stdout)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path)
+    yield made
+    made.store.close()
+
+
+def connects(who: Broker) -> bool:
+    try:
+        Link(who, "someone", timeout_s=10.0).close()
+    except LinkDown:
+        return False
+    return True
+
+
+def listed(file: Path) -> set[int]:
+    return {entry.serial_number for entry in x509.load_pem_x509_crl(file.read_bytes())}
+
+
+def test_a_stolen_device_is_refused_once_the_broker_has_read_the_list_and_the_others_connect(desk: Desk) -> None:
+    stolen, other = desk.credentials("pi-07"), desk.credentials("pi-08")
+    with desk.broker:
+        assert connects(stolen), "nobody is on the empty list"
+        assert connects(other)
+        code, document = desk.cli("revoke", "pi-07")
+        assert (code, document["device"], document["problem"]) == (0, "pi-07", None)
+        assert len(document["revoked"]) == 1
+        assert document["certificates"] == [f"{desk.serial('pi-07'):x}"]
+        desk.reload()
+        assert not connects(stolen)
+        assert connects(other)
+        assert connects(desk.config.broker_as(desk.config.collector))
+
+
+def test_a_stolen_device_that_is_connected_stays_so_until_the_broker_starts_again(desk: Desk) -> None:
+    topic = "outstation/acme/pi-07/cmd"
+    with desk.broker:
+        thief = Link(desk.credentials("pi-07"), "pi-07", subscribe=[topic])
+        shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+        desk.reload()
+        sender = Link(desk.config.broker_as(desk.config.operator), "someone")
+        sender.send(Outgoing(topic, b"{}"))
+        assert [type(event) for event in thief.receive(60.0)] == [Delivery]
+        sender.close()
+        desk.broker.stop()
+        desk.broker.start()
+        with pytest.raises(LinkDown):
+            thief.receive(60.0)
+        thief.close()
+        assert not connects(desk.credentials("pi-07"))
+        assert connects(desk.credentials("pi-08"))
+
+
+def test_a_device_that_is_enrolled_anew_connects_and_who_has_its_former_certificate_does_not(desk: Desk) -> None:
+    stolen = desk.credentials("pi-07")
+    with desk.broker:
+        code, document = desk.cli("enrol", "pi-07", "--replace")
+        assert (code, len(document["revoked_certificates"])) == (0, 1)
+        desk.reload()
+        assert connects(desk.credentials("pi-07"))
+        assert not connects(stolen)
+
+
+def test_a_device_that_was_revoked_and_is_let_in_with_another_key_gets_a_certificate_that_connects(desk: Desk) -> None:
+    revoked = desk.credentials("pi-07")
+    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    enrol(desk.folder, desk.config, desk.store, "pi-07", key=new_key(5).public, replace=False)
+    with desk.broker:
+        assert connects(desk.credentials("pi-07"))
+        assert not connects(revoked)
+
+
+def test_a_device_that_is_far_away_keeps_its_certificate_when_its_key_is_replaced(desk: Desk) -> None:
+    before = desk.credentials("pi-07")
+    with desk.broker:
+        desk.enrol("pi-07", replace=True, keep_certificate=True)
+        desk.reload()
+        assert connects(before)
+    assert desk.serial("pi-07") == pki.serial(Path(str(before.cert_file)).read_bytes(), Path())
+
+
+def test_keeping_a_certificate_that_nothing_replaces_is_wrong_use(desk: Desk) -> None:
+    done = outstation("fleet", "enrol", "pi-07", "--keep-certificate", "--dir", str(desk.folder))
+    assert (done.returncode, "--replace" in done.stderr) == (2, True)
+
+
+def test_every_edition_holds_the_entries_of_the_one_before_and_is_newer(desk: Desk) -> None:
+    first, file = desk.serial("pi-07"), desk.folder / "crl.pem"
+    ca = x509.load_pem_x509_certificate((desk.folder / "ca.pem").read_bytes())
+    editions = [x509.load_pem_x509_crl(file.read_bytes())]
+    for _ in range(3):
+        desk.enrol("pi-07", replace=True)
+        editions.append(x509.load_pem_x509_crl(file.read_bytes()))
+    assert [len(edition) for edition in editions] == [0, 1, 2, 3]
+    assert first in listed(file)
+    times = [edition.last_update_utc for edition in editions]
+    assert times == sorted(set(times)), "OpenSSL takes the older of two that say the same"
+    assert times[-1] < datetime.now(UTC) - timedelta(hours=23), "for brokers whose clocks lag"
+    assert editions[-1].next_update_utc == ca.not_valid_after_utc
+    assert listed(file) == listed(desk.folder / "broker" / "crl.pem")
+
+
+@pytest.mark.parametrize("where", ["", "broker"])
+def test_a_list_that_was_lost_or_is_of_an_older_backup_comes_back_whole(desk: Desk, where: str) -> None:
+    empty = (desk.folder / "crl.pem").read_bytes()
+    desk.enrol("pi-07", replace=True)
+    before = listed(desk.folder / "crl.pem")
+    (desk.folder / where / "crl.pem").write_bytes(empty)
+    desk.enrol("pi-07", replace=True)
+    assert before < listed(desk.folder / "crl.pem") == listed(desk.folder / "broker" / "crl.pem")
+    (desk.folder / where / "crl.pem").unlink()
+    desk.enrol("pi-07", replace=True)
+    assert len(listed(desk.folder / "crl.pem")) == 3
+
+
+@pytest.mark.parametrize("damage", ["junk", "foreign"])
+def test_a_damaged_list_is_not_overwritten_and_the_signing_key_is_revoked_all_the_same(
+    desk: Desk, tmp_path: Path, damage: str
+) -> None:
+    file = desk.folder / "crl.pem"
+    foreign = pki.new_authority("acme").revocation_list((), ())
+    file.write_bytes(b"junk" if damage == "junk" else foreign)
+    before = file.read_bytes()
+    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert done.failed
+    assert str(file) in str(done.problem)
+    assert (len(done.keys), done.certificates) == (1, [])
+    assert desk.store.active_key("pi-07") is None
+    assert file.read_bytes() == before
+    with pytest.raises(UsageError, match=r"crl\.pem"):
+        desk.enrol("pi-08", replace=True)
+    assert desk.store.active_key("pi-08") is not None, "nothing was replaced"
+
+
+def test_killed_between_the_list_and_the_database_revoke_is_said_again(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException): ...
+
+    real = revocation.add
+
+    def killed(*what: object) -> tuple[str, ...]:
+        real(*what)  # type: ignore[arg-type]
+        raise Killed
+
+    monkeypatch.setattr(revocation, "add", killed)
+    with pytest.raises(Killed):
+        shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
+    assert desk.store.active_key("pi-07") is not None
+    monkeypatch.undo()
+    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert (len(done.keys), len(done.certificates)) == (1, 1)
+    assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
+
+
+def test_two_devices_revoked_at_once_are_both_on_the_list(desk: Desk) -> None:
+    with ThreadPoolExecutor() as both:
+        assert [code for code, _ in both.map(lambda device: desk.cli("revoke", device), ("pi-07", "pi-08"))] == [0, 0]
+    assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07"), desk.serial("pi-08")}
+
+
+def test_a_device_that_is_revoked_already_is_put_on_a_list_that_did_not_hold_it(desk: Desk) -> None:
+    desk.store.revoke("pi-07", None, NOW)
+    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert (done.keys, done.failed) == ([], False)
+    assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
+
+
+def test_a_fleet_from_before_the_list_gets_one_and_is_told_what_its_broker_needs(desk: Desk) -> None:
+    stolen = desk.credentials("pi-07")
+    for file in (desk.folder / "crl.pem", desk.folder / "broker" / "crl.pem"):
+        file.unlink()
+    for file in (desk.folder / "issued").rglob("*.crt"):
+        file.unlink()
+    text = desk.conf.read_text(encoding="utf-8")
+    line = f"crlfile {desk.folder}/broker/crl.pem"
+    desk.conf.write_text(text.replace(line + "\n", ""), encoding="utf-8")
+    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    [step] = [step for step in done.steps if "names no list" in step]
+    assert str(desk.conf) in step
+    assert step.endswith(line)
+    desk.conf.write_text(text, encoding="utf-8")
+    with desk.broker:
+        assert not connects(stolen)
+        assert connects(desk.credentials("pi-08"))
+
+
+def test_a_list_that_was_made_by_hand_with_the_authoritys_key_is_continued(desk: Desk) -> None:
+    authority = pki.load_authority(desk.folder / "ca.pem", desk.folder / "ca.key")
+    now = datetime.now(UTC).replace(microsecond=0)
+    entry = x509.RevokedCertificateBuilder().serial_number(99).revocation_date(now).build()
+    builder = x509.CertificateRevocationListBuilder().issuer_name(authority.certificate.subject)
+    by_hand = builder.last_update(now).next_update(now + timedelta(days=30)).add_revoked_certificate(entry)
+    (desk.folder / "crl.pem").write_bytes(by_hand.sign(authority.key, None).public_bytes(Encoding.PEM))
+    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert listed(desk.folder / "crl.pem") == {99, desk.serial("pi-07")}
+
+
+def test_a_fleet_whose_broker_is_elsewhere_is_told_to_copy_the_list(desk: Desk) -> None:
+    shutil.rmtree(desk.folder / "broker")
+    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert not done.failed
+    assert f"copy {desk.folder / 'crl.pem'} to the broker" in done.steps[0]
+    assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
+
+
+def test_a_device_whose_files_are_gone_from_the_fleets_folder_is_revoked(desk: Desk) -> None:
+    serial = desk.serial("pi-07")
+    for file in (desk.folder / "devices" / "pi-07").iterdir():
+        file.unlink()
+    assert not shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW).failed
+    assert listed(desk.folder / "crl.pem") == {serial}
+
+
+def test_a_certificate_that_an_older_version_replaced_is_revoked_once_it_is_put_beside_the_others(desk: Desk) -> None:
+    before = Path(str(desk.credentials("pi-07").cert_file))
+    desk.enrol("pi-07", replace=True, keep_certificate=True)
+    forgotten = pki.serial(before.read_bytes(), before)
+    for file in (desk.folder / "issued" / "pi-07").iterdir():
+        file.unlink()
+    (desk.folder / "devices" / "pi-07" / "device.crt").unlink()
+    desk.enrol("pi-07")
+    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
+    shutil.copy(before, desk.folder / "issued" / "pi-07" / "old.crt")
+    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    assert listed(desk.folder / "crl.pem") == {forgotten, desk.serial("pi-07")}
+
+
+def test_a_damaged_copy_does_not_keep_a_device_in(desk: Desk) -> None:
+    serial = desk.serial("pi-07")
+    (desk.folder / "devices" / "pi-07" / "device.crt").write_bytes(b"junk")
+    assert not shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW).failed
+    assert listed(desk.folder / "crl.pem") == {serial}
+
+
+def test_a_certificate_of_which_nothing_was_kept_is_said_to_connect_still(desk: Desk) -> None:
+    for file in (desk.folder / "devices" / "pi-07" / "device.crt", *(desk.folder / "issued" / "pi-07").iterdir()):
+        file.unlink()
+    code, document = desk.cli("revoke", "pi-07")
+    assert code == 1
+    assert len(document["revoked"]) == 1
+    assert "still connects" in str(document["problem"])
+    assert listed(desk.folder / "crl.pem") == set()
+
+
+def test_the_certificate_stays_while_another_key_of_the_device_is_valid(desk: Desk) -> None:
+    old = desk.store.active_key("pi-07")
+    assert old is not None
+    desk.store.enrol("pi-07", new_key(5).public, replace=True, now=NOW, keep_through=3)
+    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", old.kid, NOW)
+    assert (done.keys, done.certificates, done.failed) == ([old.kid], [], False)
+    assert "another key of pi-07 is valid" in str(done.problem)
+    last = desk.store.active_key("pi-07")
+    assert last is not None
+    assert shut_out(desk.folder, desk.config, desk.store, "pi-07", last.kid, NOW).certificates
+    assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
+
+
+def test_a_key_that_is_none_of_the_devices_changes_no_list(desk: Desk) -> None:
+    before = (desk.folder / "crl.pem").read_bytes()
+    with pytest.raises(UsageError, match="no key x"):
+        shut_out(desk.folder, desk.config, desk.store, "pi-07", "x", NOW)
+    assert (desk.folder / "crl.pem").read_bytes() == before
+
+
+def test_an_operators_umask_does_not_keep_the_list_from_the_brokers_user(desk: Desk) -> None:
+    before = os.umask(0o077)
+    try:
+        shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    finally:
+        os.umask(before)
+    for file in (desk.folder / "crl.pem", desk.folder / "broker" / "crl.pem"):
+        assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_broker_does_not_start_without_the_list(desk: Desk) -> None:
+    (desk.folder / "broker" / "crl.pem").unlink()
+    # It listens for a moment before it reads the list.
+    with contextlib.suppress(RuntimeError):
+        desk.broker.start()
+    said = "Unable to load certificate revocation file"
+    wait_for(lambda: said in desk.broker.log.read_text(errors="replace"), "the broker says why")
+    wait_for(lambda: not desk.broker.running, "and ends")
+
+
+def test_a_fleet_without_tls_revokes_keys_and_speaks_of_no_certificate(tmp_path: Path) -> None:
+    config = init_fleet(tmp_path / "home", "home", Broker(url="mqtt://127.0.0.1:1883"))
+    store = FleetStore(Path(config.fleet.db))
+    enrol(tmp_path / "home", config, store, "pi-07", key=None, replace=False)
+    done = shut_out(tmp_path / "home", config, store, "pi-07", None, NOW)
+    store.close()
+    assert (len(done.keys), done.certificates, done.problem, done.steps) == (1, [], None, ())
+    assert not (tmp_path / "home" / "crl.pem").exists()

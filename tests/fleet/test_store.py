@@ -1,0 +1,341 @@
+"""The collector's database: order-free, idempotent, exact about what is missing, safe with two processes."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.errors import Refused, StorageBusy, StorageError, StorageFull, UsageError
+from agent.fleet.audit.audit import audit
+from agent.fleet.database import sqlite
+from agent.fleet.database.ingest import DEFAULT_MAX_EVIDENCE, Arrival, Refusal
+from agent.fleet.database.store import MAX_MISSING_RANGES, FleetStore
+from agent.wire.messages import Results
+from tests.kit.fleet_databases import sqlite_of
+from tests.kit.senders import Sender, Sent, new_key
+
+NOW = "2026-11-24T22:20:00.000000Z"
+TABLES = (
+    *("devices", "messages", "logs", "gaps", "ends", "results", "drift_windows", "alerts", "quality"),
+    *("shadows", "rollout_devices"),
+)
+
+
+@pytest.fixture
+def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
+    """In SQLite, and in PostgreSQL."""
+    opened = fresh()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def file_store(tmp_path: Path) -> Iterator[FleetStore]:
+    opened = FleetStore(tmp_path / "fleet.db")
+    yield opened
+    opened.close()
+
+
+def enrol(store: FleetStore, sender: Sender) -> None:
+    store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
+
+
+def add(store: FleetStore, sender: Sender, *sent: Sent) -> list[str]:
+    return list(store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW))
+
+
+def tables(store: FleetStore) -> dict[str, list[Any]]:
+    """All content that must not depend on the order of arrival."""
+    found = {}
+    with store.snapshot() as db:
+        for name in TABLES:
+            cursor = db.execute(f"SELECT * FROM {name}")
+            # In PostgreSQL the last column, where there is one, is when a row came.
+            columns = len([column for column in cursor.description if column[0] != "rowid"])
+            found[name] = sorted((row[:columns] for row in cursor), key=repr)
+    return found
+
+
+def ask(store: FleetStore, sql: str) -> list[Any]:
+    with store.snapshot() as db:
+        return db.execute(sql).fetchall()
+
+
+def of_every_kind(sender: Sender) -> list[Sent]:
+    """A log with each kind, and two evictions: of seq 3, and of 5 and 6."""
+    log = [sender.results(), sender.drift(), sender.results(), sender.alert(), sender.quality(), sender.results()]
+    log += [sender.evicted((3, 3)), sender.cursor(), sender.evicted((5, 6)), sender.alert(state="cleared")]
+    log += [sender.shadow(), sender.rollout("shadow"), sender.rollout("settled", strategy="all")]
+    return [one for one in log if one.seq not in (3, 5, 6)]
+
+
+SENDER = Sender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
+LOG = of_every_kind(SENDER)
+
+
+@settings(max_examples=25, deadline=None)
+@given(order=st.permutations(LOG), repeats=st.lists(st.sampled_from(LOG), max_size=6), cuts=st.sets(st.integers(1, 12)))
+def test_any_order_and_any_repeats_in_any_batches_give_the_same_tables(
+    fresh: Callable[[], FleetStore], order: list[Sent], repeats: list[Sent], cuts: set[int]
+) -> None:
+    seen = []
+    for sequence, ends in (([*LOG], [len(LOG)]), ([*order, *repeats], [*sorted(cuts), len(order) + len(repeats)])):
+        store = fresh()
+        enrol(store, SENDER)
+        for start, end in zip([0, *ends], ends, strict=False):
+            add(store, SENDER, *sequence[start:end])
+        seen.append(tables(store))
+        store.close()
+    assert seen[0] == seen[1]
+    assert [row[2:] for row in seen[0]["gaps"]] == [(3, 3, 1), (5, 6, 1)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(came=st.sets(st.integers(1, 14)), ends=st.lists(st.integers(0, 20), min_size=1, max_size=2), data=st.data())
+def test_what_is_missing_of_a_log_that_ended_is_declared_whenever_the_end_comes(
+    fresh: Callable[[], FleetStore], came: set[int], ends: list[int], data: st.DataObject
+) -> None:
+    old = Sender(key=SENDER.key)
+    log = [old.quality() for _ in range(13)] + [old.evicted((3, 3), (12, 13))]
+    arrivals = [Arrival(old.open(log[seq - 1])) for seq in came]
+    for end in ends:
+        new = Sender(key=old.key)
+        evidence = {"old": old.log, "through": end, "reissued": 0}
+        arrivals.append(Arrival(new.open(new.logged("audit", event="new log", summary="", evidence=evidence))))
+    order = data.draw(st.permutations(arrivals))
+    # Drawn before anything is open: a draw may end the test there and then.
+    cut = data.draw(st.integers(0, len(order)))
+    store = fresh()
+    enrol(store, old)
+    for part in (order[:cut], order[cut:]):
+        store.ingest(part, [], NOW)
+    absent = set(range(1, max(came, default=0))) - came
+    declared = absent & ({3, 12, 13} if 14 in came else set()) | {seq for seq in absent if seq <= max(ends)}
+    gaps = [(gap["from"], gap["to"], gap["declared"]) for gap in store.gaps() if gap["log"] == old.log]
+    audited = [(gap["from"], gap["to"]) for gap in audit(store).gaps if gap["log"] == old.log and not gap["declared"]]
+    told = store.acknowledgement(old.device, old.log).missing if came else []
+    store.close()
+    assert [gap[:2] for gap in gaps if gap[2]] == ranges(declared)
+    assert [gap[:2] for gap in gaps if not gap[2]] == told == audited == ranges(absent - declared)
+
+
+def test_the_end_of_a_log_that_an_older_database_was_told_is_known_after_it_is_opened(file_store: FleetStore) -> None:
+    old, new = Sender(key=SENDER.key), Sender(key=SENDER.key)
+    enrol(file_store, old)
+    log = [old.quality() for _ in range(12)]
+    evidence = {"old": old.log, "through": 10, "reissued": 0}
+    add(file_store, old, log[0])
+    add(file_store, new, new.logged("audit", event="new log", summary="", evidence=evidence))
+    file_store.close()
+    with contextlib.closing(sqlite3.connect(file_store.path)) as db, db:
+        db.execute("DROP TABLE ends")
+        db.execute("DELETE FROM _sqlite_migrations WHERE name = 'ends_of_logs'")
+        db.execute("INSERT INTO gaps VALUES (?, ?, 2, 7, 0)", (old.device, old.log))
+        db.execute("UPDATE logs SET through = 8 WHERE log = ?", (old.log,))
+    db.close()
+    opened = FleetStore(file_store.path)
+    add(opened, old, log[11])
+    assert [(gap["from"], gap["to"], gap["declared"]) for gap in opened.gaps()] == [
+        (2, 7, True),
+        (9, 10, True),
+        (11, 11, False),
+    ]
+    opened.close()
+
+
+def ranges(numbers: set[int]) -> list[tuple[int, int]]:
+    """Maximal runs, ascending."""
+    runs: list[tuple[int, int]] = []
+    for n in sorted(numbers):
+        runs = [*runs[:-1], (runs[-1][0], n)] if runs and runs[-1][1] == n - 1 else [*runs, (n, n)]
+    return runs
+
+
+EVICTIONS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)).map(lambda p: (p[0], p[0] + p[1])), max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(came=st.sets(st.integers(1, 40), min_size=1), evicted=EVICTIONS, data=st.data())
+def test_gaps_equal_a_brute_force_model_for_any_subset_of_seqs_and_any_evictions(
+    fresh: Callable[[], FleetStore], came: set[int], evicted: list[tuple[int, int]], data: st.DataObject
+) -> None:
+    sender = Sender(key=SENDER.key)
+    log = [sender.quality() for _ in range(40)]
+    sent = [log[seq - 1] for seq in came] + [sender.evicted(*evicted)]
+    order = data.draw(st.permutations(sent))
+    store = fresh()
+    enrol(store, sender)
+    for one in order:
+        add(store, sender, one)
+    absent = set(range(1, 42)) - came - {41}
+    declared = absent & {seq for first, last in evicted for seq in range(first, last + 1)}
+    gaps = [(gap["from"], gap["to"], gap["declared"]) for gap in store.gaps()]
+    told = store.acknowledgement(sender.device, sender.log)
+    store.close()
+    assert [gap[:2] for gap in gaps if gap[2]] == ranges(declared)
+    assert [gap[:2] for gap in gaps if not gap[2]] == ranges(absent - declared)
+    assert (told.through, told.missing) == (41, ranges(absent - declared))
+
+
+def test_a_run_that_lists_no_result_may_come_alone(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    assert add(store, sender, sender.results(0, rows=25, lost="its checksum does not match")) == ["new"]
+    assert tables(store)["results"] == []
+
+
+def test_with_more_than_a_hundred_gaps_the_acknowledgement_goes_only_as_far_as_a_hundred(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    log = [sender.quality() for _ in range(2 * MAX_MISSING_RANGES + 50)]
+    add(store, sender, *log[1::2])
+    told = store.acknowledgement(sender.device, sender.log)
+    assert told.missing == [(seq, seq) for seq in range(1, 200, 2)]
+    assert told.through == 200
+    add(store, sender, *log[:100:2])
+    assert store.acknowledgement(sender.device, sender.log).through == 250
+
+
+def test_the_same_seq_with_other_bytes_raises_an_alert_keeps_both_and_replaces_nothing(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    twin = Sender(key=sender.key, log=sender.log)
+    first, other = sender.results(), twin.results(n=2)
+    assert add(store, sender, first, other, other) == ["new", "conflict", "conflict"]
+    assert [row[5] for row in tables(store)["messages"]] == [first.payload]
+    assert len(tables(store)["results"]) == 3
+    [alert] = store.alerts()
+    assert (alert["alert"], alert["severity"], alert["open"]) == ("security", "critical", True)
+    assert "two different messages as seq 1" in alert["summary"]
+    assert ask(store, "SELECT reason, payload, jws FROM refused")[0] == ("other bytes", other.payload, other.jws)
+    assert [(row["reason"], row["count"]) for row in store.refusals()] == [("other bytes", 2)]
+
+
+def test_refused_messages_are_counted_and_only_the_first_few_kept(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    flood = [Refusal(f"ghost-{i}", "unknown key", "", "t", b"x", "") for i in range(50)]
+    store.ingest([], [*flood, Refusal(sender.device, "unsigned", "", "t", b"\xff", "")], NOW)
+    assert [(r["device"], r["reason"], r["count"]) for r in store.refusals()] == [
+        ("", "unknown key", 50),
+        (sender.device, "unsigned", 1),
+    ]
+    assert ask(store, "SELECT count(*) FROM refused") == [(DEFAULT_MAX_EVIDENCE + 1,)]
+
+
+def test_a_value_too_large_for_the_database_is_refused_and_leaves_nothing_of_its_batch(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    good = sender.open(sender.results())
+    assert isinstance(good.body, Results)
+    columns = msgspec.structs.replace(good.body.columns, t=[2**70, 0, 0])
+    poison = msgspec.structs.replace(good, body=msgspec.structs.replace(good.body, seq=2, columns=columns))
+    with pytest.raises(Refused, match="not storable"):
+        store.ingest([Arrival(good), Arrival(poison)], [], NOW)
+    assert store.count_messages() == 0
+
+
+def test_alerts_are_open_until_cleared_and_those_of_a_lost_log_are_closed(store: FleetStore) -> None:
+    sender = Sender()
+    enrol(store, sender)
+    add(store, sender, sender.alert("a"), sender.alert("b"), sender.alert("a", "cleared"))
+    assert [alert["id"] for alert in store.alerts()] == ["b"]
+    assert store.devices()[0]["alerts"] == 1
+    add(store, sender, sender.alert("a"))
+    assert [alert["id"] for alert in store.alerts()] == ["b", "a"]
+    reborn = Sender(key=sender.key)
+    add(store, reborn, reborn.quality())
+    assert store.alerts() == []
+    assert len(store.alerts(closed=True)) == 4
+
+
+def test_enrolling_again_is_quiet_and_another_key_needs_replace(store: FleetStore) -> None:
+    sender, other = Sender(), new_key()
+    assert store.enrol("pi-07", sender.key.public, replace=False, now=NOW)
+    assert not store.enrol("pi-07", sender.key.public, replace=False, now=NOW)
+    with pytest.raises(UsageError, match="--replace"):
+        store.enrol("pi-07", other.public, replace=False, now=NOW)
+    with pytest.raises(UsageError, match="belongs to device 'pi-07'"):
+        store.enrol("pi-08", sender.key.public, replace=False, now=NOW)
+    assert store.enrol("pi-07", other.public, replace=True, now=NOW)
+    assert {kid: revoked for kid, _, _, revoked, *_ in store.enrolled_keys()} == {
+        sender.key.public.kid: True,
+        other.public.kid: False,
+    }
+    with pytest.raises(UsageError, match="revoked"):
+        store.enrol("pi-07", sender.key.public, replace=True, now=NOW)
+
+
+def test_a_full_disk_and_a_locked_database_are_storage_errors_that_keep_nothing(file_store: FleetStore) -> None:
+    sender = Sender()
+    enrol(file_store, sender)
+    sqlite_of(file_store).connection.execute("PRAGMA max_page_count = 40")
+    with pytest.raises(StorageFull):
+        add(file_store, sender, *[sender.results(padding=200) for _ in range(500)])
+    sqlite_of(file_store).connection.execute("PRAGMA max_page_count = 1000000")
+    sqlite_of(file_store).connection.execute("PRAGMA busy_timeout = 10")
+    blocker = sqlite3.connect(file_store.path, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StorageBusy):
+        add(file_store, sender, sender.quality())
+    blocker.execute("ROLLBACK")
+    blocker.close()
+    assert file_store.count_messages() == 0
+
+
+def test_two_open_stores_take_turns(file_store: FleetStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = FleetStore(file_store.path)
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with sqlite_of(second).alone():
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(60)
+    monkeypatch.setattr(sqlite, "LOCK_WAIT_S", 0.05)
+    with pytest.raises(StorageBusy, match="another process"):
+        enrol(file_store, Sender())
+    leave.set()
+    thread.join()
+    enrol(file_store, Sender())
+    assert [row["device"] for row in file_store.devices()] == ["pi-07"]
+    second.close()
+
+
+def test_a_database_that_is_none_says_so(tmp_path: Path) -> None:
+    (tmp_path / "fleet.db").write_bytes(b"no database, but long enough to look at " * 100)
+    with pytest.raises(StorageError, match=r"fleet\.db"):
+        FleetStore(tmp_path / "fleet.db")
+    with pytest.raises(UsageError, match="no database here yet"):
+        FleetStore(tmp_path / "none.db", read_only=True)
+
+
+def test_acknowledging_reads_the_gaps_by_index_however_many_messages_there_are(file_store: FleetStore) -> None:
+    plan = [
+        row[3]
+        for row in sqlite_of(file_store).connection.execute(f"EXPLAIN QUERY PLAN {sqlite.UNDECLARED}", ("d", "l", 101))
+    ]
+    assert plan == ["SEARCH gaps USING PRIMARY KEY (device=? AND log=?)"]
+
+
+def test_the_document_lists_every_table_and_view_of_the_database(tmp_path: Path) -> None:
+    store = FleetStore(tmp_path / "fleet.db")
+    store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "fleet.db")) as db:
+        made = {name for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type IN ('table', 'view')")}
+    text = (Path(__file__).parents[2] / "docs" / "collector.md").read_text(encoding="utf-8")
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert listed == {name for name in made if not name.startswith(("_", "sqlite_"))}

@@ -1,0 +1,163 @@
+"""A machine whose clocks go wrong in every way, with the true time beside them, and a device that runs on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent import clock
+from agent.clock import Now, Quality
+from agent.config import Config
+from agent.device.intake.group_commit import Group
+from agent.device.machine.timekeeping import Timekeeper
+from agent.device.pipeline.batch import _clocks
+from agent.device.store.clock_segments import within
+from agent.device.store.message_log import Author
+from agent.device.store.rows import Raw, check
+from agent.device.store.store import Store
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from agent.wire import jws
+from agent.wire.keys import SigningKey
+from agent.wire.messages import Message, open_message
+from tests.kit.senders import MODEL, new_key
+from tests.kit.stations import conf
+
+TRUE_START_US = 1_795_000_000_000_000
+
+
+@dataclass
+class Machine:
+    """Both clocks and the truth, µs. `rate` is what the oscillator really does."""
+
+    rate: float = 1.0
+    true_us: float = float(TRUE_START_US)
+    booted_us: float = float(TRUE_START_US) - 5e6
+    offset_us: int = TRUE_START_US - 5_000_000
+    quality: Quality = "synced"
+    error_us: int = 10_000
+    synced_at_us: float = 0.0
+    boots: int = 1
+
+    @property
+    def boot_us(self) -> int:
+        return round((self.true_us - self.booted_us) * self.rate)
+
+    @property
+    def now(self) -> Now:
+        error = self.error_us + round((self.boot_us - self.synced_at_us) * 500e-6)
+        return Now(
+            self.boot_us + self.offset_us, self.boot_us / 1e6, self.quality, error if self.quality == "synced" else None
+        )
+
+    def sync(self, error_us: int) -> None:
+        """A time service steps the clock to where it is at most `error_us` wrong."""
+        self.offset_us = round(self.true_us) + error_us - self.boot_us
+        self.quality, self.error_us, self.synced_at_us = "synced", abs(error_us), self.boot_us
+
+    def set(self, by_us: int, quality: Quality = "restored") -> None:
+        self.offset_us += by_us
+        self.quality = quality
+
+    def reboot(self, off_s: float, wall_us: int, quality: Quality = "unsynced") -> None:
+        """Off for a while, then on with whatever the clock begins with."""
+        self.true_us += off_s * 1e6
+        self.booted_us, self.boots = self.true_us, self.boots + 1
+        self.offset_us, self.quality = wall_us, quality
+        self.true_us += 3e6
+
+
+@dataclass
+class Dated:
+    """A row as the collector dates it."""
+
+    row: int
+    t: int
+    boot: int
+    t_best: int
+    t_error_us: int | None
+    dated: str
+
+
+@dataclass
+class Station:
+    """The device's store, clock watch and intake on that machine; `truth` is when each row really was, µs."""
+
+    folder: Path
+    patch: pytest.MonkeyPatch
+    machine: Machine = field(default_factory=Machine)
+    key: SigningKey = field(default_factory=lambda: new_key(3))
+    truth: list[float] = field(default_factory=list)
+    used: int = 0
+
+    def __post_init__(self) -> None:
+        self.conf: Config = conf(self.folder)
+        self.start()
+
+    def start(self) -> None:
+        """The daemon; its store counts a boot where the machine had one."""
+        self.patch.setattr(clock, "boot_id", lambda: f"boot {self.machine.boots}")
+        self.store = Store(self.folder)
+        self.store.declare(self.conf.streams)
+        self.author = Author("acme", "pi-07", self.key, self.store.log_id, self.store.boot, 120_000)
+        self.keeper = Timekeeper(self.store, self.author)
+        self.group = Group(self.store, self.conf.streams)
+
+    def stop(self) -> None:
+        self.store.close()
+
+    def stamp(self, t: float | None = None) -> None:
+        """A row comes in; `t` its producer's time, s."""
+        now = self.machine.now
+        raw = Raw(1, None if t is None else [t], {"ax": [0.0], "ay": [0.0]})
+        self.group.add("p", "watch", check(raw, self.conf.streams["watch"], now.wall_us, None), [1], now)
+        self.truth.append(self.machine.true_us)
+
+    def commit(self) -> None:
+        self.group.reach("p", 1)
+        assert not self.group.commit(self.machine.now)["p"].rejected
+
+    def turn(self) -> None:
+        """What the main loop does: look at the clock, then run what waits; each row is a result."""
+        now = self.machine.now
+        self.keeper.turn(now)
+        batch = self.store.take("watch", self.conf.streams["watch"].fields, self.used, 1000)
+        if batch is None:
+            return
+        assert batch.lost is None
+        columns = {"row": list(range(batch.first, batch.last + 1)), "t": batch.rows.t.tolist()}
+        head = {"model": MODEL, "stream": "watch", "rows": [batch.first, batch.last], "n": len(batch.rows)}
+        with self.store.transaction() as tx:
+            stamps = within(batch.stamps, batch.first, batch.last)
+            clocks = _clocks(stamps, self.author, tx.segments.announced())
+            body: dict[str, Any] = {**head, "input": "", "columns": columns, **clocks}
+            self.author.write(tx, "results", "exercise", body, now)
+        self.used = batch.last
+
+    def health(self) -> None:
+        with self.store.transaction() as tx:
+            now = self.machine.now
+            self.author.write(tx, "health", None, {"wall_clock": {"boot_us": now.boot_us}}, now)
+
+    def messages(self) -> list[Message]:
+        signer = jws.Signer("pi-07", self.key.public)
+        return [
+            open_message(one.topic, one.payload, (one.jws,), lambda _: signer) for one in self.store.unsent(0, 100_000)
+        ]
+
+
+def collect(where: Path | FleetStore, station: Station, batches: list[list[Message]], received_us: float) -> FleetStore:
+    """A collector that got these messages in this order."""
+    store = where if isinstance(where, FleetStore) else FleetStore(where)
+    store.enrol("pi-07", station.key.public, replace=False, now=clock.rfc3339(TRUE_START_US))
+    for batch in batches:
+        store.ingest([Arrival(message) for message in batch], [], clock.rfc3339(round(received_us)))
+    return store
+
+
+def dated(store: FleetStore) -> list[Dated]:
+    rows = store._all("SELECT row, t, boot, t_best, t_error_us, dated FROM results_dated ORDER BY row")
+    return [Dated(*row) for row in rows]

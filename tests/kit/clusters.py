@@ -1,0 +1,108 @@
+"""A real Ray on this machine for tests: room for two workers, nothing shown or reported, a token to get in."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.kit.brokers import free_port
+from tests.kit.stations import ROOT, wait_for
+
+WORKER = "ray::MapWorker"
+# Starting Ray and its workers takes seconds of CPU; a busy machine has few.
+WITHIN_S = 100.0
+
+
+@dataclass(frozen=True)
+class Ray:
+    """A head that runs; `env` is what a driver of it needs."""
+
+    head: psutil.Process
+    env: dict[str, str]
+
+    def begin(self, *arguments: object) -> subprocess.Popen[str]:
+        """`outstation model …`, in a process of its own."""
+        told = [sys.executable, "-m", "agent", "model", *map(str, arguments)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(told, cwd=ROOT, env=self.env, stdout=pipe, stderr=pipe, text=True)
+
+    def begin_run(self, bundle: Path, data: Path, out: Path) -> subprocess.Popen[str]:
+        return self.begin("run", bundle, data, "-o", out, "--engine", "ray", "--json")
+
+    def run(self, bundle: Path, data: Path, out: Path) -> tuple[int, Any]:
+        """(exit code, document)."""
+        return ended(self.begin_run(bundle, data, out))
+
+    def command(self, *arguments: object) -> tuple[int, Any]:
+        return ended(self.begin(*arguments))
+
+    def workers(self) -> list[psutil.Process]:
+        """Those that answer files."""
+        return [one for one in self.head.children(recursive=True) if titled(one).startswith(WORKER)]
+
+    def writer(self, out: Path) -> psutil.Process | None:
+        """The worker that has OUT.part open."""
+        part = f"{out}.part"
+        for one in self.workers():
+            try:
+                if any(file.path == part for file in one.open_files()):
+                    return one
+            except psutil.Error:
+                continue
+        return None
+
+
+def ended(process: subprocess.Popen[str], within_s: float = WITHIN_S) -> tuple[int, Any]:
+    try:
+        said, problem = process.communicate(timeout=within_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said, problem = process.communicate()
+        raise AssertionError(f"not done within {within_s:g} s: {said}{problem}") from None
+    return process.returncode, json.loads(said) if said else problem
+
+
+def titled(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@contextmanager
+def local(folder: Path) -> Iterator[Ray]:
+    """Ended with all it started. `folder` has a short path, for sockets lie in it."""
+    port, token = free_port(), secrets.token_hex(32)
+    env = os.environ | {
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = [
+        *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"),
+        *("--num-cpus=2", "--num-gpus=0", "--object-store-memory=100000000", f"--temp-dir={folder}"),
+        *("--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats"),
+    ]
+    with (folder / "head.log").open("w") as log:
+        started = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+    head = psutil.Process(started.pid)
+    try:
+        wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), "a head of Ray", WITHIN_S)
+        yield Ray(head, env)
+    finally:
+        # At once: nothing of it is needed any more, and asked to end it takes its time.
+        for one in [head, *head.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        started.wait()

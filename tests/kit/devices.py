@@ -1,0 +1,118 @@
+"""A device of one stream and one task, without a daemon: its store, its batches, its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from agent import config
+from agent.clock import Now
+from agent.device.pipeline import batch, drift_state
+from agent.device.pipeline.batch import Done, Task
+from agent.device.store.message_log import Author
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
+from agent.drift.monitor import Judge
+from agent.model.activation import Active
+from agent.wire import jws
+from agent.wire.messages import Message, Results, digest, open_message
+from tests.kit.bundles import Recipe
+from tests.kit.senders import new_key
+
+DEVICE = new_key(1)
+NOW = Now(1_764_022_680_000_000, 100.0, "synced")
+T0, STEP_US = 1_764_000_000_000_000, 10_000
+Floats = NDArray[np.float32]
+Publish = Literal["all", "changes", "summary"] | config.Below
+
+
+@dataclass
+class Device:
+    """One stream, one task, one store. `store` is opened anew by `restart`."""
+
+    folder: Path
+    recipe: Recipe
+    active: Active
+    publish: Publish = "all"
+    max_bytes: int = 120_000
+    max_size: int = 2**30
+    store: Store = field(init=False)
+    task: Task = field(init=False)
+    author: Author = field(init=False)
+    fed: int = 0
+
+    def __post_init__(self) -> None:
+        self.stream = config.Stream(fields=[config.Field(name=name) for name in ("extra", *self.recipe.fields)])
+        self.open()
+
+    def open(self) -> None:
+        self.store = Store(self.folder, max_size=self.max_size)
+        self.store.declare({"watch": self.stream})
+        manifest = self.active.bundle.manifest
+        judge, state, ended = None, None, None
+        if self.active.reference is not None:
+            judge = Judge(self.active.reference, labels=manifest.output.labels, window=manifest.drift.window, learn=20)
+            state, ended = drift_state.restore(self.store, "tiny", judge)
+        chosen = config.Task(stream="watch", bundle="tiny", publish=self.publish)
+        active = self.active
+        self.task = Task(
+            "tiny", chosen, self.stream, active.bundle, active.model, judge, state, "sha256:c", ended=ended
+        )
+        self.author = Author("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
+
+    def restart(self) -> None:
+        self.store.close()
+        self.open()
+
+    def feed(self, values: Floats, *, pause_s: float = 0.0) -> None:
+        """One chunk of rows, `pause_s` after the last."""
+        self.fed += int(pause_s * 1e6)
+        t = T0 + self.fed + np.arange(len(values), dtype=np.int64) * STEP_US
+        self.fed += len(values) * STEP_US
+        columns = [np.arange(len(values), dtype="<f4"), *(np.ascontiguousarray(c) for c in values.T)]
+        with self.store.transaction() as tx:
+            tx.append("watch", Rows(t, tuple(columns)), "synced")
+
+    def run(self) -> Done | None:
+        return batch.run(self.task, self.store, self.author, NOW)
+
+    def run_all(self) -> list[Done]:
+        done = []
+        while (one := self.run()) is not None:
+            done.append(one)
+        return done
+
+    def messages(self) -> list[Message]:
+        """The outbox, each message verified, parsed and in its place in the chain."""
+        signer, opened = jws.Signer("pi-07", DEVICE.public), []
+        for pending in self.store.unsent(0, 100_000):
+            opened.append(open_message(pending.topic, pending.payload, [pending.jws], lambda kid: signer))
+        assert [m.body.prev for m in opened] == ["", *(digest(m.payload) for m in opened[:-1])][: len(opened)]  # type: ignore[union-attr]
+        assert [m.body.seq for m in opened] == list(range(1, len(opened) + 1))  # type: ignore[union-attr]
+        return opened
+
+    def results(self) -> list[Results]:
+        return [m.body for m in self.messages() if isinstance(m.body, Results)]
+
+
+def tiles(results: Sequence[Results]) -> tuple[int, int]:
+    """The rows that messages cover, without gap or overlap."""
+    for before, after in pairwise(results):
+        assert after.rows[0] == before.rows[1] + 1
+    return results[0].rows[0], results[-1].rows[1]
+
+
+def columns(results: Sequence[Results]) -> dict[str, list[Any]]:
+    """All results one after the other, whatever messages they came in."""
+    joined: dict[str, list[Any]] = {}
+    for one in results:
+        for name, values in msgspec.to_builtins(one.columns).items():
+            joined.setdefault(name, []).extend(values or [])
+    return joined

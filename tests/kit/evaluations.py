@@ -1,0 +1,91 @@
+"""Recordings to evaluate with, as they ship or with something planted in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from agent.evaluation import evaluate
+from agent.evaluation.document import Evaluation, Finding
+from agent.model.bundle import builtin
+from agent.model.bundle import bundle as bundles
+from agent.model.inference import inference
+from agent.model.inference.inference import Inference
+from tests.kit.bundles import npz
+
+
+class Recorded(msgspec.Struct, frozen=True):
+    """`rows` (n, 6) of all recordings, one after another; `each` of its columns has an entry a recording."""
+
+    rows: NDArray[np.float32]
+    sizes: NDArray[np.int64]
+    each: dict[str, NDArray[Any]]
+    fields: tuple[str, ...]
+    labels: tuple[str, ...]
+
+    def pick(self, which: NDArray[np.bool_]) -> Recorded:
+        each = {name: column[which] for name, column in self.each.items()}
+        return replace(self, rows=self.rows[np.repeat(which, self.sizes)], sizes=self.sizes[which], each=each)
+
+    def also(self, other: Recorded) -> Recorded:
+        each = {name: np.concatenate([column, other.each[name]]) for name, column in self.each.items()}
+        rows, sizes = np.concatenate([self.rows, other.rows]), np.concatenate([self.sizes, other.sizes])
+        return replace(self, rows=rows, sizes=sizes, each=each)
+
+    def told(self, **columns: Any) -> Recorded:
+        """With further columns, or others."""
+        return replace(self, each=self.each | {name: np.asarray(column) for name, column in columns.items()})
+
+    def of_rows(self, name: str) -> NDArray[Any]:
+        return np.repeat(self.each[name], self.sizes)
+
+    def npz(self, path: Path) -> Path:
+        starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        arrays = {"rows": self.rows, "starts": starts, "rate": 50.0, "fields": self.fields, "labels": self.labels}
+        path.write_bytes(npz(**arrays, **self.each))
+        return path
+
+    def csv(self, path: Path, *columns: str, begin: float = 1_764_000_000.0) -> Path:
+        """With `t`, the label as text, and other columns; a minute between recordings."""
+        pause = np.repeat(np.arange(len(self.sizes)), self.sizes) * 60.0
+        t = begin + np.arange(len(self.rows)) / 50 + pause
+        labels = np.array(self.labels)[self.of_rows("label")]
+        more = [self.of_rows(name).astype(str) for name in columns]
+        head = ",".join(["t", *self.fields, "label", *columns])
+        cells = [[f"{x:.2f}" for x in t], *([f"{x:.5f}" for x in column] for column in self.rows.T), labels, *more]
+        path.write_text("\n".join([head, *map(",".join, zip(*cells, strict=True))]) + "\n", encoding="utf-8")
+        return path
+
+
+def recorded(file: Path | None = None) -> Recorded:
+    """The held-out recordings that ship, or others of that shape."""
+    with np.load(file or builtin.recordings() / "exercise.npz", allow_pickle=False) as z:
+        each = {name: z[name] for name in ("label", "subject", "side")}
+        names = (tuple(str(name) for name in z[key]) for key in ("fields", "labels"))
+        return Recorded(z["rows"], np.diff(z["starts"]), each, *names)
+
+
+def loaded(bundle: Path) -> tuple[bundles.Bundle, Inference]:
+    found = bundles.read(bundle, None)
+    return found, Inference(found.manifest, inference.load(found.manifest, found.model))
+
+
+def evaluated(bundle: Path, data: Path, **asked: Any) -> Evaluation:
+    """Without a probe, and without measuring how long it takes."""
+    found, run = loaded(bundle)
+    request = evaluate.Request(data=data, **{"latency": False, **asked})
+    return evaluate.evaluate(found, run, "not looked at", request, lambda _: None)
+
+
+def exercise(data: Path, **asked: Any) -> Evaluation:
+    return evaluated(builtin.bundles() / "exercise", data, **asked)
+
+
+def finding(found: Evaluation, check: str) -> Finding:
+    [one] = [f for f in (*found.leakage, *found.hints) if f.check == check]
+    return one

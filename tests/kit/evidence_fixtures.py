@@ -1,0 +1,26 @@
+"""Fixtures of tests that alter an evidence folder: a good one, and a copy of it. Asked for by `pytest_plugins`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.kit.evidences import Story, told
+from tests.kit.received_evidence import OPERATOR
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    story: Story = told(tmp_path_factory.mktemp("story") / "acme")
+    OPERATOR["key"] = story.operator
+    out = tmp_path_factory.mktemp("evidence") / "out"
+    story.make(out)
+    story.store.close()
+    return out
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "received"))

@@ -1,0 +1,260 @@
+"""A fleet with a history: drift, incidents, labels, commands, a key change and two roll-outs, as signed messages."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent import clock
+from agent.config import Broker
+from agent.fleet.config import FleetConfig
+from agent.fleet.database.ingest import Arrival
+from agent.fleet.database.store import FleetStore
+from agent.fleet.enrolment.enrol import init_fleet
+from agent.fleet.evidence.make import Made, Sources, make
+from agent.fleet.repository import publish as publishing
+from agent.fleet.rollout import actions, journal
+from agent.fleet.rollout.actions import Operator
+from agent.fleet.rollout.plan import Plan, Promotion, Step
+from agent.fleet.rollout.promotion import Verdict
+from agent.model.bundle import builtin
+from agent.wire import key_rotation, keys
+from agent.wire.desired_state import Rules
+from agent.wire.keys import SigningKey
+from tests.kit.bundles import KEY, change_manifest
+from tests.kit.repositories import Depot
+from tests.kit.senders import FLEET, NEWER, Sender, Sent, new_key
+
+T0_US = clock.epoch_us("2026-11-10T06:00:00Z")
+HOUR_US = 3_600_000_000
+EXERCISE = builtin.bundles() / "exercise"
+_BOUNDS = np.linspace(-4, 4, 17)
+
+
+def at(hours: float) -> str:
+    return clock.rfc3339(T0_US + round(hours * HOUR_US))
+
+
+@dataclass
+class Story:
+    """A fleet's folder with its database; times are hours since it began."""
+
+    home: Path
+    config: FleetConfig
+    store: FleetStore
+    operator: SigningKey
+    digest: str
+    newer: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, home: Path) -> Story:
+        config = init_fleet(home, FLEET, Broker(url="mqtt://127.0.0.1:1"))
+        store = FleetStore(Path(config.fleet.db))
+        operator = keys.load_private(Path(config.operator.key_file))
+        digest = shipped_digest()
+        return cls(home, config, store, operator, digest)
+
+    def device(self, name: str, seed: int) -> Sender:
+        sender = Sender(name, new_key(seed), f"5f0c2f6e-1a54-4d0b-9a53-{seed:012d}")
+        self.store.enrol(name, sender.key.public, replace=False, now=at(-1))
+        return sender
+
+    def collect(self, sender: Sender, *sent: Sent, hours: float) -> None:
+        self.store.ingest([Arrival(sender.open(one)) for one in sent], [], at(hours))
+
+    @property
+    def model(self) -> dict[str, str]:
+        return {"name": "exercise", "version": "1.0.0", "digest": self.digest}
+
+    def operated(self, hours: float) -> Operator:
+        return Operator(self.operator, FLEET, T0_US + round(hours * HOUR_US))
+
+    def sources(self, **changes: Any) -> Sources:
+        found: dict[str, Any] = {
+            "fleet": FLEET,
+            "home": self.home,
+            "operator": self.operator,
+            "operators": [self.operator.public],
+            "collector": keys.load_private(Path(self.config.collector.key_file)).public,
+            "publishers": [*builtin.publishers(), KEY.public],
+        }
+        return Sources(**{**found, **changes})
+
+    def make(self, out: Path, moment: str | None = None, **changes: Any) -> Made:
+        return make(self.store, self.sources(**changes), out, moment)
+
+
+def shipped_digest() -> str:
+    from agent.model.bundle import bundle
+
+    return bundle.read(EXERCISE, None).digest
+
+
+def activated(
+    story: Story, sender: Sender, hours: float, why: str = "configured", model: dict[str, str] | None = None
+) -> Sent:
+    model = model or story.model
+    evidence = {"task": "exercise", "from": None, "to": model, "why": why, "kind": "classify"}
+    summary = f"exercise: exercise {model['version']} was activated."
+    return sender.logged("audit", event="activated", summary=summary, evidence=evidence, time=at(hours))
+
+
+def health(story: Story, sender: Sender, hours: float, **more: Any) -> Sent:
+    tasks = {"exercise": {"stream": "watch", "row": 0, "model": story.model, **more}}
+    return sender.logged("health", streams={}, tasks=tasks, agent="0.1.0", time=at(hours))
+
+
+def quality(story: Story, sender: Sender, hours: float, accuracy: float = 0.9, n: int = 400) -> Sent:
+    half = 1.96 * (accuracy * (1 - accuracy) / n) ** 0.5
+    whole = {"metric": "accuracy", "value": accuracy, "low": accuracy - half, "high": accuracy + half, "n": n}
+    labels = {"n": n, "coverage": 0.2, "delay_s": {"median": 5400.0, "p90": 9000.0}, "sources": {"human": n}}
+    members = {"model": story.model, "labels": labels, "metrics": [whole]}
+    return sender.logged("quality", task="exercise", **members, time=at(hours))
+
+
+def window(story: Story, sender: Sender, number: int, hours: float, state: str = "ok") -> Sent:
+    """A drift window of an hour; `state` of its field ax."""
+    rows = np.random.default_rng(number).normal(0.0 if state == "ok" else 0.8, 1.0, 200)
+    told = {
+        "counts": np.histogram(rows, _BOUNDS)[0].tolist(), "missing": 0, "below": 0, "above": 0,
+        "mean": float(rows.mean()), "m2": float(rows.var() * len(rows)), "state": state, "fault": None,
+        "cusum": {"mean": [3.0, 0.0] if state == "drift" else [0.0, 0.0], "spread": [0.0, 0.0]},
+    }  # fmt: skip
+    span = {"index": number, "rows": [1, 2000], "n": 2000, "from": at(hours), "to": at(hours + 1)}
+    members: dict[str, Any] = {
+        "model": story.model,
+        "reference": {"shipped": "sha256:01", "site": None},
+        "window": span,
+        "features": {"ax": told},
+        "output": {"counts": {"PEN": 20}, "psi": 0.1, "state": "ok"},
+        "estimate": {"accuracy": 0.9, "low": 0.8, "high": 1.0},
+        "state": state,
+    }
+    return sender.logged("drift", task="exercise", **members, time=at(hours + 1))
+
+
+def alert(sender: Sender, identity: str, state: str, hours: float, summary: str, **more: Any) -> Sent:
+    return sender.alert(identity, state, summary, time=at(hours), **more)
+
+
+def command(sender: Sender, name: str, hours: float, kid: str, summary: str, **args: str) -> Sent:
+    evidence = {"id": "c1", "name": name, "args": args, "counter": 7, "kid": kid, "outcome": "done"}
+    said = f"Command {name}: {summary}"
+    return sender.logged("audit", event="command", summary=said, evidence=evidence, time=at(hours))
+
+
+def rotate(story: Story, sender: Sender, hours: float, new: SigningKey) -> None:
+    """The device's key changes; what follows is signed with the new one."""
+    evidence = key_rotation.evidence(FLEET, sender.device, sender.log, sender.seq + 1, sender.key.public, new)
+    sent = sender.logged(
+        "audit", event=key_rotation.EVENT, summary="A new key signs.", evidence=evidence, time=at(hours)
+    )
+    story.collect(sender, sent, hours=hours)
+    sender.key = new
+
+
+def plan(name: str, digest: str = NEWER["digest"], version: str = "1.1.0") -> Plan:
+    rule = Promotion(devices=1, batches=20, hours=1.0, agreement=0.9)
+    steps = [Step("shadow", 100.0, rule), Step("canary", 50.0, rule), Step("all", 100.0, rule)]
+    return Plan(name, "exercise", "exercise", version, digest, "all", None, steps, Rules())
+
+
+def phase(sender: Sender, rollout: str, what: str, hours: float, reason: str = "", version: str = "1.1.0") -> Sent:
+    """A device's change in a roll-out."""
+    where = {"task": "exercise", "rollout": rollout, "bundle": "exercise", "version": version}
+    how = {"digest": NEWER["digest"], "strategy": "canary", "phase": what, "reason": reason, "numbers": {}}
+    summary = f"exercise: exercise {version}: {what}{f': {reason}' if reason else ''}."
+    return sender.logged("audit", event="rollout", summary=summary, evidence={**where, **how}, time=at(hours))
+
+
+def shadow(story: Story, sender: Sender, number: int, hours: float, same: int = 96) -> Sent:
+    """A comparison of 100 windows in shadow."""
+    answered = {"windows": 100, "seconds": 0.05, "expected": {"n": 100, "mean": 0.9, "m2": 1.0}}
+    quicker = {"windows": 100, "seconds": 0.04, "expected": {"n": 100, "mean": 0.92, "m2": 1.0}}
+    members = {"answered": answered, "answered_beside": quicker, "labelled": [8, 0, 1, 1]}
+    rows = [1 + 100 * number, 100 + 100 * number]
+    pair = {"rollout": "exercise-1-1", "model": story.model, "beside": story.newer}
+    told = {**pair, **members, "rows": rows, "batches": 1, "n": 100, "same": same}
+    return sender.logged("shadow", task="exercise", **told, time=at(hours))
+
+
+def good(summary: str) -> Verdict:
+    return Verdict("promote", summary, [], [], 4, 3, 0, 4, 26.0)
+
+
+def roll_out(story: Story, senders: list[Sender]) -> None:
+    """One that ends everywhere; one that is taken back on a device, and aborted."""
+    with story.store.transaction() as db:
+        actions.start(db, story.operated(30), 1, plan("exercise-1-1", story.newer["digest"]))
+    for number, sender in enumerate(senders):
+        hours = 31 + number / 10
+        story.collect(sender, phase(sender, "exercise-1-1", "shadow", hours), hours=hours)
+        told = [shadow(story, sender, i, hours + i / 10, 96 - i % 3) for i in range(12 if number else 4)]
+        story.collect(sender, *told, hours=hours + 2)
+    for number, hours in enumerate((56, 80), 2):
+        said = "4 devices agree in 97.2 % of 41,200 windows [96.4 %, 97.9 %], asked for 90 %"
+        with story.store.transaction() as db:
+            actions.promote(db, story.operated(hours), number, journal.find(db, "exercise-1-1"), good(said))
+    with story.store.transaction() as db:
+        actions.promote(db, story.operated(110), 4, journal.find(db, "exercise-1-1"), good("all 4 devices run it"))
+        actions.start(db, story.operated(120), 5, plan("exercise-1-2", "sha256:" + "ef" * 32, "1.2.0"))
+    for number, sender in enumerate(senders):
+        hours = 81 + number / 10
+        now = activated(story, sender, hours, "roll-out", story.newer)
+        story.collect(sender, now, phase(sender, "exercise-1-1", "settled", hours), hours=hours)
+    bad = phase(senders[0], "exercise-1-2", "rolled back", 122, "batch time", "1.2.0")
+    story.collect(senders[0], bad, hours=122)
+    with story.store.transaction() as db:
+        seen = journal.find(db, "exercise-1-2")
+        actions.abort(
+            db, story.operated(123), 6, seen, "1 of 4 devices took it back: a batch took 31 s, 30 s are allowed"
+        )
+
+
+def publish(story: Story) -> None:
+    """The shipped bundle and a newer one of the tests' publisher, in a repository of two root keys."""
+    depot = Depot(story.home).create(roots=2, threshold=2)
+    publishing.publish(depot.folder, EXERCISE, builtin.publishers(), prove=False)
+    newer = Path(shutil.copytree(EXERCISE, story.home / "newer"))
+    change_manifest(newer, lambda head: head.update(version="1.1.0"))
+    story.newer = {"name": "exercise", "version": "1.1.0", "digest": depot.publish(newer).offer.digest}
+    shutil.rmtree(newer)
+
+
+def told(home: Path) -> Story:
+    """The whole story."""
+    story = Story.begin(home)
+    publish(story)
+    senders = [story.device(f"pi-{i:02}", i) for i in range(1, 5)]
+    for sender in senders:
+        story.collect(sender, activated(story, sender, 0), health(story, sender, 0.1), hours=0.2)
+        for hour in range(0, 100, 4):
+            state = "drift" if sender is senders[0] and 48 <= hour < 72 else "ok"
+            story.collect(sender, window(story, sender, hour, hour, state), hours=hour + 1.1)
+    first, second, third, fourth = senders
+    story.collect(first, alert(first, "exercise/ax/drift/1", "raised", 49, "ax: spread fell to 0.6."), hours=49)
+    stuck = alert(
+        second, "wy/fault/1", "raised", 60, "wy: repeats one value.", alert="fault", severity="critical", subject="wy"
+    )
+    story.collect(second, stuck, hours=60)
+    roll_out(story, senders)
+    story.collect(first, alert(first, "exercise/ax/drift/1", "cleared", 73.5, "ax: as usual again."), hours=74)
+    disk = {"alert": "storage", "subject": "disk", "severity": "info", "clock": "unsynced"}
+    story.collect(third, alert(third, "storage/1", "raised", 90, "90 % full.", **disk), hours=90)
+    story.collect(third, alert(third, "storage/1", "cleared", 95, "Room again.", **disk), hours=95)
+    kid = story.operator.public.kid
+    back = command(third, "rollback", 96, kid, "exercise 1.0.0 runs again.", task="exercise")
+    story.collect(third, activated(story, third, 96, "rollback"), back, hours=96)
+    labels = '{"row":[17],"label":["lifted a box"]}'
+    told_labels = command(fourth, "label", 97, kid, "1 label was taken.", task="exercise", labels=labels)
+    story.collect(fourth, told_labels, hours=97)
+    rotate(story, fourth, 98, new_key(44))
+    for number, sender in enumerate(senders):
+        runs = {} if sender is third else {"model": story.newer}
+        last = [quality(story, sender, 125, 0.93 - 0.04 * number), health(story, sender, 126, **runs)]
+        story.collect(sender, *last, hours=126)
+    return story

@@ -1,0 +1,123 @@
+"""A device whose bundle is exchanged, and that crashes, in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent.bootstrap import device, wiring
+from agent.device.daemon import Daemon
+from agent.device.store.rows import Rows
+from agent.model.bundle import bundle
+from agent.wire import keys
+from tests.kit.bundles import KEY, change_manifest, packed
+from tests.kit.operators import DEVICE, FLEET, NOW, Operator
+
+T0 = 1_764_022_680_000_000
+
+
+def version(bundle: Path, text: str) -> Path:
+    def change(head: dict[str, Any]) -> None:
+        head["version"] = text
+
+    change_manifest(bundle, change)
+    return bundle
+
+
+def versions(folder: Path, *texts: str) -> dict[str, Path]:
+    """Bundles of one model that differ in their version; the first is `texts[0]`."""
+    first = version(packed(folder), texts[0])
+    others = {text: version(Path(shutil.copytree(first, first.with_name(text))), text) for text in texts[1:]}
+    return {texts[0]: first, **others}
+
+
+class Device:
+    """A device with task `sort`, whose bundle lies in its bundle store and can be exchanged."""
+
+    def __init__(self, folder: Path, bundles: dict[str, Path]) -> None:
+        self.home, self.bundles, self.operator = folder, bundles, Operator()
+        keys.generate(folder / "device.key")
+        (folder / "outstation.toml").write_text(
+            f"""
+[device]
+id = "{DEVICE}"
+fleet = "{FLEET}"
+data_dir = "data"
+[collector]
+key = "{KEY.public.text}"
+[operators]
+keys = ["{self.operator.key.public.text}"]
+[publishers]
+keys = ["{KEY.public.text}"]
+[streams.cells]
+fields = [{{ name = "a" }}, {{ name = "b" }}, {{ name = "c" }}, {{ name = "d" }}]
+[tasks.sort]
+stream = "cells"
+bundle = "tiny"
+schedule = "every 60 s"
+""",
+            encoding="utf-8",
+        )
+        self.configure("1")
+        self.start()
+
+    def configure(self, text: str) -> None:
+        """Put another bundle where the config looks."""
+        target = self.home / "data" / "bundles" / "tiny"
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(self.bundles[text], target)
+
+    def start(self) -> None:
+        self.file, self.conf = wiring.load(str(self.home / "outstation.toml"))
+        self.store = wiring.open_store(self.conf)
+        self.daemon: Daemon = device.daemon(self.file, self.conf, self.store)
+        self.daemon._operations.start(NOW, lambda: None)
+
+    def crash(self, configured: str | None = None) -> None:
+        self.store.close()
+        if configured is not None:
+            self.configure(configured)
+        self.start()
+
+    def obey(self, name: str, **args: str) -> tuple[bool, str, dict[str, Any]]:
+        self.daemon._operations._commands.take(self.operator.command(name, args=args))
+        self.daemon._operations.turn(NOW)
+        with self.store.transaction() as tx:
+            answer = tx.commands.unsent(0)[-1]
+        return answer.ok, answer.summary, answer.data
+
+    def runs(self) -> str | None:
+        """The version of the bundle in force."""
+        return next((one.task.bundle.manifest.version for one in self.daemon._planned), None)
+
+    def digest(self, text: str) -> str:
+        """Of the bundle of that version."""
+        return bundle.read(self.bundles[text], None).digest
+
+    def messages(self) -> list[dict[str, Any]]:
+        """All that were written and not yet delivered."""
+        return [json.loads(message.payload) for message in self.store.unsent(0, 1000)]
+
+    def add_rows(self, rows: int) -> None:
+        t = T0 + np.arange(rows, dtype=np.int64) * 10_000
+        with self.store.transaction() as tx:
+            tx.append("cells", Rows(t, tuple(np.zeros(rows, "<f4") for _ in range(4))), "synced")
+
+    def results_by(self) -> str:
+        """The version that the newest result names."""
+        self.add_rows(40)
+        self.daemon._work_off(self.daemon._planned[0], NOW)
+        return str([body for body in self.messages() if body["kind"] == "results"][-1]["model"]["version"])
+
+    def activations(self) -> list[tuple[str | None, str, str]]:
+        """(from, to, why) of each audit message."""
+        found = [body["evidence"] for body in self.messages() if body.get("event") == "activated"]
+        return [(one["from"] and one["from"]["version"], one["to"]["version"], one["why"]) for one in found]
+
+    def kept(self) -> set[str]:
+        home = self.home / "data" / "bundles" / ".kept"
+        return {json.loads((entry / "manifest.json").read_bytes())["version"] for entry in home.iterdir()}

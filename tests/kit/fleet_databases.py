@@ -1,0 +1,38 @@
+"""What is behind a fleet's store, for tests that look at it or disturb it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from agent.fleet.database.sqlite import Sqlite
+from agent.fleet.database.store import FleetStore
+
+# Values of `request.param` for `fresh_in`.
+DATABASES = ("sqlite", "postgresql")
+
+
+def sqlite_of(store: FleetStore) -> Sqlite:
+    assert isinstance(store._database, Sqlite)
+    return store._database
+
+
+def fresh_in(request: pytest.FixtureRequest, factory: pytest.TempPathFactory) -> Callable[[], FleetStore]:
+    """What gives an empty database of the kind `request.param`."""
+    if request.param == "sqlite":
+        return lambda: FleetStore(factory.mktemp("db") / "fleet.db")
+    url = request.getfixturevalue("postgres_server").database()
+    FleetStore(url).close()
+    return lambda: emptied(url)
+
+
+def emptied(url: str) -> FleetStore:
+    """Making the tables, or truncating them, takes longer than most tests."""
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as db:
+        names = db.execute("SELECT tablename FROM pg_tables WHERE schemaname = current_schema()").fetchall()
+        deletes = [f"DELETE FROM {name}" for (name,) in names if name not in ("migrations", "meta")]
+        db.execute("; ".join([*deletes, "UPDATE meta SET value = 0"]))
+    return FleetStore(url)

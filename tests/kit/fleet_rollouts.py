@@ -1,0 +1,164 @@
+"""A fleet that is in a roll-out, as its operator sees it: real store, real signed messages, no broker."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from agent import clock
+from agent.errors import LinkDown, StorageError
+from agent.fleet.collector.collector import Collector
+from agent.fleet.database.store import FleetStore
+from agent.fleet.rollout import actions, journal
+from agent.fleet.rollout.actions import Operator
+from agent.fleet.rollout.journal import Rollout
+from agent.fleet.rollout.look import Look, look
+from agent.fleet.rollout.plan import Plan, Promotion, Step
+from agent.fleet.rollout.publisher import Desk
+from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.wire.desired_state import Rules
+from agent.wire.keys import SigningKey
+from tests.kit.senders import FLEET, MODEL, NEWER, Sender, Sent, new_key
+
+OPERATOR = new_key(77)
+NOW_US = 1_795_000_000_000_000
+NOW = clock.rfc3339(NOW_US)
+HOUR_US = 3_600_000_000
+NAME = "exercise-1-1"
+
+
+def promotion(**changes: Any) -> Promotion:
+    return Promotion(**{"devices": 3, "batches": 20, "hours": 1.0, "agreement": 0.9, **changes})
+
+
+def plan(
+    *steps: tuple[str, float], name: str = NAME, to: str = "all", rules: Promotion | None = None, **changes: Any
+) -> Plan:
+    """Shadow, canary 50 %, all; or other `steps`."""
+    taken = steps or (("shadow", 100.0), ("canary", 50.0), ("all", 100.0))
+    made = [Step(strategy, percent, rules or promotion()) for strategy, percent in taken]  # type: ignore[arg-type]
+    what = (NEWER["name"], NEWER["version"], changes.pop("digest", NEWER["digest"]))
+    return Plan(name, changes.pop("task", "exercise"), *what, to, None, made, Rules(), **changes)
+
+
+class Recorded:
+    """A link whose broker keeps what it is sent, or is down."""
+
+    def __init__(self) -> None:
+        self.retained: dict[str, Outgoing] = {}
+        self.sent: list[Outgoing] = []
+        self.down = False
+        self.fails = False
+        self._receipts: list[Delivery | Receipt] = []
+
+    def connect(self) -> Recorded:
+        if self.down:
+            raise LinkDown("nobody listens")
+        if self.fails:
+            raise StorageError("the disk is gone")
+        return self
+
+    def send(self, message: Outgoing) -> int:
+        self.sent.append(message)
+        if message.retain:
+            self.retained[message.topic] = message
+        self._receipts.append(Receipt(len(self.sent), 0, "ok"))
+        return len(self.sent)
+
+    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+        found, self._receipts = self._receipts, []
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+class Fleet:
+    """`devices` senders, a collector's code and an operator's desk over one store."""
+
+    def __init__(self, folder: Path, devices: int = 6, where: str | None = None) -> None:
+        self.folder = folder
+        self.store = FleetStore(where or folder / "fleet.db")
+        self.senders = [Sender(f"pi-{i:02}", new_key(100 + i)) for i in range(devices)]
+        for sender in self.senders:
+            self.store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
+        self.collector = Collector(FLEET, None, self.store, new_key(99), open_link=lambda: None)  # type: ignore[arg-type,return-value]
+        self.broker = Recorded()
+        self.desk = Desk(self.store, FLEET, folder, OPERATOR, self.broker.connect)
+        self._counter = 0
+
+    def close(self) -> None:
+        self.store.close()
+
+    def collect(self, *sent: Sent) -> None:
+        """Through the collector's own code: verified, stored, unfolded."""
+        self.collector._store([one.delivery() for one in sent])
+
+    def operator(self, later_h: float = 0.0, key: SigningKey = OPERATOR) -> Operator:
+        return Operator(key, FLEET, NOW_US + round(later_h * HOUR_US))
+
+    def counter(self) -> int:
+        self._counter += 1
+        return self._counter
+
+    def start(self, what: Plan, later_h: float = 0.0, forced: str | None = None) -> Rollout:
+        with self.store.transaction() as db:
+            return actions.start(db, self.operator(later_h), self.counter(), what, forced)
+
+    def look(self, later_h: float = 2.0, name: str = NAME) -> Look:
+        with self.store.snapshot() as db:
+            return look(db, journal.find(db, name), NOW_US + round(later_h * HOUR_US))
+
+    def promote(self, later_h: float = 2.0, name: str = NAME, forced: str | None = None) -> Rollout:
+        seen = self.look(later_h, name)
+        with self.store.transaction() as db:
+            operator = self.operator(later_h)
+            return actions.promote(db, operator, self.counter(), seen.rollout, seen.verdict, forced)
+
+    def abort(self, later_h: float = 2.0, name: str = NAME) -> Rollout:
+        seen = self.look(later_h, name)
+        with self.store.transaction() as db:
+            return actions.abort(db, self.operator(later_h), self.counter(), seen.rollout, "the labels were wrong")
+
+    def find(self, name: str = NAME) -> Rollout:
+        with self.store.snapshot() as db:
+            return journal.find(db, name)
+
+    def decided(self, name: str = NAME) -> list[tuple[Any, ...]]:
+        with self.store.snapshot() as db:
+            return journal.decided(db, name)
+
+    def in_shadow(self, senders: Sequence[Sender] | None = None, blocks: int = 6, **changes: Any) -> None:
+        """Devices say that they are in shadow, and what they count there."""
+        for sender in self.senders if senders is None else senders:
+            self.collect(sender.rollout("shadow"), *(sender.shadow(**changes) for _ in range(blocks)))
+
+    def on_probation(self, senders: Sequence[Sender], blocks: int = 6, *, settles: bool = True, **changes: Any) -> None:
+        """Devices run the new bundle with the old one beside, and settle."""
+        swapped = {"model": NEWER, "beside": MODEL, **changes}
+        for sender in senders:
+            self.collect(sender.rollout("probation", strategy="canary"))
+            self.collect(*(sender.shadow(**swapped) for _ in range(blocks)))
+            if settles:
+                self.collect(sender.rollout("settled", strategy="canary"))
+
+    def chosen(self, step: int, what: Plan | None = None) -> list[Sender]:
+        wanted = (what or self.find().plan).wanted(step)
+        return [sender for sender in self.senders if wanted.chosen(sender.device)]
+
+
+@contextlib.contextmanager
+def fleet(folder: Path, devices: int = 6, where: str | None = None) -> Iterator[Fleet]:
+    made = Fleet(folder, devices, where)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def tamper(path: Path, sql: str, *values: Any) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        assert db.execute(sql, values).rowcount >= 1

@@ -1,0 +1,74 @@
+"""Devices that send until the collectors have acknowledged all of it, over one connection of their own."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+
+from agent.config import Broker
+from agent.transport.mqtt import Link
+from agent.transport.packets import Delivery
+from tests.kit.senders import FLEET, Sender, Sent
+
+# Of one device, in one go.
+_AT_ONCE = 10
+
+
+class Players:
+    """Use as a context: it plays meanwhile."""
+
+    def __init__(self, url: str, senders: Sequence[Sender], messages: int) -> None:
+        self._broker = Broker(url=url)
+        self._logs = {sender.device: _log(sender, messages) for sender in senders}
+        self._safe: dict[str, set[int]] = defaultdict(set)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._play)
+        self.total = sum(map(len, self._logs.values()))
+
+    def __enter__(self) -> Players:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(60)
+
+    @property
+    def acknowledged(self) -> int:
+        return sum(map(len, [*self._safe.values()]))
+
+    @property
+    def done(self) -> bool:
+        return self.acknowledged == self.total
+
+    def _play(self) -> None:
+        link = Link(self._broker, "players", subscribe=[f"outstation/{FLEET}/+/ack"])
+        while not self._stop.is_set() and not self.done:
+            for device, log in self._logs.items():
+                safe = self._safe[device]
+                for one in [sent for sent in log if sent.seq not in safe][:_AT_ONCE]:
+                    link.send(one.outgoing())
+            self._hear(link)
+        link.close()
+
+    def _hear(self, link: Link) -> None:
+        events = link.receive(0.3)
+        while events:
+            for event in events:
+                if isinstance(event, Delivery):
+                    link.acknowledge(event)
+                    self._obey(event.payload)
+            events = link.receive(0.02)
+
+    def _obey(self, payload: bytes) -> None:
+        ack = json.loads(payload)
+        holes = {seq for a, b in ack["missing"] for seq in range(a, b + 1)}
+        # Never less: what one acknowledgement covers, a later one that covers less does not take back.
+        self._safe[ack["device"]] |= set(range(1, ack["through"] + 1)) - holes
+
+
+def _log(sender: Sender, messages: int) -> list[Sent]:
+    """Results, and at the end how far the task came, for the audit."""
+    return [*(sender.results() if n % 3 else sender.health() for n in range(1, messages)), sender.cursor()]

@@ -1,0 +1,98 @@
+"""A fleet's TUF repository, a web server that serves it, and the client that python-tuf ships."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from tuf.ngclient import Updater
+
+from agent.fleet.repository import create as creating
+from agent.fleet.repository import publish as publishing
+from agent.fleet.repository.layout import Layout
+from agent.fleet.repository.publish import Published
+from tests.kit import bundles
+from tests.kit.bundles import KEY
+
+
+@dataclass
+class Depot:
+    """A fleet's folder with a repository in it."""
+
+    folder: Path
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layout = Layout(self.folder)
+
+    def create(self, roots: int = 1, threshold: int = 1) -> Depot:
+        creating.create(self.folder, roots=roots, threshold=threshold)
+        return self
+
+    def publish(self, bundle: Path, **more: Any) -> Published:
+        """Unproven, for speed; signed by the tests' publisher."""
+        return publishing.publish(self.folder, bundle, [KEY.public], **{"prove": False, **more})
+
+    def copy(self, folder: Path) -> Depot:
+        shutil.copytree(self.folder, folder)
+        return Depot(folder)
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The folder by HTTP; its URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@dataclass
+class Client:
+    """A device's trust: what it was given once, and what it has learned since."""
+
+    home: Path
+    url: str
+    root: bytes
+
+    def look(self, target: str | None = None) -> bytes | None:
+        """Refresh, and fetch a target; None where the repository does not have it."""
+        for folder in ("metadata", "targets"):
+            (self.home / folder).mkdir(parents=True, exist_ok=True)
+        updater = Updater(
+            str(self.home / "metadata"),
+            f"{self.url}/metadata/",
+            str(self.home / "targets"),
+            f"{self.url}/targets/",
+            bootstrap=self.root,
+        )
+        updater.refresh()
+        if target is None or (info := updater.get_targetinfo(target)) is None:
+            return None
+        return Path(updater.download_target(info)).read_bytes()
+
+
+def version(folder: Path, made: Path, number: str, name: str = "tiny") -> Path:
+    """A copy of the bundle `made` that calls itself another version, signed anew."""
+    copied = folder / f"{name}-{number}"
+    shutil.copytree(made, copied)
+    bundles.change_manifest(copied, lambda head: head.update(version=number, name=name))
+    return copied

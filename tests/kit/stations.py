@@ -1,0 +1,183 @@
+"""A device's way in for tests: its config, its store and its intake, in this process or in one that can be killed."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from agent import clock, config
+from agent.config import Config, Field, Stream
+from agent.device.intake.labels import Asked
+from agent.device.intake.server import Intake, Source
+from agent.device.store.rows import Rows
+from agent.device.store.store import Store
+
+ROOT = Path(__file__).parents[2]
+WATCH = Stream(fields=[Field(name="ax", unit="g", min=-16, max=16), Field(name="ay", unit="g", min=-16, max=16)])
+MACHINE = Stream(
+    fields=[
+        Field(name="power", type="f64", min=0),
+        Field(name="count", type="i64"),
+        Field(name="mode", type="category"),
+        Field(name="heat", optional=True),
+    ]
+)
+STREAMS = {"watch": WATCH, "machine": MACHINE}
+T0 = 1_764_022_680.0
+
+
+def conf(folder: Path, commit_every_s: float = 0.02, tcp: str | None = None, **streams: Stream) -> Config:
+    """A device's config with its data in `folder`."""
+    return Config(
+        device=config.Device(id="pi-07", fleet="acme", data_dir=str(folder)),
+        buffer=config.Buffer(commit_every=config.Duration(commit_every_s)),
+        intake=config.Intake(tcp=tcp),
+        streams=streams or STREAMS,
+    )
+
+
+class Station:
+    """Store and running intake of `conf`. Leaving it stops both; `failures` holds what the intake could not survive."""
+
+    def __init__(
+        self,
+        conf: Config,
+        *,
+        sources: Callable[[Store], Sequence[Source]] | None = None,
+        asked: Callable[[], Mapping[str, Asked]] = dict,
+        **store: Any,
+    ) -> None:
+        self.conf = conf
+        self.failures: list[Exception] = []
+        self.commits = 0
+        self.store = Store(conf.data_dir, **store)
+        self.store.declare(conf.streams)
+        made = sources(self.store) if sources else []
+        self.intake = Intake(conf, self.store, made, clock.read, self._committed, self.failures.append, asked)
+        self.socket = conf.data_dir / "intake.sock"
+
+    def _committed(self) -> None:
+        self.commits += 1
+
+    def __enter__(self) -> Station:
+        self.intake.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.intake.stop()
+        self.store.close()
+
+    def line(self) -> Line:
+        return Line(self.socket)
+
+    def rows(self, stream: str) -> Rows:
+        return rows_of(self.store, stream, self.conf.streams[stream])
+
+
+class Line:
+    """A raw connection to an intake: bytes out, answers in."""
+
+    def __init__(self, address: Path | tuple[str, int]) -> None:
+        self.socket = socket.socket(socket.AF_UNIX if isinstance(address, Path) else socket.AF_INET)
+        self.socket.settimeout(60)
+        self.socket.connect(str(address) if isinstance(address, Path) else address)
+        self._answers = self.socket.makefile("rb")
+
+    def send(self, *lines: bytes | dict[str, Any]) -> None:
+        encoded = [line if isinstance(line, bytes) else msgspec.json.encode(line) for line in lines]
+        self.socket.sendall(b"".join(line + b"\n" for line in encoded))
+
+    def answer(self) -> dict[str, Any]:
+        return msgspec.json.decode(self._answers.readline(), type=dict[str, Any])
+
+    def through(self, line: int) -> dict[str, Any]:
+        """All answers up to the one that reaches `line`, added up."""
+        total: dict[str, Any] = {"through": 0, "accepted": 0, "rejected": []}
+        while total["through"] < line:
+            answer = self.answer()
+            total["through"] = answer["through"]
+            total["accepted"] += answer["accepted"]
+            total["rejected"] += answer["rejected"]
+        return total
+
+    def hang_up(self) -> None:
+        """No more lines; answers still come."""
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def rest(self) -> list[dict[str, Any]]:
+        """Answers until the agent hangs up too."""
+        return [msgspec.json.decode(line, type=dict[str, Any]) for line in self._answers]
+
+    def close(self) -> None:
+        self._answers.close()
+        self.socket.close()
+
+    def __enter__(self) -> Line:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def rows_of(store: Store, stream: str, definition: Stream) -> Rows:
+    """All rows of a stream, from row 1."""
+    batch = store.take(stream, definition.fields, 0, 2**40)
+    assert batch is not None, f"stream {stream} has no rows"
+    assert batch.lost is None
+    return batch.rows
+
+
+def wait_for(happened: Callable[[], bool], what: str, within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not happened():
+        assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}"
+        time.sleep(0.01)
+
+
+_PROGRAM = """\
+import signal, sys, threading
+from pathlib import Path
+from agent import config
+from tests.kit.stations import Station, conf
+
+with Station(conf(Path(sys.argv[1]), float(sys.argv[2]))) as station:
+    print("ready", flush=True)
+    signal.sigwait([signal.SIGTERM])
+"""
+
+
+class Killable:
+    """An intake in a process of its own, to be killed in the middle of anything and started again."""
+
+    def __init__(self, folder: Path, commit_every_s: float = 0.01) -> None:
+        self._command = [sys.executable, "-c", _PROGRAM, str(folder), str(commit_every_s)]
+        self.socket = folder / "intake.sock"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, cwd=ROOT)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"ready\n"
+
+    def kill(self) -> None:
+        """SIGKILL: it can finish nothing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(60)
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+            self._process = None
+
+    def __enter__(self) -> Killable:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()

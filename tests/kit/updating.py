@@ -1,0 +1,147 @@
+"""A device that fetches bundles, for tests: its store, its fetcher with the real child, and a clock that can be set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from agent import clock, config
+from agent.clock import Now
+from agent.config import Config, Stream, Task, Updates
+from agent.device.rollout.fetch import child
+from agent.device.rollout.fetch import version_floors as floors
+from agent.device.rollout.fetch.fetcher import Failed, Fetched, Fetcher
+from agent.device.rollout.fetch.version_floors import Floors
+from agent.device.store.store import Store
+from agent.wire.desired_state import Wanted
+from tests.kit.stations import STREAMS
+
+# The child has the lowest priority, and tests run beside others.
+PATIENCE_S = 90.0
+RUNS = b"the bundle that runs"
+
+
+class Updating:
+    """`folder` is all the device has. `wall_us` and `quality` are its clock, by default a right one."""
+
+    def __init__(
+        self, folder: Path, url: str, root: bytes, streams: Mapping[str, Stream] = STREAMS, **updates: Any
+    ) -> None:
+        self.folder = folder
+        self.data = folder / "data"
+        self.data.mkdir(parents=True, exist_ok=True)
+        (folder / "root.json").write_bytes(root)
+        self.conf = Config(
+            device=config.Device(id="pi-07", fleet="acme", data_dir=str(self.data)),
+            updates=Updates(url=url, root=str(folder / "root.json"), **updates),
+            streams=dict(streams),
+            tasks={"exercise": Task(stream="watch", bundle="exercise")},
+        )
+        self.runs = self.data / "bundles" / "exercise" / "model.tflite"
+        self.runs.parent.mkdir(parents=True, exist_ok=True)
+        self.runs.write_bytes(RUNS)
+        self.store = Store(self.data)
+        with self.store.transaction() as tx:
+            # What the store itself makes, it makes with the first one.
+            tx.set_meta("first", "1")
+        self.quality: clock.Quality = "synced"
+        self.wall_us: int | None = None
+        self.later_s = 0.0
+        self.command: Sequence[str] = child.COMMAND
+        self.patience_s = 30.0
+        self.fetcher = Fetcher(self.conf, self.store)
+
+    def restart(self) -> None:
+        """A fetcher as after a start of the daemon."""
+        self.fetcher.close()
+        self.fetcher = Fetcher(self.conf, self.store, command=self.command, patience_s=self.patience_s)
+
+    def configure(self, **updates: Any) -> None:
+        """Other [updates], as after a start of the daemon."""
+        assert self.conf.updates is not None
+        self.conf = msgspec.structs.replace(self.conf, updates=msgspec.structs.replace(self.conf.updates, **updates))
+        self.restart()
+
+    def now(self) -> Now:
+        wall_us = time.time_ns() // 1000 if self.wall_us is None else self.wall_us
+        return Now(wall_us, time.monotonic() + self.later_s, self.quality, 1000 if self.quality == "synced" else None)
+
+    def fetch(self, wanted: Wanted, within_s: float = PATIENCE_S) -> Fetched | Failed:
+        """One try, from its start to its end."""
+        self.fetcher.start("exercise", wanted, self.now())
+        self.later_s += 100_000.0
+        return self.result(within_s)
+
+    def result(self, within_s: float = PATIENCE_S) -> Fetched | Failed:
+        deadline = time.monotonic() + within_s
+        while (found := self.fetcher.poll(self.now())) is None:
+            assert time.monotonic() < deadline, f"no answer within {within_s:g} s"
+            time.sleep(0.01)
+        return found
+
+    def must_fetch(self, wanted: Wanted) -> Fetched:
+        found = self.fetch(wanted)
+        assert isinstance(found, Fetched), found
+        return found
+
+    def must_fail(self, wanted: Wanted, error: str) -> Failed:
+        """It must fail by this name, and nothing must be the worse for it."""
+        with self.unharmed():
+            found = self.fetch(wanted)
+            assert isinstance(found, Failed), found
+            assert found.error == error, found
+        return found
+
+    @property
+    def floors(self) -> Floors:
+        return floors.load(self.store)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        return {role: floor.version for role, floor in self.floors.roles.items()}
+
+    @property
+    def fetched(self) -> list[str]:
+        """Names of what was fetched."""
+        return sorted(path.name for path in (self.data / "bundles" / ".fetched").glob("*"))
+
+    @contextmanager
+    def unharmed(self) -> Iterator[None]:
+        """Nothing arrives meanwhile, no floor falls, and what runs stays as it is."""
+        before, had = self.floors, self.fetched
+        with self.untouched():
+            yield
+        for role, floor in before.roles.items():
+            assert self.floors.roles[role].version >= floor.version
+        assert [name for name in self.fetched if name.endswith(".zip")] == [n for n in had if n.endswith(".zip")]
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Outside the folders that are meant for it nothing is written meanwhile, and what runs stays as it is."""
+        before = self._others()
+        yield
+        assert not (new := set(self._others()) - set(before)), new
+        assert not (gone := set(before) - set(self._others())), gone
+        assert self.runs.read_bytes() == RUNS
+
+    def _others(self) -> list[Path]:
+        ours = (self.data / "updates", self.data / "bundles" / ".fetched")
+        found = (path for path in self.folder.parent.rglob("*") if not any(map(path.is_relative_to, ours)))
+        return sorted(
+            path for path in found if "web" not in path.parts and not path.name.startswith(("outstation.", "ballast"))
+        )
+
+    def close(self) -> None:
+        self.fetcher.close()
+        self.store.close()
+
+    def __enter__(self) -> Updating:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

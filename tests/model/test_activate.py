@@ -1,0 +1,126 @@
+"""From a name in the config to a model that may run: found, verified, probed, loaded, or refused with the reason."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from agent.errors import BadBundle
+from agent.model import activation
+from agent.model.bundle import builtin, bundle
+from agent.model.bundle.bundle import Bundle
+from agent.model.inference.tuning import Choice
+from agent.model.sandbox import probe
+from tests.kit.bundles import ANOMALY, KEY, Recipe, archive, change_manifest, packed
+from tests.kit.senders import new_key
+
+FOREIGN = new_key(12)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A bundle folder to spoil."""
+    return Path(shutil.copytree(original, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def anomaly(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("anomaly"), ANOMALY)
+
+
+def test_a_name_is_looked_up_in_the_device_then_among_the_shipped(folder: Path) -> None:
+    store = folder.parent
+    assert builtin.locate("bundle", store) == folder
+    assert builtin.locate("./here", store) == Path("here")
+    assert builtin.locate("exercise", store) == builtin.bundles() / "exercise"
+    zipped = archive(folder)
+    shutil.rmtree(folder)
+    assert builtin.locate("bundle", store) == zipped
+    with pytest.raises(BadBundle, match=r"no bundle 'nowhere' in .*; put it there, or give its path"):
+        builtin.locate("nowhere", store)
+
+
+def test_a_bundle_that_proves_itself_is_loaded_with_its_reference(folder: Path) -> None:
+    active = activation.activate(folder, [KEY.public])
+    assert active.model.outputs == 3
+    assert active.reference is not None
+    assert active.reference.fields == ("a", "b", "c", "d")
+
+
+def test_a_shipped_bundle_is_trusted_without_being_configured() -> None:
+    assert activation.activate(builtin.bundles() / "exercise", []).bundle.manifest.name == "exercise"
+
+
+def test_a_foreign_bundle_is_not_activated(folder: Path) -> None:
+    with pytest.raises(BadBundle, match="unknown key"):
+        activation.activate(folder, [FOREIGN.public])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("model.tflite", b"no model", "load: "),
+        ("golden.npz", b"no vectors", "golden: golden.npz is damaged"),
+        ("reference.json", b"{}", "reference.json is malformed"),
+    ],
+)
+def test_a_signed_bundle_that_does_not_work_is_not_activated(folder: Path, name: str, content: bytes, why: str) -> None:
+    replace_file(folder, name, content)
+    with pytest.raises(BadBundle) as problem:
+        activation.activate(folder, [KEY.public])
+    assert str(problem.value).startswith(f"{folder}: {why}")
+
+
+def test_a_reference_made_for_another_model_is_not_activated(folder: Path, anomaly: Path) -> None:
+    replace_file(folder, "reference.json", (anomaly / "reference.json").read_bytes())
+    with pytest.raises(BadBundle, match="made for other fields, labels, window rows than the manifest"):
+        activation.activate(folder, [KEY.public])
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    change_manifest(folder, lambda head: head["files"].update({name: digest}))
+
+
+def test_a_recipe_without_a_reference_is_activated_without_one(tmp_path: Path) -> None:
+    path = packed(tmp_path, Recipe("regress", "regress_int8"))
+    assert activation.reference(bundle.read(path, None)) is not None
+    (path / "reference.json").unlink()
+    change_manifest(path, lambda head: head["files"].pop("reference.json"))
+    assert activation.activate(path, [KEY.public]).reference is None
+
+
+def test_a_bundle_that_proved_itself_is_probed_anew_only_where_something_is_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[str] = []
+    real = probe.probe
+
+    def counted(found: Bundle, known: Sequence[Choice] | None = None) -> probe.Report:
+        probed.append(found.digest)
+        return real(found, known)
+
+    monkeypatch.setattr(probe, "probe", counted)
+    first = activation.activate(folder, [KEY.public])
+    assert first.choice is not None
+    again = activation.activate(folder, [KEY.public], [first.choice])
+    assert (len(probed), again.choice) == (1, first.choice)
+    for changed in ({"machine": "another"}, {"runtime": "another"}, {"proved": ""}, {"proved": f"{probed[0]} 0.0.1"}):
+        activation.activate(folder, [KEY.public], [replace(first.choice, **changed)])
+    assert len(probed) == 5
+    # The same model in a bundle that says something else of it.
+    change_manifest(folder, lambda head: head.update(version="2"))
+    activation.activate(folder, [KEY.public], [first.choice])
+    assert len(probed) == 6
+    assert len(set(probed)) == 2

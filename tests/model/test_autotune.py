@@ -1,0 +1,214 @@
+"""The trial finds a fast size in two seconds, never one that changes an answer, and is not made twice."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent.errors import BadBundle
+from agent.model.inference import runtime, tuning
+from agent.model.inference.runtime import Model
+from agent.model.inference.tuning import SECONDS, Choice
+from agent.model.sandbox import autotune, probe
+from tests.kit.bundles import CLASSIFY, Recipe, around, model
+
+PLENTY = 1 << 30
+# So that a busy machine leaves nothing out; a trial that has settled ends before.
+MINUTE_S = 60.0
+
+
+def rows(name: str, count: int = autotune.ROWS) -> Any:
+    shape = Model(model(name)).input_shape
+    return np.random.default_rng(1).normal(0, 1, (count, *shape)).astype(np.float32)
+
+
+def tried(name: str, most_bytes: int = PLENTY, seconds: float = SECONDS) -> Choice:
+    return autotune.choose(model(name), rows(name), most_bytes, seconds)
+
+
+class Slow(Model):
+    """Costs as much for each run and each row as the class says; `unequal` batches give other bits."""
+
+    run_s, row_s = 0.0, 0.0
+    gain = 1.0
+    unequal: tuple[int, ...] = ()
+    runs = 0
+
+    def _run(self, part: Any) -> Any:
+        type(self).runs += 1
+        seconds = self.run_s + self.row_s * len(part) / (self.gain if self.threads > 1 else 1.0)
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+        out = super()._run(part)
+        return out + np.float32(1e-6) if len(part) in self.unequal else out
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
+    class Made(Slow):
+        pass
+
+    monkeypatch.setattr(autotune, "Model", Made)
+    monkeypatch.setattr(autotune, "cores", lambda: 2)
+    monkeypatch.setattr("agent.model.inference.runtime.os.cpu_count", lambda: 2)
+    return Made
+
+
+def test_where_each_run_has_its_price_many_rows_are_run_at_once(slow: type[Slow]) -> None:
+    slow.run_s, slow.row_s = 0.001, 0.000_001
+    assert tried("classify_float32", seconds=MINUTE_S).batch >= 64
+
+
+def test_where_only_rows_have_a_price_few_rows_are_run_at_once(slow: type[Slow]) -> None:
+    slow.row_s = 0.003
+    assert tried("classify_float32").batch <= 8
+
+
+@pytest.mark.parametrize(("gain", "threads"), [(1.0, 1), (50.0, 2)])
+def test_more_threads_are_taken_only_where_they_are_clearly_faster(slow: type[Slow], gain: float, threads: int) -> None:
+    slow.row_s, slow.gain = 0.000_2, gain
+    assert tried("classify_float32", seconds=MINUTE_S).threads == threads
+
+
+def test_sizes_that_change_a_bit_of_an_answer_are_left_out_and_named(slow: type[Slow]) -> None:
+    slow.run_s, slow.unequal = 0.001, (16, 64, 128)
+    found = tried("classify_float32", seconds=MINUTE_S)
+    assert found.batch == 32
+    assert found.unequal == [16, 64, 128]
+
+
+def test_a_shorter_last_batch_that_changes_an_answer_rules_its_size_out(slow: type[Slow]) -> None:
+    slow.run_s, slow.unequal = 0.001, (autotune.ROWS % 32,)
+    found = tried("classify_float32", seconds=MINUTE_S)
+    assert found.batch < 32
+    assert {32, 64, 128} <= set(found.unequal)
+
+
+def test_a_model_that_mixes_rows_is_run_one_row_at_a_time() -> None:
+    found = tried("mixes_rows", seconds=MINUTE_S)
+    assert found.batch == 1
+    assert set(found.unequal) >= {4, 32}
+
+
+def test_a_batch_that_would_take_more_memory_than_there_is_is_not_taken(
+    slow: type[Slow], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow.run_s = 0.001
+    sizes = iter(range(0, 1 << 40, 1 << 20))
+    monkeypatch.setattr(autotune, "_resident_bytes", lambda: next(sizes))
+    assert tried("classify_float32", most_bytes=1 << 20, seconds=MINUTE_S).batch == 4
+
+
+def test_a_model_too_slow_for_a_trial_is_run_by_single_rows(slow: type[Slow]) -> None:
+    slow.row_s = 0.2
+    assert tried("classify_float32", seconds=0.5).batch == 1
+    assert slow.runs < 12
+
+
+def test_a_size_that_cannot_be_run_ends_the_search_and_not_the_trial(slow: type[Slow]) -> None:
+    run = slow._run
+
+    def refusing(self: Slow, part: Any) -> Any:
+        if len(part) > 8:
+            raise BadBundle("not so many")
+        return run(self, part)
+
+    slow.run_s = 0.001
+    slow._run = refusing  # type: ignore[method-assign]
+    assert tried("classify_float32", seconds=MINUTE_S).batch == 8
+
+
+def test_a_model_made_for_a_fixed_batch_keeps_it() -> None:
+    assert tried("fixed_batch").batch == 1
+
+
+def test_no_batch_is_larger_than_the_largest_that_is_tried() -> None:
+    loaded = Model(model("classify_int8"), 10**6)
+    assert loaded.batch == autotune.BATCHES[-1]
+
+
+# --- in the probe, and remembered ---
+
+
+def test_the_probe_chooses_in_its_child_where_it_is_asked_to() -> None:
+    report = probe.probe(around(model("classify_int8")), [])
+    assert report.ok
+    assert report.choice is not None
+    assert report.choice.model == tuning.digest(model("classify_int8"))
+    assert (report.choice.runtime, report.choice.machine) == (runtime.NAME, tuning.machine())
+    assert probe.probe(around(model("classify_int8"))).choice is None
+
+
+def made(**changes: Any) -> Choice:
+    same: dict[str, Any] = {
+        "model": tuning.digest(model("classify_int8")),
+        "runtime": runtime.NAME,
+        "machine": tuning.machine(),
+    }
+    return Choice(**{**same, "batch": 3, "threads": 1, "rows_per_s": 1.5, **changes})
+
+
+def test_what_was_chosen_before_is_not_tried_again() -> None:
+    assert probe.probe(around(model("classify_int8")), [made(model="other"), made()]).choice == made()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"model": "sha256:0"}, {"runtime": "other 1.0"}, {"machine": "other"}, {"output": 1}]
+)
+def test_another_model_output_runtime_or_machine_is_tried_anew(changes: dict[str, str]) -> None:
+    found = probe.probe(around(model("classify_int8")), [made(**changes)]).choice
+    assert found is not None
+    assert found.batch != 3
+
+
+def test_a_choice_names_the_output_it_was_made_for() -> None:
+    content = model("each_label_and_sums")
+    given = np.random.default_rng(1).normal(0, 1, (autotune.ROWS, *Model(content, output="sums").input_shape))
+    found = autotune.choose(content, given.astype(np.float32), PLENTY, output="sums")
+    assert found.output == "sums"
+    assert tuning.remembered([found], content, runtime.NAME, "sums") == found
+    assert tuning.remembered([found], content, runtime.NAME, "each") is None
+
+
+def test_a_model_that_is_refused_is_not_tried() -> None:
+    report = probe.probe(around(model("classify_int8"), Recipe("classify", "", labels=("a", "b"))), [])
+    assert not report.ok
+    assert report.choice is None
+
+
+@pytest.fixture
+def child(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`child(script)`: the probe starts that in place of Python."""
+
+    def replace(script: str) -> None:
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\ncat >/dev/null\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr("agent.model.sandbox.probe.sys.executable", str(path))
+
+    return replace
+
+
+_PASSED = """echo '["x", [["load", true, "fine"]], 1]'"""
+
+
+def test_a_model_that_crashes_in_the_trial_is_refused(child: Any) -> None:
+    child(f"{_PASSED}; kill -SEGV $$")
+    report = probe.probe(around(model("classify_int8"), CLASSIFY), [])
+    assert [(name, ok) for name, ok, _ in report.checks] == [("load", True), ("trial", False)]
+    assert "SIGSEGV" in report.checks[1][2]
+
+
+def test_a_trial_that_runs_out_of_memory_refuses_no_model_that_passed_before(child: Any) -> None:
+    child(f"{_PASSED}; kill -KILL $$")
+    report = probe.probe(around(model("classify_int8"), CLASSIFY), [])
+    assert (report.ok, report.choice) == (True, None)
+
+
+def test_a_choice_is_told_in_words() -> None:
+    assert str(made(batch=1, threads=2, rows_per_s=1234.4)) == "one row at a time on 2 threads, 1,234 rows/s"
+    assert str(made(batch=32, threads=1)) == "batches of 32 on 1 thread, 2 rows/s"

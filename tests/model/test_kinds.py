@@ -1,0 +1,550 @@
+"""Every kind of bundle and type of tensor: packed from data, proved, and run on a device as on files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec.structs import replace
+from numpy.typing import NDArray
+
+from agent.authoring import pack
+from agent.datasets import training_data
+from agent.errors import BadBundle, ConfigError, UsageError
+from agent.model import activation
+from agent.model.activation import Active
+from agent.model.bundle import bundle, golden_vectors
+from agent.model.bundle.bundle import Bundle
+from agent.model.inference import scores
+from agent.model.inference.inference import Answers, Inference
+from agent.wire.keys import SigningKey
+from agent.wire.messages import Results
+from tests.kit.bundles import (
+    CENTRES,
+    EACH,
+    KEY,
+    LABELS,
+    SEVERAL,
+    VECTORS,
+    Recipe,
+    change_manifest,
+    packed,
+    readings,
+    write_csv,
+    write_spec,
+)
+from tests.kit.devices import STEP_US, T0, Device, columns, tiles
+
+Floats = NDArray[np.float32]
+BIAS = -np.square(CENTRES).sum(axis=1) / 2
+SOFTMAX = 'activation = "softmax"'
+# Type of the tensors → how far from exact sums its rounding may lead.
+ALLOWED = {"float32": 1e-5, "float16": 1e-5, "hybrid": 0.1, "int8": 0.5, "uint8": 0.5, "int16": 0.1}
+TYPES = tuple(ALLOWED)
+SUMS = {kind: Recipe("classify", f"sums_{kind}", labels=LABELS, output=SOFTMAX) for kind in TYPES}
+HELD = replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "held.csv"')
+BINARY = Recipe("classify", "one_sigmoid", labels=("off", "on"), output='activation = "sigmoid"\nthreshold = 0.9')
+CHOSEN = Recipe("classify", "each_label_and_sums", labels=LABELS, output=f'tensor = "sums"\n{SOFTMAX}')
+NAMED = Recipe("regress", "two_values", output='names = ["power", "total"]\nunits = ["W", "W"]')
+ANGLES = Recipe("embedding", "vectors_int8", output='distance = "cosine"')
+HISTORY = Recipe(
+    "classify",
+    "sums_float32",
+    fields=("a", "b"),
+    labels=LABELS,
+    output=SOFTMAX,
+    input="""max_gap_s = 0.5
+max_missing = 0.3
+derived = [
+  { name = "a usual", function = "mean", of = "a", rows = 20 },
+  { name = "b before", function = "lag", of = "b", rows = 5 },
+]""",
+)
+KINDS = {
+    **{f"sums of {kind}": recipe for kind, recipe in SUMS.items()},
+    "one sigmoid": BINARY,
+    "several labels": SEVERAL,
+    "one output of two": CHOSEN,
+    "named values": NAMED,
+    "vectors": VECTORS,
+    "angles": ANGLES,
+}
+
+
+Load = Callable[[Recipe], Active]
+
+
+@pytest.fixture(scope="module")
+def active(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """`active(recipe)` is its bundle, packed, verified, proved by its golden vectors and loaded, once."""
+    made: dict[Recipe, Active] = {}
+
+    def load(recipe: Recipe) -> Active:
+        if recipe not in made:
+            path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
+            made[recipe] = activation.activate(path, [KEY.public])
+        return made[recipe]
+
+    return load
+
+
+def rows_of(recipe: Recipe, n: int, seed: int = 3) -> Floats:
+    return readings(n, seed)[:, : len(recipe.fields)]
+
+
+def answered(found: Active, rows: Floats) -> Answers:
+    t = T0 + np.arange(len(rows), dtype=np.int64) * STEP_US
+    return Inference(found.bundle.manifest, found.model).run(rows, t, raw=True)
+
+
+def softmax(x: NDArray[Any]) -> NDArray[Any]:
+    p = np.exp(x - x.max(axis=1, keepdims=True))
+    return np.asarray(p / p.sum(axis=1, keepdims=True))
+
+
+def sigmoid(x: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
+# --- what each kind answers, against numpy ---
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(
+    active: Callable[[Recipe], Active], kind: str
+) -> None:
+    found, rows = active(SUMS[kind]), readings(200, seed=3)
+    assert golden_vectors.decode(found.bundle.files["golden.npz"]).expected.shape == (32, 3)
+    answers = answered(found, rows)
+    exact = rows @ CENTRES.T + BIAS
+    assert answers.outputs is not None
+    assert np.abs(answers.outputs - exact).max() < {"float32": 1e-5, "float16": 1e-5, "hybrid": 0.1, "int16": 0.1}.get(
+        kind, 0.5
+    )
+    assert answers.scores.label is not None
+    assert (answers.scores.label == exact.argmax(axis=1)).mean() > 0.98
+    np.testing.assert_allclose(np.asarray(answers.scores.score), softmax(answers.outputs).max(axis=1), atol=1e-6)
+
+
+def test_one_sigmoid_names_the_second_label_above_the_threshold_only(active: Load) -> None:
+    found, rows = active(BINARY), readings(200)
+    answers = answered(found, rows)
+    p = sigmoid(rows @ np.array([1, -1, 0, 0.5]))
+    said = p > 0.9
+    assert 0 < said.sum() < (p > 0.5).sum()
+    assert scores.texts(answers.scores, found.bundle.manifest) == [("off", "on")[int(on)] for on in said]
+    np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(said, p, 1 - p), atol=1e-5)
+
+
+def test_each_label_is_said_by_itself_and_its_probability_told(active: Load) -> None:
+    found, rows = active(SEVERAL), readings(200)
+    answers = answered(found, rows)
+    p = sigmoid(rows @ CENTRES.T + BIAS)
+    said = p > np.array([0.5, 0.2, 0.9])
+    texts = ["|".join(name for name, is_said in zip(EACH, row, strict=True) if is_said) or "-" for row in said]
+    assert {text.count("|") for text in texts} == {0, 1}
+    assert "-" in texts
+    assert scores.texts(answers.scores, found.bundle.manifest) == texts
+    assert list(answers.scores.more) == ["score_warm", "score_damp", "score_loud"]
+    for i, probability in enumerate(answers.scores.more.values()):
+        np.testing.assert_allclose(probability, np.maximum(p[:, i], 1e-6), atol=1e-5)
+    np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(said, p, 1 - p).prod(axis=1), atol=1e-5)
+
+
+def test_the_output_that_is_named_is_the_one_that_counts(active: Load) -> None:
+    rows = readings(50)
+    answers = answered(active(CHOSEN), rows)
+    np.testing.assert_allclose(np.asarray(answers.outputs), rows @ CENTRES.T + BIAS, atol=1e-4)
+
+
+def test_of_several_values_the_first_is_the_value_and_the_others_have_names(active: Load) -> None:
+    rows = readings(50)
+    found = answered(active(NAMED), rows).scores
+    np.testing.assert_allclose(np.asarray(found.value), rows @ [0.5, -1, 0.25, 2], atol=1e-5)
+    assert list(found.more) == ["value_total"]
+    np.testing.assert_allclose(found.more["value_total"], rows.sum(axis=1), atol=1e-5)
+
+
+def test_an_embedding_is_its_distance_from_what_is_normal_and_far_is_an_anomaly(
+    active: Callable[[Recipe], Active],
+) -> None:
+    found = active(VECTORS)
+    output = found.bundle.manifest.output
+    usual = readings(1600)
+    vectors = np.stack([usual[:, 0] + usual[:, 2], usual[:, 1] + usual[:, 3]], axis=1)
+    assert output.centroid == pytest.approx(vectors.mean(axis=0), abs=1e-4)
+    away = np.sqrt(np.square(vectors - vectors.mean(axis=0)).sum(axis=1))
+    assert output.threshold == pytest.approx(np.quantile(away, 0.9), rel=0.01)
+    answers = answered(found, np.array([usual.mean(axis=0), [50, 0, 0, 0]], np.float32))
+    assert scores.texts(answers.scores, found.bundle.manifest) == ["normal", "anomaly"]
+    assert answers.scores.more == {}
+
+
+def test_of_a_cosine_distance_only_the_direction_counts(active: Load) -> None:
+    rows = np.array([[1, 1, 0, 0], [3, 3, 0, 0], [-1, -1, 0, 0]], np.float32)
+    value = answered(active(ANGLES), rows).scores.value
+    assert value is not None
+    assert value[0] == pytest.approx(value[1], abs=0.05)
+    assert value[0] + value[2] == pytest.approx(2, abs=0.05)
+
+
+# --- the device ---
+
+
+@pytest.fixture
+def device(tmp_path: Path, active: Load) -> Any:
+    made: list[Device] = []
+
+    def new(recipe: Recipe, **options: Any) -> Device:
+        made.append(Device(tmp_path / str(len(made)), recipe, active(recipe), **options))
+        return made[-1]
+
+    yield new
+    for one in made:
+        one.store.close()
+
+
+def raw_columns(device: Device) -> dict[str, list[Any]]:
+    """All results' columns as any JSON reader sees them."""
+    joined: dict[str, list[Any]] = {}
+    for message in device.messages():
+        if not isinstance(message.body, Results):
+            continue
+        body = json.loads(message.payload)
+        for name, values in body["columns"].items():
+            joined.setdefault(name, []).extend(values)
+        if "missing" not in body["columns"]:
+            joined.setdefault("missing", []).extend([0.0] * len(body["columns"]["row"]))
+    return joined
+
+
+@pytest.mark.parametrize("recipe", KINDS.values(), ids=KINDS)
+def test_a_device_says_of_its_rows_what_files_say(device: Any, recipe: Recipe) -> None:
+    one: Device = device(recipe)
+    rows = readings(700, seed=8)
+    for part in np.array_split(rows, 7):
+        one.feed(part)
+    one.run_all()
+    found = answered(one.active, rows).scores
+    assert tiles(one.results()) == (1, 700)
+    said = raw_columns(one)
+    assert said["row"] == list(range(1, 701))
+    assert said.get("label") == scores.texts(found, one.active.bundle.manifest)
+    for name, values in {"score": found.score, "value": found.value, **found.more}.items():
+        if values is not None:
+            assert said[name] == pytest.approx(values, rel=1e-4, abs=1e-4)
+    assert set(said) - {"row", "t", "label", "score", "value", "missing"} == set(found.more)
+
+
+def test_messages_of_many_columns_stay_within_the_brokers_limit(device: Any) -> None:
+    one: Device = device(SEVERAL, max_bytes=6_000)
+    one.feed(readings(300))
+    one.run_all()
+    assert all(len(message.payload) <= 6_000 for message in one.messages())
+    assert len(raw_columns(one)["score_loud"]) == 300
+
+
+def history_device(device: Any, parts: list[Floats]) -> Device:
+    one: Device = device(HISTORY)
+    for part in parts:
+        one.feed(part)
+        while one.run() is not None:
+            pass
+    return one
+
+
+def test_features_of_earlier_rows_are_the_same_whatever_batches_they_came_in(device: Any) -> None:
+    rows = rows_of(HISTORY, 300)
+    rows[40:55] = np.nan
+    whole = history_device(device, [rows])
+    pieces = history_device(device, np.split(rows, [1, 3, 40, 41, 50, 120, 123, 299]))
+    assert raw_columns(pieces) == raw_columns(whole)
+    expected = answered(whole.active, rows)
+    assert raw_columns(whole)["score"] == np.round(np.asarray(expected.scores.score), 4).tolist()
+
+
+def test_a_result_of_partly_missing_input_says_so_and_one_of_whole_input_does_not(device: Any) -> None:
+    rows = rows_of(HISTORY, 100)
+    rows[60:62, 1] = np.nan
+    rows[61, 0] = np.nan
+    one = history_device(device, [rows[:50], rows[50:]])
+    first, second = one.results()
+    # Of the first five rows there is neither half of twenty nor a row five before.
+    assert first.columns.missing == [0.5] * 5 + [0.0] * 45
+    assert first.incomplete == 5
+    assert second.columns.missing is not None
+    assert second.columns.missing[10:13] == [0.0, 0.5, 0.0]
+    assert second.incomplete == 1
+    later = history_device(device, [rows[:50], rows[10:50]])
+    assert later.results()[1].columns.missing is None
+    assert "incomplete" not in json.loads(later.messages()[-1].payload)
+
+
+def test_history_that_was_deleted_counts_as_missing(device: Any) -> None:
+    one: Device = device(HISTORY)
+    rows = rows_of(HISTORY, 100)
+    one.feed(rows[:50])
+    one.run_all()
+    with one.store.transaction() as tx:
+        tx.trim("watch", 50, T0 + 10**12, 1)
+    one.feed(rows[50:])
+    one.run_all()
+    told = one.results()[-1].columns
+    assert told.missing is not None
+    assert told.score is not None
+    assert told.missing[:10] == [0.5] * 5 + [0.0] * 5
+    fresh = answered(one.active, rows[50:])
+    assert told.score == np.round(np.asarray(fresh.scores.score), 4).tolist()
+
+
+def test_history_reaches_over_a_restart_but_not_over_a_pause(device: Any) -> None:
+    rows = rows_of(HISTORY, 60)
+    one: Device = device(HISTORY)
+    one.feed(rows[:30])
+    one.run_all()
+    one.restart()
+    one.feed(rows[30:50])
+    one.run_all()
+    one.feed(rows[50:], pause_s=0.6)
+    one.run_all()
+    expected = answered(one.active, rows[:50])
+    said = columns(one.results())
+    assert said["score"][:50] == np.round(np.asarray(expected.scores.score), 4).tolist()
+    assert one.results()[-1].columns.missing == [0.5] * 5 + [0.0] * 5
+
+
+# --- thresholds and calibration, from data ---
+
+
+def test_a_threshold_is_learned_from_held_out_windows_that_are_normal(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, replace(VECTORS, output='calibrate = "quiet.csv"\nquantile = 0.95'))
+    rows = readings(400, seed=4)
+    rows[::10] += 100
+    text = write_csv(tmp_path / "plain.csv", VECTORS.fields, rows).read_text().splitlines()
+    labelled = [f"{line},{'anomaly' if i % 10 == 0 else 'normal'}" for i, line in enumerate(text[1:])]
+    (tmp_path / "quiet.csv").write_text("\n".join([f"{text[0]},label", *labelled]) + "\n")
+    made = pack.pack(spec, KEY)
+    assert any("of 360 normal windows are not above it" in note for note in made.notes)
+    assert json.loads(made.files["manifest.json"])["output"]["threshold"] < 10
+
+
+def test_an_embedding_without_data_of_what_is_normal_is_refused(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, VECTORS)
+    spec.write_text(spec.read_text().replace('reference = "reference.csv"', ""))
+    with pytest.raises(ConfigError, match="an embedding needs data of what is normal"):
+        pack.pack(spec, KEY)
+
+
+def labelled_rows(path: Path, n: int, label: Callable[[Floats], list[str]], seed: int = 6) -> None:
+    rows = readings(n, seed)
+    text = write_csv(path, ("a", "b", "c", "d"), rows).read_text().splitlines()
+    lines = [f"{line},{name}" for line, name in zip(text[1:], label(rows), strict=True)]
+    path.write_text("\n".join([f"{text[0]},label", *lines]) + "\n")
+
+
+def of_softer_model(rows: Floats) -> list[str]:
+    """Labels drawn from probabilities at temperature 4: the model is far too sure."""
+    random = np.random.default_rng(0)
+    p = softmax((rows @ CENTRES.T + BIAS) / 4)
+    return [LABELS[random.choice(3, p=one)] for one in p]
+
+
+@pytest.mark.parametrize("how", ["temperature", "isotonic"])
+def test_scores_of_a_model_that_is_too_sure_are_calibrated_on_held_out_labels(tmp_path: Path, how: str) -> None:
+    output = f'{SOFTMAX}\ncalibrate = "held.csv"\ncalibration = "{how}"'
+    spec = write_spec(tmp_path, replace(SUMS["float32"], output=output))
+    labelled_rows(tmp_path / "held.csv", 3000, of_softer_model)
+    made = pack.pack(spec, KEY)
+    (note,) = made.notes
+    told = re.search(r"ECE (\S+) before, (\S+) after", note)
+    assert told is not None
+    before, after = map(float, told.groups())
+    assert before > 0.15
+    assert after < 0.05
+    head = json.loads(made.files["manifest.json"])
+    if how == "temperature":
+        assert head["output"]["temperature"] == pytest.approx(4, rel=0.1)
+        assert head["format"] == 1
+    else:
+        assert head["format"] == 2
+        assert head["output"]["isotonic"]["right"] == sorted(head["output"]["isotonic"]["right"])
+    pack.write(made, tmp_path / "out")
+    activation.activate(tmp_path / "out", [KEY.public])
+
+
+def test_scores_that_are_right_already_stay_as_they_are(tmp_path: Path) -> None:
+    def drawn(rows: Floats) -> list[str]:
+        random = np.random.default_rng(1)
+        return [LABELS[random.choice(3, p=one)] for one in softmax(rows @ CENTRES.T + BIAS)]
+
+    spec = write_spec(
+        tmp_path, replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "held.csv"\ncalibration = "isotonic"')
+    )
+    labelled_rows(tmp_path / "held.csv", 300, drawn)
+    made = pack.pack(spec, KEY)
+    assert any("does not help" in warning for warning in made.warnings)
+    assert "isotonic" not in json.loads(made.files["manifest.json"])["output"]
+
+
+def test_labels_of_a_model_that_says_several_calibrate_it_too(tmp_path: Path) -> None:
+    def drawn(rows: Floats) -> list[str]:
+        said = np.random.default_rng(2).random((len(rows), 3)) < sigmoid((rows @ CENTRES.T + BIAS) / 3)
+        return ["|".join(name for name, yes in zip(EACH, row, strict=True) if yes) or "-" for row in said]
+
+    spec = write_spec(tmp_path, replace(SEVERAL, output='multi_label = true\ncalibrate = "held.csv"'))
+    labelled_rows(tmp_path / "held.csv", 2000, drawn)
+    head = json.loads(pack.pack(spec, KEY).files["manifest.json"])
+    assert 1.5 < head["output"]["temperature"] < 5
+
+
+def test_windows_without_a_label_are_left_out_and_counted(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, HELD)
+    labelled_rows(tmp_path / "held.csv", 1000, lambda rows: [*of_softer_model(rows[:900]), *[""] * 100])
+    made = pack.pack(spec, KEY)
+    assert "left out 100 of 1000 windows of held.csv: their label is not known" in made.notes
+
+
+@pytest.mark.parametrize(
+    ("write", "why"),
+    [
+        (lambda p: labelled_rows(p, 300, lambda rows: ["rest"] * len(rows)), "only one class, 'rest', is in it"),
+        (lambda p: labelled_rows(p, 30, of_softer_model), "30 labelled results; at least 40 are needed"),
+        (lambda p: labelled_rows(p, 300, lambda rows: ["up"] * len(rows)), "'up' is no label of this model"),
+        (lambda p: write_csv(p, ("a", "b", "c", "d"), readings(50)), "no column label in it"),
+        (lambda p: write_csv(p, ("a", "b", "c"), readings(50)[:, :3]), "no column d; there is t, a, b, c"),
+        (lambda p: p.write_text(""), "the file is empty"),
+        (lambda p: p.write_text("a,b,c,d,label\n"), "0 labelled results"),
+        (lambda p: None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_data_that_cannot_calibrate_are_refused_in_one_sentence(
+    tmp_path: Path, write: Callable[[Path], Any], why: str
+) -> None:
+    spec = write_spec(tmp_path, HELD)
+    write(tmp_path / "held.csv")
+    with pytest.raises(ConfigError) as problem:
+        pack.pack(spec, KEY)
+    assert why in str(problem.value)
+    assert "output.calibrate" in str(problem.value)
+    assert "\n" not in str(problem.value)
+
+
+def test_the_references_own_data_do_not_calibrate(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, replace(SUMS["float32"], output=f'{SOFTMAX}\ncalibrate = "reference.csv"'))
+    with pytest.raises(ConfigError, match="calibrate on data that was held out from training"):
+        pack.pack(spec, KEY)
+
+
+# --- the SPEC, the manifest and its format ---
+
+
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        (replace(SEVERAL, labels=("a|b", "c", "d")), "holds '|', which stands between labels"),
+        (replace(SEVERAL, labels=("a", "b"), output="multi_label = true"), "3 outputs, the manifest names 2 labels"),
+        (replace(SEVERAL, output=f"multi_label = true\n{SOFTMAX}"), "gives one label"),
+        (replace(SEVERAL, output="thresholds = [0.1, 0.2, 0.3]"), "thresholds are for multi_label"),
+        (replace(SEVERAL, output="multi_label = true\nthresholds = [0.1]"), "thresholds has 1 entries for 3 labels"),
+        (replace(NAMED, output=""), "2 outputs, kind regress reports one value; name each output in [output] names"),
+        (replace(NAMED, output='names = ["a", "a"]'), "a value is named twice"),
+        (
+            replace(CHOSEN, output=""),
+            "2 outputs; name the one to use with [output] tensor, of 0: 'each' [1, 3]",
+        ),
+        (replace(CHOSEN, output='tensor = "none"'), "no output 'none'"),
+        (replace(CHOSEN, output="tensor = 2"), "no output 2"),
+        (replace(HISTORY, input="scaling = 'window'"), "scaling by the window needs a window"),
+        (replace(HISTORY, input=""), "the model takes 4 values [4], the manifest's input gives 1 rows x 2 fields"),
+        (replace(SUMS["int8"], input="std = [1.0, nan, 1.0, 1.0]"), "std"),
+    ],
+)
+def test_a_spec_that_does_not_fit_its_model_is_refused_in_one_sentence(
+    tmp_path: Path, recipe: Recipe, why: str
+) -> None:
+    with pytest.raises((ConfigError, BadBundle)) as problem:
+        pack.pack(write_spec(tmp_path, recipe), KEY)
+    assert why in str(problem.value)
+    assert "\n" not in str(problem.value)
+
+
+def test_only_what_an_older_agent_could_not_honour_makes_a_bundle_of_format_2(
+    active: Callable[[Recipe], Active],
+) -> None:
+    formats = {name: active(recipe).bundle.manifest.format for name, recipe in KINDS.items()}
+    assert {name for name, made in formats.items() if made == 1} == {f"sums of {kind}" for kind in TYPES}
+    assert active(HISTORY).bundle.manifest.input.definition == 1
+
+
+def test_a_newer_member_in_a_manifest_of_format_1_is_refused(tmp_path: Path) -> None:
+    folder = packed(tmp_path, SEVERAL)
+    change_manifest(folder, lambda head: head.update(format=1))
+    with pytest.raises(BadBundle, match="format 2"):
+        bundle.read(folder, [KEY.public])
+
+
+def reread(path: Path, key: SigningKey) -> Bundle:
+    return bundle.read(path, [key.public])
+
+
+def test_numbered_fields_stand_for_a_list_of_them(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, replace(SUMS["float32"], fields=("x0", "x1", "x2", "x3")))
+    spec.write_text(spec.read_text().replace('["x0", "x1", "x2", "x3"]', '{ prefix = "x", count = 4 }'))
+    pack.write(pack.pack(spec, KEY), tmp_path / "out")
+    assert reread(tmp_path / "out", KEY).manifest.input.fields == ["x0", "x1", "x2", "x3"]
+
+
+# --- data ---
+
+
+def test_parquet_says_what_csv_says(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    labelled_rows(tmp_path / "d.csv", 50, of_softer_model)
+    from pyarrow import csv
+
+    table = csv.read_csv(tmp_path / "d.csv")
+    parquet.write_table(table, tmp_path / "d.parquet")
+    stamps = arrow.array((np.asarray(table["t"]) * 1e6).astype(np.int64), arrow.timestamp("us"))
+    parquet.write_table(table.set_column(0, "t", stamps), tmp_path / "stamps.parquet")
+    spec = bundle.read(packed(tmp_path / "b", SUMS["float32"]), None).manifest
+    one, *others = (
+        training_data.read(tmp_path / name, spec.input, training_data.labels_of(spec))
+        for name in ("d.csv", "d.parquet", "stamps.parquet")
+    )
+    for other in others:
+        np.testing.assert_array_equal(one.features, other.features)
+        np.testing.assert_array_equal(one.t, other.t)
+        np.testing.assert_array_equal(np.asarray(one.label), np.asarray(other.label))
+
+
+@pytest.mark.parametrize("damage", ["a text column", "no column", "no parquet", "no rows"])
+def test_parquet_that_does_not_fit_is_refused_in_one_sentence(tmp_path: Path, damage: str) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, spec = tmp_path / "d.parquet", write_spec(tmp_path, SUMS["float32"])
+    columns: dict[str, Any] = {name: [1.0, 2.0] for name in "abcd"}
+    if damage == "no parquet":
+        path.write_bytes(b"PAR1, or so it says")
+    else:
+        if damage == "a text column":
+            columns["b"] = ["one", "two"]
+        if damage == "no column":
+            del columns["b"]
+        if damage == "no rows":
+            columns = {name: arrow.array([], arrow.float32()) for name in "abcd"}
+        parquet.write_table(arrow.table(columns), path)
+    spec.write_text(spec.read_text().replace("golden.csv", "d.parquet"))
+    why = {
+        "a text column": "column b holds string, not numbers",
+        "no column": "no column b; there is a, c, d",
+        "no parquet": "no Parquet that can be read",
+        "no rows": "no rows in it, so nothing to run the model on",
+    }[damage]
+    with pytest.raises(UsageError) as problem:
+        pack.pack(spec, KEY)
+    assert why in str(problem.value)
+    assert "\n" not in str(problem.value)

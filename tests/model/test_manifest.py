@@ -1,0 +1,169 @@
+"""`manifest.json`: what makes no sense is refused even when it is signed, and nothing but BadBundle is raised."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.errors import BadBundle
+from agent.model.bundle import builtin, bundle, manifest
+from agent.model.bundle.bundle import Bundle
+from tests.kit.bundles import KEY, change_manifest, packed, resign
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A bundle folder to spoil."""
+    return Path(shutil.copytree(original, tmp_path / "bundle"))
+
+
+def read(path: Path) -> Bundle:
+    return bundle.read(path, [KEY.public])
+
+
+def refused(path: Path) -> str:
+    """Why; and what the reason says begins with the path."""
+    with pytest.raises(BadBundle) as problem:
+        read(path)
+    assert str(problem.value).startswith(f"{path}: ")
+    return str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("format", 3, "format 3, this agent reads formats 1 to 2; update the agent"),
+        ("name", "../../etc", "must be 1-64 of a-z"),
+        ("name", "Übung", "must be 1-64 of a-z"),
+        ("version", "", "version"),
+        ("kind", "guess", "kind"),
+        ("input", {"fields": []}, "input.fields"),
+        ("input", {"fields": ["a", "a"]}, "a field is named twice"),
+        ("input", {"fields": ["a"], "mean": [1, 2]}, "mean has 2 entries for 1 fields"),
+        ("input", {"fields": ["a"], "std": [0]}, "every std must be above 0"),
+        ("input", {"fields": ["a"], "window": {"rows": 10, "step": 11}}, "step 11 above rows 10"),
+        ("input", {"fields": ["a"], "window": {"rows": 0, "step": 1}}, "rows"),
+        ("input", {"fields": ["a"], "window": {"rows": 1, "step": 1, "max_gap_s": 0}}, "max_gap_s"),
+        ("output", {"labels": ["one"]}, "needs at least two output.labels"),
+        ("output", {"labels": ["one", "one"]}, "a label is named twice"),
+        ("output", {"labels": ["one", ""]}, "output.labels"),
+        ("output", {"labels": ["one", "x" * 257]}, "output.labels"),
+        ("output", {"labels": ["one", "two"], "temperature": 0}, "temperature"),
+        ("output", {"labels": ["one", "two"], "activation": "relu"}, "activation"),
+        ("limits", {"memory_mib": 10**9}, "memory_mib"),
+        ("limits", {"seconds": 0}, "seconds"),
+        ("drift", {"window": 1}, "drift.window"),
+        ("files", {"model.tflite": "md5:00"}, "files"),
+        ("surprise", 1, "surprise"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_refused_even_when_signed(
+    folder: Path, key: str, value: Any, why: str
+) -> None:
+    change_manifest(folder, lambda head: head.update({key: value}))
+    assert why in refused(folder)
+
+
+@pytest.mark.parametrize("member", ["format", "name", "version", "created", "kind", "input", "output", "files"])
+def test_a_manifest_without_a_needed_member_is_refused(folder: Path, member: str) -> None:
+    change_manifest(folder, lambda head: head.pop(member))
+    assert member in refused(folder)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["fields", "rows", "step", "labels", "std", "window"]), inner, max_size=4)
+    ),
+    max_leaves=10,
+)
+GOOD: dict[str, Any] = {
+    "format": 1,
+    "name": "tiny",
+    "version": "1",
+    "created": "",
+    "kind": "regress",
+    "input": {"fields": ["a"]},
+    "output": {},
+    "files": {},
+}
+
+
+@given(st.dictionaries(st.sampled_from([*GOOD, "drift", "limits", "more"]), JSON, max_size=4))
+def test_any_manifest_is_read_or_refused(change: dict[str, Any]) -> None:
+    data = json.dumps(GOOD | change).encode()
+    try:
+        outcome = f"format {manifest.decode(data).format}"
+    except BadBundle as problem:
+        outcome = str(problem)[:13]
+    assert outcome in ("format 1", "manifest.json")
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_for_a_manifest_are_refused(data: bytes) -> None:
+    with pytest.raises(BadBundle, match=r"manifest\.json"):
+        manifest.decode(data)
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"name":' * 50_000, b"\xff\xfe{}", b"nul", b"1e999"])
+def test_manifests_that_are_meant_to_hurt_are_refused(data: bytes) -> None:
+    with pytest.raises(BadBundle, match=r"manifest\.json"):
+        manifest.decode(data)
+
+
+def test_a_manifest_has_one_spelling() -> None:
+    once = manifest.encode(manifest.decode(json.dumps(GOOD).encode()))
+    assert manifest.encode(manifest.decode(once)) == once
+    assert once.endswith(b"}\n")
+    assert list(json.loads(once)) == sorted(json.loads(once))
+
+
+def test_a_manifest_that_two_readers_read_differently_is_refused_even_when_signed(folder: Path) -> None:
+    path = folder / "manifest.json"
+    text = path.read_text()
+    for twice in ('"version": "9.9.9",\n', '"files": {},\n'):
+        path.write_text(text.replace("{\n", "{\n  " + twice, 1))
+        resign(folder)
+        assert "is there twice in one object" in refused(folder)
+    path.write_text(text.replace('"fields": [', '"fields": ["x"], "fields": [', 1))
+    resign(folder)
+    assert "key 'fields' is there twice" in refused(folder)
+
+
+def test_drift_options_are_left_out_of_a_manifest_that_does_not_use_them() -> None:
+    plain = manifest.DriftWindow(window=20)
+    assert msgspec.to_builtins(plain) == {"window": 20}
+    asked = msgspec.convert({"window": 20, "min_count": 10, "strata": "hour"}, manifest.DriftWindow)
+    assert (asked.min_count, asked.strata) == (10, "hour")
+    for wrong in ({"min_count": 1}, {"strata": "month"}, {"mode": ""}):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(wrong, manifest.DriftWindow)
+
+
+def test_a_manifest_of_format_1_is_written_again_to_the_byte() -> None:
+    head = (builtin.bundles() / "exercise" / "manifest.json").read_bytes()
+    assert manifest.encode(manifest.decode(head)) == head
+    assert b'"format": 1' in head
+
+
+def test_a_member_of_format_2_that_is_not_set_is_left_out() -> None:
+    head = (builtin.bundles() / "exercise" / "manifest.json").read_bytes()
+    found = manifest.decode(head)
+    newer = msgspec.structs.replace(found, format=2, output=msgspec.structs.replace(found.output, multi_label=True))
+    written = json.loads(manifest.encode(newer))
+    assert written["output"].keys() - json.loads(head)["output"].keys() == {"multi_label"}
+    assert written["input"] == json.loads(head)["input"]
+    assert manifest.decode(manifest.encode(newer)) == newer

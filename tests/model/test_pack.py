@@ -1,0 +1,296 @@
+"""`outstation model …`: bundles made from a SPEC, signed and checked; every mistake named with file, key and fix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.authoring import pack
+from agent.drift.baseline.reference import Reference
+from agent.errors import BadBundle, ConfigError, OutstationError, UsageError
+from agent.model.bundle import bundle, golden_vectors
+from agent.model.inference.runtime import NAME
+from tests.kit.bundles import ANOMALY, KEY, RECIPES, Recipe, change, model, npz, packed, readings, waves, write_spec
+
+# --- packing ---
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_bundle_is_packed_from_csv_for_every_kind(tmp_path: Path, recipe: Recipe) -> None:
+    found = bundle.read(packed(tmp_path, recipe), [KEY.public])
+    assert found.manifest.kind == recipe.kind
+    assert found.manifest.input.fields == list(recipe.fields)
+    assert found.files["model.tflite"] == model(recipe.model)
+    assert set(found.files) == {
+        *("manifest.json", "manifest.jws", "model.tflite", "reference.json", "golden.npz"),
+        *("MODEL_CARD.md", "DATA_CARD.md"),
+    }
+    vectors = golden_vectors.decode(found.files["golden.npz"])
+    assert vectors.inputs.shape == ((32, 8, 2) if recipe is ANOMALY else (32, 4))
+    assert vectors.runtime == NAME
+    reference = Reference.from_json(found.files["reference.json"])
+    assert reference.labels == recipe.labels
+    assert reference.drift_windows >= 39
+
+
+def test_a_bundle_is_packed_from_recordings(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, ANOMALY)
+    rows, starts = waves(3200), [0, 1000, 1003, 3200]
+    (tmp_path / "reference.npz").write_bytes(
+        npz(rows=np.round(rows / 0.01), fields=["v", "u"], scale=0.01, starts=starts, rate=100.0)
+    )
+    np.savez(tmp_path / "golden.npz", windows=rows[:320].reshape(40, 8, 2))
+    change(spec, "reference.csv", "reference.npz")
+    change(spec, "golden.csv", "golden.npz")
+    made = pack.pack(spec, KEY)
+    vectors = golden_vectors.decode(made.files["golden.npz"])
+    np.testing.assert_array_equal(vectors.inputs, rows[:320].reshape(40, 8, 2))
+    reference = Reference.from_json(made.files["reference.json"])
+    # Windows of 8 rows, 4 apart, none across the short recording in the middle.
+    assert reference.drift_windows == (249 + 548) // 10
+    assert reference.mean == pytest.approx(rows[:, ::-1].mean(axis=0), abs=0.1)
+
+
+def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    one, other = (pack.pack(write_spec(folder(tmp_path, name)), KEY) for name in ("a", "b"))
+    assert one.files == other.files
+    assert one.digest == other.digest
+    pack.write(one, tmp_path / "a.zip")
+    pack.write(other, tmp_path / "b.zip")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+
+
+def folder(parent: Path, name: str) -> Path:
+    (parent / name).mkdir()
+    return parent / name
+
+
+def test_without_a_time_the_bundle_says_when_it_was_packed(tmp_path: Path) -> None:
+    made = pack.pack(change(write_spec(tmp_path), 'created = "2026-11-24T00:00:00Z"', ""), KEY)
+    created = json.loads(made.files["manifest.json"])["created"]
+    assert created.endswith("Z")
+    assert created > "2026"
+
+
+def test_a_scale_is_the_std_of_every_field(tmp_path: Path) -> None:
+    spec = change(write_spec(tmp_path), "[input]", "[input]\nscale = 0.5\nmean = [1, 2, 3, 4]")
+    made = pack.pack(spec, KEY)
+    said = json.loads(made.files["manifest.json"])["input"]
+    assert (said["mean"], said["std"]) == ([1, 2, 3, 4], [2, 2, 2, 2])
+    first = golden_vectors.decode(made.files["golden.npz"]).inputs[0]
+    np.testing.assert_allclose(first, (readings(400, seed=1)[0] - [1, 2, 3, 4]) * 0.5, atol=1e-5)
+
+
+def test_golden_data_are_spread_over_what_is_given_and_few_are_enough(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path)
+    lines = (tmp_path / "golden.csv").read_text().splitlines()
+    (tmp_path / "golden.csv").write_text("\n".join(lines[:4]))
+    vectors = golden_vectors.decode(pack.pack(spec, KEY).files["golden.npz"])
+    np.testing.assert_allclose(vectors.inputs, readings(400, seed=1)[:3], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lines", "warning"),
+    [
+        (['reference = "reference.csv"'], "no reference data: devices will not watch this model for drift"),
+        (['golden = "golden.csv"'], "no golden data: a device cannot tell whether its CPU computes what yours does"),
+        (['card = { model = "CARD.md", data = "DATA.md" }'], "no data card ([card] data)"),
+        ([', data = "DATA.md"'], "no data card ([card] data)"),
+    ],
+)
+def test_what_a_bundle_lacks_is_a_warning(tmp_path: Path, lines: list[str], warning: str) -> None:
+    spec = write_spec(tmp_path)
+    for line in lines:
+        change(spec, line, "")
+    made = pack.pack(spec, KEY)
+    assert any(w.startswith(warning) for w in made.warnings)
+    pack.write(made, tmp_path / "out")
+    assert bundle.read(tmp_path / "out", [KEY.public]).digest == made.digest
+
+
+def test_a_bundle_that_lacks_nothing_has_no_warnings_and_an_unsigned_one_says_so(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path)
+    assert pack.pack(spec, KEY).warnings == []
+    assert pack.pack(spec, None).warnings == ["not signed (--key): devices refuse it until `outstation model sign`"]
+
+
+def test_few_reference_data_are_a_warning_and_very_few_a_mistake(tmp_path: Path) -> None:
+    few = pack.pack(write_spec(folder(tmp_path, "few"), reference_rows=600), KEY)
+    assert few.warnings == ["only 30 drift windows: alarms are less reliable than with 40"]
+    spec = write_spec(folder(tmp_path, "fewer"), reference_rows=200)
+    assert mistake(spec) == (
+        f"{spec}: reference: no drift reference: 10 drift windows, and fewer than 20 tell nothing; add data"
+    )
+
+
+def test_a_card_may_be_one_path(tmp_path: Path) -> None:
+    spec = change(write_spec(tmp_path), 'card = { model = "CARD.md", data = "DATA.md" }', 'card = "CARD.md"')
+    assert pack.pack(spec, KEY).files["MODEL_CARD.md"] == b"# A tiny model\n"
+
+
+def test_a_score_table_replaces_what_the_reference_knows_of_scores(tmp_path: Path) -> None:
+    spec = change(write_spec(tmp_path), "[output]", '[output]\nscore_table = "scores.json"')
+    table = {"edges": np.linspace(0, 1, 33).tolist(), "count": [10] * 32, "correct": list(range(10)) + [9] * 22}
+    (tmp_path / "scores.json").write_text(json.dumps(table))
+    reference = Reference.from_json(pack.pack(spec, KEY).files["reference.json"])
+    assert reference.score_correct is not None
+    assert reference.score_correct.tolist() == table["correct"]
+    assert len(reference.score_edges) == 31
+
+
+@pytest.mark.parametrize("table", ["", "[]", '{"edges": [], "count": [1], "correct": [1]}'])
+def test_a_score_table_that_is_none_is_refused(tmp_path: Path, table: str) -> None:
+    spec = change(write_spec(tmp_path), "[output]", '[output]\nscore_table = "scores.json"')
+    (tmp_path / "scores.json").write_text(table)
+    assert f"{spec}: output.score_table: {tmp_path / 'scores.json'}: no score table" in mistake(spec)
+
+
+# --- mistakes in a SPEC ---
+
+
+def mistake(spec: Path, kind: type[OutstationError] = ConfigError) -> str:
+    with pytest.raises(kind) as problem:
+        pack.pack(spec, KEY)
+    return str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('name = "tiny"', "", "name: this key is required; add it"),
+        ('name = "tiny"', 'name = "Tiny One"', "name: name 'Tiny One' must be 1-64 of a-z 0-9 . _ -"),
+        ('kind = "classify"', 'kind = "classification"', "kind: "),
+        ("golden =", "goldn =", "goldn: unknown key; did you mean 'golden'?"),
+        ("[drift]", "[drfit]", "drfit: unknown key; did you mean 'drift'?"),
+        ("[drift]", "[drift]\nwindows = 3", "drift.windows: unknown key; did you mean 'window'?"),
+        ('["left", "right", "rest"]', "[]", "labels: a classifier needs at least two output.labels"),
+        ('["left", "right", "rest"]', '["a", "a", "b"]', "labels: a label is named twice"),
+        ('["left", "right", "rest"]', '["a", "b", ""]', "labels: Expected `str` of length >= 1"),
+        ('["left", "right", "rest"]', '["a", "b", 3]', "expected `str`, got `int`"),
+        ("[input]", "[input]\nmean = [1, 2]", "input: mean has 2 entries for 4 fields"),
+        ("[input]", "[input]\nunits = ['g']", "input: units has 1 entries for 4 fields"),
+        ("[input]", "[input]\nstd = [1, 1, 1, -1]", "input: every std must be above 0"),
+        ("[input]", "[input]\nscale = 0", "input.scale: "),
+        ("[input]", "[input]\nscale = 2\nstd = [1, 1, 1, 1]", "input.scale: scale and std say the same; give one"),
+        ("[input]", "[input]\nwindow = { rows = 4, step = 5 }", "input.window: step 5 above rows 4"),
+        ("[input]", "[input]\nwindow = { rows = 4 }", "input.window.step: this key is required; add it"),
+        ("[output]", '[output]\nactivation = "relu"', "output.activation: "),
+        ("[output]", "[output]\ntemperature = 0", "output.temperature: "),
+        ("memory_mib = 512", "memory_mib = 1", "limits.memory_mib: "),
+        ('model = "model.tflite"', 'model = "no.tflite"', "no.tflite: No such file or directory; give a path relative"),
+        ('model = "CARD.md"', 'model = "NO.md"', "NO.md: No such file or directory; give a path relative to this file"),
+        ('golden = "golden.csv"', 'golden = "no.csv"', "no.csv: cannot be read: No such file or directory"),
+        ('golden = "golden.csv"', 'golden = "no.npz"', "no.npz: cannot be read: No such file or directory"),
+        ('reference = "reference.csv"', 'reference = "CARD.md"', "CARD.md: not data for fields a, b, c, d"),
+        ('reference = "reference.csv"', 'reference = "."', "cannot be read: Is a directory"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_spec_is_named_with_its_key(tmp_path: Path, old: str, new: str, said: str) -> None:
+    spec = change(write_spec(tmp_path), old, new)
+    told = mistake(spec)
+    assert told.startswith(f"{spec}: ")
+    assert said in told
+
+
+def test_a_spec_that_is_not_there_or_no_toml_is_said_in_one_line(tmp_path: Path) -> None:
+    assert "no such file; SPEC is the TOML file that describes the bundle" in mistake(tmp_path / "bundle.toml")
+    assert "no such file" in mistake(tmp_path)
+    (tmp_path / "bundle.toml").write_text("name = tiny")
+    assert "not valid TOML" in mistake(tmp_path / "bundle.toml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"d"]', '"d", "e"]', "shapes: the model takes 4 values [4], the manifest's input gives 1 rows x 5 fields = 5"),
+        ("[input]", "[input]\nwindow = { rows = 2, step = 2 }", "shapes: the model takes 4 values [4]"),
+        ('"left", ', "", "shapes: the model gives 3 outputs, the manifest names 2 labels; name each class"),
+        ('kind = "classify"', 'kind = "regress"', "shapes: the model gives 3 outputs, kind regress reports one value"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_spec_is_refused(tmp_path: Path, old: str, new: str, said: str) -> None:
+    told = mistake(change(write_spec(tmp_path), old, new), BadBundle)
+    assert told.startswith(f"{tmp_path / 'model.tflite'}: {said}")
+
+
+@pytest.mark.parametrize("name", ["stateful", "flex", "two_inputs", "no_rows"])
+def test_a_model_that_cannot_be_run_is_not_packed(tmp_path: Path, name: str) -> None:
+    spec = write_spec(tmp_path)
+    (tmp_path / "model.tflite").write_bytes(model(name))
+    assert mistake(spec, BadBundle).startswith(f"{tmp_path / 'model.tflite'}: load: ")
+
+
+def test_a_damaged_model_does_not_end_the_packer(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path)
+    (tmp_path / "model.tflite").write_bytes(model("classify_int8")[:800])
+    assert mistake(spec, BadBundle).startswith(f"{tmp_path / 'model.tflite'}: load: ")
+
+
+# --- data that do not do ---
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 8, 3), (3, 7, 2), (24, 2)])
+def test_golden_windows_of_another_shape_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    spec = change(write_spec(tmp_path, ANOMALY), "golden.csv", "golden.npz")
+    np.savez(tmp_path / "golden.npz", windows=np.zeros(shape, np.float32))
+    assert f"windows has shape {shape}, the input needs (any number, 8, 2)" in mistake(spec)
+
+
+@pytest.mark.parametrize("key", ["golden", "reference"])
+def test_data_without_one_whole_window_are_refused(tmp_path: Path, key: str) -> None:
+    spec = write_spec(tmp_path, ANOMALY)
+    (tmp_path / f"{key}.csv").write_text("t,u,v\n" + "".join(f"{i},0,0\n" for i in range(20)))
+    assert f"{spec}: {key}: {tmp_path / key}.csv: no 8 rows without a gap in it" in mistake(spec)
+
+
+def test_a_field_without_any_value_makes_no_reference(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path)
+    (tmp_path / "reference.csv").write_text("a,b,c,d\n" + "1,2,,4\n" * 900)
+    assert f"{spec}: reference: no drift reference: c has " in mistake(spec)
+
+
+# --- writing ---
+
+
+def test_an_old_bundle_is_replaced_as_a_whole_and_nothing_is_left_over(tmp_path: Path) -> None:
+    spec = write_spec(folder(tmp_path, "source"))
+    out = tmp_path / "made" / "here"
+    pack.write(pack.pack(spec, KEY), out)
+    change(spec, 'card = { model = "CARD.md", data = "DATA.md" }', "")
+    made = pack.pack(spec, None)
+    pack.write(made, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == made.files
+    assert [file.name for file in (tmp_path / "made").iterdir()] == ["here"]
+
+
+def test_a_zip_is_the_same_bundle(tmp_path: Path) -> None:
+    made = pack.pack(write_spec(tmp_path), KEY)
+    pack.write(made, tmp_path / "tiny.zip")
+    pack.write(made, tmp_path / "tiny.zip")
+    assert bundle.read(tmp_path / "tiny.zip", [KEY.public]).files == made.files
+
+
+def test_a_folder_with_anything_else_in_it_is_never_deleted(tmp_path: Path) -> None:
+    made = pack.pack(write_spec(tmp_path), KEY)
+    with pytest.raises(UsageError, match=r"holds CARD\.md, which is of no bundle and would be deleted"):
+        pack.write(made, tmp_path)
+    home = folder(tmp_path, "home")
+    pack.write(made, home)
+    (home / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match=r"holds thesis\.txt"):
+        pack.write(made, home)
+    assert (home / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_in_the_way_is_never_deleted(tmp_path: Path) -> None:
+    made = pack.pack(write_spec(tmp_path), KEY)
+    with pytest.raises(UsageError, match="is there and is no folder"):
+        pack.write(made, tmp_path / "CARD.md")
+    (tmp_path / "notes.zip").write_text("notes")
+    with pytest.raises(UsageError, match=r"is there and is no \.zip"):
+        pack.write(made, tmp_path / "notes.zip")
+    with pytest.raises(UsageError, match="cannot be written: File exists"):
+        pack.write(made, tmp_path / "CARD.md" / "below")

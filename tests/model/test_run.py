@@ -1,0 +1,423 @@
+"""`outstation model run`: a bundle over files of any size, resumable, with every row accounted for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.cli import main
+from agent.cli.model.group import model as command
+from agent.datasets.blocks import Place
+from agent.datasets.csv_file import CsvFile
+from agent.errors import BadBundle, UsageError
+from agent.evaluation.predict import output
+from agent.evaluation.predict import run as running
+from agent.evaluation.predict.ledger import DONE, Job, Ledger, Totals
+from agent.evaluation.predict.run import Work
+from agent.model.bundle import bundle as bundles
+from agent.model.inference import features, inference
+from agent.model.inference.inference import Inference
+from tests.kit.bundles import ANOMALY, CLASSIFY, KEY, LABELS, TABULAR, packed, readings, waves, write_csv
+from tests.kit.senders import new_key
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tabular(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("tabular"), CLASSIFY)
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed(tmp_path_factory.mktemp("windowed"), ANOMALY)
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(command, ["run", *(str(arg) for arg in args)])
+
+
+def work(bundle: Path, block: int | None = None, *, raw: bool = True) -> Work:
+    found = bundles.read(bundle, None)
+    loaded = Inference(found.manifest, inference.load(found.manifest, found.model))
+    return Work(found, loaded, raw=raw, block=block)
+
+
+def over(bundle: Path, source: Path, out: Path, block: int | None = None) -> Totals:
+    return work(bundle, block).file(source, out, lambda *_: None)
+
+
+def table(path: Path) -> dict[str, list[str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def plain(bundle: Path, rows: features.Floats) -> tuple[features.Floats, features.Ints]:
+    """(outputs, last rows from 1) of a loop over single windows, with nothing of `model run` but the model."""
+    found = bundles.read(bundle, None)
+    model, spec = inference.load(found.manifest, found.model), found.manifest.input
+    size, step = (spec.window.rows, spec.window.step) if spec.window else (1, 1)
+    starts = range(0, len(rows) - size + 1, step)
+    windows = [rows[start : start + size].reshape(1, size, -1) for start in starts]
+    return np.concatenate([model.invoke(one) for one in windows]), np.array([start + size for start in starts])
+
+
+def test_every_row_gets_the_outputs_of_a_plain_loop_to_the_last_bit(tabular: Path, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "rows.csv", TABULAR, readings(2000))
+    result = run(tabular, source, "-o", tmp_path / "out.csv", "--raw", "--json")
+    document = json.loads(result.stdout)
+    assert (result.exit_code, document["rows"], document["results"], document["rejected"]) == (0, 2000, 2000, 0)
+    rows = np.array(
+        [[float(row[name]) for name in TABULAR] for row in csv.DictReader(io.StringIO(source.read_text()))], np.float32
+    )
+    outputs, numbers = plain(tabular, rows)
+    told = table(tmp_path / "out.csv")
+    assert list(told) == ["row", "label", "score", "raw_0", "raw_1", "raw_2"]
+    assert [int(row) for row in told["row"]] == numbers.tolist()
+    raw = np.array([told[f"raw_{i}"] for i in range(3)], np.float32).T
+    assert raw.tobytes() == outputs.tobytes()
+    assert [LABELS[i] for i in outputs.argmax(axis=1)] == told["label"]
+
+
+@pytest.mark.parametrize("block", [200, 777, 4096])
+def test_windows_that_span_blocks_get_the_answers_they_get_in_one_piece(
+    windowed: Path, tmp_path: Path, block: int
+) -> None:
+    source = write_csv(tmp_path / "rows.csv", ("u", "v"), waves(700))
+    over(windowed, source, tmp_path / "whole.csv")
+    over(windowed, source, tmp_path / "pieces.csv", block)
+    whole, pieces = table(tmp_path / "whole.csv"), table(tmp_path / "pieces.csv")
+    assert whole["row"] == pieces["row"] == [str(8 + 4 * i) for i in range(174)]
+    assert np.allclose(np.array(whole["value"], float), np.array(pieces["value"], float), rtol=1e-6)
+
+
+def test_no_window_spans_a_pause(windowed: Path, tmp_path: Path) -> None:
+    rows = waves(24)
+    lines = ["t,u,v", *(f"{i * 0.01 + (5 if i >= 12 else 0)},{u},{v}" for i, (u, v) in enumerate(rows))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    run(windowed, tmp_path / "rows.csv", "-o", tmp_path / "out.csv")
+    assert table(tmp_path / "out.csv")["row"] == ["8", "12", "20", "24"]
+
+
+def test_parquet_gives_parquet_with_the_figures_of_csv(tabular: Path, tmp_path: Path) -> None:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = readings(1500)
+    columns = {name: rows[:, i].astype(np.float64) for i, name in enumerate(TABULAR)}
+    parquet.write_table(pa.table(columns), tmp_path / "rows.parquet", row_group_size=400)
+    lines = [",".join(TABULAR), *(",".join(str(float(v)) for v in row) for row in rows)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    assert run(tabular, tmp_path / "rows.parquet", "-o", tmp_path / "a.parquet", "--raw").exit_code == 0
+    assert run(tabular, tmp_path / "rows.csv", "-o", tmp_path / "b.csv", "--raw").exit_code == 0
+    made = parquet.read_table(tmp_path / "a.parquet").to_pydict()
+    told = table(tmp_path / "b.csv")
+    assert list(made) == list(told)
+    assert made["row"] == list(range(1, 1501))
+    assert made["label"] == told["label"]
+    assert made["score"] == [float(score) for score in told["score"]]
+
+
+def test_rows_that_cannot_be_read_are_named_and_left_out(tabular: Path, tmp_path: Path) -> None:
+    lines = ["a,b,c,d", "1,2,3,4", "1,2,3", "", "1,x,3,4", '"1",2,3,4', "1,,3,4", "1,1_0,3,4"]
+    (tmp_path / "rows.csv").write_text("\r\n".join(lines))
+    result = run(tabular, tmp_path / "rows.csv", "-o", tmp_path / "out.csv", "--json")
+    document = json.loads(result.stdout)
+    assert (result.exit_code, document["rows"], document["rejected"]) == (1, 3, 3)
+    assert [(one["line"], one["reason"]) for one in document["rejects"]] == [
+        (3, "3 cells, the first line names 4"),
+        (5, "b: 'x' is no number"),
+        (8, "b: '1_0' is no number"),
+    ]
+    assert table(tmp_path / "out.csv")["row"] == ["1", "4", "5"]
+
+
+def test_results_of_partly_missing_input_are_counted(tabular: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a,b,c,d\n1,2,3,4\n1,,3,4\n,,,\n")
+    document = json.loads(run(tabular, tmp_path / "rows.csv", "-o", tmp_path / "out.csv", "--json").stdout)
+    assert (document["results"], document["partly_missing"], document["rejected"]) == (3, 2, 0)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
+    windowed: Path, tmp_path: Path, suffix: str
+) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    source = write_csv(tmp_path / "rows.csv", ("u", "v"), waves(3000))
+    over(windowed, source, tmp_path / f"whole{suffix}", 4096)
+    out = tmp_path / f"killed{suffix}"
+    assert killed_after(5, windowed, source, out) == -signal.SIGKILL
+    assert not out.exists()
+    turns: list[int] = []
+    total = work(windowed, 4096).file(source, out, lambda done, of, rows: turns.append(rows))
+    assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+    assert total.rows == 3000
+    assert turns[0] > 4 * 4096 / 30  # it went on; it did not begin again
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("killed")] == [out.name]
+
+
+def killed_after(turns: int, bundle: Path, source: Path, out: Path) -> int:
+    """The exit code of a run that keeps its state at each turn, and is killed within one."""
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from agent.evaluation import output
+from agent.evaluation import run as running
+from tests.model.test_run import work
+running.KEEP_EVERY_S = 0.0
+turn, done = running.Work._turn, []
+def until(self, *args):
+    turn(self, *args)
+    done.append(1)
+    if len(done) == {turns}:
+        os.kill(os.getpid(), signal.SIGKILL)
+running.Work._turn = until
+work(Path({str(bundle)!r}), 4096).file(Path({str(source)!r}), Path({str(out)!r}), lambda *_: None)
+"""
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True).returncode
+
+
+def test_what_was_begun_with_other_data_is_not_gone_on_with(windowed: Path, tmp_path: Path) -> None:
+    source, out = write_csv(tmp_path / "rows.csv", ("u", "v"), waves(3000)), tmp_path / "out.csv"
+    killed_after(5, windowed, source, out)
+    write_csv(source, ("u", "v"), waves(2000, seed=3))
+    over(windowed, source, out, 4096)
+    over(windowed, source, tmp_path / "fresh.csv", 4096)
+    assert out.read_bytes() == (tmp_path / "fresh.csv").read_bytes()
+
+
+def test_a_folder_gives_a_folder_and_each_file_is_a_stream_of_its_own(windowed: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for i in range(3):
+        write_csv(source / f"{i}.csv", ("u", "v"), waves(20, seed=i))
+    (source / "notes.txt").write_text("not data")
+    result = run(windowed, source, "-o", tmp_path / "out", "--json")
+    assert json.loads(result.stdout)["results"] == 3 * 4
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.csv", "1.csv", "2.csv"]
+    assert table(tmp_path / "out" / "2.csv")["row"] == ["8", "12", "16", "20"]
+
+
+def test_what_was_done_of_a_folder_is_not_done_again_after_a_kill(
+    tabular: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for i in range(3):
+        write_csv(source / f"{i}.csv", TABULAR, readings(30, seed=i))
+    done: list[str] = []
+    file = Work.file
+
+    def two(self: Work, path: Path, *more: object) -> Totals:
+        done.append(path.name)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return file(self, path, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Work, "file", two)
+    with pytest.raises(KeyboardInterrupt):
+        running.folder(work(tabular), source, tmp_path / "out", lambda *_: None)
+    total = running.folder(work(tabular), source, tmp_path / "out", lambda *_: None)
+    assert done == ["0.csv", "1.csv", "2.csv", "2.csv"]
+    assert (total.rows, total.results) == (90, 90)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.csv", "1.csv", "2.csv"]
+
+
+def test_memory_does_not_grow_with_the_file(tabular: Path, tmp_path: Path) -> None:
+    small, large = (write_rows(tmp_path / f"{n}.csv", n) for n in (100_000, 1_500_000))
+    assert large.stat().st_size > 10 * running_block() > 10 * 2**20
+    assert peak_mib(tabular, large) < peak_mib(tabular, small) + 30
+
+
+def running_block() -> int:
+    from agent.datasets import csv_file
+
+    return csv_file.BLOCK
+
+
+def write_rows(path: Path, n: int) -> Path:
+    lines = "".join(",".join(f"{v:.7f}" for v in row) + "\n" for row in readings(1000))
+    with path.open("w") as file:
+        file.write("a,b,c,d\n")
+        for _ in range(n // 1000):
+            file.write(lines)
+    return path
+
+
+def peak_mib(bundle: Path, source: Path) -> float:
+    """The largest resident memory of a run in a process of its own."""
+    code = f"""
+import re
+from pathlib import Path
+from tests.model.test_run import work
+source = Path({str(source)!r})
+work(Path({str(bundle)!r}), None, raw=False).file(source, source.with_suffix(".out.csv"), lambda *_: None)
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    return int(done.stdout) / 1024
+
+
+@pytest.mark.parametrize(
+    ("data", "out", "said"),
+    [
+        ("a,b,c\n1,2,3\n", "out.csv", "no column d; there is a, b, c"),
+        ("a,b,c,d,a\n1,2,3,4,5\n", "out.csv", "column a is there twice"),
+        ("", "out.csv", "the first line must name the columns"),
+        ("a,b,c,d\n1,2,3,4\n", "out.txt", "name a file that ends in .csv or .parquet"),
+        ("a,b,c,d\n1,2,3,4\n", "rows.csv", "is the data itself"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_a_sentence(
+    tabular: Path, tmp_path: Path, data: str, out: str, said: str
+) -> None:
+    (tmp_path / "rows.csv").write_text(data)
+    result = run(tabular, tmp_path / "rows.csv", "-o", tmp_path / out)
+    assert isinstance(result.exception, UsageError)
+    assert said in str(result.exception)
+
+
+def test_data_that_are_not_there_exit_with_2(tabular: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["model", "run", str(tabular), str(tmp_path / "none.csv"), "-o", str(tmp_path / "out.csv")])
+    assert ended.value.code == 2
+
+
+def test_without_pyarrow_csv_is_run_alike_and_parquet_says_what_to_install(
+    tabular: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_csv(tmp_path / "rows.csv", TABULAR, readings(500))
+    over(tabular, source, tmp_path / "with.csv", 4096)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    over(tabular, source, tmp_path / "without.csv", 4096)
+    first, second = table(tmp_path / "with.csv"), table(tmp_path / "without.csv")
+    assert first["label"] == second["label"]
+    assert [float(x) for x in first["score"]] == [float(x) for x in second["score"]]
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    for data, out in (("rows.parquet", "a.csv"), ("rows.csv", "a.parquet")):
+        with pytest.raises(UsageError, match=r"pip install 'outstation\[parquet\]'"):
+            over(tabular, tmp_path / data, tmp_path / out)
+
+
+def test_who_signed_the_bundle_is_said_and_a_key_is_required_where_it_is_given(tabular: Path, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "rows.csv", TABULAR, readings(5))
+    told = json.loads(run(tabular, source, "-o", tmp_path / "a.csv", "--json").stdout)
+    assert "not verified" in told["signature"]
+    told = json.loads(run(tabular, source, "-o", tmp_path / "a.csv", "--key", KEY.public.text, "--json").stdout)
+    assert told["signature"] == f"by {KEY.public.kid}"
+    refused = run(tabular, source, "-o", tmp_path / "b.csv", "--key", new_key(12).public.text)
+    assert isinstance(refused.exception, BadBundle)
+    assert not (tmp_path / "b.csv").exists()
+
+
+def test_two_runs_do_not_write_one_file_together(tabular: Path, tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "rows.csv", TABULAR, readings(50))
+    one, other = work(tabular, 512), work(tabular, 512)
+
+    def meanwhile(*_: int) -> None:
+        with pytest.raises(UsageError, match="another `model run` writes it"):
+            other.file(source, tmp_path / "out.csv", lambda *_: None)
+
+    assert one.file(source, tmp_path / "out.csv", meanwhile).rows == 50
+
+
+def test_a_file_that_was_finished_between_opening_and_lock_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part, lock = tmp_path / "out.csv.part", output._lock
+    part.write_bytes(b"row\n1\n")
+
+    def late(file: BinaryIO, path: Path) -> None:
+        if part.exists() and part.stat().st_size:
+            part.replace(tmp_path / "out.csv")
+        lock(file, path)
+
+    monkeypatch.setattr(output, "_lock", late)
+    with output.locked(part) as file:
+        file.write(b"anew")
+    assert (tmp_path / "out.csv").read_bytes() == b"row\n1\n"
+    assert part.read_bytes() == b"anew"
+
+
+def test_a_line_of_the_ledger_that_a_kill_tore_costs_only_that_file(tmp_path: Path) -> None:
+    jobs = [Job(tmp_path / "in", tmp_path, str(i)) for i in range(3)]
+    Ledger(tmp_path).add(jobs[0], Totals(rows=5))
+    with (tmp_path / DONE).open("ab") as file:
+        file.write(b'{"identity":"1","tot')
+    assert Ledger(tmp_path).of(jobs[1]) is None
+    Ledger(tmp_path).add(jobs[2], Totals(rows=7))
+    found = [Ledger(tmp_path).of(job) for job in jobs]
+    assert [None if one is None else one.rows for one in found] == [5, None, 7]
+
+
+cells = st.one_of(
+    st.floats(width=32, allow_nan=False, allow_infinity=False).map(repr),
+    st.sampled_from(["", " 1", "nan", "x", "1e3", '"2"', '"a\nb"', '"', "+3", "1_0", "inf", "٣"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(st.lists(cells, min_size=1, max_size=3), max_size=30), block=st.integers(64, 400))
+def test_blocks_of_any_size_give_the_rows_and_rejects_of_the_whole(
+    rows: list[list[str]], block: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("csv") / "rows.csv"
+    path.write_text("a,b\n" + "".join(",".join(row) + "\n" for row in rows), encoding="utf-8", newline="")
+    whole, pieces = (read_all(path, size) for size in (1 << 20, block))
+    assert whole == pieces
+
+
+def read_all(path: Path, block: int) -> tuple[bytes, list[int], list[tuple[int, str]], list[str]]:
+    """(values, numbers, rejects, texts) of a file read in such blocks, each from the place the last one left."""
+    values, numbers, rejects, texts = b"", [], [], []
+    for one in CsvFile(path, ["a", "b"], ["b"], block).blocks(Place()):
+        values += one.rows.tobytes()
+        numbers += one.number.tolist()
+        rejects += [(r.line, r.reason) for r in one.rejected]
+        texts += one.texts["b"].tolist()
+    return values, numbers, rejects, texts
+
+
+def test_reading_goes_on_from_any_place(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "rows.csv", ("a", "b"), waves(500))
+    file = CsvFile(path, ["a", "b"], block=1000)
+    whole = list(file.blocks(Place()))
+    for i, one in enumerate(whole[:-1]):
+        assert next(iter(file.blocks(one.after))).rows.tobytes() == whole[i + 1].rows.tobytes()
+
+
+def test_times_that_are_missing_are_those_of_the_row_before(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("t,a\n,1\n5,2\n,3\n7.5,4\n")
+    blocks = list(CsvFile(tmp_path / "rows.csv", ["a"], block=64).blocks(Place()))
+    assert np.concatenate([one.t for one in blocks]).tolist() == [0, 5_000_000, 5_000_000, 7_500_000]
+
+
+def test_a_progress_bar_needs_a_terminal_and_a_second() -> None:
+    from agent.cli.progress import Bar
+
+    held, stderr = io.StringIO(), sys.stderr
+    held.isatty = lambda: True  # type: ignore[method-assign]
+    try:
+        sys.stderr = held
+        with Bar("rows") as bar:
+            bar(1, 2, 100)
+            assert held.getvalue() == ""
+            bar._shown = bar._begun = bar._begun - 2
+            bar(1, 2, 100)
+            assert "50%  100 rows" in held.getvalue()
+    finally:
+        sys.stderr = stderr
+    assert os.linesep not in held.getvalue()

@@ -1,0 +1,231 @@
+"""Anybody's `.tflite`: a SPEC is written from it; then it answers as a plain loop, or it is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from numpy.typing import NDArray
+
+from agent.authoring import pack
+from agent.cli.model.group import model as command
+from agent.errors import OutstationError
+from agent.model import activation
+from agent.model.inference import inspect
+from agent.model.inference.inference import Inference
+from agent.model.inference.inspect import Answers, Outline, Tensor
+from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
+from tests.kit.bundles import KEY, MODELS, THIRD_PARTY, readings, write_csv
+
+Floats = NDArray[np.float32]
+OTHERS = {
+    "mlperf_ad01_int8": ("anomaly", 1, 640),
+    "mlperf_kws_int8": ("classify", 49, 10),
+    "mlperf_resnet8_cifar_int8": ("classify", 32, 96),
+    "mlperf_vww96_int8": ("classify", 96, 288),
+    "coral_mobilenet_v1_0.25_128_quant": ("classify", 128, 384),
+}
+
+
+def others(name: str) -> Path:
+    if not THIRD_PARTY.exists():
+        pytest.skip("models that others made are not there (OUTSTATION_THIRDPARTY_MODELS)")
+    return THIRD_PARTY / f"{name}.tflite"
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(command, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def refused(*args: object) -> str:
+    """The one sentence that a person is told."""
+    with pytest.raises(OutstationError) as problem:
+        run(*args)
+    assert "\n" not in str(problem.value)
+    return str(problem.value)
+
+
+def plain(content: bytes, rows: Floats) -> Floats:
+    """Quantized outputs, one row at a time, with nothing of ours but the rule for rounding."""
+    interpreter: Any = Interpreter(model_content=content)
+    interpreter.allocate_tensors()
+    (into,), (out,) = interpreter.get_input_details(), interpreter.get_output_details()
+    (scale, zero), (step, middle) = into["quantization"], out["quantization"]
+    limits = np.iinfo(into["dtype"])
+    found = []
+    for row in rows.reshape(len(rows), *into["shape"]):
+        raw = np.clip(np.rint(row / np.float32(scale)) + zero, limits.min, limits.max).astype(into["dtype"])
+        interpreter.set_tensor(into["index"], raw)
+        interpreter.invoke()
+        found.append(interpreter.get_tensor(out["index"]).reshape(-1))
+    values: Floats = (np.stack(found).astype(np.float32) - middle) * np.float32(step)
+    return values
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_that_others_made_is_packed_from_its_own_outline_and_answers_as_a_plain_loop(
+    tmp_path: Path, name: str
+) -> None:
+    model, (kind, rows, fields) = others(name), OTHERS[name]
+    assert run("pack", "--from", model, "-o", tmp_path / "spec.toml").exit_code == 0
+    said = tomllib.loads((tmp_path / "spec.toml").read_text())
+    assert said["kind"] == kind
+    image = said["input"].get("image")
+    assert (image["height"] if image else said["input"].get("window", {"rows": 1})["rows"]) == rows
+    names = [f"{'pixel' if image else 'x'}{i}" for i in range(fields)]
+    low, high = input_range(model)
+    given = np.random.default_rng(0).uniform(low, high, (40 * rows, fields)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", rows=given, fields=names)
+    text = (tmp_path / "spec.toml").read_text()
+    text = text.replace('# reference = "readings.csv"', 'reference = "data.npz"' if kind == "anomaly" else "#")
+    (tmp_path / "spec.toml").write_text(
+        text.replace('# golden = "readings.csv"', 'golden = "data.npz"') + "[drift]\nwindow = 2\n"
+    )
+    pack.write(pack.pack(tmp_path / "spec.toml", KEY), tmp_path / "bundle")
+    found = activation.activate(tmp_path / "bundle", [KEY.public])
+    answers = Inference(found.bundle.manifest, found.model).run(given, np.arange(len(given)) * 1000, raw=True)
+    expected = plain(model.read_bytes(), given.reshape(40, rows * fields))
+    assert answers.outputs is not None
+    assert answers.outputs.tobytes() == expected.tobytes()
+    if kind == "anomaly":
+        errors = np.square(expected.astype(np.float64) - given.reshape(40, -1)).mean(axis=1)
+        np.testing.assert_allclose(np.asarray(answers.scores.value), errors)
+        assert answers.scores.anomaly is not None
+
+
+def test_an_input_that_looks_like_an_image_is_taken_for_one_with_the_scale_its_quantization_tells() -> None:
+    text = run("pack", "--from", others("coral_mobilenet_v1_0.25_128_quant")).output
+    image = tomllib.loads(text)["input"]["image"]
+    assert (image["width"], image["height"], image["channels"]) == (128, 128, 3)
+    assert (image["scale"], image["offset"]) == (pytest.approx(1 / 128), -1)
+
+
+def input_range(model: Path) -> tuple[float, float]:
+    interpreter: Any = Interpreter(model_content=model.read_bytes())
+    ((scale, zero),) = [one["quantization"] for one in interpreter.get_input_details()]
+    limits = np.iinfo(interpreter.get_input_details()[0]["dtype"])
+    return (limits.min - zero) * scale, (limits.max - zero) * scale
+
+
+@pytest.mark.parametrize(
+    ("name", "why", "fix"),
+    [
+        ("pymicro_okay_nabu_int8stream", "remembers what it saw before (ASSIGN_VARIABLE", "export it without state"),
+        ("flex_model_selfmade", "TensorFlow operations that it does not have", "convert it with TFLITE_BUILTINS only"),
+        ("tflm_person_detect_int8", "its quantization is not as the format asks", "convert the model again"),
+    ],
+)
+@pytest.mark.parametrize("by", ["--from", "SPEC"])
+def test_a_model_that_cannot_run_here_is_refused_with_the_reason_and_what_to_do(
+    tmp_path: Path, name: str, why: str, fix: str, by: str
+) -> None:
+    model = others(name)
+    arguments: list[object] = ["--from", model]
+    if by == "SPEC":
+        text = f'name = "x"\nversion = "1"\nkind = "regress"\nmodel = "{model}"\n[input]\nfields = ["a"]\n'
+        (tmp_path / "spec.toml").write_text(text)
+        arguments = [tmp_path / "spec.toml", "-o", tmp_path / "out"]
+    said = refused("pack", *arguments)
+    assert why in said
+    assert fix in said
+    assert name in said
+
+
+@pytest.mark.parametrize("name", ["flex", "stateful", "two_inputs", "endless", "not a model", "empty"])
+def test_a_model_that_would_crash_hang_or_lie_writes_no_spec(tmp_path: Path, name: str) -> None:
+    path = MODELS / f"{name}.tflite"
+    if name in ("not a model", "empty"):
+        path = tmp_path / f"{name}.tflite"
+        path.write_bytes(b"" if name == "empty" else b"1234TFL3 and more that is none")
+    assert str(path) in refused("pack", "--from", path, "-o", tmp_path / "spec.toml")
+    assert not (tmp_path / "spec.toml").exists()
+
+
+# --- what a model is taken for ---
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "more"),
+    [
+        ("classify_int8", "classify", {"activation": "none"}),
+        ("classify_float32", "classify", {"activation": "none"}),
+        ("sums_float32", "classify", {"activation": "softmax"}),
+        ("sums_int16", "classify", {"activation": "softmax"}),
+        ("each_label", "classify", {"activation": "none", "multi_label": True}),
+        ("each_label_and_sums", "classify", {"tensor": "each"}),
+        ("regress_int8", "regress", {}),
+        ("anomaly_int8", "anomaly", {"quantile": 0.99}),
+    ],
+)
+def test_a_models_tensors_and_answers_tell_its_kind_and_the_spec_packs_as_it_is(
+    tmp_path: Path, name: str, kind: str, more: dict[str, Any]
+) -> None:
+    (tmp_path / "model.tflite").write_bytes((MODELS / f"{name}.tflite").read_bytes())
+    document = json.loads(
+        run("pack", "--from", tmp_path / "model.tflite", "-o", tmp_path / "spec.toml", "--json").output
+    )
+    assert (document["kind"], document["spec"]) == (kind, str(tmp_path / "spec.toml"))
+    said = tomllib.loads((tmp_path / "spec.toml").read_text())
+    assert said["output"].items() >= more.items()
+    assert run("pack", tmp_path / "spec.toml", "-o", tmp_path / "out").exit_code == 0
+
+
+def looks(outputs: int, answers: Answers, limits: tuple[float, float] | None = None) -> str:
+    tensors = [Tensor("x", (4,), 0, "float32", None)], [Tensor("y", (outputs,), 0, "int8", limits)]
+    return inspect.guess(Outline(*tensors, [answers])).kind
+
+
+def test_one_quantized_value_from_0_to_1_is_a_probability_and_vectors_of_length_1_are_an_embedding() -> None:
+    unit = Answers(0.1, 0.9, (0.1, 0.9), (0.1, 0.9))
+    assert looks(1, unit, (0, 0.996)) == "classify"
+    assert looks(1, unit) == "regress"
+    assert looks(8, Answers(-0.7, 0.8, (-1, 1), (0.999, 1.001))) == "embedding"
+
+
+def test_data_beside_the_model_name_its_fields_and_labels(tmp_path: Path) -> None:
+    text = write_csv(tmp_path / "data.csv", ("a", "b", "c", "d"), readings(600)).read_text().splitlines()
+    labelled = [f"{line},{('wet', 'dry', 'hot')[i % 3]},note" for i, line in enumerate(text[1:])]
+    (tmp_path / "data.csv").write_text("\n".join([f"{text[0]},label,remark", *labelled]) + "\n")
+    (tmp_path / "specs").mkdir()
+    out = tmp_path / "specs" / "spec.toml"
+    assert run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv", "-o", out).exit_code == 0
+    said = tomllib.loads(out.read_text())
+    assert said["input"]["fields"] == ["a", "b", "c", "d"]
+    assert said["labels"] == ["dry", "hot", "wet"]
+    assert said["reference"] == said["golden"] == "../data.csv"
+    assert run("pack", out, "-o", tmp_path / "bundle").exit_code == 0
+
+
+def test_data_of_other_columns_than_the_model_has_values_are_listed(tmp_path: Path) -> None:
+    write_csv(tmp_path / "data.csv", ("a", "b", "c"), readings(5)[:, :3])
+    text = run("pack", "--from", MODELS / "sums_int8.tflite", "--data", tmp_path / "data.csv").output
+    assert 'has 3 columns of numbers: ["a", "b", "c"]' in text
+    assert tomllib.loads(text)["input"]["fields"] == ["x0", "x1", "x2", "x3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--from", "none.tflite"], "none.tflite: cannot be read: No such file or directory"),
+        (["--from", "m.tflite", "-o", "there.toml"], "there.toml: is there already"),
+        (["--from", "m.tflite", "spec.toml"], "--from writes a SPEC and packs nothing"),
+        (["--from", "m.tflite", "--data", "empty.csv"], "empty.csv: not a table: there is no row in it"),
+        (["--from", "m.tflite", "--data", "none.csv"], "none.csv: cannot be read"),
+        ([], "give SPEC and -o"),
+        (["spec.toml", "-o", "out", "--data", "empty.csv"], "give SPEC and -o"),
+    ],
+)
+def test_wrong_use_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("m.tflite").write_bytes((MODELS / "sums_int8.tflite").read_bytes())
+    Path("there.toml").write_text("mine")
+    Path("empty.csv").write_text("a,b\n")
+    assert why in refused("pack", *arguments)
+    assert Path("there.toml").read_text() == "mine"

@@ -1,0 +1,242 @@
+"""A model in a process of its own: the answers it would give here, and no harm where it crashes, hangs or eats."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from agent.errors import BadBundle, ModelDied
+from agent.model.bundle import bundle
+from agent.model.bundle.bundle import Bundle
+from agent.model.inference import inference, runtime
+from agent.model.sandbox import worker
+from agent.model.sandbox.subprocess_model import Apart, Bounds
+from tests.kit.bundles import CLASSIFY, around, model, readings
+from tests.kit.rigged import crashing
+from tests.kit.stations import wait_for
+
+SHIPPED = Path(__file__).parents[2] / "models" / "exercise"
+CALM = np.clip(readings(40), -3, 3)
+WILD = np.where(np.arange(160).reshape(40, 4) == 77, np.float32(3.9), CALM)
+
+
+def tiny(name: str = "classify_int8", memory_mib: int = 512) -> Bundle:
+    return around(model(name), CLASSIFY, memory_mib=memory_mib)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Iterator[Apart]:
+    with Apart(tiny()) as one:
+        yield one
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays.arrays(np.float32, st.tuples(st.integers(0, 300), st.just(4)), elements=st.floats(width=32)))
+def test_answers_are_those_of_the_same_model_in_this_process_to_the_bit(classifier: Apart, rows: np.ndarray) -> None:
+    here = runtime.Model(model("classify_int8"))
+    assert np.array_equal(classifier.invoke(rows), here.invoke(rows))
+
+
+@pytest.mark.parametrize("name", ["classify_float32", "fixed_batch", "sums_int16", "each_label"])
+def test_so_are_those_of_other_types_and_of_fixed_batches(name: str) -> None:
+    here = runtime.Model(model(name))
+    with Apart(tiny(name)) as there:
+        for count in (1, 0, 33, 5000, 2):
+            rows = readings(count, seed=count)
+            assert np.array_equal(there.invoke(rows), here.invoke(rows))
+        assert (there.outputs, there.batch, there.input_shape) == (here.outputs, here.batch, here.input_shape)
+
+
+def test_windows_of_another_size_are_refused_and_the_process_goes_on(classifier: Apart) -> None:
+    pid = classifier.pid
+    with pytest.raises(BadBundle, match=r"takes \[4\] values, it was given \[3\]"):
+        classifier.invoke(np.zeros((2, 3), np.float32))
+    assert classifier.invoke(CALM).shape == (40, 3)
+    assert classifier.pid == pid
+
+
+@crashing
+def test_a_crash_is_told_apart_and_the_next_batch_gets_a_new_process() -> None:
+    with Apart(tiny("rigged_crash")) as there:
+        before = there.invoke(CALM)
+        with pytest.raises(ModelDied, match=r"the model crashed: the runtime crashed on it \(SIGFPE\)") as died:
+            there.invoke(WILD)
+        assert died.value.kind == "crash"
+        assert not there.running
+        assert np.array_equal(there.invoke(CALM), before)
+
+
+def test_a_hang_is_ended_in_time_while_the_caller_is_called_back() -> None:
+    ticks: list[float] = []
+    bounds = Bounds(call_s=2.5)
+    with Apart(tiny("rigged_hang"), None, bounds, lambda: ticks.append(time.monotonic())) as there:
+        there.invoke(CALM)
+        pid, began = there.pid, time.monotonic()
+        with pytest.raises(ModelDied, match=r"the model hangs: did not answer within 2.5 s and was ended") as died:
+            there.invoke(WILD)
+        assert died.value.kind == "hang"
+        assert 2.4 < time.monotonic() - began < 30
+        assert len([at for at in ticks if at > began]) >= 2
+        assert pid is not None
+        assert gone(pid)
+        assert there.invoke(CALM).shape == (40, 3)
+
+
+def test_an_error_of_the_runtime_is_told_and_the_process_goes_on() -> None:
+    with Apart(tiny("rigged_error")) as there:
+        there.invoke(CALM)
+        pid = there.pid
+        with pytest.raises(ModelDied, match=r"the model failed: .*gather index out of bounds") as died:
+            there.invoke(WILD)
+        assert died.value.kind == "error"
+        assert there.invoke(CALM).shape == (40, 3)
+        assert there.pid == pid
+
+
+def test_a_model_that_wants_a_gigabyte_gets_only_what_its_manifest_says() -> None:
+    with Apart(tiny("greedy", memory_mib=128)) as there, pytest.raises(ModelDied):
+        there.invoke(CALM[:1])
+
+
+def test_a_model_that_cannot_be_loaded_says_why_at_its_first_use() -> None:
+    with Apart(tiny("two_inputs")) as there, pytest.raises(ModelDied, match="the model has 2 inputs") as died:
+        there.invoke(CALM)
+    assert died.value.kind == "error"
+
+
+def test_a_process_killed_from_outside_is_a_crash_and_its_successor_answers() -> None:
+    with Apart(tiny()) as there:
+        expected = there.invoke(CALM)
+        assert there.pid is not None
+        os.kill(there.pid, signal.SIGKILL)
+        wait_for(lambda: not there.running, "the process is gone")
+        assert np.array_equal(there.invoke(CALM), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_stops_the_agent_does_not_pass_for_a_crash_of_the_model(number: signal.Signals) -> None:
+    with Apart(tiny()) as there:
+        assert there.pid is not None
+        os.kill(there.pid, number)
+        there.invoke(CALM)
+        os.kill(there.pid, number)
+        assert there.invoke(CALM).shape == (40, 3)
+
+
+PARENT = """
+import sys, time, numpy as np
+from agent.model.sandbox.subprocess_model import Apart
+from tests.kit.bundles import CLASSIFY, around, model
+rows = np.full((1, 4), 3.9, np.float32)
+there = Apart(around(model("rigged_hang"), CLASSIFY))
+there.outputs
+print(there.pid, flush=True)
+there.invoke(rows)
+"""
+
+
+def test_a_process_that_hangs_dies_with_its_parent() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    with parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert not gone(pid)
+        parent.kill()
+    wait_for(lambda: gone(pid), "the child went with its parent")
+
+
+NOISY = "import os, sys; [os.write(2, b'x' * 65536) for _ in range(200)]; sys.exit(3)"
+
+
+def test_however_much_it_writes_to_stderr_only_the_end_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "noisy_child.py").write_text(NOISY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(worker, "__name__", "noisy_child")
+    with Apart(tiny()) as there, pytest.raises(ModelDied, match=r"the child process failed \(3\): x{300}"):
+        there.invoke(CALM)
+
+
+def test_what_answers_something_else_is_taken_for_a_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "strange_child.py").write_text("import os, time; os.write(1, b'\\0\\3\\0\\0\\0abc'); time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(worker, "__name__", "strange_child")
+    with Apart(tiny()) as there:
+        pid = there.pid
+        with pytest.raises(ModelDied, match="answered something else"):
+            there.invoke(CALM)
+    assert pid is not None
+    assert gone(pid)
+
+
+def test_an_inference_takes_it_for_a_model_and_counts_the_time_in_it() -> None:
+    shipped = bundle.read(SHIPPED, None)
+    rows = np.load(SHIPPED.parent / "recordings" / "exercise.npz")["rows"][:2000]
+    t = np.arange(len(rows)) * 20_000
+    here = inference.Inference(shipped.manifest, inference.load(shipped.manifest, shipped.model)).run(rows, t, raw=True)
+    with Apart(shipped) as apart_model:
+        there = inference.Inference(shipped.manifest, apart_model).run(rows, t, raw=True)
+    assert there.outputs is not None
+    assert here.outputs is not None
+    assert np.array_equal(there.outputs, here.outputs)
+    assert 0 < there.seconds < 60
+    assert 0 < here.seconds < 60
+
+
+def test_the_caller_does_not_wait_for_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "silent_child.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(worker, "__name__", "silent_child")
+    with Apart(tiny()) as there:
+        assert there.running
+        assert not there.ready()
+
+
+def test_who_does_not_wait_asks_and_hears_later() -> None:
+    with Apart(tiny()) as there:
+        wait_for(there.ready, "it has started")
+        there.ask(CALM)
+        assert not there.ready()
+        heard: list[np.ndarray | None] = []
+
+        def answered() -> bool:
+            heard.append(there.hear())
+            return heard[-1] is not None
+
+        wait_for(answered, "it has answered")
+        assert heard[-1] is not None
+        assert np.array_equal(heard[-1], runtime.Model(model("classify_int8")).invoke(CALM))
+        assert there.ready()
+
+
+def test_a_question_that_is_never_answered_is_heard_of_when_its_time_is_over() -> None:
+    with Apart(tiny("rigged_hang"), None, Bounds(call_s=0.5)) as there:
+        wait_for(there.ready, "it has started")
+        there.ask(WILD)
+        assert there.hear() is None
+        with pytest.raises(ModelDied, match=r"did not answer within 0\.5 s"):
+            wait_for(lambda: there.hear(0.05) is not None, "it is ended")
+        assert not there.running
+
+
+def test_who_waits_gets_its_own_answers_and_not_those_of_a_question_before() -> None:
+    with Apart(tiny()) as there:
+        there.ask(CALM[:7])
+        assert np.array_equal(there.invoke(CALM), runtime.Model(model("classify_int8")).invoke(CALM))

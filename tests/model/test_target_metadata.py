@@ -1,0 +1,68 @@
+"""What a repository says of a bundle: read from strangers, so that anything may stand there."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.errors import BadBundle
+from agent.model.bundle import target_metadata
+from agent.model.bundle.target_metadata import Offer
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+TEXT, COUNT = st.text(max_size=20), st.integers(0, 2**53)
+OFFERS = st.builds(
+    Offer,
+    name=TEXT,
+    version=TEXT,
+    digest=TEXT,
+    kind=TEXT,
+    fields=st.lists(TEXT, max_size=4),
+    window=COUNT,
+    agent=TEXT,
+    runtimes=st.lists(TEXT, max_size=2),
+    memory=COUNT,
+    unpacked=COUNT,
+)
+
+
+@given(OFFERS, st.dictionaries(st.text(min_size=12), JSON, max_size=2))
+def test_an_offer_comes_back_also_with_members_of_a_later_agent_in_it(said: Offer, more: dict[str, object]) -> None:
+    custom = msgspec.json.decode(msgspec.json.encode(target_metadata.encode(said)))
+    custom[target_metadata.MEMBER] |= more
+    assert target_metadata.decode(custom) == said
+
+
+@given(JSON)
+def test_anything_else_is_refused_in_one_sentence(custom: object) -> None:
+    with pytest.raises(BadBundle, match="does not say what this target is"):
+        target_metadata.decode(custom)
+
+
+@given(OFFERS, st.sampled_from(Offer.__struct_fields__), JSON)
+def test_a_member_of_another_type_or_none_is_refused(said: Offer, name: str, value: object) -> None:
+    members = msgspec.to_builtins(said)
+    before = members.pop(name)
+    with pytest.raises(BadBundle):
+        target_metadata.decode({target_metadata.MEMBER: members})
+    if type(value) is not type(before) and not isinstance(value, int | float):
+        with pytest.raises(BadBundle):
+            target_metadata.decode({target_metadata.MEMBER: {**members, name: value}})
+
+
+@given(st.text(max_size=80))
+def test_a_version_is_a_plain_folder_name_or_refused(version: str) -> None:
+    try:
+        path = target_metadata.target_path("tiny", version, "sha256:" + "ab" * 32)
+    except BadBundle:
+        return
+    assert path == f"tiny/{version}/{'ab' * 8}.zip"
+    assert path.count("/") == 2
+    assert version.isascii()
+    assert not version.startswith(".")

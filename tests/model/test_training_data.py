@@ -1,0 +1,110 @@
+"""Data files of publishers: columns found by name, gaps between recordings, and each mistake with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.datasets import training_data
+from agent.errors import UsageError
+from agent.model.bundle.manifest import Input, Windowing
+from tests.kit.bundles import npz
+
+PLAIN = Input(fields=["a", "b"])
+
+
+def csv(folder: Path, text: str) -> training_data.Data:
+    (folder / "data.csv").write_text(text, encoding="utf-8")
+    return training_data.read(folder / "data.csv", PLAIN)
+
+
+def test_csv_columns_are_found_by_name_and_empty_cells_are_missing(tmp_path: Path) -> None:
+    found = csv(tmp_path, '\ufeffb , note,a\r\n1.5,"x, y",2\r\n\r\n,z,"3"\r\n')
+    np.testing.assert_array_equal(found.features, np.array([[2, 1.5], [3, np.nan]], np.float32))
+    assert found.t.tolist() == [0, 1]
+
+
+def test_csv_times_are_epoch_seconds(tmp_path: Path) -> None:
+    assert csv(tmp_path, "t,a,b\n1764022680.123456,1,2\n").t.tolist() == [1764022680123456]
+
+
+def test_csv_of_one_column_or_one_row_keeps_its_shape(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("a\n1\n2\n3\n")
+    assert training_data.read(tmp_path / "one.csv", Input(fields=["a"])).features.shape == (3, 1)
+    assert csv(tmp_path, "a,b\n1,2\n").features.shape == (1, 2)
+    assert csv(tmp_path, "a,b\n").features.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "the file is empty"),
+        ("a,c\n1,2\n", "no column b; there is a, c"),
+        ("a,b\n1,2\n1,two\n", "line 3, b: 'two' is no number"),
+        ("a,b\n1,2,3\n", "line 2 has 3 cells, the first line names 2"),
+        ("a,b\n1\n", "line 2 has 1 cells, the first line names 2"),
+        ("t,a,b\n1,1,1\n,1,1\n", "row 2 has no time in column t"),
+        ("t,a,b\n1,1,1\n1e13,1,1\n", "row 2 has no time in column t, in seconds since 1970"),
+        ("t,a,b\n2026-11-24T00:00:00Z,1,1\n", "line 2, t: '2026-11-24T00:00:00Z' is no number"),
+    ],
+)
+def test_csv_that_is_no_data_is_refused_with_its_line(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(UsageError) as problem:
+        csv(tmp_path, text)
+    assert str(problem.value).startswith(f"{tmp_path / 'data.csv'}: not data for fields a, b: {why}")
+
+
+def damaged_zip(at: int, value: int) -> bytes:
+    """Recordings whose archive's directory has `value` at `at` of its first entry: 6 version, 10 compression."""
+    content = bytearray(npz(rows=np.zeros((3, 2)), fields=["a", "b"]))
+    content[content.index(b"PK\x01\x02") + at] = value
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "No data left in file"),
+        (b"no archive", "not data for fields"),
+        (npz(rows=np.zeros((3, 2)), fields=["a", "c"]), "no column b; there is a, c"),
+        (npz(fields=["a", "b"]), "rows"),
+        (npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[0, 4]), "starts must ascend from 0 to the number"),
+        (npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[0, 2, 1, 3]), "starts must ascend from 0"),
+        (npz(rows=np.zeros(3), fields=["a", "b"]), "not data for fields"),
+        (npz(rows=np.array([{}]), fields=["a", "b"]), "allow_pickle=False"),
+        (npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[]), "not data for fields"),
+        (npz(rows=np.zeros((3, 2)), fields=["a", "b"], rate=0.0), "rate is 0; give rows per second"),
+        (
+            npz(rows=np.zeros((3, 2)), fields=["a", "b"], starts=[0, 1, 3], label=[1]),
+            "label has shape (1,), there are 2",
+        ),
+        (damaged_zip(10, 99), "compression"),
+        (damaged_zip(6, 99), "not data for fields"),
+    ],
+)
+def test_recordings_that_are_no_data_are_refused(tmp_path: Path, content: bytes, why: str) -> None:
+    (tmp_path / "data.npz").write_bytes(content)
+    with pytest.raises(UsageError, match=r"data\.npz: ") as problem:
+        training_data.read(tmp_path / "data.npz", PLAIN)
+    assert why in str(problem.value)
+
+
+def test_recordings_cut_anywhere_are_refused(tmp_path: Path) -> None:
+    whole = npz(rows=np.zeros((30, 2)), fields=["a", "b"])
+    for length in range(0, len(whole) - 1, 31):
+        (tmp_path / "data.npz").write_bytes(whole[:length])
+        with pytest.raises(UsageError, match=r"data\.npz: "):
+            training_data.read(tmp_path / "data.npz", PLAIN)
+
+
+def test_between_recordings_there_is_a_gap_and_each_row_has_its_label(tmp_path: Path) -> None:
+    (tmp_path / "data.npz").write_bytes(
+        npz(rows=np.zeros((5, 2)), fields=["a", "b"], starts=[0, 2, 5], rate=10.0, label=[7, 8])
+    )
+    spec = Input(fields=["a", "b"], window=Windowing(rows=2, step=2, max_gap_s=5))
+    found = training_data.read(tmp_path / "data.npz", spec)
+    assert np.diff(found.t).tolist() == [100_000, 60_100_000, 100_000, 100_000]
+    assert found.label is not None
+    assert found.label.tolist() == [7, 7, 8, 8, 8]

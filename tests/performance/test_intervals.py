@@ -1,0 +1,103 @@
+"""Intervals: they cover what they claim, and widen where neighbours are alike."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.performance import intervals
+
+
+def test_wilson_is_the_textbook_interval() -> None:
+    # Newcombe (1998), table I: 81 of 263.
+    low, high = intervals.wilson(81 / 263, 263)
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_share_and_stays_a_share(pair: tuple[int, int]) -> None:
+    right, n = pair
+    low, high = intervals.wilson(right / n, n)
+    assert 0 <= low <= right / n + 1e-12
+    assert right / n - 1e-12 <= high <= 1
+
+
+def test_nothing_known_is_anything() -> None:
+    assert intervals.wilson(0.0, 0) == (0.0, 1.0)
+
+
+def test_independent_results_count_one_each_and_alike_ones_less() -> None:
+    random = np.random.default_rng(1)
+    free = random.random(2000) < 0.2
+    sticky = np.repeat(random.random(200) < 0.2, 10)
+    assert intervals.design(free.astype(float)) < 1.2
+    assert intervals.design(sticky.astype(float)) > 8
+
+
+def test_too_few_or_constant_results_say_nothing_of_being_alike() -> None:
+    assert intervals.design(np.ones(5)) == 1.0
+    assert intervals.design(np.ones(500)) == 1.0
+
+
+def test_weights_are_the_same_every_time_and_have_mean_one() -> None:
+    drawn = np.array(list(intervals.weights(333, 1.0)))
+    assert drawn.tobytes() == np.array(list(intervals.weights(333, 1.0))).tobytes()
+    assert drawn.mean(axis=1) == pytest.approx(np.ones(intervals.REPLICATES))
+    # Exponential: standard deviation 1, and replicates differ.
+    assert drawn.std() == pytest.approx(1.0, abs=0.05)
+    assert np.abs(np.asarray(np.corrcoef(drawn[:50]))[np.triu_indices(50, 1)]).max() < 0.3
+
+
+def test_neighbours_that_are_alike_share_their_weight() -> None:
+    drawn = np.array(list(intervals.weights(400, 5.0)))
+    assert (drawn[:, 0] == drawn[:, 9]).all()
+    assert (drawn[:, 9] != drawn[:, 10]).all()
+
+
+def test_the_bootstrap_of_a_mean_covers_it() -> None:
+    random, inside = np.random.default_rng(3), 0
+    for _ in range(100):
+        values = random.normal(5, 2, 120)
+        [(low, high)] = intervals.bootstrap(
+            lambda w, v=values: [float((v * w).sum() / w.sum())],  # type: ignore[misc]
+            intervals.weights(120, 1.0),
+        )
+        inside += low <= 5 <= high
+    assert 88 <= inside <= 100
+
+
+def test_a_statistic_without_a_value_has_no_interval() -> None:
+    [nothing] = intervals.bootstrap(lambda w: [math.nan], intervals.weights(50, 1.0))
+    assert all(map(math.isnan, nothing))
+
+
+def test_what_never_varied_has_no_interval_of_width_zero() -> None:
+    [same] = intervals.bootstrap(lambda w: [1.0], intervals.weights(50, 1.0))
+    assert all(map(math.isnan, same))
+
+
+@pytest.mark.parametrize("value", [1e160, -1e308, math.inf, math.nan])
+def test_an_absurd_value_leaves_neighbours_as_alike_as_they_can_be_told(value: float) -> None:
+    values = np.full(60, 0.5)
+    values[5] = value
+    assert 1.0 <= intervals.design(values) < 20
+
+
+@given(st.floats(1e-100, 1e100))
+def test_how_alike_neighbours_are_does_not_depend_on_the_unit(scale: float) -> None:
+    values = np.repeat(np.random.default_rng(1).random(50), 4)
+    assert intervals.design(values * scale) == pytest.approx(intervals.design(values))
+
+
+def test_weights_of_many_results_are_made_one_replicate_at_a_time() -> None:
+    tracemalloc.start()
+    try:
+        intervals.bootstrap(lambda w: [float(w[0])], intervals.weights(100_000, 1.0))
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,76 @@
+"""docs/config.md has every key of a device's config, no other, and its default."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from agent import config
+from agent.config.updates import Updates
+
+PAGE = Path(__file__).parents[2] / "docs" / "config.md"
+HEADING = re.compile(r"^##+ (.+)$", re.MULTILINE)
+ROW = re.compile(r"^\| `(\w+)` \| (?:`(.+?)`|(–|required)) \|", re.MULTILINE)
+SECTIONS: dict[str, Any] = {
+    "[device]": config.Device,
+    "[broker]": config.Broker,
+    "[collector]": config.Collector,
+    "[operators]": config.Operators,
+    "[publishers]": config.Publishers,
+    "[buffer]": config.Buffer,
+    "[intake]": config.Intake,
+    "[care]": config.Care,
+    "[updates]": Updates,
+    "[streams.NAME]": config.Stream,
+    "fields": config.Field,
+    "source files": config.FilesSource,
+    "source host": config.HostSource,
+    "source mqtt": config.MqttSource,
+    "source replay": config.ReplaySource,
+    "[tasks.NAME]": config.Task,
+}
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """Section → key → its default as it is written in a config, or `–` or `required`."""
+    headings = list(HEADING.finditer(text := PAGE.read_text(encoding="utf-8")))
+    ends = [heading.start() for heading in headings[1:]] + [len(text)]
+    return {
+        heading[1]: {key: given or word for key, given, word in ROW.findall(text[heading.end() : end])}
+        for heading, end in zip(headings, ends, strict=True)
+    }
+
+
+def test_every_section_of_the_config_is_documented() -> None:
+    assert documented().keys() == SECTIONS.keys()
+    assert {f"[{name}]" for name in config.Config.__struct_fields__} == {
+        name.replace(".NAME", "") for name in SECTIONS if name.startswith("[")
+    }
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_key_is_documented_with_its_default(section: str, tmp_path: Path) -> None:
+    kind, said = SECTIONS[section], documented()[section]
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    assert said.keys() == fields.keys()
+    file = tmp_path / "section.toml"
+    required = {name for name, field in fields.items() if field.required}
+    assert {name for name, default in said.items() if default == "required"} == required
+    base = {name: '"mqtt://a"' if name == "url" else '"x"' for name in required}
+    given = base | {name: default for name, default in said.items() if default not in ("–", "required")}
+    read = [_read(file, kind, lines) for lines in (base, given)]
+    assert read[0] == read[1]
+    # No fields are what images and sounds have; written down, an empty list is refused.
+    unset = {name for name, field in fields.items() if field.default is None} | ({"fields"} & fields.keys())
+    assert {name for name, default in said.items() if default == "–"} == unset
+
+
+def _read(file: Path, kind: Any, lines: dict[str, str]) -> Any:
+    file.write_text("".join(f"{name} = {value}\n" for name, value in lines.items()), encoding="utf-8")
+    assert tomllib.loads(file.read_text(encoding="utf-8")).keys() == lines.keys()
+    return config.read(file, kind)

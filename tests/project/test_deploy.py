@@ -1,0 +1,144 @@
+"""The service and its installer, as far as they can be tried without changing this machine.
+
+`scripts/test_install` tries them on a fresh Debian that it makes for the purpose.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+UNIT = ROOT / "deploy" / "outstation.service"
+DROP_IN = ROOT / "deploy" / "devices.conf"
+INSTALL = ROOT / "deploy" / "install.sh"
+SETUP = ROOT / "scripts" / "setup"
+
+Program = Callable[[str], str]
+
+
+def run(*command: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command without a terminal, with `more` in its environment."""
+    return subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | more,
+    )
+
+
+def unit_with_a_program(folder: Path) -> Path:
+    """A copy of the unit that starts a program which every machine has."""
+    copy = folder / UNIT.name
+    copy.write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", UNIT.read_text(), flags=re.MULTILINE))
+    return copy
+
+
+def test_the_service_is_exposed_by_1_1_at_most(program: Program) -> None:
+    done = run(program("systemd-analyze"), "security", "--offline=true", "--threshold=15", UNIT)
+    exposure = re.search(r"Overall exposure level for outstation.service: ([\d.]+)", done.stdout)
+    assert exposure, done.stdout + done.stderr
+    assert float(exposure[1]) <= 1.1
+    assert done.returncode == 0
+
+
+def test_systemd_finds_nothing_wrong_with_the_service(program: Program, tmp_path: Path) -> None:
+    done = run(program("systemd-analyze"), "verify", "--man=no", unit_with_a_program(tmp_path))
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_systemd_understands_the_drop_in_with_every_line_taken_out_of_comment(program: Program, tmp_path: Path) -> None:
+    unit = unit_with_a_program(tmp_path)
+    settings = re.sub(r"^#(?=[A-Z]\w+=)", "", DROP_IN.read_text(), flags=re.MULTILINE)
+    assert "\nPrivateDevices=no\n" in settings
+    folder = tmp_path / f"{unit.name}.d"
+    folder.mkdir()
+    (folder / DROP_IN.name).write_text(settings)
+    done = run(program("systemd-analyze"), "verify", "--man=no", unit)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_service_starts_without_network_or_time_and_is_tried_for_ever() -> None:
+    lines = [line for line in UNIT.read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if line.startswith(("After=", "Wants=", "Requires=", "BindsTo="))] == []
+    assert "Restart=always" in lines
+    assert "StartLimitIntervalSec=0" in lines[: lines.index("[Service]")]
+
+
+def test_what_the_service_and_the_installer_say_fits_together() -> None:
+    unit, script = UNIT.read_text(), INSTALL.read_text()
+    program = re.search(r"^program=(\S+)", script, re.MULTILINE)
+    config = re.search(r"^config=(\S+)", script, re.MULTILINE)
+    data = re.search(r"^data=/var/lib/(\S+)", script, re.MULTILINE)
+    assert program
+    assert config
+    assert data
+    assert f"ExecStart={program[1]}/bin/outstation run -c {config[1]}/outstation.toml\n" in unit
+    assert f"StateDirectory={data[1]}\n" in unit
+    user = re.search(r"^User=(\S+)", unit, re.MULTILINE)
+    assert user
+    assert re.search(rf"useradd --system .* {user[1]}\n", script)
+
+
+def test_the_shell_scripts_are_clean(program: Program) -> None:
+    files = [path for folder in ("scripts", "deploy", ".ci") for path in (ROOT / folder).iterdir() if path.is_file()]
+    scripts = [path for path in files if path.read_text().startswith("#!/usr/bin/env bash\n")]
+    assert {INSTALL, SETUP} <= set(scripts)
+    done = run(program("shellcheck"), *scripts)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_installer_tells_its_options() -> None:
+    done = run(INSTALL, "--help")
+    assert done.returncode == 0
+    assert {"--enrolment", "--rollback", "--uninstall"} <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--upgrade"], "--upgrade is no option"),
+        (["--enrolment"], "--enrolment needs a file"),
+        (["--enrolment", "/nonexistent"], "--enrolment needs a file"),
+    ],
+)
+def test_the_installer_refuses_wrong_use_before_it_changes_anything(arguments: list[str], problem: str) -> None:
+    done = run(INSTALL, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert problem in done.stderr
+
+
+def test_the_installer_run_by_a_user_says_that_root_is_needed() -> None:
+    nobody: dict[str, int | list[int]] = {}
+    if os.geteuid() == 0:
+        nobody = {"user": 65534, "group": 65534, "extra_groups": []}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        script = shutil.copy(INSTALL, folder)
+        done = subprocess.run([script], capture_output=True, text=True, check=False, cwd="/", **nobody)  # type: ignore[call-overload]
+    assert done.returncode == 2
+    assert "must run as root: sudo" in done.stderr
+
+
+def test_setup_refuses_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    done = run(SETUP, "demo", OUTSTATION_VENV=str(tmp_path))
+    assert done.returncode == 2
+    assert "is no Python environment" in done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_setup_names_the_pythons_that_will_do(tmp_path: Path) -> None:
+    done = run(SETUP, "demo", OUTSTATION_VENV=str(tmp_path / "venv"), PYTHON="/bin/false")
+    assert done.returncode == 2
+    assert "Python 3.11 to 3.14" in done.stderr
+    assert not (tmp_path / "venv").exists()

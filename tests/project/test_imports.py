@@ -1,0 +1,467 @@
+"""The floors of the house: imports go down only, few rooms know certain libraries, and start-up loads little.
+
+cli → simulate → scenario → device | fleet → client | evaluation → link | model → drift | wire → config → clock | names
+→ errors
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+AGENT = ROOT / "agent"
+
+# A room is a package or module directly under agent/. It imports itself and lower floors.
+FLOORS = {
+    "errors": 0,
+    "quantities": 0,
+    "arrays": 1,
+    "clock": 1,
+    "jsonpath": 1,
+    "media": 1,
+    "names": 1,
+    "strict_json": 1,
+    "text": 1,
+    "toml_files": 1,
+    "durable_files": 2,
+    "config": 2,
+    "wire": 3,
+    "render": 3,
+    "performance": 4,
+    "transport": 4,
+    "drift": 5,
+    "comparison": 6,
+    "model": 6,
+    "client": 7,
+    "datasets": 7,
+    "authoring": 8,
+    "evaluation": 8,
+    "device": 9,
+    "fleet": 9,
+    "simulate": 10,
+    "bootstrap": 11,
+    "testing": 12,
+    "cli": 13,
+    "__main__": 14,
+}
+MOST_MODULES = 18
+# Cycles that are still there. This list only shrinks.
+FILE_CYCLES: set[str] = {
+    "agent.cli.fleet.drift",
+    "agent.cli.fleet.evidence",
+    "agent.cli.fleet.group",
+    "agent.drift.baseline.reference",
+    "agent.drift.baseline.row_counts",
+    "agent.drift.baseline.site",
+    "agent.drift.baseline.summary",
+    "agent.drift.detectors.extremes",
+    "agent.drift.detectors.resolution",
+    "agent.drift.detectors.sampling_rate",
+    "agent.fleet.database.gap_ledger",
+    "agent.fleet.database.interface",
+    "agent.fleet.database.postgresql",
+    "agent.fleet.database.postgresql_rows",
+    "agent.fleet.database.postgresql_schema",
+    "agent.fleet.database.rollout_tables",
+    "agent.fleet.database.schema",
+    "agent.fleet.database.sqlite",
+    "agent.fleet.database.timestamps",
+    "agent.model.inference.inspect",
+    "agent.model.inference.runtime",
+}
+FOLDER_CYCLES: set[str] = {
+    "agent.bootstrap",
+    "agent.cli.device",
+    "agent.device.bundles",
+    "agent.device.commands",
+    "agent.device.intake",
+    "agent.device.machine",
+    "agent.device.pipeline",
+    "agent.device.recovery",
+    "agent.device.rollout",
+    "agent.device.rollout.fetch",
+    "agent.device.store",
+    "agent.drift.baseline",
+    "agent.drift.detectors",
+    "agent.drift.faults",
+    "agent.drift.reporting",
+    "agent.drift.testing",
+    "agent.fleet",
+    "agent.fleet.collector",
+    "agent.fleet.evidence",
+    "agent.fleet.evidence.gather",
+    "agent.fleet.evidence.page",
+    "agent.performance",
+}
+CLIMBING: set[str] = {
+    "agent.arrays",
+    "agent.bootstrap.commands",
+    "agent.durable_files",
+    "agent.performance.degradation",
+    "agent.performance.feedback",
+}
+CROWDED: set[str] = {
+    "agent/device/store",
+    "agent/evaluation",
+}
+# Library → the only modules that import it.
+ONLY = {
+    "paho": {"agent.transport.mqtt"},
+    "ai_edge_litert": {"agent.model.inference.runtime"},
+    "tflite_runtime": {"agent.model.inference.runtime"},
+    "resvg_py": {"agent.render.png"},
+    "PIL": {"agent.model.inference.images"},
+    "ray": {"agent.evaluation.predict.ray_cluster"},
+    "cyclonedx": {"agent.fleet.evidence.sbom"},
+    "psycopg": {f"agent.fleet.database.{name}" for name in ("postgresql", "postgresql_rows", "postgresql_schema")},
+    "tuf": {
+        *(f"agent.fleet.repository.{name}" for name in ("signature_chain", "mirror", "create", "edition", "publish")),
+        *(f"agent.fleet.repository.{name}" for name in ("key_rotation", "revoke", "root_rotation", "status")),
+        "agent.device.rollout.fetch.tuf_client",
+    },
+    "securesystemslib": {f"agent.fleet.repository.{name}" for name in ("edition", "key_rotation", "keys")},
+}
+# wire/ and drift/ are pure: these libraries and no other, nothing of the system but for the key files.
+PURE = {
+    "drift": {"msgspec", "numpy"},
+    "comparison": {"msgspec", "numpy"},
+    "performance": {"msgspec", "numpy"},
+    "wire": {"cryptography", "msgspec"},
+}
+KEY_FILES = "agent.wire.keys"
+COMPUTED = "a module whose name is computed"
+SYSTEM = {
+    "asyncio", "ctypes", "fcntl", "glob", "http", "io", "logging", "multiprocessing", "os", "pathlib", "random",
+    "resource", "select", "selectors", "shutil", "signal", "socket", "sqlite3", "ssl", "subprocess", "sys",
+    "tempfile", "threading", "time", "urllib",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """`module` imports `target`, both dotted, at `line`."""
+
+    module: str
+    target: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.module} (line {self.line}) imports {self.target}"
+
+
+def modules(folder: Path = AGENT) -> dict[str, Path]:
+    """Dotted name → file of every module of the package in `folder`."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[Import]:
+    """All imports of a module, those inside functions and under TYPE_CHECKING too."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (Import(module, alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*up, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield Import(module, inner if inner in known else base, node.lineno)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            name = node.args[0] if node.args else None
+            yield Import(module, str(name.value) if isinstance(name, ast.Constant) else COMPUTED, node.lineno)
+
+
+ALL = [found for name, path in MODULES.items() for found in imports(name, path, MODULES)]
+
+
+def room(module: str) -> str:
+    """The room of a module of ours; `""` for the package itself."""
+    return [*module.split("."), ""][1]
+
+
+def climbs(found: Import) -> bool:
+    """Return True if an import leads up, or sideways into another room."""
+    here, there = room(found.module), room(found.target)
+    if there in (here, ""):
+        return False
+    return here == "" or FLOORS[here] <= FLOORS[there]
+
+
+def cycles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Return the strongly connected components of more than one node (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    path: list[str] = []
+    components = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        path.append(node)
+        for target in sorted(arrows.get(node, ())):
+            if target not in index:
+                visit(target)
+                low[node] = min(low[node], low[target])
+            elif target in path:
+                low[node] = min(low[node], index[target])
+        if low[node] == index[node]:
+            component = path[path.index(node) :]
+            del path[path.index(node) :]
+            if len(component) > 1:
+                components.append(sorted(component))
+
+    for node in sorted(arrows):
+        if node not in index:
+            visit(node)
+    return components
+
+
+def folder_of(module: str, known: dict[str, Path]) -> str:
+    """Return the package that a module lies in; a module directly under agent/ stands for itself."""
+    if known[module].name == "__init__.py":
+        return module
+    package = module.rpartition(".")[0]
+    return module if package == "agent" else package
+
+
+def module_arrows(every: list[Import], known: dict[str, Path]) -> dict[str, set[str]]:
+    """Return module → modules it imports."""
+    arrows: dict[str, set[str]] = {}
+    for found in every:
+        if found.target in known and found.target != found.module:
+            arrows.setdefault(found.module, set()).add(found.target)
+    return arrows
+
+
+def folder_arrows(every: list[Import], known: dict[str, Path]) -> dict[str, set[str]]:
+    """Return folder → folders that its modules import."""
+    arrows: dict[str, set[str]] = {}
+    for module, targets in module_arrows(every, known).items():
+        here = folder_of(module, known)
+        if here != "agent":
+            arrows.setdefault(here, set()).update({folder_of(target, known) for target in targets} - {here})
+    return arrows
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports inside functions and under TYPE_CHECKING count: a reader follows them, too."""
+    inside = {module for cycle in cycles(module_arrows(ALL, MODULES)) for module in cycle}
+    assert inside == FILE_CYCLES
+
+
+def test_no_folder_imports_itself_through_others() -> None:
+    inside = {folder for cycle in cycles(folder_arrows(ALL, MODULES)) for folder in cycle}
+    assert inside == FOLDER_CYCLES
+
+
+def test_a_folder_holds_few_modules() -> None:
+    sizes: dict[str, int] = {}
+    for path in AGENT.rglob("*.py"):
+        if path.name != "__init__.py":
+            name = path.parent.relative_to(ROOT).as_posix()
+            sizes[name] = sizes.get(name, 0) + 1
+    assert {name for name, size in sizes.items() if size > MOST_MODULES} == CROWDED
+
+
+def test_every_module_lies_three_folders_deep_at_most() -> None:
+    assert [path for path in AGENT.rglob("*.py") if len(path.relative_to(AGENT).parts) > 4] == []
+
+
+def test_the_check_itself_sees_a_cycle(tmp_path: Path) -> None:
+    house = tmp_path / "agent"
+    files = {
+        "drift/__init__.py": "",
+        "drift/monitor.py": "from agent.drift.state import State",
+        "drift/state.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from agent.drift import monitor",
+        "fleet/__init__.py": "",
+        "fleet/store.py": "def f():\n    from agent.drift.monitor import step",
+        "drift/alerts.py": "from agent.fleet.store import f",
+    }
+    for name, text in files.items():
+        (house / name).parent.mkdir(parents=True, exist_ok=True)
+        (house / name).write_text(text)
+    known = modules(house)
+    every = [found for name, path in known.items() for found in imports(name, path, known)]
+    assert cycles(module_arrows(every, known)) == [["agent.drift.monitor", "agent.drift.state"]]
+    assert cycles(folder_arrows(every, known)) == [["agent.drift", "agent.fleet"]]
+
+
+def test_every_room_stands_on_a_floor() -> None:
+    homeless = {room(module) for module in MODULES} - set(FLOORS) - {""}
+    assert not homeless, f"agent/{homeless}: give it a floor in tests/project/test_imports.py"
+
+
+def test_imports_go_down_only() -> None:
+    ours = [found for found in ALL if found.target.split(".")[0] == "agent"]
+    assert ours
+    assert {found.module for found in ours if climbs(found)} == CLIMBING
+
+
+def test_only_the_command_line_computes_what_it_imports() -> None:
+    assert [str(found) for found in ALL if found.target == COMPUTED and room(found.module) != "cli"] == []
+
+
+@pytest.mark.parametrize("library", ONLY)
+def test_a_library_is_known_to_one_module_only(library: str) -> None:
+    users = {found.module for found in ALL if found.target.split(".")[0] == library}
+    assert users <= ONLY[library]
+
+
+def test_on_the_device_the_child_that_fetches_alone_knows_tuf() -> None:
+    trust = "agent.device.rollout.fetch.tuf_client"
+    assert {f.module for f in ALL if f.target == trust} == {"agent.device.rollout.fetch.worker"}
+
+
+@pytest.mark.parametrize("pure", PURE)
+def test_a_pure_room_touches_neither_the_system_nor_foreign_libraries(pure: str) -> None:
+    inside = [found for found in ALL if room(found.module) == pure]
+    allowed = PURE[pure] | {"agent", "__future__"} | (set(sys.stdlib_module_names) - SYSTEM)
+    wrong = [str(f) for f in inside if f.target.split(".")[0] not in allowed and f.module != KEY_FILES]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("pure", PURE)
+def test_a_pure_room_opens_no_files(pure: str) -> None:
+    opened = []
+    for module, path in MODULES.items():
+        if room(module) == pure and module != KEY_FILES:
+            calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+            opened += [f"{module} (line {call.lineno})" for call in calls if ast.unparse(call.func) == "open"]
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("start", "unwanted"),
+    [
+        (
+            "agent.device.daemon",
+            {
+                "agent.cli",
+                "agent.fleet",
+                "agent.simulate",
+                "apscheduler",
+                "cryptography.x509",
+                "dateutil",
+                "importlib.metadata",
+                "iotcore",
+                "jwt",
+                "pandas",
+                "pyarrow",
+                "pytest",
+                "rich",
+                "sqlite_utils",
+                "tuf",
+            },
+        ),
+        (
+            "agent.cli.device.run",
+            {"agent.fleet", "agent.simulate", "apscheduler", "cryptography.x509", "rich", "sqlite_utils", "tuf"},
+        ),
+        (
+            "agent.cli.device.batch",
+            {
+                "agent.device.rollout.shadow",
+                "agent.device.daemon",
+                "agent.device.recovery.copy",
+                "agent.fleet",
+                "agent.transport.mqtt",
+                "apscheduler",
+                "asyncio",
+                "cryptography.x509",
+                "http",
+                "importlib.metadata",
+                "paho",
+                "psutil",
+                "rich",
+                "sqlite_utils",
+                "tuf",
+            },
+        ),
+        (
+            "agent.cli.device.status",
+            {
+                "agent.device.daemon",
+                "agent.transport.mqtt",
+                "apscheduler",
+                "asyncio",
+                "cryptography.x509",
+                "sqlite_utils",
+                "tuf",
+            },
+        ),
+        (
+            "agent.device.rollout.fetch.worker",
+            {"agent.cli", "agent.config", "agent.device.store", "agent.model", "numpy", "paho", "psutil", "sqlite3"},
+        ),
+        (
+            "agent.fleet.collector.collector",
+            {"agent.cli", "agent.device", "ai_edge_litert", "cyclonedx", "iotcore", "jwt", "pyarrow", "rich", "tuf"},
+        ),
+        (
+            "agent.cli",
+            {"ai_edge_litert", "apscheduler", "iotcore", "jwt", "pandas", "pyarrow", "rich", "tflite_runtime", "tuf"},
+        ),
+    ],
+)
+def test_starting_does_not_load_what_only_others_need(start: str, unwanted: set[str]) -> None:
+    code = f"import sys, {start}; print('\\n'.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(done.stdout.split())
+    assert start in loaded
+    assert loaded & unwanted == set()
+
+
+def test_the_list_of_commands_loads_none_of_them() -> None:
+    code = "import sys; from agent.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "  status     Backlog" in done.stdout
+    loaded = set(done.stdout.splitlines())
+    assert "agent.cli" in loaded
+    assert {module for module in loaded if module.startswith("agent.cli.") or module == "numpy"} == set()
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "wrong"),
+    [
+        ("wire/topics.py", "from agent.device import store", True),
+        ("device/store.py", "import agent.fleet.collector.collector", True),
+        ("fleet/collect.py", "from ..device import store", True),
+        ("transport/mqtt.py", "def f():\n    from agent.model import runtime", True),
+        ("wire/topics.py", "from agent.drift import faults", True),
+        ("device/store.py", "from . import intake", False),
+        ("config.py", "from agent import errors", False),
+        ("config.py", "from agent.wire.topics import parse", True),
+        ("cli/run.py", "from agent.device import store", False),
+    ],
+)
+def test_the_check_itself_sees_an_import_that_climbs(tmp_path: Path, file: str, line: str, wrong: bool) -> None:
+    house = tmp_path / "agent"
+    rooms = (
+        "wire/topics.py",
+        "wire/keys.py",
+        "device/store.py",
+        "device/intake.py",
+        "fleet/collect.py",
+        "model/runtime.py",
+        "errors.py",
+    )
+    for name in (*rooms, file):
+        (house / name).parent.mkdir(parents=True, exist_ok=True)
+        (house / name).touch()
+    (house / file).write_text(line)
+    known = modules(house)
+    found = [one for name, path in known.items() for one in imports(name, path, known)]
+    assert [climbs(one) for one in found] == [wrong]

@@ -1,0 +1,186 @@
+"""The models solar and machine are what their sources make, of data kept apart, and as good as their cards say."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent.datasets import training_data
+from agent.evaluation import evaluate
+from agent.evaluation.document import Evaluation
+from agent.media import Sound
+from agent.model.bundle import builtin, bundle
+from agent.model.inference import derived_features, inference, sound
+from tests.kit.evaluations import finding
+from tests.project.test_build_models import builder
+
+SOURCES = Path(__file__).resolve().parents[2] / "models" / "sources"
+RECORDINGS = builtin.recordings()
+BOTH = pytest.mark.parametrize("name", ["solar", "machine"])
+
+
+def module(name: str, file: str) -> ModuleType:
+    """A script of the model's sources, which are no package."""
+    spec = importlib.util.spec_from_file_location(f"{name}_{file}", SOURCES / name / f"{file}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = made
+    spec.loader.exec_module(made)
+    return made
+
+
+def evaluated(name: str, **asked: Any) -> Evaluation:
+    found = bundle.read(builtin.bundles() / name, builtin.publishers())
+    asked = {"data": RECORDINGS / f"{name}.npz"} | asked
+    request = evaluate.Request(train=SOURCES / name / "reference.npz", latency=False, **asked)
+    model = inference.load(found.manifest, found.model)
+    return evaluate.evaluate(found, inference.Inference(found.manifest, model), "", request, lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def solar() -> Evaluation:
+    return evaluated("solar", label="power", group="day", slices=("sky", "month"))
+
+
+@pytest.fixture(scope="module")
+def machine() -> Evaluation:
+    return evaluated("machine", group="recording", slices=("fault", "subject"))
+
+
+def card(name: str) -> str:
+    return (SOURCES / name / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def stated(name: str, metric: str) -> float:
+    found = re.search(rf"^\| {metric} \| ([\d.]+) \|", card(name), re.MULTILINE)
+    assert found, f"the card no longer says `| {metric} | …`"
+    return float(found[1])
+
+
+@BOTH
+@pytest.mark.timeout(300)
+def test_converting_the_committed_weights_gives_the_committed_model_byte_for_byte(tmp_path: Path, name: str) -> None:
+    made = tmp_path / "model.tflite"
+    command = [builder(), str(SOURCES / name / "convert.py"), "-o", str(made)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert made.read_bytes() == (SOURCES / name / "model.tflite").read_bytes()
+
+
+@BOTH
+def test_the_bundle_holds_the_model_the_scaling_and_the_cards_of_its_sources(name: str) -> None:
+    found = bundle.read(builtin.bundles() / name, builtin.publishers())
+    spec = tomllib.loads((SOURCES / name / "bundle.toml").read_text(encoding="utf-8"))
+    assert found.model == (SOURCES / name / "model.tflite").read_bytes()
+    assert found.files["MODEL_CARD.md"].decode() == card(name)
+    assert f"sha256:{hashlib.sha256(found.model).hexdigest()}" in card(name)
+    with np.load(SOURCES / name / "weights.npz", allow_pickle=False) as z:
+        for key in ("mean", "std"):
+            assert found.manifest.input.__getattribute__(key) == spec["input"][key]
+            np.testing.assert_allclose(spec["input"][key], z[key], atol=1e-4)
+
+
+def test_the_error_of_solar_is_what_its_card_says_on_days_it_has_not_seen(solar: Evaluation) -> None:
+    error = solar.metrics[0]
+    assert error.metric == "mae"
+    # int8 kernels round differently between runtimes and CPUs.
+    assert error.value == pytest.approx(stated("solar", "mean absolute error"), rel=0.02)
+    assert finding(solar, "rows seen in training").state == "ok"
+    assert finding(solar, "groups in both splits").state == "ok"
+    assert finding(solar, "rows in two groups").state == "ok"
+    assert finding(solar, "time order").state == "ok"
+
+
+def test_what_is_anomalous_to_machine_is_what_its_card_says_and_the_fault_it_misses_is_named(
+    machine: Evaluation,
+) -> None:
+    auc = machine.metrics[0]
+    assert auc.metric == "auc"
+    assert auc.value == pytest.approx(stated("machine", "ROC AUC"), abs=0.01)
+    assert [one.slice for one in machine.slices if one.state == "worse"] == ["fault=loose, slight"]
+
+
+def planted(path: Path, **changed: Any) -> Evaluation:
+    """The held-out time of solar with other arrays."""
+    with np.load(RECORDINGS / "solar.npz") as z:
+        kept = {key: z[key] for key in ("rows", "scale", "fields", "t", "power", "day")}
+    kept |= changed
+    np.savez(path, **kept)
+    return evaluated("solar", data=path, label="power", group="day")
+
+
+def test_rows_of_the_training_time_that_stand_in_the_test_are_found(tmp_path: Path) -> None:
+    with np.load(RECORDINGS / "solar.npz") as late, np.load(SOURCES / "solar" / "reference.npz") as early:
+        both = {key: np.concatenate([early[key][:4_000], late[key][4_000:]]) for key in ("rows", "power")}
+    found = planted(tmp_path / "both.npz", **both)
+    assert finding(found, "rows seen in training").state == "warning"
+
+
+def test_a_day_that_stands_in_the_test_under_two_names_is_found(tmp_path: Path) -> None:
+    with np.load(RECORDINGS / "solar.npz") as z:
+        rows, power, day = z["rows"].copy(), z["power"].copy(), z["day"]
+    one, other = np.flatnonzero(day == day[9_600]), np.flatnonzero(day == day[19_200])
+    rows[other], power[other] = rows[one], power[one]
+    said = finding(planted(tmp_path / "twin.npz", rows=rows, power=power), "rows in two groups")
+    assert said.state == "warning"
+    assert said.summary.startswith(f"day {day[9_600]}, {day[19_200]} share rows with another day")
+
+
+def test_a_field_that_is_the_power_in_disguise_is_named(tmp_path: Path) -> None:
+    with np.load(RECORDINGS / "solar.npz") as z:
+        rows = z["rows"].copy()
+        rows[:, 2] = np.nan_to_num(z["power"]) / 4 + np.random.default_rng(0).normal(0, 5, len(rows))
+    said = finding(planted(tmp_path / "leak.npz", rows=rows), "a field that gives it away")
+    assert said.state == "warning"
+    assert "temp_air" in said.summary
+
+
+def test_two_weeks_lie_between_the_times_of_training_and_test() -> None:
+    with np.load(SOURCES / "solar" / "reference.npz") as early, np.load(RECORDINGS / "solar.npz") as late:
+        assert late["t"][0] - early["t"][-1] > 13 * 86_400
+        assert not set(early["day"].tolist()) & set(late["day"].tolist())
+        assert set(np.diff(late["t"]).tolist()) == {900}
+
+
+def test_no_machine_of_the_test_was_trained_or_set_a_threshold() -> None:
+    subjects = []
+    for path in (SOURCES / "machine" / "reference.npz", SOURCES / "machine" / "calibrate.npz"):
+        with np.load(path) as z:
+            subjects += z["subject"].tolist()
+            assert set(z["fault"].tolist()) == {"none"}
+    with np.load(RECORDINGS / "machine.npz") as z:
+        assert not set(subjects) & set(z["subject"].tolist())
+
+
+def test_features_of_training_are_those_that_the_device_derives() -> None:
+    recordings = module("solar", "recordings")
+    found = bundle.read(builtin.bundles() / "solar", builtin.publishers())
+    spec = found.manifest.input
+    known = recordings.load(RECORDINGS / "solar.npz")
+    given = training_data.read(RECORDINGS / "solar.npz", spec)
+    made = derived_features.columns(given.features, given.t, spec)
+    np.testing.assert_allclose(made[3:2000], known.features()[3:2000], rtol=1e-5, atol=1e-5)
+    assert spec.columns == list(recordings.FEATURES)
+
+
+def test_the_same_ten_seconds_of_a_machine_sound_the_same_and_are_the_committed_rows() -> None:
+    sounds = module("machine", "sounds")
+    made = sounds.record(9, 0)
+    assert np.array_equal(made, sounds.record(9, 0))
+    assert not np.array_equal(made, sounds.record(9, 1))
+    spec = tomllib.loads((SOURCES / "machine" / "bundle.toml").read_text(encoding="utf-8"))["input"]["sound"]
+    rows = sound.rows(made, Sound(**spec))
+    with np.load(RECORDINGS / "machine.npz") as z:
+        kept = z["rows"][: z["starts"][1]] * z["scale"]
+    assert np.abs(rows - kept).max() <= 0.26

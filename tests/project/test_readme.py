@@ -1,0 +1,213 @@
+"""Every command in README.md is run, in order, or says beside it why not. CONTRIBUTING.md tells the convention."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.kit.bundles import THIRD_PARTY
+
+ROOT = Path(__file__).parents[2]
+MARK = re.compile(r"<!-- (run|run, output as shown|not run: \S.*) -->")
+# They run the suite, or change the system.
+NEVER_RUN = re.compile(r"scripts/(test|check|demo|bench|torture)|\.ci/run|\bsudo\b|\bapt-get\b|\bgit clone\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One command, its line in the document, and the output shown beneath it."""
+
+    line: int
+    command: str
+    output: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One ```console block; `mark` is the comment above it without its brackets, `""` where there is none."""
+
+    line: int
+    mark: str
+    steps: tuple[Step, ...]
+
+
+def blocks(text: str) -> list[Block]:
+    """The console blocks of a Markdown text."""
+    lines = text.splitlines()
+    found = []
+    for at, line in enumerate(lines):
+        if line.strip() == "```console":
+            end = next(i for i in range(at + 1, len(lines)) if lines[i].strip() == "```")
+            above = next((one for one in reversed(lines[:at]) if one.strip()), "")
+            mark = MARK.fullmatch(above.strip())
+            found.append(Block(at + 1, mark[1] if mark else "", steps(lines[at + 1 : end], at + 2)))
+    return found
+
+
+def steps(lines: list[str], first: int) -> tuple[Step, ...]:
+    """Lines `$ …` are commands, `> …` and what follows a backslash continue them, the rest is output."""
+    found: list[tuple[int, list[str], list[str]]] = []
+    for number, line in enumerate(lines, first):
+        if line.startswith("$ "):
+            found.append((number, [line[2:]], []))
+        elif found and not found[-1][2] and (line.startswith(">") or found[-1][1][-1].endswith("\\")):
+            found[-1][1].append(re.sub("^> ?", "", line))
+        elif found:
+            found[-1][2].append(line)
+        elif line.strip():
+            raise AssertionError(f"line {number}: output without a command above it: {line}")
+    return tuple(Step(number, "\n".join(command), tuple(output)) for number, command, output in found)
+
+
+def missing_output(shown: tuple[str, ...], real: str) -> str | None:
+    """The first shown line that real output lacks, in order; `…` in a shown line stands for anything."""
+    rest = iter(real.splitlines())
+    for line in (one for one in shown if one.strip() not in ("", "…")):
+        pattern = ".*".join(re.escape(part) for part in line.rstrip().split("…"))
+        if not any(re.fullmatch(pattern, one.rstrip()) for one in rest):
+            return line
+    return None
+
+
+class Shell:
+    """One bash that keeps its folder and variables from block to block, as a reader's terminal does."""
+
+    def __init__(self, folder: Path) -> None:
+        tools = Path(sys.executable).parent
+        assert shutil.which("outstation", path=str(tools)), "the package is not installed; run scripts/setup"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OUTSTATION_")}
+        environment |= {"PATH": f"{tools}:{environment['PATH']}:/usr/sbin", "HOME": str(folder), "COLUMNS": "120"}
+        self._bash = subprocess.Popen(
+            ["bash", "--noprofile", "--norc"],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, command: str) -> tuple[int, str]:
+        """Exit code and output of a command; 130 where it ended the shell."""
+        assert self._bash.stdin
+        assert self._bash.stdout
+        # Quoted, so that one with an open quote or here-document fails instead of eating what comes next; and without
+        # input, so that one that reads does not eat it either.
+        self._bash.stdin.write(f"eval {shlex.quote(command)} </dev/null\nprintf '\\n=== %d ===\\n' $?\n")
+        self._bash.stdin.flush()
+        output: list[str] = []
+        for line in self._bash.stdout:
+            if code := re.fullmatch(r"=== (\d+) ===\n", line):
+                return int(code[1]), "".join(output)
+            output.append(line)
+        return 130, "".join(output)
+
+    def close(self) -> None:
+        """End bash and what it started in the background."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._bash.pid, signal.SIGTERM)
+        self._bash.communicate(timeout=60)
+
+
+def test_every_console_block_of_the_readme_says_whether_it_is_run() -> None:
+    found = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert found, "README.md has no ```console block"
+    unmarked = [f"line {block.line}" for block in found if not block.mark]
+    assert unmarked == []
+    unsafe = [f"line {b.line}" for b in found for s in b.steps if runs(b) and NEVER_RUN.search(s.command)]
+    assert unsafe == []
+
+
+@pytest.mark.timeout(300)
+def test_the_commands_of_the_readme_work_in_order(tmp_path: Path) -> None:
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith("."):
+            (tmp_path / entry.name).symlink_to(entry)
+    shell = Shell(tmp_path)
+    try:
+        for block in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
+            for step in block.steps if runs(block) else ():
+                code, output = shell.run(step.command)
+                assert code == 0, f"README.md line {step.line}: `{step.command}` ended with {code}:\n{output}"
+                missing = missing_output(step.output, output) if block.mark.endswith("shown") else None
+                assert missing is None, f"README.md line {step.line}: output lacks {missing!r}:\n{output}"
+    finally:
+        shell.close()
+
+
+def test_a_model_that_nobody_here_made_runs_on_a_device_by_the_ten_lines_of_the_readme(tmp_path: Path) -> None:
+    if not THIRD_PARTY.exists():
+        pytest.skip("models that others made are not there (OUTSTATION_THIRDPARTY_MODELS)")
+    shutil.copy(THIRD_PARTY / "mlperf_kws_int8.tflite", tmp_path / "theirs.tflite")
+    # Half a minute of cepstra, as its authors' features give them, in a table.
+    cepstra = np.random.default_rng(0).normal(0, 20, (49 * 30, 10))
+    lines = [",".join(f"{value:.3f}" for value in (1_764_022_680 + i / 50, *row)) for i, row in enumerate(cepstra)]
+    (tmp_path / "readings.csv").write_text("\n".join(["t,c0,c1,c2,c3,c4,c5,c6,c7,c8,c9", *lines]) + "\n")
+    found = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    [block] = [one for one in found if any("--from theirs.tflite" in step.command for step in one.steps)]
+    # The first line makes the model that the others are given here.
+    [first, *rest] = block.steps
+    assert first.command.startswith("cp ")
+    assert len(block.steps) <= 10
+    shell = Shell(tmp_path)
+    try:
+        for step in rest:
+            code, output = shell.run(step.command)
+            assert code == 0, f"README.md line {step.line}: `{step.command}` ended with {code}:\n{output}"
+        code, output = shell.run("outstation status -c site/outstation.toml --json 2>/dev/null")
+    finally:
+        shell.close()
+    [task] = [one for one in json.loads(output)["tasks"] if one["task"] == "theirs"]
+    assert task["row"] == len(cepstra)
+
+
+def runs(block: Block) -> bool:
+    return block.mark.startswith("run")
+
+
+def test_a_block_is_read_as_commands_with_their_output() -> None:
+    text = (
+        "<!-- run -->\n\n```console\n$ echo a \\\n    b\na b\n$ cat <<E\n> x\n>\n> E\n```\n\n```console\n$ false\n```\n"
+    )
+    first, second = blocks(text)
+    assert first == Block(3, "run", (Step(4, "echo a \\\n    b", ("a b",)), Step(7, "cat <<E\nx\n\nE", ())))
+    assert (second.mark, runs(second)) == ("", False)
+
+
+@pytest.mark.parametrize("comment", ["<!-- not run -->", "<!-- not run: -->", "<!-- runs -->"])
+def test_a_block_is_left_out_only_with_a_reason(comment: str) -> None:
+    assert blocks(f"{comment}\n```console\n$ true\n```\n")[0].mark == ""
+
+
+def test_shown_output_must_come_in_order_and_may_leave_out_what_changes() -> None:
+    real = "device pi-07\nkey abc123\naudit passed\n"
+    assert missing_output(("device pi-07", "key …", "audit passed"), real) is None
+    assert missing_output(("device pi-07", "…", "audit passed"), real) is None
+    assert missing_output(("audit passed", "device pi-07"), real) == "device pi-07"
+    assert missing_output(("key xyz",), real) == "key xyz"
+
+
+def test_the_shell_keeps_its_folder_and_reports_how_a_command_ended(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    try:
+        assert shell.run("mkdir inner && cd inner && name=x") == (0, "\n")
+        assert shell.run('echo "$name" && pwd') == (0, f"x\n{tmp_path}/inner\n\n")
+        assert shell.run("cat; false")[0] == 1
+        assert shell.run("cat <<'E'\na 'b\nE") == (0, "a 'b\n\n")
+        assert shell.run("echo 'open")[0] == 2
+        assert shell.run("sleep 60 &")[0] == 0
+    finally:
+        shell.close()

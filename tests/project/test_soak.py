@@ -1,0 +1,55 @@
+"""Long runs in simulated time, a little shorter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts.soaks import Result
+from scripts.soaks.day import Sample, flat
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_an_hour_online_through_bad_weather_delivers_everything_and_grows_nothing() -> None:
+    """In a process of its own: what other tests allocate and free would be measured too."""
+    command = [sys.executable, "-m", "scripts.soaks", "day", "--hours", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [told] = json.loads(done.stdout)
+    assert told["passed"]
+    assert told["rows"] == 36_000
+    assert told["connections"] > 5
+
+
+def test_three_hours_offline_on_a_small_store_lose_only_what_is_declared() -> None:
+    command = [sys.executable, "-m", "scripts.soaks", "offline", "--hours", "3", "--seed", "7", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [told] = json.loads(done.stdout)
+    assert told["passed"]
+    assert told["evicted"] > 100
+    assert told["arrived"] + told["evicted"] == told["written"]
+    assert told["largest"] <= told["max_size"]
+
+
+def sample(hour: float, **changes: int) -> Sample:
+    return Sample(hour, **{"own": 50_000, "rss": 80_000, "handles": 16, "threads": 2, **changes})
+
+
+def problems(*samples: Sample) -> list[str]:
+    result = Result()
+    flat([sample(0, own=20_000, handles=3), sample(2), *samples], 24, result)
+    return result.problems
+
+
+def test_what_is_allocated_while_it_warms_up_is_not_held_against_it() -> None:
+    assert problems(sample(12), sample(24, own=55_000)) == []
+
+
+def test_memory_handles_and_threads_that_grow_are_noticed() -> None:
+    assert problems(sample(12, own=55_121)) == ["memory grew by 5.0 MiB after hour 2.0"]
+    assert problems(sample(12, handles=17)) == ["handles between 16 and 17"]
+    assert problems(sample(12, threads=3), sample(24)) == ["threads between 2 and 3"]

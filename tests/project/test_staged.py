@@ -1,0 +1,101 @@
+"""scripts/rollouts: its trials are sound, its judgement finds what is wrong, and a few trials in a small fleet."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.fleet.rollout import plan
+from agent.model.bundle import bundle
+from agent.model.sandbox import probe
+from agent.wire.keys import generate
+from scripts.staged import candidates
+from scripts.staged.judging import problems
+from scripts.staged.trials import TRIALS, Trial
+
+NEW, OLD = "sha256:new", "sha256:old"
+KNOWN = {trial.name: trial for trial in TRIALS}
+Change = Callable[[dict[str, Any]], Any]
+
+
+def device(name: str, phase: str, digest: str = NEW) -> dict[str, Any]:
+    return {"device": name, "phase": phase, "reason": "", "why": "", "runs": {"version": "2", "digest": digest}}
+
+
+def report(trial: Trial) -> dict[str, Any]:
+    """As it should be."""
+    finished = trial.ends == "finished"
+    devices = [
+        device(f"pi-{i:02d}", "settled" if finished else "withdrawn", NEW if finished else OLD) for i in (1, 2, 3)
+    ]
+    worse = ["pi-02"] if trial.worse else []
+    if trial.back:
+        devices[1] |= {"phase": "rolled back", "runs": {"version": "1", "digest": OLD}}
+    rollout = {
+        "ended": True,
+        "state": "finished" if finished else "aborted",
+        "step": 4 if finished else 1,
+        "strategy": "all" if finished else trial.ends,
+        "digest": NEW,
+        "served": 9 if trial.serves else 0,
+        "hardship": {"worse": worse},
+    }
+    return {"devices": devices, "rollout": rollout, "audit": {"passed": True, "invalid": []}}
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=KNOWN)
+def test_a_trial_that_ended_as_it_should_has_no_problem(trial: Trial) -> None:
+    assert problems(trial, report(trial)) == []
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=KNOWN)
+def test_each_trial_makes_a_plan_that_the_fleet_takes(trial: Trial, tmp_path: Path) -> None:
+    for devices in (6, 50):
+        file = tmp_path / "plan.toml"
+        file.write_text(trial.plan("there", devices), encoding="utf-8")
+        found = plan.read(file).plan("exercise", "2.0.0", f"sha256:{'0' * 64}")
+        assert found.steps[-1].strategy == "all"
+        assert trial.ends == "finished" or trial.ends in [step.strategy for step in found.steps]
+
+
+WRONG: dict[str, tuple[str, Change, str]] = {
+    "the audit fails": ("good", lambda r: r["audit"].update(passed=False), "audit"),
+    "it did not end": ("good", lambda r: r["rollout"].update(ended=False), "did not end"),
+    "a good one was aborted": ("good", lambda r: r["rollout"].update(state="aborted"), "should be finished"),
+    "a device is missing": ("good", lambda r: r["devices"][2].update(phase="probation"), "pi-03 is probation"),
+    "a device runs the old one": ("good", lambda r: r["devices"][0]["runs"].update(digest=OLD), "pi-01 runs"),
+    "a device is silent": ("good", lambda r: r["devices"][0].update(runs=None), "no results at all from pi-01"),
+    "an ill one finished": ("crash", lambda r: r["rollout"].update(state="finished"), "should be aborted"),
+    "an ill one served": ("crash", lambda r: r["rollout"].update(served=1), "should never serve"),
+    "an ill one came too far": ("crash", lambda r: r["rollout"].update(strategy="canary"), "and should be in shadow"),
+    "an ill one still runs": ("slow", lambda r: r["devices"][0]["runs"].update(digest=NEW), "pi-01 still run it"),
+    "a worse site kept it": ("drift-sensitive", lambda r: r["devices"][1].update(device("pi-02", "settled")), "pi-02"),
+    "another site took it back": (
+        "drift-sensitive",
+        lambda r: r["devices"][0].update(device("pi-01", "rolled back", OLD)),
+        "pi-01",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_found(name: str) -> None:
+    trial, change, said = WRONG[name]
+    wrong = copy.deepcopy(report(KNOWN[trial]))
+    change(wrong)
+    assert any(said in problem for problem in problems(KNOWN[trial], wrong))
+
+
+def test_every_candidate_is_signed_and_passes_its_golden_vectors(tmp_path: Path) -> None:
+    key = generate(tmp_path / "key")
+    versions = set()
+    for name in (*candidates.TRAINED, *candidates.RIGGED):
+        found = bundle.read(candidates.make(name, tmp_path, key), [key.public])
+        probe.probe(found).require()
+        versions.add(found.manifest.version)
+    assert len(versions) == len(candidates.TRAINED) + len(candidates.RIGGED)
+    assert {trial.bundle for trial in TRIALS} <= {*candidates.TRAINED, *candidates.RIGGED}

@@ -1,0 +1,332 @@
+"""The fault harness: its oracle finds what it is there to find, and a few of its faults lose nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from agent.device.store.rows import Rows
+from agent.fleet.database.ingest import Arrival
+from agent.wire.keys import load_private
+from scripts import faults
+from scripts.faults import Fault
+from scripts.faults import __main__ as torture
+from scripts.faults.clock import cpu_s
+from scripts.faults.oracle import Verdict, judge
+from scripts.faults.producer import FIELDS, FIRST_T_US, STEP_US, Ledger, Producer
+from scripts.faults.stamped import Dated, Stamped, Truth
+from scripts.faults.world import DEVICE, TASKS, Setting, World
+from tests.kit.senders import TIME, Sender, Sent
+from tests.kit.system import eventually
+
+ROOT = Path(__file__).parents[2]
+QUICK = (
+    "kill-daemon",
+    "die-before-commit",
+    "kill-broker",
+    "kill-collector",
+    "clock-restored-after-power-cut",
+    "power-cut",
+    "update-killed-activated",
+)
+CONTROLS = ("control-normal-power-cut", "control-delete-on-puback", "control-clock-wrong-for-a-boot")
+
+
+@pytest.fixture
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a short name: a socket lies deep inside."""
+    return tmp_path_factory.mktemp("world")
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_fault_loses_nothing_and_doubles_nothing(name: str, folder: Path) -> None:
+    outcome = torture.torture(faults.load()[name], 1, 1, folder)
+    if outcome.skipped is not None:
+        pytest.skip(outcome.skipped)
+    assert outcome.passed, torture.row(outcome)
+    assert outcome.verdicts[-1].acknowledged > 0
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_promise_broken_on_purpose_is_found_broken(name: str, folder: Path) -> None:
+    outcome = torture.torture(faults.load()[name], 5, 1, folder)
+    if outcome.skipped is not None:
+        pytest.skip(outcome.skipped)
+    assert outcome.passed, torture.row(outcome)
+    found = outcome.document()
+    assert found["lost"] or found["misdated"]
+
+
+class MadeUp:
+    """Evidence at a collector: `rows` rows that were sent and acknowledged, and whatever results come of them."""
+
+    def __init__(self, folder: Path, rows: int = 30) -> None:
+        self.world = World(folder, Setting(), random.Random(0))
+        self.ledger = Ledger()
+        # Of a sensor the oracle reads the ledger.
+        self.world.producer = cast(Producer, SimpleNamespace(ledger=self.ledger))
+        self.sender = Sender(DEVICE, load_private(self.world.device.home / "device.key"))
+        chance = random.Random(1)
+        for i in range(rows):
+            t = FIRST_T_US + i * STEP_US
+            self.ledger.values[t] = tuple(chance.gauss(0, 1) for _ in FIELDS)
+            self.ledger.acknowledged.add(t)
+        self.arrived: list[Sent] = []
+
+    def run(self, task: str, first: int, last: int, **changes: Any) -> Sent:
+        """The message of a run over these rows, as an honest device writes it."""
+        times = list(self.ledger.values)[first - 1 : last]
+        values = np.array([self.ledger.values[t] for t in times], np.float32).reshape(-1, len(FIELDS))
+        columns = tuple(np.ascontiguousarray(values[:, i]) for i in range(len(FIELDS)))
+        listed = {"row": list(range(first, last + 1)), "t": times, "label": ["left"] * len(times)}
+        body = {"columns": {**listed, "score": [0.5] * len(times)}, "n": len(times), **changes}
+        self.sender.task = task
+        digest = Rows(np.array(times, np.int64), columns).digest()
+        return self.sender.results(rows_at=(first, last), stream="rig", **{"input": digest, **body})
+
+    def arrive(self, *sent: Sent) -> None:
+        self.arrived += sent
+
+    def verdict(self) -> Verdict:
+        store = self.world.fleet.open(write=True)
+        try:
+            store.ingest([Arrival(self.sender.open(one)) for one in self.arrived], [], TIME)
+        finally:
+            store.close()
+        found = Verdict()
+        judge(self.world, found)
+        return found
+
+
+@pytest.fixture
+def made(folder: Path) -> MadeUp:
+    return MadeUp(folder)
+
+
+def both(made: MadeUp, first: int, last: int) -> list[Sent]:
+    return [made.run(task, first, last) for task in TASKS]
+
+
+def test_the_oracle_has_nothing_to_say_where_all_is_well(made: MadeUp) -> None:
+    made.arrive(*both(made, 1, 10), *both(made, 11, 30))
+    assert made.verdict() == Verdict(acknowledged=30)
+
+
+def test_the_oracle_finds_rows_that_never_came_back_as_results(made: MadeUp) -> None:
+    made.arrive(*both(made, 1, 10), made.run(TASKS[0], 11, 30), made.run(TASKS[1], 11, 23))
+    found = made.verdict()
+    assert (found.lost, found.declared, found.doubled) == (7, 0, 0)
+
+
+def test_the_oracle_finds_a_hole_that_the_device_jumped_over(made: MadeUp) -> None:
+    made.arrive(*both(made, 1, 10), *both(made, 13, 30))
+    found = made.verdict()
+    assert found.lost == 2
+    assert any("audit" in problem for problem in found.problems)
+
+
+def test_the_oracle_finds_a_message_that_is_missing(made: MadeUp) -> None:
+    gone = both(made, 1, 10)
+    made.arrive(*gone[1:], *both(made, 11, 30))
+    found = made.verdict()
+    assert found.lost == 10
+    assert any("gaps" in problem and "'from': 1, 'to': 1" in problem for problem in found.problems)
+
+
+def test_the_oracle_tells_what_was_declared_from_what_was_lost(made: MadeUp) -> None:
+    gone = both(made, 1, 10)
+    rest = both(made, 11, 28)
+    made.arrive(*rest, made.sender.evicted((gone[0].seq, gone[1].seq)))
+    found = made.verdict()
+    assert (found.lost, found.declared) == (2, 10)
+
+
+def test_a_run_over_rows_that_cannot_be_read_declares_them(made: MadeUp) -> None:
+    nothing = {"columns": {"row": [], "t": [], "label": [], "score": []}, "n": 0, "lost": "damaged", "input": ""}
+    made.arrive(*both(made, 1, 10), *(made.run(task, 11, 15, **nothing) for task in TASKS), *both(made, 16, 30))
+    found = made.verdict()
+    assert (found.lost, found.declared, found.problems) == (0, 5, [])
+
+
+def test_the_oracle_finds_rows_that_were_run_twice(made: MadeUp) -> None:
+    made.arrive(*both(made, 1, 20), *both(made, 18, 30))
+    found = made.verdict()
+    assert found.doubled == 3
+    assert found.problems
+
+
+def test_the_oracle_finds_readings_that_were_altered(made: MadeUp) -> None:
+    made.arrive(*both(made, 1, 10))
+    t = list(made.ledger.values)[14]
+    sent, made.ledger.values[t] = made.ledger.values[t], (9.0, 9.0, 9.0, 9.0)
+    altered = both(made, 11, 30)
+    made.ledger.values[t] = sent
+    made.arrive(*altered)
+    assert made.verdict().problems == ["2 runs are not over the rows that were sent"]
+
+
+def test_the_oracle_finds_results_of_rows_that_nobody_sent(made: MadeUp) -> None:
+    made.arrive(*both(made, 1, 30))
+    last = list(made.ledger.values)[-1]
+    del made.ledger.values[last]
+    made.ledger.acknowledged.discard(last)
+    assert sum("rows that nobody sent" in problem for problem in made.verdict().problems) == len(TASKS)
+
+
+def test_the_oracle_finds_results_of_rows_that_were_refused(made: MadeUp) -> None:
+    made.arrive(*both(made, 1, 30))
+    refused = list(made.ledger.values)[3]
+    made.ledger.acknowledged.discard(refused)
+    made.ledger.refused.add(refused)
+    assert sum("were refused" in problem for problem in made.verdict().problems) == len(TASKS)
+
+
+def test_the_oracle_does_not_believe_a_signature_that_is_not_the_devices(made: MadeUp) -> None:
+    made.arrive(*both(made, 1, 30))
+    made.verdict()
+    store = made.world.fleet.open(write=True)
+    try:
+        with store.transaction() as db:
+            altered = "CAST(replace(CAST(payload AS TEXT), 'left', 'rest') AS BLOB)"
+            db.execute(f"UPDATE messages SET payload = {altered} WHERE seq = 1")
+    finally:
+        store.close()
+    made.arrived.clear()
+    assert any("the audit fails" in problem for problem in made.verdict().problems)
+
+
+@pytest.mark.parametrize(
+    ("t_best", "error", "right"),
+    [(5_000, 0, True), (6_000, 0, True), (4_990, 10, True), (6_010, 10, True), (4_989, 10, False), (6_011, 10, False)],
+)
+def test_a_row_is_misdated_where_its_true_time_is_outside_the_bound(t_best: int, error: int, right: bool) -> None:
+    truth = Truth(rows=[(1_000, 2_000), (5_000, 6_000)])
+    assert (truth.misdated([Dated(2, t_best, error, "anchored")]) == []) is right
+
+
+def test_a_task_that_runs_more_often_than_it_is_due_is_noticed(made: MadeUp) -> None:
+    sensor = Stamped(made.world, random.Random(0))
+    made.world.companions.append(sensor)
+    runs = made.world.folder / "clock" / "runs"
+    runs.parent.mkdir()
+    made.arrive(*both(made, 1, 30))
+    runs.write_text("stamped\n" * 2)
+    assert made.verdict().problems == []
+    runs.write_text("stamped\n" * 200)
+    made.arrived.clear()
+    [problem] = made.verdict().problems
+    assert problem.startswith("198 runs of a task that was due ")
+
+
+def test_processor_time_is_that_of_all_threads_of_the_process() -> None:
+    busy = "import threading\nfor _ in range(2): threading.Thread(target=lambda: sum(range(10**9))).start()"
+    with subprocess.Popen([sys.executable, "-c", busy]) as process:
+        try:
+            eventually("a tenth of a second of work", lambda: cpu_s(process.pid) > 0.1)
+        finally:
+            process.kill()
+
+
+def fault(**more: Any) -> Fault:
+    return Fault("made-up", lambda world, rng: None, "means", "sees", **more)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "passed", "with_damage", "as_control"),
+    [
+        (Verdict(acknowledged=9), True, True, False),
+        (Verdict(acknowledged=9, lost=1), False, False, True),
+        (Verdict(acknowledged=9, misdated=1), False, False, True),
+        (Verdict(acknowledged=9, declared=1), False, True, True),
+        (Verdict(acknowledged=9, doubled=1), False, False, False),
+        (Verdict(acknowledged=9, problems=["x"]), False, False, False),
+    ],
+)
+def test_a_fault_passes_only_with_nothing_lost_and_a_control_only_with_a_loss(
+    verdict: Verdict, passed: bool, with_damage: bool, as_control: bool
+) -> None:
+    def outcome(**more: Any) -> bool:
+        return torture.Outcome(fault(**more), 1, [Verdict(acknowledged=5), verdict]).passed
+
+    assert (outcome(), outcome(damages=True), outcome(control=True)) == (passed, with_damage, as_control)
+
+
+def test_one_seed_chooses_the_same_and_another_seed_other_things(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+
+    class Nowhere(World):
+        def __enter__(self) -> World:
+            return self
+
+        def resume(self) -> None:
+            drawn.append(self.rng.random())
+
+    monkeypatch.setattr(torture, "World", Nowhere)
+    monkeypatch.setattr(torture, "settle", lambda world, patience_s: Verdict())
+    choosing = Fault("choosing", lambda world, rng: drawn.append(rng.random()), "means", "sees")
+
+    def choices(seed: int) -> list[float]:
+        drawn.clear()
+        torture.torture(choosing, 3, seed, folder / str(len(list(folder.iterdir()))))
+        return list(drawn)
+
+    first, again, other = choices(7), choices(7), choices(8)
+    assert first == again
+    assert not set(first) & set(other)
+
+
+def test_no_fault_draws_from_anything_but_its_seed() -> None:
+    drawing = re.compile(
+        r"SystemRandom|secrets\.|urandom|\brandom\.(?:random|uniform|rand\w+|choices?|sample|shuffle)\("
+    )
+    found = {path.name for path in (ROOT / "scripts/faults").glob("on_*.py") if drawing.search(path.read_text("utf-8"))}
+    assert not found
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """`scripts/torture` with three faults of which the first is done last."""
+    done: list[str] = []
+
+    def quick(fault: Fault, rounds: int, seed: int, keep: bool) -> torture.Outcome:
+        while fault.name == "first" and len(done) < 2:
+            pass
+        done.append(fault.name)
+        return torture.Outcome(fault, seed, [Verdict(acknowledged=1)])
+
+    known = {n: Fault(n, lambda world, rng: None, "means", "sees") for n in ("first", "second", "third")}
+    monkeypatch.setattr(torture, "_one", quick)
+    monkeypatch.setattr(faults, "load", lambda: known)
+    yield lambda *arguments: CliRunner().invoke(torture.main, arguments)
+    assert done[-1] == "first"
+
+
+def test_faults_side_by_side_are_reported_in_the_order_of_the_list(three: Callable[..., Any]) -> None:
+    told = three("--all", "--jobs", "3", "--json")
+    assert told.exit_code == 0, told.output
+    assert [one["fault"] for one in json.loads(told.output)] == ["first", "second", "third"]
+
+
+def test_the_table_of_faults_in_the_documents_is_current() -> None:
+    written = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    table = torture.documentation(faults.load().values())
+    assert table in written, "docs/faults.md is old: put the output of scripts/torture --list --markdown into it"
+
+
+def test_every_fault_says_what_it_means_and_what_is_seen_in_one_cell_of_the_table() -> None:
+    for one in faults.load().values():
+        assert one.control == one.name.startswith("control-")
+        for text in (one.means, one.sees):
+            assert text
+            assert not re.search(r"[|\n]", text), f"{one.name}: {text}"

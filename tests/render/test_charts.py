@@ -1,0 +1,90 @@
+"""Pictures within a page: well-formed, colours from the page, every figure where its axis says."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.render.charts import Line, forest
+from agent.render.curve import Step, curve
+from agent.render.heatmap import heatmap
+from agent.render.reliability import Dot, reliability
+from agent.render.theme import DARK, LIGHT, variables
+
+shares = st.floats(0, 1)
+names = st.text(max_size=40)
+
+
+def parsed(svg: str) -> ElementTree.Element:
+    """The picture; every colour is the page's, every place within the frame."""
+    root = ElementTree.fromstring(svg)
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    for element in root.iter():
+        for key in ("fill", "stroke"):
+            assert element.get(key, "none") == "none" or element.attrib[key].startswith("var(--")
+        for key, most in (("x", width), ("cx", width), ("x1", width), ("x2", width), ("y", height), ("cy", height)):
+            assert -1 <= float(element.get(key, 0)) <= most + 1
+    return root
+
+
+def of_kind(root: ElementTree.Element, kind: str) -> list[ElementTree.Element]:
+    return [element for element in root.iter() if (element.get("class") or "").startswith(kind)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(names, shares, shares, shares), min_size=1, max_size=30))
+def test_figures_stand_in_the_order_of_their_values(lines: list[tuple[str, float, float, float]]) -> None:
+    root = parsed(forest("Any", [Line(n, *sorted_three(a, b, c), f"{b}") for n, a, b, c in lines], reference=0.5))
+    found = [float(circle.attrib["cx"]) for circle in of_kind(root, "figure")]
+    values = [sorted([a, b, c])[1] for _, a, b, c in lines]
+    assert len(found) == len(of_kind(root, "interval")) == len(lines)
+    ordered = sorted(range(len(lines)), key=lambda i: values[i])
+    assert all(found[i] <= found[j] for i, j in pairwise(ordered))
+
+
+def sorted_three(a: float, b: float, c: float) -> tuple[float, float, float]:
+    """(value, low, high)."""
+    low, value, high = sorted([a, b, c])
+    return value, low, high
+
+
+def test_no_figure_at_all_is_a_picture_without_one() -> None:
+    assert of_kind(parsed(forest("None", [])), "figure") == []
+    assert of_kind(parsed(reliability([])), "bin") == []
+
+
+def test_what_is_on_the_diagonal_is_right_as_often_as_it_says() -> None:
+    root = parsed(reliability([Dot(0.6, 0.6, 0.5, 0.7, 9), Dot(0.9, 0.9, None, None, 9)]))
+    [diagonal] = of_kind(root, "diagonal")
+    x1, y1, x2, y2 = (float(diagonal.attrib[key]) for key in ("x1", "y1", "x2", "y2"))
+    for dot in of_kind(root, "bin"):
+        share = (float(dot.attrib["cx"]) - x1) / (x2 - x1)
+        assert float(dot.attrib["cy"]) == pytest.approx(y1 + share * (y2 - y1), abs=0.2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 20), st.data())
+def test_a_confusion_has_a_cell_for_every_count(n: int, data: st.DataObject) -> None:
+    labels = data.draw(st.lists(st.text(min_size=1, max_size=30), min_size=n, max_size=n))
+    counts = data.draw(st.lists(st.lists(st.integers(0, 10**6), min_size=n, max_size=n), min_size=n, max_size=n))
+    root = parsed(heatmap(labels, counts))
+    assert len(of_kind(root, "cell")) == sum(count > 0 for row in counts for count in row)
+
+
+def test_a_curve_falls_where_its_figure_falls() -> None:
+    root = parsed(curve("noise", [Step("none", 0.9, 0.8, 1.0), Step("1", 0.4, None, None)], 0, 1, reference=0.9))
+    [course] = of_kind(root, "course")
+    (_, y1), (_, y2) = re.findall(r"([\d.]+) ([\d.]+)", course.attrib["d"])
+    assert float(y1) < float(y2)
+
+
+def test_light_and_dark_give_the_page_the_same_names() -> None:
+    light, dark = (set(re.findall(r"--[\w-]+(?=:)", variables(theme))) for theme in (LIGHT, DARK))
+    assert light == dark
+    used = set(re.findall(r"var\((--[\w-]+)\)", forest("x", [Line("a", 0.5, 0.4, 0.6, "", "drift")])))
+    assert used <= light

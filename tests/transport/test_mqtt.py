@@ -1,0 +1,345 @@
+"""The MQTT connection against a real broker: receipts, windows, wills, wake-ups, and what happens when it breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from agent.config import Broker
+from agent.errors import LinkDown
+from agent.transport.mqtt import Link
+from agent.transport.packets import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
+from tests.kit.brokers import Mosquitto, free_port
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Mosquitto]:
+    with Mosquitto(tmp_path, extra_conf="max_inflight_messages 7\nmax_packet_size 5000") as running:
+        yield running
+
+
+def settings(broker: Mosquitto) -> Broker:
+    return Broker(url=broker.url)
+
+
+def collect(link: Link, enough: Callable[[list[Delivery | Receipt]], bool]) -> list[Delivery | Receipt]:
+    """Everything that comes until `enough`; fails after a minute."""
+    events: list[Delivery | Receipt] = []
+    deadline = time.monotonic() + 60
+    while not enough(events):
+        assert time.monotonic() < deadline, f"only {events}"
+        events += link.receive(0.2)
+    return events
+
+
+def deliveries(link: Link, n: int) -> list[Delivery]:
+    events = collect(link, lambda all_: sum(isinstance(e, Delivery) for e in all_) >= n)
+    return [event for event in events if isinstance(event, Delivery)]
+
+
+def receipts(link: Link, n: int) -> list[Receipt]:
+    events = collect(link, lambda all_: sum(isinstance(e, Receipt) for e in all_) >= n)
+    return [event for event in events if isinstance(event, Receipt)]
+
+
+def test_bytes_and_properties_arrive_as_they_were_sent(broker: Mosquitto) -> None:
+    reader = Link(settings(broker), "reader", subscribe=["a/+"])
+    writer = Link(settings(broker), "writer")
+    payload = bytes(range(256))
+    token = writer.send(Outgoing("a/b", payload, (("jws", "x..y"), ("id", "1"), ("jws", "z"))))
+    [receipt] = receipts(writer, 1)
+    assert (receipt.token, receipt.taken, receipt.code) == (token, True, 0)
+    [delivery] = deliveries(reader, 1)
+    assert (delivery.topic, delivery.payload, delivery.tokens) == ("a/b", payload, ("x..y", "z"))
+    assert (delivery.retained, delivery.qos) == (False, 1)
+    reader.close()
+    writer.close()
+
+
+def test_a_receipt_tells_when_nobody_subscribed(broker: Mosquitto) -> None:
+    writer = Link(settings(broker), "writer")
+    writer.send(Outgoing("a/b", b"x"))
+    assert receipts(writer, 1)[0].code == NO_SUBSCRIBERS
+    writer.close()
+
+
+def test_the_window_and_packet_size_the_broker_asks_for_are_known(broker: Mosquitto) -> None:
+    link = Link(settings(broker), "writer")
+    assert (link.window, link.max_packet) == (7, 5000)
+    link.close()
+
+
+def test_a_retained_message_of_many_megabytes_is_not_sent_to_us_and_what_comes_after_it_is(tmp_path: Path) -> None:
+    with Mosquitto(tmp_path) as broker:
+        writer = Link(settings(broker), "writer")
+        for topic, size in (("a/long", 8 << 20), ("a/longest that verifies", 1 << 20)):
+            writer.send(Outgoing(topic, bytes(size), retain=True))
+        assert all(receipt.taken for receipt in receipts(writer, 2))
+        reader = Link(settings(broker), "reader", subscribe=["a/+"])
+        assert [(one.topic, len(one.payload)) for one in deliveries(reader, 1)] == [
+            ("a/longest that verifies", 1 << 20)
+        ]
+        writer.send(Outgoing("a/long", bytes(8 << 20)))
+        writer.send(Outgoing("a/b", b"x"))
+        assert all(receipt.taken for receipt in receipts(writer, 2))
+        assert [one.topic for one in deliveries(reader, 1)] == ["a/b"]
+        reader.close()
+        writer.close()
+
+
+def test_what_was_not_acknowledged_comes_again_to_the_same_session_and_the_rest_does_not(broker: Mosquitto) -> None:
+    first = Link(settings(broker), "reader", subscribe=["a"], session_expiry_s=60)
+    writer = Link(settings(broker), "writer")
+    for body in (b"1", b"2", b"3"):
+        writer.send(Outgoing("a", body))
+    receipts(writer, 3)
+    got = deliveries(first, 3)
+    first.acknowledge(got[0])
+    first.close()
+    second = Link(settings(broker), "reader", subscribe=["a"], session_expiry_s=60)
+    assert [delivery.payload for delivery in deliveries(second, 2)] == [b"2", b"3"]
+    second.close()
+    writer.close()
+
+
+def test_messages_beyond_the_brokers_window_follow_as_earlier_ones_are_acknowledged(broker: Mosquitto) -> None:
+    reader = Link(settings(broker), "reader", subscribe=["a"])
+    writer = Link(settings(broker), "writer")
+    for i in range(20):
+        writer.send(Outgoing("a", b"%d" % i))
+        receipts(writer, 1)
+    held = deliveries(reader, 7)
+    assert reader.receive(0.3) == []
+    for delivery in held:
+        reader.acknowledge(delivery)
+    assert [d.payload for d in deliveries(reader, 7)] == [b"%d" % i for i in range(7, 14)]
+    reader.close()
+    writer.close()
+
+
+def test_a_dropped_connection_publishes_the_will_and_a_closed_one_does_not(broker: Mosquitto) -> None:
+    reader = Link(settings(broker), "reader", subscribe=["will/+"])
+    will = Outgoing("will/a", b"gone", (("jws", "w"),), retain=True)
+    Link(settings(broker), "polite", will=Outgoing("will/b", b"never")).close()
+    Link(settings(broker), "device", will=will).drop()
+    [delivery] = deliveries(reader, 1)
+    assert (delivery.topic, delivery.payload, delivery.tokens) == ("will/a", b"gone", ("w",))
+    assert reader.receive(0.3) == []
+    reader.close()
+    late = Link(settings(broker), "late", subscribe=["will/+"])
+    assert [delivery.retained for delivery in deliveries(late, 1)] == [True]
+    late.close()
+
+
+def test_wake_ends_a_waiting_receive_from_another_thread(broker: Mosquitto) -> None:
+    link = Link(settings(broker), "reader")
+    threading.Timer(0.2, link.wake).start()
+    start = time.monotonic()
+    assert link.receive(60.0) == []
+    assert 0.1 < time.monotonic() - start < 30
+    link.close()
+
+
+def test_a_killed_broker_is_link_down_after_what_it_still_sent(broker: Mosquitto) -> None:
+    link = Link(settings(broker), "reader")
+    broker.kill()
+
+    def until_down() -> None:
+        for _ in range(50):
+            link.receive(0.2)
+
+    with pytest.raises(LinkDown):
+        until_down()
+    with pytest.raises(LinkDown):
+        link.send(Outgoing("a", b"x"))
+    link.close()
+
+
+def test_a_second_connection_with_the_same_id_ends_the_first(broker: Mosquitto) -> None:
+    first = Link(settings(broker), "twin")
+    second = Link(settings(broker), "twin")
+
+    def until_down() -> None:
+        for _ in range(50):
+            first.receive(0.2)
+
+    with pytest.raises(LinkDown, match=r"(?i)taken over"):
+        until_down()
+    first.close()
+    second.close()
+
+
+def test_a_publish_the_broker_forbids_has_a_receipt_that_is_not_taken(tmp_path: Path) -> None:
+    acl = tmp_path / "acl"
+    acl.write_text("topic read #\n", encoding="ascii")
+    acl.chmod(0o600)
+    with Mosquitto(tmp_path, extra_conf=f"acl_file {acl}") as broker:
+        link = Link(settings(broker), "writer")
+        link.send(Outgoing("a", b"x"))
+        [receipt] = receipts(link, 1)
+        assert (receipt.taken, receipt.reason) == (False, "Not authorized")
+        link.close()
+
+
+def test_nobody_there_and_somebody_silent_are_link_down_in_time(tmp_path: Path) -> None:
+    with pytest.raises(LinkDown, match="127"):
+        Link(Broker(url=f"mqtt://127.0.0.1:{free_port()}"), "x")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        start = time.monotonic()
+        with pytest.raises(LinkDown, match="no CONNACK within"):
+            Link(Broker(url=f"mqtt://127.0.0.1:{silent.getsockname()[1]}"), "x", timeout_s=0.5)
+        assert time.monotonic() - start < 30
+        with pytest.raises(LinkDown):
+            Link(Broker(url=f"mqtts://127.0.0.1:{free_port()}"), "x", timeout_s=0.5)
+
+
+def test_interrupted_at_any_step_a_link_still_closes_and_leaves_no_socket(broker: Mosquitto) -> None:
+    """paho holds a lock at some of them: a Ctrl-C there left `fleet watch` waiting for itself."""
+    writer = Link(settings(broker), "writer")
+    writer.send(Outgoing("a/b", b"x", retain=True))
+    receipts(writer, 1)
+    writer.close()
+    done: set[str] = set()
+    while True:
+        link = Link(settings(broker), "reader", subscribe=["a/+"])
+        with interrupted_beyond(done) as interrupted, contextlib.suppress(KeyboardInterrupt):
+            [delivery] = deliveries(link, 1)
+            link.acknowledge(delivery)
+            link.send(Outgoing("a/c", b"y"))
+            receipts(link, 1)
+        link.close()
+        if not interrupted:
+            break
+    assert len(done) > 150
+
+
+@contextlib.contextmanager
+def interrupted_beyond(done: set[str]) -> Iterator[list[str]]:
+    """Raises KeyboardInterrupt as the first line of paho's that is not `done` begins, and yields which."""
+    where: list[str] = []
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        if "paho" not in frame.f_code.co_filename:
+            return None
+        line = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        if event == "line" and line not in done and not where:
+            done.add(line)
+            where.append(line)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    # Or it may be a line of some client's that is thrown away just then.
+    gc.disable()
+    sys.settrace(trace)
+    try:
+        yield where
+    finally:
+        sys.settrace(before)
+        gc.enable()
+
+
+def test_garbage_instead_of_a_connack_is_link_down() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+
+        def answer() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(1000)
+                peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(LinkDown):
+            Link(Broker(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}"), "x", timeout_s=1.0)
+        thread.join()
+
+
+def test_a_broker_that_wants_a_password_refuses_without_and_takes_it_with(tmp_path: Path) -> None:
+    passwords = tmp_path / "passwords"
+    # PBKDF2-SHA512 of "secret", 101 rounds, zero salt: mosquitto_passwd's format 7.
+    passwords.write_text(f"me:{hashed(b'secret')}\n", encoding="ascii")
+    passwords.chmod(0o600)
+    # The later of two settings counts.
+    conf = f"allow_anonymous false\npassword_file {passwords}"
+    with Mosquitto(tmp_path, extra_conf=conf) as broker:
+        with pytest.raises(LinkDown, match="refused: Not authorized"):
+            Link(settings(broker), "x")
+        Link(Broker(url=broker.url, username="me", password="secret"), "x").close()
+
+
+def hashed(password: bytes) -> str:
+    import base64
+    import hashlib
+
+    salt = bytes(12)
+    digest = hashlib.pbkdf2_hmac("sha512", password, salt, 101)
+    return f"$7$101${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
+
+
+def test_a_thousand_messages_in_a_window_are_each_receipted_once(broker: Mosquitto) -> None:
+    link = Link(settings(broker), "writer")
+    tokens: set[int] = set()
+    answered: list[int] = []
+    for _ in range(1000):
+        while len(tokens) >= link.window:
+            done = [event.token for event in link.receive(1.0) if isinstance(event, Receipt)]
+            tokens -= set(done)
+            answered += done
+        tokens.add(link.send(Outgoing("a", b"x" * 100)))
+    answered += [receipt.token for receipt in receipts(link, len(tokens))]
+    assert len(answered) == len(set(answered)) == 1000
+    link.close()
+
+
+CONNACK = bytes([0x20, 3, 0, 0, 0])
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"\x30\x06\x00\x03\xff\xfe\xfd\x00",
+        b"\x30\x02\x00\xff",
+        b"\x32\x03\x00\x01a",
+        b"\x30\x07\x00\x01a\x03\x26\x00\x05",
+        b"\x30\x05\x00\x01a\x7f\x01",
+        b"\x40\x01\x00",
+        b"\x90\x02\x00\x01",
+        b"\xff\xff\xff\xff\xff",
+        b"\x00\x00",
+    ],
+)
+def test_a_packet_that_is_no_mqtt_ends_the_connection_and_not_the_program(packet: bytes) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+
+        def answer() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(1000)
+                peer.sendall(CONNACK + packet)
+                peer.shutdown(socket.SHUT_WR)
+                peer.recv(1000)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        link = Link(Broker(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}"), "x", timeout_s=5.0)
+        with pytest.raises(LinkDown):
+            collect(link, lambda _: False)
+        link.close()
+        thread.join()

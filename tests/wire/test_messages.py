@@ -1,0 +1,386 @@
+"""Messages: verified before they are parsed, and then held to every rule of the contract."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from agent.errors import Refused
+from agent.wire import jws, messages
+from agent.wire.jws import Signer
+from agent.wire.keys import SigningKey, unb64url
+from agent.wire.messages import MAX_PAYLOAD, Ack, Health, Message, Results, open_message
+from agent.wire.topics import Topic
+from tests.kit.damage import flips
+from tests.kit.senders import Sender, Sent, new_key
+
+VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "messages.json"
+DEVICE, COLLECTOR = new_key(1), new_key(2)
+
+
+def find(kid: str) -> Signer | None:
+    known = {
+        DEVICE.public.kid: Signer("pi-07", DEVICE.public),
+        COLLECTOR.public.kid: Signer("collector", COLLECTOR.public),
+    }
+    return known.get(kid)
+
+
+def signed(topic: str, payload: bytes | dict[str, Any], key: SigningKey = DEVICE) -> Message:
+    """The message, opened, after it was rightly signed."""
+    data = payload if isinstance(payload, bytes) else messages.encode(payload)
+    return open_message(topic, data, [jws.sign(key, topic, data)], find)
+
+
+def members(sent: Sent) -> dict[str, Any]:
+    return dict(json.loads(sent.payload))
+
+
+LOG = "c1ca3d20-b49b-46bd-b015-d5324e989d47"
+
+
+def sender() -> Sender:
+    return Sender(key=DEVICE, log=LOG)
+
+
+RESULTS = members(sender().results())
+RESULTS_TOPIC = "outstation/acme/pi-07/results/exercise"
+HEALTH = members(sender().health())
+HEALTH_TOPIC = "outstation/acme/pi-07/health"
+ACK = {"v": 1, "kind": "ack", "device": "pi-07", "log": LOG, "through": 9, "missing": [[2, 3]], "time": HEALTH["time"]}
+ACK_TOPIC = "outstation/acme/pi-07/ack"
+
+# --- the vectors that every implementation of the contract must agree on ---
+
+WHY = {
+    "payload altered": "bad signature",
+    "other topic": "other topic",
+    "no crit": "malformed signature",
+    "unknown crit": "malformed signature",
+    "alg none": "malformed signature",
+    "alg not the key's": "malformed signature",
+    "unknown kid": "unknown key",
+    "no top": "malformed signature",
+    "b64 true": "malformed signature",
+    "attached payload": "malformed signature",
+    "signature cut": "malformed signature",
+    "payload of another device, rightly signed by this key": "other device",
+}
+
+
+@pytest.fixture(scope="module")
+def vectors() -> dict[str, Any]:
+    if not VECTORS.exists():
+        pytest.skip("the shared message vectors are not beside this repository")
+    return dict(json.loads(VECTORS.read_text(encoding="utf-8")))
+
+
+def open_vector(vectors: dict[str, Any], vector: dict[str, str]) -> Message:
+    key = SigningKey(Ed25519PrivateKey.from_private_bytes(unb64url(vectors["jwk"]["d"]))).public
+    assert key.kid == vectors["kid"]
+    signer = Signer(vectors["device"], key)
+    return open_message(vector["topic"], vector["payload"].encode(), [vector["jws"]], {key.kid: signer}.get)
+
+
+def test_the_shared_vectors_open_and_are_chained(vectors: dict[str, Any]) -> None:
+    opened = [open_vector(vectors, vector) for vector in vectors["accept"]]
+    assert [m.topic.kind for m in opened] == ["results", "drift", "alerts", "state", "ack"]
+    log = [m for m in opened if isinstance(m.body, messages.Logged)]
+    assert [m.body.prev for m in log[1:]] == [messages.digest(m.payload) for m in log[:-1]]  # type: ignore[union-attr]
+
+
+def test_our_signatures_are_those_of_the_shared_vectors(vectors: dict[str, Any]) -> None:
+    key = SigningKey(Ed25519PrivateKey.from_private_bytes(unb64url(vectors["jwk"]["d"])))
+    for vector in vectors["accept"]:
+        assert jws.sign(key, vector["topic"], vector["payload"].encode()) == vector["jws"]
+
+
+@pytest.mark.parametrize("why", WHY)
+def test_a_shared_vector_that_must_be_refused_is_refused_for_its_reason(vectors: dict[str, Any], why: str) -> None:
+    (vector,) = [v for v in vectors["reject"] if v["why"] == why]
+    with pytest.raises(Refused) as refused:
+        open_vector(vectors, vector)
+    assert refused.value.reason == WHY[why]
+
+
+def test_no_shared_vector_is_left_out(vectors: dict[str, Any]) -> None:
+    assert {v["why"] for v in vectors["reject"]} == set(WHY)
+
+
+# --- what a device sends opens ---
+
+
+@pytest.mark.parametrize("kind", ["results", "drift", "alert", "quality", "health", "cursor", "evicted", "state"])
+def test_every_kind_a_device_sends_opens(kind: str) -> None:
+    one = sender()
+    sent = one.evicted((1, 2)) if kind == "evicted" else getattr(one, kind)()
+    message = open_message(sent.topic, sent.payload, [sent.jws], find)
+    assert (str(message.topic), message.payload, message.signer.owner) == (sent.topic, sent.payload, "pi-07")
+    assert message.body.device == "pi-07"
+
+
+def test_an_acknowledgement_of_the_collector_opens() -> None:
+    body = signed(ACK_TOPIC, ACK, COLLECTOR).body
+    assert isinstance(body, Ack)
+    assert (body.through, body.missing) == (9, [(2, 3)])
+
+
+def test_members_that_are_not_known_yet_are_let_through() -> None:
+    assert isinstance(signed(HEALTH_TOPIC, HEALTH | {"humidity": {"deep": [1]}}).body, Health)
+
+
+def test_a_number_that_is_not_finite_arrives_as_missing() -> None:
+    columns = RESULTS["columns"] | {"score": [float("nan"), 0.5, float("inf")]}
+    body = signed(RESULTS_TOPIC, RESULTS | {"columns": columns}).body
+    assert isinstance(body, Results)
+    assert body.columns.score == [None, 0.5, None]
+
+
+# --- attacks ---
+
+
+def test_any_single_bit_changed_anywhere_is_refused() -> None:
+    sent = sender().health()
+    attempts = [
+        *((sent.topic, payload, sent.jws) for payload in flips(sent.payload)),
+        *((topic.decode("latin-1"), sent.payload, sent.jws) for topic in flips(sent.topic.encode())),
+        *((sent.topic, sent.payload, token.decode("latin-1")) for token in flips(sent.jws.encode())),
+    ]
+    for topic, payload, token in attempts:
+        with pytest.raises(Refused):
+            open_message(topic, payload, [token], find)
+
+
+def refusal(topic: str, payload: bytes | dict[str, Any], key: SigningKey = DEVICE) -> str:
+    with pytest.raises(Refused) as refused:
+        signed(topic, payload, key)
+    return refused.value.reason
+
+
+@pytest.mark.parametrize(
+    ("topic", "payload", "why"),
+    [
+        pytest.param("outstation/acme/pi-08/health", HEALTH | {"device": "pi-08"}, "other device", id="as a neighbour"),
+        pytest.param("outstation/acme/pi-08/health", HEALTH, "other device", id="on a neighbour's topic"),
+        pytest.param(HEALTH_TOPIC, HEALTH | {"device": "pi-08"}, "other device", id="about a neighbour"),
+        pytest.param(ACK_TOPIC, ACK | {"device": "pi-08"}, "other device", id="an acknowledgement for a neighbour"),
+        pytest.param("outstation/acme/pi-07/audit", HEALTH, "other kind", id="of another kind"),
+        pytest.param("outstation/acme/pi-07/results/other", RESULTS, "other task", id="of another task"),
+        pytest.param("outstation/acme/pi-07/nothing", HEALTH, "topic", id="on a topic that is not there"),
+        pytest.param(HEALTH_TOPIC, b" " * (MAX_PAYLOAD + 1), "too large", id="too large"),
+        pytest.param(HEALTH_TOPIC, b"", "malformed payload", id="empty"),
+        pytest.param(HEALTH_TOPIC, b"[]", "malformed payload", id="no object"),
+        pytest.param(HEALTH_TOPIC, b"\xff", "malformed payload", id="not UTF-8"),
+        pytest.param(HEALTH_TOPIC, b'{"kind":"health",' * 2, "malformed payload", id="cut short"),
+        pytest.param(HEALTH_TOPIC, b'{"a":' * 50_000, "malformed payload", id="nested without end"),
+        pytest.param(HEALTH_TOPIC, b" " * (10 << 20), "too large", id="ten megabytes"),
+        pytest.param(
+            HEALTH_TOPIC, b"\xef\xbb\xbf" + messages.encode(HEALTH), "malformed payload", id="byte order mark"
+        ),
+        pytest.param(HEALTH_TOPIC, json.dumps(HEALTH).encode("utf-16"), "malformed payload", id="UTF-16"),
+        pytest.param(HEALTH_TOPIC, messages.encode(HEALTH) + b"\0", "malformed payload", id="NUL after the end"),
+        pytest.param(HEALTH_TOPIC, messages.encode(HEALTH) + b"{}", "malformed payload", id="two objects"),
+    ],
+)
+def test_a_well_signed_message_that_does_not_fit_where_it_came_is_refused(
+    topic: str, payload: bytes | dict[str, Any], why: str
+) -> None:
+    assert refusal(topic, payload) == why
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b'"x":NaN',
+        b'"x":-Infinity',
+        b'"x":01',
+        b'"x":"\\ud800"',
+        b'"x":"\xff"',
+        b'"\xff":1',
+        b'"x":"\xed\xa0\x80"',
+        b'"x":"\xc0\xaf"',
+        b'"x":"\0"',
+        b'"x":"a\nb"',
+        b'"outbox":' + b"[" * 5_000 + b"]" * 5_000,
+        b'"streams":{"watch":{"rows":1e999}}',
+        b'"streams":{"watch":{"rows":' + b"9" * 5_000 + b"}}",
+    ],
+    ids=lambda more: more[:24].decode("latin-1"),
+)
+def test_what_no_two_readers_read_alike_is_refused_even_where_nobody_looks(more: bytes) -> None:
+    whole = messages.encode({k: v for k, v in HEALTH.items() if k not in ("streams", "outbox")})
+    assert refusal(HEALTH_TOPIC, whole[:-1] + b"," + more + b"}") == "malformed payload"
+
+
+def twice(payload: str) -> Iterator[str]:
+    """The payload with each member of each of its objects there twice, one at a time."""
+    for match in re.finditer(r'(?<=[{,])"[^"]*":', payload):
+        _, end = json.JSONDecoder().raw_decode(payload, match.end())
+        yield payload[: match.start()] + payload[match.start() : end] + "," + payload[match.start() :]
+
+
+@pytest.mark.parametrize("kind", ["results", "drift", "alert", "quality", "health", "cursor", "evicted", "state"])
+def test_of_every_kind_a_device_sends_no_key_may_be_there_twice_at_any_depth(kind: str) -> None:
+    one = sender()
+    sent = one.evicted((1, 2)) if kind == "evicted" else getattr(one, kind)()
+    attempts = list(twice(sent.payload.decode()))
+    assert len(attempts) > 5
+    assert {json.dumps(json.loads(text)) for text in attempts} == {json.dumps(json.loads(sent.payload))}
+    assert {refusal(sent.topic, text.encode()) for text in attempts} == {"duplicate key"}
+
+
+def test_what_the_collector_sends_has_no_key_twice_either() -> None:
+    payload = messages.encode(ACK)
+    assert refusal(ACK_TOPIC, payload.replace(b'"through":9', b'"through":3,"through":9'), COLLECTOR) == "duplicate key"
+
+
+def test_a_second_key_among_thousands_of_results_is_found() -> None:
+    n = 3000
+    many = {"row": list(range(1, n + 1)), "t": [10**15] * n, "label": ["PEN"] * n}
+    payload = messages.encode(RESULTS | {"rows": [1, n], "n": n, "columns": many})
+    assert isinstance(signed(RESULTS_TOPIC, payload).body, Results)
+    assert refusal(RESULTS_TOPIC, payload.replace(b'"label":', b'"row":[1],"label":')) == "malformed payload"
+    assert refusal(RESULTS_TOPIC, payload.replace(b'"label":', b'"t":[1],"label":')) == "malformed payload"
+    assert refusal(RESULTS_TOPIC, payload.replace(b'"t":', b'"t":[1],"t":')) == "duplicate key"
+
+
+def test_the_collector_cannot_speak_for_a_device() -> None:
+    assert refusal(HEALTH_TOPIC, HEALTH, COLLECTOR) == "other device"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"v": 2},
+        {"v": "1"},
+        {"kind": "gossip"},
+        {"device": None},
+        {"device": "x" * 257},
+        {"log": "not a uuid"},
+        {"log": LOG.upper() + "\n"},
+        {"log": LOG + "\n"},
+        {"seq": 0},
+        {"seq": -1},
+        {"seq": 1.5},
+        {"seq": True},
+        {"seq": 2**53},
+        {"prev": None},
+        {"prev": "x" * 65},
+        {"boot": -1},
+        {"time": "yesterday"},
+        {"time": "2026-11-24T22:18:01"},
+        {"time": "2026-11-24T22:18:01Z\n"},
+        {"clock": "fine"},
+        {"streams": {"watch": 3}},
+    ],
+    ids=str,
+)
+def test_a_member_that_is_not_what_the_contract_says_is_refused(change: dict[str, Any]) -> None:
+    assert refusal(HEALTH_TOPIC, HEALTH | change) == "malformed payload"
+
+
+@pytest.mark.parametrize("member", ["v", "kind", "device", "log", "seq", "prev", "boot", "time", "clock"])
+def test_a_logged_message_without_one_of_the_common_members_is_refused(member: str) -> None:
+    assert refusal(HEALTH_TOPIC, {k: v for k, v in HEALTH.items() if k != member}) == "malformed payload"
+
+
+def columns(**change: Any) -> dict[str, Any]:
+    return {"columns": RESULTS["columns"] | change}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"rows": [9, 3]}, id="rows backwards"),
+        pytest.param({"rows": [0, 300]}, id="row 0"),
+        pytest.param({"rows": [1, 2, 3]}, id="three row numbers"),
+        pytest.param({"rows": [1, 2**60]}, id="row numbers no float holds"),
+        pytest.param({"n": 2}, id="more results than n"),
+        pytest.param({"n": -1}, id="n below 0"),
+        pytest.param(columns(t=[1, 2]), id="a column too short"),
+        pytest.param(columns(label=["PEN"] * 4), id="a column too long"),
+        pytest.param(columns(score=[0.1]), id="scores missing"),
+        pytest.param(columns(value=[]), id="values missing"),
+        pytest.param(columns(row=[-1, 2, 3]), id="a row before the first"),
+        pytest.param(columns(row=[1, 2, "3"]), id="a row in text"),
+        pytest.param(columns(label=["PEN", 1, "ABD"]), id="a label that is a number"),
+        pytest.param(columns(t=[1, 2, 2**70]), id="a time no database holds"),
+        pytest.param({"columns": None}, id="no columns"),
+        pytest.param({"model": {"name": "exercise"}}, id="a model without its digest"),
+    ],
+)
+def test_results_that_contradict_themselves_are_refused(change: dict[str, Any]) -> None:
+    assert refusal(RESULTS_TOPIC, RESULTS | change) == "malformed payload"
+
+
+@pytest.mark.parametrize(
+    "missing", [[[3, 2]], [[5, 6], [1, 2]], [[9, 10]], [[0, 1]], [[1]], [[1, 2, 3]], [[4, 4], [3, 5]]]
+)
+def test_an_acknowledgement_whose_gaps_make_no_sense_is_refused(missing: list[list[int]]) -> None:
+    assert refusal(ACK_TOPIC, ACK | {"missing": missing}, COLLECTOR) == "malformed payload"
+
+
+@given(
+    st.text(max_size=60) | st.sampled_from([HEALTH_TOPIC, RESULTS_TOPIC]), st.binary(max_size=200), st.lists(st.text())
+)
+def test_whatever_comes_nothing_but_a_refusal_is_raised(topic: str, payload: bytes, tokens: list[str]) -> None:
+    with pytest.raises(Refused):
+        open_message(topic, payload, tokens, find)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(st.sampled_from([(HEALTH_TOPIC, HEALTH), (RESULTS_TOPIC, RESULTS), (ACK_TOPIC, ACK)]), st.data())
+def test_a_well_signed_payload_with_any_members_changed_opens_or_is_refused(
+    message: tuple[str, dict[str, Any]], data: st.DataObject
+) -> None:
+    topic, whole = message
+    change = data.draw(st.dictionaries(st.sampled_from([*whole, "extra"]), JSON, min_size=1, max_size=3))
+    try:
+        outcome = signed(topic, whole | change).body.device
+    except Refused as refused:
+        outcome = refused.reason
+    assert outcome in ("pi-07", "malformed payload", "other kind", "other device", "other task")
+
+
+@given(st.binary(max_size=80) | JSON.map(lambda value: json.dumps(value).encode()))
+@example(b'{"kind":"health"}\x00')
+def test_a_well_signed_payload_of_any_bytes_is_refused(payload: bytes) -> None:
+    assert refusal(HEALTH_TOPIC, payload) == "malformed payload"
+
+
+# --- what goes out ---
+
+
+def test_a_payload_is_flat_readable_json_in_the_order_given() -> None:
+    assert (
+        messages.encode({"v": 1, "text": "Grüße", "nan": float("nan")}) == '{"v":1,"text":"Grüße","nan":null}'.encode()
+    )
+
+
+def test_the_digest_is_the_base64url_sha256_of_the_payload() -> None:
+    assert messages.digest(b"") == "47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU"
+
+
+def test_cloudevents_attributes_name_the_message_its_source_and_its_type() -> None:
+    topic = Topic("acme", "pi-07", "results", "exercise")
+    assert dict(messages.cloud_event(topic, "pi-07/log/1", "2026-11-24T22:18:01Z")) == {
+        "specversion": "1.0",
+        "id": "pi-07/log/1",
+        "source": "outstation/acme/pi-07",
+        "type": "outstation.results.v1",
+        "time": "2026-11-24T22:18:01Z",
+    }
