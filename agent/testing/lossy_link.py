@@ -1,6 +1,6 @@
 """A broker in memory whose links lose, delay, repeat, reorder, split and break, all from one seed, in virtual time.
 
-Its links have the methods of `agent.transport.mqtt.Link`. One thread runs everything: while a link waits, the clock goes on
+Its links have the methods of `agent.transport.mqtt.Link`. One thread runs it all: while a link waits, the clock goes on
 and the others get their turn. The same seed gives the same run, message by message.
 """
 

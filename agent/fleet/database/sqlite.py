@@ -28,7 +28,7 @@ UNDECLARED = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND NOT 
 
 
 class Connection(sqlite3.Connection):
-    """Implements `agent.fleet.database.interface`. A statement costs no round trip here, so that each row has its own."""
+    """Implements `agent.fleet.database.interface`. A statement costs no round trip, so that each row has its own."""
 
     def spoken(self, sql: str) -> str:
         return in_sqlite(sql)

@@ -103,7 +103,7 @@ def test_a_target_of_which_nothing_is_said_does_not_fit() -> None:
 
 
 def test_what_a_device_asks_of_a_bundle_is_what_the_publisher_says() -> None:
-    """The fetch worker has no numpy, which `agent.model.bundle.target_metadata` needs: it reads the same members itself."""
+    """The fetch worker has no numpy, which `agent.model.bundle.target_metadata` needs: it reads the same members."""
     assert [f.name for f in msgspec.structs.fields(Needs)].sort() == [
         f.name for f in msgspec.structs.fields(Offer)
     ].sort()
