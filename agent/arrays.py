@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.strict_json import check_keys
+from agent.strict_json import check_strict_json
 
-MOST_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 
 T = TypeVar("T")
 Ints = NDArray[np.int64]
@@ -23,17 +23,17 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 
-def to_json(value: Any, *, leave_out: tuple[str, ...] = ()) -> bytes:
+def to_json(value: Any, *, omit: tuple[str, ...] = ()) -> bytes:
     """`leave_out` names members of `value` that its kind has a default for."""
-    if leave_out:
-        value = {name: getattr(value, name) for name in value.__struct_fields__ if name not in leave_out}
+    if omit:
+        value = {name: getattr(value, name) for name in value.__struct_fields__ if name not in omit}
     return msgspec.json.encode(value, enc_hook=_to_list) + b"\n"
 
 
 def from_json(data: bytes, kind: type[T]) -> T:
     """Raises ValueError that names the member that is wrong."""
-    found = _checked(msgspec.json.Decoder(kind, dec_hook=_from_list).decode, data)
-    _checked(check_keys, data)
+    found = _decode_checked(msgspec.json.Decoder(kind, dec_hook=_from_list).decode, data)
+    _decode_checked(check_strict_json, data)
     return found
 
 
@@ -43,19 +43,19 @@ def to_bytes(value: object) -> bytes:
 
 def from_bytes(data: bytes, kind: type[T]) -> T:
     """Raises ValueError that names the member that is wrong."""
-    return _checked(msgspec.msgpack.Decoder(kind, dec_hook=_from_raw).decode, data)
+    return _decode_checked(msgspec.msgpack.Decoder(kind, dec_hook=_from_raw).decode, data)
 
 
-def packed(value: object) -> bytes:
+def to_compressed_bytes(value: object) -> bytes:
     """As `to_bytes`, in less room: much of it is zeros."""
     return zlib.compress(to_bytes(value), 1)
 
 
-def unpacked(data: bytes, kind: type[T]) -> T:
+def from_compressed_bytes(data: bytes, kind: type[T]) -> T:
     """Raises ValueError that names the member that is wrong."""
     unpacking = zlib.decompressobj()
     try:
-        content = unpacking.decompress(data, MOST_BYTES)
+        content = unpacking.decompress(data, MAX_BYTES)
     except zlib.error as error:
         raise ValueError(str(error)) from None
     if not unpacking.eof:
@@ -63,7 +63,7 @@ def unpacked(data: bytes, kind: type[T]) -> T:
     return from_bytes(content, kind)
 
 
-def _checked(decode: Callable[[bytes], T], data: bytes) -> T:
+def _decode_checked(decode: Callable[[bytes], T], data: bytes) -> T:
     try:
         return decode(data)
     except (msgspec.DecodeError, ValueError, TypeError, OverflowError, RecursionError) as error:

@@ -24,17 +24,17 @@ from typing import Any, Protocol
 import msgspec
 
 # More than the agent commits at once, so that a fast producer never waits for its timer.
-_MOST_LINES = 20_000
-_MOST_BYTES = 1 << 24
+_MAX_PENDING_LINES = 20_000
+_MAX_PENDING_BYTES = 1 << 24
 _RETRY_S = 0.1
 # Answers come once for thousands of lines; to look for one after each line costs as much as sending it.
-_LOOK_EACH = 64
+_POLL_EVERY_LINES = 64
 # Short lines take up five times their length in the kernel: with its default the agent gets some 160 at a time.
-_KERNEL_BYTES = 1 << 20
+_SEND_BUFFER_BYTES = 1 << 20
 # As numpy writes them: little-endian only, which is all that a line says.
-_PACKED = frozenset({"<f4", "<f8", "<i4", "<i8"})
+_PACKED_DTYPES = frozenset({"<f4", "<f8", "<i4", "<i8"})
 _encode = msgspec.json.Encoder().encode
-_TCP = re.compile(r"(localhost|127\.0\.0\.1|\[::1\]|::1):(\d{1,5})")
+_TCP_ADDRESS = re.compile(r"(localhost|127\.0\.0\.1|\[::1\]|::1):(\d{1,5})")
 
 
 class Array(Protocol):
@@ -48,7 +48,7 @@ class Array(Protocol):
     def tobytes(self) -> bytes: ...
 
 
-class Answer(msgspec.Struct):
+class FlushResult(msgspec.Struct):
     """What became of lines since `flush` or `answered` last told: rows accepted, and (line, reason) of what was not.
 
     Lines count from 1 for a client, for all time where it has a name. What an answer said that was lost together
@@ -83,23 +83,23 @@ class Client:
         if name is not None and not 1 <= len(name) <= 64:
             raise ValueError(f"name {name[:80]!r} must have 1-64 characters")
         self._address, self._name, self._patience_s = str(address), name, patience_s
-        self._waiting: deque[bytes] = deque()
-        self._waiting_bytes = 0
+        self._pending: deque[bytes] = deque()
+        self._pending_bytes = 0
         self._sent = 0
-        self._safe = 0
+        self._acknowledged = 0
         # The agent's line numbers are lower by this where it has lost count: its store was full, or is a new one.
-        self._ahead = 0
-        self._known = False
-        self._answer = Answer()
-        self._received = b""
-        self._since_look = 0
+        self._line_offset = 0
+        self._greeted = False
+        self._result = FlushResult()
+        self._receive_buffer = b""
+        self._lines_since_poll = 0
         self._socket = socket.socket(socket.AF_UNIX)
         self._connect()
 
     @property
     def through(self) -> int:
         """How many lines are dealt with for good; with a name, a new process goes on after them."""
-        return self._safe
+        return self._acknowledged
 
     def send(self, stream: str, **row: Any) -> None:
         """One row; `t` in epoch seconds may be left out."""
@@ -115,7 +115,7 @@ class Client:
         for name, column in columns.items():
             if isinstance(column, Sequence):
                 plain[name] = list(column)
-            elif (kind := column.dtype.str) in _PACKED and column.ndim == 1:
+            elif (kind := column.dtype.str) in _PACKED_DTYPES and column.ndim == 1:
                 packed[name] = kind[1:], column.tobytes()
             else:
                 plain[name] = column.tolist()
@@ -132,19 +132,19 @@ class Client:
         place = {"row": row} if row is not None else {"t": t}
         self._send_line(_encode({"labels": task, **place, "label": label, "source": source}))
 
-    def flush(self) -> Answer:
+    def flush(self) -> FlushResult:
         """Wait until all lines are safe; what became of them."""
-        while self._safe < self._sent:
+        while self._acknowledged < self._sent:
             try:
-                self._wait(select.POLLIN)
-                self._read()
+                self._wait_ready(select.POLLIN)
+                self._read_replies()
             except OSError as error:
                 self._reconnect(error)
         return self.answered()
 
-    def answered(self) -> Answer:
+    def answered(self) -> FlushResult:
         """What became of lines since the last `flush` or `answered`, as far as it was heard; waits for nothing."""
-        answer, self._answer = self._answer, Answer()
+        answer, self._result = self._result, FlushResult()
         return answer
 
     def close(self) -> None:
@@ -166,37 +166,39 @@ class Client:
     def _send_line(self, line: bytes) -> None:
         line += b"\n"
         size = len(line)
-        self._waiting.append(line)
-        self._waiting_bytes += size
+        self._pending.append(line)
+        self._pending_bytes += size
         self._sent += 1
-        self._since_look += 1
+        self._lines_since_poll += 1
         try:
-            sent = self._send_some(line)
-            if sent < size or self._since_look >= _LOOK_EACH:
-                self._push(memoryview(line)[sent:])
-            while self._waiting and (len(self._waiting) >= _MOST_LINES or self._waiting_bytes >= _MOST_BYTES):
-                self._wait(select.POLLIN)
-                self._read()
+            sent = self._try_send(line)
+            if sent < size or self._lines_since_poll >= _POLL_EVERY_LINES:
+                self._send_all(memoryview(line)[sent:])
+            while self._pending and (
+                len(self._pending) >= _MAX_PENDING_LINES or self._pending_bytes >= _MAX_PENDING_BYTES
+            ):
+                self._wait_ready(select.POLLIN)
+                self._read_replies()
         except OSError as error:
             self._reconnect(error)
 
-    def _push(self, rest: memoryview) -> None:
+    def _send_all(self, rest: memoryview) -> None:
         """Send, and take answers meanwhile: two sides that only write would wait for each other for ever."""
         while True:
-            self._read()
+            self._read_replies()
             if not rest:
                 return
-            self._wait(select.POLLIN | select.POLLOUT)
-            rest = rest[self._send_some(rest) :]
+            self._wait_ready(select.POLLIN | select.POLLOUT)
+            rest = rest[self._try_send(rest) :]
 
-    def _send_some(self, data: bytes | memoryview) -> int:
+    def _try_send(self, data: bytes | memoryview) -> int:
         """How much of it the socket took. Raises OSError."""
         try:
             return self._socket.send(data)
         except BlockingIOError:
             return 0
 
-    def _wait(self, events: int) -> None:
+    def _wait_ready(self, events: int) -> None:
         """Until the socket is ready. Raises TimeoutError after `patience_s`, OSError once it is closed."""
         if self._socket.fileno() < 0:
             raise ConnectionResetError("the connection is closed")
@@ -205,26 +207,26 @@ class Client:
         if not poll.poll(self._patience_s * 1000):
             raise TimeoutError(f"no answer for {self._patience_s:g} s")
 
-    def _read(self) -> None:
+    def _read_replies(self) -> None:
         """Take the answers that are there. Raises OSError."""
-        self._since_look = 0
+        self._lines_since_poll = 0
         try:
             data = self._socket.recv(1 << 16)
         except BlockingIOError:
             return
         if not data:
             raise ConnectionResetError("the agent closed the connection")
-        *lines, self._received = (self._received + data).split(b"\n")
+        *lines, self._receive_buffer = (self._receive_buffer + data).split(b"\n")
         for line in lines:
             reply = msgspec.json.decode(line, type=_Reply)
-            self._reach(reply.through + self._ahead)
-            self._answer.accepted += reply.accepted
-            self._answer.rejected += [(one.line + self._ahead, one.reason) for one in reply.rejected]
+            self._acknowledge_through(reply.through + self._line_offset)
+            self._result.accepted += reply.accepted
+            self._result.rejected += [(one.line + self._line_offset, one.reason) for one in reply.rejected]
 
-    def _reach(self, through: int) -> None:
-        for _ in range(min(len(self._waiting), through - self._safe)):
-            self._waiting_bytes -= len(self._waiting.popleft())
-        self._safe = max(self._safe, through)
+    def _acknowledge_through(self, through: int) -> None:
+        for _ in range(min(len(self._pending), through - self._acknowledged)):
+            self._pending_bytes -= len(self._pending.popleft())
+        self._acknowledged = max(self._acknowledged, through)
 
     def _connect(self) -> None:
         """A connection, for as long as patience lasts where this client may come back."""
@@ -232,34 +234,36 @@ class Client:
         self._socket.close()
         while True:
             try:
-                self._open()
+                self._open_socket()
                 return
             except OSError as error:
                 self._socket.close()
                 # Too many connect at this moment: the one reason to wait without a name, too.
                 crowded = isinstance(error, BlockingIOError)
                 if time.monotonic() >= deadline or (self._name is None and not crowded):
-                    raise ConnectionError(f"{self._address}: {error.strerror or error}{self._unsafe()}") from error
+                    raise ConnectionError(
+                        f"{self._address}: {error.strerror or error}{self._pending_note()}"
+                    ) from error
                 time.sleep(_RETRY_S)
 
-    def _open(self) -> None:
+    def _open_socket(self) -> None:
         """Connect, and send what is not safe yet. Raises OSError."""
-        tcp = _TCP.fullmatch(self._address)
-        self._received = b""
+        tcp = _TCP_ADDRESS.fullmatch(self._address)
+        self._receive_buffer = b""
         if tcp:
             self._socket = socket.create_connection((tcp[1].strip("[]"), int(tcp[2])), self._patience_s)
         else:
             self._socket = socket.socket(socket.AF_UNIX)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _KERNEL_BYTES)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
             self._socket.settimeout(self._patience_s)
             self._socket.connect(self._address)
         if self._name is not None:
-            self._greet(self._name)
+            self._handshake(self._name)
         self._socket.settimeout(0.0)
-        if self._waiting:
-            self._push(memoryview(b"".join(self._waiting)))
+        if self._pending:
+            self._send_all(memoryview(b"".join(self._pending)))
 
-    def _greet(self, name: str) -> None:
+    def _handshake(self, name: str) -> None:
         """Tell who we are, and learn how many of our lines are safe."""
         self._socket.sendall(msgspec.json.encode({"client": name}) + b"\n")
         received = b""
@@ -269,20 +273,20 @@ class Client:
                 raise ConnectionResetError("the agent closed the connection")
             received += data
         through = msgspec.json.decode(received, type=_Reply).through
-        if not self._known:
-            self._known = True
-            self._sent = self._safe = through
-        if through + self._ahead > self._sent:
+        if not self._greeted:
+            self._greeted = True
+            self._sent = self._acknowledged = through
+        if through + self._line_offset > self._sent:
             # Retrying would not help: another process counts under this name.
             raise RuntimeError(f"{self._address}: another producer uses the name {name!r}; give each its own")
-        self._ahead = max(self._ahead, self._safe - through)
-        self._reach(through + self._ahead)
+        self._line_offset = max(self._line_offset, self._acknowledged - through)
+        self._acknowledge_through(through + self._line_offset)
 
     def _reconnect(self, cause: OSError) -> None:
         if self._name is None:
             self._socket.close()
-            raise ConnectionError(f"{self._address}: {cause}{self._unsafe()}") from cause
+            raise ConnectionError(f"{self._address}: {cause}{self._pending_note()}") from cause
         self._connect()
 
-    def _unsafe(self) -> str:
-        return f"; {len(self._waiting)} lines are not acknowledged and may be sent again" if self._waiting else ""
+    def _pending_note(self) -> str:
+        return f"; {len(self._pending)} lines are not acknowledged and may be sent again" if self._pending else ""

@@ -10,17 +10,17 @@ from typing import Literal
 
 import msgspec
 
-Quality = Literal["synced", "restored", "unsynced"]
+ClockQuality = Literal["synced", "restored", "unsynced"]
 
 BUILD_FLOOR_US = 1_764_000_000_000_000  # 2025-11-24: a wall clock before this was never set
 # The kernel's own limits (NTP_PHASE_LIMIT, MAXFREQ): since the last word of a time service the error grows by 500 ppm,
 # and at 16 s the clock counts as unsynchronized.
-LARGEST_ERROR_US = 16_000_000
-_GROWTH = 500e-6
+MAX_ERROR_US = 16_000_000
+_ERROR_GROWTH_RATE = 500e-6
 _TIME_ERROR = 5
 _EPOCH = datetime(1970, 1, 1)
-_TIMESYNCD = Path("/run/systemd/timesync/synchronized")
-_ATOMIC_S = 0.001
+_TIMESYNCD_MARKER = Path("/run/systemd/timesync/synchronized")
+_MAX_READ_GAP_S = 0.001
 
 
 class _Timex(ctypes.Structure):
@@ -35,7 +35,7 @@ class _Timex(ctypes.Structure):
     )
 
 
-class Now(msgspec.Struct, frozen=True):
+class ClockReading(msgspec.Struct, frozen=True):
     """One reading of both clocks: `wall_us` epoch µs, `boot_s` seconds since boot (counts sleep), `quality` of wall.
 
     `error_us`: by how much a time service says that wall may be off; None where none does.
@@ -43,7 +43,7 @@ class Now(msgspec.Struct, frozen=True):
 
     wall_us: int
     boot_s: float
-    quality: Quality
+    quality: ClockQuality
     error_us: int | None = None
 
     @property
@@ -56,29 +56,29 @@ class Now(msgspec.Struct, frozen=True):
         return self.wall_us - self.boot_us
 
 
-def read(floor_us: int = BUILD_FLOOR_US, seen_us: int = 0) -> Now:
+def read(floor_us: int = BUILD_FLOOR_US, last_synced_us: int = 0) -> ClockReading:
     """Both clocks at one moment.
 
     Wall time under `floor_us`, the latest that the collector gave, or under `seen_us`, the latest that a time service
     gave, is `unsynced`, unless a time service vouches for it now; under BUILD_FLOOR_US it is whoever vouches for it.
     """
     error = sync_error_us()
-    wall, boot_s = _both()
+    wall, boot_s = _read_both_clocks()
     if error is not None:
         # Asked on both sides of the look at the clock: what was set in between is not vouched for.
         error = sync_error_us()
-    if wall < BUILD_FLOOR_US or (error is None and wall < max(floor_us, seen_us)):
-        return Now(wall, boot_s, "unsynced")
-    return Now(wall, boot_s, "restored" if error is None else "synced", error)
+    if wall < BUILD_FLOOR_US or (error is None and wall < max(floor_us, last_synced_us)):
+        return ClockReading(wall, boot_s, "unsynced")
+    return ClockReading(wall, boot_s, "restored" if error is None else "synced", error)
 
 
-def _both() -> tuple[int, float]:
+def _read_both_clocks() -> tuple[int, float]:
     """Wall time, µs, and boot time, s, taken together: a thread put aside in between would look like a step."""
     for _ in range(10):
         before = boot_seconds()
         wall = time.time_ns() // 1000
         after = boot_seconds()
-        if after - before < _ATOMIC_S:
+        if after - before < _MAX_READ_GAP_S:
             break
     return wall, after
 
@@ -106,19 +106,19 @@ def sync_error_us() -> int | None:
     status = -1 if _ADJTIMEX is None else int(_ADJTIMEX(ctypes.byref(timex)))
     if status == -1:
         return _marker_error_us()
-    return None if status == _TIME_ERROR else min(int(timex.maxerror), LARGEST_ERROR_US)
+    return None if status == _TIME_ERROR else min(int(timex.maxerror), MAX_ERROR_US)
 
 
 def _marker_error_us() -> int | None:
     try:
-        age_s = abs(time.time() - _TIMESYNCD.stat().st_mtime)
+        age_s = abs(time.time() - _TIMESYNCD_MARKER.stat().st_mtime)
     except OSError:
         return None
-    error = round(age_s * _GROWTH * 1e6)
-    return error if error < LARGEST_ERROR_US else None
+    error = round(age_s * _ERROR_GROWTH_RATE * 1e6)
+    return error if error < MAX_ERROR_US else None
 
 
-def rfc3339(wall_us: int) -> str:
+def to_rfc3339(wall_us: int) -> str:
     """`2026-11-24T22:18:01.000000Z` of epoch µs; clamped to years 1–9999."""
     seconds, micro = divmod(wall_us, 1_000_000)
     seconds = min(max(seconds, -62_135_596_800), 253_402_300_799)
@@ -126,7 +126,7 @@ def rfc3339(wall_us: int) -> str:
     return f"{(_EPOCH + timedelta(seconds=seconds)).isoformat()}.{micro:06d}Z"
 
 
-def epoch_us(text: str) -> int:
+def parse_rfc3339(text: str) -> int:
     """Epoch µs of an RFC 3339 time. Raises ValueError."""
     moment = datetime.fromisoformat(text)
     if moment.tzinfo is None:

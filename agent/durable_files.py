@@ -20,7 +20,7 @@ def write(path: Path, data: bytes, mode: int = 0o644) -> None:
         new.unlink(missing_ok=True)
         write_new(new, data, mode)
         os.replace(new, path)
-        sync(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
@@ -33,25 +33,25 @@ def make_folder(path: Path) -> None:
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
-        sync(path.parent)
+        fsync_folder(path.parent)
 
 
 def rename(source: Path, target: Path) -> None:
     """A file that is on disk already."""
     os.replace(source, target)
-    sync(target.parent)
+    fsync_folder(target.parent)
 
 
 def remove(path: Path) -> None:
     """Raises StorageError where it stays."""
     try:
         path.unlink(missing_ok=True)
-        sync(path.parent)
+        fsync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"{path}: cannot be removed: {error.strerror}; see who owns it and its folder") from error
 
 
-def sync(folder: Path) -> None:
+def fsync_folder(folder: Path) -> None:
     """What a folder lists is on the disk. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

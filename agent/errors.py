@@ -38,15 +38,15 @@ class ConfigError(UsageError):
         self.file, self.key, self.problem = file, key, problem
 
 
-class Busy(UsageError):
+class FileBusy(UsageError):
     """Another process writes the file."""
 
 
-class Rejected(OutstationError):
+class RowRejected(OutstationError):
     """A row or line that is not taken; the reason goes back to its producer."""
 
 
-class Refused(OutstationError):
+class MessageRefused(OutstationError):
     """A message that does not verify; `reason` is one of a small set, `detail` says more."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -58,15 +58,15 @@ class BadBundle(OutstationError):
     """A bundle that must not be activated."""
 
 
-class ModelDied(BadBundle):
+class ModelProcessFailed(BadBundle):
     """A model that runs apart crashed, hung, or gave an error: `kind` says which; the sentence says more."""
 
-    def __init__(self, kind: Literal["crash", "hang", "error"], sentence: str) -> None:
-        super().__init__(f"the model {_DIED[kind]}: {sentence}")
-        self.kind, self.sentence = kind, sentence
+    def __init__(self, kind: Literal["crash", "hang", "error"], detail: str) -> None:
+        super().__init__(f"the model {_FAILURE_VERBS[kind]}: {detail}")
+        self.kind, self.detail = kind, detail
 
 
-_DIED = {"crash": "crashed", "hang": "hangs", "error": "failed"}
+_FAILURE_VERBS = {"crash": "crashed", "hang": "hangs", "error": "failed"}
 
 
 class FetchFailed(OutstationError):

@@ -11,20 +11,22 @@ from __future__ import annotations
 import re
 from typing import Any
 
-Path = tuple[str | int, ...]
+JsonPath = tuple[str | int, ...]
 
 _NAME = r"[^\W\d][\w-]*"
-_STEP = re.compile(rf"\.({_NAME})|\[(0|-?[1-9]\d{{0,8}})\]|\['((?:[^'\\]|\\['\\])*)'\]|\[\"((?:[^\"\\]|\\[\"\\])*)\"\]")
+_SEGMENT = re.compile(
+    rf"\.({_NAME})|\[(0|-?[1-9]\d{{0,8}})\]|\['((?:[^'\\]|\\['\\])*)'\]|\[\"((?:[^\"\\]|\\[\"\\])*)\"\]"
+)
 MISSING = object()
 
 
-def parse(text: str) -> Path:
+def parse(text: str) -> JsonPath:
     """Raises ValueError."""
     rest = text[1:] if text.startswith("$") else text if text.startswith("[") else f".{text}"
     path: list[str | int] = []
     at = 0
     while at < len(rest):
-        step = _STEP.match(rest, at)
+        step = _SEGMENT.match(rest, at)
         if step is None:
             raise ValueError(f"{text!r} is no path to a value; write it as $.data.temp, $.values[0] or $['any name']")
         name, index, *quoted = step.groups()
@@ -34,7 +36,7 @@ def parse(text: str) -> Path:
     return tuple(path)
 
 
-def find(document: Any, path: Path) -> Any:
+def find(document: Any, path: JsonPath) -> Any:
     """The value there; MISSING where there is none."""
     for step in path:
         if isinstance(step, str):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 
-class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class ImageFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """An image is `height` rows of `width` · `channels` values: pixel (0 to 255) · scale + offset."""
 
     width: Annotated[int, msgspec.Meta(ge=1, le=2048)]
@@ -27,12 +27,12 @@ class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
         return [f"pixel{i}" for i in range(self.width * self.channels)]
 
     @property
-    def gap_s(self) -> float:
+    def max_row_gap_s(self) -> float:
         """Rows of one image have one time: any step is to another image."""
         return 1e-7
 
 
-class Sound(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class SoundFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A row each `hop` samples of `rate` a second: of a `window` of samples `mels` bands, or `cepstra` made of them.
 
     Bands are between `low` and `high` Hz (half the rate), sums of |spectrum|^`power`; their logarithm is in decibels or
@@ -59,29 +59,29 @@ class Sound(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
             raise ValueError(f"sound: {self.cepstra} cepstra of {self.mels} mels; give at most as many")
 
     @property
-    def transform(self) -> int:
+    def fft_size(self) -> int:
         """Points of the Fourier transform: the next power of two."""
         return 1 << (self.window - 1).bit_length()
 
     @property
-    def row_s(self) -> float:
+    def row_period_s(self) -> float:
         return self.hop / self.rate
 
     @property
-    def gap_s(self) -> float:
+    def max_row_gap_s(self) -> float:
         """Rows of one sound follow each other by less, rows of two by more."""
-        return 1.5 * self.row_s
+        return 1.5 * self.row_period_s
 
     @property
     def columns(self) -> list[str]:
         return [f"cepstrum{i}" for i in range(self.cepstra)] or [f"mel{i}" for i in range(self.mels)]
 
 
-Made = Image | Sound
+MediaFormat = ImageFormat | SoundFormat
 
 
-def written(made: Made) -> str:
+def to_toml(media_format: MediaFormat) -> str:
     """As it is written in TOML, on one line: `image = { width = 96, height = 96 }`."""
-    said: dict[str, Any] = msgspec.to_builtins(made)
+    said: dict[str, Any] = msgspec.to_builtins(media_format)
     members = ", ".join(f"{name} = {json.dumps(value)}" for name, value in said.items())
-    return f"{'image' if isinstance(made, Image) else 'sound'} = {{ {members} }}"
+    return f"{'image' if isinstance(media_format, ImageFormat) else 'sound'} = {{ {members} }}"

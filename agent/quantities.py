@@ -21,15 +21,15 @@ class Duration(float):
 
 def parse_size(text: str) -> Size:
     """Bytes in `"512 MiB"`. Raises ValueError."""
-    return Size(round(_quantity(text, _SIZES)))
+    return Size(round(_parse_quantity(text, _SIZES)))
 
 
 def parse_duration(text: str) -> Duration:
     """Seconds in `"10 s"`, `"5 min"`, `"72 h"`. Raises ValueError."""
-    return Duration(_quantity(text, _DURATIONS))
+    return Duration(_parse_quantity(text, _DURATIONS))
 
 
-def convert(kind: type, value: Any) -> Any:
+def decode_quantity(kind: type, value: Any) -> Any:
     """Size and Duration from their text, for msgspec. Raises ValueError."""
     if kind is Size:
         return parse_size(value)
@@ -38,7 +38,7 @@ def convert(kind: type, value: Any) -> Any:
     raise NotImplementedError(kind)
 
 
-def _quantity(text: str, units: dict[str, Any]) -> float:
+def _parse_quantity(text: str, units: dict[str, Any]) -> float:
     match = _QUANTITY.fullmatch(text) if isinstance(text, str) else None
     unit = next((u for u in units if match and u.lower() == match[2].lower()), None)
     if match is None or unit is None:

@@ -15,18 +15,18 @@ import msgspec
 
 # Up to this length it is faster to write the text again than to look at each colon, if that is enough; beyond it, long
 # arrays have few colons.
-_SHORT = 16_384
-_FEW = 64
-_LONG, _MANY = 4096, 256
-_SPACE = b" \t\r\n"
+_SHORT_BYTES = 16_384
+_MAX_COLONS_SPLIT = 64
+_LONG_BYTES, _MANY_COLONS = 4096, 256
+_WHITESPACE = b" \t\r\n"
 # The least that widespread readers stop at (System.Text.Json).
-_DEEPEST = 64
+_MAX_DEPTH = 64
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_ONE_KIND = bytes.maketrans(b"{}", b"[]")
+_NON_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_BRACES_TO_BRACKETS = bytes.maketrans(b"{}", b"[]")
 
 
-class RepeatedKey(ValueError):
+class DuplicateKey(ValueError):
     """An object has `key` twice."""
 
     def __init__(self, key: str) -> None:
@@ -34,7 +34,7 @@ class RepeatedKey(ValueError):
         self.key = key
 
 
-def check_keys(text: bytes) -> None:
+def check_strict_json(text: bytes) -> None:
     """Raises RepeatedKey, and ValueError or RecursionError where `text` is nested too deep or no JSON in UTF-8.
 
     `text` is what a decoder took for JSON. The first two looks, at a few percent of a decoder's price, are enough for
@@ -42,42 +42,44 @@ def check_keys(text: bytes) -> None:
     """
     if not text.isascii():
         text.decode("utf-8")
-    if _is_deep(text):
-        raise ValueError(f"nested deeper than {_DEEPEST} levels")
-    first, second = (_comes_back, _all_differ) if len(text) <= _SHORT else (_all_differ, _comes_back)
+    if _is_too_deep(text):
+        raise ValueError(f"nested deeper than {_MAX_DEPTH} levels")
+    first, second = (
+        (_round_trips, _has_distinct_keys) if len(text) <= _SHORT_BYTES else (_has_distinct_keys, _round_trips)
+    )
     if not (first(text) or second(text)):
-        _look(text)
+        _parse_strictly(text)
 
 
-def check_count(text: bytes, kept: int, strings: Iterable[Any] = ()) -> None:
+def check_key_count(text: bytes, key_count: int, strings: Iterable[Any] = ()) -> None:
     """The same for the price of counting colons, where a decoder found `kept` keys in `text`, in objects of any depth.
 
     `strings`: the values that may be text; what else is among them does not matter.
     """
     # Each key that was written has its colon: as many colons as keys that were kept leave none for one that was not.
-    colons = _colons(text)
-    if colons == kept:
+    colons = _count_colons(text)
+    if colons == key_count:
         return
     # Without escapes a string has as many colons as its text.
-    if b"\\" in text or colons - sum(s.count(":") for s in strings if isinstance(s, str)) != kept:
-        check_keys(text)
+    if b"\\" in text or colons - sum(s.count(":") for s in strings if isinstance(s, str)) != key_count:
+        check_strict_json(text)
 
 
-def _colons(text: bytes) -> int:
+def _count_colons(text: bytes) -> int:
     # bytes.count looks at one byte at a time, for as long as the decoder where a line is long; `find` at many.
-    if len(text) < _LONG:
+    if len(text) < _LONG_BYTES:
         return text.count(b":")
     count, at = 0, text.find(b":")
-    while at >= 0 and count < _MANY:
+    while at >= 0 and count < _MANY_COLONS:
         count, at = count + 1, text.find(b":", at + 1)
     return count + text.count(b":", at) if at >= 0 else count
 
 
-def _is_deep(text: bytes) -> bool:
-    if text.count(b"[") + text.count(b"{") <= _DEEPEST:
+def _is_too_deep(text: bytes) -> bool:
+    if text.count(b"[") + text.count(b"{") <= _MAX_DEPTH:
         return False
-    brackets = _STRING.sub(b"", text).translate(_ONE_KIND, _NO_BRACKETS)
-    for _ in range(_DEEPEST):
+    brackets = _STRING.sub(b"", text).translate(_BRACES_TO_BRACKETS, _NON_BRACKETS)
+    for _ in range(_MAX_DEPTH):
         if not brackets:
             return False
         # What holds nothing goes, so that each round takes one level.
@@ -85,17 +87,17 @@ def _is_deep(text: bytes) -> bool:
     return bool(brackets)
 
 
-def _all_differ(text: bytes) -> bool:
+def _has_distinct_keys(text: bytes) -> bool:
     """Whether no key is there twice anywhere: what stands between quotes before a colon is a key, or in a string."""
     # An escape could hide a quote, or spell one key in two ways.
     if b"\\" in text:
         return False
-    before = text.split(b":", _FEW)
-    if len(before) > _FEW:
+    before = text.split(b":", _MAX_COLONS_SPLIT)
+    if len(before) > _MAX_COLONS_SPLIT:
         return False
     seen = set()
     for part in before[:-1]:
-        part = part.rstrip(_SPACE)
+        part = part.rstrip(_WHITESPACE)
         if part.endswith(b'"'):
             key = part[part.rfind(b'"', 0, -1) + 1 :]
             if key in seen:
@@ -104,7 +106,7 @@ def _all_differ(text: bytes) -> bool:
     return True
 
 
-def _comes_back(text: bytes) -> bool:
+def _round_trips(text: bytes) -> bool:
     """Whether the text is what its values are written as: a value that was dropped is not written."""
     try:
         return msgspec.json.encode(msgspec.json.decode(text)) == text
@@ -113,13 +115,13 @@ def _comes_back(text: bytes) -> bool:
         return False
 
 
-def _look(text: bytes) -> None:
-    json.loads(text.decode("utf-8"), object_pairs_hook=_unrepeated, parse_int=str, parse_float=str)
+def _parse_strictly(text: bytes) -> None:
+    json.loads(text.decode("utf-8"), object_pairs_hook=_reject_duplicate_keys, parse_int=str, parse_float=str)
 
 
-def _unrepeated(pairs: list[tuple[str, Any]]) -> None:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
     seen = set()
     for key, _ in pairs:
         if key in seen:
-            raise RepeatedKey(key)
+            raise DuplicateKey(key)
         seen.add(key)

@@ -30,7 +30,7 @@ def metric_name(metric: str) -> str:
     return _METRIC_NAMES.get(metric, metric)
 
 
-def figure(value: float | None) -> str:
+def format_value(value: float | None) -> str:
     """Format with three decimals, or with three digits where it is large or very small; a dash for None."""
     if value is None:
         return "–"
@@ -41,6 +41,6 @@ def figure(value: float | None) -> str:
     return text.replace("-", "−")
 
 
-def interval(low: float | None, high: float | None) -> str:
+def format_interval(low: float | None, high: float | None) -> str:
     """Format an interval; empty without both ends."""
-    return "" if low is None or high is None else f"[{figure(low)}, {figure(high)}]"
+    return "" if low is None or high is None else f"[{format_value(low)}, {format_value(high)}]"

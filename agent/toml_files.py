@@ -13,12 +13,12 @@ import msgspec
 
 from agent.errors import ConfigError
 
-Shape = type[msgspec.Struct]
-Hook = Callable[[type, Any], Any]
+StructType = type[msgspec.Struct]
+DecodeHook = Callable[[type, Any], Any]
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-def read(path: Path, shape: type[S], hook: Hook) -> S:
+def read(path: Path, struct_type: type[S], hook: DecodeHook) -> S:
     """The file as `shape`; `hook` reads types of our own. Raises ConfigError."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -33,12 +33,12 @@ def read(path: Path, shape: type[S], hook: Hook) -> S:
     except RecursionError:
         raise ConfigError(str(path), "", "nested too deep to be read; no config file needs that") from None
     try:
-        return msgspec.convert(document, shape, dec_hook=hook)
+        return msgspec.convert(document, struct_type, dec_hook=hook)
     except msgspec.ValidationError as error:
-        raise _explain(str(path), str(error), shape, document, hook) from None
+        raise _to_config_error(str(path), str(error), struct_type, document, hook) from None
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` where something known is close, else what there is."""
     names = list(known)
     close = difflib.get_close_matches(word, names, 1, 0.5)
@@ -47,75 +47,90 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; there is {', '.join(sorted(names)[:12])}" if names else "; there is none"
 
 
-def _explain(file: str, message: str, shape: Shape, document: dict[str, Any], hook: Hook) -> ConfigError:
+def _to_config_error(
+    file: str, message: str, struct_type: StructType, document: dict[str, Any], hook: DecodeHook
+) -> ConfigError:
     """msgspec's message as file, key and fix."""
     problem, _, path = message.partition(" - at `$")
     where = path.rstrip("`").lstrip(".")
-    key = where.replace("[...]", f".{_culprit(message, shape, document, where, hook)}") if "[...]" in where else where
+    key = (
+        where.replace("[...]", f".{_find_invalid_entry(message, struct_type, document, where, hook)}")
+        if "[...]" in where
+        else where
+    )
     unknown = re.fullmatch(r"Object contains unknown field `(.+)`", problem)
     if unknown:
-        known = sorted(_keys_at(shape, where))
+        known = sorted(_list_known_keys(struct_type, where))
         return ConfigError(
-            file, f"{key}.{unknown[1]}" if key else unknown[1], f"unknown key{suggestion(unknown[1], known)}"
+            file, f"{key}.{unknown[1]}" if key else unknown[1], f"unknown key{did_you_mean(unknown[1], known)}"
         )
     missing = re.fullmatch(r"Object missing required field `(.+)`", problem)
     if missing:
         return ConfigError(file, f"{key}.{missing[1]}" if key else missing[1], "this key is required; add it")
     wrong = re.fullmatch(r"Invalid (?:enum )?value '(.*)'", problem)
     if wrong:
-        return ConfigError(file, key, f"{wrong[1]!r} is no choice here{suggestion(wrong[1], _choices(shape, where))}")
+        return ConfigError(
+            file, key, f"{wrong[1]!r} is no choice here{did_you_mean(wrong[1], _literal_choices(struct_type, where))}"
+        )
     # TOML's words, not JSON's.
     problem = problem.replace("array", "list").replace("object", "table").replace("Object", "table")
     return ConfigError(file, key, problem[:1].lower() + problem[1:])
 
 
-def _culprit(message: str, shape: Shape, document: dict[str, Any], where: str, hook: Hook) -> str:
+def _find_invalid_entry(
+    message: str, struct_type: StructType, document: dict[str, Any], key_path: str, hook: DecodeHook
+) -> str:
     """The name of the stream or task that `message` is about: msgspec says `[...]` for any member of a table."""
-    table = where.partition("[...]")[0]
+    table = key_path.partition("[...]")[0]
     for name, value in document.get(table, {}).items():
         try:
-            msgspec.convert({**document, table: {name: value}}, shape, dec_hook=hook)
+            msgspec.convert({**document, table: {name: value}}, struct_type, dec_hook=hook)
         except msgspec.ValidationError as error:
             if str(error) == message:
                 return str(name)
     return "*"
 
 
-def _choices(shape: Shape, where: str) -> list[str]:
+def _literal_choices(struct_type: StructType, key_path: str) -> list[str]:
     """The words that may stand at `where`."""
-    return [str(word) for kind in _kinds_at(shape, where) if get_origin(kind) is Literal for word in get_args(kind)]
+    return [
+        str(word)
+        for kind in _resolve_types(struct_type, key_path)
+        if get_origin(kind) is Literal
+        for word in get_args(kind)
+    ]
 
 
-def _keys_at(shape: Shape, where: str) -> set[str]:
+def _list_known_keys(struct_type: StructType, key_path: str) -> set[str]:
     """All keys any section at `where` may have."""
     names: set[str] = set()
-    for kind in _kinds_at(shape, where):
+    for kind in _resolve_types(struct_type, key_path):
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
             names |= {*kind.__struct_fields__, *filter(None, [kind.__struct_config__.tag_field])}
     return names
 
 
-def _kinds_at(shape: Shape, where: str) -> list[Any]:
-    kinds: list[Any] = [shape]
-    for part in [p for p in re.split(r"[.\[\]]+", where.replace("[...]", ".*")) if p]:
-        kinds = [inner for kind in kinds for inner in _children(kind, part)]
+def _resolve_types(struct_type: StructType, key_path: str) -> list[Any]:
+    kinds: list[Any] = [struct_type]
+    for part in [p for p in re.split(r"[.\[\]]+", key_path.replace("[...]", ".*")) if p]:
+        kinds = [inner for kind in kinds for inner in _child_types(kind, part)]
     return kinds
 
 
-def _children(kind: Any, part: str) -> list[Any]:
+def _child_types(kind: Any, part: str) -> list[Any]:
     hints = msgspec.inspect.type_info(kind)
-    return [inner for node in _flatten(hints) for inner in _step(node, part)]
+    return [inner for node in _flatten_union(hints) for inner in _descend(node, part)]
 
 
-def _flatten(node: Any) -> list[Any]:
+def _flatten_union(node: Any) -> list[Any]:
     if isinstance(node, msgspec.inspect.UnionType):
-        return [inner for one in node.types for inner in _flatten(one)]
+        return [inner for one in node.types for inner in _flatten_union(one)]
     if isinstance(node, msgspec.inspect.Metadata):
-        return _flatten(node.type)
+        return _flatten_union(node.type)
     return [node]
 
 
-def _step(node: Any, part: str) -> list[Any]:
+def _descend(node: Any, part: str) -> list[Any]:
     if isinstance(node, msgspec.inspect.StructType):
         inner = [f.type for f in node.fields if f.encode_name == part]
         if node.tag_field == part:
@@ -126,16 +141,16 @@ def _step(node: Any, part: str) -> list[Any]:
         inner = [node.item_type]
     else:
         inner = []
-    return [_type_of(leaf) for one in inner for leaf in _flatten(one)]
+    return [_to_python_type(leaf) for one in inner for leaf in _flatten_union(one)]
 
 
-def _type_of(node: Any) -> Any:
+def _to_python_type(node: Any) -> Any:
     if isinstance(node, msgspec.inspect.StructType):
         return node.cls
     if isinstance(node, msgspec.inspect.LiteralType):
         return Literal[tuple(node.values)]
     if isinstance(node, msgspec.inspect.ListType):
-        return list[_type_of(_flatten(node.item_type)[0])]  # type: ignore[misc]
+        return list[_to_python_type(_flatten_union(node.item_type)[0])]  # type: ignore[misc]
     if isinstance(node, msgspec.inspect.DictType):
-        return dict[str, _type_of(_flatten(node.value_type)[0])]  # type: ignore[misc]
+        return dict[str, _to_python_type(_flatten_union(node.value_type)[0])]  # type: ignore[misc]
     return object

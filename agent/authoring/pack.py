@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from agent.authoring import calibration, pack_calibration
 from agent.authoring import spec as specs
-from agent.authoring.pack_calibration import Work
+from agent.authoring.pack_calibration import PackJob
 from agent.authoring.spec import Spec, SpecCard
 from agent.datasets import training_data
 from agent.drift.baseline import learning
@@ -26,18 +26,18 @@ from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import derived_features, features, inference
 from agent.model.inference.inference import Inference
-from agent.model.inference.runtime import NAME, Model
+from agent.model.inference.runtime import RUNTIME_NAME, TfliteModel
 from agent.model.sandbox import probe
 from agent.wire.keys import SigningKey
 
-_GOLDEN = 32
-_UNSIGNED = "not signed (--key): devices refuse it until `outstation model sign`"
-_MADE = frozenset(
+_GOLDEN_COUNT = 32
+_UNSIGNED_WARNING = "not signed (--key): devices refuse it until `outstation model sign`"
+_BUNDLE_FILES = frozenset(
     {"manifest.json", "manifest.jws", "model.tflite", "reference.json", "golden.npz", "MODEL_CARD.md", "DATA_CARD.md"}
 )
 
 
-class Packed(msgspec.Struct, frozen=True):
+class PackedBundle(msgspec.Struct, frozen=True):
     """The bundle's files, what it lacks and what it learned, in words."""
 
     files: dict[str, bytes]
@@ -46,31 +46,31 @@ class Packed(msgspec.Struct, frozen=True):
     notes: list[str]
 
 
-def pack(spec_file: Path, key: SigningKey | None) -> Packed:
+def pack(spec_file: Path, key: SigningKey | None) -> PackedBundle:
     """All files of the bundle. Raises ConfigError, BadBundle."""
     spec = specs.read(spec_file)
-    files = {"model.tflite": _read(spec_file, "model", spec.model)}
+    files = {"model.tflite": _read_file(spec_file, "model", spec.model)}
     draft = specs.to_manifest(spec_file, spec)
-    _prove(spec_file.parent / spec.model, draft, files)
-    work = Work(spec_file, spec, draft, inference.load(draft, files["model.tflite"]))
-    found = pack_calibration.learned(work)
+    _probe_draft(spec_file.parent / spec.model, draft, files)
+    work = PackJob(spec_file, spec, draft, inference.load_model(draft, files["model.tflite"]))
+    found = pack_calibration.calibrate_output(work)
     work = replace(work, draft=msgspec.structs.replace(draft, output=found.output))
     warnings = [
         *found.warnings,
-        *_golden_file(work, files),
-        *_reference_file(work, files),
-        *_cards(spec_file, spec, files),
+        *_add_golden_vectors(work, files),
+        *_add_reference(work, files),
+        *_add_cards(spec_file, spec, files),
     ]
-    head = manifest.encode(specs.finished(work.draft, files))
+    head = manifest.encode(specs.finish_manifest(work.draft, files))
     files["manifest.json"] = head
     if key is not None:
         files["manifest.jws"] = bundle.sign(head, key)
     else:
-        warnings.append(_UNSIGNED)
-    return Packed(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", found.notes)
+        warnings.append(_UNSIGNED_WARNING)
+    return PackedBundle(files, warnings, f"sha256:{hashlib.sha256(head).hexdigest()}", found.notes)
 
 
-def keep_signature(packed: Packed, out: Path) -> None:
+def reuse_signature(packed: PackedBundle, out: Path) -> None:
     """Take over the signature of the bundle folder `out`, where that is of the same manifest."""
     try:
         same = (out / "manifest.json").read_bytes() == packed.files["manifest.json"]
@@ -79,10 +79,10 @@ def keep_signature(packed: Packed, out: Path) -> None:
         return
     if same and "manifest.jws" not in packed.files:
         packed.files["manifest.jws"] = signature
-        packed.warnings[:] = [w for w in packed.warnings if w != _UNSIGNED]
+        packed.warnings[:] = [w for w in packed.warnings if w != _UNSIGNED_WARNING]
 
 
-def write(packed: Packed, out: Path) -> None:
+def write_bundle(packed: PackedBundle, out: Path) -> None:
     """As a folder, or as one `.zip`; an old bundle there is replaced as a whole.
 
     Raises UsageError where something else is there, or nothing can be written.
@@ -118,7 +118,7 @@ def _require_replaceable(out: Path) -> None:
         if out.exists() and not (out.is_file() and zipfile.is_zipfile(out)):
             raise UsageError(f"{out}: is there and is no .zip; move it away, or name another place with -o")
     elif out.is_dir():
-        others = sorted(entry.name for entry in out.iterdir() if entry.name not in _MADE)
+        others = sorted(entry.name for entry in out.iterdir() if entry.name not in _BUNDLE_FILES)
         if others:
             raise UsageError(
                 f"{out}: holds {others[0]}, which is of no bundle and would be deleted; name another folder with -o"
@@ -127,70 +127,72 @@ def _require_replaceable(out: Path) -> None:
         raise UsageError(f"{out}: is there and is no folder; name a new folder or a .zip with -o")
 
 
-def _prove(model: Path, draft: Manifest, files: dict[str, bytes]) -> None:
+def _probe_draft(model: Path, draft: Manifest, files: dict[str, bytes]) -> None:
     """Load it in a child first: a damaged model must not end this process. Raises BadBundle."""
     try:
-        probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).require()
+        probe.probe(Bundle(draft, "", {"manifest.json": manifest.encode(draft), **files}, "")).raise_for_failure()
     except BadBundle as problem:
         raise BadBundle(f"{model}: {problem}") from None
 
 
-def _golden_file(work: Work, files: dict[str, bytes]) -> list[str]:
-    if work.spec.golden is None:
+def _add_golden_vectors(job: PackJob, files: dict[str, bytes]) -> list[str]:
+    if job.spec.golden is None:
         return ["no golden data: a device cannot tell whether its CPU computes what yours does"]
     try:
-        windows = _golden_windows(work.path(work.spec.golden), work.draft.input)
-        made = golden_vectors.make(windows, work.model.invoke(windows), work.model.output_step, NAME)
+        windows = _select_golden_windows(job.path(job.spec.golden), job.draft.input)
+        made = golden_vectors.from_outputs(windows, job.model.invoke(windows), job.model.output_step, RUNTIME_NAME)
     except (UsageError, BadBundle) as problem:
-        raise ConfigError(str(work.file), "golden", str(problem)) from None
+        raise ConfigError(str(job.file), "golden", str(problem)) from None
     files["golden.npz"] = golden_vectors.encode(made)
     return []
 
 
-def _golden_windows(path: Path, spec: manifest.Input) -> features.Floats:
+def _select_golden_windows(path: Path, spec: manifest.ModelInput) -> features.Floats:
     """Scaled input windows: given as `windows` (g, rows, F) in physical units, or cut from rows."""
-    given = training_data.given_windows(path, spec)
+    given = training_data.read_windows(path, spec)
     if given is not None:
-        return features.windows(given, np.arange(0, len(given), spec.rows), spec)
+        return features.build_windows(given, np.arange(0, len(given), spec.rows), spec)
     found = training_data.read(path, spec)
-    starts = pack_calibration.starts(path, found, spec)
-    picked = starts[np.linspace(0, len(starts) - 1, min(_GOLDEN, len(starts)), dtype=np.int64)]
-    return features.windows(derived_features.columns(found.features, found.t, spec), picked, spec)
+    starts = pack_calibration.find_window_starts(path, found, spec)
+    picked = starts[np.linspace(0, len(starts) - 1, min(_GOLDEN_COUNT, len(starts)), dtype=np.int64)]
+    return features.build_windows(derived_features.compute(found.features, found.t, spec), picked, spec)
 
 
-def reference_of(path: Path, model: Model, draft: Manifest, *, held_out: bool = False) -> Reference:
+def build_reference(path: Path, model: TfliteModel, draft: Manifest, *, held_out: bool = False) -> Reference:
     """The drift reference that data at `path` make for this model.
 
     `held_out` data, which it was not trained on, also tell how often a score is right, by their labels. Raises
     UsageError, BadBundle.
     """
-    found = training_data.read(path, draft.input, training_data.labels_of(draft) if held_out else None)
+    found = training_data.read(path, draft.input, training_data.make_label_parser(draft) if held_out else None)
     if held_out and found.label is None:
         raise UsageError(f"{path}: holds no labels, so nobody can tell which answers are right; leave --held-out away")
-    return _from_data(path, found, model, draft, held_out=held_out)
+    return _build_from_data(path, found, model, draft, held_out=held_out)
 
 
-def _reference_file(work: Work, files: dict[str, bytes]) -> list[str]:
-    if work.spec.reference is None:
+def _add_reference(job: PackJob, files: dict[str, bytes]) -> list[str]:
+    if job.spec.reference is None:
         return ["no reference data: devices will not watch this model for drift"]
     try:
-        reference = reference_of(work.path(work.spec.reference), work.model, work.draft)
+        reference = build_reference(job.path(job.spec.reference), job.model, job.draft)
     except (UsageError, BadBundle) as problem:
-        raise ConfigError(str(work.file), "reference", str(problem)) from None
-    if work.spec.output.score_table is not None:
-        reference = _with_score_table(work, reference, work.path(work.spec.output.score_table))
+        raise ConfigError(str(job.file), "reference", str(problem)) from None
+    if job.spec.output.score_table is not None:
+        reference = _with_score_table(job, reference, job.path(job.spec.output.score_table))
     files["reference.json"] = reference.to_json()
     return [reference.warning] if reference.warning else []
 
 
-def _from_data(path: Path, found: training_data.Data, model: Model, draft: Manifest, *, held_out: bool) -> Reference:
-    starts = pack_calibration.starts(path, found, draft.input)
-    answers = Inference(draft, model).run(found.features, found.t).scores
+def _build_from_data(
+    path: Path, dataset: training_data.Dataset, model: TfliteModel, draft: Manifest, *, held_out: bool
+) -> Reference:
+    starts = pack_calibration.find_window_starts(path, dataset, draft.input)
+    answers = Inference(draft, model).run(dataset.features, dataset.t).scores
     named = answers.label if answers.label is not None else np.zeros(len(starts), np.int64)
     told = answers.value if answers.score is None else answers.score
     certainty = None if told is None else told[:, None].astype(np.float32)
-    return learning.build(
-        found.features,
+    return learning.build_reference(
+        dataset.features,
         starts,
         draft.input.rows,
         named,
@@ -198,17 +200,17 @@ def _from_data(path: Path, found: training_data.Data, model: Model, draft: Manif
         draft.drift.window,
         fields=tuple(draft.input.fields),
         labels=tuple(draft.output.labels),
-        truth=_truth(found, starts, draft) if held_out else None,
+        truth=_window_classes(dataset, starts, draft) if held_out else None,
     )
 
 
-def _truth(found: training_data.Data, starts: features.Ints, draft: Manifest) -> features.Ints:
+def _window_classes(dataset: training_data.Dataset, starts: features.Ints, draft: Manifest) -> features.Ints:
     """The class of each window: that of its last row."""
-    assert found.label is not None
-    return np.asarray(calibration.of_windows(found.label, starts, draft.input.rows), dtype=np.int64)
+    assert dataset.label is not None
+    return np.asarray(calibration.select_window_labels(dataset.label, starts, draft.input.rows), dtype=np.int64)
 
 
-def _with_score_table(work: Work, reference: Reference, path: Path) -> Reference:
+def _with_score_table(job: PackJob, reference: Reference, path: Path) -> Reference:
     """How often a score was right, from data the model was not trained on: `edges` (33), `count`, `correct` (32)."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -221,22 +223,22 @@ def _with_score_table(work: Work, reference: Reference, path: Path) -> Reference
         return Reference.from_json(filled.to_json())
     except (OSError, ValueError, KeyError, TypeError, BadBundle) as error:
         raise ConfigError(
-            str(work.file), "output.score_table", f"{path}: no score table (edges 33, count 32, correct 32): {error}"
+            str(job.file), "output.score_table", f"{path}: no score table (edges 33, count 32, correct 32): {error}"
         ) from None
 
 
-def _cards(spec_file: Path, spec: Spec, files: dict[str, bytes]) -> list[str]:
+def _add_cards(spec_file: Path, spec: Spec, files: dict[str, bytes]) -> list[str]:
     given = SpecCard(model=spec.card) if isinstance(spec.card, str) else spec.card or SpecCard()
     warnings = []
     for kind, path, target in (("model", given.model, "MODEL_CARD.md"), ("data", given.data, "DATA_CARD.md")):
         if path is None:
             warnings.append(f"no {kind} card ([card] {kind}): nobody can read what it was made of and for")
         else:
-            files[target] = _read(spec_file, f"card.{kind}", path)
+            files[target] = _read_file(spec_file, f"card.{kind}", path)
     return warnings
 
 
-def _read(spec_file: Path, key: str, name: str) -> bytes:
+def _read_file(spec_file: Path, key: str, name: str) -> bytes:
     path = spec_file.parent / name
     try:
         return path.read_bytes()

@@ -13,43 +13,45 @@ from agent.model.inference import inspect
 from agent.model.sandbox import probe
 
 
-class Begun(msgspec.Struct, frozen=True):
+class Scaffold(msgspec.Struct, frozen=True):
     """The SPEC's text, the kind it guessed, and why."""
 
     text: str
     kind: str
-    why: str
+    rationale: str
 
 
-def begin(tflite: Path, out: Path | None, table: Path | None) -> Begun:
+def scaffold_spec(tflite: Path, out: Path | None, table: Path | None) -> Scaffold:
     """`out` is where the SPEC will be, which its paths are relative to. Raises UsageError, BadBundle."""
     try:
         content = tflite.read_bytes()
     except OSError as error:
         raise UsageError(f"{tflite}: cannot be read: {error.strerror}; give the .tflite file") from None
     try:
-        found = probe.look(content)
+        found = probe.inspect_model(content)
     except BadBundle as problem:
         raise BadBundle(f"{tflite}: {problem}") from None
     beside = out.resolve().parent if out else Path.cwd()
     seen = None
     if table is not None:
-        head = training_data.head(table)
-        seen = inspect.Table(_relative(table, beside), head.columns, head.rows, head.labels)
-    made = inspect.guess(found)
-    return Begun(inspect.spec(found, _relative(tflite, beside), tflite.stem, seen), made.kind, made.why)
+        head = training_data.summarize_table(table)
+        seen = inspect.TableInfo(_relative_path(table, beside), head.columns, head.rows, head.labels)
+    made = inspect.guess_kind(found)
+    return Scaffold(
+        inspect.render_spec(found, _relative_path(tflite, beside), tflite.stem, seen), made.kind, made.rationale
+    )
 
 
-def write(begun: Begun, out: Path) -> None:
+def write_spec(scaffold: Scaffold, out: Path) -> None:
     """Raises UsageError; a file that is there is somebody's work."""
     try:
         with out.open("x", encoding="utf-8") as file:
-            file.write(begun.text)
+            file.write(scaffold.text)
     except FileExistsError:
         raise UsageError(f"{out}: is there already; name another file with -o") from None
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error.strerror}") from None
 
 
-def _relative(path: Path, folder: Path) -> str:
+def _relative_path(path: Path, folder: Path) -> str:
     return os.path.relpath(path.resolve(), folder)

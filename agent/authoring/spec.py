@@ -12,13 +12,13 @@ import msgspec
 
 from agent import config
 from agent.errors import BadBundle, ConfigError
-from agent.media import Image, Sound
+from agent.media import ImageFormat, SoundFormat
 from agent.model.bundle import manifest
-from agent.model.bundle.definition import Derived
+from agent.model.bundle.definition import DerivedFeature
 from agent.model.bundle.manifest import Manifest
 
 
-class Numbered(config.Section, frozen=True, kw_only=True):
+class NumberedFields(config.Section, frozen=True, kw_only=True):
     """Fields `prefix`0, `prefix`1, … for inputs of many values."""
 
     prefix: str
@@ -31,19 +31,19 @@ class SpecInput(config.Section, frozen=True, kw_only=True):
     Of an image fields and window follow from it, of a sound the fields, and that no window reaches over a second.
     """
 
-    fields: list[str] | Numbered = msgspec.field(default_factory=list)
+    fields: list[str] | NumberedFields = msgspec.field(default_factory=list)
     units: list[str] = msgspec.field(default_factory=list)
-    window: manifest.Windowing | None = None
+    window: manifest.WindowSpec | None = None
     mean: list[float] = msgspec.field(default_factory=list)
     std: list[float] = msgspec.field(default_factory=list)
     scale: Annotated[float, msgspec.Meta(gt=0)] | None = None
     scaling: Literal["fixed", "window"] = "fixed"
-    derived: list[Derived] = msgspec.field(default_factory=list)
+    derived: list[DerivedFeature] = msgspec.field(default_factory=list)
     order: list[str] = msgspec.field(default_factory=list)
     max_gap_s: float | None = None
     max_missing: float = 0.0
-    image: Image | None = None
-    sound: Sound | None = None
+    image: ImageFormat | None = None
+    sound: SoundFormat | None = None
 
 
 class SpecOutput(config.Section, frozen=True, kw_only=True):
@@ -83,8 +83,8 @@ class Spec(config.Section, frozen=True, kw_only=True):
     created: str | None = None
     input: SpecInput
     output: SpecOutput = msgspec.field(default_factory=SpecOutput)
-    drift: manifest.DriftWindow = manifest.DriftWindow()
-    limits: manifest.Limits = manifest.Limits()
+    drift: manifest.DriftSettings = manifest.DriftSettings()
+    limits: manifest.ResourceLimits = manifest.ResourceLimits()
     reference: str | None = None
     golden: str | None = None
     card: str | SpecCard | None = None
@@ -115,7 +115,7 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
     """What `spec`, read from `file`, says, without files. Raises ConfigError at the SPEC's key."""
     given, output = spec.input, spec.output
     fields = given.fields
-    if isinstance(fields, Numbered):
+    if isinstance(fields, NumberedFields):
         fields = [f"{fields.prefix}{i}" for i in range(fields.count)]
     if not fields and (made := given.image or given.sound) is not None:
         fields = made.columns
@@ -131,9 +131,9 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
         "version": spec.version,
         "created": spec.created or f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
         "kind": spec.kind,
-        "input": _members(given, manifest.Input)
-        | {"fields": fields, "std": std, "window": msgspec.to_builtins(_window(given))},
-        "output": _members(output, manifest.Output) | {"labels": spec.labels},
+        "input": _select_members(given, manifest.ModelInput)
+        | {"fields": fields, "std": std, "window": msgspec.to_builtins(_resolve_window(given))},
+        "output": _select_members(output, manifest.ModelOutput) | {"labels": spec.labels},
         "drift": msgspec.to_builtins(spec.drift),
         "limits": msgspec.to_builtins(spec.limits),
         "files": {},
@@ -141,31 +141,31 @@ def to_manifest(file: Path, spec: Spec) -> Manifest:
     try:
         return manifest.decode(msgspec.json.encode(members))
     except BadBundle as problem:
-        raise _explain(file, str(problem)) from None
+        raise _to_config_error(file, str(problem)) from None
 
 
-def _window(given: SpecInput) -> manifest.Windowing | None:
-    window = given.window
-    if window is None and given.image is not None:
-        return manifest.Windowing(rows=given.image.height, step=given.image.height)
-    if window is not None and window.max_gap_s is None and given.sound is not None:
+def _resolve_window(spec_input: SpecInput) -> manifest.WindowSpec | None:
+    window = spec_input.window
+    if window is None and spec_input.image is not None:
+        return manifest.WindowSpec(rows=spec_input.image.height, step=spec_input.image.height)
+    if window is not None and window.max_gap_s is None and spec_input.sound is not None:
         return msgspec.structs.replace(window, max_gap_s=1.0)
     return window
 
 
-def finished(draft: Manifest, files: dict[str, bytes]) -> Manifest:
+def finish_manifest(draft: Manifest, files: dict[str, bytes]) -> Manifest:
     """Of these files, and of the oldest format that says all of it."""
     listed = {name: f"sha256:{hashlib.sha256(content).hexdigest()}" for name, content in files.items()}
-    return manifest.oldest(msgspec.structs.replace(draft, files=listed))
+    return manifest.to_oldest_format(msgspec.structs.replace(draft, files=listed))
 
 
-def _members(section: config.Section, of: type[msgspec.Struct]) -> dict[str, Any]:
+def _select_members(section: config.Section, struct_type: type[msgspec.Struct]) -> dict[str, Any]:
     """What a section of the SPEC says of the manifest's members by the same names."""
     said: dict[str, Any] = msgspec.to_builtins(section)
-    return {name: said[name] for name in of.__struct_fields__ if name in said}
+    return {name: said[name] for name in struct_type.__struct_fields__ if name in said}
 
 
-def _explain(file: Path, problem: str) -> ConfigError:
+def _to_config_error(file: Path, problem: str) -> ConfigError:
     """What the manifest's rules say, at the SPEC's key."""
     text, _, path = problem.removeprefix("manifest.json: ").partition(" - at `$")
     key = path.rstrip("`").lstrip(".").replace("[...]", "")

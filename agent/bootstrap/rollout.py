@@ -9,97 +9,99 @@ from pathlib import Path
 
 from agent.bootstrap import tasks
 from agent.config import Config
-from agent.device.bundles.crash_marker import Marker
-from agent.device.bundles.planning import planned
+from agent.device.bundles.crash_marker import CrashMarker
+from agent.device.bundles.planning import make_scheduled_task
 from agent.device.pipeline import tuning_cache
-from agent.device.pipeline.batch import Task
-from agent.device.pipeline.tasks import Machine
-from agent.device.rollout.desired_state import Desires
-from agent.device.rollout.executor import Rollouts
+from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.tasks import Runtime
+from agent.device.rollout.desired_state import DesiredStateStore
+from agent.device.rollout.executor import RolloutExecutor
 from agent.device.rollout.fetch.fetcher import Fetcher
-from agent.device.rollout.serving import Serving
-from agent.device.rollout.supply import Supply
-from agent.device.rollout.updater import Updating
-from agent.device.store.message_log import Author
+from agent.device.rollout.serving import ServingManager
+from agent.device.rollout.supply import BundleSupply
+from agent.device.rollout.updater import BundleUpdater
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.model import activation
-from agent.model.activation import Active, Proved
+from agent.model.activation import LoadedBundle, ProvenBundle
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference.tuning import Choice
-from agent.model.sandbox.subprocess_model import Apart, Bounds
-from agent.wire.desired_state import Rules
+from agent.model.inference.tuning import Tuning
+from agent.model.sandbox.subprocess_model import SandboxLimits, SubprocessModel
+from agent.wire.desired_state import CanaryRules
 from agent.wire.keys import PublicKey
 
 
-class Made:
+class TaskFactory:
     """Makes tasks of proved bundles. `waiting` is called while one that runs apart is waited for."""
 
     def __init__(
-        self, file: Path, conf: Config, store: Store, marker: Marker | None, waiting: Callable[[], None]
+        self, file: Path, conf: Config, store: Store, marker: CrashMarker | None, on_wait: Callable[[], None]
     ) -> None:
-        self._file, self._conf, self._store, self._marker, self._waiting = file, conf, store, marker, waiting
+        self._file, self._conf, self._store, self._marker, self._on_wait = file, conf, store, marker, on_wait
 
-    def here(self, name: str, proved: Proved) -> Task:
+    def load_in_process(self, name: str, proven: ProvenBundle) -> LoadedTask:
         """Loaded into this process. Raises BadBundle, ConfigError."""
 
-        def running(found: Bundle) -> AbstractContextManager[object]:
-            return nullcontext() if self._marker is None else self._marker.running(name, found.digest)
+        def guard_run(loaded_bundle: Bundle) -> AbstractContextManager[object]:
+            return nullcontext() if self._marker is None else self._marker.guard_run(name, loaded_bundle.digest)
 
-        active = activation.load(proved, running)
-        self._remember(name, proved)
-        return tasks.assemble(self._file, self._conf, self._store, name, active, running)
+        active = activation.load_bundle(proven, guard_run)
+        self._save_tuning(name, proven)
+        return tasks.build_task(self._file, self._conf, self._store, name, active, guard_run)
 
-    def apart(self, name: str, proved: Proved, rules: Rules) -> Task:
+    def start_subprocess(self, name: str, proven: ProvenBundle, rules: CanaryRules) -> LoadedTask:
         """In a process of its own. Raises BadBundle, ConfigError."""
-        self._remember(name, proved)
-        model = Apart(proved.bundle, proved.choice, Bounds(call_s=rules.batch_s), self._waiting)
+        self._save_tuning(name, proven)
+        model = SubprocessModel(
+            proven.bundle, proven.tuning, SandboxLimits(call_timeout_s=rules.batch_s), self._on_wait
+        )
         try:
-            active = Active(proved.bundle, model, proved.reference, proved.choice)
-            return tasks.assemble(self._file, self._conf, self._store, name, active, lambda found: nullcontext())
+            active = LoadedBundle(proven.bundle, model, proven.reference, proven.tuning)
+            return tasks.build_task(self._file, self._conf, self._store, name, active, lambda found: nullcontext())
         except BaseException:
             model.close()
             raise
 
-    def _remember(self, name: str, proved: Proved) -> None:
+    def _save_tuning(self, name: str, proved: ProvenBundle) -> None:
         """So that the next start need not try again how its model is run best."""
-        if proved.choice is not None:
-            tuning_cache.remember(self._store, name, proved.choice)
+        if proved.tuning is not None:
+            tuning_cache.save(self._store, name, proved.tuning)
 
-    def end(self, task: Task) -> None:
+    def stop(self, task: LoadedTask) -> None:
         """End a process of its own, if it has one."""
-        if isinstance(task.model, Apart):
+        if isinstance(task.model, SubprocessModel):
             task.model.close()
 
 
-def updating(
+def build_updater(
     file: Path,
     conf: Config,
     store: Store,
-    author: Author,
-    desires: Desires,
+    author: MessageLog,
+    desires: DesiredStateStore,
     trusted: Sequence[PublicKey],
-    marker: Marker | None,
-    machine: Machine,
+    marker: CrashMarker | None,
+    machine: Runtime,
     wake: Callable[[], None],
-    waiting: Callable[[], None],
-) -> Updating:
+    on_wait: Callable[[], None],
+) -> BundleUpdater:
     """`trusted` publishers; `wake` the main loop; `waiting` is called while a bundle that is tried takes its time."""
     fetcher = None if conf.updates is None else Fetcher(conf, store)
-    made = Made(file, conf, store, marker, waiting)
+    made = TaskFactory(file, conf, store, marker, on_wait)
 
-    def fits(task: str, found: Bundle) -> None:
-        tasks.check_fields(file, conf, task, found)
+    def check_fits(task: str, loaded_bundle: Bundle) -> None:
+        tasks.check_fields(file, conf, task, loaded_bundle)
 
-    def known(task: str) -> Sequence[Choice]:
-        return tuning_cache.known(store, task)
+    def known_tunings(task: str) -> Sequence[Tuning]:
+        return tuning_cache.load(store, task)
 
-    supplies = {name: Supply(conf, trusted, fetcher, fits, known, wake) for name in conf.tasks}
-    serving = Serving(store, author, machine, made, partial(planned, str(file), conf, store))
-    rollouts = Rollouts(conf, store, author, desires, serving, supplies)
+    supplies = {name: BundleSupply(conf, trusted, fetcher, check_fits, known_tunings, wake) for name in conf.tasks}
+    serving = ServingManager(store, author, machine, made, partial(make_scheduled_task, str(file), conf, store))
+    rollouts = RolloutExecutor(conf, store, author, desires, serving, supplies)
 
-    def stir() -> None:
-        rollouts.stirred = True
+    def wake_rollouts() -> None:
+        rollouts.wake_requested = True
         wake()
 
-    desires.changed = stir
-    return Updating(rollouts, supplies, fetcher)
+    desires.on_change = wake_rollouts
+    return BundleUpdater(rollouts, supplies, fetcher)

@@ -9,10 +9,10 @@ from agent.config import Config
 from agent.device.commands import wipe
 from agent.device.commands.key_rotation import open_keys
 from agent.device.machine.keys import KeyFiles
-from agent.device.machine.timekeeping import clock_of
-from agent.device.recovery.report_findings import settle
+from agent.device.machine.timekeeping import make_clock
+from agent.device.recovery.report_findings import report_findings
 from agent.device.recovery.salvage import DATABASE
-from agent.device.store.message_log import Author
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
 from agent.wire import keys
@@ -25,25 +25,25 @@ def open_store(conf: Config) -> Store:
     wipe.require_unwiped(conf.data_dir)
     store = Store(conf.data_dir, max_size=int(conf.buffer.max_size))
     try:
-        store.claim(conf.device.fleet, conf.device.id)
-        store.declare(conf.streams)
+        store.bind_device(conf.device.fleet, conf.device.id)
+        store.declare_streams(conf.streams)
     except BaseException:
         store.close()
         raise
     return store
 
 
-def store_to_read(conf: Config) -> Store:
+def open_store_read_only(conf: Config) -> Store:
     """The device's store, beside a daemon that writes. Raises StorageError, and UsageError where there is none yet."""
     try:
         return Store(conf.data_dir, read_only=True, max_size=int(conf.buffer.max_size))
     except StorageError:
-        if _is_there(conf.data_dir / DATABASE):
+        if _may_exist(conf.data_dir / DATABASE):
             raise
         raise UsageError(f"{conf.data_dir}: no store here yet; start `outstation run`, or ingest something") from None
 
 
-def _is_there(path: Path) -> bool:
+def _may_exist(path: Path) -> bool:
     """Also where nobody may look."""
     try:
         path.stat()
@@ -52,7 +52,7 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def given_key(file: Path, conf: Config) -> Path:
+def device_key_path(file: Path, conf: Config) -> Path:
     """The file of the key the device was given, beside the config file or in the data folder. Raises UsageError."""
     for folder in (file.resolve().parent, conf.data_dir):
         if (folder / KEY_FILE).exists():
@@ -60,25 +60,25 @@ def given_key(file: Path, conf: Config) -> Path:
     raise UsageError(f"{file.resolve().parent / KEY_FILE}: no device key; `outstation init` makes one")
 
 
-def key_files(file: Path, conf: Config) -> KeyFiles:
+def load_key_files(file: Path, conf: Config) -> KeyFiles:
     """The device's signing keys. Raises UsageError."""
-    return KeyFiles(conf.data_dir, keys.load_private(given_key(file, conf)))
+    return KeyFiles(conf.data_dir, keys.load_private(device_key_path(file, conf)))
 
 
-def author(file: Path, conf: Config, store: Store) -> Author:
-    key, live = open_keys(store, key_files(file, conf))
+def open_message_log(file: Path, conf: Config, store: Store) -> MessageLog:
+    key, live = open_keys(store, load_key_files(file, conf))
     broker = conf.broker
     most, compress = broker.max_message_bytes, broker.compress
-    writer = Author(conf.device.fleet, conf.device.id, key, store.log_id, store.boot, most, live, compress)
+    writer = MessageLog(conf.device.fleet, conf.device.id, key, store.log_id, store.boot, most, live, compress)
     tasks: dict[str, list[str]] = {}
     for name, task in conf.tasks.items():
         tasks.setdefault(task.stream, []).append(name)
     # Before anything else is written or sent in this log.
-    settle(store, writer, tasks, clock_of(store)())
+    report_findings(store, writer, tasks, make_clock(store)())
     return writer
 
 
-def load(config_file: str | None) -> tuple[Path, Config]:
+def load_config(config_file: str | None) -> tuple[Path, Config]:
     """The config file in use and what it says. Raises ConfigError."""
     file = config.find(config_file)
     return file, config.load(file)

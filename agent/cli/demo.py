@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from agent.cli.output import emit, json_option, table
-from agent.cli.simulated import dir_option, end_on_signals, folder_of, print_audit
+from agent.cli.output import emit, json_option, print_table
+from agent.cli.simulated import dir_option, exit_on_signals, open_folder, print_audit
 
 # It ends once all was judged. A slow machine has so much longer, as a demo cut short finds nothing.
 _DRAIN_S = 60.0
-_SHOWN, _ALERTS = 4, 8
+_MAX_SUBJECTS, _MAX_ALERTS = 4, 8
 
 
 @click.command(epilog="Example: outstation demo --scenario solar --duration 30")
@@ -49,26 +49,26 @@ def demo(
               second loses gain
     """
     began = time.monotonic()
-    end_on_signals()
-    with folder_of(folder) as home:
-        document = _run(home, named, devices, duration, seed, began, live=not (no_dashboard or as_json))
+    exit_on_signals()
+    with open_folder(folder) as home:
+        document = _run_simulation(home, named, devices, duration, seed, began, live=not (no_dashboard or as_json))
     emit(document, as_json, lambda: _print(document))
     if not document["audit"]["passed"]:
         sys.exit(1)
 
 
-def _run(
-    home: Path, named: str, devices: int, duration: float, seed: int, began: float, *, live: bool
+def _run_simulation(
+    home: Path, scenario_name: str, devices: int, duration: float, seed: int, started_s: float, *, live: bool
 ) -> dict[str, Any]:
     from agent.simulate import plan as planning
     from agent.simulate import report as reporting
     from agent.simulate import scenario
     from agent.simulate.simulation import Simulation
 
-    plan = planning.plan(devices, duration, seed, scenario.named(named))
+    plan = planning.demo_plan(devices, duration, seed, scenario.from_name(scenario_name))
     with Simulation(home, plan) as fleet:
         fleet.start()
-        views = fleet.watch(began + duration + _DRAIN_S)
+        views = fleet.watch_progress(started_s + duration + _DRAIN_S)
         if live:
             from agent.cli.live import show
 
@@ -77,16 +77,16 @@ def _run(
             for _ in views:
                 pass
         fleet.stop()
-    found = reporting.report(fleet.database, plan)
-    measured = plan.scenario.measured
+    found = reporting.build_report(fleet.database, plan)
+    measured = plan.scenario.delayed_labels
     return {
-        "scenario": named,
+        "scenario": scenario_name,
         "devices": found.devices,
         "accuracy": found.accuracy,
         "mae": found.mae,
         "unit": measured.unit if measured else None,
-        "seconds": round(time.monotonic() - began, 1),
-        "audit": found.audit.document(),
+        "seconds": round(time.monotonic() - started_s, 1),
+        "audit": found.audit.to_dict(),
     }
 
 
@@ -104,10 +104,10 @@ def _print(document: dict[str, Any]) -> None:
         columns.append("anomalies")
         heads.append("anomalies")
     listed = [
-        [_cell(d[name]) for name in columns] + [_subjects(d, "drift"), _subjects(d, "faults")]
+        [_format_cell(d[name]) for name in columns] + [_format_subjects(d, "drift"), _format_subjects(d, "faults")]
         for d in document["devices"]
     ]
-    table([*heads, "drift", "sensor fault"], listed, "No devices.")
+    print_table([*heads, "drift", "sensor fault"], listed, "No devices.")
     click.echo("")
     for device in document["devices"]:
         _print_alerts(device["device"], device["alerts"])
@@ -123,20 +123,20 @@ def _print(document: dict[str, Any]) -> None:
 
 def _print_alerts(device: str, sentences: list[str]) -> None:
     """The first few: a microphone that fails moves every band."""
-    for sentence in sentences[:_ALERTS]:
+    for sentence in sentences[:_MAX_ALERTS]:
         click.echo(f"{device}  {sentence}")
-    if len(sentences) > _ALERTS:
-        click.echo(f"{device}  … and {len(sentences) - _ALERTS} more; all with --json")
+    if len(sentences) > _MAX_ALERTS:
+        click.echo(f"{device}  … and {len(sentences) - _MAX_ALERTS} more; all with --json")
 
 
-def _cell(value: Any) -> Any:
+def _format_cell(value: Any) -> Any:
     if isinstance(value, list):
         return " → ".join("-" if share is None else f"{share:.1%}" for share in value)
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else value
 
 
-def _subjects(device: dict[str, Any], kind: str) -> str:
+def _format_subjects(device: dict[str, Any], kind: str) -> str:
     """The first few; of a spectrum all bands may be listed."""
     names = device[kind]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more or "-"
+    more = f" and {len(names) - _MAX_SUBJECTS} more" if len(names) > _MAX_SUBJECTS else ""
+    return ", ".join(names[:_MAX_SUBJECTS]) + more or "-"

@@ -12,13 +12,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from agent.simulate.plan import Plan
+from agent.simulate.plan import SimulationPlan
 
-_STATES = {"ok": "green", "drift": "bold yellow", "fault": "bold red", "insufficient": "dim"}
-_WORDS = {"insufficient": "learning its site"}
+_STATE_COLORS = {"ok": "green", "drift": "bold yellow", "fault": "bold red", "insufficient": "dim"}
+_STATE_LABELS = {"insufficient": "learning its site"}
 
 
-def show(views: Iterable[list[dict[str, Any]]], plan: Plan, broker: str) -> None:
+def show(views: Iterable[list[dict[str, Any]]], plan: SimulationPlan, broker: str) -> None:
     """Draw each view over the last one; on no terminal nothing is drawn."""
     console = Console()
     if not console.is_terminal:
@@ -27,10 +27,10 @@ def show(views: Iterable[list[dict[str, Any]]], plan: Plan, broker: str) -> None
         return
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for view in views:
-            live.update(_screen(view, plan, broker), refresh=True)
+            live.update(_render(view, plan, broker), refresh=True)
 
 
-def _screen(view: list[dict[str, Any]], plan: Plan, broker: str) -> Group:
+def _render(view: list[dict[str, Any]], plan: SimulationPlan, broker: str) -> Group:
     table = Table(box=box.SIMPLE_HEAD, title=f"{len(plan.sites)} devices over {broker}", title_justify="left")
     for name in ("device", "", "rows", "drift windows", "results", "verified"):
         table.add_column(name, justify="right" if name not in ("device", "") else "left")
@@ -40,7 +40,9 @@ def _screen(view: list[dict[str, Any]], plan: Plan, broker: str) -> Group:
         done = ProgressBar(total=plan.rows, completed=row["rows"], width=16)
         numbers = [f"{row[name]:,}" for name in ("rows", "windows", "results", "messages")]
         state = row["drift"] or "insufficient"
-        table.add_row(row["device"], done, *numbers, Text(_WORDS.get(state, state), _STATES.get(state, "")))
+        table.add_row(
+            row["device"], done, *numbers, Text(_STATE_LABELS.get(state, state), _STATE_COLORS.get(state, ""))
+        )
         alerts += [Text(f"{row['device']}  {sentence}") for sentence in row["open"]]
     if not view:
         table.add_row(Text("starting …", "dim"))

@@ -26,15 +26,15 @@ plot_option = click.option(
 dark_option = click.option("--dark", is_flag=True, help="With --plot: for a dark screen.")
 
 
-def emit(document: object, as_json: bool, human: Callable[[], None]) -> None:
+def emit(document: object, as_json: bool, print_human: Callable[[], None]) -> None:
     """The document, or what `human` prints."""
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2))
     else:
-        human()
+        print_human()
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> None:
     """Aligned columns, numbers to the right; `empty` where there are no rows."""
     if not rows:
         click.echo(empty)
@@ -48,7 +48,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], empty: str) -> 
         click.echo(click.style(text, bold=True) if number == 0 else text)
 
 
-def require_drawable(file: Path | None) -> None:
+def require_plot_format(file: Path | None) -> None:
     """Raises UsageError for a file that is neither, before work is done."""
     if file is not None and file.suffix not in (".svg", ".png"):
         raise UsageError(f"--plot {file}: name a file that ends in .svg or .png")

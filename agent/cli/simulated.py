@@ -19,23 +19,23 @@ dir_option = click.option(
 )
 
 
-def end_on_signals() -> None:
+def exit_on_signals() -> None:
     """SIGTERM and SIGHUP become an exit, as Ctrl-C is: else the processes it started would run on."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 @contextlib.contextmanager
-def folder_of(given: Path | None) -> Iterator[Path]:
+def open_folder(requested: Path | None) -> Iterator[Path]:
     """Raises UsageError where `given` is not empty."""
-    if given is None:
+    if requested is None:
         with tempfile.TemporaryDirectory(prefix="outstation-") as made:
             yield Path(made)
         return
-    given.mkdir(parents=True, exist_ok=True)
-    if any(given.iterdir()):
-        raise UsageError(f"{given}: not empty; name a new folder")
-    yield given
+    requested.mkdir(parents=True, exist_ok=True)
+    if any(requested.iterdir()):
+        raise UsageError(f"{requested}: not empty; name a new folder")
+    yield requested
 
 
 def print_audit(audit: dict[str, Any], seconds: float) -> None:

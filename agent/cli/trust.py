@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from agent.model.bundle.bundle import Bundle
 
 
-def signature(path: Path, found: Bundle, trusted: list[PublicKey] | None) -> tuple[bool, str]:
+def check_signature(path: Path, loaded_bundle: Bundle, trusted: list[PublicKey] | None) -> tuple[bool, str]:
     """Verified already where a key was given; else against the key of the bundles that ship with the agent."""
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
 
-    own = builtin.publishers()
-    if not found.signer:
-        damaged = "manifest.jws" in found.files
+    own = builtin.publisher_keys()
+    if not loaded_bundle.signer:
+        damaged = "manifest.jws" in loaded_bundle.files
         return False, f"{'manifest.jws is none' if damaged else 'not signed'}; sign it with `outstation model sign`"
     if trusted is not None:
-        return True, f"by {found.signer}"
-    if found.signer not in {key.kid for key in own}:
-        return True, f"claims {found.signer}, not verified: give the publisher's public key with --key"
+        return True, f"by {loaded_bundle.signer}"
+    if loaded_bundle.signer not in {key.kid for key in own}:
+        return True, f"claims {loaded_bundle.signer}, not verified: give the publisher's public key with --key"
     try:
         return True, f"by {bundles.read(path, own).signer}"
     except BadBundle as problem:

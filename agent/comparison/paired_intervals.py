@@ -18,145 +18,158 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.comparison.tally import Tally
+from agent.comparison.tally import ComparisonStats
 from agent.performance.intervals import Z, wilson
-from agent.wire.messages import Answered, Moments
+from agent.wire.messages import BundleStats, Moments
 
 Floats = NDArray[np.float64]
 
 # Devices that are enough to count by; blocks of few devices.
-FEWEST, FEWEST_BLOCKS = 5, 10
+MIN_DEVICES, MIN_BLOCKS = 5, 10
 # So many windows at most count as one where they all agree, and nothing tells how alike they are.
-_ALIKE = 5.0
-_MOST_CORRELATED = 0.9
+_MAX_DESIGN_EFFECT = 5.0
+_MAX_AUTOCORRELATION = 0.9
 # Correlation of a block with the one before, where little is known of it; as if so many had shown it.
-_USUAL, _SEEN = 0.4, 4
+_PRIOR_AUTOCORRELATION, _PRIOR_COUNT = 0.4, 4
 
 
-class Block(msgspec.Struct, frozen=True):
+class ComparisonBlock(msgspec.Struct, frozen=True):
     """The tally of one message, of one device; blocks of a device are given in their order."""
 
-    tally: Tally
+    stats: ComparisonStats
     device: str = ""
 
 
-class Estimate(msgspec.Struct, frozen=True):
+class ComparisonEstimate(msgspec.Struct, frozen=True):
     """`value` with its 95 % interval, from `n` windows in `units` blocks or devices (`of`)."""
 
     value: float
     low: float
     high: float
     n: int
-    units: int
-    of: str
+    unit_count: int
+    unit_kind: str
 
 
-def agreement(blocks: Sequence[Block]) -> Estimate | None:
+def agreement(blocks: Sequence[ComparisonBlock]) -> ComparisonEstimate | None:
     """The share of windows that both answered alike."""
-    some = [one for one in blocks if one.tally.n and one.tally.same is not None]
+    some = [one for one in blocks if one.stats.n and one.stats.agreeing is not None]
     n = _column(some, lambda tally: tally.n)
-    same = _column(some, lambda tally: tally.same or 0)
-    return _share(same, n, some)
+    same = _column(some, lambda tally: tally.agreeing or 0)
+    return _proportion(same, n, some)
 
 
-def failing(blocks: Sequence[Block]) -> tuple[float, float, float]:
+def failure_rate(blocks: Sequence[ComparisonBlock]) -> tuple[float, float, float]:
     """The share of batches in which `beside` failed, and its interval; a batch fails by itself."""
-    batches = sum(one.tally.batches for one in blocks)
-    errors = sum(one.tally.errors for one in blocks)
+    batches = sum(one.stats.batches for one in blocks)
+    errors = sum(one.stats.errors for one in blocks)
     share = errors / batches if batches else 0.0
     return (share, *wilson(share, batches))
 
 
-def slowness(blocks: Sequence[Block], *, new_is_beside: bool) -> Estimate | None:
+def latency_ratio(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
     """Time a window in the new bundle's model, as a multiple of the old one's."""
-    pairs = [(one, *_sides(one.tally, new_is_beside)) for one in blocks]
+    pairs = [(one, *_new_and_old(one.stats, new_is_other)) for one in blocks]
     pairs = [(one, new, old) for one, new, old in pairs if new.windows and old.windows]
     # What pulls hardest here is a machine that was busy with other things, which says nothing of either bundle.
     rows = [(one, new.seconds, new.windows, old.seconds, old.windows) for one, new, old in pairs]
-    return _growth(rows, bursts=False)
+    return _mean_ratio(rows, bursts=False)
 
 
-def error_growth(blocks: Sequence[Block], *, new_is_beside: bool) -> Estimate | None:
+def error_ratio(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
     """Mean absolute error of the new bundle's values, as a multiple of the old one's."""
-    pairs = [(one, *_sides(one.tally, new_is_beside)) for one in blocks]
-    pairs = [(one, new, old) for one, new, old in pairs if new.off.n and old.off.n]
-    return _growth([(one, _total(new.off), new.off.n, _total(old.off), old.off.n) for one, new, old in pairs])
+    pairs = [(one, *_new_and_old(one.stats, new_is_other)) for one in blocks]
+    pairs = [(one, new, old) for one, new, old in pairs if new.abs_error.n and old.abs_error.n]
+    return _mean_ratio(
+        [
+            (one, _moments_sum(new.abs_error), new.abs_error.n, _moments_sum(old.abs_error), old.abs_error.n)
+            for one, new, old in pairs
+        ]
+    )
 
 
-def labelled_gain(blocks: Sequence[Block], *, new_is_beside: bool) -> Estimate | None:
+def labelled_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
     """Accuracy of the new bundle less that of the old one, in the same labelled windows."""
-    some = [one for one in blocks if sum(one.tally.labelled)]
-    sign = 1 if new_is_beside else -1
+    some = [one for one in blocks if sum(one.stats.labelled)]
+    sign = 1 if new_is_other else -1
     n = _column(some, lambda tally: sum(tally.labelled))
     gained = sign * _column(some, lambda tally: tally.labelled[2] - tally.labelled[1])
     if not some:
         return None
     total = float(n.sum())
     value = float(gained.sum()) / total
-    found = _Spread.seen((gained - value * n) / total, some)
+    found = _HalfWidth.from_influences((gained - value * n) / total, some)
     if found is None:
         return None
-    changed = [(sum(one.tally.labelled[i] for one in some) + 1) / (total + 2) for i in (1, 2)]
+    changed = [(sum(one.stats.labelled[i] for one in some) + 1) / (total + 2) for i in (1, 2)]
     least = (sum(changed) - (changed[0] - changed[1]) ** 2) / (total + 2)
-    half = max(found.half, Z * math.sqrt(least))
-    return Estimate(value, max(-1.0, value - half), min(1.0, value + half), int(total), found.units, found.of)
+    half = max(found.half_width, Z * math.sqrt(least))
+    return ComparisonEstimate(
+        value, max(-1.0, value - half), min(1.0, value + half), int(total), found.unit_count, found.unit_kind
+    )
 
 
-def expected_gain(blocks: Sequence[Block], *, new_is_beside: bool) -> Estimate | None:
+def expected_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
     """Accuracy that the new bundle's scores lead to expect, less that of the old one's."""
-    pairs = [(one, *_sides(one.tally, new_is_beside)) for one in blocks]
+    pairs = [(one, *_new_and_old(one.stats, new_is_other)) for one in blocks]
     pairs = [(one, new, old) for one, new, old in pairs if new.expected.n and old.expected.n]
     if not pairs:
         return None
     some = [one for one, _, _ in pairs]
     new_n, old_n = _array([new.expected.n for _, new, _ in pairs]), _array([old.expected.n for _, _, old in pairs])
     ours, theirs = (
-        _array([_total(new.expected) for _, new, _ in pairs]),
-        _array([_total(old.expected) for _, _, old in pairs]),
+        _array([_moments_sum(new.expected) for _, new, _ in pairs]),
+        _array([_moments_sum(old.expected) for _, _, old in pairs]),
     )
     new_mean, old_mean = ours.sum() / new_n.sum(), theirs.sum() / old_n.sum()
-    found = _Spread.seen((ours - new_mean * new_n) / new_n.sum() - (theirs - old_mean * old_n) / old_n.sum(), some)
+    found = _HalfWidth.from_influences(
+        (ours - new_mean * new_n) / new_n.sum() - (theirs - old_mean * old_n) / old_n.sum(), some
+    )
     if found is None:
         return None
     value = float(new_mean - old_mean)
-    return Estimate(value, value - found.half, value + found.half, int(new_n.sum()), found.units, found.of)
+    return ComparisonEstimate(
+        value, value - found.half_width, value + found.half_width, int(new_n.sum()), found.unit_count, found.unit_kind
+    )
 
 
-class _Spread(msgspec.Struct, frozen=True):
+class _HalfWidth(msgspec.Struct, frozen=True):
     """Half the width of an interval, from how blocks or devices pull a statistic about; 0 where none does."""
 
-    half: float
-    units: int
-    of: str
+    half_width: float
+    unit_count: int
+    unit_kind: str
 
     @classmethod
-    def seen(cls, pulls: Floats, blocks: Sequence[Block], *, bursts: bool = True) -> _Spread | None:
+    def from_influences(
+        cls, influences: Floats, blocks: Sequence[ComparisonBlock], *, bursts: bool = True
+    ) -> _HalfWidth | None:
         """`pulls` (b,) of the blocks, which come to nothing together. None where there are too few."""
         names = np.array([one.device for one in blocks])
-        each = [pulls[names == device] for device in sorted(set(names.tolist()))]
-        if len(each) >= FEWEST:
-            return cls(_half(_array([float(one.sum()) for one in each])), len(each), "devices")
-        if len(pulls) < FEWEST_BLOCKS:
+        each = [influences[names == device] for device in sorted(set(names.tolist()))]
+        if len(each) >= MIN_DEVICES:
+            return cls(_half_width(_array([float(one.sum()) for one in each])), len(each), "devices")
+        if len(influences) < MIN_BLOCKS:
             return None
-        alike = sum(len(one) * following(one) for one in each) / len(pulls)
-        halves = [_half(pulls, alike, bursts=bursts)]
+        alike = sum(len(one) * ar1_design_effect(one) for one in each) / len(influences)
+        halves = [_half_width(influences, alike, bursts=bursts)]
         size = 2
-        while sum(len(one) // size for one in each) >= FEWEST:
+        while sum(len(one) // size for one in each) >= MIN_DEVICES:
             parts = [part for one in each for part in np.array_split(one, max(1, len(one) // size))]
-            halves.append(_half(_array([float(part.sum()) for part in parts]), bursts=bursts))
+            halves.append(_half_width(_array([float(part.sum()) for part in parts]), bursts=bursts))
             size *= 2
-        return cls(max(halves), len(pulls), "blocks")
+        return cls(max(halves), len(influences), "blocks")
 
 
-def _half(pulls: Floats, alike: float = 1.0, *, bursts: bool = False) -> float:
+def _half_width(influences: Floats, design_effect: float = 1.0, *, bursts: bool = False) -> float:
     """Of so many independent pulls; `alike` of which count as one. `bursts`: as if the hardest came once more."""
-    units, squares = len(pulls), np.square(pulls)
+    units, squares = len(influences), np.square(influences)
     total = float(squares.sum()) + (float(squares.max()) if bursts else 0.0)
-    spread = math.sqrt(units / (units - 1) * total * alike)
-    return student(max(3.0, units / alike - 1)) * spread
+    spread = math.sqrt(units / (units - 1) * total * design_effect)
+    return student_t_quantile(max(3.0, units / design_effect - 1)) * spread
 
 
-def following(values: Floats) -> float:
+def ar1_design_effect(values: Floats) -> float:
     """How many blocks count as one, from (b,) in order, as of an AR(1) process.
 
     Of few the correlation comes out too low, by about (1 + 3r) / b (Kendall 1954), and chance decides: they count as if
@@ -164,38 +177,42 @@ def following(values: Floats) -> float:
     """
     n = len(values)
     total = float(np.square(values).sum())
-    if n < FEWEST or total <= 0:
-        return (1 + _USUAL) / (1 - _USUAL)
+    if n < MIN_DEVICES or total <= 0:
+        return (1 + _PRIOR_AUTOCORRELATION) / (1 - _PRIOR_AUTOCORRELATION)
     r = float((values[1:] * values[:-1]).sum()) / total
-    r = min(max((r * n + 1 + _SEEN * _USUAL) / (n - 3 + _SEEN), 0.0), _MOST_CORRELATED)
+    r = min(
+        max((r * n + 1 + _PRIOR_COUNT * _PRIOR_AUTOCORRELATION) / (n - 3 + _PRIOR_COUNT), 0.0), _MAX_AUTOCORRELATION
+    )
     return (1 + r) / (1 - r)
 
 
-def student(degrees: float) -> float:
+def student_t_quantile(degrees_of_freedom: float) -> float:
     """The 97.5 % quantile, of at least 3 degrees of freedom."""
-    z, d = Z, degrees
+    z, d = Z, degrees_of_freedom
     first = (z**3 + z) / (4 * d)
     second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * d**2)
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * d**3)
     return z + first + second + third
 
 
-def _share(hits: Floats, n: Floats, blocks: Sequence[Block]) -> Estimate | None:
+def _proportion(hits: Floats, n: Floats, blocks: Sequence[ComparisonBlock]) -> ComparisonEstimate | None:
     if not blocks:
         return None
     total = float(n.sum())
     share = float(hits.sum()) / total
-    found = _Spread.seen((hits - share * n) / total, blocks)
+    found = _HalfWidth.from_influences((hits - share * n) / total, blocks)
     if found is None:
         return None
-    effective = max(float(found.units), total / _ALIKE)
-    if found.half > 0:
-        effective = min(total, share * (1 - share) * (Z / found.half) ** 2)
+    effective = max(float(found.unit_count), total / _MAX_DESIGN_EFFECT)
+    if found.half_width > 0:
+        effective = min(total, share * (1 - share) * (Z / found.half_width) ** 2)
     low, high = wilson(share, effective)
-    return Estimate(share, low, high, int(total), found.units, found.of)
+    return ComparisonEstimate(share, low, high, int(total), found.unit_count, found.unit_kind)
 
 
-def _growth(rows: Sequence[tuple[Block, float, int, float, int]], *, bursts: bool = True) -> Estimate | None:
+def _mean_ratio(
+    rows: Sequence[tuple[ComparisonBlock, float, int, float, int]], *, bursts: bool = True
+) -> ComparisonEstimate | None:
     """Of a mean over another, by their logarithms: (block, sum and number of the new one's, of the old one's)."""
     if not rows:
         return None
@@ -205,23 +222,23 @@ def _growth(rows: Sequence[tuple[Block, float, int, float, int]], *, bursts: boo
         return None
     ratio = float(ours.sum() / n.sum() / (theirs.sum() / m.sum()))
     pulls = ours / ours.sum() - n / n.sum() - theirs / theirs.sum() + m / m.sum()
-    found = _Spread.seen(pulls, [row[0] for row in rows], bursts=bursts)
+    found = _HalfWidth.from_influences(pulls, [row[0] for row in rows], bursts=bursts)
     if found is None:
         return None
-    factor = math.exp(min(50.0, found.half))
-    return Estimate(ratio, ratio / factor, ratio * factor, int(n.sum()), found.units, found.of)
+    factor = math.exp(min(50.0, found.half_width))
+    return ComparisonEstimate(ratio, ratio / factor, ratio * factor, int(n.sum()), found.unit_count, found.unit_kind)
 
 
-def _sides(tally: Tally, new_is_beside: bool) -> tuple[Answered, Answered]:
-    return (tally.beside, tally.model) if new_is_beside else (tally.model, tally.beside)
+def _new_and_old(stats: ComparisonStats, new_is_other: bool) -> tuple[BundleStats, BundleStats]:
+    return (stats.other, stats.model) if new_is_other else (stats.model, stats.other)
 
 
-def _total(moments: Moments) -> float:
+def _moments_sum(moments: Moments) -> float:
     return moments.n * moments.mean
 
 
-def _column(blocks: Sequence[Block], number: Callable[[Tally], float]) -> Floats:
-    return _array([number(one.tally) for one in blocks])
+def _column(blocks: Sequence[ComparisonBlock], getter: Callable[[ComparisonStats], float]) -> Floats:
+    return _array([getter(one.stats) for one in blocks])
 
 
 def _array(values: Sequence[float]) -> Floats:

@@ -12,15 +12,15 @@ from typing import Any, Literal
 import msgspec
 
 from agent.comparison import paired_intervals
-from agent.comparison.paired_intervals import FEWEST, FEWEST_BLOCKS, Block, Estimate
-from agent.wire.desired_state import Rules
+from agent.comparison.paired_intervals import MIN_BLOCKS, MIN_DEVICES, ComparisonBlock, ComparisonEstimate
+from agent.wire.desired_state import CanaryRules
 
-State = Literal["good", "bad", "open"]
+RuleState = Literal["good", "bad", "open"]
 # Names of the rules, which are the reasons a bundle is taken back for.
 AGREEMENT, LATENCY, ERRORS, LABELS, ESTIMATE = "agreement", "latency", "errors", "labels", "estimate"
 
 
-class Limits(msgspec.Struct, frozen=True):
+class RuleLimits(msgspec.Struct, frozen=True):
     """What is asked of the new bundle; None: not asked. See `Rules` for what each of them is."""
 
     agreement: float | None = None
@@ -30,110 +30,114 @@ class Limits(msgspec.Struct, frozen=True):
     error_growth: float | None = None
 
     @classmethod
-    def of(cls, rules: Rules) -> Limits:
+    def from_rules(cls, rules: CanaryRules) -> RuleLimits:
         return cls(rules.agreement, rules.slower, rules.errors, rules.accuracy_drop, rules.error_growth)
 
 
-class Finding(msgspec.Struct, frozen=True):
+class RuleResult(msgspec.Struct, frozen=True):
     """What one rule says, and a sentence with its numbers."""
 
     rule: str
-    state: State
+    state: RuleState
     summary: str
     numbers: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
-def judge(rules: Rules, blocks: Sequence[Block], new_is_beside: bool) -> list[Finding]:
+def evaluate_rules(rules: CanaryRules, blocks: Sequence[ComparisonBlock], new_is_other: bool) -> list[RuleResult]:
     """By the rules of a device. `new_is_beside`: in shadow; False on probation, where the old one answers beside it."""
-    return weigh(Limits.of(rules), blocks, new_is_beside)
+    return evaluate_limits(RuleLimits.from_rules(rules), blocks, new_is_other)
 
 
-def weigh(limits: Limits, blocks: Sequence[Block], new_is_beside: bool) -> list[Finding]:
+def evaluate_limits(limits: RuleLimits, blocks: Sequence[ComparisonBlock], new_is_other: bool) -> list[RuleResult]:
     """A finding for each limit that is set and that these blocks can tell of at all.
 
     Without any label there is none of labels, and of `errors` only where the new bundle is beside.
     """
-    return list(_findings(limits, blocks, new_is_beside))
+    return list(_evaluate_each(limits, blocks, new_is_other))
 
 
-def _findings(limits: Limits, blocks: Sequence[Block], new_is_beside: bool) -> Iterator[Finding]:
+def _evaluate_each(limits: RuleLimits, blocks: Sequence[ComparisonBlock], new_is_other: bool) -> Iterator[RuleResult]:
     if limits.agreement is not None:
-        yield _agreement(limits.agreement, blocks)
+        yield _evaluate_agreement(limits.agreement, blocks)
     if limits.slower is not None:
-        found = paired_intervals.slowness(blocks, new_is_beside=new_is_beside)
-        yield _most(LATENCY, "Time a window in the model, as a multiple of the bundle before", found, limits.slower)
-    if limits.errors is not None and new_is_beside:
-        yield _errors(limits.errors, blocks)
+        found = paired_intervals.latency_ratio(blocks, new_is_other=new_is_other)
+        yield _evaluate_upper_bound(
+            LATENCY, "Time a window in the model, as a multiple of the bundle before", found, limits.slower
+        )
+    if limits.errors is not None and new_is_other:
+        yield _evaluate_errors(limits.errors, blocks)
     if limits.accuracy_drop is not None:
-        yield from _accuracy(-limits.accuracy_drop, blocks, new_is_beside)
-    if limits.error_growth is not None and any(one.tally.model.off.n for one in blocks):
-        found = paired_intervals.error_growth(blocks, new_is_beside=new_is_beside)
+        yield from _evaluate_accuracy(-limits.accuracy_drop, blocks, new_is_other)
+    if limits.error_growth is not None and any(one.stats.model.abs_error.n for one in blocks):
+        found = paired_intervals.error_ratio(blocks, new_is_other=new_is_other)
         what = "Mean absolute error by labels, as a multiple of the bundle before"
-        yield _most(LABELS, what, found, 1 + limits.error_growth)
+        yield _evaluate_upper_bound(LABELS, what, found, 1 + limits.error_growth)
 
 
-def _accuracy(limit: float, blocks: Sequence[Block], new_is_beside: bool) -> Iterator[Finding]:
+def _evaluate_accuracy(limit: float, blocks: Sequence[ComparisonBlock], new_is_other: bool) -> Iterator[RuleResult]:
     """By labels and by scores, as far as there are any."""
-    if any(sum(one.tally.labelled) for one in blocks):
-        found = paired_intervals.labelled_gain(blocks, new_is_beside=new_is_beside)
-        yield _least(LABELS, "Accuracy by labels, less that of the bundle before", found, limit)
-    if any(one.tally.model.expected.n and one.tally.beside.expected.n for one in blocks):
-        found = paired_intervals.expected_gain(blocks, new_is_beside=new_is_beside)
-        yield _least(ESTIMATE, "Expected accuracy, less that of the bundle before", found, limit)
+    if any(sum(one.stats.labelled) for one in blocks):
+        found = paired_intervals.labelled_accuracy_gain(blocks, new_is_other=new_is_other)
+        yield _evaluate_lower_bound(LABELS, "Accuracy by labels, less that of the bundle before", found, limit)
+    if any(one.stats.model.expected.n and one.stats.other.expected.n for one in blocks):
+        found = paired_intervals.expected_accuracy_gain(blocks, new_is_other=new_is_other)
+        yield _evaluate_lower_bound(ESTIMATE, "Expected accuracy, less that of the bundle before", found, limit)
 
 
-def _agreement(limit: float, blocks: Sequence[Block]) -> Finding:
+def _evaluate_agreement(limit: float, blocks: Sequence[ComparisonBlock]) -> RuleResult:
     found = paired_intervals.agreement(blocks)
-    why = next((one.tally.why for one in reversed(blocks) if one.tally.n and one.tally.same is None), "")
+    why = next((one.stats.error for one in reversed(blocks) if one.stats.n and one.stats.agreeing is None), "")
     if found is None and why:
-        return Finding(AGREEMENT, "open", f"Agreement is not known: {why}.", {"limit": limit})
-    return _least(AGREEMENT, "Share of windows answered as by the bundle before", found, limit)
+        return RuleResult(AGREEMENT, "open", f"Agreement is not known: {why}.", {"limit": limit})
+    return _evaluate_lower_bound(AGREEMENT, "Share of windows answered as by the bundle before", found, limit)
 
 
-def _errors(limit: float, blocks: Sequence[Block]) -> Finding:
+def _evaluate_errors(limit: float, blocks: Sequence[ComparisonBlock]) -> RuleResult:
     """One error is proof that errors happen; that none do is believed once there were batches enough."""
-    batches, errors = sum(one.tally.batches for one in blocks), sum(one.tally.errors for one in blocks)
-    share, low, high = paired_intervals.failing(blocks)
-    why = next((one.tally.why for one in reversed(blocks) if one.tally.errors), "")
+    batches, errors = sum(one.stats.batches for one in blocks), sum(one.stats.errors for one in blocks)
+    share, low, high = paired_intervals.failure_rate(blocks)
+    why = next((one.stats.error for one in reversed(blocks) if one.stats.errors), "")
     said = f"{errors:,} of {batches:,} batches failed, {share:.3f} [{low:.3f}, {high:.3f}]" + (f", {why}" * bool(why))
     numbers = {"value": share, "low": low, "high": high, "limit": limit, "batches": batches, "errors": errors}
     if batches and low > limit:
-        return Finding(ERRORS, "bad", f"{said}: more than the {limit:g} that may.", _rounded(numbers))
-    enough = batches >= FEWEST_BLOCKS and errors == 0
+        return RuleResult(ERRORS, "bad", f"{said}: more than the {limit:g} that may.", _round_floats(numbers))
+    enough = batches >= MIN_BLOCKS and errors == 0
     if batches and (high <= limit or enough):
-        return Finding(ERRORS, "good", f"{said}: no more than the {limit:g} that may.", _rounded(numbers))
-    return Finding(ERRORS, "open", f"{said}; {limit:g} may: not decided.", _rounded(numbers))
+        return RuleResult(ERRORS, "good", f"{said}: no more than the {limit:g} that may.", _round_floats(numbers))
+    return RuleResult(ERRORS, "open", f"{said}; {limit:g} may: not decided.", _round_floats(numbers))
 
 
-def _least(rule: str, what: str, found: Estimate | None, limit: float) -> Finding:
+def _evaluate_lower_bound(rule: str, description: str, estimate: ComparisonEstimate | None, limit: float) -> RuleResult:
     """Of what should not be less than `limit`."""
-    if found is None:
-        return _unknown(rule, what, limit)
-    state: State = "good" if found.low >= limit else "bad" if found.high < limit else "open"
+    if estimate is None:
+        return _insufficient_data(rule, description, limit)
+    state: RuleState = "good" if estimate.low >= limit else "bad" if estimate.high < limit else "open"
     words = {"good": "not below", "bad": "below", "open": "not decided against"}
-    return _finding(rule, what, found, limit, state, words[state])
+    return _rule_result(rule, description, estimate, limit, state, words[state])
 
 
-def _most(rule: str, what: str, found: Estimate | None, limit: float) -> Finding:
+def _evaluate_upper_bound(rule: str, description: str, estimate: ComparisonEstimate | None, limit: float) -> RuleResult:
     """Of what should not be more than `limit`."""
-    if found is None:
-        return _unknown(rule, what, limit)
-    state: State = "good" if found.high <= limit else "bad" if found.low > limit else "open"
+    if estimate is None:
+        return _insufficient_data(rule, description, limit)
+    state: RuleState = "good" if estimate.high <= limit else "bad" if estimate.low > limit else "open"
     words = {"good": "not above", "bad": "above", "open": "not decided against"}
-    return _finding(rule, what, found, limit, state, words[state])
+    return _rule_result(rule, description, estimate, limit, state, words[state])
 
 
-def _finding(rule: str, what: str, found: Estimate, limit: float, state: State, words: str) -> Finding:
-    interval = f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-    summary = f"{what}: {interval} of {found.n:,} windows in {found.units:,} {found.of}, {words} {limit:g}."
-    numbers = {"value": found.value, "low": found.low, "high": found.high, "limit": limit, "n": found.n}
-    return Finding(rule, state, summary, _rounded({**numbers, found.of: found.units}))
+def _rule_result(
+    rule: str, description: str, estimate: ComparisonEstimate, limit: float, state: RuleState, relation: str
+) -> RuleResult:
+    interval = f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    summary = f"{description}: {interval} of {estimate.n:,} windows in {estimate.unit_count:,} {estimate.unit_kind}, {relation} {limit:g}."
+    numbers = {"value": estimate.value, "low": estimate.low, "high": estimate.high, "limit": limit, "n": estimate.n}
+    return RuleResult(rule, state, summary, _round_floats({**numbers, estimate.unit_kind: estimate.unit_count}))
 
 
-def _unknown(rule: str, what: str, limit: float) -> Finding:
-    few = f"fewer than {FEWEST_BLOCKS} blocks or {FEWEST} devices tell of it yet"
-    return Finding(rule, "open", f"{what}: {few}; {limit:g} is the limit.", {"limit": limit})
+def _insufficient_data(rule: str, description: str, limit: float) -> RuleResult:
+    few = f"fewer than {MIN_BLOCKS} blocks or {MIN_DEVICES} devices tell of it yet"
+    return RuleResult(rule, "open", f"{description}: {few}; {limit:g} is the limit.", {"limit": limit})
 
 
-def _rounded(numbers: dict[str, Any]) -> dict[str, Any]:
+def _round_floats(numbers: dict[str, Any]) -> dict[str, Any]:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in numbers.items()}

@@ -13,38 +13,38 @@ import msgspec
 
 from agent import toml_files
 from agent.config import updates as config_updates
-from agent.config.broker import Broker as Broker
+from agent.config.broker import BrokerConfig as BrokerConfig
 from agent.config.broker import check_broker as check_broker
-from agent.config.broker import loopback as loopback
+from agent.config.broker import parse_loopback as parse_loopback
 from agent.config.section import Section as Section
-from agent.config.sources import Fault as Fault
 from agent.config.sources import FilesSource as FilesSource
 from agent.config.sources import HostSource as HostSource
 from agent.config.sources import MqttSource as MqttSource
+from agent.config.sources import RecordingFilter as RecordingFilter
+from agent.config.sources import ReplayFault as ReplayFault
 from agent.config.sources import ReplaySource as ReplaySource
-from agent.config.sources import Scene as Scene
 from agent.config.sources import SocketSource as SocketSource
-from agent.config.sources import Source
-from agent.config.sources import absolute as absolute_source
+from agent.config.sources import SourceConfig
 from agent.config.sources import check as check_source
-from agent.config.updates import Updates as Updates
+from agent.config.sources import with_absolute_paths as absolute_source
+from agent.config.updates import UpdatesConfig as UpdatesConfig
 from agent.errors import ConfigError
-from agent.media import Made
+from agent.media import MediaFormat
 from agent.names import is_name
 from agent.quantities import Duration as Duration
 from agent.quantities import Size as Size
-from agent.quantities import convert
+from agent.quantities import decode_quantity
 from agent.quantities import parse_duration as parse_duration
 from agent.quantities import parse_size as parse_size
-from agent.toml_files import suggestion
+from agent.toml_files import did_you_mean
 
-_LEAST_STORE = 2**20
+_MIN_STORE_BYTES = 2**20
 # That a person lists; those of images and sounds follow from the source.
-MOST_FIELDS = 256
-_LONGEST_KEEP_S = 3650 * 86_400.0
+MAX_FIELDS = 256
+_MAX_RETENTION_S = 3650 * 86_400.0
 
 
-class Device(Section, frozen=True):
+class DeviceConfig(Section, frozen=True):
     id: str
     fleet: str
     data_dir: str = "/var/lib/outstation"
@@ -52,20 +52,20 @@ class Device(Section, frozen=True):
     groups: Annotated[list[str], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
 
 
-class Collector(Section, frozen=True):
+class CollectorConfig(Section, frozen=True):
     key: str = ""
     delivery: Literal["collector", "broker"] = "collector"
 
 
-class Operators(Section, frozen=True):
+class OperatorsConfig(Section, frozen=True):
     keys: list[str] = msgspec.field(default_factory=list)
 
 
-class Publishers(Section, frozen=True):
+class PublishersConfig(Section, frozen=True):
     keys: list[str] = msgspec.field(default_factory=list)
 
 
-class Buffer(Section, frozen=True):
+class BufferConfig(Section, frozen=True):
     max_size: Size = Size(2**30)
     commit_every: Duration = Duration(1.0)
     keep_readings: Duration = Duration(24 * 3600.0)
@@ -74,7 +74,7 @@ class Buffer(Section, frozen=True):
     when_full: Literal["evict", "refuse"] = "evict"
 
 
-class Care(Section, frozen=True):
+class ThrottleConfig(Section, frozen=True):
     """When tasks wait for the machine's sake; degrees Celsius, percent of the battery while it is being emptied."""
 
     max_temperature: Annotated[float, msgspec.Meta(gt=0, le=150)] = 80.0
@@ -83,11 +83,11 @@ class Care(Section, frozen=True):
     nice: Annotated[int, msgspec.Meta(ge=0, le=19)] = 5
 
 
-class Intake(Section, frozen=True):
+class IntakeConfig(Section, frozen=True):
     tcp: str | None = None
 
 
-class Field(Section, frozen=True):
+class FieldConfig(Section, frozen=True):
     name: str
     unit: str = ""
     min: float | None = None
@@ -96,59 +96,59 @@ class Field(Section, frozen=True):
     optional: bool = False
 
 
-class Stream(Section, frozen=True):
+class StreamConfig(Section, frozen=True):
     """After `load` a stream of images or sounds has the fields that follow from them."""
 
-    fields: Annotated[list[Field], msgspec.Meta(min_length=1, max_length=MOST_FIELDS)] = msgspec.field(
+    fields: Annotated[list[FieldConfig], msgspec.Meta(min_length=1, max_length=MAX_FIELDS)] = msgspec.field(
         default_factory=list
     )
-    source: Source = msgspec.field(default_factory=SocketSource)
+    source: SourceConfig = msgspec.field(default_factory=SocketSource)
 
     @property
-    def made(self) -> Made | None:
+    def media_format(self) -> MediaFormat | None:
         """What its rows are made of, where that is images or sounds."""
-        return self.source.made if isinstance(self.source, FilesSource) else None
+        return self.source.media_format if isinstance(self.source, FilesSource) else None
 
 
-class Below(Section, frozen=True):
+class PublishBelow(Section, frozen=True):
     below: float
 
 
-class Binned(Section, frozen=True):
+class BinnedField(Section, frozen=True):
     """A numeric field in bins: below the first of `edges`, between them, from the last one on."""
 
     field: str
     edges: Annotated[list[float], msgspec.Meta(min_length=1, max_length=15)]
 
 
-class Task(Section, frozen=True):
+class TaskConfig(Section, frozen=True):
     stream: str
     bundle: str
     schedule: str = "every 60 s"
     # So long a batch may take: later ones are committed and counted, and the next are made smaller.
     deadline: Duration | None = None
-    publish: Literal["all", "changes", "summary"] | Below = "all"
-    learn: Annotated[int, msgspec.Meta(ge=20, le=10_000)] = 40
-    learn_for: Duration = Duration(0.0)
-    strata: Literal["auto", "hour", "week", "none"] | None = None
-    mode: str | None = None  # the category field that names modes, where the model names no classes; "": none
-    slices: Annotated[list[str | Binned], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
+    publish: Literal["all", "changes", "summary"] | PublishBelow = "all"
+    learn_windows: Annotated[int, msgspec.Meta(ge=20, le=10_000)] = 40
+    learn_duration: Duration = Duration(0.0)
+    seasonality: Literal["auto", "hour", "week", "none"] | None = None
+    class_field: str | None = None  # the category field that names modes, where the model names no classes; "": none
+    slices: Annotated[list[str | BinnedField], msgspec.Meta(max_length=8)] = msgspec.field(default_factory=list)
 
 
 class Config(Section, frozen=True):
     """`outstation.toml`. Paths are absolute after `load`."""
 
-    device: Device
-    broker: Broker = msgspec.field(default_factory=Broker)
-    collector: Collector = msgspec.field(default_factory=Collector)
-    operators: Operators = msgspec.field(default_factory=Operators)
-    publishers: Publishers = msgspec.field(default_factory=Publishers)
-    buffer: Buffer = msgspec.field(default_factory=Buffer)
-    intake: Intake = msgspec.field(default_factory=Intake)
-    care: Care = msgspec.field(default_factory=Care)
-    updates: Updates | None = None
-    streams: dict[str, Stream] = msgspec.field(default_factory=dict)
-    tasks: dict[str, Task] = msgspec.field(default_factory=dict)
+    device: DeviceConfig
+    broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
+    collector: CollectorConfig = msgspec.field(default_factory=CollectorConfig)
+    operators: OperatorsConfig = msgspec.field(default_factory=OperatorsConfig)
+    publishers: PublishersConfig = msgspec.field(default_factory=PublishersConfig)
+    buffer: BufferConfig = msgspec.field(default_factory=BufferConfig)
+    intake: IntakeConfig = msgspec.field(default_factory=IntakeConfig)
+    care: ThrottleConfig = msgspec.field(default_factory=ThrottleConfig)
+    updates: UpdatesConfig | None = None
+    streams: dict[str, StreamConfig] = msgspec.field(default_factory=dict)
+    tasks: dict[str, TaskConfig] = msgspec.field(default_factory=dict)
 
     @property
     def data_dir(self) -> Path:
@@ -179,33 +179,33 @@ def load(path: Path) -> Config:
         config_updates.check(file, config.updates)
     _check_device(file, config)
     config = msgspec.structs.replace(
-        config, streams={name: _with_fields(file, name, stream) for name, stream in config.streams.items()}
+        config, streams={name: _with_media_fields(file, name, stream) for name, stream in config.streams.items()}
     )
     for name, stream in config.streams.items():
         _check_stream(file, name, stream)
     for name, task in config.tasks.items():
         check_name(file, f"tasks.{name}", name)
         if task.stream not in config.streams:
-            hint = suggestion(task.stream, config.streams)
+            hint = did_you_mean(task.stream, config.streams)
             raise ConfigError(file, f"tasks.{name}.stream", f"there is no stream {task.stream!r}{hint}")
         if task.deadline is not None and task.deadline <= 0:
             raise ConfigError(file, f"tasks.{name}.deadline", "must be longer than nothing; leave it out for none")
         _check_slices(file, name, task, config.streams[task.stream])
-        if task.mode:
-            check_mode(file, f"tasks.{name}.mode", task.mode, config.streams[task.stream])
+        if task.class_field:
+            check_class_field(file, f"tasks.{name}.mode", task.class_field, config.streams[task.stream])
     return _with_absolute_paths(config, path.resolve().parent)
 
 
-def read(path: Path, shape: type[C]) -> C:
+def read(path: Path, section: type[C]) -> C:
     """A TOML file as `shape`. Raises ConfigError."""
-    return toml_files.read(path, shape, convert)
+    return toml_files.read(path, section, decode_quantity)
 
 
 def digest(config: Config) -> str:
     """`sha256:…` of what decides results: the config as parsed, but for the broker's password and [updates]."""
     broker = msgspec.structs.replace(config.broker, password=None)
     shown = msgspec.structs.replace(config, broker=broker, updates=None)
-    data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_plain, order="deterministic"))
+    data = msgspec.json.encode(msgspec.to_builtins(shown, enc_hook=_encode_quantity, order="deterministic"))
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
@@ -218,31 +218,31 @@ def check_name(file: str, key: str, name: str) -> None:
 def _check_device(file: str, config: Config) -> None:
     if config.intake.tcp is not None:
         try:
-            loopback(config.intake.tcp)
+            parse_loopback(config.intake.tcp)
         except ValueError as problem:
             raise ConfigError(file, "intake.tcp", str(problem)) from None
-    if config.buffer.max_size < _LEAST_STORE:
+    if config.buffer.max_size < _MIN_STORE_BYTES:
         raise ConfigError(file, "buffer.max_size", f"{config.buffer.max_size} bytes hold nothing; give at least 1 MiB")
     for key in ("keep_readings", "keep_messages", "keep_results"):
-        if not 0.0 <= getattr(config.buffer, key) <= _LONGEST_KEEP_S:
+        if not 0.0 <= getattr(config.buffer, key) <= _MAX_RETENTION_S:
             raise ConfigError(file, f"buffer.{key}", "must be between 0 s and 3650 d")
 
 
-def _with_fields(file: str, name: str, stream: Stream) -> Stream:
+def _with_media_fields(file: str, name: str, stream: StreamConfig) -> StreamConfig:
     """A stream whose rows are made of files has the fields that follow from that. Raises ConfigError."""
     source, key = stream.source, f"streams.{name}"
     if isinstance(source, FilesSource) and source.image is not None and source.sound is not None:
         raise ConfigError(file, f"{key}.source", "image and sound: rows are made of one of them; remove the other")
-    if stream.made is None:
+    if stream.media_format is None:
         if not stream.fields:
             raise ConfigError(file, f"{key}.fields", "this key is required; add it")
         return stream
     if stream.fields:
         raise ConfigError(file, f"{key}.fields", "follow from the source's image or sound; remove them")
-    return msgspec.structs.replace(stream, fields=[Field(name=column) for column in stream.made.columns])
+    return msgspec.structs.replace(stream, fields=[FieldConfig(name=column) for column in stream.media_format.columns])
 
 
-def _check_stream(file: str, name: str, stream: Stream) -> None:
+def _check_stream(file: str, name: str, stream: StreamConfig) -> None:
     check_name(file, f"streams.{name}", name)
     key = f"streams.{name}.fields"
     seen: set[str] = set()
@@ -267,22 +267,22 @@ def _check_stream(file: str, name: str, stream: Stream) -> None:
     check_source(file, f"streams.{name}.source", stream.source, seen)
 
 
-def check_mode(file: str, key: str, mode: str, stream: Stream) -> None:
+def check_class_field(file: str, key: str, class_field: str, stream: StreamConfig) -> None:
     """Raises ConfigError unless a category field of `stream` is called `mode`."""
     known = {f.name for f in stream.fields if f.type == "category"}
-    if mode in known:
+    if class_field in known:
         return
-    number = any(f.name == mode for f in stream.fields)
-    what = f"{mode!r} is a number and no category" if number else f"the stream has no field {mode!r}"
-    raise ConfigError(file, key, f"{what}: modes are the values of a category field{suggestion(mode, known)}")
+    number = any(f.name == class_field for f in stream.fields)
+    what = f"{class_field!r} is a number and no category" if number else f"the stream has no field {class_field!r}"
+    raise ConfigError(file, key, f"{what}: modes are the values of a category field{did_you_mean(class_field, known)}")
 
 
-def _check_slices(file: str, name: str, task: Task, stream: Stream) -> None:
+def _check_slices(file: str, name: str, task: TaskConfig, stream: StreamConfig) -> None:
     key, kinds, seen = f"tasks.{name}.slices", {f.name: f.type for f in stream.fields}, set()
     for one in task.slices:
         field = one if isinstance(one, str) else one.field
         if field not in kinds:
-            raise ConfigError(file, key, f"stream {task.stream!r} has no field {field!r}{suggestion(field, kinds)}")
+            raise ConfigError(file, key, f"stream {task.stream!r} has no field {field!r}{did_you_mean(field, kinds)}")
         if field in seen:
             raise ConfigError(file, key, f"field {field!r} is named twice; remove one")
         seen.add(field)
@@ -297,13 +297,13 @@ def _check_slices(file: str, name: str, task: Task, stream: Stream) -> None:
                 raise ConfigError(file, key, f"edges of {field!r} must be finite and ascend")
 
 
-def _plain(value: Any) -> Any:
+def _encode_quantity(value: Any) -> Any:
     """Size and Duration as the numbers they are."""
     return int(value) if isinstance(value, Size) else float(value)
 
 
 def _with_absolute_paths(config: Config, base: Path) -> Config:
-    broker = config.broker.absolute(base)
+    broker = config.broker.with_absolute_paths(base)
     streams = {
         name: msgspec.structs.replace(stream, source=absolute_source(stream.source, base))
         for name, stream in config.streams.items()
@@ -313,5 +313,5 @@ def _with_absolute_paths(config: Config, base: Path) -> Config:
         for name, task in config.tasks.items()
     }
     device = msgspec.structs.replace(config.device, data_dir=str(base / config.device.data_dir))
-    updates = config.updates and config_updates.absolute(config.updates, base)
+    updates = config.updates and config_updates.with_absolute_paths(config.updates, base)
     return msgspec.structs.replace(config, device=device, broker=broker, updates=updates, streams=streams, tasks=tasks)

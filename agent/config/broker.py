@@ -15,7 +15,7 @@ from agent.errors import ConfigError
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
-class Broker(Section, frozen=True):
+class BrokerConfig(Section, frozen=True):
     url: str = "mqtt://127.0.0.1:1883"
     ca_file: str | None = None
     cert_file: str | None = None
@@ -38,14 +38,14 @@ class Broker(Section, frozen=True):
     def port(self) -> int:
         return urlsplit(self.url).port or (8883 if self.tls else 1883)
 
-    def absolute(self, base: Path) -> Broker:
+    def with_absolute_paths(self, base: Path) -> BrokerConfig:
         """With its files as they are seen from everywhere, where they are given from `base`."""
         given = {name: getattr(self, name) for name in ("ca_file", "cert_file", "tls_key_file")}
         files = {name: str(base / value) for name, value in given.items() if value is not None}
         return msgspec.structs.replace(self, **files)
 
 
-def check_broker(file: str, broker: Broker, key: str = "broker") -> None:
+def check_broker(file: str, broker: BrokerConfig, key: str = "broker") -> None:
     """Raises ConfigError for a URL that cannot work or would send in the clear."""
     try:
         parts = urlsplit(broker.url)
@@ -62,7 +62,7 @@ def check_broker(file: str, broker: Broker, key: str = "broker") -> None:
         raise ConfigError(file, f"{key}.cert_file", "cert_file and tls_key_file come together; give both or neither")
 
 
-def loopback(address: str) -> tuple[str, int]:
+def parse_loopback(address: str) -> tuple[str, int]:
     """Host and port of `"127.0.0.1:7071"`. Raises ValueError for another machine's, or none."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")

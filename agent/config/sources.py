@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from agent.config.broker import Broker, check_broker
+from agent.config.broker import BrokerConfig, check_broker
 from agent.config.section import Section
 from agent.errors import ConfigError
-from agent.media import Image, Made, Sound
+from agent.media import ImageFormat, MediaFormat, SoundFormat
 from agent.quantities import Duration
-from agent.toml_files import suggestion
+from agent.toml_files import did_you_mean
 
-_LEAST_EVERY_S = 0.01
+_MIN_INTERVAL_S = 0.01
 
 
 class SocketSource(Section, frozen=True, tag_field="kind", tag="socket"):
@@ -27,11 +27,11 @@ class FilesSource(Section, frozen=True, tag_field="kind", tag="files"):
 
     folder: str
     every: Duration = Duration(2.0)
-    image: Image | None = None
-    sound: Sound | None = None
+    image: ImageFormat | None = None
+    sound: SoundFormat | None = None
 
     @property
-    def made(self) -> Made | None:
+    def media_format(self) -> MediaFormat | None:
         return self.image or self.sound
 
 
@@ -39,7 +39,7 @@ class HostSource(Section, frozen=True, tag_field="kind", tag="host"):
     every: Duration = Duration(10.0)
 
 
-class Fault(Section, frozen=True):
+class ReplayFault(Section, frozen=True):
     """What a replay does to its recordings from row `from_row` on.
 
     `amount` is a factor (gain, scale), what is added (offset), the value (stuck), the limit of sizes (saturate), the sd
@@ -52,7 +52,7 @@ class Fault(Section, frozen=True):
     amount: float = 0.0
 
 
-class Scene(Section, frozen=True):
+class RecordingFilter(Section, frozen=True):
     """From row `from_row` on, a replay plays recordings of which `column` says `value`."""
 
     column: str
@@ -68,8 +68,8 @@ class ReplaySource(Section, frozen=True, tag_field="kind", tag="replay"):
     speed: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     seed: int = 0
     rows: int | None = None
-    faults: list[Fault] = msgspec.field(default_factory=list)
-    scenes: list[Scene] = msgspec.field(default_factory=list)
+    faults: list[ReplayFault] = msgspec.field(default_factory=list)
+    scenes: list[RecordingFilter] = msgspec.field(default_factory=list)
     skip: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
@@ -80,19 +80,19 @@ class MqttSource(Section, frozen=True, tag_field="kind", tag="mqtt"):
     """
 
     topic: str
-    broker: Broker = msgspec.field(default_factory=Broker)
+    broker: BrokerConfig = msgspec.field(default_factory=BrokerConfig)
     paths: dict[str, str] = msgspec.field(default_factory=dict)
     t: str | None = None
     keep: Duration = Duration(7 * 86_400.0)
 
 
-Source = SocketSource | FilesSource | HostSource | ReplaySource | MqttSource
+SourceConfig = SocketSource | FilesSource | HostSource | ReplaySource | MqttSource
 
 
-def check(file: str, key: str, source: Source, fields: Collection[str]) -> None:
+def check(file: str, key: str, source: SourceConfig, fields: Collection[str]) -> None:
     """Raises ConfigError; `fields` are those of its stream."""
-    if isinstance(source, FilesSource | HostSource) and source.every < _LEAST_EVERY_S:
-        raise ConfigError(file, f"{key}.every", f"must be at least {_LEAST_EVERY_S * 1000:g} ms")
+    if isinstance(source, FilesSource | HostSource) and source.every < _MIN_INTERVAL_S:
+        raise ConfigError(file, f"{key}.every", f"must be at least {_MIN_INTERVAL_S * 1000:g} ms")
     if isinstance(source, MqttSource):
         check_broker(file, source.broker, f"{key}.broker")
     if isinstance(source, ReplaySource):
@@ -108,16 +108,16 @@ def check(file: str, key: str, source: Source, fields: Collection[str]) -> None:
                 raise ConfigError(file, f"{key}.faults", f"{fault.kind} needs an amount above 0")
             for field_name in fault.fields:
                 if field_name not in fields:
-                    hint = suggestion(field_name, fields)
+                    hint = did_you_mean(field_name, fields)
                     raise ConfigError(file, f"{key}.faults", f"no field {field_name!r}{hint}")
 
 
-def absolute(source: Source, base: Path) -> Source:
+def with_absolute_paths(source: SourceConfig, base: Path) -> SourceConfig:
     """With its files as they are seen from everywhere, where they are given from `base`."""
     if isinstance(source, FilesSource):
         return msgspec.structs.replace(source, folder=str(base / source.folder))
     if isinstance(source, ReplaySource):
         return msgspec.structs.replace(source, file=str(base / source.file))
     if isinstance(source, MqttSource):
-        return msgspec.structs.replace(source, broker=source.broker.absolute(base))
+        return msgspec.structs.replace(source, broker=source.broker.with_absolute_paths(base))
     return source

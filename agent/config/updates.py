@@ -14,14 +14,14 @@ from agent.quantities import Duration, Size
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _TIME = r"([01]\d|2[0-3]):([0-5]\d)"
 _WINDOW = re.compile(rf"{_TIME}-{_TIME}", re.ASCII)
-_LEAST_EVERY_S, _MOST_EVERY_S = 60.0, 30 * 86_400.0
+_MIN_INTERVAL_S, _MAX_INTERVAL_S = 60.0, 30 * 86_400.0
 # Below that the least rate of `agent.device.rollout.fetch.transport` could not be told from a rate that was asked for.
-_LEAST_RATE = 1024
+_MIN_RATE = 1024
 # What a bundle may be at most when unpacked (agent.model.bundle.bundle): no archive of use is larger.
-_MOST_SIZE = 256 << 20
+_MAX_BUNDLE_BYTES = 256 << 20
 
 
-class Updates(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class UpdatesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`url` is http(s):// or a folder. `root` is the first trusted root, given at enrolment. Rates are per second."""
 
     url: str
@@ -38,36 +38,38 @@ class Updates(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return "://" not in self.url
 
     @property
-    def is_near(self) -> bool:
+    def is_local(self) -> bool:
         """Whether no other device asks the same server."""
         return self.is_folder or urlsplit(self.url).hostname in _LOOPBACK
 
     @property
-    def minutes(self) -> tuple[int, int] | None:
+    def window_minutes(self) -> tuple[int, int] | None:
         """Beginning and end of the window in minutes of the device's local day; the end may be before the beginning."""
         found = _WINDOW.fullmatch(self.window or "")
         return found and (int(found[1]) * 60 + int(found[2]), int(found[3]) * 60 + int(found[4]))
 
 
-def check(file: str, updates: Updates) -> None:
+def check(file: str, updates: UpdatesConfig) -> None:
     """Raises ConfigError for what cannot work or would fetch in the clear."""
     if not updates.is_folder:
         _check_url(file, updates)
     elif not updates.url:
         raise ConfigError(file, "updates.url", "is empty; give https://HOST/PATH or a folder")
-    if updates.window is not None and (updates.minutes is None or updates.minutes[0] == updates.minutes[1]):
+    if updates.window is not None and (
+        updates.window_minutes is None or updates.window_minutes[0] == updates.window_minutes[1]
+    ):
         raise ConfigError(
             file, "updates.window", f'{updates.window!r} is no time of day, as "01:00-05:00"; omit it for always'
         )
-    if not _LEAST_EVERY_S <= updates.every <= _MOST_EVERY_S:
+    if not _MIN_INTERVAL_S <= updates.every <= _MAX_INTERVAL_S:
         raise ConfigError(file, "updates.every", "must be between 60 s and 30 d")
-    if updates.max_rate is not None and updates.max_rate < _LEAST_RATE:
-        raise ConfigError(file, "updates.max_rate", f"must be at least {_LEAST_RATE} B; omit it for no limit")
-    if not 0 < updates.max_size <= _MOST_SIZE:
-        raise ConfigError(file, "updates.max_size", f"must be above 0 and at most {_MOST_SIZE >> 20} MiB")
+    if updates.max_rate is not None and updates.max_rate < _MIN_RATE:
+        raise ConfigError(file, "updates.max_rate", f"must be at least {_MIN_RATE} B; omit it for no limit")
+    if not 0 < updates.max_size <= _MAX_BUNDLE_BYTES:
+        raise ConfigError(file, "updates.max_size", f"must be above 0 and at most {_MAX_BUNDLE_BYTES >> 20} MiB")
 
 
-def absolute(updates: Updates, base: Path) -> Updates:
+def with_absolute_paths(updates: UpdatesConfig, base: Path) -> UpdatesConfig:
     """With paths that hold wherever the agent is started."""
     return msgspec.structs.replace(
         updates,
@@ -77,7 +79,7 @@ def absolute(updates: Updates, base: Path) -> Updates:
     )
 
 
-def _check_url(file: str, updates: Updates) -> None:
+def _check_url(file: str, updates: UpdatesConfig) -> None:
     try:
         parts = urlsplit(updates.url)
         usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0

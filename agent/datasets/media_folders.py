@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import UsageError
-from agent.media import Image, Made
-from agent.model.bundle.manifest import Input
+from agent.media import ImageFormat, MediaFormat
+from agent.model.bundle.manifest import ModelInput
 from agent.model.inference import images, sound
 
 Floats = NDArray[np.float32]
@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 _PAUSE_S = 10
 
 
-def files(path: Path, spec: Input) -> list[Path]:
+def list_files(path: Path, spec: ModelInput) -> list[Path]:
     """The file at `path`, or all of its kind in that folder and its subfolders, in order. Raises UsageError."""
     suffixes = images.SUFFIXES if spec.image else sound.SUFFIXES
     if path.is_file():
@@ -35,33 +35,33 @@ def files(path: Path, spec: Input) -> list[Path]:
     return found
 
 
-def read(given: Sequence[Path], spec: Input) -> tuple[list[Floats], Ints]:
+def read(paths: Sequence[Path], spec: ModelInput) -> tuple[list[Floats], Ints]:
     """The rows of each file, and the times of all (n,) epoch µs: one second an image, or as the sound goes on.
 
     Between files there is a pause that no window reaches over. Raises UsageError.
     """
     made = spec.image or spec.sound
     assert made is not None
-    parts = [file_rows(path, made) for path in given]
+    parts = [read_rows(path, made) for path in paths]
     pause_s = _PAUSE_S * (1 + (spec.gap_s or 0.0))
     times, at_us = [np.zeros(0, np.int64)], 0
     for part in parts:
-        times.append(at_us + times_us(len(part), made))
-        last_us = 1e6 if isinstance(made, Image) else (len(part) * made.row_s + pause_s) * 1e6
+        times.append(at_us + row_times_us(len(part), made))
+        last_us = 1e6 if isinstance(made, ImageFormat) else (len(part) * made.row_period_s + pause_s) * 1e6
         at_us += round(last_us)
     return parts, np.concatenate(times)
 
 
-def times_us(n: int, made: Made) -> Ints:
+def row_times_us(n: int, media: MediaFormat) -> Ints:
     """Of the rows of one file, from its start."""
-    if isinstance(made, Image):
+    if isinstance(media, ImageFormat):
         return np.zeros(n, np.int64)
-    return np.asarray(np.rint(np.arange(n) * (made.row_s * 1e6)), np.int64)
+    return np.asarray(np.rint(np.arange(n) * (media.row_period_s * 1e6)), np.int64)
 
 
-def file_rows(path: Path, made: Made) -> Floats:
+def read_rows(path: Path, media: MediaFormat) -> Floats:
     """All rows of an image or sound. Raises UsageError."""
-    if isinstance(made, Image):
-        return images.rows(path, made)
-    with contextlib.closing(sound.Wav(path, made.rate)) as wav:
-        return np.concatenate([np.zeros((0, len(made.columns)), np.float32), *sound.blocks(wav, made)])
+    if isinstance(media, ImageFormat):
+        return images.read_rows(path, media)
+    with contextlib.closing(sound.WavReader(path, media.rate)) as wav:
+        return np.concatenate([np.zeros((0, len(media.columns)), np.float32), *sound.iter_row_blocks(wav, media)])

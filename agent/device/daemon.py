@@ -15,67 +15,67 @@ from typing import Any
 
 import msgspec
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.commands.operations import Operations
-from agent.device.health import Broken, Reports
+from agent.device.commands.operations import RemoteCommands
+from agent.device.health import BundleFailure, HealthReporter
 from agent.device.intake.server import Intake
 from agent.device.machine.systemd import notify
-from agent.device.machine.throttle import Care, step_back
+from agent.device.machine.throttle import Throttle, lower_priority
 from agent.device.machine.timekeeping import Timekeeper
 from agent.device.pipeline import batch, cursor_repair, label_metrics, relearn
-from agent.device.pipeline.tasks import Machine, Planned
-from agent.device.rollout.updater import Updating
-from agent.device.store.message_log import Author
-from agent.device.store.space import Space
+from agent.device.pipeline.tasks import Runtime, ScheduledTask
+from agent.device.rollout.updater import BundleUpdater
+from agent.device.store.message_log import MessageLog
+from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
-from agent.errors import BadBundle, ModelDied, StorageBusy, StorageError, StorageFull
+from agent.errors import BadBundle, ModelProcessFailed, StorageBusy, StorageError, StorageFull
 
 log = logging.getLogger("outstation")
 
 LAST_RUN = "last run"
-_HEALTH_S = 60.0
-_ROOM_S = 10.0
-_LABELS_S = 5.0
-_LONGEST_WAIT_S = 5.0
+_HEALTH_INTERVAL_S = 60.0
+_SPACE_INTERVAL_S = 10.0
+_LABEL_INTERVAL_S = 5.0
+_MAX_WAIT_S = 5.0
 # So long a task works off its backlog before commands, health, the clock and the other tasks have their turn.
-_SLICE_S = 1.0
-_OF_LABELS = " (of its labels)"
-_FIRST_REST_S, _LONGEST_REST_S = 1.0, 3600.0
+_TIME_SLICE_S = 1.0
+_LABELS_SUFFIX = " (of its labels)"
+_MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 3600.0
 
 
 class Signals(msgspec.Struct):
     """What other threads and signal handlers tell the main loop."""
 
-    stopping: bool = False
+    is_stopping: bool = False
     failure: Exception | None = None
     # No Event: a handler that runs while its own thread is inside one can deadlock on the Event's lock.
-    _woken: queue.SimpleQueue[None] = msgspec.field(default_factory=queue.SimpleQueue)
+    _wake_queue: queue.SimpleQueue[None] = msgspec.field(default_factory=queue.SimpleQueue)
 
     def wake(self) -> None:
-        if self._woken.empty():
-            self._woken.put(None)
+        if self._wake_queue.empty():
+            self._wake_queue.put(None)
 
     def wait(self, timeout_s: float) -> None:
         """Until the next `wake`, or one since the last `wait`; at most `timeout_s`."""
         with contextlib.suppress(queue.Empty):
-            self._woken.get(timeout=max(0.0, timeout_s))
+            self._wake_queue.get(timeout=max(0.0, timeout_s))
 
     def fail(self, error: Exception) -> None:
         self.failure = self.failure or error
-        self.halt()
+        self.request_stop()
 
-    def halt(self) -> None:
-        self.stopping = True
+    def request_stop(self) -> None:
+        self.is_stopping = True
         self.wake()
 
 
-class _Stopping(Exception):
+class _StopRequested(Exception):
     """The agent is to stop, and a model that runs apart is not waited for."""
 
 
-class _Rest(msgspec.Struct, frozen=True):
+class _Backoff(msgspec.Struct, frozen=True):
     """Of a task that met an error nobody foresaw: how long, and until when on the boot-time clock."""
 
     wait_s: float
@@ -89,64 +89,67 @@ class Daemon:
         self,
         conf: Config,
         store: Store,
-        author: Author,
-        planned: Sequence[Planned],
-        broken: Sequence[Broken],
+        message_log: MessageLog,
+        scheduled_tasks: Sequence[ScheduledTask],
+        bundle_failures: Sequence[BundleFailure],
         make_intake: Callable[[Callable[[], None], Callable[[Exception], None]], Intake],
         make_uplink: Callable[[Callable[[Exception], None]], Uplink],
-        make_updating: Callable[[Machine, Callable[[], None], Callable[[], None]], Updating],
-        make_operations: Callable[[Machine, Updating], Operations],
-        now: Callable[[], Now],
+        make_rollout: Callable[[Runtime, Callable[[], None], Callable[[], None]], BundleUpdater],
+        make_operations: Callable[[Runtime, BundleUpdater], RemoteCommands],
+        now: Callable[[], ClockReading],
     ) -> None:
         self.signals = Signals()
-        self._conf, self._store, self._author, self._now = conf, store, author, now
-        self._planned, self._broken = list(planned), broken
-        models = {p.task.name: p.task.reference for p in planned}
-        self._reports = Reports(conf, store, author, models, now)
-        self._timekeeper = Timekeeper(store, author)
-        self._care = Care(conf.care)
+        self._conf, self._store, self._message_log, self._now = conf, store, message_log, now
+        self._scheduled_tasks, self._bundle_failures = list(scheduled_tasks), bundle_failures
+        models = {p.task.name: p.task.bundle_ref for p in scheduled_tasks}
+        self._health_reporter = HealthReporter(conf, store, message_log, models, now)
+        self._timekeeper = Timekeeper(store, message_log)
+        self._throttle = Throttle(conf.care)
         self._intake = make_intake(self.signals.wake, self.signals.fail)
         self._uplink = make_uplink(self.signals.fail)
-        self._stuck = {one.task for one in broken if not one.instead}
+        self._stuck = {one.task for one in bundle_failures if not one.fallback}
         self._unfinished: set[str] = set()
-        self._resting: dict[str, _Rest] = {}
-        self._space = Space(conf, store, author, self._run_early, self._not_getting_on)
-        machine = self._machine(models)
-        self._updating = make_updating(machine, self.signals.wake, self._wait_for_model)
-        self._operations = make_operations(machine, self._updating)
-        self._reports.more = lambda now: {"care": self._care.condition.shown(), **self._updating.report(now)}
-        self._next_health = self._next_room = self._next_labels = 0.0
+        self._backoffs: dict[str, _Backoff] = {}
+        self._space = SpaceManager(conf, store, message_log, self._run_early, self._list_stalled_tasks)
+        machine = self._build_runtime(models)
+        self._rollout = make_rollout(machine, self.signals.wake, self._on_model_wait)
+        self._operations = make_operations(machine, self._rollout)
+        self._health_reporter.extra_members = lambda now: {
+            "care": self._throttle.status.to_dict(),
+            **self._rollout.report(now),
+        }
+        self._next_health = self._next_space_check = self._next_label_check = 0.0
 
     def run(self) -> None:
         """Until stopped. Raises what made going on impossible."""
-        self._reports.event("started", "The agent started.")
-        self._reports.bundles(self._broken)
+        self._health_reporter.write_event("started", "The agent started.")
+        self._health_reporter.report_bundles(self._bundle_failures)
         self._operations.start(self._now(), self.signals.wake)
         self._intake.start()
         self._uplink.start()
         # Threads that start later inherit it.
-        step_back(self._conf.care)
-        if not self.signals.stopping:
+        lower_priority(self._conf.care)
+        if not self.signals.is_stopping:
             notify("READY=1")
-            log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._planned))
-        while not self.signals.stopping:
-            self.signals.wait(self.turn(self._now()))
+            log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))
+        while not self.signals.is_stopping:
+            self.signals.wait(self.tick(self._now()))
         notify("STOPPING=1")
         self._shut_down()
         if self.signals.failure is not None:
             raise self.signals.failure
 
-    def turn(self, now: Now) -> float:
+    def tick(self, now: ClockReading) -> float:
         """Do what is due at `now`; how many seconds until something may be again."""
-        self._timekeeper.turn(now)
-        if self._operations.turn(now):
+        self._timekeeper.tick(now)
+        if self._operations.tick(now):
             self._uplink.wake()
-        if self._updating.turn(now):
+        if self._rollout.tick(now):
             self._uplink.wake()
-        wait = min(_LONGEST_WAIT_S, self._updating.wait_s(now))
-        resting = self._care.turn(now).resting
-        for planned in self._planned:
-            if self.signals.stopping:
+        wait = min(_MAX_WAIT_S, self._rollout.wait_s(now))
+        resting = self._throttle.tick(now).pause_reason
+        for planned in self._scheduled_tasks:
+            if self.signals.is_stopping:
                 return 0.0
             name = planned.task.name
             if planned.paused:
@@ -155,29 +158,29 @@ class Daemon:
             if resting:
                 # What was due runs when the machine has recovered; where the store gets short, at once.
                 continue
-            if self._updating.resumes(name):
+            if self._rollout.is_resuming(name):
                 continue
-            if self._rests(name, now):
-                wait = min(wait, self._resting[name].until_s - now.boot_s)
+            if self._is_backing_off(name, now):
+                wait = min(wait, self._backoffs[name].until_s - now.boot_s)
                 continue
-            if planned.schedule.due(now, self._backlog(planned)):
-                planned.schedule.ran(now)
-                self._remember_run(planned, now)
+            if planned.schedule.is_due(now, self._count_backlog(planned)):
+                planned.schedule.record_run(now)
+                self._save_last_run(planned, now)
                 self._unfinished.add(name)
             if name in self._unfinished:
-                self._work_off(planned, now)
+                self._run_batches(planned, now)
             wait = 0.0 if name in self._unfinished else min(wait, planned.schedule.wait_s(now))
-        if now.boot_s >= self._next_labels:
-            self._next_labels = now.boot_s + _LABELS_S
-            self._look_at_labels()
+        if now.boot_s >= self._next_label_check:
+            self._next_label_check = now.boot_s + _LABEL_INTERVAL_S
+            self._process_labels()
         if now.boot_s >= self._next_health:
-            self._next_health = now.boot_s + _HEALTH_S
-            self._reports.health()
+            self._next_health = now.boot_s + _HEALTH_INTERVAL_S
+            self._health_reporter.write_health()
             self._uplink.wake()
         # Where it is short, producers are turned away meanwhile.
-        if now.boot_s >= self._next_room or (not self._space.clearing and self._space.is_short()):
-            more = self._space.turn(now)
-            self._next_room = now.boot_s + (0.0 if more else _ROOM_S)
+        if now.boot_s >= self._next_space_check or (not self._space.is_evicting and self._space.is_short()):
+            more = self._space.tick(now)
+            self._next_space_check = now.boot_s + (0.0 if more else _SPACE_INTERVAL_S)
             wait = 0.0 if more else wait
         self._feed_watchdog()
         return wait
@@ -185,37 +188,37 @@ class Daemon:
     def _feed_watchdog(self) -> None:
         """Called where the batches have just proved that they get on; intake and uplink must have as well."""
         now = self._now()
-        if self._intake.alive(now) and self._uplink.alive(now):
+        if self._intake.is_alive(now) and self._uplink.is_alive(now):
             notify("WATCHDOG=1")
 
-    def _wait_for_model(self) -> None:
+    def _on_model_wait(self) -> None:
         """About once a second while one that runs apart is at work: that is no reason for the watchdog."""
-        if self.signals.stopping:
-            raise _Stopping
+        if self.signals.is_stopping:
+            raise _StopRequested
         self._feed_watchdog()
 
-    def _work_off(self, planned: Planned, now: Now) -> None:
+    def _run_batches(self, scheduled: ScheduledTask, now: ClockReading) -> None:
         """Batches until nothing more can be consumed, or for a while: then the next turns go on."""
-        name = planned.task.name
+        name = scheduled.task.name
         self._unfinished.discard(name)
-        if self._updating.resumes(name):
+        if self._rollout.is_resuming(name):
             self._unfinished.add(name)
             return
-        end_s = self._now().boot_s + _SLICE_S
-        instead: batch.Task | None = None
-        while not self.signals.stopping:
+        end_s = self._now().boot_s + _TIME_SLICE_S
+        instead: batch.LoadedTask | None = None
+        while not self.signals.is_stopping:
             # Another bundle may have come to run since the last batch.
-            task, instead = instead or planned.task, None
+            task, instead = instead or scheduled.task, None
             try:
-                if task is planned.task:
-                    cursor_repair.go_on(task, self._store, self._author, self._now())
-                    relearn.take_up(task, self._store, self._author, self._now())
-                done = batch.run(task, self._store, self._author, self._now())
-            except _Stopping:
+                if task is scheduled.task:
+                    cursor_repair.repair_cursor(task, self._store, self._message_log, self._now())
+                    relearn.apply_pending(task, self._store, self._message_log, self._now())
+                done = batch.run(task, self._store, self._message_log, self._now())
+            except _StopRequested:
                 return
-            except ModelDied as died:
+            except ModelProcessFailed as died:
                 # One that runs apart: the same rows are answered by another bundle, at once.
-                instead = self._updating.fell(name, died, self._now())
+                instead = self._rollout.on_canary_failure(name, died, self._now())
                 self._feed_watchdog()
                 if instead is None:
                     return
@@ -229,20 +232,20 @@ class Daemon:
                 return
             except StorageFull as full:
                 log.error("task %s: %s; tried again when next due", task.name, full)
-                self._next_room = now.boot_s
+                self._next_space_check = now.boot_s
                 return
             except StorageError:
                 raise
             except Exception as error:
                 self._unfinished.add(task.name)
                 self._stuck.add(task.name)
-                self._rest(task, "", error)
+                self._back_off(task, "", error)
                 return
             self._stuck.discard(task.name)
-            self._recovered(task.name, "")
+            self._clear_backoff(task.name, "")
             if done is None:
                 return
-            self._updating.ran(name, self._now())
+            self._rollout.on_batch_committed(name, self._now())
             self._uplink.wake()
             self._feed_watchdog()
             if done.alerts:
@@ -251,85 +254,87 @@ class Daemon:
                 self._unfinished.add(task.name)
                 return
 
-    def _rests(self, name: str, now: Now) -> bool:
-        return name in self._resting and now.boot_s < self._resting[name].until_s
+    def _is_backing_off(self, name: str, now: ClockReading) -> bool:
+        return name in self._backoffs and now.boot_s < self._backoffs[name].until_s
 
-    def _rest(self, task: batch.Task, what: str, error: Exception) -> None:
+    def _back_off(self, task: batch.LoadedTask, suffix: str, error: Exception) -> None:
         """Leave the task alone for a while, longer each time: it must not take the daemon and the others down."""
-        earlier = self._resting.get(task.name + what)
-        wait_s = min(2 * earlier.wait_s, _LONGEST_REST_S) if earlier else _FIRST_REST_S
-        self._resting[task.name + what] = _Rest(wait_s, self._now().boot_s + wait_s)
-        reason = f"{type(error).__name__}: {error}{what}; its readings are kept and it is tried again"
+        earlier = self._backoffs.get(task.name + suffix)
+        wait_s = min(2 * earlier.wait_s, _MAX_BACKOFF_S) if earlier else _MIN_BACKOFF_S
+        self._backoffs[task.name + suffix] = _Backoff(wait_s, self._now().boot_s + wait_s)
+        reason = f"{type(error).__name__}: {error}{suffix}; its readings are kept and it is tried again"
         log.error("task %s: %s in %g s", task.name, reason, wait_s, exc_info=error)
-        self._reports.fails(Broken(task.name, task.config.bundle, reason))
+        self._health_reporter.raise_bundle_alert(BundleFailure(task.name, task.config.bundle, reason))
 
-    def _recovered(self, name: str, what: str) -> None:
-        if self._resting.pop(name + what, None) is not None:
-            self._reports.works(name)
+    def _clear_backoff(self, name: str, suffix: str) -> None:
+        if self._backoffs.pop(name + suffix, None) is not None:
+            self._health_reporter.clear_bundle_alert(name)
 
-    def _look_at_labels(self) -> None:
+    def _process_labels(self) -> None:
         keep_s = float(self._conf.buffer.keep_results)
-        for planned in self._planned:
+        for planned in self._scheduled_tasks:
             name = planned.task.name
-            if self._rests(name + _OF_LABELS, self._now()):
+            if self._is_backing_off(name + _LABELS_SUFFIX, self._now()):
                 continue
             try:
-                label_metrics.turn(planned.task, self._store, self._author, self._now(), keep_s)
-                self._recovered(name, _OF_LABELS)
+                label_metrics.tick(planned.task, self._store, self._message_log, self._now(), keep_s)
+                self._clear_backoff(name, _LABELS_SUFFIX)
             except (StorageBusy, StorageFull) as problem:
                 log.error("task %s: %s; its labels are looked at again soon", name, problem)
             except StorageError:
                 raise
             except Exception as error:
-                self._rest(planned.task, _OF_LABELS, error)
+                self._back_off(planned.task, _LABELS_SUFFIX, error)
 
-    def _run_early(self, now: Now) -> bool:
-        ready = [one for one in self._planned if not one.paused and not self._rests(one.task.name, now)]
-        names = [one.task.name for one in ready if not self._updating.resumes(one.task.name)]
+    def _run_early(self, now: ClockReading) -> bool:
+        ready = [
+            one for one in self._scheduled_tasks if not one.paused and not self._is_backing_off(one.task.name, now)
+        ]
+        names = [one.task.name for one in ready if not self._rollout.is_resuming(one.task.name)]
         for one in ready:
-            self._work_off(one, now)
-        return any(name in self._unfinished and not self._rests(name, self._now()) for name in names)
+            self._run_batches(one, now)
+        return any(name in self._unfinished and not self._is_backing_off(name, self._now()) for name in names)
 
-    def _not_getting_on(self) -> set[str]:
-        return self._stuck | {planned.task.name for planned in self._planned if planned.paused}
+    def _list_stalled_tasks(self) -> set[str]:
+        return self._stuck | {planned.task.name for planned in self._scheduled_tasks if planned.paused}
 
-    def _backlog(self, planned: Planned) -> int:
-        stream = planned.task.config.stream
-        cursor = self._store.cursor(planned.task.name)
+    def _count_backlog(self, scheduled: ScheduledTask) -> int:
+        stream = scheduled.task.config.stream
+        cursor = self._store.cursor(scheduled.task.name)
         used = self._store.first_row(stream) - 1 if cursor is None else cursor
         return self._store.last_row(stream) - used
 
-    def _remember_run(self, planned: Planned, now: Now) -> None:
+    def _save_last_run(self, scheduled: ScheduledTask, now: ClockReading) -> None:
         """So that a cron time missed while the agent was off is caught up with, once."""
-        if not planned.schedule.remembers:
+        if not scheduled.schedule.needs_last_run:
             return
         with contextlib.suppress(StorageFull), self._store.transaction() as tx:
-            tx.keep(planned.task.name, LAST_RUN, str(now.wall_us).encode())
+            tx.save_state(scheduled.task.name, LAST_RUN, str(now.wall_us).encode())
 
-    def _machine(self, models: dict[str, dict[str, Any]]) -> Machine:
-        return Machine(
-            self._planned,
+    def _build_runtime(self, models: dict[str, dict[str, Any]]) -> Runtime:
+        return Runtime(
+            self._scheduled_tasks,
             models,
-            run=self._work_off,
-            report=self._reports.health,
-            runs_again=lambda: self._reports.bundles([]),
-            halt=self.signals.halt,
-            renew=self._uplink.renew,
+            run=self._run_batches,
+            report=self._health_reporter.write_health,
+            clear_not_running_alerts=lambda: self._health_reporter.report_bundles([]),
+            halt=self.signals.request_stop,
+            reconnect=self._uplink.reconnect,
         )
 
     def _shut_down(self) -> None:
         self._intake.stop()
         if isinstance(self.signals.failure, StorageError):
-            self._updating.drop()
+            self._rollout.abort()
             self._uplink.stop(0.0)
             return
-        self._updating.stop(self._now())
-        self._reports.health()
-        self._reports.event("stopped", "The agent was stopped.")
-        if self._operations.wiping:
+        self._rollout.stop(self._now())
+        self._health_reporter.write_health()
+        self._health_reporter.write_event("stopped", "The agent was stopped.")
+        if self._operations.is_wipe_requested:
             self._uplink.wake()
             self._operations.wait_for_wipe(self._now, time.sleep)
         self._uplink.stop()
-        if self._operations.wiping:
+        if self._operations.is_wipe_requested:
             self._store.close()
             self._operations.erase()

@@ -9,87 +9,87 @@ from typing import Any
 import msgspec
 
 from agent import __version__
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import overrides, rollout_state
 from agent.device.machine import timekeeping
 from agent.device.machine.timekeeping import SYNCED
 from agent.device.pipeline import deadline
 from agent.device.store import space
-from agent.device.store.cost import Process
-from agent.device.store.message_log import Author
+from agent.device.store.cost import ProcessMeter
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import StorageFull
 
 log = logging.getLogger("outstation")
 
-_BROKEN = "broken bundle"
-Models = Mapping[str, Mapping[str, Any]]
+_BUNDLE_ALERT_NAME = "broken bundle"
+ModelsByTask = Mapping[str, Mapping[str, Any]]
 
 
-class Broken(msgspec.Struct, frozen=True):
+class BundleFailure(msgspec.Struct, frozen=True):
     """A task whose bundle cannot run here, and why; `instead` the one that goes on, "" where none does."""
 
     task: str
     bundle: str
     reason: str
-    instead: str = ""
+    fallback: str = ""
 
 
-class Reports:
+class HealthReporter:
     """Writes such messages; one that finds no room is dropped, because the next one says the same."""
 
     def __init__(
         self,
         conf: Config,
         store: Store,
-        author: Author,
+        message_log: MessageLog,
         models: Mapping[str, Mapping[str, Any]],
-        now: Callable[[], Now],
+        now: Callable[[], ClockReading],
     ) -> None:
-        self._conf, self._store, self._author, self._models, self._now = conf, store, author, models, now
-        self._process = Process()
+        self._conf, self._store, self._message_log, self._models, self._now = conf, store, message_log, models, now
+        self._process_meter = ProcessMeter()
         # Members of a health message that others know of.
-        self.more: Callable[[Now], Mapping[str, Any]] = lambda now: {}
+        self.extra_members: Callable[[ClockReading], Mapping[str, Any]] = lambda now: {}
 
-    def health(self) -> None:
+    def write_health(self) -> None:
         now = self._now()
 
         def write(tx: Transaction) -> None:
             if now.quality == "synced":
                 tx.set_meta(SYNCED, str(now.wall_us))
-            self._process.turn(tx, now)
-            body = health(self._conf, self._store, self._models)
-            told = {**body, **self.more(now), "wall_clock": timekeeping.report(self._store, now)}
-            self._author.write(tx, "health", None, told, now)
+            self._process_meter.tick(tx, now)
+            body = build_body(self._conf, self._store, self._models)
+            told = {**body, **self.extra_members(now), "wall_clock": timekeeping.build_report(self._store, now)}
+            self._message_log.append(tx, "health", None, told, now)
 
-        self._write(write)
+        self._run_in_transaction(write)
 
-    def event(self, name: str, summary: str) -> None:
+    def write_event(self, name: str, summary: str) -> None:
         """An audit message."""
         body = {"event": name, "summary": summary, "evidence": {"tasks": self._models}}
-        self._write(lambda tx: self._author.write(tx, "audit", None, body, self._now()))
+        self._run_in_transaction(lambda tx: self._message_log.append(tx, "audit", None, body, self._now()))
 
-    def bundles(self, broken: Sequence[Broken]) -> None:
+    def report_bundles(self, failures: Sequence[BundleFailure]) -> None:
         """One alert for each task whose bundle cannot run, open until it can."""
-        for one in broken:
-            log.error("task %s: %s", one.task, _told(one))
-            self.fails(one)
-        for task in self._models.keys() - {one.task for one in broken}:
-            self.works(task)
+        for one in failures:
+            log.error("task %s: %s", one.task, _describe_failure(one))
+            self.raise_bundle_alert(one)
+        for task in self._models.keys() - {one.task for one in failures}:
+            self.clear_bundle_alert(task)
 
-    def fails(self, one: Broken) -> None:
+    def raise_bundle_alert(self, failure: BundleFailure) -> None:
         """Raise the alert, unless it is open."""
-        if self._store.state(one.task, _BROKEN) is None:
-            self._bundle_alert(one.task, one.bundle, _told(one))
+        if self._store.load_state(failure.task, _BUNDLE_ALERT_NAME) is None:
+            self._write_bundle_alert(failure.task, failure.bundle, _describe_failure(failure))
 
-    def works(self, task: str) -> None:
+    def clear_bundle_alert(self, task: str) -> None:
         """Clear the alert, if it is open."""
-        if self._store.state(task, _BROKEN) is not None:
-            self._bundle_alert(task, self._conf.tasks[task].bundle, "")
+        if self._store.load_state(task, _BUNDLE_ALERT_NAME) is not None:
+            self._write_bundle_alert(task, self._conf.tasks[task].bundle, "")
 
-    def _bundle_alert(self, task: str, bundle: str, reason: str) -> None:
+    def _write_bundle_alert(self, task: str, bundle: str, reason: str) -> None:
         body: dict[str, Any] = {
             "alert": "model",
             "subject": bundle,
@@ -102,14 +102,14 @@ class Reports:
 
         def write(tx: Transaction) -> None:
             if reason:
-                tx.keep(task, _BROKEN, reason.encode())
+                tx.save_state(task, _BUNDLE_ALERT_NAME, reason.encode())
             else:
-                tx.drop(task, _BROKEN)
-            self._author.write(tx, "alerts", task, body, self._now())
+                tx.delete_state(task, _BUNDLE_ALERT_NAME)
+            self._message_log.append(tx, "alerts", task, body, self._now())
 
-        self._write(write)
+        self._run_in_transaction(write)
 
-    def _write(self, action: Callable[[Transaction], object]) -> None:
+    def _run_in_transaction(self, action: Callable[[Transaction], object]) -> None:
         try:
             with self._store.transaction() as tx:
                 action(tx)
@@ -117,13 +117,13 @@ class Reports:
             log.error("%s", full)
 
 
-def _told(one: Broken) -> str:
-    if one.instead:
-        return f"goes on with {one.instead}: {one.reason}"
-    return f"does not run: {one.reason}"
+def _describe_failure(failure: BundleFailure) -> str:
+    if failure.fallback:
+        return f"goes on with {failure.fallback}: {failure.reason}"
+    return f"does not run: {failure.reason}"
 
 
-def health(conf: Config, store: Store, models: Models) -> dict[str, Any]:
+def build_body(conf: Config, store: Store, models: ModelsByTask) -> dict[str, Any]:
     """The body of a health message; `models` names each running task's model."""
     counters = store.counters()
     waiting, _ = store.outbox_size()
@@ -138,9 +138,9 @@ def health(conf: Config, store: Store, models: Models) -> dict[str, Any]:
                 "first": store.first_consumed(name),
                 "windows": counters.get(f"windows.{name}", 0),
                 "model": models.get(name),
-                **deadline.shown(store, counters, name, task.deadline),
-                **overrides.shown(store, name),
-                **rollout_state.shown(store, name, conf.device.id),
+                **deadline.to_status(store, counters, name, task.deadline),
+                **overrides.to_status(store, name),
+                **rollout_state.build_status(store, name, conf.device.id),
             }
             for name, task in conf.tasks.items()
         },
@@ -148,6 +148,6 @@ def health(conf: Config, store: Store, models: Models) -> dict[str, Any]:
         "store": {
             "bytes": store.used_bytes(),
             "max": int(conf.buffer.max_size),
-            "hours": space.hours(store, store.limit_bytes()),
+            "hours": space.hours_until_eviction(store, store.limit_bytes()),
         },
     }

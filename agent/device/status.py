@@ -12,27 +12,27 @@ from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, UsageError
 
 
-def document(conf: Config, store: Store, task: str) -> dict[str, Any]:
+def build_document(conf: Config, store: Store, task: str) -> dict[str, Any]:
     """Which reference is in force and what it warns of, how far learning has got, and what is asked for."""
-    asked = relearn.waiting(store, task)
-    document: dict[str, Any] = {"task": task, "site": None, "learning": None, "asked": asked.what if asked else None}
-    kept = store.state(task, drift_state.SITE)
+    asked = relearn.pending_request(store, task)
+    document: dict[str, Any] = {"task": task, "site": None, "learning": None, "asked": asked.action if asked else None}
+    kept = store.load_state(task, drift_state.SITE_REFERENCE_NAME)
     if kept is not None:
-        document["site"] = _site(kept)
-    state = drift_state.seen(store, task)
+        document["site"] = _describe_site(kept)
+    state = drift_state.load_for_display(store, task)
     if document["site"] is None and state is not None:
         document["learning"] = {
-            "windows": state.learning.gathered,
-            "of": conf.tasks[task].learn,
-            "for_s": max(state.learn_s, float(conf.tasks[task].learn_for)),
+            "windows": state.learning.window_count,
+            "of": conf.tasks[task].learn_windows,
+            "for_s": max(state.requested_learn_s, float(conf.tasks[task].learn_duration)),
         }
     return document
 
 
-def _site(kept: bytes) -> dict[str, Any] | None:
+def _describe_site(stored: bytes) -> dict[str, Any] | None:
     """None for one that an earlier version learned: it is not in force any more."""
     try:
-        found = Reference.from_json(kept)
+        found = Reference.from_json(stored)
     except BadBundle as problem:
         raise UsageError(
             f"the site's reference in the store is damaged ({problem}); `outstation reference reset`"
@@ -40,7 +40,7 @@ def _site(kept: bytes) -> dict[str, Any] | None:
     extra = found.site
     if extra is None:
         return None
-    begin, end = (clock.rfc3339(t) for t in extra.learned)
+    begin, end = (clock.to_rfc3339(t) for t in extra.learned)
     return {
         "number": extra.number,
         "digest": found.digest,

@@ -56,9 +56,9 @@
 A *drift window* holds several *model windows*; a model that answers each row has model windows of one row.
 """
 
-from agent.drift.baseline.learning import build
+from agent.drift.baseline.learning import build_reference
 from agent.drift.baseline.reference import Reference
-from agent.drift.monitor import Judge
-from agent.drift.state import State, Verdict
+from agent.drift.monitor import DriftMonitor
+from agent.drift.state import DriftState, DriftWindowResult
 
-__all__ = ["Judge", "Reference", "State", "Verdict", "build"]
+__all__ = ["DriftMonitor", "DriftState", "DriftWindowResult", "Reference", "build_reference"]

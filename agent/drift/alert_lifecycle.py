@@ -15,92 +15,98 @@ from msgspec.structs import replace
 
 from agent.arrays import Bools, Floats, Ints
 from agent.drift.baseline.reference import Reference
-from agent.drift.detectors.cusum import CALM
-from agent.drift.faults.faults import MISREAD, Fault
+from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
+from agent.drift.faults.faults import MISREAD_FAULTS, Fault
 from agent.drift.reporting import alert_text
 from agent.drift.reporting import drift_alerts as drifts
 from agent.drift.reporting.alert_text import Alert
-from agent.drift.state import State
-from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE, Tester
+from agent.drift.state import DriftState
+from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE, DriftTester
 
 _DRIFT, _FAULT = 0, 1
 
 
-class Raising:
+class AlertLifecycle:
     """Of one task: its subjects are the fields, of these `units`, then output, score and joint."""
 
     def __init__(self, shipped: Reference, units: Sequence[str]) -> None:
         self.shipped, self.units = shipped, units
         self.subjects = (*shipped.fields, OUTPUT, SCORE, JOINT)
 
-    def faults(self, state: State, found: tuple[Fault | None, ...]) -> tuple[State, list[Alert]]:
-        now = np.array([fault is not None for fault in found])
+    def update_faults(self, state: DriftState, faults: tuple[Fault | None, ...]) -> tuple[DriftState, list[Alert]]:
+        now = np.array([fault is not None for fault in faults])
         if not (now.any() or state.faulty.any()):
             return state, []
-        calm = np.where(state.faulty & ~now, state.calm + 1, 0)
-        faulty = (state.faulty | now) & (calm < CALM)
-        raised = state.raised.copy()
-        raised[: len(found), _FAULT] += now & ~state.faulty
-        misread = np.array([fault is not None and fault.name in MISREAD for fault in found])
-        after, out = self._withdrawn(state, misread & ~state.misread)
+        calm = np.where(state.faulty & ~now, state.clear_count + 1, 0)
+        faulty = (state.faulty | now) & (calm < WINDOWS_TO_CLEAR)
+        raised = state.raised_counts.copy()
+        raised[: len(faults), _FAULT] += now & ~state.faulty
+        misread = np.array([fault is not None and fault.name in MISREAD_FAULTS for fault in faults])
+        after, out = self._withdraw_misread(state, misread & ~state.misread)
         for field in np.flatnonzero(faulty != state.faulty).tolist():
-            fault = found[field]
+            fault = faults[field]
             if fault is not None:
-                sentence = alert_text.fault_sentence(self.shipped.fields[field], fault, field, state.open, self.shipped)
+                sentence = alert_text.fault_sentence(
+                    self.shipped.fields[field], fault, field, state.open_summary, self.shipped
+                )
                 told = {"fault": fault.name} | ({"detail": fault.detail} if fault.detail else {})
-                out.append(self._alert(state, "fault", field, raised, "raised", "critical", sentence, told))
+                out.append(self._build_alert(state, "fault", field, raised, "raised", "critical", sentence, told))
             else:
-                out.append(self.cleared(state, "fault", field))
+                out.append(self.build_cleared_alert(state, "fault", field))
         misread = (state.misread | misread) & faulty
-        return replace(after, faulty=faulty, misread=misread, calm=calm, raised=raised), out
+        return replace(after, faulty=faulty, misread=misread, clear_count=calm, raised_counts=raised), out
 
-    def drifts(self, before: State, after: State, effects: Floats, tester: Tester) -> tuple[State, list[Alert]]:
+    def update_drifts(
+        self, before: DriftState, after: DriftState, effects: Floats, tester: DriftTester
+    ) -> tuple[DriftState, list[Alert]]:
         """`after` the window; `effects` (T,) of its tests."""
         fields = len(self.shipped.fields)
-        was, is_now = before.detectors.open_subjects, after.detectors.open_subjects
+        was, is_now = before.suite.open_subjects, after.suite.open_subjects
         if (was == is_now).all():
             return after, []
-        raised, raised_in = after.raised.copy(), np.where(is_now & ~was, before.index, after.raised_in)
+        raised, raised_in = after.raised_counts.copy(), np.where(is_now & ~was, before.index, after.raised_window)
         raised[:, _DRIFT] += is_now & ~was
         earlier = [self.subjects[subject] for subject in np.flatnonzero(was[:fields])]
-        now = drifts.Now(after.detectors, tester, before.open, effects, before.t, after.season)
+        now = drifts.AlarmContext(after.suite, tester, before.open_summary, effects, before.t, after.slow_trend)
         out = []
         for subject in np.flatnonzero(was != is_now).tolist():
             if is_now[subject]:
-                words = drifts.of(subject, now, self.units, self.shipped)
+                words = drifts.build_text(subject, now, self.units, self.shipped)
                 # While most fields are sound they tell the class; then what else drifts does so by itself.
                 follows = bool(self.shipped.labels) and 2 * len(earlier) >= fields
-                sentence = words.sentence + (alert_text.doubt(earlier) if follows else "")
-                evidence = words.evidence | {"site": tester.site.digest, "after": earlier}
-                out.append(self._alert(before, "drift", subject, raised, "raised", "warning", sentence, evidence))
+                sentence = words.sentence + (alert_text.misclassification_note(earlier) if follows else "")
+                evidence = words.evidence | {"site": tester.reference.digest, "after": earlier}
+                out.append(self._build_alert(before, "drift", subject, raised, "raised", "warning", sentence, evidence))
             else:
-                out.append(self.cleared(before, "drift", subject))
-        return replace(after, raised=raised, raised_in=raised_in), out
+                out.append(self.build_cleared_alert(before, "drift", subject))
+        return replace(after, raised_counts=raised, raised_window=raised_in), out
 
-    def cleared(self, state: State, kind: str, subject: int, sentence: str = "") -> Alert:
+    def build_cleared_alert(self, state: DriftState, kind: str, subject: int, sentence: str = "") -> Alert:
         name = self.subjects[subject]
         sentence = sentence or alert_text.cleared_sentence(name, kind)
-        return self._alert(state, kind, subject, state.raised, "cleared", "info", sentence, {})
+        return self._build_alert(state, kind, subject, state.raised_counts, "cleared", "info", sentence, {})
 
-    def _withdrawn(self, state: State, newly: Bools) -> tuple[State, list[Alert]]:
+    def _withdraw_misread(self, state: DriftState, newly_misread: Bools) -> tuple[DriftState, list[Alert]]:
         """Without the drifts that follow from fields (F,) that were just found to be read wrongly."""
-        if not newly.any():
+        if not newly_misread.any():
             return state, []
-        late = state.detectors.open_subjects & (state.raised_in > state.index - CALM)
-        names = [self.shipped.fields[field] for field in np.flatnonzero(newly)]
+        late = state.suite.open_subjects & (state.raised_window > state.index - WINDOWS_TO_CLEAR)
+        names = [self.shipped.fields[field] for field in np.flatnonzero(newly_misread)]
         out = [
-            self.cleared(state, "drift", subject, alert_text.withdrawn_sentence(self.subjects[subject], names))
+            self.build_cleared_alert(
+                state, "drift", subject, alert_text.withdrawn_sentence(self.subjects[subject], names)
+            )
             for subject in np.flatnonzero(late).tolist()
         ]
-        return replace(state, detectors=state.detectors.without(late)), out
+        return replace(state, suite=state.suite.reset_subjects(late)), out
 
-    def _alert(
+    def _build_alert(
         self,
-        state: State,
+        state: DriftState,
         kind: str,
         subject: int,
         raised: Ints,
-        became: str,
+        new_state: str,
         severity: str,
         sentence: str,
         evidence: dict[str, Any],
@@ -109,7 +115,7 @@ class Raising:
         return Alert(
             alert=kind,
             subject=name,
-            state=became,
+            state=new_state,
             severity=severity,
             id=f"{name}/{kind}/{count}",
             summary=sentence,

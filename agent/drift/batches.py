@@ -13,14 +13,14 @@ from agent.arrays import Floats, Ints
 from agent.drift.baseline import summary
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.window_statistics import Found
-from agent.drift.state import Batch, State
+from agent.drift.detectors.window_statistics import WindowStatistics
+from agent.drift.state import Batch, DriftState
 
-FIELDS_AT_ONCE = 256  # of drift windows that are looked at together
-VALUES_AT_ONCE = 1 << 15  # about: more are slower, as they do not stay near the processor, and need more memory
+MAX_FIELDS_PER_PASS = 256  # of drift windows that are looked at together
+MAX_VALUES_PER_PASS = 1 << 15  # about: more are slower, as they do not stay near the processor, and need more memory
 
 
-class Whole(msgspec.Struct, frozen=True, eq=False):
+class CompleteWindows(msgspec.Struct, frozen=True, eq=False):
     """The next W drift windows, of n rows each. `begin` (W,) and `starts` (W, w) are offsets into the batch."""
 
     begin: Ints
@@ -31,37 +31,46 @@ class Whole(msgspec.Struct, frozen=True, eq=False):
     def windows(self) -> int:
         return len(self.begin)
 
-    def full(self, shipped: Reference, batch: Batch, first: int, classes: Callable[[Found, Ints], Ints]) -> Full:
+    def summarize(
+        self, shipped: Reference, batch: Batch, first: int, assign_classes: Callable[[WindowStatistics, Ints], Ints]
+    ) -> FullWindows:
         """Summarized. `first` is the number of the first model window; `classes` tells of what was found in model
         windows, and of those that were named, with which they are compared."""
-        each = max(1, VALUES_AT_ONCE // (self.n * batch.features.shape[1]))
+        each = max(1, MAX_VALUES_PER_PASS // (self.n * batch.features.shape[1]))
         parts = [
-            self._part(shipped, batch, first, slice(at, min(at + each, self.windows)), classes)
+            self._summarize_part(shipped, batch, first, slice(at, min(at + each, self.windows)), assign_classes)
             for at in range(0, self.windows, each)
         ]
         begin, end = self.begin, self.begin + self.n - 1
         count = self.starts.shape[1]
-        return Full(
-            summary.joined(parts),
-            list(zip((batch.first + begin).tolist(), (batch.first + end).tolist(), strict=True)),
+        return FullWindows(
+            summary.concatenate(parts),
+            list(zip((batch.first_row + begin).tolist(), (batch.first_row + end).tolist(), strict=True)),
             list(zip(batch.t[begin].tolist(), batch.t[end].tolist(), strict=True)),
             list(range(first + count, first + count * self.windows + 1, count)),
         )
 
-    def _part(
-        self, shipped: Reference, batch: Batch, first: int, some: slice, classes: Callable[[Found, Ints], Ints]
+    def _summarize_part(
+        self,
+        shipped: Reference,
+        batch: Batch,
+        first: int,
+        index: slice,
+        assign_classes: Callable[[WindowStatistics, Ints], Ints],
     ) -> Summary:
-        starts, begin = self.starts[some], self.begin[some]
-        at = first + some.start * starts.shape[1]
-        part = batch.part(slice(at, at + starts.size), shipped)
+        starts, begin = self.starts[index], self.begin[index]
+        at = first + index.start * starts.shape[1]
+        part = batch.slice_windows(slice(at, at + starts.size), shipped)
         if shipped.windowed:
             spans = batch.t[starts + shipped.window_rows - 1] - batch.t[starts]
         else:
             spans = np.diff(batch.t[starts], axis=1)
-        rows, named = self._rows(part.values, begin - part.begin), part.named
-        return summary.whole(shipped, rows, spans, part.found, named, part.top, classes(part.found, named))
+        rows, named = self._gather_rows(part.values, begin - part.begin), part.predicted
+        return summary.summarize_windows(
+            shipped, rows, spans, part.stats, named, part.top_scores, assign_classes(part.stats, named)
+        )
 
-    def _rows(self, values: Floats, begin: Ints) -> Floats:
+    def _gather_rows(self, values: Floats, begin: Ints) -> Floats:
         """(W, n, F)"""
         windows, fields = len(begin), values.shape[1]
         if (begin[1:] - begin[:-1] == self.n).all():
@@ -70,49 +79,58 @@ class Whole(msgspec.Struct, frozen=True, eq=False):
         return np.asarray(values[begin[:, None] + np.arange(self.n)])
 
 
-class Full(msgspec.Struct, frozen=True, eq=False, dict=True):
+class FullWindows(msgspec.Struct, frozen=True, eq=False, dict=True):
     """W drift windows in a row that are full."""
 
-    stack: Summary
+    summaries: Summary
     rows: list[tuple[int, int]]  # of each the first and the last one
     t: list[tuple[int, int]]  # their times
     ends: list[int]  # how many model windows of the batch there are up to the end of each
 
     @classmethod
-    def of(cls, state: State, end: int) -> Full:
+    def from_state(cls, state: DriftState, end: int) -> FullWindows:
         """The open one of `state`."""
-        return cls(summary.stacked(state.open), [state.rows], [state.t], [end])
+        return cls(summary.stack_one(state.open_summary), [state.rows], [state.t], [end])
 
-    def then(self, more: Full) -> Full:
+    def extend(self, more: FullWindows) -> FullWindows:
         """Followed by others."""
-        stack = summary.joined([self.stack, more.stack])
-        return Full(stack, self.rows + more.rows, self.t + more.t, self.ends + more.ends)
+        stack = summary.concatenate([self.summaries, more.summaries])
+        return FullWindows(stack, self.rows + more.rows, self.t + more.t, self.ends + more.ends)
 
     @property
     def windows(self) -> int:
         return len(self.rows)
 
     @cached_property
-    def begun(self) -> Ints:
+    def start_times(self) -> Ints:
         """(W,)"""
         return np.array([begin for begin, _ in self.t])
 
     @property
-    def middle(self) -> Ints:
+    def midpoints(self) -> Ints:
         """(W,) of their times."""
         return np.array([sum(both) // 2 for both in self.t])
 
-    def opened(self, state: State, number: int) -> State:
+    def open_window(self, state: DriftState, number: int) -> DriftState:
         """`state`, which is that after the window before, with window `number` as the open one."""
         rows, index = self.rows[number], state.index + 1 if number else state.index
-        seen = max(state.seen, rows[1])
-        return replace(state, index=index, open=summary.at(self.stack, number), rows=rows, t=self.t[number], seen=seen)
+        seen = max(state.last_counted_row, rows[1])
+        return replace(
+            state,
+            index=index,
+            open_summary=summary.select_window(self.summaries, number),
+            rows=rows,
+            t=self.t[number],
+            last_counted_row=seen,
+        )
 
 
-def ahead(shipped: Reference, batch: Batch, first: int, window: int, seen: int) -> Whole | None:
+def find_complete_windows(
+    shipped: Reference, batch: Batch, first: int, window: int, last_counted_row: int
+) -> CompleteWindows | None:
     """Drift windows of `window` model windows, from number `first` on, of rows that were not `seen`; None where the
     next one ends later, has gaps or is too large."""
-    most = max(1, FIELDS_AT_ONCE // batch.features.shape[1])
+    most = max(1, MAX_FIELDS_PER_PASS // batch.features.shape[1])
     count = min((len(batch.starts) - first) // window, most)
     if count == 0:
         return None
@@ -121,15 +139,15 @@ def ahead(shipped: Reference, batch: Batch, first: int, window: int, seen: int) 
     ends = starts[:, -1] + rows
     # A row in several model windows counts in the first drift window that has it.
     begin = starts[:, 0].copy()
-    begin[0] = max(begin[0], seen + 1 - batch.first)
+    begin[0] = max(begin[0], last_counted_row + 1 - batch.first_row)
     np.maximum(begin[1:], ends[:-1], out=begin[1:])
     n = ends - begin
     fit = (n == n[0]) & (n > 0) & (starts[:, 1:] - starts[:, :-1] <= rows).all(1)
     count = len(fit) if fit.all() else int(fit.argmin())
-    if not count or n[0] > rows_at_once(batch):
+    if not count or n[0] > max_rows_per_pass(batch):
         return None
-    return Whole(begin[:count], starts[:count], int(n[0]))
+    return CompleteWindows(begin[:count], starts[:count], int(n[0]))
 
 
-def rows_at_once(batch: Batch) -> int:
-    return max(1, VALUES_AT_ONCE // int(batch.features.shape[1]))
+def max_rows_per_pass(batch: Batch) -> int:
+    return max(1, MAX_VALUES_PER_PASS // int(batch.features.shape[1]))

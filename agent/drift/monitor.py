@@ -24,25 +24,25 @@ from numpy.typing import NDArray
 
 from agent.arrays import Ints
 from agent.drift import batches, quiet, sampling_rate_watch
-from agent.drift.alert_lifecycle import Raising
-from agent.drift.baseline.learning import Learning, settle
-from agent.drift.baseline.reference import FEWEST, Reference
+from agent.drift.alert_lifecycle import AlertLifecycle
+from agent.drift.baseline.learning import LearningState, calibrate_reference
+from agent.drift.baseline.reference import MIN_WINDOWS, Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.batches import Full
-from agent.drift.detectors.modes import CLASSES, Modes, classes
-from agent.drift.detectors.season import Season
-from agent.drift.detectors.window_statistics import Found
+from agent.drift.batches import FullWindows
+from agent.drift.detectors.modes import CLASS_COUNT, Modes, assign_classes
+from agent.drift.detectors.season import SlowTrend
+from agent.drift.detectors.window_statistics import WindowStatistics
 from agent.drift.faults import faults
 from agent.drift.reporting.alert_text import Alert
-from agent.drift.reporting.drift_message import Told
-from agent.drift.seen import Seen
-from agent.drift.state import Batch, State, Verdict, emptied, filled
+from agent.drift.reporting.drift_message import SuiteStatus
+from agent.drift.seen import WindowAnalysis
+from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
 from agent.drift.testing import sequence
-from agent.drift.testing.test_suite import Detectors, Tester
+from agent.drift.testing.test_suite import DriftTester, SuiteState
 from agent.errors import BadBundle
 
 
-class Judge:
+class DriftMonitor:
     """Judges a task's batches against its shipped reference and, once learned, its site's.
 
     That is learned from `learn` drift windows and at least `learn_s` seconds of readings; `strata` says whether it
@@ -56,99 +56,105 @@ class Judge:
         *,
         labels: Sequence[str],
         window: int,
-        learn: int = 40,
+        learn_windows: int = 40,
         units: Sequence[str] = (),
-        least: int = 0,
-        learn_s: float = 0.0,
-        strata: str = "auto",
-        mode: str = "",
+        min_bin_rows: int = 0,
+        min_learn_s: float = 0.0,
+        seasonality: str = "auto",
+        class_field: str = "",
     ) -> None:
         if tuple(labels) != shipped.labels:
             raise BadBundle("the drift reference has other labels than the model: build reference.json for this model")
-        if learn < FEWEST:
-            raise ValueError(f"a site cannot learn its reference from {learn} drift windows; {FEWEST} is the least")
-        if mode and shipped.labels:
-            raise BadBundle(f"the model names classes itself: {mode!r} cannot name them, too")
-        self.shipped = shipped.with_modes(CLASSES) if mode else shipped
-        self.mode = mode
+        if learn_windows < MIN_WINDOWS:
+            raise ValueError(
+                f"a site cannot learn its reference from {learn_windows} drift windows; {MIN_WINDOWS} is the least"
+            )
+        if class_field and shipped.labels:
+            raise BadBundle(f"the model names classes itself: {class_field!r} cannot name them, too")
+        self.shipped = shipped.with_modes(CLASS_COUNT) if class_field else shipped
+        self.class_field = class_field
         self.window = window
-        self.learn = learn
+        self.learn_windows = learn_windows
         self.units = tuple(units) or ("",) * len(shipped.fields)
-        self._raising = Raising(shipped, self.units)
-        self.learn_s = learn_s
-        self.strata = strata
-        self.least = least
-        self._nothing = Summary.empty(self.shipped)
-        self._nothing_learned = Learning.empty(self.shipped)
-        self._tester: Tester | None = None
+        self._alert_lifecycle = AlertLifecycle(shipped, self.units)
+        self.min_learn_s = min_learn_s
+        self.seasonality = seasonality
+        self.min_bin_rows = min_bin_rows
+        self._empty_summary = Summary.empty(self.shipped)
+        self._empty_learning = LearningState.empty(self.shipped)
+        self._tester: DriftTester | None = None
 
-    def start(self) -> State:
-        return State.start(self.shipped, self.window, self.mode)
+    def start(self) -> DriftState:
+        return DriftState.start(self.shipped, self.window, self.class_field)
 
-    def restore(self, data: bytes, learning: bytes | None = None, site: bytes | None = None) -> State:
+    def restore(self, data: bytes, learning: bytes | None = None, site: bytes | None = None) -> DriftState:
         """The state of `to_bytes` with what is kept apart from it, `site` as JSON.
 
         Raises ValueError when it is damaged or made for another bundle: start anew. Where what was gathered while
         learning is damaged, that begins anew.
         """
-        state = State.joined(data, site)
-        if (state.open.reference, state.window, state.mode) != (self.shipped.digest, self.window, self.mode):
+        state = DriftState.from_parts(data, site)
+        if (state.open_summary.reference, state.window, state.class_field) != (
+            self.shipped.digest,
+            self.window,
+            self.class_field,
+        ):
             raise ValueError("this drift state was made for another reference, window length or field of modes")
-        if not state.fits(self.shipped.places):
+        if not state.is_compatible(self.shipped.layout):
             raise ValueError("this drift state was made by a version with other tests")
         if learning is not None:
             with contextlib.suppress(ValueError):
-                gathered = Learning.from_bytes(learning)
+                gathered = LearningState.from_bytes(learning)
                 if gathered.total.reference == self.shipped.digest:
                     return replace(state, learning=gathered)
         return state
 
-    def to_bytes(self, state: State) -> bytes:
+    def to_bytes(self, state: DriftState) -> bytes:
         """What is remembered, without what is large and seldom another: the site's reference, and what is gathered
         while learning."""
-        return replace(state, learning=self._nothing_learned, site=None).to_bytes()
+        return replace(state, learning=self._empty_learning, site_reference=None).to_bytes()
 
-    def renumbered(self, state: State) -> State:
+    def restart_row_numbers(self, state: DriftState) -> DriftState:
         """For rows that are numbered from anew: without what was gathered of the open drift window."""
-        return replace(emptied(state, self._nothing), index=state.index, seen=-1)
+        return replace(start_next_window(state, self._empty_summary), index=state.index, last_counted_row=-1)
 
-    def relearn(self, state: State, for_s: float = 0.0) -> tuple[State, list[Alert]]:
+    def relearn(self, state: DriftState, duration_s: float = 0.0) -> tuple[DriftState, list[Alert]]:
         """Without its site's reference, to learn another from at least `for_s` seconds of readings.
 
         And the open drift alerts, cleared: what they were against is gone.
         """
         gone = "this site's reference is learned anew"
-        subjects = np.flatnonzero(state.detectors.open_subjects).tolist()
+        subjects = np.flatnonzero(state.suite.open_subjects).tolist()
         cleared = [
-            self._raising.cleared(state, "drift", subject, f"{name}: {gone}.")
+            self._alert_lifecycle.build_cleared_alert(state, "drift", subject, f"{name}: {gone}.")
             for subject in subjects
-            for name in (self._raising.subjects[subject],)
+            for name in (self._alert_lifecycle.subjects[subject],)
         ]
         fresh = replace(
             state,
-            site=None,
-            learning=self._nothing_learned,
-            detectors=Detectors.start(self.shipped.places),
-            watch=sampling_rate_watch.relearning(state.watch),
-            season=Season(),
-            learn_s=for_s,
+            site_reference=None,
+            learning=self._empty_learning,
+            suite=SuiteState.start(self.shipped.layout),
+            rate_watch=sampling_rate_watch.reset_for_relearning(state.rate_watch),
+            slow_trend=SlowTrend(),
+            requested_learn_s=duration_s,
         )
         evidence = {"window": state.index, "rows": list(state.rows)}
-        return fresh, cleared + sampling_rate_watch.forgotten(state.watch, gone, evidence)
+        return fresh, cleared + sampling_rate_watch.clear_alerts(state.rate_watch, gone, evidence)
 
-    def step(
+    def process_batch(
         self,
-        state: State,
+        state: DriftState,
         features: NDArray[np.float32],
         starts: Ints,
         window_rows: int,
-        labels_idx: Ints,
+        predicted: Ints,
         scores: NDArray[np.float32] | None,
         *,
         rows: tuple[int, int],
         t: Ints,
         modes: Modes | None = None,
-    ) -> tuple[State, list[Verdict]]:
+    ) -> tuple[DriftState, list[DriftWindowResult]]:
         """Take one batch.
 
         `features` (n, F) physical units, NaN missing, of stream rows `rows` (first, last) at `t` (n,) epoch µs;
@@ -158,74 +164,103 @@ class Judge:
         """
         if len(features) != rows[1] - rows[0] + 1 or len(t) != len(features):
             raise ValueError(f"rows {rows[0]}-{rows[1]} do not match {len(features)} rows of features, {len(t)} times")
-        if len(starts) and rows[0] + int(starts[0]) + window_rows - 1 <= state.seen:
-            raise ValueError(f"rows up to {state.seen} were judged before; this batch begins at row {rows[0]}")
+        if len(starts) and rows[0] + int(starts[0]) + window_rows - 1 <= state.last_counted_row:
+            raise ValueError(
+                f"rows up to {state.last_counted_row} were judged before; this batch begins at row {rows[0]}"
+            )
         if window_rows != self.shipped.window_rows:
             raise BadBundle(f"the drift reference is for windows of {self.shipped.window_rows} rows, not {window_rows}")
-        if self.mode and modes is not None:
-            known, labels_idx = classes(state.modes, modes)
-            state = replace(state, modes=known)
+        if self.class_field and modes is not None:
+            known, predicted = assign_classes(state.known_modes, modes)
+            state = replace(state, known_modes=known)
         top = None if scores is None else np.asarray(scores, np.float64).max(axis=1, initial=-np.inf)
-        batch, verdicts, at = Batch(features, starts, labels_idx, top, rows[0], t), [], 0
+        batch, verdicts, at = Batch(features, starts, predicted, top, rows[0], t), [], 0
         while at < len(starts):
-            state, more, at = self._go_on(state, batch, at)
+            state, more, at = self._fill_windows(state, batch, at)
             verdicts += more
         return state, verdicts
 
-    def _go_on(self, state: State, batch: Batch, at: int) -> tuple[State, list[Verdict], int]:
+    def _fill_windows(
+        self, state: DriftState, batch: Batch, first: int
+    ) -> tuple[DriftState, list[DriftWindowResult], int]:
         """Fill drift windows with the model windows from `at` on and judge the full ones; and where it got to."""
-        ahead = None if state.open.windows else batches.ahead(self.shipped, batch, at, self.window, state.seen)
-        full: Full | None = None
+        ahead = (
+            None
+            if state.open_summary.model_windows
+            else batches.find_complete_windows(self.shipped, batch, first, self.window, state.last_counted_row)
+        )
+        full: FullWindows | None = None
         if ahead is None:
-            most = int(np.searchsorted(batch.starts, batch.starts[at] + batches.rows_at_once(batch)))
-            stop = min(at + self.window - state.open.windows, len(batch.starts), max(at + 1, most))
-            part = batch.part(slice(at, stop), self.shipped)
-            state = filled(state, self.shipped, part, self._classes(state, part.found, part.named))
-            if state.open.windows < self.window:
+            most = int(np.searchsorted(batch.starts, batch.starts[first] + batches.max_rows_per_pass(batch)))
+            stop = min(first + self.window - state.open_summary.model_windows, len(batch.starts), max(first + 1, most))
+            part = batch.slice_windows(slice(first, stop), self.shipped)
+            state = fill_window(state, self.shipped, part, self._assign_classes(state, part.stats, part.predicted))
+            if state.open_summary.model_windows < self.window:
                 return state, [], stop
-            full, at = Full.of(state, stop), stop
-            ahead = batches.ahead(self.shipped, batch, at, self.window, state.seen)
+            full, first = FullWindows.from_state(state, stop), stop
+            ahead = batches.find_complete_windows(self.shipped, batch, first, self.window, state.last_counted_row)
         if ahead is not None:
-            more = ahead.full(self.shipped, batch, at, partial(self._classes, state))
-            full = full.then(more) if full else more
+            more = ahead.summarize(self.shipped, batch, first, partial(self._assign_classes, state))
+            full = full.extend(more) if full else more
         assert full is not None
-        return self._judged(state, full)
+        return self._process_full_windows(state, full)
 
-    def _judged(self, state: State, full: Full) -> tuple[State, list[Verdict], int]:
-        tester = self._testing(state.site) if state.site else None
-        seen = Seen.of(full.stack, full.middle, self.shipped, tester, self.least)
-        verdicts: list[Verdict] = []
+    def _process_full_windows(
+        self, state: DriftState, full: FullWindows
+    ) -> tuple[DriftState, list[DriftWindowResult], int]:
+        tester = self._get_tester(state.site_reference) if state.site_reference else None
+        seen = WindowAnalysis.from_summaries(full.summaries, full.midpoints, self.shipped, tester, self.min_bin_rows)
+        verdicts: list[DriftWindowResult] = []
         while len(verdicts) < full.windows:
             number = len(verdicts)
-            after, more = self._quiet(state, full, seen, number)
+            after, more = self._process_quiet_windows(state, full, seen, number)
             if not more:
-                after, verdict = self._close(full.opened(state, number), seen, number)
+                after, verdict = self._close_window(full.open_window(state, number), seen, number)
                 more = [verdict]
             verdicts += more
-            changed = after.site is not state.site or self._by_others(after) != self._by_others(state)
+            changed = after.site_reference is not state.site_reference or self._drifting_fields_key(
+                after
+            ) != self._drifting_fields_key(state)
             state = after
             if changed:
                 # What follows was summarized for other classes, or has no evidence yet.
                 break
-        return emptied(state, self._nothing), verdicts, full.ends[len(verdicts) - 1]
+        return start_next_window(state, self._empty_summary), verdicts, full.ends[len(verdicts) - 1]
 
-    def _quiet(self, state: State, full: Full, seen: Seen, first: int) -> tuple[State, list[Verdict]]:
+    def _process_quiet_windows(
+        self, state: DriftState, full: FullWindows, analysis: WindowAnalysis, first: int
+    ) -> tuple[DriftState, list[DriftWindowResult]]:
         """With those from number `first` on in which nothing happens, if any."""
-        if state.site is None or seen.evidence is None:
+        if state.site_reference is None or analysis.evidence is None:
             return state, []
-        tester, rest = self._testing(state.site), slice(first, None)
-        found = quiet.ahead(
-            state, tester, seen.signs.any[rest], seen.ticks[rest], seen.evidence[rest], full.begun[rest]
+        tester, rest = self._get_tester(state.site_reference), slice(first, None)
+        found = quiet.find_quiet_windows(
+            state,
+            tester,
+            analysis.indicators.has_indication[rest],
+            analysis.rate_observations[rest],
+            analysis.evidence[rest],
+            full.start_times[rest],
         )
         if found is None:
             return state, []
         some, fields = slice(first, first + found.windows), len(self.shipped.fields)
-        told = Told(found.sums, tester.site.places, [False] * (fields + 3), (None,) * fields, tested=True)
-        summaries = seen.reported(some, told, found.watch, found.paces, tester)
-        index, rows = state.index + (1 if first else 0), seen.stack.rows_each[some].tolist()
+        told = SuiteStatus(
+            found.cusum_sums, tester.reference.layout, [False] * (fields + 3), (None,) * fields, tested=True
+        )
+        summaries = analysis.build_members(some, told, found.rate_watch, found.speed_sums, tester)
+        index, rows = state.index + (1 if first else 0), analysis.summaries.row_counts[some].tolist()
         verdicts = [
-            Verdict(
-                index + at, full.rows[first + at], full.t[first + at], n, state.site.digest, None, None, summary, ()
+            DriftWindowResult(
+                index + at,
+                full.rows[first + at],
+                full.t[first + at],
+                n,
+                state.site_reference.digest,
+                None,
+                None,
+                summary,
+                (),
             )
             for at, (n, summary) in enumerate(zip(rows, summaries, strict=True))
         ]
@@ -234,97 +269,115 @@ class Judge:
             index=verdicts[-1].index,
             rows=verdicts[-1].rows,
             t=verdicts[-1].t,
-            seen=max(state.seen, verdicts[-1].rows[1]),
-            detectors=found.detectors,
-            watch=found.watch,
-            season=found.season,
+            last_counted_row=max(state.last_counted_row, verdicts[-1].rows[1]),
+            suite=found.suite,
+            rate_watch=found.rate_watch,
+            slow_trend=found.slow_trend,
         )
         return after, verdicts
 
-    def _by_others(self, state: State) -> bytes:
+    def _drifting_fields_key(self, state: DriftState) -> bytes:
         """By which fields model windows are given classes, as something to compare."""
-        if state.site is None or not self.shipped.labels:
+        if state.site_reference is None or not self.shipped.labels:
             return b""
-        return state.detectors.open_fields.tobytes()
+        return state.suite.open_fields.tobytes()
 
-    def _classes(self, state: State, found: Found, named: Ints) -> Ints:
-        if state.site is None:
-            return named
-        return self._testing(state.site).classes(state.detectors, found.values, named)
+    def _assign_classes(self, state: DriftState, stats: WindowStatistics, predicted: Ints) -> Ints:
+        if state.site_reference is None:
+            return predicted
+        return self._get_tester(state.site_reference).assign_classes(state.suite, stats.values, predicted)
 
-    def _close(self, state: State, seen: Seen, at: int) -> tuple[State, Verdict]:
+    def _close_window(
+        self, state: DriftState, analysis: WindowAnalysis, index: int
+    ) -> tuple[DriftState, DriftWindowResult]:
         """With the open drift window, which is number `at` of those that were looked at."""
-        window, tick = state.open, seen.ticks[at]
-        found = faults.find(seen.signs, at, window, self.shipped, self.units, state.site, state.misread)
-        tester = self._testing(state.site) if state.site else None
-        # One window in which a field that is read wrongly is not recognised so is not sound yet.
-        spoiled = faults.spoiled(found) or bool(state.misread.any())
-        watching = (
-            state.watch if spoiled else sampling_rate_watch.after(state.watch, tick, tester, state.detectors, state.t)
+        window, tick = state.open_summary, analysis.rate_observations[index]
+        found = faults.identify_faults(
+            analysis.indicators, index, window, self.shipped, self.units, state.site_reference, state.misread
         )
-        clean = not spoiled and not sampling_rate_watch.holds(watching)
-        learned, refused, season, detectors = None, None, state.season, state.detectors
-        tested = clean and state.site is not None
+        tester = self._get_tester(state.site_reference) if state.site_reference else None
+        # One window in which a field that is read wrongly is not recognised so is not sound yet.
+        spoiled = faults.excludes_window(found) or bool(state.misread.any())
+        watching = (
+            state.rate_watch
+            if spoiled
+            else sampling_rate_watch.update(state.rate_watch, tick, tester, state.suite, state.t)
+        )
+        clean = not spoiled and not sampling_rate_watch.blocks_testing(watching)
+        learned, refused, season, detectors = None, None, state.slow_trend, state.suite
+        tested = clean and state.site_reference is not None
         drift_alerts: list[Alert] = []
-        if tester is not None and seen.evidence is not None:
+        if tester is not None and analysis.evidence is not None:
             if clean:
-                evidence, t = seen.evidence[at : at + 1], np.array([state.t[0]])
-                detectors = sequence.of(tester, detectors, evidence, t).after(1)
+                evidence, t = analysis.evidence[index : index + 1], np.array([state.t[0]])
+                detectors = sequence.run_tests(tester, detectors, evidence, t).state_after(1)
                 season = season.add(evidence.z[:, : len(self.shipped.fields)], t)
             elif watching.drifting:
                 # What fields have gathered may be the wrong classes that the model names since then.
-                detectors = detectors.only_open()
-        after = replace(state, watch=watching, detectors=detectors, season=season)
-        if tester is not None and seen.evidence is not None and clean:
-            after, drift_alerts = self._raising.drifts(state, after, seen.evidence.effects[at], tester)
+                detectors = detectors.reset_except_open()
+        after = replace(state, rate_watch=watching, suite=detectors, slow_trend=season)
+        if tester is not None and analysis.evidence is not None and clean:
+            after, drift_alerts = self._alert_lifecycle.update_drifts(
+                state, after, analysis.evidence.effects[index], tester
+            )
         elif clean:
-            after, learned, refused = self._learn(after)
-        after, fault_alerts = self._raising.faults(after, found)
+            after, learned, refused = self._gather_window(after)
+        after, fault_alerts = self._alert_lifecycle.update_faults(after, found)
         where = {"window": state.index, "rows": list(state.rows)}
-        (summary,) = seen.reported(
-            slice(at, at + 1),
-            Told(
-                sums=after.detectors.cusum.value[None],
-                at=after.detectors.places,
-                drifting=after.detectors.open_subjects.tolist(),
-                found=tuple(fault.name if fault else None for fault in found),
+        (summary,) = analysis.build_members(
+            slice(index, index + 1),
+            SuiteStatus(
+                cusum_sums=after.suite.cusum.value[None],
+                layout=after.suite.layout,
+                drifting=after.suite.open_subjects.tolist(),
+                faults=tuple(fault.name if fault else None for fault in found),
                 tested=tested,
             ),
-            after.watch,
-            after.watch.cusum.value[None, :, 0],
-            self._testing(after.site) if after.site else None,
+            after.rate_watch,
+            after.rate_watch.cusum.value[None, :, 0],
+            self._get_tester(after.site_reference) if after.site_reference else None,
         )
-        verdict = Verdict(
+        verdict = DriftWindowResult(
             index=state.index,
             rows=state.rows,
             t=state.t,
-            n=window.rows,
-            site=state.site.digest if state.site else None,
-            learned=learned,
-            refused=refused,
-            summary=summary,
+            row_count=window.rows,
+            site_digest=state.site_reference.digest if state.site_reference else None,
+            learned_reference=learned,
+            learning_error=refused,
+            members=summary,
             alerts=(
                 *fault_alerts,
-                *sampling_rate_watch.alerts(state.watch, watching, tick, tester, state.t, where),
+                *sampling_rate_watch.build_alerts(state.rate_watch, watching, tick, tester, state.t, where),
                 *drift_alerts,
             ),
         )
         return after, verdict
 
-    def _learn(self, state: State) -> tuple[State, Reference | None, str | None]:
-        learning = state.learning.add(state.open, windowed=self.shipped.windowed, t=state.t)
-        if learning.gathered < self.learn or learning.watched_s < max(self.learn_s, state.learn_s):
+    def _gather_window(self, state: DriftState) -> tuple[DriftState, Reference | None, str | None]:
+        learning = state.learning.add(state.open_summary, windowed=self.shipped.windowed, t=state.t)
+        if learning.window_count < self.learn_windows or learning.observed_s < max(
+            self.min_learn_s, state.requested_learn_s
+        ):
             return replace(state, learning=learning), None, None
-        empty = self._nothing_learned
+        empty = self._empty_learning
         shipped = replace(self.shipped, window=self.window)
         try:
-            site = settle(shipped, learning, made="site", strata=self.strata, number=state.learned + 1)
+            site = calibrate_reference(
+                shipped, learning, source="site", seasonality=self.seasonality, number=state.learned_count + 1
+            )
         except BadBundle as refused:
-            return replace(state, learning=empty), None, f"{refused}; gathering {self.learn} new windows"
-        return replace(state, learning=empty, site=site, learned=state.learned + 1, learn_s=0.0), site, None
+            return replace(state, learning=empty), None, f"{refused}; gathering {self.learn_windows} new windows"
+        return (
+            replace(
+                state, learning=empty, site_reference=site, learned_count=state.learned_count + 1, requested_learn_s=0.0
+            ),
+            site,
+            None,
+        )
 
-    def _testing(self, site: Reference) -> Tester:
-        if self._tester is None or self._tester.site is not site:
-            assert site.site is not None
-            self._tester = Tester(site, site.site)
+    def _get_tester(self, reference: Reference) -> DriftTester:
+        if self._tester is None or self._tester.reference is not reference:
+            assert reference.site is not None
+            self._tester = DriftTester(reference, reference.site)
         return self._tester

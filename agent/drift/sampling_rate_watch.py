@@ -18,12 +18,12 @@ from msgspec.structs import replace
 from agent.arrays import Floats, Ints
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import sampling_rate as rate
-from agent.drift.detectors.cusum import CALM, Course, Cusum
-from agent.drift.detectors.sampling_rate import Usual
+from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR, Cusum, CusumSequence
+from agent.drift.detectors.sampling_rate import RateBaseline
 from agent.drift.reporting.alert_text import Alert
-from agent.drift.reporting.drift_message import gravest, short
-from agent.drift.reporting.words import amount_of_time, over, since
-from agent.drift.testing.test_suite import Detectors, Tester
+from agent.drift.reporting.drift_message import round_significant, worst_state
+from agent.drift.reporting.words import format_duration, format_since, format_windows
+from agent.drift.testing.test_suite import DriftTester, SuiteState
 
 SUBJECT = "rate"
 CAUSES = {
@@ -32,187 +32,232 @@ CAUSES = {
 }
 
 
-class Watch(msgspec.Struct, frozen=True, eq=False):
+class SamplingRateWatch(msgspec.Struct, frozen=True, eq=False):
     """What is remembered. `seen` is the fault of the last window, `on` the one that an alert is open for."""
 
     cusum: Cusum = msgspec.field(default_factory=lambda: Cusum.zeros(1))
-    seen: str = ""
-    on: str = ""
+    last_fault: str = ""
+    open_fault: str = ""
     since: int = 0  # epoch µs, of `seen`
-    calm: int = 0  # windows without a fault, while an alert is open
-    raised: Ints = msgspec.field(default_factory=lambda: np.zeros(2, np.int64))  # alerts so far: drift, fault
+    clear_count: int = 0  # windows without a fault, while an alert is open
+    raised_counts: Ints = msgspec.field(default_factory=lambda: np.zeros(2, np.int64))  # alerts so far: drift, fault
 
     @property
     def drifting(self) -> bool:
-        return bool(self.cusum.on.any())
+        return bool(self.cusum.alarm.any())
 
 
-class Tick(msgspec.Struct, frozen=True):
+class RateObservation(msgspec.Struct, frozen=True):
     """What a drift window says: its `fault` or "", the score `z` of its speed and the logarithm `speed`; and its mean
     step, NaN for not known, and share of repeated rows."""
 
     fault: str
     z: float
-    speed: float
+    log_speed: float
     step_us: float = math.nan
     repeated: float = 0.0
 
 
-def ticks(windows: Summary, middle: Ints, tester: Tester | None) -> list[Tick]:
+def observe_rate(windows: Summary, midpoints: Ints, tester: DriftTester | None) -> list[RateObservation]:
     """Of stacked windows in the `middle` of times (W,), epoch µs."""
-    steps, repeated = windows.ticks.step_us().tolist(), rate.repeated_share(windows).tolist()
-    usual = tester.extra.rate if tester else None
+    steps, repeated = windows.sampling.mean_step_us().tolist(), rate.repeated_share(windows).tolist()
+    usual = tester.calibration.rate if tester else None
     if tester is None or usual is None:
-        return [Tick("", math.nan, math.nan, *both) for both in zip(steps, repeated, strict=True)]
-    scores = (found.tolist() for found in usual.z(windows, middle, tester.site.drift_windows))
+        return [RateObservation("", math.nan, math.nan, *both) for both in zip(steps, repeated, strict=True)]
+    scores = (found.tolist() for found in usual.score_speeds(windows, midpoints, tester.reference.drift_windows))
     return [
-        Tick(rate.fault(step, share, usual), z, speed, step, share)
+        RateObservation(rate.detect_fault(step, share, usual), z, speed, step, share)
         for step, share, z, speed in zip(steps, repeated, *scores, strict=True)
     ]
 
 
-def after(before: Watch, tick: Tick, tester: Tester | None, fields: Detectors, t: tuple[int, int]) -> Watch:
+def update(
+    previous: SamplingRateWatch,
+    observation: RateObservation,
+    tester: DriftTester | None,
+    suite: SuiteState,
+    t: tuple[int, int],
+) -> SamplingRateWatch:
     """After one more window at `t`; `fields` is what theirs had gathered before it.
 
     Its pace counts where no fault is open and no field drifts.
     """
-    if tester is None or tester.extra.rate is None:
-        return before
-    drifting = bool(fields.open_fields.any())
-    return ticked(before, tick, t[0], fields_drift=drifting, limit=tester.pace_limit)
+    if tester is None or tester.calibration.rate is None:
+        return previous
+    drifting = bool(suite.open_fields.any())
+    return apply_observation(previous, observation, t[0], fields_drift=drifting, limit=tester.speed_cusum_limit)
 
 
-def ticked(before: Watch, tick: Tick, t: int, *, fields_drift: bool, limit: float) -> Watch:
+def apply_observation(
+    previous: SamplingRateWatch, observation: RateObservation, t: int, *, fields_drift: bool, limit: float
+) -> SamplingRateWatch:
     """After one more window, begun at `t`."""
-    calm = 0 if tick.fault else before.calm + 1
-    twice = bool(tick.fault) and before.seen == tick.fault
-    on = before.on if before.on and calm < CALM else ""
-    on = on or (tick.fault if twice else "")
-    held = bool(tick.fault or on) or (fields_drift and not before.drifting)
-    cusum = before.cusum
+    calm = 0 if observation.fault else previous.clear_count + 1
+    twice = bool(observation.fault) and previous.last_fault == observation.fault
+    on = previous.open_fault if previous.open_fault and calm < WINDOWS_TO_CLEAR else ""
+    on = on or (observation.fault if twice else "")
+    held = bool(observation.fault or on) or (fields_drift and not previous.drifting)
+    cusum = previous.cusum
     if not held:
-        cusum = _paces(before, [tick], np.array([t]), limit).after(1)
-    more = [bool(cusum.on.any()) and not before.drifting, bool(on) and on != before.on]
-    raised = before.raised + np.array(more, np.int64)
-    began = before.since if twice or on == before.on != "" else t
-    return Watch(cusum, tick.fault, on, began, calm if on else 0, raised)
+        cusum = _run_speed_cusum(previous, [observation], np.array([t]), limit).state_after(1)
+    more = [bool(cusum.alarm.any()) and not previous.drifting, bool(on) and on != previous.open_fault]
+    raised = previous.raised_counts + np.array(more, np.int64)
+    began = previous.since if twice or on == previous.open_fault != "" else t
+    return SamplingRateWatch(cusum, observation.fault, on, began, calm if on else 0, raised)
 
 
-def paces(before: Watch, ticks: Sequence[Tick], tester: Tester, t: Ints) -> Course | None:
+def run_speed_cusum(
+    previous: SamplingRateWatch, observations: Sequence[RateObservation], tester: DriftTester, t: Ints
+) -> CusumSequence | None:
     """The sums of the pace over W windows, begun at `t` (W,), while nothing is open; None where it is not watched."""
-    return None if tester.extra.rate is None else _paces(before, ticks, t, tester.pace_limit)
+    return (
+        None
+        if tester.calibration.rate is None
+        else _run_speed_cusum(previous, observations, t, tester.speed_cusum_limit)
+    )
 
 
-def _paces(before: Watch, ticks: Sequence[Tick], t: Ints, limit: float) -> Course:
-    z, speeds = np.array([tick.z for tick in ticks]), np.array([tick.speed for tick in ticks])
-    return before.cusum.ahead(z[:, None], speeds[:, None], limit=limit, t=t)
+def _run_speed_cusum(
+    previous: SamplingRateWatch, observations: Sequence[RateObservation], t: Ints, limit: float
+) -> CusumSequence:
+    z, speeds = np.array([tick.z for tick in observations]), np.array([tick.log_speed for tick in observations])
+    return previous.cusum.run_windows(z[:, None], speeds[:, None], limit=limit, t=t)
 
 
-def after_quiet(before: Watch, paces: Course | None, windows: int) -> Watch:
+def apply_quiet_windows(
+    previous: SamplingRateWatch, speed_cusum: CusumSequence | None, windows: int
+) -> SamplingRateWatch:
     """After so many windows without a fault, while nothing is open or raised."""
-    if paces is None:
-        return before
-    return Watch(paces.after(windows), since=int(paces.t[windows - 1]), raised=before.raised)
+    if speed_cusum is None:
+        return previous
+    return SamplingRateWatch(
+        speed_cusum.state_after(windows), since=int(speed_cusum.t[windows - 1]), raised_counts=previous.raised_counts
+    )
 
 
-def holds(now: Watch) -> bool:
+def blocks_testing(watch: SamplingRateWatch) -> bool:
     """Whether the window that led to this is kept out of all other tests, and out of what is learned."""
-    return bool(now.seen or now.on or now.drifting)
+    return bool(watch.last_fault or watch.open_fault or watch.drifting)
 
 
-def relearning(watch: Watch) -> Watch:
+def reset_for_relearning(watch: SamplingRateWatch) -> SamplingRateWatch:
     """Where the site's reference is learned anew: with nothing open, and alerts counted on."""
-    return Watch(raised=watch.raised)
+    return SamplingRateWatch(raised_counts=watch.raised_counts)
 
 
-def alerts(
-    before: Watch, now: Watch, tick: Tick, tester: Tester | None, t: tuple[int, int], where: dict[str, Any]
+def build_alerts(
+    previous: SamplingRateWatch,
+    current: SamplingRateWatch,
+    observation: RateObservation,
+    tester: DriftTester | None,
+    t: tuple[int, int],
+    window_evidence: dict[str, Any],
 ) -> list[Alert]:
     """Raised and cleared by a window at `t`, which is `where`."""
-    usual = tester.extra.rate if tester else None
+    usual = tester.calibration.rate if tester else None
     if tester is None or usual is None:
         return []
-    out, evidence = [], where | {"site": tester.site.digest}
-    if now.on != before.on and before.on:
-        out.append(_cleared("fault", before, "come as they did in this site's reference", evidence))
-    if now.on != before.on and now.on:
-        sentence, numbers = _fault(now, tick, usual, t)
-        told = _alert("fault", "critical", now.raised[1], sentence, evidence | {"fault": now.on} | numbers)
+    out, evidence = [], window_evidence | {"site": tester.reference.digest}
+    if current.open_fault != previous.open_fault and previous.open_fault:
+        out.append(_build_cleared_alert("fault", previous, "come as they did in this site's reference", evidence))
+    if current.open_fault != previous.open_fault and current.open_fault:
+        sentence, numbers = _fault_text(current, observation, usual, t)
+        told = _build_alert(
+            "fault", "critical", current.raised_counts[1], sentence, evidence | {"fault": current.open_fault} | numbers
+        )
         out.append(told)
-    if now.drifting and not before.drifting:
-        sentence, numbers = _pace(now, t)
-        out.append(_alert("drift", "warning", now.raised[0], sentence, evidence | numbers))
-    elif before.drifting and not now.drifting:
-        out.append(_cleared("drift", before, "move as fast as in this site's reference", evidence))
+    if current.drifting and not previous.drifting:
+        sentence, numbers = _speed_text(current, t)
+        out.append(_build_alert("drift", "warning", current.raised_counts[0], sentence, evidence | numbers))
+    elif previous.drifting and not current.drifting:
+        out.append(_build_cleared_alert("drift", previous, "move as fast as in this site's reference", evidence))
     return out
 
 
-def forgotten(watch: Watch, why: str, evidence: dict[str, Any]) -> list[Alert]:
+def clear_alerts(watch: SamplingRateWatch, reason: str, evidence: dict[str, Any]) -> list[Alert]:
     """The open alerts, cleared, because what they were against is gone."""
-    kinds = [kind for kind, is_open in (("drift", watch.drifting), ("fault", bool(watch.on))) if is_open]
-    return [replace(_cleared(kind, watch, "", evidence), summary=f"{SUBJECT}: {why}.") for kind in kinds]
+    kinds = [kind for kind, is_open in (("drift", watch.drifting), ("fault", bool(watch.open_fault))) if is_open]
+    return [replace(_build_cleared_alert(kind, watch, "", evidence), summary=f"{SUBJECT}: {reason}.") for kind in kinds]
 
 
-def with_rate(
-    numbers: Sequence[dict[str, Any]], now: Watch, sums: Floats, ticks: Sequence[Tick], tester: Tester | None
+def add_rate(
+    members: Sequence[dict[str, Any]],
+    current: SamplingRateWatch,
+    speed_sums: Floats,
+    observations: Sequence[RateObservation],
+    tester: DriftTester | None,
 ) -> list[dict[str, Any]]:
     """The members of W drift messages with `rate`, and the state of all that follows.
 
     `sums` (W, 2) are those of the pace after each window, and `now` what is remembered after the last: in those before
     nothing was open or seen.
     """
-    usual = tester.extra.rate if tester else None
-    state = "fault" if now.seen or now.on else "drift" if now.drifting else "insufficient" if usual is None else "ok"
+    usual = tester.calibration.rate if tester else None
+    state = (
+        "fault"
+        if current.last_fault or current.open_fault
+        else "drift"
+        if current.drifting
+        else "insufficient"
+        if usual is None
+        else "ok"
+    )
     same = {
-        "limit": round(tester.pace_limit, 2) if tester and usual else None,
+        "limit": round(tester.speed_cusum_limit, 2) if tester and usual else None,
         "state": state,
-        "fault": now.seen or now.on or None,
+        "fault": current.last_fault or current.open_fault or None,
     }
-    usual_us = short(usual.step_us) if usual and usual.step_us else None
+    usual_us = round_significant(usual.step_us) if usual and usual.step_us else None
     told = [
         {
-            "step_us": None if math.isnan(tick.step_us) else short(tick.step_us),
+            "step_us": None if math.isnan(tick.step_us) else round_significant(tick.step_us),
             "usual_us": usual_us,
             "repeated": round(tick.repeated, 4),
             "cusum": both,
         }
         | same
-        for tick, both in zip(ticks, np.round(sums, 2).tolist(), strict=True)
+        for tick, both in zip(observations, np.round(speed_sums, 2).tolist(), strict=True)
     ]
     return [
-        one | {"rate": rate, "state": gravest({one["state"], state} if usual else {one["state"]})}
-        for one, rate in zip(numbers, told, strict=True)
+        one | {"rate": rate, "state": worst_state({one["state"], state} if usual else {one["state"]})}
+        for one, rate in zip(members, told, strict=True)
     ]
 
 
-def _fault(now: Watch, tick: Tick, usual: Usual, t: tuple[int, int]) -> tuple[str, dict[str, Any]]:
-    step, share = tick.step_us, tick.repeated
-    when = f"since {since(now.since, t[1])} UTC"
-    if now.on == "repeated":
+def _fault_text(
+    current: SamplingRateWatch, observation: RateObservation, usual: RateBaseline, t: tuple[int, int]
+) -> tuple[str, dict[str, Any]]:
+    step, share = observation.step_us, observation.repeated
+    when = f"since {format_since(current.since, t[1])} UTC"
+    if current.open_fault == "repeated":
         what = f"{share:.0%} of rows repeat the row before in all fields, at most {usual.repeated:.0%} did, {when}"
-        return f"{SUBJECT}: {what}: {CAUSES['repeated']}.", {"since": now.since, "share": short(share, 4)}
-    what = f"readings come every {amount_of_time(step)} instead of {amount_of_time(usual.step_us)} {when}"
-    numbers = {"since": now.since, "step_us": short(step), "usual_us": short(usual.step_us)}
+        return f"{SUBJECT}: {what}: {CAUSES['repeated']}.", {
+            "since": current.since,
+            "share": round_significant(share, 4),
+        }
+    what = f"readings come every {format_duration(step)} instead of {format_duration(usual.step_us)} {when}"
+    numbers = {"since": current.since, "step_us": round_significant(step), "usual_us": round_significant(usual.step_us)}
     return f"{SUBJECT}: {what}: {CAUSES['rate']}.", numbers
 
 
-def _pace(now: Watch, t: tuple[int, int]) -> tuple[str, dict[str, Any]]:
-    side = int(now.cusum.value[:, 0].argmax())
-    windows, begin = int(now.cusum.windows[side, 0]), int(now.cusum.since[side, 0])
-    factor = math.exp(float(now.cusum.effect[side, 0]) / max(1, windows))
+def _speed_text(current: SamplingRateWatch, t: tuple[int, int]) -> tuple[str, dict[str, Any]]:
+    side = int(current.cusum.value[:, 0].argmax())
+    windows, begin = int(current.cusum.windows[side, 0]), int(current.cusum.since[side, 0])
+    factor = math.exp(float(current.cusum.effect[side, 0]) / max(1, windows))
     what = f"signals move {'slower' if factor < 1 else 'faster'} than in this site's reference (about x{factor:.2g})"
     why = "another sampling rate or sensor clock, though the rows' times do not show it"
-    numbers = {"test": "pace", "windows": windows, "since": begin, "ratio": short(factor, 4)}
-    return f"{SUBJECT}: {what} {over(windows, begin, t[1])}; likely {why}.", numbers
+    numbers = {"test": "pace", "windows": windows, "since": begin, "ratio": round_significant(factor, 4)}
+    return f"{SUBJECT}: {what} {format_windows(windows, begin, t[1])}; likely {why}.", numbers
 
 
-def _cleared(kind: str, before: Watch, how: str, evidence: dict[str, Any]) -> Alert:
+def _build_cleared_alert(kind: str, previous: SamplingRateWatch, phrase: str, evidence: dict[str, Any]) -> Alert:
     what = "readings" if kind == "fault" else "signals"
-    sentence = f"{SUBJECT}: {what} {how} for {CALM} windows in a row."
+    sentence = f"{SUBJECT}: {what} {phrase} for {WINDOWS_TO_CLEAR} windows in a row."
     return replace(
-        _alert(kind, "info", before.raised[0 if kind == "drift" else 1], sentence, evidence), state="cleared"
+        _build_alert(kind, "info", previous.raised_counts[0 if kind == "drift" else 1], sentence, evidence),
+        state="cleared",
     )
 
 
-def _alert(kind: str, severity: str, number: int, sentence: str, evidence: dict[str, Any]) -> Alert:
+def _build_alert(kind: str, severity: str, number: int, sentence: str, evidence: dict[str, Any]) -> Alert:
     return Alert(kind, SUBJECT, "raised", severity, f"{SUBJECT}/{kind}/{int(number)}", sentence, evidence)

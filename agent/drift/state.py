@@ -11,108 +11,108 @@ from numpy.typing import NDArray
 
 from agent import arrays
 from agent.arrays import Bools, Floats, Ints
-from agent.drift.baseline.learning import Learning, finite
+from agent.drift.baseline.learning import LearningState, infinities_to_nan
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import window_statistics
 from agent.drift.detectors.runs import Tail
-from agent.drift.detectors.season import Season
-from agent.drift.detectors.test_layout import Places
-from agent.drift.detectors.window_statistics import Found
+from agent.drift.detectors.season import SlowTrend
+from agent.drift.detectors.test_layout import TestLayout
+from agent.drift.detectors.window_statistics import WindowStatistics
 from agent.drift.reporting.alert_text import Alert
-from agent.drift.sampling_rate_watch import Watch
-from agent.drift.testing.test_suite import Detectors
+from agent.drift.sampling_rate_watch import SamplingRateWatch
+from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle
 
 
-class State(msgspec.Struct, frozen=True, eq=False):
+class DriftState(msgspec.Struct, frozen=True, eq=False):
     """All a task's drift detection remembers. Constant size but for what is gathered while learning."""
 
     fields: tuple[str, ...]
     window: int  # model windows per drift window
     index: int  # of the open drift window, from 1
-    open: Summary
+    open_summary: Summary
     tail: Tail
     rows: tuple[int, int]  # first and last row of the open drift window, as the stream numbers them; (0, -1) if none
     t: tuple[int, int]  # their times, epoch µs
-    seen: int  # last row counted
-    learning: Learning
-    site: Reference | None
-    learned: int  # site references so far
-    learn_s: float  # of readings to learn from, where somebody asked for so many
-    detectors: Detectors
+    last_counted_row: int  # last row counted
+    learning: LearningState
+    site_reference: Reference | None
+    learned_count: int  # site references so far
+    requested_learn_s: float  # of readings to learn from, where somebody asked for so many
+    suite: SuiteState
     faulty: Bools  # (F,) a fault alert is open
     misread: Bools  # (F,) and says that the field is read wrongly
-    calm: Ints  # (F,) windows without a fault since
-    raised: Ints  # (F + 3, 2) alerts raised so far: drift, fault
-    raised_in: Ints  # (F + 3,) the drift window of the last drift alert
-    watch: Watch = msgspec.field(default_factory=Watch)  # the rate's
-    season: Season = msgspec.field(default_factory=Season)
-    mode: str = ""  # the field that names modes, if one does
-    modes: tuple[str, ...] = ()  # those that have a class
+    clear_count: Ints  # (F,) windows without a fault since
+    raised_counts: Ints  # (F + 3, 2) alerts raised so far: drift, fault
+    raised_window: Ints  # (F + 3,) the drift window of the last drift alert
+    rate_watch: SamplingRateWatch = msgspec.field(default_factory=SamplingRateWatch)  # the rate's
+    slow_trend: SlowTrend = msgspec.field(default_factory=SlowTrend)
+    class_field: str = ""  # the field that names modes, if one does
+    known_modes: tuple[str, ...] = ()  # those that have a class
 
     @classmethod
-    def start(cls, shipped: Reference, window: int, mode: str = "") -> State:
+    def start(cls, shipped: Reference, window: int, class_field: str = "") -> DriftState:
         fields = len(shipped.fields)
         return cls(
             fields=shipped.fields,
             window=window,
             index=1,
-            open=Summary.empty(shipped),
+            open_summary=Summary.empty(shipped),
             tail=Tail.empty(fields),
             rows=(0, -1),
             t=(0, 0),
-            seen=-1,
-            learning=Learning.empty(shipped),
-            site=None,
-            learned=0,
-            learn_s=0.0,
-            detectors=Detectors.start(shipped.places),
+            last_counted_row=-1,
+            learning=LearningState.empty(shipped),
+            site_reference=None,
+            learned_count=0,
+            requested_learn_s=0.0,
+            suite=SuiteState.start(shipped.layout),
             faulty=np.zeros(fields, np.bool_),
             misread=np.zeros(fields, np.bool_),
-            calm=np.zeros(fields, np.int64),
-            raised=np.zeros((fields + 3, 2), np.int64),
-            raised_in=np.zeros(fields + 3, np.int64),
-            mode=mode,
+            clear_count=np.zeros(fields, np.int64),
+            raised_counts=np.zeros((fields + 3, 2), np.int64),
+            raised_window=np.zeros(fields + 3, np.int64),
+            class_field=class_field,
         )
 
-    def fits(self, at: Places) -> bool:
+    def is_compatible(self, layout: TestLayout) -> bool:
         """Whether what it knows is of these tests."""
-        site_fits = self.site is None or len(self.site.test_mean) == at.tests
-        return site_fits and self.detectors.places == at and len(self.detectors.means.mean) == at.fields
+        site_fits = self.site_reference is None or len(self.site_reference.test_mean) == layout.test_count
+        return site_fits and self.suite.layout == layout and len(self.suite.field_mewma.mean) == layout.fields
 
     def to_bytes(self) -> bytes:
-        return arrays.packed(self)
+        return arrays.to_compressed_bytes(self)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> State:
+    def from_bytes(cls, data: bytes) -> DriftState:
         """Raises ValueError."""
-        return arrays.unpacked(data, cls)
+        return arrays.from_compressed_bytes(data, cls)
 
     @classmethod
-    def joined(cls, data: bytes, site: bytes | None) -> State:
+    def from_parts(cls, data: bytes, site: bytes | None) -> DriftState:
         """With its `site`, that is kept apart as JSON, where this version can test against it. Raises ValueError."""
         state = cls.from_bytes(data)
-        if site is None or state.site is not None:
+        if site is None or state.site_reference is not None:
             return state
         try:
             found = Reference.from_json(site)
         except BadBundle as error:
             raise ValueError(str(error)) from error
-        return replace(state, site=found) if found.site is not None else state
+        return replace(state, site_reference=found) if found.site is not None else state
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class DriftWindowResult(msgspec.Struct, frozen=True):
     """One closed drift window. `summary` holds the drift message's `features`, `output`, `estimate` and `state`."""
 
     index: int
     rows: tuple[int, int]
     t: tuple[int, int]
-    n: int
-    site: str | None  # digest of the site's reference that this window was judged by
-    learned: Reference | None  # the site's reference, when this window completed it
-    refused: str | None  # why the windows gathered up to this one were thrown away
-    summary: dict[str, Any]
+    row_count: int
+    site_digest: str | None  # digest of the site's reference that this window was judged by
+    learned_reference: Reference | None  # the site's reference, when this window completed it
+    learning_error: str | None  # why the windows gathered up to this one were thrown away
+    members: dict[str, Any]
     alerts: tuple[Alert, ...]
 
 
@@ -121,44 +121,44 @@ class Batch(msgspec.Struct, frozen=True):
 
     features: NDArray[np.float32]  # (n, F)
     starts: Ints  # (w,)
-    named: Ints  # (w,)
-    top: Floats | None  # (w,)
-    first: int  # row
+    predicted: Ints  # (w,)
+    top_scores: Floats | None  # (w,)
+    first_row: int  # row
     t: Ints  # (n,) epoch µs
 
-    def part(self, some: slice, shipped: Reference) -> Part:
+    def slice_windows(self, index: slice, shipped: Reference) -> BatchPart:
         """Of some of its model windows."""
-        begin, end = int(self.starts[some][0]), int(self.starts[some][-1]) + shipped.window_rows
-        values, starts = finite(self.features[begin:end]), self.starts[some] - begin
-        return Part(
+        begin, end = int(self.starts[index][0]), int(self.starts[index][-1]) + shipped.window_rows
+        values, starts = infinities_to_nan(self.features[begin:end]), self.starts[index] - begin
+        return BatchPart(
             values=values,
             starts=starts,
-            found=window_statistics.of_windows(values, starts, shipped.window_rows, shipped.floor),
-            named=self.named[some],
-            top=None if self.top is None else self.top[some],
+            stats=window_statistics.compute_statistics(values, starts, shipped.window_rows, shipped.floor),
+            predicted=self.predicted[index],
+            top_scores=None if self.top_scores is None else self.top_scores[index],
             begin=begin,
-            first=self.first + begin,
+            first_row=self.first_row + begin,
             t=self.t[begin:end],
         )
 
 
-class Part(msgspec.Struct, frozen=True):
+class BatchPart(msgspec.Struct, frozen=True):
     """Of a batch, with the statistics of its model windows; where rows count, from `begin` on."""
 
     values: Floats  # (n, F)
     starts: Ints  # (w,)
-    found: Found
-    named: Ints  # (w,)
-    top: Floats | None  # (w,)
+    stats: WindowStatistics
+    predicted: Ints  # (w,)
+    top_scores: Floats | None  # (w,)
     begin: int
-    first: int  # row
+    first_row: int  # row
     t: Ints  # (n,) epoch µs
 
 
-def filled(state: State, shipped: Reference, part: Part, classes: Ints) -> State:
+def fill_window(state: DriftState, shipped: Reference, part: BatchPart, classes: Ints) -> DriftState:
     """With its model windows, compared with `classes`, and with those of its rows that were not counted before."""
-    rows = window_statistics.covered(part.starts, shipped.window_rows, state.seen + 1 - part.first)
-    values, summary = part.values[rows], state.open.add_times(part.t, part.starts, shipped, state.tail.t)
+    rows = window_statistics.covered_rows(part.starts, shipped.window_rows, state.last_counted_row + 1 - part.first_row)
+    values, summary = part.values[rows], state.open_summary.add_times(part.t, part.starts, shipped, state.tail.t)
     new: dict[str, Any] = {}
     if len(values):
         summary, tail = summary.add_rows(shipped, values, state.tail)
@@ -166,14 +166,16 @@ def filled(state: State, shipped: Reference, part: Part, classes: Ints) -> State
         fresh = state.rows[1] < state.rows[0]
         new = {
             "tail": replace(tail, t=int(part.t[end])),
-            "rows": (part.first + begin if fresh else state.rows[0], part.first + end),
+            "rows": (part.first_row + begin if fresh else state.rows[0], part.first_row + end),
             "t": (int(part.t[begin]) if fresh else state.t[0], int(part.t[end])),
-            "seen": part.first + end,
+            "seen": part.first_row + end,
         }
-    return replace(state, open=summary.add_windows(shipped, part.found, part.named, part.top, classes), **new)
+    return replace(
+        state, open_summary=summary.add_windows(shipped, part.stats, part.predicted, part.top_scores, classes), **new
+    )
 
 
-def emptied(state: State, nothing: Summary) -> State:
+def start_next_window(state: DriftState, empty: Summary) -> DriftState:
     """For the next drift window."""
     tail = Tail.empty(len(state.faulty))
-    return replace(state, index=state.index + 1, open=nothing, tail=tail, rows=(0, -1), t=(0, 0))
+    return replace(state, index=state.index + 1, open_summary=empty, tail=tail, rows=(0, -1), t=(0, 0))

@@ -10,7 +10,7 @@ from agent import config
 from agent.errors import ConfigError
 
 
-class ModelWords(config.Section, frozen=True, kw_only=True):
+class ModelCardText(config.Section, frozen=True, kw_only=True):
     """Section [card]: of the model, after Mitchell et al. 2019."""
 
     about: str = ""
@@ -27,7 +27,7 @@ class ModelWords(config.Section, frozen=True, kw_only=True):
     caveats: str = ""
 
 
-class DataWords(config.Section, frozen=True, kw_only=True):
+class DataCardText(config.Section, frozen=True, kw_only=True):
     """Section [data]: of the data, after Gebru et al. 2021."""
 
     about: str = ""
@@ -46,13 +46,13 @@ class DataWords(config.Section, frozen=True, kw_only=True):
     maintenance: str = ""
 
 
-class Author(config.Section, frozen=True, kw_only=True):
-    card: ModelWords = msgspec.field(default_factory=ModelWords)
-    data: DataWords = msgspec.field(default_factory=DataWords)
+class CardTexts(config.Section, frozen=True, kw_only=True):
+    card: ModelCardText = msgspec.field(default_factory=ModelCardText)
+    data: DataCardText = msgspec.field(default_factory=DataCardText)
 
 
-def read(file: Path) -> Author:
+def read(file: Path) -> CardTexts:
     """Raises ConfigError."""
     if not file.is_file():
         raise ConfigError(str(file), "", "no such file; it is the TOML file with [card] and [data] for the cards")
-    return config.read(file, Author)
+    return config.read(file, CardTexts)

@@ -7,58 +7,60 @@ import numpy as np
 
 from agent.arrays import Floats as Numbers
 from agent.evaluation import metrics
-from agent.evaluation.bootstrap import Units
-from agent.evaluation.examples import Examples
-from agent.evaluation.predictions import Judge, kind_of
+from agent.evaluation.bootstrap import BootstrapUnits
+from agent.evaluation.examples import LabelledWindows
+from agent.evaluation.predictions import LabelledPredictor, evaluation_kind
 from agent.model.inference.features import Floats, Ints
-from agent.performance.metrics import Pairs
+from agent.performance.metrics import LabelledPredictions
 
-MOST_WINDOWS = 5000
-_MOST_VALUES = 8_000_000
+MAX_WINDOWS = 5000
+_MAX_VALUES = 8_000_000
 
 
-class Bench(msgspec.Struct, frozen=True, eq=False):
+class WindowSample(msgspec.Struct, frozen=True, eq=False):
     """`windows` (m, history + rows, F) physical units; `figures` of the untouched ones."""
 
-    judge: Judge
-    examples: Examples
-    units: Units
+    predictor: LabelledPredictor
+    examples: LabelledWindows
+    units: BootstrapUnits
     windows: Floats
     t: Ints
     starts: Ints
-    figures: Numbers
+    baseline_metric: Numbers
 
     @property
     def kind(self) -> str:
-        return kind_of(self.judge.manifest)
+        return evaluation_kind(self.predictor.manifest)
 
-    def again(self, windows: Floats) -> Numbers:
+    def reevaluate(self, windows: Floats) -> Numbers:
         """(1 + replicates,) the main metric where the windows are these."""
-        return metrics.main(self.kind, self._pairs(windows), self.units)
+        return metrics.primary_metric(self.kind, self._predict(windows), self.units)
 
-    def worse(self, figures: Numbers) -> Numbers:
+    def metric_drop(self, metric: Numbers) -> Numbers:
         """By how much such figures are worse than those of the untouched windows."""
-        off = self.figures - figures
+        off = self.baseline_metric - metric
         return -off if self.kind == "regress" else off
 
-    def _pairs(self, windows: Floats) -> Pairs:
+    def _predict(self, windows: Floats) -> LabelledPredictions:
         rows = windows.reshape(-1, windows.shape[2])
-        return self.judge.pairs(rows, self.t, self.starts, self.examples.truth, self.examples.sets)
+        return self.predictor.predict(rows, self.t, self.starts, self.examples.truth, self.examples.label_sets)
 
 
-def make(judge: Judge, examples: Examples, units: Units) -> Bench:
+def draw_sample(predictor: LabelledPredictor, examples: LabelledWindows, units: BootstrapUnits) -> WindowSample:
     """Of at most MOST_WINDOWS windows, evenly from all."""
-    inference = judge.inference
-    history, rows = inference.history, inference.rows
-    begins = np.array([of.start for of in examples.source.files_rows()])[examples.source.part[examples.starts]]
+    inference = predictor.inference
+    history, rows = inference.history_rows, inference.rows
+    begins = np.array([of.start for of in examples.dataset.file_slices()])[examples.dataset.file_index[examples.starts]]
     whole = np.flatnonzero(examples.starts - begins >= history)
     if not len(whole):
         whole = np.arange(len(examples))
-    most = max(1, min(MOST_WINDOWS, _MOST_VALUES // ((history + rows) * len(inference.fields)), len(whole)))
+    most = max(1, min(MAX_WINDOWS, _MAX_VALUES // ((history + rows) * len(inference.fields)), len(whole)))
     picked = whole[np.linspace(0, len(whole) - 1, most).astype(np.int64)]
-    some, of = examples.pick(picked), units.pick(picked)
+    some, of = examples.subset(picked), units.subset(picked)
     extents = np.maximum(some.starts[:, None] + np.arange(-history, rows), 0)
-    windows, t = some.source.rows[extents], some.source.t[extents].reshape(-1)
+    windows, t = some.dataset.values[extents], some.dataset.t[extents].reshape(-1)
     starts = np.arange(len(some)) * (history + rows) + history
-    pairs = judge.pairs(windows.reshape(-1, windows.shape[2]), t, starts, some.truth, some.sets)
-    return Bench(judge, some, of, windows, t, starts, metrics.main(kind_of(judge.manifest), pairs, of))
+    pairs = predictor.predict(windows.reshape(-1, windows.shape[2]), t, starts, some.truth, some.label_sets)
+    return WindowSample(
+        predictor, some, of, windows, t, starts, metrics.primary_metric(evaluation_kind(predictor.manifest), pairs, of)
+    )

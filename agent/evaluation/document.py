@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import msgspec
 
-from agent.performance.metrics import Metric
+from agent.performance.metrics import MetricEstimate
 
 
-class Span(msgspec.Struct, frozen=True, kw_only=True):
+class IntervalEstimate(msgspec.Struct, frozen=True, kw_only=True):
     """A figure with its interval."""
 
     value: float | None
@@ -18,7 +18,7 @@ class Span(msgspec.Struct, frozen=True, kw_only=True):
     high: float | None = None
 
 
-class Model(msgspec.Struct, frozen=True, kw_only=True):
+class EvaluatedModel(msgspec.Struct, frozen=True, kw_only=True):
     """The bundle; `window` is (rows, step), `bytes` and `sha256` of the model in it."""
 
     name: str
@@ -37,15 +37,15 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
 
 
-class Source(msgspec.Struct, frozen=True, kw_only=True):
+class SourceFile(msgspec.Struct, frozen=True, kw_only=True):
     file: str
     rows: int
 
 
-class Data(msgspec.Struct, frozen=True, kw_only=True):
+class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     """`windows` with a label; `counts` of them by class; `group`, `split`: the columns named, with their values."""
 
-    files: list[Source]
+    files: list[SourceFile]
     rows: int
     rejected: int
     windows: int
@@ -61,46 +61,46 @@ class Data(msgspec.Struct, frozen=True, kw_only=True):
     end: str | None = None
 
 
-class Class(msgspec.Struct, frozen=True, kw_only=True):
+class ClassMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """`n` windows of it, `named` so many times."""
 
     label: str
     n: int
     named: int
-    precision: Span
-    recall: Span
-    f1: Span
+    precision: IntervalEstimate
+    recall: IntervalEstimate
+    f1: IntervalEstimate
 
 
-class Bin(msgspec.Struct, frozen=True, kw_only=True):
+class ReliabilityBin(msgspec.Struct, frozen=True, kw_only=True):
     """Of n answers with scores about `score`, the share that was right."""
 
     n: int
     score: float
-    right: Span
+    right: IntervalEstimate
 
 
-class Drop(msgspec.Struct, frozen=True, kw_only=True):
+class FieldImportance(msgspec.Struct, frozen=True, kw_only=True):
     """How much worse the answers are where `fields` are those of other windows; `share` of the metric."""
 
     fields: list[str]
-    drop: Span
+    drop: IntervalEstimate
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
+class RobustnessPoint(msgspec.Struct, frozen=True, kw_only=True):
     strength: str
-    value: Span
+    value: IntervalEstimate
 
 
-class Fault(msgspec.Struct, frozen=True, kw_only=True):
+class RobustnessCurve(msgspec.Struct, frozen=True, kw_only=True):
     """The metric under a fault of growing strength."""
 
     fault: str
     meaning: str
-    points: list[Point]
+    points: list[RobustnessPoint]
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
+class CheckResult(msgspec.Struct, frozen=True, kw_only=True):
     """`state`: ok, warning, or not checked."""
 
     check: str
@@ -108,7 +108,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     summary: str
 
 
-class Suspect(msgspec.Struct, frozen=True, kw_only=True):
+class SuspectLabel(msgspec.Struct, frozen=True, kw_only=True):
     """A label that the model contradicts with certainty."""
 
     row: int
@@ -118,7 +118,7 @@ class Suspect(msgspec.Struct, frozen=True, kw_only=True):
     score: float
 
 
-class Against(msgspec.Struct, frozen=True, kw_only=True):
+class FloatComparison(msgspec.Struct, frozen=True, kw_only=True):
     """This model beside the float one: `agreement` of labels, differences of outputs, `change` of the metric.
 
     `latency` is the float model's.
@@ -126,15 +126,15 @@ class Against(msgspec.Struct, frozen=True, kw_only=True):
 
     file: str
     bytes: int
-    agreement: Span | None
+    agreement: IntervalEstimate | None
     largest: float
     mean: float
-    value: Span
-    change: Span
-    latency: list[Pace] = []
+    value: IntervalEstimate
+    change: IntervalEstimate
+    latency: list[BatchLatency] = []
 
 
-class Pace(msgspec.Struct, frozen=True, kw_only=True):
+class BatchLatency(msgspec.Struct, frozen=True, kw_only=True):
     """`batch` rows or windows at once: milliseconds a batch, results a second, peak memory of the process."""
 
     batch: int
@@ -154,23 +154,23 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     made: str
     agent: str
     seconds: float
-    model: Model
-    data: Data
+    model: EvaluatedModel
+    data: EvaluationData
     intervals: str
     metric: str
     better: str
-    metrics: list[Metric]
-    classes: list[Class] = []
+    metrics: list[MetricEstimate]
+    classes: list[ClassMetrics] = []
     confusion: list[list[int]] = []
-    reliability: list[Bin] = []
-    slices: list[Metric] = []
-    ablation: list[Drop] = []
-    robustness: list[Fault] = []
-    leakage: list[Finding] = []
-    hints: list[Finding] = []
-    suspects: list[Suspect] = []
-    against: Against | None = None
+    reliability: list[ReliabilityBin] = []
+    slices: list[MetricEstimate] = []
+    ablation: list[FieldImportance] = []
+    robustness: list[RobustnessCurve] = []
+    leakage: list[CheckResult] = []
+    hints: list[CheckResult] = []
+    suspects: list[SuspectLabel] = []
+    against: FloatComparison | None = None
     machine: str = ""
-    latency: list[Pace] = []
+    latency: list[BatchLatency] = []
     warnings: list[str] = []
     notes: list[str] = []

@@ -11,40 +11,42 @@ from collections.abc import Iterator
 import numpy as np
 
 from agent.arrays import Floats as Numbers
-from agent.evaluation.bench import Bench
-from agent.evaluation.document import Finding
+from agent.evaluation.bench import WindowSample
+from agent.evaluation.document import CheckResult
 from agent.performance import metrics
 
-ALONE = 0.98
-_EASY = 0.9
-_FEWEST = 40
-CHECK = "a field that gives it away"
+LEAKAGE_SCORE = 0.98
+_EASY_TASK_SCORE = 0.9
+_MIN_WINDOWS = 40
+CHECK_NAME = "a field that gives it away"
 
 
-def measure(bench: Bench) -> Finding:
+def check_target_leakage(sample: WindowSample) -> CheckResult:
     """A warning that names fields which alone predict what is true."""
-    names = bench.judge.inference.fields
-    if len(bench.examples) < _FEWEST or len(names) < 2:
-        why = "There is one field only." if len(names) < 2 else f"{len(bench.examples)} windows are too few."
-        return Finding(check=CHECK, state="not checked", summary=why)
-    measured = {"classify": "accuracy", "regress": "R²", "anomaly": "AUC"}[bench.kind]
-    each = {name: max(_scores(bench, i)) for i, name in enumerate(names)}
+    names = sample.predictor.inference.fields
+    if len(sample.examples) < _MIN_WINDOWS or len(names) < 2:
+        why = "There is one field only." if len(names) < 2 else f"{len(sample.examples)} windows are too few."
+        return CheckResult(check=CHECK_NAME, state="not checked", summary=why)
+    measured = {"classify": "accuracy", "regress": "R²", "anomaly": "AUC"}[sample.kind]
+    each = {name: max(_field_scores(sample, i)) for i, name in enumerate(names)}
     ranked = sorted(names, key=lambda name: -each[name])
-    guilty = [name for name in ranked if each[name] >= ALONE]
+    guilty = [name for name in ranked if each[name] >= LEAKAGE_SCORE]
     rest = [name for name in ranked if name not in guilty]
     best = f"{ranked[0]} alone reaches {measured} {each[ranked[0]]:.3f}"
     if not guilty:
-        return Finding(check=CHECK, state="ok", summary=f"No field alone predicts the label; {best}.")
-    if len(guilty) > 1 and (not rest or each[rest[0]] >= _EASY):
-        return Finding(check=CHECK, state="ok", summary=f"Many fields predict the label, an easy task; {best}.")
+        return CheckResult(check=CHECK_NAME, state="ok", summary=f"No field alone predicts the label; {best}.")
+    if len(guilty) > 1 and (not rest or each[rest[0]] >= _EASY_TASK_SCORE):
+        return CheckResult(
+            check=CHECK_NAME, state="ok", summary=f"Many fields predict the label, an easy task; {best}."
+        )
     told = ", ".join(f"{name} ({each[name]:.3f})" for name in guilty[:5])
     other = f"; the best of the others, {rest[0]}, {each[rest[0]]:.3f}" if rest else ""
     text = f"{told} alone predicts the label ({measured}{other}): was it known before the label was, and is it in use?"
-    return Finding(check=CHECK, state="warning", summary=text)
+    return CheckResult(check=CHECK_NAME, state="warning", summary=text)
 
 
-def _scores(bench: Bench, field: int) -> Iterator[float]:
-    values = bench.windows[:, -bench.judge.inference.rows :, field].astype(np.float64)
+def _field_scores(sample: WindowSample, field: int) -> Iterator[float]:
+    values = sample.windows[:, -sample.predictor.inference.rows :, field].astype(np.float64)
     known = np.isfinite(values)
     count = known.sum(axis=1)
     filled = np.where(known, values, 0.0)
@@ -53,9 +55,11 @@ def _scores(bench: Bench, field: int) -> Iterator[float]:
     if values.shape[1] > 1:
         off = np.where(known, values - mean[:, None], 0.0)
         summaries += [mean, np.sqrt((off**2).sum(axis=1) / np.maximum(count, 1))]
-    truth = bench.examples.truth
+    truth = sample.examples.truth
     for summary in summaries:
-        yield _auc(summary, truth) if bench.kind == "anomaly" else _neighbours(bench.kind, summary, truth)
+        yield (
+            _auc(summary, truth) if sample.kind == "anomaly" else _nearest_neighbour_score(sample.kind, summary, truth)
+        )
 
 
 def _auc(values: Numbers, truth: Numbers) -> float:
@@ -63,7 +67,7 @@ def _auc(values: Numbers, truth: Numbers) -> float:
     return max(found, 1 - found)
 
 
-def _neighbours(kind: str, values: Numbers, truth: Numbers) -> float:
+def _nearest_neighbour_score(kind: str, values: Numbers, truth: Numbers) -> float:
     """Predicted from the nearest value of the other half: two halves, every second window."""
     half = np.arange(len(values)) % 2
     predicted = np.empty(len(values))

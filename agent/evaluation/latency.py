@@ -12,29 +12,29 @@ import msgspec
 import numpy as np
 
 from agent.errors import BadBundle
-from agent.evaluation.document import Pace
+from agent.evaluation.document import BatchLatency
 from agent.model.bundle import manifest as manifests
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference.features import Cut, Floats, Ints
+from agent.model.inference.features import Floats, Ints, WindowCut
 
-BATCHES = (1, 8, 32, 128)
-_WARM, _LEAST, _MOST, _SECONDS = 3, 10, 500, 0.4
-_PATIENCE_S = 120.0
+BATCH_SIZES = (1, 8, 32, 128)
+_WARMUP_RUNS, _MIN_RUNS, _MAX_RUNS, _BUDGET_S = 3, 10, 500, 0.4
+_TIMEOUT_S = 120.0
 
 
-def measure(bundle: Bundle, rows: Floats, t: Ints) -> list[Pace]:
+def measure(bundle: Bundle, rows: Floats, t: Ints) -> list[BatchLatency]:
     """On `rows` (n, F), repeated as needed. Raises BadBundle."""
-    work = (bundle.files["manifest.json"], bundle.model, rows.astype(np.float32).tobytes(), t.tobytes())
+    work = (bundle.files["manifest.json"], bundle.model_bytes, rows.astype(np.float32).tobytes(), t.tobytes())
     try:
         child = subprocess.run(
             # -P: an `agent` in the folder it happens to run in is not ours.
             [sys.executable, "-P", "-m", "agent.evaluation.latency"],
             input=msgspec.msgpack.encode(work),
             capture_output=True,
-            timeout=_PATIENCE_S,
+            timeout=_TIMEOUT_S,
             check=True,
         )
-        return msgspec.json.decode(child.stdout, type=list[Pace])
+        return msgspec.json.decode(child.stdout, type=list[BatchLatency])
     except (subprocess.SubprocessError, msgspec.MsgspecError) as error:
         raise BadBundle(f"latency could not be measured: the child process failed ({error})") from None
 
@@ -44,35 +44,39 @@ def main() -> None:
     found = manifests.decode(head)
     fields = len(found.input.fields)
     values = np.frombuffer(rows, np.float32).reshape(-1, fields)
-    sys.stdout.buffer.write(msgspec.json.encode(list(_paces(found, model, values, np.frombuffer(t, np.int64)))))
+    sys.stdout.buffer.write(
+        msgspec.json.encode(list(_measure_batches(found, model, values, np.frombuffer(t, np.int64))))
+    )
 
 
-def _paces(found: manifests.Manifest, model: bytes, rows: Floats, t: Ints) -> Iterator[Pace]:
+def _measure_batches(manifest: manifests.Manifest, model: bytes, rows: Floats, t: Ints) -> Iterator[BatchLatency]:
     from agent.model.inference import inference
 
-    run = inference.Inference(found, inference.load(found, model))
-    for batch in BATCHES:
-        need = run.history + run.rows * batch
+    run = inference.Inference(manifest, inference.load_model(manifest, model))
+    for batch in BATCH_SIZES:
+        need = run.history_rows + run.rows * batch
         some = np.resize(rows, (need, rows.shape[1]))
-        cut = Cut(run.history + run.rows * np.arange(batch), need)
+        cut = WindowCut(run.history_rows + run.rows * np.arange(batch), need)
         begun = time.perf_counter()
         times: list[float] = []
-        while len(times) < _WARM + _LEAST or (time.perf_counter() - begun < _SECONDS and len(times) < _MOST):
+        while len(times) < _WARMUP_RUNS + _MIN_RUNS or (
+            time.perf_counter() - begun < _BUDGET_S and len(times) < _MAX_RUNS
+        ):
             start = time.perf_counter()
-            run.answer(some, np.resize(t, need), cut)
+            run.run_windows(some, np.resize(t, need), cut)
             times.append(time.perf_counter() - start)
-        took = np.array(times[_WARM:])
+        took = np.array(times[_WARMUP_RUNS:])
         p50, p95 = (float(x) for x in np.quantile(took, [0.5, 0.95]))
-        yield Pace(
+        yield BatchLatency(
             batch=batch,
             p50_ms=float(f"{p50 * 1e3:.4g}"),
             p95_ms=float(f"{p95 * 1e3:.4g}"),
             per_second=float(f"{batch / p50:.4g}"),
-            memory_mib=round(_peak_mib(), 1),
+            memory_mib=round(_peak_memory_mib(), 1),
         )
 
 
-def _peak_mib() -> float:
+def _peak_memory_mib() -> float:
     """Of this process; getrusage would tell the parent's, where that was larger."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):

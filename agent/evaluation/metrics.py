@@ -6,176 +6,192 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Floats, Ints
-from agent.evaluation.bootstrap import REPLICATES, Units, share, span
-from agent.evaluation.document import Bin, Class, Span
+from agent.evaluation.bootstrap import REPLICATES, BootstrapUnits, percentile_interval, proportion_interval
+from agent.evaluation.document import ClassMetrics, IntervalEstimate, ReliabilityBin
 from agent.performance import metrics as quality
-from agent.performance.metrics import Metric, Pairs
+from agent.performance.metrics import LabelledPredictions, MetricEstimate
 
-_TOP = (2, 3, 5)
-_RANKED_REPLICATES = 200  # of AUC and average precision, each of which looks at every result
-MAIN = {"classify": "accuracy", "regress": "mae", "anomaly": "auc"}
+_TOP_K = (2, 3, 5)
+_RANK_REPLICATES = 200  # of AUC and average precision, each of which looks at every result
+PRIMARY_METRIC = {"classify": "accuracy", "regress": "mae", "anomaly": "auc"}
 
 
-class Measured(msgspec.Struct, frozen=True, eq=False):
-    metrics: list[Metric]
-    classes: list[Class]
+class MetricReport(msgspec.Struct, frozen=True, eq=False):
+    metrics: list[MetricEstimate]
+    classes: list[ClassMetrics]
     confusion: list[list[int]]
-    reliability: list[Bin]
+    reliability: list[ReliabilityBin]
 
 
-def measure(kind: str, labels: list[str], pairs: Pairs, units: Units) -> Measured:
+def compute(kind: str, labels: list[str], pairs: LabelledPredictions, units: BootstrapUnits) -> MetricReport:
     """Everything there is to say of `pairs`."""
     if kind == "classify":
-        return _classes(labels, pairs, units)
-    metrics = _numbers(pairs, units) if kind == "regress" else _anomalies(pairs, units)
-    return Measured(metrics, [], _table(pairs, 2) if pairs.said is not None else [], [])
+        return _classification_metrics(labels, pairs, units)
+    metrics = _regression_metrics(pairs, units) if kind == "regress" else _anomaly_metrics(pairs, units)
+    return MetricReport(metrics, [], _confusion_matrix(pairs, 2) if pairs.predicted is not None else [], [])
 
 
-def main(kind: str, pairs: Pairs, units: Units) -> Floats:
+def primary_metric(kind: str, pairs: LabelledPredictions, units: BootstrapUnits) -> Floats:
     """(1 + REPLICATES,) accuracy, MAE or AUC."""
-    n = units.sums(np.ones(len(pairs)))[:, 0]
+    n = units.weighted_sums(np.ones(len(pairs)))[:, 0]
     if kind == "classify":
-        assert pairs.said is not None
-        return np.asarray(units.sums(pairs.said == pairs.truth)[:, 0] / n)
+        assert pairs.predicted is not None
+        return np.asarray(units.weighted_sums(pairs.predicted == pairs.truth)[:, 0] / n)
     assert pairs.value is not None
     if kind == "regress":
-        return np.asarray(units.sums(np.abs(pairs.value - pairs.truth))[:, 0] / n)
-    return _ranked(quality.auc, pairs, units)
+        return np.asarray(units.weighted_sums(np.abs(pairs.value - pairs.truth))[:, 0] / n)
+    return _rank_metric(quality.auc, pairs, units)
 
 
-def main_span(kind: str, pairs: Pairs, units: Units) -> Span:
-    found = main(kind, pairs, units)
-    return share(found, len(pairs), units) if kind == "classify" else span(found)
+def primary_interval(kind: str, pairs: LabelledPredictions, units: BootstrapUnits) -> IntervalEstimate:
+    found = primary_metric(kind, pairs, units)
+    return proportion_interval(found, len(pairs), units) if kind == "classify" else percentile_interval(found)
 
 
-def _ranked(metric: quality.Ranked, pairs: Pairs, units: Units) -> Floats:
+def _rank_metric(metric: quality.RankMetric, pairs: LabelledPredictions, units: BootstrapUnits) -> Floats:
     """(1 + replicates,) of a metric that looks at the order of all values."""
     assert pairs.value is not None
     yes, found = pairs.truth > 0, [metric(pairs.value, pairs.truth > 0, np.ones(len(pairs)))]
-    few = min(REPLICATES, _RANKED_REPLICATES)
-    return np.array([*found, *(metric(pairs.value, yes, w[units.code]) for w in units.weights[:few])])
+    few = min(REPLICATES, _RANK_REPLICATES)
+    return np.array([*found, *(metric(pairs.value, yes, w[units.unit_index]) for w in units.weights[:few])])
 
 
-def _metric(name: str, found: Span, n: int) -> Metric:
-    return Metric(name, found.value, found.low, found.high, n)
+def _to_metric(name: str, estimate: IntervalEstimate, n: int) -> MetricEstimate:
+    return MetricEstimate(name, estimate.value, estimate.low, estimate.high, n)
 
 
-def _numbers(pairs: Pairs, units: Units) -> list[Metric]:
+def _regression_metrics(pairs: LabelledPredictions, units: BootstrapUnits) -> list[MetricEstimate]:
     assert pairs.value is not None
     n, off = len(pairs), pairs.value - pairs.truth
     # R² from sums needs a centred truth: squares of large numbers cancel.
     truth = pairs.truth - pairs.truth.mean()
-    total, bias, mae, square, t, tt = units.sums(
+    total, bias, mae, square, t, tt = units.weighted_sums(
         np.stack([np.ones(n), off, np.abs(off), off**2, truth, truth**2], axis=1)
     ).T
     with np.errstate(invalid="ignore", divide="ignore"):
         r2 = 1 - square / (tt - t**2 / total)
     found = {"mae": mae / total, "rmse": np.sqrt(square / total), "r2": r2, "bias": bias / total}
-    return [_metric(name, span(np.asarray(figures)), n) for name, figures in found.items()]
+    return [_to_metric(name, percentile_interval(np.asarray(figures)), n) for name, figures in found.items()]
 
 
-def _anomalies(pairs: Pairs, units: Units) -> list[Metric]:
+def _anomaly_metrics(pairs: LabelledPredictions, units: BootstrapUnits) -> list[MetricEstimate]:
     n = len(pairs)
     metrics = [
-        _metric("auc", span(_ranked(quality.auc, pairs, units)), n),
-        _metric("average_precision", span(_ranked(quality.average_precision, pairs, units)), n),
+        _to_metric("auc", percentile_interval(_rank_metric(quality.auc, pairs, units)), n),
+        _to_metric("average_precision", percentile_interval(_rank_metric(quality.average_precision, pairs, units)), n),
     ]
-    if pairs.said is None:
+    if pairs.predicted is None:
         return metrics
-    sums = _sums(pairs, 2, units)
-    total = units.sums(np.ones(n))[:, 0]
-    metrics.append(_metric("accuracy", share(sums.hit.sum(axis=1) / total, n, units), n))
-    one = _class("anomaly", 1, sums, units)
+    sums = _class_counts(pairs, 2, units)
+    total = units.weighted_sums(np.ones(n))[:, 0]
+    metrics.append(_to_metric("accuracy", proportion_interval(sums.true_positives.sum(axis=1) / total, n, units), n))
+    one = _class_metrics("anomaly", 1, sums, units)
     for name, found in (("precision", one.precision), ("recall", one.recall), ("f1", one.f1)):
-        metrics.append(_metric(name, found, n))
+        metrics.append(_to_metric(name, found, n))
     return metrics
 
 
-class _Sums(msgspec.Struct, frozen=True, eq=False):
+class _ClassCounts(msgspec.Struct, frozen=True, eq=False):
     """(1 + REPLICATES, C) results of each class that were right, meant, and named."""
 
-    hit: Floats
-    meant: Floats
-    named: Floats
+    true_positives: Floats
+    actual: Floats
+    predicted: Floats
 
 
-def _sums(pairs: Pairs, count: int, units: Units) -> _Sums:
-    assert pairs.said is not None
+def _class_counts(pairs: LabelledPredictions, class_count: int, units: BootstrapUnits) -> _ClassCounts:
+    assert pairs.predicted is not None
     truth = pairs.truth.astype(np.int64)
-    hit = units.counts(truth, count, np.asarray(pairs.said == truth))
-    return _Sums(hit, units.counts(truth, count), units.counts(pairs.said, count))
+    hit = units.weighted_counts(truth, class_count, np.asarray(pairs.predicted == truth))
+    return _ClassCounts(
+        hit, units.weighted_counts(truth, class_count), units.weighted_counts(pairs.predicted, class_count)
+    )
 
 
-def _class(label: str, i: int, sums: _Sums, units: Units) -> Class:
-    hit, meant, named = sums.hit[:, i], sums.meant[:, i], sums.named[:, i]
+def _class_metrics(label: str, i: int, counts: _ClassCounts, units: BootstrapUnits) -> ClassMetrics:
+    hit, meant, named = counts.true_positives[:, i], counts.actual[:, i], counts.predicted[:, i]
     with np.errstate(invalid="ignore", divide="ignore"):
         precision, recall = hit / named, hit / meant
-    of_named, of_meant = share(precision, float(named[0]), units), share(recall, float(meant[0]), units)
+    of_named, of_meant = (
+        proportion_interval(precision, float(named[0]), units),
+        proportion_interval(recall, float(meant[0]), units),
+    )
     with np.errstate(invalid="ignore"):
-        f1 = harmonic(span(quality.f1_of(hit, meant + named)), of_named, of_meant)
-    return Class(label=label, n=int(meant[0]), named=int(named[0]), precision=of_named, recall=of_meant, f1=f1)
+        f1 = f1_interval(percentile_interval(quality.f1_from_counts(hit, meant + named)), of_named, of_meant)
+    return ClassMetrics(label=label, n=int(meant[0]), named=int(named[0]), precision=of_named, recall=of_meant, f1=f1)
 
 
-def harmonic(f1: Span, precision: Span, recall: Span) -> Span:
+def f1_interval(f1: IntervalEstimate, precision: IntervalEstimate, recall: IntervalEstimate) -> IntervalEstimate:
     """F1 with its interval; where replicates cannot differ, from the ends of the intervals of its parts."""
     ends = (precision.low, recall.low, precision.high, recall.high)
     if f1.low is None or f1.low != f1.high or None in ends:
         return f1
     low, high = (
-        quality.rounded(2 * a * b / (a + b)) if a and b and a + b > 0 else 0.0 for a, b in (ends[:2], ends[2:])
+        quality.round_or_none(2 * a * b / (a + b)) if a and b and a + b > 0 else 0.0 for a, b in (ends[:2], ends[2:])
     )
-    return Span(value=f1.value, low=low, high=high)
+    return IntervalEstimate(value=f1.value, low=low, high=high)
 
 
-def _classes(labels: list[str], pairs: Pairs, units: Units) -> Measured:
-    assert pairs.said is not None
+def _classification_metrics(labels: list[str], pairs: LabelledPredictions, units: BootstrapUnits) -> MetricReport:
+    assert pairs.predicted is not None
     n, truth = len(pairs), pairs.truth.astype(np.int64)
-    sums = _sums(pairs, len(labels), units)
-    total = units.sums(np.ones(n))[:, 0]
-    metrics = [_metric("accuracy", share(sums.hit.sum(axis=1) / total, n, units), n)]
+    sums = _class_counts(pairs, len(labels), units)
+    total = units.weighted_sums(np.ones(n))[:, 0]
+    metrics = [_to_metric("accuracy", proportion_interval(sums.true_positives.sum(axis=1) / total, n, units), n)]
     with np.errstate(invalid="ignore"):
-        each = quality.f1_of(sums.hit, sums.meant + sums.named)
-    metrics.append(_metric("f1_macro", span(np.nanmean(each, axis=1)), n))
-    if pairs.full is not None and np.isfinite(pairs.full).all():
-        metrics += _tops(pairs.full, truth, total, units)
-        metrics.append(_metric("brier", span(units.sums(quality.brier(pairs.full, truth))[:, 0] / total), n))
-    reliability: list[Bin] = []
+        each = quality.f1_from_counts(sums.true_positives, sums.actual + sums.predicted)
+    metrics.append(_to_metric("f1_macro", percentile_interval(np.nanmean(each, axis=1)), n))
+    if pairs.probabilities is not None and np.isfinite(pairs.probabilities).all():
+        metrics += _top_k_accuracy(pairs.probabilities, truth, total, units)
+        metrics.append(
+            _to_metric(
+                "brier",
+                percentile_interval(units.weighted_sums(quality.brier(pairs.probabilities, truth))[:, 0] / total),
+                n,
+            )
+        )
+    reliability: list[ReliabilityBin] = []
     if pairs.score is not None and np.isfinite(pairs.score).all():
-        right = np.asarray(pairs.said == truth, np.float64)
-        where = quality.equal_mass(pairs.score)
-        apart = _by_bin(where, pairs.score - right, units)
-        metrics.append(_metric("ece", span(quality.ece_of(apart, total)), n))
-        reliability = _reliability(where, pairs.score, right, units)
-    shown = [i for i in range(len(labels)) if sums.meant[0, i] or sums.named[0, i]]
-    classes = [_class(labels[i], i, sums, units) for i in shown]
-    return Measured(metrics, classes, _table(pairs, len(labels)), reliability)
+        right = np.asarray(pairs.predicted == truth, np.float64)
+        where = quality.equal_mass_bins(pairs.score)
+        apart = _bin_sums(where, pairs.score - right, units)
+        metrics.append(_to_metric("ece", percentile_interval(quality.ece_from_gaps(apart, total)), n))
+        reliability = _reliability_bins(where, pairs.score, right, units)
+    shown = [i for i in range(len(labels)) if sums.actual[0, i] or sums.predicted[0, i]]
+    classes = [_class_metrics(labels[i], i, sums, units) for i in shown]
+    return MetricReport(metrics, classes, _confusion_matrix(pairs, len(labels)), reliability)
 
 
-def _tops(full: Floats, truth: Ints, total: Floats, units: Units) -> list[Metric]:
+def _top_k_accuracy(full: Floats, truth: Ints, total: Floats, units: BootstrapUnits) -> list[MetricEstimate]:
     """How often the true class is among the k most probable; of equals, the first named come first."""
     own = full[np.arange(len(truth)), truth][:, None]
     before = np.arange(full.shape[1])[None] < truth[:, None]
     rank = ((full > own) | ((full == own) & before)).sum(axis=1)
-    tops = [k for k in _TOP if k < full.shape[1]]
-    return [_metric(f"top_{k}", share(units.sums(rank < k)[:, 0] / total, len(truth), units), len(truth)) for k in tops]
+    tops = [k for k in _TOP_K if k < full.shape[1]]
+    return [
+        _to_metric(
+            f"top_{k}", proportion_interval(units.weighted_sums(rank < k)[:, 0] / total, len(truth), units), len(truth)
+        )
+        for k in tops
+    ]
 
 
-def _by_bin(where: Ints, values: Floats, units: Units) -> Floats:
-    return units.sums(values[:, None] * (where[:, None] == np.arange(int(where.max()) + 1)))
+def _bin_sums(bin_index: Ints, values: Floats, units: BootstrapUnits) -> Floats:
+    return units.weighted_sums(values[:, None] * (bin_index[:, None] == np.arange(int(bin_index.max()) + 1)))
 
 
-def _reliability(where: Ints, score: Floats, right: Floats, units: Units) -> list[Bin]:
-    n, scores, rights = (_by_bin(where, values, units) for values in (np.ones(len(score)), score, right))
+def _reliability_bins(bin_index: Ints, score: Floats, right: Floats, units: BootstrapUnits) -> list[ReliabilityBin]:
+    n, scores, rights = (_bin_sums(bin_index, values, units) for values in (np.ones(len(score)), score, right))
     found = []
     for i in np.flatnonzero(n[0]):
-        told = share(rights[:, i] / n[:, i], float(n[0, i]), units)
-        found.append(Bin(n=int(n[0, i]), score=float(scores[0, i] / n[0, i]), right=told))
+        told = proportion_interval(rights[:, i] / n[:, i], float(n[0, i]), units)
+        found.append(ReliabilityBin(n=int(n[0, i]), score=float(scores[0, i] / n[0, i]), right=told))
     return found
 
 
-def _table(pairs: Pairs, count: int) -> list[list[int]]:
+def _confusion_matrix(pairs: LabelledPredictions, class_count: int) -> list[list[int]]:
     """A row for each true class, a column for each named one."""
-    assert pairs.said is not None
-    where = pairs.truth.astype(np.int64) * count + pairs.said
-    table = np.bincount(where, minlength=count * count).reshape(count, count)
+    assert pairs.predicted is not None
+    where = pairs.truth.astype(np.int64) * class_count + pairs.predicted
+    table = np.bincount(where, minlength=class_count * class_count).reshape(class_count, class_count)
     return [[int(n) for n in row] for row in table]

@@ -10,34 +10,36 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agent.evaluation.bench import Bench
-from agent.evaluation.bootstrap import span
-from agent.evaluation.document import Drop
+from agent.evaluation.bench import WindowSample
+from agent.evaluation.bootstrap import percentile_interval
+from agent.evaluation.document import FieldImportance
 
 REPEATS = 5
-_MOST_FIELDS = 64
+_MAX_FIELDS = 64
 
 
-def measure(bench: Bench, seed: int) -> list[Drop]:
+def permutation_importance(sample: WindowSample, seed: int) -> list[FieldImportance]:
     """The largest loss first."""
-    found = [_drop(bench, [i], seed) for i in range(min(len(bench.judge.inference.fields), _MOST_FIELDS))]
+    found = [
+        _field_importance(sample, [i], seed) for i in range(min(len(sample.predictor.inference.fields), _MAX_FIELDS))
+    ]
     found.sort(key=lambda drop: -(drop.drop.value or 0.0))
-    return found + [_drop(bench, together, seed) for together in _units(bench)]
+    return found + [_field_importance(sample, together, seed) for together in _fields_by_unit(sample)]
 
 
-def _drop(bench: Bench, places: Sequence[int], seed: int) -> Drop:
-    rng = np.random.default_rng([seed, *places])
+def _field_importance(sample: WindowSample, field_indices: Sequence[int], seed: int) -> FieldImportance:
+    rng = np.random.default_rng([seed, *field_indices])
     lost = []
     for _ in range(REPEATS):
-        changed = bench.windows.copy()
-        changed[:, :, places] = bench.windows[rng.permutation(len(changed))][:, :, places]
-        lost.append(bench.worse(bench.again(changed)))
-    names = bench.judge.inference.fields
-    return Drop(fields=[names[i] for i in places], drop=span(np.mean(lost, axis=0)))
+        changed = sample.windows.copy()
+        changed[:, :, field_indices] = sample.windows[rng.permutation(len(changed))][:, :, field_indices]
+        lost.append(sample.metric_drop(sample.reevaluate(changed)))
+    names = sample.predictor.inference.fields
+    return FieldImportance(fields=[names[i] for i in field_indices], drop=percentile_interval(np.mean(lost, axis=0)))
 
 
-def _units(bench: Bench) -> list[list[int]]:
+def _fields_by_unit(sample: WindowSample) -> list[list[int]]:
     """Fields that share a unit, where there are several units and several fields of one."""
-    units = bench.judge.manifest.input.units
+    units = sample.predictor.manifest.input.units
     found = [[i for i, unit in enumerate(units) if unit == one] for one in dict.fromkeys(units) if one]
     return [places for places in found if len(places) > 1] if len(found) > 1 else []

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from agent.config import Broker, Section, check_broker, check_name, read
+from agent.config import BrokerConfig, Section, check_broker, check_name, read
 from agent.errors import ConfigError, UsageError
-from agent.fleet.database.interface import MOST_PARTITIONS, is_postgresql
+from agent.fleet.database.interface import MAX_PARTITIONS, is_postgresql
 
 FILE = "fleet.toml"
 SYSTEM_FOLDER = Path("/etc/outstation/fleet")
@@ -55,7 +55,7 @@ class FleetConfig(Section, frozen=True):
     """Paths are absolute after `load`, and so is `fleet.db` where it is a file."""
 
     fleet: Fleet
-    broker: Broker
+    broker: BrokerConfig
     collector: Identity
     operator: Operator
     commander: Identity | None = None
@@ -63,12 +63,12 @@ class FleetConfig(Section, frozen=True):
     ca: Authority | None = None
     repository: Repository | None = None
 
-    def broker_as(self, who: Identity) -> Broker:
+    def broker_for(self, identity: Identity) -> BrokerConfig:
         """The broker's settings with the certificate of `who`."""
-        return msgspec.structs.replace(self.broker, cert_file=who.cert_file, tls_key_file=who.tls_key_file)
+        return msgspec.structs.replace(self.broker, cert_file=identity.cert_file, tls_key_file=identity.tls_key_file)
 
 
-def find(explicit: str | None) -> Path:
+def find_folder(explicit: str | None) -> Path:
     """The fleet's folder: given, `$OUTSTATION_FLEET`, `.` where it has a fleet.toml, then `/etc/outstation/fleet`."""
     if explicit or os.environ.get("OUTSTATION_FLEET"):
         return Path(explicit or os.environ["OUTSTATION_FLEET"])
@@ -85,14 +85,14 @@ def load(folder: Path) -> FleetConfig:
     config = read(path, FleetConfig)
     check_name(str(path), "fleet.name", config.fleet.name)
     check_broker(str(path), config.broker)
-    if not 1 <= config.fleet.partitions <= MOST_PARTITIONS:
-        raise ConfigError(str(path), "fleet.partitions", f"must be 1 to {MOST_PARTITIONS}")
+    if not 1 <= config.fleet.partitions <= MAX_PARTITIONS:
+        raise ConfigError(str(path), "fleet.partitions", f"must be 1 to {MAX_PARTITIONS}")
     if config.fleet.partitions > 1 and not is_postgresql(config.fleet.db):
         raise ConfigError(str(path), "fleet.partitions", "is for a PostgreSQL database; fleet.db names a file")
     return _with_absolute_paths(config, path.resolve().parent)
 
 
-def database(url: str, base: Path) -> str:
+def resolve_database(url: str, base: Path) -> str:
     """The database file that a path or `sqlite:///` URL names, or the `postgresql://` URL. Raises UsageError."""
     scheme = urlsplit(url).scheme if "://" in url else ""
     if is_postgresql(url):
@@ -114,5 +114,5 @@ def _with_absolute_paths(config: FleetConfig, base: Path) -> FleetConfig:
 
     sections = {name: getattr(config, name) for name in ("broker", "collector", "operator", "commander", "ca")}
     changed = {name: absolute(section) for name, section in sections.items() if section is not None}
-    fleet = msgspec.structs.replace(config.fleet, db=database(config.fleet.db, base))
+    fleet = msgspec.structs.replace(config.fleet, db=resolve_database(config.fleet.db, base))
     return msgspec.structs.replace(config, fleet=fleet, **changed)

@@ -10,12 +10,12 @@ from agent.wire import keys
 from agent.wire.keys import PublicKey
 
 
-def trusted(config: FleetConfig) -> list[PublicKey]:
+def load_trusted_keys(config: FleetConfig) -> list[PublicKey]:
     """The key in use, by its public half where the private one is elsewhere, and former ones. Raises UsageError."""
-    found = [keys.load_public_of(Path(config.operator.key_file))]
+    found = [keys.load_public_for(Path(config.operator.key_file))]
     for i, text in enumerate(config.operator.former_keys):
         try:
-            found.append(keys.public_key(text))
+            found.append(keys.parse_public_key(text))
         except ValueError as error:
             raise ConfigError(FILE, f"operator.former_keys[{i}]", f"is no public key: {error}") from None
     return found

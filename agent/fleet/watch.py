@@ -7,21 +7,29 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from agent.config import Broker
-from agent.errors import LinkDown, Refused, StorageError, UsageError
+from agent.config import BrokerConfig
+from agent.errors import LinkDown, MessageRefused, StorageError, UsageError
 from agent.fleet.collector.acknowledger import Backoff
-from agent.fleet.collector.subscription import filters
+from agent.fleet.collector.subscription import topic_filters
 from agent.fleet.keyring import Keyring
 from agent.text import printable
 from agent.transport.mqtt import Link
-from agent.transport.packets import Delivery, Receipt
+from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import topics
-from agent.wire.messages import Alerts, Drift, Logged, Message, Results, State, open_message
+from agent.wire.messages import (
+    AlertPayload,
+    DriftPayload,
+    LoggedPayload,
+    ResultsPayload,
+    StatePayload,
+    VerifiedMessage,
+    verify_message,
+)
 
 TAKEN_OVER = "taken over"
 
 
-class Seen(msgspec.Struct):
+class DeviceView(msgspec.Struct):
     """One device, from what came since the watch began."""
 
     state: str = "?"
@@ -30,70 +38,70 @@ class Seen(msgspec.Struct):
     windows: int = 0
     results: int = 0
     refused: int = 0
-    last: str = ""
+    last_time: str = ""
     drift: dict[str, str] = msgspec.field(default_factory=dict)
     alerts: dict[str, str] = msgspec.field(default_factory=dict)
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class VerifiedDelivery(msgspec.Struct, frozen=True):
     """A delivery, and the message it is or why it is none."""
 
-    delivery: Delivery
-    message: Message | None
+    delivery: IncomingMessage
+    message: VerifiedMessage | None
     reason: str = ""
 
-    def line(self) -> str:
+    def to_line(self) -> str:
         """`topic payload  [ok]`, safe to print: control characters of strangers are escaped."""
         mark = "[ok]" if self.message else f"[refused: {self.reason}]"
         return f"{printable(self.delivery.topic)} {printable(self.delivery.payload.decode(errors='replace'))}  {mark}"
 
 
-class Watcher:
+class FleetWatcher:
     """What is known of the fleet so far, fed one delivery at a time."""
 
     def __init__(self, fleet: str, keyring: Keyring) -> None:
         self.fleet, self._keyring = fleet, keyring
-        self.devices: dict[str, Seen] = {}
+        self.devices: dict[str, DeviceView] = {}
         self.refused = 0
 
-    def judge(self, delivery: Delivery) -> Verdict:
+    def verify(self, delivery: IncomingMessage) -> VerifiedDelivery:
         try:
-            message = open_message(delivery.topic, delivery.payload, delivery.tokens, self._keyring.find)
+            message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._keyring.find)
             self._keyring.require_in_bounds(message)
             # An acknowledgement is the collector's alone: another device's key must not pass for it.
-            if message.topic.kind in topics.DOWN and message.signer.owner != "collector":
-                raise Refused("other signer", message.signer.owner)
-        except Refused as refused:
+            if message.topic.kind in topics.TO_DEVICE and message.signer.owner != "collector":
+                raise MessageRefused("other signer", message.signer.owner)
+        except MessageRefused as refused:
             self.refused += 1
-            return Verdict(delivery, None, str(refused))
-        self._note(message)
-        return Verdict(delivery, message)
+            return VerifiedDelivery(delivery, None, str(refused))
+        self._update_device(message)
+        return VerifiedDelivery(delivery, message)
 
-    def _note(self, message: Message) -> None:
+    def _update_device(self, message: VerifiedMessage) -> None:
         body = message.body
-        seen = self.devices.setdefault(body.device, Seen())
-        if isinstance(body, State):
+        seen = self.devices.setdefault(body.device, DeviceView())
+        if isinstance(body, StatePayload):
             seen.state = body.state
-        if isinstance(body, Logged):
-            seen.last, seen.clock = body.time, body.clock
-        if isinstance(body, Results):
+        if isinstance(body, LoggedPayload):
+            seen.last_time, seen.clock = body.time, body.clock
+        if isinstance(body, ResultsPayload):
             seen.rows[body.stream] = max(seen.rows.get(body.stream, 0), body.rows[1])
             seen.windows += body.n
             seen.results += len(body.columns.row)
-        elif isinstance(body, Drift):
+        elif isinstance(body, DriftPayload):
             seen.drift[body.task] = body.state
-        elif isinstance(body, Alerts) and body.state == "raised":
+        elif isinstance(body, AlertPayload) and body.state == "raised":
             seen.alerts[body.id] = body.summary
-        elif isinstance(body, Alerts):
+        elif isinstance(body, AlertPayload):
             seen.alerts.pop(body.id, None)
 
 
-def deliveries(
+def receive_deliveries(
     connect: Callable[[], Link],
     refresh: Callable[[], None],
     seconds: float | None,
-    tell: Callable[[str], None],
-) -> Iterator[list[Delivery]]:
+    report: Callable[[str], None],
+) -> Iterator[list[IncomingMessage]]:
     """What comes, in groups, an empty one at least each half second; reconnects. Ends after `seconds`, if given."""
     end = None if seconds is None else time.monotonic() + seconds
     retry = Backoff()
@@ -101,13 +109,13 @@ def deliveries(
         try:
             link = connect()
             try:
-                tell("")
+                report("")
                 while end is None or time.monotonic() < end:
                     events = link.receive(0.5)
                     refresh()
-                    yield [event for event in events if not isinstance(event, Receipt)]
+                    yield [event for event in events if not isinstance(event, PublishReceipt)]
                     for event in events:
-                        if isinstance(event, Delivery):
+                        if isinstance(event, IncomingMessage):
                             link.acknowledge(event)
                     retry.reset()
             finally:
@@ -117,13 +125,13 @@ def deliveries(
                 raise UsageError(
                     "another `outstation fleet watch` connected with this certificate; one at a time"
                 ) from None
-            tell(f"{down}; trying again")
-            wake = time.monotonic() + retry.next()
+            report(f"{down}; trying again")
+            wake = time.monotonic() + retry.next_delay()
             while time.monotonic() < min(wake, end or wake):
                 yield []
                 time.sleep(0.1)
 
 
-def connect(broker: Broker, fleet: str, name: str) -> Link:
+def connect(broker: BrokerConfig, fleet: str, name: str) -> Link:
     """A connection that sees what the collector sees, and what the collector answers."""
-    return Link(broker, name, subscribe=[*filters(fleet), f"{topics.ROOT}/{fleet}/+/ack"])
+    return Link(broker, name, subscribe=[*topic_filters(fleet), f"{topics.ROOT}/{fleet}/+/ack"])

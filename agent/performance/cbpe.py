@@ -16,31 +16,33 @@ from agent.arrays import Floats, Ints
 
 ASSUMES = "scores mean what they meant on the reference data; no concept drift"
 PRIOR = 2.0  # pseudo-counts of the overall accuracy in each bin, for how sure the table itself is
-TRACE = 1e-6  # for a bin without reference answers, which then takes after its neighbours
-OVER = 3  # drift windows that are told of together
+EMPTY_BIN_WEIGHT = 1e-6  # for a bin without reference answers, which then takes after its neighbours
+POOLED_WINDOWS = 3  # drift windows that are told of together
 
 
-def usual(n: Ints, correct: Ints | None, scores: Ints) -> tuple[float, float] | None:
+def expected_accuracy_spread(n: Ints, correct: Ints | None, scores: Ints) -> tuple[float, float] | None:
     """Mean of the accuracy that windows with `scores` (K, 32) lead to expect, and its sd over OVER of them in a row.
 
     Neighbouring windows are alike, and so are classes that are hard: chance in single answers would tell too little.
     None where nobody has told which answers were right.
     """
-    if correct is None or not correct.any() or len(scores) <= OVER:
+    if correct is None or not correct.any() or len(scores) <= POOLED_WINDOWS:
         return None
-    together = np.lib.stride_tricks.sliding_window_view(scores, OVER, axis=0).sum(-1)
-    expected = (together * often_right(n, correct)).sum(1) / np.maximum(together.sum(1), 1)
+    together = np.lib.stride_tricks.sliding_window_view(scores, POOLED_WINDOWS, axis=0).sum(-1)
+    expected = (together * estimate_bin_accuracy(n, correct)).sum(1) / np.maximum(together.sum(1), 1)
     return float(expected.mean()), float(expected.std(ddof=1))
 
 
-def often_right(n: Ints, correct: Ints) -> Floats:
+def estimate_bin_accuracy(n: Ints, correct: Ints) -> Floats:
     """(32,) how often an answer in each bin is right, of reference answers `n`, more than none, how many were
     `correct`."""
-    weight = np.asarray(n + TRACE, np.float64)
-    return rising((correct + TRACE * correct.sum() / n.sum()) / weight, weight)
+    weight = np.asarray(n + EMPTY_BIN_WEIGHT, np.float64)
+    return isotonic_regression((correct + EMPTY_BIN_WEIGHT * correct.sum() / n.sum()) / weight, weight)
 
 
-def cbpe(n: Ints, correct: Ints, current: Ints, right: Floats | None = None) -> dict[str, Any] | None:
+def estimate_accuracy(
+    n: Ints, correct: Ints, current: Ints, bin_accuracy: Floats | None = None
+) -> dict[str, Any] | None:
     """Accuracy with a 95 % interval from reference answers `n`, how many were `correct`, and `current` ones per bin.
 
     The interval covers chance in the window's answers and in the reference's table. None without answers. `right` is
@@ -49,9 +51,12 @@ def cbpe(n: Ints, correct: Ints, current: Ints, right: Floats | None = None) -> 
     answers, known = int(current.sum()), int(n.sum())
     if not answers or not known:
         return None
-    right, overall = often_right(n, correct) if right is None else right, correct.sum() / known
+    bin_accuracy, overall = (
+        estimate_bin_accuracy(n, correct) if bin_accuracy is None else bin_accuracy,
+        correct.sum() / known,
+    )
     share = current / answers
-    accuracy = float((share * right).sum())
+    accuracy = float((share * bin_accuracy).sum())
     # A bin whose few answers were all right is not beyond doubt.
     cautious = (correct + PRIOR * overall) / (n + PRIOR)
     doubt = cautious * (1 - cautious)
@@ -65,13 +70,13 @@ def cbpe(n: Ints, correct: Ints, current: Ints, right: Floats | None = None) -> 
     }
 
 
-def chances(n: Ints, correct: Ints, edges: Floats, scores: Floats) -> Floats:
+def correctness_probabilities(n: Ints, correct: Ints, edges: Floats, scores: Floats) -> Floats:
     """How often answers with `scores` (w,) are right by the reference's table, whose bins lie between `edges`."""
     often = (correct + PRIOR * float(correct.sum()) / max(1, int(n.sum()))) / (n + PRIOR)
     return np.asarray(often[np.searchsorted(edges, scores, side="right")], np.float64)
 
 
-def rising(values: Floats, weights: Floats) -> Floats:
+def isotonic_regression(values: Floats, weights: Floats) -> Floats:
     """The never falling sequence that is nearest to `values` by weighted squares.
 
     Source: Ayer et al. (1955), An empirical distribution function for sampling with incomplete information: pools

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from agent.drift.reporting.alert_text import Alert
-from agent.performance.degradation import State
+from agent.performance.degradation import DegradationState
 
-SHARE = 0.2
+MAX_OWN_SHARE = 0.2
 
 
-def grown(state: State, own: int, n: int) -> Alert | None:
+def check_feedback(state: DegradationState, own: int, n: int) -> Alert | None:
     """Whether labels that are the model's own answers have become many, or are no more; `own` of the newest `n`."""
     share = own / n if n else 0.0
-    many = share > SHARE
-    if many == state.feedback or (state.feedback and share > SHARE / 2):
+    many = share > MAX_OWN_SHARE
+    if many == state.feedback_open or (state.feedback_open and share > MAX_OWN_SHARE / 2):
         return None
-    state.feedback = many
-    state.feedbacks += many
+    state.feedback_open = many
+    state.feedback_count += many
     summary = (
         f"{share:.0%} of the last {n} labels are the model's own answers: trained on them, it would learn its own "
         "mistakes, and they say nothing about it. They are left out of every metric; let people label some."
         if many
         else f"labels are mostly others' than the model's again ({share:.0%} of the last {n} its own)."
     )
-    identity = f"quality/labels/{state.feedbacks}"
+    identity = f"quality/labels/{state.feedback_count}"
     evidence = {"own": own, "n": n}
     state_word, severity = ("raised", "warning") if many else ("cleared", "info")
     return Alert("quality", "labels", state_word, severity, identity, summary, evidence)

@@ -14,14 +14,14 @@ import numpy as np
 
 from agent.arrays import Floats
 
-Words = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
+Uint64s = np.ndarray[tuple[int, ...], np.dtype[np.uint64]]
 Z = 1.959964
 REPLICATES = 200
 # Of fewer results, or fewer of a class, nothing but a share (`wilson`) has an interval.
-FEWEST = 10
-NONE = (math.nan, math.nan)
-_MOST_ALIKE = 0.9
-_FEWEST_BLOCKS = 20
+MIN_RESULTS = 10
+NO_INTERVAL = (math.nan, math.nan)
+_MAX_AUTOCORRELATION = 0.9
+_MIN_BLOCKS = 20
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
@@ -34,7 +34,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
     return 0.0 if share <= 0 else max(0.0, centre - half), 1.0 if share >= 1 else min(1.0, centre + half)
 
 
-def design(values: Floats) -> float:
+def estimate_design_effect(values: Floats) -> float:
     """How many results count as one, from (n,) values in order: neighbours that are alike tell less than n do.
 
     From their correlation with the one before, as far as chance does not explain it; as of an AR(1) process.
@@ -49,13 +49,13 @@ def design(values: Floats) -> float:
     if total <= 0:
         return 1.0
     r = float((apart[1:] * apart[:-1]).sum()) / total + 1 / n - 1 / math.sqrt(n)
-    r = min(max(r, 0.0), _MOST_ALIKE)
+    r = min(max(r, 0.0), _MAX_AUTOCORRELATION)
     return (1 + r) / (1 - r)
 
 
-def weights(n: int, alike: float) -> Iterator[Floats]:
+def bootstrap_weights(n: int, design_effect: float) -> Iterator[Floats]:
     """REPLICATES times (n,) with mean 1, the same for neighbours in a block; `alike` from `design`."""
-    block = max(1, min(round(2 * alike), n // _FEWEST_BLOCKS))
+    block = max(1, min(round(2 * design_effect), n // _MIN_BLOCKS))
     blocks = -(-n // block)
     for first in range(1, REPLICATES * blocks, blocks):
         counter = np.arange(first, first + blocks, dtype=np.uint64)
@@ -64,25 +64,25 @@ def weights(n: int, alike: float) -> Iterator[Floats]:
         yield np.asarray(drawn / drawn.mean())
 
 
-def bootstrap(statistics: Callable[[Floats], Sequence[float]], drawn: Iterable[Floats]) -> list[tuple[float, float]]:
+def bootstrap(statistics: Callable[[Floats], Sequence[float]], weights: Iterable[Floats]) -> list[tuple[float, float]]:
     """Percentiles of each of some statistics of weights (n,) over replicates.
 
     NaN for one without a value in most, and for one that is the same in all: what never varied here says nothing of
     how much it can.
     """
     found = []
-    for column in np.array([statistics(one) for one in drawn]).T:
+    for column in np.array([statistics(one) for one in weights]).T:
         known = column[np.isfinite(column)]
         if 2 * len(known) < len(column):
-            found.append(NONE)
+            found.append(NO_INTERVAL)
             continue
         low, high = np.quantile(known, [0.025, 0.975])
         flat = high - low <= 1e-9 * max(abs(low), abs(high))
-        found.append(NONE if flat else (float(low), float(high)))
+        found.append(NO_INTERVAL if flat else (float(low), float(high)))
     return found
 
 
-def _splitmix64(counter: Words) -> Words:
+def _splitmix64(counter: Uint64s) -> Uint64s:
     z = counter * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

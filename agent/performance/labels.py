@@ -9,13 +9,13 @@ from typing import Any
 import msgspec
 
 HUMAN, MODEL, SYSTEM = SOURCES = ("human", "model", "system")
-_LONGEST = 256
+_MAX_TEXT = 256
 # Between labels of one result; what stands where no label is true; how many may be kept of a result.
-SEPARATOR, NONE, MOST_SEVERAL = "|", "-", 16
-_YES = {"1": 1.0, "true": 1.0, "yes": 1.0, "anomaly": 1.0, "0": 0.0, "false": 0.0, "no": 0.0, "normal": 0.0}
-_LATEST_S = 4_102_444_800.0  # 2100-01-01
+SEPARATOR, NO_LABEL, MAX_MULTILABEL_CLASSES = "|", "-", 16
+_ANOMALY_TEXTS = {"1": 1.0, "true": 1.0, "yes": 1.0, "anomaly": 1.0, "0": 0.0, "false": 0.0, "no": 0.0, "normal": 0.0}
+_MAX_TIME_S = 4_102_444_800.0  # 2100-01-01
 # Its square, and the sum of many, must still be a number.
-_LARGEST = 1e100
+_MAX_NUMBER = 1e100
 ANOMALY = ("normal", "anomaly")
 
 
@@ -28,19 +28,19 @@ class Label(msgspec.Struct, frozen=True):
     source: str = HUMAN
 
 
-class Truth(msgspec.Struct, frozen=True):
+class LabelSchema(msgspec.Struct, frozen=True):
     """What labels of a task may be. `kind` is the bundle's: classify, several (labels a result), regress or anomaly."""
 
     kind: str
     labels: tuple[str, ...] = ()
 
-    def read(self, text: str) -> float:
+    def parse(self, text: str) -> float:
         """Index of the class, of several the sum of 2^index, the number, or 1 for an anomaly and 0 for none.
 
         Raises ValueError.
         """
         if self.kind == "several":
-            return self._several(text)
+            return self._parse_multilabel(text)
         if self.kind == "classify":
             if text not in self.labels:
                 known = ", ".join(self.labels[:12]) + (", …" if len(self.labels) > 12 else "")
@@ -49,7 +49,7 @@ class Truth(msgspec.Struct, frozen=True):
         if self.kind == "anomaly":
             if text in self.labels and len(self.labels) == 2:
                 return float(self.labels.index(text))
-            yes = anomalous(text)
+            yes = parse_anomaly(text)
             if yes is None:
                 raise ValueError(f"{text[:40]!r} must be anomaly or normal, 1 or 0")
             return yes
@@ -59,63 +59,63 @@ class Truth(msgspec.Struct, frozen=True):
             value = math.nan
         if not math.isfinite(value):
             raise ValueError(f"{text[:40]!r} is no finite number")
-        if abs(value) > _LARGEST:
-            raise ValueError(f"{text[:40]!r} cannot be meant: numbers go to {_LARGEST:g} on either side of 0")
+        if abs(value) > _MAX_NUMBER:
+            raise ValueError(f"{text[:40]!r} cannot be meant: numbers go to {_MAX_NUMBER:g} on either side of 0")
         return value
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def class_names(self) -> tuple[str, ...]:
         """Of the classes that `read` numbers; none for numbers."""
         if self.kind == "anomaly" and len(self.labels) != 2:
             return ANOMALY
         return () if self.kind == "regress" else self.labels
 
-    def meant(self, text: str) -> tuple[str, ...]:
+    def true_names(self, text: str) -> tuple[str, ...]:
         """Of `names`, those that are true by this label. Raises ValueError."""
-        code = int(self.read(text))
+        code = int(self.parse(text))
         if self.kind == "several":
             return tuple(name for i, name in enumerate(self.labels) if code >> i & 1)
-        return (self.names[code],)
+        return (self.class_names[code],)
 
-    def _several(self, text: str) -> float:
-        if len(self.labels) > MOST_SEVERAL:
-            raise ValueError(f"labels of a model that knows more than {MOST_SEVERAL} at once are not taken")
-        names = {name.strip() for name in text.split(SEPARATOR)} if text != NONE else set()
+    def _parse_multilabel(self, text: str) -> float:
+        if len(self.labels) > MAX_MULTILABEL_CLASSES:
+            raise ValueError(f"labels of a model that knows more than {MAX_MULTILABEL_CLASSES} at once are not taken")
+        names = {name.strip() for name in text.split(SEPARATOR)} if text != NO_LABEL else set()
         if unknown := sorted(names - set(self.labels)):
             known = SEPARATOR.join(self.labels)
             raise ValueError(f"{unknown[0][:40]!r} is no label of this model; it knows any of {known}")
         return float(sum(1 << self.labels.index(name) for name in names))
 
 
-def anomalous(text: str) -> float | None:
+def parse_anomaly(text: str) -> float | None:
     """1 where the text means an anomaly, 0 where it means none; None for another text."""
-    return _YES.get(text.lower())
+    return _ANOMALY_TEXTS.get(text.lower())
 
 
-def label(row: Any, t: Any, text: Any, source: Any = None) -> Label:
+def parse_label(row: Any, t: Any, text: Any, source: Any = None) -> Label:
     """From a row number or epoch seconds, and a text or number, as they come. Raises ValueError."""
     if (row is None) == (t is None):
         raise ValueError("give one of row and t")
     if row is not None and (isinstance(row, bool) or not isinstance(row, int) or not 1 <= row < 2**53):
         raise ValueError(f"row {str(row)[:40]!r} is no row number; they count from 1")
-    if t is not None and (isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t <= _LATEST_S):
+    if t is not None and (isinstance(t, bool) or not isinstance(t, int | float) or not 0 <= t <= _MAX_TIME_S):
         raise ValueError(f"t = {str(t)[:40]!r} must be seconds since 1970")
     source = HUMAN if source in (None, "") else source
     if source not in SOURCES:
         raise ValueError(f"source {str(source)[:40]!r} must be one of {', '.join(SOURCES)}")
-    return Label(row, None if t is None else round(t * 1e6), _text(text), source)
+    return Label(row, None if t is None else round(t * 1e6), _label_text(text), source)
 
 
-def _text(value: Any) -> str:
+def _label_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
-    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST or not value.isprintable():
-        raise ValueError(f"label {str(value)[:40]!r} must be a number or text of 1-{_LONGEST} characters")
+    if not isinstance(value, str) or not 0 < len(value) <= _MAX_TEXT or not value.isprintable():
+        raise ValueError(f"label {str(value)[:40]!r} must be a number or text of 1-{_MAX_TEXT} characters")
     return value
 
 
-def told(sources: Sequence[str]) -> dict[str, int]:
+def count_sources(sources: Sequence[str]) -> dict[str, int]:
     """How many labels came from whom."""
     return {source: n for source in SOURCES if (n := sum(one == source for one in sources))}

@@ -27,17 +27,17 @@ from agent.arrays import Floats, Ints
 from agent.performance import intervals
 
 ECE_BINS = 10
-_FEWEST_A_BIN = 10
+_MIN_RESULTS_PER_BIN = 10
 # Classes told one by one, those with most labels first.
-_MOST_CLASSES = 40
+_MAX_CLASSES = 40
 # Values from weights (n,).
-Weighted = Callable[[Floats], list[float]]
+WeightedStatistics = Callable[[Floats], list[float]]
 Booleans = np.ndarray[Any, np.dtype[np.bool_]]
 # A metric of values, which of them are anomalies, and weights.
-Ranked = Callable[[Floats, Booleans, Floats], float]
+RankMetric = Callable[[Floats, Booleans, Floats], float]
 
 
-class Metric(msgspec.Struct, frozen=True):
+class MetricEstimate(msgspec.Struct, frozen=True):
     """`slice` "" is of all; `state` of a slice: ok, worse (than the rest, significantly) or small (to tell)."""
 
     metric: str
@@ -48,14 +48,14 @@ class Metric(msgspec.Struct, frozen=True):
     slice: str = ""
     state: str | None = None
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For a message."""
         head = {"metric": self.metric, **({"slice": self.slice} if self.slice else {})}
         tail = {"state": self.state} if self.state else {}
         return {**head, "value": self.value, "low": self.low, "high": self.high, "n": self.n, **tail}
 
 
-class Pairs(msgspec.Struct, frozen=True, eq=False):
+class LabelledPredictions(msgspec.Struct, frozen=True, eq=False):
     """n labelled results, in the order of their rows.
 
     `truth`: class index, number, or 1 for an anomaly. `said`: the class named, or 1 above the threshold. `score`: the
@@ -63,233 +63,243 @@ class Pairs(msgspec.Struct, frozen=True, eq=False):
     """
 
     truth: Floats
-    said: Ints | None = None
+    predicted: Ints | None = None
     score: Floats | None = None
     value: Floats | None = None
-    full: Floats | None = None
+    probabilities: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.truth)
 
-    def __getitem__(self, some: Any) -> Pairs:
+    def __getitem__(self, index: Any) -> LabelledPredictions:
         picked = (getattr(self, name) for name in ("said", "score", "value", "full"))
-        return Pairs(self.truth[some], *(None if column is None else column[some] for column in picked))
+        return LabelledPredictions(self.truth[index], *(None if column is None else column[index] for column in picked))
 
     @property
-    def losses(self) -> Floats | None:
+    def zero_one_losses(self) -> Floats | None:
         """(n,) 1 where the answer was wrong, or how far off the number was; None for scores without a threshold."""
-        if self.said is not None:
-            return np.asarray(self.said != self.truth, np.float64)
+        if self.predicted is not None:
+            return np.asarray(self.predicted != self.truth, np.float64)
         return None
 
-    def off(self, kind: str) -> Floats | None:
+    def task_losses(self, kind: str) -> Floats | None:
         """What `decay` and slices look at."""
         if kind == "regress" and self.value is not None:
             return np.abs(self.value - self.truth)
-        return self.losses
+        return self.zero_one_losses
 
 
-class _Named(msgspec.Struct, frozen=True):
+class _MetricSpec(msgspec.Struct, frozen=True):
     """What a statistic is called. `fewest` labels of a class it needs; `rests` on so many results, 0 for no share."""
 
     metric: str
     n: int
     slice: str = ""
-    fewest: int = intervals.FEWEST
-    rests: float = 0.0
+    smallest_class: int = intervals.MIN_RESULTS
+    supporting_n: float = 0.0
 
-    def of(self, value: float, bounds: tuple[float, float], alike: float) -> Metric:
+    def to_estimate(self, value: float, bounds: tuple[float, float], design_effect: float) -> MetricEstimate:
         flat = math.isnan(bounds[0]) and math.isfinite(value)
-        if flat and self.rests:
-            bounds = intervals.wilson(value, self.rests / alike)
-        told = math.isfinite(value) and min(self.n, self.fewest) >= intervals.FEWEST
-        return _metric(self.metric, value, bounds if told else intervals.NONE, self.n, self.slice)
+        if flat and self.supporting_n:
+            bounds = intervals.wilson(value, self.supporting_n / design_effect)
+        told = math.isfinite(value) and min(self.n, self.smallest_class) >= intervals.MIN_RESULTS
+        return _build_estimate(self.metric, value, bounds if told else intervals.NO_INTERVAL, self.n, self.slice)
 
 
-_Part = tuple[list[_Named], Weighted]
+_MetricGroup = tuple[list[_MetricSpec], WeightedStatistics]
 
 
-def measure(kind: str, labels: Sequence[str], pairs: Pairs) -> list[Metric]:
+def compute_metrics(kind: str, labels: Sequence[str], predictions: LabelledPredictions) -> list[MetricEstimate]:
     """All metrics of `pairs`; none without any."""
-    if not len(pairs):
+    if not len(predictions):
         return []
-    off = pairs.off(kind)
-    alike = intervals.design(off) if off is not None else 1.0
-    found: list[Metric] = []
-    if pairs.said is not None and off is not None:
+    off = predictions.task_losses(kind)
+    alike = intervals.estimate_design_effect(off) if off is not None else 1.0
+    found: list[MetricEstimate] = []
+    if predictions.predicted is not None and off is not None:
         accuracy = 1 - float(off.mean())
-        bounds = intervals.wilson(accuracy, len(pairs) / alike)
+        bounds = intervals.wilson(accuracy, len(predictions) / alike)
         # Of single labels they are the same number.
         also = ["f1_micro"] if kind == "classify" else []
-        found += [_metric(name, accuracy, bounds, len(pairs)) for name in ("accuracy", *also)]
-    parts = list(_parts(kind, labels, pairs))
+        found += [_build_estimate(name, accuracy, bounds, len(predictions)) for name in ("accuracy", *also)]
+    parts = list(_metric_groups(kind, labels, predictions))
     named = [one for names, _ in parts for one in names]
 
-    def statistics(w: Floats) -> list[float]:
+    def compute_statistics(w: Floats) -> list[float]:
         return [value for _, part in parts for value in part(w)]
 
     with np.errstate(over="ignore", invalid="ignore"):
-        values = statistics(np.ones(len(pairs)))
-        enough = len(pairs) >= intervals.FEWEST
-        spans = intervals.bootstrap(statistics, intervals.weights(len(pairs), alike)) if enough and named else []
-    spans = spans or [intervals.NONE] * len(named)
-    found += [one.of(value, span, alike) for one, value, span in zip(named, values, spans, strict=True)]
-    return [told for metric in found for told in _with_chance(metric, pairs, alike)]
+        values = compute_statistics(np.ones(len(predictions)))
+        enough = len(predictions) >= intervals.MIN_RESULTS
+        spans = (
+            intervals.bootstrap(compute_statistics, intervals.bootstrap_weights(len(predictions), alike))
+            if enough and named
+            else []
+        )
+    spans = spans or [intervals.NO_INTERVAL] * len(named)
+    found += [one.to_estimate(value, span, alike) for one, value, span in zip(named, values, spans, strict=True)]
+    return [told for metric in found for told in _add_chance_ece(metric, predictions, alike)]
 
 
-def _with_chance(metric: Metric, pairs: Pairs, alike: float) -> list[Metric]:
+def _add_chance_ece(
+    metric: MetricEstimate, predictions: LabelledPredictions, design_effect: float
+) -> list[MetricEstimate]:
     """An ECE with what chance makes of it; any other metric as it is."""
-    if metric.metric != "ece" or metric.value is None or pairs.score is None:
+    if metric.metric != "ece" or metric.value is None or predictions.score is None:
         return [metric]
-    score = pairs.score[np.isfinite(pairs.score)]
-    mean, sd = ece_by_chance(score, equal_mass(score), alike)
+    score = predictions.score[np.isfinite(predictions.score)]
+    mean, sd = chance_ece(score, equal_mass_bins(score), design_effect)
     low, high = max(0.0, mean - intervals.Z * sd), mean + intervals.Z * sd
     if metric.low is not None and metric.value <= high:
         metric = replace(metric, low=0.0)
-    return [metric, _metric("ece_chance", mean, (low, high), metric.n)]
+    return [metric, _build_estimate("ece_chance", mean, (low, high), metric.n)]
 
 
-def _parts(kind: str, labels: Sequence[str], pairs: Pairs) -> Iterator[_Part]:
+def _metric_groups(kind: str, labels: Sequence[str], predictions: LabelledPredictions) -> Iterator[_MetricGroup]:
     """Names of statistics, and a function of weights that gives them: all but accuracy."""
-    n, value, truth = len(pairs), pairs.value, pairs.truth
+    n, value, truth = len(predictions), predictions.value, predictions.truth
     if kind == "regress" and value is not None:
         off = value - truth
-        yield [_Named("mae", n)], lambda w: [_mean(np.abs(off), w)]
-        yield [_Named("rmse", n), _Named("r2", n)], lambda w: [math.sqrt(_mean(off**2, w)), r2(truth, off, w)]
+        yield [_MetricSpec("mae", n)], lambda w: [_weighted_mean(np.abs(off), w)]
+        yield (
+            [_MetricSpec("rmse", n), _MetricSpec("r2", n)],
+            lambda w: [math.sqrt(_weighted_mean(off**2, w)), r2(truth, off, w)],
+        )
     if kind == "anomaly" and value is not None:
         fewest = int(min((truth > 0).sum(), (truth <= 0).sum()))
-        yield [_Named("auc", n, fewest=fewest, rests=fewest)], lambda w: [auc(value, truth > 0, w)]
-    if pairs.said is not None and kind == "anomaly":
-        meant, said = truth.astype(np.int64), pairs.said
+        yield [_MetricSpec("auc", n, smallest_class=fewest, supporting_n=fewest)], lambda w: [auc(value, truth > 0, w)]
+    if predictions.predicted is not None and kind == "anomaly":
+        meant, said = truth.astype(np.int64), predictions.predicted
         yes = int(meant.sum())
-        named = _Named("f1", n, fewest=yes, rests=(yes + int(said.sum())) / 2)
+        named = _MetricSpec("f1", n, smallest_class=yes, supporting_n=(yes + int(said.sum())) / 2)
         yield [named], lambda w: [float(f1(meant, said, 2, w)[1])]
-    elif pairs.said is not None and kind == "several":
+    elif predictions.predicted is not None and kind == "several":
         # Slices are told by how many are right alone.
         if labels:
-            yield _of_labels(labels, truth.astype(np.int64), pairs.said)
-    elif pairs.said is not None:
-        yield from _calibration(pairs, truth.astype(np.int64), pairs.said)
-        yield _of_classes(labels, truth.astype(np.int64), pairs.said)
+            yield _multilabel_metrics(labels, truth.astype(np.int64), predictions.predicted)
+    elif predictions.predicted is not None:
+        yield from _calibration_metrics(predictions, truth.astype(np.int64), predictions.predicted)
+        yield _class_metrics(labels, truth.astype(np.int64), predictions.predicted)
 
 
-def _calibration(pairs: Pairs, truth: Ints, said: Ints) -> Iterator[_Part]:
+def _calibration_metrics(predictions: LabelledPredictions, truth: Ints, predicted: Ints) -> Iterator[_MetricGroup]:
     """Of the results whose score is known."""
-    if pairs.full is not None:
-        each = brier(pairs.full, truth)
-        yield [_Named("brier", len(pairs))], lambda w: [_mean(each, w)]
-    known = np.isfinite(pairs.score) if pairs.score is not None else np.zeros(len(pairs), np.bool_)
-    if pairs.score is None or not known.any():
+    if predictions.probabilities is not None:
+        each = brier(predictions.probabilities, truth)
+        yield [_MetricSpec("brier", len(predictions))], lambda w: [_weighted_mean(each, w)]
+    known = np.isfinite(predictions.score) if predictions.score is not None else np.zeros(len(predictions), np.bool_)
+    if predictions.score is None or not known.any():
         return
-    score, right, n = pairs.score[known], np.asarray(said == truth, np.float64)[known], int(known.sum())
-    if pairs.full is None:
-        yield [_Named("brier_top", n)], lambda w: [_mean((score - right) ** 2, w[known])]
-    where = equal_mass(score)
-    yield [_Named("ece", n)], lambda w: [ece(score, right, where, w[known])]
+    score, right, n = predictions.score[known], np.asarray(predicted == truth, np.float64)[known], int(known.sum())
+    if predictions.probabilities is None:
+        yield [_MetricSpec("brier_top", n)], lambda w: [_weighted_mean((score - right) ** 2, w[known])]
+    where = equal_mass_bins(score)
+    yield [_MetricSpec("ece", n)], lambda w: [ece(score, right, where, w[known])]
 
 
-def _of_classes(labels: Sequence[str], truth: Ints, said: Ints) -> _Part:
-    count = max(len(labels), int(max(truth.max(), said.max())) + 1)
-    support, named = np.bincount(truth, minlength=count), np.bincount(said, minlength=count)
-    shown = [int(i) for i in np.argsort(-support, kind="stable")[:_MOST_CLASSES] if support[i] and i < len(labels)]
+def _class_metrics(labels: Sequence[str], truth: Ints, predicted: Ints) -> _MetricGroup:
+    count = max(len(labels), int(max(truth.max(), predicted.max())) + 1)
+    support, named = np.bincount(truth, minlength=count), np.bincount(predicted, minlength=count)
+    shown = [int(i) for i in np.argsort(-support, kind="stable")[:_MAX_CLASSES] if support[i] and i < len(labels)]
     fewest = int(support[support > 0].min())
 
     def scores(w: Floats) -> list[float]:
-        found = f1(truth, said, count, w)
-        return [macro(found), *found[shown].tolist()]
+        found = f1(truth, predicted, count, w)
+        return [macro_mean(found), *found[shown].tolist()]
 
     # One mistake in the smallest class moves the mean as much as one in so many results.
-    whole = _Named("f1_macro", len(truth), fewest=fewest, rests=fewest * int((support > 0).sum()))
+    whole = _MetricSpec("f1_macro", len(truth), smallest_class=fewest, supporting_n=fewest * int((support > 0).sum()))
     each = [
-        _Named("f1", int(support[i]), f"class={labels[i]}", rests=(int(support[i]) + int(named[i])) / 2) for i in shown
+        _MetricSpec("f1", int(support[i]), f"class={labels[i]}", supporting_n=(int(support[i]) + int(named[i])) / 2)
+        for i in shown
     ]
     return [whole, *each], scores
 
 
-def _of_labels(labels: Sequence[str], truth: Ints, said: Ints) -> _Part:
-    meant, told = [[codes >> i & 1 for i in range(len(labels))] for codes in (truth, said)]
+def _multilabel_metrics(labels: Sequence[str], truth: Ints, predicted: Ints) -> _MetricGroup:
+    meant, told = [[codes >> i & 1 for i in range(len(labels))] for codes in (truth, predicted)]
     true = [int(one.sum()) for one in meant]
 
     def scores(w: Floats) -> list[float]:
         each = np.array([f1(one, other, 2, w)[1] for one, other in zip(meant, told, strict=True)])
-        return [macro(each), *each.tolist()]
+        return [macro_mean(each), *each.tolist()]
 
     # As of classes.
-    whole = _Named("f1_macro", len(truth), fewest=min(true), rests=min(true) * len(labels))
+    whole = _MetricSpec("f1_macro", len(truth), smallest_class=min(true), supporting_n=min(true) * len(labels))
     named = [
-        _Named("f1", n, f"class={label}", rests=(n + int(other.sum())) / 2)
+        _MetricSpec("f1", n, f"class={label}", supporting_n=(n + int(other.sum())) / 2)
         for label, n, other in zip(labels, true, told, strict=True)
     ]
     return [whole, *named], scores
 
 
-def f1(truth: Ints, said: Ints, count: int, w: Floats) -> Floats:
+def f1(truth: Ints, predicted: Ints, count: int, w: Floats) -> Floats:
     """(count,) F1 of each class; NaN of those neither meant nor named."""
-    hit = np.asarray(np.bincount(truth, w * (truth == said), count), np.float64)
-    both = np.asarray(np.bincount(truth, w, count) + np.bincount(said, w, count), np.float64)
-    return f1_of(hit, both)
+    hit = np.asarray(np.bincount(truth, w * (truth == predicted), count), np.float64)
+    both = np.asarray(np.bincount(truth, w, count) + np.bincount(predicted, w, count), np.float64)
+    return f1_from_counts(hit, both)
 
 
-def f1_of(hit: Floats, both: Floats) -> Floats:
+def f1_from_counts(hits: Floats, support_sum: Floats) -> Floats:
     """F1 (…) of how many were right, and how many were meant plus how many were named; NaN without any."""
     with np.errstate(invalid="ignore"):
-        return np.asarray(2 * hit / both)
+        return np.asarray(2 * hits / support_sum)
 
 
-def macro(each: Floats) -> float:
+def macro_mean(each: Floats) -> float:
     """Mean over the classes that were meant or named."""
     known = each[~np.isnan(each)]
     return float(known.sum() / len(known)) if len(known) else math.nan
 
 
-def brier(full: Floats, truth: Ints) -> Floats:
+def brier(probabilities: Floats, truth: Ints) -> Floats:
     """(n,) squared distance of probabilities (n, C) from certainty of the true class."""
-    squares = np.square(full).sum(axis=1) - 2 * full[np.arange(len(truth)), truth] + 1
+    squares = np.square(probabilities).sum(axis=1) - 2 * probabilities[np.arange(len(truth)), truth] + 1
     return np.asarray(squares)
 
 
-def equal_mass(score: Floats, bins: int = ECE_BINS) -> Ints:
+def equal_mass_bins(score: Floats, bins: int = ECE_BINS) -> Ints:
     """(n,) bin of each result: as many in each as ties allow, and fewer bins where there are few results."""
-    bins = max(1, min(bins, len(score) // _FEWEST_A_BIN))
+    bins = max(1, min(bins, len(score) // _MIN_RESULTS_PER_BIN))
     ordered = np.sort(score)
     cuts = ordered[[len(score) * i // bins for i in range(1, bins)]]
     return np.searchsorted(cuts, score, side="right")
 
 
-def ece(score: Floats, right: Floats, where: Ints, w: Floats) -> float:
+def ece(score: Floats, right: Floats, bin_index: Ints, w: Floats) -> float:
     """Σ share of a bin × |mean score - share right|, from bins as `equal_mass` has them."""
-    return float(ece_of(np.asarray(np.bincount(where, w * (score - right)), np.float64), w.sum()))
+    return float(ece_from_gaps(np.asarray(np.bincount(bin_index, w * (score - right)), np.float64), w.sum()))
 
 
-def ece_by_chance(score: Floats, where: Ints, alike: float) -> tuple[float, float]:
+def chance_ece(score: Floats, bin_index: Ints, design_effect: float) -> tuple[float, float]:
     """Mean and standard deviation of the ECE where each answer is right with the probability that its score says.
 
     The gap of a bin is near normal with mean 0 then, and its size half-normal; `alike` from `intervals.design`.
     """
-    variance = np.bincount(where, score * (1 - score)) * alike
+    variance = np.bincount(bin_index, score * (1 - score)) * design_effect
     mean = float(np.sqrt(2 / math.pi * variance).sum()) / len(score)
     return mean, math.sqrt((1 - 2 / math.pi) * float(variance.sum())) / len(score)
 
 
-def ece_of(apart: Floats, total: Any) -> Floats:
+def ece_from_gaps(gap_sums: Floats, total: Any) -> Floats:
     """ECE (…) from sums of score - right in each bin (…, bins), of so many results in all."""
-    return np.asarray(np.abs(apart).sum(axis=-1) / total)
+    return np.asarray(np.abs(gap_sums).sum(axis=-1) / total)
 
 
-def auc(value: Floats, yes: Booleans, w: Floats) -> float:
+def auc(value: Floats, is_anomaly: Booleans, w: Floats) -> float:
     """P(value of an anomaly > value of none), ties counting half; NaN where there is only one of the two."""
     _, at = np.unique(value, return_inverse=True)
-    good, bad = np.bincount(at, w * yes), np.bincount(at, w * ~yes)
+    good, bad = np.bincount(at, w * is_anomaly), np.bincount(at, w * ~is_anomaly)
     if not good.sum() or not bad.sum():
         return math.nan
     below = np.cumsum(bad) - bad
     return float((good * (below + bad / 2)).sum() / (good.sum() * bad.sum()))
 
 
-def average_precision(value: Floats, yes: Booleans, w: Floats) -> float:
+def average_precision(value: Floats, is_anomaly: Booleans, w: Floats) -> float:
     """Σ precision × growth of recall, from the largest value down, ties together; NaN without an anomaly."""
     _, at = np.unique(-value, return_inverse=True)
-    good = np.cumsum(np.bincount(at, w * yes))
+    good = np.cumsum(np.bincount(at, w * is_anomaly))
     every = np.cumsum(np.bincount(at, w))
     if not good[-1] > 0:
         return math.nan
@@ -298,20 +308,20 @@ def average_precision(value: Floats, yes: Booleans, w: Floats) -> float:
         return float(np.nansum(grown * good / every))
 
 
-def r2(truth: Floats, off: Floats, w: Floats) -> float:
+def r2(truth: Floats, errors: Floats, w: Floats) -> float:
     """1 - squared error / variance of the truth; NaN where that is 0."""
-    spread = _mean((truth - _mean(truth, w)) ** 2, w)
-    return 1 - _mean(off**2, w) / spread if spread > 0 else math.nan
+    spread = _weighted_mean((truth - _weighted_mean(truth, w)) ** 2, w)
+    return 1 - _weighted_mean(errors**2, w) / spread if spread > 0 else math.nan
 
 
-def _mean(values: Any, w: Floats) -> float:
+def _weighted_mean(values: Any, w: Floats) -> float:
     return float((values * w).sum() / w.sum())
 
 
-def _metric(name: str, value: float, bounds: tuple[float, float], n: int, label: str = "") -> Metric:
-    return Metric(name, rounded(value), rounded(bounds[0]), rounded(bounds[1]), n, label)
+def _build_estimate(name: str, value: float, bounds: tuple[float, float], n: int, label: str = "") -> MetricEstimate:
+    return MetricEstimate(name, round_or_none(value), round_or_none(bounds[0]), round_or_none(bounds[1]), n, label)
 
 
-def rounded(value: float) -> float | None:
+def round_or_none(value: float) -> float | None:
     """Six significant digits; None where it is no number."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

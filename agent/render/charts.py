@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from agent.render import axes
-from agent.render.svg import Drawing, shortened
-from agent.render.theme import PAGE, Theme
+from agent.render.svg import Drawing, truncate_text
+from agent.render.theme import PAGE_THEME, Theme
 
 WIDTH = 360.0
-_NAME_W, _TEXT_W, _ROW, _TOP, _PAD = 106.0, 96.0, 24.0, 8.0, 8.0
+_NAME_WIDTH, _TEXT_WIDTH, _ROW_HEIGHT, _TOP, _PAD = 106.0, 96.0, 24.0, 8.0, 8.0
 
 
-class Line(msgspec.Struct, frozen=True):
+class ForestRow(msgspec.Struct, frozen=True):
     """`state` gives the colour: ok, drift (to be looked at), unknown; `text` stands at the right."""
 
     name: str
@@ -25,38 +25,44 @@ class Line(msgspec.Struct, frozen=True):
     state: str = "ok"
 
 
-def forest(title: str, lines: Sequence[Line], *, reference: float | None = None, theme: Theme = PAGE) -> str:
+def render_forest(
+    title: str, rows: Sequence[ForestRow], *, reference: float | None = None, theme: Theme = PAGE_THEME
+) -> str:
     """An inline SVG; `reference` is a line through all rows."""
     draw = Drawing(WIDTH, title)
-    left, right = _NAME_W, WIDTH - _TEXT_W
-    low, high = _range(lines, reference)
+    left, right = _NAME_WIDTH, WIDTH - _TEXT_WIDTH
+    low, high = _axis_range(rows, reference)
 
-    def at(value: float) -> float:
+    def to_x(value: float) -> float:
         share = (value - low) / (high - low) if high > low else 0.5
         return left + _PAD + (right - left - 2 * _PAD) * min(max(share, 0.0), 1.0)
 
-    bottom = _TOP + _ROW * len(lines)
-    for tick in axes.numbers(low, high, 4):
-        draw.line(at(tick), _TOP, at(tick), bottom, theme.grid)
-        draw.text(at(tick), bottom + 15, axes.number(tick), theme.muted, size=11, anchor="middle", name="tick")
+    bottom = _TOP + _ROW_HEIGHT * len(rows)
+    for tick in axes.linear_ticks(low, high, 4):
+        draw.line(to_x(tick), _TOP, to_x(tick), bottom, theme.grid)
+        draw.text(
+            to_x(tick), bottom + 15, axes.format_number(tick), theme.muted, size=11, anchor="middle", css_class="tick"
+        )
     if reference is not None:
-        draw.line(at(reference), _TOP - 4, at(reference), bottom, theme.muted, stroke_dasharray="3 3")
-    for i, line in enumerate(lines):
-        _line(draw, theme, line, _TOP + _ROW * (i + 0.5), at)
-    return draw.inline(bottom + 24)
+        draw.line(to_x(reference), _TOP - 4, to_x(reference), bottom, theme.muted, stroke_dasharray="3 3")
+    for i, line in enumerate(rows):
+        _draw_row(draw, theme, line, _TOP + _ROW_HEIGHT * (i + 0.5), to_x)
+    return draw.to_inline_svg(bottom + 24)
 
 
-def _line(draw: Drawing, theme: Theme, line: Line, y: float, at: Callable[[float], float]) -> None:
-    color = theme.series[0] if line.state == "ok" else theme.of_state(line.state)
-    draw.text(0, y + 4, shortened(line.name, 12.5, _NAME_W - 8), theme.ink, size=12.5, name="name")
-    if line.low is not None and line.high is not None:
-        draw.line(at(line.low), y, at(line.high), y, color, stroke_width="2.5", stroke_linecap="round", name="interval")
-    draw.circle(at(line.value), y, 4.5, color, name=f"figure-{line.state}")
-    draw.text(WIDTH, y + 4, line.text, theme.muted, size=11.5, anchor="end", name="value")
+def _draw_row(drawing: Drawing, theme: Theme, row: ForestRow, y: float, to_x: Callable[[float], float]) -> None:
+    color = theme.series[0] if row.state == "ok" else theme.state_color(row.state)
+    drawing.text(0, y + 4, truncate_text(row.name, 12.5, _NAME_WIDTH - 8), theme.ink, size=12.5, css_class="name")
+    if row.low is not None and row.high is not None:
+        drawing.line(
+            to_x(row.low), y, to_x(row.high), y, color, stroke_width="2.5", stroke_linecap="round", css_class="interval"
+        )
+    drawing.circle(to_x(row.value), y, 4.5, color, css_class=f"figure-{row.state}")
+    drawing.text(WIDTH, y + 4, row.text, theme.muted, size=11.5, anchor="end", css_class="value")
 
 
-def _range(lines: Sequence[Line], reference: float | None) -> tuple[float, float]:
-    known = [v for line in lines for v in (line.value, line.low, line.high) if v is not None]
+def _axis_range(rows: Sequence[ForestRow], reference: float | None) -> tuple[float, float]:
+    known = [v for line in rows for v in (line.value, line.low, line.high) if v is not None]
     known += [] if reference is None else [reference]
     low, high = min(known, default=0.0), max(known, default=1.0)
     pad = 0.04 * (high - low) or 0.05 * max(abs(high), 1.0)

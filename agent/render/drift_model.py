@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 
-class Curve(msgspec.Struct, frozen=True):
+class EvidenceCurve(msgspec.Struct, frozen=True):
     """One series over time, broken where `values` has None."""
 
     series: int
@@ -16,17 +16,17 @@ class Curve(msgspec.Struct, frozen=True):
     dashed: bool = False
 
 
-class Spell(msgspec.Struct, frozen=True):
+class StateInterval(msgspec.Struct, frozen=True):
     """A stretch of time: `state` is drift or fault, shaded, or insufficient; `goes_on` at the picture's end."""
 
     state: str
     begin: int
     end: int
-    goes_on: bool
+    ongoing: bool
     series: int = 0
 
 
-class Row(msgspec.Struct, frozen=True):
+class PlotRow(msgspec.Struct, frozen=True):
     """A field, or another subject without a histogram.
 
     `usual` and `shown` (series, counts) are rows below, in the bins and above; `bounds` are what separates these, in
@@ -38,14 +38,14 @@ class Row(msgspec.Struct, frozen=True):
     state: str
     notes: Sequence[str]
     bounds: Sequence[float] | None
-    usual: Sequence[int] | None
-    shown: Sequence[tuple[int, Sequence[int]]]
-    curves: Sequence[Curve]
+    reference: Sequence[int] | None
+    histograms: Sequence[tuple[int, Sequence[int]]]
+    curves: Sequence[EvidenceCurve]
     limit: float | None
-    spells: Sequence[Spell]
+    intervals: Sequence[StateInterval]
 
 
-class Estimate(msgspec.Struct, frozen=True):
+class AccuracyEstimate(msgspec.Struct, frozen=True):
     """Expected accuracy of one series: times, values, and the ends of the intervals."""
 
     series: int
@@ -55,15 +55,15 @@ class Estimate(msgspec.Struct, frozen=True):
     high: Sequence[float | None]
 
 
-class Picture(msgspec.Struct, frozen=True):
+class DriftPlot(msgspec.Struct, frozen=True):
     """`series` are the names of what is told apart by colour, `dashes` that of the dashed curves; '' for none."""
 
     title: str
     subtitle: str
     alerts: Sequence[tuple[str, str]]  # state, sentence
-    series: Sequence[str]
-    dashes: str
-    usual: str
-    rows: Sequence[Row]
-    estimates: Sequence[Estimate]
-    empty: str = ""  # what to say where there is nothing to show
+    series_names: Sequence[str]
+    dashed_label: str
+    reference_label: str
+    rows: Sequence[PlotRow]
+    estimates: Sequence[AccuracyEstimate]
+    empty_message: str = ""  # what to say where there is nothing to show

@@ -3,72 +3,89 @@
 from __future__ import annotations
 
 from agent.render import axes, drift_panels
-from agent.render.drift_model import Picture
-from agent.render.legend import legend
-from agent.render.paper import MARGIN, UNDER, WIDTH, Panel, Paper
-from agent.render.svg import Drawing, shortened, wrapped
-from agent.render.theme import DARK, LIGHT, Theme
+from agent.render.drift_model import DriftPlot
+from agent.render.legend import draw_legend
+from agent.render.paper import AXIS_LABEL_HEIGHT, MARGIN, WIDTH, Canvas, Panel
+from agent.render.svg import Drawing, truncate_text, wrap_text
+from agent.render.theme import DARK_THEME, LIGHT_THEME, Theme
 
 ROW_GAP = 14.0
-MOST_ALERTS = 5
-PLAIN_H = 48.0  # of a row without a distribution
+MAX_ALERTS = 5
+COMPACT_ROW_HEIGHT = 48.0  # of a row without a distribution
 
 
-def drift(picture: Picture, *, dark: bool = False) -> str:
+def render_drift(picture: DriftPlot, *, dark: bool = False) -> str:
     """The picture as an SVG document."""
-    theme = DARK if dark else LIGHT
+    theme = DARK_THEME if dark else LIGHT_THEME
     draw = Drawing(WIDTH, picture.title)
-    y = _head(draw, theme, picture)
-    if picture.empty:
-        return draw.document(_empty(draw, theme, picture.empty, y), theme.paper)
-    paper = Paper(draw, theme, *_span(picture))
-    y = legend(paper, picture, y)
+    y = _draw_header(draw, theme, picture)
+    if picture.empty_message:
+        return draw.to_svg_document(_draw_empty(draw, theme, picture.empty_message, y), theme.paper)
+    paper = Canvas(draw, theme, *_time_range(picture))
+    y = draw_legend(paper, picture, y)
     height = _row_height(len(picture.rows))
     for row in picture.rows:
-        has_values = bool(row.usual or row.shown)
-        tall = height if has_values else PLAIN_H
-        drift_panels.row(paper, row, Panel(MARGIN, y, WIDTH - 2 * MARGIN, tall))
-        y += tall + (UNDER if has_values else 0) + ROW_GAP
+        has_values = bool(row.reference or row.histograms)
+        tall = height if has_values else COMPACT_ROW_HEIGHT
+        drift_panels.draw_row(paper, row, Panel(MARGIN, y, WIDTH - 2 * MARGIN, tall))
+        y += tall + (AXIS_LABEL_HEIGHT if has_values else 0) + ROW_GAP
     if picture.estimates:
-        y = drift_panels.estimates(paper, picture.estimates, y) + ROW_GAP
-    return draw.document(_time_axis(paper, y - ROW_GAP), theme.paper)
+        y = drift_panels.draw_estimates(paper, picture.estimates, y) + ROW_GAP
+    return draw.to_svg_document(_draw_time_axis(paper, y - ROW_GAP), theme.paper)
 
 
-def _head(draw: Drawing, theme: Theme, picture: Picture) -> float:
+def _draw_header(drawing: Drawing, theme: Theme, picture: DriftPlot) -> float:
     y = MARGIN + 16
-    draw.text(MARGIN, y, shortened(picture.title, 20, WIDTH - 2 * MARGIN), theme.ink, size=20, weight=600, name="title")
+    drawing.text(
+        MARGIN,
+        y,
+        truncate_text(picture.title, 20, WIDTH - 2 * MARGIN),
+        theme.ink,
+        size=20,
+        weight=600,
+        css_class="title",
+    )
     y += 22
-    draw.text(MARGIN, y, shortened(picture.subtitle, 12.5, WIDTH - 2 * MARGIN), theme.muted, size=12.5, name="subtitle")
+    drawing.text(
+        MARGIN,
+        y,
+        truncate_text(picture.subtitle, 12.5, WIDTH - 2 * MARGIN),
+        theme.muted,
+        size=12.5,
+        css_class="subtitle",
+    )
     y += 12
-    for state, sentence in picture.alerts[:MOST_ALERTS]:
+    for state, sentence in picture.alerts[:MAX_ALERTS]:
         y += 20
-        draw.circle(MARGIN + 4, y - 4, 4, theme.of_state(state))
-        for i, line in enumerate(wrapped(sentence, 12.5, WIDTH - 2 * MARGIN - 16, lines=2)):
+        drawing.circle(MARGIN + 4, y - 4, 4, theme.state_color(state))
+        for i, line in enumerate(wrap_text(sentence, 12.5, WIDTH - 2 * MARGIN - 16, max_lines=2)):
             y += 16 if i else 0
-            draw.text(MARGIN + 16, y, line, theme.ink, size=12.5, name="alert")
-    if len(picture.alerts) > MOST_ALERTS:
+            drawing.text(MARGIN + 16, y, line, theme.ink, size=12.5, css_class="alert")
+    if len(picture.alerts) > MAX_ALERTS:
         y += 18
-        draw.text(MARGIN + 16, y, f"and {len(picture.alerts) - MOST_ALERTS} more", theme.muted, size=12)
+        drawing.text(MARGIN + 16, y, f"and {len(picture.alerts) - MAX_ALERTS} more", theme.muted, size=12)
     return y + 30
 
 
-def _empty(draw: Drawing, theme: Theme, message: str, y: float) -> float:
-    draw.rect(MARGIN, y - 8, WIDTH - 2 * MARGIN, 120, theme.panel, r=8, stroke=theme.grid)
-    for i, line in enumerate(wrapped(message, 14, WIDTH - 4 * MARGIN, lines=2)):
-        draw.text(WIDTH / 2, y + 56 + 20 * i, line, theme.muted, size=14, anchor="middle", name="empty")
+def _draw_empty(drawing: Drawing, theme: Theme, message: str, y: float) -> float:
+    drawing.rect(MARGIN, y - 8, WIDTH - 2 * MARGIN, 120, theme.panel, r=8, stroke=theme.grid)
+    for i, line in enumerate(wrap_text(message, 14, WIDTH - 4 * MARGIN, max_lines=2)):
+        drawing.text(WIDTH / 2, y + 56 + 20 * i, line, theme.muted, size=14, anchor="middle", css_class="empty")
     return y + 112 + MARGIN
 
 
-def _time_axis(paper: Paper, y: float) -> float:
-    for t, label in axes.moments(paper.begin, paper.end, 8):
-        paper.draw.text(paper.at(t), y + 16, label, paper.theme.muted, size=10.5, anchor="middle", name="time")
+def _draw_time_axis(canvas: Canvas, y: float) -> float:
+    for t, label in axes.time_ticks(canvas.begin, canvas.end, 8):
+        canvas.drawing.text(
+            canvas.time_to_x(t), y + 16, label, canvas.theme.muted, size=10.5, anchor="middle", css_class="time"
+        )
     return y + 16 + MARGIN - 8
 
 
-def _span(picture: Picture) -> tuple[int, int]:
+def _time_range(picture: DriftPlot) -> tuple[int, int]:
     times = [t for row in picture.rows for curve in row.curves for t in curve.times]
     times += [t for estimate in picture.estimates for t in estimate.times]
-    times += [t for row in picture.rows for spell in row.spells for t in (spell.begin, spell.end)]
+    times += [t for row in picture.rows for spell in row.intervals for t in (spell.begin, spell.end)]
     if not times:
         return 0, 1
     begin, end = min(times), max(times)
@@ -78,5 +95,5 @@ def _span(picture: Picture) -> tuple[int, int]:
     return begin - pad, end + pad
 
 
-def _row_height(rows: int) -> float:
-    return 120.0 if rows <= 2 else 84.0 if rows <= 8 else 58.0
+def _row_height(row_count: int) -> float:
+    return 120.0 if row_count <= 2 else 84.0 if row_count <= 8 else 58.0

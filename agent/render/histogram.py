@@ -8,33 +8,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-STEPS = 44
-_TAIL = 1 / 32  # of the rows may lie in an outermost bin, whose far end says little of where
+BIN_COUNT = 44
+_TAIL_SHARE = 1 / 32  # of the rows may lie in an outermost bin, whose far end says little of where
 _PAD = 0.22
 
 
-def span(bounds: Sequence[float], histograms: Sequence[Sequence[int]]) -> tuple[float, float]:
+def visible_range(bounds: Sequence[float], histograms: Sequence[Sequence[int]]) -> tuple[float, float]:
     """What to show: from where each histogram begins in earnest to where the last ends, and a margin."""
     inner = [counts for counts in histograms if sum(counts[1:-1])]
     if not inner:
         return bounds[0], bounds[-1]
-    low = min(_quantile(bounds, counts, _TAIL) for counts in inner)
-    high = max(_quantile(bounds, counts, 1 - _TAIL) for counts in inner)
+    low = min(_quantile(bounds, counts, _TAIL_SHARE) for counts in inner)
+    high = max(_quantile(bounds, counts, 1 - _TAIL_SHARE) for counts in inner)
     pad = _PAD * (high - low) or max(abs(high), 1.0) * 0.05
     return max(low - pad, bounds[0] - pad / 8), min(high + pad, bounds[-1] + pad / 8)
 
 
-def outline(bounds: Sequence[float], counts: Sequence[int], low: float, high: float) -> list[float]:
+def rebin(bounds: Sequence[float], counts: Sequence[int], low: float, high: float) -> list[float]:
     """Share of all rows in each of STEPS even steps from `low` to `high`; a bin is spread evenly between its bounds."""
     total = sum(counts)
     if not total:
-        return [0.0] * STEPS
-    edges = [low + (high - low) * i / STEPS for i in range(STEPS + 1)]
-    cumulative = [_below(bounds, counts, edge) for edge in edges]
+        return [0.0] * BIN_COUNT
+    edges = [low + (high - low) * i / BIN_COUNT for i in range(BIN_COUNT + 1)]
+    cumulative = [_cumulative_count(bounds, counts, edge) for edge in edges]
     return [(b - a) / total for a, b in pairwise(cumulative)]
 
 
-def _below(bounds: Sequence[float], counts: Sequence[int], value: float) -> float:
+def _cumulative_count(bounds: Sequence[float], counts: Sequence[int], value: float) -> float:
     done = 0.0
     for left, right, count in zip(bounds[:-1], bounds[1:], counts[1:-1], strict=True):
         if value >= right:

@@ -8,10 +8,10 @@ from html import escape
 import msgspec
 
 from agent.render.svg import FONT
-from agent.render.theme import adaptive
+from agent.render.theme import adaptive_css
 
 # Of a page that loads nothing, a browser need not allow anything.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _CSS = """
 *{box-sizing:border-box}
 html{color-scheme:light dark;-webkit-text-size-adjust:100%}
@@ -63,50 +63,50 @@ class Markup(msgspec.Struct, frozen=True):
 Content = str | Markup
 
 
-def text(content: Content) -> str:
+def to_html(content: Content) -> str:
     return content.html if isinstance(content, Markup) else escape(content)
 
 
-def page(title: str, body: Sequence[Markup], more_css: str = "") -> str:
+def render_document(title: str, body: Sequence[Markup], more_css: str = "") -> str:
     css = _CSS.replace("FONT", FONT) + more_css
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_CONTENT_SECURITY_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{adaptive()}{css}</style></head>\n<body><main>\n"
+        f"<title>{escape(title)}</title><style>{adaptive_css()}{css}</style></head>\n<body><main>\n"
         + "\n".join(part.html for part in body)
         + "\n</main></body></html>\n"
     )
 
 
-def element(tag: str, *content: Content, kind: str = "") -> Markup:
-    of = f' class="{kind}"' if kind else ""
-    return Markup(f"<{tag}{of}>{''.join(text(one) for one in content)}</{tag}>")
+def element(tag: str, *content: Content, css_class: str = "") -> Markup:
+    of = f' class="{css_class}"' if css_class else ""
+    return Markup(f"<{tag}{of}>{''.join(to_html(one) for one in content)}</{tag}>")
 
 
-def section(title: str, lead: str, *content: Markup) -> Markup:
-    head = [element("h2", title), *([element("p", lead, kind="lead")] if lead else [])]
+def section(title: str, intro: str, *content: Markup) -> Markup:
+    head = [element("h2", title), *([element("p", intro, css_class="lead")] if intro else [])]
     return element("section", *head, *content)
 
 
-def card(title: str, lead: str, picture: str, *more: Markup) -> Markup:
+def card(title: str, intro: str, svg: str, *more: Markup) -> Markup:
     """`picture` is an inline SVG."""
     head = [element("h3", title)] if title else []
-    if lead:
-        head.append(element("p", lead, kind="muted"))
-    return element("div", *head, Markup(picture), *more, kind="card")
+    if intro:
+        head.append(element("p", intro, css_class="muted"))
+    return element("div", *head, Markup(svg), *more, css_class="card")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Content]], numbers: Sequence[int] = ()) -> Markup:
+def table(header: Sequence[str], rows: Sequence[Sequence[Content]], numeric_columns: Sequence[int] = ()) -> Markup:
     """Columns in `numbers` stand at the right."""
 
-    def cells(tag: str, row: Sequence[Content]) -> Markup:
-        found = [element(tag, cell, kind="n fixed" if i in numbers else "") for i, cell in enumerate(row)]
+    def table_row(tag: str, row: Sequence[Content]) -> Markup:
+        found = [element(tag, cell, css_class="n fixed" if i in numeric_columns else "") for i, cell in enumerate(row)]
         return element("tr", *found)
 
-    top = [cells("th", head)] if any(head) else []
-    return element("div", element("table", *top, *(cells("td", row) for row in rows)), kind="scroll")
+    top = [table_row("th", header)] if any(header) else []
+    return element("div", element("table", *top, *(table_row("td", row) for row in rows)), css_class="scroll")
 
 
-def bullets(items: Sequence[Content], kind: str = "") -> Markup:
-    return element("ul", *(element("li", item) for item in items), kind=kind)
+def bullet_list(items: Sequence[Content], css_class: str = "") -> Markup:
+    return element("ul", *(element("li", item) for item in items), css_class=css_class)

@@ -9,35 +9,35 @@ from agent.render.theme import Theme
 
 WIDTH = 1120.0
 MARGIN = 28.0
-NAME_W, HIST_W, GAP = 156.0, 300.0, 56.0
-HIST_X = MARGIN + NAME_W
-TIME_X = HIST_X + HIST_W + GAP
-TIME_W = WIDTH - MARGIN - TIME_X
-UNDER = 17.0  # below a panel, for the labels of its axis
+NAME_WIDTH, HISTOGRAM_WIDTH, GAP = 156.0, 300.0, 56.0
+HISTOGRAM_X = MARGIN + NAME_WIDTH
+TIME_X = HISTOGRAM_X + HISTOGRAM_WIDTH + GAP
+TIME_WIDTH = WIDTH - MARGIN - TIME_X
+AXIS_LABEL_HEIGHT = 17.0  # below a panel, for the labels of its axis
 
 
 class Panel(msgspec.Struct, frozen=True):
     x: float
     y: float
-    w: float
-    h: float
+    width: float
+    height: float
 
     @property
     def bottom(self) -> float:
-        return self.y + self.h
+        return self.y + self.height
 
 
-class Paper(msgspec.Struct, frozen=True):
+class Canvas(msgspec.Struct, frozen=True):
     """Where things are drawn, and the common axis of time."""
 
-    draw: Drawing
+    drawing: Drawing
     theme: Theme
     begin: int
     end: int
 
-    def at(self, us: int) -> float:
-        return TIME_X + TIME_W * (us - self.begin) / (self.end - self.begin)
+    def time_to_x(self, us: int) -> float:
+        return TIME_X + TIME_WIDTH * (us - self.begin) / (self.end - self.begin)
 
 
-def series_color(theme: Theme, number: int) -> str:
-    return theme.series[number % len(theme.series)]
+def series_color(theme: Theme, index: int) -> str:
+    return theme.series[index % len(theme.series)]

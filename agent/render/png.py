@@ -7,7 +7,7 @@ from pathlib import Path
 from agent.errors import UsageError
 
 SCALE = 2
-_FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
+_FONT_FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 
 
 def from_svg(svg: str) -> bytes:
@@ -25,4 +25,4 @@ def from_svg(svg: str) -> bytes:
 
 
 def _has_font() -> bool:
-    return any(True for folder in _FONTS for _ in Path(folder).expanduser().rglob("*.[ot]t[fc]"))
+    return any(True for folder in _FONT_FOLDERS for _ in Path(folder).expanduser().rglob("*.[ot]t[fc]"))

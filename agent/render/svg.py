@@ -6,31 +6,31 @@ from collections.abc import Sequence
 from html import escape
 
 FONT = "'Inter', 'Segoe UI', 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
-_WIDE = 0.505  # of the font size, an average glyph
+_GLYPH_WIDTH = 0.505  # of the font size, an average glyph
 
 
 def text_width(text: str, size: float) -> float:
     """About, in pixels."""
-    return len(text) * size * _WIDE
+    return len(text) * size * _GLYPH_WIDTH
 
 
-def shortened(text: str, size: float, width: float) -> str:
-    most = max(1, int(width / (size * _WIDE)))
+def truncate_text(text: str, size: float, width: float) -> str:
+    most = max(1, int(width / (size * _GLYPH_WIDTH)))
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
-def wrapped(text: str, size: float, width: float, *, lines: int) -> list[str]:
+def wrap_text(text: str, size: float, width: float, *, max_lines: int) -> list[str]:
     """At most so many lines; what is left is cut off with an ellipsis."""
-    most, found, words = max(1, int(width / (size * _WIDE))), [""], text.split(" ")
+    most, found, words = max(1, int(width / (size * _GLYPH_WIDTH))), [""], text.split(" ")
     for at, word in enumerate(words):
         longer = f"{found[-1]} {word}".lstrip()
         if len(longer) <= most:
             found[-1] = longer
-        elif len(found) == lines:
+        elif len(found) == max_lines:
             rest = " ".join([found[-1], *words[at:]])
-            return [*found[:-1], shortened(rest.lstrip(), size, width)]
+            return [*found[:-1], truncate_text(rest.lstrip(), size, width)]
         else:
-            found.append(shortened(word, size, width))
+            found.append(truncate_text(word, size, width))
     return found
 
 
@@ -39,22 +39,26 @@ class Drawing:
 
     def __init__(self, width: float, title: str) -> None:
         self._width, self._title = width, title
-        self._parts: list[str] = []
+        self._elements: list[str] = []
 
     def rect(
-        self, x: float, y: float, w: float, h: float, fill: str, *, r: float = 0, name: str = "", **more: str
+        self, x: float, y: float, w: float, h: float, fill: str, *, r: float = 0, css_class: str = "", **attributes: str
     ) -> None:
         corner = f' rx="{r:g}"' if r else ""
         self._add(
             "rect",
             f'x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{max(h, 0):.1f}"{corner}',
-            name,
+            css_class,
             fill=fill,
-            **more,
+            **attributes,
         )
 
-    def line(self, x1: float, y1: float, x2: float, y2: float, stroke: str, *, name: str = "", **more: str) -> None:
-        self._add("line", f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"', name, stroke=stroke, **more)
+    def line(
+        self, x1: float, y1: float, x2: float, y2: float, stroke: str, *, css_class: str = "", **attributes: str
+    ) -> None:
+        self._add(
+            "line", f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"', css_class, stroke=stroke, **attributes
+        )
 
     def path(
         self,
@@ -63,15 +67,15 @@ class Drawing:
         *,
         fill: str = "none",
         closed: bool = False,
-        name: str = "",
-        **more: str,
+        css_class: str = "",
+        **attributes: str,
     ) -> None:
         if points:
             d = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + ("Z" if closed else "")
-            self._add("path", f'd="{d}"', name, fill=fill, stroke=stroke, stroke_linejoin="round", **more)
+            self._add("path", f'd="{d}"', css_class, fill=fill, stroke=stroke, stroke_linejoin="round", **attributes)
 
-    def circle(self, x: float, y: float, r: float, fill: str, *, name: str = "", **more: str) -> None:
-        self._add("circle", f'cx="{x:.1f}" cy="{y:.1f}" r="{r:g}"', name, fill=fill, **more)
+    def circle(self, x: float, y: float, r: float, fill: str, *, css_class: str = "", **attributes: str) -> None:
+        self._add("circle", f'cx="{x:.1f}" cy="{y:.1f}" r="{r:g}"', css_class, fill=fill, **attributes)
 
     def text(
         self,
@@ -83,41 +87,41 @@ class Drawing:
         size: float = 12,
         anchor: str = "start",
         weight: int = 400,
-        name: str = "",
+        css_class: str = "",
     ) -> None:
         bold = f' font-weight="{weight}"' if weight != 400 else ""
         end = f' text-anchor="{anchor}"' if anchor != "start" else ""
-        kind = f' class="{name}"' if name else ""
+        kind = f' class="{css_class}"' if css_class else ""
         place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}"'
-        self._parts.append(f"<text{kind} {place}{end}{bold}>{escape(_printable(text))}</text>")
+        self._elements.append(f"<text{kind} {place}{end}{bold}>{escape(_sanitize(text))}</text>")
 
-    def steep(self, x: float, y: float, text: str, fill: str, *, size: float) -> None:
+    def rotated_text(self, x: float, y: float, text: str, fill: str, *, size: float) -> None:
         """Text that climbs to the right from (x, y), for heads of narrow columns."""
         place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size:g}" fill="{fill}" transform="rotate(-45 {x:.1f} {y:.1f})"'
-        self._parts.append(f"<text {place}>{escape(_printable(text))}</text>")
+        self._elements.append(f"<text {place}>{escape(_sanitize(text))}</text>")
 
-    def inline(self, height: float) -> str:
+    def to_inline_svg(self, height: float) -> str:
         """For an HTML page: as wide as there is room, text selectable, colours the page's."""
         head = f'<svg viewBox="0 0 {self._width:g} {height:g}" role="img">'
-        return "".join([head, f"<title>{escape(_printable(self._title))}</title>", *self._parts, "</svg>"])
+        return "".join([head, f"<title>{escape(_sanitize(self._title))}</title>", *self._elements, "</svg>"])
 
-    def document(self, height: float, background: str, style: str = "") -> str:
+    def to_svg_document(self, height: float, background: str, style: str = "") -> str:
         """A file of its own; `style` is CSS, which gives the colours of a picture that has none."""
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{self._width:g}" height="{height:g}" '
             f'viewBox="0 0 {self._width:g} {height:g}" role="img" font-family="{FONT}">'
         )
-        title = f"<title>{escape(_printable(self._title))}</title>"
+        title = f"<title>{escape(_sanitize(self._title))}</title>"
         paper = f'<rect width="100%" height="100%" fill="{background}"/>'
         colors = [f"<style>{style}</style>"] if style else []
-        return "\n".join([head, title, *colors, paper, *self._parts, "</svg>"]) + "\n"
+        return "\n".join([head, title, *colors, paper, *self._elements, "</svg>"]) + "\n"
 
-    def _add(self, tag: str, geometry: str, name: str, **attributes: str) -> None:
-        kind = f' class="{name}"' if name else ""
+    def _add(self, tag: str, geometry: str, css_class: str, **attributes: str) -> None:
+        kind = f' class="{css_class}"' if css_class else ""
         rest = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
-        self._parts.append(f"<{tag}{kind} {geometry}{rest}/>")
+        self._elements.append(f"<{tag}{kind} {geometry}{rest}/>")
 
 
-def _printable(text: str) -> str:
+def _sanitize(text: str) -> str:
     """What XML 1.0 may hold, on one line."""
     return "".join(char if char.isprintable() else "�" for char in text)

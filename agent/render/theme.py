@@ -13,8 +13,8 @@ class Theme(msgspec.Struct, frozen=True):
     ink: str
     muted: str
     grid: str
-    usual: str
-    usual_edge: str
+    reference: str
+    reference_edge: str
     ok: str
     drift: str
     drift_band: str
@@ -24,18 +24,18 @@ class Theme(msgspec.Struct, frozen=True):
     limit: str
     series: tuple[str, ...]
 
-    def of_state(self, state: str) -> str:
+    def state_color(self, state: str) -> str:
         return {"ok": self.ok, "drift": self.drift, "fault": self.fault}.get(state, self.unknown)
 
 
-LIGHT = Theme(
+LIGHT_THEME = Theme(
     paper="#ffffff",
     panel="#f8fafc",
     ink="#0f172a",
     muted="#5b6779",
     grid="#e2e8f0",
-    usual="#d5dce6",
-    usual_edge="#94a3b8",
+    reference="#d5dce6",
+    reference_edge="#94a3b8",
     ok="#0f9d6b",
     drift="#d97706",
     drift_band="#fde9c8",
@@ -45,14 +45,14 @@ LIGHT = Theme(
     limit="#c0263a",
     series=("#1d6fd8", "#8b4fc4", "#0b8a7a", "#c2560c", "#b5377f", "#6b7a10"),
 )
-DARK = Theme(
+DARK_THEME = Theme(
     paper="#0d1420",
     panel="#141d2c",
     ink="#e8edf5",
     muted="#95a3b8",
     grid="#243044",
-    usual="#334158",
-    usual_edge="#64748b",
+    reference="#334158",
+    reference_edge="#64748b",
     ok="#34c795",
     drift="#f0a63a",
     drift_band="#43331a",
@@ -63,13 +63,13 @@ DARK = Theme(
     series=("#62a8ff", "#c394f5", "#3fcab6", "#f39a5d", "#f080bb", "#c3d24f"),
 )
 # For pictures within a page, which gives the colours: see `variables`.
-PAGE = Theme(
-    **{name: f"var(--{name.replace('_', '-')})" for name in LIGHT.__struct_fields__ if name != "series"},
-    series=tuple(f"var(--series-{i})" for i in range(len(LIGHT.series))),
+PAGE_THEME = Theme(
+    **{name: f"var(--{name.replace('_', '-')})" for name in LIGHT_THEME.__struct_fields__ if name != "series"},
+    series=tuple(f"var(--series-{i})" for i in range(len(LIGHT_THEME.series))),
 )
 
 
-def variables(theme: Theme) -> str:
+def css_variables(theme: Theme) -> str:
     """CSS that gives PAGE the colours of `theme`."""
     plain = [
         f"--{name.replace('_', '-')}:{getattr(theme, name)}" for name in theme.__struct_fields__ if name != "series"
@@ -77,6 +77,6 @@ def variables(theme: Theme) -> str:
     return ";".join([*plain, *(f"--series-{i}:{color}" for i, color in enumerate(theme.series))])
 
 
-def adaptive() -> str:
+def adaptive_css() -> str:
     """CSS that gives PAGE the colours of the reader's screen, light or dark."""
-    return f":root{{{variables(LIGHT)}}}@media (prefers-color-scheme:dark){{:root{{{variables(DARK)}}}}}"
+    return f":root{{{css_variables(LIGHT_THEME)}}}@media (prefers-color-scheme:dark){{:root{{{css_variables(DARK_THEME)}}}}}"

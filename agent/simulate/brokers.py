@@ -10,7 +10,7 @@ from typing import Any
 from agent.errors import UsageError
 
 
-def mosquitto(folder: Path) -> list[str] | None:
+def mosquitto_command(folder: Path) -> list[str] | None:
     """The command that runs Mosquitto on the config that `fleet init` wrote in `folder`; None where there is none."""
     binary = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if binary is None:
@@ -22,7 +22,7 @@ def mosquitto(folder: Path) -> list[str] | None:
     return [binary, "-c", str(conf)]
 
 
-def embedded(folder: Path, port: int) -> Any:
+def start_embedded(folder: Path, port: int) -> Any:
     try:
         from iotcore import Broker as Embedded
     except ImportError:
@@ -30,13 +30,13 @@ def embedded(folder: Path, port: int) -> Any:
             "no MQTT broker on this machine: apt-get install mosquitto, or pip install 'outstation[demo]'"
         ) from None
     file = folder / "broker.toml"
-    file.write_text(_RUMQTTD.format(port=port), encoding="utf-8")
+    file.write_text(_RUMQTTD_CONFIG.format(port=port), encoding="utf-8")
     broker = Embedded(config_path=str(file))
     broker.start()
     return broker
 
 
-_RUMQTTD = """\
+_RUMQTTD_CONFIG = """\
 id = 0
 [router]
 id = 0

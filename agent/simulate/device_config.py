@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 
 from agent.config import ReplaySource
-from agent.simulate.plan import Plan, Site
+from agent.simulate.plan import SimulatedSite, SimulationPlan
 
 
-def stream_and_task(plan: Plan, site: Site) -> str:
+def stream_and_task_toml(plan: SimulationPlan, site: SimulatedSite) -> str:
     """For the end of what enrolment wrote."""
     scenario = plan.scenario
     fields = ", ".join(f'{{ name = "{name}", unit = "{unit}" }}' for name, unit in scenario.fields)
@@ -22,14 +22,14 @@ def stream_and_task(plan: Plan, site: Site) -> str:
         rows=plan.rows,
         faults=list(site.fate.faults),
         scenes=list(site.fate.scenes),
-        skip=scenario.skip,
+        skip=scenario.skip_rows,
     )
     return (
         '\n[buffer]\ncommit_every = "500 ms"\n'
         f"\n[streams.{scenario.stream}]\nfields = [{fields}]\n"
         f"source = {toml_value(msgspec.to_builtins(source))}\n"
         f'\n[tasks.{scenario.name}]\nstream = "{scenario.stream}"\nbundle = "{scenario.bundle}"\n'
-        f'schedule = "every 1 s"\nlearn = {scenario.learn}\n'
+        f'schedule = "every 1 s"\nlearn = {scenario.learn_windows}\n'
     )
 
 

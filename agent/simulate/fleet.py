@@ -12,25 +12,25 @@ import msgspec
 
 from agent.fleet import operators
 from agent.simulate import disturbances, plan, report, rollout_outcome
-from agent.simulate.plan import Plan
-from agent.simulate.rollout import Rolling, Subject, subject
-from agent.simulate.scenario import Scenario, named
+from agent.simulate.plan import SimulationPlan
+from agent.simulate.rollout import RolloutDriver, RolloutTarget, read_target
+from agent.simulate.scenario import Scenario, from_name
 from agent.simulate.simulation import Simulation
 from agent.wire.keys import PublicKey
 
-Tell = Callable[[str], None]
-_LOOK_S = 1.0
+ProgressCallback = Callable[[str], None]
+_POLL_INTERVAL_S = 1.0
 # A roll-out that goes well takes about so long; who is away is away for a part of it.
-_SPAN_S = 60.0
+_ROLLOUT_DURATION_S = 60.0
 # After its end: devices come to what was decided last, and one that was away to all of it.
-_SETTLES_S = 45.0
+_SETTLE_TIMEOUT_S = 45.0
 # Until a device is up, beside others and on two cores.
-_STARTS_S = 2.0
-_UNDER_WAY = frozenset({"fetching", "shadow", "probation"})
-_ARRIVED = frozenset({"settled", "rolled back", "refused"})
+_STARTUP_S = 2.0
+_ACTIVE_PHASES = frozenset({"fetching", "shadow", "probation"})
+_FINAL_PHASES = frozenset({"settled", "rolled back", "refused"})
 
 
-class Order(msgspec.Struct, frozen=True):
+class SimulationRequest(msgspec.Struct, frozen=True):
     """What is asked for. `seconds`: to run, or with `rollout` the longest it may take; counts are of devices.
 
     `trusted`: keys of publishers, beside the one whose bundles ship.
@@ -49,93 +49,97 @@ class Order(msgspec.Struct, frozen=True):
     worse: int = 0
 
 
-def run(home: Path, order: Order, tell: Tell) -> dict[str, Any]:
+def run(home: Path, request: SimulationRequest, announce: ProgressCallback) -> dict[str, Any]:
     """The report, as contract section 11 has it, without `seconds`. Raises OutstationError."""
-    if order.rollout is None:
-        return _alone(home, order, tell)
-    about = subject(order.rollout)
-    return _rolled(home, order, about, named(about.task), tell)
+    if request.rollout is None:
+        return _run_steady(home, request, announce)
+    about = read_target(request.rollout)
+    return _run_rollout(home, request, about, from_name(about.task), announce)
 
 
-def _alone(home: Path, order: Order, tell: Tell) -> dict[str, Any]:
-    hard = _hardship(order)
-    fielded = plan.steady(order.devices, order.seconds, order.speed, order.seed, named("exercise"), hard.worse)
-    with Simulation(home, fielded, order.broker) as fleet:
+def _run_steady(home: Path, request: SimulationRequest, announce: ProgressCallback) -> dict[str, Any]:
+    hard = _draw_disturbances(request)
+    fielded = plan.steady_plan(
+        request.devices, request.seconds, request.speed, request.seed, from_name("exercise"), hard.degraded
+    )
+    with Simulation(home, fielded, request.broker) as fleet:
         fleet.start()
-        tell(f"{order.devices} devices run over {fleet.broker_name}")
-        for _ in fleet.watch(time.monotonic() + order.seconds):
+        announce(f"{request.devices} devices run over {fleet.broker_name}")
+        for _ in fleet.watch_progress(time.monotonic() + request.seconds):
             pass
         fleet.stop()
-    return _document(fleet, fielded)
+    return _build_document(fleet, fielded)
 
 
-def _rolled(home: Path, order: Order, about: Subject, scenario: Scenario, tell: Tell) -> dict[str, Any]:
-    hard = _hardship(order)
-    fielded = plan.steady(
-        order.devices,
-        order.seconds + _SETTLES_S + _STARTS_S * order.devices,
-        order.speed,
-        order.seed,
+def _run_rollout(
+    home: Path, request: SimulationRequest, target: RolloutTarget, scenario: Scenario, announce: ProgressCallback
+) -> dict[str, Any]:
+    hard = _draw_disturbances(request)
+    fielded = plan.steady_plan(
+        request.devices,
+        request.seconds + _SETTLE_TIMEOUT_S + _STARTUP_S * request.devices,
+        request.speed,
+        request.seed,
         scenario,
-        hard.worse,
+        hard.degraded,
     )
-    with Simulation(home, fielded, order.broker) as fleet, contextlib.ExitStack() as leaving:
-        rolling = Rolling(fleet, about, hard, list(order.trusted), order.seed)
+    with Simulation(home, fielded, request.broker) as fleet, contextlib.ExitStack() as leaving:
+        rolling = RolloutDriver(fleet, target, hard, list(request.trusted), request.seed)
         leaving.callback(rolling.close)
         rolling.prepare()
-        fleet.more = rolling.config
+        fleet.extra_config = rolling.device_config
         fleet.start()
-        tell(f"{order.devices} devices run over {fleet.broker_name}")
-        rolling.begin()
-        over = _followed(rolling, about.name, time.monotonic() + order.seconds, tell)
+        announce(f"{request.devices} devices run over {fleet.broker_name}")
+        rolling.start()
+        over = _follow_rollout(rolling, target.name, time.monotonic() + request.seconds, announce)
         fleet.stop()
-    document = _document(fleet, fielded)
-    found = rollout_outcome.ended(fleet.database, about.name)
-    document["rollout"] = found.rollout | {"ended": over, "hardship": rolling.suffered()}
+    document = _build_document(fleet, fielded)
+    found = rollout_outcome.read_outcome(fleet.database, target.name)
+    document["rollout"] = found.rollout | {"ended": over, "hardship": rolling.disturbance_report()}
     for device in document["devices"]:
         device |= {"runs": None, "phase": "", "reason": "", "why": ""} | found.devices.get(device["device"], {})
     return document
 
 
-def _followed(rolling: Rolling, name: str, until_s: float, tell: Tell) -> bool:
+def _follow_rollout(driver: RolloutDriver, name: str, until_s: float, announce: ProgressCallback) -> bool:
     """Look on until the roll-out is over and devices got where it sent them; whether it was over in time."""
     said, over_s = "", None
     while True:
-        rolling.fleet.check_alive()
-        rolling.turn()
-        state, phases = rollout_outcome.standing(rolling.fleet.database, name)
-        if (now := f"{state}: {_counts(phases)}") != said:
-            tell(now)
+        driver.fleet.restart_exited()
+        driver.tick()
+        state, phases = rollout_outcome.read_status(driver.fleet.database, name)
+        if (now := f"{state}: {_format_phase_counts(phases)}") != said:
+            announce(now)
             said = now
         moment = time.monotonic()
-        if rolling.over:
+        if driver.is_over:
             over_s = moment if over_s is None else over_s
-            if _settled(state, phases, len(rolling.fleet.plan.sites)) or moment > over_s + _SETTLES_S:
+            if _has_settled(state, phases, len(driver.fleet.plan.sites)) or moment > over_s + _SETTLE_TIMEOUT_S:
                 return True
         elif moment > until_s:
             return False
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_INTERVAL_S)
 
 
-def _settled(state: str, phases: dict[str, str], devices: int) -> bool:
+def _has_settled(state: str, phases: dict[str, str], device_count: int) -> bool:
     """Whether every device is where the roll-out's end sends it."""
     if state == "finished":
-        return len(phases) == devices and _ARRIVED.issuperset(phases.values())
-    return not _UNDER_WAY.intersection(phases.values())
+        return len(phases) == device_count and _FINAL_PHASES.issuperset(phases.values())
+    return not _ACTIVE_PHASES.intersection(phases.values())
 
 
-def _counts(phases: dict[str, str]) -> str:
+def _format_phase_counts(phases: dict[str, str]) -> str:
     each = sorted(set(phases.values()))
     return ", ".join(f"{list(phases.values()).count(phase)} {phase}" for phase in each) or "nothing heard yet"
 
 
-def _hardship(order: Order) -> disturbances.Hardship:
-    counts = {"away": order.away, "cut": order.cut, "slow": order.slow, "worse": order.worse}
-    return disturbances.draw(plan.names(order.devices), order.seed, span_s=_SPAN_S, **counts)
+def _draw_disturbances(request: SimulationRequest) -> disturbances.Disturbances:
+    counts = {"away": request.away, "cut": request.cut, "slow": request.slow, "worse": request.worse}
+    return disturbances.draw(plan.device_names(request.devices), request.seed, span_s=_ROLLOUT_DURATION_S, **counts)
 
 
-def _document(fleet: Simulation, fielded: Plan) -> dict[str, Any]:
-    found = report.report(fleet.database, fielded, operators.trusted(fleet.prepare()))
+def _build_document(fleet: Simulation, fleet_plan: SimulationPlan) -> dict[str, Any]:
+    found = report.build_report(fleet.database, fleet_plan, operators.load_trusted_keys(fleet.prepare()))
     for one in found.devices:
         one["restarts"] = fleet.restarts.get(one["device"], [])
-    return {"devices": found.devices, "accuracy": found.accuracy, "audit": found.audit.document()}
+    return {"devices": found.devices, "accuracy": found.accuracy, "audit": found.audit.to_dict()}

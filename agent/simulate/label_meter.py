@@ -10,31 +10,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.client import Client
-from agent.simulate.scenario import Measured
+from agent.simulate.scenario import DelayedLabels
 
 
-class Meter:
+class LabelMeter:
     """Of one device. `values` (n,) of rows 1 to n of its stream; NaN is never sent."""
 
     def __init__(
         self,
         socket: Path,
         task: str,
-        measured: Measured,
+        measured: DelayedLabels,
         values: NDArray[np.float64],
         client: Callable[[], Client] | None = None,
     ) -> None:
         self._task, self._measured, self._values = task, measured, values
         self._connect = client or (lambda: Client(socket, name="meter"))
         self._client: Client | None = None
-        self._sent = 0
+        self._sent_through = 0
 
-    def read(self, through: int) -> None:
+    def send_due_labels(self, last_row: int) -> None:
         """Send what is due once the device has judged its rows up to `through`. Raises ConnectionError."""
-        last = min(through - self._measured.delay, len(self._values))
-        rows = np.arange(self._sent + 1, last + 1)
-        rows = rows[(rows % self._measured.every == 0) & ~np.isnan(self._values[rows - 1])]
-        self._sent = max(self._sent, last)
+        last = min(last_row - self._measured.delay_rows, len(self._values))
+        rows = np.arange(self._sent_through + 1, last + 1)
+        rows = rows[(rows % self._measured.every_rows == 0) & ~np.isnan(self._values[rows - 1])]
+        self._sent_through = max(self._sent_through, last)
         if not len(rows):
             return
         if self._client is None:

@@ -13,31 +13,31 @@ from typing import Any
 
 import msgspec
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.errors import LinkDown
-from agent.transport.compressed import plain
-from agent.transport.packets import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
+from agent.transport.compressed import decompress
+from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
 
 _STEP_S = 0.1
-_FIRST_WALL_US = 1_795_000_000_000_000
+_WALL_CLOCK_START_US = 1_795_000_000_000_000
 
 
-class Weather(msgspec.Struct, frozen=True):
+class LinkConditions(msgspec.Struct, frozen=True):
     """Chances of 0 to 1, of each message or call, and the longest time a message is under way."""
 
-    lose: float = 0.0
+    loss: float = 0.0
     """The broker confirms a message and forgets it."""
-    repeat: float = 0.0
+    duplication: float = 0.0
     """It delivers a message twice."""
     delay_s: float = 0.0
     """Each delivery and receipt takes its own time up to this, so that they overtake each other."""
-    split: float = 0.0
+    partial_receive: float = 0.0
     """`receive` brings only some of what is there."""
-    cut: float = 0.0
+    disconnect: float = 0.0
     """The connection breaks; what was being sent may or may not have arrived."""
-    drop: float = 0.0
+    silent_refusal: float = 0.0
     """The broker neither takes a message nor says so, as one that throttles."""
-    mute: bool = False
+    no_receipts: bool = False
     """The broker confirms nothing."""
 
 
@@ -46,29 +46,29 @@ class _Mailbox(msgspec.Struct):
 
     filters: Sequence[str] = ()
     persistent: bool = False
-    waiting: list[tuple[float, Delivery]] = msgspec.field(default_factory=list)
-    taken: dict[int, Delivery] = msgspec.field(default_factory=dict)
-    link: AirLink | None = None
+    pending: list[tuple[float, IncomingMessage]] = msgspec.field(default_factory=list)
+    unacknowledged: dict[int, IncomingMessage] = msgspec.field(default_factory=dict)
+    link: LossyLink | None = None
 
 
-class Air:
+class LossyBroker:
     """The broker and the clock. `judge` gives the reason code of a message; `others` get a turn while a link waits."""
 
-    def __init__(self, seed: int, weather: Weather, *, window: int = 100, max_packet: int = 1 << 20) -> None:
+    def __init__(self, seed: int, conditions: LinkConditions, *, window: int = 100, max_packet: int = 1 << 20) -> None:
         self.rng = random.Random(seed)
-        self.weather, self.window, self.max_packet = weather, window, max_packet
+        self.conditions, self.window, self.max_packet = conditions, window, max_packet
         self.clock_s = 1000.0
-        self.others: list[Callable[[], object]] = []
-        self.judge: Callable[[Outgoing], int] = lambda _: 0
-        self.published: list[Outgoing] = []
+        self.tick_callbacks: list[Callable[[], object]] = []
+        self.reason_code: Callable[[OutgoingMessage], int] = lambda _: 0
+        self.published: list[OutgoingMessage] = []
         self.connects: Counter[str] = Counter()
-        self.most_under_way: dict[str, int] = {}
-        self._boxes: dict[str, _Mailbox] = {}
-        self._retained: dict[str, Outgoing] = {}
-        self._mid = 0
+        self.max_in_flight: dict[str, int] = {}
+        self._mailboxes: dict[str, _Mailbox] = {}
+        self._retained: dict[str, OutgoingMessage] = {}
+        self._message_id = 0
 
-    def now(self) -> Now:
-        return Now(_FIRST_WALL_US + round(self.clock_s * 1e6), self.clock_s, "synced")
+    def now(self) -> ClockReading:
+        return ClockReading(_WALL_CLOCK_START_US + round(self.clock_s * 1e6), self.clock_s, "synced")
 
     def connect(
         self,
@@ -76,172 +76,176 @@ class Air:
         client: str,
         *,
         subscribe: Sequence[str] = (),
-        will: Outgoing | None = None,
+        will: OutgoingMessage | None = None,
         session_expiry_s: int = 0,
         **_: Any,
-    ) -> AirLink:
+    ) -> LossyLink:
         """As `Link(…)`. Raises LinkDown."""
         self.connects[client] += 1
-        if self.chance(self.weather.cut):
+        if self.happens(self.conditions.disconnect):
             raise LinkDown("the air: no connection")
-        box = self._boxes.get(client)
+        box = self._mailboxes.get(client)
         if box is not None and box.link is not None:
-            box.link.cut("taken over")
+            box.link.disconnect("taken over")
         if box is None or not session_expiry_s:
-            box = self._boxes[client] = _Mailbox()
+            box = self._mailboxes[client] = _Mailbox()
         box.filters, box.persistent = tuple(subscribe), session_expiry_s > 0
         # What was delivered and not acknowledged comes again.
-        box.waiting = [*((self.clock_s, old) for old in box.taken.values()), *box.waiting]
-        box.taken = {}
-        box.link = AirLink(self, client, box, will)
+        box.pending = [*((self.clock_s, old) for old in box.unacknowledged.values()), *box.pending]
+        box.unacknowledged = {}
+        box.link = LossyLink(self, client, box, will)
         for message in self._retained.values():
-            if any(matches(one, message.topic) for one in box.filters):
-                box.waiting.append((self.clock_s, self._delivery(message, retained=True)))
+            if any(topic_matches(one, message.topic) for one in box.filters):
+                box.pending.append((self.clock_s, self._delivery(message, retained=True)))
         return box.link
 
-    def publish(self, message: Outgoing) -> int:
+    def publish(self, message: OutgoingMessage) -> int:
         """Route a message as the broker does; its reason code."""
-        code = self.judge(message)
+        code = self.reason_code(message)
         if code >= 0x80:
             return code
         self.published.append(message)
         if message.retain:
             self._retained[message.topic] = message
-        boxes = [box for box in self._boxes.values() if any(matches(one, message.topic) for one in box.filters)]
+        boxes = [
+            box for box in self._mailboxes.values() if any(topic_matches(one, message.topic) for one in box.filters)
+        ]
         for box in boxes:
-            if not self.chance(self.weather.lose):
-                for _ in range(1 + self.chance(self.weather.repeat)):
-                    box.waiting.append((self.due(), self._delivery(message, retained=False)))
+            if not self.happens(self.conditions.loss):
+                for _ in range(1 + self.happens(self.conditions.duplication)):
+                    box.pending.append((self.delivery_time(), self._delivery(message, retained=False)))
         return code or (0 if boxes else NO_SUBSCRIBERS)
 
-    def inject(self, client: str, delivery: Delivery) -> None:
+    def inject(self, client: str, delivery: IncomingMessage) -> None:
         """Put something into a client's way that nobody published."""
-        self._boxes[client].waiting.append((self.clock_s, delivery))
+        self._mailboxes[client].pending.append((self.clock_s, delivery))
 
     def restart(self) -> None:
         """The broker dies and comes back, with nothing of what it had."""
-        boxes, self._boxes, self._retained = self._boxes, {}, {}
+        boxes, self._mailboxes, self._retained = self._mailboxes, {}, {}
         for box in boxes.values():
             if box.link is not None:
-                box.link.cut("the broker died", will=False)
+                box.link.disconnect("the broker died", will=False)
 
-    def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+    def advance(self, seconds: float, condition: Callable[[], bool] = lambda: False) -> None:
         """Time passes, and the others get their turns."""
         end = self.clock_s + seconds
-        while not until() and self.clock_s < end:
+        while not condition() and self.clock_s < end:
             self.clock_s = min(end, self.clock_s + _STEP_S)
-            for other in self.others:
+            for other in self.tick_callbacks:
                 other()
 
-    def forget(self, box: _Mailbox) -> None:
+    def detach(self, mailbox: _Mailbox) -> None:
         """The connection of this mailbox is over."""
-        box.link = None
-        if not box.persistent:
-            self._boxes = {name: one for name, one in self._boxes.items() if one is not box}
+        mailbox.link = None
+        if not mailbox.persistent:
+            self._mailboxes = {name: one for name, one in self._mailboxes.items() if one is not mailbox}
 
-    def chance(self, of: float) -> bool:
-        return of > 0 and self.rng.random() < of
+    def happens(self, probability: float) -> bool:
+        return probability > 0 and self.rng.random() < probability
 
-    def due(self) -> float:
-        return self.clock_s + (self.rng.uniform(0, self.weather.delay_s) if self.weather.delay_s else 0.0)
+    def delivery_time(self) -> float:
+        return self.clock_s + (self.rng.uniform(0, self.conditions.delay_s) if self.conditions.delay_s else 0.0)
 
-    def _delivery(self, message: Outgoing, *, retained: bool) -> Delivery:
-        self._mid += 1
+    def _delivery(self, message: OutgoingMessage, *, retained: bool) -> IncomingMessage:
+        self._message_id += 1
         tokens = tuple(value for name, value in message.properties if name == "jws")
-        payload = plain(message.payload, message.content_type)
-        head = (message.topic, payload, tokens, retained, self._mid, 1)
-        return Delivery(*head, message.correlation, message.response_topic)
+        payload = decompress(message.payload, message.content_type)
+        head = (message.topic, payload, tokens, retained, self._message_id, 1)
+        return IncomingMessage(*head, message.correlation, message.response_topic)
 
 
-class AirLink:
+class LossyLink:
     """One connection through the air."""
 
-    def __init__(self, air: Air, client: str, box: _Mailbox, will: Outgoing | None) -> None:
-        self.window, self.max_packet = air.window, air.max_packet
-        self._air, self._client, self._box, self._will = air, client, box, will
-        self._lost: str | None = None
-        self._receipts: list[tuple[float, Receipt]] = []
-        self._token = self._under_way = 0
-        self._woken = False
+    def __init__(self, broker: LossyBroker, client: str, mailbox: _Mailbox, will: OutgoingMessage | None) -> None:
+        self.window, self.max_packet = broker.window, broker.max_packet
+        self._broker, self._client, self._mailbox, self._will = broker, client, mailbox, will
+        self._lost_reason: str | None = None
+        self._receipts: list[tuple[float, PublishReceipt]] = []
+        self._token = self._in_flight = 0
+        self._is_woken = False
 
-    def send(self, message: Outgoing) -> int:
-        self._check()
-        if self._air.chance(self._air.weather.cut):
-            if self._air.rng.random() < 0.5:
-                self._air.publish(message)
-            self.cut("connection lost")
-            self._check()
+    def send(self, message: OutgoingMessage) -> int:
+        self._require_connected()
+        if self._broker.happens(self._broker.conditions.disconnect):
+            if self._broker.rng.random() < 0.5:
+                self._broker.publish(message)
+            self.disconnect("connection lost")
+            self._require_connected()
         self._token += 1
-        self._under_way += 1
-        most = self._air.most_under_way
-        most[self._client] = max(most.get(self._client, 0), self._under_way)
-        if self._air.chance(self._air.weather.drop):
+        self._in_flight += 1
+        most = self._broker.max_in_flight
+        most[self._client] = max(most.get(self._client, 0), self._in_flight)
+        if self._broker.happens(self._broker.conditions.silent_refusal):
             return self._token
-        code = self._air.publish(message)
-        if not self._air.weather.mute:
-            self._receipts.append((self._air.due(), Receipt(self._token, code, f"reason 0x{code:02x}")))
+        code = self._broker.publish(message)
+        if not self._broker.conditions.no_receipts:
+            self._receipts.append(
+                (self._broker.delivery_time(), PublishReceipt(self._token, code, f"reason 0x{code:02x}"))
+            )
         return self._token
 
-    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
-        self._check()
-        self._air.wait(timeout_s, lambda: self._woken or self._lost is not None or self._is_due())
-        self._woken = False
-        self._check()
-        if self._air.chance(self._air.weather.cut):
-            self.cut("connection lost")
-            self._check()
-        return [*self._take_receipts(), *self._take_deliveries()]
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
+        self._require_connected()
+        self._broker.advance(timeout_s, lambda: self._is_woken or self._lost_reason is not None or self._is_due())
+        self._is_woken = False
+        self._require_connected()
+        if self._broker.happens(self._broker.conditions.disconnect):
+            self.disconnect("connection lost")
+            self._require_connected()
+        return [*self._pop_receipts(), *self._pop_deliveries()]
 
-    def acknowledge(self, delivery: Delivery) -> None:
-        self._box.taken.pop(delivery.mid, None)
+    def acknowledge(self, delivery: IncomingMessage) -> None:
+        self._mailbox.unacknowledged.pop(delivery.mid, None)
 
     def wake(self) -> None:
-        self._woken = True
+        self._is_woken = True
 
     def close(self) -> None:
-        self.cut("closed", will=False)
+        self.disconnect("closed", will=False)
 
     def drop(self) -> None:
-        self.cut("dropped")
+        self.disconnect("dropped")
 
-    def cut(self, why: str, *, will: bool = True) -> None:
+    def disconnect(self, reason: str, *, will: bool = True) -> None:
         """The connection is over; the broker publishes the Will unless this was a polite end."""
-        if self._lost is not None:
+        if self._lost_reason is not None:
             return
-        self._lost = why
-        self._air.forget(self._box)
+        self._lost_reason = reason
+        self._broker.detach(self._mailbox)
         if will and self._will is not None:
-            self._air.publish(self._will)
+            self._broker.publish(self._will)
 
-    def _check(self) -> None:
-        if self._lost is not None:
-            raise LinkDown(f"the air: {self._lost}")
+    def _require_connected(self) -> None:
+        if self._lost_reason is not None:
+            raise LinkDown(f"the air: {self._lost_reason}")
 
     def _is_due(self) -> bool:
-        now = self._air.clock_s
-        return any(due <= now for due, _ in self._receipts) or any(due <= now for due, _ in self._box.waiting)
+        now = self._broker.clock_s
+        return any(due <= now for due, _ in self._receipts) or any(due <= now for due, _ in self._mailbox.pending)
 
-    def _take_receipts(self) -> list[Receipt]:
-        ready = self._split([entry for entry in self._receipts if entry[0] <= self._air.clock_s])
+    def _pop_receipts(self) -> list[PublishReceipt]:
+        ready = self._receive_part([entry for entry in self._receipts if entry[0] <= self._broker.clock_s])
         self._receipts = [entry for entry in self._receipts if entry not in ready]
-        self._under_way -= len(ready)
+        self._in_flight -= len(ready)
         return [receipt for _, receipt in sorted(ready, key=lambda entry: entry[0])]
 
-    def _take_deliveries(self) -> list[Delivery]:
-        ready = self._split([entry for entry in self._box.waiting if entry[0] <= self._air.clock_s])
+    def _pop_deliveries(self) -> list[IncomingMessage]:
+        ready = self._receive_part([entry for entry in self._mailbox.pending if entry[0] <= self._broker.clock_s])
         chosen = {id(entry) for entry in ready}
-        self._box.waiting = [entry for entry in self._box.waiting if id(entry) not in chosen]
+        self._mailbox.pending = [entry for entry in self._mailbox.pending if id(entry) not in chosen]
         deliveries = [delivery for _, delivery in sorted(ready, key=lambda entry: entry[0])]
-        self._box.taken |= {delivery.mid: delivery for delivery in deliveries}
+        self._mailbox.unacknowledged |= {delivery.mid: delivery for delivery in deliveries}
         return deliveries
 
-    def _split(self, ready: list[Any]) -> list[Any]:
-        if len(ready) > 1 and self._air.chance(self._air.weather.split):
-            return ready[: self._air.rng.randrange(1, len(ready))]
+    def _receive_part(self, ready: list[Any]) -> list[Any]:
+        if len(ready) > 1 and self._broker.happens(self._broker.conditions.partial_receive):
+            return ready[: self._broker.rng.randrange(1, len(ready))]
         return ready
 
 
-def matches(topic_filter: str, topic: str) -> bool:
+def topic_matches(topic_filter: str, topic: str) -> bool:
     """Whether an MQTT topic filter takes a topic."""
     wanted, there = topic_filter.split("/"), topic.split("/")
     for i, part in enumerate(wanted):

@@ -25,22 +25,22 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.transport import tls
-from agent.transport.compressed import plain
-from agent.transport.packets import JSON, Delivery, Outgoing, Receipt
+from agent.transport.compressed import decompress
+from agent.transport.packets import JSON, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire.messages import MAX_PAYLOAD
 
 _MAX_WINDOW = 100
 _KEEP_ALIVE_S = 60
 # Of what is sent to us: the longest payload with its signature. A longer packet would be in memory whole.
-_MOST_BYTES = MAX_PAYLOAD + (64 << 10)
+_MAX_PACKET_BYTES = MAX_PAYLOAD + (64 << 10)
 # What paho's parsers raise on bytes that are no MQTT.
-_MALFORMED = (ValueError, LookupError, AssertionError, struct.error, MQTTException)
+_PARSE_ERRORS = (ValueError, LookupError, AssertionError, struct.error, MQTTException)
 # What a signal may raise anywhere. paho takes some locks without `with`: cut off there, it would wait for itself at its
 # next step, so that it gets none.
-_CUT_OFF = (KeyboardInterrupt, SystemExit)
+_INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
 class _Handshake(msgspec.Struct):
@@ -48,15 +48,15 @@ class _Handshake(msgspec.Struct):
     subscribed: list[str] = msgspec.field(default_factory=list)
 
 
-class _Complaints:
+class _PahoLog:
     """What paho only logs, such as the TLS alert that ended a connection. Most is never formatted."""
 
     def __init__(self) -> None:
-        self.last = ""
+        self.last_error = ""
 
     def log(self, level: int, text: str, *values: object) -> None:
         if level >= logging.ERROR:
-            self.last = text % values
+            self.last_error = text % values
 
 
 class Link:
@@ -64,28 +64,28 @@ class Link:
 
     def __init__(
         self,
-        broker: Broker,
+        broker: BrokerConfig,
         client_id: str,
         *,
         subscribe: Sequence[str] = (),
-        will: Outgoing | None = None,
+        will: OutgoingMessage | None = None,
         session_expiry_s: int = 0,
         timeout_s: float = 10.0,
     ) -> None:
         self.window = _MAX_WINDOW
         self.max_packet = 268_435_455
-        self._events: list[Delivery | Receipt] = []
-        self._lost: str | None = None
-        self._hand = _Handshake()
-        self._complaints = _Complaints()
-        self._waker, self._woken = socket.socketpair()
-        self._waker.setblocking(False)
-        self._woken.setblocking(False)
+        self._events: list[IncomingMessage | PublishReceipt] = []
+        self._lost_reason: str | None = None
+        self._handshake = _Handshake()
+        self._paho_log = _PahoLog()
+        self._wake_sender, self._wake_receiver = socket.socketpair()
+        self._wake_sender.setblocking(False)
+        self._wake_receiver.setblocking(False)
         try:
             self._client = self._make_client(broker, client_id, will)
         except BaseException:
-            self._waker.close()
-            self._woken.close()
+            self._wake_sender.close()
+            self._wake_receiver.close()
             raise
         try:
             self._connect(broker, session_expiry_s, timeout_s)
@@ -95,7 +95,7 @@ class Link:
             self._release()
             raise
 
-    def send(self, message: Outgoing) -> int:
+    def send(self, message: OutgoingMessage) -> int:
         """Hand one message to the connection; the Receipt with this token follows from `receive`."""
         properties = Properties(PacketTypes.PUBLISH)
         properties.ContentType = message.content_type
@@ -109,42 +109,42 @@ class Link:
             properties.ResponseTopic = message.response_topic
         try:
             info = self._client.publish(message.topic, message.payload, 1, message.retain, properties)
-        except _CUT_OFF:
-            self._lost = "interrupted"
+        except _INTERRUPTS:
+            self._lost_reason = "interrupted"
             raise
         if info.rc != mqtt.MQTT_ERR_SUCCESS:
-            raise LinkDown(self._lost or f"publish failed: {mqtt.error_string(info.rc)}")
+            raise LinkDown(self._lost_reason or f"publish failed: {mqtt.error_string(info.rc)}")
         return info.mid
 
-    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
         """What came within `timeout_s`; returns early on the first events or a `wake`."""
-        self._turn(timeout_s)
+        self._tick(timeout_s)
         events, self._events = self._events, []
-        if not events and self._lost is not None:
-            raise LinkDown(self._lost)
+        if not events and self._lost_reason is not None:
+            raise LinkDown(self._lost_reason)
         return events
 
-    def acknowledge(self, delivery: Delivery) -> None:
+    def acknowledge(self, delivery: IncomingMessage) -> None:
         """Tell the broker that `delivery` is in our hands (PUBACK)."""
         if delivery.qos:
             try:
                 self._client.ack(delivery.mid, delivery.qos)
-            except _CUT_OFF:
-                self._lost = "interrupted"
+            except _INTERRUPTS:
+                self._lost_reason = "interrupted"
                 raise
 
     def wake(self) -> None:
         """End a waiting `receive`; safe from any thread."""
         with contextlib.suppress(OSError):
-            self._waker.send(b"!")
+            self._wake_sender.send(b"!")
 
     def close(self) -> None:
         """Leave with a DISCONNECT, so that the broker drops the Will."""
         try:
-            if self._lost is None:
+            if self._lost_reason is None:
                 self._client.disconnect()
                 with contextlib.suppress(LinkDown):
-                    self._turn(0.0)
+                    self._tick(0.0)
         finally:
             self._release()
 
@@ -152,7 +152,7 @@ class Link:
         """Cut the connection without a word, so that the broker publishes the Will."""
         self._release()
 
-    def _make_client(self, broker: Broker, client_id: str, will: Outgoing | None) -> mqtt.Client:
+    def _make_client(self, broker: BrokerConfig, client_id: str, will: OutgoingMessage | None) -> mqtt.Client:
         client = mqtt.Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
@@ -166,13 +166,13 @@ class Link:
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect
-        client.enable_logger(self._complaints)  # type: ignore[arg-type]
+        client.enable_logger(self._paho_log)  # type: ignore[arg-type]
         client.on_publish = self._on_publish
         client.on_message = self._on_message
         if broker.username is not None:
             client.username_pw_set(broker.username, broker.password)
         if broker.tls:
-            client.tls_set_context(tls.context(broker))
+            client.tls_set_context(tls.create_context(broker))
         if will is not None:
             properties = Properties(PacketTypes.WILLMESSAGE)
             properties.ContentType = will.content_type
@@ -180,10 +180,10 @@ class Link:
             client.will_set(will.topic, will.payload, 1, will.retain, properties)
         return client
 
-    def _connect(self, broker: Broker, session_expiry_s: int, timeout_s: float) -> None:
+    def _connect(self, broker: BrokerConfig, session_expiry_s: int, timeout_s: float) -> None:
         properties = Properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = session_expiry_s
-        properties.MaximumPacketSize = _MOST_BYTES
+        properties.MaximumPacketSize = _MAX_PACKET_BYTES
         try:
             self._client.connect(
                 broker.host,
@@ -195,91 +195,91 @@ class Link:
         except (OSError, ValueError) as error:
             raise LinkDown(f"{broker.url}: {error}") from error
         try:
-            self._until(lambda: self._hand.connected is not None, timeout_s, f"{broker.url}: no CONNACK")
+            self._wait_until(lambda: self._handshake.connected is not None, timeout_s, f"{broker.url}: no CONNACK")
         except LinkDown as down:
-            raise LinkDown(f"{down}{tls.ended(broker)}") from None
-        if self._hand.connected:
-            raise LinkDown(f"{broker.url}: refused: {self._hand.connected}")
+            raise LinkDown(f"{down}{tls.describe_expiry(broker)}") from None
+        if self._handshake.connected:
+            raise LinkDown(f"{broker.url}: refused: {self._handshake.connected}")
 
     def _subscribe(self, filters: Sequence[str], timeout_s: float) -> None:
         # MQTT forbids `no local` on a shared subscription.
         options = [(topic, SubscribeOptions(qos=1, noLocal=not topic.startswith("$share/"))) for topic in filters]
         self._client.subscribe(options)
-        self._until(lambda: bool(self._hand.subscribed), timeout_s, "no SUBACK")
-        for topic, answer in zip(filters, self._hand.subscribed, strict=False):
+        self._wait_until(lambda: bool(self._handshake.subscribed), timeout_s, "no SUBACK")
+        for topic, answer in zip(filters, self._handshake.subscribed, strict=False):
             if answer:
                 raise LinkDown(f"subscription {topic} refused: {answer}")
 
-    def _until(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
+    def _wait_until(self, done: Callable[[], bool], timeout_s: float, timeout_message: str) -> None:
         deadline = time.monotonic() + timeout_s
         while not done():
-            if self._lost is not None and not done():
-                raise LinkDown(self._lost)
+            if self._lost_reason is not None and not done():
+                raise LinkDown(self._lost_reason)
             if time.monotonic() > deadline:
-                raise LinkDown(f"{what} within {timeout_s:g} s")
-            self._turn(0.2)
+                raise LinkDown(f"{timeout_message} within {timeout_s:g} s")
+            self._tick(0.2)
 
-    def _turn(self, timeout_s: float) -> None:
+    def _tick(self, timeout_s: float) -> None:
         """One turn of paho's loop on our own poll, so that `wake` can end it."""
         sock: Any = self._client.socket()
         if sock is None:
-            self._lost = self._lost or "connection closed"
+            self._lost_reason = self._lost_reason or "connection closed"
             return
         # TLS may hold decrypted bytes that poll cannot see.
         if isinstance(sock, ssl.SSLSocket) and sock.pending():
             timeout_s = 0.0
         poll = select.poll()
         poll.register(sock, select.POLLIN | (select.POLLOUT if self._client.want_write() else 0))
-        poll.register(self._woken, select.POLLIN)
+        poll.register(self._wake_receiver, select.POLLIN)
         ready = dict(poll.poll(0 if self._events else timeout_s * 1000))
-        if self._woken.fileno() in ready:
+        if self._wake_receiver.fileno() in ready:
             with contextlib.suppress(OSError):
-                self._woken.recv(4096)
+                self._wake_receiver.recv(4096)
         for step in (self._client.loop_read, self._client.loop_write, self._client.loop_misc):
             if step == self._client.loop_read and not ready.get(sock.fileno()) and timeout_s:
                 continue
             try:
                 code = step()
-            except _MALFORMED as error:
-                self._lost = self._lost or f"the broker sent a malformed packet: {error}"
+            except _PARSE_ERRORS as error:
+                self._lost_reason = self._lost_reason or f"the broker sent a malformed packet: {error}"
                 return
-            except _CUT_OFF:
-                self._lost = "interrupted"
+            except _INTERRUPTS:
+                self._lost_reason = "interrupted"
                 raise
             if code not in (mqtt.MQTT_ERR_SUCCESS, mqtt.MQTT_ERR_AGAIN):
-                self._lost = self._lost or mqtt.error_string(code)
+                self._lost_reason = self._lost_reason or mqtt.error_string(code)
                 return
 
     def _release(self) -> None:
-        self._lost = self._lost or "closed"
+        self._lost_reason = self._lost_reason or "closed"
         sock = self._client.socket()
         if sock is not None:
             sock.close()
         self._client.on_disconnect = None
         # paho closes its own wake-up sockets only when it is dropped with them reset.
         self._client._reset_sockets()
-        self._waker.close()
-        self._woken.close()
+        self._wake_sender.close()
+        self._wake_receiver.close()
 
     def _on_connect(self, _client: Any, _data: Any, _flags: Any, reason: Any, properties: Any) -> None:
-        self._hand.connected = str(reason) if reason.is_failure else ""
+        self._handshake.connected = str(reason) if reason.is_failure else ""
         self.window = min(self.window, getattr(properties, "ReceiveMaximum", self.window))
         self.max_packet = getattr(properties, "MaximumPacketSize", self.max_packet)
 
     def _on_subscribe(self, _client: Any, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
-        self._hand.subscribed = [str(reason) if reason.is_failure else "" for reason in reasons]
+        self._handshake.subscribed = [str(reason) if reason.is_failure else "" for reason in reasons]
 
     def _on_disconnect(self, _client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
-        self._lost = self._lost or f"connection lost: {self._complaints.last or reason}"
+        self._lost_reason = self._lost_reason or f"connection lost: {self._paho_log.last_error or reason}"
 
     def _on_publish(self, _client: Any, _data: Any, mid: int, reason: Any, _properties: Any) -> None:
-        self._events.append(Receipt(mid, reason.value, str(reason)))
+        self._events.append(PublishReceipt(mid, reason.value, str(reason)))
 
     def _on_message(self, _client: Any, _data: Any, message: mqtt.MQTTMessage) -> None:
         pairs = getattr(message.properties, "UserProperty", ())
         tokens = tuple(value for name, value in pairs if name == "jws")
         correlation = getattr(message.properties, "CorrelationData", None)
         response_topic = getattr(message.properties, "ResponseTopic", None)
-        payload = plain(bytes(message.payload), getattr(message.properties, "ContentType", JSON))
+        payload = decompress(bytes(message.payload), getattr(message.properties, "ContentType", JSON))
         head = (message.topic, payload, tokens, message.retain, message.mid, message.qos)
-        self._events.append(Delivery(*head, correlation, response_topic, message.dup))
+        self._events.append(IncomingMessage(*head, correlation, response_topic, message.dup))

@@ -11,7 +11,7 @@ NO_SUBSCRIBERS = 0x10
 PACKET_TOO_LARGE = 0x95
 
 
-class Outgoing(msgspec.Struct, frozen=True):
+class OutgoingMessage(msgspec.Struct, frozen=True):
     """A message to publish at QoS 1; `expiry_s` None keeps it until delivered."""
 
     topic: str
@@ -24,7 +24,7 @@ class Outgoing(msgspec.Struct, frozen=True):
     content_type: str = JSON
 
 
-class Delivery(msgspec.Struct, frozen=True):
+class IncomingMessage(msgspec.Struct, frozen=True):
     """A message that came, its payload unpacked; `tokens` are its `jws` user properties.
 
     `again`: the broker sent it before, and was not told that it arrived.
@@ -38,10 +38,10 @@ class Delivery(msgspec.Struct, frozen=True):
     qos: int
     correlation: bytes | None = None
     response_topic: str | None = None
-    again: bool = False
+    duplicate: bool = False
 
 
-class Receipt(msgspec.Struct, frozen=True):
+class PublishReceipt(msgspec.Struct, frozen=True):
     """The broker's answer to one `send`; `code` is the MQTT 5 reason code."""
 
     token: int
@@ -49,5 +49,5 @@ class Receipt(msgspec.Struct, frozen=True):
     reason: str
 
     @property
-    def taken(self) -> bool:
+    def is_accepted(self) -> bool:
         return self.code < 0x80

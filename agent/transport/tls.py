@@ -6,11 +6,11 @@ import ssl
 from datetime import UTC, datetime
 from pathlib import Path
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.errors import LinkDown
 
 
-class Socket(ssl.SSLSocket):
+class SelfClosingSocket(ssl.SSLSocket):
     """Closes itself when the handshake fails: paho drops the socket and leaves that to the garbage collector."""
 
     def do_handshake(self, block: bool = False) -> None:
@@ -21,11 +21,11 @@ class Socket(ssl.SSLSocket):
             raise
 
 
-def context(broker: Broker) -> ssl.SSLContext:
+def create_context(broker: BrokerConfig) -> ssl.SSLContext:
     """Verifies the broker, and shows our certificate where there is one. Raises LinkDown for files of no use."""
     try:
         made = ssl.create_default_context(cafile=broker.ca_file)
-        made.sslsocket_class = Socket
+        made.sslsocket_class = SelfClosingSocket
         made.minimum_version = ssl.TLSVersion.TLSv1_2
         if broker.cert_file:
             made.load_cert_chain(broker.cert_file, broker.tls_key_file)
@@ -37,7 +37,7 @@ def context(broker: Broker) -> ssl.SSLContext:
     return made
 
 
-def ended(broker: Broker) -> str:
+def describe_expiry(broker: BrokerConfig) -> str:
     """That our certificate has ended, by this machine's clock; else nothing.
 
     A broker that refuses a certificate closes while we still send, and its reason is mostly lost with that.

@@ -8,33 +8,33 @@ import msgspec
 MAX_LIFETIME_S = 24 * 3600
 # A command is a few hundred bytes, one with labels more. This much is looked at, no more.
 MAX_COMMAND_BYTES = 16_384
-MAX_ARGUMENT = 12_000
+MAX_ARGUMENT_LENGTH = 12_000
 DEFAULT_SCHEDULE = "default"
 
 
-class Arguments(msgspec.Struct, frozen=True):
+class CommandArguments(msgspec.Struct, frozen=True):
     """The members of `args`, all of them texts, in the order a person writes them."""
 
-    needed: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
 
-COMMANDS: dict[str, Arguments] = {
-    "run": Arguments(("task",)),
-    "pause": Arguments(("task",)),
-    "resume": Arguments(("task",)),
-    "report": Arguments(),
-    "set-schedule": Arguments(("task", "schedule")),
-    "rollback": Arguments(("task",)),
-    "learn": Arguments(("task",), ("for",)),
-    "reset-reference": Arguments(("task",)),
+COMMANDS: dict[str, CommandArguments] = {
+    "run": CommandArguments(("task",)),
+    "pause": CommandArguments(("task",)),
+    "resume": CommandArguments(("task",)),
+    "report": CommandArguments(),
+    "set-schedule": CommandArguments(("task", "schedule")),
+    "rollback": CommandArguments(("task",)),
+    "learn": CommandArguments(("task",), ("for",)),
+    "reset-reference": CommandArguments(("task",)),
     # `labels`: JSON, as the columns of a line at the intake.
-    "label": Arguments(("task", "labels")),
-    "rotate-key": Arguments(),
-    "wipe": Arguments((), ("confirm",)),
+    "label": CommandArguments(("task", "labels")),
+    "rotate-key": CommandArguments(),
+    "wipe": CommandArguments((), ("confirm",)),
 }
 # Not obeyed while the device cannot tell whether they have expired.
-NEED_TIME = frozenset({"rollback", "rotate-key", "wipe"})
+CLOCK_DEPENDENT = frozenset({"rollback", "rotate-key", "wipe"})
 
 
 def check_args(name: str, args: dict[str, str]) -> None:
@@ -42,9 +42,9 @@ def check_args(name: str, args: dict[str, str]) -> None:
     if name not in COMMANDS:
         raise ValueError(f"there is no command {name[:60]!r}; known are {', '.join(COMMANDS)}")
     known = COMMANDS[name]
-    missing = [one for one in known.needed if one not in args]
+    missing = [one for one in known.required if one not in args]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)}")
-    beyond = sorted(set(args) - set(known.needed) - set(known.optional))
+    beyond = sorted(set(args) - set(known.required) - set(known.optional))
     if beyond:
         raise ValueError(f"{name} takes no {', '.join(beyond)[:120]}")

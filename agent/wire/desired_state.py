@@ -15,12 +15,12 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 Version = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-Moment = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z")]
+Rfc3339Seconds = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\Z")]
 # A desired message is looked at up to this size, no more.
 MAX_DESIRED_BYTES = 65_536
 
 
-class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class CanaryRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """When a device takes a bundle back by itself, while it is on probation; None: not asked.
 
     `batches` and `hours` are the least that probation takes. Judged are intervals, from `batches` on: a bundle goes
@@ -47,7 +47,7 @@ class Rules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     hold_hours: Annotated[float, msgspec.Meta(ge=0, le=8760)] = 24.0
 
 
-class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class DesiredBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The bundle a task should come to by a roll-out, and the step this is at.
 
     shadow: answers beside the one that runs, publishes none of its results. canary: runs on these devices, on
@@ -62,14 +62,14 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     strategy: Literal["shadow", "canary", "all", "back"]
     percent: Annotated[float, msgspec.Meta(ge=0, le=100)] = 100.0
     # When devices should have got there; later, they say that they are late.
-    deadline: Moment | None = None
-    rules: Rules = Rules()
+    deadline: Rfc3339Seconds | None = None
+    rules: CanaryRules = CanaryRules()
 
-    def chosen(self, device: str) -> bool:
+    def includes_device(self, device: str) -> bool:
         """Whether the step is for `device`."""
-        return place(self.rollout, device) * 100 < self.percent
+        return rollout_bucket(self.rollout, device) * 100 < self.percent
 
 
-def place(rollout: str, device: str) -> float:
+def rollout_bucket(rollout: str, device: str) -> float:
     """Where `device` stands among all, in [0, 1): the same for ever, in another order for each roll-out."""
     return int.from_bytes(hashlib.sha256(f"{rollout}/{device}".encode()).digest()[:8]) / 2**64

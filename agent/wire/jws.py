@@ -18,14 +18,14 @@ from typing import Literal, TypeVar
 import msgspec
 from cryptography.exceptions import InvalidSignature
 
-from agent.errors import Refused
-from agent.strict_json import check_keys
-from agent.wire.keys import PublicKey, SigningKey, b64url, unb64url
+from agent.errors import MessageRefused
+from agent.strict_json import check_strict_json
+from agent.wire.keys import PublicKey, SigningKey, b64url_decode, b64url_encode
 
 MAX_TOKEN = 2048
 
 
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class JwsHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     alg: Literal["EdDSA"]
     b64: bool
     crit: list[str]
@@ -46,57 +46,57 @@ S = TypeVar("S", bound=Signer)
 
 def sign(key: SigningKey, topic: str, payload: bytes) -> str:
     """The token for user property `jws`."""
-    head = _protected(key.public.kid, topic)
-    return f"{head}..{b64url(key.sign(head.encode() + b'.' + payload))}"
+    head = _protected_header(key.public.kid, topic)
+    return f"{head}..{b64url_encode(key.sign(head.encode() + b'.' + payload))}"
 
 
-def verify(tokens: Sequence[str], topic: str, payload: bytes, find: Callable[[str], S | None]) -> S:
+def verify(tokens: Sequence[str], topic: str, payload: bytes, find_signer: Callable[[str], S | None]) -> S:
     """The signer of `payload`; `find` maps a kid to a known signer. Raises Refused with the rule that failed."""
-    header, protected, signature = _split(tokens)
-    signer = find(header.kid)
+    header, protected, signature = _parse_token(tokens)
+    signer = find_signer(header.kid)
     if signer is None:
-        raise Refused("unknown key", f"kid {header.kid[:64]!r}")
+        raise MessageRefused("unknown key", f"kid {header.kid[:64]!r}")
     if signer.revoked:
-        raise Refused("revoked key", f"kid {header.kid} of {signer.owner}")
+        raise MessageRefused("revoked key", f"kid {header.kid} of {signer.owner}")
     if header.top != topic:
-        raise Refused("other topic", f"signed for {header.top[:120]!r}, came on {topic!r}")
+        raise MessageRefused("other topic", f"signed for {header.top[:120]!r}, came on {topic!r}")
     try:
         signer.key.verify(signature, protected.encode() + b"." + payload)
     except InvalidSignature:
-        raise Refused("bad signature", f"kid {header.kid} of {signer.owner}") from None
+        raise MessageRefused("bad signature", f"kid {header.kid} of {signer.owner}") from None
     return signer
 
 
 def claimed_kid(token: str) -> str:
     """The kid a token names, unverified: to tell a person whose key to ask for. Raises Refused."""
-    return _split([token])[0].kid
+    return _parse_token([token])[0].kid
 
 
-def _split(tokens: Sequence[str]) -> tuple[Header, str, bytes]:
+def _parse_token(tokens: Sequence[str]) -> tuple[JwsHeader, str, bytes]:
     if len(tokens) != 1:
-        raise Refused("unsigned" if not tokens else "several signatures")
+        raise MessageRefused("unsigned" if not tokens else "several signatures")
     parts = tokens[0].split(".") if len(tokens[0]) <= MAX_TOKEN else []
     if len(parts) != 3 or parts[1]:
-        raise Refused("malformed signature", "not a detached compact JWS")
+        raise MessageRefused("malformed signature", "not a detached compact JWS")
     try:
-        header = _header(parts[0])
-        signature = unb64url(parts[2])
+        header = _parse_header(parts[0])
+        signature = b64url_decode(parts[2])
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise Refused("malformed signature", str(error)[:120]) from None
+        raise MessageRefused("malformed signature", str(error)[:120]) from None
     return header, parts[0], signature
 
 
 @lru_cache(maxsize=1024)
-def _header(text: str) -> Header:
+def _parse_header(text: str) -> JwsHeader:
     """A signer's header is the same for all messages of a topic."""
-    data = unb64url(text)
-    header = msgspec.json.decode(data, type=Header)
-    check_keys(data)
+    data = b64url_decode(text)
+    header = msgspec.json.decode(data, type=JwsHeader)
+    check_strict_json(data)
     if header.b64 or header.crit != ["b64"]:
         raise ValueError('b64 must be false and crit ["b64"]')
     return header
 
 
 @lru_cache(maxsize=256)
-def _protected(kid: str, topic: str) -> str:
-    return b64url(msgspec.json.encode(Header("EdDSA", False, ["b64"], kid, topic)))
+def _protected_header(kid: str, topic: str) -> str:
+    return b64url_encode(msgspec.json.encode(JwsHeader("EdDSA", False, ["b64"], kid, topic)))

@@ -12,52 +12,56 @@ from typing import Any
 import msgspec
 from cryptography.exceptions import InvalidSignature
 
-from agent.errors import Refused
-from agent.wire.keys import PublicKey, SigningKey, b64url, public_key, unb64url
-from agent.wire.messages import Audit, Message
+from agent.errors import MessageRefused
+from agent.wire.keys import PublicKey, SigningKey, b64url_decode, b64url_encode, parse_public_key
+from agent.wire.messages import AuditPayload, VerifiedMessage
 
-EVENT = "key rotated"
+ROTATION_EVENT = "key rotated"
 _DOMAIN = "outstation key rotation v1"
 
 
-class Rotation(msgspec.Struct, frozen=True):
+class KeyRotation(msgspec.Struct, frozen=True):
     """In `log` of `device`, `old` (a kid) signs up to `seq`, and `new` from there on."""
 
     device: str
     log: str
     seq: int
-    old: str
-    new: PublicKey
+    old_kid: str
+    new_key: PublicKey
 
 
-def evidence(fleet: str, device: str, log: str, seq: int, old: PublicKey, new: SigningKey) -> dict[str, Any]:
+def build_evidence(
+    fleet: str, device: str, log: str, seq: int, old_key: PublicKey, new_key: SigningKey
+) -> dict[str, Any]:
     """The `evidence` of the message that will be `seq` of `log`."""
-    proof = new.sign(_statement(fleet, device, log, seq, old.kid, new.public))
-    return {"old": old.kid, "key": new.public.text, "proof": b64url(proof)}
+    proof = new_key.sign(_statement(fleet, device, log, seq, old_key.kid, new_key.public))
+    return {"old": old_key.kid, "key": new_key.public.text, "proof": b64url_encode(proof)}
 
 
-def is_rotation(message: Message) -> bool:
+def is_rotation_message(message: VerifiedMessage) -> bool:
     """Whether it means to be one; its proof may fail."""
-    return isinstance(message.body, Audit) and message.body.event == EVENT
+    return isinstance(message.body, AuditPayload) and message.body.event == ROTATION_EVENT
 
 
-def rotation_of(message: Message) -> Rotation | None:
+def parse_rotation(message: VerifiedMessage) -> KeyRotation | None:
     """What a verified message says about keys; None for every other message. Raises Refused where its proof fails."""
     body = message.body
-    if not isinstance(body, Audit) or not is_rotation(message):
+    if not isinstance(body, AuditPayload) or not is_rotation_message(message):
         return None
     old, text, proof = (body.evidence.get(name) for name in ("old", "key", "proof"))
     if old != message.signer.key.kid:
-        raise Refused("rotation", "it names another old key than the one that signed it")
+        raise MessageRefused("rotation", "it names another old key than the one that signed it")
     try:
-        new = public_key(str(text))
-        new.verify(unb64url(str(proof)), _statement(message.topic.fleet, body.device, body.log, body.seq, old, new))
+        new = parse_public_key(str(text))
+        new.verify(
+            b64url_decode(str(proof)), _statement(message.topic.fleet, body.device, body.log, body.seq, old, new)
+        )
     except (ValueError, InvalidSignature) as error:
         why = str(error) or "its signature does not fit"
-        raise Refused("rotation", f"the new key does not prove itself: {why}") from None
+        raise MessageRefused("rotation", f"the new key does not prove itself: {why}") from None
     if new.kid == old:
-        raise Refused("rotation", "the new key is the old one")
-    return Rotation(body.device, body.log, body.seq, old, new)
+        raise MessageRefused("rotation", "the new key is the old one")
+    return KeyRotation(body.device, body.log, body.seq, old, new)
 
 
 def _statement(fleet: str, device: str, log: str, seq: int, old_kid: str, new: PublicKey) -> bytes:

@@ -22,15 +22,15 @@ from agent.errors import UsageError
 from agent.wire import curve
 
 
-def b64url(data: bytes) -> str:
+def b64url_encode(data: bytes) -> str:
     """Base64url without padding (RFC 7515 section 2)."""
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
 
 
-def unb64url(text: str) -> bytes:
+def b64url_decode(text: str) -> bytes:
     """Inverse of `b64url`; only the one canonical spelling is taken. Raises ValueError."""
     data = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-    if b64url(data) != text:
+    if b64url_encode(data) != text:
         raise ValueError("not canonical base64url")
     return data
 
@@ -52,12 +52,12 @@ class PublicKey:
     @cached_property
     def text(self) -> str:
         """Base64url of the raw key: how keys are written in config files."""
-        return b64url(self.raw)
+        return b64url_encode(self.raw)
 
     @cached_property
     def kid(self) -> str:
         """RFC 7638 thumbprint of the key's JWK (RFC 8037)."""
-        return b64url(hashlib.sha256(f'{{"crv":"Ed25519","kty":"OKP","x":"{self.text}"}}'.encode()).digest())
+        return b64url_encode(hashlib.sha256(f'{{"crv":"Ed25519","kty":"OKP","x":"{self.text}"}}'.encode()).digest())
 
     @property
     def jwk(self) -> dict[str, str]:
@@ -80,16 +80,16 @@ class SigningKey:
         return self.private.sign(data)
 
 
-def public_key(text: str) -> PublicKey:
+def parse_public_key(text: str) -> PublicKey:
     """The key in a base64url text. Raises ValueError, also for keys that anybody can sign for."""
-    raw = unb64url(text.strip())
+    raw = b64url_decode(text.strip())
     if len(raw) != 32:
         raise ValueError(f"an Ed25519 public key has 32 bytes, this one {len(raw)}")
-    curve.check(raw)
+    curve.check_point(raw)
     return PublicKey(raw)
 
 
-def generate(path: Path, *, public_beside: bool = True) -> SigningKey:
+def generate(path: Path, *, write_public: bool = True) -> SigningKey:
     """A new key, written to `path` as PKCS 8 PEM, mode 0600, with its public text beside it in `<path>.pub`.
 
     Raises UsageError where a file is there already: a key is never overwritten.
@@ -102,12 +102,12 @@ def generate(path: Path, *, public_beside: bool = True) -> SigningKey:
         raise UsageError(f"{path}: a key is there already; move it away first if it is to be replaced") from None
     except OSError as error:
         raise UsageError(f"{path}: a key cannot be written there: {error.strerror}") from None
-    if public_beside:
-        beside(path).write_text(key.public.text + "\n", encoding="ascii")
+    if write_public:
+        public_key_path(path).write_text(key.public.text + "\n", encoding="ascii")
     return key
 
 
-def beside(path: Path) -> Path:
+def public_key_path(path: Path) -> Path:
     """Where the public half of the private key at `path` is."""
     return path.with_name(path.name + ".pub")
 
@@ -134,24 +134,24 @@ def load_private(path: Path) -> SigningKey:
     return SigningKey(key)
 
 
-def load_public_of(private: Path) -> PublicKey:
+def load_public_for(private_path: Path) -> PublicKey:
     """The public half of the key at `private`: from the file beside it, so that the private one may lie elsewhere.
 
     Where only the private one is there, from that. Raises UsageError.
     """
-    file = beside(private)
+    file = public_key_path(private_path)
     try:
-        return public_key(file.read_text(encoding="ascii"))
+        return parse_public_key(file.read_text(encoding="ascii"))
     except FileNotFoundError:
-        if private.exists():
-            return load_private(private).public
+        if private_path.exists():
+            return load_private(private_path).public
         raise UsageError(
-            f"{file}: no such file, so what this key signs cannot be verified; copy it from where {private.name} was "
+            f"{file}: no such file, so what this key signs cannot be verified; copy it from where {private_path.name} was "
             "made"
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{file}: holds no readable public key ({error}); copy it again from where {private.name} was made, or "
+            f"{file}: holds no readable public key ({error}); copy it again from where {private_path.name} was made, or "
             "delete it where that is beside it"
         ) from None
 
@@ -159,10 +159,10 @@ def load_public_of(private: Path) -> PublicKey:
 def load_public(text_or_path: str) -> PublicKey:
     """A public key given as base64url text or as a file that holds it. Raises UsageError."""
     try:
-        return public_key(text_or_path)
+        return parse_public_key(text_or_path)
     except ValueError as not_a_key:
         try:
-            return public_key(Path(text_or_path).read_text(encoding="ascii"))
+            return parse_public_key(Path(text_or_path).read_text(encoding="ascii"))
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"{text_or_path}: neither a base64url Ed25519 key ({not_a_key}) nor a file with one ({error})"

@@ -15,21 +15,21 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from agent.errors import Refused
-from agent.strict_json import RepeatedKey, check_keys
+from agent.errors import MessageRefused
+from agent.strict_json import DuplicateKey, check_strict_json
 from agent.wire import jws, topics
-from agent.wire.commands import MAX_ARGUMENT
-from agent.wire.desired_state import Name, Wanted
+from agent.wire.commands import MAX_ARGUMENT_LENGTH
+from agent.wire.desired_state import DesiredBundle, Name
 from agent.wire.jws import Signer
-from agent.wire.keys import b64url
+from agent.wire.keys import b64url_encode
 
 MAX_PAYLOAD = 1 << 20
-NEW_LOG = ""
+FIRST_PREV = ""
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
 EpochMicroseconds = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-Text = Annotated[str, msgspec.Meta(max_length=256)]
+ShortText = Annotated[str, msgspec.Meta(max_length=256)]
 Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 Rfc3339 = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z\Z")]
 Severity = Literal["info", "warning", "critical"]
@@ -37,10 +37,10 @@ Severity = Literal["info", "warning", "critical"]
 
 class Payload(msgspec.Struct, frozen=True, tag_field="kind", kw_only=True):
     v: Literal[1]
-    device: Text
+    device: ShortText
 
 
-class Logged(Payload, frozen=True, kw_only=True):
+class LoggedPayload(Payload, frozen=True, kw_only=True):
     log: Uuid
     seq: Positive
     prev: Annotated[str, msgspec.Meta(max_length=64)]
@@ -51,13 +51,13 @@ class Logged(Payload, frozen=True, kw_only=True):
     reissued: dict[str, Any] | None = None
 
 
-class Model(msgspec.Struct, frozen=True):
-    name: Text
-    version: Text
-    digest: Text
+class ModelRef(msgspec.Struct, frozen=True):
+    name: ShortText
+    version: ShortText
+    digest: ShortText
 
 
-class Columns(msgspec.Struct, frozen=True):
+class ResultColumns(msgspec.Struct, frozen=True):
     row: list[Positive]
     t: list[EpochMicroseconds]
     # Of a model that says any number of labels: all of them, with | between.
@@ -74,14 +74,14 @@ class Columns(msgspec.Struct, frozen=True):
                 raise ValueError(f"column {name} has {len(column)} entries, row has {len(self.row)}")
 
 
-class Results(Logged, frozen=True, kw_only=True, tag="results"):
-    task: Text
-    model: Model
-    stream: Text
+class ResultsPayload(LoggedPayload, frozen=True, kw_only=True, tag="results"):
+    task: ShortText
+    model: ModelRef
+    stream: ShortText
     rows: tuple[Positive, Positive]
     n: Natural
-    input: Text
-    columns: Columns
+    input: ShortText
+    columns: ResultColumns
     # How many results were made from input of which too much was missing.
     incomplete: Natural = 0
     # First row, boot, segment of the wall clock (0: its producer's), quality (0 synced, 1 restored, 2 unsynced).
@@ -101,7 +101,7 @@ class Results(Logged, frozen=True, kw_only=True, tag="results"):
                 raise ValueError("clocks must begin with the first row of the message and ascend")
 
 
-class Window(msgspec.Struct, frozen=True, rename={"from_": "from"}):
+class WindowRange(msgspec.Struct, frozen=True, rename={"from_": "from"}):
     index: Natural
     rows: tuple[Positive, Positive]
     from_: Rfc3339
@@ -109,12 +109,12 @@ class Window(msgspec.Struct, frozen=True, rename={"from_": "from"}):
     n: Natural
 
 
-class Drift(Logged, frozen=True, kw_only=True, tag="drift"):
-    task: Text
-    model: Model
+class DriftPayload(LoggedPayload, frozen=True, kw_only=True, tag="drift"):
+    task: ShortText
+    model: ModelRef
     reference: dict[str, str | None]
-    window: Window
-    features: dict[Text, dict[str, Any]]
+    window: WindowRange
+    features: dict[ShortText, dict[str, Any]]
     output: dict[str, Any]
     state: Literal["ok", "drift", "fault", "insufficient"]
     estimate: dict[str, Any] | None = None
@@ -122,32 +122,32 @@ class Drift(Logged, frozen=True, kw_only=True, tag="drift"):
     rate: dict[str, Any] | None = None
 
 
-class Alerts(Logged, frozen=True, kw_only=True, tag="alerts"):
+class AlertPayload(LoggedPayload, frozen=True, kw_only=True, tag="alerts"):
     alert: Literal["drift", "fault", "result", "model", "quality", "storage", "clock", "security"]
-    subject: Text
+    subject: ShortText
     state: Literal["raised", "cleared"]
     severity: Severity
     summary: Annotated[str, msgspec.Meta(max_length=2000)]
-    id: Text
+    id: ShortText
     evidence: dict[str, Any] = {}
-    task: Text | None = None
+    task: ShortText | None = None
 
 
 class Metric(msgspec.Struct, frozen=True):
     """`slice` is empty for all of it; `state` of a slice: ok, worse or small."""
 
-    metric: Text
+    metric: ShortText
     value: float | None
     low: float | None
     high: float | None
     n: Natural
     slice: Annotated[str, msgspec.Meta(max_length=600)] = ""
-    state: Text | None = None
+    state: ShortText | None = None
 
 
-class Quality(Logged, frozen=True, kw_only=True, tag="quality"):
-    task: Text
-    model: Model | None = None
+class QualityPayload(LoggedPayload, frozen=True, kw_only=True, tag="quality"):
+    task: ShortText
+    model: ModelRef | None = None
     window: dict[str, Any] = {}
     labels: dict[str, Any] = {}
     estimate: dict[str, Any] | None = None
@@ -162,7 +162,7 @@ class Moments(msgspec.Struct, frozen=True):
     m2: Annotated[float, msgspec.Meta(ge=0)] = 0.0
 
 
-class Answered(msgspec.Struct, frozen=True):
+class BundleStats(msgspec.Struct, frozen=True):
     """What one of two bundles made of the same windows.
 
     `seconds` in the model; `scores` of its own answers, or their values; `expected` accuracy by its scores, of so many
@@ -174,10 +174,10 @@ class Answered(msgspec.Struct, frozen=True):
     scores: Moments = Moments()
     expected: Moments = Moments()
     right: Natural = 0
-    off: Moments = Moments()
+    abs_error: Moments = Moments()
 
 
-class Shadow(Logged, frozen=True, kw_only=True, tag="shadow"):
+class ShadowPayload(LoggedPayload, frozen=True, kw_only=True, tag="shadow"):
     """Two bundles over the same rows: `model` whose results count, and `beside`, whose do not. Adds up over messages.
 
     `same`: windows of `n` that both answered alike; `apart`: how far values or scores were from each other (beside less
@@ -185,61 +185,61 @@ class Shadow(Logged, frozen=True, kw_only=True, tag="shadow"):
     `errors`: batches in which `beside` failed, the last time for the reason `why`.
     """
 
-    task: Text
+    task: ShortText
     rollout: Name
-    model: Model
-    beside: Model
+    model: ModelRef
+    other: ModelRef
     rows: tuple[Positive, Positive]
     batches: Natural
     n: Natural
-    same: Natural | None = None
-    apart: Moments = Moments()
-    answered: Answered
-    answered_beside: Answered
+    agreeing: Natural | None = None
+    difference: Moments = Moments()
+    answered: BundleStats
+    other_stats: BundleStats
     labelled: tuple[Natural, Natural, Natural, Natural] = (0, 0, 0, 0)
     errors: Natural = 0
-    why: Annotated[str, msgspec.Meta(max_length=500)] = ""
+    error: Annotated[str, msgspec.Meta(max_length=500)] = ""
 
     def __post_init__(self) -> None:
         if self.rows[0] > self.rows[1]:
             raise ValueError(f"rows {list(self.rows)} run backwards")
-        if self.same is not None and self.same > self.n:
-            raise ValueError(f"{self.same} windows answered alike, n says {self.n}")
+        if self.agreeing is not None and self.agreeing > self.n:
+            raise ValueError(f"{self.agreeing} windows answered alike, n says {self.n}")
 
 
-class Health(Logged, frozen=True, kw_only=True, tag="health"):
-    streams: dict[Text, dict[str, Any]] = {}
-    tasks: dict[Text, dict[str, Any]] = {}
-    wall_clock: dict[Text, Any] = {}
+class HealthPayload(LoggedPayload, frozen=True, kw_only=True, tag="health"):
+    streams: dict[ShortText, dict[str, Any]] = {}
+    tasks: dict[ShortText, dict[str, Any]] = {}
+    wall_clock: dict[ShortText, Any] = {}
 
 
-class Audit(Logged, frozen=True, kw_only=True, tag="audit"):
-    event: Text
+class AuditPayload(LoggedPayload, frozen=True, kw_only=True, tag="audit"):
+    event: ShortText
     summary: Annotated[str, msgspec.Meta(max_length=2000)] = ""
     evidence: dict[str, Any] = {}
 
 
-class State(Payload, frozen=True, kw_only=True, tag="state"):
+class StatePayload(Payload, frozen=True, kw_only=True, tag="state"):
     state: Literal["online", "offline", "stopped"]
     boot: Natural
     time: Rfc3339
 
 
-class Keys(Payload, frozen=True, kw_only=True, tag="keys"):
+class KeysPayload(Payload, frozen=True, kw_only=True, tag="keys"):
     keys: list[dict[str, str]]
     time: Rfc3339
 
 
-class Reply(Payload, frozen=True, kw_only=True, tag="reply"):
-    id: Text
-    name: Text
+class ReplyPayload(Payload, frozen=True, kw_only=True, tag="reply"):
+    id: ShortText
+    name: ShortText
     ok: bool
     summary: Annotated[str, msgspec.Meta(max_length=2000)]
     data: dict[str, Any] = {}
     time: Rfc3339
 
 
-class Ack(Payload, frozen=True, kw_only=True, tag="ack"):
+class AckPayload(Payload, frozen=True, kw_only=True, tag="ack"):
     log: Uuid
     through: Natural
     missing: list[tuple[Positive, Positive]]
@@ -253,18 +253,20 @@ class Ack(Payload, frozen=True, kw_only=True, tag="ack"):
             raise ValueError("missing ranges must ascend and end at or before through")
 
 
-class Cmd(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unknown_fields=True):
+class CommandPayload(Payload, frozen=True, kw_only=True, tag="cmd", forbid_unknown_fields=True):
     """A member that this version does not know could be a condition: such a command is refused as a whole."""
 
     id: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
     name: Annotated[str, msgspec.Meta(max_length=64)]
-    args: Annotated[dict[Text, Annotated[str, msgspec.Meta(max_length=MAX_ARGUMENT)]], msgspec.Meta(max_length=16)] = {}
+    args: Annotated[
+        dict[ShortText, Annotated[str, msgspec.Meta(max_length=MAX_ARGUMENT_LENGTH)]], msgspec.Meta(max_length=16)
+    ] = {}
     counter: Positive
     issued: Rfc3339
     expires: Rfc3339
 
 
-class Desired(Payload, frozen=True, kw_only=True, tag="desired", forbid_unknown_fields=True):
+class DesiredPayload(Payload, frozen=True, kw_only=True, tag="desired", forbid_unknown_fields=True):
     """Retained: for a device, for all (`_all`), or for a `group` (`_group`). Refused whole where a member is unknown.
 
     `counter` strictly grows for each topic and operator key; `tasks` are all that is desired by this topic.
@@ -273,14 +275,28 @@ class Desired(Payload, frozen=True, kw_only=True, tag="desired", forbid_unknown_
     group: Name | None = None
     counter: Positive
     issued: Rfc3339
-    tasks: Annotated[dict[Name, Wanted], msgspec.Meta(max_length=64)] = {}
+    tasks: Annotated[dict[Name, DesiredBundle], msgspec.Meta(max_length=64)] = {}
 
 
-Body = Results | Drift | Alerts | Quality | Shadow | Health | Audit | State | Keys | Reply | Ack | Cmd | Desired
+Body = (
+    ResultsPayload
+    | DriftPayload
+    | AlertPayload
+    | QualityPayload
+    | ShadowPayload
+    | HealthPayload
+    | AuditPayload
+    | StatePayload
+    | KeysPayload
+    | ReplyPayload
+    | AckPayload
+    | CommandPayload
+    | DesiredPayload
+)
 _DECODER = msgspec.json.Decoder(Body)
 
 
-class Message(msgspec.Struct, frozen=True):
+class VerifiedMessage(msgspec.Struct, frozen=True):
     """A message that verified: where it came, its exact bytes, and what it says."""
 
     topic: topics.Topic
@@ -290,38 +306,38 @@ class Message(msgspec.Struct, frozen=True):
     signer: Signer
 
 
-def open_message(
-    topic_text: str, payload: bytes, tokens: Sequence[str], find: Callable[[str], Signer | None]
-) -> Message:
+def verify_message(
+    topic_text: str, payload: bytes, tokens: Sequence[str], find_signer: Callable[[str], Signer | None]
+) -> VerifiedMessage:
     """Verify, then parse. Raises Refused with the rule that failed; never another exception."""
     topic = topics.parse(topic_text)
     if len(payload) > MAX_PAYLOAD:
-        raise Refused("too large", f"{len(payload)} bytes, the limit is {MAX_PAYLOAD}")
-    signer = jws.verify(tokens, topic_text, payload, find)
+        raise MessageRefused("too large", f"{len(payload)} bytes, the limit is {MAX_PAYLOAD}")
+    signer = jws.verify(tokens, topic_text, payload, find_signer)
     body = decode(payload)
     if body.__struct_config__.tag != topic.kind:
-        raise Refused("other kind", f"payload is {body.__struct_config__.tag}, topic is {topic.kind}")
+        raise MessageRefused("other kind", f"payload is {body.__struct_config__.tag}, topic is {topic.kind}")
     if body.device != topic.device:
-        raise Refused("other device", f"payload names {body.device!r}, topic {topic.device!r}")
-    owner = topic.device if topic.kind not in topics.DOWN else signer.owner
+        raise MessageRefused("other device", f"payload names {body.device!r}, topic {topic.device!r}")
+    owner = topic.device if topic.kind not in topics.TO_DEVICE else signer.owner
     if signer.owner != owner:
-        raise Refused("other device", f"key of {signer.owner!r} on a topic of {topic.device!r}")
-    task = body.group if isinstance(body, Desired) else getattr(body, "task", None)
+        raise MessageRefused("other device", f"key of {signer.owner!r} on a topic of {topic.device!r}")
+    task = body.group if isinstance(body, DesiredPayload) else getattr(body, "task", None)
     if task != (None if topic.task == topics.DEVICE_ALERTS else topic.task):
-        raise Refused("other task", f"payload names {task!r}, topic {topic.task!r}")
-    return Message(topic, payload, tokens[0], body, signer)
+        raise MessageRefused("other task", f"payload names {task!r}, topic {topic.task!r}")
+    return VerifiedMessage(topic, payload, tokens[0], body, signer)
 
 
 def decode(payload: bytes) -> Body:
     """The typed payload. Raises Refused."""
     try:
         body: Body = _DECODER.decode(payload)
-        check_keys(payload)
+        check_strict_json(payload)
         return body
-    except RepeatedKey as error:
-        raise Refused("duplicate key", str(error)) from None
+    except DuplicateKey as error:
+        raise MessageRefused("duplicate key", str(error)) from None
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise Refused("malformed payload", str(error)[:200]) from None
+        raise MessageRefused("malformed payload", str(error)[:200]) from None
 
 
 def encode(members: Mapping[str, Any]) -> bytes:
@@ -331,14 +347,14 @@ def encode(members: Mapping[str, Any]) -> bytes:
 
 def digest(payload: bytes) -> str:
     """What the next message of the log carries in `prev`."""
-    return b64url(hashlib.sha256(payload).digest())
+    return b64url_encode(hashlib.sha256(payload).digest())
 
 
-def cloud_event(topic: topics.Topic, identity: str, time: str) -> tuple[tuple[str, str], ...]:
+def cloudevent_properties(topic: topics.Topic, event_id: str, time: str) -> tuple[tuple[str, str], ...]:
     """CloudEvents 1.0 attributes in binary mode, as MQTT user properties."""
     return (
         ("specversion", "1.0"),
-        ("id", identity),
+        ("id", event_id),
         ("source", f"{topics.ROOT}/{topic.fleet}/{topic.device}"),
         ("type", f"outstation.{topic.kind}.v1"),
         ("time", time),

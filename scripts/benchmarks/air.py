@@ -6,7 +6,7 @@ import json
 import math
 
 from agent.device.intake.sources import recordings
-from agent.device.uplink.session import _size
+from agent.device.uplink.session import _packet_size
 from agent.simulate.scenario import SCENARIOS
 from scripts.benchmarks import Report, Result, bed, benchmark
 
@@ -21,14 +21,14 @@ def bytes_of_a_thousand_results() -> Report:
     """Of the exercise model on one person's recordings: whole packets both ways, confirmations included."""
     recorded = recordings.load(SCENARIOS["exercise"].file)
     names = [name for name, _ in SCENARIOS["exercise"].fields]
-    places = recordings.Playlist(recorded, int(recorded.subject[0]), 0).places(RESULTS * 100)
+    places = recordings.Playlist(recorded, int(recorded.subject[0]), 0).source_rows(RESULTS * 100)
     with bed.made(names, "exercise") as device:
         device.fill(recorded.rows[places])
         device.work_off()
-        sent = [message for message in device.store.unsent(0, 10_000) if "/results/" in message.topic]
+        sent = [message for message in device.store.unacknowledged_messages(0, 10_000) if "/results/" in message.topic]
         ours = []
         for device.author.compress in (False, True):
-            ours.append(sum(_carried(_size(device.author.outgoing(message))) for message in sent))
+            ours.append(sum(_carried(_packet_size(device.author.to_outgoing(message))) for message in sent))
         plain = sum(_carried(size) for message in sent for size in _singly(message.payload, message.topic))
     note = f"{len(sent)} signed messages; reference: unsigned JSON for each; both with TCP headers and PUBACK"
     kinds = (("air", note), ("air, compressed", f"with `[broker] compress = true`; {note}"))

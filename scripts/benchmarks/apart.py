@@ -12,7 +12,7 @@ import numpy as np
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import inference
 from agent.model.inference.features import Floats
-from agent.model.sandbox.subprocess_model import Apart
+from agent.model.sandbox.subprocess_model import SubprocessModel
 from scripts.benchmarks import Report, Result, benchmark
 
 # A batch of a device that keeps up with its readings, and one of a device that works off what waited.
@@ -26,10 +26,10 @@ MOST_MIB = 60.0
 @benchmark("apart")
 def in_a_process_of_its_own() -> Report:
     """Windows of `exercise`; medians, both in turns. And the memory that the process takes (PSS)."""
-    found = bundle.read(builtin.bundles() / "exercise", None)
-    here = inference.load(found.manifest, found.model)
+    found = bundle.read(builtin.bundles_dir() / "exercise", None)
+    here = inference.load_model(found.manifest, found.model_bytes)
     windows = np.random.default_rng(0).normal(0, 1, (MANY, *here.input_shape)).astype(np.float32)
-    with Apart(found) as there:
+    with SubprocessModel(found) as there:
         there.invoke(windows)
         results = []
         for count in (FEW, MANY):

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from agent.authoring import pack
 from agent.device.intake.sources import recordings
 from agent.model.inference import features
-from agent.model.inference.runtime import MOST_BATCH, Interpreter, Model  # type: ignore[attr-defined]
+from agent.model.inference.runtime import MAX_BATCH, Interpreter, TfliteModel  # type: ignore[attr-defined]
 from agent.simulate.scenario import SCENARIOS
 from scripts.benchmarks import Report, Result, bed, benchmark, rates
 from scripts.benchmarks.bed import Bed, Floats
@@ -61,7 +61,7 @@ def models_of_others_from_store_to_results() -> Report:
     found = []
     for name, tiny in TINY.items():
         content = (THIRD_PARTY / f"{tiny.file}.tflite").read_bytes()
-        low, high = Model(content).input_range
+        low, high = TfliteModel(content).input_range
         noise = np.random.default_rng(0).uniform(low, high, (WINDOWS // 4 * tiny.frames, tiny.bands))
         rows = noise.astype(np.float32)
         with _packed(content, rows[: 1000 * tiny.frames], tiny.says, tiny.frames) as device:
@@ -102,11 +102,11 @@ def a_model_of_sixteen_fields() -> Report:
 def _beside(device: Bed, rows: Floats, name: str, what: str, target: float = 0.75) -> Result:
     spec = device.task.bundle.manifest.input
     count = len(rows) // device.task.window_rows
-    ready = features.windows(rows, np.arange(count, dtype=np.int64) * device.task.window_rows, spec)
-    model = Model(device.task.bundle.model)
+    ready = features.build_windows(rows, np.arange(count, dtype=np.int64) * device.task.window_rows, spec)
+    model = TfliteModel(device.task.bundle.model_bytes)
     quantized = model._quantize(ready.reshape(count, *model.input_shape))
     plain = _interpreter(device)
-    batch = min(MOST_BATCH, count)
+    batch = min(MAX_BATCH, count)
 
     def bare() -> int:
         for start in range(0, count - batch + 1, batch):
@@ -119,7 +119,7 @@ def _beside(device: Bed, rows: Floats, name: str, what: str, target: float = 0.7
 
 
 def _interpreter(device: Bed) -> Any:
-    made = Interpreter(model_content=device.task.bundle.model, num_threads=1)
+    made = Interpreter(model_content=device.task.bundle.model_bytes, num_threads=1)
     made.allocate_tensors()
     return made
 
@@ -157,6 +157,6 @@ def _packed(model: bytes, rows: Floats, says: str, frames: int = 1) -> Iterator[
             f"{'[output]' + rest if rest else ''}\n".replace("'", '"'),
             encoding="utf-8",
         )
-        pack.write(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
+        pack.write_bundle(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
         with bed.made(fields, str(folder / "bundle"), step_us=1000, publisher=KEY.public.text) as device:
             yield device

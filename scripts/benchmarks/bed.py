@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from agent import clock
 from agent.bootstrap import tasks, wiring
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.device.pipeline import batch
-from agent.device.pipeline.batch import Task
-from agent.device.store.message_log import Author
+from agent.device.pipeline.batch import LoadedTask
+from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.fleet.database.store import FleetStore
@@ -33,8 +33,8 @@ class Bed(msgspec.Struct):
     """`fill` puts rows (n, F) behind those that are there, `work_off` runs batches until nothing waits."""
 
     store: Store
-    task: Task
-    author: Author
+    task: LoadedTask
+    author: MessageLog
     step_us: int
 
     def fill(self, rows: Floats) -> None:
@@ -61,12 +61,12 @@ def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher
             ),
             encoding="utf-8",
         )
-        _, conf = wiring.load(str(file))
+        _, conf = wiring.load_config(str(file))
         keys.generate(Path(folder) / wiring.KEY_FILE)
         store = wiring.open_store(conf)
         try:
             task = tasks.load_task(file, conf, store, "task")
-            yield Bed(store, task, wiring.author(file, conf, store), step_us)
+            yield Bed(store, task, wiring.open_message_log(file, conf, store), step_us)
         finally:
             store.close()
 
@@ -76,7 +76,7 @@ def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[Devi
     """A device to be run in a process of its own, with a stream of these fields; nobody listens where its broker is."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "fleet"
-        config = init_fleet(home, FLEET, Broker(url=f"mqtt://127.0.0.1:{free_port()}"))
+        config = init_fleet(home, FLEET, BrokerConfig(url=f"mqtt://127.0.0.1:{free_port()}"))
         store = FleetStore(Path(config.fleet.db))
         made = enrol(home, config, store, "pi-01", key=None, replace=False).folder
         store.close()
@@ -92,7 +92,7 @@ def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[Devi
 
 def put(config: Path, stream: str, rows: Floats, step_us: int = 20_000) -> None:
     """Into the store of a device that does not run."""
-    _, conf = wiring.load(str(config))
+    _, conf = wiring.load_config(str(config))
     store = wiring.open_store(conf)
     try:
         _append(store, stream, rows, step_us)

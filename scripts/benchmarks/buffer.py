@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.config import Field, Stream
+from agent.config import FieldConfig, StreamConfig
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from scripts.benchmarks import Result, benchmark, rates
@@ -30,7 +30,7 @@ def buffer() -> Result:
     tuples = list(zip(times.tolist(), *values.tolist(), strict=True))
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "ours")
-        store.declare({"watch": Stream(fields=[Field(name=name) for name in FIELDS])})
+        store.declare_streams({"watch": StreamConfig(fields=[FieldConfig(name=name) for name in FIELDS])})
         plain = sqlite3.connect(Path(folder) / "reference.db", isolation_level=None)
         plain.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA secure_delete=OFF")
         plain.execute(f"CREATE TABLE readings (t INTEGER, {', '.join(f'{name} REAL' for name in FIELDS)})")

@@ -17,13 +17,13 @@ from pathlib import Path
 import click
 import psutil
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.fleet.collector.collector import SESSION_EXPIRY_S
-from agent.fleet.collector.subscription import client_id, filters
+from agent.fleet.collector.subscription import client_id, topic_filters
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.transport.mqtt import Link
-from agent.transport.packets import Receipt
+from agent.transport.packets import PublishReceipt
 from scripts.benchmarks import Report, Result, benchmark
 from tests.kit import postgres
 from tests.kit.brokers import Mosquitto
@@ -81,7 +81,7 @@ def flow(
     """`names` of collectors on `server`; without one, a single one with SQLite."""
     with tempfile.TemporaryDirectory() as made, Mosquitto(Path(made), extra_conf=_CONF) as broker:
         home = Path(made) / FLEET
-        config = init_fleet(home, FLEET, Broker(url=broker.url))
+        config = init_fleet(home, FLEET, BrokerConfig(url=broker.url))
         where = server.database() if server else config.fleet.db
         file = home / "fleet.toml"
         file.write_text(file.read_text().replace('db = "fleet.db"', f'db = "{where}"'), encoding="utf-8")
@@ -92,7 +92,9 @@ def flow(
         for name in names or (None,):
             shared = name is not None
             who = client_id(FLEET, name)
-            Link(config.broker, who, subscribe=filters(FLEET, shared=shared), session_expiry_s=SESSION_EXPIRY_S).close()
+            Link(
+                config.broker, who, subscribe=topic_filters(FLEET, shared=shared), session_expiry_s=SESSION_EXPIRY_S
+            ).close()
         _publish(broker.url, [make(senders[i % DEVICES]) for i in range(messages)])
         with _running(home, names, Path(made)) as pids:
             measured = _measure(store, messages, [pids, [broker.pid], [server.pid] if server else []])
@@ -136,15 +138,15 @@ def _measure(store: FleetStore, messages: int, processes: Sequence[Sequence[int]
 
 
 def _publish(url: str, sent: Sequence[Sent]) -> None:
-    link = Link(Broker(url=url), "devices")
+    link = Link(BrokerConfig(url=url), "devices")
     waiting = 0
     for one in sent:
         link.send(one.outgoing())
         waiting += 1
         while waiting >= link.window:
-            waiting -= sum(isinstance(event, Receipt) for event in link.receive(1.0))
+            waiting -= sum(isinstance(event, PublishReceipt) for event in link.receive(1.0))
     while waiting:
-        waiting -= sum(isinstance(event, Receipt) for event in link.receive(1.0))
+        waiting -= sum(isinstance(event, PublishReceipt) for event in link.receive(1.0))
     link.close()
 
 

@@ -19,9 +19,9 @@ import numpy as np
 from msgspec.structs import replace
 
 from agent import clock
-from agent.config import Field, Stream
-from agent.device.intake.group_commit import Group
-from agent.device.store.rows import Raw, check
+from agent.config import FieldConfig, StreamConfig
+from agent.device.intake.group_commit import GroupCommit
+from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from scripts.benchmarks import Result, benchmark
 
@@ -39,15 +39,15 @@ def bytes_written_for_a_row() -> Result:
 
     def ours(folder: Path) -> None:
         store, start = Store(folder / "data"), clock.read()
-        stream = Stream(fields=[Field(name=name) for name in FIELDS])
-        store.declare({"rows": stream})
-        group = Group(store, {"rows": stream})
+        stream = StreamConfig(fields=[FieldConfig(name=name) for name in FIELDS])
+        store.declare_streams({"rows": stream})
+        group = GroupCommit(store, {"rows": stream})
         for at in range(0, ROWS, TOGETHER):
             now = replace(start, wall_us=start.wall_us + at * 1_000_000, boot_s=start.boot_s + at)
             t = now.wall_us / 1e6 - TOGETHER + np.arange(TOGETHER)
             part = dict(zip(FIELDS, values[:, at : at + TOGETHER], strict=True))
-            checked = check(Raw(TOGETHER, t, part), stream, now.wall_us, None)
-            group.add("producer", "rows", checked, list(range(at + 1, at + TOGETHER + 1)), now)
+            checked = validate_columns(RawColumns(TOGETHER, t, part), stream, now.wall_us, None)
+            group.add_rows("producer", "rows", checked, list(range(at + 1, at + TOGETHER + 1)), now)
             group.commit(now)
         store.close()
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from agent.client import Client
-from agent.config import Field, Stream
+from agent.config import FieldConfig, StreamConfig
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from scripts.benchmarks import Report, Result, benchmark, rates
@@ -71,7 +71,7 @@ def bytes_on_disk() -> Result:
     values = tuple(np.random.default_rng(2).normal(size=(len(FIELDS), LINE)).astype(np.float32))
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
-        store.declare({"rows": Stream(fields=[Field(name=name) for name in FIELDS])})
+        store.declare_streams({"rows": StreamConfig(fields=[FieldConfig(name=name) for name in FIELDS])})
         before = store.used_bytes()
         for chunk in range(1000):
             times = (np.arange(LINE, dtype=np.int64) + chunk * LINE) * 10_000

@@ -21,17 +21,17 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from agent import clock, config
-from agent.config import Broker
-from agent.device.store.message_log import Author
+from agent.config import BrokerConfig
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
 from agent.transport.mqtt import Link
-from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
-from agent.wire.messages import Ack
+from agent.wire.messages import AckPayload
 from scripts.benchmarks import Result, benchmark, rates
 from tests.kit.brokers import Mosquitto
 from tests.kit.senders import FLEET, Sender, new_key
@@ -51,12 +51,12 @@ def outbox_to_broker() -> Result:
     with tempfile.TemporaryDirectory() as made, Mosquitto(Path(made), extra_conf=_CONF) as broker, _listening(broker):
         folder = Path(made)
         conf = config.Config(
-            device=config.Device(id="pi-07", fleet=FLEET, data_dir=str(folder / "data")),
-            broker=Broker(url=broker.url),
-            collector=config.Collector(delivery="broker"),
+            device=config.DeviceConfig(id="pi-07", fleet=FLEET, data_dir=str(folder / "data")),
+            broker=BrokerConfig(url=broker.url),
+            collector=config.CollectorConfig(delivery="broker"),
         )
         store, key = Store(folder / "data"), new_key(1)
-        author = Author(FLEET, "pi-07", key, store.log_id, store.boot, 100_000)
+        author = MessageLog(FLEET, "pi-07", key, store.log_id, store.boot, 100_000)
         body = {"event": "bench", "summary": "x" * PADDING, "evidence": {}}
         failures: list[Exception] = []
 
@@ -64,7 +64,7 @@ def outbox_to_broker() -> Result:
             for _ in range(SENT // 500):
                 with store.transaction() as tx:
                     for _ in range(500):
-                        author.write(tx, "audit", None, body, clock.read())
+                        author.append(tx, "audit", None, body, clock.read())
 
         def ours() -> int:
             confirmed = threading.Event()
@@ -79,7 +79,7 @@ def outbox_to_broker() -> Result:
 
         def prepare() -> None:
             # What was confirmed last is written down when its second is over, in which neither side works.
-            while store.waiting().messages:
+            while store.backlog().messages:
                 time.sleep(0.01)
             while running:
                 running.pop().stop()
@@ -87,8 +87,8 @@ def outbox_to_broker() -> Result:
 
         running: list[Uplink] = []
         fill()
-        topic = store.unsent(0, 1)[0].topic
-        payloads = [message.payload for message in store.unsent(0, SENT)]
+        topic = store.unacknowledged_messages(0, 1)[0].topic
+        payloads = [message.payload for message in store.unacknowledged_messages(0, SENT)]
         try:
             ours()
             pace = rates(ours, lambda: _own_loop(broker.port, topic, payloads, key), rounds=3, prepare=prepare)
@@ -107,9 +107,9 @@ class _Counted(Link):
         self._left, self._confirmed = sent + 2, confirmed
         super().__init__(*arguments, **named)
 
-    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
         events = super().receive(timeout_s)
-        self._left -= sum(isinstance(event, Receipt) for event in events)
+        self._left -= sum(isinstance(event, PublishReceipt) for event in events)
         if self._left <= 0:
             self._confirmed.set()
         return events
@@ -155,15 +155,15 @@ class _Handed:
 
     window = 1 << 16
 
-    def __init__(self, deliveries: list[Delivery]) -> None:
+    def __init__(self, deliveries: list[IncomingMessage]) -> None:
         self._deliveries = deliveries
 
-    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
         some, self._deliveries = self._deliveries[:500], self._deliveries[500:]
         return list(some)
 
-    def acknowledge(self, delivery: Delivery) -> None: ...
-    def send(self, message: Outgoing) -> int:
+    def acknowledge(self, delivery: IncomingMessage) -> None: ...
+    def send(self, message: OutgoingMessage) -> int:
         return 1
 
     def wake(self) -> None: ...
@@ -175,10 +175,10 @@ def broker_to_database() -> Result:
     """Results messages of forty windows: verify, parse, store with rows, acknowledge; batches of 500 on both sides."""
     with tempfile.TemporaryDirectory() as made:
         home = Path(made) / "fleet"
-        conf = init_fleet(home, FLEET, Broker(url="mqtt://127.0.0.1:1"))
+        conf = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
         store, sender, key = FleetStore(Path(conf.fleet.db)), Sender(), new_key(2)
         enrol(home, conf, store, "pi-07", key=sender.key.public, replace=False)
-        collector = Collector(FLEET, Broker(), store, key)
+        collector = Collector(FLEET, BrokerConfig(), store, key)
         plain = sqlite3.connect(Path(made) / "plain.db", isolation_level=None)
         plain.executescript(
             "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;"
@@ -186,7 +186,7 @@ def broker_to_database() -> Result:
             "CREATE TABLE results (device, task, row, t, label, score);"
             "CREATE INDEX by_row ON results (device, task, row)"
         )
-        waiting: list[Delivery] = []
+        waiting: list[IncomingMessage] = []
 
         def prepare() -> None:
             waiting[:] = [sender.results(40).delivery(n) for n in range(1, MESSAGES + 1)]
@@ -194,7 +194,7 @@ def broker_to_database() -> Result:
         def ours() -> int:
             link: Any = _Handed(list(waiting))
             for _ in range(MESSAGES // 500):
-                collector.turn(link, 0.0)
+                collector.tick(link, 0.0)
             return MESSAGES
 
         def reference() -> int:
@@ -212,7 +212,7 @@ def broker_to_database() -> Result:
     return Result("collector", *pace, "messages/s", 0.8, note)
 
 
-def _by_hand(plain: sqlite3.Connection, public: Any, key: Any, batch: list[Delivery]) -> None:
+def _by_hand(plain: sqlite3.Connection, public: Any, key: Any, batch: list[IncomingMessage]) -> None:
     rows: list[tuple[Any, ...]] = []
     results: list[tuple[Any, ...]] = []
     signer = jws.Signer("pi-07", public)
@@ -231,5 +231,7 @@ def _by_hand(plain: sqlite3.Connection, public: Any, key: Any, batch: list[Deliv
     plain.executemany("INSERT OR IGNORE INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
     plain.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)", results)
     plain.execute("COMMIT")
-    ack = Ack(v=1, device=last["device"], log=last["log"], through=last["seq"], missing=[], time="2026-11-24T00:00:00Z")
+    ack = AckPayload(
+        v=1, device=last["device"], log=last["log"], through=last["seq"], missing=[], time="2026-11-24T00:00:00Z"
+    )
     jws.sign(key, f"outstation/{FLEET}/pi-07/ack", msgspec.json.encode(ack))

@@ -21,8 +21,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from agent.authoring import pack, scaffold
-from agent.cli.model.run import load
-from agent.evaluation.predict.run import Work
+from agent.cli.model.run import load_bundle
+from agent.evaluation.predict.run import BatchPredictor
 from agent.model.inference.inference import Inference
 from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
 from scripts import benchmarks
@@ -64,26 +64,26 @@ class Case(msgspec.Struct, frozen=True):
     data: Path
     windows: int
     inference: Inference
-    work: Work
-    raw: Work
+    work: BatchPredictor
+    raw: BatchPredictor
 
     @classmethod
     def made(cls, folder: Path, model: Path) -> Case:
         windows = benchmarks.rows or ROWS
         spec = folder / "spec.toml"
-        text = scaffold.begin(model, spec, None).text
+        text = scaffold.scaffold_spec(model, spec, None).text
         # An anomaly's threshold is of no matter here.
         spec.write_text(text.replace("quantile = 0.99", "threshold = 1.0"), encoding="utf-8")
-        pack.write(pack.pack(spec, KEY), folder / "bundle")
-        bundle, inference, _ = load(folder / "bundle", None)
+        pack.write_bundle(pack.pack(spec, KEY), folder / "bundle")
+        bundle, inference, _ = load_bundle(folder / "bundle", None)
         data = write(folder, inference, windows)
-        works = Work(bundle, inference), Work(bundle, inference, raw=True)
-        return cls(folder, bundle.model, data, windows, inference, *works)
+        works = BatchPredictor(bundle, inference), BatchPredictor(bundle, inference, raw=True)
+        return cls(folder, bundle.model_bytes, data, windows, inference, *works)
 
-    def run(self, work: Work) -> Path:
+    def run(self, work: BatchPredictor) -> Path:
         out = self.folder / "out.parquet"
         out.unlink(missing_ok=True)
-        work.file(self.data, out, lambda *_: None)
+        work.predict_file(self.data, out, lambda *_: None)
         return out
 
 

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 
 from agent.model.bundle import builtin
-from agent.model.inference.runtime import MOST_BATCH, Model
-from agent.model.inference.tuning import cores
+from agent.model.inference.runtime import MAX_BATCH, TfliteModel
+from agent.model.inference.tuning import count_cores
 from agent.model.sandbox import autotune
 from scripts.benchmarks import Result, benchmark
 from tests.kit.bundles import THIRD_PARTY
@@ -21,7 +21,7 @@ SECONDS = 6.0
 @benchmark("trial")
 def chosen_size_beside_the_best() -> Result:
     """The model on which the trial does worst, of ours and those of others that are beside this repository."""
-    contents = {"exercise": (builtin.bundles() / "exercise" / "model.tflite").read_bytes()}
+    contents = {"exercise": (builtin.bundles_dir() / "exercise" / "model.tflite").read_bytes()}
     for name in ("ad01", "kws"):
         path = THIRD_PARTY / f"mlperf_{name}_int8.tflite"
         if path.exists():
@@ -44,14 +44,14 @@ class Beside(msgspec.Struct, frozen=True):
 
 
 def beside_the_best(content: bytes) -> Beside:
-    loaded = Model(content)
+    loaded = TfliteModel(content)
     low, high = loaded.input_range
-    rows = np.random.default_rng(0).uniform(low, high, (MOST_BATCH, *loaded.input_shape)).astype(np.float32)
+    rows = np.random.default_rng(0).uniform(low, high, (MAX_BATCH, *loaded.input_shape)).astype(np.float32)
     begun = time.perf_counter()
-    choice = autotune.choose(content, rows, 1 << 29)
+    choice = autotune.tune(content, rows, 1 << 29)
     took_s = time.perf_counter() - begun
-    threads = range(1, min(cores(), autotune.MOST_THREADS) + 1)
-    models = {(batch, count): Model(content, batch, count) for count in threads for batch in autotune.BATCHES}
+    threads = range(1, min(count_cores(), autotune.MAX_THREADS) + 1)
+    models = {(batch, count): TfliteModel(content, batch, count) for count in threads for batch in autotune.BATCH_SIZES}
     seen: dict[tuple[int, int], list[tuple[float, float]]] = {size: [] for size in models}
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end:
@@ -62,6 +62,6 @@ def beside_the_best(content: bytes) -> Beside:
     one = {size: len(rows) / min(cpu_s for cpu_s, _ in times) for size, times in seen.items() if size[1] == 1}
     more = {size: len(rows) / statistics.median(s for _, s in times) for size, times in seen.items() if size[1] > 1}
     # By the trial's own rule: more threads only where they are clearly faster.
-    clearly = [pace for pace in more.values() if pace > autotune.MORE_THREADS * max(one.values())]
+    clearly = [pace for pace in more.values() if pace > autotune.MIN_THREAD_SPEEDUP * max(one.values())]
     ours = {**one, **more}[choice.batch, choice.threads]
     return Beside(str(choice), ours, max([*one.values(), *clearly]), took_s)

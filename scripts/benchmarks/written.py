@@ -93,8 +93,8 @@ def _limits() -> str:
 def _machine() -> str:
     load = os.getloadavg()[0]
     return (
-        f"{tuning.machine()}; {platform.system()}; Python {platform.python_version()}; "
-        f"{runtime.NAME}; SQLite {sqlite3.sqlite_version}; load {load:.1f} at the end."
+        f"{tuning.describe_machine()}; {platform.system()}; Python {platform.python_version()}; "
+        f"{runtime.RUNTIME_NAME}; SQLite {sqlite3.sqlite_version}; load {load:.1f} at the end."
     )
 
 

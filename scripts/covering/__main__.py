@@ -10,11 +10,11 @@ from typing import Any
 import click
 import numpy as np
 
-from agent.comparison.paired_intervals import Block
+from agent.comparison.paired_intervals import ComparisonBlock
 from scripts.covering import looks, made, recorded
 from scripts.covering.made import ESTIMATES, TRUTHS, Case
 
-Drawn = Callable[[np.random.Generator], tuple[list[Block], dict[str, float]]]
+Drawn = Callable[[np.random.Generator], tuple[list[ComparisonBlock], dict[str, float]]]
 
 
 @click.command()
@@ -83,12 +83,12 @@ def _cases() -> Iterator[tuple[str, Drawn]]:
         yield name, _of_recordings(drawn, truths)
 
 
-def _of_recordings(drawn: Callable[[np.random.Generator], list[Block]], truths: dict[str, float]) -> Drawn:
+def _of_recordings(drawn: Callable[[np.random.Generator], list[ComparisonBlock]], truths: dict[str, float]) -> Drawn:
     return lambda random: (drawn(random), truths)
 
 
 def _drawn(case: Case) -> Drawn:
-    def drawn(random: np.random.Generator) -> tuple[list[Block], dict[str, float]]:
+    def drawn(random: np.random.Generator) -> tuple[list[ComparisonBlock], dict[str, float]]:
         blocks, strain = case.make(random)
         return blocks, {name: truth(strain) for name, truth in TRUTHS.items()}
 

@@ -8,9 +8,9 @@ from itertools import accumulate
 
 import numpy as np
 
-from agent.comparison.paired_intervals import Block
-from agent.comparison.tally import Tally
-from agent.device.rollout.shadow import thinned, told_at_once
+from agent.comparison.paired_intervals import ComparisonBlock
+from agent.comparison.tally import ComparisonStats
+from agent.device.rollout.shadow import batches_per_message, merge_neighbours
 from scripts.covering import made
 from scripts.covering.made import ESTIMATES, STRAIN, TRUTHS, WINDOWS, Floats
 
@@ -35,7 +35,7 @@ STRAINS: dict[str, Callable[[np.random.Generator, int], Floats]] = {
 
 def lowest_high(random: np.random.Generator, name: str, batches: int) -> dict[str, tuple[float, float]]:
     """The upper end that the first look finds, and the lowest of any at MESSAGES messages: below a limit, it is bad."""
-    ends = list(accumulate(told_at_once(i, batches) for i in range(MESSAGES)))
+    ends = list(accumulate(batches_per_message(i, batches) for i in range(MESSAGES)))
     answered = made.batches(random, STRAINS[name](random, ends[-1] * WINDOWS))
     found: dict[str, list[float]] = {estimate: [] for estimate in LOOKED_AT}
     for blocks in _looks(answered, ends, batches):
@@ -60,10 +60,10 @@ def measured(name: str, seed: int, repeats: int, batches: int) -> dict[str, list
     }
 
 
-def _looks(answered: list[Tally], ends: list[int], batches: int) -> Iterator[list[Block]]:
+def _looks(answered: list[ComparisonStats], ends: list[int], batches: int) -> Iterator[list[ComparisonBlock]]:
     """What a device keeps after each of its messages, from so many batches on."""
-    kept: list[Tally] = []
+    kept: list[ComparisonStats] = []
     for begin, end in zip([0, *ends], ends, strict=False):
-        kept = thinned([*kept, sum(answered[begin:end], Tally())])
+        kept = merge_neighbours([*kept, sum(answered[begin:end], ComparisonStats())])
         if end >= batches:
-            yield [Block(one) for one in kept]
+            yield [ComparisonBlock(one) for one in kept]

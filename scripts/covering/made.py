@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.comparison import paired_intervals, tally
-from agent.comparison.paired_intervals import Block, Estimate
-from agent.comparison.tally import Tally
-from agent.wire.messages import Answered
+from agent.comparison.paired_intervals import ComparisonBlock, ComparisonEstimate
+from agent.comparison.tally import ComparisonStats
+from agent.wire.messages import BundleStats
 
 Floats = NDArray[np.float64]
 # Windows of a batch; the mean strain over all time and devices.
@@ -28,12 +28,12 @@ TRUTHS: dict[str, Callable[[float], float]] = {
     "expected gain": lambda strain: -0.3 * strain,
     "error growth": lambda strain: 1 + strain,
 }
-ESTIMATES: dict[str, Callable[[Sequence[Block]], Estimate | None]] = {
+ESTIMATES: dict[str, Callable[[Sequence[ComparisonBlock]], ComparisonEstimate | None]] = {
     "agreement": paired_intervals.agreement,
-    "slowness": lambda blocks: paired_intervals.slowness(blocks, new_is_beside=True),
-    "labelled gain": lambda blocks: paired_intervals.labelled_gain(blocks, new_is_beside=True),
-    "expected gain": lambda blocks: paired_intervals.expected_gain(blocks, new_is_beside=True),
-    "error growth": lambda blocks: paired_intervals.error_growth(blocks, new_is_beside=True),
+    "slowness": lambda blocks: paired_intervals.latency_ratio(blocks, new_is_other=True),
+    "labelled gain": lambda blocks: paired_intervals.labelled_accuracy_gain(blocks, new_is_other=True),
+    "expected gain": lambda blocks: paired_intervals.expected_accuracy_gain(blocks, new_is_other=True),
+    "error growth": lambda blocks: paired_intervals.error_ratio(blocks, new_is_other=True),
 }
 
 
@@ -42,7 +42,7 @@ class Case:
     """`make` gives the blocks and the mean strain that their intervals should hold."""
 
     name: str
-    make: Callable[[np.random.Generator], tuple[list[Block], float]]
+    make: Callable[[np.random.Generator], tuple[list[ComparisonBlock], float]]
 
 
 def cases() -> Iterator[Case]:
@@ -79,16 +79,16 @@ def drift(random: np.random.Generator, step: float, windows: int) -> Floats:
     return np.minimum(walk, 2 * width - walk)
 
 
-def told(random: np.random.Generator, strain: Floats, device: str = "") -> list[Block]:
+def told(random: np.random.Generator, strain: Floats, device: str = "") -> list[ComparisonBlock]:
     """A block for each WINDOWS of them."""
-    return [Block(one, device) for one in batches(random, strain)]
+    return [ComparisonBlock(one, device) for one in batches(random, strain)]
 
 
-def batches(random: np.random.Generator, strain: Floats) -> list[Tally]:
+def batches(random: np.random.Generator, strain: Floats) -> list[ComparisonStats]:
     return [_batch(random, strain[i : i + WINDOWS]) for i in range(0, len(strain), WINDOWS)]
 
 
-def _batch(random: np.random.Generator, strain: Floats) -> Tally:
+def _batch(random: np.random.Generator, strain: Floats) -> ComparisonStats:
     n = len(strain)
     same = int((random.random(n) < 0.96 - 0.56 * strain).sum())
     # A processor that is busy with other things slows a batch down.
@@ -97,15 +97,17 @@ def _batch(random: np.random.Generator, strain: Floats) -> Tally:
     labelled = random.multinomial(1, _mixed(asked)).sum(axis=0)
     off = random.exponential(1, (2, len(asked)))
     expected = np.clip(random.normal(0, 0.05, (2, n)), -0.1, 0.1) + 0.9
-    model = Answered(n, 0.001 * n * float(ours), expected=tally.moments(expected[0]), off=tally.moments(off[0]))
-    beside = Answered(
+    model = BundleStats(
+        n, 0.001 * n * float(ours), expected=tally.compute_moments(expected[0]), abs_error=tally.compute_moments(off[0])
+    )
+    beside = BundleStats(
         n,
         0.001 * float((2 + strain).sum() * theirs),
-        expected=tally.moments(expected[1] - 0.3 * strain),
-        off=tally.moments(off[1] * (1 + asked)),
+        expected=tally.compute_moments(expected[1] - 0.3 * strain),
+        abs_error=tally.compute_moments(off[1] * (1 + asked)),
     )
     both, model_only, beside_only, neither = (int(one) for one in labelled)
-    return Tally(1, n, same, tally.NONE, model, beside, (both, model_only, beside_only, neither))
+    return ComparisonStats(1, n, same, tally.EMPTY_MOMENTS, model, beside, (both, model_only, beside_only, neither))
 
 
 def _mixed(strain: Floats) -> Floats:
@@ -113,33 +115,35 @@ def _mixed(strain: Floats) -> Floats:
     return found
 
 
-def _bursts(length: float, count: int) -> Callable[[np.random.Generator], tuple[list[Block], float]]:
-    def make(random: np.random.Generator) -> tuple[list[Block], float]:
+def _bursts(length: float, count: int) -> Callable[[np.random.Generator], tuple[list[ComparisonBlock], float]]:
+    def make(random: np.random.Generator) -> tuple[list[ComparisonBlock], float]:
         return told(random, bursts(random, length * WINDOWS, STRAIN, count * WINDOWS)), STRAIN
 
     return make
 
 
-def _drift(step: float, count: int, *, now: bool = False) -> Callable[[np.random.Generator], tuple[list[Block], float]]:
+def _drift(
+    step: float, count: int, *, now: bool = False
+) -> Callable[[np.random.Generator], tuple[list[ComparisonBlock], float]]:
     """`now`: what was so in the time that was looked at is taken for the truth, and not what is so in the long run."""
 
-    def make(random: np.random.Generator) -> tuple[list[Block], float]:
+    def make(random: np.random.Generator) -> tuple[list[ComparisonBlock], float]:
         strain = drift(random, step, count * WINDOWS)
         return told(random, strain), float(strain.mean()) if now else STRAIN
 
     return make
 
 
-def _devices(devices: int, count: int) -> Callable[[np.random.Generator], tuple[list[Block], float]]:
+def _devices(devices: int, count: int) -> Callable[[np.random.Generator], tuple[list[ComparisonBlock], float]]:
     """Each with a share of strain of its own. From FEWEST on they stand for all devices, fewer for themselves."""
 
-    def make(random: np.random.Generator) -> tuple[list[Block], float]:
+    def make(random: np.random.Generator) -> tuple[list[ComparisonBlock], float]:
         levels = random.beta(3.0, 3.0 / STRAIN - 3.0, devices)
         blocks = [
             block
             for i, level in enumerate(levels.tolist())
             for block in told(random, bursts(random, WINDOWS, level, count * WINDOWS), f"pi-{i}")
         ]
-        return blocks, STRAIN if devices >= paired_intervals.FEWEST else float(levels.mean())
+        return blocks, STRAIN if devices >= paired_intervals.MIN_DEVICES else float(levels.mean())
 
     return make

@@ -13,12 +13,12 @@ from functools import cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.comparison.paired_intervals import Block
-from agent.comparison.tally import Tally
+from agent.comparison.paired_intervals import ComparisonBlock
+from agent.comparison.tally import ComparisonStats
 from agent.model.bundle import bundle
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import features, inference, runtime, scores
-from agent.wire.messages import Answered, Moments
+from agent.wire.messages import BundleStats, Moments
 from tests.kit.rigged import SHIPPED, exercise
 
 STEP = 50
@@ -39,8 +39,8 @@ class Both:
 def recordings(change: str) -> tuple[Both, ...]:
     """`sensitive`: names the first class where values are large. `scaled`: its scaling is off by 30 %."""
     shipped = bundle.read(SHIPPED, None)
-    model = inference.load(shipped.manifest, shipped.model)
-    other = runtime.Model(exercise("sensitive")["model.tflite"]) if change == "sensitive" else model
+    model = inference.load_model(shipped.manifest, shipped.model_bytes)
+    other = runtime.TfliteModel(exercise("sensitive")["model.tflite"]) if change == "sensitive" else model
     factor = np.float32(1.3 if change == "scaled" else 1.0)
     with np.load(SHIPPED.parent / "recordings" / "exercise.npz") as found:
         rows, begins, labels, names = found["rows"], found["starts"], found["label"], found["labels"]
@@ -49,7 +49,7 @@ def recordings(change: str) -> tuple[Both, ...]:
     assert window is not None
     made = []
     for (a, b), label in zip(itertools.pairwise(begins.tolist()), labels.tolist(), strict=True):
-        windows = features.windows(rows, np.arange(a, b - window.rows + 1, STEP), shipped.manifest.input)
+        windows = features.build_windows(rows, np.arange(a, b - window.rows + 1, STEP), shipped.manifest.input)
         ours, theirs = model.invoke(windows), other.invoke(windows * factor)
         said, others, true = ours.argmax(axis=1), theirs.argmax(axis=1), order[label]
         made.append(Both(said == others, said == true, others == true, *_chances(shipped.manifest, ours, theirs)))
@@ -58,7 +58,7 @@ def recordings(change: str) -> tuple[Both, ...]:
 
 def _chances(manifest: Manifest, *outputs: NDArray[np.float32]) -> list[NDArray[np.float64]]:
     """That each answer is right, by its score."""
-    found = [scores.of(one, manifest).score for one in outputs]
+    found = [scores.from_outputs(one, manifest).score for one in outputs]
     return [one for one in found if one is not None]
 
 
@@ -71,26 +71,26 @@ def truths(some: Sequence[Both]) -> dict[str, float]:
     }
 
 
-def drawn(random: np.random.Generator, some: Sequence[Both], windows: int, count: int) -> list[Block]:
+def drawn(random: np.random.Generator, some: Sequence[Both], windows: int, count: int) -> list[ComparisonBlock]:
     """So many blocks of so many windows."""
     chosen: list[Both] = []
     while sum(len(one.same) for one in chosen) < windows * count:
         chosen.append(some[int(random.integers(len(some)))])
     joined = Both(*(np.concatenate([getattr(one, name) for one in chosen]) for name in Both.__dataclass_fields__))
-    return [Block(_tally(joined, slice(i * windows, (i + 1) * windows))) for i in range(count)]
+    return [ComparisonBlock(_tally(joined, slice(i * windows, (i + 1) * windows))) for i in range(count)]
 
 
-def _tally(one: Both, part: slice) -> Tally:
+def _tally(one: Both, part: slice) -> ComparisonStats:
     ours, theirs, n = one.right[part], one.beside[part], len(one.same[part])
     counts = [int(found.sum()) for found in (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)]
-    model = Answered(n, 0.0, expected=Moments(n, float(one.chance[part].mean())))
-    beside = Answered(n, 0.0, expected=Moments(n, float(one.other[part].mean())))
-    return Tally(
+    model = BundleStats(n, 0.0, expected=Moments(n, float(one.chance[part].mean())))
+    beside = BundleStats(n, 0.0, expected=Moments(n, float(one.other[part].mean())))
+    return ComparisonStats(
         1, n, int(one.same[part].sum()), Moments(), model, beside, (counts[0], counts[1], counts[2], counts[3])
     )
 
 
-Drawn = Callable[[np.random.Generator], list[Block]]
+Drawn = Callable[[np.random.Generator], list[ComparisonBlock]]
 
 
 def cases() -> dict[str, tuple[Drawn, dict[str, float]]]:

@@ -45,9 +45,9 @@ class _Log(msgspec.Struct):
         evicted = [
             (before[2] + 1, after[1] - 1)
             for before, after in pairwise(edges)
-            if after[1] > before[2] + 1 and ranges.intersect(ranges.unite(self.seqs), [(before[0] + 1, after[0] - 1)])
+            if after[1] > before[2] + 1 and ranges.intersect(ranges.union(self.seqs), [(before[0] + 1, after[0] - 1)])
         ]
-        return ranges.unite(self.rows.get(task, []), evicted)
+        return ranges.union(self.rows.get(task, []), evicted)
 
 
 class Declarations:
@@ -123,7 +123,7 @@ class Declarations:
 
     def _declared(self, task: str, log: str, span: tuple[int, int]) -> int:
         within: Ranges = ranges.intersect(self._logs[log].gone(task), [span]) if span[0] <= span[1] else []
-        return ranges.size(within)
+        return ranges.count(within)
 
     def _before(self, name: str) -> int:
         """How many logs one after another came before this one."""

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from agent import clock
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.daemon import Daemon
-from agent.device.pipeline.tasks import Planned
+from agent.device.pipeline.tasks import ScheduledTask
 from agent.device.store import space
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.device.uplink.session import Session
-from agent.model.inference.runtime import Model
-from agent.model.inference.tuning import digest
+from agent.model.inference.runtime import TfliteModel
+from agent.model.inference.tuning import model_digest
 
 # How far into a call that takes a while, as that of the probe does.
 _INTO_S = 0.3
@@ -67,14 +67,14 @@ def after_commit(occasion: str) -> None:
 
 
 def in_invoke(occasion: str) -> None:
-    count, invoke = _Countdown(occasion), Model.invoke
+    count, invoke = _Countdown(occasion), TfliteModel.invoke
 
-    def dying(self: Model, *arguments: Any) -> Any:
+    def dying(self: TfliteModel, *arguments: Any) -> Any:
         # Some are over before the timer fires; then it dies a little after.
         threading.Timer(random.uniform(0.0, 0.001), count).start()
         return invoke(self, *arguments)
 
-    Model.invoke = dying  # type: ignore[method-assign, assignment]
+    TfliteModel.invoke = dying  # type: ignore[method-assign, assignment]
 
 
 def in_model(model: str) -> None:
@@ -92,14 +92,14 @@ def hang_in_model(model: str) -> None:
 
 
 def _instead_of_running(model: str, action: Callable[[], None]) -> None:
-    invoke = Model.invoke
+    invoke = TfliteModel.invoke
 
-    def flawed(self: Model, *arguments: Any) -> Any:
-        if digest(self._content) == model:
+    def flawed(self: TfliteModel, *arguments: Any) -> Any:
+        if model_digest(self._content) == model:
             action()
         return invoke(self, *arguments)
 
-    Model.invoke = flawed  # type: ignore[method-assign, assignment]
+    TfliteModel.invoke = flawed  # type: ignore[method-assign, assignment]
 
 
 def at_step(value: str) -> None:
@@ -157,13 +157,13 @@ def _after_each_commit(do: Callable[[], None]) -> None:
 
 
 def after_puback(occasion: str) -> None:
-    count, settle = _Countdown(occasion), Session._settle
+    count, settle = _Countdown(occasion), Session._handle_receipt
 
     def dying(self: Session, *arguments: Any) -> None:
         settle(self, *arguments)
         count()
 
-    Session._settle = dying  # type: ignore[method-assign, assignment]
+    Session._handle_receipt = dying  # type: ignore[method-assign, assignment]
 
 
 def synchronous(level: str) -> None:
@@ -180,7 +180,7 @@ def vouched_by(folder: str) -> None:
 
     `folder` is a link that is changed together with the wall clock: both are looked at as one.
     """
-    link, both, seen = Path(folder), clock._both, threading.local()
+    link, both, seen = Path(folder), clock._read_both_clocks, threading.local()
 
     def together() -> tuple[int, float]:
         while True:
@@ -194,19 +194,19 @@ def vouched_by(folder: str) -> None:
         vouched = getattr(seen, "face", link) / "vouched"
         return int(vouched.read_text(encoding="ascii")) if vouched.exists() else None
 
-    clock._both, clock.sync_error_us = together, error_us
+    clock._read_both_clocks, clock.sync_error_us = together, error_us
 
 
 def noted_runs(file: str) -> None:
     """Each run of a task that was due, one that finds nothing to do too, is a line with its name in `file`."""
-    remember_run = Daemon._remember_run
+    remember_run = Daemon._save_last_run
 
-    def noting(self: Daemon, planned: Planned, now: Now) -> None:
+    def noting(self: Daemon, scheduled: ScheduledTask, now: ClockReading) -> None:
         with Path(file).open("a", encoding="ascii") as lines:
-            lines.write(f"{planned.task.name}\n")
-        remember_run(self, planned, now)
+            lines.write(f"{scheduled.task.name}\n")
+        remember_run(self, scheduled, now)
 
-    Daemon._remember_run = noting  # type: ignore[method-assign]
+    Daemon._save_last_run = noting  # type: ignore[method-assign]
 
 
 def evict_after(seconds: str) -> None:

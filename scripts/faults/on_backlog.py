@@ -7,8 +7,8 @@ from random import Random
 
 from agent import clock
 from agent.bootstrap import wiring
-from agent.clock import Now
-from agent.device.store.message_log import Author
+from agent.clock import ClockReading
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from scripts.faults import fault
 from scripts.faults.world import World
@@ -41,21 +41,21 @@ def backlog_70000(world: World, rng: Random) -> None:
 
 def _write_backlog(world: World) -> None:
     """Signed and chained by the device's own code, as if it had run for weeks."""
-    file, conf = wiring.load(str(world.device.config))
+    file, conf = wiring.load_config(str(world.device.config))
     store = wiring.open_store(conf)
     try:
-        author = wiring.author(file, conf, store)
+        author = wiring.open_message_log(file, conf, store)
         for first in range(0, _BACKLOG, _AT_ONCE):
             _write(store, author, first, clock.read())
     finally:
         store.close()
 
 
-def _write(store: Store, author: Author, first: int, now: Now) -> None:
+def _write(store: Store, author: MessageLog, first: int, now: ClockReading) -> None:
     with store.transaction() as tx:
         for i in range(first, first + _AT_ONCE):
             body = {"event": "waited", "summary": f"Message {i} of a long time without a broker.", "evidence": {}}
-            author.write(tx, "audit", None, body, now)
+            author.append(tx, "audit", None, body, now)
 
 
 def _waiting(world: World) -> int:

@@ -118,7 +118,7 @@ def collector_rebuilt(world: World, rng: Random) -> None:
     assert key is not None
     with _collector_down(world):
         store = world.fleet.open(write=True)
-        store.enrol(DEVICE, key, replace=False, now=clock.rfc3339(clock.read().wall_us))
+        store.enrol(DEVICE, key, replace=False, now=clock.to_rfc3339(clock.read().wall_us))
         store.close()
     _go_on(world, rng)
 

@@ -11,7 +11,7 @@ from random import Random
 from agent import clock
 from agent.device.store.store import Store
 from agent.transport.mqtt import Link
-from agent.transport.packets import Outgoing, Receipt
+from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
@@ -26,11 +26,11 @@ _ALERT = "a `security` alert of the device, once; `fleet alerts` shows it, and `
 _FLOOD = 5000
 
 
-def _ack(key: SigningKey, log: str, through: int) -> Outgoing:
-    now = clock.rfc3339(clock.read().wall_us)
+def _ack(key: SigningKey, log: str, through: int) -> OutgoingMessage:
+    now = clock.to_rfc3339(clock.read().wall_us)
     members = {"v": 1, "kind": "ack", "device": DEVICE, "log": log, "through": through, "missing": [], "time": now}
     payload = encode(members)
-    return Outgoing(_ACK, payload, (("jws", jws.sign(key, _ACK, payload)),))
+    return OutgoingMessage(_ACK, payload, (("jws", jws.sign(key, _ACK, payload)),))
 
 
 def _collector_key(world: World) -> SigningKey:
@@ -57,7 +57,7 @@ def _refused(world: World) -> int:
         return sum(n for name, n in store.counters().items() if "refused" in name)
 
 
-def _publish(world: World, hostile: Sequence[Outgoing]) -> None:
+def _publish(world: World, hostile: Sequence[OutgoingMessage]) -> None:
     """As a client that the broker lets in, keeping to its window."""
     link = Link(world.fleet.config.broker, f"stranger-{uuid.uuid4()}")
     under_way, left = 0, list(reversed(hostile))
@@ -66,12 +66,12 @@ def _publish(world: World, hostile: Sequence[Outgoing]) -> None:
             while left and under_way < link.window:
                 link.send(left.pop())
                 under_way += 1
-            under_way -= sum(isinstance(event, Receipt) for event in link.receive(5.0))
+            under_way -= sum(isinstance(event, PublishReceipt) for event in link.receive(5.0))
     finally:
         link.close()
 
 
-def _forge(world: World, rng: Random, make: Callable[[str, int], Outgoing]) -> None:
+def _forge(world: World, rng: Random, make: Callable[[str, int], OutgoingMessage]) -> None:
     """While the collector is away, so that the outbox grows: what is forged must take nothing out of it."""
     world.kill(world.collector)
     time.sleep(rng.uniform(0.2, 0.8))
@@ -157,10 +157,10 @@ def ack_beyond_the_log(world: World, rng: Random) -> None:
 def ack_unsigned(world: World, rng: Random) -> None:
     before = _refused(world)
 
-    def make(log: str, last: int) -> Outgoing:
+    def make(log: str, last: int) -> OutgoingMessage:
         other = _ack(_collector_key(world), log, 0)
         genuine = _ack(new_key(), log, last)
-        return Outgoing(_ACK, genuine.payload, rng.choice([(), other.properties]))
+        return OutgoingMessage(_ACK, genuine.payload, rng.choice([(), other.properties]))
 
     _forge(world, rng, make)
     _counted(world, before)
@@ -178,11 +178,11 @@ def ack_replayed(world: World, rng: Random) -> None:
     try:
         deadline = time.monotonic() + 20
         while old is None and time.monotonic() < deadline:
-            old = next((event for event in link.receive(1.0) if not isinstance(event, Receipt)), None)
+            old = next((event for event in link.receive(1.0) if not isinstance(event, PublishReceipt)), None)
     finally:
         link.close()
     assert old is not None, "no acknowledgement within 20 s"
-    again = Outgoing(_ACK, old.payload, tuple(("jws", token) for token in old.tokens), retain=rng.random() < 0.5)
+    again = OutgoingMessage(_ACK, old.payload, tuple(("jws", token) for token in old.tokens), retain=rng.random() < 0.5)
     time.sleep(rng.uniform(0.5, 1.5))
     _forge(world, rng, lambda log, last: again)
 
@@ -194,7 +194,9 @@ def ack_replayed(world: World, rng: Random) -> None:
 )
 def ack_garbage(world: World, rng: Random) -> None:
     before = _refused(world)
-    _forge(world, rng, lambda log, last: Outgoing(_ACK, rng.randbytes(1_000_000), (("jws", "a..b"),), retain=True))
+    _forge(
+        world, rng, lambda log, last: OutgoingMessage(_ACK, rng.randbytes(1_000_000), (("jws", "a..b"),), retain=True)
+    )
     _counted(world, before)
     _told_once(world)
 
@@ -212,7 +214,7 @@ def flood(world: World, rng: Random) -> None:
     log, last = _log(world)
     forged = _ack(stranger, log, last)
     hostile = [
-        Outgoing(
+        OutgoingMessage(
             rng.choice(topics),
             forged.payload if rng.random() < 0.5 else rng.randbytes(rng.randint(0, 2000)),
             rng.choice([(), forged.properties, (("jws", "x"),)]),

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from agent import config as device_config
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.fleet.enrolment import pki
 from agent.transport.mqtt import Link
@@ -98,7 +98,7 @@ def session_taken_over(world: World, rng: Random) -> None:
 
 
 def _steal(config: Path, rng: Random) -> None:
-    broker: Broker = device_config.load(config).broker
+    broker: BrokerConfig = device_config.load(config).broker
     for _ in range(4):
         with suppress(LinkDown):
             link = Link(broker, DEVICE)

@@ -156,9 +156,9 @@ for _phase, _what in _PHASES.items():
 def _in_mid_download(world: World) -> Updating:
     """Some of the bundle has come, and it goes on slowly."""
     one = Updating.of(world)
-    one.line.rate, before = _SLOW, one.line.sent
+    one.line.bytes_per_s, before = _SLOW, one.line.sent_bytes
     one.roll()
-    eventually("a part of the bundle came", lambda: one.line.sent > before, _PATIENCE_S)
+    eventually("a part of the bundle came", lambda: one.line.sent_bytes > before, _PATIENCE_S)
     return one
 
 
@@ -171,7 +171,7 @@ def killed_in_download(world: World, rng: Random) -> None:
     one = _in_mid_download(world)
     time.sleep(rng.uniform(0.0, 0.3))
     world.restart(world.device)
-    one.line.rate = None
+    one.line.bytes_per_s = None
 
 
 @_update(
@@ -185,7 +185,7 @@ def power_cut_in_download(world: World, rng: Random) -> None:
     one = _in_mid_download(world)
     world.kill(world.device)
     Card.of(world).cut(journal=rng.random() < 0.5)
-    one.line.rate = None
+    one.line.bytes_per_s = None
     world.keep(world.device)
 
 
@@ -196,10 +196,10 @@ def power_cut_in_download(world: World, rng: Random) -> None:
 )
 def repository_killed(world: World, rng: Random) -> None:
     one = _in_mid_download(world)
-    one.web.away = True
+    one.web.offline = True
     time.sleep(rng.uniform(1.0, 3.0))
-    one.line.rate = None
-    one.web.away = False
+    one.line.bytes_per_s = None
+    one.web.offline = False
 
 
 @_update(
@@ -209,9 +209,9 @@ def repository_killed(world: World, rng: Random) -> None:
 )
 def line_cut(world: World, _rng: Random) -> None:
     one = Updating.of(world)
-    one.line.cuts, before = one.line.cut + 2, one.line.cut
+    one.line.planned_cuts, before = one.line.cut_count + 2, one.line.cut_count
     one.roll()
-    eventually("the line broke twice", lambda: one.line.cut == before + 2, _PATIENCE_S)
+    eventually("the line broke twice", lambda: one.line.cut_count == before + 2, _PATIENCE_S)
 
 
 @_update(
@@ -222,7 +222,7 @@ def line_cut(world: World, _rng: Random) -> None:
 def fetch_killed(world: World, _rng: Random) -> None:
     one = _in_mid_download(world)
     _kill_child(world, "updates.fetch")
-    one.line.rate = None
+    one.line.bytes_per_s = None
 
 
 @_update(
@@ -235,7 +235,7 @@ def fetch_killed(world: World, _rng: Random) -> None:
 def disk_full(world: World, rng: Random) -> None:
     one, card = _in_mid_download(world), Card.of(world)
     card.fill()
-    one.line.rate = None
+    one.line.bytes_per_s = None
     time.sleep(rng.uniform(1.0, 3.0))
     card.free()
 
@@ -257,7 +257,7 @@ def clock_jumps(world: World, rng: Random) -> None:
     one, clock = _in_mid_download(world), Clock.of(world)
     clock.show(-3600.0)
     time.sleep(rng.uniform(0.5, 2.0))
-    one.line.rate = None
+    one.line.bytes_per_s = None
     clock.show(0.0)
 
 

@@ -20,7 +20,7 @@ from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.errors import OutstationError
 from agent.fleet import operators
-from agent.fleet.audit.audit import Report, audit
+from agent.fleet.audit.audit import AuditReport, audit
 from agent.fleet.database.store import FleetStore
 from scripts.faults.declarations import Declarations
 from scripts.faults.world import DEVICE, TASKS, World
@@ -102,7 +102,7 @@ def judge(world: World, verdict: Verdict) -> None:
         verdict.problems.append(f"{altered} runs are not over the rows that were sent")
     if not report.passed:
         undeclared_gaps = [gap for gap in report.gaps if not gap["declared"]]
-        wrong = report.invalid[:3] or report.document()["invalid_decisions"][:3]
+        wrong = report.invalid[:3] or report.to_dict()["invalid_decisions"][:3]
         verdict.problems.append(f"the audit fails: gaps {undeclared_gaps[:3]}, invalid {wrong}")
         verdict.doubled = max(verdict.doubled, report.duplicates)
     for companion in world.companions:
@@ -151,18 +151,18 @@ def _declarations(world: World) -> Declarations:
     return Declarations((payload for (payload,) in found), TASKS, forgetful=world.setting.forgetful)
 
 
-def _evidence(world: World) -> tuple[Report, int]:
+def _evidence(world: World) -> tuple[AuditReport, int]:
     """The audit, and how many runs carry another digest than that of the rows that were sent."""
     store = world.fleet.open()
     try:
-        report = audit(store, operators=operators.trusted(world.fleet.config))
+        report = audit(store, operators=operators.load_trusted_keys(world.fleet.config))
         return report, sum(_altered(world, json.loads(payload)) for payload in _runs(store))
     finally:
         store.close()
 
 
 def _runs(store: FleetStore) -> list[bytes]:
-    rows = store._all("SELECT payload FROM messages WHERE device = ? AND kind = 'results'", DEVICE)
+    rows = store._fetch_all("SELECT payload FROM messages WHERE device = ? AND kind = 'results'", DEVICE)
     return [bytes(payload) for (payload,) in rows]
 
 

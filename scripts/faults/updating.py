@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from agent.authoring import pack
-from agent.simulate.flaky_web import Line, Web
+from agent.simulate.flaky_web import DeviceConnection, FlakyWebServer
 from scripts.faults.world import DEVICE, TASKS, World
 from tests.kit import bundles
 from tests.kit.system import eventually, outstation
@@ -69,7 +69,7 @@ class Updating:
         self._follower: subprocess.Popen[bytes] | None = None
         self._digests: dict[str, str] = {}
         self._operate("repository", "init")
-        self.web = Web(world.fleet.home / "repository")
+        self.web = FlakyWebServer(world.fleet.home / "repository")
         root = world.fleet.home / "repository" / "metadata" / "1.root.json"
         world.device.configure(f'[updates]\nurl = "{self.web.url(DEVICE)}"\nroot = "{root}"\n')
 
@@ -79,8 +79,8 @@ class Updating:
         return found
 
     @property
-    def line(self) -> Line:
-        return self.web.line(DEVICE)
+    def line(self) -> DeviceConnection:
+        return self.web.connection(DEVICE)
 
     @property
     def phase(self) -> str:
@@ -102,7 +102,7 @@ class Updating:
         bundles.change(spec, "seconds = 20", "seconds = 120")
         # So large that it can be on its way for a while.
         (folder / "DATA.md").write_text(self._world.rng.randbytes(_PADDING).hex(), encoding="ascii")
-        pack.write(pack.pack(spec, bundles.KEY), folder / "bundle")
+        pack.write_bundle(pack.pack(spec, bundles.KEY), folder / "bundle")
         self._operate("publish", str(folder / "bundle"), "--key", bundles.KEY.public.text)
         plan = folder / "plan.toml"
         plan.write_text(_PLAN.format(name=self.name, task=TASK, path="bundle"), encoding="utf-8")

@@ -17,9 +17,9 @@ import numpy as np
 from agent import config
 from agent.datasets import training_data as data
 from agent.device.intake.sources import recordings as playlist
-from agent.drift.baseline.reference import Reference, draft
-from agent.drift.monitor import Judge
-from agent.drift.state import State
+from agent.drift.baseline.reference import Reference, draft_reference
+from agent.drift.monitor import DriftMonitor
+from agent.drift.state import DriftState
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.model.bundle import bundle, golden_vectors, manifest
@@ -84,7 +84,7 @@ def reference() -> Reference:
     random = np.random.default_rng(1)
     rows = random.normal(size=(400, 2))
     starts = np.arange(0, 400, 8)
-    return draft(rows, starts, 8, window=5, fields=FIELDS, labels=LABELS, scores=random.random(50))
+    return draft_reference(rows, starts, 8, window=5, fields=FIELDS, labels=LABELS, scores=random.random(50))
 
 
 @target("reference", "a drift reference that is taken holds together", lambda: [reference().to_json()], 16_384)
@@ -94,26 +94,30 @@ def reference_json(data: bytes) -> None:
     except BadBundle:
         return
     assert Reference.from_json(found.to_json()).digest == found.digest
-    Judge(found, labels=found.labels, window=5).start()
+    DriftMonitor(found, labels=found.labels, window=5).start()
 
 
 def states() -> list[bytes]:
-    return [Judge(reference(), labels=LABELS, window=5).start().to_bytes()]
+    return [DriftMonitor(reference(), labels=LABELS, window=5).start().to_bytes()]
 
 
 @target("drift-state", "a drift state that is taken is written and read again as the same", states, 8192)
 def drift_state(data: bytes) -> None:
     try:
-        found = State.from_bytes(data)
+        found = DriftState.from_bytes(data)
     except ValueError:
         return
-    again = State.from_bytes(found.to_bytes())
+    again = DriftState.from_bytes(found.to_bytes())
     assert again.to_bytes() == found.to_bytes()
 
 
 def vectors() -> list[bytes]:
     inputs = np.arange(12, dtype=np.float32).reshape(3, 4)
-    return [golden_vectors.encode(golden_vectors.make(inputs, inputs[:, :2] / np.float32(9), 0.1, "litert 2.1 x86_64"))]
+    return [
+        golden_vectors.encode(
+            golden_vectors.from_outputs(inputs, inputs[:, :2] / np.float32(9), 0.1, "litert 2.1 x86_64")
+        )
+    ]
 
 
 @target("golden", "golden vectors that are taken compare with something", vectors, 8192)
@@ -185,7 +189,7 @@ def _data(content: bytes, suffix: str) -> None:
         file.flush()
         try:
             found = data.read(Path(file.name), spec)
-            data.given_windows(Path(file.name), spec)
+            data.read_windows(Path(file.name), spec)
         except UsageError:
             return
     assert found.features.shape == (len(found.t), len(FIELDS))

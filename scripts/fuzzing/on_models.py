@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from agent.model.bundle import builtin, bundle, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.sandbox import probe
-from agent.model.sandbox.probe import Report
+from agent.model.sandbox.probe import ProbeReport
 from scripts.fuzzing import target
 from tests.kit.bundles import CLASSIFY, FLOAT, THIRD_PARTY, Recipe, around, model
 
@@ -45,7 +45,7 @@ class Died(Exception):
 @functools.cache
 def sound() -> list[Bundle]:
     """The bundle that ships, with its golden vectors, and models that have none: of those less is found out."""
-    found = [bundle.read(builtin.bundles() / "exercise", None)]
+    found = [bundle.read(builtin.bundles_dir() / "exercise", None)]
     for recipe in (CLASSIFY, FLOAT):
         found.append(around(model(recipe.model), recipe))
     for name, recipe in (("ad01", Recipe("anomaly", "", _inputs(640))), ("kws", _words())):
@@ -65,18 +65,18 @@ def _words() -> Recipe:
 
 def _soon_over(one: Bundle) -> Bundle:
     """With little time and memory: what hangs or wants more and more is ended soon."""
-    content = msgspec.structs.replace(one.manifest, limits=manifest.Limits(memory_mib=512, seconds=2))
+    content = msgspec.structs.replace(one.manifest, limits=manifest.ResourceLimits(memory_mib=512, seconds=2))
     return replace(one, manifest=content, files={**one.files, "manifest.json": manifest.encode(content)})
 
 
-def judge(one: Bundle, content: bytes) -> Report:
+def judge(one: Bundle, content: bytes) -> ProbeReport:
     """What the probe says of `content` in place of the bundle's model. Raises Died."""
     report = probe.probe(replace(one, files={**one.files, "model.tflite": content}), [])
     assert report.checks
     assert all(detail for _, _, detail in report.checks)
     if report.ok:
-        assert report.choice is not None
-        size = (str(report.choice.batch), str(report.choice.threads))
+        assert report.tuning is not None
+        size = (str(report.tuning.batch), str(report.tuning.threads))
         command = [sys.executable, "-c", _AS_THE_DAEMON, *size]
         done = subprocess.run(command, input=content, capture_output=True, check=False, timeout=60)
         if done.returncode != 0:
@@ -86,7 +86,7 @@ def judge(one: Bundle, content: bytes) -> Report:
 
 def _numbered() -> list[bytes]:
     """Each model, and before it which of the bundles it is for."""
-    return [bytes([number]) + one.model for number, one in enumerate(sound())]
+    return [bytes([number]) + one.model_bytes for number, one in enumerate(sound())]
 
 
 @target("model", "a model with damaged bytes ends nothing but the probe's child", _numbered, _LONGEST, costly=True)
@@ -101,7 +101,7 @@ def changed(data: bytes) -> tuple[Bundle, bytes]:
 
     random = Random(data)
     one = random.choice(sound())
-    return one, graphs.mutated(one.model, random)
+    return one, graphs.mutated(one.model_bytes, random)
 
 
 if all(importlib.util.find_spec(name) for name in ("ai_edge_litert", "flatbuffers")):

@@ -11,21 +11,23 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.config import Field, Stream
-from agent.device.intake.file_reader import blocks, open_text
-from agent.device.intake.protocol import Reader
-from agent.device.store.rows import Packed, Rows, check, pack, unpack
-from agent.errors import Rejected
+from agent.config import FieldConfig, StreamConfig
+from agent.device.intake.file_reader import open_text, read_blocks
+from agent.device.intake.protocol import LineParser
+from agent.device.store.rows import PackedChunk, Rows, pack_chunk, unpack_chunk, validate_columns
+from agent.errors import RowRejected
 from scripts.fuzzing import target
 
 NOW_US = 1_764_022_680_000_000
-WATCH = Stream(fields=[Field(name="ax", unit="g", min=-16, max=16), Field(name="ay", min=-16, max=16)])
-MACHINE = Stream(
+WATCH = StreamConfig(
+    fields=[FieldConfig(name="ax", unit="g", min=-16, max=16), FieldConfig(name="ay", min=-16, max=16)]
+)
+MACHINE = StreamConfig(
     fields=[
-        Field(name="power", type="f64", min=0),
-        Field(name="count", type="i64"),
-        Field(name="mode", type="category"),
-        Field(name="heat", optional=True),
+        FieldConfig(name="power", type="f64", min=0),
+        FieldConfig(name="count", type="i64"),
+        FieldConfig(name="mode", type="category"),
+        FieldConfig(name="heat", optional=True),
     ]
 )
 STREAMS = {"watch": WATCH, "machine": MACHINE}
@@ -57,14 +59,14 @@ def taken_or_named(data: bytes) -> None:
 
 def outcome(calls: list[list[bytes]]) -> tuple[list[int], dict[int, str], dict[str, bytes]]:
     """Lines that rows came of, line → reason, and the rows by stream as bytes."""
-    reader, first = Reader(STREAMS), 1
+    reader, first = LineParser(STREAMS), 1
     numbers: list[int] = []
     bad: dict[int, str] = {}
     rows: dict[str, bytes] = {}
     for call in calls:
-        for taken in reader.read(call, first, NOW_US):
+        for taken in reader.parse(call, first, NOW_US):
             bad |= taken.bad
-            if taken.lot is not None:
+            if taken.label_batch is not None:
                 numbers += taken.lines
             if taken.checked is not None and len(taken.checked.rows):
                 numbers += sorted(set(taken.lines))
@@ -81,15 +83,15 @@ def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def read_text(name: str, data: bytes, stream: Stream) -> None:
+def read_text(name: str, data: bytes, stream: StreamConfig) -> None:
     text = io.TextIOWrapper(io.BytesIO(data), "utf-8", errors="surrogateescape", newline="")
     numbers: list[int] = []
     try:
-        for block in blocks(Path(name), text, "watch", stream):
-            checked = check(block.raw, stream, NOW_US, None)
-            assert len(checked.rows) + len(checked.bad) == block.raw.n == len(block.lines)
+        for block in read_blocks(Path(name), text, "watch", stream):
+            checked = validate_columns(block.raw, stream, NOW_US, None)
+            assert len(checked.rows) + len(checked.rejected) == block.raw.n == len(block.lines)
             numbers += [*block.lines, *block.bad]
-    except Rejected:
+    except RowRejected:
         return
     assert len(numbers) == len(set(numbers)), "a line was read twice"
 
@@ -131,18 +133,18 @@ def parquet(data: bytes) -> None:
         file.flush()
         try:
             with open_text(Path(file.name)) as text:
-                for block in blocks(Path(file.name), text, "watch", WATCH):
-                    check(block.raw, WATCH, NOW_US, None)
-        except Rejected:
+                for block in read_blocks(Path(file.name), text, "watch", WATCH):
+                    validate_columns(block.raw, WATCH, NOW_US, None)
+        except RowRejected:
             return
 
 
-FIELDS = [Field(name="a"), Field(name="b", type="i64"), Field(name="c", type="category")]
+FIELDS = [FieldConfig(name="a"), FieldConfig(name="b", type="i64"), FieldConfig(name="c", type="category")]
 
 
 def chunks() -> list[bytes]:
     columns = (np.array([1.5, np.nan], "<f4"), np.array([-1, 2**62], "<i8"), np.array([0, 7], "<u2"))
-    packed = [pack(Rows(np.array(t, np.int64), columns)) for t in ([NOW_US, NOW_US + 1], [NOW_US, 0])]
+    packed = [pack_chunk(Rows(np.array(t, np.int64), columns)) for t in ([NOW_US, NOW_US + 1], [NOW_US, 0])]
     return [json.dumps([p.n, p.first_t, p.time_bytes, p.crc]).encode() + b"\n" + p.data for p in packed]
 
 
@@ -156,11 +158,11 @@ def chunk(data: bytes) -> None:
     # The sum as given, and the right one: of a chunk that was damaged before it was summed.
     for sum_ in (crc, right_sum(n, first_t, time_bytes, body)):
         try:
-            rows = unpack(Packed(n, first_t, time_bytes, body, sum_), FIELDS)
+            rows = unpack_chunk(PackedChunk(n, first_t, time_bytes, body, sum_), FIELDS)
         except ValueError:
             continue
         assert len(rows) == n
-        assert not len(rows) or unpack(pack(rows), FIELDS).digest() == rows.digest()
+        assert not len(rows) or unpack_chunk(pack_chunk(rows), FIELDS).digest() == rows.digest()
 
 
 def right_sum(n: object, first_t: object, time_bytes: object, body: bytes) -> int:

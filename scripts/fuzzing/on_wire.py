@@ -9,16 +9,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from agent.clock import epoch_us
-from agent.config import Broker
-from agent.errors import Refused
+from agent.clock import parse_rfc3339
+from agent.config import BrokerConfig
+from agent.errors import MessageRefused
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
-from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys, topics
-from agent.wire.keys import b64url, unb64url
-from agent.wire.messages import Ack, Message, open_message
+from agent.wire.keys import b64url_decode, b64url_encode
+from agent.wire.messages import AckPayload, VerifiedMessage, verify_message
 from scripts.fuzzing import target
 from tests.kit.senders import FLEET, TIME, Sender, Sent, new_key
 
@@ -49,11 +49,13 @@ def addressed() -> list[bytes]:
     return [bytes([TOPICS.index(sent.topic)]) + sent.payload for sent in kinds()]
 
 
-def opened(topic: str, payload: bytes, key: keys.SigningKey, owner: str) -> Message | None:
+def opened(topic: str, payload: bytes, key: keys.SigningKey, owner: str) -> VerifiedMessage | None:
     """The payload, rightly signed, as the receiver takes it; None where it is refused."""
     try:
-        return open_message(topic, payload, [jws.sign(key, topic, payload)], lambda kid: jws.Signer(owner, key.public))
-    except Refused:
+        return verify_message(
+            topic, payload, [jws.sign(key, topic, payload)], lambda kid: jws.Signer(owner, key.public)
+        )
+    except MessageRefused:
         return None
 
 
@@ -62,22 +64,22 @@ def topic(data: bytes) -> None:
     text = data.decode("utf-8", "surrogateescape")
     try:
         found = topics.parse(text)
-    except Refused:
+    except MessageRefused:
         return
     assert str(found) == text
 
 
-@target("token", "a signature under any header", lambda: [b"{}", unb64url(kinds()[0].jws.split("..")[0])])
+@target("token", "a signature under any header", lambda: [b"{}", b64url_decode(kinds()[0].jws.split("..")[0])])
 def token(data: bytes) -> None:
     sent = kinds()[0]
-    head = b64url(data)
-    signed = f"{head}..{b64url(DEVICE.sign(head.encode() + b'.' + sent.payload))}"
+    head = b64url_encode(data)
+    signed = f"{head}..{b64url_encode(DEVICE.sign(head.encode() + b'.' + sent.payload))}"
     for text in (signed, data.decode("latin-1"), data.decode("utf-8", "surrogateescape")):
         try:
             jws.verify([text], sent.topic, sent.payload, {DEVICE.public.kid: jws.Signer("pi-07", DEVICE.public)}.get)
-        except Refused:
+        except MessageRefused:
             continue
-        header = json.loads(unb64url(text.split(".")[0]), object_pairs_hook=once)
+        header = json.loads(b64url_decode(text.split(".")[0]), object_pairs_hook=once)
         assert (header["alg"], header["b64"], header["crit"], header["top"]) == ("EdDSA", False, ["b64"], sent.topic)
 
 
@@ -100,19 +102,19 @@ def ack(data: bytes) -> None:
     found = opened("outstation/acme/pi-07/ack", data, COLLECTOR, "collector")
     if found is None:
         return
-    assert isinstance(found.body, Ack)
+    assert isinstance(found.body, AckPayload)
     assert all(1 <= first <= last <= found.body.through for first, last in found.body.missing)
     try:
-        epoch_us(found.body.time)
+        parse_rfc3339(found.body.time)
     except ValueError:
         return
 
 
 @target("key", "a public key that is taken is spelled in one way only", lambda: [DEVICE.public.raw, bytes(32)], 64)
 def key(data: bytes) -> None:
-    for text in (b64url(data), data.decode("latin-1")):
+    for text in (b64url_encode(data), data.decode("latin-1")):
         try:
-            found = keys.public_key(text)
+            found = keys.parse_public_key(text)
         except ValueError:
             continue
         assert found.text == text.strip()
@@ -124,16 +126,16 @@ class Wire:
     window = 20
 
     def __init__(self) -> None:
-        self.incoming: list[Delivery | Receipt] = []
+        self.incoming: list[IncomingMessage | PublishReceipt] = []
 
-    def send(self, message: Outgoing) -> int:
+    def send(self, message: OutgoingMessage) -> int:
         return 1
 
-    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
         events, self.incoming = self.incoming, []
         return events
 
-    def acknowledge(self, delivery: Delivery) -> None:
+    def acknowledge(self, delivery: IncomingMessage) -> None:
         pass
 
     def wake(self) -> None:
@@ -150,7 +152,7 @@ class Desk:
         self.folder = tempfile.TemporaryDirectory()
         self.store = FleetStore(Path(self.folder.name) / "fleet.db")
         self.store.enrol("pi-07", DEVICE.public, replace=False, now=NOW)
-        self.collector, self.wire = Collector(FLEET, Broker(), self.store, COLLECTOR), Wire()
+        self.collector, self.wire = Collector(FLEET, BrokerConfig(), self.store, COLLECTOR), Wire()
         self.turns = 0
         atexit.register(self.close)
 
@@ -162,10 +164,10 @@ class Desk:
         """How many messages were stored or refused so far."""
         return self.store.count_messages() + sum(int(row["count"]) for row in self.store.refusals())
 
-    def hand(self, delivery: Delivery) -> None:
+    def hand(self, delivery: IncomingMessage) -> None:
         before = self.known()
         self.wire.incoming = [delivery]
-        self.collector.turn(self.wire, 0.0)
+        self.collector.tick(self.wire, 0.0)
         assert not self.collector._held, "the message was neither stored nor refused"
         assert self.known() - before in (0, 1)
         self.turns += 1
@@ -183,7 +185,7 @@ def desk() -> Desk:
 def collector(data: bytes) -> None:
     name = TOPICS[data[0] % len(TOPICS)] if data else TOPICS[0]
     payload = data[1:]
-    desk().hand(Delivery(name, payload, (jws.sign(DEVICE, name, payload),), False, 1, 1))
+    desk().hand(IncomingMessage(name, payload, (jws.sign(DEVICE, name, payload),), False, 1, 1))
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.testing.lossy_link import Weather
+from agent.testing.lossy_link import LinkConditions
 from scripts.soaks import Result, soak
 from scripts.soaks.rig import DEVICE, TASK, Rig
 
 # Connections break every few minutes; now and then a message is lost or comes twice.
-_WEATHER = Weather(lose=0.002, repeat=0.002, delay_s=0.5, cut=0.002)
+_WEATHER = LinkConditions(loss=0.002, duplication=0.002, delay_s=0.5, disconnect=0.002)
 _RESTART_S = 6 * 3600.0
 _MOST_GROWTH_KIB = 5 * 1024
 # What is allocated once, and stays, was by then.

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from agent.fleet.database.gap_ledger import EVICTED
-from agent.testing.lossy_link import Weather
+from agent.testing.lossy_link import LinkConditions
 from scripts.soaks import Result, soak
 from scripts.soaks.rig import TASK, Rig
 
-_OFFLINE, _ONLINE = Weather(cut=1.0), Weather(delay_s=0.2)
+_OFFLINE, _ONLINE = LinkConditions(disconnect=1.0), LinkConditions(delay_s=0.2)
 _RATE = 50.0
 # 48 MiB for 72 hours; never so small that a store cannot work at all.
 _MIB_AN_HOUR, _LEAST_MIB = 48 / 72, 2
@@ -33,12 +33,12 @@ def offline(folder: Path, seed: int, hours: float, say: Callable[[str], None]) -
         nonlocal most
         most = max(most, size(rig))
         if rig.air.clock_s >= ends_s:
-            rig.air.weather = _ONLINE
+            rig.air.conditions = _ONLINE
 
     def tell() -> None:
-        waiting = rig.store.waiting()
+        waiting = rig.store.backlog()
         hour = (rig.air.clock_s - ends_s) / 3600 + hours
-        left = rig.daemon._space.hours()
+        left = rig.daemon._space.hours_until_eviction()
         used = f"{rig.store.used_bytes() / 2**20:.1f} of {mib} MiB in use"
         used += f", room for {left:g} h more" if left is not None else ""
         say(f"hour {hour:5.1f}: {rig.sensor.accepted:9} rows, {waiting.messages:6} messages wait, {used}")

@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.bootstrap import device, wiring
-from agent.config import Broker
-from agent.device.intake.group_commit import Group
-from agent.device.intake.protocol import Reader
+from agent.config import BrokerConfig
+from agent.device.intake.group_commit import GroupCommit
+from agent.device.intake.protocol import LineParser
 from agent.errors import LinkDown
-from agent.fleet.audit.audit import Report, audit
+from agent.fleet.audit.audit import AuditReport, audit
 from agent.fleet.collector.collector import Collector
-from agent.fleet.collector.subscription import filters
+from agent.fleet.collector.subscription import topic_filters
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
-from agent.testing.lossy_link import Air, AirLink, Weather
+from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink
 from agent.wire.keys import load_private
 from tests.kit.fleet_databases import sqlite_of
 
@@ -40,7 +40,7 @@ class Rig:
         self,
         folder: Path,
         seed: int,
-        weather: Weather,
+        weather: LinkConditions,
         *,
         rate: float = 10.0,
         commit_s: float = 10.0,
@@ -48,25 +48,25 @@ class Rig:
         schedule: str = "every 60 s",
     ) -> None:
         random.seed(seed)
-        self.air = Air(seed, weather)
+        self.air = LossyBroker(seed, weather)
         home = folder / "fleet"
-        config = init_fleet(home, FLEET, Broker(url="mqtt://127.0.0.1:1"))
+        config = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
         self.fleet = FleetStore(Path(config.fleet.db))
         # The collector is here to answer; its page cache would fill with its database and hide what the device needs.
         sqlite_of(self.fleet).connection.execute("PRAGMA cache_size=-500")
         self._folder = enrol(home, config, self.fleet, DEVICE, key=None, replace=False).folder
         self._configure(buffer_toml, schedule)
-        file, conf = wiring.load(str(self._folder / "outstation.toml"))
+        file, conf = wiring.load_config(str(self._folder / "outstation.toml"))
         self.store = wiring.open_store(conf)
-        self.daemon = device.daemon(
-            file, conf, self.store, now=self.air.now, open_link=self.air.connect, pause=self.air.wait
+        self.daemon = device.build_daemon(
+            file, conf, self.store, now=self.air.now, open_link=self.air.connect, pause=self.air.advance
         )
         self._uplink = self.daemon._uplink
-        self.sensor = Sensor(Group(self.store, conf.streams), Reader(conf.streams), self.air, rate, commit_s)
-        self._collector = Collector(FLEET, Broker(), self.fleet, load_private(home / "collector.key"))
-        self._collector_link: AirLink | None = None
+        self.sensor = Sensor(GroupCommit(self.store, conf.streams), LineParser(conf.streams), self.air, rate, commit_s)
+        self._collector = Collector(FLEET, BrokerConfig(), self.fleet, load_private(home / "collector.key"))
+        self._collector_link: LossyLink | None = None
         self._due_s = 0.0
-        self.air.others += [self.sensor.turn, self._turn_daemon, self._turn_collector]
+        self.air.tick_callbacks += [self.sensor.turn, self._turn_daemon, self._turn_collector]
 
     def run(self, seconds: float) -> None:
         """Let so many simulated seconds pass, then send what waits. Raises what the daemon could not survive."""
@@ -76,12 +76,12 @@ class Rig:
         def watch() -> None:
             if self.air.clock_s >= end and not self.sensor.ended:
                 self.sensor.ended = True
-                self._uplink.halt(_DRAIN_S)
+                self._uplink.request_stop(_DRAIN_S)
 
-        self.air.others.append(watch)
+        self.air.tick_callbacks.append(watch)
         self._uplink.run()
         # What the broker still has under way.
-        self.air.wait(_DRAIN_S)
+        self.air.advance(_DRAIN_S)
 
     def each(self, seconds: float, do: Callable[[], None]) -> None:
         """Have `do` called as often."""
@@ -93,9 +93,9 @@ class Rig:
                 due_s += seconds
                 do()
 
-        self.air.others.append(watch)
+        self.air.tick_callbacks.append(watch)
 
-    def audit(self) -> Report:
+    def audit(self) -> AuditReport:
         return audit(self.fleet)
 
     def close(self) -> None:
@@ -106,17 +106,17 @@ class Rig:
         if self.daemon.signals.failure is not None:
             raise self.daemon.signals.failure
         if not self.sensor.ended and self.air.clock_s >= self._due_s:
-            self._due_s = self.air.clock_s + self.daemon.turn(self.air.now())
+            self._due_s = self.air.clock_s + self.daemon.tick(self.air.now())
 
     def _turn_collector(self) -> None:
         try:
             if self._collector_link is None:
                 self._collector_link = self.air.connect(
-                    None, "collector", subscribe=filters(FLEET), session_expiry_s=_SESSION_S
+                    None, "collector", subscribe=topic_filters(FLEET), session_expiry_s=_SESSION_S
                 )
-            self._collector.turn(self._collector_link, 0.0)
+            self._collector.tick(self._collector_link, 0.0)
         except LinkDown:
-            self._collector.acknowledger.link_lost()
+            self._collector.acknowledger.requeue_in_flight()
             self._collector_link = None
         # The air remembers what was published, for tests.
         self.air.published.clear()
@@ -134,7 +134,7 @@ class Rig:
 class Sensor:
     """Sends a recording over and over, in lines of columns, taken as the intake takes them: parsed, then committed."""
 
-    def __init__(self, group: Group, reader: Reader, air: Air, rate: float, commit_s: float) -> None:
+    def __init__(self, group: GroupCommit, reader: LineParser, air: LossyBroker, rate: float, commit_s: float) -> None:
         self.accepted = 0
         self.ended = False
         self._group, self._reader, self._air = group, reader, air
@@ -157,10 +157,10 @@ class Sensor:
         line = msgspec.json.encode({"stream": STREAM, "columns": {"t": times, **columns}})
         self._lines, self._at = self._lines + 1, self._at + self._n
         self._due_s += self._commit_s
-        for taken in self._reader.read([line], self._lines, now.wall_us):
+        for taken in self._reader.parse([line], self._lines, now.wall_us):
             for number, reason in taken.bad.items():
                 self._group.reject(self, number, reason)
             if taken.checked is not None:
-                self._group.add(self, taken.stream, taken.checked, taken.lines, now)
-        self._group.reach(self, self._lines)
+                self._group.add_rows(self, taken.stream, taken.checked, taken.lines, now)
+        self._group.advance(self, self._lines)
         self.accepted += self._group.commit(now)[self].accepted

@@ -24,5 +24,5 @@ def make(name: str, folder: Path, key: SigningKey) -> Path:
     out = folder / name
     if name in RIGGED:
         return rigged.write(rigged.exercise(name, RIGGED[name], key, times=_TIMES), out)
-    pack.write(pack.pack(_TRAINED / f"{name}.toml", key), out)
+    pack.write_bundle(pack.pack(_TRAINED / f"{name}.toml", key), out)
     return out

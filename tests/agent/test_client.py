@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from agent.client import Answer, Client
-from agent.device.intake.group_commit import FULL_ROWS
+from agent.client import Client, FlushResult
+from agent.device.intake.group_commit import MAX_GROUP_ROWS
 from agent.device.store.store import Store
 from tests.kit.stations import T0, Killable, Station, conf, wait_for
 
@@ -73,13 +73,13 @@ def test_what_flush_says_is_on_the_disk(station: Station) -> None:
     with Client(station.socket) as client:
         client.send("watch", t=T0, ax=0.1, ay=0.2)
         client.send_columns("watch", {"t": [T0 + 1, T0 + 2], "ax": np.array([1, 2], "<f4"), "ay": range(2)})
-        assert client.flush() == Answer(accepted=3, rejected=[])
+        assert client.flush() == FlushResult(accepted=3, rejected=[])
         assert station.store.last_row("watch") == 3
         assert client.through == 2
         client.send("watch", ax=99, ay=0)
         client.send("watch", ax=1)
-        assert client.flush() == Answer(0, [(3, "ax = 99 g is above max 16"), (4, "field 'ay' is missing")])
-        assert client.flush() == Answer(0, [])
+        assert client.flush() == FlushResult(0, [(3, "ax = 99 g is above max 16"), (4, "field 'ay' is missing")])
+        assert client.flush() == FlushResult(0, [])
 
 
 def test_leaving_the_context_waits_until_all_is_safe_and_an_error_in_it_does_not(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_many_thousand_lines_do_not_wait_for_the_timer(tmp_path: Path) -> None:
         client = Client(station.socket)
         for n in range(40_000):
             number(client, n)
-        wait_for(lambda: station.store.last_row("machine") > 40_000 - FULL_ROWS, "all rows but the last ones")
+        wait_for(lambda: station.store.last_row("machine") > 40_000 - MAX_GROUP_ROWS, "all rows but the last ones")
         client.close()
 
 
@@ -255,7 +255,7 @@ def test_what_was_refused_is_sent_again_where_nobody_read_that_and_told_once_whe
         full[0] = False
         for n in range(4, 8):
             number(client, n)
-        assert client.flush() == Answer(4, [])
+        assert client.flush() == FlushResult(4, [])
         assert (client.through, counts(station)) == (7, [1, 2, 4, 5, 6, 7])
         assert station.failures == []
 

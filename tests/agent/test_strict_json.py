@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agent.strict_json import RepeatedKey, check_count, check_keys
+from agent.strict_json import DuplicateKey, check_key_count, check_strict_json
 
 NAMES = st.sampled_from(["a", "b", "a:b", ":", "", "é", 'q"', "\\", '":', "a\n"])
 SCALARS = st.none() | st.integers(-9, 9) | st.sampled_from([0.5, "", ":", "a:b", '":', '\\":', '"a":', "é:", "{"])
@@ -54,8 +54,8 @@ def kept(value: Any) -> tuple[int, list[str]]:
 
 def finds(text: bytes) -> bool:
     try:
-        check_keys(text)
-    except RepeatedKey:
+        check_strict_json(text)
+    except DuplicateKey:
         return True
     return False
 
@@ -79,8 +79,8 @@ def test_counting_finds_the_same(value: Any, escapes: bool, colon: str, padding:
     text = (write(value, escapes, colon) + " " * padding).encode()
     found = False
     try:
-        check_count(text, *kept(msgspec.json.decode(text)))
-    except RepeatedKey:
+        check_key_count(text, *kept(msgspec.json.decode(text)))
+    except DuplicateKey:
         found = True
     assert found == repeats(value)
 
@@ -100,20 +100,20 @@ def test_counting_finds_the_same(value: Any, escapes: bool, colon: str, padding:
     ids=["plain", "escaped", "spaced", "deep inside", "around depth", "huge numbers", "long", "one of thousands"],
 )
 def test_no_spelling_hides_a_second_key(text: bytes) -> None:
-    with pytest.raises(RepeatedKey, match="is there twice in one object"):
-        check_keys(text)
+    with pytest.raises(DuplicateKey, match="is there twice in one object"):
+        check_strict_json(text)
 
 
 @pytest.mark.parametrize("text", [b'{"a":"\xff"}', b'{"\xed\xa0\x80":1}', b'{"a":"\xc0\xaf"}'])
 def test_text_that_is_not_utf8_is_refused_where_a_decoder_skips_it(text: bytes) -> None:
     with pytest.raises(ValueError, match="utf-8"):
-        check_keys(text)
+        check_strict_json(text)
 
 
 @given(st.binary(max_size=60) | st.text(alphabet='{}[]":,\\a1 ', max_size=40).map(str.encode))
 def test_of_any_bytes_nothing_else_is_raised(text: bytes) -> None:
     with contextlib.suppress(ValueError):
-        check_keys(text)
+        check_strict_json(text)
         assert finds(text) is False
 
 
@@ -126,12 +126,12 @@ def test_what_is_nested_deeper_than_other_readers_follow_is_refused_and_what_is_
     def nested(depth: int) -> bytes:
         return ("[" + (opening * (depth // levels) + "1" + closing * (depth // levels)) + "]").encode()
 
-    check_keys(nested(62))
+    check_strict_json(nested(62))
     for depth in (64, 66, 1_000, 100_000):
         with pytest.raises(ValueError, match="nested deeper than 64 levels"):
-            check_keys(nested(depth))
+            check_strict_json(nested(depth))
 
 
 def test_many_brackets_side_by_side_or_in_strings_are_not_deep() -> None:
-    check_keys(b"[" + b"[[]]," * 1_000 + b"[]]")
-    check_keys(json.dumps(["[" * 200, '\\"' + "{" * 200]).encode())
+    check_strict_json(b"[" + b"[[]]," * 1_000 + b"[]]")
+    check_strict_json(json.dumps(["[" * 200, '\\"' + "{" * 200]).encode())

@@ -69,5 +69,5 @@ def test_a_source_that_is_right_is_told_and_its_replay_does_not_begin(tmp_path: 
     assert found["state"] == "ok"
     assert found["detail"].startswith("a replay of the ")
     store = Store(config.load(file).data_dir, read_only=True)
-    assert store.mark("replay:watch", "begin") == 0
+    assert store.source_position("replay:watch", "begin") == 0
     store.close()

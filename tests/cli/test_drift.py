@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from agent.bootstrap import tasks, wiring
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.pipeline import batch
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from tests.kit.system import outstation
 
-NOW = Now(1_795_000_000_000_000, 1000.0, "synced")
+NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 CONFIG = """
 [streams.watch]
 fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { name = "wy" }, { name = "wz" }]
@@ -41,7 +41,7 @@ class Site:
         self.config = self.home / "outstation.toml"
         kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
         self.config.write_text(kept + CONFIG, encoding="utf-8")
-        self.file, self.conf = wiring.load(str(self.config))
+        self.file, self.conf = wiring.load_config(str(self.config))
         self.data = Path(self.conf.data_dir)
 
     def ask(self, *arguments: str) -> tuple[int, Any]:
@@ -58,7 +58,7 @@ class Site:
             columns = [rng.normal(0, 0.2 * (gain if i == 0 else 1), n).astype("<f4") for i in range(6)]
             with store.transaction() as tx:
                 tx.append("watch", Rows(t, tuple(columns)), "synced")
-            author = wiring.author(self.file, self.conf, store)
+            author = wiring.open_message_log(self.file, self.conf, store)
             task = tasks.load_task(self.file, self.conf, store, "exercise")
             while batch.run(task, store, author, NOW) is not None:
                 pass
@@ -115,10 +115,10 @@ def test_its_picture_shows_the_reference_the_alarm_line_and_the_alert(site: Site
 def test_messages_of_another_task_are_not_taken_for_its_own(site: Site) -> None:
     store = Store(site.data, read_only=True, max_size=int(site.conf.buffer.max_size))
     try:
-        kept = store.messages("drift", "exercise", 5)
+        kept = store.recent_messages("drift", "exercise", 5)
         assert [message.topic.split("/")[3:] for message in kept] == [["drift", "exercise"]] * 5
         assert [message.seq for message in kept] == sorted(message.seq for message in kept)
-        assert store.messages("drift", "ercise", 5) == []
+        assert store.recent_messages("drift", "ercise", 5) == []
     finally:
         store.close()
 

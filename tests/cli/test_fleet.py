@@ -19,12 +19,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from agent.cli.fleet.group import fleet
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.errors import UsageError
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.transport.mqtt import Link
-from agent.transport.packets import Receipt
+from agent.transport.packets import PublishReceipt
 from tests.kit.brokers import Mosquitto
 from tests.kit.senders import Sender, Sent
 from tests.kit.stations import wait_for
@@ -165,10 +165,10 @@ def watched(tmp_path: Path, broker: Mosquitto) -> Path:
 
 def send(broker: Mosquitto, *sent: Sent) -> None:
     """Publish retained, so that it does not matter who subscribes first."""
-    link = Link(Broker(url=broker.url), "sender")
+    link = Link(BrokerConfig(url=broker.url), "sender")
     tokens = {link.send(one.outgoing(retain=True)) for one in sent}
     while tokens:
-        tokens -= {event.token for event in link.receive(1.0) if isinstance(event, Receipt)}
+        tokens -= {event.token for event in link.receive(1.0) if isinstance(event, PublishReceipt)}
     link.close()
 
 

@@ -19,10 +19,10 @@ import pytest
 
 from agent import config
 from agent.cli import main
-from agent.cli.device.ingest import _Socket
+from agent.cli.device.ingest import _DaemonSink
 from agent.client import Client
-from agent.device.store.quota import PAGE
-from agent.device.store.rows import Raw, check
+from agent.device.store.quota import PAGE_SIZE
+from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from tests.kit.stations import ROOT, T0, Killable, Station, rows_of
 
@@ -283,7 +283,7 @@ def test_rows_that_a_full_store_refuses_are_named_line_by_line(
     (home / "outstation.toml").write_text(text)
     for turn in ("without", "with"):
         if turn == "with":
-            with daemon(home, max_size=256 * PAGE):
+            with daemon(home, max_size=256 * PAGE_SIZE):
                 code, out, _ = ingest("watch", home / "in.csv", "--json")
         else:
             code, out, _ = ingest("watch", home / "in.csv", "--json")
@@ -316,12 +316,12 @@ class _Line(int):
 def test_of_a_long_file_only_lines_without_an_answer_are_kept_in_memory(home: Path) -> None:
     stream, rows, blocks = config.load(home / "outstation.toml").streams["watch"], 4096, 150
     with daemon(home) as station:
-        target = _Socket(Client(station.socket), "watch", stream)
+        target = _DaemonSink(Client(station.socket), "watch", stream)
         for block in range(blocks):
             t = T0 + np.arange(block * rows, (block + 1) * rows) / 100
-            raw = Raw(rows, t, {"ax": np.ones(rows), "ay": np.ones(rows)})
+            raw = RawColumns(rows, t, {"ax": np.ones(rows), "ay": np.ones(rows)})
             lines: list[int] = [_Line(2 + block * rows + i) for i in range(rows)]
-            target.put(check(raw, stream, round(T0 * 1e6), None), lines)
+            target.put(validate_columns(raw, stream, round(T0 * 1e6), None), lines)
         del lines
         assert _Line.there < blocks * rows / 2
         assert target.finish() == (blocks * rows, {})

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli import cli
-from agent.cli.device.label import read
+from agent.cli.device.label import read_labels
 from agent.device.intake.sources import recordings
 from agent.errors import UsageError
 from agent.performance.labels import Label
@@ -113,12 +113,12 @@ def test_a_task_that_does_not_exist_is_named(home: Path) -> None:
 def test_a_file_without_the_right_columns_is_refused_as_a_whole(tmp_path: Path, head: str) -> None:
     (tmp_path / "truth.csv").write_text(f"{head}\n1,a\n")
     with pytest.raises(UsageError, match=r"truth\.csv: "):
-        list(read(str(tmp_path / "truth.csv")))
+        list(read_labels(str(tmp_path / "truth.csv")))
 
 
 def test_times_may_be_seconds_or_rfc_3339(tmp_path: Path) -> None:
     (tmp_path / "truth.csv").write_text("t,label,source\n1764022680.5,a,\n2025-11-24T22:18:00.5Z,b,model\nnoon,c,\n")
-    found = list(read(str(tmp_path / "truth.csv")))
+    found = list(read_labels(str(tmp_path / "truth.csv")))
     assert found[:2] == [
         (2, Label(None, 1_764_022_680_500_000, "a", "human")),
         (3, Label(None, 1_764_022_680_500_000, "b", "model")),

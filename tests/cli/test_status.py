@@ -23,7 +23,7 @@ from tests.kit.system import outstation
 
 
 def alert(store: Store, site: Site, kind: str, subject: str, state: str, summary: str) -> None:
-    author = wiring.author(site.file, site.conf, store)
+    author = wiring.open_message_log(site.file, site.conf, store)
     body: dict[str, Any] = {
         "alert": kind,
         "subject": subject,
@@ -34,7 +34,7 @@ def alert(store: Store, site: Site, kind: str, subject: str, state: str, summary
         "evidence": {},
     }
     with store.transaction() as tx:
-        author.write(tx, "alerts", "exercise", body, NOW)
+        author.append(tx, "alerts", "exercise", body, NOW)
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
             alert(store, made, "storage", f"watch{i}", "raised", "rows cannot be read back.")
         with store.transaction() as tx:
             for row in range(100, 6100, 100):
-                asked = label_metrics.asked([task])["exercise"]
-                assert labels.take(tx, "exercise", asked, Label(row, None, "PEN"), NOW) is None
-        label_metrics.turn(task, store, wiring.author(made.file, made.conf, store), NOW, 86_400.0)
+                asked = label_metrics.build_label_targets([task])["exercise"]
+                assert labels.store_label(tx, "exercise", asked, Label(row, None, "PEN"), NOW) is None
+        label_metrics.tick(task, store, wiring.open_message_log(made.file, made.conf, store), NOW, 86_400.0)
     finally:
         store.close()
     return made

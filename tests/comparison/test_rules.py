@@ -9,11 +9,11 @@ import pytest
 
 from agent.comparison import paired_intervals
 from agent.comparison import rules as verdict
-from agent.comparison.paired_intervals import Block, Estimate
-from agent.comparison.rules import Limits
-from agent.comparison.tally import Tally
-from agent.wire.desired_state import Rules
-from agent.wire.messages import Answered, Moments
+from agent.comparison.paired_intervals import ComparisonBlock, ComparisonEstimate
+from agent.comparison.rules import RuleLimits
+from agent.comparison.tally import ComparisonStats
+from agent.wire.desired_state import CanaryRules
+from agent.wire.messages import BundleStats, Moments
 
 REPEATS = 400
 
@@ -26,7 +26,7 @@ def alike(random: np.random.Generator, correlation: float, count: int) -> np.nda
     return found
 
 
-def blocks_of(random: np.random.Generator, correlation: float, count: int, devices: int = 1) -> list[Block]:
+def blocks_of(random: np.random.Generator, correlation: float, count: int, devices: int = 1) -> list[ComparisonBlock]:
     """Agreement wanders around 0.9, labelled gain around -0.05, time around twice, estimate around -0.1."""
     found = []
     for device in range(devices):
@@ -39,21 +39,23 @@ def blocks_of(random: np.random.Generator, correlation: float, count: int, devic
             m, size = int(n[i]), float(n[i])
             same = int(random.binomial(m, share[i]))
             outcomes = random.multinomial(m // 2, [0.8, 0.1, 0.05, 0.05])
-            model = Answered(m, 0.001 * size, expected=Moments(m, 0.9, 0.0), off=Moments(m, 1.0, 0.0))
+            model = BundleStats(m, 0.001 * size, expected=Moments(m, 0.9, 0.0), abs_error=Moments(m, 1.0, 0.0))
             worse = 1.2 * float(slow[i])
-            beside = Answered(m, 0.002 * size * float(slow[i]), expected=Moments(m, 0.8 + float(doubt[i]), 0.0))
-            beside = Answered(*_members(beside)[:4], right=0, off=Moments(m, worse, 0.0))
+            beside = BundleStats(m, 0.002 * size * float(slow[i]), expected=Moments(m, 0.8 + float(doubt[i]), 0.0))
+            beside = BundleStats(*_members(beside)[:4], right=0, abs_error=Moments(m, worse, 0.0))
             a, b, c, d = (int(one) for one in outcomes)
-            found.append(Block(Tally(1, m, same, Moments(), model, beside, (a, b, c, d)), f"pi-{device}"))
+            found.append(
+                ComparisonBlock(ComparisonStats(1, m, same, Moments(), model, beside, (a, b, c, d)), f"pi-{device}")
+            )
     return found
 
 
-def _members(one: Answered) -> tuple[int, float, Moments, Moments]:
+def _members(one: BundleStats) -> tuple[int, float, Moments, Moments]:
     return one.windows, one.seconds, one.scores, one.expected
 
 
 def coverage(
-    estimate: Callable[[Sequence[Block]], Estimate | None],
+    estimate: Callable[[Sequence[ComparisonBlock]], ComparisonEstimate | None],
     truth: float,
     correlation: float,
     count: int,
@@ -80,34 +82,38 @@ def test_the_interval_of_agreement_holds_the_truth_as_often_as_it_says(correlati
 @pytest.mark.parametrize(("correlation", "count"), [(0.0, 12), (0.4, 20), (0.6, 60)])
 def test_so_does_that_of_time(correlation: float, count: int) -> None:
     found = coverage(
-        lambda some: paired_intervals.slowness(some, new_is_beside=True), 2 * np.exp(0.02), correlation, count
+        lambda some: paired_intervals.latency_ratio(some, new_is_other=True), 2 * np.exp(0.02), correlation, count
     )
     assert 0.91 <= found <= 0.995
 
 
 @pytest.mark.parametrize(("correlation", "count"), [(0.0, 12), (0.4, 20), (0.6, 60)])
 def test_so_does_that_of_labels(correlation: float, count: int) -> None:
-    found = coverage(lambda some: paired_intervals.labelled_gain(some, new_is_beside=True), -0.05, correlation, count)
+    found = coverage(
+        lambda some: paired_intervals.labelled_accuracy_gain(some, new_is_other=True), -0.05, correlation, count
+    )
     assert 0.91 <= found <= 1
 
 
 @pytest.mark.parametrize(("correlation", "count"), [(0.0, 12), (0.4, 20), (0.6, 60)])
 def test_so_does_that_of_the_estimate(correlation: float, count: int) -> None:
-    found = coverage(lambda some: paired_intervals.expected_gain(some, new_is_beside=True), -0.1, correlation, count)
+    found = coverage(
+        lambda some: paired_intervals.expected_accuracy_gain(some, new_is_other=True), -0.1, correlation, count
+    )
     assert 0.91 <= found <= 0.995
 
 
 def test_so_does_that_of_absolute_error() -> None:
-    found = coverage(lambda some: paired_intervals.error_growth(some, new_is_beside=True), 1.2 * np.exp(0.02), 0.4, 20)
+    found = coverage(lambda some: paired_intervals.error_ratio(some, new_is_other=True), 1.2 * np.exp(0.02), 0.4, 20)
     assert 0.91 <= found <= 0.995
 
 
 def test_where_there_are_devices_enough_they_count_and_not_their_blocks() -> None:
-    def spread(seed: int) -> list[Block]:
+    def spread(seed: int) -> list[ComparisonBlock]:
         random = np.random.default_rng(seed)
         shares = 1 / (1 + np.exp(-(2.5 + 0.6 * random.normal(size=8))))
         return [
-            Block(Tally(1, 50, int(random.binomial(50, share))), f"pi-{i}")
+            ComparisonBlock(ComparisonStats(1, 50, int(random.binomial(50, share))), f"pi-{i}")
             for i, share in enumerate(shares.tolist())
             for _ in range(30)
         ]
@@ -116,21 +122,23 @@ def test_where_there_are_devices_enough_they_count_and_not_their_blocks() -> Non
     for seed in range(REPEATS):
         found = paired_intervals.agreement(spread(seed))
         assert found is not None
-        assert (found.of, found.units) == ("devices", 8)
+        assert (found.unit_kind, found.unit_count) == ("devices", 8)
         hits += found.low <= true_share() <= found.high
     assert 0.91 <= hits / REPEATS <= 0.995
 
 
 def test_few_blocks_say_nothing_however_many_windows_they_hold() -> None:
-    few = [Block(Tally(1, 10_000, 10_000))] * 9
+    few = [ComparisonBlock(ComparisonStats(1, 10_000, 10_000))] * 9
     assert paired_intervals.agreement(few) is None
-    found = verdict.weigh(Limits(agreement=0.5), few, True)
+    found = verdict.evaluate_limits(RuleLimits(agreement=0.5), few, True)
     assert [(one.rule, one.state) for one in found] == [("agreement", "open")]
     assert "fewer than 10 blocks or 5 devices" in found[0].summary
 
 
 def test_windows_that_all_agree_still_leave_a_doubt_that_shrinks() -> None:
-    some, many = (paired_intervals.agreement([Block(Tally(1, 20, 20))] * count) for count in (10, 200))
+    some, many = (
+        paired_intervals.agreement([ComparisonBlock(ComparisonStats(1, 20, 20))] * count) for count in (10, 200)
+    )
     assert some is not None
     assert many is not None
     assert some.low < 0.95 < many.low
@@ -140,7 +148,7 @@ def test_windows_that_all_agree_still_leave_a_doubt_that_shrinks() -> None:
 @pytest.mark.parametrize(("limit", "state"), [(0.7, "good"), (0.99, "bad"), (0.905, "open")])
 def test_agreement_is_judged_by_the_whole_interval(limit: float, state: str) -> None:
     blocks = blocks_of(np.random.default_rng(3), 0.3, 60)
-    found = verdict.weigh(Limits(agreement=limit), blocks, True)
+    found = verdict.evaluate_limits(RuleLimits(agreement=limit), blocks, True)
     assert [one.state for one in found] == [state]
     assert found[0].numbers["low"] < found[0].numbers["value"] < found[0].numbers["high"]
     assert found[0].numbers["blocks"] == 60
@@ -149,8 +157,8 @@ def test_agreement_is_judged_by_the_whole_interval(limit: float, state: str) -> 
 
 def test_each_rule_of_a_device_finds_the_worse_bundle_in_shadow() -> None:
     blocks = blocks_of(np.random.default_rng(5), 0.3, 150)
-    rules = Rules(agreement=0.98, slower=1.5, accuracy_drop=0.02, error_growth=0.05)
-    found = {(one.rule, one.state) for one in verdict.judge(rules, blocks, True)}
+    rules = CanaryRules(agreement=0.98, slower=1.5, accuracy_drop=0.02, error_growth=0.05)
+    found = {(one.rule, one.state) for one in verdict.evaluate_rules(rules, blocks, True)}
     assert found == {
         ("agreement", "bad"),
         ("latency", "bad"),
@@ -162,32 +170,36 @@ def test_each_rule_of_a_device_finds_the_worse_bundle_in_shadow() -> None:
 
 def test_on_probation_the_old_bundle_is_the_one_beside() -> None:
     blocks = blocks_of(np.random.default_rng(5), 0.3, 150)
-    rules = Rules(slower=1.5, accuracy_drop=0.02, error_growth=0.05)
-    found = verdict.judge(rules, blocks, False)
+    rules = CanaryRules(slower=1.5, accuracy_drop=0.02, error_growth=0.05)
+    found = verdict.evaluate_rules(rules, blocks, False)
     assert {one.state for one in found} == {"good"}
     assert "errors" not in {one.rule for one in found}, "what fails beside is not the new bundle"
 
 
 def test_one_error_is_too_many_where_none_may_be_and_enough_batches_without_any_are_good() -> None:
-    one = [Block(Tally(1, 10, 10))] * 9 + [Block(Tally(1, errors=1, why="the model crashed: SIGFPE"))]
-    found = verdict.judge(Rules(accuracy_drop=None, error_growth=None), one, True)
+    one = [ComparisonBlock(ComparisonStats(1, 10, 10))] * 9 + [
+        ComparisonBlock(ComparisonStats(1, errors=1, error="the model crashed: SIGFPE"))
+    ]
+    found = verdict.evaluate_rules(CanaryRules(accuracy_drop=None, error_growth=None), one, True)
     assert [(f.rule, f.state) for f in found] == [("errors", "bad")]
     assert "1 of 10 batches failed" in found[0].summary
     assert "SIGFPE" in found[0].summary
-    none = [Block(Tally(1, 10, 10))] * 10
-    assert [f.state for f in verdict.weigh(Limits(errors=0.0), none, True)] == ["good"]
-    assert [f.state for f in verdict.weigh(Limits(errors=0.0), none[:9], True)] == ["open"]
-    assert [f.state for f in verdict.weigh(Limits(errors=0.5), one, True)] == ["good"]
+    none = [ComparisonBlock(ComparisonStats(1, 10, 10))] * 10
+    assert [f.state for f in verdict.evaluate_limits(RuleLimits(errors=0.0), none, True)] == ["good"]
+    assert [f.state for f in verdict.evaluate_limits(RuleLimits(errors=0.0), none[:9], True)] == ["open"]
+    assert [f.state for f in verdict.evaluate_limits(RuleLimits(errors=0.5), one, True)] == ["good"]
 
 
 def test_bundles_that_cannot_agree_leave_the_rule_open_and_say_why() -> None:
-    blocks = [Block(Tally(1, 10, None, why="one bundle answers as classify, the other as regress"))] * 20
-    found = verdict.weigh(Limits(agreement=0.9), blocks, True)
+    blocks = [
+        ComparisonBlock(ComparisonStats(1, 10, None, error="one bundle answers as classify, the other as regress"))
+    ] * 20
+    found = verdict.evaluate_limits(RuleLimits(agreement=0.9), blocks, True)
     assert [one.state for one in found] == ["open"]
     assert "one bundle answers as classify" in found[0].summary
 
 
 def test_without_anything_to_look_at_no_rule_is_decided_and_none_of_labels_is_there() -> None:
-    limits = Limits(0.9, 2.0, 0.1, 0.05, 0.1)
-    found = verdict.weigh(limits, [], True)
+    limits = RuleLimits(0.9, 2.0, 0.1, 0.05, 0.1)
+    found = verdict.evaluate_limits(limits, [], True)
     assert [(one.rule, one.state) for one in found] == [("agreement", "open"), ("latency", "open"), ("errors", "open")]

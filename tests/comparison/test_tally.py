@@ -14,21 +14,21 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from agent.comparison import tally
-from agent.comparison.tally import Kind, Said, Tally
+from agent.comparison.tally import ComparisonStats, OutputKind, Predictions
 from agent.wire import messages
-from agent.wire.messages import Moments, Shadow
+from agent.wire.messages import Moments, ShadowPayload
 
-AB = Kind("classify", ("a", "b", "c"))
+AB = OutputKind("classify", ("a", "b", "c"))
 NUMBERS = st.floats(-1e6, 1e6)
 COUNTS = st.integers(0, 1000)
 
 
-def said(row: Any, **more: Any) -> Said:
-    return Said(np.asarray(row, np.int64), 0.5, **{name: np.asarray(value) for name, value in more.items()})
+def said(row: Any, **more: Any) -> Predictions:
+    return Predictions(np.asarray(row, np.int64), 0.5, **{name: np.asarray(value) for name, value in more.items()})
 
 
 @st.composite
-def tallies(draw: st.DrawFn) -> Tally:
+def tallies(draw: st.DrawFn) -> ComparisonStats:
     n = draw(st.integers(0, 6))
     pairs = draw(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=n, max_size=n))
     chance = draw(st.lists(st.floats(0, 1), min_size=n, max_size=n))
@@ -38,8 +38,10 @@ def tallies(draw: st.DrawFn) -> Tally:
     one = said(rows, label=np.array(labels, np.int64), score=np.array([a for a, _ in pairs]), chance=np.array(chance))
     two = said(rows, label=np.array(others, np.int64), score=np.array([b for _, b in pairs]))
     right = draw(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=5))
-    outcomes = tally.labelled([a for a, _ in right], [b for _, b in right])
-    return tally.compared(AB, one, AB, two) + outcomes + tally.off(np.array(chance), np.array(chance) * 2)
+    outcomes = tally.from_correctness([a for a, _ in right], [b for _, b in right])
+    return (
+        tally.compare_batch(AB, one, AB, two) + outcomes + tally.from_abs_errors(np.array(chance), np.array(chance) * 2)
+    )
 
 
 def close(a: Any, b: Any) -> bool:
@@ -51,25 +53,25 @@ def close(a: Any, b: Any) -> bool:
 
 
 @given(st.lists(tallies(), max_size=6), st.randoms())
-def test_tallies_add_up_in_any_order_and_grouping(some: list[Tally], random: Any) -> None:
-    whole = reduce(add, some, Tally())
+def test_tallies_add_up_in_any_order_and_grouping(some: list[ComparisonStats], random: Any) -> None:
+    whole = reduce(add, some, ComparisonStats())
     mixed = list(some)
     random.shuffle(mixed)
     while len(mixed) > 1:
         at = random.randrange(len(mixed) - 1)
         mixed[at : at + 2] = [mixed[at] + mixed[at + 1]]
-    other = reduce(add, mixed, Tally())
-    assert close(whole.body(), other.body())
+    other = reduce(add, mixed, ComparisonStats())
+    assert close(whole.to_body(), other.to_body())
 
 
 @given(tallies())
-def test_the_empty_tally_changes_nothing(one: Tally) -> None:
-    assert one + Tally() == one == Tally() + one
+def test_the_empty_tally_changes_nothing(one: ComparisonStats) -> None:
+    assert one + ComparisonStats() == one == ComparisonStats() + one
 
 
 @given(st.lists(st.lists(NUMBERS, max_size=5), max_size=5))
 def test_merged_moments_are_those_of_all_values_at_once(parts: list[list[float]]) -> None:
-    found = reduce(tally.merged, [tally.moments(np.array(part)) for part in parts], Moments())
+    found = reduce(tally.merge_moments, [tally.compute_moments(np.array(part)) for part in parts], Moments())
     every = np.array([value for part in parts for value in part])
     assert found.n == len(every)
     if len(every):
@@ -78,90 +80,92 @@ def test_merged_moments_are_those_of_all_values_at_once(parts: list[list[float]]
 
 
 @given(tallies())
-def test_a_tally_comes_back_from_its_message_as_it_went(one: Tally) -> None:
-    one = replace(one, errors=one.errors + 1, why="did not answer")
+def test_a_tally_comes_back_from_its_message_as_it_went(one: ComparisonStats) -> None:
+    one = replace(one, errors=one.errors + 1, error="did not answer")
     head = {"v": 1, "kind": "shadow", "device": "pi-07", "log": "0" * 8 + "-0000" * 3 + "-" + "0" * 12, "seq": 1}
     head |= {"prev": "", "boot": 1, "time": "2026-11-24T00:00:00Z", "clock": "synced"}
     model = {"name": "m", "version": "1", "digest": "sha256:" + "0" * 64}
     where = {"task": "t", "rollout": "r", "model": model, "beside": model, "rows": [1, 9]}
-    body = messages.decode(json.dumps({**head, **where, **one.body()}).encode())
-    assert isinstance(body, Shadow)
-    assert Tally.of(body) == one
+    body = messages.decode(json.dumps({**head, **where, **one.to_body()}).encode())
+    assert isinstance(body, ShadowPayload)
+    assert ComparisonStats.from_message(body) == one
 
 
 def test_labels_are_compared_by_name_whatever_their_order() -> None:
-    other = Kind("classify", ("c", "a", "d"))
-    found = tally.compared(AB, said([1, 2, 3, 4], label=[0, 1, 2, 2]), other, said([1, 2, 3, 4], label=[1, 2, 0, 1]))
-    assert (found.n, found.same) == (4, 2)
+    other = OutputKind("classify", ("c", "a", "d"))
+    found = tally.compare_batch(
+        AB, said([1, 2, 3, 4], label=[0, 1, 2, 2]), other, said([1, 2, 3, 4], label=[1, 2, 0, 1])
+    )
+    assert (found.n, found.agreeing) == (4, 2)
 
 
 def test_windows_are_matched_by_the_row_they_end_at() -> None:
-    found = tally.compared(AB, said([10, 20, 30], label=[0, 1, 2]), AB, said([20, 25, 30, 40], label=[1, 1, 0, 0]))
-    assert (found.n, found.same) == (2, 1)
-    assert (found.model.windows, found.beside.windows) == (3, 4)
+    found = tally.compare_batch(AB, said([10, 20, 30], label=[0, 1, 2]), AB, said([20, 25, 30, 40], label=[1, 1, 0, 0]))
+    assert (found.n, found.agreeing) == (2, 1)
+    assert (found.model.windows, found.other.windows) == (3, 4)
 
 
 def test_what_scores_lead_to_expect_is_told_of_the_windows_of_both() -> None:
     ours = said([10, 20, 30], label=[0, 1, 2], chance=[0.1, 0.8, 0.9])
     theirs = said([20, 30, 40], label=[1, 1, 0], chance=[0.5, 0.7, 0.0])
-    found = tally.compared(AB, ours, AB, theirs)
-    assert (found.model.expected.n, found.beside.expected.n) == (2, 2)
+    found = tally.compare_batch(AB, ours, AB, theirs)
+    assert (found.model.expected.n, found.other.expected.n) == (2, 2)
     assert found.model.expected.mean == pytest.approx(0.85)
-    assert found.beside.expected.mean == pytest.approx(0.6)
+    assert found.other.expected.mean == pytest.approx(0.6)
 
 
 def test_several_labels_agree_where_all_that_is_said_is_the_same() -> None:
-    kind, other = Kind("several", ("x", "y")), Kind("several", ("y", "x", "z"))
+    kind, other = OutputKind("several", ("x", "y")), OutputKind("several", ("y", "x", "z"))
     ours = said([1, 2, 3], several=np.array([[1, 0], [1, 1], [0, 0]], bool))
     theirs = said([1, 2, 3], several=np.array([[0, 1, 0], [1, 1, 1], [0, 0, 0]], bool))
-    assert tally.compared(kind, ours, other, theirs).same == 2
+    assert tally.compare_batch(kind, ours, other, theirs).agreeing == 2
 
 
 def test_numbers_have_a_difference_and_nothing_to_agree_on() -> None:
-    kind = Kind("regress")
-    found = tally.compared(kind, said([1, 2], value=[1.0, 2.0]), kind, said([1, 2], value=[1.5, np.nan]))
-    assert (found.n, found.same, found.apart) == (2, None, Moments(1, 0.5, 0.0))
+    kind = OutputKind("regress")
+    found = tally.compare_batch(kind, said([1, 2], value=[1.0, 2.0]), kind, said([1, 2], value=[1.5, np.nan]))
+    assert (found.n, found.agreeing, found.difference) == (2, None, Moments(1, 0.5, 0.0))
 
 
 def test_anomalies_agree_by_their_verdict() -> None:
-    kind = Kind("anomaly")
+    kind = OutputKind("anomaly")
     ours = said([1, 2], verdict=[True, False], value=[3.0, 1.0])
     theirs = said([1, 2], verdict=[True, True], value=[9.0, 8.0])
-    assert tally.compared(kind, ours, kind, theirs).same == 1
+    assert tally.compare_batch(kind, ours, kind, theirs).agreeing == 1
 
 
 @pytest.mark.parametrize(
     ("other", "reason"),
     [
-        (Kind("regress"), "one bundle answers as classify, the other as regress"),
-        (Kind("classify", ("x", "y")), r"one bundle names a, b, c, the other x, y: they have no label in common"),
+        (OutputKind("regress"), "one bundle answers as classify, the other as regress"),
+        (OutputKind("classify", ("x", "y")), r"one bundle names a, b, c, the other x, y: they have no label in common"),
     ],
 )
-def test_bundles_that_answer_different_questions_are_said_to(other: Kind, reason: str) -> None:
-    theirs = said([1, 2], value=[1.0, 2.0]) if other.truth == "regress" else said([1, 2], label=[0, 1])
-    found = tally.compared(AB, said([1, 2], label=[0, 1], score=[0.5, 0.6]), other, theirs)
-    assert (found.n, found.same, found.apart.n) == (2, None, 0)
-    assert found.why.startswith(reason)
+def test_bundles_that_answer_different_questions_are_said_to(other: OutputKind, reason: str) -> None:
+    theirs = said([1, 2], value=[1.0, 2.0]) if other.problem_type == "regress" else said([1, 2], label=[0, 1])
+    found = tally.compare_batch(AB, said([1, 2], label=[0, 1], score=[0.5, 0.6]), other, theirs)
+    assert (found.n, found.agreeing, found.difference.n) == (2, None, 0)
+    assert found.error.startswith(reason)
 
 
 def test_windows_that_nobody_compared_take_the_agreement_of_the_rest_along() -> None:
-    compared = Tally(1, 5, 4)
-    assert (compared + Tally(1, 5, None)).same is None
-    assert (compared + Tally(1, 0, None)).same == 4
+    compared = ComparisonStats(1, 5, 4)
+    assert (compared + ComparisonStats(1, 5, None)).agreeing is None
+    assert (compared + ComparisonStats(1, 0, None)).agreeing == 4
 
 
 def test_values_that_are_no_numbers_or_too_large_to_square_are_left_out() -> None:
-    assert tally.moments(np.array([np.nan, np.inf, 1e200, 2.0])) == Moments(1, 2.0, 0.0)
+    assert tally.compute_moments(np.array([np.nan, np.inf, 1e200, 2.0])) == Moments(1, 2.0, 0.0)
 
 
 def test_a_failed_batch_counts_with_its_reason_which_is_kept_short() -> None:
-    found = Tally(3, 9, 9) + tally.failed("the model\ncrashed: " + "x" * 900)
+    found = ComparisonStats(3, 9, 9) + tally.from_failure("the model\ncrashed: " + "x" * 900)
     assert (found.batches, found.errors, found.n) == (4, 1, 9)
-    assert found.why.startswith("the model crashed: x")
-    assert len(found.why) == 500
+    assert found.error.startswith("the model crashed: x")
+    assert len(found.error) == 500
 
 
 def test_labelled_windows_are_counted_by_who_was_right() -> None:
-    found = tally.labelled([True, True, False, False], [True, False, True, False])
+    found = tally.from_correctness([True, True, False, False], [True, False, True, False])
     assert found.labelled == (1, 1, 1, 1)
-    assert (found.model.right, found.beside.right) == (2, 2)
+    assert (found.model.right, found.other.right) == (2, 2)

@@ -11,11 +11,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent import config
-from agent.bootstrap.tasks import publishers
+from agent.bootstrap.tasks import trusted_publishers
 from agent.cli import main
-from agent.config import Config, FilesSource, HostSource, ReplaySource, SocketSource, Updates
+from agent.config import Config, FilesSource, HostSource, ReplaySource, SocketSource, UpdatesConfig
 from agent.errors import ConfigError
-from agent.wire.keys import b64url
+from agent.wire.keys import b64url_encode
 
 KEY = "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"
 EXAMPLE = f"""
@@ -76,16 +76,16 @@ def mistake(folder: Path, text: str) -> ConfigError:
 
 def test_the_example_of_the_contract_means_what_its_comments_say(tmp_path: Path) -> None:
     conf = load(tmp_path, EXAMPLE)
-    assert conf.device == config.Device(id="pi-07", fleet="acme", data_dir="/var/lib/outstation")
+    assert conf.device == config.DeviceConfig(id="pi-07", fleet="acme", data_dir="/var/lib/outstation")
     assert conf.data_dir == Path("/var/lib/outstation")
     assert (conf.broker.host, conf.broker.port, conf.broker.tls) == ("broker", 8883, True)
     assert conf.broker.ca_file == str(tmp_path / "ca.pem")
     assert conf.broker.cert_file == str(tmp_path / "device.crt")
     assert conf.broker.tls_key_file == str(tmp_path / "device-tls.key")
     assert conf.broker.max_message_bytes == 120_000
-    assert conf.collector == config.Collector(key=KEY, delivery="collector")
+    assert conf.collector == config.CollectorConfig(key=KEY, delivery="collector")
     assert conf.operators.keys == [KEY]
-    assert conf.buffer == config.Buffer(
+    assert conf.buffer == config.BufferConfig(
         max_size=config.Size(2**30), commit_every=config.Duration(1), keep_readings=config.Duration(86_400)
     )
     ax, mode = conf.streams["watch"].fields
@@ -121,7 +121,7 @@ def test_what_may_be_left_out_has_the_contracts_defaults(tmp_path: Path) -> None
                 speed=2.5,
                 seed=7,
                 rows=9,
-                faults=[config.Fault(kind="gain", fields=["ax"], from_row=5, amount=0.5)],
+                faults=[config.ReplayFault(kind="gain", fields=["ax"], from_row=5, amount=0.5)],
             ),
         ),
     ],
@@ -138,7 +138,7 @@ def test_every_source_is_understood_and_its_paths_are_beside_the_config(
 def test_every_way_to_run_and_publish_is_understood(tmp_path: Path, schedule: str, publish: str) -> None:
     task = load(tmp_path, DEVICE + STREAM + TASK + f'schedule = "{schedule}"\npublish = {publish}\n').tasks["exercise"]
     assert task.schedule == schedule
-    assert task.publish == (config.Below(below=0.6) if "below" in publish else publish.strip('"'))
+    assert task.publish == (config.PublishBelow(below=0.6) if "below" in publish else publish.strip('"'))
 
 
 def test_a_bundle_with_a_slash_is_a_path_beside_the_config_and_without_one_a_name(tmp_path: Path) -> None:
@@ -415,12 +415,12 @@ def test_a_config_that_is_nested_without_end_is_refused_in_one_line(tmp_path: Pa
     assert "nested too deep" in str(mistake(tmp_path, text))
 
 
-@pytest.mark.parametrize("key", [b64url(bytes(32)), b64url((1).to_bytes(32, "little"))])
+@pytest.mark.parametrize("key", [b64url_encode(bytes(32)), b64url_encode((1).to_bytes(32, "little"))])
 def test_a_config_whose_keys_anybody_can_sign_for_is_refused(tmp_path: Path, key: str) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(DEVICE + f'[publishers]\nkeys = ["{KEY}", "{key}"]\n')
     with pytest.raises(ConfigError, match=r"outstation\.toml: publishers\.keys: .* of small order"):
-        publishers(file, config.load(file))
+        trusted_publishers(file, config.load(file))
 
 
 UPDATES = '[updates]\nurl = "https://updates.example.org/acme"\n'
@@ -430,14 +430,14 @@ def test_updates_come_from_a_server_or_a_folder_with_paths_beside_the_config(tmp
     base = DEVICE + STREAM
     assert load(tmp_path, base).updates is None
     plain = load(tmp_path, base + UPDATES.replace("acme", "acme/")).updates
-    assert plain == Updates(url="https://updates.example.org/acme", root=str(tmp_path / "root.json"))
+    assert plain == UpdatesConfig(url="https://updates.example.org/acme", root=str(tmp_path / "root.json"))
     assert (float(plain.every), int(plain.max_size)) == (6 * 3600, 64 << 20)
-    assert plain.minutes is None
+    assert plain.window_minutes is None
     every = 'ca_file = "ca.pem"\nroot = "/r.json"\nevery = "1 h"\nwindow = "22:30-05:00"\nmax_rate = "512 KiB"\n'
     found = load(tmp_path, base + UPDATES + every + 'max_size = "8 MiB"\n').updates
     assert found is not None
     assert (found.ca_file, found.root) == (str(tmp_path / "ca.pem"), "/r.json")
-    assert found.minutes == (22 * 60 + 30, 5 * 60)
+    assert found.window_minutes == (22 * 60 + 30, 5 * 60)
     assert (float(found.every), found.max_rate, int(found.max_size)) == (3600, config.Size(512 << 10), 8 << 20)
     folder = load(tmp_path, base + '[updates]\nurl = "stick/acme"\n').updates
     assert folder is not None

@@ -20,10 +20,10 @@ def correlated(rng: np.random.Generator, n: int, r: float) -> np.ndarray[tuple[i
 
 
 def test_neighbours_are_paired_first_and_of_many_fields_only_so_many() -> None:
-    assert correlation.pairs(3).tolist() == [[0, 1], [1, 2], [0, 2]]
-    assert len(correlation.pairs(24)) == 276
-    assert len(correlation.pairs(200)) == 276
-    assert correlation.pairs(1).shape == (0, 2)
+    assert correlation.field_pairs(3).tolist() == [[0, 1], [1, 2], [0, 2]]
+    assert len(correlation.field_pairs(24)) == 276
+    assert len(correlation.field_pairs(200)) == 276
+    assert correlation.field_pairs(1).shape == (0, 2)
 
 
 @given(st.lists(st.integers(0, 400), max_size=5), st.integers(0, 99), st.permutations(range(6)))
@@ -32,56 +32,61 @@ def test_residuals_of_rows_add_up_to_the_bit_in_any_parts_and_order(
 ) -> None:
     raw = np.random.default_rng(seed).normal(size=(400, 3)) * 3
     raw[::11, 1] = np.nan
-    rows = correlation.in_steps(raw)
+    rows = correlation.quantize_residuals(raw)
     bounds = [0, *sorted(cuts), 400]
     groups = np.random.default_rng(seed).integers(0, 3, 400)
-    parts = [correlation.of_rows(rows[a:b], Groups.made(groups[a:b], 3)) for a, b in pairwise(bounds)]
+    parts = [correlation.sum_products(rows[a:b], Groups.from_ids(groups[a:b], 3)) for a, b in pairwise(bounds)]
     shuffled = [parts[i] for i in order if i < len(parts)]
-    assert sum(shuffled, np.zeros_like(parts[0])).tolist() == correlation.of_rows(rows, Groups.made(groups, 3)).tolist()
+    assert (
+        sum(shuffled, np.zeros_like(parts[0])).tolist()
+        == correlation.sum_products(rows, Groups.from_ids(groups, 3)).tolist()
+    )
 
 
 def test_z_is_that_of_the_correlation_coefficient() -> None:
     rows = correlated(np.random.default_rng(1), 2000, 0.6)
-    found = correlation.measured(
-        correlation.of_rows(correlation.in_steps(rows), Groups.made(np.zeros(len(rows), np.int64), 1)),
+    found = correlation.from_sums(
+        correlation.sum_products(
+            correlation.quantize_residuals(rows), Groups.from_ids(np.zeros(len(rows), np.int64), 1)
+        ),
         3,
         windowed=False,
     )
     expected = np.arctanh(np.asarray(np.corrcoef(rows.T))[[0, 1, 0], [1, 2, 2]])
-    np.testing.assert_allclose(found.z[0], expected, atol=2e-3)
+    np.testing.assert_allclose(found.mean[0], expected, atol=2e-3)
     assert found.weight[0].tolist() == [1997.0] * 3
 
 
 def test_model_windows_tell_the_same_z_on_average() -> None:
     windows = correlated(np.random.default_rng(1), 50 * 100, 0.6).reshape(50, 100, 3)
     centred = windows - windows.mean(1, keepdims=True)
-    each = correlation.of_windows(centred, (centred**2).mean(1), np.full(3, 1e-9))
-    found = correlation.measured(
-        correlation.sums(each, Groups.made(np.zeros(len(each), np.int64), 1)), 3, windowed=True
+    each = correlation.correlate_windows(centred, (centred**2).mean(1), np.full(3, 1e-9))
+    found = correlation.from_sums(
+        correlation.sum_correlations(each, Groups.from_ids(np.zeros(len(each), np.int64), 1)), 3, windowed=True
     )
     expected = [np.arctanh(np.asarray(np.corrcoef(window.T))[0, 2]) for window in windows]
-    assert found.z[0, 2] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert found.mean[0, 2] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_a_field_that_does_not_move_tells_no_correlation() -> None:
     still = np.random.default_rng(1).normal(size=(4, 100, 3))
     still[:, :, 1] = 0.0
-    each = correlation.of_windows(still, (still**2).mean(1), np.full(3, 1e-9))
-    found = correlation.measured(
-        correlation.sums(each, Groups.made(np.zeros(len(each), np.int64), 1)), 3, windowed=True
+    each = correlation.correlate_windows(still, (still**2).mean(1), np.full(3, 1e-9))
+    found = correlation.from_sums(
+        correlation.sum_correlations(each, Groups.from_ids(np.zeros(len(each), np.int64), 1)), 3, windowed=True
     )
     assert found.weight[0].tolist() == [0.0, 0.0, 4.0]
-    told = correlation.tests(found, np.zeros((1, 3)))
+    told = correlation.compute_deviations(found, np.zeros((1, 3)))
     assert np.isnan(told).tolist() == [True, True, False]
 
 
 def test_usual_values_leave_out_the_window_they_are_compared_with() -> None:
     z = np.array([[[0.1]], [[0.2]], [[0.9]]])
-    found = correlation.Pairs(np.full((3, 1, 1), 10.0), z)
-    assert correlation.usual(found, 8)[0, 0] == pytest.approx(0.4)
-    assert correlation.usual_without(found, 8)[:, 0, 0].tolist() == pytest.approx([0.55, 0.5, 0.15])
+    found = correlation.WeightedMeans(np.full((3, 1, 1), 10.0), z)
+    assert correlation.pooled_mean(found, 8)[0, 0] == pytest.approx(0.4)
+    assert correlation.leave_one_out_mean(found, 8)[:, 0, 0].tolist() == pytest.approx([0.55, 0.5, 0.15])
 
 
 def test_a_class_too_rare_to_tell_has_the_correlation_of_all() -> None:
-    found = correlation.Pairs(np.array([[[3.0], [97.0]]]), np.array([[[-1.0], [0.5]]]))
-    assert correlation.usual(found, 8)[:, 0].tolist() == pytest.approx([0.455, 0.5])
+    found = correlation.WeightedMeans(np.array([[[3.0], [97.0]]]), np.array([[[-1.0], [0.5]]]))
+    assert correlation.pooled_mean(found, 8)[:, 0].tolist() == pytest.approx([0.455, 0.5])

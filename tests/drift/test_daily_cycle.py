@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from agent.drift import Judge, Reference, Verdict, build
+from agent.drift import DriftMonitor, DriftWindowResult, Reference, build_reference
 from agent.drift.detectors import daily_cycle
 
 WINDOW, FIELDS = 60, ("a", "b", "c")
@@ -16,7 +16,7 @@ WINDOW, FIELDS = 60, ("a", "b", "c")
 @cache
 def shipped() -> Reference:
     rows = np.random.default_rng(0).normal(size=(60 * WINDOW, 3)).astype(np.float32)
-    return build(rows, np.arange(len(rows)), 1, np.zeros(len(rows), np.int64), None, WINDOW, fields=FIELDS)
+    return build_reference(rows, np.arange(len(rows)), 1, np.zeros(len(rows), np.int64), None, WINDOW, fields=FIELDS)
 
 
 def days(
@@ -28,7 +28,7 @@ def days(
     per_day: int = 24,
     late: float = 0.0,
     square: bool = False,
-) -> tuple[list[Verdict], Judge]:
+) -> tuple[list[DriftWindowResult], DriftMonitor]:
     """Verdicts on `count` days with a cycle in two of three fields; from the middle on, "c" is off by `late`."""
     rng = np.random.default_rng(seed)
     t = np.arange(count * per_day * WINDOW, dtype=np.int64) * (daily_cycle.DAY_US // (per_day * WINDOW))
@@ -38,27 +38,27 @@ def days(
     rows[:, 0] += wave
     rows[:, 1] *= 1 + 0.3 * wave
     rows[len(t) // 2 :, 2] += late
-    judge = Judge(shipped(), labels=(), window=WINDOW, learn=learn, learn_s=learn_s)
+    judge = DriftMonitor(shipped(), labels=(), window=WINDOW, learn_windows=learn, min_learn_s=learn_s)
     none = np.zeros(len(t), np.int64)
-    _, verdicts = judge.step(
+    _, verdicts = judge.process_batch(
         judge.start(), rows.astype(np.float32), np.arange(len(t)), 1, none, None, rows=(1, len(t)), t=t
     )
     return verdicts, judge
 
 
-def raised(verdicts: list[Verdict]) -> list[tuple[str, int]]:
+def raised(verdicts: list[DriftWindowResult]) -> list[tuple[str, int]]:
     return [(a.subject, v.index) for v in verdicts for a in v.alerts if a.state == "raised"]
 
 
 @pytest.mark.parametrize("square", [False, True])
 def test_no_night_alarms_once_three_days_were_learned(square: bool) -> None:
     quiet = [days(seed, 10, learn=40, learn_s=3 * 86_400.0, square=square)[0] for seed in range(4)]
-    assert [v.index for v in quiet[0] if v.learned] == [73]
+    assert [v.index for v in quiet[0] if v.learned_reference] == [73]
     assert sum(len(raised(verdicts)) for verdicts in quiet) <= 2
-    site = next(v.learned for v in quiet[0] if v.learned)
+    site = next(v.learned_reference for v in quiet[0] if v.learned_reference)
     assert site.site is not None
     assert site.site.waves.any()
-    assert site.site.told()["daily"]
+    assert site.site.to_dict()["daily"]
 
 
 def test_drift_is_found_beside_a_daily_cycle() -> None:
@@ -89,7 +89,7 @@ def test_waves_are_those_of_the_day() -> None:
     fit = daily_cycle.fit(values, t)
     assert fit.mean[0] == pytest.approx(3, abs=0.05)
     assert fit.waves[0, 0] == pytest.approx(2, abs=0.05)
-    assert fit.left.std() < 0.15
+    assert fit.residuals.std() < 0.15
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,12 @@ def test_waves_are_those_of_the_day() -> None:
 def test_a_cycle_is_looked_for_after_three_days_or_when_asked_after_one(
     hours: int, strata: str, expected: bool
 ) -> None:
-    assert daily_cycle.told(np.arange(hours, dtype=np.int64) * daily_cycle.HOUR_US, strata) is expected
+    assert daily_cycle.can_fit_daily(np.arange(hours, dtype=np.int64) * daily_cycle.HOUR_US, strata) is expected
 
 
-def office(seed: int, count: int, *, learn_days: float, strata: str = "auto") -> tuple[list[Verdict], Judge]:
+def office(
+    seed: int, count: int, *, learn_days: float, strata: str = "auto"
+) -> tuple[list[DriftWindowResult], DriftMonitor]:
     """Days with a cycle in two of three fields that rests on Saturday and Sunday of another time zone."""
     rng = np.random.default_rng(seed)
     t = np.arange(count * 24 * WINDOW, dtype=np.int64) * (daily_cycle.HOUR_US // WINDOW)
@@ -110,12 +112,14 @@ def office(seed: int, count: int, *, learn_days: float, strata: str = "auto") ->
     works = (local // daily_cycle.DAY_US + 3) % 7 < 5
     wave = np.maximum(0, np.sin(2 * np.pi * (local / daily_cycle.DAY_US - 0.25))) * works
     rows = rng.normal(size=(len(t), 3)) + np.stack([1.5 * wave, -0.8 * wave, 0 * wave], axis=1)
-    judge = Judge(shipped(), labels=(), window=WINDOW, learn=40, learn_s=learn_days * 86_400, strata=strata)
+    judge = DriftMonitor(
+        shipped(), labels=(), window=WINDOW, learn_windows=40, min_learn_s=learn_days * 86_400, seasonality=strata
+    )
     none = np.zeros(len(t), np.int64)
     state, verdicts = judge.start(), []
     for begin in range(0, len(t), 14 * 24 * WINDOW):
         some = slice(begin, begin + 14 * 24 * WINDOW)
-        state, more = judge.step(
+        state, more = judge.process_batch(
             state, rows[some].astype(np.float32), np.arange(len(t[some])), 1, none[some], None,
             rows=(begin + 1, begin + len(t[some])), t=t[some],
         )  # fmt: skip
@@ -127,9 +131,9 @@ def test_no_weekend_alarms_once_two_weeks_were_learned() -> None:
     alarms = 0
     for seed in range(3):
         verdicts, _ = office(seed, 42, learn_days=14)
-        site = next(v.learned for v in verdicts if v.learned)
+        site = next(v.learned_reference for v in verdicts if v.learned_reference)
         assert site.site is not None
-        assert site.site.told()["weekly"]
+        assert site.site.to_dict()["weekly"]
         assert site.site.rest_lasts == 2 * daily_cycle.DAY_US
         begins = (site.site.rest_begins - 7 * daily_cycle.HOUR_US) / daily_cycle.DAY_US
         assert begins == pytest.approx(2, abs=0.4)
@@ -141,15 +145,18 @@ def test_no_weekend_alarms_once_two_weeks_were_learned() -> None:
 
 def test_weekends_alarm_where_only_the_hour_is_followed() -> None:
     verdicts, _ = office(0, 42, learn_days=14, strata="hour")
-    site = next(v.learned for v in verdicts if v.learned)
+    site = next(v.learned_reference for v in verdicts if v.learned_reference)
     assert site.site is not None
-    assert not site.site.told()["weekly"]
+    assert not site.site.to_dict()["weekly"]
     assert len(raised(verdicts)) >= 4
 
 
 def test_two_weeks_of_chance_have_no_days_of_rest() -> None:
     t = np.arange(14 * 24, dtype=np.int64) * daily_cycle.HOUR_US
-    kept = [daily_cycle.fit(np.random.default_rng(seed).normal(size=(len(t), 8)), t).cycle.any() for seed in range(20)]
+    kept = [
+        daily_cycle.fit(np.random.default_rng(seed).normal(size=(len(t), 8)), t).cycle.is_nonzero()
+        for seed in range(20)
+    ]
     assert not any(kept)
 
 
@@ -157,7 +164,7 @@ def test_two_weeks_that_disagree_have_no_days_of_rest() -> None:
     t = np.arange(14 * 24, dtype=np.int64) * daily_cycle.HOUR_US
     odd = ((t // daily_cycle.DAY_US) % 7 >= 5) * np.where(t < daily_cycle.WEEK_US, 3.0, -3.0)
     values = np.random.default_rng(0).normal(size=(len(t), 2)) + odd[:, None]
-    assert not daily_cycle.fit(values, t).cycle.weekly
+    assert not daily_cycle.fit(values, t).cycle.has_rest_days
 
 
 @pytest.mark.parametrize(
@@ -167,4 +174,4 @@ def test_two_weeks_that_disagree_have_no_days_of_rest() -> None:
 def test_days_of_rest_are_looked_for_after_two_weeks_or_when_asked_after_one(
     days: int, strata: str, expected: bool
 ) -> None:
-    assert daily_cycle.week_told(np.arange(days * 24, dtype=np.int64) * daily_cycle.HOUR_US, strata) is expected
+    assert daily_cycle.can_fit_weekly(np.arange(days * 24, dtype=np.int64) * daily_cycle.HOUR_US, strata) is expected

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.drift import Judge, Verdict, build
-from agent.drift.reporting.drift_message import rough, whole
+from agent.drift import DriftMonitor, DriftWindowResult, build_reference
+from agent.drift.reporting.drift_message import round_effect_size, to_compact_number
 from agent.wire.messages import encode
 from tests.kit.machine import FIELDS, LABELS, WINDOW, Readings, feed, readings, reference
 
@@ -24,13 +24,15 @@ def of_sixteen_fields_and_a_thousand_rows() -> dict[str, Any]:
     rng, names = np.random.default_rng(0), tuple(f"f{i}" for i in range(fields))
     known = rng.normal(size=(LEARN * rows, fields)).astype(np.float32)
     at = np.arange(len(known))
-    shipped = build(known, at, 1, np.zeros_like(at), None, rows, fields=names)
-    judge = Judge(shipped, labels=(), window=rows, learn=LEARN)
+    shipped = build_reference(known, at, 1, np.zeros_like(at), None, rows, fields=names)
+    judge = DriftMonitor(shipped, labels=(), window=rows, learn_windows=LEARN)
     live = rng.normal(size=((LEARN + 1) * rows, fields)).astype(np.float32)
     at = np.arange(len(live))
-    _, verdicts = judge.step(judge.start(), live, at, 1, np.zeros_like(at), None, rows=(1, len(live)), t=at * 1_000_000)
-    assert verdicts[-1].summary["state"] == "ok"
-    return verdicts[-1].summary
+    _, verdicts = judge.process_batch(
+        judge.start(), live, at, 1, np.zeros_like(at), None, rows=(1, len(live)), t=at * 1_000_000
+    )
+    assert verdicts[-1].members["state"] == "ok"
+    return verdicts[-1].members
 
 
 def test_sixteen_fields_and_a_thousand_rows_take_less_than_six_kilobytes_of_which_the_counts_are_two() -> None:
@@ -43,8 +45,19 @@ def test_sixteen_fields_and_a_thousand_rows_take_less_than_six_kilobytes_of_whic
 
 
 def test_numbers_are_spelled_in_the_fewest_characters_and_stay_the_same_number() -> None:
-    assert encode({"a": [whole(0.0), whole(5.0), whole(-0.5), whole(1e300)]}) == b'{"a":[0,5,-0.5,1e300]}'
-    assert rough(np.array([0.123456, 0.00123, 1.23456, 12.3456, 1e-9])).tolist() == [0.123, 0.0012, 1.23, 12.3, 0]
+    assert (
+        encode(
+            {"a": [to_compact_number(0.0), to_compact_number(5.0), to_compact_number(-0.5), to_compact_number(1e300)]}
+        )
+        == b'{"a":[0,5,-0.5,1e300]}'
+    )
+    assert round_effect_size(np.array([0.123456, 0.00123, 1.23456, 12.3456, 1e-9])).tolist() == [
+        0.123,
+        0.0012,
+        1.23,
+        12.3,
+        0,
+    ]
 
 
 def spoiled(r: Readings) -> Iterator[tuple[str, Readings]]:
@@ -62,9 +75,11 @@ def spoiled(r: Readings) -> Iterator[tuple[str, Readings]]:
 
 @pytest.mark.parametrize("least", [0, 5])
 def test_no_message_says_an_extreme_of_the_data(least: int) -> None:
-    judge = Judge(reference(), labels=LABELS, window=WINDOW, learn=LEARN, units=("g",) * 3, least=least)
+    judge = DriftMonitor(
+        reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g",) * 3, min_bin_rows=least
+    )
     known, _ = feed(judge, judge.start(), readings(3, LEARN + 1))
-    assert known.site is not None
+    assert known.site_reference is not None
     named = set()
     for name, r in spoiled(readings(31, 20)):
         _, verdicts = feed(judge, known, r)
@@ -77,10 +92,10 @@ def test_no_message_says_an_extreme_of_the_data(least: int) -> None:
     assert {"saturated", "unit", "stuck", "drift"} <= named
 
 
-def said(value: float, verdict: Verdict, *, alike: bool) -> bool:
+def said(value: float, verdict: DriftWindowResult, *, alike: bool) -> bool:
     """Whether a number in the messages of a window is this one; where all rows are `alike`, their mean has to be."""
-    texts = [encode(alert.body("task")).decode() for alert in verdict.alerts]
-    texts += [] if alike else [encode(verdict.summary).decode()]
+    texts = [encode(alert.to_body("task")).decode() for alert in verdict.alerts]
+    texts += [] if alike else [encode(verdict.members).decode()]
     return any(near(value, number) for text in texts for number in numbers(text))
 
 
@@ -94,7 +109,7 @@ def near(value: float, number: float) -> bool:
 
 def test_where_values_are_held_at_the_references_own_limit_that_is_named() -> None:
     shipped = reference()
-    judge = Judge(shipped, labels=LABELS, window=WINDOW, learn=LEARN, units=("g",) * 3)
+    judge = DriftMonitor(shipped, labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g",) * 3)
     r = readings(31, 3)
     high = float(shipped.high[1])
     held = np.minimum(r.features[:, 1] + np.float32(high - np.quantile(r.features[:, 1], 0.8)), np.float32(high))

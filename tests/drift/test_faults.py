@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import Judge, State, build
+from agent.drift import DriftMonitor, DriftState, build_reference
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline.reference import Reference
-from agent.drift.baseline.summary import Summary, stacked
+from agent.drift.baseline.summary import Summary, stack_one
 from agent.drift.detectors import resolution
 from agent.drift.detectors.extremes import Extremes
 from agent.drift.detectors.runs import Tail
@@ -42,7 +42,7 @@ def found(shipped: Reference, rows: NDArray[np.float64], units: tuple[str, ...] 
 
 
 def find(summary: Summary, shipped: Reference, units: tuple[str, ...] = ()) -> tuple[Fault | None, ...]:
-    return faults.find(faults.signs(stacked(summary), shipped), 0, summary, shipped, units)
+    return faults.identify_faults(faults.compute_indicators(stack_one(summary), shipped), 0, summary, shipped, units)
 
 
 def test_no_fault_in_clean_windows(shipped: Reference) -> None:
@@ -70,7 +70,7 @@ def test_a_short_repeat_is_not_stuck(shipped: Reference, rows: NDArray[np.float6
 def test_a_value_at_which_the_sensor_rests_may_repeat() -> None:
     rng = np.random.default_rng(3)
     light = np.where(np.arange(12_000) % 300 < 120, 0.0, rng.normal(50, 5, 12_000)).astype(np.float32)[:, None]
-    shipped = build(light, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("light",))
+    shipped = build_reference(light, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("light",))
     assert shipped.rest == ((0.0,),)
     night = np.concatenate([np.zeros(100), rng.normal(50, 5, 200)])[:, None]
     assert found(shipped, night) == (None,)
@@ -109,7 +109,7 @@ def test_an_offset_that_is_no_units_is_out_of_range(shipped: Reference, rows: ND
 def judged(shipped: Reference, rows: NDArray[np.float64], units: tuple[str, ...] = ()) -> tuple[Fault | None, ...]:
     """With the statistics of model windows, too."""
     labels = np.zeros(len(rows) // ROWS, np.int64)
-    return find(summaries.of(shipped, rows, np.arange(len(labels)) * ROWS, labels, None), shipped, units)
+    return find(summaries.summarize(shipped, rows, np.arange(len(labels)) * ROWS, labels, None), shipped, units)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_readings_in_another_unit_are_recognised_and_it_is_named(
 )
 def test_a_smaller_unit_is_recognised_where_the_sensor_never_was_so_calm(unit: str, factor: float, detail: str) -> None:
     rng = np.random.default_rng(4)
-    shipped = build(
+    shipped = build_reference(
         rng.normal(size=(12_000, 1)).astype(np.float32), np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300,
         fields=("tilt",),
     )  # fmt: skip
@@ -164,7 +164,7 @@ def test_a_smaller_unit_is_recognised_where_the_sensor_never_was_so_calm(unit: s
 def test_a_temperature_on_another_scale_is_recognised(factor: float, offset: float, detail: str) -> None:
     rng = np.random.default_rng(4)
     celsius = (20 + rng.normal(0, 2, 12_000)).astype(np.float32)[:, None]
-    shipped = build(celsius, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("air",))
+    shipped = build_reference(celsius, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("air",))
     now = 20 + rng.normal(0, 2, (300, 1))
     assert find(row_by_row(shipped, now), shipped, ("°C",)) == (None,)
     assert find(row_by_row(shipped, factor * now + offset), shipped, ("°C",)) == (Fault("unit", detail),)
@@ -172,18 +172,18 @@ def test_a_temperature_on_another_scale_is_recognised(factor: float, offset: flo
 
 
 def row_by_row(shipped: Reference, rows: NDArray[np.float64]) -> Summary:
-    return summaries.of(shipped, rows, np.arange(len(rows)), np.zeros(len(rows), np.int64), None)
+    return summaries.summarize(shipped, rows, np.arange(len(rows)), np.zeros(len(rows), np.int64), None)
 
 
 @pytest.fixture(scope="module")
-def learned(shipped: Reference) -> State:
-    judge = Judge(shipped, labels=LABELS, window=WINDOW)
+def learned(shipped: Reference) -> DriftState:
+    judge = DriftMonitor(shipped, labels=LABELS, window=WINDOW)
     return feed(judge, judge.start(), readings(3, 42))[0]
 
 
-def alerted(shipped: Reference, learned: State, r: Readings, units: tuple[str, ...]) -> list[tuple[str, str, str]]:
+def alerted(shipped: Reference, learned: DriftState, r: Readings, units: tuple[str, ...]) -> list[tuple[str, str, str]]:
     """Subject, fault and sentence of the fault alerts raised in four windows."""
-    judge = Judge(shipped, labels=LABELS, window=WINDOW, units=units)
+    judge = DriftMonitor(shipped, labels=LABELS, window=WINDOW, units=units)
     _, verdicts = feed(judge, learned, r)
     alerts = [a for v in verdicts for a in v.alerts if a.alert == "fault" and a.state == "raised"]
     return [(a.subject, a.evidence["fault"], a.summary) for a in alerts]
@@ -191,7 +191,7 @@ def alerted(shipped: Reference, learned: State, r: Readings, units: tuple[str, .
 
 @pytest.mark.parametrize("seed", range(20, 30))
 def test_two_fields_that_changed_places_are_each_named_with_the_other(
-    shipped: Reference, learned: State, seed: int
+    shipped: Reference, learned: DriftState, seed: int
 ) -> None:
     r = readings(seed, 2)
     r.features[:, [1, 2]] = r.features[:, [2, 1]]
@@ -201,21 +201,21 @@ def test_two_fields_that_changed_places_are_each_named_with_the_other(
     ]
 
 
-def test_fields_of_different_units_are_not_said_to_have_changed_places(shipped: Reference, learned: State) -> None:
+def test_fields_of_different_units_are_not_said_to_have_changed_places(shipped: Reference, learned: DriftState) -> None:
     r = readings(20, 2)
     r.features[:, [1, 2]] = r.features[:, [2, 1]]
     assert "swapped" not in {fault for _, fault, _ in alerted(shipped, learned, r, ("g", "g", "rad/s"))}
 
 
 @pytest.mark.parametrize("seed", range(20, 30))
-def test_a_reversed_sign_is_named(shipped: Reference, learned: State, seed: int) -> None:
+def test_a_reversed_sign_is_named(shipped: Reference, learned: DriftState, seed: int) -> None:
     r = readings(seed, 2)
     r.features[:, 1] *= -1
     assert [(s, f) for s, f, _ in alerted(shipped, learned, r, ("g", "g", "g"))] == [("y", "reversed")]
 
 
 @pytest.mark.parametrize("seed", range(20, 25))
-def test_a_converter_that_became_coarser_is_named(shipped: Reference, learned: State, seed: int) -> None:
+def test_a_converter_that_became_coarser_is_named(shipped: Reference, learned: DriftState, seed: int) -> None:
     r = readings(seed, 2)
     r.features[:, 2] = np.round(r.features[:, 2] * 5) / 5
     (told,) = alerted(shipped, learned, r, ())
@@ -223,24 +223,24 @@ def test_a_converter_that_became_coarser_is_named(shipped: Reference, learned: S
     assert re.fullmatch(r"z: values come in steps about \d+ times as coarse as .*rounding\.", told[2])
 
 
-def test_rest_and_faster_moves_are_no_coarser_converter(shipped: Reference, learned: State) -> None:
-    assert learned.site is not None
+def test_rest_and_faster_moves_are_no_coarser_converter(shipped: Reference, learned: DriftState) -> None:
+    assert learned.site_reference is not None
     for factor in (0.0, 0.25, 1.5, 3.0):
         rows = factor * readings(33, 1).features.astype(np.float64)
         summary, _ = Summary.empty(shipped).add_rows(shipped, rows, Tail.empty(3))
-        assert resolution.coarser(summary, learned.site).tolist() == [0, 0, 0]
+        assert resolution.detect_coarsening(summary, learned.site_reference).tolist() == [0, 0, 0]
 
 
-def test_a_reference_learned_before_steps_were_counted_still_serves(shipped: Reference, learned: State) -> None:
-    site = learned.site
+def test_a_reference_learned_before_steps_were_counted_still_serves(shipped: Reference, learned: DriftState) -> None:
+    site = learned.site_reference
     assert site is not None
     assert site.site is not None
     old = json.loads(site.to_json())
     del old["site"]["steps"]
     known = Reference.from_json(json.dumps(old).encode())
     summary, _ = Summary.empty(shipped).add_rows(shipped, np.round(readings(20, 1).features), Tail.empty(3))
-    assert resolution.coarser(summary, known).tolist() == [0, 0, 0]
-    assert (resolution.coarser(summary, site) > 0).any()
+    assert resolution.detect_coarsening(summary, known).tolist() == [0, 0, 0]
+    assert (resolution.detect_coarsening(summary, site) > 0).any()
 
 
 @given(st.lists(st.integers(0, 40), max_size=5))
@@ -257,7 +257,7 @@ def test_steps_are_counted_alike_however_the_rows_were_cut(shipped: Reference, c
 
 
 def test_nothing_is_said_to_be_swapped_reversed_or_in_another_unit_in_quiet_windows_or_in_drift(
-    shipped: Reference, learned: State
+    shipped: Reference, learned: DriftState
 ) -> None:
     assert alerted(shipped, learned, readings(31, 300), ("g", "g", "g")) == []
     for gain, shift in [(0.6, 0.0), (1.4, 0.0), (1.0, 0.5), (1.0, -0.5)]:
@@ -280,7 +280,7 @@ def test_readings_that_are_cut_off_at_a_limit_are_saturated(shipped: Reference, 
 def test_a_limit_at_which_a_sensor_often_is_by_nature_is_not_saturation() -> None:
     rng = np.random.default_rng(5)
     rain = np.maximum(0.0, rng.normal(1, 1, (12_000, 1))).astype(np.float32)
-    shipped = build(rain, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("rain",))
+    shipped = build_reference(rain, np.arange(12_000), 1, np.zeros(12_000, np.int64), None, 300, fields=("rain",))
     assert shipped.rest == ((),)
     assert found(shipped, rain[:300].astype(np.float64)) == (None,)
     assert found(shipped, np.minimum(rain[:300].astype(np.float64), 1.8)) == ("saturated",)
@@ -305,7 +305,7 @@ def test_extremes_of_parts_are_those_of_the_whole(parts: list[list[float]], rng:
 
 
 def extremes(values: list[float]) -> Extremes:
-    return Extremes.of(np.sort(np.array([values])), np.array([sum(value == value for value in values)]))
+    return Extremes.from_sorted(np.sort(np.array([values])), np.array([sum(value == value for value in values)]))
 
 
 def test_lone_jumps_are_spikes(shipped: Reference, rows: NDArray[np.float64]) -> None:
@@ -326,6 +326,6 @@ def test_infinities_count_as_missing() -> None:
     r = readings(11, 60)
     r.features[5, 0], r.features[9, 0] = np.inf, -np.inf
     starts = np.arange(600) * ROWS
-    shipped = build(r.features, starts, ROWS, r.labels, None, WINDOW, fields=FIELDS, labels=LABELS)
+    shipped = build_reference(r.features, starts, ROWS, r.labels, None, WINDOW, fields=FIELDS, labels=LABELS)
     assert shipped.missing.tolist() == [2, 0, 0]
     assert np.isfinite(shipped.high).all()

@@ -5,38 +5,39 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agent.drift import Judge, build
-from agent.drift.baseline.learning import LEAST_KEPT, MOST, MOST_BYTES, Learning
-from agent.drift.baseline.summary import Summary, of
+from agent.drift import DriftMonitor, build_reference
+from agent.drift.baseline.learning import MAX_BYTES, MAX_WINDOWS, LearningState
+from agent.drift.baseline.reference import MIN_WINDOWS
+from agent.drift.baseline.summary import Summary, summarize
 from tests.kit.machine import LABELS, WINDOW, feed, readings, reference
 
 YEAR_US = 365 * 86_400_000_000
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(reference(), labels=LABELS, window=WINDOW, learn=40)
+def judge() -> DriftMonitor:
+    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=40)
 
 
-def test_a_task_that_learns_from_more_windows_than_are_kept_learns_all_the_same(judge: Judge) -> None:
-    many = Judge(judge.shipped, labels=LABELS, window=WINDOW, learn=MOST + 30)
-    state, verdicts = feed(many, many.start(), readings(5, MOST + 31), batch=500)
-    learned = [v.index for v in verdicts if v.learned is not None]
-    assert learned == [MOST + 30]
-    assert state.site is not None
-    assert MOST // 2 <= state.site.drift_windows <= MOST
+def test_a_task_that_learns_from_more_windows_than_are_kept_learns_all_the_same(judge: DriftMonitor) -> None:
+    many = DriftMonitor(judge.shipped, labels=LABELS, window=WINDOW, learn_windows=MAX_WINDOWS + 30)
+    state, verdicts = feed(many, many.start(), readings(5, MAX_WINDOWS + 31), batch=500)
+    learned = [v.index for v in verdicts if v.learned_reference is not None]
+    assert learned == [MAX_WINDOWS + 30]
+    assert state.site_reference is not None
+    assert MAX_WINDOWS // 2 <= state.site_reference.drift_windows <= MAX_WINDOWS
 
 
-def wide(fields: int, classes: int) -> tuple[Learning, Summary]:
+def wide(fields: int, classes: int) -> tuple[LearningState, Summary]:
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(30 * 40 * 20, fields)).astype(np.float32)
     starts = np.arange(0, len(rows), 20)
     labels = rng.integers(0, classes, len(starts))
     names = tuple(f"f{i}" for i in range(fields))
     known = tuple(f"c{i}" for i in range(classes))
-    shipped = build(rows, starts, 20, labels, None, 40, fields=names, labels=known)
+    shipped = build_reference(rows, starts, 20, labels, None, 40, fields=names, labels=known)
     whole = rows[: 40 * 20].astype(np.float64)
-    return Learning.empty(shipped), of(shipped, whole, starts[:40], labels[:40], None)
+    return LearningState.empty(shipped), summarize(shipped, whole, starts[:40], labels[:40], None)
 
 
 def test_what_is_gathered_stays_small_enough_to_be_committed_however_many_fields_and_classes_there_are() -> None:
@@ -46,13 +47,13 @@ def test_what_is_gathered_stays_small_enough_to_be_committed_however_many_fields
         learning = learning.add(window, windowed=True, t=(number * 1000, number * 1000 + 999))
         kept.append(learning.windows)
         most = max(most, len(learning.to_bytes()))
-    assert learning.gathered == 200
-    assert max(kept) <= LEAST_KEPT
-    assert min(kept[LEAST_KEPT:]) >= LEAST_KEPT // 2
-    assert most < 3 * MOST_BYTES
+    assert learning.window_count == 200
+    assert max(kept) <= MIN_WINDOWS
+    assert min(kept[MIN_WINDOWS:]) >= MIN_WINDOWS // 2
+    assert most < 3 * MAX_BYTES
 
 
-def timed(*spans: tuple[int, int, int]) -> Learning:
+def timed(*spans: tuple[int, int, int]) -> LearningState:
     """Windows one after the other of (how many, begin, length) µs."""
     learning, window = wide(2, 1)
     for count, begin, length in spans:
@@ -67,28 +68,28 @@ MINUTE_US = 60_000_000
 
 def test_time_that_was_watched_is_that_of_the_readings_whatever_the_clock_does() -> None:
     calm = timed((30, YEAR_US, MINUTE_US))
-    assert calm.watched_s == pytest.approx(30 * 60, rel=0.01)
-    assert calm.is_steady
+    assert calm.observed_s == pytest.approx(30 * 60, rel=0.01)
+    assert calm.has_steady_clock
     ahead = timed((10, 2 * YEAR_US, MINUTE_US), (20, YEAR_US, MINUTE_US))
-    assert ahead.watched_s == pytest.approx(30 * 60, rel=0.05)
-    assert not ahead.is_steady
+    assert ahead.observed_s == pytest.approx(30 * 60, rel=0.05)
+    assert not ahead.has_steady_clock
     from_1970 = timed((10, 0, MINUTE_US), (20, 50 * YEAR_US, MINUTE_US))
-    assert from_1970.watched_s == pytest.approx(30 * 60, rel=0.1)
-    assert not from_1970.is_steady
+    assert from_1970.observed_s == pytest.approx(30 * 60, rel=0.1)
+    assert not from_1970.has_steady_clock
     within = timed((10, YEAR_US, MINUTE_US), (1, YEAR_US + 10 * MINUTE_US, YEAR_US), (20, 2 * YEAR_US, MINUTE_US))
-    assert within.watched_s < 40 * 60
-    many = timed((MOST + 100, YEAR_US, MINUTE_US))
-    assert many.windows < many.gathered
-    assert many.watched_s == pytest.approx((MOST + 100) * 60, rel=0.05)
+    assert within.observed_s < 40 * 60
+    many = timed((MAX_WINDOWS + 100, YEAR_US, MINUTE_US))
+    assert many.windows < many.window_count
+    assert many.observed_s == pytest.approx((MAX_WINDOWS + 100) * 60, rel=0.05)
 
 
 def test_a_device_that_is_off_at_night_is_watched_for_its_hours_and_its_clock_is_steady() -> None:
     days = timed(*((8, YEAR_US + day * 86_400_000_000, 60 * MINUTE_US) for day in range(5)))
-    assert days.watched_s == pytest.approx(5 * 8 * 3600, rel=0.15)
-    assert days.is_steady
+    assert days.observed_s == pytest.approx(5 * 8 * 3600, rel=0.15)
+    assert days.has_steady_clock
 
 
-def test_what_is_gathered_is_kept_apart_and_goes_on_after_a_restart(judge: Judge) -> None:
+def test_what_is_gathered_is_kept_apart_and_goes_on_after_a_restart(judge: DriftMonitor) -> None:
     r = readings(6, 60)
     state, _ = feed(judge, judge.start(), r.windows(0, 30))
     data, learning = judge.to_bytes(state), state.learning.to_bytes()
@@ -98,19 +99,23 @@ def test_what_is_gathered_is_kept_apart_and_goes_on_after_a_restart(judge: Judge
     whole, _ = feed(judge, state, r.windows(30, 42))
     later, _ = feed(judge, again, r.windows(30, 42))
     assert later.to_bytes() == whole.to_bytes()
-    assert later.site is not None
+    assert later.site_reference is not None
 
 
 @pytest.mark.parametrize("damaged", [b"", b"\0" * 40, b"x\x9cgarbage"])
 def test_where_what_was_gathered_is_damaged_it_is_gathered_anew_and_nothing_else_is_lost(
-    judge: Judge, damaged: bytes
+    judge: DriftMonitor, damaged: bytes
 ) -> None:
     state, _ = feed(judge, judge.start(), readings(6, 10))
     again = judge.restore(judge.to_bytes(state), damaged)
-    assert (again.index, again.seen, again.learning.gathered) == (state.index, state.seen, 0)
+    assert (again.index, again.last_counted_row, again.learning.window_count) == (
+        state.index,
+        state.last_counted_row,
+        0,
+    )
 
 
-def test_answers_whose_certainty_is_not_known_are_neither_sure_nor_in_doubt(judge: Judge) -> None:
+def test_answers_whose_certainty_is_not_known_are_neither_sure_nor_in_doubt(judge: DriftMonitor) -> None:
     r = readings(6, 2)
     r.scores[: WINDOW // 2] = np.nan
     state, verdicts = feed(judge, judge.start(), r)

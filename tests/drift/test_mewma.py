@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from msgspec.structs import replace
 
-from agent.drift import Judge
-from agent.drift.detectors.mewma import CLIP, NEVER, Together, limit
+from agent.drift import DriftMonitor
+from agent.drift.detectors.mewma import CLIP, UNREACHABLE_LIMIT, Mewma, fit_limit
 from tests.kit.machine import LABELS, WINDOW, feed, readings, reference
 
 LEARN, SCORES, ALLOTTED = 40, 16, 4e-3
@@ -22,15 +22,15 @@ def alarms(seed: int, windows: int, shift: float = 0.0, together: float = 0.0) -
     mixed = np.linalg.cholesky(np.full((SCORES, SCORES), together) + (1 - together) * np.eye(SCORES)).T
     learned = rng.normal(size=(LEARN, SCORES)) @ mixed
     mean, sd = learned.mean(0), learned.std(0, ddof=1)
-    most = limit((learned - mean) / sd, 0.0, ALLOTTED)
+    most = fit_limit((learned - mean) / sd, 0.0, ALLOTTED)
     rows = rng.normal(size=(windows, SCORES)) @ mixed
     rows[:, :4] += shift
-    now, found = Together.zeros(SCORES), []
+    now, found = Mewma.zeros(SCORES), []
     for window, z in enumerate((rows - mean) / (sd * np.sqrt(1 + 1 / LEARN))):
         now = now.update(z, z, window)
-        if now.square > most:
+        if now.statistic > most:
             found.append(window)
-            now = Together.zeros(SCORES)
+            now = Mewma.zeros(SCORES)
     return found
 
 
@@ -47,24 +47,24 @@ def test_four_of_sixteen_that_shift_by_little_more_than_a_windows_sd_are_found_i
 
 
 def test_one_odd_window_alone_is_no_shift() -> None:
-    odd = Together.zeros(3).update(np.full(3, 1e6), np.zeros(3), 0)
+    odd = Mewma.zeros(3).update(np.full(3, 1e6), np.zeros(3), 0)
     learned = np.random.default_rng(1).normal(size=(LEARN, 3))
-    assert odd.square < limit(learned, 0.0, 1e-3)
+    assert odd.statistic < fit_limit(learned, 0.0, 1e-3)
     assert (odd.mean < CLIP).all()
 
 
 @given(arrays(np.float64, st.tuples(st.integers(0, 12), st.integers(0, 4)), elements=st.floats(-1e3, 1e3)))
 def test_any_learned_scores_give_a_limit_above_all_that_they_reached(scores: np.ndarray) -> None:
-    most = limit(scores, 0.3, 1e-3)
-    now = Together.zeros(scores.shape[1])
+    most = fit_limit(scores, 0.3, 1e-3)
+    now = Mewma.zeros(scores.shape[1])
     for z in scores:
         now = now.update(z, z, 0)
-        assert now.square <= most
-    assert 0 < most <= NEVER or not scores.any()
+        assert now.statistic <= most
+    assert 0 < most <= UNREACHABLE_LIMIT or not scores.any()
 
 
 def test_windows_without_a_score_change_nothing_and_a_change_of_sign_begins_anew() -> None:
-    now = Together.zeros(2).update(np.array([1.0, -1.0]), np.array([2.0, -2.0]), 10)
+    now = Mewma.zeros(2).update(np.array([1.0, -1.0]), np.array([2.0, -2.0]), 10)
     now = now.update(np.array([np.nan, -1.0]), np.array([9.0, -4.0]), 20)
     assert now.windows.tolist() == [1, 2]
     assert now.effect.tolist() == [2.0, -6.0]
@@ -76,10 +76,10 @@ def test_windows_without_a_score_change_nothing_and_a_change_of_sign_begins_anew
 
 
 def test_a_state_of_before_these_tests_is_not_gone_on_with() -> None:
-    judge = Judge(reference(), labels=LABELS, window=WINDOW, learn=LEARN)
+    judge = DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
     state, _ = feed(judge, judge.start(), readings(3, 2))
-    none = Together.zeros(0)
-    old = replace(state, detectors=replace(state.detectors, means=none, answers=none))
+    none = Mewma.zeros(0)
+    old = replace(state, suite=replace(state.suite, field_mewma=none, class_share_mewma=none))
     with pytest.raises(ValueError, match="a version with other tests"):
         judge.restore(judge.to_bytes(old))
     assert judge.restore(judge.to_bytes(state)).index == state.index

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.config import Field, Stream, check_mode
-from agent.drift import Judge, Reference, Verdict, build
-from agent.drift.detectors.modes import CLASSES, MOST, OTHER, Modes, classes, of_windows
+from agent.config import FieldConfig, StreamConfig, check_class_field
+from agent.drift import DriftMonitor, DriftWindowResult, Reference, build_reference
+from agent.drift.detectors.modes import CLASS_COUNT, MAX_MODES, OTHER_CLASS, Modes, assign_classes, modes_of_windows
 from agent.errors import BadBundle, ConfigError
 from tests.kit.machine import ROWS, WINDOW, readings, reference
 
@@ -21,22 +21,26 @@ TEXTS = ("", "idle", "walk", "run")
 def shipped() -> Reference:
     r = readings(1, 60)
     starts = np.arange(len(r.labels)) * ROWS
-    return build(r.features, starts, ROWS, np.zeros(len(starts), np.int64), None, WINDOW, fields=("x", "y", "z"))
+    return build_reference(
+        r.features, starts, ROWS, np.zeros(len(starts), np.int64), None, WINDOW, fields=("x", "y", "z")
+    )
 
 
 REFERENCE = shipped()
 
 
-def judged(seed: int, *, mode: str, gain: float = 1.0, cuts: tuple[int, ...] = ()) -> tuple[list[Verdict], bytes]:
+def judged(
+    seed: int, *, mode: str, gain: float = 1.0, cuts: tuple[int, ...] = ()
+) -> tuple[list[DriftWindowResult], bytes]:
     """Of 40 windows learned and 20 more, in which x has a `gain`."""
-    judge = Judge(REFERENCE, labels=(), window=WINDOW, mode=mode)
+    judge = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field=mode)
     r = readings(seed, 60)
     r.features[40 * WINDOW * ROWS :, 0] *= gain
     state, verdicts = judge.start(), []
     t = np.arange(len(r.features), dtype=np.int64) * 10_000
     for begin, end in pairwise([0, *cuts, len(r.labels)]):
         some = slice(begin * ROWS, end * ROWS)
-        state, more = judge.step(
+        state, more = judge.process_batch(
             state, r.features[some], np.arange(end - begin) * ROWS, ROWS, np.zeros(end - begin, np.int64), None,
             rows=(begin * ROWS + 1, end * ROWS), t=t[some],
             modes=Modes(r.truth[begin:end] + 1, TEXTS) if mode else None,
@@ -45,7 +49,7 @@ def judged(seed: int, *, mode: str, gain: float = 1.0, cuts: tuple[int, ...] = (
     return verdicts, state.to_bytes()
 
 
-def first(verdicts: list[Verdict]) -> int:
+def first(verdicts: list[DriftWindowResult]) -> int:
     return min((v.index for v in verdicts for a in v.alerts if a.state == "raised" and v.index > 40), default=99) - 40
 
 
@@ -53,22 +57,22 @@ def first(verdicts: list[Verdict]) -> int:
 @settings(deadline=None, max_examples=60)
 def test_names_have_the_same_classes_however_they_are_cut(codes: list[int], cuts: list[int]) -> None:
     texts = ["", *(f"mode {i}" for i in range(60))]
-    known, whole = classes((), Modes(np.array(codes, np.int64), texts))
+    known, whole = assign_classes((), Modes(np.array(codes, np.int64), texts))
     pieces: list[int] = []
     names: tuple[str, ...] = ()
     for begin, end in pairwise([0, *sorted(min(cut, len(codes)) for cut in cuts), len(codes)]):
-        names, more = classes(names, Modes(np.array(codes[begin:end], np.int64), texts))
+        names, more = assign_classes(names, Modes(np.array(codes[begin:end], np.int64), texts))
         pieces += more.tolist()
     assert (names, pieces) == (known, whole.tolist())
-    assert len(known) <= MOST
+    assert len(known) <= MAX_MODES
     for code, place in zip(codes, pieces, strict=True):
-        assert place == OTHER if code == 0 or texts[code] not in known else known[place] == texts[code]
+        assert place == OTHER_CLASS if code == 0 or texts[code] not in known else known[place] == texts[code]
 
 
 def test_a_model_window_in_which_the_mode_changes_has_none() -> None:
     codes = np.array([1, 1, 1, 2, 2, 2, 2, 0, 3, 3], np.uint16)
-    assert of_windows(codes, np.array([0, 2, 4, 6, 8]), 2, TEXTS).codes.tolist() == [1, 0, 2, 0, 3]
-    assert of_windows(codes, np.arange(10), 1, TEXTS).codes.tolist() == codes.tolist()
+    assert modes_of_windows(codes, np.array([0, 2, 4, 6, 8]), 2, TEXTS).codes.tolist() == [1, 0, 2, 0, 3]
+    assert modes_of_windows(codes, np.arange(10), 1, TEXTS).codes.tolist() == codes.tolist()
 
 
 def test_quiet_readings_raise_nothing_within_modes() -> None:
@@ -87,21 +91,21 @@ def test_any_batches_give_the_same_state_with_modes() -> None:
 
 
 def test_modes_leave_the_shipped_reference_its_name() -> None:
-    judge = Judge(REFERENCE, labels=(), window=WINDOW, mode="state")
+    judge = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field="state")
     assert judge.shipped.digest == REFERENCE.digest
-    assert judge.shipped.classes == CLASSES
+    assert judge.shipped.class_count == CLASS_COUNT
 
 
 def test_a_state_of_another_field_of_modes_begins_anew() -> None:
-    judge = Judge(REFERENCE, labels=(), window=WINDOW, mode="state")
+    judge = DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field="state")
     for other in ("", "shift"):
         with pytest.raises(ValueError, match="field of modes"):
-            Judge(REFERENCE, labels=(), window=WINDOW, mode=other).restore(judge.start().to_bytes())
+            DriftMonitor(REFERENCE, labels=(), window=WINDOW, class_field=other).restore(judge.start().to_bytes())
 
 
 def test_a_model_that_names_classes_has_no_other_modes() -> None:
     with pytest.raises(BadBundle, match="names classes itself"):
-        Judge(reference(), labels=("idle", "walk", "run"), window=WINDOW, mode="state")
+        DriftMonitor(reference(), labels=("idle", "walk", "run"), window=WINDOW, class_field="state")
 
 
 @pytest.mark.parametrize(
@@ -112,9 +116,9 @@ def test_a_model_that_names_classes_has_no_other_modes() -> None:
     ],
 )
 def test_a_mode_that_is_no_category_field_is_refused_with_a_suggestion(mode: str, message: str) -> None:
-    stream = Stream(fields=[Field(name="ax"), Field(name="state", type="category")])
-    check_mode("outstation.toml", "tasks.t.mode", "state", stream)
+    stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="state", type="category")])
+    check_class_field("outstation.toml", "tasks.t.mode", "state", stream)
     with pytest.raises(ConfigError) as refused:
-        check_mode("outstation.toml", "tasks.t.mode", mode, stream)
+        check_class_field("outstation.toml", "tasks.t.mode", mode, stream)
     assert message in str(refused.value)
     assert "tasks.t.mode" in str(refused.value)

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from agent.drift import Judge, State, Verdict, build
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
 from agent.drift.baseline.summary import Summary
 from agent.drift.reporting.alert_text import Alert
 from agent.errors import BadBundle
@@ -21,8 +21,8 @@ LEARN = 40
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(reference(), labels=LABELS, window=WINDOW, learn=LEARN, units=("g", "g", "g"))
+def judge() -> DriftMonitor:
+    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN, units=("g", "g", "g"))
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +31,37 @@ def quiet() -> Readings:
 
 
 @pytest.fixture(scope="module")
-def learned(judge: Judge, quiet: Readings) -> State:
+def learned(judge: DriftMonitor, quiet: Readings) -> DriftState:
     state, _ = feed(judge, judge.start(), quiet.windows(0, LEARN + 2))
-    assert state.site is not None
+    assert state.site_reference is not None
     return state
 
 
-def alerts(verdicts: list[Verdict]) -> list[Alert]:
+def alerts(verdicts: list[DriftWindowResult]) -> list[Alert]:
     return [alert for verdict in verdicts for alert in verdict.alerts]
 
 
-def seen(verdicts: list[Verdict]) -> list[object]:
+def seen(verdicts: list[DriftWindowResult]) -> list[object]:
     """All that a verdict says, comparable."""
     return [
-        (v.index, v.rows, v.t, v.n, v.site, v.learned and v.learned.to_json(), v.refused, v.summary, v.alerts)
+        (
+            v.index,
+            v.rows,
+            v.t,
+            v.row_count,
+            v.site_digest,
+            v.learned_reference and v.learned_reference.to_json(),
+            v.learning_error,
+            v.members,
+            v.alerts,
+        )
         for v in verdicts
     ]
 
 
 @given(st.lists(st.integers(0, 260), max_size=12), st.sampled_from([0, 3, 10]))
 @settings(deadline=None, max_examples=15)
-def test_any_batches_give_the_same_verdicts_and_the_same_state(judge: Judge, cuts: list[int], gap: int) -> None:
+def test_any_batches_give_the_same_verdicts_and_the_same_state(judge: DriftMonitor, cuts: list[int], gap: int) -> None:
     """With gaps of `gap` rows between model windows; through learning and into drift and a stuck sensor."""
     lead = learning_from(judge, 20)
     r = readings(8, 26)
@@ -63,13 +73,13 @@ def test_any_batches_give_the_same_verdicts_and_the_same_state(judge: Judge, cut
         features[row::step] = r.features[row::ROWS]
     t = np.arange(len(features), dtype=np.int64) * 20_000
 
-    def run(bounds: list[int]) -> tuple[bytes, list[Verdict]]:
+    def run(bounds: list[int]) -> tuple[bytes, list[DriftWindowResult]]:
         state, verdicts = lead.start(), []
         for begin, end in pairwise(bounds):
             rows = (begin * step + 1, end * step)
             part = features[begin * step : end * step]
             starts = np.arange(end - begin) * step
-            state, more = lead.step(
+            state, more = lead.process_batch(
                 state,
                 part,
                 starts,
@@ -90,23 +100,23 @@ def test_any_batches_give_the_same_verdicts_and_the_same_state(judge: Judge, cut
     assert other_state == state
 
 
-def learning_from(judge: Judge, learn: int) -> Judge:
-    return Judge(judge.shipped, labels=LABELS, window=WINDOW, learn=learn)
+def learning_from(judge: DriftMonitor, learn: int) -> DriftMonitor:
+    return DriftMonitor(judge.shipped, labels=LABELS, window=WINDOW, learn_windows=learn)
 
 
-def test_overlapping_model_windows_count_each_row_once_in_any_batches(judge: Judge) -> None:
+def test_overlapping_model_windows_count_each_row_once_in_any_batches(judge: DriftMonitor) -> None:
     """Windows of 20 rows every 10: a batch brings the rows that its first window shares with the last one again."""
     r = readings(8, 3)
     starts = np.arange(0, len(r.features) - ROWS + 1, ROWS // 2)[:50]
     labels = np.zeros(50, np.int64)
     t = np.arange(len(r.features), dtype=np.int64)
 
-    def run(bounds: list[int]) -> tuple[bytes, list[Verdict]]:
+    def run(bounds: list[int]) -> tuple[bytes, list[DriftWindowResult]]:
         state, verdicts = judge.start(), []
         for begin, end in pairwise(bounds):
             low, high = int(starts[begin]), int(starts[end - 1]) + ROWS
             local = starts[begin:end] - low
-            state, more = judge.step(
+            state, more = judge.process_batch(
                 state, r.features[low:high], local, ROWS, labels[begin:end], None, rows=(low + 1, high), t=t[low:high]
             )
             verdicts += more
@@ -114,25 +124,25 @@ def test_overlapping_model_windows_count_each_row_once_in_any_batches(judge: Jud
 
     state, verdicts = run([0, 50])
     assert [v.rows for v in verdicts] == [(1, 110), (111, 210), (211, 310), (311, 410), (411, 510)]
-    assert sum(v.n for v in verdicts) == 510
+    assert sum(v.row_count for v in verdicts) == 510
     cut_state, cut = run([0, 7, 20, 21, 50])
     assert seen(cut) == seen(verdicts)
     assert cut_state == state
 
 
-def test_a_batch_without_model_windows_changes_nothing(judge: Judge, learned: State) -> None:
+def test_a_batch_without_model_windows_changes_nothing(judge: DriftMonitor, learned: DriftState) -> None:
     none = np.empty(0, np.int64)
-    first = learned.seen + 1
-    state, verdicts = judge.step(
+    first = learned.last_counted_row + 1
+    state, verdicts = judge.process_batch(
         learned, np.zeros((5, 3), np.float32), none, ROWS, none, None, rows=(first, first + 4), t=np.arange(5)
     )
     assert verdicts == []
     assert state.to_bytes() == learned.to_bytes()
 
 
-def test_rows_that_were_judged_are_not_taken_twice(judge: Judge, learned: State, quiet: Readings) -> None:
+def test_rows_that_were_judged_are_not_taken_twice(judge: DriftMonitor, learned: DriftState, quiet: Readings) -> None:
     with pytest.raises(ValueError, match="judged before"):
-        judge.step(
+        judge.process_batch(
             learned,
             quiet.features[:ROWS],
             np.array([0]),
@@ -144,9 +154,9 @@ def test_rows_that_were_judged_are_not_taken_twice(judge: Judge, learned: State,
         )
 
 
-def test_features_that_are_not_the_rows_named_are_refused(judge: Judge) -> None:
+def test_features_that_are_not_the_rows_named_are_refused(judge: DriftMonitor) -> None:
     with pytest.raises(ValueError, match="do not match"):
-        judge.step(
+        judge.process_batch(
             judge.start(),
             np.zeros((ROWS, 3), np.float32),
             np.array([0]),
@@ -158,33 +168,35 @@ def test_features_that_are_not_the_rows_named_are_refused(judge: Judge) -> None:
         )
 
 
-def test_drift_is_insufficient_until_the_site_reference_is_learned_and_ok_then(judge: Judge, quiet: Readings) -> None:
+def test_drift_is_insufficient_until_the_site_reference_is_learned_and_ok_then(
+    judge: DriftMonitor, quiet: Readings
+) -> None:
     state, verdicts = feed(judge, judge.start(), quiet)
-    assert [v.summary["state"] for v in verdicts] == ["insufficient"] * LEARN + ["ok"] * 20
-    assert [v.index for v in verdicts if v.learned] == [LEARN]
-    assert state.site is not None
-    assert {v.site for v in verdicts[LEARN:]} == {state.site.digest}
-    assert {v.site for v in verdicts[:LEARN]} == {None}
-    assert state.site.made == "site"
-    assert state.site.drift_windows == LEARN
+    assert [v.members["state"] for v in verdicts] == ["insufficient"] * LEARN + ["ok"] * 20
+    assert [v.index for v in verdicts if v.learned_reference] == [LEARN]
+    assert state.site_reference is not None
+    assert {v.site_digest for v in verdicts[LEARN:]} == {state.site_reference.digest}
+    assert {v.site_digest for v in verdicts[:LEARN]} == {None}
+    assert state.site_reference.made == "site"
+    assert state.site_reference.drift_windows == LEARN
 
 
-def test_no_drift_alarm_before_the_site_reference_is_learned(judge: Judge) -> None:
+def test_no_drift_alarm_before_the_site_reference_is_learned(judge: DriftMonitor) -> None:
     r = readings(3, 10)
     r.features[:, 0] = r.features[:, 0] * 3 + 5
     _, verdicts = feed(judge, judge.start(), r)
     assert [a for a in alerts(verdicts) if a.alert == "drift"] == []
 
 
-def test_a_site_that_differs_from_the_shipped_reference_is_not_drifting(judge: Judge) -> None:
+def test_a_site_that_differs_from_the_shipped_reference_is_not_drifting(judge: DriftMonitor) -> None:
     r = readings(3, 90)
     r.features[:, 1] = r.features[:, 1] * 0.8 + 0.4
     _, verdicts = feed(judge, judge.start(), r)
-    assert verdicts[-1].summary["features"]["y"]["psi"] > 0.25
+    assert verdicts[-1].members["features"]["y"]["psi"] > 0.25
     assert alerts(verdicts) == []
 
 
-def test_gain_loss_of_one_field_alarms_that_field_and_says_so(judge: Judge, learned: State) -> None:
+def test_gain_loss_of_one_field_alarms_that_field_and_says_so(judge: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 10)
     r.features[:, 1] *= 0.6
     _, verdicts = feed(judge, learned, r)
@@ -195,11 +207,11 @@ def test_gain_loss_of_one_field_alarms_that_field_and_says_so(judge: Judge, lear
     assert " windows (since 00:0" in raised[0].summary
     assert raised[0].evidence["ratio"] == pytest.approx(0.6, abs=0.15)
     assert raised[0].evidence["window"] - learned.index < 5
-    assert verdicts[-1].summary["features"]["y"]["state"] == "drift"
-    assert verdicts[-1].summary["state"] == "drift"
+    assert verdicts[-1].members["features"]["y"]["state"] == "drift"
+    assert verdicts[-1].members["state"] == "drift"
 
 
-def test_an_offset_is_told_in_units_and_reference_sd(judge: Judge, learned: State) -> None:
+def test_an_offset_is_told_in_units_and_reference_sd(judge: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 10)
     r.features[:, 2] += 0.5
     _, verdicts = feed(judge, learned, r)
@@ -211,7 +223,7 @@ def test_an_offset_is_told_in_units_and_reference_sd(judge: Judge, learned: Stat
     assert raised.evidence["shift"] == pytest.approx(0.5, abs=0.12)
 
 
-def test_a_spread_that_rises_is_told_as_rising(judge: Judge, learned: State) -> None:
+def test_a_spread_that_rises_is_told_as_rising(judge: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 10)
     r.features[:, 0] += np.random.default_rng(1).normal(0, 1.0, len(r.features)).astype(np.float32)
     _, verdicts = feed(judge, learned, r)
@@ -219,14 +231,16 @@ def test_a_spread_that_rises_is_told_as_rising(judge: Judge, learned: State) -> 
     assert "spread rose to" in raised[0].summary
 
 
-def test_drift_is_found_while_a_quarter_of_the_answers_is_wrong(judge: Judge, learned: State) -> None:
+def test_drift_is_found_while_a_quarter_of_the_answers_is_wrong(judge: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 12, wrong=0.25)
     r.features[:, 1] *= 0.6
     _, verdicts = feed(judge, learned, r)
     assert "y" in {a.subject for a in alerts(verdicts) if a.state == "raised"}
 
 
-def test_an_alert_is_raised_once_and_cleared_once_the_sensor_is_right_again(judge: Judge, learned: State) -> None:
+def test_an_alert_is_raised_once_and_cleared_once_the_sensor_is_right_again(
+    judge: DriftMonitor, learned: DriftState
+) -> None:
     r = readings(31, 40)
     r.features[: 20 * WINDOW * ROWS, 1] *= 0.6
     _, verdicts = feed(judge, learned, r)
@@ -237,10 +251,10 @@ def test_an_alert_is_raised_once_and_cleared_once_the_sensor_is_right_again(judg
     cleared = alerts(verdicts)[1]
     assert 22 <= cleared.evidence["window"] - learned.index <= 24
     assert cleared.severity == "info"
-    assert verdicts[-1].summary["state"] == "ok"
+    assert verdicts[-1].members["state"] == "ok"
 
 
-def test_the_second_alert_of_a_field_has_its_own_id(judge: Judge, learned: State) -> None:
+def test_the_second_alert_of_a_field_has_its_own_id(judge: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 60)
     for begin in (0, 40):
         r.features[begin * WINDOW * ROWS : (begin + 20) * WINDOW * ROWS, 1] *= 0.6
@@ -249,24 +263,26 @@ def test_the_second_alert_of_a_field_has_its_own_id(judge: Judge, learned: State
     assert raised == ["y/drift/1", "y/drift/2"]
 
 
-def test_a_stuck_sensor_is_a_fault_in_its_first_window_and_never_drift(judge: Judge, learned: State) -> None:
+def test_a_stuck_sensor_is_a_fault_in_its_first_window_and_never_drift(
+    judge: DriftMonitor, learned: DriftState
+) -> None:
     r = readings(31, 10)
     r.features[:, 2] = r.features[0, 2]
-    before = learned.detectors.cusum.value.tolist()
+    before = learned.suite.cusum.value.tolist()
     state, verdicts = feed(judge, learned, r)
     assert [(a.alert, a.subject, a.severity) for a in alerts(verdicts)] == [("fault", "z", "critical")]
     assert alerts(verdicts)[0].evidence["window"] == learned.index
     assert alerts(verdicts)[0].summary == "z: repeats one value for 200 rows: sensor or cable fault."
     assert (
-        verdicts[0].summary["features"]["z"] | {"state": "fault", "fault": "stuck"}
-        == verdicts[0].summary["features"]["z"]
+        verdicts[0].members["features"]["z"] | {"state": "fault", "fault": "stuck"}
+        == verdicts[0].members["features"]["z"]
     )
-    assert verdicts[0].summary["features"]["x"]["state"] == "insufficient"
-    assert verdicts[0].summary["state"] == "fault"
-    assert state.detectors.cusum.value.tolist() == before
+    assert verdicts[0].members["features"]["x"]["state"] == "insufficient"
+    assert verdicts[0].members["state"] == "fault"
+    assert state.suite.cusum.value.tolist() == before
 
 
-def test_a_fault_clears_after_three_windows_without_one(judge: Judge, learned: State) -> None:
+def test_a_fault_clears_after_three_windows_without_one(judge: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 10)
     r.features[: 2 * WINDOW * ROWS, 2] = 1.0
     _, verdicts = feed(judge, learned, r)
@@ -277,52 +293,52 @@ def test_a_fault_clears_after_three_windows_without_one(judge: Judge, learned: S
     assert alerts(verdicts)[0].id == alerts(verdicts)[1].id
 
 
-def test_faults_are_raised_while_learning_and_their_windows_are_not_learned(judge: Judge) -> None:
+def test_faults_are_raised_while_learning_and_their_windows_are_not_learned(judge: DriftMonitor) -> None:
     r = readings(3, 50)
     r.features[: 5 * WINDOW * ROWS, 0] = np.nan
     state, verdicts = feed(judge, judge.start(), r)
     assert alerts(verdicts)[0].summary.startswith("x: 100% of values are missing")
-    assert [v.index for v in verdicts if v.learned] == [LEARN + 5]
-    assert state.site is not None
-    assert state.site.missing.sum() == 0
+    assert [v.index for v in verdicts if v.learned_reference] == [LEARN + 5]
+    assert state.site_reference is not None
+    assert state.site_reference.missing.sum() == 0
 
 
-def test_a_site_that_changes_while_learning_is_refused_with_the_reason_and_learned_again(judge: Judge) -> None:
+def test_a_site_that_changes_while_learning_is_refused_with_the_reason_and_learned_again(judge: DriftMonitor) -> None:
     r = readings(3, 90)
     r.features[20 * WINDOW * ROWS :, 1] += 1.5
     state, verdicts = feed(judge, judge.start(), r)
-    refused = [v for v in verdicts if v.refused]
+    refused = [v for v in verdicts if v.learning_error]
     assert [v.index for v in refused] == [LEARN]
-    assert "y mean" in str(refused[0].refused)
-    assert [v.index for v in verdicts if v.learned] == [2 * LEARN]
-    assert state.site is not None
+    assert "y mean" in str(refused[0].learning_error)
+    assert [v.index for v in verdicts if v.learned_reference] == [2 * LEARN]
+    assert state.site_reference is not None
 
 
-def test_a_site_that_changes_late_while_learning_is_learned_with_a_warning_that_says_when(judge: Judge) -> None:
+def test_a_site_that_changes_late_while_learning_is_learned_with_a_warning_that_says_when(judge: DriftMonitor) -> None:
     r = readings(3, LEARN + 1)
     r.features[30 * WINDOW * ROWS :, 1] += 0.6
     _, verdicts = feed(judge, judge.start(), r)
-    learned = next(v.learned for v in verdicts if v.learned)
+    learned = next(v.learned_reference for v in verdicts if v.learned_reference)
     assert learned.warning == (
         "y mean changed from window 31 of 40 on while it was learned; learn it again once it is steady"
     )
 
 
-def test_one_odd_window_while_learning_does_not_spoil_the_reference(judge: Judge, quiet: Readings) -> None:
+def test_one_odd_window_while_learning_does_not_spoil_the_reference(judge: DriftMonitor, quiet: Readings) -> None:
     r = readings(3, 60)
     r.features[7 * WINDOW * ROWS : 8 * WINDOW * ROWS, 1] += 3.0
     odd, _ = feed(judge, judge.start(), r)
     plain, _ = feed(judge, judge.start(), quiet)
-    assert odd.site is not None
-    assert plain.site is not None
-    assert odd.site.test_sd[1] < 1.5 * plain.site.test_sd[1]
+    assert odd.site_reference is not None
+    assert plain.site_reference is not None
+    assert odd.site_reference.test_sd[1] < 1.5 * plain.site_reference.test_sd[1]
 
 
-def test_few_false_alarms_where_nothing_drifts(judge: Judge) -> None:
+def test_few_false_alarms_where_nothing_drifts(judge: DriftMonitor) -> None:
     raised = windows = 0
     for seed in range(6):
         _, verdicts = feed(judge, judge.start(), readings(100 + seed, LEARN + 150))
-        windows += sum(v.site is not None for v in verdicts)
+        windows += sum(v.site_digest is not None for v in verdicts)
         raised += sum(any(a.state == "raised" for a in v.alerts) for v in verdicts)
     assert windows == 900
     assert raised <= 9
@@ -339,8 +355,8 @@ def tabular(seed: int, drift_windows: int) -> np.ndarray[tuple[int, int], np.dty
 def test_a_model_that_answers_each_row_is_judged_the_same_way() -> None:
     table = tabular(0, 60)
     starts = np.arange(len(table))
-    shipped = build(table, starts, 1, np.zeros(len(table), np.int64), None, 300, fields=("a", "b", "c", "d"))
-    judge = Judge(shipped, labels=(), window=300)
+    shipped = build_reference(table, starts, 1, np.zeros(len(table), np.int64), None, 300, fields=("a", "b", "c", "d"))
+    judge = DriftMonitor(shipped, labels=(), window=300)
     state, quiet = judge.start(), 0
     live = tabular(1, 200)
     live[190 * 300 :, 2] *= 1.5
@@ -349,11 +365,11 @@ def test_a_model_that_answers_each_row_is_judged_the_same_way() -> None:
         part = live[at : at + 7_000]
         count = np.zeros(len(part), np.int64)
         rows = (at + 1, at + len(part))
-        state, verdicts = judge.step(
+        state, verdicts = judge.process_batch(
             state, part, np.arange(len(part)), 1, count, None, rows=rows, t=np.arange(len(part))
         )
         found += alerts(verdicts)
-        quiet += sum(v.index <= 190 and v.site is not None for v in verdicts)
+        quiet += sum(v.index <= 190 and v.site_digest is not None for v in verdicts)
     assert quiet == 150
     assert len([a for a in found if a.evidence["window"] <= 190 and a.state == "raised"]) <= 2
     late = [a for a in found if a.evidence["window"] > 190 and a.subject == "c"]
@@ -361,7 +377,7 @@ def test_a_model_that_answers_each_row_is_judged_the_same_way() -> None:
     assert late[0].evidence["ratio"] == pytest.approx(1.5, abs=0.25)
 
 
-def test_the_state_survives_its_bytes_in_every_phase(judge: Judge, learned: State, quiet: Readings) -> None:
+def test_the_state_survives_its_bytes_in_every_phase(judge: DriftMonitor, learned: DriftState, quiet: Readings) -> None:
     r = readings(31, 8)
     r.features[:, 1] *= 0.6
     early, _ = feed(judge, judge.start(), quiet.windows(0, 9))
@@ -375,7 +391,7 @@ def test_the_state_survives_its_bytes_in_every_phase(judge: Judge, learned: Stat
         assert ours[0].to_bytes() == theirs[0].to_bytes()
 
 
-def test_the_state_stays_small(judge: Judge, quiet: Readings) -> None:
+def test_the_state_stays_small(judge: DriftMonitor, quiet: Readings) -> None:
     state, sizes = judge.start(), []
     for at in range(60):
         state, _ = feed(judge, state, quiet.windows(at, at + 1))
@@ -386,35 +402,35 @@ def test_the_state_stays_small(judge: Judge, quiet: Readings) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no state", b"\x81\xa1a\x01"])
-def test_a_damaged_state_is_a_value_error(judge: Judge, data: bytes) -> None:
+def test_a_damaged_state_is_a_value_error(judge: DriftMonitor, data: bytes) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         judge.restore(data)
 
 
-def test_a_state_of_another_bundle_or_window_length_is_refused(judge: Judge, learned: State) -> None:
-    other = Judge(reference(seed=2), labels=LABELS, window=WINDOW)
-    longer = Judge(judge.shipped, labels=LABELS, window=WINDOW + 1)
+def test_a_state_of_another_bundle_or_window_length_is_refused(judge: DriftMonitor, learned: DriftState) -> None:
+    other = DriftMonitor(reference(seed=2), labels=LABELS, window=WINDOW)
+    longer = DriftMonitor(judge.shipped, labels=LABELS, window=WINDOW + 1)
     for foreign in (other, longer):
         with pytest.raises(ValueError, match="another reference"):
             foreign.restore(learned.to_bytes())
 
 
-def test_a_reference_with_other_labels_than_the_model_is_refused(judge: Judge) -> None:
+def test_a_reference_with_other_labels_than_the_model_is_refused(judge: DriftMonitor) -> None:
     with pytest.raises(BadBundle, match="labels"):
-        Judge(judge.shipped, labels=("a", "b"), window=WINDOW)
+        DriftMonitor(judge.shipped, labels=("a", "b"), window=WINDOW)
 
 
-def test_too_few_windows_to_learn_from_are_refused_at_once(judge: Judge) -> None:
+def test_too_few_windows_to_learn_from_are_refused_at_once(judge: DriftMonitor) -> None:
     with pytest.raises(ValueError, match="20 is the least"):
         learning_from(judge, 19)
 
 
-def test_a_verdict_gives_rows_times_and_a_message_in_plain_json(judge: Judge, quiet: Readings) -> None:
+def test_a_verdict_gives_rows_times_and_a_message_in_plain_json(judge: DriftMonitor, quiet: Readings) -> None:
     _, verdicts = feed(judge, judge.start(), quiet.windows(0, 3))
     assert [v.rows for v in verdicts] == [(1, 200), (201, 400), (401, 600)]
     assert [v.t for v in verdicts] == [(10_000, 2_000_000), (2_010_000, 4_000_000), (4_010_000, 6_000_000)]
-    assert {v.n for v in verdicts} == {200}
-    summary = verdicts[0].summary
+    assert {v.row_count for v in verdicts} == {200}
+    summary = verdicts[0].members
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert set(summary) == {"features", "output", "joint", "rate", "estimate", "state"}
     assert tuple(summary["features"]) == FIELDS
@@ -424,24 +440,24 @@ def test_a_verdict_gives_rows_times_and_a_message_in_plain_json(judge: Judge, qu
     assert summary["estimate"]["low"] <= summary["estimate"]["accuracy"] <= summary["estimate"]["high"]
 
 
-def test_without_scores_there_is_no_estimate(judge: Judge, quiet: Readings) -> None:
-    unscored = Judge(replace(judge.shipped, score_correct=None), labels=LABELS, window=WINDOW)
+def test_without_scores_there_is_no_estimate(judge: DriftMonitor, quiet: Readings) -> None:
+    unscored = DriftMonitor(replace(judge.shipped, score_correct=None), labels=LABELS, window=WINDOW)
     _, verdicts = feed(unscored, unscored.start(), quiet.windows(0, 1))
-    assert verdicts[0].summary["estimate"] is None
+    assert verdicts[0].members["estimate"] is None
 
 
 @given(data=st.data())
 def test_a_stored_state_with_bytes_changed_is_read_or_refused_with_a_value_error(
-    judge: Judge, data: st.DataObject
+    judge: DriftMonitor, data: st.DataObject
 ) -> None:
     content = bytearray(judge.start().to_bytes())
     for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
         content[at] = data.draw(st.integers(0, 255))
     try:
-        found = State.from_bytes(bytes(content))
+        found = DriftState.from_bytes(bytes(content))
     except ValueError:
         return
-    assert State.from_bytes(found.to_bytes()).to_bytes() == found.to_bytes()
+    assert DriftState.from_bytes(found.to_bytes()).to_bytes() == found.to_bytes()
 
 
 @given(st.binary(max_size=100))
@@ -449,6 +465,6 @@ def test_a_stored_state_with_bytes_changed_is_read_or_refused_with_a_value_error
 @example(b"\xdd\xff\xff\xff\xff")
 @example(b"\x91" * 100_000)
 def test_any_bytes_for_a_state_or_a_summary_are_refused_with_a_value_error(data: bytes) -> None:
-    for kind in (State, Summary):
+    for kind in (DriftState, Summary):
         with pytest.raises(ValueError, match=r"."):
             kind.from_bytes(data)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.drift.reporting import parsed_message
-from agent.drift.reporting.timeline import MOST, Timeline
+from agent.drift.reporting.timeline import MAX_POINTS, Timeline
 
 T = (1_795_000_000_000_000, 1_795_000_060_000_000)
 FIELD = {
@@ -98,15 +98,15 @@ def test_numbers_that_cannot_be_or_would_overflow_a_sum_are_refused(changes: dic
 
 def test_a_course_of_many_windows_keeps_its_ends_and_every_spell() -> None:
     line = Timeline()
-    for i in range(5 * MOST):
+    for i in range(5 * MAX_POINTS):
         state = "drift" if 1000 <= i < 1010 else "ok"
         span = (T[0] + i * 60_000_000, T[0] + (i + 1) * 60_000_000 - 1)
         line.add(parsed_message.from_message(body(features={"ax": {**FIELD, "state": state}}), span))
     assert line.points[0].t[0] == T[0]
-    assert line.points[-1].t[1] == T[0] + 5 * MOST * 60_000_000 - 1
+    assert line.points[-1].t[1] == T[0] + 5 * MAX_POINTS * 60_000_000 - 1
     [(begin, end, goes_on)] = line.spells("ax", "drift")
     assert begin <= T[0] + 1000 * 60_000_000
     assert end >= T[0] + 1010 * 60_000_000 - 1
     assert not goes_on
-    assert line.shapes["ax"]["drift"].windows == 10
-    assert int(line.shapes["ax"]["ok"].counts.sum()) == (5 * MOST - 10) * 39
+    assert line.histograms["ax"]["drift"].windows == 10
+    assert int(line.histograms["ax"]["ok"].counts.sum()) == (5 * MAX_POINTS - 10) * 39

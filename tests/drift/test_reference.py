@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agent.drift import Reference, build
+from agent.drift import Reference, build_reference
 from agent.errors import BadBundle
 from tests.kit.machine import FIELDS, LABELS, ROWS, WINDOW, readings, reference
 
@@ -56,7 +56,7 @@ def test_a_class_seen_in_fewer_than_eight_windows_falls_back_to_all_of_them() ->
     labels = np.where(r.labels == 2, 1, r.labels)
     labels[:7] = 2
     starts = np.arange(600) * ROWS
-    got = build(r.features, starts, ROWS, labels, None, WINDOW, fields=FIELDS, labels=LABELS)
+    got = build_reference(r.features, starts, ROWS, labels, None, WINDOW, fields=FIELDS, labels=LABELS)
     np.testing.assert_allclose(got.class_mean[2, :3], r.features.astype(np.float64).mean(0), rtol=1e-5, atol=1e-6)
     assert (got.class_sd[2] > got.class_sd[0]).all()
 
@@ -77,20 +77,20 @@ def test_a_reference_whose_halves_differ_is_refused() -> None:
     r = readings(1, 60)
     r.features[6_000:, 1] += 5
     with pytest.raises(BadBundle, match=r"changed between the first and the second half \(y mean\)"):
-        build(r.features, np.arange(600) * ROWS, ROWS, r.labels, None, WINDOW, fields=FIELDS, labels=LABELS)
+        build_reference(r.features, np.arange(600) * ROWS, ROWS, r.labels, None, WINDOW, fields=FIELDS, labels=LABELS)
 
 
 def test_a_field_without_values_is_refused_by_name() -> None:
     r = readings(1, 60)
     r.features[:, 2] = np.nan
     with pytest.raises(BadBundle, match="z has"):
-        build(r.features, np.arange(600) * ROWS, ROWS, r.labels, None, WINDOW, fields=FIELDS, labels=LABELS)
+        build_reference(r.features, np.arange(600) * ROWS, ROWS, r.labels, None, WINDOW, fields=FIELDS, labels=LABELS)
 
 
 def test_a_constant_field_has_a_reference() -> None:
     r = readings(1, 60)
     r.features[:, 2] = 3.5
-    got = build(r.features, np.arange(600) * ROWS, ROWS, r.labels, None, WINDOW, fields=FIELDS, labels=LABELS)
+    got = build_reference(r.features, np.arange(600) * ROWS, ROWS, r.labels, None, WINDOW, fields=FIELDS, labels=LABELS)
     assert got.rest[2] == (3.5,)
     assert Reference.from_json(got.to_json()).digest == got.digest
 
@@ -98,7 +98,7 @@ def test_a_constant_field_has_a_reference() -> None:
 def test_missing_values_are_left_out_of_moments_and_bins() -> None:
     r = readings(1, 60)
     r.features[::50, 0] = np.nan
-    got = build(r.features, np.arange(600) * ROWS, ROWS, r.labels, None, WINDOW, fields=FIELDS, labels=LABELS)
+    got = build_reference(r.features, np.arange(600) * ROWS, ROWS, r.labels, None, WINDOW, fields=FIELDS, labels=LABELS)
     assert got.missing.tolist() == [240, 0, 0]
     assert got.n.tolist() == [11_760, 12_000, 12_000]
     np.testing.assert_allclose(got.mean[0], np.nanmean(r.features[:, 0].astype(np.float64)))

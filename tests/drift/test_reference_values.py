@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from agent.drift.numeric import divergence
 from agent.performance import cbpe, metrics
-from agent.performance.metrics import Pairs
+from agent.performance.metrics import LabelledPredictions
 from tests.kit import reference_data as data
 from tests.kit.reference_data import Values
 
@@ -117,19 +117,21 @@ def test_w1_is_within_the_bins_widths_of_the_area_between_the_curves(p: Values, 
 
 def test_ece_is_nannymls_and_brier_scikit_learns() -> None:
     few, told = data.answers(7, 1000), TOLD["calibration"]
-    found = _metrics(("a", "b"), Pairs(few.truth.astype(float), few.named, few.top))
+    found = _metrics(("a", "b"), LabelledPredictions(few.truth.astype(float), few.named, few.top))
     assert found["ece"] == pytest.approx(told["ece_nannyml"], abs=1e-6)
     assert found["brier_top"] == pytest.approx(told["brier_top_sklearn"], abs=1e-6)
-    where = metrics.equal_mass(few.top)
+    where = metrics.equal_mass_bins(few.top)
     exact = metrics.ece(few.top, few.right.astype(float), where, np.ones(1000))
     assert exact == pytest.approx(told["ece_nannyml"], rel=EXACT)
     scores, truth = data.of_exercise("crossval")
-    seven = Pairs(truth.astype(float), scores.argmax(1), scores.max(1), full=scores)
+    seven = LabelledPredictions(truth.astype(float), scores.argmax(1), scores.max(1), probabilities=scores)
     assert _metrics(tuple("abcdefg"), seven)["brier"] == pytest.approx(told["brier_sklearn"], abs=1e-6)
 
 
-def _metrics(labels: tuple[str, ...], pairs: Pairs) -> dict[str, float | None]:
-    return {metric.metric: metric.value for metric in metrics.measure("classify", labels, pairs) if not metric.slice}
+def _metrics(labels: tuple[str, ...], pairs: LabelledPredictions) -> dict[str, float | None]:
+    return {
+        metric.metric: metric.value for metric in metrics.compute_metrics("classify", labels, pairs) if not metric.slice
+    }
 
 
 # --- expected accuracy ---
@@ -139,7 +141,7 @@ def ours(known_top: Values, right: Any, top: Values) -> float:
     """From a score table of the reference answers, as a bundle's is made."""
     edges = data.edges(known_top)
     table, correct = counts(known_top, edges), counts(known_top[right], edges)
-    found = cbpe.cbpe(table, correct, counts(top, edges))
+    found = cbpe.estimate_accuracy(table, correct, counts(top, edges))
     assert found is not None
     return float(found["accuracy"])
 

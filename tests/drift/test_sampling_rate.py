@@ -13,40 +13,42 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.drift import Judge, Reference, State, Verdict, build
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.baseline import summary as summaries
-from agent.drift.baseline.learning import MOST, Learning
+from agent.drift.baseline.learning import MAX_WINDOWS, LearningState
 from agent.drift.baseline.summary import Summary
 from agent.drift.detectors import sampling_rate
-from agent.drift.detectors.runs import Trace, repeated
-from agent.drift.detectors.sampling import Ticks
+from agent.drift.detectors.runs import Trace, count_repeated_rows
+from agent.drift.detectors.sampling import SamplingIntervals
 from agent.drift.reporting.alert_text import Alert
-from agent.drift.reporting.words import amount_of_time
+from agent.drift.reporting.words import format_duration
 from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, feed, readings, reference
 
 LEARN, STEP_US = 40, 10_000
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(reference(), labels=LABELS, window=WINDOW, learn=LEARN)
+def judge() -> DriftMonitor:
+    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
 
 
 @pytest.fixture(scope="module")
-def learned(judge: Judge) -> State:
+def learned(judge: DriftMonitor) -> DriftState:
     return feed(judge, judge.start(), readings(3, LEARN + 1))[0]
 
 
-def timed(judge: Judge, state: State, r: Readings, t: NDArray[np.int64]) -> tuple[State, list[Verdict]]:
-    first = state.seen + 1
+def timed(
+    judge: DriftMonitor, state: DriftState, r: Readings, t: NDArray[np.int64]
+) -> tuple[DriftState, list[DriftWindowResult]]:
+    first = state.last_counted_row + 1
     starts = np.arange(0, len(r.features), ROWS)
     rows = (first, first + len(r.features) - 1)
-    return judge.step(
+    return judge.process_batch(
         state, r.features, starts, ROWS, r.labels, r.scores, rows=rows, t=t + state.t[1] + first * STEP_US
     )
 
 
-def told(verdicts: list[Verdict]) -> list[Alert]:
+def told(verdicts: list[DriftWindowResult]) -> list[Alert]:
     return [alert for verdict in verdicts for alert in verdict.alerts]
 
 
@@ -59,8 +61,8 @@ def every(step_us: float, r: Readings) -> NDArray[np.int64]:
 def test_steps_of_parts_in_any_order_and_grouping_add_up_to_the_whole(
     parts: list[list[int]], each: int, rng: Any
 ) -> None:
-    whole = Ticks().with_spans(np.array([x for part in parts for x in part], np.int64), each)
-    merged = [Ticks().with_spans(np.array(part, np.int64), each) for part in parts] or [Ticks()]
+    whole = SamplingIntervals().add_spans(np.array([x for part in parts for x in part], np.int64), each)
+    merged = [SamplingIntervals().add_spans(np.array(part, np.int64), each) for part in parts] or [SamplingIntervals()]
     while len(merged) > 1:
         rng.shuffle(merged)
         merged = [merged[0] + merged[1], *merged[2:]]
@@ -72,19 +74,19 @@ def test_steps_of_parts_in_any_order_and_grouping_add_up_to_the_whole(
 def test_a_clock_that_is_set_does_not_spoil_the_mean_step() -> None:
     steps = np.full(500, 20_000)
     steps[100], steps[200] = 3_600_000_000, -3_600_000_000
-    assert Ticks().with_spans(steps, 1).step_us() == pytest.approx(20_000)
+    assert SamplingIntervals().add_spans(steps, 1).mean_step_us() == pytest.approx(20_000)
 
 
 def test_too_few_steps_tell_no_rate() -> None:
-    assert np.isnan(Ticks().with_spans(np.full(5, 20_000), 1).step_us())
+    assert np.isnan(SamplingIntervals().add_spans(np.full(5, 20_000), 1).mean_step_us())
 
 
 def test_rows_that_repeat_are_counted_unless_all_of_their_fields_rest() -> None:
     rows = np.array([[0.0, 1], [0, 1], [0, 2], [0, 2], [0, 2], [np.nan, 2], [np.nan, 2]])
-    trace = Trace.of(np.stack([rows, rows[::-1]]))
-    assert repeated(trace, ((), ())).tolist() == [3, 3]
-    assert repeated(trace, ((0.0,), (2.0,))).tolist() == [1, 1]
-    assert repeated(Trace.of(rows[None, 1:], rows[:1]), ((), ())).tolist() == [3]
+    trace = Trace.from_rows(np.stack([rows, rows[::-1]]))
+    assert count_repeated_rows(trace, ((), ())).tolist() == [3, 3]
+    assert count_repeated_rows(trace, ((0.0,), (2.0,))).tolist() == [1, 1]
+    assert count_repeated_rows(Trace.from_rows(rows[None, 1:], rows[:1]), ((), ())).tolist() == [3]
 
 
 @given(st.lists(st.integers(0, 400), max_size=5))
@@ -94,7 +96,7 @@ def test_single_rows_in_any_batches_give_the_same_steps(cuts: list[int]) -> None
     rows = rng.normal(size=(400, 2)).astype(np.float32)
     none = np.zeros(400, np.int64)
     base = learning_reference(rows)
-    single = Judge(base, labels=(), window=90)
+    single = DriftMonitor(base, labels=(), window=90)
     t = np.cumsum(rng.integers(1, 50_000, 400))
 
     def run(bounds: list[int]) -> bytes:
@@ -102,30 +104,30 @@ def test_single_rows_in_any_batches_give_the_same_steps(cuts: list[int]) -> None
         for begin, end in pairwise(bounds):
             at = slice(begin, end)
             starts = np.arange(end - begin)
-            state, _ = single.step(state, rows[at], starts, 1, none[at], None, rows=(begin + 1, end), t=t[at])
+            state, _ = single.process_batch(state, rows[at], starts, 1, none[at], None, rows=(begin + 1, end), t=t[at])
         return state.to_bytes()
 
     assert run([0, *sorted(cuts), 400]) == run([0, 400])
 
 
 def learning_reference(rows: NDArray[np.float32]) -> Reference:
-    return build(rows, np.arange(len(rows)), 1, np.zeros(len(rows), np.int64), None, 20, fields=("a", "b"))
+    return build_reference(rows, np.arange(len(rows)), 1, np.zeros(len(rows), np.int64), None, 20, fields=("a", "b"))
 
 
 def test_paces_of_parts_in_any_order_are_those_of_the_whole() -> None:
     shipped, r = reference(), readings(5, 6)
     features = r.features.astype(np.float64)
     of = [
-        summaries.of(shipped, features[a * ROWS : b * ROWS], np.arange(b - a) * ROWS, r.labels[a:b], None)
+        summaries.summarize(shipped, features[a * ROWS : b * ROWS], np.arange(b - a) * ROWS, r.labels[a:b], None)
         for a, b in ((0, 7), (7, 7), (7, 40), (40, 60))
     ]
-    whole = summaries.of(shipped, features, np.arange(60) * ROWS, r.labels, None)
+    whole = summaries.summarize(shipped, features, np.arange(60) * ROWS, r.labels, None)
     for order in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)):
         merged = Summary.empty(shipped)
         for i in order:
             merged = merged.merge(of[i])
-        np.testing.assert_array_equal(merged.pace, whole.pace)
-    assert whole.pace.any()
+        np.testing.assert_array_equal(merged.variogram, whole.variogram)
+    assert whole.variogram.any()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_paces_of_parts_in_any_order_are_those_of_the_whole() -> None:
     [(12_500, "readings come every 12.5 ms instead of 10 ms"), (8_000, "every 8 ms instead of 10 ms")],
 )
 def test_readings_that_come_at_another_rate_are_a_fault_of_the_rate(
-    judge: Judge, learned: State, step_us: int, words: str
+    judge: DriftMonitor, learned: DriftState, step_us: int, words: str
 ) -> None:
     r = readings(9, 6)
     state, verdicts = timed(judge, learned, r, every(step_us, r))
@@ -142,39 +144,39 @@ def test_readings_that_come_at_another_rate_are_a_fault_of_the_rate(
     assert words in alerts[0].summary
     assert alerts[0].summary.endswith(" UTC: sampling rate or sensor clock changed.")
     assert alerts[0].evidence["window"] == learned.index + 1
-    assert verdicts[-1].summary["rate"]["fault"] == "rate"
-    assert {v.summary["state"] for v in verdicts} == {"fault"}
-    assert state.detectors == learned.detectors
+    assert verdicts[-1].members["rate"]["fault"] == "rate"
+    assert {v.members["state"] for v in verdicts} == {"fault"}
+    assert state.suite == learned.suite
     back, cleared = timed(judge, state, readings(10, 4), every(STEP_US, readings(10, 4)))
     assert [(a.subject, a.state, a.id) for a in told(cleared)] == [("rate", "cleared", "rate/fault/1")]
-    assert back.watch.on == ""
+    assert back.rate_watch.open_fault == ""
 
 
-def test_a_rate_that_differs_by_less_than_one_in_twenty_is_none(judge: Judge, learned: State) -> None:
+def test_a_rate_that_differs_by_less_than_one_in_twenty_is_none(judge: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 12)
     assert [a for a in told(timed(judge, learned, r, every(STEP_US * 1.04, r))[1]) if a.subject == "rate"] == []
 
 
-def test_a_backlog_that_comes_at_once_is_no_other_rate(judge: Judge, learned: State) -> None:
+def test_a_backlog_that_comes_at_once_is_no_other_rate(judge: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 4)
     t = every(STEP_US, r)
     t[:200] = t[0] + np.arange(200) * 10
     assert told(timed(judge, learned, r, t)[1]) == []
 
 
-def test_readings_that_come_irregularly_have_no_rate_to_lose(judge: Judge) -> None:
+def test_readings_that_come_irregularly_have_no_rate_to_lose(judge: DriftMonitor) -> None:
     rng = np.random.default_rng(0)
     r = readings(3, LEARN + 12)
     pace = np.repeat(rng.uniform(0.5, 3, LEARN + 12), WINDOW * ROWS)
     state, verdicts = timed(judge, judge.start(), r, np.cumsum(pace * STEP_US).astype(np.int64))
-    assert state.site is not None
-    assert state.site.site is not None
-    assert state.site.site.rate is not None
-    assert state.site.site.rate.step_us == 0
+    assert state.site_reference is not None
+    assert state.site_reference.site is not None
+    assert state.site_reference.site.rate is not None
+    assert state.site_reference.site.rate.step_us == 0
     assert told(verdicts) == []
 
 
-def test_rows_that_all_come_twice_are_told_as_repeated(judge: Judge, learned: State) -> None:
+def test_rows_that_all_come_twice_are_told_as_repeated(judge: DriftMonitor, learned: DriftState) -> None:
     r = readings(9, 6)
     twice = Readings(np.repeat(r.features, 2, axis=0)[: len(r.features)], r.labels, r.truth, r.scores)
     alerts = told(timed(judge, learned, twice, every(STEP_US, r))[1])
@@ -183,7 +185,7 @@ def test_rows_that_all_come_twice_are_told_as_repeated(judge: Judge, learned: St
 
 
 def test_a_share_of_missing_values_that_is_new_here_is_told_and_the_window_still_tested(
-    judge: Judge, learned: State
+    judge: DriftMonitor, learned: DriftState
 ) -> None:
     r = readings(9, 6)
     gone = np.random.default_rng(1).random(len(r.features)) < 0.045
@@ -195,10 +197,10 @@ def test_a_share_of_missing_values_that_is_new_here_is_told_and_the_window_still
         state, verdicts = feed(judge, learned, changed)
         faults = [a for a in told(verdicts) if a.alert == "fault" and a.state == "raised"]
         assert {(a.subject, a.evidence["fault"]) for a in faults} == {("y", "missing")}
-    assert (state.detectors.recent[-6:, 0] != learned.detectors.recent[-6:, 0]).all()
+    assert (state.suite.recent_z[-6:, 0] != learned.suite.recent_z[-6:, 0]).all()
 
 
-def test_a_few_values_missing_by_chance_are_no_fault(judge: Judge) -> None:
+def test_a_few_values_missing_by_chance_are_no_fault(judge: DriftMonitor) -> None:
     r = readings(3, LEARN + 20)
     gone = np.random.default_rng(1).random(len(r.features)) < 0.02
     holes = r.changed(1, np.where(gone, np.nan, r.features[:, 1]).astype(np.float32))
@@ -225,7 +227,7 @@ def of_an_older_version(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("windows", [7, LEARN + 1])
-def test_a_state_that_an_older_version_saved_goes_on(judge: Judge, windows: int) -> None:
+def test_a_state_that_an_older_version_saved_goes_on(judge: DriftMonitor, windows: int) -> None:
     """In the midst of learning, and with a site's reference that knows no rate."""
     r = readings(3, LEARN + 12)
     state, _ = feed(judge, judge.start(), r.windows(0, windows))
@@ -234,22 +236,22 @@ def test_a_state_that_an_older_version_saved_goes_on(judge: Judge, windows: int)
     assert len(old) < len(state.to_bytes())
     state, verdicts = feed(judge, judge.restore(old), r.windows(windows, LEARN + 12))
     assert told(verdicts) == []
-    assert state.site is not None
-    assert state.site.site is not None
-    assert (state.site.site.rate is None) == (windows > LEARN)
+    assert state.site_reference is not None
+    assert state.site_reference.site is not None
+    assert (state.site_reference.site.rate is None) == (windows > LEARN)
     assert judge.restore(state.to_bytes()).to_bytes() == state.to_bytes()
-    assert {v.summary["state"] for v in verdicts[LEARN + 1 :]} <= {"ok"}
+    assert {v.members["state"] for v in verdicts[LEARN + 1 :]} <= {"ok"}
 
 
-def test_what_was_learned_long_ago_is_kept_as_evenly_as_what_was_learned_last(judge: Judge) -> None:
+def test_what_was_learned_long_ago_is_kept_as_evenly_as_what_was_learned_last(judge: DriftMonitor) -> None:
     empty = Summary.empty(judge.shipped)
-    learning = Learning.empty(judge.shipped)
-    for i in range(3 * MOST):
+    learning = LearningState.empty(judge.shipped)
+    for i in range(3 * MAX_WINDOWS):
         learning = learning.add(empty, windowed=True, t=(i, i))
-    assert learning.gathered == 3 * MOST
+    assert learning.window_count == 3 * MAX_WINDOWS
     assert set(np.diff(learning.t[:, 0]).tolist()) == {4}
     assert len(learning.rate.t) == learning.windows
-    assert sampling_rate.learn(learning.rate, 3, ROWS, "auto") is not None
+    assert sampling_rate.learn_baseline(learning.rate, 3, ROWS, "auto") is not None
 
 
 @pytest.mark.parametrize(
@@ -257,4 +259,4 @@ def test_what_was_learned_long_ago_is_kept_as_evenly_as_what_was_learned_last(ju
     [(12.3, "12.3 µs"), (20_000, "20 ms"), (1.5e6, "1.5 s"), (600e6, "10 min"), (7200e6, "2 h")],
 )
 def test_an_amount_of_time_reads_well(us: float, text: str) -> None:
-    assert amount_of_time(us) == text
+    assert format_duration(us) == text

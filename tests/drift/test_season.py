@@ -9,17 +9,17 @@ import pytest
 from numpy.typing import NDArray
 
 from agent.drift.detectors import season
-from agent.drift.detectors.season import HALF_DAY_US, Season
+from agent.drift.detectors.season import HALF_DAY_US, SlowTrend
 
 FIELDS = ("a", "b", "c")
 Shape = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
-def after(shape: Shape, seed: int = 0, days: float = 6.0) -> Season:
+def after(shape: Shape, seed: int = 0, days: float = 6.0) -> SlowTrend:
     """Windows of an hour with scores of sd 1 around `shape` of days (n,) → (n, 3)."""
     hours = np.arange(int(days * 24))
     z = np.random.default_rng(seed).normal(size=(len(hours), 3)) + shape(hours / 24)
-    found = Season()
+    found = SlowTrend()
     for hour, scores in zip(hours.tolist(), z, strict=True):
         found = found.add(scores[None], np.array([hour * HALF_DAY_US // 12]))
     return found
@@ -48,29 +48,29 @@ def each_day(d: NDArray[np.float64]) -> NDArray[np.float64]:
 def test_fields_that_move_slowly_together_follow_the_surroundings() -> None:
     for seed in range(10):
         found = after(together, seed)
-        assert season.cause(0, found, FIELDS) == (
+        assert season.guess_cause(0, found, FIELDS) == (
             "the season or a slow change of the surroundings: b moved as slowly, for more than a day"
         )
-        assert season.cause(2, found, FIELDS) == ""
+        assert season.guess_cause(2, found, FIELDS) == ""
 
 
 @pytest.mark.parametrize("shape", [alone, at_once, within_hours, each_day, lambda d: 0 * together(d)])
 def test_nothing_else_is_taken_for_the_surroundings(shape: Shape) -> None:
-    told = [season.cause(i, after(shape, seed), FIELDS) for seed in range(10) for i in range(3)]
+    told = [season.guess_cause(i, after(shape, seed), FIELDS) for seed in range(10) for i in range(3)]
     assert set(told) == {""}
 
 
 def test_less_than_a_day_is_no_season() -> None:
-    assert not len(after(lambda d: 5 * together(d), days=1.0).slow())
+    assert not len(after(lambda d: 5 * together(d), days=1.0).find_slow_fields())
 
 
 def test_only_the_last_week_is_remembered_and_a_clock_set_back_begins_anew() -> None:
     found = after(together, days=30)
-    assert len(found.half_day) == season.KEPT
+    assert len(found.half_day) == season.MAX_HALF_DAYS
     assert len(found.add(np.zeros((1, 3)), np.array([0])).half_day) == 1
 
 
 def test_scores_that_are_missing_leave_the_mean_as_it_was() -> None:
-    one = Season().add(np.array([[1.0, np.nan], [3.0, 2.0], [np.nan, 4.0]]), np.array([0, 1, 2]))
+    one = SlowTrend().add(np.array([[1.0, np.nan], [3.0, 2.0], [np.nan, 4.0]]), np.array([0, 1, 2]))
     np.testing.assert_allclose(one.mean, [[2.0, 3.0]])
     np.testing.assert_array_equal(one.n, [[2, 2]])

@@ -11,11 +11,11 @@ from hypothesis.extra.numpy import arrays
 from msgspec.structs import astuple
 from numpy.typing import NDArray
 
-from agent.drift import Judge, State, Verdict
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult
 from agent.drift.detectors.cusum import Cusum
-from agent.drift.detectors.mewma import Together
-from agent.drift.detectors.season import HALF_DAY_US, Season
-from agent.drift.detectors.test_layout import Places
+from agent.drift.detectors.mewma import Mewma
+from agent.drift.detectors.season import HALF_DAY_US, SlowTrend
+from agent.drift.detectors.test_layout import TestLayout
 from agent.drift.testing import sequence as courses
 from agent.drift.testing.test_suite import Evidence
 from tests.kit.machine import LABELS, ROWS, WINDOW, Readings, feed, readings, reference
@@ -40,49 +40,49 @@ def test_sums_over_windows_in_a_row_are_those_of_one_after_another(before: Score
     begun = Cusum.zeros(TESTS)
     for one in before:
         begun = begun.update(one, 2 * one, t=7)
-    begun = begun.only(~begun.on.any(0))
+    begun = begun.reset_except(~begun.alarm.any(0))
     t = 10 * np.arange(1, len(z) + 1)
-    together, alone = begun.ahead(z, 3 * z, t=t), begun
+    together, alone = begun.run_windows(z, 3 * z, t=t), begun
     for at, one in enumerate(z):
         alone = alone.update(one, 3 * one, t=int(t[at]))
-        assert alone.on.any() == together.raises[at]
-        assert same(together.after(at + 1), alone)
+        assert alone.alarm.any() == together.exceeds_limit[at]
+        assert same(together.state_after(at + 1), alone)
         assert (together.values[at] == alone.value).all()
-        if alone.on.any():
+        if alone.alarm.any():
             break
 
 
 @given(windows(), windows())
 def test_means_over_windows_in_a_row_are_those_of_one_after_another(before: Scores, z: Scores) -> None:
-    begun = Together.zeros(TESTS)
+    begun = Mewma.zeros(TESTS)
     for one in before:
         begun = begun.update(one, 2 * one, 7)
     t = 10 * np.arange(1, len(z) + 1)
-    together, alone = begun.ahead(z, 3 * z, t), begun
+    together, alone = begun.run_windows(z, 3 * z, t), begun
     for at, one in enumerate(z):
         alone = alone.update(one, 3 * one, int(t[at]))
-        assert same(together.after(at + 1), alone)
-        assert together.squares[at] == alone.square
+        assert same(together.state_after(at + 1), alone)
+        assert together.statistics[at] == alone.statistic
 
 
 @given(windows(12), st.lists(st.integers(-1, 2), min_size=12, max_size=12))
 def test_a_season_over_windows_in_a_row_is_that_of_one_after_another(z: Scores, half_days: list[int]) -> None:
     t = (20 + np.cumsum(half_days)[: len(z)]) * HALF_DAY_US + 5
-    alone = Season()
+    alone = SlowTrend()
     for at in range(len(z)):
         alone = alone.add(z[at : at + 1], t[at : at + 1])
-    assert same(Season().add(z, t), alone)
+    assert same(SlowTrend().add(z, t), alone)
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(reference(), labels=LABELS, window=WINDOW, learn=LEARN)
+def judge() -> DriftMonitor:
+    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
 
 
 @pytest.fixture(scope="module")
-def learned(judge: Judge) -> State:
+def learned(judge: DriftMonitor) -> DriftState:
     state, _ = feed(judge, judge.start(), readings(3, LEARN + 2))
-    assert state.site is not None
+    assert state.site_reference is not None
     return state
 
 
@@ -93,31 +93,31 @@ def learned(judge: Judge) -> State:
 )
 @settings(deadline=None, max_examples=60)
 def test_all_tests_over_windows_in_a_row_come_to_the_detectors_of_one_after_another(
-    judge: Judge, learned: State, wild: float, seed: int, beyond: NDArray[np.bool_]
+    judge: DriftMonitor, learned: DriftState, wild: float, seed: int, beyond: NDArray[np.bool_]
 ) -> None:
     """The wilder, the sooner fields that move hold other tests back, and an alarm is raised."""
-    at: Places = judge.shipped.places
+    at: TestLayout = judge.shipped.layout
     rng = np.random.default_rng(seed)
-    assert learned.site is not None
-    tester = judge._testing(learned.site)
-    z = wild * rng.normal(size=(9, at.tests)) + wild * 0.4 * rng.normal(size=at.tests)
+    assert learned.site_reference is not None
+    tester = judge._get_tester(learned.site_reference)
+    z = wild * rng.normal(size=(9, at.test_count)) + wild * 0.4 * rng.normal(size=at.test_count)
     z[rng.random(z.shape) < 0.05] = np.nan
     told = rng.random(beyond.shape) < 0.95
     evidence = Evidence(z, np.nan_to_num(z), beyond, told, rng.integers(0, 9, (9, 32)))
     t = 10 * np.arange(1, 10)
-    together, alone = courses.of(tester, learned.detectors, evidence, t), learned.detectors
+    together, alone = courses.run_tests(tester, learned.suite, evidence, t), learned.suite
     for number in range(9):
-        is_quiet = number < together.quiet
+        is_quiet = number < together.windows_before_alarm
         some = slice(number, number + 1)
-        alone = courses.of(tester, alone, evidence[some], t[some]).after(1)
+        alone = courses.run_tests(tester, alone, evidence[some], t[some]).state_after(1)
         assert alone.open_subjects.any() != is_quiet
         if not is_quiet:
             break
-        after = together.after(number + 1)
+        after = together.state_after(number + 1)
         for part in ("cusum", "shape", "means", "answers"):
             assert same(getattr(after, part), getattr(alone, part))
-        assert after.scores.tobytes() == alone.scores.tobytes()
-        assert after.recent.tobytes() == alone.recent.tobytes()
+        assert after.recent_scores.tobytes() == alone.recent_scores.tobytes()
+        assert after.recent_z.tobytes() == alone.recent_z.tobytes()
         assert together.cusum.values[number].tobytes() == alone.cusum.value.tobytes()
 
 
@@ -153,7 +153,7 @@ def changed(seed: int, how: str, begin: int, lasts: int) -> Readings:
 )
 @settings(deadline=None, max_examples=25)
 def test_any_batches_after_learning_say_and_keep_what_single_windows_do(
-    judge: Judge, learned: State, seed: int, how: str, begin: int, lasts: int, batch: int
+    judge: DriftMonitor, learned: DriftState, seed: int, how: str, begin: int, lasts: int, batch: int
 ) -> None:
     r = changed(seed, how, begin, lasts)
     state, verdicts = feed(judge, learned, r, batch=200)
@@ -164,5 +164,5 @@ def test_any_batches_after_learning_say_and_keep_what_single_windows_do(
     assert len(verdicts) == 20
 
 
-def told(verdicts: list[Verdict]) -> list[object]:
-    return [(v.index, v.rows, v.t, v.n, v.site, repr(v.summary), v.alerts) for v in verdicts]
+def told(verdicts: list[DriftWindowResult]) -> list[object]:
+    return [(v.index, v.rows, v.t, v.row_count, v.site_digest, repr(v.members), v.alerts) for v in verdicts]

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.drift import build
+from agent.drift import build_reference
 from agent.drift.baseline import summary as summaries
 from agent.drift.baseline.reference import Reference
-from agent.drift.baseline.summary import Summary, stacked
+from agent.drift.baseline.summary import Summary, stack_one
 from agent.drift.detectors import window_statistics
 from agent.drift.detectors.runs import Tail
 from agent.drift.numeric.groups import Groups
-from agent.drift.numeric.sums import Sums
+from agent.drift.numeric.sums import GroupSums
 from agent.drift.reporting import drift_message
 from tests.kit.machine import FIELDS, LABELS, ROWS, readings, reference
 
@@ -35,15 +35,15 @@ def by_row() -> Reference:
     made = readings(1, 40)
     labels = np.repeat(made.labels, ROWS)
     scores = np.repeat(made.scores, ROWS, axis=0)
-    return build(made.features, np.arange(len(labels)), 1, labels, scores, 200, fields=FIELDS, labels=LABELS)
+    return build_reference(made.features, np.arange(len(labels)), 1, labels, scores, 200, fields=FIELDS, labels=LABELS)
 
 
 def of(shipped: Reference, rows: NDArray[np.float64], labels: NDArray[np.int64]) -> Summary:
-    return summaries.of(shipped, rows, np.arange(len(labels)) * ROWS, labels, np.linspace(0.4, 1.0, len(labels)))
+    return summaries.summarize(shipped, rows, np.arange(len(labels)) * ROWS, labels, np.linspace(0.4, 1.0, len(labels)))
 
 
 def described(one: Summary, shipped: Reference) -> dict[str, Any]:
-    return drift_message.features(stacked(one), shipped)[0]
+    return drift_message.build_features(stack_one(one), shipped)[0]
 
 
 @st.composite
@@ -74,7 +74,7 @@ def test_parts_merged_in_any_order_and_grouping_equal_the_whole(
     for member in ("counts", "missing", "outside", "output", "pairs"):
         np.testing.assert_array_equal(getattr(parts_together, member), getattr(whole, member))
     origin = shipped.origin[:3]
-    ours, theirs = parts_together.rows_of.moments(origin), whole.rows_of.moments(origin)
+    ours, theirs = parts_together.row_sums.moments(origin), whole.row_sums.moments(origin)
     np.testing.assert_array_equal(ours.n, theirs.n)
     np.testing.assert_allclose(ours.mean, theirs.mean, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(ours.m2, theirs.m2, rtol=1e-9, atol=1e-9)
@@ -85,8 +85,8 @@ def test_parts_merged_in_any_order_and_grouping_equal_the_whole(
         np.testing.assert_allclose(ours.mean[0], means, rtol=1e-9, atol=1e-12)
         squares = (np.where(seen, rows - means, 0) ** 2).sum(0)
         np.testing.assert_allclose(ours.m2[0], squares, rtol=1e-9, atol=1e-9)
-    np.testing.assert_array_equal(parts_together.classes.n, whole.classes.n)
-    np.testing.assert_allclose(parts_together.classes.total, whole.classes.total, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(parts_together.class_sums.n, whole.class_sums.n)
+    np.testing.assert_allclose(parts_together.class_sums.total, whole.class_sums.total, rtol=1e-9, atol=1e-9)
 
 
 @given(st.integers(0, 1000), st.lists(st.integers(0, 200), max_size=6))
@@ -142,22 +142,22 @@ def test_values_on_edges_limits_and_beyond_are_counted_where_the_format_says(shi
 def test_rows_outside_every_model_window_are_not_counted(shipped: Reference) -> None:
     rows = readings(5, 1).features.astype(np.float64)
     starts = np.array([5, 5 + 2 * ROWS])
-    got = summaries.of(shipped, rows, starts, np.array([0, 1]), None)
+    got = summaries.summarize(shipped, rows, starts, np.array([0, 1]), None)
     assert got.rows == 2 * ROWS
     covered = np.r_[5 : 5 + ROWS, 5 + 2 * ROWS : 5 + 3 * ROWS]
-    np.testing.assert_allclose(got.rows_of.moments(shipped.origin[:3]).mean[0], rows[covered].mean(0))
+    np.testing.assert_allclose(got.row_sums.moments(shipped.origin[:3]).mean[0], rows[covered].mean(0))
 
 
 def test_rows_of_overlapping_model_windows_are_counted_once(shipped: Reference) -> None:
     rows = readings(5, 1).features.astype(np.float64)
-    got = summaries.of(shipped, rows, np.arange(0, 100, ROWS // 2), np.zeros(10, np.int64), None)
+    got = summaries.summarize(shipped, rows, np.arange(0, 100, ROWS // 2), np.zeros(10, np.int64), None)
     assert got.rows == 110
 
 
 def test_the_message_has_the_contracts_members_and_stays_small(shipped: Reference) -> None:
     r = readings(5, 1)
     one = of(shipped, r.features.astype(np.float64), r.labels)
-    got, output = described(one, shipped), drift_message.output(stacked(one), shipped)[0]
+    got, output = described(one, shipped), drift_message.build_output(stack_one(one), shipped)[0]
     assert tuple(got) == FIELDS
     feature = got["x"]
     assert set(feature) == {"counts", "missing", "below", "above", "mean", "m2", "psi", "js", "ks", "w1"}
@@ -172,7 +172,7 @@ def test_the_message_has_the_contracts_members_and_stays_small(shipped: Referenc
 def test_no_bin_tells_of_fewer_rows_than_privacy_asks_for(shipped: Reference) -> None:
     one = of(shipped, readings(5, 1).features.astype(np.float64), readings(5, 1).labels)
     for least in (2, 5, 60, 10_000):
-        for field in drift_message.features(stacked(one), shipped, least)[0].values():
+        for field in drift_message.build_features(stack_one(one), shipped, least)[0].values():
             counts = [field["below"], *field["counts"], field["above"]]
             assert sum(counts) == 200
             assert all(n == 0 or n >= min(least, 200) for n in counts)
@@ -180,9 +180,9 @@ def test_no_bin_tells_of_fewer_rows_than_privacy_asks_for(shipped: Reference) ->
 
 def test_answers_named_too_seldom_are_counted_together(shipped: Reference) -> None:
     one = of(shipped, readings(5, 1).features.astype(np.float64), np.array([0] * 7 + [1] * 2 + [2]))
-    assert drift_message.output(stacked(one), shipped, 3)[0]["counts"] == {"idle": 7, "other": 3}
-    assert drift_message.output(stacked(one), shipped, 5)[0]["counts"] == {"other": 10}
-    assert drift_message.output(stacked(one), shipped)[0]["counts"] == {"idle": 7, "walk": 2, "run": 1}
+    assert drift_message.build_output(stack_one(one), shipped, 3)[0]["counts"] == {"idle": 7, "other": 3}
+    assert drift_message.build_output(stack_one(one), shipped, 5)[0]["counts"] == {"other": 10}
+    assert drift_message.build_output(stack_one(one), shipped)[0]["counts"] == {"idle": 7, "walk": 2, "run": 1}
 
 
 @given(
@@ -211,21 +211,21 @@ def test_windows_summarized_at_once_have_the_bytes_of_one_after_another(
     labels = rng.integers(0, 3, (windows, len(starts)))
     top = rng.random((windows, len(starts)))
     top[rng.random(top.shape) < 0.1] = np.nan
-    found = window_statistics.of_windows(
+    found = window_statistics.compute_statistics(
         rows.reshape(-1, 3),
         (np.arange(windows)[:, None] * 200 + starts).ravel(),
         window_rows,
         used.floor,
     )
     times = np.diff(t, axis=1) if window_rows == 1 else t[:, starts + window_rows - 1] - t[:, starts]
-    stack = summaries.whole(used, rows, times, found, labels.ravel(), top.ravel(), labels.ravel())
+    stack = summaries.summarize_windows(used, rows, times, found, labels.ravel(), top.ravel(), labels.ravel())
     for number in range(windows):
         one, _ = Summary.empty(used).add_rows(used, rows[number], Tail.empty(3))
         some = slice(number * len(starts), (number + 1) * len(starts))
         one = one.add_times(t[number], starts, used, 0)
         one = one.add_windows(used, found[some], labels[number], top[number])
-        assert summaries.at(stack, number).to_bytes() == one.to_bytes()
-        assert drift_message.features(stack, used)[number] == described(one, used)
+        assert summaries.select_window(stack, number).to_bytes() == one.to_bytes()
+        assert drift_message.build_features(stack, used)[number] == described(one, used)
 
 
 @given(st.sampled_from(["C", "F"]), st.integers(1, 3), st.lists(st.integers(0, 300), max_size=5))
@@ -238,16 +238,19 @@ def test_sums_have_the_same_bits_however_rows_lie_in_memory_and_are_cut(
         rng.integers(0, 2, 300),
     )
     values[::7, 0] = np.nan
-    whole = Sums.zeros(2, columns).add(Groups.made(groups, 2), values)
-    parts = Sums.zeros(2, columns)
+    whole = GroupSums.zeros(2, columns).add(Groups.from_ids(groups, 2), values)
+    parts = GroupSums.zeros(2, columns)
     for begin, end in pairwise([0, *sorted(cuts), 300]):
-        parts = parts.add(Groups.made(groups[begin:end], 2), np.asarray(values[begin:end], order=order))
+        parts = parts.add(Groups.from_ids(groups[begin:end], 2), np.asarray(values[begin:end], order=order))
     assert parts.total.tobytes() == whole.total.tobytes()
     assert parts.squares.tobytes() == whole.squares.tobytes()
     assert parts.n.tolist() == whole.n.tolist()
-    one, at_once = Sums.zeros(1, columns), Sums.of(np.asarray(values.reshape(3, 100, columns), order=order))
+    one, at_once = (
+        GroupSums.zeros(1, columns),
+        GroupSums.from_rows(np.asarray(values.reshape(3, 100, columns), order=order)),
+    )
     for number in range(3):
-        alone = one.add(Groups.made(np.zeros(100, np.int64), 1), values[100 * number : 100 * (number + 1)])
+        alone = one.add(Groups.from_ids(np.zeros(100, np.int64), 1), values[100 * number : 100 * (number + 1)])
         assert at_once.total[number].tobytes() == alone.total.tobytes()
         assert at_once.squares[number].tobytes() == alone.squares.tobytes()
         assert at_once.n[number].tolist() == alone.n.tolist()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from agent.drift import Judge, Reference, State, Verdict, build
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.reporting.alert_text import Alert
 from agent.errors import BadBundle
 from tests.kit.machine import FIELDS, LABELS, LEVEL, ROWS, WINDOW, Readings, feed, readings, reference
@@ -19,16 +19,16 @@ NAMES = tuple(f"f{i}" for i in range(F))
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(reference(), labels=LABELS, window=WINDOW, learn=LEARN)
+def judge() -> DriftMonitor:
+    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=LEARN)
 
 
 @pytest.fixture(scope="module")
-def learned(judge: Judge) -> State:
+def learned(judge: DriftMonitor) -> DriftState:
     return feed(judge, judge.start(), readings(3, LEARN + 2))[0]
 
 
-def raised(verdicts: list[Verdict]) -> list[Alert]:
+def raised(verdicts: list[DriftWindowResult]) -> list[Alert]:
     return [a for v in verdicts for a in v.alerts if a.state == "raised"]
 
 
@@ -40,14 +40,14 @@ def table(seed: int, windows: int, *, steady: float = 0.0) -> np.ndarray[tuple[i
     return rows
 
 
-def watch(rows: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> list[Verdict]:
+def watch(rows: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> list[DriftWindowResult]:
     """Verdicts on a table, a model without classes that answers each row."""
-    shipped = build(
+    shipped = build_reference(
         table(0, 40).astype(np.float32), np.arange(8000), 1, np.zeros(8000, np.int64), None, 200, fields=NAMES
     )
-    judge = Judge(shipped, labels=(), window=200, learn=LEARN)
+    judge = DriftMonitor(shipped, labels=(), window=200, learn_windows=LEARN)
     none, t = np.zeros(len(rows), np.int64), np.arange(len(rows), dtype=np.int64) * 1000
-    return judge.step(
+    return judge.process_batch(
         judge.start(), rows.astype(np.float32), np.arange(len(rows)), 1, none, None, rows=(1, len(rows)), t=t
     )[1]
 
@@ -55,7 +55,7 @@ def watch(rows: np.ndarray[tuple[int, int], np.dtype[np.float64]]) -> list[Verdi
 @pytest.mark.parametrize("steady", [0.0, 0.9])
 def test_sixteen_fields_in_which_nothing_happens_raise_almost_nothing(steady: float) -> None:
     verdicts = [v for seed in range(2) for v in watch(table(seed + 1, LEARN + 110, steady=steady))]
-    assert sum(v.site is not None for v in verdicts) == 220
+    assert sum(v.site_digest is not None for v in verdicts) == 220
     assert len(raised(verdicts)) <= 4
 
 
@@ -98,7 +98,7 @@ def test_a_ramp_is_told_from_a_step_where_the_windows_show_it() -> None:
     assert told["ramp"] >= 2
 
 
-def test_a_model_that_becomes_less_sure_is_told_with_what_it_costs(judge: Judge, learned: State) -> None:
+def test_a_model_that_becomes_less_sure_is_told_with_what_it_costs(judge: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 14)
     unsure = replace(r, scores=(0.55 * r.scores + 0.15).astype(np.float32))
     _, verdicts = feed(judge, learned, unsure)
@@ -106,7 +106,7 @@ def test_a_model_that_becomes_less_sure_is_told_with_what_it_costs(judge: Judge,
     assert alert.subject == "score"
     assert alert.summary.startswith("score: the model's certainty fell by 0.")
     assert "; the model's expected accuracy fell from 0.9" in alert.summary
-    assert verdicts[-1].summary["output"]["score"]["state"] == "drift"
+    assert verdicts[-1].members["output"]["score"]["state"] == "drift"
 
 
 def test_answers_in_other_shares_are_told_by_their_label() -> None:
@@ -122,7 +122,7 @@ def test_answers_in_other_shares_are_told_by_their_label() -> None:
         rows = (picked[:, None] * ROWS + np.arange(ROWS)).ravel()
         return Readings(r.features[rows], r.labels[picked], r.truth[picked], r.scores[picked])
 
-    judge = Judge(reference(), labels=LABELS, window=4 * WINDOW, learn=LEARN)
+    judge = DriftMonitor(reference(), labels=LABELS, window=4 * WINDOW, learn_windows=LEARN)
     state, before = feed(judge, judge.start(), made(4 * (LEARN + 5), [0.4, 0.3, 0.3]))
     _, after = feed(judge, state, made(4 * 10, [0.05, 0.3, 0.65]))
     assert raised(before) == []
@@ -132,7 +132,7 @@ def test_answers_in_other_shares_are_told_by_their_label() -> None:
     assert told[0].evidence["label"] in ("idle", "run")
 
 
-def misnamed(judge: Judge, learned: State, windows: int) -> list[Verdict]:
+def misnamed(judge: DriftMonitor, learned: DriftState, windows: int) -> list[DriftWindowResult]:
     """Field x is off so far that the model, which goes by it, names wrong modes in half of the windows."""
     r = readings(31, windows, wrong=0.0)
     r.features[:, 0] += 0.9
@@ -142,17 +142,21 @@ def misnamed(judge: Judge, learned: State, windows: int) -> list[Verdict]:
     return feed(judge, learned, replace(r, labels=labels))[1]
 
 
-def test_fields_that_are_sound_stay_quiet_while_the_model_names_wrong_classes(judge: Judge, learned: State) -> None:
+def test_fields_that_are_sound_stay_quiet_while_the_model_names_wrong_classes(
+    judge: DriftMonitor, learned: DriftState
+) -> None:
     for windows in (20, 30, 40):
         verdicts = misnamed(judge, learned, windows)
         told = [a.subject for a in raised(verdicts)]
         # Until the first alarm all are compared with what the model named, and a sound field may be told first.
         assert FIELDS[0] in told
         assert len(told) <= 2
-        assert {name for name, f in verdicts[-1].summary["features"].items() if f["state"] == "drift"} == {"x"}
+        assert {name for name, f in verdicts[-1].members["features"].items() if f["state"] == "drift"} == {"x"}
 
 
-def test_what_is_told_while_classes_are_reassigned_does_not_hang_on_batches(judge: Judge, learned: State) -> None:
+def test_what_is_told_while_classes_are_reassigned_does_not_hang_on_batches(
+    judge: DriftMonitor, learned: DriftState
+) -> None:
     r = readings(31, 12, wrong=0.3)
     r.features[:, 0] += 0.9
 
@@ -171,7 +175,7 @@ def test_what_is_told_while_classes_are_reassigned_does_not_hang_on_batches(judg
     assert told([0, 7, 33, 34, 60, 111, 120]) == whole
 
 
-def test_learning_anew_clears_what_is_open_and_counts_references(judge: Judge, learned: State) -> None:
+def test_learning_anew_clears_what_is_open_and_counts_references(judge: DriftMonitor, learned: DriftState) -> None:
     r = readings(31, 60)
     r.features[:, 1] *= 0.6
     drifted, verdicts = feed(judge, learned, r.windows(0, 8))
@@ -181,44 +185,44 @@ def test_learning_anew_clears_what_is_open_and_counts_references(judge: Judge, l
     assert cleared[0].summary == "y: this site's reference is learned anew."
     again, verdicts = feed(judge, fresh, r.windows(8, 60))
     assert raised(verdicts) == []
-    assert again.site is not None
-    assert again.site.site is not None
-    assert again.site.site.number == 2
+    assert again.site_reference is not None
+    assert again.site_reference.site is not None
+    assert again.site_reference.site.number == 2
 
 
-def test_learning_for_a_time_waits_for_it(judge: Judge) -> None:
+def test_learning_for_a_time_waits_for_it(judge: DriftMonitor) -> None:
     r = readings(3, 100)
     state, _ = judge.relearn(judge.start(), 120.0)
     _, verdicts = feed(judge, state, r)
-    learned = next(v for v in verdicts if v.learned)
-    assert learned.learned is not None
-    assert learned.learned.drift_windows == learned.index == 61
+    learned = next(v for v in verdicts if v.learned_reference)
+    assert learned.learned_reference is not None
+    assert learned.learned_reference.drift_windows == learned.index == 61
 
 
 def test_a_model_of_a_single_field_is_watched_too() -> None:
     rows = np.random.default_rng(1).normal(size=(60 * 200, 1)).astype(np.float32)
     none = np.zeros(len(rows), np.int64)
-    shipped = build(rows[:8000], np.arange(8000), 1, none[:8000], None, 200, fields=("only",))
-    judge = Judge(shipped, labels=(), window=200, learn=LEARN)
+    shipped = build_reference(rows[:8000], np.arange(8000), 1, none[:8000], None, 200, fields=("only",))
+    judge = DriftMonitor(shipped, labels=(), window=200, learn_windows=LEARN)
     rows[50 * 200 :] += 1.0
     t = np.arange(len(rows), dtype=np.int64)
-    state, verdicts = judge.step(judge.start(), rows, t, 1, none, None, rows=(1, len(rows)), t=t)
+    state, verdicts = judge.process_batch(judge.start(), rows, t, 1, none, None, rows=(1, len(rows)), t=t)
     assert [a.subject for a in raised(verdicts)] == ["only"]
     assert judge.restore(state.to_bytes()).to_bytes() == state.to_bytes()
 
 
-def test_a_site_reference_survives_its_file(judge: Judge, learned: State) -> None:
-    assert learned.site is not None
-    again = Reference.from_json(learned.site.to_json())
-    assert again.digest == learned.site.digest
+def test_a_site_reference_survives_its_file(judge: DriftMonitor, learned: DriftState) -> None:
+    assert learned.site_reference is not None
+    again = Reference.from_json(learned.site_reference.to_json())
+    assert again.digest == learned.site_reference.digest
     assert again.site is not None
-    assert replace(learned, site=again).to_bytes() == learned.to_bytes()
+    assert replace(learned, site_reference=again).to_bytes() == learned.to_bytes()
 
 
 @pytest.mark.parametrize("member", ["pair_mean", "score_mean", "psi_limits", "waves", "hours", "stretch"])
-def test_a_site_reference_that_does_not_hold_together_is_refused(learned: State, member: str) -> None:
-    assert learned.site is not None
-    document = json.loads(learned.site.to_json())
+def test_a_site_reference_that_does_not_hold_together_is_refused(learned: DriftState, member: str) -> None:
+    assert learned.site_reference is not None
+    document = json.loads(learned.site_reference.to_json())
     document["site"][member] = 99.0 if member == "stretch" else [1]
     with pytest.raises(BadBundle, match=f"malformed|site.{member}"):
         Reference.from_json(json.dumps(document).encode())

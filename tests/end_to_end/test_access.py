@@ -10,13 +10,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
 from agent.transport.mqtt import Link
-from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from tests.kit.brokers import Mosquitto, free_port
 from tests.kit.system import FLEET, outstation
 
@@ -31,30 +31,30 @@ class Access:
     home: Path
     config: FleetConfig
 
-    def as_device(self, name: str) -> Broker:
+    def as_device(self, name: str) -> BrokerConfig:
         folder = self.home / "devices" / name
         files = {"cert_file": str(folder / "device.crt"), "tls_key_file": str(folder / "device-tls.key")}
         return msgspec.structs.replace(self.config.broker, **files)
 
     @property
-    def as_operator(self) -> Broker:
-        return self.config.broker_as(self.config.operator)
+    def as_operator(self) -> BrokerConfig:
+        return self.config.broker_for(self.config.operator)
 
     @property
-    def as_commander(self) -> Broker:
+    def as_commander(self) -> BrokerConfig:
         assert self.config.commander is not None
-        return self.config.broker_as(self.config.commander)
+        return self.config.broker_for(self.config.commander)
 
     @property
-    def as_collector(self) -> Broker:
-        return self.config.broker_as(self.config.collector)
+    def as_collector(self) -> BrokerConfig:
+        return self.config.broker_for(self.config.collector)
 
 
 @pytest.fixture(scope="module")
 def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
     folder = tmp_path_factory.mktemp("access")
     port = free_port()
-    config = init_fleet(folder / "fleet", FLEET, Broker(url=f"mqtts://localhost:{port}"))
+    config = init_fleet(folder / "fleet", FLEET, BrokerConfig(url=f"mqtts://localhost:{port}"))
     store = FleetStore(Path(config.fleet.db))
     for name in ("pi-a", "pi-b"):
         enrol(folder / "fleet", config, store, name, key=None, replace=False)
@@ -66,26 +66,26 @@ def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
         yield Access(folder / "fleet", config)
 
 
-def code(broker: Broker, topic: str) -> int:
+def code(broker: BrokerConfig, topic: str) -> int:
     """The broker's reason code for a message on `topic`."""
     link = Link(broker, "someone")
     try:
-        token = link.send(Outgoing(topic, b"{}"))
+        token = link.send(OutgoingMessage(topic, b"{}"))
         while True:
             for event in link.receive(60.0):
-                if isinstance(event, Receipt) and event.token == token:
+                if isinstance(event, PublishReceipt) and event.token == token:
                     return event.code
     finally:
         link.close()
 
 
-def heard(broker: Broker, filters: list[str], sender: Broker, topic: str) -> bool:
+def heard(broker: BrokerConfig, filters: list[str], sender: BrokerConfig, topic: str) -> bool:
     """Whether a message by `sender` on `topic` reaches somebody who subscribes to `filters`."""
     listener, speaker = Link(broker, "listener", subscribe=filters), Link(sender, "speaker")
     try:
-        speaker.send(Outgoing(topic, b"{}"))
+        speaker.send(OutgoingMessage(topic, b"{}"))
         assert speaker.receive(60.0), "the broker answered"
-        return any(isinstance(event, Delivery) for event in listener.receive(0.5))
+        return any(isinstance(event, IncomingMessage) for event in listener.receive(0.5))
     finally:
         listener.close()
         speaker.close()
@@ -125,8 +125,8 @@ def test_a_device_cannot_throw_another_off_by_taking_its_client_id(access: Acces
     try:
         thief = Link(access.as_device("pi-a"), "pi-b")
         thief.close()
-        token = victim.send(Outgoing(f"{BASE}/pi-b/health", b"{}"))
-        events = [event for event in victim.receive(60.0) if isinstance(event, Receipt)]
+        token = victim.send(OutgoingMessage(f"{BASE}/pi-b/health", b"{}"))
+        events = [event for event in victim.receive(60.0) if isinstance(event, PublishReceipt)]
         assert [event.token for event in events] == [token]
     finally:
         victim.close()
@@ -174,7 +174,7 @@ def test_a_roll_out_is_retained_for_devices_and_ends_nobodys_connection(
         done = outstation("fleet", "rollout", "start", str(file), "--dir", str(access.home))
         assert done.returncode == 0, done.stderr
         device = Link(access.as_device("pi-a"), "pi-a", subscribe=[f"{BASE}/{topic}"])
-        [came] = [event for event in device.receive(60.0) if isinstance(event, Delivery)]
+        [came] = [event for event in device.receive(60.0) if isinstance(event, IncomingMessage)]
         device.close()
         assert (came.topic, came.retained) == (f"{BASE}/{topic}", True)
         assert code(access.as_device("pi-a"), f"{BASE}/{topic}") == NOT_AUTHORIZED
@@ -184,8 +184,8 @@ def test_a_roll_out_is_retained_for_devices_and_ends_nobodys_connection(
 
 
 def test_nobody_connects_without_a_certificate_of_this_fleet(access: Access, tmp_path: Path) -> None:
-    other = init_fleet(tmp_path / "other", FLEET, Broker(url=access.config.broker.url))
-    foreign = msgspec.structs.replace(other.broker_as(other.operator), ca_file=access.config.broker.ca_file)
+    other = init_fleet(tmp_path / "other", FLEET, BrokerConfig(url=access.config.broker.url))
+    foreign = msgspec.structs.replace(other.broker_for(other.operator), ca_file=access.config.broker.ca_file)
     with pytest.raises(LinkDown):
         Link(foreign, "someone", timeout_s=3.0)
     with pytest.raises(LinkDown):

@@ -10,30 +10,33 @@ from msgspec.structs import replace
 
 from agent import config
 from agent.bootstrap import tasks
-from agent.clock import Now
-from agent.config import Config, Field, Stream
+from agent.clock import ClockReading
+from agent.config import Config, FieldConfig, StreamConfig
 from agent.device.pipeline import batch
-from agent.device.store.message_log import Author
+from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.errors import ConfigError
 from tests.kit.bundles import CLASSIFY, KEY, REGRESS, Recipe, packed
 from tests.kit.senders import new_key
 
-NOW = Now(1_764_022_680_000_000, 100.0, "synced")
+NOW = ClockReading(1_764_022_680_000_000, 100.0, "synced")
 
 
 def conf(folder: Path, recipe: Recipe, mode: str | None) -> Config:
-    fields = [*(Field(name=name) for name in recipe.fields), Field(name="state", type="category", optional=True)]
+    fields = [
+        *(FieldConfig(name=name) for name in recipe.fields),
+        FieldConfig(name="state", type="category", optional=True),
+    ]
     return Config(
-        device=config.Device(id="pi-07", fleet="acme", data_dir=str(folder)),
-        publishers=config.Publishers(keys=[KEY.public.text]),
-        streams={"machine": Stream(fields=fields)},
-        tasks={"tiny": config.Task(stream="machine", bundle="tiny", learn=20, mode=mode)},
+        device=config.DeviceConfig(id="pi-07", fleet="acme", data_dir=str(folder)),
+        publishers=config.PublishersConfig(keys=[KEY.public.text]),
+        streams={"machine": StreamConfig(fields=fields)},
+        tasks={"tiny": config.TaskConfig(stream="machine", bundle="tiny", learn_windows=20, class_field=mode)},
     )
 
 
-def loaded(folder: Path, recipe: Recipe, mode: str | None, store: Store | None = None) -> batch.Task:
+def loaded(folder: Path, recipe: Recipe, mode: str | None, store: Store | None = None) -> batch.LoadedTask:
     path = folder / "bundle" if (folder / "bundle").exists() else packed(folder, recipe)
     return tasks.load_task(folder / "outstation.toml", conf(folder, recipe, mode), store, "tiny", path)
 
@@ -46,24 +49,24 @@ def asking(mode: str) -> Recipe:
 def test_readings_are_compared_within_the_modes_that_the_field_names(tmp_path: Path) -> None:
     store = Store(tmp_path / "data")
     try:
-        store.declare(conf(tmp_path, REGRESS, "state").streams)
+        store.declare_streams(conf(tmp_path, REGRESS, "state").streams)
         task = loaded(tmp_path, REGRESS, "state", store)
         values = REGRESS.rows(600)
         with store.transaction() as tx:
-            codes = tx.category_codes("machine", "state", ["idle", "run"])
+            codes = tx.assign_category_codes("machine", "state", ["idle", "run"])
             named = np.array([0, *codes], "<u2")[np.arange(600) // 10 % 3]
             t = NOW.wall_us + np.arange(600, dtype=np.int64) * 10_000
             tx.append("machine", Rows(t, (*(np.ascontiguousarray(c) for c in values.T), named)), "synced")
-        author = Author("acme", "pi-07", new_key(1), store.log_id, 1, 120_000)
+        author = MessageLog("acme", "pi-07", new_key(1), store.log_id, 1, 120_000)
         while batch.run(task, store, author, NOW) is not None:
             pass
-        assert task.drift is not None
-        assert task.drift.modes == ("idle", "run")
-        assert task.drift.site is not None
-        assert task.drift.site.class_n[[0, 1, 32, 2], 0].tolist() == [130, 130, 140, 0]
+        assert task.drift_state is not None
+        assert task.drift_state.known_modes == ("idle", "run")
+        assert task.drift_state.site_reference is not None
+        assert task.drift_state.site_reference.class_n[[0, 1, 32, 2], 0].tolist() == [130, 130, 140, 0]
         again = loaded(tmp_path, REGRESS, "state", store)
-        assert again.drift is not None
-        assert again.drift.to_bytes() == task.drift.to_bytes()
+        assert again.drift_state is not None
+        assert again.drift_state.to_bytes() == task.drift_state.to_bytes()
     finally:
         store.close()
 
@@ -73,8 +76,8 @@ def test_a_bundle_says_which_field_names_modes_and_a_task_may_say_otherwise(tmp_
         folder = tmp_path / f"{asked} {mode}"
         folder.mkdir()
         task = loaded(folder, asking(asked), mode)
-        assert task.judge is not None
-        assert task.judge.mode == expected
+        assert task.drift_monitor is not None
+        assert task.drift_monitor.class_field == expected
 
 
 def test_a_field_of_modes_that_a_stream_has_not_is_refused_with_what_to_do(tmp_path: Path) -> None:

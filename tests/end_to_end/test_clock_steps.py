@@ -17,7 +17,7 @@ from agent import clock
 from agent.bootstrap import device as assembly
 from agent.bootstrap import wiring
 from agent.client import Client
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.daemon import Daemon
 from agent.device.pipeline import batch
 from agent.device.store.store import Store
@@ -43,19 +43,19 @@ class Turned:
         device.configure(f"[streams.watch]\nfields = [{', '.join(fields(FIELDS))}]\n")
         for name, schedule in TASKS.items():
             device.task(name, schedule=schedule)
-        self.file, self.conf = wiring.load(str(device.config))
+        self.file, self.conf = wiring.load_config(str(device.config))
         self.store: Store = wiring.open_store(self.conf)
-        self.daemon: Daemon = assembly.daemon(self.file, self.conf, self.store)
+        self.daemon: Daemon = assembly.build_daemon(self.file, self.conf, self.store)
         self.runs: Counter[str] = Counter()
         self.work: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
-        self.wall_us = clock.epoch_us("2026-11-24T22:00:30Z")
+        self.wall_us = clock.parse_rfc3339("2026-11-24T22:00:30Z")
         self.boot_s = 1000.0
         monkeypatch.setattr(batch, "run", self._counted("batches", batch.run))
         monkeypatch.setattr(CronTrigger, "get_next_fire_time", self._counted("times", CronTrigger.get_next_fire_time))
         monkeypatch.setattr(Store, "transaction", self._counted("commits", Store.transaction))
-        for planned in self.daemon._planned:
-            planned.schedule.ran = self._noted(planned.task.name, planned.schedule.ran)  # type: ignore[assignment]
+        for planned in self.daemon._scheduled_tasks:
+            planned.schedule.record_run = self._noted(planned.task.name, planned.schedule.record_run)  # type: ignore[assignment]
 
     def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counting(*args: Any, **kwargs: Any) -> Any:
@@ -64,8 +64,8 @@ class Turned:
 
         return counting
 
-    def _noted(self, task: str, ran: Callable[[Now], None]) -> Callable[[Now], None]:
-        def noting(now: Now) -> None:
+    def _noted(self, task: str, ran: Callable[[ClockReading], None]) -> Callable[[ClockReading], None]:
+        def noting(now: ClockReading) -> None:
             self.runs[task] += 1
             ran(now)
 
@@ -76,7 +76,7 @@ class Turned:
         end = self.boot_s + seconds
         while self.boot_s < end:
             before = self.work.copy()
-            wait = self.daemon.turn(Now(self.wall_us, self.boot_s, "restored"))
+            wait = self.daemon.tick(ClockReading(self.wall_us, self.boot_s, "restored"))
             for name in self.work:
                 self.most[name] = max(self.most[name], self.work[name] - before[name])
             passed = min(max(wait, 0.05), 5.0)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.transport.mqtt import Link
-from agent.transport.packets import Outgoing
+from agent.transport.packets import OutgoingMessage
 from agent.wire import jws
 from agent.wire.messages import encode
 from tests.kit.senders import new_key
@@ -136,13 +136,13 @@ def test_ten_thousand_forged_commands_change_nothing_make_one_alert_and_the_next
 ) -> None:
     topic = f"outstation/{FLEET}/pi-01/cmd"
     payload = encode({"v": 1, "kind": "cmd", "device": "pi-01", "id": "x", "name": "wipe", "args": {}})
-    forged = Outgoing(topic, payload, (("jws", jws.sign(new_key(3), topic, payload)),))
-    link = Link(Broker(url=fleet.broker.url), "attacker")
+    forged = OutgoingMessage(topic, payload, (("jws", jws.sign(new_key(3), topic, payload)),))
+    link = Link(BrokerConfig(url=fleet.broker.url), "attacker")
     for _ in range(100):
         for _ in range(100):
             link.send(forged)
         eventually("the broker keeps up", lambda: link.receive(0.2) is not None)
-    link.send(Outgoing(topic, payload, forged.properties, retain=True))
+    link.send(OutgoingMessage(topic, payload, forged.properties, retain=True))
     link.receive(1.0)
     link.close()
     before = fleet.covered("pi-01")
@@ -152,8 +152,8 @@ def test_ten_thousand_forged_commands_change_nothing_make_one_alert_and_the_next
         "one alert at the collector",
         lambda: len(fleet.ask("SELECT 1 FROM alerts WHERE device = 'pi-01' AND id = '_device/security/refused'")) == 1,
     )
-    clean = Link(Broker(url=fleet.broker.url), "attacker")
-    clean.send(Outgoing(topic, b"", (), retain=True))
+    clean = Link(BrokerConfig(url=fleet.broker.url), "attacker")
+    clean.send(OutgoingMessage(topic, b"", (), retain=True))
     clean.receive(1.0)
     clean.close()
 

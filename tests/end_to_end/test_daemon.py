@@ -15,35 +15,35 @@ from agent.bootstrap import device, wiring
 from agent.config import Config
 from agent.device.daemon import Daemon
 from agent.device.pipeline import batch
-from agent.device.store.message_log import Author
+from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
-from agent.device.store.space import Space
+from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
 from agent.errors import UsageError
 from agent.wire import keys
 from tests.kit.senders import new_key
 from tests.kit.stations import T0, conf
 
-NOW = clock.Now(round(T0 * 1e6) + 48 * 3_600_000_000, 1000.0, "synced")
+NOW = clock.ClockReading(round(T0 * 1e6) + 48 * 3_600_000_000, 1000.0, "synced")
 
 
 def fill(store: Store, conf: Config, rows: int = 1000) -> None:
     """Rows of T0 in stream `watch`, two days before NOW."""
-    store.declare(conf.streams)
+    store.declare_streams(conf.streams)
     t = round(T0 * 1e6) + np.arange(rows, dtype=np.int64) * 20_000
     with store.transaction() as tx:
         tx.append("watch", Rows(t, (np.zeros(rows, "<f4"), np.zeros(rows, "<f4"))), "synced")
 
 
 def with_task(base: Config) -> Config:
-    task = config.Task(stream="watch", bundle="exercise")
+    task = config.TaskConfig(stream="watch", bundle="exercise")
     return Config(device=base.device, buffer=base.buffer, streams=base.streams, tasks={"exercise": task})
 
 
-def trim(conf: Config, store: Store, now: clock.Now) -> None:
+def trim(conf: Config, store: Store, now: clock.ClockReading) -> None:
     """What the daemon does every ten seconds, with no task that needs help."""
-    author = Author("acme", "pi-07", new_key(1), store.log_id, store.boot, 120_000)
-    Space(conf, store, author, lambda _: None, set).turn(now)
+    author = MessageLog("acme", "pi-07", new_key(1), store.log_id, store.boot, 120_000)
+    SpaceManager(conf, store, author, lambda _: None, set).tick(now)
 
 
 def test_old_readings_of_a_stream_without_a_task_go(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_readings_that_a_task_has_yet_to_use_stay_however_old_they_are(tmp_path:
     trim(waiting, store, NOW)
     assert store.first_row("watch") == 1
     with store.transaction() as tx:
-        tx.advance("exercise", 1, 1000)
+        tx.advance_cursor("exercise", 1, 1000)
     trim(waiting, store, NOW)
     assert store.first_row("watch") == 1001
     store.close()
@@ -70,14 +70,14 @@ def test_readings_that_a_task_has_yet_to_use_stay_however_old_they_are(tmp_path:
 def test_a_used_reading_stays_for_a_while(tmp_path: Path) -> None:
     store = Store(tmp_path)
     fill(store, conf(tmp_path))
-    trim(conf(tmp_path), store, clock.Now(round(T0 * 1e6) + 3_600_000_000, 1.0, "synced"))
+    trim(conf(tmp_path), store, clock.ClockReading(round(T0 * 1e6) + 3_600_000_000, 1.0, "synced"))
     assert store.first_row("watch") == 1
     store.close()
 
 
 def test_a_step_forward_of_the_wall_clock_makes_no_reading_old(tmp_path: Path) -> None:
     store, boot_s = Store(tmp_path), 200_000.0
-    store.declare(conf(tmp_path).streams)
+    store.declare_streams(conf(tmp_path).streams)
     t = NOW.wall_us + np.arange(1000, dtype=np.int64) * 20_000
     with store.transaction() as tx:
         rows = Rows(t, (np.zeros(1000, "<f4"), np.zeros(1000, "<f4")))
@@ -86,10 +86,10 @@ def test_a_step_forward_of_the_wall_clock_makes_no_reading_old(tmp_path: Path) -
         trim(
             conf(tmp_path),
             store,
-            clock.Now(NOW.wall_us + round((later_s + stepped_s) * 1e6), boot_s + later_s, "synced"),
+            clock.ClockReading(NOW.wall_us + round((later_s + stepped_s) * 1e6), boot_s + later_s, "synced"),
         )
         assert store.first_row("watch") == 1
-    trim(conf(tmp_path), store, clock.Now(NOW.wall_us + round(86_500 * 1e6), boot_s + 86_500, "synced"))
+    trim(conf(tmp_path), store, clock.ClockReading(NOW.wall_us + round(86_500 * 1e6), boot_s + 86_500, "synced"))
     assert store.first_row("watch") == 1001
     store.close()
 
@@ -111,28 +111,28 @@ schedule = "0 3 * * *"
 def test_a_nightly_run_that_was_missed_while_the_agent_was_off_is_due_at_the_next_start(tmp_path: Path) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(CRON, encoding="utf-8")
-    _, conf = wiring.load(str(file))
+    _, conf = wiring.load_config(str(file))
     store = wiring.open_store(conf)
-    ((fresh,), _) = device.planned(file, conf, store)
-    assert not fresh.schedule.due(NOW, 0)
+    ((fresh,), _) = device.load_scheduled_tasks(file, conf, store)
+    assert not fresh.schedule.is_due(NOW, 0)
     with store.transaction() as tx:
-        tx.keep("exercise", "last run", str(NOW.wall_us - 30 * 3_600_000_000).encode())
-    ((late,), _) = device.planned(file, conf, store)
-    assert late.schedule.due(NOW, 0)
-    late.schedule.ran(NOW)
-    assert not late.schedule.due(NOW, 0)
+        tx.save_state("exercise", "last run", str(NOW.wall_us - 30 * 3_600_000_000).encode())
+    ((late,), _) = device.load_scheduled_tasks(file, conf, store)
+    assert late.schedule.is_due(NOW, 0)
+    late.schedule.record_run(NOW)
+    assert not late.schedule.is_due(NOW, 0)
     store.close()
 
 
 def test_a_store_that_holds_another_devices_messages_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "outstation.toml"
     file.write_text(CRON, encoding="utf-8")
-    wiring.open_store(wiring.load(str(file))[1]).close()
+    wiring.open_store(wiring.load_config(str(file))[1]).close()
     file.write_text(CRON.replace('"pi-07"', '"pi-08"'), encoding="utf-8")
     with pytest.raises(UsageError, match=r"of acme/pi-07.*data_dir of its own"):
-        wiring.open_store(wiring.load(str(file))[1])
+        wiring.open_store(wiring.load_config(str(file))[1])
     file.write_text(CRON, encoding="utf-8")
-    wiring.open_store(wiring.load(str(file))[1]).close()
+    wiring.open_store(wiring.load_config(str(file))[1]).close()
 
 
 # --- one task must not stop the others, nor a backlog everything else ---
@@ -158,14 +158,14 @@ class Turned:
         self.file = folder / "outstation.toml"
         self.file.write_text(TWO, encoding="utf-8")
         keys.generate(folder / "device.key")
-        _, self.conf = wiring.load(str(self.file))
+        _, self.conf = wiring.load_config(str(self.file))
         self.store = wiring.open_store(self.conf)
         self.boot_s, self.look_s = 1000.0, 0.0
-        self.daemon: Daemon = device.daemon(self.file, self.conf, self.store, now=self.now)
+        self.daemon: Daemon = device.build_daemon(self.file, self.conf, self.store, now=self.now)
 
-    def now(self) -> clock.Now:
+    def now(self) -> clock.ClockReading:
         self.boot_s += self.look_s
-        return clock.Now(NOW.wall_us + round(self.boot_s * 1e6), self.boot_s, "synced")
+        return clock.ClockReading(NOW.wall_us + round(self.boot_s * 1e6), self.boot_s, "synced")
 
     def feed(self, rows: int) -> None:
         t = NOW.wall_us + (self.store.last_row("watch") + np.arange(rows, dtype=np.int64)) * 20_000
@@ -174,10 +174,10 @@ class Turned:
 
     def turn(self, after_s: float = 0.0) -> float:
         self.boot_s += after_s
-        return self.daemon.turn(self.now())
+        return self.daemon.tick(self.now())
 
     def alerts(self) -> list[tuple[str, str]]:
-        bodies = [json.loads(message.payload) for message in self.store.unsent(0, 10_000)]
+        bodies = [json.loads(message.payload) for message in self.store.unacknowledged_messages(0, 10_000)]
         return [(body["task"], body["state"]) for body in bodies if body.get("alert") == "model"]
 
 
@@ -193,7 +193,7 @@ def test_a_task_whose_batch_fails_in_a_way_nobody_foresaw_rests_longer_and_longe
 ) -> None:
     real, tried, broken = batch.run, [], [True]
 
-    def run(task: batch.Task, *rest: Any) -> batch.Done | None:
+    def run(task: batch.LoadedTask, *rest: Any) -> batch.BatchResult | None:
         if task.name == "exercise":
             tried.append(turned.boot_s)
             if broken[0]:
@@ -208,13 +208,13 @@ def test_a_task_whose_batch_fails_in_a_way_nobody_foresaw_rests_longer_and_longe
     assert list(waits[:7]) == [10.0, 10.0, 10.0, 10.0, 20.0, 40.0, 70.0]
     assert (turned.store.cursor("exercise"), turned.store.cursor("other")) == (None, 1000)
     assert turned.alerts() == [("exercise", "raised")]
-    assert turned.daemon._not_getting_on() == {"exercise"}
+    assert turned.daemon._list_stalled_tasks() == {"exercise"}
     broken[0] = False
     for _ in range(100):
         turned.turn(after_s=10.0)
     assert turned.store.cursor("exercise") == 1000
     assert turned.alerts() == [("exercise", "raised"), ("exercise", "cleared")]
-    assert turned.daemon._not_getting_on() == set()
+    assert turned.daemon._list_stalled_tasks() == set()
 
 
 def test_while_a_backlog_is_worked_off_commands_the_clock_health_and_other_tasks_have_their_turn(
@@ -223,15 +223,15 @@ def test_while_a_backlog_is_worked_off_commands_the_clock_health_and_other_tasks
     done: list[str] = []
     real = batch.run
 
-    def run(task: batch.Task, *rest: Any) -> batch.Done | None:
+    def run(task: batch.LoadedTask, *rest: Any) -> batch.BatchResult | None:
         done.append(task.name)
         turned.boot_s += 0.6
         return real(task, *rest)
 
     monkeypatch.setattr(batch, "run", run)
-    monkeypatch.setattr(batch, "_MOST_WINDOWS", 4)
-    monkeypatch.setattr(turned.daemon._operations, "turn", lambda now: done.append("commands"))
-    monkeypatch.setattr(turned.daemon._reports, "health", lambda: done.append("health"))
+    monkeypatch.setattr(batch, "_MAX_WINDOWS", 4)
+    monkeypatch.setattr(turned.daemon._operations, "tick", lambda now: done.append("commands"))
+    monkeypatch.setattr(turned.daemon._health_reporter, "write_health", lambda: done.append("health"))
     turned.feed(32_000)
     assert turned.turn() == 0.0
     assert [name for name in done if name != "health"] == ["commands", "exercise", "exercise", "other", "other"]
@@ -247,12 +247,14 @@ def test_while_the_machine_is_too_hot_tasks_wait_health_says_so_and_what_waited_
     turned: Turned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heat = [91.0]
-    monkeypatch.setattr(turned.daemon._care, "_temperature", lambda: heat[0])
+    monkeypatch.setattr(turned.daemon._throttle, "_read_temperature", lambda: heat[0])
     turned.feed(1000)
     for _ in range(12):
         turned.turn(after_s=10.0)
     assert turned.store.cursor("exercise") is None
-    told = [json.loads(m.payload) for m in turned.store.unsent(0, 10_000) if m.topic.endswith("/health")]
+    told = [
+        json.loads(m.payload) for m in turned.store.unacknowledged_messages(0, 10_000) if m.topic.endswith("/health")
+    ]
     assert told[-1]["care"] == {
         "temperature": 91.0,
         "resting": "91 °C; more than 80 °C ([care] max_temperature), until 75 °C",
@@ -264,14 +266,14 @@ def test_while_the_machine_is_too_hot_tasks_wait_health_says_so_and_what_waited_
 
 
 def test_a_paused_task_does_not_go_on_with_its_backlog(turned: Turned, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_MOST_WINDOWS", 4)
+    monkeypatch.setattr(batch, "_MAX_WINDOWS", 4)
     turned.feed(8000)
     turned.look_s = 0.5
     assert turned.turn() == 0.0
     used = turned.store.cursor("exercise")
     assert used is not None
     assert used < 8000
-    for planned in turned.daemon._planned:
+    for planned in turned.daemon._scheduled_tasks:
         planned.paused = True
     turned.turn()
     assert turned.store.cursor("exercise") == used

@@ -65,7 +65,7 @@ class Site:
         self.folder, self.name = folder, name
         (folder / "model.tflite").write_bytes(third_party(model).read_bytes())
         (folder / "spec.toml").write_text(spec)
-        pack.write(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
+        pack.write_bundle(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
         assert outstation("init", str(folder), "--id", "pi-07").returncode == 0
         self.config, self.inbox = folder / "outstation.toml", folder / "in"
         text = self.config.read_text().replace('delivery = "collector"', 'delivery = "broker"')
@@ -96,7 +96,7 @@ schedule = "every 200 ms"
     def results(self) -> list[dict[str, Any]]:
         store = Store(self.folder / "data", read_only=True)
         try:
-            found = [json.loads(message.payload) for message in store.unsent(0, 100_000)]
+            found = [json.loads(message.payload) for message in store.unacknowledged_messages(0, 100_000)]
         finally:
             store.close()
         return [body for body in found if body["kind"] == "results"]

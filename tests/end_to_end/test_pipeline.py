@@ -21,14 +21,14 @@ import pytest
 from agent import clock
 from agent.bootstrap import device as assembly
 from agent.bootstrap import wiring
-from agent.client import Answer, Client
-from agent.clock import Now
-from agent.config import Broker
+from agent.client import Client, FlushResult
+from agent.clock import ClockReading
+from agent.config import BrokerConfig
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.transport.mqtt import Link
-from agent.transport.packets import Outgoing, Receipt
+from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from tests.kit.brokers import Mosquitto, free_port
 from tests.kit.senders import new_key
@@ -193,12 +193,12 @@ def test_unsigned_foreign_and_replayed_messages_are_refused_and_counted_and_stop
     alert = f"{base}/pi-01/alerts/exercise"
     foreign = jws.sign(new_key(), alert, payload)
     hostile = [
-        Outgoing(alert, b'{"v":1,"kind":"alerts","device":"pi-01","alert":"drift"}'),
-        Outgoing(alert, payload, (("jws", foreign),)),
-        Outgoing(alert, payload, (("jws", token),)),
-        Outgoing(topic.replace("pi-01", "pi-02"), payload, (("jws", token),)),
-        Outgoing(topic, payload[:-1] + b" }", (("jws", token),)),
-        Outgoing(f"{base}/pi-01/health", bytes(range(256)), (("jws", "a.b.c.d"),)),
+        OutgoingMessage(alert, b'{"v":1,"kind":"alerts","device":"pi-01","alert":"drift"}'),
+        OutgoingMessage(alert, payload, (("jws", foreign),)),
+        OutgoingMessage(alert, payload, (("jws", token),)),
+        OutgoingMessage(topic.replace("pi-01", "pi-02"), payload, (("jws", token),)),
+        OutgoingMessage(topic, payload[:-1] + b" }", (("jws", token),)),
+        OutgoingMessage(f"{base}/pi-01/health", bytes(range(256)), (("jws", "a.b.c.d"),)),
     ]
     before = refusals(fleet)
     with_link(fleet.broker.url, hostile)
@@ -216,14 +216,14 @@ def test_unsigned_foreign_and_replayed_messages_are_refused_and_counted_and_stop
     assert fleet.audit()[0] == 0
 
 
-def with_link(url: str, messages: list[Outgoing]) -> list[int]:
+def with_link(url: str, messages: list[OutgoingMessage]) -> list[int]:
     """Send them as anybody could; the broker's reason codes."""
-    link = Link(Broker(url=url), "mallory")
+    link = Link(BrokerConfig(url=url), "mallory")
     try:
         tokens = [link.send(message) for message in messages]
         codes: dict[int, int] = {}
         while len(codes) < len(tokens):
-            codes |= {event.token: event.code for event in link.receive(60.0) if isinstance(event, Receipt)}
+            codes |= {event.token: event.code for event in link.receive(60.0) if isinstance(event, PublishReceipt)}
         return [codes[token] for token in tokens]
     finally:
         link.close()
@@ -238,10 +238,10 @@ def test_a_forged_acknowledgement_on_the_broker_deletes_nothing(fleet: Fleet) ->
     body = {"v": 1, "kind": "ack", "device": "pi-01", "log": store.log_id, "through": 2, "missing": []}
     payload = json.dumps({**body, "time": "2026-11-24T22:18:01.000000Z"}).encode()
     topic = f"outstation/{FLEET}/pi-01/ack"
-    forged = Outgoing(topic, payload, (("jws", jws.sign(new_key(), topic, payload)),))
-    assert with_link(fleet.broker.url, [forged, Outgoing(topic, payload)]) == [0, 0]
+    forged = OutgoingMessage(topic, payload, (("jws", jws.sign(new_key(), topic, payload)),))
+    assert with_link(fleet.broker.url, [forged, OutgoingMessage(topic, payload)]) == [0, 0]
     eventually("the refusal in the log", lambda: device.said("acknowledgements refused"))
-    assert {message.seq for message in store.unsent(0, 3)} == {1, 2, 3}
+    assert {message.seq for message in store.unacknowledged_messages(0, 3)} == {1, 2, 3}
     store.close()
     assert device.stop() == 0
     store = Store(device.data, read_only=True)
@@ -281,9 +281,9 @@ def test_sigterm_stops_within_five_seconds_and_the_next_start_goes_on(running: R
 
 
 def retained(fleet: Fleet, kind: str) -> bytes:
-    link = Link(Broker(url=fleet.broker.url), "looker-on", subscribe=[f"outstation/{FLEET}/pi-01/{kind}"])
+    link = Link(BrokerConfig(url=fleet.broker.url), "looker-on", subscribe=[f"outstation/{FLEET}/pi-01/{kind}"])
     try:
-        return next(event.payload for event in link.receive(60.0) if not isinstance(event, Receipt))
+        return next(event.payload for event in link.receive(60.0) if not isinstance(event, PublishReceipt))
     finally:
         link.close()
 
@@ -422,11 +422,13 @@ def as_this_user(home: Path) -> Path:
 
 def as_the_device(device: Device, topic: str) -> int:
     """The broker's reason code for a message on `topic` from somebody with this device's certificate."""
-    _, conf = wiring.load(str(device.config))
+    _, conf = wiring.load_config(str(device.config))
     link = Link(conf.broker, "pi-01")
     try:
-        token = link.send(Outgoing(topic, b"{}"))
-        return next(event.code for event in link.receive(60.0) if isinstance(event, Receipt) and event.token == token)
+        token = link.send(OutgoingMessage(topic, b"{}"))
+        return next(
+            event.code for event in link.receive(60.0) if isinstance(event, PublishReceipt) and event.token == token
+        )
     finally:
         link.close()
 
@@ -483,7 +485,7 @@ def socket_stream(buffer: str) -> str:
     return f'[buffer]\ncommit_every = "50 ms"\n{buffer}\n[streams.watch]\nfields = [{", ".join(fields(FIELDS))}]\n'
 
 
-def send(client: Client) -> Answer:
+def send(client: Client) -> FlushResult:
     """2000 rows; an `Answer` with a rejected line where they were not taken."""
     first = next(NUMBERS) * 2000
     noise = np.random.default_rng(first).normal(size=2000).tolist()
@@ -503,7 +505,7 @@ def fill(client: Client) -> tuple[int, str]:
 
 
 def eventually_accepted(client: Client) -> int:
-    answers: list[Answer] = []
+    answers: list[FlushResult] = []
 
     def taken() -> bool:
         answers.append(send(client))
@@ -517,18 +519,18 @@ def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fl
     """In virtual time: a real daemon, its loop turned by hand."""
     device = fleet.device("pi-01").configure(socket_stream(""))
     device.task("nightly", schedule="30 3 * * *").task("often", schedule="when 500 rows")
-    file, conf = wiring.load(str(device.config))
+    file, conf = wiring.load_config(str(device.config))
     store = wiring.open_store(conf)
     try:
-        daemon = assembly.daemon(file, conf, store)
-        start = clock.epoch_us("2026-11-24T23:00:00Z")
+        daemon = assembly.build_daemon(file, conf, store)
+        start = clock.parse_rfc3339("2026-11-24T23:00:00Z")
         cursors = []
         for minute in range(0, 360, 10):
-            now = Now(start + minute * 60_000_000, 1000.0 + minute * 60, "synced")
+            now = ClockReading(start + minute * 60_000_000, 1000.0 + minute * 60, "synced")
             rows = np.random.default_rng(minute).normal(size=(6, 200)).astype(np.float32)
             with store.transaction() as tx:
                 tx.append("watch", Rows(now.wall_us + np.arange(200) * 20_000, tuple(rows)), "synced")
-            daemon.turn(now)
+            daemon.tick(now)
             cursors.append((store.last_row("watch"), store.cursor("often") or 0, store.cursor("nightly") or 0))
         nights = [i for i in range(1, len(cursors)) if cursors[i][2] != cursors[i - 1][2]]
         assert [cursors[i] for i in nights] == [(5600, 5400, 5600)]
@@ -537,8 +539,8 @@ def test_two_tasks_on_one_stream_by_cron_and_by_rows_cover_it_each_on_its_own(fl
         fleet.broker.start()
         fleet.collector.start()
         eventually("the collector", lambda: fleet.collector.said("connected"))
-        public = keys.public_key(conf.collector.key)
-        uplink = Uplink(conf, store, wiring.author(file, conf, store), public, clock.read, unexpected)
+        public = keys.parse_public_key(conf.collector.key)
+        uplink = Uplink(conf, store, wiring.open_message_log(file, conf, store), public, clock.read, unexpected)
         uplink.start()
         eventually("an empty outbox", lambda: store.outbox_size()[0] == 0)
         uplink.stop()

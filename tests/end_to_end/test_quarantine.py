@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agent.device.bundles.crash_marker import Marker
+from agent.device.bundles.crash_marker import CrashMarker
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import tuning
 from tests.kit.bundles import KEY, change_manifest
@@ -43,21 +43,21 @@ def running(fleet: Fleet) -> Device:
 def exchange(device: Device) -> str:
     """Another version of the bundle, whose model is another file; the SHA-256 of that."""
     folder = device.data / "bundles" / "exercise"
-    shutil.copytree(builtin.bundles() / "exercise", folder)
+    shutil.copytree(builtin.bundles_dir() / "exercise", folder)
     # What stands behind a flatbuffer belongs to no table of it.
     content = (folder / "model.tflite").read_bytes() + bytes(16)
     (folder / "model.tflite").write_bytes(content)
 
     def change(head: dict[str, Any]) -> None:
         head["version"] = "9.9.9"
-        head["files"]["model.tflite"] = tuning.digest(content)
+        head["files"]["model.tflite"] = tuning.model_digest(content)
 
     change_manifest(folder, change)
-    return tuning.digest(content)
+    return tuning.model_digest(content)
 
 
 def shipped_version() -> str:
-    return bundle.read(builtin.bundles() / "exercise", None).manifest.version
+    return bundle.read(builtin.bundles_dir() / "exercise", None).manifest.version
 
 
 def versions(fleet: Fleet) -> list[str]:
@@ -115,7 +115,7 @@ def test_a_bundle_that_hangs_is_no_longer_vouched_for_and_gives_way_once_the_wat
 
 def hangs(device: Device) -> bool:
     """The same mark stays."""
-    first = Marker(device.data).left
+    first = CrashMarker(device.data).previous_run
     time.sleep(0.5)
-    second = Marker(device.data).left
+    second = CrashMarker(device.data).previous_run
     return first is not None and second is not None and first.id == second.id

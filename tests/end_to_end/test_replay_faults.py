@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.config import Fault
-from agent.device.intake.sources.replay import injected
+from agent.config import ReplayFault
+from agent.device.intake.sources.replay import inject_faults
 
 N, FROM = 400, 101
 
@@ -20,11 +20,11 @@ def columns() -> dict[str, NDArray[np.float64]]:
 
 
 def played(kind: str, amount: float = 0.0, *, fields: tuple[str, ...] = ("y",)) -> dict[str, NDArray[np.float64]]:
-    return injected(columns(), [fault(kind, amount, fields)], 1)
+    return inject_faults(columns(), [fault(kind, amount, fields)], 1)
 
 
-def fault(kind: str, amount: float, fields: tuple[str, ...] = ("y",)) -> Fault:
-    return Fault(kind=kind, fields=list(fields), from_row=FROM, amount=amount)  # type: ignore[arg-type]
+def fault(kind: str, amount: float, fields: tuple[str, ...] = ("y",)) -> ReplayFault:
+    return ReplayFault(kind=kind, fields=list(fields), from_row=FROM, amount=amount)  # type: ignore[arg-type]
 
 
 def test_spikes_are_one_row_in_a_hundred() -> None:
@@ -67,8 +67,8 @@ def test_another_scale_multiplies_and_noise_adds_its_spread() -> None:
 @given(cut=st.integers(1, N - 1))
 def test_a_row_is_the_same_however_rows_are_asked_for(kind: str, cut: int) -> None:
     given_fault = fault(kind, 0.5, ("x", "y"))
-    whole = injected(columns(), [given_fault], 1)
-    head = injected({name: c[:cut] for name, c in columns().items()}, [given_fault], 1)
-    tail = injected({name: c[cut:] for name, c in columns().items()}, [given_fault], cut + 1)
+    whole = inject_faults(columns(), [given_fault], 1)
+    head = inject_faults({name: c[:cut] for name, c in columns().items()}, [given_fault], 1)
+    tail = inject_faults({name: c[cut:] for name, c in columns().items()}, [given_fault], cut + 1)
     for name in whole:
         np.testing.assert_array_equal(np.concatenate([head[name], tail[name]]), whole[name])

@@ -74,7 +74,7 @@ def test_only_the_last_two_bundles_are_kept(device: Device) -> None:
 
 def test_a_kept_copy_that_was_altered_is_refused_and_what_ran_goes_on(device: Device) -> None:
     device.crash("2")
-    copy = history.folder(device.conf.data_dir, device.digest("1"))
+    copy = history.copy_folder(device.conf.data_dir, device.digest("1"))
     (copy / "model.tflite").write_bytes(b"evil")
     ok, summary, _ = device.obey("rollback", task="sort")
     assert not ok
@@ -97,13 +97,13 @@ def test_a_configured_bundle_that_is_broken_leaves_the_one_that_ran_and_an_alert
     device: Device,
 ) -> None:
     assert broken(device, "2") == device.results_by() == "1"
-    device.daemon._reports.bundles(device.daemon._broken)
+    device.daemon._health_reporter.report_bundles(device.daemon._bundle_failures)
     [alert] = [body for body in device.messages() if body.get("alert") == "model"]
     assert (alert["state"], alert["severity"]) == ("raised", "critical")
     assert alert["summary"].startswith("sort goes on with tiny 1: ")
     assert "model.tflite was altered" in alert["summary"]
     device.crash("2")
-    device.daemon._reports.bundles(device.daemon._broken)
+    device.daemon._health_reporter.report_bundles(device.daemon._bundle_failures)
     assert device.runs() == "2"
     assert [body["state"] for body in device.messages() if body.get("alert") == "model"] == ["raised", "cleared"]
     assert device.activations()[-1] == ("1", "2", "configured")
@@ -115,7 +115,7 @@ def test_a_broken_copy_on_the_disk_of_what_runs_is_made_up_for_by_the_kept_one(d
 
 
 def test_a_task_whose_configured_bundle_is_broken_is_rescued_by_a_rollback(device: Device) -> None:
-    copy = history.folder(device.conf.data_dir, device.digest("1"))
+    copy = history.copy_folder(device.conf.data_dir, device.digest("1"))
     copy.rename(device.home / "away")
     device.store.close()
     model = device.home / "data" / "bundles" / "tiny" / "model.tflite"
@@ -137,7 +137,7 @@ def test_a_crash_within_the_commit_leaves_the_bundle_that_ran(device: Device, mo
         def die(*_: object) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr(history, "record", die)
+        patched.setattr(history, "record_activation", die)
         with pytest.raises(KeyboardInterrupt):
             device.obey("rollback", task="sort")
     device.crash()
@@ -187,7 +187,7 @@ def test_a_full_store_at_the_start_records_the_activation_at_the_next_one(
         raise StorageFull("full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(history, "record", full)
+        patched.setattr(history, "record_activation", full)
         device.crash("2")
     assert device.activations()[-1] == (None, "1", "configured")
     device.crash()
@@ -210,8 +210,8 @@ def test_pause_schedule_and_rollback_are_shown_by_health(device: Device) -> None
 
 
 def test_an_activation_says_what_labels_of_its_results_may_be(device: Device) -> None:
-    bodies = [json.loads(message.payload) for message in device.store.unsent(0, 1000)]
+    bodies = [json.loads(message.payload) for message in device.store.unacknowledged_messages(0, 1000)]
     said = [one["evidence"] for one in bodies if one.get("event") == "activated"][-1]
-    manifest = device.daemon._planned[0].task.bundle.manifest
+    manifest = device.daemon._scheduled_tasks[0].task.bundle.manifest
     wanted = (manifest.kind, list(manifest.output.labels), manifest.output.threshold)
     assert (said["kind"], said["labels"], said["threshold"]) == wanted

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.fleet import config as fleet_config
 from agent.model.bundle import bundle
 from agent.transport.mqtt import Link
-from agent.transport.packets import Outgoing
+from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys
 from agent.wire.messages import encode
 from tests.kit import rigged
@@ -70,8 +70,8 @@ def leave(fleet: Fleet, topic: str, tasks: dict[str, Any]) -> None:
     head = {"v": 1, "kind": "desired", "device": parts[0], **({"group": parts[2]} if len(parts) > 2 else {})}
     payload = encode({**head, "counter": next(COUNTERS), "issued": "2026-11-26T00:00:00Z", "tasks": tasks})
     key, full = keys.load_private(Path(fleet.config.operator.key_file)), f"outstation/{FLEET}/{topic}"
-    link = Link(Broker(url=fleet.broker.url), "operator")
-    link.send(Outgoing(full, payload, (("jws", jws.sign(key, full, payload)),), retain=True))
+    link = Link(BrokerConfig(url=fleet.broker.url), "operator")
+    link.send(OutgoingMessage(full, payload, (("jws", jws.sign(key, full, payload)),), retain=True))
     link.receive(1.0)
     link.close()
 

@@ -51,7 +51,7 @@ def site(tmp_path: Path, template: Site, card: Card) -> Iterator[Site]:
 
 def fill_at(monkeypatch: pytest.MonkeyPatch, card: Card, phase: str) -> None:
     """The disk is full at the first step to this phase, in the middle of its transaction."""
-    write = transitions.write
+    write = transitions.record
     full: list[int] = []
 
     def filling(*arguments: Any) -> Any:
@@ -60,7 +60,7 @@ def fill_at(monkeypatch: pytest.MonkeyPatch, card: Card, phase: str) -> None:
             card.fill()
         return write(*arguments)
 
-    monkeypatch.setattr(transitions, "write", filling)
+    monkeypatch.setattr(transitions, "record", filling)
 
 
 def is_full(caplog: pytest.LogCaptureFixture) -> bool:

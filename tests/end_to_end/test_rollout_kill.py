@@ -34,7 +34,7 @@ class Killed(BaseException):
 def dying(at: int, *, after_commit: bool) -> Iterator[list[int]]:
     """Die at the commit of the step of a roll-out of that number, from 0; the list counts the steps."""
     written: list[int] = []
-    write, transaction = transitions.write, Store.transaction
+    write, transaction = transitions.record, Store.transaction
 
     def counted(*arguments: Any) -> Any:
         written.append(1)
@@ -51,7 +51,7 @@ def dying(at: int, *, after_commit: bool) -> Iterator[list[int]]:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(transitions, "write", counted)
+        patched.setattr(transitions, "record", counted)
         patched.setattr(Store, "transaction", deadly)
         yield written
 
@@ -60,16 +60,16 @@ def go(site: Site, text: str, strategy: str, *, wild_from: int, until: Callable[
     """Desire it, as a retained message that comes with each connection, and run batches until it is there."""
     delivery = signed(site.operator.key, next(NUMBERS), {"sort": site.wanted(text, strategy)})
     while not until(site):
-        desires = site.daemon._uplink._desires
+        desires = site.daemon._uplink._desired_states
         assert desires is not None
-        desires.take(delivery)
-        desires.turn(site.now)
+        desires.accept(delivery)
+        desires.apply_pending(site.now)
         site.tick()
-        if site.phase in ("shadow", "probation") and not site.daemon._updating.resumes("sort"):
+        if site.phase in ("shadow", "probation") and not site.daemon._rollout.is_resuming("sort"):
             if site.store.last_row("cells") == (site.store.cursor("sort") or 0):
                 site.feed(wild=site._written >= wild_from)
-            site.daemon._work_off(site.daemon._planned[0], site.now)
-        site.until(lambda: not site.daemon._updating.resumes("sort"), "it is there again")
+            site.daemon._run_batches(site.daemon._scheduled_tasks[0], site.now)
+        site.until(lambda: not site.daemon._rollout.is_resuming("sort"), "it is there again")
 
 
 NUMBERS = itertools.count(1)

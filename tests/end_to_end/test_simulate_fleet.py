@@ -14,7 +14,7 @@ from agent.simulate import disturbances, plan
 from tests.end_to_end.test_demo import left_over
 from tests.kit.brokers import Mosquitto, mosquitto_binary
 
-NAMES = plan.names(50)
+NAMES = plan.device_names(50)
 
 
 def simulate(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,29 +22,29 @@ def simulate(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
 
 
-def drawn(seed: int, **counts: int) -> disturbances.Hardship:
+def drawn(seed: int, **counts: int) -> disturbances.Disturbances:
     return disturbances.draw(NAMES, seed, span_s=60.0, **{"away": 5, "cut": 5, "slow": 5, "worse": 2} | counts)
 
 
 def test_the_same_seed_makes_the_same_sites_suffer_and_another_one_others() -> None:
     assert drawn(1) == drawn(1)
-    assert drawn(1).worse != drawn(2).worse
+    assert drawn(1).degraded != drawn(2).degraded
 
 
 def test_no_device_has_two_hardships_while_there_are_enough() -> None:
     found = drawn(3)
-    groups = [set(found.worse), set(found.away), set(found.cuts), set(found.slow)]
+    groups = [set(found.degraded), set(found.outages), set(found.download_cuts), set(found.slow_rates)]
     assert [len(group) for group in groups] == [2, 5, 5, 5]
     assert len(set.union(*groups)) == 17
 
 
 def test_more_hardship_than_devices_leaves_nobody_out_and_invents_none() -> None:
     found = drawn(4, away=30, cut=30, slow=30, worse=2)
-    assert (len(found.worse), len(found.away), len(found.cuts), len(found.slow)) == (2, 30, 18, 0)
+    assert (len(found.degraded), len(found.outages), len(found.download_cuts), len(found.slow_rates)) == (2, 30, 18, 0)
 
 
 def test_some_devices_are_away_before_the_roll_out_begins_and_all_come_back() -> None:
-    away = list(drawn(5).away.values())
+    away = list(drawn(5).outages.values())
     assert 0 < sum(one.begin_s == 0.0 for one in away) < len(away)
     assert all(one.end_s > one.begin_s for one in away)
 

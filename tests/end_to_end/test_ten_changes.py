@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agent.config import Fault
+from agent.config import ReplayFault
 from agent.device.intake.sources import recordings as playlist
 from agent.device.intake.sources import replay
-from agent.drift import Judge, Reference, State
+from agent.drift import DriftMonitor, DriftState, Reference
 from agent.drift.reporting.alert_text import Alert
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import features, runtime, scores
@@ -27,32 +27,32 @@ class Watch:
     """A site that has learned its reference, and the readings that follow."""
 
     found: bundle.Bundle
-    model: runtime.Model
-    judge: Judge
-    learned: State
+    model: runtime.TfliteModel
+    judge: DriftMonitor
+    learned: DriftState
     rows: NDArray[np.float32]
 
-    def step(self, state: State, rows: NDArray[np.float32]) -> tuple[State, list[Alert]]:
+    def step(self, state: DriftState, rows: NDArray[np.float32]) -> tuple[DriftState, list[Alert]]:
         spec, starts = self.found.manifest, np.arange(0, len(rows), ROWS)
-        windows = features.windows(rows, starts, spec.input)
-        said = scores.of(self.model.invoke(windows), spec, windows)
+        windows = features.build_windows(rows, starts, spec.input)
+        said = scores.from_outputs(self.model.invoke(windows), spec, windows)
         assert said.label is not None
         assert said.score is not None
-        first = max(0, state.seen) + 1
+        first = max(0, state.last_counted_row) + 1
         t = np.arange(first, first + len(rows), dtype=np.int64) * 20_000
-        state, verdicts = self.judge.step(
+        state, verdicts = self.judge.process_batch(
             state, rows, starts, ROWS, said.label, said.score[:, None].astype(np.float32),
             rows=(first, first + len(rows) - 1), t=t,
         )  # fmt: skip
         return state, [alert for verdict in verdicts for alert in verdict.alerts]
 
-    def after(self, *faults: Fault) -> list[Alert]:
+    def after(self, *faults: ReplayFault) -> list[Alert]:
         """All alerts that are raised."""
         return [alert for alert in self.told(*faults) if alert.state == "raised"]
 
-    def told(self, *faults: Fault) -> list[Alert]:
+    def told(self, *faults: ReplayFault) -> list[Alert]:
         columns = {name: self.rows[:, i].astype(np.float64) for i, name in enumerate(self.judge.shipped.fields)}
-        changed = replay.injected(columns, faults, 1)
+        changed = replay.inject_faults(columns, faults, 1)
         return self.step(self.learned, np.stack(list(changed.values()), axis=1).astype(np.float32))[1]
 
 
@@ -60,22 +60,24 @@ class Watch:
 def watch() -> Watch:
     recordings = playlist.load(SCENARIOS["exercise"].file)
     parts, count = [], 0
-    for part in playlist.Playlist(recordings, 8, 0).parts():
+    for part in playlist.Playlist(recordings, 8, 0).iter_items():
         n = part.n // ROWS * ROWS
         parts.append(recordings.rows[part.start : part.start + n])
         count += n
         if count >= (LEARN + AFTER + 1) * WINDOW * ROWS:
             break
     rows = np.concatenate(parts)
-    found = bundle.read(builtin.bundles() / "exercise", builtin.publishers())
-    judge = Judge(
+    found = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+    judge = DriftMonitor(
         Reference.from_json(found.files["reference.json"]),
-        labels=found.manifest.output.labels, window=WINDOW, learn=LEARN, units=UNITS,
+        labels=found.manifest.output.labels, window=WINDOW, learn_windows=LEARN, units=UNITS,
     )  # fmt: skip
     begin = (LEARN + 1) * WINDOW * ROWS
-    start = Watch(found, runtime.Model(found.model), judge, judge.start(), rows[begin : begin + AFTER * WINDOW * ROWS])
+    start = Watch(
+        found, runtime.TfliteModel(found.model_bytes), judge, judge.start(), rows[begin : begin + AFTER * WINDOW * ROWS]
+    )
     learned, _ = start.step(judge.start(), rows[:begin])
-    assert learned.site is not None
+    assert learned.site_reference is not None
     return Watch(start.found, start.model, judge, learned, start.rows)
 
 
@@ -95,8 +97,8 @@ def test_another_sampling_clock_is_told_though_times_do_not_show_it(watch: Watch
     assert alerts[0].evidence["window"] - watch.learned.index < 3
 
 
-def change(kind: str, amount: float, *fields: str) -> Fault:
-    return Fault(kind=kind, fields=list(fields), from_row=1, amount=amount)  # type: ignore[arg-type]
+def change(kind: str, amount: float, *fields: str) -> ReplayFault:
+    return ReplayFault(kind=kind, fields=list(fields), from_row=1, amount=amount)  # type: ignore[arg-type]
 
 
 def test_unchanged_readings_raise_nothing(watch: Watch) -> None:
@@ -112,9 +114,9 @@ def test_unchanged_readings_raise_nothing(watch: Watch) -> None:
         (change("swap", 0.0, "wx", "wy"), "swapped", "reads like w"),
         (change("quantize", 0.125, "az"), "quantized", "as coarse as they were here"),
     ],
-    ids=lambda value: value.kind if isinstance(value, Fault) else "",
+    ids=lambda value: value.kind if isinstance(value, ReplayFault) else "",
 )
-def test_a_fault_is_named(watch: Watch, fault: Fault, name: str, said: str) -> None:
+def test_a_fault_is_named(watch: Watch, fault: ReplayFault, name: str, said: str) -> None:
     alerts = watch.after(fault)
     told = {(a.subject, a.evidence["fault"]) for a in alerts if a.alert == "fault"}
     assert told == {(field, name) for field in fault.fields}, [a.summary for a in alerts]
@@ -124,7 +126,7 @@ def test_a_fault_is_named(watch: Watch, fault: Fault, name: str, said: str) -> N
 @pytest.mark.parametrize(
     "fault", [change("scale", 9.80665, "az"), change("swap", 0.0, "wx", "wy"), change("swap", 0.0, "ax", "az")]
 )
-def test_where_a_field_is_read_wrongly_no_drift_stays_open(watch: Watch, fault: Fault) -> None:
+def test_where_a_field_is_read_wrongly_no_drift_stays_open(watch: Watch, fault: ReplayFault) -> None:
     is_open = {}
     for alert in watch.told(fault):
         is_open[alert.id] = alert.state == "raised"
@@ -150,9 +152,11 @@ def test_fields_that_are_put_back_where_they_were_are_told_to_be_sound(watch: Wa
         (change("noise", 0.3, "az"), "likely noise or more movement"),
         (change("offset", 1.0, "wz"), "likely offset or a new position"),
     ],
-    ids=lambda value: f"{value.kind} {value.fields[0]}" if isinstance(value, Fault) else "",
+    ids=lambda value: f"{value.kind} {value.fields[0]}" if isinstance(value, ReplayFault) else "",
 )
-def test_a_drift_is_told_as_a_drift_of_its_field_with_its_likely_cause(watch: Watch, drift: Fault, cause: str) -> None:
+def test_a_drift_is_told_as_a_drift_of_its_field_with_its_likely_cause(
+    watch: Watch, drift: ReplayFault, cause: str
+) -> None:
     alerts = watch.after(drift)
     assert [a.summary for a in alerts if a.alert == "fault"] == []
     assert alerts

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.device.rollout.fetch.fetcher import Fetched
+from agent.device.rollout.fetch.fetcher import FetchedBundle
 from agent.errors import BadBundle
 from agent.model.bundle import bundle
-from agent.wire.desired_state import Wanted
+from agent.wire.desired_state import DesiredBundle
 from tests.kit.bundles import KEY, packed
 from tests.kit.update_repositories import ARCHIVE, Signed, forged
 from tests.kit.update_servers import Handler, Trick, Web
@@ -30,10 +30,10 @@ MANY = 2**31 - 1
 
 
 @pytest.fixture
-def publish(repository: Signed, web: Web) -> Callable[..., Wanted]:
+def publish(repository: Signed, web: Web) -> Callable[..., DesiredBundle]:
     """Sign an archive as a version, and put all on the server."""
 
-    def put(version: str, archive: bytes = ARCHIVE, **said: object) -> Wanted:
+    def put(version: str, archive: bytes = ARCHIVE, **said: object) -> DesiredBundle:
         wanted = repository.add("exercise", version, archive, **said)
         repository.write(web.folder)
         return wanted
@@ -41,7 +41,7 @@ def publish(repository: Signed, web: Web) -> Callable[..., Wanted]:
     return put
 
 
-Publish = Callable[..., Wanted]
+Publish = Callable[..., DesiredBundle]
 
 
 def archives_asked(web: Web) -> list[str]:
@@ -288,7 +288,7 @@ def test_slow_drip(publish: Publish, web: Web, device: Updating, file: str, tric
 def test_wrong_device_class(publish: Publish, web: Web, device: Updating, said: dict[str, object], why: str) -> None:
     failed = device.must_fail(publish("1.0.0", **said), "Unfit")
     assert why in failed.detail
-    assert failed.lasting
+    assert failed.is_permanent
     assert archives_asked(web) == []
 
 
@@ -370,7 +370,7 @@ def test_a_clock_at_1970_does_not_make_old_metadata_new(publish: Publish, web: W
     wanted = publish("1.0.0")
     device.must_fetch(wanted)
     with device.store.transaction() as tx:
-        tx.raise_floor(device.now().wall_us + 20 * DAY_US)
+        tx.raise_time_floor(device.now().wall_us + 20 * DAY_US)
     device.wall_us, device.quality = 0, "unsynced"
     device.must_fail(wanted, "ExpiredMetadataError")
 
@@ -414,7 +414,7 @@ def zipped(*members: tuple[zipfile.ZipInfo, bytes]) -> bytes:
     return file.getvalue()
 
 
-def refused_bundle(found: Fetched, whole: dict[str, bytes]) -> str:
+def refused_bundle(found: FetchedBundle, whole: dict[str, bytes]) -> str:
     """Why the archive that came is no bundle; the one of before still is."""
     assert whole, "a bundle ran before"
     with pytest.raises(BadBundle) as refusal:
@@ -496,7 +496,7 @@ def test_a_symbolic_link_in_a_folder_leads_nowhere(publish: Publish, web: Web, d
 
 
 def test_a_name_that_leads_out_of_the_repository(repository: Signed, web: Web, device: Updating) -> None:
-    outside = Wanted("rollout-1", "exercise", "../../..", f"sha256:{'0' * 64}", "all")
+    outside = DesiredBundle("rollout-1", "exercise", "../../..", f"sha256:{'0' * 64}", "all")
     repository.add("exercise", "1.0.0", ARCHIVE)
     repository.write(web.folder)
     device.must_fail(outside, "NoSuchTarget")

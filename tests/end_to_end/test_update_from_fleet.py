@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import Field, Stream
-from agent.device.rollout.fetch.fetcher import Fetched
+from agent.config import FieldConfig, StreamConfig
+from agent.device.rollout.fetch.fetcher import FetchedBundle
 from agent.fleet.repository import key_rotation as rotating
 from agent.fleet.repository import mirror as copying
 from agent.fleet.repository import revoke as revoking
-from agent.fleet.repository.publish import Published
+from agent.fleet.repository.publish import PublishResult
 from agent.model.bundle import bundle
-from agent.wire.desired_state import Wanted
+from agent.wire.desired_state import DesiredBundle
 from tests.kit.bundles import KEY, TABULAR
 from tests.kit.repositories import Depot, served, version
 from tests.kit.updating import Updating
 
 pytest_plugins = ["tests.kit.repository_fixtures"]
 
-STREAMS = {"watch": Stream(fields=[Field(name=name) for name in TABULAR])}
+STREAMS = {"watch": StreamConfig(fields=[FieldConfig(name=name) for name in TABULAR])}
 
 
 @pytest.fixture
@@ -28,17 +28,17 @@ def depot(tmp_path: Path) -> Depot:
     return Depot(tmp_path / "fleet").create(roots=2, threshold=2)
 
 
-def desired(published: Published) -> Wanted:
-    said = published.offer
-    return Wanted("rollout-1", said.name, said.version, said.digest, "all")
+def desired(published: PublishResult) -> DesiredBundle:
+    said = published.target_metadata
+    return DesiredBundle("rollout-1", said.name, said.version, said.digest, "all")
 
 
-def read(found: Fetched) -> bundle.Bundle:
+def read(found: FetchedBundle) -> bundle.Bundle:
     return bundle.read(found.path, [KEY.public])
 
 
 def test_what_a_fleet_publishes_a_device_fetches(tmp_path: Path, depot: Depot, made: Path) -> None:
-    root = depot.layout.root(1).read_bytes()
+    root = depot.layout.root_path(1).read_bytes()
     first = desired(depot.publish(made))
     with served(depot.layout.home) as url, Updating(tmp_path / "device", url, root, STREAMS) as device:
         found = read(device.must_fetch(first))
@@ -58,7 +58,7 @@ def test_what_a_fleet_publishes_a_device_fetches(tmp_path: Path, depot: Depot, m
 
 
 def test_a_copy_on_a_stick_is_a_repository_and_an_old_copy_is_none(tmp_path: Path, depot: Depot, made: Path) -> None:
-    root = depot.layout.root(1).read_bytes()
+    root = depot.layout.root_path(1).read_bytes()
     first = desired(depot.publish(made))
     copying.copy(depot.folder, tmp_path / "stick")
     copying.copy(depot.folder, tmp_path / "old stick")
@@ -71,7 +71,7 @@ def test_a_copy_on_a_stick_is_a_repository_and_an_old_copy_is_none(tmp_path: Pat
 
 
 def test_a_device_without_the_fields_of_a_bundle_does_not_fetch_it(tmp_path: Path, depot: Depot, made: Path) -> None:
-    root = depot.layout.root(1).read_bytes()
+    root = depot.layout.root_path(1).read_bytes()
     wanted = desired(depot.publish(made))
     with Updating(tmp_path / "device", str(depot.layout.home), root) as device:
         assert "it needs field 'a'" in device.must_fail(wanted, "Unfit").detail

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from agent.evaluation import bench, bootstrap, examples, metrics, predictions, report
-from agent.evaluation.predict.run import Work
-from agent.evaluation.predictions import Judge
+from agent.evaluation.predict.run import BatchPredictor
+from agent.evaluation.predictions import LabelledPredictor
 from agent.model.inference import scores
 from agent.model.inference.inference import Inference
 from tests.kit.bundles import SEVERAL, VECTORS, Recipe, packed
@@ -27,7 +27,7 @@ def write(path: Path, recipe: Recipe, inference: Inference, wrong: int = 0) -> P
     rows = np.array([[float(f"{v:.5f}") for v in row] for row in rows], np.float32)
     t = np.arange(N) * 10_000
     found = inference.run(rows, t).scores
-    said = scores.texts(found, inference.manifest)
+    said = scores.to_texts(found, inference.manifest)
     if said is None:
         assert found.value is not None
         said = [f"{v:.6f}" for v in found.value]
@@ -47,7 +47,9 @@ def test_blocks_change_nothing_and_the_models_own_answers_are_right(kind: str, t
     found, inference = loaded(bundle)
     data = write(tmp_path / "rows.csv", ALL[kind], inference)
     for name, block in (("whole.csv", None), ("pieces.csv", 1500)):
-        Work(found, inference, raw=True, block=block).file(data, tmp_path / name, lambda *_: None)
+        BatchPredictor(found, inference, raw=True, block_bytes=block).predict_file(
+            data, tmp_path / name, lambda *_: None
+        )
     with (tmp_path / "whole.csv").open(newline="") as one, (tmp_path / "pieces.csv").open(newline="") as other:
         whole, pieces = list(csv.DictReader(one)), list(csv.DictReader(other))
     assert len(whole) == len(pieces) == N
@@ -56,7 +58,7 @@ def test_blocks_change_nothing_and_the_models_own_answers_are_right(kind: str, t
         numbers = [name for name in a if name not in ("row", "label")]
         # Batches of another size may differ in the last bit of a float.
         assert [float(a[name]) for name in numbers] == pytest.approx([float(b[name]) for name in numbers], abs=1e-5)
-    if found.manifest.truth != "anomaly" or found.manifest.output.threshold is not None:
+    if found.manifest.label_kind != "anomaly" or found.manifest.output.threshold is not None:
         judged = evaluated(bundle, data, ablate=True, robustness=True)
         figures = {m.metric: m.value for m in judged.metrics}
         perfect = {
@@ -65,9 +67,9 @@ def test_blocks_change_nothing_and_the_models_own_answers_are_right(kind: str, t
             "regress": ("mae", 0.0),
             "anomaly": ("accuracy", 1.0),
         }
-        name, value = perfect[found.manifest.truth]
+        name, value = perfect[found.manifest.label_kind]
         assert figures[name] == pytest.approx(value, abs=1e-5)
-        assert report.html(judged).startswith("<!doctype html>")
+        assert report.render_html(judged).startswith("<!doctype html>")
 
 
 def test_of_several_labels_each_is_measured_and_answers_as_a_whole(tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_of_several_labels_each_is_measured_and_answers_as_a_whole(tmp_path: Pat
     found = evaluated(bundle, write(tmp_path / "rows.csv", SEVERAL, inference, wrong=200))
     rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
     values = np.array([[row[name] for name in SEVERAL.fields] for row in rows], np.float64).astype(np.float32)
-    said = inference.run(values, np.arange(N) * 10_000).scores.said
+    said = inference.run(values, np.arange(N) * 10_000).scores.predicted
     assert said is not None
     meant = np.array([[label in row["label"].split("|") for label in SEVERAL.labels] for row in rows])
     figures = {m.metric: m.value for m in found.metrics}
@@ -94,14 +96,16 @@ def test_windows_cut_out_for_themselves_get_the_answers_they_get_in_the_stream(t
     found, inference = loaded(bundle)
     data = write(tmp_path / "rows.csv", HISTORY, inference, wrong=200)
     source = examples.read(data, inference, ["label"])
-    some = examples.labelled(source, inference, "label", ["label"], None)
-    units = bootstrap.units(np.zeros(len(some)), None, None, 0)
-    table = bench.make(Judge(inference), some, units)
-    late = np.flatnonzero(some.starts >= inference.history)
-    whole = predictions.pairs(found.manifest, examples.answered(inference, source, some.starts), some.truth, None)[late]
-    assert len(table.examples) == len(late) == N - inference.history > 0
-    assert table.figures[0] == metrics.main("classify", whole, units.pick(late))[0] < 1.0
-    assert found.manifest.input.history == 19
+    some = examples.label_windows(source, inference, "label", ["label"], None)
+    units = bootstrap.build_units(np.zeros(len(some)), None, None, 0)
+    table = bench.draw_sample(LabelledPredictor(inference), some, units)
+    late = np.flatnonzero(some.starts >= inference.history_rows)
+    whole = predictions.pair_with_truth(
+        found.manifest, examples.predict(inference, source, some.starts), some.truth, None
+    )[late]
+    assert len(table.examples) == len(late) == N - inference.history_rows > 0
+    assert table.baseline_metric[0] == metrics.primary_metric("classify", whole, units.subset(late))[0] < 1.0
+    assert found.manifest.input.history_rows == 19
 
 
 def test_an_embedding_is_judged_by_its_distance(tmp_path: Path) -> None:

@@ -13,15 +13,15 @@ from click.testing import CliRunner, Result
 from agent.authoring import pack
 from agent.cli.model.group import model as command
 from agent.datasets import training_data
-from agent.datasets.blocks import Place
-from agent.datasets.media_files import MediaFiles
+from agent.datasets.blocks import FilePosition
+from agent.datasets.media_files import MediaReader
 from agent.evaluation.document import Evaluation
-from agent.model.bundle.manifest import Input, Windowing
+from agent.model.bundle.manifest import ModelInput, WindowSpec
 from tests.kit.bundles import KEY
 from tests.kit.evaluations import evaluated
 from tests.model.test_media import HEARD, picture, third_party, tone, write_wav
 
-SOUND = Input(fields=HEARD.columns, window=Windowing(rows=5, step=5, max_gap_s=0.5), sound=HEARD)
+SOUND = ModelInput(fields=HEARD.columns, window=WindowSpec(rows=5, step=5, max_gap_s=0.5), sound=HEARD)
 SPEC = """
 name = "vww"
 version = "1"
@@ -42,17 +42,17 @@ def test_sounds_are_read_a_file_at_a_time_with_their_folder_as_label(tmp_path: P
     for i, label in enumerate(("fan", "fan", "pump")):
         write_wav(tmp_path / label / f"{i}.wav", tone(440 * (i + 1)))
     (tmp_path / "fan" / "1.wav").write_bytes(b"RIFF is not enough")
-    blocks = list(MediaFiles(tmp_path, SOUND, ["label"]).blocks(Place()))
-    assert [set(block.texts["file"].tolist()) for block in blocks] == [{"fan/0.wav"}, set(), {"pump/2.wav"}]
-    assert [set(block.texts["label"].tolist()) for block in blocks] == [{"fan"}, set(), {"pump"}]
+    blocks = list(MediaReader(tmp_path, SOUND, ["label"]).blocks(FilePosition()))
+    assert [set(block.text_columns["file"].tolist()) for block in blocks] == [{"fan/0.wav"}, set(), {"pump/2.wav"}]
+    assert [set(block.text_columns["label"].tolist()) for block in blocks] == [{"fan"}, set(), {"pump"}]
     [one] = blocks[1].rejected
     assert "1.wav: no WAV file" in one.reason
     assert one.file == "fan/1.wav"
     whole = training_data.read(tmp_path / "pump" / "2.wav", SOUND)
     assert blocks[2].rows.tobytes() == whole.features.tobytes()
     assert blocks[2].t[0] - blocks[0].t[-1] > 500_000 * 10  # no window reaches from one file into the next
-    again = list(MediaFiles(tmp_path, SOUND, ["label"]).blocks(blocks[1].after))
-    assert again[0].number.tolist() == blocks[2].number.tolist()
+    again = list(MediaReader(tmp_path, SOUND, ["label"]).blocks(blocks[1].next_position))
+    assert again[0].row_numbers.tolist() == blocks[2].row_numbers.tolist()
     assert again[0].t.tobytes() == blocks[2].t.tobytes()
 
 
@@ -65,7 +65,7 @@ def looking(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture((96, 96, 3), seed=i))
     (tmp_path / "spec.toml").write_text(SPEC)
-    pack.write(pack.pack(tmp_path / "spec.toml", KEY), tmp_path / "bundle")
+    pack.write_bundle(pack.pack(tmp_path / "spec.toml", KEY), tmp_path / "bundle")
     return tmp_path
 
 

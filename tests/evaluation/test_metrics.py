@@ -10,31 +10,31 @@ from hypothesis import strategies as st
 from agent.evaluation import bootstrap, metrics
 from agent.performance import intervals
 from agent.performance import metrics as quality
-from agent.performance.metrics import Pairs
+from agent.performance.metrics import LabelledPredictions
 
 LABELS = ["a", "b", "c"]
 
 
-def classified(n: int, seed: int, right: float = 0.8) -> Pairs:
+def classified(n: int, seed: int, right: float = 0.8) -> LabelledPredictions:
     rng = np.random.default_rng(seed)
     truth = rng.integers(0, 3, n)
     full = rng.dirichlet([0.6] * 3, n)
     full[np.arange(n), truth] += rng.random(n) < right
     full /= full.sum(axis=1, keepdims=True)
     said = full.argmax(axis=1)
-    return Pairs(truth.astype(float), said=said, score=full[np.arange(n), said], full=full)
+    return LabelledPredictions(truth.astype(float), predicted=said, score=full[np.arange(n), said], probabilities=full)
 
 
-def alone(n: int, off: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None) -> bootstrap.Units:
-    return bootstrap.units(np.zeros(n) if off is None else off, None, None, 0)
+def alone(n: int, off: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None) -> bootstrap.BootstrapUnits:
+    return bootstrap.build_units(np.zeros(n) if off is None else off, None, None, 0)
 
 
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(30, 300), seed=st.integers(0, 1000))
 def test_figures_are_those_that_devices_report(n: int, seed: int) -> None:
     pairs = classified(n, seed)
-    reported = {(m.metric, m.slice): m.value for m in quality.measure("classify", LABELS, pairs)}
-    found = metrics.measure("classify", LABELS, pairs, alone(n))
+    reported = {(m.metric, m.slice): m.value for m in quality.compute_metrics("classify", LABELS, pairs)}
+    found = metrics.compute("classify", LABELS, pairs, alone(n))
     for one in found.metrics:
         if (one.metric, "") in reported:
             assert one.value == pytest.approx(reported[one.metric, ""], rel=1e-5)
@@ -47,9 +47,9 @@ def test_figures_are_those_that_devices_report(n: int, seed: int) -> None:
 def test_numbers_are_measured_as_devices_do_also_far_from_zero() -> None:
     rng = np.random.default_rng(0)
     truth = np.asarray(1e6 + rng.normal(0, 1, 500), np.float64)
-    pairs = Pairs(truth, value=np.asarray(truth + rng.normal(0.2, 0.5, 500), np.float64))
-    reported = {m.metric: m.value for m in quality.measure("regress", [], pairs)}
-    found = {m.metric: m for m in metrics.measure("regress", [], pairs, alone(500)).metrics}
+    pairs = LabelledPredictions(truth, value=np.asarray(truth + rng.normal(0.2, 0.5, 500), np.float64))
+    reported = {m.metric: m.value for m in quality.compute_metrics("regress", [], pairs)}
+    found = {m.metric: m for m in metrics.compute("regress", [], pairs, alone(500)).metrics}
     for name in ("mae", "rmse", "r2"):
         assert found[name].value == pytest.approx(reported[name], rel=1e-4)
     assert found["bias"].value == pytest.approx(0.2, abs=0.07)
@@ -58,8 +58,8 @@ def test_numbers_are_measured_as_devices_do_also_far_from_zero() -> None:
 def test_anomalies_are_ranked_and_judged_at_the_threshold() -> None:
     truth = np.array([0, 0, 0, 0, 1, 1], float)
     value = np.array([0.1, 0.2, 0.3, 0.9, 0.8, 0.7])
-    pairs = Pairs(truth, said=(value > 0.75).astype(np.int64), value=value)
-    found = {m.metric: m.value for m in metrics.measure("anomaly", [], pairs, alone(6)).metrics}
+    pairs = LabelledPredictions(truth, predicted=(value > 0.75).astype(np.int64), value=value)
+    found = {m.metric: m.value for m in metrics.compute("anomaly", [], pairs, alone(6)).metrics}
     assert found["auc"] == pytest.approx(0.75)
     assert found["average_precision"] == pytest.approx((1 / 2 + 2 / 3) / 2, rel=1e-5)
     assert (found["precision"], found["recall"]) == (0.5, 0.5)
@@ -79,11 +79,11 @@ def test_an_interval_by_group_covers_what_one_of_single_windows_does_not() -> No
         rng = np.random.default_rng(seed)
         person = np.clip(rng.normal(0.8, 0.1, 20), 0, 1)
         right = rng.random((20, 100)) < person[:, None]
-        pairs = Pairs(np.zeros(2000), said=np.where(right.ravel(), 0, 1))
+        pairs = LabelledPredictions(np.zeros(2000), predicted=np.where(right.ravel(), 0, 1))
         names = np.repeat(np.arange(20), 100).astype(str)
         for kind, group in (("groups", names), ("windows", None)):
-            units = bootstrap.units(np.where(right.ravel(), 0.0, 1.0), group, "person", seed)
-            found = metrics.main_span("classify", pairs, units)
+            units = bootstrap.build_units(np.where(right.ravel(), 0.0, 1.0), group, "person", seed)
+            found = metrics.primary_interval("classify", pairs, units)
             assert found.low is not None
             assert found.high is not None
             inside[kind] += found.low <= 0.8 <= found.high
@@ -92,8 +92,8 @@ def test_an_interval_by_group_covers_what_one_of_single_windows_does_not() -> No
 
 
 def test_all_right_is_not_certainly_all_right() -> None:
-    pairs = Pairs(np.asarray(np.arange(40) % 2, np.float64), said=np.arange(40) % 2)
-    found = metrics.main_span("classify", pairs, alone(40))
+    pairs = LabelledPredictions(np.asarray(np.arange(40) % 2, np.float64), predicted=np.arange(40) % 2)
+    found = metrics.primary_interval("classify", pairs, alone(40))
     low, high = intervals.wilson(1.0, 40)
     assert (found.value, found.high) == (1.0, high)
     assert found.low == pytest.approx(low, rel=1e-4)
@@ -103,18 +103,18 @@ def test_as_many_results_count_as_one_as_groups_are_alike() -> None:
     group = np.repeat(np.arange(50), 20)
     rng = np.random.default_rng(0)
     free, same = rng.random(1000), np.repeat(rng.random(50), 20)
-    assert bootstrap.design_of_groups(same, group) == pytest.approx(20)
-    assert bootstrap.design_of_groups(free, group) < 2
-    assert bootstrap.design_of_groups(free, np.arange(1000)) == 1
+    assert bootstrap.cluster_design_effect(same, group) == pytest.approx(20)
+    assert bootstrap.cluster_design_effect(free, group) < 2
+    assert bootstrap.cluster_design_effect(free, np.arange(1000)) == 1
 
 
 def test_the_same_seed_draws_the_same_and_another_one_others() -> None:
-    a, b, c = (bootstrap.units(np.zeros(50), None, None, seed).weights.tobytes() for seed in (1, 1, 2))
+    a, b, c = (bootstrap.build_units(np.zeros(50), None, None, seed).weights.tobytes() for seed in (1, 1, 2))
     assert a == b != c
 
 
 def test_a_part_of_the_results_keeps_its_units() -> None:
-    units = bootstrap.units(np.zeros(6), np.array(["x", "x", "y", "y", "z", "z"]), "who", 0)
-    some = units.pick(np.array([0, 5]))
-    assert some.code.tolist() == [0, 2]
-    assert some.sums(np.array([1.0, 2.0]))[0, 0] == 3.0
+    units = bootstrap.build_units(np.zeros(6), np.array(["x", "x", "y", "y", "z", "z"]), "who", 0)
+    some = units.subset(np.array([0, 5]))
+    assert some.unit_index.tolist() == [0, 2]
+    assert some.weighted_sums(np.array([1.0, 2.0]))[0, 0] == 3.0

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from agent.cli.model.group import model as command
 from agent.errors import UsageError
-from agent.evaluation.predict.ray_worker import MOST_TRIES
+from agent.evaluation.predict.ray_worker import MAX_ATTEMPTS
 from tests.kit.brokers import free_port
 from tests.kit.bundles import ANOMALY, CLASSIFY, LABELS, TABULAR, packed, readings, waves, write_csv
 from tests.kit.clusters import WITHIN_S, Ray, ended, local
@@ -166,7 +166,7 @@ def test_an_evaluation_whose_workers_die_again_and_again_ends_with_a_sentence(ra
                     killed.add(one.pid)
         time.sleep(0.02)
     code, said = ended(driver)
-    assert (code, len(killed)) == (1, MOST_TRIES)
+    assert (code, len(killed)) == (1, MAX_ATTEMPTS)
     assert "4 workers died over the windows of one file" in said
 
 

@@ -15,9 +15,9 @@ from agent.cli import main
 from agent.cli.model.group import model as command
 from agent.errors import UsageError
 from agent.evaluation.predict import output
-from agent.evaluation.predict.ledger import Job
-from agent.evaluation.predict.ray_worker import Order, Said, Worker
-from agent.evaluation.predict.run import Work
+from agent.evaluation.predict.ledger import FileJob
+from agent.evaluation.predict.ray_worker import Worker, WorkerConfig, WorkerResult
+from agent.evaluation.predict.run import BatchPredictor
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import inference
@@ -39,17 +39,17 @@ def bundle(folder: Path) -> Bundle:
 
 
 @pytest.fixture
-def job(bundle: Bundle, tmp_path: Path) -> Job:
+def job(bundle: Bundle, tmp_path: Path) -> FileJob:
     (tmp_path / "mark").write_text(TOKEN)
     source = write_csv(tmp_path / "rows.csv", TABULAR, readings(50))
-    return work(bundle).job(source, tmp_path / "out.csv")
+    return work(bundle).make_job(source, tmp_path / "out.csv")
 
 
-def work(found: Bundle) -> Work:
-    return Work(found, Inference(found.manifest, inference.load(found.manifest, found.model)))
+def work(found: Bundle) -> BatchPredictor:
+    return BatchPredictor(found, Inference(found.manifest, inference.load_model(found.manifest, found.model_bytes)))
 
 
-def order(found: Bundle, beside: Path, **changed: object) -> Order:
+def order(found: Bundle, beside: Path, **changed: object) -> WorkerConfig:
     sent = {
         "bundle": "tiny 1.0.0",
         "files": found.files,
@@ -58,71 +58,73 @@ def order(found: Bundle, beside: Path, **changed: object) -> Order:
         "mark": beside / "mark",
         "token": TOKEN,
     }
-    return Order(**(sent | changed))  # type: ignore[arg-type]
+    return WorkerConfig(**(sent | changed))  # type: ignore[arg-type]
 
 
-def answer(found: Bundle, job: Job, **changed: object) -> Said:
-    return Worker(order(found, job.target.parent, **changed)).do(job)
+def answer(found: Bundle, job: FileJob, **changed: object) -> WorkerResult:
+    return Worker(order(found, job.target.parent, **changed)).process(job)
 
 
-def test_a_file_is_answered_and_nothing_else_is_left(bundle: Bundle, job: Job, tmp_path: Path) -> None:
+def test_a_file_is_answered_and_nothing_else_is_left(bundle: Bundle, job: FileJob, tmp_path: Path) -> None:
     said = answer(bundle, job)
     assert said.totals is not None
-    assert (said.problem, said.totals.rows, said.totals.results) == ("", 50, 50)
+    assert (said.error, said.totals.rows, said.totals.results) == ("", 50, 50)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mark", "out.csv", "rows.csv"]
 
 
-def test_a_bundle_that_was_altered_on_the_way_answers_nothing(bundle: Bundle, job: Job) -> None:
+def test_a_bundle_that_was_altered_on_the_way_answers_nothing(bundle: Bundle, job: FileJob) -> None:
     for name in ("model.tflite", "manifest.json"):
         altered = bundle.files | {name: bundle.files[name].replace(b"1", b"2", 1)}
         said = answer(bundle, job, files=altered)
         assert said.totals is None
-        assert not said.wrong_use
+        assert not said.is_usage_error
         assert not job.target.exists()
 
 
-def test_another_bundle_than_was_sent_answers_nothing(bundle: Bundle, job: Job) -> None:
+def test_another_bundle_than_was_sent_answers_nothing(bundle: Bundle, job: FileJob) -> None:
     said = answer(bundle, job, digest="sha256:" + "0" * 64)
-    assert "was sent" in said.problem
+    assert "was sent" in said.error
     assert not job.target.exists()
 
 
 @pytest.mark.parametrize("changed", [{"agent": "0.0.1"}, {"runtime": "another 9.9"}])
-def test_another_version_than_the_drivers_answers_nothing(bundle: Bundle, job: Job, changed: dict[str, str]) -> None:
+def test_another_version_than_the_drivers_answers_nothing(
+    bundle: Bundle, job: FileJob, changed: dict[str, str]
+) -> None:
     said = answer(bundle, job, **changed)
-    assert (said.totals, said.wrong_use) == (None, True)
-    assert "install the same on all" in said.problem
+    assert (said.totals, said.is_usage_error) == (None, True)
+    assert "install the same on all" in said.error
 
 
-def test_data_that_a_node_does_not_see_are_named_with_the_node(bundle: Bundle, job: Job) -> None:
+def test_data_that_a_node_does_not_see_are_named_with_the_node(bundle: Bundle, job: FileJob) -> None:
     job.source.unlink()
     said = answer(bundle, job)
-    assert (said.totals, said.wrong_use) == (None, True)
-    assert said.problem.startswith("node ")
-    assert f"{job.source} is not there" in said.problem
+    assert (said.totals, said.is_usage_error) == (None, True)
+    assert said.error.startswith("node ")
+    assert f"{job.source} is not there" in said.error
 
 
 @pytest.mark.parametrize("mark", [None, "of another run"])
 def test_a_folder_of_the_same_name_that_is_not_the_drivers_is_not_written_to(
-    bundle: Bundle, job: Job, tmp_path: Path, mark: str | None
+    bundle: Bundle, job: FileJob, tmp_path: Path, mark: str | None
 ) -> None:
     (tmp_path / "mark").unlink()
     if mark is not None:
         (tmp_path / "mark").write_text(mark)
     said = answer(bundle, job)
-    assert (said.totals, said.wrong_use) == (None, True)
-    assert f"{tmp_path} is another folder" in said.problem
+    assert (said.totals, said.is_usage_error) == (None, True)
+    assert f"{tmp_path} is another folder" in said.error
     assert not job.target.exists()
 
 
-def test_a_file_of_the_same_name_that_is_not_the_drivers_is_not_answered(bundle: Bundle, job: Job) -> None:
+def test_a_file_of_the_same_name_that_is_not_the_drivers_is_not_answered(bundle: Bundle, job: FileJob) -> None:
     write_csv(job.source, TABULAR, readings(51))
     said = answer(bundle, job)
-    assert (said.totals, said.wrong_use) == (None, True)
-    assert "another size or time" in said.problem
+    assert (said.totals, said.is_usage_error) == (None, True)
+    assert "another size or time" in said.error
 
 
-def test_a_file_that_ends_every_worker_is_left_at_last(folder: Path, job: Job) -> None:
+def test_a_file_that_ends_every_worker_is_left_at_last(folder: Path, job: FileJob) -> None:
     code = """
 import os, sys
 from pathlib import Path
@@ -141,26 +143,26 @@ print(answer(bundles.read(Path(bundle), None), Job(Path(source), Path(target), i
 
 
 def test_a_worker_that_was_given_up_and_writes_still_is_waited_for(
-    bundle: Bundle, job: Job, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, job: FileJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = output.locked(output.part_of(job.target))
+    held = output.open_locked(output.partial_path(job.target))
     monkeypatch.setattr("agent.evaluation.predict.ray_worker.time.sleep", lambda _: held.close())
     said = answer(bundle, job)
     assert held.closed
-    assert said.problem == ""
+    assert said.error == ""
     assert job.target.exists()
 
 
 def test_a_disk_error_is_told_and_is_not_the_users_fault(
-    bundle: Bundle, job: Job, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, job: FileJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(Work, "file", full)
+    monkeypatch.setattr(BatchPredictor, "predict_file", full)
     said = answer(bundle, job)
-    assert (said.totals, said.wrong_use) == (None, False)
-    assert "No space left on device" in said.problem
+    assert (said.totals, said.is_usage_error) == (None, False)
+    assert "No space left on device" in said.error
 
 
 def run(*args: object) -> Result:
@@ -168,7 +170,7 @@ def run(*args: object) -> Result:
 
 
 def test_without_ray_it_is_said_what_to_install_and_the_exit_code_is_2(
-    folder: Path, job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, job: FileJob, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit) as ended:
@@ -177,7 +179,7 @@ def test_without_ray_it_is_said_what_to_install_and_the_exit_code_is_2(
     assert "pip install 'outstation[ray]'" in capsys.readouterr().err
 
 
-def test_an_address_without_the_engine_is_refused(folder: Path, job: Job) -> None:
+def test_an_address_without_the_engine_is_refused(folder: Path, job: FileJob) -> None:
     result = run(folder, job.source, "-o", job.target, "--address", "127.0.0.1:6379")
     assert isinstance(result.exception, UsageError)
     assert "--engine ray" in str(result.exception)

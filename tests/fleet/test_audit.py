@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.fleet.audit.audit import Report, audit, split
+from agent.fleet.audit.audit import AuditReport, audit, split_by_declaration
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from tests.kit.senders import Sender, Sent, new_key
@@ -45,7 +45,7 @@ def tamper(store: FleetStore, sql: str, *values: Any) -> None:
     db.close()
 
 
-def reasons(report: Report) -> list[tuple[Any, str]]:
+def reasons(report: AuditReport) -> list[tuple[Any, str]]:
     return [(entry["seq"], entry["reason"]) for entry in report.invalid]
 
 
@@ -53,7 +53,7 @@ def test_a_whole_log_of_each_of_two_devices_passes(store: FleetStore) -> None:
     for device in ("pi-07", "pi-08"):
         sender = Sender(device)
         collected(store, sender, *whole_log(sender))
-    document = audit(store).document()
+    document = audit(store).to_dict()
     assert document["passed"], document
     assert (document["devices"], document["messages"], document["duplicates"]) == (2, 14, 0)
     assert (document["gaps"], document["invalid"]) == ([], [])
@@ -64,7 +64,7 @@ def test_a_whole_log_of_each_of_two_devices_passes(store: FleetStore) -> None:
 
 
 def test_an_empty_database_passes_with_nothing_in_it(store: FleetStore) -> None:
-    assert audit(store).document() == {
+    assert audit(store).to_dict() == {
         **dict.fromkeys(("devices", "messages", "duplicates", "invalid_count", "decisions"), 0),
         **{name: [] for name in ("gaps", "invalid", "coverage", "evicted", "invalid_decisions")},
         "passed": True,
@@ -94,7 +94,7 @@ def test_altering_any_signed_column_of_one_message_fails_the_audit_and_names_it(
     report = audit(store)
     assert not report.passed
     found = [(entry["seq"], entry["reason"]) for entry in report.invalid if reason in entry["reason"]]
-    assert [seq for seq, _ in found] == [30 if name == "seq" else 3], report.document()
+    assert [seq for seq, _ in found] == [30 if name == "seq" else 3], report.to_dict()
 
 
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7), column=st.sampled_from(["payload", "jws", "topic"]))
@@ -134,7 +134,7 @@ def test_declared_evictions_pass_and_what_they_do_not_cover_fails(store: FleetSt
     log = whole_log(sender)
     collected(store, sender, log[0], log[5], log[6], sender.evicted((2, 5)), sender.results())
     report = audit(store)
-    assert report.passed, report.document()
+    assert report.passed, report.to_dict()
     assert [(g["from"], g["to"], g["declared"]) for g in report.gaps] == [(2, 5, True)]
     other = Sender("pi-08")
     log = whole_log(other)
@@ -222,7 +222,7 @@ def test_rows_that_were_given_up_need_no_results_if_their_task_is_named(
     report = audit(store)
     assert report.passed == passes
     if passes:
-        (listed,) = report.document()["evicted"]
+        (listed,) = report.to_dict()["evicted"]
         assert (listed["stream"], listed["used"], listed["tasks"]) == ("watch", False, ["exercise"])
         assert [list(pair) for pair in listed["rows"]] == rows
 
@@ -279,8 +279,8 @@ def test_missing_ranges_are_cut_as_a_set_of_numbers_would_be(
 ) -> None:
     runs = [(n, n) for n in sorted(missing)]
     cover = {n for first, last in declared for n in range(first, last + 1)}
-    assert split(runs, declared) == [(n, n, n in cover) for n in sorted(missing)]
+    assert split_by_declaration(runs, declared) == [(n, n, n in cover) for n in sorted(missing)]
     whole = [(1, 40)]
-    parts = split(whole, declared)
+    parts = split_by_declaration(whole, declared)
     assert [n for first, last, _ in parts for n in range(first, last + 1)] == list(range(1, 41))
     assert all((n in cover) == inside for first, last, inside in parts for n in range(first, last + 1))

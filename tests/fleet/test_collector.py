@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
 from agent import clock
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageFull
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector import collector as collect
@@ -31,10 +31,10 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide_alerts
 from agent.fleet.enrolment.enrol import init_fleet
 from agent.transport.mqtt import Link
-from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
-from agent.wire.keys import SigningKey, b64url, unb64url
-from agent.wire.messages import Ack, open_message
+from agent.wire.keys import SigningKey, b64url_decode, b64url_encode
+from agent.wire.messages import AckPayload, verify_message
 from tests.kit.brokers import Mosquitto
 from tests.kit.fleet_databases import sqlite_of
 from tests.kit.senders import FLEET, Sender, Sent, new_key
@@ -48,21 +48,21 @@ class Wire:
     """A connection that records what the collector does to it, and when the database has what."""
 
     store: FleetStore
-    incoming: list[Delivery | Receipt] = field(default_factory=list)
+    incoming: list[IncomingMessage | PublishReceipt] = field(default_factory=list)
     done: list[tuple[str, int]] = field(default_factory=list)
-    sent: list[Outgoing] = field(default_factory=list)
+    sent: list[OutgoingMessage] = field(default_factory=list)
     window: int = 20
 
-    def send(self, message: Outgoing) -> int:
+    def send(self, message: OutgoingMessage) -> int:
         self.sent.append(message)
         self.done.append(("ack", self.store.count_messages()))
         return len(self.sent)
 
-    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
         events, self.incoming = self.incoming, []
         return events
 
-    def acknowledge(self, delivery: Delivery) -> None:
+    def acknowledge(self, delivery: IncomingMessage) -> None:
         self.done.append(("puback", self.store.count_messages()))
 
     def wake(self) -> None:
@@ -86,10 +86,10 @@ class Desk:
     wire: Wire
     key: SigningKey
 
-    def hand(self, *sent: Sent | Delivery) -> None:
+    def hand(self, *sent: Sent | IncomingMessage) -> None:
         """One turn with these messages on the wire."""
         self.wire.incoming += [one.delivery() if isinstance(one, Sent) else one for one in sent]
-        self.collector.turn(self.wire, 0.0)
+        self.collector.tick(self.wire, 0.0)
 
     def reasons(self) -> dict[str, int]:
         return {row["reason"]: row["count"] for row in self.store.refusals()}
@@ -99,7 +99,7 @@ class Desk:
 def desk(tmp_path: Path) -> Iterator[Desk]:
     store, key = FleetStore(tmp_path / "fleet.db"), new_key()
     wire = Wire(store)
-    yield Desk(Collector(FLEET, Broker(), store, key), store, wire, key)
+    yield Desk(Collector(FLEET, BrokerConfig(), store, key), store, wire, key)
     store.close()
 
 
@@ -121,10 +121,10 @@ def test_an_acknowledgement_is_retained_signed_by_the_collector_and_a_cloud_even
     desk.hand(sender.results())
     [message] = desk.wire.sent
     properties = dict(message.properties)
-    opened = open_message(
+    opened = verify_message(
         message.topic, message.payload, [properties["jws"]], lambda _: jws.Signer("c", desk.key.public)
     )
-    assert isinstance(opened.body, Ack)
+    assert isinstance(opened.body, AckPayload)
     assert opened.body.log == sender.log
     assert message.retain
     assert message.topic == "outstation/acme/pi-07/ack"
@@ -139,10 +139,10 @@ def test_what_is_missing_is_asked_for_and_a_repeat_is_acknowledged_again(desk: D
     desk.hand(log[0])
     desk.hand(log[1], log[2], log[4])
     assert [ack[1:] for ack in desk.wire.acks()] == [(6, [(2, 3), (5, 5)]), (6, [(2, 3), (5, 5)]), (6, [])]
-    assert desk.collector.stored == 6
+    assert desk.collector.stored_count == 6
 
 
-def hostile(sender: Sender, stranger: Sender) -> dict[str, tuple[Delivery, str]]:
+def hostile(sender: Sender, stranger: Sender) -> dict[str, tuple[IncomingMessage, str]]:
     """Name of the attack → the delivery, and the reason it must be refused for."""
     good, foreign = sender.results(), stranger.results()
     delivery = good.delivery()
@@ -221,15 +221,15 @@ def test_drift_of_most_of_the_fleet_raises_an_alert_of_the_collectors_own(
     desk: Desk, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = clock.read().wall_us
-    monkeypatch.setattr(fleet_wide_alerts, "EVERY_S", 0.0)
+    monkeypatch.setattr(fleet_wide_alerts, "POLL_INTERVAL_S", 0.0)
     senders = [enrolled(desk.store, f"pi-{i}") for i in range(6)]
     for sender in senders:
         for hour in range(100, 0, -1):
-            begin, end = (clock.rfc3339(now - hours * 3_600_000_000) for hours in (hour, hour - 1))
+            begin, end = (clock.to_rfc3339(now - hours * 3_600_000_000) for hours in (hour, hour - 1))
             desk.hand(sender.drift(window={"index": 1, "rows": [1, 2], "from": begin, "to": end, "n": 2}))
     for number, sender in enumerate(senders[:5]):
         assert len([alert for alert in desk.store.alerts() if alert["device"] == ""]) == (number >= 3)
-        desk.hand(sender.alert(time=clock.rfc3339(now - 1_000_000)))
+        desk.hand(sender.alert(time=clock.to_rfc3339(now - 1_000_000)))
     [alert] = [alert for alert in desk.store.alerts() if alert["device"] == ""]
     assert (alert["alert"], alert["severity"]) == ("drift", "warning")
     assert alert["summary"].startswith("exercise: ax moved on 3 of 6 devices since ")
@@ -238,7 +238,7 @@ def test_drift_of_most_of_the_fleet_raises_an_alert_of_the_collectors_own(
 
 def test_a_few_refused_messages_raise_no_alert(desk: Desk) -> None:
     sender = enrolled(desk.store)
-    desk.hand(*[replace(sender.results().delivery(), tokens=()) for _ in range(refusal_alarm.MANY)])
+    desk.hand(*[replace(sender.results().delivery(), tokens=()) for _ in range(refusal_alarm.MAX_REFUSALS)])
     assert desk.store.alerts() == []
     desk.hand(replace(sender.results().delivery(), tokens=()))
     assert [alert["device"] for alert in desk.store.alerts()] == ["pi-07"]
@@ -252,11 +252,11 @@ def test_a_collector_that_is_started_again_does_not_repeat_the_alert_of_this_hou
     monkeypatch.setattr(clock, "read", lambda: moment)
     attack = [replace(sender.results().delivery(), tokens=())] * 30
     desk.hand(*attack)
-    desk.collector = Collector(FLEET, Broker(), desk.store, desk.key)
+    desk.collector = Collector(FLEET, BrokerConfig(), desk.store, desk.key)
     desk.hand(*attack)
     assert len(desk.store.alerts()) == 1
     moment = replace(moment, wall_us=moment.wall_us + 3_600_000_000)
-    desk.collector = Collector(FLEET, Broker(), desk.store, desk.key)
+    desk.collector = Collector(FLEET, BrokerConfig(), desk.store, desk.key)
     desk.hand(*attack)
     assert [alert["open"] for alert in desk.store.alerts()] == [True, True]
 
@@ -279,7 +279,9 @@ def test_an_alert_that_cannot_be_stored_now_is_stored_later(desk: Desk, monkeypa
 def test_an_enrolled_key_that_cannot_be_used_keeps_no_other_device_out(desk: Desk) -> None:
     sender = enrolled(desk.store)
     with desk.store.transaction() as db:
-        db.execute("INSERT INTO keys (kid, device, key, added) VALUES ('kid', 'pi-08', ?, 'now')", (b64url(bytes(32)),))
+        db.execute(
+            "INSERT INTO keys (kid, device, key, added) VALUES ('kid', 'pi-08', ?, 'now')", (b64url_encode(bytes(32)),)
+        )
         db.execute("UPDATE meta SET value = value + 1")
     desk.hand(sender.results())
     assert desk.store.count_messages() == 1
@@ -374,8 +376,8 @@ def test_no_more_acknowledgements_are_under_way_than_the_broker_takes_and_the_ne
     desk.hand(*[sender.results() for sender in senders])
     assert len(desk.wire.sent) == 2
     desk.hand(senders[4].results())
-    desk.hand(*[Receipt(token, 0, "Success") for token in (1, 2)])  # type: ignore[arg-type]
-    desk.hand(*[Receipt(token, 0, "Success") for token in (3, 4)])  # type: ignore[arg-type]
+    desk.hand(*[PublishReceipt(token, 0, "Success") for token in (1, 2)])  # type: ignore[arg-type]
+    desk.hand(*[PublishReceipt(token, 0, "Success") for token in (3, 4)])  # type: ignore[arg-type]
     assert desk.wire.acks() == [(f"pi-{i}", 1 if i < 4 else 2, []) for i in range(5)]
 
 
@@ -395,12 +397,14 @@ def test_the_shared_vectors_are_accepted_and_refused_as_they_say(desk: Desk) -> 
 
 
 def key_of(jwk: dict[str, str]) -> SigningKey:
-    return SigningKey(Ed25519PrivateKey.from_private_bytes(unb64url(jwk["d"])))
+    return SigningKey(Ed25519PrivateKey.from_private_bytes(b64url_decode(jwk["d"])))
 
 
-def vector_delivery(vector: dict[str, Any]) -> Delivery:
+def vector_delivery(vector: dict[str, Any]) -> IncomingMessage:
     tokens = vector["jws"] if isinstance(vector["jws"], list) else [vector["jws"]]
-    return Delivery(vector["topic"], vector["payload"].encode(), tuple(t for t in tokens if t is not None), False, 1, 1)
+    return IncomingMessage(
+        vector["topic"], vector["payload"].encode(), tuple(t for t in tokens if t is not None), False, 1, 1
+    )
 
 
 # --- with a real broker ---
@@ -412,7 +416,7 @@ def broker(tmp_path: Path) -> Iterator[Mosquitto]:
         yield running
 
 
-def publish(link: Link, messages: list[Outgoing], heard: list[Delivery | Receipt]) -> None:
+def publish(link: Link, messages: list[OutgoingMessage], heard: list[IncomingMessage | PublishReceipt]) -> None:
     """Send all, a window at a time, and wait until the broker has them; what came meanwhile is added to `heard`."""
     waiting, under_way = list(messages), set[int]()
     deadline = time.monotonic() + 60
@@ -420,8 +424,8 @@ def publish(link: Link, messages: list[Outgoing], heard: list[Delivery | Receipt
         while waiting and len(under_way) < min(20, link.window):
             under_way.add(link.send(waiting.pop(0)))
         events = link.receive(0.1)
-        under_way -= {event.token for event in events if isinstance(event, Receipt)}
-        heard += [event for event in events if isinstance(event, Delivery)]
+        under_way -= {event.token for event in events if isinstance(event, PublishReceipt)}
+        heard += [event for event in events if isinstance(event, IncomingMessage)]
         assert time.monotonic() < deadline, "the broker does not take the messages"
 
 
@@ -438,16 +442,16 @@ def test_a_collector_started_before_its_broker_waits_and_then_collects(
     broker = Mosquitto(tmp_path)
     store = FleetStore(tmp_path / "fleet.db")
     sender = enrolled(store)
-    collector = Collector(FLEET, Broker(url=broker.url), store, new_key())
+    collector = Collector(FLEET, BrokerConfig(url=broker.url), store, new_key())
     done = threading.Event()
 
     def play() -> None:
         time.sleep(0.3)
         with broker:
-            link = Link(Broker(url=broker.url), "pi-07")
+            link = Link(BrokerConfig(url=broker.url), "pi-07")
             eventually(lambda: collector._link is not None)
             publish(link, [sender.results().outgoing()], [])
-            eventually(lambda: collector.stored == 1)
+            eventually(lambda: collector.stored_count == 1)
             link.close()
             collector.stop()
             done.wait(60)
@@ -480,7 +484,7 @@ def stored(config: FleetConfig) -> int:
 
 
 def test_killed_five_times_in_the_stream_every_message_is_stored_once(tmp_path: Path, broker: Mosquitto) -> None:
-    config = init_fleet(tmp_path / "acme", FLEET, Broker(url=broker.url))
+    config = init_fleet(tmp_path / "acme", FLEET, BrokerConfig(url=broker.url))
     store = FleetStore(Path(config.fleet.db))
     sender = enrolled(store)
     store.close()
@@ -489,13 +493,13 @@ def test_killed_five_times_in_the_stream_every_message_is_stored_once(tmp_path: 
 
     def play() -> None:
         """Until the collector has all: send what it did not acknowledge, as a device does."""
-        link = Link(Broker(url=broker.url), "pi-07", subscribe=[f"outstation/{FLEET}/pi-07/ack"])
+        link = Link(BrokerConfig(url=broker.url), "pi-07", subscribe=[f"outstation/{FLEET}/pi-07/ack"])
         safe: set[int] = set()
         while not stop.is_set() and len(safe) < len(log):
             publish(link, [one.outgoing() for one in log if one.seq not in safe][:20], heard := [])
             heard += link.receive(0.3)
             for event in heard:
-                if isinstance(event, Delivery):
+                if isinstance(event, IncomingMessage):
                     link.acknowledge(event)
                     ack = json.loads(event.payload)
                     holes = {seq for a, b in ack["missing"] for seq in range(a, b + 1)}
@@ -526,7 +530,7 @@ def test_killed_five_times_in_the_stream_every_message_is_stored_once(tmp_path: 
     assert killed_at[-1] < len(log), "some kill was not in the stream"
     read = FleetStore(Path(config.fleet.db), read_only=True)
     report = audit(read)
-    assert report.passed, report.document()
+    assert report.passed, report.to_dict()
     assert (report.messages, report.gaps) == (801, [])
     assert read.acknowledgement("pi-07", sender.log).missing == []
     read.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector import subscription
 from agent.fleet.config import FleetConfig
@@ -41,7 +41,7 @@ class Fleet:
 
     def __init__(self, folder: Path, broker: Mosquitto, url: str, devices: int) -> None:
         self.folder, self.config_dir, self.url = folder, folder / FLEET, url
-        self.config: FleetConfig = init_fleet(folder / FLEET, FLEET, Broker(url=broker.url))
+        self.config: FleetConfig = init_fleet(folder / FLEET, FLEET, BrokerConfig(url=broker.url))
         file = folder / FLEET / "fleet.toml"
         file.write_text(file.read_text().replace('db = "fleet.db"', f'db = "{url}"'), encoding="utf-8")
         self.store = FleetStore(url)
@@ -105,7 +105,7 @@ def require_whole(fleet: Fleet, players: Players) -> None:
     """Nothing lost, nothing doubled, nothing acknowledged that is not there."""
     store = FleetStore(fleet.url, read_only=True)
     report = audit(store)
-    assert report.passed, report.document()
+    assert report.passed, report.to_dict()
     assert (report.messages, report.gaps, report.duplicates) == (players.total, [], 0)
     store.close()
 
@@ -145,10 +145,10 @@ def test_the_broker_spreads_what_devices_send_over_both(fleet: Fleet, broker: Mo
     assert fleet.stored("a") + fleet.stored("b") == players.total
     assert min(fleet.stored("a"), fleet.stored("b")) > 0
     # Of the two sessions that are left one is ended, and what comes now is the other one's.
-    subscription.leave(Broker(url=broker.url), FLEET, "a")
+    subscription.end_session(BrokerConfig(url=broker.url), FLEET, "a")
     names = [subscription.client_id(FLEET, name) for name in ("a", "b")]
-    left, other = (Link(Broker(url=broker.url), name, session_expiry_s=60) for name in names)
-    sender = Link(Broker(url=broker.url), "device")
+    left, other = (Link(BrokerConfig(url=broker.url), name, session_expiry_s=60) for name in names)
+    sender = Link(BrokerConfig(url=broker.url), "device")
     for _ in range(4):
         sender.send(fleet.senders[0].health().outgoing())
     eventually(lambda: sender.receive(0.1) == [])
@@ -213,19 +213,19 @@ def test_one_collector_has_the_duty_and_another_takes_it_over(
     from agent.fleet.collector import leader
     from agent.fleet.keyring import Keyring
 
-    monkeypatch.setattr(leader, "LEAD_S", 0.0)
+    monkeypatch.setattr(leader, "LEADER_CHECK_S", 0.0)
     stores = [FleetStore(fleet.url) for _ in range(3)]
-    duties = [leader.Duty(store, Keyring(store)) for store in stores]
+    duties = [leader.LeaderTasks(store, Keyring(store)) for store in stores]
     for _ in range(2):
         for one in duties:
-            one.turn()
-        assert [one.has for one in duties] == [True, False, False]
+            one.tick()
+        assert [one.is_leader for one in duties] == [True, False, False]
     stores[0].close()
 
     def having() -> int:
         for one in duties[1:]:
-            one.turn()
-        return sum(one.has for one in duties[1:])
+            one.tick()
+        return sum(one.is_leader for one in duties[1:])
 
     # The server notices in its own time that the connection is closed.
     eventually(lambda: having() == 1)

@@ -17,15 +17,15 @@ import click
 import pytest
 
 from agent.cli.fleet import command as fleet_command
-from agent.errors import Refused, UsageError
-from agent.fleet.commands import COUNTER, Sent, arguments, next_counter, send
+from agent.errors import MessageRefused, UsageError
+from agent.fleet.commands import COUNTER_FILE, CommandResult, parse_arguments, reserve_counter, send
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.keyring import Keyring
-from agent.transport.packets import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
+from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.keys import SigningKey
-from agent.wire.messages import Cmd, encode, open_message
+from agent.wire.messages import CommandPayload, encode, verify_message
 from tests.kit.senders import Sender, new_key
 
 COMMANDS = Path(__file__).parents[2] / "docs" / "commands.md"
@@ -38,29 +38,29 @@ OPERATOR, KEY = new_key(77), new_key(1)
 class Broker:
     """A link whose other end is `device`: what it makes of a command is delivered."""
 
-    def __init__(self, device: Callable[[Outgoing], list[Delivery]], code: int = 0) -> None:
+    def __init__(self, device: Callable[[OutgoingMessage], list[IncomingMessage]], code: int = 0) -> None:
         self._device, self._code = device, code
-        self.sent: list[Outgoing] = []
-        self._events: list[Delivery | Receipt] = []
+        self.sent: list[OutgoingMessage] = []
+        self._events: list[IncomingMessage | PublishReceipt] = []
 
-    def send(self, message: Outgoing) -> int:
+    def send(self, message: OutgoingMessage) -> int:
         self.sent.append(message)
-        self._events += [Receipt(1, self._code, "reason"), *self._device(message)]
+        self._events += [PublishReceipt(1, self._code, "reason"), *self._device(message)]
         return 1
 
-    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
         events, self._events = self._events, []
         return events
 
-    def acknowledge(self, delivery: Delivery) -> None:
+    def acknowledge(self, delivery: IncomingMessage) -> None:
         pass
 
 
-def reply(command: Outgoing, key: SigningKey = KEY, topic: str = REPLY, **changes: Any) -> Delivery:
+def reply(command: OutgoingMessage, key: SigningKey = KEY, topic: str = REPLY, **changes: Any) -> IncomingMessage:
     identity = (command.correlation or b"").decode()
     body = {"v": 1, "kind": "reply", "device": DEVICE, "id": identity, "name": "report", "ok": True, "summary": "Done."}
     payload = encode({**body, "data": {"n": 1}, "time": TIME, **changes})
-    return Delivery(topic, payload, (jws.sign(key, topic, payload),), False, 1, 1, command.correlation)
+    return IncomingMessage(topic, payload, (jws.sign(key, topic, payload),), False, 1, 1, command.correlation)
 
 
 @pytest.fixture
@@ -72,20 +72,20 @@ def keyring(tmp_path: Path) -> Iterator[Keyring]:
     store.close()
 
 
-def through(broker: Broker, keyring: Keyring, wait_s: float = 0.05) -> Sent:
+def through(broker: Broker, keyring: Keyring, wait_s: float = 0.05) -> CommandResult:
     return send(broker, FLEET, DEVICE, "report", {}, OPERATOR, 7, keyring, wait_s)
 
 
 def test_a_command_is_signed_for_its_topic_expires_and_asks_for_its_answer(keyring: Keyring) -> None:
     broker = Broker(lambda command: [reply(command)])
     sent = through(broker, keyring)
-    assert (sent.ok, sent.document()["data"]) == (True, {"n": 1})
+    assert (sent.ok, sent.to_dict()["data"]) == (True, {"n": 1})
     [command] = broker.sent
     assert (command.retain, command.response_topic, command.expiry_s) == (False, REPLY, 600)
     signer = jws.Signer("operator", OPERATOR.public)
     token = dict(command.properties)["jws"]
-    body = open_message(command.topic, command.payload, [token], {signer.key.kid: signer}.get).body
-    assert isinstance(body, Cmd)
+    body = verify_message(command.topic, command.payload, [token], {signer.key.kid: signer}.get).body
+    assert isinstance(body, CommandPayload)
     assert (body.device, body.counter, body.id.encode()) == (DEVICE, 7, command.correlation)
 
 
@@ -96,17 +96,19 @@ def test_a_command_is_signed_for_its_topic_expires_and_asks_for_its_answer(keyri
         lambda command: reply(command, new_key(8)),
         lambda command: reply(command, new_key(8), REPLY.replace(DEVICE, "pi-08"), device="pi-08"),
         lambda command: reply(command, id="another"),
-        lambda command: Delivery(REPLY, reply(command).payload, (), False, 1, 1, command.correlation),
-        lambda command: Delivery(REPLY, reply(command).payload, reply(command).tokens, True, 1, 1, command.correlation),
-        lambda command: Delivery(REPLY, reply(command).payload, reply(command).tokens, False, 1, 1, b"other"),
+        lambda command: IncomingMessage(REPLY, reply(command).payload, (), False, 1, 1, command.correlation),
+        lambda command: IncomingMessage(
+            REPLY, reply(command).payload, reply(command).tokens, True, 1, 1, command.correlation
+        ),
+        lambda command: IncomingMessage(REPLY, reply(command).payload, reply(command).tokens, False, 1, 1, b"other"),
     ],
     ids=["stranger", "other device's key", "other device", "other command", "unsigned", "retained", "correlation"],
 )
 def test_an_answer_that_is_not_this_devices_to_this_command_does_not_count(
-    keyring: Keyring, forge: Callable[[Outgoing], Delivery]
+    keyring: Keyring, forge: Callable[[OutgoingMessage], IncomingMessage]
 ) -> None:
     sent = through(Broker(lambda command: [forge(command)]), keyring)
-    assert (sent.ok, sent.document()["answered"]) == (False, False)
+    assert (sent.ok, sent.to_dict()["answered"]) == (False, False)
     genuine = through(Broker(lambda command: [forge(command), reply(command)]), keyring)
     assert genuine.ok
 
@@ -115,7 +117,7 @@ def test_an_answer_by_a_key_that_the_collector_is_just_learning_counts_once_it_h
     new = new_key(40)
 
     class Learning(Broker):
-        def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+        def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
             if not self._events:
                 keyring._store.enrol(DEVICE, new.public, replace=True, now=TIME)
             return super().receive(timeout_s)
@@ -124,7 +126,7 @@ def test_an_answer_by_a_key_that_the_collector_is_just_learning_counts_once_it_h
 
 
 def test_the_answer_to_a_rotation_by_the_key_before_counts_though_it_is_bounded_by_then(keyring: Keyring) -> None:
-    def device(command: Outgoing) -> list[Delivery]:
+    def device(command: OutgoingMessage) -> list[IncomingMessage]:
         keyring._store.enrol(DEVICE, new_key(40).public, replace=True, now=TIME, keep_through=1)
         return [reply(command)]
 
@@ -136,34 +138,34 @@ def test_a_revoked_devices_answer_does_not_count(keyring: Keyring) -> None:
     keyring.refresh()
     sent = through(Broker(lambda command: [reply(command)]), keyring)
     assert not sent.ok
-    assert "revoked" in sent.why
+    assert "revoked" in sent.reason
 
 
 def test_nobody_listening_and_a_broker_that_refuses_are_told_at_once(keyring: Keyring) -> None:
-    assert "not connected" in through(Broker(lambda _: [], NO_SUBSCRIBERS), keyring, 60.0).why
-    assert "access list" in through(Broker(lambda _: [], 0x87), keyring, 60.0).why
+    assert "not connected" in through(Broker(lambda _: [], NO_SUBSCRIBERS), keyring, 60.0).reason
+    assert "access list" in through(Broker(lambda _: [], 0x87), keyring, 60.0).reason
 
 
 def test_a_counter_is_on_the_disk_before_it_is_used_and_never_comes_again(tmp_path: Path) -> None:
     given = []
     for now_ms in (100, 100, 50, 1000, 7):
-        with next_counter(tmp_path, partial(int, now_ms)) as counter:
-            assert int((tmp_path / COUNTER).read_text()) == counter
+        with reserve_counter(tmp_path, partial(int, now_ms)) as counter:
+            assert int((tmp_path / COUNTER_FILE).read_text()) == counter
             given.append(counter)
     assert given == [100, 101, 102, 1000, 1001]
 
 
 def test_a_restored_folder_and_a_second_machine_go_on_above_by_the_clock(tmp_path: Path) -> None:
-    with next_counter(tmp_path, lambda: 5000) as counter:
+    with reserve_counter(tmp_path, lambda: 5000) as counter:
         assert counter == 5000
-    (tmp_path / COUNTER).unlink()
-    with next_counter(tmp_path, lambda: 6000) as counter:
+    (tmp_path / COUNTER_FILE).unlink()
+    with reserve_counter(tmp_path, lambda: 6000) as counter:
         assert counter == 6000
 
 
 def test_a_counter_file_that_is_none_is_named_and_not_guessed_over(tmp_path: Path) -> None:
-    (tmp_path / COUNTER).write_text("many\n")
-    with pytest.raises(UsageError, match=r"operator\.counter: holds no counter"), next_counter(tmp_path, lambda: 1):
+    (tmp_path / COUNTER_FILE).write_text("many\n")
+    with pytest.raises(UsageError, match=r"operator\.counter: holds no counter"), reserve_counter(tmp_path, lambda: 1):
         pass
 
 
@@ -180,19 +182,19 @@ def test_processes_that_command_at_once_never_get_the_same_counter(tmp_path: Pat
 
 
 def test_arguments_are_named_by_their_order_and_wrong_ones_are_refused() -> None:
-    assert arguments("set-schedule", ["exercise", "every 5 s"]) == {"task": "exercise", "schedule": "every 5 s"}
-    assert arguments("wipe", []) == {}
+    assert parse_arguments("set-schedule", ["exercise", "every 5 s"]) == {"task": "exercise", "schedule": "every 5 s"}
+    assert parse_arguments("wipe", []) == {}
     for name, values in (("dance", []), ("run", []), ("report", ["x"]), ("run", ["a", "b"])):
         with pytest.raises(UsageError):
-            arguments(name, values)
+            parse_arguments(name, values)
 
 
 def test_a_reply_must_say_what_it_answers() -> None:
     topic = REPLY
     payload = encode({"v": 1, "kind": "reply", "device": DEVICE, "time": TIME})
     signer = jws.Signer(DEVICE, KEY.public)
-    with pytest.raises(Refused, match="malformed"):
-        open_message(topic, payload, [jws.sign(KEY, topic, payload)], {signer.key.kid: signer}.get)
+    with pytest.raises(MessageRefused, match="malformed"):
+        verify_message(topic, payload, [jws.sign(KEY, topic, payload)], {signer.key.kid: signer}.get)
 
 
 def test_a_wipe_wants_the_devices_name_typed_and_asks_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,8 +207,8 @@ def test_a_wipe_wants_the_devices_name_typed_and_asks_on_stderr(monkeypatch: pyt
     answers = ["pi-08", DEVICE]
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(click, "prompt", prompt)
-    assert not fleet_command._confirmed(DEVICE)
-    assert fleet_command._confirmed(DEVICE)
+    assert not fleet_command._confirm_wipe(DEVICE)
+    assert fleet_command._confirm_wipe(DEVICE)
     assert all(DEVICE in text and err for text, err in asked)
 
 
@@ -221,19 +223,19 @@ def test_a_counter_file_that_is_damaged_after_a_clock_was_ahead_is_written_again
         told = sender.logged("audit", event="command", summary="Done.", evidence={"counter": counter})
         store.ingest([Arrival(sender.open(told))], [], TIME)
     store.close()
-    (tmp_path / COUNTER).write_text("damaged\n")
+    (tmp_path / COUNTER_FILE).write_text("damaged\n")
     says = r"write the highest that was used into it .*docs/commands\.md"
-    with pytest.raises(UsageError, match=says), next_counter(tmp_path, lambda: now):
+    with pytest.raises(UsageError, match=says), reserve_counter(tmp_path, lambda: now):
         pass
     [query] = re.findall(r"^    (SELECT max\(counter\).*?;)$", COMMANDS.read_text(), re.MULTILINE | re.DOTALL)
     with contextlib.closing(sqlite3.connect(tmp_path / "fleet.db")) as db:
         [(highest,)] = db.execute(query)
-    (tmp_path / COUNTER).write_text(f"{highest}\n")
-    with next_counter(tmp_path, lambda: now) as counter:
+    (tmp_path / COUNTER_FILE).write_text(f"{highest}\n")
+    with reserve_counter(tmp_path, lambda: now) as counter:
         assert counter == ahead + 1
 
 
 def test_a_counter_file_that_cannot_be_read_is_not_called_damaged(tmp_path: Path) -> None:
-    (tmp_path / COUNTER).mkdir()
-    with pytest.raises(UsageError, match="the last counter cannot be read"), next_counter(tmp_path, lambda: 1):
+    (tmp_path / COUNTER_FILE).mkdir()
+    with pytest.raises(UsageError, match="the last counter cannot be read"), reserve_counter(tmp_path, lambda: 1):
         pass

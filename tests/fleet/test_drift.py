@@ -19,13 +19,13 @@ from agent import clock
 from agent.cli.fleet.group import fleet
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.merge import Merged, Moments
-from agent.fleet.drift.outliers import standing_out
-from agent.fleet.drift.survey import Survey, course, survey
+from agent.fleet.drift.merge import MergedField, MergedMoments
+from agent.fleet.drift.outliers import find_outliers
+from agent.fleet.drift.survey import FleetDriftSummary, build_timeline, summarize_drift
 from tests.kit.senders import MODEL, Sender, Sent, new_key
 
 NOW_US = 1_795_000_000_000_000
-NOW = clock.rfc3339(NOW_US)
+NOW = clock.to_rfc3339(NOW_US)
 BOUNDS = np.linspace(-4, 4, 33)
 MINUTE_US = 60_000_000
 SVG = "{http://www.w3.org/2000/svg}"
@@ -54,7 +54,7 @@ def window(
 ) -> Sent:
     """The drift window of minute `at`, the next message of the sender."""
     begin = NOW_US - 1000 * MINUTE_US + at * MINUTE_US
-    span = {"from": clock.rfc3339(begin), "to": clock.rfc3339(begin + MINUTE_US - 1)}
+    span = {"from": clock.to_rfc3339(begin), "to": clock.to_rfc3339(begin + MINUTE_US - 1)}
     states = {told.get("state") for told in fields.values()}
     body: dict[str, Any] = {
         "model": MODEL,
@@ -80,8 +80,8 @@ def add(store: FleetStore, sender: Sender, *sent: Sent) -> None:
     store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW)
 
 
-def seen(store: FleetStore, **options: Any) -> Survey:
-    return survey(store, now_us=NOW_US, **options)
+def seen(store: FleetStore, **options: Any) -> FleetDriftSummary:
+    return summarize_drift(store, now_us=NOW_US, **options)
 
 
 def devices(count: int) -> list[Sender]:
@@ -92,9 +92,9 @@ Parts = list[list[float]]
 numbers = st.lists(st.lists(st.floats(-1e6, 1e6), max_size=20), min_size=1, max_size=8)
 
 
-def moments(rows: list[float]) -> Moments:
+def moments(rows: list[float]) -> MergedMoments:
     mean = float(np.mean(rows)) if rows else 0.0
-    return Moments(len(rows), mean, float(((np.array(rows) - mean) ** 2).sum()))
+    return MergedMoments(len(rows), mean, float(((np.array(rows) - mean) ** 2).sum()))
 
 
 @given(numbers, st.randoms(use_true_random=False))
@@ -125,7 +125,7 @@ def test_fifty_devices_merged_in_any_order_equal_one_pass_over_all_rows(tmp_path
             random.Random(order).shuffle(sent)
             add(opened, sender, *sent)
         [group] = seen(opened).groups
-        documents.append({name: (p.counts.tolist(), p.missing, p.moments) for name, p in group.merged().items()})
+        documents.append({name: (p.counts.tolist(), p.missing, p.moments) for name, p in group.merge_fields().items()})
         opened.close()
     assert documents[0] == documents[1] == documents[2]
     everything = np.concatenate([one for parts in rows.values() for one in parts])
@@ -148,8 +148,8 @@ def test_a_window_counts_once_however_often_and_in_whatever_log_it_comes(store: 
     add(store, again, *(window(again, i, {"ax": field(rows[i])}) for i in range(1, 4)))
     found = seen(store)
     [group] = found.groups
-    assert (group.windows, found.repeated) == (4, 2)
-    assert group.merged()["ax"].moments.n == 2000
+    assert (group.windows, found.duplicates) == (4, 2)
+    assert group.merge_fields()["ax"].moments.n == 2000
 
 
 def test_a_device_whose_reference_differs_is_shown_apart(store: FleetStore) -> None:
@@ -158,9 +158,9 @@ def test_a_device_whose_reference_differs_is_shown_apart(store: FleetStore) -> N
         reference = "sha256:02" if number == 2 else "sha256:01"
         add(store, sender, window(sender, 0, {"ax": field(rows)}, reference=reference))
     common, other = seen(store).groups
-    assert (sorted(common.devices), common.apart) == (["pi-00", "pi-01", "pi-03"], None)
-    assert (list(other.devices), other.apart) == (["pi-02"], "reference")
-    assert common.merged()["ax"].moments.n == 1500
+    assert (sorted(common.devices), common.differs_in) == (["pi-00", "pi-01", "pi-03"], None)
+    assert (list(other.devices), other.differs_in) == (["pi-02"], "reference")
+    assert common.merge_fields()["ax"].moments.n == 1500
 
 
 def test_a_window_judged_again_against_another_reference_of_its_site_counts_once(store: FleetStore) -> None:
@@ -170,7 +170,7 @@ def test_a_window_judged_again_against_another_reference_of_its_site_counts_once
     for sender, site in ((first, None), (again, "sha256:ff")):
         add(store, sender, window(sender, 0, {"ax": field(rows)}, reference={"shipped": "sha256:01", "site": site}))
     found = seen(store)
-    assert (found.groups[0].windows, found.repeated, found.groups[0].merged()["ax"].moments.n) == (1, 1, 500)
+    assert (found.groups[0].windows, found.duplicates, found.groups[0].merge_fields()["ax"].moments.n) == (1, 1, 500)
 
 
 def test_one_device_with_other_bins_is_shown_apart_by_name_and_hides_no_other(store: FleetStore) -> None:
@@ -180,9 +180,9 @@ def test_one_device_with_other_bins_is_shown_apart_by_name_and_hides_no_other(st
         add(store, sender, window(sender, 0, {"ax": told}))
     found = seen(store)
     common, other = found.groups
-    assert (sorted(common.devices), common.apart) == ([f"pi-0{i}" for i in range(1, 6)], None)
-    assert (list(other.devices), other.apart) == (["pi-00"], "layout")
-    assert (found.unreadable, common.merged()["ax"].moments.n) == (0, 2500)
+    assert (sorted(common.devices), common.differs_in) == ([f"pi-0{i}" for i in range(1, 6)], None)
+    assert (list(other.devices), other.differs_in) == (["pi-00"], "layout")
+    assert (found.unreadable, common.merge_fields()["ax"].moments.n) == (0, 2500)
 
 
 def test_a_device_that_makes_up_references_and_fields_takes_only_a_few_groups(store: FleetStore) -> None:
@@ -200,8 +200,8 @@ def test_a_window_with_a_sensor_fault_is_counted_and_kept_out_of_what_is_merged(
     add(store, sender, window(sender, 0, {"ax": field(good), "ay": field(good)}), window(sender, 1, faulty))
     [group] = seen(store).groups
     assert (group.windows, group.faulty) == (2, 1)
-    assert group.merged()["ax"].moments.mean == 0.0
-    assert group.merged()["ay"].moments.n == 100
+    assert group.merge_fields()["ax"].moments.mean == 0.0
+    assert group.merge_fields()["ay"].moments.n == 100
 
 
 def test_what_does_not_read_as_a_drift_window_is_counted_and_left_out(store: FleetStore) -> None:
@@ -228,7 +228,7 @@ def test_the_device_whose_spread_or_mean_is_unlike_the_others_stands_out(store: 
         ax = rng.normal(0, 0.6 if number == 4 else 1, 4000)
         ay = rng.normal(1.0 if number == 7 else 0, 1, 4000)
         add(store, sender, window(sender, 0, {"ax": field(ax), "ay": field(ay)}))
-    found = seen(store).groups[0].standing_out()
+    found = seen(store).groups[0].find_outliers()
     assert {(one.device, one.field, one.statistic) for one in found} == {
         ("pi-04", "ax", "spread"),
         ("pi-07", "ay", "mean"),
@@ -236,8 +236,8 @@ def test_the_device_whose_spread_or_mean_is_unlike_the_others_stands_out(store: 
     spread = next(one for one in found if one.field == "ax")
     assert spread.z < -3.5
     assert spread.value == pytest.approx(0.6, abs=0.03)
-    assert spread.usual == pytest.approx(1.0, abs=0.03)
-    assert spread.sizes["ks"] > 0.1
+    assert spread.fleet_median == pytest.approx(1.0, abs=0.03)
+    assert spread.divergences["ks"] > 0.1
 
 
 @pytest.mark.parametrize(
@@ -258,19 +258,22 @@ def test_a_device_stands_out_where_a_field_is_constant_on_most_or_on_it_alone(
     whole = {}
     for number in range(9):
         mean, sd = odd if number == 3 else usual
-        whole[f"pi-0{number}"] = {"ax": Merged(np.ones(34, np.int64), 0, Moments(1000, mean, sd * sd * 1000))}
-    [one] = standing_out(whole, {"ax": max(usual[1], odd[1])} if known else {})
+        whole[f"pi-0{number}"] = {
+            "ax": MergedField(np.ones(34, np.int64), 0, MergedMoments(1000, mean, sd * sd * 1000))
+        }
+    [one] = find_outliers(whole, {"ax": max(usual[1], odd[1])} if known else {})
     assert (one.device, one.statistic) == ("pi-03", statistic)
-    assert (one.value, one.usual) == pytest.approx((odd[statistic == "spread"], usual[statistic == "spread"]))
+    assert (one.value, one.fleet_median) == pytest.approx((odd[statistic == "spread"], usual[statistic == "spread"]))
     assert 3.5 < abs(one.z) <= 99
 
 
 def test_a_hair_against_the_references_spread_is_no_reason_to_stand_out() -> None:
     alike = {
-        f"pi-0{i}": {"ax": Merged(np.ones(34, np.int64), 0, Moments(1000, 0.01 * (i == 3), 0.0))} for i in range(9)
+        f"pi-0{i}": {"ax": MergedField(np.ones(34, np.int64), 0, MergedMoments(1000, 0.01 * (i == 3), 0.0))}
+        for i in range(9)
     }
-    assert standing_out(alike, {"ax": 1.0}) == []
-    assert standing_out(alike) != []
+    assert find_outliers(alike, {"ax": 1.0}) == []
+    assert find_outliers(alike) != []
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])
@@ -278,7 +281,7 @@ def test_no_device_of_a_fleet_whose_devices_are_alike_stands_out(store: FleetSto
     rng = np.random.default_rng(4)
     for sender in devices(count):
         add(store, sender, window(sender, 0, {"ax": field(rng.normal(0, 1, 2000)), "flat": field(np.zeros(2000))}))
-    assert seen(store).groups[0].standing_out() == []
+    assert seen(store).groups[0].find_outliers() == []
 
 
 def test_the_field_whose_alarm_came_first_moved_first_and_what_ended_comes_last(store: FleetStore) -> None:
@@ -298,7 +301,7 @@ def test_the_field_whose_alarm_came_first_moved_first_and_what_ended_comes_last(
         # Different fields under one reference do not merge; each device has its own here.
         sent = [window(sender, i, fields, reference=f"sha256:{sender.device}") for i, fields in enumerate(windows)]
         add(store, sender, *sent)
-    first, second = (group.moved() for group in seen(store).groups)
+    first, second = (group.ordered_episodes() for group in seen(store).groups)
     assert [(e.subject, e.test, e.ended is None) for e in first] == [("ay", "spread", True), ("az", "spread", False)]
     assert [(e.subject, e.ended is None) for e in second] == [("ax", True), ("ay", False)]
     assert (second[0].began, second[0].alarmed) == (
@@ -310,7 +313,7 @@ def test_the_field_whose_alarm_came_first_moved_first_and_what_ended_comes_last(
 def test_only_windows_since_a_moment_and_of_a_task_are_taken(store: FleetStore) -> None:
     [sender] = devices(1)
     add(store, sender, *(window(sender, i, {"ax": field(np.zeros(10))}) for i in range(10)))
-    since = clock.rfc3339(NOW_US - 995 * MINUTE_US)
+    since = clock.to_rfc3339(NOW_US - 995 * MINUTE_US)
     assert seen(store, since=since).groups[0].windows == 5
     assert seen(store, task="other").groups == []
 
@@ -319,7 +322,7 @@ def test_a_year_of_windows_and_a_clock_that_was_never_set_give_a_bounded_history
     [sender] = devices(1)
     minutes = [*range(0, 525_600, 3000), -29_900_000]
     add(store, sender, *(window(sender, 40_000_000, {"ax": field([0.0])}, window=_at(m)) for m in minutes))
-    found = survey(store, now_us=NOW_US + 400 * 1440 * MINUTE_US)
+    found = summarize_drift(store, now_us=NOW_US + 400 * 1440 * MINUTE_US)
     spans = list(found.groups[0].history)
     assert 40 <= len(spans) <= 96
     assert sum(span.windows for *_, span in spans) == len(minutes) - 1
@@ -327,7 +330,7 @@ def test_a_year_of_windows_and_a_clock_that_was_never_set_give_a_bounded_history
 
 
 def _at(minute: int) -> dict[str, Any]:
-    moment = clock.rfc3339(NOW_US + minute * MINUTE_US)
+    moment = clock.to_rfc3339(NOW_US + minute * MINUTE_US)
     return {"index": 1, "rows": [1, 2], "from": moment, "to": moment, "n": 2}
 
 
@@ -336,7 +339,7 @@ def test_the_course_of_a_device_stays_bounded_and_keeps_the_largest_sum(store: F
     sums = [7.5 if i == 777 else 0.0 for i in range(2000)]
     told = [{"ax": field([0.0], cusum={"mean": [0, s], "spread": [0, 0]})} for s in sums]
     add(store, sender, *(window(sender, i, fields) for i, fields in enumerate(told)))
-    line = course(store, seen(store).groups[0], sender.device, now_us=NOW_US + 2000 * MINUTE_US)
+    line = build_timeline(store, seen(store).groups[0], sender.device, now_us=NOW_US + 2000 * MINUTE_US)
     assert line.windows == 2000
     assert len(line.points) < 480
     assert [p.subjects["ax"].mean for p in line.points if p.subjects["ax"].mean] == [7.5]
@@ -348,9 +351,9 @@ def test_windows_from_before_the_clock_was_set_do_not_stretch_a_course_but_are_s
     [sender] = devices(1)
     add(store, sender, window(sender, 0, {"ax": field([0.0])}, window=_at(-29_900_000)))
     group = seen(store).groups[0]
-    assert len(course(store, group, sender.device, now_us=NOW_US).points) == 1
+    assert len(build_timeline(store, group, sender.device, now_us=NOW_US).points) == 1
     add(store, sender, window(sender, 1, {"ax": field([0.0])}))
-    [point] = course(store, group, sender.device, now_us=NOW_US).points
+    [point] = build_timeline(store, group, sender.device, now_us=NOW_US).points
     assert point.t[0] == NOW_US - 999 * MINUTE_US
 
 

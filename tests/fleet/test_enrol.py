@@ -16,16 +16,16 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent import config as device_config
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.errors import LinkDown, StorageBusy, UsageError
 from agent.fleet import config as fleet_config
-from agent.fleet.collector.subscription import filters
+from agent.fleet.collector.subscription import topic_filters
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import collectors, pki
-from agent.fleet.enrolment.enrol import Enrolment, bundle, enrol, init_fleet
+from agent.fleet.enrolment.enrol import Enrolment, enrol, init_fleet, pack_device_files
 from agent.transport.mqtt import Link
-from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import keys
 from agent.wire.keys import PublicKey
 from tests.kit.brokers import Mosquitto, free_port
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(folder: Path) -> FleetConfig:
-    return init_fleet(folder, "acme", Broker(url=f"mqtts://127.0.0.1:{free_port()}"))
+    return init_fleet(folder, "acme", BrokerConfig(url=f"mqtts://127.0.0.1:{free_port()}"))
 
 
 def test_a_fleet_is_made_once_and_its_private_keys_are_its_owners_alone(folder: Path, config: FleetConfig) -> None:
@@ -62,7 +62,7 @@ def test_a_fleet_is_made_once_and_its_private_keys_are_its_owners_alone(folder: 
     assert {stat.S_IMODE(path.stat().st_mode) for path in private} == {0o600}
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UsageError, match="never overwritten"):
-        init_fleet(folder, "acme", Broker(url="mqtts://other"))
+        init_fleet(folder, "acme", BrokerConfig(url="mqtts://other"))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert config.broker.ca_file == str(folder / "ca.pem")
 
@@ -71,7 +71,7 @@ def test_a_half_made_fleet_is_not_made_over(folder: Path) -> None:
     folder.mkdir()
     keys.generate(folder / "collector.key")
     with pytest.raises(UsageError, match=r"collector\.key: a fleet is there already"):
-        init_fleet(folder, "acme", Broker(url="mqtts://broker"))
+        init_fleet(folder, "acme", BrokerConfig(url="mqtts://broker"))
 
 
 @pytest.mark.parametrize("name", ["collector", "operator", "commander", "_all", "Pi", "a/b", "", "a" * 65])
@@ -88,7 +88,7 @@ def test_enrolling_twice_changes_nothing_and_another_key_replaces_only_when_told
     first = let_in(config, folder, "pi-07")
     files = {path.name: path.read_bytes() for path in first.folder.iterdir()}
     again = let_in(config, folder, "pi-07")
-    assert (first.new, again.new) == (True, False)
+    assert (first.is_new, again.is_new) == (True, False)
     assert first.key.text == again.key.text
     assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == files
     with pytest.raises(UsageError, match="--replace"):
@@ -103,12 +103,12 @@ def test_the_bundle_is_private_the_same_each_time_and_a_config_that_loads(
 ) -> None:
     done = let_in(config, folder, "pi-07")
     one, two = tmp_path / "one.tar.gz", tmp_path / "two.tar.gz"
-    bundle(done.folder, one)
-    bundle(done.folder, two)
+    pack_device_files(done.folder, one)
+    pack_device_files(done.folder, two)
     assert one.read_bytes() == two.read_bytes()
     assert stat.S_IMODE(one.stat().st_mode) == 0o600
     with pytest.raises(UsageError, match="name a new file"):
-        bundle(done.folder, one)
+        pack_device_files(done.folder, one)
     with tarfile.open(one) as tar:
         assert tar.getnames() == ["ca.pem", "device-tls.key", "device.crt", "device.key", "outstation.toml"]
         tar.extractall(tmp_path / "device", filter="data")
@@ -127,7 +127,7 @@ def test_a_device_that_keeps_its_own_key_gets_no_private_signing_key(
     done = let_in(config, folder, "pi-07", key=own.public)
     again = let_in(config, folder, "pi-07")
     assert again.key.text == own.public.text
-    bundle(done.folder, tmp_path / "pi-07.tar.gz")
+    pack_device_files(done.folder, tmp_path / "pi-07.tar.gz")
     with tarfile.open(tmp_path / "pi-07.tar.gz") as tar:
         assert "device.key" not in tar.getnames()
         text = tar.extractfile("outstation.toml")
@@ -153,7 +153,7 @@ def test_the_certificates_name_the_host_the_device_and_what_they_are_for(folder:
 
 def test_a_fleet_without_tls_has_no_certificates_and_its_broker_config_starts(tmp_path: Path) -> None:
     port = free_port()
-    config = init_fleet(tmp_path / "home", "home", Broker(url=f"mqtt://127.0.0.1:{port}"))
+    config = init_fleet(tmp_path / "home", "home", BrokerConfig(url=f"mqtt://127.0.0.1:{port}"))
     let_in(config, tmp_path / "home", "pi-07")
     assert sorted(path.name for path in (tmp_path / "home/devices/pi-07").iterdir()) == [
         "device.key", "device.key.pub", "outstation.toml",
@@ -171,16 +171,16 @@ def as_this_user(folder: Path) -> Path:
     return path
 
 
-def settings_of(folder: Path, device: str) -> Broker:
+def settings_of(folder: Path, device: str) -> BrokerConfig:
     return device_config.load(folder / "devices" / device / "outstation.toml").broker
 
 
 def answer(link: Link, topic: str) -> str:
     """The broker's reason code for a publish to `topic`."""
-    token = link.send(Outgoing(topic, b"{}", retain=False))
+    token = link.send(OutgoingMessage(topic, b"{}", retain=False))
     for _ in range(50):
         for event in link.receive(0.2):
-            if isinstance(event, Receipt) and event.token == token:
+            if isinstance(event, PublishReceipt) and event.token == token:
                 return event.reason
     raise AssertionError("no PUBACK")
 
@@ -191,7 +191,7 @@ def test_the_generated_broker_config_lets_a_device_write_its_own_topics_only(
     for device in ("pi-07", "pi-08"):
         let_in(config, folder, device)
     with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
-        collector = Link(config.broker_as(config.collector), "any", subscribe=filters("acme"))
+        collector = Link(config.broker_for(config.collector), "any", subscribe=topic_filters("acme"))
         sender = Link(settings_of(folder, "pi-07"), "pi-07", subscribe=["outstation/acme/#"])
         base = "outstation/acme/pi-07"
         for kind in ("results/x", "drift/x", "quality/x", "alerts/x", "health", "audit", "state", "keys", "reply"):
@@ -205,8 +205,10 @@ def test_the_generated_broker_config_lets_a_device_write_its_own_topics_only(
         assert answer(collector, "outstation/acme/pi-08/ack") in ("Success", "No matching subscribers")
         assert answer(collector, f"{base}/cmd") == "Not authorized"
         assert answer(collector, f"{base}/ack") == "Success"
-        assert [event.topic for event in sender.receive(60.0) if not isinstance(event, Receipt)] == [f"{base}/ack"]
-        operator = Link(config.broker_as(config.operator), "any")
+        assert [event.topic for event in sender.receive(60.0) if not isinstance(event, PublishReceipt)] == [
+            f"{base}/ack"
+        ]
+        operator = Link(config.broker_for(config.operator), "any")
         assert answer(operator, f"{base}/cmd") == "Success"
         assert answer(operator, f"{base}/ack") == "Not authorized"
         for link in (collector, sender, operator):
@@ -218,7 +220,7 @@ def test_collectors_beside_each_other_have_a_session_each_and_share_what_comes(
 ) -> None:
     let_in(config, folder, "pi-07")
     with pytest.raises(UsageError, match=r"collector-b\.crt: no such file.*fleet collector b"):
-        collectors.identity(config, "b")
+        collectors.resolve_identity(config, "b")
     for name in ("a", "b", "b"):
         added = collectors.add(folder, config, name)
     assert "fleet collect --share b" in added.steps[-1]
@@ -227,14 +229,18 @@ def test_collectors_beside_each_other_have_a_session_each_and_share_what_comes(
         let_in(config, folder, "collector-b")
     with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
         links = [
-            Link(config.broker_as(collectors.identity(config, name)), name, subscribe=filters("acme", shared=True))
+            Link(
+                config.broker_for(collectors.resolve_identity(config, name)),
+                name,
+                subscribe=topic_filters("acme", shared=True),
+            )
             for name in ("a", "b")
         ]
         sender = Link(settings_of(folder, "pi-07"), "pi-07")
         base = "outstation/acme/pi-07"
         for kind in ("health", "audit", "health", "audit", "state"):
             assert answer(sender, f"{base}/{kind}") == "Success"
-        seen = [[event.topic for event in received(link, 3) if isinstance(event, Delivery)] for link in links]
+        seen = [[event.topic for event in received(link, 3) if isinstance(event, IncomingMessage)] for link in links]
         # One of each pair, and the state for both.
         assert sorted(map(len, seen)) == [3, 3]
         assert all(f"{base}/state" in topics for topics in seen)
@@ -244,8 +250,8 @@ def test_collectors_beside_each_other_have_a_session_each_and_share_what_comes(
             link.close()
 
 
-def received(link: Link, n: int) -> list[Delivery | Receipt]:
-    events: list[Delivery | Receipt] = []
+def received(link: Link, n: int) -> list[IncomingMessage | PublishReceipt]:
+    events: list[IncomingMessage | PublishReceipt] = []
     for _ in range(50):
         events += link.receive(0.2)
         if len(events) >= n:
@@ -257,16 +263,20 @@ def test_no_certificate_a_foreign_one_and_a_foreign_ca_do_not_connect(
     tmp_path: Path, folder: Path, config: FleetConfig
 ) -> None:
     let_in(config, folder, "pi-07")
-    other = init_fleet(tmp_path / "other", "acme", Broker(url=config.broker.url))
+    other = init_fleet(tmp_path / "other", "acme", BrokerConfig(url=config.broker.url))
     let_in(other, tmp_path / "other", "pi-07")
     good = settings_of(folder, "pi-07")
     foreign = settings_of(tmp_path / "other", "pi-07")
     with Mosquitto(tmp_path, conf=as_this_user(folder), port=config.broker.port):
         Link(good, "pi-07").close()
         for bad in (
-            Broker(url=good.url, ca_file=good.ca_file),
-            Broker(url=good.url, ca_file=good.ca_file, cert_file=foreign.cert_file, tls_key_file=foreign.tls_key_file),
-            Broker(url=good.url, ca_file=foreign.ca_file, cert_file=good.cert_file, tls_key_file=good.tls_key_file),
+            BrokerConfig(url=good.url, ca_file=good.ca_file),
+            BrokerConfig(
+                url=good.url, ca_file=good.ca_file, cert_file=foreign.cert_file, tls_key_file=foreign.tls_key_file
+            ),
+            BrokerConfig(
+                url=good.url, ca_file=foreign.ca_file, cert_file=good.cert_file, tls_key_file=good.tls_key_file
+            ),
         ):
             with pytest.raises(LinkDown):
                 Link(bad, "pi-07", timeout_s=5.0)
@@ -302,13 +312,13 @@ def test_the_fleet_folder_is_found_and_wrong_settings_say_what_to_do(
 ) -> None:
     monkeypatch.delenv("OUTSTATION_FLEET", raising=False)
     monkeypatch.chdir(tmp_path)
-    assert fleet_config.find("x") == Path("x")
-    assert fleet_config.find(None) == fleet_config.SYSTEM_FOLDER
+    assert fleet_config.find_folder("x") == Path("x")
+    assert fleet_config.find_folder(None) == fleet_config.SYSTEM_FOLDER
     monkeypatch.setenv("OUTSTATION_FLEET", "y")
-    assert fleet_config.find(None) == Path("y")
+    assert fleet_config.find_folder(None) == Path("y")
     monkeypatch.delenv("OUTSTATION_FLEET")
     monkeypatch.chdir(folder)
-    assert fleet_config.find(None) == Path()
+    assert fleet_config.find_folder(None) == Path()
     assert fleet_config.load(Path()).fleet.db == str(folder / "fleet.db")
     with pytest.raises(UsageError, match="fleet init"):
         fleet_config.load(tmp_path)
@@ -328,7 +338,7 @@ def test_the_fleet_folder_is_found_and_wrong_settings_say_what_to_do(
     ],
 )
 def test_a_database_is_a_path_or_a_url(url: str, path: str) -> None:
-    assert fleet_config.database(url, Path("/base")) == path
+    assert fleet_config.resolve_database(url, Path("/base")) == path
 
 
 @pytest.mark.parametrize(
@@ -349,7 +359,7 @@ def test_partitions_are_those_of_postgresql(folder: Path, config: FleetConfig, l
 @pytest.mark.parametrize("url", ["oracle://me:secret@host/db", "mysql://host/db", "sqlite://", "sqlite:///"])
 def test_other_databases_are_refused_without_repeating_the_password(url: str) -> None:
     with pytest.raises(UsageError) as refused:
-        fleet_config.database(url, Path("/base"))
+        fleet_config.resolve_database(url, Path("/base"))
     assert "secret" not in str(refused.value)
 
 
@@ -398,7 +408,9 @@ def test_a_replacement_while_the_database_is_locked_leaves_the_devices_files_who
     store.close()
     assert held(home) == before
     replaced = let_in(config, folder, "pi-07", replace=True)
-    assert replaced.key.text == active(config, "pi-07") == key_of(home) != keys.public_key(before_key(before)).text
+    assert (
+        replaced.key.text == active(config, "pi-07") == key_of(home) != keys.parse_public_key(before_key(before)).text
+    )
     assert not (home / "replacement").exists()
 
 
@@ -488,7 +500,7 @@ def test_a_replacement_whose_key_counts_already_is_finished_by_plain_enrolment(
     assert held(home) == before
     done = let_in(config, folder, "pi-07")
     assert done.key.text == active(config, "pi-07") == key_of(home)
-    assert done.key.text != keys.public_key(before_key(before)).text
+    assert done.key.text != keys.parse_public_key(before_key(before)).text
     pair(home)
 
 

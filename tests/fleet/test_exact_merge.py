@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from agent import clock
-from agent.drift import Judge, Reference, build
+from agent.drift import DriftMonitor, Reference, build_reference
 from agent.drift.reporting import parsed_message
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.merge import Merged
-from agent.fleet.drift.survey import survey
+from agent.fleet.drift.merge import MergedField
+from agent.fleet.drift.survey import summarize_drift
 from tests.fleet.test_drift import NOW_US, add, devices
 from tests.kit.senders import MODEL, Sender, Sent
 
@@ -40,24 +40,24 @@ def rows_of(seed: int, count: int) -> Rows:
 def shipped() -> Reference:
     count = 400 * ROWS
     rows, none = rows_of(999, count), np.zeros(count, np.int64)
-    return build(rows, np.arange(count), 1, none, None, ROWS, fields=FIELDS)
+    return build_reference(rows, np.arange(count), 1, none, None, ROWS, fields=FIELDS)
 
 
 def told(shipped: Reference, rows: Rows) -> list[dict[str, Any]]:
     """The members of the messages that a device makes of its rows."""
-    judge = Judge(shipped, labels=(), window=ROWS)
+    judge = DriftMonitor(shipped, labels=(), window=ROWS)
     at, none = np.arange(len(rows)), np.zeros(len(rows), np.int64)
     t = NOW_US - 10**9 + at * 1_000_000
-    _, verdicts = judge.step(judge.start(), rows, at, 1, none, None, rows=(1, len(rows)), t=t)
+    _, verdicts = judge.process_batch(judge.start(), rows, at, 1, none, None, rows=(1, len(rows)), t=t)
     return [
         {
             "model": MODEL,
-            "reference": {"shipped": shipped.digest, "site": v.site},
+            "reference": {"shipped": shipped.digest, "site": v.site_digest},
             "window": {
-                "index": v.index, "rows": list(v.rows), "n": v.n,
-                "from": clock.rfc3339(v.t[0]), "to": clock.rfc3339(v.t[1]),
+                "index": v.index, "rows": list(v.rows), "n": v.row_count,
+                "from": clock.to_rfc3339(v.t[0]), "to": clock.to_rfc3339(v.t[1]),
             },
-            **v.summary,
+            **v.members,
         }
         for v in verdicts
     ]  # fmt: skip
@@ -74,7 +74,7 @@ def messages(shipped: Reference, of_devices: list[Rows]) -> list[list[dict[str, 
 
 
 @pytest.fixture(scope="module")
-def parts(messages: list[list[dict[str, Any]]]) -> list[dict[str, Merged]]:
+def parts(messages: list[list[dict[str, Any]]]) -> list[dict[str, MergedField]]:
     """Every window of every device as the collector reads it."""
     read = [
         parsed_message.from_message(msgspec.json.decode(msgspec.json.encode(m)), (NOW_US, NOW_US))
@@ -82,10 +82,10 @@ def parts(messages: list[list[dict[str, Any]]]) -> list[dict[str, Merged]]:
         for m in of_one
     ]
     assert {window.state for window in read} == {"insufficient"}
-    return [{name: Merged.of(field) for name, field in window.fields.items()} for window in read]
+    return [{name: MergedField.from_field(field) for name, field in window.fields.items()} for window in read]
 
 
-def check(shipped: Reference, rows: Rows, merged: dict[str, Merged]) -> None:
+def check(shipped: Reference, rows: Rows, merged: dict[str, MergedField]) -> None:
     for i, name in enumerate(FIELDS):
         values = rows[:, i][~np.isnan(rows[:, i])].astype(np.longdouble)
         places = np.searchsorted(shipped.edges[i], values, side="right") + 1
@@ -98,7 +98,7 @@ def check(shipped: Reference, rows: Rows, merged: dict[str, Merged]) -> None:
         assert found.moments.m2 == pytest.approx(float(((values - mean) ** 2).sum()), rel=1e-9)
 
 
-def test_windows_with_no_value_and_with_one_are_among_them(parts: list[dict[str, Merged]]) -> None:
+def test_windows_with_no_value_and_with_one_are_among_them(parts: list[dict[str, MergedField]]) -> None:
     found = [part["rare"].moments.n for part in parts]
     assert {0, 1, 2} <= set(found)
     assert len(found) == DEVICES * WINDOWS
@@ -107,7 +107,7 @@ def test_windows_with_no_value_and_with_one_are_among_them(parts: list[dict[str,
 @given(st.permutations(range(DEVICES * WINDOWS)), st.randoms(use_true_random=False))
 @settings(max_examples=25, deadline=None)
 def test_any_order_and_grouping_of_all_windows_equals_one_pass_over_all_rows(
-    shipped: Reference, of_devices: list[Rows], parts: list[dict[str, Merged]], order: Sequence[int], rng: Any
+    shipped: Reference, of_devices: list[Rows], parts: list[dict[str, MergedField]], order: Sequence[int], rng: Any
 ) -> None:
     merged = {}
     for name in FIELDS:
@@ -128,7 +128,7 @@ def test_the_collectors_survey_of_fifty_devices_equals_one_pass_over_all_rows(
     for sender, bodies in reversed(pairs) if backwards else pairs:
         sent: list[Sent] = [sender.logged("drift", task=sender.task, **body) for body in bodies]
         add(store, sender, *(reversed(sent) if backwards else sent))
-    [group] = survey(store, now_us=NOW_US).groups
+    [group] = summarize_drift(store, now_us=NOW_US).groups
     store.close()
     assert (group.windows, group.faulty) == (DEVICES * WINDOWS, 0)
-    check(shipped, np.concatenate(of_devices), group.merged())
+    check(shipped, np.concatenate(of_devices), group.merge_fields())

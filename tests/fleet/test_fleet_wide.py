@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import clock
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide
-from agent.fleet.drift.fleet_wide import Onset, Watched
-from agent.fleet.drift.fleet_wide_alerts import EVERY_S, Lookout
+from agent.fleet.drift.fleet_wide import ObservationPeriod, Onset
+from agent.fleet.drift.fleet_wide_alerts import POLL_INTERVAL_S, FleetWideAlerts
 from tests.fleet.test_drift import MINUTE_US, NOW_US, add, devices, field, filled, folder, run, seen, window
 from tests.kit.senders import Sender, Sent
 
@@ -29,10 +29,10 @@ HOUR_US = 60 * MINUTE_US
 WEEK_US = 7 * 24 * HOUR_US
 
 
-def fleet_of(number: int, *, since: int = NOW_US - WEEK_US) -> dict[str, Watched]:
+def fleet_of(number: int, *, since: int = NOW_US - WEEK_US) -> dict[str, ObservationPeriod]:
     """Watched until now, a window every five minutes."""
     windows = (NOW_US - since) // (5 * MINUTE_US)
-    return {f"pi-{i:02d}": Watched(since, NOW_US, windows) for i in range(number)}
+    return {f"pi-{i:02d}": ObservationPeriod(since, NOW_US, windows) for i in range(number)}
 
 
 def moved(number: int, *, subject: str = "ax", within: int = HOUR_US, earlier: int = 0) -> list[Onset]:
@@ -48,12 +48,12 @@ def alone(*names: str, subject: str = "ax") -> list[Onset]:
 
 
 def test_a_field_that_moved_on_most_devices_within_an_hour_is_told_in_one_sentence() -> None:
-    [found] = fleet_wide.find(fleet_of(20), moved(14) + alone("pi-15", "pi-16", "pi-17"))
-    assert (found.subject, len(found.devices), found.of) == ("ax", 14, 20)
+    [found] = fleet_wide.detect(fleet_of(20), moved(14) + alone("pi-15", "pi-16", "pi-17"))
+    assert (found.subject, len(found.devices), found.device_count) == ("ax", 14, 20)
     assert found.since == NOW_US - HOUR_US
-    assert found.chance < 1e-9
-    began = clock.rfc3339(found.since)
-    assert found.sentence == (
+    assert found.p_value < 1e-9
+    began = clock.to_rfc3339(found.since)
+    assert found.summary == (
         f"ax moved on 14 of 20 devices since {began[:10]} {began[11:16]} UTC (usually 0 of 20): "
         "the fleet's surroundings or its models, not single sensors"
     )
@@ -61,10 +61,10 @@ def test_a_field_that_moved_on_most_devices_within_an_hour_is_told_in_one_senten
 
 def test_what_is_usual_is_told_from_the_fleets_own_history() -> None:
     often = [Onset(f"pi-{i:02d}", "ax", NOW_US - 30 * HOUR_US, False, 8) for i in range(14, 20)]
-    [found] = fleet_wide.find(fleet_of(20), moved(14, earlier=8) + often)
+    [found] = fleet_wide.detect(fleet_of(20), moved(14, earlier=8) + often)
     # 14 x 8 + 6 x 9 alarms in 167 hours.
-    assert found.usually == pytest.approx((14 * 8 + 6 * 9) / (20 * 167) * 20, rel=0.01)
-    assert "(usually 1 of 20)" in found.sentence
+    assert found.usual_count == pytest.approx((14 * 8 + 6 * 9) / (20 * 167) * 20, rel=0.01)
+    assert "(usually 1 of 20)" in found.summary
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_what_is_usual_is_told_from_the_fleets_own_history() -> None:
         (fleet_of(20), moved(6)),
         (fleet_of(3), moved(3)),
         (fleet_of(20), moved(14, within=WEEK_US)),
-        (fleet_of(20), [Onset(o.device, o.subject, o.at, False) for o in moved(14)]),
+        (fleet_of(20), [Onset(o.device, o.subject, o.alarmed, False) for o in moved(14)]),
         (fleet_of(20), moved(10, earlier=80)),
         (fleet_of(8, since=NOW_US - HOUR_US), moved(5)),
         ({}, moved(14)),
@@ -93,15 +93,15 @@ def test_what_is_usual_is_told_from_the_fleets_own_history() -> None:
     ],
 )
 def test_nothing_is_told_of_a_fleet_whose_devices_move_by_themselves(
-    watched: dict[str, Watched], onsets: list[Onset]
+    watched: dict[str, ObservationPeriod], onsets: list[Onset]
 ) -> None:
-    assert fleet_wide.find(watched, onsets) == []
+    assert fleet_wide.detect(watched, onsets) == []
 
 
 def test_devices_that_are_gone_or_not_yet_there_do_not_count() -> None:
-    gone = {f"old-{i}": Watched(NOW_US - WEEK_US, NOW_US - 5 * 24 * HOUR_US, 500) for i in range(15)}
-    [found] = fleet_wide.find(fleet_of(20) | gone, moved(14))
-    assert found.of == 20
+    gone = {f"old-{i}": ObservationPeriod(NOW_US - WEEK_US, NOW_US - 5 * 24 * HOUR_US, 500) for i in range(15)}
+    [found] = fleet_wide.detect(fleet_of(20) | gone, moved(14))
+    assert found.device_count == 20
 
 
 def test_quiet_fleets_of_which_devices_alarm_by_chance_are_told_of_in_none_of_three_hundred() -> None:
@@ -115,14 +115,14 @@ def test_quiet_fleets_of_which_devices_alarm_by_chance_are_told_of_in_none_of_th
                 if len(times):
                     at = int(NOW_US - WEEK_US + times[-1])
                     onsets.append(Onset(f"pi-{i:02d}", subject, at, True, len(times) - 1))
-        told += len(fleet_wide.find(fleet_of(20), onsets))
+        told += len(fleet_wide.detect(fleet_of(20), onsets))
     assert told == 0
 
 
 @given(st.integers(0, 40), st.integers(1, 40), st.floats(0, 1))
 def test_the_binomials_tail_is_the_sum_of_its_terms(k: int, n: int, p: float) -> None:
     expected = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k, n + 1))
-    assert fleet_wide.at_least(k, n, p) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    assert fleet_wide.binomial_tail(k, n, p) == pytest.approx(expected, rel=1e-9, abs=1e-300)
 
 
 # --- as the collector's alert ---
@@ -139,7 +139,7 @@ def alert(sender: Sender, at: int, state: str = "raised", subject: str = "ax", n
     """A drift alert at a moment, epoch µs."""
     body = {"alert": "drift", "subject": subject, "state": state, "severity": "warning", "summary": f"{subject} moved."}
     identity = f"{sender.task}/{subject}/drift/{number}"
-    return sender.logged("alerts", task=sender.task, **body, id=identity, time=clock.rfc3339(at))
+    return sender.logged("alerts", task=sender.task, **body, id=identity, time=clock.to_rfc3339(at))
 
 
 def watched_fleet(store: FleetStore, number: int = 12) -> list[Sender]:
@@ -155,40 +155,40 @@ def watched_fleet(store: FleetStore, number: int = 12) -> list[Sender]:
 
 
 def _window(end: int) -> dict[str, Any]:
-    span = {"from": clock.rfc3339(end - 10 * MINUTE_US), "to": clock.rfc3339(end)}
+    span = {"from": clock.to_rfc3339(end - 10 * MINUTE_US), "to": clock.to_rfc3339(end)}
     return {"index": 1, "rows": [end // MINUTE_US, end // MINUTE_US + 9], "n": 10, **span}
 
 
 moments = count(1000)
 
 
-def look(lookout: Lookout) -> list[str]:
+def look(lookout: FleetWideAlerts) -> list[str]:
     """A minute after the last look."""
-    return lookout.look(Now(NOW_US, next(moments) * EVERY_S, "synced"))
+    return lookout.poll(ClockReading(NOW_US, next(moments) * POLL_INTERVAL_S, "synced"))
 
 
 def test_an_alert_is_raised_once_for_many_devices_and_cleared_when_most_are_as_before(store: FleetStore) -> None:
     senders = watched_fleet(store)
-    lookout = Lookout(store)
+    lookout = FleetWideAlerts(store)
     assert look(lookout) == []
     for i, sender in enumerate(senders[:8]):
         add(store, sender, alert(sender, NOW_US - HOUR_US + i * MINUTE_US))
-    [summary] = look(Lookout(store))
+    [summary] = look(FleetWideAlerts(store))
     assert summary.startswith("exercise: ax moved on 8 of 12 devices since ")
     assert summary.endswith("First on pi-00, pi-01, pi-02, pi-03, pi-04, pi-05, pi-06, pi-07.")
     # Another collector, or the same one started again, has nothing to add.
-    assert look(Lookout(store)) == []
+    assert look(FleetWideAlerts(store)) == []
     of_fleet = [a for a in store.alerts() if a["device"] == ""]
     assert [(a["alert"], a["task"], a["subject"], a["state"], a["open"]) for a in of_fleet] == [
         ("drift", "exercise", "ax", "raised", True)
     ]
     for sender in senders[:6]:
         add(store, sender, alert(sender, NOW_US, "cleared"))
-    assert look(Lookout(store)) == []
+    assert look(FleetWideAlerts(store)) == []
     assert [a for a in store.alerts() if a["device"] == ""] == []
     every = [(a["state"], a["open"]) for a in store.alerts(closed=True) if a["device"] == ""]
     assert every == [("raised", False), ("cleared", False)]
-    assert look(Lookout(store)) == []
+    assert look(FleetWideAlerts(store)) == []
 
 
 def test_it_looks_only_when_a_drift_alert_came_and_once_a_minute(
@@ -196,23 +196,23 @@ def test_it_looks_only_when_a_drift_alert_came_and_once_a_minute(
 ) -> None:
     store = FleetStore(tmp_path / "fleet.db")
     looks: list[int] = []
-    real = store.watched
+    real = store.observed_periods
 
     def watched(since: str, until: str) -> list[tuple[str, str, str, str, int]]:
         looks.append(1)
         return real(since, until)
 
-    monkeypatch.setattr(store, "watched", watched)
+    monkeypatch.setattr(store, "observed_periods", watched)
     [sender] = watched_fleet(store, 1)
-    lookout = Lookout(store)
-    told = Now(NOW_US, 100.0, "synced")
-    lookout.look(told)
-    lookout.look(Now(NOW_US, 1000.0, "synced"))
+    lookout = FleetWideAlerts(store)
+    told = ClockReading(NOW_US, 100.0, "synced")
+    lookout.poll(told)
+    lookout.poll(ClockReading(NOW_US, 1000.0, "synced"))
     assert len(looks) == 1
-    lookout.stored([Arrival(sender.open(alert(sender, NOW_US)))])
-    lookout.look(Now(NOW_US, 100.0 + EVERY_S - 1, "synced"))
+    lookout.record_batch([Arrival(sender.open(alert(sender, NOW_US)))])
+    lookout.poll(ClockReading(NOW_US, 100.0 + POLL_INTERVAL_S - 1, "synced"))
     assert len(looks) == 1
-    lookout.look(Now(NOW_US, 100.0 + EVERY_S, "synced"))
+    lookout.poll(ClockReading(NOW_US, 100.0 + POLL_INTERVAL_S, "synced"))
     store.close()
     assert len(looks) == 2
 
@@ -221,11 +221,11 @@ def test_an_alert_stays_while_the_drift_goes_on_for_months(store: FleetStore) ->
     senders = watched_fleet(store)
     for sender in senders[:8]:
         add(store, sender, alert(sender, NOW_US - 2 * HOUR_US))
-    assert len(look(Lookout(store))) == 1
+    assert len(look(FleetWideAlerts(store))) == 1
     later = NOW_US + 90 * 24 * HOUR_US
     for sender in senders:
         add(store, sender, window(sender, 0, {"ax": field([0.0], "drift")}, window=_window(later - HOUR_US)))
-    assert Lookout(store).look(Now(later, 1.0, "synced")) == []
+    assert FleetWideAlerts(store).poll(ClockReading(later, 1.0, "synced")) == []
     assert [a["open"] for a in store.alerts(closed=True) if a["device"] == ""] == [True]
 
 
@@ -235,10 +235,10 @@ def test_a_time_that_no_calendar_has_does_not_stop_the_collector(store: FleetSto
         add(store, sender, alert(sender, NOW_US - HOUR_US))
     sent = senders[9].logged(
         "alerts", task="exercise", alert="drift", subject="ax", state="raised", severity="warning", summary="x",
-        id="exercise/ax/drift/1", time=f"{clock.rfc3339(NOW_US)[:8]}00T12:00:00Z",
+        id="exercise/ax/drift/1", time=f"{clock.to_rfc3339(NOW_US)[:8]}00T12:00:00Z",
     )  # fmt: skip
     add(store, senders[9], sent)
-    assert len(look(Lookout(store))) == 1
+    assert len(look(FleetWideAlerts(store))) == 1
 
 
 def test_the_survey_finds_the_same_in_windows_and_the_command_says_it(folder: Path) -> None:
@@ -252,9 +252,9 @@ def test_the_survey_finds_the_same_in_windows_and_the_command_says_it(folder: Pa
             values = rng.normal(1.0 if late else 0.0, 1, 100)
             sent.append(window(sender, minute, {"ax": field(values, "drift" if late else "ok", cusum=sums)}))
         add(store, sender, *sent)
-    [one] = seen(store).groups[0].wide()
+    [one] = seen(store).groups[0].detect_fleet_wide()
     store.close()
-    assert (one.subject, len(one.devices), one.of) == ("ax", 7, 10)
+    assert (one.subject, len(one.devices), one.device_count) == ("ax", 7, 10)
     text = run("drift", "--dir", folder).stdout
     assert "  ax moved on 7 of 10 devices since " in text
     [task] = json.loads(run("drift", "--dir", folder, "--json").stdout)["tasks"]

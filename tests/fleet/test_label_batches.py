@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.device.intake import labels
-from agent.fleet.parcels import parcels
+from agent.fleet.parcels import split_labels
 from agent.performance.labels import SOURCES, Label
-from agent.wire.commands import MAX_ARGUMENT
+from agent.wire.commands import MAX_ARGUMENT_LENGTH
 
 TEXTS = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=256)
 LABELS = st.builds(Label, st.integers(1, 2**53 - 1), st.none(), TEXTS, st.sampled_from(SOURCES)) | st.builds(
@@ -21,11 +21,11 @@ LABELS = st.builds(Label, st.integers(1, 2**53 - 1), st.none(), TEXTS, st.sample
 def test_a_device_reads_from_the_parcels_what_was_put_in(some: list[Label], times: int) -> None:
     given_ = some * times
     taken: list[Label] = []
-    for first, end, text in parcels(given_):
-        assert len(text) <= MAX_ARGUMENT
+    for first, end, text in split_labels(given_):
+        assert len(text) <= MAX_ARGUMENT_LENGTH
         assert first == len(taken)
-        lot = labels.lot("task", msgspec.json.decode(text))
-        assert lot.bad == {}
+        lot = labels.parse_columns("task", msgspec.json.decode(text))
+        assert lot.rejected == {}
         taken += lot.labels
         assert end == len(taken)
     for a, b in zip(taken, given_, strict=True):

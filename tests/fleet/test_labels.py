@@ -11,7 +11,7 @@ import pytest
 from agent.fleet import labels
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from agent.fleet.labels import Outcome
+from agent.fleet.labels import LabelOutcome
 from agent.performance.labels import Label
 from tests.kit.senders import MODEL, Sender, Sent, new_key
 
@@ -36,9 +36,9 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
     opened.close()
 
 
-def take(store: FleetStore, *given: Label) -> Outcome:
+def take(store: FleetStore, *given: Label) -> LabelOutcome:
     with store.transaction() as db:
-        return labels.take(db, SENDER.device, SENDER.task, given, NOW)
+        return labels.add(db, SENDER.device, SENDER.task, given, NOW)
 
 
 def ask(store: FleetStore, sql: str) -> list[Any]:
@@ -104,7 +104,7 @@ def test_rows_count_anew_in_a_new_log_and_labels_are_of_that_one(store: FleetSto
 
 def test_without_results_nothing_can_be_joined(store: FleetStore) -> None:
     with pytest.raises(ValueError, match="no results of task 'other'"), store.transaction() as db:
-        labels.take(db, SENDER.device, "other", [Label(1, None, "PEN")], NOW)
+        labels.add(db, SENDER.device, "other", [Label(1, None, "PEN")], NOW)
 
 
 def test_metrics_of_a_message_become_rows_once(store: FleetStore) -> None:
@@ -206,17 +206,22 @@ def test_results_of_different_bundles_are_not_mixed(store: FleetStore) -> None:
     wrong = {"PEN": "ABD", "ABD": "FEL", "FEL": "PEN"}
     old = take(store, *(Label(row, None, wrong[found[row]]) for row in range(1, 61)))
     assert old.model is not None
-    assert (old.model.digest, old.others, old.metrics[0].value) == (MODEL["digest"], 0, 0.0)
+    assert (old.model.digest, old.other_bundle_labels, old.metrics[0].value) == (MODEL["digest"], 0, 0.0)
     both = take(store, *(Label(row, None, found[row]) for row in range(61, 101)))
     assert both.model is not None
-    assert (both.model.told(), both.others) == ({"name": MODEL["name"], "version": "9.9.9", "digest": "sha256:99"}, 60)
+    assert (both.model.to_dict(), both.other_bundle_labels) == (
+        {"name": MODEL["name"], "version": "9.9.9", "digest": "sha256:99"},
+        60,
+    )
     assert (both.metrics[0].value, both.metrics[0].n) == (1.0, 40)
 
 
 def test_a_device_that_lists_some_results_only_is_told_to_be_a_biased_sample(store: FleetStore) -> None:
-    assert take(store, Label(1, None, "PEN")).sparse is None
+    assert take(store, Label(1, None, "PEN")).sparse_warning is None
     columns = {"row": [70, 90], "t": [70, 90], "label": ["PEN", "ABD"], "score": [0.4, 0.5]}
     store.ingest([Arrival(SENDER.open(SENDER.results(60, rows_at=(61, 120), columns=columns)))], [], NOW)
     outcome = take(store, Label(70, None, "PEN"))
-    assert outcome.sparse is not None
-    assert outcome.sparse.startswith("the device lists 62 of 120 results of this bundle (its publish), and which ones ")
+    assert outcome.sparse_warning is not None
+    assert outcome.sparse_warning.startswith(
+        "the device lists 62 of 120 results of this bundle (its publish), and which ones "
+    )

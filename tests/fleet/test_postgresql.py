@@ -18,15 +18,15 @@ import pytest
 from click.testing import CliRunner
 
 from agent.cli.fleet.group import fleet as commands
-from agent.config import Broker
-from agent.errors import Refused, StorageError, UsageError
+from agent.config import BrokerConfig
+from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector import subscription
 from agent.fleet.collector.collector import Collector
-from agent.fleet.collector.pending_gaps import WAIT_S, Patience
+from agent.fleet.collector.pending_gaps import WAIT_S, PendingGaps
 from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.interface import named
-from agent.fleet.database.placeholders import translated
+from agent.fleet.database.interface import display_name
+from agent.fleet.database.placeholders import to_psycopg
 from agent.fleet.database.store import FleetStore
 from agent.wire import topics
 from tests.fleet.test_collector import Wire
@@ -144,14 +144,14 @@ def test_messages_and_results_lie_in_as_many_partitions_as_were_asked_for(postgr
 
 def test_placeholders_are_those_of_psycopg_and_quoted_text_stays() -> None:
     sql = """SELECT '?', ':x', "to", a::text, '5 %' FROM t WHERE a = ? AND b LIKE :name AND c % 2 = 0"""
-    assert translated(sql) == (
+    assert to_psycopg(sql) == (
         """SELECT '?', ':x', "to", a::text, '5 %%' FROM t WHERE a = %s AND b LIKE %(name)s AND c %% 2 = 0"""
     )
 
 
 def test_no_message_repeats_the_password() -> None:
     url = "postgresql://me:secret@127.0.0.1:1/fleet?connect_timeout=1&password=secret"
-    assert named(url) == "postgresql://me@127.0.0.1:1/fleet?connect_timeout=1"
+    assert display_name(url) == "postgresql://me@127.0.0.1:1/fleet?connect_timeout=1"
     with pytest.raises(StorageError, match="me@127") as raised:
         FleetStore(url)
     assert "secret" not in str(raised.value)
@@ -236,7 +236,7 @@ def test_a_transaction_that_another_one_stops_is_done_again_and_counted(store: F
         # Holds what that one waits for, and now waits for what it holds.
         other.execute(touch, ("pi-a",))
     worker.join(60)
-    assert store.repeated == 1
+    assert store.retry_count == 1
     assert store.count_messages() == 2
 
 
@@ -244,9 +244,9 @@ def test_a_key_revoked_meanwhile_signs_nothing_more(store: FleetStore, postgres_
     sender = enrolled(store)
     arrival = Arrival(sender.open(sender.results()))
     other = FleetStore(postgres_url)
-    collector = Collector(FLEET, Broker(), other, new_key(), share="b")
+    collector = Collector(FLEET, BrokerConfig(), other, new_key(), share="b")
     other.revoke("pi-07", None, NOW)
-    with pytest.raises(Refused, match="revoked key"):
+    with pytest.raises(MessageRefused, match="revoked key"):
         store.ingest([arrival], [], NOW)
     assert store.count_messages() == 0
     assert collector.verify([sender.results().delivery()])[1][0].reason == "revoked key"
@@ -297,12 +297,12 @@ def test_a_connection_that_was_lost_is_made_anew_and_nothing_of_its_transaction_
 
 def test_text_that_postgresql_cannot_hold_is_refused_alone_and_counted(store: FleetStore) -> None:
     sender = enrolled(store)
-    collector = Collector(FLEET, Broker(), store, new_key(), share="a")
+    collector = Collector(FLEET, BrokerConfig(), store, new_key(), share="a")
     wire: Any = Wire(store)
     poison = sender.alert(summary="NUL \0 in it")
     hostile = Sent("outstation/acme/\0/health", b"x", "\0")
     wire.incoming = [one.delivery() for one in (sender.results(), poison, sender.results(), hostile)]
-    collector.turn(wire, 0.0)
+    collector.tick(wire, 0.0)
     assert store.count_messages() == 2
     assert [(row["reason"], row["count"]) for row in store.refusals()] == [("topic", 1), ("not storable", 1)]
     assert ask(store, "SELECT topic FROM refused WHERE reason = 'topic'") == [("outstation/acme/\ufffd/health",)]
@@ -313,7 +313,7 @@ def test_a_name_of_several_kilobytes_that_no_index_takes_is_refused_alone(store:
     noise = "".join(Random(1).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=20_000))
     good = sender.open(sender.results())
     message = msgspec.structs.replace(good, body=msgspec.structs.replace(good.body, log=noise))
-    with pytest.raises(Refused, match="not storable"):
+    with pytest.raises(MessageRefused, match="not storable"):
         store.ingest([Arrival(message), Arrival(sender.open(sender.results()))], [], NOW)
     assert store.count_messages() == 0
 
@@ -324,12 +324,12 @@ def test_a_name_of_several_kilobytes_that_no_index_takes_is_refused_alone(store:
 def test_sqlite_cannot_be_shared_and_says_why(tmp_path: Path) -> None:
     store = FleetStore(tmp_path / "fleet.db")
     with pytest.raises(UsageError, match="SQLite has one writer"):
-        Collector(FLEET, Broker(), store, new_key(), share="a")
+        Collector(FLEET, BrokerConfig(), store, new_key(), share="a")
     store.close()
 
 
 def test_what_devices_log_is_shared_and_what_is_retained_goes_to_each() -> None:
-    plain, shared = subscription.filters("acme"), subscription.filters("acme", shared=True)
+    plain, shared = subscription.topic_filters("acme"), subscription.topic_filters("acme", shared=True)
     assert [one.removeprefix("$share/collect/") for one in shared] == plain
     assert {one for one in shared if not one.startswith("$share/")} == {
         f"{topics.ROOT}/acme/+/keys",
@@ -340,34 +340,34 @@ def test_what_devices_log_is_shared_and_what_is_retained_goes_to_each() -> None:
 
 
 def test_what_another_collector_may_have_in_hand_is_not_asked_for_at_once() -> None:
-    patience, log = Patience(), ("pi-07", "log")
+    patience, log = PendingGaps(), ("pi-07", "log")
     assert patience.trim(0.0, log, 10, [(4, 5), (8, 8)]) == (3, [])
-    assert patience.due(WAIT_S - 0.1) == []
-    assert patience.due(WAIT_S) == [log]
+    assert patience.due_logs(WAIT_S - 0.1) == []
+    assert patience.due_logs(WAIT_S) == [log]
     # Missing for a while: asked for; what came above meanwhile is young again.
     assert patience.trim(WAIT_S, log, 20, [(4, 5), (8, 8), (15, 16)]) == (14, [(4, 5), (8, 8)])
     assert patience.trim(2 * WAIT_S, log, 20, [(15, 16)]) == (20, [(15, 16)])
     assert patience.trim(2 * WAIT_S, log, 20, []) == (20, [])
-    assert patience.due(100.0) == []
+    assert patience.due_logs(100.0) == []
 
 
 def test_refusals_of_all_collectors_together_raise_one_alert_of_the_one_with_the_duty(
     store: FleetStore, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.fleet.collector.leader.LEAD_S", 0.0)
+    monkeypatch.setattr("agent.fleet.collector.leader.LEADER_CHECK_S", 0.0)
     enrolled(store)
     stranger = Sender(key=new_key(5))
     stores = [store, FleetStore(postgres_url)]
     collectors = [
-        Collector(FLEET, Broker(), one, new_key(), share=name) for one, name in zip(stores, "ab", strict=True)
+        Collector(FLEET, BrokerConfig(), one, new_key(), share=name) for one, name in zip(stores, "ab", strict=True)
     ]
     for _ in range(2):
         for one, collector in zip(stores, collectors, strict=True):
             wire: Any = Wire(one)
             wire.incoming = [stranger.results().delivery() for _ in range(7)]
-            collector.turn(wire, 0.0)
+            collector.tick(wire, 0.0)
     idle: Any = Wire(store)
-    collectors[0].turn(idle, 0.0)
+    collectors[0].tick(idle, 0.0)
     # Seven were there before the first look, which cannot tell when they came.
     [alert] = store.alerts()
     assert (alert["alert"], alert["subject"]) == ("security", "refused")
@@ -387,8 +387,8 @@ def test_a_roll_out_is_decided_followed_and_audited(tmp_path: Path, postgres_url
         six.abort()
         assert [row[3] for row in six.decided()] == ["started", "promoted", "promoted", "aborted"]
         report = audit(six.store, operators=[fleet_rollouts.OPERATOR.public])
-        assert report.passed, report.document()
-        assert six.look().members.phases() != {}
+        assert report.passed, report.to_dict()
+        assert six.look().devices.count_phases() != {}
 
 
 def test_evidence_of_the_same_fleet_is_the_same_byte_by_byte(tmp_path: Path, postgres_url: str) -> None:
@@ -421,7 +421,7 @@ def copy(source: FleetStore, target: FleetStore) -> None:
                 rows = db.execute(f"SELECT * FROM {table} ORDER BY {ordered}").fetchall()
             taken = [tuple(bool(v) if n in flags else v for n, v in zip(names, row, strict=True)) for row in rows]
             if taken:
-                into.load(table, taken)
+                into.bulk_insert(table, taken)
 
 
 def test_the_commands_of_a_fleet_work_with_a_url_in_its_config(tmp_path: Path, postgres_url: str) -> None:

@@ -19,15 +19,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import config as device_config
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.errors import LinkDown, UsageError
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import pki, revocation
-from agent.fleet.enrolment.enrol import CONNECTS, enrol, init_fleet
-from agent.fleet.enrolment.revocation import shut_out
+from agent.fleet.enrolment.enrol import CONNECTION_FILES, enrol, init_fleet
+from agent.fleet.enrolment.revocation import revoke_device
 from agent.transport.mqtt import Link
-from agent.transport.packets import Delivery, Outgoing
+from agent.transport.packets import IncomingMessage, OutgoingMessage
 from tests.kit.brokers import Mosquitto, free_port
 from tests.kit.senders import new_key
 from tests.kit.stations import wait_for
@@ -42,7 +42,7 @@ class Desk:
     def __init__(self, folder: Path) -> None:
         port = free_port()
         self.folder = folder / "acme"
-        self.config: FleetConfig = init_fleet(self.folder, "acme", Broker(url=f"mqtts://localhost:{port}"))
+        self.config: FleetConfig = init_fleet(self.folder, "acme", BrokerConfig(url=f"mqtts://localhost:{port}"))
         self.conf = self.folder / "broker" / "mosquitto.conf"
         # It says when it reloads.
         more = "log_type information\n" + ("user root\n" if os.geteuid() == 0 else "")
@@ -61,17 +61,17 @@ class Desk:
         )
 
     def serial(self, device: str) -> int:
-        return pki.serial((self.folder / "devices" / device / "device.crt").read_bytes(), Path())
+        return pki.read_serial((self.folder / "devices" / device / "device.crt").read_bytes(), Path())
 
-    def credentials(self, device: str) -> Broker:
+    def credentials(self, device: str) -> BrokerConfig:
         """A copy that stays what it is when the device is enrolled anew: what a thief has."""
         broker = device_config.load(self.folder / "devices" / device / "outstation.toml").broker
         taken = self.folder.parent / f"taken-{device}-{self.serial(device)}"
         taken.mkdir(exist_ok=True)
-        for name in CONNECTS:
+        for name in CONNECTION_FILES:
             shutil.copy(self.folder / "devices" / device / name, taken)
-        key, certificate = (str(taken / name) for name in CONNECTS)
-        return Broker(url=broker.url, ca_file=self.config.broker.ca_file, cert_file=certificate, tls_key_file=key)
+        key, certificate = (str(taken / name) for name in CONNECTION_FILES)
+        return BrokerConfig(url=broker.url, ca_file=self.config.broker.ca_file, cert_file=certificate, tls_key_file=key)
 
     def reload(self) -> None:
         """SIGHUP, until the broker, which has one thread, is about to do what it tells it to."""
@@ -94,7 +94,7 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     made.store.close()
 
 
-def connects(who: Broker) -> bool:
+def connects(who: BrokerConfig) -> bool:
     try:
         Link(who, "someone", timeout_s=10.0).close()
     except LinkDown:
@@ -118,18 +118,18 @@ def test_a_stolen_device_is_refused_once_the_broker_has_read_the_list_and_the_ot
         desk.reload()
         assert not connects(stolen)
         assert connects(other)
-        assert connects(desk.config.broker_as(desk.config.collector))
+        assert connects(desk.config.broker_for(desk.config.collector))
 
 
 def test_a_stolen_device_that_is_connected_stays_so_until_the_broker_starts_again(desk: Desk) -> None:
     topic = "outstation/acme/pi-07/cmd"
     with desk.broker:
         thief = Link(desk.credentials("pi-07"), "pi-07", subscribe=[topic])
-        shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+        revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
         desk.reload()
-        sender = Link(desk.config.broker_as(desk.config.operator), "someone")
-        sender.send(Outgoing(topic, b"{}"))
-        assert [type(event) for event in thief.receive(60.0)] == [Delivery]
+        sender = Link(desk.config.broker_for(desk.config.operator), "someone")
+        sender.send(OutgoingMessage(topic, b"{}"))
+        assert [type(event) for event in thief.receive(60.0)] == [IncomingMessage]
         sender.close()
         desk.broker.stop()
         desk.broker.start()
@@ -152,7 +152,7 @@ def test_a_device_that_is_enrolled_anew_connects_and_who_has_its_former_certific
 
 def test_a_device_that_was_revoked_and_is_let_in_with_another_key_gets_a_certificate_that_connects(desk: Desk) -> None:
     revoked = desk.credentials("pi-07")
-    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     enrol(desk.folder, desk.config, desk.store, "pi-07", key=new_key(5).public, replace=False)
     with desk.broker:
         assert connects(desk.credentials("pi-07"))
@@ -165,7 +165,7 @@ def test_a_device_that_is_far_away_keeps_its_certificate_when_its_key_is_replace
         desk.enrol("pi-07", replace=True, keep_certificate=True)
         desk.reload()
         assert connects(before)
-    assert desk.serial("pi-07") == pki.serial(Path(str(before.cert_file)).read_bytes(), Path())
+    assert desk.serial("pi-07") == pki.read_serial(Path(str(before.cert_file)).read_bytes(), Path())
 
 
 def test_keeping_a_certificate_that_nothing_replaces_is_wrong_use(desk: Desk) -> None:
@@ -207,10 +207,10 @@ def test_a_damaged_list_is_not_overwritten_and_the_signing_key_is_revoked_all_th
     desk: Desk, tmp_path: Path, damage: str
 ) -> None:
     file = desk.folder / "crl.pem"
-    foreign = pki.new_authority("acme").revocation_list((), ())
+    foreign = pki.create_authority("acme").build_crl((), ())
     file.write_bytes(b"junk" if damage == "junk" else foreign)
     before = file.read_bytes()
-    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     assert done.failed
     assert str(file) in str(done.problem)
     assert (len(done.keys), done.certificates) == (1, [])
@@ -234,11 +234,11 @@ def test_killed_between_the_list_and_the_database_revoke_is_said_again(
 
     monkeypatch.setattr(revocation, "add", killed)
     with pytest.raises(Killed):
-        shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+        revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
     assert desk.store.active_key("pi-07") is not None
     monkeypatch.undo()
-    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     assert (len(done.keys), len(done.certificates)) == (1, 1)
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
 
@@ -251,7 +251,7 @@ def test_two_devices_revoked_at_once_are_both_on_the_list(desk: Desk) -> None:
 
 def test_a_device_that_is_revoked_already_is_put_on_a_list_that_did_not_hold_it(desk: Desk) -> None:
     desk.store.revoke("pi-07", None, NOW)
-    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     assert (done.keys, done.failed) == ([], False)
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
 
@@ -265,7 +265,7 @@ def test_a_fleet_from_before_the_list_gets_one_and_is_told_what_its_broker_needs
     text = desk.conf.read_text(encoding="utf-8")
     line = f"crlfile {desk.folder}/broker/crl.pem"
     desk.conf.write_text(text.replace(line + "\n", ""), encoding="utf-8")
-    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     [step] = [step for step in done.steps if "names no list" in step]
     assert str(desk.conf) in step
     assert step.endswith(line)
@@ -282,13 +282,13 @@ def test_a_list_that_was_made_by_hand_with_the_authoritys_key_is_continued(desk:
     builder = x509.CertificateRevocationListBuilder().issuer_name(authority.certificate.subject)
     by_hand = builder.last_update(now).next_update(now + timedelta(days=30)).add_revoked_certificate(entry)
     (desk.folder / "crl.pem").write_bytes(by_hand.sign(authority.key, None).public_bytes(Encoding.PEM))
-    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     assert listed(desk.folder / "crl.pem") == {99, desk.serial("pi-07")}
 
 
 def test_a_fleet_whose_broker_is_elsewhere_is_told_to_copy_the_list(desk: Desk) -> None:
     shutil.rmtree(desk.folder / "broker")
-    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     assert not done.failed
     assert f"copy {desk.folder / 'crl.pem'} to the broker" in done.steps[0]
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
@@ -298,29 +298,29 @@ def test_a_device_whose_files_are_gone_from_the_fleets_folder_is_revoked(desk: D
     serial = desk.serial("pi-07")
     for file in (desk.folder / "devices" / "pi-07").iterdir():
         file.unlink()
-    assert not shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW).failed
+    assert not revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW).failed
     assert listed(desk.folder / "crl.pem") == {serial}
 
 
 def test_a_certificate_that_an_older_version_replaced_is_revoked_once_it_is_put_beside_the_others(desk: Desk) -> None:
     before = Path(str(desk.credentials("pi-07").cert_file))
     desk.enrol("pi-07", replace=True, keep_certificate=True)
-    forgotten = pki.serial(before.read_bytes(), before)
+    forgotten = pki.read_serial(before.read_bytes(), before)
     for file in (desk.folder / "issued" / "pi-07").iterdir():
         file.unlink()
     (desk.folder / "devices" / "pi-07" / "device.crt").unlink()
     desk.enrol("pi-07")
-    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
     shutil.copy(before, desk.folder / "issued" / "pi-07" / "old.crt")
-    shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+    revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     assert listed(desk.folder / "crl.pem") == {forgotten, desk.serial("pi-07")}
 
 
 def test_a_damaged_copy_does_not_keep_a_device_in(desk: Desk) -> None:
     serial = desk.serial("pi-07")
     (desk.folder / "devices" / "pi-07" / "device.crt").write_bytes(b"junk")
-    assert not shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW).failed
+    assert not revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW).failed
     assert listed(desk.folder / "crl.pem") == {serial}
 
 
@@ -338,26 +338,26 @@ def test_the_certificate_stays_while_another_key_of_the_device_is_valid(desk: De
     old = desk.store.active_key("pi-07")
     assert old is not None
     desk.store.enrol("pi-07", new_key(5).public, replace=True, now=NOW, keep_through=3)
-    done = shut_out(desk.folder, desk.config, desk.store, "pi-07", old.kid, NOW)
+    done = revoke_device(desk.folder, desk.config, desk.store, "pi-07", old.kid, NOW)
     assert (done.keys, done.certificates, done.failed) == ([old.kid], [], False)
     assert "another key of pi-07 is valid" in str(done.problem)
     last = desk.store.active_key("pi-07")
     assert last is not None
-    assert shut_out(desk.folder, desk.config, desk.store, "pi-07", last.kid, NOW).certificates
+    assert revoke_device(desk.folder, desk.config, desk.store, "pi-07", last.kid, NOW).certificates
     assert listed(desk.folder / "crl.pem") == {desk.serial("pi-07")}
 
 
 def test_a_key_that_is_none_of_the_devices_changes_no_list(desk: Desk) -> None:
     before = (desk.folder / "crl.pem").read_bytes()
     with pytest.raises(UsageError, match="no key x"):
-        shut_out(desk.folder, desk.config, desk.store, "pi-07", "x", NOW)
+        revoke_device(desk.folder, desk.config, desk.store, "pi-07", "x", NOW)
     assert (desk.folder / "crl.pem").read_bytes() == before
 
 
 def test_an_operators_umask_does_not_keep_the_list_from_the_brokers_user(desk: Desk) -> None:
     before = os.umask(0o077)
     try:
-        shut_out(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
+        revoke_device(desk.folder, desk.config, desk.store, "pi-07", None, NOW)
     finally:
         os.umask(before)
     for file in (desk.folder / "crl.pem", desk.folder / "broker" / "crl.pem"):
@@ -375,10 +375,10 @@ def test_the_broker_does_not_start_without_the_list(desk: Desk) -> None:
 
 
 def test_a_fleet_without_tls_revokes_keys_and_speaks_of_no_certificate(tmp_path: Path) -> None:
-    config = init_fleet(tmp_path / "home", "home", Broker(url="mqtt://127.0.0.1:1883"))
+    config = init_fleet(tmp_path / "home", "home", BrokerConfig(url="mqtt://127.0.0.1:1883"))
     store = FleetStore(Path(config.fleet.db))
     enrol(tmp_path / "home", config, store, "pi-07", key=None, replace=False)
-    done = shut_out(tmp_path / "home", config, store, "pi-07", None, NOW)
+    done = revoke_device(tmp_path / "home", config, store, "pi-07", None, NOW)
     store.close()
     assert (len(done.keys), done.certificates, done.problem, done.steps) == (1, [], None, ())
     assert not (tmp_path / "home" / "crl.pem").exists()

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.errors import Refused, StorageBusy, StorageError, StorageFull, UsageError
+from agent.errors import MessageRefused, StorageBusy, StorageError, StorageFull, UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.database import sqlite
 from agent.fleet.database.ingest import DEFAULT_MAX_EVIDENCE, Arrival, Refusal
 from agent.fleet.database.store import MAX_MISSING_RANGES, FleetStore
-from agent.wire.messages import Results
+from agent.wire.messages import ResultsPayload
 from tests.kit.fleet_databases import sqlite_of
 from tests.kit.senders import Sender, Sent, new_key
 
@@ -237,10 +237,10 @@ def test_a_value_too_large_for_the_database_is_refused_and_leaves_nothing_of_its
     sender = Sender()
     enrol(store, sender)
     good = sender.open(sender.results())
-    assert isinstance(good.body, Results)
+    assert isinstance(good.body, ResultsPayload)
     columns = msgspec.structs.replace(good.body.columns, t=[2**70, 0, 0])
     poison = msgspec.structs.replace(good, body=msgspec.structs.replace(good.body, seq=2, columns=columns))
-    with pytest.raises(Refused, match="not storable"):
+    with pytest.raises(MessageRefused, match="not storable"):
         store.ingest([Arrival(good), Arrival(poison)], [], NOW)
     assert store.count_messages() == 0
 
@@ -298,7 +298,7 @@ def test_two_open_stores_take_turns(file_store: FleetStore, monkeypatch: pytest.
     inside, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with sqlite_of(second).alone():
+        with sqlite_of(second).lock_exclusively():
             inside.set()
             leave.wait(60)
 
@@ -326,7 +326,9 @@ def test_a_database_that_is_none_says_so(tmp_path: Path) -> None:
 def test_acknowledging_reads_the_gaps_by_index_however_many_messages_there_are(file_store: FleetStore) -> None:
     plan = [
         row[3]
-        for row in sqlite_of(file_store).connection.execute(f"EXPLAIN QUERY PLAN {sqlite.UNDECLARED}", ("d", "l", 101))
+        for row in sqlite_of(file_store).connection.execute(
+            f"EXPLAIN QUERY PLAN {sqlite.UNDECLARED_GAPS}", ("d", "l", 101)
+        )
     ]
     assert plan == ["SEARCH gaps USING PRIMARY KEY (device=? AND log=?)"]
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from agent.errors import Refused
+from agent.errors import MessageRefused
 from agent.fleet.audit.audit import audit
 from agent.fleet.database.store import FleetStore
-from agent.wire.messages import Audit, Message, Results
+from agent.wire.messages import AuditPayload, ResultsPayload, VerifiedMessage
 from tests.kit.clocks import TRUE_START_US, Dated, Machine, Station, collect, dated
 from tests.kit.senders import Sender
 
@@ -135,7 +135,7 @@ def station(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Station
 
 @pytest.fixture
 def date(station: Station, fresh: Callable[[], FleetStore]) -> Callable[..., list[Dated]]:
-    def find(*, without: Callable[[Message], bool] = lambda _: False, received_us: float = 0.0) -> list[Dated]:
+    def find(*, without: Callable[[VerifiedMessage], bool] = lambda _: False, received_us: float = 0.0) -> list[Dated]:
         kept = [message for message in station.messages() if not without(message)]
         store = collect(fresh(), station, [kept], received_us or station.machine.true_us)
         found = dated(store)
@@ -162,7 +162,7 @@ def test_rows_of_a_clock_that_is_right_cost_no_byte_more_and_keep_their_time(
 ) -> None:
     station.turn()
     rows(station)
-    [results] = [one.body for one in station.messages() if isinstance(one.body, Results)]
+    [results] = [one.body for one in station.messages() if isinstance(one.body, ResultsPayload)]
     assert results.clocks is None
     found = date()
     assert [row.dated for row in found] == ["synced"] * 3
@@ -231,7 +231,7 @@ def test_a_commit_that_straddles_a_step_is_cut_where_the_clock_was_set(
     station.stamp()
     station.commit()
     station.turn()
-    [results] = [one.body for one in station.messages() if isinstance(one.body, Results)]
+    [results] = [one.body for one in station.messages() if isinstance(one.body, ResultsPayload)]
     assert results.clocks == [(1, 1, 1, 0), (2, 1, 2, 1)]
     found = date()
     assert [row.dated for row in found] == ["synced", "anchored"]
@@ -251,7 +251,7 @@ def test_a_segment_that_only_the_intake_saw_has_an_anchor_all_the_same(
     found = date()
     assert [row.dated for row in found] == ["anchored"]
     assert max(errors(station, found)) <= 20_000
-    segments = [one.body.evidence["segment"] for one in station.messages() if isinstance(one.body, Audit)]
+    segments = [one.body.evidence["segment"] for one in station.messages() if isinstance(one.body, AuditPayload)]
     assert segments == [1, 2, 1]
 
 
@@ -268,7 +268,7 @@ def test_rows_of_yesterdays_boot_that_are_run_today_keep_their_boot_and_segment(
     station.turn()
     found = date()
     assert [(row.boot, row.dated) for row in found] == [(1, "unknown")]
-    anchors = [one.body.evidence for one in station.messages() if isinstance(one.body, Audit)]
+    anchors = [one.body.evidence for one in station.messages() if isinstance(one.body, AuditPayload)]
     assert [(anchor["boot"], anchor["segment"]) for anchor in anchors] == [(1, 1), (2, 1)]
 
 
@@ -341,7 +341,7 @@ def test_without_its_anchors_a_boot_claims_nothing_and_the_audit_does_not_mind_d
     station.machine.set(-HOUR)
     station.turn()
     rows(station)
-    found = date(without=lambda message: isinstance(message.body, Audit))
+    found = date(without=lambda message: isinstance(message.body, AuditPayload))
     assert [(row.dated, row.t_error_us) for row in found] == [("unknown", None)] * 3
 
 
@@ -354,14 +354,14 @@ def test_evidence_that_is_nonsense_dates_nothing_and_stops_nobody(
     for name, value in [("boot", -1), ("segment", "1"), ("boot_us", 2.5), ("wall_us", None), ("quality", "best")]:
         with station.store.transaction() as tx:
             body = {"event": "clock", "summary": "", "evidence": {**plain, name: value}}
-            station.author.write(tx, "audit", None, body, station.machine.now)
+            station.author.append(tx, "audit", None, body, station.machine.now)
     with station.store.transaction() as tx:
         # More boots, each as long as can be said, than a sum of 64 bits holds; and one after them that is believed.
         for boot in range(2, 1100):
             quality = "unsynced" if boot < 1099 else "synced"
             evidence = {**plain, "boot": boot, "boot_us": 2**53, "quality": quality}
             body = {"event": "clock", "summary": "", "evidence": evidence}
-            station.author.write(tx, "audit", None, body, station.machine.now)
+            station.author.append(tx, "audit", None, body, station.machine.now)
     assert [row.dated for row in date()] == ["synced"] * 3
 
 
@@ -377,6 +377,8 @@ def test_the_collectors_list_of_devices_says_how_good_each_clock_is(station: Sta
 @pytest.mark.parametrize("clocks", [[], [[2, 1, 1, 0]], [[1, 1, 1, 0], [1, 1, 2, 0]], [[1, 1, 1, 3]], [[1, 1, 1]]])
 def test_clocks_that_contradict_their_message_are_refused(clocks: list[list[int]]) -> None:
     sender = Sender()
-    assert isinstance(sender.open(sender.results(clocks=[[1, 1, 1, 0], [50, 1, 2, 1]], rows_at=(1, 300))).body, Results)
-    with pytest.raises(Refused, match="malformed payload"):
+    assert isinstance(
+        sender.open(sender.results(clocks=[[1, 1, 1, 0], [50, 1, 2, 1]], rows_at=(1, 300))).body, ResultsPayload
+    )
+    with pytest.raises(MessageRefused, match="malformed payload"):
         sender.open(sender.results(clocks=clocks, rows_at=(1, 300)))

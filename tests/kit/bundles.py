@@ -138,7 +138,7 @@ seconds = 20
 def packed(folder: Path, recipe: Recipe = CLASSIFY, key: SigningKey | None = KEY) -> Path:
     """The folder of a bundle made in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    pack.write(pack.pack(write_spec(folder, recipe), key), folder / "bundle")
+    pack.write_bundle(pack.pack(write_spec(folder, recipe), key), folder / "bundle")
     return folder / "bundle"
 
 

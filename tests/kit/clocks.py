@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 
 from agent import clock
-from agent.clock import Now, Quality
+from agent.clock import ClockQuality, ClockReading
 from agent.config import Config
-from agent.device.intake.group_commit import Group
+from agent.device.intake.group_commit import GroupCommit
 from agent.device.machine.timekeeping import Timekeeper
-from agent.device.pipeline.batch import _clocks
-from agent.device.store.clock_segments import within
-from agent.device.store.message_log import Author
-from agent.device.store.rows import Raw, check
+from agent.device.pipeline.batch import _build_clocks
+from agent.device.store.clock_segments import clip_stamps
+from agent.device.store.message_log import MessageLog
+from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.wire import jws
 from agent.wire.keys import SigningKey
-from agent.wire.messages import Message, open_message
+from agent.wire.messages import VerifiedMessage, verify_message
 from tests.kit.senders import MODEL, new_key
 from tests.kit.stations import conf
 
@@ -37,7 +37,7 @@ class Machine:
     true_us: float = float(TRUE_START_US)
     booted_us: float = float(TRUE_START_US) - 5e6
     offset_us: int = TRUE_START_US - 5_000_000
-    quality: Quality = "synced"
+    quality: ClockQuality = "synced"
     error_us: int = 10_000
     synced_at_us: float = 0.0
     boots: int = 1
@@ -47,9 +47,9 @@ class Machine:
         return round((self.true_us - self.booted_us) * self.rate)
 
     @property
-    def now(self) -> Now:
+    def now(self) -> ClockReading:
         error = self.error_us + round((self.boot_us - self.synced_at_us) * 500e-6)
-        return Now(
+        return ClockReading(
             self.boot_us + self.offset_us, self.boot_us / 1e6, self.quality, error if self.quality == "synced" else None
         )
 
@@ -58,11 +58,11 @@ class Machine:
         self.offset_us = round(self.true_us) + error_us - self.boot_us
         self.quality, self.error_us, self.synced_at_us = "synced", abs(error_us), self.boot_us
 
-    def set(self, by_us: int, quality: Quality = "restored") -> None:
+    def set(self, by_us: int, quality: ClockQuality = "restored") -> None:
         self.offset_us += by_us
         self.quality = quality
 
-    def reboot(self, off_s: float, wall_us: int, quality: Quality = "unsynced") -> None:
+    def reboot(self, off_s: float, wall_us: int, quality: ClockQuality = "unsynced") -> None:
         """Off for a while, then on with whatever the clock begins with."""
         self.true_us += off_s * 1e6
         self.booted_us, self.boots = self.true_us, self.boots + 1
@@ -101,10 +101,10 @@ class Station:
         """The daemon; its store counts a boot where the machine had one."""
         self.patch.setattr(clock, "boot_id", lambda: f"boot {self.machine.boots}")
         self.store = Store(self.folder)
-        self.store.declare(self.conf.streams)
-        self.author = Author("acme", "pi-07", self.key, self.store.log_id, self.store.boot, 120_000)
+        self.store.declare_streams(self.conf.streams)
+        self.author = MessageLog("acme", "pi-07", self.key, self.store.log_id, self.store.boot, 120_000)
         self.keeper = Timekeeper(self.store, self.author)
-        self.group = Group(self.store, self.conf.streams)
+        self.group = GroupCommit(self.store, self.conf.streams)
 
     def stop(self) -> None:
         self.store.close()
@@ -112,52 +112,57 @@ class Station:
     def stamp(self, t: float | None = None) -> None:
         """A row comes in; `t` its producer's time, s."""
         now = self.machine.now
-        raw = Raw(1, None if t is None else [t], {"ax": [0.0], "ay": [0.0]})
-        self.group.add("p", "watch", check(raw, self.conf.streams["watch"], now.wall_us, None), [1], now)
+        raw = RawColumns(1, None if t is None else [t], {"ax": [0.0], "ay": [0.0]})
+        self.group.add_rows(
+            "p", "watch", validate_columns(raw, self.conf.streams["watch"], now.wall_us, None), [1], now
+        )
         self.truth.append(self.machine.true_us)
 
     def commit(self) -> None:
-        self.group.reach("p", 1)
+        self.group.advance("p", 1)
         assert not self.group.commit(self.machine.now)["p"].rejected
 
     def turn(self) -> None:
         """What the main loop does: look at the clock, then run what waits; each row is a result."""
         now = self.machine.now
-        self.keeper.turn(now)
-        batch = self.store.take("watch", self.conf.streams["watch"].fields, self.used, 1000)
+        self.keeper.tick(now)
+        batch = self.store.read_rows("watch", self.conf.streams["watch"].fields, self.used, 1000)
         if batch is None:
             return
-        assert batch.lost is None
+        assert batch.loss_reason is None
         columns = {"row": list(range(batch.first, batch.last + 1)), "t": batch.rows.t.tolist()}
         head = {"model": MODEL, "stream": "watch", "rows": [batch.first, batch.last], "n": len(batch.rows)}
         with self.store.transaction() as tx:
-            stamps = within(batch.stamps, batch.first, batch.last)
-            clocks = _clocks(stamps, self.author, tx.segments.announced())
+            stamps = clip_stamps(batch.stamps, batch.first, batch.last)
+            clocks = _build_clocks(stamps, self.author, tx.segments.last_announced_key())
             body: dict[str, Any] = {**head, "input": "", "columns": columns, **clocks}
-            self.author.write(tx, "results", "exercise", body, now)
+            self.author.append(tx, "results", "exercise", body, now)
         self.used = batch.last
 
     def health(self) -> None:
         with self.store.transaction() as tx:
             now = self.machine.now
-            self.author.write(tx, "health", None, {"wall_clock": {"boot_us": now.boot_us}}, now)
+            self.author.append(tx, "health", None, {"wall_clock": {"boot_us": now.boot_us}}, now)
 
-    def messages(self) -> list[Message]:
+    def messages(self) -> list[VerifiedMessage]:
         signer = jws.Signer("pi-07", self.key.public)
         return [
-            open_message(one.topic, one.payload, (one.jws,), lambda _: signer) for one in self.store.unsent(0, 100_000)
+            verify_message(one.topic, one.payload, (one.jws,), lambda _: signer)
+            for one in self.store.unacknowledged_messages(0, 100_000)
         ]
 
 
-def collect(where: Path | FleetStore, station: Station, batches: list[list[Message]], received_us: float) -> FleetStore:
+def collect(
+    where: Path | FleetStore, station: Station, batches: list[list[VerifiedMessage]], received_us: float
+) -> FleetStore:
     """A collector that got these messages in this order."""
     store = where if isinstance(where, FleetStore) else FleetStore(where)
-    store.enrol("pi-07", station.key.public, replace=False, now=clock.rfc3339(TRUE_START_US))
+    store.enrol("pi-07", station.key.public, replace=False, now=clock.to_rfc3339(TRUE_START_US))
     for batch in batches:
-        store.ingest([Arrival(message) for message in batch], [], clock.rfc3339(round(received_us)))
+        store.ingest([Arrival(message) for message in batch], [], clock.to_rfc3339(round(received_us)))
     return store
 
 
 def dated(store: FleetStore) -> list[Dated]:
-    rows = store._all("SELECT row, t, boot, t_best, t_error_us, dated FROM results_dated ORDER BY row")
+    rows = store._fetch_all("SELECT row, t, boot, t_best, t_error_us, dated FROM results_dated ORDER BY row")
     return [Dated(*row) for row in rows]

@@ -13,24 +13,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import config
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.pipeline import batch, drift_state
-from agent.device.pipeline.batch import Done, Task
-from agent.device.store.message_log import Author
+from agent.device.pipeline.batch import BatchResult, LoadedTask
+from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
-from agent.drift.monitor import Judge
-from agent.model.activation import Active
+from agent.drift.monitor import DriftMonitor
+from agent.model.activation import LoadedBundle
 from agent.wire import jws
-from agent.wire.messages import Message, Results, digest, open_message
+from agent.wire.messages import ResultsPayload, VerifiedMessage, digest, verify_message
 from tests.kit.bundles import Recipe
 from tests.kit.senders import new_key
 
 DEVICE = new_key(1)
-NOW = Now(1_764_022_680_000_000, 100.0, "synced")
+NOW = ClockReading(1_764_022_680_000_000, 100.0, "synced")
 T0, STEP_US = 1_764_000_000_000_000, 10_000
 Floats = NDArray[np.float32]
-Publish = Literal["all", "changes", "summary"] | config.Below
+Publish = Literal["all", "changes", "summary"] | config.PublishBelow
 
 
 @dataclass
@@ -39,33 +39,37 @@ class Device:
 
     folder: Path
     recipe: Recipe
-    active: Active
+    active: LoadedBundle
     publish: Publish = "all"
     max_bytes: int = 120_000
     max_size: int = 2**30
     store: Store = field(init=False)
-    task: Task = field(init=False)
-    author: Author = field(init=False)
+    task: LoadedTask = field(init=False)
+    author: MessageLog = field(init=False)
     fed: int = 0
 
     def __post_init__(self) -> None:
-        self.stream = config.Stream(fields=[config.Field(name=name) for name in ("extra", *self.recipe.fields)])
+        self.stream = config.StreamConfig(
+            fields=[config.FieldConfig(name=name) for name in ("extra", *self.recipe.fields)]
+        )
         self.open()
 
     def open(self) -> None:
         self.store = Store(self.folder, max_size=self.max_size)
-        self.store.declare({"watch": self.stream})
+        self.store.declare_streams({"watch": self.stream})
         manifest = self.active.bundle.manifest
         judge, state, ended = None, None, None
         if self.active.reference is not None:
-            judge = Judge(self.active.reference, labels=manifest.output.labels, window=manifest.drift.window, learn=20)
+            judge = DriftMonitor(
+                self.active.reference, labels=manifest.output.labels, window=manifest.drift.window, learn_windows=20
+            )
             state, ended = drift_state.restore(self.store, "tiny", judge)
-        chosen = config.Task(stream="watch", bundle="tiny", publish=self.publish)
+        chosen = config.TaskConfig(stream="watch", bundle="tiny", publish=self.publish)
         active = self.active
-        self.task = Task(
-            "tiny", chosen, self.stream, active.bundle, active.model, judge, state, "sha256:c", ended=ended
+        self.task = LoadedTask(
+            "tiny", chosen, self.stream, active.bundle, active.model, judge, state, "sha256:c", closing_messages=ended
         )
-        self.author = Author("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
+        self.author = MessageLog("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
 
     def restart(self) -> None:
         self.store.close()
@@ -80,36 +84,36 @@ class Device:
         with self.store.transaction() as tx:
             tx.append("watch", Rows(t, tuple(columns)), "synced")
 
-    def run(self) -> Done | None:
+    def run(self) -> BatchResult | None:
         return batch.run(self.task, self.store, self.author, NOW)
 
-    def run_all(self) -> list[Done]:
+    def run_all(self) -> list[BatchResult]:
         done = []
         while (one := self.run()) is not None:
             done.append(one)
         return done
 
-    def messages(self) -> list[Message]:
+    def messages(self) -> list[VerifiedMessage]:
         """The outbox, each message verified, parsed and in its place in the chain."""
         signer, opened = jws.Signer("pi-07", DEVICE.public), []
-        for pending in self.store.unsent(0, 100_000):
-            opened.append(open_message(pending.topic, pending.payload, [pending.jws], lambda kid: signer))
+        for pending in self.store.unacknowledged_messages(0, 100_000):
+            opened.append(verify_message(pending.topic, pending.payload, [pending.jws], lambda kid: signer))
         assert [m.body.prev for m in opened] == ["", *(digest(m.payload) for m in opened[:-1])][: len(opened)]  # type: ignore[union-attr]
         assert [m.body.seq for m in opened] == list(range(1, len(opened) + 1))  # type: ignore[union-attr]
         return opened
 
-    def results(self) -> list[Results]:
-        return [m.body for m in self.messages() if isinstance(m.body, Results)]
+    def results(self) -> list[ResultsPayload]:
+        return [m.body for m in self.messages() if isinstance(m.body, ResultsPayload)]
 
 
-def tiles(results: Sequence[Results]) -> tuple[int, int]:
+def tiles(results: Sequence[ResultsPayload]) -> tuple[int, int]:
     """The rows that messages cover, without gap or overlap."""
     for before, after in pairwise(results):
         assert after.rows[0] == before.rows[1] + 1
     return results[0].rows[0], results[-1].rows[1]
 
 
-def columns(results: Sequence[Results]) -> dict[str, list[Any]]:
+def columns(results: Sequence[ResultsPayload]) -> dict[str, list[Any]]:
     """All results one after the other, whatever messages they came in."""
     joined: dict[str, list[Any]] = {}
     for one in results:

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent.evaluation import evaluate
-from agent.evaluation.document import Evaluation, Finding
+from agent.evaluation.document import CheckResult, Evaluation
 from agent.model.bundle import builtin
 from agent.model.bundle import bundle as bundles
 from agent.model.inference import inference
@@ -64,7 +64,7 @@ class Recorded(msgspec.Struct, frozen=True):
 
 def recorded(file: Path | None = None) -> Recorded:
     """The held-out recordings that ship, or others of that shape."""
-    with np.load(file or builtin.recordings() / "exercise.npz", allow_pickle=False) as z:
+    with np.load(file or builtin.recordings_dir() / "exercise.npz", allow_pickle=False) as z:
         each = {name: z[name] for name in ("label", "subject", "side")}
         names = (tuple(str(name) for name in z[key]) for key in ("fields", "labels"))
         return Recorded(z["rows"], np.diff(z["starts"]), each, *names)
@@ -72,20 +72,20 @@ def recorded(file: Path | None = None) -> Recorded:
 
 def loaded(bundle: Path) -> tuple[bundles.Bundle, Inference]:
     found = bundles.read(bundle, None)
-    return found, Inference(found.manifest, inference.load(found.manifest, found.model))
+    return found, Inference(found.manifest, inference.load_model(found.manifest, found.model_bytes))
 
 
 def evaluated(bundle: Path, data: Path, **asked: Any) -> Evaluation:
     """Without a probe, and without measuring how long it takes."""
     found, run = loaded(bundle)
-    request = evaluate.Request(data=data, **{"latency": False, **asked})
+    request = evaluate.EvaluationRequest(data=data, **{"latency": False, **asked})
     return evaluate.evaluate(found, run, "not looked at", request, lambda _: None)
 
 
 def exercise(data: Path, **asked: Any) -> Evaluation:
-    return evaluated(builtin.bundles() / "exercise", data, **asked)
+    return evaluated(builtin.bundles_dir() / "exercise", data, **asked)
 
 
-def finding(found: Evaluation, check: str) -> Finding:
+def finding(found: Evaluation, check: str) -> CheckResult:
     [one] = [f for f in (*found.leakage, *found.hints) if f.check == check]
     return one

@@ -10,33 +10,33 @@ from typing import Any
 import numpy as np
 
 from agent import clock
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
-from agent.fleet.evidence.make import Made, Sources, make
+from agent.fleet.evidence.make import EvidenceFolder, EvidenceSources, write_folder
 from agent.fleet.repository import publish as publishing
 from agent.fleet.rollout import actions, journal
-from agent.fleet.rollout.actions import Operator
-from agent.fleet.rollout.plan import Plan, Promotion, Step
-from agent.fleet.rollout.promotion import Verdict
+from agent.fleet.rollout.actions import RolloutOperator
+from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
+from agent.fleet.rollout.promotion import StepVerdict
 from agent.model.bundle import builtin
 from agent.wire import key_rotation, keys
-from agent.wire.desired_state import Rules
+from agent.wire.desired_state import CanaryRules
 from agent.wire.keys import SigningKey
 from tests.kit.bundles import KEY, change_manifest
 from tests.kit.repositories import Depot
 from tests.kit.senders import FLEET, NEWER, Sender, Sent, new_key
 
-T0_US = clock.epoch_us("2026-11-10T06:00:00Z")
+T0_US = clock.parse_rfc3339("2026-11-10T06:00:00Z")
 HOUR_US = 3_600_000_000
-EXERCISE = builtin.bundles() / "exercise"
+EXERCISE = builtin.bundles_dir() / "exercise"
 _BOUNDS = np.linspace(-4, 4, 17)
 
 
 def at(hours: float) -> str:
-    return clock.rfc3339(T0_US + round(hours * HOUR_US))
+    return clock.to_rfc3339(T0_US + round(hours * HOUR_US))
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Story:
 
     @classmethod
     def begin(cls, home: Path) -> Story:
-        config = init_fleet(home, FLEET, Broker(url="mqtt://127.0.0.1:1"))
+        config = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
         store = FleetStore(Path(config.fleet.db))
         operator = keys.load_private(Path(config.operator.key_file))
         digest = shipped_digest()
@@ -70,22 +70,22 @@ class Story:
     def model(self) -> dict[str, str]:
         return {"name": "exercise", "version": "1.0.0", "digest": self.digest}
 
-    def operated(self, hours: float) -> Operator:
-        return Operator(self.operator, FLEET, T0_US + round(hours * HOUR_US))
+    def operated(self, hours: float) -> RolloutOperator:
+        return RolloutOperator(self.operator, FLEET, T0_US + round(hours * HOUR_US))
 
-    def sources(self, **changes: Any) -> Sources:
+    def sources(self, **changes: Any) -> EvidenceSources:
         found: dict[str, Any] = {
             "fleet": FLEET,
             "home": self.home,
             "operator": self.operator,
             "operators": [self.operator.public],
             "collector": keys.load_private(Path(self.config.collector.key_file)).public,
-            "publishers": [*builtin.publishers(), KEY.public],
+            "publishers": [*builtin.publisher_keys(), KEY.public],
         }
-        return Sources(**{**found, **changes})
+        return EvidenceSources(**{**found, **changes})
 
-    def make(self, out: Path, moment: str | None = None, **changes: Any) -> Made:
-        return make(self.store, self.sources(**changes), out, moment)
+    def make(self, out: Path, moment: str | None = None, **changes: Any) -> EvidenceFolder:
+        return write_folder(self.store, self.sources(**changes), out, moment)
 
 
 def shipped_digest() -> str:
@@ -149,18 +149,18 @@ def command(sender: Sender, name: str, hours: float, kid: str, summary: str, **a
 
 def rotate(story: Story, sender: Sender, hours: float, new: SigningKey) -> None:
     """The device's key changes; what follows is signed with the new one."""
-    evidence = key_rotation.evidence(FLEET, sender.device, sender.log, sender.seq + 1, sender.key.public, new)
+    evidence = key_rotation.build_evidence(FLEET, sender.device, sender.log, sender.seq + 1, sender.key.public, new)
     sent = sender.logged(
-        "audit", event=key_rotation.EVENT, summary="A new key signs.", evidence=evidence, time=at(hours)
+        "audit", event=key_rotation.ROTATION_EVENT, summary="A new key signs.", evidence=evidence, time=at(hours)
     )
     story.collect(sender, sent, hours=hours)
     sender.key = new
 
 
-def plan(name: str, digest: str = NEWER["digest"], version: str = "1.1.0") -> Plan:
+def plan(name: str, digest: str = NEWER["digest"], version: str = "1.1.0") -> RolloutPlan:
     rule = Promotion(devices=1, batches=20, hours=1.0, agreement=0.9)
-    steps = [Step("shadow", 100.0, rule), Step("canary", 50.0, rule), Step("all", 100.0, rule)]
-    return Plan(name, "exercise", "exercise", version, digest, "all", None, steps, Rules())
+    steps = [RolloutStep("shadow", 100.0, rule), RolloutStep("canary", 50.0, rule), RolloutStep("all", 100.0, rule)]
+    return RolloutPlan(name, "exercise", "exercise", version, digest, "all", None, steps, CanaryRules())
 
 
 def phase(sender: Sender, rollout: str, what: str, hours: float, reason: str = "", version: str = "1.1.0") -> Sent:
@@ -182,8 +182,8 @@ def shadow(story: Story, sender: Sender, number: int, hours: float, same: int = 
     return sender.logged("shadow", task="exercise", **told, time=at(hours))
 
 
-def good(summary: str) -> Verdict:
-    return Verdict("promote", summary, [], [], 4, 3, 0, 4, 26.0)
+def good(summary: str) -> StepVerdict:
+    return StepVerdict("promote", summary, [], [], 4, 3, 0, 4, 26.0)
 
 
 def roll_out(story: Story, senders: list[Sender]) -> None:
@@ -218,10 +218,10 @@ def roll_out(story: Story, senders: list[Sender]) -> None:
 def publish(story: Story) -> None:
     """The shipped bundle and a newer one of the tests' publisher, in a repository of two root keys."""
     depot = Depot(story.home).create(roots=2, threshold=2)
-    publishing.publish(depot.folder, EXERCISE, builtin.publishers(), prove=False)
+    publishing.publish(depot.folder, EXERCISE, builtin.publisher_keys(), run_probe=False)
     newer = Path(shutil.copytree(EXERCISE, story.home / "newer"))
     change_manifest(newer, lambda head: head.update(version="1.1.0"))
-    story.newer = {"name": "exercise", "version": "1.1.0", "digest": depot.publish(newer).offer.digest}
+    story.newer = {"name": "exercise", "version": "1.1.0", "digest": depot.publish(newer).target_metadata.digest}
     shutil.rmtree(newer)
 
 

@@ -72,9 +72,9 @@ schedule = "every 60 s"
         shutil.copytree(self.bundles[text], target)
 
     def start(self) -> None:
-        self.file, self.conf = wiring.load(str(self.home / "outstation.toml"))
+        self.file, self.conf = wiring.load_config(str(self.home / "outstation.toml"))
         self.store = wiring.open_store(self.conf)
-        self.daemon: Daemon = device.daemon(self.file, self.conf, self.store)
+        self.daemon: Daemon = device.build_daemon(self.file, self.conf, self.store)
         self.daemon._operations.start(NOW, lambda: None)
 
     def crash(self, configured: str | None = None) -> None:
@@ -84,15 +84,15 @@ schedule = "every 60 s"
         self.start()
 
     def obey(self, name: str, **args: str) -> tuple[bool, str, dict[str, Any]]:
-        self.daemon._operations._commands.take(self.operator.command(name, args=args))
-        self.daemon._operations.turn(NOW)
+        self.daemon._operations._commands.receive(self.operator.command(name, args=args))
+        self.daemon._operations.tick(NOW)
         with self.store.transaction() as tx:
             answer = tx.commands.unsent(0)[-1]
         return answer.ok, answer.summary, answer.data
 
     def runs(self) -> str | None:
         """The version of the bundle in force."""
-        return next((one.task.bundle.manifest.version for one in self.daemon._planned), None)
+        return next((one.task.bundle.manifest.version for one in self.daemon._scheduled_tasks), None)
 
     def digest(self, text: str) -> str:
         """Of the bundle of that version."""
@@ -100,7 +100,7 @@ schedule = "every 60 s"
 
     def messages(self) -> list[dict[str, Any]]:
         """All that were written and not yet delivered."""
-        return [json.loads(message.payload) for message in self.store.unsent(0, 1000)]
+        return [json.loads(message.payload) for message in self.store.unacknowledged_messages(0, 1000)]
 
     def add_rows(self, rows: int) -> None:
         t = T0 + np.arange(rows, dtype=np.int64) * 10_000
@@ -110,7 +110,7 @@ schedule = "every 60 s"
     def results_by(self) -> str:
         """The version that the newest result names."""
         self.add_rows(40)
-        self.daemon._work_off(self.daemon._planned[0], NOW)
+        self.daemon._run_batches(self.daemon._scheduled_tasks[0], NOW)
         return str([body for body in self.messages() if body["kind"] == "results"][-1]["model"]["version"])
 
     def activations(self) -> list[tuple[str | None, str, str]]:

@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import pytest
 
-from agent.fleet.database.sqlite import Sqlite
+from agent.fleet.database.sqlite import SqliteDatabase
 from agent.fleet.database.store import FleetStore
 
 # Values of `request.param` for `fresh_in`.
 DATABASES = ("sqlite", "postgresql")
 
 
-def sqlite_of(store: FleetStore) -> Sqlite:
-    assert isinstance(store._database, Sqlite)
+def sqlite_of(store: FleetStore) -> SqliteDatabase:
+    assert isinstance(store._database, SqliteDatabase)
     return store._database
 
 

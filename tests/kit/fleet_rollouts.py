@@ -13,19 +13,19 @@ from agent.errors import LinkDown, StorageError
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.fleet.rollout import actions, journal
-from agent.fleet.rollout.actions import Operator
+from agent.fleet.rollout.actions import RolloutOperator
 from agent.fleet.rollout.journal import Rollout
-from agent.fleet.rollout.look import Look, look
-from agent.fleet.rollout.plan import Plan, Promotion, Step
-from agent.fleet.rollout.publisher import Desk
-from agent.transport.packets import Delivery, Outgoing, Receipt
-from agent.wire.desired_state import Rules
+from agent.fleet.rollout.look import RolloutSnapshot, load_snapshot
+from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
+from agent.fleet.rollout.publisher import RolloutPublisher
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
+from agent.wire.desired_state import CanaryRules
 from agent.wire.keys import SigningKey
 from tests.kit.senders import FLEET, MODEL, NEWER, Sender, Sent, new_key
 
 OPERATOR = new_key(77)
 NOW_US = 1_795_000_000_000_000
-NOW = clock.rfc3339(NOW_US)
+NOW = clock.to_rfc3339(NOW_US)
 HOUR_US = 3_600_000_000
 NAME = "exercise-1-1"
 
@@ -36,23 +36,23 @@ def promotion(**changes: Any) -> Promotion:
 
 def plan(
     *steps: tuple[str, float], name: str = NAME, to: str = "all", rules: Promotion | None = None, **changes: Any
-) -> Plan:
+) -> RolloutPlan:
     """Shadow, canary 50 %, all; or other `steps`."""
     taken = steps or (("shadow", 100.0), ("canary", 50.0), ("all", 100.0))
-    made = [Step(strategy, percent, rules or promotion()) for strategy, percent in taken]  # type: ignore[arg-type]
+    made = [RolloutStep(strategy, percent, rules or promotion()) for strategy, percent in taken]  # type: ignore[arg-type]
     what = (NEWER["name"], NEWER["version"], changes.pop("digest", NEWER["digest"]))
-    return Plan(name, changes.pop("task", "exercise"), *what, to, None, made, Rules(), **changes)
+    return RolloutPlan(name, changes.pop("task", "exercise"), *what, to, None, made, CanaryRules(), **changes)
 
 
 class Recorded:
     """A link whose broker keeps what it is sent, or is down."""
 
     def __init__(self) -> None:
-        self.retained: dict[str, Outgoing] = {}
-        self.sent: list[Outgoing] = []
+        self.retained: dict[str, OutgoingMessage] = {}
+        self.sent: list[OutgoingMessage] = []
         self.down = False
         self.fails = False
-        self._receipts: list[Delivery | Receipt] = []
+        self._receipts: list[IncomingMessage | PublishReceipt] = []
 
     def connect(self) -> Recorded:
         if self.down:
@@ -61,14 +61,14 @@ class Recorded:
             raise StorageError("the disk is gone")
         return self
 
-    def send(self, message: Outgoing) -> int:
+    def send(self, message: OutgoingMessage) -> int:
         self.sent.append(message)
         if message.retain:
             self.retained[message.topic] = message
-        self._receipts.append(Receipt(len(self.sent), 0, "ok"))
+        self._receipts.append(PublishReceipt(len(self.sent), 0, "ok"))
         return len(self.sent)
 
-    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
         found, self._receipts = self._receipts, []
         return found
 
@@ -87,7 +87,7 @@ class Fleet:
             self.store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
         self.collector = Collector(FLEET, None, self.store, new_key(99), open_link=lambda: None)  # type: ignore[arg-type,return-value]
         self.broker = Recorded()
-        self.desk = Desk(self.store, FLEET, folder, OPERATOR, self.broker.connect)
+        self.desk = RolloutPublisher(self.store, FLEET, folder, OPERATOR, self.broker.connect)
         self._counter = 0
 
     def close(self) -> None:
@@ -97,20 +97,20 @@ class Fleet:
         """Through the collector's own code: verified, stored, unfolded."""
         self.collector._store([one.delivery() for one in sent])
 
-    def operator(self, later_h: float = 0.0, key: SigningKey = OPERATOR) -> Operator:
-        return Operator(key, FLEET, NOW_US + round(later_h * HOUR_US))
+    def operator(self, later_h: float = 0.0, key: SigningKey = OPERATOR) -> RolloutOperator:
+        return RolloutOperator(key, FLEET, NOW_US + round(later_h * HOUR_US))
 
     def counter(self) -> int:
         self._counter += 1
         return self._counter
 
-    def start(self, what: Plan, later_h: float = 0.0, forced: str | None = None) -> Rollout:
+    def start(self, what: RolloutPlan, later_h: float = 0.0, forced: str | None = None) -> Rollout:
         with self.store.transaction() as db:
             return actions.start(db, self.operator(later_h), self.counter(), what, forced)
 
-    def look(self, later_h: float = 2.0, name: str = NAME) -> Look:
+    def look(self, later_h: float = 2.0, name: str = NAME) -> RolloutSnapshot:
         with self.store.snapshot() as db:
-            return look(db, journal.find(db, name), NOW_US + round(later_h * HOUR_US))
+            return load_snapshot(db, journal.find(db, name), NOW_US + round(later_h * HOUR_US))
 
     def promote(self, later_h: float = 2.0, name: str = NAME, forced: str | None = None) -> Rollout:
         seen = self.look(later_h, name)
@@ -129,7 +129,7 @@ class Fleet:
 
     def decided(self, name: str = NAME) -> list[tuple[Any, ...]]:
         with self.store.snapshot() as db:
-            return journal.decided(db, name)
+            return journal.load_decision_rows(db, name)
 
     def in_shadow(self, senders: Sequence[Sender] | None = None, blocks: int = 6, **changes: Any) -> None:
         """Devices say that they are in shadow, and what they count there."""
@@ -145,9 +145,9 @@ class Fleet:
             if settles:
                 self.collect(sender.rollout("settled", strategy="canary"))
 
-    def chosen(self, step: int, what: Plan | None = None) -> list[Sender]:
-        wanted = (what or self.find().plan).wanted(step)
-        return [sender for sender in self.senders if wanted.chosen(sender.device)]
+    def chosen(self, step: int, what: RolloutPlan | None = None) -> list[Sender]:
+        wanted = (what or self.find().plan).desired_for_step(step)
+        return [sender for sender in self.senders if wanted.includes_device(sender.device)]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.drift import Judge, Reference, State, Verdict, build
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 
 FIELDS = ("x", "y", "z")
 LABELS = ("idle", "walk", "run")
@@ -62,13 +62,17 @@ def readings(seed: int, drift_windows: int, *, wrong: float = 0.05) -> Readings:
 def reference(seed: int = 1, drift_windows: int = 60) -> Reference:
     r = readings(seed, drift_windows)
     starts = np.arange(len(r.labels)) * ROWS
-    return build(r.features, starts, ROWS, r.labels, r.scores, WINDOW, fields=FIELDS, labels=LABELS, truth=r.truth)
+    return build_reference(
+        r.features, starts, ROWS, r.labels, r.scores, WINDOW, fields=FIELDS, labels=LABELS, truth=r.truth
+    )
 
 
-def feed(judge: Judge, state: State, r: Readings, *, batch: int = 50) -> tuple[State, list[Verdict]]:
+def feed(
+    judge: DriftMonitor, state: DriftState, r: Readings, *, batch: int = 50
+) -> tuple[DriftState, list[DriftWindowResult]]:
     """Through the judge in batches of so many model windows."""
-    verdicts: list[Verdict] = []
-    first = max(0, state.seen) + 1
+    verdicts: list[DriftWindowResult] = []
+    first = max(0, state.last_counted_row) + 1
     for at in range(0, len(r.labels), batch):
         some = slice(at, at + batch)
         features = r.features[at * ROWS : (at + batch) * ROWS]
@@ -76,6 +80,6 @@ def feed(judge: Judge, state: State, r: Readings, *, batch: int = 50) -> tuple[S
         rows = (begin, begin + len(features) - 1)
         t = np.arange(rows[0], rows[1] + 1, dtype=np.int64) * 10_000
         starts = np.arange(0, len(features), ROWS)
-        state, more = judge.step(state, features, starts, ROWS, r.labels[some], r.scores[some], rows=rows, t=t)
+        state, more = judge.process_batch(state, features, starts, ROWS, r.labels[some], r.scores[some], rows=rows, t=t)
         verdicts += more
     return state, verdicts

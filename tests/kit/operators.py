@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 
 from agent import clock
-from agent.clock import Now
-from agent.device.commands.executor import Action, Control, Deed
-from agent.device.commands.receiver import Commands
-from agent.device.store.command_log import Answer
-from agent.device.store.message_log import Author
+from agent.clock import ClockReading
+from agent.device.commands.executor import Action, CommandExecutor, Effect
+from agent.device.commands.receiver import CommandReceiver
+from agent.device.store.command_log import CommandAnswer
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.errors import Refused
-from agent.transport.packets import Delivery
+from agent.errors import MessageRefused
+from agent.transport.packets import IncomingMessage
 from agent.wire import jws
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
@@ -26,7 +26,7 @@ from tests.kit.senders import new_key
 
 FLEET, DEVICE = "acme", "pi-07"
 TOPIC = f"outstation/{FLEET}/{DEVICE}/cmd"
-NOW = Now(1_795_000_000_000_000, 1000.0, "synced")
+NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 MINUTE_US = 60_000_000
 
 
@@ -40,17 +40,17 @@ class Operator:
 
     def command(
         self, name: str = "report", /, *, topic: str = TOPIC, retained: bool = False, **changes: Any
-    ) -> Delivery:
+    ) -> IncomingMessage:
         """A delivery; `changes` replace members of the payload."""
         counter = next(self.counters)
         head = {"v": 1, "kind": "cmd", "device": topic.split("/")[2], "id": f"id-{counter}", "name": name, "args": {}}
         times = {
-            "issued": clock.rfc3339(self.now_us),
-            "expires": clock.rfc3339(self.now_us + 10 * MINUTE_US),
+            "issued": clock.to_rfc3339(self.now_us),
+            "expires": clock.to_rfc3339(self.now_us + 10 * MINUTE_US),
         }
         payload = encode({**head, "counter": counter, **times, **changes})
         token = jws.sign(self.key, topic, payload)
-        return Delivery(topic, payload, (token,), retained, 1, 1, b"corr")
+        return IncomingMessage(topic, payload, (token,), retained, 1, 1, b"corr")
 
 
 class Desk:
@@ -64,44 +64,44 @@ class Desk:
 
     def open(self) -> None:
         self.store = Store(self.folder)
-        self.author = Author(FLEET, DEVICE, new_key(1), self.store.log_id, self.store.boot, 120_000)
-        self.commands = Commands(self.store, self.author, [self.operator.key.public])
+        self.author = MessageLog(FLEET, DEVICE, new_key(1), self.store.log_id, self.store.boot, 120_000)
+        self.commands = CommandReceiver(self.store, self.author, [self.operator.key.public])
         plain = {name: self._plain(name) for name in ("run", "pause", "resume", "report", "set-schedule", "rollback")}
         actions = {**plain, "wipe": self._plain("wipe"), "rotate-key": self._plain("rotate-key"), **self._actions}
-        self.control = Control(self.store, self.author, self.commands, actions)
+        self.control = CommandExecutor(self.store, self.author, self.commands, actions)
 
     def crash(self) -> None:
         """Close without a word, and open again."""
         self.store.close()
         self.open()
 
-    def obey(self, *deliveries: Delivery, now: Now = NOW) -> list[Answer]:
+    def obey(self, *deliveries: IncomingMessage, now: ClockReading = NOW) -> list[CommandAnswer]:
         """What the uplink and the main loop make of them; all answers in the book so far."""
         for delivery in deliveries:
-            self.commands.take(delivery)
-        self.control.turn(now)
+            self.commands.receive(delivery)
+        self.control.tick(now)
         return self.answers()
 
-    def refused(self, delivery: Delivery) -> str:
+    def refused(self, delivery: IncomingMessage) -> str:
         """The reason why the uplink hands this to nobody; "" where it does."""
         try:
-            self.commands.take(delivery)
-        except Refused as refusal:
+            self.commands.receive(delivery)
+        except MessageRefused as refusal:
             return refusal.reason
         return ""
 
-    def answers(self) -> list[Answer]:
+    def answers(self) -> list[CommandAnswer]:
         with self.store.transaction() as tx:
             return tx.commands.unsent(0)
 
     def audit(self, event: str = "command") -> list[dict[str, Any]]:
         """Evidence of the audit messages of this kind."""
-        bodies = [msgspec.json.decode(message.payload) for message in self.store.unsent(0, 1000)]
+        bodies = [msgspec.json.decode(message.payload) for message in self.store.unacknowledged_messages(0, 1000)]
         return [body["evidence"] for body in bodies if body.get("event") == event]
 
-    def _plain(self, name: str) -> Callable[[Mapping[str, str], Now], Deed]:
-        def act(args: Mapping[str, str], now: Now) -> Deed:
+    def _plain(self, name: str) -> Callable[[Mapping[str, str], ClockReading], Effect]:
+        def act(args: Mapping[str, str], now: ClockReading) -> Effect:
             self.done.append((name, dict(args)))
-            return Deed(f"{name} done")
+            return Effect(f"{name} done")
 
         return act

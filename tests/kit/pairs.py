@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from agent.clock import Now
-from agent.device.pipeline.batch import Task
-from agent.device.rollout.shadow import Beside
-from agent.model.activation import Active
+from agent.clock import ClockReading
+from agent.device.pipeline.batch import LoadedTask
+from agent.device.rollout.shadow import ShadowRunner
+from agent.model.activation import LoadedBundle
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference.inference import Answers
-from agent.model.sandbox.subprocess_model import Apart, Bounds
-from agent.wire.messages import Shadow
+from agent.model.inference.inference import InferenceResult
+from agent.model.sandbox.subprocess_model import SandboxLimits, SubprocessModel
+from agent.wire.messages import ShadowPayload
 from tests.kit.bundles import Recipe
 from tests.kit.devices import NOW, Device
 from tests.kit.stations import wait_for
@@ -23,52 +23,54 @@ from tests.kit.stations import wait_for
 class Pair:
     """A device whose task has another bundle beside it."""
 
-    def __init__(self, folder: Path, recipe: Recipe, active: Active, other: Bundle, **options: Any) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, active: LoadedBundle, other: Bundle, **options: Any) -> None:
         self.device = Device(folder, recipe, active)
-        self.apart = Apart(other, None, options.pop("bounds", Bounds(call_s=5.0)))
+        self.apart = SubprocessModel(other, None, options.pop("bounds", SandboxLimits(call_timeout_s=5.0)))
         self.other, self.options = other, {"batches": 1, **options}
-        self.looked: list[tuple[Any, Answers]] = []
+        self.looked: list[tuple[Any, InferenceResult]] = []
         self.beside = self.begin()
-        wait_for(self.apart.ready, "the other bundle has started")
+        wait_for(self.apart.poll_ready, "the other bundle has started")
 
-    def begin(self) -> Beside:
+    def begin(self) -> ShadowRunner:
         device = self.device
-        self.task = Task("tiny", device.task.config, device.stream, self.other, self.apart, None, None, "sha256:c")
-        return Beside(device.task, self.task, "better", device.store, **self.options)
+        self.task = LoadedTask(
+            "tiny", device.task.config, device.stream, self.other, self.apart, None, None, "sha256:c"
+        )
+        return ShadowRunner(device.task, self.task, "better", device.store, **self.options)
 
     def close(self) -> None:
         self.apart.close()
         self.device.store.close()
 
-    def batch(self, values: np.ndarray, at_s: float = 100.0, *, hear: bool = True) -> Answers | None:
+    def batch(self, values: np.ndarray, at_s: float = 100.0, *, hear: bool = True) -> InferenceResult | None:
         """Feed, run, commit, offer, and hear; what the task answered."""
         looked = self.looked = []
         self.device.feed(values)
-        self.device.task.trying = Looking(looked)
+        self.device.task.batch_observer = Looking(looked)
         self.device.run()
         for taken, answers in looked:
-            self.beside.offer(self.device.store, taken, answers)
+            self.beside.submit_batch(self.device.store, taken, answers)
         if hear:
-            wait_for(lambda: self.beside.listen(0.05), "it answered")
+            wait_for(lambda: self.beside.poll(0.05), "it answered")
         self.turn(at_s)
         return looked[0][1] if looked else None
 
     def turn(self, at_s: float = 100.0) -> bool:
-        return self.beside.turn(self.device.store, self.device.author, Now(NOW.wall_us, at_s, "synced"))
+        return self.beside.tick(self.device.store, self.device.author, ClockReading(NOW.wall_us, at_s, "synced"))
 
-    def shadows(self) -> list[Shadow]:
-        return [m.body for m in self.device.messages() if isinstance(m.body, Shadow)]
+    def shadows(self) -> list[ShadowPayload]:
+        return [m.body for m in self.device.messages() if isinstance(m.body, ShadowPayload)]
 
 
 class Looking:
     """What the task hands over with each batch."""
 
-    def __init__(self, looked: list[tuple[Any, Answers]]) -> None:
+    def __init__(self, looked: list[tuple[Any, InferenceResult]]) -> None:
         self._looked = looked
 
-    def look(self, task: Task, answers: Answers) -> None: ...
+    def before_commit(self, task: LoadedTask, answers: InferenceResult) -> None: ...
 
-    def write(self, tx: Any) -> None: ...
+    def save_progress(self, tx: Any) -> None: ...
 
-    def committed(self, task: Task, store: Any, taken: Any, answers: Answers) -> None:
-        self._looked.append((taken, answers))
+    def after_commit(self, task: LoadedTask, store: Any, batch: Any, answers: InferenceResult) -> None:
+        self._looked.append((batch, answers))

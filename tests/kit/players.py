@@ -7,9 +7,9 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.transport.mqtt import Link
-from agent.transport.packets import Delivery
+from agent.transport.packets import IncomingMessage
 from tests.kit.senders import FLEET, Sender, Sent
 
 # Of one device, in one go.
@@ -20,7 +20,7 @@ class Players:
     """Use as a context: it plays meanwhile."""
 
     def __init__(self, url: str, senders: Sequence[Sender], messages: int) -> None:
-        self._broker = Broker(url=url)
+        self._broker = BrokerConfig(url=url)
         self._logs = {sender.device: _log(sender, messages) for sender in senders}
         self._safe: dict[str, set[int]] = defaultdict(set)
         self._stop = threading.Event()
@@ -57,7 +57,7 @@ class Players:
         events = link.receive(0.3)
         while events:
             for event in events:
-                if isinstance(event, Delivery):
+                if isinstance(event, IncomingMessage):
                     link.acknowledge(event)
                     self._obey(event.payload)
             events = link.receive(0.02)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.fleet.evidence import manifest
-from agent.fleet.evidence.verify.reader import Report
+from agent.fleet.evidence.verify.reader import VerificationReport
 from agent.fleet.evidence.verify.verify import verify
 from agent.wire.keys import PublicKey, SigningKey
 
@@ -17,7 +17,7 @@ from agent.wire.keys import PublicKey, SigningKey
 OPERATOR: dict[str, SigningKey] = {}
 
 
-def verified(folder: Path, *keys: PublicKey) -> Report:
+def verified(folder: Path, *keys: PublicKey) -> VerificationReport:
     return verify(folder, list(keys) or [OPERATOR["key"].public])
 
 

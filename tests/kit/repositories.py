@@ -17,7 +17,7 @@ from tuf.ngclient import Updater
 from agent.fleet.repository import create as creating
 from agent.fleet.repository import publish as publishing
 from agent.fleet.repository.layout import Layout
-from agent.fleet.repository.publish import Published
+from agent.fleet.repository.publish import PublishResult
 from tests.kit import bundles
 from tests.kit.bundles import KEY
 
@@ -36,7 +36,7 @@ class Depot:
         creating.create(self.folder, roots=roots, threshold=threshold)
         return self
 
-    def publish(self, bundle: Path, **more: Any) -> Published:
+    def publish(self, bundle: Path, **more: Any) -> PublishResult:
         """Unproven, for speed; signed by the tests' publisher."""
         return publishing.publish(self.folder, bundle, [KEY.public], **{"prove": False, **more})
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.wire.desired_state import Wanted
+from agent.wire.desired_state import DesiredBundle
 from tests.kit.bundles import packed
 from tests.kit.repositories import Client, Depot, served
 from tests.kit.update_repositories import ARCHIVE, Signed
@@ -41,7 +41,7 @@ def archive() -> bytes:
 
 
 @pytest.fixture
-def wanted(repository: Signed, web: Web, archive: bytes) -> Wanted:
+def wanted(repository: Signed, web: Web, archive: bytes) -> DesiredBundle:
     """The archive as `exercise` 1.0.0, signed and on the server."""
     found = repository.add("exercise", "1.0.0", archive)
     repository.write(web.folder)
@@ -68,4 +68,4 @@ def url(depot: Depot) -> Iterator[str]:
 
 @pytest.fixture
 def client(tmp_path: Path, depot: Depot, url: str) -> Client:
-    return Client(tmp_path / "device", url, depot.layout.root(1).read_bytes())
+    return Client(tmp_path / "device", url, depot.layout.root_path(1).read_bytes())

@@ -17,7 +17,7 @@ import pytest
 
 from agent.model.bundle import bundle, golden_vectors, manifest
 from agent.model.bundle.bundle import Bundle
-from agent.model.bundle.golden_vectors import Golden
+from agent.model.bundle.golden_vectors import GoldenVectors
 from agent.model.inference import inference
 from agent.wire.keys import SigningKey
 from tests.kit.bundles import KEY
@@ -46,7 +46,7 @@ def exercise(
     if kind not in ("good", "mixed_up", "wrong"):
         from tests.models import rig
 
-        files["model.tflite"] = rig.rigged(shipped.model, kind, limit, times)
+        files["model.tflite"] = rig.rigged(shipped.model_bytes, kind, limit, times)
     files["golden.npz"] = golden_vectors.encode(_vectors(shipped, limit, wrong=kind == "wrong"))
     return _signed(shipped, files, version, key, mixed_up=kind == "mixed_up")
 
@@ -58,14 +58,14 @@ def write(files: dict[str, bytes], folder: Path) -> Path:
     return folder
 
 
-def _vectors(shipped: Bundle, limit: float, *, wrong: bool) -> Golden:
+def _vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVectors:
     """Golden vectors among those shipped that spring no trap."""
     found = golden_vectors.decode(shipped.files["golden.npz"])
     # Quantized, a value may come out a step larger.
     calm = found.inputs[found.inputs.reshape(len(found.inputs), -1).max(axis=1) < limit - 0.1]
-    model = inference.load(shipped.manifest, shipped.model)
+    model = inference.load_model(shipped.manifest, shipped.model_bytes)
     expected = model.invoke(calm)
-    return golden_vectors.make(calm, expected[:, ::-1] if wrong else expected, model.output_step, found.runtime)
+    return golden_vectors.from_outputs(calm, expected[:, ::-1] if wrong else expected, model.output_step, found.runtime)
 
 
 def _signed(

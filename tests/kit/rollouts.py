@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from agent.bootstrap import device, wiring
-from agent.clock import Now
-from agent.device.bundles.rollout_state import Standing, standing
+from agent.clock import ClockReading
+from agent.device.bundles.rollout_state import RolloutState, load_state
 from agent.device.daemon import Daemon
 from agent.device.pipeline import tuning_cache
 from agent.device.store.rows import Rows
 from agent.model.bundle import bundle, golden_vectors
 from agent.model.inference import runtime
 from agent.model.sandbox import probe
-from agent.model.sandbox.subprocess_model import Apart
-from agent.transport.packets import Delivery
+from agent.model.sandbox.subprocess_model import SubprocessModel
+from agent.transport.packets import IncomingMessage
 from agent.wire import jws
 from agent.wire.messages import encode
 from tests.kit.bundles import Floats, change_manifest, model, readings
@@ -71,9 +71,11 @@ def with_trap(folder: Path, trap: str) -> Path:
 def with_model(folder: Path, content: bytes, *, wrong: bool = False) -> Path:
     """The bundle with another model, and golden vectors of that on calm rows; `wrong`: of classes in another order."""
     calm = np.clip(readings(60), -3, 3)
-    loaded = runtime.Model(content)
+    loaded = runtime.TfliteModel(content)
     expected = loaded.invoke(calm)
-    vectors = golden_vectors.make(calm, expected[:, ::-1] if wrong else expected, loaded.output_step, runtime.NAME)
+    vectors = golden_vectors.from_outputs(
+        calm, expected[:, ::-1] if wrong else expected, loaded.output_step, runtime.RUNTIME_NAME
+    )
     files = {"model.tflite": content, "golden.npz": golden_vectors.encode(vectors)}
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -82,10 +84,10 @@ def with_model(folder: Path, content: bytes, *, wrong: bool = False) -> Path:
     return folder
 
 
-def signed(operator_key: Any, counter: int, tasks: Mapping[str, Any]) -> Delivery:
+def signed(operator_key: Any, counter: int, tasks: Mapping[str, Any]) -> IncomingMessage:
     head = {"v": 1, "kind": "desired", "device": DEVICE, "counter": counter, "issued": "2026-11-26T00:00:00Z"}
     payload = encode({**head, "tasks": tasks})
-    return Delivery(TOPIC, payload, (jws.sign(operator_key, TOPIC, payload),), True, 1, 1)
+    return IncomingMessage(TOPIC, payload, (jws.sign(operator_key, TOPIC, payload),), True, 1, 1)
 
 
 class Site(Device):
@@ -102,11 +104,11 @@ class Site(Device):
     def template(cls, folder: Path, bundles: dict[str, Path], *offered: str) -> Site:
         """A device that ran once and stopped, and knows how models of the offered bundles are run best here."""
         made = cls(folder, bundles, *offered)
-        contents = {found.model: found for found in (bundle.read(bundles[text], None) for text in offered)}
+        contents = {found.model_bytes: found for found in (bundle.read(bundles[text], None) for text in offered)}
         for found in contents.values():
-            choice = probe.probe(found, []).choice
+            choice = probe.probe(found, []).tuning
             if choice is not None:
-                tuning_cache.remember(made.store, "sort", choice)
+                tuning_cache.save(made.store, "sort", choice)
         made.stop()
         return made
 
@@ -123,9 +125,9 @@ class Site(Device):
             target = self.home / "data" / "bundles" / f"offered-{text}"
             if not target.exists():
                 shutil.copytree(self.bundles[text], target)
-        self.file, self.conf = wiring.load(str(self.home / "outstation.toml"))
+        self.file, self.conf = wiring.load_config(str(self.home / "outstation.toml"))
         self.store = wiring.open_store(self.conf)
-        self.daemon: Daemon = device.daemon(self.file, self.conf, self.store, now=lambda: self.now)
+        self.daemon: Daemon = device.build_daemon(self.file, self.conf, self.store, now=lambda: self.now)
         self.daemon._operations.start(self.now, lambda: None)
 
     def stop(self) -> None:
@@ -135,7 +137,7 @@ class Site(Device):
 
     def end_processes(self) -> None:
         """As their parent's death does."""
-        self.daemon._updating.drop()
+        self.daemon._rollout.abort()
 
     def crash(self, configured: str | None = None) -> None:
         self.end_processes()
@@ -150,16 +152,16 @@ class Site(Device):
         self.desire_tasks({"sort": self.wanted(text, strategy, rollout, **more)})
 
     def desire_tasks(self, tasks: Mapping[str, Any]) -> None:
-        desires = self.daemon._uplink._desires
+        desires = self.daemon._uplink._desired_states
         assert desires is not None
-        desires.take(signed(self.operator.key, next(self._counters), tasks))
-        desires.turn(self.now)
+        desires.accept(signed(self.operator.key, next(self._counters), tasks))
+        desires.apply_pending(self.now)
         self.tick()
 
     def tick(self, seconds: float = 1.0) -> None:
         """One turn of the main loop, so many seconds later."""
-        self.now = Now(self.now.wall_us + round(seconds * 1e6), self.now.boot_s + seconds, self.now.quality)
-        self.daemon.turn(self.now)
+        self.now = ClockReading(self.now.wall_us + round(seconds * 1e6), self.now.boot_s + seconds, self.now.quality)
+        self.daemon.tick(self.now)
 
     def until(self, happened: Callable[[], object], what: str, within_s: float = 90.0) -> None:
         end = time.monotonic() + within_s
@@ -170,16 +172,16 @@ class Site(Device):
 
     def is_beside(self) -> bool:
         """Whether a candidate has started, in shadow."""
-        trial = self.daemon._updating.rollouts._live["sort"].trial
+        trial = self.daemon._rollout.rollouts._rollouts["sort"].canary
         model = None if trial is None else trial.candidate.model
-        return isinstance(model, Apart) and model.ready()
+        return isinstance(model, SubprocessModel) and model.poll_ready()
 
     def until_phase(self, phase: str) -> None:
         self.until(lambda: self.phase == phase, phase)
 
     @property
-    def standing(self) -> Standing | None:
-        return standing(self.store, "sort")
+    def standing(self) -> RolloutState | None:
+        return load_state(self.store, "sort")
 
     @property
     def phase(self) -> str:
@@ -211,8 +213,8 @@ class Site(Device):
         return str(self.results()[-1]["model"]["version"])
 
     def work(self) -> None:
-        self.until(lambda: not self.daemon._updating.resumes("sort"), "the bundle on probation is there again")
-        self.daemon._work_off(self.daemon._planned[0], self.now)
+        self.until(lambda: not self.daemon._rollout.is_resuming("sort"), "the bundle on probation is there again")
+        self.daemon._run_batches(self.daemon._scheduled_tasks[0], self.now)
 
     def results(self) -> list[dict[str, Any]]:
         return [body for body in self.messages() if body["kind"] == "results"]

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from agent.transport.packets import Delivery, Outgoing
+from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
 from agent.wire.keys import SigningKey
-from agent.wire.messages import Message, digest, encode, open_message
+from agent.wire.messages import VerifiedMessage, digest, encode, verify_message
 
 FLEET = "acme"
 TIME = "2026-11-24T22:18:01.000000Z"
@@ -33,11 +33,11 @@ class Sent(msgspec.Struct):
     jws: str
     seq: int = 0
 
-    def delivery(self, mid: int = 1, *, retained: bool = False) -> Delivery:
-        return Delivery(self.topic, self.payload, (self.jws,), retained, mid, 1)
+    def delivery(self, mid: int = 1, *, retained: bool = False) -> IncomingMessage:
+        return IncomingMessage(self.topic, self.payload, (self.jws,), retained, mid, 1)
 
-    def outgoing(self, *, retain: bool = False) -> Outgoing:
-        return Outgoing(self.topic, self.payload, (("jws", self.jws),), retain)
+    def outgoing(self, *, retain: bool = False) -> OutgoingMessage:
+        return OutgoingMessage(self.topic, self.payload, (("jws", self.jws),), retain)
 
 
 class Sender(msgspec.Struct):
@@ -133,7 +133,7 @@ class Sender(msgspec.Struct):
         """Any bytes, signed for any topic."""
         return Sent(topic, payload, jws.sign(self.key, topic, payload))
 
-    def open(self, sent: Sent) -> Message:
+    def open(self, sent: Sent) -> VerifiedMessage:
         """The message as the collector has it after it verified."""
         signer = jws.Signer(self.device, self.key.public)
-        return open_message(sent.topic, sent.payload, (sent.jws,), lambda kid: signer)
+        return verify_message(sent.topic, sent.payload, (sent.jws,), lambda kid: signer)

@@ -13,32 +13,34 @@ from typing import Any
 import msgspec
 
 from agent import clock, config
-from agent.config import Config, Field, Stream
-from agent.device.intake.labels import Asked
+from agent.config import Config, FieldConfig, StreamConfig
+from agent.device.intake.labels import LabelTarget
 from agent.device.intake.server import Intake, Source
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 
 ROOT = Path(__file__).parents[2]
-WATCH = Stream(fields=[Field(name="ax", unit="g", min=-16, max=16), Field(name="ay", unit="g", min=-16, max=16)])
-MACHINE = Stream(
+WATCH = StreamConfig(
+    fields=[FieldConfig(name="ax", unit="g", min=-16, max=16), FieldConfig(name="ay", unit="g", min=-16, max=16)]
+)
+MACHINE = StreamConfig(
     fields=[
-        Field(name="power", type="f64", min=0),
-        Field(name="count", type="i64"),
-        Field(name="mode", type="category"),
-        Field(name="heat", optional=True),
+        FieldConfig(name="power", type="f64", min=0),
+        FieldConfig(name="count", type="i64"),
+        FieldConfig(name="mode", type="category"),
+        FieldConfig(name="heat", optional=True),
     ]
 )
 STREAMS = {"watch": WATCH, "machine": MACHINE}
 T0 = 1_764_022_680.0
 
 
-def conf(folder: Path, commit_every_s: float = 0.02, tcp: str | None = None, **streams: Stream) -> Config:
+def conf(folder: Path, commit_every_s: float = 0.02, tcp: str | None = None, **streams: StreamConfig) -> Config:
     """A device's config with its data in `folder`."""
     return Config(
-        device=config.Device(id="pi-07", fleet="acme", data_dir=str(folder)),
-        buffer=config.Buffer(commit_every=config.Duration(commit_every_s)),
-        intake=config.Intake(tcp=tcp),
+        device=config.DeviceConfig(id="pi-07", fleet="acme", data_dir=str(folder)),
+        buffer=config.BufferConfig(commit_every=config.Duration(commit_every_s)),
+        intake=config.IntakeConfig(tcp=tcp),
         streams=streams or STREAMS,
     )
 
@@ -51,14 +53,14 @@ class Station:
         conf: Config,
         *,
         sources: Callable[[Store], Sequence[Source]] | None = None,
-        asked: Callable[[], Mapping[str, Asked]] = dict,
+        asked: Callable[[], Mapping[str, LabelTarget]] = dict,
         **store: Any,
     ) -> None:
         self.conf = conf
         self.failures: list[Exception] = []
         self.commits = 0
         self.store = Store(conf.data_dir, **store)
-        self.store.declare(conf.streams)
+        self.store.declare_streams(conf.streams)
         made = sources(self.store) if sources else []
         self.intake = Intake(conf, self.store, made, clock.read, self._committed, self.failures.append, asked)
         self.socket = conf.data_dir / "intake.sock"
@@ -126,11 +128,11 @@ class Line:
         self.close()
 
 
-def rows_of(store: Store, stream: str, definition: Stream) -> Rows:
+def rows_of(store: Store, stream: str, definition: StreamConfig) -> Rows:
     """All rows of a stream, from row 1."""
-    batch = store.take(stream, definition.fields, 0, 2**40)
+    batch = store.read_rows(stream, definition.fields, 0, 2**40)
     assert batch is not None, f"stream {stream} has no rows"
-    assert batch.lost is None
+    assert batch.loss_reason is None
     return batch.rows
 
 

@@ -10,31 +10,31 @@ from typing import Any
 import numpy as np
 
 from agent import clock
-from agent.config import Field, Stream
-from agent.device.recovery.report_findings import settle
-from agent.device.store.checked import COLUMNS
-from agent.device.store.damaged_messages import declare_damaged
-from agent.device.store.message_log import Author
-from agent.device.store.retention import Acknowledged
+from agent.config import FieldConfig, StreamConfig
+from agent.device.recovery.report_findings import report_findings
+from agent.device.store.checked import MESSAGE_COLUMNS
+from agent.device.store.damaged_messages import quarantine_damaged
+from agent.device.store.message_log import MessageLog
+from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
-from agent.device.store.transaction import Pending
+from agent.device.store.transaction import OutboxMessage
 from tests.kit.senders import new_key
 
 KEY = new_key(7)
-NUMBERS = Stream(fields=[Field(name="n", type="i64"), Field(name="mode", type="category")])
+NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64"), FieldConfig(name="mode", type="category")])
 STREAMS = {"numbers": NUMBERS, "others": NUMBERS}
 TASKS = {"numbers": ["judge"]}
 MODES = ("low", "high")
 
 
-def opened(folder: Path, **options: Any) -> tuple[Store, Author]:
+def opened(folder: Path, **options: Any) -> tuple[Store, MessageLog]:
     """The store and its author, as the daemon opens them."""
     store = Store(folder, **options)
-    store.claim("acme", "pi-07")
-    store.declare(STREAMS)
-    author = Author("acme", "pi-07", KEY, store.log_id, store.boot, 120_000)
-    settle(store, author, TASKS, clock.read())
+    store.bind_device("acme", "pi-07")
+    store.declare_streams(STREAMS)
+    author = MessageLog("acme", "pi-07", KEY, store.log_id, store.boot, 120_000)
+    report_findings(store, author, TASKS, clock.read())
     return store, author
 
 
@@ -43,20 +43,20 @@ def append(store: Store, stream: str, n: int) -> None:
     first = store.last_row(stream) + 1
     values = np.arange(first, first + n, dtype=np.int64)
     with store.transaction() as tx:
-        codes = tx.category_codes(stream, "mode", [MODES[int(v) % 2] for v in values])
+        codes = tx.assign_category_codes(stream, "mode", [MODES[int(v) % 2] for v in values])
         tx.append(stream, Rows(values * 1000, (values, np.array(codes, np.uint16))), "synced")
 
 
-def say(store: Store, author: Author, text: str, rows: tuple[int, int] | None = None) -> int:
+def say(store: Store, author: MessageLog, text: str, rows: tuple[int, int] | None = None) -> int:
     """A message of the log; with `rows`, the task consumed them in the same transaction."""
     with store.transaction() as tx:
         if rows:
-            tx.advance("judge", *rows)
+            tx.advance_cursor("judge", *rows)
         body = {"event": "said", "summary": text, "evidence": {"rows": rows}}
-        return author.write(tx, "audit", None, body, clock.read())
+        return author.append(tx, "audit", None, body, clock.read())
 
 
-def filled(folder: Path, chunks: int = 40, messages: int = 30, acknowledged: int = 8) -> tuple[Store, Author]:
+def filled(folder: Path, chunks: int = 40, messages: int = 30, acknowledged: int = 8) -> tuple[Store, MessageLog]:
     """Rows of 10 to a chunk in both streams, messages of which the first were acknowledged."""
     store, author = opened(folder)
     for number in range(chunks):
@@ -66,9 +66,9 @@ def filled(folder: Path, chunks: int = 40, messages: int = 30, acknowledged: int
     for number in range(1, messages + 1):
         say(store, author, f"message {number} " + "x" * 200, (5 * number - 4, 5 * number))
     with store.transaction() as tx:
-        tx.outbox.set_acknowledged(Acknowledged(acknowledged))
-        tx.keep("judge", "drift", b"state")
-        tx.set_mark("files", "a.csv", 17)
+        tx.outbox.set_acknowledged(AcknowledgedSeqs(acknowledged))
+        tx.save_state("judge", "drift", b"state")
+        tx.set_source_position("files", "a.csv", 17)
     return store, author
 
 
@@ -88,8 +88,8 @@ def served(store: Store, stream: str = "numbers") -> dict[int, int]:
     """Row number → value of everything that can be taken."""
     found: dict[int, int] = {}
     after = store.first_row(stream) - 1
-    while (batch := store.take(stream, NUMBERS.fields, after, 1000)) is not None:
-        if not batch.lost:
+    while (batch := store.read_rows(stream, NUMBERS.fields, after, 1000)) is not None:
+        if not batch.loss_reason:
             values = batch.rows.columns[0].tolist()
             assert not found.keys() & range(batch.first, batch.first + len(values)), "a row is served twice"
             found.update(zip(range(batch.first, batch.first + len(values)), values, strict=True))
@@ -99,15 +99,17 @@ def served(store: Store, stream: str = "numbers") -> dict[int, int]:
 
 def said(store: Store) -> dict[int, dict[str, Any]]:
     """Seq → payload of everything in the outbox, acknowledged or not, with its CRC right."""
-    found = [Pending.stored(row) for row in store._all(f"SELECT {COLUMNS} FROM outbox ORDER BY seq")]
+    found = [
+        OutboxMessage.from_row(row) for row in store._fetch_all(f"SELECT {MESSAGE_COLUMNS} FROM outbox ORDER BY seq")
+    ]
     return {message.seq: json.loads(message.payload) for message in found if message.intact}
 
 
-def put_aside(store: Store, author: Author) -> list[int]:
+def put_aside(store: Store, author: MessageLog) -> list[int]:
     """What a session does with messages that are not what was written."""
-    damaged = [message.seq for message in store.unsent(0, 10_000) if not message.intact]
+    damaged = [message.seq for message in store.unacknowledged_messages(0, 10_000) if not message.intact]
     if damaged:
-        declare_damaged(store, author, damaged, clock.read())
+        quarantine_damaged(store, author, damaged, clock.read())
     return damaged
 
 

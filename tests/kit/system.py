@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
@@ -154,7 +154,7 @@ def ask(db: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
     """Rows of a collector's database."""
     store = FleetStore(db, read_only=True)
     try:
-        return [tuple(row) for row in store._all(sql, *values)]
+        return [tuple(row) for row in store._fetch_all(sql, *values)]
     finally:
         store.close()
 
@@ -173,7 +173,7 @@ class Fleet:
         self.folder = folder
         self.broker = mosquitto or Mosquitto(folder)
         self.home = folder / "fleet"
-        self.config: FleetConfig = init_fleet(self.home, FLEET, Broker(url=self.broker.url))
+        self.config: FleetConfig = init_fleet(self.home, FLEET, BrokerConfig(url=self.broker.url))
         self.collector = Program(folder / "collector.log", "fleet", "collect", "--dir", str(self.home))
         self.devices: list[Device] = []
 

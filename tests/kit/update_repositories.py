@@ -25,7 +25,7 @@ from tuf.api.metadata import (
 
 from agent import __version__
 from agent.model.inference import runtime
-from agent.wire.desired_state import Wanted
+from agent.wire.desired_state import DesiredBundle
 
 DAYS = {"root": 3650, "targets": 365, "snapshot": 30, "timestamp": 14}
 FIELDS = ["ax", "ay"]
@@ -42,7 +42,7 @@ def custom(bundle: str, version: str, digest: str, **other: Any) -> dict[str, An
         "fields": FIELDS,
         "window": 1,
         "agent": __version__,
-        "runtimes": [runtime.NAME.split()[0]],
+        "runtimes": [runtime.RUNTIME_NAME.split()[0]],
         "memory": 1 << 20,
         "unpacked": 1 << 20,
     }
@@ -72,7 +72,7 @@ class Signed:
         self.sign_targets()
         self.sign()
 
-    def add(self, bundle: str, version: str, archive: bytes, **said: Any) -> Wanted:
+    def add(self, bundle: str, version: str, archive: bytes, **said: Any) -> DesiredBundle:
         """Sign an archive into the bundle's role; what a device then wants."""
         digest = f"sha256:{hashlib.sha256(version.encode() + archive).hexdigest()}"
         path = f"{bundle}/{version}/{digest[7:23]}.zip"
@@ -87,7 +87,7 @@ class Signed:
         self.archives[f"{bundle}/{version}/{hashlib.sha256(archive).hexdigest()}.{digest[7:23]}.zip"] = archive
         self.sign_bundle(bundle)
         self.sign()
-        return Wanted("rollout-1", bundle, version, digest, "all")
+        return DesiredBundle("rollout-1", bundle, version, digest, "all")
 
     def sign_root(self, keys: list[CryptoSigner] | None = None) -> None:
         """Another root, by all old and new root keys, or by `keys`."""

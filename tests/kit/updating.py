@@ -11,14 +11,14 @@ from typing import Any
 import msgspec
 
 from agent import clock, config
-from agent.clock import Now
-from agent.config import Config, Stream, Task, Updates
+from agent.clock import ClockReading
+from agent.config import Config, StreamConfig, TaskConfig, UpdatesConfig
 from agent.device.rollout.fetch import child
 from agent.device.rollout.fetch import version_floors as floors
-from agent.device.rollout.fetch.fetcher import Failed, Fetched, Fetcher
-from agent.device.rollout.fetch.version_floors import Floors
+from agent.device.rollout.fetch.fetcher import FetchedBundle, Fetcher, FetchFailure
+from agent.device.rollout.fetch.version_floors import VersionFloors
 from agent.device.store.store import Store
-from agent.wire.desired_state import Wanted
+from agent.wire.desired_state import DesiredBundle
 from tests.kit.stations import STREAMS
 
 # The child has the lowest priority, and tests run beside others.
@@ -30,17 +30,17 @@ class Updating:
     """`folder` is all the device has. `wall_us` and `quality` are its clock, by default a right one."""
 
     def __init__(
-        self, folder: Path, url: str, root: bytes, streams: Mapping[str, Stream] = STREAMS, **updates: Any
+        self, folder: Path, url: str, root: bytes, streams: Mapping[str, StreamConfig] = STREAMS, **updates: Any
     ) -> None:
         self.folder = folder
         self.data = folder / "data"
         self.data.mkdir(parents=True, exist_ok=True)
         (folder / "root.json").write_bytes(root)
         self.conf = Config(
-            device=config.Device(id="pi-07", fleet="acme", data_dir=str(self.data)),
-            updates=Updates(url=url, root=str(folder / "root.json"), **updates),
+            device=config.DeviceConfig(id="pi-07", fleet="acme", data_dir=str(self.data)),
+            updates=UpdatesConfig(url=url, root=str(folder / "root.json"), **updates),
             streams=dict(streams),
-            tasks={"exercise": Task(stream="watch", bundle="exercise")},
+            tasks={"exercise": TaskConfig(stream="watch", bundle="exercise")},
         )
         self.runs = self.data / "bundles" / "exercise" / "model.tflite"
         self.runs.parent.mkdir(parents=True, exist_ok=True)
@@ -49,17 +49,17 @@ class Updating:
         with self.store.transaction() as tx:
             # What the store itself makes, it makes with the first one.
             tx.set_meta("first", "1")
-        self.quality: clock.Quality = "synced"
+        self.quality: clock.ClockQuality = "synced"
         self.wall_us: int | None = None
         self.later_s = 0.0
-        self.command: Sequence[str] = child.COMMAND
+        self.command: Sequence[str] = child.WORKER_COMMAND
         self.patience_s = 30.0
         self.fetcher = Fetcher(self.conf, self.store)
 
     def restart(self) -> None:
         """A fetcher as after a start of the daemon."""
         self.fetcher.close()
-        self.fetcher = Fetcher(self.conf, self.store, command=self.command, patience_s=self.patience_s)
+        self.fetcher = Fetcher(self.conf, self.store, command=self.command, stall_timeout_s=self.patience_s)
 
     def configure(self, **updates: Any) -> None:
         """Other [updates], as after a start of the daemon."""
@@ -67,38 +67,40 @@ class Updating:
         self.conf = msgspec.structs.replace(self.conf, updates=msgspec.structs.replace(self.conf.updates, **updates))
         self.restart()
 
-    def now(self) -> Now:
+    def now(self) -> ClockReading:
         wall_us = time.time_ns() // 1000 if self.wall_us is None else self.wall_us
-        return Now(wall_us, time.monotonic() + self.later_s, self.quality, 1000 if self.quality == "synced" else None)
+        return ClockReading(
+            wall_us, time.monotonic() + self.later_s, self.quality, 1000 if self.quality == "synced" else None
+        )
 
-    def fetch(self, wanted: Wanted, within_s: float = PATIENCE_S) -> Fetched | Failed:
+    def fetch(self, wanted: DesiredBundle, within_s: float = PATIENCE_S) -> FetchedBundle | FetchFailure:
         """One try, from its start to its end."""
         self.fetcher.start("exercise", wanted, self.now())
         self.later_s += 100_000.0
         return self.result(within_s)
 
-    def result(self, within_s: float = PATIENCE_S) -> Fetched | Failed:
+    def result(self, within_s: float = PATIENCE_S) -> FetchedBundle | FetchFailure:
         deadline = time.monotonic() + within_s
         while (found := self.fetcher.poll(self.now())) is None:
             assert time.monotonic() < deadline, f"no answer within {within_s:g} s"
             time.sleep(0.01)
         return found
 
-    def must_fetch(self, wanted: Wanted) -> Fetched:
+    def must_fetch(self, wanted: DesiredBundle) -> FetchedBundle:
         found = self.fetch(wanted)
-        assert isinstance(found, Fetched), found
+        assert isinstance(found, FetchedBundle), found
         return found
 
-    def must_fail(self, wanted: Wanted, error: str) -> Failed:
+    def must_fail(self, wanted: DesiredBundle, error: str) -> FetchFailure:
         """It must fail by this name, and nothing must be the worse for it."""
         with self.unharmed():
             found = self.fetch(wanted)
-            assert isinstance(found, Failed), found
+            assert isinstance(found, FetchFailure), found
             assert found.error == error, found
         return found
 
     @property
-    def floors(self) -> Floors:
+    def floors(self) -> VersionFloors:
         return floors.load(self.store)
 
     @property

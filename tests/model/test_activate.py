@@ -14,7 +14,7 @@ from agent.errors import BadBundle
 from agent.model import activation
 from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference.tuning import Choice
+from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import probe
 from tests.kit.bundles import ANOMALY, KEY, Recipe, archive, change_manifest, packed
 from tests.kit.senders import new_key
@@ -40,14 +40,14 @@ def anomaly(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_name_is_looked_up_in_the_device_then_among_the_shipped(folder: Path) -> None:
     store = folder.parent
-    assert builtin.locate("bundle", store) == folder
-    assert builtin.locate("./here", store) == Path("here")
-    assert builtin.locate("exercise", store) == builtin.bundles() / "exercise"
+    assert builtin.locate_bundle("bundle", store) == folder
+    assert builtin.locate_bundle("./here", store) == Path("here")
+    assert builtin.locate_bundle("exercise", store) == builtin.bundles_dir() / "exercise"
     zipped = archive(folder)
     shutil.rmtree(folder)
-    assert builtin.locate("bundle", store) == zipped
+    assert builtin.locate_bundle("bundle", store) == zipped
     with pytest.raises(BadBundle, match=r"no bundle 'nowhere' in .*; put it there, or give its path"):
-        builtin.locate("nowhere", store)
+        builtin.locate_bundle("nowhere", store)
 
 
 def test_a_bundle_that_proves_itself_is_loaded_with_its_reference(folder: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_bundle_that_proves_itself_is_loaded_with_its_reference(folder: Path) 
 
 
 def test_a_shipped_bundle_is_trusted_without_being_configured() -> None:
-    assert activation.activate(builtin.bundles() / "exercise", []).bundle.manifest.name == "exercise"
+    assert activation.activate(builtin.bundles_dir() / "exercise", []).bundle.manifest.name == "exercise"
 
 
 def test_a_foreign_bundle_is_not_activated(folder: Path) -> None:
@@ -95,7 +95,7 @@ def replace_file(folder: Path, name: str, content: bytes) -> None:
 
 def test_a_recipe_without_a_reference_is_activated_without_one(tmp_path: Path) -> None:
     path = packed(tmp_path, Recipe("regress", "regress_int8"))
-    assert activation.reference(bundle.read(path, None)) is not None
+    assert activation.read_reference(bundle.read(path, None)) is not None
     (path / "reference.json").unlink()
     change_manifest(path, lambda head: head["files"].pop("reference.json"))
     assert activation.activate(path, [KEY.public]).reference is None
@@ -107,20 +107,20 @@ def test_a_bundle_that_proved_itself_is_probed_anew_only_where_something_is_anot
     probed: list[str] = []
     real = probe.probe
 
-    def counted(found: Bundle, known: Sequence[Choice] | None = None) -> probe.Report:
+    def counted(found: Bundle, known: Sequence[Tuning] | None = None) -> probe.ProbeReport:
         probed.append(found.digest)
         return real(found, known)
 
     monkeypatch.setattr(probe, "probe", counted)
     first = activation.activate(folder, [KEY.public])
-    assert first.choice is not None
-    again = activation.activate(folder, [KEY.public], [first.choice])
-    assert (len(probed), again.choice) == (1, first.choice)
+    assert first.tuning is not None
+    again = activation.activate(folder, [KEY.public], [first.tuning])
+    assert (len(probed), again.tuning) == (1, first.tuning)
     for changed in ({"machine": "another"}, {"runtime": "another"}, {"proved": ""}, {"proved": f"{probed[0]} 0.0.1"}):
-        activation.activate(folder, [KEY.public], [replace(first.choice, **changed)])
+        activation.activate(folder, [KEY.public], [replace(first.tuning, **changed)])
     assert len(probed) == 5
     # The same model in a bundle that says something else of it.
     change_manifest(folder, lambda head: head.update(version="2"))
-    activation.activate(folder, [KEY.public], [first.choice])
+    activation.activate(folder, [KEY.public], [first.tuning])
     assert len(probed) == 6
     assert len(set(probed)) == 2

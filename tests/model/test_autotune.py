@@ -10,8 +10,8 @@ import pytest
 
 from agent.errors import BadBundle
 from agent.model.inference import runtime, tuning
-from agent.model.inference.runtime import Model
-from agent.model.inference.tuning import SECONDS, Choice
+from agent.model.inference.runtime import TfliteModel
+from agent.model.inference.tuning import MAX_TUNING_S, Tuning
 from agent.model.sandbox import autotune, probe
 from tests.kit.bundles import CLASSIFY, Recipe, around, model
 
@@ -20,16 +20,16 @@ PLENTY = 1 << 30
 MINUTE_S = 60.0
 
 
-def rows(name: str, count: int = autotune.ROWS) -> Any:
-    shape = Model(model(name)).input_shape
+def rows(name: str, count: int = autotune.SAMPLE_ROWS) -> Any:
+    shape = TfliteModel(model(name)).input_shape
     return np.random.default_rng(1).normal(0, 1, (count, *shape)).astype(np.float32)
 
 
-def tried(name: str, most_bytes: int = PLENTY, seconds: float = SECONDS) -> Choice:
-    return autotune.choose(model(name), rows(name), most_bytes, seconds)
+def tried(name: str, most_bytes: int = PLENTY, seconds: float = MAX_TUNING_S) -> Tuning:
+    return autotune.tune(model(name), rows(name), most_bytes, seconds)
 
 
-class Slow(Model):
+class Slow(TfliteModel):
     """Costs as much for each run and each row as the class says; `unequal` batches give other bits."""
 
     run_s, row_s = 0.0, 0.0
@@ -43,7 +43,7 @@ class Slow(Model):
         end = time.thread_time() + seconds
         while time.thread_time() < end:
             pass
-        out = super()._run(part)
+        out = super()._run_batch(part)
         return out + np.float32(1e-6) if len(part) in self.unequal else out
 
 
@@ -52,8 +52,8 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> type[Slow]:
     class Made(Slow):
         pass
 
-    monkeypatch.setattr(autotune, "Model", Made)
-    monkeypatch.setattr(autotune, "cores", lambda: 2)
+    monkeypatch.setattr(autotune, "TfliteModel", Made)
+    monkeypatch.setattr(autotune, "count_cores", lambda: 2)
     monkeypatch.setattr("agent.model.inference.runtime.os.cpu_count", lambda: 2)
     return Made
 
@@ -78,20 +78,20 @@ def test_sizes_that_change_a_bit_of_an_answer_are_left_out_and_named(slow: type[
     slow.run_s, slow.unequal = 0.001, (16, 64, 128)
     found = tried("classify_float32", seconds=MINUTE_S)
     assert found.batch == 32
-    assert found.unequal == [16, 64, 128]
+    assert found.inexact_batches == [16, 64, 128]
 
 
 def test_a_shorter_last_batch_that_changes_an_answer_rules_its_size_out(slow: type[Slow]) -> None:
-    slow.run_s, slow.unequal = 0.001, (autotune.ROWS % 32,)
+    slow.run_s, slow.unequal = 0.001, (autotune.SAMPLE_ROWS % 32,)
     found = tried("classify_float32", seconds=MINUTE_S)
     assert found.batch < 32
-    assert {32, 64, 128} <= set(found.unequal)
+    assert {32, 64, 128} <= set(found.inexact_batches)
 
 
 def test_a_model_that_mixes_rows_is_run_one_row_at_a_time() -> None:
     found = tried("mixes_rows", seconds=MINUTE_S)
     assert found.batch == 1
-    assert set(found.unequal) >= {4, 32}
+    assert set(found.inexact_batches) >= {4, 32}
 
 
 def test_a_batch_that_would_take_more_memory_than_there_is_is_not_taken(
@@ -127,8 +127,8 @@ def test_a_model_made_for_a_fixed_batch_keeps_it() -> None:
 
 
 def test_no_batch_is_larger_than_the_largest_that_is_tried() -> None:
-    loaded = Model(model("classify_int8"), 10**6)
-    assert loaded.batch == autotune.BATCHES[-1]
+    loaded = TfliteModel(model("classify_int8"), 10**6)
+    assert loaded.batch == autotune.BATCH_SIZES[-1]
 
 
 # --- in the probe, and remembered ---
@@ -137,47 +137,49 @@ def test_no_batch_is_larger_than_the_largest_that_is_tried() -> None:
 def test_the_probe_chooses_in_its_child_where_it_is_asked_to() -> None:
     report = probe.probe(around(model("classify_int8")), [])
     assert report.ok
-    assert report.choice is not None
-    assert report.choice.model == tuning.digest(model("classify_int8"))
-    assert (report.choice.runtime, report.choice.machine) == (runtime.NAME, tuning.machine())
-    assert probe.probe(around(model("classify_int8"))).choice is None
+    assert report.tuning is not None
+    assert report.tuning.model == tuning.model_digest(model("classify_int8"))
+    assert (report.tuning.runtime, report.tuning.machine) == (runtime.RUNTIME_NAME, tuning.describe_machine())
+    assert probe.probe(around(model("classify_int8"))).tuning is None
 
 
-def made(**changes: Any) -> Choice:
+def made(**changes: Any) -> Tuning:
     same: dict[str, Any] = {
-        "model": tuning.digest(model("classify_int8")),
-        "runtime": runtime.NAME,
-        "machine": tuning.machine(),
+        "model": tuning.model_digest(model("classify_int8")),
+        "runtime": runtime.RUNTIME_NAME,
+        "machine": tuning.describe_machine(),
     }
-    return Choice(**{**same, "batch": 3, "threads": 1, "rows_per_s": 1.5, **changes})
+    return Tuning(**{**same, "batch": 3, "threads": 1, "rows_per_s": 1.5, **changes})
 
 
 def test_what_was_chosen_before_is_not_tried_again() -> None:
-    assert probe.probe(around(model("classify_int8")), [made(model="other"), made()]).choice == made()
+    assert probe.probe(around(model("classify_int8")), [made(model="other"), made()]).tuning == made()
 
 
 @pytest.mark.parametrize(
     "changes", [{"model": "sha256:0"}, {"runtime": "other 1.0"}, {"machine": "other"}, {"output": 1}]
 )
 def test_another_model_output_runtime_or_machine_is_tried_anew(changes: dict[str, str]) -> None:
-    found = probe.probe(around(model("classify_int8")), [made(**changes)]).choice
+    found = probe.probe(around(model("classify_int8")), [made(**changes)]).tuning
     assert found is not None
     assert found.batch != 3
 
 
 def test_a_choice_names_the_output_it_was_made_for() -> None:
     content = model("each_label_and_sums")
-    given = np.random.default_rng(1).normal(0, 1, (autotune.ROWS, *Model(content, output="sums").input_shape))
-    found = autotune.choose(content, given.astype(np.float32), PLENTY, output="sums")
+    given = np.random.default_rng(1).normal(
+        0, 1, (autotune.SAMPLE_ROWS, *TfliteModel(content, output="sums").input_shape)
+    )
+    found = autotune.tune(content, given.astype(np.float32), PLENTY, output="sums")
     assert found.output == "sums"
-    assert tuning.remembered([found], content, runtime.NAME, "sums") == found
-    assert tuning.remembered([found], content, runtime.NAME, "each") is None
+    assert tuning.find_known([found], content, runtime.RUNTIME_NAME, "sums") == found
+    assert tuning.find_known([found], content, runtime.RUNTIME_NAME, "each") is None
 
 
 def test_a_model_that_is_refused_is_not_tried() -> None:
     report = probe.probe(around(model("classify_int8"), Recipe("classify", "", labels=("a", "b"))), [])
     assert not report.ok
-    assert report.choice is None
+    assert report.tuning is None
 
 
 @pytest.fixture
@@ -206,7 +208,7 @@ def test_a_model_that_crashes_in_the_trial_is_refused(child: Any) -> None:
 def test_a_trial_that_runs_out_of_memory_refuses_no_model_that_passed_before(child: Any) -> None:
     child(f"{_PASSED}; kill -KILL $$")
     report = probe.probe(around(model("classify_int8"), CLASSIFY), [])
-    assert (report.ok, report.choice) == (True, None)
+    assert (report.ok, report.tuning) == (True, None)
 
 
 def test_a_choice_is_told_in_words() -> None:

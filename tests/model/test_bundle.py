@@ -75,7 +75,7 @@ def test_unicode_in_cards_and_labels_is_kept(tmp_path: Path) -> None:
     spec = write_spec(tmp_path)
     (tmp_path / "CARD.md").write_text("# Übung 運動 🏋\n", encoding="utf-8")
     spec.write_text(spec.read_text().replace('"left"', '"ruhig 静か"'), encoding="utf-8")
-    pack.write(pack.pack(spec, KEY), tmp_path / "bündel")
+    pack.write_bundle(pack.pack(spec, KEY), tmp_path / "bündel")
     found = read(tmp_path / "bündel")
     assert found.manifest.output.labels[0] == "ruhig 静か"
     assert found.files["MODEL_CARD.md"].decode() == "# Übung 運動 🏋\n"
@@ -84,12 +84,12 @@ def test_unicode_in_cards_and_labels_is_kept(tmp_path: Path) -> None:
 def test_an_empty_card_is_a_card(tmp_path: Path) -> None:
     spec = write_spec(tmp_path)
     (tmp_path / "CARD.md").write_bytes(b"")
-    pack.write(pack.pack(spec, KEY), tmp_path / "out")
+    pack.write_bundle(pack.pack(spec, KEY), tmp_path / "out")
     assert read(tmp_path / "out").files["MODEL_CARD.md"] == b""
 
 
 def test_the_shipped_bundle_is_signed_by_the_shipped_key() -> None:
-    found = bundle.read(builtin.bundles() / "exercise", builtin.publishers())
+    found = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
     assert found.manifest.name == "exercise"
 
 

@@ -15,7 +15,7 @@ from agent.cli import main
 from agent.cli.model.group import model as command
 from agent.errors import BadBundle, UsageError
 from agent.model.bundle import builtin, bundle
-from agent.model.inference.runtime import NAME
+from agent.model.inference.runtime import RUNTIME_NAME
 from agent.wire import keys
 from tests.kit.bundles import KEY, change, model, packed, write_spec
 
@@ -59,7 +59,7 @@ def test_a_key_is_made_a_bundle_packed_and_checked_from_the_command_line(tmp_pat
     result = run("check", tmp_path / "tiny", "--key", f"{key}.pub", "--json")
     document = json.loads(result.output)
     assert result.exit_code == 0
-    assert (document["name"], document["version"], document["runtime"]) == ("tiny", "1.0.0", NAME)
+    assert (document["name"], document["version"], document["runtime"]) == ("tiny", "1.0.0", RUNTIME_NAME)
     assert document["digest"] == done["digest"]
     assert list(checks(result)) == ["signature", "hashes", "load", "shapes", "batch", "golden", "reference"]
     assert checks(result)["signature"] == (True, f"by {said['thumbprint']}")
@@ -139,20 +139,20 @@ def test_a_bundle_without_a_signature_fails_the_check_and_the_rest_is_still_look
 
 
 def test_a_bundle_that_claims_to_be_the_shipped_one_is_verified_against_it(made: Path) -> None:
-    shutil.copy(builtin.bundles() / "exercise" / "manifest.jws", made)
+    shutil.copy(builtin.bundles_dir() / "exercise" / "manifest.jws", made)
     ok, detail = checks(run("check", made, "--json"))["signature"]
     assert not ok
     assert "bad signature" in detail
-    ok, detail = checks(run("check", builtin.bundles() / "exercise", "--json"))["signature"]
+    ok, detail = checks(run("check", builtin.bundles_dir() / "exercise", "--json"))["signature"]
     assert ok
-    assert detail == f"by {builtin.publishers()[0].kid}"
+    assert detail == f"by {builtin.publisher_keys()[0].kid}"
 
 
 def test_a_bundle_that_ships_is_found_by_its_name_where_nothing_else_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert checks(run("check", "exercise", "--json"))["signature"] == (True, f"by {builtin.publishers()[0].kid}")
+    assert checks(run("check", "exercise", "--json"))["signature"] == (True, f"by {builtin.publisher_keys()[0].kid}")
     assert "no such bundle" in checks(run("check", "recordings", "--json"))["signature and hashes"][1]
     folder(tmp_path, "exercise")
     assert "no manifest.json" in checks(run("check", "exercise", "--json"))["signature and hashes"][1]

@@ -15,9 +15,9 @@ from agent.bootstrap import tasks
 from agent.cli.device.init import init
 from agent.cli.model.group import model as command
 from agent.errors import BadBundle, UsageError
-from agent.media import Image, Sound
+from agent.media import ImageFormat, SoundFormat
 from agent.model.bundle import bundle
-from agent.model.bundle.manifest import Input, Windowing
+from agent.model.bundle.manifest import ModelInput, WindowSpec
 from tests.kit.bundles import CLASSIFY, KEY, change_manifest, packed
 from tests.kit.senders import new_key
 
@@ -52,20 +52,23 @@ def test_a_key_that_did_not_sign_it_is_not_written(tiny: Path) -> None:
 
 @pytest.mark.parametrize(
     "made",
-    [Image(width=8, height=6, scale=0.5, offset=-1.0), Sound(rate=16000, window=64, hop=32, mels=8, scale="htk")],
+    [
+        ImageFormat(width=8, height=6, scale=0.5, offset=-1.0),
+        SoundFormat(rate=16000, window=64, hop=32, mels=8, scale="htk"),
+    ],
 )
 def test_a_bundle_of_images_or_sounds_gets_a_folder_with_the_same_definition(
-    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, made: media.Made
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch, made: media.MediaFormat
 ) -> None:
-    image, sound = (made, None) if isinstance(made, Image) else (None, made)
-    window = Windowing(rows=6, step=6, max_gap_s=1.0)
-    spec = Input(fields=made.columns, window=window, image=image, sound=sound)
+    image, sound = (made, None) if isinstance(made, ImageFormat) else (None, made)
+    window = WindowSpec(rows=6, step=6, max_gap_s=1.0)
+    spec = ModelInput(fields=made.columns, window=window, image=image, sound=sound)
     found = bundle.read(tiny, None)
     other = replace(found, manifest=msgspec.structs.replace(found.manifest, format=2, input=spec))
     monkeypatch.setattr(bundle, "read", lambda path, keys: other)
     file = tmp_path / "outstation.toml"
     file.write_text('[device]\nid = "a"\nfleet = "b"\n' + told(tiny))
-    assert config.load(file).streams["tiny"].made == made
+    assert config.load(file).streams["tiny"].media_format == made
 
 
 def test_more_fields_than_a_stream_has_are_named_with_what_to_do(tiny: Path) -> None:

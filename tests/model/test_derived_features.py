@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.model.bundle.definition import Derived
-from agent.model.bundle.manifest import Input, Manifest, Output, Windowing
+from agent.model.bundle.definition import DerivedFeature
+from agent.model.bundle.manifest import Manifest, ModelInput, ModelOutput, WindowSpec
 from agent.model.inference import derived_features, features
 from agent.model.inference.inference import Inference
-from agent.model.inference.runtime import Model
+from agent.model.inference.runtime import TfliteModel
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -34,8 +34,8 @@ class Echo:
         return windows.reshape(len(windows), int(np.prod(windows.shape[1:])))
 
 
-def one(function: Any, of: str = "a", rows: int = 0, **more: Any) -> Derived:
-    return Derived(name=f"{function}_{of}_{rows}", function=function, of=of, rows=rows, **more)
+def one(function: Any, of: str = "a", rows: int = 0, **more: Any) -> DerivedFeature:
+    return DerivedFeature(name=f"{function}_{of}_{rows}", function=function, of=of, rows=rows, **more)
 
 
 DERIVED = st.one_of(
@@ -52,15 +52,15 @@ DERIVED = st.one_of(
 )
 WINDOWS = st.none() | st.integers(1, 9).flatmap(
     lambda rows: st.builds(
-        Windowing, rows=st.just(rows), step=st.integers(1, rows), max_gap_s=st.sampled_from([None, 0.5])
+        WindowSpec, rows=st.just(rows), step=st.integers(1, rows), max_gap_s=st.sampled_from([None, 0.5])
     )
 )
 
 
 @st.composite
-def inputs(draw: st.DrawFn) -> Input:
+def inputs(draw: st.DrawFn) -> ModelInput:
     window = draw(WINDOWS)
-    return Input(
+    return ModelInput(
         fields=["a", "b"],
         derived=draw(st.lists(DERIVED, min_size=1, max_size=4, unique_by=lambda made: made.name)),
         window=window,
@@ -81,7 +81,7 @@ def streams(draw: st.DrawFn) -> tuple[Floats, Ints]:
     return rows, np.cumsum([T0, *steps[1:]], dtype=np.int64)
 
 
-def inference(spec: Input) -> Inference:
+def inference(spec: ModelInput) -> Inference:
     manifest = Manifest(
         format=2,
         name="echo",
@@ -89,38 +89,38 @@ def inference(spec: Input) -> Inference:
         created="",
         kind="embedding",
         input=spec,
-        output=Output(centroid=[0.0] * (spec.rows * len(spec.columns))),
+        output=ModelOutput(centroid=[0.0] * (spec.rows * len(spec.columns))),
         files={},
     )
-    return Inference(manifest, cast(Model, Echo()))
+    return Inference(manifest, cast(TfliteModel, Echo()))
 
 
 @settings(max_examples=300)
 @given(inputs(), streams(), st.data())
 def test_any_pieces_of_a_stream_give_the_bits_of_the_whole(
-    spec: Input, stream: tuple[Floats, Ints], data: st.DataObject
+    spec: ModelInput, stream: tuple[Floats, Ints], data: st.DataObject
 ) -> None:
     rows, t = stream
     run = inference(spec)
-    whole = run.run(rows, t, raw=True)
+    whole = run.run(rows, t, with_outputs=True)
     starts, outputs, values, missing, at, end = [], [], [], [], 0, 0
     while end < len(rows):
         end = min(len(rows), end + data.draw(st.integers(1, 60)))
-        before = min(run.history + data.draw(st.sampled_from([0, 0, 3])), at)
-        piece = run.run(rows[at - before : end], t[at - before : end], before=before, raw=True)
+        before = min(run.history_rows + data.draw(st.sampled_from([0, 0, 3])), at)
+        piece = run.run(rows[at - before : end], t[at - before : end], history_rows=before, with_outputs=True)
         assert piece.outputs is not None
         assert piece.scores.value is not None
         starts += (piece.cut.starts + at).tolist()
         outputs.append(piece.outputs)
         values.append(piece.scores.value)
-        missing.append(piece.missing)
+        missing.append(piece.missing_share)
         at += piece.cut.consumed
     assert starts == whole.cut.starts.tolist()
     assert whole.outputs is not None
     assert whole.scores.value is not None
     assert np.concatenate(outputs).tobytes() == whole.outputs.tobytes()
     assert np.concatenate(values).tobytes() == whole.scores.value.tobytes()
-    assert np.concatenate(missing).tobytes() == whole.missing.tobytes()
+    assert np.concatenate(missing).tobytes() == whole.missing_share.tobytes()
 
 
 def past(rows: Floats, t: Ints, row: int, count: int, gap_s: float | None) -> list[float]:
@@ -134,7 +134,7 @@ def past(rows: Floats, t: Ints, row: int, count: int, gap_s: float | None) -> li
     return found[::-1]
 
 
-def by_hand(spec: Derived, values: list[float]) -> float:
+def by_hand(spec: DerivedFeature, values: list[float]) -> float:
     """From all the values that a feature looks at, oldest first."""
     there = [v for v in values if not math.isnan(v)]
     enough = len(there) >= max(1, (len(values) + 1) // 2)
@@ -149,7 +149,7 @@ def by_hand(spec: Derived, values: list[float]) -> float:
     return values[0] if spec.function == "lag" else values[-1] - values[0]
 
 
-def spectrum(spec: Derived, values: list[float]) -> float:
+def spectrum(spec: DerivedFeature, values: list[float]) -> float:
     """The Fourier sum written out, frequency by frequency."""
     n, (low, high) = len(values), spec.band or (0.0, 0.0)
     mean = float(np.nanmean(values))
@@ -164,22 +164,24 @@ def spectrum(spec: Derived, values: list[float]) -> float:
 
 
 @settings(max_examples=60, deadline=None)
-@given(DERIVED.filter(lambda made: not made.by_time), streams(), st.sampled_from([None, 0.5]))
-def test_a_feature_is_what_its_rows_give_by_hand(spec: Derived, stream: tuple[Floats, Ints], gap_s: float) -> None:
+@given(DERIVED.filter(lambda made: not made.is_time_based), streams(), st.sampled_from([None, 0.5]))
+def test_a_feature_is_what_its_rows_give_by_hand(
+    spec: DerivedFeature, stream: tuple[Floats, Ints], gap_s: float
+) -> None:
     rows, t = stream
-    made = derived_features.columns(rows, t, Input(fields=["a", "b"], derived=[spec], max_gap_s=gap_s))[:, 2]
+    made = derived_features.compute(rows, t, ModelInput(fields=["a", "b"], derived=[spec], max_gap_s=gap_s))[:, 2]
     column = rows[:, "ab".index(spec.of)]
     scale = float(np.nanmax(np.where(np.isfinite(column), np.abs(column), 0), initial=1e-30))
     scale = scale**2 if spec.function == "band" else scale
     for row in range(len(rows)):
-        expected = by_hand(spec, past(column, t, row, spec.history + 1, gap_s))
+        expected = by_hand(spec, past(column, t, row, spec.history_rows + 1, gap_s))
         assert made[row] / scale == pytest.approx(expected / scale, rel=1e-4, abs=1e-5, nan_ok=True)
 
 
-def columns(spec: Derived, values: Any, t: Any = None) -> list[float]:
+def columns(spec: DerivedFeature, values: Any, t: Any = None) -> list[float]:
     rows = np.array(values, np.float32)[:, None]
     times = np.arange(len(rows)) * STEP_US if t is None else np.array(t)
-    found: list[float] = derived_features.columns(rows, times, Input(fields=["a"], derived=[spec]))[:, 1].tolist()
+    found: list[float] = derived_features.compute(rows, times, ModelInput(fields=["a"], derived=[spec]))[:, 1].tolist()
     return found
 
 
@@ -203,23 +205,23 @@ def test_history_ends_at_a_row_that_came_late() -> None:
 
 def test_noon_and_monday_stand_where_they_should() -> None:
     noon_utc = np.array([1_764_590_400_000_000])  # Monday 1 December 2025, 12:00 UTC
-    spec = Input(fields=["a"], derived=[one("hour", of=""), one("weekday", of="", offset_h=-12.0)])
-    made = derived_features.columns(np.zeros((1, 1), np.float32), noon_utc, spec)[0]
+    spec = ModelInput(fields=["a"], derived=[one("hour", of=""), one("weekday", of="", offset_h=-12.0)])
+    made = derived_features.compute(np.zeros((1, 1), np.float32), noon_utc, spec)[0]
     assert spec.columns == ["a", "hour__0_sin", "hour__0_cos", "weekday__0_sin", "weekday__0_cos"]
     assert made.tolist() == pytest.approx([0, 0, -1, 0, 1], abs=1e-6)
 
 
 def test_order_picks_and_arranges_what_the_model_is_given() -> None:
-    spec = Input(fields=["a", "b"], derived=[one("lag", "b", 1)], order=["lag_b_1", "a"])
-    made = derived_features.columns(np.array([[1, 10], [2, 20]], np.float32), np.array([0, 10]), spec)
+    spec = ModelInput(fields=["a", "b"], derived=[one("lag", "b", 1)], order=["lag_b_1", "a"])
+    made = derived_features.compute(np.array([[1, 10], [2, 20]], np.float32), np.array([0, 10]), spec)
     np.testing.assert_array_equal(made, [[nan, 1], [10, 2]])
 
 
 def test_a_window_scaled_by_itself_forgets_level_and_spread_but_not_shape() -> None:
-    spec = Input(fields=["a"], window=Windowing(rows=4, step=4), scaling="window")
+    spec = ModelInput(fields=["a"], window=WindowSpec(rows=4, step=4), scaling="window")
     shape = np.array([0, 1, 0, 3], np.float32)
     rows = np.concatenate([shape, 100 + 7 * shape, np.full(4, 5), [1, nan, 1, 3]]).astype(np.float32)[:, None]
-    made = features.windows(rows, np.array([0, 4, 8, 12]), spec)[:, :, 0]
+    made = features.build_windows(rows, np.array([0, 4, 8, 12]), spec)[:, :, 0]
     np.testing.assert_allclose(made[0], made[1], rtol=1e-5)
     np.testing.assert_allclose([made[0].mean(), made[0].std()], [0, 1], atol=1e-6)
     assert made[2].tolist() == [0, 0, 0, 0]
@@ -227,9 +229,9 @@ def test_a_window_scaled_by_itself_forgets_level_and_spread_but_not_shape() -> N
 
 
 def test_the_share_of_missing_values_counts_fields_and_derived_features_alike() -> None:
-    spec = Input(fields=["a"], derived=[one("lag", rows=2)], window=Windowing(rows=2, step=2))
+    spec = ModelInput(fields=["a"], derived=[one("lag", rows=2)], window=WindowSpec(rows=2, step=2))
     rows = np.array([[1], [2], [nan], [4], [5], [6]], np.float32)
-    found = inference(spec).run(rows, np.arange(6, dtype=np.int64) * STEP_US).missing
+    found = inference(spec).run(rows, np.arange(6, dtype=np.int64) * STEP_US).missing_share
     assert found.tolist() == [0.5, 0.25, 0.25]
 
 
@@ -248,23 +250,26 @@ def test_the_share_of_missing_values_counts_fields_and_derived_features_alike() 
 )
 def test_a_derived_feature_that_makes_no_sense_is_refused(spec: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=re.escape(why)):
-        Derived(name="x", **spec)
+        DerivedFeature(name="x", **spec)
 
 
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
         ({"derived": [one("lag", "c", 1)]}, "is of 'c', which is no field"),
-        ({"derived": [Derived(name="a", function="lag", of="a", rows=1)]}, "a name is given twice, or is a field's"),
+        (
+            {"derived": [DerivedFeature(name="a", function="lag", of="a", rows=1)]},
+            "a name is given twice, or is a field's",
+        ),
         ({"order": ["a", "z"]}, "order names 'z'"),
         ({"order": ["a", "a"]}, "order names a feature twice"),
         ({"mean": [1.0], "derived": [one("lag", "a", 1)]}, "mean has 1 entries for 2 features"),
         ({"std": [nan]}, "std holds a value that is no finite number"),
         ({"scaling": "window"}, "needs a window"),
-        ({"window": Windowing(rows=2, step=1), "max_gap_s": 1.0}, "write window.max_gap_s"),
+        ({"window": WindowSpec(rows=2, step=1), "max_gap_s": 1.0}, "write window.max_gap_s"),
         ({"definition": 2}, "definition 2 of features is newer than this agent"),
     ],
 )
 def test_an_input_that_makes_no_sense_is_refused(spec: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=re.escape(why)):
-        Input(**{"fields": ["a"], **spec})
+        ModelInput(**{"fields": ["a"], **spec})

@@ -173,7 +173,7 @@ def test_other_kinds_are_measured_and_reported(tmp_path: Path, recipe: Recipe) -
     spec = write_spec(tmp_path / "b", recipe)
     if recipe is ANOMALY:
         change(spec, "[output]\n", "[output]\nthreshold = 0.5\n")
-    pack.write(pack.pack(spec, KEY), tmp_path / "bundle")
+    pack.write_bundle(pack.pack(spec, KEY), tmp_path / "bundle")
     rng = np.random.default_rng(0)
     truth = (
         [f"{v:.3f}" for v in rng.normal(0, 1, 600)] if recipe is REGRESS else (["normal"] * 8 + ["anomaly"] * 4) * 50
@@ -184,7 +184,7 @@ def test_other_kinds_are_measured_and_reported(tmp_path: Path, recipe: Recipe) -
     assert {m.metric for m in found.metrics} >= wanted
     assert len(found.ablation) == len(recipe.fields)
     assert {fault.fault for fault in found.robustness} == {"noise", "gain", "missing", "stuck", "saturated", "swapped"}
-    page = Page(report.html(found))
+    page = Page(report.render_html(found))
     assert len(page.pictures) >= 8
 
 
@@ -215,9 +215,9 @@ def test_how_fast_it_is_is_told_with_the_machine_and_the_float_model_beside_it(
     assert whole.against is not None
     theirs = whole.against.latency
     assert [p.batch for p in theirs] == [p.batch for p in whole.latency]
-    evaluation_tables.show(whole)
-    for told in (" ".join(Page(report.html(whole)).texts), capsys.readouterr().out):
-        assert tuning.machine() in told
+    evaluation_tables.print_evaluation(whole)
+    for told in (" ".join(Page(report.render_html(whole)).texts), capsys.readouterr().out):
+        assert tuning.describe_machine() in told
         assert all(f"{p.p50_ms:g}" in told for p in (*whole.latency, *theirs))
 
 
@@ -292,7 +292,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_loads_nothing_and_runs_nothing(whole: Evaluation) -> None:
-    text = report.html(whole)
+    text = report.render_html(whole)
     page = Page(text)
     assert page.resources == []
     assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object"})
@@ -306,25 +306,28 @@ def test_names_that_are_markup_stay_text(whole: Evaluation) -> None:
     data = msgspec.to_builtins(whole)
     spoilt = json.loads(json.dumps(data).replace("left", evil.replace('"', "'")).replace("site=s0", f"site={evil[:8]}"))
     found = msgspec.convert(spoilt, Evaluation)
-    for text in (report.html(found), *(card.html() for card in cards.both(found, author.Author()).values())):
+    for text in (
+        report.render_html(found),
+        *(card.to_html() for card in cards.build_cards(found, author.CardTexts()).values()),
+    ):
         page = Page(text)
         assert "script" not in page.tags
         assert any("<script>" in one for one in page.texts)
 
 
 def test_cards_have_no_empty_headings_and_tell_the_figures_of_the_document(whole: Evaluation) -> None:
-    for card in cards.both(whole, author.Author()).values():
-        lines = [line for line in card.markdown().splitlines() if line]
+    for card in cards.build_cards(whole, author.CardTexts()).values():
+        lines = [line for line in card.to_markdown().splitlines() if line]
         headings = [i for i, line in enumerate(lines) if line.startswith("#")]
         assert len(headings) >= 4
         assert all(b - a > 1 for a, b in itertools.pairwise(headings[1:]))
         assert headings[-1] < len(lines) - 1
-    text = cards.model_card(whole, author.Author()).markdown()
+    text = cards.model_card(whole, author.CardTexts()).to_markdown()
     accuracy = whole.metrics[0]
     assert f"| accuracy | {accuracy.value:.3f} | [{accuracy.low:.3f}, {accuracy.high:.3f}] | 600 |" in text
     assert "Ethical considerations" not in text
-    words = author.Author(card=author.ModelWords(ethics="None of a person."))
-    assert "## Ethical considerations\n\nNone of a person." in cards.model_card(whole, words).markdown()
+    words = author.CardTexts(card=author.ModelCardText(ethics="None of a person."))
+    assert "## Ethical considerations\n\nNone of a person." in cards.model_card(whole, words).to_markdown()
 
 
 def test_a_word_that_no_card_knows_is_refused_with_a_suggestion(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from agent.model.bundle.manifest import Input, Windowing
+from agent.model.bundle.manifest import ModelInput, WindowSpec
 from agent.model.inference import features
-from agent.model.inference.features import Cut
+from agent.model.inference.features import WindowCut
 
 Ints = NDArray[np.int64]
 STEP_US = 10_000  # 100 rows a second
@@ -28,12 +28,12 @@ def streams(draw: st.DrawFn) -> Ints:
 
 WINDOWS = st.integers(1, 12).flatmap(
     lambda rows: st.builds(
-        Windowing, rows=st.just(rows), step=st.integers(1, rows), max_gap_s=st.sampled_from([None, 0.5])
+        WindowSpec, rows=st.just(rows), step=st.integers(1, rows), max_gap_s=st.sampled_from([None, 0.5])
     )
 )
 
 
-def by_hand(t: Ints, window: Windowing) -> list[int]:
+def by_hand(t: Ints, window: WindowSpec) -> list[int]:
     """Where windows start, row by row, as the docstring of `cut` says it."""
     starts, begin = [], 0
     for row in range(len(t)):
@@ -47,18 +47,18 @@ def by_hand(t: Ints, window: Windowing) -> list[int]:
 
 
 @given(streams(), WINDOWS)
-def test_windows_start_where_counting_row_by_row_says(t: Ints, window: Windowing) -> None:
-    assert features.cut(t, window).starts.tolist() == by_hand(t, window)
+def test_windows_start_where_counting_row_by_row_says(t: Ints, window: WindowSpec) -> None:
+    assert features.cut_windows(t, window).starts.tolist() == by_hand(t, window)
 
 
 @given(streams(), WINDOWS, st.data())
 def test_cutting_piece_by_piece_gives_the_windows_of_cutting_at_once(
-    t: Ints, window: Windowing, data: st.DataObject
+    t: Ints, window: WindowSpec, data: st.DataObject
 ) -> None:
-    whole, found, at, end = features.cut(t, window), [], 0, 0
+    whole, found, at, end = features.cut_windows(t, window), [], 0, 0
     while end < len(t):
         end = min(len(t), end + data.draw(st.integers(1, 40)))
-        piece = features.cut(t[at:end], window)
+        piece = features.cut_windows(t[at:end], window)
         found += [at + int(start) for start in piece.starts]
         at += piece.consumed
     assert found == whole.starts.tolist()
@@ -66,16 +66,16 @@ def test_cutting_piece_by_piece_gives_the_windows_of_cutting_at_once(
 
 
 @given(streams(), WINDOWS)
-def test_no_window_spans_a_gap_or_a_step_back(t: Ints, window: Windowing) -> None:
-    for start in features.cut(t, window).starts:
+def test_no_window_spans_a_gap_or_a_step_back(t: Ints, window: WindowSpec) -> None:
+    for start in features.cut_windows(t, window).starts:
         steps = np.diff(t[start : start + window.rows])
         assert (steps >= 0).all()
         assert window.max_gap_s is None or (steps <= window.max_gap_s * 1e6).all()
 
 
 @given(streams(), WINDOWS)
-def test_what_is_consumed_is_never_needed_again_and_what_may_be_needed_is_kept(t: Ints, window: Windowing) -> None:
-    cut = features.cut(t, window)
+def test_what_is_consumed_is_never_needed_again_and_what_may_be_needed_is_kept(t: Ints, window: WindowSpec) -> None:
+    cut = features.cut_windows(t, window)
     assert 0 <= cut.consumed <= len(t)
     assert len(t) - cut.consumed < window.rows
     assert all(start + window.step <= cut.consumed for start in cut.starts)
@@ -83,34 +83,36 @@ def test_what_is_consumed_is_never_needed_again_and_what_may_be_needed_is_kept(t
 
 def test_rows_before_a_gap_that_fill_no_window_are_consumed() -> None:
     t = np.array([0, 1, 2, 3, 4, 2_000_000, 2_000_001], np.int64)
-    cut = features.cut(t, Windowing(rows=4, step=4, max_gap_s=0.5))
+    cut = features.cut_windows(t, WindowSpec(rows=4, step=4, max_gap_s=0.5))
     assert (cut.starts.tolist(), cut.consumed) == ([0], 5)
 
 
 def test_a_pause_just_as_long_as_allowed_is_no_gap() -> None:
-    window = Windowing(rows=2, step=2, max_gap_s=0.5)
-    assert features.cut(np.array([0, 500_000]), window).starts.tolist() == [0]
-    assert features.cut(np.array([0, 500_001]), window).starts.tolist() == []
+    window = WindowSpec(rows=2, step=2, max_gap_s=0.5)
+    assert features.cut_windows(np.array([0, 500_000]), window).starts.tolist() == [0]
+    assert features.cut_windows(np.array([0, 500_001]), window).starts.tolist() == []
 
 
 def test_equal_times_are_no_step_back() -> None:
-    assert features.cut(np.zeros(4, np.int64), Windowing(rows=2, step=1)).starts.tolist() == [0, 1, 2]
+    assert features.cut_windows(np.zeros(4, np.int64), WindowSpec(rows=2, step=1)).starts.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_without_a_window_each_row_stands_alone_whatever_the_times(n: int) -> None:
-    cut = features.cut(np.arange(n)[::-1], None)
+    cut = features.cut_windows(np.arange(n)[::-1], None)
     assert (cut.starts.tolist(), cut.consumed) == (list(range(n)), n)
 
 
 def test_nothing_gives_nothing() -> None:
     empty = np.zeros(0, np.int64)
-    cut = features.cut(empty, Windowing(rows=3, step=1))
+    cut = features.cut_windows(empty, WindowSpec(rows=3, step=1))
     assert (cut.starts.tolist(), cut.consumed) == ([], 0)
 
 
 def test_more_rows_than_a_chunk_are_cut_quickly() -> None:
-    cut = features.cut(np.arange(1_000_000, dtype=np.int64) * STEP_US, Windowing(rows=100, step=1, max_gap_s=0.5))
+    cut = features.cut_windows(
+        np.arange(1_000_000, dtype=np.int64) * STEP_US, WindowSpec(rows=100, step=1, max_gap_s=0.5)
+    )
     assert (len(cut.starts), cut.consumed) == (999_901, 999_901)
 
 
@@ -119,49 +121,49 @@ def test_more_rows_than_a_chunk_are_cut_quickly() -> None:
 
 def test_columns_of_any_type_become_float32_rows_in_the_order_given() -> None:
     columns = [np.array([1, 2], np.int64), np.array([0.5, np.nan], np.float64), np.array([7, 8], "<f4")]
-    made = features.matrix(columns)
+    made = features.stack_columns(columns)
     assert made.dtype == np.float32
     np.testing.assert_array_equal(made, np.array([[1, 0.5, 7], [2, np.nan, 8]], np.float32))
 
 
 def test_a_value_too_large_for_float32_becomes_infinite_without_a_warning() -> None:
-    assert np.isinf(features.matrix([np.array([1e300])])).all()
+    assert np.isinf(features.stack_columns([np.array([1e300])])).all()
 
 
-def scaled(rows: list[list[float]], starts: list[int], spec: Input) -> NDArray[np.float32]:
-    return features.windows(np.array(rows, np.float32), np.array(starts, np.int64), spec)
+def scaled(rows: list[list[float]], starts: list[int], spec: ModelInput) -> NDArray[np.float32]:
+    return features.build_windows(np.array(rows, np.float32), np.array(starts, np.int64), spec)
 
 
 def test_windows_overlap_as_their_starts_say() -> None:
-    spec = Input(fields=["x"], window=Windowing(rows=3, step=1))
+    spec = ModelInput(fields=["x"], window=WindowSpec(rows=3, step=1))
     made = scaled([[0], [1], [2], [3]], [0, 1], spec)
     assert made.tolist() == [[[0], [1], [2]], [[1], [2], [3]]]
 
 
 def test_values_are_scaled_by_their_fields_mean_and_std() -> None:
-    spec = Input(fields=["x", "y"], mean=[1, 10], std=[2, 5])
+    spec = ModelInput(fields=["x", "y"], mean=[1, 10], std=[2, 5])
     assert scaled([[3, 0], [1, 20]], [0, 1], spec).tolist() == [[1, -2], [0, 2]]
-    assert scaled([[3, 0]], [0], Input(fields=["x", "y"], mean=[1, 10])).tolist() == [[2, -10]]
-    assert scaled([[3, 0]], [0], Input(fields=["x", "y"], std=[2, 5])).tolist() == [[1.5, 0]]
+    assert scaled([[3, 0]], [0], ModelInput(fields=["x", "y"], mean=[1, 10])).tolist() == [[2, -10]]
+    assert scaled([[3, 0]], [0], ModelInput(fields=["x", "y"], std=[2, 5])).tolist() == [[1.5, 0]]
 
 
 @pytest.mark.parametrize("missing", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("window", [None, Windowing(rows=1, step=1)])
+@pytest.mark.parametrize("window", [None, WindowSpec(rows=1, step=1)])
 def test_a_missing_value_becomes_the_mean_and_the_rows_stay_as_they_were(
-    missing: float, window: Windowing | None
+    missing: float, window: WindowSpec | None
 ) -> None:
     rows = np.array([[missing, 4]], np.float32)
-    spec = Input(fields=["x", "y"], mean=[1, 2], std=[2, 2], window=window)
-    assert features.windows(rows, np.zeros(1, np.int64), spec).reshape(-1).tolist() == [0, 1]
+    spec = ModelInput(fields=["x", "y"], mean=[1, 2], std=[2, 2], window=window)
+    assert features.build_windows(rows, np.zeros(1, np.int64), spec).reshape(-1).tolist() == [0, 1]
     assert not np.isfinite(rows[0, 0])
 
 
 def test_a_value_that_scaling_takes_past_float32_counts_as_missing() -> None:
-    assert scaled([[3e38]], [0], Input(fields=["x"], std=[1e-3])).tolist() == [[0]]
+    assert scaled([[3e38]], [0], ModelInput(fields=["x"], std=[1e-3])).tolist() == [[0]]
 
 
-@pytest.mark.parametrize("window", [None, Windowing(rows=5, step=5)])
-def test_no_windows_keep_their_shape(window: Windowing | None) -> None:
-    spec = Input(fields=["x", "y"], mean=[1, 2], std=[1, 1], window=window)
-    made = features.windows(np.zeros((3, 2), np.float32), Cut(np.zeros(0, np.int64), 0).starts, spec)
+@pytest.mark.parametrize("window", [None, WindowSpec(rows=5, step=5)])
+def test_no_windows_keep_their_shape(window: WindowSpec | None) -> None:
+    spec = ModelInput(fields=["x", "y"], mean=[1, 2], std=[1, 1], window=window)
+    made = features.build_windows(np.zeros((3, 2), np.float32), WindowCut(np.zeros(0, np.int64), 0).starts, spec)
     assert made.shape == ((0, 2) if window is None else (0, 5, 2))

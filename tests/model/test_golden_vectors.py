@@ -14,8 +14,8 @@ from msgspec.structs import replace
 
 from agent.errors import BadBundle
 from agent.model.bundle import builtin, bundle, golden_vectors
-from agent.model.bundle.golden_vectors import Golden
-from agent.model.inference.runtime import NAME, Model
+from agent.model.bundle.golden_vectors import GoldenVectors
+from agent.model.inference.runtime import RUNTIME_NAME, TfliteModel
 from agent.model.sandbox import probe
 from tests.kit.bundles import ANOMALY, CLASSIFY, KEY, RECIPES, Recipe, model, npz, packed, readings
 
@@ -25,8 +25,8 @@ INPUTS = readings(32)
 OUTPUTS = (np.random.default_rng(3).dirichlet([0.3] * 3, 32) / STEP).round().astype(np.float32) * np.float32(STEP)
 
 
-def made(runtime: str = LITERT) -> Golden:
-    return golden_vectors.make(INPUTS, OUTPUTS, STEP, runtime)
+def made(runtime: str = LITERT) -> GoldenVectors:
+    return golden_vectors.from_outputs(INPUTS, OUTPUTS, STEP, runtime)
 
 
 def test_the_same_outputs_pass_and_are_counted() -> None:
@@ -45,7 +45,7 @@ def test_two_steps_off_pass_where_the_runtime_is_the_same_and_three_do_not() -> 
 
 def test_a_runtime_that_differs_between_cpus_is_given_room_on_its_own_as_well() -> None:
     vectors = made(OTHER)
-    assert vectors.tolerance == vectors.tolerance_elsewhere == pytest.approx(0.25 * np.ptp(OUTPUTS))
+    assert vectors.tolerance == vectors.other_runtime_tolerance == pytest.approx(0.25 * np.ptp(OUTPUTS))
 
 
 def test_another_runtime_that_is_a_little_off_everywhere_is_refused() -> None:
@@ -75,7 +75,7 @@ def test_rows_swapped_or_not_a_number_are_refused_on_any_runtime() -> None:
 
 def test_outputs_of_floats_may_differ_by_the_order_of_their_sums() -> None:
     outputs = np.linspace(-4000, 4000, 32, dtype=np.float32)[:, None]
-    vectors = golden_vectors.make(INPUTS, outputs, 0.0, LITERT)
+    vectors = golden_vectors.from_outputs(INPUTS, outputs, 0.0, LITERT)
     assert vectors.tolerance == pytest.approx(0.4)
     vectors.compare(outputs + np.float32(0.05), LITERT, classes=False)
     with pytest.raises(BadBundle, match="is allowed on"):
@@ -83,13 +83,13 @@ def test_outputs_of_floats_may_differ_by_the_order_of_their_sums() -> None:
 
 
 def test_outputs_that_are_all_alike_still_have_a_tolerance() -> None:
-    vectors = golden_vectors.make(INPUTS, np.zeros((32, 1), np.float32), 0.0, LITERT)
+    vectors = golden_vectors.from_outputs(INPUTS, np.zeros((32, 1), np.float32), 0.0, LITERT)
     assert "of 1e-06 allowed" in vectors.compare(np.zeros((32, 1), np.float32), LITERT, classes=False)
 
 
 def test_a_model_that_answers_no_number_makes_no_golden_vectors() -> None:
     with pytest.raises(BadBundle, match="not finite"):
-        golden_vectors.make(INPUTS, np.full((32, 1), np.inf, np.float32), 0.0, LITERT)
+        golden_vectors.from_outputs(INPUTS, np.full((32, 1), np.inf, np.float32), 0.0, LITERT)
 
 
 def test_golden_vectors_come_back_and_have_one_spelling() -> None:
@@ -199,7 +199,7 @@ def test_a_packed_bundle_proves_itself_in_the_probe(tmp_path: Path, recipe: Reci
         ("batch", True),
         ("golden", True),
     ]
-    assert report.runtime == NAME
+    assert report.runtime == RUNTIME_NAME
 
 
 @pytest.mark.parametrize("damage", ["altered", "emptied", "of another model"])
@@ -218,7 +218,7 @@ def test_golden_vectors_that_do_not_come_out_fail_the_probe(tmp_path: Path, dama
 
 
 def test_the_shipped_bundle_proves_itself_on_this_runtime() -> None:
-    found = bundle.read(builtin.bundles() / "exercise", builtin.publishers())
+    found = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
     report = probe.probe(found)
     assert report.ok, report.checks
     assert report.checks[-1][0] == "golden"
@@ -228,8 +228,10 @@ def test_golden_vectors_of_the_other_runtime_pass_here() -> None:
     """Outputs of the tiny models as the two runtimes gave them: they differ in one step."""
     inputs = readings(40, seed=5)
     for recipe in (CLASSIFY, replace(ANOMALY, model="regress_int8")):
-        loaded = Model(model(recipe.model))
+        loaded = TfliteModel(model(recipe.model))
         outputs = loaded.invoke(inputs)
         off = outputs + np.float32(loaded.output_step) * (np.arange(outputs.size).reshape(outputs.shape) % 5 == 0)
-        vectors = golden_vectors.make(inputs, off, loaded.output_step, OTHER if NAME.startswith("ai-edge") else LITERT)
-        vectors.compare(outputs, NAME, classes=recipe.kind == "classify")
+        vectors = golden_vectors.from_outputs(
+            inputs, off, loaded.output_step, OTHER if RUNTIME_NAME.startswith("ai-edge") else LITERT
+        )
+        vectors.compare(outputs, RUNTIME_NAME, classes=recipe.kind == "classify")

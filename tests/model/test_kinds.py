@@ -17,13 +17,13 @@ from agent.authoring import pack
 from agent.datasets import training_data
 from agent.errors import BadBundle, ConfigError, UsageError
 from agent.model import activation
-from agent.model.activation import Active
+from agent.model.activation import LoadedBundle
 from agent.model.bundle import bundle, golden_vectors
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import scores
-from agent.model.inference.inference import Answers, Inference
+from agent.model.inference.inference import Inference, InferenceResult
 from agent.wire.keys import SigningKey
-from agent.wire.messages import Results
+from agent.wire.messages import ResultsPayload
 from tests.kit.bundles import (
     CENTRES,
     EACH,
@@ -76,15 +76,15 @@ KINDS = {
 }
 
 
-Load = Callable[[Recipe], Active]
+Load = Callable[[Recipe], LoadedBundle]
 
 
 @pytest.fixture(scope="module")
 def active(tmp_path_factory: pytest.TempPathFactory) -> Load:
     """`active(recipe)` is its bundle, packed, verified, proved by its golden vectors and loaded, once."""
-    made: dict[Recipe, Active] = {}
+    made: dict[Recipe, LoadedBundle] = {}
 
-    def load(recipe: Recipe) -> Active:
+    def load(recipe: Recipe) -> LoadedBundle:
         if recipe not in made:
             path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
             made[recipe] = activation.activate(path, [KEY.public])
@@ -97,9 +97,9 @@ def rows_of(recipe: Recipe, n: int, seed: int = 3) -> Floats:
     return readings(n, seed)[:, : len(recipe.fields)]
 
 
-def answered(found: Active, rows: Floats) -> Answers:
+def answered(found: LoadedBundle, rows: Floats) -> InferenceResult:
     t = T0 + np.arange(len(rows), dtype=np.int64) * STEP_US
-    return Inference(found.bundle.manifest, found.model).run(rows, t, raw=True)
+    return Inference(found.bundle.manifest, found.model).run(rows, t, with_outputs=True)
 
 
 def softmax(x: NDArray[Any]) -> NDArray[Any]:
@@ -116,7 +116,7 @@ def sigmoid(x: NDArray[Any]) -> NDArray[Any]:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_model_of_every_type_of_tensor_is_packed_proved_and_right(
-    active: Callable[[Recipe], Active], kind: str
+    active: Callable[[Recipe], LoadedBundle], kind: str
 ) -> None:
     found, rows = active(SUMS[kind]), readings(200, seed=3)
     assert golden_vectors.decode(found.bundle.files["golden.npz"]).expected.shape == (32, 3)
@@ -137,7 +137,7 @@ def test_one_sigmoid_names_the_second_label_above_the_threshold_only(active: Loa
     p = sigmoid(rows @ np.array([1, -1, 0, 0.5]))
     said = p > 0.9
     assert 0 < said.sum() < (p > 0.5).sum()
-    assert scores.texts(answers.scores, found.bundle.manifest) == [("off", "on")[int(on)] for on in said]
+    assert scores.to_texts(answers.scores, found.bundle.manifest) == [("off", "on")[int(on)] for on in said]
     np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(said, p, 1 - p), atol=1e-5)
 
 
@@ -149,9 +149,9 @@ def test_each_label_is_said_by_itself_and_its_probability_told(active: Load) -> 
     texts = ["|".join(name for name, is_said in zip(EACH, row, strict=True) if is_said) or "-" for row in said]
     assert {text.count("|") for text in texts} == {0, 1}
     assert "-" in texts
-    assert scores.texts(answers.scores, found.bundle.manifest) == texts
-    assert list(answers.scores.more) == ["score_warm", "score_damp", "score_loud"]
-    for i, probability in enumerate(answers.scores.more.values()):
+    assert scores.to_texts(answers.scores, found.bundle.manifest) == texts
+    assert list(answers.scores.extra_columns) == ["score_warm", "score_damp", "score_loud"]
+    for i, probability in enumerate(answers.scores.extra_columns.values()):
         np.testing.assert_allclose(probability, np.maximum(p[:, i], 1e-6), atol=1e-5)
     np.testing.assert_allclose(np.asarray(answers.scores.score), np.where(said, p, 1 - p).prod(axis=1), atol=1e-5)
 
@@ -166,12 +166,12 @@ def test_of_several_values_the_first_is_the_value_and_the_others_have_names(acti
     rows = readings(50)
     found = answered(active(NAMED), rows).scores
     np.testing.assert_allclose(np.asarray(found.value), rows @ [0.5, -1, 0.25, 2], atol=1e-5)
-    assert list(found.more) == ["value_total"]
-    np.testing.assert_allclose(found.more["value_total"], rows.sum(axis=1), atol=1e-5)
+    assert list(found.extra_columns) == ["value_total"]
+    np.testing.assert_allclose(found.extra_columns["value_total"], rows.sum(axis=1), atol=1e-5)
 
 
 def test_an_embedding_is_its_distance_from_what_is_normal_and_far_is_an_anomaly(
-    active: Callable[[Recipe], Active],
+    active: Callable[[Recipe], LoadedBundle],
 ) -> None:
     found = active(VECTORS)
     output = found.bundle.manifest.output
@@ -181,8 +181,8 @@ def test_an_embedding_is_its_distance_from_what_is_normal_and_far_is_an_anomaly(
     away = np.sqrt(np.square(vectors - vectors.mean(axis=0)).sum(axis=1))
     assert output.threshold == pytest.approx(np.quantile(away, 0.9), rel=0.01)
     answers = answered(found, np.array([usual.mean(axis=0), [50, 0, 0, 0]], np.float32))
-    assert scores.texts(answers.scores, found.bundle.manifest) == ["normal", "anomaly"]
-    assert answers.scores.more == {}
+    assert scores.to_texts(answers.scores, found.bundle.manifest) == ["normal", "anomaly"]
+    assert answers.scores.extra_columns == {}
 
 
 def test_of_a_cosine_distance_only_the_direction_counts(active: Load) -> None:
@@ -213,7 +213,7 @@ def raw_columns(device: Device) -> dict[str, list[Any]]:
     """All results' columns as any JSON reader sees them."""
     joined: dict[str, list[Any]] = {}
     for message in device.messages():
-        if not isinstance(message.body, Results):
+        if not isinstance(message.body, ResultsPayload):
             continue
         body = json.loads(message.payload)
         for name, values in body["columns"].items():
@@ -234,11 +234,11 @@ def test_a_device_says_of_its_rows_what_files_say(device: Any, recipe: Recipe) -
     assert tiles(one.results()) == (1, 700)
     said = raw_columns(one)
     assert said["row"] == list(range(1, 701))
-    assert said.get("label") == scores.texts(found, one.active.bundle.manifest)
-    for name, values in {"score": found.score, "value": found.value, **found.more}.items():
+    assert said.get("label") == scores.to_texts(found, one.active.bundle.manifest)
+    for name, values in {"score": found.score, "value": found.value, **found.extra_columns}.items():
         if values is not None:
             assert said[name] == pytest.approx(values, rel=1e-4, abs=1e-4)
-    assert set(said) - {"row", "t", "label", "score", "value", "missing"} == set(found.more)
+    assert set(said) - {"row", "t", "label", "score", "value", "missing"} == set(found.extra_columns)
 
 
 def test_messages_of_many_columns_stay_within_the_brokers_limit(device: Any) -> None:
@@ -291,7 +291,7 @@ def test_history_that_was_deleted_counts_as_missing(device: Any) -> None:
     one.feed(rows[:50])
     one.run_all()
     with one.store.transaction() as tx:
-        tx.trim("watch", 50, T0 + 10**12, 1)
+        tx.trim_rows("watch", 50, T0 + 10**12, 1)
     one.feed(rows[50:])
     one.run_all()
     told = one.results()[-1].columns
@@ -373,7 +373,7 @@ def test_scores_of_a_model_that_is_too_sure_are_calibrated_on_held_out_labels(tm
     else:
         assert head["format"] == 2
         assert head["output"]["isotonic"]["right"] == sorted(head["output"]["isotonic"]["right"])
-    pack.write(made, tmp_path / "out")
+    pack.write_bundle(made, tmp_path / "out")
     activation.activate(tmp_path / "out", [KEY.public])
 
 
@@ -474,7 +474,7 @@ def test_a_spec_that_does_not_fit_its_model_is_refused_in_one_sentence(
 
 
 def test_only_what_an_older_agent_could_not_honour_makes_a_bundle_of_format_2(
-    active: Callable[[Recipe], Active],
+    active: Callable[[Recipe], LoadedBundle],
 ) -> None:
     formats = {name: active(recipe).bundle.manifest.format for name, recipe in KINDS.items()}
     assert {name for name, made in formats.items() if made == 1} == {f"sums of {kind}" for kind in TYPES}
@@ -495,7 +495,7 @@ def reread(path: Path, key: SigningKey) -> Bundle:
 def test_numbered_fields_stand_for_a_list_of_them(tmp_path: Path) -> None:
     spec = write_spec(tmp_path, replace(SUMS["float32"], fields=("x0", "x1", "x2", "x3")))
     spec.write_text(spec.read_text().replace('["x0", "x1", "x2", "x3"]', '{ prefix = "x", count = 4 }'))
-    pack.write(pack.pack(spec, KEY), tmp_path / "out")
+    pack.write_bundle(pack.pack(spec, KEY), tmp_path / "out")
     assert reread(tmp_path / "out", KEY).manifest.input.fields == ["x0", "x1", "x2", "x3"]
 
 
@@ -513,7 +513,7 @@ def test_parquet_says_what_csv_says(tmp_path: Path) -> None:
     parquet.write_table(table.set_column(0, "t", stamps), tmp_path / "stamps.parquet")
     spec = bundle.read(packed(tmp_path / "b", SUMS["float32"]), None).manifest
     one, *others = (
-        training_data.read(tmp_path / name, spec.input, training_data.labels_of(spec))
+        training_data.read(tmp_path / name, spec.input, training_data.make_label_parser(spec))
         for name in ("d.csv", "d.parquet", "stamps.parquet")
     )
     for other in others:

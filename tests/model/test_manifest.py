@@ -144,23 +144,23 @@ def test_a_manifest_that_two_readers_read_differently_is_refused_even_when_signe
 
 
 def test_drift_options_are_left_out_of_a_manifest_that_does_not_use_them() -> None:
-    plain = manifest.DriftWindow(window=20)
+    plain = manifest.DriftSettings(window=20)
     assert msgspec.to_builtins(plain) == {"window": 20}
-    asked = msgspec.convert({"window": 20, "min_count": 10, "strata": "hour"}, manifest.DriftWindow)
-    assert (asked.min_count, asked.strata) == (10, "hour")
+    asked = msgspec.convert({"window": 20, "min_count": 10, "strata": "hour"}, manifest.DriftSettings)
+    assert (asked.min_count, asked.seasonality) == (10, "hour")
     for wrong in ({"min_count": 1}, {"strata": "month"}, {"mode": ""}):
         with pytest.raises(msgspec.ValidationError):
-            msgspec.convert(wrong, manifest.DriftWindow)
+            msgspec.convert(wrong, manifest.DriftSettings)
 
 
 def test_a_manifest_of_format_1_is_written_again_to_the_byte() -> None:
-    head = (builtin.bundles() / "exercise" / "manifest.json").read_bytes()
+    head = (builtin.bundles_dir() / "exercise" / "manifest.json").read_bytes()
     assert manifest.encode(manifest.decode(head)) == head
     assert b'"format": 1' in head
 
 
 def test_a_member_of_format_2_that_is_not_set_is_left_out() -> None:
-    head = (builtin.bundles() / "exercise" / "manifest.json").read_bytes()
+    head = (builtin.bundles_dir() / "exercise" / "manifest.json").read_bytes()
     found = manifest.decode(head)
     newer = msgspec.structs.replace(found, format=2, output=msgspec.structs.replace(found.output, multi_label=True))
     written = json.loads(manifest.encode(newer))

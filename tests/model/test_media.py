@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from agent.authoring import pack
 from agent.datasets import training_data as data
 from agent.errors import ConfigError, UsageError
-from agent.media import Image, Sound
+from agent.media import ImageFormat, SoundFormat
 from agent.model import activation
-from agent.model.bundle.manifest import Input, Windowing
+from agent.model.bundle.manifest import ModelInput, WindowSpec
 from agent.model.inference import scores, sound
 from agent.model.inference.inference import Inference
 from tests.kit.bundles import KEY, THIRD_PARTY
 
 RATE = 16_000
-HEARD = Sound(rate=RATE, window=1024, hop=512, mels=128)
+HEARD = SoundFormat(rate=RATE, window=1024, hop=512, mels=128)
 Doubles = NDArray[np.float64]
 
 
@@ -45,39 +45,43 @@ def write_wav(path: Path, samples: Doubles, *, width: int = 2, rate: int = RATE,
 
 @pytest.mark.parametrize(("width", "channels"), [(1, 1), (2, 1), (2, 2), (3, 1), (4, 1)])
 def test_a_wav_of_any_width_gives_the_same_samples(tmp_path: Path, width: int, channels: int) -> None:
-    found = sound.samples(write_wav(tmp_path / "a.wav", tone(440), width=width, channels=channels), RATE)
+    found = sound.read_samples(write_wav(tmp_path / "a.wav", tone(440), width=width, channels=channels), RATE)
     np.testing.assert_allclose(found, tone(440), atol=2.0 ** (2 - 8 * width))
 
 
 def test_the_mel_scale_is_slaneys_as_librosa_documents_it() -> None:
     """`librosa.mel_frequencies(n_mels=40)`, from its documentation, which ends at 11025 Hz."""
-    top = float(sound.slaney(np.array([11025.0]))[0])
-    found = sound.hertz_of_slaney(np.linspace(0, top, 40))
+    top = float(sound.hz_to_mel_slaney(np.array([11025.0]))[0])
+    found = sound.mel_to_hz_slaney(np.linspace(0, top, 40))
     expected = [0, 85.317, 170.635, 255.952, 341.269, 426.586, 511.904, 597.221, 682.538, 767.855, 853.173, 938.49]
     np.testing.assert_allclose(found[:12], expected, atol=1e-3)
     np.testing.assert_allclose(found[[12, 13, 14, 39]], [1024.856, 1119.114, 1222.042, 11025], atol=1e-3)
-    np.testing.assert_allclose(sound.slaney(found), np.linspace(0, top, 40))
+    np.testing.assert_allclose(sound.hz_to_mel_slaney(found), np.linspace(0, top, 40))
 
 
 def test_a_tone_is_loudest_in_the_band_around_it_and_ten_times_the_amplitude_is_20_db() -> None:
-    made = sound.rows(tone(1000), HEARD)
+    made = sound.compute_mel_rows(tone(1000), HEARD)
     assert made.shape == ((8000 - 1024) // 512 + 1, 128)
-    middles = sound.hertz_of_slaney(np.linspace(0, float(sound.slaney(np.array([8000.0]))[0]), 130))[1:-1]
+    middles = sound.mel_to_hz_slaney(np.linspace(0, float(sound.hz_to_mel_slaney(np.array([8000.0]))[0]), 130))[1:-1]
     assert abs(middles[made[3].argmax()] - 1000) < 40
-    louder = sound.rows(tone(1000, loud=0.5) / 10, HEARD)
+    louder = sound.compute_mel_rows(tone(1000, loud=0.5) / 10, HEARD)
     np.testing.assert_allclose(made[:, made[3].argmax()] - louder[:, made[3].argmax()], 20, atol=1e-3)
 
 
 def test_each_slaney_band_has_area_1_and_each_htk_band_is_at_most_1_high() -> None:
-    areas = sound.filters(Sound(rate=RATE, window=4096, hop=512, mels=20)).sum(axis=0) * RATE / 4096
+    areas = sound.make_mel_filterbank(SoundFormat(rate=RATE, window=4096, hop=512, mels=20)).sum(axis=0) * RATE / 4096
     np.testing.assert_allclose(areas, 1, rtol=0.02)
-    high = sound.filters(Sound(rate=RATE, window=4096, hop=512, mels=20, scale="htk", low=20, high=4000)).max(axis=0)
+    high = sound.make_mel_filterbank(
+        SoundFormat(rate=RATE, window=4096, hop=512, mels=20, scale="htk", low=20, high=4000)
+    ).max(axis=0)
     assert ((high > 0.9) & (high <= 1)).all()
 
 
 def test_cepstra_of_a_flat_spectrum_are_its_level_and_nothing_else() -> None:
-    spec = Sound(rate=RATE, window=480, hop=320, mels=40, scale="htk", power=1, decibels=False, floor=1e-6, cepstra=10)
-    made = sound.rows(np.zeros(RATE), spec)
+    spec = SoundFormat(
+        rate=RATE, window=480, hop=320, mels=40, scale="htk", power=1, decibels=False, floor=1e-6, cepstra=10
+    )
+    made = sound.compute_mel_rows(np.zeros(RATE), spec)
     assert made.shape == (49, 10)
     np.testing.assert_allclose(made[:, 0], np.log(1e-6) * np.sqrt(2 / 40) * 40, rtol=1e-6)
     np.testing.assert_allclose(made[:, 1:], 0, atol=1e-4)
@@ -86,13 +90,13 @@ def test_cepstra_of_a_flat_spectrum_are_its_level_and_nothing_else() -> None:
 
 def test_a_frame_is_made_of_its_own_samples_only() -> None:
     samples = np.random.default_rng(0).normal(0, 0.1, 4096)
-    whole = sound.rows(samples, HEARD)
-    np.testing.assert_allclose(sound.rows(samples[512 * 2 :], HEARD), whole[2:], rtol=1e-5)
-    assert sound.rows(samples[:1023], HEARD).shape == (0, 128)
+    whole = sound.compute_mel_rows(samples, HEARD)
+    np.testing.assert_allclose(sound.compute_mel_rows(samples[512 * 2 :], HEARD), whole[2:], rtol=1e-5)
+    assert sound.compute_mel_rows(samples[:1023], HEARD).shape == (0, 128)
 
 
-def hearing(spec: Sound = HEARD) -> Input:
-    return Input(fields=spec.columns, window=Windowing(rows=5, step=1, max_gap_s=1.0), sound=spec)
+def hearing(spec: SoundFormat = HEARD) -> ModelInput:
+    return ModelInput(fields=spec.columns, window=WindowSpec(rows=5, step=1, max_gap_s=1.0), sound=spec)
 
 
 def test_no_window_reaches_from_one_file_into_the_next(tmp_path: Path) -> None:
@@ -154,12 +158,12 @@ window = 10
 """)
     made = pack.pack(tmp_path / "spec.toml", KEY)
     assert any("normal windows are not above it" in note for note in made.notes)
-    pack.write(made, tmp_path / "out")
+    pack.write_bundle(made, tmp_path / "out")
     found = activation.activate(tmp_path / "out", [KEY.public])
     assert found.bundle.manifest.input.sound == HEARD
     heard = data.read(tmp_path / "normal" / "1.wav", found.bundle.manifest.input)
     answers = Inference(found.bundle.manifest, found.model).run(heard.features, heard.t)
-    said = scores.texts(answers.scores, found.bundle.manifest)
+    said = scores.to_texts(answers.scores, found.bundle.manifest)
     assert said is not None
     assert said.count("normal") > 0.85 * len(said)
 
@@ -175,13 +179,13 @@ def picture(shape: tuple[int, int, int], kind: str = "PNG", seed: int = 0, **opt
     return out.getvalue()
 
 
-def looking(image: Image) -> Input:
-    return Input(fields=image.columns, window=Windowing(rows=image.height, step=image.height), image=image)
+def looking(image: ImageFormat) -> ModelInput:
+    return ModelInput(fields=image.columns, window=WindowSpec(rows=image.height, step=image.height), image=image)
 
 
 def test_an_image_of_the_right_size_is_its_pixels_scaled(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(picture((6, 8, 3)))
-    spec = looking(Image(width=8, height=6, scale=1 / 128, offset=-1))
+    spec = looking(ImageFormat(width=8, height=6, scale=1 / 128, offset=-1))
     found = data.read(tmp_path / "a.png", spec)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     np.testing.assert_allclose(found.features, pixels.reshape(6, 24) / 128 - 1, atol=1e-6)
@@ -194,7 +198,7 @@ def test_another_size_is_resized_grey_is_made_and_the_cameras_turn_is_followed(t
     exif = pillow.Exif()
     exif[0x0112] = 6  # lies on its side: what is right in the file belongs to the bottom
     pillow.fromarray(half).save(tmp_path / "a.jpg", exif=exif, quality=95)
-    found = data.read(tmp_path / "a.jpg", looking(Image(width=4, height=6, channels=1))).features
+    found = data.read(tmp_path / "a.jpg", looking(ImageFormat(width=4, height=6, channels=1))).features
     assert found.shape == (6, 4)
     np.testing.assert_allclose(found[:2], 0, atol=0.05)
     np.testing.assert_allclose(found[4:], 1, atol=0.05)
@@ -219,11 +223,11 @@ image = { width = 96, height = 96 }
 calibrate = "images"
 """)
     made = pack.pack(tmp_path / "spec.toml", KEY)
-    pack.write(made, tmp_path / "out")
+    pack.write_bundle(made, tmp_path / "out")
     found = activation.activate(tmp_path / "out", [KEY.public])
     spec = found.bundle.manifest
     assert len(spec.input.fields) == 288
-    seen = data.read(tmp_path / "images", spec.input, data.labels_of(spec))
+    seen = data.read(tmp_path / "images", spec.input, data.make_label_parser(spec))
     assert seen.label is not None
     assert seen.label[::96].tolist() == [0] * 20 + [1] * 40
     answers = Inference(spec, found.model).run(seen.features, seen.t)
@@ -244,7 +248,7 @@ def test_an_image_that_is_none_is_refused_in_one_sentence(tmp_path: Path, name: 
     made = picture((8, 8, 3), content) if isinstance(content, str) else content
     (tmp_path / name).write_bytes(picture((64, 64, 3))[:800] if made is None else made)
     with pytest.raises(UsageError) as problem:
-        data.read(tmp_path, looking(Image(width=8, height=8)))
+        data.read(tmp_path, looking(ImageFormat(width=8, height=8)))
     assert why in str(problem.value)
     assert name in str(problem.value)
     assert "\n" not in str(problem.value)

@@ -12,7 +12,7 @@ from agent.authoring import pack
 from agent.drift.baseline.reference import Reference
 from agent.errors import BadBundle, ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle, golden_vectors
-from agent.model.inference.runtime import NAME
+from agent.model.inference.runtime import RUNTIME_NAME
 from tests.kit.bundles import ANOMALY, KEY, RECIPES, Recipe, change, model, npz, packed, readings, waves, write_spec
 
 # --- packing ---
@@ -30,7 +30,7 @@ def test_a_bundle_is_packed_from_csv_for_every_kind(tmp_path: Path, recipe: Reci
     }
     vectors = golden_vectors.decode(found.files["golden.npz"])
     assert vectors.inputs.shape == ((32, 8, 2) if recipe is ANOMALY else (32, 4))
-    assert vectors.runtime == NAME
+    assert vectors.runtime == RUNTIME_NAME
     reference = Reference.from_json(found.files["reference.json"])
     assert reference.labels == recipe.labels
     assert reference.drift_windows >= 39
@@ -58,8 +58,8 @@ def test_packing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     one, other = (pack.pack(write_spec(folder(tmp_path, name)), KEY) for name in ("a", "b"))
     assert one.files == other.files
     assert one.digest == other.digest
-    pack.write(one, tmp_path / "a.zip")
-    pack.write(other, tmp_path / "b.zip")
+    pack.write_bundle(one, tmp_path / "a.zip")
+    pack.write_bundle(other, tmp_path / "b.zip")
     assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
 
 
@@ -107,7 +107,7 @@ def test_what_a_bundle_lacks_is_a_warning(tmp_path: Path, lines: list[str], warn
         change(spec, line, "")
     made = pack.pack(spec, KEY)
     assert any(w.startswith(warning) for w in made.warnings)
-    pack.write(made, tmp_path / "out")
+    pack.write_bundle(made, tmp_path / "out")
     assert bundle.read(tmp_path / "out", [KEY.public]).digest == made.digest
 
 
@@ -258,39 +258,39 @@ def test_a_field_without_any_value_makes_no_reference(tmp_path: Path) -> None:
 def test_an_old_bundle_is_replaced_as_a_whole_and_nothing_is_left_over(tmp_path: Path) -> None:
     spec = write_spec(folder(tmp_path, "source"))
     out = tmp_path / "made" / "here"
-    pack.write(pack.pack(spec, KEY), out)
+    pack.write_bundle(pack.pack(spec, KEY), out)
     change(spec, 'card = { model = "CARD.md", data = "DATA.md" }', "")
     made = pack.pack(spec, None)
-    pack.write(made, out)
+    pack.write_bundle(made, out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == made.files
     assert [file.name for file in (tmp_path / "made").iterdir()] == ["here"]
 
 
 def test_a_zip_is_the_same_bundle(tmp_path: Path) -> None:
     made = pack.pack(write_spec(tmp_path), KEY)
-    pack.write(made, tmp_path / "tiny.zip")
-    pack.write(made, tmp_path / "tiny.zip")
+    pack.write_bundle(made, tmp_path / "tiny.zip")
+    pack.write_bundle(made, tmp_path / "tiny.zip")
     assert bundle.read(tmp_path / "tiny.zip", [KEY.public]).files == made.files
 
 
 def test_a_folder_with_anything_else_in_it_is_never_deleted(tmp_path: Path) -> None:
     made = pack.pack(write_spec(tmp_path), KEY)
     with pytest.raises(UsageError, match=r"holds CARD\.md, which is of no bundle and would be deleted"):
-        pack.write(made, tmp_path)
+        pack.write_bundle(made, tmp_path)
     home = folder(tmp_path, "home")
-    pack.write(made, home)
+    pack.write_bundle(made, home)
     (home / "thesis.txt").write_text("years of work")
     with pytest.raises(UsageError, match=r"holds thesis\.txt"):
-        pack.write(made, home)
+        pack.write_bundle(made, home)
     assert (home / "thesis.txt").read_text() == "years of work"
 
 
 def test_a_file_in_the_way_is_never_deleted(tmp_path: Path) -> None:
     made = pack.pack(write_spec(tmp_path), KEY)
     with pytest.raises(UsageError, match="is there and is no folder"):
-        pack.write(made, tmp_path / "CARD.md")
+        pack.write_bundle(made, tmp_path / "CARD.md")
     (tmp_path / "notes.zip").write_text("notes")
     with pytest.raises(UsageError, match=r"is there and is no \.zip"):
-        pack.write(made, tmp_path / "notes.zip")
+        pack.write_bundle(made, tmp_path / "notes.zip")
     with pytest.raises(UsageError, match="cannot be written: File exists"):
-        pack.write(made, tmp_path / "CARD.md" / "below")
+        pack.write_bundle(made, tmp_path / "CARD.md" / "below")

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 from agent.cli import main
 from agent.cli.model.group import model as command
-from agent.datasets.blocks import Place
-from agent.datasets.csv_file import CsvFile
+from agent.datasets.blocks import FilePosition
+from agent.datasets.csv_file import CsvReader
 from agent.errors import BadBundle, UsageError
 from agent.evaluation.predict import output
 from agent.evaluation.predict import run as running
-from agent.evaluation.predict.ledger import DONE, Job, Ledger, Totals
-from agent.evaluation.predict.run import Work
+from agent.evaluation.predict.ledger import LEDGER_NAME, FileJob, RunLedger, RunTotals
+from agent.evaluation.predict.run import BatchPredictor
 from agent.model.bundle import bundle as bundles
 from agent.model.inference import features, inference
 from agent.model.inference.inference import Inference
@@ -50,14 +50,14 @@ def run(*args: object) -> Result:
     return CliRunner().invoke(command, ["run", *(str(arg) for arg in args)])
 
 
-def work(bundle: Path, block: int | None = None, *, raw: bool = True) -> Work:
+def work(bundle: Path, block: int | None = None, *, raw: bool = True) -> BatchPredictor:
     found = bundles.read(bundle, None)
-    loaded = Inference(found.manifest, inference.load(found.manifest, found.model))
-    return Work(found, loaded, raw=raw, block=block)
+    loaded = Inference(found.manifest, inference.load_model(found.manifest, found.model_bytes))
+    return BatchPredictor(found, loaded, raw=raw, block_bytes=block)
 
 
-def over(bundle: Path, source: Path, out: Path, block: int | None = None) -> Totals:
-    return work(bundle, block).file(source, out, lambda *_: None)
+def over(bundle: Path, source: Path, out: Path, block: int | None = None) -> RunTotals:
+    return work(bundle, block).predict_file(source, out, lambda *_: None)
 
 
 def table(path: Path) -> dict[str, list[str]]:
@@ -69,7 +69,7 @@ def table(path: Path) -> dict[str, list[str]]:
 def plain(bundle: Path, rows: features.Floats) -> tuple[features.Floats, features.Ints]:
     """(outputs, last rows from 1) of a loop over single windows, with nothing of `model run` but the model."""
     found = bundles.read(bundle, None)
-    model, spec = inference.load(found.manifest, found.model), found.manifest.input
+    model, spec = inference.load_model(found.manifest, found.model_bytes), found.manifest.input
     size, step = (spec.window.rows, spec.window.step) if spec.window else (1, 1)
     starts = range(0, len(rows) - size + 1, step)
     windows = [rows[start : start + size].reshape(1, size, -1) for start in starts]
@@ -162,7 +162,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(
     assert killed_after(5, windowed, source, out) == -signal.SIGKILL
     assert not out.exists()
     turns: list[int] = []
-    total = work(windowed, 4096).file(source, out, lambda done, of, rows: turns.append(rows))
+    total = work(windowed, 4096).predict_file(source, out, lambda done, of, rows: turns.append(rows))
     assert out.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
     assert total.rows == 3000
     assert turns[0] > 4 * 4096 / 30  # it went on; it did not begin again
@@ -219,18 +219,18 @@ def test_what_was_done_of_a_folder_is_not_done_again_after_a_kill(
     for i in range(3):
         write_csv(source / f"{i}.csv", TABULAR, readings(30, seed=i))
     done: list[str] = []
-    file = Work.file
+    file = BatchPredictor.predict_file
 
-    def two(self: Work, path: Path, *more: object) -> Totals:
+    def two(self: BatchPredictor, path: Path, *more: object) -> RunTotals:
         done.append(path.name)
         if len(done) == 3:
             raise KeyboardInterrupt
         return file(self, path, *more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Work, "file", two)
+    monkeypatch.setattr(BatchPredictor, "predict_file", two)
     with pytest.raises(KeyboardInterrupt):
-        running.folder(work(tabular), source, tmp_path / "out", lambda *_: None)
-    total = running.folder(work(tabular), source, tmp_path / "out", lambda *_: None)
+        running.predict_folder(work(tabular), source, tmp_path / "out", lambda *_: None)
+    total = running.predict_folder(work(tabular), source, tmp_path / "out", lambda *_: None)
     assert done == ["0.csv", "1.csv", "2.csv", "2.csv"]
     assert (total.rows, total.results) == (90, 90)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.csv", "1.csv", "2.csv"]
@@ -245,7 +245,7 @@ def test_memory_does_not_grow_with_the_file(tabular: Path, tmp_path: Path) -> No
 def running_block() -> int:
     from agent.datasets import csv_file
 
-    return csv_file.BLOCK
+    return csv_file.BLOCK_BYTES
 
 
 def write_rows(path: Path, n: int) -> Path:
@@ -329,9 +329,9 @@ def test_two_runs_do_not_write_one_file_together(tabular: Path, tmp_path: Path) 
 
     def meanwhile(*_: int) -> None:
         with pytest.raises(UsageError, match="another `model run` writes it"):
-            other.file(source, tmp_path / "out.csv", lambda *_: None)
+            other.predict_file(source, tmp_path / "out.csv", lambda *_: None)
 
-    assert one.file(source, tmp_path / "out.csv", meanwhile).rows == 50
+    assert one.predict_file(source, tmp_path / "out.csv", meanwhile).rows == 50
 
 
 def test_a_file_that_was_finished_between_opening_and_lock_is_not_written_to(
@@ -346,20 +346,20 @@ def test_a_file_that_was_finished_between_opening_and_lock_is_not_written_to(
         lock(file, path)
 
     monkeypatch.setattr(output, "_lock", late)
-    with output.locked(part) as file:
+    with output.open_locked(part) as file:
         file.write(b"anew")
     assert (tmp_path / "out.csv").read_bytes() == b"row\n1\n"
     assert part.read_bytes() == b"anew"
 
 
 def test_a_line_of_the_ledger_that_a_kill_tore_costs_only_that_file(tmp_path: Path) -> None:
-    jobs = [Job(tmp_path / "in", tmp_path, str(i)) for i in range(3)]
-    Ledger(tmp_path).add(jobs[0], Totals(rows=5))
-    with (tmp_path / DONE).open("ab") as file:
+    jobs = [FileJob(tmp_path / "in", tmp_path, str(i)) for i in range(3)]
+    RunLedger(tmp_path).add(jobs[0], RunTotals(rows=5))
+    with (tmp_path / LEDGER_NAME).open("ab") as file:
         file.write(b'{"identity":"1","tot')
-    assert Ledger(tmp_path).of(jobs[1]) is None
-    Ledger(tmp_path).add(jobs[2], Totals(rows=7))
-    found = [Ledger(tmp_path).of(job) for job in jobs]
+    assert RunLedger(tmp_path).get(jobs[1]) is None
+    RunLedger(tmp_path).add(jobs[2], RunTotals(rows=7))
+    found = [RunLedger(tmp_path).get(job) for job in jobs]
     assert [None if one is None else one.rows for one in found] == [5, None, 7]
 
 
@@ -383,39 +383,39 @@ def test_blocks_of_any_size_give_the_rows_and_rejects_of_the_whole(
 def read_all(path: Path, block: int) -> tuple[bytes, list[int], list[tuple[int, str]], list[str]]:
     """(values, numbers, rejects, texts) of a file read in such blocks, each from the place the last one left."""
     values, numbers, rejects, texts = b"", [], [], []
-    for one in CsvFile(path, ["a", "b"], ["b"], block).blocks(Place()):
+    for one in CsvReader(path, ["a", "b"], ["b"], block).blocks(FilePosition()):
         values += one.rows.tobytes()
-        numbers += one.number.tolist()
+        numbers += one.row_numbers.tolist()
         rejects += [(r.line, r.reason) for r in one.rejected]
-        texts += one.texts["b"].tolist()
+        texts += one.text_columns["b"].tolist()
     return values, numbers, rejects, texts
 
 
 def test_reading_goes_on_from_any_place(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "rows.csv", ("a", "b"), waves(500))
-    file = CsvFile(path, ["a", "b"], block=1000)
-    whole = list(file.blocks(Place()))
+    file = CsvReader(path, ["a", "b"], block_bytes=1000)
+    whole = list(file.blocks(FilePosition()))
     for i, one in enumerate(whole[:-1]):
-        assert next(iter(file.blocks(one.after))).rows.tobytes() == whole[i + 1].rows.tobytes()
+        assert next(iter(file.blocks(one.next_position))).rows.tobytes() == whole[i + 1].rows.tobytes()
 
 
 def test_times_that_are_missing_are_those_of_the_row_before(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("t,a\n,1\n5,2\n,3\n7.5,4\n")
-    blocks = list(CsvFile(tmp_path / "rows.csv", ["a"], block=64).blocks(Place()))
+    blocks = list(CsvReader(tmp_path / "rows.csv", ["a"], block_bytes=64).blocks(FilePosition()))
     assert np.concatenate([one.t for one in blocks]).tolist() == [0, 5_000_000, 5_000_000, 7_500_000]
 
 
 def test_a_progress_bar_needs_a_terminal_and_a_second() -> None:
-    from agent.cli.progress import Bar
+    from agent.cli.progress import ProgressBar
 
     held, stderr = io.StringIO(), sys.stderr
     held.isatty = lambda: True  # type: ignore[method-assign]
     try:
         sys.stderr = held
-        with Bar("rows") as bar:
+        with ProgressBar("rows") as bar:
             bar(1, 2, 100)
             assert held.getvalue() == ""
-            bar._shown = bar._begun = bar._begun - 2
+            bar._last_drawn_s = bar._started_s = bar._started_s - 2
             bar(1, 2, 100)
             assert "50%  100 rows" in held.getvalue()
     finally:

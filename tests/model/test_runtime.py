@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from agent.errors import BadBundle
 from agent.model.bundle import builtin
 from agent.model.inference import runtime
-from agent.model.inference.runtime import BATCH, Model
+from agent.model.inference.runtime import DEFAULT_BATCH, TfliteModel
 from agent.model.sandbox import probe
 from tests.kit.bundles import (
     ANOMALY,
@@ -38,7 +38,7 @@ OURS = ["classify_int8", "classify_uint8", "classify_float32", "regress_int8", "
 
 def content(name: str) -> bytes:
     if name == "exercise":
-        return (builtin.bundles() / "exercise" / "model.tflite").read_bytes()
+        return (builtin.bundles_dir() / "exercise" / "model.tflite").read_bytes()
     if name in OURS:
         return model(name)
     if not THIRD_PARTY.exists():
@@ -65,7 +65,7 @@ def plain(data: bytes, rows: Floats) -> Floats:
     return np.array(out, np.float32).reshape(len(rows), -1)
 
 
-def noise(loaded: Model, count: int) -> Floats:
+def noise(loaded: TfliteModel, count: int) -> Floats:
     """Over a little more than the range of the input, so that some values saturate."""
     low, high = loaded.input_range
     some = np.random.default_rng(count).uniform(low * 1.1, high * 1.1, (count, *loaded.input_shape))
@@ -75,7 +75,7 @@ def noise(loaded: Model, count: int) -> Floats:
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("name", [*OURS, "exercise", "mlperf_ad01_int8", "mlperf_kws_int8"])
 def test_any_number_of_rows_gives_the_bits_of_a_plain_loop(name: str, count: int) -> None:
-    loaded = Model(content(name))
+    loaded = TfliteModel(content(name))
     rows = noise(loaded, count)
     found = loaded.invoke(rows)
     assert found.dtype == np.float32
@@ -89,14 +89,14 @@ def test_any_number_of_rows_gives_the_bits_of_a_plain_loop(name: str, count: int
     "name", ["exercise", "mlperf_ad01_int8", "mlperf_kws_int8", "mlperf_resnet8_cifar_int8", "mlperf_vww96_int8"]
 )
 def test_any_size_of_batch_gives_the_bits_of_a_plain_loop(name: str, batch: int) -> None:
-    loaded = Model(content(name), batch)
+    loaded = TfliteModel(content(name), batch)
     rows = noise(loaded, 150)
     assert loaded.batch == batch
     np.testing.assert_array_equal(loaded.invoke(rows), plain(content(name), rows))
 
 
 def test_calls_of_different_sizes_do_not_disturb_each_other() -> None:
-    loaded = Model(content("classify_int8"))
+    loaded = TfliteModel(content("classify_int8"))
     rows = readings(100)
     whole = loaded.invoke(rows)
     for first, last in ((0, 1), (1, 40), (40, 42), (42, 100), (0, 3), (0, 100)):
@@ -104,34 +104,34 @@ def test_calls_of_different_sizes_do_not_disturb_each_other() -> None:
 
 
 def test_a_free_batch_is_used_and_a_fixed_one_is_kept() -> None:
-    assert Model(content("classify_int8")).batch == BATCH
-    assert Model(content("fixed_batch")).batch == 1
+    assert TfliteModel(content("classify_int8")).batch == DEFAULT_BATCH
+    assert TfliteModel(content("fixed_batch")).batch == 1
 
 
 def test_a_fixed_image_model_runs_row_by_row_and_as_the_plain_loop() -> None:
     data = content("coral_mobilenet_v1_0.25_128_quant")
-    loaded = Model(data)
+    loaded = TfliteModel(data)
     rows = noise(loaded, 5)
     assert loaded.batch == 1
     np.testing.assert_array_equal(loaded.invoke(rows), plain(data, rows))
 
 
 def test_a_model_that_loses_rows_in_a_batch_is_run_row_by_row() -> None:
-    loaded = Model(model("loses_rows"))
+    loaded = TfliteModel(model("loses_rows"))
     rows = readings(40)
     assert loaded.batch == 1
     np.testing.assert_array_equal(loaded.invoke(rows), rows)
 
 
 def test_rows_may_come_in_another_shape_of_the_same_size() -> None:
-    loaded = Model(content("anomaly_int8"))
+    loaded = TfliteModel(content("anomaly_int8"))
     rows = waves(80).reshape(10, 8, 2)
     np.testing.assert_array_equal(loaded.invoke(rows.reshape(10, 16)), loaded.invoke(rows))
 
 
 def test_rows_of_another_size_are_refused() -> None:
     with pytest.raises(BadBundle, match=r"the model takes \[4\] values, it was given \[3\]"):
-        Model(content("classify_int8")).invoke(np.zeros((2, 3), np.float32))
+        TfliteModel(content("classify_int8")).invoke(np.zeros((2, 3), np.float32))
 
 
 # --- quantization ---
@@ -139,7 +139,7 @@ def test_rows_of_another_size_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["classify_int8", "classify_uint8", "regress_int8"])
 def test_values_beyond_the_input_saturate_and_missing_ones_count_as_zero(name: str) -> None:
-    loaded = Model(content(name))
+    loaded = TfliteModel(content(name))
     low, high = loaded.input_range
     rows = np.array(
         [[3e38, -3e38, np.inf, -np.inf], [np.nan, 1, np.nan, -1], [high * 5, low * 5, high * 1.01, low * 1.01]],
@@ -153,16 +153,16 @@ def test_values_beyond_the_input_saturate_and_missing_ones_count_as_zero(name: s
 def test_outputs_are_in_the_units_of_the_model() -> None:
     """What the model's weights say, x·w, but for the rounding of its input, its weights and its output."""
     rows = readings(50)
-    loaded = Model(content("regress_int8"))
+    loaded = TfliteModel(content("regress_int8"))
     expected = rows @ np.array([0.5, -1, 0.25, 2], np.float32)
     np.testing.assert_allclose(loaded.invoke(rows)[:, 0], expected, atol=2 * loaded.output_step)
 
 
 def test_an_integer_input_and_a_float_input_agree() -> None:
     rows = np.round(readings(60), 1)
-    exact = Model(content("classify_float32")).invoke(rows)
+    exact = TfliteModel(content("classify_float32")).invoke(rows)
     for name in ("classify_int8", "classify_uint8"):
-        np.testing.assert_allclose(Model(content(name)).invoke(rows), exact, atol=0.06)
+        np.testing.assert_allclose(TfliteModel(content(name)).invoke(rows), exact, atol=0.06)
 
 
 # --- what is refused, and how the probe says so ---
@@ -232,7 +232,7 @@ def test_a_model_that_does_not_fit_its_manifest_is_refused(name: str, recipe: Re
 def test_a_model_without_golden_vectors_is_tried_on_noise(name: str, recipe: Recipe) -> None:
     report = probe.probe(around(model(name), recipe))
     assert report.ok
-    assert report.runtime == runtime.NAME
+    assert report.runtime == runtime.RUNTIME_NAME
     assert [check for check, _, _ in report.checks] == ["load", "shapes", "batch"]
 
 

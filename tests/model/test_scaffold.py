@@ -18,7 +18,7 @@ from agent.errors import OutstationError
 from agent.model import activation
 from agent.model.inference import inspect
 from agent.model.inference.inference import Inference
-from agent.model.inference.inspect import Answers, Outline, Tensor
+from agent.model.inference.inspect import ModelInspection, OutputStats, Tensor
 from agent.model.inference.runtime import Interpreter  # type: ignore[attr-defined]
 from tests.kit.bundles import KEY, MODELS, THIRD_PARTY, readings, write_csv
 
@@ -86,9 +86,9 @@ def test_a_model_that_others_made_is_packed_from_its_own_outline_and_answers_as_
     (tmp_path / "spec.toml").write_text(
         text.replace('# golden = "readings.csv"', 'golden = "data.npz"') + "[drift]\nwindow = 2\n"
     )
-    pack.write(pack.pack(tmp_path / "spec.toml", KEY), tmp_path / "bundle")
+    pack.write_bundle(pack.pack(tmp_path / "spec.toml", KEY), tmp_path / "bundle")
     found = activation.activate(tmp_path / "bundle", [KEY.public])
-    answers = Inference(found.bundle.manifest, found.model).run(given, np.arange(len(given)) * 1000, raw=True)
+    answers = Inference(found.bundle.manifest, found.model).run(given, np.arange(len(given)) * 1000, with_outputs=True)
     expected = plain(model.read_bytes(), given.reshape(40, rows * fields))
     assert answers.outputs is not None
     assert answers.outputs.tobytes() == expected.tobytes()
@@ -175,16 +175,16 @@ def test_a_models_tensors_and_answers_tell_its_kind_and_the_spec_packs_as_it_is(
     assert run("pack", tmp_path / "spec.toml", "-o", tmp_path / "out").exit_code == 0
 
 
-def looks(outputs: int, answers: Answers, limits: tuple[float, float] | None = None) -> str:
+def looks(outputs: int, answers: OutputStats, limits: tuple[float, float] | None = None) -> str:
     tensors = [Tensor("x", (4,), 0, "float32", None)], [Tensor("y", (outputs,), 0, "int8", limits)]
-    return inspect.guess(Outline(*tensors, [answers])).kind
+    return inspect.guess_kind(ModelInspection(*tensors, [answers])).kind
 
 
 def test_one_quantized_value_from_0_to_1_is_a_probability_and_vectors_of_length_1_are_an_embedding() -> None:
-    unit = Answers(0.1, 0.9, (0.1, 0.9), (0.1, 0.9))
+    unit = OutputStats(0.1, 0.9, (0.1, 0.9), (0.1, 0.9))
     assert looks(1, unit, (0, 0.996)) == "classify"
     assert looks(1, unit) == "regress"
-    assert looks(8, Answers(-0.7, 0.8, (-1, 1), (0.999, 1.001))) == "embedding"
+    assert looks(8, OutputStats(-0.7, 0.8, (-1, 1), (0.999, 1.001))) == "embedding"
 
 
 def test_data_beside_the_model_name_its_fields_and_labels(tmp_path: Path) -> None:

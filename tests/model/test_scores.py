@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from agent.model.bundle.manifest import Input, Manifest, Output
+from agent.model.bundle.manifest import Manifest, ModelInput, ModelOutput
 from agent.model.inference import scores
 
 FINITE = st.floats(-1e6, 1e6, width=32)
@@ -25,8 +25,8 @@ def manifest(kind: Any, labels: int = 0, **output: Any) -> Manifest:
         version="1",
         created="",
         kind=kind,
-        input=Input(fields=["x"]),
-        output=Output(labels=names, **output),
+        input=ModelInput(fields=["x"]),
+        output=ModelOutput(labels=names, **output),
         files={},
     )
 
@@ -39,12 +39,12 @@ def f32(values: Any) -> Any:
 @given(x=arrays.arrays(np.float32, st.tuples(st.integers(0, 5), st.integers(1, 6)), elements=FINITE))
 def test_scores_are_probabilities_and_belong_to_the_label(activation: str, x: Any) -> None:
     made = manifest("classify", max(2, x.shape[1]), activation=activation, temperature=0.7)
-    found = scores.of(x, made)
+    found = scores.from_outputs(x, made)
     assert len(found) == len(x)
     assert found.label is not None
     assert found.score is not None
     assert ((found.score >= 0) & (found.score <= 1)).all()
-    p = scores.probabilities(x, made.output)
+    p = scores.compute_probabilities(x, made.output)
     np.testing.assert_array_equal(p.argmax(axis=1), found.label)
     if activation != "sigmoid" or x.shape[1] == 1:
         np.testing.assert_allclose(p.sum(axis=1), 1)
@@ -52,16 +52,18 @@ def test_scores_are_probabilities_and_belong_to_the_label(activation: str, x: An
 
 def test_softmax_of_logits_and_probabilities_as_they_come_agree() -> None:
     logits = f32([[0, 1, 3]])
-    from_logits = scores.probabilities(logits, Output(activation="softmax"))
+    from_logits = scores.compute_probabilities(logits, ModelOutput(activation="softmax"))
     assert from_logits[0] == pytest.approx(np.exp([0, 1, 3]) / np.exp([0, 1, 3]).sum())
-    np.testing.assert_allclose(scores.probabilities(from_logits.astype(np.float32), Output()), from_logits, rtol=1e-5)
+    np.testing.assert_allclose(
+        scores.compute_probabilities(from_logits.astype(np.float32), ModelOutput()), from_logits, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("activation", ["none", "softmax"])
 def test_temperature_softens_the_score_and_keeps_the_label(activation: str) -> None:
     x = f32([[0.1, 0.7, 0.2]])
     sharp, soft = (
-        scores.of(x, manifest("classify", 3, activation=activation, temperature=temperature))
+        scores.from_outputs(x, manifest("classify", 3, activation=activation, temperature=temperature))
         for temperature in (0.5, 4.0)
     )
     assert sharp.score is not None
@@ -73,7 +75,7 @@ def test_temperature_softens_the_score_and_keeps_the_label(activation: str) -> N
 @pytest.mark.parametrize("activation", ["none", "sigmoid"])
 def test_one_output_for_two_labels_is_the_probability_of_the_second(activation: str) -> None:
     x = f32([[0.9], [0.1]]) if activation == "none" else f32([[np.log(9)], [-np.log(9)]])
-    found = scores.of(x, manifest("classify", 2, activation=activation))
+    found = scores.from_outputs(x, manifest("classify", 2, activation=activation))
     assert found.label is not None
     assert found.label.tolist() == [1, 0]
     assert found.score == pytest.approx([0.9, 0.9], abs=1e-6)
@@ -81,7 +83,7 @@ def test_one_output_for_two_labels_is_the_probability_of_the_second(activation: 
 
 def test_a_probability_of_zero_or_one_stays_a_number() -> None:
     for x in (f32([[0, 1]]), f32([[0], [1]])):
-        found = scores.of(x, manifest("classify", 2))
+        found = scores.from_outputs(x, manifest("classify", 2))
         assert found.score is not None
         assert np.isfinite(found.score).all()
         assert (found.score > 0.99).all()
@@ -90,37 +92,37 @@ def test_a_probability_of_zero_or_one_stays_a_number() -> None:
 def test_infinite_outputs_become_no_number_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = scores.of(f32([[np.inf, 0]]), manifest("classify", 2, activation="softmax"))
+        found = scores.from_outputs(f32([[np.inf, 0]]), manifest("classify", 2, activation="softmax"))
     assert found.score is not None
     assert np.isnan(found.score).all()
 
 
 def test_large_logits_do_not_overflow() -> None:
     for activation in ("softmax", "sigmoid"):
-        p = scores.probabilities(f32([[-3e38, 3e38]]), Output(activation=activation))
+        p = scores.compute_probabilities(f32([[-3e38, 3e38]]), ModelOutput(activation=activation))
         assert p.tolist() == [[0, 1]]
 
 
 def test_an_autoencoder_is_scored_by_its_mean_squared_error() -> None:
     inputs = f32(np.arange(12)).reshape(2, 3, 2)
     outputs = inputs.reshape(2, 6) + f32([[0] * 6, [1, -1, 2, 0, 0, 0]])
-    found = scores.of(outputs, manifest("anomaly"), inputs)
+    found = scores.from_outputs(outputs, manifest("anomaly"), inputs)
     assert found.value == pytest.approx([0, 1])
     assert (found.label, found.score) == (None, None)
 
 
 def test_an_anomaly_model_with_one_output_gives_that() -> None:
-    found = scores.of(f32([[0.25], [4]]), manifest("anomaly"), f32(np.zeros((2, 3, 2))))
+    found = scores.from_outputs(f32([[0.25], [4]]), manifest("anomaly"), f32(np.zeros((2, 3, 2))))
     assert found.value == pytest.approx([0.25, 4])
 
 
 def test_a_regression_gives_its_output() -> None:
-    found = scores.of(f32([[1.5], [-2]]), manifest("regress"))
+    found = scores.from_outputs(f32([[1.5], [-2]]), manifest("regress"))
     assert found.value == pytest.approx([1.5, -2])
     assert len(found) == 2
 
 
 @pytest.mark.parametrize("kind", ["classify", "regress", "anomaly"])
 def test_no_windows_give_no_scores(kind: str) -> None:
-    found = scores.of(f32(np.zeros((0, 6))), manifest(kind, 6), f32(np.zeros((0, 3, 2))))
+    found = scores.from_outputs(f32(np.zeros((0, 6))), manifest(kind, 6), f32(np.zeros((0, 3, 2))))
     assert len(found) == 0

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from agent.errors import BadBundle, ModelDied
+from agent.errors import BadBundle, ModelProcessFailed
 from agent.model.bundle import bundle
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import inference, runtime
 from agent.model.sandbox import worker
-from agent.model.sandbox.subprocess_model import Apart, Bounds
+from agent.model.sandbox.subprocess_model import SandboxLimits, SubprocessModel
 from tests.kit.bundles import CLASSIFY, around, model, readings
 from tests.kit.rigged import crashing
 from tests.kit.stations import wait_for
@@ -43,29 +43,31 @@ def gone(pid: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def classifier() -> Iterator[Apart]:
-    with Apart(tiny()) as one:
+def classifier() -> Iterator[SubprocessModel]:
+    with SubprocessModel(tiny()) as one:
         yield one
 
 
 @settings(max_examples=60, deadline=None)
 @given(arrays.arrays(np.float32, st.tuples(st.integers(0, 300), st.just(4)), elements=st.floats(width=32)))
-def test_answers_are_those_of_the_same_model_in_this_process_to_the_bit(classifier: Apart, rows: np.ndarray) -> None:
-    here = runtime.Model(model("classify_int8"))
+def test_answers_are_those_of_the_same_model_in_this_process_to_the_bit(
+    classifier: SubprocessModel, rows: np.ndarray
+) -> None:
+    here = runtime.TfliteModel(model("classify_int8"))
     assert np.array_equal(classifier.invoke(rows), here.invoke(rows))
 
 
 @pytest.mark.parametrize("name", ["classify_float32", "fixed_batch", "sums_int16", "each_label"])
 def test_so_are_those_of_other_types_and_of_fixed_batches(name: str) -> None:
-    here = runtime.Model(model(name))
-    with Apart(tiny(name)) as there:
+    here = runtime.TfliteModel(model(name))
+    with SubprocessModel(tiny(name)) as there:
         for count in (1, 0, 33, 5000, 2):
             rows = readings(count, seed=count)
             assert np.array_equal(there.invoke(rows), here.invoke(rows))
         assert (there.outputs, there.batch, there.input_shape) == (here.outputs, here.batch, here.input_shape)
 
 
-def test_windows_of_another_size_are_refused_and_the_process_goes_on(classifier: Apart) -> None:
+def test_windows_of_another_size_are_refused_and_the_process_goes_on(classifier: SubprocessModel) -> None:
     pid = classifier.pid
     with pytest.raises(BadBundle, match=r"takes \[4\] values, it was given \[3\]"):
         classifier.invoke(np.zeros((2, 3), np.float32))
@@ -75,22 +77,26 @@ def test_windows_of_another_size_are_refused_and_the_process_goes_on(classifier:
 
 @crashing
 def test_a_crash_is_told_apart_and_the_next_batch_gets_a_new_process() -> None:
-    with Apart(tiny("rigged_crash")) as there:
+    with SubprocessModel(tiny("rigged_crash")) as there:
         before = there.invoke(CALM)
-        with pytest.raises(ModelDied, match=r"the model crashed: the runtime crashed on it \(SIGFPE\)") as died:
+        with pytest.raises(
+            ModelProcessFailed, match=r"the model crashed: the runtime crashed on it \(SIGFPE\)"
+        ) as died:
             there.invoke(WILD)
         assert died.value.kind == "crash"
-        assert not there.running
+        assert not there.is_running
         assert np.array_equal(there.invoke(CALM), before)
 
 
 def test_a_hang_is_ended_in_time_while_the_caller_is_called_back() -> None:
     ticks: list[float] = []
-    bounds = Bounds(call_s=2.5)
-    with Apart(tiny("rigged_hang"), None, bounds, lambda: ticks.append(time.monotonic())) as there:
+    bounds = SandboxLimits(call_timeout_s=2.5)
+    with SubprocessModel(tiny("rigged_hang"), None, bounds, lambda: ticks.append(time.monotonic())) as there:
         there.invoke(CALM)
         pid, began = there.pid, time.monotonic()
-        with pytest.raises(ModelDied, match=r"the model hangs: did not answer within 2.5 s and was ended") as died:
+        with pytest.raises(
+            ModelProcessFailed, match=r"the model hangs: did not answer within 2.5 s and was ended"
+        ) as died:
             there.invoke(WILD)
         assert died.value.kind == "hang"
         assert 2.4 < time.monotonic() - began < 30
@@ -101,10 +107,10 @@ def test_a_hang_is_ended_in_time_while_the_caller_is_called_back() -> None:
 
 
 def test_an_error_of_the_runtime_is_told_and_the_process_goes_on() -> None:
-    with Apart(tiny("rigged_error")) as there:
+    with SubprocessModel(tiny("rigged_error")) as there:
         there.invoke(CALM)
         pid = there.pid
-        with pytest.raises(ModelDied, match=r"the model failed: .*gather index out of bounds") as died:
+        with pytest.raises(ModelProcessFailed, match=r"the model failed: .*gather index out of bounds") as died:
             there.invoke(WILD)
         assert died.value.kind == "error"
         assert there.invoke(CALM).shape == (40, 3)
@@ -112,28 +118,31 @@ def test_an_error_of_the_runtime_is_told_and_the_process_goes_on() -> None:
 
 
 def test_a_model_that_wants_a_gigabyte_gets_only_what_its_manifest_says() -> None:
-    with Apart(tiny("greedy", memory_mib=128)) as there, pytest.raises(ModelDied):
+    with SubprocessModel(tiny("greedy", memory_mib=128)) as there, pytest.raises(ModelProcessFailed):
         there.invoke(CALM[:1])
 
 
 def test_a_model_that_cannot_be_loaded_says_why_at_its_first_use() -> None:
-    with Apart(tiny("two_inputs")) as there, pytest.raises(ModelDied, match="the model has 2 inputs") as died:
+    with (
+        SubprocessModel(tiny("two_inputs")) as there,
+        pytest.raises(ModelProcessFailed, match="the model has 2 inputs") as died,
+    ):
         there.invoke(CALM)
     assert died.value.kind == "error"
 
 
 def test_a_process_killed_from_outside_is_a_crash_and_its_successor_answers() -> None:
-    with Apart(tiny()) as there:
+    with SubprocessModel(tiny()) as there:
         expected = there.invoke(CALM)
         assert there.pid is not None
         os.kill(there.pid, signal.SIGKILL)
-        wait_for(lambda: not there.running, "the process is gone")
+        wait_for(lambda: not there.is_running, "the process is gone")
         assert np.array_equal(there.invoke(CALM), expected)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_that_stops_the_agent_does_not_pass_for_a_crash_of_the_model(number: signal.Signals) -> None:
-    with Apart(tiny()) as there:
+    with SubprocessModel(tiny()) as there:
         assert there.pid is not None
         os.kill(there.pid, number)
         there.invoke(CALM)
@@ -170,7 +179,10 @@ def test_however_much_it_writes_to_stderr_only_the_end_is_kept(monkeypatch: pyte
     (tmp_path / "noisy_child.py").write_text(NOISY)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(worker, "__name__", "noisy_child")
-    with Apart(tiny()) as there, pytest.raises(ModelDied, match=r"the child process failed \(3\): x{300}"):
+    with (
+        SubprocessModel(tiny()) as there,
+        pytest.raises(ModelProcessFailed, match=r"the child process failed \(3\): x{300}"),
+    ):
         there.invoke(CALM)
 
 
@@ -178,9 +190,9 @@ def test_what_answers_something_else_is_taken_for_a_crash(monkeypatch: pytest.Mo
     (tmp_path / "strange_child.py").write_text("import os, time; os.write(1, b'\\0\\3\\0\\0\\0abc'); time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(worker, "__name__", "strange_child")
-    with Apart(tiny()) as there:
+    with SubprocessModel(tiny()) as there:
         pid = there.pid
-        with pytest.raises(ModelDied, match="answered something else"):
+        with pytest.raises(ModelProcessFailed, match="answered something else"):
             there.invoke(CALM)
     assert pid is not None
     assert gone(pid)
@@ -190,9 +202,11 @@ def test_an_inference_takes_it_for_a_model_and_counts_the_time_in_it() -> None:
     shipped = bundle.read(SHIPPED, None)
     rows = np.load(SHIPPED.parent / "recordings" / "exercise.npz")["rows"][:2000]
     t = np.arange(len(rows)) * 20_000
-    here = inference.Inference(shipped.manifest, inference.load(shipped.manifest, shipped.model)).run(rows, t, raw=True)
-    with Apart(shipped) as apart_model:
-        there = inference.Inference(shipped.manifest, apart_model).run(rows, t, raw=True)
+    here = inference.Inference(shipped.manifest, inference.load_model(shipped.manifest, shipped.model_bytes)).run(
+        rows, t, with_outputs=True
+    )
+    with SubprocessModel(shipped) as apart_model:
+        there = inference.Inference(shipped.manifest, apart_model).run(rows, t, with_outputs=True)
     assert there.outputs is not None
     assert here.outputs is not None
     assert np.array_equal(there.outputs, here.outputs)
@@ -204,39 +218,39 @@ def test_the_caller_does_not_wait_for_the_start(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "silent_child.py").write_text("import time; time.sleep(600)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(worker, "__name__", "silent_child")
-    with Apart(tiny()) as there:
-        assert there.running
-        assert not there.ready()
+    with SubprocessModel(tiny()) as there:
+        assert there.is_running
+        assert not there.poll_ready()
 
 
 def test_who_does_not_wait_asks_and_hears_later() -> None:
-    with Apart(tiny()) as there:
-        wait_for(there.ready, "it has started")
-        there.ask(CALM)
-        assert not there.ready()
+    with SubprocessModel(tiny()) as there:
+        wait_for(there.poll_ready, "it has started")
+        there.submit(CALM)
+        assert not there.poll_ready()
         heard: list[np.ndarray | None] = []
 
         def answered() -> bool:
-            heard.append(there.hear())
+            heard.append(there.poll())
             return heard[-1] is not None
 
         wait_for(answered, "it has answered")
         assert heard[-1] is not None
-        assert np.array_equal(heard[-1], runtime.Model(model("classify_int8")).invoke(CALM))
-        assert there.ready()
+        assert np.array_equal(heard[-1], runtime.TfliteModel(model("classify_int8")).invoke(CALM))
+        assert there.poll_ready()
 
 
 def test_a_question_that_is_never_answered_is_heard_of_when_its_time_is_over() -> None:
-    with Apart(tiny("rigged_hang"), None, Bounds(call_s=0.5)) as there:
-        wait_for(there.ready, "it has started")
-        there.ask(WILD)
-        assert there.hear() is None
-        with pytest.raises(ModelDied, match=r"did not answer within 0\.5 s"):
-            wait_for(lambda: there.hear(0.05) is not None, "it is ended")
-        assert not there.running
+    with SubprocessModel(tiny("rigged_hang"), None, SandboxLimits(call_timeout_s=0.5)) as there:
+        wait_for(there.poll_ready, "it has started")
+        there.submit(WILD)
+        assert there.poll() is None
+        with pytest.raises(ModelProcessFailed, match=r"did not answer within 0\.5 s"):
+            wait_for(lambda: there.poll(0.05) is not None, "it is ended")
+        assert not there.is_running
 
 
 def test_who_waits_gets_its_own_answers_and_not_those_of_a_question_before() -> None:
-    with Apart(tiny()) as there:
-        there.ask(CALM[:7])
-        assert np.array_equal(there.invoke(CALM), runtime.Model(model("classify_int8")).invoke(CALM))
+    with SubprocessModel(tiny()) as there:
+        there.submit(CALM[:7])
+        assert np.array_equal(there.invoke(CALM), runtime.TfliteModel(model("classify_int8")).invoke(CALM))

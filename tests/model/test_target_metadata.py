@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agent.errors import BadBundle
 from agent.model.bundle import target_metadata
-from agent.model.bundle.target_metadata import Offer
+from agent.model.bundle.target_metadata import TargetMetadata
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -18,7 +18,7 @@ JSON = st.recursive(
 )
 TEXT, COUNT = st.text(max_size=20), st.integers(0, 2**53)
 OFFERS = st.builds(
-    Offer,
+    TargetMetadata,
     name=TEXT,
     version=TEXT,
     digest=TEXT,
@@ -33,7 +33,9 @@ OFFERS = st.builds(
 
 
 @given(OFFERS, st.dictionaries(st.text(min_size=12), JSON, max_size=2))
-def test_an_offer_comes_back_also_with_members_of_a_later_agent_in_it(said: Offer, more: dict[str, object]) -> None:
+def test_an_offer_comes_back_also_with_members_of_a_later_agent_in_it(
+    said: TargetMetadata, more: dict[str, object]
+) -> None:
     custom = msgspec.json.decode(msgspec.json.encode(target_metadata.encode(said)))
     custom[target_metadata.MEMBER] |= more
     assert target_metadata.decode(custom) == said
@@ -45,8 +47,8 @@ def test_anything_else_is_refused_in_one_sentence(custom: object) -> None:
         target_metadata.decode(custom)
 
 
-@given(OFFERS, st.sampled_from(Offer.__struct_fields__), JSON)
-def test_a_member_of_another_type_or_none_is_refused(said: Offer, name: str, value: object) -> None:
+@given(OFFERS, st.sampled_from(TargetMetadata.__struct_fields__), JSON)
+def test_a_member_of_another_type_or_none_is_refused(said: TargetMetadata, name: str, value: object) -> None:
     members = msgspec.to_builtins(said)
     before = members.pop(name)
     with pytest.raises(BadBundle):

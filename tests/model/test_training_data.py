@@ -9,13 +9,13 @@ import pytest
 
 from agent.datasets import training_data
 from agent.errors import UsageError
-from agent.model.bundle.manifest import Input, Windowing
+from agent.model.bundle.manifest import ModelInput, WindowSpec
 from tests.kit.bundles import npz
 
-PLAIN = Input(fields=["a", "b"])
+PLAIN = ModelInput(fields=["a", "b"])
 
 
-def csv(folder: Path, text: str) -> training_data.Data:
+def csv(folder: Path, text: str) -> training_data.Dataset:
     (folder / "data.csv").write_text(text, encoding="utf-8")
     return training_data.read(folder / "data.csv", PLAIN)
 
@@ -32,7 +32,7 @@ def test_csv_times_are_epoch_seconds(tmp_path: Path) -> None:
 
 def test_csv_of_one_column_or_one_row_keeps_its_shape(tmp_path: Path) -> None:
     (tmp_path / "one.csv").write_text("a\n1\n2\n3\n")
-    assert training_data.read(tmp_path / "one.csv", Input(fields=["a"])).features.shape == (3, 1)
+    assert training_data.read(tmp_path / "one.csv", ModelInput(fields=["a"])).features.shape == (3, 1)
     assert csv(tmp_path, "a,b\n1,2\n").features.shape == (1, 2)
     assert csv(tmp_path, "a,b\n").features.shape == (0, 2)
 
@@ -103,7 +103,7 @@ def test_between_recordings_there_is_a_gap_and_each_row_has_its_label(tmp_path: 
     (tmp_path / "data.npz").write_bytes(
         npz(rows=np.zeros((5, 2)), fields=["a", "b"], starts=[0, 2, 5], rate=10.0, label=[7, 8])
     )
-    spec = Input(fields=["a", "b"], window=Windowing(rows=2, step=2, max_gap_s=5))
+    spec = ModelInput(fields=["a", "b"], window=WindowSpec(rows=2, step=2, max_gap_s=5))
     found = training_data.read(tmp_path / "data.npz", spec)
     assert np.diff(found.t).tolist() == [100_000, 60_100_000, 100_000, 100_000]
     assert found.label is not None

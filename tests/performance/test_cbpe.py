@@ -11,15 +11,15 @@ N, CORRECT = np.array([100, 100, 100]), np.array([50, 80, 99])
 
 
 def test_surer_answers_mean_higher_accuracy() -> None:
-    unsure = cbpe.cbpe(N, CORRECT, np.array([18, 1, 1]))
-    sure = cbpe.cbpe(N, CORRECT, np.array([1, 1, 18]))
+    unsure = cbpe.estimate_accuracy(N, CORRECT, np.array([18, 1, 1]))
+    sure = cbpe.estimate_accuracy(N, CORRECT, np.array([1, 1, 18]))
     assert unsure is not None
     assert sure is not None
     assert unsure["accuracy"] < 0.6 < 0.9 < sure["accuracy"]
 
 
 def test_the_estimate_says_how_it_was_made_and_what_it_assumes() -> None:
-    got = cbpe.cbpe(N, CORRECT, np.array([5, 5, 10]))
+    got = cbpe.estimate_accuracy(N, CORRECT, np.array([5, 5, 10]))
     assert got is not None
     assert got["method"] == "cbpe"
     assert "no concept drift" in got["assumes"]
@@ -27,14 +27,17 @@ def test_the_estimate_says_how_it_was_made_and_what_it_assumes() -> None:
 
 
 def test_more_answers_narrow_the_interval() -> None:
-    few, many = cbpe.cbpe(N, CORRECT, np.array([2, 2, 2])), cbpe.cbpe(N, CORRECT, np.array([200, 200, 200]))
+    few, many = (
+        cbpe.estimate_accuracy(N, CORRECT, np.array([2, 2, 2])),
+        cbpe.estimate_accuracy(N, CORRECT, np.array([200, 200, 200])),
+    )
     assert few is not None
     assert many is not None
     assert many["high"] - many["low"] < few["high"] - few["low"]
 
 
 def test_without_answers_there_is_no_estimate() -> None:
-    assert cbpe.cbpe(N, CORRECT, np.zeros(3, np.int64)) is None
+    assert cbpe.estimate_accuracy(N, CORRECT, np.zeros(3, np.int64)) is None
 
 
 def test_the_interval_holds_the_true_accuracy_when_answers_become_less_sure() -> None:
@@ -45,7 +48,7 @@ def test_the_interval_holds_the_true_accuracy_when_answers_become_less_sure() ->
     inside = 0
     for _ in range(200):
         bins = rng.integers(0, 12, 50)  # the reference's answers were spread over all 32
-        got = cbpe.cbpe(n, correct, np.bincount(bins, minlength=32))
+        got = cbpe.estimate_accuracy(n, correct, np.bincount(bins, minlength=32))
         assert got is not None
         inside += got["low"] <= (rng.random(50) < right[bins]).mean() <= got["high"]
     assert inside >= 180
@@ -60,6 +63,6 @@ def test_it_agrees_with_nannymls_on_calibrated_scores_within_two_thousandths(a: 
     places = np.searchsorted(edges, known, side="right")
     n = np.bincount(places, minlength=32)
     correct = np.rint(np.bincount(places, known, 32)).astype(np.int64)
-    found = cbpe.cbpe(n, correct, np.bincount(np.searchsorted(edges, current, side="right"), minlength=32))
+    found = cbpe.estimate_accuracy(n, correct, np.bincount(np.searchsorted(edges, current, side="right"), minlength=32))
     assert found is not None
     assert found["accuracy"] == pytest.approx(current.mean(), abs=0.002)

@@ -10,18 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.performance import degradation
-from agent.performance.degradation import CERTAINTY, DECAY, EVALUATION, Finding, Promise, State
+from agent.performance.degradation import (
+    CERTAINTY,
+    DECAY,
+    EVALUATION,
+    DegradationEvent,
+    DegradationState,
+    PromisedAccuracy,
+)
 
 
 def run(
     losses: Any,
-    state: State | None = None,
-    promise: Promise | None = None,
+    state: DegradationState | None = None,
+    promise: PromisedAccuracy | None = None,
     told: float | None = None,
     shares: bool = True,
-) -> list[Finding]:
-    state = state or State("sha256:a")
-    return degradation.take(state, list(map(float, losses)), [told] * len(losses), promise or Promise(), shares=shares)
+) -> list[DegradationEvent]:
+    state = state or DegradationState("sha256:a")
+    return degradation.add_losses(
+        state, list(map(float, losses)), [told] * len(losses), promise or PromisedAccuracy(), binary_loss=shares
+    )
 
 
 def wrong(n: int, share: float, seed: int = 0) -> Any:
@@ -33,7 +42,7 @@ def test_labels_that_keep_saying_the_same_raise_nothing(share: float) -> None:
     groups = found = 0
     for seed in range(12):
         answers = wrong(5000, share, seed)
-        found += len(run(answers, promise=Promise(1 - share, 2000), told=share))
+        found += len(run(answers, promise=PromisedAccuracy(1 - share, 2000), told=share))
         groups += 200
     # At most 2 in 1000 groups of 25 labels, all three comparisons together.
     assert found <= 4 * groups / 1000
@@ -47,18 +56,18 @@ def test_mistakes_that_come_in_runs_are_no_decay() -> None:
 
 
 def test_accuracy_that_falls_is_told_with_both_numbers() -> None:
-    state = State("sha256:a")
+    state = DegradationState("sha256:a")
     assert run(wrong(500, 0.07), state) == []
     found = run(wrong(200, 0.29, 1), state)
     assert [(one.kind, one.state) for one in found] == [(DECAY, "raised")]
     assert found[0].low > found[0].before
-    alert = degradation.alert(found[0], shares=True)
+    alert = degradation.build_alert(found[0], binary_loss=True)
     assert alert.summary.startswith("accuracy fell: labels of the last ")
     assert alert.severity == "warning"
 
 
 def test_an_alert_is_raised_once_and_cleared_once() -> None:
-    state = State("sha256:a")
+    state = DegradationState("sha256:a")
     run(wrong(500, 0.05), state)
     raised = run(wrong(400, 0.4, 1), state)
     cleared = run(wrong(400, 0.03, 2), state)
@@ -70,38 +79,38 @@ def test_an_alert_is_raised_once_and_cleared_once() -> None:
 
 
 def test_a_site_below_the_bundles_evaluation_is_told_from_the_first_labels_on() -> None:
-    found = run(wrong(150, 0.3), promise=Promise(0.93, 3000))
+    found = run(wrong(150, 0.3), promise=PromisedAccuracy(0.93, 3000))
     assert [one.kind for one in found] == [EVALUATION]
-    assert "its evaluation said 0.93" in degradation.alert(found[0], shares=True).summary
+    assert "its evaluation said 0.93" in degradation.build_alert(found[0], binary_loss=True).summary
 
 
 def test_certainty_that_labels_contradict_is_likely_concept_drift() -> None:
     found = run(wrong(200, 0.29), told=0.07)
     assert [one.kind for one in found] == [CERTAINTY]
-    summary = degradation.alert(found[0], shares=True).summary
+    summary = degradation.build_alert(found[0], binary_loss=True).summary
     assert summary.startswith("likely concept drift: labels of the last ")
     assert "the model's certainty says 0.93" in summary
 
 
 def test_a_single_answer_without_a_score_is_no_reason_to_compare_with_certainty() -> None:
-    state = State("sha256:a")
+    state = DegradationState("sha256:a")
     losses = [1.0] * 100
     told: list[float | None] = [0.05] * 100
     told[::20] = [None] * 5
-    assert degradation.take(state, losses, told, Promise(), shares=True) == []
+    assert degradation.add_losses(state, losses, told, PromisedAccuracy(), binary_loss=True) == []
 
 
 def test_errors_of_numbers_that_grow_are_told() -> None:
-    random, state = np.random.default_rng(4), State("sha256:a")
+    random, state = np.random.default_rng(4), DegradationState("sha256:a")
     assert run(np.abs(random.normal(0, 1, 600)), state, shares=False) == []
     found = run(np.abs(random.normal(0, 1.8, 300)), state, shares=False)
     assert [one.kind for one in found] == [DECAY]
-    assert degradation.alert(found[0], shares=False).summary.startswith("error grew: ")
+    assert degradation.build_alert(found[0], binary_loss=False).summary.startswith("error grew: ")
 
 
 def test_it_does_not_matter_how_labels_are_cut_into_messages() -> None:
     losses = np.concatenate([wrong(300, 0.1), wrong(300, 0.4, 1)])
-    whole, parts = State("sha256:a"), State("sha256:a")
+    whole, parts = DegradationState("sha256:a"), DegradationState("sha256:a")
     found = run(losses, whole)
     pieces = [one for i in range(0, 600, 7) for one in run(losses[i : i + 7], parts)]
     assert found == pieces
@@ -109,20 +118,24 @@ def test_it_does_not_matter_how_labels_are_cut_into_messages() -> None:
 
 
 def test_state_survives_being_kept_and_stays_small() -> None:
-    state = State("sha256:a")
-    run(wrong(5000, 0.3), state, Promise(0.9, 100), 0.1)
-    assert State.from_bytes(state.to_bytes()) == state
+    state = DegradationState("sha256:a")
+    run(wrong(5000, 0.3), state, PromisedAccuracy(0.9, 100), 0.1)
+    assert DegradationState.from_bytes(state.to_bytes()) == state
     assert len(state.to_bytes()) < 4000
 
 
 def test_damaged_state_is_refused() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        State.from_bytes(b"\x00{")
+        DegradationState.from_bytes(b"\x00{")
 
 
-def redone(state: State, losses: Any, whole: bool = True, promise: Promise | None = None) -> list[Finding]:
+def redone(
+    state: DegradationState, losses: Any, whole: bool = True, promise: PromisedAccuracy | None = None
+) -> list[DegradationEvent]:
     given = list(map(float, losses))
-    return degradation.redo(state, given, [None] * len(given), promise or Promise(), shares=True, whole=whole)
+    return degradation.recompute(
+        state, given, [None] * len(given), promise or PromisedAccuracy(), binary_loss=True, complete=whole
+    )
 
 
 @given(
@@ -134,40 +147,40 @@ def test_labels_put_right_leave_what_they_would_have_left_had_they_been_right_at
     right: list[bool], mask: list[bool], wrong_from: int
 ) -> None:
     first = [one or (flip and i >= wrong_from) for i, (one, flip) in enumerate(zip(right, mask, strict=False))]
-    state, wanted = State("sha256:a"), State("sha256:a")
-    run(first, state, Promise(0.9, 500))
-    run(right, wanted, Promise(0.9, 500))
-    redone(state, right, promise=Promise(0.9, 500))
+    state, wanted = DegradationState("sha256:a"), DegradationState("sha256:a")
+    run(first, state, PromisedAccuracy(0.9, 500))
+    run(right, wanted, PromisedAccuracy(0.9, 500))
+    redone(state, right, promise=PromisedAccuracy(0.9, 500))
     for one in (state, wanted):
         for track in one.tracks.values():
-            track.raised = 0
+            track.raised_count = 0
     assert state == wanted
 
 
 def test_an_alert_that_only_wrong_labels_raised_is_cleared_by_its_id_and_the_next_is_another() -> None:
-    state = State("sha256:a")
-    [raised] = run(wrong(150, 0.6), state, Promise(0.9, 500))
-    [cleared] = redone(state, wrong(150, 0.05), promise=Promise(0.9, 500))
-    told = [degradation.alert(one, shares=True) for one in (raised, cleared)]
+    state = DegradationState("sha256:a")
+    [raised] = run(wrong(150, 0.6), state, PromisedAccuracy(0.9, 500))
+    [cleared] = redone(state, wrong(150, 0.05), promise=PromisedAccuracy(0.9, 500))
+    told = [degradation.build_alert(one, binary_loss=True) for one in (raised, cleared)]
     assert [one.state for one in told] == ["raised", "cleared"]
     assert told[0].id == told[1].id
     assert told[1].summary.startswith("labels were put right; the 150 there are now agree with ")
-    [again] = redone(state, wrong(150, 0.6), promise=Promise(0.9, 500))
+    [again] = redone(state, wrong(150, 0.6), promise=PromisedAccuracy(0.9, 500))
     assert (again.state, again.count) == ("raised", 2)
 
 
 def test_an_alert_that_right_labels_raise_too_stays_as_it_is() -> None:
-    state, losses = State("sha256:a"), wrong(150, 0.6)
-    run(losses, state, Promise(0.9, 500))
+    state, losses = DegradationState("sha256:a"), wrong(150, 0.6)
+    run(losses, state, PromisedAccuracy(0.9, 500))
     losses[0] = not losses[0]
-    assert redone(state, losses, promise=Promise(0.9, 500)) == []
-    assert state.tracks[EVALUATION].open
+    assert redone(state, losses, promise=PromisedAccuracy(0.9, 500)) == []
+    assert state.tracks[EVALUATION].is_open
 
 
 def test_where_the_first_labels_are_gone_the_baseline_stays() -> None:
-    state = State("sha256:a")
+    state = DegradationState("sha256:a")
     run(wrong(500, 0.1), state)
-    before = (state.n, state.off, state.square)
+    before = (state.baseline_n, state.baseline_loss_sum, state.baseline_square_sum)
     redone(state, wrong(300, 0.3, 2), whole=False)
-    assert (state.n, state.off, state.square) == before
-    assert state.tracks[DECAY].open
+    assert (state.baseline_n, state.baseline_loss_sum, state.baseline_square_sum) == before
+    assert state.tracks[DECAY].is_open

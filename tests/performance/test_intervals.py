@@ -35,18 +35,18 @@ def test_independent_results_count_one_each_and_alike_ones_less() -> None:
     random = np.random.default_rng(1)
     free = random.random(2000) < 0.2
     sticky = np.repeat(random.random(200) < 0.2, 10)
-    assert intervals.design(free.astype(float)) < 1.2
-    assert intervals.design(sticky.astype(float)) > 8
+    assert intervals.estimate_design_effect(free.astype(float)) < 1.2
+    assert intervals.estimate_design_effect(sticky.astype(float)) > 8
 
 
 def test_too_few_or_constant_results_say_nothing_of_being_alike() -> None:
-    assert intervals.design(np.ones(5)) == 1.0
-    assert intervals.design(np.ones(500)) == 1.0
+    assert intervals.estimate_design_effect(np.ones(5)) == 1.0
+    assert intervals.estimate_design_effect(np.ones(500)) == 1.0
 
 
 def test_weights_are_the_same_every_time_and_have_mean_one() -> None:
-    drawn = np.array(list(intervals.weights(333, 1.0)))
-    assert drawn.tobytes() == np.array(list(intervals.weights(333, 1.0))).tobytes()
+    drawn = np.array(list(intervals.bootstrap_weights(333, 1.0)))
+    assert drawn.tobytes() == np.array(list(intervals.bootstrap_weights(333, 1.0))).tobytes()
     assert drawn.mean(axis=1) == pytest.approx(np.ones(intervals.REPLICATES))
     # Exponential: standard deviation 1, and replicates differ.
     assert drawn.std() == pytest.approx(1.0, abs=0.05)
@@ -54,7 +54,7 @@ def test_weights_are_the_same_every_time_and_have_mean_one() -> None:
 
 
 def test_neighbours_that_are_alike_share_their_weight() -> None:
-    drawn = np.array(list(intervals.weights(400, 5.0)))
+    drawn = np.array(list(intervals.bootstrap_weights(400, 5.0)))
     assert (drawn[:, 0] == drawn[:, 9]).all()
     assert (drawn[:, 9] != drawn[:, 10]).all()
 
@@ -65,19 +65,19 @@ def test_the_bootstrap_of_a_mean_covers_it() -> None:
         values = random.normal(5, 2, 120)
         [(low, high)] = intervals.bootstrap(
             lambda w, v=values: [float((v * w).sum() / w.sum())],  # type: ignore[misc]
-            intervals.weights(120, 1.0),
+            intervals.bootstrap_weights(120, 1.0),
         )
         inside += low <= 5 <= high
     assert 88 <= inside <= 100
 
 
 def test_a_statistic_without_a_value_has_no_interval() -> None:
-    [nothing] = intervals.bootstrap(lambda w: [math.nan], intervals.weights(50, 1.0))
+    [nothing] = intervals.bootstrap(lambda w: [math.nan], intervals.bootstrap_weights(50, 1.0))
     assert all(map(math.isnan, nothing))
 
 
 def test_what_never_varied_has_no_interval_of_width_zero() -> None:
-    [same] = intervals.bootstrap(lambda w: [1.0], intervals.weights(50, 1.0))
+    [same] = intervals.bootstrap(lambda w: [1.0], intervals.bootstrap_weights(50, 1.0))
     assert all(map(math.isnan, same))
 
 
@@ -85,19 +85,19 @@ def test_what_never_varied_has_no_interval_of_width_zero() -> None:
 def test_an_absurd_value_leaves_neighbours_as_alike_as_they_can_be_told(value: float) -> None:
     values = np.full(60, 0.5)
     values[5] = value
-    assert 1.0 <= intervals.design(values) < 20
+    assert 1.0 <= intervals.estimate_design_effect(values) < 20
 
 
 @given(st.floats(1e-100, 1e100))
 def test_how_alike_neighbours_are_does_not_depend_on_the_unit(scale: float) -> None:
     values = np.repeat(np.random.default_rng(1).random(50), 4)
-    assert intervals.design(values * scale) == pytest.approx(intervals.design(values))
+    assert intervals.estimate_design_effect(values * scale) == pytest.approx(intervals.estimate_design_effect(values))
 
 
 def test_weights_of_many_results_are_made_one_replicate_at_a_time() -> None:
     tracemalloc.start()
     try:
-        intervals.bootstrap(lambda w: [float(w[0])], intervals.weights(100_000, 1.0))
+        intervals.bootstrap(lambda w: [float(w[0])], intervals.bootstrap_weights(100_000, 1.0))
         assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
     finally:
         tracemalloc.stop()

@@ -11,28 +11,28 @@ import msgspec
 import pytest
 
 from agent import config
-from agent.config.updates import Updates
+from agent.config.updates import UpdatesConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 HEADING = re.compile(r"^##+ (.+)$", re.MULTILINE)
 ROW = re.compile(r"^\| `(\w+)` \| (?:`(.+?)`|(–|required)) \|", re.MULTILINE)
 SECTIONS: dict[str, Any] = {
-    "[device]": config.Device,
-    "[broker]": config.Broker,
-    "[collector]": config.Collector,
-    "[operators]": config.Operators,
-    "[publishers]": config.Publishers,
-    "[buffer]": config.Buffer,
-    "[intake]": config.Intake,
-    "[care]": config.Care,
-    "[updates]": Updates,
-    "[streams.NAME]": config.Stream,
-    "fields": config.Field,
+    "[device]": config.DeviceConfig,
+    "[broker]": config.BrokerConfig,
+    "[collector]": config.CollectorConfig,
+    "[operators]": config.OperatorsConfig,
+    "[publishers]": config.PublishersConfig,
+    "[buffer]": config.BufferConfig,
+    "[intake]": config.IntakeConfig,
+    "[care]": config.ThrottleConfig,
+    "[updates]": UpdatesConfig,
+    "[streams.NAME]": config.StreamConfig,
+    "fields": config.FieldConfig,
     "source files": config.FilesSource,
     "source host": config.HostSource,
     "source mqtt": config.MqttSource,
     "source replay": config.ReplaySource,
-    "[tasks.NAME]": config.Task,
+    "[tasks.NAME]": config.TaskConfig,
 }
 
 

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from agent.comparison.paired_intervals import Block
+from agent.comparison.paired_intervals import ComparisonBlock
 from scripts.covering import looks, made, recorded
 from scripts.covering.__main__ import held
 from scripts.covering.made import ESTIMATES, STRAIN, TRUTHS
@@ -23,7 +23,7 @@ REPEATS = 100
 
 
 def counted(name: str, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
-    def drawn(random: np.random.Generator) -> tuple[list[Block], dict[str, float]]:
+    def drawn(random: np.random.Generator) -> tuple[list[ComparisonBlock], dict[str, float]]:
         blocks, strain = CASES[name].make(random)
         return blocks, {estimate: truth(strain) for estimate, truth in TRUTHS.items()}
 

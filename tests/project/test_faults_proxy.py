@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.transport.mqtt import Link
-from agent.transport.packets import Outgoing, Receipt
+from agent.transport.packets import OutgoingMessage, PublishReceipt
 from scripts.faults import proxy
 from scripts.faults.proxy import Packet, Proxy
 from tests.kit.brokers import Mosquitto
@@ -35,15 +35,15 @@ def line(broker: Mosquitto) -> Iterator[Proxy]:
 
 
 def connect(line: Proxy, client: str = "pi-07") -> Link:
-    return Link(Broker(url=f"mqtt://127.0.0.1:{line.port}"), client, timeout_s=PATIENCE_S)
+    return Link(BrokerConfig(url=f"mqtt://127.0.0.1:{line.port}"), client, timeout_s=PATIENCE_S)
 
 
 def answer(link: Link, payload: bytes = b"{}") -> int:
-    token = link.send(Outgoing(TOPIC, payload))
+    token = link.send(OutgoingMessage(TOPIC, payload))
     until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
         for event in link.receive(1.0):
-            if isinstance(event, Receipt) and event.token == token:
+            if isinstance(event, PublishReceipt) and event.token == token:
                 return event.code
     raise AssertionError("no answer")
 
@@ -99,7 +99,7 @@ def test_a_cut_connection_is_down_at_once_and_a_swallowed_one_stays_silent(line:
     cut.drop()
     swallowed = connect(line)
     line.swallow()
-    swallowed.send(Outgoing(TOPIC, b"{}"))
+    swallowed.send(OutgoingMessage(TOPIC, b"{}"))
     assert swallowed.receive(0.3) == []
     swallowed.drop()
     link = connect(line)

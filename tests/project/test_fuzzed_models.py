@@ -53,7 +53,7 @@ def configure(device: Device, content: bytes) -> None:
     (folder / "model.tflite").write_bytes(content)
 
     def change(head: dict[str, Any]) -> None:
-        head["files"]["model.tflite"] = tuning.digest(content)
+        head["files"]["model.tflite"] = tuning.model_digest(content)
         head["limits"] = {"seconds": 3, "memory_mib": 512}
 
     change_manifest(folder, change)
@@ -66,8 +66,8 @@ def test_fuzzed_models_never_take_the_agent_down_nor_the_place_of_one_that_works
         configure(device, content)
         device.start()
         if device.runs() == "1":
-            [broken] = device.daemon._broken
-            assert (broken.instead, bool(broken.reason)) == ("tiny 1", True), number
+            [broken] = device.daemon._bundle_failures
+            assert (broken.fallback, bool(broken.reason)) == ("tiny 1", True), number
             refused += 1
         else:
             # Damage that no golden vector can tell: it does what the sound one does.

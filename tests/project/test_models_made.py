@@ -18,14 +18,14 @@ import pytest
 from agent.datasets import training_data
 from agent.evaluation import evaluate
 from agent.evaluation.document import Evaluation
-from agent.media import Sound
+from agent.media import SoundFormat
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import derived_features, inference, sound
 from tests.kit.evaluations import finding
 from tests.project.test_build_models import builder
 
 SOURCES = Path(__file__).resolve().parents[2] / "models" / "sources"
-RECORDINGS = builtin.recordings()
+RECORDINGS = builtin.recordings_dir()
 BOTH = pytest.mark.parametrize("name", ["solar", "machine"])
 
 
@@ -41,10 +41,10 @@ def module(name: str, file: str) -> ModuleType:
 
 
 def evaluated(name: str, **asked: Any) -> Evaluation:
-    found = bundle.read(builtin.bundles() / name, builtin.publishers())
+    found = bundle.read(builtin.bundles_dir() / name, builtin.publisher_keys())
     asked = {"data": RECORDINGS / f"{name}.npz"} | asked
-    request = evaluate.Request(train=SOURCES / name / "reference.npz", latency=False, **asked)
-    model = inference.load(found.manifest, found.model)
+    request = evaluate.EvaluationRequest(train=SOURCES / name / "reference.npz", latency=False, **asked)
+    model = inference.load_model(found.manifest, found.model_bytes)
     return evaluate.evaluate(found, inference.Inference(found.manifest, model), "", request, lambda _: None)
 
 
@@ -80,11 +80,11 @@ def test_converting_the_committed_weights_gives_the_committed_model_byte_for_byt
 
 @BOTH
 def test_the_bundle_holds_the_model_the_scaling_and_the_cards_of_its_sources(name: str) -> None:
-    found = bundle.read(builtin.bundles() / name, builtin.publishers())
+    found = bundle.read(builtin.bundles_dir() / name, builtin.publisher_keys())
     spec = tomllib.loads((SOURCES / name / "bundle.toml").read_text(encoding="utf-8"))
-    assert found.model == (SOURCES / name / "model.tflite").read_bytes()
+    assert found.model_bytes == (SOURCES / name / "model.tflite").read_bytes()
     assert found.files["MODEL_CARD.md"].decode() == card(name)
-    assert f"sha256:{hashlib.sha256(found.model).hexdigest()}" in card(name)
+    assert f"sha256:{hashlib.sha256(found.model_bytes).hexdigest()}" in card(name)
     with np.load(SOURCES / name / "weights.npz", allow_pickle=False) as z:
         for key in ("mean", "std"):
             assert found.manifest.input.__getattribute__(key) == spec["input"][key]
@@ -165,11 +165,11 @@ def test_no_machine_of_the_test_was_trained_or_set_a_threshold() -> None:
 
 def test_features_of_training_are_those_that_the_device_derives() -> None:
     recordings = module("solar", "recordings")
-    found = bundle.read(builtin.bundles() / "solar", builtin.publishers())
+    found = bundle.read(builtin.bundles_dir() / "solar", builtin.publisher_keys())
     spec = found.manifest.input
     known = recordings.load(RECORDINGS / "solar.npz")
     given = training_data.read(RECORDINGS / "solar.npz", spec)
-    made = derived_features.columns(given.features, given.t, spec)
+    made = derived_features.compute(given.features, given.t, spec)
     np.testing.assert_allclose(made[3:2000], known.features()[3:2000], rtol=1e-5, atol=1e-5)
     assert spec.columns == list(recordings.FEATURES)
 
@@ -180,7 +180,7 @@ def test_the_same_ten_seconds_of_a_machine_sound_the_same_and_are_the_committed_
     assert np.array_equal(made, sounds.record(9, 0))
     assert not np.array_equal(made, sounds.record(9, 1))
     spec = tomllib.loads((SOURCES / "machine" / "bundle.toml").read_text(encoding="utf-8"))["input"]["sound"]
-    rows = sound.rows(made, Sound(**spec))
+    rows = sound.compute_mel_rows(made, SoundFormat(**spec))
     with np.load(RECORDINGS / "machine.npz") as z:
         kept = z["rows"][: z["starts"][1]] * z["scale"]
     assert np.abs(rows - kept).max() <= 0.26

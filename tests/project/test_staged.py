@@ -57,7 +57,7 @@ def test_each_trial_makes_a_plan_that_the_fleet_takes(trial: Trial, tmp_path: Pa
     for devices in (6, 50):
         file = tmp_path / "plan.toml"
         file.write_text(trial.plan("there", devices), encoding="utf-8")
-        found = plan.read(file).plan("exercise", "2.0.0", f"sha256:{'0' * 64}")
+        found = plan.read(file).to_plan("exercise", "2.0.0", f"sha256:{'0' * 64}")
         assert found.steps[-1].strategy == "all"
         assert trial.ends == "finished" or trial.ends in [step.strategy for step in found.steps]
 
@@ -95,7 +95,7 @@ def test_every_candidate_is_signed_and_passes_its_golden_vectors(tmp_path: Path)
     versions = set()
     for name in (*candidates.TRAINED, *candidates.RIGGED):
         found = bundle.read(candidates.make(name, tmp_path, key), [key.public])
-        probe.probe(found).require()
+        probe.probe(found).raise_for_failure()
         versions.add(found.manifest.version)
     assert len(versions) == len(candidates.TRAINED) + len(candidates.RIGGED)
     assert {trial.bundle for trial in TRIALS} <= {*candidates.TRAINED, *candidates.RIGGED}

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.render.charts import Line, forest
-from agent.render.curve import Step, curve
-from agent.render.heatmap import heatmap
-from agent.render.reliability import Dot, reliability
-from agent.render.theme import DARK, LIGHT, variables
+from agent.render.charts import ForestRow, render_forest
+from agent.render.curve import CurvePoint, render_curve
+from agent.render.heatmap import render_heatmap
+from agent.render.reliability import ReliabilityPoint, render_reliability
+from agent.render.theme import DARK_THEME, LIGHT_THEME, css_variables
 
 shares = st.floats(0, 1)
 names = st.text(max_size=40)
@@ -39,7 +39,9 @@ def of_kind(root: ElementTree.Element, kind: str) -> list[ElementTree.Element]:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(names, shares, shares, shares), min_size=1, max_size=30))
 def test_figures_stand_in_the_order_of_their_values(lines: list[tuple[str, float, float, float]]) -> None:
-    root = parsed(forest("Any", [Line(n, *sorted_three(a, b, c), f"{b}") for n, a, b, c in lines], reference=0.5))
+    root = parsed(
+        render_forest("Any", [ForestRow(n, *sorted_three(a, b, c), f"{b}") for n, a, b, c in lines], reference=0.5)
+    )
     found = [float(circle.attrib["cx"]) for circle in of_kind(root, "figure")]
     values = [sorted([a, b, c])[1] for _, a, b, c in lines]
     assert len(found) == len(of_kind(root, "interval")) == len(lines)
@@ -54,12 +56,14 @@ def sorted_three(a: float, b: float, c: float) -> tuple[float, float, float]:
 
 
 def test_no_figure_at_all_is_a_picture_without_one() -> None:
-    assert of_kind(parsed(forest("None", [])), "figure") == []
-    assert of_kind(parsed(reliability([])), "bin") == []
+    assert of_kind(parsed(render_forest("None", [])), "figure") == []
+    assert of_kind(parsed(render_reliability([])), "bin") == []
 
 
 def test_what_is_on_the_diagonal_is_right_as_often_as_it_says() -> None:
-    root = parsed(reliability([Dot(0.6, 0.6, 0.5, 0.7, 9), Dot(0.9, 0.9, None, None, 9)]))
+    root = parsed(
+        render_reliability([ReliabilityPoint(0.6, 0.6, 0.5, 0.7, 9), ReliabilityPoint(0.9, 0.9, None, None, 9)])
+    )
     [diagonal] = of_kind(root, "diagonal")
     x1, y1, x2, y2 = (float(diagonal.attrib[key]) for key in ("x1", "y1", "x2", "y2"))
     for dot in of_kind(root, "bin"):
@@ -72,19 +76,23 @@ def test_what_is_on_the_diagonal_is_right_as_often_as_it_says() -> None:
 def test_a_confusion_has_a_cell_for_every_count(n: int, data: st.DataObject) -> None:
     labels = data.draw(st.lists(st.text(min_size=1, max_size=30), min_size=n, max_size=n))
     counts = data.draw(st.lists(st.lists(st.integers(0, 10**6), min_size=n, max_size=n), min_size=n, max_size=n))
-    root = parsed(heatmap(labels, counts))
+    root = parsed(render_heatmap(labels, counts))
     assert len(of_kind(root, "cell")) == sum(count > 0 for row in counts for count in row)
 
 
 def test_a_curve_falls_where_its_figure_falls() -> None:
-    root = parsed(curve("noise", [Step("none", 0.9, 0.8, 1.0), Step("1", 0.4, None, None)], 0, 1, reference=0.9))
+    root = parsed(
+        render_curve(
+            "noise", [CurvePoint("none", 0.9, 0.8, 1.0), CurvePoint("1", 0.4, None, None)], 0, 1, reference=0.9
+        )
+    )
     [course] = of_kind(root, "course")
     (_, y1), (_, y2) = re.findall(r"([\d.]+) ([\d.]+)", course.attrib["d"])
     assert float(y1) < float(y2)
 
 
 def test_light_and_dark_give_the_page_the_same_names() -> None:
-    light, dark = (set(re.findall(r"--[\w-]+(?=:)", variables(theme))) for theme in (LIGHT, DARK))
+    light, dark = (set(re.findall(r"--[\w-]+(?=:)", css_variables(theme))) for theme in (LIGHT_THEME, DARK_THEME))
     assert light == dark
-    used = set(re.findall(r"var\((--[\w-]+)\)", forest("x", [Line("a", 0.5, 0.4, 0.6, "", "drift")])))
+    used = set(re.findall(r"var\((--[\w-]+)\)", render_forest("x", [ForestRow("a", 0.5, 0.4, 0.6, "", "drift")])))
     assert used <= light

@@ -14,9 +14,9 @@ from msgspec.structs import replace
 
 from agent.errors import UsageError
 from agent.render import axes, histogram, png
-from agent.render.drift_model import Curve, Estimate, Picture, Row, Spell
-from agent.render.drift_plot import drift
-from agent.render.theme import DARK, LIGHT
+from agent.render.drift_model import AccuracyEstimate, DriftPlot, EvidenceCurve, PlotRow, StateInterval
+from agent.render.drift_plot import render_drift
+from agent.render.theme import DARK_THEME, LIGHT_THEME
 
 SVG = "{http://www.w3.org/2000/svg}"
 MINUTE = 60_000_000
@@ -26,25 +26,28 @@ BOUNDS = [i / 4 for i in range(33)]
 COUNTS = [0, *range(16), *reversed(range(16)), 0]
 
 
-def row(name: str = "ax", *spells: Spell, **changes: object) -> Row:
-    told = Row(
+def row(name: str = "ax", *spells: StateInterval, **changes: object) -> PlotRow:
+    told = PlotRow(
         name=name,
         unit="g",
         state="drift",
         notes=["JS 0.10"],
         bounds=BOUNDS,
-        usual=COUNTS,
-        shown=[(0, COUNTS[::-1])],
-        curves=[Curve(0, TIMES, [float(i) for i in range(20)]), Curve(0, TIMES, [None, *[1.0] * 19], dashed=True)],
+        reference=COUNTS,
+        histograms=[(0, COUNTS[::-1])],
+        curves=[
+            EvidenceCurve(0, TIMES, [float(i) for i in range(20)]),
+            EvidenceCurve(0, TIMES, [None, *[1.0] * 19], dashed=True),
+        ],
         limit=5.0,
-        spells=spells,
+        intervals=spells,
     )
     return replace(told, **changes)
 
 
-def picture(*rows: Row, **changes: object) -> Picture:
-    estimate = Estimate(0, TIMES, [0.9] * 20, [0.8] * 20, [1.0] * 20)
-    made = Picture("Drift of exercise at pi-01", "20 windows", [], ["mean"], "spread", "reference", rows, [estimate])
+def picture(*rows: PlotRow, **changes: object) -> DriftPlot:
+    estimate = AccuracyEstimate(0, TIMES, [0.9] * 20, [0.8] * 20, [1.0] * 20)
+    made = DriftPlot("Drift of exercise at pi-01", "20 windows", [], ["mean"], "spread", "reference", rows, [estimate])
     return replace(made, **changes)
 
 
@@ -58,7 +61,7 @@ def texts(svg: str) -> list[str]:
 
 @pytest.mark.parametrize("fields", [1, 2, 6, 16, 40])
 def test_every_field_has_a_row_and_nothing_lies_outside_the_paper(fields: int) -> None:
-    svg = drift(picture(*(row(f"field {i}") for i in range(fields))))
+    svg = render_drift(picture(*(row(f"field {i}") for i in range(fields))))
     root = ET.fromstring(svg)
     assert [f"field {i} (g)" for i in range(fields)] == [t for t in texts(svg) if t.startswith("field ")]
     width, height = (float(root.attrib[name]) for name in ("width", "height"))
@@ -73,63 +76,63 @@ def test_every_field_has_a_row_and_nothing_lies_outside_the_paper(fields: int) -
 
 
 def test_rows_do_not_overlap() -> None:
-    root = ET.fromstring(drift(picture(*(row(f"f{i}") for i in range(16)))))
+    root = ET.fromstring(render_drift(picture(*(row(f"f{i}") for i in range(16)))))
     bars = [e for e in root.iter(f"{SVG}rect") if e.get("class") == "state-drift"]
     spans = [(float(e.attrib["y"]), float(e.attrib["y"]) + float(e.attrib["height"])) for e in bars]
     assert all(before[1] + 17 <= after[0] for before, after in pairwise(spans))
 
 
 def test_alerts_are_marked_where_they_were_raised_and_cleared_and_faults_are_shaded() -> None:
-    over = Spell("drift", TIMES[4], TIMES[8], goes_on=False)
-    going_on = Spell("fault", TIMES[12], TIMES[19], goes_on=True)
-    found = classes(drift(picture(row("ax", over, going_on))))
+    over = StateInterval("drift", TIMES[4], TIMES[8], ongoing=False)
+    going_on = StateInterval("fault", TIMES[12], TIMES[19], ongoing=True)
+    found = classes(render_drift(picture(row("ax", over, going_on))))
     counted = {name: found.count(name) for name in ("raised", "cleared", "band-drift", "band-fault", "limit")}
     assert counted == {"raised": 2, "cleared": 1, "band-drift": 1, "band-fault": 1, "limit": 1}
 
 
 def test_the_alarm_line_is_left_out_where_nobody_knows_the_limit() -> None:
-    svg = drift(picture(row(limit=None)))
+    svg = render_drift(picture(row(limit=None)))
     assert "limit" not in classes(svg)
     assert "alarm" not in texts(svg)
 
 
 def test_a_sum_far_above_the_alarm_is_cut_off_and_said() -> None:
-    svg = drift(picture(row(curves=[Curve(0, TIMES, [100.0 * i for i in range(20)])])))
+    svg = render_drift(picture(row(curves=[EvidenceCurve(0, TIMES, [100.0 * i for i in range(20)])])))
     assert "up to 1.9e3" in texts(svg)
 
 
 def test_a_picture_without_anything_says_so() -> None:
-    svg = drift(picture(estimates=[], empty="No drift window yet."))
+    svg = render_drift(picture(estimates=[], empty="No drift window yet."))
     assert [t for t in texts(svg) if t == "No drift window yet."]
     assert "field" not in classes(svg)
 
 
 def test_one_window_alone_is_drawn_as_a_point() -> None:
-    svg = drift(picture(row(curves=[Curve(0, TIMES[:1], [2.0])]), estimates=[]))
+    svg = render_drift(picture(row(curves=[EvidenceCurve(0, TIMES[:1], [2.0])]), estimates=[]))
     assert any(e.get("class") == "curve" for e in ET.fromstring(svg).iter(f"{SVG}circle"))
 
 
 def test_a_dark_picture_has_another_paper_and_the_same_content() -> None:
-    light, dark = drift(picture(row())), drift(picture(row()), dark=True)
-    assert (LIGHT.paper in light, DARK.paper in dark, LIGHT.paper in dark) == (True, True, False)
+    light, dark = render_drift(picture(row())), render_drift(picture(row()), dark=True)
+    assert (LIGHT_THEME.paper in light, DARK_THEME.paper in dark, LIGHT_THEME.paper in dark) == (True, True, False)
     assert texts(light) == texts(dark)
 
 
 @given(st.text(max_size=300), st.text(max_size=300))
 def test_no_name_or_sentence_breaks_the_document_or_gets_into_it_as_markup(name: str, sentence: str) -> None:
-    svg = drift(picture(row(name), alerts=[("drift", sentence)], series=[name], title=sentence))
-    plain = drift(picture(row("a"), alerts=[("drift", "a")], series=["a"], title="a"))
+    svg = render_drift(picture(row(name), alerts=[("drift", sentence)], series=[name], title=sentence))
+    plain = render_drift(picture(row("a"), alerts=[("drift", "a")], series=["a"], title="a"))
     kinds = [element.tag for element in ET.fromstring(svg).iter() if element.tag != f"{SVG}text"]
     assert kinds == [element.tag for element in ET.fromstring(plain).iter() if element.tag != f"{SVG}text"]
 
 
 def test_the_same_content_gives_the_same_bytes() -> None:
-    assert drift(picture(row())) == drift(picture(row()))
+    assert render_drift(picture(row())) == render_drift(picture(row()))
 
 
 def test_a_png_is_a_picture_of_twice_the_size() -> None:
     pytest.importorskip("resvg_py")
-    svg = drift(picture(row()))
+    svg = render_drift(picture(row()))
     data = png.from_svg(svg)
     root = ET.fromstring(svg)
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
@@ -140,9 +143,9 @@ def test_without_a_font_a_png_is_refused_and_not_drawn_without_its_text(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     pytest.importorskip("resvg_py")
-    monkeypatch.setattr(png, "_FONTS", (str(tmp_path),))
+    monkeypatch.setattr(png, "_FONT_FOLDERS", (str(tmp_path),))
     with pytest.raises(UsageError, match=r"needs a font: .*; or name a file that ends in \.svg"):
-        png.from_svg(drift(picture(row())))
+        png.from_svg(render_drift(picture(row())))
 
 
 # --- histograms and axes ---
@@ -156,23 +159,23 @@ def test_an_outline_holds_every_row_within_the_bounds(told: list[int], widths: l
     for width in widths:
         bounds.append(bounds[-1] + width)
     inner = sum(told[1:-1])
-    outline = histogram.outline(bounds, told, bounds[0], bounds[-1])
+    outline = histogram.rebin(bounds, told, bounds[0], bounds[-1])
     assert sum(outline) * sum(told) == pytest.approx(inner, abs=1e-6 * (1 + inner))
     assert min(outline) >= -1e-12
-    low, high = histogram.span(bounds, [told])
+    low, high = histogram.visible_range(bounds, [told])
     assert low < high
 
 
 def test_a_quantile_bin_that_is_wide_is_drawn_low() -> None:
     bounds = [0.0, *[i / 310 for i in range(1, 32)], 1.0]
-    outline = histogram.outline(bounds, [0, *[10] * 32, 0], 0.0, 1.0)
+    outline = histogram.rebin(bounds, [0, *[10] * 32, 0], 0.0, 1.0)
     assert outline[0] > 5 * outline[-1] > 0
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(1, 8))
 def test_ticks_are_few_and_within(low: float, width: float, about: int) -> None:
     high = low + width
-    ticks = axes.numbers(low, high, about)
+    ticks = axes.linear_ticks(low, high, about)
     assert len(ticks) <= 2 * about + 2
     slack = 1e-6 * (abs(low) + abs(high) + width)
     assert all(low - slack <= tick <= high + slack for tick in ticks)
@@ -180,7 +183,7 @@ def test_ticks_are_few_and_within(low: float, width: float, about: int) -> None:
 
 @pytest.mark.parametrize("seconds", [1, 90, 3600, 86_400, 30 * 86_400, 10 * 365 * 86_400, 100 * 365 * 86_400])
 def test_moments_are_few_and_within_whatever_the_span(seconds: int) -> None:
-    ticks = axes.moments(BEGIN, BEGIN + seconds * 1_000_000, 8)
+    ticks = axes.time_ticks(BEGIN, BEGIN + seconds * 1_000_000, 8)
     assert 1 <= len(ticks) <= 9
     assert all(BEGIN <= t <= BEGIN + seconds * 1_000_000 for t, _ in ticks)
     assert len({label for _, label in ticks}) == len(ticks)

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 
-from agent.simulate.flaky_web import Line, Web
+from agent.simulate.flaky_web import DeviceConnection, FlakyWebServer
 
 CONTENT = bytes(range(256)) * 400
 
 
 @pytest.fixture
-def web(tmp_path: Path) -> Iterator[Web]:
+def web(tmp_path: Path) -> Iterator[FlakyWebServer]:
     (tmp_path / "repository" / "targets").mkdir(parents=True)
     (tmp_path / "repository" / "targets" / "a.zip").write_bytes(CONTENT)
     (tmp_path / "repository" / "timestamp.json").write_bytes(b"{}" * 100)
     (tmp_path / "secret").write_bytes(b"not for the web")
-    web = Web(tmp_path / "repository", seed=3)
+    web = FlakyWebServer(tmp_path / "repository", seed=3)
     yield web
     web.close()
 
 
-def get(web: Web, path: str, **headers: str) -> tuple[int, bytes, str | None]:
+def get(web: FlakyWebServer, path: str, **headers: str) -> tuple[int, bytes, str | None]:
     connection = http.client.HTTPConnection("127.0.0.1", web.port, timeout=60)
     try:
         connection.request("GET", path, headers=headers)
@@ -41,12 +41,12 @@ def get(web: Web, path: str, **headers: str) -> tuple[int, bytes, str | None]:
         connection.close()
 
 
-def test_a_file_comes_whole_and_is_counted(web: Web) -> None:
+def test_a_file_comes_whole_and_is_counted(web: FlakyWebServer) -> None:
     assert get(web, "/pi-01/targets/a.zip") == (200, CONTENT, None)
-    assert web.lines["pi-01"].sent == len(CONTENT)
+    assert web.connections["pi-01"].sent_bytes == len(CONTENT)
 
 
-def test_a_range_goes_on_where_a_download_broke_off(web: Web) -> None:
+def test_a_range_goes_on_where_a_download_broke_off(web: FlakyWebServer) -> None:
     size = len(CONTENT)
     assert get(web, "/pi-01/targets/a.zip", Range="bytes=70000-") == (
         206,
@@ -57,36 +57,36 @@ def test_a_range_goes_on_where_a_download_broke_off(web: Web) -> None:
     assert get(web, "/pi-01/targets/a.zip", Range=f"bytes={size}-")[0] == 416
 
 
-def test_a_line_with_two_cuts_breaks_twice_and_then_holds(web: Web) -> None:
-    web.lines["pi-02"] = Line(cuts=2)
+def test_a_line_with_two_cuts_breaks_twice_and_then_holds(web: FlakyWebServer) -> None:
+    web.connections["pi-02"] = DeviceConnection(planned_cuts=2)
     lengths = [len(get(web, "/pi-02/targets/a.zip")[1]) for _ in range(3)]
     assert all(0 < length < len(CONTENT) for length in lengths[:2]), lengths
     assert lengths[2] == len(CONTENT)
-    assert web.lines["pi-02"].cut == 2
+    assert web.connections["pi-02"].cut_count == 2
     assert len(get(web, "/pi-01/targets/a.zip")[1]) == len(CONTENT)
 
 
-def test_a_line_that_is_to_be_cut_lets_metadata_through(web: Web) -> None:
-    web.lines["pi-02"] = Line(cuts=1)
+def test_a_line_that_is_to_be_cut_lets_metadata_through(web: FlakyWebServer) -> None:
+    web.connections["pi-02"] = DeviceConnection(planned_cuts=1)
     assert get(web, "/pi-02/timestamp.json")[1] == b"{}" * 100
-    assert web.lines["pi-02"].cut == 0
+    assert web.connections["pi-02"].cut_count == 0
 
 
-def test_a_slow_line_takes_its_time(web: Web) -> None:
-    web.lines["pi-03"] = Line(rate=200_000.0)
+def test_a_slow_line_takes_its_time(web: FlakyWebServer) -> None:
+    web.connections["pi-03"] = DeviceConnection(bytes_per_s=200_000.0)
     began = time.monotonic()
     assert len(get(web, "/pi-03/targets/a.zip")[1]) == len(CONTENT)
     assert time.monotonic() - began > 0.9 * len(CONTENT) / 200_000
 
 
-def test_a_repository_that_is_away_hangs_up_and_comes_back(web: Web) -> None:
-    web.away = True
+def test_a_repository_that_is_away_hangs_up_and_comes_back(web: FlakyWebServer) -> None:
+    web.offline = True
     with pytest.raises((ConnectionError, http.client.HTTPException)):
         get(web, "/pi-01/timestamp.json")
-    web.away = False
+    web.offline = False
     assert get(web, "/pi-01/timestamp.json")[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/pi-01/../secret", "/pi-01/%2e%2e/secret", "/pi-01/targets", "/pi-01/", "/"])
-def test_nothing_outside_the_folder_is_served(web: Web, path: str) -> None:
+def test_nothing_outside_the_folder_is_served(web: FlakyWebServer, path: str) -> None:
     assert get(web, path)[0] == 404

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import Field, ReplaySource, Scene, Stream, load
+from agent.config import FieldConfig, RecordingFilter, ReplaySource, StreamConfig, load
 from agent.device.intake.sources import recordings as playlist
-from agent.device.intake.sources.recordings import Playlist, Recordings
-from agent.device.intake.sources.replay import Replay
+from agent.device.intake.sources.recordings import Playlist, ReplayRecordings
+from agent.device.intake.sources.replay import ReplayPlayer
 from agent.errors import ConfigError, UsageError
 from tests.device.intake.test_sources import start
 from tests.kit.stations import Station, conf, wait_for
@@ -22,42 +22,42 @@ DAY, WEEK = 86_400, 7 * 86_400
 MAY = 1_367_391_600.0
 
 
-def timed(n: int = 200, step_s: float = 900.0) -> Recordings:
+def timed(n: int = 200, step_s: float = 900.0) -> ReplayRecordings:
     """A quarter of an hour a row, which counts the rows; with a gap of a day in the middle."""
     t = MAY + np.arange(n) * step_s + (np.arange(n) >= n // 2) * DAY
     rows = np.arange(n, dtype=np.float32)[:, None]
     return of(rows, [0, n], t=t, rate=(n - 1) / float(t[-1] - t[0]))
 
 
-def of(rows: Any, starts: list[int], **more: Any) -> Recordings:
+def of(rows: Any, starts: list[int], **more: Any) -> ReplayRecordings:
     r = len(starts) - 1
     nothing = np.zeros(r, np.int64)
     said: dict[str, Any] = {"rate": 100.0, "more": {}, "label": nothing, "subject": nothing} | more
-    return Recordings(rows=rows, starts=np.array(starts), labels=[], fields=["n"], **said)
+    return ReplayRecordings(rows=rows, starts=np.array(starts), labels=[], fields=["n"], **said)
 
 
-def scenes(*turns: tuple[str, int]) -> list[Scene]:
-    return [Scene(column="fault", value=value, from_row=row) for value, row in turns]
+def scenes(*turns: tuple[str, int]) -> list[RecordingFilter]:
+    return [RecordingFilter(column="fault", value=value, from_row=row) for value, row in turns]
 
 
-def several(lengths: list[int], faults: list[str]) -> Recordings:
+def several(lengths: list[int], faults: list[str]) -> ReplayRecordings:
     starts = [0, *np.cumsum(lengths).tolist()]
     rows = np.arange(starts[-1], dtype=np.float32)[:, None]
     return of(rows, starts, more={"fault": np.array(faults)})
 
 
-def saved(path: Path, recordings: Recordings) -> Path:
+def saved(path: Path, recordings: ReplayRecordings) -> Path:
     assert recordings.t is not None
     np.savez(path, rows=recordings.rows, fields=np.array(["n"]), t=recordings.t, power=recordings.rows[:, 0] * 2)
     return path
 
 
 def test_rows_of_a_file_with_times_keep_them_in_the_store(tmp_path: Path) -> None:
-    known, stream = timed(), Stream(fields=[Field(name="n")])
+    known, stream = timed(), StreamConfig(fields=[FieldConfig(name="n")])
     file = saved(tmp_path / "r.npz", known)
     source = ReplaySource(file=str(file), speed=1e7, rows=150, skip=20)
     made = conf(tmp_path / "data", weather=stream)
-    with Station(made, sources=lambda s: [Replay("weather", stream, source, s, start())]) as station:
+    with Station(made, sources=lambda s: [ReplayPlayer("weather", stream, source, s, start())]) as station:
         wait_for(lambda: station.store.last_row("weather") == 150, "150 rows")
         rows = station.rows("weather")
     assert known.t is not None
@@ -67,7 +67,7 @@ def test_rows_of_a_file_with_times_keep_them_in_the_store(tmp_path: Path) -> Non
 
 def test_the_next_pass_is_whole_weeks_later_so_that_the_time_of_day_stays() -> None:
     known = timed()
-    parts = Playlist(known, None, 7).parts()
+    parts = Playlist(known, None, 7).iter_items()
     first, second, third = (next(parts) for _ in range(3))
     assert known.t is not None
     assert (first.offset_s, second.offset_s, third.offset_s) == (0.0, WEEK, 2 * WEEK)
@@ -76,7 +76,7 @@ def test_the_next_pass_is_whole_weeks_later_so_that_the_time_of_day_stays() -> N
 
 
 def test_rows_that_are_skipped_are_there_in_the_next_pass() -> None:
-    parts = Playlist(timed(), None, 0, skip=150).parts()
+    parts = Playlist(timed(), None, 0, skip=150).iter_items()
     first, second = next(parts), next(parts)
     assert (first.start, first.n) == (150, 50)
     assert (second.first, second.start, second.n) == (51, 0, 200)
@@ -85,14 +85,14 @@ def test_rows_that_are_skipped_are_there_in_the_next_pass() -> None:
 def test_a_pace_is_that_of_the_times_on_average(tmp_path: Path) -> None:
     known = playlist.load(saved(tmp_path / "r.npz", timed()))
     assert known.rate == pytest.approx(199 / (199 * 900 + DAY))
-    assert known.more["power"].tolist() == (np.arange(200) * 2).tolist()
+    assert known.extra_columns["power"].tolist() == (np.arange(200) * 2).tolist()
 
 
 def test_a_scene_begins_at_its_row_whatever_was_playing() -> None:
     known = several([100, 120, 140], ["none", "none", "bearing"])
     order = Playlist(known, None, 3, scenes(("none", 1), ("bearing", 501), ("none", 701)))
-    of_row = np.searchsorted(known.starts, order.places(1000), side="right") - 1
-    heard = known.more["fault"][of_row]
+    of_row = np.searchsorted(known.starts, order.source_rows(1000), side="right") - 1
+    heard = known.extra_columns["fault"][of_row]
     assert set(heard[:500]) == set(heard[700:]) == {"none"}
     assert set(heard[500:700]) == {"bearing"}
 
@@ -109,8 +109,8 @@ def test_parts_follow_each_other_without_a_gap_and_go_on_after_any_row(
     known = several(lengths, [("none", "bearing")[i % 2] for i in range(len(lengths))])
     turned = [(("bearing", "none")[i % 2], row) for i, row in enumerate(sorted(turns))]
     order = Playlist(known, None, seed, scenes(("none", 1), *turned))
-    places = order.places(300)
-    parts = order.parts(after)
+    places = order.source_rows(300)
+    parts = order.iter_items(after)
     row = None
     for part in parts:
         assert row is None or part.first == row
@@ -137,7 +137,7 @@ def test_what_recordings_with_times_cannot_do_is_said(wrong: Any, said: str) -> 
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"scenes": [Scene(column="colour", value="red")]}, "no column 'colour'"),
+        ({"scenes": [RecordingFilter(column="colour", value="red")]}, "no column 'colour'"),
         ({"scenes": scenes(("loose", 1))}, "no recording has fault = 'loose'"),
         ({"skip": 1}, "no times"),
     ],

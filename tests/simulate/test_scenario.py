@@ -12,11 +12,13 @@ from agent.device.intake.sources import recordings as playlist
 from agent.errors import UsageError
 from agent.model.bundle import builtin, bundle
 from agent.simulate import scenario
-from agent.simulate.label_meter import Meter
-from agent.simulate.plan import plan
-from agent.simulate.scenario import SCENARIOS, Loss, Measured, Scenario
+from agent.simulate.label_meter import LabelMeter
+from agent.simulate.plan import demo_plan
+from agent.simulate.scenario import SCENARIOS, DelayedLabels, GradualLoss, Scenario
 
-MEASURED = Measured(column="power", unit="W", every=4, delay=10, field="ghi_clear", least=20.0)
+MEASURED = DelayedLabels(
+    column="power", unit="W", every_rows=4, delay_rows=10, filter_field="ghi_clear", filter_min=20.0
+)
 
 
 class Book(Client):
@@ -34,7 +36,7 @@ class Book(Client):
 
 @pytest.mark.parametrize("one", SCENARIOS.values(), ids=list(SCENARIOS))
 def test_a_scenario_has_the_fields_that_its_bundle_takes_and_its_file_holds(one: Scenario) -> None:
-    manifest = bundle.read(builtin.bundles() / one.bundle, builtin.publishers()).manifest
+    manifest = bundle.read(builtin.bundles_dir() / one.bundle, builtin.publisher_keys()).manifest
     recordings = playlist.load(one.file)
     assert [name for name, _ in one.fields] == manifest.input.fields
     assert set(manifest.input.fields) <= set(recordings.fields)
@@ -43,34 +45,36 @@ def test_a_scenario_has_the_fields_that_its_bundle_takes_and_its_file_holds(one:
 
 @pytest.mark.parametrize("one", SCENARIOS.values(), ids=list(SCENARIOS))
 def test_the_first_two_sites_have_something_wrong_after_they_have_learned_and_the_others_nothing(one: Scenario) -> None:
-    made = plan(4, 30.0, scenario=one)
-    clean = [made.clean(site) for site in made.sites]
-    assert all(one.learned <= row < one.rows - one.tail for row in clean[:2])
-    assert clean[2:] == [one.rows + 1] * 2
-    assert len(one.fates) == 2
+    made = demo_plan(4, 30.0, scenario=one)
+    clean = [made.first_faulty_row(site) for site in made.sites]
+    assert all(one.baseline_rows <= row < one.total_rows - one.tail_rows for row in clean[:2])
+    assert clean[2:] == [one.total_rows + 1] * 2
+    assert len(one.faults_by_site) == 2
 
 
 def test_measured_values_are_the_recordings_with_what_the_site_lost() -> None:
     solar = SCENARIOS["solar"]
-    made, recordings = plan(2, 30.0, scenario=solar), playlist.load(solar.file)
-    dusty, other = (made.measured(recordings, site) for site in made.sites)
-    assert other.tolist() == pytest.approx(recordings.more["power"][solar.skip :][: solar.rows].tolist(), nan_ok=True)
-    first = made.clean(made.sites[0])
+    made, recordings = demo_plan(2, 30.0, scenario=solar), playlist.load(solar.file)
+    dusty, other = (made.measured_values(recordings, site) for site in made.sites)
+    assert other.tolist() == pytest.approx(
+        recordings.extra_columns["power"][solar.skip_rows :][: solar.total_rows].tolist(), nan_ok=True
+    )
+    first = made.first_faulty_row(made.sites[0])
     assert dusty[:first].tolist() == pytest.approx(other[:first].tolist(), nan_ok=True)
     bright = np.nan_to_num(other[-2000:]) > 100
     assert dusty[-2000:][bright].tolist() == pytest.approx((0.65 * other[-2000:][bright]).tolist())
 
 
 def test_a_loss_grows_evenly_and_then_stays() -> None:
-    left = Loss(from_row=100, over=200, amount=0.4).left(np.array([1, 100, 200, 300, 5000]))
+    left = GradualLoss(from_row=100, ramp_rows=200, amount=0.4).remaining(np.array([1, 100, 200, 300, 5000]))
     assert left.tolist() == pytest.approx([1.0, 1.0, 0.8, 0.6, 0.6])
 
 
 def test_only_what_was_measured_by_day_is_worth_a_label() -> None:
     solar = SCENARIOS["solar"]
-    made, recordings = plan(1, 30.0, scenario=solar), playlist.load(solar.file)
-    told = made.metered(recordings, made.sites[0])
-    clear = recordings.rows[solar.skip :][: solar.rows, recordings.fields.index("ghi_clear")]
+    made, recordings = demo_plan(1, 30.0, scenario=solar), playlist.load(solar.file)
+    told = made.metered_labels(recordings, made.sites[0])
+    clear = recordings.rows[solar.skip_rows :][: solar.total_rows, recordings.fields.index("ghi_clear")]
     assert np.isnan(told[clear < 20]).all()
     assert np.isfinite(told[clear >= 20]).mean() > 0.9
 
@@ -79,16 +83,16 @@ def test_a_meter_tells_each_value_once_and_only_after_its_delay(tmp_path: Path) 
     values = np.arange(1.0, 41.0)
     values[19] = np.nan
     book = Book()
-    meter = Meter(tmp_path / "no.sock", "solar", MEASURED, values, client=lambda: book)
+    meter = LabelMeter(tmp_path / "no.sock", "solar", MEASURED, values, client=lambda: book)
     for through in (5, 18, 18, 27, 100):
-        meter.read(through)
+        meter.send_due_labels(through)
     assert book.sent == [(row, float(row)) for row in range(4, 41, 4) if row != 20]
-    early = Meter(tmp_path / "no.sock", "solar", MEASURED, values, client=lambda: book)
+    early = LabelMeter(tmp_path / "no.sock", "solar", MEASURED, values, client=lambda: book)
     book.sent.clear()
-    early.read(17)
+    early.send_due_labels(17)
     assert book.sent == [(4, 4.0)]
 
 
 def test_a_scenario_that_is_not_there_is_named_with_those_that_are() -> None:
     with pytest.raises(UsageError, match="no scenario 'wind'; there is exercise, solar, machine"):
-        scenario.named("wind")
+        scenario.from_name("wind")

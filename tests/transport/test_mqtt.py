@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.transport.mqtt import Link
-from agent.transport.packets import NO_SUBSCRIBERS, Delivery, Outgoing, Receipt
+from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
 from tests.kit.brokers import Mosquitto, free_port
 
 
@@ -28,13 +28,15 @@ def broker(tmp_path: Path) -> Iterator[Mosquitto]:
         yield running
 
 
-def settings(broker: Mosquitto) -> Broker:
-    return Broker(url=broker.url)
+def settings(broker: Mosquitto) -> BrokerConfig:
+    return BrokerConfig(url=broker.url)
 
 
-def collect(link: Link, enough: Callable[[list[Delivery | Receipt]], bool]) -> list[Delivery | Receipt]:
+def collect(
+    link: Link, enough: Callable[[list[IncomingMessage | PublishReceipt]], bool]
+) -> list[IncomingMessage | PublishReceipt]:
     """Everything that comes until `enough`; fails after a minute."""
-    events: list[Delivery | Receipt] = []
+    events: list[IncomingMessage | PublishReceipt] = []
     deadline = time.monotonic() + 60
     while not enough(events):
         assert time.monotonic() < deadline, f"only {events}"
@@ -42,23 +44,23 @@ def collect(link: Link, enough: Callable[[list[Delivery | Receipt]], bool]) -> l
     return events
 
 
-def deliveries(link: Link, n: int) -> list[Delivery]:
-    events = collect(link, lambda all_: sum(isinstance(e, Delivery) for e in all_) >= n)
-    return [event for event in events if isinstance(event, Delivery)]
+def deliveries(link: Link, n: int) -> list[IncomingMessage]:
+    events = collect(link, lambda all_: sum(isinstance(e, IncomingMessage) for e in all_) >= n)
+    return [event for event in events if isinstance(event, IncomingMessage)]
 
 
-def receipts(link: Link, n: int) -> list[Receipt]:
-    events = collect(link, lambda all_: sum(isinstance(e, Receipt) for e in all_) >= n)
-    return [event for event in events if isinstance(event, Receipt)]
+def receipts(link: Link, n: int) -> list[PublishReceipt]:
+    events = collect(link, lambda all_: sum(isinstance(e, PublishReceipt) for e in all_) >= n)
+    return [event for event in events if isinstance(event, PublishReceipt)]
 
 
 def test_bytes_and_properties_arrive_as_they_were_sent(broker: Mosquitto) -> None:
     reader = Link(settings(broker), "reader", subscribe=["a/+"])
     writer = Link(settings(broker), "writer")
     payload = bytes(range(256))
-    token = writer.send(Outgoing("a/b", payload, (("jws", "x..y"), ("id", "1"), ("jws", "z"))))
+    token = writer.send(OutgoingMessage("a/b", payload, (("jws", "x..y"), ("id", "1"), ("jws", "z"))))
     [receipt] = receipts(writer, 1)
-    assert (receipt.token, receipt.taken, receipt.code) == (token, True, 0)
+    assert (receipt.token, receipt.is_accepted, receipt.code) == (token, True, 0)
     [delivery] = deliveries(reader, 1)
     assert (delivery.topic, delivery.payload, delivery.tokens) == ("a/b", payload, ("x..y", "z"))
     assert (delivery.retained, delivery.qos) == (False, 1)
@@ -68,7 +70,7 @@ def test_bytes_and_properties_arrive_as_they_were_sent(broker: Mosquitto) -> Non
 
 def test_a_receipt_tells_when_nobody_subscribed(broker: Mosquitto) -> None:
     writer = Link(settings(broker), "writer")
-    writer.send(Outgoing("a/b", b"x"))
+    writer.send(OutgoingMessage("a/b", b"x"))
     assert receipts(writer, 1)[0].code == NO_SUBSCRIBERS
     writer.close()
 
@@ -83,15 +85,15 @@ def test_a_retained_message_of_many_megabytes_is_not_sent_to_us_and_what_comes_a
     with Mosquitto(tmp_path) as broker:
         writer = Link(settings(broker), "writer")
         for topic, size in (("a/long", 8 << 20), ("a/longest that verifies", 1 << 20)):
-            writer.send(Outgoing(topic, bytes(size), retain=True))
-        assert all(receipt.taken for receipt in receipts(writer, 2))
+            writer.send(OutgoingMessage(topic, bytes(size), retain=True))
+        assert all(receipt.is_accepted for receipt in receipts(writer, 2))
         reader = Link(settings(broker), "reader", subscribe=["a/+"])
         assert [(one.topic, len(one.payload)) for one in deliveries(reader, 1)] == [
             ("a/longest that verifies", 1 << 20)
         ]
-        writer.send(Outgoing("a/long", bytes(8 << 20)))
-        writer.send(Outgoing("a/b", b"x"))
-        assert all(receipt.taken for receipt in receipts(writer, 2))
+        writer.send(OutgoingMessage("a/long", bytes(8 << 20)))
+        writer.send(OutgoingMessage("a/b", b"x"))
+        assert all(receipt.is_accepted for receipt in receipts(writer, 2))
         assert [one.topic for one in deliveries(reader, 1)] == ["a/b"]
         reader.close()
         writer.close()
@@ -101,7 +103,7 @@ def test_what_was_not_acknowledged_comes_again_to_the_same_session_and_the_rest_
     first = Link(settings(broker), "reader", subscribe=["a"], session_expiry_s=60)
     writer = Link(settings(broker), "writer")
     for body in (b"1", b"2", b"3"):
-        writer.send(Outgoing("a", body))
+        writer.send(OutgoingMessage("a", body))
     receipts(writer, 3)
     got = deliveries(first, 3)
     first.acknowledge(got[0])
@@ -116,7 +118,7 @@ def test_messages_beyond_the_brokers_window_follow_as_earlier_ones_are_acknowled
     reader = Link(settings(broker), "reader", subscribe=["a"])
     writer = Link(settings(broker), "writer")
     for i in range(20):
-        writer.send(Outgoing("a", b"%d" % i))
+        writer.send(OutgoingMessage("a", b"%d" % i))
         receipts(writer, 1)
     held = deliveries(reader, 7)
     assert reader.receive(0.3) == []
@@ -129,8 +131,8 @@ def test_messages_beyond_the_brokers_window_follow_as_earlier_ones_are_acknowled
 
 def test_a_dropped_connection_publishes_the_will_and_a_closed_one_does_not(broker: Mosquitto) -> None:
     reader = Link(settings(broker), "reader", subscribe=["will/+"])
-    will = Outgoing("will/a", b"gone", (("jws", "w"),), retain=True)
-    Link(settings(broker), "polite", will=Outgoing("will/b", b"never")).close()
+    will = OutgoingMessage("will/a", b"gone", (("jws", "w"),), retain=True)
+    Link(settings(broker), "polite", will=OutgoingMessage("will/b", b"never")).close()
     Link(settings(broker), "device", will=will).drop()
     [delivery] = deliveries(reader, 1)
     assert (delivery.topic, delivery.payload, delivery.tokens) == ("will/a", b"gone", ("w",))
@@ -161,7 +163,7 @@ def test_a_killed_broker_is_link_down_after_what_it_still_sent(broker: Mosquitto
     with pytest.raises(LinkDown):
         until_down()
     with pytest.raises(LinkDown):
-        link.send(Outgoing("a", b"x"))
+        link.send(OutgoingMessage("a", b"x"))
     link.close()
 
 
@@ -185,30 +187,30 @@ def test_a_publish_the_broker_forbids_has_a_receipt_that_is_not_taken(tmp_path: 
     acl.chmod(0o600)
     with Mosquitto(tmp_path, extra_conf=f"acl_file {acl}") as broker:
         link = Link(settings(broker), "writer")
-        link.send(Outgoing("a", b"x"))
+        link.send(OutgoingMessage("a", b"x"))
         [receipt] = receipts(link, 1)
-        assert (receipt.taken, receipt.reason) == (False, "Not authorized")
+        assert (receipt.is_accepted, receipt.reason) == (False, "Not authorized")
         link.close()
 
 
 def test_nobody_there_and_somebody_silent_are_link_down_in_time(tmp_path: Path) -> None:
     with pytest.raises(LinkDown, match="127"):
-        Link(Broker(url=f"mqtt://127.0.0.1:{free_port()}"), "x")
+        Link(BrokerConfig(url=f"mqtt://127.0.0.1:{free_port()}"), "x")
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         start = time.monotonic()
         with pytest.raises(LinkDown, match="no CONNACK within"):
-            Link(Broker(url=f"mqtt://127.0.0.1:{silent.getsockname()[1]}"), "x", timeout_s=0.5)
+            Link(BrokerConfig(url=f"mqtt://127.0.0.1:{silent.getsockname()[1]}"), "x", timeout_s=0.5)
         assert time.monotonic() - start < 30
         with pytest.raises(LinkDown):
-            Link(Broker(url=f"mqtts://127.0.0.1:{free_port()}"), "x", timeout_s=0.5)
+            Link(BrokerConfig(url=f"mqtts://127.0.0.1:{free_port()}"), "x", timeout_s=0.5)
 
 
 def test_interrupted_at_any_step_a_link_still_closes_and_leaves_no_socket(broker: Mosquitto) -> None:
     """paho holds a lock at some of them: a Ctrl-C there left `fleet watch` waiting for itself."""
     writer = Link(settings(broker), "writer")
-    writer.send(Outgoing("a/b", b"x", retain=True))
+    writer.send(OutgoingMessage("a/b", b"x", retain=True))
     receipts(writer, 1)
     writer.close()
     done: set[str] = set()
@@ -217,7 +219,7 @@ def test_interrupted_at_any_step_a_link_still_closes_and_leaves_no_socket(broker
         with interrupted_beyond(done) as interrupted, contextlib.suppress(KeyboardInterrupt):
             [delivery] = deliveries(link, 1)
             link.acknowledge(delivery)
-            link.send(Outgoing("a/c", b"y"))
+            link.send(OutgoingMessage("a/c", b"y"))
             receipts(link, 1)
         link.close()
         if not interrupted:
@@ -265,7 +267,7 @@ def test_garbage_instead_of_a_connack_is_link_down() -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         with pytest.raises(LinkDown):
-            Link(Broker(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}"), "x", timeout_s=1.0)
+            Link(BrokerConfig(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}"), "x", timeout_s=1.0)
         thread.join()
 
 
@@ -279,7 +281,7 @@ def test_a_broker_that_wants_a_password_refuses_without_and_takes_it_with(tmp_pa
     with Mosquitto(tmp_path, extra_conf=conf) as broker:
         with pytest.raises(LinkDown, match="refused: Not authorized"):
             Link(settings(broker), "x")
-        Link(Broker(url=broker.url, username="me", password="secret"), "x").close()
+        Link(BrokerConfig(url=broker.url, username="me", password="secret"), "x").close()
 
 
 def hashed(password: bytes) -> str:
@@ -297,10 +299,10 @@ def test_a_thousand_messages_in_a_window_are_each_receipted_once(broker: Mosquit
     answered: list[int] = []
     for _ in range(1000):
         while len(tokens) >= link.window:
-            done = [event.token for event in link.receive(1.0) if isinstance(event, Receipt)]
+            done = [event.token for event in link.receive(1.0) if isinstance(event, PublishReceipt)]
             tokens -= set(done)
             answered += done
-        tokens.add(link.send(Outgoing("a", b"x" * 100)))
+        tokens.add(link.send(OutgoingMessage("a", b"x" * 100)))
     answered += [receipt.token for receipt in receipts(link, len(tokens))]
     assert len(answered) == len(set(answered)) == 1000
     link.close()
@@ -338,7 +340,7 @@ def test_a_packet_that_is_no_mqtt_ends_the_connection_and_not_the_program(packet
 
         thread = threading.Thread(target=answer)
         thread.start()
-        link = Link(Broker(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}"), "x", timeout_s=5.0)
+        link = Link(BrokerConfig(url=f"mqtt://127.0.0.1:{server.getsockname()[1]}"), "x", timeout_s=5.0)
         with pytest.raises(LinkDown):
             collect(link, lambda _: False)
         link.close()

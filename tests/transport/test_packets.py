@@ -9,23 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.transport.compressed import compressed, plain
-from agent.transport.packets import GZIP, JSON, Outgoing
+from agent.transport.compressed import compress, decompress
+from agent.transport.packets import GZIP, JSON, OutgoingMessage
 from agent.wire.messages import MAX_PAYLOAD
 
 
 @given(st.binary(max_size=3000) | st.text(alphabet='{}[]",:0123456789', max_size=3000).map(str.encode))
 def test_what_arrives_is_what_was_sent_and_never_longer_on_the_way(payload: bytes) -> None:
-    sent = compressed(Outgoing("a/b", payload, (("jws", "x..y"),)))
-    assert plain(sent.payload, sent.content_type) == payload
+    sent = compress(OutgoingMessage("a/b", payload, (("jws", "x..y"),)))
+    assert decompress(sent.payload, sent.content_type) == payload
     assert len(sent.payload) <= len(payload)
     assert (sent.content_type == JSON) == (sent.payload == payload)
     assert (sent.topic, sent.properties) == ("a/b", (("jws", "x..y"),))
 
 
 def test_the_same_message_is_the_same_bytes_each_time_and_any_gunzip_reads_it() -> None:
-    message = Outgoing("a/b", b'{"row":[1,2,3]}' * 20)
-    first, again = compressed(message), compressed(message)
+    message = OutgoingMessage("a/b", b'{"row":[1,2,3]}' * 20)
+    first, again = compress(message), compress(message)
     assert first == again
     assert first.content_type == GZIP
     assert gzip.decompress(first.payload) == message.payload
@@ -47,13 +47,13 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_is_no_whole_message_is_left_as_it_came(name: str) -> None:
-    assert plain(HOSTILE[name], GZIP) == HOSTILE[name]
+    assert decompress(HOSTILE[name], GZIP) == HOSTILE[name]
 
 
 @given(st.binary(max_size=300))
 def test_noise_that_says_it_is_gzip_harms_nobody(payload: bytes) -> None:
-    assert len(plain(payload, GZIP)) <= MAX_PAYLOAD
+    assert len(decompress(payload, GZIP)) <= MAX_PAYLOAD
 
 
 def test_what_fills_a_message_to_the_last_byte_is_unpacked() -> None:
-    assert plain(gzip.compress(bytes(MAX_PAYLOAD)), GZIP) == bytes(MAX_PAYLOAD)
+    assert decompress(gzip.compress(bytes(MAX_PAYLOAD)), GZIP) == bytes(MAX_PAYLOAD)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agent.errors import Refused
+from agent.errors import MessageRefused
 from agent.wire import jws
 from agent.wire.jws import Signer
-from agent.wire.keys import SigningKey, b64url, unb64url
+from agent.wire.keys import SigningKey, b64url_decode, b64url_encode
 from tests.kit.damage import flips
 from tests.kit.senders import new_key
 
@@ -31,20 +31,20 @@ def find(kid: str) -> Signer | None:
 
 def token(header: Any, payload: bytes = PAYLOAD, key: SigningKey = KEY) -> str:
     """Rightly signed under any header."""
-    protected = b64url(header if isinstance(header, bytes) else json.dumps(header).encode())
-    return f"{protected}..{b64url(key.sign(protected.encode() + b'.' + payload))}"
+    protected = b64url_encode(header if isinstance(header, bytes) else json.dumps(header).encode())
+    return f"{protected}..{b64url_encode(key.sign(protected.encode() + b'.' + payload))}"
 
 
 def with_s_plus_order(text: str) -> str:
     """The signature with the group's order added to its second half: the same number to a careless verifier."""
     protected, signature = text.split("..")
-    raw = unb64url(signature)
+    raw = b64url_decode(signature)
     s = int.from_bytes(raw[32:], "little") + 2**252 + 27742317777372353535851937790883648493
-    return f"{protected}..{b64url(raw[:32] + s.to_bytes(32, 'little'))}"
+    return f"{protected}..{b64url_encode(raw[:32] + s.to_bytes(32, 'little'))}"
 
 
 def reason(tokens: list[str], topic: str = TOPIC, payload: bytes = PAYLOAD) -> str:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(MessageRefused) as refused:
         jws.verify(tokens, topic, payload, find)
     return refused.value.reason
 
@@ -56,9 +56,9 @@ def test_what_was_signed_verifies(payload: bytes, topic: str) -> None:
 
 def test_the_header_has_exactly_the_members_of_the_contract() -> None:
     protected, middle, signature = TOKEN.split(".")
-    assert json.loads(unb64url(protected)) == HEADER
+    assert json.loads(b64url_decode(protected)) == HEADER
     assert middle == ""
-    assert len(unb64url(signature)) == 64
+    assert len(b64url_decode(signature)) == 64
 
 
 def test_signing_the_same_twice_gives_the_same_token() -> None:
@@ -96,7 +96,9 @@ def test_any_single_bit_changed_in_the_token_is_refused() -> None:
         pytest.param([TOKEN, TOKEN], "several signatures", id="the same one twice"),
         pytest.param([""], "malformed signature", id="empty"),
         pytest.param([".."], "malformed signature", id="three empty parts"),
-        pytest.param([TOKEN.replace("..", f".{b64url(PAYLOAD)}.")], "malformed signature", id="payload attached"),
+        pytest.param(
+            [TOKEN.replace("..", f".{b64url_encode(PAYLOAD)}.")], "malformed signature", id="payload attached"
+        ),
         pytest.param([TOKEN + "."], "malformed signature", id="a fourth part"),
         pytest.param([TOKEN + "="], "malformed signature", id="padding"),
         pytest.param([TOKEN + "\n"], "malformed signature", id="a line end"),
@@ -153,12 +155,12 @@ def test_a_header_with_a_member_twice_is_refused_whichever_comes_last(member: st
 
 
 def test_a_public_key_taken_for_a_shared_secret_signs_nothing() -> None:
-    protected = b64url(json.dumps(HEADER | {"alg": "HS256"}).encode())
+    protected = b64url_encode(json.dumps(HEADER | {"alg": "HS256"}).encode())
     mac = hmac.digest(KEY.public.raw, protected.encode() + b"." + PAYLOAD, "sha256")
-    assert reason([f"{protected}..{b64url(mac)}"]) == "malformed signature"
+    assert reason([f"{protected}..{b64url_encode(mac)}"]) == "malformed signature"
     protected = TOKEN.split("..")[0]
     mac = hmac.digest(KEY.public.raw, protected.encode() + b"." + PAYLOAD, "sha512")
-    assert reason([f"{protected}..{b64url(mac)}"]) == "bad signature"
+    assert reason([f"{protected}..{b64url_encode(mac)}"]) == "bad signature"
 
 
 def test_a_key_that_comes_with_the_message_is_not_used() -> None:
@@ -168,7 +170,7 @@ def test_a_key_that_comes_with_the_message_is_not_used() -> None:
 
 
 def test_a_revoked_key_is_refused_before_the_signature_is_looked_at() -> None:
-    with pytest.raises(Refused, match="revoked key"):
+    with pytest.raises(MessageRefused, match="revoked key"):
         jws.verify([TOKEN], TOPIC, b"", lambda kid: Signer("pi-07", KEY.public, revoked=True))
 
 
@@ -201,5 +203,5 @@ def test_header_bytes_that_are_no_json_are_refused(data: bytes) -> None:
 
 def test_a_kid_is_told_from_a_token_that_is_not_verified() -> None:
     assert jws.claimed_kid(token(HEADER, key=OTHER)) == KEY.public.kid
-    with pytest.raises(Refused, match="malformed signature"):
+    with pytest.raises(MessageRefused, match="malformed signature"):
         jws.claimed_kid("nothing of the kind")

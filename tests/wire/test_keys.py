@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from agent.errors import UsageError
 from agent.wire import keys
-from agent.wire.keys import PublicKey, SigningKey, b64url, unb64url
+from agent.wire.keys import PublicKey, SigningKey, b64url_decode, b64url_encode
 
 # RFC 8037 appendix A.1 to A.4.
 RFC_D = "nWGxne_9WmC6hEr0kuwsxERJxWl7MmkZcDusAxyuf2A"
@@ -34,7 +34,7 @@ RFC_SIGNATURE = "hgyY0il_MGCjP0JzlnLWG1PPOt7-09PGcvMg3AIbQR6dWbhijcNR4ki4iylGjg5
 
 @pytest.fixture
 def rfc_key() -> SigningKey:
-    return SigningKey(Ed25519PrivateKey.from_private_bytes(unb64url(RFC_D)))
+    return SigningKey(Ed25519PrivateKey.from_private_bytes(b64url_decode(RFC_D)))
 
 
 def test_the_key_and_thumbprint_of_rfc_8037_come_out(rfc_key: SigningKey) -> None:
@@ -45,24 +45,24 @@ def test_the_key_and_thumbprint_of_rfc_8037_come_out(rfc_key: SigningKey) -> Non
 
 
 def test_the_signature_of_rfc_8037_comes_out_and_verifies(rfc_key: SigningKey) -> None:
-    assert b64url(rfc_key.sign(RFC_INPUT)) == RFC_SIGNATURE
-    keys.public_key(RFC_X).verify(unb64url(RFC_SIGNATURE), RFC_INPUT)
+    assert b64url_encode(rfc_key.sign(RFC_INPUT)) == RFC_SIGNATURE
+    keys.parse_public_key(RFC_X).verify(b64url_decode(RFC_SIGNATURE), RFC_INPUT)
     with pytest.raises(InvalidSignature):
-        keys.public_key(RFC_X).verify(unb64url(RFC_SIGNATURE), RFC_INPUT + b"x")
+        keys.parse_public_key(RFC_X).verify(b64url_decode(RFC_SIGNATURE), RFC_INPUT + b"x")
 
 
 @given(st.binary(max_size=100))
 def test_base64url_comes_back(data: bytes) -> None:
-    assert unb64url(b64url(data)) == data
+    assert b64url_decode(b64url_encode(data)) == data
 
 
 @given(st.text(alphabet="ABCQRSwxyz0189-_+/= \n\u00e9", max_size=12))
 def test_bytes_have_one_spelling_only(text: str) -> None:
     try:
-        data = unb64url(text)
+        data = b64url_decode(text)
     except ValueError:
         return
-    assert b64url(data) == text
+    assert b64url_encode(data) == text
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_bytes_have_one_spelling_only(text: str) -> None:
 )
 def test_text_that_is_no_key_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        keys.public_key(text)
+        keys.parse_public_key(text)
 
 
 def test_a_generated_key_comes_back_from_its_files(tmp_path: Path) -> None:
@@ -168,9 +168,9 @@ SMALL = [y + sign for y in (0, 1, P - 1, P, P + 1, ORDER_8, P - ORDER_8) for sig
 
 @pytest.mark.parametrize("number", SMALL, ids=hex)
 def test_a_key_for_which_anybody_can_sign_is_refused(number: int) -> None:
-    text = b64url(number.to_bytes(32, "little"))
+    text = b64url_encode(number.to_bytes(32, "little"))
     with pytest.raises(ValueError, match=r"small order|canonical"):
-        keys.public_key(text)
+        keys.parse_public_key(text)
     with pytest.raises(UsageError, match=r"small order|canonical"):
         keys.load_public(text)
 
@@ -180,13 +180,13 @@ def test_a_library_that_is_not_asked_takes_a_forged_signature_for_such_a_key() -
     forged = (1).to_bytes(32, "little") + bytes(32)
     identity.verify(forged, b"any message at all")
     with pytest.raises(ValueError, match="small order"):
-        keys.public_key(identity.text)
+        keys.parse_public_key(identity.text)
 
 
 @pytest.mark.parametrize("number", [*range(P, 2**255), *range(P + 2**255, 2**256)])
 def test_a_key_with_a_second_spelling_is_refused_in_that_one(number: int) -> None:
     with pytest.raises(ValueError, match="canonical"):
-        keys.public_key(b64url(number.to_bytes(32, "little")))
+        keys.parse_public_key(b64url_encode(number.to_bytes(32, "little")))
 
 
 @given(st.integers(0, 2**256 - 1))
@@ -194,7 +194,7 @@ def test_half_of_all_numbers_are_points_and_the_others_are_no_key(number: int) -
     raw = number.to_bytes(32, "little")
     refusal = ""
     try:
-        assert keys.public_key(b64url(raw)).raw == raw
+        assert keys.parse_public_key(b64url_encode(raw)).raw == raw
     except ValueError as refused:
         refusal = str(refused)
     assert not refusal or re.search(r"no point of the curve|small order|canonical", refusal)
@@ -203,19 +203,19 @@ def test_half_of_all_numbers_are_points_and_the_others_are_no_key(number: int) -
 @given(st.binary(min_size=32, max_size=32))
 def test_every_key_that_is_made_is_taken(seed: bytes) -> None:
     made = SigningKey(Ed25519PrivateKey.from_private_bytes(seed)).public
-    assert keys.public_key(made.text).kid == made.kid
+    assert keys.parse_public_key(made.text).kid == made.kid
 
 
 def test_a_public_half_is_read_without_the_private_one_and_made_of_it_where_it_is_missing(tmp_path: Path) -> None:
     private = tmp_path / "collector.key"
     made = keys.generate(private)
     kept = private.rename(tmp_path / "elsewhere")
-    assert keys.load_public_of(private).raw == made.public.raw
-    keys.beside(private).unlink()
+    assert keys.load_public_for(private).raw == made.public.raw
+    keys.public_key_path(private).unlink()
     with pytest.raises(UsageError, match=r"collector\.key\.pub: no such file, .* copy it from"):
-        keys.load_public_of(private)
+        keys.load_public_for(private)
     kept.rename(private)
-    assert keys.load_public_of(private).raw == made.public.raw
-    keys.beside(private).write_text("no key\n")
+    assert keys.load_public_for(private).raw == made.public.raw
+    keys.public_key_path(private).write_text("no key\n")
     with pytest.raises(UsageError, match=r"collector\.key\.pub: holds no readable public key"):
-        keys.load_public_of(private)
+        keys.load_public_for(private)

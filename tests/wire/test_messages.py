@@ -13,11 +13,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from agent.errors import Refused
+from agent.errors import MessageRefused
 from agent.wire import jws, messages
 from agent.wire.jws import Signer
-from agent.wire.keys import SigningKey, unb64url
-from agent.wire.messages import MAX_PAYLOAD, Ack, Health, Message, Results, open_message
+from agent.wire.keys import SigningKey, b64url_decode
+from agent.wire.messages import MAX_PAYLOAD, AckPayload, HealthPayload, ResultsPayload, VerifiedMessage, verify_message
 from agent.wire.topics import Topic
 from tests.kit.damage import flips
 from tests.kit.senders import Sender, Sent, new_key
@@ -34,10 +34,10 @@ def find(kid: str) -> Signer | None:
     return known.get(kid)
 
 
-def signed(topic: str, payload: bytes | dict[str, Any], key: SigningKey = DEVICE) -> Message:
+def signed(topic: str, payload: bytes | dict[str, Any], key: SigningKey = DEVICE) -> VerifiedMessage:
     """The message, opened, after it was rightly signed."""
     data = payload if isinstance(payload, bytes) else messages.encode(payload)
-    return open_message(topic, data, [jws.sign(key, topic, data)], find)
+    return verify_message(topic, data, [jws.sign(key, topic, data)], find)
 
 
 def members(sent: Sent) -> dict[str, Any]:
@@ -83,22 +83,22 @@ def vectors() -> dict[str, Any]:
     return dict(json.loads(VECTORS.read_text(encoding="utf-8")))
 
 
-def open_vector(vectors: dict[str, Any], vector: dict[str, str]) -> Message:
-    key = SigningKey(Ed25519PrivateKey.from_private_bytes(unb64url(vectors["jwk"]["d"]))).public
+def open_vector(vectors: dict[str, Any], vector: dict[str, str]) -> VerifiedMessage:
+    key = SigningKey(Ed25519PrivateKey.from_private_bytes(b64url_decode(vectors["jwk"]["d"]))).public
     assert key.kid == vectors["kid"]
     signer = Signer(vectors["device"], key)
-    return open_message(vector["topic"], vector["payload"].encode(), [vector["jws"]], {key.kid: signer}.get)
+    return verify_message(vector["topic"], vector["payload"].encode(), [vector["jws"]], {key.kid: signer}.get)
 
 
 def test_the_shared_vectors_open_and_are_chained(vectors: dict[str, Any]) -> None:
     opened = [open_vector(vectors, vector) for vector in vectors["accept"]]
     assert [m.topic.kind for m in opened] == ["results", "drift", "alerts", "state", "ack"]
-    log = [m for m in opened if isinstance(m.body, messages.Logged)]
+    log = [m for m in opened if isinstance(m.body, messages.LoggedPayload)]
     assert [m.body.prev for m in log[1:]] == [messages.digest(m.payload) for m in log[:-1]]  # type: ignore[union-attr]
 
 
 def test_our_signatures_are_those_of_the_shared_vectors(vectors: dict[str, Any]) -> None:
-    key = SigningKey(Ed25519PrivateKey.from_private_bytes(unb64url(vectors["jwk"]["d"])))
+    key = SigningKey(Ed25519PrivateKey.from_private_bytes(b64url_decode(vectors["jwk"]["d"])))
     for vector in vectors["accept"]:
         assert jws.sign(key, vector["topic"], vector["payload"].encode()) == vector["jws"]
 
@@ -106,7 +106,7 @@ def test_our_signatures_are_those_of_the_shared_vectors(vectors: dict[str, Any])
 @pytest.mark.parametrize("why", WHY)
 def test_a_shared_vector_that_must_be_refused_is_refused_for_its_reason(vectors: dict[str, Any], why: str) -> None:
     (vector,) = [v for v in vectors["reject"] if v["why"] == why]
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(MessageRefused) as refused:
         open_vector(vectors, vector)
     assert refused.value.reason == WHY[why]
 
@@ -122,25 +122,25 @@ def test_no_shared_vector_is_left_out(vectors: dict[str, Any]) -> None:
 def test_every_kind_a_device_sends_opens(kind: str) -> None:
     one = sender()
     sent = one.evicted((1, 2)) if kind == "evicted" else getattr(one, kind)()
-    message = open_message(sent.topic, sent.payload, [sent.jws], find)
+    message = verify_message(sent.topic, sent.payload, [sent.jws], find)
     assert (str(message.topic), message.payload, message.signer.owner) == (sent.topic, sent.payload, "pi-07")
     assert message.body.device == "pi-07"
 
 
 def test_an_acknowledgement_of_the_collector_opens() -> None:
     body = signed(ACK_TOPIC, ACK, COLLECTOR).body
-    assert isinstance(body, Ack)
+    assert isinstance(body, AckPayload)
     assert (body.through, body.missing) == (9, [(2, 3)])
 
 
 def test_members_that_are_not_known_yet_are_let_through() -> None:
-    assert isinstance(signed(HEALTH_TOPIC, HEALTH | {"humidity": {"deep": [1]}}).body, Health)
+    assert isinstance(signed(HEALTH_TOPIC, HEALTH | {"humidity": {"deep": [1]}}).body, HealthPayload)
 
 
 def test_a_number_that_is_not_finite_arrives_as_missing() -> None:
     columns = RESULTS["columns"] | {"score": [float("nan"), 0.5, float("inf")]}
     body = signed(RESULTS_TOPIC, RESULTS | {"columns": columns}).body
-    assert isinstance(body, Results)
+    assert isinstance(body, ResultsPayload)
     assert body.columns.score == [None, 0.5, None]
 
 
@@ -155,12 +155,12 @@ def test_any_single_bit_changed_anywhere_is_refused() -> None:
         *((sent.topic, sent.payload, token.decode("latin-1")) for token in flips(sent.jws.encode())),
     ]
     for topic, payload, token in attempts:
-        with pytest.raises(Refused):
-            open_message(topic, payload, [token], find)
+        with pytest.raises(MessageRefused):
+            verify_message(topic, payload, [token], find)
 
 
 def refusal(topic: str, payload: bytes | dict[str, Any], key: SigningKey = DEVICE) -> str:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(MessageRefused) as refused:
         signed(topic, payload, key)
     return refused.value.reason
 
@@ -246,7 +246,7 @@ def test_a_second_key_among_thousands_of_results_is_found() -> None:
     n = 3000
     many = {"row": list(range(1, n + 1)), "t": [10**15] * n, "label": ["PEN"] * n}
     payload = messages.encode(RESULTS | {"rows": [1, n], "n": n, "columns": many})
-    assert isinstance(signed(RESULTS_TOPIC, payload).body, Results)
+    assert isinstance(signed(RESULTS_TOPIC, payload).body, ResultsPayload)
     assert refusal(RESULTS_TOPIC, payload.replace(b'"label":', b'"row":[1],"label":')) == "malformed payload"
     assert refusal(RESULTS_TOPIC, payload.replace(b'"label":', b'"t":[1],"label":')) == "malformed payload"
     assert refusal(RESULTS_TOPIC, payload.replace(b'"t":', b'"t":[1],"t":')) == "duplicate key"
@@ -332,8 +332,8 @@ def test_an_acknowledgement_whose_gaps_make_no_sense_is_refused(missing: list[li
     st.text(max_size=60) | st.sampled_from([HEALTH_TOPIC, RESULTS_TOPIC]), st.binary(max_size=200), st.lists(st.text())
 )
 def test_whatever_comes_nothing_but_a_refusal_is_raised(topic: str, payload: bytes, tokens: list[str]) -> None:
-    with pytest.raises(Refused):
-        open_message(topic, payload, tokens, find)
+    with pytest.raises(MessageRefused):
+        verify_message(topic, payload, tokens, find)
 
 
 JSON = st.recursive(
@@ -351,7 +351,7 @@ def test_a_well_signed_payload_with_any_members_changed_opens_or_is_refused(
     change = data.draw(st.dictionaries(st.sampled_from([*whole, "extra"]), JSON, min_size=1, max_size=3))
     try:
         outcome = signed(topic, whole | change).body.device
-    except Refused as refused:
+    except MessageRefused as refused:
         outcome = refused.reason
     assert outcome in ("pi-07", "malformed payload", "other kind", "other device", "other task")
 
@@ -377,7 +377,7 @@ def test_the_digest_is_the_base64url_sha256_of_the_payload() -> None:
 
 def test_cloudevents_attributes_name_the_message_its_source_and_its_type() -> None:
     topic = Topic("acme", "pi-07", "results", "exercise")
-    assert dict(messages.cloud_event(topic, "pi-07/log/1", "2026-11-24T22:18:01Z")) == {
+    assert dict(messages.cloudevent_properties(topic, "pi-07/log/1", "2026-11-24T22:18:01Z")) == {
         "specversion": "1.0",
         "id": "pi-07/log/1",
         "source": "outstation/acme/pi-07",

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import Refused
+from agent.errors import MessageRefused
 from agent.wire import topics
 from agent.wire.topics import Topic
 
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,63}", fullmatch=True)
-PLAIN = st.sampled_from(sorted((topics.LOGGED | topics.LIVE | topics.DOWN) - topics.PER_TASK))
+PLAIN = st.sampled_from(sorted((topics.LOGGED | topics.UNLOGGED | topics.TO_DEVICE) - topics.PER_TASK))
 PER_TASK = st.sampled_from(sorted(topics.PER_TASK))
 
 
@@ -29,8 +29,8 @@ def test_a_topic_with_a_task_comes_back(fleet: str, device: str, kind: str, task
 
 def test_alerts_of_the_device_itself_and_a_wish_for_all_devices_have_their_places() -> None:
     assert topics.parse("outstation/acme/pi-07/alerts/_device").task == topics.DEVICE_ALERTS
-    assert topics.parse("outstation/acme/_all/desired").device == topics.ALL
-    assert topics.parse("outstation/acme/_group/desired/roof") == Topic("acme", topics.GROUP, "desired", "roof")
+    assert topics.parse("outstation/acme/_all/desired").device == topics.ALL_DEVICES
+    assert topics.parse("outstation/acme/_group/desired/roof") == Topic("acme", topics.DEVICE_GROUP, "desired", "roof")
 
 
 PARTS = st.sampled_from(
@@ -58,7 +58,7 @@ PARTS = st.sampled_from(
 def test_any_text_is_a_topic_that_reads_the_same_or_is_refused(text: str) -> None:
     try:
         outcome = str(topics.parse(text))
-    except Refused as refused:
+    except MessageRefused as refused:
         outcome = refused.reason
     assert outcome in (text, "topic")
 
@@ -93,5 +93,5 @@ def test_any_text_is_a_topic_that_reads_the_same_or_is_refused(text: str) -> Non
     ],
 )
 def test_a_topic_that_is_not_in_the_tree_is_refused(text: str) -> None:
-    with pytest.raises(Refused, match="topic"):
+    with pytest.raises(MessageRefused, match="topic"):
         topics.parse(text)

@@ -17,17 +17,17 @@ from agent.cli.device import check_updates
 from agent.cli.output import config_option, emit, json_option
 from agent.config import Config, FilesSource, HostSource, MqttSource, ReplaySource
 from agent.device.machine import schedule
-from agent.device.machine.timekeeping import clock_of, report
+from agent.device.machine.timekeeping import build_report, make_clock
 from agent.device.pipeline import tuning_cache
-from agent.device.recovery.condition import condition
+from agent.device.recovery.condition import inspect_condition
 from agent.device.store.store import Store
 from agent.errors import LinkDown, OutstationError, StorageBusy
-from agent.model.inference.tuning import Choice
+from agent.model.inference.tuning import Tuning
 
-_MARKS = {"ok": "green", "warning": "yellow", "failed": "red"}
+_STATE_COLORS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
-class Finding(msgspec.Struct, frozen=True):
+class CheckResult(msgspec.Struct, frozen=True):
     name: str
     state: str
     detail: str
@@ -38,99 +38,103 @@ class Finding(msgspec.Struct, frozen=True):
 @json_option
 def check(config_file: str | None, as_json: bool) -> None:
     """Config, keys, bundles on this CPU, storage, clock and broker."""
-    file, conf = wiring.load(config_file)
-    findings = [Finding("config", "ok", str(file)), *_findings(file, conf)]
+    file, conf = wiring.load_config(config_file)
+    findings = [CheckResult("config", "ok", str(file)), *_run_checks(file, conf)]
     emit([asdict(f) for f in findings], as_json, lambda: _print(findings))
     if any(f.state == "failed" for f in findings):
         sys.exit(1)
 
 
-def _findings(file: Path, conf: Config) -> Iterator[Finding]:
-    yield _try("key", lambda: f"thumbprint {wiring.key_files(file, conf).in_force().public.kid}")
-    yield _collector(file, conf)
+def _run_checks(file: Path, conf: Config) -> Iterator[CheckResult]:
+    yield _run_check("key", lambda: f"thumbprint {wiring.load_key_files(file, conf).load_active().public.kid}")
+    yield _check_collector(file, conf)
     if not conf.streams:
-        yield Finding("streams", "warning", "none: nothing comes in; add a [streams.NAME] section")
+        yield CheckResult("streams", "warning", "none: nothing comes in; add a [streams.NAME] section")
     if not conf.tasks:
-        yield Finding("tasks", "warning", "none: no model runs; add a [tasks.NAME] section")
+        yield CheckResult("tasks", "warning", "none: no model runs; add a [tasks.NAME] section")
     for name, stream in conf.streams.items():
-        if stream.made is not None or isinstance(stream.source, HostSource | MqttSource | ReplaySource):
-            yield _try(f"stream {name}", lambda n=name: _source(file, conf, n))  # type: ignore[misc]
+        if stream.media_format is not None or isinstance(stream.source, HostSource | MqttSource | ReplaySource):
+            yield _run_check(f"stream {name}", lambda n=name: _check_source(file, conf, n))  # type: ignore[misc]
     for name, task in conf.tasks.items():
-        yield _try(f"schedule {name}", lambda n=name, t=task: _schedule(file, n, t.schedule))  # type: ignore[misc]
-        yield _try(f"bundle {name}", lambda n=name: _bundle(file, conf, n))  # type: ignore[misc]
+        yield _run_check(f"schedule {name}", lambda n=name, t=task: _check_schedule(file, n, t.schedule))  # type: ignore[misc]
+        yield _run_check(f"bundle {name}", lambda n=name: _check_bundle(file, conf, n))  # type: ignore[misc]
     # Before the store is opened to write, which ends what it tells.
-    yield from _condition(conf)
+    yield from _check_store_condition(conf)
     running = _is_running(conf)
-    yield Finding("storage", "ok", f"{conf.data_dir}, in use by the running agent") if running else _storage(conf)
-    yield _clock(conf)
+    yield (
+        CheckResult("storage", "ok", f"{conf.data_dir}, in use by the running agent")
+        if running
+        else _check_storage(conf)
+    )
+    yield _check_clock(conf)
     if conf.updates is not None:
-        yield _try("updates", lambda u=conf.updates: check_updates.look(conf, u))  # type: ignore[misc]
-    yield _try("broker", lambda: _reach(conf) if running else _connect(conf))
+        yield _run_check("updates", lambda u=conf.updates: check_updates.inspect_repository(conf, u))  # type: ignore[misc]
+    yield _run_check("broker", lambda: _check_broker_reachable(conf) if running else _check_broker_login(conf))
 
 
-def _try(name: str, action: Callable[[], str]) -> Finding:
+def _run_check(name: str, action: Callable[[], str]) -> CheckResult:
     try:
-        return Finding(name, "ok", action())
+        return CheckResult(name, "ok", action())
     except OutstationError as problem:
-        return Finding(name, "failed", str(problem))
+        return CheckResult(name, "failed", str(problem))
 
 
-def _collector(file: Path, conf: Config) -> Finding:
+def _check_collector(file: Path, conf: Config) -> CheckResult:
     if conf.collector.delivery == "broker":
-        return Finding("collector", "warning", 'delivery = "broker": what the broker loses is lost')
+        return CheckResult("collector", "warning", 'delivery = "broker": what the broker loses is lost')
     if not conf.collector.key:
-        return Finding("collector", "failed", f"{file}: collector.key is empty; `outstation fleet init` prints it")
-    return _try("collector", lambda: tasks.configured_keys(file, "collector.key", [conf.collector.key])[0].kid)
+        return CheckResult("collector", "failed", f"{file}: collector.key is empty; `outstation fleet init` prints it")
+    return _run_check("collector", lambda: tasks.parse_public_keys(file, "collector.key", [conf.collector.key])[0].kid)
 
 
-def _schedule(file: Path, name: str, text: str) -> str:
+def _check_schedule(file: Path, name: str, text: str) -> str:
     schedule.parse(str(file), name, text)
     return text
 
 
-def _source(file: Path, conf: Config, name: str) -> str:
+def _check_source(file: Path, conf: Config, name: str) -> str:
     """What `assembly.sources` would refuse, without a store."""
     stream = conf.streams[name]
     source = stream.source
     if isinstance(source, HostSource):
         from agent.device.intake.sources import host
 
-        host.require(str(file), name, stream)
+        host.check_config(str(file), name, stream)
         return f"{', '.join(field.name for field in stream.fields)} of this machine"
     if isinstance(source, MqttSource):
         from agent.device.intake.sources import mqtt
 
-        mqtt.require(str(file), name, stream, source)
+        mqtt.check_config(str(file), name, stream, source)
         return f"{source.topic} at {source.broker.url}"
     if isinstance(source, ReplaySource):
         from agent.device.intake.sources import replay
 
-        recordings = replay.playlist(stream, source).recordings
+        recordings = replay.load_playlist(stream, source).recordings
         return f"a replay of the {len(recordings.rows):,} rows in {source.file}"
     from agent.device.intake import media_reader
 
-    media_reader.require(str(file), name, stream, int(conf.buffer.max_size))
+    media_reader.check_config(str(file), name, stream, int(conf.buffer.max_size))
     assert isinstance(source, FilesSource)
-    assert stream.made is not None
-    return f"{media.written(stream.made)}, of the files in {source.folder}"
+    assert stream.media_format is not None
+    return f"{media.to_toml(stream.media_format)}, of the files in {source.folder}"
 
 
-def _bundle(file: Path, conf: Config, name: str) -> str:
-    task = tasks.load_task(file, conf, None, name, known=_choices(conf, name))
-    drift = "with drift reference" if task.judge else "without drift reference: drift is not watched"
+def _check_bundle(file: Path, conf: Config, name: str) -> str:
+    task = tasks.load_task(file, conf, None, name, known_tunings=_load_known_tunings(conf, name))
+    drift = "with drift reference" if task.drift_monitor else "without drift reference: drift is not watched"
     manifest = task.bundle.manifest
-    pace = f", {task.choice}" if task.choice else ""
+    pace = f", {task.tuning}" if task.tuning else ""
     return f"{manifest.name} {manifest.version}, golden vectors right on this CPU{pace}, {drift}"
 
 
-def _choices(conf: Config, task: str) -> list[Choice]:
+def _load_known_tunings(conf: Config, task: str) -> list[Tuning]:
     """What the agent that runs here goes by; without a store the check tries for itself."""
     try:
         store = Store(conf.data_dir, read_only=True)
     except OutstationError:
         return []
     try:
-        return tuning_cache.known(store, task)
+        return tuning_cache.load(store, task)
     finally:
         store.close()
 
@@ -145,52 +149,54 @@ def _is_running(conf: Config) -> bool:
     return False
 
 
-def _storage(conf: Config) -> Finding:
+def _check_storage(conf: Config) -> CheckResult:
     try:
         store = Store(conf.data_dir, max_size=int(conf.buffer.max_size))
         used = store.used_bytes()
         store.close()
     except (OutstationError, OSError) as problem:
-        return Finding("storage", "failed", f"{problem}; check [device] data_dir and its owner")
-    return Finding("storage", "ok", f"{conf.data_dir}, {used >> 10} KiB of {int(conf.buffer.max_size) >> 20} MiB used")
+        return CheckResult("storage", "failed", f"{problem}; check [device] data_dir and its owner")
+    return CheckResult(
+        "storage", "ok", f"{conf.data_dir}, {used >> 10} KiB of {int(conf.buffer.max_size) >> 20} MiB used"
+    )
 
 
-def _condition(conf: Config) -> Iterator[Finding]:
+def _check_store_condition(conf: Config) -> Iterator[CheckResult]:
     try:
         store = Store(conf.data_dir, read_only=True)
     except OutstationError:
         return
     try:
-        found = condition(store)
+        found = inspect_condition(store)
     except OutstationError as problem:
-        yield Finding("store", "warning", f"{problem}")
+        yield CheckResult("store", "warning", f"{problem}")
         return
     finally:
         store.close()
-    doubtful = found.stop == "unclean" or found.last or found.quarantine
-    yield Finding("store", "warning" if doubtful else "ok", str(found))
+    doubtful = found.last_stop == "unclean" or found.last_finding or found.quarantine
+    yield CheckResult("store", "warning" if doubtful else "ok", str(found))
 
 
-def _clock(conf: Config) -> Finding:
+def _check_clock(conf: Config) -> CheckResult:
     try:
         store = Store(conf.data_dir, read_only=True)
     except OutstationError:
-        now, past = clock.read(), clock.rfc3339(clock.BUILD_FLOOR_US)
+        now, past = clock.read(), clock.to_rfc3339(clock.BUILD_FLOOR_US)
     else:
         try:
-            now = clock_of(store)()
-            past = report(store, now)["floor"]
+            now = make_clock(store)()
+            past = build_report(store, now)["floor"]
         finally:
             store.close()
-    time = clock.rfc3339(now.wall_us)
+    time = clock.to_rfc3339(now.wall_us)
     if now.error_us is not None and now.quality == "synced":
-        return Finding("clock", "ok", f"{time}, synchronized to {now.error_us / 1e6:.3f} s")
+        return CheckResult("clock", "ok", f"{time}, synchronized to {now.error_us / 1e6:.3f} s")
     earlier = f" and earlier than {past}, which has passed" if now.quality == "unsynced" else ""
     fix = "rows are dated afterwards, once a time service (systemd-timesyncd, chrony) has set it"
-    return Finding("clock", "warning", f"{time}, {now.quality}{earlier}: {fix}")
+    return CheckResult("clock", "warning", f"{time}, {now.quality}{earlier}: {fix}")
 
 
-def _reach(conf: Config) -> str:
+def _check_broker_reachable(conf: Config) -> str:
     """Without a login: the broker would throw the running agent off."""
     try:
         socket.create_connection((conf.broker.host, conf.broker.port), 5).close()
@@ -199,7 +205,7 @@ def _reach(conf: Config) -> str:
     return f"{conf.broker.url} answers; the running agent is logged in, see its log"
 
 
-def _connect(conf: Config) -> str:
+def _check_broker_login(conf: Config) -> str:
     from agent.transport.mqtt import Link
 
     try:
@@ -210,7 +216,7 @@ def _connect(conf: Config) -> str:
     return f"{conf.broker.url}, messages up to {min(link.max_packet, conf.broker.max_message_bytes)} bytes"
 
 
-def _print(findings: list[Finding]) -> None:
-    width = max(len(f.name) for f in findings)
-    for f in findings:
-        click.echo(f"{click.style(f.state.ljust(7), fg=_MARKS[f.state])}  {f.name.ljust(width)}  {f.detail}")
+def _print(results: list[CheckResult]) -> None:
+    width = max(len(f.name) for f in results)
+    for f in results:
+        click.echo(f"{click.style(f.state.ljust(7), fg=_STATE_COLORS[f.state])}  {f.name.ljust(width)}  {f.detail}")

@@ -8,38 +8,40 @@ import time
 import msgspec
 
 from agent import clock
-from agent.config import Config, Updates
+from agent.config import Config, UpdatesConfig
 from agent.device.rollout.fetch import request as asking
 from agent.device.rollout.fetch import version_floors
-from agent.device.rollout.fetch.child import Child
+from agent.device.rollout.fetch.child import FetchProcess
 from agent.device.store.store import Store
 from agent.errors import FetchFailed, OutstationError
 
-_PATIENCE_S = 20.0
+_TIMEOUT_S = 20.0
 
 
-def look(conf: Config, updates: Updates) -> str:
+def inspect_repository(conf: Config, updates: UpdatesConfig) -> str:
     """What the repository shows, in a sentence. Raises OutstationError."""
     now = clock.read()
     try:
         store = Store(conf.data_dir, read_only=True)
     except OutstationError:
-        known, time_us = version_floors.Floors(), max(now.wall_us, clock.BUILD_FLOOR_US)
+        known, time_us = version_floors.VersionFloors(), max(now.wall_us, clock.BUILD_FLOOR_US)
     else:
-        known, time_us = version_floors.load(store), asking.latest_us(store, now)
+        known, time_us = version_floors.load(store), asking.trusted_time_us(store, now)
         store.close()
     with tempfile.TemporaryDirectory(prefix="outstation-") as folder:
-        request = asking.look(conf, updates, known, time_us)
-        child = Child(msgspec.structs.replace(request, folder=folder, seconds=_PATIENCE_S), clock.boot_seconds())
+        request = asking.build_metadata_request(conf, updates, known, time_us)
+        child = FetchProcess(
+            msgspec.structs.replace(request, metadata_dir=folder, timeout_s=_TIMEOUT_S), clock.boot_seconds()
+        )
         try:
-            while not child.ended(clock.boot_seconds()):
+            while not child.has_ended(clock.boot_seconds()):
                 time.sleep(0.02)
         except BaseException:
-            child.end()
+            child.kill_and_wait()
             raise
-        answer = child.answer()
+        answer = child.read_response()
     if answer.error:
         raise FetchFailed(answer.error, answer.detail)
     versions = {role: floor.version for role, floor in answer.floors.roles.items()}
-    expires = clock.rfc3339(round((answer.floors.expires_s or 0.0) * 1e6))[:10]
+    expires = clock.to_rfc3339(round((answer.floors.expires_s or 0.0) * 1e6))[:10]
     return f"{updates.url}, root {versions['root']}, timestamp {versions['timestamp']}, holds until {expires}"

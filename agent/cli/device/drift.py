@@ -12,8 +12,16 @@ from agent import clock
 from agent.arrays import Ints
 from agent.bootstrap import wiring
 from agent.cli.device import drift_plot
-from agent.cli.device.drift_plot import Scale
-from agent.cli.output import config_option, dark_option, emit, json_option, plot_option, require_drawable, table
+from agent.cli.device.drift_plot import FieldScale
+from agent.cli.output import (
+    config_option,
+    dark_option,
+    emit,
+    json_option,
+    plot_option,
+    print_table,
+    require_plot_format,
+)
 from agent.config import Config
 from agent.device.bundles import history as kept
 from agent.device.commands import wipe
@@ -22,15 +30,15 @@ from agent.device.store.store import Store
 from agent.drift.baseline.reference import Reference
 from agent.drift.reporting import parsed_message
 from agent.drift.reporting.timeline import EARLIEST_US, Timeline
-from agent.drift.testing.test_suite import Limits
+from agent.drift.testing.test_suite import CusumLimits
 from agent.errors import BadBundle, UsageError
 from agent.model.bundle import bundle
 from agent.model.bundle.bundle import Bundle
 from agent.render import axes
-from agent.render.drift_model import Picture
-from agent.toml_files import suggestion
+from agent.render.drift_model import DriftPlot
+from agent.toml_files import did_you_mean
 
-MOST_WINDOWS = 5000
+MAX_WINDOWS = 5000
 
 
 @click.command(epilog="Example: outstation drift exercise --plot drift.svg")
@@ -41,113 +49,120 @@ MOST_WINDOWS = 5000
 @json_option
 def drift(task: str, plot: Path | None, dark: bool, config_file: str | None, as_json: bool) -> None:
     """How TASK's readings moved from this site's reference: the windows of which messages are still kept here."""
-    require_drawable(plot)
-    _, conf = wiring.load(config_file)
+    require_plot_format(plot)
+    _, conf = wiring.load_config(config_file)
     wipe.require_unwiped(conf.data_dir)
     if task not in conf.tasks:
-        raise UsageError(f"there is no task {task!r}{suggestion(task, conf.tasks)}")
-    store = wiring.store_to_read(conf)
+        raise UsageError(f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
+    store = wiring.open_store_read_only(conf)
     try:
-        found = _Found(conf, store, task)
+        found = _TaskDrift(conf, store, task)
     finally:
         store.close()
-    document = found.document()
+    document = found.to_dict()
     if plot is not None:
-        drift_plot.save(found.picture(), plot, dark=dark)
+        drift_plot.save(found.build_plot(), plot, dark=dark)
         document["plot"] = str(plot)
     emit(document, as_json, lambda: _print(document))
 
 
-class _Found:
+class _TaskDrift:
     """What the store says of one task."""
 
     def __init__(self, conf: Config, store: Store, task: str) -> None:
         self.task, self.device = task, conf.device.id
-        self.bundle = bundle.read(kept.bundle_of(conf, store, task), None)
-        self.shipped = _shipped(self.bundle)
-        self.site = _site(store, task, self.shipped)
-        self.line, self.unreadable = _timeline(store, task, self.shipped)
-        self.open = [alert for alert in store.open_alerts(task) if alert["alert"] in ("drift", "fault")]
+        self.bundle = bundle.read(kept.locate_bundle(conf, store, task), None)
+        self.shipped_reference = _load_shipped_reference(self.bundle)
+        self.site_reference = _load_site_reference(store, task, self.shipped_reference)
+        self.timeline, self.unreadable_count = _load_timeline(store, task, self.shipped_reference)
+        self.open_alerts = [alert for alert in store.open_alerts(task) if alert["alert"] in ("drift", "fault")]
 
-    def usual(self) -> dict[str, Ints]:
-        reference = self.site or self.shipped
+    def reference_counts(self) -> dict[str, Ints]:
+        reference = self.site_reference or self.shipped_reference
         return {} if reference is None else dict(zip(reference.fields, reference.counts, strict=True))
 
     def limits(self) -> dict[str, float]:
         """Of each field's sums, and of the certainty's."""
-        if self.site is None:
+        if self.site_reference is None:
             return {}
-        limits, fields = Limits.of(self.site).limit, self.site.fields
+        limits, fields = CusumLimits.from_reference(self.site_reference).limit, self.site_reference.fields
         known = {name: float(limits[i]) for i, name in enumerate(fields)} | {"score": float(limits[-1])}
         return known | ({"joint": float(limits[2 * len(fields)])} if len(fields) > 1 else {})
 
-    def document(self) -> dict[str, Any]:
-        last = self.line.points[-1] if self.line.points else None
+    def to_dict(self) -> dict[str, Any]:
+        last = self.timeline.points[-1] if self.timeline.points else None
         return {
             "device": self.device,
             "task": self.task,
             "reference": {
-                "shipped": self.shipped.digest if self.shipped else None,
-                "site": self.site.digest if self.site else None,
+                "shipped": self.shipped_reference.digest if self.shipped_reference else None,
+                "site": self.site_reference.digest if self.site_reference else None,
             },
-            "windows": self.line.windows,
-            "unreadable": self.unreadable,
-            "from": clock.rfc3339(self.line.points[0].t[0]) if last else None,
-            "to": clock.rfc3339(last.t[1]) if last else None,
-            "subjects": [self._subject(name, told) for name, told in (last.subjects.items() if last else ())],
+            "windows": self.timeline.windows,
+            "unreadable": self.unreadable_count,
+            "from": clock.to_rfc3339(self.timeline.points[0].t[0]) if last else None,
+            "to": clock.to_rfc3339(last.t[1]) if last else None,
+            "subjects": [self._subject_to_dict(name, told) for name, told in (last.subjects.items() if last else ())],
             "estimate": dict(zip(("accuracy", "low", "high"), last.accuracy, strict=True))
             if last and last.accuracy
             else None,
             "alerts": [
-                {"id": a["id"], "alert": a["alert"], "summary": a["summary"], "time": a["time"]} for a in self.open
+                {"id": a["id"], "alert": a["alert"], "summary": a["summary"], "time": a["time"]}
+                for a in self.open_alerts
             ],
         }
 
-    def _subject(self, name: str, told: parsed_message.Subject) -> dict[str, Any]:
-        now, usual, limit = self.line.now(name), self.usual().get(name), self.limits().get(name)
-        since = [begin for begin, _, goes_on in self.line.spells(name, "drift") if goes_on]
+    def _subject_to_dict(self, name: str, reported_subject: parsed_message.SubjectReport) -> dict[str, Any]:
+        now, usual, limit = self.timeline.latest(name), self.reference_counts().get(name), self.limits().get(name)
+        since = [begin for begin, _, goes_on in self.timeline.spells(name, "drift") if goes_on]
         return {
             "subject": name,
-            "state": told.state,
-            "cusum": {"mean": told.mean, "spread": told.spread, "limit": limit},
-            "since": clock.rfc3339(since[0]) if since else None,
-            "sizes": parsed_message.apart(usual, now[1].counts) if now is not None and usual is not None else None,
+            "state": reported_subject.state,
+            "cusum": {"mean": reported_subject.mean, "spread": reported_subject.spread, "limit": limit},
+            "since": clock.to_rfc3339(since[0]) if since else None,
+            "sizes": parsed_message.effect_sizes(usual, now[1].counts)
+            if now is not None and usual is not None
+            else None,
         }
 
-    def picture(self) -> Picture:
-        scale = Scale() if self.shipped is None else Scale.of(self.bundle, self.shipped)
-        rows, estimates = drift_plot.of_one(self.line, scale, self.usual(), self.limits())
+    def build_plot(self) -> DriftPlot:
+        scale = (
+            FieldScale()
+            if self.shipped_reference is None
+            else FieldScale.from_bundle(self.bundle, self.shipped_reference)
+        )
+        rows, estimates = drift_plot.plot_device(self.timeline, scale, self.reference_counts(), self.limits())
         manifest = self.bundle.manifest
-        parts = [f"{manifest.name} {manifest.version}", f"{self.line.windows} drift windows"]
+        parts = [f"{manifest.name} {manifest.version}", f"{self.timeline.windows} drift windows"]
         empty = ""
-        if self.line.points:
-            first, last = self.line.points[0].t[0], self.line.points[-1].t[1]
-            parts.append(f"{axes.moment(first)} to {axes.moment(last)} UTC")
+        if self.timeline.points:
+            first, last = self.timeline.points[0].t[0], self.timeline.points[-1].t[1]
+            parts.append(f"{axes.format_time(first)} to {axes.format_time(last)} UTC")
         else:
             empty = "No drift window yet: one closes after so many model windows as the bundle says, 20 as a rule."
-            if self.shipped is None:
+            if self.shipped_reference is None:
                 empty = "This bundle carries no drift reference: nothing is compared."
-        return Picture(
+        return DriftPlot(
             title=f"Drift of {self.task} at {self.device}",
             subtitle=" · ".join(parts),
-            alerts=[(alert["alert"], alert["summary"]) for alert in self.open],
-            series=["mean"],
-            dashes="spread",
-            usual="this site's reference" if self.site else "the bundle's reference",
+            alerts=[(alert["alert"], alert["summary"]) for alert in self.open_alerts],
+            series_names=["mean"],
+            dashed_label="spread",
+            reference_label="this site's reference" if self.site_reference else "the bundle's reference",
             rows=rows,
             estimates=estimates,
-            empty=empty,
+            empty_message=empty,
         )
 
 
-def _shipped(found: Bundle) -> Reference | None:
-    data = found.files.get("reference.json")
+def _load_shipped_reference(loaded_bundle: Bundle) -> Reference | None:
+    data = loaded_bundle.files.get("reference.json")
     return None if data is None else Reference.from_json(data)
 
 
-def _site(store: Store, task: str, shipped: Reference | None) -> Reference | None:
+def _load_site_reference(store: Store, task: str, shipped: Reference | None) -> Reference | None:
     """The site's reference, where it belongs to this bundle's bins."""
-    kept = store.state(task, drift_state.SITE)
+    kept = store.load_state(task, drift_state.SITE_REFERENCE_NAME)
     if kept is None or shipped is None:
         return None
     try:
@@ -157,19 +172,19 @@ def _site(store: Store, task: str, shipped: Reference | None) -> Reference | Non
     return site if (site.fields, site.edges.tobytes()) == (shipped.fields, shipped.edges.tobytes()) else None
 
 
-def _timeline(store: Store, task: str, shipped: Reference | None) -> tuple[Timeline, int]:
+def _load_timeline(store: Store, task: str, shipped: Reference | None) -> tuple[Timeline, int]:
     """Of kept messages under this reference; and how many could not be read.
 
     Windows from before the clock was set would stretch the axis over decades: they are taken only without others.
     """
     line, undated, unreadable = Timeline(), Timeline(), 0
-    for message in store.messages("drift", task, MOST_WINDOWS):
+    for message in store.recent_messages("drift", task, MAX_WINDOWS):
         if not message.intact:
             unreadable += 1
             continue
         try:
             body = json.loads(message.payload)
-            t = (clock.epoch_us(body["window"]["from"]), clock.epoch_us(body["window"]["to"]))
+            t = (clock.parse_rfc3339(body["window"]["from"]), clock.parse_rfc3339(body["window"]["to"]))
             if shipped is not None and body["reference"]["shipped"] == shipped.digest:
                 (line if t[0] >= EARLIEST_US else undated).add(parsed_message.from_message(body, t))
         except (ValueError, KeyError, TypeError):
@@ -188,7 +203,7 @@ def _print(document: dict[str, Any]) -> None:
         cells.append(
             [one["subject"], one["state"], *sums, *(f"{sizes[n]:.2f}" if n in sizes else "-" for n in ("js", "ks"))]
         )
-    table(["", "state", "sum of mean", "sum of spread", "JS", "KS"], cells, "No drift window yet.")
+    print_table(["", "state", "sum of mean", "sum of spread", "JS", "KS"], cells, "No drift window yet.")
     if document["estimate"]:
         e = document["estimate"]
         click.echo(f"expected accuracy without labels: {e['accuracy']:.2f} ({e['low']:.2f} to {e['high']:.2f})")

@@ -11,32 +11,32 @@ import msgspec
 
 from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
-from agent.drift.reporting.parsed_message import Subject, apart
+from agent.drift.reporting.parsed_message import SubjectReport, effect_sizes
 from agent.drift.reporting.timeline import Timeline
 from agent.errors import UsageError
 from agent.model.bundle.bundle import Bundle
 from agent.render import axes, drift_plot, png
-from agent.render.drift_model import Curve, Estimate, Picture, Row, Spell
+from agent.render.drift_model import AccuracyEstimate, DriftPlot, EvidenceCurve, PlotRow, StateInterval
 
 _STATISTICS = ("mean", "spread")
-_OTHERS = ("output", "score", "joint")
+_NON_FIELD_SUBJECTS = ("output", "score", "joint")
 
 
-class Scale(msgspec.Struct, frozen=True):
+class FieldScale(msgspec.Struct, frozen=True):
     """What a bundle says of its fields: bounds of bins and units."""
 
     bounds: Mapping[str, Sequence[float]] = msgspec.field(default_factory=dict)
     units: Mapping[str, str] = msgspec.field(default_factory=dict)
 
     @classmethod
-    def of(cls, bundle: Bundle, reference: Reference) -> Scale:
+    def from_bundle(cls, bundle: Bundle, reference: Reference) -> FieldScale:
         units = dict(zip(bundle.manifest.input.fields, bundle.manifest.input.units, strict=False))
         return cls(dict(zip(reference.fields, reference.bounds.tolist(), strict=True)), units)
 
 
-def save(picture: Picture, file: Path, *, dark: bool) -> None:
+def save(picture: DriftPlot, file: Path, *, dark: bool) -> None:
     """Raises UsageError where it cannot be written."""
-    svg = drift_plot.drift(picture, dark=dark)
+    svg = drift_plot.render_drift(picture, dark=dark)
     data = svg.encode() if file.suffix == ".svg" else png.from_svg(svg)
     part = file.with_name(file.name + ".part")
     try:
@@ -47,21 +47,23 @@ def save(picture: Picture, file: Path, *, dark: bool) -> None:
         raise UsageError(f"--plot {file}: cannot be written: {error.strerror}") from None
 
 
-def of_one(
-    line: Timeline, scale: Scale, usual: Mapping[str, Ints], limits: Mapping[str, float]
-) -> tuple[list[Row], list[Estimate]]:
+def plot_device(
+    timeline: Timeline, scale: FieldScale, reference_counts: Mapping[str, Ints], limits: Mapping[str, float]
+) -> tuple[list[PlotRow], list[AccuracyEstimate]]:
     """Rows and the estimate of one device: mean and spread apart."""
     rows = []
-    for name in _subjects(line):
-        state = _state(line, name)
-        now = line.now(name)
-        known = usual.get(name)
+    for name in _list_subjects(timeline):
+        state = _latest_state(timeline, name)
+        now = timeline.latest(name)
+        known = reference_counts.get(name)
         shown = [(0, now[1].counts.tolist())] if now is not None else []
         notes = [
-            f"since {axes.moment(begin)[5:]}" for begin, _, on in line.spells(name, state) if on and state == "drift"
+            f"since {axes.format_time(begin)[5:]}"
+            for begin, _, on in timeline.spells(name, state)
+            if on and state == "drift"
         ]
         if now is not None and known is not None and now[0] != "insufficient":
-            sizes = apart(known, now[1].counts)
+            sizes = effect_sizes(known, now[1].counts)
             notes += [f"JS {sizes['js']:.2f} · KS {sizes['ks']:.2f}"]
         elif name == "output":
             notes += ["which answers it gives"]
@@ -70,101 +72,110 @@ def of_one(
         elif name == "joint":
             notes += ["fields together"]
         statistics = _STATISTICS if name in scale.bounds or now is not None else ("mean",)
-        limit = limits.get(name) or _told_limit(line, name)
+        limit = limits.get(name) or _reported_limit(timeline, name)
         rows.append(
-            Row(
+            PlotRow(
                 name=name,
                 unit=scale.units.get(name, ""),
                 state=state,
                 notes=notes,
-                bounds=_bounds(scale, name, shown),
-                usual=known.tolist() if known is not None else None,
-                shown=shown,
+                bounds=_bin_bounds(scale, name, shown),
+                reference=known.tolist() if known is not None else None,
+                histograms=shown,
                 curves=[
-                    _curve(line, name, _sum(statistic), 0, dashed=statistic == "spread") for statistic in statistics
+                    _build_curve(timeline, name, _statistic_getter(statistic), 0, dashed=statistic == "spread")
+                    for statistic in statistics
                 ],
                 limit=limit,
-                spells=[Spell("insufficient", *spell) for spell in line.spells(name, "insufficient")]
-                + _spells(line, name),
+                intervals=[StateInterval("insufficient", *spell) for spell in timeline.spells(name, "insufficient")]
+                + _build_spells(timeline, name),
             )
         )
-    return rows, [one for one in [_estimate(line, 0)] if one is not None]
+    return rows, [one for one in [_build_estimate(timeline, 0)] if one is not None]
 
 
-def of_many(
-    lines: Mapping[str, Timeline],
-    scale: Scale,
-    fleet: Mapping[str, Ints],
-    shown: Mapping[str, Mapping[str, Ints]],
-    told: Callable[[str], tuple[str, list[str]]],
-) -> tuple[list[Row], list[Estimate]]:
+def plot_devices(
+    timelines: Mapping[str, Timeline],
+    scale: FieldScale,
+    fleet_counts: Mapping[str, Ints],
+    device_counts: Mapping[str, Mapping[str, Ints]],
+    describe_field: Callable[[str], tuple[str, list[str]]],
+) -> tuple[list[PlotRow], list[AccuracyEstimate]]:
     """Rows and estimates of several devices in one picture; `told` gives a field's state and notes."""
     rows = []
-    for name, usual in fleet.items():
-        state, notes = told(name)
-        parts = [(i, shown[d][name].tolist()) for i, d in enumerate(lines) if name in shown.get(d, {})]
+    for name, usual in fleet_counts.items():
+        state, notes = describe_field(name)
+        parts = [
+            (i, device_counts[d][name].tolist()) for i, d in enumerate(timelines) if name in device_counts.get(d, {})
+        ]
         rows.append(
-            Row(
+            PlotRow(
                 name=name,
                 unit=scale.units.get(name, ""),
                 state=state,
                 notes=notes,
-                bounds=_bounds(scale, name, [(0, usual.tolist())]),
-                usual=usual.tolist(),
-                shown=parts,
-                curves=[_curve(line, name, _larger, i) for i, line in enumerate(lines.values())],
-                limit=max((x for line in lines.values() if (x := _told_limit(line, name)) is not None), default=None),
-                spells=[spell for i, line in enumerate(lines.values()) for spell in _spells(line, name, i)],
+                bounds=_bin_bounds(scale, name, [(0, usual.tolist())]),
+                reference=usual.tolist(),
+                histograms=parts,
+                curves=[_build_curve(line, name, _max_statistic, i) for i, line in enumerate(timelines.values())],
+                limit=max(
+                    (x for line in timelines.values() if (x := _reported_limit(line, name)) is not None), default=None
+                ),
+                intervals=[
+                    spell for i, line in enumerate(timelines.values()) for spell in _build_spells(line, name, i)
+                ],
             )
         )
-    return rows, [one for i, line in enumerate(lines.values()) if (one := _estimate(line, i)) is not None]
+    return rows, [one for i, line in enumerate(timelines.values()) if (one := _build_estimate(line, i)) is not None]
 
 
-def _subjects(line: Timeline) -> list[str]:
-    fields = list(line.shapes)
-    known = {name for point in line.points for name in point.subjects}
-    fields += sorted(known - set(fields) - set(_OTHERS))
+def _list_subjects(timeline: Timeline) -> list[str]:
+    fields = list(timeline.histograms)
+    known = {name for point in timeline.points for name in point.subjects}
+    fields += sorted(known - set(fields) - set(_NON_FIELD_SUBJECTS))
     # The answers have no sum to draw: they are worth a row where they drifted.
-    others = [n for n in _OTHERS if n in known and (n != "output" or any(line.spells(n, "drift")))]
+    others = [n for n in _NON_FIELD_SUBJECTS if n in known and (n != "output" or any(timeline.spells(n, "drift")))]
     return fields + others
 
 
-def _state(line: Timeline, name: str) -> str:
-    return next((p.subjects[name].state for p in reversed(line.points) if name in p.subjects), "insufficient")
+def _latest_state(timeline: Timeline, name: str) -> str:
+    return next((p.subjects[name].state for p in reversed(timeline.points) if name in p.subjects), "insufficient")
 
 
-def _bounds(scale: Scale, name: str, shown: Sequence[tuple[int, Sequence[int]]]) -> Sequence[float] | None:
+def _bin_bounds(scale: FieldScale, name: str, shown: Sequence[tuple[int, Sequence[int]]]) -> Sequence[float] | None:
     bounds = scale.bounds.get(name)
     return bounds if bounds is not None and all(len(counts) == len(bounds) + 1 for _, counts in shown) else None
 
 
-def _curve(line: Timeline, name: str, value: Callable[[Subject], float], series: int, *, dashed: bool = False) -> Curve:
-    told = [(p.t[1], p.subjects.get(name)) for p in line.points]
+def _build_curve(
+    timeline: Timeline, name: str, value: Callable[[SubjectReport], float], series: int, *, dashed: bool = False
+) -> EvidenceCurve:
+    told = [(p.t[1], p.subjects.get(name)) for p in timeline.points]
     # While it is learned there is nothing to sum.
     values = [None if s is None or s.state == "insufficient" else value(s) for _, s in told]
-    return Curve(series, [t for t, _ in told], values, dashed)
+    return EvidenceCurve(series, [t for t, _ in told], values, dashed)
 
 
-def _sum(statistic: str) -> Callable[[Subject], float]:
+def _statistic_getter(statistic: str) -> Callable[[SubjectReport], float]:
     return lambda subject: float(getattr(subject, statistic))
 
 
-def _larger(subject: Subject) -> float:
+def _max_statistic(subject: SubjectReport) -> float:
     return max(subject.mean, subject.spread)
 
 
-def _spells(line: Timeline, name: str, series: int = 0) -> list[Spell]:
-    return [Spell(s, *spell, series) for s in ("drift", "fault") for spell in line.spells(name, s)]
+def _build_spells(timeline: Timeline, name: str, series: int = 0) -> list[StateInterval]:
+    return [StateInterval(s, *spell, series) for s in ("drift", "fault") for spell in timeline.spells(name, s)]
 
 
-def _told_limit(line: Timeline, name: str) -> float | None:
+def _reported_limit(timeline: Timeline, name: str) -> float | None:
     """As the messages say it."""
-    found = (p.subjects[name].limit for p in reversed(line.points) if name in p.subjects)
+    found = (p.subjects[name].limit for p in reversed(timeline.points) if name in p.subjects)
     return next((limit for limit in found if limit is not None), None)
 
 
-def _estimate(line: Timeline, series: int) -> Estimate | None:
-    if all(point.accuracy is None for point in line.points):
+def _build_estimate(timeline: Timeline, series: int) -> AccuracyEstimate | None:
+    if all(point.accuracy is None for point in timeline.points):
         return None
-    told: list[Any] = [point.accuracy or (None, None, None) for point in line.points]
-    return Estimate(series, [p.t[1] for p in line.points], *zip(*told, strict=True))
+    told: list[Any] = [point.accuracy or (None, None, None) for point in timeline.points]
+    return AccuracyEstimate(series, [p.t[1] for p in timeline.points], *zip(*told, strict=True))

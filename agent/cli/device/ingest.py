@@ -14,26 +14,26 @@ import click
 from agent import clock
 from agent.bootstrap import wiring
 from agent.cli.output import config_option, emit, json_option
-from agent.client import Answer, Client
-from agent.config import Config, FilesSource, Stream
-from agent.device.intake.file_reader import Block, blocks, open_text
-from agent.device.intake.group_commit import NOT_STORED, Group
-from agent.device.machine.timekeeping import clock_of
-from agent.device.store.rows import Checked, check
-from agent.errors import ConfigError, OutstationError, Rejected, StorageBusy, UsageError
-from agent.toml_files import suggestion
+from agent.client import Client, FlushResult
+from agent.config import Config, FilesSource, StreamConfig
+from agent.device.intake.file_reader import FileBlock, open_text, read_blocks
+from agent.device.intake.group_commit import NOT_STORED, GroupCommit
+from agent.device.machine.timekeeping import make_clock
+from agent.device.store.rows import ValidatedRows, validate_columns
+from agent.errors import ConfigError, OutstationError, RowRejected, StorageBusy, UsageError
+from agent.toml_files import did_you_mean
 
 T = TypeVar("T")
 
-_SHOWN = 20
-_MOST_ROWS_A_LINE = 1024
-_LINE_BYTES = 900_000
+_MAX_SHOWN = 20
+_MAX_ROWS_PER_LINE = 1024
+_MAX_LINE_BYTES = 900_000
 
 
-class Target(Protocol):
+class RowSink(Protocol):
     """Where checked rows go."""
 
-    def put(self, checked: Checked, lines: list[int]) -> None: ...
+    def put(self, checked: ValidatedRows, lines: list[int]) -> None: ...
 
     def finish(self) -> tuple[int, dict[int, str]]:
         """Once all rows are safe: how many were accepted, and line → reason of what was not."""
@@ -53,34 +53,36 @@ def ingest(stream: str, file: str, config_file: str | None, as_json: bool) -> No
     Goes through the running daemon, or straight into the store when none runs. The first line of a CSV names its
     columns: the stream's fields and, if there is one, t (epoch seconds or RFC 3339). Exit 1 where a row was rejected.
     """
-    conf_file, conf = wiring.load(config_file)
+    conf_file, conf = wiring.load_config(config_file)
     if stream not in conf.streams:
-        raise ConfigError(str(conf_file), "streams", f"there is no stream {stream!r}{suggestion(stream, conf.streams)}")
-    if isinstance(source := conf.streams[stream].source, FilesSource) and source.made:
+        raise ConfigError(
+            str(conf_file), "streams", f"there is no stream {stream!r}{did_you_mean(stream, conf.streams)}"
+        )
+    if isinstance(source := conf.streams[stream].source, FilesSource) and source.media_format:
         raise UsageError(f"stream {stream!r} takes images or sounds from its folder: copy them to {source.folder}")
-    accepted, rejected = _take(conf, stream, file)
+    accepted, rejected = _ingest_file(conf, stream, file)
     document = {"accepted": accepted, "rejected": [{"line": n, "reason": r} for n, r in sorted(rejected.items())]}
     emit(document, as_json, lambda: _print(accepted, rejected))
     if rejected:
         sys.exit(1)
 
 
-def _take(conf: Config, name: str, file: str) -> tuple[int, dict[int, str]]:
+def _ingest_file(conf: Config, name: str, file: str) -> tuple[int, dict[int, str]]:
     path = None if file == "-" else Path(file)
     rejected: dict[int, str] = {}
     stream = conf.streams[name]
     with contextlib.ExitStack() as open_files:
-        text = open_files.enter_context(_open(path))
-        target = open_files.enter_context(contextlib.closing(_target(conf, name)))
-        bar = open_files.enter_context(_progress(path))
+        text = open_files.enter_context(_open_input(path))
+        target = open_files.enter_context(contextlib.closing(_open_sink(conf, name)))
+        bar = open_files.enter_context(_ProgressLine(path))
         problem = None
         try:
-            for checked, lines, bad, through in _checked(blocks(path, text, name, stream), stream):
+            for checked, lines, bad, through in _check_blocks(read_blocks(path, text, name, stream), stream):
                 rejected |= bad
                 if len(checked.rows):
                     target.put(checked, lines)
                 bar(through)
-        except Rejected as found:
+        except RowRejected as found:
             problem = found
         # What was put is kept, whatever became of the rest: else a second try would take part of it twice.
         accepted, refused = target.finish()
@@ -90,32 +92,34 @@ def _take(conf: Config, name: str, file: str) -> tuple[int, dict[int, str]]:
     return accepted, rejected | refused
 
 
-def _checked(found: Iterator[Block], stream: Stream) -> Iterator[tuple[Checked, list[int], dict[int, str], int]]:
+def _check_blocks(
+    blocks: Iterator[FileBlock], stream: StreamConfig
+) -> Iterator[tuple[ValidatedRows, list[int], dict[int, str], int]]:
     """Rows that are right, their line numbers, and the reason for each line that is not."""
     latest: int | None = None
-    for block in found:
-        checked = check(block.raw, stream, clock.read().wall_us, latest)
-        latest = checked.latest
-        bad = block.bad | {block.lines[i]: reason for i, reason in checked.bad.items()}
-        lines = [n for i, n in enumerate(block.lines) if i not in checked.bad]
+    for block in blocks:
+        checked = validate_columns(block.raw, stream, clock.read().wall_us, latest)
+        latest = checked.latest_us
+        bad = block.bad | {block.lines[i]: reason for i, reason in checked.rejected.items()}
+        lines = [n for i, n in enumerate(block.lines) if i not in checked.rejected]
         yield checked, lines, bad, max([*block.lines[-1:], *block.bad])
 
 
-class _Socket:
+class _DaemonSink:
     """Through the daemon. Its answers concern lines of ours that hold many rows."""
 
-    def __init__(self, client: Client, stream: str, definition: Stream) -> None:
+    def __init__(self, client: Client, stream: str, definition: StreamConfig) -> None:
         self._client, self._stream, self._definition = client, stream, definition
         # Of lines of ours that are not answered; of all of them they would outgrow everything else of a long file.
-        self._lines: deque[list[int]] = deque()
-        self._answered = 0
+        self._pending_lines: deque[list[int]] = deque()
+        self._answered_lines = 0
         self._accepted = 0
-        self._refused: dict[int, str] = {}
-        self._foreign = ""
-        self._rows_a_line = max(1, min(_MOST_ROWS_A_LINE, _LINE_BYTES // _row_bytes(definition)))
+        self._rejected: dict[int, str] = {}
+        self._unexpected_reason = ""
+        self._rows_per_line = max(1, min(_MAX_ROWS_PER_LINE, _MAX_LINE_BYTES // _max_row_bytes(definition)))
 
-    def put(self, checked: Checked, lines: list[int]) -> None:
-        step = self._rows_a_line
+    def put(self, checked: ValidatedRows, lines: list[int]) -> None:
+        step = self._rows_per_line
         for start in range(0, len(checked.rows), step):
             part = checked.rows.slice(start, start + step)
             columns: dict[str, Any] = {"t": (part.t / 1e6).tolist()}
@@ -125,60 +129,60 @@ class _Socket:
                     columns[field.name] = [text or None for text in texts]
                 else:
                     columns[field.name] = [None if v != v else v for v in part.columns[index].tolist()]
-            self._lines.append(lines[start : start + step])
-            self._told(lambda columns=columns: self._client.send_columns(self._stream, columns))  # type: ignore[misc]
-            self._hear(self._client.answered())
+            self._pending_lines.append(lines[start : start + step])
+            self._call_daemon(lambda columns=columns: self._client.send_columns(self._stream, columns))  # type: ignore[misc]
+            self._record_answer(self._client.answered())
 
     def finish(self) -> tuple[int, dict[int, str]]:
-        self._hear(self._told(self._client.flush))
-        if self._foreign:
+        self._record_answer(self._call_daemon(self._client.flush))
+        if self._unexpected_reason:
             raise OutstationError(
-                f"the daemon rejected rows that are right by this config: {self._foreign}; has the config changed "
+                f"the daemon rejected rows that are right by this config: {self._unexpected_reason}; has the config changed "
                 f"since the daemon was started? {self._accepted} rows were accepted"
             )
-        return self._accepted, self._refused
+        return self._accepted, self._rejected
 
     def close(self) -> None:
         self._client.close()
 
-    def _hear(self, answer: Answer) -> None:
+    def _record_answer(self, answer: FlushResult) -> None:
         self._accepted += answer.accepted
         for number, reason in answer.rejected:
             if reason.startswith(NOT_STORED):
-                self._refused |= dict.fromkeys(self._lines[number - 1 - self._answered], reason)
+                self._rejected |= dict.fromkeys(self._pending_lines[number - 1 - self._answered_lines], reason)
             else:
-                self._foreign = self._foreign or reason
-        while self._answered < self._client.through:
-            self._lines.popleft()
-            self._answered += 1
+                self._unexpected_reason = self._unexpected_reason or reason
+        while self._answered_lines < self._client.through:
+            self._pending_lines.popleft()
+            self._answered_lines += 1
 
-    def _told(self, action: Callable[[], T]) -> T:
+    def _call_daemon(self, action: Callable[[], T]) -> T:
         try:
             return action()
         except ConnectionError as error:
-            first = self._client.through - self._answered
-            sent = self._lines[first][0] if first < len(self._lines) else 0
+            first = self._client.through - self._answered_lines
+            sent = self._pending_lines[first][0] if first < len(self._pending_lines) else 0
             raise OutstationError(f"the daemon went away ({error}); all rows before line {sent} are safe") from None
 
 
-class _Direct:
+class _StoreSink:
     """Straight into the store: no daemon runs."""
 
     def __init__(self, conf: Config, stream: str) -> None:
         self._store = wiring.open_store(conf)
-        self._group, self._stream = Group(self._store, conf.streams), stream
-        self._now = clock_of(self._store)
+        self._group, self._stream = GroupCommit(self._store, conf.streams), stream
+        self._now = make_clock(self._store)
         self._accepted = 0
-        self._refused: dict[int, str] = {}
+        self._rejected: dict[int, str] = {}
 
-    def put(self, checked: Checked, lines: list[int]) -> None:
-        self._group.add(self, self._stream, checked, lines, self._now())
+    def put(self, checked: ValidatedRows, lines: list[int]) -> None:
+        self._group.add_rows(self, self._stream, checked, lines, self._now())
         if self._group.is_full:
             self._commit()
 
     def finish(self) -> tuple[int, dict[int, str]]:
         self._commit()
-        return self._accepted, self._refused
+        return self._accepted, self._rejected
 
     def close(self) -> None:
         self._store.close()
@@ -186,27 +190,27 @@ class _Direct:
     def _commit(self) -> None:
         for outcome in self._group.commit(self._now()).values():
             self._accepted += outcome.accepted
-            self._refused |= dict(outcome.rejected)
+            self._rejected |= dict(outcome.rejected)
 
 
-def _row_bytes(stream: Stream) -> int:
+def _max_row_bytes(stream: StreamConfig) -> int:
     """The most a row may take in a line of columns, names left out: 25 characters a number, 6 a character of text."""
     return 25 + sum(400 if field.type == "category" else 25 for field in stream.fields)
 
 
-def _target(conf: Config, stream: str) -> Target:
+def _open_sink(conf: Config, stream: str) -> RowSink:
     """The daemon first: whoever may use its socket need not be allowed to write its files."""
     address = conf.data_dir / "intake.sock"
     try:
-        return _Socket(Client(address), stream, conf.streams[stream])
+        return _DaemonSink(Client(address), stream, conf.streams[stream])
     except ConnectionError as error:
         try:
-            return _Direct(conf, stream)
+            return _StoreSink(conf, stream)
         except StorageBusy as busy:
             raise OutstationError(f"{busy}; it takes nothing in now: {error}") from None
 
 
-def _open(path: Path | None) -> IO[str]:
+def _open_input(path: Path | None) -> IO[str]:
     try:
         # Not sys.stdin, whose encoding hangs on the locale.
         return open_text(path if path is not None else 0)
@@ -214,12 +218,12 @@ def _open(path: Path | None) -> IO[str]:
         raise UsageError(f"{path or 'stdin'}: {error.strerror}") from None
 
 
-class _progress:
+class _ProgressLine:
     """A line that counts up, for a person at a terminal and work of more than a second."""
 
     def __init__(self, path: Path | None) -> None:
         self._name = path.name if path else "stdin"
-        self._began = clock.boot_seconds()
+        self._started_s = clock.boot_seconds()
         self._shown = False
 
     def __enter__(self) -> Any:
@@ -230,14 +234,14 @@ class _progress:
             click.echo("\r\x1b[K", nl=False, err=True)
 
     def _show(self, through: int) -> None:
-        if sys.stderr.isatty() and clock.boot_seconds() - self._began > 1:
+        if sys.stderr.isatty() and clock.boot_seconds() - self._started_s > 1:
             self._shown = True
             click.echo(f"\r{self._name}: {through} lines", nl=False, err=True)
 
 
 def _print(accepted: int, rejected: dict[int, str]) -> None:
     click.echo(f"{accepted} rows accepted, {len(rejected)} rejected")
-    for line, reason in sorted(rejected.items())[:_SHOWN]:
+    for line, reason in sorted(rejected.items())[:_MAX_SHOWN]:
         click.echo(f"  line {line}: {reason}")
-    if len(rejected) > _SHOWN:
-        click.echo(f"  … and {len(rejected) - _SHOWN} more; --json lists them all")
+    if len(rejected) > _MAX_SHOWN:
+        click.echo(f"  … and {len(rejected) - _MAX_SHOWN} more; --json lists them all")

@@ -28,7 +28,7 @@ _MEMBERS = {
     KEY_FILE: 0o600,
     "root.json": 0o644,
 }
-_LARGEST = 1 << 20
+_MAX_MEMBER_BYTES = 1 << 20
 
 TEMPLATE = """\
 # Outstation, one device. Sizes and durations carry their unit: "512 MiB", "10 s", "72 h".
@@ -92,9 +92,9 @@ def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str
     file = folder / "outstation.toml"
     if file.exists():
         raise UsageError(f"{file}: is there already; edit it, or move it away first")
-    members = _read(enrolment) if enrolment is not None else {file.name: _template(device).encode()}
+    members = _read_enrolment(enrolment) if enrolment is not None else {file.name: _fill_template(device).encode()}
     if data_dir is not None:
-        members[file.name] = _with_data_dir(members[file.name].decode(), data_dir).encode()
+        members[file.name] = _replace_data_dir(members[file.name].decode(), data_dir).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in members.items():
@@ -110,14 +110,14 @@ def init(folder: Path, enrolment: Path | None, device: str | None, data_dir: str
     emit(document, as_json, lambda: _print(document, enrolled=enrolment is not None))
 
 
-def _template(device: str | None) -> str:
+def _fill_template(device: str | None) -> str:
     name = device or re.sub(r"[^a-z0-9-]", "-", socket.gethostname().lower())[:64].strip("-") or "device-1"
     if not is_name(name):
         raise UsageError(f"--id {name!r} must be 1-64 of a-z 0-9 . _ - and start with a letter or digit")
     return TEMPLATE.format(device=name, fleet="home", data_dir="data", collector="")
 
 
-def _with_data_dir(text: str, data_dir: str) -> str:
+def _replace_data_dir(text: str, data_dir: str) -> str:
     # A JSON string is a TOML string.
     line = f"data_dir = {json.dumps(data_dir)}"
     return re.sub(r"^data_dir *=.*$", lambda _: line, text, count=1, flags=re.MULTILINE)
@@ -134,16 +134,16 @@ def _print(document: dict[str, str], *, enrolled: bool) -> None:
         click.echo(f"Next: outstation fleet enrol {document['device']} --key {document['key']}   (where the fleet is)")
 
 
-def _read(enrolment: Path) -> dict[str, bytes]:
+def _read_enrolment(enrolment: Path) -> dict[str, bytes]:
     """The members of an enrolment file by name, known ones only. Raises UsageError."""
     members = {}
     try:
         # Read to its end first: only there does gzip say that all of it came.
         with gzip.open(enrolment) as file:
-            content = file.read(_LARGEST * len(_MEMBERS))
+            content = file.read(_MAX_MEMBER_BYTES * len(_MEMBERS))
         with tarfile.open(fileobj=io.BytesIO(content)) as archive:
             for member in archive:
-                inside = archive.extractfile(member) if member.isreg() and member.size <= _LARGEST else None
+                inside = archive.extractfile(member) if member.isreg() and member.size <= _MAX_MEMBER_BYTES else None
                 if member.name not in _MEMBERS or inside is None:
                     raise UsageError(f"{enrolment}: {member.name!r} does not belong into an enrolment file")
                 members[member.name] = inside.read()

@@ -13,13 +13,13 @@ from agent.cli.output import config_option, emit, json_option
 from agent.config import Config, parse_duration
 from agent.device import status
 from agent.device.commands import wipe
-from agent.device.machine.timekeeping import Timekeeper, clock_of
+from agent.device.machine.timekeeping import Timekeeper, make_clock
 from agent.device.pipeline import relearn
-from agent.drift.baseline.reference import ENOUGH, FEWEST
+from agent.drift.baseline.reference import MIN_WINDOWS, RECOMMENDED_WINDOWS
 from agent.errors import StorageBusy, UsageError
-from agent.toml_files import suggestion
+from agent.toml_files import did_you_mean
 
-_TAKEN_S = 15.0
+_TIMEOUT_S = 15.0
 
 
 @click.group()
@@ -30,7 +30,7 @@ def reference() -> None:
 @reference.command(epilog="Example: outstation reference learn exercise --for 24h")
 @click.argument("task")
 @click.option("--for", "duration", default="0 s", metavar="TIME", help='Of readings, at least: "24 h", "3 d".')
-@click.option("--wait", "wait_s", default=_TAKEN_S, type=click.FloatRange(min=0), metavar="S", help="To be taken up.")
+@click.option("--wait", "wait_s", default=_TIMEOUT_S, type=click.FloatRange(min=0), metavar="S", help="To be taken up.")
 @config_option
 @json_option
 def learn(task: str, duration: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
@@ -39,17 +39,17 @@ def learn(task: str, duration: str, wait_s: float, config_file: str | None, as_j
         for_s = float(parse_duration(duration))
     except ValueError as error:
         raise UsageError(f"--for: {error}") from None
-    _ask(config_file, task, relearn.made("learn", for_s), wait_s, as_json)
+    _submit_request(config_file, task, relearn.make_request("learn", for_s), wait_s, as_json)
 
 
 @reference.command(epilog="Example: outstation reference reset exercise")
 @click.argument("task")
-@click.option("--wait", "wait_s", default=_TAKEN_S, type=click.FloatRange(min=0), metavar="S", help="To be taken up.")
+@click.option("--wait", "wait_s", default=_TIMEOUT_S, type=click.FloatRange(min=0), metavar="S", help="To be taken up.")
 @config_option
 @json_option
 def reset(task: str, wait_s: float, config_file: str | None, as_json: bool) -> None:
     """Forget TASK's reference; another is learned as the config says."""
-    _ask(config_file, task, relearn.made("reset"), wait_s, as_json)
+    _submit_request(config_file, task, relearn.make_request("reset"), wait_s, as_json)
 
 
 @reference.command(epilog="Example: outstation reference show exercise --json")
@@ -58,54 +58,56 @@ def reset(task: str, wait_s: float, config_file: str | None, as_json: bool) -> N
 @json_option
 def show(task: str, config_file: str | None, as_json: bool) -> None:
     """TASK's reference: its number, when and from how many windows it was learned, or how far learning has got."""
-    _, conf = wiring.load(config_file)
+    _, conf = wiring.load_config(config_file)
     _require_task(conf, task)
-    store = wiring.store_to_read(conf)
+    store = wiring.open_store_read_only(conf)
     try:
-        document = status.document(conf, store, task)
+        document = status.build_document(conf, store, task)
     finally:
         store.close()
-    emit(document, as_json, lambda: click.echo(_told(document)))
+    emit(document, as_json, lambda: click.echo(_format_reference(document)))
 
 
-def _ask(config_file: str | None, task: str, request: relearn.Request, wait_s: float, as_json: bool) -> None:
-    file, conf = wiring.load(config_file)
+def _submit_request(
+    config_file: str | None, task: str, request: relearn.RelearnRequest, wait_s: float, as_json: bool
+) -> None:
+    file, conf = wiring.load_config(config_file)
     wipe.require_unwiped(conf.data_dir)
     _require_task(conf, task)
     try:
         conf.data_dir.mkdir(parents=True, exist_ok=True)
-        relearn.ask(conf.data_dir, task, request)
+        relearn.submit_request(conf.data_dir, task, request)
     except OSError as error:
         place = Path(str(error.filename)) if error.filename else conf.data_dir
         place = place if place.is_absolute() else conf.data_dir / "requests" / place
         raise UsageError(
             f"{place}: cannot be written: {error.strerror}; run this as root or the agent's user"
         ) from None
-    taken = _taken_up(file, conf, task, request, wait_s)
-    document = {"task": task, "asked": request.what, "for_s": request.for_s, "taken_up": taken}
+    taken = _apply_or_wait(file, conf, task, request, wait_s)
+    document = {"task": task, "asked": request.action, "for_s": request.duration_s, "taken_up": taken}
     when = "is learned anew" if taken else "will be learned anew when the task next runs"
     emit(document, as_json, lambda: click.echo(f"{task}: the site's reference {when}"))
 
 
-def _taken_up(file: Path, conf: Config, task: str, request: relearn.Request, wait_s: float) -> bool:
+def _apply_or_wait(file: Path, conf: Config, task: str, request: relearn.RelearnRequest, wait_s: float) -> bool:
     """By the daemon, which owns the store; or here, where none runs."""
     try:
         store = wiring.open_store(conf)
     except StorageBusy:
-        return _daemon_took(conf, task, request, wait_s)
+        return _wait_for_daemon(conf, task, request, wait_s)
     try:
-        writer, now = wiring.author(file, conf, store), clock_of(store)
-        Timekeeper(store, writer).turn(now())
-        return relearn.take_up(tasks.load_task(file, conf, store, task), store, writer, now())
+        writer, now = wiring.open_message_log(file, conf, store), make_clock(store)
+        Timekeeper(store, writer).tick(now())
+        return relearn.apply_pending(tasks.load_task(file, conf, store, task), store, writer, now())
     finally:
         store.close()
 
 
-def _daemon_took(conf: Config, task: str, request: relearn.Request, wait_s: float) -> bool:
-    store = wiring.store_to_read(conf)
+def _wait_for_daemon(conf: Config, task: str, request: relearn.RelearnRequest, wait_s: float) -> bool:
+    store = wiring.open_store_read_only(conf)
     try:
         deadline = time.monotonic() + wait_s
-        while store.state(task, relearn.DONE) != request.id.encode():
+        while store.load_state(task, relearn.REQUEST_DONE) != request.id.encode():
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
@@ -116,10 +118,10 @@ def _daemon_took(conf: Config, task: str, request: relearn.Request, wait_s: floa
 
 def _require_task(conf: Config, task: str) -> None:
     if task not in conf.tasks:
-        raise UsageError(f"there is no task {task!r}{suggestion(task, conf.tasks)}")
+        raise UsageError(f"there is no task {task!r}{did_you_mean(task, conf.tasks)}")
 
 
-def _told(document: dict[str, Any]) -> str:
+def _format_reference(document: dict[str, Any]) -> str:
     task, site, learning = document["task"], document["site"], document["learning"]
     waits = f"; asked to {document['asked']}, when the task next runs" if document["asked"] else ""
     if site is not None:
@@ -130,6 +132,6 @@ def _told(document: dict[str, Any]) -> str:
             f"learned from {site['windows']} drift windows, {site['from']} to {site['to']}{daily}{waits}{warning}"
         )
     if learning is None:
-        return f"{task}: nothing learned yet; drift is told once {ENOUGH} drift windows are (at least {FEWEST}){waits}"
+        return f"{task}: nothing learned yet; drift is told once {RECOMMENDED_WINDOWS} drift windows are (at least {MIN_WINDOWS}){waits}"
     span = f" and {learning['for_s']:.0f} s of readings" if learning["for_s"] else ""
     return f"{task}: learning, {learning['windows']} of {learning['of']} drift windows{span}{waits}"

@@ -14,7 +14,7 @@ from agent.bootstrap import commands, device, wiring
 from agent.cli.output import config_option
 from agent.config import Config
 from agent.device.commands import wipe
-from agent.device.recovery.open import own
+from agent.device.recovery.open import acquire_lock
 from agent.errors import StorageForked
 
 
@@ -30,10 +30,12 @@ def run(config_file: str | None, verbose: bool) -> None:
     )
     # Its debug lines are about timers of ours.
     logging.getLogger("asyncio").setLevel(logging.WARNING)
-    file, conf = wiring.load(config_file)
-    if (wiped := wipe.state(conf.data_dir)) is not None:
+    file, conf = wiring.load_config(config_file)
+    if (wiped := wipe.read_marker(conf.data_dir)) is not None:
         # Exit 0: a service manager need not try again.
-        logging.getLogger("outstation").warning("%s", wipe.told(conf.data_dir, _wiped_whole(file, conf, wiped)))
+        logging.getLogger("outstation").warning(
+            "%s", wipe.describe_marker(conf.data_dir, _finish_wipe(file, conf, wiped))
+        )
         return
     try:
         _run(file, conf)
@@ -46,15 +48,15 @@ def run(config_file: str | None, verbose: bool) -> None:
 
 def _run(file: Path, conf: Config) -> None:
     store = wiring.open_store(conf)
-    if wipe.is_due(store):
+    if wipe.is_pending(store):
         store.close()
-        commands.erase(file, conf, wiring.given_key(file, conf))
+        commands.erase_device(file, conf, wiring.device_key_path(file, conf))
         return
     before: dict[int, Any] = {}
     try:
-        daemon = device.daemon(file, conf, store)
+        daemon = device.build_daemon(file, conf, store)
         for signum in (signal.SIGTERM, signal.SIGINT):
-            before[signum] = signal.signal(signum, lambda *_: daemon.signals.halt())
+            before[signum] = signal.signal(signum, lambda *_: daemon.signals.request_stop())
         daemon.run()
     finally:
         store.close()
@@ -62,9 +64,9 @@ def _run(file: Path, conf: Config) -> None:
             signal.signal(number, handler)
 
 
-def _wiped_whole(file: Path, conf: Config, found: dict[str, Any]) -> dict[str, Any]:
+def _finish_wipe(file: Path, conf: Config, marker: dict[str, Any]) -> dict[str, Any]:
     """What the marker says, once a wipe that a crash cut off is finished. Raises StorageBusy."""
-    if found.get("state") == "wiped":
-        return found
-    own(conf.data_dir)
-    return commands.erase(file, conf, file.resolve().parent / wiring.KEY_FILE)
+    if marker.get("state") == "wiped":
+        return marker
+    acquire_lock(conf.data_dir)
+    return commands.erase_device(file, conf, file.resolve().parent / wiring.KEY_FILE)

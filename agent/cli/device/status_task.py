@@ -10,7 +10,7 @@ from typing import Any
 import click
 import msgspec
 
-from agent.cli.output import table
+from agent.cli.output import print_table
 from agent.config import Config
 from agent.device import status
 from agent.device.bundles import history as kept
@@ -19,9 +19,9 @@ from agent.device.pipeline import deadline, drift_state, label_metrics, tuning_c
 from agent.device.store.store import Store
 from agent.errors import UsageError
 from agent.model.bundle import bundle
-from agent.model.inference.tuning import Choice
+from agent.model.inference.tuning import Tuning
 
-_NAMES = {
+_METRIC_NAMES = {
     "accuracy": "accuracy",
     "f1_macro": "F1",
     "f1": "F1",
@@ -33,44 +33,44 @@ _NAMES = {
     "r2": "R²",
     "auc": "AUC",
 }
-_MOST_WORSE = 3
+_MAX_WORSE_SLICES = 3
 
 
-def document(conf: Config, store: Store, name: str) -> dict[str, Any]:
+def build_document(conf: Config, store: Store, name: str) -> dict[str, Any]:
     """One task of `status --json`."""
     task, counters = conf.tasks[name], store.counters()
     cursor = store.cursor(name) or 0
-    past = kept.history(store, name)
-    chosen = tuning_cache.known(store, name)
+    past = kept.load_history(store, name)
+    chosen = tuning_cache.load(store, name)
     return {
         "task": name,
         "stream": task.stream,
-        "schedule": overrides.scheduled(store, name) or task.schedule,
+        "schedule": overrides.load_schedule(store, name) or task.schedule,
         "row": cursor,
         "backlog": store.last_row(task.stream) - cursor,
         "windows": counters.get(f"windows.{name}", 0),
-        "bundle": _configured(conf, store, name) if past is None else str(past.now),
+        "bundle": _configured_bundle(conf, store, name) if past is None else str(past.current),
         "pace": msgspec.to_builtins(chosen[0]) if chosen else None,
-        "site_reference": store.state(name, drift_state.SITE) is not None,
-        "reference": _reference(conf, store, name),
+        "site_reference": store.load_state(name, drift_state.SITE_REFERENCE_NAME) is not None,
+        "reference": _reference_summary(conf, store, name),
         "open": store.open_alerts(name),
-        "quality": _quality(store, name),
-        **deadline.shown(store, counters, name, task.deadline),
-        **overrides.shown(store, name),
-        **rollout_state.shown(store, name, conf.device.id),
+        "quality": _load_label_metrics(store, name),
+        **deadline.to_status(store, counters, name, task.deadline),
+        **overrides.to_status(store, name),
+        **rollout_state.build_status(store, name, conf.device.id),
     }
 
 
-def _configured(conf: Config, store: Store, name: str) -> str:
+def _configured_bundle(conf: Config, store: Store, name: str) -> str:
     """Of a task that never ran."""
-    manifest = bundle.read(kept.bundle_of(conf, store, name), None).manifest
+    manifest = bundle.read(kept.locate_bundle(conf, store, name), None).manifest
     return f"{manifest.name} {manifest.version}"
 
 
-def _reference(conf: Config, store: Store, task: str) -> dict[str, Any]:
+def _reference_summary(conf: Config, store: Store, task: str) -> dict[str, Any]:
     """`number`, `windows` and `warning` of the site's, or `learning`; what cannot be read is a warning."""
     try:
-        found = status.document(conf, store, task)
+        found = status.build_document(conf, store, task)
     except UsageError as problem:
         return {"site": None, "learning": None, "warning": str(problem)}
     site = found["site"]
@@ -81,22 +81,22 @@ def _reference(conf: Config, store: Store, task: str) -> dict[str, Any]:
     }
 
 
-def _quality(store: Store, task: str) -> dict[str, Any] | None:
+def _load_label_metrics(store: Store, task: str) -> dict[str, Any] | None:
     """What the newest labels say, as the last `quality` message did; None before the first."""
-    kept = store.state(task, label_metrics.SHOWN)
+    kept = store.load_state(task, label_metrics.LAST_MESSAGE_NAME)
     found: dict[str, Any] | None = json.loads(kept) if kept else None
     return found
 
 
-def show(tasks: Sequence[dict[str, Any]]) -> None:
+def print_tasks(tasks: Sequence[dict[str, Any]]) -> None:
     """A table of all tasks, and below it what there is to know of each."""
-    table(
+    print_table(
         ["task", "bundle", "schedule", "rows used", "waiting", "windows", "reference", "open"],
         [
             [
-                *(t["task"], _bundle_cell(t), "paused" if t.get("paused") else t["schedule"]),
+                *(t["task"], _format_bundle(t), "paused" if t.get("paused") else t["schedule"]),
                 *(t[name] for name in ("row", "backlog", "windows")),
-                _reference_cell(t["reference"]),
+                _format_reference_state(t["reference"]),
                 len(t["open"]) or "nothing",
             ]
             for t in tasks
@@ -105,94 +105,98 @@ def show(tasks: Sequence[dict[str, Any]]) -> None:
     )
     for task in tasks:
         lines = [
-            _pace_line(task),
-            *_deadline_lines(task.get("deadline")),
-            *_rollout_lines(task.get("rollout")),
-            *_reference_lines(task["reference"]),
-            *_quality_lines(task["quality"]),
+            _format_tuning(task),
+            *_format_deadline(task.get("deadline")),
+            *_format_rollout(task.get("rollout")),
+            *_format_reference(task["reference"]),
+            *_format_label_metrics(task["quality"]),
         ]
-        lines += [alert_line(alert, f"open {alert['alert']}") for alert in task["open"]]
+        lines += [format_alert(alert, f"open {alert['alert']}") for alert in task["open"]]
         click.echo(f"\n{task['task']}")
         for line in lines:
             click.echo(f"  {line}")
 
 
-def alert_line(alert: dict[str, Any], what: str) -> str:
+def format_alert(alert: dict[str, Any], heading: str) -> str:
     """When, in colour what, and its sentence."""
     moment = datetime.datetime.fromisoformat(alert["time"])
     color = {"critical": "red", "warning": "yellow"}.get(alert["severity"])
-    return f"{moment:%Y-%m-%d %H:%M}  {click.style(what, fg=color)}  {alert['summary']}"
+    return f"{moment:%Y-%m-%d %H:%M}  {click.style(heading, fg=color)}  {alert['summary']}"
 
 
-def _bundle_cell(task: dict[str, Any]) -> str:
+def _format_bundle(task: dict[str, Any]) -> str:
     why = "another set aside" if "set_aside" in task else "rolled back" if "rolled_back_to" in task else ""
     return f"{task['bundle']} ({why})" if why else str(task["bundle"])
 
 
-def _pace_line(task: dict[str, Any]) -> str:
+def _format_tuning(task: dict[str, Any]) -> str:
     """How its model is run here, and how fast it would go."""
-    return f"model runs: {msgspec.convert(task['pace'], Choice) if task['pace'] else 'not tried yet'}"
+    return f"model runs: {msgspec.convert(task['pace'], Tuning) if task['pace'] else 'not tried yet'}"
 
 
-def _deadline_lines(found: dict[str, Any] | None) -> list[str]:
+def _format_deadline(lateness: dict[str, Any] | None) -> list[str]:
     """How many batches took longer than they may, and the last of them."""
-    if found is None:
+    if lateness is None:
         return []
-    line, last = f"deadline {found['seconds']:g} s: ", found["last"]
-    if not found["late"] or last is None:
+    line, last = f"deadline {lateness['seconds']:g} s: ", lateness["last"]
+    if not lateness["late"] or last is None:
         return [line + "no batch was late"]
-    batches = "1 batch was" if found["late"] == 1 else f"{found['late']:,} batches were"
+    batches = "1 batch was" if lateness["late"] == 1 else f"{lateness['late']:,} batches were"
     moment = datetime.datetime.fromisoformat(last["time"])
     took = f"{last['seconds']:g} s for {last['windows']:,} windows"
     return [line + click.style(f"{batches} late, the last at {moment:%Y-%m-%d %H:%M}: {took}", fg="yellow")]
 
 
-def _rollout_lines(found: dict[str, Any] | None) -> list[str]:
+def _format_rollout(rollout: dict[str, Any] | None) -> list[str]:
     """What is desired of it, how it stands with that, and why it does not run what it should."""
-    if found is None:
+    if rollout is None:
         return []
-    wants, phase = found["wants"], found["phase"]
+    wants, phase = rollout["wants"], rollout["phase"]
     color = {"refused": "yellow", "rolled back": "red"}.get(phase)
-    said = click.style(phase, fg=color) + (f" ({found['reason']})" if found["reason"] else "")
+    said = click.style(phase, fg=color) + (f" ({rollout['reason']})" if rollout["reason"] else "")
     word = "on" if phase == "settled" else "with" if phase == "probation" else "of"
-    late = click.style(" LATE", fg="yellow") if found["late"] else ""
-    why = f": {found['why']}" if found["why"] else ""
+    late = click.style(" LATE", fg="yellow") if rollout["late"] else ""
+    why = f": {rollout['why']}" if rollout["why"] else ""
     what = f"{wants['name']} {wants['version']}"
-    return [f"roll-out {found['id']} ({found['strategy']}): {said} {word} {what} since {found['since']}{late}{why}"]
+    return [
+        f"roll-out {rollout['id']} ({rollout['strategy']}): {said} {word} {what} since {rollout['since']}{late}{why}"
+    ]
 
 
-def _reference_cell(found: dict[str, Any]) -> str:
-    return "site's own" if found["site"] else "learning" if found["learning"] else "shipped"
+def _format_reference_state(reference: dict[str, Any]) -> str:
+    return "site's own" if reference["site"] else "learning" if reference["learning"] else "shipped"
 
 
-def _reference_lines(found: dict[str, Any]) -> list[str]:
+def _format_reference(reference: dict[str, Any]) -> list[str]:
     lines = []
-    if (learning := found["learning"]) is not None:
+    if (learning := reference["learning"]) is not None:
         span = f" over at least {learning['for_s']:.0f} s" if learning["for_s"] else ""
         lines.append(f"learning its reference: {learning['windows']} of {learning['of']} drift windows{span}")
-    if found["warning"] is not None:
-        lines.append(f"reference: {click.style('warning', fg='yellow')}: {found['warning']}")
+    if reference["warning"] is not None:
+        lines.append(f"reference: {click.style('warning', fg='yellow')}: {reference['warning']}")
     return lines
 
 
-def _quality_lines(found: dict[str, Any] | None) -> list[str]:
+def _format_label_metrics(report: dict[str, Any] | None) -> list[str]:
     """The newest metrics with their intervals, and where it is worse than elsewhere."""
-    if found is None:
+    if report is None:
         return ["by labels: none yet"]
-    whole = [one for one in found["metrics"] if not one.get("slice") and one["metric"] in _NAMES]
-    n = found.get("window", {}).get("n")
-    chance = [one["value"] for one in found["metrics"] if one["metric"] == "ece_chance"]
+    whole = [one for one in report["metrics"] if not one.get("slice") and one["metric"] in _METRIC_NAMES]
+    n = report.get("window", {}).get("n")
+    chance = [one["value"] for one in report["metrics"] if one["metric"] == "ece_chance"]
     beside = {"ece": f" where chance alone makes {chance[0]:.2g}"} if chance else {}
     known = [one for one in whole if one["value"] is not None]
-    told = ", ".join(f"{_NAMES[one['metric']]} {_span(one)}{beside.get(one['metric'], '')}" for one in known)
-    worse = [one for one in found["metrics"] if one.get("state") == "worse"]
-    more = f" and {len(worse) - _MOST_WORSE} more" if len(worse) > _MOST_WORSE else ""
-    where = ", ".join(f"{one['slice']} {_span(one)}" for one in worse[:_MOST_WORSE])
-    day = datetime.datetime.fromisoformat(found["time"])
+    told = ", ".join(
+        f"{_METRIC_NAMES[one['metric']]} {_format_interval(one)}{beside.get(one['metric'], '')}" for one in known
+    )
+    worse = [one for one in report["metrics"] if one.get("state") == "worse"]
+    more = f" and {len(worse) - _MAX_WORSE_SLICES} more" if len(worse) > _MAX_WORSE_SLICES else ""
+    where = ", ".join(f"{one['slice']} {_format_interval(one)}" for one in worse[:_MAX_WORSE_SLICES])
+    day = datetime.datetime.fromisoformat(report["time"])
     lines = [f"by labels of {n} results ({day:%Y-%m-%d %H:%M}): {told}"] if told else []
     return lines + ([f"worse than elsewhere: {where}{more}"] if where else [])
 
 
-def _span(one: dict[str, Any]) -> str:
-    span = "" if one["low"] is None else f" ({one['low']:.3g} to {one['high']:.3g})"
-    return f"{one['value']:.3g}{span}"
+def _format_interval(metric: dict[str, Any]) -> str:
+    span = "" if metric["low"] is None else f" ({metric['low']:.3g} to {metric['high']:.3g})"
+    return f"{metric['value']:.3g}{span}"

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli.fleet.common import database, db_option, fleet_option
-from agent.cli.fleet.fleet_output import say
+from agent.cli.fleet.common import database_url, db_option, fleet_option
+from agent.cli.fleet.fleet_output import print_lines
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
-from agent.fleet.database.interface import named
+from agent.fleet.database.interface import display_name
 from agent.fleet.repository.layout import Layout
 from agent.wire import keys
 
@@ -42,20 +42,20 @@ def collect(share: str | None, leave: bool, db: str | None, folder: str | None) 
     from agent.fleet.enrolment import collectors
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    home = fleet_config.find(folder)
+    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     key = keys.load_private(Path(config.collector.key_file))
     if leave and share is None:
         raise UsageError("--leave ends the session of a collector with a name; say which: --share NAME")
-    broker = config.broker_as(collectors.identity(config, share) if share is not None else config.collector)
+    broker = config.broker_for(collectors.resolve_identity(config, share) if share is not None else config.collector)
     if leave:
-        subscription.leave(broker, config.fleet.name, str(share))
+        subscription.end_session(broker, config.fleet.name, str(share))
         return
-    store = FleetStore(database(config, db), partitions=config.fleet.partitions)
+    store = FleetStore(database_url(config, db), partitions=config.fleet.partitions)
     try:
-        if not store.enrolled():
-            logger.warning("%s", _nobody_enrolled(store, config))
-        upkeep = partial(_keep_repository, home, store)
+        if not store.enrolled_devices():
+            logger.warning("%s", _no_devices_warning(store, config))
+        upkeep = partial(_maintain_repository, home, store)
         collector = Collector(config.fleet.name, broker, store, key, upkeep=upkeep, share=share)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: collector.stop())
@@ -76,22 +76,22 @@ def collector(name: str, folder: str | None, as_json: bool) -> None:
     """
     from agent.fleet.enrolment import collectors
 
-    home = fleet_config.find(folder)
+    home = fleet_config.find_folder(folder)
     done = collectors.add(home, fleet_config.load(home), name)
     document = {"collector": name, "files": [str(file) for file in done.files], "steps": done.steps}
-    emit(document, as_json, lambda: say(*(f"Made: {file}" for file in done.files), *done.steps))
+    emit(document, as_json, lambda: print_lines(*(f"Made: {file}" for file in done.files), *done.steps))
 
 
-def _keep_repository(home: Path, store: FleetStore) -> None:
-    if Layout(home).newest_root() is not None and store.lead("repository"):
-        from agent.fleet.repository.upkeep import keep
+def _maintain_repository(home: Path, store: FleetStore) -> None:
+    if Layout(home).newest_root_path() is not None and store.acquire_leadership("repository"):
+        from agent.fleet.repository.upkeep import maintain
 
-        keep(home, store)
+        maintain(home, store)
 
 
-def _nobody_enrolled(store: FleetStore, config: FleetConfig) -> str:
+def _no_devices_warning(store: FleetStore, config: FleetConfig) -> str:
     what = f"{store.name}: no device is enrolled in this database, so every message will be refused as `unknown key`"
-    own = named(config.fleet.db)
+    own = display_name(config.fleet.db)
     if store.name == own:
         return f"{what}; let devices in: outstation fleet enrol DEVICE"
     return f"{what}; `enrol` uses {own}: collect without --db, or name this one as fleet.db in fleet.toml"

@@ -13,22 +13,22 @@ import click
 from agent import clock
 from agent.cli.fleet.common import fleet_option
 from agent.cli.output import emit, json_option
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.errors import LinkDown, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
 from agent.text import printable
-from agent.toml_files import suggestion
+from agent.toml_files import did_you_mean
 from agent.wire import keys, topics
 
-_SURE = "This erases {device} for good. Type its name to go on"
+_WIPE_PROMPT = "This erases {device} for good. Type its name to go on"
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from agent.fleet.commands import Sent
+    from agent.fleet.commands import CommandResult
     from agent.fleet.database.store import FleetStore
-    from agent.fleet.enrolment.revocation import Outcome
+    from agent.fleet.enrolment.revocation import RevocationOutcome
 
 
 @click.command("command", epilog='Example: outstation fleet command pi-07 set-schedule exercise "every 5 s"')
@@ -56,21 +56,21 @@ def command(
     rotate-key                   a new signing key, made by the device
     wipe                         erase it: readings, outbox, state, keys
     """
-    from agent.fleet.commands import arguments
+    from agent.fleet.commands import parse_arguments
 
-    home = fleet_config.find(folder)
+    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
-    wanted = arguments(name, args)
+    wanted = parse_arguments(name, args)
     require_enrolled(config, device)
     if name == "wipe" and not wanted:
-        if not yes and not _confirmed(device):
+        if not yes and not _confirm_wipe(device):
             raise UsageError("not wiped; --yes does so without asking")
-        first = send_one(home, config, device, name, {}, wait_s)
-        if not first.ok or "confirm" not in (first.answer.data if first.answer else {}):
-            _tell(first, as_json)
-        assert first.answer is not None
-        wanted = {"confirm": str(first.answer.data["confirm"])}
-    _tell(send_one(home, config, device, name, wanted, wait_s), as_json)
+        first = send_command(home, config, device, name, {}, wait_s)
+        if not first.ok or "confirm" not in (first.reply.data if first.reply else {}):
+            _report_and_exit(first, as_json)
+        assert first.reply is not None
+        wanted = {"confirm": str(first.reply.data["confirm"])}
+    _report_and_exit(send_command(home, config, device, name, wanted, wait_s), as_json)
 
 
 @click.command("revoke", epilog="Example: outstation fleet revoke pi-07")
@@ -85,14 +85,14 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
     left to do at the broker. Exit 1 where the certificate could not be revoked.
     """
     from agent.fleet.database.store import FleetStore
-    from agent.fleet.enrolment.revocation import shut_out
+    from agent.fleet.enrolment.revocation import revoke_device
 
-    home = fleet_config.find(folder)
+    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     require_enrolled(config, device)
     store = FleetStore(config.fleet.db, partitions=config.fleet.partitions)
     try:
-        done = shut_out(home, config, store, device, kid, clock.rfc3339(clock.read().wall_us))
+        done = revoke_device(home, config, store, device, kid, clock.to_rfc3339(clock.read().wall_us))
     finally:
         store.close()
     document = {
@@ -102,25 +102,27 @@ def revoke(device: str, kid: str | None, folder: str | None, as_json: bool) -> N
         "problem": done.problem,
         "steps": done.steps,
     }
-    emit(document, as_json, lambda: click.echo("\n".join(_revoked(device, done))))
+    emit(document, as_json, lambda: click.echo("\n".join(_revocation_lines(device, done))))
     if done.failed:
         sys.exit(1)
 
 
-def send_one(home: Path, config: FleetConfig, device: str, name: str, args: dict[str, str], wait_s: float) -> Sent:
+def send_command(
+    home: Path, config: FleetConfig, device: str, name: str, args: dict[str, str], wait_s: float
+) -> CommandResult:
     """On a connection of its own. Ends the program where the broker cannot be reached."""
-    from agent.fleet.commands import next_counter, send
+    from agent.fleet.commands import reserve_counter, send
     from agent.fleet.keyring import Keyring
     from agent.transport.mqtt import Link
 
     fleet, key = config.fleet.name, keys.load_private(Path(config.operator.key_file))
-    store = _open(config)
+    store = _open_store(config)
     try:
         keyring = Keyring(store)
-        with next_counter(home, lambda: time.time_ns() // 1_000_000) as counter:
+        with reserve_counter(home, lambda: time.time_ns() // 1_000_000) as counter:
             client = f"outstation-{fleet}-command-{os.getpid()}"
             reply = str(topics.Topic(fleet, device, "reply"))
-            link = Link(_broker(config), client, subscribe=[reply])
+            link = Link(_command_broker(config), client, subscribe=[reply])
             try:
                 return send(link, fleet, device, name, args, key, counter, keyring, wait_s)
             finally:
@@ -132,47 +134,47 @@ def send_one(home: Path, config: FleetConfig, device: str, name: str, args: dict
         store.close()
 
 
-def _revoked(device: str, done: Outcome) -> Iterator[str]:
+def _revocation_lines(device: str, outcome: RevocationOutcome) -> Iterator[str]:
     again = f"To let it in again: outstation fleet enrol {device} --replace"
-    yield f"{device}: revoked {', '.join(done.keys) or 'before'}. {again}"
-    if done.certificates:
-        yield f"Its certificate ({', '.join(done.certificates)}) is on the list. The broker still has to read it:"
-    if done.problem:
-        yield done.problem[0].upper() + done.problem[1:]
-    yield from done.steps
+    yield f"{device}: revoked {', '.join(outcome.keys) or 'before'}. {again}"
+    if outcome.certificates:
+        yield f"Its certificate ({', '.join(outcome.certificates)}) is on the list. The broker still has to read it:"
+    if outcome.problem:
+        yield outcome.problem[0].upper() + outcome.problem[1:]
+    yield from outcome.steps
 
 
-def _broker(config: FleetConfig) -> Broker:
+def _command_broker(config: FleetConfig) -> BrokerConfig:
     """The certificate for commands, so that they do not end the connection of a `fleet watch`."""
-    return config.broker_as(config.commander or config.operator)
+    return config.broker_for(config.commander or config.operator)
 
 
-def _open(config: FleetConfig) -> FleetStore:
+def _open_store(config: FleetConfig) -> FleetStore:
     from agent.fleet.database.store import FleetStore
 
     return FleetStore(config.fleet.db, read_only=True)
 
 
 def require_enrolled(config: FleetConfig, device: str) -> None:
-    store = _open(config)
+    store = _open_store(config)
     try:
-        known = store.enrolled()
+        known = store.enrolled_devices()
     finally:
         store.close()
     if device not in known:
-        raise UsageError(f"no device {device!r} is enrolled{suggestion(device, known)}")
+        raise UsageError(f"no device {device!r} is enrolled{did_you_mean(device, known)}")
 
 
-def _confirmed(device: str) -> bool:
+def _confirm_wipe(device: str) -> bool:
     if not sys.stdin.isatty():
         return False
-    typed: str = click.prompt(_SURE.format(device=device), default="", show_default=False, err=True)
+    typed: str = click.prompt(_WIPE_PROMPT.format(device=device), default="", show_default=False, err=True)
     return typed == device
 
 
-def _tell(sent: Sent, as_json: bool) -> None:
+def _report_and_exit(sent: CommandResult, as_json: bool) -> None:
     """Print what came of it, and end with its exit code."""
-    document = sent.document()
+    document = sent.to_dict()
 
     def human() -> None:
         click.echo(printable(document["summary"]))

@@ -17,6 +17,6 @@ db_option = click.option(
 )
 
 
-def database(config: FleetConfig, db: str | None) -> str:
+def database_url(config: FleetConfig, db: str | None) -> str:
     """Where the fleet's tables are; `db` as it was given. Raises UsageError."""
-    return fleet_config.database(db, Path.cwd()) if db else config.fleet.db
+    return fleet_config.resolve_database(db, Path.cwd()) if db else config.fleet.db

@@ -11,13 +11,13 @@ import click
 
 from agent import clock
 from agent.cli.fleet.common import db_option, fleet_option
-from agent.cli.fleet.fleet_output import say
+from agent.cli.fleet.fleet_output import print_lines
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 from agent.wire import keys
 
 if TYPE_CHECKING:
-    from agent.fleet.evidence.make import Made
+    from agent.fleet.evidence.make import EvidenceFolder
 
 _PATH = click.Path(path_type=Path)
 
@@ -60,28 +60,28 @@ def evidence(
         return
     if out is None:
         raise UsageError("--out DIR is missing: the folder to make; or: outstation fleet evidence verify DIR --key PUB")
-    made = _make(out, at, bundles, evaluations, publishers, db, folder)
+    made = _make_folder(out, at, bundles, evaluations, publishers, db, folder)
     facts = made.facts
     document = {
         "out": str(out),
         "fleet": facts.fleet,
-        "at": facts.at,
+        "at": facts.as_of,
         "passed": facts.audit["passed"],
         "files": len(made.files) + 2,
-        "messages": facts.messages,
+        "messages": facts.message_count,
         "incidents": sum(facts.incident_counts.values()),
-        "decisions": sum(facts.events.values()),
+        "decisions": sum(facts.event_counts.values()),
         "bundles": len(facts.bundles.cards),
-        "left_out": {name: n for name, n in sorted(facts.left_out.items()) if n},
+        "left_out": {name: n for name, n in sorted(facts.omitted.items()) if n},
         "unverified": facts.unverified,
         "signer": next(key.kid for key in facts.keys if key.role == "operator"),
     }
-    emit(document, as_json, lambda: say(*_made(document)))
+    emit(document, as_json, lambda: print_lines(*_summary_lines(document)))
     if not facts.audit["passed"]:
         sys.exit(1)
 
 
-def _make(
+def _make_folder(
     out: Path,
     at: str | None,
     bundles: tuple[Path, ...],
@@ -89,7 +89,7 @@ def _make(
     publishers: tuple[str, ...],
     db: str | None,
     folder: str | None,
-) -> Made:
+) -> EvidenceFolder:
     from agent.cli.fleet import group as commands
     from agent.fleet import config as fleet_config
     from agent.fleet import operators
@@ -97,35 +97,35 @@ def _make(
     from agent.model.bundle import builtin
 
     try:
-        from agent.fleet.evidence.make import Sources, make
+        from agent.fleet.evidence.make import EvidenceSources, write_folder
     except ImportError as error:
         raise UsageError(f"{error}; the bill of materials needs: pip install 'outstation[fleet]'") from None
-    at = None if at is None else _moment(at)
-    known = [*builtin.publishers(), *(keys.load_public(text) for text in publishers)]
+    at = None if at is None else _parse_time(at)
+    known = [*builtin.publisher_keys(), *(keys.load_public(text) for text in publishers)]
     evaluated = [papers.read_evaluation(path) for path in evaluations]
-    config, store = commands.reading(folder, db)
-    sources = Sources(
+    config, store = commands.open_for_reading(folder, db)
+    sources = EvidenceSources(
         fleet=config.fleet.name,
-        home=fleet_config.find(folder),
+        fleet_dir=fleet_config.find_folder(folder),
         operator=keys.load_private(Path(config.operator.key_file)),
-        operators=operators.trusted(config),
-        collector=keys.load_public_of(Path(config.collector.key_file)),
+        operators=operators.load_trusted_keys(config),
+        collector=keys.load_public_for(Path(config.collector.key_file)),
         publishers=known,
         bundles=bundles,
         evaluations=evaluated,
     )
     with commands.progress("gathering", store.count_messages()) as advance:
-        return make(store, sources, out, at, advance)
+        return write_folder(store, sources, out, at, advance)
 
 
-def _moment(text: str) -> str:
+def _parse_time(text: str) -> str:
     try:
-        return clock.rfc3339(clock.epoch_us(text))
+        return clock.to_rfc3339(clock.parse_rfc3339(text))
     except ValueError:
         raise UsageError(f"--at {text!r}: write a moment with its time zone, 2026-11-24T22:18:00Z") from None
 
 
-def _made(document: dict[str, Any]) -> Iterable[str]:
+def _summary_lines(document: dict[str, Any]) -> Iterable[str]:
     yield (
         f"{document['out']}: {document['files']} files, of {document['messages']} messages, {document['incidents']} "
         f"incidents, {document['decisions']} decisions and {document['bundles']} bundles up to {document['at']}"
@@ -154,12 +154,12 @@ def verify(folder: Path, given: tuple[str, ...], as_json: bool) -> None:
             "folder (operator.key.pub in the fleet's folder)"
         )
     report = run(folder, [keys.load_public(text) for text in given])
-    emit(report.document(), as_json, lambda: say(*_verdict(report.document())))
+    emit(report.to_dict(), as_json, lambda: print_lines(*_verification_lines(report.to_dict())))
     if not report.ok:
         sys.exit(1)
 
 
-def _verdict(report: dict[str, Any]) -> Iterable[str]:
+def _verification_lines(report: dict[str, Any]) -> Iterable[str]:
     if report["signer"]:
         yield f"signed by {report['signer']}"
     if report["fleet"]:

@@ -10,11 +10,11 @@ from agent.cli import output
 from agent.text import printable
 
 
-def say(*lines: str) -> None:
+def print_lines(*lines: str) -> None:
     for line in lines:
         click.echo(printable(line))
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str) -> None:
     cells = [[cell if isinstance(cell, int) else printable(str(cell)) for cell in row] for row in rows]
-    output.table(columns, cells, empty)
+    output.print_table(columns, cells, empty)

@@ -11,11 +11,11 @@ from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
 
 
-def known(given: Iterable[Path]) -> dict[str, tuple[Bundle, Reference]]:
+def load_known(bundle_paths: Iterable[Path]) -> dict[str, tuple[Bundle, Reference]]:
     """Of these bundles and of those that ship with the agent. Raises BadBundle."""
     found = {}
-    ours = [path for path in sorted(builtin.bundles().iterdir()) if (path / "manifest.json").exists()]
-    for path in [*ours, *given]:
+    ours = [path for path in sorted(builtin.bundles_dir().iterdir()) if (path / "manifest.json").exists()]
+    for path in [*ours, *bundle_paths]:
         one = bundle.read(path, None)
         if "reference.json" not in one.files:
             raise BadBundle(f"{path}: carries no drift reference")

@@ -15,10 +15,10 @@ from rich.text import Text
 
 from agent.text import printable
 
-LOOK_EVERY_S = 2.0
-_STATES = {"running": "green", "paused": "yellow", "aborted": "bold red", "finished": "bold green"}
-_FINDINGS = {"good": "green", "open": "yellow", "bad": "bold red"}
-_MOST_NAMED = 12
+REFRESH_S = 2.0
+_STATE_COLORS = {"running": "green", "paused": "yellow", "aborted": "bold red", "finished": "bold green"}
+_RULE_COLORS = {"good": "green", "open": "yellow", "bad": "bold red"}
+_MAX_NAMED = 12
 Documents = list[dict[str, Any]]
 
 
@@ -26,82 +26,95 @@ def show(documents: Documents) -> None:
     if not documents:
         click.echo("No roll-out was ever started: outstation fleet rollout start FILE")
         return
-    Console(highlight=False, soft_wrap=True).print(_all(documents))
+    Console(highlight=False, soft_wrap=True).print(_render(documents))
 
 
-def watch(look: Callable[[], Documents]) -> None:
+def watch(load: Callable[[], Documents]) -> None:
     """Until it is interrupted."""
     with Live(console=Console(), auto_refresh=False) as live:
         while True:
-            live.update(_all(look()), refresh=True)
-            time.sleep(LOOK_EVERY_S)
+            live.update(_render(load()), refresh=True)
+            time.sleep(REFRESH_S)
 
 
-def _all(documents: Documents) -> Group:
+def _render(documents: Documents) -> Group:
     parts: list[RenderableType] = []
     for one in documents:
-        parts += [_head(one), *_steps(one), _phases(one), *_findings(one), *_lines(one), Text("")]
+        parts += [
+            _render_heading(one),
+            *_render_steps(one),
+            _render_phases(one),
+            *_render_rules(one),
+            *_render_details(one),
+            Text(""),
+        ]
     return Group(*parts)
 
 
-def _head(one: dict[str, Any]) -> Text:
+def _render_heading(document: dict[str, Any]) -> Text:
     text = Text(
-        printable(f"{one['rollout']}  {one['task']}: {one['bundle']} {one['version']} to {one['to']}  "), "bold"
+        printable(
+            f"{document['rollout']}  {document['task']}: {document['bundle']} {document['version']} to {document['to']}  "
+        ),
+        "bold",
     )
-    text.append(one["state"], _STATES.get(one["state"], ""))
-    if one["deadline"]:
+    text.append(document["state"], _STATE_COLORS.get(document["state"], ""))
+    if document["deadline"]:
         text.append(
-            f"  deadline {one['deadline']}" + (", late" if one["late"] else ""), "red" if one["late"] else "dim"
+            f"  deadline {document['deadline']}" + (", late" if document["late"] else ""),
+            "red" if document["late"] else "dim",
         )
     return text
 
 
-def _steps(one: dict[str, Any]) -> list[RenderableType]:
+def _render_steps(document: dict[str, Any]) -> list[RenderableType]:
     text = Text("  ")
-    for number, step in enumerate(one["steps"], 1):
+    for number, step in enumerate(document["steps"], 1):
         words = step["strategy"] if step["strategy"] == "all" else f"{step['strategy']} {step['percent']:g} %"
-        text.append(words, "bold reverse" if number == one["step"] else "" if number < one["step"] else "dim")
-        text.append(" → " if number < len(one["steps"]) else f"   step {one['step']} since {one['began']}")
+        text.append(words, "bold reverse" if number == document["step"] else "" if number < document["step"] else "dim")
+        text.append(
+            " → " if number < len(document["steps"]) else f"   step {document['step']} since {document['began']}"
+        )
     return [text]
 
 
-def _phases(one: dict[str, Any]) -> Text:
-    said = [f"{count} {phase}" for phase, count in one["phases"].items()] or ["none"]
-    beyond = f"; {one['others']} not in this step" if one["others"] else ""
-    return Text(f"  {one['chosen']} devices: {', '.join(said)}{beyond}")
+def _render_phases(document: dict[str, Any]) -> Text:
+    said = [f"{count} {phase}" for phase, count in document["phases"].items()] or ["none"]
+    beyond = f"; {document['others']} not in this step" if document["others"] else ""
+    return Text(f"  {document['chosen']} devices: {', '.join(said)}{beyond}")
 
 
-def _findings(one: dict[str, Any]) -> list[RenderableType]:
-    if not one["findings"]:
+def _render_rules(document: dict[str, Any]) -> list[RenderableType]:
+    if not document["findings"]:
         return []
     table = Table("rule", "value", "95 % interval", "limit", "blocks", "devices", "", box=box.SIMPLE_HEAD)
-    for found in one["findings"]:
+    for found in document["findings"]:
         known = found["value"] is not None
         numbers = (f"{found['value']:.3f}", f"{found['low']:.3f} … {found['high']:.3f}") if known else ("", "")
         counts = (f"{found['limit']:g}", str(found["blocks"]), str(found["devices"]))
-        table.add_row(found["rule"], *numbers, *counts, Text(found["state"], _FINDINGS[found["state"]]))
+        table.add_row(found["rule"], *numbers, *counts, Text(found["state"], _RULE_COLORS[found["state"]]))
     return [table]
 
 
-def _lines(one: dict[str, Any]) -> list[RenderableType]:
+def _render_details(document: dict[str, Any]) -> list[RenderableType]:
     lines = []
-    if one["waits"]:
-        lines.append(Text(f"  waits for: {'; '.join(one['waits'])}", "yellow"))
-    if one["not_heard_of"]:
-        lines.append(Text(printable(f"  not heard of: {_names(one['not_heard_of'])}"), "dim"))
-    told = {device["device"]: device for device in one["devices"]}
-    for name in one["refused"][:_MOST_NAMED]:
-        why, style = told[name], "red" if name in one["failed"] else "dim"
+    if document["waits"]:
+        lines.append(Text(f"  waits for: {'; '.join(document['waits'])}", "yellow"))
+    if document["not_heard_of"]:
+        lines.append(Text(printable(f"  not heard of: {_join_names(document['not_heard_of'])}"), "dim"))
+    told = {device["device"]: device for device in document["devices"]}
+    for name in document["refused"][:_MAX_NAMED]:
+        why, style = told[name], "red" if name in document["failed"] else "dim"
         lines.append(Text(printable(f"  {name}: {why['phase']} ({why['reason']}): {why['summary']}"), style))
-    if len(one["refused"]) > _MOST_NAMED:
-        lines.append(Text(f"  and {len(one['refused']) - _MOST_NAMED} more; --json names all"))
-    for strange in one["unbelievable"][:_MOST_NAMED]:
+    if len(document["refused"]) > _MAX_NAMED:
+        lines.append(Text(f"  and {len(document['refused']) - _MAX_NAMED} more; --json names all"))
+    for strange in document["unbelievable"][:_MAX_NAMED]:
         count = f"messages that cannot be believed: {strange['messages']}"
         lines.append(Text(printable(f"  {strange['device']}: {count}, the last: {strange['why']}"), "red"))
-    lines += [Text(printable(f"  {one['time']}  {one['summary']}")) for one in one["decisions"][-5:]]
+    lines += [Text(printable(f"  {one['time']}  {one['summary']}")) for one in document["decisions"][-5:]]
     return list(lines)
 
 
-def _names(names: Sequence[str]) -> str:
-    beyond = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + beyond
+def _join_names(names: Sequence[str]) -> str:
+    beyond = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + beyond

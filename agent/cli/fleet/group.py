@@ -15,22 +15,22 @@ import click
 
 from agent.cli.fleet.collect import collect, collector
 from agent.cli.fleet.command import command, revoke
-from agent.cli.fleet.common import database, db_option, fleet_option
+from agent.cli.fleet.common import database_url, db_option, fleet_option
 from agent.cli.fleet.drift import drift
 from agent.cli.fleet.evidence import evidence
-from agent.cli.fleet.fleet_output import say, table
+from agent.cli.fleet.fleet_output import print_lines, print_table
 from agent.cli.fleet.label import label
 from agent.cli.fleet.publish import publish
 from agent.cli.fleet.repository import repository
 from agent.cli.fleet.rollout import rollout
 from agent.cli.fleet.simulate import simulate
 from agent.cli.output import emit, json_option
-from agent.config import Broker, check_broker
+from agent.config import BrokerConfig, check_broker
 from agent.errors import ConfigError, UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
 from agent.names import is_name
-from agent.toml_files import suggestion
+from agent.toml_files import did_you_mean
 from agent.wire import keys
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_device = click.option("--device", metavar="D", help="Only this device.")
+_device_option = click.option("--device", metavar="D", help="Only this device.")
 
 
 @click.group()
@@ -71,13 +71,13 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
     name = name or folder.resolve().name
     if not is_name(name):
         raise UsageError(f"{name!r} cannot name a fleet: 1-64 of a-z 0-9 . _ - , first a letter or digit; use --name")
-    broker = Broker(url=url or f"mqtts://{socket.gethostname().lower()}:8883")
+    broker = BrokerConfig(url=url or f"mqtts://{socket.gethostname().lower()}:8883")
     try:
         check_broker("--broker", broker)
     except ConfigError as error:
         raise UsageError(f"--broker: {error.problem}") from None
     config = init_fleet(folder, name, broker)
-    public = {role: keys.load_public_of(folder / f"{role}.key").text for role in ("collector", "operator")}
+    public = {role: keys.load_public_for(folder / f"{role}.key").text for role in ("collector", "operator")}
     conf = folder / "broker" / "mosquitto.conf"
     document = {
         "fleet": config.fleet.name,
@@ -88,7 +88,7 @@ def init(folder: Path, name: str | None, url: str | None, as_json: bool) -> None
     }
     done = f"Fleet {name} in {folder}. Start the broker with: mosquitto -c {conf}"
     following = f"Next: outstation fleet enrol DEVICE --dir {folder} --bundle-out DEVICE.tar.gz"
-    emit(document, as_json, lambda: say(done, following))
+    emit(document, as_json, lambda: print_lines(done, following))
 
 
 @fleet.command("enrol", epilog="Example: outstation fleet enrol pi-07 --bundle-out pi-07.tar.gz")
@@ -123,7 +123,7 @@ def enrol(
     from agent.fleet.database.store import FleetStore
     from agent.fleet.enrolment import enrol as enrolment
 
-    home = fleet_config.find(folder)
+    home = fleet_config.find_folder(folder)
     config = fleet_config.load(home)
     if keep_backlog is not None and not replace:
         raise UsageError("--keep-backlog says what becomes of a key that --replace replaces; add that")
@@ -144,28 +144,28 @@ def enrol(
     finally:
         store.close()
     if bundle_out is not None:
-        enrolment.bundle(done.folder, bundle_out)
+        enrolment.pack_device_files(done.folder, bundle_out)
     document = {
         "device": device,
         "fleet": config.fleet.name,
         "key": done.key.text,
         "thumbprint": done.key.kid,
-        "new": done.new,
+        "new": done.is_new,
         "files": str(done.folder),
         "bundle": str(bundle_out) if bundle_out else None,
-        "revoked_certificates": done.former.certificates,
-        "problem": done.former.problem,
-        "steps": done.former.steps,
+        "revoked_certificates": done.revoked.certificates,
+        "problem": done.revoked.problem,
+        "steps": done.revoked.steps,
     }
-    what = "enrolled" if done.new else "was enrolled with this key already"
+    what = "enrolled" if done.is_new else "was enrolled with this key already"
     unpack = f"On the device: outstation init DIR --from {bundle_out}"
     where = unpack if bundle_out else f"Its files: {done.folder}; --bundle-out FILE packs them"
     lines = [f"{device} {what}, key {done.key.text}", where]
-    if done.former.certificates:
-        lines += [f"Its former certificate ({', '.join(done.former.certificates)}) is revoked.", *done.former.steps]
-    if done.former.problem:
-        lines.append(f"Beware: {done.former.problem}.")
-    emit(document, as_json, lambda: say(*lines))
+    if done.revoked.certificates:
+        lines += [f"Its former certificate ({', '.join(done.revoked.certificates)}) is revoked.", *done.revoked.steps]
+    if done.revoked.problem:
+        lines.append(f"Beware: {done.revoked.problem}.")
+    emit(document, as_json, lambda: print_lines(*lines))
 
 
 @fleet.command("devices", epilog="Example: outstation fleet devices --dir acme")
@@ -174,7 +174,7 @@ def enrol(
 @json_option
 def devices(db: str | None, folder: str | None, as_json: bool) -> None:
     """The enrolled devices and what was heard of them."""
-    config, store = reading(folder, db)
+    config, store = open_for_reading(folder, db)
     rows = [
         {
             "device": known["device"],
@@ -194,40 +194,42 @@ def devices(db: str | None, folder: str | None, as_json: bool) -> None:
     ]
     empty = "No device is enrolled yet: outstation fleet enrol DEVICE"
     columns = ["device", "state", "clock", "last seen", "through", "open alerts"]
-    emit(rows, as_json, lambda: table(columns, cells, empty))
+    emit(rows, as_json, lambda: print_table(columns, cells, empty))
 
 
 @fleet.command("alerts", epilog="Example: outstation fleet alerts --device pi-07")
 @click.option("--all", "closed", is_flag=True, help="Cleared ones too.")
-@_device
+@_device_option
 @db_option
 @fleet_option
 @json_option
 def alerts(closed: bool, device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Open alerts, oldest first."""
-    _, store = reading(folder, db, device)
+    _, store = open_for_reading(folder, db, device)
     rows = store.alerts(device, closed=closed)
     columns = ["time", "device", "task", "state", "severity", "alert", "summary"]
     cells = [[row[name] or "" for name in columns] for row in rows]
-    emit(rows, as_json, lambda: table(columns, cells, "No alert was ever raised." if closed else "No open alert."))
+    emit(
+        rows, as_json, lambda: print_table(columns, cells, "No alert was ever raised." if closed else "No open alert.")
+    )
 
 
 @fleet.command("gaps", epilog="Example: outstation fleet gaps")
-@_device
+@_device_option
 @db_option
 @fleet_option
 @json_option
 def gaps(device: str | None, db: str | None, folder: str | None, as_json: bool) -> None:
     """Messages that are missing, and those that a device declared as evicted."""
-    _, store = reading(folder, db, device)
+    _, store = open_for_reading(folder, db, device)
     rows = store.gaps(device)
     columns = ["device", "log", "from", "to", "declared"]
     cells = [[*(row[name] for name in columns[:4]), "evicted" if row["declared"] else "missing"] for row in rows]
-    emit(rows, as_json, lambda: table([*columns[:4], "why"], cells, "Nothing is missing."))
+    emit(rows, as_json, lambda: print_table([*columns[:4], "why"], cells, "Nothing is missing."))
 
 
 @fleet.command("audit", epilog="Example: outstation fleet audit --json")
-@_device
+@_device_option
 @db_option
 @fleet_option
 @json_option
@@ -236,11 +238,11 @@ def audit(device: str | None, db: str | None, folder: str | None, as_json: bool)
     from agent.fleet import operators
     from agent.fleet.audit.audit import audit as run_audit
 
-    config, store = reading(folder, db, device)
-    trusted = operators.trusted(config)
+    config, store = open_for_reading(folder, db, device)
+    trusted = operators.load_trusted_keys(config)
     with progress("auditing", store.count_messages(device)) as advance:
-        report = run_audit(store, device, advance, trusted).document()
-    emit(report, as_json, lambda: say(*_verdict(report)))
+        report = run_audit(store, device, advance, trusted).to_dict()
+    emit(report, as_json, lambda: print_lines(*_audit_lines(report)))
     if not report["passed"]:
         sys.exit(1)
 
@@ -254,35 +256,35 @@ def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) 
     """Look on: verified messages as a live table; as lines with --raw, or where stdout is no terminal."""
     from agent.fleet.keyring import Keyring
     from agent.fleet.screen import show_lines, show_table
-    from agent.fleet.watch import Watcher, connect, deliveries
+    from agent.fleet.watch import FleetWatcher, connect, receive_deliveries
 
-    config, store = reading(folder, db)
-    name, broker = config.fleet.name, config.broker_as(config.operator)
-    keyring = Keyring(store, {"collector": keys.load_public_of(Path(config.collector.key_file))})
+    config, store = open_for_reading(folder, db)
+    name, broker = config.fleet.name, config.broker_for(config.operator)
+    keyring = Keyring(store, {"collector": keys.load_public_for(Path(config.collector.key_file))})
     client = f"outstation-{name}-watch-{os.getpid()}"
     show = show_lines if raw or not sys.stdout.isatty() else show_table
     with contextlib.suppress(KeyboardInterrupt):
         show(
-            Watcher(name, keyring),
-            lambda tell: deliveries(lambda: connect(broker, name, client), keyring.refresh, seconds, tell),
+            FleetWatcher(name, keyring),
+            lambda tell: receive_deliveries(lambda: connect(broker, name, client), keyring.refresh, seconds, tell),
         )
 
 
-def reading(folder: str | None, db: str | None, device: str | None = None) -> tuple[FleetConfig, FleetStore]:
+def open_for_reading(folder: str | None, db: str | None, device: str | None = None) -> tuple[FleetConfig, FleetStore]:
     """The config, and the database open for reading until the command ends. Raises UsageError for an unknown device."""
     from agent.fleet.database.store import FleetStore
 
-    config = fleet_config.load(fleet_config.find(folder))
-    store = FleetStore(database(config, db), read_only=True)
+    config = fleet_config.load(fleet_config.find_folder(folder))
+    store = FleetStore(database_url(config, db), read_only=True)
     click.get_current_context().call_on_close(store.close)
     if device is not None:
-        known = store.enrolled()
+        known = store.enrolled_devices()
         if device not in known:
-            raise UsageError(f"no device {device!r} is enrolled{suggestion(device, known)}")
+            raise UsageError(f"no device {device!r} is enrolled{did_you_mean(device, known)}")
     return config, store
 
 
-def _verdict(report: dict[str, Any]) -> Iterable[str]:
+def _audit_lines(report: dict[str, Any]) -> Iterable[str]:
     """The audit's report for a person."""
     missing = [gap for gap in report["gaps"] if not gap["declared"]]
     yield (
@@ -305,7 +307,7 @@ def _verdict(report: dict[str, Any]) -> Iterable[str]:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr where work takes over a second and somebody looks; it is told how much was done."""
     if total < 5000 or not sys.stderr.isatty():
         yield lambda _: None
@@ -314,5 +316,5 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(description, total=total)
         yield lambda done: bar.advance(task, done)

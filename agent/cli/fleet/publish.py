@@ -38,10 +38,10 @@ def publish(
     from agent.fleet.repository import publish as publishing
     from agent.model.bundle import builtin
 
-    home = fleet_config.find(folder)
-    trusted = [*_operator(home), *builtin.publishers(), *(keys.load_public(text) for text in public)]
-    done = publishing.publish(home, builtin.or_shipped(bundle), trusted, prove=not no_probe, sign_with=sign_with)
-    told = done.offer
+    home = fleet_config.find_folder(folder)
+    trusted = [*_load_operator_keys(home), *builtin.publisher_keys(), *(keys.load_public(text) for text in public)]
+    done = publishing.publish(home, builtin.resolve_path(bundle), trusted, run_probe=not no_probe, sign_with=sign_with)
+    told = done.target_metadata
     document = {
         "name": told.name,
         "version": told.version,
@@ -50,9 +50,9 @@ def publish(
         "bytes": done.bytes,
         "memory": told.memory,
         "signer": done.signer,
-        "new": done.new,
+        "new": done.is_new,
     }
-    said = "published" if done.new else "was published already"
+    said = "published" if done.is_new else "was published already"
     emit(
         document,
         as_json,
@@ -63,6 +63,6 @@ def publish(
     )
 
 
-def _operator(home: Path) -> list[PublicKey]:
+def _load_operator_keys(home: Path) -> list[PublicKey]:
     """Its public half is enough: the private one may lie elsewhere."""
-    return [keys.load_public_of(Path(fleet_config.load(home).operator.key_file))]
+    return [keys.load_public_for(Path(fleet_config.load(home).operator.key_file))]

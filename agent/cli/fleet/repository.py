@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli.fleet.common import fleet_option
-from agent.cli.output import emit, json_option, table
+from agent.cli.output import emit, json_option, print_table
 from agent.fleet import config as fleet_config
 
 if TYPE_CHECKING:
-    from agent.fleet.repository.status import Standing, Status
+    from agent.fleet.repository.status import RepositoryStatus, RoleStatus
 
 _path = click.Path(path_type=Path)
 _sign_with = click.option(
@@ -36,16 +36,16 @@ def init(roots: int, threshold: int, url: str | None, folder: str | None, as_jso
     """Make the fleet's repository, once: its keys, and metadata without bundles."""
     from agent.fleet.repository import address, create
 
-    home = fleet_config.find(folder)
+    home = fleet_config.find_folder(folder)
     fleet_config.load(home)
     if url is not None:
         address.write(home, url)
     done = create.create(home, roots=roots, threshold=threshold)
     document = {"root": str(done.root), "threshold": done.threshold, "keys": [str(path) for path in done.keys]}
-    emit(document, as_json, lambda: click.echo("\n".join(_created(home, document))))
+    emit(document, as_json, lambda: click.echo("\n".join(_creation_lines(home, document))))
 
 
-def _created(home: Path, document: dict[str, Any]) -> list[str]:
+def _creation_lines(home: Path, document: dict[str, Any]) -> list[str]:
     names = " ".join(Path(path).name for path in document["keys"])
     return [
         f"{home / 'repository'} made; serve it by HTTP(S), or copy it to a stick. Devices are given {document['root']}",
@@ -61,27 +61,29 @@ def status(folder: str | None, as_json: bool) -> None:
     """What is published, whose keys count, what expires when. Exit 1 where something is to be done soon."""
     from agent.fleet.repository import status as standing
 
-    found = standing.status(fleet_config.find(folder))
+    found = standing.read(fleet_config.find_folder(folder))
     emit(found, as_json, lambda: _print(found))
     if not found.ok:
         sys.exit(1)
 
 
-def _print(found: Status) -> None:
-    bundles = [[one.name, one.version, one.digest[7:23], one.bytes] for one in found.bundles]
-    table(["bundle", "version", "digest", "bytes"], bundles, "No bundle is published: outstation fleet publish BUNDLE")
-    for one in found.revoked:
+def _print(report: RepositoryStatus) -> None:
+    bundles = [[one.name, one.version, one.digest[7:23], one.bytes] for one in report.bundles]
+    print_table(
+        ["bundle", "version", "digest", "bytes"], bundles, "No bundle is published: outstation fleet publish BUNDLE"
+    )
+    for one in report.revoked:
         click.echo(f"{one['name']} {one['version']} was taken out on {one['day']}")
     click.echo()
-    rows = [[one.role, one.version, one.expires, one.days, _keys(one)] for one in found.roles]
-    table(["role", "version", "expires", "days", "keys"], rows, "")
-    for line in found.reminders:
+    rows = [[one.role, one.version, one.expires, one.days, _format_keys(one)] for one in report.roles]
+    print_table(["role", "version", "expires", "days", "keys"], rows, "")
+    for line in report.reminders:
         click.echo(click.style(line, fg="yellow"))
 
 
-def _keys(one: Standing) -> str:
-    names = ", ".join(key.name if key.here else f"{key.name} (elsewhere)" for key in one.keys)
-    return names if len(one.keys) == 1 else f"{one.threshold} of {names}"
+def _format_keys(role_status: RoleStatus) -> str:
+    names = ", ".join(key.name if key.here else f"{key.name} (elsewhere)" for key in role_status.keys)
+    return names if len(role_status.keys) == 1 else f"{role_status.threshold} of {names}"
 
 
 @repository.command("refresh", epilog="Example: outstation fleet repository refresh")
@@ -98,10 +100,10 @@ def refresh(trust_clock: bool, sign_with: tuple[Path, ...], folder: str | None, 
     """
     from agent.fleet.repository import refresh as refreshing
 
-    done = refreshing.refresh(fleet_config.find(folder), sign_with=sign_with, trust_clock=trust_clock)
+    done = refreshing.refresh(fleet_config.find_folder(folder), sign_with=sign_with, trust_clock=trust_clock)
     until = f"{done.expires:%Y-%m-%dT%H:%M:%SZ}"
-    document = {"roles": done.roles, "expires": until, "root": done.root or None}
-    root = f"root {done.root} is in force\n" if done.root else ""
+    document = {"roles": done.roles, "expires": until, "root": done.root_version or None}
+    root = f"root {done.root_version} is in force\n" if done.root_version else ""
     emit(document, as_json, lambda: click.echo(f"{root}signed: {', '.join(done.roles)}; counts until {until}"))
 
 
@@ -126,9 +128,9 @@ def rotate(
     """
     from agent.fleet.repository import key_rotation as rotating
 
-    done = rotating.rotate(fleet_config.find(folder), role, old=old, new=new, sign_with=sign_with)
+    done = rotating.rotate(fleet_config.find_folder(folder), role, old=old, new=new, sign_with=sign_with)
     draft = done.draft
-    document = {"role": role, "old": done.old, "new": done.new, "in_force": done.done, "draft": draft}
+    document = {"role": role, "old": done.old, "new": done.new, "in_force": done.is_complete, "draft": draft}
     said = f"{role}: {done.new} counts, {done.old} no more; delete its file"
     if draft is not None and draft.missing:
         said = (
@@ -136,7 +138,7 @@ def rotate(
             f"{', '.join(draft.waiting)}; carry root.json.draft to them: outstation fleet repository sign-root"
         )
     emit(document, as_json, lambda: click.echo(said))
-    if not done.done:
+    if not done.is_complete:
         sys.exit(1)
 
 
@@ -153,7 +155,7 @@ def revoke(bundle: str, version: str | None, sign_with: tuple[Path, ...], folder
     """
     from agent.fleet.repository import revoke as revoking
 
-    done = revoking.revoke(fleet_config.find(folder), bundle, version, sign_with=sign_with)
+    done = revoking.revoke(fleet_config.find_folder(folder), bundle, version, sign_with=sign_with)
     document = {"bundle": done.bundle, "versions": done.versions}
     emit(document, as_json, lambda: click.echo(f"{done.bundle}: taken out {', '.join(done.versions)}"))
 
@@ -186,7 +188,7 @@ def copy(destination: Path, folder: str | None, as_json: bool) -> None:
     """Make TO/repository the same: a stick for sites without network, or what a web server serves."""
     from agent.fleet.repository import mirror as copying
 
-    done = copying.copy(fleet_config.find(folder), destination)
+    done = copying.copy(fleet_config.find_folder(folder), destination)
     document = {"repository": str(done.home), "files": done.files, "bytes": done.bytes}
     said = f"{done.home}: {done.files} files, {done.bytes / 1e6:.1f} MB written; devices find it with url = that folder"
     emit(document, as_json, lambda: click.echo(said))

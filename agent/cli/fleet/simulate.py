@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from agent.cli.output import emit, json_option, table
-from agent.cli.simulated import dir_option, end_on_signals, folder_of, print_audit
+from agent.cli.output import emit, json_option, print_table
+from agent.cli.simulated import dir_option, exit_on_signals, open_folder, print_audit
 from agent.wire import keys
 
-_NONE = "-"
-_SENTENCES = 8
+_PLACEHOLDER = "-"
+_MAX_SENTENCES = 8
 
 
 @click.command("simulate", epilog="Example: outstation fleet simulate --devices 50 --rollout exercise-2.toml --seed 1")
@@ -59,23 +59,23 @@ def simulate(
     decides. It ends with who runs what and why, and the audit: exit 1 where that fails, or the roll-out did not end
     within --duration.
     """
-    from agent.simulate.fleet import Order, run
+    from agent.simulate.fleet import SimulationRequest, run
 
     began = time.monotonic()
-    end_on_signals()
+    exit_on_signals()
     few = max(1, devices // 10) if devices > 2 and plan is not None else 0
     counts = {name: few if given is None else given for name, given in (("away", away), ("cut", cut), ("slow", slow))}
     publishers = tuple(keys.load_public(one) for one in trusted)
-    order = Order(devices, duration, speed, seed, plan, broker, publishers, worse=worse, **counts)
-    with folder_of(folder) as home:
-        document = run(home, order, _tell if sys.stderr.isatty() else lambda _: None)
+    order = SimulationRequest(devices, duration, speed, seed, plan, broker, publishers, worse=worse, **counts)
+    with open_folder(folder) as home:
+        document = run(home, order, _report_progress if sys.stderr.isatty() else lambda _: None)
     document["seconds"] = round(time.monotonic() - began, 1)
     emit(document, as_json, lambda: _print(document))
     if not document["audit"]["passed"] or not document.get("rollout", {}).get("ended", True):
         sys.exit(1)
 
 
-def _tell(sentence: str) -> None:
+def _report_progress(sentence: str) -> None:
     click.echo(f"{time.strftime('%H:%M:%S')}  {sentence}", err=True)
 
 
@@ -84,12 +84,12 @@ def _print(document: dict[str, Any]) -> None:
     columns = ["device", "rows", "results", "verified"]
     listed = [[one[name] for name in columns] for one in document["devices"]]
     if rollout is None:
-        table(columns, listed, "No devices.")
+        print_table(columns, listed, "No devices.")
     else:
         for row, one in zip(listed, document["devices"], strict=True):
-            runs = one["runs"]["version"] if one["runs"] else _NONE
-            row += [runs, one["phase"] or _NONE, one["reason"] or _NONE]
-        table([*columns, "runs", "phase", "reason"], listed, "No devices.")
+            runs = one["runs"]["version"] if one["runs"] else _PLACEHOLDER
+            row += [runs, one["phase"] or _PLACEHOLDER, one["reason"] or _PLACEHOLDER]
+        print_table([*columns, "runs", "phase", "reason"], listed, "No devices.")
         _print_rollout(rollout, document["devices"])
     for one in document["devices"]:
         for ended in one["restarts"]:
@@ -105,10 +105,10 @@ def _print_rollout(rollout: dict[str, Any], devices: list[dict[str, Any]]) -> No
     troubled = [one for one in devices if one["reason"]]
     if troubled:
         click.echo("")
-    for one in troubled[:_SENTENCES]:
+    for one in troubled[:_MAX_SENTENCES]:
         click.echo(f"{one['device']}  {one['why']}")
-    if len(troubled) > _SENTENCES:
-        click.echo(f"… and {len(troubled) - _SENTENCES} more; all with --json")
+    if len(troubled) > _MAX_SENTENCES:
+        click.echo(f"… and {len(troubled) - _MAX_SENTENCES} more; all with --json")
     suffered = rollout["hardship"]
     names = {
         "switched off for a while": suffered["away"],

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from agent.cli.model.run import address_option, cluster, engine_option, load
+from agent.cli.model.run import address_option, engine_option, load_bundle, open_cluster
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 
 if TYPE_CHECKING:
-    from agent.evaluation.author import Author
+    from agent.evaluation.author import CardTexts
     from agent.evaluation.document import Evaluation
 
 _path = click.Path(path_type=Path)
@@ -70,7 +70,7 @@ def evaluate(
     from agent.cli.model import evaluation_tables
     from agent.evaluation import evaluate as judge
 
-    request = judge.Request(
+    request = judge.EvaluationRequest(
         data=data,
         label=label,
         group=group,
@@ -83,55 +83,58 @@ def evaluate(
         latency=not no_latency,
         seed=seed,
     )
-    _require_there(data, train, float_model)
-    author, place = _author(about, cards), cluster(engine, address)
-    found, inference, said = load(bundle, public)
+    _require_existing(data, train, float_model)
+    author, place = _load_author(about, cards), open_cluster(engine, address)
+    found, inference, said = load_bundle(bundle, public)
     with place as ray:
         if ray is None:
-            result = judge.evaluate(found, inference, said, request, _step)
+            result = judge.evaluate(found, inference, said, request, _show_step)
         else:
             from agent.evaluation.predict import ray_jobs
 
-            result = judge.evaluate(found, inference, said, request, _step, ray_jobs.answered(ray, found))
-    _step("")
-    written = _write(result, html, cards, author)
-    emit(result, as_json, lambda: evaluation_tables.show(result))
+            result = judge.evaluate(found, inference, said, request, _show_step, ray_jobs.make_predictor(ray, found))
+    _show_step("")
+    written = _write_reports(result, html, cards, author)
+    emit(result, as_json, lambda: evaluation_tables.print_evaluation(result))
     if not as_json:
         for path in written:
             click.echo(f"written: {path}")
 
 
-def _require_there(*paths: Path | None) -> None:
+def _require_existing(*paths: Path | None) -> None:
     """Raises UsageError, before the model is tried."""
     for path in paths:
         if path is not None and not path.exists():
             raise UsageError(f"{path}: no such file")
 
 
-def _step(text: str) -> None:
+def _show_step(text: str) -> None:
     if sys.stderr.isatty():
         click.echo(f"\r\x1b[K{text}{' …' if text else ''}", nl=False, err=True)
 
 
-def _author(about: Path | None, cards: Path | None) -> Author:
+def _load_author(about: Path | None, cards: Path | None) -> CardTexts:
     from agent.evaluation import author
 
     if about is not None and cards is None:
         raise UsageError("--about is for the cards; name their folder with --card")
-    return author.read(about) if about else author.Author()
+    return author.read(about) if about else author.CardTexts()
 
 
-def _write(found: Evaluation, html: Path | None, folder: Path | None, author: Author) -> list[Path]:
+def _write_reports(evaluation: Evaluation, html: Path | None, folder: Path | None, author: CardTexts) -> list[Path]:
     from agent.evaluation import cards, report
 
-    written = [save(html, report.html(found))] if html else []
+    written = [write_text(html, report.render_html(evaluation))] if html else []
     if folder is not None:
-        for name, card in cards.both(found, author).items():
-            written += [save(folder / f"{name}.md", card.markdown()), save(folder / f"{name}.html", card.html())]
+        for name, card in cards.build_cards(evaluation, author).items():
+            written += [
+                write_text(folder / f"{name}.md", card.to_markdown()),
+                write_text(folder / f"{name}.html", card.to_html()),
+            ]
     return written
 
 
-def save(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
     """Raises UsageError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

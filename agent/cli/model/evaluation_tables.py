@@ -4,124 +4,139 @@ from __future__ import annotations
 
 import click
 
-from agent.cli.output import table
-from agent.evaluation.document import Evaluation, Span
-from agent.performance.metrics import Metric
-from agent.text import figure, interval, metric_name
+from agent.cli.output import print_table
+from agent.evaluation.document import Evaluation, IntervalEstimate
+from agent.performance.metrics import MetricEstimate
+from agent.text import format_interval, format_value, metric_name
 
-_MOST_CLASSES = 40
-_WIDEST_CONFUSION = 12
-_SUSPECTS = 5
+_MAX_CLASSES = 40
+_MAX_CONFUSION_CLASSES = 12
+_MAX_SUSPECTS = 5
 
 
-def show(found: Evaluation) -> None:
+def print_evaluation(evaluation: Evaluation) -> None:
     """Tables, the most important first."""
-    model, data = found.model, found.data
+    model, data = evaluation.model, evaluation.data
     click.echo(f"{model.name} {model.version} ({model.kind}), signature: {model.signature}")
     groups = f", {data.groups} of {data.group}" if data.group else ""
     click.echo(f"{data.windows:,} windows of {data.rows:,} rows{groups}")
-    _head("How good", found.intervals)
-    table(["", "value", "95 %", "n"], [_metric(m) for m in found.metrics], "nothing to measure")
-    _classes(found)
-    _confusion(found)
-    _slices(found)
-    _ablation(found)
-    _robustness(found)
-    _against(found)
-    _leakage(found)
-    _latency(found)
-    for note in found.notes:
+    _print_heading("How good", evaluation.intervals)
+    print_table(["", "value", "95 %", "n"], [_metric_row(m) for m in evaluation.metrics], "nothing to measure")
+    _print_classes(evaluation)
+    _print_confusion(evaluation)
+    _print_slices(evaluation)
+    _print_ablation(evaluation)
+    _print_robustness(evaluation)
+    _print_float_comparison(evaluation)
+    _print_leakage(evaluation)
+    _print_latency(evaluation)
+    for note in evaluation.notes:
         click.echo(note)
-    for warning in found.warnings:
+    for warning in evaluation.warnings:
         click.echo(click.style("warning  ", fg="yellow") + warning)
 
 
-def _head(title: str, more: str = "") -> None:
+def _print_heading(title: str, more: str = "") -> None:
     click.echo("\n" + click.style(title, bold=True) + (f"  {more}" if more else ""))
 
 
-def _metric(one: Metric) -> list[object]:
-    return [metric_name(one.metric), figure(one.value), interval(one.low, one.high), one.n]
+def _metric_row(metric: MetricEstimate) -> list[object]:
+    return [metric_name(metric.metric), format_value(metric.value), format_interval(metric.low, metric.high), metric.n]
 
 
-def _span(one: Span) -> str:
-    return f"{figure(one.value)} {interval(one.low, one.high)}".strip()
+def _format_span(span: IntervalEstimate) -> str:
+    return f"{format_value(span.value)} {format_interval(span.low, span.high)}".strip()
 
 
-def _classes(found: Evaluation) -> None:
-    if not found.classes:
+def _print_classes(evaluation: Evaluation) -> None:
+    if not evaluation.classes:
         return
-    _head("By class")
-    rows = [[c.label, _span(c.recall), _span(c.precision), _span(c.f1), c.n] for c in found.classes[:_MOST_CLASSES]]
-    table(["", "recall", "precision", "F1", "n"], rows, "")
+    _print_heading("By class")
+    rows = [
+        [c.label, _format_span(c.recall), _format_span(c.precision), _format_span(c.f1), c.n]
+        for c in evaluation.classes[:_MAX_CLASSES]
+    ]
+    print_table(["", "recall", "precision", "F1", "n"], rows, "")
 
 
-def _confusion(found: Evaluation) -> None:
-    labels = found.model.labels if found.model.kind == "classify" else ["normal", "anomaly"]
-    if not 0 < len(found.confusion) <= _WIDEST_CONFUSION:
+def _print_confusion(evaluation: Evaluation) -> None:
+    labels = evaluation.model.labels if evaluation.model.kind == "classify" else ["normal", "anomaly"]
+    if not 0 < len(evaluation.confusion) <= _MAX_CONFUSION_CLASSES:
         return
-    _head("Confusion", "a row for what was true, a column for what was said")
-    table(["", *labels], [[label, *row] for label, row in zip(labels, found.confusion, strict=True)], "")
+    _print_heading("Confusion", "a row for what was true, a column for what was said")
+    print_table(["", *labels], [[label, *row] for label, row in zip(labels, evaluation.confusion, strict=True)], "")
 
 
-def _slices(found: Evaluation) -> None:
-    if found.slices:
-        _head("Slices")
-        rows = [[s.slice, figure(s.value), interval(s.low, s.high), s.n, _state(s.state)] for s in found.slices]
-        table(["", metric_name(found.slices[0].metric), "95 %", "n", ""], rows, "")
+def _print_slices(evaluation: Evaluation) -> None:
+    if evaluation.slices:
+        _print_heading("Slices")
+        rows = [
+            [s.slice, format_value(s.value), format_interval(s.low, s.high), s.n, _describe_slice_state(s.state)]
+            for s in evaluation.slices
+        ]
+        print_table(["", metric_name(evaluation.slices[0].metric), "95 %", "n", ""], rows, "")
 
 
-def _state(state: str | None) -> str:
+def _describe_slice_state(state: str | None) -> str:
     return {"worse": "worse than the rest", "small": "too small to tell"}.get(state or "", "")
 
 
-def _ablation(found: Evaluation) -> None:
-    if found.ablation:
-        _head("What each field is worth", f"how much worse {metric_name(found.metric)} is where it is another window's")
-        rows = [[", ".join(d.fields), figure(d.drop.value), interval(d.drop.low, d.drop.high)] for d in found.ablation]
-        table(["", "worse by", "95 %"], rows, "")
+def _print_ablation(evaluation: Evaluation) -> None:
+    if evaluation.ablation:
+        _print_heading(
+            "What each field is worth",
+            f"how much worse {metric_name(evaluation.metric)} is where it is another window's",
+        )
+        rows = [
+            [", ".join(d.fields), format_value(d.drop.value), format_interval(d.drop.low, d.drop.high)]
+            for d in evaluation.ablation
+        ]
+        print_table(["", "worse by", "95 %"], rows, "")
 
 
-def _robustness(found: Evaluation) -> None:
-    if found.robustness:
-        _head("Faults")
-        told = ["  ".join(f"{p.strength}: {figure(p.value.value)}" for p in fault.points) for fault in found.robustness]
-        rows = [[fault.fault, points] for fault, points in zip(found.robustness, told, strict=True)]
-        table(["", f"{metric_name(found.metric)} at each strength"], rows, "")
+def _print_robustness(evaluation: Evaluation) -> None:
+    if evaluation.robustness:
+        _print_heading("Faults")
+        told = [
+            "  ".join(f"{p.strength}: {format_value(p.value.value)}" for p in fault.points)
+            for fault in evaluation.robustness
+        ]
+        rows = [[fault.fault, points] for fault, points in zip(evaluation.robustness, told, strict=True)]
+        print_table(["", f"{metric_name(evaluation.metric)} at each strength"], rows, "")
 
 
-def _against(found: Evaluation) -> None:
-    if (other := found.against) is not None:
-        _head("Beside the float model")
-        agreement = [["says the same", _span(other.agreement)]] if other.agreement else []
-        name = metric_name(found.metric)
+def _print_float_comparison(evaluation: Evaluation) -> None:
+    if (other := evaluation.against) is not None:
+        _print_heading("Beside the float model")
+        agreement = [["says the same", _format_span(other.agreement)]] if other.agreement else []
+        name = metric_name(evaluation.metric)
         rows = [
             *agreement,
-            ["outputs differ by", f"{figure(other.mean)} on average, {figure(other.largest)} at most"],
-            [f"{name} of the float model", _span(other.value)],
-            [f"{name} of this model less that", _span(other.change)],
-            ["bytes", f"{found.model.bytes:,} of {other.bytes:,}"],
+            ["outputs differ by", f"{format_value(other.mean)} on average, {format_value(other.largest)} at most"],
+            [f"{name} of the float model", _format_span(other.value)],
+            [f"{name} of this model less that", _format_span(other.change)],
+            ["bytes", f"{evaluation.model.bytes:,} of {other.bytes:,}"],
         ]
-        table(["", other.file], rows, "")
+        print_table(["", other.file], rows, "")
 
 
-def _leakage(found: Evaluation) -> None:
-    _head("Can the figures be believed")
-    for one in (*found.leakage, *found.hints):
+def _print_leakage(evaluation: Evaluation) -> None:
+    _print_heading("Can the figures be believed")
+    for one in (*evaluation.leakage, *evaluation.hints):
         color = {"ok": "green", "warning": "yellow"}.get(one.state)
         click.echo(f"{click.style(one.state.ljust(11), fg=color)}  {one.check}: {one.summary}")
-    for suspect in found.suspects[:_SUSPECTS]:
+    for suspect in evaluation.suspects[:_MAX_SUSPECTS]:
         click.echo(f"  {suspect.file} row {suspect.row}: {suspect.label}, or {suspect.said} ({suspect.score:.2f})?")
 
 
-def _latency(found: Evaluation) -> None:
-    if found.latency:
-        _head("How fast", f"{found.model.runtime}, {found.machine}")
-        other = {p.batch: p.p50_ms for p in found.against.latency} if found.against else {}
+def _print_latency(evaluation: Evaluation) -> None:
+    if evaluation.latency:
+        _print_heading("How fast", f"{evaluation.model.runtime}, {evaluation.machine}")
+        other = {p.batch: p.p50_ms for p in evaluation.against.latency} if evaluation.against else {}
         rows = [
             [p.batch, p.p50_ms, p.p95_ms, round(p.per_second), p.memory_mib, *([other[p.batch]] if other else [])]
-            for p in found.latency
+            for p in evaluation.latency
         ]
         more = ["float, ms (p50)"] if other else []
-        table(["batch", "ms (p50)", "ms (p95)", "a second", "MiB", *more], rows, "")
+        print_table(["batch", "ms (p50)", "ms (p95)", "a second", "MiB", *more], rows, "")
         click.echo("")

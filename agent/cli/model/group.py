@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agent.cli import trust
-from agent.cli.model.config import config_of
+from agent.cli.model.config import config_command
 from agent.cli.model.evaluate import evaluate
 from agent.cli.model.run import run
 from agent.cli.output import emit, json_option
@@ -20,7 +20,7 @@ from agent.wire import keys
 if TYPE_CHECKING:
     from agent.drift.baseline.reference import Reference
     from agent.model.bundle.manifest import Manifest
-    from agent.model.inference.runtime import Model
+    from agent.model.inference.runtime import TfliteModel
 
 _path = click.Path(path_type=Path)
 
@@ -32,7 +32,7 @@ def model() -> None:
 
 model.add_command(run)
 model.add_command(evaluate)
-model.add_command(config_of)
+model.add_command(config_command)
 
 
 @model.command(epilog="Example: outstation model keygen publisher.key")
@@ -74,8 +74,8 @@ def pack(
     packed = packing.pack(spec, keys.load_private(key_file) if key_file else None)
     # The same content needs no new signature: who has no key can still rebuild and compare.
     if key_file is None:
-        packing.keep_signature(packed, out)
-    packing.write(packed, out)
+        packing.reuse_signature(packed, out)
+    packing.write_bundle(packed, out)
     document = {"bundle": str(out), "digest": packed.digest, "warnings": packed.warnings, "notes": packed.notes}
     said = [f"{out} {packed.digest}", *packed.notes, *(f"warning: {w}" for w in packed.warnings)]
     emit(document, as_json, lambda: click.echo("\n".join(said)))
@@ -84,11 +84,13 @@ def pack(
 def _write_spec(tflite: Path, out: Path | None, data: Path | None, as_json: bool) -> None:
     from agent.authoring import scaffold
 
-    begun = scaffold.begin(tflite, out, data)
+    begun = scaffold.scaffold_spec(tflite, out, data)
     if out is not None:
-        scaffold.write(begun, out)
+        scaffold.write_spec(begun, out)
     document = {"spec": str(out) if out else None, "kind": begun.kind, "text": begun.text}
-    said = begun.text if out is None else f"{out} written, kind {begun.kind}: {begun.why}. Look at every line of it."
+    said = (
+        begun.text if out is None else f"{out} written, kind {begun.kind}: {begun.rationale}. Look at every line of it."
+    )
     emit(document, as_json, lambda: click.echo(said, nl=out is not None))
 
 
@@ -109,7 +111,7 @@ def make_reference(
 
     if (bundle is None) == (spec is None):
         raise UsageError("give one of --bundle and --spec: a reference is made for a model")
-    made = packing.reference_of(data, *_model_of(bundle, spec), held_out=held_out)
+    made = packing.build_reference(data, *_load_model(bundle, spec), held_out=held_out)
     try:
         out.write_bytes(made.to_json())
     except OSError as error:
@@ -119,7 +121,7 @@ def make_reference(
     emit(document, as_json, lambda: click.echo(f"{out} {made.digest}, {made.drift_windows} drift windows{warning}"))
 
 
-def _model_of(bundle: Path | None, spec: Path | None) -> tuple[Model, Manifest]:
+def _load_model(bundle: Path | None, spec: Path | None) -> tuple[TfliteModel, Manifest]:
     from agent.authoring import spec as specs
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
@@ -127,15 +129,15 @@ def _model_of(bundle: Path | None, spec: Path | None) -> tuple[Model, Manifest]:
     from agent.model.sandbox import probe
 
     if bundle is not None:
-        found = bundles.read(builtin.or_shipped(bundle), None)
-        probe.probe(found).require()
-        return inference.load(found.manifest, found.model), found.manifest
+        found = bundles.read(builtin.resolve_path(bundle), None)
+        probe.probe(found).raise_for_failure()
+        return inference.load_model(found.manifest, found.model_bytes), found.manifest
     assert spec is not None
     wanted = specs.read(spec)
     file = spec.parent / wanted.model
     draft = specs.to_manifest(spec, wanted)
     try:
-        return inference.load(draft, file.read_bytes()), draft
+        return inference.load_model(draft, file.read_bytes()), draft
     except OSError as error:
         raise UsageError(f"{file}: {error.strerror}") from None
 
@@ -163,43 +165,43 @@ def sign(bundle: Path, key_file: Path, as_json: bool) -> None:
 @json_option
 def check(bundle: Path, public: str | None, as_json: bool) -> None:
     """Signature, hashes, load in a child process, golden vectors of BUNDLE, or of the one that ships by that name."""
-    document = _check(bundle, public)
+    document = _check_bundle(bundle, public)
     emit(document, as_json, lambda: _print(document))
     if not document["ok"]:
         sys.exit(1)
 
 
-def _check(path: Path, public: str | None) -> dict[str, Any]:
+def _check_bundle(path: Path, public: str | None) -> dict[str, Any]:
     from agent.model import activation
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
     from agent.model.sandbox import probe
 
-    path = builtin.or_shipped(path)
+    path = builtin.resolve_path(path)
     members = ("name", "version", "digest", "runtime")
     document: dict[str, Any] = {"ok": False, **dict.fromkeys(members), "checks": []}
 
-    def note(name: str, ok: bool, detail: str) -> None:
+    def add_check(name: str, ok: bool, detail: str) -> None:
         document["checks"].append({"name": name, "ok": ok, "detail": detail})
 
     trusted = [keys.load_public(public)] if public else None
     try:
         found = bundles.read(path, trusted)
     except BadBundle as problem:
-        note("signature and hashes", False, str(problem))
+        add_check("signature and hashes", False, str(problem))
         return document
-    note("signature", *trust.signature(path, found, trusted))
-    note("hashes", True, f"{len(found.manifest.files)} files as the manifest says")
+    add_check("signature", *trust.check_signature(path, found, trusted))
+    add_check("hashes", True, f"{len(found.manifest.files)} files as the manifest says")
     report = probe.probe(found)
     for one in report.checks:
-        note(*one)
-    note("reference", *_reference(lambda: activation.reference(found)))
+        add_check(*one)
+    add_check("reference", *_check_reference(lambda: activation.read_reference(found)))
     document |= {"name": found.manifest.name, "version": found.manifest.version, "digest": found.digest}
     document |= {"runtime": report.runtime or None, "ok": all(check["ok"] for check in document["checks"])}
     return document
 
 
-def _reference(load: Callable[[], Reference | None]) -> tuple[bool, str]:
+def _check_reference(load: Callable[[], Reference | None]) -> tuple[bool, str]:
     try:
         reference = load()
     except BadBundle as problem:

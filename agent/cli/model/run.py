@@ -12,17 +12,17 @@ import click
 
 from agent.cli import trust
 from agent.cli.output import emit, json_option
-from agent.cli.progress import Bar
+from agent.cli.progress import ProgressBar
 from agent.errors import BadBundle, UsageError
 from agent.wire import keys
 
 if TYPE_CHECKING:
-    from agent.evaluation.predict.ray_cluster import Cluster
+    from agent.evaluation.predict.ray_cluster import RayCluster
     from agent.model.bundle.bundle import Bundle
     from agent.model.inference.inference import Inference
 
 _path = click.Path(path_type=Path)
-_SAID = 10
+_MAX_REJECTS = 10
 
 engine_option = click.option(
     "--engine",
@@ -59,62 +59,62 @@ def run(
 
     if not data.exists():
         raise UsageError(f"{data}: no such file")
-    place = cluster(engine, address)
-    found, loaded, said = load(bundle, public)
+    place = open_cluster(engine, address)
+    found, loaded, said = load_bundle(bundle, public)
     # A folder of images or sounds is one stream: its answers are one file.
     many = data.is_dir() and not blocks.is_media(loaded.manifest.input)
-    if not many and out.suffix not in output.SUFFIXES:
-        raise UsageError(f"-o {out}: name a file that ends in {' or '.join(output.SUFFIXES)}")
-    work = running.Work(found, loaded, raw=raw)
+    if not many and out.suffix not in output.OUTPUT_SUFFIXES:
+        raise UsageError(f"-o {out}: name a file that ends in {' or '.join(output.OUTPUT_SUFFIXES)}")
+    work = running.BatchPredictor(found, loaded, raw=raw)
     begun = time.monotonic()
-    with place as ray, Bar("rows") as bar:
+    with place as ray, ProgressBar("rows") as bar:
         if ray is None:
-            total = running.folder(work, data, out, bar) if many else work.file(data, out, bar)
+            total = running.predict_folder(work, data, out, bar) if many else work.predict_file(data, out, bar)
         else:
             from agent.evaluation.predict import ray_jobs
 
-            total = (ray_jobs.folder if many else ray_jobs.file)(ray, work, found, data, out, bar)
+            total = (ray_jobs.predict_folder if many else ray_jobs.predict_file)(ray, work, found, data, out, bar)
     document = {
         "out": str(out),
         "bundle": {"name": found.manifest.name, "version": found.manifest.version, "digest": found.digest},
         "signature": said,
         "rows": total.rows,
         "results": total.results,
-        "partly_missing": total.partly,
-        "rejected": total.refused,
-        "rejects": [{"file": r.file, "line": r.line, "reason": r.reason} for r in total.rejected],
+        "partly_missing": total.incomplete,
+        "rejected": total.rejected_count,
+        "rejects": [{"file": r.file, "line": r.line, "reason": r.reason} for r in total.rejected_rows],
         "seconds": round(time.monotonic() - begun, 3),
     }
     emit(document, as_json, lambda: _print(document))
-    if total.refused:
+    if total.rejected_count:
         sys.exit(1)
 
 
-def cluster(engine: str, address: str | None) -> AbstractContextManager[Cluster | None]:
+def open_cluster(engine: str, address: str | None) -> AbstractContextManager[RayCluster | None]:
     """What is entered for the time of the work; None where that is done here. Raises UsageError."""
     if engine == "here":
         if address is not None:
             raise UsageError(f"--address {address}: is for --engine ray")
         return nullcontext()
-    from agent.evaluation.predict.ray_cluster import Cluster
+    from agent.evaluation.predict.ray_cluster import RayCluster
 
-    return Cluster(address)
+    return RayCluster(address)
 
 
-def load(path: Path, public: str | None) -> tuple[Bundle, Inference, str]:
+def load_bundle(path: Path, public: str | None) -> tuple[Bundle, Inference, str]:
     """The bundle, or what ships by that name, proved in a child process and loaded; who signed it. Raises BadBundle."""
     from agent.model.bundle import builtin
     from agent.model.bundle import bundle as bundles
     from agent.model.inference import inference
     from agent.model.sandbox import probe
 
-    path = builtin.or_shipped(path)
+    path = builtin.resolve_path(path)
     trusted = [keys.load_public(public)] if public else None
     found = bundles.read(path, trusted)
-    _, said = trust.signature(path, found, trusted)
+    _, said = trust.check_signature(path, found, trusted)
     try:
-        probe.probe(found).require()
-        return found, inference.Inference(found.manifest, inference.load(found.manifest, found.model)), said
+        probe.probe(found).raise_for_failure()
+        return found, inference.Inference(found.manifest, inference.load_model(found.manifest, found.model_bytes)), said
     except BadBundle as problem:
         raise BadBundle(f"{path}: {problem}") from None
 
@@ -130,7 +130,7 @@ def _print(document: dict[str, Any]) -> None:
         click.echo("no result: no row, or no whole window without a gap, is in the data")
     if document["rejected"]:
         click.echo(f"{document['rejected']:,} rows rejected:", err=True)
-        for one in document["rejects"][:_SAID]:
+        for one in document["rejects"][:_MAX_REJECTS]:
             click.echo(f"  {one['file']} line {one['line']}: {one['reason']}", err=True)
-        if document["rejected"] > _SAID:
-            click.echo(f"  and {document['rejected'] - _SAID:,} more", err=True)
+        if document["rejected"] > _MAX_REJECTS:
+            click.echo(f"  and {document['rejected'] - _MAX_REJECTS:,} more", err=True)

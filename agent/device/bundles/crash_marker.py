@@ -29,7 +29,7 @@ _MAGIC = b"outrun01"
 _HEAD = struct.Struct("<8sII")
 
 
-class Mark(msgspec.Struct, frozen=True):
+class CrashRecord(msgspec.Struct, frozen=True):
     """Which bundle ran for which task, in which boot; `id` tells it from every other mark."""
 
     task: str
@@ -38,7 +38,7 @@ class Mark(msgspec.Struct, frozen=True):
     id: str
 
 
-class Marker:
+class CrashMarker:
     """The file in `folder`, for the one process that has the store. What it cannot write it does without.
 
     `left` is what the process before left set, None where it left nothing or the machine was started anew since.
@@ -47,14 +47,14 @@ class Marker:
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
         self._boot, self._process = clock.boot_id(), f"{os.getpid()}/{time.monotonic_ns()}"
-        self._numbers, self._told = itertools.count(1), False
+        self._run_counter, self._has_logged_error = itertools.count(1), False
         found = _read(self._path)
-        self.left = found if found is not None and found.boot == self._boot else None
+        self.previous_run = found if found is not None and found.boot == self._boot else None
 
     @contextlib.contextmanager
-    def running(self, task: str, digest: str) -> Iterator[None]:
+    def guard_run(self, task: str, digest: str) -> Iterator[None]:
         """Set while the model of bundle `digest` is loaded or run for `task`; an error it raises is no crash."""
-        self._write(_frame(Mark(task, digest, self._boot, f"{self._process}/{next(self._numbers)}")))
+        self._write(_encode(CrashRecord(task, digest, self._boot, f"{self._process}/{next(self._run_counter)}")))
         try:
             yield
         finally:
@@ -72,24 +72,24 @@ class Marker:
             finally:
                 os.close(file)
         except OSError as error:
-            if not self._told:
+            if not self._has_logged_error:
                 log.error("file %s in the data folder: %s; a model that ends the agent is not found out", FILE, error)
-            self._told = True
+            self._has_logged_error = True
 
 
-def _frame(mark: Mark) -> bytes:
-    body = msgspec.json.encode(mark)
+def _encode(record: CrashRecord) -> bytes:
+    body = msgspec.json.encode(record)
     return _HEAD.pack(_MAGIC, len(body), zlib.crc32(body)) + body
 
 
-def _read(path: Path) -> Mark | None:
+def _read(path: Path) -> CrashRecord | None:
     try:
-        return _unframe(path.read_bytes())
+        return _decode(path.read_bytes())
     except OSError:
         return None
 
 
-def _unframe(data: bytes) -> Mark | None:
+def _decode(data: bytes) -> CrashRecord | None:
     """The mark; None where there is none that is whole."""
     if len(data) < _HEAD.size:
         return None
@@ -98,6 +98,6 @@ def _unframe(data: bytes) -> Mark | None:
     if magic != _MAGIC or len(body) != length or zlib.crc32(body) != crc:
         return None
     try:
-        return msgspec.json.decode(body, type=Mark)
+        return msgspec.json.decode(body, type=CrashRecord)
     except msgspec.MsgspecError:
         return None

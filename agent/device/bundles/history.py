@@ -16,11 +16,11 @@ from typing import Any
 import msgspec
 from msgspec.structs import asdict
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import overrides, rollout_state
-from agent.device.bundles.overrides import Rollback
-from agent.device.store.message_log import Author
+from agent.device.bundles.overrides import BundleOverride
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import BadBundle, StorageFull
@@ -30,12 +30,12 @@ from agent.wire.keys import write_new
 
 log = logging.getLogger("outstation")
 
-ACTIVE = "active bundle"
-_MOST_LABEL_BYTES = 8_000
-_HALF = ".half"
+ACTIVE_BUNDLE = "active bundle"
+_MAX_LABEL_BYTES = 8_000
+_PARTIAL_SUFFIX = ".half"
 
 
-class Ran(msgspec.Struct, frozen=True):
+class BundleRef(msgspec.Struct, frozen=True):
     """A bundle that was activated."""
 
     name: str
@@ -46,36 +46,36 @@ class Ran(msgspec.Struct, frozen=True):
         return f"{self.name} {self.version}"
 
 
-class History(msgspec.Struct, frozen=True):
+class BundleHistory(msgspec.Struct, frozen=True):
     """The bundle of a task, and the one before it."""
 
-    now: Ran
-    before: Ran | None = None
+    current: BundleRef
+    previous: BundleRef | None = None
 
 
-def history(store: Store, task: str) -> History | None:
-    kept = store.state(task, ACTIVE)
+def load_history(store: Store, task: str) -> BundleHistory | None:
+    kept = store.load_state(task, ACTIVE_BUNDLE)
     return None if kept is None else from_json(kept)
 
 
-def from_json(kept: bytes) -> History:
-    found = json.loads(kept)
-    return History(Ran(**found["now"]), Ran(**found["before"]) if found["before"] else None)
+def from_json(data: bytes) -> BundleHistory:
+    found = json.loads(data)
+    return BundleHistory(BundleRef(**found["now"]), BundleRef(**found["before"]) if found["before"] else None)
 
 
-def folder(data_dir: Path, digest: str) -> Path:
+def copy_folder(data_dir: Path, digest: str) -> Path:
     return data_dir / "bundles" / ".kept" / digest.removeprefix("sha256:")
 
 
-def bundle_of(conf: Config, store: Store | None, task: str) -> Path:
+def locate_bundle(conf: Config, store: Store | None, task: str) -> Path:
     """Where the bundle that `task` runs is. Raises BadBundle."""
-    configured = builtin.locate(conf.tasks[task].bundle, conf.data_dir / "bundles")
-    return configured if store is None else in_force(store, task, configured, conf.data_dir)
+    configured = builtin.locate_bundle(conf.tasks[task].bundle, conf.data_dir / "bundles")
+    return configured if store is None else effective_path(store, task, configured, conf.data_dir)
 
 
-def in_force(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
+def effective_path(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
     """Where the bundle of `task` is: the configured one, or the one it was rolled back to, or came to by a roll-out."""
-    wanted = overrides.rollback(store, task)
+    wanted = overrides.load_bundle_override(store, task)
     if wanted is None:
         return configured
     try:
@@ -83,125 +83,137 @@ def in_force(store: Store, task: str, configured: Path, data_dir: Path) -> Path:
     except BadBundle:
         # The configured one cannot be read: what ran goes on.
         changed = False
-    return configured if changed else folder(data_dir, wanted.digest)
+    return configured if changed else copy_folder(data_dir, wanted.digest)
 
 
-def ran_before(store: Store, task: str, data_dir: Path, barred: Collection[str]) -> list[Ran]:
+def available_bundles(store: Store, task: str, data_dir: Path, excluded: Collection[str]) -> list[BundleRef]:
     """Bundles that ran for `task` and whose copies are here, the newest first, without those of `barred` digests.
 
     One that is still on probation is none: it may run apart only.
     """
-    past, tried = history(store, task), rollout_state.on_probation(store, task)
-    known = [] if past is None else [one for one in (past.now, past.before) if one is not None]
-    known = [one for one in known if one.digest not in barred and one.digest != tried]
-    return [one for one in known if folder(data_dir, one.digest).is_dir()]
+    past, tried = load_history(store, task), rollout_state.find_canary_digest(store, task)
+    known = [] if past is None else [one for one in (past.current, past.previous) if one is not None]
+    known = [one for one in known if one.digest not in excluded and one.digest != tried]
+    return [one for one in known if copy_folder(data_dir, one.digest).is_dir()]
 
 
-def keep(found: Bundle, data_dir: Path) -> bool:
+def store_copy(loaded: Bundle, data_dir: Path) -> bool:
     """Copy a bundle, durably; False where the disk does not take it. A crash leaves a whole copy or none."""
-    target = folder(data_dir, found.digest)
+    target = copy_folder(data_dir, loaded.digest)
     if target.is_dir():
         return True
-    half = target.with_name(target.name + _HALF)
+    half = target.with_name(target.name + _PARTIAL_SUFFIX)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir()
-        for name, data in found.files.items():
+        for name, data in loaded.files.items():
             write_new(half / name, data, 0o644)
-        sync(half)
+        sync_folder(half)
         half.rename(target)
-        sync(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
-        log.error("%s: bundle %s cannot be kept for a rollback: %s", target.parent, found.manifest.name, error.strerror)
+        log.error(
+            "%s: bundle %s cannot be kept for a rollback: %s", target.parent, loaded.manifest.name, error.strerror
+        )
         shutil.rmtree(half, ignore_errors=True)
         return False
     return True
 
 
-def activated(store: Store, author: Author, task: str, found: Bundle, data_dir: Path, now: Now) -> None:
+def record_configured(
+    store: Store, message_log: MessageLog, task: str, loaded: Bundle, data_dir: Path, now: ClockReading
+) -> None:
     """A `task` was loaded at the start: copy its bundle and record the change, if it is one."""
-    keep(found, data_dir)
-    old, this = history(store, task), ran(found)
-    wanted = overrides.rollback(store, task)
+    store_copy(loaded, data_dir)
+    old, this = load_history(store, task), bundle_ref(loaded)
+    wanted = overrides.load_bundle_override(store, task)
     left = wanted is not None and wanted.digest != this.digest
-    if old is not None and old.now.digest == this.digest and not left:
+    if old is not None and old.current.digest == this.digest and not left:
         return
     try:
         with store.transaction() as tx:
             if left:
-                overrides.keep_rollback(tx, task, None)
-            record(tx, author, task, found, old, "configured", now)
+                overrides.save_bundle_override(tx, task, None)
+            record_activation(tx, message_log, task, loaded, old, "configured", now)
     except StorageFull as full:
         log.error("task %s: %s; that %s was activated is recorded at the next start", task, full, this)
 
 
-def record(tx: Transaction, author: Author, task: str, found: Bundle, old: History | None, why: str, now: Now) -> None:
+def record_activation(
+    tx: Transaction,
+    message_log: MessageLog,
+    task: str,
+    loaded: Bundle,
+    past: BundleHistory | None,
+    reason: str,
+    now: ClockReading,
+) -> None:
     """That `task` runs this bundle now, what ran before, and the audit message.
 
     The message says what labels of its results may be: who collects them has no bundle.
     """
-    this, before = ran(found), old.now if old else None
+    this, before = bundle_ref(loaded), past.current if past else None
     if before is not None and before.digest == this.digest:
-        before = old.before if old else None
-    kept = _keep(tx, task, this, before)
-    output = found.manifest.output
-    told = output.labels if len(json.dumps(output.labels)) <= _MOST_LABEL_BYTES else ()
-    evidence: dict[str, Any] = {"task": task, "from": kept["before"], "to": kept["now"], "why": why}
-    evidence |= {"kind": found.manifest.truth, "labels": list(told), "threshold": output.threshold}
+        before = past.previous if past else None
+    kept = _save_history(tx, task, this, before)
+    output = loaded.manifest.output
+    told = output.labels if len(json.dumps(output.labels)) <= _MAX_LABEL_BYTES else ()
+    evidence: dict[str, Any] = {"task": task, "from": kept["before"], "to": kept["now"], "why": reason}
+    evidence |= {"kind": loaded.manifest.label_kind, "labels": list(told), "threshold": output.threshold}
     summary = f"{task}: {this} was activated" + (f" after {before}." if before else ".")
-    author.write(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
+    message_log.append(tx, "audit", None, {"event": "activated", "summary": summary, "evidence": evidence}, now)
 
 
-def _keep(tx: Transaction, task: str, now: Ran, before: Ran | None) -> dict[str, Any]:
-    kept = {"now": asdict(now), "before": asdict(before) if before else None}
-    tx.keep(task, ACTIVE, json.dumps(kept).encode())
+def _save_history(tx: Transaction, task: str, current: BundleRef, previous: BundleRef | None) -> dict[str, Any]:
+    kept = {"now": asdict(current), "before": asdict(previous) if previous else None}
+    tx.save_state(task, ACTIVE_BUNDLE, json.dumps(kept).encode())
     return kept
 
 
-def restore(tx: Transaction, task: str, past: History | None) -> None:
+def restore(tx: Transaction, task: str, past: BundleHistory | None) -> None:
     """That this ran, and not what was recorded since: a bundle that did not prove itself is none to go back to."""
     if past is None:
-        tx.drop(task, ACTIVE)
+        tx.delete_state(task, ACTIVE_BUNDLE)
     else:
-        _keep(tx, task, past.now, past.before)
+        _save_history(tx, task, past.current, past.previous)
 
 
-def ran(found: Bundle) -> Ran:
-    return Ran(found.manifest.name, found.manifest.version, found.digest)
+def bundle_ref(loaded: Bundle) -> BundleRef:
+    return BundleRef(loaded.manifest.name, loaded.manifest.version, loaded.digest)
 
 
 def prune(store: Store, tasks: Iterable[str], data_dir: Path) -> None:
     """Delete copies that no task can go back to."""
     needed = set()
     for task in tasks:
-        known, wanted = history(store, task), overrides.rollback(store, task)
-        digests = [known.now.digest] if known else []
-        digests += [known.before.digest] if known and known.before else []
+        known, wanted = load_history(store, task), overrides.load_bundle_override(store, task)
+        digests = [known.current.digest] if known else []
+        digests += [known.previous.digest] if known and known.previous else []
         digests += [wanted.digest] if wanted else []
-        digests += sorted(rollout_state.digests(store, task))
-        needed |= {folder(data_dir, digest).name for digest in digests}
+        digests += sorted(rollout_state.find_needed_digests(store, task))
+        needed |= {copy_folder(data_dir, digest).name for digest in digests}
     home = data_dir / "bundles" / ".kept"
     for entry in home.iterdir() if home.is_dir() else ():
         # A copy that is being made is not there yet, and needed.
-        if entry.name.removesuffix(_HALF) not in needed:
+        if entry.name.removesuffix(_PARTIAL_SUFFIX) not in needed:
             shutil.rmtree(entry, ignore_errors=True)
 
 
 def configured_digest(name: str, data_dir: Path) -> str:
     """The digest of the configured bundle; "" where it cannot be read."""
     try:
-        return bundle.read(builtin.locate(name, data_dir / "bundles"), None).digest
+        return bundle.read(builtin.locate_bundle(name, data_dir / "bundles"), None).digest
     except BadBundle:
         return ""
 
 
-def rolled_back(this: Ran, configured: str, rollout: str = "") -> Rollback | None:
+def make_override(target: BundleRef, configured: str, rollout: str = "") -> BundleOverride | None:
     """What to keep so that `this` runs from now on; nothing where it is the configured one."""
-    return None if this.digest == configured else Rollback(this.digest, configured, rollout)
+    return None if target.digest == configured else BundleOverride(target.digest, configured, rollout)
 
 
-def sync(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Make the names in a folder durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:

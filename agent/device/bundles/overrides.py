@@ -13,11 +13,11 @@ from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import ConfigError
 
-PAUSED, SCHEDULE, ROLLBACK = "paused", "schedule", "rollback"
-SET_ASIDE, CRASHES = "set aside", "crashes"
+PAUSED, SCHEDULE, BUNDLE_OVERRIDE = "paused", "schedule", "rollback"
+QUARANTINED, CRASHES = "set aside", "crashes"
 
 
-class Rollback(msgspec.Struct, frozen=True):
+class BundleOverride(msgspec.Struct, frozen=True):
     """Run bundle `digest` instead of the configured one, for as long as that is `configured`: both digests.
 
     Because roll-out `rollout` wants it; where that is empty, because of an operator's word or of crashes.
@@ -28,26 +28,26 @@ class Rollback(msgspec.Struct, frozen=True):
     rollout: str = ""
 
 
-class Aside(msgspec.Struct, frozen=True):
+class QuarantinedBundle(msgspec.Struct, frozen=True):
     """Why a bundle is not run, for as long as the digest of the configured one is `configured`."""
 
-    why: str
+    reason: str
     configured: str
 
 
 def is_paused(store: Store, task: str) -> bool:
-    return store.state(task, PAUSED) is not None
+    return store.load_state(task, PAUSED) is not None
 
 
-def scheduled(store: Store, task: str) -> str | None:
+def load_schedule(store: Store, task: str) -> str | None:
     """The schedule that an operator set instead of the configured one."""
-    text = store.state(task, SCHEDULE)
+    text = store.load_state(task, SCHEDULE)
     return None if text is None else text.decode()
 
 
-def schedule_in_force(file: str, conf: Config, store: Store, task: str, last_us: int | None) -> schedule.Schedule:
+def effective_schedule(file: str, conf: Config, store: Store, task: str, last_us: int | None) -> schedule.Schedule:
     """By the operator's word, or by the config. Raises ConfigError where the config's cannot be read."""
-    text = scheduled(store, task)
+    text = load_schedule(store, task)
     if text is not None:
         try:
             return schedule.parse(file, task, text, last_us)
@@ -57,50 +57,50 @@ def schedule_in_force(file: str, conf: Config, store: Store, task: str, last_us:
     return schedule.parse(file, task, conf.tasks[task].schedule, last_us)
 
 
-def rollback(store: Store, task: str) -> Rollback | None:
-    kept = store.state(task, ROLLBACK)
-    return Rollback(**json.loads(kept)) if kept else None
+def load_bundle_override(store: Store, task: str) -> BundleOverride | None:
+    kept = store.load_state(task, BUNDLE_OVERRIDE)
+    return BundleOverride(**json.loads(kept)) if kept else None
 
 
-def keep_rollback(tx: Transaction, task: str, wanted: Rollback | None) -> None:
-    if wanted is None:
-        tx.drop(task, ROLLBACK)
+def save_bundle_override(tx: Transaction, task: str, override: BundleOverride | None) -> None:
+    if override is None:
+        tx.delete_state(task, BUNDLE_OVERRIDE)
     else:
         # Left out where it is empty: an earlier version of the agent knows no roll-outs.
-        kept = {name: value for name, value in asdict(wanted).items() if value or name != "rollout"}
-        tx.keep(task, ROLLBACK, json.dumps(kept).encode())
+        kept = {name: value for name, value in asdict(override).items() if value or name != "rollout"}
+        tx.save_state(task, BUNDLE_OVERRIDE, json.dumps(kept).encode())
 
 
-def set_aside(store: Store, task: str) -> dict[str, Aside]:
+def load_quarantined(store: Store, task: str) -> dict[str, QuarantinedBundle]:
     """Bundles that are not run for `task`, by digest."""
-    return _asides(store.state(task, SET_ASIDE))
+    return _decode_quarantined(store.load_state(task, QUARANTINED))
 
 
-def set_aside_in(tx: Transaction, task: str) -> dict[str, Aside]:
-    return _asides(tx.kept(task, SET_ASIDE))
+def load_quarantined_in_tx(tx: Transaction, task: str) -> dict[str, QuarantinedBundle]:
+    return _decode_quarantined(tx.load_state(task, QUARANTINED))
 
 
-def _asides(kept: bytes | None) -> dict[str, Aside]:
-    return {digest: Aside(**one) for digest, one in json.loads(kept or b"{}").items()}
+def _decode_quarantined(data: bytes | None) -> dict[str, QuarantinedBundle]:
+    return {digest: QuarantinedBundle(**one) for digest, one in json.loads(data or b"{}").items()}
 
 
-def keep_set_aside(tx: Transaction, task: str, aside: dict[str, Aside]) -> None:
-    if aside:
-        kept = {digest: asdict(one) for digest, one in aside.items()}
-        tx.keep(task, SET_ASIDE, json.dumps(kept).encode())
+def save_quarantined(tx: Transaction, task: str, quarantined: dict[str, QuarantinedBundle]) -> None:
+    if quarantined:
+        kept = {digest: asdict(one) for digest, one in quarantined.items()}
+        tx.save_state(task, QUARANTINED, json.dumps(kept).encode())
     else:
-        tx.drop(task, SET_ASIDE)
+        tx.delete_state(task, QUARANTINED)
 
 
-def shown(store: Store, task: str) -> dict[str, object]:
+def to_status(store: Store, task: str) -> dict[str, object]:
     """Members for status and health; none where nothing was changed."""
     members: dict[str, object] = {}
     if is_paused(store, task):
         members["paused"] = True
-    if (text := scheduled(store, task)) is not None:
+    if (text := load_schedule(store, task)) is not None:
         members["schedule_set"] = text
-    if (rolled := rollback(store, task)) is not None:
+    if (rolled := load_bundle_override(store, task)) is not None:
         members["rolled_out" if rolled.rollout else "rolled_back_to"] = rolled.digest
-    if aside := set_aside(store, task):
+    if aside := load_quarantined(store, task):
         members["set_aside"] = sorted(aside)
     return members

@@ -19,42 +19,44 @@ from typing import Any
 import msgspec
 
 from agent import clock
-from agent.clock import Now, epoch_us
-from agent.device.commands.receiver import Commands, Order
+from agent.clock import ClockReading, parse_rfc3339
+from agent.device.commands.receiver import CommandReceiver, ReceivedCommand
 from agent.device.machine.timekeeping import FLOOR
-from agent.device.store.command_log import Answer, Claimed
-from agent.device.store.message_log import Author
+from agent.device.store.command_log import ClaimedCommand, CommandAnswer
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.errors import OutstationError, Rejected, StorageError, StorageFull
-from agent.wire.commands import MAX_LIFETIME_S, NEED_TIME, check_args
-from agent.wire.messages import Cmd, encode
+from agent.errors import OutstationError, RowRejected, StorageError, StorageFull
+from agent.wire.commands import CLOCK_DEPENDENT, MAX_LIFETIME_S, check_args
+from agent.wire.messages import CommandPayload, encode
 
 log = logging.getLogger("outstation.commands")
 
-_REPLY_HEAD = 1500
-_SHOWN = 256
+_REPLY_OVERHEAD = 1500
+_MAX_ARG_CHARS = 256
 
 
-class Deed(msgspec.Struct, frozen=True):
+class Effect(msgspec.Struct, frozen=True):
     """What a command came to: `write` is committed with the answer, `then` follows before anybody else writes."""
 
     summary: str
     data: dict[str, Any] = msgspec.field(default_factory=dict)
     write: Callable[[Transaction], object] = lambda tx: None
-    then: Callable[[], object] = lambda: None
+    after_commit: Callable[[], object] = lambda: None
 
 
-Action = Callable[[Mapping[str, str], Now], Deed]
+Action = Callable[[Mapping[str, str], ClockReading], Effect]
 
 
-class Control:
+class CommandExecutor:
     """Obeys what `Commands` hands over. `actions`: name → what does it; an action raises Rejected to refuse."""
 
-    def __init__(self, store: Store, author: Author, commands: Commands, actions: Mapping[str, Action]) -> None:
-        self._store, self._author, self._commands, self._actions = store, author, commands, actions
+    def __init__(
+        self, store: Store, message_log: MessageLog, commands: CommandReceiver, actions: Mapping[str, Action]
+    ) -> None:
+        self._store, self._message_log, self._commands, self._actions = store, message_log, commands, actions
 
-    def recover(self, now: Now) -> None:
+    def recover(self, now: ClockReading) -> None:
         """Answer what a crash cut off."""
         with contextlib.suppress(StorageFull):
             with self._store.transaction(vital=True) as tx:
@@ -64,82 +66,87 @@ class Control:
                     "The agent stopped while it obeyed this. It is not obeyed again; see the status, and send a new "
                     "command if it is still wanted."
                 )
-                self._finish(claimed, "interrupted", Deed(summary), now)
+                self._commit_outcome(claimed, "interrupted", Effect(summary), now)
 
-    def turn(self, now: Now) -> int:
+    def tick(self, now: ClockReading) -> int:
         """Obey what waits; how many. Raises StorageError."""
         done = 0
         while True:
             try:
-                order = self._commands.orders.get_nowait()
+                order = self._commands.received.get_nowait()
             except queue.Empty:
                 return done
-            self._obey(order, now)
+            self._execute(order, now)
             done += 1
 
-    def _obey(self, order: Order, now: Now) -> None:
-        cmd = order.cmd
+    def _execute(self, received: ReceivedCommand, now: ClockReading) -> None:
+        cmd = received.cmd
         try:
             with self._store.transaction(vital=True) as tx:
-                claimed = tx.commands.claim(order.kid, cmd.id, cmd.name, cmd.args, cmd.counter, order.correlation)
+                claimed = tx.commands.claim(received.kid, cmd.id, cmd.name, cmd.args, cmd.counter, received.correlation)
             if claimed is None:
                 log.warning("command %s %s: its id or counter was used before; not obeyed again", cmd.name, cmd.id)
                 return
-            outcome, deed = self._do(cmd, now)
-            self._finish(claimed, outcome, deed, now)
+            outcome, deed = self._run_action(cmd, now)
+            self._commit_outcome(claimed, outcome, deed, now)
         except StorageFull as full:
             log.error("command %s %s: %s", cmd.name, cmd.id, full)
             summary = f"Not obeyed: {full}. Send it again when there is room."
-            self._commands.post_answer(Answer(0, cmd.id, cmd.name, False, summary, {}, order.correlation), now)
+            self._commands.post_answer(
+                CommandAnswer(0, cmd.id, cmd.name, False, summary, {}, received.correlation), now
+            )
 
-    def _do(self, cmd: Cmd, now: Now) -> tuple[str, Deed]:
+    def _run_action(self, cmd: CommandPayload, now: ClockReading) -> tuple[str, Effect]:
         try:
-            self._check(cmd, now)
+            self._validate(cmd, now)
             return "done", self._actions[cmd.name](cmd.args, now)
         except StorageError:
             raise
         except OutstationError as refusal:
-            return "refused", Deed(f"Refused: {refusal}")
+            return "refused", Effect(f"Refused: {refusal}")
 
-    def _check(self, cmd: Cmd, now: Now) -> None:
+    def _validate(self, cmd: CommandPayload, now: ClockReading) -> None:
         try:
-            issued, expires = epoch_us(cmd.issued), epoch_us(cmd.expires)
+            issued, expires = parse_rfc3339(cmd.issued), parse_rfc3339(cmd.expires)
             check_args(cmd.name, cmd.args)
         except ValueError as error:
-            raise Rejected(str(error)) from None
-        floor = max(clock.BUILD_FLOOR_US, int(self._store.meta(FLOOR, "0")))
+            raise RowRejected(str(error)) from None
+        floor = max(clock.BUILD_FLOOR_US, int(self._store.get_meta(FLOOR, "0")))
         reached = max(now.wall_us, floor) if now.quality == "unsynced" else now.wall_us
         if expires - issued > MAX_LIFETIME_S * 1_000_000:
-            raise Rejected(f"it is valid for more than {MAX_LIFETIME_S // 3600} h; sign a shorter one")
+            raise RowRejected(f"it is valid for more than {MAX_LIFETIME_S // 3600} h; sign a shorter one")
         if reached >= expires:
-            raise Rejected(f"it expired at {cmd.expires}, here it is {clock.rfc3339(reached)}; send it again")
-        if now.quality == "unsynced" and cmd.name in NEED_TIME:
-            raise Rejected(
+            raise RowRejected(f"it expired at {cmd.expires}, here it is {clock.to_rfc3339(reached)}; send it again")
+        if now.quality == "unsynced" and cmd.name in CLOCK_DEPENDENT:
+            raise RowRejected(
                 f"the clock here is unsynced, so it cannot be told whether this has expired; {cmd.name} is obeyed once "
                 "a time service has set the clock"
             )
 
-    def _finish(self, claimed: Claimed, outcome: str, deed: Deed, now: Now) -> None:
+    def _commit_outcome(self, claimed: ClaimedCommand, outcome: str, effect: Effect, now: ClockReading) -> None:
         """One commit: the effect, the audit message and the answer."""
         ok = outcome == "done"
-        with self._store.alone():
+        with self._store.exclusive():
             with self._store.transaction(vital=True) as tx:
-                self._author.write(tx, "audit", None, _audit(claimed, outcome, deed), now)
-                tx.commands.answer(claimed, ok, deed.summary[:2000], self._fitting(deed.data))
-                deed.write(tx)
-            deed.then()
-        log.info("command %s %s: %s: %s", claimed.name, claimed.id, outcome, deed.summary)
-        self._commands.answered()
+                self._message_log.append(tx, "audit", None, _audit_body(claimed, outcome, effect), now)
+                tx.commands.record_answer(claimed, ok, effect.summary[:2000], self._fit_reply(effect.data))
+                effect.write(tx)
+            effect.after_commit()
+        log.info("command %s %s: %s: %s", claimed.name, claimed.id, outcome, effect.summary)
+        self._commands.notify_answer()
 
-    def _fitting(self, data: dict[str, Any]) -> dict[str, Any]:
-        if len(encode(data)) + _REPLY_HEAD <= self._author.max_bytes:
+    def _fit_reply(self, data: dict[str, Any]) -> dict[str, Any]:
+        if len(encode(data)) + _REPLY_OVERHEAD <= self._message_log.max_bytes:
             return data
         return {"left_out": "more than the broker takes; raise [broker] max_message_bytes, or see the messages"}
 
 
-def _audit(claimed: Claimed, outcome: str, deed: Deed) -> dict[str, Any]:
+def _audit_body(claimed: ClaimedCommand, outcome: str, effect: Effect) -> dict[str, Any]:
     # A word that was given to confirm with is spent, and of no use to whoever reads the log.
-    args = {name: text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…" for name, text in claimed.args.items()}
+    args = {
+        name: text if len(text) <= _MAX_ARG_CHARS else f"{text[:_MAX_ARG_CHARS]}…"
+        for name, text in claimed.args.items()
+    }
     evidence = {"id": claimed.id, "name": claimed.name[:64], "args": args, "counter": claimed.counter}
-    summary = f"Command {claimed.name}: {deed.summary}"[:2000]
+    summary = f"Command {claimed.name}: {effect.summary}"[:2000]
     return {"event": "command", "summary": summary, "evidence": {**evidence, "kid": claimed.kid, "outcome": outcome}}

@@ -11,116 +11,126 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 
-from agent.clock import Now
-from agent.device.commands.executor import Deed
+from agent.clock import ClockReading
+from agent.device.commands.executor import Effect
 from agent.device.machine.keys import KeyFiles
-from agent.device.store.message_log import Author
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.errors import Rejected, StorageFull, UsageError
-from agent.transport.packets import Outgoing
+from agent.errors import RowRejected, StorageFull, UsageError
+from agent.transport.packets import OutgoingMessage
 from agent.wire import key_rotation as wire
 from agent.wire.keys import SigningKey
 
 log = logging.getLogger("outstation")
 
 # In table meta: the kid that signs the log, and the rotation that no collector has acknowledged yet.
-SIGNER, PENDING = "signing key", "rotation"
+LOG_SIGNER_KID, PENDING_ROTATION = "signing key", "rotation"
 
 
 def open_keys(store: Store, files: KeyFiles) -> tuple[SigningKey, SigningKey | None]:
     """The key of the log, and that of live messages where it is another one. Raises UsageError."""
-    key = files.opened(store.meta(SIGNER, ""))
-    live = files.before() if store.meta(PENDING, "") else None
+    key = files.recover(store.get_meta(LOG_SIGNER_KID, ""))
+    live = files.load_previous() if store.get_meta(PENDING_ROTATION, "") else None
     return key, live if live is not None and live.public.kid != key.public.kid else None
 
 
-def keys_message(author: Author, now: Now) -> Outgoing:
+def keys_message(message_log: MessageLog, now: ClockReading) -> OutgoingMessage:
     """The retained statement of the key in force."""
-    return author.live("keys", {"keys": [author.key.public.jwk]}, now)
+    return message_log.build_live_message("keys", {"keys": [message_log.key.public.jwk]}, now)
 
 
-class Rotation:
+class KeyRotation:
     """`renew`: connect anew, so that the Will is signed by the new key. `say`: publish a live message."""
 
     def __init__(
         self,
         store: Store,
-        author: Author,
+        message_log: MessageLog,
         files: KeyFiles,
-        say: Callable[[Outgoing], object],
-        renew: Callable[[], object],
+        publish: Callable[[OutgoingMessage], object],
+        reconnect: Callable[[], object],
     ) -> None:
-        self._store, self._author, self._files, self._say, self._renew = store, author, files, say, renew
+        self._store, self._message_log, self._files, self._publish, self._reconnect = (
+            store,
+            message_log,
+            files,
+            publish,
+            reconnect,
+        )
 
-    def rotate(self, _args: Mapping[str, str], now: Now) -> Deed:
+    def rotate(self, _args: Mapping[str, str], now: ClockReading) -> Effect:
         """The command. Raises Rejected."""
-        if self._store.meta(PENDING, ""):
-            raise Rejected("the collector has not acknowledged the last change of the key yet; wait for that")
+        if self._store.get_meta(PENDING_ROTATION, ""):
+            raise RowRejected("the collector has not acknowledged the last change of the key yet; wait for that")
         try:
             new = self._files.prepare()
         except (OSError, UsageError) as error:
-            raise Rejected(f"no new key could be written: {error}; the old one stays") from None
-        old = self._author.key
+            raise RowRejected(f"no new key could be written: {error}; the old one stays") from None
+        old = self._message_log.key
 
         def write(tx: Transaction) -> None:
-            self._write(tx, old, new, now)
+            self._commit(tx, old, new, now)
 
         summary = f"Signs with key {new.public.text} from now on; the one before was {old.public.text}."
-        return Deed(summary, {"key": new.public.text, "kid": new.public.kid}, write, lambda: self._begin(new, now))
+        return Effect(summary, {"key": new.public.text, "kid": new.public.kid}, write, lambda: self._activate(new, now))
 
-    def turn(self, now: Now) -> None:
+    def tick(self, now: ClockReading) -> None:
         """Whether the collector knows the new key by now; then the old one is done with. Raises StorageError."""
-        pending = self._store.meta(PENDING, "")
+        pending = self._store.get_meta(PENDING_ROTATION, "")
         if not pending:
             return
         seq = int(json.loads(pending)["seq"])
         known = seq in self._store.acknowledged()
-        if not known and self._store.pending([seq]):
+        if not known and self._store.pending_messages([seq]):
             return
         try:
             with self._store.transaction(vital=True) as tx:
                 if known:
-                    tx.set_meta(PENDING, "")
+                    tx.set_meta(PENDING_ROTATION, "")
                 else:
-                    say_again(tx, self._author, now)
+                    reissue_rotation(tx, self._message_log, now)
         except StorageFull:
             return
         if not known:
             return
         log.info("the collector knows the new signing key")
         self._files.forget_old()
-        self._author.live_key = None
-        self._renew()
+        self._message_log.live_key = None
+        self._reconnect()
 
-    def _write(self, tx: Transaction, old: SigningKey, new: SigningKey, now: Now) -> None:
-        _announce(tx, self._author, old, new, now)
-        tx.set_meta(SIGNER, new.public.kid)
+    def _commit(self, tx: Transaction, old: SigningKey, new: SigningKey, now: ClockReading) -> None:
+        _write_rotation(tx, self._message_log, old, new, now)
+        tx.set_meta(LOG_SIGNER_KID, new.public.kid)
 
-    def _begin(self, new: SigningKey, now: Now) -> None:
-        self._author.live_key, self._author.key = self._author.key, new
+    def _activate(self, new: SigningKey, now: ClockReading) -> None:
+        self._message_log.live_key, self._message_log.key = self._message_log.key, new
         try:
             self._files.promote()
         except OSError as error:
             # The store names the new key: the next start goes on from there.
             log.error("the new key could not be put in place: %s; the next start does it", error)
-        self._say(keys_message(self._author, now))
+        self._publish(keys_message(self._message_log, now))
 
 
-def say_again(tx: Transaction, author: Author, now: Now) -> None:
+def reissue_rotation(tx: Transaction, message_log: MessageLog, now: ClockReading) -> None:
     """Write the rotation that waits once more, at the end of the log, signed by the old key."""
-    new, old = author.key, author.live_key
+    new, old = message_log.key, message_log.live_key
     if old is None:
         # Only one key is left, as where the device was given another one: there is nothing to follow.
-        tx.set_meta(PENDING, "")
+        tx.set_meta(PENDING_ROTATION, "")
         return
     log.warning("the message that names the new signing key is lost here; it is written again")
-    _announce(tx, author, old, new, now)
+    _write_rotation(tx, message_log, old, new, now)
 
 
-def _announce(tx: Transaction, author: Author, old: SigningKey, new: SigningKey, now: Now) -> None:
-    seq = tx.chain()[0] + 1
-    evidence = wire.evidence(author.fleet, author.device, author.log_id, seq, old.public, new)
+def _write_rotation(
+    tx: Transaction, message_log: MessageLog, old: SigningKey, new: SigningKey, now: ClockReading
+) -> None:
+    seq = tx.log_head()[0] + 1
+    evidence = wire.build_evidence(message_log.fleet, message_log.device, message_log.log_id, seq, old.public, new)
     summary = f"The signing key {old.public.text} is followed by {new.public.text}."
-    author.write(tx, "audit", None, {"event": wire.EVENT, "summary": summary, "evidence": evidence}, now, old)
-    tx.set_meta(PENDING, json.dumps({"seq": seq, "old": old.public.kid}))
+    message_log.append(
+        tx, "audit", None, {"event": wire.ROTATION_EVENT, "summary": summary, "evidence": evidence}, now, old
+    )
+    tx.set_meta(PENDING_ROTATION, json.dumps({"seq": seq, "old": old.public.kid}))

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from agent.clock import Now
-from agent.device.commands.executor import Control
-from agent.device.commands.key_rotation import Rotation
-from agent.device.commands.receiver import Commands
-from agent.device.commands.wipe import DELIVER_WITHIN_S, Wipe
+from agent.clock import ClockReading
+from agent.device.commands.executor import CommandExecutor
+from agent.device.commands.key_rotation import KeyRotation
+from agent.device.commands.receiver import CommandReceiver
+from agent.device.commands.wipe import DELIVERY_TIMEOUT_S, Wipe
 
 
-class Operations:
+class RemoteCommands:
     """Called by the main loop. `erase` deletes the device's data, with the store closed."""
 
     def __init__(
-        self, control: Control, commands: Commands, rotation: Rotation, wipe: Wipe, erase: Callable[[], object]
+        self,
+        control: CommandExecutor,
+        commands: CommandReceiver,
+        rotation: KeyRotation,
+        wipe: Wipe,
+        erase: Callable[[], object],
     ) -> None:
         self._control, self._commands, self._rotation, self._wipe, self._erase = (
             control,
@@ -25,25 +30,25 @@ class Operations:
             erase,
         )
 
-    def start(self, now: Now, wake: Callable[[], None]) -> None:
+    def start(self, now: ClockReading, wake: Callable[[], None]) -> None:
         """Answer what a crash cut off; call `wake` when a command comes."""
-        self._commands.arrived = wake
+        self._commands.on_received = wake
         self._control.recover(now)
 
-    def turn(self, now: Now) -> bool:
+    def tick(self, now: ClockReading) -> bool:
         """Obey what came; whether there was anything."""
-        self._rotation.turn(now)
-        return self._control.turn(now) > 0
+        self._rotation.tick(now)
+        return self._control.tick(now) > 0
 
     @property
-    def wiping(self) -> bool:
+    def is_wipe_requested(self) -> bool:
         """Whether all is to be erased once the daemon has stopped."""
-        return self._wipe.requested
+        return self._wipe.is_confirmed
 
-    def wait_for_wipe(self, now: Callable[[], Now], pause: Callable[[float], object]) -> None:
+    def wait_for_wipe(self, now: Callable[[], ClockReading], pause: Callable[[float], object]) -> None:
         """Until the collector knows, or for as long as that can be waited for."""
-        end = now().boot_s + DELIVER_WITHIN_S
-        while now().boot_s < end and not (self._wipe.delivered() and self._commands.idle()):
+        end = now().boot_s + DELIVERY_TIMEOUT_S
+        while now().boot_s < end and not (self._wipe.is_delivered() and self._commands.is_idle()):
             pause(0.1)
 
     def erase(self) -> None:

@@ -18,55 +18,55 @@ from typing import Protocol
 
 import msgspec
 
-from agent.clock import Now
-from agent.device.store.command_log import Answer, CommandBook
-from agent.device.store.message_log import Author
+from agent.clock import ClockReading
+from agent.device.store.command_log import CommandAnswer, CommandLog
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.errors import Refused, StorageFull
-from agent.transport.packets import Delivery, Outgoing
+from agent.errors import MessageRefused, StorageFull
+from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws, topics
 from agent.wire.commands import MAX_COMMAND_BYTES
 from agent.wire.keys import PublicKey
-from agent.wire.messages import Cmd, open_message
+from agent.wire.messages import CommandPayload, verify_message
 
 log = logging.getLogger("outstation.commands")
 
-_MOST_WAITING = 16
-_MOST_POSTED = 32
+_MAX_QUEUED = 16
+_MAX_POSTED = 32
 _MAX_CORRELATION = 256
 _FULL_RETRY_S = 5.0
 
 
-class Order(msgspec.Struct, frozen=True):
+class ReceivedCommand(msgspec.Struct, frozen=True):
     """A command that an operator signed, and what its answer must carry."""
 
-    cmd: Cmd
+    cmd: CommandPayload
     kid: str
     correlation: bytes | None
 
 
-class Speaker(Protocol):
+class LiveSession(Protocol):
     """What this uses of a Session."""
 
-    def say(self, message: Outgoing) -> None: ...
-    def said(self) -> bool: ...
+    def enqueue_live(self, message: OutgoingMessage) -> None: ...
+    def is_live_confirmed(self) -> bool: ...
 
 
-class Commands:
+class CommandReceiver:
     """Between the two threads: orders one way, answers the other."""
 
-    def __init__(self, store: Store, author: Author, operators: Sequence[PublicKey]) -> None:
-        self.topic = str(topics.Topic(author.fleet, author.device, "cmd"))
-        self.orders: queue.Queue[Order] = queue.Queue(_MOST_WAITING)
-        self.arrived: Callable[[], object] = lambda: None
-        self._store, self._author = store, author
+    def __init__(self, store: Store, message_log: MessageLog, operators: Sequence[PublicKey]) -> None:
+        self.topic = str(topics.Topic(message_log.fleet, message_log.device, "cmd"))
+        self.received: queue.Queue[ReceivedCommand] = queue.Queue(_MAX_QUEUED)
+        self.on_received: Callable[[], object] = lambda: None
+        self._store, self._message_log = store, message_log
         self._operators = {key.kid: jws.Signer("operator", key) for key in operators}
         # Read only: on a full disk a transaction that is not vital would not begin.
-        self._last = store.ask(lambda db: CommandBook(db).counters())
-        self._posted: deque[Outgoing] = deque(maxlen=_MOST_POSTED)
-        self._fresh = threading.Event()
-        self._handed = self._marked = 0
-        self._try_at = float("-inf")
+        self._last_counters = store.query(lambda db: CommandLog(db).counters())
+        self._posted: deque[OutgoingMessage] = deque(maxlen=_MAX_POSTED)
+        self._has_unsent = threading.Event()
+        self._sent_through = self._confirmed_through = 0
+        self._retry_after_s = float("-inf")
 
     @property
     def subscriptions(self) -> list[str]:
@@ -75,74 +75,84 @@ class Commands:
 
     # --- on the uplink's thread ---
 
-    def take(self, delivery: Delivery) -> None:
+    def receive(self, delivery: IncomingMessage) -> None:
         """Hand a command to the main loop. Raises Refused."""
         if delivery.retained:
-            raise Refused("retained", "a command is for now; somebody left this one on the broker")
+            raise MessageRefused("retained", "a command is for now; somebody left this one on the broker")
         if delivery.topic != self.topic:
-            raise Refused("other topic", delivery.topic[:120])
+            raise MessageRefused("other topic", delivery.topic[:120])
         if len(delivery.payload) > MAX_COMMAND_BYTES:
-            raise Refused("too large", f"{len(delivery.payload)} bytes, a command has at most {MAX_COMMAND_BYTES}")
+            raise MessageRefused(
+                "too large", f"{len(delivery.payload)} bytes, a command has at most {MAX_COMMAND_BYTES}"
+            )
         if delivery.correlation is not None and len(delivery.correlation) > _MAX_CORRELATION:
-            raise Refused("too large", f"correlation data of {len(delivery.correlation)} bytes")
-        message = open_message(delivery.topic, delivery.payload, delivery.tokens, self._operators.get)
+            raise MessageRefused("too large", f"correlation data of {len(delivery.correlation)} bytes")
+        message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self._operators.get)
         cmd, kid = message.body, message.signer.key.kid
-        if not isinstance(cmd, Cmd):
-            raise Refused("other kind", delivery.topic)
-        if cmd.counter <= self._last.get(kid, 0):
-            raise Refused("replayed", f"counter {cmd.counter}, this key has used {self._last[kid]}")
+        if not isinstance(cmd, CommandPayload):
+            raise MessageRefused("other kind", delivery.topic)
+        if cmd.counter <= self._last_counters.get(kid, 0):
+            raise MessageRefused("replayed", f"counter {cmd.counter}, this key has used {self._last_counters[kid]}")
         try:
-            self.orders.put_nowait(Order(cmd, kid, delivery.correlation))
+            self.received.put_nowait(ReceivedCommand(cmd, kid, delivery.correlation))
         except queue.Full:
-            raise Refused("busy", f"{_MOST_WAITING} commands wait already; send it again") from None
-        self._last[kid] = cmd.counter
-        self.arrived()
+            raise MessageRefused("busy", f"{_MAX_QUEUED} commands wait already; send it again") from None
+        self._last_counters[kid] = cmd.counter
+        self.on_received()
 
-    def begin(self) -> None:
+    def on_connected(self) -> None:
         """A new connection: what the last one did not get confirmed goes again."""
-        self._handed = self._marked
-        self._fresh.set()
+        self._sent_through = self._confirmed_through
+        self._has_unsent.set()
 
-    def turn(self, session: Speaker, now: Now) -> None:
+    def tick(self, session: LiveSession, now: ClockReading) -> None:
         """Say what there is to say, and note what the broker has. Raises StorageError."""
         while self._posted:
-            session.say(self._posted.popleft())
-        if now.boot_s < self._try_at:
+            session.enqueue_live(self._posted.popleft())
+        if now.boot_s < self._retry_after_s:
             return
         try:
-            if self._handed > self._marked and session.said():
+            if self._sent_through > self._confirmed_through and session.is_live_confirmed():
                 with self._store.transaction(vital=True) as tx:
-                    tx.commands.mark_sent(self._handed)
-                self._marked = self._handed
-            if self._fresh.is_set():
-                self._fresh.clear()
-                self._hand_over(session, now)
+                    tx.commands.mark_sent(self._sent_through)
+                self._confirmed_through = self._sent_through
+            if self._has_unsent.is_set():
+                self._has_unsent.clear()
+                self._send_answers(session, now)
         except StorageFull as full:
             log.warning("%s; answers to commands wait", full)
-            self._fresh.set()
-            self._try_at = now.boot_s + _FULL_RETRY_S
+            self._has_unsent.set()
+            self._retry_after_s = now.boot_s + _FULL_RETRY_S
 
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether the broker has all answers."""
-        return not self._fresh.is_set() and self._handed == self._marked and not self._posted
+        return not self._has_unsent.is_set() and self._sent_through == self._confirmed_through and not self._posted
 
-    def _hand_over(self, session: Speaker, now: Now) -> None:
-        answers = self._store.ask(lambda db: CommandBook(db).unsent(self._handed))
+    def _send_answers(self, session: LiveSession, now: ClockReading) -> None:
+        answers = self._store.query(lambda db: CommandLog(db).unsent(self._sent_through))
         for answer in answers:
-            session.say(self._author.live("reply", answer.body(), now, retain=False, correlation=answer.correlation))
-            self._handed = answer.number
-            self._fresh.set()
+            session.enqueue_live(
+                self._message_log.build_live_message(
+                    "reply", answer.to_body(), now, retain=False, correlation=answer.correlation
+                )
+            )
+            self._sent_through = answer.number
+            self._has_unsent.set()
 
     # --- on the main loop ---
 
-    def answered(self) -> None:
+    def notify_answer(self) -> None:
         """There is an answer in the book."""
-        self._fresh.set()
+        self._has_unsent.set()
 
-    def post(self, message: Outgoing) -> None:
+    def post(self, message: OutgoingMessage) -> None:
         """Say this on the connection there is, or the next."""
         self._posted.append(message)
 
-    def post_answer(self, answer: Answer, now: Now) -> None:
+    def post_answer(self, answer: CommandAnswer, now: ClockReading) -> None:
         """An answer for which there was no room in the book."""
-        self.post(self._author.live("reply", answer.body(), now, retain=False, correlation=answer.correlation))
+        self.post(
+            self._message_log.build_live_message(
+                "reply", answer.to_body(), now, retain=False, correlation=answer.correlation
+            )
+        )

@@ -19,67 +19,67 @@ from pathlib import Path
 from typing import Any
 
 from agent import clock
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.bundles.history import sync
-from agent.device.commands.executor import Deed
-from agent.device.store.message_log import Author
+from agent.device.bundles.history import sync_folder
+from agent.device.commands.executor import Effect
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.errors import Rejected, StorageError, UsageError
+from agent.errors import RowRejected, StorageError, UsageError
 from agent.wire.keys import write_new
 
 log = logging.getLogger("outstation")
 
 MARKER = "wiped"
-WORD_VALID_S = 600.0
-DELIVER_WITHIN_S = 10.0
+CONFIRM_VALID_S = 600.0
+DELIVERY_TIMEOUT_S = 10.0
 # In table meta: the seq of the message that says so.
-_DUE = "wipe"
-_SPARED = frozenset({MARKER, "lock", "bundles"})
+_WIPE_SEQ = "wipe"
+_PRESERVED = frozenset({MARKER, "lock", "bundles"})
 
 
 class Wipe:
     """The command; `requested` once it is given for good."""
 
-    def __init__(self, store: Store, author: Author, halt: Callable[[], object]) -> None:
-        self._store, self._author, self._halt = store, author, halt
-        self._word: tuple[str, float] | None = None
-        self.requested = False
+    def __init__(self, store: Store, message_log: MessageLog, halt: Callable[[], object]) -> None:
+        self._store, self._message_log, self._halt = store, message_log, halt
+        self._confirmation: tuple[str, float] | None = None
+        self.is_confirmed = False
 
-    def command(self, args: Mapping[str, str], now: Now) -> Deed:
+    def request(self, args: Mapping[str, str], now: ClockReading) -> Effect:
         """Raises Rejected for a word that is wrong, old or used."""
         if "confirm" not in args:
-            self._word = secrets.token_hex(4), now.boot_s + WORD_VALID_S
-            minutes = round(WORD_VALID_S / 60)
+            self._confirmation = secrets.token_hex(4), now.boot_s + CONFIRM_VALID_S
+            minutes = round(CONFIRM_VALID_S / 60)
             summary = f"Nothing is erased yet: send wipe again, with this word as confirm, within {minutes} min."
-            return Deed(summary, {"confirm": self._word[0]})
-        word, self._word = self._word, None
+            return Effect(summary, {"confirm": self._confirmation[0]})
+        word, self._confirmation = self._confirmation, None
         if word is None or now.boot_s >= word[1] or not hmac.compare_digest(word[0].encode(), args["confirm"].encode()):
-            raise Rejected("this is not the word, or it is no longer valid; nothing is erased, begin again")
+            raise RowRejected("this is not the word, or it is no longer valid; nothing is erased, begin again")
         summary = "Readings, outbox, state, kept bundles and signing keys are erased now; the agent stops for good."
-        return Deed(summary, {}, lambda tx: self._write(tx, now), self._begin)
+        return Effect(summary, {}, lambda tx: self._write_audit(tx, now), self._start)
 
-    def delivered(self) -> bool:
+    def is_delivered(self) -> bool:
         """Whether the message that says so has arrived, as far as can be known."""
-        seq = self._store.meta(_DUE, "")
-        return not seq or not self._store.pending([int(seq)])
+        seq = self._store.get_meta(_WIPE_SEQ, "")
+        return not seq or not self._store.pending_messages([int(seq)])
 
-    def _write(self, tx: Transaction, now: Now) -> None:
+    def _write_audit(self, tx: Transaction, now: ClockReading) -> None:
         body = {"event": "wiped", "summary": "An operator had this device erased.", "evidence": {}}
-        tx.set_meta(_DUE, str(self._author.write(tx, "audit", None, body, now)))
+        tx.set_meta(_WIPE_SEQ, str(self._message_log.append(tx, "audit", None, body, now)))
 
-    def _begin(self) -> None:
-        self.requested = True
+    def _start(self) -> None:
+        self.is_confirmed = True
         self._halt()
 
 
-def is_due(store: Store) -> bool:
+def is_pending(store: Store) -> bool:
     """Whether a wipe was ordered, and then something came in between."""
-    return store.meta(_DUE, "") != ""
+    return store.get_meta(_WIPE_SEQ, "") != ""
 
 
-def state(data_dir: Path) -> dict[str, Any] | None:
+def read_marker(data_dir: Path) -> dict[str, Any] | None:
     """What the marker file says; None where nothing was wiped. Raises StorageError where that cannot be told."""
     path = data_dir / MARKER
     try:
@@ -95,12 +95,12 @@ def state(data_dir: Path) -> dict[str, Any] | None:
         return {"state": "wiping"}
 
 
-def told(data_dir: Path, found: Mapping[str, Any]) -> str:
+def describe_marker(data_dir: Path, marker: Mapping[str, Any]) -> str:
     """What happened, for a person."""
-    left = [str(path) for path in found.get("left", [])]
+    left = [str(path) for path in marker.get("left", [])]
     still = f" These could not be deleted, do it by hand: {', '.join(left)}." if left else ""
     return (
-        f"{data_dir}: this device was wiped by an operator at {found.get('time', 'a time not known')}; it does not "
+        f"{data_dir}: this device was wiped by an operator at {marker.get('time', 'a time not known')}; it does not "
         f"start again.{still} To use it anew, enrol it with a new key (`outstation fleet enrol --replace`) and delete "
         f"{data_dir / MARKER}"
     )
@@ -108,30 +108,30 @@ def told(data_dir: Path, found: Mapping[str, Any]) -> str:
 
 def require_unwiped(data_dir: Path) -> None:
     """Raises UsageError, StorageError."""
-    found = state(data_dir)
+    found = read_marker(data_dir)
     if found is not None:
-        raise UsageError(told(data_dir, found))
+        raise UsageError(describe_marker(data_dir, found))
 
 
-def erase(data_dir: Path, spared: Collection[Path], keys: Iterable[Path]) -> dict[str, Any]:
+def erase(data_dir: Path, preserved: Collection[Path], keys: Iterable[Path]) -> dict[str, Any]:
     """Delete all that the agent keeps in `data_dir`, and `keys`, but not `spared`; what the marker then says.
 
     May be called again after a crash. What cannot be deleted is left, and listed.
     """
-    time = clock.rfc3339(clock.read().wall_us)
-    _mark(data_dir, {"state": "wiping", "time": time})
-    kept = {path.resolve() for path in spared}
-    doomed = [path for path in data_dir.iterdir() if path.name not in _SPARED and path.name != MARKER + ".new"]
+    time = clock.to_rfc3339(clock.read().wall_us)
+    _write_marker(data_dir, {"state": "wiping", "time": time})
+    kept = {path.resolve() for path in preserved}
+    doomed = [path for path in data_dir.iterdir() if path.name not in _PRESERVED and path.name != MARKER + ".new"]
     doomed += [data_dir / "bundles" / ".kept", data_dir / "bundles" / ".fetched", *keys]
     left = [str(path) for path in doomed if path.resolve() not in kept and not _delete(path)]
-    sync(data_dir)
+    sync_folder(data_dir)
     done = {"state": "wiped", "time": time, "left": left}
-    _mark(data_dir, done)
-    log.warning("%s", told(data_dir, done))
+    _write_marker(data_dir, done)
+    log.warning("%s", describe_marker(data_dir, done))
     return done
 
 
-def spared(file: Path, conf: Config) -> list[Path]:
+def installation_files(file: Path, conf: Config) -> list[Path]:
     """What is the installation's and not the agent's, should it lie in the data folder."""
     listed = [conf.broker.ca_file, conf.broker.cert_file, conf.broker.tls_key_file]
     if conf.updates is not None:
@@ -149,13 +149,13 @@ def _delete(path: Path) -> bool:
         log.error("%s: cannot be deleted: %s", path, error.strerror)
         return False
     with contextlib.suppress(OSError):
-        sync(path.parent)
+        sync_folder(path.parent)
     return True
 
 
-def _mark(data_dir: Path, content: dict[str, Any]) -> None:
+def _write_marker(data_dir: Path, content: dict[str, Any]) -> None:
     new = data_dir / (MARKER + ".new")
     new.unlink(missing_ok=True)
     write_new(new, json.dumps(content).encode() + b"\n", 0o644)
     os.replace(new, data_dir / MARKER)
-    sync(data_dir)
+    sync_folder(data_dir)

@@ -10,29 +10,29 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 import msgspec
 import numpy as np
 
-from agent.clock import Now, Quality
-from agent.config import Stream
+from agent.clock import ClockQuality, ClockReading
+from agent.config import StreamConfig
 from agent.device.intake import labels
-from agent.device.intake.labels import Asked, Lot
-from agent.device.store.clock_segments import GIVEN, QUALITIES
-from agent.device.store.rows import Checked, Rows, concatenate
+from agent.device.intake.labels import LabelBatch, LabelTarget
+from agent.device.store.clock_segments import PRODUCER_TIME, QUALITIES
+from agent.device.store.rows import Rows, ValidatedRows, concatenate
 from agent.device.store.store import INTAKE_SHARE, Store
 from agent.device.store.transaction import Transaction
 from agent.errors import StorageFull
 
-FULL_ROWS = 16_384
+MAX_GROUP_ROWS = 16_384
 # Beside so many what a commit itself writes is little.
-_WORTH_BYTES = 128 << 10
+_MIN_COMMIT_BYTES = 128 << 10
 NOT_STORED = "not stored"
 # The most chunks that the rows of a stream in one commit are cut into, for the segments their times were read in.
-_MOST_RUNS = 64
+_MAX_RUNS = 64
 # What a label takes in the store, its index entries too.
 _LABEL_BYTES = 1_000
 # (segment, quality) of the clock that rows have their times from.
-Stamped = tuple[int, Quality]
+ClockStamp = tuple[int, ClockQuality]
 
 
-class Mark(msgspec.Struct, frozen=True):
+class SourcePosition(msgspec.Struct, frozen=True):
     """How far a source has got, kept in the same transaction as its rows: what a full store refused is not counted.
 
     `position` None: its last row in the stream. Of more than `most` items of a source, those that sent last are known.
@@ -41,10 +41,10 @@ class Mark(msgspec.Struct, frozen=True):
     source: str
     item: str
     position: int | None
-    most: int | None = None
+    max_items: int | None = None
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class CommitOutcome(msgspec.Struct, frozen=True):
     """Of one producer's part of a commit: lines dealt with so far, rows taken, lines rejected with a reason.
 
     `row` is the last row taken, counted from the first one of its stream; 0 where none was.
@@ -53,158 +53,167 @@ class Outcome(msgspec.Struct, frozen=True):
     through: int
     accepted: int
     rejected: list[tuple[int, str]]
-    full: bool = False
-    row: int = 0
+    is_store_full: bool = False
+    last_row: int = 0
 
 
-class _Part(msgspec.Struct, frozen=True):
+class _RowBlock(msgspec.Struct, frozen=True):
     stream: str
-    checked: Checked
+    checked: ValidatedRows
     lines: list[int]
-    now: Now
-    bytes: int
+    now: ClockReading
+    size_bytes: int
 
 
-class _Share(msgspec.Struct):
+class _ProducerBatch(msgspec.Struct):
     through: int = 0
     rejected: dict[int, str] = msgspec.field(default_factory=dict)
-    parts: list[_Part] = msgspec.field(default_factory=list)
-    lots: list[tuple[Lot, int, Now]] = msgspec.field(default_factory=list)
-    mark: Mark | None = None
+    row_blocks: list[_RowBlock] = msgspec.field(default_factory=list)
+    label_batches: list[tuple[LabelBatch, int, ClockReading]] = msgspec.field(default_factory=list)
+    position: SourcePosition | None = None
 
     def reject(self, line: int, reason: str) -> None:
         self.rejected[line] = f"{self.rejected[line]}; {reason}" if line in self.rejected else reason
 
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """What its rows will take in the store."""
-        labels = sum(len(lot.labels) for lot, _, _ in self.lots)
-        return sum(part.bytes for part in self.parts) + labels * _LABEL_BYTES
+        labels = sum(len(lot.labels) for lot, _, _ in self.label_batches)
+        return sum(part.size_bytes for part in self.row_blocks) + labels * _LABEL_BYTES
 
-    def outcome(self, accepted: int, full: bool = False, row: int = 0) -> Outcome:
-        return Outcome(self.through, accepted, sorted(self.rejected.items()), full, row)
-
-
-Shares = dict[Hashable, _Share]
+    def to_outcome(self, accepted: int, is_store_full: bool = False, last_row: int = 0) -> CommitOutcome:
+        return CommitOutcome(self.through, accepted, sorted(self.rejected.items()), is_store_full, last_row)
 
 
-class Group:
+ProducerBatches = dict[Hashable, _ProducerBatch]
+
+
+class GroupCommit:
     """Rows and labels that wait for the next commit. Used by one thread, but for `write`.
 
     `asked` tells which tasks take labels.
     """
 
     def __init__(
-        self, store: Store, streams: Mapping[str, Stream], asked: Callable[[], Mapping[str, Asked]] = dict
+        self,
+        store: Store,
+        streams: Mapping[str, StreamConfig],
+        label_targets: Callable[[], Mapping[str, LabelTarget]] = dict,
     ) -> None:
-        self._store, self._streams, self._asked = store, streams, asked
-        self._shares: Shares = {}
-        self._most_bytes = store.quota.transaction // 4
+        self._store, self._streams, self._label_targets = store, streams, label_targets
+        self._producer_batches: ProducerBatches = {}
+        self._max_bytes = store.quota.transaction_bytes // 4
         self._rows = self._bytes = 0
 
     def __bool__(self) -> bool:
-        return bool(self._shares)
+        return bool(self._producer_batches)
 
     @property
     def is_full(self) -> bool:
         """Whether to commit now: more would make long waits, or too much for one transaction."""
-        return self._rows >= FULL_ROWS or self._bytes >= self._most_bytes
+        return self._rows >= MAX_GROUP_ROWS or self._bytes >= self._max_bytes
 
     @property
-    def is_worth_it(self) -> bool:
+    def is_worth_committing(self) -> bool:
         """Whether it may be committed as soon as nothing more comes."""
-        return self._bytes >= _WORTH_BYTES
+        return self._bytes >= _MIN_COMMIT_BYTES
 
-    def add(self, producer: Hashable, stream: str, checked: Checked, lines: list[int], now: Now) -> None:
+    def add_rows(
+        self, producer: Hashable, stream: str, checked: ValidatedRows, lines: list[int], now: ClockReading
+    ) -> None:
         """Rows of `producer` that came at `now`; `lines` are the lines they came in, one a row or one for all."""
         size = checked.rows.t.nbytes + sum(column.nbytes for column in checked.rows.columns)
-        self._shares.setdefault(producer, _Share()).parts.append(_Part(stream, checked, lines, now, size))
+        self._producer_batches.setdefault(producer, _ProducerBatch()).row_blocks.append(
+            _RowBlock(stream, checked, lines, now, size)
+        )
         self._rows += len(checked.rows)
         self._bytes += size
         self._bytes += sum(2 * len(text) + 64 for texts in checked.categories.values() for text in texts)
 
-    def label(self, producer: Hashable, lot: Lot, line: int, now: Now) -> None:
+    def add_labels(self, producer: Hashable, label_batch: LabelBatch, line: int, now: ClockReading) -> None:
         """Labels of `producer` that came in one line."""
-        self._shares.setdefault(producer, _Share()).lots.append((lot, line, now))
-        self._bytes += len(lot.labels) * _LABEL_BYTES
+        self._producer_batches.setdefault(producer, _ProducerBatch()).label_batches.append((label_batch, line, now))
+        self._bytes += len(label_batch.labels) * _LABEL_BYTES
 
     def reject(self, producer: Hashable, line: int, reason: str) -> None:
-        self._shares.setdefault(producer, _Share()).reject(line, reason)
+        self._producer_batches.setdefault(producer, _ProducerBatch()).reject(line, reason)
 
-    def reach(self, producer: Hashable, through: int, mark: Mark | None = None) -> None:
+    def advance(self, producer: Hashable, through: int, position: SourcePosition | None = None) -> None:
         """`producer` has handed over its lines up to `through`."""
-        share = self._shares.setdefault(producer, _Share())
-        share.through, share.mark = through, mark
+        share = self._producer_batches.setdefault(producer, _ProducerBatch())
+        share.through, share.position = through, position
 
-    def commit(self, now: Now) -> dict[Hashable, Outcome]:
+    def commit(self, now: ClockReading) -> dict[Hashable, CommitOutcome]:
         """`write` all that waits."""
-        return self.write(self.take(), now)
+        return self.write(self.drain(), now)
 
-    def take(self) -> Shares:
+    def drain(self) -> ProducerBatches:
         """All that waits, to be written; more may be added meanwhile."""
-        shares, self._shares = self._shares, {}
+        shares, self._producer_batches = self._producer_batches, {}
         self._rows = self._bytes = 0
         return shares
 
-    def write(self, shares: Shares, now: Now) -> dict[Hashable, Outcome]:
+    def write(self, producer_batches: ProducerBatches, now: ClockReading) -> dict[Hashable, CommitOutcome]:
         """In one transaction; what became of it for each producer. May run in another thread than the rest.
 
         Where the store is full every row is rejected and nothing is written. Raises StorageError for a sick disk:
         then nothing is known to be written and no producer may be told anything.
         """
         try:
-            needed = self._store.used_bytes() + sum(share.bytes() for share in shares.values())
+            needed = self._store.used_bytes() + sum(share.size_bytes() for share in producer_batches.values())
             if needed > self._store.limit_bytes() * INTAKE_SHARE:
                 raise StorageFull("the store has reached its size ([buffer] max_size) and no used readings can go")
             with self._store.transaction() as tx:
-                return self._write(tx, shares, now)
+                return self._write(tx, producer_batches, now)
         except StorageFull as full:
-            return {producer: _refuse(share, full) for producer, share in shares.items()}
+            return {producer: _reject_all(share, full) for producer, share in producer_batches.items()}
 
-    def _write(self, tx: Transaction, shares: Shares, now: Now) -> dict[Hashable, Outcome]:
-        by_stream: dict[str, list[tuple[Rows, Stamped]]] = {}
+    def _write(
+        self, tx: Transaction, producer_batches: ProducerBatches, now: ClockReading
+    ) -> dict[Hashable, CommitOutcome]:
+        by_stream: dict[str, list[tuple[Rows, ClockStamp]]] = {}
         ends: dict[Hashable, tuple[str, int]] = {}
         counts: dict[Hashable, int] = {}
-        for producer, share in shares.items():
+        for producer, share in producer_batches.items():
             accepted = 0
-            for part in share.parts:
-                rows, refused = self._coded(tx, part.stream, part.checked)
+            for part in share.row_blocks:
+                rows, refused = self._encode_categories(tx, part.stream, part.checked)
                 for index, reason in refused.items():
                     share.reject(part.lines[index if len(part.lines) > 1 else 0], reason)
                 if len(rows):
                     parts = by_stream.setdefault(part.stream, [])
-                    parts.append((rows, _stamped(tx, rows, part.now)))
+                    parts.append((rows, _stamp(tx, rows, part.now)))
                     ends[producer] = part.stream, sum(len(rows) for rows, _ in parts)
                     accepted += len(rows)
-            counts[producer] = accepted + self._label(tx, share)
-            tx.count("lines rejected", len(share.rejected))
-        before = {stream: _append(tx, stream, parts, now) for stream, parts in by_stream.items()}
+            counts[producer] = accepted + self._write_labels(tx, share)
+            tx.increment_counter("lines rejected", len(share.rejected))
+        before = {stream: _append_rows(tx, stream, parts, now) for stream, parts in by_stream.items()}
         outcomes = {}
-        for producer, share in shares.items():
+        for producer, share in producer_batches.items():
             stream, end = ends.get(producer, ("", 0))
             row = before[stream] + end if end else 0
-            if share.mark is not None and (share.mark.position is not None or row):
-                position = row if share.mark.position is None else share.mark.position
-                tx.set_mark(share.mark.source, share.mark.item, position, share.mark.most)
-            outcomes[producer] = share.outcome(counts[producer], row=row)
+            if share.position is not None and (share.position.position is not None or row):
+                position = row if share.position.position is None else share.position.position
+                tx.set_source_position(share.position.source, share.position.item, position, share.position.max_items)
+            outcomes[producer] = share.to_outcome(counts[producer], last_row=row)
         tx.segments.observe(now)
         return outcomes
 
-    def _label(self, tx: Transaction, share: _Share) -> int:
+    def _write_labels(self, tx: Transaction, producer_batch: _ProducerBatch) -> int:
         """Write its labels; how many were accepted."""
-        accepted, asked = 0, self._asked() if share.lots else {}
-        for lot, line, now in share.lots:
-            refused, n = labels.take_lot(tx, asked.get(lot.task), lot, now), len(lot.labels) + len(lot.bad)
+        accepted, asked = 0, self._label_targets() if producer_batch.label_batches else {}
+        for lot, line, now in producer_batch.label_batches:
+            refused, n = labels.store_labels(tx, asked.get(lot.task), lot, now), len(lot.labels) + len(lot.rejected)
             accepted += n - len(refused)
             if refused:
-                share.reject(line, labels.shown(refused, n))
+                producer_batch.reject(line, labels.format_reasons(refused, n))
         return accepted
 
-    def _coded(self, tx: Transaction, stream: str, checked: Checked) -> tuple[Rows, dict[int, str]]:
+    def _encode_categories(self, tx: Transaction, stream: str, checked: ValidatedRows) -> tuple[Rows, dict[int, str]]:
         """Category texts become codes; index → reason of rows whose text can have none."""
         columns, refused = list(checked.rows.columns), {}
         for index, texts in checked.categories.items():
             name = self._streams[stream].fields[index].name
-            codes = np.array(tx.category_codes(stream, name, texts), np.int64)
+            codes = np.array(tx.assign_category_codes(stream, name, texts), np.int64)
             columns[index] = codes.astype("<u2")
             for row in np.flatnonzero(codes < 0):
                 refused[int(row)] = (
@@ -217,35 +226,35 @@ class Group:
         return rows, refused
 
 
-def _append(tx: Transaction, stream: str, parts: Sequence[tuple[Rows, Stamped]], now: Now) -> int:
+def _append_rows(tx: Transaction, stream: str, parts: Sequence[tuple[Rows, ClockStamp]], now: ClockReading) -> int:
     """Add rows to a stream; the number of the last one before them."""
     last, count = 0, sum(len(rows) for rows, _ in parts)
-    for (segment, quality), run in _runs(parts):
+    for (segment, quality), run in _merge_runs(parts):
         last = tx.append(stream, concatenate(run), quality, segment=segment, boot_us=now.boot_us)
     return last - count
 
 
-def _stamped(tx: Transaction, rows: Rows, now: Now) -> Stamped:
-    held = tx.segments.holding(now, int(rows.t.min()), int(rows.t.max()))
-    return (GIVEN, now.quality) if held is None else (held.number, QUALITIES[held.quality])
+def _stamp(tx: Transaction, rows: Rows, now: ClockReading) -> ClockStamp:
+    held = tx.segments.find_covering(now, int(rows.t.min()), int(rows.t.max()))
+    return (PRODUCER_TIME, now.quality) if held is None else (held.number, QUALITIES[held.quality])
 
 
-def _runs(parts: Sequence[tuple[Rows, Stamped]]) -> list[tuple[Stamped, list[Rows]]]:
+def _merge_runs(parts: Sequence[tuple[Rows, ClockStamp]]) -> list[tuple[ClockStamp, list[Rows]]]:
     """Neighbours with the same stamp together. A producer that mixes times at will gets no chunk for each."""
-    runs: list[tuple[Stamped, list[Rows]]] = []
+    runs: list[tuple[ClockStamp, list[Rows]]] = []
     for rows, stamped in parts:
-        if runs and (runs[-1][0] == stamped or len(runs) == _MOST_RUNS):
+        if runs and (runs[-1][0] == stamped or len(runs) == _MAX_RUNS):
             if runs[-1][0] != stamped:
-                runs[-1] = ((GIVEN, stamped[1]), runs[-1][1])
+                runs[-1] = ((PRODUCER_TIME, stamped[1]), runs[-1][1])
             runs[-1][1].append(rows)
         else:
             runs.append((stamped, [rows]))
     return runs
 
 
-def _refuse(share: _Share, full: StorageFull) -> Outcome:
+def _reject_all(producer_batch: _ProducerBatch, error: StorageFull) -> CommitOutcome:
     """Every line with rows or labels in it is rejected, and only once where some of its rows already were."""
-    lines = {line for part in share.parts if len(part.checked.rows) for line in part.lines}
-    for line in lines | {line for _, line, _ in share.lots}:
-        share.rejected[line] = f"{NOT_STORED}: {full}; send it again later"
-    return share.outcome(0, full=True)
+    lines = {line for part in producer_batch.row_blocks if len(part.checked.rows) for line in part.lines}
+    for line in lines | {line for _, line, _ in producer_batch.label_batches}:
+        producer_batch.rejected[line] = f"{NOT_STORED}: {error}; send it again later"
+    return producer_batch.to_outcome(0, is_store_full=True)

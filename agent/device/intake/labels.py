@@ -7,24 +7,24 @@ from typing import Any
 
 import msgspec
 
-from agent.clock import Now
-from agent.device.store.given import Result
-from agent.device.store.labels import MOST_EARLY
+from agent.clock import ClockReading
+from agent.device.store.given import PredictionRow
+from agent.device.store.labels import MAX_EARLY_LABELS
 from agent.device.store.transaction import Transaction
-from agent.errors import Rejected
+from agent.errors import RowRejected
 from agent.performance import labels as truth
-from agent.performance.labels import Label, Truth
-from agent.strict_json import check_count
-from agent.toml_files import suggestion
+from agent.performance.labels import Label, LabelSchema
+from agent.strict_json import check_key_count
+from agent.toml_files import did_you_mean
 
 _COLUMNS = ("row", "t", "label", "source")
 
 
-class Asked(msgspec.Struct, frozen=True):
+class LabelTarget(msgspec.Struct, frozen=True):
     """What the intake knows of a task whose results may be labelled."""
 
     stream: str
-    truth: Truth
+    label_schema: LabelSchema
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -36,50 +36,50 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     columns: dict[str, list[Any]] | msgspec.UnsetType = msgspec.UNSET
 
 
-class Lot(msgspec.Struct, frozen=True):
+class LabelBatch(msgspec.Struct, frozen=True):
     """The labels of one line, for one task; `bad`: position → reason."""
 
     task: str
     labels: list[Label]
-    bad: dict[int, str]
+    rejected: dict[int, str]
 
 
-def read(line: bytes) -> Lot:
+def parse_line(line: bytes) -> LabelBatch:
     """One JSON line that has "labels". Raises Rejected; msgspec's errors and ValueError where it is malformed."""
     found = msgspec.json.decode(line, type=_Line)
     single = {name: value for name in _COLUMNS if (value := getattr(found, name)) is not msgspec.UNSET}
     if isinstance(found.columns, msgspec.UnsetType):
-        check_count(line, 1 + len(single), [found.labels, *(v for v in single.values() if isinstance(v, str))])
+        check_key_count(line, 1 + len(single), [found.labels, *(v for v in single.values() if isinstance(v, str))])
         columns = {name: [value] for name, value in single.items()}
     elif single:
-        raise Rejected(f'"columns" holds all of a label; move {next(iter(single))!r} into it')
+        raise RowRejected(f'"columns" holds all of a label; move {next(iter(single))!r} into it')
     else:
         columns = found.columns
         texts = [value for column in columns.values() for value in column if isinstance(value, str)]
-        check_count(line, 2 + len(columns), [found.labels, *texts])
-    return lot(found.labels, columns)
+        check_key_count(line, 2 + len(columns), [found.labels, *texts])
+    return parse_columns(found.labels, columns)
 
 
-def lot(task: str, columns: Mapping[str, list[Any]]) -> Lot:
+def parse_columns(task: str, columns: Mapping[str, list[Any]]) -> LabelBatch:
     """The labels of columns `row`, `t`, `label`, `source`. Raises Rejected."""
     for extra in columns.keys() - set(_COLUMNS):
-        raise Rejected(f"{extra[:40]!r} says nothing about a label{suggestion(extra, _COLUMNS)}")
+        raise RowRejected(f"{extra[:40]!r} says nothing about a label{did_you_mean(extra, _COLUMNS)}")
     if "label" not in columns:
-        raise Rejected('no "label" in this line')
+        raise RowRejected('no "label" in this line')
     n = len(columns["label"])
     if {len(column) for column in columns.values()} != {n} or not n:
-        raise Rejected("columns must be of one length of at least 1")
+        raise RowRejected("columns must be of one length of at least 1")
     labels, bad = [], {}
     for index in range(n):
         values = (columns[name][index] if name in columns else None for name in _COLUMNS)
         try:
-            labels.append(truth.label(*values))
+            labels.append(truth.parse_label(*values))
         except ValueError as problem:
             bad[index] = str(problem)
-    return Lot(task, labels, bad)
+    return LabelBatch(task, labels, bad)
 
 
-def shown(refused: Mapping[int, str], n: int) -> str:
+def format_reasons(refused: Mapping[int, str], n: int) -> str:
     """The reason for a line of `n` labels some of which, by position, are rejected."""
     if n == 1:
         return refused[0]
@@ -87,55 +87,69 @@ def shown(refused: Mapping[int, str], n: int) -> str:
     return first + (f"; and {len(refused) - 5} more labels" if len(refused) > 5 else "")
 
 
-def take_lot(tx: Transaction, asked: Asked | None, given: Lot, now: Now) -> dict[int, str]:
+def store_labels(
+    tx: Transaction, target: LabelTarget | None, label_batch: LabelBatch, now: ClockReading
+) -> dict[int, str]:
     """Keep all that can be kept; position → reason of the others."""
-    refused = dict(given.bad)
-    places = (index for index in range(len(given.labels) + len(given.bad)) if index not in given.bad)
-    for index, label in zip(places, given.labels, strict=True):
-        reason = take(tx, given.task, asked, label, now)
+    refused = dict(label_batch.rejected)
+    places = (
+        index
+        for index in range(len(label_batch.labels) + len(label_batch.rejected))
+        if index not in label_batch.rejected
+    )
+    for index, label in zip(places, label_batch.labels, strict=True):
+        reason = store_label(tx, label_batch.task, target, label, now)
         if reason is not None:
             refused[index] = reason
     return refused
 
 
-def take(tx: Transaction, task: str, asked: Asked | None, label: Label, now: Now) -> str | None:
+def store_label(tx: Transaction, task: str, target: LabelTarget | None, label: Label, now: ClockReading) -> str | None:
     """Keep one label with its result, or until that is there; why not, where it is rejected. All of it is counted."""
-    if asked is None:
+    if target is None:
         return f"there is no task {task[:40]!r} that runs"
     try:
-        asked.truth.read(label.text)
+        target.label_schema.parse(label.text)
     except ValueError as problem:
         return str(problem)
-    span = tx.labels.span(task)
-    result = tx.labels.at(task, label.row) if label.row is not None else tx.labels.near(task, label.t or 0)
+    span = tx.labels.load_span(task)
+    result = (
+        tx.labels.find_by_row(task, label.row) if label.row is not None else tx.labels.find_nearest(task, label.t or 0)
+    )
     if result is not None:
-        _keep(tx, task, label, result, now.wall_us)
+        _store_joined(tx, task, label, result, now.wall_us)
         return None
-    if label.row is not None and label.row >= tx.next_row(asked.stream):
-        return f"row {label.row} is not here yet; the stream has {tx.next_row(asked.stream) - 1}"
+    if label.row is not None and label.row >= tx.next_row(target.stream):
+        return f"row {label.row} is not here yet; the stream has {tx.next_row(target.stream) - 1}"
     early = span is None or (label.t > span.last_t if label.t is not None else (label.row or 0) > span.last)
     if early and (label.row is None or label.row > tx.cursor(task)):
-        if not tx.labels.put_early(task, label, now.wall_us, tx.uptime_s(now)):
-            return f"{MOST_EARLY} labels wait for their results already; run the task first"
-        tx.count(f"labels early.{task}", 1)
+        if not tx.labels.store_early_label(task, label, now.wall_us, tx.uptime_s(now)):
+            return f"{MAX_EARLY_LABELS} labels wait for their results already; run the task first"
+        tx.increment_counter(f"labels early.{task}", 1)
         return None
     if span is None or (label.row is not None and label.row < span.first):
-        tx.count(f"labels late.{task}", 1)
+        tx.increment_counter(f"labels late.{task}", 1)
         kept = "no result is kept" if span is None else f"results are kept from row {span.first} on"
         return f"too late: {kept} ([buffer] keep_results)"
-    tx.count(f"labels unmatched.{task}", 1)
+    tx.increment_counter(f"labels unmatched.{task}", 1)
     what = f"row {label.row} has no result of its own; a window's is at its last row" if label.row is not None else ""
     return what or "no result is that near to this time, or it is no longer kept ([buffer] keep_results)"
 
 
-def settle_early(tx: Transaction, task: str, early: list[tuple[int, Label, int]]) -> None:
+def join_early_labels(tx: Transaction, task: str, early: list[tuple[int, Label, int]]) -> None:
     """Labels that waited: with their results now, or counted as without one."""
     for _, label, received_us in early:
-        result = tx.labels.at(task, label.row) if label.row is not None else tx.labels.near(task, label.t or 0)
-        _keep(tx, task, label, result, received_us)
-    tx.labels.drop_early(task, [number for number, _, _ in early])
+        result = (
+            tx.labels.find_by_row(task, label.row)
+            if label.row is not None
+            else tx.labels.find_nearest(task, label.t or 0)
+        )
+        _store_joined(tx, task, label, result, received_us)
+    tx.labels.delete_early_labels(task, [number for number, _, _ in early])
 
 
-def _keep(tx: Transaction, task: str, label: Label, result: Result | None, received_us: int) -> None:
-    became = "unmatched" if result is None else tx.labels.put(task, label, result, received_us)
-    tx.count({"new": f"labels.{task}", "same": f"labels replaced.{task}"}.get(became, f"labels {became}.{task}"), 1)
+def _store_joined(tx: Transaction, task: str, label: Label, result: PredictionRow | None, received_us: int) -> None:
+    became = "unmatched" if result is None else tx.labels.store_label(task, label, result, received_us)
+    tx.increment_counter(
+        {"new": f"labels.{task}", "same": f"labels replaced.{task}"}.get(became, f"labels {became}.{task}"), 1
+    )

@@ -6,16 +6,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from agent.errors import Rejected
+from agent.errors import RowRejected
 
-Kind = Literal["f4", "f8", "i4", "i8"]
+NumberType = Literal["f4", "f8", "i4", "i8"]
 
 
-def column(name: str, kind: Kind, data: bytes) -> Any:
+def decode_column(name: str, kind: NumberType, data: bytes) -> Any:
     """The values; where NaN is among them a list, in which it is None: a missing value. Raises Rejected."""
     width = int(kind[1])
     if len(data) % width:
-        raise Rejected(f"{name}: {len(data)} bytes are no {kind} values of {width} bytes")
+        raise RowRejected(f"{name}: {len(data)} bytes are no {kind} values of {width} bytes")
     values = np.frombuffer(data, f"<{kind}")
     # The least is NaN where one is among them: one pass. NaN is no value that equals itself.
     if kind[0] == "f" and len(values) and (least := np.minimum.reduce(values)) != least:

@@ -19,35 +19,40 @@ from types import MappingProxyType
 from typing import Protocol
 
 from agent import config
-from agent.clock import Now
-from agent.device.intake.connection import CLIENTS, Producer
-from agent.device.intake.group_commit import Group, Mark, Outcome
-from agent.device.intake.labels import Asked
-from agent.device.intake.protocol import Reader
-from agent.device.store.rows import Raw, check
+from agent.clock import ClockReading
+from agent.device.intake.connection import CLIENT_SOURCE, ProducerConnection
+from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
+from agent.device.intake.labels import LabelTarget
+from agent.device.intake.protocol import LineParser
+from agent.device.store.rows import RawColumns, validate_columns
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
 
 log = logging.getLogger("outstation.intake")
 
 # So little that a producer of noise, two bytes a line, holds up the others for a tenth of a second at most.
-_READ = 1 << 16
+_READ_BYTES = 1 << 16
 # A line at a time costs twenty times what it costs among others. Rows wait for a commit anyway, for much longer.
-_LITTLE, _GATHER_S = _READ // 4, 0.002
+_SMALL_READ_BYTES, _GATHER_S = _READ_BYTES // 4, 0.002
 # What is worth a commit of its own waits only as long as more keeps coming.
 _QUIET_S = 0.005
-_PULSE_S = 10.0
-_SIGN_OF_LIFE_S = 120.0
+_HEARTBEAT_S = 10.0
+_HEARTBEAT_TIMEOUT_S = 120.0
 # Sources may do so much longer with what was committed last.
-_END_S = 3.0
+_SHUTDOWN_S = 3.0
 # Where it is used up, a producer that connects with a time limit is turned away at once.
 _BACKLOG = 1024
 
 
-class Offer(Protocol):
+class SubmitRows(Protocol):
     def __call__(
-        self, stream: str, raw: Raw, mark: Mark | None, lines: Sequence[int] = (), refused: Mapping[int, str] = ...
-    ) -> Awaitable[Outcome]:
+        self,
+        stream: str,
+        raw: RawColumns,
+        position: SourcePosition | None,
+        lines: Sequence[int] = (),
+        refused: Mapping[int, str] = ...,
+    ) -> Awaitable[CommitOutcome]:
         """Hand over rows; the outcome comes after their commit. Raises Rejected where none can be taken.
 
         `mark`: how far its source has got then, where it comes back to that; `refused`: lines that hold none, with the
@@ -59,7 +64,7 @@ class Offer(Protocol):
 class Source(Protocol):
     """Something that makes rows for one stream, run beside the socket."""
 
-    async def run(self, offer: Offer) -> None: ...
+    async def run(self, submit_rows: SubmitRows) -> None: ...
 
 
 class Intake:
@@ -73,27 +78,27 @@ class Intake:
         conf: config.Config,
         store: Store,
         sources: Sequence[Source],
-        now: Callable[[], Now],
-        committed: Callable[[], None],
-        failed: Callable[[Exception], None],
-        asked: Callable[[], Mapping[str, Asked]] = dict,
+        now: Callable[[], ClockReading],
+        on_committed: Callable[[], None],
+        on_failed: Callable[[Exception], None],
+        label_targets: Callable[[], Mapping[str, LabelTarget]] = dict,
     ) -> None:
         self._conf, self._store, self._sources, self._now = conf, store, sources, now
-        self._committed, self._failed = committed, failed
-        self._group = Group(store, conf.streams, asked)
-        self._answers: dict[object, Callable[[Outcome], None]] = {}
-        self._named: dict[str, Producer] = {}
-        self._open: set[asyncio.StreamWriter] = set()
-        self._serving: set[asyncio.Task[None]] = set()
-        self._broken = False
-        self._alive_until_s = now().boot_s + _SIGN_OF_LIFE_S
+        self._on_committed, self._on_failed = on_committed, on_failed
+        self._group_commit = GroupCommit(store, conf.streams, label_targets)
+        self._answer_callbacks: dict[object, Callable[[CommitOutcome], None]] = {}
+        self._connections_by_client: dict[str, ProducerConnection] = {}
+        self._open_writers: set[asyncio.StreamWriter] = set()
+        self._serve_tasks: set[asyncio.Task[None]] = set()
+        self._has_failed = False
+        self._alive_until_s = now().boot_s + _HEARTBEAT_TIMEOUT_S
         self._timer: asyncio.TimerHandle | None = None
         self._writer = ThreadPoolExecutor(1, "intake-writes")
-        self._writing: Future[dict[Hashable, Outcome]] | None = None
+        self._background_write: Future[dict[Hashable, CommitOutcome]] | None = None
         # By then, on the clock of the loop, what waits is committed, whatever comes.
-        self._due = 0.0
+        self._commit_due_s = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ending: asyncio.Event | None = None
+        self._stop_event: asyncio.Event | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._main, name="intake", daemon=True)
 
@@ -102,66 +107,66 @@ class Intake:
         self._thread.start()
         self._ready.wait(10)
 
-    def alive(self, now: Now) -> bool:
+    def is_alive(self, now: ClockReading) -> bool:
         """Whether the thread got round lately; one commit to a slow card is well within."""
         return now.boot_s < self._alive_until_s
 
     def stop(self) -> None:
         """Commit what waits, answer, and end."""
-        if self._loop is not None and self._ending is not None:
+        if self._loop is not None and self._stop_event is not None:
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._ending.set)
+                self._loop.call_soon_threadsafe(self._stop_event.set)
         self._thread.join(5)
 
     def _main(self) -> None:
         try:
             asyncio.run(self._run())
         except Exception as error:
-            self._failed(error)
+            self._on_failed(error)
         finally:
             self._ready.set()
 
     async def _run(self) -> None:
-        self._loop, self._ending = asyncio.get_running_loop(), asyncio.Event()
+        self._loop, self._stop_event = asyncio.get_running_loop(), asyncio.Event()
         servers: list[asyncio.Server] = []
         try:
-            servers.append(await self._listen_here())
+            servers.append(await self._listen_unix())
             if self._conf.intake.tcp:
-                servers.append(await self._listen(self._conf.intake.tcp))
+                servers.append(await self._listen_tcp(self._conf.intake.tcp))
             tasks = [asyncio.create_task(self._run_source(source)) for source in self._sources]
-            tasks.append(asyncio.create_task(self._pulse()))
+            tasks.append(asyncio.create_task(self._run_heartbeat()))
             self._ready.set()
-            await self._ending.wait()
+            await self._stop_event.wait()
         finally:
-            await _close(servers)
+            await _close_servers(servers)
         for task in tasks:
             task.cancel()
         self._commit()
         # Also those whose task has not begun: cancelled now, it would never close them.
-        for writer in self._open:
+        for writer in self._open_writers:
             writer.close()
-        await asyncio.wait(tasks, timeout=_END_S)
+        await asyncio.wait(tasks, timeout=_SHUTDOWN_S)
         self._writer.shutdown()
 
-    async def _listen_here(self) -> asyncio.Server:
-        listener = _unix_socket(self._conf.data_dir)
-        return await asyncio.start_unix_server(self._accept, sock=listener, limit=_READ, backlog=_BACKLOG)
+    async def _listen_unix(self) -> asyncio.Server:
+        listener = _open_unix_socket(self._conf.data_dir)
+        return await asyncio.start_unix_server(self._accept, sock=listener, limit=_READ_BYTES, backlog=_BACKLOG)
 
-    async def _listen(self, address: str) -> asyncio.Server:
-        host, port = config.loopback(address)
+    async def _listen_tcp(self, address: str) -> asyncio.Server:
+        host, port = config.parse_loopback(address)
         try:
-            return await asyncio.start_server(self._accept, host, port, limit=_READ)
+            return await asyncio.start_server(self._accept, host, port, limit=_READ_BYTES)
         except OSError as error:
             raise UsageError(f"intake.tcp {address}: {error.strerror}; choose another port") from error
 
-    async def _pulse(self) -> None:
+    async def _run_heartbeat(self) -> None:
         while True:
-            self._alive_until_s = self._now().boot_s + _SIGN_OF_LIFE_S
-            await asyncio.sleep(_PULSE_S)
+            self._alive_until_s = self._now().boot_s + _HEARTBEAT_TIMEOUT_S
+            await asyncio.sleep(_HEARTBEAT_S)
 
     async def _run_source(self, source: Source) -> None:
         try:
-            await source.run(self._offer)
+            await source.run(self._submit_rows)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -169,53 +174,55 @@ class Intake:
 
     def _fail(self, error: Exception) -> None:
         """Nobody knows what reached the disk. No answer and no further commit: it could count lines lost before it."""
-        self._broken = True
-        self._failed(error)
+        self._has_failed = True
+        self._on_failed(error)
 
-    async def _offer(
+    async def _submit_rows(
         self,
         stream: str,
-        raw: Raw,
-        mark: Mark | None,
+        raw: RawColumns,
+        position: SourcePosition | None,
         lines: Sequence[int] = (),
         refused: Mapping[int, str] = MappingProxyType({}),
-    ) -> Outcome:
+    ) -> CommitOutcome:
         # Recorded times may lie before the last ones of an earlier file or session: the source has its own order.
         now = self._now()
-        checked = check(raw, self._conf.streams[stream], now.wall_us, None)
+        checked = validate_columns(raw, self._conf.streams[stream], now.wall_us, None)
         producer = object()
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._answers[producer] = lambda outcome: None if future.done() else future.set_result(outcome)
+        future: asyncio.Future[CommitOutcome] = asyncio.get_running_loop().create_future()
+        self._answer_callbacks[producer] = lambda outcome: None if future.done() else future.set_result(outcome)
         numbers = list(lines) or list(range(1, raw.n + 1))
-        self._group.add(producer, stream, checked, [n for i, n in enumerate(numbers) if i not in checked.bad], now)
-        for index, reason in checked.bad.items():
-            self._group.reject(producer, numbers[index], reason)
+        self._group_commit.add_rows(
+            producer, stream, checked, [n for i, n in enumerate(numbers) if i not in checked.rejected], now
+        )
+        for index, reason in checked.rejected.items():
+            self._group_commit.reject(producer, numbers[index], reason)
         for number, reason in refused.items():
-            self._group.reject(producer, number, reason)
-        self._group.reach(producer, max([*numbers[-1:], *refused]), mark)
-        self._commit_soon()
+            self._group_commit.reject(producer, number, reason)
+        self._group_commit.advance(producer, max([*numbers[-1:], *refused]), position)
+        self._schedule_commit()
         return await future
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open.add(writer)
-        if self._ending is None or self._ending.is_set():
+        self._open_writers.add(writer)
+        if self._stop_event is None or self._stop_event.is_set():
             return
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
-        self._serving.add(task)
-        task.add_done_callback(self._serving.discard)
+        self._serve_tasks.add(task)
+        task.add_done_callback(self._serve_tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        producer = Producer(self._group, Reader(self._conf.streams), self._greet, writer)
-        self._answers[producer] = producer.answer
+        producer = ProducerConnection(self._group_commit, LineParser(self._conf.streams), self._greet, writer)
+        self._answer_callbacks[producer] = producer.answer
         try:
-            while data := await reader.read(_READ):
+            while data := await reader.read(_READ_BYTES):
                 fed = producer.feed(data, self._now())
-                self._commit_soon()
+                self._schedule_commit()
                 # A producer that does not read its answers waits here, and only that producer.
                 await writer.drain()
                 # Part of a long line is none of many short ones: to wait would only keep its producer waiting.
-                if fed < _LITTLE:
-                    await _gather(writer.transport)
+                if fed < _SMALL_READ_BYTES:
+                    await _pause_reading(writer.transport)
             producer.end(self._now())
             self._commit()
         except ConnectionError:
@@ -223,87 +230,91 @@ class Intake:
         except StorageError as error:
             self._fail(error)
         finally:
-            self._answers.pop(producer, None)
-            if producer.name is not None and self._named.get(producer.name) is producer:
-                del self._named[producer.name]
-            self._open.discard(writer)
+            self._answer_callbacks.pop(producer, None)
+            if producer.name is not None and self._connections_by_client.get(producer.name) is producer:
+                del self._connections_by_client[producer.name]
+            self._open_writers.discard(writer)
             writer.close()
 
-    def _greet(self, producer: Producer, name: str) -> int:
+    def _greet(self, producer: ProducerConnection, name: str) -> int:
         """How many lines of `name` are safe, with what its older connection had sent so far; that one is done for."""
-        older = self._named.get(name)
-        self._named[name] = producer
+        older = self._connections_by_client.get(name)
+        self._connections_by_client[name] = producer
         if older is not None:
             older.retire()
         self._commit()
-        if self._broken:
+        if self._has_failed:
             raise StorageError("the store failed; how far this client got cannot be told")
-        return self._store.mark(CLIENTS, name)
+        return self._store.source_position(CLIENT_SOURCE, name)
 
-    def _commit_soon(self) -> None:
-        if self._group.is_full:
-            self._commit_beside()
-        elif self._group and (self._timer is None or self._group.is_worth_it):
+    def _schedule_commit(self) -> None:
+        if self._group_commit.is_full:
+            self._commit_in_background()
+        elif self._group_commit and (self._timer is None or self._group_commit.is_worth_committing):
             loop = asyncio.get_running_loop()
             now = loop.time()
             if self._timer is None:
-                self._due = now + self._conf.buffer.commit_every
+                self._commit_due_s = now + self._conf.buffer.commit_every
             else:
                 self._timer.cancel()
-            at = min(self._due, now + _QUIET_S) if self._group.is_worth_it else self._due
+            at = (
+                min(self._commit_due_s, now + _QUIET_S)
+                if self._group_commit.is_worth_committing
+                else self._commit_due_s
+            )
             self._timer = loop.call_at(at, self._commit)
 
     def _commit(self) -> None:
         """All that came is on the disk and answered afterwards, unless the store is broken."""
         self._cancel_timer()
-        self._answer_written()
-        if self._group and not self._broken:
-            self._answer(lambda: self._group.commit(self._now()))
+        self._answer_background_write()
+        if self._group_commit and not self._has_failed:
+            self._commit_and_answer(lambda: self._group_commit.commit(self._now()))
 
-    def _commit_beside(self) -> None:
+    def _commit_in_background(self) -> None:
         """Write what came while more is read; waits for what is being written."""
         self._cancel_timer()
-        self._answer_written()
-        if self._broken:
+        self._answer_background_write()
+        if self._has_failed:
             return
-        writing = self._writer.submit(self._group.write, self._group.take(), self._now())
-        self._writing, loop = writing, asyncio.get_running_loop()
+        writing = self._writer.submit(self._group_commit.write, self._group_commit.drain(), self._now())
+        self._background_write, loop = writing, asyncio.get_running_loop()
 
-        def tell(_: object) -> None:
+        def notify(_: object) -> None:
             # The loop may have waited for it and be closed by now.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._answer_written, writing)
+                loop.call_soon_threadsafe(self._answer_background_write, writing)
 
-        writing.add_done_callback(tell)
+        writing.add_done_callback(notify)
 
-    def _answer_written(self, which: object = None) -> None:
+    def _answer_background_write(self, expected: object = None) -> None:
         """Answer for what the second thread writes, once it is done; only if it is `which`, where that is given."""
-        writing = self._writing
-        if writing is not None and which in (None, writing):
-            self._writing = None
-            self._answer(writing.result)
+        writing = self._background_write
+        if writing is not None and expected in (None, writing):
+            self._background_write = None
+            self._commit_and_answer(writing.result)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _answer(self, commit: Callable[[], Mapping[Hashable, Outcome]]) -> None:
+    def _commit_and_answer(self, commit: Callable[[], Mapping[Hashable, CommitOutcome]]) -> None:
         try:
             outcomes = commit()
         except Exception as error:
             self._fail(error)
             return
         for producer, outcome in outcomes.items():
-            answer = self._answers.get(producer)
+            answer = self._answer_callbacks.get(producer)
             if answer is not None:
                 answer(outcome)
-            if not isinstance(producer, Producer):
-                self._answers.pop(producer, None)
-        self._committed()
+            if not isinstance(producer, ProducerConnection):
+                self._answer_callbacks.pop(producer, None)
+        self._on_committed()
 
 
-async def _gather(transport: asyncio.BaseTransport) -> None:
+async def _pause_reading(transport: asyncio.BaseTransport) -> None:
     """Leave what comes to the kernel for a moment: read at once it costs less, and no line wakes this thread."""
     if isinstance(transport, asyncio.ReadTransport):
         transport.pause_reading()
@@ -311,7 +322,7 @@ async def _gather(transport: asyncio.BaseTransport) -> None:
         transport.resume_reading()
 
 
-async def _close(servers: Sequence[asyncio.Server]) -> None:
+async def _close_servers(servers: Sequence[asyncio.Server]) -> None:
     """Accept nothing more; what was just accepted becomes a connection first, which a closed server forgets."""
     loop = asyncio.get_running_loop()
     for listener in [listener for server in servers for listener in server.sockets]:
@@ -322,7 +333,7 @@ async def _close(servers: Sequence[asyncio.Server]) -> None:
         server.close()
 
 
-def _unix_socket(folder: Path) -> socket.socket:
+def _open_unix_socket(folder: Path) -> socket.socket:
     """A listening socket at `<data_dir>/intake.sock`; the folder's lock says no other daemon has it."""
     path = folder / "intake.sock"
     path.unlink(missing_ok=True)

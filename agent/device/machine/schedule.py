@@ -13,33 +13,35 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Protocol
 
 from agent import config
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.errors import ConfigError
 
 _STEP_US = 1_000_000
-_LONGEST_WAIT_S = 60.0
-_REPEATED_US = 3 * 3600 * 1_000_000
+_MAX_WAIT_S = 60.0
+_MAX_REPEATED_US = 3 * 3600 * 1_000_000
 _TICK = timedelta(microseconds=1)
 # crontab(5) counts from Sunday, APScheduler 3 from Monday: names mean the same to both.
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-_DAY = re.compile(rf"(\*|(?P<first>[0-7]|{'|'.join(_DAYS)})(-(?P<last>[0-7]|{'|'.join(_DAYS)}))?)(/(?P<step>[1-7]))?")
+_DAY_PATTERN = re.compile(
+    rf"(\*|(?P<first>[0-7]|{'|'.join(_DAYS)})(-(?P<last>[0-7]|{'|'.join(_DAYS)}))?)(/(?P<step>[1-7]))?"
+)
 
 
 class Schedule(Protocol):
     @property
-    def remembers(self) -> bool:
+    def needs_last_run(self) -> bool:
         """Whether the wall time of each run is to be kept for `parse` after a restart."""
         ...
 
-    def due(self, now: Now, backlog: int) -> bool:
+    def is_due(self, now: ClockReading, backlog: int) -> bool:
         """Whether to run now, with `backlog` rows waiting."""
         ...
 
-    def ran(self, now: Now) -> None:
+    def record_run(self, now: ClockReading) -> None:
         """A run was started at `now`."""
         ...
 
-    def wait_s(self, now: Now) -> float:
+    def wait_s(self, now: ClockReading) -> float:
         """How long nothing needs to be asked, unless rows come."""
         ...
 
@@ -55,64 +57,64 @@ def parse(file: str, task: str, text: str, last_us: int | None = None) -> Schedu
             seconds = config.parse_duration(text.removeprefix("every "))
             if seconds <= 0:
                 raise ValueError("an interval must be longer than nothing")
-            return Every(seconds)
+            return IntervalSchedule(seconds)
         rows = re.fullmatch(r"when (\d+) rows?", text)
         if rows:
-            return When(max(1, int(rows[1])))
-        return Cron(text, last_us)
+            return RowCountSchedule(max(1, int(rows[1])))
+        return CronSchedule(text, last_us)
     except ValueError as error:
         raise ConfigError(
             file, key, f'{text!r}: {error}; write "every 60 s", "when 500 rows" or a cron expression'
         ) from None
 
 
-class Every:
+class IntervalSchedule:
     """Each `seconds`, first at once."""
 
-    remembers = False
+    needs_last_run = False
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._next: float | None = None
 
-    def due(self, now: Now, backlog: int) -> bool:
+    def is_due(self, now: ClockReading, backlog: int) -> bool:
         return self._next is None or now.boot_s >= self._next
 
-    def ran(self, now: Now) -> None:
+    def record_run(self, now: ClockReading) -> None:
         planned = now.boot_s if self._next is None else self._next
         missed = (now.boot_s - planned) // self._seconds
         self._next = planned + (missed + 1) * self._seconds
 
-    def wait_s(self, now: Now) -> float:
+    def wait_s(self, now: ClockReading) -> float:
         return 0.0 if self._next is None else max(0.0, self._next - now.boot_s)
 
 
-class When:
+class RowCountSchedule:
     """As soon as `rows` wait."""
 
-    remembers = False
+    needs_last_run = False
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
 
-    def due(self, now: Now, backlog: int) -> bool:
+    def is_due(self, now: ClockReading, backlog: int) -> bool:
         return backlog >= self._rows
 
-    def ran(self, now: Now) -> None:
+    def record_run(self, now: ClockReading) -> None:
         pass
 
-    def wait_s(self, now: Now) -> float:
-        return _LONGEST_WAIT_S
+    def wait_s(self, now: ClockReading) -> float:
+        return _MAX_WAIT_S
 
 
-class Cron:
+class CronSchedule:
     """At the times of a cron expression, in local time or in `zone`, as crontab(5) has them. Raises ValueError.
 
     Where the clocks go back, a time of a fixed hour comes once; so it does where a wall clock is set back by less than
     three hours, as Debian's cron(8) has it. Where they go forward, a time in the gap comes as if they had not.
     """
 
-    remembers = True
+    needs_last_run = True
 
     def __init__(self, expression: str, last_us: int | None = None, zone: tzinfo | None = None) -> None:
         # Costs 40 ms and several MB: only for those who write a cron expression.
@@ -122,57 +124,57 @@ class Cron:
         if len(fields) != 5:
             raise ValueError(f"a cron expression has 5 fields, this has {len(fields)}")
         minute, hour, day, month, weekday = fields
-        days = [(day, _weekdays(weekday))]
+        days = [(day, _parse_weekdays(weekday))]
         if not day.startswith("*") and not weekday.startswith("*"):
             # crontab(5): where both are given, either is enough.
-            days = [(day, "*"), ("*", _weekdays(weekday))]
+            days = [(day, "*"), ("*", _parse_weekdays(weekday))]
         self._triggers = [
             CronTrigger(minute=minute, hour=hour, day=d, month=month, day_of_week=w, timezone=zone) for d, w in days
         ]
-        self._fixed_hour = not hour.startswith("*")
+        self._has_fixed_hour = not hour.startswith("*")
         self._last = last_us
         self._next: datetime | None = None
-        self._seen: Now | None = None
-        if self._after(datetime(2024, 1, 1, tzinfo=UTC)) is None:
+        self._last_now: ClockReading | None = None
+        if self._find_next(datetime(2024, 1, 1, tzinfo=UTC)) is None:
             raise ValueError("that time never comes")
 
-    def due(self, now: Now, backlog: int) -> bool:
+    def is_due(self, now: ClockReading, backlog: int) -> bool:
         if self._next is None:
-            self._next = self._after(self._begin(now, caught_up=True))
-        elif self._stepped_back(now):
-            self._next = self._after(self._begin(now, caught_up=False))
-        self._seen = now
-        return self._next is not None and _moment(now.wall_us) >= self._next
+            self._next = self._find_next(self._search_start(now, catch_up=True))
+        elif self._has_stepped_back(now):
+            self._next = self._find_next(self._search_start(now, catch_up=False))
+        self._last_now = now
+        return self._next is not None and _to_datetime(now.wall_us) >= self._next
 
-    def ran(self, now: Now) -> None:
+    def record_run(self, now: ClockReading) -> None:
         self._last = now.wall_us
-        self._next = self._after(_moment(now.wall_us) + _TICK)
+        self._next = self._find_next(_to_datetime(now.wall_us) + _TICK)
 
-    def _begin(self, now: Now, *, caught_up: bool) -> datetime:
+    def _search_start(self, now: ClockReading, *, catch_up: bool) -> datetime:
         """From where on to look for the next time: what was missed since the last run is `caught_up` with."""
         if self._last is not None:
             ahead = self._last - now.wall_us
             # One far in the future was before a long step back, and says nothing.
-            if (ahead <= 0 and caught_up) or (self._fixed_hour and 0 < ahead < _REPEATED_US):
-                return _moment(self._last) + _TICK
-        return _moment(now.wall_us)
+            if (ahead <= 0 and catch_up) or (self._has_fixed_hour and 0 < ahead < _MAX_REPEATED_US):
+                return _to_datetime(self._last) + _TICK
+        return _to_datetime(now.wall_us)
 
-    def wait_s(self, now: Now) -> float:
+    def wait_s(self, now: ClockReading) -> float:
         if self._next is None:
             return 0.0
-        return min(_LONGEST_WAIT_S, max(0.0, (self._next - _moment(now.wall_us)).total_seconds()))
+        return min(_MAX_WAIT_S, max(0.0, (self._next - _to_datetime(now.wall_us)).total_seconds()))
 
-    def _after(self, moment: datetime) -> datetime | None:
+    def _find_next(self, moment: datetime) -> datetime | None:
         """The first time at or after `moment`."""
-        times = [_next_time(trigger, moment, self._fixed_hour) for trigger in self._triggers]
+        times = [_next_fire_time(trigger, moment, self._has_fixed_hour) for trigger in self._triggers]
         return min((time for time in times if time is not None), default=None)
 
-    def _stepped_back(self, now: Now) -> bool:
+    def _has_stepped_back(self, now: ClockReading) -> bool:
         # Set back by less than has passed since, the clock shows no time again, and the next one still holds.
-        return self._seen is not None and now.wall_us < self._seen.wall_us - _STEP_US
+        return self._last_now is not None and now.wall_us < self._last_now.wall_us - _STEP_US
 
 
-def _next_time(trigger: Any, moment: datetime, fixed_hour: bool) -> datetime | None:
+def _next_fire_time(trigger: Any, moment: datetime, fixed_hour: bool) -> datetime | None:
     while True:
         found: datetime | None = trigger.get_next_fire_time(None, moment)
         if found is None or not (found.fold and fixed_hour):
@@ -180,32 +182,32 @@ def _next_time(trigger: Any, moment: datetime, fixed_hour: bool) -> datetime | N
         moment = found.astimezone(UTC) + _TICK
 
 
-def _weekdays(text: str) -> str:
+def _parse_weekdays(text: str) -> str:
     """The weekday field of crontab(5), where 0 and 7 are Sunday, as names. Raises ValueError."""
     if text == "*":
         return text
     found: list[int] = []
     for part in text.split(","):
-        match = _DAY.fullmatch(part)
+        match = _DAY_PATTERN.fullmatch(part)
         if match is None:
             raise ValueError(f"{part!r} is no weekday: 0-7, where 0 and 7 are Sunday, or mon, tue, …")
-        first = _day_number(match["first"] or "0")
-        last = _day_number(match["last"] or ("6" if "*" in part or match["step"] else match["first"]))
+        first = _parse_day(match["first"] or "0")
+        last = _parse_day(match["last"] or ("6" if "*" in part or match["step"] else match["first"]))
         if match["last"] == "7" or (last == 0 and first > 0):
             last = 7
         if last < first:
             raise ValueError(f"{part!r} runs backwards")
         found += range(first, last + 1, int(match["step"] or 1))
-    return ",".join(_names(found))
+    return ",".join(_day_names(found))
 
 
-def _day_number(text: str) -> int:
+def _parse_day(text: str) -> int:
     return _DAYS.index(text) if text in _DAYS else int(text)
 
 
-def _names(days: Iterable[int]) -> list[str]:
+def _day_names(days: Iterable[int]) -> list[str]:
     return [_DAYS[day] for day in sorted({day % 7 for day in days})]
 
 
-def _moment(wall_us: int) -> datetime:
+def _to_datetime(wall_us: int) -> datetime:
     return datetime.fromtimestamp(wall_us / 1e6, UTC)

@@ -16,20 +16,24 @@ import msgspec
 import psutil
 
 from agent import config
-from agent.clock import Now
+from agent.clock import ClockReading
 
 log = logging.getLogger("outstation")
 
-_LOOK_S = 10.0
+_CHECK_INTERVAL_S = 10.0
 # A rest ends this much on the good side of where it began: else it would begin anew with each batch.
-_COOLER, _FULLER = 5.0, 5.0
+_TEMPERATURE_HYSTERESIS, _BATTERY_HYSTERESIS = 5.0, 5.0
 # °C; some sensors of some boards say 0, or a number of the driver's own, for ever.
-_PLAUSIBLE = (0.0, 200.0)
-_THROTTLED = Path("devices/platform/soc/soc:firmware/get_throttled")
-_HELD_BACK = {0x1: "its supply voltage is too low", 0x4: "it is throttled", 0x8: "it is at its soft temperature limit"}
+_PLAUSIBLE_TEMPERATURES = (0.0, 200.0)
+_GET_THROTTLED_PATH = Path("devices/platform/soc/soc:firmware/get_throttled")
+_THROTTLE_FLAGS = {
+    0x1: "its supply voltage is too low",
+    0x4: "it is throttled",
+    0x8: "it is at its soft temperature limit",
+}
 
 
-class Condition(msgspec.Struct, frozen=True):
+class ThermalPowerStatus(msgspec.Struct, frozen=True):
     """°C of the hottest sensor, % of the emptiest battery that is being emptied; None where nothing tells.
 
     `resting`: why tasks wait, "" where they do not.
@@ -37,74 +41,78 @@ class Condition(msgspec.Struct, frozen=True):
 
     temperature: float | None = None
     battery: float | None = None
-    resting: str = ""
+    pause_reason: str = ""
 
-    def shown(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """Members for health and status; none where nothing tells."""
-        members = {"temperature": self.temperature, "battery": self.battery, "resting": self.resting or None}
+        members = {"temperature": self.temperature, "battery": self.battery, "resting": self.pause_reason or None}
         return {name: value for name, value in members.items() if value is not None}
 
 
-class Care:
+class Throttle:
     """Looks every ten seconds at most. `root` is where sysfs is."""
 
-    def __init__(self, conf: config.Care, root: Path = Path("/sys")) -> None:
+    def __init__(self, conf: config.ThrottleConfig, root: Path = Path("/sys")) -> None:
         self._conf, self._root = conf, root
-        self.condition = Condition()
-        self._look_at_s = float("-inf")
+        self.status = ThermalPowerStatus()
+        self._next_check_s = float("-inf")
 
-    def turn(self, now: Now) -> Condition:
-        if now.boot_s < self._look_at_s:
-            return self.condition
-        self._look_at_s = now.boot_s + _LOOK_S
-        before = self.condition
-        found = Condition(self._temperature(), self._battery())
-        self.condition = Condition(found.temperature, found.battery, self._reason(found, resting=bool(before.resting)))
-        if bool(before.resting) != bool(self.condition.resting):
-            after = self.condition.resting
-            log.warning("tasks %s", f"wait: {after}" if after else f"go on; they waited because: {before.resting}")
-        return self.condition
+    def tick(self, now: ClockReading) -> ThermalPowerStatus:
+        if now.boot_s < self._next_check_s:
+            return self.status
+        self._next_check_s = now.boot_s + _CHECK_INTERVAL_S
+        before = self.status
+        found = ThermalPowerStatus(self._read_temperature(), self._read_battery())
+        self.status = ThermalPowerStatus(
+            found.temperature, found.battery, self._find_pause_reason(found, is_paused=bool(before.pause_reason))
+        )
+        if bool(before.pause_reason) != bool(self.status.pause_reason):
+            after = self.status.pause_reason
+            log.warning("tasks %s", f"wait: {after}" if after else f"go on; they waited because: {before.pause_reason}")
+        return self.status
 
-    def _reason(self, found: Condition, *, resting: bool) -> str:
-        hottest = self._conf.max_temperature - (_COOLER if resting else 0.0)
-        if found.temperature is not None and found.temperature > hottest:
+    def _find_pause_reason(self, measured: ThermalPowerStatus, *, is_paused: bool) -> str:
+        hottest = self._conf.max_temperature - (_TEMPERATURE_HYSTERESIS if is_paused else 0.0)
+        if measured.temperature is not None and measured.temperature > hottest:
             most = self._conf.max_temperature
-            limits = f"more than {most:g} °C ([care] max_temperature), until {most - _COOLER:g} °C"
-            return f"{found.temperature:.0f} °C; {limits}"
-        emptiest = self._conf.min_battery + (_FULLER if resting else 0.0)
-        if found.battery is not None and found.battery < emptiest:
+            limits = f"more than {most:g} °C ([care] max_temperature), until {most - _TEMPERATURE_HYSTERESIS:g} °C"
+            return f"{measured.temperature:.0f} °C; {limits}"
+        emptiest = self._conf.min_battery + (_BATTERY_HYSTERESIS if is_paused else 0.0)
+        if measured.battery is not None and measured.battery < emptiest:
             least = self._conf.min_battery
-            limits = f"less than {least:g} % ([care] min_battery), until {least + _FULLER:g} %"
-            return f"battery at {found.battery:.0f} %; {limits}"
-        return self._held_back() if self._conf.throttled == "wait" else ""
+            limits = f"less than {least:g} % ([care] min_battery), until {least + _BATTERY_HYSTERESIS:g} %"
+            return f"battery at {measured.battery:.0f} %; {limits}"
+        return self._describe_throttling() if self._conf.throttled == "wait" else ""
 
-    def _temperature(self) -> float | None:
-        found = [value / 1000 for value in self._numbers("class/thermal/thermal_zone*/temp")]
-        return max((one for one in found if _PLAUSIBLE[0] < one < _PLAUSIBLE[1]), default=None)
+    def _read_temperature(self) -> float | None:
+        found = [value / 1000 for value in self._read_numbers("class/thermal/thermal_zone*/temp")]
+        return max(
+            (one for one in found if _PLAUSIBLE_TEMPERATURES[0] < one < _PLAUSIBLE_TEMPERATURES[1]), default=None
+        )
 
-    def _battery(self) -> float | None:
+    def _read_battery(self) -> float | None:
         levels = []
         for supply in self._root.glob("class/power_supply/*"):
-            if self._text(supply / "type") == "Battery" and self._text(supply / "status") == "Discharging":
+            if self._read_text(supply / "type") == "Battery" and self._read_text(supply / "status") == "Discharging":
                 with contextlib.suppress(ValueError):
-                    levels.append(float(self._text(supply / "capacity")))
+                    levels.append(float(self._read_text(supply / "capacity")))
         return min((one for one in levels if 0.0 <= one <= 100.0), default=None)
 
-    def _held_back(self) -> str:
+    def _describe_throttling(self) -> str:
         try:
-            bits = int(self._text(self._root / _THROTTLED), 16)
+            bits = int(self._read_text(self._root / _GET_THROTTLED_PATH), 16)
         except ValueError:
             return ""
-        told = [what for bit, what in _HELD_BACK.items() if bits & bit]
+        told = [what for bit, what in _THROTTLE_FLAGS.items() if bits & bit]
         return f"the firmware holds the processor back: {', '.join(told)}" if told else ""
 
-    def _numbers(self, pattern: str) -> Iterator[float]:
+    def _read_numbers(self, pattern: str) -> Iterator[float]:
         for path in self._root.glob(pattern):
             with contextlib.suppress(ValueError):
-                yield float(self._text(path))
+                yield float(self._read_text(path))
 
     @staticmethod
-    def _text(path: Path) -> str:
+    def _read_text(path: Path) -> str:
         """Empty where it cannot be read: a sensor may refuse, or go, at any moment."""
         try:
             return path.read_text(encoding="ascii", errors="replace").strip()
@@ -112,7 +120,7 @@ class Care:
             return ""
 
 
-def step_back(conf: config.Care) -> None:
+def lower_priority(conf: config.ThrottleConfig) -> None:
     """Give this thread, which runs the models, a lower priority than those that take and send, and than the machine."""
     try:
         # On Linux both are a thread's own; 0 is the calling one. Where a service manager has set them, as Nice= of our

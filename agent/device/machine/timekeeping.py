@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 
 from agent import clock
-from agent.clock import Now
-from agent.device.store.clock_segments import LOG, QUALITIES, UNANNOUNCED, Segment
-from agent.device.store.message_log import Author
+from agent.clock import ClockReading
+from agent.device.store.clock_segments import ANCHORED_LOG, QUALITIES, UNANNOUNCED, ClockSegment
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import StorageError, StorageFull
@@ -31,210 +31,212 @@ log = logging.getLogger("outstation.clock")
 FLOOR, SYNCED, STEPS, ALERT = "time floor", "synced time", "clock steps", "clock alert"
 _FLOOR_LEAD_US = 86_400_000_000
 _REFRESH_S = 60.0
-_DAILY_S = 86_400.0
+_ANCHOR_INTERVAL_S = 86_400.0
 _FULL_RETRY_S = 10.0
 # A clock that gains and loses its time service by the second does not fill the log.
-_QUALITY_S = 60.0
+_QUALITY_INTERVAL_S = 60.0
 # After a start a time service needs a while; a clock that nobody vouches for may be right all the same.
-_PATIENCE_S = {"unsynced": 120.0, "restored": 3600.0}
-_NEWS_S = 600.0
-_ALERT_EVERY_S = 3600.0
+_ALERT_DELAY_S = {"unsynced": 120.0, "restored": 3600.0}
+_INCIDENT_S = 600.0
+_ALERT_INTERVAL_S = 3600.0
 
 
-def clock_of(store: Store) -> Callable[[], Now]:
+def make_clock(store: Store) -> Callable[[], ClockReading]:
     """Both clocks, judged by the times that this store has seen pass."""
     floors = (clock.BUILD_FLOOR_US, 0)
     due_s = float("-inf")
 
-    def now() -> Now:
+    def now() -> ClockReading:
         nonlocal floors, due_s
         if clock.boot_seconds() >= due_s:
             due_s = clock.boot_seconds() + _REFRESH_S
             with contextlib.suppress(StorageError):
-                floors = (max(clock.BUILD_FLOOR_US, int(store.meta(FLOOR, "0"))), int(store.meta(SYNCED, "0")))
+                floors = (max(clock.BUILD_FLOOR_US, int(store.get_meta(FLOOR, "0"))), int(store.get_meta(SYNCED, "0")))
         return clock.read(*floors)
 
     return now
 
 
-def believable(told_us: int, now: Now) -> bool:
+def is_plausible_time(signed_us: int, now: ClockReading) -> bool:
     """Whether the time somebody signed may raise the floor."""
-    return now.quality != "synced" or told_us <= now.wall_us + _FLOOR_LEAD_US
+    return now.quality != "synced" or signed_us <= now.wall_us + _FLOOR_LEAD_US
 
 
-class _Last(msgspec.Struct):
+class _LastAnchor(msgspec.Struct):
     """The last anchor of this run."""
 
-    segment: Segment
+    segment: ClockSegment
     quality: str
-    at_s: float
+    boot_s: float
 
 
 class Timekeeper:
     """Watches both clocks, a turn at a time; writes anchors and the `clock` alert."""
 
-    def __init__(self, store: Store, author: Author) -> None:
-        self._store, self._author = store, author
-        self._last: _Last | None = None
-        self._retry_at = self._alert_at = self._news_at = float("-inf")
-        self._unsure_since: tuple[str, float] | None = None
-        self._news = ""
-        self._vouched = False
+    def __init__(self, store: Store, message_log: MessageLog) -> None:
+        self._store, self._message_log = store, message_log
+        self._last_anchor: _LastAnchor | None = None
+        self._retry_at = self._next_alert_s = self._incident_s = float("-inf")
+        self._not_synced_since: tuple[str, float] | None = None
+        self._incident = ""
+        self._was_synced = False
 
-    def turn(self, now: Now) -> None:
+    def tick(self, now: ClockReading) -> None:
         """Write what is due at `now`. A full store delays it."""
         if now.boot_s < self._retry_at:
             return
         try:
-            why = self._why(now)
+            why = self._find_anchor_reason(now)
             if why is not None:
-                self._anchor(now, why)
-            self._alert(now)
+                self._write_anchor(now, why)
+            self._update_alert(now)
         except StorageFull as full:
             self._retry_at = now.boot_s + _FULL_RETRY_S
             log.error("%s; the clock's anchor is written once there is room", full)
 
-    def _why(self, now: Now) -> str | None:
-        last = self._last
+    def _find_anchor_reason(self, now: ClockReading) -> str | None:
+        last = self._last_anchor
         if last is None:
             return "start"
         if not last.segment.fits(now):
             return "step"
-        if last.quality != now.quality and (now.boot_s >= last.at_s + _QUALITY_S or self._is_first_word(now)):
+        if last.quality != now.quality and (
+            now.boot_s >= last.boot_s + _QUALITY_INTERVAL_S or self._is_first_sync(now)
+        ):
             return now.quality
-        if now.boot_s >= last.at_s + _DAILY_S:
+        if now.boot_s >= last.boot_s + _ANCHOR_INTERVAL_S:
             return "daily"
-        if self._store.meta(LOG, "") != self._author.log_id:
+        if self._store.get_meta(ANCHORED_LOG, "") != self._message_log.log_id:
             return "log"
         # The intake met a segment that was over before this loop came round.
-        return "segment" if self._store.meta(UNANNOUNCED, "") else None
+        return "segment" if self._store.get_meta(UNANNOUNCED, "") else None
 
-    def _is_first_word(self, now: Now) -> bool:
+    def _is_first_sync(self, now: ClockReading) -> bool:
         """The one that dates all rows before it; a clock is often set a moment before it is vouched for."""
-        return now.quality == "synced" and not self._vouched
+        return now.quality == "synced" and not self._was_synced
 
-    def _anchor(self, now: Now, why: str) -> None:
+    def _write_anchor(self, now: ClockReading, reason: str) -> None:
         with self._store.transaction() as tx:
-            tx.segments.belong_to(self._author.log_id)
+            tx.segments.bind_to_log(self._message_log.log_id)
             previous = tx.segments.last_announced()
             segment = tx.segments.observe(now)
             for other in tx.segments.unannounced():
                 if (other.boot, other.number) != (segment.boot, segment.number):
-                    self._write(tx, other, _seen_in(other), "segment", 0, now)
-                    tx.segments.announce(other, current=False)
+                    self._write_anchor_message(tx, other, _last_reading(other), "segment", 0, now)
+                    tx.segments.mark_announced(other, current=False)
             step = segment.offset_us - previous.offset_us if previous is not None else 0
-            before = tx.segments.before() if why == "start" else None
-            self._write(tx, segment, now, why, step, now, before)
-            tx.segments.announce(segment, current=True)
+            before = tx.segments.previous_boot_end() if reason == "start" else None
+            self._write_anchor_message(tx, segment, now, reason, step, now, before)
+            tx.segments.mark_announced(segment, current=True)
             if step:
-                tx.set_meta(STEPS, f"{segment.boot} {steps(self._store) + 1}")
-            told_us = int(tx.meta(FLOOR, "0"))
-            disagrees = not believable(told_us, now)
+                tx.set_meta(STEPS, f"{segment.boot} {count_steps(self._store) + 1}")
+            told_us = int(tx.get_meta(FLOOR, "0"))
+            disagrees = not is_plausible_time(told_us, now)
             if now.quality == "synced":
                 tx.set_meta(SYNCED, str(now.wall_us))
             if disagrees:
                 tx.set_meta(FLOOR, str(now.wall_us))
-            tx.segments.forget()
+            tx.segments.prune()
         if step:
-            self._note_step(step, now)
+            self._record_step(step, now)
         if disagrees:
-            self._tell_soon(
-                f"The collector said that it was {clock.rfc3339(told_us)}, a time service vouches for "
-                f"{clock.rfc3339(now.wall_us)}, which counts: one of the two is wrong.",
+            self._set_incident(
+                f"The collector said that it was {clock.to_rfc3339(told_us)}, a time service vouches for "
+                f"{clock.to_rfc3339(now.wall_us)}, which counts: one of the two is wrong.",
                 now,
             )
-        self._last = _Last(segment, now.quality, now.boot_s)
-        self._vouched = self._vouched or now.quality == "synced"
+        self._last_anchor = _LastAnchor(segment, now.quality, now.boot_s)
+        self._was_synced = self._was_synced or now.quality == "synced"
 
-    def _note_step(self, step: int, now: Now) -> None:
-        log.warning("the clock was set by %+.1f s, to %s", step / 1e6, clock.rfc3339(now.wall_us))
-        if self._last is not None and self._last.quality == "synced":
-            self._tell_soon(
+    def _record_step(self, step: int, now: ClockReading) -> None:
+        log.warning("the clock was set by %+.1f s, to %s", step / 1e6, clock.to_rfc3339(now.wall_us))
+        if self._last_anchor is not None and self._last_anchor.quality == "synced":
+            self._set_incident(
                 f"The clock was set by {step / 1e6:+.1f} s although a time service had vouched for it.", now
             )
 
-    def _tell_soon(self, news: str, now: Now) -> None:
+    def _set_incident(self, incident: str, now: ClockReading) -> None:
         """With the next alert; for a while this is the trouble with a clock that is vouched for."""
-        log.warning("%s", news)
-        self._news_at, self._news = now.boot_s, news
+        log.warning("%s", incident)
+        self._incident_s, self._incident = now.boot_s, incident
 
-    def _write(
+    def _write_anchor_message(
         self,
         tx: Transaction,
-        segment: Segment,
-        seen: Now,
-        why: str,
+        segment: ClockSegment,
+        reading: ClockReading,
+        reason: str,
         step: int,
-        now: Now,
+        now: ClockReading,
         before: tuple[int, int] | None = None,
     ) -> None:
         """`seen`: what both clocks showed in `segment`; `now`: the time of the message."""
         evidence: dict[str, Any] = {
-            "why": why,
+            "why": reason,
             "boot": segment.boot,
             "segment": segment.number,
-            "boot_us": seen.boot_us,
-            "wall_us": seen.wall_us,
-            "quality": seen.quality,
-            "error_us": seen.error_us,
+            "boot_us": reading.boot_us,
+            "wall_us": reading.wall_us,
+            "quality": reading.quality,
+            "error_us": reading.error_us,
             "step_us": step,
         }
         if before is not None:
             evidence["before"] = {"boot": before[0], "boot_us": before[1]}
         moved = f" It was set by {step / 1e6:+.1f} s." if step else ""
-        within = f", to {seen.error_us / 1e6:.3f} s" if seen.error_us is not None else ""
-        summary = f"The clock showed {clock.rfc3339(seen.wall_us)}, {seen.quality}{within}.{moved}"
-        self._author.write(tx, "audit", None, {"event": "clock", "summary": summary, "evidence": evidence}, now)
+        within = f", to {reading.error_us / 1e6:.3f} s" if reading.error_us is not None else ""
+        summary = f"The clock showed {clock.to_rfc3339(reading.wall_us)}, {reading.quality}{within}.{moved}"
+        self._message_log.append(tx, "audit", None, {"event": "clock", "summary": summary, "evidence": evidence}, now)
 
-    def _alert(self, now: Now) -> None:
-        is_open = self._store.meta(ALERT, "") != ""
-        trouble = self._trouble(now)
-        if trouble and not is_open and now.boot_s >= self._alert_at:
-            self._alert_at = now.boot_s + _ALERT_EVERY_S
-            self._tell("raised", "warning", trouble, now)
+    def _update_alert(self, now: ClockReading) -> None:
+        is_open = self._store.get_meta(ALERT, "") != ""
+        trouble = self._find_problem(now)
+        if trouble and not is_open and now.boot_s >= self._next_alert_s:
+            self._next_alert_s = now.boot_s + _ALERT_INTERVAL_S
+            self._write_alert("raised", "warning", trouble, now)
         elif is_open and not trouble and now.quality == "synced":
-            self._tell("cleared", "info", "A time service vouches for the clock again.", now)
+            self._write_alert("cleared", "info", "A time service vouches for the clock again.", now)
 
-    def _trouble(self, now: Now) -> str:
+    def _find_problem(self, now: ClockReading) -> str:
         if now.quality == "synced":
-            self._unsure_since = None
-        elif self._unsure_since is None or self._unsure_since[0] != now.quality:
-            self._unsure_since = (now.quality, now.boot_s)
-        elif now.boot_s >= self._unsure_since[1] + _PATIENCE_S[now.quality]:
+            self._not_synced_since = None
+        elif self._not_synced_since is None or self._not_synced_since[0] != now.quality:
+            self._not_synced_since = (now.quality, now.boot_s)
+        elif now.boot_s >= self._not_synced_since[1] + _ALERT_DELAY_S[now.quality]:
             wrong = "is wrong: it shows a time that has passed" if now.quality == "unsynced" else "may be wrong"
             return (
-                f"The clock ({clock.rfc3339(now.wall_us)}) {wrong}, and no time service has set it. Rows are dated "
+                f"The clock ({clock.to_rfc3339(now.wall_us)}) {wrong}, and no time service has set it. Rows are dated "
                 "afterwards, once one does; check systemd-timesyncd or chrony and the way to its server."
             )
-        return self._news if now.boot_s < self._news_at + _NEWS_S else ""
+        return self._incident if now.boot_s < self._incident_s + _INCIDENT_S else ""
 
-    def _tell(self, state: str, severity: str, summary: str, now: Now) -> None:
+    def _write_alert(self, state: str, severity: str, summary: str, now: ClockReading) -> None:
         body = {"alert": "clock", "subject": "clock", "state": state, "severity": severity, "id": "clock"}
         evidence = {"quality": now.quality, "boot_us": now.boot_us, "wall_us": now.wall_us}
         with self._store.transaction() as tx:
             tx.set_meta(ALERT, state if state == "raised" else "")
-            self._author.write(tx, "alerts", None, {**body, "summary": summary, "evidence": evidence}, now)
+            self._message_log.append(tx, "alerts", None, {**body, "summary": summary, "evidence": evidence}, now)
 
 
-def report(store: Store, now: Now) -> dict[str, Any]:
+def build_report(store: Store, now: ClockReading) -> dict[str, Any]:
     """What health and `outstation status` say of the clock; `synced`: when a time service last vouched for it."""
-    synced, floor = int(store.meta(SYNCED, "0")), max(clock.BUILD_FLOOR_US, int(store.meta(FLOOR, "0")))
+    synced, floor = int(store.get_meta(SYNCED, "0")), max(clock.BUILD_FLOOR_US, int(store.get_meta(FLOOR, "0")))
     return {
         "boot": store.boot,
         "boot_us": now.boot_us,
         "error_us": now.error_us,
-        "steps": steps(store),
-        "synced": clock.rfc3339(synced) if synced else None,
-        "floor": clock.rfc3339(floor),
+        "steps": count_steps(store),
+        "synced": clock.to_rfc3339(synced) if synced else None,
+        "floor": clock.to_rfc3339(floor),
     }
 
 
-def steps(store: Store) -> int:
+def count_steps(store: Store) -> int:
     """How often the wall clock was set in this boot, as far as was seen."""
-    boot, count = store.meta(STEPS, "0 0").split()
+    boot, count = store.get_meta(STEPS, "0 0").split()
     return int(count) if int(boot) == store.boot else 0
 
 
-def _seen_in(segment: Segment) -> Now:
+def _last_reading(segment: ClockSegment) -> ClockReading:
     wall_us = segment.offset_us + segment.last_us
-    return Now(wall_us, segment.last_us / 1e6, QUALITIES[segment.quality], segment.error_us)
+    return ClockReading(wall_us, segment.last_us / 1e6, QUALITIES[segment.quality], segment.error_us)

@@ -12,99 +12,107 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.clock import Now
-from agent.device.store.message_log import Author
+from agent.clock import ClockReading
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.drift.baseline.learning import Learning
-from agent.drift.monitor import Judge
-from agent.drift.state import State
+from agent.drift.baseline.learning import LearningState
+from agent.drift.monitor import DriftMonitor
+from agent.drift.state import DriftState
 from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
 
-STATE, LEARNING, SITE = "drift", "learning", "site reference"
+STATE_NAME, LEARNING_NAME, SITE_REFERENCE_NAME = "drift", "learning", "site reference"
 
 
-class Ended(msgspec.Struct, frozen=True):
+class ClosingMessages(msgspec.Struct, frozen=True):
     """`messages` (kind, body) that say what is no more."""
 
     messages: list[tuple[str, dict[str, Any]]]
 
 
-def keep(tx: Transaction, task: str, judge: Judge, state: State, before: State | None) -> None:
+def save(tx: Transaction, task: str, monitor: DriftMonitor, state: DriftState, previous: DriftState | None) -> None:
     """`before` is what was kept last, if anything was."""
-    tx.keep(task, STATE, judge.to_bytes(state))
-    if before is None or before.learning is not state.learning:
-        tx.keep(task, LEARNING, state.learning.to_bytes())
-    if before is not None and before.site is state.site:
+    tx.save_state(task, STATE_NAME, monitor.to_bytes(state))
+    if previous is None or previous.learning is not state.learning:
+        tx.save_state(task, LEARNING_NAME, state.learning.to_bytes())
+    if previous is not None and previous.site_reference is state.site_reference:
         return
-    if state.site is None:
-        tx.drop(task, SITE)
+    if state.site_reference is None:
+        tx.delete_state(task, SITE_REFERENCE_NAME)
     else:
-        tx.keep(task, SITE, state.site.to_json())
+        tx.save_state(task, SITE_REFERENCE_NAME, state.site_reference.to_json())
 
 
-def restore(store: Store, task: str, judge: Judge) -> tuple[State, Ended | None]:
+def restore(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, ClosingMessages | None]:
     """What is remembered of the task; and what another bundle had begun, to end with the next state that is kept."""
-    past = store.state(task, STATE)
+    past = store.load_state(task, STATE_NAME)
     if past is None:
-        return judge.start(), None
+        return monitor.start(), None
     try:
-        return judge.restore(past, store.state(task, LEARNING), store.state(task, SITE)), None
+        return monitor.restore(
+            past, store.load_state(task, LEARNING_NAME), store.load_state(task, SITE_REFERENCE_NAME)
+        ), None
     except ValueError:
-        return _anew(task, judge.start(), past, store.state(task, SITE))
+        return _restart(task, monitor.start(), past, store.load_state(task, SITE_REFERENCE_NAME))
 
 
-def seen(store: Store, task: str) -> State | None:
+def load_for_display(store: Store, task: str) -> DriftState | None:
     """The same for people, whatever bundle it is of; None where there is nothing to read."""
-    past, learning = store.state(task, STATE), store.state(task, LEARNING)
+    past, learning = store.load_state(task, STATE_NAME), store.load_state(task, LEARNING_NAME)
     try:
-        state = None if past is None else State.joined(past, store.state(task, SITE))
-        return state and (state if learning is None else replace(state, learning=Learning.from_bytes(learning)))
+        state = None if past is None else DriftState.from_parts(past, store.load_state(task, SITE_REFERENCE_NAME))
+        return state and (state if learning is None else replace(state, learning=LearningState.from_bytes(learning)))
     except ValueError:
         return None
 
 
-def end(tx: Transaction, author: Author, task: str, ended: Ended, now: Now) -> None:
-    tx.drop(task, LEARNING)
-    tx.drop(task, SITE)
-    say(tx, author, task, ended, now)
+def discard_learned(
+    tx: Transaction, message_log: MessageLog, task: str, closing: ClosingMessages, now: ClockReading
+) -> None:
+    tx.delete_state(task, LEARNING_NAME)
+    tx.delete_state(task, SITE_REFERENCE_NAME)
+    write_closing_messages(tx, message_log, task, closing, now)
 
 
-def say(tx: Transaction, author: Author, task: str, ended: Ended, now: Now) -> None:
-    for kind, body in ended.messages:
-        author.write(tx, kind, task if kind == "alerts" else None, body, now)
+def write_closing_messages(
+    tx: Transaction, message_log: MessageLog, task: str, closing: ClosingMessages, now: ClockReading
+) -> None:
+    for kind, body in closing.messages:
+        message_log.append(tx, kind, task if kind == "alerts" else None, body, now)
 
 
-def ended(task: str, past: bytes, site: bytes | None, why: str) -> Ended:
+def build_closing_messages(task: str, saved_state: bytes, site: bytes | None, reason: str) -> ClosingMessages:
     """What is to be said when nothing that this state knows holds any more, because of `why`."""
     try:
-        old = State.joined(past, site)
+        old = DriftState.from_parts(saved_state, site)
     except ValueError:
-        return Ended([])
-    messages: list[tuple[str, dict[str, Any]]] = [("alerts", body) for body in _open_alerts(task, old, why)]
-    if old.site is not None:
-        summary = f"{task}: {why}, so this site's reference is learned anew."
-        evidence = {"task": task, "asked": "bundle changed", "site": old.site.digest, "by": "the agent"}
+        return ClosingMessages([])
+    messages: list[tuple[str, dict[str, Any]]] = [("alerts", body) for body in _build_cleared_alerts(task, old, reason)]
+    if old.site_reference is not None:
+        summary = f"{task}: {reason}, so this site's reference is learned anew."
+        evidence = {"task": task, "asked": "bundle changed", "site": old.site_reference.digest, "by": "the agent"}
         messages.append(("audit", {"event": "reference reset", "summary": summary, "evidence": evidence}))
-    return Ended(messages)
+    return ClosingMessages(messages)
 
 
-def _anew(task: str, start: State, past: bytes, site: bytes | None) -> tuple[State, Ended]:
+def _restart(
+    task: str, start: DriftState, saved_state: bytes, site: bytes | None
+) -> tuple[DriftState, ClosingMessages]:
     """Nothing that was learned for another bundle holds for this one."""
-    said = ended(task, past, site, "the bundle, or the agent, was changed")
+    said = build_closing_messages(task, saved_state, site, "the bundle, or the agent, was changed")
     try:
-        old = State.from_bytes(past)
+        old = DriftState.from_bytes(saved_state)
     except ValueError:
         return start, said
     # Names of alerts are never used twice.
-    raised = np.full_like(start.raised, old.raised.max(initial=0))
-    return replace(start, raised=raised, learned=old.learned), said
+    raised = np.full_like(start.raised_counts, old.raised_counts.max(initial=0))
+    return replace(start, raised_counts=raised, learned_count=old.learned_count), said
 
 
-def _open_alerts(task: str, old: State, why: str) -> Iterator[dict[str, Any]]:
+def _build_cleared_alerts(task: str, old: DriftState, reason: str) -> Iterator[dict[str, Any]]:
     """Cleared: what they were against is gone."""
     subjects = (*old.fields, OUTPUT, SCORE, JOINT)
-    kinds = ("drift", old.detectors.open_subjects), ("fault", old.faulty)
+    kinds = ("drift", old.suite.open_subjects), ("fault", old.faulty)
     for column, (kind, is_open) in enumerate(kinds):
         for i in np.flatnonzero(is_open).tolist():
             yield {
@@ -112,7 +120,7 @@ def _open_alerts(task: str, old: State, why: str) -> Iterator[dict[str, Any]]:
                 "subject": subjects[i],
                 "state": "cleared",
                 "severity": "info",
-                "id": f"{task}/{subjects[i]}/{kind}/{old.raised[i, column]}",
-                "summary": f"{subjects[i]}: no longer watched as before: {why}.",
+                "id": f"{task}/{subjects[i]}/{kind}/{old.raised_counts[i, column]}",
+                "summary": f"{subjects[i]}: no longer watched as before: {reason}.",
                 "evidence": {},
             }

@@ -9,163 +9,181 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from agent import clock
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.intake import labels
-from agent.device.intake.labels import Asked
+from agent.device.intake.labels import LabelTarget
 from agent.device.pipeline import measured
-from agent.device.pipeline.batch import Task
-from agent.device.pipeline.measured import Taken, truth_of
+from agent.device.pipeline.batch import LoadedTask
+from agent.device.pipeline.measured import LabelWindow, build_label_schema
 from agent.device.store import labels as labelled
-from agent.device.store.labels import MOST_LABELS, Labelled
-from agent.device.store.message_log import Author
+from agent.device.store.labels import StoredLabel
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.drift.reporting.alert_text import Alert
 from agent.performance import degradation, feedback
-from agent.performance.degradation import Finding, Promise
+from agent.performance.degradation import DegradationEvent, PromisedAccuracy
 from agent.performance.labels import MODEL
 from agent.wire.messages import encode
 
-STATE, SHOWN = "quality", "quality shown"
-EACH, MOST, DAILY_S = 50, 500, 86_400.0
-_EARLY = 200
+STATE_NAME, LAST_MESSAGE_NAME = "quality", "quality shown"
+LABELS_PER_MESSAGE, MAX_LABELS_PER_MESSAGE, MAX_REPORT_INTERVAL_S = 50, 500, 86_400.0
+_EARLY_BATCH = 200
 
 
-def asked(tasks: Sequence[Task]) -> dict[str, Asked]:
+def build_label_targets(tasks: Sequence[LoadedTask]) -> dict[str, LabelTarget]:
     """What the intake must know to take labels of these tasks."""
-    return {task.name: Asked(task.config.stream, truth_of(task)) for task in tasks}
+    return {task.name: LabelTarget(task.config.stream, build_label_schema(task)) for task in tasks}
 
 
-def turn(task: Task, store: Store, author: Author, now: Now, keep_s: float) -> int:
+def tick(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading, keep_s: float) -> int:
     """Join labels that waited, and report where it is time to; how many alerts. Raises StorageError."""
-    _settle(task, store, now, keep_s)
+    _join_early_labels(task, store, now, keep_s)
     alerts = 0
-    while (found := _due(task, store, now)) is not None:
-        alerts += _report(task, store, author, found, now)
+    while (found := _load_due_state(task, store, now)) is not None:
+        alerts += _write_report(task, store, message_log, found, now)
     return alerts
 
 
-def _settle(task: Task, store: Store, now: Now, keep_s: float) -> None:
-    span = store.ask(labelled.span, task.name)
+def _join_early_labels(task: LoadedTask, store: Store, now: ClockReading, keep_s: float) -> None:
+    span = store.query(labelled.load_span, task.name)
     if span is None:
         return
     while True:
         with store.transaction() as tx:
-            waiting = labelled.early(tx.connection, task.name, span, tx.uptime_s(now) - keep_s, _EARLY)
-            labels.settle_early(tx, task.name, waiting)
-        if len(waiting) < _EARLY:
+            waiting = labelled.load_early(tx.connection, task.name, span, tx.uptime_s(now) - keep_s, _EARLY_BATCH)
+            labels.join_early_labels(tx, task.name, waiting)
+        if len(waiting) < _EARLY_BATCH:
             return
 
 
-def _due(task: Task, store: Store, now: Now) -> degradation.State | None:
+def _load_due_state(task: LoadedTask, store: Store, now: ClockReading) -> degradation.DegradationState | None:
     """The task's state where a message is due."""
-    state = _state(task, store)
-    waiting = store.ask(labelled.after, task.name, state.number, EACH)
-    if len(waiting) >= EACH:
+    state = _load_state(task, store)
+    waiting = store.query(labelled.next_numbers, task.name, state.last_number, LABELS_PER_MESSAGE)
+    if len(waiting) >= LABELS_PER_MESSAGE:
         return state
     if not waiting:
         return None
     with store.transaction() as tx:
         at_s = tx.uptime_s(now)
-        if not state.at_s:
+        if not state.last_message_s:
             # The day begins with the first label.
-            state.at_s = max(at_s, 1.0)
-            tx.keep(task.name, STATE, state.to_bytes())
-    return state if at_s >= state.at_s + DAILY_S else None
+            state.last_message_s = max(at_s, 1.0)
+            tx.save_state(task.name, STATE_NAME, state.to_bytes())
+    return state if at_s >= state.last_message_s + MAX_REPORT_INTERVAL_S else None
 
 
-def _state(task: Task, store: Store) -> degradation.State:
-    kept = store.state(task.name, STATE)
+def _load_state(task: LoadedTask, store: Store) -> degradation.DegradationState:
+    kept = store.load_state(task.name, STATE_NAME)
     digest = task.bundle.digest
     if kept is not None:
         try:
-            state = degradation.State.from_bytes(kept)
+            state = degradation.DegradationState.from_bytes(kept)
         except ValueError:
-            return degradation.State(digest)
+            return degradation.DegradationState(digest)
         if state.bundle == digest:
             return state
         # Of another bundle: what was open against it says nothing about this one.
-        return degradation.State(digest, number=state.number, at_s=state.at_s)
-    return degradation.State(digest)
+        return degradation.DegradationState(digest, last_number=state.last_number, last_message_s=state.last_message_s)
+    return degradation.DegradationState(digest)
 
 
-def _report(task: Task, store: Store, author: Author, state: degradation.State, now: Now) -> int:
+def _write_report(
+    task: LoadedTask, store: Store, message_log: MessageLog, state: degradation.DegradationState, now: ClockReading
+) -> int:
     """One message; labels and state are as they were until all of it is committed."""
-    numbers = store.ask(labelled.after, task.name, state.number, MOST // 2)
-    window = store.ask(labelled.labelled, task.name, state.bundle, numbers[-1], MOST)
-    taken = Taken.of(task, window, state)
-    alerts = [*_cleared(task, store, state), *_judge(task, store, state, taken, numbers[-1])]
-    state.number = numbers[-1]
+    numbers = store.query(labelled.next_numbers, task.name, state.last_number, MAX_LABELS_PER_MESSAGE // 2)
+    window = store.query(labelled.load_labelled, task.name, state.bundle, numbers[-1], MAX_LABELS_PER_MESSAGE)
+    taken = LabelWindow.from_labelled(task, window, state)
+    alerts = [*_clear_old_alerts(task, store, state), *_evaluate_labels(task, store, state, taken, numbers[-1])]
+    state.last_number = numbers[-1]
     with store.transaction() as tx:
-        state.at_s = max(tx.uptime_s(now), 1.0)
-        if taken.window:
-            body = measured.body(task, tx, author.max_bytes, taken)
-            author.write(tx, "quality", task.name, body, now)
-            tx.keep(task.name, SHOWN, encode({**body, "time": clock.rfc3339(now.wall_us)}))
+        state.last_message_s = max(tx.uptime_s(now), 1.0)
+        if taken.samples:
+            body = measured.build_body(task, tx, message_log.max_bytes, taken)
+            message_log.append(tx, "quality", task.name, body, now)
+            tx.save_state(task.name, LAST_MESSAGE_NAME, encode({**body, "time": clock.to_rfc3339(now.wall_us)}))
         for alert in alerts:
-            author.write(tx, "alerts", task.name, alert.body(task.name), now)
-        tx.keep(task.name, STATE, state.to_bytes())
+            message_log.append(tx, "alerts", task.name, alert.to_body(task.name), now)
+        tx.save_state(task.name, STATE_NAME, state.to_bytes())
     return len(alerts)
 
 
-def _cleared(task: Task, store: Store, state: degradation.State) -> list[Alert]:
+def _clear_old_alerts(task: LoadedTask, store: Store, state: degradation.DegradationState) -> list[Alert]:
     """Alerts about a bundle that runs no more."""
-    kept = store.state(task.name, STATE)
+    kept = store.load_state(task.name, STATE_NAME)
     try:
-        old = degradation.State.from_bytes(kept) if kept else state
+        old = degradation.DegradationState.from_bytes(kept) if kept else state
     except ValueError:
         return []
     if old.bundle == state.bundle:
         return []
     text = "another bundle runs now; its labels are judged anew."
     found = [
-        Alert("quality", kind, "cleared", "info", f"quality/{kind}/{track.raised}", text, {})
+        Alert("quality", kind, "cleared", "info", f"quality/{kind}/{track.raised_count}", text, {})
         for kind, track in old.tracks.items()
-        if track.open
+        if track.is_open
     ]
     # Ids go on counting, so that an alert of this bundle is another one.
-    state.tracks = {kind: degradation.Track(raised=track.raised) for kind, track in old.tracks.items()}
-    state.feedback, state.feedbacks = old.feedback, old.feedbacks
+    state.tracks = {kind: degradation.CusumTrack(raised_count=track.raised_count) for kind, track in old.tracks.items()}
+    state.feedback_open, state.feedback_count = old.feedback_open, old.feedback_count
     return found
 
 
 # --- what the labels say ---
 
 
-def _judge(task: Task, store: Store, state: degradation.State, taken: Taken, through: int) -> Iterator[Alert]:
-    own = sum(one.source == MODEL for one in taken.window)
-    if (grown := feedback.grown(state, own, len(taken.window))) is not None:
+def _evaluate_labels(
+    task: LoadedTask, store: Store, state: degradation.DegradationState, label_window: LabelWindow, last_label: int
+) -> Iterator[Alert]:
+    own = sum(one.source == MODEL for one in label_window.samples)
+    if (grown := feedback.check_feedback(state, own, len(label_window.samples))) is not None:
         yield grown
-    state.first = min([one.first for one in taken.fresh] + ([state.first] if state.first else []), default=0)
-    shares = truth_of(task).kind != "regress"
-    for finding in _findings(task, store, state, taken, through, shares=shares):
-        yield degradation.alert(finding, shares=shares)
+    state.first_number = min(
+        [one.first_number for one in label_window.new_samples] + ([state.first_number] if state.first_number else []),
+        default=0,
+    )
+    shares = build_label_schema(task).kind != "regress"
+    for finding in _detect_degradation(task, store, state, label_window, last_label, shares=shares):
+        yield degradation.build_alert(finding, binary_loss=shares)
 
 
-def _findings(
-    task: Task, store: Store, state: degradation.State, taken: Taken, through: int, *, shares: bool
-) -> list[Finding]:
-    promise = _promise(task)
-    if not taken.corrected:
-        return degradation.take(state, *_losses(task, taken.fresh), promise, shares=shares)
+def _detect_degradation(
+    task: LoadedTask,
+    store: Store,
+    state: degradation.DegradationState,
+    label_window: LabelWindow,
+    last_label: int,
+    *,
+    shares: bool,
+) -> list[DegradationEvent]:
+    promise = _read_promise(task)
+    if not label_window.corrected_count:
+        return degradation.add_losses(
+            state, *_compute_losses(task, label_window.new_samples), promise, binary_loss=shares
+        )
     # Among the newest only, the first labels would be missing.
-    kept = store.ask(labelled.labelled, task.name, state.bundle, through, MOST_LABELS)
-    known = sorted((one for one in measured.known(task, kept) if one.first >= state.first), key=lambda one: one.first)
-    whole = bool(known) and known[0].first == state.first
-    return degradation.redo(state, *_losses(task, known), promise, shares=shares, whole=whole)
+    kept = store.query(labelled.load_labelled, task.name, state.bundle, last_label, MAX_LABELS_PER_MESSAGE)
+    known = sorted(
+        (one for one in measured.filter_understood(task, kept) if one.first_number >= state.first_number),
+        key=lambda one: one.first_number,
+    )
+    whole = bool(known) and known[0].first_number == state.first_number
+    return degradation.recompute(state, *_compute_losses(task, known), promise, binary_loss=shares, complete=whole)
 
 
-def _losses(task: Task, some: Sequence[Labelled]) -> tuple[list[float], list[float | None]]:
+def _compute_losses(task: LoadedTask, samples: Sequence[StoredLabel]) -> tuple[list[float], list[float | None]]:
     """Of those that say something, and what the model's certainty tells of each."""
-    judged = measured.judged(task, some)
-    off = measured.pairs(task, judged).off(truth_of(task).kind) if judged else None
+    judged = measured.filter_evaluable(task, samples)
+    off = measured.to_labelled_predictions(task, judged).task_losses(build_label_schema(task).kind) if judged else None
     if off is None:
         return [], []
-    return off.tolist(), measured.expected(task, judged)
+    return off.tolist(), measured.estimate_error_chances(task, judged)
 
 
-def _promise(task: Task) -> Promise:
-    shipped = task.judge.shipped if task.judge else None
-    if truth_of(task).kind != "classify" or shipped is None or shipped.score_correct is None:
-        return Promise()
+def _read_promise(task: LoadedTask) -> PromisedAccuracy:
+    shipped = task.drift_monitor.shipped if task.drift_monitor else None
+    if build_label_schema(task).kind != "classify" or shipped is None or shipped.score_correct is None:
+        return PromisedAccuracy()
     n = int(shipped.score_n.sum())
-    return Promise(float(shipped.score_correct.sum()) / n, n) if n else Promise()
+    return PromisedAccuracy(float(shipped.score_correct.sum()) / n, n) if n else PromisedAccuracy()

@@ -4,58 +4,62 @@ from __future__ import annotations
 
 from typing import Any
 
-from agent.clock import Now
-from agent.device.store.message_log import Author
+from agent.clock import ClockReading
+from agent.device.store.message_log import MessageLog
 from agent.device.store.transaction import Transaction
 from agent.drift.baseline.reference import Reference
-from agent.drift.state import Verdict
+from agent.drift.state import DriftWindowResult
 
 # The id of the open alert that learning was refused.
-REFUSED = "learning refused"
+REFUSED_ALERT_NAME = "learning refused"
 
 
-def tell(task: str, author: Author, tx: Transaction, verdict: Verdict, now: Now) -> None:
+def report_learning(
+    task: str, message_log: MessageLog, tx: Transaction, verdict: DriftWindowResult, now: ClockReading
+) -> None:
     """With the drift window that ended the gathering; nothing for any other."""
-    if verdict.learned is not None:
-        _learned(task, author, tx, verdict.learned, verdict.rows[1], now)
-    if verdict.refused is not None:
-        body = {"event": "not learned", "summary": f"{task}: {verdict.refused}", "evidence": {"task": task}}
-        author.write(tx, "audit", None, body, now)
-        _refused(task, author, tx, verdict.refused, now)
+    if verdict.learned_reference is not None:
+        _report_learned(task, message_log, tx, verdict.learned_reference, verdict.rows[1], now)
+    if verdict.learning_error is not None:
+        body = {"event": "not learned", "summary": f"{task}: {verdict.learning_error}", "evidence": {"task": task}}
+        message_log.append(tx, "audit", None, body, now)
+        _report_refused(task, message_log, tx, verdict.learning_error, now)
 
 
-def _learned(task: str, author: Author, tx: Transaction, reference: Reference, through: int, now: Now) -> None:
+def _report_learned(
+    task: str, message_log: MessageLog, tx: Transaction, reference: Reference, last_row: int, now: ClockReading
+) -> None:
     summary = f"{task}: learned this site's reference from {reference.drift_windows} drift windows."
-    evidence: dict[str, Any] = {"task": task, "site": reference.digest, "through": through}
+    evidence: dict[str, Any] = {"task": task, "site": reference.digest, "through": last_row}
     if reference.site is not None:
-        evidence |= reference.site.told()
+        evidence |= reference.site.to_dict()
     if reference.warning is not None:
         summary += f" Warning: {reference.warning}."
         evidence["warning"] = reference.warning
-    author.write(tx, "audit", None, {"event": "learned", "summary": summary, "evidence": evidence}, now)
-    if (identity := tx.kept(task, REFUSED)) is not None:
+    message_log.append(tx, "audit", None, {"event": "learned", "summary": summary, "evidence": evidence}, now)
+    if (identity := tx.load_state(task, REFUSED_ALERT_NAME)) is not None:
         text = f"{task}: this site's reference is learned, and drift is told against it."
-        author.write(tx, "alerts", task, _alert("cleared", identity.decode(), text), now)
-        tx.drop(task, REFUSED)
+        message_log.append(tx, "alerts", task, _build_alert("cleared", identity.decode(), text), now)
+        tx.delete_state(task, REFUSED_ALERT_NAME)
 
 
-def _refused(task: str, author: Author, tx: Transaction, why: str, now: Now) -> None:
-    identity = tx.kept(task, REFUSED)
+def _report_refused(task: str, message_log: MessageLog, tx: Transaction, reason: str, now: ClockReading) -> None:
+    identity = tx.load_state(task, REFUSED_ALERT_NAME)
     if identity is None:
-        tx.count(f"learning refused.{task}", 1)
+        tx.increment_counter(f"learning refused.{task}", 1)
         identity = f"{task}/reference/model/{tx.counter(f'learning refused.{task}')}".encode()
-        tx.keep(task, REFUSED, identity)
-    text = f"{task}: no reference of this site yet, so that drift is not told: {why}."
-    author.write(tx, "alerts", task, _alert("raised", identity.decode(), text), now)
+        tx.save_state(task, REFUSED_ALERT_NAME, identity)
+    text = f"{task}: no reference of this site yet, so that drift is not told: {reason}."
+    message_log.append(tx, "alerts", task, _build_alert("raised", identity.decode(), text), now)
 
 
-def _alert(state: str, identity: str, summary: str) -> dict[str, Any]:
+def _build_alert(state: str, alert_id: str, summary: str) -> dict[str, Any]:
     return {
         "alert": "model",
         "subject": "reference",
         "state": state,
         "severity": "info",
-        "id": identity,
+        "id": alert_id,
         "summary": summary,
         "evidence": {},
     }

@@ -15,42 +15,42 @@ from pathlib import Path
 
 import msgspec
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
-from agent.device.pipeline.batch import Task
-from agent.device.store.message_log import Author
+from agent.device.pipeline.batch import LoadedTask
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 
 log = logging.getLogger("outstation")
 
-REQUEST, DONE = "reference request", "reference request done"
+REQUEST, REQUEST_DONE = "reference request", "reference request done"
 _MOST_BYTES = 4096
 _unreadable: set[Path] = set()
 
 
-class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class RelearnRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`learn` for at least `for_s` seconds of readings, or `reset`: learn as the config says."""
 
     id: str
-    what: str
-    for_s: float = 0.0
-    by: str = "on the device"
+    action: str
+    duration_s: float = 0.0
+    requested_by: str = "on the device"
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self)
 
 
-def made(what: str, for_s: float = 0.0, by: str = "on the device") -> Request:
-    return Request(id=uuid.uuid4().hex, what=what, for_s=for_s, by=by)
+def make_request(action: str, duration_s: float = 0.0, requested_by: str = "on the device") -> RelearnRequest:
+    return RelearnRequest(id=uuid.uuid4().hex, action=action, duration_s=duration_s, requested_by=requested_by)
 
 
-def ask(data_dir: Path, task: str, request: Request) -> None:
+def submit_request(data_dir: Path, task: str, request: RelearnRequest) -> None:
     """Leave `request` for the daemon, or for the next `outstation batch`. Raises OSError.
 
     Asked by root, folder and file are the data folder's owner's, as the daemon is that user.
     """
-    file, root = _file(data_dir, task), os.geteuid() == 0
+    file, root = _request_path(data_dir, task), os.geteuid() == 0
     owner = data_dir.stat()
     file.parent.mkdir(mode=0o700, exist_ok=True)
     # By descriptor and never through a link: the owner of the folder must not make root write elsewhere.
@@ -71,66 +71,66 @@ def ask(data_dir: Path, task: str, request: Request) -> None:
         os.close(folder)
 
 
-def waiting(store: Store, task: str) -> Request | None:
+def pending_request(store: Store, task: str) -> RelearnRequest | None:
     """What is asked for and not taken up yet; the file's first."""
-    done = store.state(task, DONE)
-    for content in (_content(_file(store.path.parent, task)), store.state(task, REQUEST)):
+    done = store.load_state(task, REQUEST_DONE)
+    for content in (_read_request(_request_path(store.path.parent, task)), store.load_state(task, REQUEST)):
         if content is None:
             continue
         with contextlib.suppress(msgspec.DecodeError, msgspec.ValidationError):
-            found = msgspec.json.decode(content, type=Request)
+            found = msgspec.json.decode(content, type=RelearnRequest)
             if found.id.encode() != done:
                 return found
     return None
 
 
-def take_up(task: Task, store: Store, author: Author, now: Now) -> bool:
+def apply_pending(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReading) -> bool:
     """Begin to learn, if somebody asked for it; whether it was. Raises StorageError."""
-    request = waiting(store, task.name)
+    request = pending_request(store, task.name)
     if request is None:
-        _clear(store, task.name)
+        _delete_request(store, task.name)
         return False
-    if task.judge is None or task.drift is None:
+    if task.drift_monitor is None or task.drift_state is None:
         with store.transaction() as tx:
-            _note(tx, task.name, request)
-        _clear(store, task.name)
+            _mark_done(tx, task.name, request)
+        _delete_request(store, task.name)
         return False
-    fresh, cleared = task.judge.relearn(task.drift, request.for_s)
+    fresh, cleared = task.drift_monitor.relearn(task.drift_state, request.duration_s)
     summary = (
-        f"{task.name}: asked {request.by} to {request.what} the site's reference; it is learned anew, "
+        f"{task.name}: asked {request.requested_by} to {request.action} the site's reference; it is learned anew, "
         "and drift is not told until that is done."
     )
-    old = task.drift.site
+    old = task.drift_state.site_reference
     evidence = {
         "task": task.name,
-        "asked": request.what,
-        "for_s": request.for_s,
+        "asked": request.action,
+        "for_s": request.duration_s,
         "site": old.digest if old else None,
         "number": old.site.number if old and old.site else None,
-        "by": request.by,
+        "by": request.requested_by,
     }
     with store.transaction() as tx:
-        drift_state.keep(tx, task.name, task.judge, fresh, task.drift)
-        _note(tx, task.name, request)
+        drift_state.save(tx, task.name, task.drift_monitor, fresh, task.drift_state)
+        _mark_done(tx, task.name, request)
         for alert in cleared:
-            author.write(tx, "alerts", task.name, alert.body(task.name), now)
+            message_log.append(tx, "alerts", task.name, alert.to_body(task.name), now)
         event = {"event": "reference reset", "summary": summary, "evidence": evidence}
-        author.write(tx, "audit", None, event, now)
-    task.drift = fresh
-    _clear(store, task.name)
+        message_log.append(tx, "audit", None, event, now)
+    task.drift_state = fresh
+    _delete_request(store, task.name)
     return True
 
 
-def _note(tx: Transaction, task: str, request: Request) -> None:
-    tx.drop(task, REQUEST)
-    tx.keep(task, DONE, request.id.encode())
+def _mark_done(tx: Transaction, task: str, request: RelearnRequest) -> None:
+    tx.delete_state(task, REQUEST)
+    tx.save_state(task, REQUEST_DONE, request.id.encode())
 
 
-def _file(data_dir: Path, task: str) -> Path:
+def _request_path(data_dir: Path, task: str) -> Path:
     return data_dir / "requests" / f"{task}.reference.json"
 
 
-def _content(file: Path) -> bytes | None:
+def _read_request(file: Path) -> bytes | None:
     try:
         with file.open("rb") as content:
             found = content.read(_MOST_BYTES)
@@ -147,7 +147,7 @@ def _content(file: Path) -> bytes | None:
     return found
 
 
-def _clear(store: Store, task: str) -> None:
+def _delete_request(store: Store, task: str) -> None:
     """Of the file that was taken up, or is none of ours."""
     with contextlib.suppress(OSError):
-        _file(store.path.parent, task).unlink()
+        _request_path(store.path.parent, task).unlink()

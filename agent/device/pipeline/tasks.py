@@ -7,48 +7,48 @@ from typing import Any
 
 import msgspec
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.machine.schedule import Schedule
-from agent.device.pipeline.batch import Task
+from agent.device.pipeline.batch import LoadedTask
 
 
-class Planned(msgspec.Struct):
+class ScheduledTask(msgspec.Struct):
     """A task and when it is due. Paused, it is not, until an operator resumes it."""
 
-    task: Task
+    task: LoadedTask
     schedule: Schedule
     paused: bool = False
 
 
-class Machine(msgspec.Struct, frozen=True):
+class Runtime(msgspec.Struct, frozen=True):
     """`planned` and `models` (task → its model) are the daemon's own, and may be changed on the main loop."""
 
-    planned: list[Planned]
+    scheduled_tasks: list[ScheduledTask]
     models: dict[str, dict[str, Any]]
-    run: Callable[[Planned, Now], object]
+    run: Callable[[ScheduledTask, ClockReading], object]
     """Work a task off."""
     report: Callable[[], object]
     """Write a health message."""
-    runs_again: Callable[[], object]
+    clear_not_running_alerts: Callable[[], object]
     """Clear the alerts of tasks that did not run."""
     halt: Callable[[], object]
-    renew: Callable[[], object]
+    reconnect: Callable[[], object]
     """Connect to the broker anew."""
 
-    def exchange(self, task: Task, plan: Callable[[Task], Planned]) -> None:
+    def replace_task(self, task: LoadedTask, schedule_task: Callable[[LoadedTask], ScheduledTask]) -> None:
         """Run `task` from now on; `plan` says when, of one that did not run."""
         planned = self.find(task.name)
         if planned is None:
-            self.planned.append(plan(task))
+            self.scheduled_tasks.append(schedule_task(task))
         else:
             planned.task = task
-        self.models[task.name] = task.reference
-        self.runs_again()
+        self.models[task.name] = task.bundle_ref
+        self.clear_not_running_alerts()
 
     def remove(self, task: str) -> None:
         """It does not run any more; its readings wait."""
-        self.planned[:] = [one for one in self.planned if one.task.name != task]
+        self.scheduled_tasks[:] = [one for one in self.scheduled_tasks if one.task.name != task]
         self.models.pop(task, None)
 
-    def find(self, task: str) -> Planned | None:
-        return next((one for one in self.planned if one.task.name == task), None)
+    def find(self, task: str) -> ScheduledTask | None:
+        return next((one for one in self.scheduled_tasks if one.task.name == task), None)

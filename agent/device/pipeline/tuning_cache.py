@@ -8,26 +8,26 @@ import msgspec
 
 from agent.device.store.store import Store
 from agent.errors import StorageBusy, StorageFull
-from agent.model.inference.tuning import Choice
+from agent.model.inference.tuning import Tuning
 
-_NAME = "batch choices"
+_STATE_NAME = "batch choices"
 # Those of a bundle and the one before it, tried with two runtimes.
-_MOST = 4
+_MAX_ENTRIES = 4
 
 
-def known(store: Store, task: str) -> list[Choice]:
+def load(store: Store, task: str) -> list[Tuning]:
     """The newest first."""
     try:
-        return msgspec.json.decode(store.state(task, _NAME) or b"[]", type=list[Choice])
+        return msgspec.json.decode(store.load_state(task, _STATE_NAME) or b"[]", type=list[Tuning])
     except msgspec.MsgspecError:
         return []
 
 
-def remember(store: Store, task: str, choice: Choice) -> None:
+def save(store: Store, task: str, tuning: Tuning) -> None:
     """So that the next start need not try again; where there is no room, it does."""
-    past = known(store, task)
-    if past[:1] == [choice]:
+    past = load(store, task)
+    if past[:1] == [tuning]:
         return
-    kept = [choice, *(one for one in past if not one.is_for(choice))][:_MOST]
+    kept = [tuning, *(one for one in past if not one.is_same_target(tuning))][:_MAX_ENTRIES]
     with contextlib.suppress(StorageBusy, StorageFull), store.transaction() as tx:
-        tx.keep(task, _NAME, msgspec.json.encode(kept))
+        tx.save_state(task, _STATE_NAME, msgspec.json.encode(kept))

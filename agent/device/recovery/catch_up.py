@@ -12,14 +12,14 @@ import msgspec
 
 from agent import clock
 from agent.device.recovery import findings
-from agent.device.recovery.findings import NEW_LOG, Finding, NewLog
+from agent.device.recovery.findings import NEW_LOG, NewLogPlan, RecoveryFinding
 from agent.device.store import meta, ranges, watermark
-from agent.device.store.watermark import Mark
+from agent.device.store.watermark import WatermarkState
 
 log = logging.getLogger("outstation")
 
 
-class _Used(msgspec.Struct):
+class _ResultsMessage(msgspec.Struct):
     """What a `results` message says of the rows it is about."""
 
     kind: str
@@ -29,63 +29,65 @@ class _Used(msgspec.Struct):
 
 # In table meta: the log before this one; the seq behind which nobody has confirmed that messages are ours; the last seq
 # when the store was opened: what is above was written since, in no copy of the store.
-PREVIOUS_LOG, UNPROVEN, OPENED = "previous log", "unproven from", "opened at"
+PREVIOUS_LOG, UNPROVEN_FROM, OPENED_SEQ = "previous log", "unproven from", "opened at"
 
 
-def catch_up(db: sqlite3.Connection, mark: Mark | None) -> bool:
+def catch_up(db: sqlite3.Connection, saved: WatermarkState | None) -> bool:
     """Compare with the watermark and go on from whichever is ahead; whether the watermark was.
 
     Inside the transaction that begins the opening. What is missing becomes a finding, to be said in the log.
     """
-    findings.put(db, findings.STOP, "clean" if meta.get(db, findings.CLEAN, "") else "unclean")
-    meta.drop(db, findings.CLEAN)
-    here = watermark.of(db)
+    findings.put(db, findings.LAST_STOP, "clean" if meta.get(db, findings.CLEAN_STOP, "") else "unclean")
+    meta.drop(db, findings.CLEAN_STOP)
+    here = watermark.from_database(db)
     changed = False
-    if mark is not None and mark.log and mark != here:
-        changed = _compare(db, here, mark)
-    seq = str(watermark.of(db).seq)
-    if not meta.get(db, UNPROVEN, ""):
-        findings.put(db, UNPROVEN, seq)
-    findings.put(db, OPENED, seq)
+    if saved is not None and saved.log and saved != here:
+        changed = _compare(db, here, saved)
+    seq = str(watermark.from_database(db).seq)
+    if not meta.get(db, UNPROVEN_FROM, ""):
+        findings.put(db, UNPROVEN_FROM, seq)
+    findings.put(db, OPENED_SEQ, seq)
     return changed
 
 
-def _compare(db: sqlite3.Connection, here: Mark, mark: Mark) -> bool:
-    if not here.log:
-        adopt(db, mark)
-        begin_log(db, mark.log, f"The store was deleted or lost; its log {mark.log} had {mark.seq} messages.")
+def _compare(db: sqlite3.Connection, current: WatermarkState, saved: WatermarkState) -> bool:
+    if not current.log:
+        adopt_watermark(db, saved)
+        plan_new_log(db, saved.log, f"The store was deleted or lost; its log {saved.log} had {saved.seq} messages.")
         return True
-    if here.log != mark.log:
-        if meta.get(db, PREVIOUS_LOG, "") == mark.log:
+    if current.log != saved.log:
+        if meta.get(db, PREVIOUS_LOG, "") == saved.log:
             return False
-        why = f"The store was replaced: log {mark.log} was written in this folder last, the database is of {here.log}."
-    elif here.seq == mark.seq and here.digest != mark.digest:
-        why = f"The store was replaced by another one that went on from the same beginning, to message {mark.seq} too."
+        why = f"The store was replaced: log {saved.log} was written in this folder last, the database is of {current.log}."
+    elif current.seq == saved.seq and current.digest != saved.digest:
+        why = f"The store was replaced by another one that went on from the same beginning, to message {saved.seq} too."
     else:
-        return _went_back(db, here, mark)
-    _rows_and_cursors(db, here, mark)
+        return _recover_rollback(db, current, saved)
+    _advance_numbers(db, current, saved)
     # In the log that was written last nothing more will come either.
-    begin_log(db, here.log, why)
+    plan_new_log(db, current.log, why)
     return True
 
 
-def _went_back(db: sqlite3.Connection, here: Mark, mark: Mark) -> bool:
-    moved = adopt(db, mark)
+def _recover_rollback(db: sqlite3.Connection, current: WatermarkState, saved: WatermarkState) -> bool:
+    moved = adopt_watermark(db, saved)
     if not moved:
         return False
-    kept = ranges.of(row[0] for row in db.execute("SELECT seq FROM outbox WHERE seq > ?", (here.seq,)))
-    seqs = findings.absent(kept, here.seq + 1, mark.seq)
+    kept = ranges.from_numbers(row[0] for row in db.execute("SELECT seq FROM outbox WHERE seq > ?", (current.seq,)))
+    seqs = findings.missing_ranges(kept, current.seq + 1, saved.seq)
     what = (
         "The store went back in time: commits that were made are gone (a log that was cut, an old copy of the "
         "database, or a disk that says it has written what it has not)."
     )
     log.critical("%s", what)
-    time = clock.rfc3339(clock.read().wall_us)
-    findings.add(db, Finding(what=what, time=time, log=mark.log, seqs=seqs, rows=moved.rows, tasks=moved.cursors))
+    time = clock.to_rfc3339(clock.read().wall_us)
+    findings.add(
+        db, RecoveryFinding(summary=what, time=time, log=saved.log, seqs=seqs, rows=moved.rows, tasks=moved.cursors)
+    )
     return True
 
 
-class Moved(msgspec.Struct, frozen=True):
+class SkippedNumbers(msgspec.Struct, frozen=True):
     """Numbers that were skipped: rows by stream, rows judged by task, whether seqs."""
 
     rows: dict[str, list[tuple[int, int]]]
@@ -96,48 +98,50 @@ class Moved(msgspec.Struct, frozen=True):
         return bool(self.rows or self.cursors or self.seqs)
 
 
-def adopt(db: sqlite3.Connection, mark: Mark) -> Moved:
+def adopt_watermark(db: sqlite3.Connection, saved: WatermarkState) -> SkippedNumbers:
     """Take over every number that is ahead in the watermark; what was skipped."""
-    here = watermark.of(db)
-    rows, cursors = _rows_and_cursors(db, here, mark)
-    seqs = mark.seq > here.seq or not here.log
+    here = watermark.from_database(db)
+    rows, cursors = _advance_numbers(db, here, saved)
+    seqs = saved.seq > here.seq or not here.log
     if seqs:
-        for key, value in (("log", mark.log), ("seq", str(mark.seq)), ("digest", mark.digest)):
+        for key, value in (("log", saved.log), ("seq", str(saved.seq)), ("digest", saved.digest)):
             findings.put(db, key, value)
-    if not here.device and mark.device:
-        findings.put(db, "device", mark.device)
-    if rows or cursors or seqs or mark.boot > here.boot:
+    if not here.device and saved.device:
+        findings.put(db, "device", saved.device)
+    if rows or cursors or seqs or saved.boot > here.boot:
         # A boot of its own for what comes: the lost commits may have had the number of this one.
-        findings.put(db, "boot", str(max(here.boot, mark.boot)))
+        findings.put(db, "boot", str(max(here.boot, saved.boot)))
         findings.put(db, "boot_id", "")
-    return Moved(rows, cursors, seqs)
+    return SkippedNumbers(rows, cursors, seqs)
 
 
-_Skipped = dict[str, list[tuple[int, int]]]
+_SkippedRanges = dict[str, list[tuple[int, int]]]
 
 
-def _rows_and_cursors(db: sqlite3.Connection, here: Mark, mark: Mark) -> tuple[_Skipped, _Skipped]:
-    rows: _Skipped = {}
-    cursors: _Skipped = {}
-    for name, (_, crc, next_row) in mark.streams.items():
-        first = here.streams.get(name, (0, 0, 1))[2]
-        if name not in here.streams:
-            values = (name, watermark.unknown_fields(crc), next_row)
+def _advance_numbers(
+    db: sqlite3.Connection, current: WatermarkState, saved: WatermarkState
+) -> tuple[_SkippedRanges, _SkippedRanges]:
+    rows: _SkippedRanges = {}
+    cursors: _SkippedRanges = {}
+    for name, (_, crc, next_row) in saved.streams.items():
+        first = current.streams.get(name, (0, 0, 1))[2]
+        if name not in current.streams:
+            values = (name, watermark.fields_placeholder(crc), next_row)
             db.execute("INSERT INTO streams (name, fields, next_row) VALUES (?, ?, ?)", values)
         elif next_row > first:
             db.execute("UPDATE streams SET next_row = ? WHERE name = ?", (next_row, name))
         if next_row > first:
             rows[name] = [(first, next_row - 1)]
-    for task, row in mark.cursors.items():
-        had = here.cursors.get(task, 0)
+    for task, row in saved.cursors.items():
+        had = current.cursors.get(task, 0)
         if row > had:
             # Judged already: that nothing is judged twice is worth more than results that may have arrived.
             sql = "INSERT INTO cursors VALUES (?, ?, ?) ON CONFLICT (task) DO UPDATE SET row = excluded.row"
             db.execute(sql, (task, row, row))
             cursors[task] = [(had + 1, row)]
-    for kid, counter in mark.commands.items():
+    for kid, counter in saved.commands.items():
         # A command that was obeyed must not be obeyed again when somebody repeats it.
-        if counter > here.commands.get(kid, 0):
+        if counter > current.commands.get(kid, 0):
             db.execute("INSERT OR REPLACE INTO commands VALUES (?, ?)", (kid, counter))
     return rows, cursors
 
@@ -147,7 +151,7 @@ def raise_cursors(db: sqlite3.Connection) -> None:
     used: dict[str, tuple[int, int]] = {}
     for (payload,) in db.execute("SELECT payload FROM outbox WHERE topic LIKE '%/results/%'"):
         with contextlib.suppress(msgspec.MsgspecError, ValueError, TypeError):
-            told = msgspec.json.decode(payload, type=_Used)
+            told = msgspec.json.decode(payload, type=_ResultsMessage)
             if told.kind == "results":
                 first, last = used.get(told.task, told.rows)
                 used[told.task] = min(first, told.rows[0]), max(last, told.rows[1])
@@ -158,15 +162,15 @@ def raise_cursors(db: sqlite3.Connection) -> None:
     db.executemany(sql, ((task, last, first) for task, (first, last) in used.items()))
 
 
-def begin_log(db: sqlite3.Connection, old: str, why: str) -> None:
+def plan_new_log(db: sqlite3.Connection, old_log: str, reason: str) -> None:
     """Plan a new log after `old`, inside the caller's transaction."""
-    log.critical("%s A new log begins.", why)
-    common = int(meta.get(db, UNPROVEN, "") or 0)
-    plan = NewLog(why=why, old=old, common=common, acknowledged=meta.get(db, "acknowledged", ""))
+    log.critical("%s A new log begins.", reason)
+    common = int(meta.get(db, UNPROVEN_FROM, "") or 0)
+    plan = NewLogPlan(reason=reason, old=old_log, common_through=common, acknowledged=meta.get(db, "acknowledged", ""))
     findings.put(db, NEW_LOG, msgspec.json.encode(plan).decode())
 
 
-def leave_unknown_log(db: sqlite3.Connection) -> None:
+def abandon_unknown_log(db: sqlite3.Connection) -> None:
     """Where nobody knows any more how far the log had got, its messages that are left go into a new one."""
     row = db.execute("SELECT payload FROM outbox ORDER BY seq DESC LIMIT 1").fetchone()
     if row is None:
@@ -176,4 +180,4 @@ def leave_unknown_log(db: sqlite3.Connection) -> None:
     except (ValueError, KeyError, TypeError):
         old = ""
     findings.put(db, "log", old or str(uuid.uuid4()))
-    begin_log(db, old, "The store was damaged where it says which log it writes and how far that had got.")
+    plan_new_log(db, old, "The store was damaged where it says which log it writes and how far that had got.")

@@ -9,57 +9,57 @@ from typing import Any
 
 from agent import clock
 from agent.device.recovery import catch_up, categories, findings, rebuild
-from agent.device.recovery.findings import Finding, absent
-from agent.device.recovery.readable import Readable
+from agent.device.recovery.findings import RecoveryFinding, missing_ranges
+from agent.device.recovery.readable import DamagedDatabase
 from agent.device.store import meta, retention, watermark
 from agent.device.store.checked import message_crc
-from agent.device.store.rows import Packed, is_whole
-from agent.device.store.watermark import Mark
+from agent.device.store.rows import PackedChunk, is_intact
+from agent.device.store.watermark import WatermarkState
 
 _COMMIT_ROWS = 500
 # In this order; every other table, of whatever name, comes behind them by the same rules.
-_FIRST = ("meta", "streams")
-_LAST = ("chunks", "outbox")
-_CHUNK = ("id", "stream", "first_row", "n", "first_t", "time_bytes", "data", "crc")
-_MESSAGE = ("seq", "topic", "payload", "jws", "time")
-_INDEXED = "SELECT count(*) FROM chunks INDEXED BY chunk_rows WHERE stream = ? AND first_row = ? AND id = ?"
+_FIRST_TABLES = ("meta", "streams")
+_LAST_TABLES = ("chunks", "outbox")
+_CHUNK_COLUMNS = ("id", "stream", "first_row", "n", "first_t", "time_bytes", "data", "crc")
+_MESSAGE_COLUMNS = ("seq", "topic", "payload", "jws", "time")
+_COUNT_INDEXED = "SELECT count(*) FROM chunks INDEXED BY chunk_rows WHERE stream = ? AND first_row = ? AND id = ?"
 _FIRST_INDEXED = "SELECT stream, min(first_row) FROM chunks INDEXED BY chunk_rows GROUP BY stream"
 
 
-class Copy:
+class StoreCopy:
     """One copying, in pieces, so that memory stays small: `all`, then `settle`. `mark` is what the watermark knows."""
 
-    def __init__(self, old: Readable, new: sqlite3.Connection, mark: Mark | None) -> None:
-        self._old, self._new, self._mark = old, new, mark
+    def __init__(self, old: DamagedDatabase, new: sqlite3.Connection, watermark_state: WatermarkState | None) -> None:
+        self._old, self._new, self._watermark_state = old, new, watermark_state
         self._rows: dict[int, list[tuple[int, int]]] = {}
         self._first_rows: dict[int, int] = {}
         self._next_rows: dict[int, int] = {}
         self._seqs: list[tuple[int, int]] = []
         self._seq_gaps: list[tuple[int, int]] = []
-        self._not_whole: set[str] = set()
+        self._damaged_keys: set[str] = set()
 
-    def all(self) -> None:
+    def copy_tables(self) -> None:
         """Every table, as far as it can be read."""
         names = self._new.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite_%'")
-        others = sorted({str(row[0]) for row in names.fetchall()} - {*_FIRST, *_LAST})
-        self._known()
-        self._streams()
+        others = sorted({str(row[0]) for row in names.fetchall()} - {*_FIRST_TABLES, *_LAST_TABLES})
+        self._copy_meta()
+        self._copy_streams()
         for table in others:
-            self._table(table)
-        self._chunks()
-        self._outbox()
-        if self._old.lost & {"chunks", "outbox"}:
-            self._scattered()
+            self._copy_table(table)
+        self._copy_chunks()
+        self._copy_outbox()
+        if self._old.incomplete_tables & {"chunks", "outbox"}:
+            self._copy_orphaned_rows()
 
-    def settle(self, why: str, quarantine: str) -> None:
+    def complete(self, cause: str, quarantine: str) -> None:
         """Counts that hang on what is left, and the finding of what is not, in one transaction."""
-        new, lost = self._new, self._old.lost
+        new, lost = self._new, self._old.incomplete_tables
         new.execute("BEGIN")
         if "categories" in lost:
-            categories.mend(new)
+            categories.repair_categories(new)
         if "meta" in lost:
-            rebuild.rebuild(new, self._mark, self._not_whole)
-        acknowledged = self._acknowledged()
+            rebuild.rebuild_meta(new, self._watermark_state, self._damaged_keys)
+        acknowledged = self._load_acknowledged()
         found: dict[str, Any] = {
             "seqs": self._lost_seqs(acknowledged),
             "rows": {name: missing for name, missing in self._lost_rows() if missing},
@@ -67,13 +67,13 @@ class Copy:
         if "cursors" in lost:
             # The watermark may be older than the last batch.
             catch_up.raise_cursors(new)
-        if self._mark and self._meta("log") in ("", self._mark.log):
-            found["tasks"] = catch_up.adopt(new, self._mark).cursors
-        elif not self._meta("log"):
-            catch_up.leave_unknown_log(new)
-        recount(new, acknowledged)
+        if self._watermark_state and self._get_meta("log") in ("", self._watermark_state.log):
+            found["tasks"] = catch_up.adopt_watermark(new, self._watermark_state).cursors
+        elif not self._get_meta("log"):
+            catch_up.abandon_unknown_log(new)
+        recount_backlog(new, acknowledged)
         what = (
-            f"The store was damaged ({why}): what could be read of it was copied into a new one, the damaged files are "
+            f"The store was damaged ({cause}): what could be read of it was copied into a new one, the damaged files are "
             f"in {quarantine} of the data folder."
         )
         if "meta" in lost:
@@ -82,8 +82,10 @@ class Copy:
             what += " How far each source had got is partly lost: some may be read again."
         if lost & {"state", "cursors"}:
             what += " Some of what tasks had learned is lost."
-        time = clock.rfc3339(clock.read().wall_us)
-        findings.add(new, Finding(what=what, time=time, log=self._meta("log"), quarantine=quarantine, **found))
+        time = clock.to_rfc3339(clock.read().wall_us)
+        findings.add(
+            new, RecoveryFinding(summary=what, time=time, log=self._get_meta("log"), quarantine=quarantine, **found)
+        )
         new.execute("COMMIT")
 
     # --- tables ---
@@ -93,149 +95,153 @@ class Copy:
         theirs = self._old.columns(table)
         return [str(row[1]) for row in self._new.execute(f"PRAGMA table_info({table})") if row[1] in theirs]
 
-    def _table(self, table: str) -> None:
+    def _copy_table(self, table: str) -> None:
         columns = self._columns(table)
         key = [str(row[1]) for row in self._new.execute(f"PRAGMA table_info({table})") if row[5]]
         if not columns or not set(key) <= set(columns):
-            self._old.lost.add(table)
+            self._old.incomplete_tables.add(table)
             return
         made = self._new.execute("SELECT sql FROM sqlite_master WHERE name = ?", (table,)).fetchone()[0]
         if "WITHOUT ROWID" in made:
             rest = [name for name in columns if name not in key]
-            self._insert(table, [*key, *rest], self._old.by_key(table, key, rest))
+            self._insert(table, [*key, *rest], self._old.read_by_key(table, key, rest))
         else:
-            self._insert(table, columns, (row[1:] for row in self._old.by_rowid(table, columns, [])))
+            self._insert(table, columns, (row[1:] for row in self._old.read_by_rowid(table, columns, [])))
 
     def _insert(self, table: str, columns: list[str], rows: Iterator[tuple[Any, ...]]) -> None:
         sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
         self._new.execute("BEGIN")
         for count, row in enumerate(rows, 1):
-            if any(isinstance(value, str) and not _is_text(value) for value in row):
-                self._old.lost.add(table)
+            if any(isinstance(value, str) and not _is_valid_text(value) for value in row):
+                self._old.incomplete_tables.add(table)
                 continue
             try:
                 self._new.execute(sql, row)
             except (sqlite3.IntegrityError, sqlite3.DataError, OverflowError):
-                self._old.lost.add(table)
+                self._old.incomplete_tables.add(table)
             if count % _COMMIT_ROWS == 0:
                 self._new.execute("COMMIT")
                 self._new.execute("BEGIN")
         self._new.execute("COMMIT")
 
-    def _known(self) -> None:
+    def _copy_meta(self) -> None:
         """Values of table meta that are what was written."""
         columns = self._old.columns("meta")
         if not {"key", "value"} <= set(columns):
-            self._old.lost.add("meta")
+            self._old.incomplete_tables.add("meta")
             return
         rest: list[str] = [name for name in ("value", "crc") if name in columns]
-        self._insert("meta", ["key", "value", "crc"], self._whole(self._old.by_key("meta", ["key"], rest)))
+        self._insert(
+            "meta", ["key", "value", "crc"], self._intact_meta_rows(self._old.read_by_key("meta", ["key"], rest))
+        )
 
-    def _whole(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    def _intact_meta_rows(self, rows: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
         for row in rows:
-            if meta.is_whole(row):
-                yield *row[:2], meta.crc(*row[:2])
+            if meta.is_intact(row):
+                yield *row[:2], meta.row_crc(*row[:2])
             else:
-                self._old.lost.add("meta")
-                self._not_whole.add(str(row[0]))
+                self._old.incomplete_tables.add("meta")
+                self._damaged_keys.add(str(row[0]))
 
-    def _streams(self) -> None:
+    def _copy_streams(self) -> None:
         """Names, fields and numbers; where they are gone, as far as the watermark knows them."""
-        self._table("streams")
+        self._copy_table("streams")
         sql = "SELECT name, id, fields FROM streams"
         known = {name: (number, watermark.fields_crc(fields)) for name, number, fields in self._new.execute(sql)}
-        for name, (number, crc, next_row) in (self._mark.streams if self._mark else {}).items():
+        for name, (number, crc, next_row) in (self._watermark_state.streams if self._watermark_state else {}).items():
             if known.get(name) != (number, crc):
                 # The watermark has a CRC of its own, the row of the table has none.
                 self._new.execute("DELETE FROM streams WHERE name = ? OR id = ?", (name, number))
-                row = (number, name, watermark.unknown_fields(crc), next_row)
+                row = (number, name, watermark.fields_placeholder(crc), next_row)
                 self._new.execute("INSERT INTO streams (id, name, fields, next_row) VALUES (?, ?, ?, ?)", row)
         for number, next_row in self._new.execute("SELECT id, next_row FROM streams"):
             self._next_rows[number] = next_row if type(next_row) is int else 1
-        for number, _, next_row in (self._mark.streams if self._mark else {}).values():
+        for number, _, next_row in (self._watermark_state.streams if self._watermark_state else {}).values():
             self._next_rows[number] = max(next_row, self._next_rows.get(number, 1))
 
-    def _chunks(self) -> None:
+    def _copy_chunks(self) -> None:
         """Chunks whose CRC is right, that belong where they say, and whose rows no other chunk has."""
-        for stream, first in self._old.attempt(_FIRST_INDEXED) or []:
+        for stream, first in self._old.try_query(_FIRST_INDEXED) or []:
             if type(stream) is int and type(first) is int:
                 self._first_rows[stream] = first
         columns = self._columns("chunks")
-        if not set(_CHUNK) <= set(columns):
-            self._old.lost.add("chunks")
+        if not set(_CHUNK_COLUMNS) <= set(columns):
+            self._old.incomplete_tables.add("chunks")
             return
-        rest = [name for name in columns if name not in _CHUNK]
-        selected = [*_CHUNK[:6], "CAST(data AS BLOB)", "crc", *rest]
-        rows = self._old.by_rowid("chunks", selected, [])
-        self._insert("chunks", [*_CHUNK, *rest], (row[1:] for row in rows if self._is_chunk(row[1:])))
+        rest = [name for name in columns if name not in _CHUNK_COLUMNS]
+        selected = [*_CHUNK_COLUMNS[:6], "CAST(data AS BLOB)", "crc", *rest]
+        rows = self._old.read_by_rowid("chunks", selected, [])
+        self._insert("chunks", [*_CHUNK_COLUMNS, *rest], (row[1:] for row in rows if self._accept_chunk(row[1:])))
 
-    def _is_chunk(self, row: tuple[Any, ...]) -> bool:
+    def _accept_chunk(self, row: tuple[Any, ...]) -> bool:
         number, stream, first, n, first_t, time_bytes, data, crc = row[:8]
         if not all(type(value) is int for value in (stream, first, n, first_t, time_bytes, crc)):
             return False
         kept, last = self._rows.setdefault(stream, []), first + n - 1
         if stream not in self._next_rows or n < 1 or first < 1 or last >= self._next_rows[stream]:
             return False
-        if _overlaps(kept, first, last) or not is_whole(Packed(n, first_t, time_bytes, data, crc)):
+        if _overlaps(kept, first, last) or not is_intact(PackedChunk(n, first_t, time_bytes, data, crc)):
             return False
         # The CRC does not say which rows they are; the index does, in another part of the file.
-        indexed = self._old.attempt(_INDEXED, stream, first, number)
+        indexed = self._old.try_query(_COUNT_INDEXED, stream, first, number)
         if indexed is not None and indexed[0][0] != 1:
             return False
-        _extend(kept, first, last)
+        _insert_range(kept, first, last)
         return True
 
-    def _outbox(self) -> None:
+    def _copy_outbox(self) -> None:
         last, columns = self._last_seq(), self._columns("outbox")
-        if not set(_MESSAGE) <= set(columns):
-            self._old.lost.add("outbox")
+        if not set(_MESSAGE_COLUMNS) <= set(columns):
+            self._old.incomplete_tables.add("outbox")
             self._seq_gaps = [(1, last)]
             return
         has_crc = "crc" in columns
-        selected = [f"CAST({name} AS BLOB)" for name in _MESSAGE[1:]] + (["crc"] if has_crc else [])
-        rows = self._old.by_rowid("outbox", selected, self._seq_gaps, last)
+        selected = [f"CAST({name} AS BLOB)" for name in _MESSAGE_COLUMNS[1:]] + (["crc"] if has_crc else [])
+        rows = self._old.read_by_rowid("outbox", selected, self._seq_gaps, last)
         self._insert(
-            "outbox", [*_MESSAGE, "crc"], (found for row in rows if (found := self._message(row, has_crc=has_crc)))
+            "outbox",
+            [*_MESSAGE_COLUMNS, "crc"],
+            (found for row in rows if (found := self._accept_message(row, has_crc=has_crc))),
         )
 
-    def _message(self, row: tuple[Any, ...], *, has_crc: bool) -> tuple[Any, ...] | None:
+    def _accept_message(self, row: tuple[Any, ...], *, has_crc: bool) -> tuple[Any, ...] | None:
         seq, parts = row[0], [bytes(part or b"") for part in row[1:5]]
         crc = message_crc(seq, *parts)
         if has_crc and row[5] != crc:
             self._seq_gaps.append((seq, seq))
             return None
         topic, token, time = (part.decode("utf-8", "surrogateescape") for part in (parts[0], parts[2], parts[3]))
-        _extend(self._seqs, seq, seq)
+        _insert_range(self._seqs, seq, seq)
         return seq, topic, parts[1], token, time, crc
 
-    def _scattered(self) -> None:
+    def _copy_orphaned_rows(self) -> None:
         """Chunks and messages that their trees do not lead to any more, but whose pages are there."""
         names = [str(row[1]) for row in self._new.execute("PRAGMA table_info(chunks)")]
         self._new.execute("BEGIN")
-        for rowid, values in self._old.scattered():
+        for rowid, values in self._old.read_orphaned_rows():
             if len(values) >= 10 and isinstance(values[6], bytes):
                 row = (rowid, *values[1:])
-                if self._is_chunk(row):
+                if self._accept_chunk(row):
                     named = names[: len(row)]
                     sql = f"INSERT OR IGNORE INTO chunks ({', '.join(named)}) VALUES ({', '.join('?' * len(named))})"
                     self._new.execute(sql, row[: len(named)])
             elif len(values) == 6 and all(isinstance(part, bytes) for part in values[1:5]):
-                self._scattered_message(rowid, values)
+                self._copy_orphaned_message(rowid, values)
         self._new.execute("COMMIT")
 
-    def _scattered_message(self, seq: int, values: list[Any]) -> None:
-        if not _overlaps(self._seqs, seq, seq) and (found := self._message((seq, *values[1:]), has_crc=True)):
-            sql = f"INSERT INTO outbox ({', '.join(_MESSAGE)}, crc) VALUES (?, ?, ?, ?, ?, ?)"
+    def _copy_orphaned_message(self, seq: int, values: list[Any]) -> None:
+        if not _overlaps(self._seqs, seq, seq) and (found := self._accept_message((seq, *values[1:]), has_crc=True)):
+            sql = f"INSERT INTO outbox ({', '.join(_MESSAGE_COLUMNS)}, crc) VALUES (?, ?, ?, ?, ?, ?)"
             self._new.execute(sql, found)
 
     # --- what is missing ---
 
-    def _lost_seqs(self, acknowledged: retention.Acknowledged) -> list[tuple[int, int]]:
+    def _lost_seqs(self, acknowledged: retention.AcknowledgedSeqs) -> list[tuple[int, int]]:
         last = self._last_seq()
-        known = "meta" not in self._old.lost or bool(self._meta(retention.ACKNOWLEDGED))
+        known = "meta" not in self._old.incomplete_tables or bool(self._get_meta(retention.ACKNOWLEDGED))
         # Where nobody knows what was acknowledged, what lies before the first that is left may have been.
         first = 1 if known else min((pair[0] for pair in [*self._seqs, *self._seq_gaps]), default=1)
-        return absent([*self._seqs, *acknowledged.ranges], first, last)
+        return missing_ranges([*self._seqs, *acknowledged.ranges], first, last)
 
     def _lost_rows(self) -> Iterator[tuple[str, list[tuple[int, int]]]]:
         set_aside: dict[int, list[tuple[int, int]]] = {}
@@ -249,33 +255,33 @@ class Copy:
             firsts = [pair[0] for pair in kept[:1]]
             if number in self._first_rows:
                 firsts.append(self._first_rows[number])
-            unknown = 1 if "chunks" in self._old.lost else last + 1
-            yield str(name), absent([*kept, *set_aside.get(number, [])], min(firsts, default=unknown), last)
+            unknown = 1 if "chunks" in self._old.incomplete_tables else last + 1
+            yield str(name), missing_ranges([*kept, *set_aside.get(number, [])], min(firsts, default=unknown), last)
 
-    def _acknowledged(self) -> retention.Acknowledged:
+    def _load_acknowledged(self) -> retention.AcknowledgedSeqs:
         try:
-            return retention.Acknowledged.from_json(self._meta(retention.ACKNOWLEDGED))
+            return retention.AcknowledgedSeqs.from_json(self._get_meta(retention.ACKNOWLEDGED))
         except (ValueError, TypeError):
-            return retention.Acknowledged()
+            return retention.AcknowledgedSeqs()
 
     def _last_seq(self) -> int:
-        text = self._meta("seq")
-        return max(int(text) if text.isdecimal() else 0, self._mark.seq if self._mark else 0)
+        text = self._get_meta("seq")
+        return max(int(text) if text.isdecimal() else 0, self._watermark_state.seq if self._watermark_state else 0)
 
-    def _meta(self, key: str) -> str:
+    def _get_meta(self, key: str) -> str:
         return meta.get(self._new, key, "")
 
 
-def recount(db: sqlite3.Connection, acknowledged: retention.Acknowledged) -> None:
+def recount_backlog(db: sqlite3.Connection, acknowledged: retention.AcknowledgedSeqs) -> None:
     """Count again what waits in the outbox, inside the caller's transaction."""
     messages = size = 0
     for seq, n in db.execute("SELECT seq, length(payload) + length(jws) + length(topic) FROM outbox"):
         if seq not in acknowledged:
             messages, size = messages + 1, size + int(n or 0)
-    findings.put(db, retention.WAITING, f"{messages} {size}")
+    findings.put(db, retention.BACKLOG, f"{messages} {size}")
 
 
-def _extend(known: list[tuple[int, int]], first: int, last: int) -> None:
+def _insert_range(known: list[tuple[int, int]], first: int, last: int) -> None:
     """Add `first` … `last`, which no range of `known` holds yet; they stay in order."""
     at = bisect.bisect(known, (first, last))
     if at and known[at - 1][1] + 1 == first:
@@ -289,5 +295,5 @@ def _overlaps(known: list[tuple[int, int]], first: int, last: int) -> bool:
     return (at > 0 and known[at - 1][1] >= first) or (at < len(known) and known[at][0] <= last)
 
 
-def _is_text(value: str) -> bool:
+def _is_valid_text(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)

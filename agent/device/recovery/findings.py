@@ -10,16 +10,16 @@ import msgspec
 from agent.device.store import meta, ranges
 
 # Names in table meta.
-FINDINGS, LAST, CLEAN, STOP = "findings", "last finding", "clean", "last stop"
+FINDINGS, LAST_FINDING, CLEAN_STOP, LAST_STOP = "findings", "last finding", "clean", "last stop"
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RecoveryFinding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`what` happened, in words for people, and what is missing since.
 
     `seqs`: messages of log `log` that are gone; `rows`: readings by stream; `tasks`: rows whose results went with them.
     """
 
-    what: str
+    summary: str
     time: str
     log: str
     quarantine: str = ""
@@ -28,7 +28,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tasks: dict[str, list[tuple[int, int]]] = {}
 
 
-class NewLog(msgspec.Struct, frozen=True, kw_only=True):
+class NewLogPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Why the log `old` cannot go on in this store, and which of its messages the collector has.
 
     - `acknowledged`: those that it was known to have, as in table meta
@@ -37,9 +37,9 @@ class NewLog(msgspec.Struct, frozen=True, kw_only=True):
     of the old log is above it. `done`: the last old seq that was seen to.
     """
 
-    why: str
+    reason: str
     old: str
-    common: int = 0
+    common_through: int = 0
     through: int = 0
     missing: list[tuple[int, int]] = []
     acknowledged: str = ""
@@ -49,24 +49,24 @@ class NewLog(msgspec.Struct, frozen=True, kw_only=True):
 
 
 NEW_LOG = "new log"
-_LIST = msgspec.json.Decoder(list[Finding])
+_FINDINGS_DECODER = msgspec.json.Decoder(list[RecoveryFinding])
 
 
-def read(text: str) -> list[Finding]:
-    return _LIST.decode(text) if text else []
+def decode(text: str) -> list[RecoveryFinding]:
+    return _FINDINGS_DECODER.decode(text) if text else []
 
 
-def add(db: sqlite3.Connection, finding: Finding) -> None:
+def add(db: sqlite3.Connection, finding: RecoveryFinding) -> None:
     """Keep it, inside the caller's transaction."""
-    put(db, FINDINGS, msgspec.json.encode([*read(meta.get(db, FINDINGS, "")), finding]).decode())
-    said = {"time": finding.time, "what": finding.what, "quarantine": finding.quarantine}
-    put(db, LAST, msgspec.json.encode(said).decode())
+    put(db, FINDINGS, msgspec.json.encode([*decode(meta.get(db, FINDINGS, "")), finding]).decode())
+    said = {"time": finding.time, "what": finding.summary, "quarantine": finding.quarantine}
+    put(db, LAST_FINDING, msgspec.json.encode(said).decode())
 
 
 def put(db: sqlite3.Connection, key: str, value: str) -> None:
     meta.put(db, key, value)
 
 
-def absent(kept: Sequence[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
+def missing_ranges(present: Sequence[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
     """What of `first` … `last` is not in `kept`, in whatever order and overlap."""
-    return ranges.subtract([(first, last)] if first <= last else [], ranges.unite(kept))
+    return ranges.subtract([(first, last)] if first <= last else [], ranges.union(present))

@@ -11,7 +11,7 @@ from agent import __version__
 from agent.device.store import schema
 from agent.errors import StorageError, UsageError
 
-_SET = "outstation-device"
+_MIGRATION_SET = "outstation-device"
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
@@ -20,8 +20,8 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     Raises UsageError for the store of a newer version, StorageError where a migration fails: then the file is as it
     was, and `db` is closed.
     """
-    applied = _applied(db)
-    known = [step.__name__ for step in schema.STEPS]
+    applied = _applied_steps(db)
+    known = [step.__name__ for step in schema.MIGRATIONS]
     unknown = [name for name in applied if name not in known]
     if unknown:
         raise UsageError(
@@ -36,7 +36,7 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         apply(db)
         return
     backup = path.with_name(f"{path.name}.before-{__version__}")
-    _copy(db, backup)
+    _back_up(db, backup)
     try:
         apply(db)
         after = _counts(db)
@@ -48,7 +48,7 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         if lost:
             raise sqlite3.IntegrityError("; ".join(lost))
     except Exception as error:
-        _put_back(db, path, backup)
+        _restore_backup(db, path, backup)
         raise StorageError(
             f"{path}: it could not be changed for version {__version__} ({', '.join(pending)}): {error}. The store is "
             "as it was before, nothing is lost; go back to the version that made it, and report this"
@@ -60,8 +60,8 @@ def apply(db: sqlite3.Connection) -> None:
     # Costs 40 ms and several MB: only for a store that is made or changed, which few starts find.
     from sqlite_utils import Database, Migrations
 
-    migrations = Migrations(_SET)
-    for step in schema.STEPS:
+    migrations = Migrations(_MIGRATION_SET)
+    for step in schema.MIGRATIONS:
         migrations()(step)
     migrations.apply(Database(db, execute_plugins=False))
 
@@ -73,11 +73,11 @@ def drop_backups(folder: Path) -> None:
             path.unlink()
 
 
-def _applied(db: sqlite3.Connection) -> list[str]:
+def _applied_steps(db: sqlite3.Connection) -> list[str]:
     """Names of the steps that `db` has been through, in their order, from where sqlite-utils keeps them."""
     if db.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone() is None:
         return []
-    found = db.execute("SELECT name FROM _sqlite_migrations WHERE migration_set = ? ORDER BY rowid", (_SET,))
+    found = db.execute("SELECT name FROM _sqlite_migrations WHERE migration_set = ? ORDER BY rowid", (_MIGRATION_SET,))
     return [str(name) for (name,) in found.fetchall()]
 
 
@@ -87,7 +87,7 @@ def _counts(db: sqlite3.Connection) -> dict[str, int]:
     return {str(name): int(db.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]) for (name,) in names}
 
 
-def _copy(db: sqlite3.Connection, backup: Path) -> None:
+def _back_up(db: sqlite3.Connection, backup: Path) -> None:
     if backup.exists():
         # Of a migration that was killed; each step is one transaction, so this is the older of the two.
         return
@@ -102,7 +102,7 @@ def _copy(db: sqlite3.Connection, backup: Path) -> None:
     making.rename(backup)
 
 
-def _put_back(db: sqlite3.Connection, path: Path, backup: Path) -> None:
+def _restore_backup(db: sqlite3.Connection, path: Path, backup: Path) -> None:
     # With its log emptied into it, nothing of the changed database can come to lie over the copy.
     with contextlib.suppress(sqlite3.Error):
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -21,7 +21,7 @@ _NETWORK = frozenset({
 
 def require_local(folder: Path, mountinfo: str | None = None) -> None:
     """Raises UsageError where `folder`, which need not exist yet, is on a network file system."""
-    kind, mount = file_system(folder.resolve(), _read() if mountinfo is None else mountinfo)
+    kind, mount = find_file_system(folder.resolve(), _read_mountinfo() if mountinfo is None else mountinfo)
     if kind in _NETWORK:
         raise UsageError(
             f"device.data_dir: {folder} is on {mount}, a network file system ({kind}) where two machines can write one "
@@ -29,7 +29,7 @@ def require_local(folder: Path, mountinfo: str | None = None) -> None:
         )
 
 
-def file_system(folder: Path, mountinfo: str) -> tuple[str, str]:
+def find_file_system(folder: Path, mountinfo: str) -> tuple[str, str]:
     """(type, mount point) of what `folder` is on; empty where that is not known."""
     found = ("", "")
     for line in mountinfo.splitlines():
@@ -44,7 +44,7 @@ def file_system(folder: Path, mountinfo: str) -> tuple[str, str]:
     return found
 
 
-def _read() -> str:
+def _read_mountinfo() -> str:
     try:
         return Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:

@@ -14,13 +14,13 @@ import uuid
 
 import msgspec
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.commands import key_rotation
-from agent.device.recovery.catch_up import OPENED, PREVIOUS_LOG, UNPROVEN
-from agent.device.recovery.findings import NEW_LOG, NewLog
+from agent.device.recovery.catch_up import OPENED_SEQ, PREVIOUS_LOG, UNPROVEN_FROM
+from agent.device.recovery.findings import NEW_LOG, NewLogPlan
 from agent.device.store import eviction, retention
-from agent.device.store.message_log import Author
-from agent.device.store.retention import Acknowledged
+from agent.device.store.message_log import MessageLog
+from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.errors import StorageFull
@@ -29,31 +29,31 @@ from agent.wire import key_rotation as wire_rotation
 log = logging.getLogger("outstation")
 
 EVENT = "new log"
-_PIECE = 32
+_MESSAGES_PER_COMMIT = 32
 
 
-def relog(store: Store, author: Author, now: Now) -> None:
+def start_new_log(store: Store, message_log: MessageLog, now: ClockReading) -> None:
     """Do what is planned in table meta, if anything is; `author` and `store` are in the new log afterwards."""
-    text = store.meta(NEW_LOG, "")
+    text = store.get_meta(NEW_LOG, "")
     if not text:
         return
-    plan = msgspec.json.decode(text, type=NewLog)
+    plan = msgspec.json.decode(text, type=NewLogPlan)
     if not plan.new:
-        plan = _begin(store, plan)
-    store.log_id = author.log_id = plan.new
-    size = _PIECE
-    while page := store.unsent(plan.done, size):
+        plan = _create_log(store, plan)
+    store.log_id = message_log.log_id = plan.new
+    size = _MESSAGES_PER_COMMIT
+    while page := store.unacknowledged_messages(plan.done, size):
         try:
             with store.transaction(vital=True) as tx:
                 for message in page:
                     if not message.intact:
-                        tx.outbox.put_aside(message.seq)
+                        tx.outbox.quarantine(message.seq)
                         continue
                     tx.outbox.delete([message.seq])
-                    if not has(plan, message.seq):
-                        author.reissue(tx, message, plan.old)
+                    if not is_delivered(plan, message.seq):
+                        message_log.reissue(tx, message, plan.old)
                 further = msgspec.structs.replace(plan, done=page[-1].seq)
-                _keep(tx, further)
+                _save_plan(tx, further)
             plan = further
         except StorageFull:
             if size == 1:
@@ -62,53 +62,53 @@ def relog(store: Store, author: Author, now: Now) -> None:
     lost = _is_rotation_lost(store, plan)
     with store.transaction(vital=True) as tx:
         if lost:
-            key_rotation.say_again(tx, author, now)
-        _finish(tx, author, plan, now)
-    log.critical("%s Log %s begins.", plan.why, plan.new)
+            key_rotation.reissue_rotation(tx, message_log, now)
+        _finish(tx, message_log, plan, now)
+    log.critical("%s Log %s begins.", plan.reason, plan.new)
 
 
-def has(plan: NewLog, seq: int) -> bool:
+def is_delivered(plan: NewLogPlan, seq: int) -> bool:
     """Whether the collector has the message that this store has as `seq` of the old log."""
-    if seq in Acknowledged.from_json(plan.acknowledged):
+    if seq in AcknowledgedSeqs.from_json(plan.acknowledged):
         return True
-    return seq <= min(plan.common, plan.through) and not any(a <= seq <= b for a, b in plan.missing)
+    return seq <= min(plan.common_through, plan.through) and not any(a <= seq <= b for a, b in plan.missing)
 
 
-def _is_rotation_lost(store: Store, plan: NewLog) -> bool:
+def _is_rotation_lost(store: Store, plan: NewLogPlan) -> bool:
     """Whether a change of the signing key waits that is neither at the collector nor in what was written again."""
-    pending = store.meta(key_rotation.PENDING, "")
-    if not pending or has(plan, int(json.loads(pending)["seq"])):
+    pending = store.get_meta(key_rotation.PENDING_ROTATION, "")
+    if not pending or is_delivered(plan, int(json.loads(pending)["seq"])):
         return False
-    after, wanted = 0, f'"event":"{wire_rotation.EVENT}"'.encode()
-    while page := store.unsent(after, _PIECE):
+    after, wanted = 0, f'"event":"{wire_rotation.ROTATION_EVENT}"'.encode()
+    while page := store.unacknowledged_messages(after, _MESSAGES_PER_COMMIT):
         if any(message.intact and wanted in message.payload for message in page):
             return False
         after = page[-1].seq
     return True
 
 
-def _begin(store: Store, plan: NewLog) -> NewLog:
-    last = int(store.meta("seq", "0"))
+def _create_log(store: Store, plan: NewLogPlan) -> NewLogPlan:
+    last = int(store.get_meta("seq", "0"))
     plan = msgspec.structs.replace(plan, new=str(uuid.uuid4()), last=max(plan.last, plan.through, last))
     with store.transaction(vital=True) as tx:
         # Each kept message waits until it is seen to.
-        tx.outbox.set_acknowledged(Acknowledged())
-        anew = {"log": plan.new, "seq": "0", "digest": "", PREVIOUS_LOG: plan.old, UNPROVEN: "", OPENED: "0"}
+        tx.outbox.set_acknowledged(AcknowledgedSeqs())
+        anew = {"log": plan.new, "seq": "0", "digest": "", PREVIOUS_LOG: plan.old, UNPROVEN_FROM: "", OPENED_SEQ: "0"}
         for key, value in anew.items():
             tx.set_meta(key, value)
-        for key in (retention.STEPS, retention.ACKNOWLEDGEMENT, eviction.OPEN):
-            tx.drop_meta(key)
-        tx.segments.announce_all_again()
-        _keep(tx, plan)
-        tx.progress.anew = True
+        for key in (retention.ACKNOWLEDGED_HISTORY, retention.ACKNOWLEDGEMENT, eviction.OPEN_DECLARATIONS):
+            tx.delete_meta(key)
+        tx.segments.reset_announcements()
+        _save_plan(tx, plan)
+        tx.progress.needs_refresh = True
     return plan
 
 
-def _finish(tx: Transaction, author: Author, plan: NewLog, now: Now) -> None:
-    reissued = tx.chain()[0]
-    summary = f"{plan.why} Log {plan.new} begins; {reissued} messages of log {plan.old} are written again in it."
+def _finish(tx: Transaction, message_log: MessageLog, plan: NewLogPlan, now: ClockReading) -> None:
+    reissued = tx.log_head()[0]
+    summary = f"{plan.reason} Log {plan.new} begins; {reissued} messages of log {plan.old} are written again in it."
     evidence = {"old": plan.old, "through": plan.last, "reissued": reissued}
-    seq = author.write(tx, "audit", None, {"event": EVENT, "summary": summary[:1900], "evidence": evidence}, now)
+    seq = message_log.append(tx, "audit", None, {"event": EVENT, "summary": summary[:1900], "evidence": evidence}, now)
     alert = {
         "alert": "storage",
         "subject": "log",
@@ -118,12 +118,12 @@ def _finish(tx: Transaction, author: Author, plan: NewLog, now: Now) -> None:
         "summary": summary[:1900],
         "evidence": {"seq": seq, **evidence},
     }
-    author.write(tx, "alerts", None, alert, now)
-    tx.drop_meta(NEW_LOG)
-    if pending := tx.meta(key_rotation.PENDING, ""):
+    message_log.append(tx, "alerts", None, alert, now)
+    tx.delete_meta(NEW_LOG)
+    if pending := tx.get_meta(key_rotation.PENDING_ROTATION, ""):
         # What waits for an acknowledgement of the old log waits for this one.
-        tx.set_meta(key_rotation.PENDING, json.dumps({**json.loads(pending), "seq": seq}))
+        tx.set_meta(key_rotation.PENDING_ROTATION, json.dumps({**json.loads(pending), "seq": seq}))
 
 
-def _keep(tx: Transaction, plan: NewLog) -> None:
+def _save_plan(tx: Transaction, plan: NewLogPlan) -> None:
     tx.set_meta(NEW_LOG, msgspec.json.encode(plan).decode())

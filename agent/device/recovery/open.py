@@ -26,12 +26,12 @@ from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull,
 
 log = logging.getLogger("outstation")
 
-CHECK_S = 20.0
-_PATIENCE_S = 10.0
-_TABLES = {"meta", "streams", "chunks", "outbox"}
-_SMALL = ("meta", "streams", "cursors", "marks", "counters", "categories", "state")
+CHECK_TIMEOUT_S = 20.0
+_CHECK_MARGIN_S = 10.0
+_REQUIRED_TABLES = {"meta", "streams", "chunks", "outbox"}
+_SMALL_TABLES = ("meta", "streams", "cursors", "marks", "counters", "categories", "state")
 _PROGRESS_STEPS = 20_000
-_WRITE_VERSION, _KNOWN_VERSION = 18, 2  # byte of the header; 2: with a write-ahead log
+_WRITE_VERSION_OFFSET, _MAX_WRITE_VERSION = 18, 2  # byte of the header; 2: with a write-ahead log
 
 
 def open_database(folder: Path, pragmas: Sequence[tuple[str, str | None]]) -> tuple[sqlite3.Connection, Watermark]:
@@ -43,7 +43,7 @@ def open_database(folder: Path, pragmas: Sequence[tuple[str, str | None]]) -> tu
         raise StorageError(f"{folder}: {error.strerror}; check [device] data_dir, and who may write there") from error
     with contextlib.ExitStack() as undo:
         undo.callback(watermark.close)
-        cause = salvage.cause(folder) or unsound(folder, known=watermark.mark is not None)
+        cause = salvage.read_cause(folder) or find_damage(folder, existed_before=watermark.state is not None)
         if cause is not None:
             _salvage(folder, cause, watermark)
         try:
@@ -57,7 +57,7 @@ def open_database(folder: Path, pragmas: Sequence[tuple[str, str | None]]) -> tu
 
 def connect(path: Path, pragmas: Sequence[tuple[str, str | None]]) -> sqlite3.Connection:
     """A connection with every pragma set, and those that safety hangs on read back; its tables are today's."""
-    with translated(path):
+    with translate_errors(path):
         connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
         try:
             for pragma, wanted in pragmas:
@@ -77,39 +77,39 @@ def connect(path: Path, pragmas: Sequence[tuple[str, str | None]]) -> sqlite3.Co
 
 def connect_read_only(path: Path) -> sqlite3.Connection:
     """For everyone else, beside the daemon that writes."""
-    with translated(path):
+    with translate_errors(path):
         return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
 
 
-def unsound(folder: Path, *, known: bool) -> str | None:
+def find_damage(folder: Path, *, existed_before: bool) -> str | None:
     """What is wrong with the database in `folder`, as far as a bounded look shows; `known`: it was there before."""
     path = folder / DATABASE
     if not path.exists() or path.stat().st_size == 0:
         left = path.with_name(f"{DATABASE}-wal").exists()
-        return "the database file is gone or empty" if left or (known and path.exists()) else None
-    with translated(path):
+        return "the database file is gone or empty" if left or (existed_before and path.exists()) else None
+    with translate_errors(path):
         if not _is_written_by_us(path):
             return "its header names a format that is for reading only"
         try:
-            _roll_back(path)
+            _roll_back_journal(path)
             with contextlib.closing(connect_read_only(path)) as db:
                 tables = {str(row[0]) for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-                if not tables and not known:
+                if not tables and not existed_before:
                     return None
-                if tables and not tables & _TABLES:
+                if tables and not tables & _REQUIRED_TABLES:
                     raise UsageError(f"{path}: a database of another program; give this device a data_dir of its own")
-                if not tables >= _TABLES:
-                    return f"its tables {', '.join(sorted(_TABLES - tables))} are gone"
-                if problem := meta.problem(db):
+                if not tables >= _REQUIRED_TABLES:
+                    return f"its tables {', '.join(sorted(_REQUIRED_TABLES - tables))} are gone"
+                if problem := meta.find_damage(db):
                     return problem
-                return None if meta.get(db, findings.CLEAN, "") else _check(db)
+                return None if meta.get(db, findings.CLEAN_STOP, "") else _check_after_crash(db)
         except sqlite3.Error as error:
-            if not is_damage(error):
+            if not is_corruption(error):
                 raise
             return str(error)
 
 
-def _roll_back(path: Path) -> None:
+def _roll_back_journal(path: Path) -> None:
     """What a kill left half done while the store was made or got its -wal: nobody who only reads can undo it."""
     if path.with_name(f"{path.name}-journal").exists():
         with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5.0)) as db:
@@ -122,53 +122,55 @@ def _is_written_by_us(path: Path) -> bool:
     Source: SQLite, Database File Format, 1.3.3.
     """
     with path.open("rb") as file:
-        header = file.read(_WRITE_VERSION + 1)
-    return len(header) <= _WRITE_VERSION or header[_WRITE_VERSION] <= _KNOWN_VERSION
+        header = file.read(_WRITE_VERSION_OFFSET + 1)
+    return len(header) <= _WRITE_VERSION_OFFSET or header[_WRITE_VERSION_OFFSET] <= _MAX_WRITE_VERSION
 
 
-def _check(db: sqlite3.Connection) -> str | None:
+def _check_after_crash(db: sqlite3.Connection) -> str | None:
     """After an unclean stop: the small tables whole, the large ones for as long as starting may take."""
-    notify(f"EXTEND_TIMEOUT_USEC={round((CHECK_S + _PATIENCE_S) * 1e6)}")
-    for table in _SMALL:
+    notify(f"EXTEND_TIMEOUT_USEC={round((CHECK_TIMEOUT_S + _CHECK_MARGIN_S) * 1e6)}")
+    for table in _SMALL_TABLES:
         if problem := _quick_check(db, f"('{table}')"):
             return problem
-    deadline = clock.boot_seconds() + CHECK_S
+    deadline = clock.boot_seconds() + CHECK_TIMEOUT_S
     db.set_progress_handler(lambda: clock.boot_seconds() > deadline, _PROGRESS_STEPS)
     try:
         return _quick_check(db, "(1)")
     except sqlite3.OperationalError as error:
         if getattr(error, "sqlite_errorname", "") != "SQLITE_INTERRUPT":
             raise
-        log.info("the store is too large to be checked whole within %.0f s; what is damaged is found in use", CHECK_S)
+        log.info(
+            "the store is too large to be checked whole within %.0f s; what is damaged is found in use", CHECK_TIMEOUT_S
+        )
         return None
     finally:
         db.set_progress_handler(None, 0)
 
 
-def _quick_check(db: sqlite3.Connection, what: str) -> str | None:
-    found = str(db.execute(f"PRAGMA quick_check{what}").fetchone()[0])
+def _quick_check(db: sqlite3.Connection, arguments: str) -> str | None:
+    found = str(db.execute(f"PRAGMA quick_check{arguments}").fetchone()[0])
     return None if found == "ok" else found.replace("\n", " ")[:200]
 
 
 def _salvage(folder: Path, cause: str, watermark: Watermark) -> None:
     log.critical("%s is damaged (%s); what can be read of it is copied into a new one", folder / DATABASE, cause)
     notify(f"EXTEND_TIMEOUT_USEC={round(600 * 1e6)}")
-    salvage.salvage(folder, cause, watermark.mark, watermark.first_page)
+    salvage.salvage(folder, cause, watermark.state, watermark.first_page)
 
 
-def keep_first_page(folder: Path, db: sqlite3.Connection, watermark: Watermark) -> None:
+def save_first_page(folder: Path, db: sqlite3.Connection, watermark: Watermark) -> None:
     """Remember where the tables are: with that page gone, everything else in the file could not be found."""
     with contextlib.suppress(OSError, sqlite3.Error):
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     with contextlib.suppress(OSError):
-        watermark.keep_first_page(folder / DATABASE)
+        watermark.save_first_page(folder / DATABASE)
 
 
-def close(folder: Path, db: sqlite3.Connection, watermark: Watermark, *, sound: bool) -> None:
+def close_database(folder: Path, db: sqlite3.Connection, watermark: Watermark, *, is_intact: bool) -> None:
     """End a connection of `open_database`; a `sound` one need not be checked when it is opened again."""
-    if sound:
+    if is_intact:
         with contextlib.suppress(sqlite3.Error):
-            findings.put(db, findings.CLEAN, "1")
+            findings.put(db, findings.CLEAN_STOP, "1")
             migrate.drop_backups(folder)
         watermark.sync()
     with contextlib.suppress(sqlite3.Error):
@@ -176,7 +178,7 @@ def close(folder: Path, db: sqlite3.Connection, watermark: Watermark, *, sound: 
     watermark.close()
 
 
-def own(folder: Path) -> int:
+def acquire_lock(folder: Path) -> int:
     """Hold the folder's lock file for as long as this process lives; its descriptor."""
     require_local(folder)
     try:
@@ -198,7 +200,7 @@ def own(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def translated(path: Path) -> Iterator[None]:
+def translate_errors(path: Path) -> Iterator[None]:
     """SQLite's errors as ours."""
     try:
         yield
@@ -206,7 +208,7 @@ def translated(path: Path) -> Iterator[None]:
         raise storage_error(path, error) from error
 
 
-def is_damage(error: sqlite3.Error) -> bool:
+def is_corruption(error: sqlite3.Error) -> bool:
     name = str(getattr(error, "sqlite_errorname", ""))
     # Of a header whose schema format or text encoding no version knows, SQLite says so in words only.
     unreadable = any(words in str(error) for words in ("Could not decode to UTF-8", "unsupported file format"))
@@ -219,6 +221,6 @@ def storage_error(path: Path, error: sqlite3.Error) -> StorageError:
         return StorageFull(f"{path}: the quota ([buffer] max_size) or the disk is full")
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return StorageBusy(f"{path}: locked by another process")
-    if is_damage(error):
+    if is_corruption(error):
         return StorageDamaged(f"{path}: {error}; the agent sets it aside and salvages it when it starts next")
     return StorageError(f"{path}: {name}: {error}")

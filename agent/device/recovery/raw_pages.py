@@ -11,126 +11,126 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PAGE = 4096
-_LEAF = 0x0D
-_MOST_BYTES = 64 << 20
-_FRAME = struct.Struct(">II8s8x")
-_INTEGERS = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}
+PAGE_SIZE = 4096
+_TABLE_LEAF = 0x0D
+_MAX_RECORD_BYTES = 64 << 20
+_FRAME_HEADER = struct.Struct(">II8s8x")
+_INTEGER_SIZES = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}
 # How much of a record stays in its cell when the rest runs over to other pages.
-_MOST_LOCAL, _LEAST_LOCAL = PAGE - 35, (PAGE - 12) * 32 // 255 - 23
+_MAX_LOCAL, _MIN_LOCAL = PAGE_SIZE - 35, (PAGE_SIZE - 12) * 32 // 255 - 23
 
 
-class Pages:
+class DatabasePages:
     """Pages of a database file of 4096-byte pages, the newer ones from the committed part of its write-ahead log."""
 
     def __init__(self, database: BinaryIO, log: BinaryIO | None) -> None:
         self._database, self._log = database, log
-        self.count = (database.seek(0, 2) + PAGE - 1) // PAGE
-        self._newer = _committed(log) if log else {}
-        self.count = max([self.count, *self._newer])
+        self.count = (database.seek(0, 2) + PAGE_SIZE - 1) // PAGE_SIZE
+        self._wal_offsets = _committed_frames(log) if log else {}
+        self.count = max([self.count, *self._wal_offsets])
 
     def __getitem__(self, number: int) -> bytes:
         """Page `number`, counted from 1; empty where there is none."""
-        if self._log is not None and number in self._newer:
-            self._log.seek(self._newer[number])
-            return self._log.read(PAGE)
-        self._database.seek((number - 1) * PAGE)
-        return self._database.read(PAGE)
+        if self._log is not None and number in self._wal_offsets:
+            self._log.seek(self._wal_offsets[number])
+            return self._log.read(PAGE_SIZE)
+        self._database.seek((number - 1) * PAGE_SIZE)
+        return self._database.read(PAGE_SIZE)
 
 
-def rows(path: Path) -> Iterator[tuple[int, list[Any]]]:
+def read_leaf_rows(path: Path) -> Iterator[tuple[int, list[Any]]]:
     """(rowid, values) of every record in a table leaf of the database at `path`, in the order of the file."""
     with path.open("rb") as database:
         log_path = path.with_name(path.name + "-wal")
         log = log_path.open("rb") if log_path.exists() else None
         try:
-            pages = Pages(database, log)
+            pages = DatabasePages(database, log)
             for number in range(2, pages.count + 1):
                 page = pages[number]
-                if len(page) == PAGE and page[0] == _LEAF:
-                    yield from _cells(page, pages)
+                if len(page) == PAGE_SIZE and page[0] == _TABLE_LEAF:
+                    yield from _read_cells(page, pages)
         finally:
             if log is not None:
                 log.close()
 
 
-def _cells(page: bytes, pages: Pages) -> Iterator[tuple[int, list[Any]]]:
-    for index in range(min(int.from_bytes(page[3:5], "big"), PAGE // 4)):
+def _read_cells(page: bytes, pages: DatabasePages) -> Iterator[tuple[int, list[Any]]]:
+    for index in range(min(int.from_bytes(page[3:5], "big"), PAGE_SIZE // 4)):
         at = int.from_bytes(page[8 + 2 * index : 10 + 2 * index], "big")
         try:
-            size, at = _varint(page, at)
-            rowid, at = _varint(page, at)
-            if size <= _MOST_BYTES:
-                yield rowid, _record(_payload(page, at, size, pages))
+            size, at = _read_varint(page, at)
+            rowid, at = _read_varint(page, at)
+            if size <= _MAX_RECORD_BYTES:
+                yield rowid, _decode_record(_read_payload(page, at, size, pages))
         except (IndexError, ValueError):
             continue
 
 
-def _payload(page: bytes, at: int, size: int, pages: Pages) -> bytes:
-    if size <= _MOST_LOCAL:
-        return page[at : at + size]
-    local = _LEAST_LOCAL + (size - _LEAST_LOCAL) % (PAGE - 4)
-    local = local if local <= _MOST_LOCAL else _LEAST_LOCAL
-    parts, left = [page[at : at + local]], size - local
-    following = int.from_bytes(page[at + local : at + local + 4], "big")
+def _read_payload(page: bytes, offset: int, size: int, pages: DatabasePages) -> bytes:
+    if size <= _MAX_LOCAL:
+        return page[offset : offset + size]
+    local = _MIN_LOCAL + (size - _MIN_LOCAL) % (PAGE_SIZE - 4)
+    local = local if local <= _MAX_LOCAL else _MIN_LOCAL
+    parts, left = [page[offset : offset + local]], size - local
+    following = int.from_bytes(page[offset + local : offset + local + 4], "big")
     while left > 0 and following:
         more = pages[following]
         if len(more) < 4:
             break
-        parts.append(more[4 : 4 + min(left, PAGE - 4)])
+        parts.append(more[4 : 4 + min(left, PAGE_SIZE - 4)])
         left -= len(parts[-1])
         following = int.from_bytes(more[:4], "big")
     return b"".join(parts)
 
 
-def _record(payload: bytes) -> list[Any]:
+def _decode_record(payload: bytes) -> list[Any]:
     """The values of a record. Raises ValueError, IndexError where it is none."""
-    end, at = _varint(payload, 0)
+    end, at = _read_varint(payload, 0)
     kinds = []
     while at < end:
-        kind, at = _varint(payload, at)
+        kind, at = _read_varint(payload, at)
         kinds.append(kind)
     values: list[Any] = []
     for kind in kinds:
-        size = _INTEGERS.get(kind, 8 if kind == 7 else 0 if kind < 12 else (kind - 12) // 2)
+        size = _INTEGER_SIZES.get(kind, 8 if kind == 7 else 0 if kind < 12 else (kind - 12) // 2)
         part = payload[at : at + size]
         if len(part) < size:
             raise ValueError("cut off")
-        values.append(_value(kind, part))
+        values.append(_decode_value(kind, part))
         at += size
     return values
 
 
-def _value(kind: int, part: bytes) -> Any:
-    if kind in _INTEGERS:
+def _decode_value(serial_type: int, part: bytes) -> Any:
+    if serial_type in _INTEGER_SIZES:
         return int.from_bytes(part, "big", signed=True)
-    if kind in (8, 9):
-        return kind - 8
-    if kind == 7:
+    if serial_type in (8, 9):
+        return serial_type - 8
+    if serial_type == 7:
         return struct.unpack(">d", part)[0]
     # Texts as bytes: whether they are texts is not said here.
-    return part if kind >= 12 else None
+    return part if serial_type >= 12 else None
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes, offset: int) -> tuple[int, int]:
     value = 0
     for index in range(8):
-        byte = data[at + index]
+        byte = data[offset + index]
         value = value << 7 | byte & 0x7F
         if byte < 0x80:
-            return value, at + index + 1
-    return value << 8 | data[at + 8], at + 9
+            return value, offset + index + 1
+    return value << 8 | data[offset + 8], offset + 9
 
 
-def _committed(log: BinaryIO) -> dict[int, int]:
+def _committed_frames(log: BinaryIO) -> dict[int, int]:
     """Page number → where its newest committed image is in the write-ahead log."""
     salts = log.read(32)[16:24]
     newest: dict[int, int] = {}
     waiting: dict[int, int] = {}
-    while len(head := log.read(_FRAME.size)) == _FRAME.size:
-        number, commit, salt = _FRAME.unpack(head)
+    while len(head := log.read(_FRAME_HEADER.size)) == _FRAME_HEADER.size:
+        number, commit, salt = _FRAME_HEADER.unpack(head)
         at = log.tell()
-        if salt != salts or len(log.read(PAGE)) < PAGE:
+        if salt != salts or len(log.read(PAGE_SIZE)) < PAGE_SIZE:
             break
         waiting[number] = at
         if commit:

@@ -15,31 +15,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from agent.device.recovery import migrate
-from agent.device.store.watermark import Mark
+from agent.device.store.watermark import WatermarkState
 from agent.errors import StorageError
 
 DATABASE, MARKER, QUARANTINE = "outstation.db", "damaged", "quarantine"
 _BUILDING = f"{DATABASE}.salvaged"
-_KEPT = 2
+_MAX_QUARANTINED = 2
 # Where the tables of page 1 begin; before them are counters that change all the time.
 _HEADER = 100
 
 
-def note_damage(folder: Path, cause: str) -> None:
+def write_damage_marker(folder: Path, cause: str) -> None:
     """Say that the database in `folder` is damaged, for the next opening. What cannot be written is found again."""
     with contextlib.suppress(OSError):
         _write_marker(folder, {"cause": cause})
 
 
-def cause(folder: Path) -> str | None:
+def read_cause(folder: Path) -> str | None:
     """Why the database in `folder` has to be salvaged; None where it need not be, as far as was seen."""
-    text = _marker(folder)
+    text = _read_marker(folder)
     return str(text.get("cause", "unknown")) if text is not None else None
 
 
-def salvage(folder: Path, cause: str, mark: Mark | None, first_page: bytes | None) -> None:
+def salvage(folder: Path, cause: str, watermark_state: WatermarkState | None, first_page: bytes | None) -> None:
     """Put a sound database in the place of the damaged one. Raises StorageError where not even that is possible."""
-    marker = _marker(folder) or {"cause": cause}
+    marker = _read_marker(folder) or {"cause": cause}
     if "quarantine" not in marker:
         numbers = [int(path.name) for path in (folder / QUARANTINE).glob("*") if path.name.isdecimal()]
         marker["quarantine"] = str(max(numbers, default=0) + 1)
@@ -47,10 +47,10 @@ def salvage(folder: Path, cause: str, mark: Mark | None, first_page: bytes | Non
     place = folder / QUARANTINE / marker["quarantine"]
     try:
         if not ((place / DATABASE).exists() and (folder / DATABASE).exists()):
-            _set_aside(folder, place)
-            _build(folder, place, str(marker["cause"]), mark, first_page)
+            _move_to_quarantine(folder, place)
+            _build(folder, place, str(marker["cause"]), watermark_state, first_page)
         (folder / MARKER).unlink()
-        _sync(folder)
+        _sync_folder(folder)
     except (OSError, sqlite3.Error) as error:
         raise StorageError(
             f"{folder / DATABASE} is damaged ({marker['cause']}) and nothing can be put in its place: {error}; make "
@@ -58,7 +58,7 @@ def salvage(folder: Path, cause: str, mark: Mark | None, first_page: bytes | Non
         ) from error
 
 
-def _set_aside(folder: Path, place: Path) -> None:
+def _move_to_quarantine(folder: Path, place: Path) -> None:
     place.mkdir(parents=True, exist_ok=True)
     # An index of the -wal, made again from it; the database goes last, so that a kill here is seen.
     (folder / f"{DATABASE}-shm").unlink(missing_ok=True)
@@ -70,17 +70,19 @@ def _set_aside(folder: Path, place: Path) -> None:
     ):
         if (folder / name).exists():
             (folder / name).rename(place / kept)
-    _sync(place)
-    _sync(folder)
+    _sync_folder(place)
+    _sync_folder(folder)
     older = sorted((p for p in place.parent.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
-    for path in older[:-_KEPT]:
+    for path in older[:-_MAX_QUARANTINED]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _build(folder: Path, place: Path, why: str, mark: Mark | None, first_page: bytes | None) -> None:
+def _build(
+    folder: Path, place: Path, cause: str, watermark_state: WatermarkState | None, first_page: bytes | None
+) -> None:
     # Costs 15 ms: only for those whose store is damaged.
-    from agent.device.recovery.copy import Copy
-    from agent.device.recovery.readable import Readable
+    from agent.device.recovery.copy import StoreCopy
+    from agent.device.recovery.readable import DamagedDatabase
 
     building = folder / _BUILDING
     for path in (building, folder / f"{_BUILDING}-journal"):
@@ -89,28 +91,28 @@ def _build(folder: Path, place: Path, why: str, mark: Mark | None, first_page: b
         # Nothing here is promised to anybody before it is renamed.
         new.execute("PRAGMA synchronous=OFF")
         migrate.apply(new)
-        with _source(place, first_page) as old:
-            copy = Copy(Readable(old), new, mark)
-            copy.all()
-        copy.settle(why, f"{QUARANTINE}/{place.name}")
+        with _open_damaged(place, first_page) as old:
+            copy = StoreCopy(DamagedDatabase(old), new, watermark_state)
+            copy.copy_tables()
+        copy.complete(cause, f"{QUARANTINE}/{place.name}")
     descriptor = os.open(building, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     building.rename(folder / DATABASE)
-    _sync(folder)
+    _sync_folder(folder)
 
 
 @contextlib.contextmanager
-def _source(place: Path, first_page: bytes | None) -> Iterator[sqlite3.Connection]:
+def _open_damaged(place: Path, first_page: bytes | None) -> Iterator[sqlite3.Connection]:
     """The damaged database to read, with its first page put right where that is known."""
     path, patched = place / DATABASE, place / "mended.db"
     try:
-        if first_page is not None and _other_tables(path, first_page):
+        if first_page is not None and _first_page_differs(path, first_page):
             if path.exists():
                 shutil.copyfile(path, patched)
-            _put_first_page(patched, first_page)
+            _restore_first_page(patched, first_page)
             if (place / f"{DATABASE}-wal").exists():
                 shutil.copyfile(place / f"{DATABASE}-wal", place / "mended.db-wal")
             path = patched
@@ -125,7 +127,7 @@ def _source(place: Path, first_page: bytes | None) -> Iterator[sqlite3.Connectio
             rest.unlink(missing_ok=True)
 
 
-def _other_tables(path: Path, first_page: bytes) -> bool:
+def _first_page_differs(path: Path, first_page: bytes) -> bool:
     if not path.exists():
         return True
     with path.open("rb") as file:
@@ -134,7 +136,7 @@ def _other_tables(path: Path, first_page: bytes) -> bool:
     return any(page[part] != first_page[part] for part in fixed)
 
 
-def _put_first_page(path: Path, first_page: bytes) -> None:
+def _restore_first_page(path: Path, first_page: bytes) -> None:
     page = bytearray(first_page)
     path.touch()
     pages = max(1, -(-path.stat().st_size // len(page)))
@@ -146,7 +148,7 @@ def _put_first_page(path: Path, first_page: bytes) -> None:
         file.write(page)
 
 
-def _marker(folder: Path) -> dict[str, str] | None:
+def _read_marker(folder: Path) -> dict[str, str] | None:
     try:
         text = (folder / MARKER).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -166,10 +168,10 @@ def _write_marker(folder: Path, marker: dict[str, str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(folder / MARKER)
-    _sync(folder)
+    _sync_folder(folder)
 
 
-def _sync(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,25 +16,25 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from agent.clock import Now
-from agent.device.store.message_log import Author
+from agent.clock import ClockReading
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.errors import Refused, StorageFull
-from agent.transport.packets import Delivery
+from agent.errors import MessageRefused, StorageFull
+from agent.transport.packets import IncomingMessage
 from agent.wire import jws, topics
-from agent.wire.desired_state import MAX_DESIRED_BYTES, Wanted
+from agent.wire.desired_state import MAX_DESIRED_BYTES, DesiredBundle
 from agent.wire.keys import PublicKey
-from agent.wire.messages import Desired, open_message
+from agent.wire.messages import DesiredPayload, verify_message
 
 log = logging.getLogger("outstation.updates")
 
 KIND = "desired"
-_KEPT = "desired "
+_STATE_PREFIX = "desired "
 _FULL_RETRY_S = 5.0
 
 
-class _Kept(msgspec.Struct, frozen=True):
+class _AcceptedMessage(msgspec.Struct, frozen=True):
     """The message in force of a topic, and the last counter of each key, by kid."""
 
     payload: bytes
@@ -42,19 +42,19 @@ class _Kept(msgspec.Struct, frozen=True):
     counters: dict[str, int]
 
 
-class Desires:
+class DesiredStateStore:
     """Of one device. `take` and `turn` are the uplink's, `wanted` is the main loop's."""
 
-    def __init__(self, store: Store, author: Author, operators: Sequence[PublicKey], groups: Sequence[str]) -> None:
-        named = [(author.device, None), *((topics.GROUP, group) for group in groups), (topics.ALL, None)]
+    def __init__(self, store: Store, author: MessageLog, operators: Sequence[PublicKey], groups: Sequence[str]) -> None:
+        named = [(author.device, None), *((topics.DEVICE_GROUP, group) for group in groups), (topics.ALL_DEVICES, None)]
         self._topics = [str(topics.Topic(author.fleet, device, KIND, group)) for device, group in named]
         self._store = store
         self._operators = {key.kid: jws.Signer("operator", key) for key in operators}
-        self.changed: Callable[[], object] = lambda: None
-        self._kept: dict[str, _Kept] = {}
-        self._bodies: dict[str, Desired] = {}
-        self._unwritten: dict[str, tuple[_Kept, Desired]] = {}
-        self._try_at = float("-inf")
+        self.on_change: Callable[[], object] = lambda: None
+        self._accepted: dict[str, _AcceptedMessage] = {}
+        self._bodies: dict[str, DesiredPayload] = {}
+        self._pending: dict[str, tuple[_AcceptedMessage, DesiredPayload]] = {}
+        self._next_try_s = float("-inf")
         for topic in self._topics:
             self._restore(topic)
 
@@ -63,74 +63,74 @@ class Desires:
         """Nobody can desire anything of a device without [operators] keys: it does not even listen."""
         return list(self._topics) if self._operators else []
 
-    def wanted(self, task: str) -> Wanted | None:
+    def find_desired(self, task: str) -> DesiredBundle | None:
         """What the most specific topic that names `task` says; None where none does."""
         bodies = self._bodies
-        return next((bodies[topic].tasks[task] for topic in self._topics if self._names(bodies, topic, task)), None)
+        return next((bodies[topic].tasks[task] for topic in self._topics if self._has_task(bodies, topic, task)), None)
 
-    def take(self, delivery: Delivery) -> None:
+    def accept(self, delivery: IncomingMessage) -> None:
         """Verify a message; `turn` puts it into force. Raises Refused."""
         topic = delivery.topic
         if topic not in self._topics:
-            raise Refused("other topic", topic[:120])
+            raise MessageRefused("other topic", topic[:120])
         if len(delivery.payload) > MAX_DESIRED_BYTES:
-            raise Refused("too large", f"{len(delivery.payload)} bytes, it has at most {MAX_DESIRED_BYTES}")
-        body, token, kid = self._open(topic, delivery.payload, delivery.tokens)
-        known = self._unwritten[topic][0] if topic in self._unwritten else self._kept.get(topic)
+            raise MessageRefused("too large", f"{len(delivery.payload)} bytes, it has at most {MAX_DESIRED_BYTES}")
+        body, token, kid = self._verify(topic, delivery.payload, delivery.tokens)
+        known = self._pending[topic][0] if topic in self._pending else self._accepted.get(topic)
         if known is not None and known.payload == delivery.payload and kid == jws.claimed_kid(known.jws):
             return
         counters = known.counters if known is not None else {}
         if body.counter <= counters.get(kid, 0):
-            raise Refused("replayed", f"counter {body.counter}, this key has used {counters[kid]} for {topic}")
-        self._unwritten[topic] = (_Kept(delivery.payload, token, {**counters, kid: body.counter}), body)
+            raise MessageRefused("replayed", f"counter {body.counter}, this key has used {counters[kid]} for {topic}")
+        self._pending[topic] = (_AcceptedMessage(delivery.payload, token, {**counters, kid: body.counter}), body)
 
-    def turn(self, now: Now) -> None:
+    def apply_pending(self, now: ClockReading) -> None:
         """Put into force what was taken: kept first. Raises StorageError."""
-        if not self._unwritten or now.boot_s < self._try_at:
+        if not self._pending or now.boot_s < self._next_try_s:
             return
-        found = dict(self._unwritten)
+        found = dict(self._pending)
         try:
             with self._store.transaction(vital=True) as tx:
                 for topic, (kept, _) in found.items():
-                    _keep(tx, topic, kept)
+                    _save(tx, topic, kept)
         except StorageFull as full:
             log.warning("%s; what is desired of this device waits", full)
-            self._try_at = now.boot_s + _FULL_RETRY_S
+            self._next_try_s = now.boot_s + _FULL_RETRY_S
             return
-        self._unwritten.clear()
-        self._kept |= {topic: kept for topic, (kept, _) in found.items()}
+        self._pending.clear()
+        self._accepted |= {topic: kept for topic, (kept, _) in found.items()}
         # Another dictionary: the main loop may be reading the old one.
         self._bodies = {**self._bodies, **{topic: body for topic, (_, body) in found.items()}}
-        self.changed()
+        self.on_change()
 
-    def _open(self, topic: str, payload: bytes, tokens: Sequence[str]) -> tuple[Desired, str, str]:
-        message = open_message(topic, payload, tokens, self._operators.get)
-        if not isinstance(message.body, Desired):
-            raise Refused("other kind", topic)
+    def _verify(self, topic: str, payload: bytes, tokens: Sequence[str]) -> tuple[DesiredPayload, str, str]:
+        message = verify_message(topic, payload, tokens, self._operators.get)
+        if not isinstance(message.body, DesiredPayload):
+            raise MessageRefused("other kind", topic)
         return message.body, message.jws, message.signer.key.kid
 
     def _restore(self, topic: str) -> None:
-        found = self._store.state("", _KEPT + topic)
+        found = self._store.load_state("", _STATE_PREFIX + topic)
         if found is None:
             return
         try:
-            kept = msgspec.msgpack.decode(found, type=_Kept)
+            kept = msgspec.msgpack.decode(found, type=_AcceptedMessage)
         except msgspec.MsgspecError as damage:
             log.error(
                 "what was desired on %s cannot be read (%s); it comes again with the next connection", topic, damage
             )
             return
-        self._kept[topic] = kept
+        self._accepted[topic] = kept
         try:
-            self._bodies[topic] = self._open(topic, kept.payload, [kept.jws])[0]
-        except Refused as refusal:
+            self._bodies[topic] = self._verify(topic, kept.payload, [kept.jws])[0]
+        except MessageRefused as refusal:
             # As after its key was taken out of the config.
             log.warning("what was desired on %s is no longer in force: %s", topic, refusal)
 
     @staticmethod
-    def _names(bodies: dict[str, Desired], topic: str, task: str) -> bool:
+    def _has_task(bodies: dict[str, DesiredPayload], topic: str, task: str) -> bool:
         return topic in bodies and task in bodies[topic].tasks
 
 
-def _keep(tx: Transaction, topic: str, kept: _Kept) -> None:
-    tx.keep("", _KEPT + topic, msgspec.msgpack.encode(kept))
+def _save(tx: Transaction, topic: str, message: _AcceptedMessage) -> None:
+    tx.save_state("", _STATE_PREFIX + topic, msgspec.msgpack.encode(message))

@@ -10,62 +10,70 @@ from __future__ import annotations
 import numpy as np
 from msgspec.structs import replace
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.pipeline import drift_state
-from agent.device.pipeline.drift_state import LEARNING, SITE, STATE, Ended
-from agent.device.store.message_log import Author
+from agent.device.pipeline.drift_state import LEARNING_NAME, SITE_REFERENCE_NAME, STATE_NAME, ClosingMessages
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.drift.monitor import Judge
-from agent.drift.state import State
+from agent.drift.monitor import DriftMonitor
+from agent.drift.state import DriftState
 
-_NAMES = (STATE, LEARNING, SITE)
-_ASIDE = " before probation"
-
-
-def lay_by(tx: Transaction, task: str) -> None:
-    for name in _NAMES:
-        tx.drop(task, name + _ASIDE)
-        tx.rename(task, name, name + _ASIDE)
+_STATE_NAMES = (STATE_NAME, LEARNING_NAME, SITE_REFERENCE_NAME)
+_SAVED_SUFFIX = " before probation"
 
 
-def take_up(tx: Transaction, author: Author, task: str, now: Now) -> None:
+def save(tx: Transaction, task: str) -> None:
+    for name in _STATE_NAMES:
+        tx.delete_state(task, name + _SAVED_SUFFIX)
+        tx.rename_state(task, name, name + _SAVED_SUFFIX)
+
+
+def restore(tx: Transaction, author: MessageLog, task: str, now: ClockReading) -> None:
     """The bundle before runs again: what was found with the other one is over."""
-    ended = _ended(tx, task, "", "its bundle was taken back")
-    for name in _NAMES:
-        tx.drop(task, name)
-        tx.rename(task, name + _ASIDE, name)
+    ended = _end_alerts(tx, task, "", "its bundle was taken back")
+    for name in _STATE_NAMES:
+        tx.delete_state(task, name)
+        tx.rename_state(task, name + _SAVED_SUFFIX, name)
     for kind, body in ended.messages if ended is not None else ():
         if kind == "alerts":
-            author.write(tx, kind, task, body, now)
+            author.append(tx, kind, task, body, now)
 
 
-def give_up(tx: Transaction, author: Author, task: str, now: Now) -> None:
+def discard(tx: Transaction, author: MessageLog, task: str, now: ClockReading) -> None:
     """The other one stays: nothing that was learned with the one before holds for it."""
-    ended = _ended(tx, task, _ASIDE, "the bundle was changed")
-    for name in _NAMES:
-        tx.drop(task, name + _ASIDE)
+    ended = _end_alerts(tx, task, _SAVED_SUFFIX, "the bundle was changed")
+    for name in _STATE_NAMES:
+        tx.delete_state(task, name + _SAVED_SUFFIX)
     if ended is not None:
-        drift_state.say(tx, author, task, ended, now)
+        drift_state.write_closing_messages(tx, author, task, ended, now)
 
 
-def restore(store: Store, task: str, judge: Judge) -> tuple[State, Ended | None]:
+def load(store: Store, task: str, monitor: DriftMonitor) -> tuple[DriftState, ClosingMessages | None]:
     """What the bundle before, now beside the other one, remembers."""
-    past = store.state(task, STATE + _ASIDE)
+    past = store.load_state(task, STATE_NAME + _SAVED_SUFFIX)
     if past is None:
-        return judge.start(), None
+        return monitor.start(), None
     try:
-        return judge.restore(past, store.state(task, LEARNING + _ASIDE), store.state(task, SITE + _ASIDE)), None
+        return monitor.restore(
+            past,
+            store.load_state(task, LEARNING_NAME + _SAVED_SUFFIX),
+            store.load_state(task, SITE_REFERENCE_NAME + _SAVED_SUFFIX),
+        ), None
     except ValueError:
-        return judge.start(), None
+        return monitor.start(), None
 
 
-def numbered_on(state: State, *others: State | None) -> State:
+def continue_alert_numbers(state: DriftState, *others: DriftState | None) -> DriftState:
     """With alerts named after those of `others`: no name is used twice."""
-    most = max([0, *(int(one.raised.max(initial=0)) for one in others if one is not None)])
-    return replace(state, raised=np.maximum(state.raised, most))
+    most = max([0, *(int(one.raised_counts.max(initial=0)) for one in others if one is not None)])
+    return replace(state, raised_counts=np.maximum(state.raised_counts, most))
 
 
-def _ended(tx: Transaction, task: str, where: str, why: str) -> Ended | None:
-    found = tx.kept(task, STATE + where)
-    return None if found is None else drift_state.ended(task, found, tx.kept(task, SITE + where), why)
+def _end_alerts(tx: Transaction, task: str, suffix: str, reason: str) -> ClosingMessages | None:
+    found = tx.load_state(task, STATE_NAME + suffix)
+    return (
+        None
+        if found is None
+        else drift_state.build_closing_messages(task, found, tx.load_state(task, SITE_REFERENCE_NAME + suffix), reason)
+    )

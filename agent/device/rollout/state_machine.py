@@ -19,26 +19,26 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from agent.device.bundles.rollout_state import Held, Phase, Reason, Standing
-from agent.wire.desired_state import Wanted
+from agent.device.bundles.rollout_state import HoldOff, Phase, Reason, RolloutState
+from agent.wire.desired_state import DesiredBundle
 
 # Whatever the rules say: a bundle that is tried and taken back again and again would end what runs each time.
-_LEAST_HOLD_S = 600.0
-_TRIED: frozenset[Phase] = frozenset({"fetching", "shadow", "probation"})
-_RUNS: frozenset[Phase] = frozenset({"probation", "settled"})
+_MIN_HOLD_OFF_S = 600.0
+_IN_PROGRESS_PHASES: frozenset[Phase] = frozenset({"fetching", "shadow", "probation"})
+_RUNNING_PHASES: frozenset[Phase] = frozenset({"probation", "settled"})
 # Reasons that say nothing against the bundle: it is looked at again, and not held.
-_PASSING: frozenset[Reason] = frozenset({"fetch", "signature", "unfit", "held", "aborted", ""})
+_TRANSIENT_REASONS: frozenset[Reason] = frozenset({"fetch", "signature", "unfit", "held", "aborted", ""})
 
 
-class Finding(msgspec.Struct, frozen=True):
+class BundleAssessment(msgspec.Struct, frozen=True):
     """What was found of a bundle: `reason` is empty where nothing speaks against it."""
 
     reason: Reason
-    why: str
+    detail: str
     numbers: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
-class Facts(msgspec.Struct, frozen=True):
+class RolloutFacts(msgspec.Struct, frozen=True):
     """All that a decision depends on, beside how the task stands.
 
     `runs`: the digest of the bundle that the task runs, or on probation would run without it. `proof`: that the bundle
@@ -48,210 +48,253 @@ class Facts(msgspec.Struct, frozen=True):
     """
 
     device: str
-    wanted: Wanted | None
-    runs: str
-    configured: str
-    now: str
-    now_s: float
-    held: Held | None = None
-    proof: Finding | None = None
-    against: Finding | None = None
-    enough: Finding | None = None
-    before: str = ""
-    aside: str = ""
+    desired: DesiredBundle | None
+    running_digest: str
+    configured_digest: str
+    timestamp: str
+    uptime_s: float
+    hold_off: HoldOff | None = None
+    readiness: BundleAssessment | None = None
+    failure: BundleAssessment | None = None
+    completion: BundleAssessment | None = None
+    fallback_digest: str = ""
+    quarantine_reason: str = ""
     # Whether the deadline of what is wanted is over; None where the clock does not say.
-    over: bool | None = None
+    is_deadline_passed: bool | None = None
 
 
-def aim(old: Standing | None, facts: Facts) -> str:
+def select_target_digest(old: RolloutState | None, facts: RolloutFacts) -> str:
     """The digest of the bundle that should be here, proved, for the next step; "" for none."""
-    if old is None or (facts.wanted is None and old.phase != "probation"):
+    if old is None or (facts.desired is None and old.phase != "probation"):
         return ""
-    if old.phase in _TRIED:
-        return old.wanted.digest
-    wanted = facts.wanted
+    if old.phase in _IN_PROGRESS_PHASES:
+        return old.desired.digest
+    wanted = facts.desired
     if wanted is None:
         return ""
     if wanted.strategy == "back":
-        return facts.before if _leaves(facts) else ""
-    waits = old.phase == "refused" and facts.held is None and wanted.chosen(facts.device) and old.reason != "held"
-    return wanted.digest if waits and _same(old, wanted) else ""
+        return facts.fallback_digest if _is_leaving(facts) else ""
+    waits = (
+        old.phase == "refused"
+        and facts.hold_off is None
+        and wanted.includes_device(facts.device)
+        and old.reason != "held"
+    )
+    return wanted.digest if waits and _is_same_rollout(old, wanted) else ""
 
 
-def decide(old: Standing | None, facts: Facts) -> Standing | None:
+def decide_next_state(old: RolloutState | None, facts: RolloutFacts) -> RolloutState | None:
     """How the task stands next; `old` itself where nothing changes."""
-    new = _dated(_next(old, facts), facts)
+    new = _stamp_time(_transition(old, facts), facts)
     if new is None or old is None:
         return new
-    if new.said == old.said:
+    if new.audit_key == old.audit_key:
         # Nothing to say; a share, a deadline or rules may have changed.
-        unsaid = replace(new, since=old.since, since_s=old.since_s, configured=old.configured)
-        return old if new.wanted == old.wanted else unsaid
-    if new.phase == old.phase and _same(old, new.wanted):
+        unsaid = replace(new, since=old.since, since_s=old.since_s, configured_digest=old.configured_digest)
+        return old if new.desired == old.desired else unsaid
+    if new.phase == old.phase and _is_same_rollout(old, new.desired):
         return replace(new, since=old.since, since_s=old.since_s)
     return new
 
 
-def _next(old: Standing | None, facts: Facts) -> Standing | None:
-    wanted = facts.wanted
+def _transition(old: RolloutState | None, facts: RolloutFacts) -> RolloutState | None:
+    wanted = facts.desired
     if wanted is None:
         if old is None:
             return None
-        if old.phase in _RUNS:
-            return _going_on(old, facts)
-        return old if old.phase == "withdrawn" else _to(old.wanted, "withdrawn", "", "nobody desires it any more")
+        if old.phase in _RUNNING_PHASES:
+            return _continue_running(old, facts)
+        return (
+            old if old.phase == "withdrawn" else _make_state(old.desired, "withdrawn", "", "nobody desires it any more")
+        )
     if wanted.strategy == "back":
-        return _back(old, wanted, facts)
-    if old is None or not _same(old, wanted):
+        return _roll_back(old, wanted, facts)
+    if old is None or not _is_same_rollout(old, wanted):
         if old is not None and old.phase == "probation":
-            if not wanted.chosen(facts.device):
-                return _going_on(old, facts)
-            return _to(old.wanted, "withdrawn", "", f"roll-out {wanted.rollout} is desired instead")
-        return _begin(wanted, facts)
-    return _same_rollout(replace(old, wanted=wanted), facts)
+            if not wanted.includes_device(facts.device):
+                return _continue_running(old, facts)
+            return _make_state(old.desired, "withdrawn", "", f"roll-out {wanted.rollout} is desired instead")
+        return _start_rollout(wanted, facts)
+    return _continue_rollout(replace(old, desired=wanted), facts)
 
 
-def _same_rollout(old: Standing, facts: Facts) -> Standing:
-    wanted = old.wanted
-    chosen = wanted.chosen(facts.device)
+def _continue_rollout(old: RolloutState, facts: RolloutFacts) -> RolloutState:
+    wanted = old.desired
+    chosen = wanted.includes_device(facts.device)
     match old.phase:
         case "not chosen":
-            return _begin(wanted, facts)
+            return _start_rollout(wanted, facts)
         case "fetching":
-            if not chosen or facts.runs == wanted.digest or facts.held is not None:
-                return _begin(wanted, facts)
-            return old if facts.proof is None else _proved(old, facts.proof)
+            if not chosen or facts.running_digest == wanted.digest or facts.hold_off is not None:
+                return _start_rollout(wanted, facts)
+            return old if facts.readiness is None else _apply_readiness(old, facts.readiness)
         case "refused":
             if old.reason == "held":
-                return old if facts.held is not None else _begin(wanted, facts)
-            if facts.runs == wanted.digest:
-                return _begin(wanted, facts)
-            again = chosen and facts.held is None and facts.proof is not None and not facts.proof.reason
-            over = old.reason not in _PASSING and facts.held is None
-            return _proved(old, facts.proof) if again and facts.proof else _begin(wanted, facts) if over else old
+                return old if facts.hold_off is not None else _start_rollout(wanted, facts)
+            if facts.running_digest == wanted.digest:
+                return _start_rollout(wanted, facts)
+            again = chosen and facts.hold_off is None and facts.readiness is not None and not facts.readiness.reason
+            over = old.reason not in _TRANSIENT_REASONS and facts.hold_off is None
+            return (
+                _apply_readiness(old, facts.readiness)
+                if again and facts.readiness
+                else _start_rollout(wanted, facts)
+                if over
+                else old
+            )
         case "shadow":
-            if not chosen or facts.runs == wanted.digest:
-                return _begin(wanted, facts)
-            if (bad := _bad(facts)) is not None:
-                return _to(wanted, "refused", bad.reason, bad.why, bad.numbers)
-            return old if wanted.strategy == "shadow" else _proved(old, Finding("", "it was looked at long enough"))
+            if not chosen or facts.running_digest == wanted.digest:
+                return _start_rollout(wanted, facts)
+            if (bad := _find_failure(facts)) is not None:
+                return _make_state(wanted, "refused", bad.reason, bad.detail, bad.numbers)
+            return (
+                old
+                if wanted.strategy == "shadow"
+                else _apply_readiness(old, BundleAssessment("", "it was looked at long enough"))
+            )
         case "probation" | "settled":
-            return _going_on(old, facts)
+            return _continue_running(old, facts)
         case "rolled back":
-            return old if facts.held is not None or not chosen else _begin(wanted, facts)
+            return old if facts.hold_off is not None or not chosen else _start_rollout(wanted, facts)
         case "withdrawn":
-            stays = old.changed_here and old.configured == facts.configured and facts.runs != wanted.digest
-            return old if stays else _begin(wanted, facts)
+            stays = (
+                old.is_locally_changed
+                and old.configured_digest == facts.configured_digest
+                and facts.running_digest != wanted.digest
+            )
+            return old if stays else _start_rollout(wanted, facts)
 
 
-def _going_on(old: Standing, facts: Facts) -> Standing:
+def _continue_running(old: RolloutState, facts: RolloutFacts) -> RolloutState:
     """A bundle that runs: nobody needs to want it."""
-    wanted = old.wanted
+    wanted = old.desired
     if old.phase == "probation":
-        if (bad := _bad(facts)) is not None:
-            return _to(wanted, "rolled back", bad.reason, bad.why, bad.numbers)
-        if facts.runs == wanted.digest:
-            return _to(wanted, "settled", "", "the config names it")
-        if _reconfigured(old, facts):
-            return _changed_here(wanted, facts)
-        if facts.wanted is not None and facts.wanted.strategy == "shadow" and _same(old, facts.wanted):
-            return _to(wanted, "shadow", "", "it is to be looked at again, and answers beside")
-        return old if facts.enough is None else _to(wanted, "settled", "", facts.enough.why, facts.enough.numbers)
-    if old.phase == "settled" and facts.runs != wanted.digest:
-        if facts.aside:
-            return _to(wanted, "rolled back", "crash", facts.aside)
-        return _changed_here(wanted, facts)
+        if (bad := _find_failure(facts)) is not None:
+            return _make_state(wanted, "rolled back", bad.reason, bad.detail, bad.numbers)
+        if facts.running_digest == wanted.digest:
+            return _make_state(wanted, "settled", "", "the config names it")
+        if _is_reconfigured(old, facts):
+            return _cancel_for_local_config(wanted, facts)
+        if facts.desired is not None and facts.desired.strategy == "shadow" and _is_same_rollout(old, facts.desired):
+            return _make_state(wanted, "shadow", "", "it is to be looked at again, and answers beside")
+        return (
+            old
+            if facts.completion is None
+            else _make_state(wanted, "settled", "", facts.completion.detail, facts.completion.numbers)
+        )
+    if old.phase == "settled" and facts.running_digest != wanted.digest:
+        if facts.quarantine_reason:
+            return _make_state(wanted, "rolled back", "crash", facts.quarantine_reason)
+        return _cancel_for_local_config(wanted, facts)
     return old
 
 
-def _begin(wanted: Wanted, facts: Facts) -> Standing:
+def _start_rollout(desired: DesiredBundle, facts: RolloutFacts) -> RolloutState:
     """A roll-out, or a step of it, from nothing."""
-    if not wanted.chosen(facts.device):
-        why = f"{wanted.percent:g} % of the devices take part, and this is none of them"
-        return _to(wanted, "not chosen", "", why)
-    if facts.runs == wanted.digest:
-        return _to(wanted, "settled", "", "it runs already")
-    if facts.held is not None:
-        hours = max(0.0, facts.held.until_s - facts.now_s) / 3600
-        why = f"it is held for {hours:.1f} h of uptime more: {facts.held.why}"
-        return _to(wanted, "refused", "held", why, {"hours": round(hours, 2)})
-    return _to(wanted, "fetching", "", "")
+    if not desired.includes_device(facts.device):
+        why = f"{desired.percent:g} % of the devices take part, and this is none of them"
+        return _make_state(desired, "not chosen", "", why)
+    if facts.running_digest == desired.digest:
+        return _make_state(desired, "settled", "", "it runs already")
+    if facts.hold_off is not None:
+        hours = max(0.0, facts.hold_off.until_s - facts.uptime_s) / 3600
+        why = f"it is held for {hours:.1f} h of uptime more: {facts.hold_off.detail}"
+        return _make_state(desired, "refused", "held", why, {"hours": round(hours, 2)})
+    return _make_state(desired, "fetching", "", "")
 
 
-def _proved(old: Standing, proof: Finding) -> Standing:
-    wanted = old.wanted
-    if proof.reason:
-        return _to(wanted, "refused", proof.reason, proof.why, proof.numbers)
+def _apply_readiness(old: RolloutState, readiness: BundleAssessment) -> RolloutState:
+    wanted = old.desired
+    if readiness.reason:
+        return _make_state(wanted, "refused", readiness.reason, readiness.detail, readiness.numbers)
     phase: Phase = "shadow" if wanted.strategy == "shadow" else "probation"
-    return _to(wanted, phase, "", proof.why, proof.numbers)
+    return _make_state(wanted, phase, "", readiness.detail, readiness.numbers)
 
 
-def _back(old: Standing | None, wanted: Wanted, facts: Facts) -> Standing:
+def _roll_back(old: RolloutState | None, desired: DesiredBundle, facts: RolloutFacts) -> RolloutState:
     """Who runs the bundle or tries it leaves it."""
-    why = f"roll-out {wanted.rollout} was called back"
-    if old is not None and _about(old, wanted) and old.phase in _TRIED:
-        return _to(wanted, "withdrawn", "aborted", why)
+    why = f"roll-out {desired.rollout} was called back"
+    if old is not None and _is_same_bundle(old, desired) and old.phase in _IN_PROGRESS_PHASES:
+        return _make_state(desired, "withdrawn", "aborted", why)
     if old is not None and old.phase == "probation":
-        return _going_on(old, facts)
-    if not _leaves(facts):
-        if old is not None and _about(old, wanted) and old.phase in ("refused", "rolled back", "withdrawn"):
-            return replace(old, wanted=wanted)
-        return _to(wanted, "withdrawn", "aborted", f"{why}; this device does not run it")
-    if not facts.before:
-        return _to(wanted, "refused", "unfit", f"{why}, but no other bundle that ran here is kept; it goes on")
-    if facts.proof is None:
-        return _to(wanted, "settled", "", f"{why}; it runs until the one before has proved itself again")
-    if facts.proof.reason:
-        return _to(wanted, "refused", facts.proof.reason, f"{why}, but the one before does not run: {facts.proof.why}")
-    return _to(wanted, "withdrawn", "aborted", f"{why}; the one before runs again")
+        return _continue_running(old, facts)
+    if not _is_leaving(facts):
+        if old is not None and _is_same_bundle(old, desired) and old.phase in ("refused", "rolled back", "withdrawn"):
+            return replace(old, desired=desired)
+        return _make_state(desired, "withdrawn", "aborted", f"{why}; this device does not run it")
+    if not facts.fallback_digest:
+        return _make_state(desired, "refused", "unfit", f"{why}, but no other bundle that ran here is kept; it goes on")
+    if facts.readiness is None:
+        return _make_state(desired, "settled", "", f"{why}; it runs until the one before has proved itself again")
+    if facts.readiness.reason:
+        return _make_state(
+            desired,
+            "refused",
+            facts.readiness.reason,
+            f"{why}, but the one before does not run: {facts.readiness.detail}",
+        )
+    return _make_state(desired, "withdrawn", "aborted", f"{why}; the one before runs again")
 
 
-def _leaves(facts: Facts) -> bool:
+def _is_leaving(facts: RolloutFacts) -> bool:
     """Whether the task runs, for good, what it is to leave."""
-    wanted = facts.wanted
-    return wanted is not None and wanted.strategy == "back" and facts.runs == wanted.digest
+    wanted = facts.desired
+    return wanted is not None and wanted.strategy == "back" and facts.running_digest == wanted.digest
 
 
-def _changed_here(wanted: Wanted, facts: Facts) -> Standing:
+def _cancel_for_local_config(desired: DesiredBundle, facts: RolloutFacts) -> RolloutState:
     why = "the config on this device names another bundle since, which runs instead"
-    return replace(_to(wanted, "withdrawn", "", why), changed_here=True)
+    return replace(_make_state(desired, "withdrawn", "", why), is_locally_changed=True)
 
 
-def _reconfigured(old: Standing, facts: Facts) -> bool:
-    return "" not in (old.configured, facts.configured) and old.configured != facts.configured
+def _is_reconfigured(old: RolloutState, facts: RolloutFacts) -> bool:
+    return (
+        "" not in (old.configured_digest, facts.configured_digest) and old.configured_digest != facts.configured_digest
+    )
 
 
-def _bad(facts: Facts) -> Finding | None:
+def _find_failure(facts: RolloutFacts) -> BundleAssessment | None:
     """What speaks against a bundle that runs, or that does not even start again."""
-    if facts.against is not None:
-        return facts.against
-    return facts.proof if facts.proof is not None and facts.proof.reason else None
+    if facts.failure is not None:
+        return facts.failure
+    return facts.readiness if facts.readiness is not None and facts.readiness.reason else None
 
 
-def _same(old: Standing, wanted: Wanted) -> bool:
-    return old.wanted.rollout == wanted.rollout and old.wanted.digest == wanted.digest
+def _is_same_rollout(old: RolloutState, desired: DesiredBundle) -> bool:
+    return old.desired.rollout == desired.rollout and old.desired.digest == desired.digest
 
 
-def _about(old: Standing, wanted: Wanted) -> bool:
-    return old.wanted.digest == wanted.digest
+def _is_same_bundle(old: RolloutState, desired: DesiredBundle) -> bool:
+    return old.desired.digest == desired.digest
 
 
-def _to(wanted: Wanted, phase: Phase, reason: Reason, why: str, numbers: Mapping[str, Any] | None = None) -> Standing:
-    return Standing(wanted, phase, reason, why, dict(numbers or {}))
+def _make_state(
+    desired: DesiredBundle, phase: Phase, reason: Reason, detail: str, numbers: Mapping[str, Any] | None = None
+) -> RolloutState:
+    return RolloutState(desired, phase, reason, detail, dict(numbers or {}))
 
 
-def _dated(new: Standing | None, facts: Facts) -> Standing | None:
+def _stamp_time(new: RolloutState | None, facts: RolloutFacts) -> RolloutState | None:
     if new is None:
         return None
-    under_way = new.phase in _TRIED and (new.phase, new.wanted.strategy) != ("shadow", "shadow")
-    late = new.late if facts.over is None else facts.over
-    new = replace(new, late=late and under_way and new.wanted.strategy != "back")
-    return replace(new, since=facts.now, since_s=facts.now_s, configured=new.configured or facts.configured)
+    under_way = new.phase in _IN_PROGRESS_PHASES and (new.phase, new.desired.strategy) != ("shadow", "shadow")
+    late = new.late if facts.is_deadline_passed is None else facts.is_deadline_passed
+    new = replace(new, late=late and under_way and new.desired.strategy != "back")
+    return replace(
+        new,
+        since=facts.timestamp,
+        since_s=facts.uptime_s,
+        configured_digest=new.configured_digest or facts.configured_digest,
+    )
 
 
-def held_for(new: Standing, at_s: float) -> Held | None:
+def compute_hold_off(new: RolloutState, uptime_s: float) -> HoldOff | None:
     """Whether the bundle is not to be tried for a while after this step, and why."""
-    if new.phase not in ("refused", "rolled back") or new.reason in _PASSING or new.wanted.strategy == "back":
+    if (
+        new.phase not in ("refused", "rolled back")
+        or new.reason in _TRANSIENT_REASONS
+        or new.desired.strategy == "back"
+    ):
         return None
-    hold_s = max(_LEAST_HOLD_S, new.wanted.rules.hold_hours * 3600)
-    return Held(at_s + hold_s, f"{new.phase} for {new.reason}: {new.why}"[:500])
+    hold_s = max(_MIN_HOLD_OFF_S, new.desired.rules.hold_hours * 3600)
+    return HoldOff(uptime_s + hold_s, f"{new.phase} for {new.reason}: {new.detail}"[:500])

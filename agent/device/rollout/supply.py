@@ -16,53 +16,53 @@ from typing import Protocol
 
 import msgspec
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history
 from agent.device.bundles.rollout_state import Reason
-from agent.device.rollout.state_machine import Finding
+from agent.device.rollout.state_machine import BundleAssessment
 from agent.errors import BadBundle, ConfigError, OutstationError
 from agent.model import activation
-from agent.model.activation import Proved
+from agent.model.activation import ProvenBundle
 from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
-from agent.model.inference.tuning import Choice
+from agent.model.inference.tuning import Tuning
 from agent.model.sandbox import probe
-from agent.wire.desired_state import Wanted
+from agent.wire.desired_state import DesiredBundle
 from agent.wire.keys import PublicKey
 
 log = logging.getLogger("outstation.updates")
 
 # So long after a bundle did not come, or did not fit, it is looked for again.
-RETRY_S = 3600.0
+SEARCH_RETRY_S = 3600.0
 # What must stay free of the disk when another bundle was kept.
-_SPARE = 32 << 20
-_MOST_LAID = 64
-_keeping = threading.Lock()
+_DISK_RESERVE_BYTES = 32 << 20
+_MAX_SCANNED_ENTRIES = 64
+_save_lock = threading.Lock()
 
 
-class Sought(msgspec.Struct, frozen=True):
+class BundleRequest(msgspec.Struct, frozen=True):
     """A bundle that should be here, for a task; fetched only where it is `wanted`."""
 
     task: str
     name: str
     version: str
     digest: str
-    wanted: Wanted | None = None
+    desired: DesiredBundle | None = None
 
 
-class Fetches(Protocol):
+class BundleFetcher(Protocol):
     """What this uses of a `fetching.Fetcher`."""
 
-    def start(self, task: str, wanted: Wanted, now: Now) -> None: ...
+    def start(self, task: str, desired: DesiredBundle, now: ClockReading) -> None: ...
     def stop(self, task: str) -> None: ...
 
 
-class Missing(msgspec.Struct, frozen=True):
+class BundleMissing(msgspec.Struct, frozen=True):
     """It is nowhere here."""
 
 
-class Supply:
+class BundleSupply:
     """Of one task. `fits` raises ConfigError where a bundle cannot be run for the task; `known`: choices made before.
 
     `stirred` is called, on another thread, when it is worth to ask again.
@@ -72,164 +72,182 @@ class Supply:
         self,
         conf: Config,
         publishers: Sequence[PublicKey],
-        fetches: Fetches | None,
-        fits: Callable[[str, Bundle], None],
-        known: Callable[[str], Sequence[Choice]],
-        stirred: Callable[[], object] = lambda: None,
+        fetcher: BundleFetcher | None,
+        check_fit: Callable[[str, Bundle], None],
+        known_tunings: Callable[[str], Sequence[Tuning]],
+        on_progress: Callable[[], object] = lambda: None,
     ) -> None:
-        self._conf, self._publishers = conf, [*publishers, *builtin.publishers()]
-        self._fetches, self._fits, self._known, self._stirred = fetches, fits, known, stirred
-        self._sought: Sought | None = None
-        self._job: _Job | None = None
+        self._conf, self._publishers = conf, [*publishers, *builtin.publisher_keys()]
+        self._fetcher, self._check_fit, self._known_tunings, self._on_progress = (
+            fetcher,
+            check_fit,
+            known_tunings,
+            on_progress,
+        )
+        self._request: BundleRequest | None = None
+        self._job: _BackgroundJob | None = None
         self._fetching = False
-        self._found: Proved | Finding | None = None
-        self._again_s = 0.0
+        self._result: ProvenBundle | BundleAssessment | None = None
+        self._retry_at_s = 0.0
 
-    def seek(self, sought: Sought, now: Now) -> Proved | Finding | None:
+    def poll(self, request: BundleRequest, now: ClockReading) -> ProvenBundle | BundleAssessment | None:
         """The bundle, or why there is none; None while that is not known. Asked again and again by the main loop."""
-        if sought != self._sought:
-            self.drop()
-            self._sought = sought
-        if isinstance(self._found, Finding) and not self._fetching and now.boot_s >= self._again_s:
-            self._found = None
-        if self._found is None and not self._fetching:
-            self._look(sought, now)
-        return self._found
+        if request != self._request:
+            self.cancel()
+            self._request = request
+        if isinstance(self._result, BundleAssessment) and not self._fetching and now.boot_s >= self._retry_at_s:
+            self._result = None
+        if self._result is None and not self._fetching:
+            self._search(request, now)
+        return self._result
 
-    def came(self, task: str, archive: Path) -> None:
+    def on_fetched(self, task: str, archive: Path) -> None:
         """What was fetched is on the disk."""
-        if (sought := self._sought) is not None and self._fetching and sought.task == task:
-            self._fetching, self._found = False, None
-            self._job = _Job(lambda: self._prove(sought, archive), self._stirred)
+        if (sought := self._request) is not None and self._fetching and sought.task == task:
+            self._fetching, self._result = False, None
+            self._job = _BackgroundJob(lambda: self._find_and_verify(sought, archive), self._on_progress)
 
-    def failed(self, task: str, finding: Finding) -> None:
+    def on_fetch_failed(self, task: str, assessment: BundleAssessment) -> None:
         """It did not come; it is still tried to fetch it."""
-        if self._sought is not None and self._fetching and self._sought.task == task:
-            self._found = finding
+        if self._request is not None and self._fetching and self._request.task == task:
+            self._result = assessment
 
-    def drop(self) -> None:
+    def cancel(self) -> None:
         """Nothing is sought any more."""
-        if self._fetching and self._fetches is not None and self._sought is not None:
-            self._fetches.stop(self._sought.task)
+        if self._fetching and self._fetcher is not None and self._request is not None:
+            self._fetcher.stop(self._request.task)
         # A thread that still waits for its child ends by itself; what it finds is of no interest.
-        self._sought, self._job, self._found, self._fetching = None, None, None, False
+        self._request, self._job, self._result, self._fetching = None, None, None, False
 
-    def _look(self, sought: Sought, now: Now) -> None:
+    def _search(self, request: BundleRequest, now: ClockReading) -> None:
         if self._job is None:
-            self._job = _Job(lambda: self._prove(sought, None), self._stirred)
+            self._job = _BackgroundJob(lambda: self._find_and_verify(request, None), self._on_progress)
         found = self._job.result()
         if found is None:
             return
-        self._job, self._again_s = None, now.boot_s + RETRY_S
-        if not isinstance(found, Missing):
-            self._found = found
-        elif self._fetches is None or sought.wanted is None:
-            whole = "its config has no [updates] to fetch it from" if sought.wanted else "it was kept here, and is gone"
-            self._found = Finding("fetch", f"{sought.name} {sought.version} is not on this device, and {whole}")
+        self._job, self._retry_at_s = None, now.boot_s + SEARCH_RETRY_S
+        if not isinstance(found, BundleMissing):
+            self._result = found
+        elif self._fetcher is None or request.desired is None:
+            whole = (
+                "its config has no [updates] to fetch it from" if request.desired else "it was kept here, and is gone"
+            )
+            self._result = BundleAssessment(
+                "fetch", f"{request.name} {request.version} is not on this device, and {whole}"
+            )
         else:
             self._fetching = True
-            self._fetches.start(sought.task, sought.wanted, now)
+            self._fetcher.start(request.task, request.desired, now)
 
     # --- on the job's thread ---
 
-    def _prove(self, sought: Sought, archive: Path | None) -> Proved | Finding | Missing:
-        found: Bundle | Finding | Missing = Missing()
-        for path in self._places(sought) if archive is None else (archive,):
-            found = self._read(path, sought)
+    def _find_and_verify(
+        self, request: BundleRequest, archive: Path | None
+    ) -> ProvenBundle | BundleAssessment | BundleMissing:
+        found: Bundle | BundleAssessment | BundleMissing = BundleMissing()
+        for path in self._candidate_paths(request) if archive is None else (archive,):
+            found = self._read_bundle(path, request)
             if isinstance(found, Bundle):
                 break
-        if isinstance(found, Missing) and archive is not None:
-            return Finding("signature", f"what was fetched as {sought.name} {sought.version} is another bundle")
+        if isinstance(found, BundleMissing) and archive is not None:
+            return BundleAssessment(
+                "signature", f"what was fetched as {request.name} {request.version} is another bundle"
+            )
         # A damaged copy here is no reason not to fetch it.
-        if isinstance(found, Bundle) and (found.manifest.name, found.manifest.version) != (sought.name, sought.version):
+        if isinstance(found, Bundle) and (found.manifest.name, found.manifest.version) != (
+            request.name,
+            request.version,
+        ):
             called = f"{found.manifest.name} {found.manifest.version}"
-            why = f"the bundle of this digest is {called} by its manifest, {sought.name} {sought.version} is desired"
-            return Finding("signature", why)
+            why = f"the bundle of this digest is {called} by its manifest, {request.name} {request.version} is desired"
+            return BundleAssessment("signature", why)
         if not isinstance(found, Bundle):
-            return found if archive is not None else Missing()
-        return self._checked(sought, found)
+            return found if archive is not None else BundleMissing()
+        return self._probe_and_save(request, found)
 
-    def _places(self, sought: Sought) -> Iterator[Path]:
+    def _candidate_paths(self, request: BundleRequest) -> Iterator[Path]:
         """Kept copies, what is configured or ships, and whatever somebody laid into the folder of bundles."""
         data = self._conf.data_dir
-        yield history.folder(data, sought.digest)
-        for name in dict.fromkeys((self._conf.tasks[sought.task].bundle, sought.name)):
+        yield history.copy_folder(data, request.digest)
+        for name in dict.fromkeys((self._conf.tasks[request.task].bundle, request.name)):
             try:
-                yield builtin.locate(name, data / "bundles")
+                yield builtin.locate_bundle(name, data / "bundles")
             except BadBundle:
                 continue
         home = data / "bundles"
-        for entry in sorted(home.iterdir())[:_MOST_LAID] if home.is_dir() else ():
-            if not entry.name.startswith(".") and _claims(entry, sought.digest):
+        for entry in sorted(home.iterdir())[:_MAX_SCANNED_ENTRIES] if home.is_dir() else ():
+            if not entry.name.startswith(".") and _has_digest(entry, request.digest):
                 yield entry
 
-    def _read(self, path: Path, sought: Sought) -> Bundle | Finding | Missing:
+    def _read_bundle(self, path: Path, request: BundleRequest) -> Bundle | BundleAssessment | BundleMissing:
         if not path.exists():
-            return Missing()
+            return BundleMissing()
         try:
             found = bundle.read(path, self._publishers)
         except BadBundle as problem:
-            return Finding("signature", str(problem))
-        return found if found.digest == sought.digest else Missing()
+            return BundleAssessment("signature", str(problem))
+        return found if found.digest == request.digest else BundleMissing()
 
-    def _checked(self, sought: Sought, found: Bundle) -> Proved | Finding:
+    def _probe_and_save(self, request: BundleRequest, verified: Bundle) -> ProvenBundle | BundleAssessment:
         try:
-            self._fits(sought.task, found)
-            self._require_room(found)
-            report = probe.probe(found, list(self._known(sought.task)))
+            self._check_fit(request.task, verified)
+            self._require_disk_space(verified)
+            report = probe.probe(verified, list(self._known_tunings(request.task)))
             for name, ok, detail in report.checks:
                 if not ok:
-                    return Finding(_reason(name, detail), f"{name}: {detail}", {"check": name})
-            proved = Proved(found, activation.reference(found), report.choice)
+                    return BundleAssessment(_reason_for_check(name, detail), f"{name}: {detail}", {"check": name})
+            proved = ProvenBundle(verified, activation.read_reference(verified), report.tuning)
         except ConfigError as problem:
-            return Finding("unfit", problem.problem)
+            return BundleAssessment("unfit", problem.problem)
         except BadBundle as problem:
-            return Finding("unfit", str(problem))
+            return BundleAssessment("unfit", str(problem))
         # Two tasks may come to the same bundle at once.
-        with _keeping:
-            kept_here = history.keep(found, self._conf.data_dir)
+        with _save_lock:
+            kept_here = history.store_copy(verified, self._conf.data_dir)
         if not kept_here:
-            return Finding("unfit", "the disk does not take a copy of it beside the one that runs")
+            return BundleAssessment("unfit", "the disk does not take a copy of it beside the one that runs")
         return proved
 
-    def _require_room(self, found: Bundle) -> None:
+    def _require_disk_space(self, verified: Bundle) -> None:
         """Two bundles are kept while both may be needed. Raises BadBundle."""
-        if history.folder(self._conf.data_dir, found.digest).is_dir():
+        if history.copy_folder(self._conf.data_dir, verified.digest).is_dir():
             return
-        size = sum(len(data) for data in found.files.values())
+        size = sum(len(data) for data in verified.files.values())
         free = shutil.disk_usage(self._conf.data_dir).free
-        if size + _SPARE > free:
+        if size + _DISK_RESERVE_BYTES > free:
             raise BadBundle(
                 f"its {size / 2**20:.1f} MiB do not fit beside the bundle that runs: {free / 2**20:.1f} MiB are free "
-                f"here, {_SPARE >> 20} MiB must stay so; make room"
+                f"here, {_DISK_RESERVE_BYTES >> 20} MiB must stay so; make room"
             )
 
 
-class _Job:
+class _BackgroundJob:
     """Something that is waited for on a thread of its own."""
 
-    def __init__(self, do: Callable[[], Proved | Finding | Missing], done: Callable[[], object]) -> None:
-        self._do, self._done = do, done
-        self._result: Proved | Finding | Missing | None = None
+    def __init__(
+        self, action: Callable[[], ProvenBundle | BundleAssessment | BundleMissing], on_done: Callable[[], object]
+    ) -> None:
+        self._action, self._on_done = action, on_done
+        self._result: ProvenBundle | BundleAssessment | BundleMissing | None = None
         threading.Thread(target=self._run, name="proving", daemon=True).start()
 
-    def result(self) -> Proved | Finding | Missing | None:
+    def result(self) -> ProvenBundle | BundleAssessment | BundleMissing | None:
         """None while it is at work."""
         return self._result
 
     def _run(self) -> None:
         try:
-            self._result = self._do()
+            self._result = self._action()
         except OutstationError as problem:
-            self._result = Finding("unfit", str(problem))
+            self._result = BundleAssessment("unfit", str(problem))
         except Exception as error:
             # Nobody foresaw it; the daemon must not wait for an answer for ever.
             log.exception("a bundle could not be proved")
-            self._result = Finding("unfit", f"{type(error).__name__}: {error}")
-        self._done()
+            self._result = BundleAssessment("unfit", f"{type(error).__name__}: {error}")
+        self._on_done()
 
 
-def _claims(path: Path, digest: str) -> bool:
+def _has_digest(path: Path, digest: str) -> bool:
     """Whether what lies there says that it is the bundle; archives are looked into."""
     if path.suffix == ".zip":
         return path.is_file()
@@ -242,7 +260,7 @@ def _claims(path: Path, digest: str) -> bool:
         return False
 
 
-def _reason(check: str, detail: str) -> Reason:
+def _reason_for_check(check: str, detail: str) -> Reason:
     if check in ("golden", "batch"):
         return "golden"
     if "crashed" in detail:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from agent.clock import Now
-from agent.device.bundles import history, overrides, quarantine
+from agent.clock import ClockReading
+from agent.device.bundles import history as bundle_history
+from agent.device.bundles import overrides, quarantine
 from agent.device.bundles import rollout_state as standings
-from agent.device.bundles.history import History, Ran
-from agent.device.bundles.rollout_state import Held, Phase, Standing
+from agent.device.bundles.history import BundleHistory, BundleRef
+from agent.device.bundles.rollout_state import HoldOff, Phase, RolloutState
 from agent.device.rollout import saved_drift, shadow
-from agent.device.rollout.state_machine import held_for
-from agent.device.store.message_log import Author
+from agent.device.rollout.state_machine import compute_hold_off
+from agent.device.store.message_log import MessageLog
 from agent.device.store.transaction import Transaction
 from agent.model.bundle.bundle import Bundle
 
 EVENT = "rollout"
-_MOST_SUMMARY = 1500
+_MAX_SUMMARY_CHARS = 1500
 # An operator has to look at these.
-_ALARMING: frozenset[Phase] = frozenset({"refused", "rolled back"})
-_SAID: dict[Phase, str] = {
+_ALERT_PHASES: frozenset[Phase] = frozenset({"refused", "rolled back"})
+_PHASE_VERBS: dict[Phase, str] = {
     "not chosen": "does not take part in",
     "fetching": "fetches and proves",
     "refused": "refused",
@@ -31,47 +32,55 @@ _SAID: dict[Phase, str] = {
 }
 
 
-def write(tx: Transaction, author: Author, task: str, old: Standing | None, new: Standing, now: Now) -> Held | None:
+def record(
+    tx: Transaction, author: MessageLog, task: str, old: RolloutState | None, new: RolloutState, now: ClockReading
+) -> HoldOff | None:
     """Keep how `task` stands, and say so where there is something new to say; what is held from now on, if anything."""
-    standings.keep_standing(tx, task, new)
+    standings.save_state(tx, task, new)
     if old is None or old.phase != new.phase:
         # From here on another pair of bundles is compared, or none.
-        tx.drop(task, shadow.STATE)
-    if old is not None and old.said == new.said:
+        tx.delete_state(task, shadow.STATE_NAME)
+    if old is not None and old.audit_key == new.audit_key:
         return None
     at_s = tx.uptime_s(now)
     # Only a step into this phase holds, and not that it is late, or desired in another way.
-    moved = old is None or (old.phase, old.reason, old.wanted.digest) != (new.phase, new.reason, new.wanted.digest)
-    found = held_for(new, at_s) if moved else None
+    moved = old is None or (old.phase, old.reason, old.desired.digest) != (new.phase, new.reason, new.desired.digest)
+    found = compute_hold_off(new, at_s) if moved else None
     if found is not None:
-        standings.hold(tx, task, new.wanted.digest, found, at_s)
-    summary = sentence(task, new)
-    author.write(tx, "audit", None, {"event": EVENT, "summary": summary, "evidence": evidence(task, new)}, now)
-    _alert(tx, author, task, old, new, summary, now)
+        standings.add_hold_off(tx, task, new.desired.digest, found, at_s)
+    summary = summarize(task, new)
+    author.append(tx, "audit", None, {"event": EVENT, "summary": summary, "evidence": build_evidence(task, new)}, now)
+    _write_alert(tx, author, task, old, new, summary, now)
     return found
 
 
-def sentence(task: str, one: Standing) -> str:
-    wanted = one.wanted
+def summarize(task: str, state: RolloutState) -> str:
+    wanted = state.desired
     which = f"{wanted.bundle} {wanted.version} (roll-out {wanted.rollout}, {wanted.strategy})"
-    reason = f" for {one.reason}" if one.reason else ""
-    late = f" It is late: the deadline was {wanted.deadline}." if one.late else ""
-    why = f": {one.why}" if one.why else ""
-    return f"{task} {_SAID[one.phase]} {which}{reason}{why}"[:_MOST_SUMMARY].rstrip(".") + f".{late}"
+    reason = f" for {state.reason}" if state.reason else ""
+    late = f" It is late: the deadline was {wanted.deadline}." if state.late else ""
+    why = f": {state.detail}" if state.detail else ""
+    return f"{task} {_PHASE_VERBS[state.phase]} {which}{reason}{why}"[:_MAX_SUMMARY_CHARS].rstrip(".") + f".{late}"
 
 
-def evidence(task: str, one: Standing) -> dict[str, Any]:
-    wanted = one.wanted
+def build_evidence(task: str, state: RolloutState) -> dict[str, Any]:
+    wanted = state.desired
     named = {"rollout": wanted.rollout, "bundle": wanted.bundle, "version": wanted.version, "digest": wanted.digest}
-    how = {"strategy": wanted.strategy, "phase": one.phase, "reason": one.reason, "numbers": one.numbers}
-    return {"task": task, **named, **how, "late": one.late}
+    how = {"strategy": wanted.strategy, "phase": state.phase, "reason": state.reason, "numbers": state.numbers}
+    return {"task": task, **named, **how, "late": state.late}
 
 
-def _alert(
-    tx: Transaction, author: Author, task: str, old: Standing | None, new: Standing, summary: str, now: Now
+def _write_alert(
+    tx: Transaction,
+    author: MessageLog,
+    task: str,
+    old: RolloutState | None,
+    new: RolloutState,
+    summary: str,
+    now: ClockReading,
 ) -> None:
     """Open for as long as the bundle that is desired does not run, because of what was found."""
-    was, is_now = old is not None and old.phase in _ALARMING, new.phase in _ALARMING
+    was, is_now = old is not None and old.phase in _ALERT_PHASES, new.phase in _ALERT_PHASES
     if not was and not is_now:
         return
     body: dict[str, Any] = {
@@ -81,51 +90,75 @@ def _alert(
         "severity": "info" if not is_now else "critical" if new.phase == "rolled back" else "warning",
         "id": f"{task}/rollout",
         "summary": summary,
-        "evidence": evidence(task, new),
+        "evidence": build_evidence(task, new),
     }
-    author.write(tx, "alerts", task, body, now)
+    author.append(tx, "alerts", task, body, now)
 
 
-def begin_probation(
-    tx: Transaction, author: Author, task: str, candidate: Bundle, past: History | None, now: Now
+def begin_canary(
+    tx: Transaction, author: MessageLog, task: str, candidate: Bundle, history: BundleHistory | None, now: ClockReading
 ) -> None:
-    saved_drift.lay_by(tx, task)
-    history.record(tx, author, task, candidate, past, "roll-out", now)
+    saved_drift.save(tx, task)
+    bundle_history.record_activation(tx, author, task, candidate, history, "roll-out", now)
 
 
-def end_probation(
-    tx: Transaction, author: Author, task: str, left: Standing, steady: Bundle | None, why: str, now: Now
+def end_canary(
+    tx: Transaction,
+    author: MessageLog,
+    task: str,
+    canary_state: RolloutState,
+    incumbent: Bundle | None,
+    why: str,
+    now: ClockReading,
 ) -> None:
     """What ran before runs again; where it is not known yet what that is, as at a start, `steady` is None."""
-    saved_drift.take_up(tx, author, task, now)
-    past = history.from_json(left.past.encode()) if left.past else None
-    if steady is not None:
-        history.record(tx, author, task, steady, History(_ran(left)), why, now)
-    if past is None or steady is None or past.now.digest == steady.digest:
-        history.restore(tx, task, past)
+    saved_drift.restore(tx, author, task, now)
+    past = bundle_history.from_json(canary_state.previous_history.encode()) if canary_state.previous_history else None
+    if incumbent is not None:
+        bundle_history.record_activation(
+            tx, author, task, incumbent, BundleHistory(_to_bundle_ref(canary_state)), why, now
+        )
+    if past is None or incumbent is None or past.current.digest == incumbent.digest:
+        bundle_history.restore(tx, task, past)
     else:
-        history.restore(tx, task, History(history.ran(steady), past.now))
+        bundle_history.restore(tx, task, BundleHistory(bundle_history.bundle_ref(incumbent), past.current))
 
 
-def settle(tx: Transaction, author: Author, task: str, one: Standing, configured: str, now: Now) -> None:
+def promote_canary(
+    tx: Transaction, author: MessageLog, task: str, state: RolloutState, configured: str, now: ClockReading
+) -> None:
     """The bundle on probation stays, over restarts, until the config names another one."""
-    saved_drift.give_up(tx, author, task, now)
-    _override(tx, author, task, _ran(one), configured, one.wanted.rollout, now)
+    saved_drift.discard(tx, author, task, now)
+    _write_override(tx, author, task, _to_bundle_ref(state), configured, state.desired.rollout, now)
 
 
-def go_back(
-    tx: Transaction, author: Author, task: str, found: Bundle, past: History | None, configured: str, now: Now
+def revert_to_previous(
+    tx: Transaction,
+    author: MessageLog,
+    task: str,
+    bundle: Bundle,
+    history: BundleHistory | None,
+    configured: str,
+    now: ClockReading,
 ) -> None:
     """A bundle that had settled gives way to the one before, over restarts."""
-    history.record(tx, author, task, found, past, "roll-out called back", now)
-    _override(tx, author, task, history.ran(found), configured, "", now)
+    bundle_history.record_activation(tx, author, task, bundle, history, "roll-out called back", now)
+    _write_override(tx, author, task, bundle_history.bundle_ref(bundle), configured, "", now)
 
 
-def _override(tx: Transaction, author: Author, task: str, ran: Ran, configured: str, rollout: str, now: Now) -> None:
-    overrides.keep_rollback(tx, task, history.rolled_back(ran, configured, rollout))
-    if ran.digest in overrides.set_aside_in(tx, task):
-        quarantine.end(tx, author, task, now)
+def _write_override(
+    tx: Transaction,
+    author: MessageLog,
+    task: str,
+    bundle_ref: BundleRef,
+    configured: str,
+    rollout: str,
+    now: ClockReading,
+) -> None:
+    overrides.save_bundle_override(tx, task, bundle_history.make_override(bundle_ref, configured, rollout))
+    if bundle_ref.digest in overrides.load_quarantined_in_tx(tx, task):
+        quarantine.release(tx, author, task, now)
 
 
-def _ran(one: Standing) -> Ran:
-    return Ran(one.wanted.bundle, one.wanted.version, one.wanted.digest)
+def _to_bundle_ref(state: RolloutState) -> BundleRef:
+    return BundleRef(state.desired.bundle, state.desired.version, state.desired.digest)

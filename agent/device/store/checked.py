@@ -6,7 +6,7 @@ import zlib
 from typing import Any
 
 # CAST: one flipped bit on the disk makes a text that cannot be read as text.
-COLUMNS = "seq, CAST(topic AS BLOB), CAST(payload AS BLOB), CAST(jws AS BLOB), CAST(time AS BLOB), crc"
+MESSAGE_COLUMNS = "seq, CAST(topic AS BLOB), CAST(payload AS BLOB), CAST(jws AS BLOB), CAST(time AS BLOB), crc"
 
 
 def message_crc(seq: int, topic: bytes, payload: bytes, jws: bytes, time: bytes) -> int:
@@ -18,7 +18,7 @@ def message_crc(seq: int, topic: bytes, payload: bytes, jws: bytes, time: bytes)
     return crc
 
 
-def whole(row: tuple[Any, ...]) -> tuple[int, str, bytes, str, str] | None:
+def decode_message_row(row: tuple[Any, ...]) -> tuple[int, str, bytes, str, str] | None:
     """A row of COLUMNS as (seq, topic, payload, jws, time); None where its CRC does not match."""
     seq, *parts, crc = row
     if not all(isinstance(part, bytes) for part in parts) or message_crc(seq, *parts) != crc:

@@ -15,28 +15,28 @@ from pathlib import Path
 
 import msgspec
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.store.transaction import Transaction
 
 PREFIX = "cost."
-_PROCESS, _TASKS = f"{PREFIX}process.", f"{PREFIX}task."
+_PROCESS_PREFIX, _TASK_PREFIX = f"{PREFIX}process.", f"{PREFIX}task."
 # Beside payload, signature and topic: CloudEvents properties and the packet's own.
-_ENVELOPE = 330
+_ENVELOPE_BYTES = 330
 
 
-class Meter:
+class CostMeter:
     """Of one task. Sums of squares and products tell what a batch costs by itself, and what each window adds."""
 
     def __init__(self, task: str) -> None:
-        self._task, self._waiting = task, list[tuple[int, int, int, int]]()
+        self._task, self._uncounted_batches = task, list[tuple[int, int, int, int]]()
 
-    def ran(self, windows: int, rows: int, listed: int, cpu_us: int) -> None:
+    def record_batch(self, windows: int, rows: int, listed: int, cpu_us: int) -> None:
         """A batch that was committed."""
-        self._waiting.append((windows, rows, listed, cpu_us))
+        self._uncounted_batches.append((windows, rows, listed, cpu_us))
 
-    def keep(self, tx: Transaction) -> None:
+    def write_counters(self, tx: Transaction) -> None:
         """Of earlier batches. Those of a transaction that fails are counted by the next."""
-        for windows, rows, listed, cpu_us in self._waiting:
+        for windows, rows, listed, cpu_us in self._uncounted_batches:
             parts = {
                 "batches": 1,
                 "windows": windows,
@@ -47,49 +47,49 @@ class Meter:
                 "windows_cpu": windows * cpu_us,
             }
             for name, n in parts.items():
-                tx.count(f"{_TASKS}{self._task}.{name}", n)
+                tx.increment_counter(f"{_TASK_PREFIX}{self._task}.{name}", n)
 
-    def kept(self) -> None:
+    def confirm_written(self) -> None:
         """What `keep` counted is committed."""
-        self._waiting.clear()
+        self._uncounted_batches.clear()
 
 
-def sent(tx: Transaction, task: str | None, kind: str, size: int) -> None:
+def count_message(tx: Transaction, task: str | None, kind: str, size: int) -> None:
     """A message of `size` bytes of payload, signature and topic was written."""
     if task is not None:
-        tx.count(f"{_TASKS}{task}.{kind}.messages", 1)
-        tx.count(f"{_TASKS}{task}.{kind}.bytes", size + _ENVELOPE)
+        tx.increment_counter(f"{_TASK_PREFIX}{task}.{kind}.messages", 1)
+        tx.increment_counter(f"{_TASK_PREFIX}{task}.{kind}.bytes", size + _ENVELOPE_BYTES)
     else:
-        tx.count(f"{_PROCESS}sent", size + _ENVELOPE)
+        tx.increment_counter(f"{_PROCESS_PREFIX}sent", size + _ENVELOPE_BYTES)
 
 
-class _Read(msgspec.Struct, frozen=True):
+class _Counters(msgspec.Struct, frozen=True):
     """Counters of the process and of the machine, as they stand; `energy_uj` None where it cannot be read."""
 
     boot_s: float
     cpu_s: float
-    written: int
+    written_bytes: int
     busy_s: float
     energy_uj: int | None
 
 
-class Process:
+class ProcessMeter:
     """Of the whole agent; `root` is where sysfs is."""
 
     def __init__(self, root: Path = Path("/sys")) -> None:
         self._root = root
-        self._last: _Read | None = None
+        self._last: _Counters | None = None
 
-    def turn(self, tx: Transaction, now: Now) -> None:
+    def tick(self, tx: Transaction, now: ClockReading) -> None:
         """What was spent since the last call."""
-        this, last = self._read(now), self._last
+        this, last = self._read_counters(now), self._last
         self._last = this
         if last is None or this.boot_s <= last.boot_s:
             return
         spent = {
             "ms": round((this.boot_s - last.boot_s) * 1e3),
             "cpu_us": round((this.cpu_s - last.cpu_s) * 1e6),
-            "written": this.written - last.written,
+            "written": this.written_bytes - last.written_bytes,
             "busy_us": round((this.busy_s - last.busy_s) * 1e6),
         }
         if this.energy_uj is not None and last.energy_uj is not None and this.energy_uj >= last.energy_uj:
@@ -97,9 +97,9 @@ class Process:
             spent["energy_uj"] = this.energy_uj - last.energy_uj
             spent["energy_ms"] = spent["ms"]
         for name, n in spent.items():
-            tx.count(f"{_PROCESS}{name}", max(0, n))
+            tx.increment_counter(f"{_PROCESS_PREFIX}{name}", max(0, n))
 
-    def _read(self, now: Now) -> _Read:
+    def _read_counters(self, now: ClockReading) -> _Counters:
         # Costs 10 ms: of no use to those who only run batches.
         import psutil
 
@@ -107,9 +107,9 @@ class Process:
         machine = psutil.cpu_times()
         busy_s = sum(machine) - machine.idle - getattr(machine, "iowait", 0.0)
         cpu_s = time.process_time() + children.ru_utime + children.ru_stime
-        return _Read(now.boot_s, cpu_s, _written(), busy_s, self._energy_uj())
+        return _Counters(now.boot_s, cpu_s, _read_written_bytes(), busy_s, self._read_energy_uj())
 
-    def _energy_uj(self) -> int | None:
+    def _read_energy_uj(self) -> int | None:
         """Of all processor packages, where the kernel counts it and we may read it."""
         found = []
         for package in sorted(self._root.glob("class/powercap/intel-rapl:?")):
@@ -120,7 +120,7 @@ class Process:
         return sum(found) if found else None
 
 
-def _written() -> int:
+def _read_written_bytes() -> int:
     """Bytes this process had the kernel write to a medium."""
     try:
         lines = Path(f"/proc/{os.getpid()}/io").read_text(encoding="ascii").splitlines()
@@ -129,7 +129,7 @@ def _written() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("write_bytes:")), 0)
 
 
-class Task(msgspec.Struct, frozen=True):
+class TaskCost(msgspec.Struct, frozen=True):
     """What is counted of one task; bytes and messages by kind."""
 
     batches: int
@@ -137,35 +137,35 @@ class Task(msgspec.Struct, frozen=True):
     rows: int
     listed: int
     cpu_us: int
-    windows2: int
-    windows_cpu: int
-    messages: dict[str, int]
-    bytes: dict[str, int]
+    windows_squared: int
+    windows_times_cpu: int
+    messages_by_kind: dict[str, int]
+    bytes_by_kind: dict[str, int]
 
     @property
-    def air(self) -> int:
-        return sum(self.bytes.values())
+    def sent_bytes(self) -> int:
+        return sum(self.bytes_by_kind.values())
 
     @property
-    def batch_us(self) -> tuple[float, float]:
+    def batch_and_window_us(self) -> tuple[float, float]:
         """Processor time of a batch by itself, and of each window: by least squares, where batches differ in size."""
         mean = self.windows / max(1, self.batches)
-        spread = self.windows2 - self.batches * mean**2
-        if spread <= 0.01 * self.windows2:
+        spread = self.windows_squared - self.batches * mean**2
+        if spread <= 0.01 * self.windows_squared:
             return 0.0, self.cpu_us / max(1, self.windows)
-        slope = (self.windows_cpu - mean * self.cpu_us) / spread
+        slope = (self.windows_times_cpu - mean * self.cpu_us) / spread
         slope = min(max(slope, 0.0), self.cpu_us / max(1, self.windows))
         return max(0.0, self.cpu_us / self.batches - slope * mean), slope
 
 
-class Spent(msgspec.Struct, frozen=True):
+class ProcessCost(msgspec.Struct, frozen=True):
     """What is counted of the process: seconds it was watched for, and in them. `energy_j`: the machine's, or None."""
 
     seconds: float
     cpu_s: float
-    written: int
+    written_bytes: int
     busy_s: float
-    sent: int
+    sent_bytes: int
     energy_j: float | None
 
     @property
@@ -176,28 +176,28 @@ class Spent(msgspec.Struct, frozen=True):
         return self.energy_j * min(1.0, self.cpu_s / self.busy_s)
 
 
-def of_task(counters: dict[str, int], task: str) -> Task:
+def read_task_cost(counters: dict[str, int], task: str) -> TaskCost:
     """From the store's counters."""
-    head = f"{_TASKS}{task}."
+    head = f"{_TASK_PREFIX}{task}."
     own = {name.removeprefix(head): n for name, n in counters.items() if name.startswith(head)}
-    return Task(
+    return TaskCost(
         batches=own.get("batches", 0),
         windows=own.get("windows", 0),
         rows=own.get("rows", 0),
         listed=own.get("listed", 0),
         cpu_us=own.get("cpu_us", 0),
-        windows2=own.get("windows2", 0),
-        windows_cpu=own.get("windows_cpu", 0),
-        messages={name.removesuffix(".messages"): n for name, n in own.items() if name.endswith(".messages")},
-        bytes={name.removesuffix(".bytes"): n for name, n in own.items() if name.endswith(".bytes")},
+        windows_squared=own.get("windows2", 0),
+        windows_times_cpu=own.get("windows_cpu", 0),
+        messages_by_kind={name.removesuffix(".messages"): n for name, n in own.items() if name.endswith(".messages")},
+        bytes_by_kind={name.removesuffix(".bytes"): n for name, n in own.items() if name.endswith(".bytes")},
     )
 
 
-def of_process(counters: dict[str, int]) -> Spent:
-    own = {name.removeprefix(_PROCESS): n for name, n in counters.items() if name.startswith(_PROCESS)}
+def read_process_cost(counters: dict[str, int]) -> ProcessCost:
+    own = {name.removeprefix(_PROCESS_PREFIX): n for name, n in counters.items() if name.startswith(_PROCESS_PREFIX)}
     energy = own["energy_uj"] / 1e6 if own.get("energy_ms") else None
     if energy is not None and own["energy_ms"] < own["ms"]:
         # It could be read for a part of the time only.
         energy *= own["ms"] / own["energy_ms"]
     seconds, cpu_s, busy_s = own.get("ms", 0) / 1e3, own.get("cpu_us", 0) / 1e6, own.get("busy_us", 0) / 1e6
-    return Spent(seconds, cpu_s, own.get("written", 0), busy_s, own.get("sent", 0), energy)
+    return ProcessCost(seconds, cpu_s, own.get("written", 0), busy_s, own.get("sent", 0), energy)

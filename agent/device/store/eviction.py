@@ -11,9 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.store import ranges
-from agent.device.store.message_log import Author
+from agent.device.store.message_log import MessageLog
 from agent.device.store.ranges import Ranges
 from agent.device.store.transaction import Transaction
 from agent.wire.messages import encode
@@ -21,11 +21,11 @@ from agent.wire.messages import encode
 EVENT = "evicted"
 NO_ROOM, ACKNOWLEDGED_EARLIER, DAMAGED = "no room", "acknowledged earlier", "damaged"
 # In table meta: the newest declaration of each kind.
-OPEN = "evicted"
+OPEN_DECLARATIONS = "evicted"
 # The members that every message carries, and the event, at their longest.
-_HEAD = 700
-_RANGE = len("[9007199254740991,9007199254740991],")
-_WHY = {
+_HEADER_BYTES = 700
+_RANGE_BYTES = len("[9007199254740991,9007199254740991],")
+_REASON_TEXTS = {
     NO_ROOM: "the store is full; give it more room ([buffer] max_size) or see why nothing is delivered",
     ACKNOWLEDGED_EARLIER: "the collector asks for them again, but acknowledged them earlier; they are no longer kept",
     DAMAGED: "they cannot be read back; check the card",
@@ -34,22 +34,22 @@ _WHY = {
 
 def declare_messages(
     tx: Transaction,
-    author: Author,
-    now: Now,
+    message_log: MessageLog,
+    now: ClockReading,
     seqs: Ranges,
     reason: str,
     size: int = 0,
-    proof: Mapping[str, Any] | None = None,
+    acknowledgement: Mapping[str, Any] | None = None,
 ) -> None:
     """Declare messages that are in the outbox no more; `proof` is the earlier acknowledgement, where there was one."""
-    more = {"acknowledgement": proof} if proof else {}
-    _declare(tx, author, now, f"messages, {reason}", "seq", seqs, {"reason": reason, "bytes": size, **more})
+    more = {"acknowledgement": acknowledgement} if acknowledgement else {}
+    _declare(tx, message_log, now, f"messages, {reason}", "seq", seqs, {"reason": reason, "bytes": size, **more})
 
 
 def declare_readings(
     tx: Transaction,
-    author: Author,
-    now: Now,
+    message_log: MessageLog,
+    now: ClockReading,
     stream: str,
     rows: Ranges,
     reason: str,
@@ -61,25 +61,31 @@ def declare_readings(
     """Declare readings that are in the store no more; `tasks` have not used them and never will."""
     members = {"stream": stream, "used": used, "tasks": list(tasks), "reason": reason, "bytes": size}
     kind = json.dumps([stream, used, list(tasks), reason])
-    _declare(tx, author, now, kind, "rows", rows, members)
+    _declare(tx, message_log, now, kind, "rows", rows, members)
 
 
-def declared(tx: Transaction) -> list[tuple[int, int]]:
+def declared_seqs(tx: Transaction) -> list[tuple[int, int]]:
     """The messages that the newest declaration of each kind lists, as far as it is still what was written."""
-    payloads = (tx.outbox.payload(seq) for seq in json.loads(tx.meta(OPEN, "{}")).values())
+    payloads = (tx.outbox.payload(seq) for seq in json.loads(tx.get_meta(OPEN_DECLARATIONS, "{}")).values())
     listed = (json.loads(payload)["evidence"].get("seq", []) for payload in payloads if payload is not None)
-    return ranges.unite((first, last) for pairs in listed for first, last in pairs)
+    return ranges.union((first, last) for pairs in listed for first, last in pairs)
 
 
 def _declare(
-    tx: Transaction, author: Author, now: Now, kind: str, name: str, given_up: Ranges, members: dict[str, Any]
+    tx: Transaction,
+    message_log: MessageLog,
+    now: ClockReading,
+    kind: str,
+    name: str,
+    given_up: Ranges,
+    members: dict[str, Any],
 ) -> None:
     if not given_up:
         return
-    newest = json.loads(tx.meta(OPEN, "{}"))
+    newest = json.loads(tx.get_meta(OPEN_DECLARATIONS, "{}"))
     # In a small store a transaction cannot hold the old one and a new one of any length.
-    most = min(author.max_bytes, tx.room // 4) - _HEAD
-    folded = _folded(tx, newest.get(kind), name, given_up, members)
+    most = min(message_log.max_bytes, tx.remaining_bytes // 4) - _HEADER_BYTES
+    folded = _fold_into_earlier(tx, newest.get(kind), name, given_up, members)
     if folded is not None and _fits(folded, most):
         tx.outbox.delete([newest[kind]])
         parts = [folded]
@@ -87,11 +93,11 @@ def _declare(
         parts = _split(name, given_up, members, most)
     for evidence in parts:
         body = {"event": EVENT, "summary": _summary(evidence, name), "evidence": evidence}
-        newest[kind] = author.write(tx, "audit", None, body, now)
-    tx.set_meta(OPEN, json.dumps(newest))
+        newest[kind] = message_log.append(tx, "audit", None, body, now)
+    tx.set_meta(OPEN_DECLARATIONS, json.dumps(newest))
 
 
-def _folded(
+def _fold_into_earlier(
     tx: Transaction, earlier: int | None, name: str, given_up: Ranges, members: dict[str, Any]
 ) -> dict[str, Any] | None:
     """One evidence for what the `earlier` message declares and for `given_up`; None where it is too late for that."""
@@ -101,15 +107,15 @@ def _folded(
     listed = {key: [(first, last) for first, last in old.get(key, [])] for key in ("seq", "rows")}
     listed[name] += given_up
     listed["seq"].append((earlier, earlier))
-    both = {key: ranges.unite(found) for key, found in listed.items() if found}
+    both = {key: ranges.union(found) for key, found in listed.items() if found}
     return {**old, **members, **both, "bytes": old["bytes"] + members["bytes"]}
 
 
-def _split(name: str, given_up: Ranges, members: dict[str, Any], most: int) -> list[dict[str, Any]]:
-    if not _fits({**members, name: [[2**53, 2**53]]}, most):
+def _split(name: str, given_up: Ranges, members: dict[str, Any], max_bytes: int) -> list[dict[str, Any]]:
+    if not _fits({**members, name: [[2**53, 2**53]]}, max_bytes):
         # Only an acknowledgement is that long; its digest is in the collector's own hands.
         members = {key: value for key, value in members.items() if key != "acknowledgement"}
-    count = max(1, (most - len(encode(members))) // _RANGE)
+    count = max(1, (max_bytes - len(encode(members))) // _RANGE_BYTES)
     parts = []
     for start in range(0, len(given_up), count):
         parts.append({**members, name: [list(pair) for pair in given_up[start : start + count]]})
@@ -117,13 +123,13 @@ def _split(name: str, given_up: Ranges, members: dict[str, Any], most: int) -> l
     return parts
 
 
-def _fits(evidence: dict[str, Any], most: int) -> bool:
-    return len(encode(evidence)) <= most
+def _fits(evidence: dict[str, Any], max_bytes: int) -> bool:
+    return len(encode(evidence)) <= max_bytes
 
 
 def _summary(evidence: dict[str, Any], name: str) -> str:
-    count, first, last = ranges.size(evidence[name]), evidence[name][0][0], evidence[name][-1][1]
-    why, size = _WHY[evidence["reason"]], f", {evidence['bytes'] / 2**20:.1f} MiB" if evidence["bytes"] else ""
+    count, first, last = ranges.count(evidence[name]), evidence[name][0][0], evidence[name][-1][1]
+    why, size = _REASON_TEXTS[evidence["reason"]], f", {evidence['bytes'] / 2**20:.1f} MiB" if evidence["bytes"] else ""
     if name == "seq":
         return f"Gave up {count} messages, {first} to {last}{size}: {why}."
     fate = "used" if evidence["used"] else "not used by " + ", ".join(evidence["tasks"])

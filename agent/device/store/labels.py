@@ -13,20 +13,27 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from agent.device.store.given import Given, Result, one_of, pack, spans, unpack
-from agent.device.store.quota import PAGE, Budget
+from agent.device.store.given import (
+    PredictionRow,
+    StoredPredictions,
+    covers_time,
+    pack_predictions,
+    select_row,
+    unpack_predictions,
+)
+from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.performance.labels import Label
 
-MOST_EARLY = 5_000
+MAX_EARLY_LABELS = 5_000
 _LABEL_BYTES = 300
 # Seconds as floating-point numbers come back a little off.
-_LEAST_NEAR_US = 500
+_MIN_TOLERANCE_US = 500
 # Of the quota, for labels; a task keeps so many at least, and no more than so many.
-_LABEL_SHARE, _FEWEST_LABELS, MOST_LABELS = 20, 100, 5_000
-_MOST_OPEN = 8
+_LABEL_SHARE, _MIN_LABELS, MAX_LABELS = 20, 100, 5_000
+_MAX_CACHED_BATCHES = 8
 
 
-class Span(msgspec.Struct, frozen=True):
+class PredictionSpan(msgspec.Struct, frozen=True):
     """What is kept of a task's results: rows and times of the first and the last."""
 
     first: int
@@ -34,7 +41,7 @@ class Span(msgspec.Struct, frozen=True):
     last_t: int
 
 
-class Labelled(msgspec.Struct, frozen=True):
+class StoredLabel(msgspec.Struct, frozen=True):
     """A label with its result; `received` epoch µs.
 
     `number` counts labels of the task in the order they came. One that another label took the place of counts anew, so
@@ -45,78 +52,90 @@ class Labelled(msgspec.Struct, frozen=True):
     label: str
     source: str
     received: int
-    result: Result
-    first: int
+    prediction: PredictionRow
+    first_number: int
 
 
-class _Kept(msgspec.Struct, array_like=True):
+class _LabelRecord(msgspec.Struct, array_like=True):
     """A label as stored; `result` is None, and `row` or `t` is set, where it waits."""
 
     label: str
     source: str
     received: int
-    result: Result | None
+    prediction: PredictionRow | None
     row: int | None = None
     t: int | None = None
-    at_s: float = 0.0
-    first: int = 0  # 0 where it is the first of its result
+    uptime_s: float = 0.0
+    first_number: int = 0  # 0 where it is the first of its result
 
 
-class Labels:
+class LabelStore:
     """Of one transaction."""
 
     def __init__(self, db: sqlite3.Connection, budget: Budget) -> None:
         self._db, self._budget = db, budget
-        self._open: dict[tuple[str, int], Given | None] = {}
+        self._batch_cache: dict[tuple[str, int], StoredPredictions | None] = {}
 
     # --- results ---
 
-    def keep(self, task: str, given: Given, at_s: float) -> None:
+    def store_predictions(self, task: str, predictions: StoredPredictions, uptime_s: float) -> None:
         """Results of a batch, at this uptime."""
-        data = pack(given)
+        data = pack_predictions(predictions)
         self._budget.spend(len(data) + len(task) + 60)
-        values = (task, int(given.row[0]), int(given.row[-1]), len(given.row), int(given.t[-1]), round(at_s), data)
+        values = (
+            task,
+            int(predictions.row[0]),
+            int(predictions.row[-1]),
+            len(predictions.row),
+            int(predictions.t[-1]),
+            round(uptime_s),
+            data,
+        )
         self._db.execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
-    def span(self, task: str) -> Span | None:
+    def load_span(self, task: str) -> PredictionSpan | None:
         """Of what is kept; None where nothing is."""
-        return span(self._db, task)
+        return load_span(self._db, task)
 
-    def at(self, task: str, row: int) -> Result | None:
+    def find_by_row(self, task: str, row: int) -> PredictionRow | None:
         """The result at exactly this row, if it is kept and readable."""
         sql = "SELECT first FROM results WHERE task = ? AND first <= ? ORDER BY first DESC LIMIT 1"
         found = self._db.execute(sql, (task, row)).fetchone()
-        given = self._given(task, found[0]) if found else None
+        given = self._load_batch(task, found[0]) if found else None
         if given is None:
             return None
         index = int(np.searchsorted(given.row, row))
-        return one_of(given, index) if index < len(given.row) and given.row[index] == row else None
+        return select_row(given, index) if index < len(given.row) and given.row[index] == row else None
 
-    def near(self, task: str, t: int) -> Result | None:
+    def find_nearest(self, task: str, t: int) -> PredictionRow | None:
         """The result nearest to this time, no further than half of what lies between results there.
 
         Times are taken to ascend; where the clock was set back, the one that is found is nearest among its neighbours.
         """
         # The one that the label before was of, mostly.
-        batches = [given for (name, _), given in self._open.items() if name == task and given and spans(given, t)][:1]
-        batches = batches or [one for first in self._around(task, t) if (one := self._given(task, first)) is not None]
+        batches = [
+            given for (name, _), given in self._batch_cache.items() if name == task and given and covers_time(given, t)
+        ][:1]
+        batches = batches or [
+            one for first in self._neighbouring_batches(task, t) if (one := self._load_batch(task, first)) is not None
+        ]
         if not batches:
             return None
         times = np.concatenate([given.t for given in batches])
         index = int(np.abs(times - t).argmin())
         between = np.diff(np.sort(times))
-        most = max(_LEAST_NEAR_US, int(np.median(between)) // 2 if len(between) else 0)
+        most = max(_MIN_TOLERANCE_US, int(np.median(between)) // 2 if len(between) else 0)
         if abs(int(times[index]) - t) > most:
             return None
         for given in batches:
             if index < len(given.t):
-                return one_of(given, index)
+                return select_row(given, index)
             index -= len(given.t)
         return None
 
-    def _around(self, task: str, t: int) -> list[int]:
+    def _neighbouring_batches(self, task: str, t: int) -> list[int]:
         """First rows of the batch that ends at or after `t`, and of its neighbours: by halves, as times ascend."""
-        known = span(self._db, task)
+        known = load_span(self._db, task)
         if known is None:
             return []
         sql = "SELECT first, t FROM results WHERE task = ? AND first >= ? ORDER BY first LIMIT 1"
@@ -132,160 +151,166 @@ class Labels:
         after = "SELECT first FROM results WHERE task = ? AND first >= ? ORDER BY first LIMIT 2"
         return [row[0] for sql in (before, after) for row in self._db.execute(sql, (task, low)).fetchall()]
 
-    def _given(self, task: str, first: int) -> Given | None:
+    def _load_batch(self, task: str, first: int) -> StoredPredictions | None:
         """Unpacked, a few at a time: labels mostly come in order."""
-        if (task, first) not in self._open:
+        if (task, first) not in self._batch_cache:
             sql = "SELECT CAST(data AS BLOB) FROM results WHERE task = ? AND first = ?"
             try:
-                given: Given | None = unpack(first, self._db.execute(sql, (task, first)).fetchone()[0])
+                given: StoredPredictions | None = unpack_predictions(
+                    first, self._db.execute(sql, (task, first)).fetchone()[0]
+                )
             except ValueError:
                 given = None
-            if len(self._open) >= _MOST_OPEN:
-                del self._open[next(iter(self._open))]
-            self._open[task, first] = given
-        return self._open[task, first]
+            if len(self._batch_cache) >= _MAX_CACHED_BATCHES:
+                del self._batch_cache[next(iter(self._batch_cache))]
+            self._batch_cache[task, first] = given
+        return self._batch_cache[task, first]
 
-    def trim_results(self, task: str, before_s: float, limit: int) -> int:
+    def trim_predictions(self, task: str, before_uptime_s: float, limit: int) -> int:
         """Delete up to `limit` of the oldest batches' results from before this uptime; how many."""
         sql = "SELECT first, length(data), at FROM results WHERE task = ? ORDER BY first LIMIT ?"
         found = self._db.execute(sql, (task, limit)).fetchall()
-        old = [(first, size) for first, size, at_s in found if at_s < before_s]
-        count = self._budget.affords(min(size, PAGE) + 128 for _, size in old)
+        old = [(first, size) for first, size, at_s in found if at_s < before_uptime_s]
+        count = self._budget.spend_affordable(min(size, PAGE_SIZE) + 128 for _, size in old)
         sql = "DELETE FROM results WHERE task = ? AND first = ?"
         self._db.executemany(sql, ((task, first) for first, _ in old[:count]))
-        self._open.clear()
+        self._batch_cache.clear()
         return count
 
     # --- labels ---
 
-    def put(self, task: str, label: Label, result: Result, received: int) -> str:
+    def store_label(self, task: str, label: Label, prediction: PredictionRow, received: int) -> str:
         """Keep a label of `result`: "new", "replaced" where another one was there, or "same"."""
         sql = "SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND row = ?"
-        before = self._db.execute(sql, (task, result.row)).fetchone()
-        old = _decoded(before[1]) if before else None
+        before = self._db.execute(sql, (task, prediction.row)).fetchone()
+        old = _decode_record(before[1]) if before else None
         if old is not None and (old.label, old.source) == (label.text, label.source):
             return "same"
-        first = (old.first if old else 0) or before[0] if before else 0
-        data = msgspec.msgpack.encode(_Kept(label.text, label.source, received, result, first=first))
+        first = (old.first_number if old else 0) or before[0] if before else 0
+        data = msgspec.msgpack.encode(_LabelRecord(label.text, label.source, received, prediction, first_number=first))
         self._budget.spend(len(data) + (2 if before else 1) * _LABEL_BYTES)
-        number = self.newest(task) + 1
+        number = self.newest_number(task) + 1
         if before:
             self._db.execute("DELETE FROM labels WHERE task = ? AND number = ?", (task, before[0]))
-        self._db.execute("INSERT INTO labels VALUES (?, ?, ?, ?)", (task, number, result.row, data))
+        self._db.execute("INSERT INTO labels VALUES (?, ?, ?, ?)", (task, number, prediction.row, data))
         return "replaced" if before else "new"
 
-    def newest(self, task: str) -> int:
-        return newest(self._db, task)
+    def newest_number(self, task: str) -> int:
+        return newest_number(self._db, task)
 
-    def put_early(self, task: str, label: Label, received: int, at_s: float) -> bool:
+    def store_early_label(self, task: str, label: Label, received: int, uptime_s: float) -> bool:
         """Keep a label until its result is there; False where too many wait already."""
         sql = "SELECT count(*), min(number) FROM labels WHERE task = ? AND number < 0"
         waiting, lowest = self._db.execute(sql, (task,)).fetchone()
-        if waiting >= MOST_EARLY:
+        if waiting >= MAX_EARLY_LABELS:
             return False
-        kept = _Kept(label.text, label.source, received, None, label.row, label.t, round(at_s))
+        kept = _LabelRecord(label.text, label.source, received, None, label.row, label.t, round(uptime_s))
         data = msgspec.msgpack.encode(kept)
         self._budget.spend(len(data) + _LABEL_BYTES)
         self._db.execute("INSERT INTO labels VALUES (?, ?, NULL, ?)", (task, (lowest or 0) - 1, data))
         return True
 
-    def drop_early(self, task: str, numbers: Sequence[int]) -> None:
+    def delete_early_labels(self, task: str, numbers: Sequence[int]) -> None:
         self._budget.spend(64 * len(numbers))
         sql = "DELETE FROM labels WHERE task = ? AND number = ?"
         self._db.executemany(sql, ((task, number) for number in numbers))
 
-    def trim_labels(self, task: str, keep: int, limit: int) -> None:
+    def trim_labels(self, task: str, retain: int, limit: int) -> None:
         """Delete up to `limit` of the oldest beyond the newest `keep`."""
         sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number LIMIT 1"
         oldest = self._db.execute(sql, (task,)).fetchone()
-        if oldest is None or self.newest(task) - oldest[0] < keep:
+        if oldest is None or self.newest_number(task) - oldest[0] < retain:
             return
         # Numbers have gaps, where another label took the place of one.
         sql = "SELECT number FROM labels WHERE task = ? AND number > 0 ORDER BY number DESC LIMIT 1 OFFSET ?"
-        last = self._db.execute(sql, (task, keep)).fetchone()
+        last = self._db.execute(sql, (task, retain)).fetchone()
         sql = "SELECT number FROM labels WHERE task = ? AND number BETWEEN 1 AND ? ORDER BY number LIMIT ?"
         old = self._db.execute(sql, (task, last[0] if last else 0, limit)).fetchall()
-        count = self._budget.affords(_LABEL_BYTES for _ in old)
+        count = self._budget.spend_affordable(_LABEL_BYTES for _ in old)
         sql = "DELETE FROM labels WHERE task = ? AND number = ?"
         self._db.executemany(sql, ((task, *one) for one in old[:count]))
 
 
-def kept_labels(pages: int) -> int:
+def label_capacity(database_bytes: int) -> int:
     """How many labels of a task a store of so many bytes keeps."""
-    return max(_FEWEST_LABELS, min(MOST_LABELS, pages // _LABEL_SHARE // _LABEL_BYTES))
+    return max(_MIN_LABELS, min(MAX_LABELS, database_bytes // _LABEL_SHARE // _LABEL_BYTES))
 
 
-def beside(task: str) -> str:
+def shadow_key(task: str) -> str:
     """What stands for the task's name where answers of another bundle beside its own are kept: no task's name."""
     return f"{task} beside"
 
 
-def newest(db: sqlite3.Connection, task: str) -> int:
+def newest_number(db: sqlite3.Connection, task: str) -> int:
     """The number of the label that came last; 0 before the first."""
     sql = "SELECT max(number) FROM labels WHERE task = ?"
     return max(0, int(db.execute(sql, (task,)).fetchone()[0] or 0))
 
 
-def span(db: sqlite3.Connection, task: str) -> Span | None:
+def load_span(db: sqlite3.Connection, task: str) -> PredictionSpan | None:
     sql = """
         SELECT (SELECT first FROM results WHERE task = :task ORDER BY first LIMIT 1), last, t
         FROM results WHERE task = :task ORDER BY first DESC LIMIT 1"""
     found = db.execute(sql, {"task": task}).fetchone()
-    return Span(*map(int, found)) if found else None
+    return PredictionSpan(*map(int, found)) if found else None
 
 
-def early(db: sqlite3.Connection, task: str, span: Span, before_s: float, limit: int) -> list[tuple[int, Label, int]]:
+def load_early(
+    db: sqlite3.Connection, task: str, span: PredictionSpan, before_uptime_s: float, limit: int
+) -> list[tuple[int, Label, int]]:
     """(number, label, received) of those whose result may be there now, or that came before this uptime."""
     sql = "SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND number < 0 ORDER BY number DESC"
     found: list[tuple[int, Label, int]] = []
     for number, data in db.execute(sql, (task,)):
-        one = _decoded(data) or _Kept("", "", 0, None)
+        one = _decode_record(data) or _LabelRecord("", "", 0, None)
         here = one.row is None or one.row <= span.last
-        if (here and (one.t is None or one.t <= span.last_t)) or one.at_s < before_s:
+        if (here and (one.t is None or one.t <= span.last_t)) or one.uptime_s < before_uptime_s:
             found.append((number, Label(one.row, one.t, one.label, one.source), one.received))
             if len(found) == limit:
                 break
     return found
 
 
-def labelled(db: sqlite3.Connection, task: str, bundle: str, through: int, limit: int) -> list[Labelled]:
+def load_labelled(db: sqlite3.Connection, task: str, bundle: str, through: int, limit: int) -> list[StoredLabel]:
     """Labels of results of this bundle among the newest `limit` up to number `through`, oldest first."""
     sql = """
         SELECT number, CAST(data AS BLOB) FROM labels WHERE task = ? AND number BETWEEN 1 AND ?
         ORDER BY number DESC LIMIT ?"""
     found = []
     for number, data in db.execute(sql, (task, through, limit)).fetchall():
-        one = _decoded(data)
-        if one is not None and one.result is not None and one.result.bundle == bundle:
-            found.append(Labelled(number, one.label, one.source, one.received, one.result, one.first or number))
+        one = _decode_record(data)
+        if one is not None and one.prediction is not None and one.prediction.bundle == bundle:
+            found.append(
+                StoredLabel(number, one.label, one.source, one.received, one.prediction, one.first_number or number)
+            )
     return found[::-1]
 
 
-def after(db: sqlite3.Connection, task: str, number: int, limit: int) -> list[int]:
+def next_numbers(db: sqlite3.Connection, task: str, number: int, limit: int) -> list[int]:
     """Numbers of the next labels, of any bundle."""
     sql = "SELECT number FROM labels WHERE task = ? AND number > ? ORDER BY number LIMIT ?"
     return [int(row[0]) for row in db.execute(sql, (task, max(0, number), limit))]
 
 
-def count_results(db: sqlite3.Connection, task: str, first: int, last: int) -> int:
+def count_predictions(db: sqlite3.Connection, task: str, first: int, last: int) -> int:
     """Results kept of rows in batches that `first` … `last` reach into."""
     sql = "SELECT coalesce(sum(n), 0) FROM results WHERE task = ? AND first <= ? AND last >= ?"
     return int(db.execute(sql, (task, last, first)).fetchone()[0])
 
 
-def last_results(db: sqlite3.Connection, task: str, batches: int) -> list[Given]:
+def load_last_batches(db: sqlite3.Connection, task: str, batches: int) -> list[StoredPredictions]:
     """Results of the last batches that are kept and readable, oldest first."""
     sql = "SELECT first, CAST(data AS BLOB) FROM results WHERE task = ? ORDER BY first DESC LIMIT ?"
     found = []
     for first, data in db.execute(sql, (task, batches)).fetchall():
         with contextlib.suppress(ValueError):
-            found.append(unpack(int(first), data))
+            found.append(unpack_predictions(int(first), data))
     return found[::-1]
 
 
-def _decoded(data: bytes) -> _Kept | None:
+def _decode_record(data: bytes) -> _LabelRecord | None:
     """None where the disk has changed it."""
     try:
-        return msgspec.msgpack.decode(data, type=_Kept)
+        return msgspec.msgpack.decode(data, type=_LabelRecord)
     except (msgspec.MsgspecError, ValueError):
         return None

@@ -10,17 +10,17 @@ import msgspec
 from msgspec.structs import replace
 
 from agent import clock
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.store import cost
-from agent.device.store.transaction import Pending, Transaction
-from agent.transport.compressed import compressed
-from agent.transport.packets import Outgoing
+from agent.device.store.transaction import OutboxMessage, Transaction
+from agent.transport.compressed import compress
+from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, key_rotation, messages
 from agent.wire.keys import SigningKey
 from agent.wire.topics import DEVICE_ALERTS, PER_TASK, Topic
 
 
-class Author(msgspec.Struct):
+class MessageLog(msgspec.Struct):
     """Who writes: this device, in this log, during this boot.
 
     `key` signs the log; only `rotation` changes it. `live_key`, where there is one, signs what is not of the log: the
@@ -36,66 +36,76 @@ class Author(msgspec.Struct):
     live_key: SigningKey | None = None
     compress: bool = False
 
-    def write(
+    def append(
         self,
         tx: Transaction,
         kind: str,
         task: str | None,
         body: Mapping[str, Any],
-        now: Now,
+        now: ClockReading,
         key: SigningKey | None = None,
     ) -> int:
         """Enqueue one logged message, signed by `key` where it is not the log's; its seq."""
-        seq, prev = tx.chain()
+        seq, prev = tx.log_head()
         topic = str(Topic(self.fleet, self.device, kind, (task or DEVICE_ALERTS) if kind in PER_TASK else None))
-        time = clock.rfc3339(now.wall_us)
+        time = clock.to_rfc3339(now.wall_us)
         head = {"v": 1, "kind": kind, "device": self.device, "log": self.log_id, "seq": seq + 1, "prev": prev}
         stamp = {"boot": self.boot, "time": time, "clock": now.quality}
         payload = messages.encode({**head, **stamp, **({"task": task} if task else {}), **body})
         token = jws.sign(key or self.key, topic, payload)
-        tx.enqueue(Pending(seq + 1, topic, payload, token, time), messages.digest(payload))
-        tx.count(f"messages.{kind}", 1)
-        cost.sent(tx, task, kind, len(payload) + len(token) + len(topic))
+        tx.enqueue(OutboxMessage(seq + 1, topic, payload, token, time), messages.digest(payload))
+        tx.increment_counter(f"messages.{kind}", 1)
+        cost.count_message(tx, task, kind, len(payload) + len(token) + len(topic))
         if kind == "alerts":
-            tx.note_alert({"task": task, "time": time, **body})
+            tx.record_alert({"task": task, "time": time, **body})
         return seq + 1
 
-    def reissue(self, tx: Transaction, message: Pending, old_log: str) -> int:
+    def reissue(self, tx: Transaction, message: OutboxMessage, old_log: str) -> int:
         """Enqueue a message of another log in this one, as it was but for its place; its seq."""
-        seq, prev = tx.chain()
+        seq, prev = tx.log_head()
         body = json.loads(message.payload)
         evidence = body.get("evidence")
         if isinstance(evidence, dict) and "seq" in evidence:
             body["evidence"] = {**evidence, "log": old_log}
         key = self.key
-        if self.live_key is not None and body.get("event") == key_rotation.EVENT:
+        if self.live_key is not None and body.get("event") == key_rotation.ROTATION_EVENT:
             # The old key says it again: the new one's proof names its place in the log.
             place = (self.fleet, self.device, self.log_id, seq + 1)
-            body["evidence"], key = key_rotation.evidence(*place, self.live_key.public, self.key), self.live_key
+            body["evidence"], key = key_rotation.build_evidence(*place, self.live_key.public, self.key), self.live_key
         body |= {"log": self.log_id, "seq": seq + 1, "prev": prev, "reissued": {"log": old_log, "seq": message.seq}}
         payload = messages.encode(body)
         token = jws.sign(key, message.topic, payload)
-        tx.enqueue(Pending(seq + 1, message.topic, payload, token, message.time), messages.digest(payload))
+        tx.enqueue(OutboxMessage(seq + 1, message.topic, payload, token, message.time), messages.digest(payload))
         return seq + 1
 
-    def live(
-        self, kind: str, body: Mapping[str, Any], now: Now, *, retain: bool = True, correlation: bytes | None = None
-    ) -> Outgoing:
+    def build_live_message(
+        self,
+        kind: str,
+        body: Mapping[str, Any],
+        now: ClockReading,
+        *,
+        retain: bool = True,
+        correlation: bytes | None = None,
+    ) -> OutgoingMessage:
         """A message outside the log: state, keys, reply."""
         topic = Topic(self.fleet, self.device, kind)
-        time = clock.rfc3339(now.wall_us)
+        time = clock.to_rfc3339(now.wall_us)
         payload = messages.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
         token = jws.sign(self.live_key or self.key, str(topic), payload)
-        made = self._signed(topic, payload, token, f"{kind}/{messages.digest(payload)[:16]}", time, retain=retain)
+        made = self._build_outgoing(
+            topic, payload, token, f"{kind}/{messages.digest(payload)[:16]}", time, retain=retain
+        )
         return replace(made, correlation=correlation)
 
-    def outgoing(self, message: Pending) -> Outgoing:
+    def to_outgoing(self, message: OutboxMessage) -> OutgoingMessage:
         """A message of the outbox as it goes on the air."""
         parts = message.topic.split("/")
         topic = Topic(self.fleet, self.device, parts[3], parts[4] if len(parts) > 4 else None)
-        made = self._signed(topic, message.payload, message.jws, str(message.seq), message.time, retain=False)
-        return compressed(made) if self.compress else made
+        made = self._build_outgoing(topic, message.payload, message.jws, str(message.seq), message.time, retain=False)
+        return compress(made) if self.compress else made
 
-    def _signed(self, topic: Topic, payload: bytes, token: str, number: str, time: str, *, retain: bool) -> Outgoing:
-        event = messages.cloud_event(topic, f"{self.device}/{self.log_id}/{number}", time)
-        return Outgoing(str(topic), payload, (("jws", token), *event), retain)
+    def _build_outgoing(
+        self, topic: Topic, payload: bytes, token: str, message_id: str, time: str, *, retain: bool
+    ) -> OutgoingMessage:
+        event = messages.cloudevent_properties(topic, f"{self.device}/{self.log_id}/{message_id}", time)
+        return OutgoingMessage(str(topic), payload, (("jws", token), *event), retain)

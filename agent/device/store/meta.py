@@ -9,47 +9,47 @@ from typing import Any
 from agent.errors import StorageDamaged
 
 # All columns there are: a store that is not migrated yet has no CRCs.
-_ONE = "SELECT * FROM meta WHERE key = ?"
+_SELECT_ROW = "SELECT * FROM meta WHERE key = ?"
 
 
-def crc(key: str, value: str) -> int:
+def row_crc(key: str, value: str) -> int:
     """CRC-32 over a name and its value, kept apart by the name's length."""
     return zlib.crc32(f"{len(key)} {key}{value}".encode("utf-8", "surrogateescape"))
 
 
-def is_whole(row: tuple[Any, ...]) -> bool:
+def is_intact(row: tuple[Any, ...]) -> bool:
     """Whether (key, value, crc), or (key, value) of an older store, is what was written."""
     key, value, *rest = row
-    return isinstance(key, str) and isinstance(value, str) and (not rest or rest[0] == crc(key, value))
+    return isinstance(key, str) and isinstance(value, str) and (not rest or rest[0] == row_crc(key, value))
 
 
 def get(db: sqlite3.Connection, key: str, default: str) -> str:
     """Raises StorageDamaged where the value is not what was written, sqlite3.Error."""
-    row = db.execute(_ONE, (key,)).fetchone()
+    row = db.execute(_SELECT_ROW, (key,)).fetchone()
     if row is None:
         return default
-    if not is_whole(row):
-        raise StorageDamaged(f"{_said(key)}; the agent sets the store aside and salvages it when it starts next")
+    if not is_intact(row):
+        raise StorageDamaged(f"{_damage_text(key)}; the agent sets the store aside and salvages it when it starts next")
     return str(row[1])
 
 
 def put(db: sqlite3.Connection, key: str, value: str) -> None:
-    db.execute("INSERT OR REPLACE INTO meta (key, value, crc) VALUES (?, ?, ?)", (key, value, crc(key, value)))
+    db.execute("INSERT OR REPLACE INTO meta (key, value, crc) VALUES (?, ?, ?)", (key, value, row_crc(key, value)))
 
 
 def drop(db: sqlite3.Connection, key: str) -> None:
     db.execute("DELETE FROM meta WHERE key = ?", (key,))
 
 
-def problem(db: sqlite3.Connection) -> str | None:
+def find_damage(db: sqlite3.Connection) -> str | None:
     """What is wrong with the table, in a sentence. Raises sqlite3.Error."""
     try:
-        return next((_said(row[0]) for row in db.execute("SELECT * FROM meta") if not is_whole(row)), None)
+        return next((_damage_text(row[0]) for row in db.execute("SELECT * FROM meta") if not is_intact(row)), None)
     except sqlite3.OperationalError as error:
         if "Could not decode to UTF-8" not in str(error):
             raise
         return "a row of table meta is not what was written"
 
 
-def _said(key: object) -> str:
+def _damage_text(key: object) -> str:
     return f"row {key!r} of table meta is not what was written"

@@ -11,34 +11,34 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from agent.device.store import checked, meta, ranges, retention
-from agent.device.store.quota import PAGE, Budget
+from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.device.store.ranges import Ranges
-from agent.device.store.retention import Acknowledged
+from agent.device.store.retention import AcknowledgedSeqs
 
 _SIZE = "length(payload) + length(jws) + length(topic)"
-_MEASURE = f"SELECT count(*), coalesce(sum({_SIZE}), 0) FROM outbox WHERE seq BETWEEN ? AND ?"
-_LIST = f"SELECT seq, topic, {_SIZE} FROM outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
+_COUNT_RANGE = f"SELECT count(*), coalesce(sum({_SIZE}), 0) FROM outbox WHERE seq BETWEEN ? AND ?"
+_LIST_ENTRIES = f"SELECT seq, topic, {_SIZE} FROM outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
 # Neighbours have the same distance to their place in the order.
-_KEPT = """
+_STORED_RANGES = """
     SELECT min(seq), max(seq) FROM (
         SELECT seq, seq - row_number() OVER (ORDER BY seq) AS run FROM outbox WHERE seq BETWEEN ? AND ?)
     GROUP BY run ORDER BY run
 """
-_LAST = 2**63 - 1
+_MAX_SEQ = 2**63 - 1
 
 
-class Waiting(msgspec.Struct, frozen=True):
+class Backlog(msgspec.Struct, frozen=True):
     """Messages that are not acknowledged, and their bytes: payload, signature and topic."""
 
     messages: int = 0
     bytes: int = 0
 
     @classmethod
-    def from_text(cls, text: str) -> Waiting:
+    def from_text(cls, text: str) -> Backlog:
         return cls(*(int(part) for part in text.split())) if text else cls()
 
 
-class Entry(msgspec.Struct, frozen=True):
+class OutboxEntry(msgspec.Struct, frozen=True):
     """What a message is and takes, without its content."""
 
     seq: int
@@ -51,17 +51,17 @@ class Outbox:
 
     def __init__(self, db: sqlite3.Connection, budget: Budget) -> None:
         self._db, self._budget = db, budget
-        self._change = [0, 0]
+        self._backlog_change = [0, 0]
 
     @property
-    def acknowledged(self) -> Acknowledged:
-        return Acknowledged.from_json(self._meta(retention.ACKNOWLEDGED))
+    def acknowledged(self) -> AcknowledgedSeqs:
+        return AcknowledgedSeqs.from_json(self._get_meta(retention.ACKNOWLEDGED))
 
-    def added(self, size: int) -> None:
+    def record_added(self, size: int) -> None:
         self._budget.spend(size + 64)
-        self._count(1, size)
+        self._adjust_backlog(1, size)
 
-    def set_acknowledged(self, new: Acknowledged) -> list[tuple[int, int]]:
+    def set_acknowledged(self, new: AcknowledgedSeqs) -> list[tuple[int, int]]:
         """From now on exactly these are acknowledged.
 
         What was and is no more waits again; the ranges of that which are no longer kept.
@@ -69,45 +69,47 @@ class Outbox:
         old = self.acknowledged
         if new == old:
             return []
-        for messages, size in self._measured(ranges.subtract(new.ranges, old.ranges)):
-            self._count(-messages, -size)
+        for messages, size in self._measure(ranges.subtract(new.ranges, old.ranges)):
+            self._adjust_backlog(-messages, -size)
         again = ranges.subtract(old.ranges, new.ranges)
-        for messages, size in self._measured(again):
-            self._count(messages, size)
+        for messages, size in self._measure(again):
+            self._adjust_backlog(messages, size)
         meta.put(self._db, retention.ACKNOWLEDGED, new.to_json())
-        return ranges.subtract(again, ranges.of(entry.seq for entry in self._entries(again, 0, _LAST)))
+        return ranges.subtract(again, ranges.from_numbers(entry.seq for entry in self._entries(again, 0, _MAX_SEQ)))
 
-    def unacknowledged(self, after: int, limit: int) -> Iterator[Entry]:
+    def unacknowledged(self, after: int, limit: int) -> Iterator[OutboxEntry]:
         """What waits behind seq `after`, at most `limit`, in order."""
-        return self._entries(waiting_ranges(self.acknowledged), after, limit)
+        return self._entries(unacknowledged_ranges(self.acknowledged), after, limit)
 
     def payload(self, seq: int) -> bytes | None:
         """None where there is no such message, or it is not what was written."""
-        row = self._db.execute(f"SELECT {checked.COLUMNS} FROM outbox WHERE seq = ?", (seq,)).fetchone()
-        parts = checked.whole(row) if row else None
+        row = self._db.execute(f"SELECT {checked.MESSAGE_COLUMNS} FROM outbox WHERE seq = ?", (seq,)).fetchone()
+        parts = checked.decode_message_row(row) if row else None
         return parts[2] if parts else None
 
     def delete(self, seqs: Sequence[int]) -> list[int]:
         """Delete of these messages, acknowledged or not, the first ones that one transaction may; which."""
-        entries = list(self._entries(ranges.of(seqs), 0, _LAST))
+        entries = list(self._entries(ranges.from_numbers(seqs), 0, _MAX_SEQ))
         # Only the page of its tree is written, not those that a payload runs over to.
-        count = self._budget.affords(min(entry.size, PAGE) + 64 for entry in entries)
+        count = self._budget.spend_affordable(min(entry.size, PAGE_SIZE) + 64 for entry in entries)
         acknowledged = self.acknowledged
         for entry in entries[:count]:
             if entry.seq not in acknowledged:
-                self._count(-1, -entry.size)
-        for first, last in ranges.of(entry.seq for entry in entries[:count]):
+                self._adjust_backlog(-1, -entry.size)
+        for first, last in ranges.from_numbers(entry.seq for entry in entries[:count]):
             self._db.execute("DELETE FROM outbox WHERE seq BETWEEN ? AND ?", (first, last))
         return [seq for seq in seqs if count == len(entries) or seq < entries[count].seq]
 
-    def absent(self, through: int) -> list[tuple[int, int]]:
+    def missing_seqs(self, through: int) -> list[tuple[int, int]]:
         """What of seq 1 to `through` is neither in the outbox nor acknowledged."""
         wanted = ranges.subtract([(1, through)] if through else [], self.acknowledged.ranges)
-        return ranges.subtract(wanted, [pair for first, last in wanted for pair in self._kept(first, last)])
+        return ranges.subtract(wanted, [pair for first, last in wanted for pair in self._stored_ranges(first, last)])
 
-    def put_aside(self, seq: int) -> None:
+    def quarantine(self, seq: int) -> None:
         """Move a damaged message out of everyone's way, bytes kept for a look."""
-        self._db.execute(f"INSERT INTO damaged_messages SELECT {checked.COLUMNS} FROM outbox WHERE seq = ?", (seq,))
+        self._db.execute(
+            f"INSERT INTO damaged_messages SELECT {checked.MESSAGE_COLUMNS} FROM outbox WHERE seq = ?", (seq,)
+        )
         self.delete([seq])
 
     def drop_acknowledged(self, through: int, limit: int) -> int:
@@ -117,37 +119,37 @@ class Outbox:
 
     def finish(self) -> None:
         """Write the counts."""
-        if any(self._change):
-            now = Waiting.from_text(self._meta(retention.WAITING))
-            text = f"{max(0, now.messages + self._change[0])} {max(0, now.bytes + self._change[1])}"
-            meta.put(self._db, retention.WAITING, text)
-            self._change = [0, 0]
+        if any(self._backlog_change):
+            now = Backlog.from_text(self._get_meta(retention.BACKLOG))
+            text = f"{max(0, now.messages + self._backlog_change[0])} {max(0, now.bytes + self._backlog_change[1])}"
+            meta.put(self._db, retention.BACKLOG, text)
+            self._backlog_change = [0, 0]
 
-    def _kept(self, first: int, last: int) -> list[tuple[int, int]]:
-        return self._db.execute(_KEPT, (first, last)).fetchall()
+    def _stored_ranges(self, first: int, last: int) -> list[tuple[int, int]]:
+        return self._db.execute(_STORED_RANGES, (first, last)).fetchall()
 
-    def _entries(self, wanted: Ranges, after: int, limit: int) -> Iterator[Entry]:
-        for first, last in wanted:
+    def _entries(self, seqs: Ranges, after: int, limit: int) -> Iterator[OutboxEntry]:
+        for first, last in seqs:
             if last <= after or limit <= 0:
                 continue
-            found = self._db.execute(_LIST, (max(first, after + 1), last, limit)).fetchall()
+            found = self._db.execute(_LIST_ENTRIES, (max(first, after + 1), last, limit)).fetchall()
             limit -= len(found)
             for seq, topic, size in found:
                 parts = str(topic).split("/")
-                yield Entry(int(seq), parts[3] if len(parts) > 3 else "", int(size or 0))
+                yield OutboxEntry(int(seq), parts[3] if len(parts) > 3 else "", int(size or 0))
 
-    def _measured(self, wanted: Ranges) -> Iterator[tuple[int, int]]:
-        for first, last in wanted:
-            yield self._db.execute(_MEASURE, (first, last)).fetchone()
+    def _measure(self, seqs: Ranges) -> Iterator[tuple[int, int]]:
+        for first, last in seqs:
+            yield self._db.execute(_COUNT_RANGE, (first, last)).fetchone()
 
-    def _count(self, messages: int, size: int) -> None:
-        self._change[0] += messages
-        self._change[1] += size
+    def _adjust_backlog(self, messages: int, size: int) -> None:
+        self._backlog_change[0] += messages
+        self._backlog_change[1] += size
 
-    def _meta(self, key: str) -> str:
+    def _get_meta(self, key: str) -> str:
         return meta.get(self._db, key, "")
 
 
-def waiting_ranges(acknowledged: Acknowledged) -> list[tuple[int, int]]:
+def unacknowledged_ranges(acknowledged: AcknowledgedSeqs) -> list[tuple[int, int]]:
     """Where unacknowledged messages can be."""
-    return [*acknowledged.missing, (acknowledged.through + 1, _LAST)]
+    return [*acknowledged.missing, (acknowledged.through + 1, _MAX_SEQ)]

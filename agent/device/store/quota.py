@@ -22,88 +22,88 @@ import msgspec
 
 from agent.errors import StorageFull
 
-PAGE = 4096
-_FRAME = PAGE + 24
+PAGE_SIZE = 4096
+_WAL_FRAME = PAGE_SIZE + 24
 _WAL_HEADER = 32
 _SHM = 32_768
-_MOST_WAL, _MOST_RESERVE = 4 << 20, 2 << 20
-_KEPT_BACK = 32
+_MAX_WAL, _MAX_RESERVE = 4 << 20, 2 << 20
+_RESERVED_PAGES = 32
 # Small tables, index pages and the inner pages of trees that any transaction may touch.
-_BASE = 10 * _FRAME
+_BASE = 10 * _WAL_FRAME
 # Offset and form of mxFrame in the wal-index (https://www.sqlite.org/walformat.html).
-_FRAMES_AT, _FRAMES = 16, struct.Struct("=I")
+_MX_FRAME_OFFSET, _MX_FRAME = 16, struct.Struct("=I")
 
 
 class Quota(msgspec.Struct, frozen=True):
     """Bytes of each part; together `max_size`."""
 
-    pages: int
-    wal: int
-    reserve: int
+    database_bytes: int
+    wal_bytes: int
+    reserve_bytes: int
 
     @classmethod
-    def of(cls, max_size: int) -> Quota:
-        wal = min(_MOST_WAL, max_size // 4)
-        reserve = min(_MOST_RESERVE, max_size // 8)
-        return cls((max_size - wal - reserve - _SHM) // PAGE * PAGE, wal, reserve)
+    def from_max_size(cls, max_size: int) -> Quota:
+        wal = min(_MAX_WAL, max_size // 4)
+        reserve = min(_MAX_RESERVE, max_size // 8)
+        return cls((max_size - wal - reserve - _SHM) // PAGE_SIZE * PAGE_SIZE, wal, reserve)
 
     @property
-    def kept_back(self) -> int:
+    def reserved_pages(self) -> int:
         """Pages that only a vital transaction uses up."""
-        return min(_KEPT_BACK, self.pages // PAGE // 20)
+        return min(_RESERVED_PAGES, self.database_bytes // PAGE_SIZE // 20)
 
     @property
-    def transaction(self) -> int:
+    def transaction_bytes(self) -> int:
         """Bytes that a transaction may always write, as `Budget` counts them."""
-        return self.wal * 3 // 4 - _WAL_HEADER - _BASE
+        return self.wal_bytes * 3 // 4 - _WAL_HEADER - _BASE
 
 
 class Budget:
     """What one transaction may still write."""
 
-    def __init__(self, left: int) -> None:
-        self.left = left
+    def __init__(self, remaining: int) -> None:
+        self.remaining = remaining
 
     def spend(self, size: int) -> None:
         """Count a row of `size` bytes that is to be written or deleted. Raises StorageFull where it is too much."""
         # Small rows may leave half of their page empty; large ones fill pages of their own.
-        cost = 2 * size if size < PAGE else size + size // 64 + 3 * _FRAME
-        if cost > self.left:
+        cost = 2 * size if size < PAGE_SIZE else size + size // 64 + 3 * _WAL_FRAME
+        if cost > self.remaining:
             raise StorageFull(f"{size} bytes more are too much for one transaction; raise [buffer] max_size")
-        self.left -= cost
+        self.remaining -= cost
 
-    def affords(self, costs: Iterable[int]) -> int:
+    def spend_affordable(self, costs: Iterable[int]) -> int:
         """How many of the first `costs` half of what is left pays for; they are counted."""
-        room, count = self.left // 2, 0
+        room, count = self.remaining // 2, 0
         for cost in costs:
             if cost > room:
                 break
             room, count = room - cost, count + 1
-            self.left -= cost
+            self.remaining -= cost
         return count
 
 
-class Keeper:
+class QuotaEnforcer:
     """Keeps one store's files within its quota, and the disk's."""
 
     def __init__(self, path: Path, quota: Quota) -> None:
         self._path, self._quota = path, quota
         self._wal = path.with_name(path.name + "-wal")
         self._shm: int | None = None
-        self._reserve = Reserve(path.with_name("reserve"))
+        self._reserve = DiskReserve(path.with_name("reserve"))
 
-    def make_way(self) -> None:
+    def make_room(self) -> None:
         """Before the database is opened: SQLite needs room for that too. What follows is vital."""
-        self._look_at_disk(vital=True)
+        self._check_disk_space(vital=True)
 
-    def prepare(self, db: sqlite3.Connection, *, vital: bool) -> Budget:
+    def prepare_transaction(self, db: sqlite3.Connection, *, vital: bool) -> Budget:
         """Make room for a transaction. Raises StorageFull where there is none, sqlite3.Error."""
-        self._look_at_disk(vital=vital)
-        used = self._frames() * _FRAME
-        if used > self._quota.wal // 4 and self._is_emptied(db):
+        self._check_disk_space(vital=vital)
+        used = self._wal_frames() * _WAL_FRAME
+        if used > self._quota.wal_bytes // 4 and self._restart_wal(db):
             # Its index says so only once the next one has begun to write.
             used = 0
-        left = self._quota.wal - _WAL_HEADER - used - _BASE
+        left = self._quota.wal_bytes - _WAL_HEADER - used - _BASE
         if left <= 0:
             raise StorageFull(
                 f"{self._wal}: somebody reads {self._path.name} for so long that what is new finds no room "
@@ -111,26 +111,26 @@ class Keeper:
             )
         return Budget(left)
 
-    def require_rest(self, db: sqlite3.Connection, before: int) -> None:
+    def require_reserved_pages(self, db: sqlite3.Connection, free_before: int) -> None:
         """Refuse what a transaction has written of the pages that are kept back; `before`: `free_pages` at its start.
 
         Raises StorageFull, sqlite3.Error.
         """
         left = self.free_pages(db)
-        if left < min(before, self._quota.kept_back):
+        if left < min(free_before, self._quota.reserved_pages):
             raise StorageFull(f"{self._path}: the quota ([buffer] max_size) is full")
 
     def free_pages(self, db: sqlite3.Connection) -> int:
         """Pages that may still be filled, as a transaction of `db` sees it."""
         used, free = (int(db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("page_count", "freelist_count"))
-        return self._quota.pages // PAGE - used + free
+        return self._quota.database_bytes // PAGE_SIZE - used + free
 
-    def limit(self, page_count: int) -> int:
+    def limit_bytes(self, page_count: int) -> int:
         """Bytes that pages in use can come to, on this disk; `page_count` pages are in the file now."""
-        whole, free = self._disk()
+        whole, free = self._disk_space()
         promised = max(0, self._reserve_size(whole) - self._reserve.size)
-        promised += max(0, min(self._quota.wal // 4, whole // 8) - self._wal_size())
-        return max(PAGE, min(self._quota.pages, page_count * PAGE + free - promised))
+        promised += max(0, min(self._quota.wal_bytes // 4, whole // 8) - self._wal_size())
+        return max(PAGE_SIZE, min(self._quota.database_bytes, page_count * PAGE_SIZE + free - promised))
 
     def close(self) -> None:
         """Only after the connection: closing any descriptor of a file drops the locks that SQLite has on it."""
@@ -138,16 +138,16 @@ class Keeper:
             os.close(self._shm)
             self._shm = None
 
-    def _look_at_disk(self, *, vital: bool) -> None:
-        whole, free = self._disk()
+    def _check_disk_space(self, *, vital: bool) -> None:
+        whole, free = self._disk_space()
         size = self._reserve_size(whole)
         if vital:
             if free < size:
                 self._reserve.release()
-        elif self._reserve.size < size and not (free >= 2 * size and self._reserve.take(size)):
+        elif self._reserve.size < size and not (free >= 2 * size and self._reserve.allocate(size)):
             raise StorageFull(f"{self._path.parent}: the disk is full; make room on it")
 
-    def _is_emptied(self, db: sqlite3.Connection) -> bool:
+    def _restart_wal(self, db: sqlite3.Connection) -> bool:
         """Whether all of the log is in the database and nobody reads it: it is written from its start again."""
         timeout = db.execute("PRAGMA busy_timeout").fetchone()[0]
         # A reader in the way is not waited for: it may stay for hours.
@@ -158,26 +158,26 @@ class Keeper:
         finally:
             db.execute(f"PRAGMA busy_timeout={timeout}")
 
-    def _frames(self) -> int:
+    def _wal_frames(self) -> int:
         if self._shm is None:
             with contextlib.suppress(FileNotFoundError):
                 self._shm = os.open(self._path.with_name(self._path.name + "-shm"), os.O_RDONLY | os.O_CLOEXEC)
-        header = os.pread(self._shm, _FRAMES.size, _FRAMES_AT) if self._shm is not None else b""
-        return int(_FRAMES.unpack(header)[0]) if len(header) == _FRAMES.size else 0
+        header = os.pread(self._shm, _MX_FRAME.size, _MX_FRAME_OFFSET) if self._shm is not None else b""
+        return int(_MX_FRAME.unpack(header)[0]) if len(header) == _MX_FRAME.size else 0
 
     def _wal_size(self) -> int:
         return self._wal.stat().st_size if self._wal.exists() else 0
 
-    def _reserve_size(self, whole: int) -> int:
-        return min(self._quota.reserve, whole // 8) // PAGE * PAGE
+    def _reserve_size(self, disk_bytes: int) -> int:
+        return min(self._quota.reserve_bytes, disk_bytes // 8) // PAGE_SIZE * PAGE_SIZE
 
-    def _disk(self) -> tuple[int, int]:
+    def _disk_space(self) -> tuple[int, int]:
         """Bytes of the file system, and those of them that are free for us."""
         disk = os.statvfs(self._path.parent)
         return disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
 
 
-class Reserve:
+class DiskReserve:
     """A file that holds room on the disk. Crash-safe: whatever is there is looked at, not remembered."""
 
     def __init__(self, path: Path) -> None:
@@ -191,7 +191,7 @@ class Reserve:
         except FileNotFoundError:
             return 0
 
-    def take(self, size: int) -> bool:
+    def allocate(self, size: int) -> bool:
         """Allocate it; False where the disk has no room."""
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 Ranges = Sequence[tuple[int, int]]
 
 
-def unite(*sets: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def union(*sets: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """What is in any of `sets`, whatever their order and overlap."""
     merged: list[tuple[int, int]] = []
     for first, last in sorted(pair for one in sets for pair in one):
@@ -41,11 +41,11 @@ def intersect(ranges: Ranges, others: Ranges) -> list[tuple[int, int]]:
     return subtract(ranges, subtract(ranges, others))
 
 
-def of(numbers: Iterable[int]) -> list[tuple[int, int]]:
+def from_numbers(numbers: Iterable[int]) -> list[tuple[int, int]]:
     """The ranges that hold exactly `numbers`."""
-    return unite((number, number) for number in numbers)
+    return union((number, number) for number in numbers)
 
 
-def size(ranges: Ranges) -> int:
+def count(ranges: Ranges) -> int:
     """How many numbers they hold."""
     return sum(last - first + 1 for first, last in ranges)

@@ -14,21 +14,21 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.config import Field, Stream
-from agent.errors import Rejected
-from agent.toml_files import suggestion
+from agent.config import FieldConfig, StreamConfig
+from agent.errors import RowRejected
+from agent.toml_files import did_you_mean
 
 T_MAX_S = 4_102_444_800.0  # 2100-01-01
 _DTYPES = {"f32": "<f4", "f64": "<f8", "i64": "<i8", "category": "<u2"}
-_SHORT_SPAN = 2**32 - 1
-_HEAD = struct.Struct("<qqq")
-_EXACT = 2**53
-_LARGEST = sys.float_info.max
-_LONG_AGO = np.int64(-(2**62))
-_TIME = Field(name="t", type="f64", optional=True)
+_MAX_SHORT_OFFSET = 2**32 - 1
+_HEADER = struct.Struct("<qqq")
+_MAX_EXACT_INT = 2**53
+_MAX_FLOAT = sys.float_info.max
+_MIN_TIME_US = np.int64(-(2**62))
+_TIME_FIELD = FieldConfig(name="t", type="f64", optional=True)
 
 
-def row_bytes(stream: Stream) -> int:
+def row_bytes(stream: StreamConfig) -> int:
     """What a row of `stream` takes: its time, and each field as stored."""
     return 8 + sum(np.dtype(_DTYPES[field.type]).itemsize for field in stream.fields)
 
@@ -47,13 +47,13 @@ class Rows(msgspec.Struct, frozen=True):
 
     def digest(self) -> str:
         """`sha256:…` over the little-endian bytes of t, then of each column: the same for any chunking."""
-        sha = hashlib.sha256(_little(self.t))
+        sha = hashlib.sha256(_little_endian(self.t))
         for column in self.columns:
-            sha.update(_little(column))
+            sha.update(_little_endian(column))
         return f"sha256:{sha.hexdigest()}"
 
 
-EMPTY = Rows(np.zeros(0, np.int64), ())
+EMPTY_ROWS = Rows(np.zeros(0, np.int64), ())
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
@@ -66,7 +66,7 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     )
 
 
-class Packed(msgspec.Struct, frozen=True):
+class PackedChunk(msgspec.Struct, frozen=True):
     """A chunk as stored: times as offsets from `first_t`, 4 bytes each where the span allows, else 8."""
 
     n: int
@@ -76,45 +76,45 @@ class Packed(msgspec.Struct, frozen=True):
     crc: int
 
 
-def pack(rows: Rows) -> Packed:
+def pack_chunk(rows: Rows) -> PackedChunk:
     """`rows`, at least one, as one blob with its CRC-32."""
     first = int(rows.t[0])
     offsets = rows.t - first
-    short = int(np.min(offsets)) >= 0 and int(np.max(offsets)) <= _SHORT_SPAN
+    short = int(np.min(offsets)) >= 0 and int(np.max(offsets)) <= _MAX_SHORT_OFFSET
     head = offsets.astype("<u4" if short else "<i8")
-    data = b"".join([memoryview(head), *(_little(c) for c in rows.columns)])
-    return Packed(len(rows), first, head.itemsize, data, _crc(len(rows), first, head.itemsize, data))
+    data = b"".join([memoryview(head), *(_little_endian(c) for c in rows.columns)])
+    return PackedChunk(len(rows), first, head.itemsize, data, _chunk_crc(len(rows), first, head.itemsize, data))
 
 
-def _crc(n: int, first_t: int, time_bytes: int, data: bytes) -> int:
+def _chunk_crc(n: int, first_t: int, time_bytes: int, data: bytes) -> int:
     """Over what the blob means, too: a wrong first time would move every row of the chunk."""
-    return zlib.crc32(data, zlib.crc32(_HEAD.pack(n, first_t, time_bytes)))
+    return zlib.crc32(data, zlib.crc32(_HEADER.pack(n, first_t, time_bytes)))
 
 
-def is_whole(packed: Packed) -> bool:
+def is_intact(chunk: PackedChunk) -> bool:
     """Whether the bytes are those that were packed."""
     try:
-        return _crc(packed.n, packed.first_t, packed.time_bytes, packed.data) == packed.crc
+        return _chunk_crc(chunk.n, chunk.first_t, chunk.time_bytes, chunk.data) == chunk.crc
     except (struct.error, TypeError):
         return False
 
 
-def unpack(packed: Packed, fields: Sequence[Field]) -> Rows:
+def unpack_chunk(chunk: PackedChunk, fields: Sequence[FieldConfig]) -> Rows:
     """Inverse of `pack`. Raises ValueError where the bytes are not what was packed."""
-    if not is_whole(packed):
+    if not is_intact(chunk):
         raise ValueError("CRC does not match")
     dtypes = [np.dtype(_DTYPES[f.type]) for f in fields]
-    if len(packed.data) != packed.n * (packed.time_bytes + sum(d.itemsize for d in dtypes)):
+    if len(chunk.data) != chunk.n * (chunk.time_bytes + sum(d.itemsize for d in dtypes)):
         raise ValueError("length does not match the stream's fields")
-    offsets = np.frombuffer(packed.data, "<u4" if packed.time_bytes == 4 else "<i8", packed.n)
+    offsets = np.frombuffer(chunk.data, "<u4" if chunk.time_bytes == 4 else "<i8", chunk.n)
     columns, at = [], offsets.nbytes
     for dtype in dtypes:
-        columns.append(np.frombuffer(packed.data, dtype, packed.n, at))
-        at += packed.n * dtype.itemsize
-    return Rows(offsets.astype(np.int64) + packed.first_t, tuple(columns))
+        columns.append(np.frombuffer(chunk.data, dtype, chunk.n, at))
+        at += chunk.n * dtype.itemsize
+    return Rows(offsets.astype(np.int64) + chunk.first_t, tuple(columns))
 
 
-class Raw(msgspec.Struct, frozen=True):
+class RawColumns(msgspec.Struct, frozen=True):
     """Columns as a producer gave them, of `n` values each, by field name; None is a missing value.
 
     `t` epoch seconds, where None (the whole, or one value) means now.
@@ -125,7 +125,7 @@ class Raw(msgspec.Struct, frozen=True):
     values: Mapping[str, Any]
 
 
-class Checked(msgspec.Struct, frozen=True):
+class ValidatedRows(msgspec.Struct, frozen=True):
     """What came of a Raw: `rows` are good; `categories` holds text of category columns; `bad` index → reason.
 
     `latest` is the producer's latest time so far, epoch µs, for its next `check`.
@@ -133,11 +133,11 @@ class Checked(msgspec.Struct, frozen=True):
 
     rows: Rows
     categories: dict[int, list[str]]
-    bad: dict[int, str]
-    latest: int | None = None
+    rejected: dict[int, str]
+    latest_us: int | None = None
 
 
-def check(raw: Raw, stream: Stream, now_us: int, after_us: int | None) -> Checked:
+def validate_columns(raw: RawColumns, stream: StreamConfig, now_us: int, after_us: int | None) -> ValidatedRows:
     """Validate columns against the stream's fields.
 
     `now_us` stamps rows without a time; `after_us` is the producer's latest time so far: its time may not run
@@ -145,7 +145,7 @@ def check(raw: Raw, stream: Stream, now_us: int, after_us: int | None) -> Checke
     """
     names = [f.name for f in stream.fields]
     for extra in raw.values.keys() - set(names):
-        raise Rejected(f"{extra!r} is not a field of this stream{suggestion(extra, names)}")
+        raise RowRejected(f"{extra!r} is not a field of this stream{did_you_mean(extra, names)}")
     bad: dict[int, str] = {}
     arrays: list[NDArray[Any]] = []
     categories: dict[int, list[str]] = {}
@@ -153,48 +153,48 @@ def check(raw: Raw, stream: Stream, now_us: int, after_us: int | None) -> Checke
         values = raw.values.get(field.name)
         if values is None:
             if not field.optional:
-                raise Rejected(f"field {field.name!r} is missing")
+                raise RowRejected(f"field {field.name!r} is missing")
             values = [None] * raw.n
         if len(values) != raw.n:
-            raise Rejected(f"field {field.name!r} has {len(values)} values, {raw.n} are needed")
+            raise RowRejected(f"field {field.name!r} has {len(values)} values, {raw.n} are needed")
         if field.type == "category":
-            categories[index] = _check_text(values, field, bad)
+            categories[index] = _validate_categories(values, field, bad)
             arrays.append(np.zeros(raw.n, "<u2"))
         else:
-            arrays.append(_check_numbers(values, field, bad))
-    t, latest = _check_time(raw, now_us, after_us, bad)
+            arrays.append(_validate_numbers(values, field, bad))
+    t, latest = _validate_times(raw, now_us, after_us, bad)
     if not bad:
-        return Checked(Rows(t, tuple(arrays)), categories, bad, latest)
+        return ValidatedRows(Rows(t, tuple(arrays)), categories, bad, latest)
     good = np.setdiff1d(np.arange(raw.n), np.fromiter(bad, np.int64, len(bad)))
     kept = {index: [texts[i] for i in good] for index, texts in categories.items()}
-    return Checked(Rows(t[good], tuple(a[good] for a in arrays)), kept, bad, latest)
+    return ValidatedRows(Rows(t[good], tuple(a[good] for a in arrays)), kept, bad, latest)
 
 
-def _check_numbers(values: Any, field: Field, bad: dict[int, str]) -> NDArray[Any]:
-    numbers = _plain_numbers(values, field.type)
-    if numbers is not None and (good := _good(numbers, field)) is not None:
+def _validate_numbers(values: Any, field: FieldConfig, rejected: dict[int, str]) -> NDArray[Any]:
+    numbers = _convert_exactly(values, field.type)
+    if numbers is not None and (good := _validate_fast(numbers, field)) is not None:
         return good
     missing = np.zeros(len(values), bool)
     if numbers is None:
         whole = field.type == "i64"
-        found = [_number(value, field, whole, index, bad) for index, value in enumerate(values)]
+        found = [_parse_number(value, field, whole, index, rejected) for index, value in enumerate(values)]
         missing = np.array([value is None for value in values], bool) & field.optional
         numbers = np.array(found, np.int64 if whole else np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         typed = numbers.astype(_DTYPES[field.type])
         if typed.dtype.kind == "f":
-            _mark(bad, ~np.isfinite(numbers) & ~missing, field, numbers, "is no finite number")
-            _mark(bad, np.isinf(typed), field, numbers, f"is too large for {field.type}")
+            _reject_where(rejected, ~np.isfinite(numbers) & ~missing, field, numbers, "is no finite number")
+            _reject_where(rejected, np.isinf(typed), field, numbers, f"is too large for {field.type}")
         # Limits in the column's own precision: what was taken once is taken again when it comes back as f32.
         kind = typed.dtype.type if typed.dtype.kind == "f" else float
         if field.min is not None:
-            _mark(bad, typed < kind(field.min), field, numbers, f"is below min {field.min:.9g}")
+            _reject_where(rejected, typed < kind(field.min), field, numbers, f"is below min {field.min:.9g}")
         if field.max is not None:
-            _mark(bad, typed > kind(field.max), field, numbers, f"is above max {field.max:.9g}")
+            _reject_where(rejected, typed > kind(field.max), field, numbers, f"is above max {field.max:.9g}")
     return typed
 
 
-def _good(numbers: NDArray[Any], field: Field) -> NDArray[Any] | None:
+def _validate_fast(numbers: NDArray[Any], field: FieldConfig) -> NDArray[Any] | None:
     """The column as stored where no value needs a second look, else None: two passes, where finding one takes eight."""
     if not len(numbers):
         return None
@@ -210,7 +210,7 @@ def _good(numbers: NDArray[Any], field: Field) -> NDArray[Any] | None:
     return typed if within else None
 
 
-def _plain_numbers(values: Any, kind: str) -> NDArray[Any] | None:
+def _convert_exactly(values: Any, kind: str) -> NDArray[Any] | None:
     """The values as one array where all are numbers that it can hold exactly; else None, for a look at each."""
     if isinstance(values, np.ndarray):
         fits = values.dtype.kind == "i" if kind == "i64" else values.dtype.kind in "iuf"
@@ -224,24 +224,26 @@ def _plain_numbers(values: Any, kind: str) -> NDArray[Any] | None:
         return None
 
 
-def _number(value: Any, field: Field, whole: bool, index: int, bad: dict[int, str]) -> float:
+def _parse_number(value: Any, field: FieldConfig, is_integer: bool, index: int, rejected: dict[int, str]) -> float:
     """One value of a column that is not plainly numeric: NaN (0 where `whole`) and a reason in `bad` if it is none."""
     if value is None:
         if not field.optional:
-            bad.setdefault(index, f"{field.name} is missing")
+            rejected.setdefault(index, f"{field.name} is missing")
     elif not isinstance(value, int | float) or isinstance(value, bool):
-        bad.setdefault(index, f"{field.name} = {str(value)[:40]!r} is no number")
-    elif not whole:
-        fits = isinstance(value, float) or abs(value) <= _LARGEST
+        rejected.setdefault(index, f"{field.name} = {str(value)[:40]!r} is no number")
+    elif not is_integer:
+        fits = isinstance(value, float) or abs(value) <= _MAX_FLOAT
         return float(value) if fits else math.inf if value > 0 else -math.inf
-    elif -(2**63) <= value < 2**63 and (isinstance(value, int) or (value == int(value) and abs(value) <= _EXACT)):
+    elif -(2**63) <= value < 2**63 and (
+        isinstance(value, int) or (value == int(value) and abs(value) <= _MAX_EXACT_INT)
+    ):
         return int(value)
     else:
-        bad.setdefault(index, f"{field.name} = {str(value)[:40]} is no whole number of 64 bits")
-    return 0 if whole else float("nan")
+        rejected.setdefault(index, f"{field.name} = {str(value)[:40]} is no whole number of 64 bits")
+    return 0 if is_integer else float("nan")
 
 
-def _check_text(values: Any, field: Field, bad: dict[int, str]) -> list[str]:
+def _validate_categories(values: Any, field: FieldConfig, rejected: dict[int, str]) -> list[str]:
     texts = []
     for index, value in enumerate(values):
         if value is None and field.optional:
@@ -250,7 +252,7 @@ def _check_text(values: Any, field: Field, bad: dict[int, str]) -> list[str]:
             texts.append(value)
         else:
             shown = "is missing" if value is None else f"= {str(value)[:40]!r} is no category: text of 1-64 characters"
-            bad.setdefault(index, f"{field.name} {shown}")
+            rejected.setdefault(index, f"{field.name} {shown}")
             texts.append("")
     return texts
 
@@ -260,30 +262,36 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _check_time(
-    raw: Raw, now_us: int, after_us: int | None, bad: dict[int, str]
+def _validate_times(
+    raw: RawColumns, now_us: int, after_us: int | None, rejected: dict[int, str]
 ) -> tuple[NDArray[np.int64], int | None]:
     if raw.t is None:
         return np.full(raw.n, now_us, np.int64), after_us
     if len(raw.t) != raw.n:
-        raise Rejected(f"t has {len(raw.t)} values, {raw.n} are needed")
-    seconds = _check_numbers(raw.t, _TIME, bad)
-    if not bad and raw.n and (t := _times(seconds, after_us)) is not None:
+        raise RowRejected(f"t has {len(raw.t)} values, {raw.n} are needed")
+    seconds = _validate_numbers(raw.t, _TIME_FIELD, rejected)
+    if not rejected and raw.n and (t := _convert_times(seconds, after_us)) is not None:
         return t, int(t[-1])
     with np.errstate(invalid="ignore"):
-        _mark(bad, seconds < 0, _TIME, seconds, "is before 1970")
-        _mark(bad, seconds > T_MAX_S, _TIME, seconds, "is after 2100; give seconds since 1970, not milliseconds")
+        _reject_where(rejected, seconds < 0, _TIME_FIELD, seconds, "is before 1970")
+        _reject_where(
+            rejected,
+            seconds > T_MAX_S,
+            _TIME_FIELD,
+            seconds,
+            "is after 2100; give seconds since 1970, not milliseconds",
+        )
     given = np.isfinite(seconds) & (seconds >= 0) & (seconds <= T_MAX_S)
     t = np.where(given, np.rint(np.where(given, seconds, 0) * 1e6).astype(np.int64), np.int64(now_us))
-    given[list(bad)] = False
-    start = _LONG_AGO if after_us is None else np.int64(after_us)
-    before = np.maximum.accumulate(np.concatenate([[start], np.where(given, t, _LONG_AGO)]))
+    given[list(rejected)] = False
+    start = _MIN_TIME_US if after_us is None else np.int64(after_us)
+    before = np.maximum.accumulate(np.concatenate([[start], np.where(given, t, _MIN_TIME_US)]))
     for index in np.flatnonzero(given & (t < before[:-1])):
-        bad[int(index)] = f"t = {t[index] / 1e6:.6f} runs backwards, {before[index] / 1e6:.6f} came before"
-    return t, (int(before[-1]) if before[-1] != _LONG_AGO else None)
+        rejected[int(index)] = f"t = {t[index] / 1e6:.6f} runs backwards, {before[index] / 1e6:.6f} came before"
+    return t, (int(before[-1]) if before[-1] != _MIN_TIME_US else None)
 
 
-def _times(seconds: NDArray[Any], after_us: int | None) -> NDArray[np.int64] | None:
+def _convert_times(seconds: NDArray[Any], after_us: int | None) -> NDArray[np.int64] | None:
     """Epoch µs where all are given, within limits and in order; else None, for a look at each."""
     if not (np.minimum.reduce(seconds) >= 0 and np.maximum.reduce(seconds) <= T_MAX_S):
         return None
@@ -292,13 +300,15 @@ def _times(seconds: NDArray[Any], after_us: int | None) -> NDArray[np.int64] | N
     return t if in_order else None
 
 
-def _mark(bad: dict[int, str], wrong: NDArray[Any], field: Field, numbers: NDArray[Any], problem: str) -> None:
-    if not wrong.any():
+def _reject_where(
+    rejected: dict[int, str], mask: NDArray[Any], field: FieldConfig, numbers: NDArray[Any], problem: str
+) -> None:
+    if not mask.any():
         return
     unit = f" {field.unit}" if field.unit else ""
-    for index in np.flatnonzero(wrong):
-        bad.setdefault(int(index), f"{field.name} = {numbers[index].item():.9g}{unit} {problem}")
+    for index in np.flatnonzero(mask):
+        rejected.setdefault(int(index), f"{field.name} = {numbers[index].item():.9g}{unit} {problem}")
 
 
-def _little(array: NDArray[Any]) -> memoryview:
+def _little_endian(array: NDArray[Any]) -> memoryview:
     return memoryview(np.ascontiguousarray(array, array.dtype.newbyteorder("<")))

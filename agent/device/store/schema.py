@@ -82,7 +82,7 @@ def message_crcs(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE outbox ADD COLUMN crc INTEGER NOT NULL DEFAULT 0")
     seqs = [row[0] for row in db.execute("SELECT seq FROM outbox").fetchall()]
     for seq in seqs:
-        row = db.execute(f"SELECT {checked.COLUMNS} FROM outbox WHERE seq = ?", (seq,)).fetchone()
+        row = db.execute(f"SELECT {checked.MESSAGE_COLUMNS} FROM outbox WHERE seq = ?", (seq,)).fetchone()
         db.execute("UPDATE outbox SET crc = ? WHERE seq = ?", (checked.message_crc(*row[:-1]), seq))
     # What waits is counted as it comes and goes from now on.
     size = "coalesce(sum(length(payload) + length(jws) + length(topic)), 0)"
@@ -117,11 +117,11 @@ def marks_in_order(db: sqlite3.Connection) -> None:
 def meta_crcs(db: sqlite3.Connection) -> None:
     db.execute("ALTER TABLE meta ADD COLUMN crc INT")
     for key, value in db.execute("SELECT key, value FROM meta").fetchall():
-        db.execute("UPDATE meta SET crc = ? WHERE key = ?", (meta.crc(key, value), key))
+        db.execute("UPDATE meta SET crc = ? WHERE key = ?", (meta.row_crc(key, value), key))
 
 
 # In this order; `recovery.migrate` applies them, and the store remembers their names.
-STEPS = (first_tables, segments, commands, message_crcs, labels, marks_in_order, meta_crcs)
+MIGRATIONS = (first_tables, segments, commands, message_crcs, labels, marks_in_order, meta_crcs)
 
 
 def pragmas(max_pages: int, wal_bytes: int, synchronous: str = "FULL") -> list[tuple[str, str | None]]:
@@ -147,7 +147,7 @@ def pragmas(max_pages: int, wal_bytes: int, synchronous: str = "FULL") -> list[t
 
 # Starts at the chunk that holds the row after `after`, by the index: the backlog's length does not matter.
 # CAST: one flipped bit on the disk makes the blob a text that cannot be read.
-TAKE = """
+SELECT_CHUNKS = """
     SELECT first_row, n, first_t, time_bytes, CAST(data AS BLOB), crc, boot, segment, clock FROM chunks
     WHERE stream = (SELECT id FROM streams WHERE name = :stream)
       AND first_row + n > :after + 1
@@ -157,55 +157,61 @@ TAKE = """
     ORDER BY stream, first_row
 """
 
-ADD_CHUNK = """
+INSERT_CHUNK = """
     INSERT INTO chunks (stream, first_row, n, first_t, time_bytes, data, crc, boot, clock, segment, boot_us)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
 # In table meta, with the name of the stream: the last row that was deleted because it was used, or declared.
-TRIMMED = "trimmed "
+TRIMMED_THROUGH = "trimmed "
 
-FIRST_SET_ASIDE = """
+FIRST_DAMAGED_RANGE = """
     SELECT first_row, first_row + n - 1 FROM damaged
     WHERE stream = (SELECT id FROM streams WHERE name = :stream) AND first_row + n > :first AND first_row <= :last
     ORDER BY first_row LIMIT 1
 """
 
 _NEXT_USE = "(SELECT coalesce(max(used), 0) + 1 FROM marks WHERE source = :source)"
-MOVE_MARK = f"UPDATE marks SET position = :position, used = {_NEXT_USE} WHERE source = :source AND item = :item"
-ADD_MARK = f"INSERT INTO marks (source, item, position, used) VALUES (:source, :item, :position, {_NEXT_USE})"
-DROP_MARKS = """
+UPDATE_SOURCE_POSITION = (
+    f"UPDATE marks SET position = :position, used = {_NEXT_USE} WHERE source = :source AND item = :item"
+)
+INSERT_SOURCE_POSITION = (
+    f"INSERT INTO marks (source, item, position, used) VALUES (:source, :item, :position, {_NEXT_USE})"
+)
+PRUNE_SOURCE_POSITIONS = """
     DELETE FROM marks WHERE source = :source AND item IN (
         SELECT item FROM marks WHERE source = :source ORDER BY used DESC LIMIT -1 OFFSET :most)
 """
 
 # Kinds of alerts that are kept while they are open, in `state` under this and their id. The others, such as a row that
 # cannot be read, are never cleared.
-STAY_OPEN = ("drift", "fault", "model", "quality")
-OPEN_ALERT = "open alert "
-OPEN_ALERTS = f"SELECT CAST(value AS BLOB) FROM state WHERE task = ? AND substr(name, 1, {len(OPEN_ALERT)}) = ?"
+OPEN_ALERT_KINDS = ("drift", "fault", "model", "quality")
+OPEN_ALERT_PREFIX = "open alert "
+SELECT_OPEN_ALERTS = (
+    f"SELECT CAST(value AS BLOB) FROM state WHERE task = ? AND substr(name, 1, {len(OPEN_ALERT_PREFIX)}) = ?"
+)
 
-OLD_ALERTS = """
+SELECT_OLD_ALERTS = """
     SELECT rowid, length(body) FROM alerts WHERE rowid <= (SELECT max(rowid) FROM alerts) - 50 ORDER BY rowid LIMIT 200
 """
 
-DAMAGED_SIZES = """
+SELECT_DAMAGED_SIZES = """
     SELECT length(data) FROM chunks
     WHERE stream = (SELECT id FROM streams WHERE name = :stream) AND first_row + n > :first AND first_row <= :last
 """
 
-SET_ASIDE = """
+COPY_TO_DAMAGED = """
     INSERT INTO damaged SELECT stream, first_row, n, data FROM chunks
     WHERE stream = (SELECT id FROM streams WHERE name = :stream) AND first_row + n > :first AND first_row <= :last
 """
 
-DROP_DAMAGED = """
+DELETE_DAMAGED_CHUNKS = """
     DELETE FROM chunks
     WHERE stream = (SELECT id FROM streams WHERE name = :stream) AND first_row + n > :first AND first_row <= :last
 """
 
 # Oldest used chunks by the index, then by time: however many are kept, only `limit` of them are looked at.
-OLDEST = """
+SELECT_OLDEST_CHUNKS = """
     SELECT id, first_row, last_row, size FROM (
         SELECT id, first_row, first_row + n - 1 AS last_row, length(data) AS size, first_t, boot, boot_us
         FROM chunks

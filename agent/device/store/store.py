@@ -18,17 +18,17 @@ from typing import Any, TypeVar
 import msgspec
 
 from agent import clock
-from agent.config import Field, Stream
+from agent.config import FieldConfig, StreamConfig
 from agent.device.recovery import catch_up, open, salvage
-from agent.device.recovery.open import connect_read_only, own, translated
+from agent.device.recovery.open import acquire_lock, connect_read_only, translate_errors
 from agent.device.store import meta, retention, schema, watermark
-from agent.device.store.checked import COLUMNS
-from agent.device.store.clock_segments import Stamp, merged
-from agent.device.store.outbox import Waiting, waiting_ranges
-from agent.device.store.quota import PAGE, Keeper, Quota
-from agent.device.store.retention import Acknowledged
-from agent.device.store.rows import EMPTY, Packed, Rows, concatenate, unpack
-from agent.device.store.transaction import Pending, Transaction
+from agent.device.store.checked import MESSAGE_COLUMNS
+from agent.device.store.clock_segments import ClockStamp, merge_stamps
+from agent.device.store.outbox import Backlog, unacknowledged_ranges
+from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
+from agent.device.store.retention import AcknowledgedSeqs
+from agent.device.store.rows import EMPTY_ROWS, PackedChunk, Rows, concatenate, unpack_chunk
+from agent.device.store.transaction import OutboxMessage, Transaction
 from agent.errors import StorageBusy, StorageDamaged, StorageError, StorageFull, UsageError
 from agent.wire.messages import digest
 
@@ -38,7 +38,7 @@ T = TypeVar("T")
 INTAKE_SHARE = 0.9
 
 
-class Batch(msgspec.Struct, frozen=True):
+class RowBatch(msgspec.Struct, frozen=True):
     """Rows `first`…`last` of a stream (row numbers count from 1); `lost` where they cannot be read, and why.
 
     `deleted`: because they were used by other tasks, or given up and declared, not because they are damaged.
@@ -46,14 +46,14 @@ class Batch(msgspec.Struct, frozen=True):
 
     first: int
     rows: Rows
-    lost: str | None = None
-    lost_last: int = 0
-    stamps: tuple[Stamp, ...] = ()
+    loss_reason: str | None = None
+    lost_through: int = 0
+    stamps: tuple[ClockStamp, ...] = ()
     deleted: bool = False
 
     @property
     def last(self) -> int:
-        return self.lost_last if self.lost else self.first + len(self.rows) - 1
+        return self.lost_through if self.loss_reason else self.first + len(self.rows) - 1
 
 
 class Store:
@@ -63,30 +63,30 @@ class Store:
         self, folder: Path, *, max_size: int = 2**30, read_only: bool = False, synchronous: str = "FULL"
     ) -> None:
         self.path = folder / salvage.DATABASE
-        self.quota = Quota.of(max_size)
-        self._keeper = Keeper(self.path, self.quota)
+        self.quota = Quota.from_max_size(max_size)
+        self._quota_enforcer = QuotaEnforcer(self.path, self.quota)
         self._lock = threading.RLock()
-        self._owner: int | None = None
-        self._sound = True
+        self._lock_descriptor: int | None = None
+        self._is_intact = True
         self.boot = 0
         if not read_only:
-            self._owner = own(folder)
+            self._lock_descriptor = acquire_lock(folder)
         with contextlib.ExitStack() as undo:
-            undo.callback(self._disown)
-            undo.callback(self._keeper.close)
+            undo.callback(self._release_lock)
+            undo.callback(self._quota_enforcer.close)
             if read_only:
                 self._db = connect_read_only(self.path)
             else:
-                self._keeper.make_way()
-                pragmas = schema.pragmas(self.quota.pages // PAGE, self.quota.wal, synchronous)
+                self._quota_enforcer.make_room()
+                pragmas = schema.pragmas(self.quota.database_bytes // PAGE_SIZE, self.quota.wal_bytes, synchronous)
                 self._db, self._watermark = open.open_database(folder, pragmas)
                 undo.callback(self._watermark.close)
             undo.callback(self._db.close)
             if not read_only:
                 self._begin_boot()
-                open.keep_first_page(folder, self._db, self._watermark)
-            self.log_id = self.meta("log", "")
-            self.boot = int(self.meta("boot", "0"))
+                open.save_first_page(folder, self._db, self._watermark)
+            self.log_id = self.get_meta("log", "")
+            self.boot = int(self.get_meta("boot", "0"))
             undo.pop_all()
 
     # --- transactions ---
@@ -98,38 +98,38 @@ class Store:
         A `vital` one, which makes room or records a delivery, may use up the reserve on a full disk. Raises
         StorageFull, StorageBusy or StorageError.
         """
-        with self._lock, self._guarded():
+        with self._lock, self._translate_errors():
             try:
-                budget = self._keeper.prepare(self._db, vital=vital)
+                budget = self._quota_enforcer.prepare_transaction(self._db, vital=vital)
                 self._db.execute("BEGIN IMMEDIATE")
-                free = self._keeper.free_pages(self._db)
+                free = self._quota_enforcer.free_pages(self._db)
                 tx = Transaction(self._db, self.boot, budget)
                 yield tx
                 tx.finish()
                 if not vital:
-                    self._keeper.require_rest(self._db, free)
+                    self._quota_enforcer.require_reserved_pages(self._db, free)
                 self._db.execute("COMMIT")
             except BaseException:
                 self._roll_back()
                 raise
-            self._watermark.follow(self._db, tx.progress)
+            self._watermark.update(self._db, tx.progress)
 
-    def alone(self) -> contextlib.AbstractContextManager[object]:
+    def exclusive(self) -> contextlib.AbstractContextManager[object]:
         """No other thread reads or writes meanwhile; transactions of this one may."""
         return self._lock
 
     @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         """SQLite's errors as ours; what they say of the file is remembered for the next opening."""
         try:
-            with translated(self.path):
+            with translate_errors(self.path):
                 yield
         except (StorageFull, StorageBusy):
             raise
         except StorageError as error:
-            self._sound = False
-            if isinstance(error, StorageDamaged) and self._owner is not None:
-                salvage.note_damage(self.path.parent, str(error))
+            self._is_intact = False
+            if isinstance(error, StorageDamaged) and self._lock_descriptor is not None:
+                salvage.write_damage_marker(self.path.parent, str(error))
             raise
 
     def _roll_back(self) -> None:
@@ -138,200 +138,204 @@ class Store:
 
     # --- reading ---
 
-    def meta(self, key: str, default: str) -> str:
-        return self.ask(meta.get, key, default)
+    def get_meta(self, key: str, default: str) -> str:
+        return self.query(meta.get, key, default)
 
     def last_row(self, stream: str) -> int:
         """The number of the newest row of `stream`; 0 where there is none."""
-        row = self._one("SELECT next_row - 1 FROM streams WHERE name = ?", stream)
+        row = self._fetch_one("SELECT next_row - 1 FROM streams WHERE name = ?", stream)
         return int(row[0]) if row else 0
 
     def first_row(self, stream: str) -> int:
         """The number of the oldest row still kept, or of the next row to come."""
-        row = self._one("SELECT min(first_row) FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ?", stream)
+        row = self._fetch_one(
+            "SELECT min(first_row) FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ?", stream
+        )
         return int(row[0]) if row and row[0] is not None else self.last_row(stream) + 1
 
     def cursor(self, task: str) -> int | None:
         """The last row `task` consumed; None before its first batch."""
-        row = self._one("SELECT row FROM cursors WHERE task = ?", task)
+        row = self._fetch_one("SELECT row FROM cursors WHERE task = ?", task)
         return int(row[0]) if row else None
 
     def first_consumed(self, task: str) -> int | None:
-        row = self._one("SELECT first FROM cursors WHERE task = ?", task)
+        row = self._fetch_one("SELECT first FROM cursors WHERE task = ?", task)
         return int(row[0]) if row else None
 
-    def state(self, task: str, name: str) -> bytes | None:
-        row = self._one("SELECT value FROM state WHERE task = ? AND name = ?", task, name)
+    def load_state(self, task: str, name: str) -> bytes | None:
+        row = self._fetch_one("SELECT value FROM state WHERE task = ? AND name = ?", task, name)
         return bytes(row[0]) if row else None
 
     def counters(self) -> dict[str, int]:
-        return {str(name): int(n) for name, n in self._all("SELECT name, n FROM counters")}
+        return {str(name): int(n) for name, n in self._fetch_all("SELECT name, n FROM counters")}
 
-    def mark(self, source: str, item: str) -> int:
+    def source_position(self, source: str, item: str) -> int:
         """How far `source` has got with `item` (a file, a client), as committed with its rows; 0 at first."""
-        row = self._one("SELECT position FROM marks WHERE source = ? AND item = ?", source, item)
+        row = self._fetch_one("SELECT position FROM marks WHERE source = ? AND item = ?", source, item)
         return int(row[0]) if row else 0
 
     def categories(self, stream: str, field: str) -> list[str]:
         """Category texts by code; code 0 is missing."""
-        found = self._all("SELECT value FROM categories WHERE stream = ? AND field = ? ORDER BY code", stream, field)
+        found = self._fetch_all(
+            "SELECT value FROM categories WHERE stream = ? AND field = ? ORDER BY code", stream, field
+        )
         return ["", *(str(row[0]) for row in found)]
 
-    def take(self, stream: str, fields: Sequence[Field], after: int, limit: int) -> Batch | None:
+    def read_rows(self, stream: str, fields: Sequence[FieldConfig], after: int, limit: int) -> RowBatch | None:
         """Up to about `limit` rows after row `after`, as contiguous packed columns; None where there are none.
 
         Cost depends on the rows taken, not on the backlog. A chunk that is damaged comes alone, with `lost` set.
         """
         parts: list[Rows] = []
-        stamps: list[Stamp] = []
+        stamps: list[ClockStamp] = []
         first, count = after + 1, 0
-        asked = schema.TAKE, {"stream": stream, "after": after}
+        asked = schema.SELECT_CHUNKS, {"stream": stream, "after": after}
         # Closed with the lock still held: while a query is not read to its end, no other thread's commit can make room.
-        with self._lock, self._guarded(), contextlib.closing(self._db.execute(*asked)) as chunks:
+        with self._lock, self._translate_errors(), contextlib.closing(self._db.execute(*asked)) as chunks:
             for first_row, *packed, boot, segment, quality in chunks:
                 try:
-                    rows = unpack(Packed(*packed), fields)
+                    rows = unpack_chunk(PackedChunk(*packed), fields)
                 except ValueError as damage:
                     if parts:
                         break
-                    return Batch(first, EMPTY, str(damage), self._before_next(stream, int(first_row)))
+                    return RowBatch(first, EMPTY_ROWS, str(damage), self._chunk_end(stream, int(first_row)))
                 skip = first + count - int(first_row)
                 if skip < 0:
                     if parts:
                         break
-                    return self._hole(stream, first, int(first_row) - 1)
+                    return self._missing_rows(stream, first, int(first_row) - 1)
                 parts.append(rows.slice(skip, min(len(rows), skip + limit - count)))
-                stamps.append(Stamp(first + count, boot, segment, quality))
+                stamps.append(ClockStamp(first + count, boot, segment, quality))
                 count += len(parts[-1])
                 if count >= limit:
                     break
             if not parts:
                 # What another task found damaged may have been the last there is.
                 last = self.last_row(stream)
-                return self._hole(stream, first, last) if last > after else None
-        return Batch(first, concatenate(parts), stamps=merged(stamps))
+                return self._missing_rows(stream, first, last) if last > after else None
+        return RowBatch(first, concatenate(parts), stamps=merge_stamps(stamps))
 
-    def _hole(self, stream: str, first: int, last: int) -> Batch:
+    def _missing_rows(self, stream: str, first: int, last: int) -> RowBatch:
         """Rows `first` to `last`, which are not there, or the first of them whose fate is the same.
 
         Of rows that were damaged, or lost in another way, nobody knows more than that they cannot be read.
         """
-        deleted = int(self.meta(schema.TRIMMED + stream, "0"))
+        deleted = int(self.get_meta(schema.TRIMMED_THROUGH + stream, "0"))
         names = {"stream": stream, "first": first, "last": last}
-        aside = self._db.execute(schema.FIRST_SET_ASIDE, names).fetchone()
+        aside = self._db.execute(schema.FIRST_DAMAGED_RANGE, names).fetchone()
         if first <= deleted and (aside is None or aside[0] > first):
             end = min(last, deleted, aside[0] - 1 if aside else last)
-            return Batch(first, EMPTY, "rows were deleted before this task came to them", end, deleted=True)
+            return RowBatch(first, EMPTY_ROWS, "rows were deleted before this task came to them", end, deleted=True)
         end = min(last, aside[1]) if aside and aside[1] < deleted else last
-        return Batch(first, EMPTY, "rows were set aside as damaged", end)
+        return RowBatch(first, EMPTY_ROWS, "rows were set aside as damaged", end)
 
-    def _before_next(self, stream: str, first_row: int) -> int:
+    def _chunk_end(self, stream: str, first_row: int) -> int:
         """The last row of the chunk at `first_row`, by what comes after it: its own count may be damaged too."""
-        row = self._one(
+        row = self._fetch_one(
             "SELECT min(first_row) - 1 FROM chunks JOIN streams s ON s.id = stream WHERE s.name = ? AND first_row > ?",
             stream,
             first_row,
         )
         return int(row[0]) if row and row[0] is not None else self.last_row(stream)
 
-    def unsent(self, after: int, limit: int) -> list[Pending]:
+    def unacknowledged_messages(self, after: int, limit: int) -> list[OutboxMessage]:
         """Messages of the outbox with seq > `after` that are not acknowledged, in order."""
         found: list[tuple[Any, ...]] = []
-        for first, last in waiting_ranges(self.acknowledged()):
+        for first, last in unacknowledged_ranges(self.acknowledged()):
             if last > after and len(found) < limit:
-                sql = f"SELECT {COLUMNS} FROM outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
-                found += self._all(sql, max(first, after + 1), last, limit - len(found))
-        return [Pending.stored(row) for row in found]
+                sql = f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
+                found += self._fetch_all(sql, max(first, after + 1), last, limit - len(found))
+        return [OutboxMessage.from_row(row) for row in found]
 
-    def messages(self, kind: str, task: str, limit: int) -> list[Pending]:
+    def recent_messages(self, kind: str, task: str, limit: int) -> list[OutboxMessage]:
         """The newest messages of a task that are kept, delivered or not, in order; damaged ones too."""
-        sql = f"SELECT {COLUMNS} FROM outbox WHERE substr(topic, -length(?1)) = ?1 ORDER BY seq DESC LIMIT ?2"
-        found = self._all(sql, f"/{kind}/{task}", limit)
-        return [Pending.stored(row) for row in reversed(found)]
+        sql = f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE substr(topic, -length(?1)) = ?1 ORDER BY seq DESC LIMIT ?2"
+        found = self._fetch_all(sql, f"/{kind}/{task}", limit)
+        return [OutboxMessage.from_row(row) for row in reversed(found)]
 
-    def pending(self, seqs: Sequence[int]) -> list[Pending]:
+    def pending_messages(self, seqs: Sequence[int]) -> list[OutboxMessage]:
         """Those of `seqs` that are in the outbox and not acknowledged."""
         acknowledged = self.acknowledged()
         seqs = [seq for seq in seqs if seq not in acknowledged]
         marks = ",".join("?" * len(seqs))
-        found = self._all(f"SELECT {COLUMNS} FROM outbox WHERE seq IN ({marks}) ORDER BY seq", *seqs)
-        return [Pending.stored(row) for row in found]
+        found = self._fetch_all(f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq IN ({marks}) ORDER BY seq", *seqs)
+        return [OutboxMessage.from_row(row) for row in found]
 
-    def digest_of(self, seq: int) -> str | None:
+    def message_digest(self, seq: int) -> str | None:
         """The digest of message `seq` as far as it is known here; None where it is not."""
         # Together: a message committed in between would have its digest taken for this one's.
         with self._lock:
-            if seq == int(self.meta("seq", "0")):
-                return self.meta("digest", "")
-        sql = f"SELECT {COLUMNS} FROM outbox WHERE seq IN (?, ?) ORDER BY seq"
-        for message in (Pending.stored(row) for row in self._all(sql, seq, seq + 1)):
+            if seq == int(self.get_meta("seq", "0")):
+                return self.get_meta("digest", "")
+        sql = f"SELECT {MESSAGE_COLUMNS} FROM outbox WHERE seq IN (?, ?) ORDER BY seq"
+        for message in (OutboxMessage.from_row(row) for row in self._fetch_all(sql, seq, seq + 1)):
             if message.intact:
                 return digest(message.payload) if message.seq == seq else str(json.loads(message.payload)["prev"])
         return None
 
     def outbox_size(self) -> tuple[int, int]:
         """Messages waiting, and the last seq ever given."""
-        return self.waiting().messages, int(self.meta("seq", "0"))
+        return self.backlog().messages, int(self.get_meta("seq", "0"))
 
-    def waiting(self) -> Waiting:
+    def backlog(self) -> Backlog:
         """What is in the outbox and not acknowledged."""
-        return Waiting.from_text(self.meta(retention.WAITING, ""))
+        return Backlog.from_text(self.get_meta(retention.BACKLOG, ""))
 
-    def acknowledged(self) -> Acknowledged:
+    def acknowledged(self) -> AcknowledgedSeqs:
         """The seqs that the collector, or with delivery = "broker" the broker, is known to have."""
-        return Acknowledged.from_json(self.meta(retention.ACKNOWLEDGED, ""))
+        return AcknowledgedSeqs.from_json(self.get_meta(retention.ACKNOWLEDGED, ""))
 
     def used_bytes(self) -> int:
         """Bytes of pages in use, free ones not counted."""
-        pages = int((self._one("PRAGMA page_count") or (0,))[0])
-        free = int((self._one("PRAGMA freelist_count") or (0,))[0])
-        return (pages - free) * PAGE
+        pages = int((self._fetch_one("PRAGMA page_count") or (0,))[0])
+        free = int((self._fetch_one("PRAGMA freelist_count") or (0,))[0])
+        return (pages - free) * PAGE_SIZE
 
     def limit_bytes(self) -> int:
         """Bytes that pages in use can come to: what the quota leaves for them, or what the disk has room for."""
-        return self._keeper.limit(int((self._one("PRAGMA page_count") or (0,))[0]))
+        return self._quota_enforcer.limit_bytes(int((self._fetch_one("PRAGMA page_count") or (0,))[0]))
 
-    def alerts(self, limit: int) -> list[dict[str, Any]]:
+    def recent_alerts(self, limit: int) -> list[dict[str, Any]]:
         """The newest alerts, newest first."""
-        found = self._all("SELECT body FROM alerts ORDER BY rowid DESC LIMIT ?", limit)
+        found = self._fetch_all("SELECT body FROM alerts ORDER BY rowid DESC LIMIT ?", limit)
         return [json.loads(row[0]) for row in found]
 
     def open_alerts(self, task: str) -> list[dict[str, Any]]:
         """Those about the task's data, model and quality that were raised and not cleared, as they came."""
-        found = self._all(schema.OPEN_ALERTS, task, schema.OPEN_ALERT)
+        found = self._fetch_all(schema.SELECT_OPEN_ALERTS, task, schema.OPEN_ALERT_PREFIX)
         return sorted((json.loads(row[0]) for row in found), key=lambda alert: str(alert["time"]))
 
-    def ask(self, query: Callable[..., T], *values: Any) -> T:
+    def query(self, query: Callable[..., T], *values: Any) -> T:
         """What a query of `labelled`, which takes the connection first, finds."""
-        with self._lock, self._guarded():
+        with self._lock, self._translate_errors():
             return query(self._db, *values)
 
     # --- opening and closing ---
 
-    def declare(self, streams: dict[str, Stream]) -> None:
+    def declare_streams(self, streams: dict[str, StreamConfig]) -> None:
         """Make the streams known. Raises UsageError where stored rows have other fields than the config says."""
         for name, stream in streams.items():
             wanted = [[f.name, f.type] for f in stream.fields]
-            row = self._one("SELECT fields, next_row FROM streams WHERE name = ?", name)
-            if row is not None and watermark.are_fields(row[0], wanted):
-                if watermark.is_unknown(row[0]):
-                    self._declare(name, wanted)
-            elif row is None or row[1] == 1 or (watermark.is_unknown(row[0]) and self.first_row(name) == row[1]):
-                self._declare(name, wanted)
+            row = self._fetch_one("SELECT fields, next_row FROM streams WHERE name = ?", name)
+            if row is not None and watermark.matches_fields(row[0], wanted):
+                if watermark.is_placeholder(row[0]):
+                    self._declare_stream(name, wanted)
+            elif row is None or row[1] == 1 or (watermark.is_placeholder(row[0]) and self.first_row(name) == row[1]):
+                self._declare_stream(name, wanted)
             else:
                 raise UsageError(
                     f"streams.{name}.fields: the store at {self.path} holds rows with fields {row[0]}; "
                     "give the changed stream a new name, so that no row is read as something else"
                 )
 
-    def _declare(self, name: str, fields: object) -> None:
+    def _declare_stream(self, name: str, fields: object) -> None:
         with self.transaction(vital=True) as tx:
-            tx.declare(name, json.dumps(fields))
+            tx.declare_stream(name, json.dumps(fields))
 
-    def claim(self, fleet: str, device: str) -> None:
+    def bind_device(self, fleet: str, device: str) -> None:
         """Bind the store to a device. Raises UsageError where it is another's: its messages are signed for that one."""
         name = f"{fleet}/{device}"
-        owner = self.meta("device", name)
+        owner = self.get_meta("device", name)
         if owner != name:
             raise UsageError(
                 f"device.id: the store at {self.path} is of {owner}, whose signed messages wait in it; "
@@ -342,35 +346,35 @@ class Store:
 
     def close(self) -> None:
         with self._lock:
-            if self._owner is None:
+            if self._lock_descriptor is None:
                 self._db.close()
             else:
-                open.close(self.path.parent, self._db, self._watermark, sound=self._sound)
-            self._keeper.close()
-            self._disown()
+                open.close_database(self.path.parent, self._db, self._watermark, is_intact=self._is_intact)
+            self._quota_enforcer.close()
+            self._release_lock()
 
     def _begin_boot(self) -> None:
         """Count this boot, once, and give a new store its log id."""
         with self.transaction(vital=True) as tx:
-            tx.progress.anew = True
-            catch_up.catch_up(self._db, self._watermark.mark)
-            if not self.meta("log", ""):
+            tx.progress.needs_refresh = True
+            catch_up.catch_up(self._db, self._watermark.state)
+            if not self.get_meta("log", ""):
                 tx.set_meta("log", str(uuid.uuid4()))
             this_boot = clock.boot_id()
-            if self.meta("boot_id", "") != this_boot or not this_boot:
+            if self.get_meta("boot_id", "") != this_boot or not this_boot:
                 tx.set_meta("boot_id", this_boot)
-                tx.set_meta("boot", str(int(self.meta("boot", "0")) + 1))
+                tx.set_meta("boot", str(int(self.get_meta("boot", "0")) + 1))
 
-    def _disown(self) -> None:
-        if self._owner is not None:
-            os.close(self._owner)
-            self._owner = None
+    def _release_lock(self) -> None:
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
 
-    def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
-        with self._lock, self._guarded():
+    def _fetch_one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
+        with self._lock, self._translate_errors():
             row: tuple[Any, ...] | None = self._db.execute(sql, values).fetchone()
             return row
 
-    def _all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        with self._lock, self._guarded():
+    def _fetch_all(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        with self._lock, self._translate_errors():
             return self._db.execute(sql, values).fetchall()

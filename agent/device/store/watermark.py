@@ -24,16 +24,16 @@ from agent.device.store import meta
 
 log = logging.getLogger("outstation")
 
-FILE = "watermark"
+FILE_NAME = "watermark"
 _MAGIC = b"outmark1"
 # magic, number of the write, length, CRC-32 of number, length and body.
-_HEAD = struct.Struct("<8sQII")
+_HEADER = struct.Struct("<8sQII")
 _SLOT = 64 << 10
-_PAGE_AT = 2 * _SLOT
+_FIRST_PAGE_OFFSET = 2 * _SLOT
 _FIRST_PAGE = 4096
 
 
-class Mark(msgspec.Struct):
+class WatermarkState(msgspec.Struct):
     """The last seq of `log` with its digest, the next row of each stream, the cursor of each task, the
     counter of each operator's key.
 
@@ -50,64 +50,64 @@ class Mark(msgspec.Struct):
     commands: dict[str, int] = {}
 
 
-class Progress(msgspec.Struct):
+class TransactionProgress(msgspec.Struct):
     """What one transaction moved; `anew` where it changed more than that."""
 
     rows: dict[str, int] = msgspec.field(default_factory=dict)
     cursors: dict[str, int] = msgspec.field(default_factory=dict)
-    chain: tuple[int, str] | None = None
-    anew: bool = False
+    log_head: tuple[int, str] | None = None
+    needs_refresh: bool = False
 
 
-_ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Mark)
+_ENCODER, _DECODER = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(WatermarkState)
 
 
 class Watermark:
     """The open file. What it cannot write it does without: it promises nothing, it only notices."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = os.open(folder / FILE_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._database: int | None = None
-        self._written, self._told = 0, False
-        self.mark: Mark | None = None
+        self._write_number, self._is_warned = 0, False
+        self.state: WatermarkState | None = None
         for at in (0, _SLOT):
             number, body = _unframe(os.pread(self._file, _SLOT, at))
-            if number > self._written:
+            if number > self._write_number:
                 with contextlib.suppress(msgspec.MsgspecError):
-                    self.mark, self._written = _DECODER.decode(body), number
+                    self.state, self._write_number = _DECODER.decode(body), number
 
-    def follow(self, db: sqlite3.Connection, progress: Progress) -> None:
+    def update(self, db: sqlite3.Connection, progress: TransactionProgress) -> None:
         """Note what was just committed."""
-        if self.mark is None or progress.anew:
-            self.put(of(db))
+        if self.state is None or progress.needs_refresh:
+            self.save(from_database(db))
             return
-        if not (progress.rows or progress.cursors or progress.chain):
+        if not (progress.rows or progress.cursors or progress.log_head):
             return
         for stream, next_row in progress.rows.items():
-            self.mark.streams[stream] = (*self.mark.streams[stream][:2], next_row)
-        self.mark.cursors.update(progress.cursors)
-        if progress.chain:
-            self.mark.seq, self.mark.digest = progress.chain
-        self.put(self.mark)
+            self.state.streams[stream] = (*self.state.streams[stream][:2], next_row)
+        self.state.cursors.update(progress.cursors)
+        if progress.log_head:
+            self.state.seq, self.state.digest = progress.log_head
+        self.save(self.state)
 
-    def put(self, mark: Mark) -> None:
-        self.mark = mark
-        self._written += 1
-        self._write(self._written % 2 * _SLOT, self._written, _ENCODER.encode(mark))
+    def save(self, state: WatermarkState) -> None:
+        self.state = state
+        self._write_number += 1
+        self._write(self._write_number % 2 * _SLOT, self._write_number, _ENCODER.encode(state))
 
     @property
     def first_page(self) -> bytes | None:
         """The database's first page as it was when last opened whole: where its tables are. None if not known."""
-        number, body = _unframe(os.pread(self._file, _SLOT, _PAGE_AT))
+        number, body = _unframe(os.pread(self._file, _SLOT, _FIRST_PAGE_OFFSET))
         return body if number else None
 
-    def keep_first_page(self, database: Path) -> None:
+    def save_first_page(self, database: Path) -> None:
         """Of a database that SQLite has open: closing any descriptor of it drops the locks, so `close` does that."""
         if self._database is None:
             self._database = os.open(database, os.O_RDONLY | os.O_CLOEXEC)
         page = os.pread(self._database, _FIRST_PAGE, 0)
         if page != self.first_page:
-            self._write(_PAGE_AT, 1, page)
+            self._write(_FIRST_PAGE_OFFSET, 1, page)
             self.sync()
 
     def sync(self) -> None:
@@ -120,18 +120,20 @@ class Watermark:
         if self._database is not None:
             os.close(self._database)
 
-    def _write(self, at: int, number: int, body: bytes) -> None:
+    def _write(self, offset: int, number: int, body: bytes) -> None:
         try:
-            if len(body) > _SLOT - _HEAD.size:
+            if len(body) > _SLOT - _HEADER.size:
                 raise OSError(f"{len(body)} bytes do not fit")
-            os.pwrite(self._file, _frame(number, body), at)
+            os.pwrite(self._file, _frame(number, body), offset)
         except OSError as error:
-            if not self._told:
-                log.error("file %s in the data folder: %s; a store that goes back in time is noticed late", FILE, error)
-            self._told = True
+            if not self._is_warned:
+                log.error(
+                    "file %s in the data folder: %s; a store that goes back in time is noticed late", FILE_NAME, error
+                )
+            self._is_warned = True
 
 
-def of(db: sqlite3.Connection) -> Mark:
+def from_database(db: sqlite3.Connection) -> WatermarkState:
     """How far the database itself says that it got."""
     known = {key: meta.get(db, key, "") for key in ("log", "seq", "digest", "boot", "device")}
     streams = {
@@ -142,54 +144,54 @@ def of(db: sqlite3.Connection) -> Mark:
     # What is no number was damaged, and says nothing.
     commands = {str(kid): int(n) for kid, n in db.execute("SELECT kid, counter FROM commands")}
     seq, boot = (int(known[key]) if known[key].isdecimal() else 0 for key in ("seq", "boot"))
-    return Mark(known["log"], seq, known["digest"], boot, known["device"], streams, cursors, commands)
+    return WatermarkState(known["log"], seq, known["digest"], boot, known["device"], streams, cursors, commands)
 
 
-def read(folder: Path) -> Mark | None:
+def load(folder: Path) -> WatermarkState | None:
     """What the file in `folder` says; None where there is none that is whole."""
-    if not (folder / FILE).exists():
+    if not (folder / FILE_NAME).exists():
         return None
     with contextlib.closing(Watermark(folder)) as watermark:
-        return watermark.mark
+        return watermark.state
 
 
-_UNKNOWN = "crc32:"
+_CRC_PREFIX = "crc32:"
 
 
 def fields_crc(fields: str) -> int:
     """A stream's fields as a number; of fields known only by that number, the same."""
-    if is_unknown(fields):
-        return int(fields.removeprefix(_UNKNOWN), 16)
+    if is_placeholder(fields):
+        return int(fields.removeprefix(_CRC_PREFIX), 16)
     return zlib.crc32(fields.encode())
 
 
-def unknown_fields(crc: int) -> str:
+def fields_placeholder(crc: int) -> str:
     """In the place of a stream's fields where only their CRC survived."""
-    return f"{_UNKNOWN}{crc:08x}"
+    return f"{_CRC_PREFIX}{crc:08x}"
 
 
-def is_unknown(fields: str) -> bool:
+def is_placeholder(fields: str) -> bool:
     """Whether these fields are only known by their CRC."""
-    return fields.startswith(_UNKNOWN)
+    return fields.startswith(_CRC_PREFIX)
 
 
-def are_fields(stored: str, wanted: object) -> bool:
+def matches_fields(stored: str, expected: object) -> bool:
     """Whether `stored` fields of a stream are the `wanted` ones, or may be."""
-    if is_unknown(stored):
-        return fields_crc(stored) == fields_crc(json.dumps(wanted))
-    return bool(json.loads(stored) == wanted)
+    if is_placeholder(stored):
+        return fields_crc(stored) == fields_crc(json.dumps(expected))
+    return bool(json.loads(stored) == expected)
 
 
 def _frame(number: int, body: bytes) -> bytes:
-    return _HEAD.pack(_MAGIC, number, len(body), _crc(number, body)) + body
+    return _HEADER.pack(_MAGIC, number, len(body), _crc(number, body)) + body
 
 
 def _unframe(data: bytes) -> tuple[int, bytes]:
     """(number, body); number 0 where it is not whole."""
-    if len(data) < _HEAD.size:
+    if len(data) < _HEADER.size:
         return 0, b""
-    magic, number, length, crc = _HEAD.unpack_from(data)
-    body = data[_HEAD.size : _HEAD.size + length]
+    magic, number, length, crc = _HEADER.unpack_from(data)
+    body = data[_HEADER.size : _HEADER.size + length]
     return (number, body) if magic == _MAGIC and len(body) == length and crc == _crc(number, body) else (0, b"")
 
 

@@ -18,26 +18,26 @@ import json
 import logging
 from collections.abc import Callable
 
-from agent.clock import Now, epoch_us
-from agent.device.machine.timekeeping import believable
+from agent.clock import ClockReading, parse_rfc3339
+from agent.device.machine.timekeeping import is_plausible_time
 from agent.device.recovery.catch_up import PREVIOUS_LOG
-from agent.device.recovery.fork import note_proof, require_same_history
+from agent.device.recovery.fork import record_proof, require_same_history
 from agent.device.store import ranges, retention
 from agent.device.store.eviction import ACKNOWLEDGED_EARLIER, declare_messages
-from agent.device.store.message_log import Author
-from agent.device.store.retention import Acknowledged
+from agent.device.store.message_log import MessageLog
+from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.store import Store
 from agent.device.uplink.refusals import ACKNOWLEDGEMENTS, Refusals
-from agent.errors import Refused, StorageFull
-from agent.transport.packets import Delivery
+from agent.errors import MessageRefused, StorageFull
+from agent.transport.packets import IncomingMessage
 from agent.wire import jws, topics
 from agent.wire.keys import PublicKey
-from agent.wire.messages import Ack, open_message
+from agent.wire.messages import AckPayload, verify_message
 
 log = logging.getLogger("outstation.uplink")
 
 # Each commit is some 28 KB on flash.
-_APPLY_S = 1.0
+_APPLY_INTERVAL_S = 1.0
 _FULL_RETRY_S = 5.0
 
 
@@ -45,110 +45,116 @@ class Acknowledgements:
     """Those of one device's log. Lives as long as the uplink; used by its thread only."""
 
     def __init__(
-        self, store: Store, author: Author, collector: PublicKey | None, keep_s: float, refusals: Refusals
+        self, store: Store, message_log: MessageLog, collector: PublicKey | None, keep_s: float, refusals: Refusals
     ) -> None:
-        self.topic = str(topics.Topic(author.fleet, author.device, "ack"))
-        self._store, self._author, self._keep_s, self._refusals = store, author, keep_s, refusals
+        self.topic = str(topics.Topic(message_log.fleet, message_log.device, "ack"))
+        self._store, self._message_log, self._keep_s, self._refusals = store, message_log, keep_s, refusals
         self._signer = jws.Signer("collector", collector) if collector else None
-        self._known = self._written = store.acknowledged()
-        self._proof = store.meta(retention.ACKNOWLEDGEMENT, "")
-        self._doubt: int | None = None
-        self._confirmed: list[int] = []
-        self._floor_us = self._proven = 0
-        self._apply_at = float("-inf")
+        self._acknowledged = self._saved = store.acknowledged()
+        self._evidence = store.get_meta(retention.ACKNOWLEDGEMENT, "")
+        self._suspect_after_seq: int | None = None
+        self._confirmed_seqs: list[int] = []
+        self._time_floor_us = self._proven_seq = 0
+        self._next_apply_s = float("-inf")
 
-    def take(self, delivery: Delivery, now: Now) -> Ack | None:
+    def receive(self, delivery: IncomingMessage, now: ClockReading) -> AckPayload | None:
         """The acknowledgement in `delivery`, noted for `apply`; None where it is not one to obey."""
         try:
-            ack = self._open(delivery)
-        except Refused as refusal:
+            ack = self._verify(delivery)
+        except MessageRefused as refusal:
             self._refusals.add(ACKNOWLEDGEMENTS, refusal, now)
             return None
         if ack is None:
             return None
-        self._weigh(ack, delivery)
-        if believable(told_us := epoch_us(ack.time), now):
-            self._floor_us = max(self._floor_us, told_us)
+        self._merge(ack, delivery)
+        if is_plausible_time(told_us := parse_rfc3339(ack.time), now):
+            self._time_floor_us = max(self._time_floor_us, told_us)
         return ack
 
     def confirm(self, seq: int) -> None:
         """The broker has message `seq`, and that is enough (delivery = "broker")."""
-        self._confirmed.append(seq)
+        self._confirmed_seqs.append(seq)
 
-    def apply(self, now: Now, *, at_once: bool = False) -> None:
+    def apply(self, now: ClockReading, *, force: bool = False) -> None:
         """Write what is acknowledged, if it is time to. A full disk delays it. Raises StorageError."""
-        if not (self._known != self._written or self._confirmed) or not (at_once or now.boot_s >= self._apply_at):
+        if not (self._acknowledged != self._saved or self._confirmed_seqs) or not (
+            force or now.boot_s >= self._next_apply_s
+        ):
             return
         try:
-            self._write(now)
+            self._save(now)
         except StorageFull as full:
             log.warning("%s; acknowledged messages wait in the outbox until there is room to say so", full)
-            self._apply_at = now.boot_s + _FULL_RETRY_S
+            self._next_apply_s = now.boot_s + _FULL_RETRY_S
             return
-        self._apply_at = now.boot_s + _APPLY_S
+        self._next_apply_s = now.boot_s + _APPLY_INTERVAL_S
 
-    def _weigh(self, ack: Ack, delivery: Delivery) -> None:
-        covered = Acknowledged(ack.through, tuple(ack.missing))
-        asked = ranges.intersect(self._known.ranges, covered.missing)
-        is_new = self._doubt is not None and bool(ranges.intersect(covered.ranges, [(self._doubt + 1, ack.through)]))
+    def _merge(self, ack: AckPayload, delivery: IncomingMessage) -> None:
+        covered = AcknowledgedSeqs(ack.through, tuple(ack.missing))
+        asked = ranges.intersect(self._acknowledged.ranges, covered.missing)
+        is_new = self._suspect_after_seq is not None and bool(
+            ranges.intersect(covered.ranges, [(self._suspect_after_seq + 1, ack.through)])
+        )
         if is_new:
-            self._doubt = None
+            self._suspect_after_seq = None
             if asked:
                 log.warning("the collector has lost messages it had acknowledged, %s; it gets what is kept", asked)
-                self._known = self._known.without(asked)
-                self._apply_at = float("-inf")
-        elif asked or ack.through < self._known.through:
-            if self._doubt is None:
-                self._doubt = self._last_seq()
+                self._acknowledged = self._acknowledged.difference(asked)
+                self._next_apply_s = float("-inf")
+        elif asked or ack.through < self._acknowledged.through:
+            if self._suspect_after_seq is None:
+                self._suspect_after_seq = self._last_seq()
         else:
-            self._proof = json.dumps({"payload": delivery.payload.decode(), "jws": delivery.tokens[0]})
-        self._known = self._known.also(covered.ranges)
+            self._evidence = json.dumps({"payload": delivery.payload.decode(), "jws": delivery.tokens[0]})
+        self._acknowledged = self._acknowledged.union(covered.ranges)
 
-    def _write(self, now: Now) -> None:
-        known = self._known.also(ranges.of(self._confirmed))
+    def _save(self, now: ClockReading) -> None:
+        known = self._acknowledged.union(ranges.from_numbers(self._confirmed_seqs))
         with self._store.transaction(vital=True) as tx:
             gone = tx.outbox.set_acknowledged(known)
             if gone:
-                earlier = tx.meta(retention.ACKNOWLEDGEMENT, "")
+                earlier = tx.get_meta(retention.ACKNOWLEDGEMENT, "")
                 proof = json.loads(earlier) if earlier else None
-                declare_messages(tx, self._author, now, gone, ACKNOWLEDGED_EARLIER, proof=proof)
-            deleted = set(tx.outbox.delete(self._confirmed))
-            note_proof(tx, self._proven)
-            if known != self._written:
-                self._note(tx.meta(retention.STEPS, ""), known, now, tx.set_meta)
-            if self._floor_us:
-                tx.raise_floor(self._floor_us)
-        self._known = self._written = known
-        self._confirmed = [seq for seq in self._confirmed if seq not in deleted]
+                declare_messages(tx, self._message_log, now, gone, ACKNOWLEDGED_EARLIER, acknowledgement=proof)
+            deleted = set(tx.outbox.delete(self._confirmed_seqs))
+            record_proof(tx, self._proven_seq)
+            if known != self._saved:
+                self._save_evidence(tx.get_meta(retention.ACKNOWLEDGED_HISTORY, ""), known, now, tx.set_meta)
+            if self._time_floor_us:
+                tx.raise_time_floor(self._time_floor_us)
+        self._acknowledged = self._saved = known
+        self._confirmed_seqs = [seq for seq in self._confirmed_seqs if seq not in deleted]
 
-    def _note(self, steps: str, known: Acknowledged, now: Now, set_meta: Callable[[str, str], None]) -> None:
+    def _save_evidence(
+        self, steps: str, acknowledged: AcknowledgedSeqs, now: ClockReading, set_meta: Callable[[str, str], None]
+    ) -> None:
         """When this much was acknowledged, and the evidence for it."""
-        at_s = retention.uptime_s(self._store.meta(retention.UPTIME, ""), self._store.boot, now)
-        if longer := retention.with_step(steps, at_s, known.through, self._keep_s):
-            set_meta(retention.STEPS, longer)
-        if self._proof:
-            set_meta(retention.ACKNOWLEDGEMENT, self._proof)
+        at_s = retention.uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
+        if longer := retention.append_history(steps, at_s, acknowledged.through, self._keep_s):
+            set_meta(retention.ACKNOWLEDGED_HISTORY, longer)
+        if self._evidence:
+            set_meta(retention.ACKNOWLEDGEMENT, self._evidence)
 
     def _last_seq(self) -> int:
-        return int(self._store.meta("seq", "0"))
+        return int(self._store.get_meta("seq", "0"))
 
-    def _open(self, delivery: Delivery) -> Ack | None:
+    def _verify(self, delivery: IncomingMessage) -> AckPayload | None:
         signer = self._signer
         if signer is None:
-            raise Refused("no key", "no [collector] key is configured")
+            raise MessageRefused("no key", "no [collector] key is configured")
         if delivery.topic != self.topic:
-            raise Refused("other topic", delivery.topic[:120])
-        body = open_message(delivery.topic, delivery.payload, delivery.tokens, {signer.key.kid: signer}.get).body
-        if not isinstance(body, Ack):
-            raise Refused("other kind", delivery.topic)
-        if body.log == self._store.meta(PREVIOUS_LOG, ""):
+            raise MessageRefused("other topic", delivery.topic[:120])
+        body = verify_message(delivery.topic, delivery.payload, delivery.tokens, {signer.key.kid: signer}.get).body
+        if not isinstance(body, AckPayload):
+            raise MessageRefused("other kind", delivery.topic)
+        if body.log == self._store.get_meta(PREVIOUS_LOG, ""):
             # The broker keeps the last one until there is one for this log.
             return None
-        if body.log != self._author.log_id:
-            raise Refused("other log", f"{body.log}; this store's log is {self._author.log_id}")
+        if body.log != self._message_log.log_id:
+            raise MessageRefused("other log", f"{body.log}; this store's log is {self._message_log.log_id}")
         try:
-            epoch_us(body.time)
+            parse_rfc3339(body.time)
         except ValueError as error:
-            raise Refused("malformed payload", f"time {body.time}: {error}") from None
-        self._proven = max(self._proven, require_same_history(self._store, body))
+            raise MessageRefused("malformed payload", f"time {body.time}: {error}") from None
+        self._proven_seq = max(self._proven_seq, require_same_history(self._store, body))
         return body

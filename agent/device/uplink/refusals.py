@@ -10,82 +10,92 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from agent.clock import Now
-from agent.device.store.message_log import Author
+from agent.clock import ClockReading
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.errors import Refused, StorageFull
+from agent.errors import MessageRefused, StorageFull
 
 log = logging.getLogger("outstation.uplink")
 
 ACKNOWLEDGEMENTS, COMMANDS, DESIRED = "acknowledgements", "commands", "desired states"
-QUIET_S = 3600.0
-_COUNT_S = 60.0
+CLEAR_AFTER_S = 3600.0
+_FLUSH_INTERVAL_S = 60.0
 _FULL_RETRY_S = 5.0
-_RAISED = "refusals alert"
-_ID = "_device/security/refused"
+_ALERT_META = "refusals alert"
+_ALERT_ID = "_device/security/refused"
 # What an honest collector or operator can cause: one that was restored, a store that began a new log, a burst.
-_HONEST = frozenset({"other log", "beyond the log", "busy", "no key"})
+_BENIGN_REASONS = frozenset({"other log", "beyond the log", "busy", "no key"})
 
 
 class Refusals:
     """Those of one device. Used by the uplink's thread only."""
 
-    def __init__(self, store: Store, author: Author) -> None:
-        self._store, self._author = store, author
+    def __init__(self, store: Store, message_log: MessageLog) -> None:
+        self._store, self._message_log = store, message_log
         self._counts: Counter[str] = Counter()
-        self._hostile = self._reported = 0
-        self._last = ""
-        self._raised = store.meta(_RAISED, "") != ""
-        self._quiet_from: float | None = None
-        self._count_at = self._tell_at = self._full_until = float("-inf")
+        self._hostile_count = self._reported_count = 0
+        self._last_hostile = ""
+        self._is_alert_open = store.get_meta(_ALERT_META, "") != ""
+        self._quiet_since_s: float | None = None
+        self._next_flush_s = self._next_log_s = self._retry_at_s = float("-inf")
 
-    def add(self, what: str, refusal: Refused, now: Now) -> None:
+    def add(self, kind: str, refusal: MessageRefused, now: ClockReading) -> None:
         """Note one of `what` that was refused."""
-        self._counts[f"{what} refused"] += 1
-        self._counts[f"{what} refused: {refusal.reason}"] += 1
-        if refusal.reason not in _HONEST:
-            self._hostile += 1
-            self._last = f"{what}: {refusal.reason}"
-            self._quiet_from = now.boot_s
-        if now.boot_s >= self._tell_at:
-            self._tell_at = now.boot_s + _COUNT_S
-            log.warning("%s refused, nothing changes: %s", what, refusal)
+        self._counts[f"{kind} refused"] += 1
+        self._counts[f"{kind} refused: {refusal.reason}"] += 1
+        if refusal.reason not in _BENIGN_REASONS:
+            self._hostile_count += 1
+            self._last_hostile = f"{kind}: {refusal.reason}"
+            self._quiet_since_s = now.boot_s
+        if now.boot_s >= self._next_log_s:
+            self._next_log_s = now.boot_s + _FLUSH_INTERVAL_S
+            log.warning("%s refused, nothing changes: %s", kind, refusal)
 
-    def flush(self, now: Now, *, at_once: bool = False) -> None:
+    def flush(self, now: ClockReading, *, force: bool = False) -> None:
         """Write counts and raise or clear the alert, if it is time to. A full disk delays it. Raises StorageError."""
-        if self._quiet_from is None:
-            self._quiet_from = now.boot_s
-        raises = self._hostile > self._reported and not self._raised
-        clears = self._raised and self._hostile == self._reported and now.boot_s - self._quiet_from >= QUIET_S
-        counts = bool(self._counts) and (at_once or now.boot_s >= self._count_at)
-        if not (raises or clears or counts) or now.boot_s < self._full_until:
+        if self._quiet_since_s is None:
+            self._quiet_since_s = now.boot_s
+        raises = self._hostile_count > self._reported_count and not self._is_alert_open
+        clears = (
+            self._is_alert_open
+            and self._hostile_count == self._reported_count
+            and now.boot_s - self._quiet_since_s >= CLEAR_AFTER_S
+        )
+        counts = bool(self._counts) and (force or now.boot_s >= self._next_flush_s)
+        if not (raises or clears or counts) or now.boot_s < self._retry_at_s:
             return
         try:
             self._write(now, raises, clears)
         except StorageFull as full:
             log.warning("%s; the count of what was refused waits", full)
-            self._full_until = now.boot_s + _FULL_RETRY_S
+            self._retry_at_s = now.boot_s + _FULL_RETRY_S
             return
-        self._raised = (self._raised or raises) and not clears
-        self._reported = self._hostile
-        self._count_at = now.boot_s + _COUNT_S
+        self._is_alert_open = (self._is_alert_open or raises) and not clears
+        self._reported_count = self._hostile_count
+        self._next_flush_s = now.boot_s + _FLUSH_INTERVAL_S
         self._counts.clear()
 
-    def _write(self, now: Now, raises: bool, clears: bool) -> None:
+    def _write(self, now: ClockReading, raises: bool, clears: bool) -> None:
         with self._store.transaction(vital=True) as tx:
             for name, n in self._counts.items():
-                tx.count(name, n)
+                tx.increment_counter(name, n)
             if raises or clears:
-                tx.set_meta(_RAISED, "1" if raises else "")
-                self._author.write(tx, "alerts", None, self._alert(raises), now)
+                tx.set_meta(_ALERT_META, "1" if raises else "")
+                self._message_log.append(tx, "alerts", None, self._build_alert(raises), now)
 
-    def _alert(self, raised: bool) -> dict[str, object]:
+    def _build_alert(self, raised: bool) -> dict[str, object]:
         summary = (
-            f"Somebody sends this device what does not verify, the last one was refused for {self._last}; nothing of "
+            f"Somebody sends this device what does not verify, the last one was refused for {self._last_hostile}; nothing of "
             "it was obeyed. Look who may publish on its topics; the counters in `outstation status` go on."
             if raised
-            else f"For {QUIET_S / 3600:.0f} h nothing came that does not verify."
+            else f"For {CLEAR_AFTER_S / 3600:.0f} h nothing came that does not verify."
         )
         head = {"alert": "security", "subject": "refused", "state": "raised" if raised else "cleared"}
         severity = "critical" if raised else "info"
-        return {**head, "severity": severity, "id": _ID, "summary": summary, "evidence": {"last": self._last}}
+        return {
+            **head,
+            "severity": severity,
+            "id": _ALERT_ID,
+            "summary": summary,
+            "evidence": {"last": self._last_hostile},
+        }

@@ -16,18 +16,18 @@ from msgspec.structs import replace
 
 from agent import arrays
 from agent.arrays import Floats, Ints
-from agent.drift.baseline.site import Site
+from agent.drift.baseline.site import SiteCalibration
 from agent.drift.detectors import runs, window_statistics
-from agent.drift.detectors.modes import CLASSES
+from agent.drift.detectors.modes import CLASS_COUNT
 from agent.drift.detectors.runs import Tail, Trace
-from agent.drift.detectors.test_layout import Places, places
+from agent.drift.detectors.test_layout import TestLayout, get_layout
 from agent.drift.numeric import divergence
 from agent.errors import BadBundle
 
 VERSION = 1
 BINS = 32  # quantile bins; `counts` has two more: below the first, above the last
-FEWEST, ENOUGH = 20, 40  # drift windows: refused below the first, warned below the second
-FARTHEST = 1000.0  # spreads: an answer further away says no more
+MIN_WINDOWS, RECOMMENDED_WINDOWS = 20, 40  # drift windows: refused below the first, warned below the second
+SCORE_CLIP = 1000.0  # spreads: an answer further away says no more
 REST_SHARE = 0.2  # a value in more than this share of rows is a rest value and may repeat
 
 
@@ -68,7 +68,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
     score_edges: Floats  # (31,), or empty without scores
     score_n: Ints  # (32,) answers
     score_correct: Ints | None  # (32,) how many of them were right, when that was known
-    site: Site | None = None
+    site: SiteCalibration | None = None
     modes: int = 0  # classes of a model without labels, where a field of the stream names them
     known_as: str = ""  # digest of the shipped one that this is with modes: bins and limits are the same
 
@@ -77,7 +77,7 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return self.window_rows > 1
 
     @property
-    def classes(self) -> int:
+    def class_count(self) -> int:
         return max(1, len(self.labels), self.modes)
 
     def with_modes(self, count: int) -> Reference:
@@ -93,13 +93,13 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         )
 
     @property
-    def tests(self) -> int:
+    def test_count(self) -> int:
         """How many are calibrated."""
-        return self.places.tests if self.site else 2 * len(self.fields)
+        return self.layout.test_count if self.site else 2 * len(self.fields)
 
     @property
-    def places(self) -> Places:
-        return places(len(self.fields), len(self.labels))
+    def layout(self) -> TestLayout:
+        return get_layout(len(self.fields), len(self.labels))
 
     @cached_property
     def digest(self) -> str:
@@ -113,38 +113,38 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
         return np.concatenate([self.low[:, None], self.edges, self.high[:, None]], axis=1)
 
     @cached_property
-    def cuts(self) -> Floats:
+    def bin_cuts(self) -> Floats:
         """(F, 33): a value belongs above as many of these as are not greater than it. The upper limit is within."""
         return np.concatenate([self.bounds[:, :-1], np.nextafter(self.high, np.inf)[:, None]], axis=1)
 
     @cached_property
-    def cuts_single(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    def bin_cuts_float32(self) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
         """The same for values that are float32: each cut is the least such number that is not smaller."""
-        cuts = self.cuts.astype(np.float32)
-        return np.where(cuts < self.cuts, np.nextafter(cuts, np.float32(np.inf)), cuts)
+        cuts = self.bin_cuts.astype(np.float32)
+        return np.where(cuts < self.bin_cuts, np.nextafter(cuts, np.float32(np.inf)), cuts)
 
     @cached_property
-    def shares(self) -> Floats:
+    def bin_shares(self) -> Floats:
         """(F, 32) of the reference's rows in each bin, those outside counted to the outermost."""
-        return divergence.shares(divergence.folded(self.counts))
+        return divergence.shares(divergence.fold_outer_bins(self.counts))
 
     @cached_property
     def sd(self) -> Floats:
         """(F,) of the rows."""
         return np.asarray(np.sqrt(self.m2 / np.maximum(self.n, 1)))
 
-    def scaled(self, top: Floats) -> Floats:
+    def scale_scores(self, top_scores: Floats) -> Floats:
         """Scores (w,) as they are; other answers, in the spread of the reference's and from their middle."""
         if self.labels:
-            return top
+            return top_scores
         if not len(self.score_edges):
-            return np.zeros_like(top)
+            return np.zeros_like(top_scores)
         middle, low, high = self.score_edges[[BINS // 2 - 1, BINS // 4 - 1, 3 * BINS // 4 - 1]]
         width = max(float(high - low), 1e-9 * (1 + abs(float(middle))))
-        return np.asarray(np.clip((top - middle) / width, -FARTHEST, FARTHEST))
+        return np.asarray(np.clip((top_scores - middle) / width, -SCORE_CLIP, SCORE_CLIP))
 
     def to_json(self) -> bytes:
-        return arrays.to_json(self, leave_out=() if self.site else ("site", "modes", "known_as"))
+        return arrays.to_json(self, omit=() if self.site else ("site", "modes", "known_as"))
 
     @classmethod
     def from_json(cls, data: bytes) -> Reference:
@@ -153,11 +153,11 @@ class Reference(msgspec.Struct, frozen=True, eq=False, dict=True):
             reference = arrays.from_json(data, cls)
         except ValueError as error:
             raise BadBundle(f"reference.json is malformed ({error}): build it again from the reference data") from error
-        _check(reference)
+        _validate(reference)
         return reference
 
 
-def draft(
+def draft_reference(
     rows: Floats,
     starts: Ints,
     window_rows: int,
@@ -168,17 +168,17 @@ def draft(
     scores: Floats | None,
 ) -> Reference:
     """Bins, limits and origins from reference rows (n, F) and top scores (w,); nothing counted or learned yet."""
-    _refuse_empty(rows, fields)
+    _reject_empty(rows, fields)
     quantiles = np.arange(1, BINS) / BINS
     mean, variance = np.nanmean(rows, axis=0), np.nanvar(rows, axis=0)
     floor = np.maximum(1e-4 * variance, 1e-12 * (np.abs(mean) + 1e-6) ** 2)
-    found = window_statistics.of_windows(rows, starts, window_rows, floor).values
-    _refuse_empty(found[:, : len(fields)], fields)
+    found = window_statistics.compute_statistics(rows, starts, window_rows, floor).values
+    _reject_empty(found[:, : len(fields)], fields)
     count = len(fields)
     classes, tests = max(1, len(labels)), 2 * count
     rest = tuple(_rest_values(column) for column in rows.T)
-    jump = np.array([_robust_step(column) for column in rows.T])
-    longest, _ = runs.longest(Trace.of(rows[None]), Tail.empty(count).run, rest)
+    jump = np.array([_robust_step_sd(column) for column in rows.T])
+    longest, _ = runs.longest_runs(Trace.from_rows(rows[None]), Tail.empty(count).run, rest)
     return Reference(
         version=VERSION,
         made="shipped",
@@ -213,7 +213,7 @@ def draft(
     )
 
 
-def _refuse_empty(values: Floats, fields: Sequence[str]) -> None:
+def _reject_empty(values: Floats, fields: Sequence[str]) -> None:
     empty = [name for name, column in zip(fields, values.T, strict=True) if np.isnan(column).all()]
     if empty:
         raise BadBundle(f"no drift reference: {', '.join(empty)} has (almost) no values in the reference data")
@@ -224,16 +224,16 @@ def _rest_values(column: Floats) -> tuple[float, ...]:
     return tuple(values[counts > REST_SHARE * len(column)].tolist())
 
 
-def _robust_step(column: Floats) -> float:
+def _robust_step_sd(column: Floats) -> float:
     """Sd of first differences as their median and their 99th percentile tell it: the same for normal ones, the
     larger for sensors that move in bursts, whose fastest real moves are no spikes."""
     step = np.abs(np.diff(column[~np.isnan(column)]))
     return max(1.4826 * float(np.median(step)), float(np.quantile(step, 0.99)) / 2.576) if len(step) else 0.0
 
 
-def _check(r: Reference) -> None:
+def _validate(r: Reference) -> None:
     """The rules that types cannot say. Raises BadBundle."""
-    fields, classes = len(r.fields), r.classes
+    fields, classes = len(r.fields), r.class_count
     statistic = 2 * fields if r.windowed else fields
     shapes = {
         "edges": (fields, BINS - 1),
@@ -241,7 +241,7 @@ def _check(r: Reference) -> None:
         **dict.fromkeys(("low", "high", "missing", "n", "mean", "m2", "longest", "jump", "floor"), (fields,)),
         "origin": (statistic,),
         **dict.fromkeys(("class_n", "class_mean", "class_sd"), (classes, statistic)),
-        **dict.fromkeys(("test_mean", "test_sd"), (r.tests,)),
+        **dict.fromkeys(("test_mean", "test_sd"), (r.test_count,)),
         "output": (classes,),
         "score_n": (BINS,),
     }
@@ -251,21 +251,21 @@ def _check(r: Reference) -> None:
         "made": r.made in ("shipped", "site"),
         "fields": fields > 0 and len(set(r.fields)) == fields,
         "window": r.window > 0 and r.window_rows > 0,
-        "modes": r.modes == 0 or (r.modes == CLASSES and not r.labels),
+        "modes": r.modes == 0 or (r.modes == CLASS_COUNT and not r.labels),
         "rest": len(r.rest) == fields,
-        "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _ascending(r.score_edges),
+        "score_edges": r.score_edges.shape in ((0,), (BINS - 1,)) and _is_ascending(r.score_edges),
         "score_correct": r.score_correct is None
         or (r.score_correct.shape == r.score_n.shape and bool((r.score_correct <= r.score_n).all())),
     }
     wrong += [name for name, holds in rules.items() if not holds]
-    wrong += [] if r.site is None else r.site.wrong(r.classes, len(r.fields), r.tests)
+    wrong += [] if r.site is None else r.site.find_invalid(r.class_count, len(r.fields), r.test_count)
     if not wrong:
-        wrong = [] if _ascending(r.bounds) else ["edges"]
+        wrong = [] if _is_ascending(r.bounds) else ["edges"]
         wrong += [name for name in ("class_sd", "test_sd", "floor") if not (getattr(r, name) > 0).all()]
         wrong += [name for name in ("counts", "missing", "n", "m2", "longest", "jump") if (getattr(r, name) < 0).any()]
     if wrong:
         raise BadBundle(f"reference.json does not hold together ({', '.join(wrong)}): build it again")
 
 
-def _ascending(values: Floats) -> bool:
+def _is_ascending(values: Floats) -> bool:
     return bool((np.diff(values, axis=-1) >= 0).all())

@@ -11,14 +11,14 @@ from agent.drift.detectors import correlation, runs
 from agent.drift.detectors import resolution as steps
 from agent.drift.detectors.extremes import Extremes
 from agent.drift.detectors.runs import Tail, Trace
-from agent.drift.detectors.window_statistics import Found
+from agent.drift.detectors.window_statistics import WindowStatistics
 from agent.drift.numeric.groups import Groups
 
-SURE = 2.0**20
-WIDER = 0.5  # of the span of the reference, beyond which rows are far outside its limits
+SCORE_SCALE = 2.0**20
+OUTSIDE_MARGIN = 0.5  # of the span of the reference, beyond which rows are far outside its limits
 
 
-class Rows(msgspec.Struct, frozen=True, eq=False):
+class RowCounts(msgspec.Struct, frozen=True, eq=False):
     """See `Summary`, whose members these are, with W in front."""
 
     counts: Ints  # (W, F, 34)
@@ -31,78 +31,78 @@ class Rows(msgspec.Struct, frozen=True, eq=False):
     repeated: Ints  # (W,)
 
 
-class Answers(msgspec.Struct, frozen=True, eq=False):
+class PredictionCounts(msgspec.Struct, frozen=True, eq=False):
     """See `Summary`, whose members these are, with W in front."""
 
     output: Ints  # (W, C)
     scores: Ints  # (W, 32)
     pairs: Ints  # (W, C, …)
-    sure: Ints  # (W, C, 2)
-    pace: Ints  # (W, C, …)
+    top_scores: Ints  # (W, C, 2)
+    variogram: Ints  # (W, C, …)
 
 
-def of_rows(reference: Reference, rows: Floats, tail: Tail) -> tuple[Rows, Tail]:
+def count_rows(reference: Reference, rows: Floats, tail: Tail) -> tuple[RowCounts, Tail]:
     """Of `rows` (W, n, F), n > 0, in physical units, NaN missing; the first follow on from `tail`, where W is 1."""
-    trace = Trace.of(rows, tail.rows)
-    longest, run = runs.longest(trace, tail.run, reference.rest)
-    ordered, exact = _ordered(rows)
+    trace = Trace.from_rows(rows, tail.rows)
+    longest, run = runs.longest_runs(trace, tail.run, reference.rest)
+    ordered, exact = _sort_columns(rows)
     missing = np.isnan(ordered).sum(-1) if np.isnan(ordered[..., -1]).any() else np.zeros(ordered.shape[:2], np.int64)
-    extremes = Extremes.of(ordered, rows.shape[1] - missing)
-    counted = Rows(
-        counts=_histogram(ordered, reference.cuts_single if exact else reference.cuts, missing),
+    extremes = Extremes.from_sorted(ordered, rows.shape[1] - missing)
+    counted = RowCounts(
+        counts=_count_bins(ordered, reference.bin_cuts_float32 if exact else reference.bin_cuts, missing),
         missing=missing,
-        outside=_outside(ordered, extremes, reference),
-        spikes=runs.lone_jumps(trace, reference.jump, None if len(tail.rows) else extremes.high - extremes.low),
+        outside=_count_outside(ordered, extremes, reference),
+        spikes=runs.count_spikes(trace, reference.jump, None if len(tail.rows) else extremes.high - extremes.low),
         longest=longest,
         extremes=extremes,
-        steps=steps.count(trace.into, trace.still),
-        repeated=runs.repeated(trace, reference.rest),
+        steps=steps.count_sizes(trace.steps_into, trace.zero_steps),
+        repeated=runs.count_repeated_rows(trace, reference.rest),
     )
     return counted, Tail(trace.rows[-1, -2:].copy(), run[-1])
 
 
-def of_answers(
+def count_predictions(
     reference: Reference,
     windows: int,
-    found: Found,
-    named: Ints,
-    top: Floats | None,
+    stats: WindowStatistics,
+    predicted: Ints,
+    top_scores: Floats | None,
     classes: Ints,
     groups: Groups,
-) -> Answers:
+) -> PredictionCounts:
     """Of model windows, one drift window's after another's: see `Summary.add_windows`.
 
     `groups` are those of `by_class`.
     """
-    count = reference.classes
+    count = reference.class_count
     scores, sure = np.zeros((windows, BINS), np.int64), np.zeros((windows, count, 2), np.int64)
-    of = np.repeat(np.arange(windows), len(named) // windows)
-    if top is not None:
+    of = np.repeat(np.arange(windows), len(predicted) // windows)
+    if top_scores is not None:
         if len(reference.score_edges):
             # One that is not known is neither sure nor in doubt.
-            told = ~np.isnan(top)
-            bins = np.searchsorted(reference.score_edges, top[told], side="right") + BINS * of[told]
+            told = ~np.isnan(top_scores)
+            bins = np.searchsorted(reference.score_edges, top_scores[told], side="right") + BINS * of[told]
             scores = np.bincount(bins, minlength=windows * BINS).reshape(windows, BINS)
-        whole = np.rint(reference.scaled(np.where(np.isfinite(top), top, 0.0)) * SURE)
+        whole = np.rint(reference.scale_scores(np.where(np.isfinite(top_scores), top_scores, 0.0)) * SCORE_SCALE)
         total = np.bincount(of * count + classes, whole, windows * count).astype(np.int64)
         sure = np.stack([groups.n, total], axis=1).reshape(windows, count, 2)
-    return Answers(
-        output=np.bincount(of * count + named, minlength=windows * count).reshape(windows, count),
+    return PredictionCounts(
+        output=np.bincount(of * count + predicted, minlength=windows * count).reshape(windows, count),
         scores=scores,
-        pairs=_pairs(reference, found, classes, groups).reshape(windows, count, -1),
-        sure=sure,
-        pace=correlation.sums(found.pace, groups).reshape(windows, count, -1),
+        pairs=_sum_pairs(reference, stats, classes, groups).reshape(windows, count, -1),
+        top_scores=sure,
+        variogram=correlation.sum_correlations(stats.log_variogram, groups).reshape(windows, count, -1),
     )
 
 
-def by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
+def group_by_class(reference: Reference, windows: int, classes: Ints) -> Groups:
     """Model windows by the drift window that they are in and their class."""
-    count = reference.classes
+    count = reference.class_count
     first = np.repeat(np.arange(windows) * count, len(classes) // windows)
-    return Groups.made(first + classes, windows * count)
+    return Groups.from_ids(first + classes, windows * count)
 
 
-def _ordered(rows: Floats) -> tuple[np.ndarray, bool]:
+def _sort_columns(rows: Floats) -> tuple[np.ndarray, bool]:
     """Each field's values (W, F, n) in ascending order, NaN last; and whether they are float32, which readings are.
 
     Sorting the rows and looking up 33 cuts costs half of looking up every row; as float32, less.
@@ -115,7 +115,7 @@ def _ordered(rows: Floats) -> tuple[np.ndarray, bool]:
     return ordered, exact
 
 
-def _histogram(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
+def _count_bins(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
     """(W, F, 34). A value on an inner edge belongs to the bin above it, one on a limit to the bin inside."""
     under = np.zeros((*ordered.shape[:2], BINS + 3), np.int64)
     for window, columns in zip(under, ordered, strict=True):
@@ -125,8 +125,8 @@ def _histogram(ordered: np.ndarray, cuts: np.ndarray, missing: Ints) -> Ints:
     return under[..., 1:] - under[..., :-1]
 
 
-def _outside(ordered: np.ndarray, extremes: Extremes, reference: Reference) -> Ints:
-    span = WIDER * (reference.high - reference.low)
+def _count_outside(ordered: np.ndarray, extremes: Extremes, reference: Reference) -> Ints:
+    span = OUTSIDE_MARGIN * (reference.high - reference.low)
     low, high = reference.low - span, reference.high + span
     out = np.zeros(ordered.shape[:2], np.int64)
     window, field = np.nonzero((extremes.low < low) | (extremes.high > high))
@@ -136,10 +136,10 @@ def _outside(ordered: np.ndarray, extremes: Extremes, reference: Reference) -> I
     return out
 
 
-def _pairs(reference: Reference, found: Found, classes: Ints, groups: Groups) -> Ints:
+def _sum_pairs(reference: Reference, stats: WindowStatistics, classes: Ints, groups: Groups) -> Ints:
     if reference.windowed:
-        return correlation.sums(found.z, groups)
+        return correlation.sum_correlations(stats.fisher_z, groups)
     residuals = reference.class_mean.take(classes, axis=0)
-    np.subtract(found.values, residuals, out=residuals)
+    np.subtract(stats.values, residuals, out=residuals)
     residuals /= reference.class_sd.take(classes, axis=0)
-    return correlation.of_rows(correlation.in_steps(residuals), groups)
+    return correlation.sum_products(correlation.quantize_residuals(residuals), groups)

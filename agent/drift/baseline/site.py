@@ -13,11 +13,11 @@ from agent.drift.detectors import correlation, daily_cycle
 from agent.drift.detectors import mewma as together
 from agent.drift.detectors import resolution as steps
 from agent.drift.detectors.daily_cycle import Cycle
-from agent.drift.detectors.resolution import Fine
-from agent.drift.detectors.sampling_rate import Usual
+from agent.drift.detectors.resolution import Resolution
+from agent.drift.detectors.sampling_rate import RateBaseline
 
 
-class Site(msgspec.Struct, frozen=True, eq=False, dict=True):
+class SiteCalibration(msgspec.Struct, frozen=True, eq=False, dict=True):
     """What only a site's own reference has: how its windows differ among themselves. P pairs of fields.
 
     A site's `test_mean` and `test_sd` are of all tests, in the order of `places`.
@@ -34,52 +34,52 @@ class Site(msgspec.Struct, frozen=True, eq=False, dict=True):
     # None in one learned before these were told.
     accuracy: tuple[float, float] | None = None  # that certainty leads to expect: mean, and sd over three windows
     steps: Ints | None = None  # (F, 64) from row to row, by size
-    rate: Usual | None = None
+    rate: RateBaseline | None = None
     # Days of rest, see `daily`: what is added to test_mean then, (7, T); None where they are as the others.
     rest: Floats | None = None
     rest_begins: int = 0  # µs into the epoch week
     rest_lasts: int = 0
     # Limits of what fields' means, and answers' shares, come to together; and what answers of windows in a row have in
     # common.
-    together: tuple[float, float] = (together.NEVER, together.NEVER)
+    together: tuple[float, float] = (together.UNREACHABLE_LIMIT, together.UNREACHABLE_LIMIT)
     alike: float = 0.0
 
     @cached_property
-    def fine(self) -> Fine | None:
-        return None if self.steps is None else Fine.of(self.steps)
+    def resolution(self) -> Resolution | None:
+        return None if self.steps is None else Resolution.from_steps(self.steps)
 
     @cached_property
     def cycle(self) -> Cycle:
-        none = Cycle.none(self.waves.shape[1])
+        none = Cycle.empty(self.waves.shape[1])
         if self.rest is None:
             return Cycle(self.waves, none.rest, 0, 0)
         return Cycle(self.waves, self.rest, self.rest_begins, self.rest_lasts)
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Which it is, for people."""
-        followed = {"daily": bool(self.waves.any()), "weekly": self.cycle.weekly}
+        followed = {"daily": bool(self.waves.any()), "weekly": self.cycle.has_rest_days}
         return {"number": self.number, "learned": list(self.learned)} | followed
 
-    def wrong(self, classes: int, fields: int, tests: int) -> list[str]:
+    def find_invalid(self, classes: int, fields: int, tests: int) -> list[str]:
         """Members that are none of a site's reference of so many."""
         shapes = {
-            "pair_mean": (classes, len(correlation.pairs(fields))),
+            "pair_mean": (classes, len(correlation.field_pairs(fields))),
             "score_mean": (classes,),
             "psi_limits": (fields + 2,),
             "hours": (24,),
-            "waves": (2 * daily_cycle.WAVES, tests),
+            "waves": (2 * daily_cycle.HARMONICS, tests),
         }
         rules = {name: getattr(self, name).shape == shape for name, shape in shapes.items()} | {
             "stretch": 1 <= self.stretch <= 3,
             "together": min(self.together) > 0,
             "alike": 0 <= self.alike < 1,
-            "steps": self.steps is None or self.steps.shape == (fields, steps.SIZES),
-            "rest": self.rest is None or self._rests(self.rest, tests),
-            "rate": self.rate is None or self.rate.fits(classes, fields),
+            "steps": self.steps is None or self.steps.shape == (fields, steps.SIZE_BINS),
+            "rest": self.rest is None or self._is_valid_rest(self.rest, tests),
+            "rate": self.rate is None or self.rate.is_valid(classes, fields),
         }
         wrong = [f"site.{name}" for name, holds in rules.items() if not holds]
         return wrong + ([] if np.isfinite(self.waves).all() else ["site.waves"])
 
-    def _rests(self, rest: Floats, tests: int) -> bool:
+    def _is_valid_rest(self, rest: Floats, tests: int) -> bool:
         within = 0 <= self.rest_begins < daily_cycle.WEEK_US and 0 < self.rest_lasts < daily_cycle.WEEK_US
-        return within and rest.shape == (1 + 2 * daily_cycle.WAVES, tests) and bool(np.isfinite(rest).all())
+        return within and rest.shape == (1 + 2 * daily_cycle.HARMONICS, tests) and bool(np.isfinite(rest).all())

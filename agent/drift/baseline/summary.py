@@ -17,12 +17,12 @@ from agent.drift.detectors import correlation, window_statistics
 from agent.drift.detectors import sampling as ticks
 from agent.drift.detectors import variogram as pace
 from agent.drift.detectors.extremes import Extremes
-from agent.drift.detectors.resolution import SIZES
+from agent.drift.detectors.resolution import SIZE_BINS
 from agent.drift.detectors.runs import Tail
-from agent.drift.detectors.sampling import Ticks
-from agent.drift.detectors.window_statistics import Found
+from agent.drift.detectors.sampling import SamplingIntervals
+from agent.drift.detectors.window_statistics import WindowStatistics
 from agent.drift.numeric.groups import Groups
-from agent.drift.numeric.sums import Sums
+from agent.drift.numeric.sums import GroupSums
 
 
 class Summary(msgspec.Struct, frozen=True, eq=False):
@@ -40,15 +40,17 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
     longest: Ints  # longest run of one value, rest values excepted
     extremes: Extremes
     steps: Ints  # (F, 64) from row to row, by size
-    rows_of: Sums  # (1, F) values of rows
-    classes: Sums  # (C, D) statistics of model windows
+    row_sums: GroupSums  # (1, F) values of rows
+    class_sums: GroupSums  # (C, D) statistics of model windows
     output: Ints  # (C,) answers, as the model named them
     scores: Ints  # (32,) answers by top score
     pairs: Ints  # (C, …) whole numbers about pairs of fields, see `joint`
-    sure: Ints  # (C, 2) answers with a score, and the sum of their top scores in 1/SURE
+    top_scores: Ints  # (C, 2) answers with a score, and the sum of their top scores in 1/SURE
     # In a state saved before these were counted: none, which adds to whatever follows.
-    ticks: Ticks = msgspec.field(default_factory=Ticks)
-    pace: Ints = msgspec.field(default_factory=lambda: np.zeros((1, 1), np.int64))  # (C, …) whole numbers, see `pace`
+    sampling: SamplingIntervals = msgspec.field(default_factory=SamplingIntervals)
+    variogram: Ints = msgspec.field(
+        default_factory=lambda: np.zeros((1, 1), np.int64)
+    )  # (C, …) whole numbers, see `pace`
 
     @classmethod
     def empty(cls, reference: Reference) -> Summary:
@@ -62,14 +64,16 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
             spikes=none,
             longest=none,
             extremes=Extremes.empty(count),
-            steps=np.zeros((count, SIZES), np.int64),
-            rows_of=Sums.zeros(1, count),
-            classes=Sums.zeros(reference.classes, len(reference.origin)),
-            output=np.zeros(reference.classes, np.int64),
+            steps=np.zeros((count, SIZE_BINS), np.int64),
+            row_sums=GroupSums.zeros(1, count),
+            class_sums=GroupSums.zeros(reference.class_count, len(reference.origin)),
+            output=np.zeros(reference.class_count, np.int64),
             scores=np.zeros(BINS, np.int64),
-            pairs=np.zeros((reference.classes, correlation.width(count, windowed=reference.windowed)), np.int64),
-            sure=np.zeros((reference.classes, 2), np.int64),
-            pace=np.zeros((reference.classes, 2 * pace.width(count, reference.window_rows)), np.int64),
+            pairs=np.zeros(
+                (reference.class_count, correlation.sums_width(count, windowed=reference.windowed)), np.int64
+            ),
+            top_scores=np.zeros((reference.class_count, 2), np.int64),
+            variogram=np.zeros((reference.class_count, 2 * pace.values_width(count, reference.window_rows)), np.int64),
         )
 
     @property
@@ -77,12 +81,12 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
         return int(self.counts[0].sum() + self.missing[0])
 
     @property
-    def rows_each(self) -> Ints:
+    def row_counts(self) -> Ints:
         """(W,) of a stack."""
         return np.asarray(self.counts[:, 0].sum(-1) + self.missing[:, 0])
 
     @property
-    def windows(self) -> int:
+    def model_windows(self) -> int:
         """Model windows."""
         return int(self.output.sum())
 
@@ -90,7 +94,7 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
         """With `rows` (n, F), physical units, NaN missing, that follow on from `tail`."""
         if not len(rows):
             return self, tail
-        more, tail = row_counts.of_rows(reference, rows[None], tail)
+        more, tail = row_counts.count_rows(reference, rows[None], tail)
         added = replace(
             self,
             counts=self.counts + more.counts[0],
@@ -100,10 +104,10 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
             longest=np.maximum(self.longest, more.longest[0]),
             extremes=self.extremes.merge(more.extremes[0]),
             steps=self.steps + more.steps[0],
-            rows_of=self.rows_of.add(
-                Groups.made(np.zeros(len(rows), np.int64), 1), rows - reference.origin[: rows.shape[1]]
+            row_sums=self.row_sums.add(
+                Groups.from_ids(np.zeros(len(rows), np.int64), 1), rows - reference.origin[: rows.shape[1]]
             ),
-            ticks=self.ticks.with_repeated(more.repeated),
+            sampling=self.sampling.add_repeated(more.repeated),
         )
         return added, tail
 
@@ -112,27 +116,32 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
 
         `before` is the time of the row before the first one, 0 for none; single rows need it.
         """
-        spans = ticks.spans(t, starts, reference.window_rows, before)
-        return replace(self, ticks=self.ticks.with_spans(spans, max(1, reference.window_rows - 1)))
+        spans = ticks.compute_spans(t, starts, reference.window_rows, before)
+        return replace(self, sampling=self.sampling.add_spans(spans, max(1, reference.window_rows - 1)))
 
     def add_windows(
-        self, reference: Reference, found: Found, named: Ints, top: Floats | None, classes: Ints | None = None
+        self,
+        reference: Reference,
+        stats: WindowStatistics,
+        predicted: Ints,
+        top_scores: Floats | None,
+        classes: Ints | None = None,
     ) -> Summary:
         """With model windows: what was found in them, the class `named` for each (w,) and its score (w,).
 
         `classes` (w,) are the classes they are compared with, where these are others than named.
         """
-        classes = named if classes is None else classes
-        groups = row_counts.by_class(reference, 1, classes)
-        more = row_counts.of_answers(reference, 1, found, named, top, classes, groups)
+        classes = predicted if classes is None else classes
+        groups = row_counts.group_by_class(reference, 1, classes)
+        more = row_counts.count_predictions(reference, 1, stats, predicted, top_scores, classes, groups)
         return replace(
             self,
-            classes=self.classes.add(groups, found.values - reference.origin),
+            class_sums=self.class_sums.add(groups, stats.values - reference.origin),
             output=self.output + more.output[0],
             scores=self.scores + more.scores[0],
             pairs=self.pairs + more.pairs[0],
-            sure=self.sure + more.sure[0],
-            pace=self.pace + more.pace[0],
+            top_scores=self.top_scores + more.top_scores[0],
+            variogram=self.variogram + more.variogram[0],
         )
 
     def merge(self, other: Summary) -> Summary:
@@ -148,14 +157,14 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
             longest=np.maximum(self.longest, other.longest),
             extremes=self.extremes.merge(other.extremes),
             steps=self.steps + other.steps,
-            rows_of=self.rows_of + other.rows_of,
-            classes=self.classes + other.classes,
+            row_sums=self.row_sums + other.row_sums,
+            class_sums=self.class_sums + other.class_sums,
             output=self.output + other.output,
             scores=self.scores + other.scores,
             pairs=self.pairs + other.pairs,
-            sure=self.sure + other.sure,
-            ticks=self.ticks + other.ticks,
-            pace=self.pace + other.pace,
+            top_scores=self.top_scores + other.top_scores,
+            sampling=self.sampling + other.sampling,
+            variogram=self.variogram + other.variogram,
         )
 
     def to_bytes(self) -> bytes:
@@ -167,29 +176,35 @@ class Summary(msgspec.Struct, frozen=True, eq=False):
         return arrays.from_bytes(data, cls)
 
 
-def stacked(summary: Summary) -> Summary:
+def stack_one(summary: Summary) -> Summary:
     """One as a stack of one: with W = 1 in front of the shapes of all its arrays."""
-    return _each(summary, lambda part: part[None])
+    return _map_arrays(summary, lambda part: part[None])
 
 
-def at(stack: Summary, number: int) -> Summary:
+def select_window(stack: Summary, number: int) -> Summary:
     """One of a stack."""
-    return _each(stack, lambda part: part[number])
+    return _map_arrays(stack, lambda part: part[number])
 
 
-def whole(
-    reference: Reference, rows: Floats, spans: Ints, found: Found, named: Ints, top: Floats | None, classes: Ints
+def summarize_windows(
+    reference: Reference,
+    rows: Floats,
+    spans: Ints,
+    stats: WindowStatistics,
+    predicted: Ints,
+    top_scores: Floats | None,
+    classes: Ints,
 ) -> Summary:
     """A stack of W drift windows: of `rows` (W, n, F), times between them `spans` (W, …) and model windows (W · w).
 
     The same as that many summaries, begun empty, to which these were added.
     """
-    windows, count = len(rows), reference.classes
-    of_rows, _ = row_counts.of_rows(reference, rows, Tail.empty(rows.shape[2]))
-    groups = row_counts.by_class(reference, windows, classes)
-    answers = row_counts.of_answers(reference, windows, found, named, top, classes, groups)
-    values = found.values - reference.origin
-    summed = Sums.zeros(windows * count, values.shape[1]).add(groups, values)
+    windows, count = len(rows), reference.class_count
+    of_rows, _ = row_counts.count_rows(reference, rows, Tail.empty(rows.shape[2]))
+    groups = row_counts.group_by_class(reference, windows, classes)
+    answers = row_counts.count_predictions(reference, windows, stats, predicted, top_scores, classes, groups)
+    values = stats.values - reference.origin
+    summed = GroupSums.zeros(windows * count, values.shape[1]).add(groups, values)
     shape = windows, count, values.shape[1]
     return Summary(
         reference=reference.digest,
@@ -200,47 +215,61 @@ def whole(
         longest=of_rows.longest,
         extremes=of_rows.extremes,
         steps=of_rows.steps,
-        rows_of=Sums.of(rows, reference.origin[: rows.shape[2]]),
-        classes=Sums(summed.n.reshape(shape), summed.total.reshape(shape), summed.squares.reshape(shape)),
+        row_sums=GroupSums.from_rows(rows, reference.origin[: rows.shape[2]]),
+        class_sums=GroupSums(summed.n.reshape(shape), summed.total.reshape(shape), summed.squares.reshape(shape)),
         output=answers.output,
         scores=answers.scores,
         pairs=answers.pairs,
-        sure=answers.sure,
-        ticks=Ticks().with_spans(spans, max(1, reference.window_rows - 1)).with_repeated(of_rows.repeated[:, None]),
-        pace=answers.pace,
+        top_scores=answers.top_scores,
+        sampling=SamplingIntervals()
+        .add_spans(spans, max(1, reference.window_rows - 1))
+        .add_repeated(of_rows.repeated[:, None]),
+        variogram=answers.variogram,
     )
 
 
-def joined(stacks: Sequence[Summary]) -> Summary:
+def concatenate(stacks: Sequence[Summary]) -> Summary:
     """One stack after another."""
-    return _put_together(stacks, np.concatenate) if len(stacks) > 1 else stacks[0]
+    return _combine(stacks, np.concatenate) if len(stacks) > 1 else stacks[0]
 
 
-def _each(summary: Summary, change: Callable[[np.ndarray], np.ndarray]) -> Summary:
-    return _put_together([summary], lambda parts: change(parts[0]))
+def _map_arrays(summary: Summary, transform: Callable[[np.ndarray], np.ndarray]) -> Summary:
+    return _combine([summary], lambda parts: transform(parts[0]))
 
 
-def _put_together(summaries: Sequence[Summary], how: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Summary:
-    def parts(*of: Any) -> list[np.ndarray]:
-        return [how([getattr(one, name) for one in of]) for name in of[0].__struct_fields__]
+def _combine(summaries: Sequence[Summary], combine: Callable[[Sequence[np.ndarray]], np.ndarray]) -> Summary:
+    def combine_fields(*structs: Any) -> list[np.ndarray]:
+        return [combine([getattr(one, name) for one in structs]) for name in structs[0].__struct_fields__]
 
-    plain = {name: how([getattr(one, name) for one in summaries]) for name in _PLAIN}
+    plain = {name: combine([getattr(one, name) for one in summaries]) for name in _ARRAY_FIELDS}
     return Summary(
         reference=summaries[0].reference,
-        rows_of=Sums(*parts(*(one.rows_of for one in summaries))),
-        classes=Sums(*parts(*(one.classes for one in summaries))),
-        extremes=Extremes(*parts(*(one.extremes for one in summaries))),
-        ticks=Ticks(*parts(*(one.ticks for one in summaries))),
+        row_sums=GroupSums(*combine_fields(*(one.row_sums for one in summaries))),
+        class_sums=GroupSums(*combine_fields(*(one.class_sums for one in summaries))),
+        extremes=Extremes(*combine_fields(*(one.extremes for one in summaries))),
+        sampling=SamplingIntervals(*combine_fields(*(one.sampling for one in summaries))),
         **plain,
     )
 
 
-_PLAIN = ("counts", "missing", "outside", "spikes", "longest", "steps", "output", "scores", "pairs", "sure", "pace")
+_ARRAY_FIELDS = (
+    "counts",
+    "missing",
+    "outside",
+    "spikes",
+    "longest",
+    "steps",
+    "output",
+    "scores",
+    "pairs",
+    "sure",
+    "pace",
+)
 
 
-def of(reference: Reference, rows: Floats, starts: Ints, labels: Ints, top: Floats | None) -> Summary:
+def summarize(reference: Reference, rows: Floats, starts: Ints, predicted: Ints, top_scores: Floats | None) -> Summary:
     """The summary of model windows and the rows (n, F) that they cover, all at once."""
-    found = window_statistics.of_windows(rows, starts, reference.window_rows, reference.floor)
-    covered = rows[window_statistics.covered(starts, reference.window_rows, 0)]
+    found = window_statistics.compute_statistics(rows, starts, reference.window_rows, reference.floor)
+    covered = rows[window_statistics.covered_rows(starts, reference.window_rows, 0)]
     summary, _ = Summary.empty(reference).add_rows(reference, covered, Tail.empty(rows.shape[1]))
-    return summary.add_windows(reference, found, labels, top)
+    return summary.add_windows(reference, found, predicted, top_scores)

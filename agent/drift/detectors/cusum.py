@@ -12,8 +12,8 @@ from agent.arrays import Bools, Floats, Ints
 
 K = 1.0  # slack: half the shift that should be found fast
 H = 5.0  # alarm limit
-CLIP = 4.0  # the most that one window may say, so that one odd window alone never alarms
-CALM = 3  # windows in a row without evidence that clear an alarm
+Z_CLIP = 4.0  # the most that one window may say, so that one odd window alone never alarms
+WINDOWS_TO_CLEAR = 3  # windows in a row without evidence that clear an alarm
 _SIDES = np.array([[1.0], [-1.0]])
 
 
@@ -29,8 +29,8 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
     windows: Ints
     effect: Floats
     since: Ints
-    on: Bools
-    calm: Ints
+    alarm: Bools
+    clear_count: Ints
 
     @classmethod
     def zeros(cls, tests: int) -> Cusum:
@@ -45,14 +45,14 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
 
         `slack` and `limit` are for all tests or for each (T,).
         """
-        return self.ahead(z[None], effect[None], slack=slack, limit=limit, t=np.array([t])).after(1)
+        return self.run_windows(z[None], effect[None], slack=slack, limit=limit, t=np.array([t])).state_after(1)
 
-    def ahead(
+    def run_windows(
         self, z: Floats, effects: Floats, *, slack: Floats | float = K, limit: Floats | float = H, t: Ints
-    ) -> Course:
+    ) -> CusumSequence:
         """Over W windows in a row, begun at `t` (W,), with scores and effects (W, T)."""
         tested = np.isfinite(z)
-        sided = np.where(tested, np.minimum(np.maximum(z, -CLIP), CLIP), 0.0)[:, None] * _SIDES
+        sided = np.where(tested, np.minimum(np.maximum(z, -Z_CLIP), Z_CLIP), 0.0)[:, None] * _SIDES
         # What is not tested goes on by nothing.
         less = np.where(tested, slack, 0.0)[:, None]
         values, value = np.empty_like(sided), self.value
@@ -60,47 +60,47 @@ class Cusum(msgspec.Struct, frozen=True, eq=False):
             np.add(value, more, out=after)
             np.subtract(after, allowed, out=after)
             value = np.maximum(0.0, after, out=after)
-        return Course(self, tested, sided <= slack, values, effects, limit, t)
+        return CusumSequence(self, tested, sided <= slack, values, effects, limit, t)
 
-    def opened(self, side: int, test: int, windows: int, effect: float, since: int) -> Cusum:
+    def open_alarm(self, side: int, test: int, windows: int, effect: float, since: int) -> Cusum:
         """With an alarm that other evidence than its sum gave, over so many `windows`."""
-        whole, on, total = np.stack([self.windows, self.since]), self.on.copy(), self.effect.copy()
+        whole, on, total = np.stack([self.windows, self.since]), self.alarm.copy(), self.effect.copy()
         whole[:, side, test], on[side, test], total[side, test] = (windows, since), True, effect
-        return Cusum(self.value, whole[0], total, whole[1], on, self.calm)
+        return Cusum(self.value, whole[0], total, whole[1], on, self.clear_count)
 
-    def only(self, which: Bools) -> Cusum:
+    def reset_except(self, tests: Bools) -> Cusum:
         """With the sums and alarms of all but the tests `which` (T,) begun anew."""
-        windows, since, calm = (np.where(which, part, 0) for part in (self.windows, self.since, self.calm))
-        value, effect = (np.where(which, part, 0.0) for part in (self.value, self.effect))
-        return Cusum(value, windows, effect, since, self.on & which, calm)
+        windows, since, calm = (np.where(tests, part, 0) for part in (self.windows, self.since, self.clear_count))
+        value, effect = (np.where(tests, part, 0.0) for part in (self.value, self.effect))
+        return Cusum(value, windows, effect, since, self.alarm & tests, calm)
 
 
-class Course(msgspec.Struct, frozen=True, eq=False):
+class CusumSequence(msgspec.Struct, frozen=True, eq=False):
     """Sums over W windows in a row, while nothing is raised or cleared: that is told of the last window taken only, and
     where an alarm is on already of the first."""
 
     before: Cusum
     tested: Bools  # (W, T)
-    calm: Bools  # (W, 2, T) within the slack
+    within_slack: Bools  # (W, 2, T) within the slack
     values: Floats  # (W, 2, T) after each
     effects: Floats  # (W, T)
     limit: Floats | float
     t: Ints  # (W,)
 
     @property
-    def raises(self) -> Bools:
+    def exceeds_limit(self) -> Bools:
         """(W,) in which a sum is beyond its limit."""
         return np.asarray((self.values > self.limit).any((1, 2)))
 
-    def after(self, count: int) -> Cusum:
+    def state_after(self, count: int) -> Cusum:
         """After so many of them."""
         before, tested, values = self.before, self.tested[:count], self.values[:count]
         if not tested.any():
             return before
-        on, calm = before.on, before.calm
+        on, calm = before.alarm, before.clear_count
         if on.any():
-            calm = np.where(tested[0], np.where(on & self.calm[0], calm + 1, 0), calm)
-            cleared = on & (calm >= CALM)
+            calm = np.where(tested[0], np.where(on & self.within_slack[0], calm + 1, 0), calm)
+            cleared = on & (calm >= WINDOWS_TO_CLEAR)
             values, on = np.where(cleared, 0.0, values), on & ~cleared
         windows, effect, since, went = before.windows, before.effect, before.since, before.value > 0
         effects = np.where(tested, self.effects[:count], 0.0)
@@ -113,6 +113,6 @@ class Course(msgspec.Struct, frozen=True, eq=False):
         return Cusum(values[-1], windows, effect, since, on, np.where(on, calm, 0))
 
 
-def scores(value: Floats, mean: Floats, sd: Floats, windows: int) -> Floats:
+def standardize(value: Floats, mean: Floats, sd: Floats, windows: int) -> Floats:
     """z of a new window's `value` when mean and sd were themselves estimated from that many reference windows."""
     return np.asarray((value - mean) / (sd * np.sqrt(1 + 1 / windows)), dtype=np.float64)

@@ -17,14 +17,14 @@ from agent.drift.numeric.middle import median
 DAY_US = 86_400_000_000
 HOUR_US = DAY_US // 24
 WEEK_US = 7 * DAY_US
-WAVES = 3  # of one day, a half and a third
-DAYS, WEEKS = 3, 2  # learned, before a cycle is looked for unasked
-HOURS = 12  # of the day that were seen
-EXPLAINS = 0.2  # share of the variance, beyond what as many waves explain by chance
-ODD = 6.0  # robust sd from the fit: drawn in
+HARMONICS = 3  # of one day, a half and a third
+MIN_DAYS, MIN_WEEKS = 3, 2  # learned, before a cycle is looked for unasked
+MIN_HOURS = 12  # of the day that were seen
+MIN_EXPLAINED_SHARE = 0.2  # share of the variance, beyond what as many waves explain by chance
+OUTLIER_SDS = 6.0  # robust sd from the fit: drawn in
 REST_DAYS = (2, 1)
-FEW = 8  # windows for each number that is fitted
-ALIKE = 0.5  # of the difference that all weeks show together, each must show
+WINDOWS_PER_COEFFICIENT = 8  # windows for each number that is fitted
+MIN_WEEK_AGREEMENT = 0.5  # of the difference that all weeks show together, each must show
 
 
 class Cycle(msgspec.Struct, frozen=True, eq=False):
@@ -36,93 +36,95 @@ class Cycle(msgspec.Struct, frozen=True, eq=False):
     rest_lasts: int  # µs; 0: there are none
 
     @classmethod
-    def none(cls, tests: int) -> Cycle:
-        return cls(np.zeros((2 * WAVES, tests)), np.zeros((1 + 2 * WAVES, tests)), 0, 0)
+    def empty(cls, tests: int) -> Cycle:
+        return cls(np.zeros((2 * HARMONICS, tests)), np.zeros((1 + 2 * HARMONICS, tests)), 0, 0)
 
-    def any(self) -> bool:
+    def is_nonzero(self) -> bool:
         return bool(self.waves.any() or self.rest.any())
 
     @property
-    def weekly(self) -> bool:
+    def has_rest_days(self) -> bool:
         return bool(self.rest_lasts and self.rest.any())
 
-    def at(self, t: Ints) -> Floats:
+    def evaluate(self, t: Ints) -> Floats:
         """(n, T) at times (n,) epoch µs."""
-        found = waves(t) @ self.waves
-        if self.weekly:
-            found = found + _resting(t, self.rest_begins, self.rest_lasts)[:, None] * (_constant(waves(t)) @ self.rest)
+        found = compute_harmonics(t) @ self.waves
+        if self.has_rest_days:
+            found = found + _is_rest_day(t, self.rest_begins, self.rest_lasts)[:, None] * (
+                _add_intercept(compute_harmonics(t)) @ self.rest
+            )
         return np.asarray(found)
 
 
-class Fit(msgspec.Struct, frozen=True, eq=False):
+class CycleFit(msgspec.Struct, frozen=True, eq=False):
     """Of values (K, T): `mean` (T,), the `cycle` around it, and what is `left` (K, T)."""
 
     mean: Floats
     cycle: Cycle
-    left: Floats
+    residuals: Floats
 
     @property
     def waves(self) -> Floats:
         return self.cycle.waves
 
 
-def told(t: Ints, strata: str) -> bool:
+def can_fit_daily(t: Ints, seasonality: str) -> bool:
     """Whether windows at `t` (K,) can tell a daily cycle, or are asked to (`strata` hour, week)."""
-    if strata == "none" or len(t) < 2:
+    if seasonality == "none" or len(t) < 2:
         return False
     days = (int(t.max()) - int(t.min())) / DAY_US
     # Not by np.unique, which imports a megabyte of numpy.ma.
-    seen = int(np.count_nonzero(hours(t)))
+    seen = int(np.count_nonzero(count_hours(t)))
     # The last window of a day that was watched begins a window before its end.
-    return seen >= HOURS and days >= (0.9 if strata in ("hour", "week") else DAYS - 0.1)
+    return seen >= MIN_HOURS and days >= (0.9 if seasonality in ("hour", "week") else MIN_DAYS - 0.1)
 
 
-def week_told(t: Ints, strata: str) -> bool:
+def can_fit_weekly(t: Ints, seasonality: str) -> bool:
     """Whether they can tell days of rest, or are asked to (`strata` week) and have seen each day of a week."""
-    if strata not in ("auto", "week") or not told(t, strata):
+    if seasonality not in ("auto", "week") or not can_fit_daily(t, seasonality):
         return False
     days = (int(t.max()) - int(t.min())) / DAY_US
-    return len(t) >= FEW * 7 and days >= (7 if strata == "week" else 7 * WEEKS) - 0.1
+    return len(t) >= WINDOWS_PER_COEFFICIENT * 7 and days >= (7 if seasonality == "week" else 7 * MIN_WEEKS) - 0.1
 
 
-def fit(values: Floats, t: Ints, strata: str = "auto") -> Fit:
+def fit(values: Floats, t: Ints, seasonality: str = "auto") -> CycleFit:
     """Of tests' values (K, T) of windows in the middle of `t` (K,) epoch µs."""
-    mean, none = values.mean(0), Cycle.none(values.shape[1])
-    plain = Fit(mean, none, values - mean)
-    if not told(t, strata):
+    mean, none = values.mean(0), Cycle.empty(values.shape[1])
+    plain = CycleFit(mean, none, values - mean)
+    if not can_fit_daily(t, seasonality):
         return plain
-    found, left = _least_squares(_constant(waves(t)), values)
-    by_hour = Fit(found[0], Cycle(found[1:], none.rest, 0, 0), left)
-    best = _better(by_hour, plain, values)
-    return _better(_by_week(values, t), best, values) if week_told(t, strata) else best
+    found, left = _fit_least_squares(_add_intercept(compute_harmonics(t)), values)
+    by_hour = CycleFit(found[0], Cycle(found[1:], none.rest, 0, 0), left)
+    best = _select_better_fit(by_hour, plain, values)
+    return _select_better_fit(_fit_weekly(values, t), best, values) if can_fit_weekly(t, seasonality) else best
 
 
-def _by_week(values: Floats, t: Ints) -> Fit:
+def _fit_weekly(values: Floats, t: Ints) -> CycleFit:
     """With the days of rest that explain most of all tests together; none of a test that the weeks disagree on."""
-    begins, lasts = _rest_days(values, t)
-    resting = _resting(t, begins, lasts)
-    by_hour = _constant(waves(t))
+    begins, lasts = _find_rest_days(values, t)
+    resting = _is_rest_day(t, begins, lasts)
+    by_hour = _add_intercept(compute_harmonics(t))
     # Few windows of rest tell how much, but no course of a day.
-    width = by_hour.shape[1] if resting.sum() >= FEW * by_hour.shape[1] else 1
+    width = by_hour.shape[1] if resting.sum() >= WINDOWS_PER_COEFFICIENT * by_hour.shape[1] else 1
     design = np.concatenate([by_hour, resting[:, None] * by_hour[:, :width]], axis=1)
-    found, left = _least_squares(design, values)
+    found, left = _fit_least_squares(design, values)
     rest = np.zeros((by_hour.shape[1], values.shape[1]))
     rest[:width] = found[by_hour.shape[1] :]
-    kept = _agreed(values, t, resting, begins)
+    kept = _weeks_agree(values, t, resting, begins)
     left = np.where(kept, left, np.inf)
-    return Fit(found[0], Cycle(found[1 : by_hour.shape[1]], rest, begins, lasts), left)
+    return CycleFit(found[0], Cycle(found[1 : by_hour.shape[1]], rest, begins, lasts), left)
 
 
-def _rest_days(values: Floats, t: Ints) -> tuple[int, int]:
+def _find_rest_days(values: Floats, t: Ints) -> tuple[int, int]:
     """When in the week they begin and how long they last, µs."""
     scale = np.maximum(values.std(0), 1e-12)
     apart = (values - values.mean(0)) / scale
     best, found = -1.0, (0, 0)
     for days in REST_DAYS:
         for begins in range(0, WEEK_US, HOUR_US):
-            resting = _resting(t, begins, days * DAY_US)
+            resting = _is_rest_day(t, begins, days * DAY_US)
             n = int(resting.sum())
-            if min(n, len(t) - n) < FEW:
+            if min(n, len(t) - n) < WINDOWS_PER_COEFFICIENT:
                 continue
             explained = float((apart[resting].mean(0) ** 2).sum()) * n * len(t) / (len(t) - n)
             # A day more must be one of them, not only dilute the other.
@@ -131,7 +133,7 @@ def _rest_days(values: Floats, t: Ints) -> tuple[int, int]:
     return found
 
 
-def _agreed(values: Floats, t: Ints, resting: Bools, begins: int) -> Bools:
+def _weeks_agree(values: Floats, t: Ints, resting: Bools, begins: int) -> Bools:
     """(T,) whether each week's days of rest are off to the same side, by a good part of what all are."""
     week = (t - begins) // WEEK_US
     usual = values[~resting].mean(0) if (~resting).any() else values.mean(0)
@@ -139,27 +141,27 @@ def _agreed(values: Floats, t: Ints, resting: Bools, begins: int) -> Bools:
     agreed = np.ones(values.shape[1], np.bool_)
     for one in np.unique(week[resting]):
         some = resting & (week == one)
-        if some.sum() >= FEW // 2:
-            agreed &= (values[some].mean(0) - usual) * np.sign(all_weeks) > ALIKE * np.abs(all_weeks)
+        if some.sum() >= WINDOWS_PER_COEFFICIENT // 2:
+            agreed &= (values[some].mean(0) - usual) * np.sign(all_weeks) > MIN_WEEK_AGREEMENT * np.abs(all_weeks)
     return agreed
 
 
-def _better(new: Fit, old: Fit, values: Floats) -> Fit:
+def _select_better_fit(new: CycleFit, old: CycleFit, values: Floats) -> CycleFit:
     """Test by test the new one, where it explains enough of what the old one leaves."""
-    spread = np.maximum((old.left**2).mean(0), 1e-24)
-    chosen = 1 - (new.left**2).mean(0) / spread > EXPLAINS
+    spread = np.maximum((old.residuals**2).mean(0), 1e-24)
+    chosen = 1 - (new.residuals**2).mean(0) / spread > MIN_EXPLAINED_SHARE
     cycle = Cycle(
         np.where(chosen, new.cycle.waves, old.cycle.waves),
         np.where(chosen, new.cycle.rest, old.cycle.rest),
         *((new if chosen.any() else old).cycle.rest_begins, (new if chosen.any() else old).cycle.rest_lasts),
     )
-    return Fit(np.where(chosen, new.mean, old.mean), cycle, np.where(chosen, new.left, old.left))
+    return CycleFit(np.where(chosen, new.mean, old.mean), cycle, np.where(chosen, new.residuals, old.residuals))
 
 
-def _least_squares(design: Floats, values: Floats) -> tuple[Floats, Floats]:
+def _fit_least_squares(design: Floats, values: Floats) -> tuple[Floats, Floats]:
     """Coefficients (n, T), and what each window differs from a fit without it (K, T)."""
     middle = median(values)
-    reach = ODD * 1.4826 * median(np.abs(values - middle)) + 1e-12
+    reach = OUTLIER_SDS * 1.4826 * median(np.abs(values - middle)) + 1e-12
     drawn = np.clip(values, middle - reach, middle + reach)
     inverse = np.linalg.pinv(design)
     found = inverse @ drawn
@@ -167,20 +169,20 @@ def _least_squares(design: Floats, values: Floats) -> tuple[Floats, Floats]:
     return found, (values - design @ found) / np.maximum(1 - leverage, 0.1)[:, None]
 
 
-def _resting(t: Ints, begins: int, lasts: int) -> Bools:
+def _is_rest_day(t: Ints, begins: int, lasts: int) -> Bools:
     return np.asarray((np.asarray(t) - begins) % WEEK_US < lasts)
 
 
-def _constant(columns: Floats) -> Floats:
+def _add_intercept(columns: Floats) -> Floats:
     return np.concatenate([np.ones((len(columns), 1)), columns], axis=1)
 
 
-def waves(t: Ints) -> Floats:
+def compute_harmonics(t: Ints) -> Floats:
     """(n, 2W) of times (n,) epoch µs."""
-    phase = 2 * np.pi * (np.asarray(t)[:, None] % DAY_US) / DAY_US * np.arange(1, WAVES + 1)
+    phase = 2 * np.pi * (np.asarray(t)[:, None] % DAY_US) / DAY_US * np.arange(1, HARMONICS + 1)
     return np.concatenate([np.cos(phase), np.sin(phase)], axis=1)
 
 
-def hours(t: Ints) -> Ints:
+def count_hours(t: Ints) -> Ints:
     """(24,) how many windows were in each hour of the day, UTC."""
     return np.bincount(np.asarray(t) // HOUR_US % 24, minlength=24)

@@ -12,8 +12,8 @@ from agent.arrays import Bools, Floats, Ints
 if TYPE_CHECKING:
     from agent.drift.baseline.reference import Reference
 
-PILE, STEEP = 0.05, 4  # share of rows at the limit; how many times more than on the next value
-LEVELS = 20  # values less finely told apart often pile up on the outermost
+CLIPPING_SHARE, CLIPPING_RATIO = 0.05, 4  # share of rows at the limit; how many times more than on the next value
+MIN_LEVELS = 20  # values less finely told apart often pile up on the outermost
 LOW, HIGH = 0, 1
 
 
@@ -31,10 +31,10 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
         return cls(np.full((fields, 2, 2), -np.inf), np.zeros((fields, 2, 2), np.int64))
 
     @classmethod
-    def of(cls, ordered: np.ndarray, count: Ints) -> Extremes:
+    def from_sorted(cls, ordered: np.ndarray, count: Ints) -> Extremes:
         """Of columns (..., F, n) in ascending order of which the first `count` (..., F) are values."""
         columns, held = ordered.reshape(count.size, ordered.shape[-1]), count.ravel()
-        ends = _ends(columns, held).astype(np.float64)
+        ends = _end_values(columns, held).astype(np.float64)
         first, second, third = ends[..., 0], ends[..., 1], ends[..., 2]
         rows = np.ones((len(columns), 2, 2), np.int64)
         # In most columns each of them is there once.
@@ -42,14 +42,16 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
         for side in (LOW, HIGH):
             some = np.flatnonzero(several[:, side])
             if len(some):
-                ends[some, side, :2], rows[some, side] = _counted(columns[some], held[some], first[some, side], side)
+                ends[some, side, :2], rows[some, side] = _count_outermost(
+                    columns[some], held[some], first[some, side], side
+                )
         values = ends[..., :2]
         values[:, LOW] *= -1
         values[np.isnan(values)] = -np.inf
         return cls(values.reshape(*count.shape, 2, 2), rows.reshape(*count.shape, 2, 2))
 
-    def __getitem__(self, at: int) -> Extremes:
-        return Extremes(self.values[at], self.rows[at])
+    def __getitem__(self, index: int) -> Extremes:
+        return Extremes(self.values[index], self.rows[index])
 
     def merge(self, other: Extremes) -> Extremes:
         """Of both; associative, commutative and exact."""
@@ -70,7 +72,7 @@ class Extremes(msgspec.Struct, frozen=True, eq=False):
         return np.asarray(self.values[..., HIGH, 0])
 
 
-def _ends(ordered: np.ndarray, count: Ints) -> np.ndarray:
+def _end_values(ordered: np.ndarray, count: Ints) -> np.ndarray:
     """(n, 2, 3) the first three values of each column, and the last three backwards; any where there are fewer."""
     rows = ordered.shape[1]
     if rows >= 3 and (count == rows).all():
@@ -82,7 +84,7 @@ def _ends(ordered: np.ndarray, count: Ints) -> np.ndarray:
     return np.take_along_axis(ordered[:, None], at, axis=-1)
 
 
-def _counted(ordered: np.ndarray, count: Ints, value: Floats, side: int) -> tuple[Floats, Ints]:
+def _count_outermost(ordered: np.ndarray, count: Ints, value: Floats, side: int) -> tuple[Floats, Ints]:
     """The outermost `value` and the next one to it, NaN for none, and how many rows hold them: (n, 2) each."""
     columns, last = np.arange(len(ordered)), np.maximum(count - 1, 0)
     if not ordered.shape[1]:
@@ -96,7 +98,7 @@ def _counted(ordered: np.ndarray, count: Ints, value: Floats, side: int) -> tupl
     return np.stack([value, following], axis=1), rows
 
 
-def piled(extremes: Extremes, reference: Reference, rows: Ints) -> Bools:
+def detect_clipping(extremes: Extremes, reference: Reference, rows: Ints) -> Bools:
     """(..., F, 2) whether the lowest and the highest value are ones that a sensor cannot get past, of so many `rows`
     (...,).
 
@@ -104,16 +106,18 @@ def piled(extremes: Extremes, reference: Reference, rows: Ints) -> Bools:
     outermost is often one of the commonest.
     """
     values, held = extremes.values, extremes.rows
-    steep = (held[..., 0] > PILE * rows[..., None, None]) & (held[..., 0] > STEEP * (held[..., 1] + 1))
+    steep = (held[..., 0] > CLIPPING_SHARE * rows[..., None, None]) & (
+        held[..., 0] > CLIPPING_RATIO * (held[..., 1] + 1)
+    )
     if not steep.any():
         return np.asarray(steep)
     fine = np.isfinite(values[..., 1])
     gap = np.where(fine, values[..., 0] - np.where(fine, values[..., 1], 0.0), np.inf)
     span = np.where(np.isfinite(extremes.high), extremes.high - extremes.low, 0.0)
-    return np.asarray(steep & (span[..., None] >= LEVELS * gap) & ~_usual(extremes, reference))
+    return np.asarray(steep & (span[..., None] >= MIN_LEVELS * gap) & ~_occurs_in_reference(extremes, reference))
 
 
-def _usual(extremes: Extremes, reference: Reference) -> Bools:
+def _occurs_in_reference(extremes: Extremes, reference: Reference) -> Bools:
     at = np.stack([extremes.low, extremes.high], axis=-1)
     # A value that is a limit of two bins of the reference holds the rows of a whole one.
     usual = (reference.bounds[:, None, :] == at[..., None]).sum(-1) > 1

@@ -23,11 +23,11 @@ from agent.drift.numeric import false_alarm_budget
 WEIGHT = 0.3  # of the newest window
 SLACK = 0.2  # sd that a mean may be off for long: K windows tell it only so well
 CLIP = 2.5  # the most that one window may say of one score: that it is odd is no shift
-NEVER = 1e9  # limit where nothing was learned
-RUNS = 2.5  # windows beyond the limit, of every alarm by chance: one comes seldom alone
+UNREACHABLE_LIMIT = 1e9  # limit where nothing was learned
+WINDOWS_PER_ALARM = 2.5  # windows beyond the limit, of every alarm by chance: one comes seldom alone
 
 
-class Together(msgspec.Struct, frozen=True, eq=False):
+class Mewma(msgspec.Struct, frozen=True, eq=False):
     """Of S scores: their weighted `mean`, and what is known since it last changed its sign.
 
     That is when a change began, as far as it can tell: so many `windows`, the sum of their effects, and `since` (epoch
@@ -41,15 +41,15 @@ class Together(msgspec.Struct, frozen=True, eq=False):
     since: Ints
 
     @classmethod
-    def zeros(cls, scores: int) -> Together:
+    def zeros(cls, scores: int) -> Mewma:
         whole = np.zeros(scores, np.int64)
         return cls(np.zeros(scores), whole, np.zeros(scores), whole)
 
-    def update(self, z: Floats, effect: Floats, t: int) -> Together:
+    def update(self, z: Floats, effect: Floats, t: int) -> Mewma:
         """After one more window, begun at `t`, with scores `z` (S,), NaN where there was nothing to test."""
-        return self.ahead(z[None], effect[None], np.array([t])).after(1)
+        return self.run_windows(z[None], effect[None], np.array([t])).state_after(1)
 
-    def ahead(self, z: Floats, effects: Floats, t: Ints) -> Course:
+    def run_windows(self, z: Floats, effects: Floats, t: Ints) -> MewmaSequence:
         """Over W windows in a row, begun at `t` (W,), with scores and effects (W, S)."""
         told, drawn = np.isfinite(z), np.minimum(np.maximum(z, -CLIP), CLIP)
         every, means, mean = bool(told.all()), np.empty_like(drawn), self.mean
@@ -60,38 +60,38 @@ class Together(msgspec.Struct, frozen=True, eq=False):
             if not every:
                 after[:] = np.where(known, after, mean)
             mean = after
-        return Course(self, told, means, effects, t)
+        return MewmaSequence(self, told, means, effects, t)
 
     @property
-    def square(self) -> float:
+    def statistic(self) -> float:
         """Of the means beyond the slack, the sum."""
-        return _squares(self.mean[None])[0]
+        return _statistics(self.mean[None])[0]
 
-    def only(self, which: Bools) -> Together:
+    def reset_except(self, scores: Bools) -> Mewma:
         """With all but the scores `which` (S,) begun anew."""
-        return Together(*(np.where(which, part, part.dtype.type(0)) for part in self._parts()))
+        return Mewma(*(np.where(scores, part, part.dtype.type(0)) for part in self._arrays()))
 
-    def _parts(self) -> tuple[Floats, Ints, Floats, Ints]:
+    def _arrays(self) -> tuple[Floats, Ints, Floats, Ints]:
         return self.mean, self.windows, self.effect, self.since
 
 
-class Course(msgspec.Struct, frozen=True, eq=False, dict=True):
+class MewmaSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Means over W windows in a row."""
 
-    before: Together
-    told: Bools  # (W, S)
+    before: Mewma
+    tested: Bools  # (W, S)
     means: Floats  # (W, S) after each
     effects: Floats  # (W, S)
     t: Ints  # (W,)
 
     @cached_property
-    def squares(self) -> list[float]:
+    def statistics(self) -> list[float]:
         """After each of them: see `Together.square`."""
-        return _squares(self.means)
+        return _statistics(self.means)
 
-    def after(self, count: int) -> Together:
+    def state_after(self, count: int) -> Mewma:
         """After so many of them."""
-        before, told = self.before, self.told[:count]
+        before, told = self.before, self.tested[:count]
         windows, total, since, was = before.windows, before.effect, before.since, before.mean > 0
         effects = np.where(told, self.effects[:count], 0.0)
         for now, one, more, t in zip(self.means > 0, told, effects, self.t.tolist(), strict=False):
@@ -100,29 +100,32 @@ class Course(msgspec.Struct, frozen=True, eq=False, dict=True):
             windows = np.where(goes_on, windows, 0) + one
             total = np.where(goes_on, total, 0.0) + more
             was = now
-        return Together(self.means[count - 1], windows, total, since)
+        return Mewma(self.means[count - 1], windows, total, since)
 
 
-def _squares(means: Floats) -> list[float]:
+def _statistics(means: Floats) -> list[float]:
     return [float(beyond @ beyond) for beyond in np.maximum(np.abs(means) - SLACK, 0.0)]
 
 
-def limit(scores: Floats, alike: float, allotted: float) -> float:
+def fit_limit(scores: Floats, autocorrelation: float, budget: float) -> float:
     """Of the squares' sum, from scores (K, S) of learned windows in their order; `allotted` false alarms per window.
 
     Neighbouring windows are `alike` by that correlation.
     """
     windows, count = scores.shape
     if not count or windows < 4:
-        return NEVER
-    slow = (1 - WEIGHT) * alike
+        return UNREACHABLE_LIMIT
+    slow = (1 - WEIGHT) * autocorrelation
     variance = WEIGHT / (2 - WEIGHT) * (1 + slow) / (1 - slow)
     # K windows tell mean and sd only so well.
     variance = (
-        (variance + 1 / false_alarm_budget.apart(windows, alike)) / (1 + 1 / windows) * (windows - 1) / (windows - 3)
+        (variance + 1 / false_alarm_budget.effective_sample_size(windows, autocorrelation))
+        / (1 + 1 / windows)
+        * (windows - 1)
+        / (windows - 3)
     )
-    theory = _quantile(_eigenvalues(scores), float(np.sqrt(variance)), RUNS * allotted)
-    return max(theory, _reached(scores))
+    theory = _quadratic_form_quantile(_eigenvalues(scores), float(np.sqrt(variance)), WINDOWS_PER_ALARM * budget)
+    return max(theory, _max_statistic(scores))
 
 
 def _eigenvalues(scores: Floats) -> Floats:
@@ -138,7 +141,7 @@ def _eigenvalues(scores: Floats) -> Floats:
     return np.asarray(1 + np.sqrt(true / apart) * (found - 1))
 
 
-def _quantile(weights: Floats, sd: float, share: float) -> float:
+def _quadratic_form_quantile(weights: Floats, sd: float, share: float) -> float:
     """What the sum of squares beyond the slack exceeds in that share, of normal numbers with this sd whose correlations
     have these eigenvalues."""
     at = np.linspace(-8, 8, 1601)
@@ -153,9 +156,9 @@ def _quantile(weights: Floats, sd: float, share: float) -> float:
     return mean * len(weights) + float(np.sqrt(variance * freedom)) * (quantile - 1)
 
 
-def _reached(scores: Floats) -> float:
-    after, most = Together.zeros(scores.shape[1]), 0.0
+def _max_statistic(scores: Floats) -> float:
+    after, most = Mewma.zeros(scores.shape[1]), 0.0
     for z in scores:
         after = after.update(z, z, 0)
-        most = max(most, after.square)
+        most = max(most, after.statistic)
     return most

@@ -13,9 +13,9 @@ import numpy as np
 
 from agent.arrays import Ints
 
-MOST = 32
-OTHER = MOST
-CLASSES = MOST + 1
+MAX_MODES = 32
+OTHER_CLASS = MAX_MODES
+CLASS_COUNT = MAX_MODES + 1
 
 
 class Modes(msgspec.Struct, frozen=True, eq=False):
@@ -25,7 +25,7 @@ class Modes(msgspec.Struct, frozen=True, eq=False):
     texts: Sequence[str]
 
 
-def of_windows(codes: np.ndarray, starts: Ints, window_rows: int, texts: Sequence[str]) -> Modes:
+def modes_of_windows(codes: np.ndarray, starts: Ints, window_rows: int, texts: Sequence[str]) -> Modes:
     """Of model windows that begin at offsets `starts` (w,) into rows with `codes` (n,)."""
     first = codes[starts].astype(np.int64)
     if window_rows > 1 and len(starts):
@@ -34,14 +34,16 @@ def of_windows(codes: np.ndarray, starts: Ints, window_rows: int, texts: Sequenc
     return Modes(first, texts)
 
 
-def classes(known: tuple[str, ...], found: Modes) -> tuple[tuple[str, ...], Ints]:
+def assign_classes(known: tuple[str, ...], modes: Modes) -> tuple[tuple[str, ...], Ints]:
     """The names that have a class from now on, in the order they came, and the class (w,) of each model window."""
-    codes, first, inverse = np.unique(found.codes, return_index=True, return_inverse=True)
-    names = {code: found.texts[code] for code in codes.tolist() if code}
+    codes, first, inverse = np.unique(modes.codes, return_index=True, return_inverse=True)
+    names = {code: modes.texts[code] for code in codes.tolist() if code}
     places = {name: place for place, name in enumerate(known)}
     for at in np.argsort(first).tolist():
         name = names.get(int(codes[at]))
-        if name is not None and name not in places and len(places) < MOST:
+        if name is not None and name not in places and len(places) < MAX_MODES:
             places[name] = len(places)
-    table = np.array([places.get(names.get(code, ""), OTHER) if code else OTHER for code in codes.tolist()], np.int64)
-    return tuple(places), table[inverse.reshape(-1)] if len(codes) else found.codes
+    table = np.array(
+        [places.get(names.get(code, ""), OTHER_CLASS) if code else OTHER_CLASS for code in codes.tolist()], np.int64
+    )
+    return tuple(places), table[inverse.reshape(-1)] if len(codes) else modes.codes

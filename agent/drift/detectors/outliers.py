@@ -7,65 +7,72 @@ import numpy as np
 from agent.arrays import Floats
 from agent.drift.detectors import window_statistics
 from agent.drift.numeric.middle import median
-from agent.drift.numeric.sums import Moments
+from agent.drift.numeric.sums import GroupMoments
 from agent.errors import BadBundle
 
-ODD = 6.0  # robust sd from the middle: left out of the calibration
-ODD_SHARE = 1 / 3  # more odd windows than this, and nothing is learned
-STEP = 4.0  # sd between the means of the first and the second half: something changed meanwhile
+OUTLIER_SDS = 6.0  # robust sd from the middle: left out of the calibration
+MAX_OUTLIER_SHARE = 1 / 3  # more odd windows than this, and nothing is learned
+STEP_SDS = 4.0  # sd between the means of the first and the second half: something changed meanwhile
 # Least sd of tests: smaller shifts never matter, however steady a site is. Of fields in class sd; then of pairs in
 # Fisher's z, of the certainty in scores, and of answers in shares.
-LEAST_SD = 0.05
-LEAST_SDS = (LEAST_SD, 0.05, 0.005, 0.02)
-LEAP, MOSTLY = 10.0, 0.7  # standard errors of a step while learning, and its share of the variance, that are told
+MIN_SD = 0.05
+MIN_SDS = (MIN_SD, 0.05, 0.005, 0.02)
+STEP_STANDARD_ERRORS, STEP_VARIANCE_SHARE = (
+    10.0,
+    0.7,
+)  # standard errors of a step while learning, and its share of the variance, that are told
 
 
-def drawn(values: Floats, middle: Floats, least: Floats | float) -> tuple[Floats, Floats]:
+def winsorize(values: Floats, center: Floats, min_sd: Floats | float) -> tuple[Floats, Floats]:
     """Mean, and what is left of values (K, T), with odd windows drawn in: a few spoil nothing, many are how it is."""
-    reach = ODD * np.maximum(1.4826 * median(np.abs(values - middle)), least)
-    within = np.clip(values, middle - reach, middle + reach)
+    reach = OUTLIER_SDS * np.maximum(1.4826 * median(np.abs(values - center)), min_sd)
+    within = np.clip(values, center - reach, center + reach)
     mean = within.mean(0)
     return mean, within - mean
 
 
-def others_mean(found: Moments, pooled: Moments) -> Floats:
+def leave_one_out_mean(moments: GroupMoments, pooled: GroupMoments) -> Floats:
     """Class means (K, C, D) without the drift window they are compared with.
 
     A window judged against means that contain it looks steadier than the next, unseen one will.
     """
-    n = pooled.n - found.n
-    total = pooled.n * pooled.mean - found.n * found.mean
+    n = pooled.n - moments.n
+    total = pooled.n * pooled.mean - moments.n * moments.mean
     mean = total / np.maximum(n, 1)
     overall = total.sum(-2, keepdims=True) / np.maximum(n.sum(-2, keepdims=True), 1)
-    return np.asarray(np.where(n < window_statistics.RARE, overall, mean))
+    return np.asarray(np.where(n < window_statistics.MIN_CLASS_WINDOWS, overall, mean))
 
 
-def calibrated(values: Floats, fields: tuple[str, ...]) -> tuple[Floats, Floats]:
+def calibrate(values: Floats, fields: tuple[str, ...]) -> tuple[Floats, Floats]:
     """Mean and sd of each test over drift windows (K, 2F). Raises BadBundle."""
     middle = median(values)
-    scale = np.maximum(1.4826 * median(np.abs(values - middle)), LEAST_SD)
-    plain = np.abs(values - middle) <= ODD * scale
-    _agree(plain.mean(0) >= 1 - ODD_SHARE, fields, "more than a third of the drift windows lie far from the rest")
+    scale = np.maximum(1.4826 * median(np.abs(values - middle)), MIN_SD)
+    plain = np.abs(values - middle) <= OUTLIER_SDS * scale
+    _require_agreement(
+        plain.mean(0) >= 1 - MAX_OUTLIER_SHARE, fields, "more than a third of the drift windows lie far from the rest"
+    )
     kept = np.where(plain, values, np.nan)
     half = len(values) // 2
     first, second = kept[:half], kept[half:]
     within = np.sqrt((np.nanvar(first, axis=0) + np.nanvar(second, axis=0)) / 2)
     step = np.abs(np.nanmean(first, axis=0) - np.nanmean(second, axis=0))
-    _agree(step <= STEP * np.maximum(within, LEAST_SD), fields, "it changed between the first and the second half")
-    return np.nanmean(kept, axis=0), np.maximum(np.nanstd(kept, axis=0, ddof=1), LEAST_SD)
+    _require_agreement(
+        step <= STEP_SDS * np.maximum(within, MIN_SD), fields, "it changed between the first and the second half"
+    )
+    return np.nanmean(kept, axis=0), np.maximum(np.nanstd(kept, axis=0, ddof=1), MIN_SD)
 
 
-def step(values: Floats, fields: tuple[str, ...]) -> list[str]:
+def detect_step_change(values: Floats, fields: tuple[str, ...]) -> list[str]:
     """A warning where one step explains most of what a test did while it was learned (K, 2F)."""
     windows = len(values)
     before = np.arange(1, windows)[:, None]
     total = np.cumsum(values, axis=0)
     apart = total[:-1] / before - (total[-1] - total[:-1]) / (windows - before)
     gained = apart**2 * before * (windows - before) / windows
-    noise = np.maximum(1.4826 * median(np.abs(np.diff(values, axis=0))) / np.sqrt(2), LEAST_SD)
+    noise = np.maximum(1.4826 * median(np.abs(np.diff(values, axis=0))) / np.sqrt(2), MIN_SD)
     spread = np.maximum(((values - values.mean(0)) ** 2).sum(0), 1e-12)
     best = gained.max(0)
-    found = np.flatnonzero((best > LEAP**2 * noise**2) & (best > MOSTLY * spread))
+    found = np.flatnonzero((best > STEP_STANDARD_ERRORS**2 * noise**2) & (best > STEP_VARIANCE_SHARE * spread))
     if not len(found):
         return []
     worst = int(found[np.argmax((best / noise**2)[found])])
@@ -74,8 +81,10 @@ def step(values: Floats, fields: tuple[str, ...]) -> list[str]:
     return [f"{name} changed from window {at} of {windows} on while it was learned; learn it again once it is steady"]
 
 
-def _agree(holds: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], fields: tuple[str, ...], reason: str) -> None:
+def _require_agreement(
+    passed: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], fields: tuple[str, ...], reason: str
+) -> None:
     names = [f"{name} {kind}" for kind in ("mean", "spread") for name in fields]
-    wrong = [name for name, fine in zip(names, holds, strict=True) if not fine]
+    wrong = [name for name, fine in zip(names, passed, strict=True) if not fine]
     if wrong:
         raise BadBundle(f"no drift reference: {reason} ({', '.join(wrong)})")

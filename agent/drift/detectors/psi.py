@@ -16,97 +16,97 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Bools, Floats, Ints
-from agent.drift.numeric.divergence import folded
+from agent.drift.numeric.divergence import fold_outer_bins
 from agent.drift.numeric.middle import median
 
-CALM = 3  # windows in a row below the limit that clear an alarm
-LEAST = 0.02  # smaller PSI never matters
-HALF = 0.5  # added to each bin, so that an empty one says no more than its rows can
-LEAST_SHAPE = 0.3  # of the gamma: the heaviest tail that is believed
-MOST_SHAPE = 200.0
+WINDOWS_TO_CLEAR = 3  # windows in a row below the limit that clear an alarm
+MIN_PSI = 0.02  # smaller PSI never matters
+BIN_PRIOR = 0.5  # added to each bin, so that an empty one says no more than its rows can
+MIN_GAMMA_SHAPE = 0.3  # of the gamma: the heaviest tail that is believed
+MAX_GAMMA_SHAPE = 200.0
 
 
-class Confirm(msgspec.Struct, frozen=True, eq=False):
+class PsiConfirmation(msgspec.Struct, frozen=True, eq=False):
     """Alarms of S subjects. `windows` and `since` (epoch µs) begin with the first of the windows that raised one."""
 
-    before: Ints  # (2, S) when the last two windows began that were beyond the limit; 0 for one that was not
-    on: Bools  # (S,)
-    calm: Ints
+    exceeded_at: Ints  # (2, S) when the last two windows began that were beyond the limit; 0 for one that was not
+    alarm: Bools  # (S,)
+    clear_count: Ints
     windows: Ints
     since: Ints
 
     @classmethod
-    def none(cls, subjects: int) -> Confirm:
+    def empty(cls, subjects: int) -> PsiConfirmation:
         zero = np.zeros(subjects, np.int64)
         return cls(np.zeros((2, subjects), np.int64), np.zeros(subjects, np.bool_), zero, zero, zero)
 
-    def update(self, beyond: Bools, tested: Bools, t: int) -> Confirm:
+    def update(self, exceeded: Bools, tested: Bools, t: int) -> PsiConfirmation:
         """After one more window, begun at `t`; where it was not `tested` all stays as it was."""
-        last, one_more = self.before
-        if not (beyond.any() or self.on.any()):
-            before = np.zeros_like(self.before)
+        last, one_more = self.exceeded_at
+        if not (exceeded.any() or self.alarm.any()):
+            before = np.zeros_like(self.exceeded_at)
             before[1] = last
             if not tested.all():
-                before = np.where(tested, before, self.before)
-            return Confirm(before, self.on, self.calm, self.windows, self.since)
-        twice = beyond & ((last > 0) | (one_more > 0))
-        calm = np.where(self.on & ~beyond, self.calm + 1, 0)
-        on = (self.on | twice) & (calm < CALM)
+                before = np.where(tested, before, self.exceeded_at)
+            return PsiConfirmation(before, self.alarm, self.clear_count, self.windows, self.since)
+        twice = exceeded & ((last > 0) | (one_more > 0))
+        calm = np.where(self.alarm & ~exceeded, self.clear_count + 1, 0)
+        on = (self.alarm | twice) & (calm < WINDOWS_TO_CLEAR)
         first = np.where(one_more > 0, one_more, last)
-        windows = np.where(self.on, self.windows + 1, np.where(one_more > 0, 3, 2))
-        before = np.stack([np.where(beyond, max(1, t), 0), last])
-        return Confirm(
-            np.where(tested, before, self.before),
-            np.where(tested, on, self.on),
-            np.where(tested, calm, self.calm),
+        windows = np.where(self.alarm, self.windows + 1, np.where(one_more > 0, 3, 2))
+        before = np.stack([np.where(exceeded, max(1, t), 0), last])
+        return PsiConfirmation(
+            np.where(tested, before, self.exceeded_at),
+            np.where(tested, on, self.alarm),
+            np.where(tested, calm, self.clear_count),
             np.where(tested, np.where(on, windows, 0), self.windows),
-            np.where(tested, np.where(on, np.where(self.on, self.since, first), 0), self.since),
+            np.where(tested, np.where(on, np.where(self.alarm, self.since, first), 0), self.since),
         )
 
-    def only(self, which: Bools) -> Confirm:
+    def reset_except(self, subjects: Bools) -> PsiConfirmation:
         """With all but the subjects `which` (S,) begun anew."""
         before, calm, windows, since = (
-            np.where(which, part, 0) for part in (self.before, self.calm, self.windows, self.since)
+            np.where(subjects, part, 0) for part in (self.exceeded_at, self.clear_count, self.windows, self.since)
         )
-        return Confirm(before, self.on & which, calm, windows, since)
+        return PsiConfirmation(before, self.alarm & subjects, calm, windows, since)
 
 
-def coarse(counts: Ints) -> Ints:
+def coarsen_bins(counts: Ints) -> Ints:
     """(..., 16) of counts (..., 34): what lies outside counted to the outermost of 32 bins, and these two by two."""
-    inner = folded(counts)
+    inner = fold_outer_bins(counts)
     return np.asarray(inner.reshape(*inner.shape[:-1], -1, 2).sum(-1))
 
 
-def psi(usual: Floats, found: Ints) -> Floats:
+def compute_psi(reference_shares: Floats, counts: Ints) -> Floats:
     """PSI along the last axis, of counts against what `shares` tells of the usual ones."""
-    q = shares(found)
-    return np.asarray(((usual - q) * np.log(usual / q)).sum(-1))
+    q = smoothed_shares(counts)
+    return np.asarray(((reference_shares - q) * np.log(reference_shares / q)).sum(-1))
 
 
-def psi_without(found: Ints) -> Floats:
+def leave_one_out_psi(counts: Ints) -> Floats:
     """(K, ...): each of K windows' counts (K, ..., bins) against all others together."""
-    return psi(shares(found.sum(0) - found), found)
+    return compute_psi(smoothed_shares(counts.sum(0) - counts), counts)
 
 
-def limits(values: Floats, level: float, allotted: float) -> Floats:
+def fit_limits(values: Floats, level: float, budget: float) -> Floats:
     """(S,): PSI limits from K windows in a row (K, S), with one shape of the gamma for all S that are not wilder.
 
     One window is beyond it in a share `level`; and two of three are, taken as they come (neighbours may be alike), in a
     share `allotted`.
     """
     second = np.sort(np.stack([values[:-2], values[1:-1], values[2:]]), axis=0)[1]
-    return np.maximum(LEAST, np.maximum(_quantile(values, level), _quantile(second, allotted)))
+    return np.maximum(MIN_PSI, np.maximum(_gamma_limit(values, level), _gamma_limit(second, budget)))
 
 
-def _quantile(values: Floats, level: float) -> Floats:
-    kept = np.minimum(values, _odd(values))
+def _gamma_limit(values: Floats, level: float) -> Floats:
+    kept = np.minimum(values, _outlier_cap(values))
     mean, variance = kept.mean(0), kept.var(0, ddof=1)
     told = mean > 0
     each = np.where(told, mean, 1.0) ** 2 / np.maximum(variance, 1e-12)
-    common = float(median(each[told])) if told.any() else MOST_SHAPE
+    common = float(median(each[told])) if told.any() else MAX_GAMMA_SHAPE
     # K windows tell mean and shape only so well: one standard error to the safe side.
     sure = 1 - np.sqrt(2 / len(values))
-    shape = np.clip(sure * np.minimum(each, common), LEAST_SHAPE, MOST_SHAPE)
+    shape = np.clip(sure * np.minimum(each, common), MIN_GAMMA_SHAPE, MAX_GAMMA_SHAPE)
     unsure = 1 + 1 / np.sqrt(shape * len(values))
     return np.asarray(mean * unsure * gamma_quantile(shape, 1 - level))
 
@@ -117,13 +117,13 @@ def gamma_quantile(shape: Floats, p: float) -> Floats:
     return np.asarray((1 - spread + NormalDist().inv_cdf(p) * np.sqrt(spread)) ** 3)
 
 
-def _odd(values: Floats) -> Floats:
+def _outlier_cap(values: Floats) -> Floats:
     """Windows beyond this were not like the others: left out."""
     middle = median(values)
     return np.asarray(middle + 10 * median(np.abs(values - middle)) + 1e-9)
 
 
-def shares(counts: Ints) -> Floats:
+def smoothed_shares(counts: Ints) -> Floats:
     """Along the last axis, of counts that have half a row in each bin to begin with."""
-    filled = counts + HALF
+    filled = counts + BIN_PRIOR
     return np.asarray(filled / filled.sum(-1, keepdims=True))

@@ -13,35 +13,42 @@ if TYPE_CHECKING:
     from agent.drift.baseline.reference import Reference
     from agent.drift.baseline.summary import Summary
 
-SIZES, SMALLEST = 64, -40  # sizes below 2**-40 and from 2**23 on are counted to the outermost
-FINE, COARSER = 0.05, 2  # share of steps that the finest usual size is found by; powers of two that are too coarse
-KEPT, ENOUGH, SOME = 0.05, 25, 20  # share that is left of fine steps; how many of these, and of any, tell something
-REPEATS = 0.25  # steps of 0 for each of the finest others: half as many are expected where values are rounded
+SIZE_BINS, MIN_EXPONENT = 64, -40  # sizes below 2**-40 and from 2**23 on are counted to the outermost
+FINEST_SHARE, MIN_COARSER_OCTAVES = (
+    0.05,
+    2,
+)  # share of steps that the finest usual size is found by; powers of two that are too coarse
+MAX_FINE_SHARE, MIN_FINE_STEPS, MIN_STEPS = (
+    0.05,
+    25,
+    20,
+)  # share that is left of fine steps; how many of these, and of any, tell something
+MIN_REPEAT_RATIO = 0.25  # steps of 0 for each of the finest others: half as many are expected where values are rounded
 
 
-def count(step: Floats, still: Bools) -> Ints:
+def count_sizes(step: Floats, zero_steps: Bools) -> Ints:
     """(W, F, SIZES) by size, first those of 0, of steps (W, n, F) from row to row; NaN has none.
 
     `still` (W, n, F) says which are 0.
     """
     windows, _, fields = step.shape
     if not step.size:
-        return np.zeros((windows, fields, SIZES), np.int64)
+        return np.zeros((windows, fields, SIZE_BINS), np.int64)
     # The exponent as it stands in a float64, below which all bits are the fraction's: several times as fast as frexp.
     size = (np.ascontiguousarray(step, np.float64).view(np.int64) >> 52).astype(np.intp, copy=False)
     size &= 0x7FF
-    size -= 1022 + SMALLEST
+    size -= 1022 + MIN_EXPONENT
     np.maximum(size, 1, out=size)
-    np.minimum(size, SIZES - 1, out=size)
-    if still.any():
-        size[still] = 0
-    size += SIZES * np.arange(windows * fields).reshape(windows, 1, fields)
+    np.minimum(size, SIZE_BINS - 1, out=size)
+    if zero_steps.any():
+        size[zero_steps] = 0
+    size += SIZE_BINS * np.arange(windows * fields).reshape(windows, 1, fields)
     told = ~np.isnan(step)
     found = size.ravel() if told.all() else size[told]
-    return np.bincount(found, minlength=windows * fields * SIZES).reshape(windows, fields, SIZES)
+    return np.bincount(found, minlength=windows * fields * SIZE_BINS).reshape(windows, fields, SIZE_BINS)
 
 
-class Fine(msgspec.Struct, frozen=True, eq=False):
+class Resolution(msgspec.Struct, frozen=True, eq=False):
     """What is usual at a site: which size is the `finest` (F,) that is found often, the `sizes` (F, SIZES) that are
     hardly coarser, and which `share` (F,) of steps these are."""
 
@@ -50,16 +57,16 @@ class Fine(msgspec.Struct, frozen=True, eq=False):
     share: Floats
 
     @classmethod
-    def of(cls, usual: Ints) -> Fine:
+    def from_steps(cls, steps: Ints) -> Resolution:
         """Of a site's steps (F, SIZES), by size."""
-        finest, size = _finest(usual), np.arange(SIZES)
-        sizes = (size > 0) & (size < (finest + COARSER)[:, None])
-        return cls(finest, sizes, np.where(sizes, usual, 0).sum(1) / np.maximum(usual.sum(1), 1))
+        finest, size = _find_finest(steps), np.arange(SIZE_BINS)
+        sizes = (size > 0) & (size < (finest + MIN_COARSER_OCTAVES)[:, None])
+        return cls(finest, sizes, np.where(sizes, steps, 0).sum(1) / np.maximum(steps.sum(1), 1))
 
 
-def coarser(summary: Summary, site: Reference) -> Ints:
+def detect_coarsening(summary: Summary, site: Reference) -> Ints:
     """(W, F) how many times as coarse as at the site before values are told apart; 0 where not at least four times."""
-    usual = None if site.site is None else site.site.fine
+    usual = None if site.site is None else site.site.resolution
     if usual is None:
         return np.zeros(summary.missing.shape, np.int64)
     now = summary.steps
@@ -67,17 +74,17 @@ def coarser(summary: Summary, site: Reference) -> Ints:
     expected, moved = usual.share * steps, steps - now[..., 0]
     # A sensor that rests for long has few steps, but fine ones.
     left = (now * usual.sizes).sum(-1)
-    lost = (expected >= ENOUGH) & (moved >= SOME) & (left < KEPT * np.minimum(expected, moved))
+    lost = (expected >= MIN_FINE_STEPS) & (moved >= MIN_STEPS) & (left < MAX_FINE_SHARE * np.minimum(expected, moved))
     if not lost.any():
         return np.zeros(lost.shape, np.int64)
-    finest_now = _finest(now)
+    finest_now = _find_finest(now)
     of_these = np.take_along_axis(now, finest_now[..., None], -1)[..., 0]
     # One that moves faster has no fine steps either, but hardly repeats a value; a row that repeats as a whole is none.
-    repeats = now[..., 0] - summary.ticks.repeated >= REPEATS * of_these
+    repeats = now[..., 0] - summary.sampling.repeated >= MIN_REPEAT_RATIO * of_these
     return np.where(lost & repeats, 2 ** np.maximum(finest_now - usual.finest, 0), 0)
 
 
-def _finest(steps: Ints) -> Ints:
+def _find_finest(steps: Ints) -> Ints:
     moved = steps[..., 1:]
-    enough = FINE * np.maximum(moved.sum(-1, keepdims=True), 1)
+    enough = FINEST_SHARE * np.maximum(moved.sum(-1, keepdims=True), 1)
     return np.asarray((np.cumsum(moved, axis=-1) >= enough).argmax(-1) + 1)

@@ -9,9 +9,9 @@ import numpy as np
 
 from agent.arrays import Bools, Floats, Ints
 
-JUMP, AGREE = 10.0, 5.0  # robust sd of first differences
+SPIKE_SDS, NEIGHBOUR_SDS = 10.0, 5.0  # robust sd of first differences
 
-Rest = tuple[tuple[float, ...], ...]  # of each field, values that it may hold for long
+RestValues = tuple[tuple[float, ...], ...]  # of each field, values that it may hold for long
 
 
 class Tail(msgspec.Struct, frozen=True, eq=False):
@@ -34,39 +34,39 @@ class Trace(msgspec.Struct, frozen=True, eq=False, dict=True):
     n: int
 
     @classmethod
-    def of(cls, rows: Floats, before: Floats | None = None) -> Trace:
+    def from_rows(cls, rows: Floats, before: Floats | None = None) -> Trace:
         """Of `rows` (W, n, F); where W is 1, those `before` them (up to 2, F) may be known."""
         joined = rows if before is None or not len(before) else np.concatenate([before[None], rows], axis=1)
         return cls(joined, joined[:, 1:] - joined[:, :-1], rows.shape[1])
 
     @cached_property
-    def into(self) -> Floats:
+    def steps_into(self) -> Floats:
         """(W, n or n - 1, F) steps that lead to one of the n rows."""
         return self.step[:, -self.n :] if self.n else self.step[:, :0]
 
     @cached_property
-    def still(self) -> Bools:
+    def zero_steps(self) -> Bools:
         """Which of these are 0."""
-        return np.asarray(self.into == 0)
+        return np.asarray(self.steps_into == 0)
 
 
-def longest(trace: Trace, before: Ints, rest: Rest) -> tuple[Ints, Ints]:
+def longest_runs(trace: Trace, run_before: Ints, rest: RestValues) -> tuple[Ints, Ints]:
     """Longest run of one value, and the run of the last one, (W, F), where the value before has run so long (F,).
 
     A value in `rest` has no runs.
     """
     windows, rows, fields = trace.rows.shape
     most, last = np.ones((windows, fields), np.int64), np.ones((windows, fields), np.int64)
-    place = _field_by_field(trace, rest)
+    place = _find_repeats(trace, rest)
     if not len(place):
         return most, last
-    count = trace.into.shape[1]
+    count = trace.steps_into.shape[1]
     begins = np.flatnonzero(np.diff(place, prepend=-2) != 1)
     ends = np.append(begins[1:], len(place)) - 1
     column, at = np.divmod(place[begins], rows)
     of = np.divmod(column, fields)
     # The first row of a run is not counted yet; of one that goes on from the rows before, they are.
-    earlier = np.where((at == 0) & (trace.n < rows), before[of[1]], 1)
+    earlier = np.where((at == 0) & (trace.n < rows), run_before[of[1]], 1)
     length = ends - begins + 1 + earlier
     np.maximum.at(most, of, length)
     open_end = place[ends] % rows == count - 1
@@ -74,10 +74,10 @@ def longest(trace: Trace, before: Ints, rest: Rest) -> tuple[Ints, Ints]:
     return most, last
 
 
-def _field_by_field(trace: Trace, rest: Rest) -> Ints:
+def _find_repeats(trace: Trace, rest: RestValues) -> Ints:
     """Places among (W, F, m), ascending, of rows that say what the row before said; most say something else."""
-    (_, rows, fields), count = trace.rows.shape, trace.into.shape[1]
-    at, field = np.divmod(np.flatnonzero(trace.still), fields)
+    (_, rows, fields), count = trace.rows.shape, trace.steps_into.shape[1]
+    at, field = np.divmod(np.flatnonzero(trace.zero_steps), fields)
     window, at = np.divmod(at, max(1, count))
     place = (window * fields + field) * rows + at
     for one in (one for one, values in enumerate(rest) if values):
@@ -86,7 +86,7 @@ def _field_by_field(trace: Trace, rest: Rest) -> Ints:
     return np.sort(place)
 
 
-def lone_jumps(trace: Trace, jump: Floats, span: Floats | None = None) -> Ints:
+def count_spikes(trace: Trace, jump: Floats, span: Floats | None = None) -> Ints:
     """(W, F) rows that lie far from both neighbours, which agree.
 
     `jump` (F,) is the robust sd of first differences; 0 switches this off. A row's jump is judged once the row after it
@@ -94,27 +94,27 @@ def lone_jumps(trace: Trace, jump: Floats, span: Floats | None = None) -> Ints:
     fields without room for a jump are not looked at.
     """
     out = np.zeros((len(trace.rows), len(jump)), np.int64)
-    some = np.flatnonzero((jump > 0) & (True if span is None else ~(span <= JUMP * jump).all(0)))
+    some = np.flatnonzero((jump > 0) & (True if span is None else ~(span <= SPIKE_SDS * jump).all(0)))
     if not len(some):
         return out
     step, limit = trace.step[:, :, some], jump[some]
-    far = np.abs(step) > JUMP * limit
+    far = np.abs(step) > SPIKE_SDS * limit
     lone = far[:, 1:] & far[:, :-1]
     if lone.any():
         rows = trace.rows[:, :, some]
-        lone &= np.abs(rows[:, 2:] - rows[:, :-2]) <= AGREE * limit
+        lone &= np.abs(rows[:, 2:] - rows[:, :-2]) <= NEIGHBOUR_SDS * limit
         out[:, some] = lone.sum(1)
     return out
 
 
-def repeated(trace: Trace, rest: Rest) -> Ints:
+def count_repeated_rows(trace: Trace, rest: RestValues) -> Ints:
     """(W,) rows equal to the one before in all fields, unless all of them rest. A missing value equals none."""
     # Most rows differ in the first field already.
-    window, at = np.nonzero(trace.still[:, :, 0])
-    same = trace.still[window, at].all(1)
+    window, at = np.nonzero(trace.zero_steps[:, :, 0])
+    same = trace.zero_steps[window, at].all(1)
     window, at = window[same], at[same]
     if not len(window):
         return np.zeros(len(trace.rows), np.int64)
-    rows = trace.rows[window, at + trace.rows.shape[1] - trace.into.shape[1]]
+    rows = trace.rows[window, at + trace.rows.shape[1] - trace.steps_into.shape[1]]
     resting = np.stack([np.isin(rows[:, i], values) for i, values in enumerate(rest)], axis=1)
     return np.bincount(window[~resting.all(1)], minlength=len(trace.rows))

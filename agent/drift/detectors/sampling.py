@@ -12,63 +12,67 @@ import numpy as np
 from agent.arrays import Floats, Ints
 
 OCTAVES = 48  # of µs: up to nine years
-ENOUGH = 10  # steps that tell a mean
+MIN_STEPS = 10  # steps that tell a mean
 
 
-class Ticks(msgspec.Struct, frozen=True, eq=False):
+class SamplingIntervals(msgspec.Struct, frozen=True, eq=False):
     """Of rows in model windows; whole numbers, which add exactly. Steps back and of no time are left out."""
 
     steps: Ints = msgspec.field(default_factory=lambda: np.zeros(OCTAVES, np.int64))  # by octave of their size in µs
     total_us: Ints = msgspec.field(default_factory=lambda: np.zeros(OCTAVES, np.int64))
     repeated: Ints = msgspec.field(default_factory=lambda: np.zeros(1, np.int64))  # rows equal to the one before
 
-    def __add__(self, other: Ticks) -> Ticks:
-        return Ticks(self.steps + other.steps, self.total_us + other.total_us, self.repeated + other.repeated)
+    def __add__(self, other: SamplingIntervals) -> SamplingIntervals:
+        return SamplingIntervals(
+            self.steps + other.steps, self.total_us + other.total_us, self.repeated + other.repeated
+        )
 
-    def with_spans(self, spans_us: Ints, each: int) -> Ticks:
+    def add_spans(self, spans_us: Ints, steps_per_span: int) -> SamplingIntervals:
         """With `spans_us` (..., m) of `each` steps, whose mean counts."""
         size = spans_us.shape[-1]
         if size:
-            least, most = _octave(spans_us.min(-1), each), _octave(spans_us.max(-1), each)
+            least, most = _octave(spans_us.min(-1), steps_per_span), _octave(spans_us.max(-1), steps_per_span)
             if (least == most).all() and (least >= 0).all() and (most < OCTAVES).all():
                 # As steps are where a clock is steady.
                 here = np.arange(OCTAVES) == least[..., None]
-                return self._with(np.where(here, size * each, 0), np.where(here, spans_us.sum(-1)[..., None], 0))
-        octave = _octave(spans_us, each)
+                return self._add(
+                    np.where(here, size * steps_per_span, 0), np.where(here, spans_us.sum(-1)[..., None], 0)
+                )
+        octave = _octave(spans_us, steps_per_span)
         some = (octave >= 0) & (octave < OCTAVES)
         windows = int(np.prod(spans_us.shape[:-1]))
         place = (octave + OCTAVES * np.arange(windows).reshape(*spans_us.shape[:-1], 1))[some]
-        steps = np.bincount(place, minlength=windows * OCTAVES) * each
+        steps = np.bincount(place, minlength=windows * OCTAVES) * steps_per_span
         # Not by bincount, too: its sums are floats, which a year in µs is too much for.
         total = np.zeros(windows * OCTAVES, np.int64)
         np.add.at(total, place, spans_us[some])
         shape = (*spans_us.shape[:-1], OCTAVES)
-        return self._with(steps.reshape(shape), total.reshape(shape))
+        return self._add(steps.reshape(shape), total.reshape(shape))
 
-    def _with(self, steps: Ints, total_us: Ints) -> Ticks:
-        return Ticks(self.steps + steps, self.total_us + total_us, self.repeated)
+    def _add(self, steps: Ints, total_us: Ints) -> SamplingIntervals:
+        return SamplingIntervals(self.steps + steps, self.total_us + total_us, self.repeated)
 
-    def with_repeated(self, rows: Ints) -> Ticks:
+    def add_repeated(self, rows: Ints) -> SamplingIntervals:
         """With as many `rows` (..., 1) that repeat the one before."""
-        return Ticks(self.steps, self.total_us, self.repeated + rows)
+        return SamplingIntervals(self.steps, self.total_us, self.repeated + rows)
 
-    def step_us(self) -> Floats:
+    def mean_step_us(self) -> Floats:
         """(...,) mean of the usual steps; NaN where too few tell it."""
         count = self.steps.sum(-1, keepdims=True)
         middle = (np.cumsum(self.steps, axis=-1) >= count / 2).argmax(-1)
         near = np.abs(np.arange(OCTAVES) - middle[..., None]) <= 1
         steps = np.where(near, self.steps, 0).sum(-1)
         told = np.where(near, self.total_us, 0).sum(-1) / np.maximum(steps, 1)
-        return np.asarray(np.where(count[..., 0] >= ENOUGH, told, np.nan))
+        return np.asarray(np.where(count[..., 0] >= MIN_STEPS, told, np.nan))
 
 
-def _octave(spans_us: Ints, each: int) -> Ints:
+def _octave(spans_us: Ints, steps_per_span: int) -> Ints:
     """Of the mean of `each` steps; below 0 where they go back or take no time."""
-    octave = np.frexp(spans_us / each)[1] - 1
+    octave = np.frexp(spans_us / steps_per_span)[1] - 1
     return np.asarray(np.where(spans_us > 0, octave, -1))
 
 
-def spans(t: Ints, starts: Ints, window_rows: int, before: int) -> Ints:
+def compute_spans(t: Ints, starts: Ints, window_rows: int, before: int) -> Ints:
     """(m,) from the first to the last row of each model window; for single rows from the row before, the first one from
     `before` (0: there is none). `t` (n,) epoch µs."""
     if window_rows > 1:

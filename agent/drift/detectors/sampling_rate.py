@@ -18,26 +18,30 @@ from msgspec.structs import replace
 
 from agent.arrays import Floats, Ints
 from agent.drift.detectors import correlation, cusum, daily_cycle, outliers, variogram
-from agent.drift.detectors.correlation import usual, usual_without
-from agent.drift.detectors.variogram import Paces
-from agent.drift.detectors.window_statistics import RARE
+from agent.drift.detectors.correlation import leave_one_out_mean, pooled_mean
+from agent.drift.detectors.variogram import Variograms
+from agent.drift.detectors.window_statistics import MIN_CLASS_WINDOWS
 from agent.drift.numeric import false_alarm_budget
 from agent.drift.numeric.middle import median
 
 if TYPE_CHECKING:
     from agent.drift.baseline.summary import Summary
 
-OFF, SDS, BEYOND = 0.05, 6.0, 1.5  # share; sd of learned windows; times the farthest of them
-STEADY = 0.1  # sd of the logarithm of a window's mean step, from which on there is no rate
-REPEATED, RISE = 0.1, 1.5  # share of rows; times the most of a learned window
-LEAST_STEP_SD, LEAST_SPEED_SD = 0.002, 0.01
-FEW = 20  # learned windows
+MIN_STEP_CHANGE, STEP_CHANGE_SDS, STEP_CHANGE_FACTOR = (
+    0.05,
+    6.0,
+    1.5,
+)  # share; sd of learned windows; times the farthest of them
+MAX_STEADY_SD = 0.1  # sd of the logarithm of a window's mean step, from which on there is no rate
+REPEATED_MARGIN, REPEATED_FACTOR = 0.1, 1.5  # share of rows; times the most of a learned window
+MIN_STEP_SD, MIN_SPEED_SD = 0.002, 0.01
+MIN_WINDOWS = 20  # learned windows
 
 Int32s = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
-class Gathered(msgspec.Struct, frozen=True, eq=False):
+class RateHistory(msgspec.Struct, frozen=True, eq=False):
     """Of K drift windows, and of m classes that occurred in one of them."""
 
     windows: Floats  # (K, 2 + F) mean step in µs (NaN: not known); shares of rows repeated, of each field's missing
@@ -49,42 +53,42 @@ class Gathered(msgspec.Struct, frozen=True, eq=False):
     slope: Float32s = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))
 
     @classmethod
-    def none(cls) -> Gathered:
+    def empty(cls) -> RateHistory:
         return cls(np.empty((0, 0)), np.empty(0, np.int64))
 
-    def add(self, window: Summary, t: tuple[int, int]) -> Gathered:
-        found = variogram.measured(window.pace)
+    def add(self, window: Summary, t: tuple[int, int]) -> RateHistory:
+        found = variogram.from_sums(window.variogram)
         seen = np.flatnonzero(found.n.any(1))
-        one = np.concatenate([[window.ticks.step_us(), repeated_share(window)], missing_share(window)])
-        return Gathered(
+        one = np.concatenate([[window.sampling.mean_step_us(), repeated_share(window)], missing_share(window)])
+        return RateHistory(
             windows=np.concatenate([self.windows.reshape(-1, len(one)), one[None]]),
             t=np.append(self.t, t[0] + (t[1] - t[0]) // 2),
             window=np.append(self.window, np.full(len(seen), len(self.t))),
             label=np.append(self.label, seen),
-            n=_joined(self.n, found.n[seen], np.int32),
-            level=_joined(self.level, found.level[seen], np.float32),
-            slope=_joined(self.slope, found.slope[seen], np.float32),
+            n=_append(self.n, found.n[seen], np.int32),
+            level=_append(self.level, found.level[seen], np.float32),
+            slope=_append(self.slope, found.slope[seen], np.float32),
         )
 
-    def thinned(self) -> Gathered:
+    def thin(self) -> RateHistory:
         """Every other one."""
         some = self.window % 2 == 0
         entries = {name: getattr(self, name)[some] for name in ("label", "n", "level", "slope")}
         return replace(self, windows=self.windows[::2], t=self.t[::2], window=self.window[some] // 2, **entries)
 
-    def paces(self, classes: int) -> Paces:
+    def variograms(self, classes: int) -> Variograms:
         """Per drift window, class and field, (K, C, F)."""
         out = np.zeros((3, len(self.t), classes, self.n.shape[1]))
         for one, entries in zip(out, (self.n, self.level, self.slope), strict=True):
             one[self.window, self.label] = entries
-        return Paces(*out)
+        return Variograms(*out)
 
 
-def _joined(before: np.ndarray, more: Floats, dtype: type) -> np.ndarray:
+def _append(before: np.ndarray, more: Floats, dtype: type) -> np.ndarray:
     return (np.concatenate([before, more]) if len(before) else more).astype(dtype)
 
 
-class Usual(msgspec.Struct, frozen=True, eq=False):
+class RateBaseline(msgspec.Struct, frozen=True, eq=False):
     """What is usual at a site."""
 
     step_us: float  # 0: readings come irregularly
@@ -98,7 +102,7 @@ class Usual(msgspec.Struct, frozen=True, eq=False):
     speed_sd: float  # 0: nothing is known of it
     cycle: daily_cycle.Cycle  # of the speed
 
-    def fits(self, classes: int, fields: int) -> bool:
+    def is_valid(self, classes: int, fields: int) -> bool:
         """Whether it is of so many classes and fields, and holds together."""
         cycle = self.cycle
         shapes = [one.shape for one in (self.missing, self.level, self.slope, self.weight, cycle.waves, cycle.rest)]
@@ -108,8 +112,8 @@ class Usual(msgspec.Struct, frozen=True, eq=False):
             (classes, paced),
             (paced,),
             (paced,),
-            (2 * daily_cycle.WAVES, 1),
-            (1 + 2 * daily_cycle.WAVES, 1),
+            (2 * daily_cycle.HARMONICS, 1),
+            (1 + 2 * daily_cycle.HARMONICS, 1),
         ]
         numbers = [self.step_us, self.step_off, self.repeated, self.speed_mean, self.speed_sd]
         known = [np.array(numbers), self.missing, self.level, self.slope, self.weight, cycle.waves, cycle.rest]
@@ -118,76 +122,83 @@ class Usual(msgspec.Struct, frozen=True, eq=False):
             shapes == right and paced in (0, fields) and positive and all(bool(np.isfinite(one).all()) for one in known)
         )
 
-    def z(self, windows: Summary, t: Ints, learned: int) -> tuple[Floats, Floats]:
+    def score_speeds(self, windows: Summary, t: Ints, learned: int) -> tuple[Floats, Floats]:
         """Scores (W,) of the speeds of stacked windows in the middle of `t` (W,) epoch µs, and their logarithms; NaN:
         nothing tells. `learned` windows told what is usual."""
         if self.speed_sd <= 0:
             unknown = np.full(len(t), math.nan)
             return unknown, unknown
-        expected = self.speed_mean + self.cycle.at(t)[:, 0]
-        apart = correlation.tests(variogram.measured(windows.pace).pairs(), self.level)
-        found = variogram.speed(apart, self.slope, self.weight) - expected
-        return cusum.scores(found, np.zeros(1), np.full(1, self.speed_sd), learned), found
+        expected = self.speed_mean + self.cycle.evaluate(t)[:, 0]
+        apart = correlation.compute_deviations(variogram.from_sums(windows.variogram).weighted_levels(), self.level)
+        found = variogram.estimate_log_speed(apart, self.slope, self.weight) - expected
+        return cusum.standardize(found, np.zeros(1), np.full(1, self.speed_sd), learned), found
 
 
-def learn(gathered: Gathered, classes: int, window_rows: int, strata: str) -> Usual | None:
+def learn_baseline(history: RateHistory, classes: int, window_rows: int, seasonality: str) -> RateBaseline | None:
     """None where too few windows were gathered, as in a state that an older version saved."""
-    if len(gathered.t) < FEW:
+    if len(history.t) < MIN_WINDOWS:
         return None
-    found = gathered.paces(classes)
-    step_us, off = _step(gathered.windows[:, 0])
-    nothing = Usual(
+    found = history.variograms(classes)
+    step_us, off = _fit_step(history.windows[:, 0])
+    nothing = RateBaseline(
         step_us=step_us,
         step_off=off,
-        repeated=float(gathered.windows[:, 1].max()),
-        missing=gathered.windows[:, 2:].max(0),
-        level=usual(found.pairs(), float(RARE)),
-        slope=variogram.slopes(found, window_rows),
+        repeated=float(history.windows[:, 1].max()),
+        missing=history.windows[:, 2:].max(0),
+        level=pooled_mean(found.weighted_levels(), float(MIN_CLASS_WINDOWS)),
+        slope=variogram.fit_slopes(found, window_rows),
         weight=np.zeros(found.n.shape[-1]),
         speed_mean=0.0,
         speed_sd=0.0,
-        cycle=daily_cycle.Cycle.none(1),
+        cycle=daily_cycle.Cycle.empty(1),
     )
-    apart = correlation.tests(found.pairs(), usual_without(found.pairs(), float(RARE)))
-    weight = variogram.weights(apart, nothing.slope)
-    speeds = variogram.speed(apart, nothing.slope, weight) if weight.any() else np.full(len(apart), np.nan)
+    apart = correlation.compute_deviations(
+        found.weighted_levels(), leave_one_out_mean(found.weighted_levels(), float(MIN_CLASS_WINDOWS))
+    )
+    weight = variogram.compute_field_weights(apart, nothing.slope)
+    speeds = variogram.estimate_log_speed(apart, nothing.slope, weight) if weight.any() else np.full(len(apart), np.nan)
     told = ~np.isnan(speeds)
-    if told.sum() < FEW:
+    if told.sum() < MIN_WINDOWS:
         return nothing
-    fit = daily_cycle.fit(np.where(told, speeds, median(speeds[told]))[:, None], gathered.t, strata)
-    mean, left = outliers.drawn(fit.left, median(fit.left), LEAST_SPEED_SD)
+    fit = daily_cycle.fit(np.where(told, speeds, median(speeds[told]))[:, None], history.t, seasonality)
+    mean, left = outliers.winsorize(fit.residuals, median(fit.residuals), MIN_SPEED_SD)
     return replace(
         nothing,
         weight=weight,
         speed_mean=float((fit.mean + mean)[0]),
-        speed_sd=float(max(left.std(ddof=1), LEAST_SPEED_SD)),
+        speed_sd=float(max(left.std(ddof=1), MIN_SPEED_SD)),
         cycle=fit.cycle,
     )
 
 
-def limit(windows: int, stretch: float) -> float:
+def speed_cusum_limit(windows: int, stretch_factor: float) -> float:
     """Of the sums of the speed's scores."""
-    return false_alarm_budget.h(1, windows, false_alarm_budget.K_FIELDS, false_alarm_budget.PACE) * stretch
+    return (
+        false_alarm_budget.cusum_limit(1, windows, false_alarm_budget.FIELD_SLACK, false_alarm_budget.SPEED_BUDGET)
+        * stretch_factor
+    )
 
 
-def _step(steps: Floats) -> tuple[float, float]:
+def _fit_step(steps: Floats) -> tuple[float, float]:
     """The usual one, and the logarithm of how far one may be off; 0 where there is none."""
     told = np.log(steps[~np.isnan(steps)])
-    if len(told) < FEW:
+    if len(told) < MIN_WINDOWS:
         return 0.0, 0.0
     middle = float(median(told))
-    mean, left = outliers.drawn(told[:, None], np.array([middle]), LEAST_STEP_SD)
+    mean, left = outliers.winsorize(told[:, None], np.array([middle]), MIN_STEP_SD)
     sd = float(left.std(ddof=1))
-    if sd > STEADY:
+    if sd > MAX_STEADY_SD:
         return 0.0, 0.0
-    return math.exp(float(mean[0])), max(math.log1p(OFF), SDS * sd, BEYOND * float(np.abs(left).max()))
+    return math.exp(float(mean[0])), max(
+        math.log1p(MIN_STEP_CHANGE), STEP_CHANGE_SDS * sd, STEP_CHANGE_FACTOR * float(np.abs(left).max())
+    )
 
 
-def fault(step_us: float, repeated: float, at_site: Usual) -> str:
+def detect_fault(step_us: float, repeated: float, baseline: RateBaseline) -> str:
     """rate, repeated or nothing, of a window's mean step and its share of repeated rows."""
-    if at_site.step_us and step_us > 0 and abs(math.log(step_us / at_site.step_us)) > at_site.step_off:
+    if baseline.step_us and step_us > 0 and abs(math.log(step_us / baseline.step_us)) > baseline.step_off:
         return "rate"
-    if repeated > max(at_site.repeated + REPEATED, RISE * at_site.repeated):
+    if repeated > max(baseline.repeated + REPEATED_MARGIN, REPEATED_FACTOR * baseline.repeated):
         return "repeated"
     return ""
 
@@ -195,7 +206,7 @@ def fault(step_us: float, repeated: float, at_site: Usual) -> str:
 def repeated_share(windows: Summary) -> Floats:
     """(...,) of one summary, or of stacked ones."""
     rows = windows.counts[..., 0, :].sum(-1) + windows.missing[..., 0]
-    return np.asarray(windows.ticks.repeated[..., 0] / np.maximum(1, rows))
+    return np.asarray(windows.sampling.repeated[..., 0] / np.maximum(1, rows))
 
 
 def missing_share(window: Summary) -> Floats:

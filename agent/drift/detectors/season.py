@@ -12,75 +12,75 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Floats, Ints
-from agent.drift.detectors.ramp import LONGER, is_ramp
+from agent.drift.detectors.ramp import MIN_RAMP_WINDOWS, is_ramp
 
 HALF_DAY_US = 43_200_000_000
-KEPT = 14  # half days
-FEWEST = LONGER + 2  # half days that tell a slope
-SLOW, SURE = 0.75, 5.0  # sd of a window: a smaller rise is none; its standard errors
-FEWEST_FIELDS = 2
+MAX_HALF_DAYS = 14  # half days
+MIN_HALF_DAYS = MIN_RAMP_WINDOWS + 2  # half days that tell a slope
+MIN_RISE_SD, MIN_STANDARD_ERRORS = 0.75, 5.0  # sd of a window: a smaller rise is none; its standard errors
+MIN_FIELDS = 2
 
 Float32s = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
 
-class Season(msgspec.Struct, frozen=True, eq=False):
+class SlowTrend(msgspec.Struct, frozen=True, eq=False):
     """The last half days in which anything was tested."""
 
     half_day: Ints = msgspec.field(default_factory=lambda: np.empty(0, np.int64))  # (H,) since 1970
     n: Ints = msgspec.field(default_factory=lambda: np.empty((0, 0), np.int64))  # (H, F) windows
     mean: Float32s = msgspec.field(default_factory=lambda: np.empty((0, 0), np.float32))  # of their scores
 
-    def add(self, z: Floats, t: Ints) -> Season:
+    def add(self, z: Floats, t: Ints) -> SlowTrend:
         """With scores `z` (W, F) of windows at `t` (W,), epoch µs; NaN for none. A clock set back begins anew."""
         half_days, season = t // HALF_DAY_US, self
         begins = [0, *(np.flatnonzero(half_days[1:] != half_days[:-1]) + 1).tolist(), len(t)]
         for begin, end in pairwise(begins):
-            season = season._with(int(half_days[begin]), z[begin:end])
+            season = season._add_half_day(int(half_days[begin]), z[begin:end])
         return season
 
-    def _with(self, now: int, z: Floats) -> Season:
+    def _add_half_day(self, half_day_number: int, z: Floats) -> SlowTrend:
         """With scores (W, F) of windows in half day `now`."""
         told = ~np.isnan(z)
         known = np.where(told, z, 0.0)
-        half_day, n, mean = self._at(now, z.shape[1])
+        half_day, n, mean = self._open_half_day(half_day_number, z.shape[1])
         counts, last = n[-1] + np.cumsum(told, axis=0), mean[-1]
         for count, some, score in zip(counts, told, known, strict=True):
             last += np.where(some, (score - last) / np.maximum(count, 1), 0.0)
         n[-1] = counts[-1]
-        return Season(half_day, n, mean)
+        return SlowTrend(half_day, n, mean)
 
-    def _at(self, now: int, fields: int) -> tuple[Ints, Ints, Float32s]:
+    def _open_half_day(self, half_day_number: int, fields: int) -> tuple[Ints, Ints, Float32s]:
         """Copies of its members whose last entry is that of half day `now`."""
-        if len(self.half_day) and now == self.half_day[-1]:
+        if len(self.half_day) and half_day_number == self.half_day[-1]:
             return self.half_day, self.n.copy(), self.mean.copy()
-        one = np.array([now]), np.zeros((1, fields), np.int64), np.zeros((1, fields), np.float32)
-        if not len(self.half_day) or now < self.half_day[-1]:
+        one = np.array([half_day_number]), np.zeros((1, fields), np.int64), np.zeros((1, fields), np.float32)
+        if not len(self.half_day) or half_day_number < self.half_day[-1]:
             return one
-        kept = slice(1 - KEPT, None)
+        kept = slice(1 - MAX_HALF_DAYS, None)
         before = self.half_day[kept], self.n[kept], self.mean[kept]
         half_day, n, mean = (np.concatenate([old, new]) for old, new in zip(before, one, strict=True))
         return half_day, n, mean
 
-    def slow(self) -> Ints:
+    def find_slow_fields(self) -> Ints:
         """Fields whose mean has moved slowly all that time."""
         return np.array([i for i in range(self.n.shape[1]) if self._is_slow(i)], np.int64)
 
-    def _is_slow(self, one: int) -> bool:
-        some = self.n[:, one] > 0
-        mean, each = self.mean[some, one].astype(np.float64), float(np.sqrt(np.median(self.n[some, one])))
-        if len(mean) < FEWEST:
+    def _is_slow(self, field: int) -> bool:
+        some = self.n[:, field] > 0
+        mean, each = self.mean[some, field].astype(np.float64), float(np.sqrt(np.median(self.n[some, field])))
+        if len(mean) < MIN_HALF_DAYS:
             return False
         place = self.half_day[some] - self.half_day[some].mean()
         slope = float(place @ mean) / float(place @ place)
         left = float((mean - mean.mean() - slope * place).std()) / float(np.sqrt(place @ place))
         rise = abs(slope) * float(place[-1] - place[0])
-        return rise > SLOW and abs(slope) > SURE * left and is_ramp(mean * each)
+        return rise > MIN_RISE_SD and abs(slope) > MIN_STANDARD_ERRORS * left and is_ramp(mean * each)
 
 
-def cause(of: int, season: Season, fields: Sequence[str]) -> str:
+def guess_cause(field: int, trend: SlowTrend, fields: Sequence[str]) -> str:
     """What field number `of` probably follows, in words; nothing where it does not move slowly along with others."""
-    slow = season.slow()
-    if of not in slow or len(slow) < max(FEWEST_FIELDS, (len(fields) + 1) // 2):
+    slow = trend.find_slow_fields()
+    if field not in slow or len(slow) < max(MIN_FIELDS, (len(fields) + 1) // 2):
         return ""
-    others = ", ".join(fields[i] for i in slow if i != of)
+    others = ", ".join(fields[i] for i in slow if i != field)
     return f"the season or a slow change of the surroundings: {others} moved as slowly, for more than a day"

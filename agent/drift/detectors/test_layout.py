@@ -9,11 +9,11 @@ import msgspec
 from agent.drift.detectors import correlation
 
 
-class Places(msgspec.Struct, frozen=True):
+class TestLayout(msgspec.Struct, frozen=True):
     """Of so many fields and answers; `tests` in all."""
 
     fields: int
-    answers_told: int
+    tested_classes: int
 
     @property
     def means(self) -> slice:
@@ -29,18 +29,18 @@ class Places(msgspec.Struct, frozen=True):
 
     @property
     def certainty(self) -> int:
-        return 2 * self.fields + len(correlation.pairs(self.fields))
+        return 2 * self.fields + len(correlation.field_pairs(self.fields))
 
     @property
-    def answers(self) -> slice:
-        return slice(self.certainty + 1, self.tests)
+    def class_shares(self) -> slice:
+        return slice(self.certainty + 1, self.test_count)
 
     @property
-    def tests(self) -> int:
-        return self.certainty + 1 + self.answers_told
+    def test_count(self) -> int:
+        return self.certainty + 1 + self.tested_classes
 
 
 @lru_cache(maxsize=16)
-def places(fields: int, labels: int) -> Places:
+def get_layout(fields: int, classes: int) -> TestLayout:
     """With a test of each answer's share, where there is more than one of `labels`."""
-    return Places(fields, labels if labels > 1 else 0)
+    return TestLayout(fields, classes if classes > 1 else 0)

@@ -17,16 +17,16 @@ import numpy as np
 from agent.arrays import Floats, Ints
 from agent.drift.detectors import correlation
 from agent.drift.detectors import variogram as pace
-from agent.drift.numeric.sums import Moments, one_after_another
+from agent.drift.numeric.sums import GroupMoments, sum_sequentially
 
-RARE = 8  # model windows: a class seen less often has no reference of its own
+MIN_CLASS_WINDOWS = 8  # model windows: a class seen less often has no reference of its own
 # No class is taken to be tighter than this share of the overall spread. At a site, where one misnamed window in a tight
 # class would outweigh all others, it is more.
-NARROW, NARROW_SITE = 0.1, 0.15
-LEAST_SPREAD = 1e-4  # smallest variance of residuals told apart, in squared class sd
+MIN_SD_SHARE, MIN_SITE_SD_SHARE = 0.1, 0.15
+MIN_VARIANCE = 1e-4  # smallest variance of residuals told apart, in squared class sd
 
 
-class Normal(msgspec.Struct, frozen=True, eq=False):
+class ClassStatistics(msgspec.Struct, frozen=True, eq=False):
     """What is normal for each class: `mean` and `sd` of each statistic, (C, D), physical units or log-variance.
 
     `n` (C, D) counts the model windows behind them; where there are fewer than RARE, mean and sd are those of all
@@ -38,7 +38,7 @@ class Normal(msgspec.Struct, frozen=True, eq=False):
     sd: Floats
 
 
-class Found(msgspec.Struct, frozen=True, eq=False):
+class WindowStatistics(msgspec.Struct, frozen=True, eq=False):
     """Of model windows: the statistics `values` (w, D), Fisher's `z` (w, P) of pairs of fields, and the `pace` of
     fields (w, 2F); NaN: not known.
 
@@ -46,28 +46,30 @@ class Found(msgspec.Struct, frozen=True, eq=False):
     """
 
     values: Floats
-    z: Floats
-    pace: Floats
+    fisher_z: Floats
+    log_variogram: Floats
 
-    def __getitem__(self, some: slice) -> Found:
-        return Found(self.values[some], self.z[some], self.pace[some])
+    def __getitem__(self, index: slice) -> WindowStatistics:
+        return WindowStatistics(self.values[index], self.fisher_z[index], self.log_variogram[index])
 
 
-def of_windows(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> Found:
+def compute_statistics(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> WindowStatistics:
     """Of model windows; NaN where half of a window's values are missing.
 
     `rows` (n, F) in physical units, NaN missing; `starts` (w,) offsets into them; `floor` (F,) the least variance.
     """
-    windows = _rows_of(rows, starts, window_rows)
+    windows = _gather_windows(rows, starts, window_rows)
     if window_rows == 1:
         none = np.empty((len(starts), 0))
-        return Found(windows[:, 0], none, none)
+        return WindowStatistics(windows[:, 0], none, none)
     fields = rows.shape[1]
     if not len(starts):
         none = np.empty((0, 2 * fields))
-        return Found(none, np.empty((0, len(correlation.pairs(fields)))), none[:, : pace.width(fields, window_rows)])
+        return WindowStatistics(
+            none, np.empty((0, len(correlation.field_pairs(fields)))), none[:, : pace.values_width(fields, window_rows)]
+        )
     n = np.full((len(starts), fields), window_rows)
-    mean, centred, total = _complete(windows)
+    mean, centred, total = _center_windows(windows)
     if np.isnan(mean).any():
         missing = np.isnan(windows)
         n = np.maximum(window_rows - missing.sum(1), 1)
@@ -80,10 +82,14 @@ def of_windows(rows: Floats, starts: Ints, window_rows: int, floor: Floats) -> F
     if not enough.all():
         values = np.where(np.concatenate([enough, enough], axis=1), values, np.nan)
         square = np.where(enough, square, np.nan)
-    return Found(values, correlation.of_windows(centred, square, floor), pace.of_windows(windows, square, floor))
+    return WindowStatistics(
+        values,
+        correlation.correlate_windows(centred, square, floor),
+        pace.compute_log_variogram(windows, square, floor),
+    )
 
 
-def _complete(windows: Floats) -> tuple[Floats, Floats, Floats]:
+def _center_windows(windows: Floats) -> tuple[Floats, Floats, Floats]:
     """Of model windows (w, rows, F) without missing values: means (w, F), values less these, and squares' sums."""
     rows = windows.shape[1]
     if windows.shape[2] == 1 or not windows.flags.c_contiguous:
@@ -93,13 +99,13 @@ def _complete(windows: Floats) -> tuple[Floats, Floats, Floats]:
         return mean, centred, (centred**2).sum(1)
     # The same bits, several times as fast: windows side by side are few long rows to add up.
     side_by_side = windows.transpose(1, 0, 2).copy()
-    mean = one_after_another(side_by_side) / rows
+    mean = sum_sequentially(side_by_side) / rows
     side_by_side -= mean
     np.multiply(side_by_side, side_by_side, out=side_by_side)
-    return mean, windows - mean[:, None, :], one_after_another(side_by_side)
+    return mean, windows - mean[:, None, :], sum_sequentially(side_by_side)
 
 
-def _rows_of(rows: Floats, starts: Ints, window_rows: int) -> Floats:
+def _gather_windows(rows: Floats, starts: Ints, window_rows: int) -> Floats:
     """(w, `window_rows`, F) of model windows."""
     if len(starts) and rows.flags.c_contiguous and bool((starts[1:] - starts[:-1] == window_rows).all()):
         # One after another: no copy.
@@ -108,7 +114,7 @@ def _rows_of(rows: Floats, starts: Ints, window_rows: int) -> Floats:
     return np.asarray(rows[starts[:, None] + np.arange(window_rows)])
 
 
-def covered(starts: Ints, window_rows: int, begin: int) -> Ints | slice:
+def covered_rows(starts: Ints, window_rows: int, begin: int) -> Ints | slice:
     """Rows from `begin` on that lie in a model window, each once, in order: what a summary counts."""
     if not len(starts):
         return slice(0, 0)
@@ -121,34 +127,34 @@ def covered(starts: Ints, window_rows: int, begin: int) -> Ints | slice:
     return rows[rows >= begin]
 
 
-def normal(total: Moments, narrow: float = NARROW) -> Normal:
+def fit_class_statistics(moments: GroupMoments, min_sd_share: float = MIN_SD_SHARE) -> ClassStatistics:
     """What is normal, from the moments of each class (C, D)."""
-    overall = total.pooled(0)
+    overall = moments.pooled(0)
     least = 1e-6 * (np.abs(overall.mean) + 1e-6)  # float32 readings tell no more
     overall_sd = np.maximum(np.sqrt(overall.m2 / np.maximum(overall.n, 1)), least)
-    rare = total.n < RARE
-    sd = np.maximum(np.sqrt(total.m2 / np.maximum(total.n, 1)), narrow * overall_sd)
-    return Normal(total.n, np.where(rare, overall.mean, total.mean), np.where(rare, overall_sd, sd))
+    rare = moments.n < MIN_CLASS_WINDOWS
+    sd = np.maximum(np.sqrt(moments.m2 / np.maximum(moments.n, 1)), min_sd_share * overall_sd)
+    return ClassStatistics(moments.n, np.where(rare, overall.mean, moments.mean), np.where(rare, overall_sd, sd))
 
 
-def tests(found: Moments, mean: Floats, sd: Floats, *, windowed: bool) -> tuple[Floats, Floats]:
+def compute_test_values(moments: GroupMoments, mean: Floats, sd: Floats, *, windowed: bool) -> tuple[Floats, Floats]:
     """Test values and effects (..., 2F) of drift windows with moments (..., C, D), against class means and sds.
 
     A value is a mean residual in class sd (for single rows, the spread's is the log-variance of residuals). An effect
     is the mean shift in physical units, and half the shift in log-variance: exp() of it is the ratio of spreads.
     """
-    count = np.maximum(found.n.sum(-2), 1)
-    shift = found.n * (found.mean - mean)
+    count = np.maximum(moments.n.sum(-2), 1)
+    shift = moments.n * (moments.mean - mean)
     value, effect = (shift / sd).sum(-2) / count, shift.sum(-2) / count
     if windowed:
         fields = value.shape[-1] // 2
         return value, np.concatenate([effect[..., :fields], effect[..., fields:] / 2], axis=-1)
-    square = ((found.m2 + shift * (found.mean - mean)) / sd**2).sum(-2) / count
-    spread = np.log(np.maximum(square - value**2, LEAST_SPREAD))
+    square = ((moments.m2 + shift * (moments.mean - mean)) / sd**2).sum(-2) / count
+    spread = np.log(np.maximum(square - value**2, MIN_VARIANCE))
     return np.concatenate([value, spread], axis=-1), np.concatenate([effect, spread / 2], axis=-1)
 
 
-def untested(found: Moments, *, windowed: bool) -> np.ndarray:
+def find_untested(moments: GroupMoments, *, windowed: bool) -> np.ndarray:
     """Which of the 2F tests (..., 2F) of drift windows (..., C, D) have nothing behind them."""
-    empty = found.n.sum(-2) == 0
+    empty = moments.n.sum(-2) == 0
     return empty if windowed else np.concatenate([empty, empty], axis=-1)

@@ -24,7 +24,7 @@ import numpy as np
 
 from agent.arrays import Bools, Floats, Ints
 from agent.drift.detectors import resolution
-from agent.drift.detectors.extremes import piled
+from agent.drift.detectors.extremes import detect_clipping
 from agent.drift.faults import swapped_channels
 from agent.drift.faults import units as other_units
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from agent.drift.baseline.reference import Reference
     from agent.drift.baseline.summary import Summary
 
-MISSING, MISSING_FACTOR = 0.05, 2
-MISSING_HERE, FEWEST_MISSING = 0.01, 10  # share, and rows, at a site that has learned how many are missing
-RUN, RUN_FACTOR = 10, 5
-OUTSIDE = 0.01
-SPIKES, SPIKE_SHARE = 2, 0.001
+MISSING_SHARE, MISSING_FACTOR = 0.05, 2
+SITE_MISSING_SHARE, MIN_MISSING_ROWS = 0.01, 10  # share, and rows, at a site that has learned how many are missing
+MIN_STUCK_RUN, STUCK_RUN_FACTOR = 10, 5
+OUTSIDE_SHARE = 0.01
+MIN_SPIKES, SPIKE_SHARE = 2, 0.001
 # What is read is another quantity than it was: nothing that follows from it is drift.
-MISREAD = frozenset({"swapped", "reversed", "unit"})
+MISREAD_FAULTS = frozenset({"swapped", "reversed", "unit"})
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -49,54 +49,62 @@ class Fault(msgspec.Struct, frozen=True):
 
     name: str
     detail: str = ""
-    slight: bool = False
+    is_minor: bool = False
 
 
-class Signs(msgspec.Struct, frozen=True, eq=False, dict=True):
+class FaultIndicators(msgspec.Struct, frozen=True, eq=False, dict=True):
     """What W drift windows show of faults, (W, F)."""
 
     missing: Bools
-    slight: Bools
+    minor_missing: Bools
     saturated: Bools
-    coarser: Ints  # how many times as coarse values are told apart, 0 for no more than usual
+    coarseness: Ints  # how many times as coarse values are told apart, 0 for no more than usual
     stuck: Bools
-    calm: Bools  # far calmer than the reference ever was
-    outside: Bools
-    loud: Bools  # far louder than the reference
+    low_spread: Bools  # far calmer than the reference ever was
+    out_of_range: Bools
+    high_spread: Bools  # far louder than the reference
     spikes: Bools
     misfit: Floats  # to the site's own statistics
 
     @cached_property
-    def any(self) -> Bools:
+    def has_indication(self) -> Bools:
         """(W,) whether there is something to look at."""
-        flags = self.missing | self.saturated | self.stuck | self.calm | self.outside | self.loud | self.spikes
-        return np.asarray((flags | (self.coarser > 0) | (self.misfit > swapped_channels.OFF)).any(-1))
+        flags = (
+            self.missing
+            | self.saturated
+            | self.stuck
+            | self.low_spread
+            | self.out_of_range
+            | self.high_spread
+            | self.spikes
+        )
+        return np.asarray((flags | (self.coarseness > 0) | (self.misfit > swapped_channels.MISFIT_THRESHOLD)).any(-1))
 
 
-def signs(windows: Summary, reference: Reference, site: Reference | None = None) -> Signs:
+def compute_indicators(windows: Summary, reference: Reference, site: Reference | None = None) -> FaultIndicators:
     """Of stacked summaries. `reference` is the shipped one; without a site's own it is not known how a field is mounted
     there."""
     rows = np.maximum(windows.counts[:, 0].sum(-1) + windows.missing[:, 0], 1)
-    outside = windows.outside > OUTSIDE * rows[:, None]
-    loud, calm = other_units.odd_spread(windows, reference, outside)
+    outside = windows.outside > OUTSIDE_SHARE * rows[:, None]
+    loud, calm = other_units.detect_unusual_spread(windows, reference, outside)
     none = np.zeros(outside.shape, np.int64)
-    return Signs(
-        missing=_missing(windows, reference, site, rows[:, None]),
-        slight=windows.missing <= MISSING * rows[:, None],
-        saturated=np.asarray(piled(windows.extremes, reference, rows).any(-1)),
-        coarser=none if site is None else resolution.coarser(windows, site),
-        stuck=windows.longest > run_limits(reference, rows),
-        calm=calm,
-        outside=outside,
-        loud=loud,
-        spikes=(windows.spikes >= SPIKES) & (windows.spikes > SPIKE_SHARE * rows[:, None]),
-        misfit=none.astype(np.float64) if site is None else swapped_channels.misfit(windows, site),
+    return FaultIndicators(
+        missing=_has_too_many_missing(windows, reference, site, rows[:, None]),
+        minor_missing=windows.missing <= MISSING_SHARE * rows[:, None],
+        saturated=np.asarray(detect_clipping(windows.extremes, reference, rows).any(-1)),
+        coarseness=none if site is None else resolution.detect_coarsening(windows, site),
+        stuck=windows.longest > max_normal_run(reference, rows),
+        low_spread=calm,
+        out_of_range=outside,
+        high_spread=loud,
+        spikes=(windows.spikes >= MIN_SPIKES) & (windows.spikes > SPIKE_SHARE * rows[:, None]),
+        misfit=none.astype(np.float64) if site is None else swapped_channels.compute_misfit(windows, site),
     )
 
 
-def find(
-    shown: Signs,
-    at: int,
+def identify_faults(
+    indicators: FaultIndicators,
+    index: int,
     summary: Summary,
     reference: Reference,
     units: Sequence[str] = (),
@@ -109,54 +117,60 @@ def find(
     """
     fields = len(reference.fields)
     known = np.zeros(fields, np.bool_) if misread is None else misread
-    if not (shown.any[at] or known.any()):
+    if not (indicators.has_indication[index] or known.any()):
         return (None,) * fields
-    unit = other_units.recognised(summary, reference, shown.outside[at] | shown.loud[at], shown.calm[at], tuple(units))
+    unit = other_units.recognise_units(
+        summary,
+        reference,
+        indicators.out_of_range[index] | indicators.high_spread[index],
+        indicators.low_spread[index],
+        tuple(units),
+    )
     other, mirrored = ("",) * fields, np.zeros(fields, np.bool_)
-    if site is not None and (known.any() or (shown.misfit[at] > swapped_channels.OFF).any()):
-        other, mirrored = swapped_channels.exchanged(summary, site, units, known)
+    if site is not None and (known.any() or (indicators.misfit[index] > swapped_channels.MISFIT_THRESHOLD).any()):
+        other, mirrored = swapped_channels.detect_swaps(summary, site, units, known)
     another = np.array([one is not None for one in unit])
     exchanged = np.array([bool(name) for name in other])
-    coarser, outside = shown.coarser[at], shown.outside[at]
+    coarser, outside = indicators.coarseness[index], indicators.out_of_range[index]
     kinds = {
-        "missing": shown.missing[at],
-        "saturated": shown.saturated[at],
+        "missing": indicators.missing[index],
+        "saturated": indicators.saturated[index],
         # Coarse values repeat for long; and in another unit, or another field's, steps have another size.
         "quantized": (coarser > 0) & ~(another | exchanged | mirrored | outside),
-        "stuck": shown.stuck[at],
+        "stuck": indicators.stuck[index],
         "swapped": exchanged,
         "reversed": mirrored,
         "unit": another,
         "out_of_range": outside,
-        "spikes": shown.spikes[at],
+        "spikes": indicators.spikes[index],
     }
     names = np.select(list(kinds.values()), list(kinds), "").tolist()
     details = [
-        {"unit": one.told if one else "", "swapped": with_field, "quantized": f"{times} times"}.get(name, "")
+        {"unit": one.description if one else "", "swapped": with_field, "quantized": f"{times} times"}.get(name, "")
         for one, with_field, times, name in zip(unit, other, coarser, names, strict=True)
     ]
     return tuple(
         Fault(name, detail, name == "missing" and few) if name else None
-        for name, detail, few in zip(names, details, shown.slight[at].tolist(), strict=True)
+        for name, detail, few in zip(names, details, indicators.minor_missing[index].tolist(), strict=True)
     )
 
 
-def _missing(windows: Summary, reference: Reference, site: Reference | None, rows: Ints) -> Bools:
+def _has_too_many_missing(windows: Summary, reference: Reference, site: Reference | None, rows: Ints) -> Bools:
     here = site.site.rate if site is not None and site.site is not None else None
     if here is None:
         usual = reference.missing / np.maximum(reference.n + reference.missing, 1)
-        return np.asarray(windows.missing > np.maximum(MISSING, MISSING_FACTOR * usual) * rows)
-    more = windows.missing > np.maximum(MISSING_HERE, MISSING_FACTOR * here.missing) * rows
-    return np.asarray(more & (windows.missing >= FEWEST_MISSING))
+        return np.asarray(windows.missing > np.maximum(MISSING_SHARE, MISSING_FACTOR * usual) * rows)
+    more = windows.missing > np.maximum(SITE_MISSING_SHARE, MISSING_FACTOR * here.missing) * rows
+    return np.asarray(more & (windows.missing >= MIN_MISSING_ROWS))
 
 
-def spoiled(found: Sequence[Fault | None]) -> bool:
+def excludes_window(faults: Sequence[Fault | None]) -> bool:
     """Whether one of them keeps the window out of all tests."""
-    return any(fault is not None and not fault.slight for fault in found)
+    return any(fault is not None and not fault.is_minor for fault in faults)
 
 
-def run_limits(reference: Reference, rows: Ints) -> Ints:
+def max_normal_run(reference: Reference, rows: Ints) -> Ints:
     """Longest run that is still normal, (W, F), in windows of so many `rows` (W,): never so long that a drift window
     could not show a longer one, except where the reference itself held one value that long."""
-    allowed = np.minimum(RUN_FACTOR * reference.longest, rows[:, None] - 1)
-    return np.maximum(np.maximum(RUN, allowed), reference.longest)
+    allowed = np.minimum(STUCK_RUN_FACTOR * reference.longest, rows[:, None] - 1)
+    return np.maximum(np.maximum(MIN_STUCK_RUN, allowed), reference.longest)

@@ -10,7 +10,7 @@ import numpy as np
 
 from agent.arrays import Floats, Ints
 
-FLOOR = 1e-4  # share given to an empty bin, so that PSI stays finite
+MIN_SHARE = 1e-4  # share given to an empty bin, so that PSI stays finite
 TINY = 1e-300
 
 
@@ -37,14 +37,14 @@ def w1(reference: Ints, current: Ints, bounds: Floats, sd: Floats) -> Floats:
     return _w1(np.cumsum(shares(current) - shares(reference), axis=-1), bounds, sd)
 
 
-def four(p: Floats, q: Floats, bounds: Floats, sd: Floats) -> Floats:
+def compute_all(p: Floats, q: Floats, bounds: Floats, sd: Floats) -> Floats:
     """(4, ...): PSI, JS, KS and W1 of shares."""
     apart = np.cumsum(q - p, axis=-1)
     return np.stack([_psi(p, q), _js(p, q), np.abs(apart).max(-1), _w1(apart, bounds, sd)])
 
 
 def _psi(p: Floats, q: Floats) -> Floats:
-    p, q = np.maximum(p, FLOOR), np.maximum(q, FLOOR)
+    p, q = np.maximum(p, MIN_SHARE), np.maximum(q, MIN_SHARE)
     return _sum((p - q) * np.log(p / q))
 
 
@@ -65,7 +65,7 @@ def _w1(right: Floats, bounds: Floats, sd: Floats) -> Floats:
     return np.asarray(_sum(height * (bounds[..., 1:] - bounds[..., :-1])) / np.where(sd > 0, sd, np.inf))
 
 
-def folded(counts: Ints) -> Ints:
+def fold_outer_bins(counts: Ints) -> Ints:
     """(..., 32) of counts (..., 34), what lies outside counted to the outermost."""
     inner = counts[..., 1:-1].copy()
     inner[..., 0] += counts[..., 0]

@@ -17,40 +17,40 @@ import numpy as np
 from agent.arrays import Floats
 
 # False alarms per window, of all tests of a kind together.
-FIELDS, PAIRS, SCORE, ANSWERS = 1.5e-3, 3e-4, 3e-4, 3e-4
-ANSWERS_TOGETHER = 3e-4
+FIELD_BUDGET, PAIR_BUDGET, SCORE_BUDGET, CLASS_SHARE_BUDGET = 1.5e-3, 3e-4, 3e-4, 3e-4
+CLASS_SHARE_MEWMA_BUDGET = 3e-4
 # For each field up to so many: the more of them, the more their sums gain on each by itself.
-FIELD_TOGETHER, MOST_TOGETHER = 4e-4, 15
-SHAPES, PACE = 3e-4, 3e-4
+FIELD_MEWMA_BUDGET, MAX_MEWMA_FIELDS = 4e-4, 15
+PSI_BUDGET, SPEED_BUDGET = 3e-4, 3e-4
 # Slack: half the shift that should be found fast, in sd of the window's statistic. Fields seldom stop moving together
 # by halves, and there are many pairs.
-K_FIELDS, K_PAIRS = 1.0, 2.0
+FIELD_SLACK, PAIR_SLACK = 1.0, 2.0
 # Limits never go below these: real windows are a little more alike than a reference can tell.
-LEAST_H, LEAST_H_PAIRS = 5.0, 3.5
-MOST_ALIKE, ALIKE = 0.5, 0.95  # of what limits are stretched by; of what is believed at all
+MIN_CUSUM_LIMIT, MIN_PAIR_LIMIT = 5.0, 3.5
+MAX_STRETCH_CORRELATION, MAX_AUTOCORRELATION = 0.5, 0.95  # of what limits are stretched by; of what is believed at all
 
 
 @lru_cache(maxsize=256)
-def h(tests: int, windows: int, slack: float, allotted: float, least: float = LEAST_H) -> float:
+def cusum_limit(tests: int, windows: int, slack: float, budget: float, min_limit: float = MIN_CUSUM_LIMIT) -> float:
     """Limit of each of so many two-sided CUSUMs, calibrated on `windows` drift windows."""
     if not tests:
-        return least
-    low, high = least, 50.0
+        return min_limit
+    low, high = min_limit, 50.0
     for _ in range(40):
         middle = (low + high) / 2
-        if 2 * tests * _rate(middle, slack, windows) > allotted:
+        if 2 * tests * _false_alarm_rate(middle, slack, windows) > budget:
             low = middle
         else:
             high = middle
     return round(high, 2)
 
 
-def together(fields: int) -> float:
+def mewma_budget(fields: int) -> float:
     """False alarms per window of what means of so many fields come to together."""
-    return FIELD_TOGETHER * min(fields, MOST_TOGETHER)
+    return FIELD_MEWMA_BUDGET * min(fields, MAX_MEWMA_FIELDS)
 
 
-def alike(values: Floats) -> float:
+def autocorrelation(values: Floats) -> float:
     """What tests of K learned windows (K, T) have in common with the window before: their correlation, as far as chance
     does not explain it."""
     if not values.size:
@@ -59,35 +59,35 @@ def alike(values: Floats) -> float:
     told = np.nan_to_num(apart)
     each = (told[1:] * told[:-1]).sum(0) / np.maximum((told**2).sum(0), 1e-12)
     r = float(each.mean()) + 1 / len(values) - 1 / math.sqrt(values.size)
-    return min(max(r, 0.0), ALIKE)
+    return min(max(r, 0.0), MAX_AUTOCORRELATION)
 
 
-def stretch(r: float) -> float:
+def stretch_factor(r: float) -> float:
     """What to multiply limits by where neighbouring windows are alike by `r`: so many times as far a CUSUM wanders."""
-    r = min(r, MOST_ALIKE)
+    r = min(r, MAX_STRETCH_CORRELATION)
     return (1 + r) / (1 - r)
 
 
-def apart(windows: int, r: float) -> int:
+def effective_sample_size(windows: int, r: float) -> int:
     """As how many windows that have nothing in common so many tell a mean."""
     return max(2, int(windows * (1 - r) / (1 + r)))
 
 
-def level(subjects: int, allotted: float = SHAPES) -> float:
+def exceedance_level(subjects: int, budget: float = PSI_BUDGET) -> float:
     """Share of windows that one subject's shape may be beyond its limit: two of three windows are to be by chance."""
-    return math.sqrt(allotted / (3 * max(1, subjects)))
+    return math.sqrt(budget / (3 * max(1, subjects)))
 
 
-def _rate(limit: float, slack: float, windows: int) -> float:
+def _false_alarm_rate(limit: float, slack: float, windows: int) -> float:
     """False alarms per window of a one-sided CUSUM, over the errors of a mean and sd that `windows` windows told."""
-    nodes, share = _normal()
+    nodes, share = _normal_quadrature()
     shift = nodes / math.sqrt(windows)
     scale = np.exp(nodes / math.sqrt(2 * max(1, windows - 1)))
     return float(share @ _siegmund(slack * scale - shift[:, None], limit * scale) @ share)
 
 
 @cache
-def _normal() -> tuple[Floats, Floats]:
+def _normal_quadrature() -> tuple[Floats, Floats]:
     """15 places of the standard normal, and the share of each: Golub and Welsch (1969), Calculation of Gauss Quadrature
     Rules."""
     beside = np.sqrt(np.arange(1.0, 15.0))

@@ -14,7 +14,7 @@ def median(values: Floats | Ints) -> Floats:
     return np.asarray(np.where(np.isnan(ordered[-1]), np.nan, found))
 
 
-def of_known(values: Floats) -> Floats:
+def nanmedian(values: Floats) -> Floats:
     """(T,) of values (K, T), NaN left out."""
     ordered, n = np.sort(values, axis=0), (~np.isnan(values)).sum(0)
     either = np.stack([np.maximum(n - 1, 0) // 2, n // 2])

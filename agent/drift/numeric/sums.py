@@ -10,17 +10,17 @@ import numpy as np
 from agent.arrays import Floats, Ints
 from agent.drift.numeric.groups import Groups
 
-ENOUGH = 20  # rows in a group, from which on to add up each by itself is the faster way
+MIN_ROWS_PER_GROUP = 20  # rows in a group, from which on to add up each by itself is the faster way
 
 
-class Moments(msgspec.Struct, frozen=True, eq=False):
+class GroupMoments(msgspec.Struct, frozen=True, eq=False):
     """Count, mean and sum of squared deviations per group; arrays of one shape. An empty group has mean 0."""
 
     n: Ints
     mean: Floats
     m2: Floats
 
-    def pooled(self, axis: int) -> Moments:
+    def pooled(self, axis: int) -> GroupMoments:
         """All groups along `axis` as one.
 
         Source: Chan, Golub & LeVeque (1979), Updating formulae and a pairwise algorithm for computing sample variances.
@@ -28,10 +28,10 @@ class Moments(msgspec.Struct, frozen=True, eq=False):
         n = self.n.sum(axis)
         mean = (self.n * self.mean).sum(axis) / np.maximum(n, 1)
         apart = self.mean - np.expand_dims(mean, axis)
-        return Moments(n, mean, (self.m2 + self.n * apart**2).sum(axis))
+        return GroupMoments(n, mean, (self.m2 + self.n * apart**2).sum(axis))
 
 
-class Sums(msgspec.Struct, frozen=True, eq=False, dict=True):
+class GroupSums(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Count, sum and sum of squares of D values in each of G groups, shape (G, D), NaN left out.
 
     Values are measured from an origin near their mean, which keeps the squares small enough to subtract.
@@ -42,11 +42,11 @@ class Sums(msgspec.Struct, frozen=True, eq=False, dict=True):
     squares: Floats
 
     @classmethod
-    def zeros(cls, groups: int, values: int) -> Sums:
+    def zeros(cls, groups: int, values: int) -> GroupSums:
         shape = (groups, values)
         return cls(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
 
-    def add(self, groups: Groups, values: Floats) -> Sums:
+    def add(self, groups: Groups, values: Floats) -> GroupSums:
         """With `values` (m, D) added to their `groups`.
 
         Each cell is summed strictly in row order, beginning with the sum so far, so the result has the same bits
@@ -56,15 +56,15 @@ class Sums(msgspec.Struct, frozen=True, eq=False, dict=True):
         if missing.any():
             values = np.where(missing, 0.0, values)
         before = np.concatenate([self.total, self.squares], axis=1)
-        add_up = _by_group if len(values) >= ENOUGH * np.count_nonzero(groups.n) else _by_cell
+        add_up = _sum_by_group if len(values) >= MIN_ROWS_PER_GROUP * np.count_nonzero(groups.n) else _sum_by_cell
         both, width = add_up(before, groups, values), values.shape[1]
         n = self.n + groups.n[:, None]
         if missing.any():
-            np.subtract.at(n, groups.of, missing)
-        return Sums(n, both[:, :width], both[:, width:])
+            np.subtract.at(n, groups.group_ids, missing)
+        return GroupSums(n, both[:, :width], both[:, width:])
 
     @classmethod
-    def of(cls, rows: Floats, origin: Floats | float = 0.0) -> Sums:
+    def from_rows(cls, rows: Floats, origin: Floats | float = 0.0) -> GroupSums:
         """Of W times one group, (W, 1, D), with `rows` (W, n, D) from their `origin`: the same bits as `add` gives."""
         windows, count, width = rows.shape
         # Side by side: the wider the rows that are added, the fewer they are.
@@ -75,15 +75,15 @@ class Sums(msgspec.Struct, frozen=True, eq=False, dict=True):
         if missing.any():
             n -= missing.sum(0)[:, None]
             known[missing] = 0.0
-        total = one_after_another(known)
+        total = sum_sequentially(known)
         np.multiply(known, known, out=known)
-        return cls(n, total[:, None], one_after_another(known)[:, None])
+        return cls(n, total[:, None], sum_sequentially(known)[:, None])
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(self.n + other.n, self.total + other.total, self.squares + other.squares)
+    def __add__(self, other: GroupSums) -> GroupSums:
+        return GroupSums(self.n + other.n, self.total + other.total, self.squares + other.squares)
 
-    def moments(self, origin: Floats) -> Moments:
-        return Moments(self.n, np.where(self.n > 0, self._shift + origin, 0.0), self._m2)
+    def moments(self, origin: Floats) -> GroupMoments:
+        return GroupMoments(self.n, np.where(self.n > 0, self._shift + origin, 0.0), self._m2)
 
     @cached_property
     def _shift(self) -> Floats:
@@ -94,7 +94,7 @@ class Sums(msgspec.Struct, frozen=True, eq=False, dict=True):
         return np.maximum(self.squares - self._shift * self.total, 0.0)
 
 
-def one_after_another(values: Floats) -> Floats:
+def sum_sequentially(values: Floats) -> Floats:
     """(...,) sums of `values` (m, ...) in the order they come."""
     rows = values.reshape(len(values), -1)
     if rows.shape[1] == 1:
@@ -103,20 +103,20 @@ def one_after_another(values: Floats) -> Floats:
     return np.asarray(np.add.reduce(rows, axis=0)[: values[0].size]).reshape(values.shape[1:])
 
 
-def _by_group(before: Floats, groups: Groups, values: Floats) -> Floats:
+def _sum_by_group(before: Floats, groups: Groups, values: Floats) -> Floats:
     """Sums and squares (count, 2D) of `values` (m, D) added to those `before`."""
     out, width = before.copy(), values.shape[1]
-    for group, some in groups.parts():
+    for group, some in groups.iter_groups():
         rows = np.empty((1 + len(some), 2 * width))
         rows[0], rows[1:, :width] = before[group], values.take(some, axis=0)
         np.multiply(rows[1:, :width], rows[1:, :width], out=rows[1:, width:])
-        out[group] = one_after_another(rows)
+        out[group] = sum_sequentially(rows)
     return out
 
 
-def _by_cell(before: Floats, groups: Groups, values: Floats) -> Floats:
+def _sum_by_cell(before: Floats, groups: Groups, values: Floats) -> Floats:
     """The same, where hardly any values are in a group."""
     count, width = before.shape
     rows = np.concatenate([before, np.concatenate([values, values * values], axis=1)])
-    cells = (np.concatenate([np.arange(count), groups.of]) * width)[:, None] + np.arange(width)
+    cells = (np.concatenate([np.arange(count), groups.group_ids]) * width)[:, None] + np.arange(width)
     return np.asarray(np.bincount(cells.ravel(), rows.ravel(), count * width), np.float64).reshape(count, width)

@@ -9,7 +9,7 @@ import msgspec
 
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.cusum import CALM
+from agent.drift.detectors.cusum import WINDOWS_TO_CLEAR
 from agent.drift.faults.faults import Fault
 
 CAUSES = {
@@ -36,7 +36,7 @@ class Alert(msgspec.Struct, frozen=True):
     summary: str
     evidence: dict[str, Any]
 
-    def body(self, task: str, **evidence: Any) -> dict[str, Any]:
+    def to_body(self, task: str, **evidence: Any) -> dict[str, Any]:
         """The members of its message."""
         return {
             "alert": self.alert,
@@ -55,7 +55,7 @@ def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary, shi
     what = {
         "missing": f"{share / max(1, summary.rows):.{0 if share * 20 > summary.rows else 1}%} of values are missing",
         "stuck": f"repeats one value for {summary.longest[field]} rows",
-        "saturated": _held(field, summary, shipped),
+        "saturated": _describe_saturation(field, summary, shipped),
         "out_of_range": f"{share / max(1, summary.rows):.0%} of values lie far outside the reference's range",
         "quantized": f"values come in steps about {fault.detail} as coarse as they were here",
         "spikes": f"{summary.spikes[field]} lone jumps in {summary.rows} rows",
@@ -66,7 +66,7 @@ def fault_sentence(subject: str, fault: Fault, field: int, summary: Summary, shi
     return f"{subject}: {what}: {CAUSES[fault.name]}."
 
 
-def _held(field: int, summary: Summary, shipped: Reference) -> str:
+def _describe_saturation(field: int, summary: Summary, shipped: Reference) -> str:
     piles = summary.extremes.rows[field, :, 0]
     side = int(piles.argmax())
     value, limit = (
@@ -81,15 +81,15 @@ def _held(field: int, summary: Summary, shipped: Reference) -> str:
 
 def cleared_sentence(subject: str, alert: str) -> str:
     what = "no sensor fault" if alert == "fault" else "close to this site's reference"
-    return f"{subject}: {what} for {CALM} windows in a row."
+    return f"{subject}: {what} for {WINDOWS_TO_CLEAR} windows in a row."
 
 
 def withdrawn_sentence(subject: str, misread: Sequence[str]) -> str:
     return f"{subject}: no drift of its own: {', '.join(misread)} {'are' if len(misread) > 1 else 'is'} read wrongly."
 
 
-def doubt(earlier: Sequence[str]) -> str:
+def misclassification_note(drifted_fields: Sequence[str]) -> str:
     """What to add where other fields drifted before: statistics are compared within the class the model names."""
-    if not earlier:
+    if not drifted_fields:
         return ""
-    return f" {', '.join(earlier)} drifted before: the model may name wrong classes since, and this may follow from it."
+    return f" {', '.join(drifted_fields)} drifted before: the model may name wrong classes since, and this may follow from it."

@@ -16,22 +16,30 @@ import numpy as np
 from agent.arrays import Floats, Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.baseline.summary import Summary
-from agent.drift.detectors.test_layout import Places
+from agent.drift.detectors.test_layout import TestLayout
 from agent.drift.numeric import divergence
-from agent.drift.testing.test_suite import Tester
+from agent.drift.testing.test_suite import DriftTester
 from agent.performance import cbpe
 
 OTHER = "other"  # answers too few to be named
-GRAVEST = ("fault", "drift", "insufficient", "ok")
+STATES_BY_SEVERITY = ("fault", "drift", "insufficient", "ok")
 
 
-def features(window: Summary, shipped: Reference, least: int = 0) -> list[dict[str, Any]]:
+def build_features(window: Summary, shipped: Reference, min_bin_rows: int = 0) -> list[dict[str, Any]]:
     """Per drift window of stacked summaries, each field's numbers."""
-    moments = window.rows_of.moments(shipped.origin[: len(shipped.fields)])
-    q = divergence.shares(divergence.folded(window.counts))
-    sized = rough(np.moveaxis(divergence.four(shipped.shares, q, shipped.bounds, shipped.sd), 0, -1)).tolist()
-    counts = (_hidden(window.counts, least) if least > 1 else window.counts).tolist()
-    columns = (counts, window.missing.tolist(), _shortest(moments.mean[:, 0]), _shortest(moments.m2[:, 0]), sized)
+    moments = window.row_sums.moments(shipped.origin[: len(shipped.fields)])
+    q = divergence.shares(divergence.fold_outer_bins(window.counts))
+    sized = round_effect_size(
+        np.moveaxis(divergence.compute_all(shipped.bin_shares, q, shipped.bounds, shipped.sd), 0, -1)
+    ).tolist()
+    counts = (_suppress_small_bins(window.counts, min_bin_rows) if min_bin_rows > 1 else window.counts).tolist()
+    columns = (
+        counts,
+        window.missing.tolist(),
+        _to_compact_numbers(moments.mean[:, 0]),
+        _to_compact_numbers(moments.m2[:, 0]),
+        sized,
+    )
     return [
         {
             name: {
@@ -52,55 +60,60 @@ def features(window: Summary, shipped: Reference, least: int = 0) -> list[dict[s
     ]
 
 
-def output(windows: Summary, shipped: Reference, least: int = 0) -> list[dict[str, Any]]:
+def build_output(windows: Summary, shipped: Reference, min_bin_rows: int = 0) -> list[dict[str, Any]]:
     """Per drift window of stacked summaries: answers of each class, or by their certainty."""
     if not shipped.labels:
-        scores = _hidden(windows.scores, least) if least > 1 else windows.scores
-        psi = rough(divergence.psi(shipped.score_n, windows.scores))
+        scores = _suppress_small_bins(windows.scores, min_bin_rows) if min_bin_rows > 1 else windows.scores
+        psi = round_effect_size(divergence.psi(shipped.score_n, windows.scores))
         return [{"counts": n, "psi": far} for n, far in zip(scores.tolist(), psi.tolist(), strict=True)]
-    psi = rough(divergence.psi(shipped.output, windows.output))
+    psi = round_effect_size(divergence.psi(shipped.output, windows.output))
     named = [
         {label: n for label, n in zip(shipped.labels, counts, strict=True) if n} for counts in windows.output.tolist()
     ]
-    return [{"counts": _without_few(n, least), "psi": far} for n, far in zip(named, psi.tolist(), strict=True)]
+    return [
+        {"counts": _merge_rare_labels(n, min_bin_rows), "psi": far} for n, far in zip(named, psi.tolist(), strict=True)
+    ]
 
 
-def accuracy(windows: Summary, shipped: Reference) -> list[dict[str, Any] | None]:
+def build_estimates(windows: Summary, shipped: Reference) -> list[dict[str, Any] | None]:
     """Expected in each of stacked windows, without labels; None where the reference does not know how often a score is
     right."""
     if shipped.score_correct is None:
         return [None] * len(windows.scores)
     known = bool(shipped.score_n.any())
-    right = cbpe.often_right(shipped.score_n, shipped.score_correct) if known else None
-    return [cbpe.cbpe(shipped.score_n, shipped.score_correct, scores, right) for scores in windows.scores]
+    right = cbpe.estimate_bin_accuracy(shipped.score_n, shipped.score_correct) if known else None
+    return [cbpe.estimate_accuracy(shipped.score_n, shipped.score_correct, scores, right) for scores in windows.scores]
 
 
-class Told(msgspec.Struct, frozen=True, eq=False):
+class SuiteStatus(msgspec.Struct, frozen=True, eq=False):
     """Where the tests of W drift windows stand: `sums` (W, 2, T) after each; all else is the same in all of them."""
 
-    sums: Floats
-    at: Places
+    cusum_sums: Floats
+    layout: TestLayout
     drifting: list[bool]  # of each subject
-    found: tuple[str | None, ...]  # the fault of each field
+    faults: tuple[str | None, ...]  # the fault of each field
     tested: bool
 
 
-def with_states(numbers: Sequence[dict[str, Any]], told: Told, tester: Tester | None) -> list[dict[str, Any]]:
+def add_states(
+    members: Sequence[dict[str, Any]], status: SuiteStatus, tester: DriftTester | None
+) -> list[dict[str, Any]]:
     """The members of W messages with sums, limits and states, of each field and of all."""
-    at, found, fields = told.at, told.found, len(told.found)
+    at, found, fields = status.layout, status.faults, len(status.faults)
     named = [*range(2 * fields), at.certainty]
-    sums = _shortest(np.round(told.sums[:, :, named].transpose(0, 2, 1), 2))
-    highest = told.sums[:, :, at.pairs].max((1, 2), initial=0.0).tolist()
+    sums = _to_compact_numbers(np.round(status.cusum_sums[:, :, named].transpose(0, 2, 1), 2))
+    highest = status.cusum_sums[:, :, at.pairs].max((1, 2), initial=0.0).tolist()
     # Fields have one limit, whatever the field; pairs have one, too.
     limit, pairs_limit, certainty_limit = (
         round(float(tester.limits.limit[place]), 2) if tester else None for place in (0, at.certainty - 1, at.certainty)
     )
-    quiet = "ok" if told.tested else "insufficient"
+    quiet = "ok" if status.tested else "insufficient"
     states = [
-        "fault" if fault else "drift" if on else quiet for fault, on in zip(found, told.drifting[:fields], strict=True)
+        "fault" if fault else "drift" if on else quiet
+        for fault, on in zip(found, status.drifting[:fields], strict=True)
     ]
-    output, score, together = (("drift" if on else quiet) for on in told.drifting[fields:])
-    state = gravest({*states, output, score, together})
+    output, score, together = (("drift" if on else quiet) for on in status.drifting[fields:])
+    state = worst_state({*states, output, score, together})
     return [
         one
         | {
@@ -113,22 +126,22 @@ def with_states(numbers: Sequence[dict[str, Any]], told: Told, tester: Tester | 
             },
             "output": one["output"]
             | {"state": output, "score": {"cusum": each[-1], "limit": certainty_limit, "state": score}},
-            "joint": {"cusum": whole(round(most, 2)), "limit": pairs_limit, "state": together},
+            "joint": {"cusum": to_compact_number(round(most, 2)), "limit": pairs_limit, "state": together},
             "state": state,
         }
-        for one, each, most in zip(numbers, sums, highest, strict=True)
+        for one, each, most in zip(members, sums, highest, strict=True)
     ]
 
 
-def gravest(states: Set[str]) -> str:
-    return next(state for state in GRAVEST if state in states)
+def worst_state(states: Set[str]) -> str:
+    return next(state for state in STATES_BY_SEVERITY if state in states)
 
 
-def short(value: float, digits: int = 6) -> float:
+def round_significant(value: float, digits: int = 6) -> float:
     return float(f"{float(value):.{digits}g}")
 
 
-def rough(size: Floats) -> Floats:
+def round_effect_size(size: Floats) -> Floats:
     """Sizes to 3 digits and no more than 4 decimals."""
     out = size.round(4)
     for least, decimals in ((0.1, 3), (1.0, 2), (10.0, 1)):
@@ -139,12 +152,12 @@ def rough(size: Floats) -> Floats:
     return np.asarray(out)
 
 
-def whole(value: float) -> float:
+def to_compact_number(value: float) -> float:
     """The same number in the fewest characters: JSON says 0, where a float without a fraction would be 0.0."""
     return int(value) if -1e6 < value < 1e6 and value == int(value) else float(value)
 
 
-def _shortest(values: Floats) -> list[Any]:
+def _to_compact_numbers(values: Floats) -> list[Any]:
     """`whole` of each of `values`, as lists."""
     near = (values == np.rint(values)) & (np.abs(values) < 1e6)
     if not near.any():
@@ -154,14 +167,14 @@ def _shortest(values: Floats) -> list[Any]:
     return list(mixed.tolist())
 
 
-def _hidden(counts: Ints, least: int) -> Ints:
+def _suppress_small_bins(counts: Ints, min_bin_rows: int) -> Ints:
     """Counts (..., bins) of which none is above zero and below `least`, unless all rows together are."""
     out = np.zeros_like(counts)
     held = np.zeros(counts.shape[:-1], np.int64)
     last = np.zeros(counts.shape[:-1], np.int64)
     for at in range(counts.shape[-1]):
         held = held + counts[..., at]
-        full = held >= least
+        full = held >= min_bin_rows
         out[..., at] = np.where(full, held, 0)
         last, held = np.where(full, at, last), np.where(full, 0, held)
     left = np.take_along_axis(out, last[..., None], -1) + held[..., None]
@@ -169,11 +182,11 @@ def _hidden(counts: Ints, least: int) -> Ints:
     return out
 
 
-def _without_few(counts: dict[str, int], least: int) -> dict[str, int]:
+def _merge_rare_labels(counts: dict[str, int], min_bin_rows: int) -> dict[str, int]:
     """Labels named fewer than `least` times counted together, and another with them where these are few, too."""
-    few = {label: n for label, n in counts.items() if n < least}
+    few = {label: n for label, n in counts.items() if n < min_bin_rows}
     rest = {label: n for label, n in counts.items() if label not in few}
-    while few and sum(few.values()) < least and rest:
+    while few and sum(few.values()) < min_bin_rows and rest:
         label = min(rest, key=lambda name: rest[name])
         few[label] = rest.pop(label)
     return rest | ({OTHER: sum(few.values())} if few else {})

@@ -16,25 +16,25 @@ from agent.arrays import Ints
 from agent.drift.baseline.reference import Reference
 from agent.drift.numeric import divergence
 
-MOST_FIELDS = 256
+MAX_FIELDS = 256
 UNTESTED = "untested"
 # No window holds so many rows; a sum over a few million windows is still exact.
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 # Far beyond what a sensor says, and far from where squares and sums of them overflow.
 Value = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
 Squares = Annotated[float, msgspec.Meta(ge=0, le=1e200)]
-Evidence = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+CusumValue = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Sums = Annotated[list[Evidence], msgspec.Meta(max_length=2)]
+CusumSides = Annotated[list[CusumValue], msgspec.Meta(max_length=2)]
 
 
 class FieldCusum(msgspec.Struct, frozen=True):
-    mean: Sums = []
-    spread: Sums = []
-    limit: Evidence | None = None
+    mean: CusumSides = []
+    spread: CusumSides = []
+    limit: CusumValue | None = None
 
 
-class Field(msgspec.Struct, frozen=True):
+class FieldReport(msgspec.Struct, frozen=True):
     """Of one field in one drift window."""
 
     counts: Annotated[list[Count], msgspec.Meta(min_length=1, max_length=256)]
@@ -57,8 +57,8 @@ class Field(msgspec.Struct, frozen=True):
 
 class _Score(msgspec.Struct, frozen=True):
     state: str = "insufficient"
-    cusum: Sums = []
-    limit: Evidence | None = None
+    cusum: CusumSides = []
+    limit: CusumValue | None = None
 
 
 class _Output(msgspec.Struct, frozen=True):
@@ -68,8 +68,8 @@ class _Output(msgspec.Struct, frozen=True):
 
 class _Joint(msgspec.Struct, frozen=True):
     state: str = "insufficient"
-    cusum: Evidence = 0.0
-    limit: Evidence | None = None
+    cusum: CusumValue = 0.0
+    limit: CusumValue | None = None
 
 
 class _Estimate(msgspec.Struct, frozen=True):
@@ -80,7 +80,7 @@ class _Estimate(msgspec.Struct, frozen=True):
     accuracy: Share | None = None
 
 
-class Subject(msgspec.Struct, frozen=True):
+class SubjectReport(msgspec.Struct, frozen=True):
     """What is told of a field, of the answers ("output", "score") or of all fields together ("joint").
 
     `state`: ok, drift, fault, insufficient (nothing to compare with yet), or untested (another field had a fault).
@@ -92,74 +92,76 @@ class Subject(msgspec.Struct, frozen=True):
     limit: float | None
 
 
-class Reported(msgspec.Struct, frozen=True):
+class WindowReport(msgspec.Struct, frozen=True):
     """One drift window; times are epoch µs. `accuracy` is the estimate with its interval."""
 
     t: tuple[int, int]
     state: str
-    fields: dict[str, Field]
-    subjects: dict[str, Subject]
+    fields: dict[str, FieldReport]
+    subjects: dict[str, SubjectReport]
     accuracy: tuple[float, float, float] | None
 
 
-_FIELDS = msgspec.json.Decoder(dict[str, Field])
+_FIELDS = msgspec.json.Decoder(dict[str, FieldReport])
 _OUTPUT = msgspec.json.Decoder(_Output)
 _JOINT = msgspec.json.Decoder(_Joint | None)
 _ESTIMATE = msgspec.json.Decoder(_Estimate | None)
 
 
-def read(
+def parse_members(
     t: tuple[int, int],
     state: str,
     features: str | bytes,
     output: str | bytes,
     joint: str | bytes,
     estimate: str | bytes,
-) -> Reported:
+) -> WindowReport:
     """Of the message's members as JSON, `null` for none. Raises ValueError."""
     try:
         fields = _FIELDS.decode(features)
         found = (_OUTPUT.decode(output), _JOINT.decode(joint), _ESTIMATE.decode(estimate))
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ValueError(str(error)) from error
-    if not 0 < len(fields) <= MOST_FIELDS:
+    if not 0 < len(fields) <= MAX_FIELDS:
         raise ValueError(f"{len(fields)} fields")
     answers, together, expected = found
     accuracy = None
     if expected is not None and expected.accuracy is not None:
         accuracy = (expected.accuracy, expected.low, expected.high)
-    subjects = dict(_subjects(fields, answers, together))
+    subjects = dict(_subject_reports(fields, answers, together))
     if state == "fault":
-        subjects = {name: _kept_out(subject) for name, subject in subjects.items()}
-    return Reported(t, state, fields, subjects, accuracy)
+        subjects = {name: _mark_untested(subject) for name, subject in subjects.items()}
+    return WindowReport(t, state, fields, subjects, accuracy)
 
 
-def from_message(body: dict[str, Any], t: tuple[int, int]) -> Reported:
+def from_message(body: dict[str, Any], t: tuple[int, int]) -> WindowReport:
     """Of a whole message. Raises ValueError."""
     members = [msgspec.json.encode(body.get(name)) for name in ("features", "output", "joint", "estimate")]
-    return read(t, str(body.get("state")), *members)
+    return parse_members(t, str(body.get("state")), *members)
 
 
-def _subjects(fields: dict[str, Field], output: _Output, joint: _Joint | None) -> Iterator[tuple[str, Subject]]:
+def _subject_reports(
+    fields: dict[str, FieldReport], output: _Output, joint: _Joint | None
+) -> Iterator[tuple[str, SubjectReport]]:
     for name, field in fields.items():
-        yield name, Subject(field.state, *_largest(field.cusum), field.cusum.limit)
-    yield "output", Subject(output.state, 0.0, 0.0, None)
+        yield name, SubjectReport(field.state, *_largest_sums(field.cusum), field.cusum.limit)
+    yield "output", SubjectReport(output.state, 0.0, 0.0, None)
     if output.score is not None:
-        yield "score", Subject(output.score.state, max(output.score.cusum, default=0.0), 0.0, output.score.limit)
+        yield "score", SubjectReport(output.score.state, max(output.score.cusum, default=0.0), 0.0, output.score.limit)
     if joint is not None:
-        yield "joint", Subject(joint.state, joint.cusum, 0.0, joint.limit)
+        yield "joint", SubjectReport(joint.state, joint.cusum, 0.0, joint.limit)
 
 
-def _kept_out(subject: Subject) -> Subject:
+def _mark_untested(subject: SubjectReport) -> SubjectReport:
     """Beside a field with a fault the others are not tested: that is another thing than to be still learned."""
     return replace(subject, state=UNTESTED) if subject.state == "insufficient" else subject
 
 
-def _largest(cusum: FieldCusum) -> tuple[float, float]:
+def _largest_sums(cusum: FieldCusum) -> tuple[float, float]:
     return max(cusum.mean, default=0.0), max(cusum.spread, default=0.0)
 
 
-def from_reference(reference: Reference, name: str, counts: Ints) -> dict[str, float] | None:
+def effect_sizes_to_reference(reference: Reference, name: str, counts: Ints) -> dict[str, float] | None:
     """Effect sizes between a reference's rows of a field and those of a histogram (34,) on its bins, to 4 decimals.
 
     None where it is no such histogram.
@@ -169,18 +171,18 @@ def from_reference(reference: Reference, name: str, counts: Ints) -> dict[str, f
     field = reference.fields.index(name)
     if counts.shape != reference.counts[field].shape:
         return None
-    sized = divergence.four(
-        reference.shares[field],
-        divergence.shares(divergence.folded(counts)),
+    sized = divergence.compute_all(
+        reference.bin_shares[field],
+        divergence.shares(divergence.fold_outer_bins(counts)),
         reference.bounds[field],
         reference.sd[field],
     )
     return dict(zip(("psi", "js", "ks", "w1"), np.round(sized, 4).tolist(), strict=True))
 
 
-def apart(usual: Ints, other: Ints) -> dict[str, float]:
+def effect_sizes(reference_counts: Ints, counts: Ints) -> dict[str, float]:
     """Effect sizes between two histograms (34,), as drift messages name them, to 4 decimals."""
-    p, q = divergence.folded(usual), divergence.folded(other)
+    p, q = divergence.fold_outer_bins(reference_counts), divergence.fold_outer_bins(counts)
     return {
         name: round(float(size(p, q)), 4)
         for name, size in (("psi", divergence.psi), ("js", divergence.js), ("ks", divergence.ks))

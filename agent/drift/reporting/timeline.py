@@ -7,28 +7,28 @@ from collections.abc import Iterator
 import msgspec
 
 from agent.arrays import Ints
-from agent.drift.reporting.parsed_message import Reported, Subject
+from agent.drift.reporting.parsed_message import SubjectReport, WindowReport
 
 EARLIEST_US = 946_684_800_000_000  # 2000-01-01; a clock that was never set says 1970
-MOST = 480  # points; then neighbours are taken together
-_WORST = {"untested": 0, "ok": 1, "insufficient": 2, "drift": 3, "fault": 4}
+MAX_POINTS = 480  # points; then neighbours are taken together
+_STATE_SEVERITY = {"untested": 0, "ok": 1, "insufficient": 2, "drift": 3, "fault": 4}
 
 
 class Point(msgspec.Struct, frozen=True):
     """One drift window, or neighbours of which the largest sums and the gravest states count. Times are epoch µs."""
 
     t: tuple[int, int]
-    subjects: dict[str, Subject]
+    subjects: dict[str, SubjectReport]
     accuracy: tuple[float, float, float] | None
 
-    def joined(self, later: Point) -> Point:
+    def merge(self, later: Point) -> Point:
         names = [*self.subjects, *(name for name in later.subjects if name not in self.subjects)]
-        both = {name: _graver(self.subjects.get(name), later.subjects.get(name)) for name in names}
+        both = {name: _worse_report(self.subjects.get(name), later.subjects.get(name)) for name in names}
         lower = [one for one in (self.accuracy, later.accuracy) if one is not None]
         return Point((self.t[0], max(self.t[1], later.t[1])), both, min(lower, default=None))
 
 
-class Shape(msgspec.Struct):
+class StateHistogram(msgspec.Struct):
     """Rows of a field below, in the reference's bins and above, over so many drift windows of one state."""
 
     windows: int
@@ -43,42 +43,42 @@ class Timeline(msgspec.Struct):
 
     points: list[Point] = msgspec.field(default_factory=list)
     windows: int = 0
-    each: int = 1  # windows that a point stands for
-    shapes: dict[str, dict[str, Shape]] = msgspec.field(default_factory=dict)
-    _before: dict[str, str] = msgspec.field(default_factory=dict)
+    windows_per_point: int = 1  # windows that a point stands for
+    histograms: dict[str, dict[str, StateHistogram]] = msgspec.field(default_factory=dict)
+    _last_state: dict[str, str] = msgspec.field(default_factory=dict)
 
-    def add(self, window: Reported) -> None:
+    def add(self, window: WindowReport) -> None:
         point = Point(window.t, window.subjects, window.accuracy)
         if window.state != "fault":
-            self._add_shapes(window)
-        if self.points and self.windows % self.each:
-            self.points[-1] = self.points[-1].joined(point)
+            self._add_histograms(window)
+        if self.points and self.windows % self.windows_per_point:
+            self.points[-1] = self.points[-1].merge(point)
         else:
             self.points.append(point)
         self.windows += 1
-        if len(self.points) == MOST:
-            self.points = [a.joined(b) for a, b in zip(self.points[::2], self.points[1::2], strict=True)]
-            self.each *= 2
+        if len(self.points) == MAX_POINTS:
+            self.points = [a.merge(b) for a, b in zip(self.points[::2], self.points[1::2], strict=True)]
+            self.windows_per_point *= 2
 
-    def now(self, field_name: str) -> tuple[str, Shape] | None:
+    def latest(self, field_name: str) -> tuple[str, StateHistogram] | None:
         """The state that the field was last in, without faults, and its rows in that state."""
-        state = self._before.get(field_name)
-        return None if state is None else (state, self.shapes[field_name][state])
+        state = self._last_state.get(field_name)
+        return None if state is None else (state, self.histograms[field_name][state])
 
-    def _add_shapes(self, window: Reported) -> None:
+    def _add_histograms(self, window: WindowReport) -> None:
         for name, told in window.fields.items():
-            states = self.shapes.setdefault(name, {})
-            if told.state not in _WORST:
+            states = self.histograms.setdefault(name, {})
+            if told.state not in _STATE_SEVERITY:
                 continue
             before, counts = states.get(told.state), told.histogram()
             if before is not None and len(before.counts) != len(counts):
                 continue
-            begins = told.state == "drift" and self._before.get(name) != "drift"
+            begins = told.state == "drift" and self._last_state.get(name) != "drift"
             if before is None or begins:
-                states[told.state] = Shape(1, counts)
+                states[told.state] = StateHistogram(1, counts)
             else:
-                states[told.state] = Shape(before.windows + 1, before.counts + counts)
-            self._before[name] = told.state
+                states[told.state] = StateHistogram(before.windows + 1, before.counts + counts)
+            self._last_state[name] = told.state
 
     def spells(self, subject: str, state: str) -> Iterator[tuple[int, int, bool]]:
         """(first, last, whether it goes on) of each run of points in which `subject` was in `state`; epoch µs."""
@@ -94,11 +94,11 @@ class Timeline(msgspec.Struct):
             yield begin, end, True
 
 
-def _graver(a: Subject | None, b: Subject | None) -> Subject:
+def _worse_report(a: SubjectReport | None, b: SubjectReport | None) -> SubjectReport:
     if a is None or b is None:
         found = a or b
         assert found is not None
         return found
-    state = max(a.state, b.state, key=lambda name: _WORST.get(name, 0))
+    state = max(a.state, b.state, key=lambda name: _STATE_SEVERITY.get(name, 0))
     limit = b.limit if b.limit is not None else a.limit
-    return Subject(state, max(a.mean, b.mean), max(a.spread, b.spread), limit)
+    return SubjectReport(state, max(a.mean, b.mean), max(a.spread, b.spread), limit)

@@ -13,150 +13,162 @@ from msgspec.structs import replace
 
 from agent.arrays import Bools, Floats, Ints
 from agent.drift.detectors import correlation, cusum, mewma
-from agent.drift.detectors.mewma import Together
-from agent.drift.detectors.psi import Confirm
-from agent.drift.testing.test_suite import Detectors, Evidence, Tester
+from agent.drift.detectors.mewma import Mewma
+from agent.drift.detectors.psi import PsiConfirmation
+from agent.drift.testing.test_suite import DriftTester, Evidence, SuiteState
 
-HALF_WAY, NEAR = 0.5, 0.8  # shares of its limit from which on a field's sum is taken for a drift that begins
+EARLY_DRIFT_SHARE, NEAR_LIMIT_SHARE = (
+    0.5,
+    0.8,
+)  # shares of its limit from which on a field's sum is taken for a drift that begins
 
 
-class Course(msgspec.Struct, frozen=True, eq=False, dict=True):
+class TestSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Over W windows with this `evidence`; where an alarm is open `before` them, W is 1."""
 
-    tester: Tester
-    before: Detectors
+    tester: DriftTester
+    before: SuiteState
     evidence: Evidence
-    cusum: cusum.Course
-    means: mewma.Course
-    answers: mewma.Course
+    cusum: cusum.CusumSequence
+    field_mewma: mewma.MewmaSequence
+    class_share_mewma: mewma.MewmaSequence
     t: Ints  # (W,)
 
     @cached_property
-    def shapes(self) -> list[Confirm]:
+    def psi_states(self) -> list[PsiConfirmation]:
         """After each window, up to the first in which an alarm is open."""
-        tested = self.evidence.told
+        tested = self.evidence.psi_tested
         if self.before.open_fields.any():
             tested = tested.copy()
             tested[:, -2:] = False
-        now, found = self.before.shape, []
-        for beyond, told, t in zip(self.evidence.beyond, tested, self.t.tolist(), strict=True):
+        now, found = self.before.psi, []
+        for beyond, told, t in zip(self.evidence.psi_exceeded, tested, self.t.tolist(), strict=True):
             now = now.update(beyond, told, t)
             found.append(now)
-            if now.on.any():
+            if now.alarm.any():
                 break
         return found
 
     @property
-    def quiet(self) -> int:
+    def windows_before_alarm(self) -> int:
         """How many windows there are before the first in which an alarm is open."""
-        most_means, most_answers = self.tester.extra.together
-        squares = zip(self.cusum.raises.tolist(), self.means.squares, self.answers.squares, strict=True)
+        most_means, most_answers = self.tester.calibration.together
+        squares = zip(
+            self.cusum.exceeds_limit.tolist(),
+            self.field_mewma.statistics,
+            self.class_share_mewma.statistics,
+            strict=True,
+        )
         quiet = [not (beyond or means > most_means or answers > most_answers) for beyond, means, answers in squares]
-        told = len(self.shapes) - bool(self.shapes[-1].on.any())
+        told = len(self.psi_states) - bool(self.psi_states[-1].alarm.any())
         return min(told, quiet.index(False) if False in quiet else len(quiet))
 
-    def after(self, windows: int) -> Detectors:
+    def state_after(self, windows: int) -> SuiteState:
         """After so many of them, of which none but the last has an alarm open."""
-        before, evidence, fields = self.before, self.evidence[:windows], len(self.tester.site.fields)
+        before, evidence, fields = self.before, self.evidence[:windows], len(self.tester.reference.fields)
         z = evidence.z[-1]
-        after = Detectors(
-            self.cusum.after(windows),
-            self.shapes[windows - 1],
-            np.concatenate([before.scores, evidence.scores])[windows:],
-            np.concatenate([before.recent, evidence.z[:, : 2 * fields].astype(np.float32)])[windows:],
-            self.means.after(windows),
-            self.answers.after(windows),
+        after = SuiteState(
+            self.cusum.state_after(windows),
+            self.psi_states[windows - 1],
+            np.concatenate([before.recent_scores, evidence.scores])[windows:],
+            np.concatenate([before.recent_z, evidence.z[:, : 2 * fields].astype(np.float32)])[windows:],
+            self.field_mewma.state_after(windows),
+            self.class_share_mewma.state_after(windows),
         )
-        after = self._together(after, z, self.means.squares[windows - 1], self.answers.squares[windows - 1])
-        if self.tester.site.labels and not before.open_fields.any():
-            return self._first_alone(after, z)
+        after = self._open_mewma_alarms(
+            after, z, self.field_mewma.statistics[windows - 1], self.class_share_mewma.statistics[windows - 1]
+        )
+        if self.tester.reference.labels and not before.open_fields.any():
+            return self._keep_lead_field(after, z)
         return after
 
-    def _together(self, after: Detectors, z: Floats, means: float, answers: float) -> Detectors:
+    def _open_mewma_alarms(
+        self, after: SuiteState, z: Floats, field_statistic: float, class_share_statistic: float
+    ) -> SuiteState:
         """With an alarm of what moved most, where fields or answers come to too much together; they begin anew then."""
-        at, (most_means, most_answers) = after.places, self.tester.extra.together
-        if means > most_means:
-            moved = _with_lead(after.cusum, after.means, at.means, z)
-            after = replace(after, cusum=moved, means=Together.zeros(at.fields))
-        if answers > most_answers:
-            moved = _with_lead(after.cusum, after.answers, at.answers, z)
-            after = replace(after, cusum=moved, answers=Together.zeros(at.answers_told))
+        at, (most_means, most_answers) = after.layout, self.tester.calibration.together
+        if field_statistic > most_means:
+            moved = _open_lead_alarm(after.cusum, after.field_mewma, at.means, z)
+            after = replace(after, cusum=moved, field_mewma=Mewma.zeros(at.fields))
+        if class_share_statistic > most_answers:
+            moved = _open_lead_alarm(after.cusum, after.class_share_mewma, at.class_shares, z)
+            after = replace(after, cusum=moved, class_share_mewma=Mewma.zeros(at.tested_classes))
         return after
 
-    def _first_alone(self, after: Detectors, z: Floats) -> Detectors:
+    def _keep_lead_field(self, after: SuiteState, z: Floats) -> SuiteState:
         """Where several fields are open at once, only the one that is furthest off, and no other has gathered anything.
 
         Up to here all were compared with the classes that the model named, and one field may have made these wrong. If
         another drifts, too, it will be found so when classes are told by the fields that are sound.
         """
-        fields = len(self.tester.site.fields)
-        on = after.cusum.on[0, : 2 * fields] | after.cusum.on[1, : 2 * fields]
+        fields = len(self.tester.reference.fields)
+        on = after.cusum.alarm[0, : 2 * fields] | after.cusum.alarm[1, : 2 * fields]
         if not on.any():
             return after
         far = np.where(on, np.nan_to_num(np.abs(z[: 2 * fields])), -1.0)
         lead = int(far.argmax()) % fields
         kept = np.zeros(len(z), np.bool_)
         kept[[lead, fields + lead]] = True
-        return after.only(kept)
+        return after.reset_except(kept)
 
 
-def of(tester: Tester, before: Detectors, evidence: Evidence, t: Ints) -> Course:
+def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: Ints) -> TestSequence:
     """Over W windows with this evidence, begun at `t` (W,) epoch µs."""
-    at, open_now = before.places, before.open_fields
+    at, open_now = before.layout, before.open_fields
 
-    def sums(z: Floats) -> cusum.Course:
+    def run_cusums(z: Floats) -> cusum.CusumSequence:
         slack, limit = tester.limits.slack, tester.limits.limit
-        return before.cusum.ahead(z, evidence.effects, slack=slack, limit=limit, t=t)
+        return before.cusum.run_windows(z, evidence.effects, slack=slack, limit=limit, t=t)
 
-    z, ahead = evidence.z, sums(evidence.z)
-    held = _held(tester, ahead, open_now)
+    z, ahead = evidence.z, run_cusums(evidence.z)
+    held = _find_suspended_tests(tester, ahead, open_now)
     if held is not None:
         # Fields are never held, so what they have gathered stays as it was found.
         z = np.where(held, np.nan, z)
-        ahead = sums(z)
-    means, fields = before.means, z[:, at.means]
+        ahead = run_cusums(z)
+    means, fields = before.field_mewma, z[:, at.means]
     if open_now.any():
-        means, fields = means.only(~open_now), np.where(open_now, np.nan, fields)
-    return Course(
+        means, fields = means.reset_except(~open_now), np.where(open_now, np.nan, fields)
+    return TestSequence(
         tester,
         before,
         evidence,
         ahead,
-        means.ahead(fields, evidence.effects[:, at.means], t),
-        before.answers.ahead(z[:, at.answers], evidence.effects[:, at.answers], t),
+        means.run_windows(fields, evidence.effects[:, at.means], t),
+        before.class_share_mewma.run_windows(z[:, at.class_shares], evidence.effects[:, at.class_shares], t),
         t,
     )
 
 
-def _held(tester: Tester, ahead: cusum.Course, open_now: Bools) -> Bools | None:
+def _find_suspended_tests(tester: DriftTester, sequence: cusum.CusumSequence, open_now: Bools) -> Bools | None:
     """(W, T) which tests wait in which window, as fields move that they depend on; None for nothing."""
     count = len(open_now)
     limit = tester.limits.limit[: 2 * count]
-    values = np.concatenate([ahead.before.value[None], ahead.values[:-1]])[:, :, : 2 * count]
+    values = np.concatenate([sequence.before.value[None], sequence.values[:-1]])[:, :, : 2 * count]
     share = (values / limit).max(1)
     begins = np.maximum(share[:, :count], share[:, count:])
-    moving = open_now | (begins > HALF_WAY)
+    moving = open_now | (begins > EARLY_DRIFT_SHARE)
     if not moving.any():
         return None
-    at, held = tester.site.places, np.zeros(ahead.tested.shape, np.bool_)
-    left, right = correlation.sides(count)
+    at, held = tester.reference.layout, np.zeros(sequence.tested.shape, np.bool_)
+    left, right = correlation.pair_members(count)
     held[:, at.pairs] = moving[:, left] | moving[:, right]
-    near = open_now.any() | (begins.max(1) > NEAR)
+    near = open_now.any() | (begins.max(1) > NEAR_LIMIT_SHARE)
     held[near, at.certainty] = True
-    held[near, at.answers] = True
-    if tester.site.labels:
+    held[near, at.class_shares] = True
+    if tester.reference.labels:
         held[near, at.pairs] = True
     return held
 
 
-def _with_lead(sums: cusum.Cusum, moved: Together, place: slice, z: Floats) -> cusum.Cusum:
+def _open_lead_alarm(sums: cusum.Cusum, mewma: Mewma, test_slice: slice, z: Floats) -> cusum.Cusum:
     """With an alarm of the test that `moved` most, at `place` among all.
 
     Of those that moved much, that is the one that is furthest off now: how far is cut off in the means.
     """
-    far = np.abs(moved.mean)
-    lead = int(np.where(far >= NEAR * far.max(), np.nan_to_num(np.abs(z[place])), -1.0).argmax())
-    side = 0 if moved.mean[lead] > 0 else 1
-    return sums.opened(
-        side, place.start + lead, int(moved.windows[lead]), float(moved.effect[lead]), int(moved.since[lead])
+    far = np.abs(mewma.mean)
+    lead = int(np.where(far >= NEAR_LIMIT_SHARE * far.max(), np.nan_to_num(np.abs(z[test_slice])), -1.0).argmax())
+    side = 0 if mewma.mean[lead] > 0 else 1
+    return sums.open_alarm(
+        side, test_slice.start + lead, int(mewma.windows[lead]), float(mewma.effect[lead]), int(mewma.since[lead])
     )

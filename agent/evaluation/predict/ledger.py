@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from agent.datasets.blocks import Rejected
+from agent.datasets.blocks import RowRejection
 
-MOST_NAMED = 100  # rejected rows that are named; all are counted
-DONE = ".outstation-run.part"
+MAX_LISTED_REJECTS = 100  # rejected rows that are named; all are counted
+LEDGER_NAME = ".outstation-run.part"
 
 
-class Named(msgspec.Struct, frozen=True):
+class RejectedRow(msgspec.Struct, frozen=True):
     """A rejected row."""
 
     file: str
@@ -23,7 +23,7 @@ class Named(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Totals(msgspec.Struct):
+class RunTotals(msgspec.Struct):
     """What was read, answered and rejected; `rejected` names the first of `refused`.
 
     `partly`: results of windows of which more is missing than the bundle allows without a word.
@@ -31,24 +31,27 @@ class Totals(msgspec.Struct):
 
     rows: int = 0
     results: int = 0
-    partly: int = 0
-    refused: int = 0
-    rejected: list[Named] = msgspec.field(default_factory=list)
+    incomplete: int = 0
+    rejected_count: int = 0
+    rejected_rows: list[RejectedRow] = msgspec.field(default_factory=list)
 
-    def add(self, other: Totals) -> None:
+    def add(self, other: RunTotals) -> None:
         self.rows += other.rows
         self.results += other.results
-        self.partly += other.partly
-        self.refused += other.refused
-        self.rejected += other.rejected[: MOST_NAMED - len(self.rejected)]
+        self.incomplete += other.incomplete
+        self.rejected_count += other.rejected_count
+        self.rejected_rows += other.rejected_rows[: MAX_LISTED_REJECTS - len(self.rejected_rows)]
 
-    def count(self, file: str, rows: int, rejected: list[Rejected]) -> None:
+    def add_block(self, file: str, rows: int, rejected: list[RowRejection]) -> None:
         self.rows += rows
-        self.refused += len(rejected)
-        self.rejected += [Named(r.file or file, r.line, r.reason) for r in rejected[: MOST_NAMED - len(self.rejected)]]
+        self.rejected_count += len(rejected)
+        self.rejected_rows += [
+            RejectedRow(r.file or file, r.line, r.reason)
+            for r in rejected[: MAX_LISTED_REJECTS - len(self.rejected_rows)]
+        ]
 
 
-class Job(NamedTuple):
+class FileJob(NamedTuple):
     """A file to answer; `identity` changes with anything its answers depend on."""
 
     source: Path
@@ -56,32 +59,32 @@ class Job(NamedTuple):
     identity: str
 
 
-class _Line(msgspec.Struct):
+class _LedgerEntry(msgspec.Struct):
     identity: str
-    totals: Totals
+    totals: RunTotals
 
 
-class Ledger:
+class RunLedger:
     """The jobs of an output folder that are done: a line each, on the disk before the next; a torn line is none."""
 
     def __init__(self, out: Path) -> None:
-        self._path = out / DONE
-        self._done: dict[str, Totals] = {}
+        self._path = out / LEDGER_NAME
+        self._done: dict[str, RunTotals] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in self._path.read_bytes().splitlines():
                 with contextlib.suppress(msgspec.MsgspecError):
-                    found = msgspec.json.decode(line, type=_Line)
+                    found = msgspec.json.decode(line, type=_LedgerEntry)
                     self._done[found.identity] = found.totals
 
-    def of(self, job: Job) -> Totals | None:
+    def get(self, job: FileJob) -> RunTotals | None:
         """What came of a job that is done, and whose output is there."""
         return self._done.get(job.identity) if job.target.exists() else None
 
-    def add(self, job: Job, totals: Totals) -> None:
+    def add(self, job: FileJob, totals: RunTotals) -> None:
         self._done[job.identity] = totals
         with self._path.open("ab") as file:
             # A line of its own after one that a kill tore.
-            file.write(b"\n" + msgspec.json.encode(_Line(job.identity, totals)) + b"\n")
+            file.write(b"\n" + msgspec.json.encode(_LedgerEntry(job.identity, totals)) + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -11,98 +11,108 @@ from pathlib import Path
 import numpy as np
 
 from agent.errors import BadBundle, UsageError
-from agent.evaluation.examples import Rows
+from agent.evaluation.examples import Dataset
 from agent.evaluation.predict import output, run
-from agent.evaluation.predict.ledger import DONE, Job, Ledger, Totals
-from agent.evaluation.predict.ray_cluster import Cluster
-from agent.evaluation.predict.ray_worker import Order, Piece, Said
-from agent.evaluation.predict.run import Progress, Work
-from agent.evaluation.predict.watched import Watched
+from agent.evaluation.predict.ledger import LEDGER_NAME, FileJob, RunLedger, RunTotals
+from agent.evaluation.predict.ray_cluster import RayCluster
+from agent.evaluation.predict.ray_worker import WindowShard, WorkerConfig, WorkerResult
+from agent.evaluation.predict.run import BatchPredictor, Progress
+from agent.evaluation.predict.watched import ProgressTracker
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import scores
-from agent.model.inference.features import Cut, Ints
-from agent.model.inference.inference import Answers, Inference
+from agent.model.inference.features import Ints, WindowCut
+from agent.model.inference.inference import Inference, InferenceResult
 
 
-def folder(cluster: Cluster, work: Work, bundle: Bundle, source: Path, out: Path, progress: Progress) -> Totals:
+def predict_folder(
+    cluster: RayCluster, predictor: BatchPredictor, bundle: Bundle, source: Path, out: Path, progress: Progress
+) -> RunTotals:
     """As `run.folder`. Raises UsageError, BadBundle, OutstationError."""
     source, out = source.resolve(), out.resolve()
-    jobs = [work.job(path, out / path.name) for path in run.files(source, out)]
-    ledger = Ledger(out)
-    found = {job.target: done for job in jobs if (done := ledger.of(job)) is not None}
-    with _marked(out / DONE) as (mark, token), Watched(jobs, progress) as watched:
-        for job, totals in _each(cluster, _order(bundle, work.raw, mark, token), jobs, found, watched):
+    jobs = [predictor.make_job(path, out / path.name) for path in run.list_inputs(source, out)]
+    ledger = RunLedger(out)
+    found = {job.target: done for job in jobs if (done := ledger.get(job)) is not None}
+    with _shared_marker(out / LEDGER_NAME) as (mark, token), ProgressTracker(jobs, progress) as watched:
+        for job, totals in _run_jobs(cluster, _worker_config(bundle, predictor.raw, mark, token), jobs, found, watched):
             ledger.add(job, totals)
     ledger.remove()
-    return _sum(jobs, found)
+    return _sum_totals(jobs, found)
 
 
-def file(cluster: Cluster, work: Work, bundle: Bundle, source: Path, out: Path, progress: Progress) -> Totals:
+def predict_file(
+    cluster: RayCluster, predictor: BatchPredictor, bundle: Bundle, source: Path, out: Path, progress: Progress
+) -> RunTotals:
     """As `Work.file`, by one worker. Raises UsageError, BadBundle, OutstationError."""
     source, out = source.resolve(), out.resolve()
-    jobs, found = [work.job(source, out)], dict[Path, Totals]()
-    with _marked(output.part_of(out)) as (mark, token), Watched(jobs, progress) as watched:
-        for _ in _each(cluster, _order(bundle, work.raw, mark, token), jobs, found, watched):
+    jobs, found = [predictor.make_job(source, out)], dict[Path, RunTotals]()
+    with _shared_marker(output.partial_path(out)) as (mark, token), ProgressTracker(jobs, progress) as watched:
+        for _ in _run_jobs(cluster, _worker_config(bundle, predictor.raw, mark, token), jobs, found, watched):
             pass
-    return _sum(jobs, found)
+    return _sum_totals(jobs, found)
 
 
-def answered(cluster: Cluster, bundle: Bundle) -> Callable[[Inference, Rows, Ints], Answers]:
+def make_predictor(cluster: RayCluster, bundle: Bundle) -> Callable[[Inference, Dataset, Ints], InferenceResult]:
     """`examples.answered` by a worker for each file. The rows are sent: nothing needs to be where the workers are."""
 
-    def answer(_: Inference, rows: Rows, starts: Ints) -> Answers:
+    def predict(_: Inference, dataset: Dataset, starts: Ints) -> InferenceResult:
         pieces = []
-        for i, of in enumerate(rows.files_rows()):
+        for i, of in enumerate(dataset.file_slices()):
             some = starts[(starts >= of.start) & (starts < of.stop)] - of.start
-            pieces.append(Piece(i, rows.rows[of], rows.t[of], some))
-        found: dict[int, Answers] = {}
-        for said in cluster.map(_order(bundle, True, Path(), ""), pieces):
+            pieces.append(WindowShard(i, dataset.values[of], dataset.t[of], some))
+        found: dict[int, InferenceResult] = {}
+        for said in cluster.map(_worker_config(bundle, True, Path(), ""), pieces):
             if said.answers is None:
-                raise _problem(said)
+                raise _to_error(said)
             found[said.index] = said.answers
         parts = [found[i] for i in range(len(pieces))]
         outputs = np.concatenate([one.outputs for one in parts if one.outputs is not None])
-        missing = np.concatenate([one.missing for one in parts])
-        return Answers(Cut(starts, len(rows.rows)), scores.joined([one.scores for one in parts]), missing, outputs)
+        missing = np.concatenate([one.missing_share for one in parts])
+        return InferenceResult(
+            WindowCut(starts, len(dataset.values)), scores.concatenate([one.scores for one in parts]), missing, outputs
+        )
 
-    return answer
+    return predict
 
 
-def _each(
-    cluster: Cluster, order: Order, jobs: Sequence[Job], found: dict[Path, Totals], watched: Watched
-) -> Iterator[tuple[Job, Totals]]:
+def _run_jobs(
+    cluster: RayCluster,
+    config: WorkerConfig,
+    jobs: Sequence[FileJob],
+    completed: dict[Path, RunTotals],
+    tracker: ProgressTracker,
+) -> Iterator[tuple[FileJob, RunTotals]]:
     """The jobs that are not in `found` yet, as they are done, which puts them there."""
     for job in jobs:
-        if job.target in found:
-            watched.add(job, found[job.target])
-    waiting = {job.target: job for job in jobs if job.target not in found}
-    for said in cluster.map(order, list(waiting.values())):
+        if job.target in completed:
+            tracker.complete(job, completed[job.target])
+    waiting = {job.target: job for job in jobs if job.target not in completed}
+    for said in cluster.map(config, list(waiting.values())):
         if said.totals is None:
-            raise _problem(said)
+            raise _to_error(said)
         job = waiting[said.target]
-        found[job.target] = said.totals
-        watched.add(job, said.totals)
+        completed[job.target] = said.totals
+        tracker.complete(job, said.totals)
         yield job, said.totals
 
 
-def _order(bundle: Bundle, raw: bool, mark: Path, token: str) -> Order:
+def _worker_config(bundle: Bundle, raw: bool, marker: Path, token: str) -> WorkerConfig:
     name = f"{bundle.manifest.name} {bundle.manifest.version}"
-    return Order(name, bundle.files, bundle.digest, raw, mark, token)
+    return WorkerConfig(name, bundle.files, bundle.digest, raw, marker, token)
 
 
-def _sum(jobs: Sequence[Job], found: dict[Path, Totals]) -> Totals:
+def _sum_totals(jobs: Sequence[FileJob], completed: dict[Path, RunTotals]) -> RunTotals:
     """In the order of the files, whichever was done first."""
-    total = Totals()
+    total = RunTotals()
     for job in jobs:
-        total.add(found[job.target])
+        total.add(completed[job.target])
     return total
 
 
 @contextmanager
-def _marked(beside: Path) -> Iterator[tuple[Path, str]]:
+def _shared_marker(target: Path) -> Iterator[tuple[Path, str]]:
     """(file, token): a file in the folder of the answers by which a worker tells that it sees this folder."""
-    path, token = beside.with_name(f"{beside.name}.ray"), secrets.token_hex(16)
-    with output.locked(path) as file:
+    path, token = target.with_name(f"{target.name}.ray"), secrets.token_hex(16)
+    with output.open_locked(path) as file:
         file.truncate(0)
         file.write(token.encode())
         file.flush()
@@ -113,5 +123,5 @@ def _marked(beside: Path) -> Iterator[tuple[Path, str]]:
             path.unlink(missing_ok=True)
 
 
-def _problem(said: Said) -> UsageError | BadBundle:
-    return UsageError(said.problem) if said.wrong_use else BadBundle(said.problem)
+def _to_error(result: WorkerResult) -> UsageError | BadBundle:
+    return UsageError(result.error) if result.is_usage_error else BadBundle(result.error)

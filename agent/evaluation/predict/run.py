@@ -12,114 +12,135 @@ import msgspec
 import numpy as np
 
 from agent.datasets import blocks, media_folders, tables
-from agent.datasets.blocks import FILE, Block, Place, Reader
+from agent.datasets.blocks import FILE_COLUMN, BlockReader, FilePosition, RowBlock
 from agent.errors import UsageError
 from agent.evaluation.predict import output
-from agent.evaluation.predict.ledger import Job, Ledger, Totals
-from agent.evaluation.predict.output import Columns, Part
-from agent.evaluation.predictions import Stream
+from agent.evaluation.predict.ledger import FileJob, RunLedger, RunTotals
+from agent.evaluation.predict.output import OutputColumns, PartialOutput
+from agent.evaluation.predictions import StreamingPredictor
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import runtime
 from agent.model.inference.inference import Inference
 
-KEEP_EVERY_S = 2.0
-STATE = ".part.state"
+CHECKPOINT_INTERVAL_S = 2.0
+CHECKPOINT_SUFFIX = ".part.state"
 # Bytes or rows done, of how many, and rows so far.
 Progress = Callable[[int, int, int], None]
 
 
-class _State(msgspec.Struct):
+class _Checkpoint(msgspec.Struct):
     """What goes on after a kill: `identity` of the work, where in the file, bytes written, rows that wait."""
 
     identity: str
-    place: Place = Place()
+    position: FilePosition = FilePosition()
     written: int = 0
-    totals: Totals = msgspec.field(default_factory=Totals)
-    waiting: tuple[bytes, bytes, bytes] = (b"", b"", b"")
-    before: int = 0
+    totals: RunTotals = msgspec.field(default_factory=RunTotals)
+    pending: tuple[bytes, bytes, bytes] = (b"", b"", b"")
+    history_rows: int = 0
 
 
-class Work:
+class BatchPredictor:
     """A bundle to run over files, with the columns that are wanted."""
 
-    def __init__(self, bundle: Bundle, inference: Inference, *, raw: bool = False, block: int | None = None) -> None:
-        self.inference, self._digest, self.raw, self._block = inference, bundle.digest, raw, block
-        self._columns = Columns(inference.manifest, inference.model.outputs, raw=raw)
+    def __init__(
+        self, bundle: Bundle, inference: Inference, *, raw: bool = False, block_bytes: int | None = None
+    ) -> None:
+        self.inference, self._digest, self.raw, self._block = inference, bundle.digest, raw, block_bytes
+        self._columns = OutputColumns(inference.manifest, inference.model.outputs, raw=raw)
 
     def identity(self, source: Path, out: Path) -> str:
         """Changes with anything the result depends on."""
         spec = self.inference.manifest.input
-        read = media_folders.files(source, spec) if blocks.is_media(spec) and source.is_dir() else [source]
+        read = media_folders.list_files(source, spec) if blocks.is_media(spec) and source.is_dir() else [source]
         stats = [(str(path), found.st_size, found.st_mtime_ns) for path in read for found in [path.stat()]]
-        told = [str(source.resolve()), stats, self._digest, runtime.NAME, self.raw]
+        told = [str(source.resolve()), stats, self._digest, runtime.RUNTIME_NAME, self.raw]
         return hashlib.sha256(json.dumps([*told, out.suffix, self._block]).encode()).hexdigest()
 
-    def job(self, source: Path, out: Path) -> Job:
-        return Job(source, out, self.identity(source, out))
+    def make_job(self, source: Path, out: Path) -> FileJob:
+        return FileJob(source, out, self.identity(source, out))
 
-    def file(self, source: Path, out: Path, progress: Progress) -> Totals:
+    def predict_file(self, source: Path, out: Path, progress: Progress) -> RunTotals:
         """All of `source`, answered in `out`. Raises UsageError."""
         if out.exists() and out.samefile(source):
             raise UsageError(f"{out}: is the data itself, which would be overwritten; name another file with -o")
-        reader = tables.open_file(source, self.inference.manifest.input, block=self._block)
-        sidecar = state_of(out)
-        part = Part(out, self._columns)
+        reader = tables.open_reader(source, self.inference.manifest.input, block_bytes=self._block)
+        sidecar = checkpoint_path(out)
+        part = PartialOutput(out, self._columns)
         try:
             # Only now, for until now another run may have gone on.
-            state = _load(sidecar, self.identity(source, out), part.size)
-            part.begin(state.written)
-            stream = _stream(self.inference, state)
-            self._turns(reader, stream, state, part, sidecar, progress)
+            state = _load_checkpoint(sidecar, self.identity(source, out), part.size)
+            part.resume(state.written)
+            stream = _restore_stream(self.inference, state)
+            self._process_blocks(reader, stream, state, part, sidecar, progress)
             part.finish()
         finally:
             part.close()
         sidecar.unlink(missing_ok=True)
         return state.totals
 
-    def _turns(
-        self, reader: Reader, stream: Stream, state: _State, part: Part, sidecar: Path, progress: Progress
+    def _process_blocks(
+        self,
+        reader: BlockReader,
+        stream: StreamingPredictor,
+        checkpoint: _Checkpoint,
+        part: PartialOutput,
+        sidecar: Path,
+        progress: Progress,
     ) -> None:
         kept = time.monotonic()
-        for block in reader.blocks(state.place):
-            self._turn(reader, block, stream, state, part)
-            progress(reader.done(state.place), reader.size, state.totals.rows)
-            if time.monotonic() - kept >= KEEP_EVERY_S:
-                state.written = part.keep()
-                state.before = stream.before
-                state.waiting = (stream.rows.tobytes(), stream.t.tobytes(), stream.number.tobytes())
-                _keep(sidecar, state)
+        for block in reader.blocks(checkpoint.position):
+            self._process_block(reader, block, stream, checkpoint, part)
+            progress(reader.progress(checkpoint.position), reader.size, checkpoint.totals.rows)
+            if time.monotonic() - kept >= CHECKPOINT_INTERVAL_S:
+                checkpoint.written = part.sync()
+                checkpoint.history_rows = stream.history_rows
+                checkpoint.pending = (stream.rows.tobytes(), stream.t.tobytes(), stream.row_numbers.tobytes())
+                _save_checkpoint(sidecar, checkpoint)
                 kept = time.monotonic()
 
-    def _turn(self, reader: Reader, block: Block, stream: Stream, state: _State, part: Part) -> None:
-        number, answers = stream.feed(block.rows, block.t, block.number, raw=self.raw)
-        of = block.texts[FILE][number - block.number[0]] if FILE in block.texts and len(number) else None
+    def _process_block(
+        self,
+        reader: BlockReader,
+        block: RowBlock,
+        stream: StreamingPredictor,
+        checkpoint: _Checkpoint,
+        part: PartialOutput,
+    ) -> None:
+        number, answers = stream.feed(block.rows, block.t, block.row_numbers, raw=self.raw)
+        of = (
+            block.text_columns[FILE_COLUMN][number - block.row_numbers[0]]
+            if FILE_COLUMN in block.text_columns and len(number)
+            else None
+        )
         part.write(number, answers, of)
-        state.totals.results += len(number)
-        state.totals.partly += int((answers.missing > self.inference.manifest.input.max_missing).sum())
-        state.totals.count(reader.path.name, len(block.rows), block.rejected)
-        state.place = block.after
+        checkpoint.totals.results += len(number)
+        checkpoint.totals.incomplete += int((answers.missing_share > self.inference.manifest.input.max_missing).sum())
+        checkpoint.totals.add_block(reader.path.name, len(block.rows), block.rejected)
+        checkpoint.position = block.next_position
 
 
-def folder(work: Work, source: Path, out: Path, progress: Progress) -> Totals:
+def predict_folder(predictor: BatchPredictor, source: Path, out: Path, progress: Progress) -> RunTotals:
     """Each file of `source`, a stream of its own, to one of the same name in `out`; what is done is not done again."""
-    sources = files(source, out)
-    ledger, total = Ledger(out), Totals()
+    sources = list_inputs(source, out)
+    ledger, total = RunLedger(out), RunTotals()
     for i, path in enumerate(sources):
-        job = work.job(path, out / path.name)
-        done = ledger.of(job)
+        job = predictor.make_job(path, out / path.name)
+        done = ledger.get(job)
         if done is None:
-            done = work.file(job.source, job.target, _share(progress, i, len(sources), total.rows))
+            done = predictor.predict_file(
+                job.source, job.target, _folder_progress(progress, i, len(sources), total.rows)
+            )
             ledger.add(job, done)
         total.add(done)
     ledger.remove()
     return total
 
 
-def files(source: Path, out: Path) -> list[Path]:
+def list_inputs(source: Path, out: Path) -> list[Path]:
     """The files of the folder `source`, once the folder `out` is there for their answers. Raises UsageError."""
     if out.exists() and (not out.is_dir() or out.samefile(source)):
         raise UsageError(f"{out}: DATA is a folder, so name another folder with -o")
-    found = blocks.files(source, output.SUFFIXES)
+    found = blocks.list_files(source, output.OUTPUT_SUFFIXES)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,50 +148,52 @@ def files(source: Path, out: Path) -> list[Path]:
     return found
 
 
-def _share(progress: Progress, i: int, of: int, before: int) -> Progress:
+def _folder_progress(progress: Progress, i: int, file_count: int, previous_rows: int) -> Progress:
     """Progress of the i-th of so many files."""
-    return lambda done, size, rows: progress(i * 1000 + 1000 * done // max(1, size), of * 1000, before + rows)
+    return lambda done, size, rows: progress(
+        i * 1000 + 1000 * done // max(1, size), file_count * 1000, previous_rows + rows
+    )
 
 
-def state_of(out: Path) -> Path:
+def checkpoint_path(out: Path) -> Path:
     """What is kept of a file that is not done."""
-    return out.with_name(f"{out.name}{STATE}")
+    return out.with_name(f"{out.name}{CHECKPOINT_SUFFIX}")
 
 
-def kept_rows(sidecar: Path) -> int:
+def checkpoint_rows(sidecar: Path) -> int:
     """The rows that a run, perhaps in another process, had read when it last kept its state."""
     try:
-        return msgspec.msgpack.decode(sidecar.read_bytes(), type=_State).totals.rows
+        return msgspec.msgpack.decode(sidecar.read_bytes(), type=_Checkpoint).totals.rows
     except (OSError, msgspec.MsgspecError):
         return 0
 
 
-def _load(sidecar: Path, identity: str, size: int) -> _State:
+def _load_checkpoint(sidecar: Path, identity: str, size: int) -> _Checkpoint:
     """The state of the same work, where the `size` bytes of its output are still there; else a fresh one."""
     try:
-        state = msgspec.msgpack.decode(sidecar.read_bytes(), type=_State)
+        state = msgspec.msgpack.decode(sidecar.read_bytes(), type=_Checkpoint)
         if state.identity == identity and size >= state.written:
             return state
     except (OSError, msgspec.MsgspecError):
         pass
-    return _State(identity)
+    return _Checkpoint(identity)
 
 
-def _stream(inference: Inference, state: _State) -> Stream:
-    stream = Stream(inference)
-    rows, t, number = state.waiting
-    stream.before = state.before
+def _restore_stream(inference: Inference, checkpoint: _Checkpoint) -> StreamingPredictor:
+    stream = StreamingPredictor(inference)
+    rows, t, number = checkpoint.pending
+    stream.history_rows = checkpoint.history_rows
     if t:
-        stream.t, stream.number = np.frombuffer(t, np.int64), np.frombuffer(number, np.int64)
+        stream.t, stream.row_numbers = np.frombuffer(t, np.int64), np.frombuffer(number, np.int64)
         stream.rows = np.frombuffer(rows, np.float32).reshape(len(stream.t), -1)
     return stream
 
 
-def _keep(sidecar: Path, state: _State) -> None:
-    _replace(sidecar, msgspec.msgpack.encode(state))
+def _save_checkpoint(sidecar: Path, checkpoint: _Checkpoint) -> None:
+    _write_atomically(sidecar, msgspec.msgpack.encode(checkpoint))
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _write_atomically(path: Path, content: bytes) -> None:
     new = path.with_name(f"{path.name}.new")
     new.write_bytes(content)
     new.replace(path)

@@ -8,41 +8,43 @@ from pathlib import Path
 from types import TracebackType
 
 from agent.evaluation.predict import run
-from agent.evaluation.predict.ledger import Job, Totals
+from agent.evaluation.predict.ledger import FileJob, RunTotals
 from agent.evaluation.predict.run import Progress
 
-_EVERY_S = 1.0
+_POLL_INTERVAL_S = 1.0
 
 
-class Watched:
+class ProgressTracker:
     """Used as `with Watched(jobs, progress) as watched: watched.add(job, totals)`; a thread tells `progress`."""
 
-    def __init__(self, jobs: Sequence[Job], progress: Progress) -> None:
+    def __init__(self, jobs: Sequence[FileJob], progress: Progress) -> None:
         self._progress = progress
         self._sizes = {job.target: job.source.stat().st_size for job in jobs}
         self._folders = {job.target.parent for job in jobs}
         self._done, self._rows = 0, 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="progress", daemon=True)
 
-    def add(self, job: Job, totals: Totals) -> None:
+    def complete(self, job: FileJob, totals: RunTotals) -> None:
         """One that is done."""
         self._done += self._sizes[job.target]
         self._rows += totals.rows
 
-    def __enter__(self) -> Watched:
+    def __enter__(self) -> ProgressTracker:
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._ended.set()
+        self._stopping.set()
         self._thread.join()
 
-    def _follow(self) -> None:
-        states = {run.state_of(target).name for target in self._sizes}
-        while not self._ended.wait(_EVERY_S):
-            rows = self._rows + sum(run.kept_rows(path) for path in self._kept() if path.name in states)
+    def _poll(self) -> None:
+        states = {run.checkpoint_path(target).name for target in self._sizes}
+        while not self._stopping.wait(_POLL_INTERVAL_S):
+            rows = self._rows + sum(
+                run.checkpoint_rows(path) for path in self._checkpoint_paths() if path.name in states
+            )
             self._progress(self._done, sum(self._sizes.values()), rows)
 
-    def _kept(self) -> list[Path]:
-        return [path for folder in self._folders for path in folder.glob(f"*{run.STATE}")]
+    def _checkpoint_paths(self) -> list[Path]:
+        return [path for folder in self._folders for path in folder.glob(f"*{run.CHECKPOINT_SUFFIX}")]

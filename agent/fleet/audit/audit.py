@@ -22,24 +22,24 @@ from typing import Any
 
 import msgspec
 
-from agent.errors import Refused
+from agent.errors import MessageRefused
 from agent.fleet.audit import rollouts
-from agent.fleet.audit.coverage import Coverage
-from agent.fleet.database.gap_ledger import NEW_LOG, ended, evictions
+from agent.fleet.audit.coverage import RowCoverage
+from agent.fleet.database.gap_ledger import NEW_LOG, parse_evictions, parse_log_end
 from agent.fleet.database.projection import result_rows
 from agent.fleet.database.store import FleetStore
 from agent.fleet.keyring import Keyring
 from agent.wire.keys import PublicKey
-from agent.wire.messages import Audit, Body, Health, Logged, Results, digest, open_message
+from agent.wire.messages import AuditPayload, Body, HealthPayload, LoggedPayload, ResultsPayload, digest, verify_message
 
 # A database that was rewritten as a whole must not fill the memory; all entries are counted.
 MAX_INVALID = 10_000
-_RANKS: dict[type, int] = {type(None): 0, int: 1, float: 1, str: 2, bytes: 3}
+_SQLITE_TYPE_RANKS: dict[type, int] = {type(None): 0, int: 1, float: 1, str: 2, bytes: 3}
 
-Key = tuple[Any, Any, Any]
+MessageKey = tuple[Any, Any, Any]
 
 
-class Report(msgspec.Struct):
+class AuditReport(msgspec.Struct):
     """What the audit found."""
 
     devices: int = 0
@@ -58,16 +58,16 @@ class Report(msgspec.Struct):
         undeclared = any(not gap["declared"] for gap in self.gaps)
         return not (self.duplicates or self.invalid_count or undeclared or self.invalid_decisions)
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As `fleet audit --json` prints it."""
         names = [*("devices", "messages", "gaps", "duplicates", "invalid", "invalid_count", "coverage", "evicted")]
         names += ["decisions", "invalid_decisions"]
         return {"passed": self.passed, **{name: getattr(self, name) for name in names}}
 
-    def add_invalid(self, key: Key, reason: str) -> None:
+    def add_invalid(self, key: MessageKey, reason: str) -> None:
         self.invalid_count += 1
         if len(self.invalid) < MAX_INVALID:
-            where = {name: _shown(part) for name, part in zip(("device", "log", "seq"), key, strict=True)}
+            where = {name: _to_json_value(part) for name, part in zip(("device", "log", "seq"), key, strict=True)}
             self.invalid.append({**where, "reason": reason})
 
 
@@ -76,83 +76,85 @@ def audit(
     device: str | None = None,
     progress: Callable[[int], None] | None = None,
     operators: Sequence[PublicKey] = (),
-) -> Report:
+) -> AuditReport:
     """Verify everything stored, or of one device; `progress` hears of each hundred messages. Raises StorageError.
 
     `operators`: keys whose decisions about roll-outs count; they are not looked at for one device.
     """
-    report = Report()
+    report = AuditReport()
     with store.snapshot() as db:
         keyring = Keyring(store)
         ends: dict[tuple[Any, str], int] = {}
-        for ended_log, last in _ends(store, keyring, device):
+        for ended_log, last in _read_log_ends(store, keyring, device):
             ends[ended_log] = max(last, ends.get(ended_log, 0))
         through = {(name, log): top for name, log, top in store.logs(device)}
-        unfolded = _Unfolded(store.unfolded(device), report)
+        unfolded = _StoredResults(store.result_rows(device), report)
         names = {name for name, _ in through}
         for (name, log), rows in groupby(store.evidence(device), key=lambda row: row[:2]):
-            check = _LogCheck(name, log, keyring, unfolded, report)
+            check = _LogAuditor(name, log, keyring, unfolded, report)
             for row in rows:
-                check.message(*row[2:])
+                check.check_message(*row[2:])
                 report.messages += 1
                 if progress is not None and report.messages % 100 == 0:
                     progress(100)
             check.finish(through.pop((name, log), 0), ends.get((name, log), 0))
             names.add(name)
         for (name, log), top in through.items():
-            _LogCheck(name, log, keyring, unfolded, report).finish(top, ends.get((name, log), 0))
+            _LogAuditor(name, log, keyring, unfolded, report).finish(top, ends.get((name, log), 0))
         unfolded.skip_to(None)
-        for key, reason in rollouts.unfolded(db, device):
+        for key, reason in rollouts.check_projection(db, device):
             report.add_invalid(key, reason)
         if device is None:
-            decided = rollouts.audit(db, operators)
-            report.decisions, report.invalid_decisions = decided.decisions, decided.invalid
+            decided = rollouts.audit_rollouts(db, operators)
+            report.decisions, report.invalid_decisions = decided.decision_count, decided.invalid
         report.devices = len(names)
     return report
 
 
-def _ends(store: FleetStore, keyring: Keyring, device: str | None) -> Iterator[tuple[tuple[Any, str], int]]:
+def _read_log_ends(store: FleetStore, keyring: Keyring, device: str | None) -> Iterator[tuple[tuple[Any, str], int]]:
     """((device, log), last seq) of each log that a signed message of a later one says has ended."""
-    for name, topic, payload, jws in store.audits(device, f'"{NEW_LOG}"'.encode()):
-        with contextlib.suppress(Refused, TypeError, AttributeError):
-            body = open_message(topic, payload, (jws,), keyring.find_stored).body
-            if body.device == name and (end := ended(body)):
+    for name, topic, payload, jws in store.audit_messages(device, f'"{NEW_LOG}"'.encode()):
+        with contextlib.suppress(MessageRefused, TypeError, AttributeError):
+            body = verify_message(topic, payload, (jws,), keyring.find_stored).body
+            if body.device == name and (end := parse_log_end(body)):
                 yield (name, end[0]), end[1]
 
 
-class _LogCheck:
+class _LogAuditor:
     """One log, message by message in order of seq."""
 
-    def __init__(self, device: Any, log: Any, keyring: Keyring, unfolded: _Unfolded, report: Report) -> None:
+    def __init__(
+        self, device: Any, log: Any, keyring: Keyring, stored_results: _StoredResults, report: AuditReport
+    ) -> None:
         self._device, self._log = device, log
-        self._keyring, self._unfolded, self._report = keyring, unfolded, report
-        self._coverage = Coverage()
-        self._last = 0
+        self._keyring, self._stored_results, self._report = keyring, stored_results, report
+        self._coverage = RowCoverage()
+        self._last_seq = 0
         self._last_digest: str | None = ""
         self._missing: list[tuple[int, int]] = []
         self._declared: list[tuple[int, int]] = []
 
-    def message(self, seq: Any, kind: Any, topic: Any, payload: Any, jws: Any) -> None:
+    def check_message(self, seq: Any, kind: Any, topic: Any, payload: Any, jws: Any) -> None:
         key = (self._device, self._log, seq)
-        stored = self._unfolded.take(key)
+        stored = self._stored_results.consume(key)
         if type(seq) is not int or seq < 1:
             self._report.add_invalid(key, f"seq {seq!r} is no number of a message")
             return
-        self._advance(key, seq)
+        self._check_sequence(key, seq)
         data = payload.encode(errors="surrogateescape") if isinstance(payload, str) else payload
-        problem, body = self._open(topic, data, jws)
-        problem = problem or self._compare(body, seq, kind) or self._chain(body)
-        if problem or not isinstance(body, Logged):
+        problem, body = self._verify_signature(topic, data, jws)
+        problem = problem or self._compare_columns(body, seq, kind) or self._check_chain(body)
+        if problem or not isinstance(body, LoggedPayload):
             self._report.add_invalid(key, problem or "is of a kind that is not stored")
-            self._coverage.broken(seq)
+            self._coverage.mark_unreadable(seq)
             self._last_digest = None
             return
         self._last_digest = digest(data)
-        self._declared += evictions(body)
-        if ended(body):
+        self._declared += parse_evictions(body)
+        if parse_log_end(body):
             # Rows before it may be in the old log.
-            self._coverage.broken(seq)
-        for problem in self._contents(body, stored):
+            self._coverage.mark_unreadable(seq)
+        for problem in self._check_contents(body, stored):
             self._report.add_invalid(key, problem)
 
     def finish(self, through: int, end: int) -> None:
@@ -162,39 +164,39 @@ class _LogCheck:
         """
         if end:
             self._declared.append((1, end))
-        if through > self._last:
-            self._missing.append((self._last + 1, through))
-        for first, last, declared in split(self._missing, self._declared):
+        if through > self._last_seq:
+            self._missing.append((self._last_seq + 1, through))
+        for first, last, declared in split_by_declaration(self._missing, self._declared):
             gap = {"device": self._device, "log": self._log, "from": first, "to": last, "declared": declared}
             self._report.gaps.append(gap)
-        self._report.duplicates += self._coverage.doubled
+        self._report.duplicates += self._coverage.duplicates
         self._report.evicted += [{"device": self._device, "log": self._log, **rows} for rows in self._coverage.evicted]
         for (task, stream), track in self._coverage.tracks.items():
             rows = {"first": track.first, "last": track.last, "messages": track.messages, "results": track.results}
             where = {"device": self._device, "log": self._log, "task": task, "stream": stream}
             self._report.coverage.append({**where, **rows})
 
-    def _advance(self, key: Key, seq: int) -> None:
-        if seq == self._last:
+    def _check_sequence(self, key: MessageKey, seq: int) -> None:
+        if seq == self._last_seq:
             self._report.duplicates += 1
             self._report.add_invalid(key, "is stored twice")
-        elif seq > self._last + 1:
-            self._missing.append((self._last + 1, seq - 1))
-            self._coverage.broken(seq)
+        elif seq > self._last_seq + 1:
+            self._missing.append((self._last_seq + 1, seq - 1))
+            self._coverage.mark_unreadable(seq)
             self._last_digest = None
-        self._last = seq
+        self._last_seq = seq
 
-    def _open(self, topic: Any, payload: Any, jws: Any) -> tuple[str | None, Body | None]:
+    def _verify_signature(self, topic: Any, payload: Any, jws: Any) -> tuple[str | None, Body | None]:
         if not (isinstance(topic, str) and isinstance(payload, bytes) and isinstance(jws, str)):
             return "topic, payload or jws is not stored as text and bytes", None
         try:
-            message = open_message(topic, payload, (jws,), self._keyring.find_stored)
+            message = verify_message(topic, payload, (jws,), self._keyring.find_stored)
             self._keyring.require_in_bounds(message, stored=True)
             return None, message.body
-        except Refused as refused:
+        except MessageRefused as refused:
             return f"does not verify: {refused}", None
 
-    def _compare(self, body: Body | None, seq: int, kind: Any) -> str | None:
+    def _compare_columns(self, body: Body | None, seq: int, kind: Any) -> str | None:
         stored = {"device": self._device, "log": self._log, "seq": seq}
         for name, value in stored.items():
             signed = getattr(body, name, None)
@@ -203,36 +205,36 @@ class _LogCheck:
         signed_kind = type(body).__struct_config__.tag if body is not None else None
         return None if kind == signed_kind else f"is stored as kind {kind!r}, but the signed payload is {signed_kind!r}"
 
-    def _chain(self, body: Body | None) -> str | None:
-        if not isinstance(body, Logged) or self._last_digest is None or body.prev == self._last_digest:
+    def _check_chain(self, body: Body | None) -> str | None:
+        if not isinstance(body, LoggedPayload) or self._last_digest is None or body.prev == self._last_digest:
             return None
         return "does not follow the message before it: prev is not that message's digest"
 
-    def _contents(self, body: Logged, stored: list[tuple[Any, ...]]) -> Iterator[str]:
-        expected = result_rows(body) if isinstance(body, Results) else []
+    def _check_contents(self, body: LoggedPayload, stored: list[tuple[Any, ...]]) -> Iterator[str]:
+        expected = result_rows(body) if isinstance(body, ResultsPayload) else []
         if len(stored) != len(expected):
             yield f"reports {len(expected)} results, table results holds {len(stored)} of them"
         elif stored != expected and sorted(stored, key=repr) != sorted(expected, key=repr):
             left = [one for one in expected if one not in stored]
             row = left[0][2] if left else expected[0][2]
             yield f"is not what table results holds for it: row {row} differs"
-        if isinstance(body, Results) and (problem := self._coverage.results(body)):
+        if isinstance(body, ResultsPayload) and (problem := self._coverage.check_results(body)):
             yield problem
-        if isinstance(body, Audit):
-            self._coverage.audit(body)
-        if isinstance(body, Health):
-            yield from self._coverage.health(body)
+        if isinstance(body, AuditPayload):
+            self._coverage.add_evictions(body)
+        if isinstance(body, HealthPayload):
+            yield from self._coverage.check_health(body)
 
 
-class _Unfolded:
+class _StoredResults:
     """Table results beside the messages: both in the same order, read once."""
 
-    def __init__(self, rows: Iterator[tuple[Any, ...]], report: Report) -> None:
+    def __init__(self, rows: Iterator[tuple[Any, ...]], report: AuditReport) -> None:
         self._groups = ((key, list(group)) for key, group in groupby(rows, key=lambda r: (r[0], r[7], r[8])))
         self._next = next(self._groups, None)
         self._report = report
 
-    def take(self, key: Key) -> list[tuple[Any, ...]]:
+    def consume(self, key: MessageKey) -> list[tuple[Any, ...]]:
         """The rows of this message."""
         self.skip_to(key)
         if self._next is None or self._next[0] != key:
@@ -241,15 +243,17 @@ class _Unfolded:
         self._next = next(self._groups, None)
         return rows
 
-    def skip_to(self, key: Key | None) -> None:
+    def skip_to(self, key: MessageKey | None) -> None:
         """Rows before `key` belong to no message; None is the end."""
-        while self._next is not None and (key is None or _order(self._next[0]) < _order(key)):
+        while self._next is not None and (key is None or _sqlite_sort_key(self._next[0]) < _sqlite_sort_key(key)):
             reason = f"is not stored, but table results holds {len(self._next[1])} results of it"
             self._report.add_invalid(self._next[0], reason)
             self._next = next(self._groups, None)
 
 
-def split(missing: list[tuple[int, int]], declared: list[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+def split_by_declaration(
+    missing: list[tuple[int, int]], declared: list[tuple[int, int]]
+) -> list[tuple[int, int, bool]]:
     """The missing ranges (ascending), cut into declared and undeclared ones."""
     parts: list[tuple[int, int, bool]] = []
     cover = iter(sorted(declared))
@@ -265,12 +269,12 @@ def split(missing: list[tuple[int, int]], declared: list[tuple[int, int]]) -> li
     return parts
 
 
-def _order(key: Key) -> list[tuple[int, Any]]:
+def _sqlite_sort_key(key: MessageKey) -> list[tuple[int, Any]]:
     """SQLite's order of values of any type: NULL, numbers, text, bytes."""
-    return [(_RANKS[type(part)], part) for part in key]
+    return [(_SQLITE_TYPE_RANKS[type(part)], part) for part in key]
 
 
-def _shown(part: Any) -> Any:
+def _to_json_value(part: Any) -> Any:
     """A stored value of any type as JSON can hold it."""
     if isinstance(part, str):
         return part.encode(errors="backslashreplace").decode()

@@ -9,11 +9,11 @@ from typing import Any
 
 import msgspec
 
-from agent.fleet.database.gap_ledger import EVICTED, ranges
-from agent.wire.messages import Audit, Health, Results
+from agent.fleet.database.gap_ledger import EVICTED, parse_ranges
+from agent.wire.messages import AuditPayload, HealthPayload, ResultsPayload
 
 
-class Track(msgspec.Struct):
+class TaskCoverage(msgspec.Struct):
     """What the results of one task say about one stream so far; rows count from 1."""
 
     first: int
@@ -23,28 +23,28 @@ class Track(msgspec.Struct):
     results: int = 0
 
 
-class Coverage:
+class RowCoverage:
     """Fed the messages of a log in order of seq; says what is wrong with each."""
 
     def __init__(self) -> None:
-        self.tracks: dict[tuple[str, str], Track] = {}
+        self.tracks: dict[tuple[str, str], TaskCoverage] = {}
         self.evicted: list[dict[str, Any]] = []
-        self.doubled = 0
+        self.duplicates = 0
         self._declared: dict[tuple[str, str], list[tuple[int, int]]] = {}
-        self._broken_at = 0
+        self._unreadable_seq = 0
 
-    def broken(self, seq: int) -> None:
+    def mark_unreadable(self, seq: int) -> None:
         """Messages before `seq`, or it itself, cannot be read: rows they covered are not missed a second time."""
-        self._broken_at = seq
+        self._unreadable_seq = seq
 
-    def results(self, body: Results) -> str | None:
+    def check_results(self, body: ResultsPayload) -> str | None:
         """The problem with a results message."""
         first, last = body.rows
         track = self.tracks.get((body.task, body.stream))
         if track is None:
-            self.tracks[body.task, body.stream] = Track(first, last, body.seq, results=len(body.columns.row))
+            self.tracks[body.task, body.stream] = TaskCoverage(first, last, body.seq, results=len(body.columns.row))
             return None
-        problem = self._step(track, body)
+        problem = self._check_next_rows(track, body)
         if body.reissued and body.rows[0] > track.last:
             # The rows between are in the messages of its first log that had arrived.
             problem = None
@@ -53,9 +53,9 @@ class Coverage:
         track.results += len(body.columns.row)
         return problem
 
-    def audit(self, body: Audit) -> None:
+    def add_evictions(self, body: AuditPayload) -> None:
         """Take note of readings that were given up: stream, rows, used, tasks."""
-        stream, rows = body.evidence.get("stream"), ranges(body.evidence.get("rows"))
+        stream, rows = body.evidence.get("stream"), parse_ranges(body.evidence.get("rows"))
         tasks = body.evidence.get("tasks")
         if body.event != EVICTED or not isinstance(stream, str) or not rows:
             return
@@ -64,44 +64,47 @@ class Coverage:
             {"stream": stream, "rows": rows, "used": body.evidence.get("used") is True, "tasks": waiting}
         )
         for task in waiting:
-            self._declared[task, stream] = _merged([*self._declared.get((task, stream), []), *rows])
+            self._declared[task, stream] = _merge_ranges([*self._declared.get((task, stream), []), *rows])
 
-    def health(self, body: Health) -> list[str]:
+    def check_health(self, body: HealthPayload) -> list[str]:
         """The problems between what the device says its tasks consumed and what was reported by then."""
         if body.reissued:
             return []
-        return [problem for task, said in body.tasks.items() if (problem := self._cursor(task, said))]
+        return [problem for task, said in body.tasks.items() if (problem := self._check_cursor(task, said))]
 
-    def _step(self, track: Track, body: Results) -> str | None:
+    def _check_next_rows(self, track: TaskCoverage, body: ResultsPayload) -> str | None:
         first, last = body.rows
         if first <= track.last:
-            self.doubled += 1
+            self.duplicates += 1
             return f"covers rows {first}-{last} of {body.stream}, but row {min(last, track.last)} was reported before"
-        if self._lacks(body.task, body.stream, track.last + 1, first - 1) and self._broken_at <= track.seq:
+        if (
+            self._has_undeclared_gap(body.task, body.stream, track.last + 1, first - 1)
+            and self._unreadable_seq <= track.seq
+        ):
             return f"starts at row {first} of {body.stream}, but the results before it end at row {track.last}"
         return None
 
-    def _cursor(self, task: str, said: dict[str, Any]) -> str | None:
-        stream, row, first = said.get("stream"), said.get("row"), said.get("first")
+    def _check_cursor(self, task: str, cursor: dict[str, Any]) -> str | None:
+        stream, row, first = cursor.get("stream"), cursor.get("row"), cursor.get("first")
         if not isinstance(stream, str) or type(row) is not int or row < 1:
             return None
         track = self.tracks.get((task, stream))
         last, since = (track.last, track.seq) if track else (0, 0)
-        if self._lacks(task, stream, last + 1, row) and self._broken_at <= since:
+        if self._has_undeclared_gap(task, stream, last + 1, row) and self._unreadable_seq <= since:
             return f"says that {task} consumed {stream} up to row {row}, but the results before it end at row {last}"
-        if not track or type(first) is not int or first < 1 or self._broken_at:
+        if not track or type(first) is not int or first < 1 or self._unreadable_seq:
             return None
-        if self._lacks(task, stream, first, track.first - 1):
+        if self._has_undeclared_gap(task, stream, first, track.first - 1):
             return f"says that {task} consumed {stream} from row {first}, but the first results start at {track.first}"
         return None
 
-    def _lacks(self, task: str, stream: str, first: int, last: int) -> bool:
+    def _has_undeclared_gap(self, task: str, stream: str, first: int, last: int) -> bool:
         """Whether some row of `first` to `last` was neither used nor given up."""
         declared = self._declared.get((task, stream), [])
         return first <= last and not any(a <= first and last <= b for a, b in declared)
 
 
-def _merged(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _merge_ranges(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     merged: list[tuple[int, int]] = []
     for first, last in sorted(pairs):
         if merged and first <= merged[-1][1] + 1:

@@ -8,25 +8,25 @@ from typing import Protocol
 
 from agent import clock
 from agent.fleet.database.store import Acknowledgement
-from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, topics
 from agent.wire.keys import SigningKey
-from agent.wire.messages import cloud_event, encode
+from agent.wire.messages import cloudevent_properties, encode
 
 logger = logging.getLogger(__name__)
 
-FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
+MIN_BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0
 
 
-class Connection(Protocol):
+class BrokerLink(Protocol):
     """What the collector uses of a Link."""
 
     @property
     def window(self) -> int: ...
 
-    def send(self, message: Outgoing) -> int: ...
-    def receive(self, timeout_s: float) -> list[Delivery | Receipt]: ...
-    def acknowledge(self, delivery: Delivery) -> None: ...
+    def send(self, message: OutgoingMessage) -> int: ...
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]: ...
+    def acknowledge(self, delivery: IncomingMessage) -> None: ...
     def wake(self) -> None: ...
     def close(self) -> None: ...
 
@@ -36,46 +36,52 @@ class Acknowledger:
 
     def __init__(self, fleet: str, key: SigningKey) -> None:
         self._fleet, self._key = fleet, key
-        self._waiting: dict[tuple[str, str], Acknowledgement] = {}
-        self._under_way: dict[int, Acknowledgement] = {}
+        self._pending: dict[tuple[str, str], Acknowledgement] = {}
+        self._in_flight: dict[int, Acknowledgement] = {}
 
     @property
-    def busy(self) -> bool:
-        return bool(self._waiting or self._under_way)
+    def has_pending(self) -> bool:
+        return bool(self._pending or self._in_flight)
 
     def add(self, acknowledgement: Acknowledgement) -> None:
         """Send it when there is room, instead of an older one for the same log."""
-        self._waiting[acknowledgement.device, acknowledgement.log] = acknowledgement
+        self._pending[acknowledgement.device, acknowledgement.log] = acknowledgement
 
-    def send(self, link: Connection) -> None:
-        while self._waiting and len(self._under_way) < link.window:
-            key = next(iter(self._waiting))
-            acknowledgement = self._waiting[key]
+    def send(self, link: BrokerLink) -> None:
+        while self._pending and len(self._in_flight) < link.window:
+            key = next(iter(self._pending))
+            acknowledgement = self._pending[key]
             token = link.send(self._sign(acknowledgement))
-            del self._waiting[key]
-            self._under_way[token] = acknowledgement
+            del self._pending[key]
+            self._in_flight[token] = acknowledgement
 
-    def receipt(self, receipt: Receipt) -> None:
-        acknowledgement = self._under_way.pop(receipt.token, None)
-        if acknowledgement is not None and not receipt.taken:
+    def handle_receipt(self, receipt: PublishReceipt) -> None:
+        acknowledgement = self._in_flight.pop(receipt.token, None)
+        if acknowledgement is not None and not receipt.is_accepted:
             device = acknowledgement.device
             logger.error("the broker refused the acknowledgement for %s: %s; check its ACL", device, receipt.reason)
 
-    def link_lost(self) -> None:
+    def requeue_in_flight(self) -> None:
         """Send again what the broker did not take, unless there is newer."""
-        for acknowledgement in self._under_way.values():
-            self._waiting.setdefault((acknowledgement.device, acknowledgement.log), acknowledgement)
-        self._under_way.clear()
+        for acknowledgement in self._in_flight.values():
+            self._pending.setdefault((acknowledgement.device, acknowledgement.log), acknowledgement)
+        self._in_flight.clear()
 
-    def _sign(self, known: Acknowledgement) -> Outgoing:
-        now = clock.rfc3339(clock.read().wall_us)
-        topic = topics.Topic(self._fleet, known.device, "ack")
-        members = {"v": 1, "kind": "ack", "device": known.device, "log": known.log, "through": known.through}
-        proof = {"digest": known.digest} if known.digest else {}
-        payload = encode({**members, "missing": known.missing, "time": now, **proof})
+    def _sign(self, acknowledgement: Acknowledgement) -> OutgoingMessage:
+        now = clock.to_rfc3339(clock.read().wall_us)
+        topic = topics.Topic(self._fleet, acknowledgement.device, "ack")
+        members = {
+            "v": 1,
+            "kind": "ack",
+            "device": acknowledgement.device,
+            "log": acknowledgement.log,
+            "through": acknowledgement.through,
+        }
+        proof = {"digest": acknowledgement.digest} if acknowledgement.digest else {}
+        payload = encode({**members, "missing": acknowledgement.missing, "time": now, **proof})
         token = jws.sign(self._key, str(topic), payload)
-        event = cloud_event(topic, f"{known.device}/{known.log}/ack/{now}", now)
-        return Outgoing(str(topic), payload, (("jws", token), *event), retain=True)
+        event = cloudevent_properties(topic, f"{acknowledgement.device}/{acknowledgement.log}/ack/{now}", now)
+        return OutgoingMessage(str(topic), payload, (("jws", token), *event), retain=True)
 
 
 class Backoff:
@@ -84,8 +90,8 @@ class Backoff:
     def __init__(self) -> None:
         self.failures = 0
 
-    def next(self) -> float:
-        delay: float = min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** min(self.failures, 10))
+    def next_delay(self) -> float:
+        delay: float = min(MAX_BACKOFF_S, MIN_BACKOFF_S * 2 ** min(self.failures, 10))
         self.failures += 1
         return delay * random.uniform(0.5, 1.0)
 

@@ -11,31 +11,31 @@ import time
 from collections.abc import Callable, Sequence
 
 from agent import clock
-from agent.config import Broker
-from agent.errors import LinkDown, OutstationError, Refused, StorageBusy, StorageError, UsageError
-from agent.fleet.collector.acknowledger import Acknowledger, Backoff, Connection
-from agent.fleet.collector.leader import Duty
-from agent.fleet.collector.pending_gaps import Patience
-from agent.fleet.collector.subscription import client_id, filters
-from agent.fleet.database.ingest import Arrival, Outcome, Refusal
-from agent.fleet.database.interface import Log
+from agent.config import BrokerConfig
+from agent.errors import LinkDown, MessageRefused, OutstationError, StorageBusy, StorageError, UsageError
+from agent.fleet.collector.acknowledger import Acknowledger, Backoff, BrokerLink
+from agent.fleet.collector.leader import LeaderTasks
+from agent.fleet.collector.pending_gaps import PendingGaps
+from agent.fleet.collector.subscription import client_id, topic_filters
+from agent.fleet.database.ingest import Arrival, IngestOutcome, Refusal
+from agent.fleet.database.interface import LogId
 from agent.fleet.database.store import Acknowledgement, FleetStore
 from agent.fleet.keyring import Keyring
 from agent.transport.mqtt import Link
-from agent.transport.packets import Delivery, Receipt
+from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import key_rotation
 from agent.wire.keys import SigningKey
-from agent.wire.messages import Logged, Message, open_message
+from agent.wire.messages import LoggedPayload, VerifiedMessage, verify_message
 
 logger = logging.getLogger(__name__)
 
 # One commit for so many messages: a commit waits for the disk whatever is in it.
-BATCH = 500
+BATCH_SIZE = 500
 # More than this held back while the database fails, and the broker keeps the rest.
 MAX_HELD = 5000
 SESSION_EXPIRY_S = 7 * 86_400
-CLOSE_WITHIN_S = 2.0
-QUIET_S = 10.0
+CLOSE_TIMEOUT_S = 2.0
+REFUSAL_LOG_INTERVAL_S = 10.0
 UPKEEP_S = 3600.0
 
 
@@ -45,11 +45,11 @@ class Collector:
     def __init__(
         self,
         fleet: str,
-        broker: Broker,
+        broker: BrokerConfig,
         store: FleetStore,
         key: SigningKey,
         *,
-        open_link: Callable[[], Connection] | None = None,
+        open_link: Callable[[], BrokerLink] | None = None,
         upkeep: Callable[[], None] | None = None,
         share: str | None = None,
     ) -> None:
@@ -67,19 +67,19 @@ class Collector:
         self._broker = broker
         self.keyring = Keyring(store)
         self.acknowledger = Acknowledger(fleet, key)
-        self.stored = 0
-        self._open_link = open_link or self._open_own
-        self._held: list[Delivery] = []
+        self.stored_count = 0
+        self._open_link = open_link or self._connect
+        self._held: list[IncomingMessage] = []
         self._retry = Backoff()
         self._retry_at = 0.0
         self._refused = 0
-        self._patience = Patience()
-        self._duty = Duty(store, self.keyring)
+        self._pending_gaps = PendingGaps()
+        self._leader_tasks = LeaderTasks(store, self.keyring)
         self._quiet_until = 0.0
         self._upkeep = upkeep
-        self._upkeep_at = 0.0
+        self._next_upkeep = 0.0
         self._stopping = False
-        self._link: Connection | None = None
+        self._link: BrokerLink | None = None
 
     def run(self) -> None:
         """Collect until `stop`: reconnects for ever, never raises for a broker, a message or a full disk."""
@@ -91,7 +91,7 @@ class Collector:
                 logger.info("connected; collecting fleet %s%s", self.fleet, who)
                 self._collect(self._link, retry)
             except (LinkDown, StorageError) as error:
-                delay = retry.next()
+                delay = retry.next_delay()
                 if retry.failures == 1 or retry.failures % 10 == 0:
                     logger.warning("%s; trying again for as long as it takes", error)
                 self._pause(delay)
@@ -102,85 +102,85 @@ class Collector:
         if self._link is not None:
             self._link.wake()
 
-    def turn(self, link: Connection, timeout_s: float) -> None:
+    def tick(self, link: BrokerLink, timeout_s: float) -> None:
         """Take what came within `timeout_s`, store it, tell the broker, then the devices."""
-        self._gather(link, timeout_s)
+        self._receive(link, timeout_s)
         if self._held and time.monotonic() >= self._retry_at:
             self._store_held(link)
-        self._look_again()
+        self._retry_pending_gaps()
         self.acknowledger.send(link)
-        self._duty.turn()
-        self._keep_up()
+        self._leader_tasks.tick()
+        self._run_upkeep()
 
-    def _collect(self, link: Connection, retry: Backoff) -> None:
+    def _collect(self, link: BrokerLink, retry: Backoff) -> None:
         try:
             self._held.clear()
-            self._remind()
+            self._acknowledge_all()
             while not self._stopping:
-                self.turn(link, 1.0)
+                self.tick(link, 1.0)
                 retry.reset()
             self._finish(link)
         finally:
-            self.acknowledger.link_lost()
+            self.acknowledger.requeue_in_flight()
             self._link = None
             link.close()
 
-    def _remind(self) -> None:
+    def _acknowledge_all(self) -> None:
         """Tell each device again: what it was not told before a crash, or the broker forgot."""
         logs = self.store.newest_logs()
-        for at in range(0, len(logs), BATCH):
-            self._acknowledge(logs[at : at + BATCH])
+        for at in range(0, len(logs), BATCH_SIZE):
+            self._acknowledge(logs[at : at + BATCH_SIZE])
 
-    def _acknowledge(self, logs: Sequence[Log]) -> None:
-        for acknowledgement in self._told(logs):
+    def _acknowledge(self, logs: Sequence[LogId]) -> None:
+        for acknowledgement in self._read_acknowledgements(logs):
             self.acknowledger.add(acknowledgement)
 
-    def _told(self, logs: Sequence[Log]) -> list[Acknowledgement]:
+    def _read_acknowledgements(self, logs: Sequence[LogId]) -> list[Acknowledgement]:
         if self.share is None:
             return self.store.acknowledgements(logs)
         now_s = time.monotonic()
-        return self.store.acknowledgements(logs, lambda *told: self._patience.trim(now_s, *told))
+        return self.store.acknowledgements(logs, lambda *told: self._pending_gaps.trim(now_s, *told))
 
-    def _look_again(self) -> None:
+    def _retry_pending_gaps(self) -> None:
         """Ask for what was missing a while ago and still is."""
-        if due := self._patience.due(time.monotonic()):
+        if due := self._pending_gaps.due_logs(time.monotonic()):
             try:
                 self._acknowledge(due)
             except StorageError as error:
                 logger.error("%s; what is missing is asked for later", error)
 
-    def _finish(self, link: Connection) -> None:
-        deadline = time.monotonic() + CLOSE_WITHIN_S
-        while self.acknowledger.busy and time.monotonic() < deadline:
-            self.turn(link, 0.1)
-        again = f", {self.store.repeated} transactions done again" if self.store.repeated else ""
-        logger.info("stopped; %d messages stored since the start%s", self.stored, again)
+    def _finish(self, link: BrokerLink) -> None:
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while self.acknowledger.has_pending and time.monotonic() < deadline:
+            self.tick(link, 0.1)
+        again = f", {self.store.retry_count} transactions done again" if self.store.retry_count else ""
+        logger.info("stopped; %d messages stored since the start%s", self.stored_count, again)
 
-    def _gather(self, link: Connection, timeout_s: float) -> None:
+    def _receive(self, link: BrokerLink, timeout_s: float) -> None:
         if self._held:
             timeout_s = min(timeout_s, max(0.0, self._retry_at - time.monotonic()))
         events = link.receive(timeout_s)
         while events:
             for event in events:
-                if isinstance(event, Receipt):
-                    self.acknowledger.receipt(event)
+                if isinstance(event, PublishReceipt):
+                    self.acknowledger.handle_receipt(event)
                 else:
                     self._held.append(event)
-            if len(self._held) >= BATCH:
+            if len(self._held) >= BATCH_SIZE:
                 break
             events = link.receive(0.0)
         if len(self._held) > MAX_HELD:
             raise LinkDown("the database fails and too much is held back; left the rest to the broker")
 
-    def _store_held(self, link: Connection) -> None:
-        batch = self._held[:BATCH]
+    def _store_held(self, link: BrokerLink) -> None:
+        batch = self._held[:BATCH_SIZE]
         try:
             arrivals = self._store(batch)
             bodies = [arrival.message.body for arrival in arrivals]
-            touched = sorted({(body.device, body.log) for body in bodies if isinstance(body, Logged)})
-            acknowledgements = self._told(touched)
+            touched = sorted({(body.device, body.log) for body in bodies if isinstance(body, LoggedPayload)})
+            acknowledgements = self._read_acknowledgements(touched)
         except StorageError as error:
-            delay = self._retry.next()
+            delay = self._retry.next_delay()
             self._retry_at = time.monotonic() + delay
             logger.error("%s; nothing is acknowledged, trying again in %.0f s", error, delay)
             return
@@ -191,17 +191,17 @@ class Collector:
         for acknowledgement in acknowledgements:
             self.acknowledger.add(acknowledgement)
 
-    def _store(self, batch: Sequence[Delivery]) -> list[Arrival]:
+    def _store(self, batch: Sequence[IncomingMessage]) -> list[Arrival]:
         """Verify and commit a batch; the messages that are safe now."""
         arrivals, refusals = self.verify(batch)
-        now = clock.rfc3339(clock.read().wall_us)
+        now = clock.to_rfc3339(clock.read().wall_us)
         try:
             outcomes = self.store.ingest(arrivals, refusals, now)
-        except Refused:
+        except MessageRefused:
             arrivals, outcomes = self._store_singly(arrivals, refusals, now)
-        self.stored += outcomes.count("new")
+        self.stored_count += outcomes.count("new")
         self._report_refusals(refusals)
-        self._duty.stored(arrivals, refusals)
+        self._leader_tasks.record_batch(arrivals, refusals)
         conflicts = {
             a.message.body.device for a, outcome in zip(arrivals, outcomes, strict=True) if outcome == "conflict"
         }
@@ -216,12 +216,12 @@ class Collector:
             return
         last = f", last {refusals[-1].reason} on {refusals[-1].topic!r}" if refusals else ""
         logger.warning("refused %d messages%s; see table refused", self._refused, last)
-        self._refused, self._quiet_until = 0, time.monotonic() + QUIET_S
+        self._refused, self._quiet_until = 0, time.monotonic() + REFUSAL_LOG_INTERVAL_S
 
-    def _keep_up(self) -> None:
-        if self._upkeep is None or time.monotonic() < self._upkeep_at:
+    def _run_upkeep(self) -> None:
+        if self._upkeep is None or time.monotonic() < self._next_upkeep:
             return
-        self._upkeep_at = time.monotonic() + UPKEEP_S
+        self._next_upkeep = time.monotonic() + UPKEEP_S
         try:
             self._upkeep()
         except OutstationError as error:
@@ -229,68 +229,68 @@ class Collector:
 
     def _store_singly(
         self, arrivals: Sequence[Arrival], refusals: list[Refusal], now: str
-    ) -> tuple[list[Arrival], list[Outcome]]:
+    ) -> tuple[list[Arrival], list[IngestOutcome]]:
         """One of these holds a value that the database cannot: find it, keep the others."""
         stored: list[Arrival] = []
-        outcomes: list[Outcome] = []
+        outcomes: list[IngestOutcome] = []
         for arrival in arrivals:
             try:
                 outcomes += self.store.ingest([arrival], [], now)
                 stored.append(arrival)
-            except Refused as refused:
-                refusals.append(_refusal(arrival.message.topic.device, refused, arrival.message))
+            except MessageRefused as refused:
+                refusals.append(_build_refusal(arrival.message.topic.device, refused, arrival.message))
         self.store.ingest([], refusals, now)
         return stored, outcomes
 
-    def verify(self, batch: Sequence[Delivery]) -> tuple[list[Arrival], list[Refusal]]:
+    def verify(self, batch: Sequence[IncomingMessage]) -> tuple[list[Arrival], list[Refusal]]:
         """Each delivery as a verified message or a refusal."""
         self.keyring.refresh()
         arrivals, refusals = [], []
-        for delivery, opened in zip(batch, self._opened(batch), strict=True):
+        for delivery, opened in zip(batch, self._open_batch(batch), strict=True):
             try:
-                if isinstance(opened, Refused):
+                if isinstance(opened, MessageRefused):
                     raise opened
                 # Last, for a rotation in the same batch may bound the key of what came before it.
                 self.keyring.require_in_bounds(opened)
                 arrivals.append(Arrival(opened, fresh=not delivery.retained))
-            except Refused as refused:
-                refusals.append(_refusal(_device_of(delivery.topic), refused, delivery))
+            except MessageRefused as refused:
+                refusals.append(_build_refusal(_device_from_topic(delivery.topic), refused, delivery))
         return arrivals, refusals
 
-    def _opened(self, batch: Sequence[Delivery]) -> list[Message | Refused]:
+    def _open_batch(self, batch: Sequence[IncomingMessage]) -> list[VerifiedMessage | MessageRefused]:
         """Each delivery verified, or why not; those of a key that another one announces, too."""
-        found: list[Message | Refused] = [Refused("unknown key")] * len(batch)
+        found: list[VerifiedMessage | MessageRefused] = [MessageRefused("unknown key")] * len(batch)
         left, learned = list(range(len(batch))), True
         while learned:
             learned = False
             for i in left:
                 try:
-                    message = found[i] = self._open(batch[i])
-                    if key_rotation.is_rotation(message) and not self.store.holds_another(message):
-                        learned |= self.keyring.learn(message)
-                except Refused as refused:
+                    message = found[i] = self._open_delivery(batch[i])
+                    if key_rotation.is_rotation_message(message) and not self.store.has_conflicting_message(message):
+                        learned |= self.keyring.add_rotation(message)
+                except MessageRefused as refused:
                     found[i] = refused
-            left = [i for i in left if isinstance(why := found[i], Refused) and why.reason == "unknown key"]
+            left = [i for i in left if isinstance(why := found[i], MessageRefused) and why.reason == "unknown key"]
             learned &= bool(left)
         return found
 
-    def _open(self, delivery: Delivery) -> Message:
+    def _open_delivery(self, delivery: IncomingMessage) -> VerifiedMessage:
         try:
-            message = open_message(delivery.topic, delivery.payload, delivery.tokens, self.keyring.find)
-        except Refused as refused:
+            message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self.keyring.find)
+        except MessageRefused as refused:
             if refused.reason != "revoked key":
                 raise
             # A repeat of what was stored before the key was revoked is acknowledged like any repeat.
-            message = open_message(delivery.topic, delivery.payload, delivery.tokens, self.keyring.find_stored)
-            if not self.store.holds(message):
+            message = verify_message(delivery.topic, delivery.payload, delivery.tokens, self.keyring.find_stored)
+            if not self.store.has_message(message):
                 raise refused from None
         if message.topic.fleet != self.fleet:
-            raise Refused("other fleet", message.topic.fleet)
+            raise MessageRefused("other fleet", message.topic.fleet)
         return message
 
-    def _open_own(self) -> Link:
+    def _connect(self) -> Link:
         """Raises LinkDown, and StorageError where another collector has this one's name."""
-        if not self.store.lead(f"collector {self.share or ''}"):
+        if not self.store.acquire_leadership(f"collector {self.share or ''}"):
             what = f"named {self.share}" if self.share else "without --share"
             raise StorageBusy(
                 f"{self.store.name}: a collector {what} is at work already, and the broker would give its "
@@ -299,7 +299,7 @@ class Collector:
         return Link(
             self._broker,
             client_id(self.fleet, self.share),
-            subscribe=filters(self.fleet, shared=self.share is not None),
+            subscribe=topic_filters(self.fleet, shared=self.share is not None),
             session_expiry_s=SESSION_EXPIRY_S,
         )
 
@@ -309,11 +309,11 @@ class Collector:
             time.sleep(0.1)
 
 
-def _device_of(topic: str) -> str:
+def _device_from_topic(topic: str) -> str:
     parts = topic.split("/", 3)
     return parts[2] if len(parts) > 2 else ""
 
 
-def _refusal(device: str, refused: Refused, what: Delivery | Message) -> Refusal:
-    token = what.jws if isinstance(what, Message) else "\n".join(what.tokens)[:4096]
-    return Refusal(device, refused.reason, refused.detail[:500], str(what.topic), what.payload, token)
+def _build_refusal(device: str, refused: MessageRefused, source: IncomingMessage | VerifiedMessage) -> Refusal:
+    token = source.jws if isinstance(source, VerifiedMessage) else "\n".join(source.tokens)[:4096]
+    return Refusal(device, refused.reason, refused.detail[:500], str(source.topic), source.payload, token)

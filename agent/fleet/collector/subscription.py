@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.transport.mqtt import Link
 from agent.wire import topics
 
 # Of the collectors that share the messages of a fleet.
-GROUP = "collect"
+SHARE_GROUP = "collect"
 
 
-def filters(fleet: str, *, shared: bool = False) -> list[str]:
+def topic_filters(fleet: str, *, shared: bool = False) -> list[str]:
     """The topic filters of everything that devices send.
 
     What is retained goes to each collector: a shared subscription is sent nothing retained, and of two states of a
@@ -18,11 +18,11 @@ def filters(fleet: str, *, shared: bool = False) -> list[str]:
     """
     logged = [f"{topics.ROOT}/{fleet}/+/{kind}/+" for kind in sorted(topics.PER_TASK)]
     logged += [f"{topics.ROOT}/{fleet}/+/{kind}" for kind in ("audit", "health")]
-    spread = [f"$share/{GROUP}/{one}" for one in logged] if shared else logged
+    spread = [f"$share/{SHARE_GROUP}/{one}" for one in logged] if shared else logged
     return spread + [f"{topics.ROOT}/{fleet}/+/{kind}" for kind in ("keys", "state")]
 
 
-def leave(broker: Broker, fleet: str, share: str) -> None:
+def end_session(broker: BrokerConfig, fleet: str, share: str) -> None:
     """End the session of a collector that is not coming back. Raises LinkDown.
 
     The broker forgets what waits for it: devices send it again, as no collector acknowledges it.

@@ -11,15 +11,15 @@ _PARTS = re.compile(r"('(?:[^']|'')*'|\"[^\"]*\"|::)|\?|(?<![\w:]):([a-z_]+)|%")
 
 # Statements are constants, a few with a table's name in them.
 @lru_cache(maxsize=1000)
-def translated(sql: str) -> str:
+def to_psycopg(sql: str) -> str:
     """`?` as `%s`, `:name` as `%(name)s`."""
-    return _PARTS.sub(_one, sql)
+    return _PARTS.sub(_replace_placeholder, sql)
 
 
-def _one(found: re.Match[str]) -> str:
-    quoted, name = found.groups()
+def _replace_placeholder(match: re.Match[str]) -> str:
+    quoted, name = match.groups()
     if quoted:
         return str(quoted).replace("%", "%%")
     if name:
         return f"%({name})s"
-    return "%s" if found.group() == "?" else "%%"
+    return "%s" if match.group() == "?" else "%%"

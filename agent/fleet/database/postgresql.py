@@ -14,9 +14,9 @@ from typing import Any
 
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
 from agent.fleet.database import postgresql_schema
-from agent.fleet.database.interface import Cursor, Repeat, Row, Values, named
-from agent.fleet.database.placeholders import translated
-from agent.fleet.database.postgresql_rows import Connection
+from agent.fleet.database.interface import Cursor, Row, TransactionConflict, Values, display_name
+from agent.fleet.database.placeholders import to_psycopg
+from agent.fleet.database.postgresql_rows import PostgresqlConnection
 
 try:
     import psycopg
@@ -29,7 +29,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 # What the network or a server that vanished may hold up; the URL may name others.
-_DEFAULTS = {
+_CONNECTION_DEFAULTS = {
     "connect_timeout": "10",
     "keepalives_idle": "30",
     "keepalives_interval": "10",
@@ -37,31 +37,31 @@ _DEFAULTS = {
     "tcp_user_timeout": "60000",
     "application_name": "outstation",
 }
-_UNSTORABLE = (
+_UNSTORABLE_ERRORS = (
     *(OverflowError, UnicodeEncodeError, psycopg.DataError, psycopg.IntegrityError),
     # An index takes no name of several kilobytes.
     errors.ProgramLimitExceeded,
 )
-_REPEAT = (errors.DeadlockDetected, errors.SerializationFailure)
-_FULL = (errors.DiskFull, errors.OutOfMemory)
-_MOST_ROWS = 2000
+_CONFLICT_ERRORS = (errors.DeadlockDetected, errors.SerializationFailure)
+_DISK_FULL_ERRORS = (errors.DiskFull, errors.OutOfMemory)
+_FETCH_ROWS = 2000
 
 
-class Postgresql:
+class PostgresqlDatabase:
     """The open database."""
 
     shared = True
-    unstorable: tuple[type[Exception], ...] = _UNSTORABLE
+    unstorable_errors: tuple[type[Exception], ...] = _UNSTORABLE_ERRORS
 
     def __init__(self, url: str, *, read_only: bool = False, partitions: int = 1) -> None:
         self._url, self._read_only = url, read_only
-        self.name = named(url)
-        self._inside = False
-        self._streams = 0
-        with self._translated():
+        self.name = display_name(url)
+        self._in_transaction = False
+        self._stream_count = 0
+        with self._translate_errors():
             self._connect()
         try:
-            with self._translated():
+            with self._translate_errors():
                 self._prepare(partitions)
         except BaseException:
             self.close()
@@ -71,46 +71,46 @@ class Postgresql:
         self._raw.close()
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Connection]:
-        with self._within("BEGIN ISOLATION LEVEL READ COMMITTED") as connection:
+    def transaction(self) -> Iterator[PostgresqlConnection]:
+        with self._begin("BEGIN ISOLATION LEVEL READ COMMITTED") as connection:
             yield connection
             self._raw.execute("COMMIT")
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[Connection]:
-        if self._inside:
+    def snapshot(self) -> Iterator[PostgresqlConnection]:
+        if self._in_transaction:
             yield self._connection
             return
-        with self._within("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY") as connection:
+        with self._begin("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY") as connection:
             yield connection
             self._raw.execute("ROLLBACK")
 
     def execute(self, sql: str, values: Values = ()) -> Cursor:
-        with self._translated():
-            self._ready()
+        with self._translate_errors():
+            self._ensure_connected()
             return self._connection.execute(sql, values)
 
     def stream(self, sql: str, values: Values = ()) -> Iterator[Row]:
         """Outside a snapshot the server keeps a copy until the end."""
-        with self._translated():
-            self._ready()
-            self._streams += 1
-            name = f"stream_{self._streams}"
-            with self._raw.cursor(name, binary=True, withhold=not self._inside) as cursor:
-                cursor.itersize = _MOST_ROWS
-                yield from cursor.execute(translated(sql), values)
+        with self._translate_errors():
+            self._ensure_connected()
+            self._stream_count += 1
+            name = f"stream_{self._stream_count}"
+            with self._raw.cursor(name, binary=True, withhold=not self._in_transaction) as cursor:
+                cursor.itersize = _FETCH_ROWS
+                yield from cursor.execute(to_psycopg(sql), values)
 
-    def lead(self, job: str) -> bool:
+    def acquire_leadership(self, job: str) -> bool:
         # Of this schema: several fleets may share a database. Asking again holds it once more, which does no harm.
         sql = "SELECT pg_try_advisory_lock(hashtext(current_schema()), hashtext(?))"
         return bool(self.execute(sql, (job,)).fetchone()[0])
 
     @contextlib.contextmanager
-    def _within(self, begin: str) -> Iterator[Connection]:
-        with self._translated():
-            self._ready()
+    def _begin(self, begin: str) -> Iterator[PostgresqlConnection]:
+        with self._translate_errors():
+            self._ensure_connected()
             self._raw.execute(begin)
-            self._inside = True
+            self._in_transaction = True
             try:
                 yield self._connection
             except BaseException:
@@ -119,33 +119,35 @@ class Postgresql:
                     self._raw.execute("ROLLBACK")
                 raise
             finally:
-                self._inside = False
+                self._in_transaction = False
 
-    def _ready(self) -> None:
+    def _ensure_connected(self) -> None:
         """A new connection in place of one that was lost, but never in the middle of a transaction."""
-        if self._raw.closed and not self._inside:
+        if self._raw.closed and not self._in_transaction:
             self._connect()
 
     def _connect(self) -> None:
         given = psycopg.conninfo.conninfo_to_dict(self._url)
-        asked = psycopg.conninfo.make_conninfo(self._url, **{k: v for k, v in _DEFAULTS.items() if k not in given})
+        asked = psycopg.conninfo.make_conninfo(
+            self._url, **{k: v for k, v in _CONNECTION_DEFAULTS.items() if k not in given}
+        )
         connection = psycopg.connect(asked, autocommit=True)
         try:
             if self._read_only:
                 connection.execute("SET default_transaction_read_only = on")
-            elif _setting(connection, "synchronous_commit") in ("off", "local"):
+            elif _read_setting(connection, "synchronous_commit") in ("off", "local"):
                 # Less, and what was acknowledged is lost with the server's power.
                 connection.execute("SET synchronous_commit = on")
         except BaseException:
             connection.close()
             raise
-        self._raw, self._connection = connection, Connection(connection)
+        self._raw, self._connection = connection, PostgresqlConnection(connection)
 
     def _prepare(self, partitions: int) -> None:
         encoding = self._raw.execute("SHOW server_encoding").fetchone()
         if encoding != ("UTF8",):
             raise UsageError(f"{self.name}: is a database in {encoding and encoding[0]}; make one with ENCODING 'UTF8'")
-        if not self._read_only and _setting(self._raw, "fsync") == "off":
+        if not self._read_only and _read_setting(self._raw, "fsync") == "off":
             logger.warning("%s: has fsync off; what is acknowledged can be lost with the server's power", self.name)
         if self._read_only:
             postgresql_schema.require_current(self._raw, self.name)
@@ -153,21 +155,21 @@ class Postgresql:
             postgresql_schema.migrate(self._raw, self.name, partitions)
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
-        except _UNSTORABLE:
+        except _UNSTORABLE_ERRORS:
             raise
         except psycopg.Error as error:
-            kind = StorageFull if isinstance(error, _FULL) else StorageError
+            kind = StorageFull if isinstance(error, _DISK_FULL_ERRORS) else StorageError
             if isinstance(error, errors.LockNotAvailable):
                 kind = StorageBusy
-            if isinstance(error, _REPEAT):
-                kind = Repeat
+            if isinstance(error, _CONFLICT_ERRORS):
+                kind = TransactionConflict
             said = [*str(error).strip().splitlines(), type(error).__name__]
             raise kind(f"{self.name}: {said[0]}") from error
 
 
-def _setting(connection: psycopg.Connection[Any], name: str) -> str:
+def _read_setting(connection: psycopg.Connection[Any], name: str) -> str:
     row = connection.execute("SELECT current_setting(%s)", (name,)).fetchone()
     return str(row[0]) if row else ""

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from agent.fleet.database.interface import Cursor, Gap, Log, Row, Values
-from agent.fleet.database.placeholders import translated
+from agent.fleet.database.interface import Cursor, Gap, LogId, Row, Values
+from agent.fleet.database.placeholders import to_psycopg
 
 if TYPE_CHECKING:
     import psycopg
 
 # `%b`: of arrays as text psycopg looks through each element for what must be quoted, at five times the price.
-_LOCK = "SELECT FROM devices WHERE device = ANY(%b) ORDER BY device FOR NO KEY UPDATE"
+_LOCK_DEVICES = "SELECT FROM devices WHERE device = ANY(%b) ORDER BY device FOR NO KEY UPDATE"
 # Who reads these rows by `rowid`, from where it was before, must not miss one with a lower number that came later.
-_IN_TURN = "shadows"
-_COLUMNS = """
+_SERIALIZED_TABLE = "shadows"
+_COLUMN_TYPES = """
     SELECT attname, format_type(atttypid, NULL) FROM pg_attribute
     WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum"""
 _ADD_MESSAGES = """
@@ -44,16 +44,16 @@ _GAPS = """
 _DROP_GAPS = """
     DELETE FROM gaps g USING unnest(%b::text[], %b::text[], %b::bigint[]) AS k (device, log, first)
     WHERE g.device = k.device AND g.log = k.log AND g.first = k.first"""
-_UNDECLARED = """
+_UNDECLARED_GAPS = """
     SELECT g.device, g.log, g.first, g.last FROM unnest(%b::text[], %b::text[]) AS k (device, log)
     CROSS JOIN LATERAL (
         SELECT * FROM gaps WHERE device = k.device AND log = k.log AND NOT declared ORDER BY first LIMIT %s) g
     ORDER BY g.device, g.log, g.first"""
-_REVOKED = "SELECT kid, revoked FROM keys WHERE kid = ANY(%b)"
-_SEEN = "UPDATE devices SET last_seen = %s WHERE device = ANY(%b)"
+_REVOCATION_TIMES = "SELECT kid, revoked FROM keys WHERE kid = ANY(%b)"
+_UPDATE_LAST_SEEN = "UPDATE devices SET last_seen = %s WHERE device = ANY(%b)"
 
 
-class Connection:
+class PostgresqlConnection:
     """As `agent.fleet.database.interface` has it; as long as `raw` is connected."""
 
     def __init__(self, raw: psycopg.Connection[Row]) -> None:
@@ -62,29 +62,29 @@ class Connection:
         self._columns: dict[str, list[tuple[str, str]]] = {}
 
     def execute(self, sql: str, values: Values = (), /) -> Cursor:
-        return self._raw.execute(translated(sql), values, binary=True)
+        return self._raw.execute(to_psycopg(sql), values, binary=True)
 
     def executemany(self, sql: str, rows: Iterable[Values], /) -> None:
         if rows := [*rows]:
             with self._raw.cursor() as cursor:
-                cursor.executemany(translated(sql), rows)
+                cursor.executemany(to_psycopg(sql), rows)
 
-    def spoken(self, sql: str) -> str:
+    def to_dialect(self, sql: str) -> str:
         # Of whole numbers this is a NUMERIC, which has room for any.
         return sql.replace("TOTAL(", "sum(")
 
-    def each(self, sql: str, rows: Iterable[Values]) -> list[Any]:
-        text = translated(sql)
+    def execute_each(self, sql: str, rows: Iterable[Values]) -> list[Any]:
+        text = to_psycopg(sql)
         with self._raw.pipeline():
             cursors = [self._raw.execute(text, row, binary=True) for row in rows]
             return [cursor.fetchone() for cursor in cursors]
 
-    def lock(self, devices: Iterable[str]) -> None:
+    def lock_devices(self, devices: Iterable[str]) -> None:
         # In this order, so that nobody holds one that is waited for by whom it waits for.
         if names := sorted(devices):
-            self._raw.execute(_LOCK, (names,))
+            self._raw.execute(_LOCK_DEVICES, (names,))
 
-    def alone(self, table: str) -> None:
+    def lock_table(self, table: str) -> None:
         self._raw.execute(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE")
 
     def add_messages(self, rows: Sequence[Row]) -> list[bool]:
@@ -102,15 +102,15 @@ class Connection:
     def payloads(self, places: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
         if not places:
             return []
-        found = self._raw.execute(_PAYLOADS, _columns(places), binary=True)
+        found = self._raw.execute(_PAYLOADS, _transpose(places), binary=True)
         stored = {(device, log, seq): payload for device, log, seq, payload in found}
         return [stored.get(place) for place in places]
 
-    def load(self, table: str, rows: Sequence[Row]) -> None:
-        if table == _IN_TURN:
-            self.alone(table)
+    def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
+        if table == _SERIALIZED_TABLE:
+            self.lock_table(table)
         if table not in self._columns:
-            self._columns[table] = self._raw.execute(_COLUMNS, (table,)).fetchall()
+            self._columns[table] = self._raw.execute(_COLUMN_TYPES, (table,)).fetchall()
         columns = self._columns[table][: len(rows[0])]
         listed = ", ".join(f'"{name}"' for name, _ in columns)
         # As text each value costs twice as much, on both sides.
@@ -120,46 +120,50 @@ class Connection:
             for row in rows:
                 copy.write_row(row)
 
-    def logs(self, which: Sequence[Log]) -> dict[Log, tuple[int | None, int]]:
-        if not which:
+    def logs(self, logs: Sequence[LogId]) -> dict[LogId, tuple[int | None, int]]:
+        if not logs:
             return {}
-        found = self._raw.execute(_LOGS, _columns(which), binary=True)
+        found = self._raw.execute(_LOGS, _transpose(logs), binary=True)
         return {(device, log): (through, last) for device, log, through, last in found}
 
-    def store_logs(self, logs: Mapping[Log, int], known: set[Log], since: str) -> None:
+    def store_logs(self, logs: Mapping[LogId, int], known: set[LogId], since: str) -> None:
         if logs:
-            columns = _columns([(*log, through) for log, through in logs.items()])
+            columns = _transpose([(*log, through) for log, through in logs.items()])
             self._raw.execute(_STORE_LOGS, (since, *columns))
 
-    def gaps(self, spans: Mapping[Log, tuple[int, int]]) -> dict[Log, list[Gap]]:
+    def gaps(self, spans: Mapping[LogId, tuple[int, int]]) -> dict[LogId, list[Gap]]:
         if not spans:
             return {}
-        columns = _columns([(*log, a - 1, b + 1) for log, (a, b) in spans.items()])
-        found: dict[Log, list[Gap]] = {}
+        columns = _transpose([(*log, a - 1, b + 1) for log, (a, b) in spans.items()])
+        found: dict[LogId, list[Gap]] = {}
         for device, log, *gap in self._raw.execute(_GAPS, columns, binary=True):
             found.setdefault((device, log), []).append((gap[0], gap[1], gap[2]))
         return found
 
-    def store_gaps(self, gone: Sequence[tuple[str, str, int]], new: Sequence[tuple[str, str, int, int, bool]]) -> None:
-        if gone:
-            self._raw.execute(_DROP_GAPS, _columns(gone))
-        if new:
-            self.load("gaps", new)
+    def store_gaps(
+        self, removed: Sequence[tuple[str, str, int]], added: Sequence[tuple[str, str, int, int, bool]]
+    ) -> None:
+        if removed:
+            self._raw.execute(_DROP_GAPS, _transpose(removed))
+        if added:
+            self.bulk_insert("gaps", added)
 
-    def undeclared(self, which: Sequence[Log], most: int) -> dict[Log, list[tuple[int, int]]]:
-        found: dict[Log, list[tuple[int, int]]] = {log: [] for log in which}
-        if which:
-            for device, log, first, last in self._raw.execute(_UNDECLARED, (*_columns(which), most), binary=True):
+    def undeclared_gaps(self, logs: Sequence[LogId], limit: int) -> dict[LogId, list[tuple[int, int]]]:
+        found: dict[LogId, list[tuple[int, int]]] = {log: [] for log in logs}
+        if logs:
+            for device, log, first, last in self._raw.execute(
+                _UNDECLARED_GAPS, (*_transpose(logs), limit), binary=True
+            ):
                 found[device, log].append((first, last))
         return found
 
-    def revoked(self, kids: Sequence[str]) -> dict[str, str | None]:
-        return dict(self._raw.execute(_REVOKED, ([*kids],)).fetchall())
+    def revocation_times(self, kids: Sequence[str]) -> dict[str, str | None]:
+        return dict(self._raw.execute(_REVOCATION_TIMES, ([*kids],)).fetchall())
 
-    def seen(self, devices: Sequence[str], now: str) -> None:
+    def update_last_seen(self, devices: Sequence[str], now: str) -> None:
         if devices:
-            self._raw.execute(_SEEN, (now, [*devices]))
+            self._raw.execute(_UPDATE_LAST_SEEN, (now, [*devices]))
 
 
-def _columns(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+def _transpose(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)]

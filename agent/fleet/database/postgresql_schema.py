@@ -101,63 +101,63 @@ CREATE TABLE desired (topic TEXT PRIMARY KEY, counter BIGINT NOT NULL, payload B
 CREATE FUNCTION instr(BYTEA, BYTEA) RETURNS INTEGER LANGUAGE SQL IMMUTABLE AS 'SELECT position($2 IN $1)';
 """
 # The two that grow with every message.
-_PARTITIONED = ("messages", "results")
+_PARTITIONED_TABLES = ("messages", "results")
 
 
-def _first(connection: psycopg.Connection[Any], partitions: int) -> None:
+def _create_tables(connection: psycopg.Connection[Any], partitions: int) -> None:
     # Byte by byte, as SQLite compares: the audit relies on it, and the times are text.
     tables = _TABLES.replace(" TEXT", ' TEXT COLLATE "C"')
     if partitions > 1:
-        for table in _PARTITIONED:
+        for table in _PARTITIONED_TABLES:
             tables = re.sub(rf"(CREATE TABLE {table} \([^;]*\));", r"\1 PARTITION BY HASH (device);", tables)
     for statement in tables.split(";\n"):
         if statement.strip():
             connection.execute(statement)
-    for table in _PARTITIONED if partitions > 1 else ():
+    for table in _PARTITIONED_TABLES if partitions > 1 else ():
         for n in range(partitions):
             values = f"FOR VALUES WITH (MODULUS {partitions}, REMAINDER {n})"
             connection.execute(f"CREATE TABLE {table}_{n} PARTITION OF {table} {values}")
-    connection.execute(timestamps.VIEW)
+    connection.execute(timestamps.RESULTS_DATED_VIEW)
 
 
-MIGRATIONS: tuple[Callable[[psycopg.Connection[Any], int], None], ...] = (_first,)
+MIGRATIONS: tuple[Callable[[psycopg.Connection[Any], int], None], ...] = (_create_tables,)
 
-_VERSION = "SELECT coalesce(max(number), 0) FROM migrations"
-_IS_THERE = "SELECT to_regclass('migrations') IS NOT NULL"
-_LOCK = "hashtext(current_schema()), hashtext('migrations')"
-_MAKE = "CREATE TABLE migrations (number BIGINT PRIMARY KEY, applied TIMESTAMPTZ NOT NULL DEFAULT now())"
+_NEWEST_MIGRATION = "SELECT coalesce(max(number), 0) FROM migrations"
+_HAS_MIGRATIONS = "SELECT to_regclass('migrations') IS NOT NULL"
+_MIGRATION_LOCK = "hashtext(current_schema()), hashtext('migrations')"
+_CREATE_MIGRATIONS = "CREATE TABLE migrations (number BIGINT PRIMARY KEY, applied TIMESTAMPTZ NOT NULL DEFAULT now())"
 
 
 def migrate(connection: psycopg.Connection[Any], name: str, partitions: int) -> None:
     """Make the tables, or bring them up to date; who starts at once takes turns. Raises UsageError."""
-    if _version(connection, name) == len(MIGRATIONS):
+    if _read_version(connection, name) == len(MIGRATIONS):
         return
     # Before the transaction: one that has begun may not see that the tables were made while it waited.
-    connection.execute(f"SELECT pg_advisory_lock({_LOCK})")
+    connection.execute(f"SELECT pg_advisory_lock({_MIGRATION_LOCK})")
     try:
         with connection.transaction():
-            done = _version(connection, name)
+            done = _read_version(connection, name)
             if done == 0:
-                connection.execute(_MAKE)
+                connection.execute(_CREATE_MIGRATIONS)
             for number, migration in enumerate(MIGRATIONS[done:], done + 1):
                 migration(connection, partitions)
                 connection.execute("INSERT INTO migrations (number) VALUES (%s)", (number,))
     finally:
-        connection.execute(f"SELECT pg_advisory_unlock({_LOCK})")
+        connection.execute(f"SELECT pg_advisory_unlock({_MIGRATION_LOCK})")
 
 
 def require_current(connection: psycopg.Connection[Any], name: str) -> None:
     """Raises UsageError where the tables are not those of this version."""
-    version = _version(connection, name)
+    version = _read_version(connection, name)
     if version == 0:
         raise UsageError(f"{name}: no tables here yet; `outstation fleet enrol DEVICE` makes them")
     if version < len(MIGRATIONS):
         raise UsageError(f"{name}: made by an older version; start `outstation fleet collect` once")
 
 
-def _version(connection: psycopg.Connection[Any], name: str) -> int:
-    there = connection.execute(_IS_THERE).fetchone()
-    row = connection.execute(_VERSION).fetchone() if there and there[0] else None
+def _read_version(connection: psycopg.Connection[Any], name: str) -> int:
+    there = connection.execute(_HAS_MIGRATIONS).fetchone()
+    row = connection.execute(_NEWEST_MIGRATION).fetchone() if there and there[0] else None
     version = int(row[0]) if row else 0
     if version > len(MIGRATIONS):
         raise UsageError(f"{name}: made by a newer version of outstation; update it here")

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import msgspec
 
-from agent.errors import Refused
+from agent.errors import MessageRefused
 from agent.fleet.database.interface import Connection
 from agent.wire.desired_state import Digest, Name, Version
-from agent.wire.messages import Audit, Shadow, decode
+from agent.wire.messages import AuditPayload, ShadowPayload, decode
 
 # Of the audit message in which a device tells of a change of its own.
-EVENT = "rollout"
+ROLLOUT_EVENT = "rollout"
 Phase = Literal["not chosen", "fetching", "refused", "shadow", "probation", "settled", "rolled back", "withdrawn"]
 
 TABLES = (
@@ -56,7 +56,7 @@ COLUMNS = {
 }
 
 
-class Change(msgspec.Struct, frozen=True):
+class PhaseChange(msgspec.Struct, frozen=True):
     """The evidence of a device's audit message about a roll-out."""
 
     task: Name
@@ -70,18 +70,18 @@ class Change(msgspec.Struct, frozen=True):
     numbers: dict[str, Any] = {}
 
 
-def shadow_row(body: Shadow, payload: bytes) -> tuple[Any, ...]:
+def build_shadow_row(body: ShadowPayload, payload: bytes) -> tuple[Any, ...]:
     """Of table shadows."""
-    head = (body.device, body.task, body.rollout, body.model.digest, body.beside.digest, body.time)
+    head = (body.device, body.task, body.rollout, body.model.digest, body.other.digest, body.time)
     return (*head, *body.rows, body.batches, body.n, body.errors, payload.decode(), body.log, body.seq)
 
 
-def change_rows(body: Audit) -> list[tuple[Any, ...]]:
+def build_phase_rows(body: AuditPayload) -> list[tuple[Any, ...]]:
     """Of table rollout_devices: one, or none where the message tells of something else."""
-    if body.event != EVENT:
+    if body.event != ROLLOUT_EVENT:
         return []
     try:
-        told = msgspec.convert(body.evidence, Change)
+        told = msgspec.convert(body.evidence, PhaseChange)
         # Strictly JSON: what came as a number too large to be one is no evidence.
         numbers = msgspec.json.encode(told.numbers).decode()
     except (msgspec.MsgspecError, ValueError):
@@ -90,18 +90,18 @@ def change_rows(body: Audit) -> list[tuple[Any, ...]]:
     return [(body.device, *what, body.summary, numbers, body.time, body.log, body.seq)]
 
 
-def unfold_stored(db: Connection) -> None:
+def project_stored_messages(db: Connection) -> None:
     """Rows of the messages that came before there were these tables."""
     told = "SELECT payload FROM messages WHERE kind = 'shadow' OR (kind = 'audit' AND instr(payload, ?) > 0)"
-    for (payload,) in db.execute(told, [f'"{EVENT}"'.encode()]).fetchall():
-        with contextlib.suppress(Refused, TypeError):
+    for (payload,) in db.execute(told, [f'"{ROLLOUT_EVENT}"'.encode()]).fetchall():
+        with contextlib.suppress(MessageRefused, TypeError):
             body = decode(payload)
-            if isinstance(body, Shadow):
-                _add(db, "shadows", shadow_row(body, payload))
-            elif isinstance(body, Audit):
-                for row in change_rows(body):
-                    _add(db, "rollout_devices", row)
+            if isinstance(body, ShadowPayload):
+                _insert_row(db, "shadows", build_shadow_row(body, payload))
+            elif isinstance(body, AuditPayload):
+                for row in build_phase_rows(body):
+                    _insert_row(db, "rollout_devices", row)
 
 
-def _add(db: Connection, table: str, row: tuple[Any, ...]) -> None:
+def _insert_row(db: Connection, table: str, row: tuple[Any, ...]) -> None:
     db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))}) ON CONFLICT DO NOTHING", row)

@@ -10,10 +10,10 @@ import contextlib
 
 from sqlite_utils import Database, Migrations
 
-from agent.errors import Refused
+from agent.errors import MessageRefused
 from agent.fleet.database import gap_ledger, rollout_tables, timestamps
-from agent.fleet.database.gap_ledger import NEW_LOG, News, ended
-from agent.fleet.database.interface import in_sqlite
+from agent.fleet.database.gap_ledger import NEW_LOG, LogChanges, parse_log_end
+from agent.fleet.database.interface import to_sqlite_dialect
 from agent.wire.messages import decode
 
 migrations = Migrations("outstation-fleet")
@@ -82,7 +82,7 @@ def first_tables(db: Database) -> None:
 
 @migrations()
 def dating_tables(db: Database) -> None:
-    for statement in (*timestamps.TABLES, in_sqlite(timestamps.VIEW)):
+    for statement in (*timestamps.TABLES, to_sqlite_dialect(timestamps.RESULTS_DATED_VIEW)):
         db.execute(statement)
 
 
@@ -132,9 +132,9 @@ def ends_of_logs(db: Database) -> None:
     db.execute(f"CREATE TABLE ends ({columns}) WITHOUT ROWID")
     told = "SELECT device, payload FROM messages WHERE kind = 'audit' AND instr(payload, ?)"
     for device, payload in db.execute(told, [f'"{NEW_LOG}"'.encode()]).fetchall():
-        with contextlib.suppress(Refused, TypeError, AttributeError):
-            if end := ended(decode(payload)):
-                gap_ledger.note(db.conn, {(device, end[0]): News(ended=max(0, end[1]))}, "")
+        with contextlib.suppress(MessageRefused, TypeError, AttributeError):
+            if end := parse_log_end(decode(payload)):
+                gap_ledger.apply(db.conn, {(device, end[0]): LogChanges(end_seq=max(0, end[1]))}, "")
 
 
 @migrations()
@@ -147,7 +147,7 @@ def drift_by_time(db: Database) -> None:
 def rollouts(db: Database) -> None:
     for statement in rollout_tables.TABLES:
         db.execute(statement)
-    rollout_tables.unfold_stored(db.conn)
+    rollout_tables.project_stored_messages(db.conn)
 
 
 # Pragmas of every opening; the second is what must be read back, where safety hangs on it.
@@ -188,7 +188,7 @@ ALERTS = """
 """
 
 # Since when, until when and in how many windows each device was tested.
-WATCHED = """
+OBSERVED_PERIODS = """
     SELECT task, device, min("from"), max("to"), count(*) FROM drift_windows
     WHERE state IN ('ok', 'drift') AND "to" BETWEEN ? AND ? GROUP BY task, device
 """
@@ -204,13 +204,13 @@ DRIFT_ALERTS = f"""
     WHERE nth = 1 ORDER BY task, device, subject
 """
 
-OPEN_WIDE = f"""
+OPEN_FLEET_WIDE_ALERTS = f"""
     SELECT task, subject, seq FROM ({ALERTS}) wide WHERE alert = 'drift' AND device = '' AND open
 """
 
 # In the order of their time; what says the same window lies beside each other, whichever log it came in and whatever
 # reference of its site it was judged by.
-OF_DRIFT_WINDOWS = (
+DRIFT_WINDOW_COLUMNS = (
     *("device", "task", "first", "last", "from", "to", "state", "reference", "features", "output", "joint"),
     "estimate",
 )

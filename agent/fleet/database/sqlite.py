@@ -15,93 +15,110 @@ import sqlite_utils
 
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
 from agent.fleet.database import schema
-from agent.fleet.database.interface import ADD_MESSAGE, Cursor, Gap, Log, Row, Values, in_sqlite, named
+from agent.fleet.database.interface import (
+    INSERT_MESSAGE,
+    Cursor,
+    Gap,
+    LogId,
+    Row,
+    Values,
+    display_name,
+    to_sqlite_dialect,
+)
 
 LOCK_WAIT_S = 5.0
-_UNSTORABLE = (OverflowError, UnicodeEncodeError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError)
+_UNSTORABLE_ERRORS = (
+    OverflowError,
+    UnicodeEncodeError,
+    sqlite3.DataError,
+    sqlite3.IntegrityError,
+    sqlite3.InterfaceError,
+)
 _PAYLOAD = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
 _GAPS = """
     SELECT first, last, declared FROM gaps WHERE device = :device AND log = :log AND first <= :b
       AND first >= coalesce((SELECT max(first) FROM gaps WHERE device = :device AND log = :log AND first <= :a), 0)
 """
-UNDECLARED = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND NOT declared ORDER BY first LIMIT ?"
+UNDECLARED_GAPS = "SELECT first, last FROM gaps WHERE device = ? AND log = ? AND NOT declared ORDER BY first LIMIT ?"
 
 
-class Connection(sqlite3.Connection):
+class SqliteConnection(sqlite3.Connection):
     """Implements `agent.fleet.database.interface`. A statement costs no round trip, so that each row has its own."""
 
-    def spoken(self, sql: str) -> str:
-        return in_sqlite(sql)
+    def to_dialect(self, sql: str) -> str:
+        return to_sqlite_dialect(sql)
 
-    def each(self, sql: str, rows: Iterable[Values]) -> list[Any]:
+    def execute_each(self, sql: str, rows: Iterable[Values]) -> list[Any]:
         return [self.execute(sql, row).fetchone() for row in rows]
 
-    def lock(self, devices: Iterable[str]) -> None:
+    def lock_devices(self, devices: Iterable[str]) -> None:
         """The transaction is the only one that writes."""
 
-    def alone(self, table: str) -> None:
+    def lock_table(self, table: str) -> None:
         """Likewise."""
 
     def add_messages(self, rows: Sequence[Row]) -> list[bool]:
-        return [self.execute(ADD_MESSAGE, row).rowcount > 0 for row in rows]
+        return [self.execute(INSERT_MESSAGE, row).rowcount > 0 for row in rows]
 
     def payloads(self, places: Sequence[tuple[str, str, int]]) -> list[bytes | None]:
-        return [found and found[0] for found in self.each(_PAYLOAD, places)]
+        return [found and found[0] for found in self.execute_each(_PAYLOAD, places)]
 
-    def load(self, table: str, rows: Sequence[Row]) -> None:
+    def bulk_insert(self, table: str, rows: Sequence[Row]) -> None:
         self.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
 
-    def logs(self, which: Sequence[Log]) -> dict[Log, tuple[int | None, int]]:
-        through = self.each("SELECT through FROM logs WHERE device = ? AND log = ?", which)
-        last = self.each("SELECT last FROM ends WHERE device = ? AND log = ?", which)
-        return {log: (a and a[0], b[0] if b else 0) for log, a, b in zip(which, through, last, strict=True)}
+    def logs(self, logs: Sequence[LogId]) -> dict[LogId, tuple[int | None, int]]:
+        through = self.execute_each("SELECT through FROM logs WHERE device = ? AND log = ?", logs)
+        last = self.execute_each("SELECT last FROM ends WHERE device = ? AND log = ?", logs)
+        return {log: (a and a[0], b[0] if b else 0) for log, a, b in zip(logs, through, last, strict=True)}
 
-    def store_logs(self, logs: Mapping[Log, int], known: set[Log], since: str) -> None:
+    def store_logs(self, logs: Mapping[LogId, int], known: set[LogId], since: str) -> None:
         for log, through in logs.items():
             if log in known:
                 self.execute("UPDATE logs SET through = ? WHERE device = ? AND log = ?", (through, *log))
             else:
                 self.execute("INSERT INTO logs VALUES (?, ?, ?, ?)", (*log, through, since))
 
-    def gaps(self, spans: Mapping[Log, tuple[int, int]]) -> dict[Log, list[Gap]]:
+    def gaps(self, spans: Mapping[LogId, tuple[int, int]]) -> dict[LogId, list[Gap]]:
         return {
             log: self.execute(_GAPS, {"device": log[0], "log": log[1], "a": a - 1, "b": b + 1}).fetchall()
             for log, (a, b) in spans.items()
         }
 
-    def store_gaps(self, gone: Sequence[tuple[str, str, int]], new: Sequence[tuple[str, str, int, int, bool]]) -> None:
-        self.executemany("DELETE FROM gaps WHERE device = ? AND log = ? AND first = ?", gone)
-        self.executemany("INSERT INTO gaps VALUES (?, ?, ?, ?, ?)", new)
+    def store_gaps(
+        self, removed: Sequence[tuple[str, str, int]], added: Sequence[tuple[str, str, int, int, bool]]
+    ) -> None:
+        self.executemany("DELETE FROM gaps WHERE device = ? AND log = ? AND first = ?", removed)
+        self.executemany("INSERT INTO gaps VALUES (?, ?, ?, ?, ?)", added)
 
-    def undeclared(self, which: Sequence[Log], most: int) -> dict[Log, list[tuple[int, int]]]:
-        return {log: self.execute(UNDECLARED, (*log, most)).fetchall() for log in which}
+    def undeclared_gaps(self, logs: Sequence[LogId], limit: int) -> dict[LogId, list[tuple[int, int]]]:
+        return {log: self.execute(UNDECLARED_GAPS, (*log, limit)).fetchall() for log in logs}
 
-    def revoked(self, kids: Sequence[str]) -> dict[str, str | None]:
-        found = self.each("SELECT revoked FROM keys WHERE kid = ?", [(kid,) for kid in kids])
+    def revocation_times(self, kids: Sequence[str]) -> dict[str, str | None]:
+        found = self.execute_each("SELECT revoked FROM keys WHERE kid = ?", [(kid,) for kid in kids])
         return {kid: row[0] for kid, row in zip(kids, found, strict=True) if row is not None}
 
-    def seen(self, devices: Sequence[str], now: str) -> None:
+    def update_last_seen(self, devices: Sequence[str], now: str) -> None:
         self.executemany("UPDATE devices SET last_seen = ? WHERE device = ?", [(now, device) for device in devices])
 
 
-class Sqlite:
+class SqliteDatabase:
     """The open file."""
 
     shared = False
-    unstorable: tuple[type[Exception], ...] = _UNSTORABLE
+    unstorable_errors: tuple[type[Exception], ...] = _UNSTORABLE_ERRORS
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        self.path, self.read_only, self.name = path, read_only, named(path)
+        self.path, self.read_only, self.name = path, read_only, display_name(path)
         self._lock: int | None = None
         if read_only and not path.exists():
             raise UsageError(f"{path}: no database here yet; `outstation fleet enrol DEVICE` makes it")
-        with self._translated():
+        with self._translate_errors():
             if not read_only and path.parent.is_dir():
                 # Only its owner reads what devices measured.
                 path.touch(mode=0o600)
             mode = "ro" if read_only else "rwc"
             uri = f"{path.resolve().as_uri()}?mode={mode}"
-            self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, factory=Connection)
+            self.connection = sqlite3.connect(uri, uri=True, isolation_level=None, factory=SqliteConnection)
             # Damaged text must reach the audit, not stop it.
             self.connection.text_factory = lambda data: data.decode(errors="surrogateescape")
         try:
@@ -112,7 +129,7 @@ class Sqlite:
 
     def close(self) -> None:
         """The last one to do so checkpoints, alone."""
-        with contextlib.suppress(StorageError), self.alone():
+        with contextlib.suppress(StorageError), self.lock_exclusively():
             self.connection.close()
         self.connection.close()
         if self._lock is not None:
@@ -120,8 +137,8 @@ class Sqlite:
             self._lock = None
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Connection]:
-        with self._translated(), self.alone():
+    def transaction(self) -> Iterator[SqliteConnection]:
+        with self._translate_errors(), self.lock_exclusively():
             try:
                 self.connection.execute("BEGIN IMMEDIATE")
                 yield self.connection
@@ -132,11 +149,11 @@ class Sqlite:
                 raise
 
     @contextlib.contextmanager
-    def snapshot(self) -> Iterator[Connection]:
+    def snapshot(self) -> Iterator[SqliteConnection]:
         if self.connection.in_transaction:
             yield self.connection
             return
-        with self._translated():
+        with self._translate_errors():
             self.connection.execute("BEGIN")
             try:
                 yield self.connection
@@ -145,18 +162,18 @@ class Sqlite:
                     self.connection.execute("ROLLBACK")
 
     def execute(self, sql: str, values: Values = ()) -> Cursor:
-        with self._translated():
+        with self._translate_errors():
             return self.connection.execute(sql, values)
 
     def stream(self, sql: str, values: Values = ()) -> Iterator[Row]:
         return self.connection.execute(sql, values)
 
-    def lead(self, job: str) -> bool:
+    def acquire_leadership(self, job: str) -> bool:
         """There is one collector."""
         return True
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def lock_exclusively(self) -> Iterator[None]:
         """No other process writes or checkpoints meanwhile: SQLite before 3.51.3 can lose commits when two do."""
         if self._lock is None:
             yield
@@ -182,7 +199,7 @@ class Sqlite:
                 self._lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except OSError as error:
                 raise StorageError(f"{name}: cannot be opened: {error.strerror}") from error
-        with self._translated(), self.alone():
+        with self._translate_errors(), self.lock_exclusively():
             for pragma, wanted in schema.PRAGMAS if not self.read_only else ():
                 self.connection.execute(f"PRAGMA {pragma}")
                 got = wanted and str(self.connection.execute(f"PRAGMA {pragma.partition('=')[0]}").fetchone()[0])
@@ -195,10 +212,10 @@ class Sqlite:
                 raise UsageError(f"{self.path}: made by an older version; start `outstation fleet collect` once")
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
-        except _UNSTORABLE:
+        except _UNSTORABLE_ERRORS:
             raise
         except sqlite3.Error as error:
             name = getattr(error, "sqlite_errorname", "")

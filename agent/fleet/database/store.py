@@ -13,22 +13,22 @@ from typing import Any
 
 import msgspec
 
-from agent.errors import Refused
+from agent.errors import MessageRefused
 from agent.fleet.database import key_table, schema
-from agent.fleet.database.ingest import Arrival, Batch, Outcome, Refusal
-from agent.fleet.database.interface import Connection, Log, Repeat, opened
-from agent.fleet.database.projection import revoked_alert
-from agent.wire.keys import PublicKey, public_key
-from agent.wire.messages import Logged, Message, digest
+from agent.fleet.database.ingest import Arrival, IngestBatch, IngestOutcome, Refusal
+from agent.fleet.database.interface import Connection, LogId, TransactionConflict, open_database
+from agent.fleet.database.projection import revoked_alert_row
+from agent.wire.keys import PublicKey, parse_public_key
+from agent.wire.messages import LoggedPayload, VerifiedMessage, digest
 
 MAX_MISSING_RANGES = 100
 # Two that change the same rows at once are rare, and one of them always succeeds.
-_MOST_TRIES = 5
+_MAX_ATTEMPTS = 5
 # Of one device, or of all where it is None; given twice.
-_OF = "(CAST(? AS TEXT) IS NULL OR device = ?)"
+_DEVICE_FILTER = "(CAST(? AS TEXT) IS NULL OR device = ?)"
 
 # Of a log, how far an acknowledgement goes and what it asks for: (log, through, missing) → (through, missing)
-Trim = Callable[[Log, int, list[tuple[int, int]]], tuple[int, list[tuple[int, int]]]]
+Trim = Callable[[LogId, int, list[tuple[int, int]]], tuple[int, list[tuple[int, int]]]]
 
 
 class Acknowledgement(msgspec.Struct, frozen=True):
@@ -47,17 +47,17 @@ class Acknowledgement(msgspec.Struct, frozen=True):
 class FleetStore:
     """The open database; one thread. Raises StorageError (Full, Busy) wherever the disk or another process fails it."""
 
-    def __init__(self, where: Path | str, *, read_only: bool = False, partitions: int = 1) -> None:
+    def __init__(self, location: Path | str, *, read_only: bool = False, partitions: int = 1) -> None:
         """`where`: a file, or a `postgresql://` URL; `partitions`: see `agent.fleet.database.interface.opened`."""
-        self._database = opened(where, read_only=read_only, partitions=partitions)
-        self.where, self.name, self.shared = where, self._database.name, self._database.shared
+        self._database = open_database(location, read_only=read_only, partitions=partitions)
+        self.location, self.name, self.shared = location, self._database.name, self._database.shared
         # Transactions that were done again, as another collector changed the same rows.
-        self.repeated = 0
+        self.retry_count = 0
 
     @property
     def path(self) -> Path:
         """The file, of a SQLite database."""
-        return Path(self.where)
+        return Path(self.location)
 
     def close(self) -> None:
         self._database.close()
@@ -74,25 +74,25 @@ class FleetStore:
         """Rows one by one, however many there are."""
         return self._database.stream(sql, values)
 
-    def lead(self, job: str) -> bool:
+    def acquire_leadership(self, job: str) -> bool:
         """Whether this process does `job`, of all that collect here."""
-        return self._database.lead(job)
+        return self._database.acquire_leadership(job)
 
     # --- keys ---
 
     def keys_version(self) -> int:
         """Grows with every change of the keys."""
-        return int(self._all("SELECT value FROM meta WHERE name = 'keys_version'")[0][0])
+        return int(self._fetch_all("SELECT value FROM meta WHERE name = 'keys_version'")[0][0])
 
     def enrolled_keys(self) -> list[tuple[str, str, str, bool, str | None, int | None]]:
         """(kid, device, base64url key, revoked, log and seq up to which it counts) of every key ever enrolled."""
-        found = self._all("SELECT kid, device, key, revoked, log, through FROM keys")
+        found = self._fetch_all("SELECT kid, device, key, revoked, log, through FROM keys")
         return [(kid, device, text, revoked is not None, *bound) for kid, device, text, revoked, *bound in found]
 
     def active_key(self, device: str) -> PublicKey | None:
         """The key that may sign for `device`; None before it is enrolled."""
-        found = self._all("SELECT key FROM keys WHERE device = ? AND revoked IS NULL AND through IS NULL", device)
-        return public_key(found[0][0]) if found else None
+        found = self._fetch_all("SELECT key FROM keys WHERE device = ? AND revoked IS NULL AND through IS NULL", device)
+        return parse_public_key(found[0][0]) if found else None
 
     def enrol(
         self,
@@ -123,13 +123,13 @@ class FleetStore:
         with self.transaction() as db:
             kids = key_table.revoke(db, device, kid, now)
             for one in kids:
-                db.execute(schema.ADD_ALERT, revoked_alert(device, one, now))
+                db.execute(schema.ADD_ALERT, revoked_alert_row(device, one, now))
             before_commit()
         return kids
 
     # --- messages in ---
 
-    def ingest(self, arrivals: Sequence[Arrival], refusals: Sequence[Refusal], now: str) -> list[Outcome]:
+    def ingest(self, arrivals: Sequence[Arrival], refusals: Sequence[Refusal], now: str) -> list[IngestOutcome]:
         """Add all of it in one transaction; the outcome of each arrival.
 
         Raises StorageError, and Refused where a value of some message cannot be stored: then add them one by one.
@@ -138,17 +138,17 @@ class FleetStore:
         while True:
             try:
                 with self.transaction() as db:
-                    batch = Batch(db, now)
+                    batch = IngestBatch(db, now)
                     outcomes = batch.add(arrivals)
-                    batch.refuse(refusals)
+                    batch.add_refusals(refusals)
                     batch.finish()
                 return outcomes
-            except self._database.unstorable as error:
-                raise Refused("not storable", str(error)) from error
-            except Repeat:
-                self.repeated += 1
+            except self._database.unstorable_errors as error:
+                raise MessageRefused("not storable", str(error)) from error
+            except TransactionConflict:
+                self.retry_count += 1
                 tries += 1
-                if tries == _MOST_TRIES:
+                if tries == _MAX_ATTEMPTS:
                     raise
 
     def raise_alert(self, row: tuple[Any, ...]) -> None:
@@ -156,24 +156,24 @@ class FleetStore:
         with self.transaction() as db:
             db.execute(schema.ADD_ALERT, row)
 
-    def holds(self, message: Message) -> bool:
+    def has_message(self, message: VerifiedMessage) -> bool:
         """Whether exactly this message is stored."""
-        return self._at_its_place(message) == [(message.payload,)]
+        return self._stored_payloads(message) == [(message.payload,)]
 
-    def holds_another(self, message: Message) -> bool:
+    def has_conflicting_message(self, message: VerifiedMessage) -> bool:
         """Whether a message with other bytes is stored in its place."""
-        return self._at_its_place(message) not in ([], [(message.payload,)])
+        return self._stored_payloads(message) not in ([], [(message.payload,)])
 
     def acknowledgement(self, device: str, log: str) -> Acknowledgement:
         """What to tell the device; with more than 100 ranges missing, only as far as the first 100 go."""
         return self.acknowledgements([(device, log)])[0]
 
-    def acknowledgements(self, logs: Iterable[Log], trim: Trim | None = None) -> list[Acknowledgement]:
+    def acknowledgements(self, logs: Iterable[LogId], trim: Trim | None = None) -> list[Acknowledgement]:
         """The same of each, all of one moment, whoever stored what they are about."""
         which = [*logs]
         with self.snapshot() as db:
             told = {log: through or 0 for log, (through, _) in db.logs(which).items()}
-            missing = db.undeclared(which, MAX_MISSING_RANGES + 1)
+            missing = db.undeclared_gaps(which, MAX_MISSING_RANGES + 1)
             for log, ranges in missing.items():
                 if len(ranges) > MAX_MISSING_RANGES:
                     told[log] = ranges.pop()[0] - 1
@@ -190,43 +190,47 @@ class FleetStore:
     def newest_logs(self) -> list[tuple[str, str]]:
         """(device, log) of the newest log of each device."""
         newest = "rowid = (SELECT max(rowid) FROM logs WHERE device = l.device)"
-        return self._all(f"SELECT device, log FROM logs l WHERE {newest} ORDER BY device")
+        return self._fetch_all(f"SELECT device, log FROM logs l WHERE {newest} ORDER BY device")
 
-    def enrolled(self) -> list[str]:
+    def enrolled_devices(self) -> list[str]:
         """Every device that ever was, in order."""
-        return [row[0] for row in self._all("SELECT device FROM devices ORDER BY device")]
+        return [row[0] for row in self._fetch_all("SELECT device FROM devices ORDER BY device")]
 
     def devices(self) -> list[dict[str, Any]]:
         """device, key, state, last_seen, through (of its newest log), alerts (open ones), clock (its quality)."""
-        return self._records(schema.DEVICES)
+        return self._fetch_dicts(schema.DEVICES)
 
     def alerts(self, device: str | None = None, *, closed: bool = False) -> list[dict[str, Any]]:
         """Open alerts, or with `closed` everything that was ever raised or cleared; oldest first."""
         wanted = "(open OR ?) AND (CAST(? AS TEXT) IS NULL OR device = ?)"
         sql = f"SELECT * FROM ({schema.ALERTS}) said WHERE {wanted} ORDER BY time, device, seq"
-        return [{**row, "open": bool(row["open"])} for row in self._records(sql, closed, device, device)]
+        return [{**row, "open": bool(row["open"])} for row in self._fetch_dicts(sql, closed, device, device)]
 
     def progress(self) -> list[dict[str, Any]]:
         """Per device: rows judged, drift windows, results, messages, `drift` state of the last one, open summaries."""
-        found = self._records(schema.PROGRESS)
+        found = self._fetch_dicts(schema.PROGRESS)
         for row in found:
             row["open"] = [alert["summary"] for alert in self.alerts(row["device"]) if alert["state"] == "raised"]
         return found
 
     def labels(self, device: str) -> list[tuple[int, str]]:
         """(row, label) of every labelled result of `device`."""
-        return self._all("SELECT row, label FROM results WHERE device = ? AND label IS NOT NULL ORDER BY row", device)
+        return self._fetch_all(
+            "SELECT row, label FROM results WHERE device = ? AND label IS NOT NULL ORDER BY row", device
+        )
 
     def values(self, device: str) -> list[tuple[int, float]]:
         """(row, value) of every result of `device` that is a number."""
-        return self._all("SELECT row, value FROM results WHERE device = ? AND value IS NOT NULL ORDER BY row", device)
+        return self._fetch_all(
+            "SELECT row, value FROM results WHERE device = ? AND value IS NOT NULL ORDER BY row", device
+        )
 
     def newest_metric(self, device: str, metric: str) -> float | None:
         """Of all results that the device's newest `quality` message tells of; None where it tells none."""
         sql = """
             SELECT value FROM metrics WHERE device = ? AND metric = ? AND slice = '' AND source = 'device'
             ORDER BY log, seq DESC LIMIT 1"""
-        found = self._all(sql, device, metric)
+        found = self._fetch_all(sql, device, metric)
         return found[0][0] if found else None
 
     def drift_windows(
@@ -234,44 +238,44 @@ class FleetStore:
     ) -> Iterator[dict[str, Any]]:
         """Each with its members as JSON text, by task, device and time; of those that ended at `since` or later."""
         rows = self._database.stream(schema.DRIFT_WINDOWS, {"task": task, "device": device, "since": since})
-        return (dict(zip(schema.OF_DRIFT_WINDOWS, row, strict=True)) for row in rows)
+        return (dict(zip(schema.DRIFT_WINDOW_COLUMNS, row, strict=True)) for row in rows)
 
     def count_drift_windows(self) -> int:
-        return int(self._all("SELECT count(*) FROM drift_windows")[0][0])
+        return int(self._fetch_all("SELECT count(*) FROM drift_windows")[0][0])
 
     def drift_tasks(self) -> list[str]:
-        return [row[0] for row in self._all("SELECT DISTINCT task FROM drift_windows ORDER BY task")]
+        return [row[0] for row in self._fetch_all("SELECT DISTINCT task FROM drift_windows ORDER BY task")]
 
-    def watched(self, since: str, until: str) -> list[tuple[str, str, str, str, int]]:
+    def observed_periods(self, since: str, until: str) -> list[tuple[str, str, str, str, int]]:
         """(task, device, from, to, drift windows) of what was tested between two moments."""
-        return self._all(schema.WATCHED, since, until)
+        return self._fetch_all(schema.OBSERVED_PERIODS, since, until)
 
     def drift_alerts(self, since: str, until: str) -> list[tuple[str, str, str, str, int, int]]:
         """(task, device, subject, time, open, how many since) of the last drift alert of each before `until`."""
-        return self._all(schema.DRIFT_ALERTS, since, until)
+        return self._fetch_all(schema.DRIFT_ALERTS, since, until)
 
-    def open_wide(self) -> list[tuple[str, str, int]]:
+    def open_fleet_wide_alerts(self) -> list[tuple[str, str, int]]:
         """(task, subject, seq) of each open alert of fleet-wide drift."""
-        return self._all(schema.OPEN_WIDE)
+        return self._fetch_all(schema.OPEN_FLEET_WIDE_ALERTS)
 
     def gaps(self, device: str | None = None) -> list[dict[str, Any]]:
         """device, log, from, to, declared of each range of seqs that is not here."""
-        sql = f'SELECT device, log, first AS "from", last AS "to", declared FROM gaps WHERE {_OF} ORDER BY 1, 2, 3'
-        return [{**row, "declared": bool(row["declared"])} for row in self._records(sql, device, device)]
+        sql = f'SELECT device, log, first AS "from", last AS "to", declared FROM gaps WHERE {_DEVICE_FILTER} ORDER BY 1, 2, 3'
+        return [{**row, "declared": bool(row["declared"])} for row in self._fetch_dicts(sql, device, device)]
 
     def refusals(self) -> list[dict[str, Any]]:
         """device ('' for strangers), reason, count, first, last."""
-        return self._records("SELECT * FROM refusals ORDER BY device, reason")
+        return self._fetch_dicts("SELECT * FROM refusals ORDER BY device, reason")
 
     # --- evidence out ---
 
     def logs(self, device: str | None = None) -> list[tuple[str, str, int]]:
         """(device, log, through) of every log, in order."""
-        sql = f"SELECT device, log, through FROM logs WHERE {_OF} ORDER BY device, log"
-        return self._all(sql, device, device)
+        sql = f"SELECT device, log, through FROM logs WHERE {_DEVICE_FILTER} ORDER BY device, log"
+        return self._fetch_all(sql, device, device)
 
     def count_messages(self, device: str | None = None) -> int:
-        return int(self._all(f"SELECT count(*) FROM messages WHERE {_OF}", device, device)[0][0])
+        return int(self._fetch_all(f"SELECT count(*) FROM messages WHERE {_DEVICE_FILTER}", device, device)[0][0])
 
     def evidence(self, device: str | None = None) -> Iterator[tuple[Any, ...]]:
         """(device, log, seq, kind, topic, payload, jws) of every stored message, in order of the first three."""
@@ -279,13 +283,13 @@ class FleetStore:
         columns = "device, log, seq, kind, topic, payload, jws"
         return self.stream(f"SELECT {columns} FROM messages {where} ORDER BY device, log, seq", values)
 
-    def audits(self, device: str | None, holding: bytes) -> Iterator[tuple[Any, ...]]:
+    def audit_messages(self, device: str | None, substring: bytes) -> Iterator[tuple[Any, ...]]:
         """(device, topic, payload, jws) of stored `audit` messages whose payload has `holding` in it."""
-        where = f"kind = 'audit' AND instr(payload, ?) > 0 AND {_OF}"
+        where = f"kind = 'audit' AND instr(payload, ?) > 0 AND {_DEVICE_FILTER}"
         sql = f"SELECT device, topic, payload, jws FROM messages WHERE {where}"
-        return self.stream(sql, (holding, device, device))
+        return self.stream(sql, (substring, device, device))
 
-    def unfolded(self, device: str | None = None) -> Iterator[tuple[Any, ...]]:
+    def result_rows(self, device: str | None = None) -> Iterator[tuple[Any, ...]]:
         """(device, task, row, t, label, score, value, log, seq) of every result, in the order of `evidence`."""
         where, values = ("WHERE device = ?", (device,)) if device else ("", ())
         columns = "device, task, row, t, label, score, value, log, seq"
@@ -293,17 +297,17 @@ class FleetStore:
 
     # --- private ---
 
-    def _at_its_place(self, message: Message) -> list[tuple[Any, ...]]:
+    def _stored_payloads(self, message: VerifiedMessage) -> list[tuple[Any, ...]]:
         body = message.body
-        if not isinstance(body, Logged):
+        if not isinstance(body, LoggedPayload):
             return []
         sql = "SELECT payload FROM messages WHERE device = ? AND log = ? AND seq = ?"
-        return self._all(sql, body.device, body.log, body.seq)
+        return self._fetch_all(sql, body.device, body.log, body.seq)
 
-    def _all(self, sql: str, *values: Any) -> list[Any]:
+    def _fetch_all(self, sql: str, *values: Any) -> list[Any]:
         return self._database.execute(sql, values).fetchall()
 
-    def _records(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+    def _fetch_dicts(self, sql: str, *values: Any) -> list[dict[str, Any]]:
         cursor = self._database.execute(sql, values)
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor]

@@ -22,16 +22,16 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, TypeGuard
 
-from agent.clock import LARGEST_ERROR_US, epoch_us
+from agent.clock import MAX_ERROR_US, parse_rfc3339
 from agent.fleet.database.interface import Connection
-from agent.wire.messages import Audit, Health, Results
+from agent.wire.messages import AuditPayload, HealthPayload, ResultsPayload
 
 CLOCK = "clock"
 SLACK_US = 1_000_000
-_AHEAD_US = 300_000_000
+_MAX_AHEAD_US = 300_000_000
 _QUALITIES = ("synced", "restored", "unsynced")
-_LARGEST = 2**53
-_MOST = 4 * 10**18
+_MAX_JSON_INT = 2**53
+_MAX_SUM_US = 4 * 10**18
 _PPM = "CAST(1e-4 AS DOUBLE PRECISION)"
 
 TABLES = (
@@ -62,12 +62,12 @@ TABLES = (
 )
 
 # One flat join, each look-up by an index and once a row: nested, SQLite would do it again for each use of a column.
-VIEW = f"""
+RESULTS_DATED_VIEW = f"""
 CREATE VIEW results_dated AS
 SELECT device, task, row, t, label, score, value, log, seq, boot, boot_us,
     CASE dated WHEN 'anchored' THEN anchored_us WHEN 'interval' THEN boot_us + start_us ELSE t END AS t_best,
     CAST(CASE dated
-        WHEN 'synced' THEN coalesce(anchor_error + GREATEST(abs(anchored_us - t), disagree_us), {LARGEST_ERROR_US})
+        WHEN 'synced' THEN coalesce(anchor_error + GREATEST(abs(anchored_us - t), disagree_us), {MAX_ERROR_US})
             + {SLACK_US}
         WHEN 'anchored' THEN anchor_error + disagree_us + {SLACK_US}
         WHEN 'interval' THEN start_error_us + {_PPM} * boot_us + {SLACK_US}
@@ -104,12 +104,12 @@ FROM (
 ) placed
 """
 
-_EXTEND = """
+_EXTEND_BOOT = """
     INSERT INTO boots (device, log, boot, last_us) VALUES (?, ?, ?, ?)
     ON CONFLICT (device, log, boot) DO UPDATE SET last_us = excluded.last_us WHERE excluded.last_us > boots.last_us
     RETURNING boot
 """
-_ANCHORED = "SELECT 1 FROM anchors WHERE device = ? AND log = ? LIMIT 1"
+_HAS_ANCHORS = "SELECT 1 FROM anchors WHERE device = ? AND log = ? LIMIT 1"
 _ADD_SEGMENT = """
     INSERT INTO segments VALUES (:device, :log, :boot, :segment, :seq, :offset, :vouched)
     ON CONFLICT (device, log, boot, segment) DO UPDATE SET
@@ -118,7 +118,7 @@ _ADD_SEGMENT = """
         vouched = GREATEST(coalesce(segments.vouched, excluded.vouched), coalesce(excluded.vouched, segments.vouched))
 """
 # What an anchor implies goes as far as the next one.
-_IMPLY = """
+_IMPLY_SEGMENTS = """
     UPDATE stamps SET segment = (
         SELECT CASE WHEN a.boot = stamps.boot THEN a.segment END FROM anchors a
         WHERE a.device = stamps.device AND a.log = stamps.log AND a.seq < stamps.seq ORDER BY a.seq DESC LIMIT 1)
@@ -127,7 +127,7 @@ _IMPLY = """
 """
 
 # Anchors of one boot agree where their offsets do, within their errors and the drift of the boot-time clock.
-_JUDGE_BOOT = f"""
+_UPDATE_BOOT_DISAGREEMENT = f"""
     UPDATE boots SET believed = TRUE, disagree_us = (
         SELECT CAST(GREATEST(0, max(wall_us - boot_us - error_us) - min(wall_us - boot_us + error_us)
                     - {_PPM} * (max(boot_us) - min(boot_us))) AS BIGINT)
@@ -135,7 +135,7 @@ _JUDGE_BOOT = f"""
         WHERE believed AND a.device = boots.device AND a.log = boots.log AND a.boot = boots.boot)
     WHERE device = ? AND log = ? AND boot = ?
 """
-_NEIGHBOURS = """
+_NEIGHBOUR_BOOTS = """
     SELECT (SELECT max(boot) FROM boots WHERE believed AND device = :device AND log = :log AND boot < :boot),
            (SELECT min(boot) FROM boots WHERE believed AND device = :device AND log = :log AND boot > :boot),
            (SELECT believed FROM boots WHERE device = :device AND log = :log AND boot = :boot),
@@ -143,7 +143,7 @@ _NEIGHBOURS = """
 """
 # TOTAL, and no more than a number holds: what a device claims must not stop the transaction of others.
 # Known time before the boots between: the end of boot :low. After them: boot time 0 of boot :high.
-_PLACE = f"""
+_INTERPOLATE_BOOTS = f"""
     WITH low AS (
         SELECT a.wall_us + o.last_us - a.boot_us AS at, a.error_us + {_PPM} * abs(o.last_us - a.boot_us) + o.disagree_us
                AS error
@@ -154,8 +154,8 @@ _PLACE = f"""
         FROM boots o JOIN anchors a ON a.believed AND a.device = o.device AND a.log = o.log AND a.boot = o.boot
         WHERE o.device = :device AND o.log = :log AND o.boot = :high ORDER BY a.boot_us LIMIT 1
     ), between_them AS (
-        SELECT boot, CAST(LEAST(TOTAL(last_us) OVER (ORDER BY boot), {_MOST}) AS BIGINT) - last_us AS earlier,
-               CAST(LEAST(TOTAL(last_us) OVER (), {_MOST}) AS BIGINT) AS total
+        SELECT boot, CAST(LEAST(TOTAL(last_us) OVER (ORDER BY boot), {_MAX_SUM_US}) AS BIGINT) - last_us AS earlier,
+               CAST(LEAST(TOTAL(last_us) OVER (), {_MAX_SUM_US}) AS BIGINT) AS total
         FROM boots WHERE device = :device AND log = :log AND boot > :low AND boot < :high
     ), placed AS (
         SELECT boot, low.at + earlier + (high.at - low.at - total) / 2 AS start_us,
@@ -167,41 +167,41 @@ _PLACE = f"""
 """
 
 
-class Dating:
+class TimestampReconstruction:
     """What the messages of one transaction say about clocks, gathered and written together at its end."""
 
     def __init__(self, db: Connection, received: str) -> None:
-        self._db, self._latest_us = db, epoch_us(received) + _AHEAD_US
+        self._db, self._latest_us = db, parse_rfc3339(received) + _MAX_AHEAD_US
         self._anchors: list[tuple[Any, ...]] = []
         self._stamps: list[tuple[Any, ...]] = []
-        self._extents: list[tuple[str, str, int, int]] = []
+        self._boot_extents: list[tuple[str, str, int, int]] = []
 
     def add(self, body: object) -> None:
         """Take note of a message that was not there before. What is malformed dates nothing."""
-        if isinstance(body, Results):
-            self._stamps.extend(_stamps(body))
-        elif isinstance(body, Health) and _is_time(last_us := body.wall_clock.get("boot_us")):
-            self._extents.append((body.device, body.log, body.boot, last_us))
-        elif isinstance(body, Audit) and body.event == CLOCK:
-            self._anchor(body)
+        if isinstance(body, ResultsPayload):
+            self._stamps.extend(_stamp_rows(body))
+        elif isinstance(body, HealthPayload) and _is_time(last_us := body.wall_clock.get("boot_us")):
+            self._boot_extents.append((body.device, body.log, body.boot, last_us))
+        elif isinstance(body, AuditPayload) and body.event == CLOCK:
+            self._add_anchor(body)
 
     def finish(self) -> None:
         for table, rows in (("stamps", self._stamps), ("anchors", self._anchors)):
             if rows:
-                self._db.load(table, rows)
-        self._db.executemany(self._db.spoken(_ADD_SEGMENT), [_segment(anchor) for anchor in self._anchors])
-        self._db.executemany(_IMPLY, [*self._to_imply()])
-        extended = zip(self._extents, self._db.each(_EXTEND, self._extents), strict=True)
+                self._db.bulk_insert(table, rows)
+        self._db.executemany(self._db.to_dialect(_ADD_SEGMENT), [_segment_row(anchor) for anchor in self._anchors])
+        self._db.executemany(_IMPLY_SEGMENTS, [*self._implied_stamp_updates()])
+        extended = zip(self._boot_extents, self._db.execute_each(_EXTEND_BOOT, self._boot_extents), strict=True)
         grown = [extent for extent, row in extended if row is not None]
         believed = {(row[0], row[1], row[3]) for row in self._anchors if row[-1]}
-        self._db.executemany(self._db.spoken(_JUDGE_BOOT), sorted(believed))
-        for device, log, low, high in self._to_place(sorted({row[:3] for row in grown} | believed)):
+        self._db.executemany(self._db.to_dialect(_UPDATE_BOOT_DISAGREEMENT), sorted(believed))
+        for device, log, low, high in self._spans_to_interpolate(sorted({row[:3] for row in grown} | believed)):
             names = {"device": device, "log": log, "low": low, "high": high}
-            self._db.execute(self._db.spoken(_PLACE), names)
+            self._db.execute(self._db.to_dialect(_INTERPOLATE_BOOTS), names)
 
-    def _to_imply(self) -> Iterator[dict[str, Any]]:
+    def _implied_stamp_updates(self) -> Iterator[dict[str, Any]]:
         logs = sorted({stamp[:2] for stamp in self._stamps if stamp[-1]})
-        told = self._db.each(_ANCHORED, logs)
+        told = self._db.execute_each(_HAS_ANCHORS, logs)
         anchored = {log for log, row in zip(logs, told, strict=True) if row is not None}
         for device, log, seq, *_, implied in self._stamps:
             if implied and (device, log) in anchored:
@@ -209,11 +209,11 @@ class Dating:
         for device, log, seq, *_ in self._anchors:
             yield {"device": device, "log": log, "first": seq, "last": None}
 
-    def _to_place(self, changed: Sequence[tuple[str, str, int]]) -> set[tuple[str, str, int, int]]:
+    def _spans_to_interpolate(self, changed: Sequence[tuple[str, str, int]]) -> set[tuple[str, str, int, int]]:
         """The stretches of boots between two believed ones that have to be laid out anew."""
         found = set()
         keys = [{"device": device, "log": log, "boot": boot} for device, log, boot in changed]
-        for (device, log, boot), row in zip(changed, self._db.each(_NEIGHBOURS, keys), strict=True):
+        for (device, log, boot), row in zip(changed, self._db.execute_each(_NEIGHBOUR_BOOTS, keys), strict=True):
             low, high, is_believed, newest = row
             if boot == newest and not is_believed:
                 continue
@@ -221,27 +221,27 @@ class Dating:
             found |= {(device, log, a, b) for a, b in pairwise(ends) if a is not None and b is not None and b > a + 1}
         return found
 
-    def _anchor(self, body: Audit) -> None:
+    def _add_anchor(self, body: AuditPayload) -> None:
         evidence = body.evidence
         boot, segment, boot_us, wall_us = (evidence.get(name) for name in ("boot", "segment", "boot_us", "wall_us"))
         quality, error_us, step_us = (evidence.get(name) for name in ("quality", "error_us", "step_us"))
         before = evidence.get("before")
-        if not (_is_time(boot) and _is_time(segment) and _is_time(boot_us) and _is_time(wall_us, -_LARGEST)):
+        if not (_is_time(boot) and _is_time(segment) and _is_time(boot_us) and _is_time(wall_us, -_MAX_JSON_INT)):
             return
         if quality not in _QUALITIES or not (error_us is None or _is_time(error_us)):
             return
         believed = quality == "synced" and wall_us <= self._latest_us
         if believed and error_us is None:
-            error_us = LARGEST_ERROR_US
-        step = step_us if _is_time(step_us, -_LARGEST) else 0
+            error_us = MAX_ERROR_US
+        step = step_us if _is_time(step_us, -_MAX_JSON_INT) else 0
         key = (body.device, body.log)
         self._anchors.append((*key, body.seq, boot, segment, boot_us, wall_us, quality, error_us, step, believed))
-        self._extents.append((*key, boot, boot_us))
+        self._boot_extents.append((*key, boot, boot_us))
         if isinstance(before, dict) and _is_time(before.get("boot")) and _is_time(before.get("boot_us")):
-            self._extents.append((*key, before["boot"], before["boot_us"]))
+            self._boot_extents.append((*key, before["boot"], before["boot_us"]))
 
 
-def _stamps(body: Results) -> Iterator[tuple[Any, ...]]:
+def _stamp_rows(body: ResultsPayload) -> Iterator[tuple[Any, ...]]:
     if not body.columns.row:
         return
     key = (body.device, body.log, body.seq)
@@ -251,12 +251,12 @@ def _stamps(body: Results) -> Iterator[tuple[Any, ...]]:
         yield from ((*key, *clock, False) for clock in body.clocks)
 
 
-def _segment(anchor: tuple[Any, ...]) -> dict[str, Any]:
+def _segment_row(anchor: tuple[Any, ...]) -> dict[str, Any]:
     device, log, seq, boot, segment, boot_us, wall_us, quality, _, _, believed = anchor
     vouched = int(believed) if quality == "synced" else None
     names = {"device": device, "log": log, "boot": boot, "segment": segment, "seq": seq}
     return {**names, "offset": wall_us - boot_us, "vouched": vouched}
 
 
-def _is_time(value: object, least: int = 0) -> TypeGuard[int]:
-    return type(value) is int and least <= value <= _LARGEST
+def _is_time(value: object, minimum: int = 0) -> TypeGuard[int]:
+    return type(value) is int and minimum <= value <= _MAX_JSON_INT

@@ -9,21 +9,21 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 from agent import clock
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.fleet.database.ingest import Arrival
-from agent.fleet.database.projection import wide_alert
+from agent.fleet.database.projection import fleet_wide_alert_row
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide
-from agent.fleet.drift.fleet_wide import Onset, Watched
-from agent.wire.messages import Alerts
+from agent.fleet.drift.fleet_wide import ObservationPeriod, Onset
+from agent.wire.messages import AlertPayload
 
-EVERY_S = 60.0
+POLL_INTERVAL_S = 60.0
 # What was usual longer ago says little of the fleet as it is now. A clock that is a day ahead of ours is wrong.
-BACK_US, AHEAD_US = 30 * 86_400_000_000, 86_400_000_000
-MOST_NAMED = 8
+LOOKBACK_US, MAX_AHEAD_US = 30 * 86_400_000_000, 86_400_000_000
+MAX_NAMED_DEVICES = 8
 
 
-class Lookout:
+class FleetWideAlerts:
     """Looks at most once a minute, and only after a device raised or cleared a drift alert.
 
     Where another collector may have stored that alert, it looks each minute.
@@ -33,51 +33,57 @@ class Lookout:
         self._store = store
         self._due, self._next_s = True, 0.0
 
-    def stored(self, arrivals: Iterable[Arrival]) -> None:
+    def record_batch(self, arrivals: Iterable[Arrival]) -> None:
         bodies = (arrival.message.body for arrival in arrivals)
-        self._due |= any(isinstance(body, Alerts) and body.alert == "drift" for body in bodies)
+        self._due |= any(isinstance(body, AlertPayload) and body.alert == "drift" for body in bodies)
 
-    def look(self, now: Now) -> list[str]:
+    def poll(self, now: ClockReading) -> list[str]:
         """Raise and clear what there is to; what was raised, in words. Raises StorageError: then look again."""
         if not (self._due or self._store.shared) or now.boot_s < self._next_s:
             return []
-        self._next_s = now.boot_s + EVERY_S
-        watched, onsets = self._told(now)
-        at, second = clock.rfc3339(now.wall_us), now.wall_us // 1_000_000
-        open_now = {(task, subject): seq for task, subject, seq in self._store.open_wide()}
+        self._next_s = now.boot_s + POLL_INTERVAL_S
+        watched, onsets = self._load_observations(now)
+        at, second = clock.to_rfc3339(now.wall_us), now.wall_us // 1_000_000
+        open_now = {(task, subject): seq for task, subject, seq in self._store.open_fleet_wide_alerts()}
         said = []
-        for task, subject, since, summary in _found(watched, onsets):
+        for task, subject, since, summary in _describe_detections(watched, onsets):
             if (task, subject) not in open_now:
-                self._store.raise_alert(wide_alert(task, subject, since, summary, at))
+                self._store.raise_alert(fleet_wide_alert_row(task, subject, since, summary, at))
                 said.append(summary)
         for (task, subject), since in open_now.items():
-            if not fleet_wide.still_moved(subject, watched.get(task, {}), onsets.get(task, [])):
+            if not fleet_wide.is_still_drifting(subject, watched.get(task, {}), onsets.get(task, [])):
                 summary = f"{task}: {subject} drifts on few devices only."
-                self._store.raise_alert(wide_alert(task, subject, since, summary, at, cleared=max(second, since + 1)))
+                self._store.raise_alert(
+                    fleet_wide_alert_row(task, subject, since, summary, at, cleared=max(second, since + 1))
+                )
         self._due = False
         return said
 
-    def _told(self, now: Now) -> tuple[dict[str, dict[str, Watched]], dict[str, list[Onset]]]:
+    def _load_observations(
+        self, now: ClockReading
+    ) -> tuple[dict[str, dict[str, ObservationPeriod]], dict[str, list[Onset]]]:
         """By task."""
-        span = (clock.rfc3339(now.wall_us - BACK_US), clock.rfc3339(now.wall_us + AHEAD_US))
-        watched: dict[str, dict[str, Watched]] = {}
-        for task, device, first, last, windows in self._store.watched(*span):
+        span = (clock.to_rfc3339(now.wall_us - LOOKBACK_US), clock.to_rfc3339(now.wall_us + MAX_AHEAD_US))
+        watched: dict[str, dict[str, ObservationPeriod]] = {}
+        for task, device, first, last, windows in self._store.observed_periods(*span):
             with contextlib.suppress(ValueError):  # of a moment that no calendar has
-                watched.setdefault(task, {})[device] = Watched(clock.epoch_us(first), clock.epoch_us(last), windows)
+                watched.setdefault(task, {})[device] = ObservationPeriod(
+                    clock.parse_rfc3339(first), clock.parse_rfc3339(last), windows
+                )
         onsets: dict[str, list[Onset]] = {}
         for task, device, subject, at, is_open, times in self._store.drift_alerts(*span):
             with contextlib.suppress(ValueError):
-                onset = Onset(device, subject, clock.epoch_us(at), bool(is_open), max(0, times - 1))
+                onset = Onset(device, subject, clock.parse_rfc3339(at), bool(is_open), max(0, times - 1))
                 onsets.setdefault(task, []).append(onset)
         return watched, onsets
 
 
-def _found(
-    watched: dict[str, dict[str, Watched]], onsets: dict[str, list[Onset]]
+def _describe_detections(
+    observed: dict[str, dict[str, ObservationPeriod]], onsets: dict[str, list[Onset]]
 ) -> Iterator[tuple[str, str, int, str]]:
     """(task, subject, second it began, sentence)."""
-    for task, devices in watched.items():
-        for one in fleet_wide.find(devices, onsets.get(task, [])):
-            names = ", ".join(one.devices[:MOST_NAMED])
-            more = f" and {len(one.devices) - MOST_NAMED} more" if len(one.devices) > MOST_NAMED else ""
-            yield task, one.subject, one.since // 1_000_000, f"{task}: {one.sentence}. First on {names}{more}."
+    for task, devices in observed.items():
+        for one in fleet_wide.detect(devices, onsets.get(task, [])):
+            names = ", ".join(one.devices[:MAX_NAMED_DEVICES])
+            more = f" and {len(one.devices) - MAX_NAMED_DEVICES} more" if len(one.devices) > MAX_NAMED_DEVICES else ""
+            yield task, one.subject, one.since // 1_000_000, f"{task}: {one.summary}. First on {names}{more}."

@@ -8,17 +8,17 @@ import msgspec
 import numpy as np
 
 from agent.arrays import Ints
-from agent.drift.reporting.parsed_message import Field
+from agent.drift.reporting.parsed_message import FieldReport
 
 
-class Moments(msgspec.Struct, frozen=True):
+class MergedMoments(msgspec.Struct, frozen=True):
     """Count, mean and sum of squared deviations; nothing has mean 0."""
 
     n: int = 0
     mean: float = 0.0
     m2: float = 0.0
 
-    def __add__(self, other: Moments) -> Moments:
+    def __add__(self, other: MergedMoments) -> MergedMoments:
         """Of both together.
 
         Source: Chan, Golub & LeVeque (1979), Updating formulae and a pairwise algorithm for computing sample variances.
@@ -28,7 +28,7 @@ class Moments(msgspec.Struct, frozen=True):
             return self if self.n else other
         apart = other.mean - self.mean
         mean = (self.n * self.mean + other.n * other.mean) / n
-        return Moments(n, mean, self.m2 + other.m2 + apart * apart * self.n * other.n / n)
+        return MergedMoments(n, mean, self.m2 + other.m2 + apart * apart * self.n * other.n / n)
 
     @property
     def variance(self) -> float:
@@ -39,27 +39,27 @@ class Moments(msgspec.Struct, frozen=True):
         return math.sqrt(self.variance)
 
 
-class Merged(msgspec.Struct, frozen=True, eq=False):
+class MergedField(msgspec.Struct, frozen=True, eq=False):
     """One field over drift windows: rows below, in the reference's bins, above; rows without a value; moments."""
 
     counts: Ints
     missing: int
-    moments: Moments
+    moments: MergedMoments
 
     @classmethod
-    def of(cls, field: Field) -> Merged:
-        return cls(field.histogram(), field.missing, Moments(field.n, field.mean, field.m2))
+    def from_field(cls, field: FieldReport) -> MergedField:
+        return cls(field.histogram(), field.missing, MergedMoments(field.n, field.mean, field.m2))
 
-    def __add__(self, other: Merged) -> Merged:
+    def __add__(self, other: MergedField) -> MergedField:
         """Raises ValueError where the bins are not the same number."""
         if len(self.counts) != len(other.counts):
             raise ValueError(f"histograms of {len(self.counts) - 2} and {len(other.counts) - 2} bins do not add up")
-        return Merged(self.counts + other.counts, self.missing + other.missing, self.moments + other.moments)
+        return MergedField(self.counts + other.counts, self.missing + other.missing, self.moments + other.moments)
 
     @classmethod
-    def none(cls, like: Merged) -> Merged:
-        return cls(np.zeros_like(like.counts), 0, Moments())
+    def empty_like(cls, template: MergedField) -> MergedField:
+        return cls(np.zeros_like(template.counts), 0, MergedMoments())
 
-    def without(self, part: Merged) -> Ints:
+    def counts_without(self, part: MergedField) -> Ints:
         """The counts of what was merged besides `part`; exact."""
         return self.counts - part.counts

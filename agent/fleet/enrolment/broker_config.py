@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agent.config import Broker
+from agent.config import BrokerConfig
 from agent.wire.topics import ROOT
 
 # What a device may publish and read of its own subtree. `ack`, `cmd` and `desired` are not among the first.
@@ -74,37 +74,37 @@ _ACL_HEAD = """\
 """
 
 
-def broker_config(broker: Broker, fleet: str, folder: Path) -> str:
+def render_config(broker: BrokerConfig, fleet: str, folder: Path) -> str:
     """The text of mosquitto.conf; `folder` is where it and its files are on the broker's machine."""
     listener = _TLS if broker.tls else _PLAIN
     values = {"fleet": fleet, "folder": folder, "port": broker.port, "host": broker.host}
-    return (_COMMON + listener).format(**values, crl=list_setting(folder))
+    return (_COMMON + listener).format(**values, crl=crl_setting(folder))
 
 
-def collector_access(fleet: str, name: str) -> list[str]:
+def collector_acl(fleet: str, name: str) -> list[str]:
     """The lines of the ACL file for one that collects."""
     base = f"{ROOT}/{fleet}"
     return [f"user {name}", f"topic read {base}/#", f"topic write {base}/+/ack"]
 
 
-def list_setting(folder: Path) -> str:
+def crl_setting(folder: Path) -> str:
     """The line that names the list of revoked certificates."""
     return f"crlfile {folder}/crl.pem"
 
 
-def names_list(conf: str) -> bool:
+def has_crl_setting(conf: str) -> bool:
     """Whether a config has such a line."""
     return any(line.split()[:1] == ["crlfile"] for line in conf.splitlines())
 
 
-def access_list(fleet: str) -> str:
+def render_acl(fleet: str) -> str:
     """The text of the ACL file: devices by pattern, then the roles."""
     base = f"{ROOT}/{fleet}"
     lines = [f"pattern write {base}/%u/{kind}" for kind in DEVICE_WRITES]
     lines += [f"pattern read {base}/%u/{kind}" for kind in DEVICE_READS]
     lines += ["# For all devices, and for groups of them. Mosquitto warns that there is no %u; none is needed.",
               f"pattern read {base}/_all/desired", f"pattern read {base}/_group/desired/+"]  # fmt: skip
-    lines += ["", *collector_access(fleet, "collector")]
+    lines += ["", *collector_acl(fleet, "collector")]
     for role in ("operator", "commander"):
         lines += ["", f"user {role}", f"topic read {base}/#"]
         lines += [f"topic write {base}/+/cmd", f"topic write {base}/+/desired", f"topic write {base}/_group/desired/+"]

@@ -13,30 +13,30 @@ from pathlib import Path
 import msgspec
 
 from agent import clock, durable_files
-from agent.config import Broker, check_broker, check_name
+from agent.config import BrokerConfig, check_broker, check_name
 from agent.errors import UsageError
 from agent.fleet import config as fleet_config
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import broker_config, collectors, pki, revocation
-from agent.fleet.enrolment.revocation import Outcome
+from agent.fleet.enrolment.revocation import RevocationOutcome
 from agent.fleet.repository.layout import Layout
 from agent.names import is_name
 from agent.wire import keys
 from agent.wire.keys import PublicKey, write_new
 
 # User names of the broker that are no device's; `_all` cannot be a device id anyway.
-RESERVED = frozenset({"collector", "operator", "commander"})
+RESERVED_NAMES = frozenset({"collector", "operator", "commander"})
 SIGNING_KEY = "device.key"
 # What the device trusts first of the fleet's repository.
-ROOT = "root.json"
+ROOT_METADATA = "root.json"
 # With what a device connects to the broker.
-CONNECTS = ("device-tls.key", "device.crt")
-BUNDLED = ("ca.pem", *CONNECTS, SIGNING_KEY, "outstation.toml", ROOT)
+CONNECTION_FILES = ("device-tls.key", "device.crt")
+PACKED_FILES = ("ca.pem", *CONNECTION_FILES, SIGNING_KEY, "outstation.toml", ROOT_METADATA)
 # In the device's folder: its files under another key, until the database has that key; then they replace the old ones.
 REPLACEMENT = "replacement"
 # Written last into it: the key whose files are there, all of them.
-WHOLE = "whole"
+COMPLETE_MARKER = "whole"
 
 
 class Enrolment(msgspec.Struct, frozen=True):
@@ -48,11 +48,11 @@ class Enrolment(msgspec.Struct, frozen=True):
     device: str
     key: PublicKey
     folder: Path
-    new: bool
-    former: Outcome
+    is_new: bool
+    revoked: RevocationOutcome
 
 
-def init_fleet(folder: Path, name: str, broker: Broker) -> FleetConfig:
+def init_fleet(folder: Path, name: str, broker: BrokerConfig) -> FleetConfig:
     """Write a new fleet into `folder`. Raises UsageError where one is there, or the name or URL cannot be used."""
     check_name(str(folder / fleet_config.FILE), "fleet.name", name)
     check_broker(str(folder / fleet_config.FILE), broker)
@@ -67,7 +67,7 @@ def init_fleet(folder: Path, name: str, broker: Broker) -> FleetConfig:
     if broker.tls:
         _write_certificates(folder, name, broker)
     # Last: a folder with this file in it is a whole fleet.
-    write_new(folder / fleet_config.FILE, _fleet_toml(name, broker).encode(), 0o644)
+    write_new(folder / fleet_config.FILE, _render_fleet_toml(name, broker).encode(), 0o644)
     return fleet_config.load(folder)
 
 
@@ -90,37 +90,43 @@ def enrol(
     key; where that was killed in between, the next call makes them those of the key that counts, before it does
     anything else.
     """
-    if not is_name(device) or device in RESERVED:
+    if not is_name(device) or device in RESERVED_NAMES:
         why = (
-            "is the name of a role" if device in RESERVED else "must be 1-64 of a-z 0-9 . _ - , first a letter or digit"
+            "is the name of a role"
+            if device in RESERVED_NAMES
+            else "must be 1-64 of a-z 0-9 . _ - , first a letter or digit"
         )
         raise UsageError(f"device {device!r} {why}; choose another id")
-    if collectors.is_one(folder, device):
+    if collectors.is_collector(folder, device):
         raise UsageError(f"device {device!r}: a collector connects to the broker under this name; choose another id")
     home = folder / "devices" / device
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     enrolled = store.active_key(device)
     _finish_replacement(home, enrolled)
-    former = Outcome([], [])
-    now = clock.rfc3339(clock.read().wall_us)
+    former = RevocationOutcome([], [])
+    now = clock.to_rfc3339(clock.read().wall_us)
     if replace:
         # Of the certificates that there are so far.
-        revokes = revocation.replacing(folder, config, store, device, former) if not keep_certificate else lambda: None
-        key = _write_replacement(home, folder, config, device, key, CONNECTS if keep_certificate else ())
+        revokes = (
+            revocation.make_certificate_revoker(folder, config, store, device, former)
+            if not keep_certificate
+            else lambda: None
+        )
+        key = _write_replacement(home, folder, config, device, key, CONNECTION_FILES if keep_certificate else ())
         new = store.enrol(device, key, replace=True, now=now, keep_through=keep_through, before_commit=revokes)
         _finish_replacement(home, key)
     else:
-        key = key or _own_key(home, enrolled)
+        key = key or _load_or_create_key(home, enrolled)
         new = store.enrol(device, key, replace=False, now=now)
         _write_device_files(home, folder, config, device)
     return Enrolment(device, key, home, new, former)
 
 
-def bundle(home: Path, out: Path) -> None:
+def pack_device_files(home: Path, out: Path) -> None:
     """The files of a device as one .tar.gz, mode 0600: the same files give the same bytes."""
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped, tarfile.open(fileobj=zipped, mode="w") as tar:
-        for file in (home / name for name in BUNDLED if (home / name).exists()):
+        for file in (home / name for name in PACKED_FILES if (home / name).exists()):
             data = file.read_bytes()
             entry = tarfile.TarInfo(file.name)
             entry.size, entry.mode = len(data), 0o600
@@ -132,16 +138,16 @@ def bundle(home: Path, out: Path) -> None:
 
 
 def _write_replacement(
-    home: Path, folder: Path, config: FleetConfig, device: str, key: PublicKey | None, kept: Sequence[str]
+    home: Path, folder: Path, config: FleetConfig, device: str, key: PublicKey | None, preserved: Sequence[str]
 ) -> PublicKey:
     coming = home / REPLACEMENT
     coming.mkdir(mode=0o700)
-    for name in kept:
+    for name in preserved:
         if (home / name).exists():
             durable_files.write(coming / name, (home / name).read_bytes(), 0o600)
-    key = key or _own_key(coming, enrolled=None)
+    key = key or _load_or_create_key(coming, enrolled=None)
     _write_device_files(coming, folder, config, device)
-    durable_files.write(coming / WHOLE, key.text.encode(), 0o600)
+    durable_files.write(coming / COMPLETE_MARKER, key.text.encode(), 0o600)
     return key
 
 
@@ -151,19 +157,19 @@ def _finish_replacement(home: Path, enrolled: PublicKey | None) -> None:
     Copied, and the mark removed first: killed anywhere in here, the next call begins again with all of them.
     """
     coming = home / REPLACEMENT
-    mark = coming / WHOLE
+    mark = coming / COMPLETE_MARKER
     if enrolled is not None and mark.exists() and mark.read_text(encoding="ascii") == enrolled.text:
         files = {path.name: path for path in coming.iterdir() if path != mark}
         for name, path in files.items():
             durable_files.write(home / name, path.read_bytes(), 0o600)
-        for name in {*BUNDLED, keys.beside(home / SIGNING_KEY).name} - files.keys():
+        for name in {*PACKED_FILES, keys.public_key_path(home / SIGNING_KEY).name} - files.keys():
             durable_files.remove(home / name)
     if coming.exists():
         durable_files.remove(mark)
         shutil.rmtree(coming)
 
 
-def _own_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
+def _load_or_create_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
     path = home / SIGNING_KEY
     if path.exists() and (enrolled is None or keys.load_private(path).public.kid == enrolled.kid):
         return keys.load_private(path).public
@@ -174,60 +180,60 @@ def _own_key(home: Path, enrolled: PublicKey | None) -> PublicKey:
 
 
 def _write_device_files(home: Path, folder: Path, config: FleetConfig, device: str) -> None:
-    root = Layout(folder).newest_root()
+    root = Layout(folder).newest_root_path()
     if root is not None:
-        durable_files.write(home / ROOT, root.read_bytes(), 0o600)
-    collector = keys.load_public_of(Path(config.collector.key_file))
-    operator = keys.load_public_of(Path(config.operator.key_file))
-    text = _device_toml(device, config, collector, operator)
+        durable_files.write(home / ROOT_METADATA, root.read_bytes(), 0o600)
+    collector = keys.load_public_for(Path(config.collector.key_file))
+    operator = keys.load_public_for(Path(config.operator.key_file))
+    text = _render_device_toml(device, config, collector, operator)
     if root is not None and config.repository is not None:
-        text += _updates_toml(config.repository.url)
+        text += _render_updates_toml(config.repository.url)
     durable_files.write(home / "outstation.toml", text.encode(), 0o600)
     if config.ca is None:
         return
     authority = pki.load_authority(Path(config.ca.cert_file), Path(config.ca.key_file))
     durable_files.write(home / "ca.pem", authority.pem, 0o600)
     certificate = home / "device.crt"
-    if not certificate.exists() or revocation.is_listed(folder, authority, certificate):
-        issued = authority.client(device, config.fleet.name)
-        revocation.remember(folder, device, issued.certificate)
+    if not certificate.exists() or revocation.is_revoked(folder, authority, certificate):
+        issued = authority.issue_client(device, config.fleet.name)
+        revocation.archive_certificate(folder, device, issued.certificate)
         durable_files.write(home / "device-tls.key", issued.key, 0o600)
         durable_files.write(certificate, issued.certificate, 0o600)
 
 
-def _write_broker_files(folder: Path, name: str, broker: Broker) -> None:
+def _write_broker_files(folder: Path, name: str, broker: BrokerConfig) -> None:
     home = folder / "broker"
     (home / "data").mkdir(parents=True, exist_ok=True)
-    write_new(home / "mosquitto.conf", broker_config.broker_config(broker, name, home).encode(), 0o644)
+    write_new(home / "mosquitto.conf", broker_config.render_config(broker, name, home).encode(), 0o644)
     if broker.tls:
         # Mosquitto warns of an access list that others can read.
-        write_new(home / "acl", broker_config.access_list(name).encode(), 0o600)
+        write_new(home / "acl", broker_config.render_acl(name).encode(), 0o600)
 
 
-def _write_certificates(folder: Path, name: str, broker: Broker) -> None:
-    authority = pki.new_authority(name)
+def _write_certificates(folder: Path, name: str, broker: BrokerConfig) -> None:
+    authority = pki.create_authority(name)
     write_new(folder / "ca.key", authority.key_pem, 0o600)
     write_new(folder / "ca.pem", authority.pem, 0o644)
     write_new(folder / "broker" / "ca.pem", authority.pem, 0o644)
-    revocation.begin(folder, authority)
-    server = authority.server(broker.host)
+    revocation.create_crl(folder, authority)
+    server = authority.issue_server(broker.host)
     write_new(folder / "broker" / "server.crt", server.certificate, 0o644)
     write_new(folder / "broker" / "server.key", server.key, 0o600)
-    for role in sorted(RESERVED):
-        client = authority.client(role, name)
+    for role in sorted(RESERVED_NAMES):
+        client = authority.issue_client(role, name)
         write_new(folder / f"{role}.crt", client.certificate, 0o644)
         write_new(folder / f"{role}-tls.key", client.key, 0o600)
 
 
-def _fleet_toml(name: str, broker: Broker) -> str:
+def _render_fleet_toml(name: str, broker: BrokerConfig) -> str:
     text = f"""\
 # The fleet {name}. Keep this folder private and back it up: its keys cannot be made again.
 [fleet]
-name = {_quoted(name)}
+name = {_toml_string(name)}
 db = "fleet.db"                       # what was collected; a path, or postgresql://USER@HOST/DB
 
 [broker]
-url = {_quoted(broker.url)}
+url = {_toml_string(broker.url)}
 """
     if broker.allow_plaintext:
         text += "allow_plaintext = true\n"
@@ -245,16 +251,16 @@ url = {_quoted(broker.url)}
     return text
 
 
-def _device_toml(device: str, config: FleetConfig, collector: PublicKey, operator: PublicKey) -> str:
+def _render_device_toml(device: str, config: FleetConfig, collector: PublicKey, operator: PublicKey) -> str:
     broker = config.broker
     text = f"""\
 [device]
-id = {_quoted(device)}
-fleet = {_quoted(config.fleet.name)}
+id = {_toml_string(device)}
+fleet = {_toml_string(config.fleet.name)}
 data_dir = "data"                     # readings, results and the outbox; beside this file, or an absolute path
 
 [broker]
-url = {_quoted(broker.url)}
+url = {_toml_string(broker.url)}
 """
     if broker.allow_plaintext:
         text += "allow_plaintext = true\n"
@@ -264,10 +270,10 @@ url = {_quoted(broker.url)}
         text
         + f"""
 [collector]
-key = {_quoted(collector.text)}       # signs acknowledgements: what it has is deleted here
+key = {_toml_string(collector.text)}       # signs acknowledgements: what it has is deleted here
 
 [operators]
-keys = [{_quoted(operator.text)}]     # may sign commands and desired state
+keys = [{_toml_string(operator.text)}]     # may sign commands and desired state
 
 # What is measured. Readings come through the socket <data_dir>/intake.sock, or `outstation ingest watch FILE`.
 # [streams.watch]
@@ -291,17 +297,17 @@ keys = [{_quoted(operator.text)}]     # may sign commands and desired state
     )
 
 
-def _updates_toml(url: str) -> str:
+def _render_updates_toml(url: str) -> str:
     # Bundles need no secrecy, and their signatures no TLS: an operator who serves them in the clear may.
     plain = "allow_plaintext = true\n" if url.startswith("http:") else ""
     own = '# ca_file = "ca.pem"                 # where an authority of your own signed the web server\'s certificate\n'
     return f"""
 [updates]                             # bundles that the fleet publishes; `outstation fleet rollout` says which is run
-url = {_quoted(url)}
-{plain or own}root = {_quoted(ROOT)}                    # whose keys count; later ones are found from this one
+url = {_toml_string(url)}
+{plain or own}root = {_toml_string(ROOT_METADATA)}                    # whose keys count; later ones are found from this one
 """
 
 
-def _quoted(text: str) -> str:
+def _toml_string(text: str) -> str:
     """A TOML basic string; JSON's escapes are a subset of TOML's."""
     return json.dumps(text, ensure_ascii=True)

@@ -25,10 +25,10 @@ CA_YEARS = 10
 LEAF_YEARS = 10
 # Machines without a battery clock start in the past; a day covers a saved clock that lags.
 BACKDATE = timedelta(days=1)
-_RESTORE = "a new one would let in again whom it shut out: restore it, or the copy in the other place"
+_RESTORE_HINT = "a new one would let in again whom it shut out: restore it, or the copy in the other place"
 
 
-class Issued(msgspec.Struct, frozen=True):
+class IssuedCertificate(msgspec.Struct, frozen=True):
     """A certificate and its private key, both PEM."""
 
     certificate: bytes
@@ -47,19 +47,19 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
     def key_pem(self) -> bytes:
         return _private_pem(self.key)
 
-    def server(self, host: str) -> Issued:
+    def issue_server(self, host: str) -> IssuedCertificate:
         """A broker's certificate for `host`, and for this machine itself."""
         names: list[x509.GeneralName] = []
         for name in dict.fromkeys((host, "localhost", "127.0.0.1", "::1")):
             names.append(_general_name(name))
         return self._issue(host, names, ExtendedKeyUsageOID.SERVER_AUTH)
 
-    def client(self, name: str, fleet: str) -> Issued:
+    def issue_client(self, name: str, fleet: str) -> IssuedCertificate:
         """A client's certificate: the broker takes `name` from its CN as the user name."""
         uri = x509.UniformResourceIdentifier(f"urn:outstation:{fleet}:{name}")
         return self._issue(name, [uri], ExtendedKeyUsageOID.CLIENT_AUTH)
 
-    def revocation_list(self, editions: Sequence[x509.CertificateRevocationList], serials: Iterable[int]) -> bytes:
+    def build_crl(self, editions: Sequence[x509.CertificateRevocationList], serials: Iterable[int]) -> bytes:
         """The list (PEM) that follows these editions: all their entries, and `serials`."""
         entries = {entry.serial_number: entry for edition in editions for entry in edition}
         for serial in serials:
@@ -68,47 +68,49 @@ class CertificateAuthority(msgspec.Struct, frozen=True):
         builder = (
             x509.CertificateRevocationListBuilder()
             .issuer_name(self.certificate.subject)
-            .last_update(_list_time(editions))
+            .last_update(_crl_time(editions))
             # A list whose time is over would lock everybody out.
             .next_update(self.certificate.not_valid_after_utc)
-            .add_extension(x509.CRLNumber(max((_number(edition) for edition in editions), default=0) + 1), False)
+            .add_extension(x509.CRLNumber(max((_crl_number(edition) for edition in editions), default=0) + 1), False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), False)
         )
         for revoked in entries.values():
             builder = builder.add_revoked_certificate(revoked)
         return builder.sign(self.key, None).public_bytes(Encoding.PEM)
 
-    def read_list(self, file: Path) -> x509.CertificateRevocationList:
+    def load_crl(self, file: Path) -> x509.CertificateRevocationList:
         """The list in a PEM file. Raises UsageError where it cannot be read, or is not this authority's."""
         try:
             found = x509.load_pem_x509_crl(file.read_bytes())
             genuine = found.is_signature_valid(self.certificate.public_key())  # type: ignore[arg-type]
         except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"{file}: not a readable revocation list: {error}; {_RESTORE}") from None
+            raise UsageError(f"{file}: not a readable revocation list: {error}; {_RESTORE_HINT}") from None
         if not genuine:
-            raise UsageError(f"{file}: is not signed by this fleet's authority; {_RESTORE}")
+            raise UsageError(f"{file}: is not signed by this fleet's authority; {_RESTORE_HINT}")
         return found
 
-    def _issue(self, common_name: str, names: list[x509.GeneralName], usage: x509.ObjectIdentifier) -> Issued:
+    def _issue(
+        self, common_name: str, names: list[x509.GeneralName], usage: x509.ObjectIdentifier
+    ) -> IssuedCertificate:
         key = Ed25519PrivateKey.generate()
         end = min(_now() + timedelta(days=365 * LEAF_YEARS), self.certificate.not_valid_after_utc)
         builder = (
-            _builder(common_name[:64], self.certificate.subject, key, end)
+            _certificate_builder(common_name[:64], self.certificate.subject, key, end)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(signs_certificates=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
         )
-        return Issued(builder.sign(self.key, None).public_bytes(Encoding.PEM), _private_pem(key))
+        return IssuedCertificate(builder.sign(self.key, None).public_bytes(Encoding.PEM), _private_pem(key))
 
 
-def new_authority(fleet: str) -> CertificateAuthority:
+def create_authority(fleet: str) -> CertificateAuthority:
     """A new, self-signed authority that may sign leaves only."""
     key = Ed25519PrivateKey.generate()
-    name = _name(f"outstation {fleet}"[:64])
+    name = _x509_name(f"outstation {fleet}"[:64])
     builder = (
-        _builder(f"outstation {fleet}"[:64], name, key, _now() + timedelta(days=365 * CA_YEARS))
+        _certificate_builder(f"outstation {fleet}"[:64], name, key, _now() + timedelta(days=365 * CA_YEARS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
     )
@@ -130,7 +132,7 @@ def load_authority(cert_file: Path, key_file: Path) -> CertificateAuthority:
     return CertificateAuthority(certificate, key)
 
 
-def serial(certificate: bytes, file: Path) -> int:
+def read_serial(certificate: bytes, file: Path) -> int:
     """The serial number of a PEM certificate. Raises UsageError that names the `file`."""
     try:
         return x509.load_pem_x509_certificate(certificate).serial_number
@@ -139,7 +141,7 @@ def serial(certificate: bytes, file: Path) -> int:
         raise UsageError(f"{file}: not a readable certificate: {error}; {what}") from None
 
 
-def _list_time(editions: Sequence[x509.CertificateRevocationList]) -> datetime:
+def _crl_time(editions: Sequence[x509.CertificateRevocationList]) -> datetime:
     """In the past, for brokers whose clocks lag: a list from the future locks everybody out.
 
     OpenSSL with two editions in its memory uses the older of two that have the same time.
@@ -149,7 +151,7 @@ def _list_time(editions: Sequence[x509.CertificateRevocationList]) -> datetime:
     return max([start, *(time + timedelta(seconds=1) for time in passed)])
 
 
-def _number(edition: x509.CertificateRevocationList) -> int:
+def _crl_number(edition: x509.CertificateRevocationList) -> int:
     try:
         return edition.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
     except x509.ExtensionNotFound:
@@ -157,10 +159,12 @@ def _number(edition: x509.CertificateRevocationList) -> int:
         return 0
 
 
-def _builder(common_name: str, issuer: x509.Name, key: Ed25519PrivateKey, end: datetime) -> x509.CertificateBuilder:
+def _certificate_builder(
+    common_name: str, issuer: x509.Name, key: Ed25519PrivateKey, end: datetime
+) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
-        .subject_name(_name(common_name))
+        .subject_name(_x509_name(common_name))
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
@@ -191,7 +195,7 @@ def _general_name(host: str) -> x509.GeneralName:
         return x509.DNSName(host)
 
 
-def _name(common_name: str) -> x509.Name:
+def _x509_name(common_name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 

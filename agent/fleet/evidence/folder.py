@@ -10,10 +10,10 @@ from pathlib import Path
 
 from agent import durable_files
 from agent.errors import StorageError, StorageFull, UsageError
-from agent.fleet.evidence.manifest import MANIFEST, TOKEN, File
+from agent.fleet.evidence.manifest import MANIFEST_FILE, SIGNATURE_FILE, FileEntry
 
 
-class Draft:
+class FolderWriter:
     """A folder that becomes `out` when it is finished. Raises UsageError where something is there already."""
 
     def __init__(self, out: Path) -> None:
@@ -22,12 +22,12 @@ class Draft:
         if not out.absolute().parent.is_dir():
             raise UsageError(f"--out {out}: its parent folder is not there; make it first")
         self.out = out
-        self._home = out.with_name(f".{out.name}.new")
-        self.files: list[File] = []
+        self._staging = out.with_name(f".{out.name}.new")
+        self.files: list[FileEntry] = []
         try:
             # What a making that was killed has left.
-            shutil.rmtree(self._home, ignore_errors=True)
-            self._home.mkdir(mode=0o755)
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging.mkdir(mode=0o755)
         except OSError as error:
             raise UsageError(f"--out {out}: cannot be made: {error.strerror}") from None
 
@@ -35,7 +35,7 @@ class Draft:
         """A file of the folder, which the manifest will list."""
         size, sum_ = 0, hashlib.sha256()
         try:
-            target = self._home / path
+            target = self._staging / path
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("xb") as file:
                 for part in (parts,) if isinstance(parts, bytes) else parts:
@@ -47,20 +47,20 @@ class Draft:
         except OSError as error:
             kind = StorageFull if error.errno == 28 else StorageError
             raise kind(f"{self.out}: {path} cannot be written: {error.strerror}; nothing was left there") from None
-        if path not in (MANIFEST, TOKEN):
-            self.files.append(File(path, size, sum_.hexdigest()))
+        if path not in (MANIFEST_FILE, SIGNATURE_FILE):
+            self.files.append(FileEntry(path, size, sum_.hexdigest()))
 
-    def finish(self) -> None:
+    def commit(self) -> None:
         """All of it is on the disk, and has its name."""
         try:
-            for folder in [path for path in self._home.rglob("*") if path.is_dir()] + [self._home]:
-                durable_files.sync(folder)
+            for folder in [path for path in self._staging.rglob("*") if path.is_dir()] + [self._staging]:
+                durable_files.fsync_folder(folder)
             if self.out.exists():
                 self.out.rmdir()
-            self._home.rename(self.out)
-            durable_files.sync(self.out.absolute().parent)
+            self._staging.rename(self.out)
+            durable_files.fsync_folder(self.out.absolute().parent)
         except OSError as error:
             raise StorageError(f"{self.out}: cannot be finished: {error.strerror}") from None
 
-    def abandon(self) -> None:
-        shutil.rmtree(self._home, ignore_errors=True)
+    def discard(self) -> None:
+        shutil.rmtree(self._staging, ignore_errors=True)

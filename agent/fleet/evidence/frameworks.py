@@ -14,7 +14,7 @@ import msgspec
 
 NIST = "NIST AI RMF 1.0"
 ISO = "ISO/IEC 42001:2023, annex A"
-Part = Literal["Govern", "Map", "Measure", "Manage", "Annex A"]
+FrameworkPart = Literal["Govern", "Map", "Measure", "Manage", "Annex A"]
 
 _RUNNING, _DECISIONS, _INCIDENTS = "running.json", "decisions.jsonl", "incidents.json"
 _HISTORY, _COMPARED, _PUBLISHED = "history.json", "comparisons.json", "published.json"
@@ -23,11 +23,11 @@ _MESSAGES, _REPOSITORY, _MANIFEST = "messages/", "repository/", "manifest.json"
 _CARDS, _DATA_CARDS, _EVALUATIONS = "MODEL_CARD.md", "DATA_CARD.md", "evaluation.json"
 
 
-class Point(msgspec.Struct, frozen=True):
+class FrameworkPoint(msgspec.Struct, frozen=True):
     """`files`: which of these are here supports it; names of bundles' papers stand for all of them."""
 
     framework: str
-    part: Part
+    part: FrameworkPart
     id: str
     asks: str
     files: tuple[str, ...]
@@ -35,12 +35,14 @@ class Point(msgspec.Struct, frozen=True):
     not_shown: str
 
 
-def _nist(part: Part, number: str, asks: str, files: tuple[str, ...], shows: str, not_shown: str) -> Point:
-    return Point(NIST, part, f"{part.upper()} {number}", asks, files, shows, not_shown)
+def _nist(
+    part: FrameworkPart, number: str, asks: str, files: tuple[str, ...], shows: str, not_shown: str
+) -> FrameworkPoint:
+    return FrameworkPoint(NIST, part, f"{part.upper()} {number}", asks, files, shows, not_shown)
 
 
-def _iso(number: str, asks: str, files: tuple[str, ...], shows: str, not_shown: str) -> Point:
-    return Point(ISO, "Annex A", f"A.{number}", asks, files, shows, not_shown)
+def _iso(number: str, asks: str, files: tuple[str, ...], shows: str, not_shown: str) -> FrameworkPoint:
+    return FrameworkPoint(ISO, "Annex A", f"A.{number}", asks, files, shows, not_shown)
 
 
 POINTS = (
@@ -206,11 +208,11 @@ NOT_COVERED = (
 )
 
 
-class Supported(msgspec.Struct, frozen=True):
+class PointSupport(msgspec.Struct, frozen=True):
     """A point with the files that are here for it; with none it is not supported by this folder."""
 
     framework: str
-    part: Part
+    part: FrameworkPart
     id: str
     asks: str
     here: list[str]
@@ -219,22 +221,22 @@ class Supported(msgspec.Struct, frozen=True):
     not_shown: str
 
 
-def supported(paths: Collection[str], empty: Collection[str] = ()) -> list[Supported]:
+def evaluate_support(paths: Collection[str], empty_paths: Collection[str] = ()) -> list[PointSupport]:
     """`paths`: what the folder holds; `empty`: those of them that say nothing, such as a list of no incidents watched.
 
     Files are named by path; folders with their slash.
     """
     found = []
     for point in POINTS:
-        here = [name for name in point.files if name not in empty and _there(name, paths)]
+        here = [name for name in point.files if name not in empty_paths and _is_present(name, paths)]
         missing = [name for name in point.files if name not in here]
         found.append(
-            Supported(point.framework, point.part, point.id, point.asks, here, missing, point.shows, point.not_shown)
+            PointSupport(point.framework, point.part, point.id, point.asks, here, missing, point.shows, point.not_shown)
         )
     return found
 
 
-def _there(name: str, paths: Collection[str]) -> bool:
+def _is_present(name: str, paths: Collection[str]) -> bool:
     if name in ("index.html", "manifest.json"):
         return True
     if name.endswith("/"):

@@ -20,13 +20,13 @@ def write(folder: Path, url: str) -> None:
         raise UsageError(f"{path}: repository.url: is {known.url!r} already; edit it there")
     if known is not None:
         return
-    _check(url)
+    _check_url(url)
     added = f"\n[repository]\nurl = {json.dumps(url)}   # where devices find repository/ of this folder\n"
     mode = stat.S_IMODE(path.stat().st_mode)
     durable_files.write(path, path.read_bytes().rstrip(b"\n") + b"\n" + added.encode(), mode)
 
 
-def _check(url: str) -> None:
+def _check_url(url: str) -> None:
     if "://" not in url:
         if not Path(url).is_absolute():
             raise UsageError(

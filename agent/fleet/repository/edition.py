@@ -22,12 +22,12 @@ from tuf.api.serialization import DeserializationError
 from agent import durable_files
 from agent.errors import StorageError, UsageError
 from agent.fleet.repository import expiry
-from agent.fleet.repository.expiry import DAILY, SNAPSHOT, TARGETS, TIMESTAMP
-from agent.fleet.repository.keys import Keyring
+from agent.fleet.repository.expiry import REFRESH_INTERVAL, SNAPSHOT, TARGETS, TIMESTAMP
+from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.layout import Layout
 
 # Older versions that stay for clients which are in the middle of an update.
-_KEPT = 3
+_RETAINED_VERSIONS = 3
 T = TypeVar("T", Root, Timestamp, Snapshot, Targets)
 
 
@@ -39,30 +39,30 @@ class Edition(msgspec.Struct):
     snapshot: Metadata[Snapshot]
     targets: Metadata[Targets]
     bundles: dict[str, Metadata[Targets]] = msgspec.field(default_factory=dict)
-    published: dict[str, int] = msgspec.field(default_factory=dict)
+    published_versions: dict[str, int] = msgspec.field(default_factory=dict)
 
-    def part(self, role: str) -> Metadata[Any]:
+    def get_metadata(self, role: str) -> Metadata[Any]:
         top: dict[str, Metadata[Any]] = {TIMESTAMP: self.timestamp, SNAPSHOT: self.snapshot, TARGETS: self.targets}
         return top[role] if role in top else self.bundles[role]
 
-    def keyids(self, role: str, coming: Root | None = None) -> list[str]:
+    def keyids(self, role: str, next_root: Root | None = None) -> list[str]:
         """Whose signatures count for `role`, under the root in force and under the one that is `coming`."""
         if role in (TARGETS, SNAPSHOT, TIMESTAMP):
-            roots = [self.root.signed, *([coming] if coming else [])]
+            roots = [self.root.signed, *([next_root] if next_root else [])]
             return list(dict.fromkeys(keyid for root in roots for keyid in root.roles[role].keyids))
         return list(self.targets.signed.get_delegated_role(role).keyids)
 
 
-def load(layout: Layout, coming: Root | None = None) -> Edition:
+def load(layout: Layout, next_root: Root | None = None) -> Edition:
     """The edition that clients see. Raises UsageError where there is none, StorageError where one would refuse it.
 
     With a `coming` root what only it accepts counts, too: that much may have been written before a crash.
     """
-    newest = layout.newest_root()
+    newest = layout.newest_root_path()
     if newest is None:
-        raise layout.missing()
+        raise layout.missing_error()
     try:
-        return _load(layout, newest, coming)
+        return _load_edition(layout, newest, next_root)
     except (OSError, DeserializationError, RepositoryError, LengthOrHashMismatchError, ValueError, KeyError) as error:
         raise StorageError(
             f"{layout.metadata}: devices would refuse what is in it ({error}); put the folder back from a backup or "
@@ -70,25 +70,25 @@ def load(layout: Layout, coming: Root | None = None) -> Edition:
         ) from error
 
 
-def _load(layout: Layout, newest: Path, coming: Root | None) -> Edition:
-    root = Metadata[Root].from_bytes(newest.read_bytes())
-    roots = [root.signed, *([coming] if coming else [])]
-    timestamp = _read(Timestamp, layout, TIMESTAMP, MetaFile(1), roots)
-    snapshot = _read(Snapshot, layout, SNAPSHOT, timestamp.signed.snapshot_meta, roots)
+def _load_edition(layout: Layout, root_path: Path, next_root: Root | None) -> Edition:
+    root = Metadata[Root].from_bytes(root_path.read_bytes())
+    roots = [root.signed, *([next_root] if next_root else [])]
+    timestamp = _read_role(Timestamp, layout, TIMESTAMP, MetaFile(1), roots)
+    snapshot = _read_role(Snapshot, layout, SNAPSHOT, timestamp.signed.snapshot_meta, roots)
     listed = {name.removesuffix(".json"): file for name, file in snapshot.signed.meta.items()}
-    targets = _read(Targets, layout, TARGETS, listed.pop(TARGETS), roots)
-    bundles = {role: _read(Targets, layout, role, file, [targets.signed]) for role, file in listed.items()}
+    targets = _read_role(Targets, layout, TARGETS, listed.pop(TARGETS), roots)
+    bundles = {role: _read_role(Targets, layout, role, file, [targets.signed]) for role, file in listed.items()}
     parts: list[Metadata[Any]] = [targets, *bundles.values()]
     published = dict(zip([TARGETS, *bundles], (part.signed.version for part in parts), strict=True))
     published |= {TIMESTAMP: timestamp.signed.version, SNAPSHOT: snapshot.signed.version}
     return Edition(root, timestamp, snapshot, targets, bundles, published)
 
 
-def _read(
-    kind: type[T], layout: Layout, role: str, listed: MetaFile, delegators: list[Root] | list[Targets]
+def _read_role(
+    kind: type[T], layout: Layout, role: str, meta_file: MetaFile, delegators: list[Root] | list[Targets]
 ) -> Metadata[T]:
-    data = layout.role(role, listed.version).read_bytes()
-    listed.verify_length_and_hashes(data)
+    data = layout.role_path(role, meta_file.version).read_bytes()
+    meta_file.verify_length_and_hashes(data)
     found = Metadata[T].from_bytes(data)
     if not isinstance(found.signed, kind):
         raise ValueError(f"{role} holds metadata of type {found.signed.type}")
@@ -102,9 +102,9 @@ def write(
     layout: Layout,
     edition: Edition,
     changed: Collection[str],
-    keyring: Keyring,
-    at: datetime,
-    coming: Root | None = None,
+    keyring: RepositoryKeyring,
+    current_time: datetime,
+    next_root: Root | None = None,
     *,
     trust_clock: bool = False,
 ) -> None:
@@ -112,45 +112,45 @@ def write(
 
     With a `coming` root, both its keys and those in force sign, so that clients which know only one of them agree.
     """
-    order = _order(edition, changed)
+    order = _signing_order(edition, changed)
     if not trust_clock:
-        _check_clock(layout, edition, at)
-    signers = {role: _signers(edition, role, keyring, coming) for role in order}
+        _check_clock(layout, edition, current_time)
+    signers = {role: _find_signers(edition, role, keyring, next_root) for role in order}
     written: dict[str, bytes] = {}
     for role in order:
-        part = edition.part(role)
-        _refer(edition, role, written)
-        part.signed.version = edition.published.get(role, 0) + 1
-        part.signed.expires = at + expiry.life(role)
+        part = edition.get_metadata(role)
+        _update_reference(edition, role, written)
+        part.signed.version = edition.published_versions.get(role, 0) + 1
+        part.signed.expires = current_time + expiry.lifetime(role)
         part.signatures.clear()
         for signer in signers[role]:
             part.sign(signer, append=True)
         written[role] = part.to_bytes()
     for role in order:
-        durable_files.write(layout.role(role, edition.part(role).signed.version), written[role])
-    edition.published |= {role: edition.part(role).signed.version for role in order}
-    tidy(layout, edition)
+        durable_files.write(layout.role_path(role, edition.get_metadata(role).signed.version), written[role])
+    edition.published_versions |= {role: edition.get_metadata(role).signed.version for role in order}
+    prune(layout, edition)
 
 
-def _order(edition: Edition, changed: Collection[str]) -> list[str]:
+def _signing_order(edition: Edition, changed: Collection[str]) -> list[str]:
     """Who is referred to comes before who refers."""
     order = [*sorted(role for role in changed if role in edition.bundles), *([TARGETS] if TARGETS in changed else [])]
     return [*order, *([SNAPSHOT] if order or SNAPSHOT in changed else []), TIMESTAMP]
 
 
-def _refer(edition: Edition, role: str, written: dict[str, bytes]) -> None:
+def _update_reference(edition: Edition, role: str, written: dict[str, bytes]) -> None:
     if role == TIMESTAMP and SNAPSHOT in written:
         version = edition.snapshot.signed.version
         edition.timestamp.signed.snapshot_meta = MetaFile.from_data(version, written[SNAPSHOT], ["sha256"])
     if role == SNAPSHOT:
         for name, data in written.items():
-            version = edition.part(name).signed.version
+            version = edition.get_metadata(name).signed.version
             edition.snapshot.signed.meta[f"{name}.json"] = MetaFile.from_data(version, data, ["sha256"])
 
 
-def _signers(edition: Edition, role: str, keyring: Keyring, coming: Root | None) -> list[Signer]:
-    found = keyring.signers(edition.keyids(role, coming))
-    wanted = keyring.signers(coming.roles[role].keyids) if coming and role in coming.roles else found
+def _find_signers(edition: Edition, role: str, keyring: RepositoryKeyring, next_root: Root | None) -> list[Signer]:
+    found = keyring.signers(edition.keyids(role, next_root))
+    wanted = keyring.signers(next_root.roles[role].keyids) if next_root and role in next_root.roles else found
     if not wanted:
         raise UsageError(
             f"{keyring.folder}: no key here may sign as {role}; copy it there, or name its file with --sign-with; "
@@ -159,30 +159,30 @@ def _signers(edition: Edition, role: str, keyring: Keyring, coming: Root | None)
     return found
 
 
-def _check_clock(layout: Layout, edition: Edition, at: datetime) -> None:
+def _check_clock(layout: Layout, edition: Edition, current_time: datetime) -> None:
     """What is signed by a clock that lags expires too early, and what by one that leads, too late."""
-    if TIMESTAMP in edition.published:
-        last = expiry.signed_at(TIMESTAMP, edition.timestamp.signed.expires)
-        if at < last - DAILY:
+    if TIMESTAMP in edition.published_versions:
+        last = expiry.signing_time(TIMESTAMP, edition.timestamp.signed.expires)
+        if current_time < last - REFRESH_INTERVAL:
             raise UsageError(
-                f"{layout.home}: it is {at:%Y-%m-%d %H:%M} by this machine's clock, and the repository was last signed "
+                f"{layout.home}: it is {current_time:%Y-%m-%d %H:%M} by this machine's clock, and the repository was last signed "
                 f"on {last:%Y-%m-%d %H:%M}; set the clock, or if it was wrong then: `refresh --trust-clock`"
             )
 
 
-def tidy(layout: Layout, edition: Edition) -> None:
+def prune(layout: Layout, edition: Edition) -> None:
     """Remove versions that no client asks for any more, and targets that nobody lists. Roots stay for ever.
 
     Raises StorageError where one cannot be removed; the edition is published all the same.
     """
     for path in layout.metadata.glob("*.json"):
         number, _, role = path.name.removesuffix(".json").partition(".")
-        if role in edition.published and role != "root" and number.isdecimal():
-            current = edition.published[role]
-            if not current - _KEPT <= int(number) <= current:
+        if role in edition.published_versions and role != "root" and number.isdecimal():
+            current = edition.published_versions[role]
+            if not current - _RETAINED_VERSIONS <= int(number) <= current:
                 durable_files.remove(path)
     listed = {
-        str(layout.target(path, file.hashes["sha256"]))
+        str(layout.target_path(path, file.hashes["sha256"]))
         for bundle in edition.bundles.values()
         for path, file in bundle.signed.targets.items()
     }

@@ -13,24 +13,24 @@ from tuf.api.metadata import Root
 from agent.errors import UsageError
 from agent.fleet.repository import edition, expiry, root_rotation
 from agent.fleet.repository.edition import Edition
-from agent.fleet.repository.expiry import TARGETS, TOP
-from agent.fleet.repository.keys import Keyring, require_one, tuf_key
+from agent.fleet.repository.expiry import TARGETS, TOP_LEVEL_ROLES
+from agent.fleet.repository.keys import RepositoryKeyring, select_key, to_tuf_key
 from agent.fleet.repository.layout import Layout
-from agent.fleet.repository.root_rotation import Draft
-from agent.toml_files import suggestion
+from agent.fleet.repository.root_rotation import RootDraft
+from agent.toml_files import did_you_mean
 from agent.wire import keys
 
 
-class Rotated(msgspec.Struct, frozen=True):
+class RotationResult(msgspec.Struct, frozen=True):
     """Names of keys; `draft` is the root that says so, None for a bundle's key, which targets says."""
 
     role: str
     old: str
     new: str
-    draft: Draft | None
+    draft: RootDraft | None
 
     @property
-    def done(self) -> bool:
+    def is_complete(self) -> bool:
         return self.draft is None or self.draft.missing == 0
 
 
@@ -41,63 +41,65 @@ def rotate(
     old: str | None = None,
     new: str | None = None,
     sign_with: Sequence[Path] = (),
-    at: datetime | None = None,
-) -> Rotated:
+    current_time: datetime | None = None,
+) -> RotationResult:
     """Replace the key `old` of `role`, one of the four or a bundle's name, by `new` (public), or by one that is made.
 
     A key of the four is said by the root: where its keys are not here, a draft waits for them. Raises UsageError.
     """
-    layout, at = Layout(folder), at or expiry.now()
-    new_key = tuf_key(keys.load_public(new)) if new is not None else None
+    layout, current_time = Layout(folder), current_time or expiry.now()
+    new_key = to_tuf_key(keys.load_public(new)) if new is not None else None
     with layout.locked():
-        keyring = Keyring(layout.keys, sign_with)
-        if role in TOP:
-            return _rotate_top(layout, role, old, new_key, keyring, at)
-        return _rotate_bundle(layout, role, old, new_key, keyring, at)
+        keyring = RepositoryKeyring(layout.keys, sign_with)
+        if role in TOP_LEVEL_ROLES:
+            return _rotate_top_level(layout, role, old, new_key, keyring, current_time)
+        return _rotate_bundle(layout, role, old, new_key, keyring, current_time)
 
 
-def _rotate_top(layout: Layout, role: str, old: str | None, new: Key | None, keyring: Keyring, at: datetime) -> Rotated:
+def _rotate_top_level(
+    layout: Layout, role: str, old: str | None, new: Key | None, keyring: RepositoryKeyring, current_time: datetime
+) -> RotationResult:
     out, added = "", ""
 
     def change(root: Root) -> None:
         nonlocal out, added
         candidates = {keyid: keyring.name(root.keys[keyid]) for keyid in root.roles[role].keyids}
-        leaving = require_one(candidates, old, f"{role} has {len(candidates)} keys")
-        coming = _added(new, set(candidates), role, keyring)
+        leaving = select_key(candidates, old, f"{role} has {len(candidates)} keys")
+        coming = _resolve_new_key(new, set(candidates), role, keyring)
         root.add_key(coming, role)
         root.revoke_key(leaving, role)
         out, added = candidates[leaving], keyring.name(coming)
 
-    draft = root_rotation.propose(layout, change, keyring, at)
-    return Rotated(role, out, added, draft)
+    draft = root_rotation.propose(layout, change, keyring, current_time)
+    return RotationResult(role, out, added, draft)
 
 
 def _rotate_bundle(
-    layout: Layout, role: str, old: str | None, new: Key | None, keyring: Keyring, at: datetime
-) -> Rotated:
-    now = root_rotation.current(layout, keyring, at)
+    layout: Layout, role: str, old: str | None, new: Key | None, keyring: RepositoryKeyring, current_time: datetime
+) -> RotationResult:
+    now = root_rotation.load_current(layout, keyring, current_time)
     if role not in now.bundles:
-        known = [*TOP, *now.bundles]
-        raise UsageError(f"no role {role!r} in the repository{suggestion(role, known)}; there are {', '.join(known)}")
-    _require_targets(now, role, keyring)
+        known = [*TOP_LEVEL_ROLES, *now.bundles]
+        raise UsageError(f"no role {role!r} in the repository{did_you_mean(role, known)}; there are {', '.join(known)}")
+    _require_targets_key(now, role, keyring)
     targets = now.targets.signed
     keyids = targets.get_delegated_role(role).keyids
     candidates = {keyid: keyring.name(targets.get_key(keyid)) for keyid in keyids}
-    out = require_one(candidates, old, f"{role} has {len(candidates)} keys")
-    added = _added(new, set(keyids), f"bundle-{role}", keyring)
+    out = select_key(candidates, old, f"{role} has {len(candidates)} keys")
+    added = _resolve_new_key(new, set(keyids), f"bundle-{role}", keyring)
     targets.add_key(added, role)
     targets.revoke_key(out, role)
-    edition.write(layout, now, {role, TARGETS}, keyring, at)
-    return Rotated(role, candidates[out], keyring.name(added), None)
+    edition.write(layout, now, {role, TARGETS}, keyring, current_time)
+    return RotationResult(role, candidates[out], keyring.name(added), None)
 
 
-def _require_targets(now: Edition, role: str, keyring: Keyring) -> None:
+def _require_targets_key(current: Edition, role: str, keyring: RepositoryKeyring) -> None:
     """Before a key is made."""
-    if not keyring.signers(now.keyids(TARGETS)):
+    if not keyring.signers(current.keyids(TARGETS)):
         raise UsageError(f"{keyring.folder}: targets says whose key counts for {role}; name its key with --sign-with")
 
 
-def _added(new: Key | None, there: set[str], name: str, keyring: Keyring) -> Key:
-    if new is not None and new.keyid in there:
+def _resolve_new_key(new: Key | None, current_keyids: set[str], name: str, keyring: RepositoryKeyring) -> Key:
+    if new is not None and new.keyid in current_keyids:
         raise UsageError(f"the key is one of {name} already; give another one")
-    return new if new is not None else keyring.make(name)
+    return new if new is not None else keyring.generate_next(name)

@@ -17,88 +17,88 @@ from agent.wire.keys import PublicKey, SigningKey
 
 
 @dataclass(slots=True)
-class Keyring:
+class RepositoryKeyring:
     """Signers of the `.key` files in `folder` and of `more` files, by TUF key id.
 
     Names come from the `.pub` files, which stay where a private key was moved away.
     """
 
     folder: Path
-    more: Sequence[Path] = ()
+    extra_files: Sequence[Path] = ()
     _signers: dict[str, Signer] = field(init=False, default_factory=dict)
     _names: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        for path in [*sorted(self.folder.glob("*.key")), *self.more]:
-            self._add(path, keys.load_private(path))
+        for path in [*sorted(self.folder.glob("*.key")), *self.extra_files]:
+            self._add_signer(path, keys.load_private(path))
         for path in sorted(self.folder.glob("*.key.pub")):
-            self._names[tuf_key(keys.load_public(str(path))).keyid] = path.name.removesuffix(".key.pub")
+            self._names[to_tuf_key(keys.load_public(str(path))).keyid] = path.name.removesuffix(".key.pub")
 
     def __contains__(self, keyid: str) -> bool:
         return keyid in self._signers
 
     def name(self, key: Key) -> str:
         """Of its file, or the key's own text where no file tells."""
-        return self._names.get(key.keyid, public_text(key))
+        return self._names.get(key.keyid, format_public_key(key))
 
     def signers(self, keyids: Iterable[str]) -> list[Signer]:
         return [self._signers[keyid] for keyid in keyids if keyid in self._signers]
 
-    def make(self, role: str) -> Key:
+    def generate_next(self, role: str) -> Key:
         """A new key for `role`, in the next file of its name."""
         taken = [path.name for path in self.folder.glob(f"{role}-*")]
         numbers = [int(match[1]) for name in taken if (match := re.fullmatch(rf"{re.escape(role)}-(\d+)\.key.*", name))]
-        return self._made(f"{role}-{max(numbers, default=0) + 1}")
+        return self._generate(f"{role}-{max(numbers, default=0) + 1}")
 
-    def make_or_find(self, name: str) -> Key:
+    def find_or_generate(self, name: str) -> Key:
         """The key `<name>.key`: one that a making that was cut short has left counts, for nobody trusts it yet."""
         path = self.folder / f"{name}.key"
-        return tuf_key(keys.load_private(path).public) if path.exists() else self._made(name)
+        return to_tuf_key(keys.load_private(path).public) if path.exists() else self._generate(name)
 
-    def _made(self, name: str) -> Key:
+    def _generate(self, name: str) -> Key:
         durable_files.make_folder(self.folder)
         self.folder.chmod(0o700)
         path = self.folder / f"{name}.key"
         # Under another name until all of it is on disk: half a key would stop every command that reads the folder.
         new = path.with_name(path.name + ".new")
         new.unlink(missing_ok=True)
-        made = keys.generate(new, public_beside=False)
-        durable_files.write(keys.beside(path), f"{made.public.text}\n".encode())
+        made = keys.generate(new, write_public=False)
+        durable_files.write(keys.public_key_path(path), f"{made.public.text}\n".encode())
         durable_files.rename(new, path)
-        self._add(path, made)
-        return tuf_key(made.public)
+        self._add_signer(path, made)
+        return to_tuf_key(made.public)
 
-    def _add(self, path: Path, key: SigningKey) -> None:
+    def _add_signer(self, path: Path, key: SigningKey) -> None:
         signer = CryptoSigner(key.private)
         self._signers[signer.public_key.keyid] = signer
         self._names[signer.public_key.keyid] = path.name.removesuffix(".key")
 
 
-def signer_in(file: Path) -> Signer:
+def load_signer(file: Path) -> Signer:
     """Raises UsageError."""
     return CryptoSigner(keys.load_private(file).private)
 
 
-def tuf_key(key: PublicKey) -> Key:
+def to_tuf_key(key: PublicKey) -> Key:
     return SSlibKey.from_crypto(Ed25519PublicKey.from_public_bytes(key.raw))
 
 
-def public_text(key: Key) -> str:
+def format_public_key(key: Key) -> str:
     """As keys are written everywhere else. Keys that are not Ed25519, which are none of ours, by their id."""
     try:
-        return keys.b64url(bytes.fromhex(key.keyval["public"]))
+        return keys.b64url_encode(bytes.fromhex(key.keyval["public"]))
     except (KeyError, TypeError, ValueError):
         return key.keyid
 
 
-def require_one(candidates: dict[str, str], wanted: str | None, what: str) -> str:
+def select_key(candidates: dict[str, str], requested: str | None, error_context: str) -> str:
     """The id of the key that `wanted` names, or of the only one. `candidates` are names by id."""
-    if wanted is None and len(candidates) == 1:
+    if requested is None and len(candidates) == 1:
         return next(iter(candidates))
-    matches = [keyid for keyid, name in candidates.items() if wanted in (name, keyid)]
+    matches = [keyid for keyid, name in candidates.items() if requested in (name, keyid)]
     if len(matches) != 1:
         known = ", ".join(sorted(candidates.values()))
         raise UsageError(
-            f"{what}: {'which one' if wanted is None else f'no key {wanted!r}'}; --key names one of {known}"
+            f"{error_context}: {'which one' if requested is None else f'no key {requested!r}'}; --key names one of {known}"
         )
     return matches[0]

@@ -13,7 +13,7 @@ import msgspec
 
 from agent.errors import StorageBusy, UsageError
 
-_ROOT = re.compile(r"([1-9][0-9]{0,8})\.root\.json")
+_ROOT_NAME = re.compile(r"([1-9][0-9]{0,8})\.root\.json")
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -42,22 +42,24 @@ class Layout(msgspec.Struct, frozen=True):
         """The root that waits for signatures."""
         return self.home / "root.json.draft"
 
-    def missing(self) -> UsageError:
+    def missing_error(self) -> UsageError:
         return UsageError(f"{self.fleet}: no repository here; `outstation fleet repository init` makes one")
 
-    def root(self, version: int) -> Path:
+    def root_path(self, version: int) -> Path:
         return self.metadata / f"{version}.root.json"
 
-    def newest_root(self) -> Path | None:
+    def newest_root_path(self) -> Path | None:
         """None where no repository was made, or not to its end."""
-        found = [int(match[1]) for path in self.metadata.glob("*.root.json") if (match := _ROOT.fullmatch(path.name))]
-        return self.root(max(found)) if found else None
+        found = [
+            int(match[1]) for path in self.metadata.glob("*.root.json") if (match := _ROOT_NAME.fullmatch(path.name))
+        ]
+        return self.root_path(max(found)) if found else None
 
-    def role(self, role: str, version: int) -> Path:
+    def role_path(self, role: str, version: int) -> Path:
         """The metadata of a role as clients ask for it."""
         return self.metadata / ("timestamp.json" if role == "timestamp" else f"{version}.{role}.json")
 
-    def target(self, path: str, sha256: str) -> Path:
+    def target_path(self, path: str, sha256: str) -> Path:
         """Where clients find a target: its hash stands before its name, so that no name ever changes its content."""
         folder, _, name = path.rpartition("/")
         return self.targets / folder / f"{sha256}.{name}"
@@ -68,7 +70,7 @@ class Layout(msgspec.Struct, frozen=True):
         try:
             lock = os.open(self.home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
-            raise self.missing() from None
+            raise self.missing_error() from None
         except OSError as error:
             raise UsageError(f"{self.home}: cannot be written to: {error.strerror}") from None
         try:

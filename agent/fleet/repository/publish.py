@@ -15,29 +15,29 @@ from agent import durable_files
 from agent.errors import BadBundle, UsageError
 from agent.fleet.repository import edition, expiry, root_rotation
 from agent.fleet.repository.edition import Edition
-from agent.fleet.repository.expiry import TARGETS, TOP
-from agent.fleet.repository.keys import Keyring
+from agent.fleet.repository.expiry import TARGETS, TOP_LEVEL_ROLES
+from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.layout import Layout
-from agent.fleet.repository.revoke import revoked
+from agent.fleet.repository.revoke import get_revocation_day
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle import target_metadata as offer
 from agent.model.bundle.bundle import Bundle
-from agent.model.bundle.target_metadata import Offer
+from agent.model.bundle.target_metadata import TargetMetadata
 from agent.model.sandbox import probe
 from agent.wire.keys import PublicKey
 
 # A zip's first year: the same files give the same bytes.
-_NO_TIME = (1980, 1, 1, 0, 0, 0)
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-class Published(msgspec.Struct, frozen=True):
+class PublishResult(msgspec.Struct, frozen=True):
     """`target` is its path in the repository, `bytes` what a device downloads; `new` False: it was there already."""
 
-    offer: Offer
+    target_metadata: TargetMetadata
     target: str
     bytes: int
     signer: str
-    new: bool
+    is_new: bool
 
 
 def publish(
@@ -45,87 +45,87 @@ def publish(
     path: Path,
     publishers: Sequence[PublicKey],
     *,
-    prove: bool = True,
+    run_probe: bool = True,
     sign_with: Sequence[Path] = (),
-    at: datetime | None = None,
-) -> Published:
+    current_time: datetime | None = None,
+) -> PublishResult:
     """Offer the bundle at `path`, signed by one of `publishers`, to the devices of the fleet in `folder`.
 
     `prove` loads it and runs its golden vectors first, which also tells the memory it needs; without that the limit in
     its manifest is told. Raises BadBundle, also for a version that is published with other bytes, and UsageError.
     """
-    layout, at = Layout(folder), at or expiry.now()
+    layout, current_time = Layout(folder), current_time or expiry.now()
     found = bundles.read(path, publishers)
-    if found.manifest.name in TOP:
+    if found.manifest.name in TOP_LEVEL_ROLES:
         raise BadBundle(f"{path}: {found.manifest.name!r} is the name of a role of the repository; rename the bundle")
-    told = offer.of(found, _proven(path, found) if prove else found.manifest.limits.memory_mib << 20)
+    told = offer.from_bundle(found, _probe_memory(path, found) if run_probe else found.manifest.limits.memory_mib << 20)
     target = offer.target_path(told.name, told.version, told.digest)
-    packed = archive(found)
+    packed = build_archive(found)
     with layout.locked():
-        keyring = Keyring(layout.keys, sign_with)
-        now = root_rotation.current(layout, keyring, at)
-        listed = _listed(now, told)
+        keyring = RepositoryKeyring(layout.keys, sign_with)
+        now = root_rotation.load_current(layout, keyring, current_time)
+        listed = _find_published(now, told)
         if listed is not None:
-            return Published(offer.decode(listed.custom), target, listed.length, found.signer, new=False)
+            return PublishResult(offer.decode(listed.custom), target, listed.length, found.signer, is_new=False)
         file = TargetFile.from_data(target, packed, ["sha256"])
         file.unrecognized_fields["custom"] = offer.encode(told)
-        changed = _delegate(now, told.name, keyring)
+        changed = _ensure_delegation(now, told.name, keyring)
         now.bundles[told.name].signed.targets[target] = file
-        durable_files.write(layout.target(target, file.hashes["sha256"]), packed)
-        edition.write(layout, now, changed, keyring, at)
-    return Published(told, target, len(packed), found.signer, new=True)
+        durable_files.write(layout.target_path(target, file.hashes["sha256"]), packed)
+        edition.write(layout, now, changed, keyring, current_time)
+    return PublishResult(told, target, len(packed), found.signer, is_new=True)
 
 
-def archive(bundle: Bundle) -> bytes:
+def build_archive(bundle: Bundle) -> bytes:
     """The verified files as one flat zip, the same bytes each time."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
         for name, data in sorted(bundle.files.items()):
-            member = zipfile.ZipInfo(name, _NO_TIME)
+            member = zipfile.ZipInfo(name, _ZIP_EPOCH)
             member.compress_type, member.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             out.writestr(member, data)
     return packed.getvalue()
 
 
-def _proven(path: Path, bundle: Bundle) -> int:
+def _probe_memory(path: Path, bundle: Bundle) -> int:
     report = probe.probe(bundle)
     try:
-        report.require()
+        report.raise_for_failure()
     except BadBundle as problem:
         raise BadBundle(f"{path}: does not run here: {problem}; --no-probe publishes it unproven") from None
-    return report.memory
+    return report.peak_memory
 
 
-def _listed(now: Edition, told: Offer) -> TargetFile | None:
+def _find_published(current: Edition, target_metadata: TargetMetadata) -> TargetFile | None:
     """The target where it is published already. Raises BadBundle where the version is, with other bytes."""
-    role = now.bundles.get(told.name)
+    role = current.bundles.get(target_metadata.name)
     if role is None:
         return None
-    what, fix = f"{told.name} {told.version}", "pack it again under another version"
+    what, fix = f"{target_metadata.name} {target_metadata.version}", "pack it again under another version"
     for file in role.signed.targets.values():
         other = offer.decode(file.custom)
-        if other.version != told.version:
+        if other.version != target_metadata.version:
             continue
-        if other.digest != told.digest:
-            raise BadBundle(f"{what} is published as {other.digest}, this one is {told.digest}; {fix}")
+        if other.digest != target_metadata.digest:
+            raise BadBundle(f"{what} is published as {other.digest}, this one is {target_metadata.digest}; {fix}")
         return file
-    if when := revoked(role.signed, told.version):
+    if when := get_revocation_day(role.signed, target_metadata.version):
         raise BadBundle(f"{what} was taken out of the repository on {when}; {fix}")
     return None
 
 
-def _delegate(now: Edition, name: str, keyring: Keyring) -> set[str]:
+def _ensure_delegation(current: Edition, name: str, keyring: RepositoryKeyring) -> set[str]:
     """The roles that change; a bundle that is new gets a key of its own, and targets says that it counts."""
-    if name in now.bundles:
+    if name in current.bundles:
         return {name}
-    if not keyring.signers(now.keyids(TARGETS)):
+    if not keyring.signers(current.keyids(TARGETS)):
         raise UsageError(f"{keyring.folder}: the first bundle named {name} needs the targets key; --sign-with names it")
-    key = keyring.make_or_find(f"bundle-{name}-1")
-    delegations = now.targets.signed.delegations or Delegations({}, {})
-    now.targets.signed.delegations = delegations
+    key = keyring.find_or_generate(f"bundle-{name}-1")
+    delegations = current.targets.signed.delegations or Delegations({}, {})
+    current.targets.signed.delegations = delegations
     assert delegations.roles is not None
     # Terminating: no other role can ever be asked for what is under this name.
     delegations.roles[name] = DelegatedRole(name, [], 1, True, [f"{name}/*/*"])
-    now.targets.signed.add_key(key, name)
-    now.bundles[name] = Metadata(Targets())
+    current.targets.signed.add_key(key, name)
+    current.bundles[name] = Metadata(Targets())
     return {name, TARGETS}

@@ -10,61 +10,70 @@ import msgspec
 
 from agent.fleet.repository import edition, expiry, root_rotation
 from agent.fleet.repository.edition import Edition
-from agent.fleet.repository.expiry import DAILY, SNAPSHOT, TARGETS, TIMESTAMP
-from agent.fleet.repository.keys import Keyring
+from agent.fleet.repository.expiry import REFRESH_INTERVAL, SNAPSHOT, TARGETS, TIMESTAMP
+from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.layout import Layout
 
 
-class Refreshed(msgspec.Struct, frozen=True):
+class RefreshResult(msgspec.Struct, frozen=True):
     """`roles` were signed anew, the first expires at `expires`; `root` is the version of a draft put in force, or 0."""
 
     roles: list[str]
     expires: datetime
-    root: int = 0
+    root_version: int = 0
 
 
 def refresh(
-    folder: Path, *, sign_with: Sequence[Path] = (), at: datetime | None = None, trust_clock: bool = False
-) -> Refreshed:
+    folder: Path, *, sign_with: Sequence[Path] = (), current_time: datetime | None = None, trust_clock: bool = False
+) -> RefreshResult:
     """Sign the timestamp anew, and what else expires soon. A draft that enough have signed comes into force.
 
     `trust_clock`: that of this machine is right though the repository was signed later by it. Raises UsageError.
     """
-    layout, at = Layout(folder), at or expiry.now()
+    layout, current_time = Layout(folder), current_time or expiry.now()
     with layout.locked():
-        keyring = Keyring(layout.keys, sign_with)
+        keyring = RepositoryKeyring(layout.keys, sign_with)
         if trust_clock:
             edition.write(
-                layout, edition.load(layout, root_rotation.coming(layout)), {SNAPSHOT}, keyring, at, trust_clock=True
+                layout,
+                edition.load(layout, root_rotation.load_next_root(layout)),
+                {SNAPSHOT},
+                keyring,
+                current_time,
+                trust_clock=True,
             )
-        version = root_rotation.finish(layout, keyring, at)
-        return _renew(layout, keyring, at, version)
+        version = root_rotation.activate_draft(layout, keyring, current_time)
+        return _renew(layout, keyring, current_time, version)
 
 
-def refresh_daily(folder: Path, at: datetime | None = None) -> Refreshed | None:
+def refresh_daily(folder: Path, current_time: datetime | None = None) -> RefreshResult | None:
     """The same where the last time was a day ago and both online keys are here; None where nothing was to do.
 
     Never waits: raises StorageBusy where another command writes.
     """
-    layout, at = Layout(folder), at or expiry.now()
-    if layout.newest_root() is None:
+    layout, current_time = Layout(folder), current_time or expiry.now()
+    if layout.newest_root_path() is None:
         return None
     with layout.locked(wait=False):
-        keyring = Keyring(layout.keys)
-        now = edition.load(layout, root_rotation.coming(layout))
+        keyring = RepositoryKeyring(layout.keys)
+        now = edition.load(layout, root_rotation.load_next_root(layout))
         online = all(keyring.signers(now.keyids(role)) for role in (SNAPSHOT, TIMESTAMP))
-        if not online or at - expiry.signed_at(TIMESTAMP, now.timestamp.signed.expires) < DAILY:
+        if not online or current_time - expiry.signing_time(TIMESTAMP, now.timestamp.signed.expires) < REFRESH_INTERVAL:
             return None
-        return _renew(layout, keyring, at)
+        return _renew(layout, keyring, current_time)
 
 
-def _renew(layout: Layout, keyring: Keyring, at: datetime, version: int = 0) -> Refreshed:
+def _renew(layout: Layout, keyring: RepositoryKeyring, current_time: datetime, root_version: int = 0) -> RefreshResult:
     now = edition.load(layout)
-    due = {role for role in _renewable(now, keyring) if expiry.to_renew(role, now.part(role).signed.expires, at)}
-    edition.write(layout, now, due, keyring, at)
+    due = {
+        role
+        for role in _list_renewable_roles(now, keyring)
+        if expiry.is_renewal_due(role, now.get_metadata(role).signed.expires, current_time)
+    }
+    edition.write(layout, now, due, keyring, current_time)
     renewed = [*sorted(due - {SNAPSHOT}), *([SNAPSHOT] if due else []), TIMESTAMP]
-    return Refreshed(renewed, min(now.part(role).signed.expires for role in renewed), version)
+    return RefreshResult(renewed, min(now.get_metadata(role).signed.expires for role in renewed), root_version)
 
 
-def _renewable(now: Edition, keyring: Keyring) -> list[str]:
-    return [role for role in (TARGETS, SNAPSHOT, *now.bundles) if keyring.signers(now.keyids(role))]
+def _list_renewable_roles(current: Edition, keyring: RepositoryKeyring) -> list[str]:
+    return [role for role in (TARGETS, SNAPSHOT, *current.bundles) if keyring.signers(current.keyids(role))]

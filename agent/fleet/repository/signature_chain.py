@@ -32,10 +32,18 @@ from agent.model.bundle import target_metadata
 
 S = TypeVar("S", bound=Signed)
 # What python-tuf lets through of metadata that are signed and malformed.
-_MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError, RepositoryError, DeserializationError)
+_MALFORMED_ERRORS = (
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RecursionError,
+    RepositoryError,
+    DeserializationError,
+)
 
 
-class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RoleSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A role's metadata in `file`: signed by these of the keys that `by` lists, of which `threshold` must."""
 
     file: str
@@ -48,7 +56,7 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     signed: list[str]
 
 
-class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PublishedTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A target: the archive of a bundle, and the role that says so."""
 
     name: str
@@ -60,141 +68,149 @@ class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str
 
 
-class Chain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SignatureChain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Empty without a repository."""
 
-    signatures: list[Signature] = []
-    targets: list[Published] = []
+    signatures: list[RoleSignature] = []
+    targets: list[PublishedTarget] = []
 
 
-def follow(files: Mapping[str, bytes], add: Callable[[str, str], None]) -> Chain:
+def verify(files: Mapping[str, bytes], add_problem: Callable[[str, str], None]) -> SignatureChain:
     """`files`: metadata by name, as `1.root.json`; `add` hears of each problem, with the file that has it."""
-    signatures: list[Signature] = []
-    root = _roots(files, signatures, add)
+    signatures: list[RoleSignature] = []
+    root = _verify_roots(files, signatures, add_problem)
     if root is None:
-        return Chain()
+        return SignatureChain()
     try:
-        timestamp = _role(files, "timestamp.json", root, Timestamp, signatures)
+        timestamp = _verify_role(files, "timestamp.json", root, Timestamp, signatures)
         name = f"{timestamp.snapshot_meta.version}.snapshot.json"
-        snapshot = _role(files, name, root, Snapshot, signatures, timestamp.snapshot_meta)
+        snapshot = _verify_role(files, name, root, Snapshot, signatures, timestamp.snapshot_meta)
         named = snapshot.meta["targets.json"]
-        targets = _role(files, f"{named.version}.targets.json", root, Targets, signatures, named)
-    except _Broken as broken:
-        add(broken.file, broken.why)
-        return Chain(signatures)
-    except _MALFORMED as error:
-        add("snapshot.json", _words(error))
-        return Chain(signatures)
-    found = _targets(targets.targets, "targets")
+        targets = _verify_role(files, f"{named.version}.targets.json", root, Targets, signatures, named)
+    except _ChainError as broken:
+        add_problem(broken.file, broken.reason)
+        return SignatureChain(signatures)
+    except _MALFORMED_ERRORS as error:
+        add_problem("snapshot.json", _describe_error(error))
+        return SignatureChain(signatures)
+    found = _list_targets(targets.targets, "targets")
     delegated = targets.delegations.roles if targets.delegations is not None else None
     for role in sorted(delegated or {}):
         file = f"{role}.json"
         try:
             meta = snapshot.meta[file]
             file = f"{meta.version}.{role}.json"
-            mine = _role(files, file, targets, Targets, signatures, meta, role)
-            allowed = {path: one for path, one in mine.targets.items() if _first(targets, path) == role}
-            found += _targets(allowed, role)
-        except _Broken as broken:
-            add(broken.file, broken.why)
-        except (*_MALFORMED, BadBundle) as error:
-            add(file, _words(error))
-    return Chain(signatures, sorted(found, key=lambda one: (one.name, one.version, one.path)))
+            mine = _verify_role(files, file, targets, Targets, signatures, meta, role)
+            allowed = {path: one for path, one in mine.targets.items() if _delegated_role(targets, path) == role}
+            found += _list_targets(allowed, role)
+        except _ChainError as broken:
+            add_problem(broken.file, broken.reason)
+        except (*_MALFORMED_ERRORS, BadBundle) as error:
+            add_problem(file, _describe_error(error))
+    return SignatureChain(signatures, sorted(found, key=lambda one: (one.name, one.version, one.path)))
 
 
-class _Broken(Exception):
-    def __init__(self, file: str, why: str) -> None:
-        super().__init__(why)
-        self.file, self.why = file, why
+class _ChainError(Exception):
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(reason)
+        self.file, self.reason = file, reason
 
 
-def _roots(files: Mapping[str, bytes], signatures: list[Signature], add: Callable[[str, str], None]) -> Root | None:
+def _verify_roots(
+    files: Mapping[str, bytes], signatures: list[RoleSignature], add_problem: Callable[[str, str], None]
+) -> Root | None:
     """The newest one that the chain leads to."""
     numbers = sorted(int(name.split(".")[0]) for name in files if name.endswith(".root.json"))
     before: Root | None = None
     for number in numbers:
         file = f"{number}.root.json"
         if before is not None and number != before.version + 1:
-            add(f"{before.version + 1}.root.json", "is missing: nothing leads from the root before it to the next")
+            add_problem(
+                f"{before.version + 1}.root.json", "is missing: nothing leads from the root before it to the next"
+            )
         try:
-            before = _role(files, file, before, Root, signatures)
+            before = _verify_role(files, file, before, Root, signatures)
             if before.version != number:
-                raise _Broken(file, f"says that it is version {before.version}")
-        except _Broken as broken:
-            add(broken.file, broken.why)
+                raise _ChainError(file, f"says that it is version {before.version}")
+        except _ChainError as broken:
+            add_problem(broken.file, broken.reason)
             return None
     return before
 
 
-def _role(
+def _verify_role(
     files: Mapping[str, bytes],
     file: str,
-    by: Root | Targets | None,
+    delegator: Root | Targets | None,
     kind: type[S],
-    signatures: list[Signature],
-    named: MetaFile | None = None,
+    signatures: list[RoleSignature],
+    meta_file: MetaFile | None = None,
     role: str = "",
 ) -> S:
     """What a file says, signed as `by` asks; a root by itself, too. Raises _Broken."""
     data = files.get(file)
     if data is None:
-        raise _Broken(file, "is missing: what names it leads nowhere")
+        raise _ChainError(file, "is missing: what names it leads nowhere")
     role = role or kind.type
     try:
         # What was changed beside what is signed is still what nobody published.
         found: Metadata[Any] = Metadata.from_bytes(data)
         if not isinstance(found.signed, kind):
-            raise _Broken(file, f"is metadata of {found.signed.type}, where {kind.type} is due")
-        asking = [one for one in (by, found.signed if isinstance(found.signed, Root) else None) if one is not None]
-        results = [_verify(file, role, one, found) for one in asking]
-        if named is not None:
-            if found.signed.version != named.version:
-                raise _Broken(file, f"is version {found.signed.version}, where {named.version} was signed")
-            named.verify_length_and_hashes(data)
-        signatures.append(_told(file, role, asking[-1], found, results[-1]))
+            raise _ChainError(file, f"is metadata of {found.signed.type}, where {kind.type} is due")
+        asking = [
+            one for one in (delegator, found.signed if isinstance(found.signed, Root) else None) if one is not None
+        ]
+        results = [_verify_signatures(file, role, one, found) for one in asking]
+        if meta_file is not None:
+            if found.signed.version != meta_file.version:
+                raise _ChainError(file, f"is version {found.signed.version}, where {meta_file.version} was signed")
+            meta_file.verify_length_and_hashes(data)
+        signatures.append(_build_signature(file, role, asking[-1], found, results[-1]))
         return found.signed
-    except _MALFORMED as error:
-        raise _Broken(file, _words(error)) from None
+    except _MALFORMED_ERRORS as error:
+        raise _ChainError(file, _describe_error(error)) from None
 
 
-def _verify(file: str, role: str, by: Root | Targets, found: Metadata[Any]) -> VerificationResult:
+def _verify_signatures(file: str, role: str, delegator: Root | Targets, metadata: Metadata[Any]) -> VerificationResult:
     """Raises _Broken."""
-    result = by.get_verification_result(role, found.signed_bytes, found.signatures)
+    result = delegator.get_verification_result(role, metadata.signed_bytes, metadata.signatures)
     if not result.verified:
-        raise _Broken(
+        raise _ChainError(
             file,
-            f"does not verify: {len(result.signed)} of the {result.threshold} signatures that {by.type} "
-            f"{by.version} asks for fit",
+            f"does not verify: {len(result.signed)} of the {result.threshold} signatures that {delegator.type} "
+            f"{delegator.version} asks for fit",
         )
     return result
 
 
-def _told(file: str, role: str, by: Root | Targets, found: Metadata[Any], result: VerificationResult) -> Signature:
+def _build_signature(
+    file: str, role: str, delegator: Root | Targets, metadata: Metadata[Any], result: VerificationResult
+) -> RoleSignature:
     every = {**result.signed, **result.unsigned}
-    return Signature(
+    return RoleSignature(
         file=file,
         role=role,
-        version=found.signed.version,
-        expires=found.signed.expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        by=f"{by.version}.{by.type}.json",
+        version=metadata.signed.version,
+        expires=metadata.signed.expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        by=f"{delegator.version}.{delegator.type}.json",
         threshold=result.threshold,
         keys=sorted(str(key.keyval.get("public", keyid)) for keyid, key in every.items()),
         signed=sorted(str(key.keyval.get("public", keyid)) for keyid, key in result.signed.items()),
     )
 
 
-def _first(targets: Targets, path: str) -> str:
+def _delegated_role(targets: Targets, path: str) -> str:
     delegations = targets.delegations
     return next((role for role, _ in delegations.get_roles_for_target(path)), "") if delegations is not None else ""
 
 
-def _targets(found: Mapping[str, TargetFile], role: str) -> list[Published]:
-    told = [(path, one, target_metadata.decode(one.custom)) for path, one in found.items()]
+def _list_targets(target_files: Mapping[str, TargetFile], role: str) -> list[PublishedTarget]:
+    told = [(path, one, target_metadata.decode(one.custom)) for path, one in target_files.items()]
     return [
-        Published(said.name, said.version, said.digest, path, one.length, str(one.hashes.get("sha256", "")), role)
+        PublishedTarget(said.name, said.version, said.digest, path, one.length, str(one.hashes.get("sha256", "")), role)
         for path, one, said in told
     ]
 
 
-def _words(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return f"does not verify: {type(error).__name__}: {str(error)[:200]}"

@@ -10,15 +10,15 @@ from tuf.api.metadata import Role
 
 from agent.fleet.repository import edition, expiry, root_rotation
 from agent.fleet.repository.edition import Edition
-from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TIMESTAMP, TOP
-from agent.fleet.repository.keys import Keyring, public_text
+from agent.fleet.repository.expiry import ROOT, SNAPSHOT, TIMESTAMP, TOP_LEVEL_ROLES
+from agent.fleet.repository.keys import RepositoryKeyring, format_public_key
 from agent.fleet.repository.layout import Layout
-from agent.fleet.repository.revoke import all_revoked
-from agent.fleet.repository.root_rotation import Draft
+from agent.fleet.repository.revoke import get_revoked_versions
+from agent.fleet.repository.root_rotation import RootDraft
 from agent.model.bundle import target_metadata
 
 
-class Signing(msgspec.Struct, frozen=True):
+class SigningKeyStatus(msgspec.Struct, frozen=True):
     """A key that counts; `here`: its private half is in the folder of keys."""
 
     name: str
@@ -26,7 +26,7 @@ class Signing(msgspec.Struct, frozen=True):
     here: bool
 
 
-class Standing(msgspec.Struct, frozen=True):
+class RoleStatus(msgspec.Struct, frozen=True):
     """A role; `soon`: it is time to sign it anew."""
 
     role: str
@@ -35,10 +35,10 @@ class Standing(msgspec.Struct, frozen=True):
     days: int
     soon: bool
     threshold: int
-    keys: list[Signing]
+    keys: list[SigningKeyStatus]
 
 
-class Held(msgspec.Struct, frozen=True):
+class AvailableBundle(msgspec.Struct, frozen=True):
     """A bundle that devices may fetch."""
 
     name: str
@@ -48,24 +48,24 @@ class Held(msgspec.Struct, frozen=True):
     bytes: int
 
 
-class Status(msgspec.Struct, frozen=True):
+class RepositoryStatus(msgspec.Struct, frozen=True):
     repository: str
     ok: bool
-    bundles: list[Held]
+    bundles: list[AvailableBundle]
     revoked: list[dict[str, str]]
-    roles: list[Standing]
-    draft: Draft | None
+    roles: list[RoleStatus]
+    draft: RootDraft | None
     reminders: list[str]
 
 
-def status(folder: Path, at: datetime | None = None) -> Status:
+def read(folder: Path, current_time: datetime | None = None) -> RepositoryStatus:
     """Raises UsageError where there is no repository, StorageError where devices would refuse it."""
-    layout, at = Layout(folder), at or expiry.now()
-    keyring = Keyring(layout.keys)
-    now = edition.load(layout, root_rotation.coming(layout))
-    standings = [_standing(now, role, keyring, at) for role in (*TOP, *sorted(now.bundles))]
-    draft = root_rotation.waiting(layout, keyring)
-    reminders = [_reminder(one) for one in standings if one.soon]
+    layout, current_time = Layout(folder), current_time or expiry.now()
+    keyring = RepositoryKeyring(layout.keys)
+    now = edition.load(layout, root_rotation.load_next_root(layout))
+    standings = [_role_status(now, role, keyring, current_time) for role in (*TOP_LEVEL_ROLES, *sorted(now.bundles))]
+    draft = root_rotation.load_pending_draft(layout, keyring)
+    reminders = [_format_reminder(one) for one in standings if one.soon]
     if draft is not None:
         reminders.append(
             f"root {draft.version} waits for {draft.missing} more signatures ({', '.join(draft.waiting)}): "
@@ -76,41 +76,41 @@ def status(folder: Path, at: datetime | None = None) -> Status:
     out = [
         {"name": name, "version": version, "day": day}
         for name, part in sorted(now.bundles.items())
-        for version, day in sorted(all_revoked(part.signed).items())
+        for version, day in sorted(get_revoked_versions(part.signed).items())
     ]
-    return Status(str(layout.home), not reminders, _held(now), out, standings, draft, reminders)
+    return RepositoryStatus(str(layout.home), not reminders, _list_bundles(now), out, standings, draft, reminders)
 
 
-def _held(now: Edition) -> list[Held]:
+def _list_bundles(current: Edition) -> list[AvailableBundle]:
     return [
-        Held(told.name, told.version, told.digest, path, file.length)
-        for _, part in sorted(now.bundles.items())
+        AvailableBundle(told.name, told.version, told.digest, path, file.length)
+        for _, part in sorted(current.bundles.items())
         for path, file in sorted(part.signed.targets.items())
         for told in [target_metadata.decode(file.custom)]
     ]
 
 
-def _standing(now: Edition, role: str, keyring: Keyring, at: datetime) -> Standing:
-    part = now.root if role == ROOT else now.part(role)
-    delegator = now.root.signed if role in TOP else now.targets.signed
+def _role_status(current: Edition, role: str, keyring: RepositoryKeyring, current_time: datetime) -> RoleStatus:
+    part = current.root if role == ROOT else current.get_metadata(role)
+    delegator = current.root.signed if role in TOP_LEVEL_ROLES else current.targets.signed
     delegated: Role = delegator.get_delegated_role(role)
     counting = [delegator.get_key(keyid) for keyid in delegated.keyids]
     expires = part.signed.expires
-    return Standing(
+    return RoleStatus(
         role,
         part.signed.version,
         f"{expires:%Y-%m-%dT%H:%M:%SZ}",
-        (expires - at).days,
-        expiry.soon(role, expires, at),
+        (expires - current_time).days,
+        expiry.is_expiring_soon(role, expires, current_time),
         delegated.threshold,
-        [Signing(keyring.name(key), public_text(key), key.keyid in keyring) for key in counting],
+        [SigningKeyStatus(keyring.name(key), format_public_key(key), key.keyid in keyring) for key in counting],
     )
 
 
-def _reminder(one: Standing) -> str:
-    when = f"expires in {one.days} days" if one.days >= 0 else "has expired: devices take nothing"
-    if one.role in (SNAPSHOT, TIMESTAMP):
-        return f"{one.role} {when}: outstation fleet repository refresh, from cron each day"
-    if one.role == ROOT:
+def _format_reminder(role_status: RoleStatus) -> str:
+    when = f"expires in {role_status.days} days" if role_status.days >= 0 else "has expired: devices take nothing"
+    if role_status.role in (SNAPSHOT, TIMESTAMP):
+        return f"{role_status.role} {when}: outstation fleet repository refresh, from cron each day"
+    if role_status.role == ROOT:
         return f"root {when}: outstation fleet repository rotate root makes a new one"
-    return f"{one.role} {when}: outstation fleet repository refresh, with the key of {one.role} (--sign-with FILE)"
+    return f"{role_status.role} {when}: outstation fleet repository refresh, with the key of {role_status.role} (--sign-with FILE)"

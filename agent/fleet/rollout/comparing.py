@@ -13,24 +13,24 @@ from typing import Any
 import msgspec
 
 from agent.comparison import rules
-from agent.comparison.paired_intervals import Block
-from agent.comparison.rules import AGREEMENT, ESTIMATE, LABELS, LATENCY, Limits, State
-from agent.comparison.tally import Tally
+from agent.comparison.paired_intervals import ComparisonBlock
+from agent.comparison.rules import AGREEMENT, ESTIMATE, LABELS, LATENCY, RuleLimits, RuleState
+from agent.comparison.tally import ComparisonStats
 from agent.fleet.rollout.plan import Promotion
-from agent.wire.messages import Shadow
+from agent.wire.messages import ShadowPayload
 
-Blocks = Mapping[str, Sequence[Shadow]]
+MessagesByDevice = Mapping[str, Sequence[ShadowPayload]]
 # A device's windows count up to so many times those of the device in the middle.
-MOST_TIMES = 2
+MAX_WINDOW_RATIO = 2
 # Of fewer labelled windows in all, the estimate is asked in their place.
-FEWEST_LABELLED = 100
+MIN_LABELLED = 100
 
 
-class Finding(msgspec.Struct, frozen=True):
+class PromotionRuleResult(msgspec.Struct, frozen=True):
     """One rule: its number with its interval, None where there is too little to say it; `words` for a sentence."""
 
     rule: str
-    state: State
+    state: RuleState
     words: str
     limit: float
     value: float | None = None
@@ -39,69 +39,87 @@ class Finding(msgspec.Struct, frozen=True):
     blocks: int = 0
     devices: int = 0
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
-def compare(blocks: Blocks, promote: Promotion, *, beside: bool) -> list[Finding]:
+def evaluate_promotion_rules(
+    messages: MessagesByDevice, promote: Promotion, *, new_is_shadow: bool
+) -> list[PromotionRuleResult]:
     """Every rule that is asked. `beside`: the new bundle is the one beside, else the one whose results count."""
-    taken = balanced(blocks)
-    limits = Limits(promote.agreement, promote.slower, None, promote.accuracy_drop, promote.error_growth)
-    found = rules.weigh(limits, taken, beside)
-    return list(_asked(promote, found, taken))
+    taken = balance_devices(messages)
+    limits = RuleLimits(promote.agreement, promote.slower, None, promote.accuracy_drop, promote.error_growth)
+    found = rules.evaluate_limits(limits, taken, new_is_shadow)
+    return list(_select_rule_results(promote, found, taken))
 
 
-def balanced(blocks: Blocks) -> list[Block]:
+def balance_devices(messages: MessagesByDevice) -> list[ComparisonBlock]:
     """The newest messages of each device, as far as they hold no more windows than the device may bring."""
-    if not blocks:
+    if not messages:
         return []
-    middle = statistics.median(sum(_size(one) for one in said) for said in blocks.values())
-    taken: list[Block] = []
-    for device, said in blocks.items():
-        left = MOST_TIMES * middle
-        kept: list[Block] = []
+    middle = statistics.median(sum(_count_windows(one) for one in said) for said in messages.values())
+    taken: list[ComparisonBlock] = []
+    for device, said in messages.items():
+        left = MAX_WINDOW_RATIO * middle
+        kept: list[ComparisonBlock] = []
         for one in reversed(said):
-            if _size(one) > left:
+            if _count_windows(one) > left:
                 # Older ones would not lie beside those that are kept.
                 break
-            left -= _size(one)
-            kept.append(Block(Tally.of(one), device))
+            left -= _count_windows(one)
+            kept.append(ComparisonBlock(ComparisonStats.from_message(one), device))
         taken += reversed(kept)
     return taken
 
 
-def _size(one: Shadow) -> int:
+def _count_windows(message: ShadowPayload) -> int:
     """In windows; labels may come without any."""
-    return max(one.n, sum(one.labelled), one.answered.windows, one.answered_beside.windows, one.answered.off.n)
+    return max(
+        message.n,
+        sum(message.labelled),
+        message.answered.windows,
+        message.other_stats.windows,
+        message.answered.abs_error.n,
+    )
 
 
-def _asked(promote: Promotion, found: Sequence[rules.Finding], blocks: Sequence[Block]) -> Iterator[Finding]:
-    by_rule = {one.rule: one for one in found}
+def _select_rule_results(
+    promote: Promotion, rule_results: Sequence[rules.RuleResult], blocks: Sequence[ComparisonBlock]
+) -> Iterator[PromotionRuleResult]:
+    by_rule = {one.rule: one for one in rule_results}
     devices = len({one.device for one in blocks})
-    labelled = sum(sum(one.tally.labelled) for one in blocks) >= FEWEST_LABELLED
+    labelled = sum(sum(one.stats.labelled) for one in blocks) >= MIN_LABELLED
 
-    def said(name: str, rule: str, limit: float, least: bool) -> Finding:
-        return _finding(name, by_rule.get(rule), limit, len(blocks), devices, least=least)
+    def build_result(name: str, rule: str, limit: float, is_lower_bound: bool) -> PromotionRuleResult:
+        return _build_rule_result(name, by_rule.get(rule), limit, len(blocks), devices, is_lower_bound=is_lower_bound)
 
     if promote.agreement is not None:
-        yield said("agreement", AGREEMENT, promote.agreement, True)
+        yield build_result("agreement", AGREEMENT, promote.agreement, True)
     if promote.slower is not None:
-        yield said("time", LATENCY, promote.slower, False)
+        yield build_result("time", LATENCY, promote.slower, False)
     if promote.accuracy_drop is not None and labelled:
-        yield said("accuracy gained by labels", LABELS, -promote.accuracy_drop, True)
+        yield build_result("accuracy gained by labels", LABELS, -promote.accuracy_drop, True)
     elif promote.accuracy_drop is not None:
-        yield said("estimated accuracy gained", ESTIMATE, -promote.accuracy_drop, True)
+        yield build_result("estimated accuracy gained", ESTIMATE, -promote.accuracy_drop, True)
     if promote.error_growth is not None:
-        yield said("error by labels", LABELS, 1 + promote.error_growth, False)
+        yield build_result("error by labels", LABELS, 1 + promote.error_growth, False)
 
 
-def _finding(name: str, told: rules.Finding | None, limit: float, blocks: int, devices: int, *, least: bool) -> Finding:
+def _build_rule_result(
+    name: str,
+    rule_result: rules.RuleResult | None,
+    limit: float,
+    block_count: int,
+    device_count: int,
+    *,
+    is_lower_bound: bool,
+) -> PromotionRuleResult:
     """With the limit that was asked; what nothing can be told of is open: that is no reason to go on."""
-    asked = f"{'at least' if least else 'at most'} {limit:g}"
-    if told is None or "value" not in told.numbers:
-        words = f"{name} not known yet over {blocks} blocks of {devices} devices ({asked}: open)"
-        return Finding(name, "open", words, limit, blocks=blocks, devices=devices)
-    value, low, high = (float(told.numbers[one]) for one in ("value", "low", "high"))
+    asked = f"{'at least' if is_lower_bound else 'at most'} {limit:g}"
+    if rule_result is None or "value" not in rule_result.numbers:
+        words = f"{name} not known yet over {block_count} blocks of {device_count} devices ({asked}: open)"
+        return PromotionRuleResult(name, "open", words, limit, blocks=block_count, devices=device_count)
+    value, low, high = (float(rule_result.numbers[one]) for one in ("value", "low", "high"))
     interval = f"{value:.3f} [{low:.3f}, {high:.3f}]"
-    words = f"{name} {interval} over {blocks} blocks of {devices} devices ({asked}: {told.state})"
-    return Finding(name, told.state, words, limit, value, low, high, blocks, devices)
+    words = f"{name} {interval} over {block_count} blocks of {device_count} devices ({asked}: {rule_result.state})"
+    return PromotionRuleResult(name, rule_result.state, words, limit, value, low, high, block_count, device_count)

@@ -8,84 +8,88 @@ from agent import clock
 from agent.errors import UsageError
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout import actions, journal
-from agent.fleet.rollout.actions import Operator
+from agent.fleet.rollout.actions import RolloutOperator
 from agent.fleet.rollout.journal import Rollout
-from agent.fleet.rollout.look import Look, look
-from agent.fleet.rollout.publisher import Desk
-from agent.fleet.rollout.tallies import Tallies
+from agent.fleet.rollout.look import RolloutSnapshot, load_snapshot
+from agent.fleet.rollout.publisher import RolloutPublisher
+from agent.fleet.rollout.tallies import RolloutTallies
 
 # A broker that lost what it retained, or was given an older one, is told again so often.
-TELL_EVERY_S = 60.0
+REPUBLISH_EVERY_S = 60.0
 
 
-class Follower:
+class RolloutController:
     """`names`: the roll-outs to follow; None: all that are open. `say` hears each decision and each trouble."""
 
-    def __init__(self, desk: Desk, names: list[str] | None, say: Callable[[str], None]) -> None:
-        self._desk, self._names, self._say = desk, names, say
-        self._tallies: dict[str, Tallies] = {}
+    def __init__(self, publisher: RolloutPublisher, names: list[str] | None, report: Callable[[str], None]) -> None:
+        self._publisher, self._names, self._report = publisher, names, report
+        self._tallies: dict[str, RolloutTallies] = {}
         # Every roll-out that was open at some turn.
-        self.followed: set[str] = set()
-        self._tell_at = 0.0
-        self._trouble = ""
-        self._problem = ""
+        self.followed_names: set[str] = set()
+        self._republish_at = 0.0
+        self._publish_problem = ""
+        self._last_problem = ""
 
-    def turn(self, now_s: float) -> bool:
+    def tick(self, now_s: float) -> bool:
         """One look at all of them, and what follows; whether there is more to do. `now_s` never goes back."""
-        looks = self._looks()
+        looks = self._load_snapshots()
         for one in looks:
-            self._follow(one)
-        if self._trouble or now_s >= self._tell_at:
-            self._tell_at = now_s + TELL_EVERY_S
-            self._told(self._desk.publish())
-        return bool(looks or self._trouble)
+            self._advance(one)
+        if self._publish_problem or now_s >= self._republish_at:
+            self._republish_at = now_s + REPUBLISH_EVERY_S
+            self._report_publish_problem(self._publisher.publish())
+        return bool(looks or self._publish_problem)
 
-    def _looks(self) -> list[Look]:
+    def _load_snapshots(self) -> list[RolloutSnapshot]:
         now_us = clock.read().wall_us
-        with self._desk.store.snapshot() as db:
+        with self._publisher.store.snapshot() as db:
             found = [
-                one for one in journal.rollouts(db, only_open=True) if self._names is None or one.name in self._names
+                one
+                for one in journal.load_rollouts(db, only_open=True)
+                if self._names is None or one.name in self._names
             ]
-            self.followed.update(one.name for one in found)
+            self.followed_names.update(one.name for one in found)
             for name in set(self._tallies) - {one.name for one in found}:
                 del self._tallies[name]
-            return [look(db, one, now_us, self._tallies.setdefault(one.name, Tallies(one))) for one in found]
+            return [
+                load_snapshot(db, one, now_us, self._tallies.setdefault(one.name, RolloutTallies(one))) for one in found
+            ]
 
-    def _follow(self, seen: Look) -> None:
-        deed = _deed(seen)
+    def _advance(self, snapshot: RolloutSnapshot) -> None:
+        deed = _choose_action(snapshot)
         if deed is None:
             return
         # Should anything fail between the commit and the broker, the next turn publishes.
-        self._tell_at = 0.0
+        self._republish_at = 0.0
         try:
-            done, trouble = self._desk.act(deed)
+            done, trouble = self._publisher.execute(deed)
         except UsageError as problem:
             # Somebody else decided in between, or the disk is full: the next turn sees.
-            if str(problem) != self._problem:
-                self._say(str(problem))
-            self._problem = str(problem)
+            if str(problem) != self._last_problem:
+                self._report(str(problem))
+            self._last_problem = str(problem)
             return
-        self._problem = ""
-        self._say(f"{done.name}: {_newest(self._desk, done)}")
-        self._told(trouble)
+        self._last_problem = ""
+        self._report(f"{done.name}: {_latest_summary(self._publisher, done)}")
+        self._report_publish_problem(trouble)
 
-    def _told(self, trouble: str) -> None:
-        if trouble and trouble != self._trouble:
-            self._say(f"not published yet, trying again: {trouble}")
-        elif self._trouble and not trouble:
-            self._say("published")
-        self._trouble = trouble
+    def _report_publish_problem(self, problem: str) -> None:
+        if problem and problem != self._publish_problem:
+            self._report(f"not published yet, trying again: {problem}")
+        elif self._publish_problem and not problem:
+            self._report("published")
+        self._publish_problem = problem
 
 
-def _deed(seen: Look) -> Callable[[Connection, Operator, int], Rollout] | None:
-    rollout, verdict = seen.rollout, seen.verdict
-    if verdict.answer == "abort":
+def _choose_action(snapshot: RolloutSnapshot) -> Callable[[Connection, RolloutOperator, int], Rollout] | None:
+    rollout, verdict = snapshot.rollout, snapshot.verdict
+    if verdict.outcome == "abort":
         return lambda db, who, counter: actions.abort(db, who, counter, rollout, verdict.summary, verdict)
-    if verdict.answer in ("promote", "finish") and rollout.state == "running":
+    if verdict.outcome in ("promote", "finish") and rollout.state == "running":
         return lambda db, who, counter: actions.promote(db, who, counter, rollout, verdict)
     return None
 
 
-def _newest(desk: Desk, rollout: Rollout) -> str:
-    with desk.store.snapshot() as db:
-        return str(journal.decided(db, rollout.name)[-1][4])
+def _latest_summary(publisher: RolloutPublisher, rollout: Rollout) -> str:
+    with publisher.store.snapshot() as db:
+        return str(journal.load_decision_rows(db, rollout.name)[-1][4])

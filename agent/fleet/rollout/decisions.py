@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from agent.errors import Refused
-from agent.strict_json import RepeatedKey, check_keys
+from agent.errors import MessageRefused
+from agent.strict_json import DuplicateKey, check_strict_json
 from agent.wire import jws
 from agent.wire.desired_state import Name
 from agent.wire.jws import Signer
@@ -23,10 +23,10 @@ from agent.wire.keys import SigningKey
 from agent.wire.messages import Rfc3339, digest
 
 Event = Literal["started", "promoted", "paused", "resumed", "aborted", "finished"]
-Find = Callable[[str], Signer | None]
+SignerLookup = Callable[[str], Signer | None]
 
 
-class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="decision"):
+class DecisionBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="decision"):
     """What is signed."""
 
     v: Literal[1]
@@ -39,43 +39,45 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="k
     evidence: dict[str, Any]
 
 
-class Decision(msgspec.Struct, frozen=True):
+class SignedDecision(msgspec.Struct, frozen=True):
     """A row of table decisions."""
 
-    body: Body
+    body: DecisionBody
     payload: bytes
     jws: str
 
-    def row(self) -> tuple[Any, ...]:
+    def to_row(self) -> tuple[Any, ...]:
         body = self.body
         evidence = msgspec.json.encode(body.evidence).decode()
         return (body.rollout, body.n, body.time, body.event, body.summary, evidence, self.payload, self.jws)
 
 
-def topic(rollout: str) -> str:
+def signing_topic(rollout: str) -> str:
     """Stands where a message's topic stands: no decision can pass for a message, and none for another roll-out's."""
     return f"decision/{rollout}"
 
 
-def make(key: SigningKey, body: Body) -> Decision:
+def sign(key: SigningKey, body: DecisionBody) -> SignedDecision:
     payload = msgspec.json.encode(body)
-    return Decision(body, payload, jws.sign(key, topic(body.rollout), payload))
+    return SignedDecision(body, payload, jws.sign(key, signing_topic(body.rollout), payload))
 
 
-def opened(rollout: str, payload: bytes, token: str, find: Find) -> Body:
+def verify(rollout: str, payload: bytes, token: str, find_signer: SignerLookup) -> DecisionBody:
     """A decision that verifies. Raises Refused."""
-    jws.verify([token], topic(rollout), payload, find)
+    jws.verify([token], signing_topic(rollout), payload, find_signer)
     try:
-        body = msgspec.json.decode(payload, type=Body)
-        check_keys(payload)
-    except (RepeatedKey, msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise Refused("malformed payload", str(error)[:200]) from None
+        body = msgspec.json.decode(payload, type=DecisionBody)
+        check_strict_json(payload)
+    except (DuplicateKey, msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise MessageRefused("malformed payload", str(error)[:200]) from None
     return body
 
 
-def check(rollout: str, rows: Sequence[tuple[Any, ...]], find: Find) -> tuple[list[Body], list[tuple[Any, str]]]:
+def verify_chain(
+    rollout: str, rows: Sequence[tuple[Any, ...]], find_signer: SignerLookup
+) -> tuple[list[DecisionBody], list[tuple[Any, str]]]:
     """The decisions of a roll-out, in order of n, that verify; and (n, what is wrong) of each that does not."""
-    good: list[Body] = []
+    good: list[DecisionBody] = []
     wrong: list[tuple[Any, str]] = []
     prev: str | None = ""
     for place, row in enumerate(rows, 1):
@@ -83,7 +85,7 @@ def check(rollout: str, rows: Sequence[tuple[Any, ...]], find: Find) -> tuple[li
         if n != place:
             wrong.append((n, f"is where decision {place} should be: one is missing, or was added"))
             prev = None
-        problem, body = _checked(rollout, row, prev, find)
+        problem, body = _verify_row(rollout, row, prev, find_signer)
         if problem is not None:
             wrong.append((n, problem))
         if body is not None:
@@ -92,27 +94,29 @@ def check(rollout: str, rows: Sequence[tuple[Any, ...]], find: Find) -> tuple[li
     return good, wrong
 
 
-def _checked(rollout: str, row: tuple[Any, ...], prev: str | None, find: Find) -> tuple[str | None, Body | None]:
+def _verify_row(
+    rollout: str, row: tuple[Any, ...], prev: str | None, find_signer: SignerLookup
+) -> tuple[str | None, DecisionBody | None]:
     payload, token = row[6], row[7]
     if not isinstance(payload, bytes) or not isinstance(token, str):
         return "payload or jws is not stored as bytes and text", None
     try:
-        body = opened(rollout, payload, token, find)
-    except Refused as refused:
+        body = verify(rollout, payload, token, find_signer)
+    except MessageRefused as refused:
         return f"does not verify: {refused}", None
-    said = Decision(body, payload, token).row()
+    said = SignedDecision(body, payload, token).to_row()
     names = ("rollout", "n", "time", "event", "summary")
     for name, stored, signed in zip(names, row, said, strict=False):
         if stored != signed:
             return f"is stored with {name} {stored!r}, but the signed payload says {signed!r}", None
-    if not _same_json(row[5], body.evidence):
+    if not _is_same_json(row[5], body.evidence):
         return "is stored with other evidence than the signed payload has", None
     if prev is not None and body.prev != prev:
         return "does not follow the decision before it: prev is not that one's digest", body
     return None, body
 
 
-def _same_json(text: Any, value: Any) -> bool:
+def _is_same_json(text: Any, value: Any) -> bool:
     try:
         return bool(msgspec.json.decode(text) == value)
     except (msgspec.MsgspecError, TypeError, ValueError):

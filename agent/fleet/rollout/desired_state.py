@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 import msgspec
 
-from agent.errors import Refused, UsageError
+from agent.errors import MessageRefused, UsageError
 from agent.wire import jws, topics
-from agent.wire.desired_state import MAX_DESIRED_BYTES, Wanted
+from agent.wire.desired_state import MAX_DESIRED_BYTES, DesiredBundle
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey
-from agent.wire.messages import Desired, encode, open_message
+from agent.wire.messages import DesiredPayload, encode, verify_message
 
 
-class Published(msgspec.Struct, frozen=True):
+class DesiredMessage(msgspec.Struct, frozen=True):
     """A row of table desired."""
 
     topic: str
@@ -23,34 +23,40 @@ class Published(msgspec.Struct, frozen=True):
     jws: str
 
 
-def opened(row: Published, find: Callable[[str], Signer | None]) -> Desired:
+def verify(row: DesiredMessage, find_signer: Callable[[str], Signer | None]) -> DesiredPayload:
     """What a row says, once it verified. Raises Refused."""
-    body = open_message(row.topic, row.payload, [row.jws], find).body
-    if not isinstance(body, Desired):
-        raise Refused("other kind", "this is no desired state")
+    body = verify_message(row.topic, row.payload, [row.jws], find_signer).body
+    if not isinstance(body, DesiredPayload):
+        raise MessageRefused("other kind", "this is no desired state")
     if body.counter != row.counter:
-        raise Refused("other counter", f"stored with {row.counter}, signed {body.counter}")
+        raise MessageRefused("other counter", f"stored with {row.counter}, signed {body.counter}")
     return body
 
 
-def merged(
-    current: Published | None, topic: topics.Topic, task: str, wanted: Wanted, counter: int, now: str, key: SigningKey
-) -> Published:
+def merge(
+    current: DesiredMessage | None,
+    topic: topics.Topic,
+    task: str,
+    desired: DesiredBundle,
+    counter: int,
+    issued: str,
+    key: SigningKey,
+) -> DesiredMessage:
     """All that is desired on a topic, with `wanted` for `task`. Raises UsageError where it cannot be added to."""
-    tasks: dict[str, Wanted] = {}
+    tasks: dict[str, DesiredBundle] = {}
     if current is not None:
         try:
-            tasks = opened(current, {key.public.kid: Signer("operator", key.public)}.get).tasks
-        except Refused as refused:
+            tasks = verify(current, {key.public.kid: Signer("operator", key.public)}.get).tasks
+        except MessageRefused as refused:
             raise UsageError(
                 f"table desired: what is desired on {topic} does not verify ({refused}), so nothing is added to it and "
                 "signed again; `outstation fleet audit` says what was changed; restore the database from before that"
             ) from None
         if counter <= current.counter:
             raise UsageError(f"counter {counter} is not above {current.counter}, which {topic} has; set the clock")
-    group = {"group": topic.task} if topic.device == topics.GROUP else {}
-    head = {"v": 1, "kind": "desired", "device": topic.device, **group, "counter": counter, "issued": now}
-    payload = encode({**head, "tasks": msgspec.to_builtins({**tasks, task: wanted})})
+    group = {"group": topic.task} if topic.device == topics.DEVICE_GROUP else {}
+    head = {"v": 1, "kind": "desired", "device": topic.device, **group, "counter": counter, "issued": issued}
+    payload = encode({**head, "tasks": msgspec.to_builtins({**tasks, task: desired})})
     if len(payload) > MAX_DESIRED_BYTES:
         raise UsageError(f"{topic}: too many tasks are desired there; a device reads {MAX_DESIRED_BYTES} bytes")
-    return Published(str(topic), counter, payload, jws.sign(key, str(topic), payload))
+    return DesiredMessage(str(topic), counter, payload, jws.sign(key, str(topic), payload))

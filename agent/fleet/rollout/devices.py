@@ -13,14 +13,14 @@ import msgspec
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.journal import Rollout
 
-NOT_HEARD_OF = "not heard of"
+NOT_REPORTED = "not heard of"
 # Reasons that are no failure of the bundle: it is for other devices, somebody decided so, or it is tried again.
-_NO_FAILURE = frozenset({"unfit", "operator", "aborted", "fetch", "held"})
-_PASSING = frozenset({"fetch", "held"})
-_FAILED = frozenset({"refused", "rolled back"})
+_NON_FAILURE_REASONS = frozenset({"unfit", "operator", "aborted", "fetch", "held"})
+_TRANSIENT_REASONS = frozenset({"fetch", "held"})
+_FAILED_PHASES = frozenset({"refused", "rolled back"})
 
 # The last word of a device is that of its newest log.
-_MEMBERS = """
+_SELECT_DEVICES = """
     WITH said AS (
         SELECT c.device, c.phase, c.reason, c.summary, c.time, c.strategy,
                row_number() OVER (PARTITION BY c.device ORDER BY l.rowid DESC, c.seq DESC) AS nth
@@ -33,7 +33,7 @@ _MEMBERS = """
 """
 
 
-class Member(msgspec.Struct, frozen=True):
+class RolloutDevice(msgspec.Struct, frozen=True):
     """A device that the roll-out is for. `phase`: what it said last, `not heard of` before it said anything."""
 
     device: str
@@ -45,79 +45,79 @@ class Member(msgspec.Struct, frozen=True):
     strategy: str | None = None
 
     @property
-    def failed(self) -> bool:
+    def has_failed(self) -> bool:
         """Whether it refused the bundle, or took it back."""
-        return self.phase in _FAILED and self.reason not in _NO_FAILURE
+        return self.phase in _FAILED_PHASES and self.reason not in _NON_FAILURE_REASONS
 
     @property
-    def there(self) -> bool:
+    def has_finished(self) -> bool:
         """Whether it came to an end, whichever."""
         ended = self.phase in ("settled", "refused", "rolled back", "withdrawn")
-        return ended and not (self.phase == "refused" and self.reason in _PASSING)
+        return ended and not (self.phase == "refused" and self.reason in _TRANSIENT_REASONS)
 
     @property
-    def left_out(self) -> bool:
+    def is_unfit(self) -> bool:
         """Whether it says that the bundle is not for it."""
         return self.phase == "refused" and self.reason == "unfit"
 
 
-class Members(msgspec.Struct, frozen=True):
+class StepDevices(msgspec.Struct, frozen=True):
     """Of one step: `chosen` devices, those of them that `join` with it, and the `others`."""
 
-    chosen: list[Member] = msgspec.field(default_factory=list)
+    selected: list[RolloutDevice] = msgspec.field(default_factory=list)
     joining: frozenset[str] = frozenset()
-    others: list[Member] = msgspec.field(default_factory=list)
+    unselected: list[RolloutDevice] = msgspec.field(default_factory=list)
 
     @property
-    def heard(self) -> list[Member]:
+    def responding(self) -> list[RolloutDevice]:
         """Chosen devices that said something and are not left out."""
-        return [one for one in self.chosen if one.phase != NOT_HEARD_OF and not one.left_out]
+        return [one for one in self.selected if one.phase != NOT_REPORTED and not one.is_unfit]
 
     @property
-    def failed(self) -> list[Member]:
-        return [one for one in self.chosen if one.failed]
+    def failed(self) -> list[RolloutDevice]:
+        return [one for one in self.selected if one.has_failed]
 
-    def phases(self) -> dict[str, int]:
+    def count_phases(self) -> dict[str, int]:
         """How many of the chosen are in each phase."""
         found: dict[str, int] = {}
-        for one in self.chosen:
+        for one in self.selected:
             found[one.phase] = found.get(one.phase, 0) + 1
         return dict(sorted(found.items()))
 
 
-def members(db: Connection, rollout: Rollout) -> Members:
+def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
     """Of the step that the roll-out is at."""
     plan = rollout.plan
     names = {"rollout": rollout.name, "task": plan.task, "digest": plan.digest}
     known = [
-        Member(device, seen, phase or NOT_HEARD_OF, reason or "", summary or "", since, strategy)
-        for device, seen, phase, reason, summary, since, strategy in db.execute(_MEMBERS, names)
+        RolloutDevice(device, seen, phase or NOT_REPORTED, reason or "", summary or "", since, strategy)
+        for device, seen, phase, reason, summary, since, strategy in db.execute(_SELECT_DEVICES, names)
     ]
     kind, _, whom = plan.to.partition(":")
-    meant = [one for one in known if _is_meant(one, kind, whom)]
-    wanted = plan.wanted(rollout.step)
-    chosen = [one for one in meant if wanted.chosen(one.device)]
-    there = _before(rollout)
+    meant = [one for one in known if _is_targeted(one, kind, whom)]
+    wanted = plan.desired_for_step(rollout.step)
+    chosen = [one for one in meant if wanted.includes_device(one.device)]
+    there = _previous_selection(rollout)
     joining = frozenset(one.device for one in chosen if not there(one.device))
-    return Members(chosen, joining, [one for one in meant if not wanted.chosen(one.device)])
+    return StepDevices(chosen, joining, [one for one in meant if not wanted.includes_device(one.device)])
 
 
-def enrolled(db: Connection) -> list[str]:
+def list_enrolled(db: Connection) -> list[str]:
     """Devices that may sign."""
     sql = "SELECT DISTINCT device FROM keys WHERE revoked IS NULL AND through IS NULL ORDER BY device"
     return [str(row[0]) for row in db.execute(sql)]
 
 
-def _is_meant(one: Member, kind: str, whom: str) -> bool:
+def _is_targeted(device: RolloutDevice, kind: str, target_name: str) -> bool:
     if kind == "group":
-        return one.phase != NOT_HEARD_OF
-    return kind == "all" or one.device == whom
+        return device.phase != NOT_REPORTED
+    return kind == "all" or device.device == target_name
 
 
-def _before(rollout: Rollout) -> Callable[[str], bool]:
+def _previous_selection(rollout: Rollout) -> Callable[[str], bool]:
     """Whether a device was in this already at the step before: beside the old bundle, or instead of it."""
     steps = rollout.plan.steps
     here, before = rollout.step, rollout.step - 1
     if before < 1 or (steps[before - 1].strategy == "shadow") != (steps[here - 1].strategy == "shadow"):
         return lambda _: False
-    return rollout.plan.wanted(before).chosen
+    return rollout.plan.desired_for_step(before).includes_device

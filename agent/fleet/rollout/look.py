@@ -6,25 +6,27 @@ import msgspec
 
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout import journal
-from agent.fleet.rollout.devices import Members, members
+from agent.fleet.rollout.devices import StepDevices, load_step_devices
 from agent.fleet.rollout.journal import Rollout
-from agent.fleet.rollout.promotion import Verdict, judge
-from agent.fleet.rollout.tallies import Tallies
+from agent.fleet.rollout.promotion import StepVerdict, evaluate_step
+from agent.fleet.rollout.tallies import RolloutTallies
 
 
-class Look(msgspec.Struct, frozen=True):
+class RolloutSnapshot(msgspec.Struct, frozen=True):
     """`began`: when the step it is at did."""
 
     rollout: Rollout
-    members: Members
-    tallies: Tallies
-    verdict: Verdict
-    began: str
+    devices: StepDevices
+    tallies: RolloutTallies
+    verdict: StepVerdict
+    step_start: str
 
 
-def look(db: Connection, rollout: Rollout, now_us: int, tallies: Tallies | None = None) -> Look:
+def load_snapshot(
+    db: Connection, rollout: Rollout, now_us: int, tallies: RolloutTallies | None = None
+) -> RolloutSnapshot:
     """Inside a snapshot; `tallies` of an earlier look are gone on with."""
-    tallies = tallies or Tallies(rollout)
-    tallies.read(db)
-    its, began = members(db, rollout), journal.began(db, rollout.name)
-    return Look(rollout, its, tallies, judge(rollout, its, tallies, began, now_us), began)
+    tallies = tallies or RolloutTallies(rollout)
+    tallies.read_new(db)
+    its, began = load_step_devices(db, rollout), journal.load_step_start(db, rollout.name)
+    return RolloutSnapshot(rollout, its, tallies, evaluate_step(rollout, its, tallies, began, now_us), began)

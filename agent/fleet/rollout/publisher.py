@@ -14,22 +14,22 @@ from typing import Protocol
 
 from agent import clock
 from agent.errors import LinkDown, UsageError
-from agent.fleet.commands import alone, next_counter
+from agent.fleet.commands import lock_operator, reserve_counter
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
 from agent.fleet.rollout import journal, publish
-from agent.fleet.rollout.actions import Operator
+from agent.fleet.rollout.actions import RolloutOperator
 from agent.fleet.rollout.journal import Rollout
 from agent.wire.keys import SigningKey
 
-Deed = Callable[[Connection, Operator, int], Rollout]
+RolloutAction = Callable[[Connection, RolloutOperator, int], Rollout]
 
 
-class Link(publish.Connection, Protocol):
+class ClosableBrokerConnection(publish.BrokerConnection, Protocol):
     def close(self) -> None: ...
 
 
-class Desk:
+class RolloutPublisher:
     """One fleet's. `connect` raises LinkDown. Every method raises StorageError and UsageError."""
 
     def __init__(
@@ -38,21 +38,21 @@ class Desk:
         fleet: str,
         folder: Path,
         key: SigningKey,
-        connect: Callable[[], Link],
+        connect: Callable[[], ClosableBrokerConnection],
         *,
-        by: str = "operator",
+        role: str = "operator",
     ) -> None:
         self.store = store
-        self._fleet, self._folder, self._key, self._connect, self._by = fleet, folder, key, connect, by
+        self._fleet, self._folder, self._key, self._connect, self._role = fleet, folder, key, connect, role
 
-    def act(self, deed: Deed) -> tuple[Rollout, str]:
+    def execute(self, action: RolloutAction) -> tuple[Rollout, str]:
         """Decide, then publish; why that did not succeed, "" where it did."""
-        with next_counter(self._folder, lambda: time.time_ns() // 1_000_000) as counter:
+        with reserve_counter(self._folder, lambda: time.time_ns() // 1_000_000) as counter:
             try:
                 with self.store.transaction() as db:
-                    db.alone("rollouts")
-                    operator = Operator(self._key, self._fleet, clock.read().wall_us, self._by)
-                    done = deed(db, operator, counter)
+                    db.lock_table("rollouts")
+                    operator = RolloutOperator(self._key, self._fleet, clock.read().wall_us, self._role)
+                    done = action(db, operator, counter)
             except UsageError:
                 # What was decided before may not be published yet.
                 self._publish()
@@ -61,12 +61,12 @@ class Desk:
 
     def publish(self) -> str:
         """What is desired, again; why that did not succeed, "" where it did."""
-        with alone(self._folder):
+        with lock_operator(self._folder):
             return self._publish()
 
     def _publish(self) -> str:
         with self.store.snapshot() as db:
-            rows = journal.all_desired(db)
+            rows = journal.load_all_desired(db)
         if not rows:
             return ""
         try:

@@ -12,73 +12,77 @@ from collections.abc import Iterable
 
 import msgspec
 
-from agent.errors import Refused
+from agent.errors import MessageRefused
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.journal import Rollout
-from agent.wire.messages import Answered, Moments, Shadow, decode
+from agent.wire.messages import BundleStats, Moments, ShadowPayload, decode
 
-MOST_BLOCKS = 200
+MAX_BLOCKS = 200
 # What is read in one go.
-_CHUNK = 2000
-_NEW = """
+_CHUNK_ROWS = 2000
+_SELECT_NEW = """
     SELECT rowid, device, model = :digest, body FROM shadows
     WHERE rollout = :rollout AND rowid > :after AND task = :task
       AND (model = :digest) <> (beside = :digest)
     ORDER BY rowid LIMIT :limit
 """
 # What a batch and a window take in any model: beyond, a clock or a device is not right.
-_BATCH_S, _WINDOW_S = 3600.0, 1e-9
-_MOST_LABELLED = 1_000_000
+_MAX_BATCH_S, _MIN_WINDOW_S = 3600.0, 1e-9
+_MAX_LABELLED = 1_000_000
 # Of what is between 0 and 1, the squares around the mean are at most this each.
-_MOST_SPREAD = 0.25 * (1 + 1e-6)
+_MAX_VARIANCE = 0.25 * (1 + 1e-6)
 
 
-class OfDevice(msgspec.Struct):
+class DeviceTallies(msgspec.Struct):
     """Messages of one device, oldest first: with the new bundle `beside` the old one, or `instead` of it."""
 
-    beside: deque[Shadow] = msgspec.field(default_factory=lambda: deque(maxlen=MOST_BLOCKS))
-    instead: deque[Shadow] = msgspec.field(default_factory=lambda: deque(maxlen=MOST_BLOCKS))
-    unbelievable: int = 0
-    why: str = ""
+    as_shadow: deque[ShadowPayload] = msgspec.field(default_factory=lambda: deque(maxlen=MAX_BLOCKS))
+    as_active: deque[ShadowPayload] = msgspec.field(default_factory=lambda: deque(maxlen=MAX_BLOCKS))
+    implausible_count: int = 0
+    implausible_reason: str = ""
 
 
-class Tallies:
+class RolloutTallies:
     """Of one roll-out, by device; `read` again for what came since."""
 
     def __init__(self, rollout: Rollout) -> None:
-        self._names = {"rollout": rollout.name, "task": rollout.plan.task, "digest": rollout.plan.digest}
-        self._after = 0
-        self.devices: dict[str, OfDevice] = {}
+        self._parameters = {"rollout": rollout.name, "task": rollout.plan.task, "digest": rollout.plan.digest}
+        self._last_rowid = 0
+        self.devices: dict[str, DeviceTallies] = {}
 
-    def read(self, db: Connection) -> None:
-        while rows := db.execute(_NEW, {**self._names, "after": self._after, "limit": _CHUNK}).fetchall():
+    def read_new(self, db: Connection) -> None:
+        while rows := db.execute(
+            _SELECT_NEW, {**self._parameters, "after": self._last_rowid, "limit": _CHUNK_ROWS}
+        ).fetchall():
             for _, device, instead, body in rows:
-                self._add(device, bool(instead), body)
-            self._after = rows[-1][0]
+                self._add_message(device, bool(instead), body)
+            self._last_rowid = rows[-1][0]
 
-    def blocks(self, devices: Iterable[str], *, beside: bool) -> dict[str, list[Shadow]]:
+    def select_messages(self, devices: Iterable[str], *, new_is_shadow: bool) -> dict[str, list[ShadowPayload]]:
         """The messages of these devices that count, none of a device without any."""
         found = {}
         for device in devices:
-            if (its := self.devices.get(device)) is not None and (blocks := its.beside if beside else its.instead):
+            if (its := self.devices.get(device)) is not None and (
+                blocks := its.as_shadow if new_is_shadow else its.as_active
+            ):
                 found[device] = list(blocks)
         return found
 
-    def _add(self, device: str, instead: bool, text: str) -> None:
-        its = self.devices.setdefault(device, OfDevice())
+    def _add_message(self, device: str, new_is_active: bool, text: str) -> None:
+        its = self.devices.setdefault(device, DeviceTallies())
         try:
             body = decode(text.encode(errors="surrogateescape"))
-            problem = contradiction(body) if isinstance(body, Shadow) else "it is no such message"
-        except Refused as refused:
+            problem = find_contradiction(body) if isinstance(body, ShadowPayload) else "it is no such message"
+        except MessageRefused as refused:
             problem = str(refused)
         if problem:
-            its.unbelievable += 1
-            its.why = problem
-        elif isinstance(body, Shadow):
-            (its.instead if instead else its.beside).append(body)
+            its.implausible_count += 1
+            its.implausible_reason = problem
+        elif isinstance(body, ShadowPayload):
+            (its.as_active if new_is_active else its.as_shadow).append(body)
 
 
-def contradiction(body: Shadow) -> str:
+def find_contradiction(body: ShadowPayload) -> str:
     """Why these cannot be the sums of any windows; "" where they can.
 
     Windows that only one of the two answered are in no `n`, and labels may come long after their windows.
@@ -88,32 +92,32 @@ def contradiction(body: Shadow) -> str:
         return f"{body.n} windows of {rows} rows"
     if body.errors > body.batches:
         return f"{body.errors} of {body.batches} batches failed"
-    if sum(body.labelled) > _MOST_LABELLED:
+    if sum(body.labelled) > _MAX_LABELLED:
         return f"{sum(body.labelled)} labelled windows in one message"
-    if body.apart.n > body.n or not _finite(body.apart):
+    if body.difference.n > body.n or not _is_bounded(body.difference):
         return "the distance of the answers is none that windows can have"
-    for whose, answered in (("model", body.answered), ("beside", body.answered_beside)):
-        if problem := _of_one(answered, rows, body.batches):
+    for whose, answered in (("model", body.answered), ("beside", body.other_stats)):
+        if problem := _find_stats_problem(answered, rows, body.batches):
             return f"{whose}: {problem}"
     return ""
 
 
-def _of_one(answered: Answered, rows: int, batches: int) -> str:
-    if answered.windows > rows:
-        return f"answered {answered.windows} windows of {rows} rows"
-    if max(answered.scores.n, answered.expected.n) > answered.windows:
-        return f"counts more than the {answered.windows} windows it answered"
+def _find_stats_problem(stats: BundleStats, rows: int, batches: int) -> str:
+    if stats.windows > rows:
+        return f"answered {stats.windows} windows of {rows} rows"
+    if max(stats.scores.n, stats.expected.n) > stats.windows:
+        return f"counts more than the {stats.windows} windows it answered"
     # Of no time at all nothing can be said, and nothing is.
-    if answered.seconds and not answered.windows * _WINDOW_S <= answered.seconds <= batches * _BATCH_S:
-        return f"took {answered.seconds:g} s for {answered.windows} windows"
-    expected = answered.expected
-    if expected.n and not (0 <= expected.mean <= 1 and expected.m2 <= _MOST_SPREAD * expected.n):
+    if stats.seconds and not stats.windows * _MIN_WINDOW_S <= stats.seconds <= batches * _MAX_BATCH_S:
+        return f"took {stats.seconds:g} s for {stats.windows} windows"
+    expected = stats.expected
+    if expected.n and not (0 <= expected.mean <= 1 and expected.m2 <= _MAX_VARIANCE * expected.n):
         return "expects an accuracy that is no share"
-    if not all(map(_finite, (answered.scores, answered.off))):
+    if not all(map(_is_bounded, (stats.scores, stats.abs_error))):
         return "has scores or errors that are no numbers"
     return ""
 
 
-def _finite(moments: Moments) -> bool:
+def _is_bounded(moments: Moments) -> bool:
     """Far enough from the largest number to be added up and squared."""
     return abs(moments.mean) < 1e100 and moments.m2 < 1e200

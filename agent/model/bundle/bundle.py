@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.errors import BadBundle, Refused
+from agent.errors import BadBundle, MessageRefused
 from agent.model.bundle import manifest
 from agent.model.bundle.manifest import Manifest
 from agent.wire import jws
@@ -28,8 +28,8 @@ MAX_BYTES = 256 << 20
 MAX_FILES = 32
 _TOO_LARGE = f"larger than {MAX_BYTES >> 20} MiB in all, which no bundle may be"
 # Stands where a message's topic stands: no signature of a message can pass for one of a bundle.
-DOMAIN = "bundle"
-_UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError)
+SIGNATURE_DOMAIN = "bundle"
+_UNREADABLE_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError, ValueError)
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -44,24 +44,24 @@ class Bundle(msgspec.Struct, frozen=True):
     signer: str
 
     @property
-    def model(self) -> bytes:
+    def model_bytes(self) -> bytes:
         return self.files["model.tflite"]
 
 
 def read(path: Path, publishers: Sequence[PublicKey] | None) -> Bundle:
     """The verified bundle at `path`; `publishers` None skips the question who signed. Raises BadBundle."""
-    return _verified(path, dict(_files(path)), publishers)
+    return _verify(path, dict(_iter_files(path)), publishers)
 
 
-def held(name: str, files: dict[str, bytes], digest: str) -> Bundle:
+def from_files(name: str, files: dict[str, bytes], digest: str) -> Bundle:
     """The bundle of that digest, whose `files` came from elsewhere. Raises BadBundle that calls it `name`."""
-    found = _verified(Path(name), files, None)
+    found = _verify(Path(name), files, None)
     if found.digest != digest:
         raise BadBundle(f"{name}: the bundle that came is {found.digest}, and {digest} was sent; start it again")
     return found
 
 
-def _verified(path: Path, files: dict[str, bytes], publishers: Sequence[PublicKey] | None) -> Bundle:
+def _verify(path: Path, files: dict[str, bytes], publishers: Sequence[PublicKey] | None) -> Bundle:
     for needed in ("manifest.json", "model.tflite"):
         if needed not in files:
             raise BadBundle(f"{path}: no {needed} in it; is this a bundle folder or .zip?")
@@ -77,29 +77,29 @@ def _verified(path: Path, files: dict[str, bytes], publishers: Sequence[PublicKe
 
 def sign(head: bytes, key: SigningKey) -> bytes:
     """The content of `manifest.jws`."""
-    return jws.sign(key, DOMAIN, head).encode() + b"\n"
+    return jws.sign(key, SIGNATURE_DOMAIN, head).encode() + b"\n"
 
 
 def _check_signature(path: Path, head: bytes, token: bytes | None, publishers: Sequence[PublicKey] | None) -> str:
     text = None if token is None else token.decode("ascii", "replace").strip()
     if publishers is None:
-        return _claimed(text)
+        return _claimed_kid(text)
     if text is None:
         raise BadBundle(f"{path}: not signed (no manifest.jws); sign it with `outstation model sign`")
     known = {key.kid: jws.Signer("publisher", key) for key in publishers}
     try:
-        return jws.verify([text], DOMAIN, head, known.get).key.kid
-    except Refused as refusal:
+        return jws.verify([text], SIGNATURE_DOMAIN, head, known.get).key.kid
+    except MessageRefused as refusal:
         raise BadBundle(
             f"{path}: {refusal}; the manifest is not signed by any of the {len(known)} trusted publisher keys "
             "([publishers] keys, [operators] keys, or --key)"
         ) from None
 
 
-def _claimed(text: str | None) -> str:
+def _claimed_kid(text: str | None) -> str:
     try:
         return jws.claimed_kid(text or "")
-    except Refused:
+    except MessageRefused:
         return ""
 
 
@@ -116,38 +116,38 @@ def _check_files(path: Path, files: dict[str, bytes], listed: dict[str, str]) ->
             raise BadBundle(f"{path}: {name!r} is listed in the manifest but missing; get the bundle again")
 
 
-def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+def _iter_files(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         if path.is_dir():
-            yield from _folder(path)
+            yield from _iter_folder(path)
         elif path.is_file():
-            yield from _archive(path)
+            yield from _iter_archive(path)
         else:
             raise BadBundle(f"{path}: no such bundle")
-    except _UNREADABLE as error:
+    except _UNREADABLE_ERRORS as error:
         raise BadBundle(f"{path}: cannot be read: {error}") from error
 
 
-def _folder(path: Path) -> Iterator[tuple[str, bytes]]:
+def _iter_folder(path: Path) -> Iterator[tuple[str, bytes]]:
     entries = sorted(path.iterdir())
-    _limit_count(path, len(entries))
+    _check_file_count(path, len(entries))
     room = MAX_BYTES
     for entry in entries:
         if entry.is_symlink() or not entry.is_file():
             raise BadBundle(f"{path}: {entry.name!r} is no plain file; a bundle is flat")
         with entry.open("rb") as file:
             data = file.read(room + 1)
-        room = _room_after(path, room, data)
+        room = _remaining_bytes(path, room, data)
         yield entry.name, data
 
 
-def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
+def _iter_archive(path: Path) -> Iterator[tuple[str, bytes]]:
     if path.stat().st_size > MAX_BYTES:
         raise BadBundle(f"{path}: {_TOO_LARGE}")
     room = MAX_BYTES
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        _limit_count(path, len(members))
+        _check_file_count(path, len(members))
         if len({m.filename for m in members}) != len(members):
             raise BadBundle(f"{path}: a file is in the archive twice")
         if sum(m.file_size for m in members) > MAX_BYTES:
@@ -157,7 +157,7 @@ def _archive(path: Path) -> Iterator[tuple[str, bytes]]:
             _check_member(path, member)
             with archive.open(member) as file:
                 data = file.read(room + 1)
-            room = _room_after(path, room, data)
+            room = _remaining_bytes(path, room, data)
             yield member.filename, data
 
 
@@ -173,12 +173,12 @@ def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
         raise BadBundle(f"{path}: {name!r} is compressed in a way that is not read here; use zip's default (deflate)")
 
 
-def _limit_count(path: Path, count: int) -> None:
+def _check_file_count(path: Path, count: int) -> None:
     if count > MAX_FILES:
         raise BadBundle(f"{path}: {count} files, a bundle has at most {MAX_FILES}")
 
 
-def _room_after(path: Path, room: int, data: bytes) -> int:
+def _remaining_bytes(path: Path, room: int, data: bytes) -> int:
     if len(data) > room:
         raise BadBundle(f"{path}: {_TOO_LARGE}")
     return room - len(data)

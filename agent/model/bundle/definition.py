@@ -11,7 +11,7 @@ Numbers = list[float]
 Label = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 
 
-class Derived(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class DerivedFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A feature computed from field `of`, or from the time, over `rows` rows: see `derived`, which computes it.
 
     `band` [low, high) in Hz of a stream of `rate` rows a second; `offset_h` hours are added to UTC.
@@ -27,10 +27,10 @@ class Derived(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     def __post_init__(self) -> None:
         least = {"hour": 0, "weekday": 0, "lag": 1, "difference": 1, "last": 1, "mean": 1, "sd": 2, "band": 4}
-        if self.rows < least[self.function] or (self.by_time and self.rows):
-            wanted = "no rows" if self.by_time else f"rows of at least {least[self.function]}"
+        if self.rows < least[self.function] or (self.is_time_based and self.rows):
+            wanted = "no rows" if self.is_time_based else f"rows of at least {least[self.function]}"
             raise ValueError(f"derived feature {self.name!r}: {self.function} takes {wanted}, not {self.rows}")
-        if self.by_time == bool(self.of):
+        if self.is_time_based == bool(self.of):
             raise ValueError(f"derived feature {self.name!r}: {'takes no `of`' if self.of else 'of which field?'}")
         if (self.function == "band") != (self.band is not None):
             raise ValueError(f"derived feature {self.name!r}: band = [low, high] in Hz goes with function band")
@@ -45,21 +45,21 @@ class Derived(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
             raise ValueError(f"derived feature {self.name!r}: no frequency of {self.rows} rows lies in its band")
 
     @property
-    def by_time(self) -> bool:
+    def is_time_based(self) -> bool:
         return self.function in ("hour", "weekday")
 
     @property
     def columns(self) -> list[str]:
         """The names of the values it gives."""
-        return [f"{self.name}_sin", f"{self.name}_cos"] if self.by_time else [self.name]
+        return [f"{self.name}_sin", f"{self.name}_cos"] if self.is_time_based else [self.name]
 
     @property
-    def history(self) -> int:
+    def history_rows(self) -> int:
         """How many rows before a row it looks at."""
         return self.rows if self.function in ("lag", "difference") else max(0, self.rows - 1)
 
 
-class Isotonic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class IsotonicCalibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How often a score is right: straight lines between (`score`, `right`), both ascending (Zadrozny, Elkan 2002)."""
 
     score: Annotated[Numbers, msgspec.Meta(min_length=2, max_length=256)]

@@ -8,23 +8,23 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from agent.errors import BadBundle
-from agent.media import Image, Sound
-from agent.model.bundle.definition import Derived, Isotonic, Label, Numbers
+from agent.media import ImageFormat, SoundFormat
+from agent.model.bundle.definition import DerivedFeature, IsotonicCalibration, Label, Numbers
 from agent.names import is_name
-from agent.performance.labels import NONE, SEPARATOR
-from agent.strict_json import check_keys
+from agent.performance.labels import NO_LABEL, SEPARATOR
+from agent.strict_json import check_strict_json
 
 FORMAT = 2
-MOST_TEXT = 4096
+MAX_TEXT_CHARS = 4096
 # Members that an agent of format 1 would not know: where one is set the bundle is of format 2, elsewhere they are left
 # out, so that what was written as format 1 is written the same way today.
-SINCE_2 = {
+FORMAT_2_MEMBERS = {
     "input": ("definition", "derived", "order", "max_gap_s", "scaling", "max_missing", "image", "sound"),
     "output": ("tensor", "multi_label", "thresholds", "names", "units", "distance", "centroid", "isotonic"),
 }
 
 
-class Windowing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`rows` a window, `step` between starts; a window never spans a time gap above `max_gap_s`, or a step back."""
 
     rows: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
@@ -36,7 +36,7 @@ class Windowing(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"step {self.step} above rows {self.rows} would leave rows out; use step <= rows")
 
 
-class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ModelInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the model is given: `fields` and `derived` features, or those of them in `order`, each (x - mean) / std.
 
     `window` None: one row an inference. `scaling` "window": each column less its own mean in the window, divided by its
@@ -47,17 +47,17 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     fields: Annotated[list[Label], msgspec.Meta(min_length=1, max_length=6144)]
     units: list[str] = []
-    window: Windowing | None = None
+    window: WindowSpec | None = None
     mean: Numbers = []
     std: Numbers = []
     definition: int = 0
-    derived: Annotated[list[Derived], msgspec.Meta(max_length=256)] = []
+    derived: Annotated[list[DerivedFeature], msgspec.Meta(max_length=256)] = []
     order: list[Label] = []
     max_gap_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     scaling: Literal["fixed", "window"] = "fixed"
     max_missing: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-    image: Image | None = None
-    sound: Sound | None = None
+    image: ImageFormat | None = None
+    sound: SoundFormat | None = None
 
     def __post_init__(self) -> None:
         if self.definition > 1:
@@ -79,9 +79,9 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if len(self.units) not in (0, len(self.fields)):
             raise ValueError(f"units has {len(self.units)} entries for {len(self.fields)} fields")
         self._check_scaling()
-        self._check_made()
+        self._check_media()
 
-    def _check_made(self) -> None:
+    def _check_media(self) -> None:
         """Of an image or sound the rows follow from it."""
         if self.image is not None and self.sound is not None:
             raise ValueError("image and sound: rows are made of one of them")
@@ -115,9 +115,9 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.order or [*self.fields, *(name for one in self.derived for name in one.columns)]
 
     @property
-    def history(self) -> int:
+    def history_rows(self) -> int:
         """How many rows before a window its derived features look at."""
-        return max((one.history for one in self.derived), default=0)
+        return max((one.history_rows for one in self.derived), default=0)
 
     @property
     def gap_s(self) -> float | None:
@@ -130,7 +130,7 @@ class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.window.rows if self.window else 1
 
 
-class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ModelOutput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a tensor becomes labels, scores and values; `temperature` calibrates: p ∝ p^(1/T) (Guo et al. 2017).
 
     `tensor` is the name or index of the output that is used where a model has several. `multi_label`: each label by
@@ -150,7 +150,7 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     units: list[str] = []
     distance: Literal["euclidean", "cosine"] = "euclidean"
     centroid: Numbers = []
-    isotonic: Isotonic | None = None
+    isotonic: IsotonicCalibration | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.labels)) != len(self.labels):
@@ -163,26 +163,28 @@ class Output(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"thresholds has {len(self.thresholds)} entries for {len(self.labels)} labels")
         if self.thresholds and not self.multi_label:
             raise ValueError("thresholds are for multi_label = true")
-        if self.multi_label and any(SEPARATOR in label or label == NONE for label in self.labels):
+        if self.multi_label and any(SEPARATOR in label or label == NO_LABEL for label in self.labels):
             raise ValueError(
-                f"a label holds {SEPARATOR!r}, which stands between labels, or is {NONE!r}, which means none"
+                f"a label holds {SEPARATOR!r}, which stands between labels, or is {NO_LABEL!r}, which means none"
             )
-        if self.multi_label and len(SEPARATOR.join(self.labels)) > MOST_TEXT:
-            raise ValueError(f"labels: all of a multi-label model are at most {MOST_TEXT} characters; shorten them")
+        if self.multi_label and len(SEPARATOR.join(self.labels)) > MAX_TEXT_CHARS:
+            raise ValueError(
+                f"labels: all of a multi-label model are at most {MAX_TEXT_CHARS} characters; shorten them"
+            )
         if self.multi_label and self.activation == "softmax":
             raise ValueError('activation "softmax" gives one label; multi_label goes with "sigmoid" or "none"')
         if self.multi_label and self.isotonic is not None:
             raise ValueError("isotonic is for one label a result; a multi-label model is calibrated by temperature")
 
 
-class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ResourceLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the probe's child process may use."""
 
     memory_mib: Annotated[int, msgspec.Meta(ge=64, le=65_536)] = 2048
     seconds: Annotated[int, msgspec.Meta(ge=1, le=600)] = 30
 
 
-class DriftWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DriftSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`window`: how many model windows (rows, for a tabular model) make one drift window.
 
     `min_count`: no bin in a message tells of fewer rows; `strata`: whether a site's reference follows the hour of
@@ -191,8 +193,8 @@ class DriftWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     window: Annotated[int, msgspec.Meta(ge=2, le=1_000_000)] = 20
     min_count: Annotated[int, msgspec.Meta(ge=2, le=10_000)] | msgspec.UnsetType = msgspec.UNSET
-    strata: Literal["auto", "hour", "week", "none"] | msgspec.UnsetType = msgspec.UNSET
-    mode: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] | msgspec.UnsetType = msgspec.UNSET
+    seasonality: Literal["auto", "hour", "week", "none"] | msgspec.UnsetType = msgspec.UNSET
+    class_field: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -201,14 +203,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     version: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
     created: Annotated[str, msgspec.Meta(max_length=64)]
     kind: Literal["classify", "regress", "anomaly", "embedding"]
-    input: Input
-    output: Output
-    drift: DriftWindow = DriftWindow()
-    limits: Limits = Limits()
+    input: ModelInput
+    output: ModelOutput
+    drift: DriftSettings = DriftSettings()
+    limits: ResourceLimits = ResourceLimits()
     files: dict[str, Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]]
 
     def __post_init__(self) -> None:
-        if self.drift.mode and self.output.labels:
+        if self.drift.class_field and self.output.labels:
             raise ValueError("drift.mode is for a model without labels; this one names classes itself")
         if not is_name(self.name):
             raise ValueError(f"name {self.name!r} must be 1-64 of a-z 0-9 . _ -")
@@ -218,43 +220,45 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("multi_label is for kind classify")
         if self.kind == "embedding" and self.output.threshold is not None and not self.output.centroid:
             raise ValueError("output: an embedding with a threshold needs the centroid that distances are from")
-        if self.format == 1 and (newer := newer_members(self)):
+        if self.format == 1 and (newer := list_format_2_members(self)):
             raise ValueError(f"{newer[0]} needs format 2")
 
     @property
-    def truth(self) -> Literal["classify", "several", "regress", "anomaly"]:
+    def label_kind(self) -> Literal["classify", "several", "regress", "anomaly"]:
         """What is true of a result: a class, any number of them, a number, or whether it was an anomaly."""
         if self.kind == "embedding":
             return "anomaly"
         return "several" if self.output.multi_label else self.kind
 
 
-def newer_members(manifest: Manifest) -> list[str]:
+def list_format_2_members(manifest: Manifest) -> list[str]:
     """What of it an agent of format 1 could not honour."""
     found = ["kind embedding"] if manifest.kind == "embedding" else []
     if manifest.format > 1 and manifest.kind == "classify" and manifest.output.threshold is not None:
         # Of format 1 it means nothing: classifiers named the most probable class.
         found.append("output.threshold of a classifier")
-    for room, names in SINCE_2.items():
-        part, plain = getattr(manifest, room), _PLAIN[room]
+    for room, names in FORMAT_2_MEMBERS.items():
+        part, plain = getattr(manifest, room), _DEFAULTS[room]
         found += [f"{room}.{name}" for name in names if getattr(part, name) != getattr(plain, name)]
     return found
 
 
-def oldest(manifest: Manifest) -> Manifest:
+def to_oldest_format(manifest: Manifest) -> Manifest:
     """The same, of format 1 where any agent can honour it."""
-    if newer_members(msgspec.structs.replace(manifest, input=msgspec.structs.replace(manifest.input, definition=0))):
+    if list_format_2_members(
+        msgspec.structs.replace(manifest, input=msgspec.structs.replace(manifest.input, definition=0))
+    ):
         return msgspec.structs.replace(manifest, input=msgspec.structs.replace(manifest.input, definition=1))
     return msgspec.structs.replace(manifest, format=1)
 
 
-_PLAIN: dict[str, Any] = {"input": Input(fields=["x"]), "output": Output()}
+_DEFAULTS: dict[str, Any] = {"input": ModelInput(fields=["x"]), "output": ModelOutput()}
 
 
 def decode(data: bytes) -> Manifest:
     """Raises BadBundle."""
     try:
-        newest = msgspec.json.decode(data, type=_Format).format
+        newest = msgspec.json.decode(data, type=_FormatHeader).format
     except (msgspec.MsgspecError, ValueError, RecursionError):
         newest = FORMAT  # what is wrong is said below
     if newest > FORMAT:
@@ -263,21 +267,21 @@ def decode(data: bytes) -> Manifest:
         )
     try:
         found = msgspec.json.decode(data, type=Manifest)
-        check_keys(data)
+        check_strict_json(data)
         return found
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise BadBundle(f"manifest.json: {error}") from None
 
 
-class _Format(msgspec.Struct):
+class _FormatHeader(msgspec.Struct):
     format: int
 
 
 def encode(manifest: Manifest) -> bytes:
     """One spelling for one content: sorted keys, two spaces, a newline at the end."""
     members = msgspec.to_builtins(manifest)
-    for room, names in SINCE_2.items():
+    for room, names in FORMAT_2_MEMBERS.items():
         for name in names:
-            if getattr(getattr(manifest, room), name) == getattr(_PLAIN[room], name):
+            if getattr(getattr(manifest, room), name) == getattr(_DEFAULTS[room], name):
                 del members[room][name]
     return msgspec.json.format(msgspec.json.encode(members, order="sorted"), indent=2) + b"\n"

@@ -13,12 +13,12 @@ from agent.model.bundle.bundle import Bundle
 
 MEMBER = "outstation"
 # Format of a bundle → the first agent that reads it.
-_READ_SINCE = {1: "0.1.0", 2: "0.1.0"}
+_MIN_AGENT_VERSION = {1: "0.1.0", 2: "0.1.0"}
 # It is a folder's name and part of a URL.
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 
-class Offer(msgspec.Struct, frozen=True):
+class TargetMetadata(msgspec.Struct, frozen=True):
     """`digest` is of manifest.json; `window` are rows of an inference; `agent` is the oldest one that reads it.
 
     `runtimes` are those on which its golden vectors were made; `memory` are the bytes that a process which proves the
@@ -37,18 +37,18 @@ class Offer(msgspec.Struct, frozen=True):
     unpacked: int
 
 
-def of(bundle: Bundle, memory: int) -> Offer:
+def from_bundle(bundle: Bundle, memory: int) -> TargetMetadata:
     """Raises BadBundle where its golden vectors cannot be read."""
     content = bundle.manifest
     vectors = golden_vectors.decode(bundle.files["golden.npz"]) if "golden.npz" in bundle.files else None
-    return Offer(
+    return TargetMetadata(
         name=content.name,
         version=content.version,
         digest=bundle.digest,
         kind=content.kind,
         fields=content.input.fields,
         window=content.input.rows,
-        agent=_READ_SINCE[content.format],
+        agent=_MIN_AGENT_VERSION[content.format],
         runtimes=[vectors.runtime.split()[0]] if vectors is not None else [],
         memory=memory,
         unpacked=sum(map(len, bundle.files.values())),
@@ -65,14 +65,14 @@ def target_path(name: str, version: str, digest: str) -> str:
     return f"{name}/{version}/{digest.removeprefix('sha256:')[:16]}.zip"
 
 
-def decode(custom: object) -> Offer:
+def decode(custom: object) -> TargetMetadata:
     """The offer in a target's `custom`. Raises BadBundle."""
     try:
         member: Any = custom[MEMBER] if isinstance(custom, dict) else None
-        return msgspec.convert(member, Offer)
+        return msgspec.convert(member, TargetMetadata)
     except (msgspec.ValidationError, KeyError) as error:
         raise BadBundle(f"the repository does not say what this target is ({error}); publish it again") from None
 
 
-def encode(offer: Offer) -> dict[str, Any]:
-    return {MEMBER: msgspec.to_builtins(offer)}
+def encode(metadata: TargetMetadata) -> dict[str, Any]:
+    return {MEMBER: msgspec.to_builtins(metadata)}

@@ -16,8 +16,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.model.bundle.definition import Derived
-from agent.model.bundle.manifest import Input
+from agent.model.bundle.definition import DerivedFeature
+from agent.model.bundle.manifest import ModelInput
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -25,31 +25,31 @@ Ints = NDArray[np.int64]
 
 _DAY_US, _HOUR_US = 86_400_000_000, 3_600_000_000
 # 1970-01-01 was a Thursday; weeks begin on Monday.
-_MONDAY_US = 3 * _DAY_US
-_SPECTRUM_VALUES = 1_000_000
+_MONDAY_OFFSET_US = 3 * _DAY_US
+_MAX_SPECTRUM_VALUES = 1_000_000
 
 
-def columns(features: Floats, t: Ints, spec: Input, before: int = 0) -> Floats:
+def compute(features: Floats, t: Ints, spec: ModelInput, history_rows: int = 0) -> Floats:
     """All features of the model (n - before, C) of rows `features` (n, F) in physical units at `t` (n,) epoch µs.
 
     The first `before` rows are history. Missing is NaN.
     """
-    now = features[before:]
+    now = features[history_rows:]
     if not spec.derived and not spec.order:
         return now
     made = {name: now[:, i] for i, name in enumerate(spec.fields)}
-    age = _age(t, spec.gap_s)
+    age = _rows_since_gap(t, spec.gap_s)
     for one in spec.derived:
-        if one.by_time:
-            made |= zip(one.columns, _circle(t[before:], one), strict=True)
+        if one.is_time_based:
+            made |= zip(one.columns, _encode_cyclic(t[history_rows:], one), strict=True)
         else:
-            past = _Past(features[:, spec.fields.index(one.of)], age, before, one.history)
+            past = _History(features[:, spec.fields.index(one.of)], age, history_rows, one.history_rows)
             with np.errstate(over="ignore", invalid="ignore"):
                 made[one.name] = _FUNCTIONS[one.function](past, one).astype(np.float32)
     return np.stack([made[name] for name in spec.columns], axis=1)
 
 
-def _age(t: Ints, gap_s: float | None) -> Ints:
+def _rows_since_gap(t: Ints, gap_s: float | None) -> Ints:
     """How many rows since the last pause, step back or beginning."""
     rows = np.arange(len(t), dtype=np.int64)
     steps = np.diff(t)
@@ -61,25 +61,25 @@ def _age(t: Ints, gap_s: float | None) -> Ints:
     return rows - np.maximum.accumulate(begins)
 
 
-class _Past:
+class _History:
     """A field as it was some rows before each row that is asked for; NaN where nothing is known."""
 
     def __init__(self, field: Floats, age: Ints, before: int, history: int) -> None:
         values = field.astype(np.float64)
         values[~np.isfinite(values)] = np.nan
         self.padded: Doubles = np.concatenate([np.full(history, np.nan), values])
-        self.at = history + before
+        self.offset = history + before
         self.age = age[before:]
 
-    def ago(self, lag: int) -> Doubles:
-        then = self.padded[self.at - lag : self.at - lag + len(self.age)]
+    def lagged(self, lag: int) -> Doubles:
+        then = self.padded[self.offset - lag : self.offset - lag + len(self.age)]
         return np.where(self.age >= lag, then, np.nan)
 
 
-def _mean_of(past: _Past, rows: int) -> tuple[Doubles, Ints]:
-    total, count = np.zeros(len(past.age)), np.zeros(len(past.age), np.int64)
+def _rolling_mean(history: _History, rows: int) -> tuple[Doubles, Ints]:
+    total, count = np.zeros(len(history.age)), np.zeros(len(history.age), np.int64)
     for lag in range(rows):
-        value = past.ago(lag)
+        value = history.lagged(lag)
         there = ~np.isnan(value)
         total += np.where(there, value, 0.0)
         count += there
@@ -87,60 +87,60 @@ def _mean_of(past: _Past, rows: int) -> tuple[Doubles, Ints]:
     return np.where(enough, total / np.maximum(count, 1), np.nan), count
 
 
-def _mean(past: _Past, one: Derived) -> Doubles:
-    return _mean_of(past, one.rows)[0]
+def _mean(history: _History, feature: DerivedFeature) -> Doubles:
+    return _rolling_mean(history, feature.rows)[0]
 
 
-def _sd(past: _Past, one: Derived) -> Doubles:
-    mean, count = _mean_of(past, one.rows)
+def _sd(history: _History, feature: DerivedFeature) -> Doubles:
+    mean, count = _rolling_mean(history, feature.rows)
     total = np.zeros(len(mean))
-    for lag in range(one.rows):
-        off = past.ago(lag) - mean
+    for lag in range(feature.rows):
+        off = history.lagged(lag) - mean
         total += np.where(np.isnan(off), 0.0, off * off)
     return np.where(np.isnan(mean) | (count < 2), np.nan, np.sqrt(total / np.maximum(count - 1, 1)))
 
 
-def _lag(past: _Past, one: Derived) -> Doubles:
-    return past.ago(one.rows)
+def _lag(history: _History, feature: DerivedFeature) -> Doubles:
+    return history.lagged(feature.rows)
 
 
-def _difference(past: _Past, one: Derived) -> Doubles:
-    return past.ago(0) - past.ago(one.rows)
+def _difference(history: _History, feature: DerivedFeature) -> Doubles:
+    return history.lagged(0) - history.lagged(feature.rows)
 
 
-def _last(past: _Past, one: Derived) -> Doubles:
-    found = past.ago(0)
-    for lag in range(1, one.rows):
-        found = np.where(np.isnan(found), past.ago(lag), found)
+def _last(history: _History, feature: DerivedFeature) -> Doubles:
+    found = history.lagged(0)
+    for lag in range(1, feature.rows):
+        found = np.where(np.isnan(found), history.lagged(lag), found)
     return found
 
 
-def _band(past: _Past, one: Derived) -> Doubles:
-    rows, (low, high) = one.rows, one.band or (0.0, 0.0)
-    mean, _ = _mean_of(past, rows)
+def _band(history: _History, feature: DerivedFeature) -> Doubles:
+    rows, (low, high) = feature.rows, feature.band or (0.0, 0.0)
+    mean, _ = _rolling_mean(history, rows)
     out = np.full(len(mean), np.nan)
     if not len(mean):
         return out
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(rows) / rows)
-    frequency = np.fft.rfftfreq(rows, 1 / one.rate)
-    inside = (frequency >= low) & ((frequency < high) | ((frequency == high) & (high >= one.rate / 2)))
-    weight = np.where((frequency == 0) | (frequency >= one.rate / 2), 1.0, 2.0)[inside]
-    recent = past.padded[past.at - rows + 1 : past.at + len(mean)]
+    frequency = np.fft.rfftfreq(rows, 1 / feature.rate)
+    inside = (frequency >= low) & ((frequency < high) | ((frequency == high) & (high >= feature.rate / 2)))
+    weight = np.where((frequency == 0) | (frequency >= feature.rate / 2), 1.0, 2.0)[inside]
+    recent = history.padded[history.offset - rows + 1 : history.offset + len(mean)]
     spans = np.lib.stride_tricks.sliding_window_view(recent, rows)
     lags = np.arange(rows)[::-1]
-    block = max(1, _SPECTRUM_VALUES // rows)
+    block = max(1, _MAX_SPECTRUM_VALUES // rows)
     for start in range(0, len(mean), block):
         some = slice(start, start + block)
         off = spans[some] - mean[some, None]
-        off[(lags > past.age[some, None]) | np.isnan(off)] = 0.0
+        off[(lags > history.age[some, None]) | np.isnan(off)] = 0.0
         power = np.square(np.abs(np.fft.rfft(off * hann, axis=1)[:, inside])) * weight
         out[some] = power.sum(axis=1) / (rows * np.square(hann).sum())
     return np.where(np.isnan(mean), np.nan, out)
 
 
-def _circle(t: Ints, one: Derived) -> tuple[Floats, Floats]:
-    round_us = _DAY_US if one.function == "hour" else 7 * _DAY_US
-    local = t + round(one.offset_h * _HOUR_US) + (_MONDAY_US if one.function == "weekday" else 0)
+def _encode_cyclic(t: Ints, feature: DerivedFeature) -> tuple[Floats, Floats]:
+    round_us = _DAY_US if feature.function == "hour" else 7 * _DAY_US
+    local = t + round(feature.offset_h * _HOUR_US) + (_MONDAY_OFFSET_US if feature.function == "weekday" else 0)
     angle = (local % round_us) * (2 * np.pi / round_us)
     return np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
 

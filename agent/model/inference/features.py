@@ -11,20 +11,20 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.model.bundle.manifest import Input, Manifest, Windowing
+from agent.model.bundle.manifest import Manifest, ModelInput, WindowSpec
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
-class Cut(msgspec.Struct, frozen=True):
+class WindowCut(msgspec.Struct, frozen=True):
     """`starts` (w,) row offsets of whole windows; the first `consumed` rows need not be looked at again."""
 
     starts: Ints
     consumed: int
 
 
-def cut(t: Ints, window: Windowing | None) -> Cut:
+def cut_windows(t: Ints, window: WindowSpec | None) -> WindowCut:
     """Windows in rows with times `t` (n,) epoch µs.
 
     A window never spans a gap. Rows before a gap that fill no window are consumed; rows at the end wait for more.
@@ -32,9 +32,9 @@ def cut(t: Ints, window: Windowing | None) -> Cut:
     """
     n = len(t)
     if window is None:
-        return Cut(np.arange(n, dtype=np.int64), n)
+        return WindowCut(np.arange(n, dtype=np.int64), n)
     if n == 0:
-        return Cut(np.zeros(0, np.int64), 0)
+        return WindowCut(np.zeros(0, np.int64), 0)
     steps = np.diff(t)
     broken = steps < 0
     if window.max_gap_s is not None:
@@ -44,34 +44,34 @@ def cut(t: Ints, window: Windowing | None) -> Cut:
     counts = np.maximum(0, (lengths - window.rows) // window.step + 1)
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     starts = np.repeat(begins, counts) + within * window.step
-    return Cut(starts, int(begins[-1] + counts[-1] * window.step))
+    return WindowCut(starts, int(begins[-1] + counts[-1] * window.step))
 
 
-def within(manifest: Manifest, gap_s: float) -> Manifest:
+def limit_gap(manifest: Manifest, gap_s: float) -> Manifest:
     """The same, of which no window and no history reaches over a pause above `gap_s`."""
     spec = manifest.input
     gap_s = min(gap_s, spec.gap_s or math.inf)
     if spec.window is not None:
         spec = replace(spec, window=replace(spec.window, max_gap_s=gap_s))
-    elif spec.history:
+    elif spec.history_rows:
         spec = replace(spec, max_gap_s=gap_s)
     return replace(manifest, input=spec)
 
 
-def matrix(columns: Sequence[NDArray[Any]]) -> Floats:
+def stack_columns(columns: Sequence[NDArray[Any]]) -> Floats:
     """Field columns, in the model's order, as (n, F) float32 in physical units; missing is NaN, too large is inf."""
     with np.errstate(over="ignore"):
         return np.stack(columns, axis=1).astype(np.float32, copy=False)
 
 
-def windows(columns: Floats, starts: Ints, spec: Input) -> Floats:
+def build_windows(columns: Floats, starts: Ints, spec: ModelInput) -> Floats:
     """Scaled model input (w, rows, C), or (w, C) without a window, of all features (n, C) of the model.
 
     A value that is missing, or too large for float32, becomes the feature's mean.
     """
-    cut_out = raw(columns, starts, spec)
+    cut_out = slice_windows(columns, starts, spec)
     if spec.scaling == "window":
-        cut_out = _by_own_spread(cut_out)
+        cut_out = _standardize_windows(cut_out)
     elif spec.mean or spec.std:
         mean = np.asarray(spec.mean or 0.0, np.float32)
         std = np.asarray(spec.std or 1.0, np.float32)
@@ -80,7 +80,7 @@ def windows(columns: Floats, starts: Ints, spec: Input) -> Floats:
     return cut_out if _is_finite(cut_out) else np.nan_to_num(cut_out, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def raw(columns: Floats, starts: Ints, spec: Input) -> Floats:
+def slice_windows(columns: Floats, starts: Ints, spec: ModelInput) -> Floats:
     """What `windows` scales, in physical units; of windows side by side no copy is made."""
     if len(starts) and (np.diff(starts) == spec.rows).all():
         part = columns[starts[0] : starts[-1] + spec.rows]
@@ -89,7 +89,7 @@ def raw(columns: Floats, starts: Ints, spec: Input) -> Floats:
     return taken
 
 
-def missing(columns: Floats, starts: Ints, spec: Input) -> Floats:
+def compute_missing_share(columns: Floats, starts: Ints, spec: ModelInput) -> Floats:
     """The share (w,) of values of each window that are missing."""
     if _is_finite(columns):
         return np.zeros(len(starts), np.float32)
@@ -105,7 +105,7 @@ def _is_finite(values: Floats) -> bool:
         return math.isfinite(values.sum())
 
 
-def _by_own_spread(windows: Floats) -> Floats:
+def _standardize_windows(windows: Floats) -> Floats:
     """Each column of each window (w, rows, C) less its mean, divided by its spread where that is not 0."""
     there = np.isfinite(windows)
     count = np.maximum(there.sum(axis=1, keepdims=True), 1)

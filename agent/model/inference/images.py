@@ -9,17 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import UsageError
-from agent.media import Image
+from agent.media import ImageFormat
 
 Floats = NDArray[np.float32]
-NO_PILLOW = "images need Pillow: pip install 'outstation[images]'"
+PILLOW_MISSING = "images need Pillow: pip install 'outstation[images]'"
 SUFFIXES = (".jpg", ".jpeg", ".png")
 # A small file may unpack to any size, and a large one is no picture.
-_MOST_PIXELS = 50_000_000
-_MOST_BYTES = 64 << 20
+_MAX_PIXELS = 50_000_000
+_MAX_BYTES = 64 << 20
 
 
-def rows(path: Path, spec: Image) -> Floats:
+def read_rows(path: Path, spec: ImageFormat) -> Floats:
     """(height, width · channels), turned as the camera says, resized whole (bilinear), scaled.
 
     Raises UsageError where it is no JPEG or PNG, or one too large to be decoded.
@@ -28,16 +28,16 @@ def rows(path: Path, spec: Image) -> Floats:
         from PIL import Image as pillow
         from PIL import ImageOps
     except ImportError:
-        raise UsageError(f"{path}: {NO_PILLOW}") from None
+        raise UsageError(f"{path}: {PILLOW_MISSING}") from None
     # Its own limits would be a warning below ours.
     pillow.MAX_IMAGE_PIXELS = None
     try:
-        if (length := path.stat().st_size) > _MOST_BYTES:
-            raise UsageError(f"{path}: {length:,} bytes, {_MOST_BYTES:,} at most; make it smaller")
+        if (length := path.stat().st_size) > _MAX_BYTES:
+            raise UsageError(f"{path}: {length:,} bytes, {_MAX_BYTES:,} at most; make it smaller")
         with pillow.open(path, formats=("JPEG", "PNG")) as found:
-            if found.width * found.height > _MOST_PIXELS:
+            if found.width * found.height > _MAX_PIXELS:
                 raise UsageError(
-                    f"{path}: {found.width} x {found.height} pixels, {_MOST_PIXELS:,} at most; make it smaller"
+                    f"{path}: {found.width} x {found.height} pixels, {_MAX_PIXELS:,} at most; make it smaller"
                 )
             mode, size = "RGB" if spec.channels == 3 else "L", (spec.width, spec.height)
             # Each step would copy what is as it should be, too.
@@ -55,6 +55,6 @@ def rows(path: Path, spec: Image) -> Floats:
     return pixels.reshape(spec.height, -1)
 
 
-def are_readable() -> bool:
+def is_pillow_installed() -> bool:
     """Whether Pillow is installed; it is not loaded."""
     return find_spec("PIL") is not None

@@ -35,59 +35,65 @@ except ImportError:
             "no TFLite runtime on this machine: install ai-edge-litert (64-bit), or tflite-runtime with Python 3.11"
         ) from None
 
-NAME = f"{PACKAGE} {package.__version__}"
+RUNTIME_NAME = f"{PACKAGE} {package.__version__}"
 # Where nobody tried: dense models have most of their gain by then, convolutions none beyond.
-BATCH = 32
+DEFAULT_BATCH = 32
 # Memory of a large batch is never given back.
-MOST_BATCH = 128
+MAX_BATCH = 128
 # Values that are quantized at once: what the cache of a small processor holds, and few calls of numpy.
-_BLOCK = 1 << 15
+_QUANTIZE_BLOCK = 1 << 15
 # What a model uses to remember: its answers would depend on what it was asked before, and on restarts.
 _STATE_OPS = frozenset({"VAR_HANDLE", "READ_VARIABLE", "ASSIGN_VARIABLE"})
 
 Floats = NDArray[np.float32]
 
 
-class Model:
+class TfliteModel:
     """A loaded model with one input and one output, `batch` rows at a time on `threads` threads. Not thread-safe.
 
     `seconds` that all runs took.
     """
 
-    def __init__(self, content: bytes, batch: int = BATCH, threads: int = 1, output: str | int | None = None) -> None:
+    def __init__(
+        self, content: bytes, batch: int = DEFAULT_BATCH, threads: int = 1, output: str | int | None = None
+    ) -> None:
         """`output`: the name or index of the one that is used, where there are several.
 
         Raises BadBundle where it cannot be run here; a damaged model may crash the process: probe first.
         """
-        self._wanted, self.seconds = output, 0.0
+        self._output_selector, self.seconds = output, 0.0
         if not content:
             raise BadBundle("the model is empty: 0 bytes")
         self._content, self.threads = content, min(threads, os.cpu_count() or 1)
         self._load()
         # Resizing a fixed batch can silently merge rows: only a batch the model declares dynamic is resized.
-        self.dynamic = int(self._in.get("shape_signature", self._in["shape"])[0]) == -1
-        self.dynamic = self.dynamic and self._resizes()
-        self.batch = self._size
-        self.use(batch)
+        self.has_dynamic_batch = int(self._input_details.get("shape_signature", self._input_details["shape"])[0]) == -1
+        self.has_dynamic_batch = self.has_dynamic_batch and self._can_resize()
+        self.batch = self._allocated_batch
+        self.set_batch_size(batch)
 
-    def use(self, batch: int) -> None:
+    def set_batch_size(self, batch: int) -> None:
         """Run at most `batch` rows at once from now on; a model made for a fixed batch keeps to that."""
-        if self.dynamic:
-            self.batch = min(batch, MOST_BATCH)
+        if self.has_dynamic_batch:
+            self.batch = min(batch, MAX_BATCH)
 
     @property
     def input_range(self) -> tuple[float, float]:
         """The least and the largest value the input tensor tells apart; of a float input, where most values lie."""
-        if self._type.kind == "f":
+        if self._input_dtype.kind == "f":
             return -3.0, 3.0
-        scale, zero = self._in["quantization"]
-        limits = np.iinfo(self._type)
+        scale, zero = self._input_details["quantization"]
+        limits = np.iinfo(self._input_dtype)
         return (limits.min - zero) * (scale or 1.0), (limits.max - zero) * (scale or 1.0)
 
     @property
     def output_step(self) -> float:
         """The difference between two neighbouring outputs of a quantized model; 0 where outputs are floats."""
-        return 0.0 if np.dtype(self._out["dtype"]).kind == "f" else float(self._out["quantization"][0] or 1.0)
+        return (
+            0.0
+            if np.dtype(self._output_details["dtype"]).kind == "f"
+            else float(self._output_details["quantization"][0] or 1.0)
+        )
 
     def invoke(self, windows: Floats) -> Floats:
         """Outputs (w, K) of `windows` (w, …), whose other dimensions hold as many values as the model's input.
@@ -99,11 +105,11 @@ class Model:
             raise BadBundle(f"the model takes {list(self.input_shape)} values, it was given {list(windows.shape[1:])}")
         begun_s = time.perf_counter()
         rows = windows.reshape(count, *self.input_shape)
-        out = np.empty((count, self.outputs), self._out["dtype"])
-        block = max(1, _BLOCK // (self.batch * math.prod(self.input_shape))) * self.batch
+        out = np.empty((count, self.outputs), self._output_details["dtype"])
+        block = max(1, _QUANTIZE_BLOCK // (self.batch * math.prod(self.input_shape))) * self.batch
         with _runtime_errors():
             for start in range(0, count, block):
-                self._run_all(self._quantize(rows[start : start + block]), out[start : start + block])
+                self._run_batches(self._quantize(rows[start : start + block]), out[start : start + block])
         outputs = self._dequantize(out)
         self.seconds += time.perf_counter() - begun_s
         return outputs
@@ -114,62 +120,62 @@ class Model:
             self._interpreter: Any = Interpreter(model_content=self._content, num_threads=self.threads)
             self._interpreter.allocate_tensors()
             inputs, outputs = self._interpreter.get_input_details(), self._interpreter.get_output_details()
-        self._out = _chosen(outputs, self._wanted)
-        _check_tensors(inputs, self._out)
+        self._output_details = _select_output(outputs, self._output_selector)
+        _check_tensors(inputs, self._output_details)
         _check_stateless(self._interpreter)
-        self._in = inputs[0]
-        self._type: np.dtype[Any] = np.dtype(self._in["dtype"])
-        self.input_shape = tuple(int(d) for d in self._in["shape"][1:])
-        self._size = int(self._in["shape"][0])
+        self._input_details = inputs[0]
+        self._input_dtype: np.dtype[Any] = np.dtype(self._input_details["dtype"])
+        self.input_shape = tuple(int(d) for d in self._input_details["shape"][1:])
+        self._allocated_batch = int(self._input_details["shape"][0])
         with _runtime_errors():
             # Only a run tells the output's shape for certain.
-            self.outputs = self._run(np.zeros(self._in["shape"], self._type)).shape[1]
+            self.outputs = self._run_batch(np.zeros(self._input_details["shape"], self._input_dtype)).shape[1]
 
-    def _run_all(self, rows: NDArray[Any], out: NDArray[Any]) -> None:
+    def _run_batches(self, rows: NDArray[Any], out: NDArray[Any]) -> None:
         """Raw outputs of quantized `rows` into `out`, batch by batch."""
         for start in range(0, len(rows), self.batch):
             part = rows[start : start + self.batch]
             kept = len(part)
-            if self.dynamic:
+            if self.has_dynamic_batch:
                 # A shorter last batch runs at its own size: 5 to 20 µs, where padding costs what its rows cost.
                 self._resize(kept)
-            elif kept < self._size:
-                part = np.concatenate([part, np.repeat(part[-1:], self._size - kept, axis=0)])
-            out[start : start + kept] = self._run(part)[:kept]
+            elif kept < self._allocated_batch:
+                part = np.concatenate([part, np.repeat(part[-1:], self._allocated_batch - kept, axis=0)])
+            out[start : start + kept] = self._run_batch(part)[:kept]
 
-    def _run(self, part: NDArray[Any]) -> NDArray[Any]:
+    def _run_batch(self, part: NDArray[Any]) -> NDArray[Any]:
         """Raw outputs (B, K) of one batch in the tensor's type."""
-        self._interpreter.set_tensor(self._in["index"], part)
+        self._interpreter.set_tensor(self._input_details["index"], part)
         self._interpreter.invoke()
-        raw: NDArray[Any] = self._interpreter.get_tensor(self._out["index"])
+        raw: NDArray[Any] = self._interpreter.get_tensor(self._output_details["index"])
         if raw.ndim == 0 or len(raw) != len(part):
             raise BadBundle(f"the model gives {list(raw.shape)} for a batch of {len(part)}; the first must count rows")
         return raw.reshape(len(part), -1)
 
-    def _resizes(self) -> bool:
+    def _can_resize(self) -> bool:
         """Whether the batch the model declares works; where it does not, rows are run as the model comes."""
         try:
             with _runtime_errors():
                 # Of two rows: thirty-two of a large model would hold up each start for seconds.
                 self._resize(2)
-                self._run(np.zeros((2, *self.input_shape), self._type))
+                self._run_batch(np.zeros((2, *self.input_shape), self._input_dtype))
         except BadBundle:
             self._load()
             return False
         return True
 
     def _resize(self, size: int) -> None:
-        if size != self._size:
-            self._interpreter.resize_tensor_input(self._in["index"], [size, *self.input_shape], strict=True)
+        if size != self._allocated_batch:
+            self._interpreter.resize_tensor_input(self._input_details["index"], [size, *self.input_shape], strict=True)
             self._interpreter.allocate_tensors()
-            self._size = size
+            self._allocated_batch = size
 
     def _quantize(self, values: Floats) -> NDArray[Any]:
-        kind = self._type
+        kind = self._input_dtype
         if kind.kind == "f":
             floats: NDArray[Any] = values.astype(kind, copy=False)
             return floats
-        scale, zero = self._in["quantization"]
+        scale, zero = self._input_details["quantization"]
         limits = np.iinfo(kind)
         # A 32-bit limit is no float32: it would round up, past what the type holds.
         exact = np.float32 if kind.itemsize <= 2 else np.float64
@@ -187,23 +193,23 @@ class Model:
     def _dequantize(self, raw: NDArray[Any]) -> Floats:
         if raw.dtype.kind == "f":
             return raw.astype(np.float32, copy=False)
-        scale, zero = self._out["quantization"]
+        scale, zero = self._output_details["quantization"]
         values: Floats = raw.astype(np.float32)
         values -= zero
         values *= np.float32(scale or 1.0)
         return values
 
 
-def tensors(content: bytes) -> tuple[list[Tensor], list[Tensor]]:
+def list_tensors(content: bytes) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs and outputs of a model, as it declares them. Raises BadBundle."""
     with _runtime_errors():
         interpreter = Interpreter(model_content=content)
         interpreter.allocate_tensors()
         inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
-    return [_tensor(one) for one in inputs], [_tensor(one) for one in outputs]
+    return [_to_tensor(one) for one in inputs], [_to_tensor(one) for one in outputs]
 
 
-def _tensor(detail: Any) -> Tensor:
+def _to_tensor(detail: Any) -> Tensor:
     shape = [int(size) for size in detail["shape"]]
     signature = [int(size) for size in detail.get("shape_signature", shape)] or shape
     scale, zero = detail["quantization"]
@@ -215,17 +221,17 @@ def _tensor(detail: Any) -> Tensor:
     return Tensor(str(detail["name"]), tuple(shape[1:]), batch, kind.name, limits)
 
 
-def _chosen(outputs: list[Any], wanted: str | int | None) -> Any:
+def _select_output(outputs: list[Any], selector: str | int | None) -> Any:
     """The output that the manifest names, or the only one. Raises BadBundle that lists what there is."""
-    if wanted is None and len(outputs) == 1:
+    if selector is None and len(outputs) == 1:
         return outputs[0]
-    if isinstance(wanted, int) and 0 <= wanted < len(outputs):
-        return outputs[wanted]
-    named = [tensor for tensor in outputs if tensor["name"] == wanted]
+    if isinstance(selector, int) and 0 <= selector < len(outputs):
+        return outputs[selector]
+    named = [tensor for tensor in outputs if tensor["name"] == selector]
     if len(named) == 1:
         return named[0]
     there = ", ".join(f"{i}: {o['name']!r} {[int(d) for d in o['shape']]}" for i, o in enumerate(outputs))
-    asked = f"no output {wanted!r}" if wanted is not None else f"{len(outputs)} outputs"
+    asked = f"no output {selector!r}" if selector is not None else f"{len(outputs)} outputs"
     raise BadBundle(f"the model has {asked}; name the one to use with [output] tensor, of {there}")
 
 
@@ -260,23 +266,23 @@ def _runtime_errors() -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise BadBundle(f"{NAME}: not enough memory for the model ([limits] memory_mib)") from error
+        raise BadBundle(f"{RUNTIME_NAME}: not enough memory for the model ([limits] memory_mib)") from error
     except (RuntimeError, ValueError, TypeError, SystemError, OverflowError) as error:
-        raise BadBundle(f"{NAME}: {_reason(str(error).strip())}") from error
+        raise BadBundle(f"{RUNTIME_NAME}: {_explain_error(str(error).strip())}") from error
 
 
-def _reason(said: str) -> str:
+def _explain_error(message: str) -> str:
     """What the runtime said, and what to do where that is known."""
-    if "Select TensorFlow op" in said:
+    if "Select TensorFlow op" in message:
         return "the model uses TensorFlow operations that it does not have; convert it with TFLITE_BUILTINS only"
-    if custom := re.search(r"unresolved custom op: ([\w-]+)", said):
+    if custom := re.search(r"unresolved custom op: ([\w-]+)", message):
         return (
             f"the model uses the custom operation {custom[1]!r}, which no runtime here has; convert it without, or, of "
             "a model compiled for an accelerator, take the file from before that"
         )
-    if "quantized_dimension" in said:
+    if "quantized_dimension" in message:
         return (
-            f"{said[:100]}…: its quantization is not as the format asks; convert the model again with a current "
+            f"{message[:100]}…: its quantization is not as the format asks; convert the model again with a current "
             "TensorFlow"
         )
-    return said[:300] or "no reason given, as where memory is short ([limits] memory_mib)"
+    return message[:300] or "no reason given, as where memory is short ([limits] memory_mib)"

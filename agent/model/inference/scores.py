@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.model.bundle.manifest import Manifest, Output
-from agent.performance.labels import MOST_SEVERAL, NONE, SEPARATOR
+from agent.model.bundle.manifest import Manifest, ModelOutput
+from agent.performance.labels import MAX_MULTILABEL_CLASSES, NO_LABEL, SEPARATOR
 
 NORMAL, ANOMALY = "normal", "anomaly"
 Doubles = NDArray[np.float64]
@@ -27,41 +27,41 @@ class Scores(msgspec.Struct, frozen=True):
     label: NDArray[np.int64] | None
     score: Doubles | None
     value: Doubles | None
-    said: NDArray[np.bool_] | None = None
+    predicted: NDArray[np.bool_] | None = None
     anomaly: NDArray[np.bool_] | None = None
-    more: Mapping[str, Doubles] = msgspec.field(default_factory=dict)
+    extra_columns: Mapping[str, Doubles] = msgspec.field(default_factory=dict)
 
     def __len__(self) -> int:
         present = self.value if self.label is None else self.label
         return 0 if present is None else len(present)
 
 
-def of(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArray[np.float32] | None = None) -> Scores:
+def from_outputs(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArray[np.float32] | None = None) -> Scores:
     """`outputs` (w, K). The value of an anomaly model that gives its input again is the mean squared error against
     `inputs` (w, …); that of any other is its first output."""
     output = manifest.output
     if manifest.kind == "classify":
-        p = probabilities(outputs, output)
-        return _several(p, output) if output.multi_label else _one(p, manifest)
+        p = compute_probabilities(outputs, output)
+        return _score_multi_label(p, output) if output.multi_label else _score_single_label(p, manifest)
     if manifest.kind == "regress":
         more = {f"value_{name}": outputs[:, i].astype(np.float64) for i, name in enumerate(output.names) if i}
-        return Scores(None, None, outputs[:, 0].astype(np.float64), more=more)
-    value = values(outputs, manifest, inputs)
+        return Scores(None, None, outputs[:, 0].astype(np.float64), extra_columns=more)
+    value = compute_values(outputs, manifest, inputs)
     anomaly = None if output.threshold is None else value > output.threshold
     return Scores(None, None, value, anomaly=anomaly)
 
 
-def values(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArray[np.float32] | None) -> Doubles:
+def compute_values(outputs: NDArray[np.float32], manifest: Manifest, inputs: NDArray[np.float32] | None) -> Doubles:
     """(w,) how unusual each inference of kind anomaly or embedding is."""
     if manifest.kind == "embedding":
-        return distance(outputs, manifest.output)
+        return centroid_distance(outputs, manifest.output)
     if inputs is not None and outputs.size == inputs.size:
         off = outputs.astype(np.float64) - inputs.reshape(outputs.shape)
         return np.asarray(np.square(off).mean(axis=1))
     return outputs[:, 0].astype(np.float64)
 
 
-def distance(outputs: NDArray[np.float32], output: Output) -> Doubles:
+def centroid_distance(outputs: NDArray[np.float32], output: ModelOutput) -> Doubles:
     """(w,) of vectors (w, K) from the centroid: Euclidean, or 1 - the cosine of the angle."""
     vectors, centroid = outputs.astype(np.float64), np.asarray(output.centroid, np.float64)
     if output.distance == "euclidean":
@@ -71,34 +71,34 @@ def distance(outputs: NDArray[np.float32], output: Output) -> Doubles:
     return np.asarray(1.0 - (vectors * centroid).sum(axis=1) / np.where(lengths > 0, lengths, 1.0))
 
 
-def texts(found: Scores, manifest: Manifest) -> list[str] | None:
+def to_texts(scores: Scores, manifest: Manifest) -> list[str] | None:
     """The label of each inference as people read it; None where there is none.
 
     Of a multi-label model all that are said, between `|`; "-" where none is.
     """
     labels = manifest.output.labels
-    if found.said is not None:
-        said = ([label for label, yes in zip(labels, row, strict=True) if yes] for row in found.said.tolist())
-        return [SEPARATOR.join(names) or NONE for names in said]
-    if found.label is not None:
-        return [labels[i] for i in found.label.tolist()]
-    if found.anomaly is not None:
-        return [ANOMALY if above else NORMAL for above in found.anomaly.tolist()]
+    if scores.predicted is not None:
+        said = ([label for label, yes in zip(labels, row, strict=True) if yes] for row in scores.predicted.tolist())
+        return [SEPARATOR.join(names) or NO_LABEL for names in said]
+    if scores.label is not None:
+        return [labels[i] for i in scores.label.tolist()]
+    if scores.anomaly is not None:
+        return [ANOMALY if above else NORMAL for above in scores.anomaly.tolist()]
     return None
 
 
-def codes(found: Scores) -> NDArray[np.int64] | None:
+def to_codes(scores: Scores) -> NDArray[np.int64] | None:
     """(w,) what was said as one number, as `Truth.read` has it; None for values without a threshold."""
-    if found.anomaly is not None:
-        return found.anomaly.astype(np.int64)
-    if found.said is None:
-        return found.label
-    if found.said.shape[1] > MOST_SEVERAL:
+    if scores.anomaly is not None:
+        return scores.anomaly.astype(np.int64)
+    if scores.predicted is None:
+        return scores.label
+    if scores.predicted.shape[1] > MAX_MULTILABEL_CLASSES:
         return None
-    return np.asarray(found.said @ (1 << np.arange(found.said.shape[1])), np.int64)
+    return np.asarray(scores.predicted @ (1 << np.arange(scores.predicted.shape[1])), np.int64)
 
 
-def joined(parts: Sequence[Scores]) -> Scores:
+def concatenate(parts: Sequence[Scores]) -> Scores:
     """The scores of all parts, at least one, in order."""
     if len(parts) == 1:
         return parts[0]
@@ -111,13 +111,15 @@ def joined(parts: Sequence[Scores]) -> Scores:
         column("label"),
         column("score"),
         column("value"),
-        said=column("said"),
+        predicted=column("said"),
         anomaly=column("anomaly"),
-        more={name: np.concatenate([part.more[name] for part in parts]) for name in parts[0].more},
+        extra_columns={
+            name: np.concatenate([part.extra_columns[name] for part in parts]) for name in parts[0].extra_columns
+        },
     )
 
 
-def _one(p: Doubles, manifest: Manifest) -> Scores:
+def _score_single_label(p: Doubles, manifest: Manifest) -> Scores:
     output = manifest.output
     if p.shape[1] == 2 and output.threshold is not None and manifest.format > 1:
         label = (p[:, 1] > output.threshold).astype(np.int64)
@@ -129,21 +131,21 @@ def _one(p: Doubles, manifest: Manifest) -> Scores:
     return Scores(label, score, None)
 
 
-def _several(p: Doubles, output: Output) -> Scores:
+def _score_multi_label(p: Doubles, output: ModelOutput) -> Scores:
     limits = np.asarray(output.thresholds or (0.5 if output.threshold is None else output.threshold))
     said = p > limits
     certain = np.where(said, p, 1 - p).prod(axis=1)
     more = {f"score_{label}": p[:, i] for i, label in enumerate(output.labels)}
-    return Scores(p.argmax(axis=1), certain, None, said=said, more=more)
+    return Scores(p.argmax(axis=1), certain, None, predicted=said, extra_columns=more)
 
 
-def probabilities(outputs: NDArray[np.float32], output: Output) -> Doubles:
+def compute_probabilities(outputs: NDArray[np.float32], output: ModelOutput) -> Doubles:
     """Calibrated class probabilities (w, K); a single sigmoid output becomes two classes."""
     x = outputs.astype(np.float64)
     if output.multi_label:
-        return _sigmoid(_logits(x, output) / output.temperature)
+        return _sigmoid(_to_logits(x, output) / output.temperature)
     if x.shape[1] == 1:
-        p = _sigmoid(_logits(x, output) / output.temperature)
+        p = _sigmoid(_to_logits(x, output) / output.temperature)
         return np.concatenate([1.0 - p, p], axis=1)
     if output.activation == "sigmoid":
         return _sigmoid(x / output.temperature)
@@ -154,7 +156,7 @@ def probabilities(outputs: NDArray[np.float32], output: Output) -> Doubles:
     return np.asarray(p / p.sum(axis=1, keepdims=True))
 
 
-def _logits(x: Doubles, output: Output) -> Doubles:
+def _to_logits(x: Doubles, output: ModelOutput) -> Doubles:
     """Of sigmoids that are in the graph (activation "none"), or as they come."""
     if output.activation != "none":
         return x

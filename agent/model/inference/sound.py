@@ -18,36 +18,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.errors import UsageError
-from agent.media import Sound
+from agent.media import SoundFormat
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 SUFFIXES = (".wav",)
 # Frames: what a small processor's cache and memory bear. Sums of other blocks may differ in their last bit.
-_AT_ONCE = 256
+_BLOCK_FRAMES = 256
 _LINEAR_HZ, _LINEAR_MEL, _LOG_STEP = 1000.0, 15.0, np.log(6.4) / 27.0
 
 
-class Wav:
+class WavReader:
     """The samples of a PCM WAV file, of all channels the mean. `count` of them; close it."""
 
     def __init__(self, path: Path, rate: int) -> None:
         """Raises UsageError where it is no WAV of this rate, or is cut short."""
-        self._path, self._open = path, contextlib.ExitStack()
+        self._path, self._exit_stack = path, contextlib.ExitStack()
         try:
-            raw = self._open.enter_context(path.open("rb"))
-            self._file = self._open.enter_context(wave.open(raw))  # noqa: SIM115
+            raw = self._exit_stack.enter_context(path.open("rb"))
+            self._file = self._exit_stack.enter_context(wave.open(raw))  # noqa: SIM115
             self._width, self._channels = self._file.getsampwidth(), self._file.getnchannels()
-            self.count, found = self._file.getnframes(), self._file.getframerate()
+            self.sample_count, found = self._file.getnframes(), self._file.getframerate()
             there = (os.fstat(raw.fileno()).st_size - raw.tell()) // (self._width * self._channels)
             if found != rate:
                 raise UsageError(f"{path}: is of {found} Hz, the model's sound of {rate} Hz; resample it first")
-            if there < self.count:
+            if there < self.sample_count:
                 raise UsageError(
-                    f"{path}: is cut short, {there:,} of the {self.count:,} samples its header tells of; copy it again"
+                    f"{path}: is cut short, {there:,} of the {self.sample_count:,} samples its header tells of; copy it again"
                 )
         except BaseException as error:
-            self._open.close()
+            self._exit_stack.close()
             if isinstance(error, wave.Error | EOFError | RuntimeError):
                 said = f"{path}: no WAV file that can be read ({error or 'cut short'}); give PCM WAV"
                 raise UsageError(said) from None
@@ -62,30 +62,30 @@ class Wav:
             data = self._file.readframes(stop - start)
         except (OSError, wave.Error) as error:
             raise UsageError(f"{self._path}: cannot be read: {error}") from None
-        return np.asarray(_numbers(data, self._width).reshape(-1, self._channels).mean(axis=1))
+        return np.asarray(_decode_pcm(data, self._width).reshape(-1, self._channels).mean(axis=1))
 
     def close(self) -> None:
-        self._open.close()
+        self._exit_stack.close()
 
 
-def samples(path: Path, rate: int) -> Doubles:
+def read_samples(path: Path, rate: int) -> Doubles:
     """(n,) from -1 to 1, the mean of all channels. Raises UsageError where it is no WAV of this rate."""
-    with contextlib.closing(Wav(path, rate)) as wav:
-        return wav.read(0, wav.count)
+    with contextlib.closing(WavReader(path, rate)) as wav:
+        return wav.read(0, wav.sample_count)
 
 
-def blocks(wav: Wav, spec: Sound, skip: int = 0) -> Iterator[Floats]:
+def iter_row_blocks(wav: WavReader, spec: SoundFormat, skip: int = 0) -> Iterator[Floats]:
     """The rows of a file after the first `skip`, some at a time: the bits of `rows` of all its samples."""
-    frames = max(0, (wav.count - spec.window) // spec.hop + 1)
+    frames = max(0, (wav.sample_count - spec.window) // spec.hop + 1)
     if skip >= frames:
         return
-    for first in range(skip // _AT_ONCE * _AT_ONCE, frames, _AT_ONCE):
-        last = min(first + _AT_ONCE, frames) - 1
-        made = rows(wav.read(first * spec.hop, last * spec.hop + spec.window), spec)
+    for first in range(skip // _BLOCK_FRAMES * _BLOCK_FRAMES, frames, _BLOCK_FRAMES):
+        last = min(first + _BLOCK_FRAMES, frames) - 1
+        made = compute_mel_rows(wav.read(first * spec.hop, last * spec.hop + spec.window), spec)
         yield made[max(0, skip - first) :]
 
 
-def _numbers(data: bytes, width: int) -> Doubles:
+def _decode_pcm(data: bytes, width: int) -> Doubles:
     if width == 1:  # the only width without a sign
         return (np.frombuffer(data, np.uint8).astype(np.float64) - 128) / 128
     if width == 3:
@@ -95,28 +95,30 @@ def _numbers(data: bytes, width: int) -> Doubles:
     return np.frombuffer(data, f"<i{width}") / 2.0 ** (8 * width - 1)
 
 
-def rows(sound: Doubles, spec: Sound) -> Floats:
+def compute_mel_rows(sound: Doubles, spec: SoundFormat) -> Floats:
     """(frames, bands) of samples (n,); no frame where there are fewer samples than its window."""
     if len(sound) < spec.window:
         return np.zeros((0, len(spec.columns)), np.float32)
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.window) / spec.window)
     frames = np.lib.stride_tricks.sliding_window_view(sound, spec.window)[:: spec.hop]
-    bands = filters(spec)
-    cosines = _cosines(spec.mels, spec.cepstra)
+    bands = make_mel_filterbank(spec)
+    cosines = _dct_matrix(spec.mels, spec.cepstra)
     out = np.empty((len(frames), len(spec.columns)), np.float32)
-    for start in range(0, len(frames), _AT_ONCE):
-        spectrum = np.abs(np.fft.rfft(frames[start : start + _AT_ONCE] * hann, spec.transform, axis=1))
+    for start in range(0, len(frames), _BLOCK_FRAMES):
+        spectrum = np.abs(np.fft.rfft(frames[start : start + _BLOCK_FRAMES] * hann, spec.fft_size, axis=1))
         logs = np.log((spectrum**2 if spec.power == 2 else spectrum) @ bands + spec.floor)
         if spec.decibels:
             logs *= 20.0 / spec.power / np.log(10.0)
-        out[start : start + _AT_ONCE] = logs @ cosines if spec.cepstra else logs
+        out[start : start + _BLOCK_FRAMES] = logs @ cosines if spec.cepstra else logs
     return out
 
 
-def filters(spec: Sound) -> Doubles:
+def make_mel_filterbank(spec: SoundFormat) -> Doubles:
     """(frequencies, mels) triangles, between low and high Hz."""
-    scale, back, area = (slaney, hertz_of_slaney, True) if spec.scale == "slaney" else (htk, hertz_of_htk, False)
-    frequency = np.arange(spec.transform // 2 + 1) * spec.rate / spec.transform
+    scale, back, area = (
+        (hz_to_mel_slaney, mel_to_hz_slaney, True) if spec.scale == "slaney" else (hz_to_mel_htk, mel_to_hz_htk, False)
+    )
+    frequency = np.arange(spec.fft_size // 2 + 1) * spec.rate / spec.fft_size
     ends = np.array([spec.low, spec.rate / 2 if spec.high is None else spec.high])
     first, last = (float(end) for end in scale(ends))
     corners = np.linspace(first, last, spec.mels + 2)
@@ -134,26 +136,26 @@ def filters(spec: Sound) -> Doubles:
     return np.asarray(found)
 
 
-def slaney(hertz: Doubles) -> Doubles:
+def hz_to_mel_slaney(hertz: Doubles) -> Doubles:
     linear = hertz * 3 / 200
     above = _LINEAR_MEL + np.log(np.maximum(hertz, _LINEAR_HZ) / _LINEAR_HZ) / _LOG_STEP
     return np.where(hertz < _LINEAR_HZ, linear, above)
 
 
-def hertz_of_slaney(mel: Doubles) -> Doubles:
+def mel_to_hz_slaney(mel: Doubles) -> Doubles:
     above = _LINEAR_HZ * np.exp(_LOG_STEP * (np.maximum(mel, _LINEAR_MEL) - _LINEAR_MEL))
     return np.where(mel < _LINEAR_MEL, mel * 200 / 3, above)
 
 
-def htk(hertz: Doubles) -> Doubles:
+def hz_to_mel_htk(hertz: Doubles) -> Doubles:
     return np.asarray(1127.0 * np.log1p(hertz / 700.0))
 
 
-def hertz_of_htk(mel: Doubles) -> Doubles:
+def mel_to_hz_htk(mel: Doubles) -> Doubles:
     return np.asarray(700.0 * np.expm1(mel / 1127.0))
 
 
-def _cosines(mels: int, count: int) -> Doubles:
+def _dct_matrix(mels: int, count: int) -> Doubles:
     """(mels, count) of TensorFlow's mfccs_from_log_mel_spectrograms: DCT-II times sqrt(2 / mels)."""
     angle = np.pi * np.outer(np.arange(mels) + 0.5, np.arange(count)) / mels
     return np.asarray(np.cos(angle) * np.sqrt(2.0 / mels))

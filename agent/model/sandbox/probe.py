@@ -25,26 +25,26 @@ import msgspec
 from agent.errors import BadBundle
 from agent.model.bundle import manifest
 from agent.model.bundle.bundle import Bundle
-from agent.model.bundle.manifest import Limits, Manifest
-from agent.model.inference.inspect import Outline
-from agent.model.inference.tuning import SECONDS, Choice
+from agent.model.bundle.manifest import Manifest, ResourceLimits
+from agent.model.inference.inspect import ModelInspection
+from agent.model.inference.tuning import MAX_TUNING_S, Tuning
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from agent.model.bundle.golden_vectors import Golden
-    from agent.model.inference.runtime import Model
+    from agent.model.bundle.golden_vectors import GoldenVectors
+    from agent.model.inference.runtime import TfliteModel
 
     Floats = NDArray[np.float32]
 
 # On top of the bundle's own seconds of CPU: starting Python takes some on a small board, and waiting takes no CPU.
 GRACE_S = 10.0
-_FEW = 5  # rows that are compared alone and together; more than a batch of single rows
+_COMPARED_ROWS = 5  # rows that are compared alone and together; more than a batch of single rows
 Check = tuple[str, bool, str]
 
 
-class Report(msgspec.Struct, frozen=True):
+class ProbeReport(msgspec.Struct, frozen=True):
     """What the child saw; `checks` are (name, ok, detail). `choice` where one was asked for and could be made.
 
     `memory`: the bytes that the child took in all for these, with Python and the runtime in it; 0 where it died.
@@ -52,80 +52,80 @@ class Report(msgspec.Struct, frozen=True):
 
     runtime: str
     checks: list[Check]
-    choice: Choice | None = None
-    memory: int = 0
+    tuning: Tuning | None = None
+    peak_memory: int = 0
 
     @property
     def ok(self) -> bool:
         return all(ok for _, ok, _ in self.checks)
 
-    def require(self) -> None:
+    def raise_for_failure(self) -> None:
         """Raises BadBundle with the check that failed."""
         for name, ok, detail in self.checks:
             if not ok:
                 raise BadBundle(f"{name}: {detail}")
 
 
-class _Task(msgspec.Struct):
+class _ProbeRequest(msgspec.Struct):
     """What the child is given. Without a manifest it looks at the model; no choice is made where `known` is None."""
 
     files: dict[str, bytes]
-    known: list[Choice] | None = None
+    known_tunings: list[Tuning] | None = None
 
 
-def probe(bundle: Bundle, known: Sequence[Choice] | None = None) -> Report:
+def probe(bundle: Bundle, known_tunings: Sequence[Tuning] | None = None) -> ProbeReport:
     """Run the checks on the verified bytes of `bundle`, within its limits of memory and time.
 
     With `known` choices, one for this model is taken from them or made anew, within two more seconds.
     """
     needed = ("manifest.json", "model.tflite", "golden.npz")
-    task = _Task({name: bundle.files[name] for name in needed if name in bundle.files})
-    task.known = None if known is None else list(known)
+    task = _ProbeRequest({name: bundle.files[name] for name in needed if name in bundle.files})
+    task.known_tunings = None if known_tunings is None else list(known_tunings)
     limits = bundle.manifest.limits
     try:
-        said, death = _ask(task, limits)
+        said, death = _run_child(task, limits)
         checked, _, chosen = said.partition(b"\n")
-        if death and (known is None or not checked):
+        if death and (known_tunings is None or not checked):
             raise BadBundle(death)
         runtime, checks, memory = msgspec.json.decode(checked, type=tuple[str, list[Check], int])
         if death:
-            return Report(runtime, [*checks, *_failed_trial(death, limits)], memory=memory)
-        return Report(runtime, checks, msgspec.json.decode(chosen, type=Choice) if chosen else None, memory)
+            return ProbeReport(runtime, [*checks, *_tuning_failure(death, limits)], peak_memory=memory)
+        return ProbeReport(runtime, checks, msgspec.json.decode(chosen, type=Tuning) if chosen else None, memory)
     except BadBundle as problem:
-        return Report("", [("load", False, str(problem))])
+        return ProbeReport("", [("load", False, str(problem))])
     except msgspec.MsgspecError as error:
-        return Report("", [("load", False, f"the child process answered something else ({error})")])
+        return ProbeReport("", [("load", False, f"the child process answered something else ({error})")])
 
 
-def look(content: bytes) -> Outline:
+def inspect_model(content: bytes) -> ModelInspection:
     """What a model says of itself, and what it answers to noise. Raises BadBundle where it cannot be run here."""
-    said, death = _ask(_Task({"model.tflite": content}), Limits())
+    said, death = _run_child(_ProbeRequest({"model.tflite": content}), ResourceLimits())
     if death:
         raise BadBundle(death)
-    found = msgspec.json.decode(said, type=Outline | str)
+    found = msgspec.json.decode(said, type=ModelInspection | str)
     if isinstance(found, str):
         raise BadBundle(found)
     return found
 
 
-def _ask(task: _Task, limits: Limits) -> tuple[bytes, str]:
+def _run_child(request: _ProbeRequest, limits: ResourceLimits) -> tuple[bytes, str]:
     """What the child says, and what it died of, "" where it did not. Raises BadBundle where it does not finish."""
-    patience_s = limits.seconds + GRACE_S + (0.0 if task.known is None else SECONDS)
+    patience_s = limits.seconds + GRACE_S + (0.0 if request.known_tunings is None else MAX_TUNING_S)
     try:
         child = subprocess.run(
             # -P: an `agent` in the folder it happens to run in is not ours.
             [sys.executable, "-P", "-m", "agent.model.sandbox.probe"],
-            input=msgspec.msgpack.encode(task),
+            input=msgspec.msgpack.encode(request),
             capture_output=True,
             timeout=patience_s,
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise BadBundle(f"did not finish within {patience_s:g} s and was ended") from None
-    return child.stdout, death(child.returncode, child.stderr, limits) if child.returncode else ""
+    return child.stdout, describe_death(child.returncode, child.stderr, limits) if child.returncode else ""
 
 
-def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
+def run_checks(files: dict[str, bytes]) -> tuple[str, list[Check]]:
     """What the child does."""
     from agent.model.bundle import golden_vectors
     from agent.model.inference import inference, runtime
@@ -133,7 +133,7 @@ def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
     content = manifest.decode(files["manifest.json"])
     checks: list[Check] = []
 
-    def step(name: str, action: Callable[[], str]) -> bool:
+    def run_step(name: str, action: Callable[[], str]) -> bool:
         try:
             checks.append((name, True, action()))
         except BadBundle as problem:
@@ -141,24 +141,26 @@ def check(files: dict[str, bytes]) -> tuple[str, list[Check]]:
         return checks[-1][1]
 
     try:
-        model = inference.load(content, files["model.tflite"])
-        checks.append(("load", True, f"{len(files['model.tflite'])} bytes, {_batches(model)}"))
+        model = inference.load_model(content, files["model.tflite"])
+        checks.append(("load", True, f"{len(files['model.tflite'])} bytes, {_describe_batch(model)}"))
         vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
     except BadBundle as problem:
         checks.append(("golden" if checks else "load", False, str(problem)))
-        return runtime.NAME, checks
-    sound = step("shapes", lambda: _shapes(model, content)) and step("batch", lambda: _batch(model, vectors))
+        return runtime.RUNTIME_NAME, checks
+    sound = run_step("shapes", lambda: _check_shapes(model, content)) and run_step(
+        "batch", lambda: _check_batching(model, vectors)
+    )
     if sound and vectors is not None:
         classes = content.kind == "classify" and not content.output.multi_label
-        step("golden", lambda: vectors.compare(model.invoke(vectors.inputs), runtime.NAME, classes=classes))
-    return runtime.NAME, checks
+        run_step("golden", lambda: vectors.compare(model.invoke(vectors.inputs), runtime.RUNTIME_NAME, classes=classes))
+    return runtime.RUNTIME_NAME, checks
 
 
-def _batches(model: Model) -> str:
+def _describe_batch(model: TfliteModel) -> str:
     return f"batches of {model.batch}" if model.batch > 1 else "one row at a time"
 
 
-def _shapes(model: Model, content: Manifest) -> str:
+def _check_shapes(model: TfliteModel, content: Manifest) -> str:
     spec, output = content.input, content.output
     wanted, have = spec.rows * len(spec.columns), math.prod(model.input_shape)
     if wanted != have:
@@ -181,23 +183,23 @@ def _shapes(model: Model, content: Manifest) -> str:
     return f"{wanted} values in, {model.outputs} out"
 
 
-def _rows(model: Model, vectors: Golden | None, count: int) -> Floats:
+def _sample_rows(model: TfliteModel, vectors: GoldenVectors | None, count: int) -> Floats:
     """Up to `count` golden inputs, or noise over the range of the input where there are none that fit."""
     import numpy as np
 
     if vectors is not None:
         found = vectors.inputs[:count]
-        if len(found) >= _FEW and found.size == len(found) * math.prod(model.input_shape):
+        if len(found) >= _COMPARED_ROWS and found.size == len(found) * math.prod(model.input_shape):
             return found
     low, high = model.input_range
     return np.random.default_rng(0).uniform(low, high, (count, *model.input_shape)).astype(np.float32)
 
 
-def _batch(model: Model, vectors: Golden | None) -> str:
+def _check_batching(model: TfliteModel, vectors: GoldenVectors | None) -> str:
     """The last row first, alone: what a model carries from row to row, or mixes between rows, comes out."""
     import numpy as np
 
-    rows = _rows(model, vectors, _FEW)
+    rows = _sample_rows(model, vectors, _COMPARED_ROWS)
     together = model.invoke(rows)
     alone = np.concatenate([model.invoke(rows[i : i + 1]) for i in reversed(range(len(rows)))])[::-1]
     off = float(np.abs(together - alone).max())
@@ -210,22 +212,22 @@ def _batch(model: Model, vectors: Golden | None) -> str:
     return f"{len(rows)} rows, alone and together: off by {off:.2g}"
 
 
-def _failed_trial(died: str, limits: Limits) -> list[Check]:
+def _tuning_failure(death_detail: str, limits: ResourceLimits) -> list[Check]:
     """That a large batch takes too much memory says nothing against the model, which ran; a crash does."""
-    return [] if died == _no_memory(limits) else [("trial", False, died)]
+    return [] if death_detail == _out_of_memory_detail(limits) else [("trial", False, death_detail)]
 
 
-def _no_memory(limits: Limits) -> str:
+def _out_of_memory_detail(limits: ResourceLimits) -> str:
     return f"ran out of memory, it may have {limits.memory_mib} MiB ([limits] memory_mib)"
 
 
-def death(code: int, stderr: bytes, limits: Limits) -> str:
+def describe_death(code: int, stderr: bytes, limits: ResourceLimits) -> str:
     """What a child process with a model died of."""
     said = stderr.decode(errors="replace").strip()
     if code == -signal.SIGXCPU:
         return f"used more than its {limits.seconds} s of CPU and was ended ([limits] seconds)"
     if "MemoryError" in said or "bad_alloc" in said or code == -signal.SIGKILL:
-        return _no_memory(limits)
+        return _out_of_memory_detail(limits)
     if code < 0:
         name = signal.Signals(-code).name
         return f"the runtime crashed on it ({name}); the model is damaged or not for this runtime"
@@ -233,53 +235,53 @@ def death(code: int, stderr: bytes, limits: Limits) -> str:
 
 
 def main() -> None:
-    task = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_Task)
+    task = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=_ProbeRequest)
     if "manifest.json" in task.files:
-        _probe_here(task)
+        _probe_in_child(task)
     else:
-        _look_here(task.files["model.tflite"])
+        _inspect_in_child(task.files["model.tflite"])
 
 
-def _probe_here(task: _Task) -> None:
-    limits = manifest.decode(task.files["manifest.json"]).limits
-    memory = _limit(limits)
-    found = check(task.files)
+def _probe_in_child(request: _ProbeRequest) -> None:
+    limits = manifest.decode(request.files["manifest.json"]).limits
+    memory = _apply_limits(limits)
+    found = run_checks(request.files)
     # At once: what the trial then makes the runtime do must not take this along.
-    sys.stdout.buffer.write(msgspec.json.encode((*found, _most_memory())) + b"\n")
+    sys.stdout.buffer.write(msgspec.json.encode((*found, _peak_memory())) + b"\n")
     sys.stdout.buffer.flush()
-    if task.known is not None and all(ok for _, ok, _ in found[1]):
-        _more_seconds(limits.seconds)
-        sys.stdout.buffer.write(msgspec.json.encode(_choose(task.files, task.known, memory)))
+    if request.known_tunings is not None and all(ok for _, ok, _ in found[1]):
+        _extend_cpu_limit(limits.seconds)
+        sys.stdout.buffer.write(msgspec.json.encode(_tune(request.files, request.known_tunings, memory)))
 
 
-def _look_here(content: bytes) -> None:
+def _inspect_in_child(content: bytes) -> None:
     from agent.model.inference import inspect
 
-    _limit(Limits())
-    answer: Outline | str
+    _apply_limits(ResourceLimits())
+    answer: ModelInspection | str
     try:
-        answer = inspect.of(content)
+        answer = inspect.inspect_model(content)
     except BadBundle as problem:
         answer = str(problem)
     sys.stdout.buffer.write(msgspec.json.encode(answer))
 
 
-def _choose(files: dict[str, bytes], known: list[Choice], memory: int) -> Choice:
+def _tune(files: dict[str, bytes], known_tunings: list[Tuning], memory: int) -> Tuning:
     from agent.model.bundle import golden_vectors
     from agent.model.inference import inference, runtime
     from agent.model.inference import tuning as choice
     from agent.model.sandbox import autotune
 
     spec, content = manifest.decode(files["manifest.json"]), files["model.tflite"]
-    found = choice.remembered(known, content, runtime.NAME, spec.output.tensor)
+    found = choice.find_known(known_tunings, content, runtime.RUNTIME_NAME, spec.output.tensor)
     if found is None:
         vectors = golden_vectors.decode(files["golden.npz"]) if "golden.npz" in files else None
-        rows = _rows(inference.load(spec, content), vectors, autotune.ROWS)
-        found = autotune.choose(content, rows, memory, output=spec.output.tensor)
+        rows = _sample_rows(inference.load_model(spec, content), vectors, autotune.SAMPLE_ROWS)
+        found = autotune.tune(content, rows, memory, output=spec.output.tensor)
     return found
 
 
-def _limit(limits: Limits) -> int:
+def _apply_limits(limits: ResourceLimits) -> int:
     """Memory and CPU for the model, on top of what Python, numpy and the runtime took to start.
 
     Bytes that a larger batch may take: half of that memory, and no more than an eighth of what the machine has left.
@@ -298,16 +300,16 @@ def _limit(limits: Limits) -> int:
     return min(limits.memory_mib << 19, int(psutil.virtual_memory().available) // 8)
 
 
-def _most_memory() -> int:
+def _peak_memory() -> int:
     """Bytes resident at the most. Not of getrusage, which tells of the parent's where the child began as its copy."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next((int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
 
 
-def _more_seconds(seconds: int) -> None:
+def _extend_cpu_limit(seconds: int) -> None:
     """Of CPU, for the trial: it may use every core."""
     used = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-    allowed = used + seconds + math.ceil(SECONDS) * (os.cpu_count() or 1)
+    allowed = used + seconds + math.ceil(MAX_TUNING_S) * (os.cpu_count() or 1)
     resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 

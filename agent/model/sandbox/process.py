@@ -24,27 +24,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.model.sandbox import worker
-from agent.model.sandbox.worker import ASKED, Job
+from agent.model.sandbox.worker import REQUEST_HEADER, WorkerJob
 
 Floats = NDArray[np.float32]
 
 # Of what the child writes to stderr, the end.
-_MOST_SAID = 4096
+_MAX_STDERR_BYTES = 4096
 _PIPE_BYTES = 1 << 16
 _PAGE = mmap.PAGESIZE
 
 
-class Gone(Exception):
+class WorkerExited(Exception):
     """The child hung up."""
 
 
-class Process:
+class ModelProcess:
     """The child, its pipes and the memory it shares."""
 
-    def __init__(self, job: Job) -> None:
-        self._shared = Shared()
+    def __init__(self, job: WorkerJob) -> None:
+        self._shared = SharedBuffer()
         try:
-            with _memory("job", msgspec.msgpack.encode(job)) as given, _signals_held():
+            with _memory_file("job", msgspec.msgpack.encode(job)) as given, _blocked_signals():
                 self._child = subprocess.Popen(
                     # -P: an `agent` in the folder it happens to run in is not ours.
                     [sys.executable, "-P", "-m", worker.__name__, str(given), str(self._shared.fd)],
@@ -57,7 +57,7 @@ class Process:
             self._shared.close()
             raise
         self.pid, self.started_s = self._child.pid, time.monotonic()
-        self._said, self._errors = b"", b""
+        self._stdout, self._stderr = b"", b""
         self._selector = selectors.DefaultSelector()
         for pipe in (self._child.stdout, self._child.stderr):
             assert pipe is not None
@@ -65,68 +65,68 @@ class Process:
             self._selector.register(pipe, selectors.EVENT_READ)
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         return self._child.poll() is None
 
-    def put(self, windows: Floats, answers: int) -> None:
-        self._shared.grow(windows.size * 4 + answers * 4)
+    def write_windows(self, windows: Floats, output_values: int) -> None:
+        self._shared.grow(windows.size * 4 + output_values * 4)
         target = np.frombuffer(self._shared.map, np.float32, windows.size)
         np.copyto(target.reshape(windows.shape), windows)
 
-    def take(self, after: int, shape: tuple[int, int]) -> Floats:
-        found = np.frombuffer(self._shared.map, np.float32, math.prod(shape), offset=after * 4)
+    def read_outputs(self, offset_values: int, shape: tuple[int, int]) -> Floats:
+        found = np.frombuffer(self._shared.map, np.float32, math.prod(shape), offset=offset_values * 4)
         return found.reshape(shape).copy()
 
-    def ask(self, count: int) -> None:
+    def submit(self, count: int) -> None:
         """Raises Gone."""
         assert self._child.stdin is not None
         try:
-            os.write(self._child.stdin.fileno(), ASKED.pack(count, self._shared.size))
+            os.write(self._child.stdin.fileno(), REQUEST_HEADER.pack(count, self._shared.size))
         except BrokenPipeError:
-            raise Gone from None
+            raise WorkerExited from None
 
-    def said(self, size: int, within_s: float) -> bytes | None:
+    def read(self, size: int, timeout_s: float) -> bytes | None:
         """The next `size` bytes; None where they are not there in time. Raises Gone at their end."""
-        if len(self._said) < size:
-            for key, _ in self._selector.select(max(0.0, within_s)):
+        if len(self._stdout) < size:
+            for key, _ in self._selector.select(max(0.0, timeout_s)):
                 if key.fileobj is self._child.stderr:
-                    self._read_errors()
+                    self._read_stderr()
                 else:
-                    self._read_answers()
-        if len(self._said) < size:
+                    self._read_stdout()
+        if len(self._stdout) < size:
             return None
-        said, self._said = self._said[:size], self._said[size:]
+        said, self._stdout = self._stdout[:size], self._stdout[size:]
         return said
 
-    def end(self) -> tuple[int, bytes]:
+    def kill(self) -> tuple[int, bytes]:
         """Kill it, where it still is; its exit code, and the end of what it wrote to stderr."""
         self._child.kill()
         code = self._child.wait()
-        self._read_errors()
+        self._read_stderr()
         self._selector.close()
         for pipe in (self._child.stdin, self._child.stdout, self._child.stderr):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
         self._shared.close()
-        return code, self._errors
+        return code, self._stderr
 
-    def _read_answers(self) -> None:
+    def _read_stdout(self) -> None:
         """Raises Gone at their end."""
-        found = _available(self._child.stdout)
+        found = _read_available(self._child.stdout)
         if not found:
-            raise Gone
-        self._said += found
+            raise WorkerExited
+        self._stdout += found
 
-    def _read_errors(self) -> None:
-        found, pipe = _available(self._child.stderr), self._child.stderr
+    def _read_stderr(self) -> None:
+        found, pipe = _read_available(self._child.stderr), self._child.stderr
         if not found and pipe is not None and pipe in self._selector.get_map():
             # At its end it would be ready for ever.
             self._selector.unregister(pipe)
-        self._errors = (self._errors + found)[-_MOST_SAID:]
+        self._stderr = (self._stderr + found)[-_MAX_STDERR_BYTES:]
 
 
-class Shared:
+class SharedBuffer:
     """Memory that both map; it only grows, which the kernel sees to, so that no child can take it from under us."""
 
     def __init__(self) -> None:
@@ -149,7 +149,7 @@ class Shared:
 
 
 @contextlib.contextmanager
-def _memory(name: str, content: bytes) -> Iterator[int]:
+def _memory_file(name: str, content: bytes) -> Iterator[int]:
     """A file in memory, to be read from its beginning."""
     fd = os.memfd_create(f"outstation-{name}", os.MFD_CLOEXEC)
     try:
@@ -161,7 +161,7 @@ def _memory(name: str, content: bytes) -> Iterator[int]:
         os.close(fd)
 
 
-def _available(pipe: IO[bytes] | None) -> bytes:
+def _read_available(pipe: IO[bytes] | None) -> bytes:
     """What is there of a pipe that does not block, at least what fits into it; nothing at its end."""
     assert pipe is not None
     with contextlib.suppress(BlockingIOError):
@@ -170,7 +170,7 @@ def _available(pipe: IO[bytes] | None) -> bytes:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
+def _blocked_signals() -> Iterator[None]:
     """A child that is begun within never gets them: who stops the agent does not mean the model to have crashed."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
     try:

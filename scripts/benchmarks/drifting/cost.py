@@ -53,7 +53,7 @@ def judged(case: Case) -> Callable[[], float]:
     kind = made.KINDS[0]
     watch = ours.Watch.of(kind, case.model_rows, case.window)
     learned, _ = watch.step(watch.judge.start(), made.quiet(kind, 1, made.LEARN * case.window // ROWS))
-    assert learned.site is not None
+    assert learned.site_reference is not None
     rows = made.quiet(kind, 0, 102)
     batches = [rows[at : at + case.rows] for at in range(0, len(rows) - case.window + 1, case.rows)]
     count = sum(map(len, batches))

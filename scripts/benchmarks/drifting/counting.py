@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import Verdict
+from agent.drift import DriftWindowResult
 
 Flags = NDArray[np.bool_]  # (windows, subjects)
 
@@ -60,7 +60,7 @@ class Row(msgspec.Struct):
         return 1000 * self.alarmed / max(1, self.quiet)
 
 
-def raised(verdicts: Sequence[Verdict], subjects: Mapping[str, int], kinds: str = "drift fault") -> Flags:
+def raised(verdicts: Sequence[DriftWindowResult], subjects: Mapping[str, int], kinds: str = "drift fault") -> Flags:
     """(windows, subjects + 1) where an alert of one of these kinds was raised; the last is of any other subject."""
     out = np.zeros((len(verdicts), len(subjects) + 1), np.bool_)
     for window, verdict in enumerate(verdicts):

@@ -40,17 +40,19 @@ def main() -> None:
     with np.load(file, allow_pickle=False) as data:
         shipped, tables = data["shipped"].tobytes(), [data["learning"], data["quiet"]]
     before = status("VmRSS")
-    from agent.drift import Judge, Reference
+    from agent.drift import DriftMonitor, Reference
     from scripts.benchmarks.drifting import ours
 
     imported = status("VmRSS") - before
     with peak() as grown:
-        judge = Judge(Reference.from_json(shipped), labels=ours.LABELS, window=500 // model_rows, learn=40)
+        judge = DriftMonitor(
+            Reference.from_json(shipped), labels=ours.LABELS, window=500 // model_rows, learn_windows=40
+        )
         watch, state = ours.Watch(judge, model_rows), judge.start()
         for table in tables:
             for at in range(0, len(table), batch):
                 state, _ = watch.step(state, table[at : at + batch])
-    assert state.site is not None
+    assert state.site_reference is not None
     print(json.dumps({"import_mb": imported / 1024, "work_mb": grown[0] / 1024}))
 
 

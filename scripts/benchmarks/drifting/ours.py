@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import numpy as np
 
-from agent.drift import Judge, State, Verdict, build
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
 from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drifting import made
 from scripts.benchmarks.drifting.counting import Flags, Row, raised
@@ -23,7 +23,7 @@ AT_ONCE = 5  # windows of a trial before it is asked whether the change was foun
 class Watch(msgspec.Struct, frozen=True):
     """A judge of a model that answers every `model_rows` rows."""
 
-    judge: Judge
+    judge: DriftMonitor
     model_rows: int
 
     @classmethod
@@ -31,18 +31,20 @@ class Watch(msgspec.Struct, frozen=True):
         """Of windows of `window` rows, with the reference of a bundle made from other rows of that kind."""
         rows = made.training(kind)
         answered = slice(model_rows - 1, None, model_rows)
-        shipped = build(
+        shipped = build_reference(
             rows[:, :FIELDS], np.arange(0, len(rows), model_rows), model_rows,
             rows[answered, ANSWER].astype(np.int64), rows[answered, CERTAINTY, None], ROWS // model_rows,
             fields=NAMES, labels=LABELS,
         )  # fmt: skip
-        return cls(Judge(shipped, labels=LABELS, window=window // model_rows, learn=made.LEARN), model_rows)
+        return cls(
+            DriftMonitor(shipped, labels=LABELS, window=window // model_rows, learn_windows=made.LEARN), model_rows
+        )
 
-    def step(self, state: State, rows: Table) -> tuple[State, list[Verdict]]:
+    def step(self, state: DriftState, rows: Table) -> tuple[DriftState, list[DriftWindowResult]]:
         """After more `rows` (n, COLUMNS), whole windows of them."""
-        first = max(0, state.seen) + 1
+        first = max(0, state.last_counted_row) + 1
         answered = slice(self.model_rows - 1, None, self.model_rows)
-        return self.judge.step(
+        return self.judge.process_batch(
             state, rows[:, :FIELDS], np.arange(0, len(rows), self.model_rows), self.model_rows,
             rows[answered, ANSWER].astype(np.int64), rows[answered, CERTAINTY, None],
             rows=(first, first + len(rows) - 1), t=np.arange(first, first + len(rows)) * EVERY_US,
@@ -56,7 +58,7 @@ def row(
     watch, found = Watch.of(kind, model_rows), Row(name)
     for site in range(sites):
         learned, _ = watch.step(watch.judge.start(), made.learning(kind, site))
-        assert learned.site is not None
+        assert learned.site_reference is not None
         found.add_quiet(raised(watch.step(learned, made.quiet(kind, site, quiet))[1], SUBJECTS))
         for change in changes:
             for trial in range(trials):
@@ -65,7 +67,7 @@ def row(
     return found
 
 
-def until_found(watch: Watch, state: State, rows: Table, change: Change) -> Flags:
+def until_found(watch: Watch, state: DriftState, rows: Table, change: Change) -> Flags:
     """Raised by window, up to where the change was found or to the end."""
     parts: list[Flags] = []
     for part in pieces(rows):

@@ -14,8 +14,8 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from agent.device.intake.sources.recordings import Part, Playlist, Recordings, load
-from agent.drift import Judge, Reference, State, Verdict
+from agent.device.intake.sources.recordings import Playlist, PlaylistItem, ReplayRecordings, load
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference
 from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import features, runtime, scores
@@ -87,7 +87,9 @@ class Stream(msgspec.Struct, frozen=True):
     t: NDArray[np.int64]
 
     @classmethod
-    def of(cls, recordings: Recordings, parts: Iterator[Part], windows: int, change: Change | None = None) -> Stream:
+    def of(
+        cls, recordings: ReplayRecordings, parts: Iterator[PlaylistItem], windows: int, change: Change | None = None
+    ) -> Stream:
         """The next so many drift windows; what is left of the last recording is dropped."""
         rows, t, count = [], [], 0
         every = 1 / recordings.rate / (1.0 if change is None else change.rate)
@@ -106,27 +108,27 @@ class Watch:
     """The shipped bundle and its judge."""
 
     def __init__(self) -> None:
-        self._found = bundle.read(builtin.bundles() / "exercise", builtin.publishers())
-        self._model = runtime.Model(self._found.model)
-        self.judge = Judge(
+        self._found = bundle.read(builtin.bundles_dir() / "exercise", builtin.publisher_keys())
+        self._model = runtime.TfliteModel(self._found.model_bytes)
+        self.judge = DriftMonitor(
             Reference.from_json(self._found.files["reference.json"]),
-            labels=self._found.manifest.output.labels, window=WINDOW, learn=LEARN, units=UNITS,
+            labels=self._found.manifest.output.labels, window=WINDOW, learn_windows=LEARN, units=UNITS,
         )  # fmt: skip
         self.subjects = {name: i for i, name in enumerate((*self.judge.shipped.fields, OUTPUT, SCORE, JOINT))}
 
-    def step(self, state: State, stream: Stream) -> tuple[State, list[Verdict]]:
+    def step(self, state: DriftState, stream: Stream) -> tuple[DriftState, list[DriftWindowResult]]:
         spec, starts = self._found.manifest, np.arange(0, len(stream.rows), ROWS)
-        windows = features.windows(stream.rows, starts, spec.input)
-        said = scores.of(self._model.invoke(windows), spec, windows)
+        windows = features.build_windows(stream.rows, starts, spec.input)
+        said = scores.from_outputs(self._model.invoke(windows), spec, windows)
         assert said.label is not None
         assert said.score is not None
-        first = max(0, state.seen) + 1
-        return self.judge.step(
+        first = max(0, state.last_counted_row) + 1
+        return self.judge.process_batch(
             state, stream.rows, starts, ROWS, said.label, said.score[:, None].astype(np.float32),
             rows=(first, first + len(stream.rows) - 1), t=stream.t,
         )  # fmt: skip
 
-    def flags(self, state: State, stream: Stream) -> Flags:
+    def flags(self, state: DriftState, stream: Stream) -> Flags:
         return raised(self.step(state, stream)[1], self.subjects)
 
 
@@ -141,14 +143,16 @@ def row(name: str, seeds: int = SEEDS, *, halves: bool = False, quiet: int = QUI
     return found
 
 
-def site(watch: Watch, found: Row, played: tuple[Recordings, Recordings], person: int, seed: int, quiet: int) -> None:
+def site(
+    watch: Watch, found: Row, played: tuple[ReplayRecordings, ReplayRecordings], person: int, seed: int, quiet: int
+) -> None:
     seen, unseen = played
-    learning = Stream.of(seen, Playlist(seen, person, seed).parts(), LEARN)
+    learning = Stream.of(seen, Playlist(seen, person, seed).iter_items(), LEARN)
     learned, _ = watch.step(watch.judge.start(), learning)
-    assert learned.site is not None, "it did not learn"
+    assert learned.site_reference is not None, "it did not learn"
 
-    def after() -> Iterator[Part]:
-        later = Playlist(unseen, person, seed if unseen is seen else seed + SEEDS).parts(len(learning.rows) + PART)
+    def after() -> Iterator[PlaylistItem]:
+        later = Playlist(unseen, person, seed if unseen is seen else seed + SEEDS).iter_items(len(learning.rows) + PART)
         next(later)  # begun
         return later
 
@@ -157,7 +161,7 @@ def site(watch: Watch, found: Row, played: tuple[Recordings, Recordings], person
         found.add(change.name, watch.flags(learned, Stream.of(unseen, after(), WATCHED, change)), change.subjects)
 
 
-def half(recordings: Recordings, which: int) -> Recordings:
+def half(recordings: ReplayRecordings, which: int) -> ReplayRecordings:
     """The first or the second half of each recording."""
     begin, end = recordings.starts[:-1], recordings.starts[1:]
     middle = (begin + end) // 2

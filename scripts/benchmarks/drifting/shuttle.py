@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift import Judge, Reference, State, Verdict, build
+from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drifting.counting import Row, raised
 
@@ -60,13 +60,15 @@ def rows(readings: Readings, seeds: int = SEEDS) -> list[Row]:
     return list(found.values())
 
 
-def _learned(normal: Floats, rng: np.random.Generator) -> tuple[Judge, State]:
+def _learned(normal: Floats, rng: np.random.Generator) -> tuple[DriftMonitor, DriftState]:
     """Windows with a fault are not learned from, so it takes as many as it takes."""
-    judge = Judge(_reference(rng.permutation(normal)[: TRAINED * ROWS]), labels=(), window=ROWS, learn=LEARN)
+    judge = DriftMonitor(
+        _reference(rng.permutation(normal)[: TRAINED * ROWS]), labels=(), window=ROWS, learn_windows=LEARN
+    )
     state = judge.start()
     for _ in range(MOST_TURNS):
         state, _ = _step(judge, state, rng.permutation(normal)[: LEARN * ROWS])
-        if state.site is not None:
+        if state.site_reference is not None:
             return judge, state
     raise AssertionError(f"it learned nothing from {MOST_TURNS * LEARN} windows")
 
@@ -80,12 +82,12 @@ def _mixed(normal: Floats, others: Floats, share: float, rng: np.random.Generato
 
 def _reference(rows: Floats) -> Reference:
     none = np.zeros(len(rows), np.int64)
-    return build(rows, np.arange(len(rows)), 1, none, None, ROWS, fields=NAMES)
+    return build_reference(rows, np.arange(len(rows)), 1, none, None, ROWS, fields=NAMES)
 
 
-def _step(judge: Judge, state: State, rows: Floats) -> tuple[State, list[Verdict]]:
-    first, count = max(0, state.seen) + 1, len(rows)
-    return judge.step(
+def _step(judge: DriftMonitor, state: DriftState, rows: Floats) -> tuple[DriftState, list[DriftWindowResult]]:
+    first, count = max(0, state.last_counted_row) + 1, len(rows)
+    return judge.process_batch(
         state, rows, np.arange(count), 1, np.zeros(count, np.int64), None,
         rows=(first, first + count - 1), t=np.arange(first, first + count) * 1_000_000,
     )  # fmt: skip

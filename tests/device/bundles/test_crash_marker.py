@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agent import clock
 from agent.device.bundles import crash_marker
-from agent.device.bundles.crash_marker import FILE, Mark, Marker
+from agent.device.bundles.crash_marker import FILE, CrashMarker, CrashRecord
 
 _DIES = """\
 import os, sys
@@ -33,7 +33,7 @@ def died(folder: Path, signum: int) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_process_that_dies_within_the_model_leaves_its_mark(tmp_path: Path, signum: int) -> None:
     died(tmp_path, signum)
-    left = Marker(tmp_path).left
+    left = CrashMarker(tmp_path).previous_run
     assert left is not None
     assert (left.task, left.digest, left.boot) == ("sort", "sha256:bad", clock.boot_id())
 
@@ -42,20 +42,20 @@ def test_two_deaths_leave_marks_that_can_be_told_apart(tmp_path: Path) -> None:
     found = []
     for _ in range(2):
         died(tmp_path, signal.SIGKILL)
-        found.append(Marker(tmp_path).left)
+        found.append(CrashMarker(tmp_path).previous_run)
     assert found[0] is not None
     assert found[1] is not None
     assert found[0].id != found[1].id
 
 
 def test_a_run_that_ends_or_raises_leaves_none(tmp_path: Path) -> None:
-    made = Marker(tmp_path)
-    with made.running("sort", "sha256:good"):
-        assert Marker(tmp_path).left is not None
-    assert Marker(tmp_path).left is None
-    with pytest.raises(ValueError, match="of the model"), made.running("sort", "sha256:good"):
+    made = CrashMarker(tmp_path)
+    with made.guard_run("sort", "sha256:good"):
+        assert CrashMarker(tmp_path).previous_run is not None
+    assert CrashMarker(tmp_path).previous_run is None
+    with pytest.raises(ValueError, match="of the model"), made.guard_run("sort", "sha256:good"):
         raise ValueError("of the model")
-    assert Marker(tmp_path).left is None
+    assert CrashMarker(tmp_path).previous_run is None
 
 
 def test_a_mark_from_before_the_machine_was_started_counts_for_nothing(
@@ -63,15 +63,15 @@ def test_a_mark_from_before_the_machine_was_started_counts_for_nothing(
 ) -> None:
     died(tmp_path, signal.SIGKILL)
     monkeypatch.setattr(clock, "boot_id", lambda: "another")
-    assert Marker(tmp_path).left is None
+    assert CrashMarker(tmp_path).previous_run is None
 
 
 def test_a_folder_that_takes_no_file_stops_no_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / FILE).mkdir()
-    made = Marker(tmp_path)
-    assert made.left is None
+    made = CrashMarker(tmp_path)
+    assert made.previous_run is None
     for _ in range(3):
-        with made.running("sort", "sha256:good"):
+        with made.guard_run("sort", "sha256:good"):
             pass
     assert len(caplog.records) == 1
     assert "a model that ends the agent is not found out" in caplog.text
@@ -79,13 +79,13 @@ def test_a_folder_that_takes_no_file_stops_no_model(tmp_path: Path, caplog: pyte
 
 @given(st.text(max_size=80), st.text(max_size=80), st.integers(0, 300), st.integers(1, 255))
 def test_what_was_written_is_read_and_one_changed_byte_is_noticed(task: str, digest: str, at: int, flip: int) -> None:
-    mark = Mark(task, digest, "boot", "id")
-    data = bytearray(crash_marker._frame(mark))
-    assert crash_marker._unframe(bytes(data) + bytes(100)) == mark
+    mark = CrashRecord(task, digest, "boot", "id")
+    data = bytearray(crash_marker._encode(mark))
+    assert crash_marker._decode(bytes(data) + bytes(100)) == mark
     data[at % len(data)] ^= flip
-    assert crash_marker._unframe(bytes(data)) is None
+    assert crash_marker._decode(bytes(data)) is None
 
 
 @given(st.binary(max_size=200))
 def test_any_other_bytes_are_no_mark(data: bytes) -> None:
-    assert crash_marker._unframe(data) is None
+    assert crash_marker._decode(data) is None

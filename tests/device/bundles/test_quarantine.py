@@ -13,7 +13,7 @@ import pytest
 from agent import clock
 from agent.bootstrap import tasks, wiring
 from agent.device.bundles import crash_marker, history, overrides
-from agent.device.bundles.crash_marker import Mark, Marker
+from agent.device.bundles.crash_marker import CrashMarker, CrashRecord
 from agent.model.inference import runtime
 from tests.kit.exchanges import Device, versions
 from tests.kit.operators import NOW
@@ -36,8 +36,8 @@ def device(tmp_path: Path, bundles: dict[str, Path]) -> Iterator[Device]:
 def dies(device: Device, digest: str, task: str = "sort") -> None:
     """The agent ends while that bundle is loaded or run: its mark stays."""
     device.store.close()
-    mark = Mark(task, digest, clock.boot_id(), str(next(NUMBERS)))
-    (device.conf.data_dir / crash_marker.FILE).write_bytes(crash_marker._frame(mark))
+    mark = CrashRecord(task, digest, clock.boot_id(), str(next(NUMBERS)))
+    (device.conf.data_dir / crash_marker.FILE).write_bytes(crash_marker._encode(mark))
 
 
 def dies_and_starts(device: Device, digest: str) -> None:
@@ -56,7 +56,7 @@ def alerts(device: Device) -> list[tuple[str, str, str]]:
 
 
 def set_aside(device: Device) -> set[str]:
-    return set(overrides.set_aside(device.store, "sort"))
+    return set(overrides.load_quarantined(device.store, "sort"))
 
 
 def test_one_death_sets_nothing_aside(device: Device) -> None:
@@ -137,7 +137,7 @@ def test_a_mark_is_counted_once_though_the_start_that_found_it_died_too(
     device.crash("2")
     dies(device, device.digest("2"))
     with monkeypatch.context() as patched:
-        patched.setattr(Marker, "clear", die)
+        patched.setattr(CrashMarker, "clear", die)
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 device.start()
@@ -152,7 +152,7 @@ def test_without_a_bundle_to_go_back_to_the_task_stops_and_its_readings_wait(dev
     dies_and_starts(device, bad)
     dies_and_starts(device, bad)
     assert device.runs() is None
-    device.daemon._reports.bundles(device.daemon._broken)
+    device.daemon._health_reporter.report_bundles(device.daemon._bundle_failures)
     [alert] = [body for body in device.messages() if body.get("alert") == "model"]
     assert (alert["state"], alert["severity"]) == ("raised", "critical")
     assert "tiny 1 (sha256:" in alert["summary"]
@@ -160,7 +160,7 @@ def test_without_a_bundle_to_go_back_to_the_task_stops_and_its_readings_wait(dev
     assert "its readings are kept" in alert["summary"]
     assert audits(device, "quarantined")[0]["evidence"]["to"] is None
     device.add_rows(40)
-    device.daemon.turn(NOW)
+    device.daemon.tick(NOW)
     assert (device.store.first_row("cells"), device.store.cursor("sort")) == (1, None)
 
 
@@ -232,7 +232,7 @@ def test_a_new_bundle_that_dies_while_it_is_loaded_never_counts_as_activated(
         def die(*_: object) -> None:
             raise KeyboardInterrupt
 
-        patched.setattr(runtime, "Model", die)
+        patched.setattr(runtime, "TfliteModel", die)
         with pytest.raises(KeyboardInterrupt):
             device.start()
     dies_and_starts(device, device.digest("2"))
@@ -245,7 +245,7 @@ def test_without_the_copy_of_the_one_before_the_task_stops(device: Device) -> No
     bad = device.digest("2")
     dies_and_starts(device, bad)
     dies(device, bad)
-    copy = history.folder(device.conf.data_dir, device.digest("1"))
+    copy = history.copy_folder(device.conf.data_dir, device.digest("1"))
     copy.rename(copy.with_name("gone"))
     device.start()
     assert device.runs() is None
@@ -254,33 +254,33 @@ def test_without_the_copy_of_the_one_before_the_task_stops(device: Device) -> No
 def test_a_mark_of_a_task_that_is_no_longer_configured_is_cleared(device: Device) -> None:
     dies(device, device.digest("1"), task="removed")
     device.start()
-    assert Marker(device.conf.data_dir).left is None
+    assert CrashMarker(device.conf.data_dir).previous_run is None
     assert device.runs() == "1"
 
 
 def test_the_model_runs_and_is_loaded_within_the_mark(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    run = runtime.Model._run
+    run = runtime.TfliteModel._run_batch
 
-    def looking(self: runtime.Model, part: Any) -> Any:
-        left = Marker(device.conf.data_dir).left
+    def looking(self: runtime.TfliteModel, part: Any) -> Any:
+        left = CrashMarker(device.conf.data_dir).previous_run
         seen.append(left.digest if left else "")
         return run(self, part)
 
-    monkeypatch.setattr(runtime.Model, "_run", looking)
+    monkeypatch.setattr(runtime.TfliteModel, "_run_batch", looking)
     device.crash()
     loaded = len(seen)
     device.results_by()
     assert 0 < loaded < len(seen)
     assert set(seen) == {device.digest("1")}
-    assert Marker(device.conf.data_dir).left is None
+    assert CrashMarker(device.conf.data_dir).previous_run is None
 
 
 def test_a_batch_by_hand_counts_the_death_of_the_one_before(device: Device) -> None:
     device.crash("2")
     dies(device, device.digest("2"))
     device.store = wiring.open_store(device.conf)
-    tasks.guard(device.conf, device.store, wiring.author(device.file, device.conf, device.store))
-    crashes = device.store.state("sort", overrides.CRASHES)
+    tasks.open_crash_marker(device.conf, device.store, wiring.open_message_log(device.file, device.conf, device.store))
+    crashes = device.store.load_state("sort", overrides.CRASHES)
     assert crashes is not None
     assert json.loads(crashes)["count"] == 1

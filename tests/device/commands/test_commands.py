@@ -11,18 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent import clock
-from agent.clock import Now
-from agent.device.commands.executor import Deed
-from agent.device.commands.receiver import Commands
+from agent.clock import ClockReading
+from agent.device.commands.executor import Effect
+from agent.device.commands.receiver import CommandReceiver
 from agent.device.machine.timekeeping import FLOOR
-from agent.device.store.message_log import Author
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.device.uplink.refusals import COMMANDS, QUIET_S, Refusals
-from agent.errors import Refused, StorageFull
-from agent.transport.packets import Delivery, Outgoing
+from agent.device.uplink.refusals import CLEAR_AFTER_S, COMMANDS, Refusals
+from agent.errors import MessageRefused, StorageFull
+from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
-from agent.wire.commands import MAX_COMMAND_BYTES, NEED_TIME
+from agent.wire.commands import CLOCK_DEPENDENT, MAX_COMMAND_BYTES
 from tests.kit.operators import DEVICE, FLEET, MINUTE_US, NOW, TOPIC, Desk, Operator
 from tests.kit.senders import new_key
 
@@ -34,8 +34,8 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
     made.store.close()
 
 
-def later(now: Now, seconds: float) -> Now:
-    return Now(now.wall_us + round(seconds * 1e6), now.boot_s + seconds, now.quality)
+def later(now: ClockReading, seconds: float) -> ClockReading:
+    return ClockReading(now.wall_us + round(seconds * 1e6), now.boot_s + seconds, now.quality)
 
 
 def test_a_signed_command_is_obeyed_answered_and_written_to_the_log(desk: Desk) -> None:
@@ -55,7 +55,7 @@ def test_a_command_for_another_device_is_refused_on_its_topic_and_on_ours(desk: 
     other = TOPIC.replace(DEVICE, "pi-08")
     theirs = desk.operator.command(topic=other)
     assert desk.refused(theirs) == "other topic"
-    moved = Delivery(TOPIC, theirs.payload, theirs.tokens, False, 1, 1)
+    moved = IncomingMessage(TOPIC, theirs.payload, theirs.tokens, False, 1, 1)
     assert desk.refused(moved) == "other topic"
     signed_here = desk.operator.command(device="pi-08")
     assert desk.refused(signed_here) == "other device"
@@ -67,9 +67,9 @@ def test_a_command_by_a_stranger_or_by_the_collector_is_refused(desk: Desk) -> N
 
 def test_an_unsigned_and_an_altered_command_are_refused(desk: Desk) -> None:
     genuine = desk.operator.command("run", args={"task": "a"})
-    assert desk.refused(Delivery(TOPIC, genuine.payload, (), False, 1, 1)) == "unsigned"
+    assert desk.refused(IncomingMessage(TOPIC, genuine.payload, (), False, 1, 1)) == "unsigned"
     altered = genuine.payload.replace(b'"a"', b'"b"')
-    assert desk.refused(Delivery(TOPIC, altered, genuine.tokens, False, 1, 1)) == "bad signature"
+    assert desk.refused(IncomingMessage(TOPIC, altered, genuine.tokens, False, 1, 1)) == "bad signature"
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def test_a_signed_command_that_two_readers_could_read_differently_is_refused(
     plain = desk.operator.command("report").payload.replace(b',"args":{}', b"")
     changed = plain.replace(b'"name":"report"', payload)
     token = jws.sign(desk.operator.key, TOPIC, changed)
-    assert desk.refused(Delivery(TOPIC, changed, (token,), False, 1, 1)) == reason
+    assert desk.refused(IncomingMessage(TOPIC, changed, (token,), False, 1, 1)) == reason
 
 
 def test_ten_megabytes_are_refused_before_anything_is_verified(desk: Desk) -> None:
-    assert desk.refused(Delivery(TOPIC, b"x" * 10_000_000, ("a..b",), False, 1, 1)) == "too large"
+    assert desk.refused(IncomingMessage(TOPIC, b"x" * 10_000_000, ("a..b",), False, 1, 1)) == "too large"
     assert desk.refused(desk.operator.command(args={"x": "y" * MAX_COMMAND_BYTES})) == "too large"
 
 
@@ -130,12 +130,12 @@ def test_after_a_database_was_restored_only_what_has_not_expired_can_be_replayed
 def test_each_key_counts_for_itself(tmp_path: Path) -> None:
     one, two = Operator(), Operator(key=new_key(78))
     store = Store(tmp_path)
-    author = Author(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
-    commands = Commands(store, author, [one.key.public, two.key.public])
-    commands.take(one.command(counter=500))
-    commands.take(two.command(counter=3))
-    with pytest.raises(Refused, match="replayed"):
-        commands.take(two.command(counter=3))
+    author = MessageLog(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
+    commands = CommandReceiver(store, author, [one.key.public, two.key.public])
+    commands.receive(one.command(counter=500))
+    commands.receive(two.command(counter=3))
+    with pytest.raises(MessageRefused, match="replayed"):
+        commands.receive(two.command(counter=3))
     store.close()
 
 
@@ -155,7 +155,7 @@ def test_an_expired_command_is_refused_answered_and_uses_its_counter_up(desk: De
 
 
 def test_a_command_that_would_be_valid_for_a_week_is_refused(desk: Desk) -> None:
-    [answer] = desk.obey(desk.operator.command(expires=clock.rfc3339(NOW.wall_us + 7 * 1440 * MINUTE_US)))
+    [answer] = desk.obey(desk.operator.command(expires=clock.to_rfc3339(NOW.wall_us + 7 * 1440 * MINUTE_US)))
     assert "more than 24 h" in answer.summary
 
 
@@ -168,16 +168,16 @@ def test_a_month_that_is_none_is_refused_like_any_wrong_time(desk: Desk) -> None
 def test_under_an_unsynced_clock_expiry_is_judged_by_the_time_floor(desk: Desk) -> None:
     with desk.store.transaction() as tx:
         tx.set_meta(FLOOR, str(NOW.wall_us))
-    lost = Now(0, 10.0, "unsynced")
+    lost = ClockReading(0, 10.0, "unsynced")
     old = Operator(now_us=NOW.wall_us - 20 * MINUTE_US)
     answers = desk.obey(old.command(), Operator().command(counter=50, id="new"), now=lost)
     assert [answer.ok for answer in answers] == [False, True]
 
 
-@pytest.mark.parametrize("name", sorted(NEED_TIME))
+@pytest.mark.parametrize("name", sorted(CLOCK_DEPENDENT))
 def test_under_an_unsynced_clock_nothing_is_destroyed(desk: Desk, name: str) -> None:
     args = {"task": "a"} if name == "rollback" else {}
-    [answer] = desk.obey(desk.operator.command(name, args=args), now=Now(0, 10.0, "unsynced"))
+    [answer] = desk.obey(desk.operator.command(name, args=args), now=ClockReading(0, 10.0, "unsynced"))
     assert (answer.ok, desk.done) == (False, [])
     assert "unsynced" in answer.summary
 
@@ -201,7 +201,7 @@ def test_a_crash_between_claim_and_effect_repeats_nothing_and_is_told(tmp_path: 
     class Crash(Exception):
         pass
 
-    def die(args: Mapping[str, str], now: Now) -> Deed:
+    def die(args: Mapping[str, str], now: ClockReading) -> Effect:
         raise Crash
 
     desk = Desk(tmp_path, actions={"rotate-key": die})
@@ -227,11 +227,11 @@ def test_a_crash_within_the_commit_of_the_effect_undoes_effect_answer_and_log_to
         tx.set_meta("effect", "half")
         raise Crash
 
-    desk = Desk(tmp_path, actions={"pause": lambda args, now: Deed("paused", write=write)})
+    desk = Desk(tmp_path, actions={"pause": lambda args, now: Effect("paused", write=write)})
     with pytest.raises(Crash):
         desk.obey(desk.operator.command("pause", args={"task": "a"}))
     desk.crash()
-    assert (desk.store.meta("effect", ""), desk.answers(), desk.audit()) == ("", [], [])
+    assert (desk.store.get_meta("effect", ""), desk.answers(), desk.audit()) == ("", [], [])
     desk.control.recover(NOW)
     assert [answer.ok for answer in desk.answers()] == [False]
     desk.store.close()
@@ -249,12 +249,12 @@ def test_with_a_full_disk_the_operator_hears_that_nothing_was_done(desk: Desk, m
         raise StorageFull("the disk is full")
 
     command = desk.operator.command("run", args={"task": "a"})
-    desk.commands.take(command)
+    desk.commands.receive(command)
     with monkeypatch.context() as patched:
         patched.setattr(desk.store, "transaction", full)
-        desk.control.turn(NOW)
+        desk.control.tick(NOW)
     said = Said()
-    desk.commands.turn(said, NOW)
+    desk.commands.tick(said, NOW)
     [reply] = [msgspec.json.decode(message.payload) for message in said.messages]
     assert (reply["kind"], reply["ok"], desk.done) == ("reply", False, [])
     assert "disk is full" in reply["summary"]
@@ -264,41 +264,41 @@ class Said:
     """A session that the broker confirms everything of, or nothing."""
 
     def __init__(self, *, confirms: bool = True) -> None:
-        self.messages: list[Outgoing] = []
+        self.messages: list[OutgoingMessage] = []
         self.confirms = confirms
 
-    def say(self, message: Outgoing) -> None:
+    def enqueue_live(self, message: OutgoingMessage) -> None:
         self.messages.append(message)
 
-    def said(self) -> bool:
+    def is_live_confirmed(self) -> bool:
         return self.confirms
 
 
 def test_an_answer_that_no_broker_confirmed_goes_again_with_the_next_connection_and_then_no_more(desk: Desk) -> None:
     desk.obey(desk.operator.command())
     lost = Said(confirms=False)
-    desk.commands.begin()
-    desk.commands.turn(lost, NOW)
-    desk.commands.turn(lost, NOW)
+    desk.commands.on_connected()
+    desk.commands.tick(lost, NOW)
+    desk.commands.tick(lost, NOW)
     assert len(lost.messages) == 1
     assert lost.messages[0].correlation == b"corr"
     assert lost.messages[0].retain is False
     taken = Said()
-    desk.commands.begin()
+    desk.commands.on_connected()
     for _ in range(3):
-        desk.commands.turn(taken, NOW)
+        desk.commands.tick(taken, NOW)
     assert [message.payload for message in taken.messages] == [lost.messages[0].payload]
-    assert desk.commands.idle()
+    assert desk.commands.is_idle()
     desk.crash()
     nothing = Said()
-    desk.commands.begin()
-    desk.commands.turn(nothing, NOW)
+    desk.commands.on_connected()
+    desk.commands.tick(nothing, NOW)
     assert nothing.messages == []
 
 
 def test_more_commands_than_wait_at_once_are_refused_as_busy_and_can_be_sent_again(desk: Desk) -> None:
     for _ in range(16):
-        desk.commands.take(desk.operator.command())
+        desk.commands.receive(desk.operator.command())
     late = desk.operator.command()
     assert desk.refused(late) == "busy"
     assert len(desk.obey()) == 16
@@ -307,20 +307,20 @@ def test_more_commands_than_wait_at_once_are_refused_as_busy_and_can_be_sent_aga
 
 def test_a_device_without_operators_does_not_listen(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    author = Author(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
-    assert Commands(store, author, []).subscriptions == []
+    author = MessageLog(FLEET, DEVICE, new_key(1), store.log_id, 1, 120_000)
+    assert CommandReceiver(store, author, []).subscriptions == []
     store.close()
 
 
-def flood(desk: Desk, refusals: Refusals, n: int, every_s: float = 0.001) -> Now:
+def flood(desk: Desk, refusals: Refusals, n: int, every_s: float = 0.001) -> ClockReading:
     """Forged commands, one after the other, as the uplink sees them; when the last one came."""
     forged = Operator(key=new_key(9)).command()
     now = NOW
     for i in range(n):
         now = later(NOW, i * every_s)
         try:
-            desk.commands.take(forged)
-        except Refused as refusal:
+            desk.commands.receive(forged)
+        except MessageRefused as refusal:
             refusals.add(COMMANDS, refusal, now)
         refusals.flush(now)
     return now
@@ -331,35 +331,35 @@ def test_ten_thousand_forged_commands_make_one_alert_a_few_commits_and_no_memory
     before = desk.store._db.total_changes
     end = flood(desk, refusals, 10_000, every_s=0.03)
     assert desk.store._db.total_changes - before < 60
-    refusals.flush(end, at_once=True)
+    refusals.flush(end, force=True)
     counters = desk.store.counters()
     assert counters["commands refused"] == 10_000
     assert counters["commands refused: unknown key"] == 10_000
-    alerts = desk.store.alerts(10)
+    alerts = desk.store.recent_alerts(10)
     assert [(alert["alert"], alert["state"]) for alert in alerts] == [("security", "raised")]
-    assert desk.commands.orders.qsize() == 0
+    assert desk.commands.received.qsize() == 0
     assert len(desk.obey(desk.operator.command())) == 1
 
 
 def test_the_alert_is_cleared_after_a_quiet_hour_and_not_before(desk: Desk) -> None:
     refusals = Refusals(desk.store, desk.author)
     end = flood(desk, refusals, 3)
-    refusals.flush(later(end, QUIET_S - 1))
-    assert [alert["state"] for alert in desk.store.alerts(10)] == ["raised"]
-    refusals.flush(later(end, QUIET_S + 1))
-    refusals.flush(later(end, QUIET_S + 2))
-    assert [alert["state"] for alert in desk.store.alerts(10)] == ["cleared", "raised"]
+    refusals.flush(later(end, CLEAR_AFTER_S - 1))
+    assert [alert["state"] for alert in desk.store.recent_alerts(10)] == ["raised"]
+    refusals.flush(later(end, CLEAR_AFTER_S + 1))
+    refusals.flush(later(end, CLEAR_AFTER_S + 2))
+    assert [alert["state"] for alert in desk.store.recent_alerts(10)] == ["cleared", "raised"]
 
 
 def test_an_alert_that_was_open_when_the_agent_stopped_is_cleared_a_quiet_hour_after_the_start(desk: Desk) -> None:
     flood(desk, Refusals(desk.store, desk.author), 1)
     again = Refusals(desk.store, desk.author)
-    start = Now(NOW.wall_us, 5.0, "synced")
+    start = ClockReading(NOW.wall_us, 5.0, "synced")
     again.flush(start)
-    again.flush(later(start, QUIET_S - 1))
-    assert [alert["state"] for alert in desk.store.alerts(10)] == ["raised"]
-    again.flush(later(start, QUIET_S))
-    assert [alert["state"] for alert in desk.store.alerts(10)] == ["cleared", "raised"]
+    again.flush(later(start, CLEAR_AFTER_S - 1))
+    assert [alert["state"] for alert in desk.store.recent_alerts(10)] == ["raised"]
+    again.flush(later(start, CLEAR_AFTER_S))
+    assert [alert["state"] for alert in desk.store.recent_alerts(10)] == ["cleared", "raised"]
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -367,4 +367,4 @@ def test_an_alert_that_was_open_when_the_agent_stopped_is_cleared_a_quiet_hour_a
 def test_no_bytes_from_a_stranger_do_anything_but_be_refused(
     desk: Desk, payload: bytes, token: str, topic: str
 ) -> None:
-    assert desk.refused(Delivery(topic, payload, (token,), False, 1, 1)) != ""
+    assert desk.refused(IncomingMessage(topic, payload, (token,), False, 1, 1)) != ""

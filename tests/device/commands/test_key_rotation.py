@@ -11,29 +11,29 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.config import Broker, Config
-from agent.config import Device as DeviceSection
+from agent.config import BrokerConfig, Config
+from agent.config import DeviceConfig as DeviceSection
 from agent.device.commands import key_rotation
-from agent.device.commands.executor import Control
-from agent.device.commands.key_rotation import Rotation, open_keys
-from agent.device.commands.receiver import Commands
+from agent.device.commands.executor import CommandExecutor
+from agent.device.commands.key_rotation import KeyRotation, open_keys
+from agent.device.commands.receiver import CommandReceiver
 from agent.device.machine import keys as keyfiles
 from agent.device.machine.keys import KeyFiles
 from agent.device.recovery import findings, new_log
-from agent.device.store.damaged_messages import declare_damaged
-from agent.device.store.message_log import Author
-from agent.device.store.retention import Acknowledged
-from agent.device.store.space import Space
+from agent.device.store.damaged_messages import quarantine_damaged
+from agent.device.store.message_log import MessageLog
+from agent.device.store.retention import AcknowledgedSeqs
+from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
 from agent.errors import UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
-from agent.transport.packets import Delivery
+from agent.transport.packets import IncomingMessage
 from agent.wire import jws, keys
 from agent.wire import key_rotation as wire
-from agent.wire.keys import SigningKey, b64url
-from agent.wire.messages import open_message
+from agent.wire.keys import SigningKey, b64url_encode
+from agent.wire.messages import verify_message
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
 from tests.kit.senders import Sender, Sent, new_key
 
@@ -52,10 +52,10 @@ class Device:
         self.store = Store(self.folder)
         self.files = KeyFiles(self.folder, self.given)
         key, live = open_keys(self.store, self.files)
-        self.author = Author(FLEET, DEVICE, key, self.store.log_id, self.store.boot, 120_000, live)
-        self.commands = Commands(self.store, self.author, [self.operator.key.public])
-        self.rotation = Rotation(self.store, self.author, self.files, self.commands.post, self._renew)
-        self.control = Control(self.store, self.author, self.commands, {"rotate-key": self.rotation.rotate})
+        self.author = MessageLog(FLEET, DEVICE, key, self.store.log_id, self.store.boot, 120_000, live)
+        self.commands = CommandReceiver(self.store, self.author, [self.operator.key.public])
+        self.rotation = KeyRotation(self.store, self.author, self.files, self.commands.post, self._renew)
+        self.control = CommandExecutor(self.store, self.author, self.commands, {"rotate-key": self.rotation.rotate})
         self.control.recover(NOW)
 
     def crash(self) -> None:
@@ -64,24 +64,27 @@ class Device:
 
     def rotate(self) -> bool:
         """Whether it says that it did."""
-        self.commands.take(self.operator.command("rotate-key"))
-        self.control.turn(NOW)
+        self.commands.receive(self.operator.command("rotate-key"))
+        self.control.tick(NOW)
         with self.store.transaction() as tx:
             return tx.commands.unsent(0)[-1].ok
 
     def write(self, n: int = 1) -> None:
         with self.store.transaction() as tx:
             for _ in range(n):
-                self.author.write(tx, "health", None, {}, NOW)
+                self.author.append(tx, "health", None, {}, NOW)
 
-    def messages(self) -> list[Delivery]:
-        return [Delivery(m.topic, m.payload, (m.jws,), False, 1, 1) for m in self.store.unsent(0, 1000)]
+    def messages(self) -> list[IncomingMessage]:
+        return [
+            IncomingMessage(m.topic, m.payload, (m.jws,), False, 1, 1)
+            for m in self.store.unacknowledged_messages(0, 1000)
+        ]
 
     def acknowledged(self) -> None:
         """The collector has everything."""
         with self.store.transaction() as tx:
-            tx.outbox.set_acknowledged(tx.outbox.acknowledged.also([(1, tx.chain()[0])]))
-        self.rotation.turn(NOW)
+            tx.outbox.set_acknowledged(tx.outbox.acknowledged.union([(1, tx.log_head()[0])]))
+        self.rotation.tick(NOW)
 
     def _renew(self) -> None:
         self.renewed += 1
@@ -98,7 +101,7 @@ def device(tmp_path: Path) -> Iterator[Device]:
 def collector(tmp_path: Path) -> Iterator[Collector]:
     store = FleetStore(tmp_path / "fleet.db")
     store.enrol(DEVICE, new_key(1).public, replace=False, now=TIME)
-    yield Collector(FLEET, Broker(), store, new_key(2))
+    yield Collector(FLEET, BrokerConfig(), store, new_key(2))
     store.close()
 
 
@@ -114,7 +117,7 @@ def security_alerts(collector: Collector) -> list[str]:
     return [row["summary"] for row in collector.store.alerts() if row["alert"] == "security"]
 
 
-def kid_of(delivery: Delivery) -> str:
+def kid_of(delivery: IncomingMessage) -> str:
     return jws.claimed_kid(delivery.tokens[0])
 
 
@@ -183,7 +186,7 @@ def test_a_key_can_be_rotated_twice_but_only_once_the_collector_knows_the_first_
     collector._store(device.messages())
     assert refusals(collector) == {}
     report = audit(collector.store)
-    assert report.passed, report.document()
+    assert report.passed, report.to_dict()
     assert len(collector.store.enrolled_keys()) == 3
 
 
@@ -248,22 +251,22 @@ def test_in_one_batch_with_the_rotation_such_a_message_is_refused(device: Device
 def rotate(sender: Sender, new: SigningKey, **changes: Any) -> Sent:
     """A rotation by `sender`, who uses the new key from then on; `changes` spoil the evidence."""
     old = sender.key.public
-    made = wire.evidence(FLEET, sender.device, sender.log, sender.seq + 1, old, new)
-    sent = sender.logged("audit", event=wire.EVENT, summary="", evidence={**made, **changes})
+    made = wire.build_evidence(FLEET, sender.device, sender.log, sender.seq + 1, old, new)
+    sent = sender.logged("audit", event=wire.ROTATION_EVENT, summary="", evidence={**made, **changes})
     sender.key = new
     return sent
 
 
-def live_state(key: SigningKey) -> Delivery:
+def live_state(key: SigningKey) -> IncomingMessage:
     topic = f"outstation/{FLEET}/{DEVICE}/state"
     payload = msgspec.json.encode(
         {"v": 1, "kind": "state", "device": DEVICE, "state": "stopped", "boot": 1, "time": TIME}
     )
-    return Delivery(topic, payload, (jws.sign(key, topic, payload),), False, 1, 1)
+    return IncomingMessage(topic, payload, (jws.sign(key, topic, payload),), False, 1, 1)
 
 
 def proof_of(device: str, log: str, seq: int, old: SigningKey, new: SigningKey) -> str:
-    return str(wire.evidence(FLEET, device, log, seq, old.public, new)["proof"])
+    return str(wire.build_evidence(FLEET, device, log, seq, old.public, new)["proof"])
 
 
 LOG = "7e57ab1e-0000-4000-8000-000000000000"
@@ -273,14 +276,14 @@ LOG = "7e57ab1e-0000-4000-8000-000000000000"
     "changes",
     [
         {"proof": ""},
-        {"proof": b64url(bytes(64))},
+        {"proof": b64url_encode(bytes(64))},
         {"proof": proof_of("pi-08", LOG, 1, new_key(1), new_key(11))},
         {"proof": proof_of(DEVICE, LOG, 2, new_key(1), new_key(11))},
         {"proof": proof_of(DEVICE, LOG.replace("7e57", "0000"), 1, new_key(1), new_key(11))},
         {"proof": proof_of(DEVICE, LOG, 1, new_key(1), new_key(12))},
         {"key": new_key(12).public.text},
         {"key": "AAAA"},
-        {"key": b64url(bytes(32))},
+        {"key": b64url_encode(bytes(32))},
         {"key": None, "proof": None, "old": None},
         {"old": new_key(2).public.kid},
     ],
@@ -311,7 +314,7 @@ def test_a_rotation_to_a_key_that_another_device_has_changes_nothing(collector: 
 def test_another_devices_rotation_replayed_on_this_topic_is_refused(collector: Collector) -> None:
     collector.store.enrol("pi-08", new_key(5).public, replace=False, now=TIME)
     sent = rotate(Sender(device="pi-08", key=new_key(5)), new_key(11)).delivery()
-    collector._store([Delivery(sent.topic.replace("pi-08", DEVICE), sent.payload, sent.tokens, False, 1, 1)])
+    collector._store([IncomingMessage(sent.topic.replace("pi-08", DEVICE), sent.payload, sent.tokens, False, 1, 1)])
     assert refusals(collector) == {"other topic": 1}
 
 
@@ -345,15 +348,15 @@ def dies(*_: object, **__: object) -> None:
 
 
 def die_in_prepare(device: Device, patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(keyfiles, "sync", dies)
+    patched.setattr(keyfiles, "sync_folder", dies)
 
 
 def die_before_the_commit(device: Device, patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(Rotation, "_write", dies)
+    patched.setattr(KeyRotation, "_commit", dies)
 
 
 def die_after_the_commit(device: Device, patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(Rotation, "_begin", dies)
+    patched.setattr(KeyRotation, "_activate", dies)
 
 
 def die_before_the_first_rename(device: Device, patched: pytest.MonkeyPatch) -> None:
@@ -439,10 +442,12 @@ def test_a_rotation_that_waits_is_said_again_where_a_new_log_begins(device: Devi
     device.rotate()
     device.write(2)
     old = device.store.log_id
-    plan = findings.NewLog(why="The store went back in time.", old=old, acknowledged=Acknowledged().to_json())
+    plan = findings.NewLogPlan(
+        reason="The store went back in time.", old=old, acknowledged=AcknowledgedSeqs().to_json()
+    )
     with device.store.transaction() as tx:
         tx.set_meta(findings.NEW_LOG, msgspec.json.encode(plan).decode())
-    new_log.relog(device.store, device.author, NOW)
+    new_log.start_new_log(device.store, device.author, NOW)
     assert device.author.log_id != old
     device.crash()
     collector._store(device.messages())
@@ -458,11 +463,11 @@ def spoil(device: Device, seq: int) -> None:
     with device.store.transaction():
         spoiled = "CAST(substr(payload, 1, 100) || '~' || substr(payload, 102) AS BLOB)"
         device.store._db.execute(f"UPDATE outbox SET payload = {spoiled} WHERE seq = ?", (seq,))
-    assert [message.seq for message in device.store.unsent(0, 1000) if not message.intact] == [seq]
+    assert [message.seq for message in device.store.unacknowledged_messages(0, 1000) if not message.intact] == [seq]
 
 
 def pending_seq(device: Device) -> int:
-    return int(json.loads(device.store.meta(key_rotation.PENDING, ""))["seq"])
+    return int(json.loads(device.store.get_meta(key_rotation.PENDING_ROTATION, ""))["seq"])
 
 
 @pytest.mark.parametrize("arrived", [False, True], ids=["not sent before", "sent before"])
@@ -479,10 +484,10 @@ def test_a_rotation_that_the_card_damages_before_it_is_acknowledged_is_said_agai
     if arrived:
         collector._store(device.messages())
     spoil(device, lost := pending_seq(device))
-    declare_damaged(device.store, device.author, [lost], NOW)
+    quarantine_damaged(device.store, device.author, [lost], NOW)
     device.crash()
     for _ in range(2):
-        device.rotation.turn(NOW)
+        device.rotation.tick(NOW)
     assert pending_seq(device) > lost
     device.write(2)
     collector._store(device.messages())
@@ -490,10 +495,10 @@ def test_a_rotation_that_the_card_damages_before_it_is_acknowledged_is_said_agai
     assert refusals(collector) == {}
     assert security_alerts(collector) == []
     told = collector.store.acknowledgement(DEVICE, device.store.log_id)
-    assert (told.through, told.missing) == (int(device.store.meta("seq", "")), [])
+    assert (told.through, told.missing) == (int(device.store.get_meta("seq", "")), [])
     assert audit(collector.store).passed
     device.acknowledged()
-    assert device.store.meta(key_rotation.PENDING, "") == ""
+    assert device.store.get_meta(key_rotation.PENDING_ROTATION, "") == ""
     assert device.rotate(), "and it can be rotated again"
     collector._store(device.messages())
     assert (refusals(collector), audit(collector.store).passed) == ({}, True)
@@ -515,11 +520,11 @@ def test_a_rotation_that_is_damaged_when_a_new_log_begins_is_said_again_there(
 
 def begin_new_log(device: Device, through: int) -> None:
     old = device.store.log_id
-    nothing = Acknowledged().to_json()
-    plan = findings.NewLog(why="It went back.", old=old, common=0, through=through, acknowledged=nothing)
+    nothing = AcknowledgedSeqs().to_json()
+    plan = findings.NewLogPlan(reason="It went back.", old=old, common_through=0, through=through, acknowledged=nothing)
     with device.store.transaction() as tx:
         tx.set_meta(findings.NEW_LOG, msgspec.json.encode(plan).decode())
-    new_log.relog(device.store, device.author, NOW)
+    new_log.start_new_log(device.store, device.author, NOW)
     device.crash()
 
 
@@ -537,7 +542,7 @@ def test_a_rotation_that_the_collector_has_is_taken_again_from_a_new_log(device:
     assert (told.through, told.missing) == (len(device.messages()), [])
     assert collector.store.enrolled_keys() == keys_before
     report = audit(collector.store)
-    assert report.passed, report.document()
+    assert report.passed, report.to_dict()
     collector.store.revoke(DEVICE, device.author.key.public.kid, TIME)
     assert audit(collector.store).passed
 
@@ -547,8 +552,8 @@ def test_the_old_key_alone_cannot_say_again_which_key_followed_it(device: Device
     collector._store(device.messages())
     followed = device.author.key.public
     thief = Sender(key=new_key(1))
-    evidence = wire.evidence(FLEET, DEVICE, thief.log, 1, new_key(1).public, new_key(66))
-    forged = thief.logged("audit", event=wire.EVENT, summary="", evidence={**evidence, "key": followed.text})
+    evidence = wire.build_evidence(FLEET, DEVICE, thief.log, 1, new_key(1).public, new_key(66))
+    forged = thief.logged("audit", event=wire.ROTATION_EVENT, summary="", evidence={**evidence, "key": followed.text})
     collector._store([forged.delivery()])
     other = rotate(Sender(key=new_key(1)), new_key(66))
     collector._store([other.delivery()])
@@ -582,7 +587,7 @@ def test_a_key_revoked_between_the_look_at_a_message_and_its_storing_lets_nothin
     collector._store([sender.health().delivery()])
     verify = collector.verify
 
-    def slowly(batch: Sequence[Delivery]) -> Any:
+    def slowly(batch: Sequence[IncomingMessage]) -> Any:
         found = verify(batch)
         collector.store.revoke(DEVICE, None, TIME)
         return found
@@ -595,11 +600,11 @@ def test_a_key_revoked_between_the_look_at_a_message_and_its_storing_lets_nothin
 def test_when_space_runs_short_every_audit_message_goes_before_the_one_that_names_the_new_key(device: Device) -> None:
     device.rotate()
     conf = Config(device=DeviceSection(id=DEVICE, fleet=FLEET))
-    space = Space(conf, device.store, device.author, lambda now: None, tuple)
+    space = SpaceManager(conf, device.store, device.author, lambda now: None, tuple)
     before = len(device.messages())
     assert space._evict_messages(("audit",), NOW)
     left = [json.loads(one.payload)["event"] for one in device.messages() if one.topic.endswith("/audit")]
-    assert left == [wire.EVENT, "evicted"]
+    assert left == [wire.ROTATION_EVENT, "evicted"]
     assert before == 2
 
 
@@ -637,8 +642,8 @@ def test_no_message_of_another_kind_can_pass_for_a_rotation() -> None:
     sender = Sender(key=new_key(1))
     for sent in (sender.health(), sender.logged("audit", event="activated", summary="", evidence={})):
         signer = jws.Signer(DEVICE, new_key(1).public)
-        message = open_message(sent.topic, sent.payload, (sent.jws,), {signer.key.kid: signer}.get)
-        assert wire.rotation_of(message) is None
+        message = verify_message(sent.topic, sent.payload, (sent.jws,), {signer.key.kid: signer}.get)
+        assert wire.parse_rotation(message) is None
 
 
 # --- the operator's side of keys ---

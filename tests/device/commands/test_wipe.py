@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from agent.clock import Now
-from agent.config import Broker, Config, Updates
-from agent.config import Device as DeviceSection
+from agent.clock import ClockReading
+from agent.config import BrokerConfig, Config, UpdatesConfig
+from agent.config import DeviceConfig as DeviceSection
 from agent.device.commands import wipe
 from agent.device.commands.wipe import Wipe
-from agent.device.recovery.open import own
+from agent.device.recovery.open import acquire_lock
 from agent.errors import UsageError
 from agent.wire import keys
 from tests.kit.operators import NOW, Desk
@@ -37,13 +37,13 @@ def halted() -> Halted:
 @pytest.fixture
 def desk(tmp_path: Path, halted: Halted) -> Iterator[Desk]:
     made = Desk(tmp_path / "data")
-    made.control._actions = {"wipe": Wipe(made.store, made.author, halted).command}
+    made.control._actions = {"wipe": Wipe(made.store, made.author, halted).request}
     yield made
     made.store.close()
 
 
-def later(seconds: float) -> Now:
-    return Now(NOW.wall_us + round(seconds * 1e6), NOW.boot_s + seconds, "synced")
+def later(seconds: float) -> ClockReading:
+    return ClockReading(NOW.wall_us + round(seconds * 1e6), NOW.boot_s + seconds, "synced")
 
 
 def word(desk: Desk) -> str:
@@ -52,15 +52,15 @@ def word(desk: Desk) -> str:
     return str(answer.data["confirm"])
 
 
-def confirm(desk: Desk, text: str, now: Now = NOW) -> bool:
+def confirm(desk: Desk, text: str, now: ClockReading = NOW) -> bool:
     return desk.obey(desk.operator.command("wipe", args={"confirm": text}), now=now)[-1].ok
 
 
 def test_the_first_wipe_erases_nothing_and_the_second_with_its_word_does(desk: Desk, halted: Halted) -> None:
     text = word(desk)
-    assert (halted.times, wipe.is_due(desk.store)) == (0, False)
+    assert (halted.times, wipe.is_pending(desk.store)) == (0, False)
     assert confirm(desk, text)
-    assert (halted.times, wipe.is_due(desk.store)) == (1, True)
+    assert (halted.times, wipe.is_pending(desk.store)) == (1, True)
     assert desk.audit("wiped") == [{}]
 
 
@@ -69,19 +69,19 @@ def test_a_wrong_word_an_old_one_and_a_used_one_erase_nothing(desk: Desk, halted
     assert not confirm(desk, "guess")
     assert not confirm(desk, text), "a wrong guess spends the word"
     text = word(desk)
-    assert not confirm(desk, text, later(wipe.WORD_VALID_S + 1))
-    assert (halted.times, wipe.is_due(desk.store)) == (0, False)
+    assert not confirm(desk, text, later(wipe.CONFIRM_VALID_S + 1))
+    assert (halted.times, wipe.is_pending(desk.store)) == (0, False)
 
 
 def test_a_word_counts_on_the_boot_clock_whatever_the_wall_clock_does(desk: Desk) -> None:
     text = word(desk)
     desk.operator.now_us = NOW.wall_us + 86_400_000_000
-    assert confirm(desk, text, Now(NOW.wall_us + 86_400_000_000, NOW.boot_s + 5, "synced"))
+    assert confirm(desk, text, ClockReading(NOW.wall_us + 86_400_000_000, NOW.boot_s + 5, "synced"))
 
 
 def test_a_word_is_forgotten_by_a_restart(desk: Desk, halted: Halted) -> None:
     text = word(desk)
-    desk.control._actions = {"wipe": Wipe(desk.store, desk.author, halted).command}
+    desk.control._actions = {"wipe": Wipe(desk.store, desk.author, halted).request}
     assert not confirm(desk, text)
 
 
@@ -132,7 +132,7 @@ def test_killed_anywhere_it_does_not_start_and_the_next_start_finishes(
         patched.setattr(wipe, "_delete", die)
         with pytest.raises(KeyboardInterrupt):
             wipe.erase(data, spared, own)
-    found = wipe.state(data)
+    found = wipe.read_marker(data)
     assert found is not None
     assert found["state"] == "wiping"
     with pytest.raises(UsageError, match="wiped"):
@@ -151,12 +151,12 @@ def test_a_key_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pyte
         patched.setattr(Path, "unlink", lambda self, missing_ok=False: read_only(self) if self in own else None)
         done = wipe.erase(data, spared, own)
     assert done["left"] == [str(path) for path in own]
-    assert str(own[0]) in wipe.told(data, done)
+    assert str(own[0]) in wipe.describe_marker(data, done)
 
 
 def test_a_marker_that_is_damaged_still_keeps_the_device_down(tmp_path: Path) -> None:
     (tmp_path / wipe.MARKER).write_text("{")
-    assert wipe.state(tmp_path) == {"state": "wiping"}
+    assert wipe.read_marker(tmp_path) == {"state": "wiping"}
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_a_marker_that_cannot_be_read_erases_nothing_and_is_named(home: Path) ->
 
 def test_a_wipe_that_another_process_finishes_is_left_to_it(home: Path) -> None:
     (home / "data" / wipe.MARKER).write_text('{"state": "wiping"}')
-    descriptor = own(home / "data")
+    descriptor = acquire_lock(home / "data")
     done = outstation("run", "-c", str(home / "outstation.toml"))
     os.close(descriptor)
     assert (done.returncode, "uses this data folder; stop it first" in done.stderr) == (1, True)
@@ -188,10 +188,10 @@ def test_a_wipe_that_another_process_finishes_is_left_to_it(home: Path) -> None:
 def test_the_config_and_its_certificates_are_spared() -> None:
     conf = Config(
         device=DeviceSection(id="pi-07", fleet="acme"),
-        broker=Broker(url="mqtts://b", ca_file="/x/ca.pem", cert_file="/x/a.crt", tls_key_file="/x/a.key"),
-        updates=Updates(url="https://u", ca_file="/x/u.pem", root="/x/root.json"),
+        broker=BrokerConfig(url="mqtts://b", ca_file="/x/ca.pem", cert_file="/x/a.crt", tls_key_file="/x/a.key"),
+        updates=UpdatesConfig(url="https://u", ca_file="/x/u.pem", root="/x/root.json"),
     )
-    names = [path.name for path in wipe.spared(Path("/x/outstation.toml"), conf)]
+    names = [path.name for path in wipe.installation_files(Path("/x/outstation.toml"), conf)]
     assert names == ["outstation.toml", "ca.pem", "a.crt", "a.key", "u.pem", "root.json"]
 
 
@@ -200,4 +200,4 @@ def test_the_marker_says_when(tmp_path: Path) -> None:
     wipe.erase(data, spared, own)
     found = json.loads((data / wipe.MARKER).read_text(encoding="utf-8"))
     assert found["time"].endswith("Z")
-    assert found["time"] in wipe.told(data, found)
+    assert found["time"] in wipe.describe_marker(data, found)

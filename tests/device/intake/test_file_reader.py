@@ -13,30 +13,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import Field, Stream
-from agent.device.intake.file_reader import BLOCK, Block, blocks, open_text
-from agent.device.store.rows import check
-from agent.errors import Rejected, UsageError
+from agent.config import FieldConfig, StreamConfig
+from agent.device.intake.file_reader import MAX_BLOCK_ROWS, FileBlock, open_text, read_blocks
+from agent.device.store.rows import validate_columns
+from agent.errors import RowRejected, UsageError
 from tests.kit.stations import MACHINE, T0, WATCH
 
 HEADER = "t,ax,ay\n"
 
 
-def read_text(text: str | bytes, stream: Stream = WATCH, name: str = "in.csv", skip: int = 0) -> list[Block]:
+def read_text(text: str | bytes, stream: StreamConfig = WATCH, name: str = "in.csv", skip: int = 0) -> list[FileBlock]:
     raw = text.encode() if isinstance(text, str) else text
     lines = io.TextIOWrapper(io.BytesIO(raw), "utf-8", errors="surrogateescape", newline="")
-    return list(blocks(Path(name) if name else None, lines, "watch", stream, skip))
+    return list(read_blocks(Path(name) if name else None, lines, "watch", stream, skip))
 
 
-def numbers(found: list[Block]) -> list[int]:
+def numbers(found: list[FileBlock]) -> list[int]:
     return [number for block in found for number in block.lines]
 
 
-def bad(found: list[Block]) -> dict[int, str]:
+def bad(found: list[FileBlock]) -> dict[int, str]:
     return {number: why for block in found for number, why in block.bad.items()}
 
 
-def values(found: list[Block], name: str) -> list[Any]:
+def values(found: list[FileBlock], name: str) -> list[Any]:
     return [value for block in found for value in block.raw.values[name]]
 
 
@@ -57,8 +57,8 @@ def test_time_may_be_given_as_rfc_3339_with_its_zone() -> None:
         HEADER + "2025-11-24T22:18:00Z,1,2\n2025-11-24T23:18:00.25+01:00,1,2\n2025-11-24 22:18:00,1,2\n,1,2\n"
     )
     assert found[0].raw.t == [T0, T0 + 0.25, "2025-11-24 22:18:00", ""]
-    checked = check(found[0].raw, WATCH, 0, None)
-    assert checked.bad == {2: "t = '2025-11-24 22:18:00' is no number", 3: "t = '' is no number"}
+    checked = validate_columns(found[0].raw, WATCH, 0, None)
+    assert checked.rejected == {2: "t = '2025-11-24 22:18:00' is no number", 3: "t = '' is no number"}
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -76,7 +76,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column() -> None:
 
 
 def test_an_empty_file_is_refused_and_one_with_its_header_only_has_no_rows() -> None:
-    with pytest.raises(Rejected, match="empty"):
+    with pytest.raises(RowRejected, match="empty"):
         read_text("")
     assert read_text(HEADER) == []
     assert read_text("t,ax,ay") == []
@@ -94,12 +94,12 @@ def test_an_empty_file_is_refused_and_one_with_its_header_only_has_no_rows() -> 
     ],
 )
 def test_a_header_that_does_not_fit_the_stream_is_refused(header: str, said: str) -> None:
-    with pytest.raises(Rejected, match=said):
+    with pytest.raises(RowRejected, match=said):
         read_text(header + "\n1,2,3\n")
 
 
 def test_a_blob_without_any_line_is_refused_and_not_read_to_its_end() -> None:
-    with pytest.raises(Rejected, match="no end within"):
+    with pytest.raises(RowRejected, match="no end within"):
         read_text(b"\x01" * (1 << 20))
 
 
@@ -117,19 +117,19 @@ def test_cells_that_are_no_numbers_stay_to_be_named() -> None:
 
 
 def test_whole_numbers_keep_all_their_digits_and_may_be_written_with_a_point() -> None:
-    stream = Stream(fields=[Field(name="n", type="i64")])
+    stream = StreamConfig(fields=[FieldConfig(name="n", type="i64")])
     found = read_text(f"n\n{2**63 - 1}\n3.0\n0x1\n{'9' * 5000}\n", stream)
-    checked = check(found[0].raw, stream, 0, None)
+    checked = validate_columns(found[0].raw, stream, 0, None)
     assert checked.rows.columns[0].tolist() == [2**63 - 1, 3]
-    assert sorted(checked.bad) == [2, 3]
+    assert sorted(checked.rejected) == [2, 3]
 
 
 def test_bytes_that_are_not_utf8_spoil_their_own_line_only() -> None:
     header = b"power,count,mode\n"
     found = read_text(header + b"1,1,on\n1,1,\xff\xfe\n1,\xff,on\n1,1,off\n", MACHINE)
-    checked = check(found[0].raw, MACHINE, 0, None)
+    checked = validate_columns(found[0].raw, MACHINE, 0, None)
     assert numbers(found) == [2, 3, 4, 5]
-    assert sorted(checked.bad) == [1, 2]
+    assert sorted(checked.rejected) == [1, 2]
     assert checked.categories == {2: ["on", "off"]}
     lines = read_text(b'{"ax":1,"ay":2}\n{"ax":1,"ay":"\xff"}\n{"ax":3,"ay":2}\n', name="x.jsonl")
     assert numbers(lines) == [1, 3]
@@ -138,7 +138,7 @@ def test_bytes_that_are_not_utf8_spoil_their_own_line_only() -> None:
 
 def test_a_nul_byte_spoils_its_own_line_only() -> None:
     found = read_text("ax,ay\n1,2\n1,\x00\n3,4\n")
-    checked = check(found[0].raw, WATCH, 0, None)
+    checked = validate_columns(found[0].raw, WATCH, 0, None)
     assert checked.rows.columns[0].tolist() == [1, 3]
 
 
@@ -162,7 +162,7 @@ def test_two_stray_quotes_do_not_make_one_row_of_what_is_between_them() -> None:
     found = read_text('power,count,mode\n1,1,on\n2,2,"on\n3,3,on\n4,4,on\n5","5",on\n6,6,on\n', MACHINE)
     assert values(found, "count") == [1, 3, 4, 5, 6]
     assert sorted(bad(found)) == [3]
-    assert check(found[0].raw, MACHINE, 0, None).bad == {3: "power = '5\"' is no number"}
+    assert validate_columns(found[0].raw, MACHINE, 0, None).rejected == {3: "power = '5\"' is no number"}
 
 
 def test_a_cell_of_more_than_the_csv_modules_limit_costs_its_own_line() -> None:
@@ -171,15 +171,19 @@ def test_a_cell_of_more_than_the_csv_modules_limit_costs_its_own_line() -> None:
     assert "field larger" in bad(found)[3]
 
 
-@pytest.mark.parametrize("n", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1])
+@pytest.mark.parametrize(
+    "n", [0, 1, MAX_BLOCK_ROWS - 1, MAX_BLOCK_ROWS, MAX_BLOCK_ROWS + 1, 2 * MAX_BLOCK_ROWS, 2 * MAX_BLOCK_ROWS + 1]
+)
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_no_row_is_lost_at_the_edge_of_a_block(n: int, kind: str) -> None:
     found = read_text(*numbered(n, kind))
     assert values(found, "ax") == list(range(n))
-    assert all(len(block.lines) <= BLOCK for block in found)
+    assert all(len(block.lines) <= MAX_BLOCK_ROWS for block in found)
 
 
-@pytest.mark.parametrize("skip", [0, 1, 2, 3, BLOCK, BLOCK + 1, BLOCK + 2, 2 * BLOCK + 1, 9_001, 9_999])
+@pytest.mark.parametrize(
+    "skip", [0, 1, 2, 3, MAX_BLOCK_ROWS, MAX_BLOCK_ROWS + 1, MAX_BLOCK_ROWS + 2, 2 * MAX_BLOCK_ROWS + 1, 9_001, 9_999]
+)
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_reading_goes_on_after_any_line_and_loses_none(skip: int, kind: str) -> None:
     text, stream, name = numbered(9_000, kind)
@@ -188,8 +192,8 @@ def test_reading_goes_on_after_any_line_and_loses_none(skip: int, kind: str) -> 
     assert values(rest, "ax") == values(everything, "ax")[len(numbers(everything)) - len(numbers(rest)) :]
 
 
-def numbered(n: int, kind: str) -> tuple[str, Stream, str]:
-    stream = Stream(fields=[Field(name="ax", type="i64")])
+def numbered(n: int, kind: str) -> tuple[str, StreamConfig, str]:
+    stream = StreamConfig(fields=[FieldConfig(name="ax", type="i64")])
     if kind == "csv":
         return "ax\n" + "".join(f"{i}\n" for i in range(n)), stream, "x.csv"
     return "".join(f'{{"ax":{i}}}\n' for i in range(n)), stream, "x.jsonl"
@@ -214,7 +218,7 @@ def test_what_the_csv_module_writes_is_read_back(rows: list[tuple[float, str]]) 
     writer = csv.writer(text)
     writer.writerow(["power", "mode"])
     writer.writerows(rows)
-    stream = Stream(fields=[Field(name="power", type="f64"), Field(name="mode", type="category")])
+    stream = StreamConfig(fields=[FieldConfig(name="power", type="f64"), FieldConfig(name="mode", type="category")])
     found = read_text(text.getvalue(), stream)
     assert values(found, "power") == [power for power, _ in rows]
     assert values(found, "mode") == [mode for _, mode in rows]
@@ -241,8 +245,8 @@ def test_json_lines_stand_each_for_itself() -> None:
     assert bad(found)[5] == "'az' is not a field of this stream; did you mean 'ay'?"
     assert bad(found)[6] == "this line is for stream 'machine', not for 'watch'"
     assert found[0].raw.t[:3] == [T0, None, T0]
-    checked = check(found[0].raw, WATCH, round(T0 * 1e6) - 1, None)
-    assert {found[0].lines[index]: why for index, why in checked.bad.items()} == {
+    checked = validate_columns(found[0].raw, WATCH, round(T0 * 1e6) - 1, None)
+    assert {found[0].lines[index]: why for index, why in checked.rejected.items()} == {
         3: "ay is missing",
         10: "t = inf is no finite number",
         11: "t = 'True' is no number",
@@ -282,15 +286,15 @@ def parquet(path: Path, **columns: Any) -> Path:
     return path
 
 
-def read_parquet(path: Path, stream: Stream = WATCH, skip: int = 0) -> list[Block]:
+def read_parquet(path: Path, stream: StreamConfig = WATCH, skip: int = 0) -> list[FileBlock]:
     with open_text(path) as text:
-        return list(blocks(path, text, "watch", stream, skip))
+        return list(read_blocks(path, text, "watch", stream, skip))
 
 
-@pytest.mark.parametrize("skip", [0, 1, 2999, BLOCK, 9_000, 9_001])
+@pytest.mark.parametrize("skip", [0, 1, 2999, MAX_BLOCK_ROWS, 9_000, 9_001])
 def test_parquet_is_read_in_blocks_from_any_row_on(tmp_path: Path, skip: int) -> None:
     n = 9_000
-    stream = Stream(fields=[Field(name="ax", type="i64")])
+    stream = StreamConfig(fields=[FieldConfig(name="ax", type="i64")])
     found = read_parquet(parquet(tmp_path / "x.parquet", ax=list(range(n))), stream, skip)
     assert numbers(found) == list(range(skip + 1, n + 1))
     assert values(found, "ax") == list(range(skip, n))
@@ -303,11 +307,11 @@ def test_times_of_parquet_are_seconds_or_timestamps_with_their_zone(tmp_path: Pa
         t = pyarrow.array([moment, None], pyarrow.timestamp(unit, "Europe/Vienna"))
         found = read_parquet(parquet(tmp_path / "x.parquet", t=t, ax=[1.0, 2.0], ay=[1.0, 2.0]))
         assert found[0].raw.t[0] == T0
-        assert check(found[0].raw, WATCH, 0, None).bad == {1: "t = nan is no finite number"}
+        assert validate_columns(found[0].raw, WATCH, 0, None).rejected == {1: "t = nan is no finite number"}
     found = read_parquet(parquet(tmp_path / "x.parquet", t=[T0], ax=[1.0], ay=[1.0]))
     assert found[0].raw.t == [T0]
     naive = pyarrow.array([moment.replace(tzinfo=None)], pyarrow.timestamp("us"))
-    with pytest.raises(Rejected, match="without a time zone"):
+    with pytest.raises(RowRejected, match="without a time zone"):
         read_parquet(parquet(tmp_path / "x.parquet", t=naive, ax=[1.0], ay=[1.0]))
 
 
@@ -315,13 +319,13 @@ def test_gaps_and_dictionaries_of_parquet_are_read(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     modes = pyarrow.array(["on", "off", None]).dictionary_encode()
     path = parquet(tmp_path / "x.parquet", power=[1.0, 2.0, 3.0], count=[1, 2, 3], mode=modes, heat=[1.0, None, 2.0])
-    checked = check(read_parquet(path, MACHINE)[0].raw, MACHINE, 0, None)
-    assert checked.bad == {2: "mode is missing"}
+    checked = validate_columns(read_parquet(path, MACHINE)[0].raw, MACHINE, 0, None)
+    assert checked.rejected == {2: "mode is missing"}
     assert checked.categories == {2: ["on", "off"]}
 
 
 def test_parquet_with_other_columns_or_none_at_all_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Rejected, match="column 'ay' is missing"):
+    with pytest.raises(RowRejected, match="column 'ay' is missing"):
         read_parquet(parquet(tmp_path / "x.parquet", ax=[1.0]))
     broken = tmp_path / "broken.parquet"
     for content in (
@@ -331,7 +335,7 @@ def test_parquet_with_other_columns_or_none_at_all_is_refused(tmp_path: Path) ->
         parquet(tmp_path / "y.parquet", ax=[1.0], ay=[1.0]).read_bytes()[:-9],
     ):
         broken.write_bytes(content)
-        with pytest.raises(Rejected, match="not readable as Parquet"):
+        with pytest.raises(RowRejected, match="not readable as Parquet"):
             read_parquet(broken)
 
 
@@ -342,11 +346,11 @@ def test_whatever_bytes_a_file_holds_it_is_read_line_by_line_or_rejected(
     text = (b"ax,ay\n" if headed else b"") + b"\n".join(lines)
     try:
         found = read_text(text, name=name)
-    except Rejected:
+    except RowRejected:
         return
     for block in found:
-        checked = check(block.raw, WATCH, 0, None)
-        assert len(checked.rows) + len(checked.bad) == block.raw.n == len(block.lines)
+        checked = validate_columns(block.raw, WATCH, 0, None)
+        assert len(checked.rows) + len(checked.rejected) == block.raw.n == len(block.lines)
     assert not set(numbers(found)) & set(bad(found))
 
 
@@ -358,7 +362,7 @@ def sound_parquet(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def test_parquet_whose_columns_have_names_that_are_no_text_is_rejected(sound_parquet: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(sound_parquet.replace(b"ay", b"\xff\xfe"))
-    with pytest.raises(Rejected):
+    with pytest.raises(RowRejected):
         read_parquet(tmp_path / "x.parquet")
 
 
@@ -372,6 +376,6 @@ def test_parquet_with_bytes_changed_is_read_or_rejected(sound_parquet: bytes, da
         file.flush()
         try:
             found = read_parquet(Path(file.name))
-        except Rejected:
+        except RowRejected:
             return
     assert all(len(block.lines) == block.raw.n for block in found)

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 
 from agent.client import Client
 from agent.device.intake import labels
-from agent.device.intake.labels import Asked
-from agent.device.intake.protocol import Reader
+from agent.device.intake.labels import LabelTarget
+from agent.device.intake.protocol import LineParser
 from agent.device.store import labels as labelled
-from agent.device.store.given import Given
-from agent.device.store.labels import Labelled
-from agent.errors import Rejected
-from agent.performance.labels import Label, Truth
+from agent.device.store.given import StoredPredictions
+from agent.device.store.labels import StoredLabel
+from agent.errors import RowRejected
+from agent.performance.labels import Label, LabelSchema
 from tests.kit.stations import STREAMS, Station, conf
 
 T0 = 1_764_000_000_000_000
-ASKED = {"judge": Asked("watch", Truth("classify", ("up", "down")))}
+ASKED = {"judge": LabelTarget("watch", LabelSchema("classify", ("up", "down")))}
 
 
 @pytest.fixture
@@ -33,13 +33,15 @@ def station(tmp_path: Path) -> Iterator[Station]:
     with Station(conf(tmp_path), asked=lambda: ASKED) as running:
         row = np.arange(1, 21, dtype=np.int64)
         with running.store.transaction() as tx:
-            tx.labels.keep("judge", Given("sha256:a", row, T0 + row * 1_000_000, row % 2, None, None, {}), 1.0)
+            tx.labels.store_predictions(
+                "judge", StoredPredictions("sha256:a", row, T0 + row * 1_000_000, row % 2, None, None, {}), 1.0
+            )
         yield running
 
 
 def kept(station: Station) -> dict[int, str]:
-    found: list[Labelled] = station.store.ask(labelled.labelled, "judge", "sha256:a", 10**9, 10**6)
-    return {one.result.row: one.label for one in found}
+    found: list[StoredLabel] = station.store.query(labelled.load_labelled, "judge", "sha256:a", 10**9, 10**6)
+    return {one.prediction.row: one.label for one in found}
 
 
 def test_a_label_is_acknowledged_once_it_is_on_the_disk(station: Station) -> None:
@@ -156,18 +158,18 @@ def test_labels_that_find_no_room_are_turned_away_to_come_again(
 )
 def test_any_json_is_labels_or_a_rejection(line: dict[str, Any]) -> None:
     try:
-        lot = labels.read(msgspec.json.encode(line))
-    except (Rejected, msgspec.MsgspecError, ValueError):
+        lot = labels.parse_line(msgspec.json.encode(line))
+    except (RowRejected, msgspec.MsgspecError, ValueError):
         return
-    assert len(lot.labels) + len(lot.bad) >= 1
+    assert len(lot.labels) + len(lot.rejected) >= 1
     assert all(isinstance(one, Label) and (one.row is None) != (one.t is None) for one in lot.labels)
 
 
 @given(st.binary(max_size=80))
 def test_any_bytes_after_labels_are_read_to_an_end(tail: bytes) -> None:
     line = b'{"labels":"judge",' + tail.replace(b"\n", b" ")
-    [taken] = list(Reader(STREAMS).read([line], 1, T0))
-    assert taken.lot is not None or taken.bad
+    [taken] = list(LineParser(STREAMS).parse([line], 1, T0))
+    assert taken.label_batch is not None or taken.bad
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_any_bytes_after_labels_are_read_to_an_end(tail: bytes) -> None:
     ],
 )
 def test_labels_mean_what_the_bundles_kind_says(kind: str, text: str, value: float) -> None:
-    assert Truth(kind, ("up", "down") if kind == "classify" else ()).read(text) == value
+    assert LabelSchema(kind, ("up", "down") if kind == "classify" else ()).parse(text) == value
 
 
 @pytest.mark.parametrize(
@@ -199,4 +201,4 @@ def test_labels_mean_what_the_bundles_kind_says(kind: str, text: str, value: flo
 )
 def test_labels_that_mean_nothing_are_refused(kind: str, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        Truth(kind, ("up", "down") if kind == "classify" else ()).read(text)
+        LabelSchema(kind, ("up", "down") if kind == "classify" else ()).parse(text)

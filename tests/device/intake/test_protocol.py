@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from agent.config import Field, Stream
-from agent.device.intake.protocol import MAX_LINE, Reader
+from agent.config import FieldConfig, StreamConfig
+from agent.device.intake.protocol import MAX_LINE_BYTES, LineParser
 from agent.device.store.rows import Rows, concatenate
 from tests.kit.stations import MACHINE, STREAMS, T0, WATCH
 
@@ -34,11 +34,11 @@ class Got:
         return {stream: concatenate(parts).digest() for stream, parts in self.rows.items()}
 
 
-def read(*calls: list[bytes], reader: Reader | None = None) -> Got:
+def read(*calls: list[bytes], reader: LineParser | None = None) -> Got:
     """All lines through one reader, in as many calls."""
-    reader, got, first = reader or Reader(STREAMS), Got(), 1
+    reader, got, first = reader or LineParser(STREAMS), Got(), 1
     for lines in calls:
-        for taken in reader.read(lines, first, NOW_US):
+        for taken in reader.parse(lines, first, NOW_US):
             assert not got.bad.keys() & taken.bad.keys()
             got.bad |= taken.bad
             if taken.checked is not None and len(taken.checked.rows):
@@ -270,8 +270,8 @@ def test_many_bad_rows_of_columns_are_counted_and_not_all_named() -> None:
 
 def test_a_line_of_ten_megabytes_is_refused_by_its_length() -> None:
     long = b'{"stream":"watch","ax":1,"ay":' + b"1" * (10 << 20) + b"}"
-    assert reason(long) == f"line of {len(long)} bytes, the limit is {MAX_LINE}; split it"
-    padded = b'{"stream":"watch","ax":1,"ay":2' + b" " * MAX_LINE + b"}"
+    assert reason(long) == f"line of {len(long)} bytes, the limit is {MAX_LINE_BYTES}; split it"
+    padded = b'{"stream":"watch","ax":1,"ay":2' + b" " * MAX_LINE_BYTES + b"}"
     assert read([GOOD, GOOD, padded]).lines == [1, 2]
 
 
@@ -353,8 +353,8 @@ def test_five_bad_lines_among_ten_thousand_are_found() -> None:
 
 def test_a_field_may_have_any_name_that_the_config_allows() -> None:
     names = ["a.b", "class", "_", "__init__", "__slots__", "__dict__", "self", "Row", "A" * 64, "msgspec", "kw_only"]
-    stream = Stream(fields=[Field(name=name) for name in names])
-    reader = Reader({"odd": stream})
+    stream = StreamConfig(fields=[FieldConfig(name=name) for name in names])
+    reader = LineParser({"odd": stream})
     lines = [row("odd", **dict.fromkeys(names, 1))] * 3 + [row("odd", columns={name: [1] for name in names})]
     assert read(lines, reader=reader).lines == [1, 2, 3, 4]
 

@@ -19,20 +19,20 @@ import pytest
 
 from agent import clock
 from agent.client import Client
-from agent.config import Field, Stream
-from agent.device.intake.connection import CLIENTS, MOST_CLIENTS
-from agent.device.intake.group_commit import Group, Mark, Outcome
-from agent.device.intake.protocol import MAX_LINE
-from agent.device.intake.server import Offer
-from agent.device.store.quota import PAGE
-from agent.device.store.rows import Raw
+from agent.config import FieldConfig, StreamConfig
+from agent.device.intake.connection import CLIENT_SOURCE, MAX_CLIENTS
+from agent.device.intake.group_commit import CommitOutcome, GroupCommit, SourcePosition
+from agent.device.intake.protocol import MAX_LINE_BYTES
+from agent.device.intake.server import SubmitRows
+from agent.device.store.quota import PAGE_SIZE
+from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
 from tests.kit.brokers import free_port
 from tests.kit.stations import T0, Killable, Line, Station, conf, rows_of, wait_for
 
 ROW = {"stream": "watch", "ax": 0.1, "ay": 0.2}
-NUMBERS = Stream(fields=[Field(name="n", type="i64")])
+NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64")])
 
 
 @pytest.fixture
@@ -153,19 +153,19 @@ def test_lines_are_read_while_those_before_them_are_written_and_answered_in_thei
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = threading.Event()
-    write = Group.write
+    write = GroupCommit.write
 
-    def waits(self: Group, shares: Any, now: Any) -> Any:
+    def waits(self: GroupCommit, shares: Any, now: Any) -> Any:
         slow.wait(30)
         return write(self, shares, now)
 
     many = {"stream": "watch", "columns": {"ax": [0] * 20_000, "ay": [0] * 20_000}}
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as line:
-        monkeypatch.setattr(Group, "write", waits)
+        monkeypatch.setattr(GroupCommit, "write", waits)
         line.send(many)
-        wait_for(lambda: station.intake._writing is not None, "the first is being written")
+        wait_for(lambda: station.intake._background_write is not None, "the first is being written")
         line.send(ROW)
-        wait_for(lambda: bool(station.intake._group), "the second is read")
+        wait_for(lambda: bool(station.intake._group_commit), "the second is read")
         assert station.commits == 0
         slow.set()
         assert line.answer() == {"through": 1, "accepted": 20_000, "rejected": []}
@@ -211,8 +211,8 @@ def test_lines_of_several_streams_may_be_mixed_and_cut_anywhere(station: Station
         (b'{"client":"a","client":"b"}', 'no "stream"'),
         (b'{"client":"' + b"x" * 65 + b'"}', 'no "stream"'),
         (b"[" * 200_000, "not one JSON object"),
-        (b"[" * (2 * MAX_LINE), f"line of {2 * MAX_LINE} bytes, the limit is {MAX_LINE}; split it"),
-        (b'{"stream":"watch"' + b" " * MAX_LINE + b"}", f"the limit is {MAX_LINE}; split it"),
+        (b"[" * (2 * MAX_LINE_BYTES), f"line of {2 * MAX_LINE_BYTES} bytes, the limit is {MAX_LINE_BYTES}; split it"),
+        (b'{"stream":"watch"' + b" " * MAX_LINE_BYTES + b"}", f"the limit is {MAX_LINE_BYTES}; split it"),
     ],
 )
 @pytest.mark.parametrize("place", [1, 3])
@@ -230,7 +230,7 @@ def test_a_line_that_is_no_row_is_named_by_its_number_and_those_around_it_are_ta
 
 
 def test_a_line_is_refused_by_its_length_however_it_arrives(station: Station) -> None:
-    for length, taken in ((MAX_LINE, 1), (MAX_LINE + 1, 0)):
+    for length, taken in ((MAX_LINE_BYTES, 1), (MAX_LINE_BYTES + 1, 0)):
         row = b'{"stream":"watch","ax":1,"ay":2'
         row += b" " * (length - len(row) - 1) + b"}"
         for cut in (1, length // 2, length - 1, length):
@@ -317,26 +317,28 @@ def test_a_named_client_is_told_how_far_it_got_and_its_count_goes_on(station: St
 
 def test_of_many_names_those_that_sent_last_are_known_and_marks_of_files_stay(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.declare({"machine": conf(tmp_path).streams["machine"]})
-    group = Group(store, conf(tmp_path).streams)
+    store.declare_streams({"machine": conf(tmp_path).streams["machine"]})
+    group = GroupCommit(store, conf(tmp_path).streams)
 
     def sent(source: str, item: str, through: int) -> None:
-        group.reach(item, through, Mark(source, item, through, MOST_CLIENTS if source == CLIENTS else None))
+        group.advance(
+            item, through, SourcePosition(source, item, through, MAX_CLIENTS if source == CLIENT_SOURCE else None)
+        )
 
     for number in range(5):
         sent("files:machine", f"{number}.csv", 9)
-    sent(CLIENTS, "gateway", 1)
-    for number in range(MOST_CLIENTS - 1):
-        sent(CLIENTS, f"sensor-{number}", 1)
+    sent(CLIENT_SOURCE, "gateway", 1)
+    for number in range(MAX_CLIENTS - 1):
+        sent(CLIENT_SOURCE, f"sensor-{number}", 1)
     group.commit(clock.read())
-    sent(CLIENTS, "gateway", 2)
+    sent(CLIENT_SOURCE, "gateway", 2)
     for number in range(3):
-        sent(CLIENTS, f"another-{number}", 1)
+        sent(CLIENT_SOURCE, f"another-{number}", 1)
     group.commit(clock.read())
-    assert store._one("SELECT count(*) FROM marks WHERE source = ?", CLIENTS) == (MOST_CLIENTS,)
-    assert [store.mark(CLIENTS, f"sensor-{number}") for number in range(5)] == [0, 0, 0, 1, 1]
-    assert store.mark(CLIENTS, "gateway") == 2
-    assert [store.mark("files:machine", f"{number}.csv") for number in range(5)] == [9] * 5
+    assert store._fetch_one("SELECT count(*) FROM marks WHERE source = ?", CLIENT_SOURCE) == (MAX_CLIENTS,)
+    assert [store.source_position(CLIENT_SOURCE, f"sensor-{number}") for number in range(5)] == [0, 0, 0, 1, 1]
+    assert store.source_position(CLIENT_SOURCE, "gateway") == 2
+    assert [store.source_position("files:machine", f"{number}.csv") for number in range(5)] == [9] * 5
     store.close()
 
 
@@ -344,7 +346,7 @@ def test_what_a_named_client_had_under_way_is_counted_before_it_is_told(tmp_path
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as first, station.line() as second:
         first.send({"client": "g"}, *numbers(range(5)))
         assert first.answer()["through"] == 0
-        wait_for(lambda: bool(station.intake._group), "the lines are under way")
+        wait_for(lambda: bool(station.intake._group_commit), "the lines are under way")
         second.send({"client": "g"})
         assert second.answer()["through"] == 5
         second.send(*numbers(range(5, 7)))
@@ -356,18 +358,18 @@ def test_what_a_named_client_had_under_way_is_counted_before_it_is_told(tmp_path
 def test_what_is_being_written_for_a_named_client_is_counted_before_it_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = Group.write
+    write = GroupCommit.write
 
-    def slowly(self: Group, shares: Any, now: Any) -> Any:
+    def slowly(self: GroupCommit, shares: Any, now: Any) -> Any:
         time.sleep(0.3)
         return write(self, shares, now)
 
-    monkeypatch.setattr(Group, "write", slowly)
+    monkeypatch.setattr(GroupCommit, "write", slowly)
     many = {"stream": "watch", "columns": {"ax": [0] * 20_000, "ay": [0] * 20_000}}
     with Station(conf(tmp_path, commit_every_s=60)) as station, station.line() as first, station.line() as second:
         first.send({"client": "g"}, many)
         assert first.answer()["through"] == 0
-        wait_for(lambda: station.intake._writing is not None, "the line is being written")
+        wait_for(lambda: station.intake._background_write is not None, "the line is being written")
         second.send({"client": "g"})
         assert second.answer()["through"] == 1
 
@@ -430,7 +432,7 @@ def test_a_named_client_loses_and_doubles_no_line_when_the_agent_is_killed_twent
 
 
 def test_a_full_store_refuses_rows_with_the_reason_and_takes_them_again_once_there_is_room(tmp_path: Path) -> None:
-    with Station(conf(tmp_path), max_size=200 * PAGE) as station, station.line() as line:
+    with Station(conf(tmp_path), max_size=200 * PAGE_SIZE) as station, station.line() as line:
         sent = taken = 0
         refused: list[Any] = []
         while not refused:
@@ -445,7 +447,7 @@ def test_a_full_store_refuses_rows_with_the_reason_and_takes_them_again_once_the
         assert "not stored" in refused[0]["reason"]
         assert "send it again later" in refused[0]["reason"]
         with station.store.transaction() as tx:
-            tx.trim("watch", taken, 2**62, 1000)
+            tx.trim_rows("watch", taken, 2**62, 1000)
         line.send(ROW)
         assert line.answer() == {"through": sent + 1, "accepted": 1, "rejected": []}
         assert station.failures == []
@@ -453,7 +455,7 @@ def test_a_full_store_refuses_rows_with_the_reason_and_takes_them_again_once_the
 
 def test_a_line_that_a_full_store_refused_is_not_called_safe_when_its_client_comes_back(tmp_path: Path) -> None:
     """The answer that refused it may have been lost with the connection."""
-    with Station(conf(tmp_path), max_size=200 * PAGE) as station:
+    with Station(conf(tmp_path), max_size=200 * PAGE_SIZE) as station:
         columns: dict[str, list[Any]] = {"power": [0] * 500, "count": [0] * 500, "mode": ["on"] * 500}
         with Client(station.socket, name="g") as client:
             while not client.flush().rejected:
@@ -463,7 +465,7 @@ def test_a_line_that_a_full_store_refused_is_not_called_safe_when_its_client_com
             again.send({"client": "g"})
             assert again.answer()["through"] == refused - 1
             with station.store.transaction() as tx:
-                tx.trim("machine", station.store.last_row("machine"), 2**62, 100)
+                tx.trim_rows("machine", station.store.last_row("machine"), 2**62, 100)
             again.send({"stream": "machine", "columns": columns})
             assert again.answer() == {"through": refused, "accepted": 500, "rejected": []}
 
@@ -472,7 +474,7 @@ def test_a_refused_line_and_one_after_it_that_would_fit_are_both_sent_again_wher
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full, limit = [True], Store.limit_bytes
-    monkeypatch.setattr(Store, "limit_bytes", lambda store: PAGE if full[0] else limit(store))
+    monkeypatch.setattr(Store, "limit_bytes", lambda store: PAGE_SIZE if full[0] else limit(store))
     row = {"stream": "machine", "power": 0, "count": 1, "mode": "on"}
     with Station(conf(tmp_path)) as station:
         with station.line() as line:
@@ -504,14 +506,14 @@ def test_on_a_sick_disk_nobody_is_answered_and_nothing_more_is_committed(
         line.send({"client": "g"}, ROW)
         line.through(1)
         sick = [True]
-        write = Group.write
+        write = GroupCommit.write
 
-        def fails(self: Group, shares: Any, now: Any) -> Any:
+        def fails(self: GroupCommit, shares: Any, now: Any) -> Any:
             if sick[0]:
                 raise StorageError("disk I/O error")
             return write(self, shares, now)
 
-        monkeypatch.setattr(Group, "write", fails)
+        monkeypatch.setattr(GroupCommit, "write", fails)
         line.send(block, ROW)
         wait_for(lambda: station.failures != [], "a failure")
         assert [str(error) for error in station.failures] == ["disk I/O error"]
@@ -525,7 +527,7 @@ def test_on_a_sick_disk_nobody_is_answered_and_nothing_more_is_committed(
             line.answer()
         assert other.rest() == []
         assert station.store.last_row("watch") == 1
-        assert station.store.mark("client", "g") == 1
+        assert station.store.source_position("client", "g") == 1
 
 
 # --- starting, stopping, TCP, sources
@@ -536,7 +538,7 @@ def test_stopping_commits_and_answers_what_waits(tmp_path: Path) -> None:
     station.intake.start()
     with station.line() as line:
         line.send(ROW, ROW)
-        wait_for(lambda: bool(station.intake._group), "the lines are under way")
+        wait_for(lambda: bool(station.intake._group_commit), "the lines are under way")
         began = time.monotonic()
         station.intake.stop()
         assert line.rest() == [{"through": 2, "accepted": 2, "rejected": []}]
@@ -597,28 +599,28 @@ def test_a_tcp_port_that_is_taken_is_named(tmp_path: Path) -> None:
 class Once:
     """A source that offers one block, and keeps what became of it."""
 
-    def __init__(self, *blocks: tuple[Raw, Mark]) -> None:
+    def __init__(self, *blocks: tuple[RawColumns, SourcePosition]) -> None:
         self.blocks = blocks
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[CommitOutcome] = []
 
-    async def run(self, offer: Offer) -> None:
+    async def run(self, offer: SubmitRows) -> None:
         self.outcomes += await asyncio.gather(*(offer("watch", raw, mark) for raw, mark in self.blocks))
 
 
 def test_a_source_learns_what_became_of_its_rows_and_its_mark_is_committed_with_them(tmp_path: Path) -> None:
-    raw = Raw(3, [T0, T0, T0], {"ax": [1, 99, 2], "ay": [0, 0, 0]})
-    source = Once((raw, Mark("files:watch", "a", 7)))
+    raw = RawColumns(3, [T0, T0, T0], {"ax": [1, 99, 2], "ay": [0, 0, 0]})
+    source = Once((raw, SourcePosition("files:watch", "a", 7)))
     with Station(conf(tmp_path), sources=lambda store: [source]) as station:
         wait_for(lambda: bool(source.outcomes), "an outcome")
         (outcome,) = source.outcomes
-        assert (outcome.through, outcome.accepted, outcome.full) == (3, 2, False)
+        assert (outcome.through, outcome.accepted, outcome.is_store_full) == (3, 2, False)
         assert outcome.rejected == [(2, "ax = 99 g is above max 16")]
-        assert station.store.mark("files:watch", "a") == 7
+        assert station.store.source_position("files:watch", "a") == 7
 
 
 def test_a_source_that_breaks_is_a_failure_of_the_intake(tmp_path: Path) -> None:
     class Broken:
-        async def run(self, offer: Offer) -> None:
+        async def run(self, offer: SubmitRows) -> None:
             raise ZeroDivisionError
 
     with Station(conf(tmp_path), sources=lambda store: [Broken()]) as station:
@@ -629,7 +631,7 @@ def test_a_source_that_breaks_is_a_failure_of_the_intake(tmp_path: Path) -> None
 def test_rows_whose_category_would_be_one_too_many_are_refused_and_the_others_kept(tmp_path: Path) -> None:
     with Station(conf(tmp_path)) as station:
         with station.store.transaction() as tx:
-            tx.category_codes("machine", "mode", [f"c{i}" for i in range(65_535)])
+            tx.assign_category_codes("machine", "mode", [f"c{i}" for i in range(65_535)])
         with station.line() as line:
             rows = [
                 {"stream": "machine", "power": 1, "count": n, "mode": mode} for n, mode in enumerate(["c5", "x", "c6"])

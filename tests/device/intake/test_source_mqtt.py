@@ -13,18 +13,22 @@ import pytest
 
 from agent import config
 from agent.bootstrap import device
-from agent.config import Broker, Field, MqttSource, Stream
-from agent.device.intake.group_commit import Group
-from agent.device.intake.sources.mqtt import Mqtt
+from agent.config import BrokerConfig, FieldConfig, MqttSource, StreamConfig
+from agent.device.intake.group_commit import GroupCommit
+from agent.device.intake.sources.mqtt import MqttSubscriber
 from agent.device.store.store import Store
 from agent.errors import ConfigError, StorageFull
 from agent.transport.mqtt import Link
-from agent.transport.packets import Outgoing, Receipt
+from agent.transport.packets import OutgoingMessage, PublishReceipt
 from tests.kit.brokers import Mosquitto
 from tests.kit.stations import T0, Station, conf, rows_of, wait_for
 from tests.kit.system import outstation
 
-FIELDS = [Field(name="temperature"), Field(name="humidity", optional=True), Field(name="room", type="category")]
+FIELDS = [
+    FieldConfig(name="temperature"),
+    FieldConfig(name="humidity", optional=True),
+    FieldConfig(name="room", type="category"),
+]
 PATHS = {"temperature": "$.data.temp", "humidity": "$.data['rel. humidity']", "room": "topic[1]"}
 
 
@@ -37,15 +41,15 @@ def broker(tmp_path: Path) -> Iterator[Mosquitto]:
 class Site:
     """A device with the source, beside a broker. `publish` returns once the broker has it."""
 
-    def __init__(self, folder: Path, broker: Mosquitto, stream: Stream, commit_every_s: float) -> None:
+    def __init__(self, folder: Path, broker: Mosquitto, stream: StreamConfig, commit_every_s: float) -> None:
         self.folder, self.broker, self.stream, self.commit_every_s = folder, broker, stream, commit_every_s
 
     def start(self) -> Station:
         made = conf(self.folder, self.commit_every_s, room=self.stream)
 
-        def source(_: Store) -> list[Mqtt]:
+        def source(_: Store) -> list[MqttSubscriber]:
             assert isinstance(self.stream.source, MqttSource)
-            return [Mqtt("outstation.toml", "room", self.stream, self.stream.source, "pi-07-room")]
+            return [MqttSubscriber("outstation.toml", "room", self.stream, self.stream.source, "pi-07-room")]
 
         return Station(made, sources=source)
 
@@ -59,22 +63,22 @@ class Site:
             store.close()
 
     def publish(self, topic: str, *payloads: Any) -> None:
-        link = Link(Broker(url=self.broker.url), "sensor")
+        link = Link(BrokerConfig(url=self.broker.url), "sensor")
         for payload in payloads:
-            link.send(Outgoing(topic, payload if isinstance(payload, bytes) else json.dumps(payload).encode()))
+            link.send(OutgoingMessage(topic, payload if isinstance(payload, bytes) else json.dumps(payload).encode()))
         told = 0
         while told < len(payloads):
-            told += sum(isinstance(event, Receipt) for event in link.receive(5))
+            told += sum(isinstance(event, PublishReceipt) for event in link.receive(5))
         link.close()
 
 
 @pytest.fixture
 def site(tmp_path: Path, broker: Mosquitto) -> Callable[..., Site]:
     def make(
-        fields: list[Field] = FIELDS, folder: Path = tmp_path, commit_every_s: float = 0.02, **source: Any
+        fields: list[FieldConfig] = FIELDS, folder: Path = tmp_path, commit_every_s: float = 0.02, **source: Any
     ) -> Site:
-        given = {"topic": "site/+/climate", "paths": PATHS, "broker": Broker(url=broker.url), **source}
-        return Site(folder, broker, Stream(fields=fields, source=MqttSource(**given)), commit_every_s)
+        given = {"topic": "site/+/climate", "paths": PATHS, "broker": BrokerConfig(url=broker.url), **source}
+        return Site(folder, broker, StreamConfig(fields=fields, source=MqttSource(**given)), commit_every_s)
 
     return make
 
@@ -91,7 +95,7 @@ def rows(station: Station) -> list[float]:
 
 def subscribed(station: Station) -> None:
     [source] = station.intake._sources
-    assert isinstance(source, Mqtt)
+    assert isinstance(source, MqttSubscriber)
     wait_for(lambda: source._link is not None, "the subscription")
 
 
@@ -114,13 +118,13 @@ def test_values_are_taken_from_where_the_paths_lead_with_their_own_times(site: C
 
 
 def test_a_message_may_be_a_plain_number_or_many_rows(site: Callable[..., Site], tmp_path: Path) -> None:
-    level = site([Field(name="level")], topic="tank/level", paths={"level": "$"})
+    level = site([FieldConfig(name="level")], topic="tank/level", paths={"level": "$"})
     with level.start() as station:
         subscribed(station)
         level.publish("tank/level", 1.5, [{"level": 9}])
         wait_for(lambda: station.store.counters().get("lines rejected") == 1, "an object in place of a number")
         assert rows(station) == [1.5]
-    several = site([Field(name="level")], tmp_path / "several", topic="tank/all", paths={})
+    several = site([FieldConfig(name="level")], tmp_path / "several", topic="tank/all", paths={})
     with several.start() as station:
         subscribed(station)
         several.publish("tank/all", [{"level": 1}, {"level": 2}], {"level": 3})
@@ -174,9 +178,9 @@ def test_a_message_is_confirmed_only_after_its_commit(
     site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, may = site(), threading.Event()
-    write = Group.write
+    write = GroupCommit.write
 
-    def waits(self: Group, shares: Any, now: Any) -> Any:
+    def waits(self: GroupCommit, shares: Any, now: Any) -> Any:
         may.wait(30)
         return write(self, shares, now)
 
@@ -189,7 +193,7 @@ def test_a_message_is_confirmed_only_after_its_commit(
 
     with here.start() as station:
         subscribed(station)
-        monkeypatch.setattr(Group, "write", waits)
+        monkeypatch.setattr(GroupCommit, "write", waits)
         monkeypatch.setattr(Link, "acknowledge", note)
         here.publish("site/cellar/climate", said(1))
         time.sleep(0.5)
@@ -263,11 +267,11 @@ def test_what_a_stop_commits_is_confirmed_and_does_not_come_again(site: Callable
         with here.start() as station:
             subscribed(station)
             here.publish("site/cellar/climate", said(value))
-            wait_for(lambda: bool(station.intake._group), "the row waits")
+            wait_for(lambda: bool(station.intake._group_commit), "the row waits")
     with here.start() as station:
         subscribed(station)
         here.publish("site/cellar/climate", said(3))
-        wait_for(lambda: bool(station.intake._group), "the row waits")
+        wait_for(lambda: bool(station.intake._group_commit), "the row waits")
         assert rows(station) == [1.0, 2.0]
     assert here.stored() == [1.0, 2.0, 3.0]
 
@@ -297,7 +301,7 @@ def test_without_a_broker_the_intake_works_and_ends_in_time(site: Callable[..., 
 def test_a_source_that_cannot_work_is_refused_by_its_key(source: dict[str, Any], key: str, problem: str) -> None:
     given = MqttSource(**{"topic": "a/b", **source})
     with pytest.raises(ConfigError, match=problem) as refused:
-        Mqtt("outstation.toml", "room", Stream(fields=FIELDS, source=given), given, "pi-07-room")
+        MqttSubscriber("outstation.toml", "room", StreamConfig(fields=FIELDS, source=given), given, "pi-07-room")
     assert f"streams.room.source.{key}" in str(refused.value)
 
 
@@ -324,9 +328,9 @@ def test_the_config_names_the_source_and_check_tells_where_it_listens(tmp_path: 
     )
     made = config.load(file)
     store = Store(tmp_path / "data")
-    [source] = device.sources(file, made, store)
+    [source] = device.build_sources(file, made, store)
     store.close()
-    assert isinstance(source, Mqtt)
+    assert isinstance(source, MqttSubscriber)
     findings = json.loads(outstation("check", "-c", str(file), "--json").stdout)
     assert {"name": "stream room", "state": "ok", "detail": "site/+/climate at mqtt://127.0.0.1:1883"}.items() <= next(
         one for one in findings if "room" in one["name"]

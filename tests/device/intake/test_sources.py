@@ -22,21 +22,21 @@ import numpy as np
 import pytest
 
 from agent import clock, config
-from agent.clock import Now
-from agent.config import Fault, Field, FilesSource, HostSource, ReplaySource, Stream
+from agent.clock import ClockReading
+from agent.config import FieldConfig, FilesSource, HostSource, ReplayFault, ReplaySource, StreamConfig
 from agent.device.intake.file_reader import open_text
 from agent.device.intake.sources import files as files_module
-from agent.device.intake.sources.files import Files
-from agent.device.intake.sources.host import Host
+from agent.device.intake.sources.files import FolderWatcher
+from agent.device.intake.sources.host import HostMetrics
 from agent.device.intake.sources.recordings import Playlist, load
-from agent.device.intake.sources.replay import Replay
-from agent.device.store.quota import PAGE
+from agent.device.intake.sources.replay import ReplayPlayer
+from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.errors import ConfigError, UsageError
 from tests.kit.stations import ROOT, T0, Station, conf, rows_of, wait_for
 
-NUMBERS = Stream(fields=[Field(name="n", type="i64", max=10**6)])
+NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64", max=10**6)])
 
 
 # --- files
@@ -52,7 +52,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def watching(folder: Path, **store: Any) -> Iterator[Station]:
     source = FilesSource(folder=str(folder / "in"), every=config.Duration(0.02))
     made = conf(folder / "data", numbers=NUMBERS)
-    with Station(made, sources=lambda s: [Files("numbers", NUMBERS, source, s)], **store) as station:
+    with Station(made, sources=lambda s: [FolderWatcher("numbers", NUMBERS, source, s)], **store) as station:
         wait_for(lambda: (folder / "in" / "failed").exists(), "the folders")
         yield station
         assert station.failures == []
@@ -182,7 +182,7 @@ def test_what_a_slow_writer_adds_after_its_file_was_claimed_is_taken_too(tmp_pat
 @pytest.mark.usefixtures("quick")
 def test_a_full_store_holds_a_file_up_and_loses_none_of_it(tmp_path: Path) -> None:
     put(tmp_path, "a.csv", range(60_000))
-    with watching(tmp_path, max_size=200 * PAGE) as station:
+    with watching(tmp_path, max_size=200 * PAGE_SIZE) as station:
         wait_for(lambda: station.store.last_row("numbers") > 20_000, "a store that fills")
         time.sleep(0.3)
         kept = station.store.last_row("numbers")
@@ -191,9 +191,9 @@ def test_a_full_store_holds_a_file_up_and_loses_none_of_it(tmp_path: Path) -> No
         found = taken(station)
         for _ in range(1000):
             with station.store.transaction() as tx:
-                tx.trim("numbers", len(found), 2**62, 100)
+                tx.trim_rows("numbers", len(found), 2**62, 100)
             time.sleep(0.05)
-            batch = station.store.take("numbers", NUMBERS.fields, len(found), 10**6)
+            batch = station.store.read_rows("numbers", NUMBERS.fields, len(found), 10**6)
             found += batch.rows.columns[0].tolist() if batch else []
             if there(tmp_path)["done"]:
                 break
@@ -351,7 +351,7 @@ def test_rows_of_files_come_once_when_the_agent_is_killed_again_and_again(tmp_pa
         if len(there(tmp_path)["done"]) == 3:
             break
     store = Store(tmp_path / "data")
-    store.declare({"numbers": NUMBERS})
+    store.declare_streams({"numbers": NUMBERS})
     assert rows_of(store, "numbers", NUMBERS).columns[0].tolist() == list(range(3 * n))
     store.close()
     assert interrupted > 0, f"{kills} kills, none in the middle of a file"
@@ -360,23 +360,25 @@ def test_rows_of_files_come_once_when_the_agent_is_killed_again_and_again(tmp_pa
 # --- host
 
 
-def host(*fields: Field, every_s: float = 0.05) -> Stream:
-    return Stream(fields=list(fields), source=HostSource(every=config.Duration(every_s)))
+def host(*fields: FieldConfig, every_s: float = 0.05) -> StreamConfig:
+    return StreamConfig(fields=list(fields), source=HostSource(every=config.Duration(every_s)))
 
 
 @contextmanager
-def hosting(folder: Path, stream: Stream) -> Iterator[Station]:
+def hosting(folder: Path, stream: StreamConfig) -> Iterator[Station]:
     source = stream.source
     assert isinstance(source, HostSource)
     made = conf(folder, host=stream)
-    with Station(made, sources=lambda _: [Host("outstation.toml", "host", stream, source, folder)]) as station:
+    with Station(made, sources=lambda _: [HostMetrics("outstation.toml", "host", stream, source, folder)]) as station:
         yield station
         assert station.failures == []
 
 
 def test_the_hosts_condition_comes_again_and_again(tmp_path: Path) -> None:
     names = ("cpu", "load1", "memory", "disk", "swap", "uptime")
-    stream = host(*(Field(name=name, type="f64", min=0) for name in names), Field(name="temperature", optional=True))
+    stream = host(
+        *(FieldConfig(name=name, type="f64", min=0) for name in names), FieldConfig(name="temperature", optional=True)
+    )
     with hosting(tmp_path, stream) as station:
         wait_for(lambda: station.store.last_row("host") >= 3, "three readings")
         rows = station.rows("host")
@@ -389,9 +391,9 @@ def test_the_hosts_condition_comes_again_and_again(tmp_path: Path) -> None:
 
 
 def test_a_field_that_no_host_has_is_named_with_those_there_are(tmp_path: Path) -> None:
-    stream = host(Field(name="memroy"))
+    stream = host(FieldConfig(name="memroy"))
     with pytest.raises(ConfigError, match=r"streams\.host\.fields: the host has no 'memroy'; did you mean 'memory'"):
-        Host("outstation.toml", "host", stream, HostSource(), tmp_path)
+        HostMetrics("outstation.toml", "host", stream, HostSource(), tmp_path)
 
 
 def test_a_value_that_this_host_cannot_read_is_missing_and_is_said_once_where_it_must_not_be(
@@ -401,10 +403,10 @@ def test_a_value_that_this_host_cannot_read_is_missing_and_is_said_once_where_it
         raise OSError("no sensors")
 
     monkeypatch.setattr("psutil.sensors_temperatures", unreadable)
-    with hosting(tmp_path / "a", host(Field(name="temperature", optional=True))) as station:
+    with hosting(tmp_path / "a", host(FieldConfig(name="temperature", optional=True))) as station:
         wait_for(lambda: station.store.last_row("host") >= 2, "two readings")
         assert np.isnan(station.rows("host").columns[0]).all()
-    with hosting(tmp_path / "b", host(Field(name="temperature"))) as station:
+    with hosting(tmp_path / "b", host(FieldConfig(name="temperature"))) as station:
         wait_for(lambda: station.store.counters().get("lines rejected", 0) >= 3, "three rejected readings")
     said = [record.getMessage() for record in caplog.records if record.name == "outstation.host"]
     assert said == ["host: not stored: temperature is missing (optional = true allows a missing value)"]
@@ -414,7 +416,7 @@ def test_a_value_that_this_host_cannot_read_is_missing_and_is_said_once_where_it
 
 
 RATE = 100.0
-WATCH = Stream(fields=[Field(name="ax"), Field(name="ay", optional=True)])
+WATCH = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="ay", optional=True)])
 
 
 @pytest.fixture(scope="module")
@@ -439,14 +441,14 @@ def replay_of(path: Path, **source: Any) -> ReplaySource:
     return ReplaySource(**(defaults | source))
 
 
-def start(at_s: float = T0) -> Now:
-    return Now(round(at_s * 1e6), 0.0, "synced")
+def start(at_s: float = T0) -> ClockReading:
+    return ClockReading(round(at_s * 1e6), 0.0, "synced")
 
 
 @contextmanager
 def replaying(folder: Path, source: ReplaySource, at_s: float = T0, **store: Any) -> Iterator[Station]:
     made = conf(folder, watch=WATCH)
-    station = Station(made, sources=lambda s: [Replay("watch", WATCH, source, s, start(at_s))], **store)
+    station = Station(made, sources=lambda s: [ReplayPlayer("watch", WATCH, source, s, start(at_s))], **store)
     with station:
         yield station
         assert station.failures == []
@@ -480,7 +482,7 @@ def test_a_replay_is_what_its_playlist_says(tmp_path: Path, recordings: Path) ->
     rows = played(tmp_path, replay_of(recordings))
     known = load(recordings)
     at = 0
-    for part in Playlist(known, 1, 5).parts():
+    for part in Playlist(known, 1, 5).iter_items():
         n = min(part.n, len(rows) - at)
         assert part.first == at + 1
         assert rows.columns[0][at : at + n].tolist() == list(range(part.start, part.start + n))
@@ -495,10 +497,10 @@ def test_a_replay_is_what_its_playlist_says(tmp_path: Path, recordings: Path) ->
 
 def test_a_playlist_goes_on_after_any_row(recordings: Path) -> None:
     known = load(recordings)
-    everything = Playlist(known, None, 3).parts()
+    everything = Playlist(known, None, 3).iter_items()
     parts = [next(everything) for _ in range(60)]
     for after in (0, 1, parts[20].last - 1, parts[20].last, parts[40].first):
-        assert next(Playlist(known, None, 3).parts(after)) == next(p for p in parts if p.last > after)
+        assert next(Playlist(known, None, 3).iter_items(after)) == next(p for p in parts if p.last > after)
 
 
 def test_a_replay_of_known_length_ends_now_and_keeps_its_times(tmp_path: Path, recordings: Path) -> None:
@@ -510,10 +512,10 @@ def test_a_replay_of_known_length_ends_now_and_keeps_its_times(tmp_path: Path, r
 
 def test_faults_begin_at_their_row_and_do_what_they_say(tmp_path: Path, recordings: Path) -> None:
     faults = [
-        Fault(kind="gain", fields=["ax"], from_row=1000, amount=0.5),
-        Fault(kind="offset", fields=["ax"], from_row=1500, amount=7.0),
-        Fault(kind="missing", fields=["ay"], from_row=2000),
-        Fault(kind="stuck", fields=["ax"], from_row=2500, amount=-3.0),
+        ReplayFault(kind="gain", fields=["ax"], from_row=1000, amount=0.5),
+        ReplayFault(kind="offset", fields=["ax"], from_row=1500, amount=7.0),
+        ReplayFault(kind="missing", fields=["ay"], from_row=2000),
+        ReplayFault(kind="stuck", fields=["ax"], from_row=2500, amount=-3.0),
     ]
     clean = played(tmp_path / "a", replay_of(recordings))
     faulty = played(tmp_path / "b", replay_of(recordings, faults=faults))
@@ -540,17 +542,17 @@ def test_a_replay_keeps_its_pace(tmp_path: Path, recordings: Path) -> None:
 def test_a_full_store_holds_a_replay_up_and_skips_nothing(
     tmp_path: Path, recordings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent.device.intake.sources.replay._FULL_S", 0.05)
+    monkeypatch.setattr("agent.device.intake.sources.replay._FULL_RETRY_S", 0.05)
     source = replay_of(recordings, rows=40_000, speed=1e5)
     whole = played(tmp_path / "a", source)
-    with replaying(tmp_path / "b", source, max_size=200 * PAGE) as station:
+    with replaying(tmp_path / "b", source, max_size=200 * PAGE_SIZE) as station:
         wait_for(lambda: station.store.last_row("watch") > 10_000, "a store that fills")
         found: list[float] = []
         for _ in range(1000):
-            batch = station.store.take("watch", WATCH.fields, len(found), 10**6)
+            batch = station.store.read_rows("watch", WATCH.fields, len(found), 10**6)
             found += batch.rows.columns[0].tolist() if batch else []
             with station.store.transaction() as tx:
-                tx.trim("watch", len(found), 2**62, 100)
+                tx.trim_rows("watch", len(found), 2**62, 100)
             time.sleep(0.05)
             if len(found) == 40_000:
                 break
@@ -598,15 +600,15 @@ def test_a_replay_that_is_killed_again_and_again_repeats_and_skips_no_row(tmp_pa
 def test_a_replay_that_cannot_play_is_named(tmp_path: Path, recordings: Path, change: Any, said: str) -> None:
     store = Store(tmp_path)
     with pytest.raises(UsageError, match=said):
-        Replay("watch", WATCH, replay_of(recordings, **change), store, start())
+        ReplayPlayer("watch", WATCH, replay_of(recordings, **change), store, start())
     store.close()
 
 
 def test_a_stream_whose_fields_were_not_recorded_is_named(tmp_path: Path, recordings: Path) -> None:
     store = Store(tmp_path)
-    stream = Stream(fields=[Field(name="ax"), Field(name="az")])
+    stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="az")])
     with pytest.raises(UsageError, match="has no az; it has ax, ay"):
-        Replay("watch", stream, replay_of(recordings), store, start())
+        ReplayPlayer("watch", stream, replay_of(recordings), store, start())
     store.close()
 
 

@@ -21,37 +21,37 @@ import pytest
 from numpy.typing import NDArray
 
 from agent import config
-from agent.config import Field, FilesSource, Stream
+from agent.config import FieldConfig, FilesSource, StreamConfig
 from agent.device.intake import media_reader
 from agent.device.intake.sources import files as files_module
-from agent.device.intake.sources.files import Files
+from agent.device.intake.sources.files import FolderWatcher
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.errors import ConfigError, UsageError
-from agent.media import Image, Made, Sound
+from agent.media import ImageFormat, MediaFormat, SoundFormat
 from agent.model.inference import images, sound
 from tests.kit.stations import ROOT, Station, conf, rows_of, wait_for
 from tests.model.test_media import RATE, picture, tone, write_wav
 
-SMALL = Image(width=8, height=6)
-HEARD = Sound(rate=RATE, window=1024, hop=512, mels=16)
+SMALL = ImageFormat(width=8, height=6)
+HEARD = SoundFormat(rate=RATE, window=1024, hop=512, mels=16)
 
 
-def stream_of(folder: Path, made: Made, every_s: float = 0.02) -> Stream:
+def stream_of(folder: Path, made: MediaFormat, every_s: float = 0.02) -> StreamConfig:
     """As `config.load` makes it."""
-    kind = {"image": made} if isinstance(made, Image) else {"sound": made}
+    kind = {"image": made} if isinstance(made, ImageFormat) else {"sound": made}
     source = FilesSource(folder=str(folder / "in"), every=config.Duration(every_s), **kind)
-    return Stream(fields=[Field(name=name) for name in made.columns], source=source)
+    return StreamConfig(fields=[FieldConfig(name=name) for name in made.columns], source=source)
 
 
 @contextmanager
-def watching(folder: Path, made: Made = SMALL, **store: Any) -> Iterator[Station]:
+def watching(folder: Path, made: MediaFormat = SMALL, **store: Any) -> Iterator[Station]:
     stream = stream_of(folder, made)
     source = stream.source
     assert isinstance(source, FilesSource)
     (folder / "in").mkdir(exist_ok=True)
     made_of = conf(folder / "d", camera=stream)
-    with Station(made_of, sources=lambda s: [Files("camera", stream, source, s)], **store) as station:
+    with Station(made_of, sources=lambda s: [FolderWatcher("camera", stream, source, s)], **store) as station:
         yield station
         assert station.failures == []
 
@@ -102,7 +102,7 @@ def test_images_become_rows_in_the_order_of_their_names_and_it_is_noted_which_ar
     with watching(tmp_path) as station:
         wait_for(partial(are_in, tmp_path, "done", 40), "all in done/")
         rows = taken(station)
-    expected = [images.rows(tmp_path / "in" / "done" / f"{index:02}.png", SMALL) for index in range(40)]
+    expected = [images.read_rows(tmp_path / "in" / "done" / f"{index:02}.png", SMALL) for index in range(40)]
     assert pixels(rows).tobytes() == np.stack(expected).tobytes()
     assert rows.t.tolist() == [(1_764_000_000 + index) * 1_000_000 for index in range(40) for _ in range(6)]
     assert notes(tmp_path) == [[f"{index:02}.png", str(index * 6 + 1), str(index * 6 + 6)] for index in range(40)]
@@ -136,20 +136,22 @@ def test_images_of_one_moment_are_told_apart_and_a_moment_in_the_name_comes_firs
 )
 @pytest.mark.usefixtures("quick")
 def test_a_file_that_is_none_goes_to_failed_with_a_sentence_beside_it_and_is_counted(
-    tmp_path: Path, made: Made, name: str, content: bytes | str, why: str
+    tmp_path: Path, made: MediaFormat, name: str, content: bytes | str, why: str
 ) -> None:
     if isinstance(content, str):
         made_of = {"of another rate": (0.5, 8000), "cut short": (0.5, RATE), "a moment": (0.01, RATE)}[content]
         written = write_wav(tmp_path / "x.wav", tone(440, made_of[0]), rate=made_of[1]).read_bytes()
         content = written[:8000] if content == "cut short" else written
     put(tmp_path, name, content)
-    good = picture((6, 8, 3)) if isinstance(made, Image) else write_wav(tmp_path / "y.wav", tone(440)).read_bytes()
+    good = (
+        picture((6, 8, 3)) if isinstance(made, ImageFormat) else write_wav(tmp_path / "y.wav", tone(440)).read_bytes()
+    )
     put(tmp_path, f"good{Path(name).suffix}", good)
     with watching(tmp_path, made) as station:
         wait_for(partial(are_in, tmp_path, "failed", 2), "the file and the reason in failed/")
         wait_for(partial(are_in, tmp_path, "done", 1), "the good one in done/")
         assert station.store.counters()["files failed"] == 1
-        assert len(taken(station)) == (6 if isinstance(made, Image) else 14)
+        assert len(taken(station)) == (6 if isinstance(made, ImageFormat) else 14)
     said = (tmp_path / "in" / "failed" / f"{name}.txt").read_text()
     assert said.startswith(f"{name}: ")
     assert why in said
@@ -164,10 +166,10 @@ def test_an_image_of_too_many_pixels_or_bytes_is_refused_before_it_is_decoded(
     pillow.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(pillow.Image, "resize", None)
     with pytest.raises(UsageError, match=r"bomb\.png: 20000 x 20000 pixels, 50,000,000 at most; make it smaller"):
-        images.rows(tmp_path / "bomb.png", SMALL)
-    monkeypatch.setattr(images, "_MOST_BYTES", 1000)
+        images.read_rows(tmp_path / "bomb.png", SMALL)
+    monkeypatch.setattr(images, "_MAX_BYTES", 1000)
     with pytest.raises(UsageError, match=r"bomb\.png: [0-9,]+ bytes, 1,000 at most; make it smaller"):
-        images.rows(tmp_path / "bomb.png", SMALL)
+        images.read_rows(tmp_path / "bomb.png", SMALL)
 
 
 @pytest.mark.usefixtures("quick")
@@ -180,9 +182,9 @@ def test_a_sound_has_the_rows_of_its_definition_and_times_from_its_start(tmp_pat
         wait_for(partial(are_in, tmp_path, "done", 2), "both in done/")
         rows = taken(station)
     path = tmp_path / "in" / "done" / "a.wav"
-    expected = sound.rows(sound.samples(path, RATE), HEARD)
+    expected = sound.compute_mel_rows(sound.read_samples(path, RATE), HEARD)
     n = len(expected)
-    assert n > 2 * sound._AT_ONCE
+    assert n > 2 * sound._BLOCK_FRAMES
     assert np.stack(rows.columns, axis=1).tobytes() == np.concatenate([expected, expected]).tobytes()
     assert rows.t.tolist() == 2 * (1_764_000_000_000_000 + np.arange(n) * 32_000).tolist()
     assert notes(tmp_path) == [["a.wav", "1", str(n)], ["b 20251124T160000Z.wav", str(n + 1), str(2 * n)]]
@@ -192,9 +194,9 @@ def test_a_sound_has_the_rows_of_its_definition_and_times_from_its_start(tmp_pat
 def test_a_sound_that_would_go_on_from_the_one_before_begins_just_before_its_end(tmp_path: Path, late_us: int) -> None:
     stream, path = stream_of(tmp_path, HEARD), write_wav(tmp_path / "a.wav", tone(440))
     own = round(path.stat().st_mtime_ns / 1000) - 500_000
-    [block] = media_reader.blocks(path, "a.wav", stream, 0, own - late_us)
+    [block] = media_reader.read_blocks(path, "a.wav", stream, 0, own - late_us)
     assert round(block.raw.t[0] * 1e6) == own - late_us - 1
-    [later] = media_reader.blocks(path, "a.wav", stream, 0, own - 64_002)
+    [later] = media_reader.read_blocks(path, "a.wav", stream, 0, own - 64_002)
     assert abs(round(later.raw.t[0] * 1e6) - own) <= 1
 
 
@@ -202,9 +204,9 @@ def test_a_sound_that_would_go_on_from_the_one_before_begins_just_before_its_end
 def test_a_sound_that_was_taken_in_part_goes_on_with_the_same_bits_and_times(tmp_path: Path, skip: int) -> None:
     stream = stream_of(tmp_path, HEARD)
     path = write_wav(tmp_path / "a.wav", np.random.default_rng(1).normal(0, 0.1, 40 * RATE))
-    whole = list(media_reader.blocks(path, "a.wav", stream, 0, None))
+    whole = list(media_reader.read_blocks(path, "a.wav", stream, 0, None))
     t = np.concatenate([block.raw.t for block in whole])
-    rest = list(media_reader.blocks(path, "a.wav", stream, skip, round(t[skip - 1] * 1e6)))
+    rest = list(media_reader.read_blocks(path, "a.wav", stream, skip, round(t[skip - 1] * 1e6)))
     assert [line for block in rest for line in block.lines] == list(range(skip + 1, len(t) + 1))
     assert np.concatenate([block.raw.t for block in rest]).tobytes() == t[skip:].tobytes()
     for field in ("mel0", "mel15"):
@@ -217,7 +219,7 @@ def test_a_sound_that_was_taken_in_part_goes_on_with_the_same_bits_and_times(tmp
 def test_a_file_whose_move_fails_after_its_last_row_is_moved_later_and_not_taken_again(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: Made = SMALL if kind == "image" else HEARD
+    made: MediaFormat = SMALL if kind == "image" else HEARD
     content = picture((6, 8, 3)) if kind == "image" else write_wav(tmp_path / "x.wav", tone(440)).read_bytes()
     move, failures = os.rename, ["the folder's medium is gone"]
 
@@ -265,7 +267,7 @@ with Station(made, sources=lambda store: [files.Files("camera", stream, stream.s
 @pytest.mark.parametrize("kind", ["image", "sound"])
 def test_files_come_once_and_whole_when_the_agent_is_killed_again_and_again(tmp_path: Path, kind: str) -> None:
     rng = random.Random(4)
-    made: Made = SMALL if kind == "image" else HEARD
+    made: MediaFormat = SMALL if kind == "image" else HEARD
     count = 90 if kind == "image" else 3
     for index in range(count):
         if kind == "image":
@@ -286,7 +288,7 @@ def test_files_come_once_and_whole_when_the_agent_is_killed_again_and_again(tmp_
         if are_in(tmp_path, "done", count):
             break
     store, stream = Store(tmp_path / "d"), stream_of(tmp_path, made)
-    store.declare({"camera": stream})
+    store.declare_streams({"camera": stream})
     rows = np.stack(rows_of(store, "camera", stream).columns, axis=1)
     store.close()
     whole = notes(tmp_path)
@@ -297,7 +299,11 @@ def test_files_come_once_and_whole_when_the_agent_is_killed_again_and_again(tmp_
     assert spans[-1][1] == len(rows)
     for first, last, name in spans:
         path = tmp_path / "in" / "done" / name
-        expected = images.rows(path, made) if isinstance(made, Image) else sound.rows(sound.samples(path, RATE), made)
+        expected = (
+            images.read_rows(path, made)
+            if isinstance(made, ImageFormat)
+            else sound.compute_mel_rows(sound.read_samples(path, RATE), made)
+        )
         assert rows[first - 1 : last].tobytes() == expected.tobytes()
     assert interrupted > 0
 
@@ -308,10 +314,10 @@ def test_files_come_once_and_whole_when_the_agent_is_killed_again_and_again(tmp_
 def test_a_missing_pillow_and_an_image_too_large_for_the_store_are_said_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = stream_of(tmp_path, Image(width=800, height=800))
+    large = stream_of(tmp_path, ImageFormat(width=800, height=800))
     with pytest.raises(ConfigError, match=r"streams\.camera\.source\.image: an image takes 7,686,400 bytes, the store"):
-        media_reader.require("o.toml", "camera", large, 2**30)
-    media_reader.require("o.toml", "camera", stream_of(tmp_path, Image(width=224, height=224)), 2**30)
-    monkeypatch.setattr(images, "are_readable", lambda: False)
+        media_reader.check_config("o.toml", "camera", large, 2**30)
+    media_reader.check_config("o.toml", "camera", stream_of(tmp_path, ImageFormat(width=224, height=224)), 2**30)
+    monkeypatch.setattr(images, "is_pillow_installed", lambda: False)
     with pytest.raises(ConfigError, match=r"source\.image: images need Pillow: pip install 'outstation\[images"):
-        media_reader.require("o.toml", "camera", stream_of(tmp_path, SMALL), 2**30)
+        media_reader.check_config("o.toml", "camera", stream_of(tmp_path, SMALL), 2**30)

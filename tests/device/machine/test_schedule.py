@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.clock import Now
-from agent.device.machine.schedule import Cron, Every, Schedule, When, parse
+from agent.clock import ClockReading
+from agent.device.machine.schedule import CronSchedule, IntervalSchedule, RowCountSchedule, Schedule, parse
 from agent.errors import ConfigError
 
 VIENNA = ZoneInfo("Europe/Vienna")
@@ -28,8 +28,8 @@ class Machine:
         self.asked = 0
 
     @property
-    def now(self) -> Now:
-        return Now(round(self.wall.timestamp() * 1e6), self.boot_s, "synced")
+    def now(self) -> ClockReading:
+        return ClockReading(round(self.wall.timestamp() * 1e6), self.boot_s, "synced")
 
     def local(self) -> str:
         return f"{self.wall.astimezone(VIENNA):%a %m-%d %H:%M%z}"
@@ -47,8 +47,8 @@ class Machine:
         ran, end = [], self.boot_s + seconds
         while self.boot_s <= end:
             self.asked += 1
-            if task.due(self.now, backlog):
-                task.ran(self.now)
+            if task.is_due(self.now, backlog):
+                task.record_run(self.now)
                 ran.append(self.local())
             self.sleep(max(0.001, min(300.0, task.wait_s(self.now))))
         return ran
@@ -56,13 +56,13 @@ class Machine:
 
 def test_an_interval_runs_at_once_and_then_once_each_time() -> None:
     machine = Machine()
-    assert len(machine.run(Every(60), 600)) == 11
+    assert len(machine.run(IntervalSchedule(60), 600)) == 11
     assert machine.asked <= 24
 
 
 @pytest.mark.parametrize("step", [-HOUR, 60 * DAY, 2 * YEAR, -50 * YEAR])
 def test_a_step_of_the_wall_clock_neither_stops_an_interval_nor_makes_it_run_more(step: float) -> None:
-    task, machine = Every(60), Machine()
+    task, machine = IntervalSchedule(60), Machine()
     assert len(machine.run(task, 299)) == 5
     machine.step(step)
     machine.asked = 0
@@ -75,20 +75,20 @@ def test_a_clock_set_back_after_a_nightly_run_repeats_it_only_where_hours_are_mi
     back_s: float, again: int
 ) -> None:
     machine = Machine(datetime(2026, 11, 25, 3, 29, tzinfo=VIENNA))
-    task = Cron("30 3 * * *", zone=VIENNA)
+    task = CronSchedule("30 3 * * *", zone=VIENNA)
     assert machine.run(task, 120) == ["Wed 11-25 03:30+0100"]
     machine.step(-back_s)
     assert len(machine.run(task, 8 * HOUR)) == again
     machine.run(task, 24 * HOUR)
-    restarted = Cron("30 3 * * *", round(machine.wall.timestamp() * 1e6), VIENNA)
+    restarted = CronSchedule("30 3 * * *", round(machine.wall.timestamp() * 1e6), VIENNA)
     machine.step(-back_s)
     assert len(machine.run(restarted, 60)) == 0
 
 
 def test_a_clock_set_back_just_before_a_time_and_looked_at_just_after_it_misses_nothing() -> None:
     machine = Machine(datetime(2026, 11, 25, 3, 29, 59, tzinfo=VIENNA))
-    task = Cron("30 3 * * *", zone=VIENNA)
-    assert not task.due(machine.now, 0)
+    task = CronSchedule("30 3 * * *", zone=VIENNA)
+    assert not task.is_due(machine.now, 0)
     machine.step(-4.0)
     machine.sleep(6.0)
     assert len(machine.run(task, 60)) == 1
@@ -96,48 +96,51 @@ def test_a_clock_set_back_just_before_a_time_and_looked_at_just_after_it_misses_
 
 def test_a_clock_set_back_lets_a_task_of_every_hour_run_at_the_hours_that_come_again() -> None:
     machine = Machine(datetime(2026, 11, 25, 3, 29, tzinfo=VIENNA))
-    task = Cron("30 * * * *", zone=VIENNA)
+    task = CronSchedule("30 * * * *", zone=VIENNA)
     assert len(machine.run(task, 120)) == 1
     machine.step(-HOUR)
     assert machine.run(task, 2 * HOUR) == ["Wed 11-25 03:30+0100", "Wed 11-25 04:30+0100"]
 
 
 def test_an_interval_that_was_missed_a_thousand_times_is_caught_up_once_and_keeps_its_beat() -> None:
-    task, machine = Every(60), Machine()
+    task, machine = IntervalSchedule(60), Machine()
     machine.run(task, 0)
     machine.boot_s = 1000.0 + 60_030
-    assert task.due(machine.now, 0)
-    task.ran(machine.now)
-    assert not task.due(machine.now, 0)
+    assert task.is_due(machine.now, 0)
+    task.record_run(machine.now)
+    assert not task.is_due(machine.now, 0)
     assert task.wait_s(machine.now) == 30
 
 
 @given(st.integers(1, 1000), st.lists(st.integers(0, 10_000), min_size=1, max_size=30))
 def test_an_interval_runs_at_most_once_between_two_of_its_beats(seconds: int, pauses: list[int]) -> None:
-    task, boot, beats = Every(seconds), 0, []
+    task, boot, beats = IntervalSchedule(seconds), 0, []
     for pause in pauses:
         boot += pause
-        now = Now(0, float(boot), "unsynced")
-        if task.due(now, 0):
-            task.ran(now)
+        now = ClockReading(0, float(boot), "unsynced")
+        if task.is_due(now, 0):
+            task.record_run(now)
             beats.append((boot - pauses[0]) // seconds)
     assert beats == sorted(set(beats))
     assert beats[0] == 0
 
 
 def test_a_number_of_rows_is_due_while_that_many_wait() -> None:
-    task, now = When(500), Machine().now
-    assert [task.due(now, backlog) for backlog in (0, 499, 500, 10_000)] == [False, False, True, True]
-    task.ran(now)
-    assert task.due(now, 500)
-    assert not task.due(now, 3)
+    task, now = RowCountSchedule(500), Machine().now
+    assert [task.is_due(now, backlog) for backlog in (0, 499, 500, 10_000)] == [False, False, True, True]
+    task.record_run(now)
+    assert task.is_due(now, 500)
+    assert not task.is_due(now, 3)
     assert task.wait_s(now) > 0
 
 
 def test_a_cron_expression_does_not_run_before_its_first_time() -> None:
-    task = Cron("30 12 * * *", zone=VIENNA)
+    task = CronSchedule("30 12 * * *", zone=VIENNA)
     assert Machine().run(task, 1700) == []
-    assert Machine().run(Cron("30 12 * * *", zone=VIENNA), 2 * DAY) == ["Tue 03-10 12:30+0100", "Wed 03-11 12:30+0100"]
+    assert Machine().run(CronSchedule("30 12 * * *", zone=VIENNA), 2 * DAY) == [
+        "Tue 03-10 12:30+0100",
+        "Wed 03-11 12:30+0100",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -157,36 +160,36 @@ def test_a_cron_expression_does_not_run_before_its_first_time() -> None:
     ],
 )
 def test_weekdays_are_those_of_crontab_where_zero_is_sunday(weekday: str, days: str) -> None:
-    ran = Machine().run(Cron(f"0 13 * * {weekday}", zone=VIENNA), 14 * DAY - HOUR)
+    ran = Machine().run(CronSchedule(f"0 13 * * {weekday}", zone=VIENNA), 14 * DAY - HOUR)
     assert " ".join(time[:3] for time in ran) == days
 
 
 def test_a_day_of_the_month_and_a_weekday_are_either_enough_as_in_crontab() -> None:
-    ran = Machine().run(Cron("0 13 13 * mon", zone=VIENNA), 10 * DAY)
+    ran = Machine().run(CronSchedule("0 13 13 * mon", zone=VIENNA), 10 * DAY)
     assert ran == ["Fri 03-13 13:00+0100", "Mon 03-16 13:00+0100"]
 
 
 def test_where_the_clocks_go_forward_a_time_in_the_gap_comes_once() -> None:
     machine = Machine(datetime(2026, 3, 28, 12, tzinfo=VIENNA))
-    ran = machine.run(Cron("30 2 * * *", zone=VIENNA), 2 * DAY)
+    ran = machine.run(CronSchedule("30 2 * * *", zone=VIENNA), 2 * DAY)
     assert ran == ["Sun 03-29 03:30+0200", "Mon 03-30 02:30+0200"]
 
 
 def test_where_the_clocks_go_back_a_time_that_comes_twice_runs_once() -> None:
     machine = Machine(datetime(2026, 10, 24, 12, tzinfo=VIENNA))
-    ran = machine.run(Cron("30 2 * * *", zone=VIENNA), 2 * DAY)
+    ran = machine.run(CronSchedule("30 2 * * *", zone=VIENNA), 2 * DAY)
     assert ran == ["Sun 10-25 02:30+0200", "Mon 10-26 02:30+0100"]
 
 
 @pytest.mark.parametrize("day", [datetime(2026, 3, 28, 12, tzinfo=VIENNA), datetime(2026, 10, 24, 12, tzinfo=VIENNA)])
 def test_each_hour_comes_once_over_a_change_of_the_clocks(day: datetime) -> None:
     machine = Machine(day + timedelta(minutes=1))
-    assert len(machine.run(Cron("0 * * * *", zone=VIENNA), DAY)) == 24
+    assert len(machine.run(CronSchedule("0 * * * *", zone=VIENNA), DAY)) == 24
 
 
 @pytest.mark.parametrize(("step", "runs"), [(-HOUR, 3), (HOUR, 4), (60 * DAY, 4), (2 * YEAR, 4), (-60 * DAY, 3)])
 def test_after_a_step_of_the_wall_clock_cron_goes_on_with_at_most_one_run_to_catch_up(step: float, runs: int) -> None:
-    task, machine = Cron("30 * * * *", zone=VIENNA), Machine()
+    task, machine = CronSchedule("30 * * * *", zone=VIENNA), Machine()
     assert len(machine.run(task, 2 * HOUR - 60)) == 2
     machine.step(step)
     machine.asked = 0
@@ -196,47 +199,51 @@ def test_after_a_step_of_the_wall_clock_cron_goes_on_with_at_most_one_run_to_cat
 
 
 def test_a_time_that_passed_while_nobody_asked_is_caught_up_once() -> None:
-    task, machine = Cron("0 * * * *", zone=VIENNA), Machine()
-    assert not task.due(machine.now, 0)
+    task, machine = CronSchedule("0 * * * *", zone=VIENNA), Machine()
+    assert not task.is_due(machine.now, 0)
     machine.sleep(3 * DAY)
     assert machine.run(task, 60) == ["Fri 03-13 12:00+0100"]
 
 
 def test_a_time_missed_while_the_agent_was_off_is_caught_up_once_after_its_start() -> None:
     last_us = round((START - timedelta(days=3)).timestamp() * 1e6)
-    ran = Machine().run(Cron("0 13 * * *", last_us, VIENNA), 2 * HOUR)
+    ran = Machine().run(CronSchedule("0 13 * * *", last_us, VIENNA), 2 * HOUR)
     assert ran == ["Tue 03-10 12:00+0100", "Tue 03-10 13:00+0100"]
 
 
 def test_a_time_that_was_not_missed_while_the_agent_was_off_does_not_come_again() -> None:
     last_us = round((START - timedelta(hours=23)).timestamp() * 1e6)
-    assert Machine().run(Cron("0 13 * * *", last_us, VIENNA), 30 * 60) == []
+    assert Machine().run(CronSchedule("0 13 * * *", last_us, VIENNA), 30 * 60) == []
 
 
 def test_a_last_run_in_the_future_says_nothing() -> None:
     last_us = round((START + timedelta(days=900)).timestamp() * 1e6)
-    assert Machine().run(Cron("0 13 * * *", last_us, VIENNA), 2 * HOUR) == ["Tue 03-10 13:00+0100"]
+    assert Machine().run(CronSchedule("0 13 * * *", last_us, VIENNA), 2 * HOUR) == ["Tue 03-10 13:00+0100"]
 
 
 def test_at_the_very_microsecond_of_its_time_cron_runs_once() -> None:
-    task = Cron("0 13 * * *", zone=VIENNA)
+    task = CronSchedule("0 13 * * *", zone=VIENNA)
     machine = Machine(datetime(2026, 3, 10, 12, 59, 59, tzinfo=VIENNA))
-    assert not task.due(machine.now, 0)
+    assert not task.is_due(machine.now, 0)
     machine.sleep(1.0)
-    assert task.due(machine.now, 0)
-    task.ran(machine.now)
-    assert not task.due(machine.now, 0)
+    assert task.is_due(machine.now, 0)
+    task.record_run(machine.now)
+    assert not task.is_due(machine.now, 0)
 
 
 def test_only_cron_needs_its_last_run_remembered() -> None:
     found = [parse("f", "t", text) for text in ("every 60 s", "when 5 rows", "0 3 * * *")]
-    assert [(type(task), task.remembers) for task in found] == [(Every, False), (When, False), (Cron, True)]
+    assert [(type(task), task.needs_last_run) for task in found] == [
+        (IntervalSchedule, False),
+        (RowCountSchedule, False),
+        (CronSchedule, True),
+    ]
 
 
 def test_a_last_run_reaches_the_cron_schedule() -> None:
     missed = parse("f", "t", "0 3 * * *", round((START - timedelta(days=3)).timestamp() * 1e6))
-    assert missed.due(Machine().now, 0)
-    assert not parse("f", "t", "0 3 * * *").due(Machine().now, 0)
+    assert missed.is_due(Machine().now, 0)
+    assert not parse("f", "t", "0 3 * * *").is_due(Machine().now, 0)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import pytest
 
 from agent import clock, config
 from agent.device.machine import throttle
-from agent.device.machine.throttle import Care
+from agent.device.machine.throttle import Throttle
 
 
-def at(boot_s: float) -> clock.Now:
-    return clock.Now(1_764_022_680_000_000, boot_s, "synced")
+def at(boot_s: float) -> clock.ClockReading:
+    return clock.ClockReading(1_764_022_680_000_000, boot_s, "synced")
 
 
 class Machine:
@@ -23,7 +23,7 @@ class Machine:
 
     def __init__(self, root: Path, **conf: float | str) -> None:
         self.root, self._now = root, 1000.0
-        self._care = Care(config.Care(**conf), root)  # type: ignore[arg-type]
+        self._care = Throttle(config.ThrottleConfig(**conf), root)  # type: ignore[arg-type]
 
     def put(self, path: str, text: str) -> Machine:
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -37,11 +37,11 @@ class Machine:
 
     def resting(self) -> str:
         self._now += 10.0
-        return self._care.turn(at(self._now)).resting
+        return self._care.tick(at(self._now)).pause_reason
 
     def shown(self) -> dict[str, object]:
         self._now += 10.0
-        return self._care.turn(at(self._now)).shown()
+        return self._care.tick(at(self._now)).to_dict()
 
 
 def test_the_hottest_sensor_counts_and_a_rest_ends_only_well_below_where_it_began(tmp_path: Path) -> None:
@@ -90,18 +90,18 @@ def test_what_is_known_is_shown(tmp_path: Path) -> None:
 
 
 def test_it_looks_at_sensors_every_ten_seconds_only(tmp_path: Path) -> None:
-    looking = Care(config.Care(), tmp_path)
-    looking.turn(at(1000.0))
+    looking = Throttle(config.ThrottleConfig(), tmp_path)
+    looking.tick(at(1000.0))
     Machine(tmp_path).put("class/thermal/thermal_zone0/temp", "99000")
-    assert looking.turn(at(1009.0)).resting == ""
-    assert looking.turn(at(1010.0)).resting != ""
+    assert looking.tick(at(1009.0)).pause_reason == ""
+    assert looking.tick(at(1010.0)).pause_reason != ""
 
 
 def test_only_the_thread_that_runs_models_steps_back() -> None:
     own: list[int] = []
 
     def step() -> None:
-        throttle.step_back(config.Care(nice=7))
+        throttle.lower_priority(config.ThrottleConfig(nice=7))
         own.append(os.getpriority(os.PRIO_PROCESS, 0))
 
     before = os.getpriority(os.PRIO_PROCESS, 0)
@@ -121,7 +121,7 @@ def test_a_priority_that_is_low_already_is_not_set_again_as_a_service_may_not(
     monkeypatch.setattr(os, "setpriority", forbidden)
     monkeypatch.setattr(os, "getpriority", lambda *_: 5)
     monkeypatch.setattr(psutil.Process, "ionice", lambda self, *given: forbidden() if given else (2, 7))
-    throttle.step_back(config.Care(nice=5))
+    throttle.lower_priority(config.ThrottleConfig(nice=5))
     assert caplog.messages == []
-    throttle.step_back(config.Care(nice=6))
+    throttle.lower_priority(config.ThrottleConfig(nice=6))
     assert [message.startswith("[care] nice: ") for message in caplog.messages] == [True]

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent import clock
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.machine import timekeeping
-from agent.device.machine.timekeeping import FLOOR, SYNCED, believable, clock_of
+from agent.device.machine.timekeeping import FLOOR, SYNCED, is_plausible_time, make_clock
 from agent.device.store import clock_segments
-from agent.device.store.clock_segments import Segments, Stamp
+from agent.device.store.clock_segments import ClockSegments, ClockStamp
 from agent.device.store.store import Store
 from agent.errors import StorageFull
-from agent.wire.messages import Alerts, Audit
+from agent.wire.messages import AlertPayload, AuditPayload
 from tests.kit.clocks import TRUE_START_US, Station
 
 S = 1_000_000
@@ -35,11 +35,11 @@ def station(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Station
 
 
 def anchors(station: Station) -> list[dict[str, Any]]:
-    return [one.body.evidence for one in station.messages() if isinstance(one.body, Audit)]
+    return [one.body.evidence for one in station.messages() if isinstance(one.body, AuditPayload)]
 
 
 def alerts(station: Station) -> list[tuple[str, str]]:
-    return [(one.body.state, one.body.summary) for one in station.messages() if isinstance(one.body, Alerts)]
+    return [(one.body.state, one.body.summary) for one in station.messages() if isinstance(one.body, AlertPayload)]
 
 
 def turns(station: Station, seconds: float, each_s: float = 5.0) -> None:
@@ -63,7 +63,7 @@ def test_an_anchor_comes_at_the_start_at_each_step_when_the_clock_is_set_right_a
     assert [one["segment"] for one in found] == [1, 2, 3, 1, 1]
     assert [round(one["step_us"] / S) for one in found] == [0, -3600, 60 * 86_400, -60 * 86_400 + 3600, 0]
     assert [one["quality"] for one in found] == ["synced", "restored", "restored", "synced", "synced"]
-    assert timekeeping.steps(station.store) == 3
+    assert timekeeping.count_steps(station.store) == 3
 
 
 def test_what_is_slewed_is_no_step(station: Station) -> None:
@@ -209,7 +209,7 @@ def test_a_full_store_delays_the_anchor(monkeypatch: pytest.MonkeyPatch, station
 
     with monkeypatch.context() as patch:
         patch.setattr(station.store, "transaction", full)
-        station.keeper.turn(station.machine.now)
+        station.keeper.tick(station.machine.now)
     turns(station, 20)
     assert [one["why"] for one in anchors(station)] == ["start"]
 
@@ -218,7 +218,7 @@ def test_a_full_store_delays_the_anchor(monkeypatch: pytest.MonkeyPatch, station
 
 
 def reading(monkeypatch: pytest.MonkeyPatch, wall_us: int, error_us: int | None) -> None:
-    monkeypatch.setattr(clock, "_both", lambda: (wall_us, 1000.0))
+    monkeypatch.setattr(clock, "_read_both_clocks", lambda: (wall_us, 1000.0))
     monkeypatch.setattr(clock, "sync_error_us", lambda: error_us)
 
 
@@ -228,27 +228,27 @@ def test_a_lie_of_two_years_leaves_the_right_time_synced_once_a_time_service_say
     station.machine.sync(0)
     station.machine.offset_us += 730 * DAY
     station.turn()
-    assert int(station.store.meta(SYNCED, "0")) > TRUE_START_US + 700 * DAY
+    assert int(station.store.get_meta(SYNCED, "0")) > TRUE_START_US + 700 * DAY
     reading(monkeypatch, TRUE_START_US, None)
-    assert clock_of(station.store)().quality == "unsynced"
+    assert make_clock(station.store)().quality == "unsynced"
     reading(monkeypatch, TRUE_START_US, 10)
-    assert clock_of(station.store)().quality == "synced"
+    assert make_clock(station.store)().quality == "synced"
     station.machine.sync(0)
     station.turn()
     reading(monkeypatch, TRUE_START_US + DAY, None)
-    assert clock_of(station.store)().quality == "restored"
+    assert make_clock(station.store)().quality == "restored"
 
 
 def test_a_time_before_the_collectors_is_unsynced_unless_a_time_service_vouches_for_it(
     station: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with station.store.transaction() as tx:
-        tx.raise_floor(TRUE_START_US)
+        tx.raise_time_floor(TRUE_START_US)
     reading(monkeypatch, TRUE_START_US - 1, None)
-    assert clock_of(station.store)().quality == "unsynced"
+    assert make_clock(station.store)().quality == "unsynced"
     reading(monkeypatch, TRUE_START_US - 1, 10)
-    assert clock_of(station.store)().quality == "synced"
-    assert int(station.store.meta(FLOOR, "0")) == TRUE_START_US
+    assert make_clock(station.store)().quality == "synced"
+    assert int(station.store.get_meta(FLOOR, "0")) == TRUE_START_US
 
 
 def test_a_time_before_the_program_was_built_is_unsynced_whoever_vouches_for_it(
@@ -256,7 +256,7 @@ def test_a_time_before_the_program_was_built_is_unsynced_whoever_vouches_for_it(
 ) -> None:
     for wall_us in (0, clock.BUILD_FLOOR_US - 1):
         reading(monkeypatch, wall_us, 10)
-        assert clock_of(station.store)().quality == "unsynced"
+        assert make_clock(station.store)().quality == "unsynced"
 
 
 def test_a_collector_ten_years_ahead_does_no_harm_once_a_time_service_vouches_for_the_clock(
@@ -265,13 +265,13 @@ def test_a_collector_ten_years_ahead_does_no_harm_once_a_time_service_vouches_fo
     station.machine.quality = "restored"
     turns(station, 60)
     with station.store.transaction() as tx:
-        tx.raise_floor(TRUE_START_US + 3650 * DAY)
+        tx.raise_time_floor(TRUE_START_US + 3650 * DAY)
     reading(monkeypatch, round(station.machine.true_us), None)
-    assert clock_of(station.store)().quality == "unsynced"
+    assert make_clock(station.store)().quality == "unsynced"
     station.machine.quality = "unsynced"
     turns(station, 70)
     reading(monkeypatch, round(station.machine.true_us), 10)
-    assert clock_of(station.store)().quality == "synced"
+    assert make_clock(station.store)().quality == "synced"
     station.machine.sync(0)
     turns(station, 10)
     [(state, summary)] = alerts(station)
@@ -280,36 +280,36 @@ def test_a_collector_ten_years_ahead_does_no_harm_once_a_time_service_vouches_fo
     assert [state for state, _ in alerts(station)] == ["raised", "cleared"]
     # The time service falls silent again, and the floor is no longer in the way.
     reading(monkeypatch, round(station.machine.true_us), None)
-    assert clock_of(station.store)().quality == "restored"
+    assert make_clock(station.store)().quality == "restored"
 
 
 def test_a_floor_less_than_a_day_ahead_of_a_clock_that_is_vouched_for_stays(station: Station) -> None:
     with station.store.transaction() as tx:
-        tx.raise_floor(TRUE_START_US + HOUR)
+        tx.raise_time_floor(TRUE_START_US + HOUR)
     station.machine.sync(0)
     turns(station, 60)
-    assert int(station.store.meta(FLOOR, "0")) == TRUE_START_US + HOUR
+    assert int(station.store.get_meta(FLOOR, "0")) == TRUE_START_US + HOUR
     assert alerts(station) == []
 
 
 def test_a_collector_a_day_ahead_of_a_clock_that_is_vouched_for_raises_no_floor() -> None:
-    synced, restored = Now(TRUE_START_US, 1.0, "synced", 10), Now(TRUE_START_US, 1.0, "restored")
-    assert not believable(TRUE_START_US + 2 * DAY, synced)
-    assert believable(TRUE_START_US + HOUR, synced)
-    assert believable(TRUE_START_US + 2 * DAY, restored)
+    synced, restored = ClockReading(TRUE_START_US, 1.0, "synced", 10), ClockReading(TRUE_START_US, 1.0, "restored")
+    assert not is_plausible_time(TRUE_START_US + 2 * DAY, synced)
+    assert is_plausible_time(TRUE_START_US + HOUR, synced)
+    assert is_plausible_time(TRUE_START_US + 2 * DAY, restored)
 
 
 def test_a_floor_raised_while_the_daemon_runs_counts_within_a_minute(
     station: Station, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = 1000.0
-    monkeypatch.setattr(clock, "_both", lambda: (TRUE_START_US, now_s))
+    monkeypatch.setattr(clock, "_read_both_clocks", lambda: (TRUE_START_US, now_s))
     monkeypatch.setattr(clock, "boot_seconds", lambda: now_s)
     monkeypatch.setattr(clock, "sync_error_us", lambda: None)
-    now = clock_of(station.store)
+    now = make_clock(station.store)
     assert now().quality == "restored"
     with station.store.transaction() as tx:
-        tx.raise_floor(TRUE_START_US + DAY)
+        tx.raise_time_floor(TRUE_START_US + DAY)
     now_s += 61
     assert now().quality == "unsynced"
 
@@ -324,16 +324,16 @@ RUNS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 2)), min_size=1, max
 def test_stamps_of_a_range_say_for_each_row_what_all_of_them_say(
     runs: list[tuple[int, int]], first: int, last: int
 ) -> None:
-    stamps: list[Stamp] = []
+    stamps: list[ClockStamp] = []
     of_row: dict[int, int] = {}
     row = 1
     for n, segment in runs:
-        stamps.append(Stamp(row, 1, segment, 0))
+        stamps.append(ClockStamp(row, 1, segment, 0))
         of_row |= dict.fromkeys(range(row, row + n), segment)
         row += n
     first = min(first, row - 1)
     last = max(first, min(last, row - 1))
-    inside = clock_segments.within(clock_segments.merged(stamps), first, last)
+    inside = clock_segments.clip_stamps(clock_segments.merge_stamps(stamps), first, last)
     assert inside[0].first == first
     for number in range(first, last + 1):
         [*_, found] = [stamp for stamp in inside if stamp.first <= number]
@@ -363,11 +363,11 @@ def test_what_the_intake_stamped_before_a_step_keeps_its_segment_though_the_loop
     station.machine.true_us += S
     station.turn()
     station.commit()
-    batch = station.store.take("watch", station.conf.streams["watch"].fields, 0, 10)
+    batch = station.store.read_rows("watch", station.conf.streams["watch"].fields, 0, 10)
     assert batch is not None
     assert [(stamp.segment, stamp.quality) for stamp in batch.stamps] == [(1, 0)]
     with station.store.transaction() as tx:
-        assert isinstance(tx.segments, Segments)
+        assert isinstance(tx.segments, ClockSegments)
         assert tx.segments.observe(station.machine.now).number == 2
 
 
@@ -385,7 +385,7 @@ def test_health_and_status_say_how_good_the_clock_is(station: Station) -> None:
     station.machine.set(-HOUR)
     station.machine.true_us += S
     station.turn()
-    said = timekeeping.report(station.store, station.machine.now)
+    said = timekeeping.build_report(station.store, station.machine.now)
     assert (said["boot"], said["boot_us"], said["steps"], said["error_us"]) == (1, station.machine.boot_us, 1, None)
-    assert said["synced"] == clock.rfc3339(TRUE_START_US)
-    assert said["floor"] == clock.rfc3339(clock.BUILD_FLOOR_US)
+    assert said["synced"] == clock.to_rfc3339(TRUE_START_US)
+    assert said["floor"] == clock.to_rfc3339(clock.BUILD_FLOOR_US)

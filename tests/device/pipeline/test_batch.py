@@ -19,15 +19,15 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent import config
-from agent.device.pipeline.batch import Done
+from agent.device.pipeline.batch import BatchResult
 from agent.device.store import transaction
 from agent.errors import StorageError, StorageFull
 from agent.model import activation
-from agent.model.activation import Active
-from agent.model.bundle.manifest import Windowing
+from agent.model.activation import LoadedBundle
+from agent.model.bundle.manifest import WindowSpec
 from agent.model.inference import features, scores
-from agent.model.inference.tuning import Choice
-from agent.wire.messages import Alerts, Audit, Drift, Message, Results
+from agent.model.inference.tuning import Tuning
+from agent.wire.messages import AlertPayload, AuditPayload, DriftPayload, ResultsPayload, VerifiedMessage
 from tests.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, WINDOW, Recipe, packed
 from tests.kit.devices import STEP_US, T0, Device, columns, tiles
 
@@ -35,11 +35,11 @@ Floats = NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")
-def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Active]:
+def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], LoadedBundle]:
     """`active(recipe)` is its bundle, packed, verified, probed and loaded once."""
-    made: dict[Recipe, Active] = {}
+    made: dict[Recipe, LoadedBundle] = {}
 
-    def load(recipe: Recipe) -> Active:
+    def load(recipe: Recipe) -> LoadedBundle:
         if recipe not in made:
             path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
             made[recipe] = activation.activate(path, [KEY.public])
@@ -52,7 +52,7 @@ Make = Callable[..., Device]
 
 
 @pytest.fixture
-def make(tmp_path: Path, active: Callable[[Recipe], Active]) -> Iterator[Make]:
+def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[Make]:
     """`make(recipe, …)` is a new device."""
     made: list[Device] = []
 
@@ -69,9 +69,9 @@ def make(tmp_path: Path, active: Callable[[Recipe], Active]) -> Iterator[Make]:
 def by_hand(device: Device, values: Floats) -> scores.Scores:
     """Rows without a gap through the bundle, without store or batch."""
     spec = device.active.bundle.manifest.input
-    starts = features.cut(np.arange(len(values), dtype=np.int64), spec.window).starts
-    windows = features.windows(values, starts, spec)
-    return scores.of(device.active.model.invoke(windows), device.active.bundle.manifest, windows)
+    starts = features.cut_windows(np.arange(len(values), dtype=np.int64), spec.window).starts
+    windows = features.build_windows(values, starts, spec)
+    return scores.from_outputs(device.active.model.invoke(windows), device.active.bundle.manifest, windows)
 
 
 # --- what a batch says ---
@@ -81,7 +81,7 @@ def test_a_tabular_batch_names_each_row_with_its_time_label_and_score(make: Make
     device = make()
     values = CLASSIFY.rows(50)
     device.feed(values)
-    assert device.run_all() == [Done(50, 50, 0)]
+    assert device.run_all() == [BatchResult(50, 50, 0)]
     (result,) = device.results()
     expected = by_hand(device, values)
     assert expected.label is not None
@@ -98,7 +98,7 @@ def test_a_windowed_batch_names_the_last_row_of_each_window(make: Make) -> None:
     device = make(ANOMALY)
     values = ANOMALY.rows(50)
     device.feed(values)
-    assert device.run() == Done(44, 11, 0)
+    assert device.run() == BatchResult(44, 11, 0)
     (result,) = device.results()
     assert result.columns.row == list(range(8, 49, 4))
     assert result.columns.t == [T0 + (row - 1) * STEP_US for row in result.columns.row]
@@ -125,7 +125,7 @@ def test_the_digest_of_the_input_is_of_the_rows_of_the_message(make: Make) -> No
     assert len(results) > 2
     for result in results:
         first, last = result.rows
-        taken = device.store.take("watch", device.stream.fields, first - 1, last - first + 1)
+        taken = device.store.read_rows("watch", device.stream.fields, first - 1, last - first + 1)
         assert taken is not None
         assert result.input == taken.rows.digest()
 
@@ -141,7 +141,7 @@ def test_a_task_begins_at_the_oldest_row_kept(make: Make) -> None:
     device.feed(CLASSIFY.rows(10))
     device.feed(CLASSIFY.rows(10))
     with device.store.transaction() as tx:
-        tx.trim("watch", 10, T0 + 10**12, 1)
+        tx.trim_rows("watch", 10, T0 + 10**12, 1)
     device.run_all()
     assert tiles(device.results()) == (11, 20)
     assert device.store.first_consumed("tiny") == 11
@@ -172,7 +172,7 @@ def test_publish_changes_lists_a_label_only_when_it_is_another_whatever_the_batc
 
 
 def test_publish_below_lists_what_is_uncertain(make: Make) -> None:
-    device = make(publish=config.Below(below=0.9))
+    device = make(publish=config.PublishBelow(below=0.9))
     values = CLASSIFY.rows(300)
     device.feed(values)
     device.run_all()
@@ -187,10 +187,10 @@ def test_publish_below_lists_what_is_uncertain(make: Make) -> None:
 # --- tiling and size ---
 
 
-def size(device: Device, message: Message) -> int:
+def size(device: Device, message: VerifiedMessage) -> int:
     """Bytes on the air: topic, payload, and the user properties with their lengths."""
-    pending = next(p for p in device.store.unsent(0, 100_000) if p.payload == message.payload)
-    sent = device.author.outgoing(pending)
+    pending = next(p for p in device.store.unacknowledged_messages(0, 100_000) if p.payload == message.payload)
+    sent = device.author.to_outgoing(pending)
     properties = sum(len(name.encode()) + len(value.encode()) + 5 for name, value in sent.properties)
     return len(sent.topic.encode()) + len(sent.payload) + properties + 40
 
@@ -217,7 +217,7 @@ def test_messages_tile_the_rows_and_each_is_within_the_brokers_limit(
         assert (first, last) == (1, sum(d.rows for d in done))
         assert device.store.cursor("tiny") == last
     for message in device.messages():
-        if isinstance(message.body, Results):
+        if isinstance(message.body, ResultsPayload):
             assert size(device, message) <= max_bytes
     device.store.close()
 
@@ -230,7 +230,7 @@ def test_long_labels_in_any_script_do_not_make_a_message_too_large(make: Make, l
     manifest = device.active.bundle.manifest
     output = msgspec.structs.replace(manifest.output, labels=[label, f"{label[:-1]}2", f"{label[:-1]}3"])
     bundle = replace(device.active.bundle, manifest=msgspec.structs.replace(manifest, output=output))
-    device.task = dataclasses.replace(device.task, bundle=bundle, judge=None, drift=None)
+    device.task = dataclasses.replace(device.task, bundle=bundle, drift_monitor=None, drift_state=None)
     device.feed(CLASSIFY.rows(200))
     device.run_all()
     results = device.results()
@@ -245,7 +245,7 @@ def test_names_of_the_greatest_length_leave_room_for_results(make: Make) -> None
     device.author = replace(device.author, fleet=name, device="pi-07")
     manifest = msgspec.structs.replace(device.active.bundle.manifest, name=name, version="v" * 64)
     device.task.bundle = replace(device.active.bundle, manifest=manifest)
-    device.task.judge = None
+    device.task.drift_monitor = None
     device.feed(CLASSIFY.rows(60))
     device.run_all()
     assert columns(device.results())["row"] == list(range(1, 61))
@@ -256,7 +256,7 @@ def test_a_run_without_any_window_still_covers_its_rows(make: Make) -> None:
     device = make(ANOMALY)
     for _ in range(3):
         device.feed(ANOMALY.rows(5), pause_s=2)
-    assert device.run() == Done(10, 0, 0)
+    assert device.run() == BatchResult(10, 0, 0)
     (result,) = device.results()
     assert (result.rows, result.n, result.columns.row, result.columns.t) == ((1, 10), 0, [], [])
     device.feed(ANOMALY.rows(20), pause_s=2)
@@ -270,7 +270,7 @@ def test_a_run_without_any_window_is_made_for_every_kind(make: Make, recipe: Rec
     if recipe.window:
         device.feed(recipe.rows(3))
         device.feed(recipe.rows(3), pause_s=2)
-        assert device.run() == Done(3, 0, 0)
+        assert device.run() == BatchResult(3, 0, 0)
     else:
         assert device.run() is None
 
@@ -289,7 +289,7 @@ def told(device: Device) -> list[dict[str, Any]]:
     """Drift windows, alerts and audit entries, but for what depends on the place in the log and the time."""
     kept = []
     for message in device.messages():
-        if isinstance(message.body, Drift | Alerts | Audit):
+        if isinstance(message.body, DriftPayload | AlertPayload | AuditPayload):
             said = json.loads(message.payload)
             for name in ("log", "seq", "prev", "boot", "time"):
                 del said[name]
@@ -326,12 +326,12 @@ def test_an_alert_names_the_message_of_the_window_that_raised_it(make: Make) -> 
     for values, pause_s in story(CLASSIFY):
         device.feed(values, pause_s=pause_s)
     alerts = sum(done.alerts for done in device.run_all())
-    by_seq = {m.body.seq: m.body for m in device.messages() if isinstance(m.body, Drift | Alerts)}
-    raised = [body for body in by_seq.values() if isinstance(body, Alerts)]
+    by_seq = {m.body.seq: m.body for m in device.messages() if isinstance(m.body, DriftPayload | AlertPayload)}
+    raised = [body for body in by_seq.values() if isinstance(body, AlertPayload)]
     assert len(raised) == alerts > 0
     for body in raised:
         window = by_seq[body.evidence["seq"]]
-        assert isinstance(window, Drift)
+        assert isinstance(window, DriftPayload)
         assert window.window.index == body.evidence["window"]
         assert body.summary
 
@@ -340,9 +340,9 @@ def test_what_was_learned_is_kept_and_announced(make: Make) -> None:
     device = make()
     device.feed(CLASSIFY.rows(600, seed=2))
     device.run_all()
-    (audit,) = [m.body for m in device.messages() if isinstance(m.body, Audit)]
+    (audit,) = [m.body for m in device.messages() if isinstance(m.body, AuditPayload)]
     assert audit.event == "learned"
-    kept = device.store.state("tiny", "site reference")
+    kept = device.store.load_state("tiny", "site reference")
     assert kept is not None
     assert json.loads(kept)["made"] == "site"
 
@@ -369,7 +369,7 @@ def test_a_batch_that_dies_at_any_write_leaves_nothing_and_is_done_again(
     device = make(max_bytes=4_000)
     device.feed(CLASSIFY.rows(100))
     before, writes = snapshot(device), 0
-    drift = device.task.drift
+    drift = device.task.drift_state
 
     def dying(write: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any) -> Any:
@@ -388,7 +388,7 @@ def test_a_batch_that_dies_at_any_write_leaves_nothing_and_is_done_again(
             device.run()
     assert writes == at
     assert snapshot(device) == before
-    assert device.task.drift is drift
+    assert device.task.drift_state is drift
     device.run_all()
     assert columns(device.results())["row"] == list(range(1, 101))
 
@@ -438,7 +438,7 @@ def test_a_damaged_chunk_is_covered_declared_set_aside_and_passed(make: Make, re
     assert gone.isdisjoint(columns(results)["row"])
     if recipe is CLASSIFY:
         assert gone | set(columns(results)["row"]) == set(range(1, 151))
-    (alert,) = [m.body for m in device.messages() if isinstance(m.body, Alerts)]
+    (alert,) = [m.body for m in device.messages() if isinstance(m.body, AlertPayload)]
     assert (alert.alert, alert.severity, alert.evidence["rows"]) == ("storage", "critical", list(lost.rows))
     assert "Check the card" in alert.summary
     assert len(snapshot(device)["damaged"]) == 1
@@ -449,9 +449,9 @@ def test_rows_that_wait_for_a_window_do_not_wait_for_a_damaged_chunk(make: Make)
     for n in (5, 20, 20):
         device.feed(ANOMALY.rows(n))
     damage(device, 6)
-    assert device.run() == Done(5, 0, 0)
-    assert device.run() == Done(20, 0, 1)
-    assert device.run() == Done(16, 4, 0)
+    assert device.run() == BatchResult(5, 0, 0)
+    assert device.run() == BatchResult(20, 0, 1)
+    assert device.run() == BatchResult(16, 4, 0)
     assert tiles(device.results()) == (1, 41)
 
 
@@ -460,7 +460,7 @@ def test_rows_that_wait_for_a_window_wait_for_rows_to_come(make: Make) -> None:
     device.feed(ANOMALY.rows(WINDOW - 1))
     assert device.run() is None
     device.feed(ANOMALY.rows(1))
-    assert device.run() == Done(4, 1, 0)
+    assert device.run() == BatchResult(4, 1, 0)
 
 
 def test_rows_that_were_used_and_deleted_while_a_task_was_away_are_passed_over_and_not_called_damaged(
@@ -470,20 +470,20 @@ def test_rows_that_were_used_and_deleted_while_a_task_was_away_are_passed_over_a
     for _ in range(5):
         device.feed(CLASSIFY.rows(30))
     damage(device, 61)
-    assert device.store.take("watch", device.stream.fields, 60, 1) is not None
+    assert device.store.read_rows("watch", device.stream.fields, 60, 1) is not None
     with device.store.transaction() as tx:
-        tx.advance("tiny", 1, 10)
+        tx.advance_cursor("tiny", 1, 10)
         # Another task met the damaged chunk, and used the rest.
-        tx.set_aside("watch", 61, 90)
-        assert tx.trim("watch", 120, 2**62, 1000) is not None
+        tx.quarantine_rows("watch", 61, 90)
+        assert tx.trim_rows("watch", 120, 2**62, 1000) is not None
     assert device.store.first_row("watch") == 121
     done = device.run_all()
-    assert done == [Done(50, 0, 0), Done(30, 0, 1), Done(30, 0, 0), Done(30, 30, 0)]
+    assert done == [BatchResult(50, 0, 0), BatchResult(30, 0, 1), BatchResult(30, 0, 0), BatchResult(30, 30, 0)]
     results = device.results()
     assert [one.rows for one in results] == [(11, 60), (61, 90), (91, 120), (121, 150)]
-    told = [json.loads(m.payload).get("lost", "") for m in device.messages() if isinstance(m.body, Results)]
+    told = [json.loads(m.payload).get("lost", "") for m in device.messages() if isinstance(m.body, ResultsPayload)]
     assert ["deleted" in lost for lost in told] == [True, False, True, False]
-    (alert,) = [m.body for m in device.messages() if isinstance(m.body, Alerts)]
+    (alert,) = [m.body for m in device.messages() if isinstance(m.body, AlertPayload)]
     assert alert.evidence["rows"] == [61, 90]
     assert len(snapshot(device)["damaged"]) == 1
 
@@ -493,11 +493,11 @@ def test_rows_that_went_from_the_front_without_being_deleted_are_called_damaged(
     for _ in range(3):
         device.feed(CLASSIFY.rows(30))
     with device.store.transaction() as tx:
-        tx.advance("tiny", 1, 10)
-        assert tx.trim("watch", 30, 2**62, 1000) is not None
+        tx.advance_cursor("tiny", 1, 10)
+        assert tx.trim_rows("watch", 30, 2**62, 1000) is not None
     device.store._db.execute("DELETE FROM chunks WHERE first_row = 31")
-    assert device.run_all() == [Done(20, 0, 0), Done(30, 0, 1), Done(30, 30, 0)]
-    (alert,) = [m.body for m in device.messages() if isinstance(m.body, Alerts)]
+    assert device.run_all() == [BatchResult(20, 0, 0), BatchResult(30, 0, 1), BatchResult(30, 30, 0)]
+    (alert,) = [m.body for m in device.messages() if isinstance(m.body, AlertPayload)]
     assert (alert.severity, alert.evidence["rows"]) == ("critical", [31, 60])
 
 
@@ -508,23 +508,23 @@ def test_rows_that_went_from_the_front_without_being_deleted_are_called_damaged(
     ("window", "rows"),
     [
         (None, 512),
-        (Windowing(rows=100, step=100), 51_200),
-        (Windowing(rows=1000, step=1), 1511),
-        (Windowing(rows=100_000, step=100_000), 1_000_000),
-        (Windowing(rows=100_000, step=1), 100_009),
+        (WindowSpec(rows=100, step=100), 51_200),
+        (WindowSpec(rows=1000, step=1), 1511),
+        (WindowSpec(rows=100_000, step=100_000), 1_000_000),
+        (WindowSpec(rows=100_000, step=1), 100_009),
     ],
     ids=["no window", "side by side", "overlapping", "long", "long and overlapping"],
 )
 def test_a_batch_takes_whole_windows_and_no_more_than_memory_holds(
-    make: Make, window: Windowing | None, rows: int
+    make: Make, window: WindowSpec | None, rows: int
 ) -> None:
     device = make()
     manifest = device.active.bundle.manifest
     spec = msgspec.structs.replace(manifest.input, window=window)
     bundle = replace(device.active.bundle, manifest=msgspec.structs.replace(manifest, input=spec))
-    task = dataclasses.replace(device.task, bundle=bundle, drift=None)
-    assert task.batch_rows(3 << 20) == rows
-    assert task.batch_rows(1000) >= task.window_rows
+    task = dataclasses.replace(device.task, bundle=bundle, drift_state=None)
+    assert task.max_batch_rows(3 << 20) == rows
+    assert task.max_batch_rows(1000) >= task.window_rows
 
 
 def test_a_backlog_of_many_batches_is_worked_off(make: Make) -> None:
@@ -541,8 +541,8 @@ def test_a_batch_of_a_backlog_ends_where_a_drift_window_does_wherever_the_last_o
     device.run_all()
     device.feed(CLASSIFY.rows(1000))
     assert [one.rows for one in device.run_all()] == [493, 500, 7]
-    assert device.task.drift is not None
-    assert device.task.drift.open.windows == 1007 % 20
+    assert device.task.drift_state is not None
+    assert device.task.drift_state.open_summary.model_windows == 1007 % 20
 
 
 @pytest.mark.parametrize("drift_window", [2, 20, 50])
@@ -550,35 +550,35 @@ def test_single_rows_of_a_timed_model_are_taken_by_thousands_and_what_they_say_f
     make: Make, drift_window: int
 ) -> None:
     device = make(replace(CLASSIFY, drift_window=drift_window))
-    device.task.choice = Choice("sha256:m", "runtime", "machine", 128, 1, 1e6)
+    device.task.tuning = Tuning("sha256:m", "runtime", "machine", 128, 1, 1e6)
     rows = np.random.default_rng(1).normal(0, 1000, (6000, 4)).astype(np.float32)
     for part in np.split(rows, 6):
         device.feed(part)
-    at_once = device.task.batch_rows(device.store.quota.transaction)
+    at_once = device.task.max_batch_rows(device.store.quota.transaction_bytes)
     assert at_once == 4050 if drift_window == 50 else 400 < at_once < 4050
     assert at_once % drift_window == 0
     done = device.run_all()
     assert done[0].rows == at_once
     assert tiles(device.results()) == (1, 6000)
-    assert sum(isinstance(one.body, Drift) for one in device.messages()) == 6000 // drift_window
+    assert sum(isinstance(one.body, DriftPayload) for one in device.messages()) == 6000 // drift_window
 
 
 def test_a_store_that_readings_have_filled_is_worked_off_in_smaller_batches(make: Make) -> None:
     device = make(max_size=2 << 20)
-    device.task.choice = Choice("sha256:m", "runtime", "machine", 128, 1, 1e6)
+    device.task.tuning = Tuning("sha256:m", "runtime", "machine", 128, 1, 1e6)
     rows = 0
     with contextlib.suppress(StorageFull):
         while True:
             device.feed(CLASSIFY.rows(500))
             rows += 500
-    at_once = device.task.batch_rows(device.store.quota.transaction)
+    at_once = device.task.max_batch_rows(device.store.quota.transaction_bytes)
     first = device.run()
     assert first is not None
     assert 0 < first.rows < at_once
-    assert device.task.shrunk > 1
+    assert device.task.batch_divisor > 1
     assert tiles(device.results()) == (1, first.rows)
 
 
 def test_only_the_fields_of_the_bundle_reach_the_model(make: Make) -> None:
     device = make()
-    assert device.task.columns == [1, 2, 3, 4]
+    assert device.task.input_columns == [1, 2, 3, 4]

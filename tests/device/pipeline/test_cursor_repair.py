@@ -26,7 +26,7 @@ def site(tmp_path: Path) -> Site:
 
 
 def bodies(store: Store, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(message.payload) for message in store.unsent(0, 10_000)]
+    found = [json.loads(message.payload) for message in store.unacknowledged_messages(0, 10_000)]
     return [body for body in found if body["kind"] == kind]
 
 
@@ -35,21 +35,21 @@ def rows_run(store: Store) -> list[int]:
     return [row for body in bodies(store, "results") for row in range(body["rows"][0], body["rows"][1] + 1)]
 
 
-def loaded(site: Site, store: Store) -> batch.Task:
+def loaded(site: Site, store: Store) -> batch.LoadedTask:
     return tasks.load_task(site.file, site.conf, store, "exercise")
 
 
 def test_a_cursor_behind_what_was_judged_is_raised_once_and_an_alert_says_it(site: Site) -> None:
     store = site.open()
     used = work(site, store, 2)
-    assert used.drift is not None
+    assert used.drift_state is not None
     true = store.cursor("exercise")
     assert true is not None
     with store.transaction() as tx:
-        tx.advance("exercise", 1, 700)
-    task, author = loaded(site, store), wiring.author(site.file, site.conf, store)
-    assert cursor_repair.go_on(task, store, author, NOW)
-    assert not cursor_repair.go_on(task, store, author, NOW)
+        tx.advance_cursor("exercise", 1, 700)
+    task, author = loaded(site, store), wiring.open_message_log(site.file, site.conf, store)
+    assert cursor_repair.repair_cursor(task, store, author, NOW)
+    assert not cursor_repair.repair_cursor(task, store, author, NOW)
     assert store.cursor("exercise") == true
     (alert,) = bodies(store, "alerts")
     assert (alert["alert"], alert["severity"], alert["evidence"]["cursor"]) == ("storage", "critical", 700)
@@ -61,29 +61,29 @@ def test_a_cursor_behind_what_was_judged_is_raised_once_and_an_alert_says_it(sit
 
 def test_a_cursor_where_batches_leave_it_is_left_alone(site: Site) -> None:
     store = site.open()
-    author = wiring.author(site.file, site.conf, store)
+    author = wiring.open_message_log(site.file, site.conf, store)
     for n in range(1, 4):
         work(site, store, n)
-        assert not cursor_repair.go_on(loaded(site, store), store, author, NOW)
+        assert not cursor_repair.repair_cursor(loaded(site, store), store, author, NOW)
     assert bodies(store, "alerts") == []
     store.close()
 
 
 def test_where_rows_are_numbered_from_anew_the_judge_takes_them(site: Site) -> None:
     store = site.open()
-    seen = work(site, store, 2).drift
+    seen = work(site, store, 2).drift_state
     assert seen is not None
     with store.transaction() as tx:
         tx.connection.execute("UPDATE streams SET next_row = 1")
         tx.connection.execute("DELETE FROM chunks")
         tx.connection.execute("DELETE FROM cursors")
-    task, author = loaded(site, store), wiring.author(site.file, site.conf, store)
-    assert cursor_repair.go_on(task, store, author, NOW)
-    assert task.drift is not None
-    assert (task.drift.seen, task.drift.index) == (-1, seen.index)
-    after = work(site, store, 1).drift
+    task, author = loaded(site, store), wiring.open_message_log(site.file, site.conf, store)
+    assert cursor_repair.repair_cursor(task, store, author, NOW)
+    assert task.drift_state is not None
+    assert (task.drift_state.last_counted_row, task.drift_state.index) == (-1, seen.index)
+    after = work(site, store, 1).drift_state
     assert after is not None
-    assert after.seen > 1000
+    assert after.last_counted_row > 1000
     store.close()
 
 
@@ -107,8 +107,8 @@ def test_a_daemon_whose_cursors_are_lost_with_an_old_watermark_beside_runs_on(si
     (path.parent / "damaged").write_text("{}")
     store = site.open()
     daemon = made(site, store)
-    daemon.turn(NOW)
-    assert daemon._not_getting_on() == set()
+    daemon.tick(NOW)
+    assert daemon._list_stalled_tasks() == set()
     assert store.cursor("exercise") == true
     store.close()
 
@@ -116,5 +116,5 @@ def test_a_daemon_whose_cursors_are_lost_with_an_old_watermark_beside_runs_on(si
 def made(site: Site, store: Store) -> Daemon:
     text = site.config.read_text(encoding="utf-8")
     site.config.write_text(text.replace('delivery = "collector"', 'delivery = "broker"'), encoding="utf-8")
-    site.file, site.conf = wiring.load(str(site.config))
-    return device.daemon(site.file, site.conf, store, now=lambda: NOW)
+    site.file, site.conf = wiring.load_config(str(site.config))
+    return device.build_daemon(site.file, site.conf, store, now=lambda: NOW)

@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from agent.bootstrap import wiring
 from agent.bootstrap.tasks import load_task
 from agent.cli import cli
-from agent.device.health import health
+from agent.device.health import build_body
 from agent.device.pipeline import batch, deadline
 from agent.device.pipeline.deadline import Deadline
 from agent.device.store.rows import Rows
 from agent.errors import StorageFull
 from agent.model import activation
 from agent.wire import keys
-from agent.wire.messages import Alerts
+from agent.wire.messages import AlertPayload
 from tests.kit.bundles import CLASSIFY, KEY, packed
 from tests.kit.devices import NOW, Device, tiles
 from tests.kit.system import FIELDS
@@ -38,7 +38,7 @@ def device(tmp_path: Path) -> Iterator[Device]:
 
 def told(device: Device) -> list[tuple[str, str, str]]:
     bodies = [m.body for m in device.messages()]
-    return [(b.id, b.state, b.severity) for b in bodies if isinstance(b, Alerts) and b.subject == "deadline"]
+    return [(b.id, b.state, b.severity) for b in bodies if isinstance(b, AlertPayload) and b.subject == "deadline"]
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def took(device: Device) -> Callable[..., None]:
     """`took(limit, seconds, windows)`: a batch did, for the task of `device`."""
 
     def took(limit: Deadline, seconds: float, windows: int) -> None:
-        limit.took(seconds, windows, device.store, device.author, NOW)
+        limit.record_batch(seconds, windows, device.store, device.author, NOW)
 
     return took
 
@@ -58,7 +58,7 @@ def test_late_batches_are_committed_and_counted_and_no_row_is_run_twice(device: 
     assert [one.windows for one in done][:2] == [500, 1]
     assert sum(one.windows for one in done) == 520
     assert tiles(device.results()) == (1, 520)
-    shown = deadline.shown(device.store, device.store.counters(), "tiny", ALWAYS_LATE)["deadline"]
+    shown = deadline.to_status(device.store, device.store.counters(), "tiny", ALWAYS_LATE)["deadline"]
     assert (shown["late"], shown["last"]["windows"]) == (len(done), 1)
     assert shown["last"]["seconds"] >= 0.0
 
@@ -67,15 +67,15 @@ def test_a_batch_that_is_on_time_is_neither_counted_nor_made_smaller(device: Dev
     device.task.deadline = Deadline("tiny", NEVER_LATE)
     device.feed(CLASSIFY.rows(1100))
     assert [one.windows for one in device.run_all()] == [500, 500, 100]
-    shown = deadline.shown(device.store, device.store.counters(), "tiny", NEVER_LATE)["deadline"]
+    shown = deadline.to_status(device.store, device.store.counters(), "tiny", NEVER_LATE)["deadline"]
     assert (shown["late"], shown["last"]) == (0, None)
 
 
 def test_the_batch_after_a_late_one_is_expected_to_be_on_time(device: Device, took: Callable[..., None]) -> None:
     limit = device.task.deadline = Deadline("tiny", 1.0)
     took(limit, 2.0, 100)
-    assert limit.fits == 40
-    assert device.task.batch_rows(3 << 20) == 40
+    assert limit.max_windows == 40
+    assert device.task.max_batch_rows(3 << 20) == 40
 
 
 def test_batches_grow_again_as_far_as_they_are_on_time(took: Callable[..., None]) -> None:
@@ -83,16 +83,16 @@ def test_batches_grow_again_as_far_as_they_are_on_time(took: Callable[..., None]
     took(limit, 2.0, 100)
     sizes = []
     for seconds in (0.7, 0.2, 0.4, 0.9):
-        took(limit, seconds, limit.fits)
-        sizes.append(limit.fits)
+        took(limit, seconds, limit.max_windows)
+        sizes.append(limit.max_windows)
     assert sizes == [45, 90, 180, 180]
 
 
 def test_a_small_batch_with_much_work_of_its_own_makes_no_later_one_smaller(took: Callable[..., None]) -> None:
     limit = Deadline("tiny", 1.0)
-    before = limit.fits
+    before = limit.max_windows
     took(limit, 0.9, 1)
-    assert limit.fits == before
+    assert limit.max_windows == before
 
 
 def test_a_model_too_slow_for_one_window_raises_one_alert_until_a_batch_is_on_time(
@@ -114,7 +114,7 @@ def test_now_and_then_a_late_window_is_no_alert(device: Device, took: Callable[.
     for seconds in (3.0, 3.0, 0.5) * 4:
         took(limit, seconds, 1)
     assert told(device) == []
-    assert deadline.shown(device.store, device.store.counters(), "tiny", 1.0)["deadline"]["late"] == 8
+    assert deadline.to_status(device.store, device.store.counters(), "tiny", 1.0)["deadline"]["late"] == 8
 
 
 @pytest.mark.parametrize("seconds", [1.0, None], ids=["the same deadline", "none any more"])
@@ -140,7 +140,7 @@ def test_on_a_full_store_a_late_batch_counts_and_the_next_is_smaller_though_noth
         patch.setattr(device.store, "transaction", full)
         for _ in range(3):
             took(limit, 2.0, 1)
-    assert limit.fits == 1
+    assert limit.max_windows == 1
     assert told(device) == []
     took(limit, 2.0, 1)
     assert told(device) == [("tiny/deadline", "raised", "warning")]
@@ -148,10 +148,10 @@ def test_on_a_full_store_a_late_batch_counts_and_the_next_is_smaller_though_noth
 
 def test_a_batch_without_a_window_says_nothing_of_time(device: Device, took: Callable[..., None]) -> None:
     limit = Deadline("tiny", 1.0)
-    before = limit.fits
+    before = limit.max_windows
     took(limit, 9.0, 0)
-    assert limit.fits == before
-    assert deadline.shown(device.store, device.store.counters(), "tiny", 1.0)["deadline"]["late"] == 0
+    assert limit.max_windows == before
+    assert deadline.to_status(device.store, device.store.counters(), "tiny", 1.0)["deadline"]["late"] == 0
 
 
 def test_health_and_status_tell_of_a_deadline_that_was_missed(tmp_path: Path) -> None:
@@ -163,15 +163,15 @@ def test_health_and_status_tell_of_a_deadline_that_was_missed(tmp_path: Path) ->
         encoding="utf-8",
     )
     keys.generate(tmp_path / wiring.KEY_FILE)
-    path, conf = wiring.load(str(file))
+    path, conf = wiring.load_config(str(file))
     store = wiring.open_store(conf)
     try:
         t = NOW.wall_us + 20_000 * np.arange(300, dtype=np.int64)
         with store.transaction() as tx:
             tx.append("watch", Rows(t, tuple(np.zeros(300, "<f4") for _ in range(6))), "synced")
         task = load_task(path, conf, store, "exercise")
-        assert batch.run(task, store, wiring.author(path, conf, store), NOW) is not None
-        said: dict[str, Any] = health(conf, store, {})["tasks"]["exercise"]["deadline"]
+        assert batch.run(task, store, wiring.open_message_log(path, conf, store), NOW) is not None
+        said: dict[str, Any] = build_body(conf, store, {})["tasks"]["exercise"]["deadline"]
     finally:
         store.close()
     assert (said["seconds"], said["late"], said["last"]["windows"]) == (1e-6, 1, 1)

@@ -8,21 +8,21 @@ import pytest
 
 from agent import clock
 from agent.device.pipeline import drift_state
-from agent.device.store.message_log import Author
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.drift import Judge
-from agent.drift.state import State
+from agent.drift import DriftMonitor
+from agent.drift.state import DriftState
 from tests.kit.machine import LABELS, WINDOW, feed, readings, reference
 from tests.kit.stores import opened, said
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(reference(), labels=LABELS, window=WINDOW, learn=40)
+def judge() -> DriftMonitor:
+    return DriftMonitor(reference(), labels=LABELS, window=WINDOW, learn_windows=40)
 
 
 @pytest.fixture(scope="module")
-def drifted(judge: Judge) -> State:
+def drifted(judge: DriftMonitor) -> DriftState:
     """A site that was learned, a drift of y and a stuck z."""
     state, _ = feed(judge, judge.start(), readings(3, 42))
     r = readings(31, 10)
@@ -33,21 +33,21 @@ def drifted(judge: Judge) -> State:
     return state
 
 
-def keep(store: Store, judge: Judge, state: State) -> None:
+def keep(store: Store, judge: DriftMonitor, state: DriftState) -> None:
     with store.transaction() as tx:
-        drift_state.keep(tx, "exercise", judge, state, None)
+        drift_state.save(tx, "exercise", judge, state, None)
 
 
-def ended(store: Store, author: Author, judge: Judge) -> State:
+def ended(store: Store, author: MessageLog, judge: DriftMonitor) -> DriftState:
     state, end = drift_state.restore(store, "exercise", judge)
     assert end is not None
     with store.transaction() as tx:
-        drift_state.end(tx, author, "exercise", end, clock.read())
-        drift_state.keep(tx, "exercise", judge, state, None)
+        drift_state.discard_learned(tx, author, "exercise", end, clock.read())
+        drift_state.save(tx, "exercise", judge, state, None)
     return state
 
 
-def test_of_the_same_bundle_all_is_found_again(tmp_path: Path, judge: Judge, drifted: State) -> None:
+def test_of_the_same_bundle_all_is_found_again(tmp_path: Path, judge: DriftMonitor, drifted: DriftState) -> None:
     store, _ = opened(tmp_path)
     keep(store, judge, drifted)
     state, end = drift_state.restore(store, "exercise", judge)
@@ -57,27 +57,27 @@ def test_of_the_same_bundle_all_is_found_again(tmp_path: Path, judge: Judge, dri
 
 
 def test_the_sites_reference_is_written_when_it_is_learned_and_not_with_every_batch(
-    tmp_path: Path, judge: Judge, drifted: State
+    tmp_path: Path, judge: DriftMonitor, drifted: DriftState
 ) -> None:
     store, _ = opened(tmp_path)
     keep(store, judge, drifted)
     later, _ = feed(judge, drifted, readings(32, 1))
     with store.transaction() as tx:
-        tx.drop("exercise", drift_state.SITE)
-        drift_state.keep(tx, "exercise", judge, later, drifted)
-    assert store.state("exercise", drift_state.SITE) is None
-    kept = store.state("exercise", drift_state.STATE)
+        tx.delete_state("exercise", drift_state.SITE_REFERENCE_NAME)
+        drift_state.save(tx, "exercise", judge, later, drifted)
+    assert store.load_state("exercise", drift_state.SITE_REFERENCE_NAME) is None
+    kept = store.load_state("exercise", drift_state.STATE_NAME)
     assert kept is not None
     assert len(kept) < len(later.to_bytes()) / 2
     store.close()
 
 
 def test_a_state_that_an_earlier_version_kept_together_with_its_reference_is_gone_on_with(
-    tmp_path: Path, judge: Judge, drifted: State
+    tmp_path: Path, judge: DriftMonitor, drifted: DriftState
 ) -> None:
     store, _ = opened(tmp_path)
     with store.transaction() as tx:
-        tx.keep("exercise", drift_state.STATE, drifted.to_bytes())
+        tx.save_state("exercise", drift_state.STATE_NAME, drifted.to_bytes())
     state, end = drift_state.restore(store, "exercise", judge)
     assert end is None
     assert state.to_bytes() == drifted.to_bytes()
@@ -85,53 +85,53 @@ def test_a_state_that_an_earlier_version_kept_together_with_its_reference_is_gon
 
 
 def test_where_the_sites_reference_is_damaged_detection_begins_anew(
-    tmp_path: Path, judge: Judge, drifted: State
+    tmp_path: Path, judge: DriftMonitor, drifted: DriftState
 ) -> None:
     store, _ = opened(tmp_path)
     keep(store, judge, drifted)
     with store.transaction() as tx:
-        tx.keep("exercise", drift_state.SITE, b"{}")
+        tx.save_state("exercise", drift_state.SITE_REFERENCE_NAME, b"{}")
     state, end = drift_state.restore(store, "exercise", judge)
     assert end is not None
-    assert (state.site, state.index) == (None, 1)
+    assert (state.site_reference, state.index) == (None, 1)
     store.close()
 
 
 def test_another_bundle_clears_what_was_open_says_that_the_reference_goes_and_uses_no_name_twice(
-    tmp_path: Path, judge: Judge, drifted: State
+    tmp_path: Path, judge: DriftMonitor, drifted: DriftState
 ) -> None:
     store, author = opened(tmp_path)
     keep(store, judge, drifted)
-    other = Judge(reference(2), labels=LABELS, window=WINDOW, learn=40)
+    other = DriftMonitor(reference(2), labels=LABELS, window=WINDOW, learn_windows=40)
     state = ended(store, author, other)
     told = list(said(store).values())
     cleared = {body["id"] for body in told if body["kind"] == "alerts" and body["state"] == "cleared"}
     assert cleared == {"exercise/y/drift/1", "exercise/z/fault/1"}
     resets = [body for body in told if body.get("event") == "reference reset"]
-    assert drifted.site is not None
-    assert [body["evidence"]["site"] for body in resets] == [drifted.site.digest]
-    assert (state.site, state.learning.gathered, int(state.raised.min())) == (None, 0, 1)
-    assert store.state("exercise", drift_state.SITE) is None
+    assert drifted.site_reference is not None
+    assert [body["evidence"]["site"] for body in resets] == [drifted.site_reference.digest]
+    assert (state.site_reference, state.learning.window_count, int(state.raised_counts.min())) == (None, 0, 1)
+    assert store.load_state("exercise", drift_state.SITE_REFERENCE_NAME) is None
     again, end = drift_state.restore(store, "exercise", other)
     assert end is None
     assert again.to_bytes() == state.to_bytes()
     store.close()
 
 
-def test_back_with_the_first_bundle_nothing_half_gathered_comes_back(tmp_path: Path, judge: Judge) -> None:
+def test_back_with_the_first_bundle_nothing_half_gathered_comes_back(tmp_path: Path, judge: DriftMonitor) -> None:
     store, author = opened(tmp_path)
     half, _ = feed(judge, judge.start(), readings(3, 20))
     keep(store, judge, half)
-    other = Judge(reference(2), labels=LABELS, window=WINDOW, learn=40)
+    other = DriftMonitor(reference(2), labels=LABELS, window=WINDOW, learn_windows=40)
     ended(store, author, other)
-    assert ended(store, author, judge).learning.gathered == 0
+    assert ended(store, author, judge).learning.window_count == 0
     store.close()
 
 
-def test_a_state_that_is_damaged_is_begun_anew(tmp_path: Path, judge: Judge) -> None:
+def test_a_state_that_is_damaged_is_begun_anew(tmp_path: Path, judge: DriftMonitor) -> None:
     store, author = opened(tmp_path)
     with store.transaction() as tx:
-        tx.keep("exercise", drift_state.STATE, b"garbage")
+        tx.save_state("exercise", drift_state.STATE_NAME, b"garbage")
     assert ended(store, author, judge).to_bytes() == judge.start().to_bytes()
-    assert drift_state.seen(store, "exercise") is not None
+    assert drift_state.load_for_display(store, "exercise") is not None
     store.close()

@@ -14,26 +14,26 @@ from msgspec import structs
 from msgspec.structs import replace
 
 from agent import config
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.intake import labels
 from agent.device.pipeline import batch, label_metrics, measured
-from agent.device.pipeline.batch import Task
+from agent.device.pipeline.batch import LoadedTask
 from agent.device.store import labels as labelled
-from agent.device.store.given import Given
-from agent.device.store.labels import Labels
-from agent.device.store.message_log import Author
+from agent.device.store.given import StoredPredictions
+from agent.device.store.labels import LabelStore
+from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
-from agent.drift.monitor import Judge
+from agent.drift.monitor import DriftMonitor
 from agent.errors import StorageFull
 from agent.model import activation
-from agent.model.activation import Active
+from agent.model.activation import LoadedBundle
 from agent.performance import degradation
 from agent.performance import labels as truth
-from agent.performance.labels import Truth
+from agent.performance.labels import LabelSchema
 from agent.wire import jws
-from agent.wire.messages import Alerts, Quality, Results, open_message
+from agent.wire.messages import AlertPayload, QualityPayload, ResultsPayload, verify_message
 from tests.kit.bundles import CLASSIFY, EACH, KEY, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, packed
 from tests.kit.senders import new_key
 
@@ -43,10 +43,10 @@ KEEP_S = 7 * 86_400.0
 
 
 @pytest.fixture(scope="module")
-def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Active]:
-    made: dict[str, Active] = {}
+def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], LoadedBundle]:
+    made: dict[str, LoadedBundle] = {}
 
-    def load(recipe: Recipe) -> Active:
+    def load(recipe: Recipe) -> LoadedBundle:
         if recipe.model not in made:
             path = packed(tmp_path_factory.mktemp(recipe.model), recipe)
             made[recipe.model] = activation.activate(path, [KEY.public])
@@ -61,40 +61,42 @@ class Device:
 
     folder: Path
     recipe: Recipe
-    active: Active
+    active: LoadedBundle
     max_bytes: int = 120_000
     boot_s: float = 100.0
     store: Store = field(init=False)
-    task: Task = field(init=False)
-    author: Author = field(init=False)
+    task: LoadedTask = field(init=False)
+    author: MessageLog = field(init=False)
 
     def __post_init__(self) -> None:
-        fields = [config.Field(name=name) for name in self.recipe.fields]
-        self.stream = config.Stream(fields=[*fields, config.Field(name="site", type="category")])
+        fields = [config.FieldConfig(name=name) for name in self.recipe.fields]
+        self.stream = config.StreamConfig(fields=[*fields, config.FieldConfig(name="site", type="category")])
         self.store = Store(self.folder)
-        self.store.declare({"watch": self.stream})
+        self.store.declare_streams({"watch": self.stream})
         manifest, reference = self.active.bundle.manifest, self.active.reference
         assert reference is not None
         if manifest.kind == "classify":
             # As a bundle packed with a score table: 95 of 100 answers right, however sure.
             count = np.full(32, 100)
             reference = replace(reference, score_n=count, score_correct=count - 5)
-        judge = Judge(reference, labels=manifest.output.labels, window=manifest.drift.window, learn=20)
-        chosen = config.Task(stream="watch", bundle="tiny", slices=["site", config.Binned(field="a", edges=[0.0])])
+        judge = DriftMonitor(reference, labels=manifest.output.labels, window=manifest.drift.window, learn_windows=20)
+        chosen = config.TaskConfig(
+            stream="watch", bundle="tiny", slices=["site", config.BinnedField(field="a", edges=[0.0])]
+        )
         bundle, model = self.active.bundle, self.active.model
-        self.task = Task("tiny", chosen, self.stream, bundle, model, judge, judge.start(), "sha256:c")
-        self.author = Author("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
+        self.task = LoadedTask("tiny", chosen, self.stream, bundle, model, judge, judge.start(), "sha256:c")
+        self.author = MessageLog("acme", "pi-07", DEVICE, self.store.log_id, 1, self.max_bytes)
 
     @property
-    def now(self) -> Now:
-        return Now(T0 + round(self.boot_s * 1e6), self.boot_s, "synced")
+    def now(self) -> ClockReading:
+        return ClockReading(T0 + round(self.boot_s * 1e6), self.boot_s, "synced")
 
     def feed(self, n: int, *, seed: int = 0, run: bool = True) -> None:
         first = self.store.last_row("watch")
         values = self.recipe.rows(first + n, seed)[first:]
         t = T0 + (first + np.arange(n, dtype=np.int64)) * 10_000
         with self.store.transaction() as tx:
-            codes = tx.category_codes("watch", "site", [f"s{(first + i) % 2}" for i in range(n)])
+            codes = tx.assign_category_codes("watch", "site", [f"s{(first + i) % 2}" for i in range(n)])
             columns = [np.ascontiguousarray(column) for column in values.T]
             tx.append("watch", Rows(t, (*columns, np.array(codes, "<u2"))), "synced")
         while run and batch.run(self.task, self.store, self.author, self.now) is not None:
@@ -102,32 +104,35 @@ class Device:
 
     def label(self, rows: Any, text: Callable[[int], str | float], source: str = "human") -> list[str | None]:
         """What became of a label of each row."""
-        asked = label_metrics.asked([self.task])["tiny"]
+        asked = label_metrics.build_label_targets([self.task])["tiny"]
         with self.store.transaction() as tx:
-            return [labels.take(tx, "tiny", asked, truth.label(row, None, text(row), source), self.now) for row in rows]
+            return [
+                labels.store_label(tx, "tiny", asked, truth.parse_label(row, None, text(row), source), self.now)
+                for row in rows
+            ]
 
     def turn(self) -> int:
-        return label_metrics.turn(self.task, self.store, self.author, self.now, KEEP_S)
+        return label_metrics.tick(self.task, self.store, self.author, self.now, KEEP_S)
 
     def sent(self, kind: type) -> list[Any]:
         """Messages of a kind, each verified and within the broker's limit."""
         signer, found = jws.Signer("pi-07", DEVICE.public), []
-        for pending in self.store.unsent(0, 100_000):
+        for pending in self.store.unacknowledged_messages(0, 100_000):
             assert len(pending.payload) <= self.max_bytes
-            message = open_message(pending.topic, pending.payload, [pending.jws], lambda kid: signer)
+            message = verify_message(pending.topic, pending.payload, [pending.jws], lambda kid: signer)
             if isinstance(message.body, kind):
                 found.append(message.body)
         return found
 
-    def alerts(self) -> list[Alerts]:
-        return [one for one in self.sent(Alerts) if one.alert == "quality"]
+    def alerts(self) -> list[AlertPayload]:
+        return [one for one in self.sent(AlertPayload) if one.alert == "quality"]
 
 
 Make = Callable[..., Device]
 
 
 @pytest.fixture
-def make(tmp_path: Path, active: Callable[[Recipe], Active]) -> Iterator[Make]:
+def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[Make]:
     made: list[Device] = []
 
     def new(recipe: Recipe = CLASSIFY, **options: Any) -> Device:
@@ -148,7 +153,7 @@ def other(row: int) -> str:
     return LABELS[((row - 1) // 7 + 1) % 3]
 
 
-def metrics(body: Quality) -> dict[tuple[str, str], Any]:
+def metrics(body: QualityPayload) -> dict[tuple[str, str], Any]:
     return {(one.metric, one.slice): one for one in body.metrics}
 
 
@@ -157,7 +162,7 @@ def test_fifty_labels_make_a_message_that_says_how_good_results_were(make: Make)
     device.feed(200)
     assert device.label(range(1, 51), right) == [None] * 50
     device.turn()
-    [body] = device.sent(Quality)
+    [body] = device.sent(QualityPayload)
     found = metrics(body)
     assert found["accuracy", ""].value > 0.9
     assert found["accuracy", ""].n == 50
@@ -177,12 +182,12 @@ def test_few_labels_wait_for_more_or_for_a_day_that_the_device_was_on(make: Make
     device.turn()
     device.boot_s += 86_000
     device.turn()
-    assert device.sent(Quality) == []
+    assert device.sent(QualityPayload) == []
     device.boot_s += 500
     device.turn()
-    assert [body.window["new"] for body in device.sent(Quality)] == [49]
+    assert [body.window["new"] for body in device.sent(QualityPayload)] == [49]
     device.turn()
-    assert len(device.sent(Quality)) == 1
+    assert len(device.sent(QualityPayload)) == 1
 
 
 def test_delay_and_coverage_are_told(make: Make) -> None:
@@ -190,7 +195,7 @@ def test_delay_and_coverage_are_told(make: Make) -> None:
     device.feed(100)
     device.label(range(1, 51), right)
     device.turn()
-    [body] = device.sent(Quality)
+    [body] = device.sent(QualityPayload)
     assert body.labels["delay_s"]["median"] == pytest.approx(3599.755, abs=0.01)
     assert body.labels["coverage"] == 0.5
 
@@ -200,10 +205,10 @@ def test_a_label_that_comes_before_its_result_is_joined_once_that_is_there(make:
     device.feed(60, run=False)
     assert device.label(range(1, 51), right) == [None] * 50
     device.turn()
-    assert device.sent(Quality) == []
+    assert device.sent(QualityPayload) == []
     device.feed(7)
     device.turn()
-    [body] = device.sent(Quality)
+    [body] = device.sent(QualityPayload)
     assert body.window["n"] == 50
     assert device.store.counters()["labels early.tiny"] == 50
 
@@ -225,13 +230,13 @@ def test_labels_of_results_that_are_gone_are_counted_and_said(make: Make) -> Non
     device = make()
     device.feed(100)
     with device.store.transaction() as tx:
-        tx.labels.trim_results("tiny", 10**9, 100)
+        tx.labels.trim_predictions("tiny", 10**9, 100)
     device.feed(100)
     [reason] = device.label([10], right)
     assert reason == "too late: results are kept from row 101 on ([buffer] keep_results)"
     device.label(range(101, 151), right)
     device.turn()
-    [body] = device.sent(Quality)
+    [body] = device.sent(QualityPayload)
     assert body.labels["late"] == 1
 
 
@@ -241,7 +246,7 @@ def test_a_second_label_of_a_row_wins_and_is_counted(make: Make) -> None:
     device.label(range(1, 51), other)
     device.label(range(1, 51), right)
     device.turn()
-    [body] = device.sent(Quality)
+    [body] = device.sent(QualityPayload)
     assert metrics(body)["accuracy", ""].value > 0.9
     assert body.labels["replaced"] == 50
     assert body.labels["n"] == 50
@@ -256,7 +261,7 @@ def test_labels_that_contradict_the_models_certainty_are_likely_concept_drift(ma
     assert set(said) == {"certainty", "evaluation"}
     assert said["certainty"].summary.startswith("likely concept drift: labels of the last ")
     assert "the model's certainty says 0.95" in said["certainty"].summary
-    body = device.sent(Quality)[-1]
+    body = device.sent(QualityPayload)[-1]
     assert body.estimate["outside"] is True
     assert 0.9 < body.estimate["accuracy"] < 1
 
@@ -279,7 +284,7 @@ def test_labels_that_are_the_models_own_answers_are_left_out_and_warned_of(make:
     device.label(range(1, 41), right)
     device.label(range(41, 101), other, source="model")
     device.turn()
-    body = device.sent(Quality)[-1]
+    body = device.sent(QualityPayload)[-1]
     assert (body.window["n"], body.labels["n"]) == (40, 100)
     assert body.labels["sources"] == {"human": 40, "model": 60}
     assert metrics(body)["accuracy", ""].value > 0.9
@@ -292,7 +297,7 @@ def test_regression_is_judged_by_its_errors(make: Make) -> None:
     device.feed(200)
     assert device.label(range(1, 61), lambda row: 0.5) == [None] * 60
     device.turn()
-    [body] = device.sent(Quality)
+    [body] = device.sent(QualityPayload)
     assert {"mae", "rmse", "r2"} <= {name for name, _ in metrics(body)}
     assert body.estimate is None
     assert "classes" not in body.labels
@@ -306,10 +311,10 @@ def test_labels_of_a_model_that_says_several_are_each_judged(make: Make) -> None
     assert refused is not None
     assert "'cold' is no label of this model; it knows any of warm|damp|loud" in refused
     device.turn()
-    bodies = device.sent(Quality)
+    bodies = device.sent(QualityPayload)
     found = metrics(bodies[0])
     assert {("accuracy", ""), ("f1_macro", ""), *(("f1", f"class={name}") for name in EACH)} <= set(found)
-    said = device.sent(Results)[0].columns.label
+    said = device.sent(ResultsPayload)[0].columns.label
     assert said is not None
     meant = [
         {*("warm", "damp", "loud", "-", "damp|warm")[row % 5].split("|")}
@@ -324,7 +329,7 @@ def test_an_embedding_is_judged_as_the_anomalies_it_tells(make: Make) -> None:
     device.feed(200)
     assert device.label(range(1, 101), lambda row: "anomaly" if row % 5 == 0 else "normal") == [None] * 100
     device.turn()
-    assert {"auc", "accuracy", "f1"} <= {name for name, _ in metrics(device.sent(Quality)[0])}
+    assert {"auc", "accuracy", "f1"} <= {name for name, _ in metrics(device.sent(QualityPayload)[0])}
 
 
 def test_a_message_fits_the_broker_whatever_the_slices(make: Make) -> None:
@@ -332,7 +337,7 @@ def test_a_message_fits_the_broker_whatever_the_slices(make: Make) -> None:
     device.feed(200)
     device.label(range(1, 101), right)
     device.turn()
-    bodies = device.sent(Quality)
+    bodies = device.sent(QualityPayload)
     assert bodies
     assert all(metrics(body)["accuracy", ""] for body in bodies)
 
@@ -348,7 +353,7 @@ def test_another_bundle_starts_anew(make: Make) -> None:
     device.feed(100)
     device.label(range(401, 451), right)
     device.turn()
-    body = device.sent(Quality)[-1]
+    body = device.sent(QualityPayload)[-1]
     assert body.window["rows"] == [401, 450]
     cleared = [one for one in device.alerts() if one.state == "cleared"]
     assert {one.subject for one in cleared} == {"certainty", "evaluation"}
@@ -360,34 +365,34 @@ def test_a_message_that_finds_no_room_is_written_later_and_once(make: Make, monk
     device = make()
     device.feed(100)
     device.label(range(1, 51), right)
-    keep = Transaction.keep
+    keep = Transaction.save_state
 
     def full(tx: Transaction, task: str, name: str, value: bytes) -> None:
-        if name == label_metrics.STATE:
+        if name == label_metrics.STATE_NAME:
             raise StorageFull("no room")
         keep(tx, task, name, value)
 
-    monkeypatch.setattr(Transaction, "keep", full)
+    monkeypatch.setattr(Transaction, "save_state", full)
     with pytest.raises(StorageFull):
         device.turn()
-    assert device.sent(Quality) == []
+    assert device.sent(QualityPayload) == []
     monkeypatch.undo()
     device.turn()
     device.turn()
-    assert len(device.sent(Quality)) == 1
+    assert len(device.sent(QualityPayload)) == 1
 
 
 def test_state_that_cannot_be_read_starts_anew(make: Make) -> None:
     device = make()
     device.feed(100)
     with device.store.transaction() as tx:
-        tx.keep("tiny", label_metrics.STATE, b"\x00damaged")
+        tx.save_state("tiny", label_metrics.STATE_NAME, b"\x00damaged")
     device.label(range(1, 51), right)
     device.turn()
-    assert len(device.sent(Quality)) == 1
-    kept = device.store.state("tiny", label_metrics.STATE)
+    assert len(device.sent(QualityPayload)) == 1
+    kept = device.store.load_state("tiny", label_metrics.STATE_NAME)
     assert kept is not None
-    assert degradation.State.from_bytes(kept).number == 50
+    assert degradation.DegradationState.from_bytes(kept).last_number == 50
 
 
 def test_many_labels_at_once_make_several_messages_that_cover_each_once(make: Make) -> None:
@@ -395,13 +400,13 @@ def test_many_labels_at_once_make_several_messages_that_cover_each_once(make: Ma
     device.feed(900)
     device.label(range(1, 801), right)
     device.turn()
-    assert sum(body.window["new"] for body in device.sent(Quality)) == 800
-    assert max(body.window["n"] for body in device.sent(Quality)) <= label_metrics.MOST
+    assert sum(body.window["new"] for body in device.sent(QualityPayload)) == 800
+    assert max(body.window["n"] for body in device.sent(QualityPayload)) <= label_metrics.MAX_LABELS_PER_MESSAGE
     assert store_numbers(device) == list(range(1, 801))
 
 
 def store_numbers(device: Device) -> list[int]:
-    return device.store.ask(labelled.after, "tiny", 0, 10_000)
+    return device.store.query(labelled.next_numbers, "tiny", 0, 10_000)
 
 
 def test_an_absurd_label_is_refused_and_one_that_an_earlier_version_kept_stops_nothing(make: Make) -> None:
@@ -410,44 +415,44 @@ def test_an_absurd_label_is_refused_and_one_that_an_earlier_version_kept_stops_n
     [reason] = device.label([1], lambda row: 1e160)
     assert reason == "'1e+160' cannot be meant: numbers go to 1e+100 on either side of 0"
     with device.store.transaction() as tx:
-        result = tx.labels.at("tiny", 5)
+        result = tx.labels.find_by_row("tiny", 5)
         assert result is not None
-        tx.labels.put("tiny", truth.label(5, None, 1e160), result, T0)
+        tx.labels.store_label("tiny", truth.parse_label(5, None, 1e160), result, T0)
     device.label(range(6, 255), lambda row: 1e100 if row == 7 else 0.5)
     device.turn()
-    body = device.sent(Quality)[-1]
+    body = device.sent(QualityPayload)[-1]
     assert body.window["n"] == 249
     assert metrics(body)["mae", ""].value == pytest.approx(1e100 / 249, rel=1e-4)
-    kept = device.store.state("tiny", label_metrics.STATE)
+    kept = device.store.load_state("tiny", label_metrics.STATE_NAME)
     assert kept is not None
-    assert np.isfinite(degradation.State.from_bytes(kept).square)
+    assert np.isfinite(degradation.DegradationState.from_bytes(kept).baseline_square_sum)
 
 
 @pytest.mark.parametrize("recipe", [REGRESS, CLASSIFY])
 def test_a_result_that_is_no_number_costs_itself_only(
     make: Make, monkeypatch: pytest.MonkeyPatch, recipe: Recipe
 ) -> None:
-    kept = Labels.keep
+    kept = LabelStore.store_predictions
 
-    def damaged(self: Labels, task: str, given: Given, at_s: float) -> None:
+    def damaged(self: LabelStore, task: str, given: StoredPredictions, at_s: float) -> None:
         for column in (given.score, given.value):
             if column is not None:
                 column[3] = np.nan
         kept(self, task, given, at_s)
 
-    monkeypatch.setattr(Labels, "keep", damaged)
+    monkeypatch.setattr(LabelStore, "store_predictions", damaged)
     device = make(recipe)
     device.feed(200)
     device.label(range(1, 61), right if recipe is CLASSIFY else lambda row: 0.5)
     device.turn()
-    body = device.sent(Quality)[-1]
+    body = device.sent(QualityPayload)[-1]
     assert (body.window["n"], body.window["no_result"], body.labels["n"]) == (59, 1, 60)
     wanted = {"mae", "rmse"} if recipe is REGRESS else {"accuracy", "brier_top", "ece"}
     assert {metrics(body)[name, ""].n for name in wanted} == {59}
     assert (body.estimate is None) == (recipe is REGRESS)
-    state = device.store.state("tiny", label_metrics.STATE)
+    state = device.store.load_state("tiny", label_metrics.STATE_NAME)
     assert state is not None
-    assert len(degradation.State.from_bytes(state).rest) == 59 % degradation.GROUP
+    assert len(degradation.DegradationState.from_bytes(state).pending) == 59 % degradation.GROUP_SIZE
 
 
 def test_classes_without_a_label_are_counted_too(make: Make) -> None:
@@ -455,19 +460,19 @@ def test_classes_without_a_label_are_counted_too(make: Make) -> None:
     device.feed(200)
     device.label([row for row in range(1, 201) if right(row) == "left"][:50], right)
     device.turn()
-    [body] = device.sent(Quality)
+    [body] = device.sent(QualityPayload)
     assert (body.labels["classes"], body.labels["imbalance"]) == ({"left": 50, "right": 0, "rest": 0}, 50.0)
 
 
 def test_classes_are_counted_by_what_labels_mean() -> None:
-    found = measured._classes(Truth("anomaly"), ["1", "yes", "anomaly", "True", "0", "normal"])
+    found = measured._count_classes(LabelSchema("anomaly"), ["1", "yes", "anomaly", "True", "0", "normal"])
     assert found == {"classes": {"anomaly": 4, "normal": 2}, "imbalance": 2.0}
 
 
-def state_of(device: Device) -> degradation.State:
-    kept = device.store.state("tiny", label_metrics.STATE)
+def state_of(device: Device) -> degradation.DegradationState:
+    kept = device.store.load_state("tiny", label_metrics.STATE_NAME)
     assert kept is not None
-    return degradation.State.from_bytes(kept)
+    return degradation.DegradationState.from_bytes(kept)
 
 
 def test_labels_put_right_after_they_were_told_of_are_told_again_and_clear_what_they_had_raised(make: Make) -> None:
@@ -478,13 +483,13 @@ def test_labels_put_right_after_they_were_told_of_are_told_again_and_clear_what_
     assert {(one.subject, one.state) for one in device.alerts()} == {("evaluation", "raised"), ("certainty", "raised")}
     device.label(range(1, 101), right)
     device.turn()
-    body = device.sent(Quality)[-1]
+    body = device.sent(QualityPayload)[-1]
     assert (body.window["new"], body.window["corrected"]) == (100, 100)
     assert metrics(body)["accuracy", ""].value > 0.9
     last = {one.id: one.state for one in device.alerts()}
     assert set(last.values()) == {"cleared"}
     assert len(last) == 2
-    assert not any(track.open for track in state_of(device).tracks.values())
+    assert not any(track.is_open for track in state_of(device).tracks.values())
 
 
 def put_right(device: Device, at_once: int) -> None:
@@ -509,12 +514,18 @@ def test_decay_is_what_it_would_be_had_all_labels_been_right_at_first(make: Make
     never_wrong.boot_s += 90_000
     never_wrong.turn()
     one, two = state_of(mended), state_of(never_wrong)
-    assert (one.n, one.off, one.square, one.recent, one.rest) == (two.n, two.off, two.square, two.recent, two.rest)
+    assert (one.baseline_n, one.baseline_loss_sum, one.baseline_square_sum, one.recent_losses, one.pending) == (
+        two.baseline_n,
+        two.baseline_loss_sum,
+        two.baseline_square_sum,
+        two.recent_losses,
+        two.pending,
+    )
     assert {kind: replace_raised(track) for kind, track in one.tracks.items()} == two.tracks
 
 
-def replace_raised(track: degradation.Track) -> degradation.Track:
-    return structs.replace(track, raised=0)
+def replace_raised(track: degradation.CusumTrack) -> degradation.CusumTrack:
+    return structs.replace(track, raised_count=0)
 
 
 def test_a_stop_between_a_label_that_is_put_right_and_its_message_loses_and_doubles_nothing(
@@ -526,25 +537,25 @@ def test_a_stop_between_a_label_that_is_put_right_and_its_message_loses_and_doub
         device.label(range(1, 101), other)
         device.turn()
         device.label(range(1, 101), right)
-    keep, sent = Transaction.keep, len(cut.sent(Quality))
+    keep, sent = Transaction.save_state, len(cut.sent(QualityPayload))
 
     def stopped(tx: Transaction, task: str, name: str, value: bytes) -> None:
-        if name == label_metrics.STATE:
+        if name == label_metrics.STATE_NAME:
             raise StorageFull("the power went")
         keep(tx, task, name, value)
 
-    monkeypatch.setattr(Transaction, "keep", stopped)
+    monkeypatch.setattr(Transaction, "save_state", stopped)
     with pytest.raises(StorageFull):
         cut.turn()
     monkeypatch.undo()
     cut.store.close()
     cut.store = Store(cut.folder)
-    assert len(cut.sent(Quality)) == sent
+    assert len(cut.sent(QualityPayload)) == sent
     for device in (cut, whole):
         device.turn()
         device.turn()
     assert state_of(cut) == state_of(whole)
-    assert [one.window for one in cut.sent(Quality)] == [one.window for one in whole.sent(Quality)]
+    assert [one.window for one in cut.sent(QualityPayload)] == [one.window for one in whole.sent(QualityPayload)]
     assert [one.id for one in cut.alerts()] == [one.id for one in whole.alerts()]
 
 
@@ -558,5 +569,10 @@ def test_a_label_put_right_twice_counts_once(make: Make) -> None:
         device.label(range(1, 51), text)
         device.turn()
     after = state_of(device)
-    assert (after.rest, after.recent, after.n, after.off) == (before.rest, before.recent, before.n, before.off)
-    assert [body.window["corrected"] for body in device.sent(Quality)] == [0, 50, 50]
+    assert (after.pending, after.recent_losses, after.baseline_n, after.baseline_loss_sum) == (
+        before.pending,
+        before.recent_losses,
+        before.baseline_n,
+        before.baseline_loss_sum,
+    )
+    assert [body.window["corrected"] for body in device.sent(QualityPayload)] == [0, 50, 50]

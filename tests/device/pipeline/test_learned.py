@@ -10,18 +10,20 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.pipeline import learned
-from agent.device.store.message_log import Author
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.drift.state import Verdict
+from agent.drift.state import DriftWindowResult
 from tests.kit.machine import reference
 from tests.kit.senders import new_key
 
-NOW = Now(1_795_000_000_000_000, 1000.0, "synced")
-CLOSED = Verdict(7, (1, 2000), (0, 1), 20, None, None, None, {}, ())
-REFUSED = replace(CLOSED, refused="the windows do not agree among themselves; gathering 40 new windows")
-LEARNED = replace(CLOSED, learned=replace(reference(), warning="only 20 drift windows: alarms are less reliable"))
+NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
+CLOSED = DriftWindowResult(7, (1, 2000), (0, 1), 20, None, None, None, {}, ())
+REFUSED = replace(CLOSED, learning_error="the windows do not agree among themselves; gathering 40 new windows")
+LEARNED = replace(
+    CLOSED, learned_reference=replace(reference(), warning="only 20 drift windows: alarms are less reliable")
+)
 
 
 @pytest.fixture
@@ -31,13 +33,13 @@ def store(tmp_path: Path) -> Iterator[Store]:
     opened.close()
 
 
-def tell(store: Store, *verdicts: Verdict) -> list[dict[str, Any]]:
+def tell(store: Store, *verdicts: DriftWindowResult) -> list[dict[str, Any]]:
     """What was sent of it."""
-    author, before = Author("acme", "pi-07", new_key(1), store.log_id, 1, 120_000), store.outbox_size()[1]
+    author, before = MessageLog("acme", "pi-07", new_key(1), store.log_id, 1, 120_000), store.outbox_size()[1]
     for verdict in verdicts:
         with store.transaction() as tx:
-            learned.tell("exercise", author, tx, verdict, NOW)
-    return [json.loads(message.payload) for message in store.unsent(before, 100)]
+            learned.report_learning("exercise", author, tx, verdict, NOW)
+    return [json.loads(message.payload) for message in store.unacknowledged_messages(before, 100)]
 
 
 def test_a_window_that_ends_no_gathering_says_nothing(store: Store) -> None:

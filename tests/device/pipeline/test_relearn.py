@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from agent.bootstrap import tasks, wiring
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.pipeline import batch, relearn
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from tests.kit.system import Device, Fleet, eventually, outstation
 
-NOW = Now(1_795_000_000_000_000, 1000.0, "synced")
+NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 CONFIG = """
 [streams.watch]
 fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { name = "wy" }, { name = "wz" }]
@@ -38,7 +38,7 @@ class Site:
         self.config = self.home / "outstation.toml"
         kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
         self.config.write_text(kept + CONFIG, encoding="utf-8")
-        self.file, self.conf = wiring.load(str(self.config))
+        self.file, self.conf = wiring.load_config(str(self.config))
 
     def ask(self, *arguments: str) -> tuple[int, Any]:
         done = outstation("reference", *arguments, "-c", str(self.config), "--json")
@@ -60,7 +60,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return made
 
 
-def work(site: Site, store: Store, drift_windows: int) -> batch.Task:
+def work(site: Site, store: Store, drift_windows: int) -> batch.LoadedTask:
     """Readings for so many drift windows, and the task over them."""
     n = drift_windows * 2000
     rng = np.random.default_rng(store.last_row("watch"))
@@ -68,17 +68,17 @@ def work(site: Site, store: Store, drift_windows: int) -> batch.Task:
     with store.transaction() as tx:
         tx.append("watch", Rows(t, tuple(rng.normal(0, 0.2, n).astype("<f4") for _ in range(6))), "synced")
     author, task = (
-        wiring.author(site.file, site.conf, store),
+        wiring.open_message_log(site.file, site.conf, store),
         tasks.load_task(site.file, site.conf, store, "exercise"),
     )
-    relearn.take_up(task, store, author, NOW)
+    relearn.apply_pending(task, store, author, NOW)
     while batch.run(task, store, author, NOW) is not None:
         pass
     return task
 
 
 def audits(store: Store, event: str) -> list[dict[str, Any]]:
-    bodies = [json.loads(message.payload) for message in store.unsent(0, 10_000)]
+    bodies = [json.loads(message.payload) for message in store.unacknowledged_messages(0, 10_000)]
     return [body for body in bodies if body.get("event") == event]
 
 
@@ -116,16 +116,16 @@ def test_learning_anew_is_audited_and_gives_the_next_number(site: Site) -> None:
 
 def test_a_request_that_was_taken_up_does_nothing_when_its_file_is_still_there(site: Site) -> None:
     """As after a crash between the commit and the end of the file."""
-    request = relearn.made("reset")
-    relearn.ask(site.conf.data_dir, "exercise", request)
+    request = relearn.make_request("reset")
+    relearn.submit_request(site.conf.data_dir, "exercise", request)
     store = site.open()
     try:
         work(site, store, 1)
         count = len(audits(store, "reference reset"))
-        relearn.ask(site.conf.data_dir, "exercise", request)
+        relearn.submit_request(site.conf.data_dir, "exercise", request)
         work(site, store, 1)
         assert len(audits(store, "reference reset")) == count
-        assert relearn.waiting(store, "exercise") is None
+        assert relearn.pending_request(store, "exercise") is None
         work(site, store, 21)
     finally:
         store.close()
@@ -133,7 +133,7 @@ def test_a_request_that_was_taken_up_does_nothing_when_its_file_is_still_there(s
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"id":7}', b"\xff" * 9000, b'{"id":"a","what":"reset","more":1}'])
 def test_a_file_that_is_no_request_is_cleared_away_and_changes_nothing(site: Site, content: bytes) -> None:
-    relearn.ask(site.conf.data_dir, "exercise", relearn.made("reset"))
+    relearn.submit_request(site.conf.data_dir, "exercise", relearn.make_request("reset"))
     file = site.conf.data_dir / "requests" / "exercise.reference.json"
     file.write_bytes(content)
     store = site.open()
@@ -156,7 +156,7 @@ def test_what_root_asks_for_is_the_daemons_to_read_and_its_own_user_can_ask_afte
     if earlier:
         # As an earlier version left it.
         folder.mkdir(mode=0o700)
-    relearn.ask(tmp_path, "exercise", relearn.made("learn", 3600.0))
+    relearn.submit_request(tmp_path, "exercise", relearn.make_request("learn", 3600.0))
     for path in (folder, folder / "exercise.reference.json"):
         assert (path.stat().st_uid, path.stat().st_gid) == (65534, 65534)
         assert path.stat().st_mode & 0o077 == 0
@@ -167,13 +167,13 @@ def test_a_link_in_the_folder_of_requests_leads_nobody_elsewhere(tmp_path: Path)
     victim.write_text("as it was", encoding="utf-8")
     (tmp_path / "requests").mkdir()
     (tmp_path / "requests" / "exercise.reference.part").symlink_to(victim)
-    relearn.ask(tmp_path, "exercise", relearn.made("reset"))
+    relearn.submit_request(tmp_path, "exercise", relearn.make_request("reset"))
     assert victim.read_text(encoding="utf-8") == "as it was"
     other = tmp_path / "other"
     other.mkdir()
     (other / "requests").symlink_to(tmp_path)
     with pytest.raises(OSError, match="requests"):
-        relearn.ask(other, "exercise", relearn.made("reset"))
+        relearn.submit_request(other, "exercise", relearn.make_request("reset"))
 
 
 def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
@@ -184,7 +184,7 @@ def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
     (tmp_path / "requests" / "exercise.reference.json").mkdir(parents=True)
     try:
         for _ in range(3):
-            assert relearn.waiting(store, "exercise") is None
+            assert relearn.pending_request(store, "exercise") is None
     finally:
         store.close()
     [said] = [record.getMessage() for record in caplog.records]

@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from agent import clock
-from agent.device.recovery.catch_up import UNPROVEN
-from agent.device.recovery.findings import NEW_LOG, NewLog
-from agent.device.recovery.report_findings import settle
-from agent.device.store.message_log import Author
+from agent.device.recovery.catch_up import UNPROVEN_FROM
+from agent.device.recovery.findings import NEW_LOG, NewLogPlan
+from agent.device.recovery.report_findings import report_findings
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.acknowledgements import Acknowledgements
 from agent.device.uplink.refusals import Refusals
@@ -24,9 +24,9 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector.acknowledger import Acknowledger
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from agent.transport.packets import Delivery
+from agent.transport.packets import IncomingMessage
 from agent.wire.jws import Signer
-from agent.wire.messages import open_message
+from agent.wire.messages import verify_message
 from tests.kit.senders import new_key
 from tests.kit.stores import KEY, TASKS, alarms, append, opened, said, say
 
@@ -44,14 +44,14 @@ class Collector:
 
     def take(self, store: Store, *, without: set[int] | None = None) -> list[str]:
         """What waits in `store`, but for the seqs in `without`; what became of each message."""
-        waiting = [m for m in store.unsent(0, 10_000) if m.seq not in (without or set())]
+        waiting = [m for m in store.unacknowledged_messages(0, 10_000) if m.seq not in (without or set())]
         signer = Signer("pi-07", KEY.public)
-        opened = [open_message(m.topic, m.payload, (m.jws,), lambda _: signer) for m in waiting]
+        opened = [verify_message(m.topic, m.payload, (m.jws,), lambda _: signer) for m in waiting]
         return list(self.store.ingest([Arrival(message) for message in opened], [], NOW))
 
-    def ack(self, log: str) -> Delivery:
+    def ack(self, log: str) -> IncomingMessage:
         sent = self._voice._sign(self.store.acknowledgement("pi-07", log))
-        return Delivery(sent.topic, sent.payload, (dict(sent.properties)["jws"],), True, 1, 1)
+        return IncomingMessage(sent.topic, sent.payload, (dict(sent.properties)["jws"],), True, 1, 1)
 
 
 @pytest.fixture
@@ -61,13 +61,13 @@ def collector(tmp_path: Path) -> Iterator[Collector]:
     made.store.close()
 
 
-def obey(store: Store, author: Author, delivery: Delivery) -> None:
+def obey(store: Store, author: MessageLog, delivery: IncomingMessage) -> None:
     acks = Acknowledgements(store, author, COLLECTOR.public, 1e6, Refusals(store, author))
-    acks.take(delivery, clock.read())
-    acks.apply(clock.read(), at_once=True)
+    acks.receive(delivery, clock.read())
+    acks.apply(clock.read(), force=True)
 
 
-def consume(store: Store, author: Author, upto: int) -> None:
+def consume(store: Store, author: MessageLog, upto: int) -> None:
     """Results of the task, 5 rows to a message."""
     while (store.cursor("judge") or 0) < upto:
         first = (store.cursor("judge") or 0) + 1
@@ -80,8 +80,8 @@ def consume(store: Store, author: Author, upto: int) -> None:
             "columns": {"row": [first + 4], "t": [first], "label": ["low"], "score": [0.5]},
         }
         with store.transaction() as tx:
-            tx.advance("judge", first, first + 4)
-            author.write(tx, "results", "judge", body, clock.read())
+            tx.advance_cursor("judge", first, first + 4)
+            author.append(tx, "results", "judge", body, clock.read())
 
 
 def copied(folder: Path, to: Path) -> None:
@@ -123,11 +123,11 @@ def test_an_acknowledgement_beyond_what_was_ever_written_begins_a_new_log(tmp_pa
     assert author.log_id != log
     assert set(collector.take(store)) == {"new"}
     obey(store, author, collector.ack(author.log_id))
-    assert store.waiting().messages == 0
+    assert store.backlog().messages == 0
     consume(store, author, 60)
     collector.take(store)
     report = audit(collector.store)
-    assert report.passed, report.document()
+    assert report.passed, report.to_dict()
     again = [row["rows"] for row in map(dict, [body for body in said(store).values() if body["kind"] == "results"])]
     assert again == [[31, 35], [36, 40], [41, 45], [46, 50], [51, 55], [56, 60]]
     assert alarms(said(store))[0]["subject"] == "log"
@@ -183,7 +183,7 @@ def test_what_is_missing_in_the_old_log_is_written_again_or_declared(tmp_path: P
     bodies = said(store)
     assert [body["summary"] for body in bodies.values() if "reissued" in body] == ["message 3", "message 4"]
     report = audit(collector.store)
-    assert report.passed, report.document()
+    assert report.passed, report.to_dict()
     assert [(gap["from"], gap["to"], gap["declared"]) for gap in report.gaps] == [(3, 4, True), (8, 8, True)]
     store.close()
 
@@ -192,12 +192,14 @@ def test_a_forged_acknowledgement_begins_no_new_log_and_is_counted(tmp_path: Pat
     live, log = restored(tmp_path, collector)
     store, author = opened(live)
     real = collector.ack(log)
-    forged = Delivery(real.topic, real.payload.replace(b'"through":10', b'"through":99'), real.tokens, True, 1, 1)
+    forged = IncomingMessage(
+        real.topic, real.payload.replace(b'"through":10', b'"through":99'), real.tokens, True, 1, 1
+    )
     assert forged.payload != real.payload
     refusals = Refusals(store, author)
     acks = Acknowledgements(store, author, COLLECTOR.public, 1e6, refusals)
-    assert acks.take(forged, clock.read()) is None
-    assert store.meta("new log", "") == ""
+    assert acks.receive(forged, clock.read()) is None
+    assert store.get_meta("new log", "") == ""
     assert refusals._counts["acknowledgements refused"] == 1
     store.close()
 
@@ -214,7 +216,7 @@ def test_an_acknowledgement_of_our_own_history_changes_no_log(tmp_path: Path, co
         say(store, author, "more")
     collector.take(store)
     obey(store, author, collector.ack(author.log_id))
-    assert store.waiting().messages == 0
+    assert store.backlog().messages == 0
     assert audit(collector.store).passed
     store.close()
 
@@ -230,20 +232,20 @@ def test_a_new_log_that_is_cut_off_in_the_middle_is_finished_and_nothing_is_writ
         obey(store, author, collector.ack(log))
     store.close()
     for left in (1, 2, 40):
-        real, calls = Author.reissue, [left]
+        real, calls = MessageLog.reissue, [left]
 
-        def dying(self: Author, *arguments: Any, real: Any = real, calls: list[int] = calls) -> int:
+        def dying(self: MessageLog, *arguments: Any, real: Any = real, calls: list[int] = calls) -> int:
             calls[0] -= 1
             if calls[0] < 0:
                 raise KeyboardInterrupt
             return int(real(self, *arguments))
 
         with monkeypatch.context() as patch:
-            patch.setattr(Author, "reissue", dying)
+            patch.setattr(MessageLog, "reissue", dying)
             store = Store(live)
-            half = Author("acme", "pi-07", KEY, store.log_id, store.boot, 120_000)
+            half = MessageLog("acme", "pi-07", KEY, store.log_id, store.boot, 120_000)
             with pytest.raises(KeyboardInterrupt):
-                settle(store, half, TASKS, clock.read())
+                report_findings(store, half, TASKS, clock.read())
             store.close()
     store, author = opened(live)
     assert set(collector.take(store)) == {"new"}
@@ -260,15 +262,15 @@ def test_in_a_store_without_a_free_page_a_new_log_begins_all_the_same(tmp_path: 
         with contextlib.suppress(StorageFull):
             while True:
                 with store.transaction() as tx:
-                    author.write(tx, "health", None, {"x": "y" * size}, clock.read())
-    old, waiting = store.log_id, store.waiting().messages
-    plan = NewLog(why="The store was restored from a copy.", old=old, through=10**6)
+                    author.append(tx, "health", None, {"x": "y" * size}, clock.read())
+    old, waiting = store.log_id, store.backlog().messages
+    plan = NewLogPlan(reason="The store was restored from a copy.", old=old, through=10**6)
     with store.transaction(vital=True) as tx:
         tx.set_meta(NEW_LOG, msgspec.json.encode(plan).decode())
     store.close()
     store, author = opened(tmp_path / "d", max_size=2 << 20)
     assert store.log_id != old
-    assert store.waiting().messages == waiting + 2
+    assert store.backlog().messages == waiting + 2
     store.close()
 
 
@@ -321,13 +323,13 @@ def test_once_a_message_of_this_run_is_acknowledged_a_crash_makes_nothing_of_it_
     store, author = opened(tmp_path / "live")
     collector.take(store)
     obey(store, author, collector.ack(author.log_id))
-    assert store.meta(UNPROVEN, "") == "1"
+    assert store.get_meta(UNPROVEN_FROM, "") == "1"
     say(store, author, "two")
     collector.take(store)
     obey(store, author, collector.ack(author.log_id))
-    assert store.meta(UNPROVEN, "") == ""
+    assert store.get_meta(UNPROVEN_FROM, "") == ""
     say(store, author, "three")
     store.close()
     store, author = opened(tmp_path / "live")
-    assert store.meta(UNPROVEN, "") == "3"
+    assert store.get_meta(UNPROVEN_FROM, "") == "3"
     store.close()

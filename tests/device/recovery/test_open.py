@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from agent import __version__
 from agent.cli import cli
 from agent.device.recovery import migrate, mounts, open
-from agent.device.recovery.condition import condition
-from agent.device.recovery.mounts import file_system, require_local
+from agent.device.recovery.condition import inspect_condition
+from agent.device.recovery.mounts import find_file_system, require_local
 from agent.device.store import schema
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
@@ -50,14 +50,14 @@ malformed line
     ],
 )
 def test_the_file_system_of_a_folder_is_that_of_its_innermost_mount(folder: str, kind: str) -> None:
-    assert file_system(Path(folder), MOUNTS)[0] == kind
+    assert find_file_system(Path(folder), MOUNTS)[0] == kind
 
 
 def test_a_network_file_system_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_local(tmp_path)
-    monkeypatch.setattr(mounts, "_read", lambda: f"50 22 0:41 / {tmp_path.resolve()} rw - nfs server:/x rw")
+    monkeypatch.setattr(mounts, "_read_mountinfo", lambda: f"50 22 0:41 / {tmp_path.resolve()} rw - nfs server:/x rw")
     with pytest.raises(UsageError, match="network file system \\(nfs\\)"):
         Store(tmp_path / "data")
     assert list(tmp_path.iterdir()) == []
@@ -88,7 +88,7 @@ def test_a_store_that_cannot_be_looked_through_in_time_opens_all_the_same(
     store, _ = filled(tmp_path / "live", chunks=30, messages=2, acknowledged=0)
     cut = pulled(tmp_path / "live", tmp_path / "cut")
     store.close()
-    monkeypatch.setattr(open, "CHECK_S", -1.0)
+    monkeypatch.setattr(open, "CHECK_TIMEOUT_S", -1.0)
     monkeypatch.setattr(open, "_PROGRESS_STEPS", 1)
     store, _ = opened(cut)
     assert len(served(store)) == 300
@@ -106,7 +106,7 @@ def test_the_database_of_another_program_is_refused_and_left_alone(tmp_path: Pat
 
 def test_only_a_test_can_ask_for_less_than_full_synchronization(tmp_path: Path) -> None:
     store = Store(tmp_path, synchronous="NORMAL")
-    assert store._one("PRAGMA synchronous") == (1,)
+    assert store._fetch_one("PRAGMA synchronous") == (1,)
     store.close()
     assert not [path for path in (ROOT / "agent/cli").glob("*.py") if "synchronous" in path.read_text()]
 
@@ -133,11 +133,11 @@ def first(tmp_path: Path) -> Path:
 def test_a_store_of_the_first_version_opens_with_everything_in_it(first: Path) -> None:
     store, author = opened(first)
     assert served(store) == {n: n for n in range(1, 31)}
-    assert [message.seq for message in store.unsent(0, 10)] == [3, 4, 5]
+    assert [message.seq for message in store.unacknowledged_messages(0, 10)] == [3, 4, 5]
     assert put_aside(store, author) == []
-    assert store.waiting().messages == 3
+    assert store.backlog().messages == 3
     assert store.cursor("judge") == 25
-    assert store.mark("files", "a.csv") == 17
+    assert store.source_position("files", "a.csv") == 17
     assert store.log_id == "ff14e571-56a0-4056-897f-1f4b16f11467"
     backup = first / f"outstation.db.before-{__version__}"
     with contextlib.closing(sqlite3.connect(backup)) as db:
@@ -157,7 +157,7 @@ def test_a_migration_that_fails_puts_the_old_store_back(first: Path, monkeypatch
         db.execute("DELETE FROM outbox")
         raise sqlite3.OperationalError("no such thing")
 
-    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, failing))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, failing))
     with pytest.raises(StorageError, match="The store is as it was before, nothing is lost"):
         Store(first)
     monkeypatch.undo()
@@ -171,7 +171,7 @@ def test_a_migration_that_loses_rows_is_not_kept(first: Path, monkeypatch: pytes
     def losing(db: sqlite3.Connection) -> None:
         db.execute("DELETE FROM outbox WHERE seq = 4")
 
-    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, losing))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, losing))
     with pytest.raises(StorageError, match="outbox has 2 rows instead of 3"):
         Store(first)
     monkeypatch.undo()
@@ -235,20 +235,24 @@ def test_a_backup_is_whole_before_it_has_its_name(first: Path, monkeypatch: pyte
 
 def test_the_condition_says_how_it_was_left_and_what_was_salvaged(tmp_path: Path) -> None:
     store, _ = filled(tmp_path / "live", chunks=12, messages=12, acknowledged=0)
-    assert condition(store).stop == "unclean"
+    assert inspect_condition(store).last_stop == "unclean"
     cut = pulled(tmp_path / "live", tmp_path / "cut", store, emptied=True)
     store.close()
     with contextlib.closing(Store(tmp_path / "live", read_only=True)) as read:
-        assert (condition(read).stop, condition(read).last, condition(read).quarantine) == ("clean", None, None)
+        assert (
+            inspect_condition(read).last_stop,
+            inspect_condition(read).last_finding,
+            inspect_condition(read).quarantine,
+        ) == ("clean", None, None)
     data = bytearray((cut / "outstation.db").read_bytes())
     data[:100] = bytes(100)
     (cut / "outstation.db").write_bytes(data)
     opened(cut)[0].close()
     with contextlib.closing(Store(cut, read_only=True)) as read:
-        found = condition(read)
-    assert found.stop == "clean"
-    assert found.last is not None
-    assert "file is not a database" in found.last["what"]
+        found = inspect_condition(read)
+    assert found.last_stop == "clean"
+    assert found.last_finding is not None
+    assert "file is not a database" in found.last_finding["what"]
     assert found.quarantine == cut / "quarantine"
     assert found.quarantine_bytes >= len(data)
 

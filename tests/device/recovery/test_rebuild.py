@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from agent import clock
-from agent.device.recovery.findings import NEW_LOG, NewLog
+from agent.device.recovery.findings import NEW_LOG, NewLogPlan
 from agent.device.store import forecast, meta, retention
 from agent.device.store.store import Store
 from agent.errors import StorageDamaged
@@ -27,9 +27,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store, author = filled(folder / "live", chunks=10, messages=MESSAGES - 2, acknowledged=4)
     with store.transaction() as tx:
         tx.set_meta(retention.UPTIME, retention.uptime_json(store.boot, clock.read(), 100.0))
-        tx.set_meta(retention.STEPS, "[[10,4]]")
+        tx.set_meta(retention.ACKNOWLEDGED_HISTORY, "[[10,4]]")
         tx.set_meta(forecast.GROWTH, "[[600,1000],[1200,2000]]")
-        tx.raise_floor(1_764_022_680_000_000)
+        tx.raise_time_floor(1_764_022_680_000_000)
     shutil.copyfile(folder / "live" / "watermark", folder / "early")
     for number in range(2):
         say(store, author, f"late {number}")
@@ -105,7 +105,7 @@ def test_with_the_plan_of_a_new_log_lost_everything_kept_is_written_in_another_o
     folder = shutil.copytree(whole, tmp_path / "d")
     store, _author = opened(folder)
     old = store.log_id
-    plan = NewLog(why="The store was restored from a copy.", old=old, through=10**6)
+    plan = NewLogPlan(reason="The store was restored from a copy.", old=old, through=10**6)
     with store.transaction() as tx:
         tx.set_meta(NEW_LOG, msgspec.json.encode(plan).decode())
     store.close()
@@ -134,8 +134,8 @@ def test_an_older_store_is_looked_at_and_gets_its_crcs(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         db.execute("CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
         db.execute("INSERT INTO meta VALUES ('seq', '7')")
-        assert meta.problem(db) is None
+        assert meta.find_damage(db) is None
         assert meta.get(db, "seq", "0") == "7"
     store = Store(tmp_path)
-    assert meta.problem(store._db) is None
+    assert meta.find_damage(store._db) is None
     store.close()

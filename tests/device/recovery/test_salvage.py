@@ -65,13 +65,13 @@ def check_whole(folder: Path, rows: int, messages: int) -> tuple[set[int], set[i
         lost_rows = set(range(1, rows + 1)) - kept.keys()
         lost_seqs = set(range(1, messages + 1)) - survived
         new = {seq: body for seq, body in texts.items() if seq > messages}
-        if not store.meta("previous log", ""):
+        if not store.get_meta("previous log", ""):
             assert store.last_row("numbers") == rows
             assert lost_seqs - set(range(1, 9)) <= declared(new, "seq"), "a lost message is not declared"
             used = {row for row in lost_rows if row <= (store.cursor("judge") or 0)}
             assert used <= declared(new, "rows", "numbers"), "a lost reading that was used is not declared"
         if lost_rows or lost_seqs - set(range(1, 9)):
-            assert alarms(new) or store.meta("previous log", "")
+            assert alarms(new) or store.get_meta("previous log", "")
         before = store.last_row("numbers")
         append(store, "numbers", 10)
         assert store.last_row("numbers") == before + 10
@@ -167,7 +167,7 @@ def test_rows_scattered_over_database_and_log_are_those_of_the_tables(in_log: Pa
     with contextlib.closing(sqlite3.connect(damaged_copy(in_log, tmp_path, "lock", b"") / "outstation.db")) as db:
         chunks = dict(db.execute("SELECT id, data FROM chunks").fetchall())
         messages = dict(db.execute("SELECT seq, payload FROM outbox").fetchall())
-    found = list(raw_pages.rows(in_log / "outstation.db"))
+    found = list(raw_pages.read_leaf_rows(in_log / "outstation.db"))
     assert {rowid: values[6] for rowid, values in found if len(values) >= 10} == chunks
     assert {rowid: values[2] for rowid, values in found if len(values) == 6 and values[0] is None} == messages
 
@@ -179,7 +179,7 @@ def test_leaves_of_junk_are_read_without_a_crash(in_log: Path, tmp_path: Path, j
     for page in range(PAGE, len(data), PAGE):
         data[page + at : page + at + len(junk)] = junk
     (tmp_path / "junk.db").write_bytes(data[: len(data) - cut])
-    for rowid, values in raw_pages.rows(tmp_path / "junk.db"):
+    for rowid, values in raw_pages.read_leaf_rows(tmp_path / "junk.db"):
         assert isinstance(rowid, int)
         assert isinstance(values, list)
 
@@ -249,8 +249,8 @@ def test_a_salvage_killed_at_any_step_is_finished_by_the_next_opening(
                 for name in names:
                     patch.setattr(owner, name, killed(getattr(owner, name)))
             try:
-                salvage.note_damage(case, "a test")
-                salvage.salvage(case, "a test", watermark.read(case), None)
+                salvage.write_damage_marker(case, "a test")
+                salvage.salvage(case, "a test", watermark.load(case), None)
             except Killed:
                 steps += 1
         if left[0] > 0:
@@ -362,8 +362,8 @@ def test_with_the_cursors_gone_and_an_old_watermark_no_row_whose_results_are_kep
     early = (tmp_path / "live/watermark").read_bytes()
     for first in range(1, 200, 20):
         with store.transaction() as tx:
-            tx.advance("judge", first, first + 19)
-            author.write(tx, "results", "judge", {"rows": [first, first + 19]}, clock.read())
+            tx.advance_cursor("judge", first, first + 19)
+            author.append(tx, "results", "judge", {"rows": [first, first + 19]}, clock.read())
     case = pulled(tmp_path / "live", tmp_path / "case", store, emptied=True)
     store.close()
     (case / "watermark").write_bytes(early)
@@ -388,7 +388,7 @@ def test_no_category_code_comes_to_mean_another_text(whole: Path, tmp_path: Path
     store, _ = opened(case)
     assert store.categories("numbers", "mode") == ["", "lost category 1", "lost category 2"]
     with store.transaction() as tx:
-        assert tx.category_codes("numbers", "mode", ["low"]) == [3]
+        assert tx.assign_category_codes("numbers", "mode", ["low"]) == [3]
     store.close()
 
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.device.rollout.desired_state import Desires
-from agent.device.store.message_log import Author
+from agent.device.rollout.desired_state import DesiredStateStore
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
-from agent.errors import Refused, StorageFull
-from agent.transport.packets import Delivery
+from agent.errors import MessageRefused, StorageFull
+from agent.transport.packets import IncomingMessage
 from agent.wire import jws
 from agent.wire.desired_state import MAX_DESIRED_BYTES
 from agent.wire.keys import SigningKey
@@ -38,7 +38,7 @@ def wanted(version: str, strategy: str = "shadow", **more: Any) -> dict[str, Any
     return {**named, "strategy": strategy, **more}
 
 
-def signed(topic: str, tasks: dict[str, Any], /, *, key: SigningKey = OPERATOR, **changes: Any) -> Delivery:
+def signed(topic: str, tasks: dict[str, Any], /, *, key: SigningKey = OPERATOR, **changes: Any) -> IncomingMessage:
     """A retained message; `changes` replace members of the payload."""
     parts = topic.split("/")
     head: dict[str, Any] = {"v": 1, "kind": "desired", "device": parts[2]}
@@ -46,7 +46,7 @@ def signed(topic: str, tasks: dict[str, Any], /, *, key: SigningKey = OPERATOR, 
         head["group"] = parts[4]
     body = {"counter": next(COUNTERS), "issued": "2026-11-26T00:00:00Z", "tasks": tasks}
     payload = encode({**head, **body, **changes})
-    return Delivery(topic, payload, (jws.sign(key, topic, payload),), True, 1, 1)
+    return IncomingMessage(topic, payload, (jws.sign(key, topic, payload),), True, 1, 1)
 
 
 @dataclass
@@ -62,28 +62,28 @@ class Desk:
 
     def open(self) -> None:
         self.store = Store(self.folder)
-        self.author = Author(FLEET, DEVICE, new_key(1), self.store.log_id, self.store.boot, 120_000)
-        self.desires = Desires(self.store, self.author, [key.public for key in self.keys], self.groups)
+        self.author = MessageLog(FLEET, DEVICE, new_key(1), self.store.log_id, self.store.boot, 120_000)
+        self.desires = DesiredStateStore(self.store, self.author, [key.public for key in self.keys], self.groups)
 
     def crash(self) -> None:
         self.store.close()
         self.open()
 
-    def take(self, *deliveries: Delivery) -> None:
+    def take(self, *deliveries: IncomingMessage) -> None:
         for delivery in deliveries:
-            self.desires.take(delivery)
-            self.desires.turn(NOW)
+            self.desires.accept(delivery)
+            self.desires.apply_pending(NOW)
 
-    def refused(self, delivery: Delivery) -> str:
+    def refused(self, delivery: IncomingMessage) -> str:
         """The reason; "" where it is taken."""
         try:
             self.take(delivery)
-        except Refused as refusal:
+        except MessageRefused as refusal:
             return refusal.reason
         return ""
 
     def version(self, task: str = "sort") -> str | None:
-        found = self.desires.wanted(task)
+        found = self.desires.find_desired(task)
         return None if found is None else found.version
 
 
@@ -126,10 +126,10 @@ def test_the_same_message_again_changes_nothing_and_is_not_refused(desk: Desk) -
     first = signed(OWN, {"sort": wanted("2")})
     desk.take(first)
     told: list[int] = []
-    desk.desires.changed = lambda: told.append(1)
+    desk.desires.on_change = lambda: told.append(1)
     assert desk.refused(first) == ""
     desk.crash()
-    desk.desires.changed = lambda: told.append(1)
+    desk.desires.on_change = lambda: told.append(1)
     assert desk.refused(first) == ""
     assert (desk.version(), told) == ("2", [])
 
@@ -163,10 +163,10 @@ def test_another_devices_message_is_refused(desk: Desk) -> None:
     theirs = f"outstation/{FLEET}/pi-08/desired"
     found = signed(theirs, {"sort": wanted("2")})
     assert desk.refused(found) == "other topic"
-    moved = Delivery(OWN, found.payload, found.tokens, True, 1, 1)
+    moved = IncomingMessage(OWN, found.payload, found.tokens, True, 1, 1)
     assert desk.refused(moved) == "other topic"
     payload = found.payload
-    resigned = Delivery(OWN, payload, (jws.sign(OPERATOR, OWN, payload),), True, 1, 1)
+    resigned = IncomingMessage(OWN, payload, (jws.sign(OPERATOR, OWN, payload),), True, 1, 1)
     assert desk.refused(resigned) == "other device"
     assert desk.version() is None
 
@@ -203,7 +203,9 @@ def test_a_key_that_is_no_operators_is_refused(desk: Desk) -> None:
 
 def test_a_key_that_is_twice_in_an_object_is_refused(desk: Desk) -> None:
     payload = signed(OWN, {"sort": wanted("2")}).payload.replace(b'"v":1', b'"v":1,"v":1')
-    assert desk.refused(Delivery(OWN, payload, (jws.sign(OPERATOR, OWN, payload),), True, 1, 1)) == "duplicate key"
+    assert (
+        desk.refused(IncomingMessage(OWN, payload, (jws.sign(OPERATOR, OWN, payload),), True, 1, 1)) == "duplicate key"
+    )
 
 
 def test_what_an_operator_desired_is_over_when_his_key_is_no_longer_in_the_config(desk: Desk) -> None:
@@ -226,10 +228,10 @@ def test_a_full_disk_delays_it_and_nothing_is_in_force_before_it_is_kept(
         patched.setattr(desk.store, "transaction", full)
         desk.take(signed(OWN, {"sort": wanted("2")}))
         assert desk.version() is None
-    desk.desires.turn(NOW)
+    desk.desires.apply_pending(NOW)
     assert desk.version() is None
     later = type(NOW)(NOW.wall_us, NOW.boot_s + 60, NOW.quality)
-    desk.desires.turn(later)
+    desk.desires.apply_pending(later)
     assert desk.version() == "2"
 
 
@@ -237,7 +239,7 @@ def test_what_is_kept_and_damaged_counts_as_nothing_and_comes_again(desk: Desk) 
     delivery = signed(OWN, {"sort": wanted("2")})
     desk.take(delivery)
     with desk.store.transaction() as tx:
-        tx.keep("", f"desired {OWN}", b"\xc1 broken")
+        tx.save_state("", f"desired {OWN}", b"\xc1 broken")
     desk.crash()
     assert desk.version() is None
     desk.take(delivery)
@@ -246,13 +248,13 @@ def test_what_is_kept_and_damaged_counts_as_nothing_and_comes_again(desk: Desk) 
 
 def test_what_is_refused_is_counted_as_commands_are_and_raises_one_alert(desk: Desk, tmp_path: Path) -> None:
     uplink = Uplink(
-        conf(tmp_path), desk.store, desk.author, None, lambda: NOW, lambda error: None, desires=desk.desires
+        conf(tmp_path), desk.store, desk.author, None, lambda: NOW, lambda error: None, desired_states=desk.desires
     )
     old, new = signed(OWN, {"sort": wanted("1")}), signed(OWN, {"sort": wanted("2")})
     theirs = signed(f"outstation/{FLEET}/pi-08/desired", {"sort": wanted("3")})
-    assert all(uplink._is_order(one, NOW) for one in (old, new, old, theirs, signed(OWN, {}, key=FOREIGN)))
-    assert not uplink._is_order(Delivery(f"outstation/{FLEET}/{DEVICE}/ack", b"", (), True, 1, 1), NOW)
-    uplink._refusals.flush(NOW, at_once=True)
+    assert all(uplink._handle_delivery(one, NOW) for one in (old, new, old, theirs, signed(OWN, {}, key=FOREIGN)))
+    assert not uplink._handle_delivery(IncomingMessage(f"outstation/{FLEET}/{DEVICE}/ack", b"", (), True, 1, 1), NOW)
+    uplink._refusals.flush(NOW, force=True)
     counted = {name: n for name, n in desk.store.counters().items() if name.startswith("desired")}
     assert counted == {
         "desired states refused": 3,
@@ -260,8 +262,8 @@ def test_what_is_refused_is_counted_as_commands_are_and_raises_one_alert(desk: D
         "desired states refused: other topic": 1,
         "desired states refused: unknown key": 1,
     }
-    assert [alert["id"] for alert in desk.store.alerts(10)] == ["_device/security/refused"]
-    desk.desires.turn(NOW)
+    assert [alert["id"] for alert in desk.store.recent_alerts(10)] == ["_device/security/refused"]
+    desk.desires.apply_pending(NOW)
     assert desk.version() == "2"
 
 
@@ -272,7 +274,7 @@ def test_hostile_bytes_are_refused_and_nothing_else(
     desk = Desk(tmp_path_factory.mktemp("hostile"))
     try:
         tokens = (jws.sign(OPERATOR, OWN, payload) if sign else token,)
-        assert desk.refused(Delivery(OWN, payload, tokens, True, 1, 1)) != ""
+        assert desk.refused(IncomingMessage(OWN, payload, tokens, True, 1, 1)) != ""
         assert desk.version() is None
     finally:
         desk.store.close()

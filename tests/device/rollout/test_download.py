@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent.device.rollout.fetch.fetcher import Fetched
-from agent.device.rollout.fetch.request import FETCHED
-from agent.fleet.enrolment.pki import new_authority
-from agent.wire.desired_state import Wanted
+from agent.device.rollout.fetch.fetcher import FetchedBundle
+from agent.device.rollout.fetch.request import DOWNLOAD_DIR
+from agent.fleet.enrolment.pki import create_authority
+from agent.wire.desired_state import DesiredBundle
 from scripts.faults.disk import Card, no_card
 from tests.kit.stations import ROOT, wait_for
 from tests.kit.update_repositories import Signed
@@ -49,14 +49,14 @@ def cut_at(byte: int) -> Callable[[Handler], None]:
 
 
 def part(device: Updating) -> Path:
-    [found] = (device.data / FETCHED).glob("*.part")
+    [found] = (device.data / DOWNLOAD_DIR).glob("*.part")
     return found
 
 
 # --- connections ---
 
 
-def test_a_connection_cut_in_the_middle_is_gone_on_with(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_a_connection_cut_in_the_middle_is_gone_on_with(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     for byte in (1_200_000, 1_900_000):
         web.tricks[:] = [("/targets/", cut_at(byte))]
         assert "are kept" in device.must_fail(wanted, "DownloadError").detail
@@ -67,7 +67,7 @@ def test_a_connection_cut_in_the_middle_is_gone_on_with(web: Web, device: Updati
     assert len(device.fetched) == 1
 
 
-def test_a_server_without_range_begins_anew(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_a_server_without_range_begins_anew(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     web.tricks[:] = [("/targets/", cut_at(1_200_000))]
     device.must_fail(wanted, "DownloadError")
     web.tricks[:] = [("/targets/", Handler.whole)]
@@ -75,7 +75,9 @@ def test_a_server_without_range_begins_anew(web: Web, device: Updating, wanted: 
     assert starts(web) == [0, 1_200_000]
 
 
-def test_a_server_that_answers_with_another_range_is_not_believed(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_a_server_that_answers_with_another_range_is_not_believed(
+    web: Web, device: Updating, wanted: DesiredBundle
+) -> None:
     web.tricks[:] = [("/targets/", cut_at(1_200_000))]
     device.must_fail(wanted, "DownloadError")
 
@@ -88,7 +90,7 @@ def test_a_server_that_answers_with_another_range_is_not_believed(web: Web, devi
     assert part(device).stat().st_size == 1_200_000
 
 
-def test_a_server_that_has_no_such_range_begins_anew(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_a_server_that_has_no_such_range_begins_anew(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     web.tricks[:] = [("/targets/", cut_at(1_200_000))]
     device.must_fail(wanted, "DownloadError")
     web.tricks[:] = [("/targets/", lambda it: it.head(416, 0) if it.start else it.serve())]
@@ -96,7 +98,9 @@ def test_a_server_that_has_no_such_range_begins_anew(web: Web, device: Updating,
     assert starts(web) == [0, 1_200_000, 0]
 
 
-def test_a_server_that_hangs_up_after_each_answer_is_asked_again(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_a_server_that_hangs_up_after_each_answer_is_asked_again(
+    web: Web, device: Updating, wanted: DesiredBundle
+) -> None:
     """Without saying so, as one does whose patience with idle connections is short."""
 
     def hang_up(it: Handler) -> None:
@@ -107,7 +111,9 @@ def test_a_server_that_hangs_up_after_each_answer_is_asked_again(web: Web, devic
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
 
 
-def test_a_download_ends_with_the_window_and_comes_in_the_next(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_a_download_ends_with_the_window_and_comes_in_the_next(
+    web: Web, device: Updating, wanted: DesiredBundle
+) -> None:
     now = datetime.fromtimestamp(device.now().wall_us // 1_000_000).replace(second=58, microsecond=0)
     device.wall_us = round(now.timestamp() * 1e6)
     device.configure(window=f"{now - timedelta(hours=1):%H:%M}-{now + timedelta(minutes=1):%H:%M}")
@@ -118,13 +124,15 @@ def test_a_download_ends_with_the_window_and_comes_in_the_next(web: Web, device:
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
 
 
-def test_an_archive_that_is_there_is_not_downloaded_again(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_an_archive_that_is_there_is_not_downloaded_again(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     device.must_fetch(wanted)
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
     assert starts(web) == [0]
 
 
-def test_a_damaged_tail_of_a_part_is_found_and_downloaded_anew(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_a_damaged_tail_of_a_part_is_found_and_downloaded_anew(
+    web: Web, device: Updating, wanted: DesiredBundle
+) -> None:
     """As a power cut leaves it on some file systems: of the right length, and zeros."""
     web.tricks[:] = [("/targets/", cut_at(1_200_000))]
     device.must_fail(wanted, "DownloadError")
@@ -136,7 +144,7 @@ def test_a_damaged_tail_of_a_part_is_found_and_downloaded_anew(web: Web, device:
     assert starts(web) == [0, 1_200_000, 0]
 
 
-def test_a_damaged_archive_is_found_and_downloaded_anew(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_a_damaged_archive_is_found_and_downloaded_anew(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     found = device.must_fetch(wanted)
     found.path.write_bytes(bytes(len(ARCHIVE)))
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
@@ -147,7 +155,7 @@ def test_of_other_archives_two_stay_and_of_parts_none(repository: Signed, web: W
     repository.write(web.folder)
     for one in several[:4]:
         device.must_fetch(one)
-    device.data.joinpath(FETCHED, f"{'0' * 64}.part").write_bytes(b"of another")
+    device.data.joinpath(DOWNLOAD_DIR, f"{'0' * 64}.part").write_bytes(b"of another")
     device.must_fetch(several[4])
     assert len(device.fetched) == 3
     assert all(name.endswith(".zip") for name in device.fetched)
@@ -162,29 +170,29 @@ def test_a_rate_that_was_asked_for_is_kept_to(repository: Signed, web: Web, devi
     assert time.monotonic() - begun > 1.0
 
 
-def test_a_stick_is_a_repository(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_a_stick_is_a_repository(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     device.configure(url=str(web.folder), window="00:00-00:01")
     assert device.must_fetch(wanted).path.read_bytes() == ARCHIVE
     assert web.asked == []
 
 
-def test_a_stick_that_is_not_there_is_named(device: Updating, wanted: Wanted, tmp_path: Path) -> None:
+def test_a_stick_that_is_not_there_is_named(device: Updating, wanted: DesiredBundle, tmp_path: Path) -> None:
     device.configure(url=str(tmp_path / "stick"))
     assert "is the stick there?" in device.must_fail(wanted, "DownloadError").detail
 
 
-def test_a_server_that_is_not_there_is_named(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_a_server_that_is_not_there_is_named(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     device.configure(url="http://127.0.0.1:9")
     assert "Connection refused" in device.must_fail(wanted, "DownloadError").detail
 
 
 def test_a_server_must_show_a_certificate_of_the_authority_that_is_trusted(
-    repository: Signed, web: Web, device: Updating, wanted: Wanted, tmp_path: Path
+    repository: Signed, web: Web, device: Updating, wanted: DesiredBundle, tmp_path: Path
 ) -> None:
-    ours, theirs = new_authority("acme"), new_authority("acme")
+    ours, theirs = create_authority("acme"), create_authority("acme")
     for name, authority in (("ours", ours), ("theirs", theirs)):
         (tmp_path / f"{name}.pem").write_bytes(authority.pem)
-    issued = ours.server("127.0.0.1")
+    issued = ours.issue_server("127.0.0.1")
     (tmp_path / "server.pem").write_bytes(issued.certificate + issued.key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.pem")
@@ -219,7 +227,7 @@ def on_card(card: Card, repository: Signed, web: Web) -> Iterator[Updating]:
 
 
 def test_a_disk_that_is_too_full_for_an_archive_gets_none(
-    card: Card, web: Web, on_card: Updating, wanted: Wanted
+    card: Card, web: Web, on_card: Updating, wanted: DesiredBundle
 ) -> None:
     ballast(card, leave=36 << 20)
     assert "of disk to arrive and unpack" in on_card.must_fail(wanted, "Unfit").detail
@@ -229,7 +237,7 @@ def test_a_disk_that_is_too_full_for_an_archive_gets_none(
 
 
 def test_a_disk_that_fills_up_under_a_download_loses_nothing(
-    card: Card, web: Web, on_card: Updating, wanted: Wanted
+    card: Card, web: Web, on_card: Updating, wanted: DesiredBundle
 ) -> None:
     def filling(it: Handler) -> None:
         card.fill()
@@ -290,21 +298,21 @@ def test_a_power_cut_at_every_step_of_a_download(card: Card, repository: Signed,
             device.restart()
             os.sync()
             before, found = device.floors, device.fetch(wanted)
-        done = isinstance(found, Fetched)
-        assert isinstance(found, Fetched) or found.error == "Died"
+        done = isinstance(found, FetchedBundle)
+        assert isinstance(found, FetchedBundle) or found.error == "Died"
         card.cut(journal=step % 2 == 0)
         with started() as device:
             for role, floor in before.roles.items():
                 assert device.floors.roles[role].version >= floor.version
             assert device.runs.read_bytes() == RUNS
-            for path in (device.data / FETCHED).glob("*.zip"):
+            for path in (device.data / DOWNLOAD_DIR).glob("*.zip"):
                 assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
             if done:
                 assert device.must_fetch(wanted).path.read_bytes() == archive
     assert step > 15, f"a download has more than {step} steps"
 
 
-def test_the_child_does_not_outlive_the_daemon(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_the_child_does_not_outlive_the_daemon(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     """Killed in the middle of a download, the daemon leaves no process, and what came is gone on with."""
     held = threading.Event()
     web.tricks[:] = [("/targets/", holding(held))]
@@ -353,7 +361,7 @@ def holding(held: threading.Event) -> Trick:
     return trick
 
 
-def test_the_child_gives_way_and_is_limited(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_the_child_gives_way_and_is_limited(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     held = threading.Event()
     web.tricks[:] = [("/targets/", holding(held))]
     device.fetcher.start("exercise", wanted, device.now())

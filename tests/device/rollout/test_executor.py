@@ -15,12 +15,12 @@ import pytest
 from agent import clock
 from agent.cli import main
 from agent.device.bundles import crash_marker, history
-from agent.device.bundles.crash_marker import Mark
-from agent.device.bundles.rollout_state import on_probation as on_probation_now
+from agent.device.bundles.crash_marker import CrashRecord
+from agent.device.bundles.rollout_state import find_canary_digest as on_probation_now
 from agent.device.pipeline import drift_state
 from agent.device.rollout import shadow
-from agent.device.rollout.shadow import Kept
-from agent.device.store.message_log import Author
+from agent.device.rollout.shadow import ShadowState
+from agent.device.store.message_log import MessageLog
 from agent.drift.baseline.reference import Reference
 from agent.errors import StorageFull
 from agent.model.sandbox import probe
@@ -100,18 +100,18 @@ def test_a_device_that_is_not_chosen_does_nothing_but_say_so_once(site: Site) ->
 def test_a_shadow_that_is_no_longer_chosen_ends(site: Site) -> None:
     site.desire("2", "shadow")
     site.until_phase("shadow")
-    task = site.daemon._planned[0].task
-    site.until(lambda: task.trying is not None, "it answers beside")
+    task = site.daemon._scheduled_tasks[0].task
+    site.until(lambda: task.batch_observer is not None, "it answers beside")
     site.desire("2", "shadow", percent=0.0)
     assert site.phase == "not chosen"
-    assert task.trying is None
-    assert site.daemon._updating.rollouts._live["sort"].trial is None
+    assert task.batch_observer is None
+    assert site.daemon._rollout.rollouts._rollouts["sort"].canary is None
 
 
-def compared(site: Site) -> Kept | None:
+def compared(site: Site) -> ShadowState | None:
     """What the device keeps of a comparison that is under way."""
-    found = site.store.state("sort", shadow.STATE)
-    return None if found is None else msgspec.msgpack.decode(found, type=Kept)
+    found = site.store.load_state("sort", shadow.STATE_NAME)
+    return None if found is None else msgspec.msgpack.decode(found, type=ShadowState)
 
 
 def test_what_was_compared_outlives_a_restart_and_goes_when_the_bundle_settles(site: Site) -> None:
@@ -121,7 +121,7 @@ def test_what_was_compared_outlives_a_restart_and_goes_when_the_bundle_settles(s
     site.crash()
     kept_of = compared(site)
     assert kept_of is not None
-    assert (kept_of.rollout, kept_of.messages) == ("r-2", 1)
+    assert (kept_of.rollout, kept_of.message_count) == ("r-2", 1)
     for _ in range(2):
         site.batch()
     site.until_phase("settled")
@@ -164,7 +164,7 @@ def test_a_shadow_that_goes_on_probation_is_compared_anew(site: Site) -> None:
     site.until(lambda: compared(site) is not None, "it was told of the first batch")
     kept_of = compared(site)
     assert kept_of is not None
-    assert kept_of.model == site.digest("2")
+    assert kept_of.task_digest == site.digest("2")
 
 
 def test_what_nobody_mentions_any_more_goes_on(site: Site) -> None:
@@ -200,9 +200,9 @@ def test_a_shadow_that_crashes_is_refused_and_no_batch_waits_for_it(site: Site) 
     site.until_phase("refused")
     assert site.reason == "errors"
     assert site.standing is not None
-    assert "crashed" in site.standing.why
+    assert "crashed" in site.standing.detail
     assert site.batch() == "1"
-    assert site.daemon._planned[0].task.trying is None
+    assert site.daemon._scheduled_tasks[0].task.batch_observer is None
 
 
 def test_on_probation_the_one_before_answers_beside_and_the_comparison_is_told(site: Site) -> None:
@@ -261,7 +261,7 @@ def test_a_share_of_batches_may_fail_where_the_rules_say_so_and_the_one_before_a
 
 def test_one_whose_batch_takes_longer_than_it_may_is_taken_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     on_probation(site, rules={"batch_s": 20.0})
-    model = site.daemon._planned[0].task.model
+    model = site.daemon._scheduled_tasks[0].task.model
     invoke = model.invoke
 
     def slowly(windows: Floats) -> Floats:
@@ -294,7 +294,7 @@ def test_where_there_is_no_room_to_tell_what_was_compared_last_it_does_not_settl
     for _ in range(24):
         site.batch()
     with monkeypatch.context() as full:
-        full.setattr(Author, "write", _refuse_comparisons(Author.write))
+        full.setattr(MessageLog, "append", _refuse_comparisons(MessageLog.append))
         site.batch()
         site.tick()
         assert site.phase == "probation"
@@ -303,7 +303,7 @@ def test_where_there_is_no_room_to_tell_what_was_compared_last_it_does_not_settl
 
 
 def _refuse_comparisons(write: Callable[..., Any]) -> Callable[..., Any]:
-    def refusing(author: Author, tx: Any, kind: str, *more: Any, **named: Any) -> Any:
+    def refusing(author: MessageLog, tx: Any, kind: str, *more: Any, **named: Any) -> Any:
         if kind == "shadow":
             raise StorageFull("no room")
         return write(author, tx, kind, *more, **named)
@@ -388,7 +388,7 @@ def test_called_back_after_it_settled_the_one_before_proves_itself_again_and_run
 
 def test_called_back_where_nothing_else_is_kept_it_goes_on_until_there_is(site: Site) -> None:
     settled(site)
-    copy = history.folder(site.conf.data_dir, site.digest("1"))
+    copy = history.copy_folder(site.conf.data_dir, site.digest("1"))
     copy.rename(site.home / "away")
     site.desire("2", "back")
     site.tick()
@@ -407,7 +407,7 @@ def test_a_config_that_names_another_bundle_ends_what_the_roll_out_brought_and_i
     site.tick()
     assert site.phase == "withdrawn"
     assert site.standing is not None
-    assert "the config on this device names another bundle" in site.standing.why
+    assert "the config on this device names another bundle" in site.standing.detail
     assert site.batch() == "3"
     site.crash()
     site.tick()
@@ -431,7 +431,7 @@ def test_a_rollback_right_after_a_start_takes_back_what_was_on_probation(site: S
     on_probation(site)
     site.batch()
     site.crash()
-    assert site.daemon._updating.resumes("sort")
+    assert site.daemon._rollout.is_resuming("sort")
     ok, summary, _ = site.obey("rollback", task="sort")
     assert ok, summary
     assert (site.phase, site.reason, site.batch()) == ("rolled back", "operator", "1")
@@ -444,8 +444,8 @@ def test_a_rollback_right_after_a_start_takes_back_what_was_on_probation(site: S
 def marked(site: Site, text: str) -> None:
     """The agent ends while that bundle is loaded into it: its mark stays."""
     site.stop()
-    mark = Mark("sort", site.digest(text), clock.boot_id(), f"{text} {next(NUMBERS)}")
-    (site.conf.data_dir / crash_marker.FILE).write_bytes(crash_marker._frame(mark))
+    mark = CrashRecord("sort", site.digest(text), clock.boot_id(), f"{text} {next(NUMBERS)}")
+    (site.conf.data_dir / crash_marker.FILE).write_bytes(crash_marker._encode(mark))
     site.start()
 
 
@@ -474,9 +474,9 @@ def test_one_that_ends_the_agent_twice_after_it_settled_counts_as_taken_back(sit
 def test_an_agent_that_is_to_stop_does_not_wait_for_a_bundle_that_hangs(site: Site) -> None:
     on_probation(site, "hang")
     site.feed(wild=True)
-    threading.Timer(0.5, site.daemon.signals.halt).start()
+    threading.Timer(0.5, site.daemon.signals.request_stop).start()
     began = time.monotonic()
-    site.daemon._work_off(site.daemon._planned[0], site.now)
+    site.daemon._run_batches(site.daemon._scheduled_tasks[0], site.now)
     assert time.monotonic() - began < 30
     assert (site.phase, site.store.cursor("sort")) == ("probation", 40)
 
@@ -518,7 +518,7 @@ def resets(site: Site) -> int:
 
 def learned(site: Site) -> str:
     """The digest of the site's reference, once there is one."""
-    while (found := site.store.state("sort", drift_state.SITE)) is None:
+    while (found := site.store.load_state("sort", drift_state.SITE_REFERENCE_NAME)) is None:
         site.batch(800)
     return Reference.from_json(found).digest
 
@@ -529,13 +529,13 @@ def test_a_bundle_that_is_taken_back_costs_the_site_nothing_that_it_had_learned(
     site.desire("crash", "all")
     site.until_phase("probation")
     site.batch()
-    assert site.store.state("sort", drift_state.SITE) is None
+    assert site.store.load_state("sort", drift_state.SITE_REFERENCE_NAME) is None
     site.crash()
     assert site.batch(wild=True) == "1"
-    task = site.daemon._planned[0].task
-    assert task.drift is not None
-    assert task.drift.site is not None
-    assert task.drift.site.digest == before == learned(site)
+    task = site.daemon._scheduled_tasks[0].task
+    assert task.drift_state is not None
+    assert task.drift_state.site_reference is not None
+    assert task.drift_state.site_reference.digest == before == learned(site)
     site.batch()
     site.crash()
     assert (learned(site), resets(site)) == (before, 0)
@@ -564,7 +564,7 @@ def test_without_updates_a_bundle_that_is_not_here_is_refused_and_taken_up_once_
     site.until_phase("refused")
     assert site.reason == "fetch"
     assert site.standing is not None
-    assert "no [updates]" in site.standing.why
+    assert "no [updates]" in site.standing.detail
     site._offered = ("2",)
     site.crash()
     site.until_phase("probation")
@@ -573,7 +573,7 @@ def test_without_updates_a_bundle_that_is_not_here_is_refused_and_taken_up_once_
 
 
 def test_a_deadline_that_is_over_is_told_once_and_no_more_when_it_got_there(site: Site) -> None:
-    deadline = clock.rfc3339(site.now.wall_us + 3_600_000_000)[:19] + "Z"
+    deadline = clock.to_rfc3339(site.now.wall_us + 3_600_000_000)[:19] + "Z"
     on_probation(site, deadline=deadline)
     site.batch()
     site.tick(1.5 * HOUR_S)
@@ -598,7 +598,7 @@ def test_while_a_bundle_is_proved_batches_go_on_and_no_turn_waits_for_it(
     may_go_on, asked = threading.Event(), threading.Event()
     prove = probe.probe
 
-    def slow(*arguments: Any) -> probe.Report:
+    def slow(*arguments: Any) -> probe.ProbeReport:
         asked.set()
         assert may_go_on.wait(200)
         return prove(*arguments)

@@ -9,15 +9,15 @@ from datetime import datetime
 
 import pytest
 
-from agent.clock import Now
-from agent.config import Duration, Task, Updates
+from agent.clock import ClockReading
+from agent.config import Duration, TaskConfig, UpdatesConfig
 from agent.device.machine.timekeeping import FLOOR
 from agent.device.rollout.fetch import version_floors, window
-from agent.device.rollout.fetch.fetcher import Failed, Fetched, Fetcher
-from agent.device.rollout.fetch.version_floors import Floors
+from agent.device.rollout.fetch.fetcher import FetchedBundle, Fetcher, FetchFailure
+from agent.device.rollout.fetch.version_floors import VersionFloors
 from agent.device.store.transaction import Transaction
 from agent.errors import StorageFull
-from agent.wire.desired_state import Wanted
+from agent.wire.desired_state import DesiredBundle
 from tests.kit.stations import wait_for
 from tests.kit.update_repositories import ARCHIVE, Signed
 from tests.kit.update_servers import Handler, Web
@@ -51,7 +51,9 @@ def settle(device: Updating) -> None:
 # --- when ---
 
 
-def test_metadata_are_looked_at_at_the_start_and_then_now_and_then(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_metadata_are_looked_at_at_the_start_and_then_now_and_then(
+    web: Web, device: Updating, wanted: DesiredBundle
+) -> None:
     settle(device)
     assert archives_asked(web) == []
     first = len(web.asked)
@@ -64,7 +66,7 @@ def test_metadata_are_looked_at_at_the_start_and_then_now_and_then(web: Web, dev
     assert len(web.asked) > first
 
 
-def test_without_updates_in_the_config_nothing_is_fetched(device: Updating, wanted: Wanted) -> None:
+def test_without_updates_in_the_config_nothing_is_fetched(device: Updating, wanted: DesiredBundle) -> None:
     conf = type(device.conf)(device=device.conf.device, streams=device.conf.streams, tasks=device.conf.tasks)
     fetcher = Fetcher(conf, device.store, command=HANGING)
     fetcher.start("exercise", wanted, device.now())
@@ -72,7 +74,9 @@ def test_without_updates_in_the_config_nothing_is_fetched(device: Updating, want
     assert fetcher.report(device.now()) is None
 
 
-def test_archives_come_in_the_window_only_and_metadata_all_day(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_archives_come_in_the_window_only_and_metadata_all_day(
+    web: Web, device: Updating, wanted: DesiredBundle
+) -> None:
     device.wall_us = device.now().wall_us
     opens, closes = (datetime.fromtimestamp(device.wall_us / 1e6 + hours * 3600) for hours in (2, 4))
     device.configure(window=f"{opens:%H:%M}-{closes:%H:%M}")
@@ -82,7 +86,7 @@ def test_archives_come_in_the_window_only_and_metadata_all_day(web: Web, device:
     assert archives_asked(web) == []
     assert "waits for the window" in str(report(device)["fetching"])
     device.wall_us += 3 * HOUR_US
-    assert isinstance(device.result(), Fetched)
+    assert isinstance(device.result(), FetchedBundle)
 
 
 @pytest.mark.parametrize(
@@ -99,26 +103,26 @@ def test_archives_come_in_the_window_only_and_metadata_all_day(web: Web, device:
 )
 def test_a_window_is_of_the_local_day_and_may_reach_over_midnight(text: str, clock: str, expected_s: float) -> None:
     wall_us = round(datetime.fromisoformat(f"2026-11-26T{clock}").timestamp() * 1e6)
-    updates = Updates(url="https://updates.example.org", window=text)
-    assert window.open_for_s(updates, Now(wall_us, 0.0, "synced")) == expected_s
-    assert window.open_for_s(updates, Now(wall_us, 0.0, "restored")) == expected_s
-    assert window.open_for_s(updates, Now(wall_us, 0.0, "unsynced")) == 0
+    updates = UpdatesConfig(url="https://updates.example.org", window=text)
+    assert window.seconds_until_close(updates, ClockReading(wall_us, 0.0, "synced")) == expected_s
+    assert window.seconds_until_close(updates, ClockReading(wall_us, 0.0, "restored")) == expected_s
+    assert window.seconds_until_close(updates, ClockReading(wall_us, 0.0, "unsynced")) == 0
 
 
 def test_a_clock_at_the_end_of_time_has_a_time_of_day() -> None:
-    updates = Updates(url="https://updates.example.org", window="00:00-23:59")
-    assert 0 <= window.open_for_s(updates, Now(2**62, 0.0, "restored")) < 86_400
+    updates = UpdatesConfig(url="https://updates.example.org", window="00:00-23:59")
+    assert 0 <= window.seconds_until_close(updates, ClockReading(2**62, 0.0, "restored")) < 86_400
 
 
-def test_tries_come_later_each_time_and_no_two_devices_at_once(device: Updating, wanted: Wanted) -> None:
+def test_tries_come_later_each_time_and_no_two_devices_at_once(device: Updating, wanted: DesiredBundle) -> None:
     device.configure(url="http://127.0.0.1:9")
     device.command = (sys.executable, "-c", "print('no answer')")
     device.restart()
     waits = []
     for _ in range(13):
         found = device.fetch(wanted)
-        assert isinstance(found, Failed)
-        waits.append(found.again_s)
+        assert isinstance(found, FetchFailure)
+        waits.append(found.retry_in_s)
     for n, wait_s in enumerate(waits):
         longest_s = min(30 * 2**n, 6 * 3600)
         assert longest_s / 2 <= wait_s <= longest_s
@@ -126,20 +130,20 @@ def test_tries_come_later_each_time_and_no_two_devices_at_once(device: Updating,
 
 
 def test_a_link_that_breaks_off_again_and_again_is_tried_again_soon(
-    repository: Signed, web: Web, device: Updating, wanted: Wanted
+    repository: Signed, web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     for byte in (2_000, 4_000, 6_000, 8_000):
         web.tricks[:] = [("/targets/", lambda it, upto=byte: it.serve(upto))]  # type: ignore[misc]
         found = device.fetch(wanted)
-        assert isinstance(found, Failed)
-        assert found.again_s <= 30
+        assert isinstance(found, FetchFailure)
+        assert found.retry_in_s <= 30
 
 
-def test_what_does_not_fit_is_tried_again_late(device: Updating, wanted: Wanted) -> None:
+def test_what_does_not_fit_is_tried_again_late(device: Updating, wanted: DesiredBundle) -> None:
     device.configure(max_size=len(ARCHIVE) - 1)
     found = device.must_fail(wanted, "TooLarge")
-    assert found.lasting
-    assert found.again_s >= 3 * 3600
+    assert found.is_permanent
+    assert found.retry_in_s >= 3 * 3600
 
 
 def test_what_is_not_published_yet_is_tried_again_soon(repository: Signed, web: Web, device: Updating) -> None:
@@ -147,15 +151,15 @@ def test_what_is_not_published_yet_is_tried_again_soon(repository: Signed, web: 
     repository.write(web.folder)
     wanted = ahead.add("exercise", "1.0.0", ARCHIVE)
     found = device.must_fail(wanted, "NoSuchTarget")
-    assert found.lasting
-    assert found.again_s <= 30
+    assert found.is_permanent
+    assert found.retry_in_s <= 30
     assert report(device)["error"] == "", "the repository was looked at all the same"
     ahead.write(web.folder)
     device.must_fetch(wanted)
 
 
 def test_a_download_that_is_stopped_is_no_trouble_with_the_repository(
-    web: Web, device: Updating, wanted: Wanted
+    web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     web.tricks[:] = [("/targets/", Handler.drip)]
     device.fetcher.start("exercise", wanted, device.now())
@@ -167,34 +171,34 @@ def test_a_download_that_is_stopped_is_no_trouble_with_the_repository(
 
 
 def test_tasks_take_turns_and_one_that_fails_holds_up_none(
-    repository: Signed, web: Web, device: Updating, wanted: Wanted
+    repository: Signed, web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
-    device.conf.tasks["other"] = Task(stream="watch", bundle="exercise")
-    nowhere = Wanted("rollout-1", "exercise", "9.9.9", wanted.digest, "all")
+    device.conf.tasks["other"] = TaskConfig(stream="watch", bundle="exercise")
+    nowhere = DesiredBundle("rollout-1", "exercise", "9.9.9", wanted.digest, "all")
     device.fetcher.start("other", nowhere, device.now())
     device.fetcher.start("exercise", wanted, device.now())
     first, second = device.result(), device.result()
-    assert isinstance(first, Failed)
+    assert isinstance(first, FetchFailure)
     assert first.task == "other"
-    assert isinstance(second, Fetched)
+    assert isinstance(second, FetchedBundle)
     assert second.task == "exercise"
 
 
 # --- what it makes of it ---
 
 
-def test_the_same_wanted_twice_is_one_download(web: Web, device: Updating, wanted: Wanted) -> None:
+def test_the_same_wanted_twice_is_one_download(web: Web, device: Updating, wanted: DesiredBundle) -> None:
     device.fetcher.start("exercise", wanted, device.now())
     device.fetcher.poll(device.now())
     device.fetcher.start("exercise", wanted, device.now())
-    assert isinstance(device.result(), Fetched)
+    assert isinstance(device.result(), FetchedBundle)
     assert len(archives_asked(web)) == 1
     settle(device)
     assert report(device)["fetching"] == {}
 
 
 def test_another_one_wanted_ends_the_download_of_the_first(
-    repository: Signed, web: Web, device: Updating, wanted: Wanted
+    repository: Signed, web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     second = repository.add("exercise", "2.0.0", ARCHIVE * 2)
     repository.write(web.folder)
@@ -205,11 +209,11 @@ def test_another_one_wanted_ends_the_download_of_the_first(
     )
     device.fetcher.start("exercise", second, device.now())
     found = device.result()
-    assert isinstance(found, Fetched)
-    assert found.wanted == second
+    assert isinstance(found, FetchedBundle)
+    assert found.desired == second
 
 
-def test_a_child_that_hangs_is_killed_in_its_time(device: Updating, wanted: Wanted) -> None:
+def test_a_child_that_hangs_is_killed_in_its_time(device: Updating, wanted: DesiredBundle) -> None:
     device.command = HANGING
     device.restart()
     device.fetcher.start("exercise", wanted, device.now())
@@ -219,43 +223,43 @@ def test_a_child_that_hangs_is_killed_in_its_time(device: Updating, wanted: Want
     assert time.monotonic() - begun < PATIENCE_S, "the main loop never waits for it"
     device.later_s += 3_700
     found = device.result()
-    assert isinstance(found, Failed)
+    assert isinstance(found, FetchFailure)
     assert found.error == "TimeOver"
 
 
-def test_a_child_that_cannot_be_started_is_a_try_that_failed(device: Updating, wanted: Wanted) -> None:
+def test_a_child_that_cannot_be_started_is_a_try_that_failed(device: Updating, wanted: DesiredBundle) -> None:
     device.command = ("/nowhere/python",)
     device.restart()
     assert "no process to fetch with" in device.must_fail(wanted, "Died").detail
 
 
 def test_nothing_of_an_answer_counts_before_its_floors_are_in_the_store(
-    device: Updating, wanted: Wanted, monkeypatch: pytest.MonkeyPatch
+    device: Updating, wanted: DesiredBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_: Transaction, __: Floors) -> None:
+    def full(_: Transaction, __: VersionFloors) -> None:
         raise StorageFull("the disk is full")
 
     with monkeypatch.context() as lost:
         lost.setattr(version_floors, "save", full)
         found = device.fetch(wanted)
-        assert isinstance(found, Failed)
+        assert isinstance(found, FetchFailure)
         assert found.error == "StorageFull"
-    assert device.floors == Floors()
+    assert device.floors == VersionFloors()
     device.must_fetch(wanted)
     assert device.versions["exercise"] == 1
 
 
-def test_a_time_that_a_time_service_gave_is_not_forgotten(device: Updating, wanted: Wanted) -> None:
+def test_a_time_that_a_time_service_gave_is_not_forgotten(device: Updating, wanted: DesiredBundle) -> None:
     device.must_fetch(wanted)
-    assert int(device.store.meta(FLOOR, "0")) > 0
-    seen = int(device.store.meta(FLOOR, "0"))
+    assert int(device.store.get_meta(FLOOR, "0")) > 0
+    seen = int(device.store.get_meta(FLOOR, "0"))
     device.quality, device.wall_us = "restored", seen + 48 * HOUR_US
     device.must_fetch(wanted)
-    assert int(device.store.meta(FLOOR, "0")) == seen
+    assert int(device.store.get_meta(FLOOR, "0")) == seen
 
 
 def test_another_first_root_is_another_repository(
-    repository: Signed, web: Web, device: Updating, wanted: Wanted
+    repository: Signed, web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     """Who may write the device's config may enrol it anew: the floors of the old repository are none of the new one."""
     repository.rotate("timestamp")
@@ -273,16 +277,16 @@ def test_another_first_root_is_another_repository(
     assert device.versions["root"] == 1
 
 
-def test_a_root_that_is_missing_is_named(device: Updating, wanted: Wanted) -> None:
+def test_a_root_that_is_missing_is_named(device: Updating, wanted: DesiredBundle) -> None:
     (device.folder / "root.json").unlink()
     found = device.fetch(wanted)
-    assert isinstance(found, Failed)
+    assert isinstance(found, FetchFailure)
     assert found.error == "NoRoot"
     assert str(device.folder / "root.json") in found.detail
 
 
 def test_metadata_that_expired_are_told_and_looked_at_again(
-    repository: Signed, web: Web, device: Updating, wanted: Wanted
+    repository: Signed, web: Web, device: Updating, wanted: DesiredBundle
 ) -> None:
     settle(device)
     assert report(device)["freshness"] == "fresh"
@@ -300,16 +304,18 @@ def test_metadata_that_expired_are_told_and_looked_at_again(
     assert report(device)["error"] == ""
 
 
-def test_devices_that_are_told_at_one_moment_do_not_come_at_that_moment(device: Updating, wanted: Wanted) -> None:
+def test_devices_that_are_told_at_one_moment_do_not_come_at_that_moment(
+    device: Updating, wanted: DesiredBundle
+) -> None:
     device.configure(url="https://updates.example.org/acme")
     dues = []
     for seed in range(20):
-        fetcher = Fetcher(device.conf, device.store, command=HANGING, chance=random.Random(seed))
+        fetcher = Fetcher(device.conf, device.store, command=HANGING, rng=random.Random(seed))
         now = device.now()
         fetcher.start("exercise", wanted, now)
         fetcher.poll(now)
         dues.append(fetcher.wait_s(now))
-        assert fetcher.poll(Now(now.wall_us, now.boot_s + dues[-1] - 0.001, now.quality)) is None
+        assert fetcher.poll(ClockReading(now.wall_us, now.boot_s + dues[-1] - 0.001, now.quality)) is None
         fetcher.close()
     assert max(dues) < 60
     assert max(dues) - min(dues) > 20
@@ -319,7 +325,7 @@ def test_every_device_looks_at_a_time_of_its_own(device: Updating) -> None:
     device.configure(every=Duration(3600.0))
     dues = set()
     for seed in range(3):
-        fetcher = Fetcher(device.conf, device.store, command=("/nowhere/python",), chance=random.Random(seed))
+        fetcher = Fetcher(device.conf, device.store, command=("/nowhere/python",), rng=random.Random(seed))
         fetcher.poll(device.now())
         dues.add(round(fetcher.wait_s(device.now())))
     assert len(dues) == 3

@@ -194,8 +194,8 @@ def know_the_site(site: Site, small: int = 0) -> None:
 
 def is_alarmed(site: Site) -> bool:
     """Whether an alert of the drift of answers or scores is open, of the bundle that answers."""
-    state = site.daemon._planned[0].task.drift
-    return state is not None and bool(state.detectors.open_subjects[-3:-1].any())
+    state = site.daemon._scheduled_tasks[0].task.drift_state
+    return state is not None and bool(state.suite.open_subjects[-3:-1].any())
 
 
 def test_one_whose_answers_drift_where_those_of_the_one_before_do_not_is_taken_back(site: Site) -> None:
@@ -239,9 +239,9 @@ def test_one_whose_answers_drift_before_the_two_can_be_compared_is_taken_back_on
 def test_where_answers_cannot_be_compared_their_drift_speaks_against_a_bundle_by_itself(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "_drifts", lambda state: True)
+    monkeypatch.setattr(trial, "_has_open_output_alert", lambda state: True)
     on_probation(site, "renamed", output_drift=True)
-    assert until_over(site, site.batch) == paired_intervals.FEWEST_BLOCKS
+    assert until_over(site, site.batch) == paired_intervals.MIN_BLOCKS
     is_taken_back(site, "renamed", "output drift")
 
 
@@ -255,8 +255,8 @@ def test_where_the_store_fails_what_runs_apart_is_ended_and_nothing_is_written(
     site.desire("2", "shadow")
     site.until_phase("shadow")
     site.until(site.is_beside, "it answers beside")
-    before, written = len(psutil.Process().children(recursive=True)), site.store.meta("seq", "")
+    before, written = len(psutil.Process().children(recursive=True)), site.store.get_meta("seq", "")
     site.daemon.signals.fail(StorageError("the disk is gone"))
     site.daemon._shut_down()
     assert len(psutil.Process().children(recursive=True)) == before - 1
-    assert site.store.meta("seq", "") == written
+    assert site.store.get_meta("seq", "") == written

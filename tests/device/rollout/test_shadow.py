@@ -16,20 +16,20 @@ from msgspec.structs import replace
 from msgspec.structs import replace as changed
 
 from agent.comparison import rules, tally
-from agent.device.rollout.shadow import EVERY_S, Beside
+from agent.device.rollout.shadow import REPORT_INTERVAL_S, ShadowRunner
 from agent.device.store import labels
-from agent.device.store.labels import beside as beside_of
-from agent.device.store.message_log import Author
-from agent.errors import ModelDied, StorageFull
+from agent.device.store.labels import shadow_key as beside_of
+from agent.device.store.message_log import MessageLog
+from agent.errors import ModelProcessFailed, StorageFull
 from agent.model import activation
-from agent.model.activation import Active
+from agent.model.activation import LoadedBundle
 from agent.model.bundle import manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.inference import inference
-from agent.model.inference.tuning import Choice
-from agent.model.sandbox.subprocess_model import Bounds
+from agent.model.inference.tuning import Tuning
+from agent.model.sandbox.subprocess_model import SandboxLimits
 from agent.performance.labels import Label
-from agent.wire.desired_state import Rules
+from agent.wire.desired_state import CanaryRules
 from tests.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, Recipe, around, model, packed
 from tests.kit.devices import NOW
 from tests.kit.pairs import Pair
@@ -40,10 +40,10 @@ CALM = np.clip(CLASSIFY.rows(400), -3, 3)
 
 
 @pytest.fixture(scope="module")
-def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Active]:
-    made: dict[Recipe, Active] = {}
+def active(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], LoadedBundle]:
+    made: dict[Recipe, LoadedBundle] = {}
 
-    def load(recipe: Recipe) -> Active:
+    def load(recipe: Recipe) -> LoadedBundle:
         if recipe not in made:
             made[recipe] = activation.activate(packed(tmp_path_factory.mktemp(recipe.model), recipe), [KEY.public])
         return made[recipe]
@@ -55,7 +55,7 @@ Make = Callable[..., Pair]
 
 
 @pytest.fixture
-def make(tmp_path: Path, active: Callable[[Recipe], Active]) -> Iterator[Make]:
+def make(tmp_path: Path, active: Callable[[Recipe], LoadedBundle]) -> Iterator[Make]:
     made: list[Pair] = []
 
     def new(other: Bundle, recipe: Recipe = CLASSIFY, **options: Any) -> Pair:
@@ -83,23 +83,23 @@ def test_a_batch_both_answered_is_told_with_who_agreed_how_long_it_took_and_what
     answers = pair.batch(CALM[:200])
     (told,) = pair.shadows()
     assert answers is not None
-    float_model = inference.load(pair.other.manifest, pair.other.model).invoke(CALM[:200])
+    float_model = inference.load_model(pair.other.manifest, pair.other.model_bytes).invoke(CALM[:200])
     assert answers.scores.label is not None
     alike = int(np.equal(answers.scores.label, float_model.argmax(axis=1)).sum())
-    assert (told.n, told.same, told.batches, told.errors) == (200, alike, 1, 0)
+    assert (told.n, told.agreeing, told.batches, told.errors) == (200, alike, 1, 0)
     assert told.rows == (1, 200)
-    assert (told.rollout, told.model.digest, told.beside.digest) == (
+    assert (told.rollout, told.model.digest, told.other.digest) == (
         "better",
         pair.device.task.bundle.digest,
         pair.other.digest,
     )
-    assert told.answered.windows == told.answered_beside.windows == 200
+    assert told.answered.windows == told.other_stats.windows == 200
     assert told.answered.seconds > 0
-    assert told.answered_beside.seconds > 0
+    assert told.other_stats.seconds > 0
     assert 0.5 < told.answered.scores.mean <= 1
     # Neither has a table of how often its scores are right: they are taken at their word.
-    assert told.answered_beside.expected == told.answered_beside.scores
-    assert told.apart.n == 200
+    assert told.other_stats.expected == told.other_stats.scores
+    assert told.difference.n == 200
 
 
 def test_results_are_committed_before_the_other_bundle_is_even_asked(make: Make) -> None:
@@ -107,7 +107,7 @@ def test_results_are_committed_before_the_other_bundle_is_even_asked(make: Make)
     pair.device.feed(CALM[:50])
     pair.device.run()
     assert pair.device.store.cursor("tiny") == 50
-    assert pair.beside.tally.batches == 0
+    assert pair.beside.stats.batches == 0
 
 
 def test_messages_add_up_to_all_that_was_compared(make: Make) -> None:
@@ -117,45 +117,45 @@ def test_messages_add_up_to_all_that_was_compared(make: Make) -> None:
     told = pair.shadows()
     assert [one.rows for one in told] == [(start + 1, start + 50) for start in range(0, 400, 50)]
     assert sum(one.n for one in told) == 400
-    assert [block.tally.n for block in pair.beside.blocks] == [50] * 8
+    assert [block.stats.n for block in pair.beside.blocks] == [50] * 8
 
 
 def test_few_batches_are_told_of_when_minutes_have_passed(make: Make) -> None:
     pair = make(good(), batches=240)
     pair.batch(CALM[:50])
     assert pair.shadows() == []
-    assert not pair.turn(100.0 + EVERY_S - 1)
-    assert pair.turn(100.0 + EVERY_S)
+    assert not pair.turn(100.0 + REPORT_INTERVAL_S - 1)
+    assert pair.turn(100.0 + REPORT_INTERVAL_S)
     assert [one.n for one in pair.shadows()] == [50]
-    assert not pair.turn(100.0 + 3 * EVERY_S), "nothing was compared since"
+    assert not pair.turn(100.0 + 3 * REPORT_INTERVAL_S), "nothing was compared since"
 
 
 def test_of_many_messages_neighbours_are_added_up_and_nothing_is_lost(make: Make) -> None:
     pair = make(good())
     for _ in range(70):
         pair.batch(CALM[:8])
-        pair.beside._since_s = 0.0
-        pair.turn(100.0 + EVERY_S)
+        pair.beside._last_report_s = 0.0
+        pair.turn(100.0 + REPORT_INTERVAL_S)
     assert len(pair.beside.blocks) <= 64
-    assert sum(block.tally.n for block in pair.beside.blocks) == 70 * 8
+    assert sum(block.stats.n for block in pair.beside.blocks) == 70 * 8
 
 
 def test_windows_are_matched_by_their_last_row_where_definitions_differ(make: Make) -> None:
     # The task's windows: 8 rows, 4 between; the other one looks at one row at a time, of one field more.
     other = good("sums_float32", replace(CLASSIFY, fields=("u", "v", "extra", "w")))
-    spec = changed(other.manifest.input, fields=["u", "v"], window=manifest.Windowing(rows=2, step=2))
+    spec = changed(other.manifest.input, fields=["u", "v"], window=manifest.WindowSpec(rows=2, step=2))
     head = changed(other.manifest, kind="classify", input=spec)
     pair = make(replace(other, manifest=head), ANOMALY)
     pair.batch(ANOMALY.rows(50))
     (told,) = pair.shadows()
-    assert (told.n, told.same) == (11, None)
-    assert told.why.startswith("one bundle answers as anomaly, the other as classify")
-    assert told.answered_beside.windows == 11
+    assert (told.n, told.agreeing) == (11, None)
+    assert told.error.startswith("one bundle answers as anomaly, the other as classify")
+    assert told.other_stats.windows == 11
 
 
 def test_longer_windows_reach_back_before_the_batch_but_not_over_a_gap(make: Make) -> None:
     other = good("sums_float32", CLASSIFY)
-    spec = changed(other.manifest.input, fields=["c"], window=manifest.Windowing(rows=4, step=4, max_gap_s=1.0))
+    spec = changed(other.manifest.input, fields=["c"], window=manifest.WindowSpec(rows=4, step=4, max_gap_s=1.0))
     pair = make(replace(other, manifest=changed(other.manifest, input=spec)), CLASSIFY)
     pair.batch(CALM[:10])
     pair.batch(CALM[10:20])
@@ -169,13 +169,13 @@ def test_numbers_are_told_with_how_far_they_are_apart(make: Make) -> None:
     pair = make(good("regress_int8", REGRESS), REGRESS)
     pair.batch(REGRESS.rows(60))
     (told,) = pair.shadows()
-    assert (told.n, told.same, told.apart.n, told.apart.mean) == (60, None, 60, 0.0)
+    assert (told.n, told.agreeing, told.difference.n, told.difference.mean) == (60, None, 60, 0.0)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), min_size=1, max_size=6))
 def test_of_the_same_bundle_every_window_matches_and_says_the_same_wherever_batches_and_gaps_fall(
-    make: Make, active: Callable[[Recipe], Active], pieces: list[tuple[int, bool]]
+    make: Make, active: Callable[[Recipe], LoadedBundle], pieces: list[tuple[int, bool]]
 ) -> None:
     pair = make(named(active(ANOMALY).bundle, "d"), ANOMALY)
     values = ANOMALY.rows(sum(rows for rows, _ in pieces))
@@ -185,9 +185,9 @@ def test_of_the_same_bundle_every_window_matches_and_says_the_same_wherever_batc
         answers = pair.batch(values[at : at + rows])
         windows += 0 if answers is None else len(answers.cut.starts)
         at += rows
-    found = sum((tally.Tally.of(one) for one in pair.shadows()), tally.Tally())
-    assert (found.n, found.same or 0, found.model.windows, found.beside.windows) == (windows,) * 4
-    assert (found.apart.mean, found.apart.m2) == (0.0, 0.0)
+    found = sum((tally.ComparisonStats.from_message(one) for one in pair.shadows()), tally.ComparisonStats())
+    assert (found.n, found.agreeing or 0, found.model.windows, found.other.windows) == (windows,) * 4
+    assert (found.difference.mean, found.difference.m2) == (0.0, 0.0)
 
 
 # --- what the other one does ---
@@ -204,34 +204,34 @@ def test_a_crash_beside_is_counted_and_the_batches_after_it_are_compared_again(m
     pair = make(good("rigged_crash"))
     pair.batch(CALM[:20])
     pair.batch(wild())
-    wait_for(lambda: pair.apart.ready(), "it started anew")
+    wait_for(lambda: pair.apart.poll_ready(), "it started anew")
     pair.batch(CALM[20:40])
     told = pair.shadows()
     assert [(one.errors, one.n) for one in told] == [(0, 20), (1, 0), (0, 20)]
-    assert "SIGFPE" in told[1].why
+    assert "SIGFPE" in told[1].error
     assert told[1].rows == (21, 40)
     assert sum(one.n for one in pair.device.results()) == 60, "no result is missing"
-    found = rules.judge(Rules(), pair.beside.blocks, True)
+    found = rules.evaluate_rules(CanaryRules(), pair.beside.blocks, True)
     assert [(one.rule, one.state) for one in found if one.rule == "errors"] == [("errors", "bad")]
 
 
 def test_a_hang_beside_holds_up_no_batch_and_is_counted_when_its_time_is_over(make: Make) -> None:
-    pair = make(good("rigged_hang"), bounds=Bounds(call_s=1.5))
+    pair = make(good("rigged_hang"), bounds=SandboxLimits(call_timeout_s=1.5))
     began = time.monotonic()
     pair.batch(wild(), hear=False)
     for start in range(40, 100, 20):
         pair.batch(CALM[start : start + 20], hear=False)
     assert pair.device.store.cursor("tiny") == 80
     assert time.monotonic() - began < 20
-    wait_for(lambda: pair.beside.listen(0.1), "it is ended")
+    wait_for(lambda: pair.beside.poll(0.1), "it is ended")
     pair.turn()
     assert [(one.errors, one.n) for one in pair.shadows()] == [(1, 0)]
-    assert "did not answer within 1.5 s" in pair.shadows()[0].why
+    assert "did not answer within 1.5 s" in pair.shadows()[0].error
 
 
 def test_an_error_of_any_other_kind_is_counted_too(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     pair = make(good())
-    pair.beside.other.columns = [99]
+    pair.beside.other.input_columns = [99]
     pair.batch(CALM[:20], hear=False)
     assert [(one.errors, one.n) for one in pair.shadows()] == [(1, 0)]
     assert "beside it" in caplog.text
@@ -241,10 +241,10 @@ def test_the_old_bundle_in_this_process_answers_beside_the_new_one(make: Make) -
     pair = make(good())
     old, new = pair.device.task, pair.task
     pair.device.task = new
-    pair.beside = Beside(new, old, "better", pair.device.store, 1)
+    pair.beside = ShadowRunner(new, old, "better", pair.device.store, 1)
     pair.batch(CALM[:100])
     (told,) = pair.shadows()
-    assert (told.model.digest, told.beside.digest) == (new.bundle.digest, old.bundle.digest)
+    assert (told.model.digest, told.other.digest) == (new.bundle.digest, old.bundle.digest)
     assert told.n == 100
     assert told.answered.seconds > 0
     assert {one.model.digest for one in pair.device.results()} == {new.bundle.digest}
@@ -253,12 +253,12 @@ def test_the_old_bundle_in_this_process_answers_beside_the_new_one(make: Make) -
 def test_one_in_this_process_is_asked_about_no_more_windows_than_a_second_takes(make: Make) -> None:
     pair = make(good())
     old, new = pair.device.task, pair.task
-    old.choice = Choice("", "", "", 32, 1, rows_per_s=30.0)
+    old.tuning = Tuning("", "", "", 32, 1, rows_per_s=30.0)
     pair.device.task = new
-    pair.beside = Beside(new, old, "better", pair.device.store, 1)
+    pair.beside = ShadowRunner(new, old, "better", pair.device.store, 1)
     pair.batch(CALM[:100])
     (told,) = pair.shadows()
-    assert (told.n, told.answered.windows, told.answered_beside.windows) == (30, 100, 30)
+    assert (told.n, told.answered.windows, told.other_stats.windows) == (30, 100, 30)
 
 
 # --- kill, and once more ---
@@ -271,11 +271,11 @@ def test_a_kill_loses_the_part_since_the_last_message_and_doubles_nothing(make: 
     assert [one.batches for one in pair.shadows()] == [2]
     pair.device.restart()
     pair.beside = pair.begin()
-    assert [block.tally.n for block in pair.beside.blocks] == [40]
+    assert [block.stats.n for block in pair.beside.blocks] == [40]
     for start in range(60, 100, 20):
         pair.batch(CALM[start : start + 20])
     assert [one.rows for one in pair.shadows()] == [(1, 40), (61, 100)]
-    assert sum(block.tally.n for block in pair.beside.blocks) == 80
+    assert sum(block.stats.n for block in pair.beside.blocks) == 80
 
 
 def test_rows_that_come_again_are_not_counted_again(make: Make) -> None:
@@ -283,24 +283,24 @@ def test_rows_that_come_again_are_not_counted_again(make: Make) -> None:
     pair.batch(CALM[:40])
     pair.device.restart()
     pair.beside = pair.begin()
-    pair.beside.offer(pair.device.store, *pair.looked[0])
-    assert pair.beside.listen()
-    assert pair.beside.tally == tally.Tally()
-    assert not pair.turn(100.0 + EVERY_S)
+    pair.beside.submit_batch(pair.device.store, *pair.looked[0])
+    assert pair.beside.poll()
+    assert pair.beside.stats == tally.ComparisonStats()
+    assert not pair.turn(100.0 + REPORT_INTERVAL_S)
     assert [one.rows for one in pair.shadows()] == [(1, 40)]
 
 
 def test_what_was_asked_before_it_came_to_stand_beside_says_nothing(make: Make) -> None:
     pair = make(good())
-    pair.apart.ask(CALM[:5])
+    pair.apart.submit(CALM[:5])
     pair.batch(CALM[:40])
-    assert [(one.n, one.answered_beside.windows) for one in pair.shadows()] == [(40, 40)]
+    assert [(one.n, one.other_stats.windows) for one in pair.shadows()] == [(40, 40)]
 
 
 def test_another_rollout_begins_from_nothing(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:40])
-    again = Beside(pair.device.task, pair.task, "another", pair.device.store)
+    again = ShadowRunner(pair.device.task, pair.task, "another", pair.device.store)
     assert again.blocks == []
 
 
@@ -321,8 +321,8 @@ def test_where_there_is_no_room_the_message_waits_and_says_all_of_it(
         raise StorageFull("no room")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Author, "write", full)
-        pair.beside.tally = tally.failed("something")
+        patched.setattr(MessageLog, "append", full)
+        pair.beside.stats = tally.from_failure("something")
         assert not pair.turn(100.0)
     pair.batch(CALM[:20], at_s=110.0)
     assert pair.shadows() == [], "it rests for a minute"
@@ -336,9 +336,9 @@ def test_where_there_is_no_room_the_message_waits_and_says_all_of_it(
 def label(pair: Pair, rows: range, texts: list[str], source: str = "human") -> None:
     with pair.device.store.transaction() as tx:
         for row, text in zip(rows, texts, strict=True):
-            result = tx.labels.at("tiny", row)
+            result = tx.labels.find_by_row("tiny", row)
             assert result is not None
-            tx.labels.put("tiny", Label(row, None, text, source), result, NOW.wall_us)
+            tx.labels.store_label("tiny", Label(row, None, text, source), result, NOW.wall_us)
 
 
 def test_labels_are_counted_by_who_was_right_once_each(make: Make) -> None:
@@ -350,17 +350,17 @@ def test_labels_are_counted_by_who_was_right_once_each(make: Make) -> None:
     assert answers.scores.label is not None
     mine = [CLASSIFY.labels[i] for i in answers.scores.label]
     label(pair, range(1, 43), mine)
-    assert pair.turn(100.0 + EVERY_S)
+    assert pair.turn(100.0 + REPORT_INTERVAL_S)
     found = pair.shadows()[-1]
-    assert not pair.turn(101.0 + EVERY_S), "all labels are told of"
-    theirs = inference.load(pair.other.manifest, pair.other.model).invoke(values).argmax(axis=1)
+    assert not pair.turn(101.0 + REPORT_INTERVAL_S), "all labels are told of"
+    theirs = inference.load_model(pair.other.manifest, pair.other.model_bytes).invoke(values).argmax(axis=1)
     same = int((theirs == answers.scores.label).sum())
     assert same < 42
     assert found.labelled == (same, 42 - same, 0, 0)
-    assert (found.answered.right, found.answered_beside.right) == (42, same)
+    assert (found.answered.right, found.other_stats.right) == (42, same)
     assert (found.batches, found.n) == (0, 0)
     label(pair, range(1, 2), ["rest" if mine[0] != "rest" else "left"])
-    pair.turn(100.0 + 2 * EVERY_S)
+    pair.turn(100.0 + 2 * REPORT_INTERVAL_S)
     assert sum(sum(one.labelled) for one in pair.shadows()) == 42, "a corrected label counts as it came first"
 
 
@@ -373,12 +373,12 @@ def test_many_labels_at_once_make_blocks_enough_to_judge_by(make: Make) -> None:
     label(pair, range(1, 401), ["right"] * 400)
     pair.batch(CALM)
     label(pair, range(401, 601), ["right"] * 200)
-    at_s = 100.0 + EVERY_S
+    at_s = 100.0 + REPORT_INTERVAL_S
     while pair.turn(at_s):
         at_s += 1
-    blocks = [block for block in pair.beside.blocks if sum(block.tally.labelled)]
-    assert [sum(block.tally.labelled) for block in blocks] == [50] * 12
-    found = {one.rule: one for one in rules.judge(Rules(accuracy_drop=0.0), pair.beside.blocks, True)}
+    blocks = [block for block in pair.beside.blocks if sum(block.stats.labelled)]
+    assert [sum(block.stats.labelled) for block in blocks] == [50] * 12
+    found = {one.rule: one for one in rules.evaluate_rules(CanaryRules(accuracy_drop=0.0), pair.beside.blocks, True)}
     assert found["labels"].numbers["n"] == 600
 
 
@@ -386,7 +386,7 @@ def test_labels_that_are_the_models_own_answers_say_nothing(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:20])
     label(pair, range(1, 21), ["left"] * 20, source="model")
-    pair.turn(100.0 + EVERY_S)
+    pair.turn(100.0 + REPORT_INTERVAL_S)
     assert sum(sum(one.labelled) for one in pair.shadows()) == 0
 
 
@@ -396,21 +396,21 @@ def test_labelled_numbers_are_told_by_how_far_both_were_off(make: Make) -> None:
     assert answers is not None
     assert answers.scores.value is not None
     label(pair, range(1, 31), [str(value + 0.5) for value in answers.scores.value])
-    assert pair.turn(100.0 + EVERY_S)
+    assert pair.turn(100.0 + REPORT_INTERVAL_S)
     found = pair.shadows()[-1]
-    assert (found.answered.off.n, found.answered_beside.off.n) == (30, 30)
-    assert found.answered.off.mean == pytest.approx(0.5)
+    assert (found.answered.abs_error.n, found.other_stats.abs_error.n) == (30, 30)
+    assert found.answered.abs_error.mean == pytest.approx(0.5)
 
 
 def test_answers_kept_for_labels_go_with_time_like_the_tasks_own(make: Make) -> None:
     pair = make(good())
     pair.batch(CALM[:20])
-    span = pair.device.store.ask(labels.span, beside_of("tiny"))
+    span = pair.device.store.query(labels.load_span, beside_of("tiny"))
     assert span is not None
     assert (span.first, span.last) == (1, 20)
     with pair.device.store.transaction() as tx:
-        assert tx.labels.trim_results(beside_of("tiny"), 1e9, 10) == 1
-    assert pair.device.store.ask(labels.span, beside_of("tiny")) is None
+        assert tx.labels.trim_predictions(beside_of("tiny"), 1e9, 10) == 1
+    assert pair.device.store.query(labels.load_span, beside_of("tiny")) is None
 
 
 # --- serving from a process of its own ---
@@ -425,11 +425,11 @@ def test_a_model_that_dies_while_it_serves_leaves_nothing_and_the_one_before_run
     assert device.run() is not None
     before = len(device.messages())
     device.feed(wild())
-    with pytest.raises(ModelDied, match="SIGFPE"):
+    with pytest.raises(ModelProcessFailed, match="SIGFPE"):
         device.run()
     assert device.store.cursor("tiny") == 20
     assert len(device.messages()) == before
-    assert device.task.shrunk == 1
+    assert device.task.batch_divisor == 1
     device.task = old
     done = device.run()
     assert done is not None
@@ -440,9 +440,11 @@ def test_a_model_that_dies_while_it_serves_leaves_nothing_and_the_one_before_run
     ]
 
 
-def test_what_a_model_apart_answers_is_what_it_answers_here(make: Make, active: Callable[[Recipe], Active]) -> None:
+def test_what_a_model_apart_answers_is_what_it_answers_here(
+    make: Make, active: Callable[[Recipe], LoadedBundle]
+) -> None:
     pair = make(named(active(CLASSIFY).bundle, "c"))
-    pair.device.task = dataclasses.replace(pair.task, trying=None)
+    pair.device.task = dataclasses.replace(pair.task, batch_observer=None)
     pair.device.feed(CALM)
     pair.device.run_all()
     here = active(CLASSIFY).model.invoke(CALM).argmax(axis=1)

@@ -12,8 +12,8 @@ import pytest
 from agent.comparison import rules
 from agent.model import activation
 from agent.model.bundle import bundle
-from agent.model.sandbox.subprocess_model import Bounds
-from agent.wire.desired_state import Rules
+from agent.model.sandbox.subprocess_model import SandboxLimits
+from agent.wire.desired_state import CanaryRules
 from tests.kit.bundles import KEY, Recipe
 from tests.kit.pairs import Pair
 from tests.kit.rigged import SHIPPED, exercise, write
@@ -21,7 +21,7 @@ from tests.kit.rigged import SHIPPED, exercise, write
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"
 )
-RULES = Rules(agreement=0.9, slower=3.0, accuracy_drop=0.05, error_growth=None)
+RULES = CanaryRules(agreement=0.9, slower=3.0, accuracy_drop=0.05, error_growth=None)
 WINDOW, BATCHES, ROUNDS = 100, 24, 4
 Told = Callable[[str], dict[str, str]]
 
@@ -42,14 +42,14 @@ def told(tmp_path: Path) -> Iterator[Told]:
         found = bundle.read(write(exercise(kind, times=1200), tmp_path / kind), [KEY.public])
         active = activation.activate(SHIPPED, [])
         recipe = Recipe("classify", "", fields=tuple(found.manifest.input.fields))
-        pair = Pair(tmp_path / f"device {kind}", recipe, active, found, bounds=Bounds(call_s=0.6))
+        pair = Pair(tmp_path / f"device {kind}", recipe, active, found, bounds=SandboxLimits(call_timeout_s=0.6))
         made.append(pair)
         # Until all rules know: a machine that is busy meanwhile leaves the times open for longer.
         for _ in range(ROUNDS):
             # A row each 10 ms, batch by batch.
             for part in np.array_split(recorded(BATCHES * 24), BATCHES):
                 pair.batch(part)
-            states = {one.rule: one.state for one in rules.judge(RULES, pair.beside.blocks, True)}
+            states = {one.rule: one.state for one in rules.evaluate_rules(RULES, pair.beside.blocks, True)}
             if "open" not in states.values():
                 break
         return dict(states)

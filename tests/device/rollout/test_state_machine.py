@@ -10,35 +10,41 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from agent.device.bundles.rollout_state import Held, Phase, Standing
-from agent.device.rollout.state_machine import Facts, Finding, aim, decide, held_for
-from agent.wire.desired_state import Rules, Wanted
+from agent.device.bundles.rollout_state import HoldOff, Phase, RolloutState
+from agent.device.rollout.state_machine import (
+    BundleAssessment,
+    RolloutFacts,
+    compute_hold_off,
+    decide_next_state,
+    select_target_digest,
+)
+from agent.wire.desired_state import CanaryRules, DesiredBundle
 
 OLD, NEW, OTHER = ("sha256:" + letter * 64 for letter in "abc")
-FINE, BROKEN = Finding("", "its golden vectors came out"), Finding("golden", "they did not")
-CRASH = Finding("crash", "it died of SIGSEGV")
-ENOUGH = Finding("", "20 batches in 1.0 h and nothing against it")
+FINE, BROKEN = BundleAssessment("", "its golden vectors came out"), BundleAssessment("golden", "they did not")
+CRASH = BundleAssessment("crash", "it died of SIGSEGV")
+ENOUGH = BundleAssessment("", "20 batches in 1.0 h and nothing against it")
 
 
-def want(strategy: str = "shadow", digest: str = NEW, rollout: str = "r1", **more: Any) -> Wanted:
-    return Wanted(rollout, "tiny", "2", digest, strategy, **more)  # type: ignore[arg-type]
+def want(strategy: str = "shadow", digest: str = NEW, rollout: str = "r1", **more: Any) -> DesiredBundle:
+    return DesiredBundle(rollout, "tiny", "2", digest, strategy, **more)  # type: ignore[arg-type]
 
 
-def facts(wanted: Wanted | None = None, **more: Any) -> Facts:
-    return replace(Facts("pi-07", wanted, OLD, OLD, "2026-11-26T00:00:00Z", 1000.0), **more)
+def facts(wanted: DesiredBundle | None = None, **more: Any) -> RolloutFacts:
+    return replace(RolloutFacts("pi-07", wanted, OLD, OLD, "2026-11-26T00:00:00Z", 1000.0), **more)
 
 
-def at(phase: Phase, wanted: Wanted | None = None, **more: Any) -> Standing:
-    return Standing(wanted or want(), phase, configured=OLD, **more)
+def at(phase: Phase, wanted: DesiredBundle | None = None, **more: Any) -> RolloutState:
+    return RolloutState(wanted or want(), phase, configured_digest=OLD, **more)
 
 
-def phase_of(one: Standing | None) -> str:
+def phase_of(one: RolloutState | None) -> str:
     return "" if one is None else one.phase
 
 
-def after(old: Standing | None, seen: Facts) -> str:
+def after(old: RolloutState | None, seen: RolloutFacts) -> str:
     """The phase, and behind a slash the reason if there is one."""
-    new = decide(old, seen)
+    new = decide_next_state(old, seen)
     return phase_of(new) + (f"/{new.reason}" if new is not None and new.reason else "")
 
 
@@ -48,7 +54,7 @@ STEPS = [
     ("a shadow begins with fetching", None, facts(want()), "fetching"),
     ("it is not for this device", None, facts(want(**NOBODY)), "not chosen"),
     ("the bundle runs already", None, facts(want("all", OLD)), "settled"),
-    ("the bundle is held", None, facts(want(), held=Held(5000, "crash")), "refused/held"),
+    ("the bundle is held", None, facts(want(), held=HoldOff(5000, "crash")), "refused/held"),
     ("the share grows", at("not chosen", want(**NOBODY)), facts(want("canary")), "fetching"),
     ("it waits for the bundle", at("fetching"), facts(want()), "fetching"),
     ("it proved itself, for a shadow", at("fetching"), facts(want(), proof=FINE), "shadow"),
@@ -85,9 +91,9 @@ STEPS = [
     ("called back when settled", at("settled"), facts(want("back"), runs=NEW, before=OLD), "settled"),
     ("the other is here", at("settled"), facts(want("back"), runs=NEW, before=OLD, proof=FINE), "withdrawn/aborted"),
     ("nothing to go back to", at("settled"), facts(want("back"), runs=NEW), "refused/unfit"),
-    ("held after it was taken back", at("rolled back"), facts(want("all"), held=Held(5000, "")), "rolled back"),
+    ("held after it was taken back", at("rolled back"), facts(want("all"), held=HoldOff(5000, "")), "rolled back"),
     ("the hold is over", at("rolled back"), facts(want("all")), "fetching"),
-    ("refused stays refused", at("refused", reason="golden"), facts(want(), held=Held(5000, "")), "refused/golden"),
+    ("refused stays refused", at("refused", reason="golden"), facts(want(), held=HoldOff(5000, "")), "refused/golden"),
     ("refused is tried again after the hold", at("refused", reason="golden"), facts(want()), "fetching"),
     ("a hold is over", at("refused", reason="held"), facts(want()), "fetching"),
     ("the repository came back", at("refused", reason="fetch"), facts(want(), proof=FINE), "shadow"),
@@ -97,41 +103,41 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("old", "seen", "wanted"), [step[1:] for step in STEPS], ids=[step[0] for step in STEPS])
-def test_each_step(old: Standing | None, seen: Facts, wanted: str) -> None:
+def test_each_step(old: RolloutState | None, seen: RolloutFacts, wanted: str) -> None:
     assert after(old, seen) == wanted
 
 
 def test_a_config_that_was_changed_here_holds_until_it_is_changed_again() -> None:
-    changed = decide(at("settled"), facts(want("all"), runs=OTHER, configured=OTHER))
+    changed = decide_next_state(at("settled"), facts(want("all"), runs=OTHER, configured=OTHER))
     assert changed is not None
-    assert "config on this device" in changed.why
-    assert decide(changed, facts(want("all"), runs=OTHER, configured=OTHER)) is changed
+    assert "config on this device" in changed.detail
+    assert decide_next_state(changed, facts(want("all"), runs=OTHER, configured=OTHER)) is changed
     assert after(changed, facts(want("all"), runs=OLD, configured=OLD)) == "fetching"
     assert after(changed, facts(want("all", OLD, "r2"), runs=OTHER, configured=OTHER)) == "fetching"
 
 
 def test_who_is_late_says_so_once_and_no_longer_when_it_got_there() -> None:
-    fetching = decide(None, facts(want("all"), over=False))
-    late = decide(fetching, facts(want("all"), over=True))
+    fetching = decide_next_state(None, facts(want("all"), over=False))
+    late = decide_next_state(fetching, facts(want("all"), over=True))
     assert fetching is not None
     assert late is not None
     assert (fetching.late, late.late, late.phase, late.since_s) == (False, True, "fetching", fetching.since_s)
-    assert decide(late, facts(want("all"), over=True)) is late
-    assert decide(late, facts(want("all"), over=None)) is late
-    probation = decide(late, facts(want("all"), over=True, proof=FINE))
+    assert decide_next_state(late, facts(want("all"), over=True)) is late
+    assert decide_next_state(late, facts(want("all"), over=None)) is late
+    probation = decide_next_state(late, facts(want("all"), over=True, proof=FINE))
     assert probation is not None
     assert probation.late
-    settled = decide(probation, facts(want("all"), over=True, enough=ENOUGH))
+    settled = decide_next_state(probation, facts(want("all"), over=True, enough=ENOUGH))
     assert settled is not None
     assert (settled.phase, settled.late) == ("settled", False)
 
 
 def test_a_longer_share_alone_says_nothing_and_keeps_the_time_it_began() -> None:
     old = at("probation", want("canary", percent=99.0), since_s=5.0, past="x")
-    new = decide(old, facts(want("canary", percent=100.0)))
+    new = decide_next_state(old, facts(want("canary", percent=100.0)))
     assert new is not None
-    assert (new.said == old.said, new.since_s, new.past) == (True, 5.0, "x")
-    assert new.wanted.percent == 100.0
+    assert (new.audit_key == old.audit_key, new.since_s, new.previous_history) == (True, 5.0, "x")
+    assert new.desired.percent == 100.0
 
 
 @pytest.mark.parametrize(
@@ -146,11 +152,13 @@ def test_a_longer_share_alone_says_nothing_and_keeps_the_time_it_began() -> None
 def test_what_speaks_against_a_bundle_holds_it_and_what_does_not_does_not(
     phase: Phase, reason: Any, hours: float | None
 ) -> None:
-    found = held_for(at(phase, want(rules=Rules(hold_hours=2.0)), reason=reason), 100.0)
+    found = compute_hold_off(at(phase, want(rules=CanaryRules(hold_hours=2.0)), reason=reason), 100.0)
     assert (found and (found.until_s - 100.0) / 3600) == hours
 
 
-findings = st.sampled_from([None, FINE, BROKEN, CRASH, Finding("fetch", "no [updates]"), Finding("unfit", "field z")])
+findings = st.sampled_from(
+    [None, FINE, BROKEN, CRASH, BundleAssessment("fetch", "no [updates]"), BundleAssessment("unfit", "field z")]
+)
 wants = st.one_of(
     st.none(),
     st.builds(
@@ -166,7 +174,7 @@ seen = st.builds(
         wanted,
         runs=runs,
         configured=configured,
-        held=Held(9000.0, "it crashed") if held else None,
+        held=HoldOff(9000.0, "it crashed") if held else None,
         proof=proof,
         against=CRASH if against else None,
         enough=ENOUGH if enough else None,
@@ -187,18 +195,18 @@ seen = st.builds(
 )
 
 
-def held_by(step: Standing | None, one: Facts) -> Facts:
-    wanted = one.wanted if one.wanted is not None or step is None else step.wanted
-    found = None if step is None else held_for(step, one.now_s)
-    same = step is not None and wanted is not None and step.wanted.digest == wanted.digest
-    return replace(one, held=found) if found is not None and same else one
+def held_by(step: RolloutState | None, one: RolloutFacts) -> RolloutFacts:
+    wanted = one.desired if one.desired is not None or step is None else step.desired
+    found = None if step is None else compute_hold_off(step, one.uptime_s)
+    same = step is not None and wanted is not None and step.desired.digest == wanted.digest
+    return replace(one, hold_off=found) if found is not None and same else one
 
 
-def settle(old: Standing | None, one: Facts) -> list[Standing | None]:
+def settle(old: RolloutState | None, one: RolloutFacts) -> list[RolloutState | None]:
     """Every standing that the same facts lead to, the first `old`; what a step holds is held from there on."""
     road = [old]
     while len(road) < 20:
-        new = decide(road[-1], one)
+        new = decide_next_state(road[-1], one)
         if new is road[-1]:
             return road
         road.append(new)
@@ -207,22 +215,22 @@ def settle(old: Standing | None, one: Facts) -> list[Standing | None]:
 
 
 @given(st.lists(seen, max_size=12))
-def test_the_same_facts_twice_change_nothing_and_every_road_comes_to_rest(history: list[Facts]) -> None:
-    now: Standing | None = None
+def test_the_same_facts_twice_change_nothing_and_every_road_comes_to_rest(history: list[RolloutFacts]) -> None:
+    now: RolloutState | None = None
     for one in history:
         now = settle(now, one)[-1]
         # What is kept is what was decided.
         if now is not None:
-            assert msgspec.json.decode(msgspec.json.encode(now), type=Standing) == now
+            assert msgspec.json.decode(msgspec.json.encode(now), type=RolloutState) == now
 
 
 @given(st.lists(seen, max_size=12), st.data())
-def test_a_death_between_any_two_steps_ends_at_the_same_place(history: list[Facts], data: st.DataObject) -> None:
-    now: Standing | None = None
+def test_a_death_between_any_two_steps_ends_at_the_same_place(history: list[RolloutFacts], data: st.DataObject) -> None:
+    now: RolloutState | None = None
     for one in history:
         road = settle(now, one)
         died = data.draw(st.sampled_from(road))
-        restarted = None if died is None else msgspec.json.decode(msgspec.json.encode(died), type=Standing)
+        restarted = None if died is None else msgspec.json.decode(msgspec.json.encode(died), type=RolloutState)
         # The first is how it stood; what that held may be over.
         for step in road[1 : road.index(died) + 1]:
             one = held_by(step, one)
@@ -231,39 +239,39 @@ def test_a_death_between_any_two_steps_ends_at_the_same_place(history: list[Fact
 
 
 @given(st.lists(seen, max_size=12))
-def test_no_bundle_comes_to_answer_that_did_not_prove_itself_or_is_held(history: list[Facts]) -> None:
-    now: Standing | None = None
+def test_no_bundle_comes_to_answer_that_did_not_prove_itself_or_is_held(history: list[RolloutFacts]) -> None:
+    now: RolloutState | None = None
     for one in history:
         for before, step in zip(road := settle(now, one), road[1:], strict=False):
             if step is None or step.phase not in ("shadow", "probation") or phase_of(before) == step.phase:
                 continue
             assert before is not None
-            assert before.phase in ("shadow", "probation") or (one.proof == FINE and one.held is None)
-            assert step.wanted.digest == before.wanted.digest
+            assert before.phase in ("shadow", "probation") or (one.readiness == FINE and one.hold_off is None)
+            assert step.desired.digest == before.desired.digest
         now = road[-1]
 
 
 @given(st.lists(seen, max_size=12))
 def test_another_bundle_is_never_tried_before_the_one_on_probation_was_taken_away_or_settled(
-    history: list[Facts],
+    history: list[RolloutFacts],
 ) -> None:
-    now: Standing | None = None
+    now: RolloutState | None = None
     for one in history:
         for before, step in zip(road := settle(now, one), road[1:], strict=False):
             if before is not None and before.phase == "probation" and step is not None:
-                assert step.wanted.digest == before.wanted.digest
+                assert step.desired.digest == before.desired.digest
         now = road[-1]
 
 
 @given(st.lists(seen, max_size=12))
-def test_nothing_is_fetched_or_proved_for_who_needs_nothing(history: list[Facts]) -> None:
-    now: Standing | None = None
+def test_nothing_is_fetched_or_proved_for_who_needs_nothing(history: list[RolloutFacts]) -> None:
+    now: RolloutState | None = None
     for one in history:
         now = settle(now, one)[-1]
-        wanted = aim(now, one)
+        wanted = select_target_digest(now, one)
         # Called back, it is the one before that proves itself again.
-        back = one.wanted is not None and one.wanted.strategy == "back"
+        back = one.desired is not None and one.desired.strategy == "back"
         if now is None or (now.phase in ("not chosen", "rolled back", "withdrawn") and not back):
             assert wanted == ""
         if wanted:
-            assert wanted in (one.before, now and now.wanted.digest)
+            assert wanted in (one.fallback_digest, now and now.desired.digest)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.device.rollout.fetch import tuf_client
-from agent.device.rollout.fetch.transport import Missing, Reading
-from agent.device.rollout.fetch.version_floors import Floor
+from agent.device.rollout.fetch.transport import FileStream, RemoteFileNotFound
+from agent.device.rollout.fetch.version_floors import VersionFloor
 from agent.errors import FetchFailed
 from tests.kit.update_repositories import Signed, forged
 
@@ -37,20 +37,20 @@ class InMemory:
     def __init__(self, files: dict[str, bytes]) -> None:
         self._files = files
 
-    def read(self, name: str, offset: int = 0) -> Reading:
+    def read(self, name: str, offset: int = 0) -> FileStream:
         data = self._files.get(name.removeprefix("metadata/"))
         if data is None:
-            raise Missing(name)
-        return Reading(0, iter([data]))
+            raise RemoteFileNotFound(name)
+        return FileStream(0, iter([data]))
 
 
-def looked(files: dict[str, bytes]) -> dict[str, Floor]:
+def looked(files: dict[str, bytes]) -> dict[str, VersionFloor]:
     """What is trusted of these metadata. Raises FetchFailed."""
     with tempfile.TemporaryDirectory() as work:
-        look = tuf_client.Repository(ROOT, Path(work), InMemory(files), REPOSITORY.now.timestamp())
+        look = tuf_client.TufClient(ROOT, Path(work), InMemory(files), REPOSITORY.now.timestamp())
         look.refresh()
-        look.find(PATH)
-        return look.seen()
+        look.find_target(PATH)
+        return look.observed_floors()
 
 
 def changed(**files: bytes) -> dict[str, bytes]:
@@ -107,7 +107,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_is_not_committed_leaves_everything_as_it_was(folder: Path) -> None:
-    with tuf_client.copied(folder) as work:
+    with tuf_client.working_copy(folder) as work:
         assert (work / "timestamp.json").read_text() == "old"
         (work / "timestamp.json").write_text("new")
     assert (folder / "timestamp.json").read_text() == "old"
@@ -115,11 +115,11 @@ def test_what_is_not_committed_leaves_everything_as_it_was(folder: Path) -> None
 
 
 def test_what_is_committed_takes_the_place_as_a_whole(folder: Path) -> None:
-    with tuf_client.copied(folder) as work:
+    with tuf_client.working_copy(folder) as work:
         (work / "timestamp.json").write_text("new")
         (work / "root_history").mkdir()
         (work / "root.json").symlink_to("root_history/1.root.json")
-        tuf_client.commit(folder)
+        tuf_client.commit_working_copy(folder)
     assert (folder / "timestamp.json").read_text() == "new"
     assert [path.name for path in folder.parent.iterdir()] == ["anchor"]
 
@@ -127,6 +127,6 @@ def test_what_is_committed_takes_the_place_as_a_whole(folder: Path) -> None:
 def test_a_cut_between_the_two_renames_is_mended_at_the_next_start(folder: Path) -> None:
     folder.rename(folder.with_name("anchor.old"))
     shutil.copytree(folder.with_name("anchor.old"), folder.with_name("anchor.new"))
-    with tuf_client.copied(folder) as work:
+    with tuf_client.working_copy(folder) as work:
         assert (work / "timestamp.json").read_text() == "old"
     assert [path.name for path in folder.parent.iterdir()] == ["anchor"]

@@ -65,7 +65,7 @@ def test_the_check_goes_by_the_floors_of_the_store(tmp_path: Path) -> None:
             device.must_fetch(wanted)
             conf = device.conf
         assert conf.updates is not None
-        assert "timestamp 2" in check_updates.look(conf, conf.updates)
+        assert "timestamp 2" in check_updates.inspect_repository(conf, conf.updates)
         older.write(web.folder)
         with pytest.raises(FetchFailed, match="BadVersionNumberError: timestamp is of version 1"):
-            check_updates.look(conf, conf.updates)
+            check_updates.inspect_repository(conf, conf.updates)

@@ -10,25 +10,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.device.rollout.fetch import compatibility, version_floors
-from agent.device.rollout.fetch.compatibility import RESERVE, Here, Needs
-from agent.device.rollout.fetch.protocol import Answer
-from agent.device.rollout.fetch.version_floors import Floor, Floors
+from agent.device.rollout.fetch.compatibility import DISK_RESERVE_BYTES, DeviceProfile
+from agent.device.rollout.fetch.protocol import FetchResponse
+from agent.device.rollout.fetch.version_floors import VersionFloor, VersionFloors
 from agent.errors import FetchFailed
-from agent.model.bundle.target_metadata import Offer
+from agent.model.bundle import target_metadata
 from tests.kit.update_repositories import custom
 
 ROLES = ("root", "timestamp", "snapshot", "targets", "exercise")
 SETS = st.lists(st.sampled_from("abc"), min_size=1, max_size=3, unique=True)
-SEEN = st.dictionaries(st.sampled_from(ROLES), st.builds(Floor, st.integers(1, 9), SETS))
-HERE = Here("watch", {"ax": "f32", "ay": "i64", "mode": "category"}, "1.4.0", "ai-edge-litert 2.1.0", 1 << 30, 1 << 30)
+SEEN = st.dictionaries(st.sampled_from(ROLES), st.builds(VersionFloor, st.integers(1, 9), SETS))
+HERE = DeviceProfile(
+    "watch", {"ax": "f32", "ay": "i64", "mode": "category"}, "1.4.0", "ai-edge-litert 2.1.0", 1 << 30, 1 << 30
+)
 
 
 @given(st.lists(SEEN, max_size=6))
-def test_no_version_falls_while_all_its_keys_are_in_force(looks: list[dict[str, Floor]]) -> None:
-    known = Floors("anchor")
+def test_no_version_falls_while_all_its_keys_are_in_force(looks: list[dict[str, VersionFloor]]) -> None:
+    known = VersionFloors("anchor")
     for seen in looks:
         try:
-            after = version_floors.raised(known, seen, None)
+            after = version_floors.raise_floors(known, seen, None)
         except FetchFailed:
             continue
         for role, before in known.roles.items():
@@ -39,9 +41,9 @@ def test_no_version_falls_while_all_its_keys_are_in_force(looks: list[dict[str, 
 
 @given(SEEN, SEEN)
 def test_a_version_below_its_floor_is_refused_and_nothing_else_is(
-    first: dict[str, Floor], then: dict[str, Floor]
+    first: dict[str, VersionFloor], then: dict[str, VersionFloor]
 ) -> None:
-    known = version_floors.raised(Floors("anchor"), first, 5.0)
+    known = version_floors.raise_floors(VersionFloors("anchor"), first, 5.0)
     below = [
         role
         for role in then
@@ -51,19 +53,19 @@ def test_a_version_below_its_floor_is_refused_and_nothing_else_is(
     ]
     if below:
         with pytest.raises(FetchFailed, match=f"BadVersionNumberError: {below[0]} is of version"):
-            version_floors.raised(known, then, None)
+            version_floors.raise_floors(known, then, None)
     else:
-        assert version_floors.raised(known, then, None).roles == first | then
-        assert version_floors.raised(known, then, None).expires_s == 5.0
+        assert version_floors.raise_floors(known, then, None).roles == first | then
+        assert version_floors.raise_floors(known, then, None).expires_s == 5.0
 
 
 @given(st.binary(max_size=200))
 def test_an_answer_of_any_bytes_is_an_answer_or_none(data: bytes) -> None:
     try:
-        answer = msgspec.json.decode(data, type=Answer)
+        answer = msgspec.json.decode(data, type=FetchResponse)
     except msgspec.MsgspecError:
         return
-    assert isinstance(answer.floors, Floors)
+    assert isinstance(answer.floors, VersionFloors)
 
 
 def said(**other: Any) -> dict[str, Any]:
@@ -85,25 +87,24 @@ def said(**other: Any) -> dict[str, Any]:
         ({"runtimes": ["tflite-runtime"]}, "it has: tflite-runtime"),
         ({"runtimes": []}, "it has: none"),
         ({"memory": (1 << 30) + 1}, "1024.0 MiB are free here"),
-        ({"unpacked": (1 << 30) - RESERVE - 1000}, ""),
-        ({"unpacked": (1 << 30) - RESERVE - 999}, "of disk"),
+        ({"unpacked": (1 << 30) - DISK_RESERVE_BYTES - 1000}, ""),
+        ({"unpacked": (1 << 30) - DISK_RESERVE_BYTES - 999}, "of disk"),
         ({"memory": -1}, "did not say what it needs"),
         ({"runtimes": "ai-edge-litert"}, "did not say what it needs"),
         ({"more": "of a newer publisher"}, ""),
     ],
 )
 def test_what_does_not_fit_is_told_in_a_sentence(other: dict[str, Any], why: str) -> None:
-    found = compatibility.why_not(said(**other), 2000, 1000, HERE)
+    found = compatibility.find_incompatibility(said(**other), 2000, 1000, HERE)
     assert why in found
     assert bool(why) == bool(found)
 
 
 def test_a_target_of_which_nothing_is_said_does_not_fit() -> None:
-    assert "did not say what it needs" in compatibility.why_not({}, 2000, 1000, HERE)
+    assert "did not say what it needs" in compatibility.find_incompatibility({}, 2000, 1000, HERE)
 
 
 def test_what_a_device_asks_of_a_bundle_is_what_the_publisher_says() -> None:
     """The fetch worker has no numpy, which `agent.model.bundle.target_metadata` needs: it reads the same members."""
-    assert [f.name for f in msgspec.structs.fields(Needs)].sort() == [
-        f.name for f in msgspec.structs.fields(Offer)
-    ].sort()
+    device_side = {field.name for field in msgspec.structs.fields(compatibility.TargetMetadata)}
+    assert device_side == {field.name for field in msgspec.structs.fields(target_metadata.TargetMetadata)}

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.device.store import labels
-from agent.device.store.given import Given, pack, unpack
-from agent.device.store.labels import Span, kept_labels
+from agent.device.store.given import StoredPredictions, pack_predictions, unpack_predictions
+from agent.device.store.labels import PredictionSpan, label_capacity
 from agent.device.store.store import Store
 from agent.performance.labels import Label
 
@@ -29,26 +29,28 @@ def store(tmp_path: Path) -> Iterator[Store]:
     opened.close()
 
 
-def given_rows(first: int, n: int = 10, step: int = 5, bundle: str = "sha256:a", **slices: list[str]) -> Given:
+def given_rows(
+    first: int, n: int = 10, step: int = 5, bundle: str = "sha256:a", **slices: list[str]
+) -> StoredPredictions:
     row = np.arange(first, first + n * step, step, dtype=np.int64)
-    return Given(bundle, row, T0 + row * 20_000, row % 3, row / 1000, None, slices)
+    return StoredPredictions(bundle, row, T0 + row * 20_000, row % 3, row / 1000, None, slices)
 
 
-def keep(store: Store, *batches: Given, at_s: float = 100.0) -> None:
+def keep(store: Store, *batches: StoredPredictions, at_s: float = 100.0) -> None:
     with store.transaction() as tx:
         for batch in batches:
-            tx.labels.keep("judge", batch, at_s)
+            tx.labels.store_predictions("judge", batch, at_s)
 
 
 @given(st.integers(1, 60), st.integers(1, 2**31), st.lists(st.integers(-(10**9), 10**12), min_size=60, max_size=60))
 def test_what_is_packed_comes_back(n: int, first: int, times: list[int]) -> None:
     row = np.arange(first, first + n, dtype=np.int64)
-    before = Given(
+    before = StoredPredictions(
         *("sha256:a", row, np.array(times[:n], np.int64), row % 7, np.full(n, 0.25), np.linspace(0, 1, n)),
         {"mode": [str(i % 3) for i in range(n)]},
     )
-    data = pack(before)
-    after = unpack(first, data)
+    data = pack_predictions(before)
+    after = unpack_predictions(first, data)
     for name in ("row", "t", "said", "score", "value"):
         assert np.array_equal(getattr(before, name), getattr(after, name)), name
     assert after.slices == before.slices
@@ -57,20 +59,20 @@ def test_what_is_packed_comes_back(n: int, first: int, times: list[int]) -> None
 @given(st.binary(max_size=60))
 def test_bytes_that_are_no_results_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"\S"):
-        unpack(1, zlib.crc32(data, 1).to_bytes(4, "little") + data)
+        unpack_predictions(1, zlib.crc32(data, 1).to_bytes(4, "little") + data)
 
 
 def test_a_result_is_found_at_its_row_only(store: Store) -> None:
     keep(store, given_rows(5, site=["a"] * 10), given_rows(55))
     with store.transaction() as tx:
-        found = tx.labels.at("judge", 15)
+        found = tx.labels.find_by_row("judge", 15)
         assert found is not None
-        assert (found.row, found.said, found.slices) == (15, 0, {"site": "a"})
+        assert (found.row, found.predicted_class, found.slices) == (15, 0, {"site": "a"})
         assert found.score == pytest.approx(0.015)
-        assert tx.labels.at("judge", 16) is None
-        assert tx.labels.at("judge", 4) is None
-        assert tx.labels.at("judge", 101) is None
-        assert tx.labels.at("other", 15) is None
+        assert tx.labels.find_by_row("judge", 16) is None
+        assert tx.labels.find_by_row("judge", 4) is None
+        assert tx.labels.find_by_row("judge", 101) is None
+        assert tx.labels.find_by_row("other", 15) is None
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_a_result_is_found_at_its_row_only(store: Store) -> None:
 def test_a_time_belongs_to_the_nearest_result(store: Store, off_us: int, row: int) -> None:
     keep(store, given_rows(5), given_rows(55))
     with store.transaction() as tx:
-        found = tx.labels.near("judge", T0 + 15 * 20_000 + off_us)
+        found = tx.labels.find_nearest("judge", T0 + 15 * 20_000 + off_us)
     assert found is not None
     assert found.row == row
 
@@ -87,16 +89,16 @@ def test_a_time_belongs_to_the_nearest_result(store: Store, off_us: int, row: in
 def test_a_time_far_from_every_result_belongs_to_none(store: Store) -> None:
     keep(store, given_rows(5), given_rows(555))
     with store.transaction() as tx:
-        assert tx.labels.near("judge", T0) is None
+        assert tx.labels.find_nearest("judge", T0) is None
         # Between the two batches.
-        assert tx.labels.near("judge", T0 + 300 * 20_000) is None
-        assert tx.labels.near("judge", T0 + 10**12) is None
+        assert tx.labels.find_nearest("judge", T0 + 300 * 20_000) is None
+        assert tx.labels.find_nearest("judge", T0 + 10**12) is None
 
 
 def test_single_results_are_found_by_time_too(store: Store) -> None:
     keep(store, *(given_rows(row, n=1) for row in range(5, 100, 5)))
     with store.transaction() as tx:
-        found = tx.labels.near("judge", T0 + 50 * 20_000 + 40_000)
+        found = tx.labels.find_nearest("judge", T0 + 50 * 20_000 + 40_000)
     assert found is not None
     assert found.row == 50
 
@@ -105,29 +107,29 @@ def test_a_damaged_batch_of_results_is_as_if_it_were_not_there(store: Store) -> 
     keep(store, given_rows(5), given_rows(55))
     store._db.execute("UPDATE results SET data = substr(data, 1, 10) || x'00' || substr(data, 12) WHERE first = 5")
     with store.transaction() as tx:
-        assert tx.labels.at("judge", 15) is None
-        assert tx.labels.at("judge", 60) is not None
-        assert tx.labels.near("judge", T0 + 15 * 20_000) is None
+        assert tx.labels.find_by_row("judge", 15) is None
+        assert tx.labels.find_by_row("judge", 60) is not None
+        assert tx.labels.find_nearest("judge", T0 + 15 * 20_000) is None
 
 
 def test_results_go_by_the_time_the_device_was_on(store: Store) -> None:
     keep(store, given_rows(5), at_s=100)
     keep(store, given_rows(55), at_s=200)
     with store.transaction() as tx:
-        assert tx.labels.trim_results("judge", 150, 100) == 1
-        assert tx.labels.trim_results("judge", 150, 100) == 0
-        assert tx.labels.span("judge") == Span(55, 100, T0 + 100 * 20_000)
+        assert tx.labels.trim_predictions("judge", 150, 100) == 1
+        assert tx.labels.trim_predictions("judge", 150, 100) == 0
+        assert tx.labels.load_span("judge") == PredictionSpan(55, 100, T0 + 100 * 20_000)
 
 
 def test_a_label_of_a_row_that_has_one_takes_its_place_and_counts_anew(store: Store) -> None:
     keep(store, given_rows(5))
     with store.transaction() as tx:
-        result = tx.labels.at("judge", 15)
+        result = tx.labels.find_by_row("judge", 15)
         assert result is not None
-        put = [tx.labels.put("judge", Label(15, None, text), result, 1) for text in ("a", "a", "b")]
+        put = [tx.labels.store_label("judge", Label(15, None, text), result, 1) for text in ("a", "a", "b")]
     assert put == ["new", "same", "replaced"]
-    found = store.ask(labels.labelled, "judge", "sha256:a", 10, 10)
-    assert [(one.number, one.first, one.label) for one in found] == [(2, 1, "b")]
+    found = store.query(labels.load_labelled, "judge", "sha256:a", 10, 10)
+    assert [(one.number, one.first_number, one.label) for one in found] == [(2, 1, "b")]
 
 
 def test_labels_that_took_the_place_of_others_push_no_more_out_than_there_are_too_many(store: Store) -> None:
@@ -135,49 +137,49 @@ def test_labels_that_took_the_place_of_others_push_no_more_out_than_there_are_to
     with store.transaction() as tx:
         for text in ("a", "b"):
             for row in range(5, 505, 5):
-                result = tx.labels.at("judge", row)
+                result = tx.labels.find_by_row("judge", row)
                 assert result is not None
-                tx.labels.put("judge", Label(row, None, text), result, 1)
+                tx.labels.store_label("judge", Label(row, None, text), result, 1)
         tx.labels.trim_labels("judge", 120, 1000)
         tx.labels.trim_labels("judge", 100, 1000)
-    found = store.ask(labels.labelled, "judge", "sha256:a", 1000, 1000)
-    assert [(one.number, one.first) for one in found] == [(100 + i, i) for i in range(1, 101)]
+    found = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
+    assert [(one.number, one.first_number) for one in found] == [(100 + i, i) for i in range(1, 101)]
 
 
 def test_a_label_outlives_the_result_it_is_of(store: Store) -> None:
     keep(store, given_rows(5, site=["x"] * 10))
     with store.transaction() as tx:
-        result = tx.labels.at("judge", 15)
+        result = tx.labels.find_by_row("judge", 15)
         assert result is not None
-        tx.labels.put("judge", Label(15, None, "a"), result, 7)
-        tx.labels.trim_results("judge", 10**9, 100)
-    [found] = store.ask(labels.labelled, "judge", "sha256:a", 10, 10)
-    assert (found.result, found.received, found.source) == (result, 7, "human")
+        tx.labels.store_label("judge", Label(15, None, "a"), result, 7)
+        tx.labels.trim_predictions("judge", 10**9, 100)
+    [found] = store.query(labels.load_labelled, "judge", "sha256:a", 10, 10)
+    assert (found.prediction, found.received, found.source) == (result, 7, "human")
 
 
 def test_only_the_newest_labels_are_kept(store: Store) -> None:
     keep(store, given_rows(5, n=100))
     with store.transaction() as tx:
         for row in range(5, 505, 5):
-            result = tx.labels.at("judge", row)
+            result = tx.labels.find_by_row("judge", row)
             assert result is not None
-            tx.labels.put("judge", Label(row, None, "a"), result, 1)
+            tx.labels.store_label("judge", Label(row, None, "a"), result, 1)
         tx.labels.trim_labels("judge", 30, 1000)
-    found = store.ask(labels.labelled, "judge", "sha256:a", 1000, 1000)
+    found = store.query(labels.load_labelled, "judge", "sha256:a", 1000, 1000)
     assert [one.number for one in found] == list(range(71, 101))
 
 
 @pytest.mark.parametrize("pages", [2**19, 2**24, 2**30, 2**40])
 def test_labels_take_a_small_share_of_any_store(pages: int) -> None:
-    kept = kept_labels(pages)
+    kept = label_capacity(pages)
     assert 100 <= kept <= 5000
     assert kept * 300 <= max(pages // 20, 100 * 300)
 
 
 def test_too_many_early_labels_are_turned_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labels, "MOST_EARLY", 3)
+    monkeypatch.setattr(labels, "MAX_EARLY_LABELS", 3)
     with store.transaction() as tx:
-        put = [tx.labels.put_early("judge", Label(row, None, "a"), 1, 1.0) for row in range(1, 6)]
+        put = [tx.labels.store_early_label("judge", Label(row, None, "a"), 1, 1.0) for row in range(1, 6)]
     assert put == [True, True, True, False, False]
 
 
@@ -204,8 +206,10 @@ def test_all_tables_are_described_in_the_first_page(store: Store) -> None:
 
 def test_results_of_a_batch_take_few_bytes() -> None:
     row = np.arange(1, 513, dtype=np.int64) * 100
-    given = Given("sha256:a", row, T0 + row * 20_000, row % 7, np.random.default_rng(0).random(512), None, {})
-    assert len(pack(given)) < 512 * 6
+    given = StoredPredictions(
+        "sha256:a", row, T0 + row * 20_000, row % 7, np.random.default_rng(0).random(512), None, {}
+    )
+    assert len(pack_predictions(given)) < 512 * 6
 
 
 def test_an_older_store_gets_the_tables(tmp_path: Path) -> None:
@@ -215,6 +219,6 @@ def test_an_older_store_gets_the_tables(tmp_path: Path) -> None:
     db.close()
     store = Store(tmp_path)
     try:
-        assert store.ask(labels.span, "judge") is None
+        assert store.query(labels.load_span, "judge") is None
     finally:
         store.close()

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.device.store import retention
-from agent.device.store.quota import PAGE, Budget, Quota, Reserve
-from agent.device.store.retention import Acknowledged
+from agent.device.store.quota import PAGE_SIZE, Budget, DiskReserve, Quota
+from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.errors import StorageFull
 from agent.wire.messages import encode
@@ -71,9 +71,9 @@ class Mix:
         self.device.write("alerts", n, size=n)
 
     def ack(self, n: int) -> None:
-        last = int(self.device.store.meta("seq", "0"))
+        last = int(self.device.store.get_meta("seq", "0"))
         with self.device.store.transaction(vital=True) as tx:
-            tx.outbox.set_acknowledged(Acknowledged(last * n // 60))
+            tx.outbox.set_acknowledged(AcknowledgedSeqs(last * n // 60))
 
     def turn(self, n: int) -> None:
         self.device.turns(10.0 * n)
@@ -92,11 +92,11 @@ class Mix:
 
     def state(self, n: int) -> None:
         with self.device.store.transaction() as tx:
-            tx.keep("exercise", f"s{n}", b"x" * n * 500)
+            tx.save_state("exercise", f"s{n}", b"x" * n * 500)
 
     def trim(self, n: int) -> None:
         with self.device.store.transaction() as tx:
-            tx.trim("watch", 2**62, 2**62, n)
+            tx.trim_rows("watch", 2**62, 2**62, n)
 
     def close(self) -> None:
         self.unpin(0)
@@ -128,7 +128,7 @@ def test_a_store_filled_to_the_brim_uses_its_quota_and_still_records_deliveries(
             except StorageFull:
                 full += 1
             mix.weigh()
-        assert store.used_bytes() > 0.9 * (store.limit_bytes() - store.quota.kept_back * PAGE)
+        assert store.used_bytes() > 0.9 * (store.limit_bytes() - store.quota.reserved_pages * PAGE_SIZE)
         mix.ack(60)
         mix.weigh()
         assert store.outbox_size()[0] == 0
@@ -154,13 +154,13 @@ def test_a_store_with_no_page_left_still_records_an_acknowledgement_and_makes_ro
             while True:
                 with device.store.transaction() as tx:
                     for _ in range(count):
-                        device.author.write(tx, "health", None, {"x": "y" * size}, device.now())
-    last = int(device.store.meta("seq", "0"))
+                        device.author.append(tx, "health", None, {"x": "y" * size}, device.now())
+    last = int(device.store.get_meta("seq", "0"))
     acknowledgement = encode({"pad": "x" * 300})
     with device.store.transaction(vital=True) as tx:
-        tx.outbox.set_acknowledged(Acknowledged(last))
+        tx.outbox.set_acknowledged(AcknowledgedSeqs(last))
         tx.set_meta(retention.ACKNOWLEDGEMENT, acknowledgement.decode())
-        tx.set_meta(retention.STEPS, "[[1000, 1]]")
+        tx.set_meta(retention.ACKNOWLEDGED_HISTORY, "[[1000, 1]]")
     device.turns(60)
     device.write("health", 10, size=3000)
     device.store.close()
@@ -197,27 +197,27 @@ def test_a_transaction_that_is_too_large_is_refused_before_it_is_written(tmp_pat
 
 @given(st.integers(1 << 20, 1 << 40))
 def test_the_parts_of_a_quota_come_to_no_more_than_it(max_size: int) -> None:
-    quota = Quota.of(max_size)
-    assert quota.pages + quota.wal + quota.reserve + 32_768 <= max_size
-    assert quota.pages > max_size // 2
-    assert quota.transaction > 100_000
+    quota = Quota.from_max_size(max_size)
+    assert quota.database_bytes + quota.wal_bytes + quota.reserve_bytes + 32_768 <= max_size
+    assert quota.database_bytes > max_size // 2
+    assert quota.transaction_bytes > 100_000
 
 
 @given(st.lists(st.integers(0, 5000), max_size=60), st.integers(0, 100_000))
 def test_what_a_budget_affords_is_counted_and_leaves_half(costs: list[int], left: int) -> None:
     budget = Budget(left)
-    count = budget.affords(costs)
-    assert budget.left == left - sum(costs[:count])
+    count = budget.spend_affordable(costs)
+    assert budget.remaining == left - sum(costs[:count])
     assert sum(costs[:count]) <= left // 2
     assert count == len(costs) or sum(costs[: count + 1]) > left // 2
 
 
 def test_the_reserve_really_takes_up_room_and_gives_it_back(tmp_path: Path) -> None:
-    reserve = Reserve(tmp_path / "reserve")
+    reserve = DiskReserve(tmp_path / "reserve")
     assert reserve.size == 0
-    assert reserve.take(1 << 20)
+    assert reserve.allocate(1 << 20)
     assert reserve.size >= 1 << 20
-    assert reserve.take(1 << 20)
+    assert reserve.allocate(1 << 20)
     reserve.release()
     reserve.release()
     assert reserve.size == 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.device.store import ranges
-from agent.device.store.retention import Acknowledged
+from agent.device.store.retention import AcknowledgedSeqs
 
 SETS = st.sets(st.integers(1, 40))
 
@@ -23,22 +23,22 @@ def is_normal(found: ranges.Ranges) -> bool:
 
 @given(SETS, SETS)
 def test_union_difference_and_intersection_are_those_of_sets(a: set[int], b: set[int]) -> None:
-    left, right = ranges.of(a), ranges.of(b)
+    left, right = ranges.from_numbers(a), ranges.from_numbers(b)
     for found, wanted in (
-        (ranges.unite(left, right), a | b),
+        (ranges.union(left, right), a | b),
         (ranges.subtract(left, right), a - b),
         (ranges.intersect(left, right), a & b),
     ):
         assert numbers(found) == wanted
         assert is_normal(found)
-        assert ranges.size(found) == len(wanted)
+        assert ranges.count(found) == len(wanted)
 
 
 @given(SETS, SETS)
 def test_what_is_acknowledged_grows_and_shrinks_like_a_set_and_survives_its_json(a: set[int], b: set[int]) -> None:
-    known = Acknowledged.of(ranges.of(a))
+    known = AcknowledgedSeqs.from_ranges(ranges.from_numbers(a))
     assert numbers(known.ranges) == a
-    assert numbers(known.also(ranges.of(b)).ranges) == a | b
-    assert numbers(known.without(ranges.of(b)).ranges) == a - b
-    assert Acknowledged.from_json(known.to_json()) == known
+    assert numbers(known.union(ranges.from_numbers(b)).ranges) == a | b
+    assert numbers(known.difference(ranges.from_numbers(b)).ranges) == a - b
+    assert AcknowledgedSeqs.from_json(known.to_json()) == known
     assert {seq for seq in range(-1, 45) if seq in known} == a

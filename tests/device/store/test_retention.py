@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.device.store import retention
-from agent.device.store.retention import expired, uptime_json, uptime_s, with_step
-from agent.transport.packets import Outgoing
+from agent.device.store.retention import append_history, expired_through, uptime_json, uptime_s
+from agent.transport.packets import OutgoingMessage
 from agent.wire import jws
-from agent.wire.messages import Audit, open_message
+from agent.wire.messages import AuditPayload, verify_message
 from tests.device.uplink.test_uplink import ACK_TOPIC, DEVICE, World, ack_body, signed
 
 
@@ -56,7 +56,7 @@ def writing(world: World) -> None:
             due[0] = next(minutes)
             world.write(1)
 
-    world.air.others.append(write)
+    world.air.tick_callbacks.append(write)
 
 
 def restore(world: World, through: int) -> None:
@@ -65,18 +65,18 @@ def restore(world: World, through: int) -> None:
     world.collector.arrivals.clear()
 
 
-def evictions(world: World) -> list[Audit]:
-    found = world.store._all("SELECT topic, payload, jws FROM outbox WHERE topic LIKE '%/audit' ORDER BY seq")
+def evictions(world: World) -> list[AuditPayload]:
+    found = world.store._fetch_all("SELECT topic, payload, jws FROM outbox WHERE topic LIKE '%/audit' ORDER BY seq")
     signer = jws.Signer(DEVICE, world.key.public)
-    bodies = [open_message(t, p, [j], lambda _: signer).body for t, p, j in found]
-    return [body for body in bodies if isinstance(body, Audit) and body.event == "evicted"]
+    bodies = [verify_message(t, p, [j], lambda _: signer).body for t, p, j in found]
+    return [body for body in bodies if isinstance(body, AuditPayload) and body.event == "evicted"]
 
 
 def test_acknowledged_messages_are_kept_and_count_for_nothing(world: World) -> None:
     delivered(world)
     assert world.store.outbox_size() == (0, 60)
-    assert world.store.unsent(0, 100) == []
-    assert world.store.pending([1, 60]) == []
+    assert world.store.unacknowledged_messages(0, 100) == []
+    assert world.store.pending_messages([1, 60]) == []
     published = world.health_published()
     world.run(lambda: False, 600)
     assert world.health_published() == published
@@ -87,7 +87,7 @@ def test_a_restored_collector_gets_what_it_lost_and_nothing_is_declared(world: W
     restore(world, 20)
     writing(world)
     world.run(lambda: not world.waiting() and world.air.clock_s > 1300, 900)
-    last = int(world.store.meta("seq", "0"))
+    last = int(world.store.get_meta("seq", "0"))
     assert world.collector.seqs() == set(range(1, last + 1))
     assert {seq for seq, times in world.collector.arrivals.items() if seq <= 60 and times} == set(range(21, 61))
     assert evictions(world) == []
@@ -99,7 +99,7 @@ def test_a_collector_with_nothing_left_gets_everything_that_is_kept(world: World
     restore(world, 0)
     writing(world)
     world.run(lambda: not world.waiting() and world.air.clock_s > 1300, 900)
-    assert world.collector.seqs() == set(range(1, int(world.store.meta("seq", "0")) + 1))
+    assert world.collector.seqs() == set(range(1, int(world.store.get_meta("seq", "0")) + 1))
 
 
 def test_what_is_no_longer_kept_is_declared_with_the_acknowledgement_it_once_had(world: World) -> None:
@@ -113,7 +113,7 @@ def test_what_is_no_longer_kept_is_declared_with_the_acknowledgement_it_once_had
     assert (body.evidence["seq"], body.evidence["reason"]) == ([[21, 40]], "acknowledged earlier")
     proof = body.evidence["acknowledgement"]
     signer = jws.Signer("collector", world.collector_key.public)
-    earlier = open_message(ACK_TOPIC, proof["payload"].encode(), [proof["jws"]], lambda _: signer).body
+    earlier = verify_message(ACK_TOPIC, proof["payload"].encode(), [proof["jws"]], lambda _: signer).body
     assert earlier.through >= 60  # type: ignore[union-attr]
     assert earlier.missing == []  # type: ignore[union-attr]
     assert set(range(41, 61)) <= world.collector.seqs()
@@ -134,7 +134,7 @@ def test_an_old_acknowledgement_replayed_a_hundred_times_brings_nothing_back(
         if world.air.clock_s > 1010 and next(struck, None) is not None:
             world.deliver(*old)
 
-    world.air.others.append(strike)
+    world.air.tick_callbacks.append(strike)
     world.collector.arrivals.clear()
     world.run(lambda: False, 600)
     assert next(struck, None) is None
@@ -170,7 +170,7 @@ def test_the_retained_acknowledgement_of_a_restored_collector_alone_changes_noth
     delivered(world)
     world.collector.leave()
     payload, token = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 20, [(5, 6)]))
-    world.air.publish(Outgoing(ACK_TOPIC, payload, (("jws", token),), retain=True))
+    world.air.publish(OutgoingMessage(ACK_TOPIC, payload, (("jws", token),), retain=True))
     world.run(lambda: False, 60)
     assert world.waiting() == set()
     assert world.store.acknowledged().through == 60
@@ -178,13 +178,13 @@ def test_the_retained_acknowledgement_of_a_restored_collector_alone_changes_noth
 
 def test_one_acknowledgement_costs_one_small_write_and_deletes_nothing(world: World) -> None:
     delivered(world, 300)
-    steps = json.loads(world.store.meta(retention.STEPS, ""))
+    steps = json.loads(world.store.get_meta(retention.ACKNOWLEDGED_HISTORY, ""))
     assert len(steps) == 1
     assert len(world.kept()) == 300
 
 
-def at(boot_s: float) -> Now:
-    return Now(0, boot_s, "unsynced")
+def at(boot_s: float) -> ClockReading:
+    return ClockReading(0, boot_s, "unsynced")
 
 
 def test_uptime_goes_on_over_boots_and_never_back() -> None:
@@ -198,9 +198,9 @@ def test_uptime_goes_on_over_boots_and_never_back() -> None:
 def test_steps_say_when_how_much_was_acknowledged_and_stay_few() -> None:
     steps = ""
     for at_s in range(0, 400_000, 60):
-        steps = with_step(steps, at_s, at_s // 60 + 1, 172_800.0) or steps
+        steps = append_history(steps, at_s, at_s // 60 + 1, 172_800.0) or steps
     assert len(json.loads(steps)) < 100
-    through = expired(steps, 400_000, 172_800.0)
+    through = expired_through(steps, 400_000, 172_800.0)
     exact = (400_000 - 172_800) // 60 + 1
     assert exact - 61 <= through <= exact
-    assert expired("", 1e9, 1.0) == 0
+    assert expired_through("", 1e9, 1.0) == 0

@@ -14,15 +14,24 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
 from msgspec.structs import replace
 
-from agent.config import Field, Stream
-from agent.device.store.rows import Checked, Packed, Raw, Rows, check, concatenate, pack, unpack
-from agent.errors import Rejected
+from agent.config import FieldConfig, StreamConfig
+from agent.device.store.rows import (
+    PackedChunk,
+    RawColumns,
+    Rows,
+    ValidatedRows,
+    concatenate,
+    pack_chunk,
+    unpack_chunk,
+    validate_columns,
+)
+from agent.errors import RowRejected
 
 FIELDS = [
-    Field(name="small", type="f32"),
-    Field(name="exact", type="f64"),
-    Field(name="count", type="i64"),
-    Field(name="mode", type="category"),
+    FieldConfig(name="small", type="f32"),
+    FieldConfig(name="exact", type="f64"),
+    FieldConfig(name="count", type="i64"),
+    FieldConfig(name="mode", type="category"),
 ]
 DTYPES = ["<f4", "<f8", "<i8", "<u2"]
 NOW_US = 1_764_022_680_000_000
@@ -36,20 +45,23 @@ def any_rows(draw: st.DrawFn, times: st.SearchStrategy[int] = INT64) -> Rows:
     return Rows(t, tuple(draw(hn.arrays(dtype, n)) for dtype in DTYPES))
 
 
-def one(field: Field, *values: Any, **others: Any) -> Checked:
+def one(field: FieldConfig, *values: Any, **others: Any) -> ValidatedRows:
     """`values` of a stream with this one field, checked."""
-    return check(
-        Raw(len(values), others.pop("t", None), {field.name: list(values)}), Stream(fields=[field]), NOW_US, None
+    return validate_columns(
+        RawColumns(len(values), others.pop("t", None), {field.name: list(values)}),
+        StreamConfig(fields=[field]),
+        NOW_US,
+        None,
     )
 
 
-def reason(field: Field, value: Any) -> str:
+def reason(field: FieldConfig, value: Any) -> str:
     """Why `value` alone was refused between two good values."""
     good = "on" if field.type == "category" else 1
     checked = one(field, good, value, good)
-    assert list(checked.bad) == [1], f"{value!r} was taken"
+    assert list(checked.rejected) == [1], f"{value!r} was taken"
     assert len(checked.rows) == 2
-    return checked.bad[1]
+    return checked.rejected[1]
 
 
 def same(a: Rows, b: Rows) -> bool:
@@ -59,51 +71,51 @@ def same(a: Rows, b: Rows) -> bool:
 
 @given(any_rows())
 def test_unpacking_gives_back_every_bit(rows: Rows) -> None:
-    assert same(unpack(pack(rows), FIELDS), rows)
+    assert same(unpack_chunk(pack_chunk(rows), FIELDS), rows)
 
 
 @given(any_rows(st.integers(NOW_US, NOW_US + 2**32 - 1)))
 def test_times_that_only_grow_a_little_take_four_bytes_each(rows: Rows) -> None:
     rows = Rows(np.sort(rows.t), rows.columns)
-    assert pack(rows).time_bytes == 4
-    assert same(unpack(pack(rows), FIELDS), rows)
+    assert pack_chunk(rows).time_bytes == 4
+    assert same(unpack_chunk(pack_chunk(rows), FIELDS), rows)
 
 
 @pytest.mark.parametrize("t", [[5, 3], [0, 2**32], [0, -1], [-(2**63), 2**63 - 1]])
 def test_times_that_run_back_or_span_more_than_71_minutes_take_eight_bytes(t: list[int]) -> None:
     rows = Rows(np.array(t, np.int64), ())
-    assert pack(rows).time_bytes == 8
-    assert unpack(pack(rows), []).t.tolist() == t
+    assert pack_chunk(rows).time_bytes == 8
+    assert unpack_chunk(pack_chunk(rows), []).t.tolist() == t
 
 
 @given(any_rows(), st.data())
 def test_one_flipped_bit_anywhere_in_a_chunk_is_found(rows: Rows, data: st.DataObject) -> None:
-    packed = pack(rows)
+    packed = pack_chunk(rows)
     bit = data.draw(st.integers(0, 8 * len(packed.data) - 1))
     flipped = bytearray(packed.data)
     flipped[bit // 8] ^= 1 << bit % 8
     with pytest.raises(ValueError, match="CRC"):
-        unpack(replace(packed, data=bytes(flipped)), FIELDS)
+        unpack_chunk(replace(packed, data=bytes(flipped)), FIELDS)
 
 
 @pytest.mark.parametrize("wrong", [{"first_t": 7}, {"n": 2}, {"time_bytes": 8}, {"crc": 0}])
 def test_a_chunk_whose_time_or_count_was_changed_is_found(wrong: dict[str, Any]) -> None:
-    packed = pack(Rows(np.array([1, 2, 3]), (np.zeros(3, "<f4"),)))
+    packed = pack_chunk(Rows(np.array([1, 2, 3]), (np.zeros(3, "<f4"),)))
     with pytest.raises(ValueError, match="CRC"):
-        unpack(replace(packed, **wrong), FIELDS[:1])
+        unpack_chunk(replace(packed, **wrong), FIELDS[:1])
 
 
 def test_a_chunk_is_not_read_with_the_fields_of_another_stream() -> None:
-    packed = pack(Rows(np.array([1, 2, 3]), (np.zeros(3, "<f4"),)))
+    packed = pack_chunk(Rows(np.array([1, 2, 3]), (np.zeros(3, "<f4"),)))
     with pytest.raises(ValueError, match="fields"):
-        unpack(packed, FIELDS)
+        unpack_chunk(packed, FIELDS)
 
 
 @given(any_rows(), st.data())
 def test_the_digest_is_the_same_however_rows_were_cut_into_chunks(rows: Rows, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, len(rows)), max_size=5)) | {0, len(rows)})
     parts = [rows.slice(a, b) for a, b in pairwise(cuts)]
-    stored = [unpack(pack(part), FIELDS) for part in parts]
+    stored = [unpack_chunk(pack_chunk(part), FIELDS) for part in parts]
     assert concatenate(stored).digest() == rows.digest()
 
 
@@ -117,67 +129,73 @@ def test_the_digest_differs_when_one_value_differs() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        (Field(name="ax"), "fast", "ax = 'fast' is no number"),
-        (Field(name="ax"), "1.5", "ax = '1.5' is no number"),
-        (Field(name="ax"), True, "ax = 'True' is no number"),
-        (Field(name="ax"), [1.0], "ax = '[1.0]' is no number"),
-        (Field(name="ax"), {}, "ax = '{}' is no number"),
-        (Field(name="ax"), None, "ax is missing"),
-        (Field(name="ax"), float("nan"), "ax = nan is no finite number"),
-        (Field(name="ax", optional=True), float("nan"), "ax = nan is no finite number"),
-        (Field(name="ax", optional=True), "", "ax = '' is no number"),
-        (Field(name="ax"), float("inf"), "ax = inf is no finite number"),
-        (Field(name="ax"), float("-inf"), "ax = -inf is no finite number"),
-        (Field(name="ax"), 10**400, "ax = inf is no finite number"),
-        (Field(name="ax"), 3.41e38, "ax = 3.41e+38 is too large for f32"),
-        (Field(name="ax", unit="g", min=-16, max=16), 16.5, "ax = 16.5 g is above max 16"),
-        (Field(name="ax", unit="g", min=-16, max=16), -17, "ax = -17 g is below min -16"),
-        (Field(name="hot", type="f64", max=16), 16.0000001, "hot = 16.0000001 is above max 16"),
-        (Field(name="n", type="i64"), 1.5, "n = 1.5 is no whole number of 64 bits"),
-        (Field(name="n", type="i64"), float("nan"), "n = nan is no whole number of 64 bits"),
-        (Field(name="n", type="i64"), float("inf"), "n = inf is no whole number of 64 bits"),
-        (Field(name="n", type="i64"), 2**63, "n = 9223372036854775808 is no whole number of 64 bits"),
-        (Field(name="n", type="i64"), 2.0**60, "n = 1.152921504606847e+18 is no whole number of 64 bits"),
-        (Field(name="n", type="i64"), True, "n = 'True' is no number"),
-        (Field(name="n", type="i64"), None, "n is missing"),
-        (Field(name="n", type="i64", min=0), -1, "n = -1 is below min 0"),
-        (Field(name="mode", type="category"), 3, "mode = '3' is no category: text of 1-64 characters"),
-        (Field(name="mode", type="category"), "", "mode = '' is no category: text of 1-64 characters"),
-        (Field(name="mode", type="category"), "\udcff", "mode = '\\udcff' is no category: text of 1-64 characters"),
-        (Field(name="mode", type="category"), None, "mode is missing"),
+        (FieldConfig(name="ax"), "fast", "ax = 'fast' is no number"),
+        (FieldConfig(name="ax"), "1.5", "ax = '1.5' is no number"),
+        (FieldConfig(name="ax"), True, "ax = 'True' is no number"),
+        (FieldConfig(name="ax"), [1.0], "ax = '[1.0]' is no number"),
+        (FieldConfig(name="ax"), {}, "ax = '{}' is no number"),
+        (FieldConfig(name="ax"), None, "ax is missing"),
+        (FieldConfig(name="ax"), float("nan"), "ax = nan is no finite number"),
+        (FieldConfig(name="ax", optional=True), float("nan"), "ax = nan is no finite number"),
+        (FieldConfig(name="ax", optional=True), "", "ax = '' is no number"),
+        (FieldConfig(name="ax"), float("inf"), "ax = inf is no finite number"),
+        (FieldConfig(name="ax"), float("-inf"), "ax = -inf is no finite number"),
+        (FieldConfig(name="ax"), 10**400, "ax = inf is no finite number"),
+        (FieldConfig(name="ax"), 3.41e38, "ax = 3.41e+38 is too large for f32"),
+        (FieldConfig(name="ax", unit="g", min=-16, max=16), 16.5, "ax = 16.5 g is above max 16"),
+        (FieldConfig(name="ax", unit="g", min=-16, max=16), -17, "ax = -17 g is below min -16"),
+        (FieldConfig(name="hot", type="f64", max=16), 16.0000001, "hot = 16.0000001 is above max 16"),
+        (FieldConfig(name="n", type="i64"), 1.5, "n = 1.5 is no whole number of 64 bits"),
+        (FieldConfig(name="n", type="i64"), float("nan"), "n = nan is no whole number of 64 bits"),
+        (FieldConfig(name="n", type="i64"), float("inf"), "n = inf is no whole number of 64 bits"),
+        (FieldConfig(name="n", type="i64"), 2**63, "n = 9223372036854775808 is no whole number of 64 bits"),
+        (FieldConfig(name="n", type="i64"), 2.0**60, "n = 1.152921504606847e+18 is no whole number of 64 bits"),
+        (FieldConfig(name="n", type="i64"), True, "n = 'True' is no number"),
+        (FieldConfig(name="n", type="i64"), None, "n is missing"),
+        (FieldConfig(name="n", type="i64", min=0), -1, "n = -1 is below min 0"),
+        (FieldConfig(name="mode", type="category"), 3, "mode = '3' is no category: text of 1-64 characters"),
+        (FieldConfig(name="mode", type="category"), "", "mode = '' is no category: text of 1-64 characters"),
+        (
+            FieldConfig(name="mode", type="category"),
+            "\udcff",
+            "mode = '\\udcff' is no category: text of 1-64 characters",
+        ),
+        (FieldConfig(name="mode", type="category"), None, "mode is missing"),
     ],
 )
 def test_a_value_that_is_no_reading_is_refused_with_its_reason_and_its_neighbours_are_kept(
-    field: Field, value: Any, said: str
+    field: FieldConfig, value: Any, said: str
 ) -> None:
     assert reason(field, value) == said
 
 
 def test_a_category_has_at_most_64_characters() -> None:
-    field = Field(name="mode", type="category")
+    field = FieldConfig(name="mode", type="category")
     assert one(field, "x" * 64).categories == {0: ["x" * 64]}
     assert "64 characters" in reason(field, "x" * 65)
 
 
 @pytest.mark.parametrize("kind", ["f32", "f64", "i64"])
 def test_a_truth_value_among_numbers_is_not_taken_for_one(kind: Any) -> None:
-    checked = one(Field(name="x", type=kind), 1, True, 2)
-    assert list(checked.bad) == [1]
+    checked = one(FieldConfig(name="x", type=kind), 1, True, 2)
+    assert list(checked.rejected) == [1]
     assert checked.rows.columns[0].tolist() == [1, 2]
 
 
 def test_whole_numbers_keep_all_64_bits_whatever_stands_beside_them() -> None:
-    checked = one(Field(name="n", type="i64"), 2**63 - 1, -(2**63), 2**53 + 1, 3.0, 2**70)
+    checked = one(FieldConfig(name="n", type="i64"), 2**63 - 1, -(2**63), 2**53 + 1, 3.0, 2**70)
     assert checked.rows.columns[0].tolist() == [2**63 - 1, -(2**63), 2**53 + 1, 3]
-    assert list(checked.bad) == [4]
+    assert list(checked.rejected) == [4]
 
 
 def test_missing_values_of_optional_fields_are_nan_and_the_category_of_nothing() -> None:
-    fields = [Field(name="x", optional=True), Field(name="m", type="category", optional=True)]
-    checked = check(Raw(2, None, {"x": [None, 1], "m": [None, "on"]}), Stream(fields=fields), NOW_US, None)
+    fields = [FieldConfig(name="x", optional=True), FieldConfig(name="m", type="category", optional=True)]
+    checked = validate_columns(
+        RawColumns(2, None, {"x": [None, 1], "m": [None, "on"]}), StreamConfig(fields=fields), NOW_US, None
+    )
     assert np.isnan(checked.rows.columns[0]).tolist() == [True, False]
     assert checked.categories == {1: ["", "on"]}
-    left_out = check(Raw(2, None, {}), Stream(fields=fields), NOW_US, None)
+    left_out = validate_columns(RawColumns(2, None, {}), StreamConfig(fields=fields), NOW_US, None)
     assert np.isnan(left_out.rows.columns[0]).all()
     assert left_out.categories == {1: ["", ""]}
 
@@ -192,9 +210,9 @@ def test_missing_values_of_optional_fields_are_nan_and_the_category_of_nothing()
     ],
 )
 def test_columns_that_do_not_fit_the_stream_are_refused_as_a_whole(values: Any, t: Any, said: str) -> None:
-    stream = Stream(fields=[Field(name="ax"), Field(name="ay")])
-    with pytest.raises(Rejected, match=said.replace("?", r"\?")):
-        check(Raw(1, t, values), stream, NOW_US, None)
+    stream = StreamConfig(fields=[FieldConfig(name="ax"), FieldConfig(name="ay")])
+    with pytest.raises(RowRejected, match=said.replace("?", r"\?")):
+        validate_columns(RawColumns(1, t, values), stream, NOW_US, None)
 
 
 @pytest.mark.parametrize(
@@ -210,46 +228,46 @@ def test_columns_that_do_not_fit_the_stream_are_refused_as_a_whole(values: Any, 
     ],
 )
 def test_a_time_that_is_none_is_refused_with_its_reason(t: Any, said: str) -> None:
-    checked = one(Field(name="x"), 1, 2, t=[t, 1_764_022_680.5])
-    assert checked.bad == {0: said}
+    checked = one(FieldConfig(name="x"), 1, 2, t=[t, 1_764_022_680.5])
+    assert checked.rejected == {0: said}
     assert checked.rows.t.tolist() == [1_764_022_680_500_000]
 
 
 def test_time_that_runs_backwards_is_refused_and_what_is_late_enough_is_kept() -> None:
-    checked = one(Field(name="x"), 1, 2, 3, 4, 5, t=[10, 30, 20, 30, 31])
-    assert checked.bad == {2: "t = 20.000000 runs backwards, 30.000000 came before"}
+    checked = one(FieldConfig(name="x"), 1, 2, 3, 4, 5, t=[10, 30, 20, 30, 31])
+    assert checked.rejected == {2: "t = 20.000000 runs backwards, 30.000000 came before"}
     assert checked.rows.t.tolist() == [10_000_000, 30_000_000, 30_000_000, 31_000_000]
-    assert checked.latest == 31_000_000
+    assert checked.latest_us == 31_000_000
 
 
 def test_time_runs_on_from_the_producers_last_rows() -> None:
-    raw = Raw(2, [10, 30], {"x": [1, 2]})
-    checked = check(raw, Stream(fields=[Field(name="x")]), NOW_US, 20_000_000)
-    assert checked.bad == {0: "t = 10.000000 runs backwards, 20.000000 came before"}
+    raw = RawColumns(2, [10, 30], {"x": [1, 2]})
+    checked = validate_columns(raw, StreamConfig(fields=[FieldConfig(name="x")]), NOW_US, 20_000_000)
+    assert checked.rejected == {0: "t = 10.000000 runs backwards, 20.000000 came before"}
 
 
 def test_the_time_of_a_refused_row_does_not_hold_back_the_rows_after_it() -> None:
-    checked = one(Field(name="x", max=5), 1, 9, 2, t=[10, 99, 11])
-    assert list(checked.bad) == [1]
-    assert checked.latest == 11_000_000
+    checked = one(FieldConfig(name="x", max=5), 1, 9, 2, t=[10, 99, 11])
+    assert list(checked.rejected) == [1]
+    assert checked.latest_us == 11_000_000
 
 
 def test_rows_without_a_time_get_the_present_one_and_do_not_count_as_the_producers_clock() -> None:
-    checked = one(Field(name="x"), 1, 2, 3, t=[10, None, 11])
+    checked = one(FieldConfig(name="x"), 1, 2, 3, t=[10, None, 11])
     assert checked.rows.t.tolist() == [10_000_000, NOW_US, 11_000_000]
-    assert checked.latest == 11_000_000
-    assert one(Field(name="x"), 1).rows.t.tolist() == [NOW_US]
-    assert one(Field(name="x"), 1).latest is None
+    assert checked.latest_us == 11_000_000
+    assert one(FieldConfig(name="x"), 1).rows.t.tolist() == [NOW_US]
+    assert one(FieldConfig(name="x"), 1).latest_us is None
 
 
 @given(st.floats(width=64, allow_nan=False, allow_infinity=False), st.floats(-1e9, 1e9), st.floats(-1e9, 1e9))
 def test_what_was_taken_once_is_taken_again_when_it_comes_back_as_f32(value: float, low: float, high: float) -> None:
-    field = Field(name="x", min=min(low, high), max=max(low, high))
+    field = FieldConfig(name="x", min=min(low, high), max=max(low, high))
     once = one(field, value)
-    if not once.bad:
+    if not once.rejected:
         back = once.rows.columns[0].tolist()
         again = one(field, *back)
-        assert again.bad == {}
+        assert again.rejected == {}
         assert again.rows.columns[0].tolist() == back
 
 
@@ -259,12 +277,12 @@ def test_what_was_taken_once_is_taken_again_when_it_comes_back_as_f32(value: flo
     st.booleans(),
 )
 def test_each_row_is_either_taken_or_named(values: list[Any], kind: Any, optional: bool) -> None:
-    field = Field(name="x", type=kind, optional=optional and kind != "i64")
+    field = FieldConfig(name="x", type=kind, optional=optional and kind != "i64")
     checked = one(field, *values)
-    assert len(checked.rows) + len(checked.bad) == len(values)
+    assert len(checked.rows) + len(checked.rejected) == len(values)
     alone = [one(field, value) for value in values]
-    assert checked.bad == {i: one_alone.bad[0] for i, one_alone in enumerate(alone) if one_alone.bad}
-    kept = [one_alone.rows for one_alone in alone if not one_alone.bad]
+    assert checked.rejected == {i: one_alone.rejected[0] for i, one_alone in enumerate(alone) if one_alone.rejected}
+    kept = [one_alone.rows for one_alone in alone if not one_alone.rejected]
     if kept:
         assert checked.rows.digest() == concatenate(kept).digest()
 
@@ -278,32 +296,38 @@ def test_each_row_is_either_taken_or_named(values: list[Any], kind: Any, optiona
 def test_a_numpy_column_is_judged_as_its_values_one_by_one(
     values: list[float], limits: tuple[float | None, float | None], dtype: str, kind: Any
 ) -> None:
-    field = Field(name="x", type=kind, min=limits[0], max=limits[1])
-    together = check(Raw(len(values), None, {"x": np.array(values, dtype)}), Stream(fields=[field]), NOW_US, None)
+    field = FieldConfig(name="x", type=kind, min=limits[0], max=limits[1])
+    together = validate_columns(
+        RawColumns(len(values), None, {"x": np.array(values, dtype)}), StreamConfig(fields=[field]), NOW_US, None
+    )
     alone = [one(field, value) for value in values]
-    assert together.bad == {i: one_alone.bad[0] for i, one_alone in enumerate(alone) if one_alone.bad}
+    assert together.rejected == {i: one_alone.rejected[0] for i, one_alone in enumerate(alone) if one_alone.rejected}
     assert together.rows.columns[0].dtype == alone[0].rows.columns[0].dtype
-    kept = [one_alone.rows for one_alone in alone if not one_alone.bad]
+    kept = [one_alone.rows for one_alone in alone if not one_alone.rejected]
     if kept:
         assert together.rows.digest() == concatenate(kept).digest()
 
 
 @given(st.lists(st.integers(-2, 12), min_size=1, max_size=8), st.integers(0, 10))
 def test_times_in_order_are_judged_as_among_others_that_are_not(seconds: list[int], after: int) -> None:
-    stream, n = Stream(fields=[Field(name="x")]), len(seconds)
-    checked = check(Raw(n, [float(s) for s in seconds], {"x": [1.0] * n}), stream, NOW_US, after * 1_000_000)
+    stream, n = StreamConfig(fields=[FieldConfig(name="x")]), len(seconds)
+    checked = validate_columns(
+        RawColumns(n, [float(s) for s in seconds], {"x": [1.0] * n}), stream, NOW_US, after * 1_000_000
+    )
     # A last row that is refused has each of the others looked at by itself.
-    looked = check(Raw(n + 1, [*seconds, -1.0], {"x": [1.0] * (n + 1)}), stream, NOW_US, after * 1_000_000)
-    assert checked.bad == {index: why for index, why in looked.bad.items() if index < n}
+    looked = validate_columns(
+        RawColumns(n + 1, [*seconds, -1.0], {"x": [1.0] * (n + 1)}), stream, NOW_US, after * 1_000_000
+    )
+    assert checked.rejected == {index: why for index, why in looked.rejected.items() if index < n}
     assert checked.rows.t.tolist() == looked.rows.t.tolist()
-    assert checked.latest == looked.latest
+    assert checked.latest_us == looked.latest_us
 
 
 def test_numpy_columns_are_taken_as_they_are() -> None:
-    stream = Stream(fields=[Field(name="x"), Field(name="n", type="i64")])
-    raw = Raw(2, np.array([1.0, 2.0]), {"x": np.array([1.5, 2.5]), "n": np.array([7, 8])})
-    checked = check(raw, stream, NOW_US, None)
-    assert checked.bad == {}
+    stream = StreamConfig(fields=[FieldConfig(name="x"), FieldConfig(name="n", type="i64")])
+    raw = RawColumns(2, np.array([1.0, 2.0]), {"x": np.array([1.5, 2.5]), "n": np.array([7, 8])})
+    checked = validate_columns(raw, stream, NOW_US, None)
+    assert checked.rejected == {}
     assert [column.tolist() for column in checked.rows.columns] == [[1.5, 2.5], [7, 8]]
 
 
@@ -321,7 +345,7 @@ def test_whatever_stands_in_a_chunk_is_unpacked_or_refused_with_a_value_error(
     fits = all(-(2**63) <= value < 2**63 for value in (n, first_t, time_bytes))
     right = zlib.crc32(data, zlib.crc32(struct.pack("<qqq", n, first_t, time_bytes))) if fits else 0
     try:
-        rows = unpack(Packed(n, first_t, time_bytes, data, right if crc is None else crc), FIELDS)
+        rows = unpack_chunk(PackedChunk(n, first_t, time_bytes, data, right if crc is None else crc), FIELDS)
     except ValueError:
         return
     assert len(rows) == n

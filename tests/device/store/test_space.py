@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 from agent import config
-from agent.clock import Now
+from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.store import labels, ranges, space
-from agent.device.store.damaged_messages import declare_damaged
+from agent.device.store.damaged_messages import quarantine_damaged
 from agent.device.store.eviction import DAMAGED, NO_ROOM, declare_messages
-from agent.device.store.given import Given
-from agent.device.store.message_log import Author
-from agent.device.store.retention import Acknowledged
+from agent.device.store.given import StoredPredictions
+from agent.device.store.message_log import MessageLog
+from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
-from agent.device.store.space import Space
+from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
 from agent.wire import jws
-from agent.wire.messages import Alerts, Audit, Logged, Message, open_message
+from agent.wire.messages import AlertPayload, AuditPayload, LoggedPayload, VerifiedMessage, verify_message
 from tests.kit.senders import new_key
 from tests.kit.stations import WATCH
 
@@ -46,21 +46,21 @@ class Device:
 
     def __post_init__(self) -> None:
         self.conf = Config(
-            device=config.Device(id="pi-07", fleet="acme", data_dir=str(self.folder)),
-            buffer=config.Buffer(max_size=config.Size(self.size), when_full=self.when_full),
+            device=config.DeviceConfig(id="pi-07", fleet="acme", data_dir=str(self.folder)),
+            buffer=config.BufferConfig(max_size=config.Size(self.size), when_full=self.when_full),
             streams={"watch": WATCH},
-            tasks={"exercise": config.Task(stream="watch", bundle="exercise")},
+            tasks={"exercise": config.TaskConfig(stream="watch", bundle="exercise")},
         )
         self.store = Store(self.folder, max_size=self.size)
-        self.store.declare(self.conf.streams)
-        self.author = Author("acme", "pi-07", KEY, self.store.log_id, 1, self.max_bytes)
-        self.space = Space(self.conf, self.store, self.author, self._early, lambda: self.stuck)
+        self.store.declare_streams(self.conf.streams)
+        self.author = MessageLog("acme", "pi-07", KEY, self.store.log_id, 1, self.max_bytes)
+        self.space = SpaceManager(self.conf, self.store, self.author, self._early, lambda: self.stuck)
 
-    def _early(self, now: Now) -> None:
+    def _early(self, now: ClockReading) -> None:
         self.early.append(now.boot_s)
 
-    def now(self) -> Now:
-        return Now(WALL_US + round(self.boot_s * 1e6), self.boot_s, "synced")
+    def now(self) -> ClockReading:
+        return ClockReading(WALL_US + round(self.boot_s * 1e6), self.boot_s, "synced")
 
     def feed(self, rows: int, chunk: int = 500) -> None:
         rng = np.random.default_rng(rows)
@@ -79,7 +79,7 @@ class Device:
         for start in range(0, n, 50):
             with self.store.transaction() as tx:
                 for _ in range(min(50, n - start)):
-                    self.author.write(
+                    self.author.append(
                         tx,
                         kind,
                         "exercise" if kind in ("alerts", "results", "drift", "shadow") else None,
@@ -93,41 +93,41 @@ class Device:
 
     def use(self, through: int) -> None:
         with self.store.transaction() as tx:
-            tx.advance("exercise", 1, through)
+            tx.advance_cursor("exercise", 1, through)
 
     def acknowledge(self, through: int) -> None:
         with self.store.transaction() as tx:
-            tx.outbox.set_acknowledged(Acknowledged(through))
+            tx.outbox.set_acknowledged(AcknowledgedSeqs(through))
 
     def turns(self, seconds: float = 120.0, every_s: float = 10.0) -> None:
         end = self.boot_s + seconds
         while self.boot_s < end:
-            while self.space.turn(self.now()):
+            while self.space.tick(self.now()):
                 pass
             self.boot_s += every_s
 
     def kept(self) -> list[int]:
-        return [int(row[0]) for row in self.store._all("SELECT seq FROM outbox ORDER BY seq")]
+        return [int(row[0]) for row in self.store._fetch_all("SELECT seq FROM outbox ORDER BY seq")]
 
-    def messages(self) -> list[Message]:
+    def messages(self) -> list[VerifiedMessage]:
         signer = jws.Signer("pi-07", KEY.public)
-        found = self.store._all("SELECT topic, payload, jws FROM outbox ORDER BY seq")
+        found = self.store._fetch_all("SELECT topic, payload, jws FROM outbox ORDER BY seq")
         return [
-            open_message(t, p, [j], lambda _: signer) for t, p, j in found if t.split("/")[3] in ("audit", "alerts")
+            verify_message(t, p, [j], lambda _: signer) for t, p, j in found if t.split("/")[3] in ("audit", "alerts")
         ]
 
-    def bodies(self, kind: type[Logged]) -> list[Any]:
+    def bodies(self, kind: type[LoggedPayload]) -> list[Any]:
         return [message.body for message in self.messages() if isinstance(message.body, kind)]
 
-    def evictions(self) -> list[Audit]:
-        return [body for body in self.bodies(Audit) if body.event == "evicted"]
+    def evictions(self) -> list[AuditPayload]:
+        return [body for body in self.bodies(AuditPayload) if body.event == "evicted"]
 
     def declared(self) -> set[int]:
         pairs = [pair for body in self.evictions() for pair in body.evidence.get("seq", [])]
         return {seq for first, last in pairs for seq in range(first, last + 1)}
 
     def gone(self) -> set[int]:
-        last = int(self.store.meta("seq", "0"))
+        last = int(self.store.get_meta("seq", "0"))
         return set(range(1, last + 1)) - set(self.kept())
 
 
@@ -164,15 +164,15 @@ def test_acknowledged_messages_go_first_and_are_not_declared(make: Make) -> None
     device = make()
     device.feed(5000)
     device.fill()
-    last = int(device.store.meta("seq", "0"))
+    last = int(device.store.get_meta("seq", "0"))
     device.acknowledge(last - 50)
     device.turns(10)
-    assert share(device) <= space.STOP
+    assert share(device) <= space.EVICTION_STOP
     assert device.gone() <= set(range(1, last - 49))
     assert device.evictions() == []
     assert device.store.first_row("watch") == 1
     assert device.early == []
-    assert device.store.waiting().messages == 50
+    assert device.store.backlog().messages == 50
 
 
 def test_used_readings_go_next_and_those_that_should_have_stayed_are_declared(make: Make) -> None:
@@ -181,14 +181,14 @@ def test_used_readings_go_next_and_those_that_should_have_stayed_are_declared(ma
     device.use(50_000)
     device.fill()
     device.turns(10)
-    assert share(device) <= space.STOP
+    assert share(device) <= space.EVICTION_STOP
     first = device.store.first_row("watch")
     assert 1 < first <= 50_001
     (body,) = device.evictions()
     assert body.evidence["rows"] == [[1, first - 1]]
     assert (body.evidence["used"], body.evidence["stream"], body.evidence["reason"]) == (True, "watch", NO_ROOM)
     assert device.declared() == device.gone()
-    assert device.bodies(Alerts) == []
+    assert device.bodies(AlertPayload) == []
 
 
 def test_what_waits_is_run_before_it_is_given_up_and_a_task_that_gets_on_loses_nothing(make: Make) -> None:
@@ -210,7 +210,7 @@ def test_readings_that_a_broken_task_never_used_are_declared_and_its_cursor_move
     device.feed(50_000)
     device.fill()
     device.turns(30)
-    assert share(device) <= space.STOP
+    assert share(device) <= space.EVICTION_STOP
     first = device.store.first_row("watch")
     assert device.store.cursor("exercise") == first - 1
     unused = [body for body in device.evictions() if not body.evidence["used"]]
@@ -219,9 +219,9 @@ def test_readings_that_a_broken_task_never_used_are_declared_and_its_cursor_move
     assert "not used by exercise" in unused[0].summary
     assert device.declared() == device.gone()
     assert device.early
-    batch = device.store.take("watch", WATCH.fields, first - 1, 10)
+    batch = device.store.read_rows("watch", WATCH.fields, first - 1, 10)
     assert batch is not None
-    assert (batch.first, batch.lost) == (first, None)
+    assert (batch.first, batch.loss_reason) == (first, None)
 
 
 def test_a_task_that_never_ran_begins_behind_what_was_given_up(make: Make) -> None:
@@ -247,7 +247,7 @@ def test_messages_go_only_while_nothing_is_acknowledged(make: Make) -> None:
     assert device.evictions() == []
     device.turns(120)
     assert device.declared() == device.gone() - set(range(1, 9))
-    assert share(device) <= space.STOP
+    assert share(device) <= space.EVICTION_STOP
 
 
 def test_the_least_important_kind_goes_first_and_alerts_last(make: Make) -> None:
@@ -258,7 +258,7 @@ def test_the_least_important_kind_goes_first_and_alerts_last(make: Make) -> None
         device.write("health", 6)
         device.write("drift", 3)
     device.fill("health")
-    kinds = dict(device.store._all("SELECT seq, topic FROM outbox"))
+    kinds = dict(device.store._fetch_all("SELECT seq, topic FROM outbox"))
     device.turns(200)
     gone = {kinds[seq].split("/")[3] for seq in device.gone() if seq in kinds}
     assert gone == {"health"}
@@ -266,10 +266,10 @@ def test_the_least_important_kind_goes_first_and_alerts_last(make: Make) -> None
     for _ in range(4):
         device.fill("alerts")
         device.turns(200)
-    kinds |= dict(device.store._all("SELECT seq, topic FROM outbox"))
-    left = {topic.split("/")[3] for _, topic in device.store._all("SELECT seq, topic FROM outbox")}
+    kinds |= dict(device.store._fetch_all("SELECT seq, topic FROM outbox"))
+    left = {topic.split("/")[3] for _, topic in device.store._fetch_all("SELECT seq, topic FROM outbox")}
     assert left == {"alerts", "audit"}
-    assert sum(topic.endswith("/audit") for _, topic in device.store._all("SELECT seq, topic FROM outbox")) >= 30
+    assert sum(topic.endswith("/audit") for _, topic in device.store._fetch_all("SELECT seq, topic FROM outbox")) >= 30
     assert device.declared() == device.gone()
 
 
@@ -277,7 +277,7 @@ def test_what_compares_bundles_goes_before_any_result(make: Make) -> None:
     device = make()
     device.write("results", 40)
     device.fill("shadow", 0.5)
-    shadows = set(range(41, 1 + int(device.store.meta("seq", "0"))))
+    shadows = set(range(41, 1 + int(device.store.get_meta("seq", "0"))))
     device.fill("results")
     device.turns(100)
     assert device.gone()
@@ -293,20 +293,20 @@ def test_weeks_of_evictions_make_one_message_and_one_alert(make: Make) -> None:
     assert len(device.gone()) > 1000
     assert device.declared() == device.gone()
     assert len(device.evictions()) == 1
-    assert [alert.state for alert in device.bodies(Alerts)] == ["raised"]
-    assert device.store.waiting().messages == len(device.kept())
+    assert [alert.state for alert in device.bodies(AlertPayload)] == ["raised"]
+    assert device.store.backlog().messages == len(device.kept())
 
 
 def test_the_alert_is_cleared_when_what_waited_was_delivered_and_raised_again_by_the_next_time(make: Make) -> None:
     device = make()
     device.fill()
     device.turns(200)
-    device.acknowledge(int(device.store.meta("seq", "0")))
+    device.acknowledge(int(device.store.get_meta("seq", "0")))
     device.turns(1000)
     for _ in range(5):
         device.fill()
         device.turns(200)
-    alerts = [alert for alert in device.bodies(Alerts) if alert.alert == "storage"]
+    alerts = [alert for alert in device.bodies(AlertPayload) if alert.alert == "storage"]
     assert [alert.state for alert in alerts][-2:] == ["cleared", "raised"]
     assert set(alerts[-1].evidence) == {"bytes", "max", "hours"}
 
@@ -320,7 +320,7 @@ def test_a_declaration_never_exceeds_what_the_broker_takes(make: Make, max_bytes
     device.fill("health")
     device.turns(200)
     assert device.declared() == device.gone()
-    sizes = [len(message.payload) for message in device.messages() if isinstance(message.body, Audit)]
+    sizes = [len(message.payload) for message in device.messages() if isinstance(message.body, AuditPayload)]
     assert max(sizes) <= max_bytes
     assert (len(sizes) > 1) == (max_bytes == 2_000)
 
@@ -333,7 +333,7 @@ def test_with_refuse_nothing_undelivered_or_unused_goes(make: Make) -> None:
     device.turns(600)
     assert device.kept() == before
     assert device.store.first_row("watch") == 1
-    assert share(device) > space.START
+    assert share(device) > space.EVICTION_START
 
 
 def test_a_disk_smaller_than_the_quota_counts(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +342,7 @@ def test_a_disk_smaller_than_the_quota_counts(make: Make, monkeypatch: pytest.Mo
     monkeypatch.setattr(Store, "limit_bytes", lambda _: small)
     device.fill(share=0.9)
     device.turns(200)
-    assert device.store.used_bytes() <= small * space.STOP
+    assert device.store.used_bytes() <= small * space.EVICTION_STOP
     assert device.declared() == device.gone() != set()
 
 
@@ -353,7 +353,7 @@ def test_a_declaration_that_was_acknowledged_is_left_alone(make: Make) -> None:
         with device.store.transaction() as tx:
             tx.outbox.delete([n for first, last in seqs for n in range(first, last + 1)])
             declare_messages(tx, device.author, device.now(), seqs, NO_ROOM, 10)
-        device.acknowledge(int(device.store.meta("seq", "0")))
+        device.acknowledge(int(device.store.get_meta("seq", "0")))
     assert [body.evidence["seq"] for body in device.evictions()] == [[[1, 2]], [[4, 4]]]
 
 
@@ -361,7 +361,7 @@ def flip(device: Device, seq: int, before: str, after: str) -> None:
     """Bytes of a waiting message's payload go bad on the disk."""
     changed = "CAST(replace(CAST(payload AS TEXT), ?, ?) AS BLOB)"
     device.store._db.execute(f"UPDATE outbox SET payload = {changed} WHERE seq = ?", (before, after, seq))
-    assert not device.store.pending([seq])[0].intact
+    assert not device.store.pending_messages([seq])[0].intact
 
 
 def evict(device: Device, seqs: list[tuple[int, int]]) -> None:
@@ -379,9 +379,9 @@ def test_a_declaration_that_the_disk_has_changed_is_not_folded_into_the_next_and
     evict(device, [(2, 3)])
     flip(device, 9, before, after)
     evict(device, [(6, 6)])
-    assert device.store.pending([9]) != []
-    declare_damaged(device.store, device.author, [9], device.now())
-    assert device.store._all("SELECT seq FROM damaged_messages") == [(9,)]
+    assert device.store.pending_messages([9]) != []
+    quarantine_damaged(device.store, device.author, [9], device.now())
+    assert device.store._fetch_all("SELECT seq FROM damaged_messages") == [(9,)]
     assert device.declared() == device.gone() == {2, 3, 6, 9}
     reasons = [(body.evidence["reason"], body.evidence["seq"]) for body in device.evictions()]
     assert reasons == [(NO_ROOM, [[6, 6]]), (DAMAGED, [[2, 3], [9, 9]])]
@@ -397,7 +397,7 @@ def test_a_declaration_that_the_disk_has_changed_waits_to_be_set_aside_however_s
     device.turns(200)
     assert 9 in device.kept()
     assert len(device.gone()) > 10
-    declare_damaged(device.store, device.author, [9], device.now())
+    quarantine_damaged(device.store, device.author, [9], device.now())
     assert device.declared() == device.gone()
 
 
@@ -407,7 +407,7 @@ def test_what_a_damaged_declaration_said_of_messages_that_were_acknowledged_is_n
     device.acknowledge(4)
     evict(device, [(3, 5)])
     flip(device, 9, '"evidence":{', '"evidence":[')
-    declare_damaged(device.store, device.author, [9], device.now())
+    quarantine_damaged(device.store, device.author, [9], device.now())
     assert device.declared() == {5, 9}
 
 
@@ -415,14 +415,14 @@ def test_what_is_kept_for_a_while_goes_after_it_and_a_clock_set_far_ahead_delete
     device = make()
     device.write("health", 10, size=10)
     with device.store.transaction() as tx:
-        tx.outbox.set_acknowledged(Acknowledged(8, ((3, 4),)))
+        tx.outbox.set_acknowledged(AcknowledgedSeqs(8, ((3, 4),)))
         tx.set_meta("acknowledged when", "[[1000, 8]]")
     for boot_s, left in ((1000 + 47 * 3600.0, 10), (1000 + 49 * 3600.0, 4)):
         device.boot_s = boot_s
-        device.space.turn(Now(WALL_US + 10**15, boot_s, "synced"))
+        device.space.tick(ClockReading(WALL_US + 10**15, boot_s, "synced"))
         assert len(device.kept()) == left
     assert device.kept() == [3, 4, 9, 10]
-    assert device.store.waiting().messages == 4
+    assert device.store.backlog().messages == 4
     assert device.evictions() == []
 
 
@@ -431,16 +431,16 @@ def test_counts_of_what_waits_are_those_of_the_table(make: Make) -> None:
     device.write("health", 30, size=100)
     device.acknowledge(7)
     with device.store.transaction() as tx:
-        tx.outbox.set_acknowledged(Acknowledged(20, ((9, 12), (15, 15))))
+        tx.outbox.set_acknowledged(AcknowledgedSeqs(20, ((9, 12), (15, 15))))
         tx.outbox.delete([1, 9, 30])
     with device.store.transaction() as tx:
-        assert tx.outbox.set_acknowledged(Acknowledged(6)) == []
-        assert tx.outbox.set_acknowledged(Acknowledged(0)) == [(1, 1)]
-    found = device.store._all("SELECT count(*), sum(length(payload) + length(jws) + length(topic)) FROM outbox")
-    waiting = device.store.waiting()
+        assert tx.outbox.set_acknowledged(AcknowledgedSeqs(6)) == []
+        assert tx.outbox.set_acknowledged(AcknowledgedSeqs(0)) == [(1, 1)]
+    found = device.store._fetch_all("SELECT count(*), sum(length(payload) + length(jws) + length(topic)) FROM outbox")
+    waiting = device.store.backlog()
     assert [(waiting.messages, waiting.bytes)] == found
     assert waiting.messages == 27
-    assert ranges.of(device.kept()) == [(2, 8), (10, 29)]
+    assert ranges.from_numbers(device.kept()) == [(2, 8), (10, 29)]
 
 
 def steps(device: Device, look: Callable[[], object]) -> int:
@@ -468,8 +468,8 @@ def test_looking_at_the_outbox_costs_the_same_however_much_waits_or_is_kept(make
         device.acknowledge(kept)
 
         def look(store: Store = device.store, kept: int = kept) -> None:
-            assert [message.seq for message in store.unsent(0, 5)] == list(range(kept + 1, kept + 6))
-            assert [message.seq for message in store.pending([1, kept + 7])] == [kept + 7]
+            assert [message.seq for message in store.unacknowledged_messages(0, 5)] == list(range(kept + 1, kept + 6))
+            assert [message.seq for message in store.pending_messages([1, kept + 7])] == [kept + 7]
             assert store.outbox_size()[0] > 0
 
         costs.append(steps(device, look))
@@ -480,27 +480,27 @@ def test_results_kept_for_labels_go_before_anything_that_was_not_delivered(make:
     device = make()
     row = np.arange(1, 401, dtype=np.int64)
     while device.store.used_bytes() < 0.5 * device.store.limit_bytes():
-        given = Given("sha256:a", row, row * 1000, row % 7, np.random.default_rng(0).random(400), None, {})
+        given = StoredPredictions("sha256:a", row, row * 1000, row % 7, np.random.default_rng(0).random(400), None, {})
         with device.store.transaction() as tx:
-            tx.labels.keep("exercise", given, 1000.0)
+            tx.labels.store_predictions("exercise", given, 1000.0)
         row = row + 400
     device.fill()
     device.turns()
     assert device.store.used_bytes() < 0.86 * device.store.limit_bytes()
     assert device.evictions() == []
-    kept = device.store.ask(labels.span, "exercise")
+    kept = device.store.query(labels.load_span, "exercise")
     assert kept is None or kept.first > 1
 
 
 def test_results_kept_for_labels_go_after_the_time_the_config_says(make: Make) -> None:
     device = make()
     row = np.arange(1, 11, dtype=np.int64)
-    given = Given("sha256:a", row, row * 1000, row % 7, None, None, {})
+    given = StoredPredictions("sha256:a", row, row * 1000, row % 7, None, None, {})
     with device.store.transaction() as tx:
-        tx.labels.keep("exercise", given, tx.uptime_s(device.now()))
+        tx.labels.store_predictions("exercise", given, tx.uptime_s(device.now()))
     device.boot_s += 6.9 * 86_400
     device.turns(20)
-    assert device.store.ask(labels.span, "exercise") is not None
+    assert device.store.query(labels.load_span, "exercise") is not None
     device.boot_s += 0.2 * 86_400
     device.turns(20)
-    assert device.store.ask(labels.span, "exercise") is None
+    assert device.store.query(labels.load_span, "exercise") is None

@@ -22,19 +22,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agent import clock
-from agent.config import Field, Stream
-from agent.device.intake.group_commit import Group
+from agent.config import FieldConfig, StreamConfig
+from agent.device.intake.group_commit import GroupCommit
 from agent.device.store import schema
-from agent.device.store.quota import PAGE
-from agent.device.store.retention import Acknowledged
-from agent.device.store.rows import Raw, Rows, check, concatenate
-from agent.device.store.store import Batch, Store
-from agent.device.store.transaction import Pending, Trimmed
+from agent.device.store.quota import PAGE_SIZE
+from agent.device.store.retention import AcknowledgedSeqs
+from agent.device.store.rows import RawColumns, Rows, concatenate, validate_columns
+from agent.device.store.store import RowBatch, Store
+from agent.device.store.transaction import OutboxMessage, TrimmedChunks
 from agent.errors import StorageBusy, StorageError, StorageFull, UsageError
 from tests.kit.stations import ROOT, rows_of
 from tests.kit.stores import filled, say
 
-NUMBERS = Stream(fields=[Field(name="n", type="i64")])
+NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64")])
 STREAMS = {"numbers": NUMBERS}
 
 
@@ -46,7 +46,7 @@ def numbers(first: int, n: int = 1) -> Rows:
 
 def opened(folder: Path, **options: Any) -> Store:
     store = Store(folder, **options)
-    store.declare(STREAMS)
+    store.declare_streams(STREAMS)
     return store
 
 
@@ -148,7 +148,7 @@ def test_the_locks_that_keep_other_programs_from_deleting_the_log_stay(tmp_path:
             assert locked(store.path)
             assert locked(store.path.with_name("outstation.db-shm"))
             append(store, numbers(store.last_row("numbers") + 1, 100))
-            assert store.take("numbers", NUMBERS.fields, first - 1, 10)
+            assert store.read_rows("numbers", NUMBERS.fields, first - 1, 10)
         store.used_bytes()
         store.limit_bytes()
         assert locked(store.path)
@@ -160,12 +160,12 @@ def test_a_transaction_that_raises_leaves_nothing_behind(tmp_path: Path) -> None
     store = opened(tmp_path)
     with pytest.raises(RuntimeError), store.transaction() as tx:  # noqa: PT012
         tx.append("numbers", numbers(1, 5), "synced")
-        tx.set_mark("client", "a", 5)
-        tx.advance("task", 1, 5)
-        tx.enqueue(Pending(1, "topic", b"{}", "jws", "now"), "digest")
+        tx.set_source_position("client", "a", 5)
+        tx.advance_cursor("task", 1, 5)
+        tx.enqueue(OutboxMessage(1, "topic", b"{}", "jws", "now"), "digest")
         raise RuntimeError
     assert store.last_row("numbers") == 0
-    assert store.mark("client", "a") == 0
+    assert store.source_position("client", "a") == 0
     assert store.cursor("task") is None
     assert store.outbox_size() == (0, 0)
     assert append(store, numbers(1, 3)) == 3
@@ -206,7 +206,7 @@ def test_a_reader_beside_the_writer_sees_each_commit_and_cannot_write(tmp_path: 
     assert values(reader) == [1, 2, 3, 4, 5]
     assert reader.log_id == store.log_id
     with pytest.raises(StorageError, match="READONLY"), reader.transaction() as tx:
-        tx.set_mark("client", "a", 1)
+        tx.set_source_position("client", "a", 1)
     reader.close()
     store.close()
 
@@ -221,11 +221,15 @@ def test_a_reader_without_a_store_to_read_is_told(tmp_path: Path) -> None:
 
 
 def test_the_pragmas_that_safety_hangs_on_are_in_force(tmp_path: Path) -> None:
-    store = Store(tmp_path, max_size=1000 * PAGE)
-    read = {name: store._one(f"PRAGMA {name}") for name in ("journal_mode", "synchronous", "max_page_count")}
-    assert read == {"journal_mode": ("wal",), "synchronous": (2,), "max_page_count": (store.quota.pages // PAGE,)}
-    others = {name: store._one(f"PRAGMA {name}") for name in ("foreign_keys", "trusted_schema", "page_size")}
-    assert others == {"foreign_keys": (1,), "trusted_schema": (0,), "page_size": (PAGE,)}
+    store = Store(tmp_path, max_size=1000 * PAGE_SIZE)
+    read = {name: store._fetch_one(f"PRAGMA {name}") for name in ("journal_mode", "synchronous", "max_page_count")}
+    assert read == {
+        "journal_mode": ("wal",),
+        "synchronous": (2,),
+        "max_page_count": (store.quota.database_bytes // PAGE_SIZE,),
+    }
+    others = {name: store._fetch_one(f"PRAGMA {name}") for name in ("foreign_keys", "trusted_schema", "page_size")}
+    assert others == {"foreign_keys": (1,), "trusted_schema": (0,), "page_size": (PAGE_SIZE,)}
     store.close()
 
 
@@ -283,13 +287,13 @@ def test_a_file_that_is_no_database_is_set_aside_as_it_is(tmp_path: Path) -> Non
 
 def fill(store: Store) -> int:
     """Group commits until the store takes no more; how many rows it acknowledged."""
-    group = Group(store, STREAMS)
+    group = GroupCommit(store, STREAMS)
     while True:
         first = store.last_row("numbers") + 1
-        raw = Raw(500, None, {"n": list(range(first, first + 500))})
-        group.add("producer", "numbers", check(raw, NUMBERS, 0, None), list(range(500)), clock.read())
+        raw = RawColumns(500, None, {"n": list(range(first, first + 500))})
+        group.add_rows("producer", "numbers", validate_columns(raw, NUMBERS, 0, None), list(range(500)), clock.read())
         outcome = group.commit(clock.read())["producer"]
-        if outcome.full:
+        if outcome.is_store_full:
             assert outcome.accepted == 0
             assert len(outcome.rejected) == 500
             assert "not stored" in outcome.rejected[0][1]
@@ -298,15 +302,15 @@ def fill(store: Store) -> int:
 
 
 def test_a_full_store_refuses_rows_loses_none_and_takes_more_once_some_were_trimmed(tmp_path: Path) -> None:
-    store = opened(tmp_path, max_size=200 * PAGE)
+    store = opened(tmp_path, max_size=200 * PAGE_SIZE)
     taken = fill(store)
     assert taken > 10_000
     assert fill(store) == taken
     assert values(store) == list(range(1, taken + 1))
-    gone: list[Trimmed] = []
+    gone: list[TrimmedChunks] = []
     while not gone or gone[-1].last < taken // 2 - 500:
         with store.transaction() as tx:
-            one = tx.trim("numbers", taken // 2, 2**62, 1000)
+            one = tx.trim_rows("numbers", taken // 2, 2**62, 1000)
         assert one is not None
         gone.append(one)
     assert sum(one.chunks for one in gone) > 5
@@ -314,7 +318,7 @@ def test_a_full_store_refuses_rows_loses_none_and_takes_more_once_some_were_trim
     assert store.first_row("numbers") > taken // 3
     again = fill(store)
     assert again > taken
-    batch = store.take("numbers", NUMBERS.fields, store.first_row("numbers") - 1, 10**6)
+    batch = store.read_rows("numbers", NUMBERS.fields, store.first_row("numbers") - 1, 10**6)
     assert batch is not None
     assert batch.rows.columns[0].tolist() == list(range(store.first_row("numbers"), again + 1))
     store.close()
@@ -329,13 +333,13 @@ def test_while_a_part_of_a_backlog_is_put_together_another_thread_can_make_room(
     emptied: list[bool] = []
 
     def meanwhile(parts: list[Rows]) -> Rows:
-        other = threading.Thread(target=lambda: emptied.append(store._keeper._is_emptied(store._db)))
+        other = threading.Thread(target=lambda: emptied.append(store._quota_enforcer._restart_wal(store._db)))
         other.start()
         other.join()
         return concatenate(parts)
 
     monkeypatch.setattr("agent.device.store.store.concatenate", meanwhile)
-    taken = store.take("numbers", NUMBERS.fields, 0, 25)
+    taken = store.read_rows("numbers", NUMBERS.fields, 0, 25)
     assert taken is not None
     assert len(taken.rows) == 25
     assert emptied == [True]
@@ -343,22 +347,22 @@ def test_while_a_part_of_a_backlog_is_put_together_another_thread_can_make_room(
 
 
 def test_results_and_deletions_still_find_room_when_intake_is_full(tmp_path: Path) -> None:
-    store = opened(tmp_path, max_size=200 * PAGE)
+    store = opened(tmp_path, max_size=200 * PAGE_SIZE)
     fill(store)
     with store.transaction() as tx:
-        tx.enqueue(Pending(1, "topic", b"x" * 5000, "jws", "now"), "digest")
-        tx.advance("task", 1, 100)
-        tx.trim("numbers", 100, 2**62, 10)
+        tx.enqueue(OutboxMessage(1, "topic", b"x" * 5000, "jws", "now"), "digest")
+        tx.advance_cursor("task", 1, 100)
+        tx.trim_rows("numbers", 100, 2**62, 10)
     assert store.outbox_size() == (1, 1)
     store.close()
 
 
 def test_rows_wait_for_a_commit_only_until_they_are_enough_for_one_transaction(tmp_path: Path) -> None:
-    store = opened(tmp_path, max_size=256 * PAGE)
-    group, first = Group(store, STREAMS), 1
+    store = opened(tmp_path, max_size=256 * PAGE_SIZE)
+    group, first = GroupCommit(store, STREAMS), 1
     while not group.is_full:
-        raw = Raw(500, None, {"n": list(range(first, first + 500))})
-        group.add("producer", "numbers", check(raw, NUMBERS, 0, None), list(range(500)), clock.read())
+        raw = RawColumns(500, None, {"n": list(range(first, first + 500))})
+        group.add_rows("producer", "numbers", validate_columns(raw, NUMBERS, 0, None), list(range(500)), clock.read())
         first += 500
     assert 1000 < first < 16_384
     assert group.commit(clock.read())["producer"].accepted == first - 1
@@ -367,12 +371,12 @@ def test_rows_wait_for_a_commit_only_until_they_are_enough_for_one_transaction(t
 
 
 def test_a_transaction_over_the_quota_is_refused_as_a_whole(tmp_path: Path) -> None:
-    store = opened(tmp_path, max_size=256 * PAGE)
+    store = opened(tmp_path, max_size=256 * PAGE_SIZE)
     append(store, numbers(1, 10))
     with pytest.raises(StorageFull, match=r"\[buffer\] max_size"), store.transaction() as tx:  # noqa: PT012
-        tx.set_mark("client", "a", 7)
+        tx.set_source_position("client", "a", 7)
         tx.append("numbers", numbers(11, 100_000), "synced")
-    assert store.mark("client", "a") == 0
+    assert store.source_position("client", "a") == 0
     assert values(store) == list(range(1, 11))
     assert append(store, numbers(11, 10)) == 20
     store.close()
@@ -436,18 +440,18 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
 def test_what_is_taken_is_what_was_appended_for_any_chunks_and_limits(
     shelf: Store, chunks: list[int], after: int, limit: int, noise: list[int]
 ) -> None:
-    name = f"s{shelf.meta('count', '0')}"
+    name = f"s{shelf.get_meta('count', '0')}"
     with shelf.transaction() as tx:
         tx.set_meta("count", str(int(name[1:]) + 1))
         for stream in (name, f"{name}.other"):
-            tx.declare(stream, "[]")
+            tx.declare_stream(stream, "[]")
         last = 0
         for index, n in enumerate(chunks):
             last = tx.append(name, numbers(last + 1, n), "synced")
             if index in noise:
                 tx.append(f"{name}.other", numbers(999, 3), "synced")
     assert last == sum(chunks)
-    batch = shelf.take(name, NUMBERS.fields, after, limit)
+    batch = shelf.read_rows(name, NUMBERS.fields, after, limit)
     expected = list(range(after + 1, min(last, after + limit) + 1))
     if not expected:
         assert batch is None
@@ -457,7 +461,7 @@ def test_what_is_taken_is_what_was_appended_for_any_chunks_and_limits(
     assert batch.rows.columns[0].tolist() == expected
     assert batch.rows.t.tolist() == [1000 * n for n in expected]
     walked, at = [], 0
-    while (part := shelf.take(name, NUMBERS.fields, at, limit)) is not None:
+    while (part := shelf.read_rows(name, NUMBERS.fields, at, limit)) is not None:
         assert part.first == at + 1
         walked.append(part.rows)
         at = part.last
@@ -466,7 +470,9 @@ def test_what_is_taken_is_what_was_appended_for_any_chunks_and_limits(
 
 def test_taking_uses_the_index_and_costs_the_same_however_much_waits(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    plan = store._all(f"EXPLAIN QUERY PLAN {schema.TAKE}".replace(":stream", "'numbers'").replace(":after", "100000"))
+    plan = store._fetch_all(
+        f"EXPLAIN QUERY PLAN {schema.SELECT_CHUNKS}".replace(":stream", "'numbers'").replace(":after", "100000")
+    )
     said = " | ".join(str(row[3]) for row in plan)
     assert "SEARCH chunks USING INDEX chunk_rows (stream=? AND first_row>?)" in said
     assert "SCAN chunks" not in said
@@ -479,7 +485,7 @@ def test_taking_uses_the_index_and_costs_the_same_however_much_waits(tmp_path: P
         ticks: list[int] = []
         store._db.set_progress_handler(partial(ticks.append, 0), 1)
         for after in (5, last - 30):
-            assert store.take("numbers", NUMBERS.fields, after, 20) is not None
+            assert store.read_rows("numbers", NUMBERS.fields, after, 20) is not None
         store._db.set_progress_handler(None, 1)
         steps.append(len(ticks))
     assert steps[1] < steps[0] * 1.5
@@ -488,8 +494,8 @@ def test_taking_uses_the_index_and_costs_the_same_however_much_waits(tmp_path: P
 
 def test_nothing_is_taken_from_a_stream_that_has_nothing_or_is_not_there(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    assert store.take("numbers", NUMBERS.fields, 0, 10) is None
-    assert store.take("nobody", NUMBERS.fields, 0, 10) is None
+    assert store.read_rows("numbers", NUMBERS.fields, 0, 10) is None
+    assert store.read_rows("nobody", NUMBERS.fields, 0, 10) is None
     assert (store.first_row("numbers"), store.last_row("nobody")) == (1, 0)
     store.close()
 
@@ -514,15 +520,15 @@ def damaged(folder: Path) -> Store:
 def test_a_damaged_chunk_is_told_by_its_rows_and_those_around_it_are_given(tmp_path: Path) -> None:
     store = damaged(tmp_path)
 
-    def take(after: int, limit: int = 100) -> Batch:
-        batch = store.take("numbers", NUMBERS.fields, after, limit)
+    def take(after: int, limit: int = 100) -> RowBatch:
+        batch = store.read_rows("numbers", NUMBERS.fields, after, limit)
         assert batch is not None
         return batch
 
     before, lost, rest = take(0), take(10), take(20)
-    assert (before.first, before.last, before.lost) == (1, 10, None)
-    assert (lost.first, lost.last, lost.lost, len(lost.rows)) == (11, 20, "CRC does not match", 0)
-    assert (rest.first, rest.last, rest.lost) == (21, 30, None)
+    assert (before.first, before.last, before.loss_reason) == (1, 10, None)
+    assert (lost.first, lost.last, lost.loss_reason, len(lost.rows)) == (11, 20, "CRC does not match", 0)
+    assert (rest.first, rest.last, rest.loss_reason) == (21, 30, None)
     assert (take(14).first, take(14).last) == (15, 20)
     store.close()
 
@@ -538,9 +544,9 @@ def test_any_other_damage_to_a_chunk_is_found_too(tmp_path: Path, damage: str) -
     db.execute(f"UPDATE chunks SET {damage}")
     db.close()
     store = opened(tmp_path)
-    batch = store.take("numbers", NUMBERS.fields, 0, 100)
+    batch = store.read_rows("numbers", NUMBERS.fields, 0, 100)
     assert batch is not None
-    assert batch.lost is not None
+    assert batch.loss_reason is not None
     store.close()
 
 
@@ -564,8 +570,8 @@ def test_a_chunk_whose_count_is_damaged_takes_no_good_chunk_with_it(tmp_path: Pa
     store = opened(tmp_path)
     lost: list[int] = []
     at = 0
-    while (batch := store.take("numbers", NUMBERS.fields, at, 100)) is not None:
-        if batch.lost:
+    while (batch := store.read_rows("numbers", NUMBERS.fields, at, 100)) is not None:
+        if batch.loss_reason:
             lost += range(batch.first, batch.last + 1)
         at = batch.last
     assert lost == list(range(11, 21))
@@ -576,11 +582,11 @@ def test_a_chunk_whose_count_is_damaged_takes_no_good_chunk_with_it(tmp_path: Pa
 def test_a_damaged_chunk_that_was_set_aside_is_lost_to_every_task_and_kept_for_a_look(tmp_path: Path) -> None:
     store = damaged(tmp_path)
     with store.transaction() as tx:
-        tx.set_aside("numbers", 11, 20)
+        tx.quarantine_rows("numbers", 11, 20)
     for after, first, last, lost in [(0, 1, 10, False), (10, 11, 20, True), (14, 15, 20, True), (20, 21, 30, False)]:
-        batch = store.take("numbers", NUMBERS.fields, after, 100)
+        batch = store.read_rows("numbers", NUMBERS.fields, after, 100)
         assert batch is not None
-        assert (batch.first, batch.last, batch.lost is not None) == (first, last, lost)
+        assert (batch.first, batch.last, batch.loss_reason is not None) == (first, last, lost)
     store.close()
     db = raw_database(tmp_path)
     assert db.execute("SELECT first_row, n, length(data) FROM damaged").fetchall() == [(11, 10, 120)]
@@ -592,14 +598,14 @@ def test_a_damaged_chunk_that_was_set_aside_is_lost_to_every_task_and_kept_for_a
 
 def test_the_fields_of_a_stream_with_rows_do_not_change_and_those_of_an_empty_one_may(tmp_path: Path) -> None:
     store = opened(tmp_path)
-    other = Stream(fields=[Field(name="n", type="f64")])
-    store.declare({"numbers": other})
-    store.declare({"numbers": NUMBERS})
+    other = StreamConfig(fields=[FieldConfig(name="n", type="f64")])
+    store.declare_streams({"numbers": other})
+    store.declare_streams({"numbers": NUMBERS})
     append(store, numbers(1, 1))
     with pytest.raises(UsageError, match=r"streams\.numbers\.fields: .* give the changed stream a new name"):
-        store.declare({"numbers": other})
-    limits = Stream(fields=[Field(name="n", type="i64", unit="m", min=0, max=10)])
-    store.declare({"numbers": limits})
+        store.declare_streams({"numbers": other})
+    limits = StreamConfig(fields=[FieldConfig(name="n", type="i64", unit="m", min=0, max=10)])
+    store.declare_streams({"numbers": limits})
     assert values(store) == [1]
     store.close()
 
@@ -607,16 +613,16 @@ def test_the_fields_of_a_stream_with_rows_do_not_change_and_those_of_an_empty_on
 def test_category_codes_stay_what_they_were_and_end_at_65535(tmp_path: Path) -> None:
     store = opened(tmp_path)
     with store.transaction() as tx:
-        assert tx.category_codes("s", "mode", ["on", "", "off", "on"]) == [1, 0, 2, 1]
+        assert tx.assign_category_codes("s", "mode", ["on", "", "off", "on"]) == [1, 0, 2, 1]
     store.close()
     store = opened(tmp_path)
     with store.transaction() as tx:
-        assert tx.category_codes("s", "mode", ["new", "off"]) == [3, 2]
-        assert tx.category_codes("s", "other", ["off"]) == [1]
+        assert tx.assign_category_codes("s", "mode", ["new", "off"]) == [3, 2]
+        assert tx.assign_category_codes("s", "other", ["off"]) == [1]
     assert store.categories("s", "mode") == ["", "on", "off", "new"]
     with store.transaction() as tx:
         many = [f"c{i}" for i in range(65_535)]
-        codes = tx.category_codes("s", "many", [*many, "one too many", "c0"])
+        codes = tx.assign_category_codes("s", "many", [*many, "one too many", "c0"])
     assert codes[-3:] == [65_535, -1, 1]
     store.close()
 
@@ -625,18 +631,18 @@ def test_the_outbox_is_numbered_without_a_gap_and_deleted_as_acknowledged(tmp_pa
     store = opened(tmp_path)
     with store.transaction() as tx:
         for _ in range(6):
-            seq, digest = tx.chain()
+            seq, digest = tx.log_head()
             assert digest == (f"digest {seq}" if seq else "")
-            tx.enqueue(Pending(seq + 1, "topic", b"{}", "jws", "now"), f"digest {seq + 1}")
+            tx.enqueue(OutboxMessage(seq + 1, "topic", b"{}", "jws", "now"), f"digest {seq + 1}")
     with pytest.raises(RuntimeError), store.transaction() as tx:  # noqa: PT012
-        tx.enqueue(Pending(tx.chain()[0] + 1, "topic", b"{}", "jws", "now"), "digest 7")
+        tx.enqueue(OutboxMessage(tx.log_head()[0] + 1, "topic", b"{}", "jws", "now"), "digest 7")
         raise RuntimeError
     with store.transaction() as tx:
-        assert tx.chain() == (6, "digest 6")
-        assert tx.outbox.set_acknowledged(Acknowledged(5, ((2, 3),))) == []
-    assert [message.seq for message in store.unsent(0, 10)] == [2, 3, 6]
-    assert [message.seq for message in store.unsent(2, 1)] == [3]
-    assert [message.seq for message in store.pending([1, 3, 6])] == [3, 6]
+        assert tx.log_head() == (6, "digest 6")
+        assert tx.outbox.set_acknowledged(AcknowledgedSeqs(5, ((2, 3),))) == []
+    assert [message.seq for message in store.unacknowledged_messages(0, 10)] == [2, 3, 6]
+    assert [message.seq for message in store.unacknowledged_messages(2, 1)] == [3]
+    assert [message.seq for message in store.pending_messages([1, 3, 6])] == [3, 6]
     assert store.outbox_size() == (3, 6)
     store.close()
 
@@ -645,9 +651,9 @@ def test_of_alerts_the_newest_thousand_are_kept(tmp_path: Path) -> None:
     store = opened(tmp_path)
     with store.transaction() as tx:
         for i in range(1003):
-            tx.note_alert({"i": i})
-    assert [alert["i"] for alert in store.alerts(2)] == [1002, 1001]
-    assert len(store.alerts(5000)) == 1000
+            tx.record_alert({"i": i})
+    assert [alert["i"] for alert in store.recent_alerts(2)] == [1002, 1001]
+    assert len(store.recent_alerts(5000)) == 1000
     store.close()
 
 
@@ -677,8 +683,8 @@ def test_threads_that_write_at_once_wait_for_each_other(tmp_path: Path) -> None:
 def test_the_newest_message_is_not_taken_for_the_one_that_is_written_meanwhile(tmp_path: Path) -> None:
     store, author = filled(tmp_path)
     seq = say(store, author, "the newest")
-    known = store.digest_of(seq)
-    real, late = store.meta, threading.Thread(target=say, args=(store, author, "a later one"))
+    known = store.message_digest(seq)
+    real, late = store.get_meta, threading.Thread(target=say, args=(store, author, "a later one"))
 
     def meta(key: str, default: str) -> str:
         found = real(key, default)
@@ -688,8 +694,8 @@ def test_the_newest_message_is_not_taken_for_the_one_that_is_written_meanwhile(t
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "meta", meta)
-        assert store.digest_of(seq) == known
+        patch.setattr(store, "get_meta", meta)
+        assert store.message_digest(seq) == known
     late.join()
-    assert store.digest_of(seq) == known
+    assert store.message_digest(seq) == known
     store.close()

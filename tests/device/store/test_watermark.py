@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agent.device.store import watermark
 from agent.device.store.store import Store
-from agent.device.store.watermark import Mark, Watermark
+from agent.device.store.watermark import Watermark, WatermarkState
 from agent.wire.messages import digest
 from tests.kit.stores import alarms, append, declared, filled, opened, pulled, said, say, served
 
@@ -21,7 +21,7 @@ from tests.kit.stores import alarms, append, declared, filled, opened, pulled, s
 def chain_holds(store: Store) -> bool:
     """Whether each message that has its predecessor here names it."""
     bodies = said(store)
-    payloads = {seq: store._all("SELECT payload FROM outbox WHERE seq = ?", seq)[0][0] for seq in bodies}
+    payloads = {seq: store._fetch_all("SELECT payload FROM outbox WHERE seq = ?", seq)[0][0] for seq in bodies}
     return all(body["prev"] == digest(payloads[seq - 1]) for seq, body in bodies.items() if seq - 1 in payloads)
 
 
@@ -33,7 +33,7 @@ def test_an_old_copy_of_the_database_put_back_gives_no_number_twice(tmp_path: Pa
     append(store, "numbers", 30)
     for number in range(5):
         say(store, author, f"after the copy {number}", (51 + number, 51 + number))
-    last = store.meta("digest", "")
+    last = store.get_meta("digest", "")
     store.close()
     shutil.copyfile(old / "outstation.db", tmp_path / "live/outstation.db")
     store, author = opened(tmp_path / "live")
@@ -128,7 +128,7 @@ def test_the_database_of_another_log_is_taken_over_with_a_log_of_its_own(tmp_pat
     assert [bodies[seq]["reissued"]["seq"] for seq in range(1, 5)] == [3, 4, 5, 6]
     assert bodies[5]["event"] == "new log"
     assert chain_holds(store)
-    assert len(store.unsent(0, 100)) == store.waiting().messages == 6
+    assert len(store.unacknowledged_messages(0, 100)) == store.backlog().messages == 6
     store.close()
 
 
@@ -147,13 +147,13 @@ def test_a_slot_that_is_not_whole_counts_for_nothing(number: int, body: bytes, d
 def test_a_torn_write_leaves_the_one_before(tmp_path: Path) -> None:
     one = Watermark(tmp_path)
     for seq in range(1, 6):
-        one.put(Mark("log", seq, f"digest {seq}", 1, "acme/pi-07", {}, {}))
+        one.save(WatermarkState("log", seq, f"digest {seq}", 1, "acme/pi-07", {}, {}))
     one.close()
     data = bytearray((tmp_path / "watermark").read_bytes())
     newest = data.index(b"digest 5")
     data[newest] ^= 1
     (tmp_path / "watermark").write_bytes(data)
-    mark = watermark.read(tmp_path)
+    mark = watermark.load(tmp_path)
     assert mark is not None
     assert mark.seq == 4
 
@@ -176,11 +176,11 @@ def test_a_watermark_that_cannot_be_written_stops_nobody(tmp_path: Path, monkeyp
 
 def test_a_watermark_costs_little_beside_its_commit(tmp_path: Path) -> None:
     store, author = filled(tmp_path, chunks=2, messages=2, acknowledged=0)
-    mark = store._watermark.mark
+    mark = store._watermark.state
     assert mark is not None
     began = time.perf_counter()
     for _ in range(200):
-        store._watermark.put(mark)
+        store._watermark.save(mark)
     each_us = (time.perf_counter() - began) / 200 * 1e6
     began = time.perf_counter()
     for number in range(20):

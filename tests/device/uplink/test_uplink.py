@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from agent import config
-from agent.config import Broker, Config
-from agent.device.store.message_log import Author
+from agent.config import BrokerConfig, Config
+from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
 from agent.device.uplink import session, uplink
@@ -26,19 +26,19 @@ from agent.errors import LinkDown, StorageForked, StorageFull
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
-from agent.testing.lossy_link import Air, AirLink, Weather, matches
-from agent.transport.packets import GZIP, Delivery, Outgoing, Receipt
+from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink, topic_matches
+from agent.transport.packets import GZIP, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
-from agent.wire.keys import SigningKey, b64url
-from agent.wire.messages import Ack, Logged, State, encode, open_message
+from agent.wire.keys import SigningKey, b64url_encode
+from agent.wire.messages import AckPayload, LoggedPayload, StatePayload, encode, verify_message
 from tests.kit.senders import new_key
 
 FLEET, DEVICE = "acme", "pi-07"
 REFUSED = "acknowledgements refused"
 ACK_TOPIC = f"outstation/{FLEET}/{DEVICE}/ack"
 TIME = "2026-11-24T22:18:01.000000Z"
-CALM = Weather()
-STORM = Weather(lose=0.1, repeat=0.1, delay_s=2.0, split=0.5, cut=0.01)
+CALM = LinkConditions()
+STORM = LinkConditions(loss=0.1, duplication=0.1, delay_s=2.0, partial_receive=0.5, disconnect=0.01)
 
 
 def is_empty(world: World) -> bool:
@@ -63,14 +63,14 @@ def ack_body(log: str, through: int, missing: list[tuple[int, int]], device: str
 class CollectorModel:
     """The contract's collector in thirty lines: stores by (log, seq), answers each group of messages with one ack."""
 
-    air: Air
+    air: LossyBroker
     key: SigningKey
     device_key: SigningKey
     stored: dict[tuple[str, int], bytes] = field(default_factory=dict)
     arrivals: Counter[int] = field(default_factory=Counter)
     deaf_to: set[int] = field(default_factory=set)
     away: bool = False
-    link: AirLink | None = None
+    link: LossyLink | None = None
 
     def turn(self) -> None:
         if self.away:
@@ -103,16 +103,16 @@ class CollectorModel:
             through, gaps = gaps[100][0] - 1, gaps[:100]
         payload, token = signed(self.key, ACK_TOPIC, ack_body(log, through, gaps))
         if self.link is not None:
-            self.link.send(Outgoing(ACK_TOPIC, payload, (("jws", token),), retain=True))
+            self.link.send(OutgoingMessage(ACK_TOPIC, payload, (("jws", token),), retain=True))
 
-    def _take(self, link: AirLink) -> None:
+    def _take(self, link: LossyLink) -> None:
         logs = set()
         for event in link.receive(0.0):
-            if isinstance(event, Receipt):
+            if isinstance(event, PublishReceipt):
                 continue
             signer = jws.Signer(DEVICE, self.device_key.public)
-            body = open_message(event.topic, event.payload, event.tokens, {signer.key.kid: signer}.get).body
-            assert isinstance(body, Logged)
+            body = verify_message(event.topic, event.payload, event.tokens, {signer.key.kid: signer}.get).body
+            assert isinstance(body, LoggedPayload)
             self.arrivals[body.seq] += 1
             if body.seq in self.deaf_to:
                 self.deaf_to.discard(body.seq)
@@ -131,7 +131,7 @@ class World:
     def __init__(
         self,
         folder: Path,
-        weather: Weather = CALM,
+        weather: LinkConditions = CALM,
         *,
         seed: int = 0,
         window: int = 20,
@@ -139,15 +139,15 @@ class World:
         delivery: Any = "collector",
     ) -> None:
         random.seed(seed)
-        self.air = Air(seed, weather, window=window, max_packet=max_packet)
+        self.air = LossyBroker(seed, weather, window=window, max_packet=max_packet)
         self.key, self.collector_key = new_key(1), new_key(2)
         self.store = Store(folder / "data")
-        self.author = Author(FLEET, DEVICE, self.key, self.store.log_id, self.store.boot, 120_000)
+        self.author = MessageLog(FLEET, DEVICE, self.key, self.store.log_id, self.store.boot, 120_000)
         self.collector = CollectorModel(self.air, self.collector_key, self.key)
-        self.air.others.append(self.collector.turn)
+        self.air.tick_callbacks.append(self.collector.turn)
         self.conf = Config(
-            device=config.Device(id=DEVICE, fleet=FLEET),
-            collector=config.Collector(key=self.collector_key.public.text, delivery=delivery),
+            device=config.DeviceConfig(id=DEVICE, fleet=FLEET),
+            collector=config.CollectorConfig(key=self.collector_key.public.text, delivery=delivery),
         )
         self.pauses: list[float] = []
         self.done: list[object] = []
@@ -169,7 +169,7 @@ class World:
         for start in range(0, n, 500):
             with self.store.transaction() as tx:
                 for _ in range(min(500, n - start)):
-                    self.author.write(tx, "health", None, {"pad": "x" * size}, self.air.now())
+                    self.author.append(tx, "health", None, {"pad": "x" * size}, self.air.now())
 
     def waiting(self) -> set[int]:
         """What is in the outbox and not acknowledged."""
@@ -177,7 +177,7 @@ class World:
         return self.kept() - {seq for first, last in acknowledged.ranges for seq in range(first, last + 1)}
 
     def kept(self) -> set[int]:
-        return {int(row[0]) for row in self.store._all("SELECT seq FROM outbox")}
+        return {int(row[0]) for row in self.store._fetch_all("SELECT seq FROM outbox")}
 
     def run(self, done: Callable[[], bool], seconds: float, *, drain_s: float = 2.0) -> None:
         """Virtual `seconds` at most; the uplink is stopped then. Whether it was `done` is the caller's to check."""
@@ -186,24 +186,24 @@ class World:
 
         def watch() -> None:
             if not self.uplink._stopping.is_set() and (done() or self.air.clock_s >= end):
-                self.uplink.halt(drain_s)
+                self.uplink.request_stop(drain_s)
 
-        self.air.others.append(watch)
+        self.air.tick_callbacks.append(watch)
         try:
             self.uplink.run()
         finally:
-            self.air.others.remove(watch)
+            self.air.tick_callbacks.remove(watch)
 
     def deliver(self, payload: bytes, *tokens: str, topic: str = ACK_TOPIC) -> None:
         """An acknowledgement out of nowhere."""
-        self.air.inject(DEVICE, Delivery(topic, payload, tokens, False, 9, 1))
+        self.air.inject(DEVICE, IncomingMessage(topic, payload, tokens, False, 9, 1))
 
     def health_published(self) -> int:
         return sum(message.topic.endswith("/health") for message in self.air.published)
 
     def _pause(self, seconds: float) -> None:
         self.pauses.append(seconds)
-        self.air.wait(seconds)
+        self.air.advance(seconds)
 
 
 @pytest.fixture
@@ -239,18 +239,18 @@ def test_everything_written_arrives_exactly_once_and_leaves_only_when_the_collec
         gone = set(range(1, written + 1)) - world.waiting()
         assert gone <= world.collector.seqs(), "left the outbox before the collector had it"
 
-    world.air.others.append(write_and_look)
+    world.air.tick_callbacks.append(write_and_look)
     world.run(lambda: written == 240 and not world.waiting(), 3000)
     assert world.waiting() == set()
     assert sorted(world.collector.stored) == [(world.store.log_id, seq) for seq in range(1, 241)]
-    assert world.air.most_under_way[DEVICE] <= world.air.window
+    assert world.air.max_in_flight[DEVICE] <= world.air.window
 
 
 def test_the_same_seed_gives_the_same_run(make: Callable[..., World]) -> None:
     runs = []
     for _ in range(2):
         world = make(STORM, seed=5)
-        world.author = Author(FLEET, DEVICE, world.key, "7e57ab1e-0000-4000-8000-000000000000", 1, 120_000)
+        world.author = MessageLog(FLEET, DEVICE, world.key, "7e57ab1e-0000-4000-8000-000000000000", 1, 120_000)
         world.write(50)
         world.run(lambda: False, 60)
         runs.append([(message.topic, message.payload) for message in world.air.published])
@@ -264,26 +264,26 @@ def test_the_real_collector_has_every_message_once_and_its_audit_passes(
 ) -> None:
     world = make(STORM, seed=seed)
     world.author.compress = compress
-    world.air.others.clear()
+    world.air.tick_callbacks.clear()
     fleet = FleetStore(world.store.path.with_name("fleet.db"))
     fleet.enrol(DEVICE, world.key.public, replace=False, now=TIME)
 
-    def connect() -> AirLink:
+    def connect() -> LossyLink:
         return world.air.connect(None, "collector", subscribe=[f"outstation/{FLEET}/+/health"], session_expiry_s=60)
 
-    collector = Collector(FLEET, Broker(), fleet, world.collector_key, open_link=connect)
-    link: AirLink | None = None
+    collector = Collector(FLEET, BrokerConfig(), fleet, world.collector_key, open_link=connect)
+    link: LossyLink | None = None
 
     def turn() -> None:
         nonlocal link
         try:
             link = link or connect()
-            collector.turn(link, 0.0)
+            collector.tick(link, 0.0)
         except LinkDown:
-            collector.acknowledger.link_lost()
+            collector.acknowledger.requeue_in_flight()
             link = None
 
-    world.air.others.append(turn)
+    world.air.tick_callbacks.append(turn)
     world.write(150)
     world.run(lambda: not world.waiting(), 1000)
     report = audit(fleet)
@@ -304,7 +304,7 @@ def test_a_broker_that_dies_and_forgets_everything_costs_nothing(world: World) -
             world.air.restart()
             next_death = world.air.clock_s + next(deaths, 1e9)
 
-    world.air.others.append(die)
+    world.air.tick_callbacks.append(die)
     world.run(lambda: not world.waiting() and next_death > 1e8, 600)
     assert world.waiting() == set()
     assert world.collector.seqs() == set(range(1, 501))
@@ -322,7 +322,7 @@ def test_without_a_collector_nothing_leaves_and_nobody_is_flooded(world: World) 
 def test_a_collector_that_comes_back_is_noticed_and_served(world: World) -> None:
     world.collector.leave()
     world.write(3000)
-    world.air.others.append(partial(once, world, 1500, world.collector.come))
+    world.air.tick_callbacks.append(partial(once, world, 1500, world.collector.come))
     world.run(lambda: world.air.clock_s > 1500 and not world.waiting(), 3600)
     assert world.waiting() == set()
     assert world.air.clock_s < 1500 + 150
@@ -354,7 +354,7 @@ def test_a_message_is_not_sent_twice_while_its_acknowledgement_is_under_way(worl
         if world.air.clock_s > 1000 + 30 * len(world.collector.stored) and next(later, None) is not None:
             world.write(1)
 
-    world.air.others.append(write)
+    world.air.tick_callbacks.append(write)
     world.run(lambda: len(world.collector.stored) == 10, 600)
     assert set(world.collector.arrivals.values()) == {1}
 
@@ -377,7 +377,7 @@ def test_an_acknowledgement_stuck_at_an_old_message_does_not_stop_new_ones(
 
 
 def test_repeats_that_are_under_way_are_not_asked_for_again_and_again(make: Callable[..., World]) -> None:
-    world = make(Weather(delay_s=1.5))
+    world = make(LinkConditions(delay_s=1.5))
     world.write(200)
     world.run(lambda: not world.waiting(), 100)
     assert world.collector.arrivals.total() < 1.4 * 200
@@ -387,7 +387,7 @@ def test_what_was_acknowledged_while_the_device_was_away_is_not_sent_again(world
     world.collector.leave()
     world.write(50)
     payload, token = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 49, []))
-    world.air.publish(Outgoing(ACK_TOPIC, payload, (("jws", token),), retain=True))
+    world.air.publish(OutgoingMessage(ACK_TOPIC, payload, (("jws", token),), retain=True))
     world.run(lambda: False, 5)
     assert world.waiting() == {50}
     sent = [json.loads(message.payload) for message in world.air.published if message.topic.endswith("/health")]
@@ -397,7 +397,7 @@ def test_what_was_acknowledged_while_the_device_was_away_is_not_sent_again(world
 def test_a_hundred_acknowledgements_a_second_cost_few_transactions(
     make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = make(Weather(delay_s=0.3), window=5)
+    world = make(LinkConditions(delay_s=0.3), window=5)
     world.write(400)
     commits = Counter[str]()
     transaction = Store.transaction
@@ -410,7 +410,7 @@ def test_a_hundred_acknowledgements_a_second_cost_few_transactions(
 
     monkeypatch.setattr(Store, "transaction", counted)
     acks = Counter[str]()
-    world.air.judge = lambda message: acks.update([message.topic.rsplit("/", 1)[-1]]) or 0
+    world.air.reason_code = lambda message: acks.update([message.topic.rsplit("/", 1)[-1]]) or 0
     began = world.air.clock_s
     world.run(lambda: not world.waiting(), 60)
     assert acks["ack"] >= 50
@@ -437,7 +437,7 @@ def altered(world: World) -> None:
 def claims_the_right_key(world: World) -> None:
     payload = encode(ack_body(world.store.log_id, 5, []))
     head = jws.sign(world.collector_key, ACK_TOPIC, b"other bytes").split("..")[0]
-    world.deliver(payload, f"{head}..{b64url(new_key(99).sign(head.encode() + b'.' + payload))}")
+    world.deliver(payload, f"{head}..{b64url_encode(new_key(99).sign(head.encode() + b'.' + payload))}")
 
 
 def of_another_device(world: World) -> None:
@@ -498,12 +498,12 @@ def test_an_acknowledgement_that_is_not_the_collectors_deletes_nothing_and_is_co
         if world.air.clock_s > 1001 and (next_attack := next(attacks, None)):
             next_attack(world)
 
-    world.air.others.append(strike)
+    world.air.tick_callbacks.append(strike)
     world.run(lambda: False, 20)
     assert world.waiting() >= {1, 2, 3, 4, 5}
     assert world.store.counters()[REFUSED] == 3
     # Of another log: an honest collector can have known this device before.
-    raised = [alert["state"] for alert in world.store.alerts(5)]
+    raised = [alert["state"] for alert in world.store.recent_alerts(5)]
     assert raised == ([] if attack is of_another_log else ["raised"])
 
 
@@ -514,11 +514,11 @@ def test_a_message_that_the_disk_has_changed_is_not_sent_and_the_others_are(worl
     world.run(lambda: {1, 3, 5, 6} <= world.collector.seqs(), 60)
     # 6 declares them; 7 is an alert, which this collector does not listen to.
     assert world.collector.seqs() == {1, 3, 5, 6}
-    assert world.store._all("SELECT seq FROM damaged_messages") == [(2,), (4,)]
+    assert world.store._fetch_all("SELECT seq FROM damaged_messages") == [(2,), (4,)]
     bodies = [json.loads(world.collector.stored[key]) for key in sorted(world.collector.stored)]
     [declared] = [body["evidence"]["seq"] for body in bodies if body.get("event") == "evicted"]
     assert declared == [[2, 2], [4, 4]]
-    assert [body["subject"] for body in world.store.alerts(5)] == ["outbox"]
+    assert [body["subject"] for body in world.store.recent_alerts(5)] == ["outbox"]
 
 
 def test_a_retained_acknowledgement_of_another_history_stops_everything_before_anything_is_sent(world: World) -> None:
@@ -527,12 +527,12 @@ def test_a_retained_acknowledgement_of_another_history_stops_everything_before_a
     body = {**ack_body(world.store.log_id, 9, [(7, 7)]), "digest": "of a message we never wrote"}
     payload, token = signed(world.collector_key, ACK_TOPIC, body)
     other = world.air.connect(None, "collector", subscribe=[], session_expiry_s=3600)
-    other.send(Outgoing(ACK_TOPIC, payload, (("jws", token),), retain=True))
+    other.send(OutgoingMessage(ACK_TOPIC, payload, (("jws", token),), retain=True))
     other.receive(0.0)
     with pytest.raises(StorageForked, match=r"has 9 messages of log .*, this store has written 5"):
         world.run(lambda: False, 20)
     assert world.health_published() == 0
-    plan = json.loads(world.store.meta("new log", ""))
+    plan = json.loads(world.store.get_meta("new log", ""))
     assert (plan["through"], plan["missing"], plan["common"]) == (9, [[7, 7]], 0)
 
 
@@ -543,7 +543,7 @@ def test_an_old_acknowledgement_that_comes_again_changes_nothing(world: World) -
     newest, old = ack_body(log, 4, [(3, 3)]), ack_body(log, 2, [])
     acks = [signed(world.collector_key, ACK_TOPIC, body) for body in (newest, old, old)]
     for clock_s, ack in zip((1001, 1003, 1005), acks, strict=True):
-        world.air.others.append(partial(once, world, clock_s, partial(world.deliver, *ack)))
+        world.air.tick_callbacks.append(partial(once, world, clock_s, partial(world.deliver, *ack)))
     world.run(lambda: False, 8)
     assert world.waiting() == {3, 5}
     assert REFUSED not in world.store.counters()
@@ -557,7 +557,7 @@ def test_a_flood_of_forged_acknowledgements_wears_out_neither_card_nor_journal(
     commits = Counter[str]()
     transaction = Store.transaction
     monkeypatch.setattr(Store, "transaction", lambda store, **_: commits.update(["all"]) or transaction(store))
-    world.air.others.append(lambda: forged(world) if world.air.clock_s < 1100 else None)
+    world.air.tick_callbacks.append(lambda: forged(world) if world.air.clock_s < 1100 else None)
     world.run(lambda: False, 120)
     assert world.store.counters()[REFUSED] > 900
     assert commits["all"] <= 4
@@ -579,7 +579,7 @@ def test_delivery_broker_deletes_what_the_broker_confirmed_and_not_what_nobody_s
             came = True
             world.air.connect(None, "somebody", subscribe=["outstation/#"], session_expiry_s=9)
 
-    world.air.others.append(come)
+    world.air.tick_callbacks.append(come)
     world.run(lambda: came and not world.waiting(), 600)
     assert world.waiting() == set()
     assert world.collector.stored == {}
@@ -597,7 +597,7 @@ def test_a_broker_that_refuses_us_is_asked_less_and_less_often_and_the_log_says_
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.write(5)
-    world.air.judge = lambda message: 0x87 if message.topic.endswith("/health") else 0
+    world.air.reason_code = lambda message: 0x87 if message.topic.endswith("/health") else 0
     world.run(lambda: False, 1800)
     assert 1800 / 60 <= world.air.connects[DEVICE] <= 100
     assert world.waiting() == {1, 2, 3, 4, 5}
@@ -610,7 +610,7 @@ def test_a_state_topic_that_is_refused_does_not_stop_the_results(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     world.write(5)
-    world.air.judge = lambda message: 0x87 if message.topic.endswith("/state") else 0
+    world.air.reason_code = lambda message: 0x87 if message.topic.endswith("/state") else 0
     world.run(lambda: not world.waiting(), 60)
     assert world.waiting() == set()
     assert "refuses outstation/acme/pi-07/state" in caplog.text
@@ -636,8 +636,8 @@ def test_a_message_too_large_for_the_broker_is_held_back_and_the_others_go_on(
 def test_a_message_that_just_fits_is_sent_and_one_byte_more_is_not(make: Callable[..., World]) -> None:
     world = make()
     world.write(1)
-    [message] = world.store.unsent(0, 1)
-    size = session._size(world.author.outgoing(message))
+    [message] = world.store.unacknowledged_messages(0, 1)
+    size = session._packet_size(world.author.to_outgoing(message))
     for limit, left in ((size, set()), (size - 1, {1})):
         other = make(max_packet=limit)
         other.write(1)
@@ -649,32 +649,32 @@ def test_a_message_that_just_fits_is_sent_and_one_byte_more_is_not(make: Callabl
 def test_no_more_is_under_way_than_the_broker_takes_from_hello_to_farewell(
     make: Callable[..., World], window: int
 ) -> None:
-    world = make(Weather(delay_s=0.5), window=window)
+    world = make(LinkConditions(delay_s=0.5), window=window)
     world.write(100)
     world.run(lambda: len(world.collector.stored) > 20, 600, drain_s=0.5)
-    assert world.air.most_under_way[DEVICE] == window
+    assert world.air.max_in_flight[DEVICE] == window
     assert states(world)[-1] == "stopped"
 
 
 def test_a_broker_that_confirms_nothing_any_more_is_left(world: World) -> None:
     world.write(5)
-    world.air.weather = Weather(mute=True)
+    world.air.conditions = LinkConditions(no_receipts=True)
     world.collector.away = True
     world.run(lambda: world.air.connects[DEVICE] > 1, 300)
-    assert 1000 + session.STALLED_S < world.air.clock_s < 1000 + 2 * session.STALLED_S
+    assert 1000 + session.CONFIRM_TIMEOUT_S < world.air.clock_s < 1000 + 2 * session.CONFIRM_TIMEOUT_S
     assert "did not confirm a message" in world.uplink.state or world.air.connects[DEVICE] == 2
 
 
 def test_a_message_that_the_broker_swallowed_is_sent_again_though_it_confirms_others(world: World) -> None:
     def go_on() -> None:
-        world.air.weather = Weather(drop=1.0) if 1005 < world.air.clock_s < 1007 else CALM
+        world.air.conditions = LinkConditions(silent_refusal=1.0) if 1005 < world.air.clock_s < 1007 else CALM
         if world.air.clock_s - 1000 > len(world.kept()):
             world.write(1)
 
-    world.air.others.append(go_on)
-    world.run(lambda: world.air.clock_s > 1000 + 3 * session.STALLED_S, 200)
+    world.air.tick_callbacks.append(go_on)
+    world.run(lambda: world.air.clock_s > 1000 + 3 * session.CONFIRM_TIMEOUT_S, 200)
     assert world.air.connects[DEVICE] == 2
-    assert min(world.waiting(), default=1000) > 2.5 * session.STALLED_S
+    assert min(world.waiting(), default=1000) > 2.5 * session.CONFIRM_TIMEOUT_S
 
 
 def test_greetings_too_large_for_the_broker_are_left_out_and_do_not_cost_the_connection(
@@ -691,13 +691,13 @@ def test_a_connection_on_which_the_collector_answered_is_followed_by_the_next_on
     def go_on() -> None:
         if world.air.clock_s - 1000 > len(world.kept()):
             world.write(1)
-        link = world.air._boxes[DEVICE].link if DEVICE in world.air._boxes else None
+        link = world.air._mailboxes[DEVICE].link if DEVICE in world.air._mailboxes else None
         if link is not None and world.air.clock_s > cuts[-1] + 5:
             cuts.append(world.air.clock_s)
-            link.cut("flapping")
+            link.disconnect("flapping")
 
     cuts = [world.air.clock_s]
-    world.air.others.append(go_on)
+    world.air.tick_callbacks.append(go_on)
     world.run(lambda: len(cuts) > 12, 600)
     assert len(world.pauses) >= 11
     assert max(world.pauses) <= 4.0
@@ -706,7 +706,7 @@ def test_a_connection_on_which_the_collector_answered_is_followed_by_the_next_on
 def test_waits_between_tries_grow_to_a_minute_and_are_spread(world: World) -> None:
     assert [backoff(attempt, 0.0) for attempt in (0, 1, 50)] == [0.5, 0.5, 0.5]
     assert [backoff(attempt, 1.0) for attempt in (0, 1, 2, 3, 4, 50)] == [4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
-    world.air.weather = Weather(cut=1.0)
+    world.air.conditions = LinkConditions(disconnect=1.0)
     world.run(lambda: False, 1800)
     assert 30 <= world.air.connects[DEVICE] <= 100
     assert len(set(world.pauses)) == len(world.pauses)
@@ -758,8 +758,8 @@ def states(world: World) -> list[str]:
         if message.topic.endswith("/state"):
             signer = jws.Signer(DEVICE, world.key.public)
             tokens = [value for name, value in message.properties if name == "jws"]
-            body = open_message(message.topic, message.payload, tokens, {signer.key.kid: signer}.get).body
-            assert isinstance(body, State)
+            body = verify_message(message.topic, message.payload, tokens, {signer.key.kid: signer}.get).body
+            assert isinstance(body, StatePayload)
             assert message.retain
             found.append(body.state)
     return found
@@ -767,7 +767,7 @@ def states(world: World) -> list[str]:
 
 def test_the_state_is_online_offline_by_will_and_stopped_each_signed_and_retained(world: World) -> None:
     world.write(1)
-    world.air.others.append(partial(once, world, 1030, partial(cut, world)))
+    world.air.tick_callbacks.append(partial(once, world, 1030, partial(cut, world)))
     world.run(lambda: world.air.clock_s > 1060, 100)
     assert states(world) == ["online", "offline", "online", "stopped"]
     ids = [dict(message.properties)["id"] for message in world.air.published if message.topic.endswith("/state")]
@@ -775,13 +775,13 @@ def test_the_state_is_online_offline_by_will_and_stopped_each_signed_and_retaine
 
 
 def cut(world: World) -> None:
-    link = world.air._boxes[DEVICE].link
+    link = world.air._mailboxes[DEVICE].link
     if link is not None:
-        link.cut("connection lost")
+        link.disconnect("connection lost")
 
 
 def test_stopping_empties_the_outbox_first_and_gives_up_in_time(make: Callable[..., World]) -> None:
-    world = make(Weather(delay_s=0.2), window=20)
+    world = make(LinkConditions(delay_s=0.2), window=20)
     world.write(60)
     world.run(lambda: True, 1)
     assert world.waiting() == set()
@@ -796,21 +796,25 @@ def test_stopping_empties_the_outbox_first_and_gives_up_in_time(make: Callable[.
 
 
 def test_the_uplink_is_alive_while_it_waits_and_not_when_it_hangs(world: World) -> None:
-    world.air.weather = Weather(cut=1.0)
+    world.air.conditions = LinkConditions(disconnect=1.0)
     dead: list[float] = []
-    world.air.others.append(lambda: None if world.uplink.alive(world.air.now()) else dead.append(world.air.clock_s))
+    world.air.tick_callbacks.append(
+        lambda: None if world.uplink.is_alive(world.air.now()) else dead.append(world.air.clock_s)
+    )
     world.run(lambda: False, 600)
     assert dead == []
-    world.air.clock_s += uplink._SIGN_OF_LIFE_S + 61
-    assert not world.uplink.alive(world.air.now())
+    world.air.clock_s += uplink._HEARTBEAT_TIMEOUT_S + 61
+    assert not world.uplink.is_alive(world.air.now())
 
 
 def test_an_acknowledgement_is_taken_on_its_own_topic_only(world: World) -> None:
     payload, token = signed(world.collector_key, ACK_TOPIC, ack_body(world.store.log_id, 0, []))
     acks = world.uplink._acks
-    assert isinstance(acks.take(Delivery(ACK_TOPIC, payload, (token,), True, 1, 1), world.air.now()), Ack)
+    assert isinstance(
+        acks.receive(IncomingMessage(ACK_TOPIC, payload, (token,), True, 1, 1), world.air.now()), AckPayload
+    )
     elsewhere = f"outstation/{FLEET}/{DEVICE}/cmd"
-    assert acks.take(Delivery(elsewhere, payload, (token,), False, 1, 1), world.air.now()) is None
+    assert acks.receive(IncomingMessage(elsewhere, payload, (token,), False, 1, 1), world.air.now()) is None
 
 
 @pytest.mark.parametrize(
@@ -824,4 +828,4 @@ def test_an_acknowledgement_is_taken_on_its_own_topic_only(world: World) -> None
     ],
 )
 def test_the_air_routes_as_a_broker_does(topic_filter: str, topic: str, taken: bool) -> None:
-    assert matches(topic_filter, topic) is taken
+    assert topic_matches(topic_filter, topic) is taken

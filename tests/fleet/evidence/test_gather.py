@@ -22,14 +22,14 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from agent.cli.fleet.group import fleet
 from agent.errors import BadBundle, UsageError
-from agent.evaluation.document import Data, Evaluation, Model, Source
+from agent.evaluation.document import EvaluatedModel, Evaluation, EvaluationData, SourceFile
 from agent.fleet.evidence import frameworks, sbom
 from agent.fleet.evidence import make as making
-from agent.fleet.evidence.gather.incidents import Incidents
-from agent.fleet.evidence.limits import Most
-from agent.fleet.evidence.page.words import span
+from agent.fleet.evidence.gather.incidents import IncidentCollector
+from agent.fleet.evidence.limits import WriteLimits
+from agent.fleet.evidence.page.words import format_duration
 from agent.fleet.evidence.verify.verify import verify
-from agent.performance.metrics import Metric
+from agent.performance.metrics import MetricEstimate
 from tests.kit.bundles import resign
 from tests.kit.evidences import EXERCISE, Story, activated, alert, at, health, told
 from tests.kit.senders import Sender, new_key
@@ -188,21 +188,21 @@ def test_what_devices_write_cannot_become_part_of_the_page_or_a_formula(small: S
 
 
 def test_an_alert_that_was_open_when_a_devices_log_ended_has_an_unknown_end() -> None:
-    found = Incidents(0, {"pi-07": "5f0c2f6e-1a54-4d0b-9a53-000000000002"})
+    found = IncidentCollector(0, {"pi-07": "5f0c2f6e-1a54-4d0b-9a53-000000000002"})
     for number in (1, 2):
         sender = Sender(log=f"5f0c2f6e-1a54-4d0b-9a53-{number:012d}")
         body: Any = sender.open(alert(sender, "a", "raised", number, "x")).body
         found.add(body)
-    assert sorted(one.state for one in found.worst()) == ["open", "unknown"]
+    assert sorted(one.state for one in found.sort_by_severity()) == ["open", "unknown"]
 
 
 def test_a_clock_that_was_set_back_gives_no_length_at_all() -> None:
     sender = Sender(log="5f0c2f6e-1a54-4d0b-9a53-000000000001")
-    found = Incidents(0, {})
+    found = IncidentCollector(0, {})
     for state, hours in (("raised", 5), ("cleared", 3)):
         body: Any = sender.open(alert(sender, "a", state, hours, "x")).body
         found.add(body)
-    [one] = found.worst()
+    [one] = found.sort_by_severity()
     assert (one.state, one.seconds) == ("over", None)
 
 
@@ -214,11 +214,11 @@ def test_what_is_too_much_is_counted_and_said_and_the_rest_verifies(
     for number in range(9):
         severity = "critical" if number == 4 else "info"
         small.collect(sender, alert(sender, f"a{number}", "raised", 2, "full", severity=severity), hours=2)
-    few = Most(incidents=3, decisions=1, messages=4, open_alerts=5)
+    few = WriteLimits(incidents=3, decisions=1, messages=4, open_alerts=5)
     for name in ("incidents", "decisions", "gather"):
         monkeypatch.setattr(f"agent.fleet.evidence.{name}.MOST", few)
     made = small.make(tmp_path / "out")
-    assert made.facts.left_out["incidents"] == 6
+    assert made.facts.omitted["incidents"] == 6
     kept = json.loads((tmp_path / "out" / "incidents.json").read_text())
     assert [one["severity"] for one in kept] == ["critical", "info", "info"]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -314,7 +314,7 @@ def test_a_making_that_fails_or_was_killed_leaves_no_half_folder(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(making, "html", dies)
+        patched.setattr(making, "render_html", dies)
         with pytest.raises(KeyboardInterrupt):
             small.make(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["acme"]
@@ -341,17 +341,17 @@ def test_a_bundle_that_cannot_be_read_is_named_and_one_in_the_repository_too(sma
 def evaluation(digest: str) -> Evaluation:
     return Evaluation(
         made="2026-11-20T10:00:00Z", agent="0.1.0", seconds=1.0,
-        model=Model(
+        model=EvaluatedModel(
             name="exercise", version="1.0.0", digest=digest, kind="classify", runtime="litert", signature="ok",
             fields=["ax"], units=["g"], labels=["PEN"], window=(100, 50), threshold=None, temperature=1.0, bytes=1,
             sha256="ab",
         ),
-        data=Data(
-            files=[Source(file="held-out.csv", rows=10)], rows=10, rejected=0, windows=10, unlabelled=0, mixed=0,
+        data=EvaluationData(
+            files=[SourceFile(file="held-out.csv", rows=10)], rows=10, rejected=0, windows=10, unlabelled=0, mixed=0,
             label="label", counts={"PEN": 10},
         ),
         intervals="bootstrap", metric="accuracy", better="up",
-        metrics=[Metric("accuracy", 0.9123, 0.88, 0.94, 1000)], warnings=["One subject is in both parts."],
+        metrics=[MetricEstimate("accuracy", 0.9123, 0.88, 0.94, 1000)], warnings=["One subject is in both parts."],
     )  # fmt: skip
 
 
@@ -401,7 +401,7 @@ def test_the_bill_of_materials_is_valid_cyclonedx_and_lists_agent_libraries_and_
     assert names["exercise"]["hashes"][0]["alg"] == "SHA-256"
     agent = next(one for one in bill["dependencies"] if one["ref"] == bill["metadata"]["component"]["bom-ref"])
     assert any(ref.startswith("pkg:pypi/numpy@") for ref in agent["dependsOn"])
-    assert sbom.normalized("Paho_MQTT") == "paho-mqtt"
+    assert sbom.normalize_name("Paho_MQTT") == "paho-mqtt"
 
 
 def test_each_point_of_the_frameworks_names_files_that_a_folder_can_have(folder: Path) -> None:
@@ -462,7 +462,7 @@ def test_the_commands_answer_in_words_and_say_what_to_do(story: Story, tmp_path:
     [(None, "–"), (0.2, "under 1 s"), (59, "59 s"), (3600, "1 h"), (11_520, "3 h 12 min"), (90_061, "1 d 1 h")],
 )
 def test_spans_read_as_people_say_them(seconds: float | None, words: str) -> None:
-    assert span(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def test_a_full_disk_leaves_nothing_and_is_told_in_one_line(story: Story, tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_a_full_disk_leaves_nothing_and_is_told_in_one_line(story: Story, tmp_pa
 def test_a_device_that_makes_up_events_and_tasks_without_end_is_held_in_bounds(
     small: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few = Most(events=3, tasks=2, models=1)
+    few = WriteLimits(event_names=3, tasks=2, models=1)
     for name in ("decisions", "running", "accuracy"):
         monkeypatch.setattr(f"agent.fleet.evidence.{name}.MOST", few)
     sender = small.device("pi-09", 9)
@@ -492,11 +492,11 @@ def test_a_device_that_makes_up_events_and_tasks_without_end_is_held_in_bounds(
         told = sender.logged("audit", event="activated", summary="x", evidence=evidence, time=at(2))
         small.collect(sender, sent, told, hours=2)
     made = small.make(tmp_path / "out")
-    assert len(made.facts.events) == 4
-    assert made.facts.events["others"] > 0
-    assert sum(made.facts.events.values()) == 18
-    assert len(made.facts.history) == 1
-    assert made.facts.left_out["activations of bundles"] > 0
+    assert len(made.facts.event_counts) == 4
+    assert made.facts.event_counts["others"] > 0
+    assert sum(made.facts.event_counts.values()) == 18
+    assert len(made.facts.bundle_history) == 1
+    assert made.facts.omitted["activations of bundles"] > 0
 
 
 def test_what_the_collector_noticed_itself_is_told_and_marked_as_not_signed(small: Story, tmp_path: Path) -> None:

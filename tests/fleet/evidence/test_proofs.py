@@ -163,7 +163,7 @@ def test_a_published_bundle_under_another_version_is_named(folder: Path) -> None
 def metadata(depot: Depot) -> dict[str, bytes]:
     """As the newest edition has it."""
     found = {path.name: path.read_bytes() for path in depot.layout.metadata.iterdir()}
-    told = signature_chain.follow(found, refuse)
+    told = signature_chain.verify(found, refuse)
     return {one.file: found[one.file] for one in told.signatures}
 
 
@@ -173,7 +173,7 @@ def refuse(file: str, problem: str) -> None:
 
 def wrong(files: dict[str, bytes]) -> dict[str, str]:
     found: dict[str, str] = {}
-    signature_chain.follow(files, found.setdefault)  # type: ignore[arg-type]
+    signature_chain.verify(files, found.setdefault)  # type: ignore[arg-type]
     return found
 
 
@@ -183,7 +183,7 @@ def test_a_chain_of_roots_is_followed_and_none_may_be_missing(tmp_path: Path, de
         rotating.rotate(depot.folder, role)
     depot.publish(version(tmp_path, made, "2.0.0"))
     files = metadata(depot)
-    told = signature_chain.follow(files, refuse)
+    told = signature_chain.verify(files, refuse)
     assert [one.version for one in told.signatures if one.role == "root"] == [1, 2, 3, 4]
     assert [(one.name, one.version) for one in told.targets] == [("tiny", "1.0.0"), ("tiny", "2.0.0")]
     del files["3.root.json"]
@@ -211,8 +211,8 @@ def test_no_bit_of_a_timestamp_can_be_changed_unseen(depot: Depot, made: Path) -
     depot.publish(made)
     files = metadata(depot)
     data = files["timestamp.json"]
-    told = signature_chain.follow(files, refuse)
+    told = signature_chain.verify(files, refuse)
     for changed in list(flips(data))[::13]:
         if "timestamp.json" not in wrong({**files, "timestamp.json": changed}):
             # White space, or a way of writing the same.
-            assert signature_chain.follow({**files, "timestamp.json": changed}, refuse) == told
+            assert signature_chain.verify({**files, "timestamp.json": changed}, refuse) == told

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.errors import Refused
+from agent.errors import MessageRefused
 from agent.fleet.evidence import manifest
-from agent.fleet.evidence.limits import BOUNDS, Bounds
-from agent.fleet.evidence.manifest import File, Key, Manifest, Span
+from agent.fleet.evidence.limits import READ_LIMITS, ReadLimits
+from agent.fleet.evidence.manifest import EvidenceManifest, FileEntry, ReceivedSpan, TrustedKey
 from agent.wire import jws
 from tests.kit.received_evidence import OPERATOR, only, problems, resign, verified, write_manifest
 from tests.kit.senders import Sender, new_key
@@ -341,14 +341,14 @@ def test_a_bundle_of_another_name_or_without_its_manifest_is_named(folder: Path)
 
 
 def test_what_is_too_much_to_read_is_refused_and_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.fleet.evidence.verify.reader.BOUNDS", Bounds(document=100, line=1000))
+    monkeypatch.setattr("agent.fleet.evidence.verify.reader.BOUNDS", ReadLimits(document_bytes=100, line_bytes=1000))
     found = [what for _, what in problems(folder)]
     assert any("is larger than 100 bytes, the limit for such a file" in one for one in found)
     assert any("is longer than 1000 bytes; the rest is not read" in one for one in found)
 
 
 def test_more_messages_than_are_looked_at_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.fleet.evidence.verify.verify.BOUNDS", Bounds(messages=5))
+    monkeypatch.setattr("agent.fleet.evidence.verify.verify.BOUNDS", ReadLimits(messages=5))
     report = verified(folder)
     assert report.messages == 5
     assert any("more than 5 messages in all" in one["problem"] for one in report.problems)
@@ -365,8 +365,8 @@ def test_a_file_that_is_said_to_be_huge_is_not_read_beyond_what_was_signed(folde
 
 
 def head(**changes: Any) -> dict[str, Any]:
-    made = Manifest(
-        v=1, kind="evidence", fleet="acme", at="2026-11-24T22:18:01Z", agent="0.1.0", span=Span(None, None),
+    made = EvidenceManifest(
+        v=1, kind="evidence", fleet="acme", at="2026-11-24T22:18:01Z", agent="0.1.0", span=ReceivedSpan(None, None),
         messages=0, left_out={}, keys=[], files=[],
     )  # fmt: skip
     return {**msgspec.to_builtins(made), **changes}
@@ -385,7 +385,7 @@ HOSTILE_PATHS = [
 @pytest.mark.parametrize("path", HOSTILE_PATHS)
 def test_a_path_that_no_file_of_a_folder_may_have_is_refused(folder: Path, path: str) -> None:
     data = json.dumps(head(files=[listed(path)])).encode()
-    with pytest.raises(Refused):
+    with pytest.raises(MessageRefused):
         manifest.decode(data)
     write_manifest(folder, data)
     [(where, _)] = problems(folder)
@@ -397,9 +397,9 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "twice": ({"files": [listed("a"), listed("a")]}, "listed twice"),
     "the same but for case": ({"files": [listed("a"), listed("A")]}, "listed twice"),
     "in a file": ({"files": [listed("a"), listed("a/b")]}, "lies in what is listed as a file"),
-    "huge": ({"files": [listed("a", BOUNDS.file + 1)]}, "the limit is"),
-    "huge together": ({"files": [listed(f"a{i}", BOUNDS.file) for i in range(5)]}, "all files together"),
-    "many": ({"files": [listed(f"a{i}") for i in range(BOUNDS.files + 1)]}, "malformed manifest"),
+    "huge": ({"files": [listed("a", READ_LIMITS.file_bytes + 1)]}, "the limit is"),
+    "huge together": ({"files": [listed(f"a{i}", READ_LIMITS.file_bytes) for i in range(5)]}, "all files together"),
+    "many": ({"files": [listed(f"a{i}") for i in range(READ_LIMITS.files + 1)]}, "malformed manifest"),
     "negative": ({"files": [listed("a", -1)]}, "malformed manifest"),
     "another version": ({"v": 2}, "malformed manifest"),
     "another kind": ({"kind": "bundle"}, "malformed manifest"),
@@ -413,23 +413,23 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_manifest_is_refused_with_what_is_wrong(name: str) -> None:
     changes, words = HOSTILE[name]
-    with pytest.raises(Refused, match=words):
+    with pytest.raises(MessageRefused, match=words):
         manifest.decode(json.dumps(head(**changes)).encode())
 
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"v":1,"v":1}', b" " * (BOUNDS.manifest + 1)],
+    [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"v":1,"v":1}', b" " * (READ_LIMITS.manifest_bytes + 1)],
     ids=["empty", "cut", "list", "no text", "deep", "key twice", "too large"],
 )
 def test_what_is_no_manifest_is_refused(data: bytes) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(MessageRefused):
         manifest.decode(data)
 
 
 def test_a_key_that_is_there_twice_in_an_object_is_refused() -> None:
     data = json.dumps(head()).encode().replace(b'"fleet": "acme"', b'"fleet": "evil", "fleet": "acme"')
-    with pytest.raises(Refused, match="is there twice in one object"):
+    with pytest.raises(MessageRefused, match="is there twice in one object"):
         manifest.decode(data)
 
 
@@ -443,17 +443,17 @@ OWNERS = st.sampled_from(["pi-01", "pi-02", "operator"])
 def test_a_manifest_is_read_as_it_was_written_and_paths_lead_nowhere_else(
     files: list[tuple[str, int, bytes]], seeds: set[int], owner: str, left: int
 ) -> None:
-    keys = [Key(k.kid, k.text, "device", owner, through=left) for k in (new_key(seed).public for seed in seeds)]
-    made = Manifest(
-        v=1, kind="evidence", fleet="acme", at="2026-11-24T22:18:01Z", agent="0.1.0", span=Span(None, None),
+    keys = [TrustedKey(k.kid, k.text, "device", owner, through=left) for k in (new_key(seed).public for seed in seeds)]
+    made = EvidenceManifest(
+        v=1, kind="evidence", fleet="acme", at="2026-11-24T22:18:01Z", agent="0.1.0", span=ReceivedSpan(None, None),
         messages=0, left_out={"incidents": left}, keys=keys,
-        files=[File(path, size, data.hex()) for path, size, data in files],
+        files=[FileEntry(path, size, data.hex()) for path, size, data in files],
     )  # fmt: skip
     data = manifest.encode(made)
     names = [path.lower() for path, _, _ in files]
     within = any(one != other and one.startswith(other + "/") for one in names for other in names)
     if within or len(set(names)) < len(names) or {"manifest.json", "manifest.jws"} & set(names):
-        with pytest.raises(Refused):
+        with pytest.raises(MessageRefused):
             manifest.decode(data)
         return
     found = manifest.decode(data)
@@ -471,7 +471,7 @@ def test_a_manifest_is_read_as_it_was_written_and_paths_lead_nowhere_else(
     max_leaves=20,
 ).map(lambda value: json.dumps(value).encode()))  # fmt: skip
 def test_any_bytes_are_refused_and_never_raise_anything_else(data: bytes) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(MessageRefused):
         manifest.decode(data)
 
 

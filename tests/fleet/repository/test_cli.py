@@ -21,7 +21,7 @@ from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.fleet.repository import expiry, upkeep
 from agent.fleet.repository import refresh as refreshing
-from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import keys
 from tests.kit.bundles import KEY, resign
 from tests.kit.repositories import Client, served, version
@@ -34,13 +34,13 @@ class Silence:
 
     window = 20
 
-    def send(self, message: Outgoing) -> int:
+    def send(self, message: OutgoingMessage) -> int:
         raise AssertionError(message)
 
-    def receive(self, timeout_s: float) -> list[Delivery | Receipt]:
+    def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
         return []
 
-    def acknowledge(self, delivery: Delivery) -> None:
+    def acknowledge(self, delivery: IncomingMessage) -> None:
         raise AssertionError(delivery)
 
     def wake(self) -> None:
@@ -314,19 +314,19 @@ def test_the_collector_signs_the_timestamp_anew_and_goes_on_when_it_cannot(
     store = FleetStore(desk.folder / "fleet.db")
     key = keys.load_private(desk.folder / "collector.key")
     later = expiry.now() + timedelta(days=3)
-    collector = Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.keep(desk.folder, store, later))
-    collector.turn(Silence(), 0.0)
+    collector = Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.maintain(desk.folder, store, later))
+    collector.tick(Silence(), 0.0)
     assert "no repository here" in caplog.text
     desk.run("repository", "init")
-    collector.turn(Silence(), 0.0)
+    collector.tick(Silence(), 0.0)
     assert desk.document("repository", "status")["roles"][3]["version"] == 1
     monkeypatch.setattr("agent.fleet.collector.collector.UPKEEP_S", 0.0)
-    collector._upkeep_at = 0.0
-    collector.turn(Silence(), 0.0)
-    collector.turn(Silence(), 0.0)
+    collector._next_upkeep = 0.0
+    collector.tick(Silence(), 0.0)
+    collector.tick(Silence(), 0.0)
     assert desk.document("repository", "status")["roles"][3]["version"] == 2
     (desk.folder / "repository" / "metadata" / "timestamp.json").write_text("{}")
-    collector.turn(Silence(), 0.0)
+    collector.tick(Silence(), 0.0)
     assert "devices would refuse what is in it" in caplog.text
     store.close()
 
@@ -337,12 +337,12 @@ def test_what_expires_soon_is_one_alert_until_it_was_renewed(desk: Desk, tmp_pat
     store = FleetStore(desk.folder / "fleet.db")
     at = expiry.now() + timedelta(days=310)
     for hour in range(3):
-        upkeep.keep(desk.folder, store, at + timedelta(hours=hour))
+        upkeep.maintain(desk.folder, store, at + timedelta(hours=hour))
     [alert] = store.alerts()
     assert (alert["alert"], alert["severity"], alert["device"]) == ("repository", "warning", "")
     assert "targets expires in 55 days" in alert["summary"]
-    assert refreshing.refresh(desk.folder, sign_with=[away], at=at + timedelta(hours=4)).roles[0] == "targets"
-    upkeep.keep(desk.folder, store, at + timedelta(hours=5))
+    assert refreshing.refresh(desk.folder, sign_with=[away], current_time=at + timedelta(hours=4)).roles[0] == "targets"
+    upkeep.maintain(desk.folder, store, at + timedelta(hours=5))
     assert store.alerts() == []
     assert len(store.alerts(closed=True)) == 2
     store.close()
@@ -361,20 +361,20 @@ def test_the_collector_goes_on_where_a_file_of_the_repository_is_not_its_own_to_
         config.broker,
         store,
         keys.load_private(desk.folder / "collector.key"),
-        upkeep=lambda: upkeep.keep(desk.folder, store, expiry.now() + timedelta(days=days[0])),
+        upkeep=lambda: upkeep.maintain(desk.folder, store, expiry.now() + timedelta(days=days[0])),
     )
     monkeypatch.setattr("agent.fleet.collector.collector.UPKEEP_S", 0.0)
     # A folder, for root may remove any file.
     in_the_way = desk.folder / "repository" / "metadata" / name
     in_the_way.mkdir()
-    collector.turn(Silence(), 0.0)
+    collector.tick(Silence(), 0.0)
     assert str(in_the_way).removesuffix(".new") in caplog.text
     assert "see who owns" in caplog.text
     in_the_way.rmdir()
     before = desk.document("repository", "status")["roles"][3]["version"]
     days[0] = 6
     caplog.clear()
-    collector.turn(Silence(), 0.0)
+    collector.tick(Silence(), 0.0)
     assert desk.document("repository", "status")["roles"][3]["version"] == before + 1
     assert caplog.text.count("WARNING") == 0
     store.close()
@@ -390,6 +390,8 @@ def test_the_collector_goes_on_when_a_disk_fails_under_the_repository(
     monkeypatch.setattr(refreshing, "refresh_daily", fail)
     store = FleetStore(desk.folder / "fleet.db")
     config, key = fleet_config.load(desk.folder), keys.load_private(desk.folder / "collector.key")
-    Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.keep(desk.folder, store)).turn(Silence(), 0.0)
+    Collector("acme", config.broker, store, key, upkeep=lambda: upkeep.maintain(desk.folder, store)).tick(
+        Silence(), 0.0
+    )
     assert "repository/.lock: Input/output error, so the repository was not looked after" in caplog.text
     store.close()

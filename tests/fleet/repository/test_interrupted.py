@@ -39,7 +39,7 @@ ACTIONS: dict[str, tuple[Callable[[Depot, Path], object], int]] = {
     "rotate timestamp": (lambda depot, new: rotating.rotate(depot.folder, "timestamp"), 5),
     "rotate tiny": (lambda depot, new: rotating.rotate(depot.folder, "tiny"), 6),
     "revoke": (lambda depot, new: revoking.revoke(depot.folder, "tiny", "1.0.0"), 3),
-    "refresh": (lambda depot, new: refreshing.refresh(depot.folder, at=expiry.now() + timedelta(days=40)), 2),
+    "refresh": (lambda depot, new: refreshing.refresh(depot.folder, current_time=expiry.now() + timedelta(days=40)), 2),
 }
 
 
@@ -73,7 +73,7 @@ def test_cut_off_at_any_write_the_repository_serves_old_and_new_devices_and_the_
     while cut:
         depot = before.copy(tmp_path / f"cut-{step}")
         with served(depot.layout.home) as url:
-            client = Client(tmp_path / f"old-{step}", url, depot.layout.root(1).read_bytes())
+            client = Client(tmp_path / f"old-{step}", url, depot.layout.root_path(1).read_bytes())
             assert client.look(one.target)
             with pytest.MonkeyPatch.context() as patch:
                 written = cut_at(patch, step)
@@ -82,12 +82,12 @@ def test_cut_off_at_any_write_the_repository_serves_old_and_new_devices_and_the_
                     cut = False
                 except Cut:
                     pass
-            fresh = Client(tmp_path / f"new-{step}", url, depot.layout.root(1).read_bytes())
+            fresh = Client(tmp_path / f"new-{step}", url, depot.layout.root_path(1).read_bytes())
             for device in (client, fresh):
                 assert device.look(one.target) or (name == "revoke" and "timestamp.json" in written)
             if cut and not (name == "revoke" and "timestamp.json" in written):
                 act(depot, new)
-            listed = [held.target for held in standing.status(depot.folder).bundles]
+            listed = [held.target for held in standing.read(depot.folder).bundles]
             assert any(target.startswith(wanted) for target in listed) or not wanted
             for device in (client, fresh):
                 assert [bool(device.look(target)) for target in listed] == [True] * len(listed)
@@ -105,7 +105,7 @@ def test_a_lost_key_is_replaced_though_that_is_cut_off_at_any_write(tmp_path: Pa
     while cut:
         depot = before.copy(tmp_path / f"cut-{step}")
         with served(depot.layout.home) as url, pytest.MonkeyPatch.context() as patch:
-            client = Client(tmp_path / f"device-{step}", url, depot.layout.root(1).read_bytes())
+            client = Client(tmp_path / f"device-{step}", url, depot.layout.root_path(1).read_bytes())
             cut_at(patch, step)
             try:
                 rotating.rotate(depot.folder, role)
@@ -114,7 +114,7 @@ def test_a_lost_key_is_replaced_though_that_is_cut_off_at_any_write(tmp_path: Pa
                 pass
             patch.undo()
             if cut:
-                standing.status(depot.folder)
+                standing.read(depot.folder)
                 rotating.rotate(depot.folder, role)
             assert client.look(done.target)
         step += 1
@@ -147,7 +147,7 @@ publish(Path({str(depot.folder)!r}), Path({str(new)!r}), [KEY.public], prove=Fal
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     assert client.look(one.target)
     done = depot.publish(new)
-    assert done.new is (step < 7)
+    assert done.is_new is (step < 7)
     assert client.look(done.target)
 
 
@@ -162,9 +162,9 @@ def test_a_making_that_was_cut_short_is_made_to_its_end(tmp_path: Path) -> None:
                 cut = False
             except Cut:
                 pass
-        if depot.layout.newest_root() is None:
+        if depot.layout.newest_root_path() is None:
             depot.create(roots=2)
-        assert standing.status(depot.folder).ok
+        assert standing.read(depot.folder).ok
         assert len(list(depot.layout.keys.glob("*.key"))) == 5
         step += 1
     # Two files for each of five keys, and four roles; before and after each.
@@ -208,7 +208,7 @@ def test_a_copy_that_is_cut_off_at_any_write_holds_the_edition_before_or_the_nex
             except Cut:
                 pass
         with served(stick / "repository") as url:
-            client = Client(tmp_path / f"device-{step}", url, depot.layout.root(1).read_bytes())
+            client = Client(tmp_path / f"device-{step}", url, depot.layout.root_path(1).read_bytes())
             assert client.look(one.target)
             copying.copy(depot.folder, stick)
             assert client.look(two.target)

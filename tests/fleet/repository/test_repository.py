@@ -20,8 +20,8 @@ from agent.fleet.repository import key_rotation as rotating
 from agent.fleet.repository import refresh as refreshing
 from agent.fleet.repository import revoke as revoking
 from agent.fleet.repository import status as standing
-from agent.fleet.repository.keys import Keyring
-from agent.fleet.repository.publish import archive
+from agent.fleet.repository.keys import RepositoryKeyring
+from agent.fleet.repository.publish import build_archive
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle import target_metadata
 from agent.wire import keys
@@ -45,16 +45,16 @@ def test_a_bundle_is_published_and_a_device_that_knows_the_first_root_installs_i
 ) -> None:
     done = depot.publish(made, prove=True)
     found = zipped(tmp_path / "got.zip", client.look(done.target))
-    assert (found.digest, found.files) == (done.offer.digest, bundles.read(made, [KEY.public]).files)
+    assert (found.digest, found.files) == (done.target_metadata.digest, bundles.read(made, [KEY.public]).files)
     assert done.target == f"tiny/1.0.0/{found.digest[7:23]}.zip"
-    assert (done.new, done.signer) == (True, KEY.public.kid)
+    assert (done.is_new, done.signer) == (True, KEY.public.kid)
 
 
 def test_a_target_says_what_a_device_must_know_before_it_downloads(depot: Depot, made: Path) -> None:
     done = depot.publish(made, prove=True)
     now = edition.load(depot.layout)
     told = target_metadata.decode(now.bundles["tiny"].signed.targets[done.target].custom)
-    assert told == done.offer
+    assert told == done.target_metadata
     assert (told.name, told.version, told.kind, told.fields) == ("tiny", "1.0.0", "classify", ["a", "b", "c", "d"])
     assert (told.window, told.agent) == (1, "0.1.0")
     assert told.runtimes in (["ai-edge-litert"], ["tflite-runtime"])
@@ -75,7 +75,7 @@ def test_each_bundle_has_a_role_and_a_key_of_its_own(tmp_path: Path, depot: Depo
     one, two = depot.publish(made), depot.publish(version(tmp_path, made, "1.0.0", "other"))
     assert client.look(one.target)
     assert client.look(two.target)
-    roles = {one.role: one for one in standing.status(depot.folder).roles}
+    roles = {one.role: one for one in standing.read(depot.folder).roles}
     assert roles["tiny"].keys != roles["other"].keys
     assert roles["tiny"].version == 1
 
@@ -83,7 +83,7 @@ def test_each_bundle_has_a_role_and_a_key_of_its_own(tmp_path: Path, depot: Depo
 def test_publishing_the_same_twice_changes_nothing(depot: Depot, made: Path) -> None:
     depot.publish(made)
     before = {path: path.read_bytes() for path in depot.folder.rglob("*") if path.is_file()}
-    assert depot.publish(made).new is False
+    assert depot.publish(made).is_new is False
     assert {path: path.read_bytes() for path in depot.folder.rglob("*") if path.is_file()} == before
 
 
@@ -91,7 +91,7 @@ def test_the_same_bundle_gives_the_same_archive(tmp_path: Path, made: Path) -> N
     shutil.copytree(made, tmp_path / "copy")
     for path in (tmp_path / "copy").iterdir():
         os.utime(path, (0, 0))
-    assert archive(bundles.read(made, None)) == archive(bundles.read(tmp_path / "copy", None))
+    assert build_archive(bundles.read(made, None)) == build_archive(bundles.read(tmp_path / "copy", None))
 
 
 def test_the_same_version_with_other_bytes_is_refused(tmp_path: Path, depot: Depot, made: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_bundle_that_does_not_run_is_not_published_unless_it_is_told_to(
     with pytest.raises(BadBundle, match=r"does not run here: load: .*--no-probe"):
         depot.publish(broken, prove=True)
     done = depot.publish(broken)
-    assert done.offer.memory == done.offer.memory // (1 << 20) * (1 << 20)
+    assert done.target_metadata.memory == done.target_metadata.memory // (1 << 20) * (1 << 20)
 
 
 @pytest.mark.parametrize("number", ["../1", "1/2", ".1", "1 0", "ü"])
@@ -175,12 +175,12 @@ def test_a_threshold_that_cannot_be_met_is_refused(tmp_path: Path, count: int, t
 def test_a_chain_of_three_root_rotations_leads_an_old_device_on(depot: Depot, client: Client, made: Path) -> None:
     done = depot.publish(made)
     client.look()
-    first = standing.status(depot.folder).roles[0].keys
+    first = standing.read(depot.folder).roles[0].keys
     for number in (2, 3, 4):
         assert rotating.rotate(depot.folder, "root").new == f"root-{number}"
         (depot.layout.keys / f"root-{number - 1}.key").unlink()
     assert client.look(done.target)
-    [root] = [one for one in standing.status(depot.folder).roles if one.role == "root"]
+    [root] = [one for one in standing.read(depot.folder).roles if one.role == "root"]
     assert (root.version, [key.name for key in root.keys]) == (4, ["root-4"])
     assert root.keys != first
 
@@ -195,22 +195,22 @@ def test_one_of_two_root_signatures_is_refused_and_the_second_puts_the_draft_in_
     for name in ("root-1.key", "root-2.key"):
         shutil.move(depot.layout.keys / name, away / name)
     with served(depot.layout.home) as url:
-        client = Client(tmp_path / "device", url, depot.layout.root(1).read_bytes())
+        client = Client(tmp_path / "device", url, depot.layout.root_path(1).read_bytes())
         client.look()
         changed = rotating.rotate(depot.folder, "root", old="root-2")
-        assert (changed.done, changed.new) == (False, "root-3")
+        assert (changed.is_complete, changed.new) == (False, "root-3")
         root_rotation.sign(depot.layout.draft, away / "root-1.key")
         # What a careless hand would do: one signature of the two that the root before asks for.
-        shutil.copy(depot.layout.draft, depot.layout.root(2))
+        shutil.copy(depot.layout.draft, depot.layout.root_path(2))
         with pytest.raises(UnsignedMetadataError, match="root was signed by 1/2"):
             client.look()
-        depot.layout.root(2).unlink()
-        assert refreshing.refresh(depot.folder).root == 0
-        draft = root_rotation.waiting(depot.layout, Keyring(depot.layout.keys))
+        depot.layout.root_path(2).unlink()
+        assert refreshing.refresh(depot.folder).root_version == 0
+        draft = root_rotation.load_pending_draft(depot.layout, RepositoryKeyring(depot.layout.keys))
         assert draft is not None
         assert (draft.missing, draft.waiting) == (1, ["root-2"])
         root_rotation.sign(depot.layout.draft, away / "root-2.key")
-        assert refreshing.refresh(depot.folder).root == 2
+        assert refreshing.refresh(depot.folder).root_version == 2
         assert client.look(done.target)
     assert not depot.layout.draft.exists()
 
@@ -223,7 +223,7 @@ def test_a_draft_that_strangers_signed_stays_a_draft(tmp_path: Path) -> None:
     for number in (1, 2):
         keys.generate(tmp_path / f"{number}.key")
         root_rotation.sign(depot.layout.draft, tmp_path / f"{number}.key")
-    assert refreshing.refresh(depot.folder).root == 0
+    assert refreshing.refresh(depot.folder).root_version == 0
 
 
 def test_metadata_of_a_revoked_targets_key_is_refused(tmp_path: Path, depot: Depot, client: Client, made: Path) -> None:
@@ -234,9 +234,9 @@ def test_metadata_of_a_revoked_targets_key_is_refused(tmp_path: Path, depot: Dep
     client.look(done.target)
     # Even with the online keys, and the new root on the server, the old key has no word any more.
     now = edition.load(thief.layout)
-    edition.write(thief.layout, now, {"targets"}, Keyring(thief.layout.keys), expiry.now())
-    edition.write(thief.layout, now, {"targets"}, Keyring(thief.layout.keys), expiry.now())
-    shutil.copy(depot.layout.root(2), thief.layout.root(2))
+    edition.write(thief.layout, now, {"targets"}, RepositoryKeyring(thief.layout.keys), expiry.now())
+    edition.write(thief.layout, now, {"targets"}, RepositoryKeyring(thief.layout.keys), expiry.now())
+    shutil.copy(depot.layout.root_path(2), thief.layout.root_path(2))
     with served(thief.layout.home) as url:
         client.url = url
         with pytest.raises(UnsignedMetadataError, match="targets was signed by 0/1"):
@@ -250,9 +250,9 @@ def test_after_a_rotation_devices_of_before_and_new_ones_go_on(
     done = depot.publish(made)
     client.look()
     changed = rotating.rotate(depot.folder, role)
-    assert (changed.old, changed.new, changed.done) == (f"{role}-1", f"{role}-2", True)
+    assert (changed.old, changed.new, changed.is_complete) == (f"{role}-1", f"{role}-2", True)
     (depot.layout.keys / f"{role}-1.key").unlink()
-    new = Client(tmp_path / "new", client.url, depot.layout.root(2).read_bytes())
+    new = Client(tmp_path / "new", client.url, depot.layout.root_path(2).read_bytes())
     assert client.look(done.target)
     assert new.look(done.target)
     later = depot.publish(version(tmp_path, made, "1.1.0"))
@@ -267,7 +267,7 @@ def test_a_lost_key_is_replaced(tmp_path: Path, depot: Depot, client: Client, ma
     (depot.layout.keys / f"{role}-1.key").unlink()
     with pytest.raises(UsageError, match=rf"no key here may sign as {role}|needs the targets key"):
         depot.publish(version(tmp_path, made, "1.1.0", "other"))
-    assert rotating.rotate(depot.folder, role).done
+    assert rotating.rotate(depot.folder, role).is_complete
     assert client.look(done.target)
 
 
@@ -292,8 +292,8 @@ def test_a_fast_forward_of_stolen_online_keys_is_undone_by_their_rotation(
     done = depot.publish(made)
     stolen = depot.copy(tmp_path / "thief")
     now = edition.load(stolen.layout)
-    now.published |= {"timestamp": 2**31, "snapshot": 2**31}
-    edition.write(stolen.layout, now, {"snapshot"}, Keyring(stolen.layout.keys), expiry.now())
+    now.published_versions |= {"timestamp": 2**31, "snapshot": 2**31}
+    edition.write(stolen.layout, now, {"snapshot"}, RepositoryKeyring(stolen.layout.keys), expiry.now())
     with served(stolen.layout.home) as url:
         Client(client.home, url, client.root).look()
     with pytest.raises(RepositoryError):
@@ -316,7 +316,7 @@ def test_an_older_copy_of_the_repository_is_refused(tmp_path: Path, depot: Depot
 
 def test_a_repository_that_somebody_changed_is_not_signed_further(depot: Depot, made: Path) -> None:
     depot.publish(made)
-    path = depot.layout.role("targets", 2)
+    path = depot.layout.role_path("targets", 2)
     content = json.loads(path.read_bytes())
     content["signed"]["delegations"]["roles"][0]["paths"] = ["*/*/*"]
     path.write_text(json.dumps(content))
@@ -325,7 +325,7 @@ def test_a_repository_that_somebody_changed_is_not_signed_further(depot: Depot, 
 
 
 def test_an_unsigned_timestamp_is_not_signed_further(depot: Depot) -> None:
-    path = depot.layout.role("timestamp", 1)
+    path = depot.layout.role_path("timestamp", 1)
     content = json.loads(path.read_bytes())
     content["signed"]["version"] = 7
     path.write_text(json.dumps(content))
@@ -335,17 +335,17 @@ def test_an_unsigned_timestamp_is_not_signed_further(depot: Depot) -> None:
 
 def test_a_draft_of_a_root_that_is_in_force_already_changes_nothing(depot: Depot) -> None:
     rotating.rotate(depot.folder, "root")
-    content = json.loads(depot.layout.root(2).read_bytes())
+    content = json.loads(depot.layout.root_path(2).read_bytes())
     content["signatures"] = []
     depot.layout.draft.write_text(json.dumps(content))
-    before = depot.layout.root(2).read_bytes()
+    before = depot.layout.root_path(2).read_bytes()
     refreshing.refresh(depot.folder)
-    assert depot.layout.root(2).read_bytes() == before
+    assert depot.layout.root_path(2).read_bytes() == before
     assert not depot.layout.draft.exists()
 
 
 def test_a_draft_that_skips_a_root_is_refused(depot: Depot) -> None:
-    content = json.loads(depot.layout.root(1).read_bytes())
+    content = json.loads(depot.layout.root_path(1).read_bytes())
     content["signed"]["version"] = 9
     depot.layout.draft.write_text(json.dumps(content))
     with pytest.raises(UsageError, match=r"draft of root 9, and root 1 is in force; delete it"):
@@ -358,10 +358,10 @@ def test_refreshing_each_day_keeps_it_alive_and_a_neglected_one_expires(depot: D
         refreshing.refresh_daily(depot.folder, start + timedelta(days=day))
         assert refreshing.refresh_daily(depot.folder, start + timedelta(days=day, hours=1)) is None
     at = start + timedelta(days=59)
-    seen = standing.status(depot.folder, at)
+    seen = standing.read(depot.folder, at)
     assert (seen.ok, [one.days for one in seen.roles if one.role == "timestamp"]) == (True, [28])
     assert next(one.days for one in seen.roles if one.role == "snapshot") >= 27
-    late = standing.status(depot.folder, at + timedelta(days=29))
+    late = standing.read(depot.folder, at + timedelta(days=29))
     assert late.ok is False
     assert [line for line in late.reminders if "timestamp has expired: devices take nothing" in line]
     client.look()
@@ -382,20 +382,20 @@ def test_targets_are_renewed_where_their_keys_are_here_and_reminded_of_where_not
     depot.publish(made)
     (depot.layout.keys / "targets-1.key").unlink()
     at = expiry.now() + timedelta(days=310)
-    assert refreshing.refresh(depot.folder, at=at).roles == ["tiny", "snapshot", "timestamp"]
-    [reminder] = standing.status(depot.folder, at).reminders
+    assert refreshing.refresh(depot.folder, current_time=at).roles == ["tiny", "snapshot", "timestamp"]
+    [reminder] = standing.read(depot.folder, at).reminders
     assert "targets expires in 55 days" in reminder
 
 
 def test_a_clock_that_went_back_signs_nothing(depot: Depot) -> None:
     with pytest.raises(UsageError, match=r"last signed .*set the clock"):
-        refreshing.refresh(depot.folder, at=datetime(1970, 1, 2, tzinfo=UTC))
+        refreshing.refresh(depot.folder, current_time=datetime(1970, 1, 2, tzinfo=UTC))
 
 
 def test_a_clock_that_was_years_ahead_once_does_not_lock_the_repository(
     depot: Depot, client: Client, made: Path
 ) -> None:
-    refreshing.refresh(depot.folder, at=datetime(2044, 1, 1, tzinfo=UTC))
+    refreshing.refresh(depot.folder, current_time=datetime(2044, 1, 1, tzinfo=UTC))
     with pytest.raises(UsageError, match=r"refresh --trust-clock"):
         depot.publish(made)
     done = refreshing.refresh(depot.folder, trust_clock=True)

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.errors import StorageError, UsageError
-from agent.fleet.audit.audit import Report, audit
-from agent.fleet.commands import COUNTER
+from agent.fleet.audit.audit import AuditReport, audit
+from agent.fleet.commands import COUNTER_FILE
 from agent.fleet.rollout import actions, journal
-from agent.fleet.rollout.controller import TELL_EVERY_S, Follower
+from agent.fleet.rollout.controller import REPUBLISH_EVERY_S, RolloutController
 from agent.fleet.rollout.journal import Rollout
-from agent.fleet.rollout.plan import Plan
+from agent.fleet.rollout.plan import RolloutPlan
 from agent.wire import jws
-from agent.wire.messages import Desired, digest, open_message
+from agent.wire.messages import DesiredPayload, digest, verify_message
 from tests.kit.fleet_rollouts import NAME, NOW, OPERATOR, Fleet, fleet, plan, promotion, tamper
 from tests.kit.senders import new_key
 
@@ -34,23 +34,23 @@ def six(tmp_path: Path) -> Iterator[Fleet]:
         yield made
 
 
-def short(**what: Any) -> Plan:
+def short(**what: Any) -> RolloutPlan:
     """A plan whose every step chooses every device, whatever its name."""
     return plan(("shadow", 100.0), ("all", 100.0), **what)
 
 
-def desired(fleet: Fleet, topic: str = ALL) -> Desired:
+def desired(fleet: Fleet, topic: str = ALL) -> DesiredPayload:
     """As a device reads it."""
     with fleet.store.snapshot() as db:
-        row = journal.desired(db, topic)
+        row = journal.load_desired(db, topic)
     assert row is not None
     signer = jws.Signer("operator", OPERATOR.public)
-    body = open_message(topic, row.payload, [row.jws], {signer.key.kid: signer}.get).body
-    assert isinstance(body, Desired)
+    body = verify_message(topic, row.payload, [row.jws], {signer.key.kid: signer}.get).body
+    assert isinstance(body, DesiredPayload)
     return body
 
 
-def audited(fleet: Fleet) -> Report:
+def audited(fleet: Fleet) -> AuditReport:
     return audit(fleet.store, operators=[OPERATOR.public])
 
 
@@ -72,7 +72,7 @@ def test_a_start_is_a_signed_decision_and_what_devices_are_told(six: Fleet) -> N
         "exercise: exercise 1.1.0 for all devices begins with shadow 100 %, then canary 50 %, all.",
     )
     told = desired(six)
-    assert (told.device, told.counter, told.tasks) == ("_all", 1, {"exercise": plan().wanted(1)})
+    assert (told.device, told.counter, told.tasks) == ("_all", 1, {"exercise": plan().desired_for_step(1)})
 
 
 def test_from_shadow_to_everywhere_in_decisions_with_their_numbers(six: Fleet) -> None:
@@ -88,7 +88,7 @@ def test_from_shadow_to_everywhere_in_decisions_with_their_numbers(six: Fleet) -
     assert six.decided()[1][4].startswith("shadow 100 % → canary 50 %: agreement 0.960 [0.9")
     assert desired(six).tasks["exercise"].strategy == "all"
     report = audited(six)
-    assert (report.passed, report.decisions) == (True, 4), report.document()
+    assert (report.passed, report.decisions) == (True, 4), report.to_dict()
 
 
 def test_each_decision_names_the_digest_of_the_one_before(six: Fleet) -> None:
@@ -169,16 +169,16 @@ def test_a_promotion_by_hand_over_open_findings_is_on_record_with_its_reason(six
 def test_what_is_paused_is_not_promoted_by_itself_and_still_aborted(six: Fleet) -> None:
     six.start(plan())
     decide(six, actions.pause)
-    follower = Follower(six.desk, None, lambda _: None)
+    follower = RolloutController(six.desk, None, lambda _: None)
     six.in_shadow()
-    follower.turn(1.0)
+    follower.tick(1.0)
     assert (six.find().state, six.find().step) == ("paused", 1)
     decide(six, actions.resume)
-    follower.turn(2.0)
+    follower.tick(2.0)
     assert (six.find().state, six.find().step) == ("running", 2)
     decide(six, actions.pause)
     six.on_probation(six.chosen(2), settles=False, same=0)
-    follower.turn(3.0)
+    follower.tick(3.0)
     assert six.find().state == "aborted"
 
 
@@ -220,7 +220,7 @@ def test_whatever_was_started_and_aborted_a_topic_says_the_last_word_on_each_tas
                 three.abort(name=name)
             last[task] = (name, "shadow" if stays else "back")
         with three.store.snapshot() as db:
-            there = journal.desired(db, ALL) is not None
+            there = journal.load_desired(db, ALL) is not None
         assert there == bool(history)
         if there:
             told = desired(three)
@@ -233,17 +233,17 @@ def test_whatever_was_started_and_aborted_a_topic_says_the_last_word_on_each_tas
 
 def test_follow_promotes_step_by_step_and_finishes(six: Fleet) -> None:
     said: list[str] = []
-    follower = Follower(six.desk, None, said.append)
+    follower = RolloutController(six.desk, None, said.append)
     six.start(plan(rules=promotion(hours=0.0)))
-    follower.turn(0.0)
+    follower.tick(0.0)
     assert (six.find().step, retained(six).tasks["exercise"].strategy) == (1, "shadow")
     six.in_shadow()
-    follower.turn(1.0)
+    follower.tick(1.0)
     assert (six.find().step, retained(six).tasks["exercise"].strategy) == (2, "canary")
     six.on_probation(six.senders)
-    follower.turn(2.0)
-    follower.turn(3.0)
-    assert (six.find().state, follower.turn(4.0)) == ("finished", False)
+    follower.tick(2.0)
+    follower.tick(3.0)
+    assert (six.find().state, follower.tick(4.0)) == ("finished", False)
     assert audited(six).passed
     assert events(six) == ["started", "promoted", "promoted", "finished"]
     assert said[0].startswith(f"{NAME}: shadow 100 % → canary 50 %: agreement")
@@ -253,90 +253,90 @@ def test_follow_promotes_step_by_step_and_finishes(six: Fleet) -> None:
 def test_follow_aborts_what_is_bad_and_the_audit_has_why(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(same=10)
-    Follower(six.desk, None, lambda _: None).turn(0.0)
+    RolloutController(six.desk, None, lambda _: None).tick(0.0)
     assert six.find().state == "aborted"
     evidence = json.loads(six.decided()[-1][5])
     assert (evidence["by"], evidence["findings"][0]["state"]) == ("operator", "bad")
     assert retained(six).tasks["exercise"].strategy == "back"
 
 
-def retained(six: Fleet) -> Desired:
+def retained(six: Fleet) -> DesiredPayload:
     sent = six.broker.retained[ALL]
     signer = jws.Signer("operator", OPERATOR.public)
-    body = open_message(ALL, sent.payload, [dict(sent.properties)["jws"]], {signer.key.kid: signer}.get).body
-    assert isinstance(body, Desired)
+    body = verify_message(ALL, sent.payload, [dict(sent.properties)["jws"]], {signer.key.kid: signer}.get).body
+    assert isinstance(body, DesiredPayload)
     return body
 
 
 def test_what_was_decided_before_a_kill_is_published_by_the_next_follow(six: Fleet) -> None:
     six.start(plan())
     assert six.broker.sent == []
-    Follower(six.desk, None, lambda _: None).turn(0.0)
+    RolloutController(six.desk, None, lambda _: None).tick(0.0)
     assert retained(six) == desired(six)
 
 
 def test_what_was_decided_before_a_kill_is_published_by_the_next_command(six: Fleet) -> None:
     six.start(plan())
-    six.desk.act(lambda db, who, _: actions.pause(db, who, journal.find(db, NAME)))
+    six.desk.execute(lambda db, who, _: actions.pause(db, who, journal.find(db, NAME)))
     assert retained(six) == desired(six)
 
 
 def test_a_decision_stands_while_the_broker_is_away_and_is_published_once_it_is_back(six: Fleet) -> None:
     said: list[str] = []
-    follower = Follower(six.desk, None, said.append)
+    follower = RolloutController(six.desk, None, said.append)
     six.start(plan())
-    follower.turn(0.0)
+    follower.tick(0.0)
     six.broker.down = True
     six.in_shadow(same=10)
-    assert follower.turn(1.0)
+    assert follower.tick(1.0)
     assert (six.find().state, retained(six).tasks["exercise"].strategy) == ("aborted", "shadow")
-    assert follower.turn(2.0)
+    assert follower.tick(2.0)
     six.broker.down = False
-    assert not follower.turn(3.0)
+    assert not follower.tick(3.0)
     assert retained(six).tasks["exercise"].strategy == "back"
     assert said[1:] == ["not published yet, trying again: nobody listens", "published"]
 
 
 def test_a_decision_whose_counter_cannot_be_kept_is_not_made_and_is_said_once(six: Fleet) -> None:
     said: list[str] = []
-    follower = Follower(six.desk, None, said.append)
+    follower = RolloutController(six.desk, None, said.append)
     six.start(plan())
     six.in_shadow(same=10)
-    (six.folder / COUNTER).mkdir()
+    (six.folder / COUNTER_FILE).mkdir()
     for now_s in (1.0, 2.0):
-        assert follower.turn(now_s)
+        assert follower.tick(now_s)
     assert (six.find().state, events(six), len(said)) == ("running", ["started"], 1)
     assert "the last counter cannot be read" in said[0]
-    (six.folder / COUNTER).rmdir()
-    follower.turn(3.0)
+    (six.folder / COUNTER_FILE).rmdir()
+    follower.tick(3.0)
     assert six.find().state == "aborted"
 
 
 def test_a_database_that_fails_between_decision_and_broker_leaves_nothing_untold(six: Fleet) -> None:
-    follower = Follower(six.desk, None, lambda _: None)
+    follower = RolloutController(six.desk, None, lambda _: None)
     six.start(plan())
-    follower.turn(0.0)
+    follower.tick(0.0)
     six.in_shadow(same=10)
     six.broker.fails = True
     with pytest.raises(StorageError):
-        follower.turn(1.0)
+        follower.tick(1.0)
     assert (six.find().state, retained(six).tasks["exercise"].strategy) == ("aborted", "shadow")
     six.broker.fails = False
-    follower.turn(2.0)
+    follower.tick(2.0)
     assert retained(six).tasks["exercise"].strategy == "back"
 
 
 def test_an_older_desired_state_that_a_broker_retains_again_is_replaced_and_has_a_lower_counter(six: Fleet) -> None:
-    follower = Follower(six.desk, None, lambda _: None)
+    follower = RolloutController(six.desk, None, lambda _: None)
     six.start(plan())
-    follower.turn(0.0)
+    follower.tick(0.0)
     old = six.broker.retained[ALL]
     six.in_shadow()
     six.promote()
-    follower.turn(TELL_EVERY_S)
+    follower.tick(REPUBLISH_EVERY_S)
     six.broker.retained[ALL] = old
     assert (retained(six).tasks["exercise"].strategy, retained(six).counter) == ("shadow", 1)
-    follower.turn(2 * TELL_EVERY_S)
+    follower.tick(2 * REPUBLISH_EVERY_S)
     assert (retained(six).tasks["exercise"].strategy, retained(six).counter) == ("canary", 2)
 
 

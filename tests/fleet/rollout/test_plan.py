@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from agent.errors import BadBundle, ConfigError
 from agent.fleet.rollout import bundles
-from agent.fleet.rollout.plan import Plan, Promotion, Step, read
-from agent.wire.desired_state import Rules, Wanted
+from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep, read
+from agent.wire.desired_state import CanaryRules, DesiredBundle
 from tests.kit.senders import NEWER
 
 SHIPPED = Path(__file__).parents[3] / "models" / "exercise"
@@ -54,7 +54,7 @@ def written(folder: Path, text: str = FILE) -> Path:
     return path
 
 
-def resolved(folder: Path, text: str = FILE) -> Plan:
+def resolved(folder: Path, text: str = FILE) -> RolloutPlan:
     return bundles.resolve(read(written(folder, text)), folder)
 
 
@@ -65,20 +65,20 @@ def test_a_file_is_read_with_the_rules_of_each_step(tmp_path: Path) -> None:
     )
     common = Promotion(devices=4, agreement=0.9, slower=1.5)
     assert plan.steps == [
-        Step("shadow", 100.0, common),
-        Step("canary", 10.0, msgspec.structs.replace(common, hours=24.0)),
-        Step("canary", 50.0, msgspec.structs.replace(common, agreement=0.95)),
-        Step("all", 100.0, common),
+        RolloutStep("shadow", 100.0, common),
+        RolloutStep("canary", 10.0, msgspec.structs.replace(common, hours=24.0)),
+        RolloutStep("canary", 50.0, msgspec.structs.replace(common, agreement=0.95)),
+        RolloutStep("all", 100.0, common),
     ]
-    assert plan.device == Rules(batches=30, accuracy_drop=0.1)
+    assert plan.device == CanaryRules(batches=30, accuracy_drop=0.1)
 
 
 def test_devices_are_told_the_step_the_deadline_and_their_own_rules(tmp_path: Path) -> None:
     plan = resolved(tmp_path)
     what = ("exercise-1-1", "exercise", "1.1.0", NEWER["digest"])
-    tail = ("2026-12-31T00:00:00Z", Rules(batches=30, accuracy_drop=0.1))
-    assert plan.wanted(2) == Wanted(*what, "canary", 10.0, *tail)
-    assert plan.back() == Wanted(*what, "back", 100.0, *tail)
+    tail = ("2026-12-31T00:00:00Z", CanaryRules(batches=30, accuracy_drop=0.1))
+    assert plan.desired_for_step(2) == DesiredBundle(*what, "canary", 10.0, *tail)
+    assert plan.desired_after_abort() == DesiredBundle(*what, "back", 100.0, *tail)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,9 @@ def test_devices_are_told_the_step_the_deadline_and_their_own_rules(tmp_path: Pa
     ],
 )
 def test_whom_it_is_for_is_where_it_is_desired(tmp_path: Path, to: str, topic: str) -> None:
-    assert str(resolved(tmp_path, FILE.replace("[[steps]]", f'to = "{to}"\n[[steps]]', 1)).topic("acme")) == topic
+    assert (
+        str(resolved(tmp_path, FILE.replace("[[steps]]", f'to = "{to}"\n[[steps]]', 1)).desired_topic("acme")) == topic
+    )
 
 
 @pytest.mark.parametrize("deadline", ['"2027-01-01T01:00:00+01:00"', "2027-01-01T00:00:00Z"])
@@ -173,13 +175,15 @@ def test_whatever_steps_a_file_has_it_is_a_plan_that_widens_or_a_mistake_with_it
     assert not keyless
 
 
-def _require_whole(plan: Plan) -> None:
+def _require_whole(plan: RolloutPlan) -> None:
     assert plan.steps[-1].strategy == "all"
-    assert msgspec.json.decode(msgspec.json.encode(plan), type=Plan) == plan
+    assert msgspec.json.decode(msgspec.json.encode(plan), type=RolloutPlan) == plan
     for i in range(1, len(plan.steps)):
         assert plan.steps[i].strategy != plan.steps[i - 1].strategy or plan.steps[i].percent > plan.steps[i - 1].percent
     for i in range(len(plan.steps)):
-        assert msgspec.json.decode(msgspec.json.encode(plan.wanted(i + 1)), type=Wanted) == plan.wanted(i + 1)
+        assert msgspec.json.decode(
+            msgspec.json.encode(plan.desired_for_step(i + 1)), type=DesiredBundle
+        ) == plan.desired_for_step(i + 1)
 
 
 def repository(folder: Path, *offered: dict[str, str], bundle: str = "exercise", edition: int = 3) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agent import clock
-from agent.fleet.rollout.promotion import Verdict
+from agent.fleet.rollout.promotion import StepVerdict
 from tests.kit.fleet_rollouts import HOUR_US, NOW_US, Fleet, fleet, plan, promotion
 from tests.kit.senders import MODEL, NEWER, Sender, new_key
 
@@ -28,15 +28,15 @@ def six(tmp_path: Path) -> Iterator[Fleet]:
         yield made
 
 
-def rules(verdict: Verdict) -> dict[str, str]:
-    return {finding.rule: finding.state for finding in verdict.findings}
+def rules(verdict: StepVerdict) -> dict[str, str]:
+    return {finding.rule: finding.state for finding in verdict.rule_results}
 
 
 def test_enough_devices_that_agree_for_long_enough_are_promoted(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow()
     verdict = six.look(2.0).verdict
-    assert (verdict.answer, verdict.waits, rules(verdict)) == ("promote", [], {"agreement": "good"})
+    assert (verdict.outcome, verdict.blockers, rules(verdict)) == ("promote", [], {"agreement": "good"})
     assert verdict.summary.startswith("agreement 0.960 [")
     assert "over 36 blocks of 6 devices (at least 0.9: good), 6 of 3 devices that are needed report" in verdict.summary
 
@@ -57,8 +57,8 @@ def test_what_is_missing_is_waited_for_and_said(
     six.start(plan())
     six.in_shadow(six.senders[:devices], blocks)
     verdict = six.look(later_h).verdict
-    assert verdict.answer == "wait"
-    assert waits in verdict.waits
+    assert verdict.outcome == "wait"
+    assert waits in verdict.blockers
 
 
 def test_an_interval_that_holds_the_limit_is_open_however_good_its_middle_is(six: Fleet) -> None:
@@ -66,23 +66,23 @@ def test_an_interval_that_holds_the_limit_is_open_however_good_its_middle_is(six
     for sender, same in zip(six.senders, (99, 99, 99, 99, 99, 60), strict=True):
         six.in_shadow([sender], same=same)
     verdict = six.look().verdict
-    [finding] = verdict.findings
+    [finding] = verdict.rule_results
     assert finding.value is not None
-    assert (finding.state, finding.value > 0.9, verdict.answer) == ("open", True, "wait")
+    assert (finding.state, finding.value > 0.9, verdict.outcome) == ("open", True, "wait")
 
 
 def test_a_model_that_answers_otherwise_is_aborted_in_shadow(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(same=30)
     verdict = six.look(0.1).verdict
-    assert (verdict.answer, rules(verdict)) == ("abort", {"agreement": "bad"})
+    assert (verdict.outcome, rules(verdict)) == ("abort", {"agreement": "bad"})
 
 
 def test_what_is_bad_on_fewer_devices_than_are_needed_is_waited_about(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(six.senders[:2], same=30)
     verdict = six.look().verdict
-    assert (verdict.answer, rules(verdict)) == ("wait", {"agreement": "bad"})
+    assert (verdict.outcome, rules(verdict)) == ("wait", {"agreement": "bad"})
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_each_rule_is_judged_by_its_own_numbers(
 ) -> None:
     six.start(plan(rules=promotion(agreement=None, **asked)))
     six.in_shadow(**beside)
-    assert six.look().verdict.answer == answer
+    assert six.look().verdict.outcome == answer
 
 
 def test_in_a_canary_the_new_bundle_is_the_one_whose_results_count(six: Fleet) -> None:
     six.start(plan(("canary", 100.0), ("all", 100.0), rules=promotion(agreement=None, slower=1.5)))
     six.on_probation(six.senders, answered=answered(seconds=0.5), answered_beside=answered(seconds=0.1))
-    [finding] = six.look().verdict.findings
+    [finding] = six.look().verdict.rule_results
     assert finding.value == pytest.approx(5.0)
     assert finding.state == "bad"
 
@@ -120,27 +120,27 @@ def test_where_no_more_can_come_that_would_settle_it_somebody_is_asked_to_decide
     six.start(plan(("canary", 100.0), ("all", 100.0)))
     six.on_probation(six.senders, 4, same=90)
     verdict = six.look().verdict
-    assert (verdict.answer, verdict.findings[0].state) == ("wait", "open")
-    assert verdict.waits[-1].startswith("somebody to decide: all devices that were heard of have come to an end")
+    assert (verdict.outcome, verdict.rule_results[0].state) == ("wait", "open")
+    assert verdict.blockers[-1].startswith("somebody to decide: all devices that were heard of have come to an end")
 
 
 def test_the_last_step_ends_with_a_finding_that_stays_open_but_not_with_one_that_is_bad(six: Fleet) -> None:
     six.start(plan(("all", 100.0)))
     six.on_probation(six.senders, 4, same=90, settles=False)
     verdict = six.look().verdict
-    assert (verdict.answer, verdict.findings[0].state) == ("wait", "open")
+    assert (verdict.outcome, verdict.rule_results[0].state) == ("wait", "open")
     six.collect(*(sender.rollout("settled", strategy="all") for sender in six.senders))
     verdict = six.look().verdict
-    assert (verdict.answer, verdict.findings[0].state) == ("finish", "open")
+    assert (verdict.outcome, verdict.rule_results[0].state) == ("finish", "open")
     assert "(at least 0.9: open)" in verdict.summary
     six.collect(*(sender.shadow(model=NEWER, beside=MODEL, same=0) for sender in six.senders for _ in range(5)))
-    assert six.look().verdict.answer == "abort"
+    assert six.look().verdict.outcome == "abort"
 
 
 def test_labels_count_before_the_estimate_where_there_are_any(six: Fleet) -> None:
     six.start(plan(rules=promotion(agreement=None, accuracy_drop=0.02)))
     six.in_shadow(labelled=[90, 1, 1, 8], answered_beside=answered(0.2))
-    [finding] = six.look().verdict.findings
+    [finding] = six.look().verdict.rule_results
     assert (finding.rule, finding.state) == ("accuracy gained by labels", "good")
 
 
@@ -151,7 +151,7 @@ def test_only_the_pair_of_the_step_is_compared(six: Fleet) -> None:
     for sender in six.senders:
         six.collect(sender.shadow(beside=other, same=0), sender.shadow("another-roll-out", same=0))
         six.collect(sender.shadow(model=NEWER, beside=MODEL, same=0), sender.shadow(model=NEWER, same=0))
-    [finding] = six.look().verdict.findings
+    [finding] = six.look().verdict.rule_results
     assert finding.value == pytest.approx(0.96)
     assert finding.blocks == 36
 
@@ -163,8 +163,8 @@ def test_a_device_that_took_it_back_counts_as_failed_and_no_more_in_the_findings
         many.on_probation(many.senders[:1], settles=False, same=0)
         many.collect(many.senders[0].rollout("rolled back", reason="output drift", strategy="canary"))
         verdict = many.look().verdict
-        [finding] = verdict.findings
-        assert (verdict.answer, verdict.failed, verdict.heard, finding.devices) == ("promote", 1, 12, 11)
+        [finding] = verdict.rule_results
+        assert (verdict.outcome, verdict.failed, verdict.heard, finding.devices) == ("promote", 1, 12, 11)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_too_many_devices_that_failed_abort_it_and_those_it_is_not_for_do_not(
     six.in_shadow(six.senders[failing:])
     for sender in six.senders[:failing]:
         six.collect(sender.rollout("refused", reason=reason))
-    assert six.look().verdict.answer == answer
+    assert six.look().verdict.outcome == answer
 
 
 def test_failures_that_may_yet_turn_out_few_hold_it_and_do_not_abort_it(tmp_path: Path) -> None:
@@ -194,12 +194,12 @@ def test_failures_that_may_yet_turn_out_few_hold_it_and_do_not_abort_it(tmp_path
         for sender in many.senders[:2]:
             many.collect(sender.rollout("refused", reason="golden"))
         verdict = many.look().verdict
-        assert (verdict.answer, verdict.waits) == (
+        assert (verdict.outcome, verdict.blockers) == (
             "wait",
             ["fewer failed devices: 2 of 8 that were heard of, 10 % may"],
         )
         many.in_shadow(many.senders[8:])
-        assert many.look().verdict.answer == "promote"
+        assert many.look().verdict.outcome == "promote"
 
 
 def test_a_wider_canary_is_judged_by_the_devices_that_join_with_it(tmp_path: Path) -> None:
@@ -207,14 +207,14 @@ def test_a_wider_canary_is_judged_by_the_devices_that_join_with_it(tmp_path: Pat
         many.start(plan(("canary", 50.0), ("canary", 90.0), ("all", 100.0)))
         first, second = many.chosen(1), many.chosen(2)
         many.on_probation(first)
-        assert many.look().verdict.answer == "promote"
+        assert many.look().verdict.outcome == "promote"
         many.promote()
         verdict = many.look(4.0).verdict
-        assert (verdict.answer, verdict.reporting) == ("wait", 0)
+        assert (verdict.outcome, verdict.reporting) == ("wait", 0)
         joining = [sender for sender in second if sender not in first]
         assert len(joining) >= 3
         many.on_probation(joining[:3])
-        assert (many.look(4.0).verdict.answer, many.look(4.0).verdict.reporting) == ("promote", 3)
+        assert (many.look(4.0).verdict.outcome, many.look(4.0).verdict.reporting) == ("promote", 3)
 
 
 def test_the_last_step_waits_for_devices_on_their_way_but_not_for_those_that_are_silent(six: Fleet) -> None:
@@ -223,20 +223,20 @@ def test_the_last_step_waits_for_devices_on_their_way_but_not_for_those_that_are
     six.promote()
     six.collect(six.senders[4].rollout("fetching", strategy="all"))
     with six.store.transaction() as db:
-        db.execute("UPDATE devices SET last_seen = ?", (clock.rfc3339(NOW_US + HOUR_US * 7 // 2),))
+        db.execute("UPDATE devices SET last_seen = ?", (clock.to_rfc3339(NOW_US + HOUR_US * 7 // 2),))
         db.execute("UPDATE devices SET last_seen = NULL WHERE device = ?", (six.senders[5].device,))
     verdict = six.look(4.0).verdict
-    assert (verdict.answer, verdict.waits) == ("wait", ["devices on their way: 1"])
-    assert six.look(4.6).verdict.answer == "finish"
+    assert (verdict.outcome, verdict.blockers) == ("wait", ["devices on their way: 1"])
+    assert six.look(4.6).verdict.outcome == "finish"
 
 
 def test_of_a_group_only_devices_that_speak_are_known_and_as_many_as_asked_must(six: Fleet) -> None:
     six.start(plan(to="group:roof"))
     six.in_shadow(six.senders[:2])
     seen = six.look()
-    assert (len(seen.members.chosen), seen.verdict.needed, seen.verdict.reporting) == (2, 3, 2)
+    assert (len(seen.devices.selected), seen.verdict.needed, seen.verdict.reporting) == (2, 3, 2)
     six.in_shadow(six.senders[2:3], 12)
-    assert six.look().verdict.answer == "promote"
+    assert six.look().verdict.outcome == "promote"
 
 
 def test_of_one_device_only_what_it_says_counts(six: Fleet) -> None:
@@ -244,7 +244,7 @@ def test_of_one_device_only_what_it_says_counts(six: Fleet) -> None:
     six.in_shadow(six.senders[2:], same=0)
     six.in_shadow([six.senders[1]], 12)
     seen = six.look()
-    assert ([one.device for one in seen.members.chosen], seen.verdict.answer) == (["pi-01"], "promote")
+    assert ([one.device for one in seen.devices.selected], seen.verdict.outcome) == (["pi-01"], "promote")
 
 
 def test_a_store_that_was_lost_begins_a_new_log_whose_word_is_the_last(six: Fleet) -> None:
@@ -253,7 +253,7 @@ def test_a_store_that_was_lost_begins_a_new_log_whose_word_is_the_last(six: Flee
     six.collect(old.rollout("refused", reason="golden"), old.rollout("refused", reason="golden"))
     anew = Sender(old.device, old.key)
     six.collect(anew.rollout("shadow"))
-    assert six.look().members.chosen[0].phase == "shadow"
+    assert six.look().devices.selected[0].phase == "shadow"
 
 
 def test_a_stolen_device_whose_key_was_revoked_counts_no_more(six: Fleet) -> None:
@@ -263,8 +263,8 @@ def test_a_stolen_device_whose_key_was_revoked_counts_no_more(six: Fleet) -> Non
     for sender in six.senders[3:]:
         six.store.revoke(sender.device, None, "2026-11-24T22:20:00.000000Z")
     seen = six.look()
-    assert len(seen.members.chosen) == 3
-    assert seen.verdict.findings[0].value == pytest.approx(0.96)
+    assert len(seen.devices.selected) == 3
+    assert seen.verdict.rule_results[0].value == pytest.approx(0.96)
 
 
 def test_a_device_that_is_not_in_the_roll_out_cannot_flood_it(tmp_path: Path) -> None:
@@ -277,14 +277,14 @@ def test_a_device_that_is_not_in_the_roll_out_cannot_flood_it(tmp_path: Path) ->
         many.on_probation([outside], 300, settles=False, same=0)
         seen = many.look()
         assert seen.verdict == before
-        assert len(seen.tallies.devices[outside.device].instead) == 200
+        assert len(seen.tallies.devices[outside.device].as_active) == 200
 
 
 def test_a_device_that_floods_its_own_roll_out_counts_as_one(six: Fleet) -> None:
     six.start(plan())
     six.in_shadow(six.senders[1:])
     six.in_shadow(six.senders[:1], 250, n=1000, same=960)
-    [finding] = six.look().verdict.findings
+    [finding] = six.look().verdict.rule_results
     assert finding.value == pytest.approx(0.96)
     assert finding.devices == 6
 
@@ -295,7 +295,7 @@ def test_a_device_with_windows_without_number_counts_as_twice_the_one_in_the_mid
     six.senders[0].row = 0
     six.in_shadow(six.senders[:1], 3, n=2**50, same=0)
     six.in_shadow(six.senders[:1], 30, same=30)
-    [finding] = six.look().verdict.findings
+    [finding] = six.look().verdict.rule_results
     assert finding.value == pytest.approx((5 * 6 * 96 + 12 * 30) / (5 * 600 + 1200), abs=1e-4)
     assert finding.state == "open"
 
@@ -323,9 +323,9 @@ def test_a_tally_that_contradicts_itself_is_left_out_and_its_device_named(six: F
     before = six.look().verdict
     six.collect(*(liar.shadow(**lie) for _ in range(5)))
     seen = six.look()
-    assert [f.words for f in seen.verdict.findings] == [f.words for f in before.findings]
-    assert seen.tallies.devices[liar.device].unbelievable == 5
-    assert seen.tallies.devices[liar.device].why
+    assert [f.words for f in seen.verdict.rule_results] == [f.words for f in before.rule_results]
+    assert seen.tallies.devices[liar.device].implausible_count == 5
+    assert seen.tallies.devices[liar.device].implausible_reason
 
 
 def test_a_stranger_whose_signature_is_none_adds_nothing(six: Fleet) -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from agent.cli.fleet.rollout import documents
-from agent.errors import Refused
-from agent.fleet.commands import COUNTER
+from agent.cli.fleet.rollout import build_documents
+from agent.errors import MessageRefused
+from agent.fleet.commands import COUNTER_FILE
 from agent.fleet.keyring import Keyring
 from agent.transport.mqtt import Link
-from agent.transport.packets import Delivery, Outgoing, Receipt
+from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
-from agent.wire.messages import Desired, open_message
+from agent.wire.messages import DesiredPayload, verify_message
 from tests.kit.brokers import Mosquitto
 from tests.kit.senders import MODEL, NEWER, Sender, Sent, new_key
 from tests.kit.system import Fleet, Program, eventually, outstation
@@ -68,7 +68,7 @@ class Site:
         """As `status --json` prints it."""
         store = self.fleet.open()
         try:
-            [document] = documents(store, "exercise-1-1")
+            [document] = build_documents(store, "exercise-1-1")
         finally:
             store.close()
         return document
@@ -77,23 +77,23 @@ class Site:
         link = Link(self.fleet.config.broker, "devices")
         waiting = {link.send(one.outgoing()) for one in sent}
         while waiting:
-            waiting -= {event.token for event in link.receive(60.0) if isinstance(event, Receipt)}
+            waiting -= {event.token for event in link.receive(60.0) if isinstance(event, PublishReceipt)}
         link.close()
 
-    def retained(self, topic: str = ALL, within_s: float = 60.0) -> Delivery | None:
+    def retained(self, topic: str = ALL, within_s: float = 60.0) -> IncomingMessage | None:
         """What a device that comes now is given."""
         link = Link(self.fleet.config.broker, "device", subscribe=[topic])
-        found = [event for event in link.receive(within_s) if isinstance(event, Delivery)]
+        found = [event for event in link.receive(within_s) if isinstance(event, IncomingMessage)]
         link.close()
         assert all(one.retained for one in found)
         return found[-1] if found else None
 
-    def desired(self) -> Desired:
+    def desired(self) -> DesiredPayload:
         """The same, verified by the device's rules."""
         delivery = self.retained()
         assert delivery is not None
-        body = open_message(delivery.topic, delivery.payload, delivery.tokens, self.find).body
-        assert isinstance(body, Desired)
+        body = verify_message(delivery.topic, delivery.payload, delivery.tokens, self.find).body
+        assert isinstance(body, DesiredPayload)
         return body
 
     def in_shadow(self, same: int = 97) -> None:
@@ -200,7 +200,7 @@ def test_an_older_desired_state_that_somebody_retains_again_is_replaced_by_follo
     assert old is not None
     assert site.rollout("promote", "exercise-1-1", "--force", "to see")[0] == 0
     link = Link(site.fleet.config.broker, "attacker")
-    link.send(Outgoing(ALL, old.payload, (("jws", old.tokens[0]),), retain=True))
+    link.send(OutgoingMessage(ALL, old.payload, (("jws", old.tokens[0]),), retain=True))
     link.receive(60.0)
     link.close()
     assert site.desired().tasks["exercise"].strategy == "shadow"
@@ -217,17 +217,17 @@ def test_desired_state_of_one_device_does_not_verify_on_the_topic_of_another(sit
     site.start()
     delivery = site.retained()
     assert delivery is not None
-    with pytest.raises(Refused, match="other topic"):
-        open_message(ALL.replace("_all", "pi-1"), delivery.payload, delivery.tokens, site.find)
+    with pytest.raises(MessageRefused, match="other topic"):
+        verify_message(ALL.replace("_all", "pi-1"), delivery.payload, delivery.tokens, site.find)
     store = site.fleet.open()
-    with pytest.raises(Refused, match="unknown key"):
-        open_message(delivery.topic, delivery.payload, delivery.tokens, Keyring(store).find)
+    with pytest.raises(MessageRefused, match="unknown key"):
+        verify_message(delivery.topic, delivery.payload, delivery.tokens, Keyring(store).find)
     store.close()
 
 
 def test_counters_of_commands_and_desired_state_are_of_one_row(site: Site) -> None:
     site.start()
-    assert int((site.fleet.home / COUNTER).read_text(encoding="ascii")) == site.desired().counter
+    assert int((site.fleet.home / COUNTER_FILE).read_text(encoding="ascii")) == site.desired().counter
 
 
 def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:

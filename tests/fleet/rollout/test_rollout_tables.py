@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agent.errors import Refused
+from agent.errors import MessageRefused
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from tests.kit.senders import MODEL, NEWER, Sender, Sent, new_key
@@ -74,7 +74,7 @@ def test_two_collectors_that_get_the_same_messages_keep_one_row_of_each(store: F
     sender = Sender()
     log = [sender.shadow(), sender.rollout("shadow")]
     add(store, sender, *log)
-    other = FleetStore(store.where)
+    other = FleetStore(store.location)
     try:
         assert add(other, sender, *log) == ["duplicate", "duplicate"]
     finally:
@@ -116,7 +116,7 @@ def test_an_event_of_another_kind_makes_no_row(store: FleetStore) -> None:
 def test_a_tally_with_a_number_that_none_can_have_is_no_message(number: str) -> None:
     sender = Sender()
     sent = sender.shadow()
-    with pytest.raises(Refused):
+    with pytest.raises(MessageRefused):
         sender.open(sender.topic_of(sent.topic, sent.payload.replace(b'"same":96', f'"same":{number}'.encode())))
     assert sender.open(sender.topic_of(sent.topic, sent.payload.replace(b'"same":96', b'"same":7')))
 

@@ -6,36 +6,36 @@ import os
 import time
 from pathlib import Path
 
-_NOTES = "rows.csv"
+_INDEX_NAME = "rows.csv"
 # Of the notes, what a crash between a note and its file's move can have written.
-_TAIL = 1 << 16
+_TAIL_BYTES = 1 << 16
 
 
-def done(path: Path, folder: Path, name: str, rows: tuple[int, int] | None, *, again: bool) -> None:
+def move_to_done(path: Path, folder: Path, name: str, rows: tuple[int, int] | None, *, is_retry: bool) -> None:
     """Move `path` to `done/NAME`. `rows`: first and last in the stream; `again`: a crash may have left the note."""
-    target = _free(folder / "done" / name)
+    target = _unused_path(folder / "done" / name)
     if rows is not None:
-        _note(folder / "done" / _NOTES, target.name, rows, again=again)
+        _append_to_index(folder / "done" / _INDEX_NAME, target.name, rows, is_retry=is_retry)
     os.rename(path, target)
 
 
-def failed(path: Path, folder: Path, name: str, reason: str) -> None:
+def move_to_failed(path: Path, folder: Path, name: str, reason: str) -> None:
     """Move `path` to `failed/NAME`, with the reason in `failed/NAME.txt`."""
-    target = _free(folder / "failed" / name)
+    target = _unused_path(folder / "failed" / name)
     target.with_name(f"{target.name}.txt").write_text(f"{name}: {reason}\n", encoding="utf-8")
     os.rename(path, target)
 
 
-def _free(target: Path) -> Path:
+def _unused_path(target: Path) -> Path:
     return target.with_name(f"{target.stem}.{time.time_ns()}{target.suffix}") if target.exists() else target
 
 
-def _note(notes: Path, name: str, rows: tuple[int, int], *, again: bool) -> None:
+def _append_to_index(index: Path, name: str, rows: tuple[int, int], *, is_retry: bool) -> None:
     ending = f",{rows[0]},{rows[1]}\n"
-    with notes.open("a+", encoding="utf-8") as file:
+    with index.open("a+", encoding="utf-8") as file:
         size = file.tell()
-        if again:
-            file.seek(max(0, size - _TAIL))
+        if is_retry:
+            file.seek(max(0, size - _TAIL_BYTES))
             if ending in file.read():
                 return
         if not size:

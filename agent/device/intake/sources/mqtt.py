@@ -19,38 +19,38 @@ from typing import Any
 import msgspec
 
 from agent import jsonpath
-from agent.config import MqttSource, Stream
-from agent.device.intake.group_commit import Outcome
-from agent.device.intake.server import Offer
-from agent.device.store.rows import Raw
+from agent.config import MqttSource, StreamConfig
+from agent.device.intake.group_commit import CommitOutcome
+from agent.device.intake.server import SubmitRows
+from agent.device.store.rows import RawColumns
 from agent.errors import ConfigError, LinkDown
-from agent.toml_files import suggestion
+from agent.toml_files import did_you_mean
 from agent.transport.mqtt import Link
-from agent.transport.packets import Delivery
+from agent.transport.packets import IncomingMessage
 
 log = logging.getLogger("outstation.mqtt")
 
-_FULL_S = 1.0
-_RETRY_S = (1.0, 60.0)
+_FULL_RETRY_S = 1.0
+_RECONNECT_S = (1.0, 60.0)
 # Often enough for the broker's keep-alive.
-_TURN_S = 5.0
-_END_S = 2.0
+_RECEIVE_TIMEOUT_S = 5.0
+_SHUTDOWN_S = 2.0
 # (packet identifier, topic, digest of the payload): of a message that comes again all three are the same.
-_Known = tuple[int, str, bytes]
+_MessageKey = tuple[int, str, bytes]
 # More than a broker has under way at once, and fewer than it has packet identifiers.
-_MOST_KNOWN = 10_000
+_MAX_COMMITTED_KEYS = 10_000
 
 
-def require(file: str, name: str, stream: Stream, source: MqttSource) -> None:
+def check_config(file: str, name: str, stream: StreamConfig, source: MqttSource) -> None:
     """Raises ConfigError where `source` names what is not there, or nothing that can be subscribed to."""
     key = f"streams.{name}.source"
     fields = [field.name for field in stream.fields]
     for given in source.paths:
         if given not in fields:
-            unknown = f"{given!r} is not a field of this stream{suggestion(given, fields)}"
+            unknown = f"{given!r} is not a field of this stream{did_you_mean(given, fields)}"
             raise ConfigError(file, f"{key}.paths", unknown)
     try:
-        _paths(stream, source)
+        _parse_paths(stream, source)
     except ValueError as problem:
         raise ConfigError(file, f"{key}.paths", str(problem)) from None
     levels = source.topic.split("/")
@@ -60,33 +60,37 @@ def require(file: str, name: str, stream: Stream, source: MqttSource) -> None:
         raise ConfigError(file, f"{key}.topic", no_filter)
 
 
-class Mqtt:
+class MqttSubscriber:
     """Subscribed as `client_id`, on a thread of its own."""
 
-    def __init__(self, file: str, name: str, stream: Stream, source: MqttSource, client_id: str) -> None:
+    def __init__(self, file: str, name: str, stream: StreamConfig, source: MqttSource, client_id: str) -> None:
         """Raises ConfigError."""
-        require(file, name, stream, source)
+        check_config(file, name, stream, source)
         self._name, self._stream, self._source, self._client_id = name, stream, source, client_id
-        self._paths, self._t = _paths(stream, source)
+        self._paths, self._time_path = _parse_paths(stream, source)
         self._stopping = threading.Event()
         self._link: Link | None = None
-        self._committed: deque[_Known] = deque(maxlen=_MOST_KNOWN)
-        self._complaint = ""
+        self._committed_keys: deque[_MessageKey] = deque(maxlen=_MAX_COMMITTED_KEYS)
+        self._last_warning = ""
 
-    async def run(self, offer: Offer) -> None:
+    async def run(self, submit_rows: SubmitRows) -> None:
         loop = asyncio.get_running_loop()
         broken: asyncio.Future[None] = loop.create_future()
 
-        def follow() -> None:
+        def consume() -> None:
             try:
-                self._follow(lambda deliveries: asyncio.run_coroutine_threadsafe(self._take(deliveries, offer), loop))
+                self._consume(
+                    lambda deliveries: asyncio.run_coroutine_threadsafe(
+                        self._submit_messages(deliveries, submit_rows), loop
+                    )
+                )
             except CancelledError:
                 log.info("%s: ended before the last messages were committed; they come again", self._name)
             except Exception as error:
                 if not self._stopping.is_set():
                     loop.call_soon_threadsafe(broken.set_exception, error)
 
-        thread = threading.Thread(target=follow, name=f"mqtt-{self._name}", daemon=True)
+        thread = threading.Thread(target=consume, name=f"mqtt-{self._name}", daemon=True)
         thread.start()
         try:
             await broken
@@ -95,11 +99,11 @@ class Mqtt:
             if self._link is not None:
                 self._link.wake()
             # What the intake commits at its end is confirmed, too.
-            await asyncio.to_thread(thread.join, _END_S)
+            await asyncio.to_thread(thread.join, _SHUTDOWN_S)
 
-    def _follow(self, take: Callable[[list[Delivery]], Future[Outcome]]) -> None:
+    def _consume(self, submit: Callable[[list[IncomingMessage]], Future[CommitOutcome]]) -> None:
         """Until `run` ends; one connection after another."""
-        delay = _RETRY_S[0]
+        delay = _RECONNECT_S[0]
         while not self._stopping.is_set():
             try:
                 link = Link(
@@ -108,72 +112,74 @@ class Mqtt:
                     subscribe=[self._source.topic],
                     session_expiry_s=int(self._source.keep),
                 )
-                self._link, delay = link, _RETRY_S[0]
+                self._link, delay = link, _RECONNECT_S[0]
                 log.info("%s: subscribed to %s at %s", self._name, self._source.topic, self._source.broker.url)
                 try:
-                    self._collect(link, take)
+                    self._receive_messages(link, submit)
                 finally:
                     self._link = None
                     link.close()
             except LinkDown as down:
-                self._complain(f"{down}; trying again for as long as it takes")
+                self._warn_once(f"{down}; trying again for as long as it takes")
                 self._stopping.wait(delay)
-                delay = min(2 * delay, _RETRY_S[1])
+                delay = min(2 * delay, _RECONNECT_S[1])
 
-    def _collect(self, link: Link, take: Callable[[list[Delivery]], Future[Outcome]]) -> None:
-        waiting: deque[tuple[Future[Outcome], list[Delivery]]] = deque()
+    def _receive_messages(self, link: Link, submit: Callable[[list[IncomingMessage]], Future[CommitOutcome]]) -> None:
+        waiting: deque[tuple[Future[CommitOutcome], list[IncomingMessage]]] = deque()
         try:
             while waiting or not self._stopping.is_set():
-                came = [event for event in link.receive(_TURN_S) if isinstance(event, Delivery)]
+                came = [event for event in link.receive(_RECEIVE_TIMEOUT_S) if isinstance(event, IncomingMessage)]
                 if self._stopping.is_set():
                     came = []
-                again = [one for one in came if one.again and _known(one) in self._committed]
+                again = [one for one in came if one.duplicate and _message_key(one) in self._committed_keys]
                 for one in again:
                     link.acknowledge(one)
                 if fresh := [one for one in came if one not in again]:
-                    taken = take(fresh)
+                    taken = submit(fresh)
                     taken.add_done_callback(lambda _: link.wake())
                     waiting.append((taken, fresh))
                 while waiting and waiting[0][0].done():
-                    for one in self._settled(*waiting.popleft()):
+                    for one in self._record_committed(*waiting.popleft()):
                         link.acknowledge(one)
         except LinkDown:
             # They come again on the next connection: by then it must be known that they are committed.
             for taken, fresh in waiting:
-                self._settled(taken, fresh)
+                self._record_committed(taken, fresh)
             raise
 
-    def _settled(self, taken: Future[Outcome], deliveries: Sequence[Delivery]) -> Sequence[Delivery]:
-        taken.result()
-        self._committed.extend(map(_known, deliveries))
+    def _record_committed(
+        self, future: Future[CommitOutcome], deliveries: Sequence[IncomingMessage]
+    ) -> Sequence[IncomingMessage]:
+        future.result()
+        self._committed_keys.extend(map(_message_key, deliveries))
         return deliveries
 
-    async def _take(self, deliveries: Sequence[Delivery], offer: Offer) -> Outcome:
+    async def _submit_messages(self, deliveries: Sequence[IncomingMessage], submit_rows: SubmitRows) -> CommitOutcome:
         """All rows of these messages, committed, or refused with a reason."""
         rows: list[Mapping[str, Any]] = []
         numbers: list[int] = []
         refused: dict[int, str] = {}
         for number, delivery in enumerate(deliveries, 1):
             try:
-                found = self._rows(delivery)
+                found = self._parse_message(delivery)
             except ValueError as problem:
                 refused[number] = str(problem)
             else:
                 rows += found
                 numbers += [number] * len(found)
         columns = {field.name: [row[field.name] for row in rows] for field in self._stream.fields}
-        t = None if self._t is None else [row["t"] for row in rows]
-        raw = Raw(len(rows), t, columns)
-        while (outcome := await offer(self._name, raw, None, numbers, refused)).full:
-            await asyncio.sleep(_FULL_S)
+        t = None if self._time_path is None else [row["t"] for row in rows]
+        raw = RawColumns(len(rows), t, columns)
+        while (outcome := await submit_rows(self._name, raw, None, numbers, refused)).is_store_full:
+            await asyncio.sleep(_FULL_RETRY_S)
         if outcome.rejected:
             number, reason = outcome.rejected[0]
-            self._complain(f"{deliveries[number - 1].topic}: not stored: {reason}")
+            self._warn_once(f"{deliveries[number - 1].topic}: not stored: {reason}")
         else:
-            self._complaint = ""
+            self._last_warning = ""
         return outcome
 
-    def _rows(self, delivery: Delivery) -> list[dict[str, Any]]:
+    def _parse_message(self, delivery: IncomingMessage) -> list[dict[str, Any]]:
         """The rows of a message: one, or of an array of objects one of each. Raises ValueError."""
         try:
             said = msgspec.json.decode(delivery.payload)
@@ -181,36 +187,38 @@ class Mqtt:
             raise ValueError(f"no JSON: {str(error)[:120]}") from None
         several = isinstance(said, list) and said and all(isinstance(one, dict) for one in said)
         levels = delivery.topic.split("/")
-        return [self._row(one, levels) for one in (said if several else [said])]
+        return [self._parse_row(one, levels) for one in (said if several else [said])]
 
-    def _row(self, said: Any, levels: list[str]) -> dict[str, Any]:
-        document = {"$": said, "topic": levels}
+    def _parse_row(self, payload: Any, levels: list[str]) -> dict[str, Any]:
+        document = {"$": payload, "topic": levels}
         found = {name: jsonpath.find(document, path) for name, path in self._paths.items()}
         row = {name: None if value is jsonpath.MISSING else value for name, value in found.items()}
-        if self._t is not None:
-            row["t"] = jsonpath.find(document, self._t)
+        if self._time_path is not None:
+            row["t"] = jsonpath.find(document, self._time_path)
             if row["t"] is jsonpath.MISSING:
                 raise ValueError(f"no time at {self._source.t!r}")
         return row
 
-    def _complain(self, complaint: str) -> None:
+    def _warn_once(self, warning: str) -> None:
         """Once, until it is another one."""
-        if complaint != self._complaint:
-            log.warning("%s: %s", self._name, complaint)
-        self._complaint = complaint
+        if warning != self._last_warning:
+            log.warning("%s: %s", self._name, warning)
+        self._last_warning = warning
 
 
-def _paths(stream: Stream, source: MqttSource) -> tuple[dict[str, jsonpath.Path], jsonpath.Path | None]:
+def _parse_paths(
+    stream: StreamConfig, source: MqttSource
+) -> tuple[dict[str, jsonpath.JsonPath], jsonpath.JsonPath | None]:
     """Of each field, and of the time, within {"$": payload, "topic": levels}. Raises ValueError."""
-    fields = {field.name: _path(source.paths.get(field.name, f"$[{field.name!r}]")) for field in stream.fields}
-    return fields, None if source.t is None else _path(source.t)
+    fields = {field.name: _parse_path(source.paths.get(field.name, f"$[{field.name!r}]")) for field in stream.fields}
+    return fields, None if source.t is None else _parse_path(source.t)
 
 
-def _path(text: str) -> jsonpath.Path:
+def _parse_path(text: str) -> jsonpath.JsonPath:
     if text.startswith("topic["):
         return jsonpath.parse(f"$.{text}")
     return ("$", *jsonpath.parse(text))
 
 
-def _known(delivery: Delivery) -> _Known:
+def _message_key(delivery: IncomingMessage) -> _MessageKey:
     return delivery.mid, delivery.topic, hashlib.blake2b(delivery.payload, digest_size=16).digest()

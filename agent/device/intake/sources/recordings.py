@@ -17,16 +17,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.config import Scene
-from agent.datasets.training_data import UNREADABLE
+from agent.config import RecordingFilter
+from agent.datasets.training_data import UNREADABLE_ERRORS
 from agent.errors import UsageError
 
 _PAUSE_S = 5.0
-_LONGEST_SKIP = 100
+_MAX_SKIP_ROWS = 100
 _WEEK_S = 7 * 86_400
 
 
-class Recordings(msgspec.Struct, frozen=True):
+class ReplayRecordings(msgspec.Struct, frozen=True):
     """`rows` (N, F) float32; recording r is rows `starts[r]` to `starts[r + 1]`, of `label[r]` and `subject[r]`.
 
     `t` (N,) epoch seconds, where the file has times; `rate` in rows a second, on average. `more` has what else the file
@@ -41,19 +41,19 @@ class Recordings(msgspec.Struct, frozen=True):
     fields: list[str]
     rate: float
     t: NDArray[np.float64] | None = None
-    more: dict[str, NDArray[Any]] = field(default_factory=dict)
+    extra_columns: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
-def load(path: Path) -> Recordings:
+def load(path: Path) -> ReplayRecordings:
     """Recordings of an `.npz`. Raises UsageError."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as z:
-            return _read(z)
-    except UNREADABLE as error:
+            return _parse_recordings(z)
+    except UNREADABLE_ERRORS as error:
         raise UsageError(f"{path}: not readable as recordings: {error}") from None
 
 
-def _read(z: Any) -> Recordings:
+def _parse_recordings(z: Any) -> ReplayRecordings:
     """Raises what numpy does, and ValueError."""
     scale = np.asarray(z["scale"], np.float32) if "scale" in z else np.float32(1)
     rows = z["rows"].astype(np.float32) * scale
@@ -62,7 +62,7 @@ def _read(z: Any) -> Recordings:
     if t is not None and (t.shape != (len(rows),) or len(t) < 2 or not (np.diff(t) > 0).all()):
         raise ValueError(f"t must ascend, a time for each of {len(rows)} rows")
     unsaid = np.zeros(len(starts) - 1, np.int64)
-    return Recordings(
+    return ReplayRecordings(
         rows=rows,
         starts=starts,
         label=z["label"].astype(np.int64) if "label" in z else unsaid,
@@ -71,11 +71,11 @@ def _read(z: Any) -> Recordings:
         fields=[str(name) for name in z["fields"]],
         rate=float(z["rate"]) if t is None else (len(t) - 1) / float(t[-1] - t[0]),
         t=t,
-        more={key: z[key] for key in z.files if z[key].shape in ((len(rows),), (len(starts) - 1,))},
+        extra_columns={key: z[key] for key in z.files if z[key].shape in ((len(rows),), (len(starts) - 1,))},
     )
 
 
-class Part(msgspec.Struct, frozen=True):
+class PlaylistItem(msgspec.Struct, frozen=True):
     """One recording of a pass: rows `first`… of the replay (from 1) are rows `start`… of the recordings.
 
     `offset_s`: when it begins, after the replay did; with times of their own, how much later than these its rows are.
@@ -100,12 +100,12 @@ class Playlist:
     Raises UsageError where nothing is left.
     """
 
-    recordings: Recordings
+    recordings: ReplayRecordings
     subject: int | None
     seed: int
-    scenes: Sequence[Scene] = ()
+    scenes: Sequence[RecordingFilter] = ()
     skip: int = 0
-    _chosen: list[tuple[int, NDArray[np.int64]]] = field(init=False)
+    _recordings_by_scene: list[tuple[int, NDArray[np.int64]]] = field(init=False)
 
     def __post_init__(self) -> None:
         everyone = np.arange(len(self.recordings.label))
@@ -118,41 +118,45 @@ class Playlist:
         if self.skip >= (len(self.recordings.rows) if timed else 1):
             has = f"{len(self.recordings.rows)} rows" if timed else "no times, so each begins anywhere"
             raise UsageError(f"skip = {self.skip}: the recordings have {has}")
-        self._chosen = [(scene.from_row, self._of(scene, mine)) for scene in self.scenes] or [(1, mine)]
+        self._recordings_by_scene = [
+            (scene.from_row, self._select_recordings(scene, mine)) for scene in self.scenes
+        ] or [(1, mine)]
 
-    def _of(self, scene: Scene, mine: NDArray[np.int64]) -> NDArray[np.int64]:
-        said = self.recordings.more.get(scene.column)
+    def _select_recordings(self, scene: RecordingFilter, candidates: NDArray[np.int64]) -> NDArray[np.int64]:
+        said = self.recordings.extra_columns.get(scene.column)
         if said is None or len(said) != len(self.recordings.label):
             raise UsageError(f"the recordings have no column {scene.column!r}, which the scenes choose by")
-        found: NDArray[np.int64] = mine[said[mine].astype(np.str_) == scene.value]
+        found: NDArray[np.int64] = candidates[said[candidates].astype(np.str_) == scene.value]
         if not len(found):
             raise UsageError(f"no recording has {scene.column} = {scene.value!r}")
         return found
 
-    def parts(self, after: int = 0) -> Iterator[Part]:
+    def iter_items(self, after: int = 0) -> Iterator[PlaylistItem]:
         """The parts that hold rows after row `after`."""
-        every = self._in_time() if self.recordings.t is not None else self._shuffled()
+        every = self._iter_timed() if self.recordings.t is not None else self._iter_shuffled()
         return (part for part in every if part.last > after)
 
-    def places(self, rows: int) -> NDArray[np.int64]:
+    def source_rows(self, rows: int) -> NDArray[np.int64]:
         """(rows,) which row of the recordings each of the first rows of the replay is."""
         found, have = list[NDArray[np.int64]](), 0
-        for part in self.parts():
+        for part in self.iter_items():
             if have >= rows:
                 break
             found.append(np.arange(part.start, part.start + part.n, dtype=np.int64))
             have += part.n
         return np.concatenate(found)[:rows]
 
-    def _shuffled(self) -> Iterator[Part]:
+    def _iter_shuffled(self) -> Iterator[PlaylistItem]:
         first, offset, turn = 1, 0.0, 0
         while True:
             rng = np.random.default_rng([self.seed, turn])
-            chosen, until = self._scene(first)
+            chosen, until = self._find_scene(first)
             for r in rng.permutation(chosen):
                 begin, end = int(self.recordings.starts[r]), int(self.recordings.starts[r + 1])
-                start = begin + int(rng.integers(0, min(_LONGEST_SKIP, end - begin)))
-                part = Part(first, start, min(end - start, until - first), int(self.recordings.label[r]), offset)
+                start = begin + int(rng.integers(0, min(_MAX_SKIP_ROWS, end - begin)))
+                part = PlaylistItem(
+                    first, start, min(end - start, until - first), int(self.recordings.label[r]), offset
+                )
                 yield part
                 first = part.last + 1
                 offset += part.n / self.recordings.rate + _PAUSE_S
@@ -160,21 +164,25 @@ class Playlist:
                     break
             turn += 1
 
-    def _scene(self, row: int) -> tuple[NDArray[np.int64], int]:
+    def _find_scene(self, row: int) -> tuple[NDArray[np.int64], int]:
         """The recordings of the scene at `row`, and the row from which the next one is on."""
-        at = max(i for i, (begin, _) in enumerate(self._chosen) if begin <= max(row, self._chosen[0][0]))
-        until = self._chosen[at + 1][0] if at + 1 < len(self._chosen) else 2**62
-        return self._chosen[at][1], until
+        at = max(
+            i
+            for i, (begin, _) in enumerate(self._recordings_by_scene)
+            if begin <= max(row, self._recordings_by_scene[0][0])
+        )
+        until = self._recordings_by_scene[at + 1][0] if at + 1 < len(self._recordings_by_scene) else 2**62
+        return self._recordings_by_scene[at][1], until
 
-    def _in_time(self) -> Iterator[Part]:
+    def _iter_timed(self) -> Iterator[PlaylistItem]:
         t, starts = self.recordings.t, self.recordings.starts
         assert t is not None
         again_s = math.ceil((float(t[-1] - t[0]) + 1 / self.recordings.rate) / _WEEK_S) * _WEEK_S
         first, turn, skip = 1, 0, self.skip
         while True:
-            for r in self._chosen[0][1]:
+            for r in self._recordings_by_scene[0][1]:
                 start, end = max(int(starts[r]), skip), int(starts[r + 1])
                 if start < end:
-                    yield Part(first, start, end - start, int(self.recordings.label[r]), float(turn * again_s))
+                    yield PlaylistItem(first, start, end - start, int(self.recordings.label[r]), float(turn * again_s))
                     first += end - start
             turn, skip = turn + 1, 0

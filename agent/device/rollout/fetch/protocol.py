@@ -6,16 +6,16 @@ from typing import Any
 
 import msgspec
 
-from agent.device.rollout.fetch.compatibility import Here
-from agent.device.rollout.fetch.version_floors import Floors
+from agent.device.rollout.fetch.compatibility import DeviceProfile
+from agent.device.rollout.fetch.version_floors import VersionFloors
 
 # Larger answers are not read.
-MOST_ANSWER = 1 << 20
+MAX_RESPONSE_BYTES = 1 << 20
 # In this time LEAST_BYTES must come, or a server is given up.
-PATIENCE_S, LEAST_BYTES = 30.0, 4096
+STALL_TIMEOUT_S, MIN_STALL_BYTES = 30.0, 4096
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
+class FetchRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One look at the repository and, where `path` is given, the download of that target.
 
     `folder` keeps the metadata, `into` gets archives. `time_s`: epoch s, the latest that is known to have passed.
@@ -24,22 +24,22 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     url: str
     ca_file: str | None
-    root: str
-    folder: str
-    into: str
-    parent: int
-    time_s: float
-    floors: Floors
-    seconds: float
+    root_file: str
+    metadata_dir: str
+    download_dir: str
+    parent_pid: int
+    trusted_time_s: float
+    floors: VersionFloors
+    timeout_s: float
     max_size: int
     max_rate: int | None = None
-    patience_s: float = PATIENCE_S
+    stall_timeout_s: float = STALL_TIMEOUT_S
     path: str | None = None
     digest: str = ""
-    here: Here | None = None
+    profile: DeviceProfile | None = None
 
 
-class Target(msgspec.Struct, frozen=True):
+class SignedTarget(msgspec.Struct, frozen=True):
     """What signed metadata say of an archive; `custom` is its member `outstation`."""
 
     path: str
@@ -48,7 +48,7 @@ class Target(msgspec.Struct, frozen=True):
     custom: dict[str, Any]
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
+class FetchResponse(msgspec.Struct, frozen=True, kw_only=True):
     """`error` is the name of what went wrong, "" where nothing did. `floors` hold in either case.
 
     `file` is the verified archive, once it is on the disk; `received` counts the bytes of it that came now.
@@ -56,7 +56,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     error: str = ""
     detail: str = ""
-    floors: Floors
-    target: Target | None = None
+    floors: VersionFloors
+    target: SignedTarget | None = None
     file: str | None = None
     received: int = 0

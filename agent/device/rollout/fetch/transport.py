@@ -25,16 +25,16 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from agent.device.rollout.fetch.protocol import LEAST_BYTES, PATIENCE_S
+from agent.device.rollout.fetch.protocol import MIN_STALL_BYTES, STALL_TIMEOUT_S
 from agent.errors import FetchFailed
 
-_CHUNK = 65_536
-_FEW = 8_192
-_MISSING = frozenset({403, 404, 410})
-_RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/(?:\d{1,15}|\*)", re.ASCII)
+_CHUNK_BYTES = 65_536
+_ERROR_BODY_BYTES = 8_192
+_NOT_FOUND_STATUSES = frozenset({403, 404, 410})
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,15})-\d{1,15}/(?:\d{1,15}|\*)", re.ASCII)
 
 
-class Missing(FetchFailed):
+class RemoteFileNotFound(FetchFailed):
     """The repository has no such file."""
 
     def __init__(self, name: str, status: int = 404) -> None:
@@ -42,149 +42,149 @@ class Missing(FetchFailed):
         self.status = status
 
 
-class Reading(msgspec.Struct, frozen=True):
+class FileStream(msgspec.Struct, frozen=True):
     """Chunks of a file from byte `start` on; not to be mixed with another reading of the same source."""
 
     start: int
     chunks: Iterator[bytes]
 
 
-class Source(Protocol):
-    def read(self, name: str, offset: int = 0) -> Reading:
+class Transport(Protocol):
+    def read(self, name: str, offset: int = 0) -> FileStream:
         """File `name`, from `offset` on or, where that cannot be had, from its beginning. Raises FetchFailed."""
         ...
 
 
-class Pace:
+class TransferLimiter:
     """Watches a transfer. Only for the main thread: it needs the alarm signal."""
 
-    def __init__(self, seconds: float, max_rate: int | None, patience_s: float = PATIENCE_S) -> None:
-        self._end_s = time.monotonic() + seconds
-        self._rate, self._patience_s = max_rate, patience_s
-        self.chunk = _CHUNK if max_rate is None else max(512, min(_CHUNK, max_rate))
-        self._left_s, self._since = patience_s, 0
-        self._free_s = time.monotonic()
+    def __init__(self, timeout_s: float, max_rate: int | None, stall_timeout_s: float = STALL_TIMEOUT_S) -> None:
+        self._deadline_s = time.monotonic() + timeout_s
+        self._max_rate, self._stall_timeout_s = max_rate, stall_timeout_s
+        self.chunk_bytes = _CHUNK_BYTES if max_rate is None else max(512, min(_CHUNK_BYTES, max_rate))
+        self._stall_left_s, self._bytes_since_reset = stall_timeout_s, 0
+        self._next_read_s = time.monotonic()
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def enforce_timeout(self) -> Iterator[None]:
         """Around whatever waits for the other end. Raises FetchFailed."""
         begun_s = time.monotonic()
-        rest_s = self._end_s - begun_s
+        rest_s = self._deadline_s - begun_s
         if rest_s <= 0:
-            raise self._over()
-        before = signal.signal(signal.SIGALRM, self._ring)
-        signal.setitimer(signal.ITIMER_REAL, max(0.001, min(self._left_s, rest_s)))
+            raise self._timeout_error()
+        before = signal.signal(signal.SIGALRM, self._on_alarm)
+        signal.setitimer(signal.ITIMER_REAL, max(0.001, min(self._stall_left_s, rest_s)))
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-            self._left_s -= time.monotonic() - begun_s
+            self._stall_left_s -= time.monotonic() - begun_s
 
-    def got(self, count: int) -> None:
+    def throttle(self, count: int) -> None:
         """So many bytes came; waits where they came too fast."""
-        self._since += count
-        if self._since >= LEAST_BYTES:
-            self.anew()
-        if self._rate is not None:
-            self._free_s = max(self._free_s, time.monotonic() - 1) + count / self._rate
-            time.sleep(max(0.0, self._free_s - time.monotonic()))
+        self._bytes_since_reset += count
+        if self._bytes_since_reset >= MIN_STALL_BYTES:
+            self.reset()
+        if self._max_rate is not None:
+            self._next_read_s = max(self._next_read_s, time.monotonic() - 1) + count / self._max_rate
+            time.sleep(max(0.0, self._next_read_s - time.monotonic()))
 
-    def anew(self) -> None:
+    def reset(self) -> None:
         """Another request begins, or enough has come."""
-        self._left_s, self._since = self._patience_s, 0
+        self._stall_left_s, self._bytes_since_reset = self._stall_timeout_s, 0
 
-    def _ring(self, _signal: int, _frame: FrameType | None) -> None:
-        if time.monotonic() >= self._end_s:
-            raise self._over()
+    def _on_alarm(self, _signal: int, _frame: FrameType | None) -> None:
+        if time.monotonic() >= self._deadline_s:
+            raise self._timeout_error()
         raise FetchFailed(
             "SlowRetrievalError",
-            f"less than {LEAST_BYTES} bytes came in {self._patience_s:g} s; the connection is given up",
+            f"less than {MIN_STALL_BYTES} bytes came in {self._stall_timeout_s:g} s; the connection is given up",
         )
 
-    def _over(self) -> FetchFailed:
+    def _timeout_error(self) -> FetchFailed:
         return FetchFailed("TimeOver", "it was not done in the time a fetch may take; what came so far is kept")
 
 
-class WebSource:
+class HttpTransport:
     """A repository behind http or https; one connection for all of it. `close` it."""
 
-    def __init__(self, url: str, ca_file: str | None, pace: Pace) -> None:
+    def __init__(self, url: str, ca_file: str | None, limiter: TransferLimiter) -> None:
         parts = urlsplit(url)
-        self._path, self._pace, self._url = parts.path.rstrip("/"), pace, url
+        self._path, self._limiter, self._url = parts.path.rstrip("/"), limiter, url
         host, port = parts.hostname or "", parts.port
         self._connection: http.client.HTTPConnection
         if parts.scheme == "https":
-            with _translated(f"[updates] ca_file {ca_file}"):
+            with _map_errors(f"[updates] ca_file {ca_file}"):
                 context = ssl.create_default_context(cafile=ca_file)
             context.minimum_version = ssl.TLSVersion.TLSv1_2
-            self._connection = http.client.HTTPSConnection(host, port, timeout=PATIENCE_S, context=context)
+            self._connection = http.client.HTTPSConnection(host, port, timeout=STALL_TIMEOUT_S, context=context)
         else:
-            self._connection = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
+            self._connection = http.client.HTTPConnection(host, port, timeout=STALL_TIMEOUT_S)
 
-    def read(self, name: str, offset: int = 0) -> Reading:
-        path = "/".join([self._path, *(quote(part, safe="") for part in _parts(name))])
-        response = self._answer(path, offset)
+    def read(self, name: str, offset: int = 0) -> FileStream:
+        path = "/".join([self._path, *(quote(part, safe="") for part in _split_name(name))])
+        response = self._send_request(path, offset)
         if response.status not in (200, 206):
-            self._pass_over(response)
+            self._drain_error_body(response)
             if response.status == 416 and offset:
                 return self.read(name)
-            if response.status in _MISSING:
-                raise Missing(name, response.status)
-            raise FetchFailed("DownloadHTTPError", self._refusal(name, response))
-        return Reading(self._start(name, response, offset), self._chunks(name, response))
+            if response.status in _NOT_FOUND_STATUSES:
+                raise RemoteFileNotFound(name, response.status)
+            raise FetchFailed("DownloadHTTPError", self._describe_refusal(name, response))
+        return FileStream(self._start_offset(name, response, offset), self._iter_chunks(name, response))
 
     def close(self) -> None:
         self._connection.close()
 
-    def _answer(self, path: str, offset: int) -> http.client.HTTPResponse:
+    def _send_request(self, path: str, offset: int) -> http.client.HTTPResponse:
         headers = {"Accept-Encoding": "identity", "User-Agent": "outstation"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
         reused = self._connection.sock is not None
-        self._pace.anew()
+        self._limiter.reset()
         try:
-            with _translated(self._url), self._pace.waiting():
+            with _map_errors(self._url), self._limiter.enforce_timeout():
                 self._connection.request("GET", path, headers=headers)
                 return self._connection.getresponse()
         except FetchFailed as failure:
             self.close()
             # A server may have closed a connection that was idle for a moment.
             if reused and isinstance(failure.__cause__, ConnectionError | http.client.HTTPException):
-                return self._answer(path, offset)
+                return self._send_request(path, offset)
             raise
 
-    def _pass_over(self, response: http.client.HTTPResponse) -> None:
+    def _drain_error_body(self, response: http.client.HTTPResponse) -> None:
         """The words beside an error; the connection stays, where they are few."""
-        with _translated(self._url), self._pace.waiting():
-            response.read(_FEW)
+        with _map_errors(self._url), self._limiter.enforce_timeout():
+            response.read(_ERROR_BODY_BYTES)
         if not response.isclosed():
             self.close()
 
-    def _start(self, name: str, response: http.client.HTTPResponse, offset: int) -> int:
+    def _start_offset(self, name: str, response: http.client.HTTPResponse, offset: int) -> int:
         if response.status == 200:
             return 0
-        found = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if found is None or int(found[1]) != offset or not offset:
             self.close()
             raise FetchFailed("DownloadError", f"{name}: the server answers with another part than it was asked for")
         return offset
 
-    def _chunks(self, name: str, response: http.client.HTTPResponse) -> Iterator[bytes]:
+    def _iter_chunks(self, name: str, response: http.client.HTTPResponse) -> Iterator[bytes]:
         try:
             while True:
-                with _translated(f"{self._url}: {name}"), self._pace.waiting():
-                    data = response.read1(self._pace.chunk)
+                with _map_errors(f"{self._url}: {name}"), self._limiter.enforce_timeout():
+                    data = response.read1(self._limiter.chunk_bytes)
                 if not data:
                     return
-                self._pace.got(len(data))
+                self._limiter.throttle(len(data))
                 yield data
         finally:
             if not response.isclosed():
                 # What is left of it would be taken for the next answer.
                 self.close()
 
-    def _refusal(self, name: str, response: http.client.HTTPResponse) -> str:
+    def _describe_refusal(self, name: str, response: http.client.HTTPResponse) -> str:
         if response.status in (301, 302, 303, 307, 308):
             to = response.headers.get("Location", "")[:200]
             return (
@@ -194,57 +194,57 @@ class WebSource:
         return f"{name}: the server answers {response.status} {response.reason[:80]!r}"
 
 
-class FolderSource:
+class FolderTransport:
     """A repository in a folder of this machine, which may be a stick."""
 
-    def __init__(self, folder: Path, pace: Pace) -> None:
-        self._folder, self._pace = folder, pace
+    def __init__(self, folder: Path, limiter: TransferLimiter) -> None:
+        self._folder, self._limiter = folder, limiter
 
-    def read(self, name: str, offset: int = 0) -> Reading:
-        parts = _parts(name)
-        with _translated(f"{self._folder}: is the stick there? {name}"):
+    def read(self, name: str, offset: int = 0) -> FileStream:
+        parts = _split_name(name)
+        with _map_errors(f"{self._folder}: is the stick there? {name}"):
             opened = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         for part in parts:
-            opened = self._step(opened, part, name)
+            opened = self._open_child(opened, part, name)
         if not stat.S_ISREG(os.fstat(opened).st_mode):
             os.close(opened)
             raise FetchFailed("DownloadError", f"{self._folder}: {name} is no plain file")
         os.lseek(opened, offset, os.SEEK_SET)
-        return Reading(offset, self._chunks(opened, name))
+        return FileStream(offset, self._iter_chunks(opened, name))
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _step(self, folder: int, part: str, name: str) -> int:
+    def _open_child(self, folder: int, part: str, name: str) -> int:
         try:
             # O_NONBLOCK: a pipe in the way must not hold us.
             return os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         except FileNotFoundError:
-            raise Missing(name) from None
+            raise RemoteFileNotFound(name) from None
         except OSError as error:
             raise FetchFailed("DownloadError", f"{self._folder}: {name}: {error.strerror}") from error
         finally:
             os.close(folder)
 
-    def _chunks(self, opened: int, name: str) -> Iterator[bytes]:
+    def _iter_chunks(self, opened: int, name: str) -> Iterator[bytes]:
         try:
             while True:
-                with _translated(f"{self._folder}: {name}"), self._pace.waiting():
-                    data = os.read(opened, self._pace.chunk)
+                with _map_errors(f"{self._folder}: {name}"), self._limiter.enforce_timeout():
+                    data = os.read(opened, self._limiter.chunk_bytes)
                 if not data:
                     return
-                self._pace.got(len(data))
+                self._limiter.throttle(len(data))
                 yield data
         finally:
             os.close(opened)
 
 
-def of(url: str, ca_file: str | None, pace: Pace) -> WebSource | FolderSource:
+def open_transport(url: str, ca_file: str | None, limiter: TransferLimiter) -> HttpTransport | FolderTransport:
     """Raises FetchFailed."""
-    return WebSource(url, ca_file, pace) if "://" in url else FolderSource(Path(url), pace)
+    return HttpTransport(url, ca_file, limiter) if "://" in url else FolderTransport(Path(url), limiter)
 
 
-def _parts(name: str) -> list[str]:
+def _split_name(name: str) -> list[str]:
     parts = name.split("/")
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
         raise FetchFailed("DownloadError", f"{name!r} leads out of the repository")
@@ -252,9 +252,9 @@ def _parts(name: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
+def _map_errors(subject: str) -> Iterator[None]:
     try:
         yield
     except (OSError, http.client.HTTPException, ValueError) as error:
         said = str(error) or type(error).__name__
-        raise FetchFailed("DownloadError", f"{what}: {said[:300]}") from error
+        raise FetchFailed("DownloadError", f"{subject}: {said[:300]}") from error

@@ -24,43 +24,47 @@ from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 
-from agent.device.rollout.fetch.protocol import Target
-from agent.device.rollout.fetch.transport import Missing, Source
-from agent.device.rollout.fetch.version_floors import ROOT, Floor
+from agent.device.rollout.fetch.protocol import SignedTarget
+from agent.device.rollout.fetch.transport import RemoteFileNotFound, Transport
+from agent.device.rollout.fetch.version_floors import ROOT_ROLE, VersionFloor
 from agent.errors import FetchFailed
 
-_BASE = "repository:/"
-_TOP = (Root.type, Timestamp.type, Snapshot.type, Targets.type)
+_BASE_URL = "repository:/"
+_TOP_LEVEL_ROLES = (Root.type, Timestamp.type, Snapshot.type, Targets.type)
 # A bundle is named by one delegation; more are followed, not many.
-_CONFIG = UpdaterConfig(max_delegations=8, targets_max_length=2_000_000)
-_MOST_CUSTOM = 65_536
+_UPDATER_CONFIG = UpdaterConfig(max_delegations=8, targets_max_length=2_000_000)
+_MAX_CUSTOM_BYTES = 65_536
 # The end of 9999: what a clock of garbage shows may be later.
-_LATEST_S = 253_402_300_799.0
-_MOST_VERSION = 2**63 - 1
+_MAX_TIME_S = 253_402_300_799.0
+_MAX_VERSION = 2**63 - 1
 # What python-tuf lets through of metadata that are signed and malformed.
-_MALFORMED = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
+_MALFORMED_ERRORS = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
 
 
-class Repository:
+class TufClient:
     """One look, from the first trusted root on. `work` is a folder of its own, with what was known before."""
 
-    def __init__(self, anchor: bytes, work: Path, source: Source, time_s: float) -> None:
+    def __init__(self, anchor: bytes, work_dir: Path, transport: Transport, time_s: float) -> None:
         logging.getLogger("tuf").setLevel(logging.CRITICAL)
-        with _translated():
+        with _map_tuf_errors():
             self._updater = Updater(
-                str(work), f"{_BASE}metadata/", fetcher=_Fetcher(source), config=_CONFIG, bootstrap=anchor
+                str(work_dir),
+                f"{_BASE_URL}metadata/",
+                fetcher=_TufFetcher(transport),
+                config=_UPDATER_CONFIG,
+                bootstrap=anchor,
             )
         self._trusted = self._updater._trusted_set
-        self._trusted.reference_time = datetime.fromtimestamp(min(time_s, _LATEST_S), UTC)
+        self._trusted.reference_time = datetime.fromtimestamp(min(time_s, _MAX_TIME_S), UTC)
 
     def refresh(self) -> None:
         """All roles that are no bundle's. Raises FetchFailed."""
-        with _translated():
+        with _map_tuf_errors():
             self._updater.refresh()
 
-    def find(self, path: str) -> tuple[Target, str]:
+    def find_target(self, path: str) -> tuple[SignedTarget, str]:
         """What is signed of the target, and the name of its file. Raises FetchFailed."""
-        with _translated():
+        with _map_tuf_errors():
             found = self._updater.get_targetinfo(path)
         if found is None:
             raise FetchFailed("NoSuchTarget", f"nobody who may has signed {path}; was it published, or withdrawn?")
@@ -70,41 +74,41 @@ class Repository:
         folder, _, name = path.rpartition("/")
         consistent = self._trusted.root.consistent_snapshot
         file = f"{folder}/{next(iter(found.hashes.values()))}.{name}" if consistent else path
-        return Target(path, found.length, sha256, _custom(found)), f"targets/{file}"
+        return SignedTarget(path, found.length, sha256, _read_custom(found)), f"targets/{file}"
 
-    def root(self) -> dict[str, Floor]:
+    def root_floor(self) -> dict[str, VersionFloor]:
         """The floor of root alone: all that holds where the rest was refused."""
-        return {ROOT: self._floor(ROOT, ROOT)}
+        return {ROOT_ROLE: self._make_floor(ROOT_ROLE, ROOT_ROLE)}
 
-    def seen(self) -> dict[str, Floor]:
+    def observed_floors(self) -> dict[str, VersionFloor]:
         """The floors of all roles that were verified, in the order in which they are."""
-        found = {role: self._floor(ROOT, role) for role in _TOP if role in self._trusted}
+        found = {role: self._make_floor(ROOT_ROLE, role) for role in _TOP_LEVEL_ROLES if role in self._trusted}
         delegators = [Targets.type] if Targets.type in found else []
         while delegators:
             delegator = delegators.pop()
             delegations = cast(Targets, self._trusted[delegator]).delegations
             for role in (delegations and delegations.roles) or ():
                 if role in self._trusted and role not in found:
-                    found[role] = self._floor(delegator, role)
+                    found[role] = self._make_floor(delegator, role)
                     delegators.append(role)
         return found
 
     def expires_s(self) -> float:
         """When the first of the roles that are no bundle's expires, epoch s."""
-        return min(self._trusted[role].expires.timestamp() for role in _TOP)
+        return min(self._trusted[role].expires.timestamp() for role in _TOP_LEVEL_ROLES)
 
-    def _floor(self, delegator: str, role: str) -> Floor:
+    def _make_floor(self, delegator: str, role: str) -> VersionFloor:
         keys = cast("Root | Targets", self._trusted[delegator]).get_delegated_role(role).keyids
         version = self._trusted[role].version
-        if not isinstance(version, int) or version > _MOST_VERSION:
+        if not isinstance(version, int) or version > _MAX_VERSION:
             raise FetchFailed("RepositoryError", f"{role} is of version {str(version)[:40]}, which is none")
-        return Floor(version, sorted(keys))
+        return VersionFloor(version, sorted(keys))
 
 
 @contextlib.contextmanager
-def copied(folder: Path) -> Iterator[Path]:
+def working_copy(folder: Path) -> Iterator[Path]:
     """A copy of `folder` to work in; gone afterwards, unless `commit` has put it in place. Raises OSError."""
-    new, old = _beside(folder)
+    new, old = _sibling_folders(folder)
     if not folder.exists() and old.exists():
         # Power went between the two renames of `commit`.
         old.rename(folder)
@@ -120,48 +124,48 @@ def copied(folder: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def commit(folder: Path) -> None:
+def commit_working_copy(folder: Path) -> None:
     """Put the copy in the place of `folder`, all of it on the disk. Raises OSError."""
-    new, old = _beside(folder)
+    new, old = _sibling_folders(folder)
     for path, folders, files in os.walk(new, topdown=False):
         for name in (*folders, *files):
-            _sync(Path(path, name))
-    _sync(new)
+            _fsync(Path(path, name))
+    _fsync(new)
     if folder.exists():
         folder.rename(old)
-        _sync(folder.parent)
+        _fsync(folder.parent)
     new.rename(folder)
-    _sync(folder.parent)
+    _fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-class _Fetcher(FetcherInterface):
+class _TufFetcher(FetcherInterface):
     """Our source, as python-tuf asks for it."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         # Not a generator: python-tuf wants to be told at once where there is no such file.
         try:
-            return self._source.read(url.removeprefix(_BASE)).chunks
-        except Missing as missing:
+            return self._transport.read(url.removeprefix(_BASE_URL)).chunks
+        except RemoteFileNotFound as missing:
             raise DownloadHTTPError(missing.detail, 404) from missing
 
 
-def _custom(found: TargetFile) -> dict[str, Any]:
+def _read_custom(target: TargetFile) -> dict[str, Any]:
     """Member `outstation` of what the publisher says beside the hash. Raises FetchFailed."""
-    said = (found.custom or {}).get("outstation", {})
-    if not isinstance(said, dict) or len(msgspec.json.encode(said)) > _MOST_CUSTOM:
-        raise FetchFailed("RepositoryError", f"{found.path}: what its metadata say of it is no object, or too long")
+    said = (target.custom or {}).get("outstation", {})
+    if not isinstance(said, dict) or len(msgspec.json.encode(said)) > _MAX_CUSTOM_BYTES:
+        raise FetchFailed("RepositoryError", f"{target.path}: what its metadata say of it is no object, or too long")
     return said
 
 
-def _beside(folder: Path) -> tuple[Path, Path]:
+def _sibling_folders(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
 
 
-def _sync(path: Path) -> None:
+def _fsync(path: Path) -> None:
     if path.is_symlink():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -172,7 +176,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def _map_tuf_errors() -> Iterator[None]:
     """The errors of python-tuf by their own names; what our source said stays as it is."""
     try:
         yield
@@ -181,6 +185,6 @@ def _translated() -> Iterator[None]:
             raise error.__cause__ from None
         name = "RepositoryError" if isinstance(error, DeserializationError) else type(error).__name__
         raise FetchFailed(name, str(error)[:500] or "the metadata do not verify") from error
-    except _MALFORMED as error:
+    except _MALFORMED_ERRORS as error:
         said = f"metadata that cannot be read: {type(error).__name__}: {str(error)[:300]}"
         raise FetchFailed("RepositoryError", said) from error

@@ -21,52 +21,54 @@ if TYPE_CHECKING:
     from agent.device.store.store import Store
     from agent.device.store.transaction import Transaction
 
-_META = "update floors"
-ROOT = "root"
-BELOW = "BadVersionNumberError"
+_META_KEY = "update floors"
+ROOT_ROLE = "root"
+ROLLBACK_ERROR = "BadVersionNumberError"
 
 
-class Floor(msgspec.Struct, frozen=True):
+class VersionFloor(msgspec.Struct, frozen=True):
     """The last version of a role, and the ids of the keys that might sign it then."""
 
     version: int
     keys: list[str]
 
 
-class Floors(msgspec.Struct, frozen=True):
+class VersionFloors(msgspec.Struct, frozen=True):
     """By role; `anchor` is the SHA-256 of the first root. `expires_s`: when the last metadata is too old, epoch s."""
 
     anchor: str = ""
-    roles: dict[str, Floor] = {}
+    roles: dict[str, VersionFloor] = {}
     expires_s: float | None = None
 
-    def of(self, anchor: str) -> Floors:
+    def for_anchor(self, anchor: str) -> VersionFloors:
         """Those of one repository."""
-        return self if anchor == self.anchor else Floors(anchor)
+        return self if anchor == self.anchor else VersionFloors(anchor)
 
 
-def raised(floors: Floors, seen: Mapping[str, Floor], expires_s: float | None) -> Floors:
+def raise_floors(floors: VersionFloors, observed: Mapping[str, VersionFloor], expires_s: float | None) -> VersionFloors:
     """With what was seen now. Raises FetchFailed where a version is below its floor."""
-    for role, found in seen.items():
+    for role, found in observed.items():
         before = floors.roles.get(role)
-        if before is not None and found.version < before.version and _holds(role, before, found):
+        if before is not None and found.version < before.version and _is_enforced(role, before, found):
             raise FetchFailed(
-                BELOW,
+                ROLLBACK_ERROR,
                 f"{role} is of version {found.version}, this device has seen {before.version}: the repository, or "
                 "somebody on the way to it, shows an older state",
             )
-    return Floors(floors.anchor, {**floors.roles, **seen}, floors.expires_s if expires_s is None else expires_s)
+    return VersionFloors(
+        floors.anchor, {**floors.roles, **observed}, floors.expires_s if expires_s is None else expires_s
+    )
 
 
-def load(store: Store) -> Floors:
+def load(store: Store) -> VersionFloors:
     """Raises StorageError."""
-    text = store.meta(_META, "")
-    return msgspec.json.decode(text, type=Floors) if text else Floors()
+    text = store.get_meta(_META_KEY, "")
+    return msgspec.json.decode(text, type=VersionFloors) if text else VersionFloors()
 
 
-def save(tx: Transaction, floors: Floors) -> None:
-    tx.set_meta(_META, msgspec.json.encode(floors).decode())
+def save(tx: Transaction, floors: VersionFloors) -> None:
+    tx.set_meta(_META_KEY, msgspec.json.encode(floors).decode())
 
 
-def _holds(role: str, before: Floor, found: Floor) -> bool:
-    return role == ROOT or set(before.keys) <= set(found.keys)
+def _is_enforced(role: str, before: VersionFloor, observed: VersionFloor) -> bool:
+    return role == ROOT_ROLE or set(before.keys) <= set(observed.keys)

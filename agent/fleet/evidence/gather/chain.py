@@ -4,41 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from agent.errors import Refused
-from agent.fleet.evidence.contents import Decision
+from agent.errors import MessageRefused
+from agent.fleet.evidence.contents import DecisionRecord
 from agent.fleet.rollout import decisions
-from agent.fleet.rollout.decisions import Body
+from agent.fleet.rollout.decisions import DecisionBody
 from agent.wire import jws
 from agent.wire.jws import Signer
 from agent.wire.messages import MAX_PAYLOAD, digest
 
 
-def opened(rollout: str, payload: object, token: object, find: Callable[[str], Signer | None]) -> Body:
+def verify_decision(
+    rollout: str, payload: object, token: object, find_signer: Callable[[str], Signer | None]
+) -> DecisionBody:
     """What was signed for this roll-out. Raises Refused, never another exception."""
     if not (isinstance(payload, bytes) and isinstance(token, str)) or len(payload) > MAX_PAYLOAD:
-        raise Refused("malformed decision", "payload or signature is none")
-    told = decisions.opened(rollout, payload, token, find)
+        raise MessageRefused("malformed decision", "payload or signature is none")
+    told = decisions.verify(rollout, payload, token, find_signer)
     if told.rollout != rollout:
-        raise Refused("other roll-out", f"the payload is of {told.rollout!r}")
+        raise MessageRefused("other roll-out", f"the payload is of {told.rollout!r}")
     return told
 
 
-def decision(told: Body, payload: bytes, token: str) -> Decision:
+def build_record(body: DecisionBody, payload: bytes, token: str) -> DecisionRecord:
     """As it stands in decisions.jsonl."""
-    return Decision(
-        time=told.time,
-        event=told.event,
+    return DecisionRecord(
+        time=body.time,
+        event=body.event,
         who=f"an operator (key {jws.claimed_kid(token)[:10]}…)",
-        summary=told.summary,
-        rollout=told.rollout,
+        summary=body.summary,
+        rollout=body.rollout,
         payload=payload.decode(),
         jws=token,
     )
 
 
-def breaks(signed: Iterable[tuple[Body, bytes]], *, whole: bool) -> Iterator[str]:
+def find_chain_breaks(signed: Iterable[tuple[DecisionBody, bytes]], *, is_complete: bool) -> Iterator[str]:
     """Where a chain is not one, in words; unless `whole`, it may begin in the middle."""
-    chains: dict[str, dict[int, tuple[Body, str]]] = {}
+    chains: dict[str, dict[int, tuple[DecisionBody, str]]] = {}
     for told, payload in signed:
         of = chains.setdefault(told.rollout, {})
         if told.n in of:
@@ -46,7 +48,7 @@ def breaks(signed: Iterable[tuple[Body, bytes]], *, whole: bool) -> Iterator[str
         of[told.n] = (told, digest(payload))
     for rollout, of in chains.items():
         first = min(of)
-        if whole and first != 1:
+        if is_complete and first != 1:
             yield f"roll-out {rollout}: decisions before number {first} are missing"
         for n, (told, _) in sorted(of.items()):
             before = of.get(n - 1)

@@ -11,88 +11,92 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import msgspec
 
 from agent.comparison import paired_intervals
-from agent.comparison.paired_intervals import Block, Estimate
-from agent.comparison.tally import Tally
-from agent.fleet.evidence.contents import Compared, Figure, Model, Place
-from agent.fleet.evidence.limits import MOST
-from agent.wire.messages import Model as Told
-from agent.wire.messages import Shadow
+from agent.comparison.paired_intervals import ComparisonBlock, ComparisonEstimate
+from agent.comparison.tally import ComparisonStats
+from agent.fleet.evidence.contents import BundleComparison, ComparisonMetric, MessageRef, ModelRef
+from agent.fleet.evidence.limits import WRITE_LIMITS
+from agent.wire.messages import ModelRef as Told
+from agent.wire.messages import ShadowPayload
 
-_Key = tuple[str, str, str, str, str]
+_ComparisonKey = tuple[str, str, str, str, str]
 
 
-class Comparisons(msgspec.Struct):
+class ComparisonCollector(msgspec.Struct):
     """By roll-out, device, task and pair of bundles, messages as they come: by device, log and seq."""
 
-    left_out: int = 0
-    _told: dict[_Key, list[Shadow]] = msgspec.field(default_factory=dict)
-    _dropped: Counter[_Key] = msgspec.field(default_factory=Counter)
+    omitted: int = 0
+    _messages: dict[_ComparisonKey, list[ShadowPayload]] = msgspec.field(default_factory=dict)
+    _dropped: Counter[_ComparisonKey] = msgspec.field(default_factory=Counter)
 
-    def add(self, body: Shadow) -> None:
-        key = (body.rollout, body.device, body.task, body.model.digest, body.beside.digest)
-        if key not in self._told and len(self._told) >= MOST.comparisons:
-            self.left_out += 1
+    def add(self, body: ShadowPayload) -> None:
+        key = (body.rollout, body.device, body.task, body.model.digest, body.other.digest)
+        if key not in self._messages and len(self._messages) >= WRITE_LIMITS.comparisons:
+            self.omitted += 1
             return
-        of = self._told.setdefault(key, [])
+        of = self._messages.setdefault(key, [])
         of.append(body)
-        if len(of) > MOST.compared:
+        if len(of) > WRITE_LIMITS.messages_per_comparison:
             # The newest stay: they lie beside one another, which intervals go by.
             del of[0]
             self._dropped[key] += 1
 
-    def all(self, digests: Mapping[str, str]) -> list[Compared]:
+    def build_comparisons(self, digests: Mapping[str, str]) -> list[BundleComparison]:
         """`digests`: of the new bundle of each roll-out; the bundle beside is taken for it where that is not known."""
         return [
-            compared(told, new_is_beside=digests.get(key[0]) != key[3], left_out=self._dropped[key])
-            for key, told in sorted(self._told.items())
+            compare_messages(told, new_is_shadow=digests.get(key[0]) != key[3], omitted=self._dropped[key])
+            for key, told in sorted(self._messages.items())
         ]
 
 
-def compared(told: Sequence[Shadow], *, new_is_beside: bool, left_out: int = 0) -> Compared:
+def compare_messages(messages: Sequence[ShadowPayload], *, new_is_shadow: bool, omitted: int = 0) -> BundleComparison:
     """Of one device, roll-out, task and pair; `told` is not empty."""
-    last = told[-1]
-    blocks = [Block(Tally.of(one)) for one in told]
-    total = sum((block.tally for block in blocks), Tally())
-    return Compared(
+    last = messages[-1]
+    blocks = [ComparisonBlock(ComparisonStats.from_message(one)) for one in messages]
+    total = sum((block.stats for block in blocks), ComparisonStats())
+    return BundleComparison(
         rollout=last.rollout,
         device=last.device,
         task=last.task,
-        new=_model(last.beside if new_is_beside else last.model),
-        old=_model(last.model if new_is_beside else last.beside),
-        new_is_beside=new_is_beside,
+        new=_to_model_ref(last.other if new_is_shadow else last.model),
+        old=_to_model_ref(last.model if new_is_shadow else last.other),
+        new_is_beside=new_is_shadow,
         batches=total.batches,
         errors=total.errors,
         windows=total.n,
-        same=total.same,
+        same=total.agreeing,
         labelled=sum(total.labelled),
-        figures=list(_figures(blocks, new_is_beside)),
-        places=[Place(one.device, one.log, one.seq) for one in told],
-        left_out=left_out,
+        figures=list(_compute_metrics(blocks, new_is_shadow)),
+        places=[MessageRef(one.device, one.log, one.seq) for one in messages],
+        left_out=omitted,
     )
 
 
-def of(messages: Iterable[Shadow]) -> set[_Key]:
+def comparison_keys(messages: Iterable[ShadowPayload]) -> set[_ComparisonKey]:
     """What these are about: one of it, where they belong together."""
-    return {(one.rollout, one.device, one.task, one.model.digest, one.beside.digest) for one in messages}
+    return {(one.rollout, one.device, one.task, one.model.digest, one.other.digest) for one in messages}
 
 
-def _figures(blocks: Sequence[Block], new_is_beside: bool) -> Iterator[Figure]:
-    yield _figure("agreement", paired_intervals.agreement(blocks))
-    yield _figure("time", paired_intervals.slowness(blocks, new_is_beside=new_is_beside))
-    if any(sum(one.tally.labelled) for one in blocks):
-        yield _figure("accuracy by labels", paired_intervals.labelled_gain(blocks, new_is_beside=new_is_beside))
-    if any(one.tally.model.expected.n and one.tally.beside.expected.n for one in blocks):
-        yield _figure("expected accuracy", paired_intervals.expected_gain(blocks, new_is_beside=new_is_beside))
-    if any(one.tally.model.off.n and one.tally.beside.off.n for one in blocks):
-        yield _figure("error by labels", paired_intervals.error_growth(blocks, new_is_beside=new_is_beside))
+def _compute_metrics(blocks: Sequence[ComparisonBlock], new_is_shadow: bool) -> Iterator[ComparisonMetric]:
+    yield _build_metric("agreement", paired_intervals.agreement(blocks))
+    yield _build_metric("time", paired_intervals.latency_ratio(blocks, new_is_other=new_is_shadow))
+    if any(sum(one.stats.labelled) for one in blocks):
+        yield _build_metric(
+            "accuracy by labels", paired_intervals.labelled_accuracy_gain(blocks, new_is_other=new_is_shadow)
+        )
+    if any(one.stats.model.expected.n and one.stats.other.expected.n for one in blocks):
+        yield _build_metric(
+            "expected accuracy", paired_intervals.expected_accuracy_gain(blocks, new_is_other=new_is_shadow)
+        )
+    if any(one.stats.model.abs_error.n and one.stats.other.abs_error.n for one in blocks):
+        yield _build_metric("error by labels", paired_intervals.error_ratio(blocks, new_is_other=new_is_shadow))
 
 
-def _figure(name: str, found: Estimate | None) -> Figure:
-    if found is None:
-        return Figure(name)
+def _build_metric(name: str, estimate: ComparisonEstimate | None) -> ComparisonMetric:
+    if estimate is None:
+        return ComparisonMetric(name)
     # Sums of the same numbers can differ in the last digits from machine to machine.
-    return Figure(name, round(found.value, 6), round(found.low, 6), round(found.high, 6), found.n)
+    return ComparisonMetric(name, round(estimate.value, 6), round(estimate.low, 6), round(estimate.high, 6), estimate.n)
 
 
-def _model(told: Told) -> Model:
-    return Model(told.name, told.version, told.digest)
+def _to_model_ref(model: Told) -> ModelRef:
+    return ModelRef(model.name, model.version, model.digest)

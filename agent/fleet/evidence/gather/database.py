@@ -8,92 +8,92 @@ from typing import Any
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
 
-_TOLD = ("alerts", "audit", "quality", "shadow")
+_EVIDENCE_KINDS = ("alerts", "audit", "quality", "shadow")
 
 
-class Reading:
+class EvidenceQueries:
     """Reads of one moment: `db` is what the store's `snapshot` gives."""
 
     def __init__(self, store: FleetStore, db: Connection) -> None:
         self._store, self._db = store, db
 
-    def span(self) -> tuple[str | None, str | None, int]:
+    def load_received_span(self) -> tuple[str | None, str | None, int]:
         """When the first and the last message came, and how many there are."""
         sql = "SELECT min(received) AS first, max(received) AS last, count(*) AS n FROM messages"
-        [row] = self._records(sql)
+        [row] = self._query(sql)
         return row["first"], row["last"], row["n"]
 
-    def told(self) -> Iterator[tuple[Any, ...]]:
+    def stream_messages(self) -> Iterator[tuple[Any, ...]]:
         """(device, log, seq, topic, payload, jws) of messages with alerts, decisions, metrics or comparisons."""
         sql = "SELECT device, log, seq, topic, payload, jws FROM messages WHERE kind IN (?, ?, ?, ?)"
-        return self._store.stream(f"{sql} ORDER BY device, log, seq", _TOLD)
+        return self._store.stream(f"{sql} ORDER BY device, log, seq", _EVIDENCE_KINDS)
 
-    def message(self, device: str, log: str, seq: int) -> tuple[str, bytes, str] | None:
+    def load_message(self, device: str, log: str, seq: int) -> tuple[str, bytes, str] | None:
         """(topic, payload, jws)."""
         sql = "SELECT topic, payload, jws FROM messages WHERE device = ? AND log = ? AND seq = ?"
-        found = self._records(sql, device, log, seq)
+        found = self._query(sql, device, log, seq)
         return (found[0]["topic"], found[0]["payload"], found[0]["jws"]) if found else None
 
-    def newest_logs(self) -> dict[str, str]:
+    def load_newest_logs(self) -> dict[str, str]:
         """The newest log of each device."""
         return dict(self._store.newest_logs())
 
-    def newest(self, device: str, log: str, kind: str) -> tuple[Any, ...] | None:
+    def load_newest_message(self, device: str, log: str, kind: str) -> tuple[Any, ...] | None:
         """(device, log, seq, topic, payload, jws) of the newest message of its kind in a log."""
         sql = (
             "SELECT device, log, seq, topic, payload, jws FROM messages WHERE device = ? AND log = ? AND kind = ? "
             "ORDER BY seq DESC LIMIT 1"
         )
-        found = self._records(sql, device, log, kind)
+        found = self._query(sql, device, log, kind)
         return tuple(found[0].values()) if found else None
 
-    def devices(self) -> list[dict[str, Any]]:
-        return self._records("SELECT device, enrolled, state, last_seen FROM devices ORDER BY device")
+    def load_devices(self) -> list[dict[str, Any]]:
+        return self._query("SELECT device, enrolled, state, last_seen FROM devices ORDER BY device")
 
-    def keys(self) -> list[dict[str, Any]]:
-        return self._records("SELECT kid, device, key, added, revoked, log, through FROM keys ORDER BY device, kid")
+    def load_keys(self) -> list[dict[str, Any]]:
+        return self._query("SELECT kid, device, key, added, revoked, log, through FROM keys ORDER BY device, kid")
 
-    def collector_alerts(self) -> list[dict[str, Any]]:
+    def load_collector_alerts(self) -> list[dict[str, Any]]:
         """What the collector raised or cleared itself, oldest first."""
         columns = "device, task, alert, subject, state, severity, summary, time, id"
-        return self._records(f"SELECT {columns} FROM alerts WHERE source = 'collector' ORDER BY time, log, seq")
+        return self._query(f"SELECT {columns} FROM alerts WHERE source = 'collector' ORDER BY time, log, seq")
 
-    def refusals(self) -> list[dict[str, Any]]:
+    def load_refusals(self) -> list[dict[str, Any]]:
         return self._store.refusals()
 
-    def labels(self) -> dict[tuple[str, str], dict[str, int]]:
+    def count_labels(self) -> dict[tuple[str, str], dict[str, int]]:
         """(device, task) → how many labels came here from whom."""
         found: dict[tuple[str, str], dict[str, int]] = {}
         sql = "SELECT device, task, source, count(*) AS n FROM labels GROUP BY device, task, source ORDER BY 1, 2, 3"
-        for row in self._records(sql):
+        for row in self._query(sql):
             found.setdefault((row["device"], row["task"]), {})[row["source"]] = row["n"]
         return found
 
-    def collector_metrics(self) -> list[dict[str, Any]]:
+    def load_collector_metrics(self) -> list[dict[str, Any]]:
         columns = "device, task, time, metric, slice, value, low, high, n, state"
         where = "WHERE source = 'collector'"
-        return self._records(f"SELECT {columns} FROM metrics {where} ORDER BY device, task, metric, slice")
+        return self._query(f"SELECT {columns} FROM metrics {where} ORDER BY device, task, metric, slice")
 
-    def rollouts(self) -> list[dict[str, Any]]:
+    def load_rollouts(self) -> list[dict[str, Any]]:
         """What was rolled out, oldest first."""
         columns = "rollout, task, bundle, version, digest, topic, started, state"
-        return self._records(f"SELECT {columns} FROM rollouts ORDER BY started, rollout")
+        return self._query(f"SELECT {columns} FROM rollouts ORDER BY started, rollout")
 
-    def decisions(self) -> Iterable[dict[str, Any]]:
+    def load_decisions(self) -> Iterable[dict[str, Any]]:
         """An operator's signed decisions of roll-outs, by roll-out and number."""
         columns = "rollout, n, time, event, summary, payload, jws"
-        return self._records(f"SELECT {columns} FROM decisions ORDER BY rollout, n")
+        return self._query(f"SELECT {columns} FROM decisions ORDER BY rollout, n")
 
-    def phases(self) -> list[dict[str, Any]]:
+    def count_phases(self) -> list[dict[str, Any]]:
         """Of each roll-out, how many devices are in which phase by their last word."""
-        return self._records(
+        return self._query(
             "SELECT rollout, phase, reason, count(*) AS devices FROM (SELECT rollout, phase, reason, "
             "row_number() OVER (PARTITION BY rollout, device, task ORDER BY time DESC, seq DESC) AS nth "
             "FROM rollout_devices) said "
             "WHERE nth = 1 GROUP BY rollout, phase, reason ORDER BY rollout, phase, reason",
         )
 
-    def _records(self, sql: str, *values: Any) -> list[dict[str, Any]]:
+    def _query(self, sql: str, *values: Any) -> list[dict[str, Any]]:
         cursor = self._db.execute(sql, values)
         names = [column[0] for column in cursor.description]
         return [dict(zip(names, row, strict=True)) for row in cursor]

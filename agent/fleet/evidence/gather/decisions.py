@@ -9,23 +9,23 @@ from typing import Any
 
 import msgspec
 
-from agent.errors import Refused
-from agent.fleet.evidence.contents import Decision, Place
+from agent.errors import MessageRefused
+from agent.fleet.evidence.contents import DecisionRecord, MessageRef
 from agent.fleet.evidence.gather import chain
-from agent.fleet.evidence.limits import MOST
+from agent.fleet.evidence.limits import WRITE_LIMITS
 from agent.wire.jws import Signer
-from agent.wire.messages import Audit
+from agent.wire.messages import AuditPayload
 
 # What happened to a device, and was nobody's decision; it is counted.
-HAPPENED = frozenset({"started", "stopped", "clock", "evicted", "new log"})
-_ITSELF = "the device itself"
-_BY_EVENT = {
+OPERATIONAL_EVENTS = frozenset({"started", "stopped", "clock", "evicted", "new log"})
+_DEVICE_ACTOR = "the device itself"
+_ACTOR_BY_EVENT = {
     "quarantined": "the device itself, because the model kept ending it",
     "learned": "the device itself, as configured",
     "not learned": "the device itself, as configured",
     "key rotated": "the device, with its old key and the new one",
 }
-_BY_WHY = {
+_ACTOR_BY_REASON = {
     "configured": "whoever configured the device",
     "rollback": "an operator, by command",
     "quarantine": "the device itself, because the model before kept ending it",
@@ -34,106 +34,108 @@ _BY_WHY = {
 }
 
 
-class Decisions(msgspec.Struct):
+class DecisionCollector(msgspec.Struct):
     """The newest are kept. `operators`: kid → name. `happened`: how often what was nobody's decision.
 
     `private`: how many messages quote labels, and stay where they are.
     """
 
     operators: dict[str, str]
-    happened: Counter[str] = msgspec.field(default_factory=Counter)
-    events: Counter[str] = msgspec.field(default_factory=Counter)
-    left_out: int = 0
-    private: int = 0
-    _signed: list[Decision] = msgspec.field(default_factory=list)
+    operational_events: Counter[str] = msgspec.field(default_factory=Counter)
+    event_counts: Counter[str] = msgspec.field(default_factory=Counter)
+    omitted: int = 0
+    withheld: int = 0
+    _signed: list[DecisionRecord] = msgspec.field(default_factory=list)
     _newest: list[tuple[Any, ...]] = msgspec.field(default_factory=list)
-    _n: int = 0
+    _sequence: int = 0
 
-    def add(self, body: Audit) -> None:
-        if carries_labels(body):
-            self.private += 1
-        if body.event in HAPPENED:
-            self.happened[body.event] += 1
+    def add(self, body: AuditPayload) -> None:
+        if has_label_data(body):
+            self.withheld += 1
+        if body.event in OPERATIONAL_EVENTS:
+            self.operational_events[body.event] += 1
             return
         evidence = body.evidence
-        self._keep(
-            Decision(
+        self._store(
+            DecisionRecord(
                 time=body.time,
                 event=body.event,
-                who=self._who(body),
+                who=self._name_actor(body),
                 summary=body.summary,
                 device=body.device,
-                task=_text(evidence.get("task")) or _text(_args(evidence).get("task")),
-                rollout=_text(evidence.get("rollout")),
-                phase=_text(evidence.get("phase")) if body.event == "rollout" else "",
-                place=None if carries_labels(body) else Place(body.device, body.log, body.seq),
+                task=_as_text(evidence.get("task")) or _as_text(_get_args(evidence).get("task")),
+                rollout=_as_text(evidence.get("rollout")),
+                phase=_as_text(evidence.get("phase")) if body.event == "rollout" else "",
+                place=None if has_label_data(body) else MessageRef(body.device, body.log, body.seq),
             )
         )
 
-    def add_operators(self, rows: Iterable[dict[str, Any]], find: Callable[[str], Signer | None]) -> int:
+    def add_operator_decisions(
+        self, rows: Iterable[dict[str, Any]], find_signer: Callable[[str], Signer | None]
+    ) -> int:
         """What operators signed, by roll-out and number; how many do not verify, and are left out."""
         refused = 0
         for row in rows:
             try:
-                told = chain.opened(row["rollout"], row["payload"], row["jws"], find)
-            except Refused:
+                told = chain.verify_decision(row["rollout"], row["payload"], row["jws"], find_signer)
+            except MessageRefused:
                 refused += 1
                 continue
-            if len(self._signed) >= MOST.decisions:
-                self.left_out += 1
+            if len(self._signed) >= WRITE_LIMITS.decisions:
+                self.omitted += 1
                 continue
-            self._count(told.event)
-            self._signed.append(chain.decision(told, row["payload"], row["jws"]))
+            self._count_event(told.event)
+            self._signed.append(chain.build_record(told, row["payload"], row["jws"]))
         return refused
 
-    def in_order(self) -> list[Decision]:
+    def sort_by_time(self) -> list[DecisionRecord]:
         """Oldest first."""
         of_devices = [entry[-1] for entry in self._newest]
         return sorted([*self._signed, *of_devices], key=lambda one: (one.time, one.rollout, one.device))
 
-    def _who(self, body: Audit) -> str:
+    def _name_actor(self, body: AuditPayload) -> str:
         if body.event == "command":
-            kid = _text(body.evidence.get("kid"))
+            kid = _as_text(body.evidence.get("kid"))
             return f"{self.operators.get(kid, 'an operator')}, by command (key {kid[:10]}…)"
         if body.event == "activated":
-            return who_activated(body)
+            return name_activator(body)
         if body.event == "rollout":
-            return f"the device, in roll-out {_text(body.evidence.get('rollout'))}"
+            return f"the device, in roll-out {_as_text(body.evidence.get('rollout'))}"
         if body.event == "reference reset":
-            return f"asked {_text(body.evidence.get('by')) or 'by somebody'}"
-        return _BY_EVENT.get(body.event, _ITSELF)
+            return f"asked {_as_text(body.evidence.get('by')) or 'by somebody'}"
+        return _ACTOR_BY_EVENT.get(body.event, _DEVICE_ACTOR)
 
-    def _count(self, event: str) -> None:
+    def _count_event(self, event: str) -> None:
         # Devices name them.
-        known = event in self.events or len(self.events) < MOST.events
-        self.events[event if known else "others"] += 1
+        known = event in self.event_counts or len(self.event_counts) < WRITE_LIMITS.event_names
+        self.event_counts[event if known else "others"] += 1
 
-    def _keep(self, one: Decision) -> None:
-        self._count(one.event)
-        self._n += 1
-        entry = (one.time, self._n, one)
-        if len(self._newest) < MOST.decisions:
+    def _store(self, record: DecisionRecord) -> None:
+        self._count_event(record.event)
+        self._sequence += 1
+        entry = (record.time, self._sequence, record)
+        if len(self._newest) < WRITE_LIMITS.decisions:
             heapq.heappush(self._newest, entry)
             return
         heapq.heappushpop(self._newest, entry)
-        self.left_out += 1
+        self.omitted += 1
 
 
-def who_activated(body: Audit) -> str:
+def name_activator(body: AuditPayload) -> str:
     """Who decided that a bundle runs."""
-    why = _text(body.evidence.get("why"))
-    return _BY_WHY.get(why, f"the device itself: {why}" if why else "not told")
+    why = _as_text(body.evidence.get("why"))
+    return _ACTOR_BY_REASON.get(why, f"the device itself: {why}" if why else "not told")
 
 
-def carries_labels(body: Audit) -> bool:
+def has_label_data(body: AuditPayload) -> bool:
     """Whether the signed message quotes what somebody said was true of results: such a message does not leave."""
     return body.event == "command" and body.evidence.get("name") == "label"
 
 
-def _args(evidence: dict[str, Any]) -> dict[str, Any]:
+def _get_args(evidence: dict[str, Any]) -> dict[str, Any]:
     found = evidence.get("args")
     return found if isinstance(found, dict) else {}
 
 
-def _text(value: object) -> str:
+def _as_text(value: object) -> str:
     return value[:256] if isinstance(value, str) else ""

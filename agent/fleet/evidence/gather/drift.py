@@ -6,57 +6,59 @@ from typing import Any
 
 from agent import clock
 from agent.fleet.database.store import FleetStore
-from agent.fleet.drift.survey import Group, survey
-from agent.fleet.evidence.limits import MOST
+from agent.fleet.drift.survey import DriftGroup, summarize_drift
+from agent.fleet.evidence.limits import WRITE_LIMITS
 
 
-def chapters(store: FleetStore, at_us: int) -> dict[str, Any]:
+def build_drift(store: FleetStore, as_of_us: int) -> dict[str, Any]:
     """The content of drift.json; `moved` of each task holds what goes on first."""
-    found = survey(store, now_us=at_us)
+    found = summarize_drift(store, now_us=as_of_us)
     return {
-        "windows_repeated": found.repeated,
+        "windows_repeated": found.duplicates,
         "windows_unreadable": found.unreadable,
-        "tasks": [_of(group) for group in found.groups],
+        "tasks": [_group_to_dict(group) for group in found.groups],
     }
 
 
-def _of(group: Group) -> dict[str, Any]:
-    moved = group.moved()
-    estimate = group.estimate()
+def _group_to_dict(group: DriftGroup) -> dict[str, Any]:
+    moved = group.ordered_episodes()
+    estimate = group.estimate_accuracy()
     return {
         "task": group.task,
-        "reference": group.shipped,
-        "apart": group.apart,
+        "reference": group.shipped_reference,
+        "apart": group.differs_in,
         "devices": len(group.devices),
-        "devices_in_drift": sorted(n for n, one in group.devices.items() if one.last and one.last.state == "drift"),
+        "devices_in_drift": sorted(
+            n for n, one in group.devices.items() if one.last_window and one.last_window.state == "drift"
+        ),
         "windows": group.windows,
         "windows_with_a_sensor_fault": group.faulty,
         "windows_of_a_wrong_clock": group.undated,
         "expected_accuracy": None if estimate is None else round(estimate, 4),
         "wide": [
-            {"field": one.subject, "devices": len(one.devices), "of": one.of, "summary": one.sentence}
-            for one in group.wide()
+            {"field": one.subject, "devices": len(one.devices), "of": one.device_count, "summary": one.summary}
+            for one in group.detect_fleet_wide()
         ],
-        "moved_left_out": max(0, len(moved) - MOST.moved),
+        "moved_left_out": max(0, len(moved) - WRITE_LIMITS.drift_onsets),
         "moved": [
             {
                 "device": e.device,
                 "field": e.subject,
                 "test": e.test,
-                "began": clock.rfc3339(e.began),
-                "alarmed": clock.rfc3339(e.alarmed),
-                "ended": None if e.ended is None else clock.rfc3339(e.ended),
+                "began": clock.to_rfc3339(e.began),
+                "alarmed": clock.to_rfc3339(e.alarmed),
+                "ended": None if e.ended is None else clock.to_rfc3339(e.ended),
             }
-            for e in moved[: MOST.moved]
+            for e in moved[: WRITE_LIMITS.drift_onsets]
         ],
         "history": [
             {
-                "from": clock.rfc3339(begin),
-                "to": clock.rfc3339(end),
+                "from": clock.to_rfc3339(begin),
+                "to": clock.to_rfc3339(end),
                 "windows": span.windows,
-                "devices_in_drift": len(span.drift),
-                "devices_with_a_fault": len(span.fault),
-                "expected_accuracy": round(span.accuracy / span.estimates, 4) if span.estimates else None,
+                "devices_in_drift": len(span.drifting_devices),
+                "devices_with_a_fault": len(span.faulty_devices),
+                "expected_accuracy": round(span.accuracy_sum / span.estimate_count, 4) if span.estimate_count else None,
             }
             for begin, end, span in group.history
         ],

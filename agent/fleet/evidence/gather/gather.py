@@ -14,98 +14,115 @@ from typing import Any
 import msgspec
 
 from agent import clock
-from agent.errors import Refused, StorageError, UsageError
+from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit import audit
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
-from agent.fleet.evidence.contents import Compared, Decision, Incident, Measured, Place, Ran, Running
+from agent.fleet.evidence.contents import (
+    AccuracyEntry,
+    BundleComparison,
+    BundleUsage,
+    DecisionRecord,
+    Incident,
+    MessageRef,
+    RunningTask,
+)
 from agent.fleet.evidence.gather import drift as drifting
 from agent.fleet.evidence.gather import trusted_keys
-from agent.fleet.evidence.gather.accuracy import Accuracy
-from agent.fleet.evidence.gather.bundles import Bundles
-from agent.fleet.evidence.gather.comparisons import Comparisons
-from agent.fleet.evidence.gather.database import Reading
-from agent.fleet.evidence.gather.decisions import Decisions
-from agent.fleet.evidence.gather.deployments import Activations, agent_version
-from agent.fleet.evidence.gather.incidents import Incidents
-from agent.fleet.evidence.limits import MOST
-from agent.fleet.evidence.manifest import Key, Span
+from agent.fleet.evidence.gather.accuracy import AccuracyCollector
+from agent.fleet.evidence.gather.bundles import BundleDocuments
+from agent.fleet.evidence.gather.comparisons import ComparisonCollector
+from agent.fleet.evidence.gather.database import EvidenceQueries
+from agent.fleet.evidence.gather.decisions import DecisionCollector
+from agent.fleet.evidence.gather.deployments import ActivationCollector, parse_agent_version
+from agent.fleet.evidence.gather.incidents import IncidentCollector
+from agent.fleet.evidence.limits import WRITE_LIMITS
+from agent.fleet.evidence.manifest import ReceivedSpan, TrustedKey
 from agent.fleet.keyring import Keyring
-from agent.fleet.repository.signature_chain import Chain
+from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire.jws import Signer
-from agent.wire.keys import PublicKey, public_key
-from agent.wire.messages import Alerts, Audit, Health, Logged, Message, Quality, Shadow, open_message
+from agent.wire.keys import PublicKey, parse_public_key
+from agent.wire.messages import (
+    AlertPayload,
+    AuditPayload,
+    HealthPayload,
+    LoggedPayload,
+    QualityPayload,
+    ShadowPayload,
+    VerifiedMessage,
+    verify_message,
+)
 
-_MOST_AUDITED = 100
+_MAX_AUDIT_ENTRIES = 100
 
 
-class Facts(msgspec.Struct):
+class EvidenceFacts(msgspec.Struct):
     """What is known of the fleet at `at`. `left_out`: how many of each were too many.
 
     `unpublished`: why what the repository holds is not signed as it should be, in words.
     """
 
     fleet: str
-    at: str
-    span: Span
-    messages: int
+    as_of: str
+    span: ReceivedSpan
+    message_count: int
     devices: list[dict[str, Any]]
     incidents: list[Incident]
     incident_counts: Counter[tuple[str, str]]
     incident_kinds: Counter[str]
-    decisions: list[Decision]
-    events: Counter[str]
-    happened: Counter[str]
-    running: list[Running]
-    history: list[Ran]
-    measured: list[Measured]
-    compared: list[Compared]
+    decisions: list[DecisionRecord]
+    event_counts: Counter[str]
+    operational_events: Counter[str]
+    running_tasks: list[RunningTask]
+    bundle_history: list[BundleUsage]
+    accuracy: list[AccuracyEntry]
+    comparisons: list[BundleComparison]
     drift: dict[str, Any]
     audit: dict[str, Any]
     refusals: list[dict[str, Any]]
     rollouts: list[dict[str, Any]]
-    phases: list[dict[str, Any]]
-    keys: list[Key]
-    places: list[Place]
+    phase_counts: list[dict[str, Any]]
+    keys: list[TrustedKey]
+    message_refs: list[MessageRef]
     unverified: int
-    private: int
-    silent: list[str]
+    withheld: int
+    silent_devices: list[str]
     broken_keys: list[str]
-    left_out: Counter[str]
-    published: Chain = msgspec.field(default_factory=Chain)
-    unpublished: list[str] = msgspec.field(default_factory=list)
-    bundles: Bundles = msgspec.field(default_factory=Bundles)
+    omitted: Counter[str]
+    signature_chain: SignatureChain = msgspec.field(default_factory=SignatureChain)
+    repository_problems: list[str] = msgspec.field(default_factory=list)
+    bundles: BundleDocuments = msgspec.field(default_factory=BundleDocuments)
 
     @property
-    def models(self) -> dict[str, int]:
+    def tasks_by_digest(self) -> dict[str, int]:
         """How many tasks of devices run a bundle, by its digest."""
-        return models_of(self.running)
+        return count_tasks_by_digest(self.running_tasks)
 
 
-def models_of(running: Sequence[Running]) -> dict[str, int]:
-    return dict(Counter(one.model.digest for one in running if one.model is not None))
+def count_tasks_by_digest(running_tasks: Sequence[RunningTask]) -> dict[str, int]:
+    return dict(Counter(one.model.digest for one in running_tasks if one.model is not None))
 
 
-class Verified:
+class MessageVerifier:
     """Stored messages, opened again; what does not verify is counted."""
 
     def __init__(self, store: FleetStore) -> None:
         self._keyring = Keyring(store)
-        self.refused = 0
+        self.refused_count = 0
 
-    def open(self, row: Sequence[Any]) -> Message | None:
+    def verify(self, row: Sequence[Any]) -> VerifiedMessage | None:
         """Of (device, log, seq, topic, payload, jws); None where it is not what the device signed for this place."""
         device, log, seq, topic, payload, jws = row
         try:
             if not (isinstance(topic, str) and isinstance(payload, bytes) and isinstance(jws, str)):
-                raise Refused("not stored as text and bytes")
-            message = open_message(topic, payload, (jws,), self._keyring.find_stored)
+                raise MessageRefused("not stored as text and bytes")
+            message = verify_message(topic, payload, (jws,), self._keyring.find_stored)
             self._keyring.require_in_bounds(message, stored=True)
             body = message.body
-            if not isinstance(body, Logged) or (body.device, body.log, body.seq) != (device, log, seq):
-                raise Refused("another place")
-        except Refused:
-            self.refused += 1
+            if not isinstance(body, LoggedPayload) or (body.device, body.log, body.seq) != (device, log, seq):
+                raise MessageRefused("another place")
+        except MessageRefused:
+            self.refused_count += 1
             return None
         return message
 
@@ -114,128 +131,130 @@ def gather(
     store: FleetStore,
     db: Connection,
     fleet: str,
-    at: str | None,
-    roles: Sequence[Key],
+    as_of: str | None,
+    roles: Sequence[TrustedKey],
     advance: Callable[[int], None] = lambda _: None,
-) -> Facts:
+) -> EvidenceFacts:
     """`db` is what the store's `snapshot` gives. `roles`: keys of the operator, the collector and publishers.
 
     Raises UsageError where `at` is before what is stored, or nothing tells the time.
     """
-    reading = Reading(store, db)
-    first, last, count = reading.span()
-    at = _moment(at, last, store.name)
-    at_us = clock.epoch_us(at)
-    newest = reading.newest_logs()
+    reading = EvidenceQueries(store, db)
+    first, last, count = reading.load_received_span()
+    as_of = _resolve_as_of(as_of, last, store.name)
+    at_us = clock.parse_rfc3339(as_of)
+    newest = reading.load_newest_logs()
     names = {key.kid: key.owner for key in roles if key.role == "operator"}
-    verified, incidents = Verified(store), Incidents(at_us, newest)
-    decisions, activations, accuracy = Decisions(names), Activations(newest), Accuracy(newest)
-    comparisons = Comparisons()
-    signers = {key.kid: Signer(key.role, public_key(key.key)) for key in roles if key.role == "operator"}
-    audited = _audited(store, [signer.key for signer in signers.values()], advance)
-    for row in reading.told():
-        message = verified.open(row)
+    verified, incidents = MessageVerifier(store), IncidentCollector(at_us, newest)
+    decisions, activations, accuracy = DecisionCollector(names), ActivationCollector(newest), AccuracyCollector(newest)
+    comparisons = ComparisonCollector()
+    signers = {key.kid: Signer(key.role, parse_public_key(key.key)) for key in roles if key.role == "operator"}
+    audited = _run_audit(store, [signer.key for signer in signers.values()], advance)
+    for row in reading.stream_messages():
+        message = verified.verify(row)
         body = message.body if message is not None else None
-        if isinstance(body, Alerts):
+        if isinstance(body, AlertPayload):
             incidents.add(body)
-        elif isinstance(body, Quality):
+        elif isinstance(body, QualityPayload):
             accuracy.add(body)
-        elif isinstance(body, Shadow):
+        elif isinstance(body, ShadowPayload):
             comparisons.add(body)
-        elif isinstance(body, Audit):
+        elif isinstance(body, AuditPayload):
             decisions.add(body)
             activations.add(body)
-    incidents.add_collectors(reading.collector_alerts())
-    forged = decisions.add_operators(reading.decisions(), signers.get)
-    running, silent = _running(reading, verified, activations, newest)
-    measured = accuracy.all(reading.collector_metrics(), reading.labels())
-    rollouts = reading.rollouts()
-    keys, broken = trusted_keys.of_devices(reading.keys())
-    facts = Facts(
+    incidents.add_collector_alerts(reading.load_collector_alerts())
+    forged = decisions.add_operator_decisions(reading.load_decisions(), signers.get)
+    running, silent = _gather_running_tasks(reading, verified, activations, newest)
+    measured = accuracy.build_entries(reading.load_collector_metrics(), reading.count_labels())
+    rollouts = reading.load_rollouts()
+    keys, broken = trusted_keys.build_device_keys(reading.load_keys())
+    facts = EvidenceFacts(
         fleet=fleet,
-        at=at,
-        span=Span(first, last),
-        messages=count,
-        devices=reading.devices(),
-        incidents=incidents.worst(),
+        as_of=as_of,
+        span=ReceivedSpan(first, last),
+        message_count=count,
+        devices=reading.load_devices(),
+        incidents=incidents.sort_by_severity(),
         incident_counts=incidents.counts,
         incident_kinds=incidents.kinds,
-        decisions=decisions.in_order(),
-        events=decisions.events,
-        happened=decisions.happened,
-        running=running[: MOST.running],
-        history=activations.history(models_of(running)),
-        measured=measured,
-        compared=comparisons.all({row["rollout"]: row["digest"] for row in rollouts}),
-        drift=drifting.chapters(store, at_us),
+        decisions=decisions.sort_by_time(),
+        event_counts=decisions.event_counts,
+        operational_events=decisions.operational_events,
+        running_tasks=running[: WRITE_LIMITS.running_tasks],
+        bundle_history=activations.build_history(count_tasks_by_digest(running)),
+        accuracy=measured,
+        comparisons=comparisons.build_comparisons({row["rollout"]: row["digest"] for row in rollouts}),
+        drift=drifting.build_drift(store, at_us),
         audit=audited,
-        refusals=reading.refusals(),
+        refusals=reading.load_refusals(),
         rollouts=rollouts,
-        phases=reading.phases(),
+        phase_counts=reading.count_phases(),
         keys=[*roles, *keys],
-        places=[],
-        unverified=verified.refused + forged,
-        private=decisions.private,
-        silent=silent,
+        message_refs=[],
+        unverified=verified.refused_count + forged,
+        withheld=decisions.withheld,
+        silent_devices=silent,
         broken_keys=broken,
-        left_out=Counter(),
+        omitted=Counter(),
     )
-    counts = {"incidents": incidents.left_out, "decisions": decisions.left_out, "metrics": accuracy.left_out}
-    counts["messages of comparisons"] = comparisons.left_out + sum(one.left_out for one in facts.compared)
-    counts["activations of bundles"] = activations.left_out
-    facts.left_out.update({**counts, "running tasks": max(0, len(running) - MOST.running)})
-    places = sorted(_relied_on(facts))
-    facts.left_out["messages"] += max(0, len(places) - MOST.messages)
-    facts.places = places[: MOST.messages]
+    counts = {"incidents": incidents.omitted, "decisions": decisions.omitted, "metrics": accuracy.omitted}
+    counts["messages of comparisons"] = comparisons.omitted + sum(one.left_out for one in facts.comparisons)
+    counts["activations of bundles"] = activations.omitted
+    facts.omitted.update({**counts, "running tasks": max(0, len(running) - WRITE_LIMITS.running_tasks)})
+    places = sorted(_collect_message_refs(facts))
+    facts.omitted["messages"] += max(0, len(places) - WRITE_LIMITS.messages)
+    facts.message_refs = places[: WRITE_LIMITS.messages]
     return facts
 
 
-def _moment(at: str | None, last: str | None, database: str) -> str:
+def _resolve_as_of(as_of: str | None, last_received: str | None, database: str) -> str:
     try:
-        newest = clock.epoch_us(last) if last else None
+        newest = clock.parse_rfc3339(last_received) if last_received else None
     except ValueError:
-        raise StorageError(f"{database}: table messages: received {last!r} is no time; restore the database") from None
-    if at is None and last is None:
+        raise StorageError(
+            f"{database}: table messages: received {last_received!r} is no time; restore the database"
+        ) from None
+    if as_of is None and last_received is None:
         raise UsageError(f"{database}: nothing was collected yet, so that no message tells the time; say it: --at TIME")
-    if at is None or last is None:
-        return at or last or ""
-    if newest is not None and clock.epoch_us(at) < newest:
-        raise UsageError(f"--at {at}: the newest message came at {last}; evidence is of all that is stored")
-    return at
+    if as_of is None or last_received is None:
+        return as_of or last_received or ""
+    if newest is not None and clock.parse_rfc3339(as_of) < newest:
+        raise UsageError(f"--at {as_of}: the newest message came at {last_received}; evidence is of all that is stored")
+    return as_of
 
 
-def _running(
-    reading: Reading, verified: Verified, activations: Activations, newest: dict[str, str]
-) -> tuple[list[Running], list[str]]:
+def _gather_running_tasks(
+    queries: EvidenceQueries, verifier: MessageVerifier, activations: ActivationCollector, newest_logs: dict[str, str]
+) -> tuple[list[RunningTask], list[str]]:
     """What runs, and the devices that never told in their newest log."""
-    found: list[Running] = []
+    found: list[RunningTask] = []
     silent: list[str] = []
-    for device in (row["device"] for row in reading.devices()):
-        log = newest.get(device)
-        row = reading.newest(device, log, "health") if log else None
-        message = verified.open(row) if row else None
-        if message is None or not isinstance(message.body, Health):
+    for device in (row["device"] for row in queries.load_devices()):
+        log = newest_logs.get(device)
+        row = queries.load_newest_message(device, log, "health") if log else None
+        message = verifier.verify(row) if row else None
+        if message is None or not isinstance(message.body, HealthPayload):
             silent.append(device)
             continue
-        found += activations.running(message.body, agent_version(message.payload))
+        found += activations.build_running_tasks(message.body, parse_agent_version(message.payload))
     return found, silent
 
 
-def _audited(store: FleetStore, operators: Sequence[PublicKey], advance: Callable[[int], None]) -> dict[str, Any]:
+def _run_audit(store: FleetStore, operators: Sequence[PublicKey], advance: Callable[[int], None]) -> dict[str, Any]:
     """The audit's report; of what is wrong, the first of each kind, and how many there are."""
-    report = audit.audit(store, progress=advance, operators=operators).document()
+    report = audit.audit(store, progress=advance, operators=operators).to_dict()
     lists = {name: report[name] for name in ("gaps", "invalid", "coverage", "evicted", "invalid_decisions")}
     undeclared = [gap for gap in report["gaps"] if not gap["declared"]]
     counts = {f"{name}_count": len(listed) for name, listed in lists.items() if name != "invalid"}
     shown = {**lists, "gaps": [*undeclared, *(gap for gap in report["gaps"] if gap["declared"])]}
-    cut = {name: listed[:_MOST_AUDITED] for name, listed in shown.items()}
+    cut = {name: listed[:_MAX_AUDIT_ENTRIES] for name, listed in shown.items()}
     return {**report, **cut, **counts, "undeclared_gaps": len(undeclared)}
 
 
-def _relied_on(facts: Facts) -> set[Place]:
-    found: set[Place | None] = {one.place for one in facts.decisions}
+def _collect_message_refs(facts: EvidenceFacts) -> set[MessageRef]:
+    found: set[MessageRef | None] = {one.place for one in facts.decisions}
     found |= {place for one in facts.incidents for place in (one.raised, one.cleared)}
-    found |= {place for one in facts.running for place in (one.health, one.activated)}
-    found |= {one.place for one in facts.measured}
-    found |= {place for one in facts.compared for place in one.places}
+    found |= {place for one in facts.running_tasks for place in (one.health, one.activated)}
+    found |= {one.place for one in facts.accuracy}
+    found |= {place for one in facts.comparisons for place in one.places}
     return {place for place in found if place is not None}

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UsageError
-from agent.fleet.evidence.manifest import Key, Role
+from agent.fleet.evidence.manifest import KeyRole, TrustedKey
 from agent.fleet.repository import signature_chain
-from agent.fleet.repository.signature_chain import Chain
-from agent.wire.keys import PublicKey, public_key
+from agent.fleet.repository.signature_chain import SignatureChain
+from agent.wire.keys import PublicKey, parse_public_key
 
-_METADATA = re.compile(r"(?:([1-9][0-9]{0,8})\.)?([A-Za-z0-9][A-Za-z0-9._-]{0,100})\.json\Z")
-_MOST_BYTES = 4 << 20
+_METADATA_NAME = re.compile(r"(?:([1-9][0-9]{0,8})\.)?([A-Za-z0-9][A-Za-z0-9._-]{0,100})\.json\Z")
+_MAX_METADATA_BYTES = 4 << 20
 
 
-def of_devices(rows: Iterable[dict[str, Any]]) -> tuple[list[Key], list[str]]:
+def build_device_keys(rows: Iterable[dict[str, Any]]) -> tuple[list[TrustedKey], list[str]]:
     """Every key that a device ever had, and the devices of keys that are none."""
     keys, broken = [], []
     for row in rows:
         try:
-            key = public_key(row["key"])
+            key = parse_public_key(row["key"])
         except ValueError:
             broken.append(row["device"])
             continue
@@ -30,43 +30,47 @@ def of_devices(rows: Iterable[dict[str, Any]]) -> tuple[list[Key], list[str]]:
             broken.append(row["device"])
             continue
         bounds = {"revoked": row["revoked"] or "", "log": row["log"], "through": row["through"]}
-        keys.append(Key(key.kid, key.text, "device", row["device"], row["added"], **bounds))
+        keys.append(TrustedKey(key.kid, key.text, "device", row["device"], row["added"], **bounds))
     return keys, broken
 
 
-def of_roles(operators: Sequence[PublicKey], collector: PublicKey, publishers: Sequence[PublicKey]) -> list[Key]:
-    named: list[tuple[Role, PublicKey]] = [*(("operator", key) for key in operators), ("collector", collector)]
+def build_role_keys(
+    operators: Sequence[PublicKey], collector: PublicKey, publishers: Sequence[PublicKey]
+) -> list[TrustedKey]:
+    named: list[tuple[KeyRole, PublicKey]] = [*(("operator", key) for key in operators), ("collector", collector)]
     named += [("publisher", key) for key in sorted(publishers, key=lambda key: key.kid)]
-    once = {(role, key.kid): Key(key.kid, key.text, role, role) for role, key in named}
+    once = {(role, key.kid): TrustedKey(key.kid, key.text, role, role) for role, key in named}
     return list(once.values())
 
 
-def repository(fleet: Path) -> tuple[dict[str, bytes], Chain, list[str]]:
+def read_repository(fleet_dir: Path) -> tuple[dict[str, bytes], SignatureChain, list[str]]:
     """(path in the folder → metadata as it is published, who signed it, what is wrong); empty without a repository.
 
     All roots stay, because each is signed by the one before; of other roles what the newest edition is made of. Raises
     UsageError where a file cannot be read.
     """
-    home = fleet / "repository" / "metadata"
+    home = fleet_dir / "repository" / "metadata"
     paths = sorted(home.iterdir()) if home.is_dir() else []
-    found = {path.name: _content(path) for path in paths if _METADATA.match(path.name) and path.is_file()}
+    found = {
+        path.name: _read_metadata_file(path) for path in paths if _METADATA_NAME.match(path.name) and path.is_file()
+    }
     problems: dict[str, str] = {}
 
-    def add(file: str, problem: str) -> None:
+    def add_problem(file: str, problem: str) -> None:
         problems.setdefault(file, problem)
 
-    told = signature_chain.follow(found, add)
+    told = signature_chain.verify(found, add_problem)
     kept = {*(one.file for one in told.signatures), *problems} & found.keys()
     wrong = [f"{file} {problem}" for file, problem in problems.items()]
     return {f"repository/{file}": found[file] for file in sorted(kept)}, told, wrong
 
 
-def _content(path: Path) -> bytes:
+def _read_metadata_file(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
+            data = file.read(_MAX_METADATA_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(data) > _MOST_BYTES:
-        raise UsageError(f"{path}: larger than {_MOST_BYTES >> 20} MiB, which no metadata of a repository is")
+    if len(data) > _MAX_METADATA_BYTES:
+        raise UsageError(f"{path}: larger than {_MAX_METADATA_BYTES >> 20} MiB, which no metadata of a repository is")
     return data

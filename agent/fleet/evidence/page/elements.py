@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
-from agent.fleet.evidence.contents import Decision
-from agent.fleet.evidence.page.words import few, moment
+from agent.fleet.evidence.contents import DecisionRecord
+from agent.fleet.evidence.page.words import format_names, format_time
 from agent.render import html
 from agent.render.html import Markup, element
 
@@ -19,16 +19,16 @@ def chapter(identity: str, title: str, lead: str, *content: Markup) -> Markup:
 
 
 def badge(word: str, kind: str) -> Markup:
-    return element("span", word, kind=f"state {kind}")
+    return element("span", word, css_class=f"state {kind}")
 
 
 def link(path: str, name: str = "") -> Markup:
     return Markup(f'<a href="{escape(path)}">{escape(name or path)}</a>')
 
 
-def more(left: int, path: str, what: str = "more") -> list[Markup]:
+def overflow_link(remaining: int, path: str, noun: str = "more") -> list[Markup]:
     """Where the rest is, where there is one."""
-    return [element("p", f"{left:,} {what} in ", link(path), ".", kind="muted")] if left > 0 else []
+    return [element("p", f"{remaining:,} {noun} in ", link(path), ".", css_class="muted")] if remaining > 0 else []
 
 
 def details(summary: str, *content: Markup) -> Markup:
@@ -36,27 +36,31 @@ def details(summary: str, *content: Markup) -> Markup:
     return Markup(f"<details><summary>{escape(summary)}</summary>{inside}</details>")
 
 
-def stacked(table: Markup, labels: str) -> Markup:
+def stacked_table(table: Markup, labels: str) -> Markup:
     """Cells stand one under another where the screen is narrow; the page's CSS has their `labels`."""
-    return element("div", table, kind=f"stack {labels}")
+    return element("div", table, css_class=f"stack {labels}")
 
 
 def nowrap(text: str) -> Markup:
     return Markup(f'<span class="fixed">{escape(text)}</span>')
 
 
-def timeline(decisions: Sequence[Decision], most: int) -> tuple[Markup, int]:
+def timeline(decisions: Sequence[DecisionRecord], limit: int) -> tuple[Markup, int]:
     """At most so many entries, and how many decisions are in them. What many devices did alike is one entry."""
     groups = [list(alike) for _, alike in groupby(decisions, key=lambda one: (one.event, one.who, one.summary))]
-    items = [_entry(alike) for alike in groups[:most]]
-    shown = sum(len(alike) for alike in groups[:most])
+    items = [_timeline_item(alike) for alike in groups[:limit]]
+    shown = sum(len(alike) for alike in groups[:limit])
     return Markup(f'<ol class="timeline">{"".join(item.html for item in items)}</ol>'), shown
 
 
-def _entry(alike: Sequence[Decision]) -> Markup:
-    one, first, last = alike[0], min(each.time for each in alike), max(each.time for each in alike)
-    devices = list(dict.fromkeys(each.device for each in alike if each.device))
-    where = f" · {few(devices)}" if devices else ""
-    when = moment(first) if moment(first) == moment(last) else f"{moment(first)} to {moment(last)}"
-    head = element("span", f"{when}{where} · {one.event}", kind="when")
-    return element("li", head, element("span", one.summary or one.event), element("span", one.who, kind="who"))
+def _timeline_item(decisions: Sequence[DecisionRecord]) -> Markup:
+    one, first, last = decisions[0], min(each.time for each in decisions), max(each.time for each in decisions)
+    devices = list(dict.fromkeys(each.device for each in decisions if each.device))
+    where = f" · {format_names(devices)}" if devices else ""
+    when = (
+        format_time(first)
+        if format_time(first) == format_time(last)
+        else f"{format_time(first)} to {format_time(last)}"
+    )
+    head = element("span", f"{when}{where} · {one.event}", css_class="when")
+    return element("li", head, element("span", one.summary or one.event), element("span", one.who, css_class="who"))

@@ -7,65 +7,71 @@ from html import escape
 from typing import Any
 
 from agent.fleet.evidence.contents import Incident
-from agent.fleet.evidence.gather.accuracy import headline
-from agent.fleet.evidence.gather.gather import Facts
+from agent.fleet.evidence.gather.accuracy import select_headline
+from agent.fleet.evidence.gather.gather import EvidenceFacts
 from agent.fleet.evidence.page import pictures
-from agent.fleet.evidence.page.elements import badge, chapter, details, link, more, nowrap, stacked
-from agent.fleet.evidence.page.words import count, epoch, few, moment, span
+from agent.fleet.evidence.page.elements import badge, chapter, details, link, nowrap, overflow_link, stacked_table
+from agent.fleet.evidence.page.words import format_count, format_duration, format_names, format_time, parse_epoch_us
 from agent.render import html
 from agent.render.html import Content, Markup, element, table
-from agent.text import figure, interval, metric_name
+from agent.text import format_interval, format_value, metric_name
 
-_ROWS = 25
-_STATES = {"open": ("goes on", "bad"), "over": ("over", "ok"), "unknown": ("end unknown", "none")}
+_MAX_ROWS = 25
+_STATE_BADGES = {"open": ("goes on", "bad"), "over": ("over", "ok"), "unknown": ("end unknown", "none")}
 
 
-def incidents(facts: Facts) -> Markup:
+def render_incidents(facts: EvidenceFacts) -> Markup:
     counts = facts.incident_counts
     total, open_now = sum(counts.values()), sum(n for (_, state), n in counts.items() if state == "open")
     lead = "Alerts, from the moment a device raised one to the moment it cleared it. Times are the device's own, UTC."
     if not total:
         text = "No alert was raised in the time that is told of."
-        said = text if facts.messages else "Nothing was collected, so it is not known whether there were any."
+        said = text if facts.message_count else "Nothing was collected, so it is not known whether there were any."
         return chapter("incidents", "Incidents", lead, element("p", said))
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in facts.incident_kinds.most_common())
-    said = f"{count(total, 'incident')} in all ({kinds}); {open_now:,} {'goes' if open_now == 1 else 'go'} on."
-    rows: list[Sequence[Content]] = [_incident(one) for one in facts.incidents[:_ROWS]]
+    said = f"{format_count(total, 'incident')} in all ({kinds}); {open_now:,} {'goes' if open_now == 1 else 'go'} on."
+    rows: list[Sequence[Content]] = [_incident_row(one) for one in facts.incidents[:_MAX_ROWS]]
     head = ["", "Began", "Lasted", "Where", "What"]
-    picture = pictures.lanes(facts.incidents, epoch(facts.span.first) or 0, epoch(facts.at) or 1)
+    picture = pictures.draw_incident_lanes(
+        facts.incidents, parse_epoch_us(facts.span.first) or 0, parse_epoch_us(facts.as_of) or 1
+    )
     key = "red: critical; orange: warning; grey: information. A bar to the right edge goes on."
-    shown = [element("div", Markup(picture), element("p", key, kind="muted"), kind="card chart")] if picture else []
-    rest = more(len(facts.incidents) - _ROWS, "incidents.json")
+    shown = (
+        [element("div", Markup(picture), element("p", key, css_class="muted"), css_class="card chart")]
+        if picture
+        else []
+    )
+    rest = overflow_link(len(facts.incidents) - _MAX_ROWS, "incidents.json")
     if total > len(facts.incidents):
         counted = f"{total - len(facts.incidents):,} others, none of them worse than these, are counted only."
-        rest.append(element("p", counted, kind="muted"))
+        rest.append(element("p", counted, css_class="muted"))
     unsure = sum(one.clock == "unsynced" for one in facts.incidents)
     notes = []
     if unsure:
-        text = f"{count(unsure, 'incident')} began or ended while the device's clock was not set: how long is unsure."
-        notes = [element("p", text, kind="muted")]
-    for_sheets = element("p", "For a spreadsheet: ", link("incidents.csv"), ".", kind="muted")
-    parts = [*shown, stacked(table(head, rows), "incidents"), *rest, *notes, for_sheets]
+        text = f"{format_count(unsure, 'incident')} began or ended while the device's clock was not set: how long is unsure."
+        notes = [element("p", text, css_class="muted")]
+    for_sheets = element("p", "For a spreadsheet: ", link("incidents.csv"), ".", css_class="muted")
+    parts = [*shown, stacked_table(table(head, rows), "incidents"), *rest, *notes, for_sheets]
     return chapter("incidents", "Incidents", lead, element("p", said), *parts)
 
 
-def _incident(one: Incident) -> list[Content]:
-    word, kind = _STATES[one.state]
-    kind = "warning" if kind == "bad" and one.severity != "critical" else kind
-    where = f"{one.device or 'the fleet'}" + (f", {one.task}" if one.task else "")
-    lasted = span(one.seconds) + (" so far" if one.state == "open" else "")
-    tail = "" if one.source == "device" else " (noticed by the collector; not signed)"
-    what = Markup(f"<b>{escape(one.severity)}, {escape(one.alert)}.</b> {escape(one.summary + tail)}")
+def _incident_row(incident: Incident) -> list[Content]:
+    word, kind = _STATE_BADGES[incident.state]
+    kind = "warning" if kind == "bad" and incident.severity != "critical" else kind
+    where = f"{incident.device or 'the fleet'}" + (f", {incident.task}" if incident.task else "")
+    lasted = format_duration(incident.seconds) + (" so far" if incident.state == "open" else "")
+    tail = "" if incident.source == "device" else " (noticed by the collector; not signed)"
+    what = Markup(f"<b>{escape(incident.severity)}, {escape(incident.alert)}.</b> {escape(incident.summary + tail)}")
     return [
         badge(word, kind),
-        nowrap(moment(one.began)),
-        nowrap(lasted if one.seconds is not None else "–"),
+        nowrap(format_time(incident.began)),
+        nowrap(lasted if incident.seconds is not None else "–"),
         where,
         what,
     ]
 
 
-def drift(facts: Facts) -> Markup:
+def render_drift(facts: EvidenceFacts) -> Markup:
     lead = (
         "Whether sites still look like what the models know. Counted by the collector from the drift summaries that "
         "devices signed; the summaries stay in its database, the alerts that came of them are here."
@@ -73,89 +79,93 @@ def drift(facts: Facts) -> Markup:
     tasks = facts.drift["tasks"]
     if not tasks:
         return chapter("drift", "Drift", lead, element("p", "No drift summary was collected: drift was not watched."))
-    cards = [_drift_card(one) for one in tasks[:_ROWS]]
+    cards = [_drift_card(one) for one in tasks[:_MAX_ROWS]]
     unread = facts.drift["windows_unreadable"]
-    notes = [element("p", f"{unread:,} summaries could not be read and are left out.", kind="notice")] if unread else []
-    return chapter("drift", "Drift", lead, element("div", *cards, kind="grid"), *notes)
+    notes = (
+        [element("p", f"{unread:,} summaries could not be read and are left out.", css_class="notice")]
+        if unread
+        else []
+    )
+    return chapter("drift", "Drift", lead, element("div", *cards, css_class="grid"), *notes)
 
 
-def _drift_card(one: dict[str, Any]) -> Markup:
-    apart = " (devices with another reference than most)" if one["apart"] else ""
-    now, moved = one["devices_in_drift"], one["moved"]
+def _drift_card(task: dict[str, Any]) -> Markup:
+    apart = " (devices with another reference than most)" if task["apart"] else ""
+    now, moved = task["devices_in_drift"], task["moved"]
     lines = [
-        f"{count(one['windows'], 'summary', 'summaries')} of {count(one['devices'], 'device')}; "
-        f"{one['windows_with_a_sensor_fault']:,} with a sensor fault.",
-        f"In drift by the last summary: {few(now)}." if now else "No device is in drift by its last summary.",
+        f"{format_count(task['windows'], 'summary', 'summaries')} of {format_count(task['devices'], 'device')}; "
+        f"{task['windows_with_a_sensor_fault']:,} with a sensor fault.",
+        f"In drift by the last summary: {format_names(now)}." if now else "No device is in drift by its last summary.",
     ]
-    if one["expected_accuracy"] is not None:
-        lines.append(f"Accuracy that the models' own scores lead one to expect: {one['expected_accuracy']:.3f}.")
-    lines += [wide["summary"] for wide in one["wide"][:3]]
+    if task["expected_accuracy"] is not None:
+        lines.append(f"Accuracy that the models' own scores lead one to expect: {task['expected_accuracy']:.3f}.")
+    lines += [wide["summary"] for wide in task["wide"][:3]]
     rows: list[Sequence[Content]] = [
-        [e["device"], e["field"], moment(e["alarmed"]), moment(e["ended"]) if e["ended"] else "goes on"]
+        [e["device"], e["field"], format_time(e["alarmed"]), format_time(e["ended"]) if e["ended"] else "goes on"]
         for e in moved[:8]
     ]
     listed = [table(["Device", "Field", "Noticed", "Until"], rows)] if rows else []
-    rest = more(len(moved) + one["moved_left_out"] - 8, "drift.json")
-    picture = pictures.strip(one["history"], one["devices"])
-    key = element("p", "orange: devices in drift; red: with a sensor fault", kind="muted")
-    return html.card(one["task"] + apart, "", picture, key, html.bullets(lines, "notes"), *listed, *rest)
+    rest = overflow_link(len(moved) + task["moved_left_out"] - 8, "drift.json")
+    picture = pictures.draw_drift_strip(task["history"], task["devices"])
+    key = element("p", "orange: devices in drift; red: with a sensor fault", css_class="muted")
+    return html.card(task["task"] + apart, "", picture, key, html.bullet_list(lines, "notes"), *listed, *rest)
 
 
-def accuracy(facts: Facts) -> Markup:
+def render_accuracy(facts: EvidenceFacts) -> Markup:
     lead = (
         "What labels from the sites say of the models' answers, with 95 % intervals. Without labels nothing is known."
     )
-    if not facts.measured:
+    if not facts.accuracy:
         text = (
             "No labels came: how often the models were right in operation was not measured. Evaluations before use are "
             "with the models above."
         )
-        return chapter("accuracy", "Accuracy and labels", lead, element("p", text, kind="notice"))
+        return chapter("accuracy", "Accuracy and labels", lead, element("p", text, css_class="notice"))
     by_task: dict[str, list[Any]] = {}
-    for one in facts.measured:
-        by_task.setdefault(one.task, []).append((one, headline(one)))
+    for one in facts.accuracy:
+        by_task.setdefault(one.task, []).append((one, select_headline(one)))
     cards = []
     for task, those in by_task.items():
         told = [(one, metric) for one, metric in those if metric is not None and metric.value is not None]
         name = metric_name(told[0][1].metric) if told else "no metric yet"
-        picture = pictures.accuracies(told[:20], f"{task}: {name} by device") if told else ""
-        cards.append(html.card(f"{task}: {name}", _worst(told, those), picture))
+        picture = pictures.draw_accuracy_forest(told[:20], f"{task}: {name} by device") if told else ""
+        cards.append(html.card(f"{task}: {name}", _card_caption(told, those), picture))
     rows: list[Sequence[Content]] = [
         [
             one.device,
             one.task,
-            "–" if metric is None else f"{metric_name(metric.metric)} {figure(metric.value)}",
-            "" if metric is None else interval(metric.low, metric.high),
-            _labels(one.labels),
-            _labelling(one.labelling),
-            moment(one.time) if one.time else "–",
+            "–" if metric is None else f"{metric_name(metric.metric)} {format_value(metric.value)}",
+            "" if metric is None else format_interval(metric.low, metric.high),
+            _format_label_sources(one.labels),
+            _format_labelling(one.labelling),
+            format_time(one.time) if one.time else "–",
         ]
         for those in by_task.values()
-        for one, metric in those[:_ROWS]
+        for one, metric in those[:_MAX_ROWS]
     ]
     head = ["Device", "Task", "Figure", "95 % interval", "Labels", "How they came", "As of"]
-    listed = details("Labels and figures by device", stacked(table(head, rows), "labelled"))
-    return chapter("accuracy", "Accuracy and labels", lead, element("div", *cards, kind="grid"), listed)
+    listed = details("Labels and figures by device", stacked_table(table(head, rows), "labelled"))
+    return chapter("accuracy", "Accuracy and labels", lead, element("div", *cards, css_class="grid"), listed)
 
 
-def _worst(told: Sequence[Any], those: Sequence[Any]) -> str:
-    devices = count(len({one.device for one, _ in those}), "device")
-    return f"{devices} with labels" + (", the worst first" if len(told) > 1 else "")
+def _card_caption(measured: Sequence[Any], entries: Sequence[Any]) -> str:
+    devices = format_count(len({one.device for one, _ in entries}), "device")
+    return f"{devices} with labels" + (", the worst first" if len(measured) > 1 else "")
 
 
-def _labels(labels: dict[str, int]) -> str:
+def _format_label_sources(labels: dict[str, int]) -> str:
     names = {"human": "people", "system": "other systems", "model": "the model itself (not counted)"}
     return ", ".join(f"{n:,} by {names.get(source, source)}" for source, n in labels.items()) or "not told"
 
 
-def _labelling(told: dict[str, Any]) -> str:
+def _format_labelling(labelling: dict[str, Any]) -> str:
     parts = []
-    if isinstance(coverage := told.get("coverage"), int | float):
+    if isinstance(coverage := labelling.get("coverage"), int | float):
         parts.append(f"for {coverage:.0%} of results")
-    delay = told.get("delay_s")
+    delay = labelling.get("delay_s")
     if isinstance(delay, dict) and isinstance(median := delay.get("median"), int | float):
-        parts.append(f"after {span(median)} in the middle")
+        parts.append(f"after {format_duration(median)} in the middle")
     for name in ("replaced", "late", "unmatched"):
-        if isinstance(n := told.get(name), int) and n:
+        if isinstance(n := labelling.get(name), int) and n:
             parts.append(f"{n:,} {name}")
     return ", ".join(parts)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from agent import __version__
-from agent.fleet.evidence.frameworks import Supported
-from agent.fleet.evidence.gather.gather import Facts
-from agent.fleet.evidence.manifest import File
+from agent.fleet.evidence.frameworks import PointSupport
+from agent.fleet.evidence.gather.gather import EvidenceFacts
+from agent.fleet.evidence.manifest import FileEntry
 from agent.fleet.evidence.page import assurance, decisions, deployments, monitoring
 from agent.fleet.evidence.page.elements import link
-from agent.fleet.evidence.page.words import count, day, few, moment
-from agent.fleet.evidence.sbom import Found
+from agent.fleet.evidence.page.words import format_count, format_date, format_names, format_time
+from agent.fleet.evidence.sbom import Sbom
 from agent.render import html as page
 from agent.render.html import Markup, element
 
@@ -67,122 +67,136 @@ _TOC = {
 }  # fmt: skip
 
 
-def html(facts: Facts, bill: Found, points: Sequence[Supported], files: Sequence[File]) -> str:
+def render_html(facts: EvidenceFacts, sbom: Sbom, points: Sequence[PointSupport], files: Sequence[FileEntry]) -> str:
     """The page."""
     body = [
-        *_head(facts),
-        _notice(facts),
-        _contents(),
-        deployments.running(facts),
-        deployments.models(facts),
-        decisions.rollouts(facts),
-        monitoring.incidents(facts),
-        monitoring.drift(facts),
-        monitoring.accuracy(facts),
-        decisions.decisions(facts),
-        assurance.checks(facts),
-        assurance.keys(facts),
-        assurance.software(bill, facts),
-        assurance.not_here(facts),
-        assurance.frameworks(points),
-        assurance.check_it(facts),
-        _foot(facts, files),
+        *_render_header(facts),
+        _render_notice(facts),
+        _render_toc(),
+        deployments.render_running(facts),
+        deployments.render_models(facts),
+        decisions.render_rollouts(facts),
+        monitoring.render_incidents(facts),
+        monitoring.render_drift(facts),
+        monitoring.render_accuracy(facts),
+        decisions.render_decisions(facts),
+        assurance.render_checks(facts),
+        assurance.render_keys(facts),
+        assurance.render_software(sbom, facts),
+        assurance.render_limitations(facts),
+        assurance.render_frameworks(points),
+        assurance.render_verification_steps(facts),
+        _render_footer(facts, files),
     ]
-    return page.page(f"Evidence of fleet {facts.fleet}", body, _CSS)
+    return page.render_document(f"Evidence of fleet {facts.fleet}", body, _CSS)
 
 
-def _head(facts: Facts) -> list[Markup]:
+def _render_header(facts: EvidenceFacts) -> list[Markup]:
     first, last = facts.span.first, facts.span.last
-    when = f"from {day(first)} to {day(last)}" if first and last and first[:10] != last[:10] else f"on {day(facts.at)}"
+    when = (
+        f"from {format_date(first)} to {format_date(last)}"
+        if first and last and first[:10] != last[:10]
+        else f"on {format_date(facts.as_of)}"
+    )
     lead = (
         f"What the models of this fleet did {when}, who decided it, and what is not known. "
-        f"As of {moment(facts.at)} UTC."
+        f"As of {format_time(facts.as_of)} UTC."
     )
     open_now = sum(n for (_, state), n in facts.incident_counts.items() if state == "open")
     total = sum(facts.incident_counts.values())
     rollouts = {one.rollout for one in facts.decisions if one.rollout} | {row["rollout"] for row in facts.rollouts}
-    models = {one.model.digest for one in facts.running if one.model}
+    models = {one.model.digest for one in facts.running_tasks if one.model}
     tiles = [
         _tile(
             "Devices",
             f"{len(facts.devices):,}",
-            f"{len(facts.silent):,} never told what runs" if facts.silent else "all told what they run",
+            f"{len(facts.silent_devices):,} never told what runs" if facts.silent_devices else "all told what they run",
         ),
-        _tile("Models in use", f"{len(models):,}", count(len(facts.running), "task") + " of devices"),
+        _tile("Models in use", f"{len(models):,}", format_count(len(facts.running_tasks), "task") + " of devices"),
         _tile("Incidents", f"{total:,}", f"{open_now:,} open now"),
-        _tile("Roll-outs", f"{len(rollouts):,}", count(sum(facts.events.values()), "decision") + " in all"),
-        _tile("Signed messages", f"{facts.messages:,}", _verified(facts)),
+        _tile(
+            "Roll-outs", f"{len(rollouts):,}", format_count(sum(facts.event_counts.values()), "decision") + " in all"
+        ),
+        _tile("Signed messages", f"{facts.message_count:,}", _verification_text(facts)),
     ]
     return [
         element("h1", f"Evidence of fleet {facts.fleet}"),
-        element("p", lead, kind="muted"),
-        element("div", *tiles, kind="tiles"),
+        element("p", lead, css_class="muted"),
+        element("div", *tiles, css_class="tiles"),
     ]
 
 
-def _verified(facts: Facts) -> str:
-    if not facts.messages:
+def _verification_text(facts: EvidenceFacts) -> str:
+    if not facts.message_count:
         return "none came"
     return "all verified" if facts.audit["passed"] else "not all is well: see checks"
 
 
-def _tile(name: str, value: str, more: str) -> Markup:
-    return element("div", element("span", name), element("b", value), element("span", more), kind="tile")
+def _tile(name: str, value: str, note: str) -> Markup:
+    return element("div", element("span", name), element("b", value), element("span", note), css_class="tile")
 
 
-def _notice(facts: Facts) -> Markup:
-    if not facts.messages:
-        return element("div", "Nothing was collected yet, so this folder shows keys and software only.", kind="notice")
-    bad, look = _bad(facts), _look(facts)
+def _render_notice(facts: EvidenceFacts) -> Markup:
+    if not facts.message_count:
+        return element(
+            "div", "Nothing was collected yet, so this folder shows keys and software only.", css_class="notice"
+        )
+    bad, look = _list_problems(facts), _list_warnings(facts)
     if not bad and not look:
         text = "Nothing is open: the audit passed, no incident goes on, and every device told what it runs."
-        return element("div", text, kind="notice ok")
+        return element("div", text, css_class="notice ok")
     title = element("b", "This is wrong" if bad else "Look at this first")
-    return element("div", title, page.bullets([*bad, *look]), kind="notice bad" if bad else "notice")
+    return element("div", title, page.bullet_list([*bad, *look]), css_class="notice bad" if bad else "notice")
 
 
-def _bad(facts: Facts) -> list[str]:
+def _list_problems(facts: EvidenceFacts) -> list[str]:
     report, found = facts.audit, []
     if report["invalid_count"]:
-        found.append(f"{count(report['invalid_count'], 'stored message')} cannot be verified.")
+        found.append(f"{format_count(report['invalid_count'], 'stored message')} cannot be verified.")
     if report["invalid_decisions_count"]:
-        found.append(f"{count(report['invalid_decisions_count'], 'decision')} about roll-outs cannot be verified.")
+        found.append(
+            f"{format_count(report['invalid_decisions_count'], 'decision')} about roll-outs cannot be verified."
+        )
     if report["undeclared_gaps"]:
-        found.append(f"Messages are missing without an explanation ({count(report['undeclared_gaps'], 'range')}).")
+        found.append(
+            f"Messages are missing without an explanation ({format_count(report['undeclared_gaps'], 'range')})."
+        )
     if report["duplicates"]:
-        found.append(f"{count(report['duplicates'], 'reading or message', 'readings or messages')} used or kept twice.")
-    found += [f"The repository of models: {problem}." for problem in facts.unpublished]
+        found.append(
+            f"{format_count(report['duplicates'], 'reading or message', 'readings or messages')} used or kept twice."
+        )
+    found += [f"The repository of models: {problem}." for problem in facts.repository_problems]
     return found
 
 
-def _look(facts: Facts) -> list[str]:
+def _list_warnings(facts: EvidenceFacts) -> list[str]:
     found = []
     for severity in ("critical", "warning"):
         those = [one for one in facts.incidents if one.state == "open" and one.severity == severity]
         if those:
             names = sorted({one.device or "the whole fleet" for one in those})
             n = facts.incident_counts[severity, "open"]
-            where = few(names) if n == len(those) else f"{', '.join(names[:6])} and others"
+            where = format_names(names) if n == len(those) else f"{', '.join(names[:6])} and others"
             word = "critical incident" if severity == "critical" else "warning"
-            found.append(f"{count(n, word)} {'goes' if n == 1 else 'go'} on: {where}.")
-    if facts.silent:
-        found.append(f"What runs is not known for {few(facts.silent)}.")
-    stopped = sorted({one.device for one in facts.running if one.model is None})
+            found.append(f"{format_count(n, word)} {'goes' if n == 1 else 'go'} on: {where}.")
+    if facts.silent_devices:
+        found.append(f"What runs is not known for {format_names(facts.silent_devices)}.")
+    stopped = sorted({one.device for one in facts.running_tasks if one.model is None})
     if stopped:
-        found.append(f"A task does not run on {few(stopped)}.")
+        found.append(f"A task does not run on {format_names(stopped)}.")
     return found
 
 
-def _contents() -> Markup:
+def _render_toc() -> Markup:
     return element("nav", *(link(f"#{identity}", name) for identity, name in _TOC.items()))
 
 
-def _foot(facts: Facts, files: Sequence[File]) -> Markup:
+def _render_footer(facts: EvidenceFacts, files: Sequence[FileEntry]) -> Markup:
     size = sum(one.size for one in files) / 1e6
     return element(
         "footer",
         f"Made by outstation {__version__} of what the collector of fleet {facts.fleet} stored until "
-        f"{moment(facts.at)} UTC. {count(len(files) + 1, 'file')} of {size:.1f} MB, listed with their digests in ",
+        f"{format_time(facts.as_of)} UTC. {format_count(len(files) + 1, 'file')} of {size:.1f} MB, listed with their digests in ",
         link("manifest.json"),
         ".",
     )

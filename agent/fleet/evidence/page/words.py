@@ -8,21 +8,21 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
-def moment(text: str | None) -> str:
+def format_time(text: str | None) -> str:
     """`24 Nov 2026, 22:18` of an RFC 3339 time in UTC."""
     if not text:
         return "not known"
-    return f"{day(text)}, {text[11:16]}"
+    return f"{format_date(text)}, {text[11:16]}"
 
 
-def day(text: str) -> str:
+def format_date(text: str) -> str:
     try:
         return f"{int(text[8:10])} {_MONTHS[int(text[5:7]) - 1]} {text[:4]}"
     except (ValueError, IndexError):
         return text[:40]
 
 
-def span(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """The two largest units of it; a dash where it is not known."""
     if seconds is None:
         return "–"
@@ -37,21 +37,21 @@ def span(seconds: float | None) -> str:
     return " ".join(parts) or "under 1 s"
 
 
-def count(n: int, one: str, many: str = "") -> str:
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
+def format_count(n: int, singular: str, plural: str = "") -> str:
+    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
 
 
-def few(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+def format_names(names: list[str], limit: int = 6) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
-def sentence(text: str) -> str:
+def capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def epoch(text: str | None) -> int | None:
+def parse_epoch_us(text: str | None) -> int | None:
     """Epoch µs; None where it is no time."""
     try:
-        return clock.epoch_us(text) if text else None
+        return clock.parse_rfc3339(text) if text else None
     except ValueError:
         return None

@@ -7,153 +7,185 @@ from typing import Any
 
 import msgspec
 
-from agent.errors import Refused
-from agent.fleet.evidence.contents import Compared, Decision, Incident, Measured, Place, Running
+from agent.errors import MessageRefused
+from agent.fleet.evidence.contents import (
+    AccuracyEntry,
+    BundleComparison,
+    DecisionRecord,
+    Incident,
+    MessageRef,
+    RunningTask,
+)
 from agent.fleet.evidence.gather import chain, comparisons
-from agent.fleet.evidence.manifest import Manifest
-from agent.fleet.rollout.decisions import Body
+from agent.fleet.evidence.manifest import EvidenceManifest
+from agent.fleet.rollout.decisions import DecisionBody
 from agent.wire.jws import Signer
-from agent.wire.keys import public_key
-from agent.wire.messages import Alerts, Audit, Health, Logged, Message, Quality, Shadow, digest
+from agent.wire.keys import parse_public_key
+from agent.wire.messages import (
+    AlertPayload,
+    AuditPayload,
+    HealthPayload,
+    LoggedPayload,
+    QualityPayload,
+    ShadowPayload,
+    VerifiedMessage,
+    digest,
+)
 
-_NOT_HERE = "relies on a message that is not in messages/"
+_MISSING_MESSAGE = "relies on a message that is not in messages/"
 
 
-class Claims:
+class ClaimChecker:
     """Messages first, then what is said of them; `whole` where every file with messages is as it was signed.
 
     `unsupported`: claims whose message was too much for the folder, or lies in a file that is not read.
     """
 
-    def __init__(self, head: Manifest, add: Callable[[str, str], None], *, whole: bool) -> None:
-        self._add = add
-        self._bodies: dict[Place, Any] = {}
-        self._shadows: dict[Place, Shadow] = {}
-        self._digests: dict[Place, tuple[str, str]] = {}
-        self._signed: list[tuple[Body, bytes]] = []
-        self._some_left_out = "messages" in head.left_out or not whole
-        self._whole = "decisions" not in head.left_out
-        operators = [key for key in head.keys if key.role == "operator"]
-        self._operators = {key.kid: Signer(key.owner, public_key(key.key)) for key in operators}
+    def __init__(
+        self, manifest: EvidenceManifest, add_problem: Callable[[str, str], None], *, messages_complete: bool
+    ) -> None:
+        self._add_problem = add_problem
+        self._bodies: dict[MessageRef, Any] = {}
+        self._shadow_messages: dict[MessageRef, ShadowPayload] = {}
+        self._digests: dict[MessageRef, tuple[str, str]] = {}
+        self._signed_decisions: list[tuple[DecisionBody, bytes]] = []
+        self._messages_incomplete = "messages" in manifest.left_out or not messages_complete
+        self._decisions_complete = "decisions" not in manifest.left_out
+        operators = [key for key in manifest.keys if key.role == "operator"]
+        self._operators = {key.kid: Signer(key.owner, parse_public_key(key.key)) for key in operators}
         self.decisions = self.unsupported = 0
 
-    def message(self, where: str, message: Message) -> None:
+    def add_message(self, where: str, message: VerifiedMessage) -> None:
         body = message.body
-        if not isinstance(body, Logged):
-            self._add(where, f"is of kind {body.__struct_config__.tag}, which no device logs")
+        if not isinstance(body, LoggedPayload):
+            self._add_problem(where, f"is of kind {body.__struct_config__.tag}, which no device logs")
             return
-        place = Place(body.device, body.log, body.seq)
+        place = MessageRef(body.device, body.log, body.seq)
         if place in self._bodies:
-            self._add(where, f"is there twice: {_named(place)}")
+            self._add_problem(where, f"is there twice: {_format_ref(place)}")
             return
-        self._bodies[place] = _needed(body)
-        if isinstance(body, Shadow):
-            self._shadows[place] = body
+        self._bodies[place] = _claimable_fields(body)
+        if isinstance(body, ShadowPayload):
+            self._shadow_messages[place] = body
         self._digests[place] = (digest(message.payload), body.prev)
 
-    def decision(self, where: str, one: Decision) -> None:
+    def check_decision(self, where: str, record: DecisionRecord) -> None:
         self.decisions += 1
-        if one.payload is not None:
-            self._operators_decision(where, one)
-        elif one.place is not None:
-            said = {"device": one.device, "event": one.event, "time": one.time, "summary": one.summary}
-            self._compare(where, one.place, "audit", said)
+        if record.payload is not None:
+            self._check_operator_decision(where, record)
+        elif record.place is not None:
+            said = {"device": record.device, "event": record.event, "time": record.time, "summary": record.summary}
+            self._compare_with_message(where, record.place, "audit", said)
 
-    def incident(self, where: str, one: Incident) -> None:
-        said = {"device": one.device, "alert": one.alert, "subject": one.subject}
-        if one.source == "device" and one.raised is None:
-            self._add(where, "names no message in which the device raised it")
-        if one.raised is not None:
-            raised = {**said, "state": "raised", "time": one.began, "summary": one.summary}
-            self._compare(where, one.raised, "alerts", raised)
-        if one.cleared is not None:
-            self._compare(where, one.cleared, "alerts", {**said, "state": "cleared", "time": one.ended})
+    def check_incident(self, where: str, record: Incident) -> None:
+        said = {"device": record.device, "alert": record.alert, "subject": record.subject}
+        if record.source == "device" and record.raised is None:
+            self._add_problem(where, "names no message in which the device raised it")
+        if record.raised is not None:
+            raised = {**said, "state": "raised", "time": record.began, "summary": record.summary}
+            self._compare_with_message(where, record.raised, "alerts", raised)
+        if record.cleared is not None:
+            self._compare_with_message(
+                where, record.cleared, "alerts", {**said, "state": "cleared", "time": record.ended}
+            )
 
-    def running(self, where: str, one: Running) -> None:
-        model = None if one.model is None else msgspec.to_builtins(one.model)
-        said = {"device": one.device, "time": one.told, f"model of {one.task}": model}
-        self._compare(where, one.health, "health", said)
-        if one.activated is not None:
-            to = {"device": one.device, "time": one.since, "event": "activated", "task": one.task, "to": model}
-            self._compare(where, one.activated, "audit", to)
+    def check_running(self, where: str, running_task: RunningTask) -> None:
+        model = None if running_task.model is None else msgspec.to_builtins(running_task.model)
+        said = {"device": running_task.device, "time": running_task.told, f"model of {running_task.task}": model}
+        self._compare_with_message(where, running_task.health, "health", said)
+        if running_task.activated is not None:
+            to = {
+                "device": running_task.device,
+                "time": running_task.since,
+                "event": "activated",
+                "task": running_task.task,
+                "to": model,
+            }
+            self._compare_with_message(where, running_task.activated, "audit", to)
 
-    def measured(self, where: str, one: Measured) -> None:
-        if one.place is not None:
-            said = {"device": one.device, "task": one.task, "time": one.time, "metrics": one.metrics}
-            self._compare(where, one.place, "quality", said)
-        elif one.source == "device":
-            self._add(where, "names no message in which the device told it")
+    def check_accuracy(self, where: str, entry: AccuracyEntry) -> None:
+        if entry.place is not None:
+            said = {"device": entry.device, "task": entry.task, "time": entry.time, "metrics": entry.metrics}
+            self._compare_with_message(where, entry.place, "quality", said)
+        elif entry.source == "device":
+            self._add_problem(where, "names no message in which the device told it")
 
-    def compared(self, where: str, one: Compared) -> None:
+    def check_comparison(self, where: str, comparison: BundleComparison) -> None:
         """Its figures are counted again from the messages it names."""
-        if len(set(one.places)) < len(one.places):
-            self._add(where, "counts a message twice")
+        if len(set(comparison.places)) < len(comparison.places):
+            self._add_problem(where, "counts a message twice")
             return
-        told = [self._shadows[place] for place in one.places if place in self._shadows]
-        if len(told) < len(one.places):
-            for place in one.places:
-                self._compare(where, place, "shadow", {})
+        told = [self._shadow_messages[place] for place in comparison.places if place in self._shadow_messages]
+        if len(told) < len(comparison.places):
+            for place in comparison.places:
+                self._compare_with_message(where, place, "shadow", {})
             return
-        if len(comparisons.of(told)) > 1:
-            self._add(where, "counts messages together that are of different devices, roll-outs or bundles")
+        if len(comparisons.comparison_keys(told)) > 1:
+            self._add_problem(where, "counts messages together that are of different devices, roll-outs or bundles")
             return
-        found = comparisons.compared(told, new_is_beside=one.new_is_beside, left_out=one.left_out)
+        found = comparisons.compare_messages(told, new_is_shadow=comparison.new_is_beside, omitted=comparison.left_out)
         for name in found.__struct_fields__:
-            if getattr(found, name) != getattr(one, name):
-                self._add(where, f"says other {name} than its {len(told)} messages come to, which the device signed")
+            if getattr(found, name) != getattr(comparison, name):
+                self._add_problem(
+                    where, f"says other {name} than its {len(told)} messages come to, which the device signed"
+                )
 
-    def finish(self) -> None:
+    def check_chains(self) -> None:
         """What can be told of all of them together only."""
-        for problem in chain.breaks(self._signed, whole=self._whole):
-            self._add("decisions.jsonl", problem)
+        for problem in chain.find_chain_breaks(self._signed_decisions, is_complete=self._decisions_complete):
+            self._add_problem("decisions.jsonl", problem)
         for place, (_, prev) in self._digests.items():
-            before = self._digests.get(Place(place.device, place.log, place.seq - 1)) if place.seq > 1 else None
+            before = self._digests.get(MessageRef(place.device, place.log, place.seq - 1)) if place.seq > 1 else None
             if before is not None and before[0] != prev:
-                self._add("messages/", f"{_named(place)} does not follow the message before it: prev is not its digest")
+                self._add_problem(
+                    "messages/", f"{_format_ref(place)} does not follow the message before it: prev is not its digest"
+                )
 
-    def _operators_decision(self, where: str, one: Decision) -> None:
-        payload = (one.payload or "").encode(errors="surrogatepass")
+    def _check_operator_decision(self, where: str, record: DecisionRecord) -> None:
+        payload = (record.payload or "").encode(errors="surrogatepass")
         try:
-            told = chain.opened(one.rollout, payload, one.jws, self._operators.get)
-        except Refused as refused:
-            self._add(where, f"does not verify: {refused}")
+            told = chain.verify_decision(record.rollout, payload, record.jws, self._operators.get)
+        except MessageRefused as refused:
+            self._add_problem(where, f"does not verify: {refused}")
             return
-        self._signed.append((told, payload))
+        self._signed_decisions.append((told, payload))
         for name in ("time", "event", "summary"):
-            if getattr(one, name) != getattr(told, name):
-                self._add(where, f"says another {name} than what the operator signed")
+            if getattr(record, name) != getattr(told, name):
+                self._add_problem(where, f"says another {name} than what the operator signed")
 
-    def _compare(self, where: str, place: Place, kind: str, said: dict[str, Any]) -> None:
-        body = self._bodies.get(place)
+    def _compare_with_message(self, where: str, message_ref: MessageRef, kind: str, claimed: dict[str, Any]) -> None:
+        body = self._bodies.get(message_ref)
         if body is None:
-            if self._some_left_out:
+            if self._messages_incomplete:
                 self.unsupported += 1
             else:
-                self._add(where, f"{_NOT_HERE}: {_named(place)}")
+                self._add_problem(where, f"{_MISSING_MESSAGE}: {_format_ref(message_ref)}")
             return
         if body["kind"] != kind:
-            self._add(where, f"relies on {_named(place)}, which is of kind {body['kind']}")
+            self._add_problem(where, f"relies on {_format_ref(message_ref)}, which is of kind {body['kind']}")
             return
-        for name, value in said.items():
+        for name, value in claimed.items():
             if body.get(name) != value:
-                self._add(where, f"says another {name} than {_named(place)}, which the device signed")
+                self._add_problem(
+                    where, f"says another {name} than {_format_ref(message_ref)}, which the device signed"
+                )
 
 
-def _named(place: Place) -> str:
-    return f"{place.device} log {place.log} seq {place.seq}"
+def _format_ref(message_ref: MessageRef) -> str:
+    return f"{message_ref.device} log {message_ref.log} seq {message_ref.seq}"
 
 
-def _needed(body: Logged) -> dict[str, Any]:
+def _claimable_fields(body: LoggedPayload) -> dict[str, Any]:
     """Of a message's content, what claims are compared with."""
     found: dict[str, Any] = {"kind": body.__struct_config__.tag, "device": body.device, "time": body.time}
-    if isinstance(body, Audit):
+    if isinstance(body, AuditPayload):
         found |= {"event": body.event, "summary": body.summary}
         found |= {name: body.evidence.get(name) for name in ("task", "to")}
-    elif isinstance(body, Alerts):
+    elif isinstance(body, AlertPayload):
         names = ("alert", "subject", "state", "summary")
         found |= {name: getattr(body, name) for name in names}
-    elif isinstance(body, Health):
+    elif isinstance(body, HealthPayload):
         found |= {f"model of {task}": told.get("model") for task, told in body.tasks.items()}
-    elif isinstance(body, Quality):
+    elif isinstance(body, QualityPayload):
         found |= {"task": body.task, "metrics": list(body.metrics)}
     return found

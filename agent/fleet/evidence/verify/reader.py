@@ -11,14 +11,14 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
-from agent.fleet.evidence.limits import BOUNDS
-from agent.fleet.evidence.manifest import MANIFEST, TOKEN, File, Manifest
-from agent.strict_json import check_keys
+from agent.fleet.evidence.limits import READ_LIMITS
+from agent.fleet.evidence.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
+from agent.strict_json import check_strict_json
 
 T = TypeVar("T")
 
 
-class Report(msgspec.Struct):
+class VerificationReport(msgspec.Struct):
     """What was checked and what is wrong; all problems are counted, the first are told.
 
     `signatures`: of the repository's metadata.
@@ -41,12 +41,12 @@ class Report(msgspec.Struct):
     def ok(self) -> bool:
         return not self.problem_count
 
-    def add(self, file: str, problem: str) -> None:
+    def add_problem(self, file: str, problem: str) -> None:
         self.problem_count += 1
-        if len(self.problems) < BOUNDS.problems:
+        if len(self.problems) < READ_LIMITS.problems:
             self.problems.append({"file": file, "problem": problem})
 
-    def document(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As `verify --json` prints it."""
         names = (
             "fleet",
@@ -64,82 +64,86 @@ class Report(msgspec.Struct):
         return {**head, "problem_count": self.problem_count, "problems": self.problems}
 
 
-class Opened(msgspec.Struct):
+class FolderReader(msgspec.Struct):
     """Files whose bytes are those that were signed."""
 
     folder: Path
-    good: dict[str, File]
-    report: Report
+    verified_files: dict[str, FileEntry]
+    report: VerificationReport
 
-    def document(self, path: str, type_: type[T]) -> T | None:
+    def read_document(self, path: str, type_: type[T]) -> T | None:
         """A file read whole; None where it is not there, or not what it should be."""
-        if path not in self.good:
+        if path not in self.verified_files:
             return None
-        if self.good[path].size > BOUNDS.document:
-            self.report.add(path, f"is larger than {BOUNDS.document} bytes, the limit for such a file")
+        if self.verified_files[path].size > READ_LIMITS.document_bytes:
+            self.report.add_problem(
+                path, f"is larger than {READ_LIMITS.document_bytes} bytes, the limit for such a file"
+            )
             return None
-        data = whole(self.folder, path, BOUNDS.document, self.report)
-        return None if data is None else self._decoded(path, data, type_)
+        data = read_file(self.folder, path, READ_LIMITS.document_bytes, self.report)
+        return None if data is None else self._decode(path, data, type_)
 
-    def lines(self, path: str, type_: type[T]) -> Iterator[tuple[int, T]]:
+    def read_lines(self, path: str, type_: type[T]) -> Iterator[tuple[int, T]]:
         """(number, line) of a file of JSON lines."""
-        if path not in self.good:
+        if path not in self.verified_files:
             return
-        with _open(self.folder, path) as file:
+        with _open_plain_file(self.folder, path) as file:
             number = 0
-            while line := file.readline(BOUNDS.line + 1):
+            while line := file.readline(READ_LIMITS.line_bytes + 1):
                 number += 1
-                if len(line) > BOUNDS.line:
-                    self.report.add(path, f"line {number} is longer than {BOUNDS.line} bytes; the rest is not read")
+                if len(line) > READ_LIMITS.line_bytes:
+                    self.report.add_problem(
+                        path, f"line {number} is longer than {READ_LIMITS.line_bytes} bytes; the rest is not read"
+                    )
                     return
-                one = self._decoded(f"{path}:{number}", line, type_)
+                one = self._decode(f"{path}:{number}", line, type_)
                 if one is not None:
                     yield number, one
 
-    def _decoded(self, path: str, data: bytes, type_: type[T]) -> T | None:
+    def _decode(self, path: str, data: bytes, type_: type[T]) -> T | None:
         try:
             found = msgspec.json.decode(data, type=type_)
-            check_keys(data)
+            check_strict_json(data)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            self.report.add(path, f"is not what such a file holds: {str(error)[:200]}")
+            self.report.add_problem(path, f"is not what such a file holds: {str(error)[:200]}")
             return None
         return found
 
 
-def whole(folder: Path, name: str, most: int, report: Report) -> bytes | None:
+def read_file(folder: Path, name: str, max_bytes: int, report: VerificationReport) -> bytes | None:
     """The file's bytes; None, and a problem, where it cannot be read or has more than `most`."""
     try:
-        with _open(folder, name) as file:
-            data = file.read(most + 1)
+        with _open_plain_file(folder, name) as file:
+            data = file.read(max_bytes + 1)
     except OSError as error:
-        report.add(name, _why(error))
+        report.add_problem(name, _describe_error(error))
         return None
-    if len(data) > most:
-        report.add(name, f"is larger than {most} bytes")
+    if len(data) > max_bytes:
+        report.add_problem(name, f"is larger than {max_bytes} bytes")
         return None
     return data
 
 
-def present(folder: Path, head: Manifest, report: Report) -> set[str]:
+def find_listed_files(folder: Path, head: EvidenceManifest, report: VerificationReport) -> set[str]:
     """The listed files that are there as plain files; everything else in the folder is a problem."""
     listed = {one.path for one in head.files}
     found: set[str] = set()
-    for path, kind in _entries(folder, report):
+    for path, kind in _walk_entries(folder, report):
         if kind == "file" and path in listed:
             found.add(path)
-        elif path in (MANIFEST, TOKEN) and kind == "file":
+        elif path in (MANIFEST_FILE, SIGNATURE_FILE) and kind == "file":
             continue
         elif kind == "file":
-            report.add(path, "is not listed in the manifest: it was not there when this was signed")
+            report.add_problem(path, "is not listed in the manifest: it was not there when this was signed")
         else:
-            report.add(path, f"is a {kind}; an evidence folder has plain files only")
+            report.add_problem(path, f"is a {kind}; an evidence folder has plain files only")
     for path in sorted(listed - found):
         if not any(problem["file"] == path for problem in report.problems):
-            report.add(path, "is listed in the manifest, and missing")
+            report.add_problem(path, "is listed in the manifest, and missing")
     return found
 
 
-def _entries(folder: Path, report: Report) -> Iterator[tuple[str, str]]:
+def _walk_entries(folder: Path, report: VerificationReport) -> Iterator[tuple[str, str]]:
     """(path, kind) of everything in the folder but plain folders; nothing is followed."""
     waiting, seen = [""], 0
     while waiting:
@@ -147,21 +151,23 @@ def _entries(folder: Path, report: Report) -> Iterator[tuple[str, str]]:
         try:
             entries = sorted(os.scandir(folder / inside), key=lambda entry: entry.name)
         except OSError as error:
-            report.add(inside, _why(error))
+            report.add_problem(inside, _describe_error(error))
             continue
         for entry in entries:
             seen += 1
-            if seen > 2 * BOUNDS.files:
-                report.add(inside or ".", f"more than {2 * BOUNDS.files} entries; the rest is not looked at")
+            if seen > 2 * READ_LIMITS.files:
+                report.add_problem(
+                    inside or ".", f"more than {2 * READ_LIMITS.files} entries; the rest is not looked at"
+                )
                 return
             path = f"{inside}/{entry.name}" if inside else entry.name
             if entry.is_dir(follow_symlinks=False):
                 if path.count("/") < 3:
                     waiting.append(path)
                 else:
-                    yield _shown(path), "folder deeper than any listed file can lie"
+                    yield _printable(path), "folder deeper than any listed file can lie"
             else:
-                yield _shown(path), _kind(entry)
+                yield _printable(path), _kind(entry)
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
@@ -170,20 +176,20 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "file" if entry.is_file(follow_symlinks=False) else "device, pipe or socket"
 
 
-def same(folder: Path, one: File, report: Report) -> bool:
+def is_unaltered(folder: Path, entry: FileEntry, report: VerificationReport) -> bool:
     """Whether it has the size and the bytes that were signed. No more than the size is read."""
     try:
-        with _open(folder, one.path) as file:
+        with _open_plain_file(folder, entry.path) as file:
             size = os.fstat(file.fileno()).st_size
-            if size != one.size:
-                report.add(one.path, f"has {size} bytes, the manifest says {one.size}")
+            if size != entry.size:
+                report.add_problem(entry.path, f"has {size} bytes, the manifest says {entry.size}")
                 return False
-            if _sha256(file, one.size) == one.sha256:
+            if _sha256(file, entry.size) == entry.sha256:
                 return True
     except OSError as error:
-        report.add(one.path, _why(error))
+        report.add_problem(entry.path, _describe_error(error))
         return False
-    report.add(one.path, "was altered: its SHA-256 is not the manifest's")
+    report.add_problem(entry.path, "was altered: its SHA-256 is not the manifest's")
     return False
 
 
@@ -195,7 +201,7 @@ def _sha256(file: BinaryIO, size: int) -> str:
     return found.hexdigest()
 
 
-def _open(folder: Path, path: str) -> BinaryIO:
+def _open_plain_file(folder: Path, path: str) -> BinaryIO:
     """A plain file in the folder; no step of the way is a link."""
     *folders, name = path.split("/")
     at = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -214,11 +220,11 @@ def _open(folder: Path, path: str) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _why(error: OSError) -> str:
+def _describe_error(error: OSError) -> str:
     if error.errno == 40:
         return "is a symbolic link; an evidence folder has plain files only"
     return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
 
 
-def _shown(path: str) -> str:
+def _printable(path: str) -> str:
     return path.encode(errors="backslashreplace").decode()

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from agent.fleet.evidence.limits import BOUNDS
-from agent.fleet.evidence.manifest import Manifest
-from agent.fleet.evidence.verify import reader
-from agent.fleet.evidence.verify.reader import Opened, Report
+from agent.fleet.evidence.limits import READ_LIMITS
+from agent.fleet.evidence.manifest import EvidenceManifest
+from agent.fleet.evidence.verify.reader import FolderReader, VerificationReport, read_file
 from agent.fleet.repository import signature_chain
-from agent.fleet.repository.signature_chain import Chain
+from agent.fleet.repository.signature_chain import SignatureChain
 
-_FOLDER, _TOLD = "repository/", "published.json"
+_FOLDER, _PUBLISHED_FILE = "repository/", "published.json"
 
 
-def published_in(opened: Opened, head: Manifest, report: Report) -> Chain:
+def verify_repository(reader: FolderReader, head: EvidenceManifest, report: VerificationReport) -> SignatureChain:
     """Who signed what; empty where the metadata are not whole, which is told already."""
     paths = [one.path for one in head.files if one.path.startswith(_FOLDER)]
-    if any(path not in opened.good for path in paths):
-        return Chain()
-    read = {path: reader.whole(opened.folder, path, BOUNDS.metadata, report) for path in paths}
+    if any(path not in reader.verified_files for path in paths):
+        return SignatureChain()
+    read = {path: read_file(reader.folder, path, READ_LIMITS.metadata_bytes, report) for path in paths}
     files = {path.removeprefix(_FOLDER): data for path, data in read.items() if data is not None}
     before = report.problem_count
-    found = signature_chain.follow(files, lambda file, problem: report.add(_FOLDER + file, problem))
+    found = signature_chain.verify(files, lambda file, problem: report.add_problem(_FOLDER + file, problem))
     report.signatures = sum(len(one.signed) for one in found.signatures)
     if report.problem_count > before:
         return found
     for file in sorted(files.keys() - {one.file for one in found.signatures}):
-        report.add(_FOLDER + file, "nothing that is signed leads to it")
-    told = opened.document(_TOLD, Chain)
+        report.add_problem(_FOLDER + file, "nothing that is signed leads to it")
+    told = reader.read_document(_PUBLISHED_FILE, SignatureChain)
     if told is not None and told != found:
-        report.add(_TOLD, f"says otherwise than the metadata in {_FOLDER}, which are signed")
+        report.add_problem(_PUBLISHED_FILE, f"says otherwise than the metadata in {_FOLDER}, which are signed")
     return found

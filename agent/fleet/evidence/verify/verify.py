@@ -18,132 +18,142 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.errors import Refused, UsageError
+from agent.errors import MessageRefused, UsageError
 from agent.fleet.evidence import contents, manifest
-from agent.fleet.evidence.limits import BOUNDS
-from agent.fleet.evidence.manifest import MANIFEST, TOKEN, Key, Manifest
+from agent.fleet.evidence.limits import READ_LIMITS
+from agent.fleet.evidence.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, TrustedKey
 from agent.fleet.evidence.verify import reader
 from agent.fleet.evidence.verify.bundles import check_bundle
-from agent.fleet.evidence.verify.claims import Claims
-from agent.fleet.evidence.verify.reader import Opened, Report
-from agent.fleet.evidence.verify.repository import published_in
+from agent.fleet.evidence.verify.claims import ClaimChecker
+from agent.fleet.evidence.verify.reader import FolderReader, VerificationReport, read_file
+from agent.fleet.evidence.verify.repository import verify_repository
 from agent.wire import jws
 from agent.wire.jws import Signer
-from agent.wire.keys import PublicKey, public_key
-from agent.wire.messages import Logged, open_message
+from agent.wire.keys import PublicKey, parse_public_key
+from agent.wire.messages import LoggedPayload, verify_message
 
 
-def verify(folder: Path, keys: list[PublicKey]) -> Report:
+def verify(folder: Path, keys: list[PublicKey]) -> VerificationReport:
     """Raises UsageError where there is no folder."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
-    report = Report()
-    head = _manifest(folder, keys, report)
+    report = VerificationReport()
+    head = _read_manifest(folder, keys, report)
     if head is None:
         return report
     report.fleet, report.at = head.fleet, head.at
-    present = reader.present(folder, head, report)
-    good = {one.path: one for one in head.files if one.path in present and reader.same(folder, one, report)}
+    present = reader.find_listed_files(folder, head, report)
+    good = {one.path: one for one in head.files if one.path in present and reader.is_unaltered(folder, one, report)}
     report.files = len(good)
-    _contents(Opened(folder, good, report), head, report)
+    _verify_contents(FolderReader(folder, good, report), head, report)
     return report
 
 
-def _manifest(folder: Path, keys: list[PublicKey], report: Report) -> Manifest | None:
-    data = reader.whole(folder, MANIFEST, BOUNDS.manifest, report)
-    token = reader.whole(folder, TOKEN, BOUNDS.token, report)
+def _read_manifest(folder: Path, keys: list[PublicKey], report: VerificationReport) -> EvidenceManifest | None:
+    data = reader.read_file(folder, MANIFEST_FILE, READ_LIMITS.manifest_bytes, report)
+    token = reader.read_file(folder, SIGNATURE_FILE, READ_LIMITS.token_bytes, report)
     if data is None or token is None:
         return None
     known = {key.kid: Signer("operator", key) for key in keys}
     try:
         text = token.decode("ascii", "replace").strip()
-        report.signer = jws.verify((text,), manifest.DOMAIN, data, known.get).key.kid
-    except Refused as refusal:
-        report.add(TOKEN, f"{refusal}: {MANIFEST} is not signed by any of the {len(known)} keys that were given")
+        report.signer = jws.verify((text,), manifest.SIGNATURE_DOMAIN, data, known.get).key.kid
+    except MessageRefused as refusal:
+        report.add_problem(
+            SIGNATURE_FILE, f"{refusal}: {MANIFEST_FILE} is not signed by any of the {len(known)} keys that were given"
+        )
         return None
     try:
         return manifest.decode(data)
-    except Refused as refusal:
-        report.add(MANIFEST, str(refusal))
+    except MessageRefused as refusal:
+        report.add_problem(MANIFEST_FILE, str(refusal))
         return None
 
 
-def _contents(opened: Opened, head: Manifest, report: Report) -> None:
+def _verify_contents(reader: FolderReader, head: EvidenceManifest, report: VerificationReport) -> None:
     messages = {one.path for one in head.files if one.path.startswith("messages/")}
-    claims = Claims(head, report.add, whole=messages <= set(opened.good))
-    _messages(opened, head, claims, report)
-    for number, decision in opened.lines("decisions.jsonl", contents.Decision):
-        claims.decision(f"decisions.jsonl:{number}", decision)
-    for i, incident in enumerate(opened.document("incidents.json", list[contents.Incident]) or []):
-        claims.incident(f"incidents.json[{i}]", incident)
-    for i, one in enumerate(opened.document("running.json", list[contents.Running]) or []):
-        claims.running(f"running.json[{i}]", one)
-    for i, measured in enumerate(opened.document("accuracy.json", list[contents.Measured]) or []):
-        claims.measured(f"accuracy.json[{i}]", measured)
-    for i, pair in enumerate(opened.document("comparisons.json", list[contents.Compared]) or []):
-        claims.compared(f"comparisons.json[{i}]", pair)
+    claims = ClaimChecker(head, report.add_problem, messages_complete=messages <= set(reader.verified_files))
+    _verify_messages(reader, head, claims, report)
+    for number, decision in reader.read_lines("decisions.jsonl", contents.DecisionRecord):
+        claims.check_decision(f"decisions.jsonl:{number}", decision)
+    for i, incident in enumerate(reader.read_document("incidents.json", list[contents.Incident]) or []):
+        claims.check_incident(f"incidents.json[{i}]", incident)
+    for i, one in enumerate(reader.read_document("running.json", list[contents.RunningTask]) or []):
+        claims.check_running(f"running.json[{i}]", one)
+    for i, measured in enumerate(reader.read_document("accuracy.json", list[contents.AccuracyEntry]) or []):
+        claims.check_accuracy(f"accuracy.json[{i}]", measured)
+    for i, pair in enumerate(reader.read_document("comparisons.json", list[contents.BundleComparison]) or []):
+        claims.check_comparison(f"comparisons.json[{i}]", pair)
         report.comparisons += 1
-    claims.finish()
+    claims.check_chains()
     report.decisions, report.unsupported = claims.decisions, claims.unsupported
-    published = published_in(opened, head, report)
+    published = verify_repository(reader, head, report)
     # Devices take bundles from operators, too.
-    publishers = {**_signers(head.keys, "publisher"), **_signers(head.keys, "operator")}
-    for path in sorted(opened.good):
+    publishers = {**_build_signers(head.keys, "publisher"), **_build_signers(head.keys, "operator")}
+    for path in sorted(reader.verified_files):
         if path.startswith("bundles/") and path.endswith("/about.json"):
-            card = opened.document(path, contents.Card)
+            card = reader.read_document(path, contents.BundleCard)
             if card is not None:
                 report.bundles += 1
-                read = _papers(opened, path.removesuffix("/about.json"), report)
-                check_bundle(path, card, read, publishers, report.add)
+                read = _document_reader(reader, path.removesuffix("/about.json"), report)
+                check_bundle(path, card, read, publishers, report.add_problem)
                 for target in published.targets:
                     if target.digest == card.digest and (target.name, target.version) != (card.name, card.version):
                         said = f"{target.name} {target.version}"
-                        report.add(path, f"is told as {card.name} {card.version}; {target.role} signed it as {said}")
+                        report.add_problem(
+                            path, f"is told as {card.name} {card.version}; {target.role} signed it as {said}"
+                        )
 
 
-def _papers(opened: Opened, folder: str, report: Report) -> Callable[[str], bytes | None]:
-    def read(name: str) -> bytes | None:
+def _document_reader(reader: FolderReader, folder: str, report: VerificationReport) -> Callable[[str], bytes | None]:
+    def read_document(name: str) -> bytes | None:
         path = f"{folder}/{name}"
-        return reader.whole(opened.folder, path, BOUNDS.document, report) if path in opened.good else None
+        return (
+            read_file(reader.folder, path, READ_LIMITS.document_bytes, report)
+            if path in reader.verified_files
+            else None
+        )
 
-    return read
+    return read_document
 
 
-def _messages(opened: Opened, head: Manifest, claims: Claims, report: Report) -> None:
-    devices = _Devices(head.keys)
-    for path in sorted(path for path in opened.good if path.startswith("messages/")):
-        for number, line in opened.lines(path, contents.Signed):
-            if report.messages >= BOUNDS.messages:
-                report.add(path, f"more than {BOUNDS.messages} messages in all; the rest is not read")
+def _verify_messages(
+    reader: FolderReader, head: EvidenceManifest, claims: ClaimChecker, report: VerificationReport
+) -> None:
+    devices = _DeviceKeys(head.keys)
+    for path in sorted(path for path in reader.verified_files if path.startswith("messages/")):
+        for number, line in reader.read_lines(path, contents.SignedMessage):
+            if report.messages >= READ_LIMITS.messages:
+                report.add_problem(path, f"more than {READ_LIMITS.messages} messages in all; the rest is not read")
                 return
             report.messages += 1
             where = f"{path}:{number}"
             try:
-                message = open_message(line.topic, line.payload.encode(), (line.jws,), devices.find)
+                message = verify_message(line.topic, line.payload.encode(), (line.jws,), devices.find_signer)
                 if message.topic.fleet != head.fleet:
-                    raise Refused("other fleet", f"signed for {message.topic.fleet!r}")
+                    raise MessageRefused("other fleet", f"signed for {message.topic.fleet!r}")
                 devices.require_in_bounds(message.signer.key.kid, message.body)
-            except (Refused, UnicodeEncodeError) as refused:
-                report.add(where, f"does not verify: {refused}")
+            except (MessageRefused, UnicodeEncodeError) as refused:
+                report.add_problem(where, f"does not verify: {refused}")
                 continue
-            claims.message(where, message)
+            claims.add_message(where, message)
 
 
-class _Devices:
+class _DeviceKeys:
     """Device keys of the manifest. A revoked key's messages count: they were stored before it was revoked."""
 
-    def __init__(self, keys: list[Key]) -> None:
-        self._bounds = {key.kid: key for key in keys if key.role == "device"}
-        self._signers = _signers(keys, "device")
-        self.find = self._signers.get
+    def __init__(self, keys: list[TrustedKey]) -> None:
+        self._keys = {key.kid: key for key in keys if key.role == "device"}
+        self._signers = _build_signers(keys, "device")
+        self.find_signer = self._signers.get
 
     def require_in_bounds(self, kid: str, body: object) -> None:
-        key = self._bounds[kid]
-        if key.through is None or not isinstance(body, Logged):
+        key = self._keys[kid]
+        if key.through is None or not isinstance(body, LoggedPayload):
             return
         if key.log in (None, body.log) and body.seq > key.through:
-            raise Refused("retired key", f"kid {kid} signs up to seq {key.through} only")
+            raise MessageRefused("retired key", f"kid {kid} signs up to seq {key.through} only")
 
 
-def _signers(keys: list[Key], role: str) -> dict[str, Signer]:
-    return {key.kid: Signer(key.owner, public_key(key.key)) for key in keys if key.role == role}
+def _build_signers(keys: list[TrustedKey], role: str) -> dict[str, Signer]:
+    return {key.kid: Signer(key.owner, parse_public_key(key.key)) for key in keys if key.role == role}
