@@ -140,7 +140,7 @@ def replace(source, target):
     n += 1
     if n * 2 - 1 == {step}: os.kill(os.getpid(), signal.SIGKILL)
 os.replace = replace
-publish(Path({str(depot.folder)!r}), Path({str(new)!r}), [KEY.public], prove=False)
+publish(Path({str(depot.folder)!r}), Path({str(new)!r}), [KEY.public], run_probe=False)
 """
     died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()

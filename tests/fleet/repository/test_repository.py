@@ -42,7 +42,7 @@ def zipped(path: Path, data: bytes | None) -> bundles.Bundle:
 def test_a_bundle_is_published_and_a_device_that_knows_the_first_root_installs_it(
     tmp_path: Path, depot: Depot, client: Client, made: Path
 ) -> None:
-    done = depot.publish(made, prove=True)
+    done = depot.publish(made, run_probe=True)
     found = zipped(tmp_path / "got.zip", client.look(done.target))
     assert (found.digest, found.files) == (done.target_metadata.digest, bundles.read(made, [KEY.public]).files)
     assert done.target == f"tiny/1.0.0/{found.digest[7:23]}.zip"
@@ -50,7 +50,7 @@ def test_a_bundle_is_published_and_a_device_that_knows_the_first_root_installs_i
 
 
 def test_a_target_says_what_a_device_must_know_before_it_downloads(depot: Depot, made: Path) -> None:
-    done = depot.publish(made, prove=True)
+    done = depot.publish(made, run_probe=True)
     now = edition.load(depot.layout)
     told = target_metadata.decode(now.bundles["tiny"].signed.targets[done.target].custom)
     assert told == done.target_metadata
@@ -119,7 +119,7 @@ def test_a_bundle_that_does_not_run_is_not_published_unless_it_is_told_to(
         lambda head: head["files"].update({"model.tflite": f"sha256:{hashlib.sha256(model).hexdigest()}"}),
     )
     with pytest.raises(BadBundle, match=r"does not run here: load: .*--no-probe"):
-        depot.publish(broken, prove=True)
+        depot.publish(broken, run_probe=True)
     done = depot.publish(broken)
     assert done.target_metadata.memory == done.target_metadata.memory // (1 << 20) * (1 << 20)
 
