@@ -102,7 +102,7 @@ def test_a_sum_far_above_the_alarm_is_cut_off_and_said() -> None:
 
 
 def test_a_picture_without_anything_says_so() -> None:
-    svg = render_drift(picture(estimates=[], empty="No drift window yet."))
+    svg = render_drift(picture(estimates=[], empty_message="No drift window yet."))
     assert [t for t in texts(svg) if t == "No drift window yet."]
     assert "field" not in classes(svg)
 
@@ -120,8 +120,8 @@ def test_a_dark_picture_has_another_paper_and_the_same_content() -> None:
 
 @given(st.text(max_size=300), st.text(max_size=300))
 def test_no_name_or_sentence_breaks_the_document_or_gets_into_it_as_markup(name: str, sentence: str) -> None:
-    svg = render_drift(picture(row(name), alerts=[("drift", sentence)], series=[name], title=sentence))
-    plain = render_drift(picture(row("a"), alerts=[("drift", "a")], series=["a"], title="a"))
+    svg = render_drift(picture(row(name), alerts=[("drift", sentence)], series_names=[name], title=sentence))
+    plain = render_drift(picture(row("a"), alerts=[("drift", "a")], series_names=["a"], title="a"))
     kinds = [element.tag for element in ET.fromstring(svg).iter() if element.tag != f"{SVG}text"]
     assert kinds == [element.tag for element in ET.fromstring(plain).iter() if element.tag != f"{SVG}text"]
 
