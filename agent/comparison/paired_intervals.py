@@ -112,14 +112,14 @@ def labelled_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: b
 def expected_accuracy_gain(blocks: Sequence[ComparisonBlock], *, new_is_other: bool) -> ComparisonEstimate | None:
     """Accuracy that the new bundle's scores lead to expect, less that of the old one's."""
     pairs = [(one, *_new_and_old(one.stats, new_is_other)) for one in blocks]
-    pairs = [(one, new, old) for one, new, old in pairs if new.expected.n and old.expected.n]
+    pairs = [(one, new, old) for one, new, old in pairs if new.expected_accuracy.n and old.expected_accuracy.n]
     if not pairs:
         return None
     some = [one for one, _, _ in pairs]
-    new_n, old_n = _array([new.expected.n for _, new, _ in pairs]), _array([old.expected.n for _, _, old in pairs])
+    new_n, old_n = _array([new.expected_accuracy.n for _, new, _ in pairs]), _array([old.expected_accuracy.n for _, _, old in pairs])
     ours, theirs = (
-        _array([_moments_sum(new.expected) for _, new, _ in pairs]),
-        _array([_moments_sum(old.expected) for _, _, old in pairs]),
+        _array([_moments_sum(new.expected_accuracy) for _, new, _ in pairs]),
+        _array([_moments_sum(old.expected_accuracy) for _, _, old in pairs]),
     )
     new_mean, old_mean = ours.sum() / new_n.sum(), theirs.sum() / old_n.sum()
     found = _HalfWidth.from_influences(

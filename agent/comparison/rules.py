@@ -23,15 +23,15 @@ AGREEMENT, LATENCY, ERRORS, LABELS, ESTIMATE = "agreement", "latency", "errors",
 class RuleLimits(msgspec.Struct, frozen=True):
     """What is asked of the new bundle; None: not asked. See `Rules` for what each of them is."""
 
-    agreement: float | None = None
-    slower: float | None = None
-    errors: float | None = None
-    accuracy_drop: float | None = None
-    error_growth: float | None = None
+    min_agreement: float | None = None
+    max_latency_ratio: float | None = None
+    max_error_rate: float | None = None
+    max_accuracy_drop: float | None = None
+    max_error_growth: float | None = None
 
     @classmethod
     def from_rules(cls, rules: CanaryRules) -> RuleLimits:
-        return cls(rules.agreement, rules.slower, rules.errors, rules.accuracy_drop, rules.error_growth)
+        return cls(rules.min_agreement, rules.max_latency_ratio, rules.max_error_rate, rules.max_accuracy_drop, rules.max_error_growth)
 
 
 class RuleResult(msgspec.Struct, frozen=True):
@@ -57,21 +57,21 @@ def evaluate_limits(limits: RuleLimits, blocks: Sequence[ComparisonBlock], new_i
 
 
 def _evaluate_each(limits: RuleLimits, blocks: Sequence[ComparisonBlock], new_is_other: bool) -> Iterator[RuleResult]:
-    if limits.agreement is not None:
-        yield _evaluate_agreement(limits.agreement, blocks)
-    if limits.slower is not None:
+    if limits.min_agreement is not None:
+        yield _evaluate_agreement(limits.min_agreement, blocks)
+    if limits.max_latency_ratio is not None:
         found = paired_intervals.latency_ratio(blocks, new_is_other=new_is_other)
         yield _evaluate_upper_bound(
-            LATENCY, "Time a window in the model, as a multiple of the bundle before", found, limits.slower
+            LATENCY, "Time a window in the model, as a multiple of the bundle before", found, limits.max_latency_ratio
         )
-    if limits.errors is not None and new_is_other:
-        yield _evaluate_errors(limits.errors, blocks)
-    if limits.accuracy_drop is not None:
-        yield from _evaluate_accuracy(-limits.accuracy_drop, blocks, new_is_other)
-    if limits.error_growth is not None and any(one.stats.model.abs_error.n for one in blocks):
+    if limits.max_error_rate is not None and new_is_other:
+        yield _evaluate_errors(limits.max_error_rate, blocks)
+    if limits.max_accuracy_drop is not None:
+        yield from _evaluate_accuracy(-limits.max_accuracy_drop, blocks, new_is_other)
+    if limits.max_error_growth is not None and any(one.stats.model.abs_error.n for one in blocks):
         found = paired_intervals.error_ratio(blocks, new_is_other=new_is_other)
         what = "Mean absolute error by labels, as a multiple of the bundle before"
-        yield _evaluate_upper_bound(LABELS, what, found, 1 + limits.error_growth)
+        yield _evaluate_upper_bound(LABELS, what, found, 1 + limits.max_error_growth)
 
 
 def _evaluate_accuracy(limit: float, blocks: Sequence[ComparisonBlock], new_is_other: bool) -> Iterator[RuleResult]:
@@ -79,7 +79,7 @@ def _evaluate_accuracy(limit: float, blocks: Sequence[ComparisonBlock], new_is_o
     if any(sum(one.stats.labelled) for one in blocks):
         found = paired_intervals.labelled_accuracy_gain(blocks, new_is_other=new_is_other)
         yield _evaluate_lower_bound(LABELS, "Accuracy by labels, less that of the bundle before", found, limit)
-    if any(one.stats.model.expected.n and one.stats.other.expected.n for one in blocks):
+    if any(one.stats.model.expected_accuracy.n and one.stats.other.expected_accuracy.n for one in blocks):
         found = paired_intervals.expected_accuracy_gain(blocks, new_is_other=new_is_other)
         yield _evaluate_lower_bound(ESTIMATE, "Expected accuracy, less that of the bundle before", found, limit)
 

@@ -82,7 +82,7 @@ class ComparisonStats(msgspec.Struct, frozen=True):
             message.n,
             message.agreeing,
             message.difference,
-            message.answered,
+            message.stats,
             message.other_stats,
             message.labelled,
             message.errors,
@@ -151,8 +151,8 @@ def from_correctness(model_correct: Sequence[bool], other_correct: Sequence[bool
     counts = [ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs]
     both, model_only, beside_only, neither = (int(one.sum()) for one in counts)
     return ComparisonStats(
-        model=BundleStats(0, 0.0, right=both + model_only),
-        other=BundleStats(0, 0.0, right=both + beside_only),
+        model=BundleStats(0, 0.0, correct=both + model_only),
+        other=BundleStats(0, 0.0, correct=both + beside_only),
         labelled=(both, model_only, beside_only, neither),
     )
 
@@ -196,8 +196,8 @@ def _merge_stats(a: BundleStats, b: BundleStats) -> BundleStats:
         a.windows + b.windows,
         a.seconds + b.seconds,
         merge_moments(a.scores, b.scores),
-        merge_moments(a.expected, b.expected),
-        a.right + b.right,
+        merge_moments(a.expected_accuracy, b.expected_accuracy),
+        a.correct + b.correct,
         merge_moments(a.abs_error, b.abs_error),
     )
 

@@ -27,24 +27,24 @@ class CanaryRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     back where the whole interval is on the bad side, and stays where it is not.
     """
 
-    batches: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 20
-    hours: Annotated[float, msgspec.Meta(ge=0, le=8760)] = 1.0
+    min_batches: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 20
+    min_hours: Annotated[float, msgspec.Meta(ge=0, le=8760)] = 1.0
     # Share of windows whose answer is that of the bundle before.
-    agreement: Share | None = None
+    min_agreement: Share | None = None
     # Time in the model a window, as a multiple of the bundle before.
-    slower: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    max_latency_ratio: Annotated[float, msgspec.Meta(gt=0)] | None = None
     # Seconds that one batch may take in the model; more is taken for a hang.
-    batch_s: Annotated[float, msgspec.Meta(gt=0, le=600)] = 30.0
+    batch_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=600)] = 30.0
     # Share of batches that may fail.
-    errors: Share = 0.0
+    max_error_rate: Share = 0.0
     # Accuracy, estimated or by labels, below that of the bundle before.
-    accuracy_drop: Share | None = 0.05
+    max_accuracy_drop: Share | None = 0.05
     # The same of the absolute error of values, as a share of the bundle before's.
-    error_growth: Annotated[float, msgspec.Meta(ge=0)] | None = 0.1
+    max_error_growth: Annotated[float, msgspec.Meta(ge=0)] | None = 0.1
     # Whether an open drift alert of the bundle's answers or scores is a reason.
     output_drift: bool = True
     # So long a bundle that was taken back is not tried again, whatever is desired.
-    hold_hours: Annotated[float, msgspec.Meta(ge=0, le=8760)] = 24.0
+    hold_off_hours: Annotated[float, msgspec.Meta(ge=0, le=8760)] = 24.0
 
 
 class DesiredBundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -83,8 +83,8 @@ def drawn(random: np.random.Generator, some: Sequence[Both], windows: int, count
 def _tally(one: Both, part: slice) -> ComparisonStats:
     ours, theirs, n = one.right[part], one.beside[part], len(one.same[part])
     counts = [int(found.sum()) for found in (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)]
-    model = BundleStats(n, 0.0, expected=Moments(n, float(one.chance[part].mean())))
-    beside = BundleStats(n, 0.0, expected=Moments(n, float(one.other[part].mean())))
+    model = BundleStats(n, 0.0, expected_accuracy=Moments(n, float(one.chance[part].mean())))
+    beside = BundleStats(n, 0.0, expected_accuracy=Moments(n, float(one.other[part].mean())))
     return ComparisonStats(
         1, n, int(one.same[part].sum()), Moments(), model, beside, (counts[0], counts[1], counts[2], counts[3])
     )

@@ -109,9 +109,9 @@ def test_what_scores_lead_to_expect_is_told_of_the_windows_of_both() -> None:
     ours = said([10, 20, 30], label=[0, 1, 2], chance=[0.1, 0.8, 0.9])
     theirs = said([20, 30, 40], label=[1, 1, 0], chance=[0.5, 0.7, 0.0])
     found = tally.compare_batch(AB, ours, AB, theirs)
-    assert (found.model.expected.n, found.other.expected.n) == (2, 2)
-    assert found.model.expected.mean == pytest.approx(0.85)
-    assert found.other.expected.mean == pytest.approx(0.6)
+    assert (found.model.expected_accuracy.n, found.other.expected_accuracy.n) == (2, 2)
+    assert found.model.expected_accuracy.mean == pytest.approx(0.85)
+    assert found.other.expected_accuracy.mean == pytest.approx(0.6)
 
 
 def test_several_labels_agree_where_all_that_is_said_is_the_same() -> None:
@@ -168,4 +168,4 @@ def test_a_failed_batch_counts_with_its_reason_which_is_kept_short() -> None:
 def test_labelled_windows_are_counted_by_who_was_right() -> None:
     found = tally.from_correctness([True, True, False, False], [True, False, True, False])
     assert found.labelled == (1, 1, 1, 1)
-    assert (found.model.right, found.other.right) == (2, 2)
+    assert (found.model.correct, found.other.correct) == (2, 2)

@@ -158,7 +158,7 @@ def rotate(story: Story, sender: Sender, hours: float, new: SigningKey) -> None:
 
 
 def plan(name: str, digest: str = NEWER["digest"], version: str = "1.1.0") -> RolloutPlan:
-    rule = Promotion(devices=1, batches=20, hours=1.0, agreement=0.9)
+    rule = Promotion(min_devices=1, min_batches=20, min_hours=1.0, min_agreement=0.9)
     steps = [RolloutStep("shadow", 100.0, rule), RolloutStep("canary", 50.0, rule), RolloutStep("all", 100.0, rule)]
     return RolloutPlan(name, "exercise", "exercise", version, digest, "all", None, steps, CanaryRules())
 

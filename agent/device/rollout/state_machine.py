@@ -296,5 +296,5 @@ def compute_hold_off(new: RolloutState, uptime_s: float) -> HoldOff | None:
         or new.desired.strategy == "back"
     ):
         return None
-    hold_s = max(_MIN_HOLD_OFF_S, new.desired.rules.hold_hours * 3600)
+    hold_s = max(_MIN_HOLD_OFF_S, new.desired.rules.hold_off_hours * 3600)
     return HoldOff(uptime_s + hold_s, f"{new.phase} for {new.reason}: {new.detail}"[:500])

@@ -81,11 +81,11 @@ class CanaryRun:
         if failure.kind != "error":
             self._failure = BundleAssessment(failure.kind, f"{failure}", self._collect_numbers())
         elif (
-            _wilson_lower_bound(self.progress.errors, self.progress.batches) > self.rules.errors
-            or not self.rules.errors
+            _wilson_lower_bound(self.progress.errors, self.progress.batches) > self.rules.max_error_rate
+            or not self.rules.max_error_rate
         ):
             share = f"{self.progress.errors} of {self.progress.batches} batches failed"
-            why = f"{share}, {self.rules.errors:.1%} may: {failure.detail}"
+            why = f"{share}, {self.rules.max_error_rate:.1%} may: {failure.detail}"
             self._failure = BundleAssessment("errors", why, self._collect_numbers())
 
     def save_progress(self, tx: Transaction) -> None:
@@ -140,11 +140,11 @@ class CanaryRun:
     def check_completion(self, hours: float) -> BundleAssessment | None:
         """That it was on probation for long enough."""
         rules, count = self.rules, self.progress.batches
-        if not self.is_serving or count < rules.batches or hours < rules.hours:
+        if not self.is_serving or count < rules.min_batches or hours < rules.min_hours:
             return None
         if self._has_output_drift() and self._is_disagreeing() is None:
             return None
-        asked = f"{rules.batches} in {rules.hours:g} h were asked"
+        asked = f"{rules.min_batches} in {rules.min_hours:g} h were asked"
         why = f"{count} batches in {hours:.2f} h ({asked}), and nothing against it. {self._summarize_passed_rules()}"
         return BundleAssessment("", why.strip(), {**self._collect_numbers(), "hours": round(hours, 3)})
 
@@ -168,7 +168,7 @@ class CanaryRun:
         if self.incumbent is None:
             return None
         pair = (self.candidate, self.incumbent) if self.is_serving else (self.incumbent, self.candidate)
-        return ShadowRunner(*pair, self._rollout, store, self.rules.batches)
+        return ShadowRunner(*pair, self._rollout, store, self.rules.min_batches)
 
     def _evaluate_rules(self) -> None:
         """By intervals over all that was told."""
@@ -179,7 +179,7 @@ class CanaryRun:
     def _find_broken_rule(self) -> verdict.RuleResult | None:
         """What is bad by that. A shadow serves nobody: the fleet says what becomes of one that runs."""
         # Earlier, a burst in which two good bundles disagree would fill all that was compared.
-        long = self.is_serving and self.progress.batches >= self.rules.batches
+        long = self.is_serving and self.progress.batches >= self.rules.min_batches
         some = (one for one in self._rule_results if one.state == "bad" and (long or one.rule == verdict.ERRORS))
         return next(some, None)
 
@@ -187,9 +187,9 @@ class CanaryRun:
         return " ".join(one.summary for one in self._rule_results if one.state == "good")
 
     def _check_batch_time(self, seconds: float) -> None:
-        if seconds > self.rules.batch_s:
-            why = f"a batch took {seconds:.1f} s in the model, {self.rules.batch_s:g} s are allowed"
-            numbers = {**self._collect_numbers(), "seconds": round(seconds, 3), "allowed_s": self.rules.batch_s}
+        if seconds > self.rules.batch_timeout_s:
+            why = f"a batch took {seconds:.1f} s in the model, {self.rules.batch_timeout_s:g} s are allowed"
+            numbers = {**self._collect_numbers(), "seconds": round(seconds, 3), "allowed_s": self.rules.batch_timeout_s}
             reason: Reason = "batch time"
             self._failure = self._failure or BundleAssessment(reason, why, numbers)
 

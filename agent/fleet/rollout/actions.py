@@ -55,7 +55,7 @@ def start(
     if force_reason is None:
         _require_not_held(db, operator, plan)
     rollout = Rollout(plan.name, plan, str(topic), operator.timestamp, "running", 1)
-    whom = {"all": "all devices"}.get(plan.to, plan.to.replace(":", " "))
+    whom = {"all": "all devices"}.get(plan.target, plan.target.replace(":", " "))
     summary = (
         f"{plan.task}: {plan.bundle} {plan.version} for {whom} begins with {rollout.current_step.label}, "
         f"then {', '.join(step.label for step in plan.steps[1:]) or 'nothing'}."
@@ -183,25 +183,25 @@ def _require_new(db: Connection, plan: RolloutPlan, topic: str) -> None:
 
 def _require_reachable(db: Connection, plan: RolloutPlan) -> None:
     """Each step must choose as many devices as it asks for, else it would wait for ever."""
-    kind, _, whom = plan.to.partition(":")
+    kind, _, whom = plan.target.partition(":")
     if kind == "group":
         return
     known = [one for one in list_enrolled(db) if kind == "all" or one == whom]
     if not known:
-        raise UsageError(f"roll-out {plan.name}: no device that it is for is enrolled: {plan.to}")
+        raise UsageError(f"roll-out {plan.name}: no device that it is for is enrolled: {plan.target}")
     for i, step in enumerate(plan.steps):
         chosen = sum(plan.desired_for_step(i + 1).includes_device(device) for device in known)
-        if chosen < step.promote.devices:
+        if chosen < step.promote.min_devices:
             raise UsageError(
                 f"roll-out {plan.name}, step {i + 1} ({step.label}): chooses {chosen} of {len(known)} enrolled "
-                f"devices, but asks for {step.promote.devices} that report, so it would wait for ever; raise percent "
+                f"devices, but asks for {step.promote.min_devices} that report, so it would wait for ever; raise percent "
                 "or lower devices"
             )
 
 
 def _require_not_held(db: Connection, operator: RolloutOperator, plan: RolloutPlan) -> None:
     for other, when in journal.find_aborted(db, plan.task, plan.digest):
-        until = clock.parse_rfc3339(when) + round(other.plan.device.hold_hours * 3.6e9)
+        until = clock.parse_rfc3339(when) + round(other.plan.device_rules.hold_off_hours * 3.6e9)
         if until > operator.now_us:
             raise UsageError(
                 f"{plan.bundle} {plan.version} was aborted in roll-out {other.name} at {when} and is held until "

@@ -48,7 +48,7 @@ def evaluate_promotion_rules(
 ) -> list[PromotionRuleResult]:
     """Every rule that is asked. `beside`: the new bundle is the one beside, else the one whose results count."""
     taken = balance_devices(messages)
-    limits = RuleLimits(promote.agreement, promote.slower, None, promote.accuracy_drop, promote.error_growth)
+    limits = RuleLimits(promote.min_agreement, promote.max_latency_ratio, None, promote.max_accuracy_drop, promote.max_error_growth)
     found = rules.evaluate_limits(limits, taken, new_is_shadow)
     return list(_select_rule_results(promote, found, taken))
 
@@ -77,9 +77,9 @@ def _count_windows(message: ShadowPayload) -> int:
     return max(
         message.n,
         sum(message.labelled),
-        message.answered.windows,
+        message.stats.windows,
         message.other_stats.windows,
-        message.answered.abs_error.n,
+        message.stats.abs_error.n,
     )
 
 
@@ -93,16 +93,16 @@ def _select_rule_results(
     def build_result(name: str, rule: str, limit: float, is_lower_bound: bool) -> PromotionRuleResult:
         return _build_rule_result(name, by_rule.get(rule), limit, len(blocks), devices, is_lower_bound=is_lower_bound)
 
-    if promote.agreement is not None:
-        yield build_result("agreement", AGREEMENT, promote.agreement, True)
-    if promote.slower is not None:
-        yield build_result("time", LATENCY, promote.slower, False)
-    if promote.accuracy_drop is not None and labelled:
-        yield build_result("accuracy gained by labels", LABELS, -promote.accuracy_drop, True)
-    elif promote.accuracy_drop is not None:
-        yield build_result("estimated accuracy gained", ESTIMATE, -promote.accuracy_drop, True)
-    if promote.error_growth is not None:
-        yield build_result("error by labels", LABELS, 1 + promote.error_growth, False)
+    if promote.min_agreement is not None:
+        yield build_result("agreement", AGREEMENT, promote.min_agreement, True)
+    if promote.max_latency_ratio is not None:
+        yield build_result("time", LATENCY, promote.max_latency_ratio, False)
+    if promote.max_accuracy_drop is not None and labelled:
+        yield build_result("accuracy gained by labels", LABELS, -promote.max_accuracy_drop, True)
+    elif promote.max_accuracy_drop is not None:
+        yield build_result("estimated accuracy gained", ESTIMATE, -promote.max_accuracy_drop, True)
+    if promote.max_error_growth is not None:
+        yield build_result("error by labels", LABELS, 1 + promote.max_error_growth, False)
 
 
 def _build_rule_result(

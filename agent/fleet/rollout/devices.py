@@ -93,7 +93,7 @@ def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
         RolloutDevice(device, seen, phase or NOT_REPORTED, reason or "", summary or "", since, strategy)
         for device, seen, phase, reason, summary, since, strategy in db.execute(_SELECT_DEVICES, names)
     ]
-    kind, _, whom = plan.to.partition(":")
+    kind, _, whom = plan.target.partition(":")
     meant = [one for one in known if _is_targeted(one, kind, whom)]
     wanted = plan.desired_for_step(rollout.step)
     chosen = [one for one in meant if wanted.includes_device(one.device)]

@@ -39,14 +39,14 @@ class Promotion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `error_growth` (as a share of the other's) the greatest upper ends. Above a share of `failed` devices: abort.
     """
 
-    devices: Count = 3
-    batches: Count = 20
-    hours: Hours = 1.0
-    agreement: Share | None = None
-    slower: Ratio | None = None
-    accuracy_drop: Share | None = None
-    error_growth: Growth | None = None
-    failed: Share = 0.1
+    min_devices: Count = 3
+    min_batches: Count = 20
+    min_hours: Hours = 1.0
+    min_agreement: Share | None = None
+    max_latency_ratio: Ratio | None = None
+    max_accuracy_drop: Share | None = None
+    max_error_growth: Growth | None = None
+    max_failed_share: Share = 0.1
 
 
 class RolloutStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,14 +67,14 @@ class RolloutPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bundle: Name
     version: Version
     digest: Digest
-    to: str
+    target: str
     deadline: Rfc3339Seconds | None
     steps: Annotated[list[RolloutStep], msgspec.Meta(min_length=1, max_length=MAX_STEPS)]
-    device: CanaryRules
+    device_rules: CanaryRules
 
     def desired_topic(self, fleet: str) -> topics.Topic:
         """Where it is desired."""
-        kind, _, name = self.to.partition(":")
+        kind, _, name = self.target.partition(":")
         if kind == "group":
             return topics.Topic(fleet, topics.DEVICE_GROUP, "desired", name)
         return topics.Topic(fleet, topics.ALL_DEVICES if kind == "all" else name, "desired")
@@ -90,7 +90,7 @@ class RolloutPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def _build_desired(self, strategy: Literal["shadow", "canary", "all", "back"], percent: float) -> DesiredBundle:
         what = (self.name, self.bundle, self.version, self.digest)
-        return DesiredBundle(*what, strategy, percent, self.deadline, self.device)
+        return DesiredBundle(*what, strategy, percent, self.deadline, self.device_rules)
 
 
 class Deadline(str):
@@ -104,19 +104,19 @@ class _RolloutSection(Section, frozen=True):
     version: str | None = None
     digest: str | None = None
     path: str | None = None
-    to: str = "all"
+    target: str = "all"
     deadline: Deadline | None = None
 
 
 class _PromotionSection(Section, frozen=True):
-    devices: Count | None = None
-    batches: Count | None = None
-    hours: Hours | None = None
-    agreement: Share | None = None
-    slower: Ratio | None = None
-    accuracy_drop: Share | None = None
-    error_growth: Growth | None = None
-    failed: Share | None = None
+    min_devices: Count | None = None
+    min_batches: Count | None = None
+    min_hours: Hours | None = None
+    min_agreement: Share | None = None
+    max_latency_ratio: Ratio | None = None
+    max_accuracy_drop: Share | None = None
+    max_error_growth: Growth | None = None
+    max_failed_share: Share | None = None
 
 
 class _StepSection(_PromotionSection, frozen=True, kw_only=True):
@@ -128,7 +128,7 @@ class _PlanSections(Section, frozen=True):
     rollout: _RolloutSection
     steps: list[_StepSection]
     promote: _PromotionSection = _PromotionSection()
-    device: CanaryRules = CanaryRules()
+    device_rules: CanaryRules = CanaryRules()
 
 
 class PlanFile:
@@ -147,7 +147,7 @@ class PlanFile:
             RolloutStep(one.strategy, one.percent, _merge_promotion(content.promote, one)) for one in content.steps
         ]
         deadline = None if said.deadline is None else str(said.deadline)
-        return RolloutPlan(said.name, said.task, bundle, version, digest, said.to, deadline, steps, content.device)
+        return RolloutPlan(said.name, said.task, bundle, version, digest, said.target, deadline, steps, content.device_rules)
 
     def config_error(self, key: str, problem: str) -> ConfigError:
         return ConfigError(str(self.source), key, problem)
@@ -183,9 +183,9 @@ def _check_rollout_section(section: _RolloutSection) -> Sequence[tuple[str, str]
         found.append(("rollout.version", "must have 1 to 64 characters"))
     if section.digest is not None and not _DIGEST.fullmatch(section.digest):
         found.append(("rollout.digest", "must be sha256: and 64 of 0-9 a-f, as `outstation model check` prints it"))
-    kind, colon, whom = section.to.partition(":")
-    if section.to != "all" and not (kind in ("group", "device") and colon and is_name(whom)):
-        found.append(("rollout.to", f"{section.to!r} is none of: all, group:NAME, device:NAME"))
+    kind, colon, whom = section.target.partition(":")
+    if section.target != "all" and not (kind in ("group", "device") and colon and is_name(whom)):
+        found.append(("rollout.to", f"{section.target!r} is none of: all, group:NAME, device:NAME"))
     return found
 
 

@@ -75,7 +75,7 @@ def evaluate_step(
     failed, heard = len(devices.failed), len(devices.responding)
     counts = (
         f"{reporting} of {needed} devices that are needed report",
-        f"{failed} of {heard} refused it or took it back ({100 * promote.failed:g} % may)",
+        f"{failed} of {heard} refused it or took it back ({100 * promote.max_failed_share:g} % may)",
         f"{hours:.1f} h in this step",
     )
     summary = ", ".join((*(one.words for one in findings), *counts))
@@ -90,10 +90,10 @@ def _count_reporting(
     joining = devices.joining
     asked = [one for one in devices.selected if one.device in joining] if joining else devices.selected
     found = sum(
-        _has_reported(one, messages.get(one.device, ()), promote.batches) for one in asked if not one.has_failed
+        _has_reported(one, messages.get(one.device, ()), promote.min_batches) for one in asked if not one.has_failed
     )
     # Of a group only devices that speak are known: nobody can say that there are no more.
-    known = promote.devices if rollout.plan.to.startswith("group:") else min(promote.devices, len(asked))
+    known = promote.min_devices if rollout.plan.target.startswith("group:") else min(promote.min_devices, len(asked))
     return max(1, known), found
 
 
@@ -105,7 +105,7 @@ def _has_too_many_failures(promote: Promotion, devices: StepDevices) -> bool:
     """Even if no other device fails, or by the lower end of the share's interval."""
     failed, heard = len(devices.failed), len(devices.responding)
     able = sum(not one.is_unfit for one in devices.selected)
-    return failed > promote.failed * able or (heard > 0 and wilson(failed / heard, heard)[0] > promote.failed)
+    return failed > promote.max_failed_share * able or (heard > 0 and wilson(failed / heard, heard)[0] > promote.max_failed_share)
 
 
 def _find_blockers(promote: Promotion, devices: StepDevices, needed: int, reporting: int, hours: float) -> list[str]:
@@ -113,12 +113,12 @@ def _find_blockers(promote: Promotion, devices: StepDevices, needed: int, report
     if reporting < needed:
         silent = sum(one.phase == NOT_REPORTED for one in devices.selected)
         why = f"; {silent} of {len(devices.selected)} chosen devices not heard of" if silent else ""
-        found.append(f"devices with {promote.batches} batches: {reporting} of {needed}{why}")
-    if hours < promote.hours:
-        found.append(f"{promote.hours - hours:.1f} h more")
+        found.append(f"devices with {promote.min_batches} batches: {reporting} of {needed}{why}")
+    if hours < promote.min_hours:
+        found.append(f"{promote.min_hours - hours:.1f} h more")
     heard, failed = len(devices.responding), len(devices.failed)
-    if failed > promote.failed * heard:
-        found.append(f"fewer failed devices: {failed} of {heard} that were heard of, {100 * promote.failed:g} % may")
+    if failed > promote.max_failed_share * heard:
+        found.append(f"fewer failed devices: {failed} of {heard} that were heard of, {100 * promote.max_failed_share:g} % may")
     return found
 
 

@@ -96,7 +96,7 @@ def find_contradiction(body: ShadowPayload) -> str:
         return f"{sum(body.labelled)} labelled windows in one message"
     if body.difference.n > body.n or not _is_bounded(body.difference):
         return "the distance of the answers is none that windows can have"
-    for whose, answered in (("model", body.answered), ("beside", body.other_stats)):
+    for whose, answered in (("model", body.stats), ("beside", body.other_stats)):
         if problem := _find_stats_problem(answered, rows, body.batches):
             return f"{whose}: {problem}"
     return ""
@@ -105,12 +105,12 @@ def find_contradiction(body: ShadowPayload) -> str:
 def _find_stats_problem(stats: BundleStats, rows: int, batches: int) -> str:
     if stats.windows > rows:
         return f"answered {stats.windows} windows of {rows} rows"
-    if max(stats.scores.n, stats.expected.n) > stats.windows:
+    if max(stats.scores.n, stats.expected_accuracy.n) > stats.windows:
         return f"counts more than the {stats.windows} windows it answered"
     # Of no time at all nothing can be said, and nothing is.
     if stats.seconds and not stats.windows * _MIN_WINDOW_S <= stats.seconds <= batches * _MAX_BATCH_S:
         return f"took {stats.seconds:g} s for {stats.windows} windows"
-    expected = stats.expected
+    expected = stats.expected_accuracy
     if expected.n and not (0 <= expected.mean <= 1 and expected.m2 <= _MAX_VARIANCE * expected.n):
         return "expects an accuracy that is no share"
     if not all(map(_is_bounded, (stats.scores, stats.abs_error))):

@@ -93,12 +93,12 @@ def test_a_batch_both_answered_is_told_with_who_agreed_how_long_it_took_and_what
         pair.device.task.bundle.digest,
         pair.other.digest,
     )
-    assert told.answered.windows == told.other_stats.windows == 200
-    assert told.answered.seconds > 0
+    assert told.stats.windows == told.other_stats.windows == 200
+    assert told.stats.seconds > 0
     assert told.other_stats.seconds > 0
-    assert 0.5 < told.answered.scores.mean <= 1
+    assert 0.5 < told.stats.scores.mean <= 1
     # Neither has a table of how often its scores are right: they are taken at their word.
-    assert told.other_stats.expected == told.other_stats.scores
+    assert told.other_stats.expected_accuracy == told.other_stats.scores
     assert told.difference.n == 200
 
 
@@ -246,7 +246,7 @@ def test_the_old_bundle_in_this_process_answers_beside_the_new_one(make: Make) -
     (told,) = pair.shadows()
     assert (told.model.digest, told.other.digest) == (new.bundle.digest, old.bundle.digest)
     assert told.n == 100
-    assert told.answered.seconds > 0
+    assert told.stats.seconds > 0
     assert {one.model.digest for one in pair.device.results()} == {new.bundle.digest}
 
 
@@ -258,7 +258,7 @@ def test_one_in_this_process_is_asked_about_no_more_windows_than_a_second_takes(
     pair.beside = ShadowRunner(new, old, "better", pair.device.store, 1)
     pair.batch(CALM[:100])
     (told,) = pair.shadows()
-    assert (told.n, told.answered.windows, told.other_stats.windows) == (30, 100, 30)
+    assert (told.n, told.stats.windows, told.other_stats.windows) == (30, 100, 30)
 
 
 # --- kill, and once more ---
@@ -357,7 +357,7 @@ def test_labels_are_counted_by_who_was_right_once_each(make: Make) -> None:
     same = int((theirs == answers.scores.label).sum())
     assert same < 42
     assert found.labelled == (same, 42 - same, 0, 0)
-    assert (found.answered.right, found.other_stats.right) == (42, same)
+    assert (found.stats.correct, found.other_stats.correct) == (42, same)
     assert (found.batches, found.n) == (0, 0)
     label(pair, range(1, 2), ["rest" if mine[0] != "rest" else "left"])
     pair.turn(100.0 + 2 * REPORT_INTERVAL_S)
@@ -378,7 +378,7 @@ def test_many_labels_at_once_make_blocks_enough_to_judge_by(make: Make) -> None:
         at_s += 1
     blocks = [block for block in pair.beside.blocks if sum(block.stats.labelled)]
     assert [sum(block.stats.labelled) for block in blocks] == [50] * 12
-    found = {one.rule: one for one in rules.evaluate_rules(CanaryRules(accuracy_drop=0.0), pair.beside.blocks, True)}
+    found = {one.rule: one for one in rules.evaluate_rules(CanaryRules(max_accuracy_drop=0.0), pair.beside.blocks, True)}
     assert found["labels"].numbers["n"] == 600
 
 
@@ -398,8 +398,8 @@ def test_labelled_numbers_are_told_by_how_far_both_were_off(make: Make) -> None:
     label(pair, range(1, 31), [str(value + 0.5) for value in answers.scores.value])
     assert pair.turn(100.0 + REPORT_INTERVAL_S)
     found = pair.shadows()[-1]
-    assert (found.answered.abs_error.n, found.other_stats.abs_error.n) == (30, 30)
-    assert found.answered.abs_error.mean == pytest.approx(0.5)
+    assert (found.stats.abs_error.n, found.other_stats.abs_error.n) == (30, 30)
+    assert found.stats.abs_error.mean == pytest.approx(0.5)
 
 
 def test_answers_kept_for_labels_go_with_time_like_the_tasks_own(make: Make) -> None:

@@ -21,7 +21,7 @@ from tests.kit.rigged import SHIPPED, exercise, write
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"
 )
-RULES = CanaryRules(agreement=0.9, slower=3.0, accuracy_drop=0.05, error_growth=None)
+RULES = CanaryRules(min_agreement=0.9, max_latency_ratio=3.0, max_accuracy_drop=0.05, max_error_growth=None)
 WINDOW, BATCHES, ROUNDS = 100, 24, 4
 Told = Callable[[str], dict[str, str]]
 

@@ -152,7 +152,7 @@ def test_a_longer_share_alone_says_nothing_and_keeps_the_time_it_began() -> None
 def test_what_speaks_against_a_bundle_holds_it_and_what_does_not_does_not(
     phase: Phase, reason: Any, hours: float | None
 ) -> None:
-    found = compute_hold_off(at(phase, want(rules=CanaryRules(hold_hours=2.0)), reason=reason), 100.0)
+    found = compute_hold_off(at(phase, want(rules=CanaryRules(hold_off_hours=2.0)), reason=reason), 100.0)
     assert (found and (found.until_s - 100.0) / 3600) == hours
 
 

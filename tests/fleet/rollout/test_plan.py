@@ -60,23 +60,23 @@ def resolved(folder: Path, text: str = FILE) -> RolloutPlan:
 
 def test_a_file_is_read_with_the_rules_of_each_step(tmp_path: Path) -> None:
     plan = resolved(tmp_path)
-    assert (plan.name, plan.task, plan.bundle, plan.version, plan.digest, plan.to) == (
+    assert (plan.name, plan.task, plan.bundle, plan.version, plan.digest, plan.target) == (
         *("exercise-1-1", "exercise", "exercise", "1.1.0", NEWER["digest"], "all"),
     )
-    common = Promotion(devices=4, agreement=0.9, slower=1.5)
+    common = Promotion(min_devices=4, min_agreement=0.9, max_latency_ratio=1.5)
     assert plan.steps == [
         RolloutStep("shadow", 100.0, common),
-        RolloutStep("canary", 10.0, msgspec.structs.replace(common, hours=24.0)),
-        RolloutStep("canary", 50.0, msgspec.structs.replace(common, agreement=0.95)),
+        RolloutStep("canary", 10.0, msgspec.structs.replace(common, min_hours=24.0)),
+        RolloutStep("canary", 50.0, msgspec.structs.replace(common, min_agreement=0.95)),
         RolloutStep("all", 100.0, common),
     ]
-    assert plan.device == CanaryRules(batches=30, accuracy_drop=0.1)
+    assert plan.device_rules == CanaryRules(min_batches=30, max_accuracy_drop=0.1)
 
 
 def test_devices_are_told_the_step_the_deadline_and_their_own_rules(tmp_path: Path) -> None:
     plan = resolved(tmp_path)
     what = ("exercise-1-1", "exercise", "1.1.0", NEWER["digest"])
-    tail = ("2026-12-31T00:00:00Z", CanaryRules(batches=30, accuracy_drop=0.1))
+    tail = ("2026-12-31T00:00:00Z", CanaryRules(min_batches=30, max_accuracy_drop=0.1))
     assert plan.desired_for_step(2) == DesiredBundle(*what, "canary", 10.0, *tail)
     assert plan.desired_after_abort() == DesiredBundle(*what, "back", 100.0, *tail)
 

@@ -82,7 +82,7 @@ def _compute_metrics(blocks: Sequence[ComparisonBlock], new_is_shadow: bool) -> 
         yield _build_metric(
             "accuracy by labels", paired_intervals.labelled_accuracy_gain(blocks, new_is_other=new_is_shadow)
         )
-    if any(one.stats.model.expected.n and one.stats.other.expected.n for one in blocks):
+    if any(one.stats.model.expected_accuracy.n and one.stats.other.expected_accuracy.n for one in blocks):
         yield _build_metric(
             "expected accuracy", paired_intervals.expected_accuracy_gain(blocks, new_is_other=new_is_shadow)
         )
