@@ -98,7 +98,10 @@ def _batch(random: np.random.Generator, strain: Floats) -> ComparisonStats:
     off = random.exponential(1, (2, len(asked)))
     expected = np.clip(random.normal(0, 0.05, (2, n)), -0.1, 0.1) + 0.9
     model = BundleStats(
-        n, 0.001 * n * float(ours), expected_accuracy=tally.compute_moments(expected[0]), abs_error=tally.compute_moments(off[0])
+        n,
+        0.001 * n * float(ours),
+        expected_accuracy=tally.compute_moments(expected[0]),
+        abs_error=tally.compute_moments(off[0]),
     )
     beside = BundleStats(
         n,

@@ -64,9 +64,9 @@ _STEPS = (
         "agent.device.rollout.transitions:settle",
         "the commit by which the bundle stays is not yet done",
     ),
-    _Step("settled", "committed", "agent.device.rollout.transitions:settle", "it is committed that the bundle stays"),
+    _Step("active", "committed", "agent.device.rollout.transitions:settle", "it is committed that the bundle stays"),
 )
-_PHASES = {"shadow": "the bundle answers beside the one that runs", "probation": "the bundle is on probation"}
+_PHASES = {"shadow": "the bundle answers beside the one that runs", "canary": "the bundle is on probation"}
 
 
 def _update(

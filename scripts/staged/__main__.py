@@ -90,7 +90,7 @@ def _judged(trial: Trial, report: dict[str, Any], seed: int) -> dict[str, Any]:
         "phases": dict(Counter(one["phase"] or "not heard of" for one in devices)),
         "runs": dict(Counter(one["runs"]["version"] for one in devices if one["runs"])),
         "served": rollout["served"],
-        "back": {one["device"]: one["reason"] for one in devices if one["phase"] == "rolled back"},
+        "rollback": {one["device"]: one["reason"] for one in devices if one["phase"] == "rolled_back"},
         "restarts": [ended for one in devices for ended in one["restarts"]],
         "last": rollout["decisions"][-1]["summary"],
         "audit": report["audit"]["passed"],

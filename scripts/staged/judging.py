@@ -7,7 +7,7 @@ from typing import Any
 
 from scripts.staged.trials import Trial
 
-_BACK = frozenset({"rolled back", "refused"})
+_BACK = frozenset({"rolled_back", "rejected"})
 
 
 def problems(trial: Trial, report: dict[str, Any]) -> list[str]:
@@ -34,7 +34,7 @@ def _finished(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any
     worse = set(rollout["hardship"]["worse"]) if trial.back else set()
     for one in devices:
         back = one["device"] in worse
-        if one["phase"] not in (_BACK if back else {"settled"}):
+        if one["phase"] not in (_BACK if back else {"active"}):
             where = f"is {one['phase'] or 'not heard of'} ({one['why']})"
             yield f"{one['device']} {where}, and should {'have taken it back' if back else 'have settled on it'}"
         if _runs_it(one, rollout) == back:

@@ -102,22 +102,22 @@ def test_a_good_bundle_is_fetched_looked_at_run_on_probation_and_settles(
     shipped = versions(fleet)[0]
     desire(fleet, offered["good"], "shadow", "better", "pi-01/desired")
     eventually("it answers beside", lambda: shadows(fleet))
-    assert events(fleet, "better") == [("fetching", ""), ("shadow", "")]
+    assert events(fleet, "better") == [("downloading", ""), ("shadow", "")]
     assert versions(fleet) == [shipped]
     device.kill()
     device.up()
     told = len(shadows(fleet))
     eventually("it answers beside after a kill", lambda: len(shadows(fleet)) > told)
     desire(fleet, offered["good"], "all", "better", "pi-01/desired")
-    eventually("it settled", lambda: ("settled", "") in events(fleet, "better"))
-    assert events(fleet, "better") == [("fetching", ""), ("shadow", ""), ("probation", ""), ("settled", "")]
+    eventually("it settled", lambda: ("active", "") in events(fleet, "better"))
+    assert events(fleet, "better") == [("downloading", ""), ("shadow", ""), ("canary", ""), ("active", "")]
     device.kill()
     device.up()
     before = fleet.covered("pi-01")
     eventually("results after a kill", lambda: fleet.covered("pi-01") > before)
     assert versions(fleet) == [shipped, "2.0.0"]
     told_by_status = device.status()["tasks"][0]
-    assert (told_by_status["bundle"], told_by_status["rollout"]["phase"]) == ("exercise 2.0.0", "settled")
+    assert (told_by_status["bundle"], told_by_status["rollout"]["phase"]) == ("exercise 2.0.0", "active")
     shown = outstation("status", "-c", str(device.config)).stdout
     assert "roll-out better (all): settled on exercise 2.0.0" in shown
 
@@ -129,7 +129,7 @@ def test_one_whose_golden_vectors_do_not_come_out_is_refused_for_the_group(
     # Its own topic names the task no more: that of its group does.
     leave(fleet, "pi-01/desired", {})
     desire(fleet, offered["wrong"], "all", "bad", "_group/desired/roof")
-    eventually("it was refused", lambda: ("refused", "golden") in events(fleet, "bad"))
+    eventually("it was refused", lambda: ("rejected", "golden_vectors") in events(fleet, "bad"))
     eventually(
         "the alert is at the collector",
         lambda: fleet.ask("SELECT 1 FROM alerts WHERE device = 'pi-01' AND id = 'exercise/rollout'"),
@@ -147,7 +147,7 @@ def test_one_that_crashes_on_probation_serves_nothing_and_the_daemon_lives(
     # So many that it does not settle before it meets what it cannot bear.
     leave(fleet, "_group/desired/roof", {})
     desire(fleet, offered["crash"], "all", "deadly", "_all/desired", batches=10_000)
-    eventually("it was taken back", lambda: ("rolled back", "crash") in events(fleet, "deadly"))
+    eventually("it was taken back", lambda: ("rolled_back", "crash") in events(fleet, "deadly"))
     assert device.running
     assert device.pid == pid
     before = fleet.covered("pi-01")

@@ -173,9 +173,9 @@ def phase(sender: Sender, rollout: str, what: str, hours: float, reason: str = "
 
 def shadow(story: Story, sender: Sender, number: int, hours: float, same: int = 96) -> Sent:
     """A comparison of 100 windows in shadow."""
-    answered = {"windows": 100, "seconds": 0.05, "expected": {"n": 100, "mean": 0.9, "m2": 1.0}}
-    quicker = {"windows": 100, "seconds": 0.04, "expected": {"n": 100, "mean": 0.92, "m2": 1.0}}
-    members = {"answered": answered, "other_stats": quicker, "labelled": [8, 0, 1, 1]}
+    answered = {"windows": 100, "seconds": 0.05, "expected_accuracy": {"n": 100, "mean": 0.9, "m2": 1.0}}
+    quicker = {"windows": 100, "seconds": 0.04, "expected_accuracy": {"n": 100, "mean": 0.92, "m2": 1.0}}
+    members = {"stats": answered, "other_stats": quicker, "labelled": [8, 0, 1, 1]}
     rows = [1 + 100 * number, 100 + 100 * number]
     pair = {"rollout": "exercise-1-1", "model": story.model, "other": story.newer}
     told = {**pair, **members, "rows": rows, "batches": 1, "n": 100, "agreeing": same}
@@ -205,8 +205,8 @@ def roll_out(story: Story, senders: list[Sender]) -> None:
     for number, sender in enumerate(senders):
         hours = 81 + number / 10
         now = activated(story, sender, hours, "roll-out", story.newer)
-        story.collect(sender, now, phase(sender, "exercise-1-1", "settled", hours), hours=hours)
-    bad = phase(senders[0], "exercise-1-2", "rolled back", 122, "batch time", "1.2.0")
+        story.collect(sender, now, phase(sender, "exercise-1-1", "active", hours), hours=hours)
+    bad = phase(senders[0], "exercise-1-2", "rolled_back", 122, "batch_timeout", "1.2.0")
     story.collect(senders[0], bad, hours=122)
     with story.store.transaction() as db:
         seen = journal.find(db, "exercise-1-2")

@@ -110,10 +110,10 @@ class Sender(msgspec.Struct):
         """What the model and the new one beside it made of the next `n` rows, over 5 batches."""
         first, self.row = self.row + 1, self.row + n
         answered = {"windows": n, "seconds": n / 1000, "scores": {"n": n, "mean": 0.9, "m2": n / 100}}
-        estimate = {"expected": {"n": n, "mean": 0.9, "m2": n / 100}}
+        estimate = {"expected_accuracy": {"n": n, "mean": 0.9, "m2": n / 100}}
         members = {
-            "rollout": rollout, "model": MODEL, "beside": NEWER, "rows": [first, self.row], "batches": 5, "n": n,
-            "same": same, "answered": {**answered, **estimate}, "answered_beside": {**answered, **estimate},
+            "rollout": rollout, "model": MODEL, "other": NEWER, "rows": [first, self.row], "batches": 5, "n": n,
+            "agreeing": same, "stats": {**answered, **estimate}, "other_stats": {**answered, **estimate},
         }  # fmt: skip
         return self.logged("shadow", task=self.task, **{**members, **changes})
 

@@ -11,7 +11,7 @@ from agent import clock
 from agent.config import Config, UpdatesConfig
 from agent.device.rollout.fetch import request as asking
 from agent.device.rollout.fetch import version_floors
-from agent.device.rollout.fetch.child import FetchProcess
+from agent.device.rollout.fetch.fetcher import FetchProcess
 from agent.device.store.store import Store
 from agent.errors import FetchFailed, OutstationError
 

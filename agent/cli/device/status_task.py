@@ -151,13 +151,13 @@ def _format_rollout(rollout: dict[str, Any] | None) -> list[str]:
     """What is desired of it, how it stands with that, and why it does not run what it should."""
     if rollout is None:
         return []
-    wants, phase = rollout["wants"], rollout["phase"]
-    color = {"refused": "yellow", "rolled back": "red"}.get(phase)
+    desired, phase = rollout["desired"], rollout["phase"]
+    color = {"rejected": "yellow", "rolled_back": "red"}.get(phase)
     said = click.style(phase, fg=color) + (f" ({rollout['reason']})" if rollout["reason"] else "")
-    word = "on" if phase == "settled" else "with" if phase == "probation" else "of"
+    word = "on" if phase == "active" else "with" if phase == "canary" else "of"
     late = click.style(" LATE", fg="yellow") if rollout["late"] else ""
-    why = f": {rollout['why']}" if rollout["why"] else ""
-    what = f"{wants['name']} {wants['version']}"
+    why = f": {rollout['detail']}" if rollout["detail"] else ""
+    what = f"{desired['name']} {desired['version']}"
     return [
         f"roll-out {rollout['id']} ({rollout['strategy']}): {said} {word} {what} since {rollout['since']}{late}{why}"
     ]

@@ -88,7 +88,7 @@ class RolloutExecutor:
     def is_resuming(self, name: str) -> bool:
         """Whether the bundle that answers for this task is on its way into memory, after a start: the task waits."""
         live = self._rollouts.get(name)
-        return live is not None and _phase(live) == "probation" and live.canary is None
+        return live is not None and _phase(live) == "canary" and live.canary is None
 
     def on_batch_committed(self, name: str, now: ClockReading) -> None:
         """A batch of the task was committed."""
@@ -119,7 +119,7 @@ class RolloutExecutor:
         trial, old = live.canary, live.state
         # After a start, until it is there again, what ran before is what is loaded.
         steady = self._serving.find_task(name) if trial is None else trial.incumbent
-        if old is None or old.phase != "probation" or steady is None:
+        if old is None or old.phase != "canary" or steady is None:
             return None
         new, to = self._operator_rollback_state(old, now), history.bundle_ref(steady.bundle)
         left = f"{old.desired.bundle} {old.desired.version}"
@@ -141,7 +141,7 @@ class RolloutExecutor:
         """In the commit of an operator's `rollback` from the bundle of a roll-out that had settled."""
         live = self._rollouts[name]
         old = live.state
-        if old is not None and old.phase == "settled" and self._serving.find_running_digest(live) == old.desired.digest:
+        if old is not None and old.phase == "active" and self._serving.find_running_digest(live) == old.desired.digest:
             new = self._operator_rollback_state(old, now)
             held = transitions.record(tx, self._author, name, old, new, now)
             # Should the commit fail, it is found in the store with the next start; until then nothing is tried.
@@ -203,13 +203,13 @@ class RolloutExecutor:
             made = self._load_next_task(name, rollout, old, new)
         except (BadBundle, ConfigError) as problem:
             rollout.load_failure = BundleAssessment(
-                "unfit", f"it proved itself, and then could not be loaded: {problem}"
+                "incompatible", f"it proved itself, and then could not be loaded: {problem}"
             )
             return True
-        if new.phase == "probation" and (old is None or old.phase != "probation"):
+        if new.phase == "canary" and (old is None or old.phase != "canary"):
             past = self._store.load_state(name, history.ACTIVE_BUNDLE)
             new = replace(new, previous_history=past.decode() if past else "")
-        vital = new.phase in ("refused", "rolled back", "withdrawn")
+        vital = new.phase in ("rejected", "rolled_back", "cancelled")
         try:
             with self._store.exclusive():
                 with self._store.transaction(vital=vital) as tx:
@@ -228,14 +228,14 @@ class RolloutExecutor:
     ) -> LoadedTask | None:
         """The task that answers after this step, where that is another one that has to be loaded first."""
         was = old.phase if old else ""
-        if new.phase == "probation" and was != "probation":
+        if new.phase == "canary" and was != "canary":
             if rollout.canary is not None:
                 return rollout.canary.candidate
             assert rollout.proven is not None
             return self._serving.factory.start_subprocess(name, rollout.proven, new.desired.rules)
-        stays = new.phase == "settled" and was == "probation" and rollout.canary is not None
+        stays = new.phase == "active" and was == "canary" and rollout.canary is not None
         # What ran before has proved itself again, for a bundle that ran for good and was called back.
-        returns = (new.phase, new.reason) == ("withdrawn", "aborted") and was not in ("fetching", "shadow", "probation")
+        returns = (new.phase, new.reason) == ("cancelled", "aborted") and was not in ("downloading", "shadow", "canary")
         if (stays or returns) and rollout.proven is not None:
             return self._serving.factory.load_in_process(name, rollout.proven)
         return None
@@ -252,12 +252,12 @@ class RolloutExecutor:
     ) -> HoldOff | None:
         held = transitions.record(tx, self._author, name, old, new, now)
         was, past = (old.phase if old else ""), history.load_history(self._store, name)
-        if new.phase == "probation" and was != "probation":
+        if new.phase == "canary" and was != "canary":
             assert loaded_task is not None
             transitions.begin_canary(tx, self._author, name, loaded_task.bundle, past, now)
-        elif new.phase == "settled" and was == "probation":
+        elif new.phase == "active" and was == "canary":
             transitions.promote_canary(tx, self._author, name, new, rollout.configured_digest, now)
-        elif was == "probation" and new.phase != "probation" and old is not None:
+        elif was == "canary" and new.phase != "canary" and old is not None:
             self._end_canary(tx, name, rollout, old, new, now)
         elif loaded_task is not None:
             transitions.revert_to_previous(
@@ -292,16 +292,16 @@ class RolloutExecutor:
         """The memory follows what was committed."""
         was = old.phase if old else ""
         rollout.state, rollout.load_failure = new, None
-        if new.phase == "probation" and was != "probation":
+        if new.phase == "canary" and was != "canary":
             assert loaded_task is not None
             self._serving.start_canary(rollout, loaded_task, now)
-        elif was == "probation" and new.phase != "probation":
-            self._serving.finish_canary(rollout, loaded_task if new.phase == "settled" else None, now)
+        elif was == "canary" and new.phase != "canary":
+            self._serving.finish_canary(rollout, loaded_task if new.phase == "active" else None, now)
         elif loaded_task is not None:
             self._serving.replace_task(rollout.name, loaded_task)
-        elif new.phase not in ("shadow", "probation"):
+        elif new.phase not in ("shadow", "canary"):
             self._serving.stop_run(rollout, now)
-        if new.phase not in ("fetching", "shadow", "probation"):
+        if new.phase not in ("downloading", "shadow", "canary"):
             history.prune(self._store, self._conf.tasks, self._conf.data_dir)
 
     # --- what there is ---
@@ -310,7 +310,7 @@ class RolloutExecutor:
         why = "an operator rolled it back"
         at = {"since": clock.to_rfc3339(now.wall_us), "since_s": self._fact_collector.uptime_s(now)}
         return replace(
-            old, phase="rolled back", reason="operator", detail=why, numbers={}, late=False, previous_history="", **at
+            old, phase="rolled_back", reason="operator", detail=why, numbers={}, late=False, previous_history="", **at
         )
 
     @staticmethod
@@ -320,7 +320,7 @@ class RolloutExecutor:
 
     @staticmethod
     def _is_in_progress(rollout: TaskRollout) -> bool:
-        return _phase(rollout) in ("fetching", "shadow", "probation", "refused")
+        return _phase(rollout) in ("downloading", "shadow", "canary", "rejected")
 
 
 def _phase(rollout: TaskRollout) -> str:

@@ -73,7 +73,7 @@ class FactCollector:
         if rollout.canary is not None and rollout.canary.candidate.bundle.digest == digest:
             return None
         # What answers already is not waited for from afar.
-        fetched = old.phase != "probation"
+        fetched = old.phase != "canary"
         found = rollout.supply.poll(
             _make_bundle_request(rollout.name, digest, old.desired, past, may_fetch=fetched), now
         )
@@ -93,7 +93,7 @@ class FactCollector:
         return "" if before.digest in overrides.load_quarantined(self._store, name) else before.digest
 
     def _quarantine_reason(self, name: str, old: RolloutState | None) -> str:
-        if old is None or old.phase != "settled":
+        if old is None or old.phase != "active":
             return ""
         found = overrides.load_quarantined(self._store, name).get(old.desired.digest)
         return "" if found is None else found.reason

@@ -30,7 +30,7 @@ def roll_back_after_crash(
     if left is None or left.task not in conf.tasks:
         return False
     old = load_state(store, left.task)
-    if old is None or old.phase != "probation" or old.desired.digest != left.digest:
+    if old is None or old.phase != "canary" or old.desired.digest != left.digest:
         return False
     # Loads all of roll-outs, which few starts need.
     from agent.device.rollout import transitions
@@ -39,7 +39,7 @@ def roll_back_after_crash(
     at_s = retention.uptime_s(store.get_meta(retention.UPTIME, ""), store.boot, now)
     at = {"since": clock.to_rfc3339(now.wall_us), "since_s": at_s}
     new = replace(
-        old, phase="rolled back", reason="crash", detail=why, numbers={}, late=False, previous_history="", **at
+        old, phase="rolled_back", reason="crash", detail=why, numbers={}, late=False, previous_history="", **at
     )
     log.error("task %s: %s", left.task, why)
     try:

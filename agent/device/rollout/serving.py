@@ -91,18 +91,18 @@ class ServingManager:
     def reconcile(self, rollout: TaskRollout, now: ClockReading) -> None:
         """What should run by how the task stands and does not yet, as after a start."""
         one, proof = rollout.state, rollout.proven
-        if one is None or one.phase not in ("shadow", "probation"):
+        if one is None or one.phase not in ("shadow", "canary"):
             return
         try:
             if rollout.canary is None and proof is not None:
                 candidate = self.factory.start_subprocess(rollout.name, proof, one.desired.rules)
-                if one.phase == "probation":
+                if one.phase == "canary":
                     self._serve_candidate(rollout, candidate, one)
                 else:
                     rollout.canary = CanaryRun(candidate, self.find_task(rollout.name), one, self._store)
         except (BadBundle, ConfigError) as problem:
             rollout.load_failure = BundleAssessment(
-                "unfit", f"it proved itself, and then could not be started: {problem}"
+                "incompatible", f"it proved itself, and then could not be started: {problem}"
             )
             return
         if rollout.canary is not None:

@@ -236,7 +236,7 @@ class ShadowRunner:
             says = block != ComparisonStats()
             kept = self._next_state(block, number, has_message=says)
             if says:
-                bundles = {"model": self.task.bundle_ref, "beside": self.other.bundle_ref}
+                bundles = {"model": self.task.bundle_ref, "other": self.other.bundle_ref}
                 rows = (
                     [self._row_range[0], self._row_range[1]]
                     if self._row_range[1]

@@ -19,15 +19,17 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from agent.device.bundles.rollout_state import HoldOff, Phase, Reason, RolloutState
-from agent.wire.desired_state import DesiredBundle
+from agent.device.bundles.rollout_state import HoldOff, Reason, RolloutState
+from agent.wire.desired_state import DesiredBundle, Phase
 
 # Whatever the rules say: a bundle that is tried and taken back again and again would end what runs each time.
 _MIN_HOLD_OFF_S = 600.0
-_IN_PROGRESS_PHASES: frozenset[Phase] = frozenset({"fetching", "shadow", "probation"})
-_RUNNING_PHASES: frozenset[Phase] = frozenset({"probation", "settled"})
+_IN_PROGRESS_PHASES: frozenset[Phase] = frozenset({"downloading", "shadow", "canary"})
+_RUNNING_PHASES: frozenset[Phase] = frozenset({"canary", "active"})
 # Reasons that say nothing against the bundle: it is looked at again, and not held.
-_TRANSIENT_REASONS: frozenset[Reason] = frozenset({"fetch", "signature", "unfit", "held", "aborted", ""})
+_TRANSIENT_REASONS: frozenset[Reason] = frozenset(
+    {"download_failed", "signature", "incompatible", "hold_off", "aborted", ""}
+)
 
 
 class BundleAssessment(msgspec.Struct, frozen=True):
@@ -65,20 +67,20 @@ class RolloutFacts(msgspec.Struct, frozen=True):
 
 def select_target_digest(old: RolloutState | None, facts: RolloutFacts) -> str:
     """The digest of the bundle that should be here, proved, for the next step; "" for none."""
-    if old is None or (facts.desired is None and old.phase != "probation"):
+    if old is None or (facts.desired is None and old.phase != "canary"):
         return ""
     if old.phase in _IN_PROGRESS_PHASES:
         return old.desired.digest
     wanted = facts.desired
     if wanted is None:
         return ""
-    if wanted.strategy == "back":
+    if wanted.strategy == "rollback":
         return facts.fallback_digest if _is_leaving(facts) else ""
     waits = (
-        old.phase == "refused"
+        old.phase == "rejected"
         and facts.hold_off is None
         and wanted.includes_device(facts.device)
-        and old.reason != "held"
+        and old.reason != "hold_off"
     )
     return wanted.digest if waits and _is_same_rollout(old, wanted) else ""
 
@@ -105,15 +107,15 @@ def _transition(old: RolloutState | None, facts: RolloutFacts) -> RolloutState |
         if old.phase in _RUNNING_PHASES:
             return _continue_running(old, facts)
         return (
-            old if old.phase == "withdrawn" else _make_state(old.desired, "withdrawn", "", "nobody desires it any more")
+            old if old.phase == "cancelled" else _make_state(old.desired, "cancelled", "", "nobody desires it any more")
         )
-    if wanted.strategy == "back":
+    if wanted.strategy == "rollback":
         return _roll_back(old, wanted, facts)
     if old is None or not _is_same_rollout(old, wanted):
-        if old is not None and old.phase == "probation":
+        if old is not None and old.phase == "canary":
             if not wanted.includes_device(facts.device):
                 return _continue_running(old, facts)
-            return _make_state(old.desired, "withdrawn", "", f"roll-out {wanted.rollout} is desired instead")
+            return _make_state(old.desired, "cancelled", "", f"roll-out {wanted.rollout} is desired instead")
         return _start_rollout(wanted, facts)
     return _continue_rollout(replace(old, desired=wanted), facts)
 
@@ -122,14 +124,14 @@ def _continue_rollout(old: RolloutState, facts: RolloutFacts) -> RolloutState:
     wanted = old.desired
     chosen = wanted.includes_device(facts.device)
     match old.phase:
-        case "not chosen":
+        case "not_selected":
             return _start_rollout(wanted, facts)
-        case "fetching":
+        case "downloading":
             if not chosen or facts.running_digest == wanted.digest or facts.hold_off is not None:
                 return _start_rollout(wanted, facts)
             return old if facts.readiness is None else _apply_readiness(old, facts.readiness)
-        case "refused":
-            if old.reason == "held":
+        case "rejected":
+            if old.reason == "hold_off":
                 return old if facts.hold_off is not None else _start_rollout(wanted, facts)
             if facts.running_digest == wanted.digest:
                 return _start_rollout(wanted, facts)
@@ -146,17 +148,17 @@ def _continue_rollout(old: RolloutState, facts: RolloutFacts) -> RolloutState:
             if not chosen or facts.running_digest == wanted.digest:
                 return _start_rollout(wanted, facts)
             if (bad := _find_failure(facts)) is not None:
-                return _make_state(wanted, "refused", bad.reason, bad.detail, bad.numbers)
+                return _make_state(wanted, "rejected", bad.reason, bad.detail, bad.numbers)
             return (
                 old
                 if wanted.strategy == "shadow"
                 else _apply_readiness(old, BundleAssessment("", "it was looked at long enough"))
             )
-        case "probation" | "settled":
+        case "canary" | "active":
             return _continue_running(old, facts)
-        case "rolled back":
+        case "rolled_back":
             return old if facts.hold_off is not None or not chosen else _start_rollout(wanted, facts)
-        case "withdrawn":
+        case "cancelled":
             stays = (
                 old.is_locally_changed
                 and old.configured_digest == facts.configured_digest
@@ -168,11 +170,11 @@ def _continue_rollout(old: RolloutState, facts: RolloutFacts) -> RolloutState:
 def _continue_running(old: RolloutState, facts: RolloutFacts) -> RolloutState:
     """A bundle that runs: nobody needs to want it."""
     wanted = old.desired
-    if old.phase == "probation":
+    if old.phase == "canary":
         if (bad := _find_failure(facts)) is not None:
-            return _make_state(wanted, "rolled back", bad.reason, bad.detail, bad.numbers)
+            return _make_state(wanted, "rolled_back", bad.reason, bad.detail, bad.numbers)
         if facts.running_digest == wanted.digest:
-            return _make_state(wanted, "settled", "", "the config names it")
+            return _make_state(wanted, "active", "", "the config names it")
         if _is_reconfigured(old, facts):
             return _cancel_for_local_config(wanted, facts)
         if facts.desired is not None and facts.desired.strategy == "shadow" and _is_same_rollout(old, facts.desired):
@@ -180,11 +182,11 @@ def _continue_running(old: RolloutState, facts: RolloutFacts) -> RolloutState:
         return (
             old
             if facts.completion is None
-            else _make_state(wanted, "settled", "", facts.completion.detail, facts.completion.numbers)
+            else _make_state(wanted, "active", "", facts.completion.detail, facts.completion.numbers)
         )
-    if old.phase == "settled" and facts.running_digest != wanted.digest:
+    if old.phase == "active" and facts.running_digest != wanted.digest:
         if facts.quarantine_reason:
-            return _make_state(wanted, "rolled back", "crash", facts.quarantine_reason)
+            return _make_state(wanted, "rolled_back", "crash", facts.quarantine_reason)
         return _cancel_for_local_config(wanted, facts)
     return old
 
@@ -193,21 +195,21 @@ def _start_rollout(desired: DesiredBundle, facts: RolloutFacts) -> RolloutState:
     """A roll-out, or a step of it, from nothing."""
     if not desired.includes_device(facts.device):
         why = f"{desired.percent:g} % of the devices take part, and this is none of them"
-        return _make_state(desired, "not chosen", "", why)
+        return _make_state(desired, "not_selected", "", why)
     if facts.running_digest == desired.digest:
-        return _make_state(desired, "settled", "", "it runs already")
+        return _make_state(desired, "active", "", "it runs already")
     if facts.hold_off is not None:
         hours = max(0.0, facts.hold_off.until_s - facts.uptime_s) / 3600
         why = f"it is held for {hours:.1f} h of uptime more: {facts.hold_off.detail}"
-        return _make_state(desired, "refused", "held", why, {"hours": round(hours, 2)})
-    return _make_state(desired, "fetching", "", "")
+        return _make_state(desired, "rejected", "hold_off", why, {"hours": round(hours, 2)})
+    return _make_state(desired, "downloading", "", "")
 
 
 def _apply_readiness(old: RolloutState, readiness: BundleAssessment) -> RolloutState:
     wanted = old.desired
     if readiness.reason:
-        return _make_state(wanted, "refused", readiness.reason, readiness.detail, readiness.numbers)
-    phase: Phase = "shadow" if wanted.strategy == "shadow" else "probation"
+        return _make_state(wanted, "rejected", readiness.reason, readiness.detail, readiness.numbers)
+    phase: Phase = "shadow" if wanted.strategy == "shadow" else "canary"
     return _make_state(wanted, phase, "", readiness.detail, readiness.numbers)
 
 
@@ -215,36 +217,38 @@ def _roll_back(old: RolloutState | None, desired: DesiredBundle, facts: RolloutF
     """Who runs the bundle or tries it leaves it."""
     why = f"roll-out {desired.rollout} was called back"
     if old is not None and _is_same_bundle(old, desired) and old.phase in _IN_PROGRESS_PHASES:
-        return _make_state(desired, "withdrawn", "aborted", why)
-    if old is not None and old.phase == "probation":
+        return _make_state(desired, "cancelled", "aborted", why)
+    if old is not None and old.phase == "canary":
         return _continue_running(old, facts)
     if not _is_leaving(facts):
-        if old is not None and _is_same_bundle(old, desired) and old.phase in ("refused", "rolled back", "withdrawn"):
+        if old is not None and _is_same_bundle(old, desired) and old.phase in ("rejected", "rolled_back", "cancelled"):
             return replace(old, desired=desired)
-        return _make_state(desired, "withdrawn", "aborted", f"{why}; this device does not run it")
+        return _make_state(desired, "cancelled", "aborted", f"{why}; this device does not run it")
     if not facts.fallback_digest:
-        return _make_state(desired, "refused", "unfit", f"{why}, but no other bundle that ran here is kept; it goes on")
+        return _make_state(
+            desired, "rejected", "incompatible", f"{why}, but no other bundle that ran here is kept; it goes on"
+        )
     if facts.readiness is None:
-        return _make_state(desired, "settled", "", f"{why}; it runs until the one before has proved itself again")
+        return _make_state(desired, "active", "", f"{why}; it runs until the one before has proved itself again")
     if facts.readiness.reason:
         return _make_state(
             desired,
-            "refused",
+            "rejected",
             facts.readiness.reason,
             f"{why}, but the one before does not run: {facts.readiness.detail}",
         )
-    return _make_state(desired, "withdrawn", "aborted", f"{why}; the one before runs again")
+    return _make_state(desired, "cancelled", "aborted", f"{why}; the one before runs again")
 
 
 def _is_leaving(facts: RolloutFacts) -> bool:
     """Whether the task runs, for good, what it is to leave."""
     wanted = facts.desired
-    return wanted is not None and wanted.strategy == "back" and facts.running_digest == wanted.digest
+    return wanted is not None and wanted.strategy == "rollback" and facts.running_digest == wanted.digest
 
 
 def _cancel_for_local_config(desired: DesiredBundle, facts: RolloutFacts) -> RolloutState:
     why = "the config on this device names another bundle since, which runs instead"
-    return replace(_make_state(desired, "withdrawn", "", why), is_locally_changed=True)
+    return replace(_make_state(desired, "cancelled", "", why), is_locally_changed=True)
 
 
 def _is_reconfigured(old: RolloutState, facts: RolloutFacts) -> bool:
@@ -279,7 +283,7 @@ def _stamp_time(new: RolloutState | None, facts: RolloutFacts) -> RolloutState |
         return None
     under_way = new.phase in _IN_PROGRESS_PHASES and (new.phase, new.desired.strategy) != ("shadow", "shadow")
     late = new.late if facts.is_deadline_passed is None else facts.is_deadline_passed
-    new = replace(new, late=late and under_way and new.desired.strategy != "back")
+    new = replace(new, late=late and under_way and new.desired.strategy != "rollback")
     return replace(
         new,
         since=facts.timestamp,
@@ -291,9 +295,9 @@ def _stamp_time(new: RolloutState | None, facts: RolloutFacts) -> RolloutState |
 def compute_hold_off(new: RolloutState, uptime_s: float) -> HoldOff | None:
     """Whether the bundle is not to be tried for a while after this step, and why."""
     if (
-        new.phase not in ("refused", "rolled back")
+        new.phase not in ("rejected", "rolled_back")
         or new.reason in _TRANSIENT_REASONS
-        or new.desired.strategy == "back"
+        or new.desired.strategy == "rollback"
     ):
         return None
     hold_s = max(_MIN_HOLD_OFF_S, new.desired.rules.hold_off_hours * 3600)

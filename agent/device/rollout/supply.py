@@ -133,7 +133,7 @@ class BundleSupply:
                 "its config has no [updates] to fetch it from" if request.desired else "it was kept here, and is gone"
             )
             self._result = BundleAssessment(
-                "fetch", f"{request.name} {request.version} is not on this device, and {whole}"
+                "download_failed", f"{request.name} {request.version} is not on this device, and {whole}"
             )
         else:
             self._fetching = True
@@ -198,14 +198,14 @@ class BundleSupply:
                     return BundleAssessment(_reason_for_check(name, detail), f"{name}: {detail}", {"check": name})
             proved = ProvenBundle(verified, activation.read_reference(verified), report.tuning)
         except ConfigError as problem:
-            return BundleAssessment("unfit", problem.problem)
+            return BundleAssessment("incompatible", problem.problem)
         except BadBundle as problem:
-            return BundleAssessment("unfit", str(problem))
+            return BundleAssessment("incompatible", str(problem))
         # Two tasks may come to the same bundle at once.
         with _save_lock:
             kept_here = history.store_copy(verified, self._conf.data_dir)
         if not kept_here:
-            return BundleAssessment("unfit", "the disk does not take a copy of it beside the one that runs")
+            return BundleAssessment("incompatible", "the disk does not take a copy of it beside the one that runs")
         return proved
 
     def _require_disk_space(self, verified: Bundle) -> None:
@@ -239,11 +239,11 @@ class _BackgroundJob:
         try:
             self._result = self._action()
         except OutstationError as problem:
-            self._result = BundleAssessment("unfit", str(problem))
+            self._result = BundleAssessment("incompatible", str(problem))
         except Exception as error:
             # Nobody foresaw it; the daemon must not wait for an answer for ever.
             log.exception("a bundle could not be proved")
-            self._result = BundleAssessment("unfit", f"{type(error).__name__}: {error}")
+            self._result = BundleAssessment("incompatible", f"{type(error).__name__}: {error}")
         self._on_done()
 
 
@@ -262,7 +262,7 @@ def _has_digest(path: Path, digest: str) -> bool:
 
 def _reason_for_check(check: str, detail: str) -> Reason:
     if check in ("golden", "batch"):
-        return "golden"
+        return "golden_vectors"
     if "crashed" in detail:
         return "crash"
-    return "hang" if "did not finish" in detail or "of CPU" in detail else "unfit"
+    return "hang" if "did not finish" in detail or "of CPU" in detail else "incompatible"

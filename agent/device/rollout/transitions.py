@@ -9,26 +9,27 @@ from agent.device.bundles import history as bundle_history
 from agent.device.bundles import overrides, quarantine
 from agent.device.bundles import rollout_state as standings
 from agent.device.bundles.history import BundleHistory, BundleRef
-from agent.device.bundles.rollout_state import HoldOff, Phase, RolloutState
+from agent.device.bundles.rollout_state import HoldOff, RolloutState
 from agent.device.rollout import saved_drift, shadow
 from agent.device.rollout.state_machine import compute_hold_off
 from agent.device.store.message_log import MessageLog
 from agent.device.store.transaction import Transaction
 from agent.model.bundle.bundle import Bundle
+from agent.wire.desired_state import Phase
 
 EVENT = "rollout"
 _MAX_SUMMARY_CHARS = 1500
 # An operator has to look at these.
-_ALERT_PHASES: frozenset[Phase] = frozenset({"refused", "rolled back"})
+_ALERT_PHASES: frozenset[Phase] = frozenset({"rejected", "rolled_back"})
 _PHASE_VERBS: dict[Phase, str] = {
-    "not chosen": "does not take part in",
-    "fetching": "fetches and proves",
-    "refused": "refused",
+    "not_selected": "does not take part in",
+    "downloading": "fetches and proves",
+    "rejected": "rejected",
     "shadow": "has beside the bundle that runs",
-    "probation": "runs, on probation with the one before beside it,",
-    "settled": "settled on",
-    "rolled back": "took back",
-    "withdrawn": "left",
+    "canary": "runs, on probation with the one before beside it,",
+    "active": "settled on",
+    "rolled_back": "took back",
+    "cancelled": "left",
 }
 
 
@@ -87,7 +88,7 @@ def _write_alert(
         "alert": "model",
         "subject": task,
         "state": "raised" if is_now else "cleared",
-        "severity": "info" if not is_now else "critical" if new.phase == "rolled back" else "warning",
+        "severity": "info" if not is_now else "critical" if new.phase == "rolled_back" else "warning",
         "id": f"{task}/rollout",
         "summary": summary,
         "evidence": build_evidence(task, new),

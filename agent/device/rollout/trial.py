@@ -53,7 +53,7 @@ class CanaryRun:
     """
 
     def __init__(self, candidate: LoadedTask, incumbent: LoadedTask | None, state: RolloutState, store: Store) -> None:
-        self.candidate, self.incumbent, self.is_serving = candidate, incumbent, state.phase == "probation"
+        self.candidate, self.incumbent, self.is_serving = candidate, incumbent, state.phase == "canary"
         self.rules: CanaryRules = state.desired.rules
         self.progress = _load_progress(store, candidate.name, state)
         self._next_progress = self.progress
@@ -86,7 +86,7 @@ class CanaryRun:
         ):
             share = f"{self.progress.errors} of {self.progress.batches} batches failed"
             why = f"{share}, {self.rules.max_error_rate:.1%} may: {failure.detail}"
-            self._failure = BundleAssessment("errors", why, self._collect_numbers())
+            self._failure = BundleAssessment("error_rate", why, self._collect_numbers())
 
     def save_progress(self, tx: Transaction) -> None:
         """In the commit of the batch that was looked at."""
@@ -130,7 +130,7 @@ class CanaryRun:
         """What was found so far, if it is enough to take the bundle back."""
         if self._failure is None and self._has_output_drift() and self._is_disagreeing():
             why = "a drift alert of its answers is open, and the bundle before does not answer like that"
-            self._failure = BundleAssessment("output drift", why, self._collect_numbers())
+            self._failure = BundleAssessment("output_drift", why, self._collect_numbers())
         if self._failure is None and (bad := self._find_broken_rule()) is not None:
             self._failure = BundleAssessment(
                 cast(Reason, bad.rule), bad.summary, {**self._collect_numbers(), **bad.numbers}
@@ -180,17 +180,17 @@ class CanaryRun:
         """What is bad by that. A shadow serves nobody: the fleet says what becomes of one that runs."""
         # Earlier, a burst in which two good bundles disagree would fill all that was compared.
         long = self.is_serving and self.progress.batches >= self.rules.min_batches
-        some = (one for one in self._rule_results if one.state == "bad" and (long or one.rule == verdict.ERRORS))
+        some = (one for one in self._rule_results if one.state == "failed" and (long or one.rule == verdict.ERROR_RATE))
         return next(some, None)
 
     def _summarize_passed_rules(self) -> str:
-        return " ".join(one.summary for one in self._rule_results if one.state == "good")
+        return " ".join(one.summary for one in self._rule_results if one.state == "passed")
 
     def _check_batch_time(self, seconds: float) -> None:
         if seconds > self.rules.batch_timeout_s:
             why = f"a batch took {seconds:.1f} s in the model, {self.rules.batch_timeout_s:g} s are allowed"
             numbers = {**self._collect_numbers(), "seconds": round(seconds, 3), "allowed_s": self.rules.batch_timeout_s}
-            reason: Reason = "batch time"
+            reason: Reason = "batch_timeout"
             self._failure = self._failure or BundleAssessment(reason, why, numbers)
 
     def _collect_numbers(self) -> dict[str, object]:

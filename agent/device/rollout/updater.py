@@ -78,5 +78,5 @@ class BundleUpdater:
         elif result.error in _UNTRUSTED_ERRORS:
             supply.on_fetch_failed(result.task, BundleAssessment("signature", f"{result.error}: {result.detail}"))
         elif result.is_permanent:
-            reason: Reason = "unfit" if result.error == "Unfit" else "fetch"
+            reason: Reason = "incompatible" if result.error == "Incompatible" else "download_failed"
             supply.on_fetch_failed(result.task, BundleAssessment(reason, f"{result.error}: {result.detail}"))

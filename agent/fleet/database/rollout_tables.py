@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from agent.errors import MessageRefused
 from agent.fleet.database.interface import Connection
-from agent.wire.desired_state import Digest, Name, Version
+from agent.wire.desired_state import Digest, Name, Phase, Strategy, Version
 from agent.wire.messages import AuditPayload, ShadowPayload, decode
 
 # Of the audit message in which a device tells of a change of its own.
 ROLLOUT_EVENT = "rollout"
-Phase = Literal["not chosen", "fetching", "refused", "shadow", "probation", "settled", "rolled back", "withdrawn"]
 
 TABLES = (
     # state: running, paused, aborted or finished; step counts from 1; plan: JSON, as it was started.
@@ -26,9 +25,9 @@ TABLES = (
     """CREATE TABLE decisions (
         rollout TEXT NOT NULL, n INTEGER NOT NULL, time TEXT NOT NULL, event TEXT NOT NULL, summary TEXT NOT NULL,
         evidence TEXT NOT NULL, payload BLOB NOT NULL, jws TEXT NOT NULL, PRIMARY KEY (rollout, n))""",
-    # model, beside: digests of the bundle whose results counted, and of the other; body: the payload, as text.
+    # model, other: digests of the bundle whose results counted, and of the other; body: the payload, as text.
     """CREATE TABLE shadows (
-        device TEXT NOT NULL, task TEXT NOT NULL, rollout TEXT NOT NULL, model TEXT NOT NULL, beside TEXT NOT NULL,
+        device TEXT NOT NULL, task TEXT NOT NULL, rollout TEXT NOT NULL, model TEXT NOT NULL, other TEXT NOT NULL,
         time TEXT NOT NULL, rows_first INTEGER NOT NULL, rows_last INTEGER NOT NULL, batches INTEGER NOT NULL,
         n INTEGER NOT NULL, errors INTEGER NOT NULL, body TEXT NOT NULL, log TEXT NOT NULL, seq INTEGER NOT NULL,
         PRIMARY KEY (device, log, seq))""",
@@ -46,7 +45,7 @@ TABLES = (
 
 COLUMNS = {
     "shadows": (
-        *("device", "task", "rollout", "model", "beside", "time", "rows_first", "rows_last", "batches", "n", "errors"),
+        *("device", "task", "rollout", "model", "other", "time", "rows_first", "rows_last", "batches", "n", "errors"),
         *("body", "log", "seq"),
     ),
     "rollout_devices": (
@@ -64,7 +63,7 @@ class PhaseChange(msgspec.Struct, frozen=True):
     bundle: Name
     version: Version
     digest: Digest
-    strategy: Literal["shadow", "canary", "all", "back"]
+    strategy: Strategy
     phase: Phase
     reason: str = ""
     numbers: dict[str, Any] = {}

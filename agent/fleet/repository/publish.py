@@ -20,12 +20,15 @@ from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.layout import Layout
 from agent.fleet.repository.revoke import get_revocation_day
 from agent.model.bundle import bundle as bundles
-from agent.model.bundle import target_metadata as offer
+from agent.model.bundle import golden_vectors
 from agent.model.bundle.bundle import Bundle
-from agent.model.bundle.target_metadata import TargetMetadata
 from agent.model.sandbox import probe
+from agent.wire import target_metadata as targets
 from agent.wire.keys import PublicKey
+from agent.wire.target_metadata import TargetMetadata
 
+# The oldest agent that reads this version's bundles.
+_MIN_AGENT_VERSION = "0.1.0"
 # A zip's first year: the same files give the same bytes.
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 
@@ -58,17 +61,18 @@ def publish(
     found = bundles.read(path, publishers)
     if found.manifest.name in TOP_LEVEL_ROLES:
         raise BadBundle(f"{path}: {found.manifest.name!r} is the name of a role of the repository; rename the bundle")
-    told = offer.from_bundle(found, _probe_memory(path, found) if run_probe else found.manifest.limits.memory_mib << 20)
-    target = offer.target_path(told.name, told.version, told.digest)
+    memory = _probe_memory(path, found) if run_probe else found.manifest.limits.memory_mib << 20
+    told = build_target_metadata(found, memory)
+    target = targets.target_path(told.name, told.version, told.digest)
     packed = build_archive(found)
     with layout.locked():
         keyring = RepositoryKeyring(layout.keys, sign_with)
         now = root_rotation.load_current(layout, keyring, current_time)
         listed = _find_published(now, told)
         if listed is not None:
-            return PublishResult(offer.decode(listed.custom), target, listed.length, found.signer, is_new=False)
+            return PublishResult(targets.decode(listed.custom), target, listed.length, found.signer, is_new=False)
         file = TargetFile.from_data(target, packed, ["sha256"])
-        file.unrecognized_fields["custom"] = offer.encode(told)
+        file.unrecognized_fields["custom"] = targets.encode(told)
         changed = _ensure_delegation(now, told.name, keyring)
         now.bundles[told.name].signed.targets[target] = file
         durable_files.write(layout.target_path(target, file.hashes["sha256"]), packed)
@@ -87,6 +91,24 @@ def build_archive(bundle: Bundle) -> bytes:
     return packed.getvalue()
 
 
+def build_target_metadata(bundle: Bundle, memory: int) -> TargetMetadata:
+    """Describe a bundle whose probe took `memory` bytes. Raises BadBundle if its golden vectors cannot be read."""
+    manifest = bundle.manifest
+    vectors = golden_vectors.decode(bundle.files["golden.npz"]) if "golden.npz" in bundle.files else None
+    return TargetMetadata(
+        name=manifest.name,
+        version=manifest.version,
+        digest=bundle.digest,
+        kind=manifest.kind,
+        fields=manifest.input.fields,
+        window=manifest.input.rows,
+        agent=_MIN_AGENT_VERSION,
+        runtimes=[vectors.runtime.split()[0]] if vectors is not None else [],
+        memory=memory,
+        unpacked=sum(map(len, bundle.files.values())),
+    )
+
+
 def _probe_memory(path: Path, bundle: Bundle) -> int:
     report = probe.probe(bundle)
     try:
@@ -103,7 +125,7 @@ def _find_published(current: Edition, target_metadata: TargetMetadata) -> Target
         return None
     what, fix = f"{target_metadata.name} {target_metadata.version}", "pack it again under another version"
     for file in role.signed.targets.values():
-        other = offer.decode(file.custom)
+        other = targets.decode(file.custom)
         if other.version != target_metadata.version:
             continue
         if other.digest != target_metadata.digest:

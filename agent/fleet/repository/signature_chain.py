@@ -28,7 +28,7 @@ from tuf.api.metadata import (
 from tuf.api.serialization import DeserializationError
 
 from agent.errors import BadBundle
-from agent.model.bundle import target_metadata
+from agent.wire import target_metadata
 
 S = TypeVar("S", bound=Signed)
 # What python-tuf lets through of metadata that are signed and malformed.

@@ -1,4 +1,4 @@
-"""Roll-outs, decisions and desired state in the database; each function inside a transaction or snapshot."""
+"""Roll-outs, decisions and desired state in the fleet database. Call every function inside a transaction or snapshot."""
 
 from __future__ import annotations
 
@@ -51,25 +51,26 @@ class Rollout(msgspec.Struct, frozen=True):
 
 
 def load_rollouts(db: Connection, *, only_open: bool = False) -> list[Rollout]:
-    """Oldest first."""
-    found = [_rollout_from_row(row) for row in db.execute(f"SELECT {_COLUMNS} FROM rollouts ORDER BY started, rollout")]
-    return [one for one in found if one.is_open or not only_open]
+    """Load roll-outs, oldest first."""
+    rows = db.execute(f"SELECT {_COLUMNS} FROM rollouts ORDER BY started, rollout")
+    rollouts = [_rollout_from_row(row) for row in rows]
+    return [rollout for rollout in rollouts if rollout.is_open or not only_open]
 
 
 def find(db: Connection, name: str) -> Rollout:
-    """Raises UsageError."""
+    """Load the roll-out `name`. Raises UsageError if there is none."""
     row = db.execute(f"SELECT {_COLUMNS} FROM rollouts WHERE rollout = ?", (name,)).fetchone()
     if row is None:
-        known = [one for (one,) in db.execute("SELECT rollout FROM rollouts")]
+        known = [rollout for (rollout,) in db.execute("SELECT rollout FROM rollouts")]
         raise UsageError(f"there is no roll-out {name!r}{did_you_mean(name, known)}")
     return _rollout_from_row(row)
 
 
 def save(db: Connection, rollout: Rollout) -> None:
-    """Add it, or replace what is there of that name."""
+    """Insert or replace a roll-out."""
     plan = rollout.plan
-    what = (plan.task, plan.bundle, plan.version, plan.digest, rollout.topic, rollout.started)
-    row = (rollout.name, *what, rollout.state, rollout.step, msgspec.json.encode(plan).decode())
+    bundle = (plan.task, plan.bundle, plan.version, plan.digest, rollout.topic, rollout.started)
+    row = (rollout.name, *bundle, rollout.state, rollout.step, msgspec.json.encode(plan).decode())
     db.execute(_UPSERT_ROLLOUT, row)
 
 
@@ -78,28 +79,28 @@ def append(db: Connection, decision: SignedDecision) -> None:
 
 
 def load_decision_rows(db: Connection, rollout: str) -> list[tuple[Any, ...]]:
-    """The rows of table decisions of one roll-out, in order."""
+    """Load the rows of table decisions of one roll-out, in order."""
     return db.execute("SELECT * FROM decisions WHERE rollout = ? ORDER BY n", (rollout,)).fetchall()
 
 
 def load_chain_head(db: Connection, rollout: str) -> tuple[int, str]:
-    """The number of the newest decision and the digest of its payload; 0 and "" before the first."""
+    """Load the number of the newest decision and the digest of its payload; 0 and "" before the first."""
     sql = "SELECT n, payload FROM decisions WHERE rollout = ? ORDER BY n DESC LIMIT 1"
     row = db.execute(sql, (rollout,)).fetchone()
     return (int(row[0]), digest(row[1])) if row else (0, "")
 
 
 def load_step_start(db: Connection, rollout: str) -> str:
-    """When the step it is at began."""
+    """Load the RFC 3339 time at which the current step began."""
     sql = "SELECT time FROM decisions WHERE rollout = ? AND event IN ('started', 'promoted') ORDER BY n DESC LIMIT 1"
     row = db.execute(sql, (rollout,)).fetchone()
     if row is None:
-        raise StorageError(f"table decisions: nothing says when roll-out {rollout} was started; restore the database")
+        raise StorageError(f"table decisions: the start of roll-out {rollout} is missing; restore the database")
     return str(row[0])
 
 
 def find_aborted(db: Connection, task: str, bundle_digest: str) -> list[tuple[Rollout, str]]:
-    """Roll-outs of a bundle that were aborted, and when."""
+    """Find the aborted roll-outs of a bundle, each with the time of its abort."""
     sql = """
         SELECT rollout, max(decisions.time) FROM rollouts JOIN decisions USING (rollout)
         WHERE task = ? AND digest = ? AND state = 'aborted' AND event = 'aborted' GROUP BY rollout"""

@@ -212,7 +212,7 @@ def test_a_crash_beside_is_counted_and_the_batches_after_it_are_compared_again(m
     assert told[1].rows == (21, 40)
     assert sum(one.n for one in pair.device.results()) == 60, "no result is missing"
     found = rules.evaluate_rules(CanaryRules(), pair.beside.blocks, True)
-    assert [(one.rule, one.state) for one in found if one.rule == "errors"] == [("errors", "bad")]
+    assert [(one.rule, one.state) for one in found if one.rule == "error_rate"] == [("error_rate", "failed")]
 
 
 def test_a_hang_beside_holds_up_no_batch_and_is_counted_when_its_time_is_over(make: Make) -> None:
@@ -378,7 +378,9 @@ def test_many_labels_at_once_make_blocks_enough_to_judge_by(make: Make) -> None:
         at_s += 1
     blocks = [block for block in pair.beside.blocks if sum(block.stats.labelled)]
     assert [sum(block.stats.labelled) for block in blocks] == [50] * 12
-    found = {one.rule: one for one in rules.evaluate_rules(CanaryRules(max_accuracy_drop=0.0), pair.beside.blocks, True)}
+    found = {
+        one.rule: one for one in rules.evaluate_rules(CanaryRules(max_accuracy_drop=0.0), pair.beside.blocks, True)
+    }
     assert found["labels"].numbers["n"] == 600
 
 

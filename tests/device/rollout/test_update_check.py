@@ -67,5 +67,5 @@ def test_the_check_goes_by_the_floors_of_the_store(tmp_path: Path) -> None:
         assert conf.updates is not None
         assert "timestamp 2" in check_updates.inspect_repository(conf, conf.updates)
         older.write(web.folder)
-        with pytest.raises(FetchFailed, match="BadVersionNumberError: timestamp is of version 1"):
+        with pytest.raises(FetchFailed, match="BadVersionNumberError: timestamp has version 1"):
             check_updates.inspect_repository(conf, conf.updates)

@@ -22,8 +22,7 @@ from agent.fleet.repository import status as standing
 from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.publish import build_archive
 from agent.model.bundle import bundle as bundles
-from agent.model.bundle import target_metadata
-from agent.wire import keys
+from agent.wire import keys, target_metadata
 from tests.kit.bundles import KEY, change_manifest, resign
 from tests.kit.repositories import Client, Depot, served, version
 from tests.kit.senders import new_key

@@ -103,7 +103,7 @@ def test_an_abort_sends_every_device_back(six: Fleet) -> None:
     six.start(plan())
     six.abort()
     told = desired(six).tasks["exercise"]
-    assert (told.strategy, told.percent, told.digest) == ("back", 100.0, plan().digest)
+    assert (told.strategy, told.percent, told.digest) == ("rollback", 100.0, plan().digest)
     assert six.decided()[-1][4] == (
         "Aborted at shadow 100 %, devices go back to what they ran before: the labels were wrong."
     )
@@ -114,7 +114,7 @@ def test_what_other_tasks_are_desired_on_the_topic_stays(six: Fleet) -> None:
     six.start(short(name="solar-2", task="solar", digest="sha256:" + "22" * 32))
     six.abort()
     told = desired(six)
-    assert (told.tasks["exercise"].strategy, told.tasks["solar"].rollout, told.counter) == ("back", "solar-2", 3)
+    assert (told.tasks["exercise"].strategy, told.tasks["solar"].rollout, told.counter) == ("rollback", "solar-2", 3)
 
 
 def test_a_second_roll_out_of_a_task_for_the_same_devices_is_refused_while_one_is_open(six: Fleet) -> None:
@@ -122,8 +122,8 @@ def test_a_second_roll_out_of_a_task_for_the_same_devices_is_refused_while_one_i
     another = short(name="exercise-2", digest="sha256:" + "22" * 32)
     with pytest.raises(UsageError, match="roll-out exercise-1-1 of exercise is running for the same devices"):
         six.start(another)
-    rules = promotion(devices=1)
-    six.start(short(name="exercise-3", to="device:pi-00", rules=rules))
+    rules = promotion(min_devices=1)
+    six.start(short(name="exercise-3", target="device:pi-00", rules=rules))
     assert desired(six, "outstation/acme/pi-00/desired").tasks["exercise"].rollout == "exercise-3"
     six.abort()
     six.start(another, 3.0)
@@ -153,7 +153,7 @@ def test_a_bundle_that_was_aborted_is_held_for_a_while(six: Fleet) -> None:
 )
 def test_a_step_that_could_never_be_over_is_refused(six: Fleet, to: str, devices: int, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
-        six.start(plan(to=to, rules=promotion(devices=devices)))
+        six.start(plan(to=to, rules=promotion(min_devices=devices)))
 
 
 def test_a_promotion_by_hand_over_open_findings_is_on_record_with_its_reason(six: Fleet) -> None:
@@ -162,7 +162,7 @@ def test_a_promotion_by_hand_over_open_findings_is_on_record_with_its_reason(six
         six.promote()
     six.promote(forced="seen on site")
     *_, evidence, _payload, _jws = six.decided()[-1]
-    assert json.loads(evidence)["forced"] == "seen on site"
+    assert json.loads(evidence)["force_reason"] == "seen on site"
     assert " Promoted by hand: seen on site. It waited for: devices with 20 batches: 0 of 3" in six.decided()[-1][4]
 
 
@@ -218,7 +218,7 @@ def test_whatever_was_started_and_aborted_a_topic_says_the_last_word_on_each_tas
             three.start(short(name=name, task=task, digest=f"sha256:{i:064x}"))
             if not stays:
                 three.abort(name=name)
-            last[task] = (name, "shadow" if stays else "back")
+            last[task] = (name, "shadow" if stays else "rollback")
         with three.store.snapshot() as db:
             there = journal.load_desired(db, ALL) is not None
         assert there == bool(history)
@@ -234,7 +234,7 @@ def test_whatever_was_started_and_aborted_a_topic_says_the_last_word_on_each_tas
 def test_follow_promotes_step_by_step_and_finishes(six: Fleet) -> None:
     said: list[str] = []
     follower = RolloutController(six.desk, None, said.append)
-    six.start(plan(rules=promotion(hours=0.0)))
+    six.start(plan(rules=promotion(min_hours=0.0)))
     follower.tick(0.0)
     assert (six.find().step, retained(six).tasks["exercise"].strategy) == (1, "shadow")
     six.in_shadow()
@@ -256,8 +256,8 @@ def test_follow_aborts_what_is_bad_and_the_audit_has_why(six: Fleet) -> None:
     RolloutController(six.desk, None, lambda _: None).tick(0.0)
     assert six.find().state == "aborted"
     evidence = json.loads(six.decided()[-1][5])
-    assert (evidence["by"], evidence["findings"][0]["state"]) == ("operator", "bad")
-    assert retained(six).tasks["exercise"].strategy == "back"
+    assert (evidence["by"], evidence["rules"][0]["state"]) == ("operator", "failed")
+    assert retained(six).tasks["exercise"].strategy == "rollback"
 
 
 def retained(six: Fleet) -> DesiredPayload:
@@ -293,7 +293,7 @@ def test_a_decision_stands_while_the_broker_is_away_and_is_published_once_it_is_
     assert follower.tick(2.0)
     six.broker.down = False
     assert not follower.tick(3.0)
-    assert retained(six).tasks["exercise"].strategy == "back"
+    assert retained(six).tasks["exercise"].strategy == "rollback"
     assert said[1:] == ["not published yet, trying again: nobody listens", "published"]
 
 
@@ -323,7 +323,7 @@ def test_a_database_that_fails_between_decision_and_broker_leaves_nothing_untold
     assert (six.find().state, retained(six).tasks["exercise"].strategy) == ("aborted", "shadow")
     six.broker.fails = False
     follower.tick(2.0)
-    assert retained(six).tasks["exercise"].strategy == "back"
+    assert retained(six).tasks["exercise"].strategy == "rollback"
 
 
 def test_an_older_desired_state_that_a_broker_retains_again_is_replaced_and_has_a_lower_counter(six: Fleet) -> None:

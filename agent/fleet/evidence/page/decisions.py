@@ -26,16 +26,16 @@ _MAX_ROWS = 25
 _MAX_STEPS, _MAX_DEPARTURES = 40, 30
 _STATE_BADGES = {"finished": "ok", "aborted": "bad", "running": "warning", "paused": "warning"}
 _PHASE_TEXTS = {
-    "not chosen": "not chosen for it",
-    "fetching": "fetching it",
-    "refused": "refused it",
+    "not_selected": "not chosen for it",
+    "downloading": "fetching it",
+    "rejected": "refused it",
     "shadow": "trying it beside the old model",
-    "probation": "running it on probation",
-    "settled": "run it for good",
-    "rolled back": "took it back",
-    "withdrawn": "left it, as told",
+    "canary": "running it on probation",
+    "active": "run it for good",
+    "rolled_back": "took it back",
+    "cancelled": "left it, as told",
 }
-_DEPARTURE_PHASES = frozenset({"refused", "rolled back"})
+_DEPARTURE_PHASES = frozenset({"rejected", "rolled_back"})
 
 
 def render_rollouts(facts: EvidenceFacts) -> Markup:
