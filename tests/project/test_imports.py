@@ -22,6 +22,7 @@ AGENT = ROOT / "agent"
 FLOORS = {
     "errors": 0,
     "quantities": 0,
+    "alerts": 1,
     "arrays": 1,
     "clock": 1,
     "jsonpath": 1,
@@ -90,22 +91,16 @@ FOLDER_CYCLES: set[str] = {
     "agent.device.store",
     "agent.drift.baseline",
     "agent.drift.detectors",
-    "agent.drift.faults",
-    "agent.drift.reporting",
-    "agent.drift.testing",
     "agent.fleet",
     "agent.fleet.collector",
     "agent.fleet.evidence",
     "agent.fleet.evidence.gather",
     "agent.fleet.evidence.page",
-    "agent.performance",
 }
 CLIMBING: set[str] = {
     "agent.arrays",
     "agent.bootstrap.commands",
     "agent.durable_files",
-    "agent.performance.degradation",
-    "agent.performance.feedback",
 }
 CROWDED: set[str] = {
     "agent/device/store",

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import __version__, clock, config
+from agent.alerts import DAMAGED_ROWS
 from agent.clock import ClockReading
 from agent.config import StreamConfig
 from agent.device.bundles import overrides
@@ -431,14 +432,6 @@ def _skip_lost(
         tx.advance_cursor(task.name, batch.first, batch.last)
         tx.quarantine_rows(task.config.stream, batch.first, batch.last)
         message_log.append(tx, "results", task.name, run_without, now)
-        alert = {
-            "alert": "storage",
-            "subject": task.config.stream,
-            "state": "raised",
-            "severity": "critical",
-            "id": f"{task.name}/storage/{batch.first}",
-            "summary": summary,
-            "evidence": {"rows": rows},
-        }
-        message_log.append(tx, "alerts", task.name, alert, now)
+        alert = DAMAGED_ROWS.raised(summary, {"rows": rows}, stream=task.config.stream, row=batch.first)
+        message_log.append(tx, "alerts", task.name, alert.to_body(task.name), now)
     return BatchResult(batch.last - batch.first + 1, 0, 1)

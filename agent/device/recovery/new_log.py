@@ -14,6 +14,7 @@ import uuid
 
 import msgspec
 
+from agent.alerts import NEW_LOG_BEGUN
 from agent.clock import ClockReading
 from agent.device.commands import key_rotation
 from agent.device.recovery.catch_up import OPENED_SEQ, PREVIOUS_LOG, UNPROVEN_FROM
@@ -109,16 +110,8 @@ def _finish(tx: Transaction, message_log: MessageLog, plan: NewLogPlan, now: Clo
     summary = f"{plan.reason} Log {plan.new} begins; {reissued} messages of log {plan.old} are written again in it."
     evidence = {"old": plan.old, "through": plan.last, "reissued": reissued}
     seq = message_log.append(tx, "audit", None, {"event": EVENT, "summary": summary[:1900], "evidence": evidence}, now)
-    alert = {
-        "alert": "storage",
-        "subject": "log",
-        "state": "raised",
-        "severity": "critical",
-        "id": f"storage/log/{plan.new}",
-        "summary": summary[:1900],
-        "evidence": {"seq": seq, **evidence},
-    }
-    message_log.append(tx, "alerts", None, alert, now)
+    alert = NEW_LOG_BEGUN.raised(summary[:1900], {"seq": seq, **evidence}, log=plan.new)
+    message_log.append(tx, "alerts", None, alert.to_body(), now)
     tx.delete_meta(NEW_LOG)
     if pending := tx.get_meta(key_rotation.PENDING_ROTATION, ""):
         # What waits for an acknowledgement of the old log waits for this one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from agent.alerts import DAMAGED_MESSAGES
 from agent.clock import ClockReading
 from agent.device.store import ranges
 from agent.device.store.eviction import DAMAGED, declare_messages, declared_seqs
@@ -25,13 +26,6 @@ def quarantine_damaged(store: Store, message_log: MessageLog, seqs: Sequence[int
             f"{len(seqs)} messages in the outbox were not what was written and are not sent; they are in the store's "
             "table `damaged_messages`. Check the card."
         )
-        alert = {
-            "alert": "storage",
-            "subject": "outbox",
-            "state": "raised",
-            "severity": "critical",
-            "id": f"storage/outbox/{message_log.log_id}/{seqs[0]}",
-            "summary": summary,
-            "evidence": {"messages": gone[:_MAX_LISTED]},
-        }
-        message_log.append(tx, "alerts", None, alert, now)
+        evidence = {"messages": gone[:_MAX_LISTED]}
+        alert = DAMAGED_MESSAGES.raised(summary, evidence, log=message_log.log_id, seq=seqs[0])
+        message_log.append(tx, "alerts", None, alert.to_body(), now)

@@ -6,8 +6,9 @@ import logging
 from datetime import datetime
 from pathlib import Path
 
+from agent.alerts import REPOSITORY_EXPIRY
 from agent.errors import StorageError
-from agent.fleet.database.projection import REPOSITORY_ALERT, repository_alert_row
+from agent.fleet.database.projection import repository_alert_row
 from agent.fleet.database.store import FleetStore
 from agent.fleet.repository import expiry, refresh, status
 
@@ -32,7 +33,7 @@ def _maintain(folder: Path, store: FleetStore, current_time: datetime) -> None:
     if refresh.refresh_daily(folder, current_time) is not None:
         logger.info("repository: the timestamp is signed anew")
     reminders = status.read(folder, current_time).reminders
-    is_open = any(row["alert"] == REPOSITORY_ALERT for row in store.alerts())
+    is_open = any(row["alert"] == REPOSITORY_EXPIRY.alert for row in store.alerts())
     if bool(reminders) == is_open:
         return
     summary = "; ".join(reminders) or "Nothing in the repository expires soon, and no draft waits."
