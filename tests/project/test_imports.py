@@ -96,6 +96,7 @@ FOLDER_CYCLES: set[str] = {
     "agent.fleet.evidence",
     "agent.fleet.evidence.gather",
     "agent.fleet.evidence.page",
+    "agent.performance",
 }
 CLIMBING: set[str] = {
     "agent.arrays",
@@ -114,7 +115,7 @@ ONLY = {
     "resvg_py": {"agent.render.png"},
     "PIL": {"agent.model.inference.images"},
     "ray": {"agent.evaluation.predict.ray_cluster"},
-    "cyclonedx": {"agent.fleet.evidence.sbom"},
+    "cyclonedx": {"agent.fleet.evidence.gather.sbom"},
     "psycopg": {f"agent.fleet.database.{name}" for name in ("postgresql", "postgresql_rows", "postgresql_schema")},
     "tuf": {
         *(f"agent.fleet.repository.{name}" for name in ("signature_chain", "mirror", "create", "edition", "publish")),
