@@ -39,7 +39,7 @@ def _collector_key(world: World) -> SigningKey:
 
 @contextmanager
 def _store(world: World) -> Iterator[Store]:
-    store = Store(world.device.data, read_only=True)
+    store = Store.open_read_only(world.device.data)
     try:
         yield store
     finally:

@@ -110,7 +110,7 @@ def judge(world: World, verdict: Verdict) -> None:
 
 
 def _outbox(world: World) -> int:
-    store = Store(world.device.data, read_only=True)
+    store = Store.open_read_only(world.device.data)
     try:
         return store.outbox_size()[0]
     finally:

@@ -95,7 +95,7 @@ def last_row(device: Device, stream: str = "watch") -> int:
     if device.starts() == 0:
         # On a busy machine every start so far was killed before it had made its store.
         return 0
-    store = Store(device.data, read_only=True)
+    store = Store.open_read_only(device.data)
     try:
         return store.last_row(stream)
     finally:
@@ -234,7 +234,7 @@ def test_a_forged_acknowledgement_on_the_broker_deletes_nothing(fleet: Fleet) ->
     device = fleet.device("pi-01").replay(2000, 100).task("exercise").up()
     eventually("messages in the outbox", lambda: waiting(device) >= 3)
     eventually("a connection", lambda: device.said("connected to"))
-    store = Store(device.data, read_only=True)
+    store = Store.open_read_only(device.data)
     body = {"v": 1, "kind": "ack", "device": "pi-01", "log": store.log_id, "through": 2, "missing": []}
     payload = json.dumps({**body, "time": "2026-11-24T22:18:01.000000Z"}).encode()
     topic = f"outstation/{FLEET}/pi-01/ack"
@@ -244,13 +244,13 @@ def test_a_forged_acknowledgement_on_the_broker_deletes_nothing(fleet: Fleet) ->
     assert {message.seq for message in store.unacknowledged_messages(0, 3)} == {1, 2, 3}
     store.close()
     assert device.stop() == 0
-    store = Store(device.data, read_only=True)
+    store = Store.open_read_only(device.data)
     assert store.counters()["acknowledgements refused"] == 2
     store.close()
 
 
 def waiting(device: Device) -> int:
-    store = Store(device.data, read_only=True)
+    store = Store.open_read_only(device.data)
     try:
         return store.outbox_size()[0]
     finally:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.device.recovery.open import open_store
 from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.errors import MessageRefused, StorageFull
 from agent.transport.packets import IncomingMessage
@@ -61,7 +61,7 @@ class Desk:
         self.open()
 
     def open(self) -> None:
-        self.store = Store(self.folder)
+        self.store = open_store(self.folder)
         self.author = MessageLog(FLEET, DEVICE, new_key(1), self.store.log_id, self.store.boot, 120_000)
         self.desires = DesiredStateStore(self.store, self.author, [key.public for key in self.keys], self.groups)
 
