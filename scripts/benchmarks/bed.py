@@ -21,9 +21,9 @@ from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.testing.broker import free_port
+from agent.testing.fleet import FLEET, Device
 from agent.wire import keys
-from tests.kit.brokers import free_port
-from tests.kit.system import FLEET, Device
 
 CHUNK = 8192
 Floats = NDArray[np.float32]

@@ -22,13 +22,13 @@ from agent.fleet.collector.collector import SESSION_EXPIRY_S
 from agent.fleet.collector.subscription import client_id, topic_filters
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
+from agent.testing.broker import Mosquitto
+from agent.testing.messages import FLEET, Sender, Sent
 from agent.transport.mqtt import Link
 from agent.transport.packets import PublishReceipt
 from scripts.benchmarks import Report, Result, benchmark
-from tests.kit import postgres
-from tests.kit.brokers import Mosquitto
-from tests.kit.postgres import Postgres
-from tests.kit.senders import FLEET, Sender, Sent
+from scripts.kit import postgres
+from scripts.kit.postgres import Postgres
 
 DEVICES, MESSAGES = 200, 6000
 _ROUNDS = 3
@@ -52,7 +52,9 @@ class Flow:
 @benchmark("collectors")
 def collectors_beside_each_other() -> Report:
     """What waits at a broker, of 200 devices, into the database; from the first message there to the last."""
-    lacking = [what for what, there in (("PostgreSQL", postgres.found()), ("Mosquitto", _mosquitto())) if not there]
+    lacking = [
+        what for what, there in (("PostgreSQL", postgres.find_binaries()), ("Mosquitto", _mosquitto())) if not there
+    ]
     if lacking:
         raise click.ClickException(f"{' and '.join(lacking)} not installed; see scripts/setup system")
     seen: dict[str, list[float]] = {"file": [], "one": [], "two": []}

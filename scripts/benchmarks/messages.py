@@ -28,13 +28,13 @@ from agent.device.uplink.uplink import Uplink
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.testing.broker import Mosquitto
+from agent.testing.messages import FLEET, Sender, new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.messages import AckPayload
 from scripts.benchmarks import Result, benchmark, rates
-from tests.kit.brokers import Mosquitto
-from tests.kit.senders import FLEET, Sender, new_key
 
 MESSAGES = 3000
 # Many: what the broker confirmed is written down once for all of a second.

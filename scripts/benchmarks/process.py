@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from agent.device.intake.sources import recordings
+from agent.testing.fleet import FIELDS, RECORDINGS, Device
+from agent.testing.process import outstation
 from scripts.benchmarks import Report, Result, benchmark
 from scripts.benchmarks.bed import enrolled, put
-from tests.kit.system import FIELDS, RECORDINGS, Device, outstation
 
 WINDOWS = 100_000
 _IDLE_S = 60.0

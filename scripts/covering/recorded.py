@@ -19,7 +19,7 @@ from agent.model.bundle import bundle
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import features, inference, runtime, scores
 from agent.wire.messages import BundleStats, Moments
-from tests.kit.rigged import SHIPPED, exercise
+from scripts.kit.rigged import SHIPPED, exercise
 
 STEP = 50
 

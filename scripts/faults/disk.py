@@ -18,8 +18,8 @@ from pathlib import Path
 
 import msgspec
 
+from agent.testing.process import eventually
 from scripts.faults.world import DEVICE, World
-from tests.kit.system import eventually
 
 # _IOR('X', 125, __u32) of linux/fs/ext4/ext4.h.
 _SHUTDOWN = 0x8004587D

@@ -10,9 +10,9 @@ from agent.bootstrap import wiring
 from agent.clock import ClockReading
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
+from agent.testing.process import eventually
 from scripts.faults import fault
 from scripts.faults.world import World
-from tests.kit.system import eventually
 
 _BACKLOG = 70_000
 _AT_ONCE = 1000

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from random import Random
 
+from agent.testing.process import eventually
 from scripts.faults import fault, proxy
 from scripts.faults.proxy import Cut, Packet, Rule
 from scripts.faults.world import Setting, World
-from tests.kit.system import eventually
 
 _PROXIED = Setting(proxied=True)
 _TRIES = "`broker: …; trying again, readings and results are kept` in the device's log, `offline`, later `online`"

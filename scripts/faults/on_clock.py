@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from random import Random
 
+from agent.testing.process import eventually
 from scripts.faults import fault
 from scripts.faults.clock import Clock, cpu_s, no_boot, no_clock
 from scripts.faults.stamped import Stamped
 from scripts.faults.world import Setting, World
-from tests.kit.system import eventually
 
 _HOUR_S, _DAY_S, _YEAR_S = 3600.0, 86_400.0, 365.25 * 86_400.0
 _CALM_S = 1.5

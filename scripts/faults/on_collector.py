@@ -15,9 +15,9 @@ from random import Random
 from agent import clock
 from agent.fleet import config as fleet_config
 from agent.fleet.database.store import FleetStore
+from agent.testing.process import Program, eventually
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, Setting, World
-from tests.kit.system import Program, eventually
 
 _DISK = "48m"
 

@@ -7,9 +7,9 @@ import signal
 import time
 from random import Random
 
+from agent.testing.process import eventually, outstation
 from scripts.faults import fault
 from scripts.faults.world import World
-from tests.kit.system import eventually, outstation
 
 _NOTHING = "nothing but a new `started` event in the audit log"
 

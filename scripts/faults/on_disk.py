@@ -11,10 +11,10 @@ from random import Random
 
 from msgspec.structs import replace
 
+from agent.testing.process import eventually
 from scripts.faults import fault
 from scripts.faults.disk import Card, database_files, no_card, no_strace, on_card, results, stored_files, tampered
 from scripts.faults.world import Setting, World
-from tests.kit.system import eventually
 
 _NOTHING = "nothing but a new `started` event in the audit log"
 _AGAIN = "a line with SQLite's error, and a new `started` event in the audit log"

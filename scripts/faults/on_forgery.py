@@ -10,6 +10,9 @@ from random import Random
 
 from agent import clock
 from agent.device.store.store import Store
+from agent.testing.fleet import FLEET
+from agent.testing.messages import new_key
+from agent.testing.process import eventually
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
@@ -17,8 +20,6 @@ from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, World
-from tests.kit.senders import new_key
-from tests.kit.system import FLEET, eventually
 
 _BASE = f"outstation/{FLEET}/{DEVICE}"
 _ACK = f"{_BASE}/ack"

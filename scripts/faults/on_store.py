@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+from agent.testing.process import eventually
 from scripts.faults import fault
 from scripts.faults.disk import flip_bit, overwrite, results
 from scripts.faults.world import World
-from tests.kit.system import eventually
 
 _DATABASE, _WAL = "outstation.db", "outstation.db-wal"
 _PAGE = 4096

@@ -12,11 +12,11 @@ from agent import config as device_config
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
 from agent.fleet.enrolment import pki
+from agent.testing.process import eventually
 from agent.transport.mqtt import Link
 from scripts.faults import fault
 from scripts.faults.world import DEVICE, Setting, World
-from tests.kit.certificates import expired
-from tests.kit.system import eventually
+from scripts.kit.certificates import expired
 
 _OTHER = "pi-02"
 

@@ -14,13 +14,13 @@ from random import Random
 import msgspec
 import psutil
 
+from agent.testing.process import eventually
 from scripts.faults import Injection, fault
 from scripts.faults.clock import Clock, no_clock
 from scripts.faults.disk import Card, no_card, on_card
 from scripts.faults.on_clock import on_clock
 from scripts.faults.updating import Updating, updating
 from scripts.faults.world import Setting, World
-from tests.kit.system import eventually
 
 _SAYS = "`fetching`, `shadow`, `probation` and `settled` in the audit log, as without it, and a new `started` event"
 _AGAIN = "in health and `outstation status`: `fetching`, and why it is tried again and when"

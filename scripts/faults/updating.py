@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from agent.authoring import pack
 from agent.simulate.flaky_web import DeviceConnection, FlakyWebServer
+from agent.testing.process import eventually, outstation
 from scripts.faults.world import DEVICE, TASKS, World
-from tests.kit import bundles
-from tests.kit.system import eventually, outstation
+from scripts.kit import bundles
 
 if TYPE_CHECKING:
     from scripts.faults.oracle import Verdict

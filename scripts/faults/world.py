@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from agent.testing.broker import Mosquitto, free_port
+from agent.testing.fleet import Device, Fleet
+from agent.testing.process import Program, eventually
 from scripts.faults.producer import FIELDS, Producer
 from scripts.faults.proxy import Proxy
-from tests.kit import bundles
-from tests.kit.brokers import Mosquitto, free_port
-from tests.kit.system import Device, Fleet, Program, eventually
+from scripts.kit import bundles
 
 if TYPE_CHECKING:
     from scripts.faults.oracle import Verdict

@@ -15,12 +15,12 @@ from agent.errors import MessageRefused
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import FLEET, TIME, Sender, Sent, new_key
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys, topics
 from agent.wire.keys import b64url_decode, b64url_encode
 from agent.wire.messages import AckPayload, VerifiedMessage, verify_message
 from scripts.fuzzing import target
-from tests.kit.senders import FLEET, TIME, Sender, Sent, new_key
 
 DEVICE, COLLECTOR = new_key(1), new_key(2)
 NOW = "2026-11-24T22:20:00.000000Z"

@@ -9,7 +9,8 @@ import pytest
 
 from agent import config
 from agent.device.store.store import Store
-from tests.kit.system import RECORDINGS, outstation
+from agent.testing.fleet import RECORDINGS
+from agent.testing.process import outstation
 
 HOST = """
 [streams.watch]

@@ -18,7 +18,7 @@ from agent.clock import ClockReading
 from agent.device.pipeline import batch
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
-from tests.kit.system import outstation
+from agent.testing.process import outstation
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 CONFIG = """

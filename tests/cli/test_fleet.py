@@ -23,10 +23,10 @@ from agent.config import BrokerConfig
 from agent.errors import UsageError
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.testing.broker import Mosquitto
+from agent.testing.messages import Sender, Sent
 from agent.transport.mqtt import Link
 from agent.transport.packets import PublishReceipt
-from tests.kit.brokers import Mosquitto
-from tests.kit.senders import Sender, Sent
 from tests.kit.stations import wait_for
 
 NOW = "2026-11-24T22:20:00.000000Z"

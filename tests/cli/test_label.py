@@ -16,7 +16,8 @@ from agent.cli.device.label import read_labels
 from agent.device.intake.sources import recordings
 from agent.errors import UsageError
 from agent.performance.labels import Label
-from tests.kit.system import FIELDS, RECORDINGS, Fleet, eventually, outstation
+from agent.testing.fleet import FIELDS, RECORDINGS, Fleet
+from agent.testing.process import eventually, outstation
 
 WINDOW = 100
 T0 = 1_764_022_680.0

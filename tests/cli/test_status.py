@@ -18,8 +18,8 @@ from agent.device.recovery.salvage import DATABASE
 from agent.device.store.store import Store
 from agent.errors import StorageDamaged, StorageError, UsageError
 from agent.performance.labels import Label
+from agent.testing.process import outstation
 from tests.device.pipeline.test_relearn import NOW, Site, work
-from tests.kit.system import outstation
 
 
 def alert(store: Store, site: Site, kind: str, subject: str, state: str, summary: str) -> None:

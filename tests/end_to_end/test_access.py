@@ -15,10 +15,11 @@ from agent.errors import LinkDown
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.testing.broker import Mosquitto, free_port
+from agent.testing.fleet import FLEET
+from agent.testing.process import outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
-from tests.kit.brokers import Mosquitto, free_port
-from tests.kit.system import FLEET, outstation
 
 BASE = f"outstation/{FLEET}"
 NOT_AUTHORIZED = 0x87

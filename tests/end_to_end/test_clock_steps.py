@@ -21,7 +21,8 @@ from agent.clock import ClockReading
 from agent.device.daemon import Daemon
 from agent.device.pipeline import batch
 from agent.device.store.store import Store
-from tests.kit.system import FIELDS, Device, Fleet, eventually, fields
+from agent.testing.fleet import FIELDS, Device, Fleet, fields
+from agent.testing.process import eventually
 
 LIBRARIES = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/lib/faketime/libfaketimeMT.so.1")
 HOUR_S, DAY_S = 3600, 86_400

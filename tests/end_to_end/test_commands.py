@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from agent.config import BrokerConfig
+from agent.testing.fleet import FLEET, Device, Fleet
+from agent.testing.messages import new_key
+from agent.testing.process import eventually, outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws
 from agent.wire.messages import encode
-from tests.kit.senders import new_key
-from tests.kit.system import FLEET, Device, Fleet, eventually, outstation
 
 KNOWN = "the collector knows the new signing key"
 

@@ -25,9 +25,9 @@ from agent.datasets import training_data
 from agent.device.store.store import Store
 from agent.errors import ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle
-from tests.kit.bundles import KEY
+from agent.testing.process import Program, eventually, outstation
+from scripts.kit.bundles import KEY
 from tests.kit.stations import rows_of
-from tests.kit.system import Program, eventually, outstation
 from tests.model.test_media import RATE, picture, third_party, write_wav
 
 PERSON = """

@@ -27,23 +27,13 @@ from agent.config import BrokerConfig
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
+from agent.testing.broker import Mosquitto, free_port
+from agent.testing.fleet import FIELDS, FLEET, Device, Fleet, covered, fields
+from agent.testing.messages import new_key
+from agent.testing.process import NotifySocket, Program, eventually, outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
-from tests.kit.brokers import Mosquitto, free_port
-from tests.kit.senders import new_key
-from tests.kit.system import (
-    FIELDS,
-    FLEET,
-    Device,
-    Fleet,
-    NotifySocket,
-    Program,
-    covered,
-    eventually,
-    fields,
-    outstation,
-)
 
 ENDLESS = 10**9
 # More rows than the tail of a recording that fills no window.

@@ -15,8 +15,9 @@ import pytest
 from agent.device.bundles.crash_marker import CrashMarker
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import tuning
-from tests.kit.bundles import KEY, change_manifest
-from tests.kit.system import Device, Fleet, NotifySocket, eventually
+from agent.testing.fleet import Device, Fleet
+from agent.testing.process import NotifySocket, eventually
+from scripts.kit.bundles import KEY, change_manifest
 
 ROWS = 6000
 # More rows than the tail of a recording that fills no window.

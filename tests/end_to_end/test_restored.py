@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.system import Fleet, eventually
+from agent.testing.fleet import Fleet
+from agent.testing.process import eventually
 
 ENDLESS = 10**9
 

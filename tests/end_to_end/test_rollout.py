@@ -13,12 +13,14 @@ import pytest
 from agent.config import BrokerConfig
 from agent.fleet import config as fleet_config
 from agent.model.bundle import bundle
+from agent.testing.fleet import FLEET, Device, Fleet
+from agent.testing.process import eventually, outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, keys
 from agent.wire.messages import encode
-from tests.kit import rigged
-from tests.kit.system import FLEET, Device, Fleet, eventually, outstation
+from scripts.kit import rigged
+from tests.kit.marks import crashing
 
 COUNTERS = itertools.count(1)
 
@@ -139,7 +141,7 @@ def test_one_whose_golden_vectors_do_not_come_out_is_refused_for_the_group(
     assert versions(fleet)[-1] == "2.0.0"
 
 
-@rigged.crashing
+@crashing
 def test_one_that_crashes_on_probation_serves_nothing_and_the_daemon_lives(
     fleet: Fleet, device: Device, offered: dict[str, Path]
 ) -> None:

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from agent.bootstrap import device
 from agent.cli.device import run
 from agent.errors import StorageForked
-from tests.kit.system import outstation
+from agent.testing.process import outstation
 
 
 def test_a_daemon_that_starts_over_in_a_new_log_is_gone_before_the_next_one_is_made(

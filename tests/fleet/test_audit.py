@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from agent.fleet.audit.audit import AuditReport, audit, split_by_declaration
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from tests.kit.senders import Sender, Sent, new_key
+from agent.testing.messages import Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 

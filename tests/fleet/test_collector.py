@@ -30,14 +30,14 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide_alerts
 from agent.fleet.enrolment.enrol import init_fleet
+from agent.testing.broker import Mosquitto
+from agent.testing.messages import FLEET, Sender, Sent, new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.keys import SigningKey, b64url_decode, b64url_encode
 from agent.wire.messages import AckPayload, verify_message
-from tests.kit.brokers import Mosquitto
 from tests.kit.fleet_databases import sqlite_of
-from tests.kit.senders import FLEET, Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "messages.json"

@@ -19,11 +19,11 @@ from agent.fleet.collector import subscription
 from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import init_fleet
+from agent.testing.broker import Mosquitto
+from agent.testing.messages import FLEET, Sender
 from agent.transport.mqtt import Link
-from tests.kit.brokers import Mosquitto
+from scripts.kit.postgres import QUICK, Postgres, running
 from tests.kit.players import Players
-from tests.kit.postgres import QUICK, Postgres, running
-from tests.kit.senders import FLEET, Sender
 
 NOW = "2026-11-24T22:20:00.000000Z"
 # As `fleet init` writes it.

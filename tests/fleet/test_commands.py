@@ -22,11 +22,11 @@ from agent.fleet.commands import COUNTER_FILE, CommandResult, parse_arguments, r
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.keyring import Keyring
+from agent.testing.messages import Sender, new_key
 from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
 from agent.wire.keys import SigningKey
 from agent.wire.messages import CommandPayload, encode, verify_message
-from tests.kit.senders import Sender, new_key
 
 COMMANDS = Path(__file__).parents[2] / "docs" / "commands.md"
 FLEET, DEVICE = "acme", "pi-07"

@@ -22,7 +22,7 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.merge import MergedField, MergedMoments
 from agent.fleet.drift.outliers import find_outliers
 from agent.fleet.drift.survey import FleetDriftSummary, build_timeline, summarize_drift
-from tests.kit.senders import MODEL, Sender, Sent, new_key
+from agent.testing.messages import MODEL, Sender, Sent, new_key
 
 NOW_US = 1_795_000_000_000_000
 NOW = clock.to_rfc3339(NOW_US)

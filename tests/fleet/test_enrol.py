@@ -24,13 +24,13 @@ from agent.fleet.config import FleetConfig
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import collectors, pki
 from agent.fleet.enrolment.enrol import Enrolment, enrol, init_fleet, pack_device_files
+from agent.testing.broker import Mosquitto, free_port
+from agent.testing.messages import new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import keys
 from agent.wire.keys import PublicKey
-from tests.kit.brokers import Mosquitto, free_port
-from tests.kit.certificates import expired
-from tests.kit.senders import new_key
+from scripts.kit.certificates import expired
 
 
 def let_in(

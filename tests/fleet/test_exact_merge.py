@@ -19,8 +19,8 @@ from agent.drift.reporting import parsed_message
 from agent.fleet.database.store import FleetStore
 from agent.fleet.drift.merge import MergedField
 from agent.fleet.drift.survey import summarize_drift
+from agent.testing.messages import MODEL, Sender, Sent
 from tests.fleet.test_drift import NOW_US, add, devices
-from tests.kit.senders import MODEL, Sender, Sent
 
 FIELDS = ("pressure", "noise", "rare")
 ROWS, DEVICES, WINDOWS = 50, 50, 3

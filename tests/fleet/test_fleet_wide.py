@@ -21,8 +21,8 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.drift import fleet_wide
 from agent.fleet.drift.fleet_wide import ObservationPeriod, Onset
 from agent.fleet.drift.fleet_wide_alerts import POLL_INTERVAL_S, FleetWideAlerts
+from agent.testing.messages import Sender, Sent
 from tests.fleet.test_drift import MINUTE_US, NOW_US, add, devices, field, filled, folder, run, seen, window
-from tests.kit.senders import Sender, Sent
 
 __all__ = ["folder"]
 HOUR_US = 60 * MINUTE_US

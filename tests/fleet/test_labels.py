@@ -13,7 +13,7 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
 from agent.fleet.labels import LabelOutcome
 from agent.performance.labels import Label
-from tests.kit.senders import MODEL, Sender, Sent, new_key
+from agent.testing.messages import MODEL, Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 SENDER = Sender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")

@@ -28,11 +28,11 @@ from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.interface import display_name
 from agent.fleet.database.placeholders import to_psycopg
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import FLEET, Sender, Sent, new_key
 from agent.wire import topics
 from tests.fleet.test_collector import Wire
 from tests.kit import fleet_rollouts
 from tests.kit.evidences import told
-from tests.kit.senders import FLEET, Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 

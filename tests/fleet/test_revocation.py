@@ -26,12 +26,12 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment import pki, revocation
 from agent.fleet.enrolment.enrol import CONNECTION_FILES, enrol, init_fleet
 from agent.fleet.enrolment.revocation import revoke_device
+from agent.testing.broker import Mosquitto, free_port
+from agent.testing.messages import new_key
+from agent.testing.process import outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage
-from tests.kit.brokers import Mosquitto, free_port
-from tests.kit.senders import new_key
 from tests.kit.stations import wait_for
-from tests.kit.system import outstation
 
 NOW = "2026-01-01T00:00:00Z"
 

@@ -20,9 +20,9 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.database import sqlite
 from agent.fleet.database.ingest import DEFAULT_MAX_EVIDENCE, Arrival, Refusal
 from agent.fleet.database.store import MAX_MISSING_RANGES, FleetStore
+from agent.testing.messages import Sender, Sent, new_key
 from agent.wire.messages import ResultsPayload
 from tests.kit.fleet_databases import sqlite_of
-from tests.kit.senders import Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 TABLES = (

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from agent.errors import MessageRefused
 from agent.fleet.audit.audit import audit
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import Sender
 from agent.wire.messages import AuditPayload, ResultsPayload, VerifiedMessage
 from tests.kit.clocks import TRUE_START_US, Dated, Machine, Station, collect, dated
-from tests.kit.senders import Sender
 
 S = 1_000_000
 HOUR, DAY = 3600 * S, 86_400 * S

@@ -22,12 +22,12 @@ from agent.fleet.rollout.actions import RolloutOperator
 from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
 from agent.fleet.rollout.promotion import StepVerdict
 from agent.model.bundle import builtin
+from agent.testing.messages import FLEET, NEWER, Sender, Sent, new_key
 from agent.wire import key_rotation, keys
 from agent.wire.desired_state import CanaryRules
 from agent.wire.keys import SigningKey
-from tests.kit.bundles import KEY, change_manifest
+from scripts.kit.bundles import KEY, change_manifest
 from tests.kit.repositories import Depot
-from tests.kit.senders import FLEET, NEWER, Sender, Sent, new_key
 
 T0_US = clock.parse_rfc3339("2026-11-10T06:00:00Z")
 HOUR_US = 3_600_000_000

@@ -18,10 +18,10 @@ from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.look import RolloutSnapshot, load_snapshot
 from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep
 from agent.fleet.rollout.publisher import RolloutPublisher
+from agent.testing.messages import FLEET, MODEL, NEWER, Sender, Sent, new_key
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire.desired_state import CanaryRules
 from agent.wire.keys import SigningKey
-from tests.kit.senders import FLEET, MODEL, NEWER, Sender, Sent, new_key
 
 OPERATOR = new_key(77)
 NOW_US = 1_795_000_000_000_000

@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from agent.config import BrokerConfig
+from agent.testing.messages import FLEET, Sender, Sent
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage
-from tests.kit.senders import FLEET, Sender, Sent
 
 # Of one device, in one go.
 _AT_ONCE = 10

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
+from agent.testing.broker import Mosquitto
+from agent.testing.process import PATIENCE_S
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
 from scripts.faults import proxy
 from scripts.faults.proxy import Packet, Proxy
-from tests.kit.brokers import Mosquitto
-from tests.kit.system import PATIENCE_S
 
 TOPIC = "outstation/acme/pi-07/health"
 

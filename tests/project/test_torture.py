@@ -18,6 +18,8 @@ from click.testing import CliRunner
 
 from agent.device.store.rows import Rows
 from agent.fleet.database.ingest import Arrival
+from agent.testing.messages import TIME, Sender, Sent
+from agent.testing.process import eventually
 from agent.wire.keys import load_private
 from scripts import faults
 from scripts.faults import Fault
@@ -27,8 +29,6 @@ from scripts.faults.oracle import Verdict, judge
 from scripts.faults.producer import FIELDS, FIRST_T_US, STEP_US, Ledger, Producer
 from scripts.faults.stamped import Dated, Stamped, Truth
 from scripts.faults.world import DEVICE, TASKS, Setting, World
-from tests.kit.senders import TIME, Sender, Sent
-from tests.kit.system import eventually
 
 ROOT = Path(__file__).parents[2]
 QUICK = (

@@ -17,9 +17,9 @@ import pytest
 
 from agent.config import BrokerConfig
 from agent.errors import LinkDown
+from agent.testing.broker import Mosquitto, free_port
 from agent.transport.mqtt import Link
 from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
-from tests.kit.brokers import Mosquitto, free_port
 
 
 @pytest.fixture

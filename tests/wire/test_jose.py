@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from tests.kit.senders import Sender, Sent, new_key
+from agent.testing.messages import Sender, Sent, new_key
 
 VERIFY = """
 import { flattenedVerify, generalVerify, importJWK } from "jose";

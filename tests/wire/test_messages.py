@@ -14,13 +14,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.errors import MessageRefused
+from agent.testing.messages import Sender, Sent, new_key
 from agent.wire import jws, messages
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_decode
 from agent.wire.messages import MAX_PAYLOAD, AckPayload, HealthPayload, ResultsPayload, VerifiedMessage, verify_message
 from agent.wire.topics import Topic
 from tests.kit.damage import flips
-from tests.kit.senders import Sender, Sent, new_key
 
 VECTORS = Path(__file__).parents[3] / "shared" / "vectors" / "messages.json"
 DEVICE, COLLECTOR = new_key(1), new_key(2)

@@ -29,13 +29,13 @@ from agent.errors import UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import Sender, Sent, new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws, keys
 from agent.wire import key_rotation as wire
 from agent.wire.keys import SigningKey, b64url_encode
 from agent.wire.messages import verify_message
 from tests.kit.operators import DEVICE, FLEET, NOW, Operator
-from tests.kit.senders import Sender, Sent, new_key
 
 TIME = "2026-11-24T22:18:01.000000Z"
 

@@ -16,9 +16,9 @@ from agent.device.commands import wipe
 from agent.device.commands.wipe import Wipe
 from agent.device.recovery.open import acquire_lock
 from agent.errors import UsageError
+from agent.testing.process import outstation
 from agent.wire import keys
 from tests.kit.operators import NOW, Desk
-from tests.kit.system import outstation
 
 
 class Halted:

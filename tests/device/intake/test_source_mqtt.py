@@ -18,11 +18,11 @@ from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.sources.mqtt import MqttSubscriber
 from agent.device.store.store import Store
 from agent.errors import ConfigError, StorageFull
+from agent.testing.broker import Mosquitto
+from agent.testing.process import outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
-from tests.kit.brokers import Mosquitto
 from tests.kit.stations import T0, Station, conf, rows_of, wait_for
-from tests.kit.system import outstation
 
 FIELDS = [
     FieldConfig(name="temperature"),

@@ -16,7 +16,8 @@ from agent.clock import ClockReading
 from agent.device.pipeline import batch, relearn
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
-from tests.kit.system import Device, Fleet, eventually, outstation
+from agent.testing.fleet import Device, Fleet
+from agent.testing.process import eventually, outstation
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 CONFIG = """

@@ -15,8 +15,9 @@ import pytest
 from agent.model.bundle import bundle
 from agent.model.inference import features, inference, runtime
 from agent.model.sandbox import probe
-from tests.kit.bundles import CLASSIFY, KEY, around, model, readings
-from tests.kit.rigged import KINDS, SHIPPED, SNAPS_ABOVE, crashing, exercise, write
+from scripts.kit.bundles import CLASSIFY, KEY, around, model, readings
+from scripts.kit.rigged import KINDS, SHIPPED, SNAPS_ABOVE, exercise, write
+from tests.kit.marks import crashing
 
 needs_schema = pytest.mark.skipif(
     not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"

@@ -14,9 +14,9 @@ from agent.model import activation
 from agent.model.bundle import bundle
 from agent.model.sandbox.subprocess_model import SandboxLimits
 from agent.wire.desired_state import CanaryRules
-from tests.kit.bundles import KEY, Recipe
+from scripts.kit.bundles import KEY, Recipe
+from scripts.kit.rigged import SHIPPED, exercise, write
 from tests.kit.pairs import Pair
-from tests.kit.rigged import SHIPPED, exercise, write
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("ai_edge_litert"), reason="models are rigged with the schema of ai-edge-litert"

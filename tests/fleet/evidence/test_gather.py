@@ -30,9 +30,9 @@ from agent.fleet.evidence.limits import WriteLimits
 from agent.fleet.evidence.page.words import format_duration
 from agent.fleet.evidence.verify.verify import verify
 from agent.performance.metrics import MetricEstimate
-from tests.kit.bundles import resign
+from agent.testing.messages import Sender, new_key
+from scripts.kit.bundles import resign
 from tests.kit.evidences import EXERCISE, Story, activated, alert, at, health, told
-from tests.kit.senders import Sender, new_key
 
 LATER = at(200)
 

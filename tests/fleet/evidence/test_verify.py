@@ -18,9 +18,9 @@ from agent.errors import MessageRefused
 from agent.fleet.evidence import manifest
 from agent.fleet.evidence.limits import READ_LIMITS, ReadLimits
 from agent.fleet.evidence.manifest import EvidenceManifest, FileEntry, ReceivedSpan, TrustedKey
+from agent.testing.messages import Sender, new_key
 from agent.wire import jws
 from tests.kit.received_evidence import OPERATOR, only, problems, resign, verified, write_manifest
-from tests.kit.senders import Sender, new_key
 
 pytest_plugins = ["tests.kit.evidence_fixtures"]
 
@@ -341,7 +341,9 @@ def test_a_bundle_of_another_name_or_without_its_manifest_is_named(folder: Path)
 
 
 def test_what_is_too_much_to_read_is_refused_and_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.fleet.evidence.verify.reader.READ_LIMITS", ReadLimits(document_bytes=100, line_bytes=1000))
+    monkeypatch.setattr(
+        "agent.fleet.evidence.verify.reader.READ_LIMITS", ReadLimits(document_bytes=100, line_bytes=1000)
+    )
     found = [what for _, what in problems(folder)]
     assert any("is larger than 100 bytes, the limit for such a file" in one for one in found)
     assert any("is longer than 1000 bytes; the rest is not read" in one for one in found)

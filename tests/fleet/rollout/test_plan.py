@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from agent.errors import BadBundle, ConfigError
 from agent.fleet.rollout import bundles
 from agent.fleet.rollout.plan import Promotion, RolloutPlan, RolloutStep, read
+from agent.testing.messages import NEWER
 from agent.wire.desired_state import CanaryRules, DesiredBundle
-from tests.kit.senders import NEWER
 
 SHIPPED = Path(__file__).parents[3] / "models" / "exercise"
 FILE = f"""

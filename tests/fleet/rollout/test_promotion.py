@@ -10,8 +10,8 @@ import pytest
 
 from agent import clock
 from agent.fleet.rollout.promotion import StepVerdict
+from agent.testing.messages import MODEL, NEWER, Sender, new_key
 from tests.kit.fleet_rollouts import HOUR_US, NOW_US, Fleet, fleet, plan, promotion
-from tests.kit.senders import MODEL, NEWER, Sender, new_key
 
 ANSWERED = {"windows": 100, "seconds": 0.1, "scores": {"n": 100, "mean": 0.9, "m2": 1.0}}
 

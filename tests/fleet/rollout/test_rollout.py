@@ -13,13 +13,14 @@ from agent.cli.fleet.rollout import build_documents
 from agent.errors import MessageRefused
 from agent.fleet.commands import COUNTER_FILE
 from agent.fleet.keyring import Keyring
+from agent.testing.broker import Mosquitto
+from agent.testing.fleet import Fleet
+from agent.testing.messages import MODEL, NEWER, Sender, Sent, new_key
+from agent.testing.process import Program, eventually, outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws, keys
 from agent.wire.messages import DesiredPayload, verify_message
-from tests.kit.brokers import Mosquitto
-from tests.kit.senders import MODEL, NEWER, Sender, Sent, new_key
-from tests.kit.system import Fleet, Program, eventually, outstation
 
 ALL = "outstation/acme/_all/desired"
 SENDERS = [Sender(f"pi-{i}", new_key(100 + i)) for i in range(4)]

@@ -15,7 +15,7 @@ import pytest
 from agent.errors import MessageRefused
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from tests.kit.senders import MODEL, NEWER, Sender, Sent, new_key
+from agent.testing.messages import MODEL, NEWER, Sender, Sent, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 

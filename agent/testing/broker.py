@@ -1,17 +1,16 @@
-"""A real Mosquitto for tests: on a free loopback port, in its own folder, ended by its process id."""
+"""A real Mosquitto broker on a free loopback port, in its own folder, ended by its process id."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import random
-import shutil
 import socket
 import subprocess
 import time
 from pathlib import Path
 
-import pytest
+from agent.testing.process import find_program
 
 START_WITHIN_S = 60.0
 # Linux gives outgoing connections ports from 32768 on: one of those could take a broker's port while it is down, and a
@@ -30,14 +29,6 @@ def free_port() -> int:
             return port
 
 
-def mosquitto_binary() -> str:
-    """Its path; without it the test is left out, except on CI, where it fails."""
-    path = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if path is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("mosquitto is not installed; see scripts/test")
-    return path
-
-
 class Mosquitto:
     """A broker that can be killed and started again on the same port.
 
@@ -53,7 +44,7 @@ class Mosquitto:
         conf: Path | None = None,
         port: int | None = None,
     ) -> None:
-        self._binary = mosquitto_binary()
+        self._binary = find_program("mosquitto")
         self.folder = folder / "mosquitto"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = port or free_port()

@@ -10,18 +10,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
-from tests.kit.brokers import free_port
+from agent.testing.broker import free_port
+from agent.testing.process import MissingProgram
 
 START_WITHIN_S = 60.0
 # `initdb` and the server refuse root.
 USER = "nobody"
 
 
-def found() -> Path | None:
+def find_binaries() -> Path | None:
     """The folder with initdb and the server, the newest there is."""
     on_path = shutil.which("initdb")
     places = [Path(on_path).resolve().parent] if on_path else []
@@ -29,20 +29,14 @@ def found() -> Path | None:
     return next((one for one in places if (one / "initdb").exists() and (one / "postgres").exists()), None)
 
 
-def binaries() -> Path:
-    """The same; without it the test is left out, except on CI, where it fails."""
-    place = found()
-    if place is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("PostgreSQL is not installed; see scripts/setup system")
-    return place
-
-
 class Postgres:
     """A server with a database for each who asks. `conf` is added to its settings."""
 
     def __init__(self, folder: Path, *, conf: str = "") -> None:
-        self._bin = binaries()
-        pytest.importorskip("psycopg", reason="psycopg is not installed; see scripts/setup")
+        binaries = find_binaries()
+        if binaries is None or find_spec("psycopg") is None:
+            raise MissingProgram("PostgreSQL or psycopg is not installed: scripts/setup system; scripts/setup")
+        self._bin = binaries
         self.folder, self.port = folder, free_port()
         self._as_user = ["setpriv", f"--reuid={USER}", "--clear-groups"] if os.geteuid() == 0 else []
         if self._as_user:
@@ -124,16 +118,3 @@ def running(conf: str = "") -> Iterator[Postgres]:
 
 # Commits that no power cut meets: what the server survives is not tested here.
 QUICK = "fsync = off\nfull_page_writes = off\nshared_buffers = 32MB\nmax_connections = 40\n"
-
-
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[Postgres]:
-    """One for all tests."""
-    with running(QUICK) as server:
-        yield server
-
-
-@pytest.fixture
-def postgres_url(postgres_server: Postgres) -> str:
-    """A new, empty database."""
-    return postgres_server.database()

@@ -1,6 +1,6 @@
-"""Bundles whose models are rigged (tests/models/rig.py): the shipped `exercise` with a trap, as a publisher signs it.
+"""Bundles whose models are rigged (`scripts/kit/rig.py`): the shipped `exercise` with a trap, as a publisher signs it.
 
-    .venv/bin/python -m tests.kit.rigged crash FOLDER [VERSION]      and hang, error, slow, sensitive, mixed_up, good
+    .venv/bin/python -m scripts.kit.rigged crash FOLDER [VERSION]      and hang, error, slow, sensitive, mixed_up, good
 
 They take the fields, windows and labels of `exercise` and pass its golden vectors on this runtime, all but `wrong`.
 """
@@ -8,27 +8,21 @@ They take the fields, windows and labels of `exercise` and pass its golden vecto
 from __future__ import annotations
 
 import hashlib
-import platform
 import sys
 from pathlib import Path
 
 import msgspec
-import pytest
 
 from agent.model.bundle import bundle, golden_vectors, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.golden_vectors import GoldenVectors
 from agent.model.inference import inference
 from agent.wire.keys import SigningKey
-from tests.kit.bundles import KEY
+from scripts.kit.bundles import KEY
 
 SHIPPED = Path(__file__).parents[2] / "models" / "exercise"
 # Scaled, as the model takes it: 7 % of the windows of the held-out recordings have a value beyond it.
 SNAPS_ABOVE = 3.0
-# For tests of a bundle that ends its process; both runtimes look out for all that would do so elsewhere.
-crashing = pytest.mark.skipif(
-    platform.machine() != "x86_64", reason="the crashing model divides by what ends a process on x86-64 only"
-)
 KINDS = ("good", "crash", "hang", "error", "slow", "sensitive", "mixed_up", "wrong")
 
 
@@ -44,7 +38,7 @@ def exercise(
     shipped = bundle.read(SHIPPED, None)
     files = {name: data for name, data in shipped.files.items() if name != "manifest.jws"}
     if kind not in ("good", "mixed_up", "wrong"):
-        from tests.models import rig
+        from scripts.kit import rig
 
         files["model.tflite"] = rig.rigged(shipped.model_bytes, kind, limit, times)
     files["golden.npz"] = golden_vectors.encode(_vectors(shipped, limit, wrong=kind == "wrong"))
@@ -84,7 +78,7 @@ def _signed(
 
 def main() -> None:
     if len(sys.argv) not in (3, 4) or sys.argv[1] not in KINDS:
-        sys.exit(f"usage: python -m tests.kit.rigged {{{'|'.join(KINDS)}}} FOLDER [VERSION]")
+        sys.exit(f"usage: python -m scripts.kit.rigged {{{'|'.join(KINDS)}}} FOLDER [VERSION]")
     version = sys.argv[3] if len(sys.argv) == 4 else "2.0.0"
     print(write(exercise(sys.argv[1], version), Path(sys.argv[2])))
 
