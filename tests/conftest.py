@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from agent.fleet.database.store import FleetStore
 from agent.testing.process import find_program
-from scripts.kit.postgres import QUICK, Postgres, running
+from scripts.kit.postgres import FAST_SETTINGS, PostgresServer, run_server
 from tests.kit.fleet_databases import DATABASES, fresh_in
 
 pytest_plugins = ["agent.testing.fixtures"]
@@ -40,13 +40,13 @@ def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def postgres_server() -> Iterator[Postgres]:
+def postgres_server() -> Iterator[PostgresServer]:
     """One for all tests."""
-    with running(QUICK) as server:
+    with run_server(FAST_SETTINGS) as server:
         yield server
 
 
 @pytest.fixture
-def postgres_url(postgres_server: Postgres) -> str:
+def postgres_url(postgres_server: PostgresServer) -> str:
     """A new, empty database."""
-    return postgres_server.database()
+    return postgres_server.create_database()

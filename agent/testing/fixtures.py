@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.testing.broker import Mosquitto
-from agent.testing.fleet import Fleet
+from agent.testing.broker import MosquittoBroker
+from agent.testing.fleet import LocalFleet
 from agent.testing.lossy_link import LinkConditions, LossyBroker
-from agent.testing.messages import Sender
+from agent.testing.messages import MessageSender
 from agent.testing.process import MissingProgram
 
 
@@ -39,25 +39,25 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
 
 
 @pytest.fixture
-def outstation_broker(tmp_path: Path) -> Iterator[Mosquitto]:
+def outstation_broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
     """Provide a running broker."""
-    with Mosquitto(tmp_path) as broker:
+    with MosquittoBroker(tmp_path) as broker:
         yield broker
 
 
 @pytest.fixture
-def outstation_fleet(tmp_path: Path) -> Iterator[Fleet]:
+def outstation_fleet(tmp_path: Path) -> Iterator[LocalFleet]:
     """Provide a fleet whose broker and collector run; `device(name)` enrols a device daemon."""
-    with Fleet(tmp_path) as fleet:
+    with LocalFleet(tmp_path) as fleet:
         fleet.broker.start()
         fleet.collector.start()
         yield fleet
 
 
 @pytest.fixture
-def outstation_sender() -> Callable[[str], Sender]:
+def outstation_sender() -> Callable[[str], MessageSender]:
     """Provide `sender(name)`: a simulated device that signs a chained log of messages."""
-    return lambda device: Sender(device)
+    return lambda device: MessageSender(device)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 # Long: a busy machine is slow, and a test that passes never waits for it.
-PATIENCE_S = 90.0
+TIMEOUT_S = 90.0
 
 
 class MissingProgram(Exception):
@@ -31,37 +31,37 @@ def find_program(name: str, package: str = "") -> str:
     return path
 
 
-def eventually(what: str, true: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
+def wait_until(description: str, condition: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
     """Wait for it, or fail and say what did not come."""
-    deadline = time.monotonic() + patience_s
-    while not true():
+    deadline = time.monotonic() + timeout_s
+    while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {patience_s:g} s: {what}")
+            raise AssertionError(f"not within {timeout_s:g} s: {description}")
         time.sleep(0.05)
 
 
-def outstation(*arguments: str, within_s: float = PATIENCE_S, **options: Any) -> subprocess.CompletedProcess[str]:
+def run_outstation(*arguments: str, timeout_s: float = TIMEOUT_S, **options: Any) -> subprocess.CompletedProcess[str]:
     """One command, to its end."""
     command = [sys.executable, "-m", "agent", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=within_s, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
 
 
-class Program:
+class OutstationProcess:
     """`outstation …` in a process of its own, with its output in a file."""
 
     def __init__(self, log: Path, *arguments: str) -> None:
         self.log = log
         self._arguments = arguments
         self.launcher: Sequence[str] = ("-m", "agent")
-        self.before: Sequence[str] = ()
+        self.prefix: Sequence[str] = ()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def launch(self, launcher: Sequence[str], before: Sequence[str] = ()) -> None:
+    def set_launcher(self, launcher: Sequence[str], prefix: Sequence[str] = ()) -> None:
         """From the next start on: what Python is given instead of `-m agent`, and what stands before Python."""
-        self.launcher, self.before = launcher, before
+        self.launcher, self.prefix = launcher, prefix
 
     def start(self, **environment: str) -> Self:
-        command = [*self.before, sys.executable, *self.launcher, *self._arguments]
+        command = [*self.prefix, sys.executable, *self.launcher, *self._arguments]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **environment}
@@ -75,22 +75,22 @@ class Program:
             self._process.wait(60)
             self._process = None
 
-    def stop(self, within_s: float = 60.0) -> int:
+    def stop(self, timeout_s: float = 60.0) -> int:
         """SIGTERM; its exit code."""
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
         try:
-            return self._process.wait(within_s)
+            return self._process.wait(timeout_s)
         finally:
             self.kill()
 
-    def wait(self, within_s: float) -> int:
+    def wait(self, timeout_s: float) -> int:
         """Its exit code, once it ends by itself."""
         assert self._process is not None
-        return self._process.wait(within_s)
+        return self._process.wait(timeout_s)
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -98,7 +98,7 @@ class Program:
         assert self._process is not None
         return self._process.pid
 
-    def said(self, text: str) -> bool:
+    def log_contains(self, text: str) -> bool:
         """Whether its output has `text`."""
         return self.log.exists() and text in self.log.read_text(encoding="utf-8", errors="replace")
 
@@ -108,7 +108,7 @@ class NotifySocket:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.heard: list[str] = []
+        self.messages: list[str] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
         self._thread = threading.Thread(target=self._listen)
@@ -122,4 +122,4 @@ class NotifySocket:
 
     def _listen(self) -> None:
         while word := self._socket.recv(4096):
-            self.heard.append(word.decode())
+            self.messages.append(word.decode())

@@ -16,7 +16,7 @@ from pathlib import Path
 from agent.testing.broker import free_port
 from agent.testing.process import MissingProgram
 
-START_WITHIN_S = 60.0
+START_TIMEOUT_S = 60.0
 # `initdb` and the server refuse root.
 USER = "nobody"
 
@@ -29,7 +29,7 @@ def find_binaries() -> Path | None:
     return next((one for one in places if (one / "initdb").exists() and (one / "postgres").exists()), None)
 
 
-class Postgres:
+class PostgresServer:
     """A server with a database for each who asks. `conf` is added to its settings."""
 
     def __init__(self, folder: Path, *, conf: str = "") -> None:
@@ -51,7 +51,7 @@ class Postgres:
         with (self._data / "postgresql.conf").open("a") as file:
             file.write(f"\nlisten_addresses = '127.0.0.1'\nport = {self.port}\nunix_socket_directories = ''\n{conf}\n")
 
-    def start(self) -> Postgres:
+    def start(self) -> PostgresServer:
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*self._as_user, str(self._bin / "postgres"), "-D", str(self._data)],
@@ -59,7 +59,7 @@ class Postgres:
             )  # fmt: skip
         import psycopg
 
-        deadline = time.monotonic() + START_WITHIN_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             with contextlib.suppress(psycopg.OperationalError):
                 psycopg.connect(self._url("postgres")).close()
@@ -76,13 +76,13 @@ class Postgres:
 
     def stop(self) -> None:
         """Ends every connection, and writes what is open."""
-        self._end(signal.SIGINT)
+        self._signal(signal.SIGINT)
 
     def kill(self) -> None:
         """As a power cut would, but for the disk."""
-        self._end(signal.SIGQUIT)
+        self._signal(signal.SIGQUIT)
 
-    def database(self) -> str:
+    def create_database(self) -> str:
         """The URL of a new, empty one."""
         import psycopg
 
@@ -95,7 +95,7 @@ class Postgres:
     def _url(self, name: str) -> str:
         return f"postgresql://fleet@127.0.0.1:{self.port}/{name}"
 
-    def _end(self, number: int) -> None:
+    def _signal(self, number: int) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(number)
@@ -103,13 +103,13 @@ class Postgres:
 
 
 @contextlib.contextmanager
-def running(conf: str = "") -> Iterator[Postgres]:
+def run_server(conf: str = "") -> Iterator[PostgresServer]:
     # Not pytest's own folders, which nobody but root may enter.
     with tempfile.TemporaryDirectory(prefix="pg") as made:
         folder = Path(made) / "cluster"
         Path(made).chmod(0o755)
         folder.mkdir()
-        server = Postgres(folder, conf=conf)
+        server = PostgresServer(folder, conf=conf)
         try:
             yield server.start()
         finally:
@@ -117,4 +117,4 @@ def running(conf: str = "") -> Iterator[Postgres]:
 
 
 # Commits that no power cut meets: what the server survives is not tested here.
-QUICK = "fsync = off\nfull_page_writes = off\nshared_buffers = 32MB\nmax_connections = 40\n"
+FAST_SETTINGS = "fsync = off\nfull_page_writes = off\nshared_buffers = 32MB\nmax_connections = 40\n"

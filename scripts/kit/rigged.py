@@ -22,12 +22,12 @@ from scripts.kit.bundles import KEY
 
 SHIPPED = Path(__file__).parents[2] / "models" / "exercise"
 # Scaled, as the model takes it: 7 % of the windows of the held-out recordings have a value beyond it.
-SNAPS_ABOVE = 3.0
+TRAP_LIMIT = 3.0
 KINDS = ("good", "crash", "hang", "error", "slow", "sensitive", "mixed_up", "wrong")
 
 
-def exercise(
-    kind: str, version: str = "2.0.0", key: SigningKey = KEY, *, limit: float = SNAPS_ABOVE, times: int = 400
+def build_rigged_bundle(
+    kind: str, version: str = "2.0.0", key: SigningKey = KEY, *, limit: float = TRAP_LIMIT, repeats: int = 400
 ) -> dict[str, bytes]:
     """The files of a signed bundle `exercise` of this version.
 
@@ -40,19 +40,19 @@ def exercise(
     if kind not in ("good", "mixed_up", "wrong"):
         from scripts.kit import rig
 
-        files["model.tflite"] = rig.rigged(shipped.model_bytes, kind, limit, times)
-    files["golden.npz"] = golden_vectors.encode(_vectors(shipped, limit, wrong=kind == "wrong"))
-    return _signed(shipped, files, version, key, mixed_up=kind == "mixed_up")
+        files["model.tflite"] = rig.rigged(shipped.model_bytes, kind, limit, repeats)
+    files["golden.npz"] = golden_vectors.encode(_golden_vectors(shipped, limit, wrong=kind == "wrong"))
+    return _sign(shipped, files, version, key, mixed_up=kind == "mixed_up")
 
 
-def write(files: dict[str, bytes], folder: Path) -> Path:
+def write_bundle(files: dict[str, bytes], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
 
 
-def _vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVectors:
+def _golden_vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVectors:
     """Golden vectors among those shipped that spring no trap."""
     found = golden_vectors.decode(shipped.files["golden.npz"])
     # Quantized, a value may come out a step larger.
@@ -62,7 +62,7 @@ def _vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVectors:
     return golden_vectors.from_outputs(calm, expected[:, ::-1] if wrong else expected, model.output_step, found.runtime)
 
 
-def _signed(
+def _sign(
     shipped: Bundle, files: dict[str, bytes], version: str, key: SigningKey, *, mixed_up: bool
 ) -> dict[str, bytes]:
     output = shipped.manifest.output
@@ -80,7 +80,7 @@ def main() -> None:
     if len(sys.argv) not in (3, 4) or sys.argv[1] not in KINDS:
         sys.exit(f"usage: python -m scripts.kit.rigged {{{'|'.join(KINDS)}}} FOLDER [VERSION]")
     version = sys.argv[3] if len(sys.argv) == 4 else "2.0.0"
-    print(write(exercise(sys.argv[1], version), Path(sys.argv[2])))
+    print(write_bundle(build_rigged_bundle(sys.argv[1], version), Path(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,6 @@ def make(name: str, folder: Path, key: SigningKey) -> Path:
     """The folder of the signed bundle `name`."""
     out = folder / name
     if name in RIGGED:
-        return rigged.write(rigged.exercise(name, RIGGED[name], key, times=_TIMES), out)
+        return rigged.write_bundle(rigged.build_rigged_bundle(name, RIGGED[name], key, repeats=_TIMES), out)
     pack.write_bundle(pack.pack(_TRAINED / f"{name}.toml", key), out)
     return out

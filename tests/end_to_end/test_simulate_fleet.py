@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from agent.simulate import disturbances, plan
-from agent.testing.broker import Mosquitto
+from agent.testing.broker import MosquittoBroker
+from agent.testing.process import find_program
 from tests.end_to_end.test_demo import left_over
 
 NAMES = plan.device_names(50)
@@ -54,7 +55,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Of three devices, on a broker that runs already."""
     find_program("mosquitto")
     home = tmp_path_factory.mktemp("fleet")
-    with Mosquitto(home / "broker") as broker:
+    with MosquittoBroker(home / "broker") as broker:
         asked = ("--devices", "3", "--duration", "10", "--worse", "1", "--broker", broker.url, "--json")
         done = simulate(home / "it", *asked)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agent.errors import MessageRefused
-from agent.testing.messages import Sender, Sent, new_key
+from agent.testing.messages import MessageSender, SignedMessage, new_key
 from agent.wire import jws, messages
 from agent.wire.jws import Signer
 from agent.wire.keys import SigningKey, b64url_decode
@@ -40,15 +40,15 @@ def signed(topic: str, payload: bytes | dict[str, Any], key: SigningKey = DEVICE
     return verify_message(topic, data, [jws.sign(key, topic, data)], find)
 
 
-def members(sent: Sent) -> dict[str, Any]:
+def members(sent: SignedMessage) -> dict[str, Any]:
     return dict(json.loads(sent.payload))
 
 
 LOG = "c1ca3d20-b49b-46bd-b015-d5324e989d47"
 
 
-def sender() -> Sender:
-    return Sender(key=DEVICE, log=LOG)
+def sender() -> MessageSender:
+    return MessageSender(key=DEVICE, log=LOG)
 
 
 RESULTS = members(sender().results())
