@@ -40,9 +40,9 @@ def through_client_and_socket() -> Report:
     text = [json.dumps({"stream": "rows", "t": BEGIN_S, **row}) for row in rows]
     with enrolled(FIELDS, "rows") as device, _plain(device.home / "reference.db") as plain:
         # Each round ends with rows that wait for more; by default for a second, in which neither side works.
-        device.configure('[buffer]\ncommit_every = "100 ms"\n')
-        device.up()
-        with Client(device.data / "intake.sock") as client:
+        device.append_config('[buffer]\ncommit_every = "100 ms"\n')
+        device.start_and_wait()
+        with Client(device.data_dir / "intake.sock") as client:
             clock = itertools.count(BEGIN_S)
 
             def columnar() -> int:

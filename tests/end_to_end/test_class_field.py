@@ -18,8 +18,8 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.errors import ConfigError
-from tests.kit.bundles import CLASSIFY, KEY, REGRESS, Recipe, packed
-from tests.kit.senders import new_key
+from agent.testing.messages import new_key
+from scripts.kit.bundles import CLASSIFY, KEY, REGRESS, Recipe, packed
 
 NOW = ClockReading(1_764_022_680_000_000, 100.0, "synced")
 

@@ -21,8 +21,8 @@ from agent.device.store.rows import Rows
 from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
 from agent.errors import UsageError
+from agent.testing.messages import new_key
 from agent.wire import keys
-from tests.kit.senders import new_key
 from tests.kit.stations import T0, conf
 
 NOW = clock.ClockReading(round(T0 * 1e6) + 48 * 3_600_000_000, 1000.0, "synced")

@@ -20,10 +20,10 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import RawColumns, validate_columns
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import MODEL, new_key
 from agent.wire import jws
 from agent.wire.keys import SigningKey
 from agent.wire.messages import VerifiedMessage, verify_message
-from tests.kit.senders import MODEL, new_key
 from tests.kit.stations import conf
 
 TRUE_START_US = 1_795_000_000_000_000

@@ -22,10 +22,10 @@ from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.drift.monitor import DriftMonitor
 from agent.model.activation import LoadedBundle
+from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import ResultsPayload, VerifiedMessage, digest, verify_message
-from tests.kit.bundles import Recipe
-from tests.kit.senders import new_key
+from scripts.kit.bundles import Recipe
 
 DEVICE = new_key(1)
 NOW = ClockReading(1_764_022_680_000_000, 100.0, "synced")

@@ -18,11 +18,11 @@ from agent.device.recovery.open import open_store
 from agent.device.store.command_log import CommandAnswer
 from agent.device.store.message_log import MessageLog
 from agent.errors import MessageRefused
+from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
-from tests.kit.senders import new_key
 
 FLEET, DEVICE = "acme", "pi-07"
 TOPIC = f"outstation/{FLEET}/{DEVICE}/cmd"

@@ -20,7 +20,7 @@ from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.device.store.transaction import OutboxMessage
-from tests.kit.senders import new_key
+from agent.testing.messages import new_key
 
 KEY = new_key(7)
 NUMBERS = StreamConfig(fields=[FieldConfig(name="n", type="i64"), FieldConfig(name="mode", type="category")])

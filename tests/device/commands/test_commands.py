@@ -20,11 +20,11 @@ from agent.device.store.message_log import MessageLog
 from agent.device.store.transaction import Transaction
 from agent.device.uplink.refusals import CLEAR_AFTER_S, COMMANDS, Refusals
 from agent.errors import MessageRefused, StorageFull
+from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
 from agent.wire.commands import CLOCK_DEPENDENT, MAX_COMMAND_BYTES
 from tests.kit.operators import DEVICE, FLEET, MINUTE_US, NOW, TOPIC, Desk, Operator
-from tests.kit.senders import new_key
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from agent.device.store.quota import PAGE_SIZE
 from agent.device.store.rows import RawColumns
 from agent.device.store.store import Store
 from agent.errors import StorageError, UsageError
-from tests.kit.brokers import free_port
+from agent.testing.broker import free_port
 from tests.kit.stations import T0, Killable, Line, Station, conf, rows_of, wait_for
 
 ROW = {"stream": "watch", "ax": 0.1, "ay": 0.2}

@@ -19,11 +19,11 @@ from agent.device.intake.sources.mqtt import MqttSubscriber
 from agent.device.recovery.open import open_store
 from agent.device.store.store import Store
 from agent.errors import ConfigError, StorageFull
+from agent.testing.broker import MosquittoBroker
+from agent.testing.process import run_outstation
 from agent.transport.mqtt import Link
 from agent.transport.packets import OutgoingMessage, PublishReceipt
-from tests.kit.brokers import Mosquitto
 from tests.kit.stations import T0, Station, conf, rows_of, wait_for
-from tests.kit.system import outstation
 
 FIELDS = [
     FieldConfig(name="temperature"),
@@ -34,15 +34,15 @@ PATHS = {"temperature": "$.data.temp", "humidity": "$.data['rel. humidity']", "r
 
 
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[Mosquitto]:
-    with Mosquitto(tmp_path, persistence=True) as running:
+def broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
+    with MosquittoBroker(tmp_path, persistence=True) as running:
         yield running
 
 
 class Site:
     """A device with the source, beside a broker. `publish` returns once the broker has it."""
 
-    def __init__(self, folder: Path, broker: Mosquitto, stream: StreamConfig, commit_every_s: float) -> None:
+    def __init__(self, folder: Path, broker: MosquittoBroker, stream: StreamConfig, commit_every_s: float) -> None:
         self.folder, self.broker, self.stream, self.commit_every_s = folder, broker, stream, commit_every_s
 
     def start(self) -> Station:
@@ -74,7 +74,7 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, broker: Mosquitto) -> Callable[..., Site]:
+def site(tmp_path: Path, broker: MosquittoBroker) -> Callable[..., Site]:
     def make(
         fields: list[FieldConfig] = FIELDS, folder: Path = tmp_path, commit_every_s: float = 0.02, **source: Any
     ) -> Site:
@@ -204,7 +204,7 @@ def test_a_message_is_confirmed_only_after_its_commit(
 
 
 def test_a_broker_that_is_killed_again_and_again_costs_no_row_and_doubles_none(
-    site: Callable[..., Site], broker: Mosquitto
+    site: Callable[..., Site], broker: MosquittoBroker
 ) -> None:
     here = site()
     with here.start() as station:
@@ -277,7 +277,7 @@ def test_what_a_stop_commits_is_confirmed_and_does_not_come_again(site: Callable
     assert here.stored() == [1.0, 2.0, 3.0]
 
 
-def test_without_a_broker_the_intake_works_and_ends_in_time(site: Callable[..., Site], broker: Mosquitto) -> None:
+def test_without_a_broker_the_intake_works_and_ends_in_time(site: Callable[..., Site], broker: MosquittoBroker) -> None:
     here = site()
     broker.kill()
     began = time.monotonic()
@@ -332,7 +332,7 @@ def test_the_config_names_the_source_and_check_tells_where_it_listens(tmp_path: 
     [source] = device.build_sources(file, made, store)
     store.close()
     assert isinstance(source, MqttSubscriber)
-    findings = json.loads(outstation("check", "-c", str(file), "--json").stdout)
+    findings = json.loads(run_outstation("check", "-c", str(file), "--json").stdout)
     assert {"name": "stream room", "state": "ok", "detail": "site/+/climate at mqtt://127.0.0.1:1883"}.items() <= next(
         one for one in findings if "room" in one["name"]
     ).items()

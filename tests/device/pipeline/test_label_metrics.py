@@ -32,10 +32,10 @@ from agent.model.activation import LoadedBundle
 from agent.performance import degradation
 from agent.performance import labels as truth
 from agent.performance.labels import LabelSchema
+from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import AlertPayload, QualityPayload, ResultsPayload, verify_message
-from tests.kit.bundles import CLASSIFY, EACH, KEY, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, packed
-from tests.kit.senders import new_key
+from scripts.kit.bundles import CLASSIFY, EACH, KEY, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, packed
 
 DEVICE = new_key(1)
 T0 = 1_764_000_000_000_000

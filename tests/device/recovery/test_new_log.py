@@ -25,10 +25,10 @@ from agent.fleet.audit.audit import audit
 from agent.fleet.collector.acknowledger import Acknowledger
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire.jws import Signer
 from agent.wire.messages import verify_message
-from tests.kit.senders import new_key
 from tests.kit.stores import KEY, TASKS, alarms, append, opened, said, say
 
 NOW = "2026-11-24T22:20:00.000000Z"

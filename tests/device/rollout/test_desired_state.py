@@ -17,13 +17,13 @@ from agent.device.rollout.desired_state import DesiredStateStore
 from agent.device.store.message_log import MessageLog
 from agent.device.uplink.uplink import Uplink
 from agent.errors import MessageRefused, StorageFull
+from agent.testing.messages import new_key
 from agent.transport.packets import IncomingMessage
 from agent.wire import jws
 from agent.wire.desired_state import MAX_DESIRED_BYTES
 from agent.wire.keys import SigningKey
 from agent.wire.messages import encode
 from tests.kit.operators import DEVICE, FLEET, NOW
-from tests.kit.senders import new_key
 from tests.kit.stations import conf
 
 OPERATOR, SECOND, FOREIGN = new_key(77), new_key(78), new_key(79)

@@ -22,9 +22,9 @@ from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.device.store.space import SpaceManager
 from agent.device.store.store import Store
+from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import AlertPayload, AuditPayload, LoggedPayload, VerifiedMessage, verify_message
-from tests.kit.senders import new_key
 from tests.kit.stations import WATCH
 
 KEY = new_key(1)
