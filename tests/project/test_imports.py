@@ -31,7 +31,7 @@ FLOORS = {
     "strict_json": 1,
     "text": 1,
     "toml_files": 1,
-    "durable_files": 2,
+    "durable_files": 1,
     "config": 2,
     "wire": 3,
     "render": 3,
@@ -82,29 +82,18 @@ FOLDER_CYCLES: set[str] = {
     "agent.cli.device",
     "agent.device.bundles",
     "agent.device.commands",
-    "agent.device.intake",
-    "agent.device.machine",
     "agent.device.pipeline",
-    "agent.device.recovery",
     "agent.device.rollout",
-    "agent.device.rollout.fetch",
-    "agent.device.store",
     "agent.drift.baseline",
     "agent.drift.detectors",
     "agent.fleet",
     "agent.fleet.collector",
-    "agent.fleet.evidence",
-    "agent.fleet.evidence.gather",
-    "agent.fleet.evidence.page",
-    "agent.performance",
 }
 CLIMBING: set[str] = {
     "agent.arrays",
     "agent.bootstrap.commands",
-    "agent.durable_files",
 }
 CROWDED: set[str] = {
-    "agent/device/store",
     "agent/evaluation",
 }
 # Library → the only modules that import it.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import asdict
 
+from agent import durable_files
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import overrides, rollout_state
@@ -26,7 +26,6 @@ from agent.device.store.transaction import Transaction
 from agent.errors import BadBundle, StorageFull
 from agent.model.bundle import builtin, bundle
 from agent.model.bundle.bundle import Bundle
-from agent.wire.keys import write_new
 
 log = logging.getLogger("outstation")
 
@@ -108,10 +107,9 @@ def store_copy(loaded: Bundle, data_dir: Path) -> bool:
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir()
         for name, data in loaded.files.items():
-            write_new(half / name, data, 0o644)
-        sync_folder(half)
-        half.rename(target)
-        sync_folder(target.parent)
+            durable_files.write_new(half / name, data, 0o644)
+        durable_files.fsync(half)
+        durable_files.rename(half, target)
     except OSError as error:
         log.error(
             "%s: bundle %s cannot be kept for a rollback: %s", target.parent, loaded.manifest.name, error.strerror
@@ -211,12 +209,3 @@ def configured_digest(name: str, data_dir: Path) -> str:
 def make_override(target: BundleRef, configured: str, rollout: str = "") -> BundleOverride | None:
     """What to keep so that `this` runs from now on; nothing where it is the configured one."""
     return None if target.digest == configured else BundleOverride(target.digest, configured, rollout)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

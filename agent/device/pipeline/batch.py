@@ -22,7 +22,7 @@ from agent.device.pipeline.deadline import Deadline
 from agent.device.pipeline.drift_state import ClosingMessages
 from agent.device.store.clock_segments import ClockStamp, clip_stamps
 from agent.device.store.cost import CostMeter
-from agent.device.store.given import StoredPredictions
+from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import EMPTY_ROWS, Rows, concatenate
 from agent.device.store.store import RowBatch, Store

@@ -20,7 +20,7 @@ from agent.device.pipeline.batch import LoadedTask
 from agent.device.rollout import outcomes, shadow_windows
 from agent.device.rollout.shadow_windows import AlignedWindows
 from agent.device.store import labels as labelled
-from agent.device.store.given import StoredPredictions
+from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import RowBatch, Store
 from agent.drift.baseline.reference import Reference

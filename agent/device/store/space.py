@@ -21,12 +21,11 @@ from typing import Any
 from agent.alerts import STORE_FULL, Alert
 from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.store import forecast, ranges, retention
+from agent.device.store import ranges, retention
 from agent.device.store.eviction import EVENT, NO_ROOM, declare_messages, declare_readings
-from agent.device.store.forecast import Growth
 from agent.device.store.labels import label_capacity, shadow_key
 from agent.device.store.message_log import MessageLog
-from agent.device.store.retention import uptime_s
+from agent.device.store.retention import Growth, uptime_s
 from agent.device.store.rows import row_bytes
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction, TrimmedChunks
@@ -73,7 +72,7 @@ class SpaceManager:
             run_early,
             stuck,
         )
-        self._growth = Growth.from_json(store.get_meta(forecast.GROWTH, ""))
+        self._growth = Growth.from_json(store.get_meta(retention.GROWTH, ""))
         self._next_early_run_s = float("-inf")
         self._last_acknowledgement: tuple[str, float] | None = None
         self._evicted_at: float | None = None
@@ -236,7 +235,7 @@ class SpaceManager:
         at_s = uptime_s(self._store.get_meta(retention.UPTIME, ""), self._store.boot, now)
         if self._growth.add_sample(at_s, self.undelivered_bytes()):
             with self._store.transaction(vital=True) as tx:
-                tx.set_meta(forecast.GROWTH, self._growth.to_json())
+                tx.set_meta(retention.GROWTH, self._growth.to_json())
                 tx.set_meta(retention.UPTIME, retention.uptime_json(self._store.boot, now, at_s))
 
     def undelivered_bytes(self) -> int:
@@ -280,7 +279,7 @@ class SpaceManager:
 
 def hours_until_eviction(store: Store, limit: int) -> float | None:
     """Hours until something undelivered would have to go; None where that is not in sight, or not known yet."""
-    return Growth.from_json(store.get_meta(forecast.GROWTH, "")).hours_until(round(limit * EVICTION_START))
+    return Growth.from_json(store.get_meta(retention.GROWTH, "")).hours_until(round(limit * EVICTION_START))
 
 
 def _is_protected(tx: Transaction, seq: int) -> bool:

@@ -11,11 +11,10 @@ import msgspec
 
 from agent.clock import ClockReading
 from agent.device.store import meta, retention, schema
-from agent.device.store.checked import decode_message_row, message_crc
 from agent.device.store.clock_segments import PRODUCER_TIME, QUALITIES, ClockSegments
 from agent.device.store.command_log import CommandLog
 from agent.device.store.labels import LabelStore
-from agent.device.store.outbox import Outbox
+from agent.device.store.outbox import Outbox, decode_message_row, message_crc
 from agent.device.store.quota import PAGE_SIZE, Budget
 from agent.device.store.rows import Rows, pack_chunk
 from agent.device.store.watermark import TransactionProgress

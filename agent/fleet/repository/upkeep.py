@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from agent.alerts import REPOSITORY_EXPIRY
 import msgspec
 
+from agent.alerts import REPOSITORY_EXPIRY
 from agent.errors import StorageError
 from agent.fleet.database.projection import repository_alert_row
 from agent.fleet.database.store import FleetStore

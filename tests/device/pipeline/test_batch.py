@@ -28,7 +28,7 @@ from agent.model.bundle.manifest import WindowSpec
 from agent.model.inference import features, scores
 from agent.model.inference.tuning import Tuning
 from agent.wire.messages import AlertPayload, AuditPayload, DriftPayload, ResultsPayload, VerifiedMessage
-from tests.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, WINDOW, Recipe, packed
+from scripts.kit.bundles import ANOMALY, CLASSIFY, KEY, REGRESS, WINDOW, Recipe, packed
 from tests.kit.devices import STEP_US, T0, Device, columns, tiles
 
 Floats = NDArray[np.float32]

@@ -18,9 +18,9 @@ from agent.clock import ClockReading
 from agent.device.intake import labels
 from agent.device.pipeline import batch, label_metrics, measured
 from agent.device.pipeline.batch import LoadedTask
+from agent.device.recovery.open import open_store
 from agent.device.store import labels as labelled
-from agent.device.store.given import StoredPredictions
-from agent.device.store.labels import LabelStore
+from agent.device.store.labels import LabelStore, StoredPredictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
@@ -32,10 +32,10 @@ from agent.model.activation import LoadedBundle
 from agent.performance import degradation
 from agent.performance import labels as truth
 from agent.performance.labels import LabelSchema
+from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import AlertPayload, QualityPayload, ResultsPayload, verify_message
-from tests.kit.bundles import CLASSIFY, EACH, KEY, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, packed
-from tests.kit.senders import new_key
+from scripts.kit.bundles import CLASSIFY, EACH, KEY, LABELS, REGRESS, SEVERAL, VECTORS, Recipe, packed
 
 DEVICE = new_key(1)
 T0 = 1_764_000_000_000_000
@@ -71,7 +71,7 @@ class Device:
     def __post_init__(self) -> None:
         fields = [config.FieldConfig(name=name) for name in self.recipe.fields]
         self.stream = config.StreamConfig(fields=[*fields, config.FieldConfig(name="site", type="category")])
-        self.store = Store(self.folder)
+        self.store = open_store(self.folder)
         self.store.declare_streams({"watch": self.stream})
         manifest, reference = self.active.bundle.manifest, self.active.reference
         assert reference is not None
@@ -549,7 +549,7 @@ def test_a_stop_between_a_label_that_is_put_right_and_its_message_loses_and_doub
         cut.turn()
     monkeypatch.undo()
     cut.store.close()
-    cut.store = Store(cut.folder)
+    cut.store = open_store(cut.folder)
     assert len(cut.sent(QualityPayload)) == sent
     for device in (cut, whole):
         device.turn()

@@ -24,8 +24,8 @@ from agent.device.store.message_log import MessageLog
 from agent.drift.baseline.reference import Reference
 from agent.errors import StorageFull
 from agent.model.sandbox import probe
-from tests.kit.bundles import Floats
-from tests.kit.rigged import crashing
+from scripts.kit.bundles import Floats
+from tests.kit.marks import crashing
 from tests.kit.rollouts import HOUR_S, Site, bundles_in, tiles
 
 NUMBERS = itertools.count()
