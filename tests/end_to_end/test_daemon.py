@@ -16,6 +16,7 @@ from agent.config import Config
 from agent.device.daemon import Daemon
 from agent.device.pipeline import batch
 from agent.device.recovery.open import open_store
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import Rows
 from agent.device.store.space import SpaceManager
@@ -117,7 +118,7 @@ def test_a_nightly_run_that_was_missed_while_the_agent_was_off_is_due_at_the_nex
     ((fresh,), _) = device.load_scheduled_tasks(file, conf, store)
     assert not fresh.schedule.is_due(NOW, 0)
     with store.transaction() as tx:
-        tx.save_state("exercise", "last run", str(NOW.wall_us - 30 * 3_600_000_000).encode())
+        tx.save_state("exercise", task_keys.LAST_RUN, str(NOW.wall_us - 30 * 3_600_000_000).encode())
     ((late,), _) = device.load_scheduled_tasks(file, conf, store)
     assert late.schedule.is_due(NOW, 0)
     late.schedule.record_run(NOW)

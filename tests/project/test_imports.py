@@ -80,9 +80,7 @@ FILE_CYCLES: set[str] = {
 FOLDER_CYCLES: set[str] = {
     "agent.bootstrap",
     "agent.cli.device",
-    "agent.device.bundles",
     "agent.device.commands",
-    "agent.device.pipeline",
     "agent.device.rollout",
     "agent.drift.baseline",
     "agent.drift.detectors",

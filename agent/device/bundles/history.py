@@ -20,6 +20,7 @@ from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import overrides, rollout_state
 from agent.device.bundles.overrides import BundleOverride
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction
@@ -29,7 +30,6 @@ from agent.model.bundle.bundle import Bundle
 
 log = logging.getLogger("outstation")
 
-ACTIVE_BUNDLE = "active bundle"
 _MAX_LABEL_BYTES = 8_000
 _PARTIAL_SUFFIX = ".half"
 
@@ -53,7 +53,7 @@ class BundleHistory(msgspec.Struct, frozen=True):
 
 
 def load_history(store: Store, task: str) -> BundleHistory | None:
-    kept = store.load_state(task, ACTIVE_BUNDLE)
+    kept = store.load_state(task, task_keys.BUNDLE_HISTORY)
     return None if kept is None else from_json(kept)
 
 
@@ -165,14 +165,14 @@ def record_activation(
 
 def _save_history(tx: Transaction, task: str, current: BundleRef, previous: BundleRef | None) -> dict[str, Any]:
     kept = {"now": asdict(current), "before": asdict(previous) if previous else None}
-    tx.save_state(task, ACTIVE_BUNDLE, json.dumps(kept).encode())
+    tx.save_state(task, task_keys.BUNDLE_HISTORY, json.dumps(kept).encode())
     return kept
 
 
 def restore(tx: Transaction, task: str, past: BundleHistory | None) -> None:
     """That this ran, and not what was recorded since: a bundle that did not prove itself is none to go back to."""
     if past is None:
-        tx.delete_state(task, ACTIVE_BUNDLE)
+        tx.delete_state(task, task_keys.BUNDLE_HISTORY)
     else:
         _save_history(tx, task, past.current, past.previous)
 

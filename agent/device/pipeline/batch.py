@@ -16,10 +16,10 @@ from agent import __version__, clock, config
 from agent.alerts import DAMAGED_ROWS
 from agent.clock import ClockReading
 from agent.config import StreamConfig
-from agent.device.bundles import overrides
 from agent.device.pipeline import columns, drift_state, learned
 from agent.device.pipeline.deadline import Deadline
 from agent.device.pipeline.drift_state import ClosingMessages
+from agent.device.store import task_keys
 from agent.device.store.clock_segments import ClockStamp, clip_stamps
 from agent.device.store.cost import CostMeter
 from agent.device.store.labels import StoredPredictions
@@ -220,7 +220,7 @@ def _run_once(
         tx.increment_counter(f"windows.{task.name}", len(cut.starts))
         task.cost_meter.write_counters(tx)
         if task.is_crash_suspect:
-            tx.delete_state(task.name, overrides.CRASHES)
+            tx.delete_state(task.name, task_keys.CRASH_COUNT)
         if task.batch_observer is not None:
             task.batch_observer.save_progress(tx)
     task.cost_meter.confirm_written()

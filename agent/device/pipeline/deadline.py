@@ -15,13 +15,14 @@ from typing import Any
 from agent import clock
 from agent.alerts import DEADLINE_MISSED, Alert
 from agent.clock import ClockReading
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.errors import StorageBusy, StorageFull
 
 log = logging.getLogger("outstation")
 
-LATE, LAST_LATE = "late.", "last late"
+LATE = "late."
 # Of the deadline: the next batch may be slower by the rest of it.
 _SAFETY_FACTOR = 0.8
 # More than any batch has.
@@ -63,7 +64,7 @@ class Deadline:
                 if late:
                     tx.increment_counter(LATE + self._task, 1)
                     last = {"seconds": round(seconds, 3), "windows": windows, "time": clock.to_rfc3339(now.wall_us)}
-                    tx.save_state(self._task, LAST_LATE, json.dumps(last).encode())
+                    tx.save_state(self._task, task_keys.LATE_BATCH, json.dumps(last).encode())
                 if alert is not None:
                     message_log.append(tx, "alerts", self._task, alert.to_body(self._task), now)
         except (StorageFull, StorageBusy) as problem:
@@ -108,6 +109,6 @@ def to_status(store: Store, counters: Mapping[str, int], task: str, seconds: flo
     """
     if seconds is None:
         return {}
-    found = store.load_state(task, LAST_LATE)
+    found = store.load_state(task, task_keys.LATE_BATCH)
     late = counters.get(LATE + task, 0)
     return {"deadline": {"seconds": float(seconds), "late": late, "last": json.loads(found) if found else None}}

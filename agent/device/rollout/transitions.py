@@ -11,8 +11,9 @@ from agent.device.bundles import overrides, quarantine
 from agent.device.bundles import rollout_state as standings
 from agent.device.bundles.history import BundleHistory, BundleRef
 from agent.device.bundles.rollout_state import HoldOff, Phase, RolloutState
-from agent.device.rollout import saved_drift, shadow
+from agent.device.rollout import saved_drift
 from agent.device.rollout.state_machine import compute_hold_off
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.store.transaction import Transaction
 from agent.model.bundle.bundle import Bundle
@@ -40,7 +41,7 @@ def record(
     standings.save_state(tx, task, new)
     if old is None or old.phase != new.phase:
         # From here on another pair of bundles is compared, or none.
-        tx.delete_state(task, shadow.STATE_NAME)
+        tx.delete_state(task, task_keys.SHADOW_STATE)
     if old is not None and old.audit_key == new.audit_key:
         return None
     at_s = tx.uptime_s(now)

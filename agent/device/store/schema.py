@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 
-from agent.device.store import meta, outbox
+from agent.device.store import meta, outbox, task_keys
 
 _FIRST_TABLES = (
     # log, boot, boot_id, seq, digest, time floor.
@@ -191,9 +191,8 @@ PRUNE_SOURCE_POSITIONS = """
 # Kinds of alerts that are kept while they are open, in `state` under this and their id. The others, such as a row that
 # cannot be read, are never cleared.
 OPEN_ALERT_KINDS = ("drift", "fault", "model", "quality")
-OPEN_ALERT_PREFIX = "open alert "
 SELECT_OPEN_ALERTS = (
-    f"SELECT CAST(value AS BLOB) FROM state WHERE task = ? AND substr(name, 1, {len(OPEN_ALERT_PREFIX)}) = ?"
+    f"SELECT CAST(value AS BLOB) FROM state WHERE task = ? AND substr(name, 1, {len(task_keys.OPEN_ALERT_PREFIX)}) = ?"
 )
 
 SELECT_OLD_ALERTS = """

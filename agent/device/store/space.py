@@ -21,7 +21,7 @@ from typing import Any
 from agent.alerts import STORE_FULL, Alert
 from agent.clock import ClockReading
 from agent.config import Config
-from agent.device.store import ranges, retention
+from agent.device.store import ranges, retention, task_keys
 from agent.device.store.eviction import EVENT, NO_ROOM, declare_messages, declare_readings
 from agent.device.store.labels import label_capacity, shadow_key
 from agent.device.store.message_log import MessageLog
@@ -45,7 +45,6 @@ _MESSAGE_LIMIT = 500
 _UNLIMITED = 2**63 - 1
 # The alert is over when what cannot go has fallen well below where eviction stops, and stayed out of it for a while.
 _CLEAR_SHARE, _CLEAR_AFTER_S = 0.35, 600.0
-_ALERT_STATE = "storage alert"
 # Pages are not full: messages of 0.3 to 9 kB took 1.02 to 1.63 times their bytes.
 _PAGE_OVERHEAD = 1.25
 
@@ -251,8 +250,8 @@ class SpaceManager:
     # --- the alert ---
 
     def _raise_alert(self, tx: Transaction, now: ClockReading) -> None:
-        if self._store.load_state("", _ALERT_STATE) is None:
-            tx.save_state("", _ALERT_STATE, b"raised")
+        if self._store.load_state("", task_keys.STORAGE_ALERT) is None:
+            tx.save_state("", task_keys.STORAGE_ALERT, b"raised")
             summary = (
                 "The store is full and nothing can be delivered or used: the least important goes, each eviction is "
                 "declared. Restore the connection or the task that does not run, or raise [buffer] max_size."
@@ -260,12 +259,12 @@ class SpaceManager:
             self._write_alert(tx, now, STORE_FULL.raised(summary, self._alert_evidence()))
 
     def _clear_alert(self, now: ClockReading) -> None:
-        if self._store.load_state("", _ALERT_STATE) is None:
+        if self._store.load_state("", task_keys.STORAGE_ALERT) is None:
             return
         recently = self._evicted_at is not None and now.boot_s < self._evicted_at + _CLEAR_AFTER_S
         if not recently and self.undelivered_bytes() < self._store.limit_bytes() * _CLEAR_SHARE:
             with self._store.transaction(vital=True) as tx:
-                tx.delete_state("", _ALERT_STATE)
+                tx.delete_state("", task_keys.STORAGE_ALERT)
                 summary = "The store has room again; nothing has to go."
                 self._write_alert(tx, now, STORE_FULL.cleared(summary, self._alert_evidence()))
 

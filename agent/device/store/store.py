@@ -19,7 +19,7 @@ import msgspec
 
 from agent import clock
 from agent.config import FieldConfig, StreamConfig
-from agent.device.store import meta, retention, schema, watermark
+from agent.device.store import meta, retention, schema, task_keys, watermark
 from agent.device.store.clock_segments import ClockStamp, merge_stamps
 from agent.device.store.outbox import MESSAGE_COLUMNS, Backlog, unacknowledged_ranges
 from agent.device.store.quota import PAGE_SIZE, Quota, QuotaEnforcer
@@ -307,7 +307,7 @@ class Store:
 
     def open_alerts(self, task: str) -> list[dict[str, Any]]:
         """Those about the task's data, model and quality that were raised and not cleared, as they came."""
-        found = self._fetch_all(schema.SELECT_OPEN_ALERTS, task, schema.OPEN_ALERT_PREFIX)
+        found = self._fetch_all(schema.SELECT_OPEN_ALERTS, task, task_keys.OPEN_ALERT_PREFIX)
         return sorted((json.loads(row[0]) for row in found), key=lambda alert: str(alert["time"]))
 
     def query(self, query: Callable[..., T], *values: Any) -> T:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from agent.device.recovery.open import open_store
 from agent.device.rollout.desired_state import DesiredStateStore
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
 from agent.device.uplink.uplink import Uplink
 from agent.errors import MessageRefused, StorageFull
@@ -239,7 +240,7 @@ def test_what_is_kept_and_damaged_counts_as_nothing_and_comes_again(desk: Desk) 
     delivery = signed(OWN, {"sort": wanted("2")})
     desk.take(delivery)
     with desk.store.transaction() as tx:
-        tx.save_state("", f"desired {OWN}", b"\xc1 broken")
+        tx.save_state("", task_keys.DESIRED_STATE_PREFIX + OWN, b"\xc1 broken")
     desk.crash()
     assert desk.version() is None
     desk.take(delivery)
