@@ -99,13 +99,8 @@ class HealthReporter:
             if reason:
                 tx.save_state(task, task_keys.BUNDLE_ALERT, reason.encode())
             else:
-<<<<<<< HEAD
-                tx.delete_state(task, _BUNDLE_ALERT_NAME)
-            self._message_log.append(tx, "alerts", task, alert.to_body(task), self._now())
-=======
                 tx.delete_state(task, task_keys.BUNDLE_ALERT)
-            self._message_log.append(tx, "alerts", task, body, self._now())
->>>>>>> main
+            self._message_log.append(tx, "alerts", task, alert.to_body(task), self._now())
 
         self._run_in_transaction(write)
 

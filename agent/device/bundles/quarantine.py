@@ -87,15 +87,9 @@ def release_reconfigured(conf: Config, store: Store, message_log: MessageLog, no
 def release(tx: Transaction, message_log: MessageLog, task: str, now: ClockReading) -> None:
     """Nothing is set aside for `task` any more, and its crashes are forgotten."""
     overrides.save_quarantined(tx, task, {})
-<<<<<<< HEAD
-    tx.delete_state(task, overrides.CRASHES)
+    tx.delete_state(task, task_keys.CRASH_COUNT)
     alert = QUARANTINED.cleared(f"{task}: no bundle is set aside any more.", task=task)
     message_log.append(tx, "alerts", task, alert.to_body(task), now)
-=======
-    tx.delete_state(task, task_keys.CRASH_COUNT)
-    body = _alert_body(task, "cleared", "info", f"{task}: no bundle is set aside any more.", {})
-    message_log.append(tx, "alerts", task, body, now)
->>>>>>> main
 
 
 def is_suspected(store: Store, task: str, digest: str) -> bool:

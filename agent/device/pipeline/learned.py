@@ -12,12 +12,6 @@ from agent.device.store.transaction import Transaction
 from agent.drift.baseline.reference import Reference
 from agent.drift.state import DriftWindowResult
 
-<<<<<<< HEAD
-# Number of the open alert that learning was refused.
-REFUSED_ALERT_NAME = "learning refused"
-=======
-# The id of the open alert that learning was refused.
->>>>>>> main
 
 
 def report_learning(
@@ -43,34 +37,19 @@ def _report_learned(
         summary += f" Warning: {reference.warning}."
         evidence["warning"] = reference.warning
     message_log.append(tx, "audit", None, {"event": "learned", "summary": summary, "evidence": evidence}, now)
-<<<<<<< HEAD
-    if (number := tx.load_state(task, REFUSED_ALERT_NAME)) is not None:
+    if (number := tx.load_state(task, task_keys.LEARNING_REFUSED_ALERT)) is not None:
         text = f"{task}: this site's reference is learned, and drift is told against it."
         alert = LEARNING_REFUSED.cleared(text, count=number.decode())
         message_log.append(tx, "alerts", task, alert.to_body(task), now)
-        tx.delete_state(task, REFUSED_ALERT_NAME)
-
-
-def _report_refused(task: str, message_log: MessageLog, tx: Transaction, reason: str, now: ClockReading) -> None:
-    number = tx.load_state(task, REFUSED_ALERT_NAME)
-    if number is None:
-        tx.increment_counter(f"learning refused.{task}", 1)
-        number = str(tx.counter(f"learning refused.{task}")).encode()
-        tx.save_state(task, REFUSED_ALERT_NAME, number)
-=======
-    if (identity := tx.load_state(task, task_keys.LEARNING_REFUSED_ALERT)) is not None:
-        text = f"{task}: this site's reference is learned, and drift is told against it."
-        message_log.append(tx, "alerts", task, _build_alert("cleared", identity.decode(), text), now)
         tx.delete_state(task, task_keys.LEARNING_REFUSED_ALERT)
 
 
 def _report_refused(task: str, message_log: MessageLog, tx: Transaction, reason: str, now: ClockReading) -> None:
-    identity = tx.load_state(task, task_keys.LEARNING_REFUSED_ALERT)
-    if identity is None:
+    number = tx.load_state(task, task_keys.LEARNING_REFUSED_ALERT)
+    if number is None:
         tx.increment_counter(f"learning refused.{task}", 1)
-        identity = f"{task}/reference/model/{tx.counter(f'learning refused.{task}')}".encode()
-        tx.save_state(task, task_keys.LEARNING_REFUSED_ALERT, identity)
->>>>>>> main
+        number = str(tx.counter(f"learning refused.{task}")).encode()
+        tx.save_state(task, task_keys.LEARNING_REFUSED_ALERT, number)
     text = f"{task}: no reference of this site yet, so that drift is not told: {reason}."
     alert = LEARNING_REFUSED.raised(text, count=number.decode())
     message_log.append(tx, "alerts", task, alert.to_body(task), now)
