@@ -13,7 +13,6 @@ from agent.drift.baseline.reference import Reference
 from agent.drift.state import DriftWindowResult
 
 
-
 def report_learning(
     task: str, message_log: MessageLog, tx: Transaction, verdict: DriftWindowResult, now: ClockReading
 ) -> None:
