@@ -78,10 +78,6 @@ FILE_CYCLES: set[str] = {
     "agent.model.inference.runtime",
 }
 FOLDER_CYCLES: set[str] = {
-    "agent.bootstrap",
-    "agent.cli.device",
-    "agent.device.commands",
-    "agent.device.rollout",
     "agent.drift.baseline",
     "agent.drift.detectors",
     "agent.fleet",
@@ -89,7 +85,6 @@ FOLDER_CYCLES: set[str] = {
 }
 CLIMBING: set[str] = {
     "agent.arrays",
-    "agent.bootstrap.commands",
 }
 CROWDED: set[str] = {
     "agent/evaluation",
