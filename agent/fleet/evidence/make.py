@@ -12,6 +12,7 @@ import msgspec
 
 from agent import __version__
 from agent.evaluation.document import Evaluation
+from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence import frameworks, manifest
@@ -19,7 +20,6 @@ from agent.fleet.evidence import sbom as software
 from agent.fleet.evidence.contents import Incident, SignedMessage
 from agent.fleet.evidence.folder import FolderWriter
 from agent.fleet.evidence.gather import bundles, trusted_keys
-from agent.fleet.evidence.gather.database import EvidenceQueries
 from agent.fleet.evidence.gather.gather import EvidenceFacts, MessageVerifier, gather
 from agent.fleet.evidence.limits import WRITE_LIMITS
 from agent.fleet.evidence.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from agent.errors import StorageError
-from agent.fleet.database.projection import REPOSITORY_ALERT, repository_alert_row
+from agent.fleet.database.alerts import REPOSITORY_ALERT, repository_alert_row
 from agent.fleet.database.store import FleetStore
 from agent.fleet.repository import expiry, refresh, status
 
