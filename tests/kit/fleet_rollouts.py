@@ -138,7 +138,7 @@ class Fleet:
 
     def on_probation(self, senders: Sequence[Sender], blocks: int = 6, *, settles: bool = True, **changes: Any) -> None:
         """Devices run the new bundle with the old one beside, and settle."""
-        swapped = {"model": NEWER, "beside": MODEL, **changes}
+        swapped = {"model": NEWER, "other": MODEL, **changes}
         for sender in senders:
             self.collect(sender.rollout("probation", strategy="canary"))
             self.collect(*(sender.shadow(**swapped) for _ in range(blocks)))

@@ -112,8 +112,8 @@ class Sender(msgspec.Struct):
         answered = {"windows": n, "seconds": n / 1000, "scores": {"n": n, "mean": 0.9, "m2": n / 100}}
         estimate = {"expected": {"n": n, "mean": 0.9, "m2": n / 100}}
         members = {
-            "rollout": rollout, "model": MODEL, "beside": NEWER, "rows": [first, self.row], "batches": 5, "n": n,
-            "same": same, "answered": {**answered, **estimate}, "answered_beside": {**answered, **estimate},
+            "rollout": rollout, "model": MODEL, "other": NEWER, "rows": [first, self.row], "batches": 5, "n": n,
+            "agreeing": same, "answered": {**answered, **estimate}, "other_stats": {**answered, **estimate},
         }  # fmt: skip
         return self.logged("shadow", task=self.task, **{**members, **changes})
 

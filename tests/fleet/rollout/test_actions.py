@@ -373,7 +373,7 @@ ALTERED = {
         "another plan than the one that was started",
     ),
     "no plan": ("UPDATE rollouts SET plan = '{}'", None, "was altered"),
-    "rollout": ("DELETE FROM rollouts", None, "in table rollouts no more"),
+    "rollout": ("DELETE FROM rollouts", None, "is missing in table rollouts"),
     "desired": ("UPDATE desired SET payload = CAST(replace(payload, '50.0', '90.0') AS BLOB)", None, "bad signature"),
     "desired's counter": ("UPDATE desired SET counter = 9", None, "stored with 9, signed 2"),
     "no desired": ("DELETE FROM desired", None, "is missing"),
@@ -438,7 +438,10 @@ def test_desired_state_that_was_edited_is_never_signed_again(six: Fleet) -> None
 @pytest.mark.parametrize(
     ("sql", "reason"),
     [
-        ("UPDATE shadows SET errors = 0, body = replace(body, '\"same\":10', '\"same\":99')", "table shadows holds"),
+        (
+            "UPDATE shadows SET errors = 0, body = replace(body, '\"agreeing\":10', '\"agreeing\":99')",
+            "table shadows holds",
+        ),
         ("DELETE FROM shadows", "is missing in table shadows"),
         ("UPDATE rollout_devices SET phase = 'settled'", "table rollout_devices holds"),
         ("DELETE FROM rollout_devices", "is missing in table rollout_devices"),

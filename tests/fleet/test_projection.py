@@ -37,7 +37,7 @@ def ask(store: FleetStore, sql: str) -> list[Any]:
 
 def test_a_shadow_message_is_one_row_with_its_bytes_as_text(store: FleetStore) -> None:
     sender = Sender()
-    sent = sender.shadow(n=300, errors=1, why="killed by signal 11")
+    sent = sender.shadow(n=300, errors=1, error="killed by signal 11")
     assert add(store, sender, sent) == ["new"]
     columns = "device, task, rollout, model, other, rows_first, rows_last, batches, n, errors, body, log, seq"
     what = ("pi-07", "exercise", "exercise-1-1", MODEL["digest"], NEWER["digest"], 1, 300, 5, 300, 1)
@@ -115,5 +115,7 @@ def test_a_tally_with_a_number_that_none_can_have_is_no_message(number: str) -> 
     sender = Sender()
     sent = sender.shadow()
     with pytest.raises(MessageRefused):
-        sender.open(sender.topic_of(sent.topic, sent.payload.replace(b'"same":96', f'"same":{number}'.encode())))
-    assert sender.open(sender.topic_of(sent.topic, sent.payload.replace(b'"same":96', b'"same":7')))
+        sender.open(
+            sender.topic_of(sent.topic, sent.payload.replace(b'"agreeing":96', f'"agreeing":{number}'.encode()))
+        )
+    assert sender.open(sender.topic_of(sent.topic, sent.payload.replace(b'"agreeing":96', b'"agreeing":7')))
