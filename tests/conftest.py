@@ -1,20 +1,19 @@
-"""What all tests share: programs of the system that a test drives."""
+"""Fixtures and settings of all tests."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from agent.fleet.database.store import FleetStore
+from agent.testing.process import find_program
+from scripts.kit.postgres import FAST_SETTINGS, PostgresServer, run_server
 from tests.kit.fleet_databases import DATABASES, fresh_in
-from tests.kit.postgres import postgres_server, postgres_url
 
-__all__ = ["postgres_server", "postgres_url"]
+pytest_plugins = ["agent.testing.fixtures"]
 
 # How long an example takes is the machine's affair: what is found must depend neither on what else runs there nor on
 # chance. `pytest --hypothesis-profile chance` looks at other examples each time.
@@ -30,19 +29,24 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session")
 def program() -> Callable[[str], str]:
-    """`program("mosquitto")` is its path; without it the test is left out, except on CI, where it fails."""
-
-    def find(name: str) -> str:
-        # Debian keeps daemons where only root's PATH looks.
-        path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-        if path is None:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed; see scripts/test")
-        return path
-
-    return find
+    """Return the path of a program: `program("mosquitto")`. A test without it is skipped; on CI it fails."""
+    return find_program
 
 
 @pytest.fixture(scope="module", params=DATABASES)
 def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], FleetStore]:
     """`fresh()` is an empty store of a fleet: once in SQLite, once in PostgreSQL."""
     return fresh_in(request, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One for all tests."""
+    with run_server(FAST_SETTINGS) as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> str:
+    """A new, empty database."""
+    return postgres_server.create_database()

@@ -76,7 +76,7 @@ class Stamped:
         self._thread = threading.Thread(target=self._main, name="stamped", daemon=True)
         bundle = world.folder / "bundle" / "bundle"
         names = ", ".join(f'{{ name = "{name}" }}' for name in FIELDS)
-        world.device.configure(
+        world.device.append_config(
             f"[streams.{STREAM}]\nfields = [{names}]\n"
             f'[tasks.{TASK}]\nstream = "{STREAM}"\nbundle = "{bundle}"\nschedule = "every {EVERY_S * 1000:.0f} ms"\n'
         )
@@ -134,11 +134,11 @@ class Stamped:
             verdict.problems.append(f"{self._counted[1] - runs} runs of a task that was due {due:.0f} times")
 
     def _found(self) -> list[Dated]:
-        return [Dated(*row) for row in self._world.fleet.ask(_DATED, DEVICE, TASK, self._judged)]
+        return [Dated(*row) for row in self._world.fleet.query(_DATED, DEVICE, TASK, self._judged)]
 
     def _main(self) -> None:
         try:
-            client = Client(self._world.device.data / "intake.sock", name=STREAM, patience_s=_PATIENCE_S)
+            client = Client(self._world.device.data_dir / "intake.sock", name=STREAM, patience_s=_PATIENCE_S)
             while not self._ended:
                 if not self._go.is_set():
                     self._idle.set()

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from agent.errors import MessageRefused
 from agent.fleet.audit.audit import audit
 from agent.fleet.database.store import FleetStore
+from agent.testing.messages import MessageSender
 from agent.wire.messages import AuditPayload, ResultsPayload, VerifiedMessage
 from tests.kit.clocks import TRUE_START_US, Dated, Machine, Station, collect, dated
-from tests.kit.senders import Sender
 
 S = 1_000_000
 HOUR, DAY = 3600 * S, 86_400 * S
@@ -378,9 +378,9 @@ def test_the_collectors_list_of_devices_says_how_good_each_clock_is(station: Sta
 
 @pytest.mark.parametrize("clocks", [[], [[2, 1, 1, 0]], [[1, 1, 1, 0], [1, 1, 2, 0]], [[1, 1, 1, 3]], [[1, 1, 1]]])
 def test_clocks_that_contradict_their_message_are_refused(clocks: list[list[int]]) -> None:
-    sender = Sender()
+    sender = MessageSender()
     assert isinstance(
-        sender.open(sender.results(clocks=[[1, 1, 1, 0], [50, 1, 2, 1]], rows_at=(1, 300))).body, ResultsPayload
+        sender.verify(sender.results(clocks=[[1, 1, 1, 0], [50, 1, 2, 1]], rows_at=(1, 300))).body, ResultsPayload
     )
     with pytest.raises(MessageRefused, match="malformed payload"):
-        sender.open(sender.results(clocks=clocks, rows_at=(1, 300)))
+        sender.verify(sender.results(clocks=clocks, rows_at=(1, 300)))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from agent.alerts import FLEET_DRIFT, KEY_REVOKED, REFUSED_BY_COLLECTOR, REPOSITORY_EXPIRY, Alert, AlertKind
 from agent.fleet.database.interface import Row
 from agent.wire.messages import LoggedPayload
-
-# Kind of the alert about keys or metadata of the repository that need the operator.
-REPOSITORY_ALERT = "repository"
 
 INSERT_ALERT = "INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 
@@ -45,38 +43,39 @@ OPEN_FLEET_WIDE_ALERTS = f"""
 """
 
 
-def message_alert_row(about: LoggedPayload, summary: str, now: str) -> Row:
-    """Return a security alert about a message."""
-    message = f"{about.log}/{about.seq}"
-    head = (about.device, None, "security", message, "raised", "critical", summary, now)
-    return (*head, f"collector/{message}", "collector", about.log, about.seq)
+def message_alert_row(kind: AlertKind, about: LoggedPayload, summary: str, now: str) -> Row:
+    """Return a security alert about one message of a device."""
+    alert = kind.raised(summary, log=about.log, seq=about.seq)
+    return _collector_row(about.device, None, alert, about.log, about.seq, now)
 
 
 def refusals_alert_row(device: str, summary: str, now: str, hour: int) -> Row:
-    """Return a security alert about messages refused in a device's name, unique per `hour` since 1970."""
-    head = (device, None, "security", "refused", "raised", "critical", summary, now)
-    return (*head, f"collector/refused/{hour}", "collector", "", hour)
+    """Return an alert about messages refused in a device's name, unique per `hour` since 1970."""
+    return _collector_row(device, None, REFUSED_BY_COLLECTOR.raised(summary, hour=hour), "", hour, now)
 
 
 def fleet_wide_alert_row(
     task: str, subject: str, since: int, summary: str, now: str, cleared: int | None = None
 ) -> Row:
     """Return the alert of fleet-wide drift that began at `since`, or its end at `cleared`; seconds since 1970."""
-    state, severity = ("raised", "warning") if cleared is None else ("cleared", "info")
-    log = f"fleet-wide/{task}/{subject}"
-    head = ("", task, "drift", subject, state, severity, summary, now)
-    return (*head, f"collector/{log}/{since}", "collector", log, since if cleared is None else cleared)
+    build = FLEET_DRIFT.raised if cleared is None else FLEET_DRIFT.cleared
+    alert = build(summary, task=task, field=subject, since=since)
+    seq = since if cleared is None else cleared
+    return _collector_row("", task, alert, f"fleet-wide/{task}/{subject}", seq, now)
 
 
 def repository_alert_row(summary: str, now: str, second: int, *, raised: bool) -> Row:
-    """Return the alert that the repository needs the operator, or its end; `second` since 1970."""
-    state, severity = ("raised", "warning") if raised else ("cleared", "info")
-    head = ("", None, REPOSITORY_ALERT, "expiry", state, severity, summary, now)
-    return (*head, "collector/repository", "collector", "repository", second)
+    """Return the alert that the repository needs an operator, or its end; `second` since 1970."""
+    alert = (REPOSITORY_EXPIRY.raised if raised else REPOSITORY_EXPIRY.cleared)(summary)
+    return _collector_row("", None, alert, "repository", second, now)
 
 
 def revoked_alert_row(device: str, kid: str, now: str) -> Row:
     """Return the alert that an operator revoked a key."""
     summary = f"Key {kid} of {device} was revoked: messages that it signs are refused, stored messages stay valid."
-    head = (device, None, "security", kid, "raised", "warning", summary, now)
-    return (*head, f"collector/revoked/{kid}", "collector", f"revoked/{kid}", 0)
+    return _collector_row(device, None, KEY_REVOKED.raised(summary, kid=kid), f"revoked/{kid}", 0, now)
+
+
+def _collector_row(device: str, task: str | None, alert: Alert, log: str, seq: int, now: str) -> Row:
+    head = (device, task, alert.alert, alert.subject, alert.state, alert.severity, alert.summary, now)
+    return (*head, alert.id, "collector", log, seq)

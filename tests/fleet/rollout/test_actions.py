@@ -20,10 +20,10 @@ from agent.fleet.rollout import actions, journal
 from agent.fleet.rollout.controller import REPUBLISH_EVERY_S, RolloutController
 from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import RolloutPlan
+from agent.testing.messages import new_key
 from agent.wire import jws
 from agent.wire.messages import DesiredPayload, digest, verify_message
 from tests.kit.fleet_rollouts import NAME, NOW, OPERATOR, Fleet, fleet, plan, promotion, tamper
-from tests.kit.senders import new_key
 
 ALL = "outstation/acme/_all/desired"
 

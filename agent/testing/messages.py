@@ -16,7 +16,7 @@ from agent.wire.messages import VerifiedMessage, digest, encode, verify_message
 FLEET = "acme"
 TIME = "2026-11-24T22:18:01.000000Z"
 MODEL = {"name": "exercise", "version": "1.0.0", "digest": "sha256:ab"}
-NEWER = {"name": "exercise", "version": "1.1.0", "digest": "sha256:" + "cd" * 32}
+NEW_MODEL = {"name": "exercise", "version": "1.1.0", "digest": "sha256:" + "cd" * 32}
 
 
 def new_key(seed: int | None = None) -> SigningKey:
@@ -25,7 +25,7 @@ def new_key(seed: int | None = None) -> SigningKey:
     return SigningKey(Ed25519PrivateKey.generate() if raw is None else Ed25519PrivateKey.from_private_bytes(raw))
 
 
-class Sent(msgspec.Struct):
+class SignedMessage(msgspec.Struct):
     """One signed message."""
 
     topic: str
@@ -33,14 +33,14 @@ class Sent(msgspec.Struct):
     jws: str
     seq: int = 0
 
-    def delivery(self, mid: int = 1, *, retained: bool = False) -> IncomingMessage:
+    def to_incoming(self, mid: int = 1, *, retained: bool = False) -> IncomingMessage:
         return IncomingMessage(self.topic, self.payload, (self.jws,), retained, mid, 1)
 
-    def outgoing(self, *, retain: bool = False) -> OutgoingMessage:
+    def to_outgoing(self, *, retain: bool = False) -> OutgoingMessage:
         return OutgoingMessage(self.topic, self.payload, (("jws", self.jws),), retain)
 
 
-class Sender(msgspec.Struct):
+class MessageSender(msgspec.Struct):
     """A device with one log; each method returns the next message of it."""
 
     device: str = "pi-07"
@@ -51,14 +51,14 @@ class Sender(msgspec.Struct):
     prev: str = ""
     row: int = 0
 
-    def logged(self, kind: str, *, task: str | None = None, **members: Any) -> Sent:
+    def append(self, kind: str, *, task: str | None = None, **members: Any) -> SignedMessage:
         self.seq += 1
         topic = f"outstation/{FLEET}/{self.device}/{kind}" + (f"/{task}" if task else "")
         head = {"v": 1, "kind": kind, "device": self.device, "log": self.log, "seq": self.seq, "prev": self.prev}
         times = {"boot": 1, "time": TIME, "clock": "synced"}
         payload = encode({**head, **times, **({"task": task} if task else {}), **members})
         self.prev = digest(payload)
-        return Sent(topic, payload, jws.sign(self.key, topic, payload), self.seq)
+        return SignedMessage(topic, payload, jws.sign(self.key, topic, payload), self.seq)
 
     def results(
         self,
@@ -68,7 +68,7 @@ class Sender(msgspec.Struct):
         rows_at: tuple[int, int] | None = None,
         padding: int = 0,
         **changes: Any,
-    ) -> Sent:
+    ) -> SignedMessage:
         """`n` results over the next `rows` rows (100 for each result), or over exactly `rows_at`."""
         first, last = rows_at or (self.row + 1, self.row + (100 * n if rows is None else rows))
         self.row = last
@@ -79,61 +79,65 @@ class Sender(msgspec.Struct):
             "score": [round(0.5 + i / (2 * n), 3) for i in range(n)],
         }
         members = {"model": MODEL, "stream": "watch", "rows": [first, last], "n": n, "input": "x" * padding}
-        return self.logged("results", task=self.task, **{**members, "columns": columns, **changes})
+        return self.append("results", task=self.task, **{**members, "columns": columns, **changes})
 
-    def drift(self, state: str = "ok", **changes: Any) -> Sent:
+    def drift(self, state: str = "ok", **changes: Any) -> SignedMessage:
         window = {"index": self.seq, "rows": [1, 2000], "from": TIME, "to": TIME, "n": 2000}
         reference = {"shipped": "sha256:01", "site": None}
         body = {"model": MODEL, "reference": reference, "window": window, "features": {"ax": {"state": state}}}
-        return self.logged("drift", task=self.task, **{**body, "output": {"state": state}, "state": state, **changes})
+        return self.append("drift", task=self.task, **{**body, "output": {"state": state}, "state": state, **changes})
 
     def alert(
         self, identity: str = "exercise/ax/1", state: str = "raised", summary: str = "ax: gain loss.", **changes: Any
-    ) -> Sent:
+    ) -> SignedMessage:
         body = {"alert": "drift", "subject": "ax", "state": state, "severity": "warning", "id": identity}
-        return self.logged("alerts", task=self.task, **{**body, "summary": summary, "evidence": {"seq": 2}, **changes})
+        return self.append("alerts", task=self.task, **{**body, "summary": summary, "evidence": {"seq": 2}, **changes})
 
-    def quality(self) -> Sent:
-        return self.logged("quality", task=self.task, accuracy=0.9)
+    def quality(self) -> SignedMessage:
+        return self.append("quality", task=self.task, accuracy=0.9)
 
-    def health(self, **tasks: dict[str, Any]) -> Sent:
-        return self.logged("health", streams={"watch": {"rows": self.row, "rejected": 0}}, tasks=tasks, outbox=0)
+    def health(self, **tasks: dict[str, Any]) -> SignedMessage:
+        return self.append("health", streams={"watch": {"rows": self.row, "rejected": 0}}, tasks=tasks, outbox=0)
 
-    def cursor(self) -> Sent:
+    def health_with_cursor(self) -> SignedMessage:
         """A health message that says how far the task came."""
         return self.health(**{self.task: {"stream": "watch", "row": self.row, "first": 1}})
 
-    def evicted(self, *ranges: tuple[int, int]) -> Sent:
-        return self.logged("audit", event="evicted", summary="no space", evidence={"seq": [list(r) for r in ranges]})
+    def evicted(self, *ranges: tuple[int, int]) -> SignedMessage:
+        return self.append("audit", event="evicted", summary="no space", evidence={"seq": [list(r) for r in ranges]})
 
-    def shadow(self, rollout: str = "exercise-1-1", *, n: int = 100, same: int | None = 96, **changes: Any) -> Sent:
+    def shadow(
+        self, rollout: str = "exercise-1-1", *, n: int = 100, same: int | None = 96, **changes: Any
+    ) -> SignedMessage:
         """What the model and the new one beside it made of the next `n` rows, over 5 batches."""
         first, self.row = self.row + 1, self.row + n
         answered = {"windows": n, "seconds": n / 1000, "scores": {"n": n, "mean": 0.9, "m2": n / 100}}
         estimate = {"expected": {"n": n, "mean": 0.9, "m2": n / 100}}
         members = {
-            "rollout": rollout, "model": MODEL, "other": NEWER, "rows": [first, self.row], "batches": 5, "n": n,
+            "rollout": rollout, "model": MODEL, "other": NEW_MODEL, "rows": [first, self.row], "batches": 5, "n": n,
             "agreeing": same, "answered": {**answered, **estimate}, "other_stats": {**answered, **estimate},
         }  # fmt: skip
-        return self.logged("shadow", task=self.task, **{**members, **changes})
+        return self.append("shadow", task=self.task, **{**members, **changes})
 
-    def rollout(self, phase: str, rollout: str = "exercise-1-1", /, *, reason: str = "", **changes: Any) -> Sent:
+    def rollout(
+        self, phase: str, rollout: str = "exercise-1-1", /, *, reason: str = "", **changes: Any
+    ) -> SignedMessage:
         """A change of the device's own in a roll-out."""
-        what = {"task": self.task, "rollout": rollout, "bundle": NEWER["name"], "version": NEWER["version"]}
-        how = {"digest": NEWER["digest"], "strategy": "shadow", "phase": phase, "reason": reason, "numbers": {}}
-        summary = f"{NEWER['name']} {NEWER['version']}: {phase}."
-        return self.logged("audit", event="rollout", summary=summary, evidence={**what, **how, **changes})
+        what = {"task": self.task, "rollout": rollout, "bundle": NEW_MODEL["name"], "version": NEW_MODEL["version"]}
+        how = {"digest": NEW_MODEL["digest"], "strategy": "shadow", "phase": phase, "reason": reason, "numbers": {}}
+        summary = f"{NEW_MODEL['name']} {NEW_MODEL['version']}: {phase}."
+        return self.append("audit", event="rollout", summary=summary, evidence={**what, **how, **changes})
 
-    def state(self, state: str = "online") -> Sent:
+    def state(self, state: str = "online") -> SignedMessage:
         topic = f"outstation/{FLEET}/{self.device}/state"
         payload = encode({"v": 1, "kind": "state", "device": self.device, "state": state, "boot": 1, "time": TIME})
-        return Sent(topic, payload, jws.sign(self.key, topic, payload))
+        return SignedMessage(topic, payload, jws.sign(self.key, topic, payload))
 
-    def topic_of(self, topic: str, payload: bytes) -> Sent:
+    def sign_payload(self, topic: str, payload: bytes) -> SignedMessage:
         """Any bytes, signed for any topic."""
-        return Sent(topic, payload, jws.sign(self.key, topic, payload))
+        return SignedMessage(topic, payload, jws.sign(self.key, topic, payload))
 
-    def open(self, sent: Sent) -> VerifiedMessage:
+    def verify(self, message: SignedMessage) -> VerifiedMessage:
         """The message as the collector has it after it verified."""
         signer = jws.Signer(self.device, self.key.public)
-        return verify_message(sent.topic, sent.payload, (sent.jws,), lambda kid: signer)
+        return verify_message(message.topic, message.payload, (message.jws,), lambda kid: signer)
