@@ -22,8 +22,8 @@ from paho.mqtt.properties import Properties
 
 from agent import clock, config
 from agent.config import BrokerConfig
+from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.fleet.collector.collector import Collector
 from agent.fleet.database.store import FleetStore
@@ -59,7 +59,7 @@ def outbox_to_broker() -> Result:
             broker=BrokerConfig(url=broker.url),
             collector=config.CollectorConfig(delivery="broker"),
         )
-        store, key = Store(folder / "data"), new_key(1)
+        store, key = open_store(folder / "data"), new_key(1)
         author = MessageLog(FLEET, "pi-07", key, store.log_id, store.boot, 100_000)
         body = {"event": "bench", "summary": "x" * PADDING, "evidence": {}}
         failures: list[Exception] = []

@@ -59,7 +59,7 @@ def _write(store: Store, author: MessageLog, first: int, now: ClockReading) -> N
 
 
 def _waiting(world: World) -> int:
-    store = Store(world.device.data_dir, read_only=True)
+    store = Store.open_read_only(world.device.data_dir)
     try:
         return store.outbox_size()[0]
     finally:

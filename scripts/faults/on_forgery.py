@@ -40,7 +40,7 @@ def _collector_key(world: World) -> SigningKey:
 
 @contextmanager
 def _store(world: World) -> Iterator[Store]:
-    store = Store(world.device.data_dir, read_only=True)
+    store = Store.open_read_only(world.device.data_dir)
     try:
         yield store
     finally:

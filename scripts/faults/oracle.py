@@ -110,7 +110,7 @@ def judge(world: World, verdict: Verdict) -> None:
 
 
 def _outbox(world: World) -> int:
-    store = Store(world.device.data_dir, read_only=True)
+    store = Store.open_read_only(world.device.data_dir)
     try:
         return store.outbox_size()[0]
     finally:

@@ -69,6 +69,6 @@ def test_a_source_that_is_right_is_told_and_its_replay_does_not_begin(tmp_path: 
     _, found = finding(file)
     assert found["state"] == "ok"
     assert found["detail"].startswith("a replay of the ")
-    store = Store(config.load(file).data_dir, read_only=True)
+    store = Store.open_read_only(config.load(file).data_dir)
     assert store.source_position("replay:watch", "begin") == 0
     store.close()

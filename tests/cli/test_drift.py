@@ -113,7 +113,7 @@ def test_its_picture_shows_the_reference_the_alarm_line_and_the_alert(site: Site
 
 
 def test_messages_of_another_task_are_not_taken_for_its_own(site: Site) -> None:
-    store = Store(site.data, read_only=True, max_size=int(site.conf.buffer.max_size))
+    store = Store.open_read_only(site.data, max_size=int(site.conf.buffer.max_size))
     try:
         kept = store.recent_messages("drift", "exercise", 5)
         assert [message.topic.split("/")[3:] for message in kept] == [["drift", "exercise"]] * 5

@@ -14,8 +14,7 @@ from agent.bootstrap import wiring
 from agent.cli import cli
 from agent.device.intake import labels
 from agent.device.pipeline import label_metrics
-from agent.device.recovery.salvage import DATABASE
-from agent.device.store.store import Store
+from agent.device.store.store import DATABASE, Store
 from agent.errors import StorageDamaged, StorageError, UsageError
 from agent.performance.labels import Label
 from agent.testing.process import run_outstation

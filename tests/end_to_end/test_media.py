@@ -94,7 +94,7 @@ schedule = "every 200 ms"
         return sorted(path.name for path in (self.inbox / "done").glob("*.[pw]*"))
 
     def results(self) -> list[dict[str, Any]]:
-        store = Store(self.folder / "data", read_only=True)
+        store = Store.open_read_only(self.folder / "data")
         try:
             found = [json.loads(message.payload) for message in store.unacknowledged_messages(0, 100_000)]
         finally:
@@ -104,7 +104,7 @@ schedule = "every 200 ms"
     def rows(self) -> NDArray[np.float32]:
         """All that are stored."""
         conf = config.load(self.config)
-        store = Store(conf.data_dir, read_only=True)
+        store = Store.open_read_only(conf.data_dir)
         try:
             return np.stack(rows_of(store, "files", conf.streams["files"]).columns, axis=1)
         finally:

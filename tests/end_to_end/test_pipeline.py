@@ -85,7 +85,7 @@ def last_row(device: DeviceProcess, stream: str = "watch") -> int:
     if device.start_count() == 0:
         # On a busy machine every start so far was killed before it had made its store.
         return 0
-    store = Store(device.data_dir, read_only=True)
+    store = Store.open_read_only(device.data_dir)
     try:
         return store.last_row(stream)
     finally:
@@ -227,7 +227,7 @@ def test_a_forged_acknowledgement_on_the_broker_deletes_nothing(fleet: LocalFlee
     device = fleet.add_device("pi-01").add_replay_stream(2000, 100).add_task("exercise").start_and_wait()
     wait_until("messages in the outbox", lambda: waiting(device) >= 3)
     wait_until("a connection", lambda: device.log_contains("connected to"))
-    store = Store(device.data_dir, read_only=True)
+    store = Store.open_read_only(device.data_dir)
     body = {"v": 1, "kind": "ack", "device": "pi-01", "log": store.log_id, "through": 2, "missing": []}
     payload = json.dumps({**body, "time": "2026-11-24T22:18:01.000000Z"}).encode()
     topic = f"outstation/{FLEET}/pi-01/ack"
@@ -237,13 +237,13 @@ def test_a_forged_acknowledgement_on_the_broker_deletes_nothing(fleet: LocalFlee
     assert {message.seq for message in store.unacknowledged_messages(0, 3)} == {1, 2, 3}
     store.close()
     assert device.stop() == 0
-    store = Store(device.data_dir, read_only=True)
+    store = Store.open_read_only(device.data_dir)
     assert store.counters()["acknowledgements refused"] == 2
     store.close()
 
 
 def waiting(device: DeviceProcess) -> int:
-    store = Store(device.data_dir, read_only=True)
+    store = Store.open_read_only(device.data_dir)
     try:
         return store.outbox_size()[0]
     finally:

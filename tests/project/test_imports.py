@@ -22,6 +22,7 @@ AGENT = ROOT / "agent"
 FLOORS = {
     "errors": 0,
     "quantities": 0,
+    "alerts": 1,
     "arrays": 1,
     "clock": 1,
     "jsonpath": 1,
@@ -30,7 +31,7 @@ FLOORS = {
     "strict_json": 1,
     "text": 1,
     "toml_files": 1,
-    "durable_files": 2,
+    "durable_files": 1,
     "config": 2,
     "wire": 3,
     "render": 3,
@@ -79,33 +80,18 @@ FILE_CYCLES: set[str] = {
 FOLDER_CYCLES: set[str] = {
     "agent.bootstrap",
     "agent.cli.device",
-    "agent.device.bundles",
     "agent.device.commands",
-    "agent.device.intake",
-    "agent.device.machine",
-    "agent.device.pipeline",
-    "agent.device.recovery",
     "agent.device.rollout",
-    "agent.device.rollout.fetch",
-    "agent.device.store",
     "agent.drift.baseline",
     "agent.drift.detectors",
-    "agent.drift.faults",
-    "agent.drift.reporting",
-    "agent.drift.testing",
     "agent.fleet",
     "agent.fleet.collector",
-    "agent.performance",
 }
 CLIMBING: set[str] = {
     "agent.arrays",
     "agent.bootstrap.commands",
-    "agent.durable_files",
-    "agent.performance.degradation",
-    "agent.performance.feedback",
 }
 CROWDED: set[str] = {
-    "agent/device/store",
     "agent/evaluation",
 }
 # Library → the only modules that import it.

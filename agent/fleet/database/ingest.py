@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import msgspec
 
+from agent.alerts import ROTATION_REFUSED, SIGNED_TWICE
 from agent.fleet.database import gap_ledger, key_table, schema
 from agent.fleet.database.gap_ledger import LogChanges, parse_evictions, parse_log_end
 from agent.fleet.database.interface import Connection, LogId
-from agent.fleet.database.projection import TableRows, collector_alert_row, project_message
+from agent.fleet.database.projection import TableRows, message_alert_row, project_message
 from agent.fleet.database.timestamps import TimestampReconstruction
 from agent.wire import key_rotation
 from agent.wire.messages import AuditPayload, LoggedPayload, StatePayload, VerifiedMessage
@@ -81,7 +82,7 @@ class IngestBatch:
         self._timestamps.finish()
         for message, problem in key_table.rotate(self._db, self._rotations, self._now):
             if isinstance(message.body, LoggedPayload):
-                self._alerts.append(collector_alert_row(message.body, problem, self._now))
+                self._alerts.append(message_alert_row(ROTATION_REFUSED, message.body, problem, self._now))
         key_table.require_active(self._db, self._signers)
         gap_ledger.apply(self._db, self._log_changes, self._now)
         # The broker keeps the order of one topic; a device's clock may not, so the last to come counts.
@@ -134,7 +135,7 @@ class IngestBatch:
             f"{body.device} signed two different messages as seq {body.seq} of log {body.log}: its key or its store "
             "was copied. The first one is kept; see table refused for the other."
         )
-        self._alerts.append(collector_alert_row(body, summary, self._now))
+        self._alerts.append(message_alert_row(SIGNED_TWICE, body, summary, self._now))
         detail = f"log {body.log} seq {body.seq}"
         self._refusals.append(
             Refusal(body.device, OTHER_BYTES, detail, str(message.topic), message.payload, message.jws)

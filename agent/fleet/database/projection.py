@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from agent.alerts import FLEET_DRIFT, KEY_REVOKED, REFUSED_BY_COLLECTOR, REPOSITORY_EXPIRY, Alert, AlertKind
 from agent.fleet.database.rollout_tables import build_phase_rows, build_shadow_row
 from agent.wire.messages import (
     AlertPayload,
@@ -19,8 +20,6 @@ from agent.wire.messages import (
     VerifiedMessage,
 )
 
-# The collector's alert that keys or metadata of the repository want an operator.
-REPOSITORY_ALERT = "repository"
 # Table → rows of it, as `schema` orders their columns.
 TableRows = dict[str, list[tuple[Any, ...]]]
 
@@ -55,42 +54,42 @@ def result_rows(body: ResultsPayload) -> list[tuple[Any, ...]]:
     ]
 
 
-def collector_alert_row(about: LoggedPayload, summary: str, now: str) -> tuple[Any, ...]:
-    """A security alert that the collector raises itself about a message."""
-    identity = f"collector/{about.log}/{about.seq}"
-    head = (about.device, None, "security", f"{about.log}/{about.seq}", "raised", "critical", summary, now)
-    return (*head, identity, "collector", about.log, about.seq)
+def collector_alert_row(device: str, task: str | None, alert: Alert, log: str, seq: int, now: str) -> tuple[Any, ...]:
+    """Return the row of an alert that the collector raises itself; `log` and `seq` are its place among its own."""
+    head = (device, task, alert.alert, alert.subject, alert.state, alert.severity, alert.summary, now)
+    return (*head, alert.id, "collector", log, seq)
+
+
+def message_alert_row(kind: AlertKind, about: LoggedPayload, summary: str, now: str) -> tuple[Any, ...]:
+    """Return the row of a security alert about one message of a device."""
+    alert = kind.raised(summary, log=about.log, seq=about.seq)
+    return collector_alert_row(about.device, None, alert, about.log, about.seq, now)
 
 
 def refusals_alert_row(device: str, summary: str, now: str, hour: int) -> tuple[Any, ...]:
-    """A security alert about messages refused in a device's name; it has one place for each `hour` since 1970."""
-    head = (device, None, "security", "refused", "raised", "critical", summary, now)
-    return (*head, f"collector/refused/{hour}", "collector", "", hour)
+    """Return the row of an alert about messages refused in a device's name; there is one for each hour since 1970."""
+    return collector_alert_row(device, None, REFUSED_BY_COLLECTOR.raised(summary, hour=hour), "", hour, now)
 
 
 def fleet_wide_alert_row(
     task: str, subject: str, since: int, summary: str, now: str, cleared: int | None = None
 ) -> tuple[Any, ...]:
-    """Drift on many devices, of no single one, that began `since`, or was `cleared`, seconds since 1970."""
-    head = ("", task, "drift", subject, "raised" if cleared is None else "cleared")
-    severity = "warning" if cleared is None else "info"
-    log = f"wide/{task}/{subject}"
-    identity = f"collector/{log}/{since}"
-    return (*head, severity, summary, now, identity, "collector", log, since if cleared is None else cleared)
+    """Return the row of drift on many devices that began at `since`, or was `cleared`, seconds since 1970."""
+    build = FLEET_DRIFT.raised if cleared is None else FLEET_DRIFT.cleared
+    alert = build(summary, task=task, field=subject, since=since)
+    return collector_alert_row("", task, alert, f"wide/{task}/{subject}", since if cleared is None else cleared, now)
 
 
 def repository_alert_row(summary: str, now: str, second: int, *, raised: bool) -> tuple[Any, ...]:
-    """Something is to be done about the repository, or no more; `second` since 1970."""
-    state, severity = ("raised", "warning") if raised else ("cleared", "info")
-    head = ("", None, REPOSITORY_ALERT, "expiry", state, severity, summary, now)
-    return (*head, "collector/repository", "collector", "repository", second)
+    """Return the row that the repository needs an operator, or no longer does; `second` since 1970."""
+    alert = (REPOSITORY_EXPIRY.raised if raised else REPOSITORY_EXPIRY.cleared)(summary)
+    return collector_alert_row("", None, alert, "repository", second, now)
 
 
 def revoked_alert_row(device: str, kid: str, now: str) -> tuple[Any, ...]:
-    """The alert that an operator revoked a key."""
+    """Return the row of the alert that an operator revoked a key."""
     summary = f"Key {kid} of {device} was revoked: what it signs is refused. What is stored stays valid."
-    head = (device, None, "security", kid, "raised", "warning", summary, now)
-    return (*head, f"collector/revoked/{kid}", "collector", f"revoked/{kid}", 0)
+    return collector_alert_row(device, None, KEY_REVOKED.raised(summary, kid=kid), f"revoked/{kid}", 0, now)
 
 
 def _alert_row(body: AlertPayload) -> tuple[Any, ...]:

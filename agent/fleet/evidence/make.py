@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -243,8 +242,7 @@ class FolderWriter:
                     file.write(part)
                     sum_.update(part)
                     size += len(part)
-                file.flush()
-                os.fsync(file.fileno())
+                durable_files.flush(file)
         except OSError as error:
             kind = StorageFull if error.errno == 28 else StorageError
             raise kind(f"{self.out}: {path} cannot be written: {error.strerror}; nothing was left there") from None
@@ -255,11 +253,11 @@ class FolderWriter:
         """All of it is on the disk, and has its name."""
         try:
             for folder in [path for path in self._staging.rglob("*") if path.is_dir()] + [self._staging]:
-                durable_files.fsync_folder(folder)
+                durable_files.fsync(folder)
             if self.out.exists():
                 self.out.rmdir()
             self._staging.rename(self.out)
-            durable_files.fsync_folder(self.out.absolute().parent)
+            durable_files.fsync(self.out.absolute().parent)
         except OSError as error:
             raise StorageError(f"{self.out}: cannot be finished: {error.strerror}") from None
 

@@ -11,20 +11,20 @@ from typing import Any
 import msgspec
 import pytest
 
+from agent import durable_files
 from agent.config import BrokerConfig, Config
 from agent.config import DeviceConfig as DeviceSection
-from agent.device.commands import key_rotation
 from agent.device.commands.executor import CommandExecutor
-from agent.device.commands.key_rotation import KeyRotation, open_keys
+from agent.device.commands.key_rotation import KeyRotation
 from agent.device.commands.receiver import CommandReceiver
 from agent.device.machine import keys as keyfiles
-from agent.device.machine.keys import KeyFiles
+from agent.device.machine.keys import KeyFiles, open_keys
 from agent.device.recovery import findings, new_log
-from agent.device.store.damaged_messages import quarantine_damaged
+from agent.device.recovery.open import open_store
+from agent.device.store.eviction import quarantine_damaged
 from agent.device.store.message_log import MessageLog
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.space import SpaceManager
-from agent.device.store.store import Store
 from agent.errors import UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.collector.collector import Collector
@@ -49,7 +49,7 @@ class Device:
         self.open()
 
     def open(self) -> None:
-        self.store = Store(self.folder)
+        self.store = open_store(self.folder)
         self.files = KeyFiles(self.folder, self.given)
         key, live = open_keys(self.store, self.files)
         self.author = MessageLog(FLEET, DEVICE, key, self.store.log_id, self.store.boot, 120_000, live)
@@ -348,7 +348,7 @@ def dies(*_: object, **__: object) -> None:
 
 
 def die_in_prepare(device: Device, patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(keyfiles, "sync_folder", dies)
+    patched.setattr(durable_files, "fsync", dies)
 
 
 def die_before_the_commit(device: Device, patched: pytest.MonkeyPatch) -> None:
@@ -426,12 +426,12 @@ def test_until_the_collector_knows_the_new_key_live_messages_carry_the_old_one_a
     old = device.author.key.public.kid
     device.rotate()
     for _ in range(2):
-        keys_message = key_rotation.keys_message(device.author, NOW)
+        keys_message = keyfiles.keys_message(device.author, NOW)
         assert jws.claimed_kid(dict(keys_message.properties)["jws"]) == old
         assert json.loads(keys_message.payload)["keys"][0]["kid"] == device.author.key.public.kid != old
         device.crash()
     device.acknowledged()
-    after = key_rotation.keys_message(device.author, NOW)
+    after = keyfiles.keys_message(device.author, NOW)
     assert jws.claimed_kid(dict(after.properties)["jws"]) == device.author.key.public.kid
     device.crash()
     assert device.author.live_key is None
@@ -467,7 +467,7 @@ def spoil(device: Device, seq: int) -> None:
 
 
 def pending_seq(device: Device) -> int:
-    return int(json.loads(device.store.get_meta(key_rotation.PENDING_ROTATION, ""))["seq"])
+    return int(json.loads(device.store.get_meta(keyfiles.PENDING_ROTATION, ""))["seq"])
 
 
 @pytest.mark.parametrize("arrived", [False, True], ids=["not sent before", "sent before"])
@@ -498,7 +498,7 @@ def test_a_rotation_that_the_card_damages_before_it_is_acknowledged_is_said_agai
     assert (told.through, told.missing) == (int(device.store.get_meta("seq", "")), [])
     assert audit(collector.store).passed
     device.acknowledged()
-    assert device.store.get_meta(key_rotation.PENDING_ROTATION, "") == ""
+    assert device.store.get_meta(keyfiles.PENDING_ROTATION, "") == ""
     assert device.rotate(), "and it can be rotated again"
     collector._store(device.messages())
     assert (refusals(collector), audit(collector.store).passed) == ({}, True)

@@ -16,6 +16,7 @@ from agent.bootstrap import device
 from agent.config import BrokerConfig, FieldConfig, MqttSource, StreamConfig
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.sources.mqtt import MqttSubscriber
+from agent.device.recovery.open import open_store
 from agent.device.store.store import Store
 from agent.errors import ConfigError, StorageFull
 from agent.testing.broker import MosquittoBroker
@@ -55,7 +56,7 @@ class Site:
 
     def stored(self) -> list[float]:
         """The first field's values, of a device that does not run."""
-        store = Store(self.folder, read_only=True)
+        store = Store.open_read_only(self.folder)
         try:
             found: list[float] = rows_of(store, "room", self.stream).columns[0].tolist()
             return found
@@ -327,7 +328,7 @@ def test_the_config_names_the_source_and_check_tells_where_it_listens(tmp_path: 
         'source = { kind = "mqtt", topic = "site/+/climate", paths = { x = "$.data.x" } }\n'
     )
     made = config.load(file)
-    store = Store(tmp_path / "data")
+    store = open_store(tmp_path / "data")
     [source] = device.build_sources(file, made, store)
     store.close()
     assert isinstance(source, MqttSubscriber)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from agent import config
 from agent.device.pipeline.batch import BatchResult
-from agent.device.store import transaction
+from agent.device.store import task_keys, transaction
 from agent.errors import StorageError, StorageFull
 from agent.model import activation
 from agent.model.activation import LoadedBundle
@@ -342,7 +342,7 @@ def test_what_was_learned_is_kept_and_announced(make: Make) -> None:
     device.run_all()
     (audit,) = [m.body for m in device.messages() if isinstance(m.body, AuditPayload)]
     assert audit.event == "learned"
-    kept = device.store.load_state("tiny", "site reference")
+    kept = device.store.load_state("tiny", task_keys.SITE_REFERENCE)
     assert kept is not None
     assert json.loads(kept)["made"] == "site"
 

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from agent.clock import ClockReading
 from agent.device.pipeline import learned
+from agent.device.recovery.open import open_store
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
 from agent.drift.state import DriftWindowResult
@@ -28,7 +29,7 @@ LEARNED = replace(
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store(tmp_path)
+    opened = open_store(tmp_path)
     yield opened
     opened.close()
 

@@ -14,6 +14,7 @@ import pytest
 from agent.bootstrap import tasks, wiring
 from agent.clock import ClockReading
 from agent.device.pipeline import batch, relearn
+from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.testing.fleet import DeviceProcess, LocalFleet
@@ -180,7 +181,7 @@ def test_a_link_in_the_folder_of_requests_leads_nobody_elsewhere(tmp_path: Path)
 def test_a_request_that_cannot_be_read_is_said_in_the_log_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     # Root may read any file, but no folder as one.
     (tmp_path / "requests" / "exercise.reference.json").mkdir(parents=True)
     try:

@@ -14,6 +14,7 @@ import pytest
 from agent import clock
 from agent.device.recovery.catch_up import UNPROVEN_FROM
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
+from agent.device.recovery.open import open_store
 from agent.device.recovery.report_findings import report_findings
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
@@ -242,7 +243,7 @@ def test_a_new_log_that_is_cut_off_in_the_middle_is_finished_and_nothing_is_writ
 
         with monkeypatch.context() as patch:
             patch.setattr(MessageLog, "reissue", dying)
-            store = Store(live)
+            store = open_store(live)
             half = MessageLog("acme", "pi-07", KEY, store.log_id, store.boot, 120_000)
             with pytest.raises(KeyboardInterrupt):
                 report_findings(store, half, TASKS, clock.read())

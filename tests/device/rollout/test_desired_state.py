@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.device.recovery.open import open_store
 from agent.device.rollout.desired_state import DesiredStateStore
+from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
-from agent.device.store.store import Store
 from agent.device.uplink.uplink import Uplink
 from agent.errors import MessageRefused, StorageFull
 from agent.testing.messages import new_key
@@ -61,7 +62,7 @@ class Desk:
         self.open()
 
     def open(self) -> None:
-        self.store = Store(self.folder)
+        self.store = open_store(self.folder)
         self.author = MessageLog(FLEET, DEVICE, new_key(1), self.store.log_id, self.store.boot, 120_000)
         self.desires = DesiredStateStore(self.store, self.author, [key.public for key in self.keys], self.groups)
 
@@ -239,7 +240,7 @@ def test_what_is_kept_and_damaged_counts_as_nothing_and_comes_again(desk: Desk) 
     delivery = signed(OWN, {"sort": wanted("2")})
     desk.take(delivery)
     with desk.store.transaction() as tx:
-        tx.save_state("", f"desired {OWN}", b"\xc1 broken")
+        tx.save_state("", task_keys.DESIRED_STATE_PREFIX + OWN, b"\xc1 broken")
     desk.crash()
     assert desk.version() is None
     desk.take(delivery)
