@@ -1,6 +1,6 @@
 """Lossy broker in memory: links lose, delay, repeat, reorder, split and break, in virtual time, from one seed.
 
-Links have the methods of `agent.transport.mqtt.Link`. One thread runs everything: while a link waits, the clock advances
+Links have the methods of `agent.transport.mqtt.Link`. One thread runs everything: while a link waits, the clock goes on
 and the other participants run. The same seed gives the same run, message by message.
 """
 
@@ -50,6 +50,9 @@ class _Mailbox(msgspec.Struct):
     unacknowledged: dict[int, IncomingMessage] = msgspec.field(default_factory=dict)
     link: LossyLink | None = None
 
+    def matches(self, topic: str) -> bool:
+        return any(topic_matches(pattern, topic) for pattern in self.filters)
+
 
 class LossyBroker:
     """The broker and the clock. `reason_code` decides about a message; `tick_callbacks` run while a link waits."""
@@ -95,7 +98,7 @@ class LossyBroker:
         box.unacknowledged = {}
         box.link = LossyLink(self, client, box, will)
         for message in self._retained.values():
-            if any(topic_matches(pattern, message.topic) for pattern in box.filters):
+            if box.matches(message.topic):
                 box.pending.append((self.clock_s, self._delivery(message, retained=True)))
         return box.link
 
