@@ -109,7 +109,7 @@ def test_kill_nine_of_everything_at_random_costs_no_row_and_changes_no_result(fl
     calm, killed = (
         fleet.add_device(name)
         .add_replay_stream(rows, 100, seed=seed)
-        .add_task("exercise", extra_toml="learn = 20")
+        .add_task("exercise", extra_toml="learn_windows = 20")
         .start()
         for name in ("calm", "killed")
     )

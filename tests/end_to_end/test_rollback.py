@@ -158,7 +158,7 @@ def test_half_a_copy_is_no_copy_and_is_made_anew(device: Device, monkeypatch: py
         path.write_bytes(data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(history, "write_new", die_later)
+        patched.setattr(history.durable_files, "write_new", die_later)
         with pytest.raises(KeyboardInterrupt):
             device.start()
     device.daemon._store.close()
@@ -173,7 +173,7 @@ def test_a_disk_that_takes_no_copy_keeps_no_task_from_running(device: Device, mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(history, "write_new", full)
+        patched.setattr(history.durable_files, "write_new", full)
         device.crash("2")
     assert device.runs() == "2"
     device.crash()
