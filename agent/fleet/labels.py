@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from agent.arrays import Floats
+from agent.arrays import Float64s
 from agent.fleet import bundle_history
 from agent.fleet.bundle_history import BundleLabelSchema, BundleRun
 from agent.fleet.database.interface import Connection
@@ -175,7 +175,7 @@ def _compute_metrics(schema: BundleLabelSchema, rows: Sequence[tuple[Any, ...]])
     )
 
 
-def _true_values(labelled: Sequence[tuple[Any, ...]]) -> Floats:
+def _true_values(labelled: Sequence[tuple[Any, ...]]) -> Float64s:
     return np.array([one[0] for one in labelled], np.float64)
 
 
