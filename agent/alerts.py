@@ -160,7 +160,7 @@ FLEET_DRIFT = AlertKind(
     "Fleet-wide drift",
     "drift",
     "{field}",
-    "collector/wide/{task}/{field}/{since}",
+    "collector/fleet-wide/{task}/{field}/{since}",
     "warning",
     "collector",
     "So many devices began to drift in one field at about the same time that no single site explains it.",
@@ -439,7 +439,7 @@ REFUSED_BY_COLLECTOR = AlertKind(
     "collector",
     "More than 20 messages in one device's name were refused within ten minutes. Nothing of them was stored.",
     "An attack; a device whose key was changed without enrolling it again.",
-    "Look at the samples in table `refused`. Enrol the device again, or take its rights on the broker.",
+    "Look at the samples in table `refusal_samples`. Enrol the device again, or take its rights on the broker.",
     _LOOK_YOURSELF,
 )
 SIGNED_TWICE = AlertKind(

@@ -114,8 +114,8 @@ class MessageSender(msgspec.Struct):
         answered = {"windows": n, "seconds": n / 1000, "scores": {"n": n, "mean": 0.9, "m2": n / 100}}
         estimate = {"expected": {"n": n, "mean": 0.9, "m2": n / 100}}
         members = {
-            "rollout": rollout, "model": MODEL, "beside": NEW_MODEL, "rows": [first, self.row], "batches": 5, "n": n,
-            "same": same, "answered": {**answered, **estimate}, "answered_beside": {**answered, **estimate},
+            "rollout": rollout, "model": MODEL, "other": NEW_MODEL, "rows": [first, self.row], "batches": 5, "n": n,
+            "agreeing": same, "answered": {**answered, **estimate}, "other_stats": {**answered, **estimate},
         }  # fmt: skip
         return self.append("shadow", task=self.task, **{**members, **changes})
 

@@ -19,7 +19,7 @@ import numpy as np
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.errors import OutstationError
-from agent.fleet import operators
+from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit
 from agent.fleet.database.store import FleetStore
 from scripts.faults.declarations import Declarations
@@ -155,7 +155,7 @@ def _evidence(world: World) -> tuple[AuditReport, int]:
     """The audit, and how many runs carry another digest than that of the rows that were sent."""
     store = world.fleet.open_store()
     try:
-        report = audit(store, operators=operators.load_trusted_keys(world.fleet.config))
+        report = audit(store, operators=fleet_config.load_trusted_keys(world.fleet.config))
         return report, sum(_altered(world, json.loads(payload)) for payload in _runs(store))
     finally:
         store.close()

@@ -180,7 +180,7 @@ def test_a_daemon_whose_clock_is_set_back_an_hour_and_ahead_sixty_days_loses_and
         (1, -60 * DAY_S),
     ]
     # No time service vouches for this clock, so nothing is claimed: but order and distance by boot time are right.
-    rows = fleet.query("SELECT row, boot_us, dated FROM results_dated ORDER BY row")
+    rows = fleet.query("SELECT row, boot_us, time_quality FROM results_dated ORDER BY row")
     assert [row[0] for row in rows] == list(range(100, 801, 100))
     distances = [later[1] - earlier[1] for earlier, later in itertools.pairwise(rows)]
     assert all(0 < distance < 5 * MINUTE for distance in distances)

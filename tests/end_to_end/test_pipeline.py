@@ -259,11 +259,11 @@ def test_sigterm_stops_within_five_seconds_and_the_next_start_goes_on(running: R
     assert running.systemd.messages[-1] == "STOPPING=1"
     assert json.loads(retained(fleet, "state"))["state"] == "stopped"
     wait_until("stopped at the collector", lambda: fleet.query("SELECT state FROM devices") == [("stopped",)])
-    rows, [(log, through)] = last_row(device), fleet.query("SELECT log, through FROM logs")
+    rows, [(log, through)] = last_row(device), fleet.query("SELECT log, last_seq FROM logs")
     running.start()
     running.progresses()
     assert last_row(device) > rows
-    [(log_after, through_after)] = fleet.query("SELECT log, through FROM logs")
+    [(log_after, through_after)] = fleet.query("SELECT log, last_seq FROM logs")
     assert (log_after, through_after > through) == (log, True)
     assert json.loads(retained(fleet, "state"))["state"] == "online"
     events = "SELECT json_extract(CAST(payload AS TEXT), '$.event') FROM messages WHERE kind = 'audit' ORDER BY seq"

@@ -79,7 +79,7 @@ class Dated:
     boot: int
     t_best: int
     t_error_us: int | None
-    dated: str
+    time_quality: str
 
 
 @dataclass
@@ -164,5 +164,5 @@ def collect(
 
 
 def dated(store: FleetStore) -> list[Dated]:
-    rows = store._fetch_all("SELECT row, t, boot, t_best, t_error_us, dated FROM results_dated ORDER BY row")
+    rows = store._fetch_all("SELECT row, t, boot, t_best, t_error_us, time_quality FROM results_dated ORDER BY row")
     return [Dated(*row) for row in rows]

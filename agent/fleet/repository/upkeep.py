@@ -11,7 +11,7 @@ import msgspec
 
 from agent.alerts import REPOSITORY_EXPIRY
 from agent.errors import StorageError
-from agent.fleet.database.projection import repository_alert_row
+from agent.fleet.database.alerts import repository_alert_row
 from agent.fleet.database.store import FleetStore
 from agent.fleet.repository import edition, expiry, root_rotation, status
 from agent.fleet.repository.edition import Edition
