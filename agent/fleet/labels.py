@@ -189,23 +189,5 @@ def _compute_metrics(schema: BundleLabelSchema, rows: Sequence[Row]) -> list[Met
     return performance.compute_metrics(labels.kind, labels.labels, predictions)
 
 
-<<<<<<< HEAD
-def _true_values(labelled: Sequence[tuple[Any, ...]]) -> Float64s:
-    return np.array([one[0] for one in labelled], np.float64)
-
-
-def _store_metrics(
-    db: Connection, device: str, task: str, log: str, metrics: Sequence[MetricEstimate], now: str
-) -> None:
-    db.execute("DELETE FROM metrics WHERE device = ? AND task = ? AND source = ?", (device, task, SOURCE))
-    db.executemany(
-        "INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        [
-            (device, task, now, one.metric, one.slice, one.value, one.low, one.high, one.n, one.state, SOURCE, log, 0)
-            for one in metrics
-        ],
-    )
-=======
-def _true_values(rows: Sequence[tuple[Any, ...]]) -> Floats:
+def _true_values(rows: Sequence[tuple[Any, ...]]) -> Float64s:
     return np.array([row[0] for row in rows], np.float64)
->>>>>>> main
