@@ -261,7 +261,7 @@ def _has_digest(path: Path, digest: str) -> bool:
 
 
 def _reason_for_check(check: str, detail: str) -> Reason:
-    if check in ("golden", "batch"):
+    if check in ("golden_vectors", "batch"):
         return "golden_vectors"
     if "crashed" in detail:
         return "crash"

@@ -15,9 +15,9 @@ from msgspec.structs import replace
 from agent import clock
 from agent.errors import UsageError
 from agent.fleet.database.interface import Connection
+from agent.fleet.database.rollouts import list_active_devices
 from agent.fleet.rollout import decisions, desired_state, journal
 from agent.fleet.rollout.decisions import Event
-from agent.fleet.rollout.devices import list_enrolled
 from agent.fleet.rollout.journal import Rollout
 from agent.fleet.rollout.plan import RolloutPlan
 from agent.fleet.rollout.promotion import StepVerdict
@@ -210,7 +210,7 @@ def _require_reachable(db: Connection, plan: RolloutPlan) -> None:
     kind, _, target = plan.target.partition(":")
     if kind == "group":
         return
-    known = [device for device in list_enrolled(db) if kind == "all" or device == target]
+    known = [device for device in list_active_devices(db) if kind == "all" or device == target]
     if not known:
         raise UsageError(f"roll-out {plan.name}: target {plan.target} matches no enrolled device")
     for number, step in enumerate(plan.steps, 1):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.journal import Rollout
 
@@ -19,19 +20,6 @@ NOT_REPORTED = "not_reported"
 _NON_FAILURE_REASONS = frozenset({"incompatible", "operator", "aborted", "download_failed", "hold_off"})
 _TRANSIENT_REASONS = frozenset({"download_failed", "hold_off"})
 _FAILED_PHASES = frozenset({"rejected", "rolled_back"})
-
-# A device's last report is the last one in its newest log.
-_SELECT_DEVICES = """
-    WITH reports AS (
-        SELECT c.device, c.phase, c.reason, c.summary, c.time, c.strategy,
-               row_number() OVER (PARTITION BY c.device ORDER BY l.rowid DESC, c.seq DESC) AS nth
-        FROM rollout_devices c JOIN logs l ON l.device = c.device AND l.log = c.log
-        WHERE c.rollout = :rollout AND c.task = :task AND c.digest = :digest)
-    SELECT d.device, d.last_seen, r.phase, r.reason, r.summary, r.time, r.strategy
-    FROM devices d LEFT JOIN reports r ON r.device = d.device AND r.nth = 1
-    WHERE EXISTS (SELECT 1 FROM keys k WHERE k.device = d.device AND k.revoked IS NULL AND k.through IS NULL)
-    ORDER BY d.device
-"""
 
 
 class RolloutDevice(msgspec.Struct, frozen=True):
@@ -85,10 +73,11 @@ class StepDevices(msgspec.Struct, frozen=True):
 def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
     """Load the devices of the current step."""
     plan = rollout.plan
-    names = {"rollout": rollout.name, "task": plan.task, "digest": plan.digest}
     known = [
         RolloutDevice(device, last_seen, phase or NOT_REPORTED, reason or "", summary or "", since, strategy)
-        for device, last_seen, phase, reason, summary, since, strategy in db.execute(_SELECT_DEVICES, names)
+        for device, last_seen, phase, reason, summary, since, strategy in rollouts.load_devices(
+            db, rollout.name, plan.task, plan.digest
+        )
     ]
     kind, _, target = plan.target.partition(":")
     targeted = [device for device in known if _is_targeted(device, kind, target)]
@@ -98,12 +87,6 @@ def load_step_devices(db: Connection, rollout: Rollout) -> StepDevices:
     joining = frozenset(device.device for device in selected if not was_selected(device.device))
     unselected = [device for device in targeted if not desired.includes_device(device.device)]
     return StepDevices(selected, joining, unselected)
-
-
-def list_enrolled(db: Connection) -> list[str]:
-    """List the devices with a valid key."""
-    sql = "SELECT DISTINCT device FROM keys WHERE revoked IS NULL AND through IS NULL ORDER BY device"
-    return [str(row[0]) for row in db.execute(sql)]
 
 
 def _is_targeted(device: RolloutDevice, kind: str, target: str) -> bool:

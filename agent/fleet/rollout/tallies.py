@@ -12,18 +12,13 @@ from collections.abc import Iterable
 import msgspec
 
 from agent.errors import MessageRefused
+from agent.fleet.database import rollouts
 from agent.fleet.database.interface import Connection
 from agent.fleet.rollout.journal import Rollout
 from agent.wire.messages import BundleStats, Moments, ShadowPayload, decode
 
 MAX_BLOCKS = 200
 _CHUNK_ROWS = 2000
-_SELECT_NEW = """
-    SELECT rowid, device, model = :digest, body FROM shadows
-    WHERE rollout = :rollout AND rowid > :after AND task = :task
-      AND (model = :digest) <> (other = :digest)
-    ORDER BY rowid LIMIT :limit
-"""
 # Bounds for the time of a batch and of a window in any model: beyond them a clock or a device is wrong.
 _MAX_BATCH_S, _MIN_WINDOW_S = 3600.0, 1e-9
 _MAX_LABELLED = 1_000_000
@@ -44,16 +39,14 @@ class RolloutTallies:
     """Tallies of one roll-out by device. `read_new` adds what arrived since."""
 
     def __init__(self, rollout: Rollout) -> None:
-        self._parameters = {"rollout": rollout.name, "task": rollout.plan.task, "digest": rollout.plan.digest}
+        self._key = (rollout.name, rollout.plan.task, rollout.plan.digest)
         self._last_rowid = 0
         self.devices: dict[str, DeviceTallies] = {}
 
     def read_new(self, db: Connection) -> None:
-        while rows := db.execute(
-            _SELECT_NEW, {**self._parameters, "after": self._last_rowid, "limit": _CHUNK_ROWS}
-        ).fetchall():
+        while rows := rollouts.load_shadows(db, *self._key, after=self._last_rowid, limit=_CHUNK_ROWS):
             for _, device, new_is_active, body in rows:
-                self._add_message(device, bool(new_is_active), body)
+                self._add_message(device, new_is_active, body)
             self._last_rowid = rows[-1][0]
 
     def select_messages(self, devices: Iterable[str], *, new_is_shadow: bool) -> dict[str, list[ShadowPayload]]:
