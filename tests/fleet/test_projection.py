@@ -50,7 +50,7 @@ def test_a_change_of_a_device_is_one_row(store: FleetStore) -> None:
     columns = "device, task, rollout, digest, strategy, phase, reason, summary, numbers, seq"
     what = ("pi-07", "exercise", "exercise-1-1", NEW_MODEL["digest"], "canary", "rolled_back", "crash")
     assert ask(store, f"SELECT {columns} FROM rollout_devices") == [
-        (*what, "exercise 1.1.0: rolled back.", '{"signal":11}', 1)
+        (*what, "exercise 1.1.0: rolled_back.", '{"signal":11}', 1)
     ]
 
 

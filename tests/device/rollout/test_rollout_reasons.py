@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from agent.comparison import paired_intervals
-from agent.device.rollout import trial
+from agent.device.rollout import canary
 from agent.errors import StorageError
 from scripts.kit import rig
 from scripts.kit.bundles import CENTRES, LABELS, Floats, change_manifest, model, readings
@@ -239,7 +239,7 @@ def test_one_whose_answers_drift_before_the_two_can_be_compared_is_taken_back_on
 def test_where_answers_cannot_be_compared_their_drift_speaks_against_a_bundle_by_itself(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "_has_open_output_alert", lambda state: True)
+    monkeypatch.setattr(canary, "_has_open_output_alert", lambda state: True)
     on_probation(site, "renamed", output_drift=True)
     assert until_over(site, site.batch) == paired_intervals.MIN_BLOCKS
     is_taken_back(site, "renamed", "output_drift")

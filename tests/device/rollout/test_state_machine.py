@@ -54,50 +54,50 @@ STEPS = [
     ("a shadow begins with fetching", None, facts(want()), "downloading"),
     ("it is not for this device", None, facts(want(**NOBODY)), "not_selected"),
     ("the bundle runs already", None, facts(want("all", OLD)), "active"),
-    ("the bundle is held", None, facts(want(), held=HoldOff(5000, "crash")), "rejected/hold_off"),
+    ("the bundle is held", None, facts(want(), hold_off=HoldOff(5000, "crash")), "rejected/hold_off"),
     ("the share grows", at("not_selected", want(**NOBODY)), facts(want("canary")), "downloading"),
     ("it waits for the bundle", at("downloading"), facts(want()), "downloading"),
-    ("it proved itself, for a shadow", at("downloading"), facts(want(), proof=FINE), "shadow"),
-    ("it proved itself, for a canary", at("downloading"), facts(want("canary"), proof=FINE), "canary"),
-    ("it proved itself, for all", at("downloading"), facts(want("all"), proof=FINE), "canary"),
-    ("golden vectors fail", at("downloading"), facts(want(), proof=BROKEN), "rejected/golden_vectors"),
+    ("it proved itself, for a shadow", at("downloading"), facts(want(), readiness=FINE), "shadow"),
+    ("it proved itself, for a canary", at("downloading"), facts(want("canary"), readiness=FINE), "canary"),
+    ("it proved itself, for all", at("downloading"), facts(want("all"), readiness=FINE), "canary"),
+    ("golden vectors fail", at("downloading"), facts(want(), readiness=BROKEN), "rejected/golden_vectors"),
     ("nobody wants what is fetched", at("downloading"), facts(), "cancelled"),
     ("no longer chosen while fetching", at("downloading"), facts(want(**NOBODY)), "not_selected"),
-    ("no longer chosen in shadow", at("shadow"), facts(want(**NOBODY), proof=FINE), "not_selected"),
+    ("no longer chosen in shadow", at("shadow"), facts(want(**NOBODY), readiness=FINE), "not_selected"),
     ("no longer chosen on probation", at("canary"), facts(want("canary", **NOBODY)), "canary"),
     ("nobody wants the shadow", at("shadow"), facts(), "cancelled"),
     ("nobody wants what is on probation", at("canary"), facts(), "canary"),
-    ("nobody wants it and it settles", at("canary"), facts(enough=ENOUGH), "active"),
-    ("nobody wants it and it fails", at("canary"), facts(against=CRASH), "rolled_back/crash"),
-    ("a shadow goes on", at("shadow"), facts(want(), proof=FINE), "shadow"),
-    ("a shadow crashes", at("shadow"), facts(want(), against=CRASH), "rejected/crash"),
+    ("nobody wants it and it settles", at("canary"), facts(completion=ENOUGH), "active"),
+    ("nobody wants it and it fails", at("canary"), facts(failure=CRASH), "rolled_back/crash"),
+    ("a shadow goes on", at("shadow"), facts(want(), readiness=FINE), "shadow"),
+    ("a shadow crashes", at("shadow"), facts(want(), failure=CRASH), "rejected/crash"),
     ("a shadow comes to its turn", at("shadow"), facts(want("canary")), "canary"),
-    ("a restart finds a broken shadow", at("shadow"), facts(want(), proof=BROKEN), "rejected/golden_vectors"),
+    ("a restart finds a broken shadow", at("shadow"), facts(want(), readiness=BROKEN), "rejected/golden_vectors"),
     ("probation goes on", at("canary", want("all")), facts(want("all")), "canary"),
-    ("probation was long enough", at("canary", want("all")), facts(want("all"), enough=ENOUGH), "active"),
-    ("long enough, but", at("canary"), facts(want("all"), enough=ENOUGH, against=CRASH), "rolled_back/crash"),
-    ("a restart finds it broken", at("canary"), facts(want("all"), proof=BROKEN), "rolled_back/golden_vectors"),
+    ("probation was long enough", at("canary", want("all")), facts(want("all"), completion=ENOUGH), "active"),
+    ("long enough, but", at("canary"), facts(want("all"), completion=ENOUGH, failure=CRASH), "rolled_back/crash"),
+    ("a restart finds it broken", at("canary"), facts(want("all"), readiness=BROKEN), "rolled_back/golden_vectors"),
     ("probation becomes a shadow again", at("canary"), facts(want("shadow")), "shadow"),
     ("another roll-out wants this device", at("canary"), facts(want("all", OTHER, "r2")), "cancelled"),
     ("another roll-out wants others", at("canary"), facts(want("all", OTHER, "r2", **NOBODY)), "canary"),
     ("the next one begins after that", at("cancelled"), facts(want("all", OTHER, "r2")), "downloading"),
-    ("config changed on probation", at("canary"), facts(want("all"), runs=OTHER, configured=OTHER), "cancelled"),
-    ("config changed to it", at("canary"), facts(want("all"), runs=NEW, configured=NEW), "active"),
-    ("config changed when settled", at("active"), facts(want("all"), runs=OTHER, configured=OTHER), "cancelled"),
-    ("it was set aside", at("active"), facts(want("all"), aside="it died twice"), "rolled_back/crash"),
+    ("config changed on probation", at("canary"), facts(want("all"), running_digest=OTHER, configured_digest=OTHER), "cancelled"),
+    ("config changed to it", at("canary"), facts(want("all"), running_digest=NEW, configured_digest=NEW), "active"),
+    ("config changed when settled", at("active"), facts(want("all"), running_digest=OTHER, configured_digest=OTHER), "cancelled"),
+    ("it was set aside", at("active"), facts(want("all"), quarantine_reason="it died twice"), "rolled_back/crash"),
     ("called back in shadow", at("shadow"), facts(want("rollback")), "cancelled/aborted"),
     ("called back on probation", at("canary"), facts(want("rollback")), "cancelled/aborted"),
     ("called back where it was not taken", None, facts(want("rollback")), "cancelled/aborted"),
-    ("called back when settled", at("active"), facts(want("rollback"), runs=NEW, before=OLD), "active"),
-    ("the other is here", at("active"), facts(want("rollback"), runs=NEW, before=OLD, proof=FINE), "cancelled/aborted"),
-    ("nothing to go back to", at("active"), facts(want("rollback"), runs=NEW), "rejected/incompatible"),
-    ("held after it was taken back", at("rolled_back"), facts(want("all"), held=HoldOff(5000, "")), "rolled_back"),
+    ("called back when settled", at("active"), facts(want("rollback"), running_digest=NEW, fallback_digest=OLD), "active"),
+    ("the other is here", at("active"), facts(want("rollback"), running_digest=NEW, fallback_digest=OLD, readiness=FINE), "cancelled/aborted"),
+    ("nothing to go back to", at("active"), facts(want("rollback"), running_digest=NEW), "rejected/incompatible"),
+    ("held after it was taken back", at("rolled_back"), facts(want("all"), hold_off=HoldOff(5000, "")), "rolled_back"),
     ("the hold is over", at("rolled_back"), facts(want("all")), "downloading"),
-    ("refused stays refused", at("rejected", reason="golden_vectors"), facts(want(), held=HoldOff(5000, "")), "rejected/golden_vectors"),
+    ("refused stays refused", at("rejected", reason="golden_vectors"), facts(want(), hold_off=HoldOff(5000, "")), "rejected/golden_vectors"),
     ("refused is tried again after the hold", at("rejected", reason="golden_vectors"), facts(want()), "downloading"),
     ("a hold is over", at("rejected", reason="hold_off"), facts(want()), "downloading"),
-    ("the repository came back", at("rejected", reason="download_failed"), facts(want(), proof=FINE), "shadow"),
-    ("it still does not answer", at("rejected", reason="download_failed"), facts(want(), proof=BROKEN), "rejected/download_failed"),
+    ("the repository came back", at("rejected", reason="download_failed"), facts(want(), readiness=FINE), "shadow"),
+    ("it still does not answer", at("rejected", reason="download_failed"), facts(want(), readiness=BROKEN), "rejected/download_failed"),
     ("nobody wants the refused one", at("rejected", reason="golden_vectors"), facts(), "cancelled"),
 ]  # fmt: skip
 
@@ -108,32 +108,32 @@ def test_each_step(old: RolloutState | None, seen: RolloutFacts, wanted: str) ->
 
 
 def test_a_config_that_was_changed_here_holds_until_it_is_changed_again() -> None:
-    changed = decide_next_state(at("active"), facts(want("all"), runs=OTHER, configured=OTHER))
+    changed = decide_next_state(at("active"), facts(want("all"), running_digest=OTHER, configured_digest=OTHER))
     assert changed is not None
     assert "config on this device" in changed.detail
-    assert decide_next_state(changed, facts(want("all"), runs=OTHER, configured=OTHER)) is changed
-    assert after(changed, facts(want("all"), runs=OLD, configured=OLD)) == "downloading"
-    assert after(changed, facts(want("all", OLD, "r2"), runs=OTHER, configured=OTHER)) == "downloading"
+    assert decide_next_state(changed, facts(want("all"), running_digest=OTHER, configured_digest=OTHER)) is changed
+    assert after(changed, facts(want("all"), running_digest=OLD, configured_digest=OLD)) == "downloading"
+    assert after(changed, facts(want("all", OLD, "r2"), running_digest=OTHER, configured_digest=OTHER)) == "downloading"
 
 
 def test_who_is_late_says_so_once_and_no_longer_when_it_got_there() -> None:
-    fetching = decide_next_state(None, facts(want("all"), over=False))
-    late = decide_next_state(fetching, facts(want("all"), over=True))
+    fetching = decide_next_state(None, facts(want("all"), is_deadline_passed=False))
+    late = decide_next_state(fetching, facts(want("all"), is_deadline_passed=True))
     assert fetching is not None
     assert late is not None
     assert (fetching.late, late.late, late.phase, late.since_s) == (False, True, "downloading", fetching.since_s)
-    assert decide_next_state(late, facts(want("all"), over=True)) is late
-    assert decide_next_state(late, facts(want("all"), over=None)) is late
-    probation = decide_next_state(late, facts(want("all"), over=True, proof=FINE))
+    assert decide_next_state(late, facts(want("all"), is_deadline_passed=True)) is late
+    assert decide_next_state(late, facts(want("all"), is_deadline_passed=None)) is late
+    probation = decide_next_state(late, facts(want("all"), is_deadline_passed=True, readiness=FINE))
     assert probation is not None
     assert probation.late
-    settled = decide_next_state(probation, facts(want("all"), over=True, enough=ENOUGH))
+    settled = decide_next_state(probation, facts(want("all"), is_deadline_passed=True, completion=ENOUGH))
     assert settled is not None
     assert (settled.phase, settled.late) == ("active", False)
 
 
 def test_a_longer_share_alone_says_nothing_and_keeps_the_time_it_began() -> None:
-    old = at("canary", want("canary", percent=99.0), since_s=5.0, past="x")
+    old = at("canary", want("canary", percent=99.0), since_s=5.0, previous_history="x")
     new = decide_next_state(old, facts(want("canary", percent=100.0)))
     assert new is not None
     assert (new.audit_key == old.audit_key, new.since_s, new.previous_history) == (True, 5.0, "x")
@@ -179,15 +179,15 @@ wants = st.one_of(
 seen = st.builds(
     lambda wanted, runs, configured, held, proof, against, enough, before, aside, over: facts(
         wanted,
-        runs=runs,
-        configured=configured,
-        held=HoldOff(9000.0, "it crashed") if held else None,
-        proof=proof,
-        against=CRASH if against else None,
-        enough=ENOUGH if enough else None,
-        before=before,
-        aside=aside,
-        over=over,
+        running_digest=runs,
+        configured_digest=configured,
+        hold_off=HoldOff(9000.0, "it crashed") if held else None,
+        readiness=proof,
+        failure=CRASH if against else None,
+        completion=ENOUGH if enough else None,
+        fallback_digest=before,
+        quarantine_reason=aside,
+        is_deadline_passed=over,
     ),
     wants,
     st.sampled_from([OLD, NEW, OTHER, ""]),

@@ -126,7 +126,7 @@ WRONG = {
         "device_rules.hold_hours",
         "did you mean 'hold_off_hours'",
     ),
-    "nothing asked": ("agreement = 0.9\nmax_latency_ratio = 1.5", "", "steps[0]", "asks nothing of the answers"),
+    "nothing asked": ("min_agreement = 0.9\nmax_latency_ratio = 1.5", "", "steps[0]", "has no limit on predictions"),
     "no steps": (FILE[FILE.index("[[steps]]") : FILE.index("[promote]")], "", "steps", "required"),
 }
 
@@ -195,11 +195,25 @@ def _require_whole(plan: RolloutPlan) -> None:
         ) == plan.desired_for_step(i + 1)
 
 
+REQUIREMENTS = {
+    "kind": "classify",
+    "fields": ["ax"],
+    "window": 1,
+    "agent": "0.1.0",
+    "runtimes": [],
+    "memory": 0,
+    "unpacked": 0,
+}
+
+
 def repository(folder: Path, *offered: dict[str, str], bundle: str = "exercise", edition: int = 3) -> None:
     metadata = folder / "repository" / "metadata"
     metadata.mkdir(parents=True, exist_ok=True)
     targets = {
-        f"{bundle}/{one['version']}/{one['digest'][7:23]}.zip": {"length": 1, "custom": {"outstation": one}}
+        f"{bundle}/{one['version']}/{one['digest'][7:23]}.zip": {
+            "length": 1,
+            "custom": {"outstation": {**REQUIREMENTS, **one}},
+        }
         for one in offered
     }
     signed = {"_type": "targets", "version": edition, "targets": targets}
@@ -229,7 +243,7 @@ def test_a_digest_that_the_repository_does_not_have_is_refused(tmp_path: Path) -
 
 
 def test_without_a_repository_the_digest_must_be_given(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no repository in"):
+    with pytest.raises(ConfigError, match="has no repository to look up"):
         resolved(tmp_path, FILE.replace(f'digest = "{NEW_MODEL["digest"]}"\n', ""))
 
 

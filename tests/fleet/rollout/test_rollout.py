@@ -97,9 +97,9 @@ class Site:
         assert isinstance(body, DesiredPayload)
         return body
 
-    def in_shadow(self, same: int = 97) -> None:
+    def in_shadow(self, agreeing: int = 97) -> None:
         for sender in self.senders:
-            self.send(sender.rollout("shadow"), *(sender.shadow(same=same) for _ in range(6)))
+            self.send(sender.rollout("shadow"), *(sender.shadow(agreeing=agreeing) for _ in range(6)))
 
     def heard(self, phase: str) -> None:
         wait_until(f"all are {phase}", lambda: self.status()["phases"] == {phase: len(self.senders)})
@@ -152,7 +152,7 @@ def test_a_bad_one_is_aborted_by_follow_which_says_so_with_its_exit_code(site: S
     follow = ("fleet", "rollout", "follow", "exercise-1-1", "--every", "0.2", "--dir", str(site.fleet.home))
     program = OutstationProcess(site.folder / "follow.log", *follow).start()
     try:
-        site.in_shadow(same=20)
+        site.in_shadow(agreeing=20)
         assert program.wait(60) == 1
     finally:
         program.kill()
@@ -180,7 +180,7 @@ def test_by_hand_a_step_is_promoted_only_where_its_rules_allow_or_with_a_reason(
     assert site.rollout("promote", "exercise-1-1")[1]["step"] == 2
     code, document = site.rollout("promote", "exercise-1-1", "--force", "the others are on holiday")
     assert (code, document["state"]) == (0, "finished")
-    assert "Promoted by hand: the others are on holiday." in document["summary"]
+    assert "Forced: the others are on holiday." in document["summary"]
     assert site.fleet.audit()[0] == 0
 
 
@@ -245,9 +245,9 @@ def test_status_is_text_for_people_and_names_who_refused(site: Site) -> None:
     assert site.status()["failed"] == ["pi-0"]
     said = run_outstation("fleet", "rollout", "status", "--dir", home).stdout
     assert "exercise-1-1  exercise: exercise 1.1.0 to all  running" in said
-    assert "pi-0: refused (signature): exercise 1.1.0: refused." in said
-    assert "pi-1: refused (fetch): exercise 1.1.0: refused." in said
-    assert "not heard of: pi-2, pi-3" in said
+    assert "pi-0: rejected (signature): exercise 1.1.0: rejected." in said
+    assert "pi-1: rejected (download_failed): exercise 1.1.0: rejected." in said
+    assert "not reported: pi-2, pi-3" in said
     assert "\x1b" not in said
 
 
