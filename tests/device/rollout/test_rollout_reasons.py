@@ -127,7 +127,7 @@ def test_without_labels_nothing_speaks_against_one_that_names_its_classes_wrongl
 @pytest.mark.parametrize(
     ("text", "rules", "reason"),
     [
-        ("mixed", {"agreement": 0.9}, "agreement"),
+        ("mixed", {"min_agreement": 0.9}, "agreement"),
         ("doubtful", {"max_accuracy_drop": 0.05}, "estimated_accuracy"),
         ("slow", {"max_latency_ratio": 3.0}, "latency"),
     ],

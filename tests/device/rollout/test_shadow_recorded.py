@@ -49,7 +49,7 @@ def told(tmp_path: Path) -> Iterator[Told]:
             # A row each 10 ms, batch by batch.
             for part in np.array_split(recorded(BATCHES * 24), BATCHES):
                 pair.batch(part)
-            states = {one.rule: one.state for one in rules.evaluate_rules(RULES, pair.beside.blocks, True)}
+            states = {one.rule: one.state for one in rules.evaluate_rules(RULES, pair.runner.blocks, True)}
             if "undecided" not in states.values():
                 break
         return dict(states)
