@@ -320,10 +320,10 @@ def test_the_child_does_not_outlive_the_daemon(web: Web, device: Updating, wante
     program = (
         "import sys, time, pathlib\n"
         "from tests.kit.updating import Updating\n"
-        "from agent.wire.desired_state import Wanted\n"
+        "from agent.wire.desired_state import DesiredBundle\n"
         "folder, url = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
         "device = Updating(folder, url, (folder / 'root.json').read_bytes())\n"
-        "device.fetch(Wanted('rollout-1', *sys.argv[3:6], 'all'), 60.0)\n"
+        "device.fetch(DesiredBundle('rollout-1', *sys.argv[3:6], 'all'), 60.0)\n"
     )
     words = (str(device.folder), web.url, wanted.bundle, wanted.version, wanted.digest)
     daemon = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)
