@@ -21,7 +21,7 @@ from agent.errors import MessageRefused, UsageError
 from agent.fleet.commands import COUNTER_FILE, CommandResult, parse_arguments, reserve_counter, send
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from agent.fleet.keyring import Keyring
+from agent.fleet.database.keyring import Keyring
 from agent.testing.messages import MessageSender, new_key
 from agent.transport.packets import NO_SUBSCRIBERS, IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws

@@ -112,7 +112,7 @@ def send_command(
 ) -> CommandResult:
     """On a connection of its own. Ends the program where the broker cannot be reached."""
     from agent.fleet.commands import reserve_counter, send
-    from agent.fleet.keyring import Keyring
+    from agent.fleet.database.keyring import Keyring
     from agent.transport.mqtt import Link
 
     fleet, key = config.fleet.name, keys.load_private(Path(config.operator.key_file))

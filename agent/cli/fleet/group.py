@@ -253,7 +253,7 @@ def audit(device: str | None, db: str | None, folder: str | None, as_json: bool)
 @fleet_option
 def watch(raw: bool, seconds: float | None, db: str | None, folder: str | None) -> None:
     """Look on: verified messages as a live table; as lines with --raw, or where stdout is no terminal."""
-    from agent.fleet.keyring import Keyring
+    from agent.fleet.database.keyring import Keyring
     from agent.fleet.screen import show_lines, show_table
     from agent.fleet.watch import FleetWatcher, connect, receive_deliveries
 

@@ -38,7 +38,7 @@ from agent.fleet.evidence.gather.comparisons import ComparisonCollector
 from agent.fleet.evidence.gather.decisions import DecisionCollector
 from agent.fleet.evidence.gather.deployments import ActivationCollector, parse_agent_version
 from agent.fleet.evidence.gather.incidents import IncidentCollector
-from agent.fleet.keyring import Keyring
+from agent.fleet.database.keyring import Keyring
 from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire.jws import Signer
 from agent.wire.keys import PublicKey, parse_public_key
