@@ -198,7 +198,9 @@ def _read_counter(path: Path) -> int:
     except FileNotFoundError:
         return 0
     except OSError as error:
-        raise UsageError(f"{path}: the last counter cannot be read: {error.strerror}; check the owner of the file") from None
+        raise UsageError(
+            f"{path}: the last counter cannot be read: {error.strerror}; check the owner of the file"
+        ) from None
     except ValueError as error:
         raise UsageError(
             f"{path}: holds no counter ({error}), and devices refuse a counter that is not above the last; write the "

@@ -132,7 +132,7 @@ def receive_deliveries(
                 raise UsageError(
                     "another `outstation fleet watch` connected with this certificate; run one at a time"
                 ) from None
-            report(f"{down}; reconnecting")
+            report(f"{down}; trying again")
             wake = time.monotonic() + retry.next_delay()
             while time.monotonic() < min(wake, end or wake):
                 yield []

@@ -202,7 +202,7 @@ def test_two_collectors_of_one_name_do_not_throw_each_other_off(fleet: Fleet) ->
     first = fleet.collect("a")
     eventually(lambda: fleet.connected("a"))
     second = fleet.collect("a")
-    eventually(lambda: "named a is at work already" in fleet.log("a"))
+    eventually(lambda: "named a is already running" in fleet.log("a"))
     assert end(second, first) == [0, 0]
     assert fleet.log("a").count("connected") == 1
 

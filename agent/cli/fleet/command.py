@@ -34,7 +34,14 @@ if TYPE_CHECKING:
 @click.argument("device")
 @click.argument("name")
 @click.argument("args", nargs=-1)
-@click.option("--wait", "wait_s", metavar="S", default=30.0, type=click.FloatRange(min=0), help="Wait this long for the reply; default 30.")
+@click.option(
+    "--wait",
+    "wait_s",
+    metavar="S",
+    default=30.0,
+    type=click.FloatRange(min=0),
+    help="Wait this long for the reply; default 30.",
+)
 @click.option("--yes", is_flag=True, help="Wipe without asking.")
 @fleet_option
 @json_option

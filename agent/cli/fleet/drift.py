@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 @click.command("drift", epilog="Example: outstation fleet drift --task exercise --since 7d --plot drift.svg")
 @click.option("--device", metavar="D", help="Only this device, compared with its fleet.")
 @click.option("--task", metavar="T", help="Only this task.")
-@click.option("--since", metavar="TIME", help='Only windows since "24 h", "7 d", 2026-11-24 or 2026-11-24T22:18:00Z; default all.')
+@click.option(
+    "--since", metavar="TIME", help='Only windows since "24 h", "7 d", 2026-11-24 or 2026-11-24T22:18:00Z; default all.'
+)
 @plot_option
 @dark_option
 @click.option("--bundle", "bundles", multiple=True, metavar="BUNDLE", type=click.Path(path_type=Path),
@@ -79,7 +81,9 @@ def _parse_since(text: str, now_us: int) -> str:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise UsageError(f'--since {text!r}: write a duration ("24 h", "7 d") or a time (2026-11-24T22:18:00Z)') from None
+        raise UsageError(
+            f'--since {text!r}: write a duration ("24 h", "7 d") or a time (2026-11-24T22:18:00Z)'
+        ) from None
     moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
     return clock.to_rfc3339(int(moment.timestamp() * 1e6))
 

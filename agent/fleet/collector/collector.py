@@ -18,8 +18,8 @@ from agent.fleet.collector.leader import LeaderTasks
 from agent.fleet.collector.pending_gaps import PendingGaps
 from agent.fleet.database.ingest import Arrival, IngestOutcome, Refusal
 from agent.fleet.database.interface import LogId
-from agent.fleet.database.store import Acknowledgement, FleetStore
 from agent.fleet.database.keyring import Keyring
+from agent.fleet.database.store import Acknowledgement, FleetStore
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, PublishReceipt
 from agent.wire import key_rotation, topics
@@ -118,7 +118,7 @@ class Collector:
             except (LinkDown, StorageError) as error:
                 delay = retry.next_delay()
                 if retry.failures == 1 or retry.failures % 10 == 0:
-                    logger.warning("%s; retrying until it works", error)
+                    logger.warning("%s; trying again until it works", error)
                 self._pause(delay)
 
     def stop(self) -> None:
@@ -195,7 +195,9 @@ class Collector:
                 break
             events = link.receive(0.0)
         if len(self._held) > MAX_HELD:
-            raise LinkDown("the database keeps failing and too many messages are held; disconnecting, the broker keeps the rest")
+            raise LinkDown(
+                "the database keeps failing and too many messages are held; disconnecting, the broker keeps the rest"
+            )
 
     def _store_held(self, link: BrokerLink) -> None:
         batch = self._held[:BATCH_SIZE]
@@ -231,7 +233,9 @@ class Collector:
             a.message.body.device for a, outcome in zip(arrivals, outcomes, strict=True) if outcome == "conflict"
         }
         for device in sorted(conflicts):
-            logger.critical("security: %s signed two different messages with one seq; see `outstation fleet alerts`", device)
+            logger.critical(
+                "security: %s signed two different messages with one seq; see `outstation fleet alerts`", device
+            )
         return arrivals
 
     def _report_refusals(self, refusals: Sequence[Refusal]) -> None:
@@ -295,9 +299,7 @@ class Collector:
                         has_new_key |= self.keyring.add_rotation(message)
                 except MessageRefused as refused:
                     results[i] = refused
-            pending = [
-                i for i in pending if isinstance(r := results[i], MessageRefused) and r.reason == "unknown key"
-            ]
+            pending = [i for i in pending if isinstance(r := results[i], MessageRefused) and r.reason == "unknown key"]
             has_new_key &= bool(pending)
         return results
 

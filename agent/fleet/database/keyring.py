@@ -68,7 +68,12 @@ class Keyring:
         except MessageRefused:
             return False
         old = self.find(change.old_kid) if change else None
-        if change is None or not isinstance(old, DeviceKey) or old.last_seq is not None or self.find(change.new_key.kid):
+        if (
+            change is None
+            or not isinstance(old, DeviceKey)
+            or old.last_seq is not None
+            or self.find(change.new_key.kid)
+        ):
             return False
         self._pending_rotations[change.old_kid] = DeviceKey(old.owner, old.key, False, change.log, change.seq)
         self._pending_rotations[change.new_key.kid] = DeviceKey(old.owner, change.new_key)
@@ -111,5 +116,7 @@ def _parse_key(device: str, text: str) -> PublicKey | None:
     try:
         return parse_public_key(text)
     except ValueError as error:
-        logger.error("device %s: its enrolled key is invalid (%s); enrol the device again with --replace", device, error)
+        logger.error(
+            "device %s: its enrolled key is invalid (%s); enrol the device again with --replace", device, error
+        )
         return None

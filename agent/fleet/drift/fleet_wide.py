@@ -63,7 +63,9 @@ class FleetWideDrift(msgspec.Struct, frozen=True):
     def summary(self) -> str:
         since = datetime.fromtimestamp(self.since / 1e6, UTC)
         known = self.usual_count is not None
-        usual = f"usually {self.usual_count:.0f} of {self.device_count}" if known else "the usual number is not known yet"
+        usual = (
+            f"usually {self.usual_count:.0f} of {self.device_count}" if known else "the usual number is not known yet"
+        )
         return (
             f"{self.subject} has drifted on {len(self.devices)} of {self.device_count} devices since {since:%Y-%m-%d %H:%M} "
             f"UTC ({usual}): the cause is in the fleet's environment or its models, not in single sensors"
