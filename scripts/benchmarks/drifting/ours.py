@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
-from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
+from agent.drift.detectors.detector import JOINT, OUTPUT, SCORE
 from scripts.benchmarks.drifting import made
 from scripts.benchmarks.drifting.counting import Flags, Row, raised
 from scripts.benchmarks.drifting.made import ANSWER, CERTAINTY, FIELDS, ROWS, Change, Kind, Table
