@@ -100,8 +100,8 @@ def _print(document: dict[str, Any]) -> None:
 
 def _format_condition(state: dict[str, Any]) -> str:
     """One line where there is something to look at."""
-    last, quarantine = state["last"], state["quarantine"]
-    parts = ["last stop unclean"] if state["stop"] == "unclean" else []
-    parts += [f"{last['time']}: {last['what']}"] if last else []
+    last, quarantine = state["last_finding"], state["quarantine"]
+    parts = ["last stop unclean"] if state["last_stop"] == "unclean" else []
+    parts += [f"{last['time']}: {last['summary']}"] if last else []
     parts += [f"{quarantine['bytes'] / 2**20:.1f} MiB in {quarantine['folder']}"] if quarantine else []
     return "; ".join(parts)

@@ -126,7 +126,7 @@ def format_alert(alert: dict[str, Any], heading: str) -> str:
 
 
 def _format_bundle(task: dict[str, Any]) -> str:
-    why = "another set aside" if "set_aside" in task else "rolled back" if "rolled_back_to" in task else ""
+    why = "another quarantined" if "quarantined_bundles" in task else "rolled back" if "rolled_back_to" in task else ""
     return f"{task['bundle']} ({why})" if why else str(task["bundle"])
 
 
