@@ -67,7 +67,7 @@ def load_bundle_runs(db: Connection, device: str, task: str, log: str) -> dict[i
             its = body.model
             model = known.setdefault(its.digest, BundleRun(its.name, its.version, its.digest))
             model.results += body.n
-            model.listed += len(body.columns.row)
+            model.listed += len(body.columns)
             found[int(seq)] = model
     return found
 

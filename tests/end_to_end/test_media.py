@@ -26,6 +26,7 @@ from agent.device.store.store import Store
 from agent.errors import ConfigError, OutstationError, UsageError
 from agent.model.bundle import bundle
 from tests.kit.bundles import KEY
+from tests.kit.devices import expand_columns
 from tests.kit.stations import rows_of
 from tests.kit.system import Program, eventually, outstation
 from tests.model.test_media import RATE, picture, third_party, write_wav
@@ -180,7 +181,7 @@ def answers(results: list[dict[str, Any]]) -> list[tuple[int, str, float]]:
     for before, after in zip([{"rows": [0, 0]}, *results], results, strict=False):
         assert after["rows"][0] == before["rows"][1] + 1
     for body in results:
-        columns = body["columns"]
+        columns = expand_columns(body["columns"])
         told = columns.get("score") or columns.get("value") or []
         found += zip(columns["row"], columns.get("label") or [], told, strict=True)
     return found

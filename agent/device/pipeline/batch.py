@@ -38,6 +38,7 @@ from agent.model.inference.inference import MAX_VALUES, Inference, InferenceResu
 from agent.model.inference.scores import Scores
 from agent.model.inference.tuning import Tuning
 from agent.performance import slices
+from agent.wire.runs import count_entries
 
 # Model windows of a batch: many of them only where they are short, or none was timed yet.
 _MAX_WINDOWS, _DEFAULT_WINDOWS, _DEFAULT_ROWS = 4096, 512, 25_600
@@ -211,7 +212,7 @@ def _run_once(
         listed = 0
         for body in _build_result_bodies(task, message_log, batch, answers, names, tx.segments.last_announced_key()):
             message_log.append(tx, "results", task.name, body, now)
-            listed += len(body["columns"]["row"])
+            listed += count_entries(body["columns"]["row"])
         for verdict in judged.verdicts:
             _write_drift_messages(task, message_log, tx, verdict, now)
         if given is not None:
@@ -315,17 +316,14 @@ def _build_result_bodies(
         stop = min(count, done + most)
         through = cut.consumed if stop == count else int(cut.starts[stop - 1]) + task.step
         picked = np.flatnonzero(listed[done:stop]) + done
-        listing: dict[str, Any] = {
-            "row": (ends[picked] + batch.first).tolist(),
-            "t": batch.rows.t[ends[picked]].tolist(),
-        }
-        listing |= columns.build(found, labels, missing, picked)
+        listed_rows = ends[picked] + batch.first
+        listing = columns.build(found, labels, missing, picked, listed_rows, batch.rows.t[ends[picked]])
         rows = [batch.first + first_row, batch.first + through - 1]
         body = _build_result_body(task, rows, stop - done, batch.rows.slice(first_row, through), listing)
         if incomplete := int(np.count_nonzero(missing[done:stop])):
             body["incomplete"] = incomplete
         # Where model windows overlap, the last result's row comes after the last row that is used up.
-        last = max([rows[1], *listing["row"][-1:]])
+        last = max([rows[1], *listed_rows[-1:].tolist()])
         yield body | _build_clocks(clip_stamps(batch.stamps, rows[0], last), message_log, announced)
         first_row, done = through, stop
         if done == count:
