@@ -82,7 +82,7 @@ def _manifest_for_float(bundle: Bundle, content: bytes) -> Manifest:
 
 def _agreement(own: InferenceResult, theirs: InferenceResult, units: BootstrapUnits) -> IntervalEstimate | None:
     """How often both say the same, where they name something."""
-    for name in ("said", "label", "anomaly"):
+    for name in ("predicted", "label", "anomaly"):
         a, b = getattr(own.scores, name), getattr(theirs.scores, name)
         if a is not None:
             same = (a == b).reshape(len(a), -1).all(axis=1)

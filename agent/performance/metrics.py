@@ -72,7 +72,7 @@ class LabelledPredictions(msgspec.Struct, frozen=True, eq=False):
         return len(self.truth)
 
     def __getitem__(self, index: Any) -> LabelledPredictions:
-        picked = (getattr(self, name) for name in ("said", "score", "value", "full"))
+        picked = (getattr(self, name) for name in ("predicted", "score", "value", "probabilities"))
         return LabelledPredictions(self.truth[index], *(None if column is None else column[index] for column in picked))
 
     @property

@@ -25,7 +25,7 @@ from agent.performance.metrics import LabelledPredictions
 from tests.kit import reference_data as data
 from tests.kit.reference_data import Values
 
-TOLD: dict[str, Any] = json.loads((Path(__file__).parent / "reference_values.json").read_text())
+TOLD: dict[str, Any] = json.loads((Path(__file__).parents[1] / "kit" / "reference_values.json").read_text())
 EXACT = 1e-9
 REFERENCE, OTHERS = data.samples()
 EDGES = data.edges(REFERENCE)

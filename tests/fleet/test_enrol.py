@@ -400,7 +400,7 @@ def test_a_replacement_while_the_database_is_locked_leaves_the_devices_files_who
     home = let_in(config, folder, "pi-07").folder
     before = held(home)
     store = FleetStore(Path(config.fleet.db))
-    monkeypatch.setattr("agent.fleet.database.interface.sqlite.LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr("agent.fleet.database.sqlite.LOCK_WAIT_S", 0.05)
     with open(config.fleet.db + ".lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(StorageBusy):

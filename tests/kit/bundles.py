@@ -20,7 +20,7 @@ from agent.model.bundle.bundle import Bundle
 from agent.wire.keys import SigningKey
 from tests.kit.senders import new_key
 
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(__file__).parents[1] / "models"
 THIRD_PARTY = Path(
     os.environ.get("OUTSTATION_THIRDPARTY_MODELS") or Path(__file__).parents[3] / "shared" / "models-thirdparty"
 )

@@ -111,7 +111,7 @@ def concatenate(parts: Sequence[Scores]) -> Scores:
         column("label"),
         column("score"),
         column("value"),
-        predicted=column("said"),
+        predicted=column("predicted"),
         anomaly=column("anomaly"),
         extra_columns={
             name: np.concatenate([part.extra_columns[name] for part in parts]) for name in parts[0].extra_columns

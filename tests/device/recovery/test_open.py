@@ -24,7 +24,7 @@ from agent.errors import StorageError, UsageError
 from tests.kit.stations import ROOT
 from tests.kit.stores import append, filled, opened, pulled, put_aside, said, say, served
 
-FIRST = Path(__file__).with_name("first_store.sql")
+FIRST = Path(__file__).parents[2] / "kit" / "first_store.sql"
 MOUNTS = """\
 22 1 179:2 / / rw,noatime shared:1 - ext4 /dev/mmcblk0p2 rw
 40 22 0:35 / /mnt/share rw,relatime shared:9 - nfs4 server:/export rw,vers=4.2

@@ -213,7 +213,7 @@ def test_results_of_a_batch_take_few_bytes() -> None:
 
 
 def test_an_older_store_gets_the_tables(tmp_path: Path) -> None:
-    text = (Path(__file__).parent / "first_store.sql").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "kit" / "first_store.sql").read_text(encoding="utf-8")
     db = sqlite3.connect(tmp_path / "outstation.db")
     db.executescript(text)
     db.close()

@@ -216,7 +216,7 @@ def test_what_is_too_much_is_counted_and_said_and_the_rest_verifies(
         small.collect(sender, alert(sender, f"a{number}", "raised", 2, "full", severity=severity), hours=2)
     few = WriteLimits(incidents=3, decisions=1, messages=4, open_alerts=5)
     for name in ("incidents", "decisions", "gather"):
-        monkeypatch.setattr(f"agent.fleet.evidence.{name}.MOST", few)
+        monkeypatch.setattr(f"agent.fleet.evidence.gather.{name}.WRITE_LIMITS", few)
     made = small.make(tmp_path / "out")
     assert made.facts.omitted["incidents"] == 6
     kept = json.loads((tmp_path / "out" / "incidents.json").read_text())
@@ -482,8 +482,8 @@ def test_a_device_that_makes_up_events_and_tasks_without_end_is_held_in_bounds(
     small: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = WriteLimits(event_names=3, tasks=2, models=1)
-    for name in ("decisions", "running", "accuracy"):
-        monkeypatch.setattr(f"agent.fleet.evidence.{name}.MOST", few)
+    for name in ("decisions", "deployments", "accuracy"):
+        monkeypatch.setattr(f"agent.fleet.evidence.gather.{name}.WRITE_LIMITS", few)
     sender = small.device("pi-09", 9)
     for number in range(8):
         sent = sender.logged("audit", event=f"made up {number}", summary="x", evidence={}, time=at(2))

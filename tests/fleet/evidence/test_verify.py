@@ -341,14 +341,16 @@ def test_a_bundle_of_another_name_or_without_its_manifest_is_named(folder: Path)
 
 
 def test_what_is_too_much_to_read_is_refused_and_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.fleet.evidence.verify.reader.BOUNDS", ReadLimits(document_bytes=100, line_bytes=1000))
+    monkeypatch.setattr(
+        "agent.fleet.evidence.verify.reader.READ_LIMITS", ReadLimits(document_bytes=100, line_bytes=1000)
+    )
     found = [what for _, what in problems(folder)]
     assert any("is larger than 100 bytes, the limit for such a file" in one for one in found)
     assert any("is longer than 1000 bytes; the rest is not read" in one for one in found)
 
 
 def test_more_messages_than_are_looked_at_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.fleet.evidence.verify.verify.BOUNDS", ReadLimits(messages=5))
+    monkeypatch.setattr("agent.fleet.evidence.verify.verify.READ_LIMITS", ReadLimits(messages=5))
     report = verified(folder)
     assert report.messages == 5
     assert any("more than 5 messages in all" in one["problem"] for one in report.problems)
