@@ -104,7 +104,7 @@ class Daemon:
         models = {p.task.name: p.task.bundle_ref for p in scheduled_tasks}
         self._health_reporter = HealthReporter(conf, store, message_log, models, now)
         self._timekeeper = Timekeeper(store, message_log)
-        self._throttle = Throttle(conf.care)
+        self._throttle = Throttle(conf.throttle)
         self._intake = make_intake(self.signals.wake, self.signals.fail)
         self._uplink = make_uplink(self.signals.fail)
         self._stuck = {one.task for one in bundle_failures if not one.fallback}
@@ -115,7 +115,7 @@ class Daemon:
         self._rollout = make_rollout(machine, self.signals.wake, self._on_model_wait)
         self._operations = make_operations(machine, self._rollout)
         self._health_reporter.extra_members = lambda now: {
-            "care": self._throttle.status.to_dict(),
+            "throttle": self._throttle.status.to_dict(),
             **self._rollout.report(now),
         }
         self._next_health = self._next_space_check = self._next_label_check = 0.0
@@ -128,7 +128,7 @@ class Daemon:
         self._intake.start()
         self._uplink.start()
         # Threads that start later inherit it.
-        lower_priority(self._conf.care)
+        lower_priority(self._conf.throttle)
         if not self.signals.is_stopping:
             notify("READY=1")
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))

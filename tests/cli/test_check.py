@@ -14,7 +14,7 @@ from tests.kit.system import RECORDINGS, outstation
 HOST = """
 [streams.watch]
 fields = [{{ name = "{field}" }}]
-source = {{ kind = "host", every = "1 s" }}
+source = {{ kind = "host", poll_interval = "1 s" }}
 """
 REPLAY = """
 [streams.watch]

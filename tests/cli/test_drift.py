@@ -27,7 +27,7 @@ fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { 
 [tasks.exercise]
 stream = "watch"
 bundle = "exercise"
-learn = 20
+learn_windows = 20
 """
 SVG = "{http://www.w3.org/2000/svg}"
 

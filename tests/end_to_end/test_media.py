@@ -71,12 +71,12 @@ class Site:
         self.config, self.inbox = folder / "outstation.toml", folder / "in"
         text = self.config.read_text().replace('delivery = "collector"', 'delivery = "broker"')
         text = text.replace("mqtt://127.0.0.1:1883", "mqtt://127.0.0.1:9")
-        text = text.replace('commit_every = "1 s"', 'commit_every = "50 ms"')
+        text = text.replace('commit_every = "1 s"', 'commit_poll_interval = "50 ms"')
         self.config.write_text(f"""{text}
 [publishers]
 keys = ["{KEY.public.text}"]
 [streams.files]
-source = {{ kind = "files", folder = "in", every = "50 ms", {MADE[name]} }}
+source = {{ kind = "files", folder = "in", poll_interval = "50 ms", {MADE[name]} }}
 [tasks.{name}]
 stream = "files"
 bundle = "./bundle"

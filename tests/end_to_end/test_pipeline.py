@@ -117,7 +117,7 @@ def test_kill_nine_of_everything_at_random_costs_no_row_and_changes_no_result(fl
     fleet.broker.start()
     fleet.collector.start()
     calm, killed = (
-        fleet.device(name).replay(rows, 100, seed=seed).task("exercise", more="learn = 20").start()
+        fleet.device(name).replay(rows, 100, seed=seed).task("exercise", more="learn_windows = 20").start()
         for name in ("calm", "killed")
     )
     for turn in range(20):

@@ -52,7 +52,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "outbox": {"waiting": waiting, "last": last},
         "store": _storage_usage(conf, store),
         "condition": inspect_condition(store).document,
-        "care": Throttle(conf.care).tick(now).to_dict(),
+        "throttle": Throttle(conf.throttle).tick(now).to_dict(),
         "rejected": store.counters().get("lines rejected", 0),
         "failed_files": store.counters().get("files failed", 0),
         "alerts": store.recent_alerts(_MAX_ALERTS),
@@ -88,7 +88,7 @@ def _print(document: dict[str, Any]) -> None:
     click.echo(f"outbox {outbox['waiting']} waiting of {outbox['last']} written; {refused}\n")
     if shown := _format_condition(document["condition"]):
         click.echo(f"{shown}\n")
-    if resting := document["care"].get("resting"):
+    if resting := document["throttle"].get("resting"):
         click.echo(f"tasks wait: {resting}\n")
     status_task.print_tasks(document["tasks"])
     click.echo("")

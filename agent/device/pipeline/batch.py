@@ -384,7 +384,7 @@ def _select_published(task: LoadedTask, model_scores: Scores, labels: list[str] 
     if publish == "summary":
         return np.zeros(count, bool)
     if isinstance(publish, config.PublishBelow) and model_scores.score is not None:
-        return np.asarray(model_scores.score < publish.below)
+        return np.asarray(model_scores.score < publish.below_score)
     if publish == "changes" and labels is not None:
         return np.array([a != b for a, b in zip(labels, [task.last_label, *labels[:-1]], strict=True)], bool)
     return np.ones(count, bool)

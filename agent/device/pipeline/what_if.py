@@ -107,7 +107,7 @@ def _published_share(stored_predictions: list[StoredPredictions], publish: str |
         return 0.0
     if isinstance(publish, PublishBelow):
         scores = [given.score for given in stored_predictions if given.score is not None]
-        return float(np.mean(np.concatenate(scores) < publish.below)) if scores else 1.0
+        return float(np.mean(np.concatenate(scores) < publish.below_score)) if scores else 1.0
     said = [given.predicted_class for given in stored_predictions if given.predicted_class is not None]
     if not said:
         return 1.0
@@ -129,5 +129,5 @@ def _parse_publish(text: str) -> str | PublishBelow:
     if text in ("all", "changes", "summary"):
         return text
     if (below := _BELOW_PATTERN.fullmatch(text)) is not None:
-        return PublishBelow(below=float(below[1]))
+        return PublishBelow(below_score=float(below[1]))
     raise UsageError(f"--what-if publish={text}: give all, changes, summary, or below=0.6")

@@ -172,7 +172,7 @@ def test_publish_changes_lists_a_label_only_when_it_is_another_whatever_the_batc
 
 
 def test_publish_below_lists_what_is_uncertain(make: Make) -> None:
-    device = make(publish=config.PublishBelow(below=0.9))
+    device = make(publish=config.PublishBelow(below_score=0.9))
     values = CLASSIFY.rows(300)
     device.feed(values)
     device.run_all()

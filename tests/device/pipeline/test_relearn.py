@@ -25,7 +25,7 @@ fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { 
 [tasks.exercise]
 stream = "watch"
 bundle = "exercise"
-learn = 20
+learn_windows = 20
 """
 
 

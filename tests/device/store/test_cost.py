@@ -151,7 +151,7 @@ def test_a_wish_that_cannot_be_reckoned_with_is_named(wish: dict[str, str], said
 
 
 def test_publish_below_is_read_as_the_config_has_it() -> None:
-    assert what_if.parse_scenario("f", {"publish": "below = 0.6"}).publish == config.PublishBelow(below=0.6)
+    assert what_if.parse_scenario("f", {"publish": "below = 0.6"}).publish == config.PublishBelow(below_score=0.6)
 
 
 def test_the_command_tells_costs_by_task_and_what_other_settings_would_cost(turned: Turned) -> None:
