@@ -76,7 +76,7 @@ class Story:
     def sources(self, **changes: Any) -> EvidenceSources:
         found: dict[str, Any] = {
             "fleet": FLEET,
-            "home": self.home,
+            "fleet_dir": self.home,
             "operator": self.operator,
             "operators": [self.operator.public],
             "collector": keys.load_private(Path(self.config.collector.key_file)).public,
@@ -175,10 +175,10 @@ def shadow(story: Story, sender: Sender, number: int, hours: float, same: int = 
     """A comparison of 100 windows in shadow."""
     answered = {"windows": 100, "seconds": 0.05, "expected": {"n": 100, "mean": 0.9, "m2": 1.0}}
     quicker = {"windows": 100, "seconds": 0.04, "expected": {"n": 100, "mean": 0.92, "m2": 1.0}}
-    members = {"answered": answered, "answered_beside": quicker, "labelled": [8, 0, 1, 1]}
+    members = {"answered": answered, "other_stats": quicker, "labelled": [8, 0, 1, 1]}
     rows = [1 + 100 * number, 100 + 100 * number]
-    pair = {"rollout": "exercise-1-1", "model": story.model, "beside": story.newer}
-    told = {**pair, **members, "rows": rows, "batches": 1, "n": 100, "same": same}
+    pair = {"rollout": "exercise-1-1", "model": story.model, "other": story.newer}
+    told = {**pair, **members, "rows": rows, "batches": 1, "n": 100, "agreeing": same}
     return sender.logged("shadow", task="exercise", **told, time=at(hours))
 
 

@@ -38,7 +38,7 @@ class Depot:
 
     def publish(self, bundle: Path, **more: Any) -> PublishResult:
         """Unproven, for speed; signed by the tests' publisher."""
-        return publishing.publish(self.folder, bundle, [KEY.public], **{"prove": False, **more})
+        return publishing.publish(self.folder, bundle, [KEY.public], **{"run_probe": False, **more})
 
     def copy(self, folder: Path) -> Depot:
         shutil.copytree(self.folder, folder)

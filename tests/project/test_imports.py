@@ -95,9 +95,6 @@ FOLDER_CYCLES: set[str] = {
     "agent.drift.testing",
     "agent.fleet",
     "agent.fleet.collector",
-    "agent.fleet.evidence",
-    "agent.fleet.evidence.gather",
-    "agent.fleet.evidence.page",
     "agent.performance",
 }
 CLIMBING: set[str] = {
@@ -119,7 +116,7 @@ ONLY = {
     "resvg_py": {"agent.render.png"},
     "PIL": {"agent.model.inference.images"},
     "ray": {"agent.evaluation.predict.ray_cluster"},
-    "cyclonedx": {"agent.fleet.evidence.sbom"},
+    "cyclonedx": {"agent.fleet.evidence.gather.sbom"},
     "psycopg": {f"agent.fleet.database.{name}" for name in ("postgresql", "postgresql_rows", "postgresql_schema")},
     "tuf": {
         *(f"agent.fleet.repository.{name}" for name in ("signature_chain", "mirror", "create", "edition", "publish")),

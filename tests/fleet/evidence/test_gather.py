@@ -23,11 +23,12 @@ from cyclonedx.validation.json import JsonStrictValidator
 from agent.cli.fleet.group import fleet
 from agent.errors import BadBundle, UsageError
 from agent.evaluation.document import EvaluatedModel, Evaluation, EvaluationData, SourceFile
-from agent.fleet.evidence import frameworks, sbom
 from agent.fleet.evidence import make as making
+from agent.fleet.evidence.format import frameworks
+from agent.fleet.evidence.format.contents import WriteLimits
+from agent.fleet.evidence.gather import sbom
 from agent.fleet.evidence.gather.incidents import IncidentCollector
-from agent.fleet.evidence.limits import WriteLimits
-from agent.fleet.evidence.page.words import format_duration
+from agent.fleet.evidence.page.elements import format_duration
 from agent.fleet.evidence.verify.verify import verify
 from agent.performance.metrics import MetricEstimate
 from tests.kit.bundles import resign

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import MessageRefused
-from agent.fleet.evidence import manifest
-from agent.fleet.evidence.limits import READ_LIMITS, ReadLimits
-from agent.fleet.evidence.manifest import EvidenceManifest, FileEntry, ReceivedSpan, TrustedKey
+from agent.fleet.evidence.format import manifest
+from agent.fleet.evidence.format.contents import READ_LIMITS, ReadLimits
+from agent.fleet.evidence.format.manifest import EvidenceManifest, FileEntry, ReceivedSpan, TrustedKey
 from agent.wire import jws
 from tests.kit.received_evidence import OPERATOR, only, problems, resign, verified, write_manifest
 from tests.kit.senders import Sender, new_key

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.errors import UsageError
-from agent.fleet.evidence.manifest import KeyRole, TrustedKey
+from agent.fleet.evidence.format.manifest import KeyRole, TrustedKey
 from agent.fleet.repository import signature_chain
 from agent.fleet.repository.signature_chain import SignatureChain
 from agent.wire.keys import PublicKey, parse_public_key

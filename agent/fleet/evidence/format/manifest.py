@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from agent.errors import MessageRefused
-from agent.fleet.evidence.limits import READ_LIMITS
+from agent.fleet.evidence.format.contents import READ_LIMITS
 from agent.strict_json import check_strict_json
 from agent.wire import jws
 from agent.wire.keys import SigningKey, parse_public_key

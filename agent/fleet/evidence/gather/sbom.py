@@ -27,7 +27,7 @@ from cyclonedx.schema import OutputFormat, SchemaVersion
 from packageurl import PackageURL
 
 from agent import __version__
-from agent.fleet.evidence.contents import BundleCard
+from agent.fleet.evidence.format.contents import BundleCard
 
 DISTRIBUTION_NAME = "outstation"
 # What people install to use it; tools of its developers are no part of it.
