@@ -164,14 +164,18 @@ def test_a_bundle_with_a_slash_is_a_path_beside_the_config_and_without_one_a_nam
         (STREAM + "[streams.b]\nfields = [{ nmae = 'x' }]", "streams.b.fields[0].nmae", "did you mean 'name'?"),
         (STREAM + "[streams.b]\nfields = [{ name = 'x', unti = 'g' }]", "streams.b.fields[0].unti", "mean 'unit'?"),
         (STREAM + 'source = { kind = "files", foldr = "x" }', "streams.watch.source.foldr", "did you mean 'folder'?"),
-        (STREAM + 'source = { kind = "host", evry = "1 s" }', "streams.watch.source.evry", "did you mean 'every'?"),
+        (
+            STREAM + 'source = { kind = "host", pol_interval = "1 s" }',
+            "streams.watch.source.pol_interval",
+            "did you mean 'poll_interval'?",
+        ),
         (
             STREAM + 'source = { kind = "replay", file = "x", faults = [{ kidn = "gain" }] }',
             "streams.watch.source.faults[0].kidn",
             "did you mean 'kind'?",
         ),
         (STREAM + TASK + 'shedule = "every 1 s"', "tasks.exercise.shedule", "did you mean 'schedule'?"),
-        (STREAM + TASK + "publish = { bellow = 1 }", "tasks.exercise.publish.bellow", "did you mean 'below'?"),
+        (STREAM + TASK + "publish = { bellow = 1 }", "tasks.exercise.publish.bellow", "did you mean 'below_score'?"),
         ("[task.exercise]\nstream = 'x'", "task", "unknown key; did you mean 'tasks'?"),
     ],
 )
