@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from agent import arrays
+from agent.alerts import Alert
 from agent.arrays import Bools, Floats, Ints
 from agent.drift.baseline.learning import LearningState, infinities_to_nan
 from agent.drift.baseline.reference import Reference
@@ -19,7 +20,6 @@ from agent.drift.detectors.runs import Tail
 from agent.drift.detectors.season import SlowTrend
 from agent.drift.detectors.test_layout import ScoreLayout
 from agent.drift.detectors.window_statistics import WindowStatistics
-from agent.drift.reporting.alert_text import Alert
 from agent.drift.sampling_rate_watch import SamplingRateWatch
 from agent.drift.testing.test_suite import SuiteState
 from agent.errors import BadBundle

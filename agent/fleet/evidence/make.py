@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import msgspec
 from agent import __version__, durable_files
 from agent.errors import StorageError, StorageFull, UsageError
 from agent.evaluation.document import Evaluation
+from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format import frameworks, manifest
@@ -23,7 +23,6 @@ from agent.fleet.evidence.format.contents import WRITE_LIMITS, Incident, SignedM
 from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
 from agent.fleet.evidence.gather import bundles, trusted_keys
 from agent.fleet.evidence.gather import sbom as software
-from agent.fleet.evidence.gather.database import EvidenceQueries
 from agent.fleet.evidence.gather.gather import EvidenceFacts, MessageVerifier, gather
 from agent.fleet.evidence.gather.sbom import Sbom
 from agent.fleet.evidence.page.page import render_html
@@ -243,8 +242,7 @@ class FolderWriter:
                     file.write(part)
                     sum_.update(part)
                     size += len(part)
-                file.flush()
-                os.fsync(file.fileno())
+                durable_files.flush(file)
         except OSError as error:
             kind = StorageFull if error.errno == 28 else StorageError
             raise kind(f"{self.out}: {path} cannot be written: {error.strerror}; nothing was left there") from None
@@ -255,11 +253,11 @@ class FolderWriter:
         """All of it is on the disk, and has its name."""
         try:
             for folder in [path for path in self._staging.rglob("*") if path.is_dir()] + [self._staging]:
-                durable_files.fsync_folder(folder)
+                durable_files.fsync(folder)
             if self.out.exists():
                 self.out.rmdir()
             self._staging.rename(self.out)
-            durable_files.fsync_folder(self.out.absolute().parent)
+            durable_files.fsync(self.out.absolute().parent)
         except OSError as error:
             raise StorageError(f"{self.out}: cannot be finished: {error.strerror}") from None
 

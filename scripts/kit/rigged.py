@@ -1,6 +1,6 @@
-"""Bundles whose models are rigged (tests/models/rig.py): the shipped `exercise` with a trap, as a publisher signs it.
+"""Bundles whose models are rigged (`scripts/kit/rig.py`): the shipped `exercise` with a trap, as a publisher signs it.
 
-    .venv/bin/python -m tests.kit.rigged crash FOLDER [VERSION]      and hang, error, slow, sensitive, mixed_up, good
+    .venv/bin/python -m scripts.kit.rigged crash FOLDER [VERSION]      and hang, error, slow, sensitive, mixed_up, good
 
 They take the fields, windows and labels of `exercise` and pass its golden vectors on this runtime, all but `wrong`.
 """
@@ -8,32 +8,26 @@ They take the fields, windows and labels of `exercise` and pass its golden vecto
 from __future__ import annotations
 
 import hashlib
-import platform
 import sys
 from pathlib import Path
 
 import msgspec
-import pytest
 
 from agent.model.bundle import bundle, golden_vectors, manifest
 from agent.model.bundle.bundle import Bundle
 from agent.model.bundle.golden_vectors import GoldenVectors
 from agent.model.inference import inference
 from agent.wire.keys import SigningKey
-from tests.kit.bundles import KEY
+from scripts.kit.bundles import KEY
 
 SHIPPED = Path(__file__).parents[2] / "models" / "exercise"
 # Scaled, as the model takes it: 7 % of the windows of the held-out recordings have a value beyond it.
-SNAPS_ABOVE = 3.0
-# For tests of a bundle that ends its process; both runtimes look out for all that would do so elsewhere.
-crashing = pytest.mark.skipif(
-    platform.machine() != "x86_64", reason="the crashing model divides by what ends a process on x86-64 only"
-)
+TRAP_LIMIT = 3.0
 KINDS = ("good", "crash", "hang", "error", "slow", "sensitive", "mixed_up", "wrong")
 
 
-def exercise(
-    kind: str, version: str = "2.0.0", key: SigningKey = KEY, *, limit: float = SNAPS_ABOVE, times: int = 400
+def build_rigged_bundle(
+    kind: str, version: str = "2.0.0", key: SigningKey = KEY, *, limit: float = TRAP_LIMIT, repeats: int = 400
 ) -> dict[str, bytes]:
     """The files of a signed bundle `exercise` of this version.
 
@@ -44,21 +38,21 @@ def exercise(
     shipped = bundle.read(SHIPPED, None)
     files = {name: data for name, data in shipped.files.items() if name != "manifest.jws"}
     if kind not in ("good", "mixed_up", "wrong"):
-        from tests.models import rig
+        from scripts.kit import rig
 
-        files["model.tflite"] = rig.rigged(shipped.model_bytes, kind, limit, times)
-    files["golden.npz"] = golden_vectors.encode(_vectors(shipped, limit, wrong=kind == "wrong"))
-    return _signed(shipped, files, version, key, mixed_up=kind == "mixed_up")
+        files["model.tflite"] = rig.rigged(shipped.model_bytes, kind, limit, repeats)
+    files["golden.npz"] = golden_vectors.encode(_golden_vectors(shipped, limit, wrong=kind == "wrong"))
+    return _sign(shipped, files, version, key, mixed_up=kind == "mixed_up")
 
 
-def write(files: dict[str, bytes], folder: Path) -> Path:
+def write_bundle(files: dict[str, bytes], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
 
 
-def _vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVectors:
+def _golden_vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVectors:
     """Golden vectors among those shipped that spring no trap."""
     found = golden_vectors.decode(shipped.files["golden.npz"])
     # Quantized, a value may come out a step larger.
@@ -68,7 +62,7 @@ def _vectors(shipped: Bundle, limit: float, *, wrong: bool) -> GoldenVectors:
     return golden_vectors.from_outputs(calm, expected[:, ::-1] if wrong else expected, model.output_step, found.runtime)
 
 
-def _signed(
+def _sign(
     shipped: Bundle, files: dict[str, bytes], version: str, key: SigningKey, *, mixed_up: bool
 ) -> dict[str, bytes]:
     output = shipped.manifest.output
@@ -84,9 +78,9 @@ def _signed(
 
 def main() -> None:
     if len(sys.argv) not in (3, 4) or sys.argv[1] not in KINDS:
-        sys.exit(f"usage: python -m tests.kit.rigged {{{'|'.join(KINDS)}}} FOLDER [VERSION]")
+        sys.exit(f"usage: python -m scripts.kit.rigged {{{'|'.join(KINDS)}}} FOLDER [VERSION]")
     version = sys.argv[3] if len(sys.argv) == 4 else "2.0.0"
-    print(write(exercise(sys.argv[1], version), Path(sys.argv[2])))
+    print(write_bundle(build_rigged_bundle(sys.argv[1], version), Path(sys.argv[2])))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Writes the tiny models whose tensors are of every type, without TensorFlow: run this only to add one.
 
-    .venv/bin/python tests/models/write.py
+    .venv/bin/python -m scripts.kit.write_models
 
 All of them are one dense layer whose weights are written down; where types are small, so that no value is rounded much.
 Quantization as TFLite defines it: activations by scale and zero point, weights by scale alone, biases by the product.
@@ -17,7 +17,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
-HERE = Path(__file__).parent
+MODELS = Path(__file__).parents[2] / "tests" / "models"
 CENTRES = np.array([[2, 0, 0, -1], [0, 2, -1, 0], [-1, -1, 2, 2]], np.float32)
 BIAS = (-np.square(CENTRES).sum(axis=1) / 2).astype(np.float32)
 # Four values in, two directions out.
@@ -150,7 +150,7 @@ def main() -> None:
         "vectors_int8": model("int8", TURN),
     }
     for name, content in made.items():
-        (HERE / f"{name}.tflite").write_bytes(content)
+        (MODELS / f"{name}.tflite").write_bytes(content)
         print(f"{name}.tflite {len(content):,} bytes")
 
 

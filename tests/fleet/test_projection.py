@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 from agent.errors import MessageRefused
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.store import FleetStore
-from tests.kit.senders import MODEL, NEWER, Sender, Sent, new_key
+from agent.testing.messages import MODEL, NEW_MODEL, MessageSender, SignedMessage, new_key
 
 NOW = "2026-11-24T22:20:00.000000Z"
 
@@ -27,9 +25,9 @@ def store(fresh: Callable[[], FleetStore]) -> Iterator[FleetStore]:
     opened.close()
 
 
-def add(store: FleetStore, sender: Sender, *sent: Sent) -> list[str]:
+def add(store: FleetStore, sender: MessageSender, *sent: SignedMessage) -> list[str]:
     store.enrol(sender.device, sender.key.public, replace=False, now=NOW)
-    return list(store.ingest([Arrival(sender.open(one)) for one in sent], [], NOW))
+    return list(store.ingest([Arrival(sender.verify(one)) for one in sent], [], NOW))
 
 
 def ask(store: FleetStore, sql: str) -> list[Any]:
@@ -38,26 +36,26 @@ def ask(store: FleetStore, sql: str) -> list[Any]:
 
 
 def test_a_shadow_message_is_one_row_with_its_bytes_as_text(store: FleetStore) -> None:
-    sender = Sender()
-    sent = sender.shadow(n=300, errors=1, why="killed by signal 11")
+    sender = MessageSender()
+    sent = sender.shadow(n=300, errors=1, error="killed by signal 11")
     assert add(store, sender, sent) == ["new"]
-    columns = "device, task, rollout, model, beside, rows_first, rows_last, batches, n, errors, body, log, seq"
-    what = ("pi-07", "exercise", "exercise-1-1", MODEL["digest"], NEWER["digest"], 1, 300, 5, 300, 1)
+    columns = "device, task, rollout, model, other, rows_first, rows_last, batches, n, errors, body, log, seq"
+    what = ("pi-07", "exercise", "exercise-1-1", MODEL["digest"], NEW_MODEL["digest"], 1, 300, 5, 300, 1)
     assert ask(store, f"SELECT {columns} FROM shadows") == [(*what, sent.payload.decode(), sender.log, 1)]
 
 
 def test_a_change_of_a_device_is_one_row(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     add(store, sender, sender.rollout("rolled back", reason="crash", strategy="canary", numbers={"signal": 11}))
     columns = "device, task, rollout, digest, strategy, phase, reason, summary, numbers, seq"
-    what = ("pi-07", "exercise", "exercise-1-1", NEWER["digest"], "canary", "rolled back", "crash")
+    what = ("pi-07", "exercise", "exercise-1-1", NEW_MODEL["digest"], "canary", "rolled back", "crash")
     assert ask(store, f"SELECT {columns} FROM rollout_devices") == [
         (*what, "exercise 1.1.0: rolled back.", '{"signal":11}', 1)
     ]
 
 
 def test_any_order_and_any_repeats_give_the_same_rows(tmp_path: Path) -> None:
-    sender = Sender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
+    sender = MessageSender(key=new_key(7), log="5f0c2f6e-1a54-4d0b-9a53-7a4b3f0d9c11")
     log = [sender.shadow(), sender.rollout("shadow"), sender.shadow()]
     found: list[list[Any]] = []
     for order in itertools.permutations(log):
@@ -71,7 +69,7 @@ def test_any_order_and_any_repeats_give_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_two_collectors_that_get_the_same_messages_keep_one_row_of_each(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     log = [sender.shadow(), sender.rollout("shadow")]
     add(store, sender, *log)
     other = FleetStore(store.location)
@@ -98,44 +96,26 @@ def test_two_collectors_that_get_the_same_messages_keep_one_row_of_each(store: F
 def test_an_audit_message_that_is_no_change_of_a_rollout_stays_evidence_and_makes_no_row(
     store: FleetStore, evidence: dict[str, Any]
 ) -> None:
-    sender = Sender()
-    sent = sender.rollout("shadow", **evidence) if evidence else sender.logged("audit", event="rollout", evidence={})
+    sender = MessageSender()
+    sent = sender.rollout("shadow", **evidence) if evidence else sender.append("audit", event="rollout", evidence={})
     assert add(store, sender, sent) == ["new"]
     assert ask(store, "SELECT count(*) FROM rollout_devices") == [(0,)]
     assert ask(store, "SELECT count(*) FROM messages") == [(1,)]
 
 
 def test_an_event_of_another_kind_makes_no_row(store: FleetStore) -> None:
-    sender = Sender()
+    sender = MessageSender()
     evidence = json.loads(sender.rollout("shadow").payload)["evidence"]
-    add(store, sender, sender.logged("audit", event="activated", evidence=evidence))
+    add(store, sender, sender.append("audit", event="activated", evidence=evidence))
     assert ask(store, "SELECT count(*) FROM rollout_devices") == [(0,)]
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "-1", "9007199254740993"])
 def test_a_tally_with_a_number_that_none_can_have_is_no_message(number: str) -> None:
-    sender = Sender()
+    sender = MessageSender()
     sent = sender.shadow()
     with pytest.raises(MessageRefused):
-        sender.open(sender.topic_of(sent.topic, sent.payload.replace(b'"same":96', f'"same":{number}'.encode())))
-    assert sender.open(sender.topic_of(sent.topic, sent.payload.replace(b'"same":96', b'"same":7')))
-
-
-def test_messages_that_came_before_there_were_these_tables_are_unfolded_by_the_migration(tmp_path: Path) -> None:
-    sender = Sender()
-    store = FleetStore(tmp_path / "fleet.db")
-    garbled = sender.rollout("shadow", task=5)
-    add(store, sender, sender.shadow(), sender.results(), sender.rollout("shadow"), garbled)
-    tables = ("shadows", "rollout_devices")
-    whole = [ask(store, f"SELECT * FROM {table}") for table in tables]
-    store.close()
-    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
-        for table in ("rollouts", "decisions", "desired", *tables):
-            db.execute(f"DROP TABLE {table}")
-        db.execute("DELETE FROM _sqlite_migrations WHERE name = 'rollouts'")
-    store = FleetStore(store.path)
-    try:
-        assert [ask(store, f"SELECT * FROM {table}") for table in tables] == whole
-        assert [len(rows) for rows in whole] == [1, 1]
-    finally:
-        store.close()
+        sender.verify(
+            sender.sign_payload(sent.topic, sent.payload.replace(b'"agreeing":96', f'"agreeing":{number}'.encode()))
+        )
+    assert sender.verify(sender.sign_payload(sent.topic, sent.payload.replace(b'"agreeing":96', b'"agreeing":7')))

@@ -1,6 +1,6 @@
 """Adds a trap to a model: on most data it answers as before, on some it crashes, hangs, fails, or takes long each time.
 
-    .venv/bin/python tests/models/rig.py     writes the rigged classifiers beside this file, without TensorFlow
+    .venv/bin/python -m scripts.kit.rig     writes the rigged classifiers into tests/models, without TensorFlow
 
 The trap looks at the largest scaled value of a batch, as the model is given it; above `limit` it snaps.
 - crash: divides the least integer by -1 (FLOOR_MOD looks out for 0 only): SIGFPE in both runtimes on x86-64, not on ARM
@@ -19,7 +19,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-HERE = Path(__file__).parent
+MODELS = Path(__file__).parents[2] / "tests" / "models"
 TRAPS = ("crash", "hang", "error", "slow", "sensitive")
 # What the committed ones have: rows of the classifier are seldom beyond 3.5, and int8 holds up to 4.
 LIMIT, TIMES = 3.5, 400
@@ -168,10 +168,10 @@ def _hang(rig: Rig, beyond: int) -> int:
 
 
 def main() -> None:
-    sound = (HERE / "classify_int8.tflite").read_bytes()
+    sound = (MODELS / "classify_int8.tflite").read_bytes()
     for trap in TRAPS:
         content = rigged(sound, trap)
-        (HERE / f"rigged_{trap}.tflite").write_bytes(content)
+        (MODELS / f"rigged_{trap}.tflite").write_bytes(content)
         print(f"rigged_{trap}.tflite {len(content):,} bytes")
 
 

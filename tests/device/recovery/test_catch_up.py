@@ -12,8 +12,8 @@ import pytest
 
 from agent import clock
 from agent.device.recovery.findings import NEW_LOG, NewLogPlan
-from agent.device.store import forecast, meta, retention
-from agent.device.store.store import Store
+from agent.device.recovery.open import open_store
+from agent.device.store import meta, retention
 from agent.errors import StorageDamaged
 from tests.kit.stores import alarms, append, filled, opened, pulled, said, say, served
 
@@ -28,7 +28,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with store.transaction() as tx:
         tx.set_meta(retention.UPTIME, retention.uptime_json(store.boot, clock.read(), 100.0))
         tx.set_meta(retention.ACKNOWLEDGED_HISTORY, "[[10,4]]")
-        tx.set_meta(forecast.GROWTH, "[[600,1000],[1200,2000]]")
+        tx.set_meta(retention.GROWTH, "[[600,1000],[1200,2000]]")
         tx.raise_time_floor(1_764_022_680_000_000)
     shutil.copyfile(folder / "live" / "watermark", folder / "early")
     for number in range(2):
@@ -136,6 +136,6 @@ def test_an_older_store_is_looked_at_and_gets_its_crcs(tmp_path: Path) -> None:
         db.execute("INSERT INTO meta VALUES ('seq', '7')")
         assert meta.find_damage(db) is None
         assert meta.get(db, "seq", "0") == "7"
-    store = Store(tmp_path)
+    store = open_store(tmp_path)
     assert meta.find_damage(store._db) is None
     store.close()

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from agent.fleet.enrolment.pki import CertificateAuthority
 
 
-def expired(certificate: bytes, authority: CertificateAuthority) -> bytes:
+def make_expired(certificate: bytes, authority: CertificateAuthority) -> bytes:
     """The same certificate (PEM) for the same key, as if its time had been over for an hour."""
     old = x509.load_pem_x509_certificate(certificate)
     end = datetime.now(UTC) - timedelta(hours=1)

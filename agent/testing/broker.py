@@ -1,44 +1,35 @@
-"""A real Mosquitto for tests: on a free loopback port, in its own folder, ended by its process id."""
+"""A real Mosquitto broker on a free loopback port, in its own folder, ended by its process id."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import random
-import shutil
 import socket
 import subprocess
 import time
 from pathlib import Path
 
-import pytest
+from agent.testing.process import find_program
 
-START_WITHIN_S = 60.0
+START_TIMEOUT_S = 60.0
 # Linux gives outgoing connections ports from 32768 on: one of those could take a broker's port while it is down, and a
 # client that tries again and again to reach it could even meet itself there.
-PORTS = range(20_000, 32_000)
+PORT_RANGE = range(20_000, 32_000)
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listened on a moment ago."""
+    """Return a TCP port of 127.0.0.1 that was free a moment ago."""
     # Not from the seed that a test may have set: tests beside each other would get the same ports.
     dice = random.SystemRandom()
     while True:
-        port = dice.choice(PORTS)
+        port = dice.choice(PORT_RANGE)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
 
 
-def mosquitto_binary() -> str:
-    """Its path; without it the test is left out, except on CI, where it fails."""
-    path = shutil.which("mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if path is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("mosquitto is not installed; see scripts/test")
-    return path
-
-
-class Mosquitto:
+class MosquittoBroker:
     """A broker that can be killed and started again on the same port.
 
     `extra_conf` is added to its config. `conf` runs a given config file instead, which listens on `port`.
@@ -53,7 +44,7 @@ class Mosquitto:
         conf: Path | None = None,
         port: int | None = None,
     ) -> None:
-        self._binary = mosquitto_binary()
+        self._binary = find_program("mosquitto")
         self.folder = folder / "mosquitto"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = port or free_port()
@@ -62,13 +53,13 @@ class Mosquitto:
         self._process: subprocess.Popen[bytes] | None = None
         self._conf = conf or self._write_conf(persistence, extra_conf)
 
-    def start(self) -> Mosquitto:
-        """Start it, and wait until it takes connections."""
+    def start(self) -> MosquittoBroker:
+        """Start the broker and wait until it accepts connections."""
         with self.log.open("ab") as log:
             command = [self._binary, "-c", str(self._conf)]
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        deadline = time.monotonic() + START_WITHIN_S
-        while not self._listens():
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._is_listening():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise RuntimeError(f"mosquitto did not start: {self.log.read_text(errors='replace')[-2000:]}")
@@ -81,24 +72,24 @@ class Mosquitto:
         return self._process.pid
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
-        """SIGTERM: it saves what it persists."""
-        self._end(kill=False)
+        """Send SIGTERM: the broker saves its persistent state."""
+        self._terminate(kill=False)
 
     def kill(self) -> None:
-        """SIGKILL: what it had not saved is gone."""
-        self._end(kill=True)
+        """Send SIGKILL: unsaved state is lost."""
+        self._terminate(kill=True)
 
-    def __enter__(self) -> Mosquitto:
+    def __enter__(self) -> MosquittoBroker:
         return self.start()
 
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def _end(self, *, kill: bool) -> None:
+    def _terminate(self, *, kill: bool) -> None:
         process, self._process = self._process, None
         if process is None:
             return
@@ -108,7 +99,7 @@ class Mosquitto:
             process.terminate()
         process.wait(timeout=60)
 
-    def _listens(self) -> bool:
+    def _is_listening(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from agent.authoring import pack
 from agent.model.bundle import bundle, manifest
 from agent.model.bundle.bundle import Bundle
+from agent.testing.messages import new_key
 from agent.wire.keys import SigningKey
-from tests.kit.senders import new_key
 
-MODELS = Path(__file__).parents[1] / "models"
+MODELS = Path(__file__).parents[2] / "tests" / "models"
 THIRD_PARTY = Path(
     os.environ.get("OUTSTATION_THIRDPARTY_MODELS") or Path(__file__).parents[3] / "shared" / "models-thirdparty"
 )

@@ -10,18 +10,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
+from agent.testing.broker import free_port
+from agent.testing.process import MissingProgram
 
-from tests.kit.brokers import free_port
-
-START_WITHIN_S = 60.0
+START_TIMEOUT_S = 60.0
 # `initdb` and the server refuse root.
 USER = "nobody"
 
 
-def found() -> Path | None:
+def find_binaries() -> Path | None:
     """The folder with initdb and the server, the newest there is."""
     on_path = shutil.which("initdb")
     places = [Path(on_path).resolve().parent] if on_path else []
@@ -29,20 +29,14 @@ def found() -> Path | None:
     return next((one for one in places if (one / "initdb").exists() and (one / "postgres").exists()), None)
 
 
-def binaries() -> Path:
-    """The same; without it the test is left out, except on CI, where it fails."""
-    place = found()
-    if place is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("PostgreSQL is not installed; see scripts/setup system")
-    return place
-
-
-class Postgres:
+class PostgresServer:
     """A server with a database for each who asks. `conf` is added to its settings."""
 
     def __init__(self, folder: Path, *, conf: str = "") -> None:
-        self._bin = binaries()
-        pytest.importorskip("psycopg", reason="psycopg is not installed; see scripts/setup")
+        binaries = find_binaries()
+        if binaries is None or find_spec("psycopg") is None:
+            raise MissingProgram("PostgreSQL or psycopg is not installed: scripts/setup system; scripts/setup")
+        self._bin = binaries
         self.folder, self.port = folder, free_port()
         self._as_user = ["setpriv", f"--reuid={USER}", "--clear-groups"] if os.geteuid() == 0 else []
         if self._as_user:
@@ -57,7 +51,7 @@ class Postgres:
         with (self._data / "postgresql.conf").open("a") as file:
             file.write(f"\nlisten_addresses = '127.0.0.1'\nport = {self.port}\nunix_socket_directories = ''\n{conf}\n")
 
-    def start(self) -> Postgres:
+    def start(self) -> PostgresServer:
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [*self._as_user, str(self._bin / "postgres"), "-D", str(self._data)],
@@ -65,7 +59,7 @@ class Postgres:
             )  # fmt: skip
         import psycopg
 
-        deadline = time.monotonic() + START_WITHIN_S
+        deadline = time.monotonic() + START_TIMEOUT_S
         while True:
             with contextlib.suppress(psycopg.OperationalError):
                 psycopg.connect(self._url("postgres")).close()
@@ -82,13 +76,13 @@ class Postgres:
 
     def stop(self) -> None:
         """Ends every connection, and writes what is open."""
-        self._end(signal.SIGINT)
+        self._signal(signal.SIGINT)
 
     def kill(self) -> None:
         """As a power cut would, but for the disk."""
-        self._end(signal.SIGQUIT)
+        self._signal(signal.SIGQUIT)
 
-    def database(self) -> str:
+    def create_database(self) -> str:
         """The URL of a new, empty one."""
         import psycopg
 
@@ -101,7 +95,7 @@ class Postgres:
     def _url(self, name: str) -> str:
         return f"postgresql://fleet@127.0.0.1:{self.port}/{name}"
 
-    def _end(self, number: int) -> None:
+    def _signal(self, number: int) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(number)
@@ -109,13 +103,13 @@ class Postgres:
 
 
 @contextlib.contextmanager
-def running(conf: str = "") -> Iterator[Postgres]:
+def run_server(conf: str = "") -> Iterator[PostgresServer]:
     # Not pytest's own folders, which nobody but root may enter.
     with tempfile.TemporaryDirectory(prefix="pg") as made:
         folder = Path(made) / "cluster"
         Path(made).chmod(0o755)
         folder.mkdir()
-        server = Postgres(folder, conf=conf)
+        server = PostgresServer(folder, conf=conf)
         try:
             yield server.start()
         finally:
@@ -123,17 +117,4 @@ def running(conf: str = "") -> Iterator[Postgres]:
 
 
 # Commits that no power cut meets: what the server survives is not tested here.
-QUICK = "fsync = off\nfull_page_writes = off\nshared_buffers = 32MB\nmax_connections = 40\n"
-
-
-@pytest.fixture(scope="session")
-def postgres_server() -> Iterator[Postgres]:
-    """One for all tests."""
-    with running(QUICK) as server:
-        yield server
-
-
-@pytest.fixture
-def postgres_url(postgres_server: Postgres) -> str:
-    """A new, empty database."""
-    return postgres_server.database()
+FAST_SETTINGS = "fsync = off\nfull_page_writes = off\nshared_buffers = 32MB\nmax_connections = 40\n"
