@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from agent import config, durable_files
-from agent.bootstrap.wiring import KEY_FILE
+from agent.bootstrap.device import KEY_FILE
 from agent.cli.output import emit, json_option
 from agent.errors import UsageError
 from agent.names import is_name

@@ -39,7 +39,6 @@ from agent.model.inference.inference import MAX_VALUES, Inference, InferenceResu
 from agent.model.inference.scores import Scores
 from agent.model.inference.tuning import Tuning
 from agent.performance import slices
-from agent.wire.runs import count_entries
 
 # Model windows of a batch: many of them only where they are short, or none was timed yet.
 _MAX_WINDOWS, _DEFAULT_WINDOWS, _DEFAULT_ROWS = 4096, 512, 25_600
@@ -143,12 +142,11 @@ class LoadedTask:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What one batch did; `listed` results are in its messages."""
+    """What one batch did."""
 
     rows: int
     windows: int
     alerts: int
-    listed_results: int = field(default=0, compare=False)
 
 
 class _DriftUpdate(msgspec.Struct, frozen=True):
@@ -175,9 +173,7 @@ def run(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReadi
         else:
             task.batch_divisor = max(1, task.batch_divisor // 2)
             if done is not None:
-                task.cost_meter.record_batch(
-                    done.windows, done.rows, done.listed_results, (time.thread_time_ns() - began) // 1000
-                )
+                task.cost_meter.record_batch(done.windows, done.rows, (time.thread_time_ns() - began) // 1000)
                 task.deadline.record_batch(time.monotonic() - began_s, done.windows, store, message_log, now)
             return done
 
@@ -210,10 +206,8 @@ def _run_once(
             drift_state.discard_learned(tx, message_log, task.name, task.closing_messages, now)
         if task.drift_monitor is not None and judged.state is not None:
             drift_state.save(tx, task.name, task.drift_monitor, judged.state, task.drift_state)
-        listed = 0
         for body in _build_result_bodies(task, message_log, batch, answers, names, tx.segments.last_announced_key()):
             message_log.append(tx, "results", task.name, body, now)
-            listed += count_entries(body["columns"]["row"])
         for verdict in judged.verdicts:
             _write_drift_messages(task, message_log, tx, verdict, now)
         if given is not None:
@@ -230,7 +224,7 @@ def _run_once(
         task.last_label = names[-1]
     if task.batch_observer is not None:
         task.batch_observer.after_commit(task, store, batch, answers)
-    return BatchResult(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts), listed)
+    return BatchResult(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))
 
 
 def _is_followed_by_lost_rows(task: LoadedTask, store: Store, batch: RowBatch) -> bool:

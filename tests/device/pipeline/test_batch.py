@@ -382,7 +382,7 @@ def test_a_batch_that_dies_at_any_write_leaves_nothing_and_is_done_again(
         return wrapped
 
     with monkeypatch.context() as patch:
-        for name in ("advance", "keep", "enqueue", "count", "finish"):
+        for name in ("advance_cursor", "save_state", "enqueue", "increment_counter", "finish"):
             patch.setattr(transaction.Transaction, name, dying(getattr(transaction.Transaction, name)))
         with pytest.raises(PowerCut if failure is PowerCut else StorageError):
             device.run()
