@@ -27,6 +27,34 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Modules whose use marks a test: it starts a broker, a PostgreSQL server, or any process.
+_MARKS = {
+    "broker": {"agent.testing.broker", "agent.testing.fleet"},
+    "postgres": {"scripts.kit.postgres"},
+    "process": {"agent.testing.broker", "agent.testing.fleet", "agent.testing.process", "scripts.kit.postgres"},
+}
+_FIXTURES = {
+    "broker": {"outstation_broker", "outstation_fleet"},
+    "postgres": {"postgres_server", "postgres_url"},
+    "process": {"outstation_broker", "outstation_fleet", "postgres_server", "postgres_url", "program"},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by what they start, so that `-m "not process"` runs everything that starts nothing."""
+    for item in items:
+        values = vars(item.module).values() if isinstance(item, pytest.Function) else ()
+        modules = {getattr(value, "__module__", None) or getattr(value, "__name__", None) for value in values}
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "fresh" in fixtures and "postgresql" in item.name:
+            fixtures.add("postgres_url")
+        for mark, starters in _MARKS.items():
+            if modules & starters or fixtures & _FIXTURES[mark]:
+                item.add_marker(mark)
+        if "subprocess" in modules or "end_to_end" in item.path.parts:
+            item.add_marker("process")
+
+
 @pytest.fixture(scope="session")
 def program() -> Callable[[str], str]:
     """Return the path of a program: `program("mosquitto")`. A test without it is skipped; on CI it fails."""

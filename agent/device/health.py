@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from agent import __version__
+from agent.alerts import BUNDLE_FAILED
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import overrides, rollout_state
@@ -89,22 +90,17 @@ class HealthReporter:
             self._write_bundle_alert(task, self._conf.tasks[task].bundle, "")
 
     def _write_bundle_alert(self, task: str, bundle: str, reason: str) -> None:
-        body: dict[str, Any] = {
-            "alert": "model",
-            "subject": bundle,
-            "state": "raised" if reason else "cleared",
-            "severity": "critical" if reason else "info",
-            "id": f"{task}/model",
-            "summary": f"{task} {reason}"[:1000] if reason else f"{task} runs again with bundle {bundle}.",
-            "evidence": {},
-        }
+        if reason:
+            alert = BUNDLE_FAILED.raised(f"{task} {reason}"[:1000], bundle=bundle)
+        else:
+            alert = BUNDLE_FAILED.cleared(f"{task} runs again with bundle {bundle}.", bundle=bundle)
 
         def write(tx: Transaction) -> None:
             if reason:
                 tx.save_state(task, task_keys.BUNDLE_ALERT, reason.encode())
             else:
                 tx.delete_state(task, task_keys.BUNDLE_ALERT)
-            self._message_log.append(tx, "alerts", task, body, self._now())
+            self._message_log.append(tx, "alerts", task, alert.to_body(task), self._now())
 
         self._run_in_transaction(write)
 

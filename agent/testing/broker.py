@@ -19,7 +19,7 @@ PORT_RANGE = range(20_000, 32_000)
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listened on a moment ago."""
+    """Return a TCP port of 127.0.0.1 that was free a moment ago."""
     # Not from the seed that a test may have set: tests beside each other would get the same ports.
     dice = random.SystemRandom()
     while True:
@@ -54,7 +54,7 @@ class MosquittoBroker:
         self._conf = conf or self._write_conf(persistence, extra_conf)
 
     def start(self) -> MosquittoBroker:
-        """Start it, and wait until it takes connections."""
+        """Start the broker and wait until it accepts connections."""
         with self.log.open("ab") as log:
             command = [self._binary, "-c", str(self._conf)]
             self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -76,11 +76,11 @@ class MosquittoBroker:
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
-        """SIGTERM: it saves what it persists."""
+        """Send SIGTERM: the broker saves its persistent state."""
         self._terminate(kill=False)
 
     def kill(self) -> None:
-        """SIGKILL: what it had not saved is gone."""
+        """Send SIGKILL: unsaved state is lost."""
         self._terminate(kill=True)
 
     def __enter__(self) -> MosquittoBroker:

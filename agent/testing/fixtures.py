@@ -47,7 +47,7 @@ def outstation_broker(tmp_path: Path) -> Iterator[MosquittoBroker]:
 
 @pytest.fixture
 def outstation_fleet(tmp_path: Path) -> Iterator[LocalFleet]:
-    """Provide a fleet whose broker and collector run; `device(name)` enrols a device daemon."""
+    """Provide a fleet whose broker and collector run; `add_device(name)` enrols a device daemon."""
     with LocalFleet(tmp_path) as fleet:
         fleet.broker.start()
         fleet.collector.start()

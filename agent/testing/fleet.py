@@ -31,11 +31,11 @@ class DeviceProcess(OutstationProcess):
         return self.home / "data"
 
     def start_count(self) -> int:
-        """How often it got as far as running."""
+        """Return how many starts reached the running state."""
         return self.log.read_text(encoding="utf-8").count("running:") if self.log.exists() else 0
 
     def start_and_wait(self, **environment: str) -> DeviceProcess:
-        """Start it, and wait until it runs."""
+        """Start the daemon and wait until it runs."""
         before = self.start_count()
         self.start(**environment)
         wait_until(f"{self.name} runs; see {self.log}", lambda: self.start_count() > before or not self.is_running)
@@ -43,14 +43,14 @@ class DeviceProcess(OutstationProcess):
         return self
 
     def append_config(self, text: str) -> DeviceProcess:
-        """Add to the config that enrolment wrote."""
+        """Append TOML to the config that enrolment wrote."""
         self.config.write_text(self.config.read_text(encoding="utf-8") + "\n" + text, encoding="utf-8")
         return self
 
     def add_replay_stream(
         self, rows: int, speed: float, *, seed: int = 0, stream: str = "watch", buffer: str = ""
     ) -> DeviceProcess:
-        """A stream that replays recordings, committed often."""
+        """Append a stream that replays a recording, with a commit every 200 ms."""
         source = f'kind = "replay", file = "{RECORDINGS}", seed = {seed}, rows = {rows}, speed = {speed}'
         return self.append_config(
             f'[buffer]\ncommit_every = "200 ms"\n{buffer}\n[streams.{stream}]\n'
@@ -65,9 +65,9 @@ class DeviceProcess(OutstationProcess):
         )
 
     def status(self) -> Any:
-        found = run_outstation("status", "--json", "-c", str(self.config))
-        assert found.returncode == 0, found.stderr
-        return json.loads(found.stdout)
+        completed = run_outstation("status", "--json", "-c", str(self.config))
+        assert completed.returncode == 0, completed.stderr
+        return json.loads(completed.stdout)
 
 
 def field_tables(names: tuple[str, ...]) -> list[str]:
@@ -75,7 +75,7 @@ def field_tables(names: tuple[str, ...]) -> list[str]:
 
 
 def query_database(db: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-    """Rows of a collector's database."""
+    """Run a query on a collector's database and return its rows."""
     store = FleetStore(db, read_only=True)
     try:
         return [tuple(row) for row in store._fetch_all(sql, *values)]
@@ -84,14 +84,14 @@ def query_database(db: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
 
 
 def last_result_row(db: Path, device: str, task: str = "exercise") -> int:
-    """The last row whose results a collector has."""
+    """Return the last row whose results a collector has."""
     sql = "SELECT max(CAST(json_extract(CAST(payload AS TEXT), '$.rows[1]') AS INTEGER)) FROM messages"
     [(row,)] = query_database(db, f"{sql} WHERE device = ? AND topic LIKE ?", device, f"%/results/{task}")
     return int(row or 0)
 
 
 class LocalFleet:
-    """Broker, collector and devices in `folder`. Use as a context: leaving it ends every process."""
+    """Broker, collector and devices in `folder`. Leaving the context ends every process."""
 
     def __init__(self, folder: Path, *, mosquitto: MosquittoBroker | None = None) -> None:
         self.folder = folder
@@ -110,7 +110,7 @@ class LocalFleet:
         self.broker.kill()
 
     def add_device(self, name: str) -> DeviceProcess:
-        """Enrol a device and make its folder."""
+        """Enrol a device and create its folder."""
         store = self.open_store(write=True)
         try:
             home = enrol(self.home, self.config, store, name, key=None, replace=False).folder
@@ -123,14 +123,14 @@ class LocalFleet:
         return FleetStore(Path(self.config.fleet.db), read_only=not write)
 
     def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Rows of the collector's database."""
+        """Run a query on the collector's database and return its rows."""
         return query_database(Path(self.config.fleet.db), sql, *values)
 
     def last_result_row(self, device: str, task: str = "exercise") -> int:
-        """The last row whose results the collector has."""
+        """Return the last row whose results the collector has."""
         return last_result_row(Path(self.config.fleet.db), device, task)
 
     def audit(self) -> tuple[int, Any]:
-        """Exit code and report of `fleet audit --json`."""
+        """Run `fleet audit --json` and return its exit code and report."""
         done = run_outstation("fleet", "audit", "--json", "--dir", str(self.home))
         return done.returncode, json.loads(done.stdout)

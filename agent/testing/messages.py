@@ -1,4 +1,4 @@
-"""A device as the collector sees it: signs a chained log of messages, without any code of the device."""
+"""Simulated device: signs a chained log of messages without any code of the device."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import uuid
 from typing import Any
 
 import msgspec
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from agent.device.pipeline.columns import encode_labels, encode_runs, encode_times
 from agent.transport.packets import IncomingMessage, OutgoingMessage
 from agent.wire import jws
 from agent.wire.keys import SigningKey
@@ -20,13 +22,13 @@ NEW_MODEL = {"name": "exercise", "version": "1.1.0", "digest": "sha256:" + "cd" 
 
 
 def new_key(seed: int | None = None) -> SigningKey:
-    """A key; the same for the same seed."""
+    """Generate a key; the same seed gives the same key."""
     raw = None if seed is None else seed.to_bytes(32, "big")
     return SigningKey(Ed25519PrivateKey.generate() if raw is None else Ed25519PrivateKey.from_private_bytes(raw))
 
 
 class SignedMessage(msgspec.Struct):
-    """One signed message."""
+    """A signed message."""
 
     topic: str
     payload: bytes
@@ -41,7 +43,7 @@ class SignedMessage(msgspec.Struct):
 
 
 class MessageSender(msgspec.Struct):
-    """A device with one log; each method returns the next message of it."""
+    """A device with one log; each method returns the next message of that log."""
 
     device: str = "pi-07"
     key: SigningKey = msgspec.field(default_factory=new_key)
@@ -69,13 +71,13 @@ class MessageSender(msgspec.Struct):
         padding: int = 0,
         **changes: Any,
     ) -> SignedMessage:
-        """`n` results over the next `rows` rows (100 for each result), or over exactly `rows_at`."""
+        """Return `n` results over the next `rows` rows (100 for each result), or over exactly `rows_at`."""
         first, last = rows_at or (self.row + 1, self.row + (100 * n if rows is None else rows))
         self.row = last
         columns = {
-            "row": [first + i * (last - first + 1) // max(n, 1) for i in range(n)],
-            "t": [1_764_022_680_000_000 + first + i for i in range(n)],
-            "label": [("PEN", "ABD", "FEL")[(first + i) % 3] for i in range(n)],
+            "row": encode_runs(np.array([first + i * (last - first + 1) // max(n, 1) for i in range(n)], np.int64)),
+            "t": encode_times(1_764_022_680_000_000 + first + np.arange(n)),
+            "label": encode_labels([("PEN", "ABD", "FEL")[(first + i) % 3] for i in range(n)]),
             "score": [round(0.5 + i / (2 * n), 3) for i in range(n)],
         }
         members = {"model": MODEL, "stream": "watch", "rows": [first, last], "n": n, "input": "x" * padding}
@@ -100,7 +102,7 @@ class MessageSender(msgspec.Struct):
         return self.append("health", streams={"watch": {"rows": self.row, "rejected": 0}}, tasks=tasks, outbox=0)
 
     def health_with_cursor(self) -> SignedMessage:
-        """A health message that says how far the task came."""
+        """Return a health message with the cursor of the task."""
         return self.health(**{self.task: {"stream": "watch", "row": self.row, "first": 1}})
 
     def evicted(self, *ranges: tuple[int, int]) -> SignedMessage:
@@ -109,24 +111,24 @@ class MessageSender(msgspec.Struct):
     def shadow(
         self, rollout: str = "exercise-1-1", *, n: int = 100, same: int | None = 96, **changes: Any
     ) -> SignedMessage:
-        """What the model and the new one beside it made of the next `n` rows, over 5 batches."""
+        """Return the comparison of two bundles on the next `n` rows, over 5 batches of a shadow evaluation."""
         first, self.row = self.row + 1, self.row + n
         answered = {"windows": n, "seconds": n / 1000, "scores": {"n": n, "mean": 0.9, "m2": n / 100}}
         estimate = {"expected": {"n": n, "mean": 0.9, "m2": n / 100}}
         members = {
-            "rollout": rollout, "model": MODEL, "beside": NEW_MODEL, "rows": [first, self.row], "batches": 5, "n": n,
-            "same": same, "answered": {**answered, **estimate}, "answered_beside": {**answered, **estimate},
+            "rollout": rollout, "model": MODEL, "other": NEW_MODEL, "rows": [first, self.row], "batches": 5, "n": n,
+            "agreeing": same, "answered": {**answered, **estimate}, "other_stats": {**answered, **estimate},
         }  # fmt: skip
         return self.append("shadow", task=self.task, **{**members, **changes})
 
     def rollout(
         self, phase: str, rollout: str = "exercise-1-1", /, *, reason: str = "", **changes: Any
     ) -> SignedMessage:
-        """A change of the device's own in a roll-out."""
-        what = {"task": self.task, "rollout": rollout, "bundle": NEW_MODEL["name"], "version": NEW_MODEL["version"]}
-        how = {"digest": NEW_MODEL["digest"], "strategy": "shadow", "phase": phase, "reason": reason, "numbers": {}}
+        """Return the audit event of a phase that the device entered in a roll-out."""
+        bundle = {"task": self.task, "rollout": rollout, "bundle": NEW_MODEL["name"], "version": NEW_MODEL["version"]}
+        change = {"digest": NEW_MODEL["digest"], "strategy": "shadow", "phase": phase, "reason": reason, "numbers": {}}
         summary = f"{NEW_MODEL['name']} {NEW_MODEL['version']}: {phase}."
-        return self.append("audit", event="rollout", summary=summary, evidence={**what, **how, **changes})
+        return self.append("audit", event="rollout", summary=summary, evidence={**bundle, **change, **changes})
 
     def state(self, state: str = "online") -> SignedMessage:
         topic = f"outstation/{FLEET}/{self.device}/state"
@@ -134,10 +136,10 @@ class MessageSender(msgspec.Struct):
         return SignedMessage(topic, payload, jws.sign(self.key, topic, payload))
 
     def sign_payload(self, topic: str, payload: bytes) -> SignedMessage:
-        """Any bytes, signed for any topic."""
+        """Sign any bytes for any topic."""
         return SignedMessage(topic, payload, jws.sign(self.key, topic, payload))
 
     def verify(self, message: SignedMessage) -> VerifiedMessage:
-        """The message as the collector has it after it verified."""
+        """Verify a message as the collector does."""
         signer = jws.Signer(self.device, self.key.public)
         return verify_message(message.topic, message.payload, (message.jws,), lambda kid: signer)

@@ -32,7 +32,7 @@ def find_program(name: str, package: str = "") -> str:
 
 
 def wait_until(description: str, condition: Callable[[], object], timeout_s: float = TIMEOUT_S) -> None:
-    """Wait for it, or fail and say what did not come."""
+    """Wait until a condition is true. Raises AssertionError with the description after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -41,13 +41,13 @@ def wait_until(description: str, condition: Callable[[], object], timeout_s: flo
 
 
 def run_outstation(*arguments: str, timeout_s: float = TIMEOUT_S, **options: Any) -> subprocess.CompletedProcess[str]:
-    """One command, to its end."""
+    """Run one `outstation` command to its end."""
     command = [sys.executable, "-m", "agent", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
 
 
 class OutstationProcess:
-    """`outstation …` in a process of its own, with its output in a file."""
+    """An `outstation` command in a process of its own; its output goes to a file."""
 
     def __init__(self, log: Path, *arguments: str) -> None:
         self.log = log
@@ -57,7 +57,7 @@ class OutstationProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def set_launcher(self, launcher: Sequence[str], prefix: Sequence[str] = ()) -> None:
-        """From the next start on: what Python is given instead of `-m agent`, and what stands before Python."""
+        """Set the arguments of Python in place of `-m agent`, and the command before Python, from the next start on."""
         self.launcher, self.prefix = launcher, prefix
 
     def start(self, **environment: str) -> Self:
@@ -69,14 +69,14 @@ class OutstationProcess:
         return self
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL and wait for the end."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(60)
             self._process = None
 
     def stop(self, timeout_s: float = 60.0) -> int:
-        """SIGTERM; its exit code."""
+        """Send SIGTERM and return the exit code."""
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
         try:
@@ -85,7 +85,7 @@ class OutstationProcess:
             self.kill()
 
     def wait(self, timeout_s: float) -> int:
-        """Its exit code, once it ends by itself."""
+        """Wait until the process ends by itself and return its exit code."""
         assert self._process is not None
         return self._process.wait(timeout_s)
 
@@ -99,12 +99,12 @@ class OutstationProcess:
         return self._process.pid
 
     def log_contains(self, text: str) -> bool:
-        """Whether its output has `text`."""
+        """Return True if the output contains `text`."""
         return self.log.exists() and text in self.log.read_text(encoding="utf-8", errors="replace")
 
 
 class NotifySocket:
-    """systemd's end of NOTIFY_SOCKET; `heard` is what it was told."""
+    """The end of NOTIFY_SOCKET that systemd holds; `messages` are the datagrams received."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -19,9 +19,10 @@ import numpy as np
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.errors import OutstationError
-from agent.fleet import operators
+from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit
 from agent.fleet.database.store import FleetStore
+from agent.wire.messages import ResultColumns
 from scripts.faults.declarations import Declarations
 from scripts.faults.world import DEVICE, TASKS, World
 
@@ -155,7 +156,7 @@ def _evidence(world: World) -> tuple[AuditReport, int]:
     """The audit, and how many runs carry another digest than that of the rows that were sent."""
     store = world.fleet.open_store()
     try:
-        report = audit(store, operators=operators.load_trusted_keys(world.fleet.config))
+        report = audit(store, operators=fleet_config.load_trusted_keys(world.fleet.config))
         return report, sum(_altered(world, json.loads(payload)) for payload in _runs(store))
     finally:
         store.close()
@@ -168,7 +169,7 @@ def _runs(store: FleetStore) -> list[bytes]:
 
 def _altered(world: World, body: dict[str, Any]) -> bool:
     first, last = body["rows"]
-    times = body["columns"]["t"]
+    times = msgspec.convert(body["columns"], ResultColumns).expand_times()
     if len(times) != last - first + 1 or not all(t in world.producer.ledger.values for t in times):
         return False
     values = np.array([world.producer.ledger.values[t] for t in times], np.float32)

@@ -26,7 +26,7 @@ EVERY_S = 0.2
 _STEP_S = 0.04
 _PATIENCE_S = 600.0
 _DATED = """
-    SELECT row, t_best, t_error_us, dated FROM results_dated WHERE device = ? AND task = ? AND row > ? ORDER BY row
+    SELECT row, t_best, t_error_us, time_quality FROM results_dated WHERE device = ? AND task = ? AND row > ? ORDER BY row
 """
 
 
@@ -36,7 +36,7 @@ class Dated(msgspec.Struct):
     row: int
     t_best: int
     t_error_us: int | None
-    dated: str
+    time_quality: str
 
 
 class Truth(msgspec.Struct):
@@ -59,7 +59,7 @@ class Truth(msgspec.Struct):
             if early > 0 or late > 0:
                 off = f"{-early / 1e6:+.1f}" if early > 0 else f"{late / 1e6:+.1f}"
                 bound = f"a bound of {one.t_error_us / 1e6:.1f} s"
-                wrong.append(f"row {one.row}, {one.dated}, is {off} s beyond {bound}")
+                wrong.append(f"row {one.row}, {one.time_quality}, is {off} s beyond {bound}")
         return wrong
 
 
@@ -103,7 +103,7 @@ class Stamped:
         if found and found[-1].row > len(self.truth.rows):
             return ""
         short = len(self.truth.rows) - self._judged - len(found)
-        undated = sum(one.dated in ("unknown", "given") for one in found)
+        undated = sum(one.time_quality in ("unknown", "producer") for one in found)
         return f"{short} stamped rows without result, {undated} not dated" if short or undated else ""
 
     def judge(self, verdict: Verdict) -> None:

@@ -14,8 +14,8 @@ import pytest
 from apscheduler.triggers.cron import CronTrigger
 
 from agent import clock
-from agent.bootstrap import device as assembly
-from agent.bootstrap import wiring
+from agent.bootstrap.daemon import build_daemon
+from agent.bootstrap.device import load_config, open_store
 from agent.client import Client
 from agent.clock import ClockReading
 from agent.device.daemon import Daemon
@@ -44,9 +44,9 @@ class Turned:
         device.append_config(f"[streams.watch]\nfields = [{', '.join(field_tables(FIELDS))}]\n")
         for name, schedule in TASKS.items():
             device.add_task(name, schedule=schedule)
-        self.file, self.conf = wiring.load_config(str(device.config))
-        self.store: Store = wiring.open_store(self.conf)
-        self.daemon: Daemon = assembly.build_daemon(self.file, self.conf, self.store)
+        self.file, self.conf = load_config(str(device.config))
+        self.store: Store = open_store(self.conf)
+        self.daemon: Daemon = build_daemon(self.file, self.conf, self.store)
         self.runs: Counter[str] = Counter()
         self.work: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
@@ -180,7 +180,7 @@ def test_a_daemon_whose_clock_is_set_back_an_hour_and_ahead_sixty_days_loses_and
         (1, -60 * DAY_S),
     ]
     # No time service vouches for this clock, so nothing is claimed: but order and distance by boot time are right.
-    rows = fleet.query("SELECT row, boot_us, dated FROM results_dated ORDER BY row")
+    rows = fleet.query("SELECT row, boot_us, time_quality FROM results_dated ORDER BY row")
     assert [row[0] for row in rows] == list(range(100, 801, 100))
     distances = [later[1] - earlier[1] for earlier, later in itertools.pairwise(rows)]
     assert all(0 < distance < 5 * MINUTE for distance in distances)

@@ -47,7 +47,7 @@ def test_a_data_folder_restored_from_an_image_goes_on_in_a_new_log_by_itself(fle
     wait_until("everything arrived", lambda: fleet.query("SELECT state FROM devices") == [("stopped",)])
     code, report = fleet.audit()
     assert (code, report["passed"]) == (0, True), report
-    assert fleet.query("SELECT count(*) FROM refusals WHERE reason = 'other bytes'") == [(0,)]
+    assert fleet.query("SELECT count(*) FROM refusals WHERE reason = 'conflicting payload'") == [(0,)]
     [(summary,)] = fleet.query("SELECT summary FROM alerts WHERE alert = 'storage' AND severity = 'critical'")
     assert "restored from an old copy" in summary
 

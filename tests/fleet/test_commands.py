@@ -171,9 +171,9 @@ def test_a_counter_file_that_is_none_is_named_and_not_guessed_over(tmp_path: Pat
 
 def test_processes_that_command_at_once_never_get_the_same_counter(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from agent.fleet.commands import next_counter\n"
+        "import sys; from pathlib import Path; from agent.fleet.commands import reserve_counter\n"
         "for _ in range(20):\n"
-        "    with next_counter(Path(sys.argv[1]), lambda: 1) as counter: print(counter)\n"
+        "    with reserve_counter(Path(sys.argv[1]), lambda: 1) as counter: print(counter)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ) for _ in range(3)]

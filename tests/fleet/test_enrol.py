@@ -347,7 +347,7 @@ def test_a_database_is_a_path_or_a_url(url: str, path: str) -> None:
     ("line", "problem"),
     [
         ('db = "postgresql://h/d"\npartitions = 0', "must be 1 to 1024"),
-        ("partitions = 4", "is for a PostgreSQL database"),
+        ("partitions = 4", "needs a PostgreSQL database"),
     ],
 )
 def test_partitions_are_those_of_postgresql(folder: Path, config: FleetConfig, line: str, problem: str) -> None:

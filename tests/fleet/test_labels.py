@@ -133,7 +133,7 @@ def test_what_a_device_said_is_not_replaced_by_labels_that_come_here(store: Flee
 def test_a_misspelt_class_is_rejected_with_those_the_model_named_here(store: FleetStore) -> None:
     outcome = take(store, Label(1, None, "PENN"), Label(2, None, "pen"), Label(3, None, "PEN"))
     assert (outcome.accepted, set(outcome.rejected)) == (1, {0, 1})
-    assert outcome.rejected[0].startswith("'PENN' is no label of this model; it knows ABD, FEL, PEN, as far as ")
+    assert outcome.rejected[0].startswith("'PENN' is no label of this model; it knows ABD, FEL, PEN, as inferred ")
     assert ask(store, "SELECT label FROM labels") == [("PEN",)]
 
 
@@ -222,6 +222,4 @@ def test_a_device_that_lists_some_results_only_is_told_to_be_a_biased_sample(sto
     store.ingest([Arrival(SENDER.verify(SENDER.results(60, rows_at=(61, 120), columns=columns)))], [], NOW)
     outcome = take(store, Label(70, None, "PEN"))
     assert outcome.sparse_warning is not None
-    assert outcome.sparse_warning.startswith(
-        "the device lists 62 of 120 results of this bundle (its publish), and which ones "
-    )
+    assert outcome.sparse_warning.startswith("the device publishes 62 of 120 results of this bundle")

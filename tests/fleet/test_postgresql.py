@@ -26,7 +26,8 @@ from agent.fleet.collector.collector import Collector
 from agent.fleet.collector.pending_gaps import WAIT_S, PendingGaps
 from agent.fleet.database.ingest import Arrival
 from agent.fleet.database.interface import display_name
-from agent.fleet.database.placeholders import to_psycopg
+from agent.fleet.database.postgresql_rows import to_psycopg
+from agent.fleet.database.schema import MIGRATIONS
 from agent.fleet.database.store import FleetStore
 from agent.testing.messages import FLEET, MessageSender, SignedMessage, new_key
 from agent.wire import topics
@@ -104,9 +105,23 @@ def test_tables_and_columns_are_those_of_sqlite(store: FleetStore, tmp_path: Pat
 def test_processes_that_start_at_once_make_the_tables_once(postgres_url: str) -> None:
     opened: list[FleetStore] = []
     assert at_once(*[lambda: opened.append(FleetStore(postgres_url))] * 6) == []
-    assert ask(opened[0], "SELECT count(*) FROM migrations") == [(1,)]
+    assert ask(opened[0], "SELECT count(*) FROM migrations") == [(len(MIGRATIONS),)]
     for one in opened:
         one.close()
+
+
+def test_a_database_of_an_older_version_is_migrated_and_not_read_before(postgres_url: str) -> None:
+    store = FleetStore(postgres_url)
+    with store.transaction() as db:
+        db.execute("DROP INDEX drift_windows_by_time")
+        db.execute("DELETE FROM migrations WHERE number = ?", (len(MIGRATIONS),))
+    store.close()
+    with pytest.raises(UsageError, match="created by an older version"):
+        FleetStore(postgres_url, read_only=True)
+    FleetStore(postgres_url).close()
+    reading = FleetStore(postgres_url, read_only=True)
+    assert ask(reading, "SELECT to_regclass('drift_windows_by_time') IS NOT NULL") == [(True,)]
+    reading.close()
 
 
 def test_a_database_of_a_newer_version_is_refused_and_one_without_tables_is_not_made_by_reading(
@@ -119,7 +134,7 @@ def test_a_database_of_a_newer_version_is_refused_and_one_without_tables_is_not_
         db.execute("INSERT INTO migrations (number) VALUES (1000)")
     store.close()
     for read_only in (False, True):
-        with pytest.raises(UsageError, match="made by a newer version"):
+        with pytest.raises(UsageError, match="created by a newer version"):
             FleetStore(postgres_url, read_only=read_only)
 
 
@@ -305,7 +320,9 @@ def test_text_that_postgresql_cannot_hold_is_refused_alone_and_counted(store: Fl
     collector.tick(wire, 0.0)
     assert store.count_messages() == 2
     assert [(row["reason"], row["count"]) for row in store.refusals()] == [("topic", 1), ("not storable", 1)]
-    assert ask(store, "SELECT topic FROM refused WHERE reason = 'topic'") == [("outstation/acme/\ufffd/health",)]
+    assert ask(store, "SELECT topic FROM refusal_samples WHERE reason = 'topic'") == [
+        ("outstation/acme/\ufffd/health",)
+    ]
 
 
 def test_a_name_of_several_kilobytes_that_no_index_takes_is_refused_alone(store: FleetStore) -> None:
@@ -409,7 +426,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def copy(source: FleetStore, target: FleetStore) -> None:
-    flags = {"declared", "believed", "implied"}
+    flags = {"declared", "trusted", "implied"}
     with target.transaction() as into:
         sql = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema() AND tablename <> 'migrations'"
         for (table,) in into.execute(sql).fetchall():

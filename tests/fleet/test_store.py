@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from agent.errors import MessageRefused, StorageBusy, StorageError, StorageFull, UsageError
 from agent.fleet.audit.audit import audit
 from agent.fleet.database import sqlite
-from agent.fleet.database.ingest import DEFAULT_MAX_EVIDENCE, Arrival, Refusal
+from agent.fleet.database.ingest import DEFAULT_MAX_SAMPLES, Arrival, Refusal
+from agent.fleet.database.schema import MIGRATIONS
 from agent.fleet.database.store import MAX_MISSING_RANGES, FleetStore
 from agent.testing.messages import MessageSender, SignedMessage, new_key
 from agent.wire.messages import ResultsPayload
@@ -26,7 +27,7 @@ from tests.kit.fleet_databases import sqlite_of
 
 NOW = "2026-11-24T22:20:00.000000Z"
 TABLES = (
-    *("devices", "messages", "logs", "gaps", "ends", "results", "drift_windows", "alerts", "quality"),
+    *("devices", "messages", "logs", "gaps", "log_ends", "results", "drift_windows", "alerts", "quality_messages"),
     *("shadows", "rollout_devices"),
 )
 
@@ -129,28 +130,20 @@ def test_what_is_missing_of_a_log_that_ended_is_declared_whenever_the_end_comes(
     assert [gap[:2] for gap in gaps if not gap[2]] == told == audited == ranges(absent - declared)
 
 
-def test_the_end_of_a_log_that_an_older_database_was_told_is_known_after_it_is_opened(file_store: FleetStore) -> None:
-    old, new = MessageSender(key=SENDER.key), MessageSender(key=SENDER.key)
-    enrol(file_store, old)
-    log = [old.quality() for _ in range(12)]
-    evidence = {"old": old.log, "through": 10, "reissued": 0}
-    add(file_store, old, log[0])
-    add(file_store, new, new.append("audit", event="new log", summary="", evidence=evidence))
-    file_store.close()
-    with contextlib.closing(sqlite3.connect(file_store.path)) as db, db:
-        db.execute("DROP TABLE ends")
-        db.execute("DELETE FROM _sqlite_migrations WHERE name = 'ends_of_logs'")
-        db.execute("INSERT INTO gaps VALUES (?, ?, 2, 7, 0)", (old.device, old.log))
-        db.execute("UPDATE logs SET through = 8 WHERE log = ?", (old.log,))
-    db.close()
-    opened = FleetStore(file_store.path)
-    add(opened, old, log[11])
-    assert [(gap["from"], gap["to"], gap["declared"]) for gap in opened.gaps()] == [
-        (2, 7, True),
-        (9, 10, True),
-        (11, 11, False),
-    ]
-    opened.close()
+def test_a_database_of_an_older_version_is_migrated_and_not_read_before(tmp_path: Path) -> None:
+    path = tmp_path / "fleet.db"
+    FleetStore(path).close()
+    *_, newest = MIGRATIONS
+    assert newest.name == "index_drift_windows_by_time"
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("DROP INDEX drift_windows_by_time")
+        db.execute("DELETE FROM _sqlite_migrations WHERE name = ?", (newest.name,))
+    with pytest.raises(UsageError, match="created by an older version"):
+        FleetStore(path, read_only=True)
+    FleetStore(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'drift_windows_by_time'").fetchone() == (1,)
+    FleetStore(path, read_only=True).close()
 
 
 def ranges(numbers: set[int]) -> list[tuple[int, int]]:
@@ -217,8 +210,12 @@ def test_the_same_seq_with_other_bytes_raises_an_alert_keeps_both_and_replaces_n
     [alert] = store.alerts()
     assert (alert["alert"], alert["severity"], alert["open"]) == ("security", "critical", True)
     assert "two different messages as seq 1" in alert["summary"]
-    assert ask(store, "SELECT reason, payload, jws FROM refused")[0] == ("other bytes", other.payload, other.jws)
-    assert [(row["reason"], row["count"]) for row in store.refusals()] == [("other bytes", 2)]
+    assert ask(store, "SELECT reason, payload, jws FROM refusal_samples")[0] == (
+        "conflicting payload",
+        other.payload,
+        other.jws,
+    )
+    assert [(row["reason"], row["count"]) for row in store.refusals()] == [("conflicting payload", 2)]
 
 
 def test_refused_messages_are_counted_and_only_the_first_few_kept(store: FleetStore) -> None:
@@ -230,7 +227,7 @@ def test_refused_messages_are_counted_and_only_the_first_few_kept(store: FleetSt
         ("", "unknown key", 50),
         (sender.device, "unsigned", 1),
     ]
-    assert ask(store, "SELECT count(*) FROM refused") == [(DEFAULT_MAX_EVIDENCE + 1,)]
+    assert ask(store, "SELECT count(*) FROM refusal_samples") == [(DEFAULT_MAX_SAMPLES + 1,)]
 
 
 def test_a_value_too_large_for_the_database_is_refused_and_leaves_nothing_of_its_batch(store: FleetStore) -> None:

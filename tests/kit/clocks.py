@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from agent import clock
@@ -14,6 +15,7 @@ from agent.config import Config
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.machine.timekeeping import Timekeeper
 from agent.device.pipeline.batch import _build_clocks
+from agent.device.pipeline.columns import encode_runs, encode_times
 from agent.device.recovery.open import open_store
 from agent.device.store.clock_segments import clip_stamps
 from agent.device.store.message_log import MessageLog
@@ -79,7 +81,7 @@ class Dated:
     boot: int
     t_best: int
     t_error_us: int | None
-    dated: str
+    time_quality: str
 
 
 @dataclass
@@ -130,7 +132,8 @@ class Station:
         if batch is None:
             return
         assert batch.loss_reason is None
-        columns = {"row": list(range(batch.first, batch.last + 1)), "t": batch.rows.t.tolist()}
+        rows = np.arange(batch.first, batch.last + 1)
+        columns = {"row": encode_runs(rows), "t": encode_times(batch.rows.t)}
         head = {"model": MODEL, "stream": "watch", "rows": [batch.first, batch.last], "n": len(batch.rows)}
         with self.store.transaction() as tx:
             stamps = clip_stamps(batch.stamps, batch.first, batch.last)
@@ -164,5 +167,5 @@ def collect(
 
 
 def dated(store: FleetStore) -> list[Dated]:
-    rows = store._fetch_all("SELECT row, t, boot, t_best, t_error_us, dated FROM results_dated ORDER BY row")
+    rows = store._fetch_all("SELECT row, t, boot, t_best, t_error_us, time_quality FROM results_dated ORDER BY row")
     return [Dated(*row) for row in rows]

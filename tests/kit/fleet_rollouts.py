@@ -140,7 +140,7 @@ class Fleet:
         self, senders: Sequence[MessageSender], blocks: int = 6, *, settles: bool = True, **changes: Any
     ) -> None:
         """Devices run the new bundle with the old one beside, and settle."""
-        swapped = {"model": NEW_MODEL, "beside": MODEL, **changes}
+        swapped = {"model": NEW_MODEL, "other": MODEL, **changes}
         for sender in senders:
             self.collect(sender.rollout("probation", strategy="canary"))
             self.collect(*(sender.shadow(**swapped) for _ in range(blocks)))

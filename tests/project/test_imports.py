@@ -22,7 +22,8 @@ AGENT = ROOT / "agent"
 FLOORS = {
     "errors": 0,
     "quantities": 0,
-    "arrays": 1,
+    "alerts": 1,
+    "arrays": 2,
     "clock": 1,
     "jsonpath": 1,
     "media": 1,
@@ -57,45 +58,14 @@ FILE_CYCLES: set[str] = {
     "agent.cli.fleet.drift",
     "agent.cli.fleet.evidence",
     "agent.cli.fleet.group",
-    "agent.drift.baseline.reference",
-    "agent.drift.baseline.row_counts",
-    "agent.drift.baseline.site",
-    "agent.drift.baseline.summary",
-    "agent.drift.detectors.extremes",
-    "agent.drift.detectors.resolution",
-    "agent.drift.detectors.sampling_rate",
-    "agent.fleet.database.gap_ledger",
-    "agent.fleet.database.interface",
-    "agent.fleet.database.postgresql",
-    "agent.fleet.database.postgresql_rows",
-    "agent.fleet.database.postgresql_schema",
-    "agent.fleet.database.rollout_tables",
-    "agent.fleet.database.schema",
-    "agent.fleet.database.sqlite",
-    "agent.fleet.database.timestamps",
     "agent.model.inference.inspect",
     "agent.model.inference.runtime",
 }
 FOLDER_CYCLES: set[str] = {
-    "agent.bootstrap",
-    "agent.cli.device",
-    "agent.device.commands",
-    "agent.device.rollout",
-    "agent.drift.baseline",
-    "agent.drift.detectors",
-    "agent.drift.faults",
-    "agent.drift.reporting",
-    "agent.drift.testing",
     "agent.fleet",
     "agent.fleet.collector",
-    "agent.performance",
 }
-CLIMBING: set[str] = {
-    "agent.arrays",
-    "agent.bootstrap.commands",
-    "agent.performance.degradation",
-    "agent.performance.feedback",
-}
+CLIMBING: set[str] = set()
 CROWDED: set[str] = {
     "agent/evaluation",
 }

@@ -61,7 +61,6 @@ PENDING: set[str] = {
     "agent/performance",
     "agent/render",
     "agent/simulate",
-    "agent/testing",
     "agent/transport",
     "agent/wire",
 }

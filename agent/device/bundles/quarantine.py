@@ -16,11 +16,11 @@ import logging
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from agent import clock
+from agent.alerts import QUARANTINED
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.bundles import history as kept
@@ -88,8 +88,8 @@ def release(tx: Transaction, message_log: MessageLog, task: str, now: ClockReadi
     """Nothing is set aside for `task` any more, and its crashes are forgotten."""
     overrides.save_quarantined(tx, task, {})
     tx.delete_state(task, task_keys.CRASH_COUNT)
-    body = _alert_body(task, "cleared", "info", f"{task}: no bundle is set aside any more.", {})
-    message_log.append(tx, "alerts", task, body, now)
+    alert = QUARANTINED.cleared(f"{task}: no bundle is set aside any more.", task=task)
+    message_log.append(tx, "alerts", task, alert.to_body(task), now)
 
 
 def is_suspected(store: Store, task: str, digest: str) -> bool:
@@ -158,18 +158,5 @@ def _report_quarantine(
     evidence = {"task": crash.task, "digest": crash.digest, "crashes": count, "to": target.digest if target else None}
     message_log.append(tx, "audit", None, {"event": "quarantined", "summary": summary, "evidence": evidence}, now)
     if target is not None:
-        message_log.append(
-            tx, "alerts", crash.task, _alert_body(crash.task, "raised", "critical", summary, evidence), now
-        )
-
-
-def _alert_body(task: str, state: str, severity: str, summary: str, evidence: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "alert": "model",
-        "subject": task,
-        "state": state,
-        "severity": severity,
-        "id": f"{task}/quarantine",
-        "summary": summary,
-        "evidence": evidence,
-    }
+        alert = QUARANTINED.raised(summary, evidence, task=crash.task)
+        message_log.append(tx, "alerts", crash.task, alert.to_body(crash.task), now)

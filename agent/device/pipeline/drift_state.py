@@ -12,6 +12,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from agent.alerts import MonitoredAlert, monitoring_kind
+from agent.arrays import Bools
 from agent.clock import ClockReading
 from agent.device.store import task_keys
 from agent.device.store.message_log import MessageLog
@@ -111,15 +113,9 @@ def _restart(
 def _build_cleared_alerts(task: str, old: DriftState, reason: str) -> Iterator[dict[str, Any]]:
     """Cleared: what they were against is gone."""
     subjects = (*old.fields, OUTPUT, SCORE, JOINT)
-    kinds = ("drift", old.suite.open_subjects), ("fault", old.faulty)
-    for column, (kind, is_open) in enumerate(kinds):
+    opened: dict[MonitoredAlert, Bools] = {"drift": old.suite.open_subjects, "fault": old.faulty}
+    for column, (alert, is_open) in enumerate(opened.items()):
         for i in np.flatnonzero(is_open).tolist():
-            yield {
-                "alert": kind,
-                "subject": subjects[i],
-                "state": "cleared",
-                "severity": "info",
-                "id": f"{task}/{subjects[i]}/{kind}/{old.raised_counts[i, column]}",
-                "summary": f"{subjects[i]}: no longer watched as before: {reason}.",
-                "evidence": {},
-            }
+            summary = f"{subjects[i]}: no longer watched as before: {reason}."
+            names = {"field": subjects[i], "count": old.raised_counts[i, column]}
+            yield monitoring_kind(alert, subjects[i]).cleared(summary, **names).to_body(task)

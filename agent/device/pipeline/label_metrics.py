@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from agent import clock
+from agent.alerts import Alert
 from agent.clock import ClockReading
 from agent.device.intake import labels
 from agent.device.intake.labels import LabelTarget
@@ -20,7 +21,6 @@ from agent.device.store import task_keys
 from agent.device.store.labels import StoredLabel
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
-from agent.drift.reporting.alert_text import Alert
 from agent.performance import degradation, feedback
 from agent.performance.degradation import DegradationEvent, PromisedAccuracy
 from agent.performance.labels import MODEL
@@ -122,7 +122,7 @@ def _clear_old_alerts(task: LoadedTask, store: Store, state: degradation.Degrada
         return []
     text = "another bundle runs now; its labels are judged anew."
     found = [
-        Alert("quality", kind, "cleared", "info", f"quality/{kind}/{track.raised_count}", text, {})
+        degradation.ALERT_KINDS[kind].cleared(text, count=track.raised_count)
         for kind, track in old.tracks.items()
         if track.is_open
     ]

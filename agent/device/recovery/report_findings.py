@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from agent.alerts import STORE_DAMAGED
 from agent.clock import ClockReading
 from agent.device.recovery import findings, new_log, salvage
 from agent.device.recovery.findings import RecoveryFinding
@@ -60,17 +61,11 @@ def _report_finding(
         used = min((tx.cursor(task) for task in tasks.get(stream, ())), default=rows[-1][1])
         declare_readings(tx, message_log, now, stream, ranges.intersect(rows, [(1, used)]), DAMAGED, used=True)
     newest = {stream: tx.next_row(stream) - 1 for stream in tasks}
-    body = {
-        "alert": "storage",
-        "subject": "store",
-        "state": "raised",
-        "severity": "critical",
-        "id": f"storage/recovery/{message_log.boot}/{tx.log_head()[0] + 1}",
-        "summary": f"{finding.summary} {_lost_text(finding)} {_newest_text(newest)}"[:_MAX_SUMMARY],
-        "evidence": _evidence(finding) | {"newest": newest},
-    }
-    log.critical("%s", body["summary"])
-    message_log.append(tx, "alerts", None, body, now)
+    summary = f"{finding.summary} {_lost_text(finding)} {_newest_text(newest)}"[:_MAX_SUMMARY]
+    evidence = _evidence(finding) | {"newest": newest}
+    alert = STORE_DAMAGED.raised(summary, evidence, boot=message_log.boot, seq=tx.log_head()[0] + 1)
+    log.critical("%s", summary)
+    message_log.append(tx, "alerts", None, alert.to_body(), now)
 
 
 def _lost_text(finding: RecoveryFinding) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from agent.alerts import BUNDLE_REJECTED, ROLLED_BACK
 from agent.clock import ClockReading
 from agent.device.bundles import history as bundle_history
 from agent.device.bundles import overrides, quarantine
@@ -84,16 +85,9 @@ def _write_alert(
     was, is_now = old is not None and old.phase in _ALERT_PHASES, new.phase in _ALERT_PHASES
     if not was and not is_now:
         return
-    body: dict[str, Any] = {
-        "alert": "model",
-        "subject": task,
-        "state": "raised" if is_now else "cleared",
-        "severity": "info" if not is_now else "critical" if new.phase == "rolled back" else "warning",
-        "id": f"{task}/rollout",
-        "summary": summary,
-        "evidence": build_evidence(task, new),
-    }
-    author.append(tx, "alerts", task, body, now)
+    kind = ROLLED_BACK if new.phase == "rolled back" else BUNDLE_REJECTED
+    alert = (kind.raised if is_now else kind.cleared)(summary, build_evidence(task, new), task=task)
+    author.append(tx, "alerts", task, alert.to_body(task), now)
 
 
 def begin_canary(

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agent.alerts import DAMAGED_MESSAGES
 from agent.clock import ClockReading
 from agent.device.store import ranges
 from agent.device.store.message_log import MessageLog
@@ -88,16 +89,9 @@ def quarantine_damaged(store: Store, message_log: MessageLog, seqs: Sequence[int
             f"{len(seqs)} messages in the outbox do not have their CRC and are not sent; they are in the store's table "
             "`quarantined_messages`. Check the card."
         )
-        alert = {
-            "alert": "storage",
-            "subject": "outbox",
-            "state": "raised",
-            "severity": "critical",
-            "id": f"storage/outbox/{message_log.log_id}/{seqs[0]}",
-            "summary": summary,
-            "evidence": {"messages": missing[:_MAX_LISTED]},
-        }
-        message_log.append(tx, "alerts", None, alert, now)
+        evidence = {"messages": missing[:_MAX_LISTED]}
+        alert = DAMAGED_MESSAGES.raised(summary, evidence, log=message_log.log_id, seq=seqs[0])
+        message_log.append(tx, "alerts", None, alert.to_body(), now)
 
 
 def _declare(

@@ -7,7 +7,6 @@ same table under negative numbers.
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 import struct
 import zlib
@@ -334,16 +333,6 @@ def count_predictions(db: sqlite3.Connection, task: str, first: int, last: int) 
     """Count the stored predictions of batches that overlap rows `first` … `last`."""
     sql = "SELECT coalesce(sum(n), 0) FROM predictions WHERE task = ? AND first_row <= ? AND last_row >= ?"
     return int(db.execute(sql, (task, last, first)).fetchone()[0])
-
-
-def load_last_batches(db: sqlite3.Connection, task: str, batches: int) -> list[StoredPredictions]:
-    """Return the readable ones of the last batches, oldest first."""
-    sql = "SELECT first_row, CAST(data AS BLOB) FROM predictions WHERE task = ? ORDER BY first_row DESC LIMIT ?"
-    loaded = []
-    for first, data in db.execute(sql, (task, batches)).fetchall():
-        with contextlib.suppress(ValueError):
-            loaded.append(unpack_predictions(int(first), data))
-    return loaded[::-1]
 
 
 # --- packing ---

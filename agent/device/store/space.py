@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any
 
+from agent.alerts import STORE_FULL, Alert
 from agent.clock import ClockReading
 from agent.config import Config
 from agent.device.store import ranges, retention, task_keys
@@ -247,7 +248,7 @@ class SpaceManager:
                 "The store is full and nothing can be delivered or used: the least important data is evicted, and each "
                 "eviction is declared. Restore the connection or the task that does not run, or raise [buffer] max_size."
             )
-            self._write_alert(tx, now, "raised", "critical", summary)
+            self._write_alert(tx, now, STORE_FULL.raised(summary, self._alert_evidence()))
 
     def _clear_alert(self, now: ClockReading) -> None:
         if self._store.load_state("", task_keys.STORAGE_ALERT) is None:
@@ -256,17 +257,15 @@ class SpaceManager:
         if not recently and self.undelivered_bytes() < self._store.limit_bytes() * _CLEAR_SHARE:
             with self._store.transaction(vital=True) as tx:
                 tx.delete_state("", task_keys.STORAGE_ALERT)
-                self._write_alert(tx, now, "cleared", "info", "The store has room again; eviction has ended.")
+                summary = "The store has room again; eviction has ended."
+                self._write_alert(tx, now, STORE_FULL.cleared(summary, self._alert_evidence()))
 
-    def _write_alert(self, tx: Transaction, now: ClockReading, state: str, severity: str, summary: str) -> None:
-        room = {
-            "bytes": self._store.used_bytes(),
-            "max": self._store.limit_bytes(),
-            "hours": self.hours_until_eviction(),
-        }
-        body: dict[str, Any] = {"alert": "storage", "subject": "store", "state": state, "severity": severity}
-        more = {"id": "store/space", "summary": summary, "evidence": room}
-        self._message_log.append(tx, "alerts", None, {**body, **more}, now)
+    def _alert_evidence(self) -> dict[str, Any]:
+        used, limit = self._store.used_bytes(), self._store.limit_bytes()
+        return {"bytes": used, "max": limit, "hours": self.hours_until_eviction()}
+
+    def _write_alert(self, tx: Transaction, now: ClockReading, alert: Alert) -> None:
+        self._message_log.append(tx, "alerts", None, alert.to_body(), now)
 
 
 def hours_until_eviction(store: Store, limit: int) -> float | None:

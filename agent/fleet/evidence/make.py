@@ -15,6 +15,7 @@ import msgspec
 from agent import __version__, durable_files
 from agent.errors import StorageError, StorageFull, UsageError
 from agent.evaluation.document import Evaluation
+from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format import frameworks, manifest
@@ -22,7 +23,6 @@ from agent.fleet.evidence.format.contents import WRITE_LIMITS, Incident, SignedM
 from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
 from agent.fleet.evidence.gather import bundles, trusted_keys
 from agent.fleet.evidence.gather import sbom as software
-from agent.fleet.evidence.gather.database import EvidenceQueries
 from agent.fleet.evidence.gather.gather import EvidenceFacts, MessageVerifier, gather
 from agent.fleet.evidence.gather.sbom import Sbom
 from agent.fleet.evidence.page.page import render_html

@@ -567,7 +567,7 @@ def test_a_rotation_in_the_place_of_a_message_that_is_stored_lets_no_key_sign(co
     conflict = rotate(twin, new_key(66))
     collector._store([conflict.to_incoming(), twin.health().to_incoming(), sender.health().to_incoming()])
     assert stored(collector) == 4
-    assert refusals(collector) == {"other bytes": 1, "unknown key": 1}
+    assert refusals(collector) == {"conflicting payload": 1, "unknown key": 1}
     assert [kid for kid, *_ in collector.store.enrolled_keys()] == [new_key(1).public.kid]
     assert audit(collector.store).passed
 
@@ -578,7 +578,7 @@ def test_nor_does_one_whose_place_another_message_of_its_batch_takes(collector: 
     conflict = rotate(twin, new_key(66))
     collector._store([sender.health().to_incoming(), conflict.to_incoming(), twin.health().to_incoming()])
     assert stored(collector) == 1
-    assert refusals(collector) == {"other bytes": 1, "unknown key": 1}
+    assert refusals(collector) == {"conflicting payload": 1, "unknown key": 1}
     assert audit(collector.store).passed
 
 

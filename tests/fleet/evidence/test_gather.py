@@ -505,8 +505,9 @@ def test_what_the_collector_noticed_itself_is_told_and_marked_as_not_signed(smal
     small.make(tmp_path / "out")
     [one] = json.loads((tmp_path / "out" / "incidents.json").read_text())
     assert (one["source"], one["state"], one["raised"], one["device"]) == ("collector", "open", None, "pi-02")
-    assert "was revoked: what it signs is refused. What is stored stays valid. (noticed by the collector;" in text_of(
-        tmp_path / "out"
+    assert (
+        "was revoked: messages that it signs are refused, stored messages stay valid. (noticed by the collector;"
+        in text_of(tmp_path / "out")
     )
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert [key["owner"] for key in manifest["keys"] if key.get("revoked")] == ["pi-02"]

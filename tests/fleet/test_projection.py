@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,9 +37,9 @@ def ask(store: FleetStore, sql: str) -> list[Any]:
 
 def test_a_shadow_message_is_one_row_with_its_bytes_as_text(store: FleetStore) -> None:
     sender = MessageSender()
-    sent = sender.shadow(n=300, errors=1, why="killed by signal 11")
+    sent = sender.shadow(n=300, errors=1, error="killed by signal 11")
     assert add(store, sender, sent) == ["new"]
-    columns = "device, task, rollout, model, beside, rows_first, rows_last, batches, n, errors, body, log, seq"
+    columns = "device, task, rollout, model, other, rows_first, rows_last, batches, n, errors, body, log, seq"
     what = ("pi-07", "exercise", "exercise-1-1", MODEL["digest"], NEW_MODEL["digest"], 1, 300, 5, 300, 1)
     assert ask(store, f"SELECT {columns} FROM shadows") == [(*what, sent.payload.decode(), sender.log, 1)]
 
@@ -117,25 +115,7 @@ def test_a_tally_with_a_number_that_none_can_have_is_no_message(number: str) -> 
     sender = MessageSender()
     sent = sender.shadow()
     with pytest.raises(MessageRefused):
-        sender.verify(sender.sign_payload(sent.topic, sent.payload.replace(b'"same":96', f'"same":{number}'.encode())))
-    assert sender.verify(sender.sign_payload(sent.topic, sent.payload.replace(b'"same":96', b'"same":7')))
-
-
-def test_messages_that_came_before_there_were_these_tables_are_unfolded_by_the_migration(tmp_path: Path) -> None:
-    sender = MessageSender()
-    store = FleetStore(tmp_path / "fleet.db")
-    garbled = sender.rollout("shadow", task=5)
-    add(store, sender, sender.shadow(), sender.results(), sender.rollout("shadow"), garbled)
-    tables = ("shadows", "rollout_devices")
-    whole = [ask(store, f"SELECT * FROM {table}") for table in tables]
-    store.close()
-    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
-        for table in ("rollouts", "decisions", "desired", *tables):
-            db.execute(f"DROP TABLE {table}")
-        db.execute("DELETE FROM _sqlite_migrations WHERE name = 'rollouts'")
-    store = FleetStore(store.path)
-    try:
-        assert [ask(store, f"SELECT * FROM {table}") for table in tables] == whole
-        assert [len(rows) for rows in whole] == [1, 1]
-    finally:
-        store.close()
+        sender.verify(
+            sender.sign_payload(sent.topic, sent.payload.replace(b'"agreeing":96', f'"agreeing":{number}'.encode()))
+        )
+    assert sender.verify(sender.sign_payload(sent.topic, sent.payload.replace(b'"agreeing":96', b'"agreeing":7')))
