@@ -350,7 +350,7 @@ def verify_message(
         raise MessageRefused("other kind", f"payload is {body.__struct_config__.tag}, topic is {topic.kind}")
     if body.device != topic.device:
         raise MessageRefused("other device", f"payload names {body.device!r}, topic {topic.device!r}")
-    owner = topic.device if topic.kind not in topics.TO_DEVICE else signer.owner
+    owner = signer.owner if topics.KINDS[topic.kind].to_device else topic.device
     if signer.owner != owner:
         raise MessageRefused("other device", f"key of {signer.owner!r} on a topic of {topic.device!r}")
     task = body.group if isinstance(body, DesiredPayload) else getattr(body, "task", None)

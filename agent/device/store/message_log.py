@@ -17,7 +17,7 @@ from agent.transport.compressed import compress
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, key_rotation, messages
 from agent.wire.keys import SigningKey
-from agent.wire.topics import DEVICE_ALERTS, PER_TASK, Topic
+from agent.wire.topics import DEVICE_ALERTS, KINDS, Topic
 
 
 class MessageLog(msgspec.Struct):
@@ -47,7 +47,7 @@ class MessageLog(msgspec.Struct):
     ) -> int:
         """Enqueue one logged message, signed by `key` where it is not the log's; its seq."""
         seq, prev = tx.log_head()
-        topic = str(Topic(self.fleet, self.device, kind, (task or DEVICE_ALERTS) if kind in PER_TASK else None))
+        topic = str(Topic(self.fleet, self.device, kind, (task or DEVICE_ALERTS) if KINDS[kind].per_task else None))
         time = clock.to_rfc3339(now.wall_us)
         head = {"v": 1, "kind": kind, "device": self.device, "log": self.log_id, "seq": seq + 1, "prev": prev}
         stamp = {"boot": self.boot, "time": time, "clock": now.quality}
@@ -83,8 +83,6 @@ class MessageLog(msgspec.Struct):
         kind: str,
         body: Mapping[str, Any],
         now: ClockReading,
-        *,
-        retain: bool = True,
         correlation: bytes | None = None,
     ) -> OutgoingMessage:
         """A message outside the log: state, keys, reply."""
@@ -92,20 +90,16 @@ class MessageLog(msgspec.Struct):
         time = clock.to_rfc3339(now.wall_us)
         payload = messages.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
         token = jws.sign(self.live_key or self.key, str(topic), payload)
-        made = self._build_outgoing(
-            topic, payload, token, f"{kind}/{messages.digest(payload)[:16]}", time, retain=retain
-        )
+        made = self._build_outgoing(topic, payload, token, f"{kind}/{messages.digest(payload)[:16]}", time)
         return replace(made, correlation=correlation)
 
     def to_outgoing(self, message: OutboxMessage) -> OutgoingMessage:
         """A message of the outbox as it goes on the air."""
         parts = message.topic.split("/")
         topic = Topic(self.fleet, self.device, parts[3], parts[4] if len(parts) > 4 else None)
-        made = self._build_outgoing(topic, message.payload, message.jws, str(message.seq), message.time, retain=False)
+        made = self._build_outgoing(topic, message.payload, message.jws, str(message.seq), message.time)
         return compress(made) if self.compress else made
 
-    def _build_outgoing(
-        self, topic: Topic, payload: bytes, token: str, message_id: str, time: str, *, retain: bool
-    ) -> OutgoingMessage:
+    def _build_outgoing(self, topic: Topic, payload: bytes, token: str, message_id: str, time: str) -> OutgoingMessage:
         event = messages.cloudevent_properties(topic, f"{self.device}/{self.log_id}/{message_id}", time)
-        return OutgoingMessage(str(topic), payload, (("jws", token), *event), retain)
+        return OutgoingMessage(str(topic), payload, (("jws", token), *event), KINDS[topic.kind].retained)
