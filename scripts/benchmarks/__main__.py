@@ -39,24 +39,24 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
     worst: list[Result] = []
     for one in names or sorted(QUICK if quick else BENCHMARKS):
         try:
-            found = measured(one)
+            report = measured(one)
             # What another process did to this one is not measured a second and a third time.
             for _ in range(_MORE_TRIES if quick else 0):
-                if not written.fallen(found.results):
+                if not written.fallen(report.results):
                     break
-                found = measured(one)
+                report = measured(one)
         except click.ClickException as lacking:
             if names:
                 raise
             click.echo(f"{one}: left out: {lacking.message}", err=True)
             continue
-        runs = [found.results]
+        runs = [report.results]
         if write and one in QUICK:
             runs += [measured(one).results for _ in range(_WRITTEN_RUNS - 1)]
             worst += written.worst(runs)
         results += written.middle(runs)
         if not as_json:
-            click.echo(found.text)
+            click.echo(report.text)
     if as_json:
         click.echo(json.dumps([document(result) for result in results], indent=2))
     if write:
@@ -71,8 +71,8 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
 
 def measured(name: str) -> Report:
     """Raises ClickException where something that it needs is not there."""
-    found = BENCHMARKS[name]()
-    return found if isinstance(found, Report) else Report((found,), line(found))
+    report = BENCHMARKS[name]()
+    return report if isinstance(report, Report) else Report((report,), line(report))
 
 
 def line(result: Result) -> str:

@@ -33,10 +33,12 @@ def bytes_of_a_thousand_results() -> Report:
     note = f"{len(sent)} signed messages; reference: unsigned JSON for each; both with TCP headers and PUBACK"
     kinds = (("air", note), ("air, compressed", f"with `[broker] compress = true`; {note}"))
     report = tuple(
-        Result(name, size, plain, "bytes", 1 / 15, said, less=True)
-        for size, (name, said) in zip(ours, kinds, strict=True)
+        Result(name, size, plain, "bytes", 1 / 15, kind, less=True)
+        for size, (name, kind) in zip(ours, kinds, strict=True)
     )
-    return Report(report, "\n".join(f"{one.name:15} {one.ours:,.0f} bytes, × {one.ratio:.3f}" for one in report))
+    return Report(
+        report, "\n".join(f"{result.name:15} {result.ours:,.0f} bytes, × {result.ratio:.3f}" for result in report)
+    )
 
 
 def _singly(payload: bytes, topic: str) -> list[int]:

@@ -61,7 +61,8 @@ def drift_cost() -> Report:
             pace = 1e6 / us["ours"], 1e6 / us["theirs"]
             results.append(Result(f"drift beside {kit.name}", *pace, "rows/s", target, note))
     return Report(
-        tuple(results), "\n".join(f"{one.name:24} × {one.ratio:.1f} (target {one.target:g})" for one in results)
+        tuple(results),
+        "\n".join(f"{result.name:24} × {result.ratio:.1f} (target {result.target:g})" for result in results),
     )
 
 
@@ -89,8 +90,8 @@ def of_others(folder: Path, running: ExitStack, others: list[Peer]) -> dict[str,
 
 def report(rows: dict[str, list[Row]], watches: list[Row], sensors: list[Row], costs: dict[str, Cost]) -> Report:
     results: list[Result] = []
-    for kind, found in rows.items():
-        results += targets.of_made(kind, found)
+    for kind, row in rows.items():
+        results += targets.of_made(kind, row)
     results += targets.of_recordings(watches[0])
     results += targets.of_cost(costs)
     text = tables.everything(rows, watches, sensors, costs, results)

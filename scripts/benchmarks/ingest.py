@@ -62,7 +62,9 @@ def through_client_and_socket() -> Report:
         Result("ingest", *chunks, "rows/s", 0.5, _COLUMNS),
         Result("ingest json", *lines, "rows/s", 1.0, _LINES),
     )
-    return Report(report, "\n".join(f"{one.name:12} {one.ours:,.0f} rows/s, × {one.ratio:.2f}" for one in report))
+    return Report(
+        report, "\n".join(f"{result.name:12} {result.ours:,.0f} rows/s, × {result.ratio:.2f}" for result in report)
+    )
 
 
 @benchmark("stored", quick=True)

@@ -37,12 +37,12 @@ def lowest_high(random: np.random.Generator, name: str, batches: int) -> dict[st
     """The upper end that the first look finds, and the lowest of any at MESSAGES messages: below a limit, it is bad."""
     ends = list(accumulate(batches_per_message(i, batches) for i in range(MESSAGES)))
     answered = made.batches(random, STRAINS[name](random, ends[-1] * WINDOWS))
-    found: dict[str, list[float]] = {estimate: [] for estimate in LOOKED_AT}
+    bounds: dict[str, list[float]] = {estimate: [] for estimate in LOOKED_AT}
     for blocks in _looks(answered, ends, batches):
         for estimate in LOOKED_AT:
             if (seen := ESTIMATES[estimate](blocks)) is not None:
-                found[estimate].append(seen.high)
-    return {estimate: (highs[0], min(highs)) for estimate, highs in found.items()}
+                bounds[estimate].append(seen.high)
+    return {estimate: (highs[0], min(highs)) for estimate, highs in bounds.items()}
 
 
 def measured(name: str, seed: int, repeats: int, batches: int) -> dict[str, list[list[float]]]:
@@ -51,7 +51,7 @@ def measured(name: str, seed: int, repeats: int, batches: int) -> dict[str, list
     return {
         estimate: [
             [
-                sum(one[estimate][look] < TRUTHS[estimate](STRAIN) - margin for one in lowest) / repeats
+                sum(bounds[estimate][look] < TRUTHS[estimate](STRAIN) - margin for bounds in lowest) / repeats
                 for margin in MARGINS
             ]
             for look in (0, 1)
@@ -62,8 +62,8 @@ def measured(name: str, seed: int, repeats: int, batches: int) -> dict[str, list
 
 def _looks(answered: list[ComparisonStats], ends: list[int], batches: int) -> Iterator[list[ComparisonBlock]]:
     """What a device keeps after each of its messages, from so many batches on."""
-    kept: list[ComparisonStats] = []
+    retained: list[ComparisonStats] = []
     for begin, end in zip([0, *ends], ends, strict=False):
-        kept = merge_neighbours([*kept, sum(answered[begin:end], ComparisonStats())])
+        retained = merge_neighbours([*retained, sum(answered[begin:end], ComparisonStats())])
         if end >= batches:
-            yield [ComparisonBlock(one) for one in kept]
+            yield [ComparisonBlock(stats) for stats in retained]

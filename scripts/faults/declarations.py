@@ -112,8 +112,8 @@ class Declarations:
         if left is not None and any(log.follows == left[0] for log in self._logs.values()):
             return _END
         # A run of a log may be over rows that are gone, and have no results.
-        told = {log for log, _ in self._places[task].values()}
-        later = [name for name in self._logs if name not in told]
+        declared = {log for log, _ in self._places[task].values()}
+        later = [name for name in self._logs if name not in declared]
         if left is not None and any(self._logs[name].follows for name in later):
             return _END
         if left is not None and self._forgot(left, _END):

@@ -185,10 +185,10 @@ def vouched_by(folder: str) -> None:
     def together() -> tuple[int, float]:
         while True:
             face = os.readlink(link)
-            found = both()
+            readings = both()
             if os.readlink(link) == face:
                 seen.face = link.parent / face
-                return found
+                return readings
 
     def error_us() -> int | None:
         vouched = getattr(seen, "face", link) / "vouched"

@@ -292,5 +292,5 @@ def stamp_some(world: World) -> None:
 
 
 def _stamped(world: World) -> Stamped:
-    [found] = [one for one in world.companions if isinstance(one, Stamped)]
-    return found
+    [stamped] = [companion for companion in world.companions if isinstance(companion, Stamped)]
+    return stamped

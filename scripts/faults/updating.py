@@ -75,8 +75,8 @@ class Updating:
 
     @staticmethod
     def of(world: World) -> Updating:
-        [found] = [one for one in world.companions if isinstance(one, Updating)]
-        return found
+        [update] = [companion for companion in world.companions if isinstance(companion, Updating)]
+        return update
 
     @property
     def line(self) -> DeviceConnection:
@@ -123,7 +123,9 @@ class Updating:
     def reach(self, phase: str) -> None:
         """Wait until the device says that it is in `phase`, or past it."""
         try:
-            wait_until(f"{self.name}: {phase}", lambda: phase in [one for one, _ in self._said(self.name)], _PATIENCE_S)
+            wait_until(
+                f"{self.name}: {phase}", lambda: phase in [reached for reached, _ in self._said(self.name)], _PATIENCE_S
+            )
         except AssertionError as late:
             raise AssertionError(f"{late}; {self.waiting()}; it said {self._said(self.name)[-3:]}") from None
 
@@ -184,8 +186,8 @@ class Updating:
             yield f"{wrong} messages name another bundle than the signed audit messages before them say"
 
     def _state(self) -> str:
-        found = self._world.fleet.query("SELECT state FROM rollouts WHERE rollout = ?", self.name)
-        return str(found[0][0]) if found else "not started"
+        states = self._world.fleet.query("SELECT state FROM rollouts WHERE rollout = ?", self.name)
+        return str(states[0][0]) if states else "not started"
 
     def _said(self, name: str) -> list[tuple[str, str]]:
         """(phase, sentence) of the device, in order."""
@@ -199,8 +201,8 @@ class Updating:
     def _runs(self) -> str:
         """The bundle of the newest results."""
         sql = "SELECT payload FROM messages WHERE device = ? AND topic LIKE ? ORDER BY rowid DESC LIMIT 1"
-        found = self._world.fleet.query(sql, DEVICE, f"%/results/{TASK}")
-        return str(json.loads(found[0][0])["model"]["digest"]) if found else ""
+        runs = self._world.fleet.query(sql, DEVICE, f"%/results/{TASK}")
+        return str(json.loads(runs[0][0])["model"]["digest"]) if runs else ""
 
     def _operate(self, *arguments: str) -> None:
         done = run_outstation("fleet", *arguments, "--dir", str(self._world.fleet.home), timeout_s=_PATIENCE_S)
@@ -233,8 +235,8 @@ def updating() -> Callable[[World], Callable[[], None]]:
     """For `Setting.prepare`: a repository, and a device that knows it."""
 
     def prepare(world: World) -> Callable[[], None]:
-        one = Updating(world)
-        world.companions.append(one)
+        update = Updating(world)
+        world.companions.append(update)
         return lambda: None
 
     return prepare

@@ -92,13 +92,13 @@ def in_turns(sides: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> dic
 
 
 def memories(folder: Path) -> dict[str, dict[str, float]]:
-    found = {}
+    memory_by_kind = {}
     for case in (case for case in CASES if case.window == ROWS):
         file = folder / f"memory{case.model_rows}.npz"
         if not file.exists():
             memory.write(file, case.model_rows)
-        found[case.called] = memory.measured(file, case.model_rows, case.rows)
-    return found
+        memory_by_kind[case.called] = memory.measured(file, case.model_rows, case.rows)
+    return memory_by_kind
 
 
 def costs(others: Sequence[Peer], rounds: int = ROUNDS) -> dict[str, Cost]:

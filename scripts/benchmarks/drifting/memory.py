@@ -31,8 +31,8 @@ def write(file: Path, model_rows: int) -> None:
 
 def measured(file: Path, model_rows: int, batch: int) -> dict[str, float]:
     command = [sys.executable, "-m", __name__, str(file), str(model_rows), str(batch)]
-    found: dict[str, float] = json.loads(subprocess.check_output(command))
-    return found
+    figures: dict[str, float] = json.loads(subprocess.check_output(command))
+    return figures
 
 
 def main() -> None:

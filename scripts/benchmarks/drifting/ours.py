@@ -55,16 +55,16 @@ def row(
     name: str, kind: Kind, changes: Sequence[Change], sites: int, quiet: int, trials: int, model_rows: int = 1
 ) -> Row:
     """`sites` that learn, are watched for `quiet` windows, and go through each change `trials` times."""
-    watch, found = Watch.of(kind, model_rows), Row(name)
+    watch, row_result = Watch.of(kind, model_rows), Row(name)
     for site in range(sites):
         learned, _ = watch.step(watch.judge.start(), made.learning(kind, site))
         assert learned.site_reference is not None
-        found.add_quiet(raised(watch.step(learned, made.quiet(kind, site, quiet))[1], SUBJECTS))
+        row_result.add_quiet(raised(watch.step(learned, made.quiet(kind, site, quiet))[1], SUBJECTS))
         for change in changes:
             for trial in range(trials):
                 rows = made.trial(kind, site, trial, change)
-                found.add(change.name, until_found(watch, learned, rows, change), change.subjects)
-    return found
+                row_result.add(change.name, until_found(watch, learned, rows, change), change.subjects)
+    return row_result
 
 
 def until_found(watch: Watch, state: DriftState, rows: Table, change: Change) -> Flags:

@@ -20,9 +20,9 @@ def everything(
     rows: dict[str, list[Row]], watches: list[Row], sensors: list[Row], costs: dict[str, Cost], results: list[Result]
 ) -> str:
     parts = [HOW]
-    for kind, some in rows.items():
+    for kind, kind_rows in rows.items():
         title = f"Rows: {kind}. 16 fields, an answer, its certainty; {made.ROWS} rows a window; four fields change"
-        parts.append(found(title, some, made.WATCHED))
+        parts.append(found(title, kind_rows, made.WATCHED))
     title = "Smartwatch: people 8, 9 and 10, whom the shipped model was not trained on, under it; 2,000 rows a window"
     parts.append(found(title, watches, recordings.WATCHED))
     if sensors:
@@ -45,10 +45,10 @@ def found(title: str, rows: Sequence[Row], within: int) -> str:
     return f"{title}\n{aligned(cells)}"
 
 
-def _costs(title: str, of: dict[str, Cost]) -> str:
+def _costs(title: str, costs: dict[str, Cost]) -> str:
     cells = [["", "µs per row", f"times {YARDSTICK}", "import, MB", "work, MB"]]
-    for name, cost in of.items():
-        times = cost.us_per_row / of[YARDSTICK].us_per_row
+    for name, cost in costs.items():
+        times = cost.us_per_row / costs[YARDSTICK].us_per_row
         memory = ["" if mb is None else f"{mb:.1f}" for mb in (cost.import_mb, cost.work_mb)]
         cells.append([name, f"{cost.us_per_row:.2f}", f"{times:.1f}", *memory])
     return f"{title}\n{aligned(cells)}"
@@ -56,9 +56,9 @@ def _costs(title: str, of: dict[str, Cost]) -> str:
 
 def verdicts(results: Sequence[Result]) -> str:
     cells = []
-    for one in results:
-        limit = f"{'at most' if one.less else 'at least'} {one.reference * one.target:g}"
-        cells.append([one.name, f"{one.ours:.3g} {one.unit}", limit, "met" if one.met else "MISSED"])
+    for result in results:
+        limit = f"{'at most' if result.less else 'at least'} {result.reference * result.target:g}"
+        cells.append([result.name, f"{result.ours:.3g} {result.unit}", limit, "met" if result.met else "MISSED"])
     return aligned(cells)
 
 

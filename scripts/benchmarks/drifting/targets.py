@@ -31,11 +31,13 @@ def of_made(kind: str, rows: Sequence[Row]) -> Iterator[Result]:
         if row in others or not row.quiet:
             continue
         name = f"drift, {kind}, {row.name.removeprefix('ours, ')}"
-        note = f"{row.alarmed} of {row.quiet:,} windows" + beside({one.name: f"{one.per_1000:.0f}" for one in others})
+        note = f"{row.alarmed} of {row.quiet:,} windows" + beside(
+            {result.name: f"{result.per_1000:.0f}" for result in others}
+        )
         yield Result(f"{name}: false alarms", row.per_1000, FALSE, "per 1000 windows", 1.0, note, less=True)
         for change, limit in DELAYS.items():
             note = f"{len(row.found[change].delays)} trials, four of 16 fields change"
-            note += beside({one.name: one.found[change].told(made.WATCHED) for one in (*alone, *others)})
+            note += beside({result.name: result.found[change].told(made.WATCHED) for result in (*alone, *others)})
             yield Result(f"{name}: {change}", _delay(row, change), limit, "windows", 1.0, note, less=True)
         yield _worst(f"{name}: changes found", row, [change for change in row.found if change != ANSWERS])
         if ANSWERS in row.found:
@@ -49,32 +51,32 @@ def of_recordings(row: Row) -> Iterator[Result]:
         f"them, {recordings.SEEDS} seeds"
     )
     yield Result("drift, smartwatch: false alarms", row.per_1000, FALSE_REAL, "per 1000 windows", 1.0, note, less=True)
-    for change, found in row.found.items():
-        note = f"{len(found.delays)} trials, {sum(delay is None for delay in found.delays)} not found within 20 windows"
+    for change, detection in row.found.items():
+        note = f"{len(detection.delays)} trials, {sum(delay is None for delay in detection.delays)} not found within 20 windows"
         name = f"drift, smartwatch: {change}"
         yield Result(name, _delay(row, change), DELAY_REAL, "windows", 1.0, note, less=True)
-        yield Result(f"{name} found", 100 - found.missed, 100.0, "per cent", 1.0, note)
+        yield Result(f"{name} found", 100 - detection.missed, 100.0, "per cent", 1.0, note)
 
 
 def of_cost(costs: dict[str, Cost]) -> Iterator[Result]:
     ours = {case.called: costs[case.called] for case in CASES}
     others = {name: cost for name, cost in costs.items() if name not in ours}
-    told = beside({name: f"{cost.us_per_row:.2f}" for name, cost in others.items()})
+    note_text = beside({name: f"{cost.us_per_row:.2f}" for name, cost in others.items()})
     for name, cost in ours.items():
-        note = f"processor time of rows of 16 floats{told}"
+        note = f"processor time of rows of 16 floats{note_text}"
         yield Result(f"drift, {name}: cost", cost.us_per_row, US_PER_ROW, "µs per row", 1.0, note, less=True)
-    told = beside({name: f"{cost.work_mb:.1f}" for name, cost in others.items() if cost.work_mb is not None})
+    note_text = beside({name: f"{cost.work_mb:.1f}" for name, cost in others.items() if cost.work_mb is not None})
     for name, cost in ours.items():
         if cost.work_mb is not None and cost.import_mb is not None:
-            note = f"peak beyond the {cost.import_mb:.1f} MB of its import, learning included{told}"
+            note = f"peak beyond the {cost.import_mb:.1f} MB of its import, learning included{note_text}"
             yield Result(f"drift, {name}: memory", cost.work_mb, MB, "MB", 1.0, note, less=True)
 
 
 def _worst(name: str, row: Row, changes: Sequence[str]) -> Result:
     """Of the change that is missed most."""
-    told = beside({change: row.found[change].told(made.WATCHED) for change in changes})
+    note_text = beside({change: row.found[change].told(made.WATCHED) for change in changes})
     trials = len(row.found[changes[0]].delays)
-    note = f"found within {made.WATCHED} windows, {trials} trials each; median windows and misses{told}"
+    note = f"found within {made.WATCHED} windows, {trials} trials each; median windows and misses{note_text}"
     return Result(name, 100 - max(row.found[change].missed for change in changes), FOUND, "per cent", 1.0, note)
 
 
