@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from scripts import benchmarks
-from scripts.benchmarks import BENCHMARKS, QUICK, Report, Result, written
+from scripts.benchmarks import BENCHMARKS, QUICK, Report, Result, page
 
 _MORE_TRIES = 2
 # Of what is held against later runs, which ratio is usual is not enough to know.
@@ -42,7 +42,7 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
             report = measured(one)
             # What another process did to this one is not measured a second and a third time.
             for _ in range(_MORE_TRIES if quick else 0):
-                if not written.fallen(report.results):
+                if not page.fallen(report.results):
                     break
                 report = measured(one)
         except click.ClickException as lacking:
@@ -53,16 +53,16 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
         runs = [report.results]
         if write and one in QUICK:
             runs += [measured(one).results for _ in range(_WRITTEN_RUNS - 1)]
-            worst += written.worst(runs)
-        results += written.middle(runs)
+            worst += page.worst(runs)
+        results += page.middle(runs)
         if not as_json:
             click.echo(report.text)
     if as_json:
         click.echo(json.dumps([document(result) for result in results], indent=2))
     if write:
-        written.write(results, worst)
+        page.write(results, worst)
     if quick:
-        lost = written.fallen(results)
+        lost = page.fallen(results)
         for sentence in lost:
             click.echo(sentence, err=True)
         sys.exit(1 if lost else 0)

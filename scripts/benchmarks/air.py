@@ -8,7 +8,7 @@ import math
 from agent.device.intake.sources import recordings
 from agent.device.uplink.session import _packet_size
 from agent.simulate.scenario import SCENARIOS
-from scripts.benchmarks import Report, Result, bed, benchmark
+from scripts.benchmarks import Report, Result, benchmark, device_task
 
 RESULTS = 1000
 _COLUMNS = ("row", "t", "label", "score")
@@ -22,7 +22,7 @@ def bytes_of_a_thousand_results() -> Report:
     recorded = recordings.load(SCENARIOS["exercise"].file)
     names = [name for name, _ in SCENARIOS["exercise"].fields]
     places = recordings.Playlist(recorded, int(recorded.subject[0]), 0).source_rows(RESULTS * 100)
-    with bed.made(names, "exercise") as device:
+    with device_task.made(names, "exercise") as device:
         device.fill(recorded.rows[places])
         device.work_off()
         sent = [message for message in device.store.unacknowledged_messages(0, 10_000) if "/results/" in message.topic]

@@ -20,8 +20,8 @@ from agent.device.intake.sources import recordings
 from agent.model.inference import features
 from agent.model.inference.runtime import MAX_BATCH, Interpreter, TfliteModel  # type: ignore[attr-defined]
 from agent.simulate.scenario import SCENARIOS
-from scripts.benchmarks import Report, Result, bed, benchmark, rates
-from scripts.benchmarks.bed import Bed, Floats
+from scripts.benchmarks import Report, Result, benchmark, device_task, rates
+from scripts.benchmarks.device_task import Bed, Floats
 from scripts.kit import write_models
 from scripts.kit.bundles import KEY, THIRD_PARTY
 
@@ -48,7 +48,7 @@ TINY = {
 def exercise_from_store_to_results() -> Result:
     recorded = recordings.load(SCENARIOS["exercise"].file).rows
     names = [name for name, _ in SCENARIOS["exercise"].fields]
-    with bed.made(names, "exercise") as device:
+    with device_task.made(names, "exercise") as device:
         rows = np.resize(recorded, (WINDOWS * device.task.window_rows, len(names)))
         return _beside(device, rows, "batch", "exercise model")
 
@@ -160,5 +160,5 @@ def _packed(model: bytes, rows: Floats, says: str, frames: int = 1) -> Iterator[
             encoding="utf-8",
         )
         pack.write_bundle(pack.pack(folder / "spec.toml", KEY), folder / "bundle")
-        with bed.made(fields, str(folder / "bundle"), step_us=1000, publisher=KEY.public.text) as device:
+        with device_task.made(fields, str(folder / "bundle"), step_us=1000, publisher=KEY.public.text) as device:
             yield device

@@ -10,15 +10,15 @@ from pathlib import Path
 import click
 
 from scripts.benchmarks import Report, Result, benchmark
-from scripts.benchmarks.drifting import cost, made, ours, peers, recordings, shuttle, tables, targets
-from scripts.benchmarks.drifting.cost import Cost
-from scripts.benchmarks.drifting.counting import Row
-from scripts.benchmarks.drifting.made import KINDS, Kind
-from scripts.benchmarks.drifting.peers import KITS, Peer
+from scripts.benchmarks.drift_peers import cost, ours, peers, recordings, shuttle, synthetic, tables, targets
+from scripts.benchmarks.drift_peers.cost import Cost
+from scripts.benchmarks.drift_peers.counting import Row
+from scripts.benchmarks.drift_peers.peers import KITS, Peer
+from scripts.benchmarks.drift_peers.synthetic import KINDS, Kind
 
 # How many times what ours costs each of them is to cost at least.
 BESIDE = ((peers.RIVER, 2.0), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
-MANY, ONE = made.changes(4), made.changes(1)
+MANY, ONE = synthetic.changes(4), synthetic.changes(1)
 SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site and change
 
 

@@ -19,7 +19,7 @@ from agent.config import FieldConfig, StreamConfig
 from agent.device.recovery.open import open_store
 from agent.device.store.rows import Rows
 from scripts.benchmarks import Report, Result, benchmark, rates
-from scripts.benchmarks.bed import enrolled
+from scripts.benchmarks.device_task import enrolled
 
 FIELDS = [f"f{i}" for i in range(8)]
 ROWS, LINE = 1_000_000, 1000

@@ -16,7 +16,7 @@ from agent.device.intake.sources import recordings
 from agent.testing.fleet import FIELDS, RECORDINGS, DeviceProcess
 from agent.testing.process import run_outstation
 from scripts.benchmarks import Report, Result, benchmark
-from scripts.benchmarks.bed import enrolled, put
+from scripts.benchmarks.device_task import enrolled, put
 
 WINDOWS = 100_000
 _IDLE_S = 60.0

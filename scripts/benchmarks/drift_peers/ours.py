@@ -9,9 +9,9 @@ import numpy as np
 
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
 from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
-from scripts.benchmarks.drifting import made
-from scripts.benchmarks.drifting.counting import Flags, Row, raised
-from scripts.benchmarks.drifting.made import ANSWER, CERTAINTY, FIELDS, ROWS, Change, Kind, Table
+from scripts.benchmarks.drift_peers import synthetic
+from scripts.benchmarks.drift_peers.counting import Flags, Row, raised
+from scripts.benchmarks.drift_peers.synthetic import ANSWER, CERTAINTY, FIELDS, ROWS, Change, Kind, Table
 
 NAMES = tuple(f"f{i}" for i in range(FIELDS))
 LABELS = tuple("abcd")
@@ -29,7 +29,7 @@ class Watch(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, kind: Kind, model_rows: int, window: int = ROWS) -> Watch:
         """Of windows of `window` rows, with the reference of a bundle made from other rows of that kind."""
-        rows = made.training(kind)
+        rows = synthetic.training(kind)
         answered = slice(model_rows - 1, None, model_rows)
         shipped = build_reference(
             rows[:, :FIELDS], np.arange(0, len(rows), model_rows), model_rows,
@@ -37,7 +37,7 @@ class Watch(msgspec.Struct, frozen=True):
             fields=NAMES, labels=LABELS,
         )  # fmt: skip
         return cls(
-            DriftMonitor(shipped, labels=LABELS, window=window // model_rows, learn_windows=made.LEARN), model_rows
+            DriftMonitor(shipped, labels=LABELS, window=window // model_rows, learn_windows=synthetic.LEARN), model_rows
         )
 
     def step(self, state: DriftState, rows: Table) -> tuple[DriftState, list[DriftWindowResult]]:
@@ -57,12 +57,12 @@ def row(
     """`sites` that learn, are watched for `quiet` windows, and go through each change `trials` times."""
     watch, row_result = Watch.of(kind, model_rows), Row(name)
     for site in range(sites):
-        learned, _ = watch.step(watch.judge.start(), made.learning(kind, site))
+        learned, _ = watch.step(watch.judge.start(), synthetic.learning(kind, site))
         assert learned.site_reference is not None
-        row_result.add_quiet(raised(watch.step(learned, made.quiet(kind, site, quiet))[1], SUBJECTS))
+        row_result.add_quiet(raised(watch.step(learned, synthetic.quiet(kind, site, quiet))[1], SUBJECTS))
         for change in changes:
             for trial in range(trials):
-                rows = made.trial(kind, site, trial, change)
+                rows = synthetic.trial(kind, site, trial, change)
                 row_result.add(change.name, until_found(watch, learned, rows, change), change.subjects)
     return row_result
 

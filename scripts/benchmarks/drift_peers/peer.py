@@ -221,7 +221,7 @@ def flags(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
         for i, change in enumerate(changes):
             for trial in range(ask["trials"]):
                 rows, until = data[f"{site}/{i}/{trial}"], [s for s in change["subjects"] if s < len(COLUMNS)]
-                detector = made(reference) if made.remembers else learned
+                detector = made(reference) if synthetic.remembers else learned
                 parts[f"change{i}"].append(detector.flags(rows, until))
     longest = max((len(column) for part in parts.values() for column in part), default=0)
     padded: dict[str, Any] = {
@@ -269,7 +269,7 @@ def status(member: str) -> int:
 
 def answers(made: Any, requests: Iterator[str]) -> Iterator[dict[str, Any]]:
     before = status("VmRSS")
-    made.load()
+    synthetic.load()
     loaded = status("VmRSS") - before
     yield {"loaded_kb": loaded}
     for line in requests:

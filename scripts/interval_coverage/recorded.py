@@ -116,7 +116,7 @@ def cases() -> dict[str, tuple[Drawn, dict[str, float]]]:
         chosen_recordings = recordings(change)
         name = f"recordings, {change}, {windows} windows a message, {count} messages"
         cases_by_name[name] = (
-            partial(drawn, some=chosen_recordings, windows=windows, count=count),
+            partial(drawn, chosen_recordings=chosen_recordings, windows=windows, count=count),
             truths(chosen_recordings),
         )
     return cases_by_name

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
-from scripts.benchmarks.drifting.counting import Row, raised
+from scripts.benchmarks.drift_peers.counting import Row, raised
 
 SEEDS = 12
 ROWS = 500  # of a window

@@ -15,9 +15,9 @@ import click
 import msgspec
 import numpy as np
 
-from scripts.benchmarks.drifting import made
-from scripts.benchmarks.drifting.counting import Row
-from scripts.benchmarks.drifting.made import Change, Kind
+from scripts.benchmarks.drift_peers import synthetic
+from scripts.benchmarks.drift_peers.counting import Row
+from scripts.benchmarks.drift_peers.synthetic import Change, Kind
 
 ROOT = Path(__file__).parents[3]
 VENV = os.environ.get("OUTSTATION_VENV", str(ROOT / ".venv"))
@@ -68,11 +68,11 @@ def write(file: Path, kind: Kind, changes: Sequence[Change], sites: int = SITES)
     text = json.dumps([{"name": change.name, "subjects": change.subjects} for change in changes])
     tables: dict[str, Any] = {"sites": np.int64(sites), "changes": np.str_(text)}
     for site in range(sites):
-        tables[f"{site}/reference"] = made.learning(kind, site)
-        tables[f"{site}/quiet"] = made.quiet(kind, site, most)
+        tables[f"{site}/reference"] = synthetic.learning(kind, site)
+        tables[f"{site}/quiet"] = synthetic.quiet(kind, site, most)
         for i, change in enumerate(changes):
             for trial in range(trials):
-                tables[f"{site}/{i}/{trial}"] = made.trial(kind, site, trial, change)
+                tables[f"{site}/{i}/{trial}"] = synthetic.trial(kind, site, trial, change)
     np.savez(file, **tables)
 
 
@@ -117,7 +117,7 @@ class Peer:
             row.add_quiet(flags["quiet"])
             for i, change in enumerate(changes):
                 for trial in flags[f"change{i}"]:
-                    row.add(change.name, trial, [s for s in change.subjects if s < made.COLUMNS])
+                    row.add(change.name, trial, [s for s in change.subjects if s < synthetic.COLUMNS])
         return row
 
     def seconds_per_row(self) -> float:

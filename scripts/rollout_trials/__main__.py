@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from agent.wire import keys
-from scripts.staged import candidates
-from scripts.staged.judging import problems
-from scripts.staged.trials import TRIALS, Trial
+from scripts.rollout_trials import candidates
+from scripts.rollout_trials.trials import TRIALS, Trial
+from scripts.rollout_trials.verdict import problems
 
 # Of one trial, which ends when it is decided; a fleet of fifty takes a minute to start on two cores.
 _LONGEST_S, _STARTS_S = 900.0, 300.0

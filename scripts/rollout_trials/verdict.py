@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from scripts.staged.trials import Trial
+from scripts.rollout_trials.trials import Trial
 
 _BACK = frozenset({"rolled back", "refused"})
 

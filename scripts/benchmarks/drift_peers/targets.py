@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from scripts.benchmarks import Result
-from scripts.benchmarks.drifting import made, recordings
-from scripts.benchmarks.drifting.cost import CASES, Cost
-from scripts.benchmarks.drifting.counting import Row
-from scripts.benchmarks.drifting.made import ANSWERS, HALF, QUARTER, WIDER
+from scripts.benchmarks.drift_peers import recordings, synthetic
+from scripts.benchmarks.drift_peers.cost import CASES, Cost
+from scripts.benchmarks.drift_peers.counting import Row
+from scripts.benchmarks.drift_peers.synthetic import ANSWERS, HALF, QUARTER, WIDER
 
 ALONE = "ours, one field only"  # shown beside the others
 
@@ -37,7 +37,7 @@ def of_made(kind: str, rows: Sequence[Row]) -> Iterator[Result]:
         yield Result(f"{name}: false alarms", row.per_1000, FALSE, "per 1000 windows", 1.0, note, less=True)
         for change, limit in DELAYS.items():
             note = f"{len(row.found[change].delays)} trials, four of 16 fields change"
-            note += beside({result.name: result.found[change].told(made.WATCHED) for result in (*alone, *others)})
+            note += beside({result.name: result.found[change].told(synthetic.WATCHED) for result in (*alone, *others)})
             yield Result(f"{name}: {change}", _delay(row, change), limit, "windows", 1.0, note, less=True)
         yield _worst(f"{name}: changes found", row, [change for change in row.found if change != ANSWERS])
         if ANSWERS in row.found:
@@ -74,14 +74,14 @@ def of_cost(costs: dict[str, Cost]) -> Iterator[Result]:
 
 def _worst(name: str, row: Row, changes: Sequence[str]) -> Result:
     """Of the change that is missed most."""
-    note_text = beside({change: row.found[change].told(made.WATCHED) for change in changes})
+    note_text = beside({change: row.found[change].told(synthetic.WATCHED) for change in changes})
     trials = len(row.found[changes[0]].delays)
-    note = f"found within {made.WATCHED} windows, {trials} trials each; median windows and misses{note_text}"
+    note = f"found within {synthetic.WATCHED} windows, {trials} trials each; median windows and misses{note_text}"
     return Result(name, 100 - max(row.found[change].missed for change in changes), FOUND, "per cent", 1.0, note)
 
 
 def _delay(row: Row, change: str) -> float:
-    return min(row.found[change].median, made.WATCHED + 1.0)
+    return min(row.found[change].median, synthetic.WATCHED + 1.0)
 
 
 def beside(others: dict[str, str]) -> str:

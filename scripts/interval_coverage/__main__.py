@@ -11,8 +11,8 @@ import click
 import numpy as np
 
 from agent.comparison.paired_intervals import ComparisonBlock
-from scripts.covering import looks, made, recorded
-from scripts.covering.made import ESTIMATES, TRUTHS, Case
+from scripts.interval_coverage import looks, recorded, synthetic
+from scripts.interval_coverage.synthetic import ESTIMATES, TRUTHS, Case
 
 Drawn = Callable[[np.random.Generator], tuple[list[ComparisonBlock], dict[str, float]]]
 
@@ -81,7 +81,7 @@ def _line(name: str, result: Any) -> str:
 
 
 def _cases() -> Iterator[tuple[str, Drawn]]:
-    for case in made.cases():
+    for case in synthetic.cases():
         yield case.name, _drawn(case)
     for name, (drawn, truths) in recorded.cases().items():
         yield name, _of_recordings(drawn, truths)

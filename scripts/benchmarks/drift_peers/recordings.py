@@ -20,7 +20,7 @@ from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import features, runtime, scores
 from agent.simulate.scenario import SCENARIOS
-from scripts.benchmarks.drifting.counting import Flags, Row, raised
+from scripts.benchmarks.drift_peers.counting import Flags, Row, raised
 
 PEOPLE = (8, 9, 10)
 SEEDS = 12

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scripts.benchmarks import Result
-from scripts.benchmarks.drifting import made, recordings, shuttle
-from scripts.benchmarks.drifting.cost import YARDSTICK, Cost
-from scripts.benchmarks.drifting.counting import Row
+from scripts.benchmarks.drift_peers import recordings, shuttle, synthetic
+from scripts.benchmarks.drift_peers.cost import YARDSTICK, Cost
+from scripts.benchmarks.drift_peers.counting import Row
 
 HOW = f"""\
 quiet: windows in which nothing changes; false/1000: in how many of 1000 of them anything alarmed.
-Then, for each change: median windows until an alarm names what changed / how often none did within {made.WATCHED}.
+Then, for each change: median windows until an alarm names what changed / how often none did within {synthetic.WATCHED}.
 Who alarms in every window finds every change in the first.
 """
 
@@ -21,8 +21,8 @@ def everything(
 ) -> str:
     parts = [HOW]
     for kind, kind_rows in rows.items():
-        title = f"Rows: {kind}. 16 fields, an answer, its certainty; {made.ROWS} rows a window; four fields change"
-        parts.append(found(title, kind_rows, made.WATCHED))
+        title = f"Rows: {kind}. 16 fields, an answer, its certainty; {synthetic.ROWS} rows a window; four fields change"
+        parts.append(found(title, kind_rows, synthetic.WATCHED))
     title = "Smartwatch: people 8, 9 and 10, whom the shipped model was not trained on, under it; 2,000 rows a window"
     parts.append(found(title, watches, recordings.WATCHED))
     if sensors:
