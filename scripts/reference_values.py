@@ -32,7 +32,7 @@ from scripts.kit import reference_data as data
 
 FILE = Path(__file__).parents[1] / "tests" / "reference_values.json"
 SEEDS = 20
-ASKED = ("scipy", "scikit-learn", "evidently", "nannyml", "numpy", "pandas")
+LIBRARIES = ("scipy", "scikit-learn", "evidently", "nannyml", "numpy", "pandas")
 
 
 def sizes() -> dict[str, Any]:
@@ -61,7 +61,7 @@ def sizes() -> dict[str, Any]:
 
 def calibration() -> dict[str, Any]:
     few = data.answers(7, 1000)
-    scores, truth = data.of_exercise("crossval")
+    scores, truth = data.read_exercise("crossval")
     edges = _get_bin_index_edges(1000, 10)
     return {
         "ece_nannyml": _calculate_expected_calibration_error(few.right.astype(float), few.top, edges),
@@ -84,7 +84,7 @@ def cbpe_named(known: data.Answers, current: data.Answers) -> float:
 def cbpe_exercise() -> float:
     frames = []
     for name in ("crossval", "leave_one_out"):
-        scores, truth = data.of_exercise(name)
+        scores, truth = data.read_exercise(name)
         frame = pd.DataFrame({f"p{i}": column for i, column in enumerate(scores.T)})
         frames.append(frame.assign(y=[f"c{i}" for i in scores.argmax(1)], t=[f"c{i}" for i in truth]))
     return _cbpe(frames, {f"c{i}": f"p{i}" for i in range(7)}, "classification_multiclass")

@@ -42,7 +42,7 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
             report = measured(one)
             # What another process did to this one is not measured a second and a third time.
             for _ in range(_MORE_TRIES if quick else 0):
-                if not page.fallen(report.results):
+                if not page.find_regressions(report.results):
                     break
                 report = measured(one)
         except click.ClickException as lacking:
@@ -62,7 +62,7 @@ def main(names: tuple[str, ...], as_json: bool, quick: bool, write: bool, rows: 
     if write:
         page.write(results, worst)
     if quick:
-        lost = page.fallen(results)
+        lost = page.find_regressions(results)
         for sentence in lost:
             click.echo(sentence, err=True)
         sys.exit(1 if lost else 0)

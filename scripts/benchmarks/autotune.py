@@ -19,14 +19,14 @@ SECONDS = 6.0
 
 
 @benchmark("trial")
-def chosen_size_beside_the_best() -> Result:
+def compare_tuned_batch_size() -> Result:
     """The model on which the trial does worst, of ours and those of others that are beside this repository."""
     contents = {"exercise": (builtin.bundles_dir() / "exercise" / "model.tflite").read_bytes()}
     for name in ("ad01", "kws"):
         path = THIRD_PARTY / f"mlperf_{name}_int8.tflite"
         if path.exists():
             contents[name] = path.read_bytes()
-    measurements = {name: beside_the_best(content) for name, content in contents.items()}
+    measurements = {name: compare_with_best(content) for name, content in contents.items()}
     worst = min(measurements.values(), key=lambda measurement: measurement.ours / measurement.best)
     note = "; ".join(
         f"{name} × {measurement.ours / measurement.best:.3f} in {measurement.took_s:.1f} s ({measurement.how})"
@@ -35,7 +35,7 @@ def chosen_size_beside_the_best() -> Result:
     return Result("trial", worst.ours, worst.best, "rows/s", 0.95, f"one thread in CPU time; {note}")
 
 
-class Beside(msgspec.Struct, frozen=True):
+class TuningComparison(msgspec.Struct, frozen=True):
     """How a model is run after the trial, rows per second then and at best, and how long the trial took."""
 
     how: str
@@ -44,7 +44,7 @@ class Beside(msgspec.Struct, frozen=True):
     took_s: float
 
 
-def beside_the_best(content: bytes) -> Beside:
+def compare_with_best(content: bytes) -> TuningComparison:
     loaded = TfliteModel(content)
     low, high = loaded.input_range
     rows = np.random.default_rng(0).uniform(low, high, (MAX_BATCH, *loaded.input_shape)).astype(np.float32)
@@ -65,4 +65,4 @@ def beside_the_best(content: bytes) -> Beside:
     # By the trial's own rule: more threads only where they are clearly faster.
     clearly = [pace for pace in more.values() if pace > autotune.MIN_THREAD_SPEEDUP * max(single_thread.values())]
     ours = {**single_thread, **more}[choice.batch, choice.threads]
-    return Beside(str(choice), ours, max([*single_thread.values(), *clearly]), took_s)
+    return TuningComparison(str(choice), ours, max([*single_thread.values(), *clearly]), took_s)

@@ -50,7 +50,7 @@ def exercise_from_store_to_results() -> Result:
     names = [name for name, _ in SCENARIOS["exercise"].fields]
     with device_task.made(names, "exercise") as device:
         rows = np.resize(recorded, (WINDOWS * device.task.window_rows, len(names)))
-        return _beside(device, rows, "batch", "exercise model")
+        return _compare_with_interpreter(device, rows, "batch", "exercise model")
 
 
 @benchmark("tiny")
@@ -65,7 +65,7 @@ def models_of_others_from_store_to_results() -> Report:
         noise = np.random.default_rng(0).uniform(low, high, (WINDOWS // 4 * tiny.frames, tiny.bands))
         rows = noise.astype(np.float32)
         with _packed(content, rows[: 1000 * tiny.frames], tiny.says, tiny.frames) as device:
-            results.append(_beside(device, rows, name, f"MLPerf Tiny {name}", target=0.85))
+            results.append(_compare_with_interpreter(device, rows, name, f"MLPerf Tiny {name}", target=0.85))
     return Report(
         tuple(results), "\n".join(f"{result.name:12} × {result.ratio:.2f}; {result.note}" for result in results)
     )
@@ -101,7 +101,7 @@ def a_model_of_sixteen_fields() -> Report:
     return Report((each, comparison), f"tabular {us:.2f} µs a row (target 3), × {comparison.ratio:.1f} of one by one")
 
 
-def _beside(device: Bed, rows: Floats, name: str, description: str, target: float = 0.75) -> Result:
+def _compare_with_interpreter(device: Bed, rows: Floats, name: str, description: str, target: float = 0.75) -> Result:
     spec = device.task.bundle.manifest.input
     count = len(rows) // device.task.window_rows
     ready = features.build_windows(rows, np.arange(count, dtype=np.int64) * device.task.window_rows, spec)

@@ -50,7 +50,7 @@ class Flow:
 
 
 @benchmark("collectors")
-def collectors_beside_each_other() -> Report:
+def measure_parallel_collectors() -> Report:
     """What waits at a broker, of 200 devices, into the database; from the first message there to the last."""
     lacking = [
         program

@@ -17,7 +17,7 @@ from scripts.benchmarks.drift_peers.peers import KITS, Peer
 from scripts.benchmarks.drift_peers.synthetic import KINDS, Kind
 
 # How many times what ours costs each of them is to cost at least.
-BESIDE = ((peers.RIVER, 2.0), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
+PEER_TARGETS = ((peers.RIVER, 2.0), (peers.WHYLOGS, 10.0), (peers.EVIDENTLY, 20.0))
 MANY, ONE = synthetic.changes(4), synthetic.changes(1)
 SITES, QUIET, TRIALS = 40, 100, 3  # windows of each site, trials of each site and change
 
@@ -50,7 +50,7 @@ def drift_cost() -> Report:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rows.npz"
         peers.write(data, KINDS[0], [], sites=1)
-        for kit, target in BESIDE:
+        for kit, target in PEER_TARGETS:
             try:
                 with peers.started(kit, data) as peer:
                     us = cost.in_turns({"ours": ours_once, "theirs": peer.seconds_per_row})

@@ -44,7 +44,7 @@ Floats = NDArray[np.float32]
 
 
 @benchmark("model-run")
-def files_beside_a_plain_loop() -> Report:
+def compare_with_plain_loop() -> Report:
     """Of each model that others made and that is beside this repository."""
     if not THIRD_PARTY.exists():
         raise click.ClickException(f"{THIRD_PARTY}: not there; OUTSTATION_THIRDPARTY_MODELS says where the models are")

@@ -41,7 +41,7 @@ def write(results: Sequence[Result], worst: Sequence[Result]) -> None:
     RATIOS.write_text(json.dumps(committed_ratios, indent=2) + "\n", encoding="utf-8")
 
 
-def fallen(results: Sequence[Result]) -> list[str]:
+def find_regressions(results: Sequence[Result]) -> list[str]:
     """A sentence for each ratio that is worse by a third than the one that was committed."""
     known = json.loads(RATIOS.read_text(encoding="utf-8"))
     lines = []

@@ -32,7 +32,7 @@ class Clock(msgspec.Struct, frozen=True):
     world: World
 
     @staticmethod
-    def of(world: World) -> Clock:
+    def in_world(world: World) -> Clock:
         return Clock(world)
 
     @property

@@ -38,7 +38,7 @@ class _Log(msgspec.Struct):
     newest: list[int] = msgspec.field(default_factory=list)
     follows: str = ""  # the log before it, which ended without saying so
 
-    def gone(self, task: str) -> list[tuple[int, int]]:
+    def missing_rows(self, task: str) -> list[tuple[int, int]]:
         """Row ranges that are declared for `task`."""
         runs = sorted(self.runs.get(task, []))
         edges = [(0, 0, 0), *runs, (_END, _END, _END)]
@@ -122,7 +122,7 @@ class Declarations:
         return more + (self._declared(task, left[0], (left[1] + 1, _END)) if left else 0)
 
     def _declared(self, task: str, log: str, span: tuple[int, int]) -> int:
-        within: Ranges = ranges.intersect(self._logs[log].gone(task), [span]) if span[0] <= span[1] else []
+        within: Ranges = ranges.intersect(self._logs[log].missing_rows(task), [span]) if span[0] <= span[1] else []
         return ranges.count(within)
 
     def _before(self, name: str) -> int:

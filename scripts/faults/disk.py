@@ -36,7 +36,7 @@ class Card(msgspec.Struct, frozen=True):
     mount_point: Path
 
     @staticmethod
-    def of(world: World) -> Card:
+    def in_world(world: World) -> Card:
         return Card(world.folder / "card.ext4", world.device.data_dir)
 
     def make(self, mib: int) -> None:
@@ -112,7 +112,7 @@ def on_card(mib: int = 64) -> Callable[[World], Callable[[], None]]:
     """For `Setting.prepare`: the device's data folder is a card of its own."""
 
     def prepare(world: World) -> Callable[[], None]:
-        card = Card.of(world)
+        card = Card.in_world(world)
         card.make(mib)
         return card.unmount
 

@@ -77,7 +77,7 @@ def _update(
     def register(inject: Injection) -> Injection:
         def whole(world: World, rng: Random) -> None:
             inject(world, rng)
-            Updating.of(world).finish(_PATIENCE_S)
+            Updating.in_world(world).finish(_PATIENCE_S)
 
         fault(name, means=means, sees=sees, setting=setting, missing=missing)(whole)
         return inject
@@ -87,7 +87,7 @@ def _update(
 
 def _rolling(world: World) -> Updating:
     """The next roll-out has begun."""
-    update = Updating.of(world)
+    update = Updating.in_world(world)
     update.roll()
     return update
 
@@ -113,7 +113,7 @@ def _at_step(step: _Step, *, power: bool) -> Injection:
     def inject(world: World, rng: Random) -> None:
         _dies(world, step)
         if power:
-            Card.of(world).cut(journal=rng.random() < 0.5)
+            Card.in_world(world).cut(journal=rng.random() < 0.5)
         world.keep(world.device)
 
     return inject
@@ -125,7 +125,7 @@ def _in_phase(phase: str, *, power: bool) -> Injection:
         time.sleep(rng.uniform(0.0, 1.0))
         world.kill(world.device)
         if power:
-            Card.of(world).cut(journal=rng.random() < 0.5)
+            Card.in_world(world).cut(journal=rng.random() < 0.5)
         world.keep(world.device)
 
     return inject
@@ -155,7 +155,7 @@ for _phase, _what in _PHASES.items():
 
 def _in_mid_download(world: World) -> Updating:
     """Some of the bundle has come, and it goes on slowly."""
-    update = Updating.of(world)
+    update = Updating.in_world(world)
     update.line.bytes_per_s, before = _SLOW, update.line.sent_bytes
     update.roll()
     wait_until("a part of the bundle came", lambda: update.line.sent_bytes > before, _PATIENCE_S)
@@ -184,7 +184,7 @@ def killed_in_download(world: World, rng: Random) -> None:
 def power_cut_in_download(world: World, rng: Random) -> None:
     update = _in_mid_download(world)
     world.kill(world.device)
-    Card.of(world).cut(journal=rng.random() < 0.5)
+    Card.in_world(world).cut(journal=rng.random() < 0.5)
     update.line.bytes_per_s = None
     world.keep(world.device)
 
@@ -208,7 +208,7 @@ def repository_killed(world: World, rng: Random) -> None:
     sees=_AGAIN,
 )
 def line_cut(world: World, _rng: Random) -> None:
-    update = Updating.of(world)
+    update = Updating.in_world(world)
     update.line.planned_cuts, before = update.line.cut_count + 2, update.line.cut_count
     update.roll()
     wait_until("the line broke twice", lambda: update.line.cut_count == before + 2, _PATIENCE_S)
@@ -233,7 +233,7 @@ def fetch_killed(world: World, _rng: Random) -> None:
     missing=no_card,
 )
 def disk_full(world: World, rng: Random) -> None:
-    update, card = _in_mid_download(world), Card.of(world)
+    update, card = _in_mid_download(world), Card.in_world(world)
     card.fill()
     update.line.bytes_per_s = None
     time.sleep(rng.uniform(1.0, 3.0))
@@ -254,7 +254,7 @@ def _on_clock_and_updating(world: World) -> Callable[[], None]:
     missing=no_clock,
 )
 def clock_jumps(world: World, rng: Random) -> None:
-    update, clock = _in_mid_download(world), Clock.of(world)
+    update, clock = _in_mid_download(world), Clock.in_world(world)
     clock.show(-3600.0)
     time.sleep(rng.uniform(0.5, 2.0))
     update.line.bytes_per_s = None
@@ -279,9 +279,9 @@ def model_killed(world: World, _rng: Random) -> None:
 def _kill_child(world: World, module: str) -> None:
     """The daemon's child process that runs this module."""
 
-    def found() -> list[psutil.Process]:
+    def matching_children() -> list[psutil.Process]:
         children = psutil.Process(world.device.pid).children(recursive=True)
         return [process for process in children if any(module in word for word in process.cmdline())]
 
-    wait_until(f"a child runs {module}", found, _PATIENCE_S)
-    os.kill(found()[0].pid, signal.SIGKILL)
+    wait_until(f"a child runs {module}", matching_children, _PATIENCE_S)
+    os.kill(matching_children()[0].pid, signal.SIGKILL)

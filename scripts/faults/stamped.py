@@ -99,7 +99,7 @@ class Stamped:
 
     def waiting(self) -> str:
         """What is still to come; empty when nothing is."""
-        dated_rows = self._found()
+        dated_rows = self._dated_rows()
         if dated_rows and dated_rows[-1].row > len(self.truth.rows):
             return ""
         short = len(self.truth.rows) - self._judged - len(dated_rows)
@@ -108,7 +108,7 @@ class Stamped:
 
     def judge(self, verdict: Verdict) -> None:
         """Each row once, dated, its true time within the bound; no run more often than due."""
-        dated_rows = self._found()
+        dated_rows = self._dated_rows()
         rows = [dated.row for dated in dated_rows]
         if rows != list(range(self._judged + 1, len(self.truth.rows) + 1)):
             verdict.problems.append(f"stamped rows {self._judged + 1} to {len(self.truth.rows)} have results {rows}")
@@ -127,13 +127,13 @@ class Stamped:
 
     def _count_runs(self, verdict: Verdict) -> None:
         (began, runs, starts), now = self._counted, time.monotonic()
-        self._counted = now, Clock.of(self._world).runs(TASK), self._world.starts
+        self._counted = now, Clock.in_world(self._world).runs(TASK), self._world.starts
         # One more at each start, and one at each end of the time between.
         due = (now - began) / EVERY_S + 2 + self._counted[2] - starts
         if self._counted[1] - runs > due:
             verdict.problems.append(f"{self._counted[1] - runs} runs of a task that was due {due:.0f} times")
 
-    def _found(self) -> list[Dated]:
+    def _dated_rows(self) -> list[Dated]:
         return [Dated(*row) for row in self._world.fleet.query(_DATED, DEVICE, TASK, self._judged)]
 
     def _main(self) -> None:

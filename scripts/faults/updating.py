@@ -74,7 +74,7 @@ class Updating:
         world.device.append_config(f'[updates]\nurl = "{self.web.url(DEVICE)}"\nroot = "{root}"\n')
 
     @staticmethod
-    def of(world: World) -> Updating:
+    def in_world(world: World) -> Updating:
         [update] = [companion for companion in world.companions if isinstance(companion, Updating)]
         return update
 
@@ -85,7 +85,7 @@ class Updating:
     @property
     def phase(self) -> str:
         """What the device said last of this round's roll-out, as the collector has it."""
-        return next((phase for phase, _ in reversed(self._said(self.name))), "")
+        return next((phase for phase, _ in reversed(self._reported_phases(self.name))), "")
 
     @property
     def name(self) -> str:
@@ -124,10 +124,12 @@ class Updating:
         """Wait until the device says that it is in `phase`, or past it."""
         try:
             wait_until(
-                f"{self.name}: {phase}", lambda: phase in [reached for reached, _ in self._said(self.name)], _PATIENCE_S
+                f"{self.name}: {phase}",
+                lambda: phase in [reached for reached, _ in self._reported_phases(self.name)],
+                _PATIENCE_S,
             )
         except AssertionError as late:
-            raise AssertionError(f"{late}; {self.waiting()}; it said {self._said(self.name)[-3:]}") from None
+            raise AssertionError(f"{late}; {self.waiting()}; it said {self._reported_phases(self.name)[-3:]}") from None
 
     def finish(self, patience_s: float) -> None:
         """Wait until the roll-out is over and the device where it ends; that it is not, `judge` will say."""
@@ -162,7 +164,9 @@ class Updating:
             return
         if (state := self._state()) not in self._ends:
             should = " or ".join(sorted(self._ends))
-            verdict.problems.append(f"{self.name} is {state}, and should be {should}: {self._said(self.name)[-3:]}")
+            verdict.problems.append(
+                f"{self.name} is {state}, and should be {should}: {self._reported_phases(self.name)[-3:]}"
+            )
         elif (self._runs() == self._wanted()) != (state == "finished"):
             verdict.problems.append(f"{TASK} runs {self._runs()}, and {self.name} of {self._wanted()} is {state}")
         verdict.problems += self._unsaid()
@@ -176,7 +180,7 @@ class Updating:
         for kind, payload in self._world.fleet.query(sql, DEVICE):
             body = json.loads(payload)
             if kind == "audit":
-                may = _told(body, may)
+                may = _allowed_bundles_after(body, may)
             elif body["task"] == TASK:
                 wrong += body["model"]["digest"] not in may
             elif body["task"] == OTHER:
@@ -189,7 +193,7 @@ class Updating:
         states = self._world.fleet.query("SELECT state FROM rollouts WHERE rollout = ?", self.name)
         return str(states[0][0]) if states else "not started"
 
-    def _said(self, name: str) -> list[tuple[str, str]]:
+    def _reported_phases(self, name: str) -> list[tuple[str, str]]:
         """(phase, sentence) of the device, in order."""
         sql = "SELECT phase, summary FROM rollout_devices WHERE device = ? AND rollout = ? ORDER BY time, seq"
         return [(str(phase), str(summary)) for phase, summary in self._world.fleet.query(sql, DEVICE, name)]
@@ -215,7 +219,7 @@ class Updating:
             self._follower = None
 
 
-def _told(body: dict[str, Any], may: set[str]) -> set[str]:
+def _allowed_bundles_after(body: dict[str, Any], may: set[str]) -> set[str]:
     """Digests of the bundles that may answer for the task after this audit message.
 
     One, but on probation: then the one before answers what the other cannot.

@@ -79,7 +79,7 @@ def drift(random: np.random.Generator, step: float, windows: int) -> Floats:
     return np.minimum(walk, 2 * width - walk)
 
 
-def told(random: np.random.Generator, strain: Floats, device: str = "") -> list[ComparisonBlock]:
+def comparison_blocks(random: np.random.Generator, strain: Floats, device: str = "") -> list[ComparisonBlock]:
     """A block for each WINDOWS of them."""
     return [ComparisonBlock(batch, device) for batch in batches(random, strain)]
 
@@ -117,7 +117,7 @@ def _mixed(strain: Floats) -> Floats:
 
 def _bursts(length: float, count: int) -> Callable[[np.random.Generator], tuple[list[ComparisonBlock], float]]:
     def make(random: np.random.Generator) -> tuple[list[ComparisonBlock], float]:
-        return told(random, bursts(random, length * WINDOWS, STRAIN, count * WINDOWS)), STRAIN
+        return comparison_blocks(random, bursts(random, length * WINDOWS, STRAIN, count * WINDOWS)), STRAIN
 
     return make
 
@@ -129,7 +129,7 @@ def _drift(
 
     def make(random: np.random.Generator) -> tuple[list[ComparisonBlock], float]:
         strain = drift(random, step, count * WINDOWS)
-        return told(random, strain), float(strain.mean()) if now else STRAIN
+        return comparison_blocks(random, strain), float(strain.mean()) if now else STRAIN
 
     return make
 
@@ -142,7 +142,7 @@ def _devices(devices: int, count: int) -> Callable[[np.random.Generator], tuple[
         blocks = [
             block
             for i, level in enumerate(levels.tolist())
-            for block in told(random, bursts(random, WINDOWS, level, count * WINDOWS), f"pi-{i}")
+            for block in comparison_blocks(random, bursts(random, WINDOWS, level, count * WINDOWS), f"pi-{i}")
         ]
         return blocks, STRAIN if devices >= paired_intervals.MIN_DEVICES else float(levels.mean())
 

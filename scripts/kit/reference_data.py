@@ -74,7 +74,7 @@ def _logistic(z: Values) -> Values:
     return np.asarray(1 / (1 + np.exp(-z)))
 
 
-def of_exercise(name: str) -> tuple[Values, NDArray[np.int64]]:
+def read_exercise(name: str) -> tuple[Values, NDArray[np.int64]]:
     """(n, 7) scores and (n,) truth of the shipped model: "crossval", its score table's 1620; or "leave_one_out"."""
     with np.load(EXERCISE / f"{name}.npz") as held:
         columns: dict[str, Any] = {key: held[key] for key in ("probability", "label")}

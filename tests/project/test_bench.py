@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from scripts.benchmarks import Report, Result, page
 from scripts.benchmarks.__main__ import document, main
 from scripts.benchmarks.drift_peers import ours, peers, recordings, synthetic, tables, targets
-from scripts.benchmarks.drift_peers.counting import Found, Row
+from scripts.benchmarks.drift_peers.counting import DetectionDelays, Row
 from scripts.benchmarks.drift_peers.peers import Kit
 from scripts.benchmarks.drift_peers.synthetic import KINDS
 
@@ -44,10 +44,10 @@ def test_a_ratio_that_is_worse_by_a_third_is_named_and_no_other(
     monkeypatch.setattr(page, "RATIOS", tmp_path / "ratios.json")
     page.write([MORE, LESS], [MORE, LESS])
     (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "\n## What limits\n\nNothing.\n")
-    assert page.fallen([MORE, LESS]) == []
+    assert page.find_regressions([MORE, LESS]) == []
     slower, dearer = replace(MORE, ours=19.0), replace(LESS, ours=4.6)
-    assert [sentence.split(":")[0] for sentence in page.fallen([slower, dearer])] == ["rate", "cost"]
-    assert page.fallen([replace(MORE, ours=21.0), replace(LESS, ours=4.4), replace(MORE, name="new")]) == []
+    assert [sentence.split(":")[0] for sentence in page.find_regressions([slower, dearer])] == ["rate", "cost"]
+    assert page.find_regressions([replace(MORE, ours=21.0), replace(LESS, ours=4.4), replace(MORE, name="new")]) == []
     page.write([MORE], [MORE])
     text = (tmp_path / "page.md").read_text()
     assert "| rate | 30 | 20 | rows/s | 1.5 | ≥ 1 | met |" in text
@@ -81,7 +81,7 @@ def test_of_several_runs_the_page_has_the_middle_and_later_runs_are_held_against
     assert "| rate | 30 | 20 |" in text
     assert "| cost | 3 | 2 |" in text
     assert ratios == {"rate": 0.25, "cost": 4.0}
-    assert page.fallen([replace(limit, ours=1000.0)]) == []
+    assert page.find_regressions([replace(limit, ours=1000.0)]) == []
 
 
 def test_a_ratio_that_fell_once_is_measured_again_and_has_fallen_only_if_it_does_so_each_time(
@@ -99,13 +99,13 @@ def test_a_ratio_that_fell_once_is_measured_again_and_has_fallen_only_if_it_does
 
 
 def test_what_was_never_found_counts_as_missed_and_late() -> None:
-    found, flags = Found(), np.zeros((4, 3), np.bool_)
+    found, flags = DetectionDelays(), np.zeros((4, 3), np.bool_)
     flags[2, 1] = True
     for subjects in ([0, 1], [1], [0]):
         found.add(flags, subjects)
     assert found.delays == [3, 3, None]
     assert (found.median, round(found.missed)) == (3, 33)
-    assert Found([None, None, 2]).median == float("inf")
+    assert DetectionDelays([None, None, 2]).median == float("inf")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: str(kind.name))
@@ -181,7 +181,8 @@ def test_a_slower_clock_reads_the_same_movement_in_fewer_rows() -> None:
 
 def test_results_are_finite_where_something_was_never_found() -> None:
     changes = {
-        name: Found([None, None]) for name in (synthetic.QUARTER, synthetic.HALF, synthetic.WIDER, synthetic.ANSWERS)
+        name: DetectionDelays([None, None])
+        for name in (synthetic.QUARTER, synthetic.HALF, synthetic.WIDER, synthetic.ANSWERS)
     }
     rows = [Row("ours, an answer per row", 10, 1, changes), Row("PSI", 10, 10, changes)]
     results = list(targets.of_made("independent", rows))
@@ -189,4 +190,4 @@ def test_results_are_finite_where_something_was_never_found() -> None:
     assert [one.met for one in results] == [False] * 6
     assert "PSI: 1000" in results[0].note
     assert "; PSI: > 20 / 100 %" in results[1].note
-    assert "> 20 / 100 %" in tables.found("title", rows, synthetic.WATCHED)
+    assert "> 20 / 100 %" in tables.render_detections("title", rows, synthetic.WATCHED)

@@ -32,7 +32,7 @@ def counted(name: str, repeats: int = REPEATS) -> dict[str, dict[str, float]]:
 
 def test_what_is_said_of_the_strain_is_what_the_blocks_show_in_the_long_run() -> None:
     random = np.random.default_rng(3)
-    blocks = synthetic.told(random, synthetic.bursts(random, 2.0, STRAIN, 40_000))
+    blocks = synthetic.comparison_blocks(random, synthetic.bursts(random, 2.0, STRAIN, 40_000))
     for name, estimate in ESTIMATES.items():
         found = estimate(blocks)
         assert found is not None

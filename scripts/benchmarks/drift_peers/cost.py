@@ -51,7 +51,7 @@ class Cost(msgspec.Struct, frozen=True):
 def judged(case: Case) -> Callable[[], float]:
     """What judges the same rows, again and again, and says the seconds per row."""
     kind = synthetic.KINDS[0]
-    watch = ours.Watch.of(kind, case.model_rows, case.window)
+    watch = ours.MonitorRun.from_kind(kind, case.model_rows, case.window)
     learned, _ = watch.step(watch.judge.start(), synthetic.quiet(kind, 1, synthetic.LEARN * case.window // ROWS))
     assert learned.site_reference is not None
     rows = synthetic.quiet(kind, 0, 102)

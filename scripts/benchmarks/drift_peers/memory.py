@@ -25,7 +25,7 @@ def write(file: Path, model_rows: int) -> None:
     from scripts.benchmarks.drift_peers import ours, synthetic
 
     kind = synthetic.KINDS[0]
-    shipped = np.frombuffer(ours.Watch.of(kind, model_rows).judge.shipped.to_json(), np.uint8)
+    shipped = np.frombuffer(ours.MonitorRun.from_kind(kind, model_rows).judge.shipped.to_json(), np.uint8)
     np.savez(file, shipped=shipped, learning=synthetic.learning(kind, 0), quiet=synthetic.quiet(kind, 0, WATCHED))
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         judge = DriftMonitor(
             Reference.from_json(shipped), labels=ours.LABELS, window=500 // model_rows, learn_windows=40
         )
-        watch, state = ours.Watch(judge, model_rows), judge.start()
+        watch, state = ours.MonitorRun(judge, model_rows), judge.start()
         for table in tables:
             for at in range(0, len(table), batch):
                 state, _ = watch.step(state, table[at : at + batch])

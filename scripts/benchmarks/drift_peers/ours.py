@@ -20,14 +20,14 @@ EVERY_US = 10_000
 AT_ONCE = 5  # windows of a trial before it is asked whether the change was found
 
 
-class Watch(msgspec.Struct, frozen=True):
+class MonitorRun(msgspec.Struct, frozen=True):
     """A judge of a model that answers every `model_rows` rows."""
 
     judge: DriftMonitor
     model_rows: int
 
     @classmethod
-    def of(cls, kind: Kind, model_rows: int, window: int = ROWS) -> Watch:
+    def from_kind(cls, kind: Kind, model_rows: int, window: int = ROWS) -> MonitorRun:
         """Of windows of `window` rows, with the reference of a bundle made from other rows of that kind."""
         rows = synthetic.training(kind)
         answered = slice(model_rows - 1, None, model_rows)
@@ -55,7 +55,7 @@ def row(
     name: str, kind: Kind, changes: Sequence[Change], sites: int, quiet: int, trials: int, model_rows: int = 1
 ) -> Row:
     """`sites` that learn, are watched for `quiet` windows, and go through each change `trials` times."""
-    watch, row_result = Watch.of(kind, model_rows), Row(name)
+    watch, row_result = MonitorRun.from_kind(kind, model_rows), Row(name)
     for site in range(sites):
         learned, _ = watch.step(watch.judge.start(), synthetic.learning(kind, site))
         assert learned.site_reference is not None
@@ -63,11 +63,11 @@ def row(
         for change in changes:
             for trial in range(trials):
                 rows = synthetic.trial(kind, site, trial, change)
-                row_result.add(change.name, until_found(watch, learned, rows, change), change.subjects)
+                row_result.add(change.name, run_until_detected(watch, learned, rows, change), change.subjects)
     return row_result
 
 
-def until_found(watch: Watch, state: DriftState, rows: Table, change: Change) -> Flags:
+def run_until_detected(watch: MonitorRun, state: DriftState, rows: Table, change: Change) -> Flags:
     """Raised by window, up to where the change was found or to the end."""
     parts: list[Flags] = []
     for part in pieces(rows):

@@ -115,12 +115,12 @@ class Adwin(Detector):
     def window(self, rows: Any) -> Any:
         out = np.zeros(len(COLUMNS), bool)
         for column, detector in self.numbers:
-            out[column] = self.found(detector, rows[:, column])
-        answers = [self.found(detector, rows[:, ANSWER] == k) for k, detector in enumerate(self.shares)]
+            out[column] = self.is_drifting(detector, rows[:, column])
+        answers = [self.is_drifting(detector, rows[:, ANSWER] == k) for k, detector in enumerate(self.shares)]
         out[ANSWER] = any(answers)
         return out
 
-    def found(self, detector: Any, values: Any) -> bool:
+    def is_drifting(self, detector: Any, values: Any) -> bool:
         detected = False
         for value in values.astype(float).tolist():
             detector.update(value)
@@ -221,7 +221,7 @@ def flags(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
         for i, change in enumerate(changes):
             for trial in range(ask["trials"]):
                 rows, until = data[f"{site}/{i}/{trial}"], [s for s in change["subjects"] if s < len(COLUMNS)]
-                detector = made(reference) if synthetic.remembers else learned
+                detector = made(reference) if made.remembers else learned
                 parts[f"change{i}"].append(detector.flags(rows, until))
     longest = max((len(column) for part in parts.values() for column in part), default=0)
     padded: dict[str, Any] = {
@@ -269,7 +269,7 @@ def status(member: str) -> int:
 
 def answers(made: Any, requests: Iterator[str]) -> Iterator[dict[str, Any]]:
     before = status("VmRSS")
-    synthetic.load()
+    made.load()
     loaded = status("VmRSS") - before
     yield {"loaded_kb": loaded}
     for line in requests:

@@ -87,7 +87,7 @@ class Stream(msgspec.Struct, frozen=True):
     t: NDArray[np.int64]
 
     @classmethod
-    def of(
+    def from_recording(
         cls, recordings: ReplayRecordings, parts: Iterator[PlaylistItem], windows: int, change: Change | None = None
     ) -> Stream:
         """The next so many drift windows; what is left of the last recording is dropped."""
@@ -147,7 +147,7 @@ def site(
     watch: Watch, row: Row, played: tuple[ReplayRecordings, ReplayRecordings], person: int, seed: int, quiet: int
 ) -> None:
     seen, unseen = played
-    learning = Stream.of(seen, Playlist(seen, person, seed).iter_items(), LEARN)
+    learning = Stream.from_recording(seen, Playlist(seen, person, seed).iter_items(), LEARN)
     learned, _ = watch.step(watch.judge.start(), learning)
     assert learned.site_reference is not None, "it did not learn"
 
@@ -156,9 +156,11 @@ def site(
         next(later)  # begun
         return later
 
-    row.add_quiet(watch.flags(learned, Stream.of(unseen, after(), quiet)))
+    row.add_quiet(watch.flags(learned, Stream.from_recording(unseen, after(), quiet)))
     for change in changes((seed + person) % FIELDS, learning.rows.std(0)):
-        row.add(change.name, watch.flags(learned, Stream.of(unseen, after(), WATCHED, change)), change.subjects)
+        row.add(
+            change.name, watch.flags(learned, Stream.from_recording(unseen, after(), WATCHED, change)), change.subjects
+        )
 
 
 def half(recordings: ReplayRecordings, which: int) -> ReplayRecordings:

@@ -22,25 +22,25 @@ def everything(
     parts = [HOW]
     for kind, kind_rows in rows.items():
         title = f"Rows: {kind}. 16 fields, an answer, its certainty; {synthetic.ROWS} rows a window; four fields change"
-        parts.append(found(title, kind_rows, synthetic.WATCHED))
+        parts.append(render_detections(title, kind_rows, synthetic.WATCHED))
     title = "Smartwatch: people 8, 9 and 10, whom the shipped model was not trained on, under it; 2,000 rows a window"
-    parts.append(found(title, watches, recordings.WATCHED))
+    parts.append(render_detections(title, watches, recordings.WATCHED))
     if sensors:
         title = f"Shuttle: nine sensors, {shuttle.ROWS} rows a window; a share of rows is labelled as not normal"
-        parts.append(found(title, sensors, shuttle.WATCHED))
+        parts.append(render_detections(title, sensors, shuttle.WATCHED))
     parts += [_costs("A row of 16 floats once the reference is learned: processor time; and memory", costs)]
     parts += [verdicts(results)]
     return "\n\n".join(parts)
 
 
-def found(title: str, rows: Sequence[Row], within: int) -> str:
+def render_detections(title: str, rows: Sequence[Row], within: int) -> str:
     """How often each row's detector cried wolf, and when it saw changes."""
     changes = list(dict.fromkeys(name for row in rows for name in row.found))
     cells = [["", "quiet", "false/1000", *changes]]
     for row in rows:
         quiet = [f"{row.quiet:,}", f"{row.per_1000:.1f}"] if row.quiet else ["", ""]
         cells.append(
-            [row.name, *quiet, *(row.found[name].told(within) if name in row.found else "" for name in changes)]
+            [row.name, *quiet, *(row.found[name].summarize(within) if name in row.found else "" for name in changes)]
         )
     return f"{title}\n{aligned(cells)}"
 

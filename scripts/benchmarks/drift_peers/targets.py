@@ -18,7 +18,7 @@ ALONE = "ours, one field only"  # shown beside the others
 
 FALSE, FALSE_REAL = 10.0, 3.0  # alarms per 1000 quiet windows
 DELAYS = {QUARTER: 5.0, HALF: 3.0, WIDER: 5.0}  # windows, median
-FOUND = 98.0  # per cent
+TARGET_DETECTION_PERCENT = 98.0  # per cent
 DELAY_REAL = 3.0
 US_PER_ROW, MB = 2.0, 5.0
 
@@ -31,13 +31,15 @@ def of_made(kind: str, rows: Sequence[Row]) -> Iterator[Result]:
         if row in others or not row.quiet:
             continue
         name = f"drift, {kind}, {row.name.removeprefix('ours, ')}"
-        note = f"{row.alarmed} of {row.quiet:,} windows" + beside(
+        note = f"{row.alarmed} of {row.quiet:,} windows" + format_peers(
             {result.name: f"{result.per_1000:.0f}" for result in others}
         )
         yield Result(f"{name}: false alarms", row.per_1000, FALSE, "per 1000 windows", 1.0, note, less=True)
         for change, limit in DELAYS.items():
             note = f"{len(row.found[change].delays)} trials, four of 16 fields change"
-            note += beside({result.name: result.found[change].told(synthetic.WATCHED) for result in (*alone, *others)})
+            note += format_peers(
+                {result.name: result.found[change].summarize(synthetic.WATCHED) for result in (*alone, *others)}
+            )
             yield Result(f"{name}: {change}", _delay(row, change), limit, "windows", 1.0, note, less=True)
         yield _worst(f"{name}: changes found", row, [change for change in row.found if change != ANSWERS])
         if ANSWERS in row.found:
@@ -61,11 +63,11 @@ def of_recordings(row: Row) -> Iterator[Result]:
 def of_cost(costs: dict[str, Cost]) -> Iterator[Result]:
     ours = {case.called: costs[case.called] for case in CASES}
     others = {name: cost for name, cost in costs.items() if name not in ours}
-    note_text = beside({name: f"{cost.us_per_row:.2f}" for name, cost in others.items()})
+    note_text = format_peers({name: f"{cost.us_per_row:.2f}" for name, cost in others.items()})
     for name, cost in ours.items():
         note = f"processor time of rows of 16 floats{note_text}"
         yield Result(f"drift, {name}: cost", cost.us_per_row, US_PER_ROW, "µs per row", 1.0, note, less=True)
-    note_text = beside({name: f"{cost.work_mb:.1f}" for name, cost in others.items() if cost.work_mb is not None})
+    note_text = format_peers({name: f"{cost.work_mb:.1f}" for name, cost in others.items() if cost.work_mb is not None})
     for name, cost in ours.items():
         if cost.work_mb is not None and cost.import_mb is not None:
             note = f"peak beyond the {cost.import_mb:.1f} MB of its import, learning included{note_text}"
@@ -74,15 +76,17 @@ def of_cost(costs: dict[str, Cost]) -> Iterator[Result]:
 
 def _worst(name: str, row: Row, changes: Sequence[str]) -> Result:
     """Of the change that is missed most."""
-    note_text = beside({change: row.found[change].told(synthetic.WATCHED) for change in changes})
+    note_text = format_peers({change: row.found[change].summarize(synthetic.WATCHED) for change in changes})
     trials = len(row.found[changes[0]].delays)
     note = f"found within {synthetic.WATCHED} windows, {trials} trials each; median windows and misses{note_text}"
-    return Result(name, 100 - max(row.found[change].missed for change in changes), FOUND, "per cent", 1.0, note)
+    return Result(
+        name, 100 - max(row.found[change].missed for change in changes), TARGET_DETECTION_PERCENT, "per cent", 1.0, note
+    )
 
 
 def _delay(row: Row, change: str) -> float:
     return min(row.found[change].median, synthetic.WATCHED + 1.0)
 
 
-def beside(others: dict[str, str]) -> str:
+def format_peers(others: dict[str, str]) -> str:
     return "".join(f"; {name}: {value}" for name, value in others.items())
