@@ -87,7 +87,7 @@ class FleetWatcher:
         if isinstance(body, ResultsPayload):
             seen.rows[body.stream] = max(seen.rows.get(body.stream, 0), body.rows[1])
             seen.windows += body.n
-            seen.results += len(body.columns.row)
+            seen.results += len(body.columns)
         elif isinstance(body, DriftPayload):
             seen.drift[body.task] = body.state
         elif isinstance(body, AlertPayload) and body.state == "raised":

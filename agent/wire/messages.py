@@ -17,18 +17,18 @@ import msgspec
 
 from agent.errors import MessageRefused
 from agent.strict_json import DuplicateKey, check_strict_json
-from agent.wire import jws, topics
+from agent.wire import jws, runs, topics
 from agent.wire.commands import MAX_ARGUMENT_LENGTH
 from agent.wire.desired_state import DesiredBundle, Name
 from agent.wire.jws import Signer
 from agent.wire.keys import b64url_encode
+from agent.wire.runs import MAX_RESULTS, EpochMicroseconds, JitteredTimes, Label, LabelRun, Row, RowRun, TimeRun
 
 MAX_PAYLOAD = 1 << 20
 FIRST_PREV = ""
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53 - 1)]
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**53 - 1)]
-EpochMicroseconds = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 ShortText = Annotated[str, msgspec.Meta(max_length=256)]
 Uuid = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 Rfc3339 = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z\Z")]
@@ -58,20 +58,50 @@ class ModelRef(msgspec.Struct, frozen=True):
 
 
 class ResultColumns(msgspec.Struct, frozen=True):
-    row: list[Positive]
-    t: list[EpochMicroseconds]
-    # Of a model that says any number of labels: all of them, with | between.
-    label: list[Annotated[str, msgspec.Meta(max_length=4096)]] | None = None
+    """Columns of one length, as they were sent: `row`, `t` and `label` may hold runs (see `runs`)."""
+
+    row: list[Row | RowRun]
+    t: list[EpochMicroseconds | TimeRun] | JitteredTimes
+    # A multi-label model's labels stand in one text, with | between them.
+    label: list[Label | LabelRun] | None = None
     score: list[float | None] | None = None
     value: list[float | None] | None = None
     # The share of a result's input that was missing, where that is too much; elsewhere 0.
     missing: list[float] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("t", "label", "score", "value", "missing"):
-            column = getattr(self, name)
-            if column is not None and len(column) != len(self.row):
-                raise ValueError(f"column {name} has {len(column)} entries, row has {len(self.row)}")
+        count = len(self)
+        if count > MAX_RESULTS:
+            raise ValueError(f"{count} results in one message, the limit is {MAX_RESULTS}")
+        lengths = {
+            "t": runs.count_entries(self.t),
+            "label": count if self.label is None else runs.count_entries(self.label),
+            "score": count if self.score is None else len(self.score),
+            "value": count if self.value is None else len(self.value),
+            "missing": count if self.missing is None else len(self.missing),
+        }
+        for name, length in lengths.items():
+            if length != count:
+                raise ValueError(f"column {name} has {length} entries, row has {count}")
+        # A run's first entry is in range by its type; its last one need not be.
+        rows, times = runs.bounds(self.row), runs.bounds(self.t)
+        if rows is not None and not (rows[0] >= 1 and rows[1] < 2**53):
+            raise ValueError(f"column row reaches from {rows[0]} to {rows[1]}, beyond row numbers")
+        if times is not None and not (times[0] >= -(2**63) and times[1] < 2**63):
+            raise ValueError(f"column t reaches from {times[0]} to {times[1]}, beyond 64 bits")
+
+    def __len__(self) -> int:
+        return runs.count_entries(self.row)
+
+    def expand_rows(self) -> list[int]:
+        return runs.expand_integers(self.row)
+
+    def expand_times(self) -> list[int]:
+        """Return the times (n,), epoch µs."""
+        return runs.expand_integers(self.t)
+
+    def expand_labels(self) -> list[str] | None:
+        return None if self.label is None else runs.expand_labels(self.label)
 
 
 class ResultsPayload(LoggedPayload, frozen=True, kw_only=True, tag="results"):
@@ -91,9 +121,10 @@ class ResultsPayload(LoggedPayload, frozen=True, kw_only=True, tag="results"):
         first, last = self.rows
         if first > last:
             raise ValueError(f"rows [{first},{last}] run backwards")
-        if len(self.columns.row) > self.n:
-            raise ValueError(f"{len(self.columns.row)} results listed, n says {self.n}")
-        if not all(first <= row for row in self.columns.row):
+        if len(self.columns) > self.n:
+            raise ValueError(f"{len(self.columns)} results listed, n says {self.n}")
+        listed = runs.bounds(self.columns.row)
+        if listed is not None and listed[0] < first:
             raise ValueError("a result's row lies before the rows of its message")
         if self.clocks is not None:
             begins = [clock[0] for clock in self.clocks]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 
+import msgspec
+
 from agent.device.intake.sources import recordings
 from agent.device.uplink.session import _packet_size
 from agent.simulate.scenario import SCENARIOS
+from agent.wire.messages import ResultColumns
 from scripts.benchmarks import Report, Result, benchmark, device_task
 
 RESULTS = 1000
@@ -45,7 +48,9 @@ def _singly(payload: bytes, topic: str) -> list[int]:
     """Bytes of a PUBLISH for each result of a message, as short as JSON that says the same can be."""
     body = json.loads(payload)
     head = {"device": body["device"], "task": body["task"], "model": body["model"]["version"]}
-    rows = zip(*(body["columns"][name] for name in _COLUMNS), strict=True)
+    columns = msgspec.convert(body["columns"], ResultColumns)
+    expanded = (columns.expand_rows(), columns.expand_times(), columns.expand_labels() or [], columns.score or [])
+    rows = zip(*expanded, strict=True)
     plain = [json.dumps(head | dict(zip(_COLUMNS, row, strict=True)), separators=(",", ":")) for row in rows]
     return [len(text) + len(topic) + 7 for text in plain]
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import clock
-from agent.bootstrap import tasks, wiring
+from agent.bootstrap import tasks
+from agent.bootstrap.device import KEY_FILE, load_config, open_message_log, open_store
 from agent.config import BrokerConfig
 from agent.device.pipeline import batch
 from agent.device.pipeline.batch import LoadedTask
@@ -61,12 +62,12 @@ def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher
             ),
             encoding="utf-8",
         )
-        _, conf = wiring.load_config(str(file))
-        keys.generate(Path(folder) / wiring.KEY_FILE)
-        store = wiring.open_store(conf)
+        _, conf = load_config(str(file))
+        keys.generate(Path(folder) / KEY_FILE)
+        store = open_store(conf)
         try:
             task = tasks.load_task(file, conf, store, "task")
-            yield Bed(store, task, wiring.open_message_log(file, conf, store), step_us)
+            yield Bed(store, task, open_message_log(file, conf, store), step_us)
         finally:
             store.close()
 
@@ -92,8 +93,8 @@ def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[Devi
 
 def put(config: Path, stream: str, rows: Floats, step_us: int = 20_000) -> None:
     """Into the store of a device that does not run."""
-    _, conf = wiring.load_config(str(config))
-    store = wiring.open_store(conf)
+    _, conf = load_config(str(config))
+    store = open_store(conf)
     try:
         _append(store, stream, rows, step_us)
     finally:

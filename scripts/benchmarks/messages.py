@@ -33,7 +33,7 @@ from agent.testing.messages import FLEET, MessageSender, new_key
 from agent.transport.mqtt import Link
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import jws
-from agent.wire.messages import AckPayload
+from agent.wire.messages import AckPayload, ResultColumns
 from scripts.benchmarks import Result, benchmark, rates
 
 MESSAGES = 3000
@@ -226,10 +226,16 @@ def _by_hand(plain: sqlite3.Connection, public: Any, key: Any, batch: list[Incom
         last = json.loads(delivery.payload)
         place = (last["device"], last["log"], last["seq"])
         rows.append((*place, last["kind"], delivery.topic, delivery.payload, delivery.tokens[0], "now"))
-        columns = last["columns"]
+        columns = msgspec.convert(last["columns"], ResultColumns)
         results += [
             (last["device"], last["task"], *row)
-            for row in zip(*(columns[name] for name in ("row", "t", "label", "score")), strict=True)
+            for row in zip(
+                columns.expand_rows(),
+                columns.expand_times(),
+                columns.expand_labels() or [],
+                columns.score or [],
+                strict=True,
+            )
         ]
     plain.execute("BEGIN")
     plain.executemany("INSERT OR IGNORE INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)

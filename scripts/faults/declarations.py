@@ -23,6 +23,7 @@ import msgspec
 
 from agent.device.store import ranges
 from agent.device.store.ranges import Ranges
+from agent.wire.messages import ResultColumns
 
 NEW_LOG = "new log"
 _END = 2**62
@@ -140,7 +141,8 @@ class Declarations:
         log.runs.setdefault(body["task"], []).append((body["seq"], first, last))
         if body.get("lost"):
             log.rows.setdefault(body["task"], []).append((first, last))
-        for row, t in zip(body["columns"]["row"], body["columns"]["t"], strict=True):
+        columns = msgspec.convert(body["columns"], ResultColumns)
+        for row, t in zip(columns.expand_rows(), columns.expand_times(), strict=True):
             self._places[body["task"]].setdefault(t, (body["log"], row))
 
     def _event(self, log: _Log, body: dict[str, Any]) -> None:

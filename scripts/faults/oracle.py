@@ -22,6 +22,7 @@ from agent.errors import OutstationError
 from agent.fleet import config as fleet_config
 from agent.fleet.audit.audit import AuditReport, audit
 from agent.fleet.database.store import FleetStore
+from agent.wire.messages import ResultColumns
 from scripts.faults.declarations import Declarations
 from scripts.faults.world import DEVICE, TASKS, World
 
@@ -168,7 +169,7 @@ def _runs(store: FleetStore) -> list[bytes]:
 
 def _altered(world: World, body: dict[str, Any]) -> bool:
     first, last = body["rows"]
-    times = body["columns"]["t"]
+    times = msgspec.convert(body["columns"], ResultColumns).expand_times()
     if len(times) != last - first + 1 or not all(t in world.producer.ledger.values for t in times):
         return False
     values = np.array([world.producer.ledger.values[t] for t in times], np.float32)

@@ -207,12 +207,12 @@ max_message_bytes = 120_000
 max_size = "1 GiB"
 [streams.watch]
 fields = [{ name = "ax", unit = "g", min = -16, max = 16 }, { name = "mode", type = "category", optional = true }]
-source = { kind = "files", folder = "in", every = "2 s" }
+source = { kind = "files", folder = "in", poll_interval = "2 s" }
 [tasks.exercise]
 stream = "watch"
 bundle = "exercise"
 schedule = "every 60 s"
-publish = { below = 0.6 }
+publish = { below_score = 0.6 }
 """
 FLEET = b"""
 [fleet]

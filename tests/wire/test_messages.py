@@ -118,7 +118,9 @@ def test_no_shared_vector_is_left_out(vectors: dict[str, Any]) -> None:
 # --- what a device sends opens ---
 
 
-@pytest.mark.parametrize("kind", ["results", "drift", "alert", "quality", "health", "cursor", "evicted", "state"])
+@pytest.mark.parametrize(
+    "kind", ["results", "drift", "alert", "quality", "health", "health_with_cursor", "evicted", "state"]
+)
 def test_every_kind_a_device_sends_opens(kind: str) -> None:
     one = sender()
     sent = one.evicted((1, 2)) if kind == "evicted" else getattr(one, kind)()
@@ -227,7 +229,9 @@ def twice(payload: str) -> Iterator[str]:
         yield payload[: match.start()] + payload[match.start() : end] + "," + payload[match.start() :]
 
 
-@pytest.mark.parametrize("kind", ["results", "drift", "alert", "quality", "health", "cursor", "evicted", "state"])
+@pytest.mark.parametrize(
+    "kind", ["results", "drift", "alert", "quality", "health", "health_with_cursor", "evicted", "state"]
+)
 def test_of_every_kind_a_device_sends_no_key_may_be_there_twice_at_any_depth(kind: str) -> None:
     one = sender()
     sent = one.evicted((1, 2)) if kind == "evicted" else getattr(one, kind)()

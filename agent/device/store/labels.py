@@ -6,7 +6,6 @@ stays whole when that is trimmed. Labels of rows that their task has not used ye
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 import struct
 import zlib
@@ -397,16 +396,6 @@ def count_predictions(db: sqlite3.Connection, task: str, first: int, last: int) 
     """Results kept of rows in batches that `first` … `last` reach into."""
     sql = "SELECT coalesce(sum(n), 0) FROM results WHERE task = ? AND first <= ? AND last >= ?"
     return int(db.execute(sql, (task, last, first)).fetchone()[0])
-
-
-def load_last_batches(db: sqlite3.Connection, task: str, batches: int) -> list[StoredPredictions]:
-    """Results of the last batches that are kept and readable, oldest first."""
-    sql = "SELECT first, CAST(data AS BLOB) FROM results WHERE task = ? ORDER BY first DESC LIMIT ?"
-    found = []
-    for first, data in db.execute(sql, (task, batches)).fetchall():
-        with contextlib.suppress(ValueError):
-            found.append(unpack_predictions(int(first), data))
-    return found[::-1]
 
 
 def _decode_record(data: bytes) -> _LabelRecord | None:

@@ -267,8 +267,8 @@ import sys
 from pathlib import Path
 import numpy as np
 from agent import clock
-from agent.bootstrap import wiring
-from agent.bootstrap.device import build_daemon
+from agent.bootstrap.device import load_config, open_store
+from agent.bootstrap.daemon import build_daemon
 from agent.device.store.retention import AcknowledgedSeqs
 from agent.device.store.rows import Rows
 from agent.errors import StorageFull
@@ -288,11 +288,11 @@ key = "%s"
 [streams.numbers]
 fields = [ { name = "n", type = "i64" } ]
 ''' % keys.generate(folder / "collector.key").public.text)
-file, conf = wiring.load_config(str(folder / "outstation.toml"))
+file, conf = load_config(str(folder / "outstation.toml"))
 
 
 def start():
-    store = wiring.open_store(conf)
+    store = open_store(conf)
     return store, build_daemon(file, conf, store)
 
 
