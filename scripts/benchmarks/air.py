@@ -11,7 +11,7 @@ from agent.device.intake.sources import recordings
 from agent.device.uplink.session import _packet_size
 from agent.simulate.scenario import SCENARIOS
 from agent.wire.messages import ResultColumns
-from scripts.benchmarks import Report, Result, bed, benchmark
+from scripts.benchmarks import Report, Result, benchmark, device_task
 
 RESULTS = 1000
 _COLUMNS = ("row", "t", "label", "score")
@@ -25,7 +25,7 @@ def bytes_of_a_thousand_results() -> Report:
     recorded = recordings.load(SCENARIOS["exercise"].file)
     names = [name for name, _ in SCENARIOS["exercise"].fields]
     places = recordings.Playlist(recorded, int(recorded.subject[0]), 0).source_rows(RESULTS * 100)
-    with bed.made(names, "exercise") as device:
+    with device_task.made(names, "exercise") as device:
         device.fill(recorded.rows[places])
         device.work_off()
         sent = [message for message in device.store.unacknowledged_messages(0, 10_000) if "/results/" in message.topic]
@@ -36,10 +36,12 @@ def bytes_of_a_thousand_results() -> Report:
     note = f"{len(sent)} signed messages; reference: unsigned JSON for each; both with TCP headers and PUBACK"
     kinds = (("air", note), ("air, compressed", f"with `[broker] compress = true`; {note}"))
     report = tuple(
-        Result(name, size, plain, "bytes", 1 / 15, said, less=True)
-        for size, (name, said) in zip(ours, kinds, strict=True)
+        Result(name, size, plain, "bytes", 1 / 15, kind, less=True)
+        for size, (name, kind) in zip(ours, kinds, strict=True)
     )
-    return Report(report, "\n".join(f"{one.name:15} {one.ours:,.0f} bytes, × {one.ratio:.3f}" for one in report))
+    return Report(
+        report, "\n".join(f"{result.name:15} {result.ours:,.0f} bytes, × {result.ratio:.3f}" for result in report)
+    )
 
 
 def _singly(payload: bytes, topic: str) -> list[int]:

@@ -97,8 +97,8 @@ def outbox_to_broker() -> Result:
             ours()
             pace = rates(ours, lambda: _own_loop(broker.port, topic, payloads, key), rounds=3, prepare=prepare)
         finally:
-            for one in running:
-                one.stop()
+            for process in running:
+                process.stop()
             store.close()
     note = f"{len(payloads[0])} bytes, window {WINDOW}; reference: paho, own loop, signed as it goes, nothing stored"
     return Result("uplink", *pace, "messages/s", 0.85, note)
@@ -163,8 +163,8 @@ class _Handed:
         self._deliveries = deliveries
 
     def receive(self, timeout_s: float) -> list[IncomingMessage | PublishReceipt]:
-        some, self._deliveries = self._deliveries[:500], self._deliveries[500:]
-        return list(some)
+        batch, self._deliveries = self._deliveries[:500], self._deliveries[500:]
+        return list(batch)
 
     def acknowledge(self, delivery: IncomingMessage) -> None: ...
     def send(self, message: OutgoingMessage) -> int:
@@ -228,8 +228,8 @@ def _by_hand(plain: sqlite3.Connection, public: Any, key: Any, batch: list[Incom
         rows.append((*place, last["kind"], delivery.topic, delivery.payload, delivery.tokens[0], "now"))
         columns = msgspec.convert(last["columns"], ResultColumns)
         results += [
-            (last["device"], last["task"], *one)
-            for one in zip(
+            (last["device"], last["task"], *row)
+            for row in zip(
                 columns.expand_rows(),
                 columns.expand_times(),
                 columns.expand_labels() or [],

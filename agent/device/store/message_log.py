@@ -18,7 +18,7 @@ from agent.transport.compressed import compress
 from agent.transport.packets import OutgoingMessage
 from agent.wire import jws, key_rotation, messages
 from agent.wire.keys import SigningKey
-from agent.wire.topics import DEVICE_ALERTS, PER_TASK, Topic
+from agent.wire.topics import DEVICE_ALERTS, KINDS, Topic
 
 
 class MessageLog(msgspec.Struct):
@@ -48,7 +48,7 @@ class MessageLog(msgspec.Struct):
     ) -> int:
         """Append one message, signed by `key` or else by the log's key, and return its seq."""
         seq, prev = tx.log_head()
-        topic = str(Topic(self.fleet, self.device, kind, (task or DEVICE_ALERTS) if kind in PER_TASK else None))
+        topic = str(Topic(self.fleet, self.device, kind, (task or DEVICE_ALERTS) if KINDS[kind].per_task else None))
         time = clock.to_rfc3339(now.wall_us)
         head = {"v": 1, "kind": kind, "device": self.device, "log": self.log_id, "seq": seq + 1, "prev": prev}
         stamp = {"boot": self.boot, "time": time, "clock": now.quality}
@@ -84,8 +84,6 @@ class MessageLog(msgspec.Struct):
         kind: str,
         body: Mapping[str, Any],
         now: ClockReading,
-        *,
-        retain: bool = True,
         correlation: bytes | None = None,
     ) -> OutgoingMessage:
         """Build a message outside the log: state, keys or reply."""
@@ -94,20 +92,15 @@ class MessageLog(msgspec.Struct):
         payload = messages.encode({"v": 1, "kind": kind, "device": self.device, **body, "time": time})
         token = jws.sign(self.live_key or self.key, str(topic), payload)
         message_id = f"{kind}/{messages.digest(payload)[:16]}"
-        message = self._build_outgoing(topic, payload, token, message_id, time, retain=retain)
-        return replace(message, correlation=correlation)
+        return replace(self._build_outgoing(topic, payload, token, message_id, time), correlation=correlation)
 
     def to_outgoing(self, message: OutboxMessage) -> OutgoingMessage:
         """Convert a message of the outbox to what is sent."""
         parts = message.topic.split("/")
         topic = Topic(self.fleet, self.device, parts[3], parts[4] if len(parts) > 4 else None)
-        outgoing = self._build_outgoing(
-            topic, message.payload, message.jws, str(message.seq), message.time, retain=False
-        )
+        outgoing = self._build_outgoing(topic, message.payload, message.jws, str(message.seq), message.time)
         return compress(outgoing) if self.compress else outgoing
 
-    def _build_outgoing(
-        self, topic: Topic, payload: bytes, token: str, message_id: str, time: str, *, retain: bool
-    ) -> OutgoingMessage:
+    def _build_outgoing(self, topic: Topic, payload: bytes, token: str, message_id: str, time: str) -> OutgoingMessage:
         event = messages.cloudevent_properties(topic, f"{self.device}/{self.log_id}/{message_id}", time)
-        return OutgoingMessage(str(topic), payload, (("jws", token), *event), retain)
+        return OutgoingMessage(str(topic), payload, (("jws", token), *event), KINDS[topic.kind].retained)

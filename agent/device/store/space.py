@@ -15,6 +15,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from agent.alerts import STORE_FULL, Alert
@@ -30,11 +32,15 @@ from agent.device.store.store import Store
 from agent.device.store.transaction import Transaction, TrimmedChunks
 from agent.errors import StorageFull
 from agent.wire import key_rotation
+from agent.wire.topics import KINDS
 
 log = logging.getLogger("outstation")
 
 EVICTION_START, EVICTION_STOP = 0.85, 0.7
-EVICTION_ORDER = (("shadow",), ("results", "health"), ("drift", "quality"), ("alerts",), ("audit",))
+_BY_RANK = groupby(
+    sorted((k.eviction_rank, k.name) for k in KINDS.values() if k.eviction_rank is not None), itemgetter(0)
+)
+EVICTION_ORDER = tuple(tuple(name for _, name in kinds) for _, kinds in _BY_RANK)
 # Delivery counts as stalled after this time without an acknowledgement.
 STALLED_S = 60.0
 _EARLY_RUN_INTERVAL_S = 60.0
