@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.config import RecordingFilter
+from agent.config.sources import RecordingFilter
 from agent.datasets.training_data import UNREADABLE_ERRORS
 from agent.errors import UsageError
 
@@ -41,7 +41,7 @@ class ReplayRecordings(msgspec.Struct, frozen=True):
     fields: list[str]
     rate: float
     t: NDArray[np.float64] | None = None
-    extra_columns: dict[str, NDArray[Any]] = field(default_factory=dict)
+    extra_columns: dict[str, NDArray[Any]] = msgspec.field(default_factory=dict)
 
 
 def load(path: Path) -> ReplayRecordings:
