@@ -392,6 +392,11 @@ def next_numbers(db: sqlite3.Connection, task: str, number: int, limit: int) -> 
     return [int(row[0]) for row in db.execute(sql, (task, max(0, number), limit))]
 
 
+def outcome_counter(task: str, outcome: str) -> str:
+    """Return the name of the counter of labels with this outcome of `store_label`, or without a result."""
+    return {"new": f"labels.{task}", "same": f"labels replaced.{task}"}.get(outcome, f"labels {outcome}.{task}")
+
+
 def count_predictions(db: sqlite3.Connection, task: str, first: int, last: int) -> int:
     """Results kept of rows in batches that `first` … `last` reach into."""
     sql = "SELECT coalesce(sum(n), 0) FROM results WHERE task = ? AND first <= ? AND last >= ?"
