@@ -47,17 +47,16 @@ def build_result_messages(
         stop = min(count, done + max_results)
         through = cut.consumed if stop == count else int(cut.starts[stop - 1]) + task.step
         published = np.flatnonzero(is_published[done:stop]) + done
-        listing: dict[str, Any] = {
-            "row": (ends[published] + batch.first).tolist(),
-            "t": batch.rows.t[ends[published]].tolist(),
-        }
-        listing |= columns.build(model_scores, labels, missing, published)
+        published_rows = ends[published] + batch.first
+        listing = columns.build(
+            model_scores, labels, missing, published, published_rows, batch.rows.t[ends[published]]
+        )
         rows = [batch.first + first_row, batch.first + through - 1]
         body = _result_body(task, rows, stop - done, batch.rows.slice(first_row, through), listing)
         if incomplete := int(np.count_nonzero(missing[done:stop])):
             body["incomplete"] = incomplete
         # Where model windows overlap, the last result's row comes after the last consumed row.
-        last_row = max([rows[1], *listing["row"][-1:]])
+        last_row = max([rows[1], *published_rows[-1:].tolist()])
         body |= _clock_members(clip_stamps(batch.stamps, rows[0], last_row), current_segment)
         yield PendingMessage("results", task.name, body)
         first_row, done = through, stop
@@ -129,7 +128,7 @@ def _select_published(task: LoadedTask, model_scores: Scores, labels: list[str] 
     if publish == "summary":
         return np.zeros(count, bool)
     if isinstance(publish, config.PublishBelow) and model_scores.score is not None:
-        return np.asarray(model_scores.score < publish.below)
+        return np.asarray(model_scores.score < publish.below_score)
     if publish == "changes" and labels is not None:
         return np.array([a != b for a, b in zip(labels, [task.last_label, *labels[:-1]], strict=True)], bool)
     return np.ones(count, bool)
