@@ -286,7 +286,7 @@ def _skip_lost(
     if not batch.deleted:
         summary = (
             f"{stream}: rows {batch.first} to {batch.last} cannot be read back ({batch.loss_reason}); they are kept in "
-            "the store's table `damaged` and have no results. Check the card."
+            "the store's table `quarantined_rows` and have no results. Check the card."
         )
         alert = DAMAGED_ROWS.raised(summary, {"rows": [batch.first, batch.last]}, stream=stream, row=batch.first)
         messages.append(PendingMessage.from_alert(alert, task.name))

@@ -48,9 +48,7 @@ def build_result_messages(
         through = cut.consumed if stop == count else int(cut.starts[stop - 1]) + task.step
         published = np.flatnonzero(is_published[done:stop]) + done
         published_rows = ends[published] + batch.first
-        listing = columns.build(
-            model_scores, labels, missing, published, published_rows, batch.rows.t[ends[published]]
-        )
+        listing = columns.build(model_scores, labels, missing, published, published_rows, batch.rows.t[ends[published]])
         rows = [batch.first + first_row, batch.first + through - 1]
         body = _result_body(task, rows, stop - done, batch.rows.slice(first_row, through), listing)
         if incomplete := int(np.count_nonzero(missing[done:stop])):
