@@ -31,7 +31,7 @@ class RotationResult(msgspec.Struct, frozen=True):
 
     @property
     def is_complete(self) -> bool:
-        return self.draft is None or self.draft.missing == 0
+        return self.draft is None or self.draft.signatures_missing == 0
 
 
 def rotate(

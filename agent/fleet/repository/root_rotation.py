@@ -30,9 +30,9 @@ class RootDraft(msgspec.Struct, frozen=True):
     """Names of keys that have signed and of those that may; `missing` signatures are needed, 0 where it is in force."""
 
     version: int
-    signed: list[str]
-    waiting: list[str]
-    missing: int
+    signed_by: list[str]
+    may_sign: list[str]
+    signatures_missing: int
 
 
 class SignedDraft(msgspec.Struct, frozen=True):

@@ -50,10 +50,10 @@ class RoleSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: str
     version: int
     expires: str
-    by: str
+    delegator: str
     threshold: int
     keys: list[str]
-    signed: list[str]
+    signed_keys: list[str]
 
 
 class PublishedTarget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -192,10 +192,10 @@ def _build_signature(
         role=role,
         version=metadata.signed.version,
         expires=metadata.signed.expires.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        by=f"{delegator.version}.{delegator.type}.json",
+        delegator=f"{delegator.version}.{delegator.type}.json",
         threshold=result.threshold,
         keys=sorted(str(key.keyval.get("public", keyid)) for keyid, key in every.items()),
-        signed=sorted(str(key.keyval.get("public", keyid)) for keyid, key in result.signed.items()),
+        signed_keys=sorted(str(key.keyval.get("public", keyid)) for keyid, key in result.signed.items()),
     )
 
 

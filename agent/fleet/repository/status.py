@@ -23,7 +23,7 @@ class SigningKeyStatus(msgspec.Struct, frozen=True):
 
     name: str
     key: str
-    here: bool
+    has_private_key: bool
 
 
 class RoleStatus(msgspec.Struct, frozen=True):
@@ -32,8 +32,8 @@ class RoleStatus(msgspec.Struct, frozen=True):
     role: str
     version: int
     expires: str
-    days: int
-    soon: bool
+    days_left: int
+    expires_soon: bool
     threshold: int
     keys: list[SigningKeyStatus]
 
@@ -65,12 +65,12 @@ def read(folder: Path, current_time: datetime | None = None) -> RepositoryStatus
     now = edition.load(layout, root_rotation.load_next_root(layout))
     standings = [_role_status(now, role, keyring, current_time) for role in (*TOP_LEVEL_ROLES, *sorted(now.bundles))]
     draft = root_rotation.load_pending_draft(layout, keyring)
-    reminders = [_format_reminder(one) for one in standings if one.soon]
+    reminders = [_format_reminder(one) for one in standings if one.expires_soon]
     if draft is not None:
         reminders.append(
-            f"root {draft.version} waits for {draft.missing} more signatures ({', '.join(draft.waiting)}): "
+            f"root {draft.version} waits for {draft.signatures_missing} more signatures ({', '.join(draft.may_sign)}): "
             f"outstation fleet repository sign-root --key FILE {layout.draft}"
-            if draft.missing
+            if draft.signatures_missing
             else f"root {draft.version} is signed by enough: outstation fleet repository refresh puts it in force"
         )
     out = [
@@ -108,7 +108,11 @@ def _role_status(current: Edition, role: str, keyring: RepositoryKeyring, curren
 
 
 def _format_reminder(role_status: RoleStatus) -> str:
-    when = f"expires in {role_status.days} days" if role_status.days >= 0 else "has expired: devices take nothing"
+    when = (
+        f"expires in {role_status.days_left} days"
+        if role_status.days_left >= 0
+        else "has expired: devices take nothing"
+    )
     if role_status.role in (SNAPSHOT, TIMESTAMP):
         return f"{role_status.role} {when}: outstation fleet repository refresh, from cron each day"
     if role_status.role == ROOT:

@@ -207,7 +207,7 @@ def test_one_of_two_root_signatures_is_refused_and_the_second_puts_the_draft_in_
         assert upkeep.refresh(depot.folder).root_version == 0
         draft = root_rotation.load_pending_draft(depot.layout, RepositoryKeyring(depot.layout.keys))
         assert draft is not None
-        assert (draft.missing, draft.waiting) == (1, ["root-2"])
+        assert (draft.signatures_missing, draft.may_sign) == (1, ["root-2"])
         root_rotation.sign(depot.layout.draft, away / "root-2.key")
         assert upkeep.refresh(depot.folder).root_version == 2
         assert client.look(done.target)
@@ -358,8 +358,8 @@ def test_refreshing_each_day_keeps_it_alive_and_a_neglected_one_expires(depot: D
         assert upkeep.refresh_daily(depot.folder, start + timedelta(days=day, hours=1)) is None
     at = start + timedelta(days=59)
     seen = standing.read(depot.folder, at)
-    assert (seen.ok, [one.days for one in seen.roles if one.role == "timestamp"]) == (True, [28])
-    assert next(one.days for one in seen.roles if one.role == "snapshot") >= 27
+    assert (seen.ok, [one.days_left for one in seen.roles if one.role == "timestamp"]) == (True, [28])
+    assert next(one.days_left for one in seen.roles if one.role == "snapshot") >= 27
     late = standing.read(depot.folder, at + timedelta(days=29))
     assert late.ok is False
     assert [line for line in late.reminders if "timestamp has expired: devices take nothing" in line]

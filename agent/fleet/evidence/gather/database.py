@@ -1,4 +1,4 @@
-"""What evidence is gathered from: reads of the collector's database."""
+"""Queries of the collector's database for an evidence folder. They only read."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ _EVIDENCE_KINDS = ("alerts", "audit", "quality", "shadow")
 
 
 class EvidenceQueries:
-    """Reads of one moment: `db` is what the store's `snapshot` gives."""
+    """Queries within one snapshot: `db` is the connection that the store's `snapshot` yields."""
 
     def __init__(self, store: FleetStore, db: Connection) -> None:
         self._store, self._db = store, db
 
     def load_received_span(self) -> tuple[str | None, str | None, int]:
-        """When the first and the last message came, and how many there are."""
+        """Return the times of the first and the last received message, and the number of messages."""
         sql = "SELECT min(received) AS first, max(received) AS last, count(*) AS n FROM messages"
         [row] = self._query(sql)
         return row["first"], row["last"], row["n"]
 
     def stream_messages(self) -> Iterator[tuple[Any, ...]]:
-        """(device, log, seq, topic, payload, jws) of messages with alerts, decisions, metrics or comparisons."""
+        """Yield (device, log, seq, topic, payload, jws) of `alerts`, `audit`, `quality` and `shadow` messages."""
         sql = "SELECT device, log, seq, topic, payload, jws FROM messages WHERE kind IN (?, ?, ?, ?)"
         return self._store.stream(f"{sql} ORDER BY device, log, seq", _EVIDENCE_KINDS)
 
     def load_message(self, device: str, log: str, seq: int) -> tuple[str, bytes, str] | None:
-        """(topic, payload, jws)."""
+        """Return (topic, payload, jws)."""
         sql = "SELECT topic, payload, jws FROM messages WHERE device = ? AND log = ? AND seq = ?"
-        found = self._query(sql, device, log, seq)
-        return (found[0]["topic"], found[0]["payload"], found[0]["jws"]) if found else None
+        rows = self._query(sql, device, log, seq)
+        return (rows[0]["topic"], rows[0]["payload"], rows[0]["jws"]) if rows else None
 
     def load_newest_logs(self) -> dict[str, str]:
-        """The newest log of each device."""
+        """Return device → newest log."""
         return dict(self._store.newest_logs())
 
     def load_newest_message(self, device: str, log: str, kind: str) -> tuple[Any, ...] | None:
-        """(device, log, seq, topic, payload, jws) of the newest message of its kind in a log."""
+        """Return (device, log, seq, topic, payload, jws) of the newest message of a kind in a log."""
         sql = (
             "SELECT device, log, seq, topic, payload, jws FROM messages WHERE device = ? AND log = ? AND kind = ? "
             "ORDER BY seq DESC LIMIT 1"
         )
-        found = self._query(sql, device, log, kind)
-        return tuple(found[0].values()) if found else None
+        rows = self._query(sql, device, log, kind)
+        return tuple(rows[0].values()) if rows else None
 
     def load_devices(self) -> list[dict[str, Any]]:
         return self._query("SELECT device, enrolled, state, last_seen FROM devices ORDER BY device")
@@ -54,7 +54,7 @@ class EvidenceQueries:
         return self._query("SELECT kid, device, key, added, revoked, log, through FROM keys ORDER BY device, kid")
 
     def load_collector_alerts(self) -> list[dict[str, Any]]:
-        """What the collector raised or cleared itself, oldest first."""
+        """Return alerts that the collector raised or cleared itself, oldest first."""
         columns = "device, task, alert, subject, state, severity, summary, time, id"
         return self._query(f"SELECT {columns} FROM alerts WHERE source = 'collector' ORDER BY time, log, seq")
 
@@ -62,12 +62,12 @@ class EvidenceQueries:
         return self._store.refusals()
 
     def count_labels(self) -> dict[tuple[str, str], dict[str, int]]:
-        """(device, task) → how many labels came here from whom."""
-        found: dict[tuple[str, str], dict[str, int]] = {}
+        """Return (device, task) → source → number of labels that the collector received."""
+        counts: dict[tuple[str, str], dict[str, int]] = {}
         sql = "SELECT device, task, source, count(*) AS n FROM labels GROUP BY device, task, source ORDER BY 1, 2, 3"
         for row in self._query(sql):
-            found.setdefault((row["device"], row["task"]), {})[row["source"]] = row["n"]
-        return found
+            counts.setdefault((row["device"], row["task"]), {})[row["source"]] = row["n"]
+        return counts
 
     def load_collector_metrics(self) -> list[dict[str, Any]]:
         columns = "device, task, time, metric, slice, value, low, high, n, state"
@@ -75,21 +75,21 @@ class EvidenceQueries:
         return self._query(f"SELECT {columns} FROM metrics {where} ORDER BY device, task, metric, slice")
 
     def load_rollouts(self) -> list[dict[str, Any]]:
-        """What was rolled out, oldest first."""
+        """Return all roll-outs, oldest first."""
         columns = "rollout, task, bundle, version, digest, topic, started, state"
         return self._query(f"SELECT {columns} FROM rollouts ORDER BY started, rollout")
 
     def load_decisions(self) -> Iterable[dict[str, Any]]:
-        """An operator's signed decisions of roll-outs, by roll-out and number."""
+        """Return the operators' signed roll-out decisions, ordered by roll-out and number."""
         columns = "rollout, n, time, event, summary, payload, jws"
         return self._query(f"SELECT {columns} FROM decisions ORDER BY rollout, n")
 
     def count_phases(self) -> list[dict[str, Any]]:
-        """Of each roll-out, how many devices are in which phase by their last word."""
+        """Return the number of devices per roll-out, phase and reason, by each device's latest message."""
         return self._query(
             "SELECT rollout, phase, reason, count(*) AS devices FROM (SELECT rollout, phase, reason, "
             "row_number() OVER (PARTITION BY rollout, device, task ORDER BY time DESC, seq DESC) AS nth "
-            "FROM rollout_devices) said "
+            "FROM rollout_devices) latest "
             "WHERE nth = 1 GROUP BY rollout, phase, reason ORDER BY rollout, phase, reason",
         )
 
