@@ -20,9 +20,9 @@ from functools import partial
 
 import numpy as np
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
-from agent.arrays import Ints
+from agent.alerts import Alert
+from agent.arrays import Float32s, Ints
 from agent.drift import batches, quiet, sampling_rate_watch
 from agent.drift.alert_lifecycle import AlertLifecycle
 from agent.drift.baseline.learning import LearningState, calibrate_reference
@@ -33,7 +33,6 @@ from agent.drift.detectors.modes import CLASS_COUNT, Modes, assign_classes
 from agent.drift.detectors.season import SlowTrend
 from agent.drift.detectors.window_statistics import WindowStatistics
 from agent.drift.faults import faults
-from agent.drift.reporting.alert_text import Alert
 from agent.drift.reporting.drift_message import SuiteStatus
 from agent.drift.seen import WindowAnalysis
 from agent.drift.state import Batch, DriftState, DriftWindowResult, fill_window, start_next_window
@@ -145,11 +144,11 @@ class DriftMonitor:
     def process_batch(
         self,
         state: DriftState,
-        features: NDArray[np.float32],
+        features: Float32s,
         starts: Ints,
         window_rows: int,
         predicted: Ints,
-        scores: NDArray[np.float32] | None,
+        scores: Float32s | None,
         *,
         rows: tuple[int, int],
         t: Ints,

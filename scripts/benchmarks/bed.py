@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import clock
-from agent.bootstrap import tasks, wiring
+from agent.bootstrap import tasks
+from agent.bootstrap.device import KEY_FILE, load_config, open_message_log, open_store
 from agent.config import BrokerConfig
 from agent.device.pipeline import batch
 from agent.device.pipeline.batch import LoadedTask
@@ -21,9 +22,9 @@ from agent.device.store.rows import Rows
 from agent.device.store.store import Store
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
+from agent.testing.broker import free_port
+from agent.testing.fleet import FLEET, DeviceProcess
 from agent.wire import keys
-from tests.kit.brokers import free_port
-from tests.kit.system import FLEET, Device
 
 CHUNK = 8192
 Floats = NDArray[np.float32]
@@ -61,18 +62,18 @@ def made(fields: Sequence[str], bundle: str, *, step_us: int = 20_000, publisher
             ),
             encoding="utf-8",
         )
-        _, conf = wiring.load_config(str(file))
-        keys.generate(Path(folder) / wiring.KEY_FILE)
-        store = wiring.open_store(conf)
+        _, conf = load_config(str(file))
+        keys.generate(Path(folder) / KEY_FILE)
+        store = open_store(conf)
         try:
             task = tasks.load_task(file, conf, store, "task")
-            yield Bed(store, task, wiring.open_message_log(file, conf, store), step_us)
+            yield Bed(store, task, open_message_log(file, conf, store), step_us)
         finally:
             store.close()
 
 
 @contextlib.contextmanager
-def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[Device]:
+def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[DeviceProcess]:
     """A device to be run in a process of its own, with a stream of these fields; nobody listens where its broker is."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "fleet"
@@ -80,10 +81,10 @@ def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[Devi
         store = FleetStore(Path(config.fleet.db))
         made = enrol(home, config, store, "pi-01", key=None, replace=False).folder
         store.close()
-        device = Device(made, "pi-01")
+        device = DeviceProcess(made, "pi-01")
         if fields:
             listed = ", ".join(f'{{ name = "{name}" }}' for name in fields)
-            device.configure(f"[streams.{stream}]\nfields = [{listed}]\n")
+            device.append_config(f"[streams.{stream}]\nfields = [{listed}]\n")
         try:
             yield device
         finally:
@@ -92,8 +93,8 @@ def enrolled(fields: Sequence[str] = (), stream: str = "watch") -> Iterator[Devi
 
 def put(config: Path, stream: str, rows: Floats, step_us: int = 20_000) -> None:
     """Into the store of a device that does not run."""
-    _, conf = wiring.load_config(str(config))
-    store = wiring.open_store(conf)
+    _, conf = load_config(str(config))
+    store = open_store(conf)
     try:
         _append(store, stream, rows, step_us)
     finally:

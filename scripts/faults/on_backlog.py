@@ -6,13 +6,13 @@ from pathlib import Path
 from random import Random
 
 from agent import clock
-from agent.bootstrap import wiring
+from agent.bootstrap.device import load_config, open_message_log, open_store
 from agent.clock import ClockReading
 from agent.device.store.message_log import MessageLog
 from agent.device.store.store import Store
+from agent.testing.process import wait_until
 from scripts.faults import fault
 from scripts.faults.world import World
-from tests.kit.system import eventually
 
 _BACKLOG = 70_000
 _AT_ONCE = 1000
@@ -34,17 +34,17 @@ def backlog_70000(world: World, rng: Random) -> None:
     _write_backlog(world)
     world.broker.start()
     world.keep(world.device)
-    eventually("the backlog delivered", lambda: _waiting(world) < _AT_ONCE, _WITHIN_S)
+    wait_until("the backlog delivered", lambda: _waiting(world) < _AT_ONCE, _WITHIN_S)
     more = _memory_kb(world, "VmHWM") - before
     assert more < _MOST_MORE_KB, f"the daemon took {more} KB more than before the backlog"
 
 
 def _write_backlog(world: World) -> None:
     """Signed and chained by the device's own code, as if it had run for weeks."""
-    file, conf = wiring.load_config(str(world.device.config))
-    store = wiring.open_store(conf)
+    file, conf = load_config(str(world.device.config))
+    store = open_store(conf)
     try:
-        author = wiring.open_message_log(file, conf, store)
+        author = open_message_log(file, conf, store)
         for first in range(0, _BACKLOG, _AT_ONCE):
             _write(store, author, first, clock.read())
     finally:
@@ -59,7 +59,7 @@ def _write(store: Store, author: MessageLog, first: int, now: ClockReading) -> N
 
 
 def _waiting(world: World) -> int:
-    store = Store(world.device.data, read_only=True)
+    store = Store.open_read_only(world.device.data_dir)
     try:
         return store.outbox_size()[0]
     finally:

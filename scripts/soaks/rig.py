@@ -13,7 +13,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.bootstrap import device, wiring
+from agent.bootstrap.daemon import build_daemon
+from agent.bootstrap.device import load_config, open_store
 from agent.config import BrokerConfig
 from agent.device.intake.group_commit import GroupCommit
 from agent.device.intake.protocol import LineParser
@@ -21,16 +22,21 @@ from agent.errors import LinkDown
 from agent.fleet.audit.audit import AuditReport, audit
 from agent.fleet.collector.collector import Collector
 from agent.fleet.collector.subscription import topic_filters
+from agent.fleet.database.sqlite import SqliteDatabase
 from agent.fleet.database.store import FleetStore
 from agent.fleet.enrolment.enrol import enrol, init_fleet
 from agent.testing.lossy_link import LinkConditions, LossyBroker, LossyLink
 from agent.wire.keys import load_private
-from tests.kit.fleet_databases import sqlite_of
 
 FLEET, DEVICE, STREAM, TASK = "acme", "pi-01", "watch", "exercise"
 RECORDING = Path(__file__).parents[2] / "models/recordings/exercise.npz"
 _SESSION_S = 86_400
 _DRAIN_S = 120.0
+
+
+def _sqlite(store: FleetStore) -> SqliteDatabase:
+    assert isinstance(store._database, SqliteDatabase)
+    return store._database
 
 
 class Rig:
@@ -53,12 +59,12 @@ class Rig:
         config = init_fleet(home, FLEET, BrokerConfig(url="mqtt://127.0.0.1:1"))
         self.fleet = FleetStore(Path(config.fleet.db))
         # The collector is here to answer; its page cache would fill with its database and hide what the device needs.
-        sqlite_of(self.fleet).connection.execute("PRAGMA cache_size=-500")
+        _sqlite(self.fleet).connection.execute("PRAGMA cache_size=-500")
         self._folder = enrol(home, config, self.fleet, DEVICE, key=None, replace=False).folder
         self._configure(buffer_toml, schedule)
-        file, conf = wiring.load_config(str(self._folder / "outstation.toml"))
-        self.store = wiring.open_store(conf)
-        self.daemon = device.build_daemon(
+        file, conf = load_config(str(self._folder / "outstation.toml"))
+        self.store = open_store(conf)
+        self.daemon = build_daemon(
             file, conf, self.store, now=self.air.now, open_link=self.air.connect, pause=self.air.advance
         )
         self._uplink = self.daemon._uplink
@@ -71,7 +77,7 @@ class Rig:
     def run(self, seconds: float) -> None:
         """Let so many simulated seconds pass, then send what waits. Raises what the daemon could not survive."""
         end = self.air.clock_s + seconds
-        self.daemon._operations.start(self.air.now(), self.daemon.signals.wake)
+        self.daemon._remote_commands.start(self.air.now(), self.daemon.signals.wake)
 
         def watch() -> None:
             if self.air.clock_s >= end and not self.sensor.ended:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.bootstrap import tasks, wiring
+from agent.bootstrap import tasks
+from agent.bootstrap.device import load_config, open_message_log, open_store
 from agent.clock import ClockReading
 from agent.device.pipeline import batch
 from agent.device.store.rows import Rows
 from agent.device.store.store import Store
-from tests.kit.system import outstation
+from agent.testing.process import run_outstation
 
 NOW = ClockReading(1_795_000_000_000_000, 1000.0, "synced")
 CONFIG = """
@@ -27,7 +28,7 @@ fields = [{ name = "ax" }, { name = "ay" }, { name = "az" }, { name = "wx" }, { 
 [tasks.exercise]
 stream = "watch"
 bundle = "exercise"
-learn = 20
+learn_windows = 20
 """
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -37,20 +38,20 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.home = folder / "device"
-        assert outstation("init", str(self.home), "--id", "pi-07").returncode == 0
+        assert run_outstation("init", str(self.home), "--id", "pi-07").returncode == 0
         self.config = self.home / "outstation.toml"
         kept = self.config.read_text(encoding="utf-8").split("[streams.")[0]
         self.config.write_text(kept + CONFIG, encoding="utf-8")
-        self.file, self.conf = wiring.load_config(str(self.config))
+        self.file, self.conf = load_config(str(self.config))
         self.data = Path(self.conf.data_dir)
 
     def ask(self, *arguments: str) -> tuple[int, Any]:
-        done = outstation("drift", "exercise", *arguments, "-c", str(self.config), "--json")
+        done = run_outstation("drift", "exercise", *arguments, "-c", str(self.config), "--json")
         return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
     def work(self, drift_windows: int, gain: float = 1.0) -> None:
         """Readings for so many drift windows, noise, of which `ax` is multiplied."""
-        store = wiring.open_store(self.conf)
+        store = open_store(self.conf)
         try:
             first, n = store.last_row("watch"), drift_windows * 2000
             rng = np.random.default_rng(first)
@@ -58,7 +59,7 @@ class Site:
             columns = [rng.normal(0, 0.2 * (gain if i == 0 else 1), n).astype("<f4") for i in range(6)]
             with store.transaction() as tx:
                 tx.append("watch", Rows(t, tuple(columns)), "synced")
-            author = wiring.open_message_log(self.file, self.conf, store)
+            author = open_message_log(self.file, self.conf, store)
             task = tasks.load_task(self.file, self.conf, store, "exercise")
             while batch.run(task, store, author, NOW) is not None:
                 pass
@@ -78,7 +79,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 def test_a_device_that_has_no_drift_window_yet_says_so(tmp_path: Path) -> None:
     new = Site(tmp_path)
     assert new.ask() == (2, f"outstation: {new.data}: no store here yet; start `outstation run`, or ingest something\n")
-    wiring.open_store(new.conf).close()
+    open_store(new.conf).close()
     code, found = new.ask("--plot", str(tmp_path / "drift.svg"))
     assert (code, found["windows"], found["subjects"], found["estimate"]) == (0, 0, [], None)
     text = [element.text for element in ET.parse(tmp_path / "drift.svg").iter(f"{SVG}text")]
@@ -113,7 +114,7 @@ def test_its_picture_shows_the_reference_the_alarm_line_and_the_alert(site: Site
 
 
 def test_messages_of_another_task_are_not_taken_for_its_own(site: Site) -> None:
-    store = Store(site.data, read_only=True, max_size=int(site.conf.buffer.max_size))
+    store = Store.open_read_only(site.data, max_size=int(site.conf.buffer.max_size))
     try:
         kept = store.recent_messages("drift", "exercise", 5)
         assert [message.topic.split("/")[3:] for message in kept] == [["drift", "exercise"]] * 5
@@ -135,7 +136,7 @@ def test_a_message_that_was_damaged_on_the_disk_is_left_out_and_counted(site: Si
             "UPDATE outbox SET payload = replace(payload, '\"n\":2000', '\"n\":2001')"
             " WHERE seq = (SELECT max(seq) FROM outbox WHERE topic LIKE '%/drift/exercise')"
         )
-    done = outstation("drift", "exercise", "-c", str(copy), "--json")
+    done = run_outstation("drift", "exercise", "-c", str(copy), "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["windows"], found["unreadable"]) == (31, 1)

@@ -17,7 +17,7 @@ from agent.datasets.blocks import FilePosition
 from agent.datasets.media_files import MediaReader
 from agent.evaluation.document import Evaluation
 from agent.model.bundle.manifest import ModelInput, WindowSpec
-from tests.kit.bundles import KEY
+from scripts.kit.bundles import KEY
 from tests.kit.evaluations import evaluated
 from tests.model.test_media import HEARD, picture, third_party, tone, write_wav
 

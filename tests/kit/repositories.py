@@ -18,8 +18,8 @@ from agent.fleet.repository import create as creating
 from agent.fleet.repository import publish as publishing
 from agent.fleet.repository.layout import Layout
 from agent.fleet.repository.publish import PublishResult
-from tests.kit import bundles
-from tests.kit.bundles import KEY
+from scripts.kit import bundles
+from scripts.kit.bundles import KEY
 
 
 @dataclass

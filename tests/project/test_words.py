@@ -58,7 +58,6 @@ PENDING: set[str] = {
     "agent/performance",
     "agent/render",
     "agent/simulate",
-    "agent/testing",
     "agent/transport",
     "agent/wire",
 }

@@ -13,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent import __version__, clock, config
+from agent.alerts import DAMAGED_ROWS
 from agent.clock import ClockReading
 from agent.config import StreamConfig
-from agent.device.bundles import overrides
 from agent.device.pipeline import columns, drift_state, learned
 from agent.device.pipeline.deadline import Deadline
 from agent.device.pipeline.drift_state import ClosingMessages
+from agent.device.store import task_keys
 from agent.device.store.clock_segments import ClockStamp, clip_stamps
 from agent.device.store.cost import CostMeter
-from agent.device.store.given import StoredPredictions
+from agent.device.store.labels import StoredPredictions
 from agent.device.store.message_log import MessageLog
 from agent.device.store.rows import EMPTY_ROWS, Rows, concatenate
 from agent.device.store.store import RowBatch, Store
@@ -141,12 +142,11 @@ class LoadedTask:
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
-    """What one batch did; `listed` results are in its messages."""
+    """What one batch did."""
 
     rows: int
     windows: int
     alerts: int
-    listed_results: int = field(default=0, compare=False)
 
 
 class _DriftUpdate(msgspec.Struct, frozen=True):
@@ -173,9 +173,7 @@ def run(task: LoadedTask, store: Store, message_log: MessageLog, now: ClockReadi
         else:
             task.batch_divisor = max(1, task.batch_divisor // 2)
             if done is not None:
-                task.cost_meter.record_batch(
-                    done.windows, done.rows, done.listed_results, (time.thread_time_ns() - began) // 1000
-                )
+                task.cost_meter.record_batch(done.windows, done.rows, (time.thread_time_ns() - began) // 1000)
                 task.deadline.record_batch(time.monotonic() - began_s, done.windows, store, message_log, now)
             return done
 
@@ -208,10 +206,8 @@ def _run_once(
             drift_state.discard_learned(tx, message_log, task.name, task.closing_messages, now)
         if task.drift_monitor is not None and judged.state is not None:
             drift_state.save(tx, task.name, task.drift_monitor, judged.state, task.drift_state)
-        listed = 0
         for body in _build_result_bodies(task, message_log, batch, answers, names, tx.segments.last_announced_key()):
             message_log.append(tx, "results", task.name, body, now)
-            listed += len(body["columns"]["row"])
         for verdict in judged.verdicts:
             _write_drift_messages(task, message_log, tx, verdict, now)
         if given is not None:
@@ -219,7 +215,7 @@ def _run_once(
         tx.increment_counter(f"windows.{task.name}", len(cut.starts))
         task.cost_meter.write_counters(tx)
         if task.is_crash_suspect:
-            tx.delete_state(task.name, overrides.CRASHES)
+            tx.delete_state(task.name, task_keys.CRASH_COUNT)
         if task.batch_observer is not None:
             task.batch_observer.save_progress(tx)
     task.cost_meter.confirm_written()
@@ -228,7 +224,7 @@ def _run_once(
         task.last_label = names[-1]
     if task.batch_observer is not None:
         task.batch_observer.after_commit(task, store, batch, answers)
-    return BatchResult(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts), listed)
+    return BatchResult(cut.consumed, len(cut.starts), sum(len(v.alerts) for v in judged.verdicts))
 
 
 def _is_followed_by_lost_rows(task: LoadedTask, store: Store, batch: RowBatch) -> bool:
@@ -431,14 +427,6 @@ def _skip_lost(
         tx.advance_cursor(task.name, batch.first, batch.last)
         tx.quarantine_rows(task.config.stream, batch.first, batch.last)
         message_log.append(tx, "results", task.name, run_without, now)
-        alert = {
-            "alert": "storage",
-            "subject": task.config.stream,
-            "state": "raised",
-            "severity": "critical",
-            "id": f"{task.name}/storage/{batch.first}",
-            "summary": summary,
-            "evidence": {"rows": rows},
-        }
-        message_log.append(tx, "alerts", task.name, alert, now)
+        alert = DAMAGED_ROWS.raised(summary, {"rows": rows}, stream=task.config.stream, row=batch.first)
+        message_log.append(tx, "alerts", task.name, alert.to_body(task.name), now)
     return BatchResult(batch.last - batch.first + 1, 0, 1)

@@ -25,28 +25,19 @@ _ENVELOPE_BYTES = 330
 
 
 class CostMeter:
-    """Of one task. Sums of squares and products tell what a batch costs by itself, and what each window adds."""
+    """Counts the batches of one task."""
 
     def __init__(self, task: str) -> None:
-        self._task, self._uncounted_batches = task, list[tuple[int, int, int, int]]()
+        self._task, self._uncounted_batches = task, list[tuple[int, int, int]]()
 
-    def record_batch(self, windows: int, rows: int, listed: int, cpu_us: int) -> None:
+    def record_batch(self, windows: int, rows: int, cpu_us: int) -> None:
         """A batch that was committed."""
-        self._uncounted_batches.append((windows, rows, listed, cpu_us))
+        self._uncounted_batches.append((windows, rows, cpu_us))
 
     def write_counters(self, tx: Transaction) -> None:
         """Of earlier batches. Those of a transaction that fails are counted by the next."""
-        for windows, rows, listed, cpu_us in self._uncounted_batches:
-            parts = {
-                "batches": 1,
-                "windows": windows,
-                "rows": rows,
-                "listed": listed,
-                "cpu_us": cpu_us,
-                "windows2": windows * windows,
-                "windows_cpu": windows * cpu_us,
-            }
-            for name, n in parts.items():
+        for windows, rows, cpu_us in self._uncounted_batches:
+            for name, n in {"batches": 1, "windows": windows, "rows": rows, "cpu_us": cpu_us}.items():
                 tx.increment_counter(f"{_TASK_PREFIX}{self._task}.{name}", n)
 
     def confirm_written(self) -> None:
@@ -135,27 +126,13 @@ class TaskCost(msgspec.Struct, frozen=True):
     batches: int
     windows: int
     rows: int
-    listed: int
     cpu_us: int
-    windows_squared: int
-    windows_times_cpu: int
     messages_by_kind: dict[str, int]
     bytes_by_kind: dict[str, int]
 
     @property
     def sent_bytes(self) -> int:
         return sum(self.bytes_by_kind.values())
-
-    @property
-    def batch_and_window_us(self) -> tuple[float, float]:
-        """Processor time of a batch by itself, and of each window: by least squares, where batches differ in size."""
-        mean = self.windows / max(1, self.batches)
-        spread = self.windows_squared - self.batches * mean**2
-        if spread <= 0.01 * self.windows_squared:
-            return 0.0, self.cpu_us / max(1, self.windows)
-        slope = (self.windows_times_cpu - mean * self.cpu_us) / spread
-        slope = min(max(slope, 0.0), self.cpu_us / max(1, self.windows))
-        return max(0.0, self.cpu_us / self.batches - slope * mean), slope
 
 
 class ProcessCost(msgspec.Struct, frozen=True):
@@ -184,10 +161,7 @@ def read_task_cost(counters: dict[str, int], task: str) -> TaskCost:
         batches=own.get("batches", 0),
         windows=own.get("windows", 0),
         rows=own.get("rows", 0),
-        listed=own.get("listed", 0),
         cpu_us=own.get("cpu_us", 0),
-        windows_squared=own.get("windows2", 0),
-        windows_times_cpu=own.get("windows_cpu", 0),
         messages_by_kind={name.removesuffix(".messages"): n for name, n in own.items() if name.endswith(".messages")},
         bytes_by_kind={name.removesuffix(".bytes"): n for name, n in own.items() if name.endswith(".bytes")},
     )

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from agent.arrays import Bools, Floats, Ints
+from agent.arrays import Bools, Float64s, Ints
 from agent.drift.detectors import correlation, cusum, mewma
 from agent.drift.detectors.mewma import Mewma
 from agent.drift.detectors.psi import PsiConfirmation
@@ -23,7 +23,7 @@ EARLY_DRIFT_SHARE, NEAR_LIMIT_SHARE = (
 )  # shares of its limit from which on a field's sum is taken for a drift that begins
 
 
-class TestSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
+class SuiteRun(msgspec.Struct, frozen=True, eq=False, dict=True):
     """Over W windows with this `evidence`; where an alarm is open `before` them, W is 1."""
 
     tester: DriftTester
@@ -83,7 +83,7 @@ class TestSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
         return after
 
     def _open_mewma_alarms(
-        self, after: SuiteState, z: Floats, field_statistic: float, class_share_statistic: float
+        self, after: SuiteState, z: Float64s, field_statistic: float, class_share_statistic: float
     ) -> SuiteState:
         """With an alarm of what moved most, where fields or answers come to too much together; they begin anew then."""
         at, (most_means, most_answers) = after.layout, self.tester.calibration.together
@@ -95,7 +95,7 @@ class TestSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
             after = replace(after, cusum=moved, class_share_mewma=Mewma.zeros(at.tested_classes))
         return after
 
-    def _keep_lead_field(self, after: SuiteState, z: Floats) -> SuiteState:
+    def _keep_lead_field(self, after: SuiteState, z: Float64s) -> SuiteState:
         """Where several fields are open at once, only the one that is furthest off, and no other has gathered anything.
 
         Up to here all were compared with the classes that the model named, and one field may have made these wrong. If
@@ -112,11 +112,11 @@ class TestSequence(msgspec.Struct, frozen=True, eq=False, dict=True):
         return after.reset_except(kept)
 
 
-def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: Ints) -> TestSequence:
+def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: Ints) -> SuiteRun:
     """Over W windows with this evidence, begun at `t` (W,) epoch µs."""
     at, open_now = before.layout, before.open_fields
 
-    def run_cusums(z: Floats) -> cusum.CusumSequence:
+    def run_cusums(z: Float64s) -> cusum.CusumSequence:
         slack, limit = tester.limits.slack, tester.limits.limit
         return before.cusum.run_windows(z, evidence.effects, slack=slack, limit=limit, t=t)
 
@@ -129,7 +129,7 @@ def run_tests(tester: DriftTester, before: SuiteState, evidence: Evidence, t: In
     means, fields = before.field_mewma, z[:, at.means]
     if open_now.any():
         means, fields = means.reset_except(~open_now), np.where(open_now, np.nan, fields)
-    return TestSequence(
+    return SuiteRun(
         tester,
         before,
         evidence,
@@ -161,7 +161,7 @@ def _find_suspended_tests(tester: DriftTester, sequence: cusum.CusumSequence, op
     return held
 
 
-def _open_lead_alarm(sums: cusum.Cusum, mewma: Mewma, test_slice: slice, z: Floats) -> cusum.Cusum:
+def _open_lead_alarm(sums: cusum.Cusum, mewma: Mewma, test_slice: slice, z: Float64s) -> cusum.Cusum:
     """With an alarm of the test that `moved` most, at `place` among all.
 
     Of those that moved much, that is the one that is furthest off now: how far is cut off in the means.

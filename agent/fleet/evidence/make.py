@@ -9,7 +9,6 @@ import csv
 import errno
 import hashlib
 import io
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,13 +19,13 @@ import msgspec
 from agent import __version__, durable_files
 from agent.errors import StorageError, StorageFull, UsageError
 from agent.evaluation.document import Evaluation
+from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format import frameworks, manifest
 from agent.fleet.evidence.format.contents import WRITE_LIMITS, Incident, SignedMessage
 from agent.fleet.evidence.format.manifest import MANIFEST_FILE, SIGNATURE_FILE, EvidenceManifest, FileEntry
 from agent.fleet.evidence.gather import bundles, sbom, trusted_keys
-from agent.fleet.evidence.gather.database import EvidenceQueries
 from agent.fleet.evidence.gather.gather import EvidenceFacts, MessageVerifier, gather
 from agent.fleet.evidence.gather.sbom import Sbom
 from agent.fleet.evidence.page.page import render_html
@@ -250,8 +249,7 @@ class FolderWriter:
                     file.write(part)
                     checksum.update(part)
                     size += len(part)
-                file.flush()
-                os.fsync(file.fileno())
+                durable_files.flush(file)
         except OSError as error:
             kind = StorageFull if error.errno == errno.ENOSPC else StorageError
             raise kind(f"{self.out}: {path} cannot be written: {error.strerror}; no folder was created") from None
@@ -262,11 +260,11 @@ class FolderWriter:
         """Flush all folders and rename the staging folder to `out`. Raises StorageError."""
         try:
             for folder in [path for path in self._staging.rglob("*") if path.is_dir()] + [self._staging]:
-                durable_files.fsync_folder(folder)
+                durable_files.fsync(folder)
             if self.out.exists():
                 self.out.rmdir()
             self._staging.rename(self.out)
-            durable_files.fsync_folder(self.out.absolute().parent)
+            durable_files.fsync(self.out.absolute().parent)
         except OSError as error:
             raise StorageError(f"{self.out}: cannot be finished: {error.strerror}") from None
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import msgspec
 
+from agent.alerts import REPOSITORY_EXPIRY
 from agent.errors import StorageError
-from agent.fleet.database.projection import REPOSITORY_ALERT, repository_alert_row
+from agent.fleet.database.alerts import repository_alert_row
 from agent.fleet.database.store import FleetStore
 from agent.fleet.repository import edition, expiry, root_rotation, status
 from agent.fleet.repository.edition import Edition
@@ -103,7 +104,7 @@ def _maintain(folder: Path, store: FleetStore, current_time: datetime) -> None:
     if refresh_daily(folder, current_time) is not None:
         logger.info("repository: the timestamp is signed anew")
     reminders = status.read(folder, current_time).reminders
-    is_open = any(row["alert"] == REPOSITORY_ALERT for row in store.alerts())
+    is_open = any(row["alert"] == REPOSITORY_EXPIRY.alert for row in store.alerts())
     if bool(reminders) == is_open:
         return
     summary = "; ".join(reminders) or "Nothing in the repository expires soon, and no draft waits."

@@ -31,9 +31,9 @@ from agent.fleet.evidence.gather.incidents import IncidentCollector
 from agent.fleet.evidence.page.elements import format_duration
 from agent.fleet.evidence.verify.verify import verify
 from agent.performance.metrics import MetricEstimate
-from tests.kit.bundles import resign
+from agent.testing.messages import MessageSender, new_key
+from scripts.kit.bundles import resign
 from tests.kit.evidences import EXERCISE, Story, activated, alert, at, build_story, health
-from tests.kit.senders import Sender, new_key
 
 LATER = at(200)
 
@@ -181,7 +181,7 @@ def test_the_page_is_complete_and_loads_nothing(folder: Path) -> None:
 
 
 def test_text_from_devices_becomes_neither_markup_nor_formula(small: Story, tmp_path: Path) -> None:
-    sender = Sender("pi-09", small.operator, "5f0c2f6e-1a54-4d0b-9a53-000000000009")
+    sender = MessageSender("pi-09", small.operator, "5f0c2f6e-1a54-4d0b-9a53-000000000009")
     small.store.enrol("pi-09", sender.key.public, replace=False, now=at(0))
     evil = '=HYPERLINK("http://x")<script>alert(1)</script><img src=x onerror=alert(1)>'
     small.collect(sender, alert(sender, "<b>", "raised", 2, evil, subject="</td><script>", alert="security"), hours=2)
@@ -197,17 +197,17 @@ def test_text_from_devices_becomes_neither_markup_nor_formula(small: Story, tmp_
 def test_an_alert_open_at_the_end_of_a_replaced_log_has_no_end() -> None:
     incidents = IncidentCollector(0, {"pi-07": "5f0c2f6e-1a54-4d0b-9a53-000000000002"})
     for number in (1, 2):
-        sender = Sender(log=f"5f0c2f6e-1a54-4d0b-9a53-{number:012d}")
-        body: Any = sender.open(alert(sender, "a", "raised", number, "x")).body
+        sender = MessageSender(log=f"5f0c2f6e-1a54-4d0b-9a53-{number:012d}")
+        body: Any = sender.verify(alert(sender, "a", "raised", number, "x")).body
         incidents.add(body)
     assert sorted(incident.state for incident in incidents.sort_by_severity()) == ["open", "unknown"]
 
 
 def test_a_clock_set_back_leaves_the_duration_unknown() -> None:
-    sender = Sender(log="5f0c2f6e-1a54-4d0b-9a53-000000000001")
+    sender = MessageSender(log="5f0c2f6e-1a54-4d0b-9a53-000000000001")
     incidents = IncidentCollector(0, {})
     for state, hours in (("raised", 5), ("cleared", 3)):
-        body: Any = sender.open(alert(sender, "a", state, hours, "x")).body
+        body: Any = sender.verify(alert(sender, "a", state, hours, "x")).body
         incidents.add(body)
     [incident] = incidents.sort_by_severity()
     assert (incident.state, incident.seconds) == ("closed", None)
@@ -216,7 +216,7 @@ def test_a_clock_set_back_leaves_the_duration_unknown() -> None:
 def test_omitted_entries_are_counted_and_the_rest_verifies(
     small: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sender = Sender("pi-09", small.operator, "5f0c2f6e-1a54-4d0b-9a53-000000000009")
+    sender = MessageSender("pi-09", small.operator, "5f0c2f6e-1a54-4d0b-9a53-000000000009")
     small.store.enrol("pi-09", sender.key.public, replace=False, now=at(0))
     for number in range(9):
         severity = "critical" if number == 4 else "info"
@@ -489,10 +489,10 @@ def test_event_names_and_tasks_of_a_device_are_bounded(
         monkeypatch.setattr(f"agent.fleet.evidence.gather.{name}.WRITE_LIMITS", limits)
     sender = small.device("pi-09", 9)
     for number in range(8):
-        event = sender.logged("audit", event=f"invented {number}", summary="x", evidence={}, time=at(2))
+        event = sender.append("audit", event=f"invented {number}", summary="x", evidence={}, time=at(2))
         to = {"name": f"m{number}", "version": "1", "digest": f"sha256:{number}"}
         evidence = {"task": f"t{number}", "to": to, "why": "configured"}
-        activation = sender.logged("audit", event="activated", summary="x", evidence=evidence, time=at(2))
+        activation = sender.append("audit", event="activated", summary="x", evidence=evidence, time=at(2))
         small.collect(sender, event, activation, hours=2)
     facts = small.make(tmp_path / "out").facts
     assert len(facts.event_counts) == 4

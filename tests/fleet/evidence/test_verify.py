@@ -18,9 +18,9 @@ from agent.errors import MessageRefused
 from agent.fleet.evidence.format import manifest
 from agent.fleet.evidence.format.contents import READ_LIMITS, ReadLimits
 from agent.fleet.evidence.format.manifest import EvidenceManifest, FileEntry, ReceivedSpan, TrustedKey
+from agent.testing.messages import MessageSender, new_key
 from agent.wire import jws
 from tests.kit.received_evidence import OPERATOR, only, problems, resign, verified, write_manifest
-from tests.kit.senders import Sender, new_key
 
 pytest_plugins = ["tests.kit.evidence_fixtures"]
 
@@ -217,9 +217,9 @@ def test_a_duplicate_or_missing_message_is_named(folder: Path) -> None:
 
 def test_consecutive_messages_must_be_chained(folder: Path) -> None:
     """A device signs a seq 1, and a seq 2 that follows a different seq 1."""
-    sender = Sender("pi-77", new_key(77), "5f0c2f6e-1a54-4d0b-9a53-000000000077")
-    forked = Sender("pi-77", sender.key, sender.log, prev="x", seq=1)
-    messages = (sender.cursor(), forked.cursor())
+    sender = MessageSender("pi-77", new_key(77), "5f0c2f6e-1a54-4d0b-9a53-000000000077")
+    forked = MessageSender("pi-77", sender.key, sender.log, prev="x", seq=1)
+    messages = (sender.health_with_cursor(), forked.health_with_cursor())
     added = [{"topic": sent.topic, "payload": sent.payload.decode(), "jws": sent.jws} for sent in messages]
     edit(folder, MESSAGES, lambda content: content.extend(added))
     public = sender.key.public

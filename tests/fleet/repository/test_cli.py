@@ -22,7 +22,7 @@ from agent.fleet.database.store import FleetStore
 from agent.fleet.repository import expiry, upkeep
 from agent.transport.packets import IncomingMessage, OutgoingMessage, PublishReceipt
 from agent.wire import keys
-from tests.kit.bundles import KEY, resign
+from scripts.kit.bundles import KEY, resign
 from tests.kit.repositories import Client, served, version
 
 pytest_plugins = ["tests.kit.repository_fixtures"]

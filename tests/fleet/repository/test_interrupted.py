@@ -131,7 +131,7 @@ def test_killed_at_any_write_of_a_publish_the_device_gets_old_or_new_whole(
 import os, signal
 from pathlib import Path
 from agent.fleet.repository.publish import publish
-from tests.kit.bundles import KEY
+from scripts.kit.bundles import KEY
 real, n = os.replace, 0
 def replace(source, target):
     global n

@@ -23,10 +23,10 @@ from agent.fleet.repository.keys import RepositoryKeyring
 from agent.fleet.repository.publish import build_archive
 from agent.model.bundle import bundle as bundles
 from agent.model.bundle import target_metadata
+from agent.testing.messages import new_key
 from agent.wire import keys
-from tests.kit.bundles import KEY, change_manifest, resign
+from scripts.kit.bundles import KEY, change_manifest, resign
 from tests.kit.repositories import Client, Depot, served, version
-from tests.kit.senders import new_key
 
 pytest_plugins = ["tests.kit.repository_fixtures"]
 

@@ -16,6 +16,7 @@ import msgspec
 from agent import clock
 from agent.errors import MessageRefused, StorageError, UsageError
 from agent.fleet.audit import audit
+from agent.fleet.database.evidence import EvidenceQueries
 from agent.fleet.database.interface import Connection
 from agent.fleet.database.store import FleetStore
 from agent.fleet.evidence.format.contents import (
@@ -34,7 +35,6 @@ from agent.fleet.evidence.gather import trusted_keys
 from agent.fleet.evidence.gather.accuracy import AccuracyCollector
 from agent.fleet.evidence.gather.bundles import BundleDocuments
 from agent.fleet.evidence.gather.comparisons import ComparisonCollector
-from agent.fleet.evidence.gather.database import EvidenceQueries
 from agent.fleet.evidence.gather.decisions import DecisionCollector
 from agent.fleet.evidence.gather.deployments import ActivationCollector, parse_agent_version
 from agent.fleet.evidence.gather.incidents import IncidentCollector

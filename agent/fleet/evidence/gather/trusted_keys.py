@@ -29,7 +29,7 @@ def build_device_keys(rows: Iterable[dict[str, Any]]) -> tuple[list[TrustedKey],
         if key.kid != row["kid"]:
             broken.append(row["device"])
             continue
-        bounds = {"revoked": row["revoked"] or "", "log": row["log"], "last_valid_seq": row["through"]}
+        bounds = {"revoked": row["revoked"] or "", "log": row["log"], "last_valid_seq": row["last_seq"]}
         keys.append(TrustedKey(key.kid, key.text, "device", row["device"], row["added"], **bounds))
     return keys, broken
 
