@@ -109,7 +109,7 @@ class Daemon:
         models = {scheduled.task.name: scheduled.task.bundle_ref for scheduled in scheduled_tasks}
         self._health_reporter = HealthReporter(conf, store, message_log, models, now)
         self._timekeeper = Timekeeper(store, message_log)
-        self._throttle = Throttle(conf.care)
+        self._throttle = Throttle(conf.throttle)
         self._intake, self._uplink = intake, uplink
         self._stuck = {failure.task for failure in bundle_failures if not failure.fallback}
         self._unfinished: set[str] = set()
@@ -119,7 +119,7 @@ class Daemon:
         self._rollout = make_updater(runtime, self._on_model_wait)
         self._remote_commands = make_commands(runtime, self._rollout)
         self._health_reporter.extra_members = lambda now: {
-            "care": self._throttle.status.to_dict(),
+            "throttle": self._throttle.status.to_dict(),
             **self._rollout.report(now),
         }
         self._next_health = self._next_space_check = self._next_label_check = 0.0
@@ -132,7 +132,7 @@ class Daemon:
         self._intake.start()
         self._uplink.start()
         # After intake and uplink have started: threads inherit the priority.
-        lower_priority(self._conf.care)
+        lower_priority(self._conf.throttle)
         if not self.signals.is_stopping:
             notify("READY=1")
             log.info("running: %d streams, %d tasks", len(self._conf.streams), len(self._scheduled_tasks))

@@ -42,7 +42,7 @@ def build_document(conf: Config, store: Store) -> dict[str, Any]:
         "outbox": {"waiting": waiting, "last": last},
         "store": _build_storage_document(conf, store),
         "condition": inspect_condition(store).document,
-        "care": Throttle(conf.care).tick(now).to_dict(),
+        "throttle": Throttle(conf.throttle).tick(now).to_dict(),
         "rejected": counters.get("lines rejected", 0),
         "failed_files": counters.get("files failed", 0),
         "alerts": store.recent_alerts(_MAX_ALERTS),

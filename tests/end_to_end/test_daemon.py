@@ -258,9 +258,9 @@ def test_while_the_machine_is_too_hot_tasks_wait_health_says_so_and_what_waited_
     told = [
         json.loads(m.payload) for m in turned.store.unacknowledged_messages(0, 10_000) if m.topic.endswith("/health")
     ]
-    assert told[-1]["care"] == {
+    assert told[-1]["throttle"] == {
         "temperature": 91.0,
-        "resting": "91 °C; more than 80 °C ([care] max_temperature), until 75 °C",
+        "resting": "91 °C; more than 80 °C ([throttle] max_temperature), until 75 °C",
     }
     heat[0] = 60.0
     turned.turn(after_s=10.0)

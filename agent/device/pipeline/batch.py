@@ -311,17 +311,14 @@ def _build_result_bodies(
         stop = min(count, done + most)
         through = cut.consumed if stop == count else int(cut.starts[stop - 1]) + task.step
         picked = np.flatnonzero(listed[done:stop]) + done
-        listing: dict[str, Any] = {
-            "row": (ends[picked] + batch.first).tolist(),
-            "t": batch.rows.t[ends[picked]].tolist(),
-        }
-        listing |= columns.build(found, labels, missing, picked)
+        listed_rows = ends[picked] + batch.first
+        listing = columns.build(found, labels, missing, picked, listed_rows, batch.rows.t[ends[picked]])
         rows = [batch.first + first_row, batch.first + through - 1]
         body = _build_result_body(task, rows, stop - done, batch.rows.slice(first_row, through), listing)
         if incomplete := int(np.count_nonzero(missing[done:stop])):
             body["incomplete"] = incomplete
         # Where model windows overlap, the last result's row comes after the last row that is used up.
-        last = max([rows[1], *listing["row"][-1:]])
+        last = max([rows[1], *listed_rows[-1:].tolist()])
         yield body | _build_clocks(clip_stamps(batch.stamps, rows[0], last), message_log, announced)
         first_row, done = through, stop
         if done == count:
@@ -382,7 +379,7 @@ def _select_published(task: LoadedTask, model_scores: Scores, labels: list[str] 
     if publish == "summary":
         return np.zeros(count, bool)
     if isinstance(publish, config.PublishBelow) and model_scores.score is not None:
-        return np.asarray(model_scores.score < publish.below)
+        return np.asarray(model_scores.score < publish.below_score)
     if publish == "changes" and labels is not None:
         return np.array([a != b for a, b in zip(labels, [task.last_label, *labels[:-1]], strict=True)], bool)
     return np.ones(count, bool)

@@ -20,7 +20,7 @@ from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
 from agent.model.bundle import builtin, bundle
 from agent.model.inference import features, runtime, scores
 from agent.simulate.scenario import SCENARIOS
-from scripts.benchmarks.drifting.counting import Flags, Row, raised
+from scripts.benchmarks.drift_peers.counting import Flags, Row, raised
 
 PEOPLE = (8, 9, 10)
 SEEDS = 12
@@ -87,7 +87,7 @@ class Stream(msgspec.Struct, frozen=True):
     t: NDArray[np.int64]
 
     @classmethod
-    def of(
+    def from_recording(
         cls, recordings: ReplayRecordings, parts: Iterator[PlaylistItem], windows: int, change: Change | None = None
     ) -> Stream:
         """The next so many drift windows; what is left of the last recording is dropped."""
@@ -119,12 +119,12 @@ class Watch:
     def step(self, state: DriftState, stream: Stream) -> tuple[DriftState, list[DriftWindowResult]]:
         spec, starts = self._found.manifest, np.arange(0, len(stream.rows), ROWS)
         windows = features.build_windows(stream.rows, starts, spec.input)
-        said = scores.from_outputs(self._model.invoke(windows), spec, windows)
-        assert said.label is not None
-        assert said.score is not None
+        predictions = scores.from_outputs(self._model.invoke(windows), spec, windows)
+        assert predictions.label is not None
+        assert predictions.score is not None
         first = max(0, state.last_counted_row) + 1
         return self.judge.process_batch(
-            state, stream.rows, starts, ROWS, said.label, said.score[:, None].astype(np.float32),
+            state, stream.rows, starts, ROWS, predictions.label, predictions.score[:, None].astype(np.float32),
             rows=(first, first + len(stream.rows) - 1), t=stream.t,
         )  # fmt: skip
 
@@ -134,20 +134,20 @@ class Watch:
 
 def row(name: str, seeds: int = SEEDS, *, halves: bool = False, quiet: int = QUIET) -> Row:
     """Each of the PEOPLE is a site of their own, so many times; which field changes goes round."""
-    watch, found = Watch(), Row(name)
+    watch, row = Watch(), Row(name)
     everyone = load(SCENARIOS["exercise"].file)
     seen, unseen = (half(everyone, 0), half(everyone, 1)) if halves else (everyone, everyone)
     for seed in range(seeds):
         for person in PEOPLE:
-            site(watch, found, (seen, unseen), person, seed, quiet)
-    return found
+            site(watch, row, (seen, unseen), person, seed, quiet)
+    return row
 
 
 def site(
-    watch: Watch, found: Row, played: tuple[ReplayRecordings, ReplayRecordings], person: int, seed: int, quiet: int
+    watch: Watch, row: Row, played: tuple[ReplayRecordings, ReplayRecordings], person: int, seed: int, quiet: int
 ) -> None:
     seen, unseen = played
-    learning = Stream.of(seen, Playlist(seen, person, seed).iter_items(), LEARN)
+    learning = Stream.from_recording(seen, Playlist(seen, person, seed).iter_items(), LEARN)
     learned, _ = watch.step(watch.judge.start(), learning)
     assert learned.site_reference is not None, "it did not learn"
 
@@ -156,9 +156,11 @@ def site(
         next(later)  # begun
         return later
 
-    found.add_quiet(watch.flags(learned, Stream.of(unseen, after(), quiet)))
+    row.add_quiet(watch.flags(learned, Stream.from_recording(unseen, after(), quiet)))
     for change in changes((seed + person) % FIELDS, learning.rows.std(0)):
-        found.add(change.name, watch.flags(learned, Stream.of(unseen, after(), WATCHED, change)), change.subjects)
+        row.add(
+            change.name, watch.flags(learned, Stream.from_recording(unseen, after(), WATCHED, change)), change.subjects
+        )
 
 
 def half(recordings: ReplayRecordings, which: int) -> ReplayRecordings:

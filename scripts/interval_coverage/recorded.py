@@ -42,8 +42,8 @@ def recordings(change: str) -> tuple[Both, ...]:
     model = inference.load_model(shipped.manifest, shipped.model_bytes)
     other = runtime.TfliteModel(build_rigged_bundle("sensitive")["model.tflite"]) if change == "sensitive" else model
     factor = np.float32(1.3 if change == "scaled" else 1.0)
-    with np.load(SHIPPED.parent / "recordings" / "exercise.npz") as found:
-        rows, begins, labels, names = found["rows"], found["starts"], found["label"], found["labels"]
+    with np.load(SHIPPED.parent / "recordings" / "exercise.npz") as archive:
+        rows, begins, labels, names = archive["rows"], archive["starts"], archive["label"], archive["labels"]
     order = [list(shipped.manifest.output.labels or []).index(str(name)) for name in names]
     window = shipped.manifest.input.window
     assert window is not None
@@ -51,42 +51,58 @@ def recordings(change: str) -> tuple[Both, ...]:
     for (a, b), label in zip(itertools.pairwise(begins.tolist()), labels.tolist(), strict=True):
         windows = features.build_windows(rows, np.arange(a, b - window.rows + 1, STEP), shipped.manifest.input)
         ours, theirs = model.invoke(windows), other.invoke(windows * factor)
-        said, others, true = ours.argmax(axis=1), theirs.argmax(axis=1), order[label]
-        made.append(Both(said == others, said == true, others == true, *_chances(shipped.manifest, ours, theirs)))
+        predicted, others, true = ours.argmax(axis=1), theirs.argmax(axis=1), order[label]
+        made.append(
+            Both(predicted == others, predicted == true, others == true, *_chances(shipped.manifest, ours, theirs))
+        )
     return tuple(made)
 
 
 def _chances(manifest: Manifest, *outputs: NDArray[np.float32]) -> list[NDArray[np.float64]]:
     """That each answer is right, by its score."""
-    found = [scores.from_outputs(one, manifest).score for one in outputs]
-    return [one for one in found if one is not None]
+    score_list = [scores.from_outputs(output, manifest).score for output in outputs]
+    return [output for output in score_list if output is not None]
 
 
-def truths(some: Sequence[Both]) -> dict[str, float]:
-    n = sum(len(one.same) for one in some)
+def truths(chosen_recordings: Sequence[Both]) -> dict[str, float]:
+    n = sum(len(recording.same) for recording in chosen_recordings)
     return {
-        "agreement": sum(int(one.same.sum()) for one in some) / n,
-        "labelled gain": sum(int(one.beside.sum()) - int(one.right.sum()) for one in some) / n,
-        "expected gain": sum(float(one.other.sum() - one.chance.sum()) for one in some) / n,
+        "agreement": sum(int(recording.same.sum()) for recording in chosen_recordings) / n,
+        "labelled gain": sum(
+            int(recording.beside.sum()) - int(recording.right.sum()) for recording in chosen_recordings
+        )
+        / n,
+        "expected gain": sum(float(recording.other.sum() - recording.chance.sum()) for recording in chosen_recordings)
+        / n,
     }
 
 
-def drawn(random: np.random.Generator, some: Sequence[Both], windows: int, count: int) -> list[ComparisonBlock]:
+def drawn(
+    random: np.random.Generator, chosen_recordings: Sequence[Both], windows: int, count: int
+) -> list[ComparisonBlock]:
     """So many blocks of so many windows."""
     chosen: list[Both] = []
-    while sum(len(one.same) for one in chosen) < windows * count:
-        chosen.append(some[int(random.integers(len(some)))])
-    joined = Both(*(np.concatenate([getattr(one, name) for one in chosen]) for name in Both.__dataclass_fields__))
+    while sum(len(recording.same) for recording in chosen) < windows * count:
+        chosen.append(chosen_recordings[int(random.integers(len(chosen_recordings)))])
+    joined = Both(
+        *(np.concatenate([getattr(recording, name) for recording in chosen]) for name in Both.__dataclass_fields__)
+    )
     return [ComparisonBlock(_tally(joined, slice(i * windows, (i + 1) * windows))) for i in range(count)]
 
 
-def _tally(one: Both, part: slice) -> ComparisonStats:
-    ours, theirs, n = one.right[part], one.beside[part], len(one.same[part])
-    counts = [int(found.sum()) for found in (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)]
-    model = BundleStats(n, 0.0, expected=Moments(n, float(one.chance[part].mean())))
-    beside = BundleStats(n, 0.0, expected=Moments(n, float(one.other[part].mean())))
+def _tally(recording: Both, part: slice) -> ComparisonStats:
+    ours, theirs, n = recording.right[part], recording.beside[part], len(recording.same[part])
+    counts = [int(mask.sum()) for mask in (ours & theirs, ours & ~theirs, ~ours & theirs, ~ours & ~theirs)]
+    model = BundleStats(n, 0.0, expected=Moments(n, float(recording.chance[part].mean())))
+    other_stats = BundleStats(n, 0.0, expected=Moments(n, float(recording.other[part].mean())))
     return ComparisonStats(
-        1, n, int(one.same[part].sum()), Moments(), model, beside, (counts[0], counts[1], counts[2], counts[3])
+        1,
+        n,
+        int(recording.same[part].sum()),
+        Moments(),
+        model,
+        other_stats,
+        (counts[0], counts[1], counts[2], counts[3]),
     )
 
 
@@ -95,9 +111,12 @@ Drawn = Callable[[np.random.Generator], list[ComparisonBlock]]
 
 def cases() -> dict[str, tuple[Drawn, dict[str, float]]]:
     """By name: what draws the blocks, and the truth of each estimate."""
-    found: dict[str, tuple[Drawn, dict[str, float]]] = {}
+    cases_by_name: dict[str, tuple[Drawn, dict[str, float]]] = {}
     for change, windows, count in itertools.product(("sensitive", "scaled"), (6, 24), (12, 20, 60)):
-        some = recordings(change)
+        chosen_recordings = recordings(change)
         name = f"recordings, {change}, {windows} windows a message, {count} messages"
-        found[name] = (partial(drawn, some=some, windows=windows, count=count), truths(some))
-    return found
+        cases_by_name[name] = (
+            partial(drawn, chosen_recordings=chosen_recordings, windows=windows, count=count),
+            truths(chosen_recordings),
+        )
+    return cases_by_name

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, Reference, build_reference
 from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
-from scripts.benchmarks.drifting.counting import Row, raised
+from scripts.benchmarks.drift_peers.counting import Row, raised
 
 SEEDS = 12
 ROWS = 500  # of a window
@@ -45,7 +45,7 @@ def load(environment: Path) -> Readings | None:
 
 def rows(readings: Readings, seeds: int = SEEDS) -> list[Row]:
     """Drift and faults apart: single readings a thousand times the usual are among the normal rows."""
-    found = {kind: Row(f"ours, {kind} alerts") for kind in ("drift", "fault")}
+    result_rows = {kind: Row(f"ours, {kind} alerts") for kind in ("drift", "fault")}
     for seed in range(seeds):
         rng = np.random.default_rng(seed)
         judge, learned = _learned(readings.normal, rng)
@@ -53,11 +53,11 @@ def rows(readings: Readings, seeds: int = SEEDS) -> list[Row]:
         trials = {
             change: _mixed(quiet[: WATCHED * ROWS], readings.others, share, rng) for change, share in SHARES.items()
         }
-        for kind, row in found.items():
+        for kind, row in result_rows.items():
             row.add_quiet(raised(_step(judge, learned, quiet)[1], SUBJECTS, kind))
             for change, mixed in trials.items():
                 row.add(change, raised(_step(judge, learned, mixed)[1], SUBJECTS, kind), range(len(SUBJECTS) + 1))
-    return list(found.values())
+    return list(result_rows.values())
 
 
 def _learned(normal: Floats, rng: np.random.Generator) -> tuple[DriftMonitor, DriftState]:

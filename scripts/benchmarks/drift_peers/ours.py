@@ -9,9 +9,9 @@ import numpy as np
 
 from agent.drift import DriftMonitor, DriftState, DriftWindowResult, build_reference
 from agent.drift.testing.test_suite import JOINT, OUTPUT, SCORE
-from scripts.benchmarks.drifting import made
-from scripts.benchmarks.drifting.counting import Flags, Row, raised
-from scripts.benchmarks.drifting.made import ANSWER, CERTAINTY, FIELDS, ROWS, Change, Kind, Table
+from scripts.benchmarks.drift_peers import synthetic
+from scripts.benchmarks.drift_peers.counting import Flags, Row, raised
+from scripts.benchmarks.drift_peers.synthetic import ANSWER, CERTAINTY, FIELDS, ROWS, Change, Kind, Table
 
 NAMES = tuple(f"f{i}" for i in range(FIELDS))
 LABELS = tuple("abcd")
@@ -20,16 +20,16 @@ EVERY_US = 10_000
 AT_ONCE = 5  # windows of a trial before it is asked whether the change was found
 
 
-class Watch(msgspec.Struct, frozen=True):
+class MonitorRun(msgspec.Struct, frozen=True):
     """A judge of a model that answers every `model_rows` rows."""
 
     judge: DriftMonitor
     model_rows: int
 
     @classmethod
-    def of(cls, kind: Kind, model_rows: int, window: int = ROWS) -> Watch:
+    def from_kind(cls, kind: Kind, model_rows: int, window: int = ROWS) -> MonitorRun:
         """Of windows of `window` rows, with the reference of a bundle made from other rows of that kind."""
-        rows = made.training(kind)
+        rows = synthetic.training(kind)
         answered = slice(model_rows - 1, None, model_rows)
         shipped = build_reference(
             rows[:, :FIELDS], np.arange(0, len(rows), model_rows), model_rows,
@@ -37,7 +37,7 @@ class Watch(msgspec.Struct, frozen=True):
             fields=NAMES, labels=LABELS,
         )  # fmt: skip
         return cls(
-            DriftMonitor(shipped, labels=LABELS, window=window // model_rows, learn_windows=made.LEARN), model_rows
+            DriftMonitor(shipped, labels=LABELS, window=window // model_rows, learn_windows=synthetic.LEARN), model_rows
         )
 
     def step(self, state: DriftState, rows: Table) -> tuple[DriftState, list[DriftWindowResult]]:
@@ -55,19 +55,19 @@ def row(
     name: str, kind: Kind, changes: Sequence[Change], sites: int, quiet: int, trials: int, model_rows: int = 1
 ) -> Row:
     """`sites` that learn, are watched for `quiet` windows, and go through each change `trials` times."""
-    watch, found = Watch.of(kind, model_rows), Row(name)
+    watch, row_result = MonitorRun.from_kind(kind, model_rows), Row(name)
     for site in range(sites):
-        learned, _ = watch.step(watch.judge.start(), made.learning(kind, site))
+        learned, _ = watch.step(watch.judge.start(), synthetic.learning(kind, site))
         assert learned.site_reference is not None
-        found.add_quiet(raised(watch.step(learned, made.quiet(kind, site, quiet))[1], SUBJECTS))
+        row_result.add_quiet(raised(watch.step(learned, synthetic.quiet(kind, site, quiet))[1], SUBJECTS))
         for change in changes:
             for trial in range(trials):
-                rows = made.trial(kind, site, trial, change)
-                found.add(change.name, until_found(watch, learned, rows, change), change.subjects)
-    return found
+                rows = synthetic.trial(kind, site, trial, change)
+                row_result.add(change.name, run_until_detected(watch, learned, rows, change), change.subjects)
+    return row_result
 
 
-def until_found(watch: Watch, state: DriftState, rows: Table, change: Change) -> Flags:
+def run_until_detected(watch: MonitorRun, state: DriftState, rows: Table, change: Change) -> Flags:
     """Raised by window, up to where the change was found or to the end."""
     parts: list[Flags] = []
     for part in pieces(rows):

@@ -15,9 +15,9 @@ import click
 import msgspec
 import numpy as np
 
-from scripts.benchmarks.drifting import made
-from scripts.benchmarks.drifting.counting import Row
-from scripts.benchmarks.drifting.made import Change, Kind
+from scripts.benchmarks.drift_peers import synthetic
+from scripts.benchmarks.drift_peers.counting import Row
+from scripts.benchmarks.drift_peers.synthetic import Change, Kind
 
 ROOT = Path(__file__).parents[3]
 VENV = os.environ.get("OUTSTATION_VENV", str(ROOT / ".venv"))
@@ -65,14 +65,14 @@ def installed() -> bool:
 def write(file: Path, kind: Kind, changes: Sequence[Change], sites: int = SITES) -> None:
     """What the detectors are given of this kind."""
     most, trials = max(kit.quiet for kit in KITS), max(kit.trials for kit in KITS)
-    told = json.dumps([{"name": change.name, "subjects": change.subjects} for change in changes])
-    tables: dict[str, Any] = {"sites": np.int64(sites), "changes": np.str_(told)}
+    text = json.dumps([{"name": change.name, "subjects": change.subjects} for change in changes])
+    tables: dict[str, Any] = {"sites": np.int64(sites), "changes": np.str_(text)}
     for site in range(sites):
-        tables[f"{site}/reference"] = made.learning(kind, site)
-        tables[f"{site}/quiet"] = made.quiet(kind, site, most)
+        tables[f"{site}/reference"] = synthetic.learning(kind, site)
+        tables[f"{site}/quiet"] = synthetic.quiet(kind, site, most)
         for i, change in enumerate(changes):
             for trial in range(trials):
-                tables[f"{site}/{i}/{trial}"] = made.trial(kind, site, trial, change)
+                tables[f"{site}/{i}/{trial}"] = synthetic.trial(kind, site, trial, change)
     np.savez(file, **tables)
 
 
@@ -83,11 +83,11 @@ def started(kit: Kit, data: Path) -> Iterator[Peer]:
         raise click.ClickException(f"{kit.called}: {kit.python.parents[1]} was not made: scripts/setup peers")
     command = [str(kit.python), "-P", str(Path(__file__).with_name("peer.py")), kit.name]
     with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True) as process,
     ):
         try:
-            yield Peer(kit, data, process, said)
+            yield Peer(kit, data, process, output)
         finally:
             process.kill()
 
@@ -95,34 +95,34 @@ def started(kit: Kit, data: Path) -> Iterator[Peer]:
 class Peer:
     """`memory` is what the detector's import and judging some data took, in MB."""
 
-    def __init__(self, kit: Kit, data: Path, process: subprocess.Popen[str], said: IO[str]) -> None:
+    def __init__(self, kit: Kit, data: Path, process: subprocess.Popen[str], output: IO[str]) -> None:
         """Raises ClickException, as all here does, with what it said last where it fails."""
         self.kit, self.data = kit, data
-        self._process, self._said = process, said
+        self._process, self._said = process, output
         self._answer()
         self.memory: dict[str, float] = self.ask("memory", data)
 
-    def ask(self, what: str, data: Path, **more: Any) -> dict[str, Any]:
+    def ask(self, request: str, data: Path, **more: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"do": what, "data": str(data), **more}) + "\n")
+            self._process.stdin.write(json.dumps({"do": request, "data": str(data), **more}) + "\n")
             self._process.stdin.flush()
         return self._answer()
 
     def row(self, data: Path, changes: Sequence[Change]) -> Row:
         """Over what was written of these changes."""
-        found, out = Row(self.kit.called), data.with_name(f"{self.kit.name}.npz")
+        row, out = Row(self.kit.called), data.with_name(f"{self.kit.name}.npz")
         self.ask("flags", data, out=str(out), quiet=self.kit.quiet, trials=self.kit.trials)
         with np.load(out, allow_pickle=False) as flags:
-            found.add_quiet(flags["quiet"])
+            row.add_quiet(flags["quiet"])
             for i, change in enumerate(changes):
                 for trial in flags[f"change{i}"]:
-                    found.add(change.name, trial, [s for s in change.subjects if s < made.COLUMNS])
-        return found
+                    row.add(change.name, trial, [s for s in change.subjects if s < synthetic.COLUMNS])
+        return row
 
     def seconds_per_row(self) -> float:
-        told = self.ask("cost", self.data, windows=self.kit.timed)
-        return float(told["cpu_s"] / told["rows"])
+        reply = self.ask("cost", self.data, windows=self.kit.timed)
+        return float(reply["cpu_s"] / reply["rows"])
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -1,6 +1,6 @@
 """How much memory the judge needs, in a process of its own.
 
-    python -m scripts.benchmarks.drifting.memory FILE ROWS BATCH
+    python -m scripts.benchmarks.drift_peers.memory FILE ROWS BATCH
 
 Prints JSON, in MB of resident memory: what importing it took, and how far beyond that the work went at its peak, from
 parsing the bundle's reference to the last window. FILE is what `write` wrote; it is read before. A model answers every
@@ -16,23 +16,23 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.benchmarks.drifting.peer import peak, status
+from scripts.benchmarks.drift_peers.peer import peak, status
 
 WATCHED = 110  # windows, for one batch of the largest kind
 
 
 def write(file: Path, model_rows: int) -> None:
-    from scripts.benchmarks.drifting import made, ours
+    from scripts.benchmarks.drift_peers import ours, synthetic
 
-    kind = made.KINDS[0]
-    shipped = np.frombuffer(ours.Watch.of(kind, model_rows).judge.shipped.to_json(), np.uint8)
-    np.savez(file, shipped=shipped, learning=made.learning(kind, 0), quiet=made.quiet(kind, 0, WATCHED))
+    kind = synthetic.KINDS[0]
+    shipped = np.frombuffer(ours.MonitorRun.from_kind(kind, model_rows).judge.shipped.to_json(), np.uint8)
+    np.savez(file, shipped=shipped, learning=synthetic.learning(kind, 0), quiet=synthetic.quiet(kind, 0, WATCHED))
 
 
 def measured(file: Path, model_rows: int, batch: int) -> dict[str, float]:
     command = [sys.executable, "-m", __name__, str(file), str(model_rows), str(batch)]
-    found: dict[str, float] = json.loads(subprocess.check_output(command))
-    return found
+    figures: dict[str, float] = json.loads(subprocess.check_output(command))
+    return figures
 
 
 def main() -> None:
@@ -41,14 +41,14 @@ def main() -> None:
         shipped, tables = data["shipped"].tobytes(), [data["learning"], data["quiet"]]
     before = status("VmRSS")
     from agent.drift import DriftMonitor, Reference
-    from scripts.benchmarks.drifting import ours
+    from scripts.benchmarks.drift_peers import ours
 
     imported = status("VmRSS") - before
     with peak() as grown:
         judge = DriftMonitor(
             Reference.from_json(shipped), labels=ours.LABELS, window=500 // model_rows, learn_windows=40
         )
-        watch, state = ours.Watch(judge, model_rows), judge.start()
+        watch, state = ours.MonitorRun(judge, model_rows), judge.start()
         for table in tables:
             for at in range(0, len(table), batch):
                 state, _ = watch.step(state, table[at : at + batch])

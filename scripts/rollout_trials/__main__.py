@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from agent.wire import keys
-from scripts.staged import candidates
-from scripts.staged.judging import problems
-from scripts.staged.trials import TRIALS, Trial
+from scripts.rollout_trials import candidates
+from scripts.rollout_trials.trials import TRIALS, Trial
+from scripts.rollout_trials.verdict import problems
 
 # Of one trial, which ends when it is decided; a fleet of fifty takes a minute to start on two cores.
 _LONGEST_S, _STARTS_S = 900.0, 300.0
@@ -38,16 +38,16 @@ def main(names: tuple[str, ...], devices: int, seed: int, listing: bool, as_json
         return
     if unknown := [name for name in names if name not in known]:
         raise click.UsageError(f"there is no trial {unknown[0]!r}; --list names them")
-    found = []
+    results = []
     for trial in [known[name] for name in names or known]:
-        found.append(run(trial, devices, seed))
+        results.append(run(trial, devices, seed))
         if not as_json:
-            click.echo(row(found[-1]))
+            click.echo(row(results[-1]))
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(results, indent=2))
     else:
-        click.echo(summary(found))
-    sys.exit(0 if all(one["passed"] for one in found) else 1)
+        click.echo(summary(results))
+    sys.exit(0 if all(trial_result["passed"] for trial_result in results) else 1)
 
 
 def run(trial: Trial, devices: int, seed: int) -> dict[str, Any]:
@@ -87,11 +87,11 @@ def _judged(trial: Trial, report: dict[str, Any], seed: int) -> dict[str, Any]:
         "seed": seed,
         "state": rollout["state"],
         "step": rollout["step"],
-        "phases": dict(Counter(one["phase"] or "not heard of" for one in devices)),
-        "runs": dict(Counter(one["runs"]["version"] for one in devices if one["runs"])),
+        "phases": dict(Counter(device["phase"] or "not heard of" for device in devices)),
+        "runs": dict(Counter(device["runs"]["version"] for device in devices if device["runs"])),
         "served": rollout["served"],
-        "back": {one["device"]: one["reason"] for one in devices if one["phase"] == "rolled back"},
-        "restarts": [ended for one in devices for ended in one["restarts"]],
+        "back": {device["device"]: device["reason"] for device in devices if device["phase"] == "rolled back"},
+        "restarts": [ended for device in devices for ended in device["restarts"]],
         "last": rollout["decisions"][-1]["summary"],
         "audit": report["audit"]["passed"],
         "messages": report["audit"]["messages"],
@@ -101,19 +101,19 @@ def _judged(trial: Trial, report: dict[str, Any], seed: int) -> dict[str, Any]:
     }
 
 
-def row(one: dict[str, Any]) -> str:
-    if "state" not in one:
-        return f"{one['trial']:22} FAILED\n    {one['problems'][0]}"
-    runs = ", ".join(f"{count} run {version}" for version, count in sorted(one["runs"].items()))
-    text = f"{one['trial']:22} {one['state']:9} step {one['step']}  {runs:28} {one['served']:6} served "
-    audit = f"audit {'passed' if one['audit'] else 'FAILED'} of {one['messages']:6}"
-    told = "".join(f"\n    {said}" for said in (*one["problems"], *one["restarts"]))
-    return f"{text} {audit} {one['seconds']:6.0f} s  {'ok' if one['passed'] else 'FAILED'}\n    {one['last']}{told}"
+def row(trial_result: dict[str, Any]) -> str:
+    if "state" not in trial_result:
+        return f"{trial_result['trial']:22} FAILED\n    {trial_result['problems'][0]}"
+    runs = ", ".join(f"{count} run {version}" for version, count in sorted(trial_result["runs"].items()))
+    text = f"{trial_result['trial']:22} {trial_result['state']:9} step {trial_result['step']}  {runs:28} {trial_result['served']:6} served "
+    audit = f"audit {'passed' if trial_result['audit'] else 'FAILED'} of {trial_result['messages']:6}"
+    details = "".join(f"\n    {line}" for line in (*trial_result["problems"], *trial_result["restarts"]))
+    return f"{text} {audit} {trial_result['seconds']:6.0f} s  {'ok' if trial_result['passed'] else 'FAILED'}\n    {trial_result['last']}{details}"
 
 
-def summary(found: Iterable[dict[str, Any]]) -> str:
-    each = list(found)
-    failed = [one["trial"] for one in each if not one["passed"]]
+def summary(results: Iterable[dict[str, Any]]) -> str:
+    each = list(results)
+    failed = [trial_result["trial"] for trial_result in each if not trial_result["passed"]]
     return f"{len(each)} roll-outs: {'FAILED: ' + ', '.join(failed) if failed else 'each ended as it should'}"
 
 

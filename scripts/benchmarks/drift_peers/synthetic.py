@@ -55,12 +55,12 @@ QUARTER, HALF, WIDER, RAMPED, TOGETHER, ANSWERS = (
 
 def changes(fields: int) -> tuple[Change, ...]:
     """Of the first `fields` fields, or of how these go together; of two where it is only one. And of the answers."""
-    some, several = tuple(range(fields)), tuple(range(max(2, fields)))
+    first_fields, several = tuple(range(fields)), tuple(range(max(2, fields)))
     return (
-        Change(QUARTER, some, _first(fields, lambda series: series + 0.25)),
-        Change(HALF, some, _first(fields, lambda series: series + 0.5)),
-        Change(WIDER, some, _first(fields, lambda series: series * np.sqrt(1.5))),
-        Change(RAMPED, some, _first(fields, _ramped)),
+        Change(QUARTER, first_fields, _first(fields, lambda series: series + 0.25)),
+        Change(HALF, first_fields, _first(fields, lambda series: series + 0.5)),
+        Change(WIDER, first_fields, _first(fields, lambda series: series * np.sqrt(1.5))),
+        Change(RAMPED, first_fields, _first(fields, _ramped)),
         Change(TOGETHER, (*several, JOINT), _first(len(several), _correlated)),
         Change(ANSWERS, (ANSWER,), lambda series: series, OTHER_SHARES),
     )

@@ -26,10 +26,10 @@ MOST_MIB = 60.0
 @benchmark("apart")
 def in_a_process_of_its_own() -> Report:
     """Windows of `exercise`; medians, both in turns. And the memory that the process takes (PSS)."""
-    found = bundle.read(builtin.bundles_dir() / "exercise", None)
-    here = inference.load_model(found.manifest, found.model_bytes)
+    shipped = bundle.read(builtin.bundles_dir() / "exercise", None)
+    here = inference.load_model(shipped.manifest, shipped.model_bytes)
     windows = np.random.default_rng(0).normal(0, 1, (MANY, *here.input_shape)).astype(np.float32)
-    with SubprocessModel(found) as there:
+    with SubprocessModel(shipped) as there:
         there.invoke(windows)
         results = []
         for count in (FEW, MANY):
@@ -40,7 +40,10 @@ def in_a_process_of_its_own() -> Report:
     results.append(
         Result("apart, memory", memory, MOST_MIB, "MiB", 1.0, "PSS of the child process", less=True, limit=True)
     )
-    lines = [f"{one.name}: {one.ours:,.0f} {one.unit}, {one.reference:,.0f}, {one.ratio:.2f}" for one in results]
+    lines = [
+        f"{result.name}: {result.ours:,.0f} {result.unit}, {result.reference:,.0f}, {result.ratio:.2f}"
+        for result in results
+    ]
     return Report(tuple(results), "\n".join(lines))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from scripts.staged.trials import Trial
+from scripts.rollout_trials.trials import Trial
 
 _BACK = frozenset({"rolled back", "refused"})
 
@@ -13,32 +13,32 @@ _BACK = frozenset({"rolled back", "refused"})
 def problems(trial: Trial, report: dict[str, Any]) -> list[str]:
     """A sentence for each thing that is not as it should be."""
     rollout, devices = report["rollout"], report["devices"]
-    found = []
+    lines = []
     if not report["audit"]["passed"]:
         wrong = [entry for key in ("gaps", "invalid", "invalid_decisions") for entry in report["audit"].get(key, [])]
-        found.append(f"the audit fails: {wrong[:3]}")
+        lines.append(f"the audit fails: {wrong[:3]}")
     if not rollout["ended"]:
-        found.append("it did not end in time")
+        lines.append("it did not end in time")
     if not trial.serves and rollout["served"]:
-        found.append(f"{rollout['served']} messages carry results of a bundle that should never serve")
-    silent = [one["device"] for one in devices if one["runs"] is None]
+        lines.append(f"{rollout['served']} messages carry results of a bundle that should never serve")
+    silent = [device["device"] for device in devices if device["runs"] is None]
     if silent:
-        found.append(f"no results at all from {', '.join(silent)}")
-    found += _finished(trial, rollout, devices) if trial.ends == "finished" else _stopped(trial, rollout, devices)
-    return found
+        lines.append(f"no results at all from {', '.join(silent)}")
+    lines += _finished(trial, rollout, devices) if trial.ends == "finished" else _stopped(trial, rollout, devices)
+    return lines
 
 
 def _finished(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any]]) -> Iterator[str]:
     if rollout["state"] != "finished":
         yield f"it is {rollout['state']} at step {rollout['step']}, and should be finished"
     worse = set(rollout["hardship"]["worse"]) if trial.back else set()
-    for one in devices:
-        back = one["device"] in worse
-        if one["phase"] not in (_BACK if back else {"settled"}):
-            where = f"is {one['phase'] or 'not heard of'} ({one['why']})"
-            yield f"{one['device']} {where}, and should {'have taken it back' if back else 'have settled on it'}"
-        if _runs_it(one, rollout) == back:
-            yield f"{one['device']} runs {one['runs']}, and should {'not ' if back else ''}run it"
+    for device in devices:
+        back = device["device"] in worse
+        if device["phase"] not in (_BACK if back else {"settled"}):
+            where = f"is {device['phase'] or 'not heard of'} ({device['why']})"
+            yield f"{device['device']} {where}, and should {'have taken it back' if back else 'have settled on it'}"
+        if _runs_it(device, rollout) == back:
+            yield f"{device['device']} runs {device['runs']}, and should {'not ' if back else ''}run it"
 
 
 def _stopped(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any]]) -> Iterator[str]:
@@ -46,7 +46,7 @@ def _stopped(trial: Trial, rollout: dict[str, Any], devices: list[dict[str, Any]
         yield f"it is {rollout['state']} at step {rollout['step']}, and should be aborted"
     if rollout["strategy"] != trial.ends:
         yield f"it was stopped in {rollout['strategy']}, and should be in {trial.ends}"
-    if still := [one["device"] for one in devices if _runs_it(one, rollout)]:
+    if still := [device["device"] for device in devices if _runs_it(device, rollout)]:
         yield f"{', '.join(still)} still run it"
 
 

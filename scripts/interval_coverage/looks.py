@@ -11,8 +11,8 @@ import numpy as np
 from agent.comparison.paired_intervals import ComparisonBlock
 from agent.comparison.tally import ComparisonStats
 from agent.device.rollout.shadow import batches_per_message, merge_neighbours
-from scripts.covering import made
-from scripts.covering.made import ESTIMATES, STRAIN, TRUTHS, WINDOWS, Floats
+from scripts.interval_coverage import synthetic
+from scripts.interval_coverage.synthetic import ESTIMATES, STRAIN, TRUTHS, WINDOWS, Floats
 
 MESSAGES = 100
 # Of the rules: so many batches are answered before a device judges.
@@ -25,24 +25,24 @@ LOOKED_AT = ("agreement", "labelled gain", "expected gain")
 STRAINS: dict[str, Callable[[np.random.Generator, int], Floats]] = {
     **{
         f"bursts {length} batches long": partial(
-            lambda random, windows, length: made.bursts(random, length * WINDOWS, STRAIN, windows), length=length
+            lambda random, windows, length: synthetic.bursts(random, length * WINDOWS, STRAIN, windows), length=length
         )
         for length in (2, 5, 20)
     },
-    "drift of 0.01 a batch": lambda random, windows: made.drift(random, 0.01, windows),
+    "drift of 0.01 a batch": lambda random, windows: synthetic.drift(random, 0.01, windows),
 }
 
 
 def lowest_high(random: np.random.Generator, name: str, batches: int) -> dict[str, tuple[float, float]]:
     """The upper end that the first look finds, and the lowest of any at MESSAGES messages: below a limit, it is bad."""
     ends = list(accumulate(batches_per_message(i, batches) for i in range(MESSAGES)))
-    answered = made.batches(random, STRAINS[name](random, ends[-1] * WINDOWS))
-    found: dict[str, list[float]] = {estimate: [] for estimate in LOOKED_AT}
+    answered = synthetic.batches(random, STRAINS[name](random, ends[-1] * WINDOWS))
+    bounds: dict[str, list[float]] = {estimate: [] for estimate in LOOKED_AT}
     for blocks in _looks(answered, ends, batches):
         for estimate in LOOKED_AT:
             if (seen := ESTIMATES[estimate](blocks)) is not None:
-                found[estimate].append(seen.high)
-    return {estimate: (highs[0], min(highs)) for estimate, highs in found.items()}
+                bounds[estimate].append(seen.high)
+    return {estimate: (highs[0], min(highs)) for estimate, highs in bounds.items()}
 
 
 def measured(name: str, seed: int, repeats: int, batches: int) -> dict[str, list[list[float]]]:
@@ -51,7 +51,7 @@ def measured(name: str, seed: int, repeats: int, batches: int) -> dict[str, list
     return {
         estimate: [
             [
-                sum(one[estimate][look] < TRUTHS[estimate](STRAIN) - margin for one in lowest) / repeats
+                sum(bounds[estimate][look] < TRUTHS[estimate](STRAIN) - margin for bounds in lowest) / repeats
                 for margin in MARGINS
             ]
             for look in (0, 1)
@@ -62,8 +62,8 @@ def measured(name: str, seed: int, repeats: int, batches: int) -> dict[str, list
 
 def _looks(answered: list[ComparisonStats], ends: list[int], batches: int) -> Iterator[list[ComparisonBlock]]:
     """What a device keeps after each of its messages, from so many batches on."""
-    kept: list[ComparisonStats] = []
+    retained: list[ComparisonStats] = []
     for begin, end in zip([0, *ends], ends, strict=False):
-        kept = merge_neighbours([*kept, sum(answered[begin:end], ComparisonStats())])
+        retained = merge_neighbours([*retained, sum(answered[begin:end], ComparisonStats())])
         if end >= batches:
-            yield [ComparisonBlock(one) for one in kept]
+            yield [ComparisonBlock(stats) for stats in retained]

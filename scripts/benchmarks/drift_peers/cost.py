@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from scripts.benchmarks.drifting import made, memory, ours
-from scripts.benchmarks.drifting.made import ROWS
-from scripts.benchmarks.drifting.peers import Peer
+from scripts.benchmarks.drift_peers import memory, ours, synthetic
+from scripts.benchmarks.drift_peers.peers import Peer
+from scripts.benchmarks.drift_peers.synthetic import ROWS
 
 ROUNDS = 7
 YARDSTICK = "ten bins, NumPy"
@@ -50,11 +50,11 @@ class Cost(msgspec.Struct, frozen=True):
 
 def judged(case: Case) -> Callable[[], float]:
     """What judges the same rows, again and again, and says the seconds per row."""
-    kind = made.KINDS[0]
-    watch = ours.Watch.of(kind, case.model_rows, case.window)
-    learned, _ = watch.step(watch.judge.start(), made.quiet(kind, 1, made.LEARN * case.window // ROWS))
+    kind = synthetic.KINDS[0]
+    watch = ours.MonitorRun.from_kind(kind, case.model_rows, case.window)
+    learned, _ = watch.step(watch.judge.start(), synthetic.quiet(kind, 1, synthetic.LEARN * case.window // ROWS))
     assert learned.site_reference is not None
-    rows = made.quiet(kind, 0, 102)
+    rows = synthetic.quiet(kind, 0, 102)
     batches = [rows[at : at + case.rows] for at in range(0, len(rows) - case.window + 1, case.rows)]
     count = sum(map(len, batches))
 
@@ -69,7 +69,7 @@ def judged(case: Case) -> Callable[[], float]:
 
 def yardstick() -> Callable[[], float]:
     """Ten bins of each field by NumPy alone: about 0.4 µs per row on the machine of shared research when it is idle."""
-    rows = made.quiet(made.KINDS[0], 0, 100)[:, : made.FIELDS]
+    rows = synthetic.quiet(synthetic.KINDS[0], 0, 100)[:, : synthetic.FIELDS]
     edges = np.quantile(rows, np.arange(1, 10) / 10, axis=0).T
 
     def once() -> float:
@@ -92,13 +92,13 @@ def in_turns(sides: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> dic
 
 
 def memories(folder: Path) -> dict[str, dict[str, float]]:
-    found = {}
+    memory_by_kind = {}
     for case in (case for case in CASES if case.window == ROWS):
         file = folder / f"memory{case.model_rows}.npz"
         if not file.exists():
             memory.write(file, case.model_rows)
-        found[case.called] = memory.measured(file, case.model_rows, case.rows)
-    return found
+        memory_by_kind[case.called] = memory.measured(file, case.model_rows, case.rows)
+    return memory_by_kind
 
 
 def costs(others: Sequence[Peer], rounds: int = ROUNDS) -> dict[str, Cost]:

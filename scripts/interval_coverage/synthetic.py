@@ -63,12 +63,12 @@ def bursts(random: np.random.Generator, length: float, share: float, windows: in
     """(windows,) strain 1 in this share of the time, in bursts of `length` windows in the mean; else 0."""
     length = max(length, 1.0, share / (1 - share))
     means = (max(1.0, length * (1 - share) / share), length)
-    state, found, filled = bool(random.random() < share), [], 0
+    state, flags, filled = bool(random.random() < share), [], 0
     while filled < windows:
         stays = int(random.geometric(1 / means[state]))
-        found.append(np.full(stays, float(state)))
+        flags.append(np.full(stays, float(state)))
         filled, state = filled + stays, not state
-    return np.concatenate(found)[:windows]
+    return np.concatenate(flags)[:windows]
 
 
 def drift(random: np.random.Generator, step: float, windows: int) -> Floats:
@@ -79,9 +79,9 @@ def drift(random: np.random.Generator, step: float, windows: int) -> Floats:
     return np.minimum(walk, 2 * width - walk)
 
 
-def told(random: np.random.Generator, strain: Floats, device: str = "") -> list[ComparisonBlock]:
+def comparison_blocks(random: np.random.Generator, strain: Floats, device: str = "") -> list[ComparisonBlock]:
     """A block for each WINDOWS of them."""
-    return [ComparisonBlock(one, device) for one in batches(random, strain)]
+    return [ComparisonBlock(batch, device) for batch in batches(random, strain)]
 
 
 def batches(random: np.random.Generator, strain: Floats) -> list[ComparisonStats]:
@@ -93,31 +93,31 @@ def _batch(random: np.random.Generator, strain: Floats) -> ComparisonStats:
     same = int((random.random(n) < 0.96 - 0.56 * strain).sum())
     # A processor that is busy with other things slows a batch down.
     ours, theirs = np.exp(random.normal(-0.02, 0.2, 2))
-    asked = strain[::2]
-    labelled = random.multinomial(1, _mixed(asked)).sum(axis=0)
-    off = random.exponential(1, (2, len(asked)))
+    labelled_part = strain[::2]
+    labelled = random.multinomial(1, _mixed(labelled_part)).sum(axis=0)
+    off = random.exponential(1, (2, len(labelled_part)))
     expected = np.clip(random.normal(0, 0.05, (2, n)), -0.1, 0.1) + 0.9
     model = BundleStats(
         n, 0.001 * n * float(ours), expected=tally.compute_moments(expected[0]), abs_error=tally.compute_moments(off[0])
     )
-    beside = BundleStats(
+    other_stats = BundleStats(
         n,
         0.001 * float((2 + strain).sum() * theirs),
         expected=tally.compute_moments(expected[1] - 0.3 * strain),
-        abs_error=tally.compute_moments(off[1] * (1 + asked)),
+        abs_error=tally.compute_moments(off[1] * (1 + labelled_part)),
     )
-    both, model_only, beside_only, neither = (int(one) for one in labelled)
-    return ComparisonStats(1, n, same, tally.EMPTY_MOMENTS, model, beside, (both, model_only, beside_only, neither))
+    both, model_only, other_only, neither = (int(count) for count in labelled)
+    return ComparisonStats(1, n, same, tally.EMPTY_MOMENTS, model, other_stats, (both, model_only, other_only, neither))
 
 
 def _mixed(strain: Floats) -> Floats:
-    found: Floats = _LABELLED_CALM + np.outer(strain, _LABELLED_HURT - _LABELLED_CALM)
-    return found
+    mixed: Floats = _LABELLED_CALM + np.outer(strain, _LABELLED_HURT - _LABELLED_CALM)
+    return mixed
 
 
 def _bursts(length: float, count: int) -> Callable[[np.random.Generator], tuple[list[ComparisonBlock], float]]:
     def make(random: np.random.Generator) -> tuple[list[ComparisonBlock], float]:
-        return told(random, bursts(random, length * WINDOWS, STRAIN, count * WINDOWS)), STRAIN
+        return comparison_blocks(random, bursts(random, length * WINDOWS, STRAIN, count * WINDOWS)), STRAIN
 
     return make
 
@@ -129,7 +129,7 @@ def _drift(
 
     def make(random: np.random.Generator) -> tuple[list[ComparisonBlock], float]:
         strain = drift(random, step, count * WINDOWS)
-        return told(random, strain), float(strain.mean()) if now else STRAIN
+        return comparison_blocks(random, strain), float(strain.mean()) if now else STRAIN
 
     return make
 
@@ -142,7 +142,7 @@ def _devices(devices: int, count: int) -> Callable[[np.random.Generator], tuple[
         blocks = [
             block
             for i, level in enumerate(levels.tolist())
-            for block in told(random, bursts(random, WINDOWS, level, count * WINDOWS), f"pi-{i}")
+            for block in comparison_blocks(random, bursts(random, WINDOWS, level, count * WINDOWS), f"pi-{i}")
         ]
         return blocks, STRAIN if devices >= paired_intervals.MIN_DEVICES else float(levels.mean())
 

@@ -35,24 +35,26 @@ against, in the same run, in turns, the median of several; absolute figures are 
 def write(results: Sequence[Result], worst: Sequence[Result]) -> None:
     """The page, and the `worst` of each that was seen now as what later runs are held against."""
     head = _HEAD.format(day=datetime.now(UTC).date(), commit=_commit(), machine=_machine())
-    notes = "\n".join(f"- **{one.name}**: {one.note}." for one in results)
+    notes = "\n".join(f"- **{result.name}**: {result.note}." for result in results)
     PAGE.write_text(head + "\n".join(map(_row, results)) + f"\n\n{notes}\n{_limits()}", encoding="utf-8")
-    kept = {one.name: round(one.ratio, 4) for one in worst if not one.limit}
-    RATIOS.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    committed_ratios = {result.name: round(result.ratio, 4) for result in worst if not result.limit}
+    RATIOS.write_text(json.dumps(committed_ratios, indent=2) + "\n", encoding="utf-8")
 
 
-def fallen(results: Sequence[Result]) -> list[str]:
+def find_regressions(results: Sequence[Result]) -> list[str]:
     """A sentence for each ratio that is worse by a third than the one that was committed."""
     known = json.loads(RATIOS.read_text(encoding="utf-8"))
-    found = []
-    for one in results:
-        before = known.get(one.name)
+    lines = []
+    for result in results:
+        before = known.get(result.name)
         if before is None:
             continue
-        kept = before / one.ratio if one.less else one.ratio / before
-        if kept < FALLEN:
-            found.append(f"{one.name}: the ratio is {one.ratio:.3g}, it was {before:.3g}; worse by more than a third")
-    return found
+        retained_share = before / result.ratio if result.less else result.ratio / before
+        if retained_share < FALLEN:
+            lines.append(
+                f"{result.name}: the ratio is {result.ratio:.3g}, it was {before:.3g}; worse by more than a third"
+            )
+    return lines
 
 
 def middle(runs: Sequence[Sequence[Result]]) -> list[Result]:
@@ -64,17 +66,17 @@ def worst(runs: Sequence[Sequence[Result]]) -> list[Result]:
     return [max(same, key=lambda one: one.ratio if one.less else -one.ratio) for same in zip(*runs, strict=True)]
 
 
-def _row(one: Result) -> str:
-    sign, verdict = ("≤", "met") if one.less else ("≥", "met")
-    if not one.met:
+def _row(result: Result) -> str:
+    sign, verdict = ("≤", "met") if result.less else ("≥", "met")
+    if not result.met:
         verdict = "**missed**"
     cells = (
-        one.name,
-        _number(one.ours),
-        _number(one.reference),
-        one.unit,
-        f"{one.ratio:.3g}",
-        f"{sign} {one.target:.3g}",
+        result.name,
+        _number(result.ours),
+        _number(result.reference),
+        result.unit,
+        f"{result.ratio:.3g}",
+        f"{sign} {result.target:.3g}",
     )
     return f"| {' | '.join(cells)} | {verdict} |"
 
@@ -99,7 +101,7 @@ def _machine() -> str:
 
 
 def _commit() -> str:
-    told = subprocess.run(
+    completed = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    return told.stdout.strip() or "unknown"
+    return completed.stdout.strip() or "unknown"

@@ -11,8 +11,8 @@ import click
 import numpy as np
 
 from agent.comparison.paired_intervals import ComparisonBlock
-from scripts.covering import looks, made, recorded
-from scripts.covering.made import ESTIMATES, TRUTHS, Case
+from scripts.interval_coverage import looks, recorded, synthetic
+from scripts.interval_coverage.synthetic import ESTIMATES, TRUTHS, Case
 
 Drawn = Callable[[np.random.Generator], tuple[list[ComparisonBlock], dict[str, float]]]
 
@@ -24,20 +24,24 @@ Drawn = Callable[[np.random.Generator], tuple[list[ComparisonBlock], dict[str, f
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def main(repeats: int, seed: int, only: str, as_json: bool) -> None:
     """Count how often 95 % intervals hold the truth, for example: scripts/coverage --repeats 100 --only recordings"""
-    say = (lambda line: None) if as_json else click.echo
-    say("held / called bad at its limit / without interval, of all; mean width")
+    announce = (lambda line: None) if as_json else click.echo
+    announce("held / called bad at its limit / without interval, of all; mean width")
     covered = []
     for name, drawn in _cases():
         if only in name:
             covered.append({"case": name, **held(drawn, seed, repeats)})
-            say(f"{name}\n" + "\n".join(_line(*item) for item in covered[-1].items() if item[0] != "case"))
-    say(f"called bad at the first and any look at {looks.MESSAGES} messages, better than the limit by {looks.MARGINS}")
+            announce(f"{name}\n" + "\n".join(_line(*item) for item in covered[-1].items() if item[0] != "case"))
+    announce(
+        f"called bad at the first and any look at {looks.MESSAGES} messages, better than the limit by {looks.MARGINS}"
+    )
     looked = []
     for strain, batches in itertools.product(looks.STRAINS, looks.BATCHES):
         name = f"{strain}, judged from {batches} batches on"
         if only in name:
             looked.append({"case": name, **looks.measured(strain, seed, max(1, repeats // 4), batches)})
-            say(f"{name}\n" + "\n".join(f"    {key:15}{value}" for key, value in looked[-1].items() if key != "case"))
+            announce(
+                f"{name}\n" + "\n".join(f"    {key:15}{value}" for key, value in looked[-1].items() if key != "case")
+            )
     if as_json:
         document = {"seed": seed, "repeats": repeats, "margins": looks.MARGINS, "covered": covered, "looked": looked}
         click.echo(json.dumps(document, indent=2))
@@ -48,7 +52,7 @@ def held(drawn: Drawn, seed: int, repeats: int) -> dict[str, dict[str, float]]:
 
     Below it means a bad bundle for what should not be small; of what should not be large, intervals above it count.
     """
-    found: dict[str, list[tuple[float, float, float]]] = {}
+    intervals: dict[str, list[tuple[float, float, float]]] = {}
     nothing: dict[str, int] = {}
     for i in range(repeats):
         blocks, truths = drawn(np.random.default_rng([seed, i]))
@@ -57,27 +61,27 @@ def held(drawn: Drawn, seed: int, repeats: int) -> dict[str, dict[str, float]]:
             if estimate is None:
                 nothing[name] = nothing.get(name, 0) + 1
             else:
-                found.setdefault(name, []).append((estimate.low - truth, estimate.high - truth, _worse(name)))
-    return {name: _shares(some, nothing.get(name, 0) / repeats) for name, some in found.items()}
+                intervals.setdefault(name, []).append((estimate.low - truth, estimate.high - truth, _worse(name)))
+    return {name: _shares(bounds, nothing.get(name, 0) / repeats) for name, bounds in intervals.items()}
 
 
 def _worse(name: str) -> float:
     return 1.0 if name in ("slowness", "error growth") else -1.0
 
 
-def _shares(some: Sequence[tuple[float, float, float]], without: float) -> dict[str, float]:
-    low, high, worse = np.array(some).T
+def _shares(bounds: Sequence[tuple[float, float, float]], without: float) -> dict[str, float]:
+    low, high, worse = np.array(bounds).T
     bad = np.where(worse > 0, low > 0, high < 0)
     figures = {"held": np.mean((low <= 0) & (high >= 0)), "bad": np.mean(bad), "width": np.mean(high - low)}
     return {**{name: round(float(value), 3) for name, value in figures.items()}, "without": round(without, 3)}
 
 
-def _line(name: str, one: Any) -> str:
-    return f"    {name:15}{one['held']:6.3f}{one['bad']:7.3f}{one['without']:7.3f}   {one['width']:.3f}"
+def _line(name: str, result: Any) -> str:
+    return f"    {name:15}{result['held']:6.3f}{result['bad']:7.3f}{result['without']:7.3f}   {result['width']:.3f}"
 
 
 def _cases() -> Iterator[tuple[str, Drawn]]:
-    for case in made.cases():
+    for case in synthetic.cases():
         yield case.name, _drawn(case)
     for name, (drawn, truths) in recorded.cases().items():
         yield name, _of_recordings(drawn, truths)

@@ -85,11 +85,11 @@ class Psi(Detector):
         self.usual = self.shares(reference)
 
     def shares(self, rows: Any) -> Any:
-        found = [
+        shares = [
             np.bincount(np.searchsorted(edges, column), minlength=len(edges) + 1) / len(rows)
             for edges, column in zip(self.edges, rows.T, strict=True)
         ]
-        return [np.maximum(share, 1e-4) for share in found]
+        return [np.maximum(share, 1e-4) for share in shares]
 
     def window(self, rows: Any) -> Any:
         pairs = zip(self.shares(rows), self.usual, strict=True)
@@ -115,17 +115,17 @@ class Adwin(Detector):
     def window(self, rows: Any) -> Any:
         out = np.zeros(len(COLUMNS), bool)
         for column, detector in self.numbers:
-            out[column] = self.found(detector, rows[:, column])
-        answers = [self.found(detector, rows[:, ANSWER] == k) for k, detector in enumerate(self.shares)]
+            out[column] = self.is_drifting(detector, rows[:, column])
+        answers = [self.is_drifting(detector, rows[:, ANSWER] == k) for k, detector in enumerate(self.shares)]
         out[ANSWER] = any(answers)
         return out
 
-    def found(self, detector: Any, values: Any) -> bool:
-        found = False
+    def is_drifting(self, detector: Any, values: Any) -> bool:
+        detected = False
         for value in values.astype(float).tolist():
             detector.update(value)
-            found |= detector.drift_detected
-        return found
+            detected |= detector.drift_detected
+        return detected
 
 
 class Evidently(Detector):
@@ -178,8 +178,8 @@ class Nannyml(Detector):
         return self.flags(rows)[0]
 
     def flags(self, rows: Any, until: list[int] | None = None) -> Any:
-        found = self.fitted.calculate(self.table(rows)).filter(period="analysis").to_df()
-        return np.stack([found[name, "jensen_shannon", "alert"].to_numpy(bool) for name in COLUMNS], axis=1)
+        frame = self.fitted.calculate(self.table(rows)).filter(period="analysis").to_df()
+        return np.stack([frame[name, "jensen_shannon", "alert"].to_numpy(bool) for name in COLUMNS], axis=1)
 
 
 class Whylogs(Detector):
@@ -223,14 +223,16 @@ def flags(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
                 rows, until = data[f"{site}/{i}/{trial}"], [s for s in change["subjects"] if s < len(COLUMNS)]
                 detector = made(reference) if made.remembers else learned
                 parts[f"change{i}"].append(detector.flags(rows, until))
-    longest = max((len(one) for some in parts.values() for one in some), default=0)
-    padded: dict[str, Any] = {name: np.array([_padded(one, longest) for one in some]) for name, some in parts.items()}
+    longest = max((len(column) for part in parts.values() for column in part), default=0)
+    padded: dict[str, Any] = {
+        name: np.array([_padded(column, longest) for column in part]) for name, part in parts.items()
+    }
     np.savez(ask["out"], **padded | {"quiet": np.concatenate(quiet)})
     return {}
 
 
-def _padded(found: Any, length: int) -> Any:
-    return np.concatenate([found, np.zeros((length - len(found), found.shape[1]), bool)])
+def _padded(flags: Any, length: int) -> Any:
+    return np.concatenate([flags, np.zeros((length - len(flags), flags.shape[1]), bool)])
 
 
 def cost(made: Any, data: Any, ask: dict[str, Any]) -> dict[str, Any]:
@@ -265,12 +267,12 @@ def status(member: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(member + ":"))
 
 
-def answers(made: Any, asked: Iterator[str]) -> Iterator[dict[str, Any]]:
+def answers(made: Any, requests: Iterator[str]) -> Iterator[dict[str, Any]]:
     before = status("VmRSS")
     made.load()
     loaded = status("VmRSS") - before
     yield {"loaded_kb": loaded}
-    for line in asked:
+    for line in requests:
         ask = json.loads(line)
         with np.load(ask["data"], allow_pickle=False) as data:
             match ask["do"]:

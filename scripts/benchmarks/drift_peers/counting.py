@@ -15,7 +15,7 @@ from agent.drift import DriftWindowResult
 Flags = NDArray[np.bool_]  # (windows, subjects)
 
 
-class Found(msgspec.Struct):
+class DetectionDelays(msgspec.Struct):
     """Of trials in which something changes: windows until an alarm named it (1: in the first), None for never."""
 
     delays: list[int | None] = msgspec.field(default_factory=list)
@@ -29,7 +29,7 @@ class Found(msgspec.Struct):
         """Infinite where half of them were never found."""
         return statistics.median(float("inf") if delay is None else delay for delay in self.delays)
 
-    def told(self, within: int) -> str:
+    def summarize(self, within: int) -> str:
         """Median and misses, where so many windows were watched."""
         median = f"{self.median:g}" if math.isfinite(self.median) else f"> {within}"
         return median + (f" / {self.missed:.0f} %" if self.missed else "")
@@ -46,14 +46,14 @@ class Row(msgspec.Struct):
     name: str
     quiet: int = 0
     alarmed: int = 0
-    found: dict[str, Found] = msgspec.field(default_factory=dict)
+    found: dict[str, DetectionDelays] = msgspec.field(default_factory=dict)
 
     def add_quiet(self, raised: Flags) -> None:
         self.quiet += len(raised)
         self.alarmed += int(raised.any(1).sum())
 
     def add(self, change: str, raised: Flags, subjects: Collection[int]) -> None:
-        self.found.setdefault(change, Found()).add(raised, list(subjects))
+        self.found.setdefault(change, DetectionDelays()).add(raised, list(subjects))
 
     @property
     def per_1000(self) -> float:

@@ -1,6 +1,6 @@
 """What `scripts/bench drift` measures: how often drift detectors cry wolf, how soon they see a change, what they cost.
 
-made.py         rows in which nothing happens, and changes of them, from a seed
+synthetic.py         rows in which nothing happens, and changes of them, from a seed
 counting.py     alarms by window and subject, and what they come to
 ours.py         the whole judge over such rows
 peers.py        other detectors over the same rows, each in a process of its own
