@@ -47,7 +47,6 @@ PENDING: set[str] = {
     "agent/fleet/database",
     "agent/fleet/drift",
     "agent/fleet/enrolment",
-    "agent/fleet/repository",
     "agent/fleet/rollout",
     "agent/model",
     "agent/model/bundle",

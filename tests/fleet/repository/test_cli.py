@@ -364,7 +364,7 @@ def test_the_collector_survives_a_file_it_cannot_replace(
     obstacle.mkdir()
     collector.tick(SilentLink(), 0.0)
     assert str(obstacle).removesuffix(".new") in caplog.text
-    assert "check the owner" in caplog.text
+    assert "see who owns" in caplog.text
     obstacle.rmdir()
     before = desk.document("repository", "status")["roles"][3]["version"]
     days[0] = 6
