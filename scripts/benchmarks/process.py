@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.device.intake.sources import recordings
+from agent.datasets.recordings import load
 from scripts.benchmarks import Report, Result, benchmark
 from scripts.benchmarks.bed import enrolled, put
 from tests.kit.system import FIELDS, RECORDINGS, Device, outstation
@@ -97,7 +97,7 @@ def a_daemon_that_waits() -> Result:
 
 
 def _fill(device: Device, windows: int) -> None:
-    rows = np.resize(recordings.load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
+    rows = np.resize(load(RECORDINGS).rows, (windows * 100, len(FIELDS)))
     put(device.config, "watch", rows)
 
 

@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.datasets.blocks import FILE_COLUMN, TextColumn, is_media
-from agent.datasets.tables import NO_PYARROW
+from agent.datasets.blocks import FILE_COLUMN, TextColumn
+from agent.datasets.parquet_table import PYARROW_MISSING
+from agent.datasets.readers import is_media
 from agent.errors import FileBusy, UsageError
 from agent.model.bundle.manifest import Manifest
 from agent.model.inference import scores
@@ -210,7 +211,7 @@ def _import_pyarrow(out: Path, *, needed: bool) -> Any:
         import pyarrow
     except ImportError:
         if needed:
-            raise UsageError(f"{out}: {NO_PYARROW}") from None
+            raise UsageError(f"{out}: {PYARROW_MISSING}") from None
         return None
     return pyarrow
 
